@@ -1,0 +1,124 @@
+"""One style of error, and the one way a per-sample number meets a batch.
+
+Every public function checks its arguments before any work and raises a `ValueError` or
+`TypeError` that says what was expected, what came, and what to do. Names, shapes, dtypes and
+devices are always checked, for they cost nothing. Values are checked only where looking at them
+is free: on CPU tensors outside `torch.compile`. On an accelerator a look would make the host
+wait for the device.
+"""
+
+__all__ = [
+    "DerivativeError",
+    "check_choice",
+    "check_finite",
+    "check_like",
+    "check_range",
+    "check_sample_batch",
+    "describe",
+    "expand_right",
+    "may_look",
+]
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class DerivativeError(ValueError):
+    """A derivative that cannot be taken, or would be wrong, with the remedy in its message."""
+
+
+def describe(value: object) -> str:
+    """Say what came: dtype, shape and device of a tensor, the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, str | int | float | bool | None):
+        return repr(value)
+    return f"an object of type {type(value).__name__}"
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether reading a value of `tensor` back to the host is free."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ValueError unless `value` is one of the names in `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name}: expected one of {listed}; got {describe(value)}.")
+
+
+def check_sample_batch(name: str, value: object) -> Tensor:
+    """Return `value` if it is a non-empty, finite, floating-point batch (B, *)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a floating-point tensor (B, *); got {describe(value)}.")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{name}: expected a floating-point tensor (B, *); got {describe(value)}. Scale "
+            "integer images to the range the network was trained on first, for example "
+            f"{name}.float() / 127.5 - 1."
+        )
+    if value.ndim == 0 or value.numel() == 0:
+        raise ValueError(
+            f"{name}: expected a batch (B, *) with at least one sample and one element; got "
+            f"{describe(value)}. Skip empty batches, or set drop_last in the loader."
+        )
+    check_finite(name, value)
+    return value
+
+
+def check_like(
+    name: str,
+    value: object,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    of: str,
+) -> Tensor:
+    """Return `value` if it is a tensor of exactly this shape, dtype and device, those of `of`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape {shape}; got {describe(value)}.")
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name}: expected shape {shape}, that of {of}; got {describe(value)}. Nothing is "
+            "broadcast."
+        )
+    if value.dtype != dtype:
+        raise TypeError(
+            f"{name}: expected {dtype}, to go with {of}; got {describe(value)}. Convert it with "
+            f"{name}.to({dtype})."
+        )
+    if value.device != device:
+        raise ValueError(
+            f"{name}: expected device {device}, that of {of}; got {describe(value)}. Move it with "
+            f"{name}.to({str(device)!r})."
+        )
+    return value
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raise ValueError if a CPU tensor holds a NaN or an infinity."""
+    if may_look(value) and not bool(torch.isfinite(value).all()):
+        bad = int((~torch.isfinite(value)).sum())
+        raise ValueError(
+            f"{name}: expected finite values; got {bad} NaN or infinite of {value.numel()}."
+        )
+
+
+def check_range(name: str, value: Tensor, low: float, high: float) -> None:
+    """Raise ValueError if a CPU tensor leaves [low, high]; NaN counts as outside."""
+    if may_look(value) and not bool(((value >= low) & (value <= high)).all()):
+        raise ValueError(
+            f"{name}: expected values in [{low:g}, {high:g}], the range of the schedule; got "
+            f"values in [{float(value.min()):g}, {float(value.max()):g}]. If the network counts "
+            "time otherwise, convert it with ScoreModel(..., time=...), and give t in the "
+            "schedule's units."
+        )
+
+
+def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
+    """View a per-sample (B,) as (B, 1, …) so that it multiplies `like` (B, *) sample by sample."""
+    return per_sample.reshape(per_sample.shape + (1,) * (like.ndim - per_sample.ndim))

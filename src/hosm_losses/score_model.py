@@ -1,0 +1,245 @@
+r"""A network, its schedule and its prediction, seen as one predictor of the noise.
+
+What:
+    Whatever a network predicts is a function ε̂(x, t) that estimates the noise ε of x = α x₀ + σ
+    ε. This file is the only one that knows predictions.
+
+Formula:
+    epsilon            ε̂ = network
+    score              ε̂ = −σ s
+    sample             ε̂ = (x − α x̂₀)/σ              an EDM denoiser, under EDMSchedule, is one
+    v_prediction       ε̂ = (α v + σ x)/(α² + σ²)     v = α ε − σ x₀
+    flow_prediction    ε̂ = (α u − α′ x)/(α σ′ − α′ σ)        u = α′ x₀ + σ′ ε
+
+    "sample" divides a difference by σ: as σ → 0 it loses digits, and so do its derivatives.
+
+Source:
+    Salimans and Ho, arXiv 2202.00512, for v; Lipman et al., arXiv 2210.02747, for u.
+"""
+
+__all__ = ["PREDICTIONS", "NoiseField", "ScoreModel"]
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hosm_losses._checks import check_choice, describe, expand_right
+from hosm_losses.derivatives import normal
+from hosm_losses.primitives import safe_primitives
+from hosm_losses.schedule import Schedule
+
+PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
+
+
+class ScoreModel(nn.Module):
+    """A network with its schedule and prediction.
+
+    It registers the network as `network` and nothing else, so that its state_dict is the
+    network's with that prefix.
+
+    Args:
+        network: `network(x, t, **kwargs)` with x of shape (B, *) and t of shape (B,); an
+            nn.Module, or any callable.
+        schedule: the noise schedule it was, or is to be, trained with.
+        prediction: "epsilon", "score", "sample", "v_prediction" or "flow_prediction".
+        time: what the network is given for t: a factor, or a callable of t. None gives t itself.
+        output: picks the prediction out of what the network returns, for example
+            `operator.attrgetter("sample")`. None takes what comes.
+        primitives: whether the losses of order two and three put the safe primitives in.
+
+    Raises:
+        TypeError: if the schedule is none, or the network, `time` or `output` cannot be called.
+        ValueError: for a prediction of another name.
+
+    Example:
+        >>> from hosm_losses import VPSchedule
+        >>> model = ScoreModel(lambda x, t: x, VPSchedule())
+        >>> model.noise(torch.ones(2, 3), torch.tensor([0.1, 0.5])).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        schedule: Schedule,
+        prediction: str = "epsilon",
+        *,
+        time: float | Callable[[Tensor], Tensor] | None = None,
+        output: Callable[[Any], Tensor] | None = None,
+        primitives: bool = True,
+    ) -> None:
+        super().__init__()
+        if not callable(network):
+            raise TypeError(
+                f"network: expected an nn.Module or a callable; got {describe(network)}."
+            )
+        if not isinstance(schedule, Schedule):
+            raise TypeError(
+                "schedule: expected a schedule such as VPSchedule(), or a subclass of Schedule "
+                f"with alpha and sigma of your own; got {describe(schedule)}."
+            )
+        check_choice("prediction", prediction, PREDICTIONS)
+        if not (time is None or isinstance(time, int | float) or callable(time)):
+            raise TypeError(f"time: expected a factor, a callable or None; got {describe(time)}.")
+        if not (output is None or callable(output)):
+            raise TypeError(f"output: expected a callable or None; got {describe(output)}.")
+        self.network = network
+        self.schedule = schedule
+        self.prediction = prediction
+        self.time = time
+        self.output = output
+        self.primitives = primitives
+
+    def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """The noise ε̂(x, t): the same as `noise`."""
+        return self.noise(x, t, **kwargs)
+
+    def noise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """ε̂(x, t), the predicted noise.
+
+        Args:
+            x: the noised batch (B, *).
+            t: its times (B,), in the schedule's units.
+            kwargs: given to the network as they are.
+
+        Returns:
+            ε̂, of the shape of x.
+
+        Raises:
+            TypeError: if the network returns something other than a tensor.
+            ValueError: if it returns another shape than that of x.
+        """
+        predicted = self._predict(x, t, kwargs)
+        if self.prediction == "epsilon":
+            return predicted
+        alpha, sigma = (expand_right(part, x) for part in self.coefficients(t, x))
+        if self.prediction == "score":
+            return -sigma * predicted
+        if self.prediction == "sample":
+            return (x - alpha * predicted) / sigma
+        if self.prediction == "v_prediction":
+            return (alpha * predicted + sigma * x) / (alpha.square() + sigma.square())
+        alpha_rate, sigma_rate = (expand_right(part, x) for part in self._rates(t, x))
+        return (alpha * predicted - alpha_rate * x) / (alpha * sigma_rate - alpha_rate * sigma)
+
+    def score(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """s(x, t) = −ε̂/σ, the estimated ∇ log q_t(x)."""
+        return -self.noise(x, t, **kwargs) / expand_right(self.coefficients(t, x)[1], x)
+
+    def denoise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """x̂₀(x, t) = (x − σ ε̂)/α, the estimated mean of the data given x."""
+        alpha, sigma = (expand_right(part, x) for part in self.coefficients(t, x))
+        return (x - sigma * self.noise(x, t, **kwargs)) / alpha
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(α, σ) at t, of shape (B,), in the precision of `like` (float32 where that is less)."""
+        return self.schedule(self.time_in(t, like))
+
+    def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
+        """Squared error of the network's own prediction for a unit squared error of ε̂, (B,)."""
+        alpha, sigma = self.coefficients(t, like)
+        if self.prediction == "epsilon":
+            return torch.ones_like(sigma)
+        if self.prediction == "score":
+            return 1 / sigma.square()
+        if self.prediction == "sample":
+            return (sigma / alpha).square()
+        if self.prediction == "v_prediction":
+            return ((alpha.square() + sigma.square()) / alpha).square()
+        alpha_rate, sigma_rate = self._rates(t, like)
+        return ((alpha * sigma_rate - alpha_rate * sigma) / alpha).square()
+
+    def field(
+        self,
+        t: Tensor,
+        model_kwargs: Mapping[str, Any] | None = None,
+        *,
+        primitives: bool | None = None,
+    ) -> "NoiseField":
+        """f(x) = −ε̂(x, t) at fixed t and conditions, to be differentiated in x."""
+        active = self.primitives if primitives is None else primitives
+        kwargs = _map_tensors(dict(model_kwargs or {}), normal)
+        return NoiseField(self, normal(t), kwargs, active)
+
+    def time_in(self, t: Tensor, like: Tensor) -> Tensor:
+        """Return t as the schedule takes it: an integer index in the precision of `like`."""
+        return t if t.is_floating_point() else t.to(torch.promote_types(like.dtype, torch.float32))
+
+    def _rates(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self.schedule.rates(self.time_in(t, like))
+
+    def _predict(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        if self.time is None:
+            network_time = t
+        elif callable(self.time):
+            network_time = self.time(t)
+        else:
+            network_time = t * self.time
+        returned = self.network(x, network_time, **kwargs)
+        predicted = returned if self.output is None else self.output(returned)
+        if not isinstance(predicted, Tensor):
+            raise TypeError(
+                f"network: expected it to return a tensor; got {describe(predicted)}. Pick the "
+                "prediction out with ScoreModel(..., output=...), for example output=lambda out: "
+                "out[0] or operator.attrgetter('sample')."
+            )
+        if predicted.shape != x.shape:
+            raise ValueError(
+                f"network: expected an output of the shape of x, {tuple(x.shape)}; got "
+                f"{describe(predicted)}. If it predicts a variance too, keep the first channels: "
+                "ScoreModel(..., output=lambda out: out[:, :C])."
+            )
+        return predicted
+
+
+@dataclass(frozen=True)
+class NoiseField:
+    """f(x) = −ε̂(x, t) with t and the conditions bound.
+
+    Attributes:
+        model: the score model.
+        t: times (B,).
+        kwargs: the network's keyword arguments; tensors whose first dimension is B are per sample.
+        primitives: whether the safe primitives are put in.
+    """
+
+    model: ScoreModel
+    t: Tensor
+    kwargs: dict[str, Any]
+    primitives: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Evaluate f at x (B, *)."""
+        with safe_primitives(self.primitives):
+            return -self.model.noise(x, self.t, **self.kwargs)
+
+    def repeat(self, count: int) -> "NoiseField":
+        """Return the field of `count` copies of the batch, one after the other."""
+        return self._select(lambda tensor: tensor.repeat(count, *(1,) * (tensor.ndim - 1)))
+
+    def rows(self, index: Tensor) -> "NoiseField":
+        """Return the field of the samples at `index`."""
+        return self._select(lambda tensor: tensor[index])
+
+    def _select(self, select: Callable[[Tensor], Tensor]) -> "NoiseField":
+        batch = len(self.t)
+
+        def per_sample(tensor: Tensor) -> Tensor:
+            return select(tensor) if tensor.ndim and len(tensor) == batch else tensor
+
+        kwargs = _map_tensors(self.kwargs, per_sample)
+        return NoiseField(self.model, select(self.t), kwargs, self.primitives)
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) is dict:
+        return {key: _map_tensors(entry, function) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_map_tensors(entry, function) for entry in value)
+    return value
