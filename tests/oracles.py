@@ -4,7 +4,8 @@ import itertools
 import math
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
 
 
 class GaussianMixture:
@@ -108,3 +109,154 @@ def atoms_posterior(atoms: Tensor, weights: Tensor, x: Tensor, alpha: float, sig
 def sign_vectors(d: int) -> Tensor:
     """All 2^d vectors of signs, (2^d, d)."""
     return torch.tensor(list(itertools.product([-1.0, 1.0], repeat=d)), dtype=torch.float64)
+
+
+def standardise_by_hand(x: Tensor, dims: tuple[int, ...], eps: float = 1e-5) -> Tensor:
+    """(x − mean)/std from sums of x and x², unlike the library's centred form."""
+    count = math.prod(x.shape[dim] for dim in dims)
+    mean = x.sum(dims, keepdim=True) / count
+    variance = (x * x).sum(dims, keepdim=True) / count - mean * mean
+    return (x - mean) / (variance + eps) ** 0.5
+
+
+class MLP(nn.Module):
+    """x (B, *) flattened through two hidden layers with features of t."""
+
+    def __init__(self, elements: int, width: int = 12):
+        super().__init__()
+        self.inner = nn.Linear(elements + 2, width)
+        self.middle = nn.Linear(width, width)
+        self.outer = nn.Linear(width, elements)
+
+    def forward(self, x, t):
+        features = torch.stack([t, (3 * t).sin()], -1)
+        hidden = torch.cat([x.reshape(len(x), -1), features], 1)
+        hidden = F.silu(self.inner(hidden))
+        return self.outer(torch.tanh(self.middle(hidden))).reshape(x.shape)
+
+
+class ConvNet(nn.Module):
+    """Convolutions with a group norm, in its own words or by hand."""
+
+    def __init__(self, channels: int = 2, width: int = 4):
+        super().__init__()
+        self.by_hand = False
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.norm = nn.GroupNorm(2, width)
+        self.last = nn.Conv2d(width, channels, 3, padding=1)
+        randomise(self.norm)
+
+    def forward(self, x, t):
+        hidden = self.first(x) + t[:, None, None, None]
+        if self.by_hand:
+            grouped = hidden.reshape(len(x), 2, -1)
+            flat = standardise_by_hand(grouped, (2,)).reshape(hidden.shape)
+            hidden = flat * self.norm.weight[:, None, None] + self.norm.bias[:, None, None]
+        else:
+            hidden = self.norm(hidden)
+        return self.last(F.silu(hidden))
+
+
+class AttentionNet(nn.Module):
+    """Tokens (B, n, c) through layer norm and attention, in its own words or by hand."""
+
+    def __init__(self, channels: int = 3, width: int = 4):
+        super().__init__()
+        self.by_hand = False
+        self.inner = nn.Linear(channels, width)
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.outer = nn.Linear(width, channels)
+        randomise(self.norm)
+
+    def forward(self, x, t, label=None):
+        hidden = self.inner(x) + t[:, None, None]
+        if label is not None:
+            hidden = hidden + label[:, None, None]
+        if self.by_hand:
+            normed = standardise_by_hand(hidden, (2,)) * self.norm.weight + self.norm.bias
+        else:
+            normed = self.norm(hidden)
+        q, k, v = self.qkv(normed).chunk(3, -1)
+        if self.by_hand:
+            logits = torch.einsum("bic,bjc->bij", q, k) / math.sqrt(q.shape[-1])
+            weights = logits.exp() / logits.exp().sum(-1, keepdim=True)
+            mixed = torch.einsum("bij,bjc->bic", weights, v)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.outer(torch.tanh(hidden + mixed))
+
+
+def randomise(module: nn.Module) -> None:
+    """Give a norm weights that are not 1 and 0."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    """The three networks of the tests in float64, each with the shape of its sample."""
+    torch.manual_seed(0)
+    return {
+        "mlp": (MLP(3).double(), (3,)),
+        "conv": (ConvNet().double(), (2, 3, 2)),
+        "attention": (AttentionNet().double(), (4, 3)),
+    }
+
+
+def noise_by_solving(prediction: str, raw: Tensor, x: Tensor, alpha, sigma, rates) -> Tensor:
+    """ε̂ of one sample from the definition of the prediction: two equations for x₀ and ε."""
+    if prediction == "score":
+        return -sigma * raw
+    second = {
+        "epsilon": (0.0, 1.0),
+        "sample": (1.0, 0.0),
+        "v_prediction": (-sigma, alpha),
+        "flow_prediction": rates,
+    }[prediction]
+    matrix = torch.tensor([[float(alpha), float(sigma)], [float(second[0]), float(second[1])]])
+    sides = torch.stack([x.reshape(-1), raw.reshape(-1)])
+    return torch.linalg.solve(matrix.double(), sides)[1].reshape(x.shape)
+
+
+def dense_derivatives(function, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """f (d,), ∂f/∂x (d, d) and ∂²f/∂x² (d, d, d) of one sample x (*), reverse over reverse."""
+    d = x.numel()
+
+    def flat(point: Tensor) -> Tensor:
+        return function(point.reshape(x.shape)).reshape(-1)
+
+    point = x.reshape(-1)
+    first = torch.func.jacrev(flat)
+    return flat(point), first(point), torch.func.jacrev(first)(point).reshape(d, d, d)
+
+
+def dense_terms(f, jacobian, second, sigma, noise, probes, *, exact=False, frozen=None):
+    """The four terms of one sample from dense arrays; `frozen` holds (ℓ, ∂f/∂x) of the detach."""
+    d = f.numel()
+    noise, probes = noise.reshape(-1), probes.reshape(len(probes), -1)
+    ell, held = (f + noise, jacobian) if frozen is None else frozen
+    first = ((f + noise) ** 2).sum() / d
+    if exact:
+        m2 = sigma * jacobian + torch.eye(d) - torch.outer(ell, ell)
+        r3 = (
+            sigma**2 * torch.einsum("iik->k", second)
+            + ell.dot(ell) * ell
+            - (sigma * held.trace() + d) * ell
+            - 2 * (sigma * held + torch.eye(d)) @ ell
+        )
+        return first, (m2**2).sum() / d**2, m2.trace() ** 2 / d**2, (r3**2).sum() / d**3
+    squares = []
+    for v in probes:
+        along, along_held = sigma * jacobian @ v, sigma * held @ v
+        slope = ell.dot(v)
+        r2 = along + v - slope * ell
+        rt = v.dot(along) + v.dot(v) - slope**2
+        r3 = (
+            sigma**2 * torch.einsum("ijk,i,j->k", second, v, v)
+            + slope**2 * ell
+            - (v.dot(along_held) + v.dot(v)) * ell
+            - 2 * slope * (along_held + v)
+        )
+        squares.append(torch.stack([(r2**2).sum() / d**2, rt**2 / d**2, (r3**2).sum() / d**3]))
+    return first, *torch.stack(squares).mean(0)

@@ -21,9 +21,9 @@ __all__ = ["checkpoint", "safe_primitives"]
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -167,7 +167,11 @@ def _attention(
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    # A vector where a number would do: autograd saves it, the native kernel saves nothing like it,
+    # so that torch's own checkpoint, which recomputes with the native kernel, sees that they differ.
+    factor = query.new_full(
+        query.shape[-1:], query.shape[-1] ** -0.5 if scale is None else scale
+    )
     logits = _at_least_float32((query * factor) @ key.transpose(-2, -1))
     if is_causal:
         attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
@@ -206,6 +210,13 @@ def _torch_instance_norm(
     return _instance_norm(input, running_mean, running_var, weight, bias, *options, **named)
 
 
+def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
+    """Batch norm's count of batches: torch.func forbids the in-place method, not out=."""
+    if counter.is_floating_point():
+        return counter.add_(other, alpha=alpha)
+    return torch.add(counter, other, alpha=alpha, out=counter)
+
+
 PRIMITIVES: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
@@ -216,12 +227,22 @@ PRIMITIVES: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
     F.instance_norm: _instance_norm,
     torch.instance_norm: _torch_instance_norm,
     F.scaled_dot_product_attention: _attention,
+    torch.Tensor.add_: _add_in_place,
 }
 
 _depth = threading.local()
 
 
 class _SafePrimitives(TorchFunctionMode):
+    def __enter__(self) -> Self:
+        super().__enter__()
+        _depth.value = getattr(_depth, "value", 0) + 1
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        _depth.value -= 1
+        super().__exit__(*exception)
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -232,12 +253,14 @@ class _SafePrimitives(TorchFunctionMode):
         return PRIMITIVES.get(func, func)(*args, **(kwargs or {}))
 
 
-@contextmanager
-def safe_primitives(enabled: bool = True) -> Iterator[None]:
-    """Put the primitives in for the operators of this thread, until the block ends.
+def safe_primitives(enabled: bool = True) -> AbstractContextManager[Any]:
+    """Put the primitives in for the operators of this thread, while the block lasts.
 
     Args:
         enabled: False makes this a block like any other.
+
+    Returns:
+        A context manager that can be entered again.
 
     Example:
         >>> layer = torch.nn.LayerNorm(3).double()
@@ -247,15 +270,7 @@ def safe_primitives(enabled: bool = True) -> Iterator[None]:
         >>> torch.allclose(safe, layer(x))
         True
     """
-    if not enabled:
-        yield
-        return
-    _depth.value = getattr(_depth, "value", 0) + 1
-    try:
-        with _SafePrimitives():
-            yield
-    finally:
-        _depth.value -= 1
+    return _SafePrimitives() if enabled else nullcontext()
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -281,7 +296,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     active = getattr(_depth, "value", 0) > 0
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return nullcontext(), safe_primitives(active)
 
     return torch.utils.checkpoint.checkpoint(

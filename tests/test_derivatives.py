@@ -1,0 +1,139 @@
+"""Both engines against dense derivatives, and every gradient the losses need of them."""
+
+import pytest
+import torch
+from torch import nn
+
+from hosm_losses import DerivativeError, ScoreModel, VPSchedule
+from hosm_losses.derivatives import derive, quadratic_forms, time_derivative
+from tests.oracles import dense_derivatives, networks
+
+ENGINES = ("forward", "reverse")
+NAMES = ("mlp", "conv", "attention")
+
+
+def setting(name, batch=2, count=1):
+    network, shape = networks()[name]
+    model = ScoreModel(network, VPSchedule())
+    t = torch.linspace(0.2, 0.7, batch)
+    x = torch.randn(batch, *shape)
+    w = torch.randn(count, batch, *shape)
+    return network, model.field(t), x, w, t
+
+
+def by_hand(network, x, t):
+    """Dense f, ∂f and ∂²f of each sample, its norms and attention written out."""
+    network.by_hand = True
+    dense = [
+        dense_derivatives(lambda point, row=row: -network(point[None], t[row : row + 1])[0], x[row])
+        for row in range(len(x))
+    ]
+    network.by_hand = False
+    return dense
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", NAMES)
+def test_value_directional_and_gradient_are_the_dense_ones(name, engine, order, count):
+    network, field, x, w, t = setting(name, count=count)
+    derived = derive(field, x, w, order=order, derivative=engine)
+    assert (derived.gradient is None) == (order == 2)
+    for row, (f, jacobian, second) in enumerate(by_hand(network, x, t)):
+        for k in range(count):
+            v = w[k, row].reshape(-1)
+            value = derived.value[min(k, len(derived.value) - 1), row].reshape(-1)
+            torch.testing.assert_close(value, f, rtol=1e-10, atol=1e-12)
+            along = derived.directional[k, row].reshape(-1)
+            torch.testing.assert_close(along, jacobian @ v, rtol=1e-10, atol=1e-12)
+            if order == 3:
+                gradient = torch.einsum("ijk,i,j->k", second, v, v)
+                got = derived.gradient[k, row].reshape(-1)
+                torch.testing.assert_close(got, gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_directional_is_the_jacobian_and_not_its_transpose(engine):
+    matrix = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    field = ScoreModel(lambda x, t: -x @ matrix.T, VPSchedule()).field(torch.tensor([0.5]))
+    w = torch.tensor([[[0.0, 1.0]]])
+    for order in (2, 3):
+        derived = derive(field, torch.zeros(1, 2), w, order=order, derivative=engine)
+        assert derived.directional.tolist() == [[[1.0, 0.0]]]
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_without_gradients_the_values_are_the_same_and_carry_no_graph(engine, order):
+    _, field, x, w, _ = setting("attention", count=2)
+    expected = derive(field, x, w, order=order, derivative=engine)
+    with torch.no_grad():
+        got = derive(field, x, w, order=order, derivative=engine)
+    for part, reference in zip(got, expected, strict=True):
+        if reference is not None:
+            assert not part.requires_grad
+            assert reference.requires_grad
+            torch.testing.assert_close(part, reference, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_gradient_reaches_the_point_itself(engine, order):
+    """A trainable encoder before the diffusion gets its gradient, as central differences say."""
+    _, field, x, w, _ = setting("mlp")
+    direction = torch.randn_like(x)
+    weights = [torch.randn(1, *x.shape) for _ in range(order)]
+
+    def total(point):
+        parts = [p for p in derive(field, point, w, order=order, derivative=engine) if p is not None]
+        return sum((a * b).sum() for a, b in zip(parts, weights, strict=True))
+
+    point = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(total(point), point)
+    h = 1e-5
+    difference = (total(x + h * direction) - total(x - h * direction)).item() / (2 * h)
+    assert (gradient * direction).sum().item() == pytest.approx(difference, rel=1e-7)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_linear_field_has_gradient_zero(engine):
+    layer = nn.Linear(3, 3)
+    field = ScoreModel(lambda x, t: layer(x), VPSchedule()).field(torch.tensor([0.5]))
+    derived = derive(field, torch.randn(1, 3), torch.randn(1, 1, 3), order=3, derivative=engine)
+    assert derived.gradient.abs().max() == 0
+    derived.directional.sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_auto_is_reverse_in_eager_mode():
+    _, field, x, w, _ = setting("mlp", count=2)
+    # Folding shows: the reverse engine gives each of the K probes a value of its own.
+    assert len(derive(field, x, w, order=3).value) == 2
+    assert len(derive(field, x, w, order=3, derivative="forward").value) == 1
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("detached", [lambda x: x.detach(), lambda x: torch.ones_like(x)])
+def test_a_network_cut_from_its_input_is_an_error_in_reverse_mode(detached, order):
+    layer = nn.Linear(3, 3)
+    field = ScoreModel(lambda x, t: layer(detached(x)), VPSchedule()).field(torch.tensor([0.5]))
+    with pytest.raises(DerivativeError, match=r"graph does not lead to x.*Remove \.detach"):
+        derive(field, torch.randn(1, 3), torch.randn(1, 1, 3), order=order, derivative="reverse")
+
+
+@pytest.mark.parametrize("sizes", [[1], [4], [1, 3]])
+@pytest.mark.parametrize("name", NAMES)
+def test_quadratic_forms_are_the_dense_ones(name, sizes):
+    network, field, x, w, t = setting(name, count=4)
+    value, forms = quadratic_forms(field, x, w[: sum(sizes)].split(sizes))
+    for row, (f, jacobian, _) in enumerate(by_hand(network, x, t)):
+        torch.testing.assert_close(value[row].reshape(-1), f, rtol=1e-10, atol=1e-12)
+        v = w[: sum(sizes), row].reshape(sum(sizes), -1)
+        dense = torch.einsum("ki,ij,kj->k", v, jacobian, v)
+        torch.testing.assert_close(forms[:, row], dense, rtol=1e-10, atol=1e-12)
+
+
+def test_time_derivative_is_elementwise():
+    t = torch.tensor([0.1, 0.5])
+    torch.testing.assert_close(time_derivative(torch.sin, t), t.cos())

@@ -1,0 +1,363 @@
+"""Each primitive against its native operator, by value and where it matters: the derivatives."""
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+import torch.utils.checkpoint
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+import hosm_losses as hosm
+from hosm_losses.primitives import safe_primitives
+
+ENGINES = ("forward", "reverse")
+
+
+class Attention(nn.Module):
+    """Self-attention over the second dimension with a residual: (B, 1, n, c) takes flash."""
+
+    def __init__(self, width, **options):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.options = options
+
+    def forward(self, x):
+        heads = self.qkv(x).unsqueeze(1).chunk(3, -1)
+        return x + F.scaled_dot_product_attention(*heads, **self.options).squeeze(1)
+
+
+def layers() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    """A layer for every primitive, with the shape of a sample it takes."""
+    return {
+        "layer_norm": (nn.LayerNorm(4), (3, 4)),
+        "group_norm": (nn.GroupNorm(2, 4), (4, 3)),
+        "batch_norm": (nn.BatchNorm1d(4, track_running_stats=False), (4, 3)),
+        "tracking": (nn.BatchNorm1d(4), (4, 3)),
+        "instance_norm": (nn.InstanceNorm1d(4, affine=True), (4, 3)),
+        "attention": (Attention(4), (3, 4)),
+    }
+
+
+def network_of(name):
+    """A smooth network with the layer in its middle."""
+    torch.manual_seed(1)
+    layer, shape = layers()[name]
+    inner, outer = nn.Linear(shape[-1], shape[-1]), nn.Linear(shape[-1], shape[-1])
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return nn.Sequential(inner, layer, nn.Tanh(), outer), shape
+
+
+def loss_and_check(network, shape, order, engine, **model_options):
+    """Relative error of a parameter gradient of ⟨D, b⟩ or ⟨G, c⟩ against a central difference."""
+    from hosm_losses.derivatives import derive
+
+    model = hosm.ScoreModel(lambda x, t: network(x), hosm.VPSchedule(), **model_options)
+    torch.manual_seed(2)
+    x, w, b = torch.randn(4, *shape), torch.randn(1, 4, *shape), torch.randn(1, 4, *shape)
+    field = model.field(torch.full((4,), 0.5))
+
+    def value():
+        return (derive(field, x, w, order=order, derivative=engine)[order - 1] * b).sum()
+
+    start = parameters_to_vector(network.parameters()).detach()
+    direction = torch.randn_like(start)
+    gradients = torch.autograd.grad(value(), list(network.parameters()), materialize_grads=True,
+                                    allow_unused=True)
+    gradient = float(parameters_to_vector(gradients) @ direction)
+    h, ends = 1e-5, []
+    for sign in (1, -1):
+        vector_to_parameters(start + sign * h * direction, network.parameters())
+        ends.append(float(_exact(network, field, x, w, order, b)))
+    vector_to_parameters(start, network.parameters())
+    difference = (ends[0] - ends[1]) / (2 * h)
+    return abs(gradient - difference) / abs(difference)
+
+
+def _exact(network, field, x, w, order, b):
+    """⟨D, b⟩ or ⟨G, c⟩ from values and first-order vector-Jacobian products only."""
+    w = w[0]
+
+    def form(point):
+        point = point.clone().requires_grad_()
+        (pulled,) = torch.autograd.grad(field(point), point, w)
+        return pulled
+
+    if order == 2:
+        # ⟨J w, b⟩ = ⟨w, Jᵀ b⟩.
+        point = x.clone().requires_grad_()
+        (pulled,) = torch.autograd.grad(field(point), point, b[0])
+        return (pulled * w).sum()
+    # ⟨∇(wᵀ J w), c⟩: the derivative of ⟨w, Jᵀ w⟩ along c, by a fourth-order difference.
+    h, total = 2e-3, 0.0
+    for step, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
+        total += weight * float((form(x + step * h * b[0]) * w).sum())
+    return total / (12 * h)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", sorted(layers()))
+def test_parameter_gradients_through_every_layer_are_right(name, engine, order):
+    network, shape = network_of(name)
+    assert loss_and_check(network, shape, order, engine) < (1e-6 if order == 2 else 1e-5)
+
+
+WRONG = [
+    ("layer_norm", "forward", 2),
+    ("layer_norm", "forward", 3),
+    ("layer_norm", "reverse", 3),
+    ("batch_norm", "forward", 2),
+    ("batch_norm", "forward", 3),
+    ("instance_norm", "forward", 2),
+    ("instance_norm", "forward", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "engine", "order"), WRONG)
+def test_without_the_primitive_pytorch_is_silently_wrong(name, engine, order):
+    """Why each primitive exists. If this fails, PyTorch was mended and the primitive can go."""
+    network, shape = network_of(name)
+    assert loss_and_check(network, shape, order, engine, primitives=False) > 1e-2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_without_the_primitive_attention_fails(engine):
+    network, shape = network_of("attention")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        loss_and_check(network, shape, 3, engine, primitives=False)
+
+
+def test_without_the_primitive_group_norm_fails_on_channels_last():
+    norm, x = nn.GroupNorm(2, 4), torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="view"):
+        torch.func.jvp(norm, (x,), (x,))
+    with safe_primitives():
+        value, _ = torch.func.jvp(norm, (x,), (x,))
+    torch.testing.assert_close(value, norm(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(layers()))
+def test_values_are_those_of_the_native_operator(name, dtype):
+    layer, shape = layers()[name]
+    layer = layer.to(dtype)
+    x = torch.randn(5, *shape, dtype=dtype)
+    native = copy.deepcopy(layer)(x)
+    with safe_primitives():
+        safe = layer(x)
+    assert safe.dtype == native.dtype
+    ulps = {torch.bfloat16: 2e-2, torch.float32: 5e-6, torch.float64: 1e-13}[dtype]
+    torch.testing.assert_close(safe, native, rtol=ulps, atol=ulps)
+
+
+MASK = torch.tensor([[True, False, True], [True, True, False], [False, False, False]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"attn_mask": MASK},
+        {"attn_mask": MASK.double()},
+        {"scale": 0.3},
+        {"scale": -0.3},
+    ],
+)
+def test_every_form_of_attention(options):
+    q, k, v = torch.randn(3, 2, 4, 3, 5).unbind(0)
+    native = F.scaled_dot_product_attention(q, k, v, **options)
+    with safe_primitives():
+        safe = F.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(safe, native)
+    grouped = F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
+    with safe_primitives():
+        safe = F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
+    torch.testing.assert_close(safe, grouped)
+
+
+def test_a_row_that_may_attend_to_nothing_has_finite_derivatives():
+    q = torch.randn(1, 3, 4, requires_grad=True)
+    with safe_primitives():
+        out = F.scaled_dot_product_attention(q, q, q, attn_mask=MASK)
+    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    gradient.sum().backward()
+    assert out[0, 2].abs().max() == 0
+    assert torch.isfinite(q.grad).all()
+
+
+def test_attention_dropout_scales_what_it_keeps():
+    q = torch.randn(1, 2, 200, 4)
+    v = torch.ones(1, 2, 200, 4)
+    with safe_primitives():
+        out = F.scaled_dot_product_attention(q, q, v, dropout_p=0.5)
+    assert out.std() > 0
+    assert abs(out.mean().item() - 1) < 5 * out[..., 0].std().item() / 20
+
+
+@pytest.mark.parametrize("functional", [F, torch], ids=["functional", "torch"])
+def test_functions_called_by_either_name(functional):
+    x, weight, bias = torch.randn(3, 4, 5), torch.rand(4), torch.rand(4)
+    calls = {
+        "layer": lambda: functional.layer_norm(x, (5,)),
+        "group": lambda: functional.group_norm(x, 2, weight, bias),
+    }
+    if functional is F:
+        calls["batch"] = lambda: F.batch_norm(x, None, None, weight, bias, True)
+        calls["instance"] = lambda: F.instance_norm(x, None, None, weight, bias)
+    else:
+        tail = (None, None, True, 0.1, 1e-5, False)
+        calls["batch"] = lambda: torch.batch_norm(x, weight, bias, *tail)
+        calls["instance"] = lambda: torch.instance_norm(x, weight, bias, *tail)
+    for call in calls.values():
+        native = call()
+        with safe_primitives():
+            torch.testing.assert_close(call(), native)
+
+
+@pytest.mark.parametrize(("engine", "probes"), [("forward", 1), ("forward", 3), ("reverse", 1)])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_running_statistics_are_updated_as_natively_and_once(norm, engine, probes):
+    safe = norm(4, track_running_stats=True)
+    native = copy.deepcopy(safe)
+    x0, noise = torch.randn(5, 4, 3), torch.randn(5, 4, 3)
+    model = hosm.ScoreModel(lambda x, t: safe(x), hosm.VPSchedule())
+    t = torch.full((5,), 0.4)
+    hosm.third_order_dsm(model, x0, t=t, noise=noise, derivative=engine, probes=probes)
+    alpha, sigma = hosm.VPSchedule()(torch.tensor(0.4))
+    native(alpha * x0 + sigma * noise)
+    for name, buffer in native.named_buffers():
+        torch.testing.assert_close(safe.get_buffer(name), buffer)
+
+
+def test_evaluation_mode_uses_the_running_statistics():
+    for norm in (nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True)):
+        norm(torch.randn(9, 4, 3))
+        norm.eval()
+        x = torch.randn(2, 4, 3)
+        with safe_primitives():
+            torch.testing.assert_close(norm(x), nn.Module.__call__(norm, x))
+        native = norm(x)
+        with safe_primitives():
+            torch.testing.assert_close(norm(x), native)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: F.layer_norm(torch.ones(2, 3), (4,)), "layer_norm: expected an input that ends"),
+        (lambda: F.group_norm(torch.ones(2, 3), 2), "group_norm: expected channels that 2"),
+        (lambda: F.batch_norm(torch.ones(1, 3), None, None, training=True), "batch_norm: expe"),
+        (lambda: F.instance_norm(torch.ones(2, 3, 1)), "instance_norm: expected more than one"),
+        (
+            lambda: F.scaled_dot_product_attention(
+                *[torch.ones(1, 3, 3)] * 3, attn_mask=MASK, is_causal=True
+            ),
+            "attn_mask or is_causal, not both",
+        ),
+    ],
+)
+def test_what_the_native_operator_refuses_is_refused(call, message):
+    with safe_primitives(), pytest.raises(ValueError, match=message):
+        call()
+
+
+def active() -> bool:
+    """Whether layer_norm is the primitive here: the native one saves a tensor of its own."""
+    x = torch.ones(1, 2, requires_grad=True)
+    return "NativeLayerNorm" not in type(F.layer_norm(x, (2,)).grad_fn).__name__
+
+
+def test_the_mode_is_on_only_in_its_block_and_its_thread():
+    functions = {name: getattr(F, name) for name in dir(F)}
+    seen = []
+    assert not active()
+    with safe_primitives():
+        assert active()
+        thread = threading.Thread(target=lambda: seen.append(active()))
+        thread.start()
+        thread.join()
+    assert seen == [False]
+    with safe_primitives(False):
+        assert not active()
+    with pytest.raises(KeyError), safe_primitives():
+        raise KeyError
+    assert not active()
+    assert all(getattr(F, name) is function for name, function in functions.items())
+
+
+def checkpointed(checkpoint):
+    """A network with a layer norm inside an activation checkpoint."""
+    torch.manual_seed(1)
+    inner = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh())
+    outer = nn.Linear(4, 4)
+    network = nn.ModuleList([inner, outer])
+    plain = hosm.ScoreModel(lambda x, t: outer(inner(x)), hosm.VPSchedule())
+    model = hosm.ScoreModel(lambda x, t: outer(checkpoint(inner, x)), hosm.VPSchedule())
+    return network, plain, model
+
+
+def gradient(network, model, order, **options):
+    generator = torch.Generator().manual_seed(0)
+    function = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}[order]
+    loss = function(model, torch.ones(3, 4), generator=generator, **options)
+    return parameters_to_vector(torch.autograd.grad(loss, list(network.parameters())))
+
+
+@pytest.mark.parametrize("probes", [1, 3])
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("engine", ["auto", "reverse"])
+def test_our_checkpoint_is_right_in_the_reverse_engine(engine, order, probes):
+    network, plain, model = checkpointed(hosm.checkpoint)
+    expected = gradient(network, plain, order, probes=probes)
+    got = gradient(network, model, order, derivative=engine, probes=probes)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_torchs_own_checkpoint_is_an_error_and_never_a_wrong_gradient(reentrant, engine, order):
+    def checkpoint(function, x):
+        return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=reentrant)
+
+    network, _, model = checkpointed(checkpoint)
+    with pytest.raises((RuntimeError, torch.utils.checkpoint.CheckpointError)):
+        gradient(network, model, order, derivative=engine)
+
+
+@pytest.mark.parametrize("name", [*sorted(layers()), "math attention"])
+def test_torchs_own_checkpoint_is_an_error_around_every_primitive(name):
+    network, shape = network_of(name.split()[-1])
+    if name == "math attention":
+        network[1].forward = lambda x: F.scaled_dot_product_attention(*network[1].qkv(x).chunk(3, -1))
+
+    def through(x, t):
+        return torch.utils.checkpoint.checkpoint(network, x, use_reentrant=False)
+
+    model = hosm.ScoreModel(through, hosm.VPSchedule())
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        hosm.third_order_dsm(model, torch.randn(4, *shape), derivative="reverse").backward()
+
+
+def test_outside_a_loss_our_checkpoint_is_torchs():
+    layer = nn.LayerNorm(4)
+    x = torch.randn(2, 4, requires_grad=True)
+    hosm.checkpoint(layer, x).sin().sum().backward()
+    expected = torch.autograd.grad(layer(x).sin().sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_nothing_is_left_behind_by_a_graph_that_is_abandoned():
+    network, _, model = checkpointed(hosm.checkpoint)
+    loss = hosm.third_order_dsm(model, torch.ones(3, 4))
+    assert not active()
+    del loss
+    gc.collect()
+    assert not active()
