@@ -65,9 +65,7 @@ class GaussianMixture:
 
     def sample(self, count, generator):
         which = torch.multinomial(self.weights, count, replacement=True, generator=generator)
-        noise = torch.randn(
-            (count, self.means.shape[1]), generator=generator, dtype=torch.float64
-        )
+        noise = torch.randn((count, self.means.shape[1]), generator=generator, dtype=torch.float64)
         factor = torch.linalg.cholesky(self.covariances)
         return self.means[which] + torch.einsum("nij,nj->ni", factor[which], noise)
 

@@ -25,7 +25,9 @@ def by_hand(network, x, t):
     """Dense f, ∂f and ∂²f of each sample, its norms and attention written out."""
     network.by_hand = True
     dense = [
-        dense_derivatives(lambda point, row=row: -network(point[None], t[row : row + 1])[0], x[row])
+        dense_derivatives(
+            lambda point, row=row: -network(point[None], t[row : row + 1])[0], x[row]
+        )
         for row in range(len(x))
     ]
     network.by_hand = False
@@ -86,7 +88,9 @@ def test_a_gradient_reaches_the_point_itself(engine, order):
     weights = [torch.randn(1, *x.shape) for _ in range(order)]
 
     def total(point):
-        parts = [p for p in derive(field, point, w, order=order, derivative=engine) if p is not None]
+        parts = [
+            p for p in derive(field, point, w, order=order, derivative=engine) if p is not None
+        ]
         return sum((a * b).sum() for a, b in zip(parts, weights, strict=True))
 
     point = x.clone().requires_grad_()

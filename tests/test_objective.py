@@ -117,9 +117,7 @@ def difference(function, network, direction, h=1e-5):
 def gradient_along(loss, network, direction):
     network.zero_grad()
     loss.backward()
-    grads = [
-        torch.zeros_like(p) if p.grad is None else p.grad for p in network.parameters()
-    ]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in network.parameters()]
     return float(parameters_to_vector(grads) @ direction)
 
 
@@ -148,9 +146,7 @@ def test_parameter_gradients_are_differences_with_the_detached_parts_held(
         pairs = zip(weights[: order + 1], terms, strict=False)
         return sum(weight * term.mean() for weight, term in pairs)
 
-    assert gradient == pytest.approx(
-        difference(lambda: total(held), network, direction), rel=1e-6
-    )
+    assert gradient == pytest.approx(difference(lambda: total(held), network, direction), rel=1e-6)
     # The value of the loss itself moves otherwise: that is the detach at work.
     plain = difference(lambda: total(None), network, direction)
     assert abs(gradient - plain) > 1e-3 * abs(plain)

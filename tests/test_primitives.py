@@ -67,19 +67,20 @@ def loss_and_check(network, shape, order, engine, **model_options):
 
     start = parameters_to_vector(network.parameters()).detach()
     direction = torch.randn_like(start)
-    gradients = torch.autograd.grad(value(), list(network.parameters()), materialize_grads=True,
-                                    allow_unused=True)
+    gradients = torch.autograd.grad(
+        value(), list(network.parameters()), materialize_grads=True, allow_unused=True
+    )
     gradient = float(parameters_to_vector(gradients) @ direction)
     h, ends = 1e-5, []
     for sign in (1, -1):
         vector_to_parameters(start + sign * h * direction, network.parameters())
-        ends.append(float(_exact(network, field, x, w, order, b)))
+        ends.append(float(_exact(field, x, w, order, b)))
     vector_to_parameters(start, network.parameters())
     difference = (ends[0] - ends[1]) / (2 * h)
     return abs(gradient - difference) / abs(difference)
 
 
-def _exact(network, field, x, w, order, b):
+def _exact(field, x, w, order, b):
     """⟨D, b⟩ or ⟨G, c⟩ from values and first-order vector-Jacobian products only."""
     w = w[0]
 
@@ -336,7 +337,9 @@ def test_torchs_own_checkpoint_is_an_error_and_never_a_wrong_gradient(reentrant,
 def test_torchs_own_checkpoint_is_an_error_around_every_primitive(name):
     network, shape = network_of(name.split()[-1])
     if name == "math attention":
-        network[1].forward = lambda x: F.scaled_dot_product_attention(*network[1].qkv(x).chunk(3, -1))
+        network[1].forward = lambda x: F.scaled_dot_product_attention(
+            *network[1].qkv(x).chunk(3, -1)
+        )
 
     def through(x, t):
         return torch.utils.checkpoint.checkpoint(network, x, use_reentrant=False)
@@ -355,7 +358,7 @@ def test_outside_a_loss_our_checkpoint_is_torchs():
 
 
 def test_nothing_is_left_behind_by_a_graph_that_is_abandoned():
-    network, _, model = checkpointed(hosm.checkpoint)
+    _, _, model = checkpointed(hosm.checkpoint)
     loss = hosm.third_order_dsm(model, torch.ones(3, 4))
     assert not active()
     del loss

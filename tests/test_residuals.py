@@ -90,9 +90,7 @@ def test_the_minimisers_are_off_by_exactly_the_lower_errors(seed, atoms, d, t):
     _, _, _, r3 = residuals(noise, f, along + wrong_slope, gradient, v)
     best = gradient - p @ r3
     expected = (
-        -((delta @ v) ** 2) * delta
-        + (v @ wrong_slope) * delta
-        + 2 * (delta @ v) * wrong_slope
+        -((delta @ v) ** 2) * delta + (v @ wrong_slope) * delta + 2 * (delta @ v) * wrong_slope
     )
     torch.testing.assert_close(best - gradient, expected, rtol=0, atol=1e-8)
 
@@ -175,6 +173,8 @@ def test_the_exact_forms_are_off_by_exactly_the_lower_errors(seed, atoms, d, t):
         _, _, _, r3 = residuals(noise, f + delta, along + error @ unit, gradient, unit)
         second_off.append(-(p @ r2))
         third_off = third_off - p @ r3
-    torch.testing.assert_close(torch.stack(second_off, 1), torch.outer(delta, delta), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        torch.stack(second_off, 1), torch.outer(delta, delta), rtol=0, atol=1e-9
+    )
     expected = -delta.dot(delta) * delta + error.trace() * delta + 2 * error @ delta
     torch.testing.assert_close(third_off, expected, rtol=0, atol=1e-8)

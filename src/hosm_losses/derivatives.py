@@ -66,17 +66,17 @@ class Derivatives(NamedTuple):
     Attributes:
         value: f, of shape (1, B, *) where the directions share it, (K, B, *) where each has its
             own.
-        directional: D = ∂f/∂x w, of shape (K, B, *); None at order 1.
-        gradient: G = ∇_x (wᵀ ∂f/∂x w), of shape (K, B, *); None below order 3.
+        directional: D = ∂f/∂x w, of shape (K, B, *).
+        gradient: G = ∇_x (wᵀ ∂f/∂x w), of shape (K, B, *); None at order 2.
     """
 
     value: Tensor
-    directional: Tensor | None = None
+    directional: Tensor
     gradient: Tensor | None = None
 
 
 def derive(
-    field: Field, x: Tensor, direction: Tensor | None, *, order: int, derivative: str = "auto"
+    field: Field, x: Tensor, direction: Tensor, *, order: int, derivative: str = "auto"
 ) -> Derivatives:
     """Evaluate a field and its derivatives along directions.
 
@@ -85,19 +85,17 @@ def derive(
     Args:
         field: a function of x that treats every sample alone.
         x: the point (B, *).
-        direction: w = σ v, of shape (K, B, *); not used at order 1.
-        order: 1 for the value, 2 for D as well, 3 for G as well.
+        direction: w = σ v, of shape (K, B, *).
+        order: 2 for the value and D, 3 for G as well.
         derivative: "auto", "forward" or "reverse".
 
     Returns:
-        The derivatives, None above `order`.
+        The derivatives; G is None at order 2.
 
     Raises:
         DerivativeError: if the network's output does not depend on its input in a way that
         autograd can follow.
     """
-    if order == 1 or direction is None:
-        return Derivatives(field(x).unsqueeze(0))
     if derivative == "auto":
         derivative = "forward" if torch.compiler.is_compiling() else "reverse"
     engine = _forward if derivative == "forward" else _reverse

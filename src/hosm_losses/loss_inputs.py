@@ -63,7 +63,7 @@ def prepare(
             f"model: expected a ScoreModel; got {describe(model)}. Wrap your network first: "
             "ScoreModel(network, VPSchedule(), prediction='epsilon')."
         )
-    batch = check_sample_batch("x0", x0)
+    batch = normal(check_sample_batch("x0", x0))
     drawn = t is None
     times = (
         draw_time(model, batch, weighting, generator)
@@ -73,11 +73,12 @@ def prepare(
     if noise is None:
         eps = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
     else:
-        eps = check_like("noise", noise, tuple(batch.shape), batch.dtype, batch.device, "x0")
+        shape = tuple(batch.shape)
+        eps = normal(check_like("noise", noise, shape, batch.dtype, batch.device, "x0"))
         check_finite("noise", eps)
     alpha, sigma = model.coefficients(times, batch)
     x = expand_right(alpha, batch) * batch + expand_right(sigma, batch) * eps
-    return model, Inputs(normal(x.to(batch.dtype)), times, eps, sigma, drawn)
+    return model, Inputs(x.to(batch.dtype), times, eps, sigma, drawn)
 
 
 def _check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
@@ -92,7 +93,7 @@ def _check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
         floating = t.dtype
     time = check_like("t", t, (len(x0),), floating, x0.device, "the batch dimension of x0")
     check_range("t", time, schedule.t_min, schedule.t_max)
-    return time
+    return normal(time)
 
 
 def probe_tensor(
@@ -130,4 +131,4 @@ def probe_tensor(
             "out when you give the probe."
         )
     check_finite("probe", given)
-    return given
+    return normal(given)

@@ -109,18 +109,23 @@ def _mean_square(residual: Tensor, *, exact: bool = False) -> Tensor:
     return residual.square().reshape(*residual.shape[:2], -1).sum(-1).mean(0)
 
 
-def _terms(
-    field: NoiseField, inputs: Inputs, probe: Tensor | None, options: LossOptions
-) -> DSMTerms:
+def _first(field: NoiseField, inputs: Inputs) -> Tensor:
+    return first_residual(field(inputs.x).unsqueeze(0), inputs.noise)
+
+
+def _first_term(residual: Tensor) -> Tensor:
+    return _mean_square(residual) / residual[0, 0].numel()
+
+
+def _terms(field: NoiseField, inputs: Inputs, probe: Tensor, options: LossOptions) -> DSMTerms:
     x, noise = inputs.x, inputs.noise
-    direction = None if probe is None else (expand_right(inputs.sigma, x) * probe).to(x.dtype)
-    derived = derive(field, x, direction, order=options.order, derivative=options.derivative)
-    value, directional, gradient = derived
+    direction = (expand_right(inputs.sigma, x) * probe).to(x.dtype)
+    value, directional, gradient = derive(
+        field, x, direction, order=options.order, derivative=options.derivative
+    )
     elements = x[0].numel()
-    first = _mean_square(first_residual(value, noise)) / elements
-    if probe is None or directional is None:
-        return DSMTerms(first)
     exact = options.probes == "exact"
+    first = _first_term(first_residual(value, noise))
     second = _mean_square(second_residual(value, directional, noise, probe)) / elements**2
     # Over all unit vectors ‖r2‖² is summed, but rt and r3 are summed before they are squared.
     second = second * len(probe) if exact else second
@@ -144,20 +149,17 @@ def _terms_of_fraction(
     count = max(1, round(options.fraction * batch))
     order = torch.randperm(batch, generator=generator, device=inputs.x.device)
     chosen, rest = order[:count], order[count:]
-    probe = None if probe is None else probe[:, chosen]
     part = _rows(inputs, chosen)
-    if probe is None:
-        probe = probe_tensor(part.x, None, options.probes, options.distribution, generator)
-    terms = _terms(field.rows(chosen), part, probe, options)
+    given = None if probe is None else probe[:, chosen]
+    if given is None:
+        given = probe_tensor(part.x, None, options.probes, options.distribution, generator)
+    terms = _terms(field.rows(chosen), part, given, options)
+    first = terms.first
     if count < batch:
         others = _rows(inputs, rest)
-        value = field.rows(rest)(others.x).unsqueeze(0)
-        first = _mean_square(first_residual(value, others.noise)) / inputs.x[0].numel()
-        joined = torch.cat([terms.first, first])
-        terms = terms._replace(first=joined.new_empty(batch).index_copy(0, order, joined))
-    else:
-        terms = terms._replace(first=terms.first[torch.argsort(chosen)])
-    return terms, chosen
+        first = torch.cat([first, _first_term(_first(field.rows(rest), others))])
+    first = torch.empty_like(first).index_copy(0, order, first)
+    return terms._replace(first=first), chosen
 
 
 def _rows(inputs: Inputs, index: Tensor) -> Inputs:
@@ -165,29 +167,32 @@ def _rows(inputs: Inputs, index: Tensor) -> Inputs:
     return Inputs(x[index], t[index], noise[index], sigma[index], drawn)
 
 
-def _weighted(terms: DSMTerms, weights: Weights | None, order: int) -> tuple[Tensor | None, ...]:
-    """w₁ first, and the weighted sum of the higher terms; None for what has weight zero."""
+def _check_weights(weights: object, order: int) -> Weights:
     count = {1: 1, 2: 3, 3: 4}[order]
-    given: Weights = (1.0,) * count if weights is None else tuple(weights)
+    if weights is None:
+        return (1.0,) * count
+    given = tuple(weights) if isinstance(weights, Sequence | Tensor) else ()
     if len(given) not in ((3, 4) if order == 2 else (count,)):
         raise ValueError(
             "weights: expected four numbers (first, second, trace, third), at order 2 three or "
-            f"four; got {len(given)} at order {order}."
+            f"four; got {weights!r} at order {order}."
         )
     for weight in given:
         if isinstance(weight, Tensor) and weight.numel() != 1:
             raise ValueError(f"weights: expected numbers; got {describe(weight)}.")
+    if not any(isinstance(weight, Tensor) or weight != 0 for weight in given[: order + 1]):
+        raise ValueError(f"weights: expected one at least that is not 0; got {weights!r}.")
+    return given
+
+
+def _weighted(terms: DSMTerms, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
+    """w₁ first, and the weighted sum of the higher terms; None for what has weight zero."""
     products = [
-        None
-        if term is None or (isinstance(weight, int | float) and weight == 0)
-        else weight * term
-        for weight, term in zip(given, terms, strict=False)
+        weight * term if term is not None and (isinstance(weight, Tensor) or weight != 0) else None
+        for weight, term in zip(weights, terms, strict=False)
     ]
-    higher = None
-    for product in products[1:]:
-        if product is not None:
-            higher = product if higher is None else higher + product
-    return products[0], higher
+    higher = [product for product in products[1:] if product is not None]
+    return products[0], sum(higher[1:], higher[0]) if higher else None
 
 
 def evaluate(
@@ -218,42 +223,48 @@ def evaluate(
     Returns:
         The reduced loss, and the terms with their graph.
     """
+    checked = _check_weights(weights, options.order)
     with outside_inference_mode():
         score_model, inputs = prepare(model, x0, t, noise, options.weighting, generator)
         higher = options.order > 1
         field = score_model.field(
             inputs.t, model_kwargs, primitives=score_model.primitives and higher
         )
-        given = None
-        if higher and (probe is not None or options.fraction == 1):
-            given = probe_tensor(inputs.x, probe, options.probes, options.distribution, generator)
         chosen = None
-        if higher and options.fraction < 1:
+        if not higher:
+            residual = _first(field, inputs)
+            terms = DSMTerms(_first_term(residual))
+            if options.weighting == "noise" and options.reduction == "mean":
+                # One mean over all elements, as every trainer has it: the same to the last bit.
+                return residual.square().mean(), terms
+        elif options.fraction < 1:
+            given = None
+            if probe is not None:
+                given = probe_tensor(inputs.x, probe, options.probes, options.distribution, None)
             terms, chosen = _terms_of_fraction(field, inputs, given, options, generator)
         else:
+            given = probe_tensor(inputs.x, probe, options.probes, options.distribution, generator)
             terms = _terms(field, inputs, given, options)
         factors = time_factors(
             score_model, inputs.x, inputs.t, options.weighting, drawn=inputs.drawn
         )
-        return _reduce(terms, weights, factors, chosen, options), terms
+        return _reduce(terms, checked, factors, chosen, options), terms
 
 
 def _reduce(
     terms: DSMTerms,
-    weights: Weights | None,
+    weights: Weights,
     factors: tuple[Tensor | None, Tensor | None],
     chosen: Tensor | None,
     options: LossOptions,
 ) -> Tensor:
-    first, higher = _weighted(terms, weights, options.order)
+    first, higher = _weighted(terms, weights)
     first_factor, higher_factor = factors
     if first is not None and first_factor is not None:
         first = first * first_factor
     if higher is not None and higher_factor is not None:
         higher = higher * (higher_factor if chosen is None else higher_factor[chosen])
     parts = [part for part in (first, higher) if part is not None]
-    if not parts:
-        raise ValueError(f"weights: expected one at least that is not 0; got {weights!r}.")
     if options.reduction == "none":
         return sum(parts[1:], parts[0])
     # The mean over a random fraction estimates the mean over the batch, so the sum is B times it.

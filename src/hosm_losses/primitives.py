@@ -167,11 +167,9 @@ def _attention(
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    # A vector where a number would do: autograd saves it, the native kernel saves nothing like it,
-    # so that torch's own checkpoint, which recomputes with the native kernel, sees that they differ.
-    factor = query.new_full(
-        query.shape[-1:], query.shape[-1] ** -0.5 if scale is None else scale
-    )
+    # A vector where a number would do: autograd saves it, and the native kernel saves nothing like
+    # it. So torch's own checkpoint, which recomputes with the native kernel, sees the difference.
+    factor = query.new_full(query.shape[-1:], query.shape[-1] ** -0.5 if scale is None else scale)
     logits = _at_least_float32((query * factor) @ key.transpose(-2, -1))
     if is_causal:
         attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
@@ -239,7 +237,7 @@ class _SafePrimitives(TorchFunctionMode):
         _depth.value = getattr(_depth, "value", 0) + 1
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         _depth.value -= 1
         super().__exit__(*exception)
 

@@ -1,0 +1,110 @@
+"""The modules: the functions with their options held, for what wraps a module."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import hosm_losses as hosm
+from tests.oracles import MLP
+
+VP = hosm.VPSchedule()
+PAIRS = [
+    (hosm.FirstOrderDSM, hosm.first_order_dsm, 1),
+    (hosm.SecondOrderDSM, hosm.second_order_dsm, 2),
+    (hosm.ThirdOrderDSM, hosm.third_order_dsm, 3),
+]
+
+
+def setting():
+    return hosm.ScoreModel(MLP(2), VP), torch.randn(4, 2)
+
+
+@pytest.mark.parametrize(("module", "function", "order"), PAIRS)
+def test_module_equals_function(module, function, order):
+    model, x0 = setting()
+    options = {"weighting": "likelihood", "reduction": "sum"}
+    if order > 1:
+        options |= {
+            "probes": 2,
+            "distribution": "sphere",
+            "weights": (0.1, 0.2, 0.3, 0.4),
+            "derivative": "forward",
+            "fraction": 0.5,
+        }
+    expected = function(model, x0, generator=torch.Generator().manual_seed(0), **options)
+    got = module(model, **options)(x0, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("module", "function", "order"), PAIRS)
+def test_terms_come_detached_beside_the_loss(module, function, order):
+    model, x0 = setting()
+    t, noise = torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.randn(4, 2)
+    inputs = {"t": t, "noise": noise} | ({"probe": torch.randn(4, 2)} if order > 1 else {})
+    loss, terms = module(model)(x0, return_terms=True, **inputs)
+    assert torch.equal(loss, function(model, x0, **inputs))
+    assert loss.requires_grad
+    given = [term for term in terms if term is not None]
+    assert len(given) == (1 if order == 1 else order + 1)
+    assert not any(term.requires_grad for term in given)
+    torch.testing.assert_close(sum(term.mean() for term in given), loss.detach())
+
+
+def test_weights_of_a_call_stand_before_those_of_the_module():
+    model, x0 = setting()
+    module = hosm.SecondOrderDSM(model, weights=(1, 1, 1))
+    seed = torch.Generator()
+    ramp = module(x0, generator=seed.manual_seed(0), weights=(1, 0.5, 0.5))
+    expected = hosm.second_order_dsm(
+        model, x0, generator=seed.manual_seed(0), weights=(1, 0.5, 0.5)
+    )
+    assert torch.equal(ramp, expected)
+
+
+def test_keyword_arguments_of_the_network():
+    seen = []
+
+    def network(x, t, label):
+        seen.append(label)
+        return x
+
+    module = hosm.FirstOrderDSM(hosm.ScoreModel(network, VP))
+    label = torch.arange(4)
+    module(torch.randn(4, 2), model_kwargs={"label": label})
+    assert seen[0] is label
+
+
+def test_it_holds_the_model_and_nothing_else_and_can_be_copied():
+    model, x0 = setting()
+    module = hosm.ThirdOrderDSM(model, probes="exact", weighting="native")
+    assert module.model is model
+    assert set(module.state_dict()) == {f"model.{key}" for key in model.state_dict()}
+    for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        t, noise = torch.full((4,), 0.5), torch.ones(4, 2)
+        assert torch.equal(clone(x0, t=t, noise=noise), module(x0, t=t, noise=noise))
+    assert "probes='exact'" in repr(module)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"probes": 0}, "probes: expected a number above 0, or 'exact'; got 0"),
+        ({"probes": True}, "probes: expected a number above 0"),
+        ({"probes": "all"}, "probes: expected a number above 0, or 'exact'; got 'all'"),
+        ({"distribution": "cauchy"}, "distribution: expected one of 'rademacher', 'gaussian'"),
+        ({"weighting": "snr"}, r"weighting \(or a callable of t\): expected one of 'noise'"),
+        ({"derivative": "jvp"}, "derivative: expected one of 'auto', 'forward', 'reverse'"),
+        ({"reduction": "avg"}, "reduction: expected one of 'mean', 'sum', 'none'; got 'avg'"),
+        ({"fraction": 0.0}, r"fraction: expected a number in \(0, 1\]; got 0.0"),
+        ({"fraction": 1.5}, r"fraction: expected a number in \(0, 1\]; got 1.5"),
+        ({"fraction": 0.5, "reduction": "none"}, "fraction: expected 1 with reduction='none'"),
+    ],
+)
+def test_bad_options_are_an_error_at_construction_and_in_the_function(options, message):
+    model, x0 = setting()
+    with pytest.raises(ValueError, match=message):
+        hosm.ThirdOrderDSM(model, **options)
+    with pytest.raises(ValueError, match=message):
+        hosm.third_order_dsm(model, x0, **options)

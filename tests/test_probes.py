@@ -1,0 +1,79 @@
+"""Probes: shapes, moments and the known variance of vᵀ A v."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hosm_losses.probes import DISTRIBUTIONS, draw_probes, unit_vectors
+
+COUNT = 40_000
+
+
+@given(
+    shape=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    count=st.integers(1, 3),
+    distribution=st.sampled_from(sorted(DISTRIBUTIONS)),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_shape_and_dtype_are_those_of_the_batch(shape, count, distribution, dtype):
+    probes = draw_probes(torch.zeros(shape, dtype=dtype), count, distribution)
+    assert probes.shape == (count, *shape)
+    assert probes.dtype == dtype
+
+
+@pytest.mark.parametrize("distribution", sorted(DISTRIBUTIONS))
+def test_moments_and_the_variance_of_a_quadratic_form(distribution):
+    d = 4
+    matrix = torch.randn(d, d)
+    generator = torch.Generator().manual_seed(1)
+    v = draw_probes(torch.zeros(COUNT, d), 1, distribution, generator)[0]
+    outer = torch.einsum("ni,nj->nij", v, v)
+    error = outer.std(0) / COUNT**0.5
+    assert bool(((outer.mean(0) - torch.eye(d)).abs() <= 5 * error + 1e-12).all())
+
+    symmetric = (matrix + matrix.T) / 2
+    off = torch.triu(matrix + matrix.T, 1)
+    gaussian = 2 * (symmetric**2).sum()
+    traceless = symmetric - symmetric.trace() / d * torch.eye(d)
+    variance = {
+        "rademacher": (off**2).sum(),
+        "gaussian": gaussian,
+        "sphere": 2 * d / (d + 2) * (traceless**2).sum(),
+    }[distribution]
+    forms = torch.einsum("ni,ij,nj->n", v, matrix, v)
+    squares = (forms - matrix.trace()) ** 2
+    assert abs(squares.mean() - variance) < 5 * squares.std() / COUNT**0.5
+
+
+def test_rademacher_is_signs_and_the_sphere_has_radius_root_d():
+    like = torch.zeros(50, 3, 2)
+    assert set(draw_probes(like, 2).unique().tolist()) == {-1.0, 1.0}
+    radius = draw_probes(like, 2, "sphere").square().sum((2, 3))
+    torch.testing.assert_close(radius, torch.full((2, 50), 6.0))
+
+
+@pytest.mark.parametrize("distribution", sorted(DISTRIBUTIONS))
+def test_a_generator_decides_and_the_global_one_is_left_alone(distribution):
+    before = torch.get_rng_state()
+    draws = [
+        draw_probes(torch.zeros(3, 2), 2, distribution, torch.Generator().manual_seed(5))
+        for _ in range(2)
+    ]
+    assert torch.equal(*draws)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_unit_vectors_are_all_of_them_for_every_sample():
+    units = unit_vectors(torch.zeros(3, 2, 2))
+    assert units.shape == (4, 3, 2, 2)
+    for row in range(3):
+        assert torch.equal(units[:, row].reshape(4, 4), torch.eye(4))
+    assert unit_vectors(torch.zeros(3)).tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_unknown_names_and_counts_are_refused():
+    with pytest.raises(ValueError, match=r"distribution: expected one of 'rademacher'.*got 'x'"):
+        draw_probes(torch.zeros(1, 2), 1, "x")
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        draw_probes(torch.zeros(1, 2), 0)

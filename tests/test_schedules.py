@@ -1,0 +1,144 @@
+"""The closed forms: precision in float32, inverses, derivatives, draws."""
+
+import dataclasses
+import pickle
+
+import mpmath
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hosm_losses as hosm
+
+SCHEDULES = {
+    "vp": hosm.VPSchedule(),
+    "ve": hosm.VESchedule(),
+    "subvp": hosm.SubVPSchedule(),
+    "cosine": hosm.CosineSchedule(),
+    "edm": hosm.EDMSchedule(),
+    "flow": hosm.LinearFlowSchedule(),
+}
+NAMES = sorted(SCHEDULES)
+
+
+def textbook(name, t):
+    """(α, σ) as the papers write them, in 50 digits."""
+    with mpmath.workdps(50):
+        t = mpmath.mpf(t)
+        b = mpmath.mpf("0.1") * t + mpmath.mpf("9.95") * t**2
+        if name in ("vp", "subvp"):
+            alpha = mpmath.exp(-b / 2)
+            variance = 1 - alpha**2
+            return alpha, mpmath.sqrt(variance) if name == "vp" else variance
+        if name == "ve":
+            return mpmath.mpf(1), mpmath.mpf("0.01") * mpmath.mpf(5000) ** t
+        if name == "cosine":
+            s = mpmath.mpf("0.008")
+            angle = mpmath.pi / 2 * (t + s) / (1 + s)
+            alpha = mpmath.cos(angle) / mpmath.cos(mpmath.pi / 2 * s / (1 + s))
+            return alpha, mpmath.sqrt(1 - alpha**2)
+        if name == "edm":
+            return mpmath.mpf(1), t
+        return 1 - t, t
+
+
+def times(schedule, dtype, count=200):
+    """From t_min to t_max, close to both ends and between them."""
+    span = schedule.t_max - schedule.t_min
+    near = torch.logspace(-8, 0, count)
+    t = torch.cat([schedule.t_min + span * near, schedule.t_max - span * near])
+    return t.clamp(schedule.t_min, schedule.t_max).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_alpha_and_sigma_keep_their_digits(name, dtype):
+    schedule = SCHEDULES[name]
+    t = times(schedule, dtype)
+    alpha, sigma = schedule(t)
+    assert alpha.dtype == sigma.dtype == dtype
+    bound = 1e-6 if dtype == torch.float32 else 2e-14
+    for time, a, s in zip(t.tolist(), alpha.tolist(), sigma.tolist(), strict=True):
+        exact_alpha, exact_sigma = textbook(name, time)
+        assert abs(s - exact_sigma) <= bound * exact_sigma
+        assert abs(a - exact_alpha) <= bound * exact_alpha
+
+
+@given(name=st.sampled_from(NAMES), place=st.floats(0, 1))
+def test_time_inverts_log_sigma_hat(name, place):
+    schedule = SCHEDULES[name]
+    t = torch.tensor([schedule.t_min + place * (schedule.t_max - schedule.t_min)])
+    alpha, sigma = schedule(t)
+    u = schedule.log_sigma_hat(t)
+    torch.testing.assert_close(u, (sigma / alpha).log(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(schedule.time(u), t, rtol=1e-7, atol=1e-9)
+
+
+@given(name=st.sampled_from(NAMES), place=st.floats(0.01, 0.99))
+def test_drift_diffusion_and_rates_are_differences_of_alpha_and_sigma(name, place):
+    schedule = SCHEDULES[name]
+    t = torch.tensor(schedule.t_min + place * (schedule.t_max - schedule.t_min))
+    h = 1e-6 * float(t)
+    (a1, s1), (a0, s0) = schedule(t + h), schedule(t - h)
+    alpha, sigma = schedule(t)
+    alpha_rate, sigma_rate = (a1 - a0) / (2 * h), (s1 - s0) / (2 * h)
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    for got, expected in zip(schedule.rates(t), (alpha_rate, sigma_rate), strict=True):
+        torch.testing.assert_close(got, expected, **close)
+    torch.testing.assert_close(schedule.drift(t), alpha_rate / alpha, **close)
+    g2 = 2 * sigma * (sigma_rate - sigma * alpha_rate / alpha)
+    torch.testing.assert_close(schedule.squared_diffusion(t), g2, **close)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_range_and_prior(name):
+    schedule = SCHEDULES[name]
+    low, high = schedule.log_sigma_hat_range
+    assert low == float(schedule.log_sigma_hat(torch.tensor(schedule.t_min)))
+    assert -15 < low < -3.5
+    assert 3.5 < high < 7
+    expected = {"ve": 50.0, "edm": 80.0}.get(name, 1.0)
+    assert schedule.prior_std == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_draws_stay_in_range_and_follow_the_density(name, dtype):
+    schedule = SCHEDULES[name]
+    count = 40_000
+    t = schedule.sample_time(count, torch.Generator().manual_seed(0), dtype=dtype)
+    assert t.dtype == dtype
+    assert t.shape == (count,)
+    assert bool(((t >= schedule.t_min) & (t <= schedule.t_max)).all())
+    # E[1/p(t)] over a draw from p is the length of the interval; half of it for its lower part.
+    cut = 1.0 if name == "edm" else schedule.t_min + 0.5 * (schedule.t_max - schedule.t_min)
+    low = 0.05 if name == "edm" else schedule.t_min
+    inside = (t > low) & (t < cut)
+    weights = torch.where(inside, 1 / schedule.time_density(t), torch.zeros_like(t)).double()
+    error = weights.std() / count**0.5
+    assert abs(weights.mean() - (cut - low)) < 5 * error
+
+
+def test_a_generator_decides_the_draw_and_the_global_one_is_left_alone():
+    before = torch.get_rng_state()
+    draws = [hosm.VPSchedule().sample_time(5, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_schedules_are_frozen_values(name):
+    schedule = SCHEDULES[name]
+    assert pickle.loads(pickle.dumps(schedule)) == schedule
+    assert hash(dataclasses.replace(schedule)) == hash(schedule)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        schedule.t_min = 0.5
+
+
+def test_options_change_what_they_name():
+    assert float(hosm.VPSchedule(beta_max=10.0)(1.0)[0]) == pytest.approx(
+        float(torch.tensor(-0.25 * 10.1).exp())
+    )
+    assert float(hosm.VESchedule(sigma_max=7.0)(1.0)[1]) == pytest.approx(7.0)
+    assert float(hosm.VESchedule(sigma_min=0.3)(0.0)[1]) == pytest.approx(0.3)

@@ -1,0 +1,191 @@
+"""ScoreModel: predictions seen as noise, what the network is given, what the module is."""
+
+import copy
+import operator
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+import hosm_losses as hosm
+from tests.oracles import MLP, networks, noise_by_solving
+
+VP = hosm.VPSchedule()
+PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
+
+
+class Labelled(nn.Module):
+    """A network that records what it was called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.seen = None
+
+    def forward(self, x, t, **kwargs):
+        self.seen = (t, kwargs)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_noise_score_and_denoise_are_those_of_the_prediction(prediction):
+    network, shape = networks()["mlp"]
+    model = hosm.ScoreModel(network, VP, prediction)
+    x, t = torch.randn(3, *shape), torch.tensor([0.1, 0.5, 0.9])
+    noise = model.noise(x, t)
+    torch.testing.assert_close(model(x, t), noise)
+    for row in range(3):
+        alpha, sigma = VP(t[row])
+        raw = network(x[row : row + 1], t[row : row + 1])[0]
+        expected = noise_by_solving(prediction, raw, x[row], alpha, sigma, VP.rates(t[row]))
+        torch.testing.assert_close(noise[row], expected)
+        torch.testing.assert_close(model.score(x, t)[row], -expected / sigma)
+        torch.testing.assert_close(model.denoise(x, t)[row], (x[row] - sigma * expected) / alpha)
+
+
+def test_an_edm_denoiser_is_a_sample_under_its_schedule():
+    def denoiser(x, sigma):
+        return x / (1 + sigma[:, None] ** 2)
+
+    model = hosm.ScoreModel(denoiser, hosm.EDMSchedule(), "sample")
+    x, sigma = torch.randn(2, 3), torch.tensor([0.5, 2.0])
+    expected = (x - denoiser(x, sigma)) / sigma[:, None]
+    torch.testing.assert_close(model.noise(x, sigma), expected)
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"), [(None, 0.5), (999.0, 499.5), (2, 1.0), (lambda t: 1 - t, 0.5)]
+)
+def test_time_is_what_the_network_wants(time, expected):
+    network = Labelled()
+    model = hosm.ScoreModel(network, VP, time=time)
+    model.noise(torch.zeros(1, 2), torch.tensor([0.5]))
+    assert float(network.seen[0]) == expected
+
+
+def test_keyword_arguments_reach_the_network_as_they_are():
+    network = Labelled()
+    model = hosm.ScoreModel(network, VP)
+    states = torch.randn(4, 7, 5)
+    hosm.first_order_dsm(
+        model, torch.zeros(4, 2), model_kwargs={"states": states, "flag": True, "none": None}
+    )
+    kwargs = network.seen[1]
+    assert kwargs["states"] is states
+    assert (kwargs["flag"], kwargs["none"]) == (True, None)
+
+
+def test_per_sample_arguments_follow_their_samples():
+    """Into folded probes and fractions; nested; tensors of another length unchanged."""
+    seen = []
+
+    def network(x, t, label, extra):
+        seen.append((len(x), len(label), len(extra["deep"][0]), len(extra["table"])))
+        return x * label[:, None] * extra["deep"][0][:, None]
+
+    model = hosm.ScoreModel(network, VP)
+    kwargs = {
+        "label": torch.arange(4.0),
+        "extra": {"deep": [torch.ones(4)], "table": torch.ones(5)},
+    }
+    hosm.third_order_dsm(model, torch.randn(4, 2), probes=3, model_kwargs=kwargs)
+    assert seen == [(12, 12, 12, 5)]
+    seen.clear()
+    hosm.third_order_dsm(model, torch.randn(4, 2), fraction=0.25, model_kwargs=kwargs)
+    assert seen == [(1, 1, 1, 5), (3, 3, 3, 5)]
+
+
+def test_folded_rows_keep_their_own_conditions():
+    network, shape = networks()["attention"]
+    model = hosm.ScoreModel(network, VP)
+    x0, noise, t = torch.randn(3, *shape), torch.randn(3, *shape), torch.rand(3) * 0.8 + 0.1
+    probe, label = torch.randn(2, 3, *shape), torch.randn(3)
+    inputs = {"t": t, "noise": noise, "model_kwargs": {"label": label}}
+    together = hosm.dsm_terms(model, x0, probe=probe, derivative="reverse", **inputs)
+    apart = [hosm.dsm_terms(model, x0, probe=probe[k], **inputs) for k in range(2)]
+    for index, term in enumerate(together):
+        torch.testing.assert_close(term, (apart[0][index] + apart[1][index]) / 2)
+
+
+def test_output_picks_the_prediction_out():
+    layer = nn.Linear(2, 4)
+
+    class Output:
+        def __init__(self, sample):
+            self.sample = sample
+
+    model = hosm.ScoreModel(
+        lambda x, t: Output(layer(x)[:, :2]), VP, output=operator.attrgetter("sample")
+    )
+    x, t = torch.zeros(1, 2), torch.tensor([0.5])
+    torch.testing.assert_close(model.noise(x, t), layer.bias[None, :2])
+    model = hosm.ScoreModel(lambda x, t: layer(x), VP, output=lambda out: out[:, :2])
+    torch.testing.assert_close(model.noise(x, t), layer.bias[None, :2])
+
+
+def test_state_dict_is_the_networks_and_nothing_else():
+    network = MLP(2)
+    model = hosm.ScoreModel(network, hosm.DiscreteSchedule([0.9, 0.5, 0.1]))
+    model.noise(torch.zeros(1, 2), torch.tensor([1.0]))
+    assert set(model.state_dict()) == {f"network.{key}" for key in network.state_dict()}
+    assert list(model.buffers()) == []
+    assert model.network is network
+
+
+def test_deepcopy_is_an_independent_average():
+    model = hosm.ScoreModel(MLP(2), VP)
+    average = copy.deepcopy(model)
+    x0, noise, t = torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0.2, 0.5, 0.7])
+    before = hosm.third_order_dsm(average, x0, t=t, noise=noise, probe=noise)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    after = hosm.third_order_dsm(average, x0, t=t, noise=noise, probe=noise)
+    moved = hosm.third_order_dsm(model, x0, t=t, noise=noise, probe=noise)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert float((moved - before).detach().abs()) > 1e-3
+
+
+def test_pickle_and_safetensors(tmp_path):
+    model = hosm.ScoreModel(MLP(2), VP, "v_prediction", time=999.0)
+    x, t = torch.randn(2, 2), torch.tensor([0.2, 0.7])
+    copied = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(copied(x, t), model(x, t), rtol=0, atol=0)
+    save_model(model, tmp_path / "model.safetensors")
+    other = hosm.ScoreModel(MLP(2), VP, "v_prediction", time=999.0)
+    load_model(other, tmp_path / "model.safetensors")
+    torch.testing.assert_close(other(x, t), model(x, t), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((3, VP), {}, TypeError, "network: expected an nn.Module or a callable; got 3"),
+        ((MLP(2), "vp"), {}, TypeError, "schedule: expected a schedule such as VPSchedule"),
+        ((MLP(2), VP, "x0"), {}, ValueError, "prediction: expected one of 'epsilon', 'score'"),
+        ((MLP(2), VP), {"time": "t"}, TypeError, "time: expected a factor, a callable or None"),
+        ((MLP(2), VP), {"output": 0}, TypeError, "output: expected a callable or None; got 0"),
+    ],
+)
+def test_bad_construction_is_an_error(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        hosm.ScoreModel(*arguments, **options)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("network", "error", "message"),
+    [
+        (lambda x, t: (x, x), TypeError, r"network: expected it to return a tensor; got an obj"),
+        (lambda x, t: {"sample": x}, TypeError, r"type dict\. Pick the prediction out with"),
+        (lambda x, t: x.repeat(1, 2), ValueError, r"shape of x, \(4, 2\).*predicts a variance"),
+        (lambda x, t: x.sum(1), ValueError, r"network: expected an output of the shape of x"),
+    ],
+)
+def test_a_network_that_returns_something_else_is_an_error(network, error, message, order):
+    model = hosm.ScoreModel(network, VP)
+    function = (hosm.first_order_dsm, hosm.second_order_dsm, hosm.third_order_dsm)[order - 1]
+    with pytest.raises(error, match=message):
+        function(model, torch.zeros(4, 2))
