@@ -56,7 +56,7 @@ def test_api_page_lists_exactly_the_public_names():
 
 
 def test_fences_are_found():
-    text = "```python\na\n```\n- b\n\n  ```python\n  c\n  ```\n```python no-run\nd\n```\n```bash\ne\n```\n"
+    text = "```python\na\n```\n- b\n\n  ```python\n  c\n  ```\n```python no-run\nd\n```\n"
     assert list(_blocks(text)) == [(1, "a\n"), (6, "c\n")]
 
 

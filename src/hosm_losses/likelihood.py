@@ -35,6 +35,7 @@ from hosm_losses._checks import (
     check_like,
     check_sample_batch,
     describe,
+    may_look,
 )
 from hosm_losses.coordinates import Coordinates
 from hosm_losses.derivatives import normal, outside_inference_mode
@@ -129,6 +130,8 @@ def ode_nll(
             _of_data("data_mean", data_mean, x, kept),
             _of_data("data_std", data_std, x, kept),
         )
+        if may_look(coordinates.std) and not bool((coordinates.std > 0).all()):
+            raise ValueError(f"data_std: expected positive values; got {describe(data_std)}.")
         times = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
         paths = Paths(
             model.field(times, model_kwargs, primitives=model.primitives and enable_grad),

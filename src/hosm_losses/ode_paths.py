@@ -90,7 +90,8 @@ class Paths:
         return draw_probes(like, self.probes, self.distribution, self.generator)
 
     def _at(self, field: NoiseField, z: Tensor, place: Place) -> tuple[NoiseField, Tensor]:
-        t = place.t.to(field.t.dtype).expand(len(z))
+        # A copy for every sample: a network may write to its times.
+        t = place.t.to(field.t.dtype).expand(len(z)).clone()
         return replace(field, t=t), self.coordinates.to_x(z, place).to(self.dtype)
 
 

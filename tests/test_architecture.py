@@ -1,0 +1,95 @@
+"""A source file imports only from lower floors, and one file differentiates."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+FLOORS = (
+    {"_checks"},
+    {"adaptive", "multistep", "primitives", "probes", "residuals"},
+    {"derivatives"},
+    {"schedule"},
+    {"coordinates", "discrete_schedule", "schedules", "score_model"},
+    {"divergence", "nll_result", "weighting"},
+    {"loss_inputs", "ode_paths"},
+    {"likelihood", "objective"},
+    {"loss_modules", "losses"},
+    {"__init__"},
+)
+SIDES = (
+    {"loss_inputs", "loss_modules", "losses", "objective", "residuals", "weighting"},
+    {
+        "adaptive",
+        "coordinates",
+        "divergence",
+        "likelihood",
+        "multistep",
+        "nll_result",
+        "ode_paths",
+    },
+)
+LONGEST = 320
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+SOURCE = Path(__file__).parent.parent / "src" / "hosm_losses"
+FILES = {path.stem: path for path in sorted(SOURCE.rglob("*.py"))}
+MODULES = [name for name in FILES if name != "__init__"]
+
+
+def _imported(tree):
+    """Dotted names of everything the file imports, with what it takes from each module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "write imports in full"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _own_imports(name):
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    dotted = [found.split(".") for found in _imported(tree)]
+    return {parts[1] for parts in dotted if parts[0] == "hosm_losses"}
+
+
+def _differentiates(tree):
+    """Whether torch.func, torch.autograd or .backward() occurs outside strings."""
+    dotted = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    dotted |= set(_imported(tree))
+    return any(
+        f"{text}.".startswith(("torch.func.", "torch.autograd.")) for text in dotted
+    ) or any(text.endswith(".backward") for text in dotted)
+
+
+def test_every_file_has_a_floor():
+    assert set(FILES) == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_down(name):
+    assert {other for other in _own_imports(name) if FLOOR[other] >= FLOOR[name]} == set()
+
+
+@pytest.mark.parametrize("side", SIDES, ids=["losses", "likelihood"])
+def test_a_side_is_imported_by_itself_alone(side):
+    others = set(FILES) - side - {"__init__"}
+    assert {name for name in others if _own_imports(name) & side} == set()
+
+
+def test_one_file_differentiates():
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+    assert {name for name, tree in trees.items() if _differentiates(tree)} == {"derivatives"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_short(name):
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_say_what_they_are_and_what_they_offer(name):
+    module = importlib.import_module(f"hosm_losses.{name}")
+    assert module.__doc__
+    assert module.__all__
+    assert {public for public in module.__all__ if not hasattr(module, public)} == set()

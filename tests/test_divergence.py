@@ -1,0 +1,64 @@
+"""Exact and estimated divergence against dense Jacobians, with one forward pass."""
+
+import pytest
+import torch
+
+import hosm_losses.divergence
+from hosm_losses import ScoreModel, VPSchedule
+from hosm_losses.divergence import accumulator, exact_divergence, hutchinson_divergence
+from tests.oracles import dense_derivatives, networks, sign_vectors
+
+T = torch.tensor([0.3, 0.6])
+
+
+def setting(name):
+    network, shape = networks()[name]
+    calls = []
+
+    def counted(x, t):
+        calls.append(len(x))
+        return network(x, t)
+
+    return network, ScoreModel(counted, VPSchedule()).field(T), torch.randn(2, *shape), calls
+
+
+def traces(network, x):
+    return torch.stack(
+        [
+            dense_derivatives(lambda p, r=row: -network(p[None], T[r : r + 1])[0], x[row])[
+                1
+            ].trace()
+            for row in range(len(x))
+        ]
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 30, 2**22])
+@pytest.mark.parametrize("name", ["mlp", "conv", "attention"])
+def test_exact_is_the_trace_in_chunks_of_any_size(name, chunk, monkeypatch):
+    monkeypatch.setattr(hosm_losses.divergence, "CHUNK_ELEMENTS", chunk)
+    network, field, x, calls = setting(name)
+    value, samples = exact_divergence(field, x)
+    assert calls == [2]
+    torch.testing.assert_close(samples, traces(network, x)[None], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(value, -network(x, T))
+
+
+def test_all_signs_average_to_the_trace_in_one_pass():
+    network, field, x, calls = setting("mlp")
+    probes = sign_vectors(3)[:, None].expand(8, 2, 3)
+    value, samples = hutchinson_divergence(field, x, probes)
+    assert calls == [2]
+    assert samples.shape == (8, 2)
+    torch.testing.assert_close(samples.mean(0), traces(network, x))
+    torch.testing.assert_close(value, -network(x, T))
+
+
+def test_sums_are_kept_in_double_precision():
+    network, shape = networks()["mlp"]
+    field = ScoreModel(network.float(), VPSchedule()).field(T.float())
+    x = torch.randn(2, *shape, dtype=torch.float32)
+    assert exact_divergence(field, x).samples.dtype == torch.float64
+    assert exact_divergence(field, x).value.dtype == torch.float32
+    assert hutchinson_divergence(field, x, x[None]).samples.dtype == torch.float64
+    assert accumulator(x) == torch.float64
