@@ -17,7 +17,7 @@ exclude_patterns = ["_build", "examples"]
 html_theme = "furo"
 html_title = f"{project} {release}"
 
-myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 # Docstrings name code in single backticks.
@@ -33,7 +33,7 @@ napoleon_numpy_docstring = False
 
 def _escape_shapes(app, what, name, obj, options, lines: list[str]) -> None:  # noqa: ANN001, ARG001
     """Keep the star of a shape such as (B, *) from opening an emphasis."""
-    lines[:] = [line.replace("*)", r"\*)").replace("/*", r"/\*") for line in lines]
+    lines[:] = [line.replace("*)", r"\*)") for line in lines]
 
 
 def setup(app) -> None:  # noqa: ANN001

@@ -6,6 +6,8 @@ import math
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
 class GaussianMixture:
@@ -170,7 +172,7 @@ class AttentionNet(nn.Module):
     def forward(self, x, t, label=None):
         hidden = self.inner(x) + t[:, None, None]
         if label is not None:
-            hidden = hidden + label[:, None, None]
+            hidden = hidden * label[:, None, None]
         if self.by_hand:
             normed = standardise_by_hand(hidden, (2,)) * self.norm.weight + self.norm.bias
         else:
@@ -258,3 +260,18 @@ def dense_terms(f, jacobian, second, sigma, noise, probes, *, exact=False, froze
         )
         squares.append(torch.stack([(r2**2).sum() / d**2, rt**2 / d**2, (r3**2).sum() / d**3]))
     return first, *torch.stack(squares).mean(0)
+
+
+class CountFlops(TorchDispatchMode):
+    """Counts the FLOPs of matrix products and convolutions, wherever they are called from."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out

@@ -235,9 +235,10 @@ def test_a_fraction_keeps_the_factors_of_its_rows():
     whole = hosm.third_order_dsm(model, x0, reduction="none", **inputs)
     first = t**2 * hosm.dsm_terms(model, x0, order=1, t=t, noise=noise).first
     got = hosm.third_order_dsm(
-        model, x0, fraction=0.5, generator=torch.Generator().manual_seed(0), **inputs
+        model, x0, fraction=0.5, generator=torch.Generator().manual_seed(1), **inputs
     )
-    rows = torch.randperm(4, generator=torch.Generator().manual_seed(0))[:2]
+    rows = torch.randperm(4, generator=torch.Generator().manual_seed(1))[:2]
+    assert set(rows.tolist()) != {0, 1}
     torch.testing.assert_close(got, first.mean() + (whole - first)[rows].mean())
 
 

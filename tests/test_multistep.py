@@ -1,5 +1,6 @@
 """The fixed grid: order of convergence, count of calls, and errors that are what they say."""
 
+import itertools
 import math
 
 import pytest
@@ -48,7 +49,7 @@ def test_both_are_of_order_four(quantity):
             errors.append(float((solution.state - exact_state()).abs().max()))
         else:
             errors.append(float((solution.integral - exact_integral()).abs().max()))
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in itertools.pairwise(errors):
         assert 12 < coarse / fine < 40
 
 

@@ -51,6 +51,13 @@ def times(schedule, dtype, count=200):
     return t.clamp(schedule.t_min, schedule.t_max).to(dtype)
 
 
+def test_a_wide_ve_schedule_keeps_its_digits_in_float32():
+    schedule = hosm.VESchedule(sigma_min=1e-3, sigma_max=1e4)
+    t = torch.linspace(1e-5, 1, 20_001, dtype=torch.float32)
+    exact = 1e-3 * (1e4 / 1e-3) ** t.double()
+    assert float((schedule.sigma(t) / exact - 1).abs().max()) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", NAMES)
 def test_alpha_and_sigma_keep_their_digits(name, dtype):

@@ -220,7 +220,7 @@ def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
     """Leave torch.inference_mode, which forbids all derivatives, with gradients off as before."""
-    if not torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         yield
         return
     with torch.inference_mode(False), torch.no_grad():

@@ -73,7 +73,7 @@ class DiscreteSchedule(Schedule):
 
     @property
     def prior_std(self) -> float:
-        """1: variance preserving."""
+        """1, as the schedule preserves variance."""
         return 1.0
 
     def _table(self, like: Tensor) -> Tensor:

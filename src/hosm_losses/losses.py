@@ -186,7 +186,7 @@ def third_order_dsm(
     Raises:
         TypeError: for an argument of a wrong type or dtype, integer images included.
         ValueError: for a wrong shape, device, name, or (on the CPU) value.
-        DerivativeError: where the network's output does not depend on its input differentiably.
+        DerivativeError: in the reverse engine, where autograd cannot follow the output to x.
 
     Example:
         >>> from hosm_losses import VPSchedule

@@ -3,7 +3,7 @@ r"""What a likelihood is reported as.
 Formula:
     bits/dim = nll/(d ln 2) + log2(levels/(high − low))
     for data of `levels` levels, dequantized as x = low + (high − low)(k + u)/levels with u uniform
-    on [0, 1): its density per element is levels/(high − low) times less than that of k + u.
+    on [0, 1): its density per element is levels/(high − low) times that of k + u.
 
 Source:
     Theis et al., "A note on the evaluation of generative models", arXiv 1511.01844.
@@ -27,7 +27,8 @@ class NLLResult:
         nfe: network evaluations, one a value with its divergence, (B,).
         standard_error: of nll, from the random probes, (B,); None where it is not known.
         solver_error: estimate of what the solver is off, in nats, (B,). On the fixed grid with
-            random probes it covers the path alone, for the quadrature's part hides in the noise.
+            random probes it covers the path alone, for the quadrature's part hides in the noise;
+            with the adaptive method it is the sum of the integral's local errors alone.
         failed: where the number is not to be used, (B,).
     """
 

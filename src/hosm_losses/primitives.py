@@ -1,11 +1,11 @@
 r"""The few operators whose higher derivatives PyTorch gets wrong, written so that all are right.
 
 What:
-    The forward derivatives of layer norm, batch norm (in training) and instance norm are not
-    themselves differentiated correctly by PyTorch: the value of a Jacobian-vector product is
-    right, the parameter gradient of a loss on it is off by 20 to 70 %, in silence. Group norm
-    and scaled dot-product attention fail loudly on common inputs. Composed of means, products
-    and softmax, each is right by every route.
+    PyTorch does not differentiate layer norm, batch norm (in training) and instance norm rightly
+    more than twice: the parameter gradient of a loss on a directional derivative, at order three
+    sometimes the derivative's own value, is off by several to more than a hundred percent, in
+    silence. Group norm and scaled dot-product attention fail loudly on common inputs. Composed of
+    means, products and softmax, each is right by every route.
 
 How:
     A `TorchFunctionMode` puts the compositions in where the network calls the operators. It is

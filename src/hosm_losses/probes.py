@@ -5,9 +5,10 @@ What:
     E[vᵀ A v] = tr A and E‖A v‖² = ‖A‖²_F, so that a Jacobian is never built.
 
 Formula:
-    The variance of vᵀ A v is Σ_{i<j} (A_ij + A_ji)² for Rademacher signs and 2 ‖(A + Aᵀ)/2‖²_F
-    for Gaussian entries; √d times a uniform direction (the sphere) lies between them. Rademacher
-    is the default: it is exact for a diagonal A, where the Gaussian is not.
+    The variance of vᵀ A v is, with S = (A + Aᵀ)/2,
+        Rademacher   4 Σ_{i<j} S_ij²          zero for a diagonal A, hence the default
+        Gaussian     2 ‖S‖²_F
+        sphere       2 d/(d + 2) (‖S‖²_F − (tr S)²/d)      radius √d
 
 Source:
     Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1990); Skilling,

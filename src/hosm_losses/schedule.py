@@ -65,7 +65,7 @@ class Schedule:
 
     @property
     def prior_std(self) -> float:
-        """Standard deviation of the prior at t_max: σ(t_max) unless a schedule says better."""
+        """Standard deviation of the prior at t_max, σ(t_max) unless a schedule says better."""
         return float(self.sigma(torch.tensor(self.t_max, dtype=torch.float64)))
 
     def log_sigma_hat(self, t: Tensor | float) -> Tensor:
@@ -86,9 +86,7 @@ class Schedule:
         low = torch.full_like(target, self.t_min)
         high = torch.full_like(target, self.t_max)
         for _ in range(2 * -int(math.log2(torch.finfo(target.dtype).eps))):
-            # A geometric middle finds a small t in few steps, an arithmetic one does not.
-            wide = (low > 0) & (high > 4 * low)
-            middle = torch.where(wide, (low * high).abs().sqrt(), (low + high) / 2)
+            middle = (low + high) / 2
             below = self.log_sigma_hat(middle) < target
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2

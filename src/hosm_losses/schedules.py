@@ -39,7 +39,7 @@ class _LinearBeta(Schedule):
 
     @property
     def prior_std(self) -> float:
-        """1: α(t_max) is 0.007 or less, and σ is 1 to five digits."""
+        """1, as σ(t_max) is to four digits."""
         return 1.0
 
     def beta(self, t: Tensor | float) -> Tensor:
@@ -171,7 +171,7 @@ class CosineSchedule(Schedule):
 
     @property
     def prior_std(self) -> float:
-        """1: variance preserving."""
+        """1, as the schedule preserves variance."""
         return 1.0
 
     @property
@@ -246,7 +246,7 @@ class LinearFlowSchedule(Schedule):
 
     @property
     def prior_std(self) -> float:
-        """1: the noise end of the path."""
+        """1, the noise end of the path."""
         return 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
