@@ -8,11 +8,12 @@ import pytest
 
 FLOORS = (
     {"_checks"},
-    {"adaptive", "multistep", "primitives", "probes", "residuals"},
+    {"adaptive", "multistep", "primitives", "probes", "remedies", "residuals"},
+    {"primitive_mode"},
     {"derivatives"},
-    {"schedule"},
+    {"differences", "schedule"},
     {"coordinates", "discrete_schedule", "schedules", "score_model"},
-    {"divergence", "nll_result", "weighting"},
+    {"derivative_check", "divergence", "nll_result", "weighting"},
     {"loss_inputs", "ode_paths"},
     {"likelihood", "objective"},
     {"loss_modules", "losses"},

@@ -1,8 +1,13 @@
 """Both engines against dense derivatives, and every gradient the losses need of them."""
 
+import gc
+import logging
+import weakref
+
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from hosm_losses import DerivativeError, ScoreModel, VPSchedule
 from hosm_losses.derivatives import derive, quadratic_forms, time_derivative
@@ -115,6 +120,85 @@ def test_auto_is_reverse_in_eager_mode():
     # Folding shows: the reverse engine gives each of the K probes a value of its own.
     assert len(derive(field, x, w, order=3).value) == 2
     assert len(derive(field, x, w, order=3, derivative="forward").value) == 1
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """Cubes, with a forward derivative, and a backward that cannot be differentiated."""
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 3 * ctx.saved_tensors[0] ** 2 * tangent
+
+
+class Cubes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x, t):
+        return OnceDifferentiable.apply(self.layer(x))
+
+
+def test_auto_falls_back_to_forward_mode_once_and_says_so(caplog):
+    network = Cubes()
+    field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))
+    x, w = torch.randn(1, 3), torch.randn(1, 1, 3)
+    for order in (2, 3):
+        with pytest.raises(DerivativeError, match="once_differentiable or detaches"):
+            derive(field, x, w, order=order, derivative="reverse")
+    with caplog.at_level(logging.INFO, logger="hosm_losses"):
+        for _ in range(3):
+            derived = derive(field, x, w, order=2)
+    forward = derive(field, x, w, order=2, derivative="forward")
+    assert torch.equal(derived.directional, forward.directional)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert "uses forward mode for Cubes" in said[0]
+
+
+def test_the_choice_does_not_keep_the_network_alive():
+    network = Cubes()
+    field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))
+    derive(field, torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
+    alive = weakref.ref(network)
+    del network, field
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_auto_names_both_reasons_where_no_engine_can(order):
+    def network(x, t):
+        heads = x.reshape(1, 1, 3, 1)
+        return nn.functional.scaled_dot_product_attention(heads, heads, heads).reshape(x.shape)
+
+    model = ScoreModel(network, VPSchedule(), primitives=False)
+    field = model.field(torch.tensor([0.5]))
+    with pytest.raises(DerivativeError, match=r"in reverse mode \(.*or in forward mode \("):
+        derive(field, torch.randn(1, 3), torch.randn(1, 1, 3), order=order)
+
+
+def test_auto_does_not_hide_the_networks_own_errors():
+    def network(x, t):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        derive(field, torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
 
 
 @pytest.mark.parametrize("order", [2, 3])

@@ -1,18 +1,15 @@
 """Each primitive against its native operator, by value and where it matters: the derivatives."""
 
 import copy
-import gc
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import hosm_losses as hosm
-from hosm_losses.primitives import safe_primitives
+from hosm_losses.primitive_mode import safe_primitives
 
 ENGINES = ("forward", "reverse")
 
@@ -30,6 +27,35 @@ class Attention(nn.Module):
         return x + F.scaled_dot_product_attention(*heads, **self.options).squeeze(1)
 
 
+class MultiHead(nn.Module):
+    """nn.MultiheadAttention as transformers call it: without its weights."""
+
+    def __init__(self, width, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True, **options)
+
+    def forward(self, x, **options):
+        return x + self.attention(x, x, x, need_weights=False, **options)[0]
+
+
+class Function(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Gated(nn.Module):
+    """The gated linear unit."""
+
+    def forward(self, x):
+        return F.glu(torch.cat([x, 0.5 * x * x], -1))
+
+
 def layers() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     """A layer for every primitive, with the shape of a sample it takes."""
     return {
@@ -39,6 +65,12 @@ def layers() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
         "tracking": (nn.BatchNorm1d(4), (4, 3)),
         "instance_norm": (nn.InstanceNorm1d(4, affine=True), (4, 3)),
         "attention": (Attention(4), (3, 4)),
+        "multihead": (MultiHead(4), (3, 4)),
+        "transformer": (
+            nn.TransformerEncoderLayer(4, 2, 8, 0.0, F.gelu, batch_first=True),
+            (3, 4),
+        ),
+        "glu": (Gated(), (3, 4)),
     }
 
 
@@ -70,7 +102,7 @@ def loss_and_check(network, shape, order, engine, **model_options):
     gradients = torch.autograd.grad(
         value(), list(network.parameters()), materialize_grads=True, allow_unused=True
     )
-    gradient = float(parameters_to_vector(gradients) @ direction)
+    gradient = float(torch.cat([g.reshape(-1) for g in gradients]) @ direction)
     h, ends = 1e-5, []
     for sign in (1, -1):
         vector_to_parameters(start + sign * h * direction, network.parameters())
@@ -127,11 +159,64 @@ def test_without_the_primitive_pytorch_is_silently_wrong(name, engine, order):
     assert loss_and_check(network, shape, order, engine, primitives=False) > 1e-2
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_without_the_primitive_attention_fails(engine):
-    network, shape = network_of("attention")
-    with pytest.raises((RuntimeError, NotImplementedError)):
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        *[(name, e) for name in ("attention", "multihead", "transformer") for e in ENGINES],
+        ("glu", "forward"),
+    ],
+)
+def test_without_the_primitive_pytorch_fails(name, engine):
+    network, shape = network_of(name)
+    with pytest.raises(RuntimeError, match=r"not implemented|not been implemented|not support"):
         loss_and_check(network, shape, 3, engine, primitives=False)
+
+
+RIGHT = {
+    "rms_norm": (nn.RMSNorm(4), (3, 4)),
+    "local_response_norm": (nn.LocalResponseNorm(2), (4, 3)),
+    "batch_norm in evaluation": (nn.BatchNorm1d(4).eval(), (4, 3)),
+    "normalize": (Function(lambda x: F.normalize(x, dim=-1)), (3, 4)),
+    "vector_norm": (
+        Function(lambda x: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)),
+        (3, 4),
+    ),
+    "norm": (Function(lambda x: x / x.norm(dim=-1, keepdim=True)), (3, 4)),
+    "std": (Function(lambda x: x / x.std(-1, keepdim=True)), (3, 4)),
+    "var_mean": (Function(lambda x: x / (1 + torch.var_mean(x, -1, keepdim=True)[0])), (3, 4)),
+    "softmax": (Function(lambda x: x.softmax(-1)), (3, 4)),
+    "logsumexp": (Function(lambda x: x - x.logsumexp(-1, keepdim=True)), (3, 4)),
+    "silu": (nn.SiLU(), (3, 4)),
+    "gelu": (nn.GELU(), (3, 4)),
+    "gelu tanh": (nn.GELU("tanh"), (3, 4)),
+    "mish": (nn.Mish(), (3, 4)),
+    "softplus": (nn.Softplus(), (3, 4)),
+    "avg_pool": (nn.AvgPool1d(3, 1, 1), (4, 3)),
+    "weight_norm": (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), (3, 4)),
+}
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_pytorch_differentiates_rightly_is_left_alone(name, engine, order):
+    """If this fails, a new PyTorch needs a new primitive."""
+    torch.manual_seed(1)
+    layer, shape = copy.deepcopy(RIGHT[name])
+    inner, outer = nn.Linear(shape[-1], shape[-1]), nn.Linear(shape[-1], shape[-1])
+    network = nn.Sequential(inner, layer.double(), nn.Tanh(), outer)
+    error = loss_and_check(network, shape, order, engine, primitives=False)
+    assert error < (1e-6 if order == 2 else 1e-5)
+    x = torch.randn(2, *shape)
+    # Nested forward mode too: it has a value, that of reverse over reverse.
+    nested = torch.func.jvp(lambda y: torch.func.jvp(network, (y,), (x,))[1], (x,), (x,))[1]
+
+    def along(step):
+        return network(x + step * x)
+
+    step = 1e-3
+    difference = (along(step) - 2 * along(0) + along(-step)) / step**2
+    torch.testing.assert_close(nested, difference, rtol=1e-4, atol=1e-4)
 
 
 def test_without_the_primitive_group_norm_fails_on_channels_last():
@@ -181,6 +266,54 @@ def test_every_form_of_attention(options):
     with safe_primitives():
         safe = F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
     torch.testing.assert_close(safe, grouped)
+
+
+MASKS = {
+    "none": {},
+    "boolean": {"attn_mask": torch.tensor([[False, True, False]] * 3)},
+    "causal": {"attn_mask": torch.ones(3, 3).triu(1).bool(), "is_causal": True},
+    "padding": {"key_padding_mask": torch.tensor([[False, False, True]] * 2)},
+}
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("masks", MASKS)
+def test_every_form_of_multihead_attention(masks, need_weights):
+    layer = nn.MultiheadAttention(4, 2, batch_first=True)
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    native = layer(x, x, x, need_weights=need_weights, **MASKS[masks])
+    with safe_primitives():
+        safe = layer(x, x, x, need_weights=need_weights, **MASKS[masks])
+    torch.testing.assert_close(safe[0], native[0])
+    assert (safe[1] is None) == (native[1] is None)
+    if need_weights:
+        torch.testing.assert_close(safe[1], native[1])
+
+
+def test_multihead_attention_with_its_arguments_by_position():
+    layer = nn.MultiheadAttention(4, 2)
+    x = torch.randn(3, 2, 4)
+    tail = (layer.in_proj_weight, layer.in_proj_bias, None, None, False, 0.0)
+    tail = (*tail, layer.out_proj.weight, layer.out_proj.bias, True, None, False)
+    native = F.multi_head_attention_forward(x, x, x, 4, 2, *tail)
+    with safe_primitives():
+        safe = F.multi_head_attention_forward(x, x, x, 4, 2, *tail)
+    torch.testing.assert_close(safe[0], native[0])
+    assert safe[1] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", sorted(layers()))
+def test_autocast_keeps_its_dtypes(name, dtype):
+    layer, shape = layers()[name]
+    layer = layer.float()
+    x = torch.randn(5, *shape, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        native = copy.deepcopy(layer)(x)
+        with safe_primitives():
+            safe = layer(x)
+    assert safe.dtype == native.dtype
+    torch.testing.assert_close(safe, native, rtol=3e-2, atol=3e-2)
 
 
 def test_a_row_that_may_attend_to_nothing_has_finite_derivatives():
@@ -255,6 +388,7 @@ def test_evaluation_mode_uses_the_running_statistics():
         (lambda: F.layer_norm(torch.ones(2, 3), (4,)), "layer_norm: expected an input that ends"),
         (lambda: F.group_norm(torch.ones(2, 3), 2), "group_norm: expected channels that 2"),
         (lambda: F.batch_norm(torch.ones(1, 3), None, None, training=True), "batch_norm: expe"),
+        (lambda: F.glu(torch.ones(2, 3)), "glu: expected an even size in dimension -1"),
         (lambda: F.instance_norm(torch.ones(2, 3, 1)), "instance_norm: expected more than one"),
         (
             lambda: F.scaled_dot_product_attention(
@@ -267,100 +401,3 @@ def test_evaluation_mode_uses_the_running_statistics():
 def test_what_the_native_operator_refuses_is_refused(call, message):
     with safe_primitives(), pytest.raises(ValueError, match=message):
         call()
-
-
-def active() -> bool:
-    """Whether layer_norm is the primitive here: the native one saves a tensor of its own."""
-    x = torch.ones(1, 2, requires_grad=True)
-    return "NativeLayerNorm" not in type(F.layer_norm(x, (2,)).grad_fn).__name__
-
-
-def test_the_mode_is_on_only_in_its_block_and_its_thread():
-    functions = {name: getattr(F, name) for name in dir(F)}
-    seen = []
-    assert not active()
-    with safe_primitives():
-        assert active()
-        thread = threading.Thread(target=lambda: seen.append(active()))
-        thread.start()
-        thread.join()
-    assert seen == [False]
-    with safe_primitives(False):
-        assert not active()
-    with pytest.raises(KeyError), safe_primitives():
-        raise KeyError
-    assert not active()
-    assert all(getattr(F, name) is function for name, function in functions.items())
-
-
-def checkpointed(checkpoint):
-    """A network with a layer norm inside an activation checkpoint."""
-    torch.manual_seed(1)
-    inner = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh())
-    outer = nn.Linear(4, 4)
-    network = nn.ModuleList([inner, outer])
-    plain = hosm.ScoreModel(lambda x, t: outer(inner(x)), hosm.VPSchedule())
-    model = hosm.ScoreModel(lambda x, t: outer(checkpoint(inner, x)), hosm.VPSchedule())
-    return network, plain, model
-
-
-def gradient(network, model, order, **options):
-    generator = torch.Generator().manual_seed(0)
-    function = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}[order]
-    loss = function(model, torch.ones(3, 4), generator=generator, **options)
-    return parameters_to_vector(torch.autograd.grad(loss, list(network.parameters())))
-
-
-@pytest.mark.parametrize("probes", [1, 3])
-@pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("engine", ["auto", "reverse"])
-def test_our_checkpoint_is_right_in_the_reverse_engine(engine, order, probes):
-    network, plain, model = checkpointed(hosm.checkpoint)
-    expected = gradient(network, plain, order, probes=probes)
-    got = gradient(network, model, order, derivative=engine, probes=probes)
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("engine", ["auto", *ENGINES])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_torchs_own_checkpoint_is_an_error_and_never_a_wrong_gradient(reentrant, engine, order):
-    def checkpoint(function, x):
-        return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=reentrant)
-
-    network, _, model = checkpointed(checkpoint)
-    with pytest.raises((RuntimeError, torch.utils.checkpoint.CheckpointError)):
-        gradient(network, model, order, derivative=engine)
-
-
-@pytest.mark.parametrize("name", [*sorted(layers()), "math attention"])
-def test_torchs_own_checkpoint_is_an_error_around_every_primitive(name):
-    network, shape = network_of(name.split()[-1])
-    if name == "math attention":
-        network[1].forward = lambda x: F.scaled_dot_product_attention(
-            *network[1].qkv(x).chunk(3, -1)
-        )
-
-    def through(x, t):
-        return torch.utils.checkpoint.checkpoint(network, x, use_reentrant=False)
-
-    model = hosm.ScoreModel(through, hosm.VPSchedule())
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
-        hosm.third_order_dsm(model, torch.randn(4, *shape), derivative="reverse").backward()
-
-
-def test_outside_a_loss_our_checkpoint_is_torchs():
-    layer = nn.LayerNorm(4)
-    x = torch.randn(2, 4, requires_grad=True)
-    hosm.checkpoint(layer, x).sin().sum().backward()
-    expected = torch.autograd.grad(layer(x).sin().sum(), x)[0]
-    torch.testing.assert_close(x.grad, expected)
-
-
-def test_nothing_is_left_behind_by_a_graph_that_is_abandoned():
-    _, _, model = checkpointed(hosm.checkpoint)
-    loss = hosm.third_order_dsm(model, torch.ones(3, 4))
-    assert not active()
-    del loss
-    gc.collect()
-    assert not active()

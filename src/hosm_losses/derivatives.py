@@ -18,7 +18,9 @@ Cost, in network evaluations with the parameter gradient (a first-order step is 
 Choice:
     "auto" is reverse mode in eager execution (cheaper, and it works with activation
     checkpointing) and forward mode under torch.compile, which cannot differentiate twice in
-    reverse.
+    reverse. Where the first call meets an operator of which PyTorch says that it cannot be
+    differentiated twice, "auto" is forward mode for that network from then on, and says so once
+    in the log. What only a backward pass would show is the business of `check_derivatives`.
 
 Source:
     Pearlmutter, "Fast exact multiplication by the Hessian" (1994); the double reverse pass is
@@ -30,22 +32,41 @@ __all__ = [
     "Derivatives",
     "Field",
     "derive",
+    "gradients",
     "normal",
     "outside_inference_mode",
     "quadratic_forms",
     "time_derivative",
 ]
 
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from hosm_losses._checks import DerivativeError
+from hosm_losses.primitive_mode import CHECKPOINT_ADVICE
 
 ENGINES = ("auto", "forward", "reverse")
+# PyTorch's own words for an operator without a second derivative in reverse mode.
+NOT_TWICE = ("derivative for aten::", "once_differentiable")
+LOST_ONCE = (
+    "network: expected an output that autograd can differentiate in x; got one whose graph does "
+    "not lead to x. Remove .detach(), .data or torch.no_grad() from its forward."
+)
+LOST_TWICE = (
+    "network: expected a derivative that autograd can differentiate again; got one without "
+    "a graph. A custom autograd.Function in it has a backward that is once_differentiable or "
+    "detaches: write it with differentiable operators, or use derivative='forward' if it has a jvp."
+)
+_FORWARD: "weakref.WeakSet[Any]" = weakref.WeakSet()
+logger = logging.getLogger(__name__)
 
 
 class Field(Protocol):
@@ -53,6 +74,11 @@ class Field(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate at x (B, *)."""
+        ...
+
+    @property
+    def owner(self) -> object:
+        """The network, for which a choice of the engine is remembered."""
         ...
 
     def repeat(self, count: int) -> "Field":
@@ -93,13 +119,45 @@ def derive(
         The derivatives; G is None at order 2.
 
     Raises:
-        DerivativeError: if the network's output does not depend on its input in a way that
-        autograd can follow.
+        DerivativeError: in reverse mode, if autograd cannot follow the output to x, or torch's own
+            checkpoint is in the network; with "auto", if no engine can differentiate it.
     """
     if derivative == "auto":
-        derivative = "forward" if torch.compiler.is_compiling() else "reverse"
+        return _auto(field, x, direction, order)
     engine = _forward if derivative == "forward" else _reverse
     return engine(field, x, direction, order)
+
+
+def _auto(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:
+    if torch.compiler.is_compiling() or _needs_forward(field.owner):
+        return _forward(field, x, direction, order)
+    try:
+        return _reverse(field, x, direction, order)
+    except (RuntimeError, DerivativeError) as error:
+        if not any(words in str(error) for words in NOT_TWICE):
+            raise
+        reason = str(error).splitlines()[0]
+    try:
+        derived = _forward(field, x, direction, order)
+    except RuntimeError as error:
+        raise DerivativeError(
+            "network: expected operators that can be differentiated twice; got one that cannot, "
+            f"in reverse mode ({reason}) or in forward mode ({str(error).splitlines()[0]}). "
+            "check_derivatives(model, x0) names the module and what to do."
+        ) from error
+    with contextlib.suppress(TypeError):
+        _FORWARD.add(field.owner)
+    logger.info(
+        "derivative='auto' uses forward mode for %s: %s", type(field.owner).__name__, reason
+    )
+    return derived
+
+
+def _needs_forward(owner: object) -> bool:
+    try:
+        return owner in _FORWARD
+    except TypeError:  # a callable that cannot be referred to weakly, or not hashed
+        return False
 
 
 def _forward(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:
@@ -132,14 +190,16 @@ def _forward(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivati
 def _reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:
     wanted = torch.is_grad_enabled()
     count = len(direction)
-    with torch.enable_grad():
+    with torch.enable_grad(), _checkpoint_explained():
         point = x if wanted and x.requires_grad else x.detach().requires_grad_()
         if order == 2:
             value = field(point)
             # The pulled cotangent is linear in the cotangent, so any cotangent will do.
             cotangent = torch.zeros_like(value).requires_grad_()
             pulled = _pull_back(value, point, cotangent.unsqueeze(0))[0]
-            directional = _pull_back(pulled, cotangent, direction, create_graph=wanted)
+            directional = _pull_back(
+                pulled, cotangent, direction, create_graph=wanted, lost=LOST_TWICE
+            )
             parts = [value.unsqueeze(0), directional]
         else:
             rows = point.expand(count, *point.shape).flatten(0, 1)
@@ -148,10 +208,27 @@ def _reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivati
             cotangent = w.detach().requires_grad_()
             pulled = _pull_back(value, rows, cotangent.unsqueeze(0))[0]
             gradient, directional = torch.autograd.grad(
-                pulled, (rows, cotangent), w, create_graph=wanted, materialize_grads=True
+                pulled, (rows, cotangent), w, create_graph=wanted, allow_unused=True
             )
+            if directional is None:
+                raise DerivativeError(LOST_TWICE)
+            if gradient is None:  # as of a linear field
+                gradient = torch.zeros_like(rows)
             parts = [part.unflatten(0, (count, -1)) for part in (value, directional, gradient)]
     return Derivatives(*(part if wanted else part.detach() for part in parts))
+
+
+@contextmanager
+def _checkpoint_explained() -> Iterator[None]:
+    """Turn the errors of torch's own checkpoints into one that names the remedy."""
+    try:
+        yield
+    except torch.utils.checkpoint.CheckpointError as error:
+        raise DerivativeError(CHECKPOINT_ADVICE) from error
+    except RuntimeError as error:
+        if "compatible with .grad()" in str(error):
+            raise DerivativeError(CHECKPOINT_ADVICE) from error
+        raise
 
 
 def _pull_back(
@@ -161,6 +238,7 @@ def _pull_back(
     *,
     create_graph: bool = True,
     retain_graph: bool = True,
+    lost: str = LOST_ONCE,
 ) -> Tensor:
     """(∂f/∂x)ᵀ c for each of K cotangents (K, B, *), at once, and without vmap where K is 1."""
     batched = len(cotangents) > 1
@@ -176,11 +254,7 @@ def _pull_back(
             allow_unused=True,
         )
     if pulled is None:
-        raise DerivativeError(
-            "network: expected an output that autograd can differentiate in x; got one whose "
-            "graph does not lead to x. Remove .detach(), .data or torch.no_grad() from its "
-            "forward."
-        )
+        raise DerivativeError(lost)
     return pulled if batched else pulled.unsqueeze(0)
 
 
@@ -210,6 +284,13 @@ def quadratic_forms(
             forms.append((pulled * w).reshape(*w.shape[:2], -1).sum(-1))
     joined = torch.cat(forms)
     return (value, joined) if wanted else (value.detach(), joined.detach())
+
+
+def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of a number in tensors, zero where it does not depend on one."""
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(tensor) for tensor in inputs)
+    return torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True)
 
 
 def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

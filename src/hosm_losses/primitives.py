@@ -4,32 +4,28 @@ What:
     PyTorch does not differentiate layer norm, batch norm (in training) and instance norm rightly
     more than twice: the parameter gradient of a loss on a directional derivative, at order three
     sometimes the derivative's own value, is off by several to more than a hundred percent, in
-    silence. Group norm and scaled dot-product attention fail loudly on common inputs. Composed of
-    means, products and softmax, each is right by every route.
+    silence. Group norm, attention and the gated linear unit fail loudly on common inputs. Composed
+    of means, products and softmax, each is right by every route.
 
 How:
-    A `TorchFunctionMode` puts the compositions in where the network calls the operators. It is
-    on only while a loss evaluates the network and only in its thread; nothing is patched, and
-    nothing is left behind. An activation checkpoint re-evaluates its part of the network later,
-    in the backward pass: `checkpoint` carries the mode there.
+    A table from PyTorch's function to its composition; `hosm_losses.primitive_mode` puts it in.
+    An operator that PyTorch differentiates rightly is not in it, and the tests show which are.
 
 Source:
     PyTorch issues 175754, 186256, 196699 and 196700.
 """
 
-__all__ = ["checkpoint", "safe_primitives"]
+__all__ = ["PRIMITIVES"]
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-import torch.utils.checkpoint
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+NEED_WEIGHTS = 15
 
 
 def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -208,6 +204,30 @@ def _torch_instance_norm(
     return _instance_norm(input, running_mean, running_var, weight, bias, *options, **named)
 
 
+def _multi_head_attention(
+    *args: Any, need_weights: bool = True, **named: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Its own path that returns the weights, which does not call a fused kernel."""
+    if len(args) > NEED_WEIGHTS:
+        need_weights = args[NEED_WEIGHTS]
+        args = (*args[:NEED_WEIGHTS], True, *args[NEED_WEIGHTS + 1 :])
+    else:
+        named["need_weights"] = True
+    output, weights = F.multi_head_attention_forward(*args, **named)
+    # The mark of attention, in a dtype no kernel saves.
+    output = output * torch.ones((), dtype=torch.int8, device=output.device)
+    return output, weights if need_weights else None
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:  # noqa: A002
+    value, gate = input.chunk(2, dim)
+    if value.shape != gate.shape:
+        raise ValueError(
+            f"glu: expected an even size in dimension {dim}; got {tuple(input.shape)}."
+        )
+    return value * torch.sigmoid(gate)
+
+
 def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
     """Batch norm's count of batches: torch.func forbids the in-place method, not out=."""
     if counter.is_floating_point():
@@ -215,7 +235,7 @@ def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
     return torch.add(counter, other, alpha=alpha, out=counter)
 
 
-PRIMITIVES: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
+PRIMITIVES: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
@@ -225,78 +245,7 @@ PRIMITIVES: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
     F.instance_norm: _instance_norm,
     torch.instance_norm: _torch_instance_norm,
     F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
+    F.glu: _glu,
     torch.Tensor.add_: _add_in_place,
 }
-
-_depth = threading.local()
-
-
-class _SafePrimitives(TorchFunctionMode):
-    def __enter__(self) -> Self:
-        super().__enter__()
-        _depth.value = getattr(_depth, "value", 0) + 1
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        _depth.value -= 1
-        super().__exit__(*exception)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        return PRIMITIVES.get(func, func)(*args, **(kwargs or {}))
-
-
-def safe_primitives(enabled: bool = True) -> AbstractContextManager[Any]:
-    """Put the primitives in for the operators of this thread, while the block lasts.
-
-    Args:
-        enabled: False makes this a block like any other.
-
-    Returns:
-        A context manager that can be entered again.
-
-    Example:
-        >>> layer = torch.nn.LayerNorm(3).double()
-        >>> x = torch.randn(2, 3, dtype=torch.float64)
-        >>> with safe_primitives():
-        ...     safe = layer(x)
-        >>> torch.allclose(safe, layer(x))
-        True
-    """
-    return _SafePrimitives() if enabled else nullcontext()
-
-
-def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Activation checkpointing for use inside a network that is trained with order two or three.
-
-    It is torch's non-reentrant `torch.utils.checkpoint.checkpoint`, whose recomputation in the
-    backward pass also uses the safe primitives if the first computation did. With torch's own
-    checkpoint a network that needs a primitive ends in a CheckpointError. It works with the
-    reverse engine, derivative="reverse", which "auto" chooses.
-
-    Args:
-        function: a part of the network.
-        args: its arguments.
-        kwargs: its keyword arguments.
-
-    Returns:
-        What `function` returns.
-
-    Example:
-        >>> layer = torch.nn.Linear(3, 3)
-        >>> checkpoint(layer, torch.zeros(2, 3)).shape
-        torch.Size([2, 3])
-    """
-    active = getattr(_depth, "value", 0) > 0
-
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), safe_primitives(active)
-
-    return torch.utils.checkpoint.checkpoint(
-        function, *args, use_reentrant=False, context_fn=contexts, **kwargs
-    )

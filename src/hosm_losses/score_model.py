@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from hosm_losses._checks import check_choice, describe, expand_right
 from hosm_losses.derivatives import normal
-from hosm_losses.primitives import safe_primitives
+from hosm_losses.primitive_mode import safe_primitives
 from hosm_losses.schedule import Schedule
 
 PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
@@ -215,6 +215,11 @@ class NoiseField:
         """Evaluate f at x (B, *)."""
         with safe_primitives(self.primitives):
             return -self.model.noise(x, self.t, **self.kwargs)
+
+    @property
+    def owner(self) -> object:
+        """The network."""
+        return self.model.network
 
     def repeat(self, count: int) -> "NoiseField":
         """Return the field of `count` copies of the batch, one after the other."""

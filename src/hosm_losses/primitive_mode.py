@@ -1,0 +1,132 @@
+r"""The mode that puts the safe primitives in, and the checkpoint that carries it.
+
+What:
+    A `TorchFunctionMode` replaces the operators of `hosm_losses.primitives` where a network calls
+    them. It is on only while a loss evaluates the network and only in its thread; nothing is
+    patched, and nothing is left behind. An activation checkpoint evaluates its part of the network
+    again, in the backward pass, when the mode is off: `checkpoint` carries it there.
+
+Source:
+    The documentation of `torch.overrides`; that of `torch.utils.checkpoint` for `context_fn`.
+"""
+
+__all__ = ["CHECKPOINT_ADVICE", "checkpoint", "safe_primitives"]
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
+
+import torch
+import torch.utils.checkpoint
+from torch.overrides import TorchFunctionMode
+
+from hosm_losses._checks import DerivativeError
+from hosm_losses.primitives import PRIMITIVES
+
+CHECKPOINT_ADVICE = (
+    "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order two "
+    "or three; got torch's own, which recomputes with other operators than the loss used. Hand "
+    "hosm_losses.checkpoint to the network in its place (diffusers: "
+    "model.enable_gradient_checkpointing(gradient_checkpointing_func=hosm_losses.checkpoint)), "
+    "or checkpoint around the loss module."
+)
+_here = threading.local()
+
+
+class _SafePrimitives(TorchFunctionMode):
+    def __enter__(self) -> Self:
+        super().__enter__()
+        _here.depth = getattr(_here, "depth", 0) + 1
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _here.depth -= 1
+        super().__exit__(*exception)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        primitive = PRIMITIVES.get(func)
+        if primitive is None:
+            return func(*args, **(kwargs or {}))
+        _refuse_foreign_checkpoint()
+        return primitive(*args, **(kwargs or {}))
+
+
+def _refuse_foreign_checkpoint() -> None:
+    """Stop where torch's own checkpoint surrounds a primitive, which it would recompute without.
+
+    A newer PyTorch tells which hooks are on; an older one ends in a CheckpointError later.
+    """
+    look = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
+    if look is None or torch.compiler.is_compiling() or getattr(_here, "carried", 0):
+        return
+    hooks = look(True)
+    if hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook"):
+        raise DerivativeError(CHECKPOINT_ADVICE)
+
+
+class _Carried:
+    """Around the first computation of our checkpoint: its recomputation will have the mode."""
+
+    def __enter__(self) -> None:
+        _here.carried = getattr(_here, "carried", 0) + 1
+
+    def __exit__(self, *exception: object) -> None:
+        _here.carried -= 1
+
+
+def safe_primitives(enabled: bool = True) -> AbstractContextManager[Any]:
+    """Put the primitives in for the operators of this thread, while the block lasts.
+
+    Args:
+        enabled: False makes this a block like any other.
+
+    Returns:
+        A context manager that can be entered again.
+
+    Example:
+        >>> layer = torch.nn.LayerNorm(3).double()
+        >>> x = torch.randn(2, 3, dtype=torch.float64)
+        >>> with safe_primitives():
+        ...     safe = layer(x)
+        >>> torch.allclose(safe, layer(x))
+        True
+    """
+    return _SafePrimitives() if enabled else nullcontext()
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Activation checkpointing for use inside a network that is trained with order two or three.
+
+    It is torch's non-reentrant `torch.utils.checkpoint.checkpoint`, whose recomputation in the
+    backward pass also uses the safe primitives if the first computation did. With torch's own
+    checkpoint a network that needs a primitive ends in a CheckpointError. It works with the
+    reverse engine, derivative="reverse", which "auto" chooses.
+
+    Args:
+        function: a part of the network.
+        args: its arguments.
+        kwargs: its keyword arguments.
+
+    Returns:
+        What `function` returns.
+
+    Example:
+        >>> layer = torch.nn.Linear(3, 3)
+        >>> checkpoint(layer, torch.zeros(2, 3)).shape
+        torch.Size([2, 3])
+    """
+    active = getattr(_here, "depth", 0) > 0
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return _Carried(), safe_primitives(active)
+
+    return torch.utils.checkpoint.checkpoint(
+        function, *args, use_reentrant=False, context_fn=contexts, **kwargs
+    )

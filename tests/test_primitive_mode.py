@@ -1,0 +1,137 @@
+"""The mode: where it is on, and the checkpoints that carry it or do not."""
+
+import gc
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+import torch.utils.checkpoint
+from torch import nn
+from torch.nn.utils import parameters_to_vector
+
+import hosm_losses as hosm
+from hosm_losses.primitive_mode import safe_primitives
+from tests.test_primitives import ENGINES, layers, network_of
+
+
+def active() -> bool:
+    """Whether layer_norm is the primitive here: the native one saves a tensor of its own."""
+    x = torch.ones(1, 2, requires_grad=True)
+    return "NativeLayerNorm" not in type(F.layer_norm(x, (2,)).grad_fn).__name__
+
+
+def test_the_mode_is_on_only_in_its_block_and_its_thread():
+    functions = {name: getattr(F, name) for name in dir(F)}
+    seen = []
+    assert not active()
+    with safe_primitives():
+        assert active()
+        thread = threading.Thread(target=lambda: seen.append(active()))
+        thread.start()
+        thread.join()
+    assert seen == [False]
+    with safe_primitives(False):
+        assert not active()
+    with pytest.raises(KeyError), safe_primitives():
+        raise KeyError
+    assert not active()
+    assert all(getattr(F, name) is function for name, function in functions.items())
+
+
+def checkpointed(checkpoint):
+    """A network with a layer norm inside an activation checkpoint."""
+    torch.manual_seed(1)
+    inner = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh())
+    outer = nn.Linear(4, 4)
+    network = nn.ModuleList([inner, outer])
+    plain = hosm.ScoreModel(lambda x, t: outer(inner(x)), hosm.VPSchedule())
+    model = hosm.ScoreModel(lambda x, t: outer(checkpoint(inner, x)), hosm.VPSchedule())
+    return network, plain, model
+
+
+def gradient(network, model, order, **options):
+    generator = torch.Generator().manual_seed(0)
+    function = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}[order]
+    loss = function(model, torch.ones(3, 4), generator=generator, **options)
+    return parameters_to_vector(torch.autograd.grad(loss, list(network.parameters())))
+
+
+@pytest.mark.parametrize("probes", [1, 3])
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("engine", ["auto", "reverse"])
+def test_our_checkpoint_is_right_in_the_reverse_engine(engine, order, probes):
+    network, plain, model = checkpointed(hosm.checkpoint)
+    expected = gradient(network, plain, order, probes=probes)
+    got = gradient(network, model, order, derivative=engine, probes=probes)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_torchs_own_checkpoint_is_an_error_and_never_a_wrong_gradient(reentrant, engine, order):
+    def checkpoint(function, x):
+        return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=reentrant)
+
+    network, _, model = checkpointed(checkpoint)
+    if engine == "forward":
+        # Where a primitive is met first we refuse, elsewhere torch.func does.
+        with pytest.raises((RuntimeError, hosm.DerivativeError)):
+            gradient(network, model, order, derivative=engine)
+    else:
+        with pytest.raises(hosm.DerivativeError, match=r"expected hosm_losses\.checkpoint inside"):
+            gradient(network, model, order, derivative=engine)
+
+
+@pytest.mark.parametrize("name", [*sorted(layers()), "math attention"])
+def test_torchs_own_checkpoint_is_an_error_around_every_primitive(name):
+    network, shape = network_of(name.split()[-1])
+    if name == "math attention":
+        network[1].forward = lambda x: F.scaled_dot_product_attention(
+            *network[1].qkv(x).chunk(3, -1)
+        )
+
+    def through(x, t):
+        return torch.utils.checkpoint.checkpoint(network, x, use_reentrant=False)
+
+    model = hosm.ScoreModel(through, hosm.VPSchedule())
+    with pytest.raises(hosm.DerivativeError, match=r"expected hosm_losses\.checkpoint inside"):
+        hosm.third_order_dsm(model, torch.randn(4, *shape), derivative="reverse")
+
+
+@pytest.mark.parametrize("name", [*sorted(layers()), "math attention"])
+def test_where_hooks_cannot_be_seen_the_recomputation_shows_it(name, monkeypatch):
+    """As on an older PyTorch: what a primitive saves never looks like what the operator saves."""
+    monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks", raising=False)
+    test_torchs_own_checkpoint_is_an_error_around_every_primitive(name)
+
+
+def test_torchs_own_checkpoint_around_other_operators_is_right():
+    inner, outer = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Sequential(nn.LayerNorm(4))
+
+    def through(x, t):
+        return outer(torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False))
+
+    network = nn.ModuleList([inner, outer])
+    plain = hosm.ScoreModel(lambda x, t: outer(inner(x)), hosm.VPSchedule())
+    expected = gradient(network, plain, 3)
+    got = gradient(network, hosm.ScoreModel(through, hosm.VPSchedule()), 3)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_outside_a_loss_our_checkpoint_is_torchs():
+    layer = nn.LayerNorm(4)
+    x = torch.randn(2, 4, requires_grad=True)
+    hosm.checkpoint(layer, x).sin().sum().backward()
+    expected = torch.autograd.grad(layer(x).sin().sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_nothing_is_left_behind_by_a_graph_that_is_abandoned():
+    _, _, model = checkpointed(hosm.checkpoint)
+    loss = hosm.third_order_dsm(model, torch.ones(3, 4))
+    assert not active()
+    del loss
+    gc.collect()
+    assert not active()
