@@ -63,7 +63,8 @@ LOST_ONCE = (
 LOST_TWICE = (
     "network: expected a derivative that autograd can differentiate again; got one without "
     "a graph. A custom autograd.Function in it has a backward that is once_differentiable or "
-    "detaches: write it with differentiable operators, or use derivative='forward' if it has a jvp."
+    "detaches: write it with differentiable operators, or use derivative='forward' if it has a "
+    "jvp."
 )
 _FORWARD: "weakref.WeakSet[Any]" = weakref.WeakSet()
 logger = logging.getLogger(__name__)
