@@ -153,6 +153,31 @@ class Cubes(nn.Module):
         return OnceDifferentiable.apply(self.layer(x))
 
 
+class DropsItsInputs(torch.autograd.Function):
+    """A checkpoint that forgets its inputs in its first backward, so that a second cannot be."""
+
+    @staticmethod
+    def forward(ctx, x, function):
+        ctx.function, ctx.saved = function, x.detach()
+        with torch.no_grad():
+            return function(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            x = ctx.saved.requires_grad_()
+            del ctx.saved
+            return *torch.autograd.grad(ctx.function(x), x, grad, create_graph=True), None
+
+
+def test_a_function_that_forgets_what_it_saved_is_explained():
+    layer = nn.Linear(3, 3)
+    network = ScoreModel(lambda x, t: DropsItsInputs.apply(x, layer).sin(), VPSchedule())
+    field = network.field(torch.tensor([0.5]))
+    with pytest.raises(DerivativeError, match=r"can differentiate again.*no attribute 'saved'"):
+        derive(field, torch.randn(1, 3), torch.randn(1, 1, 3), order=3, derivative="reverse")
+
+
 def test_auto_falls_back_to_forward_mode_once_and_says_so(caplog):
     network = Cubes()
     field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))

@@ -179,7 +179,7 @@ def _forward(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivati
 
     one = second if order == 2 else third
     if len(direction) == 1:
-        value, *rest = (part.unsqueeze(0) for part in one(direction[0]))
+        value, *rest = [part.unsqueeze(0) for part in one(direction[0])]
     else:
         out_dims: Any = (None, *(0,) * (order - 1))
         # One dropout mask for the value and for every probe.
@@ -191,7 +191,7 @@ def _forward(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivati
 def _reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:
     wanted = torch.is_grad_enabled()
     count = len(direction)
-    with torch.enable_grad(), _checkpoint_explained():
+    with torch.enable_grad(), _explained():
         point = x if wanted and x.requires_grad else x.detach().requires_grad_()
         if order == 2:
             value = field(point)
@@ -220,8 +220,8 @@ def _reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivati
 
 
 @contextmanager
-def _checkpoint_explained() -> Iterator[None]:
-    """Turn the errors of torch's own checkpoints into one that names the remedy."""
+def _explained() -> Iterator[None]:
+    """Turn what checkpoints raise when they are differentiated again into errors with a remedy."""
     try:
         yield
     except torch.utils.checkpoint.CheckpointError as error:
@@ -229,6 +229,11 @@ def _checkpoint_explained() -> Iterator[None]:
     except RuntimeError as error:
         if "compatible with .grad()" in str(error):
             raise DerivativeError(CHECKPOINT_ADVICE) from error
+        raise
+    except AttributeError as error:
+        # A custom Function that drops what it saved after its first backward.
+        if "Backward' object has no attribute" in str(error):
+            raise DerivativeError(f"{LOST_TWICE} ({error})") from error
         raise
 
 

@@ -31,8 +31,11 @@ NEED_WEIGHTS = 15
 def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     """Subtract the mean and divide by the standard deviation over `dims`, in float32 at least."""
     x = _at_least_float32(x)
-    centred = x - x.mean(dims, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    # Sums divided afterwards: the gradient of a mean is written out, that of a sum is a view.
+    count = math.prod([x.shape[dim] for dim in dims])
+    centred = x - x.sum(dims, keepdim=True) / count
+    variance = (centred * centred).sum(dims, keepdim=True) / count
+    return centred * torch.rsqrt(variance + eps)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -47,9 +50,11 @@ def _affine(
     dtype: torch.dtype,
 ) -> Tensor:
     shape = tuple(shape)
-    if weight is not None:
+    if weight is not None and bias is not None:
+        standard = torch.addcmul(bias.reshape(shape), standard, weight.reshape(shape))
+    elif weight is not None:
         standard = standard * weight.reshape(shape)
-    if bias is not None:
+    elif bias is not None:
         standard = standard + bias.reshape(shape)
     return standard.to(dtype)
 

@@ -1,0 +1,190 @@
+"""Builds networks of other packages at their smallest, called as (x, t, **kwargs).
+
+Packages are imported where a network is built, so that this file can be read without them. A
+package that casts to float32 inside is run with that cast turned off, as differences need the
+digits of float64.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+SIZE = 4
+SHAPE = (2, SIZE, SIZE)
+
+
+class _StayDouble(TorchFunctionMode):
+    """Takes a cast of float64 to float32 for no cast at all."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, Tensor) and first.dtype == torch.float64:
+            casts = func in (Tensor.to, Tensor.type)
+            if func is Tensor.float or (casts and torch.float32 in (*args, *kwargs.values())):
+                return first
+        return func(*args, **kwargs)
+
+
+class _Adapter(nn.Module):
+    """A network called as (x, t, **kwargs), whatever its own order of arguments."""
+
+    def __init__(self, network: nn.Module, call: Callable[..., Any], *, casts: bool = False):
+        super().__init__()
+        self.network = network
+        self.call = call
+        self.casts = casts
+
+    def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+        stay = self.casts and x.dtype == torch.float64
+        with _StayDouble() if stay else nullcontext():
+            return self.call(self.network, x, t, **kwargs)
+
+
+class _Modulated(nn.Module):
+    """A backbone that takes a vector of features in the place of the time."""
+
+    def __init__(self, backbone: nn.Module, features: int):
+        super().__init__()
+        self.backbone = backbone
+        self.inner = nn.Linear(3, features)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        known = torch.stack([t, (3 * t).sin(), (3 * t).cos()], -1)
+        return self.backbone(x, torch.tanh(self.inner(known)))
+
+
+def unet_2d(**checkpointing: Any) -> nn.Module:
+    from diffusers import UNet2DModel
+
+    network = UNet2DModel(
+        sample_size=SIZE,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    )
+    if checkpointing:
+        network.enable_gradient_checkpointing(checkpointing["by"])
+    return network
+
+
+def unet_2d_condition() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=SIZE,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=6,
+        attention_head_dim=2,
+    )
+
+
+def dit() -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        sample_size=SIZE,
+        in_channels=2,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_layers=2,
+        num_embeds_ada_norm=10,
+        norm_num_groups=2,
+    )
+
+
+def sd3() -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    network = SD3Transformer2DModel(
+        sample_size=SIZE,
+        in_channels=2,
+        out_channels=2,
+        patch_size=2,
+        num_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        caption_projection_dim=8,
+        pooled_projection_dim=5,
+        pos_embed_max_size=SIZE,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return _Adapter(network, lambda net, x, t, **kwargs: net(x, timestep=t, **kwargs), casts=True)
+
+
+def lucidrains(flash: bool) -> nn.Module:
+    from denoising_diffusion_pytorch import Unet
+
+    return Unet(
+        dim=4, dim_mults=(1, 2), channels=2, attn_dim_head=4, attn_heads=2, flash_attn=flash
+    )
+
+
+def torchcfm(use_checkpoint: bool = False) -> nn.Module:
+    from torchcfm.models.unet import UNetModel
+
+    network = UNetModel(
+        dim=SHAPE,
+        num_channels=32,
+        num_res_blocks=1,
+        channel_mult=(1, 1),
+        attention_resolutions="2",
+        use_checkpoint=use_checkpoint,
+    )
+
+    def call(net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+        net.dtype = x.dtype  # it casts its input to this
+        return net(t, x)
+
+    return _Adapter(network, call, casts=True)
+
+
+def azula_vit(checkpointing: bool = False) -> nn.Module:
+    from azula.nn.vit import ViT
+
+    backbone = ViT(
+        2,
+        2,
+        mod_features=8,
+        hid_channels=8,
+        hid_blocks=2,
+        attention_heads=2,
+        patch_size=2,
+        rope=True,
+        checkpointing=checkpointing,
+    )
+    return _Modulated(backbone, 8)
+
+
+def azula_unet(norm: str, checkpointing: bool = False) -> nn.Module:
+    from azula.nn.unet import UNet
+
+    backbone = UNet(
+        2,
+        2,
+        mod_features=8,
+        hid_channels=(4, 8),
+        hid_blocks=(1, 1),
+        norm=norm,
+        groups=2,
+        checkpointing=checkpointing,
+    )
+    return _Modulated(backbone, 8)

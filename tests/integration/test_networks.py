@@ -1,0 +1,79 @@
+"""Networks of other packages: terms and parameter gradients of both orders, in every engine."""
+
+import pytest
+import torch
+
+import hosm_losses as hosm
+from tests.integration.measure import (
+    ENGINES,
+    ORDERS,
+    TOLERANCE,
+    arguments,
+    gradient,
+    outcome,
+    reference_of,
+)
+from tests.integration.networks import NETWORKS
+from tests.integration.reference import relative_error
+
+
+@pytest.fixture(params=list(NETWORKS))
+def name(request, need):
+    need(NETWORKS[request.param].module)
+    return request.param
+
+
+def takes(name, engine, order):
+    return (engine, order) not in NETWORKS[name].refused
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_parameter_gradients_are_right_or_refused(name, engine, order):
+    found = outcome(name, engine, order)
+    if takes(name, engine, order):
+        assert found.raised is None, found.raised
+        assert found.error < TOLERANCE[NETWORKS[name].dtype]
+    else:
+        kind, words = NETWORKS[name].refused[engine, order]
+        with pytest.raises(kind, match=words):
+            raise found.raised or AssertionError(f"not refused; error {found.error}")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_float32_is_near(name, order):
+    """As it is used: in float32, with the casts of the package."""
+    if takes(name, "auto", order):
+        found = outcome(name, "auto", order, dtype=torch.float32)
+        assert found.raised is None, found.raised
+        assert found.error < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_terms_are_right(name, engine, order):
+    """Values can be right where the gradient is refused, and the checkpoint's are."""
+    if not takes(name, engine, order):
+        return
+    dtype = NETWORKS[name].dtype
+    model = NETWORKS[name].score_model()
+    given = arguments(name, dtype)
+    terms = hosm.dsm_terms(model, order=order, derivative=engine, **given)
+    for got, expected in zip(terms[: order + 1], reference_of(name).terms, strict=False):
+        assert relative_error(got, expected) < TOLERANCE[dtype]
+    assert (terms.third is None) == (order == 2)
+
+
+@pytest.mark.parametrize("engine", ["reverse", "forward"])
+def test_several_probes_are_the_mean_of_single_ones(name, engine):
+    """With conditions that follow their samples, and in forward mode under vmap."""
+    if not (takes(name, engine, 3) and takes(name, "auto", 3)):
+        return
+    model = NETWORKS[name].score_model()
+    weights = reference_of(name).weights
+    given = arguments(name, torch.float64, probes=3)
+    together = gradient(model, given, 3, engine, weights)
+    singly = [
+        gradient(model, {**given, "probe": probe}, 3, "auto", weights) for probe in given["probe"]
+    ]
+    assert relative_error(together, torch.stack(singly).mean(0)) < 1e-9
