@@ -40,7 +40,7 @@ from hosm_losses.residuals import (
     third_residual,
     trace_residual,
 )
-from hosm_losses.score_model import NoiseField
+from hosm_losses.score_model import NoiseField, refuse_wrapped
 from hosm_losses.weighting import Weighting, check_weighting, time_factors
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -206,6 +206,7 @@ def evaluate(
     weights: Weights | None = None,
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    sharded: bool = False,
 ) -> tuple[Tensor, DSMTerms]:
     """The loss and its terms: what every function and module of this package calls.
 
@@ -219,6 +220,7 @@ def evaluate(
         weights: (first, second, trace, third).
         generator: the source of randomness.
         model_kwargs: for the network.
+        sharded: whether the caller is a module that FSDP2 shards.
 
     Returns:
         The reduced loss, and the terms with their graph.
@@ -227,6 +229,8 @@ def evaluate(
     with outside_inference_mode():
         score_model, inputs = prepare(model, x0, t, noise, options.weighting, generator)
         higher = options.order > 1
+        if higher:
+            refuse_wrapped(score_model.network, sharded=sharded)
         field = score_model.field(
             inputs.t, model_kwargs, primitives=score_model.primitives and higher
         )

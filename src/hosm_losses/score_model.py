@@ -17,7 +17,7 @@ Source:
     Salimans and Ho, arXiv 2202.00512, for v; Lipman et al., arXiv 2210.02747, for u.
 """
 
-__all__ = ["PREDICTIONS", "NoiseField", "ScoreModel"]
+__all__ = ["PREDICTIONS", "NoiseField", "ScoreModel", "refuse_wrapped"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +31,22 @@ from hosm_losses.derivatives import normal
 from hosm_losses.primitive_mode import safe_primitives
 from hosm_losses.schedule import Schedule
 
+_WRAP_THE_LOSS = (
+    "Wrap the loss module, whose forward then holds every use of a parameter: {}(ThirdOrderDSM("
+    "ScoreModel(network, schedule))). Around the network alone gradients fail, or differ between "
+    "ranks in silence."
+)
+# By name, so that nothing of torch.distributed is imported for it.
+WRAPPERS = {
+    "DistributedDataParallel": _WRAP_THE_LOSS.format("DistributedDataParallel"),
+    "FullyShardedDataParallel": _WRAP_THE_LOSS.format("FullyShardedDataParallel"),
+    "FSDPModule": _WRAP_THE_LOSS.format("fully_shard"),
+    "DataParallel": _WRAP_THE_LOSS.format("DistributedDataParallel"),
+    "OptimizedModule": (
+        "A compiled network has no second derivative. Compile the loss module in its place: "
+        "torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
+    ),
+}
 PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
 
 
@@ -193,6 +209,26 @@ class ScoreModel(nn.Module):
                 "ScoreModel(..., output=lambda out: out[:, :C])."
             )
         return predicted
+
+
+def refuse_wrapped(network: object, *, sharded: bool = False) -> None:
+    """Raise where a wrapper around the network stands in the way of its higher derivatives.
+
+    Args:
+        network: what a ScoreModel holds.
+        sharded: whether the loss is inside a module that FSDP2 shards, where a sharded network is
+            in its place.
+
+    Raises:
+        TypeError: for a network wrapped by DDP or FSDP, or compiled by itself.
+    """
+    for kind in type(network).__mro__:
+        advice = WRAPPERS.get(kind.__name__)
+        if advice is not None and not (sharded and kind.__name__ == "FSDPModule"):
+            raise TypeError(
+                f"network: expected a bare network for orders two and three; got one of type "
+                f"{kind.__name__}. {advice}"
+            )
 
 
 @dataclass(frozen=True)
