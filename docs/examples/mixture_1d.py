@@ -15,8 +15,7 @@ How the orders are compared:
                   in the same run, so these numbers of steps differ a little every time.
 
 How to run, on two cores for two to five minutes (pip install "hosm-losses[examples]"):
-    python docs/examples/mixture_1d.py
-    python docs/examples/mixture_1d.py --schedule vp --steps 3000 --seed 1 --out results
+    python docs/examples/mixture_1d.py [--schedule vp] [--steps 3000] [--seed 0] [--out DIR]
 """
 
 import argparse
@@ -168,8 +167,7 @@ def measure(schedule: str) -> list[float]:
 
 def train(job: Job) -> Outcome:
     """Train a network, then find the density that its ODE gives every point of GRID."""
-    model = new_model(job)
-    start = time.process_time()
+    model, start = new_model(job), time.process_time()
     for _ in training(model, job):
         with progress.get_lock():
             progress.value += job.cost
@@ -203,12 +201,12 @@ def run_all(
         jobs = {"equal_steps": [], "equal_cost": []}
         for order, cost in zip(LOSSES, costs, strict=True):
             jobs["equal_steps"].append(Job(schedule, order, steps, seed, cost))
-            allotted = round(steps * costs[-1] / cost)
-            jobs["equal_cost"].append(Job(schedule, order, allotted, seed, cost))
+            more = round(steps * costs[-1] / cost)
+            jobs["equal_cost"].append(Job(schedule, order, more, seed, cost))
         # The longest first, so that both processes end at about the same time.
         distinct = {*jobs["equal_steps"], *jobs["equal_cost"]}
-        longest_first = sorted(distinct, key=lambda job: -job.steps * job.cost)
-        running = {job: pool.submit(train, job) for job in longest_first}
+        queue = sorted(distinct, key=lambda job: (-job.steps * job.cost, job.order))
+        running = {job: pool.submit(train, job) for job in queue}
         pending = set(running.values())
         form = "training {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
         with tqdm(total=sum(job.steps * job.cost for job in distinct), bar_format=form) as bar:
@@ -233,14 +231,13 @@ def draw(jobs: list[Job], outcomes: dict[Job, Outcome], path: Path) -> None:
     styles = [("#d55e00", ":"), ("#0072b2", "--"), ("black", "-")]
     for job, (color, dashes) in zip(jobs, styles, strict=True):
         kl, _, ode = outcomes[job]
-        label = f"ODE, order {job.order}: KL {kl:.4f} nats"
         line: dict[str, Any] = {"color": color, "linestyle": dashes, "zorder": 6 - job.order}
-        left.plot(GRID, np.exp(ode), label=label, **line)
+        left.plot(GRID, np.exp(ode), label=f"ODE, order {job.order}: KL {kl:.4f} nats", **line)
         right.plot(GRID, np.gradient(ode, GRID.numpy()), **line)
     for axes in (left, right):
         axes.set(xlabel="x [unit of the data]", xlim=(-1.1, 1.1))
-    name = f"{first.schedule.upper()}, equal steps: {first.steps} for each order"
-    figure.suptitle(f"{name}, seed {first.seed}")
+    name = first.schedule.upper()
+    figure.suptitle(f"{name}, equal steps: {first.steps} for each order, seed {first.seed}")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=150)
 
@@ -255,7 +252,6 @@ def main() -> None:
     options = parser.parse_args()
     start = time.perf_counter()
     costs, jobs, outcomes = run_all(options.schedule, options.steps, options.seed)
-
     log_density, _ = true_density(SCHEDULES[options.schedule])
     entropy = -float(torch.trapezoid(log_density.exp() * log_density, GRID))
     report: dict[str, Any] = {"entropy": entropy, "seconds": {}, "steps": {}}
@@ -274,7 +270,6 @@ def main() -> None:
         report["steps"][kind] = {job.order: job.steps for job in of_kind}
     report["seconds"]["total"] = time.perf_counter() - start
     report |= {"schedule": options.schedule, "seed": options.seed, "step_seconds": costs}
-
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     draw(jobs["equal_steps"], outcomes, options.out / f"mixture_1d_{options.schedule}.png")

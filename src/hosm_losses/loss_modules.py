@@ -31,8 +31,7 @@ class _Objective(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items())
 
     def _evaluate(self, x0: Tensor, return_terms: bool, **inputs: Any) -> Loss:
-        sharded = any(kind.__name__ == "FSDPModule" for kind in type(self).__mro__)
-        loss, terms = evaluate(self.model, x0, self.options, sharded=sharded, **inputs)
+        loss, terms = evaluate(self.model, x0, self.options, **inputs)
         if not return_terms:
             return loss
         detached = [term.detach() for term in terms if term is not None]

@@ -206,7 +206,6 @@ def evaluate(
     weights: Weights | None = None,
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-    sharded: bool = False,
 ) -> tuple[Tensor, DSMTerms]:
     """The loss and its terms: what every function and module of this package calls.
 
@@ -220,7 +219,6 @@ def evaluate(
         weights: (first, second, trace, third).
         generator: the source of randomness.
         model_kwargs: for the network.
-        sharded: whether the caller is a module that FSDP2 shards.
 
     Returns:
         The reduced loss, and the terms with their graph.
@@ -229,8 +227,8 @@ def evaluate(
     with outside_inference_mode():
         score_model, inputs = prepare(model, x0, t, noise, options.weighting, generator)
         higher = options.order > 1
-        if higher:
-            refuse_wrapped(score_model.network, sharded=sharded)
+        if higher and not torch.compiler.is_compiling():
+            refuse_wrapped(score_model.network)
         field = score_model.field(
             inputs.t, model_kwargs, primitives=score_model.primitives and higher
         )

@@ -19,6 +19,7 @@ Source:
 
 __all__ = ["PREDICTIONS", "NoiseField", "ScoreModel", "refuse_wrapped"]
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,9 +33,9 @@ from hosm_losses.primitive_mode import safe_primitives
 from hosm_losses.schedule import Schedule
 
 _WRAP_THE_LOSS = (
-    "Wrap the loss module, whose forward then holds every use of a parameter: {}(ThirdOrderDSM("
-    "ScoreModel(network, schedule))). Around the network alone gradients fail, or differ between "
-    "ranks in silence."
+    "Wrap the loss module as a whole, whose forward then holds every use of a parameter: "
+    "{}(ThirdOrderDSM(ScoreModel(network, schedule))). Around the network, or parts of it, "
+    "gradients fail or differ between ranks in silence."
 )
 # By name, so that nothing of torch.distributed is imported for it.
 WRAPPERS = {
@@ -211,24 +212,25 @@ class ScoreModel(nn.Module):
         return predicted
 
 
-def refuse_wrapped(network: object, *, sharded: bool = False) -> None:
-    """Raise where a wrapper around the network stands in the way of its higher derivatives.
+def refuse_wrapped(network: object) -> None:
+    """Raise where a wrapper in or around the network stands in the way of higher derivatives.
 
     Args:
         network: what a ScoreModel holds.
-        sharded: whether the loss is inside a module that FSDP2 shards, where a sharded network is
-            in its place.
 
     Raises:
-        TypeError: for a network wrapped by DDP or FSDP, or compiled by itself.
+        TypeError: for a network wrapped by DDP, compiled by itself, or with parts that FSDP shards
+            by themselves.
     """
-    for kind in type(network).__mro__:
-        advice = WRAPPERS.get(kind.__name__)
-        if advice is not None and not (sharded and kind.__name__ == "FSDPModule"):
-            raise TypeError(
-                f"network: expected a bare network for orders two and three; got one of type "
-                f"{kind.__name__}. {advice}"
-            )
+    kinds = {kind.__name__ for kind in type(network).__mro__}
+    # Nothing is sharded where the package that does it was never imported.
+    if "torch.distributed.fsdp" in sys.modules and isinstance(network, nn.Module):
+        kinds |= {kind.__name__ for part in network.modules() for kind in type(part).__mro__}
+    for name in sorted(kinds & WRAPPERS.keys()):
+        raise TypeError(
+            f"network: expected a bare network for orders two and three; got {name}. "
+            f"{WRAPPERS[name]}"
+        )
 
 
 @dataclass(frozen=True)

@@ -53,5 +53,5 @@ def test_it_objects_to_a_checkpoint_that_a_flow_prediction_would_hide(need):
     name = "torchcfm UNetModel, use_checkpoint"
     need(NETWORKS[name].module)
     errors = (hosm.DerivativeError, AttributeError)
-    with pytest.raises(errors, match="checkpoint|input_tensors"):
+    with pytest.raises(errors, match=r"checkpoint|input_tensors"):
         check(dataclasses.replace(NETWORKS[name], model=FLOW), name)
