@@ -9,10 +9,11 @@ import pytest
 FLOORS = (
     {"_checks"},
     {"adaptive", "multistep", "primitives", "probes", "remedies", "residuals"},
-    {"primitive_mode"},
+    {"inference", "primitive_mode", "wrappers"},
     {"derivatives"},
     {"differences", "schedule"},
-    {"coordinates", "discrete_schedule", "schedules", "score_model"},
+    {"coordinates", "discrete_schedule", "noise_field", "schedules"},
+    {"score_model"},
     {"derivative_check", "divergence", "nll_result", "weighting"},
     {"loss_inputs", "ode_paths"},
     {"likelihood", "objective"},

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from hosm_losses import DerivativeError, ScoreModel, VPSchedule
-from hosm_losses.derivatives import derive, quadratic_forms, time_derivative
+from hosm_losses.derivatives import time_derivative
 from tests.oracles import dense_derivatives, networks
 
 ENGINES = ("forward", "reverse")
@@ -45,7 +45,7 @@ def by_hand(network, x, t):
 @pytest.mark.parametrize("name", NAMES)
 def test_value_directional_and_gradient_are_the_dense_ones(name, engine, order, count):
     network, field, x, w, t = setting(name, count=count)
-    derived = derive(field, x, w, order=order, derivative=engine)
+    derived = field.derive(x, w, order=order, derivative=engine)
     assert (derived.gradient is None) == (order == 2)
     for row, (f, jacobian, second) in enumerate(by_hand(network, x, t)):
         for k in range(count):
@@ -66,7 +66,7 @@ def test_directional_is_the_jacobian_and_not_its_transpose(engine):
     field = ScoreModel(lambda x, t: -x @ matrix.T, VPSchedule()).field(torch.tensor([0.5]))
     w = torch.tensor([[[0.0, 1.0]]])
     for order in (2, 3):
-        derived = derive(field, torch.zeros(1, 2), w, order=order, derivative=engine)
+        derived = field.derive(torch.zeros(1, 2), w, order=order, derivative=engine)
         assert derived.directional.tolist() == [[[1.0, 0.0]]]
 
 
@@ -74,9 +74,9 @@ def test_directional_is_the_jacobian_and_not_its_transpose(engine):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_without_gradients_the_values_are_the_same_and_carry_no_graph(engine, order):
     _, field, x, w, _ = setting("attention", count=2)
-    expected = derive(field, x, w, order=order, derivative=engine)
+    expected = field.derive(x, w, order=order, derivative=engine)
     with torch.no_grad():
-        got = derive(field, x, w, order=order, derivative=engine)
+        got = field.derive(x, w, order=order, derivative=engine)
     for part, reference in zip(got, expected, strict=True):
         if reference is not None:
             assert not part.requires_grad
@@ -94,7 +94,7 @@ def test_a_gradient_reaches_the_point_itself(engine, order):
 
     def total(point):
         parts = [
-            p for p in derive(field, point, w, order=order, derivative=engine) if p is not None
+            p for p in field.derive(point, w, order=order, derivative=engine) if p is not None
         ]
         return sum((a * b).sum() for a, b in zip(parts, weights, strict=True))
 
@@ -109,7 +109,7 @@ def test_a_gradient_reaches_the_point_itself(engine, order):
 def test_a_linear_field_has_gradient_zero(engine):
     layer = nn.Linear(3, 3)
     field = ScoreModel(lambda x, t: layer(x), VPSchedule()).field(torch.tensor([0.5]))
-    derived = derive(field, torch.randn(1, 3), torch.randn(1, 1, 3), order=3, derivative=engine)
+    derived = field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=3, derivative=engine)
     assert derived.gradient.abs().max() == 0
     derived.directional.sum().backward()
     assert layer.weight.grad is not None
@@ -118,8 +118,8 @@ def test_a_linear_field_has_gradient_zero(engine):
 def test_auto_is_reverse_in_eager_mode():
     _, field, x, w, _ = setting("mlp", count=2)
     # Folding shows: the reverse engine gives each of the K probes a value of its own.
-    assert len(derive(field, x, w, order=3).value) == 2
-    assert len(derive(field, x, w, order=3, derivative="forward").value) == 1
+    assert len(field.derive(x, w, order=3).value) == 2
+    assert len(field.derive(x, w, order=3, derivative="forward").value) == 1
 
 
 class OnceDifferentiable(torch.autograd.Function):
@@ -175,7 +175,7 @@ def test_a_function_that_forgets_what_it_saved_is_explained():
     network = ScoreModel(lambda x, t: DropsItsInputs.apply(x, layer).sin(), VPSchedule())
     field = network.field(torch.tensor([0.5]))
     with pytest.raises(DerivativeError, match=r"can differentiate again.*no attribute 'saved'"):
-        derive(field, torch.randn(1, 3), torch.randn(1, 1, 3), order=3, derivative="reverse")
+        field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=3, derivative="reverse")
 
 
 def test_auto_falls_back_to_forward_mode_once_and_says_so(caplog):
@@ -184,11 +184,11 @@ def test_auto_falls_back_to_forward_mode_once_and_says_so(caplog):
     x, w = torch.randn(1, 3), torch.randn(1, 1, 3)
     for order in (2, 3):
         with pytest.raises(DerivativeError, match="once_differentiable or detaches"):
-            derive(field, x, w, order=order, derivative="reverse")
+            field.derive(x, w, order=order, derivative="reverse")
     with caplog.at_level(logging.INFO, logger="hosm_losses"):
         for _ in range(3):
-            derived = derive(field, x, w, order=2)
-    forward = derive(field, x, w, order=2, derivative="forward")
+            derived = field.derive(x, w, order=2)
+    forward = field.derive(x, w, order=2, derivative="forward")
     assert torch.equal(derived.directional, forward.directional)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
@@ -198,7 +198,7 @@ def test_auto_falls_back_to_forward_mode_once_and_says_so(caplog):
 def test_the_choice_does_not_keep_the_network_alive():
     network = Cubes()
     field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))
-    derive(field, torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
+    field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
     alive = weakref.ref(network)
     del network, field
     gc.collect()
@@ -214,7 +214,7 @@ def test_auto_names_both_reasons_where_no_engine_can(order):
     model = ScoreModel(network, VPSchedule(), primitives=False)
     field = model.field(torch.tensor([0.5]))
     with pytest.raises(DerivativeError, match=r"in reverse mode \(.*or in forward mode \("):
-        derive(field, torch.randn(1, 3), torch.randn(1, 1, 3), order=order)
+        field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=order)
 
 
 def test_auto_does_not_hide_the_networks_own_errors():
@@ -223,7 +223,23 @@ def test_auto_does_not_hide_the_networks_own_errors():
 
     field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        derive(field, torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
+        field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction", "flow_prediction"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_the_part_of_x_in_a_prediction_does_not_hide_a_lost_graph(order, prediction):
+    """The network alone is differentiated: x itself has a graph that a lost one would hide in."""
+    model = ScoreModel(Cubes(), VPSchedule(), prediction)
+    field, w = model.field(torch.tensor([0.5])), torch.randn(1, 1, 3)
+    with pytest.raises(DerivativeError, match="once_differentiable or detaches"):
+        field.derive(torch.randn(1, 3), w, order=order, derivative="reverse")
+    detached = ScoreModel(lambda x, t: x.detach(), VPSchedule(), prediction)
+    field = detached.field(torch.tensor([0.5]))
+    with pytest.raises(DerivativeError, match="graph does not lead to x"):
+        field.derive(torch.randn(1, 3), w, order=order, derivative="reverse")
+    with pytest.raises(DerivativeError, match="graph does not lead to x"):
+        field.quadratic_forms(torch.randn(1, 3), [w])
 
 
 @pytest.mark.parametrize("order", [2, 3])
@@ -232,14 +248,14 @@ def test_a_network_cut_from_its_input_is_an_error_in_reverse_mode(detached, orde
     layer = nn.Linear(3, 3)
     field = ScoreModel(lambda x, t: layer(detached(x)), VPSchedule()).field(torch.tensor([0.5]))
     with pytest.raises(DerivativeError, match=r"graph does not lead to x.*Remove \.detach"):
-        derive(field, torch.randn(1, 3), torch.randn(1, 1, 3), order=order, derivative="reverse")
+        field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=order, derivative="reverse")
 
 
 @pytest.mark.parametrize("sizes", [[1], [4], [1, 3]])
 @pytest.mark.parametrize("name", NAMES)
 def test_quadratic_forms_are_the_dense_ones(name, sizes):
     network, field, x, w, t = setting(name, count=4)
-    value, forms = quadratic_forms(field, x, w[: sum(sizes)].split(sizes))
+    value, forms = field.quadratic_forms(x, w[: sum(sizes)].split(sizes))
     for row, (f, jacobian, _) in enumerate(by_hand(network, x, t)):
         torch.testing.assert_close(value[row].reshape(-1), f, rtol=1e-10, atol=1e-12)
         v = w[: sum(sizes), row].reshape(sum(sizes), -1)

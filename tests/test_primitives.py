@@ -87,15 +87,13 @@ def network_of(name):
 
 def loss_and_check(network, shape, order, engine, **model_options):
     """Relative error of a parameter gradient of ⟨D, b⟩ or ⟨G, c⟩ against a central difference."""
-    from hosm_losses.derivatives import derive
-
     model = hosm.ScoreModel(lambda x, t: network(x), hosm.VPSchedule(), **model_options)
     torch.manual_seed(2)
     x, w, b = torch.randn(4, *shape), torch.randn(1, 4, *shape), torch.randn(1, 4, *shape)
     field = model.field(torch.full((4,), 0.5))
 
     def value():
-        return (derive(field, x, w, order=order, derivative=engine)[order - 1] * b).sum()
+        return (field.derive(x, w, order=order, derivative=engine)[order - 1] * b).sum()
 
     start = parameters_to_vector(network.parameters()).detach()
     direction = torch.randn_like(start)

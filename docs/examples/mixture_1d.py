@@ -5,7 +5,7 @@ What it shows:
     score-matching loss alone does not make it a good one. One small network is trained on the
     mixture of three Gaussians of Lu et al. (ICML 2022, arXiv 2206.08265) with each of the three
     losses. In one dimension KL(q || p_ODE) is an integral over a grid, with no sampling error; q
-    is the mixture at t_min, all but the data.
+    is the mixture at t_min, very nearly the data.
 
 How the orders are compared:
     equal steps   N steps each, from the same initial network, with the same data, times and noise.

@@ -257,5 +257,5 @@ def _attempt(
     """Say what disagrees, or that a derivative cannot be taken."""
     try:
         return check.find(field, x, parameters)
-    except (RuntimeError, NotImplementedError, DerivativeError) as error:
+    except (RuntimeError, AttributeError, DerivativeError) as error:
         return f"no derivative at all ({str(error).splitlines()[0]})"

@@ -33,8 +33,6 @@ __all__ = [
     "Field",
     "derive",
     "gradients",
-    "normal",
-    "outside_inference_mode",
     "quadratic_forms",
     "time_derivative",
 ]
@@ -302,20 +300,3 @@ def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """Derivative of an elementwise function of time."""
     return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
-
-
-@contextmanager
-def outside_inference_mode() -> Iterator[None]:
-    """Leave torch.inference_mode, which forbids all derivatives, with gradients off as before."""
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def normal(tensor: Tensor) -> Tensor:
-    """Copy a tensor made in inference mode, so that autograd can save it; return any other."""
-    if not torch.compiler.is_compiling() and tensor.is_inference():
-        return tensor.clone()
-    return tensor

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hosm_losses.derivatives import Field, quadratic_forms
+from hosm_losses.noise_field import NoiseField
 from hosm_losses.probes import unit_vectors
 
 DIVERGENCES = ("exact", "hutchinson")
@@ -38,7 +38,7 @@ class Divergence(NamedTuple):
     samples: Tensor
 
 
-def exact_divergence(field: Field, x: Tensor) -> Divergence:
+def exact_divergence(field: NoiseField, x: Tensor) -> Divergence:
     """Value and divergence from all unit vectors, as many at once as memory easily holds.
 
     Args:
@@ -49,16 +49,18 @@ def exact_divergence(field: Field, x: Tensor) -> Divergence:
         The value and the divergence, samples of shape (1, B).
 
     Example:
-        >>> exact_divergence(lambda x: x**2, torch.tensor([[1.0, 2.0]])).samples.item()
+        >>> from hosm_losses import ScoreModel, VPSchedule
+        >>> field = ScoreModel(lambda x, t: -(x**2), VPSchedule()).field(torch.tensor([0.5]))
+        >>> exact_divergence(field, torch.tensor([[1.0, 2.0]])).samples.item()
         6.0
     """
     units = unit_vectors(x)
     chunk = max(1, CHUNK_ELEMENTS // x.numel())
-    value, forms = quadratic_forms(field, x, units.split(chunk))
+    value, forms = field.quadratic_forms(x, units.split(chunk))
     return Divergence(value, forms.to(accumulator(x)).sum(0, keepdim=True))
 
 
-def hutchinson_divergence(field: Field, x: Tensor, probes: Tensor) -> Divergence:
+def hutchinson_divergence(field: NoiseField, x: Tensor, probes: Tensor) -> Divergence:
     """Value and K estimates of the divergence.
 
     Args:
@@ -69,7 +71,7 @@ def hutchinson_divergence(field: Field, x: Tensor, probes: Tensor) -> Divergence
     Returns:
         The value and the estimates, samples of shape (K, B).
     """
-    value, forms = quadratic_forms(field, x, [probes])
+    value, forms = field.quadratic_forms(x, [probes])
     return Divergence(value, forms.to(accumulator(x)))
 
 

@@ -38,8 +38,8 @@ from hosm_losses._checks import (
     may_look,
 )
 from hosm_losses.coordinates import Coordinates
-from hosm_losses.derivatives import normal, outside_inference_mode
 from hosm_losses.divergence import DIVERGENCES, accumulator
+from hosm_losses.inference import normal, outside_inference_mode
 from hosm_losses.nll_result import NLLResult
 from hosm_losses.ode_paths import Paths, solve_adaptive, solve_fixed
 from hosm_losses.probes import DISTRIBUTIONS

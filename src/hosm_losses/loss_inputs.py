@@ -20,7 +20,7 @@ from hosm_losses._checks import (
     describe,
     expand_right,
 )
-from hosm_losses.derivatives import normal
+from hosm_losses.inference import normal
 from hosm_losses.probes import draw_probes, unit_vectors
 from hosm_losses.score_model import ScoreModel
 from hosm_losses.weighting import Weighting, draw_time

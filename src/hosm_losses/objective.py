@@ -31,8 +31,10 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_choice, describe, expand_right
-from hosm_losses.derivatives import ENGINES, derive, outside_inference_mode
+from hosm_losses.derivatives import ENGINES
+from hosm_losses.inference import outside_inference_mode
 from hosm_losses.loss_inputs import Inputs, prepare, probe_tensor
+from hosm_losses.noise_field import NoiseField
 from hosm_losses.probes import DISTRIBUTIONS
 from hosm_losses.residuals import (
     first_residual,
@@ -40,8 +42,8 @@ from hosm_losses.residuals import (
     third_residual,
     trace_residual,
 )
-from hosm_losses.score_model import NoiseField, refuse_wrapped
 from hosm_losses.weighting import Weighting, check_weighting, time_factors
+from hosm_losses.wrappers import refuse_wrapped
 
 REDUCTIONS = ("mean", "sum", "none")
 Probes = int | Literal["exact"]
@@ -120,8 +122,8 @@ def _first_term(residual: Tensor) -> Tensor:
 def _terms(field: NoiseField, inputs: Inputs, probe: Tensor, options: LossOptions) -> DSMTerms:
     x, noise = inputs.x, inputs.noise
     direction = (expand_right(inputs.sigma, x) * probe).to(x.dtype)
-    value, directional, gradient = derive(
-        field, x, direction, order=options.order, derivative=options.derivative
+    value, directional, gradient = field.derive(
+        x, direction, order=options.order, derivative=options.derivative
     )
     elements = x[0].numel()
     exact = options.probes == "exact"

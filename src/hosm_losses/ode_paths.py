@@ -17,8 +17,8 @@ from hosm_losses.adaptive import adaptive
 from hosm_losses.coordinates import Coordinates, Place
 from hosm_losses.divergence import Divergence, exact_divergence, hutchinson_divergence
 from hosm_losses.multistep import Node, multistep, multistep_evaluations
+from hosm_losses.noise_field import NoiseField
 from hosm_losses.probes import draw_probes
-from hosm_losses.score_model import NoiseField
 
 MAX_EVALUATIONS = 10_000
 STATE_TOLERANCE = 0.03

@@ -7,7 +7,7 @@ What:
 
 __all__ = ["custom_functions", "remedy"]
 
-from torch import Tensor, nn
+from torch import Tensor
 
 GENERAL = (
     "Write what it does with differentiable operators of PyTorch, without .detach(), .data or "
@@ -16,10 +16,6 @@ GENERAL = (
 CUSTOM = (
     "Its custom autograd.Function has a backward, or a jvp, that cannot be differentiated again: "
     "write it with differentiable operators, or use the package's plain implementation."
-)
-KINKED = (
-    "Its second derivative is zero wherever it exists and misses the kinks: replace it by a "
-    "smooth activation such as SiLU, GELU or softplus."
 )
 # By a part of the name of a Function, a module or its package, in lower case.
 REMEDIES = {
@@ -77,12 +73,9 @@ def remedy(module: object, value: Tensor) -> str:
 
     Example:
         >>> import torch
-        >>> remedy(torch.nn.ReLU(), torch.zeros(1))[:40]
-        'Its second derivative is zero wherever i'
+        >>> remedy(torch.nn.Identity(), torch.zeros(1))[:26]
+        'Write what it does with di'
     """
-    kinked = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish)
-    if isinstance(module, kinked):
-        return KINKED
     functions = custom_functions(value)
     names = [*functions, type(module).__name__, type(module).__module__]
     for name in names:

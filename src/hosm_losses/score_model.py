@@ -17,37 +17,19 @@ Source:
     Salimans and Ho, arXiv 2202.00512, for v; Lipman et al., arXiv 2210.02747, for u.
 """
 
-__all__ = ["PREDICTIONS", "NoiseField", "ScoreModel", "refuse_wrapped"]
+__all__ = ["PREDICTIONS", "ScoreModel"]
 
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hosm_losses._checks import check_choice, describe, expand_right
-from hosm_losses.derivatives import normal
-from hosm_losses.primitive_mode import safe_primitives
+from hosm_losses.inference import normal
+from hosm_losses.noise_field import NoiseField, map_tensors
 from hosm_losses.schedule import Schedule
 
-_WRAP_THE_LOSS = (
-    "Wrap the loss module as a whole, whose forward then holds every use of a parameter: "
-    "{}(ThirdOrderDSM(ScoreModel(network, schedule))). Around the network, or parts of it, "
-    "gradients fail or differ between ranks in silence."
-)
-# By name, so that nothing of torch.distributed is imported for it.
-WRAPPERS = {
-    "DistributedDataParallel": _WRAP_THE_LOSS.format("DistributedDataParallel"),
-    "FullyShardedDataParallel": _WRAP_THE_LOSS.format("FullyShardedDataParallel"),
-    "FSDPModule": _WRAP_THE_LOSS.format("fully_shard"),
-    "DataParallel": _WRAP_THE_LOSS.format("DistributedDataParallel"),
-    "OptimizedModule": (
-        "A compiled network has no second derivative. Compile the loss module in its place: "
-        "torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
-    ),
-}
 PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
 
 
@@ -129,18 +111,26 @@ class ScoreModel(nn.Module):
             TypeError: if the network returns something other than a tensor.
             ValueError: if it returns another shape than that of x.
         """
-        predicted = self._predict(x, t, kwargs)
+        predicted = self.predict(x, t, **kwargs)
+        factor, share = self.affine(t, x)
+        noise = predicted if factor is None else factor * predicted
+        return noise if share is None else noise + share * x
+
+    def affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(p, q) in ε̂ = p · prediction + q x, expanded to `like`; None for 1 and for 0."""
         if self.prediction == "epsilon":
-            return predicted
-        alpha, sigma = (expand_right(part, x) for part in self.coefficients(t, x))
+            return None, None
+        alpha, sigma = (expand_right(part, like) for part in self.coefficients(t, like))
         if self.prediction == "score":
-            return -sigma * predicted
+            return -sigma, None
         if self.prediction == "sample":
-            return (x - alpha * predicted) / sigma
+            return -alpha / sigma, 1 / sigma
         if self.prediction == "v_prediction":
-            return (alpha * predicted + sigma * x) / (alpha.square() + sigma.square())
-        alpha_rate, sigma_rate = (expand_right(part, x) for part in self._rates(t, x))
-        return (alpha * predicted - alpha_rate * x) / (alpha * sigma_rate - alpha_rate * sigma)
+            square = alpha.square() + sigma.square()
+            return alpha / square, sigma / square
+        alpha_rate, sigma_rate = (expand_right(part, like) for part in self._rates(t, like))
+        wronskian = alpha * sigma_rate - alpha_rate * sigma
+        return alpha / wronskian, -alpha_rate / wronskian
 
     def score(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """s(x, t) = −ε̂/σ, the estimated ∇ log q_t(x)."""
@@ -175,10 +165,10 @@ class ScoreModel(nn.Module):
         model_kwargs: Mapping[str, Any] | None = None,
         *,
         primitives: bool | None = None,
-    ) -> "NoiseField":
+    ) -> NoiseField:
         """f(x) = −ε̂(x, t) at fixed t and conditions, to be differentiated in x."""
         active = self.primitives if primitives is None else primitives
-        kwargs = _map_tensors(dict(model_kwargs or {}), normal)
+        kwargs = map_tensors(dict(model_kwargs or {}), normal)
         return NoiseField(self, normal(t), kwargs, active)
 
     def time_in(self, t: Tensor, like: Tensor) -> Tensor:
@@ -188,7 +178,8 @@ class ScoreModel(nn.Module):
     def _rates(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         return self.schedule.rates(self.time_in(t, like))
 
-    def _predict(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """What the network predicts, of the shape of x."""
         if self.time is None:
             network_time = t
         elif callable(self.time):
@@ -210,79 +201,3 @@ class ScoreModel(nn.Module):
                 "ScoreModel(..., output=lambda out: out[:, :C])."
             )
         return predicted
-
-
-def refuse_wrapped(network: object) -> None:
-    """Raise where a wrapper in or around the network stands in the way of higher derivatives.
-
-    Args:
-        network: what a ScoreModel holds.
-
-    Raises:
-        TypeError: for a network wrapped by DDP, compiled by itself, or with parts that FSDP shards
-            by themselves.
-    """
-    kinds = {kind.__name__ for kind in type(network).__mro__}
-    # Nothing is sharded where the package that does it was never imported.
-    if "torch.distributed.fsdp" in sys.modules and isinstance(network, nn.Module):
-        kinds |= {kind.__name__ for part in network.modules() for kind in type(part).__mro__}
-    for name in sorted(kinds & WRAPPERS.keys()):
-        raise TypeError(
-            f"network: expected a bare network for orders two and three; got {name}. "
-            f"{WRAPPERS[name]}"
-        )
-
-
-@dataclass(frozen=True)
-class NoiseField:
-    """f(x) = −ε̂(x, t) with t and the conditions bound.
-
-    Attributes:
-        model: the score model.
-        t: times (B,).
-        kwargs: the network's keyword arguments; tensors whose first dimension is B are per sample.
-        primitives: whether the safe primitives are put in.
-    """
-
-    model: ScoreModel
-    t: Tensor
-    kwargs: dict[str, Any]
-    primitives: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Evaluate f at x (B, *)."""
-        with safe_primitives(self.primitives):
-            return -self.model.noise(x, self.t, **self.kwargs)
-
-    @property
-    def owner(self) -> object:
-        """The network."""
-        return self.model.network
-
-    def repeat(self, count: int) -> "NoiseField":
-        """Return the field of `count` copies of the batch, one after the other."""
-        return self._select(lambda tensor: tensor.repeat(count, *(1,) * (tensor.ndim - 1)))
-
-    def rows(self, index: Tensor) -> "NoiseField":
-        """Return the field of the samples at `index`."""
-        return self._select(lambda tensor: tensor[index])
-
-    def _select(self, select: Callable[[Tensor], Tensor]) -> "NoiseField":
-        batch = len(self.t)
-
-        def per_sample(tensor: Tensor) -> Tensor:
-            return select(tensor) if tensor.ndim and len(tensor) == batch else tensor
-
-        kwargs = _map_tensors(self.kwargs, per_sample)
-        return NoiseField(self.model, select(self.t), kwargs, self.primitives)
-
-
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to every tensor in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) is dict:
-        return {key: _map_tensors(entry, function) for key, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_map_tensors(entry, function) for entry in value)
-    return value

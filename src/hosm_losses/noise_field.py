@@ -1,0 +1,152 @@
+r"""The field f(x) = −ε̂(x, t) with t and the conditions bound, and its derivatives.
+
+Formula:
+    Every prediction is affine in what the network returns and x, ε̂ = p · prediction + q x, so
+    D_f = −(p D + q w) and G_f = −p G, with D and G of the network alone.
+"""
+
+__all__ = ["NetworkField", "NoiseField", "map_tensors"]
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hosm_losses.derivatives import Derivatives, derive, quadratic_forms
+from hosm_losses.primitive_mode import safe_primitives
+
+
+class Model(Protocol):
+    """What a field asks of a ScoreModel."""
+
+    network: Callable[..., Any]
+
+    def noise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """ε̂(x, t)."""
+        ...
+
+    def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """What the network predicts."""
+        ...
+
+    def affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(p, q) in ε̂ = p · prediction + q x."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoiseField:
+    """f(x) = −ε̂(x, t) with t and the conditions bound.
+
+    Attributes:
+        model: the score model.
+        t: times (B,).
+        kwargs: the network's keyword arguments; tensors whose first dimension is B are per sample.
+        primitives: whether the safe primitives are put in.
+    """
+
+    model: Model
+    t: Tensor
+    kwargs: dict[str, Any]
+    primitives: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Evaluate f at x (B, *)."""
+        with safe_primitives(self.primitives):
+            return -self.model.noise(x, self.t, **self.kwargs)
+
+    def derive(
+        self, x: Tensor, direction: Tensor, *, order: int, derivative: str = "auto"
+    ) -> Derivatives:
+        """f, D and G at x along directions (K, B, *): those of the network, put together.
+
+        The network alone is differentiated, so that the part of x in f cannot hide that a network
+        has lost its own graph.
+        """
+        value, directional, gradient = derive(
+            NetworkField(self), x, direction, order=order, derivative=derivative
+        )
+        factor, share = self.model.affine(self.t, x)
+        value, directional = (
+            -_affine(part, of_x, factor, share)
+            for part, of_x in ((value, x), (directional, direction))
+        )
+        return Derivatives(
+            value,
+            directional,
+            None if gradient is None else -_affine(gradient, None, factor, share),
+        )
+
+    def quadratic_forms(self, x: Tensor, directions: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """f at x and wᵀ ∂f/∂x w for chunks (k, B, *) of directions, the forms (K, B)."""
+        chunks = list(directions)
+        value, forms = quadratic_forms(NetworkField(self), x, chunks)
+        factor, share = self.model.affine(self.t, x)
+        squares = [w.square().reshape(*w.shape[:2], -1).sum(-1) for w in chunks]
+        flat = tuple(None if c is None else c.reshape(-1) for c in (factor, share))
+        return -_affine(value, x, factor, share), -_affine(forms, torch.cat(squares), *flat)
+
+    @property
+    def owner(self) -> object:
+        """The network."""
+        return self.model.network
+
+    def repeat(self, count: int) -> "NoiseField":
+        """Return the field of `count` copies of the batch, one after the other."""
+        return self._select(lambda tensor: tensor.repeat(count, *(1,) * (tensor.ndim - 1)))
+
+    def rows(self, index: Tensor) -> "NoiseField":
+        """Return the field of the samples at `index`."""
+        return self._select(lambda tensor: tensor[index])
+
+    def _select(self, select: Callable[[Tensor], Tensor]) -> "NoiseField":
+        batch = len(self.t)
+
+        def per_sample(tensor: Tensor) -> Tensor:
+            return select(tensor) if tensor.ndim and len(tensor) == batch else tensor
+
+        kwargs = map_tensors(self.kwargs, per_sample)
+        return NoiseField(self.model, select(self.t), kwargs, self.primitives)
+
+
+@dataclass(frozen=True)
+class NetworkField:
+    """What the network predicts at x, with its conditions bound."""
+
+    field: NoiseField
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Evaluate the network at x (B, *)."""
+        field = self.field
+        with safe_primitives(field.primitives):
+            return field.model.predict(x, field.t, **field.kwargs)
+
+    @property
+    def owner(self) -> object:
+        """The network."""
+        return self.field.model.network
+
+    def repeat(self, count: int) -> "NetworkField":
+        """Return the field of `count` copies of the batch, one after the other."""
+        return NetworkField(self.field.repeat(count))
+
+
+def _affine(
+    part: Tensor, of_x: Tensor | None, factor: Tensor | None, share: Tensor | None
+) -> Tensor:
+    """p part + q x, where None stands for 1 and for 0."""
+    scaled = part if factor is None else factor * part
+    return scaled if share is None or of_x is None else scaled + share * of_x
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) is dict:
+        return {key: map_tensors(entry, function) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map_tensors(entry, function) for entry in value)
+    return value
