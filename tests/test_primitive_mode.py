@@ -135,3 +135,18 @@ def test_nothing_is_left_behind_by_a_graph_that_is_abandoned():
     del loss
     gc.collect()
     assert not active()
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_torchs_own_checkpoint_around_the_loss_module_is_right(order):
+    """As the error about one inside advises: the recomputation enters the mode by itself."""
+    network, plain, _ = checkpointed(hosm.checkpoint)
+    module = {2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}[order](plain)
+    x0 = torch.randn(3, 4)
+    inputs = {"t": torch.full((3,), 0.5), "noise": torch.randn(3, 4), "probe": torch.randn(3, 4)}
+    parameters = list(network.parameters())
+    expected = torch.autograd.grad(module(x0, **inputs), parameters)
+    around = torch.utils.checkpoint.checkpoint(module, x0, use_reentrant=False, **inputs)
+    around.backward()
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)

@@ -38,10 +38,12 @@ class _SafePrimitives(TorchFunctionMode):
     def __enter__(self) -> Self:
         super().__enter__()
         _here.depth = getattr(_here, "depth", 0) + 1
+        _here.around = (*getattr(_here, "around", ()), _checkpoint_hook())
         return self
 
     def __exit__(self, *exception: object) -> None:
         _here.depth -= 1
+        _here.around = _here.around[:-1]
         super().__exit__(*exception)
 
     def __torch_function__(
@@ -61,14 +63,26 @@ class _SafePrimitives(TorchFunctionMode):
 def _refuse_foreign_checkpoint() -> None:
     """Stop where torch's own checkpoint surrounds a primitive, which it would recompute without.
 
+    One that was on before the mode surrounds the loss, enters the mode again and is right.
+    """
+    hook = _checkpoint_hook()
+    if hook is not None and hook is not _here.around[-1] and not getattr(_here, "carried", 0):
+        raise DerivativeError(CHECKPOINT_ADVICE)
+
+
+def _checkpoint_hook() -> object:
+    """The hook by which the innermost checkpoint saves tensors, if one is on.
+
     A newer PyTorch tells which hooks are on; an older one ends in a CheckpointError later.
     """
     look = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
-    if look is None or torch.compiler.is_compiling() or getattr(_here, "carried", 0):
-        return
+    if look is None or torch.compiler.is_compiling():
+        return None
     hooks = look(True)
-    if hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook"):
-        raise DerivativeError(CHECKPOINT_ADVICE)
+    if hooks is None:
+        return None
+    own = getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook")
+    return hooks[0] if own else None
 
 
 class _Carried:
