@@ -9,6 +9,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from tests.oracles import networks
+from tests.test_derivatives import Cubes
 
 ENGINES = ("forward", "reverse")
 VP = hosm.VPSchedule()
@@ -212,6 +213,15 @@ def test_a_network_that_is_no_module_is_checked_in_x():
     hosm.check_derivatives(good, torch.randn(2, 3))
     with pytest.raises(hosm.DerivativeError, match="directional derivative off by"):
         hosm.check_derivatives(bad, torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "flow_prediction"])
+def test_what_auto_trains_by_forward_mode_is_no_alarm_whatever_it_predicts(prediction):
+    """The check differentiates what the losses do: the network, not the prediction's part of x."""
+    model = hosm.ScoreModel(Cubes(), VP, prediction)
+    hosm.check_derivatives(model, torch.randn(2, 3))
+    with pytest.raises(hosm.DerivativeError, match="once_differentiable or detaches"):
+        hosm.check_derivatives(model, torch.randn(2, 3), derivative="reverse")
 
 
 class Counting(nn.Module):

@@ -12,7 +12,7 @@ What:
 __all__ = ["check_derivatives"]
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from hosm_losses._checks import DerivativeError, check_choice, check_sample_batch, describe
 from hosm_losses.derivatives import ENGINES, Field
 from hosm_losses.differences import STEP, TOLERANCE, Agreement
+from hosm_losses.noise_field import NetworkField
 from hosm_losses.primitive_mode import safe_primitives
 from hosm_losses.remedies import remedy
-from hosm_losses.score_model import ScoreModel
+from hosm_losses.score_model import ScoreModel, check_model
 
 
 def check_derivatives(
@@ -68,8 +69,7 @@ def check_derivatives(
         ...     print(str(error)[:54])
         network: expected derivatives that agree with differen
     """
-    if not isinstance(model, ScoreModel):
-        raise TypeError(f"model: expected a ScoreModel; got {describe(model)}.")
+    check_model(model)
     if order not in (2, 3):
         raise ValueError(f"order: expected 2 or 3; got {describe(order)}.")
     check_choice("derivative", derivative, ENGINES)
@@ -79,14 +79,7 @@ def check_derivatives(
             f"x0: expected float32 or float64, in which differences mean something; got "
             f"{describe(x0)}. Check a float32 copy of the network."
         )
-    own = ScoreModel(
-        copy.deepcopy(model.network),
-        model.schedule,
-        model.prediction,
-        time=model.time,
-        output=model.output,
-        primitives=model.primitives,
-    )
+    own = copy.deepcopy(model)
     times = _spread_times(model, x0) if t is None else t
     device = x0.device
     devices = [device] if device.type == "cuda" else []
@@ -96,7 +89,8 @@ def check_derivatives(
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
     ):
-        field = own.field(times, model_kwargs)
+        # What the losses differentiate: the network alone, without the part of x in a prediction.
+        field = NetworkField(own.field(times, model_kwargs))
         network = own.network if isinstance(own.network, nn.Module) else None
         _check_deterministic(field, x0, network)
         check = Agreement(order, derivative, TOLERANCE[x0.dtype], STEP[x0.dtype])
@@ -112,11 +106,10 @@ def check_derivatives(
 
 
 def _advice(model: ScoreModel, module: object, field: Field, x: Tensor) -> str:
-    if not model.primitives:
-        return "Leave primitives=True in ScoreModel, which replaces such operators; or: " + remedy(
-            module, field(x.detach().clone().requires_grad_())
-        )
-    return remedy(module, field(x.detach().clone().requires_grad_()))
+    advice = remedy(module, field(x.detach().clone().requires_grad_()))
+    if model.primitives:
+        return advice
+    return f"Leave primitives=True in ScoreModel, which replaces such operators; or: {advice}"
 
 
 def _spread_times(model: ScoreModel, x0: Tensor) -> Tensor:
@@ -167,16 +160,21 @@ class _ModuleField:
     """One module alone, as a field: (Σ module(x) r) u for fixed random r and u.
 
     Its D and G hold the first and second derivatives of the module, whatever its output's shape.
+    x is its argument at `position`; the others are as the network gave them.
     """
 
     module: nn.Module
-    call: Callable[[Tensor], Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    position: int
     primitives: bool
 
     def __call__(self, x: Tensor) -> Tensor:
         generator = torch.Generator(x.device).manual_seed(1)
+        before, after = self.args[: self.position], self.args[self.position + 1 :]
         with safe_primitives(self.primitives):
-            outputs = [out for out in _tensors(self.call(x)) if out.is_floating_point()]
+            returned = self.module(*before, x, *after, **self.kwargs)
+        outputs = [out for out in _tensors(returned) if out.is_floating_point()]
         total = x.new_zeros(())
         for out in outputs:
             r = torch.randn(out.shape, generator=generator, dtype=out.dtype, device=out.device)
@@ -235,16 +233,7 @@ def _culprit(
         if position is None or not args[position].ndim:
             continue
 
-        def call(
-            point: Tensor,
-            module: nn.Module = module,
-            args: tuple[Any, ...] = args,
-            kwargs: dict[str, Any] = kwargs,
-            position: int = position,
-        ) -> Any:
-            return module(*args[:position], point, *args[position + 1 :], **kwargs)
-
-        alone = _ModuleField(module, call, model.primitives)
+        alone = _ModuleField(module, args, kwargs, position, model.primitives)
         inner = _attempt(check, alone, args[position], _parameters(module))
         if inner is not None:
             return name, module, inner

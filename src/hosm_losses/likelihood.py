@@ -43,7 +43,7 @@ from hosm_losses.inference import normal, outside_inference_mode
 from hosm_losses.nll_result import NLLResult
 from hosm_losses.ode_paths import Paths, solve_adaptive, solve_fixed
 from hosm_losses.probes import DISTRIBUTIONS
-from hosm_losses.score_model import ScoreModel
+from hosm_losses.score_model import ScoreModel, check_model
 
 METHODS = ("fixed", "adaptive")
 MINIMUM_STEPS = 4
@@ -116,11 +116,7 @@ def ode_nll(
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("distribution", distribution, DISTRIBUTIONS)
     _check_numbers(steps, probes, tolerance, divergence)
-    if not isinstance(model, ScoreModel):
-        raise TypeError(
-            f"model: expected a ScoreModel; got {describe(model)}. Wrap your network first: "
-            "ScoreModel(network, VPSchedule(), prediction='epsilon')."
-        )
+    check_model(model)
     check_sample_batch("x", x)
     schedule = model.schedule
     with outside_inference_mode(), torch.set_grad_enabled(enable_grad):

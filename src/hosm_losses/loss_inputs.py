@@ -22,7 +22,7 @@ from hosm_losses._checks import (
 )
 from hosm_losses.inference import normal
 from hosm_losses.probes import draw_probes, unit_vectors
-from hosm_losses.score_model import ScoreModel
+from hosm_losses.score_model import ScoreModel, check_model
 from hosm_losses.weighting import Weighting, draw_time
 
 
@@ -58,17 +58,13 @@ def prepare(
         TypeError: for a model that is no ScoreModel, or a tensor of a wrong type or dtype.
         ValueError: for a wrong shape, device or value.
     """
-    if not isinstance(model, ScoreModel):
-        raise TypeError(
-            f"model: expected a ScoreModel; got {describe(model)}. Wrap your network first: "
-            "ScoreModel(network, VPSchedule(), prediction='epsilon')."
-        )
+    score_model = check_model(model)
     batch = normal(check_sample_batch("x0", x0))
     drawn = t is None
     times = (
-        draw_time(model, batch, weighting, generator)
+        draw_time(score_model, batch, weighting, generator)
         if t is None
-        else _check_time(model, batch, t)
+        else _check_time(score_model, batch, t)
     )
     if noise is None:
         eps = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
@@ -76,9 +72,9 @@ def prepare(
         shape = tuple(batch.shape)
         eps = normal(check_like("noise", noise, shape, batch.dtype, batch.device, "x0"))
         check_finite("noise", eps)
-    alpha, sigma = model.coefficients(times, batch)
+    alpha, sigma = score_model.coefficients(times, batch)
     x = expand_right(alpha, batch) * batch + expand_right(sigma, batch) * eps
-    return model, Inputs(x.to(batch.dtype), times, eps, sigma, drawn)
+    return score_model, Inputs(x.to(batch.dtype), times, eps, sigma, drawn)
 
 
 def _check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:

@@ -88,11 +88,6 @@ class NoiseField:
         flat = tuple(None if c is None else c.reshape(-1) for c in (factor, share))
         return -_affine(value, x, factor, share), -_affine(forms, torch.cat(squares), *flat)
 
-    @property
-    def owner(self) -> object:
-        """The network."""
-        return self.model.network
-
     def repeat(self, count: int) -> "NoiseField":
         """Return the field of `count` copies of the batch, one after the other."""
         return self._select(lambda tensor: tensor.repeat(count, *(1,) * (tensor.ndim - 1)))

@@ -17,7 +17,7 @@ Source:
     Salimans and Ho, arXiv 2202.00512, for v; Lipman et al., arXiv 2210.02747, for u.
 """
 
-__all__ = ["PREDICTIONS", "ScoreModel"]
+__all__ = ["PREDICTIONS", "ScoreModel", "check_model"]
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -201,3 +201,13 @@ class ScoreModel(nn.Module):
                 "ScoreModel(..., output=lambda out: out[:, :C])."
             )
         return predicted
+
+
+def check_model(value: object) -> ScoreModel:
+    """Return `value` if it is a ScoreModel."""
+    if not isinstance(value, ScoreModel):
+        raise TypeError(
+            f"model: expected a ScoreModel; got {describe(value)}. Wrap your network first: "
+            "ScoreModel(network, VPSchedule(), prediction='epsilon')."
+        )
+    return value
