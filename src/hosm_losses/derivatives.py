@@ -241,7 +241,6 @@ def _pull_back(
     cotangents: Tensor,
     *,
     create_graph: bool = True,
-    retain_graph: bool = True,
     lost: str = LOST_ONCE,
 ) -> Tensor:
     """(∂f/∂x)ᵀ c for each of K cotangents (K, B, *), at once, and without vmap where K is 1."""
@@ -253,7 +252,7 @@ def _pull_back(
             x,
             cotangents if batched else cotangents[0],
             create_graph=create_graph,
-            retain_graph=retain_graph,
+            retain_graph=True,
             is_grads_batched=batched,
             allow_unused=True,
         )
@@ -284,7 +283,7 @@ def quadratic_forms(
         point = x if wanted and x.requires_grad else x.detach().requires_grad_()
         value = field(point)
         for w in directions:
-            pulled = _pull_back(value, point, w, create_graph=wanted, retain_graph=True)
+            pulled = _pull_back(value, point, w, create_graph=wanted)
             forms.append((pulled * w).reshape(*w.shape[:2], -1).sum(-1))
     joined = torch.cat(forms)
     return (value, joined) if wanted else (value.detach(), joined.detach())

@@ -37,12 +37,10 @@ _here = threading.local()
 class _SafePrimitives(TorchFunctionMode):
     def __enter__(self) -> Self:
         super().__enter__()
-        _here.depth = getattr(_here, "depth", 0) + 1
         _here.around = (*getattr(_here, "around", ()), _checkpoint_hook())
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _here.depth -= 1
         _here.around = _here.around[:-1]
         super().__exit__(*exception)
 
@@ -136,7 +134,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         >>> checkpoint(layer, torch.zeros(2, 3)).shape
         torch.Size([2, 3])
     """
-    active = getattr(_here, "depth", 0) > 0
+    active = bool(getattr(_here, "around", ()))
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return _Carried(), safe_primitives(active)

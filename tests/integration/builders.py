@@ -58,16 +58,22 @@ class _Modulated(nn.Module):
         return self.backbone(x, torch.tanh(self.inner(known)))
 
 
+# What the two UNets of diffusers share.
+_SMALL_UNET: dict[str, Any] = {
+    "sample_size": SIZE,
+    "in_channels": 2,
+    "out_channels": 2,
+    "block_out_channels": (4, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+}
+
+
 def unet_2d(**checkpointing: Any) -> nn.Module:
     from diffusers import UNet2DModel
 
     network = UNet2DModel(
-        sample_size=SIZE,
-        in_channels=2,
-        out_channels=2,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
+        **_SMALL_UNET,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,
@@ -81,12 +87,7 @@ def unet_2d_condition() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=SIZE,
-        in_channels=2,
-        out_channels=2,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
+        **_SMALL_UNET,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=6,
