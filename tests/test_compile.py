@@ -29,12 +29,55 @@ def test_one_graph_with_the_gradients_of_eager_mode(name, order):
         torch.testing.assert_close(compiled_one, eager, rtol=1e-9, atol=1e-12)
 
 
-def test_a_network_compiled_by_itself_is_refused_above_order_one():
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("schedule", [hosm.VPSchedule(), hosm.EDMSchedule()], ids=["vp", "edm"])
+@pytest.mark.parametrize("weighting", ["noise", "native", "likelihood"])
+def test_every_weighting_draws_its_own_times_in_the_graph(weighting, schedule):
     network, shape = networks()["mlp"]
-    compiled = torch.compile(network, backend="eager")
-    model = hosm.ScoreModel(compiled, hosm.VPSchedule())
-    x0 = torch.randn(2, *shape)
+    module = hosm.ThirdOrderDSM(hosm.ScoreModel(network, schedule), weighting=weighting)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    losses = []
+    for each in (module, compiled):
+        torch.manual_seed(0)
+        losses.append(each(torch.ones(3, *shape)))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
+
+
+def compiled_parts():
+    """Networks compiled as a whole or in part, as users compile them."""
+    whole = networks()["mlp"][0]
+    block, in_place, function = (networks()["mlp"][0] for _ in range(3))
+    block.middle = torch.compile(block.middle, backend="aot_eager")
+    in_place.middle.compile(backend="aot_eager")
+    function.middle.forward = torch.compile(function.middle.forward, backend="aot_eager")
+    return {
+        "whole": torch.compile(whole, backend="aot_eager"),
+        "block": block,
+        "in place": in_place,
+        "function": function,
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("name", ["whole", "block", "in place", "function"])
+def test_what_is_compiled_by_itself_is_refused_above_order_one(name, order):
+    torch._dynamo.reset()
+    model = hosm.ScoreModel(compiled_parts()[name], hosm.VPSchedule())
+    x0 = torch.randn(2, *networks()["mlp"][1])
     hosm.first_order_dsm(model, x0)
-    for function in (hosm.second_order_dsm, hosm.third_order_dsm):
-        with pytest.raises(TypeError, match=r"OptimizedModule.*Compile the loss module"):
-            function(model, x0)
+    function = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}[order]
+    with pytest.raises((TypeError, hosm.DerivativeError), match="Compile the loss module"):
+        function(model, x0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("order", [2, 3])
+def test_the_reverse_engine_does_not_compile_and_says_so(order):
+    network, shape = networks()["mlp"]
+    module = MODULES[order](hosm.ScoreModel(network, hosm.VPSchedule()), derivative="reverse")
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager")
+    with pytest.raises(hosm.DerivativeError, match="derivative='auto' or 'forward'"):
+        compiled(torch.randn(2, *shape))

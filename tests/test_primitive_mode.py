@@ -2,13 +2,16 @@
 
 import gc
 import threading
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 import torch.utils.checkpoint
 from torch import nn
+from torch.nn.functional import layer_norm
 from torch.nn.utils import parameters_to_vector
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import hosm_losses as hosm
 from hosm_losses.primitive_mode import safe_primitives
@@ -19,6 +22,9 @@ def active() -> bool:
     """Whether layer_norm is the primitive here: the native one saves a tensor of its own."""
     x = torch.ones(1, 2, requires_grad=True)
     return "NativeLayerNorm" not in type(F.layer_norm(x, (2,)).grad_fn).__name__
+
+
+FORWARD = "derivative='reverse'.*got forward mode"
 
 
 def test_the_mode_is_on_only_in_its_block_and_its_thread():
@@ -76,8 +82,11 @@ def test_torchs_own_checkpoint_is_an_error_and_never_a_wrong_gradient(reentrant,
 
     network, _, model = checkpointed(checkpoint)
     if engine == "forward":
-        # Where a primitive is met first we refuse, elsewhere torch.func does.
-        with pytest.raises((RuntimeError, hosm.DerivativeError)):
+        # A reentrant one is an autograd.Function of the old kind, which torch.func itself refuses.
+        error, words = (
+            (RuntimeError, "setup_context") if reentrant else (hosm.DerivativeError, FORWARD)
+        )
+        with pytest.raises(error, match=words):
             gradient(network, model, order, derivative=engine)
     else:
         with pytest.raises(hosm.DerivativeError, match=r"expected hosm_losses\.checkpoint inside"):
@@ -105,6 +114,46 @@ def test_where_hooks_cannot_be_seen_the_recomputation_shows_it(name, monkeypatch
     """As on an older PyTorch: what a primitive saves never looks like what the operator saves."""
     monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks", raising=False)
     test_torchs_own_checkpoint_is_an_error_around_every_primitive(name)
+
+
+@pytest.mark.parametrize("probes", [1, 3])
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("by", ["ours", "torch's"])
+def test_forward_mode_refuses_any_checkpoint_inside_and_says_what_to_do(by, order, probes):
+    """Without a primitive in it as well: it could not be recomputed in the backward pass."""
+    ours = by == "ours"
+    checkpoint = hosm.checkpoint if ours else partial(torch_checkpoint, use_reentrant=False)
+    inner, outer = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4)
+    model = hosm.ScoreModel(lambda x, t: outer(checkpoint(inner, x)), hosm.VPSchedule())
+    network = nn.ModuleList([inner, outer])
+    with pytest.raises(hosm.DerivativeError, match=FORWARD):
+        gradient(network, model, order, derivative="forward", probes=probes)
+    gradient(network, model, order, probes=probes)
+
+
+def test_without_gradients_forward_mode_passes_our_checkpoint():
+    """At order two, which then differentiates nothing in reverse."""
+    _, plain, model = checkpointed(hosm.checkpoint)
+    x0, draws = torch.ones(3, 4), {"t": torch.full((3,), 0.5), "noise": torch.zeros(3, 4)}
+    with torch.no_grad():
+        expected = hosm.dsm_terms(plain, x0, order=2, probe=torch.ones(3, 4), **draws)
+        got = hosm.dsm_terms(
+            model, x0, order=2, probe=torch.ones(3, 4), derivative="forward", **draws
+        )
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_function_that_the_networks_module_imported_by_name_is_seen():
+    torch.manual_seed(0)
+    inner, outer = nn.Linear(4, 4), nn.Linear(4, 4)
+    norm = nn.LayerNorm(4, elementwise_affine=False)
+    network = nn.ModuleList([inner, outer])
+    model = hosm.ScoreModel(lambda x, t: outer(layer_norm(inner(x), (4,))), hosm.VPSchedule())
+    plain = hosm.ScoreModel(lambda x, t: outer(norm(inner(x))), hosm.VPSchedule())
+    native = hosm.ScoreModel(model.network, hosm.VPSchedule(), primitives=False)
+    expected, got, wrong = (gradient(network, each, 3) for each in (plain, model, native))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    assert torch.linalg.vector_norm(wrong - expected) > 0.01 * torch.linalg.vector_norm(expected)
 
 
 def test_torchs_own_checkpoint_around_other_operators_is_right():

@@ -49,7 +49,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from hosm_losses._checks import DerivativeError
-from hosm_losses.primitive_mode import CHECKPOINT_ADVICE
+from hosm_losses.primitive_mode import CHECKPOINT_ADVICE, FORWARD_ADVICE, ForwardMode
 
 ENGINES = ("auto", "forward", "reverse")
 # PyTorch's own words for an operator without a second derivative in reverse mode.
@@ -64,6 +64,17 @@ LOST_TWICE = (
     "detaches: write it with differentiable operators, or use derivative='forward' if it has a "
     "jvp."
 )
+COMPILED = (
+    "network: expected one that is not compiled by itself; got a compiled part, which cannot be "
+    "differentiated twice. Compile the loss module as a whole in its place, with "
+    "derivative='auto' or 'forward': torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
+)
+# Its words for a reentrant checkpoint, a checkpoint in torch.func and a compiled part; the remedy.
+EXPLAINED = {
+    "compatible with .grad()": CHECKPOINT_ADVICE,
+    "saved tensor hooks": FORWARD_ADVICE,
+    "does not currently support double backward": COMPILED,
+}
 _FORWARD: "weakref.WeakSet[Any]" = weakref.WeakSet()
 logger = logging.getLogger(__name__)
 
@@ -176,13 +187,14 @@ def _forward(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivati
         return value, directional, gradient
 
     one = second if order == 2 else third
-    if len(direction) == 1:
-        value, *rest = [part.unsqueeze(0) for part in one(direction[0])]
-    else:
-        out_dims: Any = (None, *(0,) * (order - 1))
-        # One dropout mask for the value and for every probe.
-        value, *rest = torch.func.vmap(one, out_dims=out_dims, randomness="same")(direction)
-        value = value.unsqueeze(0)
+    with _explained(), ForwardMode():
+        if len(direction) == 1:
+            value, *rest = [part.unsqueeze(0) for part in one(direction[0])]
+        else:
+            out_dims: Any = (None, *(0,) * (order - 1))
+            # One dropout mask for the value and for every probe.
+            value, *rest = torch.func.vmap(one, out_dims=out_dims, randomness="same")(direction)
+            value = value.unsqueeze(0)
     return Derivatives(value, *rest)
 
 
@@ -219,14 +231,15 @@ def _reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivati
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turn what checkpoints raise when they are differentiated again into errors with a remedy."""
+    """Give the remedy with what is raised by parts that cannot be differentiated again."""
     try:
         yield
     except torch.utils.checkpoint.CheckpointError as error:
         raise DerivativeError(CHECKPOINT_ADVICE) from error
     except RuntimeError as error:
-        if "compatible with .grad()" in str(error):
-            raise DerivativeError(CHECKPOINT_ADVICE) from error
+        for words, advice in EXPLAINED.items():
+            if words in str(error):
+                raise DerivativeError(advice) from error
         raise
     except AttributeError as error:
         # A custom Function that drops what it saved after its first backward.

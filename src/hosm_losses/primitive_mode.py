@@ -10,7 +10,13 @@ Source:
     The documentation of `torch.overrides`; that of `torch.utils.checkpoint` for `context_fn`.
 """
 
-__all__ = ["CHECKPOINT_ADVICE", "checkpoint", "safe_primitives"]
+__all__ = [
+    "CHECKPOINT_ADVICE",
+    "FORWARD_ADVICE",
+    "ForwardMode",
+    "checkpoint",
+    "safe_primitives",
+]
 
 import threading
 from collections.abc import Callable, Mapping
@@ -30,6 +36,12 @@ CHECKPOINT_ADVICE = (
     "hosm_losses.checkpoint to the network in its place (diffusers: "
     "model.enable_gradient_checkpointing(gradient_checkpointing_func=hosm_losses.checkpoint)), "
     "or checkpoint around the loss module."
+)
+FORWARD_ADVICE = (
+    "checkpoint: expected derivative='reverse' for a network with activation checkpoints inside; "
+    "got forward mode, through which nothing can be recomputed. Leave derivative at 'auto' (which "
+    "is reverse mode outside torch.compile), turn the checkpoints off, or checkpoint around the "
+    "loss module."
 )
 _here = threading.local()
 
@@ -52,20 +64,22 @@ class _SafePrimitives(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         primitive = PRIMITIVES.get(func)
-        if primitive is None:
-            return func(*args, **(kwargs or {}))
-        _refuse_foreign_checkpoint()
-        return primitive(*args, **(kwargs or {}))
+        if primitive is not None or getattr(_here, "forward", False):
+            _refuse_foreign_checkpoint()
+        return (primitive or func)(*args, **(kwargs or {}))
 
 
 def _refuse_foreign_checkpoint() -> None:
-    """Stop where torch's own checkpoint surrounds a primitive, which it would recompute without.
+    """Stop where torch's own checkpoint surrounds what it cannot recompute as the loss did.
 
-    One that was on before the mode surrounds the loss, enters the mode again and is right.
+    That is a primitive, and in forward mode everything. One that was on before the mode surrounds
+    the loss, enters the mode again and is right.
     """
     hook = _checkpoint_hook()
     if hook is not None and hook is not _here.around[-1] and not getattr(_here, "carried", 0):
-        raise DerivativeError(CHECKPOINT_ADVICE)
+        raise DerivativeError(
+            FORWARD_ADVICE if getattr(_here, "forward", False) else CHECKPOINT_ADVICE
+        )
 
 
 def _checkpoint_hook() -> object:
@@ -113,6 +127,17 @@ def safe_primitives(enabled: bool = True) -> AbstractContextManager[Any]:
     return _SafePrimitives() if enabled else nullcontext()
 
 
+class ForwardMode:
+    """Tell `checkpoint`, in this thread and while the block lasts, that it cannot work."""
+
+    def __enter__(self) -> None:
+        self.before = getattr(_here, "forward", False)
+        _here.forward = True
+
+    def __exit__(self, *exception: object) -> None:
+        _here.forward = self.before
+
+
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Activation checkpointing for use inside a network that is trained with order two or three.
 
@@ -129,11 +154,16 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Returns:
         What `function` returns.
 
+    Raises:
+        DerivativeError: in forward mode, unless autograd is off.
+
     Example:
         >>> layer = torch.nn.Linear(3, 3)
         >>> checkpoint(layer, torch.zeros(2, 3)).shape
         torch.Size([2, 3])
     """
+    if getattr(_here, "forward", False) and torch.is_grad_enabled():
+        raise DerivativeError(FORWARD_ADVICE)
     active = bool(getattr(_here, "around", ()))
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

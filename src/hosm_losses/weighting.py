@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_choice, check_like
+from hosm_losses.schedule import Schedule
 from hosm_losses.score_model import ScoreModel
 
 WEIGHTINGS = ("noise", "native", "likelihood")
@@ -62,9 +63,9 @@ def draw_time(
     dtype = torch.promote_types(x0.dtype, torch.float32)
     if weighting != "likelihood":
         return schedule.sample_time(len(x0), generator, device=x0.device, dtype=dtype)
-    low, high = schedule.log_sigma_hat_range
+    low, span = _range(schedule)
     unit = torch.rand((len(x0),), generator=generator, device=x0.device, dtype=dtype)
-    return schedule.time(low + (high - low) * unit).clamp(schedule.t_min, schedule.t_max)
+    return schedule.time(low + span * unit).clamp(schedule.t_min, schedule.t_max)
 
 
 def time_factors(
@@ -102,6 +103,12 @@ def time_factors(
     elements = x0[0].numel()
     if not drawn:
         return (schedule.t_max - schedule.t_min) * rate * elements, None
-    low, high = schedule.log_sigma_hat_range
-    span = high - low
-    return torch.full_like(rate, span * elements), schedule.time_density(time) * span / rate
+    _, span = _range(schedule)
+    return torch.ones_like(rate) * (span * elements), schedule.time_density(time) * span / rate
+
+
+def _range(schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Log σ̂(t_min) and its distance to log σ̂(t_max), 0-dim tensors that nothing reads back."""
+    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64, device="cpu")
+    low, high = schedule.log_sigma_hat(ends).unbind()
+    return low, high - low

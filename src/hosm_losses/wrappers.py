@@ -11,17 +11,22 @@ _WRAP_THE_LOSS = (
     "{}(ThirdOrderDSM(ScoreModel(network, schedule))). Around the network, or parts of it, "
     "gradients fail or differ between ranks in silence."
 )
+_COMPILE_THE_LOSS = (
+    "What is compiled by itself has no second derivative. Compile the loss module in its place: "
+    "torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
+)
+COMPILED_IN_PLACE = "a part compiled by its own .compile()"
 # By name, so that nothing of torch.distributed is imported for it.
 WRAPPERS = {
     "DistributedDataParallel": _WRAP_THE_LOSS.format("DistributedDataParallel"),
     "FullyShardedDataParallel": _WRAP_THE_LOSS.format("FullyShardedDataParallel"),
     "FSDPModule": _WRAP_THE_LOSS.format("fully_shard"),
     "DataParallel": _WRAP_THE_LOSS.format("DistributedDataParallel"),
-    "OptimizedModule": (
-        "A compiled network has no second derivative. Compile the loss module in its place: "
-        "torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
-    ),
+    "OptimizedModule": _COMPILE_THE_LOSS,
+    COMPILED_IN_PLACE: _COMPILE_THE_LOSS,
 }
+
+DOERS = {"torch.distributed.fsdp", "torch._dynamo"}
 
 
 def refuse_wrapped(network: object) -> None:
@@ -31,14 +36,19 @@ def refuse_wrapped(network: object) -> None:
         network: what a ScoreModel holds.
 
     Raises:
-        TypeError: for a network wrapped by DDP, compiled by itself, or with parts that FSDP shards
-            by themselves.
+        TypeError: for a network wrapped by DDP, or with parts that are compiled or that FSDP
+            shards by themselves.
     """
-    kinds = {kind.__name__ for kind in type(network).__mro__}
-    # Nothing is sharded where the package that does it was never imported.
-    if "torch.distributed.fsdp" in sys.modules and isinstance(network, nn.Module):
-        kinds |= {kind.__name__ for part in network.modules() for kind in type(part).__mro__}
-    for name in sorted(kinds & WRAPPERS.keys()):
+    types = {type(network)}
+    found = set()
+    # Nothing is sharded or compiled where the package that does it was never imported.
+    if isinstance(network, nn.Module) and sys.modules.keys() & DOERS:
+        for part in network.modules():
+            types.add(type(part))
+            if getattr(part, "_compiled_call_impl", None) is not None:
+                found.add(COMPILED_IN_PLACE)
+    found |= {base.__name__ for kind in types for base in kind.__mro__} & WRAPPERS.keys()
+    for name in sorted(found):
         raise TypeError(
             f"network: expected a bare network for orders two and three; got {name}. "
             f"{WRAPPERS[name]}"
