@@ -288,6 +288,37 @@ def test_every_form_of_multihead_attention(masks, need_weights):
         torch.testing.assert_close(safe[1], native[1])
 
 
+def by_torch_names():
+    """The functions of torch behind those of torch.nn.functional, as some networks call them."""
+    statistics = (None, None, True, 0.1, 1e-5, False)
+    return {
+        "layer_norm": lambda x: torch.layer_norm(x, (4,)),
+        "group_norm": lambda x: torch.group_norm(x, 2),
+        "batch_norm": lambda x: torch.batch_norm(x, None, None, *statistics),
+        "instance_norm": lambda x: torch.instance_norm(x, None, None, *statistics),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(by_torch_names()))
+def test_the_functions_of_torch_are_taken_over_as_well(name):
+    function = by_torch_names()[name]
+    x = torch.randn(5, 4, 4, requires_grad=True)
+    native = function(x)
+    with safe_primitives():
+        safe = function(x)
+    torch.testing.assert_close(safe, native)
+    assert "Norm" in type(native.grad_fn).__name__ or name == "instance_norm"
+    assert type(safe.grad_fn) is not type(native.grad_fn)
+
+
+@pytest.mark.parametrize("dim", [-1, 0, 1])
+def test_glu_along_every_dimension(dim):
+    x = torch.randn(2, 4, 6)
+    with safe_primitives():
+        safe = F.glu(x, dim)
+    torch.testing.assert_close(safe, F.glu(x, dim))
+
+
 def test_multihead_attention_with_its_arguments_by_position():
     layer = nn.MultiheadAttention(4, 2)
     x = torch.randn(3, 2, 4)

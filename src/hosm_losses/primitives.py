@@ -25,8 +25,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-NEED_WEIGHTS = 15
-
 
 def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     """Subtract the mean and divide by the standard deviation over `dims`, in float32 at least."""
@@ -213,14 +211,7 @@ def _multi_head_attention(
     *args: Any, need_weights: bool = True, **named: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Its own path that returns the weights, which does not call a fused kernel."""
-    if len(args) > NEED_WEIGHTS:
-        need_weights = args[NEED_WEIGHTS]
-        args = (*args[:NEED_WEIGHTS], True, *args[NEED_WEIGHTS + 1 :])
-    else:
-        named["need_weights"] = True
-    output, weights = F.multi_head_attention_forward(*args, **named)
-    # The mark of attention, in a dtype no kernel saves.
-    output = output * torch.ones((), dtype=torch.int8, device=output.device)
+    output, weights = F.multi_head_attention_forward(*args, need_weights=True, **named)
     return output, weights if need_weights else None
 
 
