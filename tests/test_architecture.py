@@ -8,15 +8,24 @@ import pytest
 
 FLOORS = (
     {"_checks"},
-    {"adaptive", "multistep", "primitives", "probes", "remedies", "residuals"},
+    {
+        "adaptive",
+        "multistep",
+        "primitives",
+        "probes",
+        "progress",
+        "remedies",
+        "residuals",
+        "student",
+    },
     {"inference", "primitive_mode", "wrappers"},
     {"derivatives"},
     {"differences", "schedule"},
     {"coordinates", "discrete_schedule", "noise_field", "schedules"},
     {"score_model"},
     {"derivative_check", "divergence", "nll_result", "weighting"},
-    {"loss_inputs", "ode_paths"},
-    {"likelihood", "objective"},
+    {"images", "likelihood_inputs", "loss_inputs", "ode_paths"},
+    {"bound", "likelihood", "objective"},
     {"loss_modules", "losses"},
     {"__init__"},
 )
@@ -24,12 +33,16 @@ SIDES = (
     {"loss_inputs", "loss_modules", "losses", "objective", "residuals", "weighting"},
     {
         "adaptive",
+        "bound",
         "coordinates",
         "divergence",
+        "images",
         "likelihood",
+        "likelihood_inputs",
         "multistep",
         "nll_result",
         "ode_paths",
+        "student",
     },
 )
 LONGEST = 320

@@ -120,7 +120,7 @@ def test_all_signs_average_to_the_exact_second_term(engine):
     assert bool((average.third > exact.third).all())
 
 
-@pytest.mark.parametrize("distribution", ["rademacher", "gaussian", "sphere"])
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian", "sphere", "dct"])
 @pytest.mark.parametrize("order", [2, 3])
 def test_drawn_probes_are_those_of_the_distribution(order, distribution):
     model, x0, t, noise = setting()

@@ -1,5 +1,7 @@
 """Probes: shapes, moments and the known variance of vᵀ A v."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -22,6 +24,43 @@ def test_shape_and_dtype_are_those_of_the_batch(shape, count, distribution, dtyp
     assert probes.dtype == dtype
 
 
+def dct_matrix(n):
+    """By definition, one element after the other."""
+    rows = []
+    for k in range(n):
+        row = [math.cos(math.pi * k * (2 * j + 1) / (2 * n)) for j in range(n)]
+        length = math.sqrt(sum(entry**2 for entry in row))
+        rows.append([entry / length for entry in row])
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (3, 2, 5), (1, 3)])
+def test_dct_probes_are_signs_in_the_cosine_basis_of_every_dimension(shape):
+    v = draw_probes(torch.zeros(6, *shape), 2, "dct", torch.Generator().manual_seed(0))
+    signs = draw_probes(torch.zeros(6, *shape), 2, "rademacher", torch.Generator().manual_seed(0))
+    basis = torch.ones(1, 1)
+    for n in shape:
+        basis = torch.kron(basis, dct_matrix(n))
+    torch.testing.assert_close(v.reshape(12, -1), signs.reshape(12, -1) @ basis)
+
+
+def test_dct_probes_have_no_variance_where_neighbours_act_alike():
+    """A second difference with reflecting ends is diagonal in the cosine basis."""
+    d = 6
+    matrix = 2 * torch.eye(d) - torch.ones(d - 1).diag(1) - torch.ones(d - 1).diag(-1)
+    matrix[0, 0] = matrix[-1, -1] = 1
+    v = draw_probes(torch.zeros(20, d), 1, "dct")[0]
+    forms = torch.einsum("ni,ij,nj->n", v, matrix, v)
+    torch.testing.assert_close(forms, matrix.trace().expand(20))
+
+
+def test_autocast_does_not_round_the_probes():
+    like = torch.zeros(5, 3, 8, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        v = draw_probes(like, 4, "dct").double()
+    torch.testing.assert_close(v.square().sum((2, 3)), torch.full((4, 5), 24.0), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("distribution", sorted(DISTRIBUTIONS))
 def test_moments_and_the_variance_of_a_quadratic_form(distribution):
     d = 4
@@ -36,10 +75,12 @@ def test_moments_and_the_variance_of_a_quadratic_form(distribution):
     off = torch.triu(matrix + matrix.T, 1)
     gaussian = 2 * (symmetric**2).sum()
     traceless = symmetric - symmetric.trace() / d * torch.eye(d)
+    rotated = dct_matrix(d) @ matrix @ dct_matrix(d).T
     variance = {
         "rademacher": (off**2).sum(),
         "gaussian": gaussian,
         "sphere": 2 * d / (d + 2) * (traceless**2).sum(),
+        "dct": (torch.triu(rotated + rotated.T, 1) ** 2).sum(),
     }[distribution]
     forms = torch.einsum("ni,ij,nj->n", v, matrix, v)
     squares = (forms - matrix.trace()) ** 2

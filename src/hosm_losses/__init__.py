@@ -1,6 +1,7 @@
 """High-order denoising score matching, and the exact likelihood of diffusion ODEs, for PyTorch."""
 
 from hosm_losses._checks import DerivativeError as DerivativeError
+from hosm_losses.bound import variational_nll as variational_nll
 from hosm_losses.derivative_check import check_derivatives as check_derivatives
 from hosm_losses.discrete_schedule import DiscreteSchedule as DiscreteSchedule
 from hosm_losses.likelihood import ode_nll as ode_nll
@@ -12,6 +13,7 @@ from hosm_losses.losses import first_order_dsm as first_order_dsm
 from hosm_losses.losses import second_order_dsm as second_order_dsm
 from hosm_losses.losses import third_order_dsm as third_order_dsm
 from hosm_losses.nll_result import NLLResult as NLLResult
+from hosm_losses.nll_result import NLLSummary as NLLSummary
 from hosm_losses.objective import DSMTerms as DSMTerms
 from hosm_losses.primitive_mode import checkpoint as checkpoint
 from hosm_losses.schedule import Schedule as Schedule

@@ -59,7 +59,7 @@ def check_sample_batch(name: str, value: object) -> Tensor:
         raise TypeError(
             f"{name}: expected a floating-point tensor (B, *); got {describe(value)}. Scale "
             "integer images to the range the network was trained on first, for example "
-            f"{name}.float() / 127.5 - 1."
+            f"{name}.float() / 127.5 - 1; ode_nll does it with dequantization='uniform'."
         )
     if value.ndim == 0 or value.numel() == 0:
         raise ValueError(

@@ -24,25 +24,27 @@ __all__ = ["ode_nll"]
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import (
-    check_choice,
-    check_finite,
-    check_like,
-    check_sample_batch,
-    describe,
-    may_look,
-)
-from hosm_losses.coordinates import Coordinates
+from hosm_losses._checks import check_choice, describe
 from hosm_losses.divergence import DIVERGENCES, accumulator
+from hosm_losses.images import check_dequantization, dequantize, importance_weighted
 from hosm_losses.inference import normal, outside_inference_mode
+from hosm_losses.likelihood_inputs import (
+    check_batch_size,
+    chunks,
+    data_coordinates,
+    log_prior_at,
+    network_dtype,
+)
 from hosm_losses.nll_result import NLLResult
-from hosm_losses.ode_paths import Paths, solve_adaptive, solve_fixed
+from hosm_losses.ode_paths import Paths, Solved, solve_adaptive, solve_fixed
 from hosm_losses.probes import DISTRIBUTIONS
+from hosm_losses.progress import progress_bar
 from hosm_losses.score_model import ScoreModel, check_model
 
 METHODS = ("fixed", "adaptive")
@@ -62,6 +64,10 @@ def ode_nll(
     data_mean: float | Tensor = 0.0,
     data_std: float | Tensor = 0.5,
     log_prior: Callable[[Tensor], Tensor] | None = None,
+    dequantization: str | None = None,
+    dequantization_draws: int = 1,
+    batch_size: int | None = None,
+    progress: bool = False,
     enable_grad: bool = False,
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -73,20 +79,28 @@ def ode_nll(
 
     Args:
         model: the score model.
-        x: data (B, *), taken as points at the schedule's t_min.
+        x: data (B, *), taken as points at the schedule's t_min; uint8 with a dequantization.
         method: "fixed", a uniform grid in log σ̂ with steps + 10 evaluations; or "adaptive", steps
             of each sample's own.
         steps: of the fixed grid, 4 or more.
         divergence: "hutchinson", one vector-Jacobian product a probe; or "exact", d of them.
         probes: K, the number of probes a sample. Two or more give a standard error on the fixed
             grid, four or more with the adaptive method.
-        distribution: "rademacher", "gaussian" or "sphere".
+        distribution: "rademacher", "gaussian", "sphere", or "dct", which on images often has less
+            variance.
         tolerance: of the adaptive method, nats a step.
         data_mean: mean of the data, a number or a tensor that broadcasts to a sample. With
             `data_std` it sets coordinates in which Gaussian data does not move; no result depends
             on it but through the solver's error.
         data_std: standard deviation of the data, likewise.
         log_prior: log-density at t_max, latent (B, *) → (B,); N(0, prior_std² I) if None.
+        dequantization: "uniform" for uint8 images: x becomes −1 + 2 (x + u)/256 with u uniform,
+            and `bits_per_dim` of the result counts the bits of the integers. None for continuous
+            data.
+        dequantization_draws: K draws of u, whose densities are averaged for a tighter bound, at K
+            times the cost; above 1 with divergence="exact" alone.
+        batch_size: samples solved at a time, all if None.
+        progress: whether to show a progress bar, for which tqdm has to be installed.
         enable_grad: whether the result carries a graph, for gradients through it.
         generator: the source of the probes, on the device of x; the global one if None.
         model_kwargs: keyword arguments of the network.
@@ -98,6 +112,7 @@ def ode_nll(
         TypeError: for an argument of a wrong type or dtype, integer images included.
         ValueError: for a wrong shape, name or number.
         DerivativeError: where the network's output does not depend on its input differentiably.
+        ImportError: for a progress bar without tqdm.
 
     Example:
         >>> from hosm_losses import VESchedule
@@ -116,51 +131,65 @@ def ode_nll(
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("distribution", distribution, DISTRIBUTIONS)
     _check_numbers(steps, probes, tolerance, divergence)
+    check_batch_size(batch_size)
     check_model(model)
-    check_sample_batch("x", x)
-    schedule = model.schedule
-    with outside_inference_mode(), torch.set_grad_enabled(enable_grad):
-        kept = accumulator(x)
-        coordinates = Coordinates(
-            schedule,
-            _of_data("data_mean", data_mean, x, kept),
-            _of_data("data_std", data_std, x, kept),
-        )
-        if may_look(coordinates.std) and not bool((coordinates.std > 0).all()):
-            raise ValueError(f"data_std: expected positive values; got {describe(data_std)}.")
-        times = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    check_dequantization(x, dequantization, dequantization_draws, divergence)
+    dtype = network_dtype(model) if dequantization else x.dtype
+    with (
+        outside_inference_mode(),
+        torch.set_grad_enabled(enable_grad),
+        progress_bar(progress, len(x) * dequantization_draws, "sample") as advance,
+    ):
+        times = x.new_zeros(len(x), dtype=torch.promote_types(dtype, torch.float32))
         paths = Paths(
             model.field(times, model_kwargs, primitives=model.primitives and enable_grad),
-            coordinates,
-            x.dtype,
+            data_coordinates(model, x, data_mean, data_std),
+            dtype,
             0 if divergence == "exact" else probes,
             distribution,
             generator,
+            advance,
         )
-        span = schedule.log_sigma_hat_range
-        data, noise = (
-            coordinates.place(torch.full((1,), u, dtype=kept, device=x.device)) for u in span
-        )
-        z = coordinates.to_z(normal(x).to(kept), data)
-        if method == "fixed":
-            solved = solve_fixed(paths, z, span, steps)
-        else:
-            solved = solve_adaptive(paths, z, span, tolerance)
-        latent = coordinates.to_x(solved.z, noise)
-        log_density = (
-            _log_prior(log_prior, latent, x, schedule.prior_std)
-            + coordinates.log_volume(noise)
-            - coordinates.log_volume(data)
-            + solved.integral
-        )
-        return NLLResult(
-            -log_density,
-            latent.to(x.dtype),
-            solved.nfe,
-            solved.standard_error,
-            solved.solver_error,
-            solved.failed | ~torch.isfinite(log_density.detach()),
-        )
+        solve = partial(solve_fixed, steps=steps)
+        if method == "adaptive":
+            solve = partial(solve_adaptive, tolerance=tolerance)
+        draws = []
+        for _ in range(dequantization_draws):
+            point = dequantize(x, generator) if dequantization else normal(x)
+            parts = [
+                _nll(paths.rows(rows), point[rows].to(accumulator(x)), solve, log_prior)
+                for rows in chunks(x, batch_size)
+            ]
+            draws.append(NLLResult.cat(parts))
+        return importance_weighted(draws) if dequantization else draws[0]
+
+
+def _nll(
+    paths: Paths,
+    x: Tensor,
+    solve: Callable[[Paths, Tensor, tuple[float, float]], Solved],
+    log_prior: Callable[[Tensor], Tensor] | None,
+) -> NLLResult:
+    coordinates = paths.coordinates
+    schedule = coordinates.schedule
+    span = schedule.log_sigma_hat_range
+    data, noise = (coordinates.place(x.new_full((1,), u)) for u in span)
+    solved = solve(paths, coordinates.to_z(x, data), span)
+    latent = coordinates.to_x(solved.z, noise)
+    log_density = (
+        log_prior_at(log_prior, latent, paths.dtype, schedule.prior_std)
+        + coordinates.log_volume(noise)
+        - coordinates.log_volume(data)
+        + solved.integral
+    )
+    return NLLResult(
+        -log_density,
+        latent.to(paths.dtype),
+        solved.nfe,
+        solved.standard_error,
+        solved.solver_error,
+        solved.failed | ~torch.isfinite(log_density.detach()),
+    )
 
 
 def _check_numbers(steps: int, probes: int, tolerance: float, divergence: str) -> None:
@@ -179,31 +208,3 @@ def _check_numbers(steps: int, probes: int, tolerance: float, divergence: str) -
         )
     if not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance: expected a positive number of nats; got {tolerance!r}.")
-
-
-def _of_data(name: str, value: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A moment of the data, expanded to (1, *)."""
-    tensor = torch.as_tensor(value, dtype=dtype, device=x.device)
-    shape = (1, *x.shape[1:])
-    try:
-        expanded = tensor.expand(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{name}: expected a number or a tensor that broadcasts to {shape}, one sample; got "
-            f"{describe(value)}."
-        ) from None
-    check_finite(name, expanded)
-    return expanded
-
-
-def _log_prior(
-    log_prior: Callable[[Tensor], Tensor] | None, latent: Tensor, x: Tensor, std: float
-) -> Tensor:
-    if log_prior is None:
-        squares = latent.reshape(len(latent), -1).square().sum(1)
-        normalisation = latent[0].numel() * math.log(2 * math.pi * std**2)
-        return -0.5 * (squares / std**2 + normalisation)
-    given = latent.to(x.dtype)
-    value = log_prior(given)
-    check_like("log_prior(latent)", value, (len(x),), x.dtype, x.device, "x")
-    return value.to(latent.dtype)

@@ -166,7 +166,7 @@ def third_order_dsm(
         noise: ε (B, *); drawn if None.
         probe: v, of shape (B, *) or (K, B, *), used as it is; drawn if None.
         probes: K, the number of probes a sample, or "exact" for all d unit vectors.
-        distribution: "rademacher", "gaussian" or "sphere".
+        distribution: "rademacher", "gaussian", "sphere" or "dct".
         weights: (first, second, trace, third), numbers or tensors of one element; all 1 if None.
         weighting: "noise" takes the terms as they are. "native" makes the first term the squared
             error of the network's own prediction. "likelihood" makes it the likelihood-weighted

@@ -7,6 +7,7 @@ What:
 
 __all__ = ["Paths", "Solved", "solve_adaptive", "solve_fixed"]
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from hosm_losses.divergence import Divergence, exact_divergence, hutchinson_dive
 from hosm_losses.multistep import Node, multistep, multistep_evaluations
 from hosm_losses.noise_field import NoiseField
 from hosm_losses.probes import draw_probes
+from hosm_losses.student import student_factor
 
 MAX_EVALUATIONS = 10_000
 STATE_TOLERANCE = 0.03
@@ -56,6 +58,7 @@ class Paths:
         probes: K, the number of random probes; 0 stands for the exact divergence.
         distribution: that of the probes.
         generator: their source of randomness.
+        advance: told how many samples' worth of work was just done.
     """
 
     field: NoiseField
@@ -64,6 +67,11 @@ class Paths:
     probes: int
     distribution: str
     generator: torch.Generator | None
+    advance: Callable[[float], object]
+
+    def rows(self, index: Tensor) -> "Paths":
+        """Return the paths of the samples at `index`."""
+        return replace(self, field=self.field.rows(index))
 
     def noise(self, z: Tensor, place: Place) -> Tensor:
         """ε̂ at z, in the precision of z."""
@@ -117,6 +125,7 @@ def solve_fixed(paths: Paths, z: Tensor, span: tuple[float, float], steps: int) 
         return coordinates.slope(z, paths.noise(z, here), here)
 
     def node(u: float, z: Tensor) -> Node:
+        paths.advance(len(z) / (steps + 1))
         here = place(u)
         noise, samples = paths.noise_and_divergence(z, here, paths.draw(z))
         integrand = coordinates.integrand(samples, here)
@@ -157,9 +166,13 @@ def solve_adaptive(paths: Paths, z: Tensor, span: tuple[float, float], tolerance
     coordinates = paths.coordinates
     batch, elements = len(z), z[0].numel()
     probes = paths.draw(z)
+    on_their_way = batch
     reference = float(coordinates.std.log().mean())
 
     def slope(r: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        nonlocal on_their_way
+        paths.advance(on_their_way - len(rows))
+        on_their_way = len(rows)
         here = coordinates.place(torch.logit(r) + reference)
         state = y[:, :elements].reshape(len(y), *z.shape[1:])
         chosen = None if probes is None else probes[:, rows]
@@ -175,12 +188,14 @@ def solve_adaptive(paths: Paths, z: Tensor, span: tuple[float, float], tolerance
     start = torch.cat([z.reshape(batch, elements), z.new_zeros(batch, max(paths.probes, 1))], 1)
     ends = torch.sigmoid(torch.tensor(span, dtype=torch.float64) - reference).tolist()
     end, nfe, error, failed = adaptive(slope, start, (ends[0], ends[1]), norm, MAX_EVALUATIONS)
+    paths.advance(on_their_way)
     integrals = end[:, elements:]
     standard_error = None
     if paths.probes == 0:
         standard_error = torch.zeros_like(integrals[:, 0])
     elif paths.probes >= MINIMUM_PATHS:
-        standard_error = integrals.detach().std(1) / paths.probes**0.5
+        spread = integrals.detach().std(1) / paths.probes**0.5
+        standard_error = spread * student_factor(paths.probes - 1)
     return Solved(
         end[:, :elements].reshape(z.shape),
         integrals.mean(1),

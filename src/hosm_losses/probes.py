@@ -9,10 +9,17 @@ Formula:
         Rademacher   4 Σ_{i<j} S_ij²          zero for a diagonal A, hence the default
         Gaussian     2 ‖S‖²_F
         sphere       2 d/(d + 2) (‖S‖²_F − (tr S)²/d)      radius √d
+        dct          4 Σ_{i<j} (Q S Qᵀ)_ij²                v = Qᵀ ε with signs ε
+
+    Q is the orthonormal discrete cosine transform along every dimension of a sample, that of the
+    channels included: for three colours it is brightness and two opponent colours. Where
+    neighbouring elements act on each other alike everywhere, as in images, Q S Qᵀ is nearer to
+    diagonal than S.
 
 Source:
     Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1990); Skilling,
-    "The eigenvalues of mega-dimensional matrices" (1989).
+    "The eigenvalues of mega-dimensional matrices" (1989). Ahmed, Natarajan and Rao, "Discrete
+    cosine transform", IEEE Transactions on Computers (1974), for Q.
 """
 
 __all__ = ["DISTRIBUTIONS", "draw_probes", "unit_vectors"]
@@ -41,10 +48,28 @@ def _sphere(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | N
     return (unit * math.sqrt(flat.shape[-1])).reshape(shape)
 
 
+def _dct(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    wide = torch.promote_types(like.dtype, torch.float32)
+    rotated = _rademacher(shape, like, generator).to(wide)
+    # Autocast would round the products, after which E[v vᵀ] is no longer I.
+    with torch.autocast(like.device.type, enabled=False):
+        for dim in range(2, len(shape)):
+            rotated = rotated.movedim(2, -1) @ _cosines(shape[dim], rotated)
+    return rotated.to(like.dtype)
+
+
+def _cosines(n: int, like: Tensor) -> Tensor:
+    """The orthonormal DCT-II (n, n), frequencies by rows."""
+    index = torch.arange(n, dtype=like.dtype, device=like.device)
+    basis = torch.cos(math.pi / n * index[:, None] * (index[None] + 0.5)) * math.sqrt(2 / n)
+    return torch.where(index[:, None] == 0, torch.full_like(basis, math.sqrt(1 / n)), basis)
+
+
 DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], Tensor, torch.Generator | None], Tensor]] = {
     "rademacher": _rademacher,
     "gaussian": _gaussian,
     "sphere": _sphere,
+    "dct": _dct,
 }
 
 
@@ -59,7 +84,8 @@ def draw_probes(
     Args:
         like: the batch (B, *) whose shape, dtype and device the probes take.
         count: K, the number of probes a sample.
-        distribution: "rademacher" (signs), "gaussian", or "sphere" (radius √d).
+        distribution: "rademacher" (signs), "gaussian", "sphere" (radius √d), or "dct" (signs
+            in the basis of the discrete cosine transform).
         generator: the source of randomness; the global one of the device if None.
 
     Returns:
