@@ -89,6 +89,17 @@ def ring(count: int = 8, std: float = 0.1) -> GaussianMixture:
     return GaussianMixture(means, covariances, torch.full((count,), 1 / count))
 
 
+def anisotropic(d: int = 64, count: int = 5) -> GaussianMixture:
+    """Gaussians of random axes with standard deviations from 0.05 to 0.5, apart from each other."""
+    generator = torch.Generator().manual_seed(0)
+    square = torch.randn((count, d, d), generator=generator, dtype=torch.float64)
+    axes = torch.linalg.qr(square).Q
+    stds = torch.logspace(math.log10(0.05), math.log10(0.5), d, dtype=torch.float64)
+    covariances = torch.einsum("kij,j,klj->kil", axes, stds**2, axes)
+    means = 0.3 * torch.randn((count, d), generator=generator, dtype=torch.float64)
+    return GaussianMixture(means, covariances, torch.full((count,), 1 / count))
+
+
 def mixture_noise(mixture: GaussianMixture, schedule):
     """The exact ε̂(x, t) = −σ ∇ log q_t of a mixture, as a network."""
 

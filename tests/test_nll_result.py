@@ -1,11 +1,13 @@
-"""Bits per dimension."""
+"""Bits per dimension, summaries, and results that are joined."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from hosm_losses import NLLResult
+from hosm_losses.nll_result import Quantization
 
 
 def result(nll, shape):
@@ -32,3 +34,81 @@ def test_levels_add_the_width_of_a_level(low, high, offset):
 def test_impossible_levels_are_refused(levels, low, high):
     with pytest.raises(ValueError, match="bits_per_dim: expected levels >= 1 and low < high"):
         result(torch.zeros(1), (3,)).bits_per_dim(levels, low, high)
+
+
+def full(n=3, d=4, **changes):
+    """A result with a number of its own in every place."""
+    parts = {
+        "nll": torch.arange(n) + 1.0,
+        "latent": torch.arange(n * d).reshape(n, d) + 0.0,
+        "nfe": torch.arange(n) + 70,
+        "standard_error": torch.arange(n) + 0.3,
+        "solver_error": torch.arange(n) + 0.01,
+        "failed": torch.zeros(n, dtype=torch.bool),
+        "quantization": Quantization(256, -1.0, 1.0),
+    }
+    return NLLResult(**(parts | changes))
+
+
+def test_cat_joins_every_field_in_order():
+    parts = [full(), full(n=2, nll=torch.tensor([9.0, 8.0]), failed=torch.tensor([True, False]))]
+    joined = NLLResult.cat(parts)
+    for field in dataclasses.fields(NLLResult):
+        if field.name != "quantization":
+            expected = torch.cat([getattr(part, field.name) for part in parts])
+            assert torch.equal(getattr(joined, field.name), expected)
+    assert joined.quantization == parts[0].quantization
+    bare = full(standard_error=None)
+    assert NLLResult.cat([bare, bare]).standard_error is None
+    assert torch.equal(NLLResult.cat(iter([full()])).nll, full().nll)
+
+
+@pytest.mark.parametrize("other", [full(d=5), full(standard_error=None), full(quantization=None)])
+def test_cat_refuses_results_of_different_calls(other):
+    with pytest.raises(ValueError, match="cat: expected results of the same options; got samples"):
+        NLLResult.cat([full(), other])
+
+
+def test_cat_refuses_what_is_no_result():
+    with pytest.raises(ValueError, match="cat: expected at least one result"):
+        NLLResult.cat([])
+    with pytest.raises(TypeError, match="cat: expected NLLResults; got a"):
+        NLLResult.cat([torch.zeros(2)])
+
+
+def test_summary_leaves_out_what_failed_and_separates_the_estimators_part():
+    nll = torch.tensor([1.0, math.nan, 3.0, 8.0])
+    failed = torch.tensor([False, True, False, False])
+    summary = full(n=4, nll=nll, failed=failed).summary()
+    assert (summary.samples, summary.failed) == (3, 1)
+    assert summary.nll == pytest.approx(4.0)
+    assert summary.standard_error == pytest.approx(math.sqrt(13 / 3))
+    assert summary.estimator_error == pytest.approx(math.sqrt(0.3**2 + 2.3**2 + 3.3**2) / 3)
+    assert summary.solver_error == pytest.approx((0.01 + 2.01 + 3.01) / 3)
+    assert summary.nfe == pytest.approx((70 + 72 + 73) / 3)
+    assert summary.bits_per_dim == pytest.approx(1 / math.log(2) + 7)
+    assert summary.bits_standard_error == pytest.approx(math.sqrt(13 / 3) / (4 * math.log(2)))
+    shown = str(summary)
+    assert "8.4427 ± 0.7508 bits/dim, 4.000 ± 2.082 nats over 3 samples" in shown
+    assert "1.345 nats from the probes" in shown
+    assert "failed and left out: 1" in shown
+
+
+def test_summary_says_no_more_than_it_knows():
+    summary = full(n=1, standard_error=None, quantization=None).summary(levels=256)
+    assert summary.standard_error is None
+    assert summary.bits_standard_error is None
+    assert summary.estimator_error is None
+    assert summary.bits_per_dim == pytest.approx(1 / (4 * math.log(2)) + 7)
+    assert "±" not in str(summary)
+    with pytest.raises(ValueError, match="summary: expected a sample that did not fail; got none"):
+        full(failed=torch.ones(3, dtype=torch.bool)).summary()
+
+
+def test_the_standard_error_of_the_mean_covers_the_probes():
+    """The spread over samples holds the noise of their probes already."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4000, generator=generator)
+    result = full(n=4000, nll=noise, standard_error=torch.ones(4000))
+    summary = result.summary()
+    assert summary.standard_error == pytest.approx(summary.estimator_error, rel=0.05)

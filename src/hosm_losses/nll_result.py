@@ -74,7 +74,7 @@ class NLLSummary:
             f"solver error about {self.solver_error:.2g} nats, {self.nfe:.0f} evaluations"
         )
         if self.failed:
-            lines.append(f"{self.failed} samples failed and are left out")
+            lines.append(f"failed and left out: {self.failed}")
         return "; ".join(lines)
 
 
