@@ -1,0 +1,71 @@
+"""Which derivative gives value and divergence at the least cost: over one evaluation, in one run.
+
+python -m pytest benchmarks/test_divergence_mode.py -s
+"""
+
+import statistics
+import time
+
+import pytest
+import torch
+
+import hosm_losses as hosm
+from benchmarks.networks import NETWORKS
+from hosm_losses.divergence import hutchinson_divergence
+from hosm_losses.primitive_mode import safe_primitives
+from hosm_losses.probes import draw_probes
+
+ROUNDS = 7
+
+
+@pytest.mark.parametrize("probes", [1, 4])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_value_and_divergence_over_one_evaluation(benchmark, name, probes):
+    torch.manual_seed(0)
+    make, shape = NETWORKS[name]
+    network, x = make(), torch.randn(shape)
+    t = torch.full((len(x),), 0.5)
+    field = hosm.ScoreModel(network, hosm.VPSchedule()).field(t, primitives=False)
+    v = draw_probes(x, probes)
+
+    def separate():
+        with torch.no_grad():
+            network(x, t)
+        for probe in v:
+            point = x.detach().requires_grad_()
+            torch.autograd.grad((network(point, t) * probe).sum(), point)
+
+    def forward_mode():
+        with safe_primitives():
+            if probes == 1:
+                torch.func.jvp(lambda x: network(x, t), (x,), (v[0],))
+            else:
+                torch.func.vmap(
+                    lambda w: torch.func.jvp(lambda x: network(x, t), (x,), (w,)),
+                    out_dims=(None, 0),
+                )(v)
+
+    routes = {
+        "one evaluation": lambda: network(x, t),
+        "ours: one pass forward, one back for each probe": lambda: hutchinson_divergence(
+            field, x, v
+        ),
+        "a pass forward, and both passes for each probe": separate,
+        "forward mode": forward_mode,
+    }
+
+    def seconds(route):
+        start = time.process_time()
+        with torch.enable_grad() if route is separate else torch.no_grad():
+            route()
+        return time.process_time() - start
+
+    def rounds():
+        times = [{key: seconds(route) for key, route in routes.items()} for _ in range(ROUNDS)]
+        medians = {key: statistics.median(row[key] for row in times) for key in routes}
+        return {key: value / medians["one evaluation"] for key, value in medians.items()}
+
+    ratios = benchmark.pedantic(rounds, rounds=1)
+    benchmark.extra_info["ratios"] = ratios
+    for key, ratio in ratios.items():
+        print(f"\n{name}, {probes} probes, {key}: {ratio:.2f}", end="")
