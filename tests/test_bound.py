@@ -58,14 +58,14 @@ def test_gaussian_data_has_the_closed_form_without_chance(name):
         return -((latent - alpha * mean) ** 2 / width + math.log(2 * math.pi * width))[:, 0] / 2
 
     result = hosm.variational_nll(
-        model, x, samples=4096, data_mean=mean, data_std=std, log_prior=log_prior
+        model, x, samples=512, data_mean=mean, data_std=std, log_prior=log_prior
     )
     expected = gaussian_bound(schedule, x[:, 0], mean, std)
     # The prior alone is sampled: 5 standard errors of it.
     assert bool(((result.nll - expected).abs() <= 5 * result.standard_error + 1e-8).all())
     offsets = (alpha * (x[:, 0] - mean)).abs()
-    spread = (sigma * torch.sqrt(sigma**2 / 2 + offsets**2) / width) / 4096**0.5
-    torch.testing.assert_close(result.standard_error, spread, rtol=0.1, atol=1e-8)
+    spread = (sigma * torch.sqrt(sigma**2 / 2 + offsets**2) / width) / 512**0.5
+    torch.testing.assert_close(result.standard_error, spread, rtol=0.25, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
