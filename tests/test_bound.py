@@ -145,6 +145,38 @@ def test_it_is_unbiased_and_its_standard_error_is_honest():
     assert float(many.nll.std()) < 0.5 * spread
 
 
+def test_a_network_that_predicts_nothing_has_a_known_bound_and_variance():
+    """‖ε̂ − ε‖² = ‖ε‖², of mean d and variance 2d, and a control variate that hardly varies."""
+    schedule = hosm.VESchedule(sigma_min=0.1, sigma_max=0.2)
+    model = hosm.ScoreModel(lambda x, t: 0 * x, schedule)
+    repeats, d, samples, at_start = 4000, 3, 8, 2
+    x = torch.zeros(repeats, d)
+    result = hosm.variational_nll(
+        model, x, samples=samples, data_std=1e-4, generator=torch.Generator().manual_seed(0)
+    )
+    low, high = schedule.log_sigma_hat_range
+    integral, start = d * (high - low), d / 2 * (math.log(2 * math.pi) + 1) + d * low
+    # The prior is N(0, 0.2²), and so is x at t_max.
+    error = result.nll - (integral + start)
+    assert abs(float(error.mean())) < 5 * float(error.std()) / repeats**0.5
+    variance = 2 * d * ((high - low) ** 2 / samples + 1 / (4 * at_start))
+    estimates = result.standard_error**2
+    assert abs(float(estimates.mean()) - variance) < 5 * float(estimates.std()) / repeats**0.5
+    squares = error**2
+    assert abs(float(squares.mean()) - variance) < 5 * float(squares.std()) / repeats**0.5
+
+
+def test_noise_levels_are_spread_evenly():
+    """An error that depends on the level alone: strata leave far less of it to chance."""
+    schedule = hosm.VESchedule()
+    model = hosm.ScoreModel(lambda x, t: 1e3 * t[:, None].expand_as(x), schedule)
+    x = torch.zeros(500, 1)
+    result = hosm.variational_nll(model, x, samples=8, generator=torch.Generator().manual_seed(0))
+    low, high = schedule.log_sigma_hat_range
+    independent = 1e6 * (high - low) * math.sqrt(4 / 45 / 8)
+    assert float(result.nll.std()) < 0.4 * independent
+
+
 def test_the_control_variate_pays_on_data_that_is_nearly_gaussian():
     mixture = GaussianMixture([[0.0] * 8], (torch.eye(8) * 0.25 + 0.05)[None], [1.0])
     model, _ = exact_model("ve", mixture)

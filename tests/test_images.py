@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from hosm_losses.images import dequantize
+from hosm_losses.images import dequantize, importance_weighted
 from tests.oracles import GaussianMixture, mixture_noise, networks
 
 D = 2
@@ -84,6 +84,23 @@ def test_the_bound_of_many_draws_approaches_the_probability_of_the_cell():
     one += D * math.log(std * math.sqrt(2 * math.pi) * 128) - exact
     assert means[0] == pytest.approx(one, abs=5 * errors[0] + 0.02)
     assert -5 * errors[1] < means[1] < 0.1 * means[0]
+
+
+def test_draws_are_weighed_by_their_density():
+    """By hand: densities 1/4 and 3/4 of their sum."""
+
+    def draw(density, error, failed):
+        zero = torch.zeros(1)
+        nll = -torch.tensor([density]).log()
+        return hosm.NLLResult(
+            nll, zero[:, None], zero + 9, zero, zero + error, torch.tensor([failed])
+        )
+
+    result = importance_weighted([draw(0.1, 4.0, False), draw(0.3, 8.0, True)])
+    assert float(result.nll) == pytest.approx(-math.log(0.2))
+    assert float(result.solver_error) == pytest.approx(7.0)
+    assert float(result.nfe) == 18
+    assert bool(result.failed)
 
 
 def test_draws_cost_what_they_say():
