@@ -312,3 +312,11 @@ def test_bad_arguments_are_an_error(change, error, message):
     arguments = {"model": hosm.ScoreModel(lambda x, t: x, VP), "x0": torch.randn(2, 3)} | change
     with pytest.raises(error, match=message):
         hosm.check_derivatives(arguments.pop("model"), arguments.pop("x0"), **arguments)
+
+
+def test_no_module_is_blamed_because_its_derivative_happens_to_vanish_along_one_direction():
+    """With these weights the inner linear layer was blamed for the checkpoint around it."""
+    torch.manual_seed(217)
+    layer = Custom(CheckpointFunction)
+    with pytest.raises(hosm.DerivativeError, match=r"\(Custom\)"):
+        check(Around(layer), derivative="reverse")

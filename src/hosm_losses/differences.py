@@ -63,7 +63,6 @@ class Agreement:
         point = x.detach().clone().requires_grad_()
         varied = [point, *parameters]
         scale = _size(x)
-        w = scale * randn(x)[None]
         analytic: dict[str, list[float]] = {}
         numeric: dict[str, list[float]] = {}
 
@@ -72,10 +71,12 @@ class Agreement:
             numeric.setdefault(name, []).append(float(reference))
 
         for _ in range(DRAWS):
+            # Its own direction in every draw: along one of them a derivative may happen to vanish.
+            w = scale * randn(x)[None]
             covectors = [randn(x)[None] for _ in range(self.order)]
             ways = [_size(v) * randn(v) for v in varied]
 
-            def numbers(covectors: list[Tensor] = covectors) -> Tensor:
+            def numbers(w: Tensor = w, covectors: list[Tensor] = covectors) -> Tensor:
                 """⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩."""
                 parts = zip(self._parts(field, point, w), covectors, strict=True)
                 return torch.stack([(part * covector).sum() for part, covector in parts])
@@ -87,7 +88,7 @@ class Agreement:
             note(NAMES[1], found[1].detach(), (along_w * covectors[1]).sum())
             if self.order == 3:
                 moved = self._difference(
-                    lambda: (self._parts(field, point, w)[1] * w).sum(),
+                    lambda w=w: (self._parts(field, point, w)[1] * w).sum(),
                     [point],
                     [scale * covectors[2][0]],
                 )
