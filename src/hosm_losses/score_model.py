@@ -47,10 +47,13 @@ class ScoreModel(nn.Module):
         time: what the network is given for t: a factor, or a callable of t. None gives t itself.
         output: picks the prediction out of what the network returns, for example
             `operator.attrgetter("sample")`. None takes what comes.
+        call: how the network is called, for one that wants its arguments otherwise:
+            `call(network, x, time, **kwargs)`. None calls `network(x, time, **kwargs)`.
         primitives: whether the losses of order two and three put the safe primitives in.
 
     Raises:
-        TypeError: if the schedule is none, or the network, `time` or `output` cannot be called.
+        TypeError: if the schedule is none, or the network, `time`, `output` or `call` cannot be
+            called.
         ValueError: for a prediction of another name.
 
     Example:
@@ -68,6 +71,7 @@ class ScoreModel(nn.Module):
         *,
         time: float | Callable[[Tensor], Tensor] | None = None,
         output: Callable[[Any], Tensor] | None = None,
+        call: Callable[..., Any] | None = None,
         primitives: bool = True,
     ) -> None:
         super().__init__()
@@ -85,11 +89,14 @@ class ScoreModel(nn.Module):
             raise TypeError(f"time: expected a factor, a callable or None; got {describe(time)}.")
         if not (output is None or callable(output)):
             raise TypeError(f"output: expected a callable or None; got {describe(output)}.")
+        if not (call is None or callable(call)):
+            raise TypeError(f"call: expected a callable or None; got {describe(call)}.")
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
         self.time = time
         self.output = output
+        self.call = call
         self.primitives = primitives
 
     def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
@@ -186,7 +193,10 @@ class ScoreModel(nn.Module):
             network_time = self.time(t)
         else:
             network_time = t * self.time
-        returned = self.network(x, network_time, **kwargs)
+        if self.call is None:
+            returned = self.network(x, network_time, **kwargs)
+        else:
+            returned = self.call(self.network, x, network_time, **kwargs)
         predicted = returned if self.output is None else self.output(returned)
         if not isinstance(predicted, Tensor):
             raise TypeError(

@@ -1,0 +1,213 @@
+"""Against diffusers itself: x_t, ε̂ and its own loss."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+import hosm_losses as hosm
+from hosm_losses.interop import from_diffusers
+from tests.interop.checks import check_all_from_one_line, noised
+
+diffusers = pytest.importorskip("diffusers")
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+def unet(**options):
+    torch.manual_seed(0)
+    settings = {
+        "sample_size": 8,
+        "in_channels": 2,
+        "out_channels": 2,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 4,
+    }
+    return diffusers.UNet2DModel(**(settings | options)).double()
+
+
+def batch(shape=(2, 8, 8)):
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(3, *shape, generator=generator) for _ in range(2))
+    return x0, torch.tensor([3, 500, 997]), noise
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("betas", BETAS)
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "DDIMScheduler"])
+def test_the_schedulers_own_loss(kind, betas, prediction):
+    scheduler = getattr(diffusers, kind)(beta_schedule=betas, prediction_type=prediction)
+    network = unet()
+    model = from_diffusers(network, scheduler)
+    x0, t, noise = batch()
+    x_t = scheduler.add_noise(x0, noise, t)
+    torch.testing.assert_close(noised(model, x0, t, noise), x_t, rtol=0, atol=1e-5)
+    predicted = network(x_t, t).sample
+    target = {
+        "epsilon": lambda: noise,
+        "sample": lambda: x0,
+        "v_prediction": lambda: scheduler.get_velocity(x0, noise, t),
+    }[prediction]()
+    ours = hosm.first_order_dsm(model, x0, t=t, noise=noise, weighting="native")
+    torch.testing.assert_close(ours, F.mse_loss(predicted, target), rtol=1e-5, atol=1e-6)
+    if kind == "DDIMScheduler":
+        return
+    # And ε̂, by the conversion its sampler uses.
+    x_t = noised(model, x0, t, noise)
+    step = scheduler.alphas_cumprod[t].double().reshape(-1, 1, 1, 1)
+    predicted = network(x_t, t).sample
+    expected = {
+        "epsilon": lambda: predicted,
+        "sample": lambda: (x_t - step.sqrt() * predicted) / (1 - step).sqrt(),
+        "v_prediction": lambda: step.sqrt() * predicted + (1 - step).sqrt() * x_t,
+    }[prediction]()
+    torch.testing.assert_close(model.noise(x_t, t), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+def test_euler_in_the_coordinates_of_what_the_model_is_given():
+    scheduler = diffusers.EulerDiscreteScheduler()
+    model = from_diffusers(unet(), scheduler)
+    x0, t, noise = batch()
+    for row in range(3):
+        scheduler.set_timesteps(1000)
+        each = t[row : row + 1].float()
+        sample = scheduler.add_noise(x0[row : row + 1], noise[row : row + 1], each)
+        given = scheduler.scale_model_input(sample, each[0])
+        ours = noised(model, x0[row : row + 1], t[row : row + 1], noise[row : row + 1])
+        torch.testing.assert_close(ours, given, rtol=0, atol=1e-5)
+
+
+def test_flow_matching_is_a_linear_flow_with_times_up_to_a_thousand():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    network = unet()
+    model = from_diffusers(network, scheduler)
+    x0, _, noise = batch()
+    steps = scheduler.timesteps[[10, 400, 900]]
+    t = (steps / 1000).double()
+    x_t = scheduler.scale_noise(x0, steps, noise)
+    torch.testing.assert_close(noised(model, x0, t, noise), x_t, rtol=0, atol=1e-5)
+    own = F.mse_loss(network(x_t, steps.double()).sample, noise - x0)
+    ours = hosm.first_order_dsm(model, x0, t=t, noise=noise, weighting="native")
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_one_line_is_enough_for_a_unet(scheduler):
+    model = from_diffusers(unet(), getattr(diffusers, scheduler)())
+    check_all_from_one_line(model, batch()[0])
+
+
+def test_one_line_is_enough_for_a_text_to_image_unet():
+    torch.manual_seed(0)
+    network = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        cross_attention_dim=6,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).double()
+    model = from_diffusers(network, diffusers.DDIMScheduler(beta_schedule="scaled_linear"))
+    x0 = batch((4, 8, 8))[0]
+    check_all_from_one_line(model, x0, {"encoder_hidden_states": torch.randn(3, 5, 6)})
+
+
+def test_one_line_is_enough_for_a_dit_that_learns_its_variance():
+    torch.manual_seed(0)
+    network = diffusers.DiTTransformer2DModel(
+        sample_size=8,
+        in_channels=2,
+        out_channels=4,
+        patch_size=2,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        norm_num_groups=2,
+        num_embeds_ada_norm=10,
+    ).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = from_diffusers(network.eval(), diffusers.DDPMScheduler())
+    x0, t, noise = batch()
+    kwargs = {"class_labels": torch.tensor([1, 2, 3])}
+    own = F.mse_loss(network(noised(model, x0, t, noise), t, **kwargs).sample[:, :2], noise)
+    ours = hosm.first_order_dsm(model, x0, t=t, noise=noise, model_kwargs=kwargs)
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
+    check_all_from_one_line(model, x0, kwargs)
+
+
+def test_one_line_is_enough_for_sd3_which_takes_its_time_by_name():
+    torch.manual_seed(0)
+    network = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=2,
+        out_channels=2,
+        patch_size=2,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        caption_projection_dim=8,
+        pooled_projection_dim=5,
+        pos_embed_max_size=8,
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = from_diffusers(network.float(), diffusers.FlowMatchEulerDiscreteScheduler())
+    kwargs = {
+        "encoder_hidden_states": torch.randn(3, 4, 6, dtype=torch.float32),
+        "pooled_projections": torch.randn(3, 5, dtype=torch.float32),
+    }
+    check_all_from_one_line(model, batch()[0].float(), kwargs)
+
+
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler"])
+def test_zero_terminal_snr_is_refused_with_the_cut(kind):
+    scheduler = getattr(diffusers, kind)(
+        rescale_betas_zero_snr=True, prediction_type="v_prediction"
+    )
+    with pytest.raises(ValueError, match=r"alphas_cumprod.*zero terminal SNR.*\[:-1\]"):
+        from_diffusers(unet(), scheduler)
+    cut = hosm.DiscreteSchedule(scheduler.alphas_cumprod[:-1])
+    model = hosm.ScoreModel(unet(), cut, "v_prediction", output=lambda out: out.sample)
+    assert bool(torch.isfinite(hosm.first_order_dsm(model, batch()[0])))
+
+
+def test_what_is_unknown_is_refused():
+    with pytest.raises(TypeError, match=r"scheduler: expected one with alphas_cumprod.*EDM"):
+        from_diffusers(unet(), diffusers.EDMEulerScheduler())
+    scheduler = SimpleNamespace(
+        alphas_cumprod=torch.tensor([0.9, 0.1]), config=SimpleNamespace(prediction_type="other")
+    )
+    with pytest.raises(ValueError, match=r"prediction_type: expected one of 'epsilon'.*'other'"):
+        from_diffusers(unet(), scheduler)
+
+
+def test_a_learned_variance_without_output_says_what_to_do():
+    network = unet(out_channels=4)
+    model = from_diffusers(network, diffusers.DDPMScheduler())
+    assert model.noise(batch()[0], batch()[1]).shape == (3, 2, 8, 8)
+    bare = hosm.ScoreModel(network, model.schedule, output=lambda out: out.sample)
+    with pytest.raises(ValueError, match=r"variance too.*\[:, :C\]"):
+        bare.noise(batch()[0], batch()[1])
+
+
+def test_the_table_is_kept_in_its_precision():
+    scheduler = diffusers.DDPMScheduler()
+    model = from_diffusers(unet(), scheduler)
+    assert dataclasses.asdict(model.schedule)["alphas_cumprod"] == tuple(
+        scheduler.alphas_cumprod.double().tolist()
+    )
