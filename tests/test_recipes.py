@@ -34,3 +34,66 @@ def test_the_likelihood_of_two_processes_is_that_of_one():
     alone, together = run(*script), run(*LAUNCH, *script)
     assert "over 37 samples" in alone
     assert re.findall(r"[-\d.]+", together) == re.findall(r"[-\d.]+", alone)
+
+
+def packages(*names):
+    for name in names:
+        pytest.importorskip(name)
+
+
+def numbers(text):
+    return [float(found) for found in re.findall(r"-?\d+\.\d+", text)]
+
+
+def test_ddp_keeps_one_network():
+    assert "2 processes, the same weights: True" in run(*LAUNCH, EXAMPLES / "ddp.py")
+
+
+def test_the_metric_of_two_processes_is_that_of_one():
+    packages("torchmetrics")
+    script = EXAMPLES / "nll_metric.py"
+    assert numbers(run(*LAUNCH, script)) == numbers(run(script))
+
+
+def test_diffusers_training_loop_brings_every_term_down():
+    packages("accelerate", "diffusers")
+    lines = run(EXAMPLES / "diffusers_accelerate.py", "--cpu").splitlines()
+    assert lines[-1].startswith("40 ")
+    assert numbers(lines[-1])[0] < numbers(lines[0])[0]
+
+
+def test_lightning_trains_and_validates_in_inference_mode():
+    packages("pytorch_lightning")
+    before, after = numbers(run(EXAMPLES / "lightning_module.py").splitlines()[-1])
+    assert after < before - 1
+
+
+def test_the_trainer_of_lucidrains():
+    packages("denoising_diffusion_pytorch")
+    assert "20 steps with a last loss of" in run(EXAMPLES / "lucidrains_trainer.py")
+
+
+def test_fine_tuning_lowers_the_nats_of_the_ode():
+    first, fine_tuned = numbers(run(EXAMPLES / "fine_tuning.py"))
+    assert fine_tuned < first
+
+
+def test_mixed_precision_trains():
+    first, last = numbers(run(EXAMPLES / "mixed_precision.py"))
+    assert last < first
+
+
+def test_latents_with_text():
+    packages("diffusers")
+    assert "bits/dim" in run(EXAMPLES / "latents_and_text.py")
+
+
+def test_recipes_are_short_and_on_the_page():
+    page = (EXAMPLES.parent / "recipes.md").read_text(encoding="utf-8")
+    page += (EXAMPLES.parent / "likelihood.md").read_text(encoding="utf-8")
+    for path in EXAMPLES.glob("*.py"):
+        if path.name == "mixture_1d.py":
+            continue
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert sum(bool(line.strip()) for line in lines) < 60
+        assert f"examples/{path.name}" in page

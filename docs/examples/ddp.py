@@ -1,0 +1,55 @@
+"""Plain DistributedDataParallel around the loss module, and not around the network.
+
+torchrun --nproc-per-node 2 docs/examples/ddp.py
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hosm_losses import ScoreModel, ThirdOrderDSM, VPSchedule
+
+
+class Network(nn.Module):
+    """Predicts the noise in points of the plane."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 2))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """ε̂(x, t)."""
+        return self.layers(torch.cat([x, t[:, None]], 1))
+
+
+def main() -> None:
+    """Train on a ring, and check that the processes hold one network."""
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    rank = dist.get_rank()
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    torch.manual_seed(0)
+    network = Network().to(device)
+    # - model = DistributedDataParallel(network)
+    objective = ThirdOrderDSM(ScoreModel(network, VPSchedule()), weights=(1, 0.5, 0.5, 0.1))  # +
+    model = DistributedDataParallel(objective, device_ids=[rank] if cuda else None)  # +
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    torch.manual_seed(1 + rank)  # data, times, noise and probes of its own in every process
+    for _ in range(50):
+        angle = 6.2832 * torch.rand(64, device=device)
+        x0 = torch.stack([angle.cos(), angle.sin()], 1)
+        optimizer.zero_grad()
+        model(x0).backward()
+        optimizer.step()
+    weight = network.layers[0].weight.detach()
+    weights = [torch.empty_like(weight) for _ in range(dist.get_world_size())]
+    dist.all_gather(weights, weight)
+    if rank == 0:
+        same = all(torch.equal(weight, other) for other in weights)
+        print(f"{len(weights)} processes, the same weights: {same}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
