@@ -152,7 +152,7 @@ def draw_figure(cases: dict[str, Measured], path: Path) -> None:
         lower.set_xlabel("σ̂ = σ/α [unit of the data]")
     grid[0, 0].set_ylabel("std of the term of a sample [1]")
     grid[1, 0].set_ylabel("std of its gradient\n[first order's, r.m.s. over σ̂]")
-    figure.suptitle("Near t_min the higher terms stay noisy; their gradients vanish")
+    figure.suptitle("Near t_min the higher terms stay noisy; their gradients fade by themselves")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
 

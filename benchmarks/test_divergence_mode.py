@@ -3,14 +3,12 @@
 python -m pytest benchmarks/test_divergence_mode.py -s
 """
 
-import statistics
-import time
-
 import pytest
 import torch
 
 import hosm_losses as hosm
 from benchmarks.networks import NETWORKS
+from benchmarks.timing import ratios
 from hosm_losses.divergence import hutchinson_divergence
 from hosm_losses.primitive_mode import safe_primitives
 from hosm_losses.probes import draw_probes
@@ -29,11 +27,11 @@ def test_value_and_divergence_over_one_evaluation(benchmark, name, probes):
     v = draw_probes(x, probes)
 
     def separate():
-        with torch.no_grad():
-            network(x, t)
+        network(x, t)
         for probe in v:
-            point = x.detach().requires_grad_()
-            torch.autograd.grad((network(point, t) * probe).sum(), point)
+            with torch.enable_grad():
+                point = x.detach().requires_grad_()
+                torch.autograd.grad((network(point, t) * probe).sum(), point)
 
     def forward_mode():
         with safe_primitives():
@@ -54,18 +52,8 @@ def test_value_and_divergence_over_one_evaluation(benchmark, name, probes):
         "forward mode": forward_mode,
     }
 
-    def seconds(route):
-        start = time.process_time()
-        with torch.enable_grad() if route is separate else torch.no_grad():
-            route()
-        return time.process_time() - start
-
-    def rounds():
-        times = [{key: seconds(route) for key, route in routes.items()} for _ in range(ROUNDS)]
-        medians = {key: statistics.median(row[key] for row in times) for key in routes}
-        return {key: value / medians["one evaluation"] for key, value in medians.items()}
-
-    ratios = benchmark.pedantic(rounds, rounds=1)
-    benchmark.extra_info["ratios"] = ratios
-    for key, ratio in ratios.items():
+    with torch.no_grad():
+        found = benchmark.pedantic(ratios, (routes, "one evaluation", ROUNDS), rounds=1)
+    benchmark.extra_info["ratios"] = found
+    for key, ratio in found.items():
         print(f"\n{name}, {probes} probes, {key}: {ratio:.2f}", end="")

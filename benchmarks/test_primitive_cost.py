@@ -1,17 +1,13 @@
-"""What the safe primitives cost: a first-order step with them over one without, in one run.
+"""What the safe primitives cost: a first-order step with them over one without, in one run."""
 
-The two are timed in turns, in processor time, so that another load on the machine hits both. The
-ratio of the medians is in the benchmark's extra_info and printed at the end.
-"""
-
-import statistics
-import time
+from functools import partial
 
 import pytest
 import torch
 
 import hosm_losses as hosm
 from benchmarks.networks import NETWORKS
+from benchmarks.timing import ratios
 
 ROUNDS = 15
 
@@ -26,17 +22,11 @@ def test_first_order_step_with_primitives(benchmark, name):
 
     def step(primitives):
         network.zero_grad()
-        start = time.process_time()
         model.field(t, primitives=primitives)(x).square().mean().backward()
-        return time.process_time() - start
 
-    def rounds():
-        for primitives in (False, True):
-            step(primitives)
-        pairs = [(step(False), step(True)) for _ in range(ROUNDS)]
-        without, with_them = (statistics.median(column) for column in zip(*pairs, strict=True))
-        return with_them / without
-
-    ratio = benchmark.pedantic(rounds, rounds=1)
+    steps = {str(primitives): partial(step, primitives) for primitives in (False, True)}
+    for warm in steps.values():
+        warm()
+    ratio = benchmark.pedantic(ratios, (steps, "False", ROUNDS), rounds=1)["True"]
     benchmark.extra_info["ratio"] = ratio
     print(f"\n{name}: {ratio:.2f} times a first-order step without primitives")

@@ -1,16 +1,13 @@
-"""What a training step of order two or three costs in time: over one of order one, in one run.
+"""What a training step of order two or three costs in time: over one of order one, in one run."""
 
-All are timed in turns, in processor time, so that another load on the machine hits them alike.
-"""
-
-import statistics
-import time
+from functools import partial
 
 import pytest
 import torch
 
 import hosm_losses as hosm
 from benchmarks.networks import NETWORKS
+from benchmarks.timing import ratios
 
 ROUNDS = 5
 ORDERS = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
@@ -30,18 +27,12 @@ def test_step_over_first_order(benchmark, name, probes):
                 model, x0, derivative=engine, probes=probes
             )
 
-    def seconds(loss):
+    def step(loss):
         network.zero_grad()
-        start = time.process_time()
         loss().backward()
-        return time.process_time() - start
 
-    def rounds():
-        times = [{key: seconds(loss) for key, loss in losses.items()} for _ in range(ROUNDS)]
-        medians = {key: statistics.median(row[key] for row in times) for key in losses}
-        return {key: value / medians["order 1"] for key, value in medians.items()}
-
-    ratios = benchmark.pedantic(rounds, rounds=1)
-    benchmark.extra_info["ratios"] = ratios
-    for key, ratio in ratios.items():
+    steps = {key: partial(step, loss) for key, loss in losses.items()}
+    found = benchmark.pedantic(ratios, (steps, "order 1", ROUNDS), rounds=1)
+    benchmark.extra_info["ratios"] = found
+    for key, ratio in found.items():
         print(f"\n{name}, {probes} probes, {key}: {ratio:.2f}", end="")
