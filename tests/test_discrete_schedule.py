@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
+from hosm_losses.discrete_schedule import Table
 
 TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 SCHEDULE = hosm.DiscreteSchedule(TABLE)
@@ -64,13 +65,21 @@ def test_draws_are_indices():
     assert abs(mean - 499.5) < 5 * error
 
 
+def test_a_table_is_copied_to_a_device_once():
+    table = Table((1.0, 3.0, 4.0))
+    t = torch.tensor([0.0, 0.5, 2.0])
+    torch.testing.assert_close(table(t), torch.tensor([1.0, 2.0, 4.0]))
+    assert table.beside(t) is table.beside(2 * t)
+    assert table.beside(t.float()).dtype == torch.float32
+
+
 def test_it_is_a_value_without_the_copies_it_keeps():
     SCHEDULE(torch.tensor([3.0]))
     assert hosm.DiscreteSchedule(TABLE.tolist()) == SCHEDULE
     for clone in (pickle.loads(pickle.dumps(SCHEDULE)), copy.deepcopy(SCHEDULE)):
         assert clone == SCHEDULE
         assert hash(clone) == hash(SCHEDULE)
-        assert clone._tables == {}
+        assert clone._log_sigma_hat._copies == {}
         torch.testing.assert_close(clone(3.0)[0], SCHEDULE(3.0)[0])
 
 

@@ -4,7 +4,7 @@ Source:
     Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239.
 """
 
-__all__ = ["DiscreteSchedule"]
+__all__ = ["DiscreteSchedule", "Table"]
 
 import math
 from collections.abc import Sequence
@@ -15,6 +15,38 @@ import torch
 from torch import Tensor
 
 from hosm_losses.schedule import Schedule, as_time
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers at the indices 0 … N−1, two or more, and linear between them.
+
+    Copies are kept beside every device and dtype asked for: a training step copies nothing there.
+    """
+
+    values: tuple[float, ...]
+    _copies: dict[tuple[torch.device, torch.dtype], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __getstate__(self) -> dict[str, object]:
+        """Pickle and copy the numbers, not their copies on devices."""
+        return {"values": self.values, "_copies": {}}
+
+    def beside(self, like: Tensor) -> Tensor:
+        """The numbers (N,), on the device and in the dtype of `like`."""
+        key = (like.device, like.dtype)
+        if key not in self._copies:
+            self._copies[key] = torch.tensor(self.values, dtype=like.dtype, device=like.device)
+        return self._copies[key]
+
+    def __call__(self, t: Tensor | float) -> Tensor:
+        """The number at the index t, an integer or between two."""
+        t = as_time(t)
+        table = self.beside(t)
+        left = t.detach().floor().clamp(0, len(table) - 2).long()
+        low, high = table[left], table[left + 1]
+        return low + (t - left) * (high - low)
 
 
 @dataclass(frozen=True)
@@ -40,9 +72,7 @@ class DiscreteSchedule(Schedule):
 
     integer_time: ClassVar[bool] = True
     alphas_cumprod: Sequence[float] | Tensor
-    _tables: dict[tuple[torch.device, torch.dtype], Tensor] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _log_sigma_hat: Table = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Keep the table as a tuple of floats: hashable, comparable, picklable, on no device."""
@@ -56,10 +86,8 @@ class DiscreteSchedule(Schedule):
                 "(zero terminal SNR) has an infinite sigma/alpha there: leave its last entry out."
             )
         object.__setattr__(self, "alphas_cumprod", tuple(table.tolist()))
-
-    def __getstate__(self) -> dict[str, object]:
-        """Pickle and copy the table, not its copies on devices."""
-        return {"alphas_cumprod": self.alphas_cumprod, "_tables": {}}
+        log_sigma_hat = 0.5 * (torch.log1p(-table) - table.log())
+        object.__setattr__(self, "_log_sigma_hat", Table(tuple(log_sigma_hat.tolist())))
 
     @property
     def t_min(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -76,23 +104,9 @@ class DiscreteSchedule(Schedule):
         """1, as the schedule preserves variance."""
         return 1.0
 
-    def _table(self, like: Tensor) -> Tensor:
-        """The table of log σ̂ beside `like`, kept: a training step copies nothing to the device."""
-        key = (like.device, like.dtype)
-        if key not in self._tables:
-            table = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
-            self._tables[key] = (0.5 * (torch.log1p(-table) - table.log())).to(
-                device=like.device, dtype=like.dtype
-            )
-        return self._tables[key]
-
     def log_sigma_hat(self, t: Tensor | float) -> Tensor:
         """Log σ̂ at the index t, linear between the entries of the table."""
-        t = as_time(t)
-        table = self._table(t)
-        left = t.detach().floor().clamp(0, len(table) - 2).long()
-        low, high = table[left], table[left + 1]
-        return low + (t - left) * (high - low)
+        return self._log_sigma_hat(t)
 
     def alpha(self, t: Tensor) -> Tensor:
         """α = (1 + σ̂²)^−½."""
@@ -105,7 +119,7 @@ class DiscreteSchedule(Schedule):
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
         """Return the index, with its fraction, of this log σ̂."""
         target = as_time(log_sigma_hat)
-        table = self._table(target)
+        table = self._log_sigma_hat.beside(target)
         left = (torch.searchsorted(table, target.detach().contiguous(), right=True) - 1).clamp(
             0, len(table) - 2
         )

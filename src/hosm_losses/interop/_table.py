@@ -1,6 +1,6 @@
 """What projects with a table of noise levels share."""
 
-__all__ = ["first_half", "predicted", "table_schedule"]
+__all__ = ["check_diffusion", "first_half", "predicted", "table_schedule"]
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +12,15 @@ from hosm_losses._checks import describe
 from hosm_losses.discrete_schedule import DiscreteSchedule
 
 ZERO = (0.0, 2.0**-24)  # the second is what diffusers writes in the place of the first
+
+
+def check_diffusion(diffusion: object, *names: str) -> None:
+    """Raise TypeError unless this has the attributes of a GaussianDiffusion that are read."""
+    for name in names:
+        if not hasattr(diffusion, name):
+            raise TypeError(
+                f"diffusion: expected a GaussianDiffusion with {name}; got {describe(diffusion)}."
+            )
 
 
 def table_schedule(alphas_cumprod: Any, where: str) -> DiscreteSchedule:

@@ -4,8 +4,7 @@ __all__ = ["from_denoising_diffusion"]
 
 from typing import Any
 
-from hosm_losses._checks import describe
-from hosm_losses.interop._table import predicted, table_schedule
+from hosm_losses.interop._table import check_diffusion, predicted, table_schedule
 from hosm_losses.score_model import ScoreModel
 
 PREDICTIONS = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
@@ -39,11 +38,7 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
         >>> from_denoising_diffusion(diffusion).prediction
         'v_prediction'
     """
-    for name in ("model", "objective", "alphas_cumprod"):
-        if not hasattr(diffusion, name):
-            raise TypeError(
-                f"diffusion: expected a GaussianDiffusion with {name}; got {describe(diffusion)}."
-            )
+    check_diffusion(diffusion, "model", "objective", "alphas_cumprod")
     if getattr(diffusion, "self_condition", False):
         raise ValueError(
             "diffusion: expected a network without self-conditioning; got self_condition=True. "

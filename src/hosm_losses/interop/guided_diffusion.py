@@ -2,14 +2,12 @@
 
 __all__ = ["from_guided_diffusion"]
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hosm_losses._checks import describe
-from hosm_losses.interop._table import first_half, predicted, table_schedule
+from hosm_losses.discrete_schedule import Table
+from hosm_losses.interop._table import check_diffusion, first_half, predicted, table_schedule
 from hosm_losses.score_model import ScoreModel
 
 PREDICTIONS = {"EPSILON": "epsilon", "START_X": "sample"}
@@ -46,11 +44,7 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
         >>> from_guided_diffusion(nn.Identity(), diffusion).prediction
         'epsilon'
     """
-    for name in ("alphas_cumprod", "model_mean_type", "model_var_type"):
-        if not hasattr(diffusion, name):
-            raise TypeError(
-                f"diffusion: expected a GaussianDiffusion with {name}; got {describe(diffusion)}."
-            )
+    check_diffusion(diffusion, "alphas_cumprod", "model_mean_type", "model_var_type")
     schedule = table_schedule(diffusion.alphas_cumprod, "diffusion.alphas_cumprod")
     kind = getattr(diffusion.model_mean_type, "name", None)
     prediction = predicted(kind, PREDICTIONS, "diffusion.model_mean_type")
@@ -63,22 +57,6 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
         model,
         schedule,
         prediction,
-        time=_Labels(tuple(factor * index for index in indices)),
+        time=Table(tuple(factor * index for index in indices)),
         output=first_half if learned else None,
     )
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """What the model is given for an index of the table, linear between two of them."""
-
-    labels: tuple[float, ...]
-
-    def __call__(self, t: Tensor) -> Tensor:
-        if t.is_floating_point():
-            left = t.detach().floor().clamp(0, len(self.labels) - 2).long()
-        else:
-            left = t.clamp(0, len(self.labels) - 2)
-        dtype = t.dtype if t.is_floating_point() else torch.get_default_dtype()
-        labels = torch.tensor(self.labels, dtype=dtype, device=t.device)
-        return labels[left] + (t - left) * (labels[left + 1] - labels[left])
