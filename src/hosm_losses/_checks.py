@@ -12,6 +12,7 @@ __all__ = [
     "check_choice",
     "check_finite",
     "check_like",
+    "check_not_empty",
     "check_range",
     "check_sample_batch",
     "describe",
@@ -61,13 +62,18 @@ def check_sample_batch(name: str, value: object) -> Tensor:
             "integer images to the range the network was trained on first, for example "
             f"{name}.float() / 127.5 - 1; ode_nll does it with dequantization='uniform'."
         )
+    check_not_empty(name, value)
+    check_finite(name, value)
+    return value
+
+
+def check_not_empty(name: str, value: Tensor) -> None:
+    """Raise ValueError unless this is a batch (B, *) with something in it."""
     if value.ndim == 0 or value.numel() == 0:
         raise ValueError(
             f"{name}: expected a batch (B, *) with at least one sample and one element; got "
             f"{describe(value)}. Skip empty batches, or set drop_last in the loader."
         )
-    check_finite(name, value)
-    return value
 
 
 def check_like(

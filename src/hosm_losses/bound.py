@@ -113,7 +113,7 @@ def variational_nll(
     check_batch_size(batch_size)
     check_model(model)
     check_dequantization(x, dequantization, 1)
-    dtype = network_dtype(model) if dequantization else x.dtype
+    dtype = network_dtype(model, x)
     with (
         outside_inference_mode(),
         torch.no_grad(),
@@ -146,9 +146,6 @@ class _Errors:
         return torch.randn(
             self.x.shape, generator=self.generator, device=self.x.device, dtype=self.x.dtype
         )
-
-    def place(self, log_sigma_hat: float) -> Place:
-        return self.coordinates.place(self.x.new_full((1,), log_sigma_hat))
 
     def excess(self, place: Place) -> Tensor:
         """‖ε̂ − ε‖² − ‖r‖² for one draw of ε, (B,)."""
@@ -188,7 +185,7 @@ def _bound(
     batch, elements = len(x), x[0].numel()
     schedule = errors.coordinates.schedule
     low, high = schedule.log_sigma_hat_range
-    start, end = errors.place(low), errors.place(high)
+    start, end = errors.coordinates.at(low), errors.coordinates.at(high)
     strata, at_start = samples // 2, max(2, samples // 8)
     evaluations = samples + at_start
 
@@ -230,13 +227,12 @@ def _prior(
     """KL(q(x_T|x) ‖ π), the variance of its estimate, and a draw of x_T."""
     x = errors.x
     latent = end.alpha * x + end.sigma * errors.noise()
-    entropy = x[0].numel() / 2 * (math.log(2 * math.pi) + 1) + _sum(
-        end.sigma.expand_as(x[:1]).log()
-    )
+    elements, sigma = x[0].numel(), end.sigma.reshape(())
+    entropy = elements / 2 * (math.log(2 * math.pi) + 1) + elements * sigma.log()
     std = errors.coordinates.schedule.prior_std
-    if log_prior is None:
-        squares = _sum(((end.alpha * x).square() + end.sigma.square()) / std**2)
-        cross = (squares + x[0].numel() * math.log(2 * math.pi * std**2)) / 2
+    if log_prior is None:  # its mean over the noise: at the mean of x_T, and what its spread adds
+        at_mean = log_prior_at(None, end.alpha * x, errors.dtype, std)
+        cross = elements / 2 * (sigma / std).square() - at_mean
         return cross - entropy, torch.zeros_like(cross), latent
     drawn = [latent, *(end.alpha * x + end.sigma * errors.noise() for _ in range(samples - 1))]
     values = torch.stack([log_prior_at(log_prior, each, errors.dtype, std) for each in drawn])

@@ -69,6 +69,10 @@ class Coordinates:
             t, alpha, sigma, sigma_hat, torch.sqrt(self.std.square() + sigma_hat.square())
         )
 
+    def at(self, log_sigma_hat: float) -> Place:
+        """The place at one u, for a whole batch."""
+        return self.place(self.std.new_full((1,), log_sigma_hat))
+
     def to_z(self, x: Tensor, place: Place) -> Tensor:
         """Data coordinates to z."""
         return (x / place.alpha - self.mean) / place.scale

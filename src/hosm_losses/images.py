@@ -19,7 +19,7 @@ Source:
     arXiv 1509.00519, and Ho et al., arXiv 1902.00275, for the importance-weighted bound.
 """
 
-__all__ = ["DEQUANTIZATIONS", "check_dequantization", "dequantize", "importance_weighted"]
+__all__ = ["check_dequantization", "dequantize", "importance_weighted"]
 
 import math
 from collections.abc import Sequence
@@ -28,27 +28,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_sample_batch, describe
+from hosm_losses._checks import check_choice, check_not_empty, check_sample_batch, describe
 from hosm_losses.divergence import accumulator
 from hosm_losses.nll_result import NLLResult, Quantization
 
-DEQUANTIZATIONS = (None, "uniform")
 EIGHT_BITS = Quantization(256, -1.0, 1.0)
 
 
 def check_dequantization(
     x: object, dequantization: str | None, draws: int, divergence: str = "exact"
-) -> Tensor:
-    """Return x if it is what the dequantization needs.
+) -> None:
+    """Raise an error unless x is what the dequantization needs.
 
     Args:
         x: uint8 (B, *) with "uniform", floating point without.
         dequantization: None or "uniform".
         draws: the number of draws of u.
         divergence: "exact" or "hutchinson".
-
-    Returns:
-        x.
 
     Raises:
         TypeError: for a wrong dtype.
@@ -72,16 +68,15 @@ def check_dequantization(
             "use divergence='exact'."
         )
     if dequantization is None:
-        return check_sample_batch("x", x)
+        check_sample_batch("x", x)
+        return
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
         raise TypeError(
             f"x: expected a uint8 tensor (B, *) of levels 0 to 255 with dequantization='uniform'; "
             f"got {describe(x)}. Leave dequantization=None for continuous data, or dequantize it "
             "yourself and give levels, low and high to bits_per_dim."
         )
-    if x.ndim == 0 or x.numel() == 0:
-        raise ValueError(f"x: expected a batch (B, *) that is not empty; got {describe(x)}.")
-    return x
+    check_not_empty("x", x)
 
 
 def dequantize(levels: Tensor, generator: torch.Generator | None = None) -> Tensor:

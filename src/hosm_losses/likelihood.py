@@ -134,7 +134,7 @@ def ode_nll(
     check_batch_size(batch_size)
     check_model(model)
     check_dequantization(x, dequantization, dequantization_draws, divergence)
-    dtype = network_dtype(model) if dequantization else x.dtype
+    dtype = network_dtype(model, x)
     with (
         outside_inference_mode(),
         torch.set_grad_enabled(enable_grad),
@@ -173,7 +173,7 @@ def _nll(
     coordinates = paths.coordinates
     schedule = coordinates.schedule
     span = schedule.log_sigma_hat_range
-    data, noise = (coordinates.place(x.new_full((1,), u)) for u in span)
+    data, noise = (coordinates.at(u) for u in span)
     solved = solve(paths, coordinates.to_z(x, data), span)
     latent = coordinates.to_x(solved.z, noise)
     log_density = (

@@ -28,8 +28,10 @@ def chunks(x: Tensor, batch_size: int | None) -> tuple[Tensor, ...]:
     return torch.arange(len(x), device=x.device).split(batch_size or len(x))
 
 
-def network_dtype(model: ScoreModel) -> torch.dtype:
-    """The dtype of the network's first floating-point parameter, or the default dtype."""
+def network_dtype(model: ScoreModel, x: Tensor) -> torch.dtype:
+    """The dtype of x, or for integers that of the network's first floating-point parameter."""
+    if x.is_floating_point():
+        return x.dtype
     network = model.network
     if isinstance(network, nn.Module):
         for parameter in network.parameters():

@@ -117,16 +117,13 @@ def solve_fixed(paths: Paths, z: Tensor, span: tuple[float, float], steps: int) 
     """
     coordinates = paths.coordinates
 
-    def place(u: float) -> Place:
-        return coordinates.place(torch.full((1,), u, dtype=z.dtype, device=z.device))
-
     def slope(u: float, z: Tensor) -> Tensor:
-        here = place(u)
+        here = coordinates.at(u)
         return coordinates.slope(z, paths.noise(z, here), here)
 
     def node(u: float, z: Tensor) -> Node:
         paths.advance(len(z) / (steps + 1))
-        here = place(u)
+        here = coordinates.at(u)
         noise, samples = paths.noise_and_divergence(z, here, paths.draw(z))
         integrand = coordinates.integrand(samples, here)
         seen = integrand.detach()
