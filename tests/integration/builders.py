@@ -69,11 +69,11 @@ _SMALL_UNET: dict[str, Any] = {
 }
 
 
-def unet_2d(**checkpointing: Any) -> nn.Module:
+def unet_2d(out_channels: int = 2, **checkpointing: Any) -> nn.Module:
     from diffusers import UNet2DModel
 
     network = UNet2DModel(
-        **_SMALL_UNET,
+        **{**_SMALL_UNET, "out_channels": out_channels},
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,
@@ -131,11 +131,17 @@ def sd3() -> nn.Module:
     return _Adapter(network, lambda net, x, t, **kwargs: net(x, timestep=t, **kwargs), casts=True)
 
 
-def lucidrains(flash: bool) -> nn.Module:
+def lucidrains(flash: bool, self_condition: bool = False) -> nn.Module:
     from denoising_diffusion_pytorch import Unet
 
     return Unet(
-        dim=4, dim_mults=(1, 2), channels=2, attn_dim_head=4, attn_heads=2, flash_attn=flash
+        dim=4,
+        dim_mults=(1, 2),
+        channels=2,
+        attn_dim_head=4,
+        attn_heads=2,
+        flash_attn=flash,
+        self_condition=self_condition,
     )
 
 

@@ -5,6 +5,7 @@ import torch
 
 import hosm_losses as hosm
 from hosm_losses.interop import from_denoising_diffusion
+from tests.integration import builders
 from tests.interop.checks import check_all_from_one_line, noised
 
 package = pytest.importorskip("denoising_diffusion_pytorch")
@@ -12,14 +13,7 @@ package = pytest.importorskip("denoising_diffusion_pytorch")
 
 def made(objective="pred_v", self_condition=False, **options):
     torch.manual_seed(0)
-    network = package.Unet(
-        dim=4,
-        dim_mults=(1, 2),
-        channels=2,
-        attn_dim_head=4,
-        attn_heads=2,
-        self_condition=self_condition,
-    )
+    network = builders.lucidrains(flash=False, self_condition=self_condition)
     return package.GaussianDiffusion(
         network, image_size=8, timesteps=200, objective=objective, **options
     ).double()

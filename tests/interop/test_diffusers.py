@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 
 import hosm_losses as hosm
 from hosm_losses.interop import from_diffusers
+from tests.integration import builders
 from tests.interop.checks import check_all_from_one_line, noised
 
 diffusers = pytest.importorskip("diffusers")
@@ -16,25 +17,23 @@ BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
-def unet(**options):
+def built(build, **options):
+    """A network of the integration tests, away from where its parameters start."""
     torch.manual_seed(0)
-    settings = {
-        "sample_size": 8,
-        "in_channels": 2,
-        "out_channels": 2,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": 4,
-    }
-    return diffusers.UNet2DModel(**(settings | options)).double()
+    network = build(**options).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
 
 
-def batch(shape=(2, 8, 8)):
+def unet(**options):
+    return built(builders.unet_2d, **options)
+
+
+def batch():
     generator = torch.Generator().manual_seed(0)
-    x0, noise = (torch.randn(3, *shape, generator=generator) for _ in range(2))
+    x0, noise = (torch.randn(3, *builders.SHAPE, generator=generator) for _ in range(2))
     return x0, torch.tensor([3, 500, 997]), noise
 
 
@@ -105,41 +104,14 @@ def test_one_line_is_enough_for_a_unet(scheduler):
 
 
 def test_one_line_is_enough_for_a_text_to_image_unet():
-    torch.manual_seed(0)
-    network = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        cross_attention_dim=6,
-        attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).double()
+    network = built(builders.unet_2d_condition)
     model = from_diffusers(network, diffusers.DDIMScheduler(beta_schedule="scaled_linear"))
-    x0 = batch((4, 8, 8))[0]
-    check_all_from_one_line(model, x0, {"encoder_hidden_states": torch.randn(3, 5, 6)})
+    check_all_from_one_line(model, batch()[0], {"encoder_hidden_states": torch.randn(3, 5, 6)})
 
 
 def test_one_line_is_enough_for_a_dit_that_learns_its_variance():
-    torch.manual_seed(0)
-    network = diffusers.DiTTransformer2DModel(
-        sample_size=8,
-        in_channels=2,
-        out_channels=4,
-        patch_size=2,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        norm_num_groups=2,
-        num_embeds_ada_norm=10,
-    ).double()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model = from_diffusers(network.eval(), diffusers.DDPMScheduler())
+    network = built(builders.dit).eval()
+    model = from_diffusers(network, diffusers.DDPMScheduler())
     x0, t, noise = batch()
     kwargs = {"class_labels": torch.tensor([1, 2, 3])}
     own = F.mse_loss(network(noised(model, x0, t, noise), t, **kwargs).sample[:, :2], noise)
@@ -149,24 +121,8 @@ def test_one_line_is_enough_for_a_dit_that_learns_its_variance():
 
 
 def test_one_line_is_enough_for_sd3_which_takes_its_time_by_name():
-    torch.manual_seed(0)
-    network = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=2,
-        out_channels=2,
-        patch_size=2,
-        num_layers=1,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        joint_attention_dim=6,
-        caption_projection_dim=8,
-        pooled_projection_dim=5,
-        pos_embed_max_size=8,
-    )
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model = from_diffusers(network.float(), diffusers.FlowMatchEulerDiscreteScheduler())
+    network = built(lambda: builders.sd3().network).float()
+    model = from_diffusers(network, diffusers.FlowMatchEulerDiscreteScheduler())
     kwargs = {
         "encoder_hidden_states": torch.randn(3, 4, 6, dtype=torch.float32),
         "pooled_projections": torch.randn(3, 5, dtype=torch.float32),
@@ -199,7 +155,7 @@ def test_what_is_unknown_is_refused():
 def test_a_learned_variance_without_output_says_what_to_do():
     network = unet(out_channels=4)
     model = from_diffusers(network, diffusers.DDPMScheduler())
-    assert model.noise(batch()[0], batch()[1]).shape == (3, 2, 8, 8)
+    assert model.noise(batch()[0], batch()[1]).shape == (3, *builders.SHAPE)
     bare = hosm.ScoreModel(network, model.schedule, output=lambda out: out.sample)
     with pytest.raises(ValueError, match=r"variance too.*\[:, :C\]"):
         bare.noise(batch()[0], batch()[1])

@@ -6,24 +6,22 @@ import pytest
 import torch
 
 import hosm_losses as hosm
+from tests.integration import builders
 from tests.interop.checks import noised
 
 
 def batch():
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(3, 2, 8, 8, generator=generator) for _ in range(2)]
+    return [torch.randn(3, *builders.SHAPE, generator=generator) for _ in range(2)]
 
 
 def test_torchcfm():
     """Time runs from noise to data, and comes first among the arguments."""
     pytest.importorskip("torchcfm")
     from torchcfm import ConditionalFlowMatcher
-    from torchcfm.models.unet import UNetModel
 
     torch.manual_seed(0)
-    net = UNetModel(
-        dim=(2, 8, 8), num_channels=32, num_res_blocks=1, channel_mult=(1,), num_heads=1
-    ).float()
+    net = builders.torchcfm().network.float()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
