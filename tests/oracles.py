@@ -242,8 +242,13 @@ def dense_derivatives(function, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return flat(point), first(point), torch.func.jacrev(first)(point).reshape(d, d, d)
 
 
-def dense_terms(f, jacobian, second, sigma, noise, probes, *, exact=False, frozen=None):
-    """The four terms of one sample from dense arrays; `frozen` holds (ℓ, ∂f/∂x) of the detach."""
+def dense_terms(
+    f, jacobian, second, sigma, noise, probes, *, exact=False, frozen=None, third="ijk,i,j->k"
+):
+    """The four terms of one sample from dense arrays; `frozen` holds (ℓ, ∂f/∂x) of the detach.
+
+    `third` contracts ∂²f with a probe twice: by default it is the gradient of vᵀ ∂f v.
+    """
     d = f.numel()
     noise, probes = noise.reshape(-1), probes.reshape(len(probes), -1)
     ell, held = (f + noise, jacobian) if frozen is None else frozen
@@ -264,7 +269,7 @@ def dense_terms(f, jacobian, second, sigma, noise, probes, *, exact=False, froze
         r2 = along + v - slope * ell
         rt = v.dot(along) + v.dot(v) - slope**2
         r3 = (
-            sigma**2 * torch.einsum("ijk,i,j->k", second, v, v)
+            sigma**2 * torch.einsum(third, second, v, v)
             + slope**2 * ell
             - (v.dot(along_held) + v.dot(v)) * ell
             - 2 * slope * (along_held + v)

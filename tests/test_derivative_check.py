@@ -11,7 +11,7 @@ import hosm_losses as hosm
 from tests.oracles import networks
 from tests.test_derivatives import Cubes
 
-ENGINES = ("forward", "reverse")
+ENGINES = ("forward", "reverse", "taylor")
 VP = hosm.VPSchedule()
 
 

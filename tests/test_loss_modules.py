@@ -95,7 +95,10 @@ def test_it_holds_the_model_and_nothing_else_and_can_be_copied():
         ({"probes": "all"}, "probes: expected a number above 0, or 'exact'; got 'all'"),
         ({"distribution": "cauchy"}, "distribution: expected one of 'rademacher', 'gaussian'"),
         ({"weighting": "snr"}, r"weighting \(or a callable of t\): expected one of 'noise'"),
-        ({"derivative": "jvp"}, "derivative: expected one of 'auto', 'forward', 'reverse'"),
+        (
+            {"derivative": "jvp"},
+            "derivative: expected one of 'auto', 'taylor', 'reverse', 'forward'",
+        ),
         ({"reduction": "avg"}, "reduction: expected one of 'mean', 'sum', 'none'; got 'avg'"),
         ({"fraction": 0.0}, r"fraction: expected a number in \(0, 1\]; got 0.0"),
         ({"fraction": 1.5}, r"fraction: expected a number in \(0, 1\]; got 1.5"),

@@ -25,7 +25,7 @@ SCHEDULES = {
     "discrete": hosm.DiscreteSchedule(torch.linspace(0.99, 0.01, 20)),
 }
 PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
-ENGINES = ("forward", "reverse")
+ENGINES = ("forward", "reverse", "taylor")
 
 
 def rates_of(schedule, t):
@@ -35,7 +35,7 @@ def rates_of(schedule, t):
     )
 
 
-def dense(model, x0, t, noise, probe, *, exact=False, frozen=None):
+def dense(model, x0, t, noise, probe, *, exact=False, frozen=None, **options):
     """Terms of every sample by dense formulas, and what their detach holds fixed."""
     network, schedule = model.network, model.schedule
     network.by_hand = True
@@ -62,6 +62,7 @@ def dense(model, x0, t, noise, probe, *, exact=False, frozen=None):
                 probe[:, row],
                 exact=exact,
                 frozen=None if frozen is None else frozen[row],
+                **options,
             )
         )
     network.by_hand = False
@@ -101,6 +102,41 @@ def test_exact_terms_equal_the_dense_formulas(name, engine):
     got = hosm.dsm_terms(model, x0, t=t, noise=noise, probes="exact", derivative=engine)
     for term, reference in zip(got, expected, strict=True):
         torch.testing.assert_close(term, reference, rtol=1e-10, atol=0)
+
+
+LAPLACIAN = "ijk,j,k->i"  # ∂²f[v, v], in place of the gradient of vᵀ ∂f v
+
+
+@pytest.mark.parametrize("engine", ["auto", "forward", "taylor"])
+@pytest.mark.parametrize("name", ["mlp", "conv", "attention"])
+def test_the_laplacian_estimator_is_the_dense_formula(name, engine):
+    schedule = hosm.VPSchedule()
+    network, x0, t, noise, probe = batch(name, schedule, count=2)
+    model = hosm.ScoreModel(network, schedule, "v_prediction")
+    options = {"t": t, "noise": noise, "probe": probe, "derivative": engine}
+    expected, _ = dense(model, x0, t, noise, probe, third=LAPLACIAN)
+    got = hosm.dsm_terms(model, x0, third="laplacian", **options)
+    for term, reference in zip(got, expected, strict=True):
+        torch.testing.assert_close(term, reference, rtol=1e-10, atol=0)
+    exact = hosm.dsm_terms(model, x0, **options)
+    assert (exact.third - got.third).abs().min() > 1e-3 * got.third.min()
+
+
+def test_the_laplacian_estimator_has_the_gradient_of_a_difference():
+    schedule = hosm.VPSchedule()
+    network, x0, t, noise, probe = batch("attention", schedule)
+    model = hosm.ScoreModel(network, schedule)
+    direction = torch.randn(sum(p.numel() for p in network.parameters()))
+    loss = hosm.third_order_dsm(model, x0, t=t, noise=noise, probe=probe, third="laplacian")
+    gradient = gradient_along(loss, network, direction)
+    _, held = dense(model, x0, t, noise, probe)
+    held = [(ell.detach(), jacobian.detach()) for ell, jacobian in held]
+
+    def total():
+        terms, _ = dense(model, x0, t, noise, probe, frozen=held, third=LAPLACIAN)
+        return sum(term.mean() for term in terms)
+
+    assert gradient == pytest.approx(difference(total, network, direction), rel=1e-6)
 
 
 def difference(function, network, direction, h=1e-5):
@@ -232,17 +268,18 @@ def test_any_shape_dtype_batch_schedule_and_time(shape, dtype, schedule, place, 
     probes = {"probes": "exact"}
     if count != "exact":
         probes = {"probe": torch.randn(count, *shape, dtype=dtype)}
-    forward, reverse = (
+    forward, *others = (
         hosm.dsm_terms(model, x0, t=t, noise=noise, derivative=engine, **probes)
         for engine in ENGINES
     )
     tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {}
     if dtype == torch.float32:
         tolerance = {"rtol": 1e-3, "atol": 1e-4}
-    for one, other in zip(forward, reverse, strict=True):
+    for one, *same in zip(forward, *others, strict=True):
         assert one.shape == (shape[0],)
         assert one.dtype == dtype
-        torch.testing.assert_close(one, other, **tolerance)
+        for other in same:
+            torch.testing.assert_close(one, other, **tolerance)
     row = {"t": t[-1:], "noise": noise[-1:]}
     if "probe" in probes:
         row["probe"] = probes["probe"][:, -1:]

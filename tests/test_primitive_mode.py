@@ -66,8 +66,8 @@ def gradient(network, model, order, **options):
 
 @pytest.mark.parametrize("probes", [1, 3])
 @pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("engine", ["auto", "reverse"])
-def test_our_checkpoint_is_right_in_the_reverse_engine(engine, order, probes):
+@pytest.mark.parametrize("engine", ["auto", "reverse", "taylor"])
+def test_our_checkpoint_is_right_where_it_can_recompute(engine, order, probes):
     network, plain, model = checkpointed(hosm.checkpoint)
     expected = gradient(network, plain, order, probes=probes)
     got = gradient(network, model, order, derivative=engine, probes=probes)
@@ -81,8 +81,20 @@ def test_torchs_own_checkpoint_is_an_error_and_never_a_wrong_gradient(reentrant,
     def checkpoint(function, x):
         return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=reentrant)
 
-    network, _, model = checkpointed(checkpoint)
-    if engine == "forward":
+    network, plain, model = checkpointed(checkpoint)
+    if engine == "taylor":
+        # It has its own rules, and no mode that a recomputation could miss.
+        if reentrant:
+            with pytest.raises(hosm.DerivativeError, match="under torch.no_grad"):
+                gradient(network, model, order, derivative=engine)
+            return
+        expected = gradient(network, plain, order)
+        got = gradient(network, model, order, derivative=engine)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    elif engine == "auto" and not reentrant:
+        expected, got = gradient(network, plain, order), gradient(network, model, order)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    elif engine == "forward":
         # A reentrant one is an autograd.Function of the old kind, which torch.func itself refuses.
         error, words = (
             (RuntimeError, "setup_context") if reentrant else (hosm.DerivativeError, FORWARD)
@@ -152,7 +164,9 @@ def test_a_function_that_the_networks_module_imported_by_name_is_seen():
     model = hosm.ScoreModel(lambda x, t: outer(layer_norm(inner(x), (4,))), hosm.VPSchedule())
     plain = hosm.ScoreModel(lambda x, t: outer(norm(inner(x))), hosm.VPSchedule())
     native = hosm.ScoreModel(model.network, hosm.VPSchedule(), primitives=False)
-    expected, got, wrong = (gradient(network, each, 3) for each in (plain, model, native))
+    expected, got, wrong = (
+        gradient(network, each, 3, derivative="reverse") for each in (plain, model, native)
+    )
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
     assert torch.linalg.vector_norm(wrong - expected) > 0.01 * torch.linalg.vector_norm(expected)
 

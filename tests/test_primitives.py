@@ -12,7 +12,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import hosm_losses as hosm
 from hosm_losses.primitive_mode import safe_primitives
 
-ENGINES = ("forward", "reverse")
+ENGINES = ("forward", "reverse", "taylor")
 
 
 class Attention(nn.Module):

@@ -13,7 +13,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import hosm_losses as hosm
 
 MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
-ENGINES = [(1, None), (2, "reverse"), (2, "forward"), (3, "reverse"), (3, "forward")]
+ENGINES = [
+    (1, None),
+    *((order, engine) for order in (2, 3) for engine in ("reverse", "forward", "taylor")),
+]
 HIGHER = ENGINES[1:]
 engines = pytest.mark.parametrize(("order", "engine"), ENGINES)
 

@@ -14,7 +14,6 @@ from hosm_losses.losses import second_order_dsm as second_order_dsm
 from hosm_losses.losses import third_order_dsm as third_order_dsm
 from hosm_losses.nll_result import NLLResult as NLLResult
 from hosm_losses.nll_result import NLLSummary as NLLSummary
-from hosm_losses.objective import DSMTerms as DSMTerms
 from hosm_losses.primitive_mode import checkpoint as checkpoint
 from hosm_losses.schedule import Schedule as Schedule
 from hosm_losses.schedules import CosineSchedule as CosineSchedule
@@ -24,5 +23,6 @@ from hosm_losses.schedules import SubVPSchedule as SubVPSchedule
 from hosm_losses.schedules import VESchedule as VESchedule
 from hosm_losses.schedules import VPSchedule as VPSchedule
 from hosm_losses.score_model import ScoreModel as ScoreModel
+from hosm_losses.terms import DSMTerms as DSMTerms
 
 __version__ = "0.1.0.dev0"

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosm_losses.objective import DSMTerms, LossOptions, Probes, Weights, evaluate
+from hosm_losses.loss_options import LossOptions, Probes, Weights
+from hosm_losses.objective import evaluate
 from hosm_losses.score_model import ScoreModel
+from hosm_losses.terms import DSMTerms
 from hosm_losses.weighting import Weighting
 
 Loss = Tensor | tuple[Tensor, DSMTerms]
@@ -80,29 +82,9 @@ class FirstOrderDSM(_Objective):
 
 
 class _HigherOrder(_Objective):
-    order: int
-
     def __init__(
-        self,
-        model: ScoreModel,
-        *,
-        probes: Probes = 1,
-        distribution: str = "rademacher",
-        weights: Weights | None = None,
-        weighting: Weighting = "noise",
-        derivative: str = "auto",
-        fraction: float = 1.0,
-        reduction: str = "mean",
+        self, model: ScoreModel, options: LossOptions, weights: Weights | None = None
     ) -> None:
-        options = LossOptions(
-            order=self.order,
-            probes=probes,
-            distribution=distribution,
-            weighting=weighting,
-            derivative=derivative,
-            fraction=fraction,
-            reduction=reduction,
-        )
         super().__init__(model, options)
         self.weights = weights
 
@@ -144,7 +126,30 @@ class SecondOrderDSM(_HigherOrder):
         torch.Size([])
     """
 
-    order = 2
+    def __init__(
+        self,
+        model: ScoreModel,
+        *,
+        probes: Probes = 1,
+        distribution: str = "rademacher",
+        weights: Weights | None = None,
+        weighting: Weighting = "noise",
+        derivative: str = "auto",
+        fraction: float = 1.0,
+        chunks: int = 1,
+        reduction: str = "mean",
+    ) -> None:
+        options = LossOptions(
+            order=2,
+            probes=probes,
+            distribution=distribution,
+            weighting=weighting,
+            derivative=derivative,
+            fraction=fraction,
+            chunks=chunks,
+            reduction=reduction,
+        )
+        super().__init__(model, options, weights)
 
 
 class ThirdOrderDSM(_HigherOrder):
@@ -158,4 +163,29 @@ class ThirdOrderDSM(_HigherOrder):
         torch.Size([4])
     """
 
-    order = 3
+    def __init__(
+        self,
+        model: ScoreModel,
+        *,
+        probes: Probes = 1,
+        distribution: str = "rademacher",
+        weights: Weights | None = None,
+        weighting: Weighting = "noise",
+        derivative: str = "auto",
+        third: str = "exact",
+        fraction: float = 1.0,
+        chunks: int = 1,
+        reduction: str = "mean",
+    ) -> None:
+        options = LossOptions(
+            order=3,
+            probes=probes,
+            distribution=distribution,
+            weighting=weighting,
+            derivative=derivative,
+            third=third,
+            fraction=fraction,
+            chunks=chunks,
+            reduction=reduction,
+        )
+        super().__init__(model, options, weights)

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses.objective import DSMTerms, LossOptions, Probes, Weights, evaluate
+from hosm_losses.loss_options import LossOptions, Probes, Weights
+from hosm_losses.objective import evaluate
 from hosm_losses.score_model import ScoreModel
+from hosm_losses.terms import DSMTerms
 from hosm_losses.weighting import Weighting
 
 
@@ -80,6 +82,7 @@ def second_order_dsm(
     weighting: Weighting = "noise",
     derivative: str = "auto",
     fraction: float = 1.0,
+    chunks: int = 1,
     generator: torch.Generator | None = None,
     reduction: str = "mean",
     model_kwargs: Mapping[str, Any] | None = None,
@@ -98,6 +101,7 @@ def second_order_dsm(
         weighting: as in `third_order_dsm`.
         derivative: as in `third_order_dsm`.
         fraction: as in `third_order_dsm`.
+        chunks: as in `third_order_dsm`.
         generator: as in `first_order_dsm`.
         reduction: as in `first_order_dsm`.
         model_kwargs: as in `third_order_dsm`.
@@ -122,6 +126,7 @@ def second_order_dsm(
         weighting=weighting,
         derivative=derivative,
         fraction=fraction,
+        chunks=chunks,
         reduction=reduction,
     )
     loss, _ = evaluate(
@@ -150,7 +155,9 @@ def third_order_dsm(
     weights: Weights | None = None,
     weighting: Weighting = "noise",
     derivative: str = "auto",
+    third: str = "exact",
     fraction: float = 1.0,
+    chunks: int = 1,
     generator: torch.Generator | None = None,
     reduction: str = "mean",
     model_kwargs: Mapping[str, Any] | None = None,
@@ -172,9 +179,17 @@ def third_order_dsm(
             error of the network's own prediction. "likelihood" makes it the likelihood-weighted
             one, with t drawn uniformly in log σ̂. Both leave the meaning of the others. A
             callable t → (B,) multiplies every term.
-        derivative: "auto", "forward" or "reverse"; see `hosm_losses.derivatives`.
+        derivative: "auto", "taylor", "reverse" or "forward"; see `hosm_losses.derivatives`.
+        third: how the third order is estimated. "exact" matches G = σ² ∇(vᵀ ∂f v), as in the
+            paper. "laplacian" matches σ² ∂²f[v, v] to the same target for three quarters of the
+            cost: the same for a field whose Jacobian is symmetric, as the true score's is, and an
+            objective of its own for others, which leaves ∇tr(∂f) free where the Jacobian is not.
+            "sliced" matches u·r3 for a second random u: its mean is that of "exact", its variance
+            larger, and it needs no pass back.
         fraction: the part of the batch, chosen at random, on which orders two and three are
             evaluated: max(1, round(fraction · B)) rows. Unbiased.
+        chunks: the number of parts of the batch that are evaluated one after the other, and again
+            in the backward pass, to save memory; see `hosm_losses.chunks`.
         generator: the source of randomness, on the device of x0; the global one if None.
         reduction: "mean", "sum" over the batch, or "none" for (B,).
         model_kwargs: keyword arguments of the network. Tensors whose first dimension is B are per
@@ -186,7 +201,7 @@ def third_order_dsm(
     Raises:
         TypeError: for an argument of a wrong type or dtype, integer images included.
         ValueError: for a wrong shape, device, name, or (on the CPU) value.
-        DerivativeError: in the reverse engine, where autograd cannot follow the output to x.
+        DerivativeError: where the derivatives of the network cannot be taken.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -203,7 +218,9 @@ def third_order_dsm(
         distribution=distribution,
         weighting=weighting,
         derivative=derivative,
+        third=third,
         fraction=fraction,
+        chunks=chunks,
         reduction=reduction,
     )
     loss, _ = evaluate(
@@ -231,6 +248,7 @@ def dsm_terms(
     probes: Probes = 1,
     distribution: str = "rademacher",
     derivative: str = "auto",
+    third: str = "exact",
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> DSMTerms:
@@ -246,6 +264,7 @@ def dsm_terms(
         probes: as in `third_order_dsm`.
         distribution: as in `third_order_dsm`.
         derivative: as in `third_order_dsm`.
+        third: as in `third_order_dsm`.
         generator: as in `third_order_dsm`.
         model_kwargs: as in `third_order_dsm`.
 
@@ -264,7 +283,11 @@ def dsm_terms(
         (torch.Size([4]), None)
     """
     options = LossOptions(
-        order=order, probes=probes, distribution=distribution, derivative=derivative
+        order=order,
+        probes=probes,
+        distribution=distribution,
+        derivative=derivative,
+        third=third,
     )
     _, terms = evaluate(
         model,

@@ -2,13 +2,13 @@ r"""The field f(x) = −ε̂(x, t) with t and the conditions bound, and its deri
 
 Formula:
     Every prediction is affine in what the network returns and x, ε̂ = p · prediction + q x, so
-    D_f = −(p D + q w) and G_f = −p G, with D and G of the network alone.
+    D_f = −(p D + q w), G_f = −p G and C_f = −p C, with D, G and C of the network alone.
 """
 
 __all__ = ["NetworkField", "NoiseField", "map_tensors"]
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hosm_losses.derivatives import Derivatives, derive, quadratic_forms
 from hosm_losses.primitive_mode import safe_primitives
+from hosm_losses.taylor import Jet
 
 
 class Model(Protocol):
@@ -58,26 +59,29 @@ class NoiseField:
             return -self.model.noise(x, self.t, **self.kwargs)
 
     def derive(
-        self, x: Tensor, direction: Tensor, *, order: int, derivative: str = "auto"
+        self,
+        x: Tensor,
+        direction: Tensor,
+        *,
+        order: int,
+        derivative: str = "auto",
+        others: Tensor | None = None,
     ) -> Derivatives:
-        """f, D and G at x along directions (K, B, *): those of the network, put together.
+        """f, D and G or C at x along directions (K, B, *): those of the network, put together.
 
         The network alone is differentiated, so that the part of x in f cannot hide that a network
         has lost its own graph.
         """
-        value, directional, gradient = derive(
-            NetworkField(self), x, direction, order=order, derivative=derivative
+        value, directional, third = derive(
+            NetworkField(self), x, direction, order=order, derivative=derivative, others=others
         )
         factor, share = self.model.affine(self.t, x)
         value, directional = (
             -_affine(part, of_x, factor, share)
             for part, of_x in ((value, x), (directional, direction))
         )
-        return Derivatives(
-            value,
-            directional,
-            None if gradient is None else -_affine(gradient, None, factor, share),
-        )
+        third = None if third is None else -_affine(third, None, factor, share)
+        return Derivatives(value, directional, third)
 
     def quadratic_forms(self, x: Tensor, directions: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """f at x and wᵀ ∂f/∂x w for chunks (k, B, *) of directions, the forms (K, B)."""
@@ -92,9 +96,20 @@ class NoiseField:
         """Return the field of `count` copies of the batch, one after the other."""
         return self._select(lambda tensor: tensor.repeat(count, *(1,) * (tensor.ndim - 1)))
 
-    def rows(self, index: Tensor) -> "NoiseField":
+    def rows(self, index: Tensor | slice) -> "NoiseField":
         """Return the field of the samples at `index`."""
         return self._select(lambda tensor: tensor[index])
+
+    def conditions(self) -> list[Tensor]:
+        """The tensors among the network's keyword arguments."""
+        found: list[Tensor] = []
+        map_tensors(self.kwargs, lambda tensor: found.append(tensor) or tensor)
+        return found
+
+    def with_conditions(self, tensors: Iterable[Tensor]) -> "NoiseField":
+        """Return the field with other tensors in the places of `conditions`."""
+        given = iter(tensors)
+        return replace(self, kwargs=map_tensors(self.kwargs, lambda _: next(given)))
 
     def _select(self, select: Callable[[Tensor], Tensor]) -> "NoiseField":
         batch = len(self.t)
@@ -115,7 +130,8 @@ class NetworkField:
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate the network at x (B, *)."""
         field = self.field
-        with safe_primitives(field.primitives):
+        # A Jet has rules of its own, and what does not depend on x needs no primitives.
+        with safe_primitives(field.primitives and not isinstance(x, Jet)):
             return field.model.predict(x, field.t, **field.kwargs)
 
     @property

@@ -3,170 +3,29 @@ r"""The objective of order one, two or three, from checked inputs to a reduced l
 What:
     Perturb the data, take the derivatives the order needs, form the residuals, square, average.
 
-Formula, per sample, d the number of elements of a sample:
-    first = ‖r1‖²/d      second = ‖r2‖²/d²      trace = rt²/d²      third = ‖r3‖²/d³
-    loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over probes, then over the batch.
-
-    The residuals and what is held fixed in them are in `hosm_losses.residuals`.
-
-Random or exact probes:
-    With probes="exact" the terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖² of the whole Jacobian and of the
-    gradient of its trace. With random ones the second term has the same mean; the trace and third
-    terms have a mean that is larger by the spread over probes, which is zero at the true score.
-    For a field free to take any value the minimiser is the same; for a restricted family it need
-    not be.
+Formula, with the terms of `hosm_losses.terms`:
+    loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch.
 
 Source:
     Lu et al., ICML 2022, arXiv 2206.08265: the objectives and their Hutchinson forms, in the
     normalisation of its image experiments.
 """
 
-__all__ = ["DSMTerms", "LossOptions", "Probes", "Weights", "evaluate"]
+__all__ = ["evaluate"]
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, describe, expand_right
-from hosm_losses.derivatives import ENGINES
+from hosm_losses._checks import describe
 from hosm_losses.inference import outside_inference_mode
-from hosm_losses.loss_inputs import Inputs, prepare, probe_tensor
-from hosm_losses.noise_field import NoiseField
-from hosm_losses.probes import DISTRIBUTIONS
-from hosm_losses.residuals import (
-    first_residual,
-    second_residual,
-    third_residual,
-    trace_residual,
-)
-from hosm_losses.weighting import Weighting, check_weighting, time_factors
+from hosm_losses.loss_inputs import prepare
+from hosm_losses.loss_options import LossOptions, Weights
+from hosm_losses.terms import DSMTerms, evaluate_terms, first_residual_of, first_term
+from hosm_losses.weighting import time_factors
 from hosm_losses.wrappers import refuse_wrapped
-
-REDUCTIONS = ("mean", "sum", "none")
-Probes = int | Literal["exact"]
-Weights = Sequence[float | Tensor]
-
-
-class DSMTerms(NamedTuple):
-    """The terms of a loss, per sample and before any weight.
-
-    Attributes:
-        first: ‖r1‖²/d, of shape (B,).
-        second: ‖r2‖²/d², of shape (B,), or of the rows a fraction chose; None at order 1.
-        trace: rt²/d², likewise.
-        third: ‖r3‖²/d³, likewise; None below order 3.
-    """
-
-    first: Tensor
-    second: Tensor | None = None
-    trace: Tensor | None = None
-    third: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossOptions:
-    """What is chosen once for a loss, checked on construction; `third_order_dsm` explains each.
-
-    Raises:
-        ValueError: for an unknown name or a number out of range.
-    """
-
-    order: int
-    probes: Probes = 1
-    distribution: str = "rademacher"
-    weighting: Weighting = "noise"
-    derivative: str = "auto"
-    fraction: float = 1.0
-    reduction: str = "mean"
-
-    def __post_init__(self) -> None:
-        """Check every option."""
-        if self.order not in (1, 2, 3):
-            raise ValueError(f"order: expected 1, 2 or 3; got {describe(self.order)}.")
-        whole = isinstance(self.probes, int) and not isinstance(self.probes, bool)
-        if self.probes != "exact" and not (whole and self.probes >= 1):
-            raise ValueError(
-                f"probes: expected a number above 0, or 'exact'; got {describe(self.probes)}."
-            )
-        check_choice("distribution", self.distribution, DISTRIBUTIONS)
-        check_weighting(self.weighting)
-        check_choice("derivative", self.derivative, ENGINES)
-        check_choice("reduction", self.reduction, REDUCTIONS)
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction: expected a number in (0, 1]; got {self.fraction!r}.")
-        if self.fraction < 1 and self.reduction == "none":
-            raise ValueError(
-                "fraction: expected 1 with reduction='none', as rows outside the fraction have no "
-                f"higher terms; got {self.fraction!r}. Use reduction='mean' or 'sum'."
-            )
-
-
-def _mean_square(residual: Tensor, *, exact: bool = False) -> Tensor:
-    """‖r‖² of (K, B, *) averaged over probes, or of their sum over all unit vectors: (B,)."""
-    if exact:
-        residual = residual.sum(0, keepdim=True)
-    return residual.square().reshape(*residual.shape[:2], -1).sum(-1).mean(0)
-
-
-def _first(field: NoiseField, inputs: Inputs) -> Tensor:
-    return first_residual(field(inputs.x).unsqueeze(0), inputs.noise)
-
-
-def _first_term(residual: Tensor) -> Tensor:
-    return _mean_square(residual) / residual[0, 0].numel()
-
-
-def _terms(field: NoiseField, inputs: Inputs, probe: Tensor, options: LossOptions) -> DSMTerms:
-    x, noise = inputs.x, inputs.noise
-    direction = (expand_right(inputs.sigma, x) * probe).to(x.dtype)
-    value, directional, gradient = field.derive(
-        x, direction, order=options.order, derivative=options.derivative
-    )
-    elements = x[0].numel()
-    exact = options.probes == "exact"
-    first = _first_term(first_residual(value, noise))
-    second = _mean_square(second_residual(value, directional, noise, probe)) / elements**2
-    # Over all unit vectors ‖r2‖² is summed, but rt and r3 are summed before they are squared.
-    second = second * len(probe) if exact else second
-    trace = trace_residual(value, directional, noise, probe)
-    trace = _mean_square(trace, exact=exact) / elements**2
-    if gradient is None:
-        return DSMTerms(first, second, trace)
-    third = third_residual(value, directional, gradient, noise, probe)
-    return DSMTerms(first, second, trace, _mean_square(third, exact=exact) / elements**3)
-
-
-def _terms_of_fraction(
-    field: NoiseField,
-    inputs: Inputs,
-    probe: Tensor | None,
-    options: LossOptions,
-    generator: torch.Generator | None,
-) -> tuple[DSMTerms, Tensor]:
-    """Every row's first term, the higher terms of a random part, and the rows of that part."""
-    batch = len(inputs.x)
-    count = max(1, round(options.fraction * batch))
-    order = torch.randperm(batch, generator=generator, device=inputs.x.device)
-    chosen, rest = order[:count], order[count:]
-    part = _rows(inputs, chosen)
-    given = None if probe is None else probe[:, chosen]
-    if given is None:
-        given = probe_tensor(part.x, None, options.probes, options.distribution, generator)
-    terms = _terms(field.rows(chosen), part, given, options)
-    first = terms.first
-    if count < batch:
-        others = _rows(inputs, rest)
-        first = torch.cat([first, _first_term(_first(field.rows(rest), others))])
-    first = torch.empty_like(first).index_copy(0, order, first)
-    return terms._replace(first=first), chosen
-
-
-def _rows(inputs: Inputs, index: Tensor) -> Inputs:
-    x, t, noise, sigma, drawn = inputs
-    return Inputs(x[index], t[index], noise[index], sigma[index], drawn)
 
 
 def _check_weights(weights: object, order: int) -> Weights:
@@ -236,19 +95,13 @@ def evaluate(
         )
         chosen = None
         if not higher:
-            residual = _first(field, inputs)
-            terms = DSMTerms(_first_term(residual))
+            residual = first_residual_of(field, inputs)
+            terms = DSMTerms(first_term(residual))
             if options.weighting == "noise" and options.reduction == "mean":
                 # One mean over all elements, as every trainer has it: the same to the last bit.
                 return residual.square().mean(), terms
-        elif options.fraction < 1:
-            given = None
-            if probe is not None:
-                given = probe_tensor(inputs.x, probe, options.probes, options.distribution, None)
-            terms, chosen = _terms_of_fraction(field, inputs, given, options, generator)
         else:
-            given = probe_tensor(inputs.x, probe, options.probes, options.distribution, generator)
-            terms = _terms(field, inputs, given, options)
+            terms, chosen = evaluate_terms(field, inputs, probe, options, generator)
         factors = time_factors(
             score_model, inputs.x, inputs.t, options.weighting, drawn=inputs.drawn
         )

@@ -26,7 +26,13 @@ Source:
     Denoising Score Matching", ICML 2022, arXiv 2206.08265, equations 10 to 15 and appendix.
 """
 
-__all__ = ["first_residual", "second_residual", "third_residual", "trace_residual"]
+__all__ = [
+    "first_residual",
+    "second_residual",
+    "sliced_residual",
+    "third_residual",
+    "trace_residual",
+]
 
 from torch import Tensor
 
@@ -95,18 +101,48 @@ def third_residual(
     Args:
         value: f, of shape (K, B, *) or (1, B, *).
         directional: D = ∂f/∂x (σ v), of shape (K, B, *).
-        gradient: G = σ² ∇_x (vᵀ ∂f/∂x v), of shape (K, B, *).
+        gradient: G = σ² ∇_x (vᵀ ∂f/∂x v), of shape (K, B, *), or the Laplacian form σ² ∂²f[v, v],
+            which is the same where ∂f/∂x is symmetric, as it is of a true score.
         noise: ε, of shape (B, *).
         probe: v, of shape (K, B, *).
 
     Returns:
         r3, of shape (K, B, *).
     """
+    return gradient + _lower_orders(value, directional, noise, probe)
+
+
+def sliced_residual(
+    value: Tensor,
+    directional: Tensor,
+    curvature: Tensor,
+    noise: Tensor,
+    probe: Tensor,
+    other: Tensor,
+) -> Tensor:
+    """u·r3 for another probe u, everything but the curvature detached.
+
+    u·G = v·C with the curvature C = σ² ∂²f[v, u]. Over independent u of covariance one the mean of
+    (u·r3)² is ‖r3‖².
+
+    Args:
+        value: f, of shape (K, B, *) or (1, B, *).
+        directional: D = ∂f/∂x (σ v), of shape (K, B, *).
+        curvature: C, of shape (K, B, *).
+        noise: ε, of shape (B, *).
+        probe: v, of shape (K, B, *).
+        other: u, of shape (K, B, *).
+
+    Returns:
+        u·r3, of shape (K, B).
+    """
+    rest = _lower_orders(value, directional, noise, probe)
+    return _inner(probe, curvature) + _inner(other, rest)
+
+
+def _lower_orders(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
+    """r3 without G, all of it held fixed."""
     ell = first_residual(value, noise).detach()
     shifted = directional.detach() + probe
     slope = _inner(ell, probe)
-    return (
-        gradient
-        + _along(slope.square() - _inner(probe, shifted), ell)
-        - _along(2 * slope, shifted)
-    )
+    return _along(slope.square() - _inner(probe, shifted), ell) - _along(2 * slope, shifted)

@@ -14,7 +14,7 @@ from tests.integration.builders import SHAPE
 from tests.integration.networks import BATCH, NETWORKS, default_dtype
 from tests.integration.reference import Reference, reference, relative_error
 
-ENGINES = ("auto", "reverse", "forward")
+ENGINES = ("auto", "taylor", "reverse", "forward")
 ORDERS = (2, 3)
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 LOSSES = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}

@@ -1,0 +1,311 @@
+"""At equal cost, is the third order worth it? Judged by KL(q || p_ODE), q the data at t_min.
+
+    python -m benchmarks.equal_cost [--data checkerboard] [--schedule vp] [--seeds N] [--steps N]
+        [--settings REGEX] [--processes N] [--out DIR] [--smoke]
+
+Settings:
+    Each loss throughout, and order three also after order one ("order 1, then ..."): half of the
+    cost goes to each, so that order one has more than half of the steps; optimizer and decay run
+    through. "1/4 of rows" have their higher orders on a random quarter of the batch. "laplacian"
+    is third="laplacian", in one dimension the same number. All are exact but "one probe".
+
+Equal cost:
+    The processor time of --steps steps of order one, timed first: medians over rounds in which
+    all losses take turns in one process. The column "cost" is what the trainings then took, over
+    order one with the same seed. Each has Adam at 1e-3 with a cosine decay over its own number of
+    steps, batches of 512, and the initial network of its seed.
+
+Data:
+    mixture       the 1-D mixture and network of docs/examples/mixture_1d.py, whose KL is right to
+                  about 1e-5 nats. Weights (1, 0.5, 0, 0.1).
+    checkerboard  uniform on the dark squares of a 4×4 board on [−2, 2]². q is a closed form, the
+                  KL a sum over Gauss-Legendre nodes, close together at the edges of the squares.
+                  Weights (1, 0.5, 0, 0.1 d²).
+"""
+
+import argparse
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from docs.examples import mixture_1d as example
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import hosm_losses as hosm
+from benchmarks.timing import ratios
+
+Losses = dict[str, Callable[..., Tensor]]
+BASE, THEN = "order 1", ", then "
+WARM_UP, ROUNDS = 5, 40
+DARK = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1]] * 2, dtype=torch.float64)
+BOARD_STD = 2 / math.sqrt(3)
+NODES = 6  # a panel; 8 move the KL of a trained network by less than 0.001 nats
+
+
+class PlaneNetwork(example.Network):
+    """The example's network, for points of the plane."""
+
+    def __init__(self, schedule: hosm.Schedule) -> None:
+        super().__init__(schedule)
+        self.layers[0] = nn.Linear(2 * 17, example.WIDTH)
+        self.output = nn.Linear(example.WIDTH, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Predict the noise in x (B, 2) at t (B,)."""
+        alpha, sigma = self.schedule(t[:, None])
+        std = torch.sqrt((alpha * BOARD_STD).square() + sigma.square())
+        time_features = example.waves(self.schedule.log_sigma_hat(t)[:, None] / 4, 8)
+        hidden = torch.cat([example.waves(column, 8) for column in (x / std).split(1, 1)], 1)
+        for layer, time_layer in zip(self.layers, self.times, strict=True):
+            scale, shift = time_layer(time_features).chunk(2, dim=1)
+            hidden = nn.functional.silu(layer(hidden) * (1 + scale) + shift)
+        return sigma / std.square() * x + self.output(hidden)
+
+
+def draw_board(generator: torch.Generator) -> Tensor:
+    """Draw a batch of the checkerboard, (BATCH, 2)."""
+    row = torch.randint(4, (example.BATCH,), generator=generator)
+    column = 2 * torch.randint(2, (example.BATCH,), generator=generator) + row % 2
+    corner = torch.stack([row, column], 1) - 2
+    return corner + torch.rand(corner.shape, generator=generator)
+
+
+def board_quadrature(schedule: hosm.Schedule, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Points of the plane (N, 2), their weights in an integral, and the density at t_min there."""
+    alpha, sigma = schedule(torch.tensor(schedule.t_min, dtype=torch.float64))
+    edges = alpha * torch.arange(-2, 3)
+    # Panels for the noise at an edge, for what a network blurs beside it, and for what is between.
+    near = torch.stack([-0.15 * alpha, -3.5 * sigma, 3.5 * sigma, 0.15 * alpha])
+    breaks = (edges[:, None] + near).flatten()[1:-1]
+    unit, unit_weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(nodes))
+    halves = breaks.diff()[:, None] / 2
+    axis = (breaks[:-1, None] + halves * (1 + unit)).flatten()
+    weights = (halves * unit_weights).flatten()
+    above = torch.special.ndtr((axis - edges[:, None]) / sigma)
+    inside = (above[:-1] - above[1:]) / alpha
+    density = torch.einsum("ij,ix,jy->xy", DARK, inside, inside) / DARK.sum()
+    return torch.cartesian_prod(axis, axis), weights.outer(weights).flatten(), density.flatten()
+
+
+def board_kl(model: hosm.ScoreModel, nodes: int) -> float:
+    """Return KL(q || p_ODE) in nats, NaN where the ODE could not be solved."""
+    points, weights, density = board_quadrature(model.schedule, nodes)
+    kept = density > 1e-6
+    result = hosm.ode_nll(
+        model,
+        points[kept].float(),
+        method="adaptive",
+        divergence="exact",
+        data_std=BOARD_STD,
+        batch_size=2048,
+    )
+    kl = (weights * density)[kept] @ (density[kept].log() + result.nll)
+    return math.nan if result.failed.any() else float(kl)
+
+
+def losses(third_weight: float, divisors: tuple[int, ...], **options: Any) -> Losses:
+    """The losses by name; order three also on the batch over each divisor."""
+    second = partial(hosm.second_order_dsm, weights=(1, 0.5, 0), **options)
+    third = partial(hosm.third_order_dsm, weights=(1, 0.5, 0, third_weight), **options)
+    kinds = {"order 3": third, "order 3 laplacian": partial(third, third="laplacian")}
+    parts = {
+        f"{name}, 1/{divisor} of rows": partial(loss, fraction=1 / divisor)
+        for name, loss in kinds.items()
+        for divisor in divisors
+    }
+    return {BASE: hosm.first_order_dsm, "order 2": second, **kinds, **parts}
+
+
+class Problem(NamedTuple):
+    """Data with its network, its KL for a number of nodes, and its losses."""
+
+    steps: int
+    draw: Callable[[torch.Generator], Tensor]
+    network: Callable[[hosm.Schedule], nn.Module]
+    kl: Callable[[hosm.ScoreModel, int], float]
+    losses: Losses
+
+
+# A unit probe is exact in one dimension and, given, draws no number.
+LINE = losses(0.1, (2, 4), probe=torch.ones(example.BATCH, 1))
+PLANE = losses(0.1 * 2**2, (4,), probes="exact")
+PLANE["order 3, one probe"] = partial(PLANE["order 3"], probes=1)
+PROBLEMS = {
+    "mixture": Problem(
+        10000, example.draw_data, example.Network, lambda m, _: example.exact_kl(m)[0], LINE
+    ),
+    "checkerboard": Problem(4000, draw_board, PlaneNetwork, board_kl, PLANE),
+}
+
+
+class Job(NamedTuple):
+    """A training: names of losses, each with its number of steps."""
+
+    data: str
+    schedule: str
+    phases: tuple[tuple[str, int], ...]
+    seed: int = 0
+    nodes: int = NODES
+
+
+def new_model(job: Job) -> hosm.ScoreModel:
+    """Return the network of the job's seed, the same for every setting."""
+    torch.manual_seed(job.seed)
+    schedule = example.SCHEDULES[job.schedule]
+    return hosm.ScoreModel(PROBLEMS[job.data].network(schedule), schedule)
+
+
+def training(model: hosm.ScoreModel, job: Job) -> Iterator[None]:
+    """Take an optimizer step each time it is advanced."""
+    problem, generator = PROBLEMS[job.data], torch.Generator().manual_seed(job.seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    total = sum(steps for _, steps in job.phases)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    for name in (name for name, steps in job.phases for _ in range(steps)):
+        loss = problem.losses[name](model, problem.draw(generator), generator=generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+        yield
+
+
+def step_times(data: str, schedule: str, names: list[str], rounds: int) -> dict[str, float]:
+    """Median processor time of a step with each loss, over that of order one."""
+    jobs = {name: Job(data, schedule, ((name, WARM_UP + rounds),)) for name in names}
+    routes = {name: partial(next, training(new_model(job), job)) for name, job in jobs.items()}
+    ratios(routes, BASE, WARM_UP)
+    return ratios(routes, BASE, rounds)
+
+
+def phases(setting: str, steps: int, times: dict[str, float]) -> tuple[tuple[str, int], ...]:
+    """Share the cost of `steps` steps of order one evenly between the losses of a setting."""
+    names = setting.split(THEN)
+    return tuple((name, max(1, round(steps / len(names) / times[name]))) for name in names)
+
+
+def train(job: Job) -> tuple[float, float]:
+    """Train a network; return its KL in nats and the processor seconds of training."""
+    # A process imports more at its first steps, which would count as the cost of one training.
+    list(training(new_model(job), job._replace(phases=tuple((name, 1) for name, _ in job.phases))))
+    model, start = new_model(job), time.process_time()
+    for _ in training(model, job):
+        with example.progress.get_lock():
+            example.progress.value += 1
+    seconds = time.process_time() - start
+    return PROBLEMS[job.data].kl(model, job.nodes), seconds
+
+
+def run_all(jobs: list[Job], processes: int) -> list[tuple[float, float]]:
+    """Train in processes of one thread each, with a progress bar."""
+    context = get_context("spawn")
+    counter = context.Value("d", 0.0)
+    total = sum(steps for job in jobs for _, steps in job.phases)
+    form = "training {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with (
+        ProcessPoolExecutor(processes, context, example.start_process, (counter,)) as pool,
+        tqdm(total=total, bar_format=form) as bar,
+    ):
+        pending = running = [pool.submit(train, job) for job in jobs]
+        while pending:
+            _, pending = wait(pending, timeout=1)
+            bar.update(counter.value - bar.n)
+        return [future.result() for future in running]
+
+
+def draw_figure(report: dict[str, Any], path: Path) -> None:
+    """Draw the KL of every setting and seed over that of order one."""
+    rows = {name: row for name, row in report["settings"].items() if name != BASE}
+    figure = Figure(figsize=(8.5, 1.8 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for y, row in enumerate(rows.values()):
+        axes.plot(row["ratio"], [y] * len(row["ratio"]), "o", color="#0072b2", mfc="none")
+        axes.plot(np.median(row["ratio"]), y, "|", color="black", markersize=15, mew=2.5)
+    axes.axvline(1, color="0.4", linestyle="--")
+    axes.set_yticks(range(len(rows)), [f"{n}  ({sum(r['steps'])} steps)" for n, r in rows.items()])
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 6, 8)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(axis="x", color="0.9")
+    kl = np.median(report["settings"][BASE]["kl"])
+    axes.set_xlabel(f"KL / KL of order one, same seed [1]   (the latter: {kl:.2g} nats)")
+    title = f"KL at the cost of {report['steps']} steps of order one (dashed), left is better\n"
+    title += f"{report['data']}, {report['schedule'].upper()}; circles: seeds, bars: medians"
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+
+
+def tabulate(report: dict[str, Any]) -> None:
+    """Print a row for each setting."""
+    rows, times = report["settings"], report["step_time_ratios"]
+    width = max(map(len, rows))
+    name = f"{report['data']}, {report['schedule'].upper()}"
+    print(f"\n{name}, at the cost of {report['steps']} steps of order one")
+    print(f"{'':{width}}  step time   steps   cost  KL over order 1's, median (range)  KL [nats]")
+    for name, row in rows.items():
+        ratio, cost = row["ratio"], np.median(np.divide(row["seconds"], rows[BASE]["seconds"]))
+        print(f"{name:{width}}{times[name.split(THEN)[-1]]:11.2f}", end="")
+        print(f"{sum(row['steps']):8}{cost:7.2f}", end="")
+        spread = f"{np.median(ratio):.3f} ({min(ratio):.3f} to {max(ratio):.3f})"
+        print(f"{spread:>35}  " + "  ".join(f"{kl:.5f}" for kl in row["kl"]))
+
+
+def main() -> None:
+    """Time the steps, train, print the table and write the files."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", choices=PROBLEMS, default="mixture")
+    parser.add_argument("--schedule", choices=example.SCHEDULES, default="ve")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    defaults = ", ".join(f"{problem.steps} for {name}" for name, problem in PROBLEMS.items())
+    parser.add_argument("--steps", type=int, help=f"of order one; by default {defaults}")
+    parser.add_argument("--settings", default="", metavar="REGEX", help="those it is found in")
+    parser.add_argument("--out", type=Path, default=Path("equal_cost_out"))
+    parser.add_argument("--smoke", action="store_true", help="time all, train three a moment")
+    parser.add_argument("--processes", type=int, default=2, help="that train at a time")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    data, schedule, seeds, smoke = options.data, options.schedule, options.seeds, options.smoke
+    problem = PROBLEMS[data]
+    later = [BASE + THEN + name for name in problem.losses if "order 3" in name]
+    chosen = [s for s in [*problem.losses, *later] if s == BASE or re.search(options.settings, s)]
+    names = list(dict.fromkeys(name for setting in chosen for name in setting.split(THEN)))
+    times = step_times(data, schedule, names, 2 if smoke else ROUNDS)
+    steps, nodes = options.steps or problem.steps, NODES
+    if smoke:
+        chosen, steps, nodes, seeds = [BASE, *chosen[1:][-2:]], 10, 2, 1
+    plans = {setting: phases(setting, steps, times) for setting in chosen}
+    jobs = [Job(data, schedule, plans[s], n, nodes) for n in range(seeds) for s in chosen]
+    outcomes = np.array(run_all(jobs, options.processes)).reshape(seeds, len(chosen), 2)
+    kl, seconds = outcomes.transpose(2, 1, 0)
+    report: dict[str, Any] = {"data": data, "schedule": schedule, "steps": steps}
+    report |= {"step_time_ratios": times, "settings": {}}
+    for i, setting in enumerate(chosen):
+        report["settings"][setting] = {
+            "steps": [count for _, count in plans[setting]],
+            "kl": kl[i].tolist(),
+            "ratio": (kl[i] / kl[0]).tolist(),
+            "seconds": seconds[i].tolist(),
+        }
+    tabulate(report)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"equal_cost_{data}_{schedule}"
+    path.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    draw_figure(report, path.with_suffix(".png"))
+    print(f"\nFigure and numbers are in {path}.png and .json.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+r"""Rules for sums and products, of numbers and of matrices.
+
+Formula, for a product y = a · b that is linear in a and in b:
+    y_l = a_l · b + a · b_l        y_lr = a_lr · b + a · b_lr + a_l · b_r + a_r · b_l
+
+A plain tensor has no derivatives: the product with one is the product of the whole stack.
+"""
+
+__all__ = ["add", "matmul", "multiply"]
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hosm_losses.taylor.jet import Jet, every, expand_stack, fallback, rule
+from hosm_losses.taylor.pointwise import apply, halves, power
+
+
+def _ndim(x: Any) -> int:
+    return x.ndim if isinstance(x, Tensor) else 0
+
+
+def add(a: Any, b: Any, scale: float = 1) -> Jet:
+    """a + scale · b, of which one at least is a Jet."""
+    ndim = max(_ndim(a), _ndim(b))
+    if isinstance(a, Jet) and isinstance(b, Jet):
+        first, second = expand_stack(a, ndim), expand_stack(b, ndim)
+        count = min(len(first), len(second))
+        total = torch.add(first[:count], second[:count], alpha=scale)
+        if len(first) == len(second):
+            return a.like(total)
+        longer = first[count:] if len(first) > count else second[count:] * scale
+        return a.like(torch.cat([total, longer.expand(-1, *total.shape[1:])]))
+    jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
+    stack = expand_stack(jet, ndim)
+    if jet is b and scale != 1:
+        stack = stack * scale
+    value = stack[0] + (plain * scale if jet is a and scale != 1 else plain)
+    rest = stack[1:].expand(-1, *value.shape).to(value.dtype)
+    return jet.like(torch.cat([value.unsqueeze(0), rest]))
+
+
+def _product(a: Jet, b: Jet, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
+    """A product linear in both, of stacks that broadcast over their first axis."""
+    first, second = expand_stack(a, ndim), expand_stack(b, ndim)
+    firsts, pairs = a.firsts, a.pairs
+    # All of a with the value of b; then what the derivatives of b add.
+    left, right = product(first, second[:1]), product(first[:1], second[1:])
+    value, tangents = left[:1], left[1 : 1 + firsts] + right[:firsts]
+    if pairs == "none":
+        return a.like(torch.cat([value, tangents]))
+    a_left, a_right = halves(first[1 : 1 + firsts], pairs)
+    b_left, b_right = halves(second[1 : 1 + firsts], pairs)
+    both = product(a_left, b_right)
+    both = 2 * both if pairs == "squares" else both + product(a_right, b_left)
+    for part in (left[1 + firsts :], right[firsts:]):
+        both = both + part if len(part) else both
+    return a.like(torch.cat([value, tangents, both]))
+
+
+@rule(*every("add", "__add__", "__radd__"))
+def _add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
+    return add(a, b, alpha)
+
+
+@rule(*every("sub", "subtract", "__sub__"))
+def _sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
+    return add(a, b, -alpha)
+
+
+@rule(*every("__rsub__", "rsub"))
+def _rsub(a: Any, b: Any) -> Jet:
+    return add(b, a, -1)
+
+
+@rule(*every("neg", "negative", "__neg__"))
+def _neg(x: Jet) -> Jet:
+    return x.like(-x.stack)
+
+
+@rule(*every("mul", "multiply", "__mul__", "__rmul__"))
+def multiply(a: Any, b: Any) -> Jet:
+    """a b, of which one at least is a Jet."""
+    ndim = max(_ndim(a), _ndim(b))
+    if isinstance(a, Jet) and isinstance(b, Jet):
+        if a is b:
+            return apply(partial(power, exponent=2), a)
+        return _product(a, b, torch.mul, ndim)
+    jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
+    return jet.like(expand_stack(jet, ndim) * plain)
+
+
+@rule(*every("div", "divide", "true_divide", "__truediv__"))
+def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is not None:
+        return fallback(torch.div, (a, b), {"rounding_mode": rounding_mode})
+    if isinstance(b, Jet):
+        return multiply(a, apply(partial(power, exponent=-1), b))
+    return a.like(expand_stack(a, max(a.ndim, _ndim(b))) / b)
+
+
+@rule(*every("__rdiv__", "__rtruediv__"))
+def _rdiv(a: Jet, b: Any) -> Jet:
+    return _div(b, a)
+
+
+@rule(*every("pow", "__pow__"))
+def _pow(x: Any, exponent: Any) -> Any:
+    if not isinstance(x, Jet) or isinstance(exponent, Tensor):
+        return fallback(torch.pow, (x, exponent), {})
+    return apply(partial(power, exponent=exponent), x)
+
+
+@rule(*every("addcmul"))
+def _addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
+    product = multiply(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a * b
+    return add(x, product, value)
+
+
+@rule(*every("matmul", "__matmul__", "bmm", "mm"))
+def matmul(a: Any, b: Any) -> Any:
+    """The matrix product, of which one factor at least is a Jet."""
+    ndim = max(_ndim(a), _ndim(b))
+    if min(_ndim(a), _ndim(b)) < 2:
+        return fallback(torch.matmul, (a, b), {})
+    if isinstance(a, Jet) and isinstance(b, Jet):
+        return _product(a, b, torch.matmul, ndim)
+    if isinstance(a, Jet):
+        return a.like(torch.matmul(expand_stack(a, ndim), b))
+    return b.like(torch.matmul(a, expand_stack(b, ndim)))
+
+
+@rule(*every("__rmatmul__"))
+def _rmatmul(a: Any, b: Any) -> Any:
+    return matmul(b, a)
+
+
+@rule(torch.einsum)
+def _einsum(equation: Any, *operands: Any) -> Any:
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    jets = [operand for operand in operands if isinstance(operand, Jet)]
+    if not isinstance(equation, str) or "..." in equation or len(operands) > 2:
+        return fallback(torch.einsum, (equation, *operands), {})
+    new = next(letter for letter in "zyxwvutsrqponmlkjihgfedcbaZYXWVU" if letter not in equation)
+    given, _, result = equation.replace(" ", "").partition("->")
+    if not result and "->" not in equation:
+        return fallback(torch.einsum, (equation, *operands), {})
+    terms = given.split(",")
+    if len(jets) == 1:
+        terms = [
+            new + term if isinstance(operand, Jet) else term
+            for term, operand in zip(terms, operands, strict=True)
+        ]
+        stacks = [operand.stack if isinstance(operand, Jet) else operand for operand in operands]
+        return jets[0].like(torch.einsum(f"{','.join(terms)}->{new}{result}", *stacks))
+    # One of the two stacks has a single component, or both have the same number.
+    batched = f"{','.join(new + term for term in terms)}->{new}{result}"
+    a, b = jets
+    return _product(a, b, partial(torch.einsum, batched), 0)
+
+
+@rule(*every("baddbmm"))
+def _baddbmm(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = multiply(matmul(a, b), alpha)
+    return product if beta == 0 else add(product, x, beta)

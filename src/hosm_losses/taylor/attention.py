@@ -1,0 +1,126 @@
+r"""Rules for softmax, attention and gates.
+
+Formula of p = softmax(x), with ⟨·⟩ the mean under p and u_l = x_l − ⟨x_l⟩:
+    p_l = p u_l     p_lr = p (u_l u_r − ⟨u_l u_r⟩ + u_lr)
+
+Attention is two products of matrices and a softmax; its matrix of weights is kept.
+"""
+
+__all__: list[str] = []
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from hosm_losses.taylor.arithmetic import add, matmul, multiply
+from hosm_losses.taylor.jet import Jet, Pairs, every, fallback, rule
+from hosm_losses.taylor.pointwise import apply, at_least_float32, halves, sigmoid
+from hosm_losses.taylor.recompute import Formula, recomputed
+
+# Its own operators are many, and it calls a fused kernel: better as one.
+rule(F.multi_head_attention_forward)(
+    lambda *args, **named: fallback(F.multi_head_attention_forward, args, named)
+)
+
+
+def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
+    stack = at_least_float32(stack)
+    weights = torch.softmax(stack[0], dim)
+
+    def about_mean(x: Tensor) -> Tensor:
+        return x - (weights * x).sum(dim, keepdim=True)
+
+    centred = about_mean(stack[1 : 1 + firsts])
+    parts = [weights.unsqueeze(0), weights * centred]
+    if pairs != "none":
+        left, right = halves(centred, pairs)
+        both = about_mean(left * right)
+        seconds = stack[1 + firsts :]
+        parts.append(weights * (both + about_mean(seconds) if len(seconds) else both))
+    return torch.cat(parts)
+
+
+@rule(*every("softmax"))
+def _softmax(x: Any, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
+    wanted = x.dtype if dtype is None else dtype
+    if dim % x.ndim == 0:
+        return fallback(torch.softmax, (x, dim), {"dtype": wanted})
+    formula = Formula(partial(_softened, dim if dim < 0 else dim - x.ndim, x.firsts, x.pairs))
+    return x.like(recomputed(formula, x.stack).to(wanted))
+
+
+@rule(F.scaled_dot_product_attention)
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    if is_causal and attn_mask is not None:
+        raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both.")
+    if isinstance(attn_mask, Jet) or enable_gqa or query.ndim < 3:
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        args = (query, key, value, attn_mask, dropout_p, is_causal)
+        return fallback(F.scaled_dot_product_attention, args, options)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if not isinstance(query, Jet) and not isinstance(key, Jet):
+        logits = at_least_float32((query * scale) @ key.mT)
+        weights = _plain_weights(logits, attn_mask, is_causal)
+        return matmul(F.dropout(weights.to(value.dtype), dropout_p), value)
+    logits = matmul(_times(query, scale), _transposed(key))
+    logits = logits.like(at_least_float32(logits.stack))
+    if is_causal:
+        attn_mask = _causal(logits)
+    if attn_mask is None:
+        weights = _softmax(logits, -1)
+    elif attn_mask.dtype == torch.bool:
+        lowest = torch.finfo(logits.dtype).min
+        value_part, rest = logits.stack[:1], logits.stack[1:]
+        masked = torch.cat(
+            [value_part.masked_fill(~attn_mask, lowest), rest.masked_fill(~attn_mask, 0)]
+        )
+        weights = multiply(_softmax(logits.like(masked), -1), attn_mask.any(-1, keepdim=True))
+    else:
+        weights = _softmax(add(logits, attn_mask), -1)
+    if dropout_p:
+        weights = multiply(weights, F.dropout(torch.ones_like(weights.stack[0]), dropout_p))
+    return matmul(weights.like(weights.stack.to(value.dtype)), value)
+
+
+def _causal(logits: Tensor) -> Tensor:
+    return torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+
+
+def _plain_weights(logits: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    if causal:
+        mask = _causal(logits)
+    if mask is None:
+        return torch.softmax(logits, -1)
+    if mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+        return torch.softmax(logits, -1) * mask.any(-1, keepdim=True)
+    return torch.softmax(logits + mask, -1)
+
+
+def _times(x: Any, number: float) -> Any:
+    return x.like(x.stack * number) if isinstance(x, Jet) else x * number
+
+
+def _transposed(x: Any) -> Any:
+    return x.like(x.stack.mT) if isinstance(x, Jet) else x.mT
+
+
+@rule(F.glu)
+def _glu(x: Jet, dim: int = -1) -> Jet:
+    dim = dim if dim < 0 else dim - x.ndim
+    if x.shape[dim] % 2:
+        raise ValueError(f"glu: expected an even size in dimension {dim}; got {tuple(x.shape)}.")
+    value, gate = x.stack.chunk(2, dim)
+    return multiply(x.like(value), apply(sigmoid, x.like(gate)))

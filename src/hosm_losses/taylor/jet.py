@@ -1,0 +1,282 @@
+r"""A tensor with its derivatives along directions: what the Taylor engine feeds to a network.
+
+What:
+    A Jet stands for x and carries a stack (C, B, *): the value; `firsts` first derivatives, one
+    for each direction; then, if `pairs` says so, second derivatives. PyTorch hands every function
+    that is called on a Jet to `Jet.__torch_function__`, which looks up a rule. A rule computes all
+    the components at once: a linear layer is one call on the whole stack.
+
+Formula, for y = f(x) along l, and along the pair (l, r):
+    y_l = ∂f x_l        y_lr = ∂f x_lr + ∂²f[x_l, x_r]
+
+Without a rule:
+    The function is differentiated by `torch.func.jvp`, by itself, with the safe primitives in
+    place: right, but not as fast. What cannot be right raises TaylorError: a function that changes
+    its argument in place, and anything under torch.no_grad, where a custom autograd.Function
+    computes.
+
+Second derivatives that are zero, as those of the input are, are not stored: a stack is then short,
+of 1 + `firsts` components.
+
+A rule calls other rules, and PyTorch on stacks; it does not call PyTorch on Jets, which
+torch.compile would take for plain tensors there.
+
+Source:
+    Griewank and Walther, "Evaluating derivatives" (2008), chapter 13; Bettencourt, Johnson and
+    Duvenaud, "Taylor-mode automatic differentiation for higher-order derivatives in JAX" (2019).
+"""
+
+__all__ = [
+    "CONSTANT",
+    "Jet",
+    "TaylorError",
+    "Pairs",
+    "call",
+    "every",
+    "expand_stack",
+    "fallback",
+    "rule",
+]
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hosm_losses.primitive_mode import safe_primitives
+
+# Which products of two first derivatives have a second one: none; that of each direction with
+# itself; that of each of the first half with its fellow in the second half.
+Pairs = Literal["none", "squares", "halves"]
+Rule = Callable[..., Any]
+RULES: dict[Callable[..., Any], Rule] = {}
+# Functions that are constant in x, or ask for a property: evaluated on the value. Dictionaries
+# throughout, for torch.compile does not find functions in a set.
+CONSTANT: dict[Callable[..., Any], bool] = {}
+CHANGES = "changes in place what depends on x."
+OPERATORS = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
+
+
+class TaylorError(RuntimeError):
+    """A network the Taylor engine cannot differentiate; another engine may."""
+
+
+class Jet(Tensor):
+    """A tensor that carries derivatives of its value.
+
+    Attributes:
+        stack: value, first and second derivatives, of shape (C, B, *).
+        firsts: the number of first derivatives.
+        pairs: which second derivatives there are.
+    """
+
+    stack: Tensor
+    firsts: int
+    pairs: Pairs
+
+    @staticmethod
+    def make(stack: Tensor, firsts: int, pairs: Pairs = "none") -> "Jet":
+        """Return the Jet of a stack."""
+        if torch.compiler.is_compiling():
+            jet = stack[0].as_subclass(Jet)
+        else:
+            jet = Tensor._make_wrapper_subclass(
+                _Opaque,
+                stack.shape[1:],
+                stack.stride()[1:],
+                dtype=stack.dtype,
+                device=stack.device,
+            )
+        jet.stack, jet.firsts, jet.pairs = stack, firsts, pairs
+        return jet
+
+    def like(self, stack: Tensor) -> "Jet":
+        """Return the Jet of another stack along the same directions."""
+        return Jet.make(stack, self.firsts, self.pairs)
+
+    @property
+    def short(self) -> bool:
+        """Whether second derivatives are all zero, or not wanted."""
+        return len(self.stack) == 1 + self.firsts
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return call(func, args, kwargs or {})
+
+
+class _Opaque(Jet):
+    """A Jet without data, so that code which passes by `__torch_function__` finds none."""
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        raise TaylorError(f"{func}: called past __torch_function__, as by a compiled extension.")
+
+
+def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Register a rule for functions of PyTorch; it is given their arguments, Jets among them."""
+
+    def register(found: Rule) -> Rule:
+        RULES.update(dict.fromkeys(functions, found))
+        return found
+
+    return register
+
+
+def every(*names: str) -> tuple[Callable[..., Any], ...]:
+    """The functions and methods of PyTorch with one of these names."""
+    homes = (torch, Tensor, F, torch._C._nn)
+    return tuple(
+        {getattr(home, name): None for home in homes for name in names if hasattr(home, name)}
+    )
+
+
+def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Evaluate a function of PyTorch on arguments with Jets among them."""
+    if CONSTANT.get(func):
+        return _on_values(func, args, kwargs)
+    if kwargs.get("out") is not None:
+        raise TaylorError(f"{_name(func)}: {CHANGES}")
+    found = RULES.get(func)
+    if found is None and getattr(func, "__name__", "") == "__get__":
+        answer = _on_values(func, args, kwargs)
+        # A property that is a tensor, such as .real, is a function like any other.
+        return fallback(func, args, kwargs) if _has_derivative(answer) else answer
+    if not torch.is_grad_enabled():
+        raise TaylorError(f"{_name(func)}: called under torch.no_grad on what depends on x.")
+    return fallback(func, args, kwargs) if found is None else found(*args, **kwargs)
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", str(func))
+
+
+def _on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    args, kwargs = pytree.tree_map_only(Jet, lambda jet: jet.stack[0], (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def expand_stack(jet: Jet, ndim: int) -> Tensor:
+    """The stack, with axes of size one after its first, for a value of `ndim` axes."""
+    stack = jet.stack
+    missing = ndim + 1 - stack.ndim
+    if missing <= 0:
+        return stack
+    return stack.reshape(len(stack), *(1,) * missing, *stack.shape[1:])
+
+
+def fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Differentiate a function without a rule by torch.func.jvp, in one evaluation of it."""
+    if kwargs.get("inplace"):
+        raise TaylorError(f"{_name(func)}: {CHANGES}")
+    flat, form = pytree.tree_flatten((args, kwargs))
+    places = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]
+    jets: list[Jet] = [flat[place] for place in places]
+    firsts, pairs = jets[0].firsts, jets[0].pairs
+    shape: list[Any] = []
+
+    def function(*values: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        filled = list(flat)
+        for place, value in zip(places, values, strict=True):
+            filled[place] = value
+        given, named = pytree.tree_unflatten(filled, form)
+        with safe_primitives():
+            leaves, tree = pytree.tree_flatten(func(*given, **named))
+        kinds = [_kind(leaf) for leaf in leaves]
+        shape[:] = tree, kinds, leaves
+        parts = zip(leaves, kinds, strict=True)
+        floating, tensors = [], []
+        for leaf, kind in parts:
+            if kind != "other":
+                (floating if kind == "jet" else tensors).append(leaf)
+        return tuple(floating), tuple(tensors)
+
+    # Copies, whose versions show a change in place.
+    values = tuple(jet.stack[0].clone() for jet in jets)
+    versions = _versions(values)
+
+    def first(tangents: tuple[Tensor, ...]) -> Any:
+        return torch.func.jvp(function, values, tangents, has_aux=True)
+
+    def second(left: tuple[Tensor, ...], right: tuple[Tensor, ...], both: Any) -> Any:
+        def along(*given: Any) -> Any:
+            value, tangent, others = torch.func.jvp(function, *given, has_aux=True)
+            return (value, tangent), others
+
+        (value, to_left), (to_right, to_both), others = torch.func.jvp(
+            along, (values, left), (right, both), has_aux=True
+        )
+        return value, to_left, to_right, to_both, others
+
+    tangents = tuple(jet.stack[1 : 1 + firsts] for jet in jets)
+    if pairs == "none":
+        value, *derivatives, others = _mapped(first, (tangents,), firsts)
+    else:
+        half = firsts if pairs == "squares" else firsts // 2
+        left, right = (
+            tuple(tangent[where] for tangent in tangents)
+            for where in (slice(half), slice(firsts - half, firsts))
+        )
+        zeros = tuple(torch.zeros_like(jet.stack[1 : 1 + half]) for jet in jets)
+        both = tuple(
+            zero if jet.short else jet.stack[1 + firsts :]
+            for jet, zero in zip(jets, zeros, strict=True)
+        )
+        value, to_left, to_right, to_both, others = _mapped(second, (left, right, both), half)
+        derivatives = [to_left, *(() if pairs == "squares" else (to_right,)), to_both]
+    if _versions(values) != versions:
+        raise TaylorError(f"{_name(func)}: {CHANGES}")
+    made = (
+        Jet.make(torch.cat([one.unsqueeze(0), *rest]), firsts, pairs)
+        for one, *rest in zip(value, *derivatives, strict=True)
+    )
+    tree, kinds, leaves = shape
+    rest = iter(others)
+    filled = {"jet": made, "tensor": rest, "other": None}
+    leaves = [
+        leaf if kind == "other" else next(filled[kind])
+        for leaf, kind in zip(leaves, kinds, strict=True)
+    ]
+    return pytree.tree_unflatten(leaves, tree)
+
+
+def _mapped(function: Callable[..., Any], args: Any, count: int) -> Any:
+    """(value, *derivatives, others) of a function for `count` directions."""
+    if count == 1:
+        args = pytree.tree_map(lambda stack: stack[0], args)
+        value, *derivatives, others = function(*args)
+        return value, *pytree.tree_map(lambda part: part.unsqueeze(0), derivatives), others
+    # One evaluation: one mask of a dropout serves the value and every derivative.
+    outs = (None, *(0,) * (1 if len(args) == 1 else 3), None)
+    return torch.func.vmap(function, out_dims=outs, randomness="same")(*args)
+
+
+def _kind(leaf: object) -> str:
+    """What a result becomes: a Jet, a plain tensor, or itself."""
+    if not isinstance(leaf, Tensor):
+        return "other"
+    return "jet" if _has_derivative(leaf) else "tensor"
+
+
+def _has_derivative(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _versions(values: tuple[Tensor, ...]) -> list[int]:
+    return [] if torch.compiler.is_compiling() else [value._version for value in values]
+
+
+def _refuse(*_args: Any, **_named: Any) -> Any:
+    raise TaylorError(f"an operator {CHANGES}")
+
+
+# Methods that change their object, which is how PyTorch names them.
+for _method in dir(Tensor):
+    if (_method.endswith("_") and not _method.endswith("__")) or _method in OPERATORS:
+        rule(getattr(Tensor, _method))(_refuse)

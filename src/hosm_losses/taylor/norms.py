@@ -1,0 +1,154 @@
+"""Rules for norms; their formulas are in `hosm_losses.taylor.norm_formulas`."""
+
+__all__: list[str] = []
+
+import math
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from hosm_losses.taylor import norm_formulas as formulas
+from hosm_losses.taylor.arithmetic import add, multiply
+from hosm_losses.taylor.jet import Jet, TaylorError, fallback, rule
+from hosm_losses.taylor.norm_formulas import Rows
+from hosm_losses.taylor.recompute import Formula, recomputed
+
+
+def _apply(rows: Rows, x: Jet, weight: Tensor | None, bias: Tensor | None) -> Jet:
+    again = None
+    if x.pairs == "none" and x.firsts == 1:
+        again = Formula(partial(formulas.pull_back_again, rows))
+    along = x.firsts, x.pairs
+    formula = Formula(
+        partial(formulas.evaluate, rows, *along),
+        Formula(partial(formulas.pull_back, rows, *along), again),
+    )
+    return x.like(recomputed(formula, x.stack, weight, bias))
+
+
+def _plain(*others: object) -> bool:
+    return not any(isinstance(other, Jet) for other in others)
+
+
+@rule(F.layer_norm, torch.layer_norm)
+def _layer_norm(
+    x: Any,
+    normalized_shape: Iterable[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,  # noqa: ARG001
+) -> Any:
+    if not _plain(weight, bias):
+        return fallback(F.layer_norm, (x, normalized_shape, weight, bias, eps), {})
+    return _over_last(x, tuple(normalized_shape), weight, bias, eps, centred=True)
+
+
+@rule(F.rms_norm, torch.rms_norm)
+def _rms_norm(
+    x: Any, normalized_shape: Iterable[int], weight: Any = None, eps: float | None = None
+) -> Any:
+    if not _plain(weight):
+        return fallback(F.rms_norm, (x, normalized_shape, weight, eps), {})
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return _over_last(x, tuple(normalized_shape), weight, None, eps, centred=False)
+
+
+def _over_last(
+    x: Jet, shape: tuple[int, ...], weight: Any, bias: Any, eps: float, *, centred: bool
+) -> Jet:
+    if tuple(x.shape[-len(shape) :]) != shape:
+        raise ValueError(f"norm: expected an input that ends in {shape}; got {tuple(x.shape)}.")
+    size = math.prod(shape)
+    rows = (*x.shape[1 : -len(shape)], 1, size)
+    return _apply(Rows(rows, (1, size), eps, centred), x, weight, bias)
+
+
+@rule(F.group_norm, torch.group_norm)
+def _group_norm(
+    x: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001
+) -> Any:
+    if not _plain(weight, bias):
+        return fallback(F.group_norm, (x, num_groups, weight, bias, eps), {})
+    channels = x.shape[1]
+    if channels % num_groups:
+        raise ValueError(
+            f"group_norm: expected channels that {num_groups} groups divide; got {channels}."
+        )
+    each = channels // num_groups
+    rows = (num_groups, each, math.prod(x.shape[2:]))
+    return _apply(Rows(rows, (num_groups, each, 1), eps, centred=True), x, weight, bias)
+
+
+def _standardised_over(x: Jet, dims: tuple[int, ...], eps: float) -> Jet:
+    """Centred and divided by the deviation over the batch and other axes, in float32 at least."""
+    kept = [dim for dim in range(x.ndim) if dim not in dims]
+    order = (0, *(dim + 1 for dim in (*kept, *dims)))
+    stack = x.stack.permute(order)
+    shape = (*stack.shape[2 : 1 + len(kept)], 1, math.prod(stack.shape[1 + len(kept) :]))
+    rows = Rows(shape, (), eps, centred=True)
+    standard = _apply(rows, x.like(stack), None, None).stack
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return x.like(standard.permute(back))
+
+
+def _per_channel(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if weight is None else weight.reshape(-1, *(1,) * (x.ndim - 2))
+
+
+def _affine(x: Jet, weight: Tensor | None, bias: Tensor | None) -> Jet:
+    scaled = x if weight is None else multiply(x, _per_channel(weight, x))
+    return scaled if bias is None else add(scaled, _per_channel(bias, x))
+
+
+@rule(F.batch_norm)
+def _batch_norm(
+    x: Any,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if not training:
+        if running_mean is None or running_var is None or not _plain(weight, bias):
+            raise TaylorError("batch_norm: expected its statistics, as in evaluation.")
+        scale = torch.rsqrt(running_var + eps)
+        scale = scale if weight is None else scale * weight
+        shift = -running_mean * scale
+        return _affine(x, scale, shift if bias is None else shift + bias)
+    value = x.stack[0].detach()
+    with torch.no_grad():
+        # The operator updates its statistics, and refuses a single value a channel.
+        F.batch_norm(value, running_mean, running_var, None, None, True, momentum, eps)
+    return _affine(_standardised_over(x, (0, *range(2, x.ndim)), eps), weight, bias)
+
+
+@rule(F.instance_norm)
+def _instance_norm(
+    x: Any,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if not use_input_stats:
+        return _batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    with torch.no_grad():
+        value = x.stack[0].detach()
+        F.instance_norm(value, running_mean, running_var, None, None, True, momentum, eps)
+    return _group_norm(x, x.shape[1], weight, bias, eps)
