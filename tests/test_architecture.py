@@ -23,6 +23,7 @@ FLOORS = (
     {"taylor/layers", "taylor/pointwise", "taylor/shapes"},
     {"taylor/arithmetic"},
     {"taylor/attention", "taylor/norm_formulas"},
+    {"taylor/norm_gradients"},
     {"taylor/norms"},
     {"taylor/__init__"},
     {"engines"},

@@ -111,7 +111,7 @@ def test_dropout_has_the_same_masks_again():
     def function(chunks):
         return hosm.second_order_dsm(model, x0, chunks=chunks, weights=weights[:3], **given)
 
-    loss, *gradients = loss_and_gradients(function, leaves, 2)
+    _loss, *gradients = loss_and_gradients(function, leaves, 2)
     direction = [torch.randn_like(leaf) for leaf in leaves]
     h, ends = 1e-5, []
     for sign in (1, -1):
@@ -128,7 +128,7 @@ def test_dropout_has_the_same_masks_again():
 
 
 def test_the_generator_is_left_as_the_forward_pass_left_it():
-    network, model, x0, given = setting()
+    _network, model, x0, given = setting()
     loss = hosm.third_order_dsm(model, x0, chunks=2, **given)
     before = torch.get_rng_state()
     loss.backward()
@@ -166,11 +166,11 @@ def lambda_module(network):
 
 
 def test_what_cannot_be_known_is_an_error():
-    network, model, x0, given = setting()
+    network, model, x0, _given = setting()
     with pytest.raises(ValueError, match="chunks: expected a number above 0; got 0"):
         hosm.third_order_dsm(model, x0, chunks=0)
     function = hosm.ScoreModel(lambda x, t: network(x, t), hosm.VPSchedule())
-    with pytest.raises(TypeError, match="chunks: expected a network that is an nn.Module"):
+    with pytest.raises(TypeError, match=r"chunks: expected a network that is an nn\.Module"):
         hosm.second_order_dsm(function, x0, chunks=2)
     outside = nn.Parameter(torch.ones(1))
 
@@ -186,15 +186,15 @@ def test_what_cannot_be_known_is_an_error():
 
 @pytest.mark.filterwarnings("ignore")
 def test_it_is_refused_under_compile():
-    network, model, x0, given = setting("mlp")
+    _network, model, x0, given = setting("mlp")
     module = hosm.SecondOrderDSM(model, chunks=2)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="chunks: expected 1 under torch.compile"):
+    with pytest.raises(Exception, match=r"chunks: expected 1 under torch\.compile"):
         torch.compile(module, backend="aot_eager", fullgraph=True)(x0, **given)
 
 
 def test_without_gradients_it_is_a_loop():
-    network, model, x0, given = setting()
+    _network, model, x0, given = setting()
     with torch.no_grad():
         one, two = (
             hosm.third_order_dsm(model, x0, chunks=chunks, probe=torch.ones_like(x0), **given)

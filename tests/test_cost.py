@@ -35,30 +35,69 @@ def step(loss):
     return count.total
 
 
-@pytest.mark.parametrize(
-    ("order", "engine", "probes", "most"),
-    [
-        (2, "forward", 1, 2.67),
-        (2, "reverse", 1, 2.67),
-        (3, "forward", 1, 5.67),
-        (3, "reverse", 1, 4.2),
-        # K probes share the value at order two, and at order three in the forward engine.
-        (2, "forward", 4, 5.67),
-        (2, "reverse", 4, 6.7),
-        (3, "forward", 4, 17.67),
-        (3, "reverse", 4, 4 * 4.2),
-    ],
-)
-def test_flops_of_a_training_step(order, engine, probes, most):
-    network, x0 = Residual(), torch.randn(2, 1, 6, 6)
+def ratio(order, x0=None, **options):
+    """FLOPs of a step over those of order one, and the batches the network was called with."""
+    network, x0 = Residual(), torch.randn(2, 1, 6, 6) if x0 is None else x0
     model = hosm.ScoreModel(network, hosm.VPSchedule())
     first = step(lambda: hosm.first_order_dsm(model, x0))
     function = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}[order]
     network.calls.clear()
-    higher = step(lambda: function(model, x0, derivative=engine, probes=probes))
-    assert higher / first < 1.01 * most
-    folded = engine == "reverse" and order == 3
-    assert network.calls == [2 * probes if folded else 2]
+    higher = step(lambda: function(model, x0, **options))
+    return higher / first, network.calls
+
+
+@pytest.mark.parametrize(
+    ("order", "options", "most"),
+    [
+        (2, {}, 2.05),
+        (3, {}, 4.10),
+        (3, {"third": "laplacian"}, 3.10),
+        (3, {"third": "sliced"}, 4.10),
+        (2, {"derivative": "reverse"}, 2.7),
+        (3, {"derivative": "reverse"}, 4.24),
+        (2, {"derivative": "forward"}, 2.7),
+        (3, {"derivative": "forward"}, 5.73),
+    ],
+)
+def test_flops_of_a_training_step(order, options, most):
+    found, calls = ratio(order, **options)
+    assert found < most
+    assert calls == [2]
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("order", "options", "most"),
+    [
+        (2, {}, 1.02),
+        (3, {"third": "laplacian"}, 1.02),
+        (3, {"third": "sliced"}, 1.02),
+        (3, {}, 1.3),  # which folds the probes into the batch, each with a value of its own
+        (2, {"derivative": "forward"}, 1.02),
+        (3, {"derivative": "forward"}, 1.02),
+        (2, {"derivative": "reverse"}, 1.02),
+    ],
+)
+def test_probes_share_the_value(order, options, most, count):
+    one, _ = ratio(order, **options)
+    several, calls = ratio(order, probes=count, **options)
+    assert several < most * (1 + count * (one - 1))
+    folded = order == 3 and not options
+    assert calls == [2 * count if folded else 2]
+
+
+def test_a_quarter_of_the_batch():
+    found, calls = ratio(3, torch.randn(8, 1, 6, 6), fraction=0.25)
+    assert found < 1.8
+    assert calls == [2, 6]
+
+
+def test_chunks_cost_one_more_evaluation_of_the_loss():
+    whole, _ = ratio(3, torch.randn(8, 1, 6, 6))
+    chunked, calls = ratio(3, torch.randn(8, 1, 6, 6), chunks=4)
+    # A third of the step before its gradient: two passes out of six.
+    assert chunked == pytest.approx(whole * 4 / 3, rel=0.02)
+    assert calls == [2] * 8
 
 
 def test_a_fraction_costs_its_part():

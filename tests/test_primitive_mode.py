@@ -85,7 +85,7 @@ def test_torchs_own_checkpoint_is_an_error_and_never_a_wrong_gradient(reentrant,
     if engine == "taylor":
         # It has its own rules, and no mode that a recomputation could miss.
         if reentrant:
-            with pytest.raises(hosm.DerivativeError, match="under torch.no_grad"):
+            with pytest.raises(hosm.DerivativeError, match=r"under torch\.no_grad"):
                 gradient(network, model, order, derivative=engine)
             return
         expected = gradient(network, plain, order)

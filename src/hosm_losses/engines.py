@@ -153,12 +153,11 @@ def forward(
         return value, directional, gradient
 
     def curved(w: Tensor, u: Tensor) -> tuple[Tensor, ...]:
-        (value, directional), (_, curvature) = torch.func.jvp(
-            lambda point: second_at(point, w), (x,), (u,)
-        )
+        found: Any = torch.func.jvp(lambda point: second_at(point, w), (x,), (u,))
+        (value, directional), (_, curvature) = found
         return value, directional, curvature
 
-    one = second if order == 2 else third if others is None else curved
+    one: Any = second if order == 2 else third if others is None else curved
     directions = (direction,) if others is None else (direction, others)
     with _explained(), ForwardMode():
         if len(direction) == 1:

@@ -30,7 +30,7 @@ MOVES = {
     ),
     "chunk": lambda x: x.chunk(2, -1)[0] * x.chunk(2, 2)[1],
     "split": lambda x: x.split(2, -1)[1] + x.split([1, 3], 2)[1][..., :2],
-    "unbind": lambda x: x.unbind(1)[1] * x.unbind(-2)[0] + [*x.transpose(0, 1)][0],
+    "unbind": lambda x: x.unbind(1)[1] * x.unbind(-2)[0] + next(iter(x.transpose(0, 1))),
     "narrow": lambda x: x.narrow(-1, 1, 2) * x.select(1, 0)[:, None, :2],
     "index": lambda x: x[..., None][:, 1, ::2] * x[:, -1:, [0, 1], None],
     "index by a tensor": lambda x: x[:, :, INDEX] + x[INDEX[:3]],

@@ -69,12 +69,12 @@ def _attention(
         options = {"scale": scale, "enable_gqa": enable_gqa}
         args = (query, key, value, attn_mask, dropout_p, is_causal)
         return fallback(F.scaled_dot_product_attention, args, options)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     if not isinstance(query, Jet) and not isinstance(key, Jet):
-        logits = at_least_float32((query * scale) @ key.mT)
+        logits = at_least_float32((query * factor) @ key.mT)
         weights = _plain_weights(logits, attn_mask, is_causal)
         return matmul(F.dropout(weights.to(value.dtype), dropout_p), value)
-    logits = matmul(_times(query, scale), _transposed(key))
+    logits = matmul(_times(query, factor), _transposed(key))
     logits = logits.like(at_least_float32(logits.stack))
     if is_causal:
         attn_mask = _causal(logits)

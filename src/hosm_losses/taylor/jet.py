@@ -98,7 +98,7 @@ class Jet(Tensor):
         return Jet.make(stack, self.firsts, self.pairs)
 
     @property
-    def short(self) -> bool:
+    def is_short(self) -> bool:
         """Whether second derivatives are all zero, or not wanted."""
         return len(self.stack) == 1 + self.firsts
 
@@ -131,7 +131,7 @@ def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
 
 def every(*names: str) -> tuple[Callable[..., Any], ...]:
     """The functions and methods of PyTorch with one of these names."""
-    homes = (torch, Tensor, F, torch._C._nn)
+    homes = (torch, Tensor, F)
     return tuple(
         {getattr(home, name): None for home in homes for name in names if hasattr(home, name)}
     )
@@ -206,12 +206,12 @@ def fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
     def second(left: tuple[Tensor, ...], right: tuple[Tensor, ...], both: Any) -> Any:
         def along(*given: Any) -> Any:
-            value, tangent, others = torch.func.jvp(function, *given, has_aux=True)
+            found: Any = torch.func.jvp(function, *given, has_aux=True)
+            value, tangent, others = found
             return (value, tangent), others
 
-        (value, to_left), (to_right, to_both), others = torch.func.jvp(
-            along, (values, left), (right, both), has_aux=True
-        )
+        found: Any = torch.func.jvp(along, (values, left), (right, both), has_aux=True)
+        (value, to_left), (to_right, to_both), others = found
         return value, to_left, to_right, to_both, others
 
     tangents = tuple(jet.stack[1 : 1 + firsts] for jet in jets)
@@ -225,7 +225,7 @@ def fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         )
         zeros = tuple(torch.zeros_like(jet.stack[1 : 1 + half]) for jet in jets)
         both = tuple(
-            zero if jet.short else jet.stack[1 + firsts :]
+            zero if jet.is_short else jet.stack[1 + firsts :]
             for jet, zero in zip(jets, zeros, strict=True)
         )
         value, to_left, to_right, to_both, others = _mapped(second, (left, right, both), half)
@@ -253,7 +253,7 @@ def _mapped(function: Callable[..., Any], args: Any, count: int) -> Any:
         value, *derivatives, others = function(*args)
         return value, *pytree.tree_map(lambda part: part.unsqueeze(0), derivatives), others
     # One evaluation: one mask of a dropout serves the value and every derivative.
-    outs = (None, *(0,) * (1 if len(args) == 1 else 3), None)
+    outs: Any = (None, *(0,) * (1 if len(args) == 1 else 3), None)
     return torch.func.vmap(function, out_dims=outs, randomness="same")(*args)
 
 

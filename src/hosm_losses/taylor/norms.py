@@ -1,4 +1,4 @@
-"""Rules for norms; their formulas are in `hosm_losses.taylor.norm_formulas`."""
+"""Rules for norms; see `hosm_losses.taylor.norm_formulas` for what they compute."""
 
 __all__: list[str] = []
 
@@ -11,21 +11,21 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor import norm_formulas as formulas
 from hosm_losses.taylor.arithmetic import add, multiply
 from hosm_losses.taylor.jet import Jet, TaylorError, fallback, rule
-from hosm_losses.taylor.norm_formulas import Rows
+from hosm_losses.taylor.norm_formulas import Rows, evaluate
+from hosm_losses.taylor.norm_gradients import pull_back, pull_back_again
 from hosm_losses.taylor.recompute import Formula, recomputed
 
 
 def _apply(rows: Rows, x: Jet, weight: Tensor | None, bias: Tensor | None) -> Jet:
     again = None
     if x.pairs == "none" and x.firsts == 1:
-        again = Formula(partial(formulas.pull_back_again, rows))
+        again = Formula(partial(pull_back_again, rows))
     along = x.firsts, x.pairs
     formula = Formula(
-        partial(formulas.evaluate, rows, *along),
-        Formula(partial(formulas.pull_back, rows, *along), again),
+        partial(evaluate, rows, *along),
+        Formula(partial(pull_back, rows, *along), again),
     )
     return x.like(recomputed(formula, x.stack, weight, bias))
 

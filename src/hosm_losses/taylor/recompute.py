@@ -60,17 +60,18 @@ class Formula:
         def by_autograd(*everything: Some) -> tuple[Tensor, ...]:
             tracked = torch.is_grad_enabled()
             with torch.enable_grad():
-                points = [
+                points: list[Any] = [
                     tensor
                     if tensor is None or not need or (tracked and tensor.requires_grad)
                     else tensor.detach().requires_grad_()
                     for tensor, need in zip(everything[:inputs], needed, strict=True)
                 ]
                 found = self(*points)
+                cotangents: Any = everything[inputs:]
                 return torch.autograd.grad(
                     [found[place] for place in results],
-                    [points[place] for place in places],  # pyright: ignore[reportArgumentType]
-                    everything[inputs:],
+                    [points[place] for place in places],
+                    cotangents,
                     create_graph=tracked,
                     materialize_grads=True,
                 )

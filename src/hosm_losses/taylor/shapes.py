@@ -191,12 +191,11 @@ def _reversed(x: Jet) -> Jet:
 
 @rule(*every("to"))
 def _to(x: Any, *args: Any, **named: Any) -> Any:
-    if not isinstance(x, Jet):
-        # A plain tensor in the dtype of a Jet.
-        return x.to(*(one.stack if isinstance(one, Jet) else one for one in args), **named)
+    given: list[Any] = [each.stack if isinstance(each, Jet) else each for each in args]
+    if not isinstance(x, Jet):  # a plain tensor in the dtype of a Jet
+        return x.to(*given, **named)
     named.pop("memory_format", None)
-    found = x.stack.to(*(one.stack if isinstance(one, Jet) else one for one in args), **named)
-    return x.like(found)
+    return x.like(x.stack.to(*given, **named))
 
 
 @rule(Tensor.__getitem__)
