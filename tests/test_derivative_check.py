@@ -65,7 +65,7 @@ def test_no_false_alarm_on_attention_in_float32(seed):
 
 
 @pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["forward", "reverse"])
 def test_without_primitives_the_layer_norm_is_named(engine, order):
     network = Around(nn.LayerNorm(4))
     with pytest.raises(hosm.DerivativeError, match=r"'blocks\.1' \(LayerNorm\).*primitives=True"):

@@ -219,7 +219,7 @@ def test_a_deep_copy_keeps_its_weights_while_the_original_trains(order, engine):
 # for a checkpoint, with an error.
 @pytest.mark.parametrize(
     ("order", "engine"),
-    ENGINES[:-1],
+    [case for case in ENGINES if case != (3, "forward")],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_checkpoint_around_the_loss_changes_nothing(order, engine, dropout):

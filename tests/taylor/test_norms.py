@@ -100,3 +100,40 @@ def test_a_mean_that_is_large_costs_no_digits_that_the_native_norm_keeps():
     native = F.group_norm(x, 2)
     assert (got[0] - exact[0]).abs().max() < 3 * (native - exact[0]).abs().max() + 1e-6
     assert (got[1] - exact[1]).abs().max() < 1e-4
+
+
+def lengths(x, dim):
+    return (x * x).sum(dim, keepdim=True).sqrt()
+
+
+def test_vectors_of_length_one():
+    """PyTorch's own fail in nested forward mode."""
+    check(
+        lambda x: F.normalize(x + x.sin()).sin() + F.normalize(x, dim=-1),
+        (2, 5),
+        reference=lambda x: ((x + x.sin()) / lengths(x + x.sin(), 1)).sin() + x / lengths(x, -1),
+    )
+    small = torch.full((1, 3), 1e-14)
+    found = carried(F.normalize, small, torch.ones(1, 1, 3), "squares")
+    torch.testing.assert_close(found[1], torch.full((1, 3), 1e12))
+    assert torch.equal(found[2], torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.norm(),
+        lambda x: x.norm(dim=-1),
+        lambda x: torch.norm(x, dim=(1, 2), keepdim=True),
+        lambda x: torch.linalg.vector_norm(x, dim=1),
+    ],
+)
+def test_lengths(function):
+    def reference(x):
+        seen = function(x.detach())
+        if seen.ndim == 0:
+            return (x * x).sum().sqrt()
+        dims = (1, 2) if seen.shape[1:] == (1, 1) else 1 if seen.shape[-1] == 5 else -1
+        return (x * x).sum(dims, keepdim=isinstance(dims, tuple)).sqrt()
+
+    check(function, (2, 5), reference=reference)

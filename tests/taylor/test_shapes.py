@@ -53,7 +53,6 @@ MOVES = {
     ),
     "where": lambda x: torch.where(OTHER > 0, x, x.sin()),
     "of the same type": lambda x: x.to(torch.float64).double().type_as(OTHER).to(OTHER),
-    "norms": lambda x: F.normalize(x + 3, dim=-1) + x.norm(dim=-1, keepdim=True),
     "cumulative": lambda x: x.cumsum(-1).sin(),
     "constant parts": lambda x: x * x.detach().sign() + torch.zeros_like(x) + x.new_ones(4),
 }

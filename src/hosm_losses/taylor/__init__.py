@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from hosm_losses.taylor import arithmetic, attention, layers, norms, pointwise, shapes  # noqa: F401
-from hosm_losses.taylor.jet import Jet, Pairs, TaylorError
+from hosm_losses.taylor.jet import Jet, Pairs, TaylorError, define_methods
+
+define_methods()
 
 
 def carried(

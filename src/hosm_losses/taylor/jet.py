@@ -32,6 +32,7 @@ __all__ = [
     "TaylorError",
     "Pairs",
     "call",
+    "define_methods",
     "every",
     "expand_stack",
     "fallback",
@@ -56,6 +57,18 @@ RULES: dict[Callable[..., Any], Rule] = {}
 # Functions that are constant in x, or ask for a property: evaluated on the value. Dictionaries
 # throughout, for torch.compile does not find functions in a set.
 CONSTANT: dict[Callable[..., Any], bool] = {}
+METHODS = (
+    "__iter__",
+    "norm",
+    "split",
+    "unflatten",
+    "__rsub__",
+    "__rdiv__",
+    "__rtruediv__",
+    "__pow__",
+)
+# Those functions with their rules: torch.compile does not find them in a dictionary.
+IN_PYTHON: list[tuple[Callable[..., Any], Rule | None]] = []
 CHANGES = "changes in place what depends on x."
 OPERATORS = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
 
@@ -143,14 +156,41 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         return _on_values(func, args, kwargs)
     if kwargs.get("out") is not None:
         raise TaylorError(f"{_name(func)}: {CHANGES}")
+    if torch.compiler.is_compiling():
+        for method, found in IN_PYTHON:
+            if func is method:
+                return _run(found, func, args, kwargs)
     found = RULES.get(func)
     if found is None and getattr(func, "__name__", "") == "__get__":
         answer = _on_values(func, args, kwargs)
         # A property that is a tensor, such as .real, is a function like any other.
         return fallback(func, args, kwargs) if _has_derivative(answer) else answer
+    return _run(found, func, args, kwargs)
+
+
+def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
         raise TaylorError(f"{_name(func)}: called under torch.no_grad on what depends on x.")
     return fallback(func, args, kwargs) if found is None else found(*args, **kwargs)
+
+
+def define_methods() -> None:
+    """Give Jet the methods of Tensor that are written in Python, which torch.compile looks into.
+
+    To be called when every rule is registered.
+    """
+    for name in METHODS:
+        function = getattr(Tensor, name)
+        found = RULES.get(function)
+        IN_PYTHON.append((function, found))
+        setattr(Jet, name, _method(function, found))
+
+
+def _method(function: Callable[..., Any], found: Rule | None) -> Callable[..., Any]:
+    def called(self: Jet, *args: Any, **named: Any) -> Any:
+        return _run(found, function, (self, *args), named)
+
+    return called
 
 
 def _name(func: Callable[..., Any]) -> str:
@@ -277,6 +317,6 @@ def _refuse(*_args: Any, **_named: Any) -> Any:
 
 
 # Methods that change their object, which is how PyTorch names them.
-for _method in dir(Tensor):
-    if (_method.endswith("_") and not _method.endswith("__")) or _method in OPERATORS:
-        rule(getattr(Tensor, _method))(_refuse)
+for _entry in dir(Tensor):
+    if (_entry.endswith("_") and not _entry.endswith("__")) or _entry in OPERATORS:
+        rule(getattr(Tensor, _entry))(_refuse)

@@ -12,9 +12,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.taylor.arithmetic import add, multiply
-from hosm_losses.taylor.jet import Jet, TaylorError, fallback, rule
+from hosm_losses.taylor.jet import Jet, TaylorError, every, fallback, rule
 from hosm_losses.taylor.norm_formulas import Rows, evaluate
 from hosm_losses.taylor.norm_gradients import pull_back, pull_back_again
+from hosm_losses.taylor.pointwise import apply, power
 from hosm_losses.taylor.recompute import Formula, recomputed
 
 
@@ -152,3 +153,37 @@ def _instance_norm(
         value = x.stack[0].detach()
         F.instance_norm(value, running_mean, running_var, None, None, True, momentum, eps)
     return _group_norm(x, x.shape[1], weight, bias, eps)
+
+
+def _sum_of_squares(x: Jet, dim: Any, keepdim: bool) -> Jet:
+    dims = tuple(range(x.ndim)) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    squares = multiply(x, x).stack
+    return x.like(squares.sum([each % x.ndim + 1 for each in dims], keepdim))
+
+
+@rule(F.normalize)
+def _normalize(
+    x: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
+) -> Any:
+    if p != 2 or out is not None:
+        return fallback(F.normalize, (x, p, dim, eps), {})
+    squares = _sum_of_squares(x, dim, keepdim=True).stack
+    enough = squares[:1] > eps**2
+    # A norm below eps counts as eps, which does not depend on x.
+    floor = torch.cat([torch.full_like(squares[:1], eps**2), torch.zeros_like(squares[1:])])
+    clamped = x.like(torch.where(enough, squares, floor))
+    return multiply(x, apply(partial(power, exponent=-0.5), clamped))
+
+
+@rule(*every("norm"), torch.linalg.vector_norm)
+def _vector_norm(
+    x: Any,
+    p: Any = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    out: Any = None,  # noqa: ARG001
+    dtype: Any = None,
+) -> Any:
+    if p not in (2, "fro", None) or dtype is not None:
+        return fallback(torch.linalg.vector_norm, (x, p, dim, keepdim), {"dtype": dtype})
+    return apply(partial(power, exponent=0.5), _sum_of_squares(x, dim, keepdim))

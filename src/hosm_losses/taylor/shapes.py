@@ -179,6 +179,12 @@ for _names, _make in {
     _register(_names, _make)
 
 
+@rule(Tensor.requires_grad.__get__)  # pyright: ignore[reportAttributeAccessIssue]
+def _requires_grad(x: Jet) -> bool:  # noqa: ARG001
+    """As in the engine that goes backward, so that a checkpoint does not warn."""
+    return True
+
+
 @rule(Tensor.mT.__get__, *every("adjoint"))  # pyright: ignore[reportAttributeAccessIssue]
 def _transposed(x: Jet) -> Jet:
     return x.like(x.stack.mT)
@@ -206,6 +212,11 @@ def _item(x: Any, index: Any) -> Any:
     if not isinstance(x, Jet) or gathers > 1:
         return fallback(Tensor.__getitem__, (x, index), {})
     return x.like(x.stack[(slice(None), *parts)])
+
+
+@rule(Tensor.__iter__)
+def _iterator(x: Jet) -> Any:
+    return iter([x.like(part) for part in x.stack.unbind(1)])
 
 
 def _stacks(tensors: Any) -> tuple[Jet, list[Tensor]]:

@@ -1,0 +1,400 @@
+"""What a training step of each order costs on a CUDA GPU.
+
+    python -m benchmarks.gpu [--device cuda] [--batch 128 48] [--precision fp32 bf16] [--rounds N]
+        [--variants REGEX] [--compile] [--out FILE.json] [--smoke]
+
+A U-Net of the size of DDPM++ on 3×32×32, with new weights; a step is loss and backward pass. fp32
+is as PyTorch has it, convolutions in TF32; bf16 is torch.autocast around the loss.
+
+    gradient      error, relative, of the parameter gradient on at most 8 samples: against reverse
+                  mode without chunks, or forward mode for the laplacian and the sliced form.
+    step          ms between CUDA events, after a step of the same variant so that the host is
+                  ahead; the variants take turns, medians over rounds. memory, peak bytes above
+                  those before, parameter gradients included. kernels, by the profiler, without
+                  copies and fills. sync, where PyTorch's debug mode saw the host wait, or null.
+    graph_given   A step captured in a CUDA graph, with t, noise and probe as static inputs, in a
+                  process of its own: a failed capture can leave CUDA unusable. error of the
+                  replayed gradient against the eager one with the same seed, repeat between two
+                  eager ones, ms of a replay.
+    graph_drawn   The same where the loss draws them; not tried where the former fails.
+    compiled      With --compile: ms and memory of the compiled loss, seconds of its first step.
+
+What fails, for want of memory say, is recorded as "failed". --smoke takes a tiny network and no
+TF32, and exits with an error where a loss is not finite, or in fp32 a gradient wrong by 1e-4. It
+works on a CPU, where what needs CUDA is null.
+"""
+
+import argparse
+import gc
+import json
+import math
+import re
+import statistics
+import subprocess
+import time
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from datetime import UTC, datetime
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+import hosm_losses as hosm
+from benchmarks.networks import PixelAttention, Residual, time_layers, waves
+
+Step = Callable[[], object]
+Row = dict[str, Any]
+BASE, ENGINES = "order 1", ("taylor", "reverse", "forward")
+TAYLOR = {"derivative": "taylor"}
+VARIANTS: dict[str, tuple[int, Row]] = {
+    BASE: (1, {}),
+    **{f"order {n} {name}": (n, {"derivative": name}) for n in (2, 3) for name in ENGINES},
+    "order 3 laplacian": (3, TAYLOR | {"third": "laplacian"}),
+    "order 3 sliced": (3, TAYLOR | {"third": "sliced"}),
+    "order 3 quarter": (3, TAYLOR | {"fraction": 0.25}),
+    "order 3 chunks": (3, TAYLOR | {"chunks": 4}),
+}
+LOSSES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
+COLUMNS = {
+    "ms": ("step", "ms", 1),
+    "GiB": ("step", "memory", 2**30),
+    "kernels": ("step", "kernels", 1),
+    "graph: ms": ("graph_given", "ms", 1),
+    "drawn: ms": ("graph_drawn", "ms", 1),
+    "compiled: ms": ("compiled", "ms", 1),
+    "gradient": ("gradient", "error", 1),
+}
+WARM_UP, ROOT = 3, Path(__file__).parents[1]
+bars = partial(tqdm, leave=False)
+
+
+class Level(nn.Module):
+    """Blocks down and up at one resolution, and what is smaller between them."""
+
+    def __init__(self, inner: int, widths: list[int], blocks: int, time: int, depth: int = 0):
+        super().__init__()
+        width, *rest = widths
+        skips = [inner] + [width] * blocks
+        self.down = nn.ModuleList(Residual(skip, width, time) for skip in skips[:-1])
+        self.up = nn.ModuleList(Residual(width + skip, width, time) for skip in skips[::-1])
+        self.attend = nn.ModuleList(PixelAttention(width) for _ in skips[1:] if depth == 1)
+        if rest:
+            self.smaller = nn.Conv2d(width, width, 3, stride=2, padding=1)
+            self.within = Level(width, rest, blocks, time, depth + 1)
+            self.larger = nn.Conv2d(rest[0], width, 3, padding=1)
+        else:
+            self.middle = nn.ModuleList(Residual(width, width, time) for _ in range(2))
+            self.within = PixelAttention(width)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        skips = [x]
+        for number, block in enumerate(self.down):
+            x = block(x, embedding)
+            skips.append(self.attend[number](x) if self.attend else x)
+            x = skips[-1]
+        if isinstance(self.within, Level):
+            x = self.within(self.smaller(x), embedding)
+            x = self.larger(F.interpolate(x, scale_factor=2, mode="nearest"))
+        else:
+            x = self.middle[1](self.within(self.middle[0](x, embedding)), embedding)
+        for block in self.up:
+            x = block(torch.cat([x, skips.pop()], 1), embedding)
+        return x
+
+
+class DDPM(nn.Module):
+    """A U-Net of the size of DDPM++, with attention at its second level and in the middle."""
+
+    def __init__(self, width: int = 128, factors: tuple[int, ...] = (1, 2, 2, 2), blocks: int = 4):
+        super().__init__()
+        self.width, self.time = width, time_layers(width, 4 * width)
+        self.inner = nn.Conv2d(3, width, 3, padding=1)
+        self.levels = Level(width, [factor * width for factor in factors], blocks, 4 * width)
+        self.norm, self.outer = nn.GroupNorm(8, width), nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        hidden = self.levels(self.inner(x), self.time(waves(t, self.width)))
+        return self.outer(F.silu(self.norm(hidden)))
+
+
+class Job:
+    """A network and a batch, on which all variants of a table are measured."""
+
+    def __init__(self, setting: Namespace) -> None:
+        torch.manual_seed(0)
+        torch.backends.cudnn.allow_tf32 = not setting.smoke
+        self.rounds, self.bf16 = setting.rounds, setting.precision == "bf16"
+        self.device = torch.device(setting.device)
+        self.network = (DDPM(8, (1, 2), 1) if setting.smoke else DDPM()).to(self.device)
+        self.model = hosm.ScoreModel(self.network, hosm.VPSchedule())
+        size = 8 if setting.smoke else 32
+        self.x0 = torch.randn(setting.batch, 3, size, size, device=self.device)
+        t = self.model.schedule.sample_time(setting.batch, device=self.device)
+        self.given = {"t": t, "noise": torch.randn_like(self.x0)}
+        self.probe = torch.randn_like(self.x0).sign()
+
+    def step(
+        self, order: int, options: Row, *, given: bool = False, compiled: bool = False
+    ) -> Step:
+        """A training step of a variant, which returns its loss."""
+        loss = LOSSES[order](self.model, **options)
+        loss = torch.compile(loss) if compiled else loss
+        inputs = self.given | ({"probe": self.probe} if order > 1 else {}) if given else {}
+
+        def step() -> Tensor:
+            self.network.zero_grad()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                value = loss(self.x0, **inputs)
+            value.backward()
+            return value.detach()
+
+        return step
+
+    def gradient(self, step: Step) -> Tensor:
+        """All parameter gradients after a step that always draws the same."""
+        torch.manual_seed(1)
+        step()
+        parameters = self.network.parameters()
+        return torch.cat(
+            [(0 * p.data if p.grad is None else p.grad).flatten() for p in parameters]
+        )
+
+    def attempt(self, measure: Callable[..., Row], *args: Any) -> Row:
+        """What is measured, or why not."""
+        try:
+            found = measure(self, *args)
+        except Exception as error:
+            found = {"failed": reason(error)}
+        self.free()
+        return found
+
+    def free(self) -> None:
+        self.network.zero_grad()
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def reason(error: BaseException) -> str:
+    """What was raised first, and the last line of this project on the way there."""
+    while error.__context__ is not None:
+        error = error.__context__
+    frames = [(Path(f.filename), f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    own = [f"{p.name}:{n}: " for p, n in frames if {"hosm_losses", "benchmarks"} & {*p.parts}]
+    return f"{''.join(own[-1:])}{type(error).__name__}: {error}".partition("\n")[0][:300]
+
+
+def difference(gradient: Tensor, expected: Tensor) -> float:
+    return float((gradient - expected).norm() / expected.norm())
+
+
+def checked(job: Job, order: int, options: Row) -> Row:
+    """The loss of a variant, and its gradient beside that by the plainest route."""
+    step, plain = job.step(order, options, given=True), "reverse"
+    plain = "forward" if "third" in options else "reverse"
+    found = {"loss": float(step())}
+    if options.get("derivative", plain) != plain:
+        expected = job.step(order, options | {"derivative": plain, "chunks": 1}, given=True)
+        found["error"] = difference(job.gradient(step), job.gradient(expected))
+    return found
+
+
+def peak(job: Job, step: Step) -> int:
+    for _ in range(WARM_UP):
+        step()
+    job.free()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measured(job: Job, order: int, options: Row) -> Row:
+    step = job.step(order, options)
+    found: Row = {"memory": peak(job, step), "sync": None}
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        step()
+        torch.cuda.synchronize()
+    names = [event.name for event in record.events() if event.device_type == DeviceType.CUDA]
+    found["kernels"] = sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        found["sync"] = reason(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return found
+
+
+def timed(steps: Mapping[str, Step], rounds: int, *, bar: bool = False) -> dict[str, float]:
+    """Median milliseconds of every step."""
+    times: dict[str, list[float]] = {key: [] for key in steps}
+    for _, (key, step) in bars(
+        list(product(range(rounds), steps.items())), "time", disable=not bar
+    ):
+        torch.cuda.empty_cache()  # its blocks have the sizes of another variant
+        step()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        times[key].append(start.elapsed_time(end))
+    return {key: statistics.median(found) for key, found in times.items()}
+
+
+def compiled(job: Job, order: int, options: Row) -> Row:
+    torch._dynamo.reset()
+    step, start = job.step(order, options, compiled=True), time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    found = {"seconds": time.perf_counter() - start, "memory": peak(job, step)}
+    return found | timed({"ms": step}, job.rounds)
+
+
+def replayed(job: Job, step: Step) -> Row:
+    """A step in a CUDA graph."""
+    expected, again = job.gradient(step), job.gradient(step)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    job.free()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    error = difference(job.gradient(graph.replay), expected)
+    found = {"error": error, "repeat": difference(again, expected)}
+    return found | timed({"ms": graph.replay}, job.rounds)
+
+
+def captured(setting: Namespace, key: str) -> Row:
+    """Both graphs of a variant, in the process that runs this."""
+    job, found = Job(setting), {}
+    for part, given in (("graph_given", True), ("graph_drawn", False)):
+        found[part] = job.attempt(replayed, job.step(*VARIANTS[key], given=given))
+        if "failed" in found[part]:
+            break
+    return found
+
+
+def measure_all(setting: Namespace, keys: list[str]) -> dict[str, Row]:
+    """Everything about every variant."""
+    small = Job(Namespace(**{**vars(setting), "batch": min(8, setting.batch)}))
+    rows: dict[str, Row] = {}
+    for key in bars(keys, "gradients"):
+        nothing = dict.fromkeys(("step", "graph_given", "graph_drawn", "compiled"))
+        rows[key] = {"gradient": small.attempt(checked, *VARIANTS[key]), **nothing}
+    if small.device.type != "cuda":
+        return rows
+    job = Job(setting)
+    for key in bars(keys, "memory"):
+        rows[key]["step"] = job.attempt(measured, *VARIANTS[key])
+    steps = {key: job.step(*VARIANTS[key]) for key in keys if "memory" in rows[key]["step"]}
+    for key, ms in timed(steps, job.rounds, bar=True).items():
+        rows[key]["step"]["ms"] = ms
+    for key in bars(keys if setting.compile else [], "compile"):
+        rows[key]["compiled"] = job.attempt(compiled, *VARIANTS[key])
+    job.free()
+    pool = None
+    for key in bars(keys, "graphs"):
+        pool = pool or ProcessPoolExecutor(1, get_context("spawn"))
+        try:
+            rows[key] |= pool.submit(captured, setting, key).result()
+        except BrokenProcessPool as error:
+            rows[key]["graph_given"] = {"failed": reason(error)}
+        if "ms" not in (rows[key]["graph_drawn"] or {}):
+            pool = pool.shutdown()
+    if pool is not None:
+        pool.shutdown()
+    return rows
+
+
+def show(rows: dict[str, Row]) -> None:
+    """Print a table, in brackets the ratios to order one."""
+    print(f"{'':<18}" + "".join(f"{name:>16}" for name in COLUMNS))
+    for key, row in rows.items():
+        cells = []
+        for part, name, unit in COLUMNS.values():
+            number, base = ((each[part] or {}).get(name) for each in (row, rows[BASE]))
+            ratio = f" ({number / base:.2f})" if number and base else ""
+            cells.append("-" if number is None else f"{number / unit:.3g}{ratio}")
+        print(f"{key:<18}" + "".join(f"{cell:>16}" for cell in cells))
+    for (key, row), word in product(rows.items(), ("failed", "sync")):
+        for part, found in row.items():
+            if found and found.get(word):
+                print(f"{key}, {part}: {word}: {found[word]}")
+
+
+def said(*command: str) -> str | None:
+    """The first line that a program prints; None where it fails or is not there."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.partition("\n")[0]
+
+
+def environment(device: str) -> Row:
+    return {
+        "card": torch.cuda.get_device_name(device) if device != "cpu" else None,
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "commit": said("git", "rev-parse", "--short", "HEAD"),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", help="default: cuda, or cpu with --smoke")
+    parser.add_argument("--batch", type=int, nargs="+", help="default: 128 48, or 4 with --smoke")
+    parser.add_argument(
+        "--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"]
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--variants", default="", metavar="REGEX")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    args = parser.parse_args()
+    args.device = args.device or ("cpu" if args.smoke else "cuda")
+    keys = [key for key in VARIANTS if key == BASE or re.search(args.variants, key)]
+    report: Row = {"environment": environment(args.device), "tables": []}
+    wrong = []
+    batches = args.batch or ([4] if args.smoke else [128, 48])
+    for batch, precision in product(batches, args.precision):
+        rows = measure_all(
+            Namespace(**{**vars(args), "batch": batch, "precision": precision}), keys
+        )
+        print(f"\nbatch {batch}, {precision}")
+        show(rows)
+        report["tables"].append({"batch": batch, "precision": precision, "variants": rows})
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=2))
+        limit = 1e-4 if precision == "fp32" else math.inf
+        for key, found in ((key, row["gradient"]) for key, row in rows.items()):
+            if not (math.isfinite(found.get("loss", math.nan)) and found.get("error", 0) <= limit):
+                wrong.append(f"{precision} {key}: {found}")
+    if wrong and args.smoke:
+        raise SystemExit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
