@@ -33,16 +33,13 @@ import statistics
 import subprocess
 import time
 import traceback
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from datetime import UTC, datetime
-from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -56,7 +53,7 @@ from benchmarks.networks import PixelAttention, Residual, time_layers, waves
 
 Step = Callable[[], object]
 Row = dict[str, Any]
-BASE, ENGINES = "order 1", ("taylor", "reverse", "forward")
+BASE, ENGINES, PRECISIONS = "order 1", ("taylor", "reverse", "forward"), ("fp32", "bf16")
 TAYLOR = {"derivative": "taylor"}
 VARIANTS: dict[str, tuple[int, Row]] = {
     BASE: (1, {}),
@@ -67,17 +64,14 @@ VARIANTS: dict[str, tuple[int, Row]] = {
     "order 3 chunks": (3, TAYLOR | {"chunks": 4}),
 }
 LOSSES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
+PARTS = ("gradient", "step", "graph_given", "graph_drawn", "compiled")
 COLUMNS = {
-    "ms": ("step", "ms", 1),
     "GiB": ("step", "memory", 2**30),
     "kernels": ("step", "kernels", 1),
-    "graph: ms": ("graph_given", "ms", 1),
-    "drawn: ms": ("graph_drawn", "ms", 1),
-    "compiled: ms": ("compiled", "ms", 1),
+    **{f"{part} ms": (part, "ms", 1) for part in PARTS[1:]},
     "gradient": ("gradient", "error", 1),
 }
 WARM_UP, ROOT = 3, Path(__file__).parents[1]
-bars = partial(tqdm, leave=False)
 
 
 class Level(nn.Module):
@@ -102,8 +96,8 @@ class Level(nn.Module):
         skips = [x]
         for number, block in enumerate(self.down):
             x = block(x, embedding)
-            skips.append(self.attend[number](x) if self.attend else x)
-            x = skips[-1]
+            x = self.attend[number](x) if self.attend else x
+            skips.append(x)
         if isinstance(self.within, Level):
             x = self.within(self.smaller(x), embedding)
             x = self.larger(F.interpolate(x, scale_factor=2, mode="nearest"))
@@ -129,10 +123,20 @@ class DDPM(nn.Module):
         return self.outer(F.silu(self.norm(hidden)))
 
 
-class Job:
-    """A network and a batch, on which all variants of a table are measured."""
+class Setting(NamedTuple):
+    """What all variants of a table share."""
 
-    def __init__(self, setting: Namespace) -> None:
+    device: str
+    batch: int
+    precision: str
+    rounds: int
+    smoke: bool
+
+
+class Job:
+    """A network and a batch, on which the variants are measured."""
+
+    def __init__(self, setting: Setting) -> None:
         torch.manual_seed(0)
         torch.backends.cudnn.allow_tf32 = not setting.smoke
         self.rounds, self.bf16 = setting.rounds, setting.precision == "bf16"
@@ -145,9 +149,7 @@ class Job:
         self.given = {"t": t, "noise": torch.randn_like(self.x0)}
         self.probe = torch.randn_like(self.x0).sign()
 
-    def step(
-        self, order: int, options: Row, *, given: bool = False, compiled: bool = False
-    ) -> Step:
+    def step(self, order: int, options: Row, given: bool = False, compiled: bool = False) -> Step:
         """A training step of a variant, which returns its loss."""
         loss = LOSSES[order](self.model, **options)
         loss = torch.compile(loss) if compiled else loss
@@ -163,22 +165,19 @@ class Job:
         return step
 
     def gradient(self, step: Step) -> Tensor:
-        """All parameter gradients after a step that always draws the same."""
+        """All parameter gradients after a step that draws the same every time."""
         torch.manual_seed(1)
         step()
-        parameters = self.network.parameters()
-        return torch.cat(
-            [(0 * p.data if p.grad is None else p.grad).flatten() for p in parameters]
-        )
+        pairs = [(p.detach(), p.grad) for p in self.network.parameters()]
+        return torch.cat([(0 * p if grad is None else grad).flatten() for p, grad in pairs])
 
     def attempt(self, measure: Callable[..., Row], *args: Any) -> Row:
         """What is measured, or why not."""
         try:
-            found = measure(self, *args)
+            self.free()
+            return measure(self, *args)
         except Exception as error:
-            found = {"failed": reason(error)}
-        self.free()
-        return found
+            return {"failed": reason(error)}
 
     def free(self) -> None:
         self.network.zero_grad()
@@ -202,11 +201,10 @@ def difference(gradient: Tensor, expected: Tensor) -> float:
 
 def checked(job: Job, order: int, options: Row) -> Row:
     """The loss of a variant, and its gradient beside that by the plainest route."""
-    step, plain = job.step(order, options, given=True), "reverse"
-    plain = "forward" if "third" in options else "reverse"
+    step, plain = job.step(order, options, True), "forward" if "third" in options else "reverse"
     found = {"loss": float(step())}
     if options.get("derivative", plain) != plain:
-        expected = job.step(order, options | {"derivative": plain, "chunks": 1}, given=True)
+        expected = job.step(order, options | {"derivative": plain, "chunks": 1}, True)
         found["error"] = difference(job.gradient(step), job.gradient(expected))
     return found
 
@@ -228,7 +226,7 @@ def measured(job: Job, order: int, options: Row) -> Row:
         step()
         torch.cuda.synchronize()
     names = [event.name for event in record.events() if event.device_type == DeviceType.CUDA]
-    found["kernels"] = sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+    found["kernels"] = sum(not name.startswith(("Memcpy", "Memset")) for name in names) or None
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -239,17 +237,16 @@ def measured(job: Job, order: int, options: Row) -> Row:
     return found
 
 
-def timed(steps: Mapping[str, Step], rounds: int, *, bar: bool = False) -> dict[str, float]:
+def timed(steps: Mapping[str, Step], rounds: int, hide: bool = True) -> dict[str, float]:
     """Median milliseconds of every step."""
     times: dict[str, list[float]] = {key: [] for key in steps}
-    for _, (key, step) in bars(
-        list(product(range(rounds), steps.items())), "time", disable=not bar
-    ):
+    turns = list(product(range(rounds), steps))
+    for _, key in tqdm(turns, "time", leave=False, disable=hide):
         torch.cuda.empty_cache()  # its blocks have the sizes of another variant
-        step()
+        steps[key]()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        step()
+        steps[key]()
         end.record()
         end.synchronize()
         times[key].append(start.elapsed_time(end))
@@ -257,7 +254,7 @@ def timed(steps: Mapping[str, Step], rounds: int, *, bar: bool = False) -> dict[
 
 
 def compiled(job: Job, order: int, options: Row) -> Row:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     step, start = job.step(order, options, compiled=True), time.perf_counter()
     step()
     torch.cuda.synchronize()
@@ -265,8 +262,9 @@ def compiled(job: Job, order: int, options: Row) -> Row:
     return found | timed({"ms": step}, job.rounds)
 
 
-def replayed(job: Job, step: Step) -> Row:
+def replayed(job: Job, order: int, options: Row, given: bool) -> Row:
     """A step in a CUDA graph."""
+    step = job.step(order, options, given)
     expected, again = job.gradient(step), job.gradient(step)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -283,45 +281,40 @@ def replayed(job: Job, step: Step) -> Row:
     return found | timed({"ms": graph.replay}, job.rounds)
 
 
-def captured(setting: Namespace, key: str) -> Row:
+def captured(setting: Setting, key: str) -> Row:
     """Both graphs of a variant, in the process that runs this."""
-    job, found = Job(setting), {}
-    for part, given in (("graph_given", True), ("graph_drawn", False)):
-        found[part] = job.attempt(replayed, job.step(*VARIANTS[key], given=given))
-        if "failed" in found[part]:
-            break
+    job = Job(setting)
+    found = {"graph_given": job.attempt(replayed, *VARIANTS[key], True)}
+    if "failed" not in found["graph_given"]:
+        found["graph_drawn"] = job.attempt(replayed, *VARIANTS[key], False)
     return found
 
 
-def measure_all(setting: Namespace, keys: list[str]) -> dict[str, Row]:
+def measure_all(setting: Setting, keys: list[str], compiling: bool) -> dict[str, Row]:
     """Everything about every variant."""
-    small = Job(Namespace(**{**vars(setting), "batch": min(8, setting.batch)}))
-    rows: dict[str, Row] = {}
-    for key in bars(keys, "gradients"):
-        nothing = dict.fromkeys(("step", "graph_given", "graph_drawn", "compiled"))
-        rows[key] = {"gradient": small.attempt(checked, *VARIANTS[key]), **nothing}
+    rows = {key: dict.fromkeys(PARTS) for key in keys}
+    small = Job(setting._replace(batch=min(8, setting.batch)))
+    for key in tqdm(keys, "gradients", leave=False):
+        rows[key]["gradient"] = small.attempt(checked, *VARIANTS[key])
     if small.device.type != "cuda":
         return rows
-    job = Job(setting)
-    for key in bars(keys, "memory"):
+    job, pool = Job(setting), None
+    for key in tqdm(keys, "memory", leave=False):
         rows[key]["step"] = job.attempt(measured, *VARIANTS[key])
     steps = {key: job.step(*VARIANTS[key]) for key in keys if "memory" in rows[key]["step"]}
-    for key, ms in timed(steps, job.rounds, bar=True).items():
+    for key, ms in timed(steps, job.rounds, hide=False).items():
         rows[key]["step"]["ms"] = ms
-    for key in bars(keys if setting.compile else [], "compile"):
+    for key in tqdm(keys if compiling else [], "compile", leave=False):
         rows[key]["compiled"] = job.attempt(compiled, *VARIANTS[key])
     job.free()
-    pool = None
-    for key in bars(keys, "graphs"):
+    for key in tqdm(keys, "graphs", leave=False):
         pool = pool or ProcessPoolExecutor(1, get_context("spawn"))
         try:
             rows[key] |= pool.submit(captured, setting, key).result()
-        except BrokenProcessPool as error:
+        except Exception as error:  # the process died
             rows[key]["graph_given"] = {"failed": reason(error)}
-        if "ms" not in (rows[key]["graph_drawn"] or {}):
+        if key == keys[-1] or "ms" not in (rows[key]["graph_drawn"] or {}):
             pool = pool.shutdown()
-    if pool is not None:
-        pool.shutdown()
     return rows
 
 
@@ -329,16 +322,15 @@ def show(rows: dict[str, Row]) -> None:
     """Print a table, in brackets the ratios to order one."""
     print(f"{'':<18}" + "".join(f"{name:>16}" for name in COLUMNS))
     for key, row in rows.items():
-        cells = []
+        line = f"{key:<18}"
         for part, name, unit in COLUMNS.values():
             number, base = ((each[part] or {}).get(name) for each in (row, rows[BASE]))
             ratio = f" ({number / base:.2f})" if number and base else ""
-            cells.append("-" if number is None else f"{number / unit:.3g}{ratio}")
-        print(f"{key:<18}" + "".join(f"{cell:>16}" for cell in cells))
-    for (key, row), word in product(rows.items(), ("failed", "sync")):
-        for part, found in row.items():
-            if found and found.get(word):
-                print(f"{key}, {part}: {word}: {found[word]}")
+            line += f"{'-' if number is None else f'{number / unit:.3g}{ratio}':>16}"
+        print(line)
+    for (key, row), part, word in product(rows.items(), PARTS, ("failed", "sync")):
+        if (row[part] or {}).get(word):
+            print(f"{key}, {part}: {word}: {row[part][word]}")
 
 
 def said(*command: str) -> str | None:
@@ -352,7 +344,7 @@ def said(*command: str) -> str | None:
 
 def environment(device: str) -> Row:
     return {
-        "card": torch.cuda.get_device_name(device) if device != "cpu" else None,
+        "card": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
@@ -361,39 +353,38 @@ def environment(device: str) -> Row:
     }
 
 
+def is_right(found: Row, precision: str) -> bool:
+    limit = 1e-4 if precision == "fp32" else math.inf
+    return math.isfinite(found.get("loss", math.nan)) and found.get("error", 0) <= limit
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", help="default: cuda, or cpu with --smoke")
     parser.add_argument("--batch", type=int, nargs="+", help="default: 128 48, or 4 with --smoke")
-    parser.add_argument(
-        "--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"]
-    )
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--variants", default="", metavar="REGEX")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     args = parser.parse_args()
-    args.device = args.device or ("cpu" if args.smoke else "cuda")
+    device = args.device or ("cpu" if args.smoke else "cuda")
     keys = [key for key in VARIANTS if key == BASE or re.search(args.variants, key)]
-    report: Row = {"environment": environment(args.device), "tables": []}
-    wrong = []
-    batches = args.batch or ([4] if args.smoke else [128, 48])
-    for batch, precision in product(batches, args.precision):
-        rows = measure_all(
-            Namespace(**{**vars(args), "batch": batch, "precision": precision}), keys
-        )
+    report: Row = {"environment": environment(device), "tables": []}
+    for batch, precision in product(
+        args.batch or ([4] if args.smoke else [128, 48]), args.precision
+    ):
+        setting = Setting(device, batch, precision, args.rounds, args.smoke)
+        rows = measure_all(setting, keys, args.compile)
         print(f"\nbatch {batch}, {precision}")
         show(rows)
-        report["tables"].append({"batch": batch, "precision": precision, "variants": rows})
+        report["tables"].append(setting._asdict() | {"variants": rows})
         if args.out:
             args.out.write_text(json.dumps(report, indent=2))
-        limit = 1e-4 if precision == "fp32" else math.inf
-        for key, found in ((key, row["gradient"]) for key, row in rows.items()):
-            if not (math.isfinite(found.get("loss", math.nan)) and found.get("error", 0) <= limit):
-                wrong.append(f"{precision} {key}: {found}")
-    if wrong and args.smoke:
-        raise SystemExit("\n".join(wrong))
+        wrong = [key for key in keys if not is_right(rows[key]["gradient"], precision)]
+        if wrong and args.smoke:
+            raise SystemExit(f"not right in {precision}: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

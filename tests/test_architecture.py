@@ -18,7 +18,14 @@ FLOORS = (
         "residuals",
         "student",
     },
-    {"chunks", "inference", "primitive_mode", "taylor/recompute", "wrappers"},
+    {
+        "chunks",
+        "inference",
+        "primitive_mode",
+        "taylor/forward_mode",
+        "taylor/recompute",
+        "wrappers",
+    },
     {"taylor/jet"},
     {"taylor/layers", "taylor/pointwise", "taylor/shapes"},
     {"taylor/arithmetic"},
@@ -79,7 +86,7 @@ SIDES = (
 PACKAGES = {"interop", "taylor"}
 # Where PyTorch's differentiation is called.
 DIFFERENTIATES = {"chunks", "derivatives", "engines"}
-DIFFERENTIATES |= {"taylor/jet", "taylor/layers", "taylor/recompute"}
+DIFFERENTIATES |= {"taylor/forward_mode", "taylor/layers", "taylor/recompute"}
 LONGEST = 320
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 SOURCE = Path(__file__).parent.parent / "src" / "hosm_losses"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hosm_losses.taylor import arithmetic, attention, layers, norms, pointwise, shapes  # noqa: F401
-from hosm_losses.taylor.jet import Jet, Pairs, TaylorError, define_methods
+from hosm_losses.taylor.forward_mode import Pairs
+from hosm_losses.taylor.jet import Jet, TaylorError, define_methods
 
 define_methods()
 

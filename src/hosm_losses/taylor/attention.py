@@ -16,7 +16,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.taylor.arithmetic import add, matmul, multiply
-from hosm_losses.taylor.jet import Jet, Pairs, every, fallback, rule
+from hosm_losses.taylor.forward_mode import Pairs
+from hosm_losses.taylor.jet import Jet, every, fallback, rule
 from hosm_losses.taylor.pointwise import apply, at_least_float32, halves, sigmoid
 from hosm_losses.taylor.recompute import Formula, recomputed
 

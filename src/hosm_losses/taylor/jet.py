@@ -30,7 +30,6 @@ __all__ = [
     "CONSTANT",
     "Jet",
     "TaylorError",
-    "Pairs",
     "call",
     "define_methods",
     "every",
@@ -40,7 +39,7 @@ __all__ = [
 ]
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -48,10 +47,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hosm_losses.primitive_mode import safe_primitives
+from hosm_losses.taylor.forward_mode import Pairs, along
 
-# Which products of two first derivatives have a second one: none; that of each direction with
-# itself; that of each of the first half with its fellow in the second half.
-Pairs = Literal["none", "squares", "halves"]
 Rule = Callable[..., Any]
 RULES: dict[Callable[..., Any], Rule] = {}
 # Functions that are constant in x, or ask for a property: evaluated on the value. Dictionaries
@@ -240,42 +237,11 @@ def fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     # Copies, whose versions show a change in place.
     values = tuple(jet.stack[0].clone() for jet in jets)
     versions = _versions(values)
-
-    def first(tangents: tuple[Tensor, ...]) -> Any:
-        return torch.func.jvp(function, values, tangents, has_aux=True)
-
-    def second(left: tuple[Tensor, ...], right: tuple[Tensor, ...], both: Any) -> Any:
-        def along(*given: Any) -> Any:
-            found: Any = torch.func.jvp(function, *given, has_aux=True)
-            value, tangent, others = found
-            return (value, tangent), others
-
-        found: Any = torch.func.jvp(along, (values, left), (right, both), has_aux=True)
-        (value, to_left), (to_right, to_both), others = found
-        return value, to_left, to_right, to_both, others
-
-    tangents = tuple(jet.stack[1 : 1 + firsts] for jet in jets)
-    if pairs == "none":
-        value, *derivatives, others = _mapped(first, (tangents,), firsts)
-    else:
-        half = firsts if pairs == "squares" else firsts // 2
-        left, right = (
-            tuple(tangent[where] for tangent in tangents)
-            for where in (slice(half), slice(firsts - half, firsts))
-        )
-        zeros = tuple(torch.zeros_like(jet.stack[1 : 1 + half]) for jet in jets)
-        both = tuple(
-            zero if jet.is_short else jet.stack[1 + firsts :]
-            for jet, zero in zip(jets, zeros, strict=True)
-        )
-        value, to_left, to_right, to_both, others = _mapped(second, (left, right, both), half)
-        derivatives = [to_left, *(() if pairs == "squares" else (to_right,)), to_both]
+    derivatives = tuple(jet.stack[1:] for jet in jets)
+    stacks, others = along(function, values, derivatives, firsts, pairs)
     if _versions(values) != versions:
         raise TaylorError(f"{_name(func)}: {CHANGES}")
-    made = (
-        Jet.make(torch.cat([one.unsqueeze(0), *rest]), firsts, pairs)
-        for one, *rest in zip(value, *derivatives, strict=True)
-    )
+    made = (Jet.make(stack, firsts, pairs) for stack in stacks)
     tree, kinds, leaves = shape
     rest = iter(others)
     filled = {"jet": made, "tensor": rest, "other": None}
@@ -284,17 +250,6 @@ def fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         for leaf, kind in zip(leaves, kinds, strict=True)
     ]
     return pytree.tree_unflatten(leaves, tree)
-
-
-def _mapped(function: Callable[..., Any], args: Any, count: int) -> Any:
-    """(value, *derivatives, others) of a function for `count` directions."""
-    if count == 1:
-        args = pytree.tree_map(lambda stack: stack[0], args)
-        value, *derivatives, others = function(*args)
-        return value, *pytree.tree_map(lambda part: part.unsqueeze(0), derivatives), others
-    # One evaluation: one mask of a dropout serves the value and every derivative.
-    outs: Any = (None, *(0,) * (1 if len(args) == 1 else 3), None)
-    return torch.func.vmap(function, out_dims=outs, randomness="same")(*args)
 
 
 def _kind(leaf: object) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hosm_losses.taylor.jet import Pairs
+from hosm_losses.taylor.forward_mode import Pairs
 from hosm_losses.taylor.norm_formulas import Norm, Rows, derivatives, second_derivatives
 
 

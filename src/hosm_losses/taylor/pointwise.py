@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses.taylor.jet import Jet, Pairs, TaylorError, every, rule
+from hosm_losses.taylor.forward_mode import Pairs
+from hosm_losses.taylor.jet import Jet, TaylorError, every, rule
 from hosm_losses.taylor.recompute import Formula, recomputed
 
 Series = Callable[[Tensor], Iterator[Tensor]]
