@@ -12,11 +12,10 @@ is as PyTorch has it, convolutions in TF32; bf16 is torch.autocast around the lo
                   ahead; the variants take turns, medians over rounds. memory, peak bytes above
                   those before, parameter gradients included. kernels, by the profiler, without
                   copies and fills. sync, where PyTorch's debug mode saw the host wait, or null.
-    graph_given   A step captured in a CUDA graph, with t, noise and probe as static inputs, in a
-                  process of its own: a failed capture can leave CUDA unusable. error of the
-                  replayed gradient against the eager one with the same seed, repeat between two
-                  eager ones, ms of a replay.
-    graph_drawn   The same where the loss draws them; not tried where the former fails.
+    graph_given   A step captured in a CUDA graph, with t, noise and probe as static inputs. error
+                  of the replayed gradient against the eager one with the same seed, repeat between
+                  two eager ones, ms of a replay.
+    graph_drawn   The same where the loss draws them. Where the former fails, so does this.
     compiled      With --compile: ms and memory of the compiled loss, seconds of its first step.
 
 What fails, for want of memory say, is recorded as "failed". --smoke takes a tiny network and no
@@ -24,7 +23,6 @@ TF32, and exits with an error where a loss is not finite, or in fp32 a gradient 
 works on a CPU, where what needs CUDA is null.
 """
 
-import argparse
 import gc
 import json
 import math
@@ -33,13 +31,14 @@ import statistics
 import subprocess
 import time
 import traceback
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -64,7 +63,8 @@ VARIANTS: dict[str, tuple[int, Row]] = {
     "order 3 chunks": (3, TAYLOR | {"chunks": 4}),
 }
 LOSSES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
-PARTS = ("gradient", "step", "graph_given", "graph_drawn", "compiled")
+GRAPHS = ("graph_given", "graph_drawn")
+PARTS = ("gradient", "step", *GRAPHS, "compiled")
 COLUMNS = {
     "GiB": ("step", "memory", 2**30),
     "kernels": ("step", "kernels", 1),
@@ -123,20 +123,10 @@ class DDPM(nn.Module):
         return self.outer(F.silu(self.norm(hidden)))
 
 
-class Setting(NamedTuple):
-    """What all variants of a table share."""
-
-    device: str
-    batch: int
-    precision: str
-    rounds: int
-    smoke: bool
-
-
 class Job:
     """A network and a batch, on which the variants are measured."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Namespace) -> None:
         torch.manual_seed(0)
         torch.backends.cudnn.allow_tf32 = not setting.smoke
         self.rounds, self.bf16 = setting.rounds, setting.precision == "bf16"
@@ -281,19 +271,16 @@ def replayed(job: Job, order: int, options: Row, given: bool) -> Row:
     return found | timed({"ms": graph.replay}, job.rounds)
 
 
-def captured(setting: Setting, key: str) -> Row:
+def captured(setting: Namespace, key: str) -> Row:
     """Both graphs of a variant, in the process that runs this."""
     job = Job(setting)
-    found = {"graph_given": job.attempt(replayed, *VARIANTS[key], True)}
-    if "failed" not in found["graph_given"]:
-        found["graph_drawn"] = job.attempt(replayed, *VARIANTS[key], False)
-    return found
+    return {part: job.attempt(replayed, *VARIANTS[key], part == "graph_given") for part in GRAPHS}
 
 
-def measure_all(setting: Setting, keys: list[str], compiling: bool) -> dict[str, Row]:
+def measure_all(setting: Namespace, keys: list[str]) -> dict[str, Row]:
     """Everything about every variant."""
     rows = {key: dict.fromkeys(PARTS) for key in keys}
-    small = Job(setting._replace(batch=min(8, setting.batch)))
+    small = Job(Namespace(**vars(setting) | {"batch": min(8, setting.batch)}))
     for key in tqdm(keys, "gradients", leave=False):
         rows[key]["gradient"] = small.attempt(checked, *VARIANTS[key])
     if small.device.type != "cuda":
@@ -302,12 +289,14 @@ def measure_all(setting: Setting, keys: list[str], compiling: bool) -> dict[str,
     for key in tqdm(keys, "memory", leave=False):
         rows[key]["step"] = job.attempt(measured, *VARIANTS[key])
     steps = {key: job.step(*VARIANTS[key]) for key in keys if "memory" in rows[key]["step"]}
-    for key, ms in timed(steps, job.rounds, hide=False).items():
-        rows[key]["step"]["ms"] = ms
-    for key in tqdm(keys if compiling else [], "compile", leave=False):
+    found = job.attempt(lambda job: timed(steps, job.rounds, hide=False))
+    for key in steps:
+        rows[key]["step"] |= {"ms": found[key]} if key in found else found
+    for key in tqdm(keys if setting.compile else [], "compile", leave=False):
         rows[key]["compiled"] = job.attempt(compiled, *VARIANTS[key])
     job.free()
     for key in tqdm(keys, "graphs", leave=False):
+        # In another process, anew after a failure: a capture that fails can leave CUDA unusable.
         pool = pool or ProcessPoolExecutor(1, get_context("spawn"))
         try:
             rows[key] |= pool.submit(captured, setting, key).result()
@@ -320,13 +309,14 @@ def measure_all(setting: Setting, keys: list[str], compiling: bool) -> dict[str,
 
 def show(rows: dict[str, Row]) -> None:
     """Print a table, in brackets the ratios to order one."""
-    print(f"{'':<18}" + "".join(f"{name:>16}" for name in COLUMNS))
+    print(f"{'':<18}" + "".join(f"{name:>18}" for name in COLUMNS))
     for key, row in rows.items():
         line = f"{key:<18}"
         for part, name, unit in COLUMNS.values():
             number, base = ((each[part] or {}).get(name) for each in (row, rows[BASE]))
             ratio = f" ({number / base:.2f})" if number and base else ""
-            line += f"{'-' if number is None else f'{number / unit:.3g}{ratio}':>16}"
+            number = "-" if number is None else f"{float(f'{number / unit:.4g}'):g}{ratio}"
+            line += f"{number:>18}"
         print(line)
     for (key, row), part, word in product(rows.items(), PARTS, ("failed", "sync")):
         if (row[part] or {}).get(word):
@@ -344,7 +334,7 @@ def said(*command: str) -> str | None:
 
 def environment(device: str) -> Row:
     return {
-        "card": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        "card": torch.cuda.get_device_name(device) if device == "cuda" else None,
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
@@ -353,14 +343,11 @@ def environment(device: str) -> Row:
     }
 
 
-def is_right(found: Row, precision: str) -> bool:
-    limit = 1e-4 if precision == "fp32" else math.inf
-    return math.isfinite(found.get("loss", math.nan)) and found.get("error", 0) <= limit
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", help="default: cuda, or cpu with --smoke")
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="default: cuda, or cpu with --smoke"
+    )
     parser.add_argument("--batch", type=int, nargs="+", help="default: 128 48, or 4 with --smoke")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--rounds", type=int, default=7)
@@ -369,22 +356,23 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     args = parser.parse_args()
-    device = args.device or ("cpu" if args.smoke else "cuda")
+    args.device = args.device or ("cpu" if args.smoke else "cuda")
     keys = [key for key in VARIANTS if key == BASE or re.search(args.variants, key)]
-    report: Row = {"environment": environment(device), "tables": []}
-    for batch, precision in product(
-        args.batch or ([4] if args.smoke else [128, 48]), args.precision
-    ):
-        setting = Setting(device, batch, precision, args.rounds, args.smoke)
-        rows = measure_all(setting, keys, args.compile)
+    report: Row = {"environment": environment(args.device), "tables": []}
+    batches = args.batch or ([4] if args.smoke else [128, 48])
+    for batch, precision in product(batches, args.precision):
+        shared = {"batch": batch, "precision": precision}
+        rows = measure_all(Namespace(**vars(args) | shared), keys)
         print(f"\nbatch {batch}, {precision}")
         show(rows)
-        report["tables"].append(setting._asdict() | {"variants": rows})
+        report["tables"].append(shared | {"smoke": args.smoke, "variants": rows})
         if args.out:
             args.out.write_text(json.dumps(report, indent=2))
-        wrong = [key for key in keys if not is_right(rows[key]["gradient"], precision)]
-        if wrong and args.smoke:
-            raise SystemExit(f"not right in {precision}: {', '.join(wrong)}")
+        limit = 1e-4 if precision == "fp32" else math.inf
+        for key, found in ((key, row["gradient"]) for key, row in rows.items()):
+            right = math.isfinite(found.get("loss", math.nan)) and found.get("error", 0) <= limit
+            if args.smoke and not right:
+                raise SystemExit(f"{key}, {precision}: {found}")
 
 
 if __name__ == "__main__":

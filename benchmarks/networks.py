@@ -189,7 +189,8 @@ class DiTBlock(nn.Module):
         parts = self.modulation(embedding)[:, None].chunk(6, -1)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         hidden = self.norm1(x) * (1 + scale1) + shift1
-        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(hidden).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + gate1 * self.mix(mixed)
         return x + gate2 * self.feed(self.norm2(x) * (1 + scale2) + shift2)

@@ -98,6 +98,7 @@ def _both(engine: str, kind: type[Exception], words: str) -> dict[tuple[str, int
 
 CHECKPOINT_FORWARD = (hosm.DerivativeError, "checkpoint: expected derivative='reverse'")
 FOREIGN_CHECKPOINT = (hosm.DerivativeError, "checkpoint: expected hosm_losses.checkpoint inside")
+BY_A_FUNCTION = (hosm.DerivativeError, r"expected operators that the engine 'taylor' knows")
 NOT_AGAIN = (hosm.DerivativeError, "expected a derivative that autograd can differentiate again")
 
 _DIFFUSERS = {"time": 1000.0, "output": operator.attrgetter("sample")}
@@ -129,7 +130,6 @@ NETWORKS: Mapping[str, Network] = {
         plain=builders.unet_2d,
         refused={
             **_both("reverse", *FOREIGN_CHECKPOINT),
-            **_both("auto", *FOREIGN_CHECKPOINT),
             **_both("forward", *CHECKPOINT_FORWARD),
         },
     ),
@@ -168,6 +168,7 @@ NETWORKS: Mapping[str, Network] = {
         plain=builders.torchcfm,
         dtype=torch.float32,  # it computes again in backward, where nothing keeps float64
         refused={
+            **_both("taylor", *BY_A_FUNCTION),
             **_both("reverse", *NOT_AGAIN),
             **_both("forward", RuntimeError, "must override the setup_context staticmethod"),
             **_both("auto", hosm.DerivativeError, "expected operators that can be differentiated"),
@@ -178,14 +179,14 @@ NETWORKS: Mapping[str, Network] = {
         "azula",
         lambda: builders.azula_vit(checkpointing=True),
         plain=builders.azula_vit,
-        refused={**_both("reverse", *FOREIGN_CHECKPOINT), **_both("auto", *FOREIGN_CHECKPOINT)},
+        refused=_both("reverse", *FOREIGN_CHECKPOINT),
     ),
     "azula ViT, checkpointing, eval()": Network(
         "azula",
         lambda: builders.azula_vit(checkpointing=True),
         plain=builders.azula_vit,
         training=False,
-        refused=_both("reverse", *NOT_AGAIN),
+        refused={**_both("taylor", *BY_A_FUNCTION), **_both("reverse", *NOT_AGAIN)},
     ),
     "azula UNet": Network("azula", lambda: builders.azula_unet("layer")),
     "azula UNet, group norm": Network("azula", lambda: builders.azula_unet("group")),

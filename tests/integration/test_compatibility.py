@@ -3,7 +3,7 @@
 import pytest
 
 from tests.integration.compatibility import COLUMNS, PAGE, TITLES, cells, verdicts
-from tests.integration.measure import ORDERS
+from tests.integration.measure import ENGINES, ORDERS
 from tests.integration.networks import NETWORKS
 
 
@@ -34,5 +34,5 @@ def test_the_page_agrees_with_this_run(name, order, committed, need):
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_no_gradient_is_wrong(name, committed):
     for order in ORDERS:
-        for column in ("auto", "reverse", "forward"):
+        for column in ENGINES:
             assert committed[TITLES[order], name, column] in ("right", "falls back", "refused")

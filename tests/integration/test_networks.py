@@ -64,7 +64,7 @@ def test_terms_are_right(name, engine, order):
     assert (terms.third is None) == (order == 2)
 
 
-@pytest.mark.parametrize("engine", ["reverse", "forward"])
+@pytest.mark.parametrize("engine", ["taylor", "reverse", "forward"])
 def test_several_probes_are_the_mean_of_single_ones(name, engine):
     """With conditions that follow their samples, and in forward mode under vmap."""
     if not (takes(name, engine, 3) and takes(name, "auto", 3)):

@@ -132,3 +132,20 @@ def test_nothing_is_kept_without_gradients():
 def test_a_linear_function_has_second_derivatives_of_zero():
     found = carried(lambda x: 2 * x + 1, X, W, "squares")
     assert torch.equal(found[2], torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.reshape(x, shape=(3, 2, 2)),
+        lambda x: x.permute(dims=(1, 0)),
+        lambda x: F.silu(input=x),
+        lambda x: torch.sum(input=x, dim=1),
+        lambda x: torch.mul(x, other=x.sin()),
+        lambda x: torch.softmax(x, dim=1, dtype=torch.float64),
+        lambda x: x.expand(size=(2, 3, 4)),
+        lambda x: F.linear(x, weight=torch.eye(4), bias=torch.ones(4)),
+    ],
+)
+def test_keywords_that_a_rule_does_not_know(function):
+    check(lambda x: function(x.sin()).sin(), (4,))

@@ -35,9 +35,11 @@ __all__ = [
     "every",
     "expand_stack",
     "fallback",
+    "keywords",
     "rule",
 ]
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -133,10 +135,19 @@ def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     """Register a rule for functions of PyTorch; it is given their arguments, Jets among them."""
 
     def register(found: Rule) -> Rule:
+        found.keywords = keywords(found)  # pyright: ignore[reportFunctionMemberAccess]
         RULES.update(dict.fromkeys(functions, found))
         return found
 
     return register
+
+
+def keywords(function: Callable[..., Any]) -> tuple[str, ...] | None:
+    """The names by which a function takes arguments; None if it takes any."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return None
+    return tuple(each.name for each in parameters if each.kind is not each.VAR_POSITIONAL)
 
 
 def every(*names: str) -> tuple[Callable[..., Any], ...]:
@@ -168,7 +179,15 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
         raise TaylorError(f"{_name(func)}: called under torch.no_grad on what depends on x.")
-    return fallback(func, args, kwargs) if found is None else found(*args, **kwargs)
+    if found is None or not args or not _takes(found, kwargs):
+        return fallback(func, args, kwargs)
+    return found(*args, **kwargs)
+
+
+def _takes(found: Rule, kwargs: dict[str, Any]) -> bool:
+    """Whether a rule knows the keywords; PyTorch has more of them than networks use."""
+    known = getattr(found, "keywords", None)
+    return not kwargs or known is None or all(name in known for name in kwargs)
 
 
 def define_methods() -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor.jet import CONSTANT, Jet, TaylorError, every, fallback, rule
+from hosm_losses.taylor.jet import CONSTANT, Jet, TaylorError, every, fallback, keywords, rule
 
 CONSTANT.update(
     dict.fromkeys(
@@ -88,6 +88,7 @@ def _register(names: tuple[str, ...], make: Callable[..., Any]) -> None:
             return tuple(map(x.like, found)) if isinstance(found, tuple) else x.like(found)
 
         rule(function)(moved)
+        moved.keywords = keywords(make)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _shaped(stack: Tensor, *shape: Any) -> Tensor:
