@@ -7,7 +7,7 @@ networks and makes a page of it.
 
     flops     of matrix products and convolutions in loss and backward pass, counted. Attention is
               taken apart for it, as PyTorch has no count for its kernel on CPUs.
-    seconds   of processor time, the median over rounds in which all variants take turns, JAX's too.
+    seconds   of processor time, the median over rounds in which all take turns, JAX too.
     memory    peak bytes of a step in a process of its own, see benchmarks.memory.
     jax       seconds of the same loss and network in JAX, benchmarks.jax_twins. It is given its
               random numbers; ours draws them.
@@ -117,7 +117,9 @@ def peer_steps(name: str, batch: int, wanted: list[str] | None) -> dict[str, Ste
 
     make, shape = NETWORKS[name]
     parameters = jax_twins.parameters_of(make())
-    x0, noise, *probes = (jax.numpy.asarray(torch.randn(batch, *shape[1:])) for _ in range(4))
+    x0, noise, *probes = (
+        jax.numpy.asarray(torch.randn(batch, *shape[1:]).numpy()) for _ in range(4)
+    )
     inputs = (x0, jax.numpy.linspace(0.01, 1, batch), noise)
     losses: dict[str, tuple[Any, ...]] = {"order 1": (1,), "order 2": (2,)}
     losses |= {f"order 3 {third}": (3, third) for third in jax_twins.THIRDS}

@@ -12,6 +12,7 @@ from benchmarks.timing import ratios
 from hosm_losses.divergence import hutchinson_divergence
 from hosm_losses.primitive_mode import safe_primitives
 from hosm_losses.probes import draw_probes
+from hosm_losses.taylor import carried
 
 ROUNDS = 7
 
@@ -50,6 +51,7 @@ def test_value_and_divergence_over_one_evaluation(benchmark, name, probes):
         ),
         "a pass forward, and both passes for each probe": separate,
         "forward mode": forward_mode,
+        "the losses' Taylor engine": lambda: carried(lambda x: network(x, t), x, v),
     }
 
     with torch.no_grad():

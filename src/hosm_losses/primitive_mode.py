@@ -38,10 +38,10 @@ CHECKPOINT_ADVICE = (
     "or checkpoint around the loss module."
 )
 FORWARD_ADVICE = (
-    "checkpoint: expected derivative='reverse' for a network with activation checkpoints inside; "
-    "got forward mode, through which nothing can be recomputed. Leave derivative at 'auto' (which "
-    "is reverse mode outside torch.compile), turn the checkpoints off, or checkpoint around the "
-    "loss module."
+    "checkpoint: expected derivative='reverse' or 'taylor' for a network with activation "
+    "checkpoints inside; got forward mode, through which nothing can be recomputed. Leave "
+    "derivative at 'auto' outside torch.compile, turn the checkpoints off, or checkpoint around "
+    "the loss module."
 )
 _here = threading.local()
 
