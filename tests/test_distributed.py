@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 import hosm_losses as hosm
 
 MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
-CASES = [(1, "auto"), *[(order, e) for order in (2, 3) for e in ("reverse", "forward")]]
+KINDS = ("taylor", "reverse", "forward", "chunks")
+CASES = [(1, "auto"), *[(order, kind) for order in (2, 3) for kind in KINDS]]
 BATCH = 4
 
 
@@ -44,7 +45,8 @@ def setting(order, engine, checkpoint=False):
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     network = Network(checkpoint and engine != "forward")
-    options = {} if order == 1 else {"derivative": engine}
+    options = {"chunks": 2} if engine == "chunks" else {"derivative": engine}
+    options = {} if order == 1 else options
     module = MODULES[order](hosm.ScoreModel(network, hosm.VPSchedule()), **options)
     x0 = torch.randn(BATCH, 5, 3)
     inputs = {"t": torch.linspace(0.2, 0.8, BATCH), "noise": torch.randn_like(x0)}
