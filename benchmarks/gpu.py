@@ -41,14 +41,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import hosm_losses as hosm
-from benchmarks.networks import PixelAttention, Residual, time_layers, waves
+from benchmarks.networks import DDPM
 
 Step = Callable[[], object]
 Row = dict[str, Any]
@@ -74,55 +73,6 @@ COLUMNS = {
 WARM_UP, ROOT = 3, Path(__file__).parents[1]
 
 
-class Level(nn.Module):
-    """Blocks down and up at one resolution, and what is smaller between them."""
-
-    def __init__(self, inner: int, widths: list[int], blocks: int, time: int, depth: int = 0):
-        super().__init__()
-        width, *rest = widths
-        skips = [inner] + [width] * blocks
-        self.down = nn.ModuleList(Residual(skip, width, time) for skip in skips[:-1])
-        self.up = nn.ModuleList(Residual(width + skip, width, time) for skip in skips[::-1])
-        self.attend = nn.ModuleList(PixelAttention(width) for _ in skips[1:] if depth == 1)
-        if rest:
-            self.smaller = nn.Conv2d(width, width, 3, stride=2, padding=1)
-            self.within = Level(width, rest, blocks, time, depth + 1)
-            self.larger = nn.Conv2d(rest[0], width, 3, padding=1)
-        else:
-            self.middle = nn.ModuleList(Residual(width, width, time) for _ in range(2))
-            self.within = PixelAttention(width)
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        skips = [x]
-        for number, block in enumerate(self.down):
-            x = block(x, embedding)
-            x = self.attend[number](x) if self.attend else x
-            skips.append(x)
-        if isinstance(self.within, Level):
-            x = self.within(self.smaller(x), embedding)
-            x = self.larger(F.interpolate(x, scale_factor=2, mode="nearest"))
-        else:
-            x = self.middle[1](self.within(self.middle[0](x, embedding)), embedding)
-        for block in self.up:
-            x = block(torch.cat([x, skips.pop()], 1), embedding)
-        return x
-
-
-class DDPM(nn.Module):
-    """A U-Net of the size of DDPM++, with attention at its second level and in the middle."""
-
-    def __init__(self, width: int = 128, factors: tuple[int, ...] = (1, 2, 2, 2), blocks: int = 4):
-        super().__init__()
-        self.width, self.time = width, time_layers(width, 4 * width)
-        self.inner = nn.Conv2d(3, width, 3, padding=1)
-        self.levels = Level(width, [factor * width for factor in factors], blocks, 4 * width)
-        self.norm, self.outer = nn.GroupNorm(8, width), nn.Conv2d(width, 3, 3, padding=1)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        hidden = self.levels(self.inner(x), self.time(waves(t, self.width)))
-        return self.outer(F.silu(self.norm(hidden)))
-
-
 class Job:
     """A network and a batch, on which the variants are measured."""
 
@@ -140,17 +90,17 @@ class Job:
         self.probe = torch.randn_like(self.x0).sign()
 
     def step(self, order: int, options: Row, given: bool = False, compiled: bool = False) -> Step:
-        """A training step of a variant, which returns its loss."""
+        """A training step of a variant."""
         loss = LOSSES[order](self.model, **options)
         loss = torch.compile(loss) if compiled else loss
         inputs = self.given | ({"probe": self.probe} if order > 1 else {}) if given else {}
 
-        def step() -> Tensor:
+        def step() -> None:
             self.network.zero_grad()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 value = loss(self.x0, **inputs)
             value.backward()
-            return value.detach()
+            self.loss = value.detach()
 
         return step
 
@@ -192,10 +142,11 @@ def difference(gradient: Tensor, expected: Tensor) -> float:
 def checked(job: Job, order: int, options: Row) -> Row:
     """The loss of a variant, and its gradient beside that by the plainest route."""
     step, plain = job.step(order, options, True), "forward" if "third" in options else "reverse"
-    found = {"loss": float(step())}
+    gradient = job.gradient(step)
+    found = {"loss": float(job.loss)}
     if options.get("derivative", plain) != plain:
         expected = job.step(order, options | {"derivative": plain, "chunks": 1}, True)
-        found["error"] = difference(job.gradient(step), job.gradient(expected))
+        found["error"] = difference(gradient, job.gradient(expected))
     return found
 
 

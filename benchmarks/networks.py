@@ -171,6 +171,55 @@ class UNet(nn.Module):
         return self.outer(F.silu(self.norm(hidden)))
 
 
+class Level(nn.Module):
+    """Blocks down and up at one resolution, and what is smaller between them."""
+
+    def __init__(self, inner: int, widths: list[int], blocks: int, time: int, depth: int = 0):
+        super().__init__()
+        width, *rest = widths
+        skips = [inner] + [width] * blocks
+        self.down = nn.ModuleList(Residual(skip, width, time) for skip in skips[:-1])
+        self.up = nn.ModuleList(Residual(width + skip, width, time) for skip in skips[::-1])
+        self.attend = nn.ModuleList(PixelAttention(width) for _ in skips[1:] if depth == 1)
+        if rest:
+            self.smaller = nn.Conv2d(width, width, 3, stride=2, padding=1)
+            self.within = Level(width, rest, blocks, time, depth + 1)
+            self.larger = nn.Conv2d(rest[0], width, 3, padding=1)
+        else:
+            self.middle = nn.ModuleList(Residual(width, width, time) for _ in range(2))
+            self.within = PixelAttention(width)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        skips = [x]
+        for number, block in enumerate(self.down):
+            x = block(x, embedding)
+            x = self.attend[number](x) if self.attend else x
+            skips.append(x)
+        if isinstance(self.within, Level):
+            x = self.within(self.smaller(x), embedding)
+            x = self.larger(F.interpolate(x, scale_factor=2, mode="nearest"))
+        else:
+            x = self.middle[1](self.within(self.middle[0](x, embedding)), embedding)
+        for block in self.up:
+            x = block(torch.cat([x, skips.pop()], 1), embedding)
+        return x
+
+
+class DDPM(nn.Module):
+    """A U-Net of the size of DDPM++, with attention at its second level and in the middle."""
+
+    def __init__(self, width: int = 128, factors: tuple[int, ...] = (1, 2, 2, 2), blocks: int = 4):
+        super().__init__()
+        self.width, self.time = width, time_layers(width, 4 * width)
+        self.inner = nn.Conv2d(3, width, 3, padding=1)
+        self.levels = Level(width, [factor * width for factor in factors], blocks, 4 * width)
+        self.norm, self.outer = nn.GroupNorm(8, width), nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        hidden = self.levels(self.inner(x), self.time(waves(t, self.width)))
+        return self.outer(F.silu(self.norm(hidden)))
+
+
 class DiTBlock(nn.Module):
     """Attention and a GELU layer; t shifts, scales and gates both (adaLN)."""
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from benchmarks.networks import DiT, UNet
 
 import hosm_losses as hosm
 from tests.oracles import networks
@@ -27,6 +28,25 @@ def test_one_graph_with_the_gradients_of_eager_mode(name, order):
     gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
     for compiled_one, eager in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(compiled_one, eager, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{}, {"third": "laplacian"}, {"third": "sliced"}], ids=str)
+@pytest.mark.parametrize("make", [lambda: UNet(width=8), lambda: DiT(size=16, width=16, heads=2)])
+def test_a_unet_and_a_transformer_of_images_are_one_graph(make, options):
+    """With time embeddings, skips, resampling, attention at 8 × 8 and modulated norms."""
+    torch.manual_seed(0)
+    network, x0 = make(), torch.randn(2, 3, 16, 16)
+    module = hosm.ThirdOrderDSM(hosm.ScoreModel(network, hosm.VPSchedule()), **options)
+    inputs = {"t": torch.tensor([0.3, 0.6]), "noise": torch.randn_like(x0)}
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    found = []
+    for each in (module, compiled):
+        torch.manual_seed(1)
+        loss = each(x0, **inputs)
+        found.append((loss, *torch.autograd.grad(loss, list(network.parameters()))))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from hosm_losses import DerivativeError, ScoreModel, VPSchedule
-from hosm_losses.derivatives import time_derivative
+from hosm_losses.derivatives import _refused, time_derivative
 from tests.oracles import dense_derivatives, networks
 
 ENGINES = ("forward", "reverse", "taylor")
@@ -221,6 +221,43 @@ def test_auto_names_every_reason_where_no_engine_can(order):
     field = network.field(torch.tensor([0.5]))
     with pytest.raises(DerivativeError, match=r"taylor: .*; reverse: .*; forward: "):
         field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=order)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("16 GiB"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")],
+)
+def test_auto_does_not_take_a_device_that_fails_for_a_network_that_cannot(error):
+    layer, failures = nn.Linear(3, 3), [error]
+
+    class Failing(nn.Module):
+        def forward(self, x, t):
+            if failures:
+                raise failures.pop()
+            return layer(x).sin()
+
+    network = Failing()
+    field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))
+    with pytest.raises(type(error), match=str(error)):
+        field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
+    field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
+    assert _refused(network) == {}
+
+
+def test_auto_keeps_nothing_of_an_error_that_every_engine_would_raise():
+    layer, wrong = nn.Linear(3, 3), [True]
+
+    class Mistaken(nn.Module):
+        def forward(self, x, t):
+            return layer(x[:, :2] if wrong else x).sin()
+
+    network = Mistaken()
+    field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
+    wrong.clear()
+    field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
+    assert _refused(network) == {}
 
 
 def test_auto_does_not_hide_the_networks_own_errors():

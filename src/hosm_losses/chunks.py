@@ -53,13 +53,15 @@ def in_chunks(
 
     Raises:
         TypeError: for a network that is no Module, whose parameters nobody can know.
-        ValueError: under torch.compile.
+        ValueError: under torch.compile, or while a CUDA graph is captured.
         DerivativeError: in the backward pass, if the network uses parameters that are neither its
             own nor among `tensors`.
     """
-    if torch.compiler.is_compiling():
+    captured = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or captured:
+        where = "in a CUDA graph" if captured else "under torch.compile"
         raise ValueError(
-            f"chunks: expected 1 under torch.compile, which decides itself what to keep; got "
+            f"chunks: expected 1 {where}, where the state of a generator cannot be kept; got "
             f"{chunks}. Split the batch and accumulate gradients instead."
         )
     if not isinstance(network, nn.Module):

@@ -48,6 +48,8 @@ ENGINES = ("auto", "taylor", "reverse", "forward")
 NOT_TWICE = ("derivative for aten::", "once_differentiable")
 # What code raises that meets a Jet and expected an ordinary tensor.
 PYTHONS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+# The words of devices that fail.
+MACHINES = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
 # The engines that a network has shown not to work with, with their reasons.
 _REFUSED: "weakref.WeakKeyDictionary[Any, dict[str, str]]" = weakref.WeakKeyDictionary()
 logger = logging.getLogger(__name__)
@@ -140,8 +142,15 @@ def _of_the_engine(engine: str, error: Exception) -> bool:
         return any(words in str(error) for words in NOT_TWICE)
     if engine == "taylor":
         # Not what a checkpoint around the loss raises to end its recomputation.
-        return isinstance(error, PYTHONS) and not isinstance(error, torch.OutOfMemoryError)
+        return isinstance(error, PYTHONS) and not _of_the_machine(error)
     return isinstance(error, RuntimeError) and not isinstance(error, DerivativeError)
+
+
+def _of_the_machine(error: Exception) -> bool:
+    """Whether a device has failed, which says nothing about the network."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in MACHINES)
 
 
 def _refused(owner: object) -> dict[str, str]:

@@ -289,7 +289,9 @@ def _where(condition: Any, a: Any = None, b: Any = None) -> Any:
     jet = a if isinstance(a, Jet) else b
     if not isinstance(jet, Jet) or isinstance(condition, Jet):
         return fallback(torch.where, (condition, a, b), {})
-    tensors = [each if isinstance(each, Tensor) else jet.stack.new_tensor(each) for each in (a, b)]
+    tensors = [
+        each if isinstance(each, Tensor) else jet.stack.new_full((), each) for each in (a, b)
+    ]
     ndim = max(condition.ndim, *(each.ndim for each in tensors))
     _, stacks = _stacks(tensors)
     stacks = [
