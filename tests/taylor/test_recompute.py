@@ -84,3 +84,40 @@ def test_a_given_pullback_is_used_and_so_is_its_own():
     (hessian,) = torch.autograd.grad(gradient.sin().sum(), x)
     torch.testing.assert_close(hessian, 2 * (2 * x).cos())
     assert used == ["first", "second"]
+
+
+def test_a_pullback_of_another_tensor_goes_by_autograd():
+    """The second pullback is that of the first tensor's gradient."""
+
+    def never(*everything):
+        raise AssertionError
+
+    def pullback(x, y, cotangent):
+        return cotangent * y.sin(), cotangent * x * y.cos()
+
+    x, y = inputs()
+    rule = Formula(lambda x, y: x * y.sin(), Formula(pullback, Formula(never)))
+    value = recomputed(rule, x.detach(), y)
+    (gradient,) = torch.autograd.grad(value.sum(), y, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), y)
+    torch.testing.assert_close(second, -x * y.sin())
+
+
+def test_gradients_of_every_result_of_a_pullback():
+    """Where its own pullback is that of its first result."""
+
+    def pullback(x, y, cotangent):
+        return cotangent * y.sin(), cotangent * x * y.cos()
+
+    def again(x, y, cotangent, second):
+        return torch.zeros_like(x), cotangent * second * y.cos(), second * y.sin()
+
+    rule = Formula(lambda x, y: x * y.sin(), Formula(pullback, Formula(again)))
+    found = []
+    for function in (lambda x, y: recomputed(rule, x, y), rule.function):
+        x, y = inputs()
+        parts = torch.autograd.grad(function(x, y).sin().sum(), (x, y), create_graph=True)
+        found.append(torch.autograd.grad(sum(part.cos().sum() for part in parts), (x, y)))
+        (first,) = torch.autograd.grad(function(x, y).sin().sum(), x, create_graph=True)
+        found[-1] += torch.autograd.grad(first.sum(), (x, y))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
