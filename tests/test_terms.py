@@ -6,6 +6,7 @@ import torch
 import hosm_losses as hosm
 from hosm_losses.loss_inputs import prepare
 from hosm_losses.loss_options import LossOptions
+from hosm_losses.probes import draw_probes, unit_vectors
 from hosm_losses.terms import Directions, terms_along
 from tests.oracles import anisotropic, mixture_noise, networks, ring, sign_vectors
 
@@ -35,8 +36,6 @@ def sliced(name, probes, others, exact=False):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_sliced_is_unbiased_over_all_sign_vectors_with_the_variance_of_the_docs(exact):
-    from hosm_losses.probes import unit_vectors
-
     def probes(x0):
         return unit_vectors(x0) if exact else torch.ones(1, *x0.shape)
 
@@ -67,6 +66,26 @@ def test_sliced_draws_u_of_its_own_in_every_engine(engine, probes):
         options = {"probes": probes, "third": "sliced", "generator": generator}
         found.append(hosm.third_order_dsm(model, x0, derivative=each, **options))
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("probes", [2, "exact"])
+def test_u_is_drawn_after_v_and_for_itself(probes):
+    network, shape = networks()["mlp"]
+    model, x0 = hosm.ScoreModel(network, hosm.VPSchedule()), torch.randn(2, *shape)
+    given = {"t": torch.tensor([0.3, 0.6]), "noise": torch.randn_like(x0)}
+    generator = torch.Generator().manual_seed(0)
+    if probes == "exact":
+        v = unit_vectors(x0)
+        u = draw_probes(x0, 1, generator=generator).expand_as(v)
+    else:
+        v, u = (draw_probes(x0, probes, generator=generator) for _ in range(2))
+    _, inputs = prepare(model, x0, given["t"], given["noise"], "noise", None)
+    options = LossOptions(order=3, third="sliced", probes=probes)
+    field = model.field(given["t"], primitives=True)
+    expected = terms_along(field, inputs, Directions(v, u), options)
+    again = torch.Generator().manual_seed(0)
+    got = hosm.dsm_terms(model, x0, third="sliced", probes=probes, generator=again, **given)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("mixture", [ring(), anisotropic(6, 3)], ids=["ring", "anisotropic"])

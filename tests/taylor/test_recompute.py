@@ -109,7 +109,10 @@ def test_gradients_of_every_result_of_a_pullback():
     def pullback(x, y, cotangent):
         return cotangent * y.sin(), cotangent * x * y.cos()
 
+    used = []
+
     def again(x, y, cotangent, second):
+        used.append(1)
         return torch.zeros_like(x), cotangent * second * y.cos(), second * y.sin()
 
     rule = Formula(lambda x, y: x * y.sin(), Formula(pullback, Formula(again)))
@@ -121,3 +124,4 @@ def test_gradients_of_every_result_of_a_pullback():
         (first,) = torch.autograd.grad(function(x, y).sin().sum(), x, create_graph=True)
         found[-1] += torch.autograd.grad(first.sum(), (x, y))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+    assert used == [1]  # where the first result alone has a cotangent
