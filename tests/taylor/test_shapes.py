@@ -52,7 +52,9 @@ MOVES = {
         x.masked_fill(OTHER > 0, -2.0) + x.masked_fill(OTHER[0] > 0, x.mean())
     ),
     "where": lambda x: torch.where(OTHER > 0, x, x.sin()),
-    "of the same type": lambda x: x.to(torch.float64).double().type_as(OTHER).to(OTHER),
+    "of the same type": lambda x: (
+        x.to(torch.float64).double().type_as(OTHER).to(OTHER).type(x.dtype)
+    ),
     "cumulative": lambda x: x.cumsum(-1).sin(),
     "constant parts": lambda x: x * x.detach().sign() + torch.zeros_like(x) + x.new_ones(4),
 }
@@ -80,7 +82,7 @@ def test_properties_are_those_of_the_value():
     def function(x):
         seen.append((x.shape, x.size(), x.size(0), x.dim(), x.ndim, x.numel(), len(x), x.stride()))
         seen.append((x.dtype, x.device, x.is_floating_point(), x.is_contiguous(), x.is_cuda))
-        seen.append((x.requires_grad, bool((x > 0).all()), x.argmax(-1).shape, x.layout))
+        seen.append((x.requires_grad, bool((x > 0).all()), x.argmax(-1).shape, x.layout, x.type()))
         return x
 
     x = torch.rand(3, 2, 4, requires_grad=True)

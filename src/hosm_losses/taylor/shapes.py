@@ -205,6 +205,12 @@ def _to(x: Any, *args: Any, **named: Any) -> Any:
     return x.like(x.stack.to(*given, **named))
 
 
+@rule(Tensor.type)
+def _type(x: Jet, dtype: Any = None, **named: Any) -> Any:
+    found = x.stack.type(dtype, **named)
+    return x.like(found) if isinstance(found, Tensor) else found
+
+
 @rule(Tensor.__getitem__)
 def _item(x: Any, index: Any) -> Any:
     parts = index if isinstance(index, tuple) else (index,)
