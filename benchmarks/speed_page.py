@@ -10,11 +10,7 @@ temporary directory, and fails if a variant does. What is measured and how: benc
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+import textwrap
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -22,7 +18,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from benchmarks.networks import NETWORKS
-from benchmarks.speed import BASE, NAMES, ROOT, VARIANTS, Row, Setting, measured
+from benchmarks.speed import BASE, NAMES, ROOT, VARIANTS, Row, Setting, environment, measured
 
 Report = dict[str, Any]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,77 +36,25 @@ class Bar(NamedTuple):
     memory: tuple[float, float]
 
 
+SECOND, EXACT, LAPLACIAN = "order 2, taylor", "order 3 exact, taylor", "order 3 laplacian, taylor"
+QUARTER, CHUNKS = "order 3 exact, fraction=1/4", "order 3 exact, chunks=4"
 BARS = {
-    "order 2, taylor": Bar(2.05, (2.5, 2.2), (3.5, 2.3)),
-    "order 3 exact, taylor": Bar(4.10, (6.0, 4.5), (8.0, 4.5)),
-    "order 3 laplacian, taylor": Bar(3.10, (4.4, 3.4), (6.0, 3.5)),
+    SECOND: Bar(2.05, (2.5, 2.2), (3.5, 2.3)),
+    EXACT: Bar(4.10, (6.0, 4.5), (8.0, 4.5)),
+    LAPLACIAN: Bar(3.10, (4.4, 3.4), (6.0, 3.5)),
     "order 3 sliced, taylor": Bar(4.10, (5.5, 4.5), (8.0, 4.5)),
-    "order 3 exact, fraction=1/4": Bar(1.80, (2.3, 1.9), (2.8, 1.9)),
+    QUARTER: Bar(1.80, (2.3, 1.9), (2.8, 1.9)),
 }
-EXACT, QUARTER, CHUNKS = (
-    "order 3 exact, taylor",
-    *(f"order 3 exact, {knob}" for knob in ("fraction=1/4", "chunks=4")),
-)
+NOISIER, OTHER = "noisier, no bias", "another objective where the Jacobian is not symmetric"
 # A knob: the variant with it, the one without, and what it does to the gradient.
 KNOBS = {
     "`chunks=4`": (CHUNKS, EXACT, "none"),
-    "`fraction=1/4`": (QUARTER, EXACT, "noisier, no bias"),
-    '`third="laplacian"`': (
-        "order 3 laplacian, taylor",
-        EXACT,
-        "another objective where the Jacobian is not symmetric",
-    ),
-    "`probes=1` for 4, order 2": ("order 2, taylor", "order 2, probes=4", "noisier, no bias"),
-    "`probes=1` for 4, laplacian": (
-        "order 3 laplacian, taylor",
-        "order 3 laplacian, probes=4",
-        "noisier, no bias",
-    ),
+    "`fraction=1/4`": (QUARTER, EXACT, NOISIER),
+    '`third="laplacian"`': (LAPLACIAN, EXACT, OTHER),
+    "`probes=1` for 4, order 2": (SECOND, "order 2, probes=4", NOISIER),
+    "`probes=1` for 4, laplacian": (LAPLACIAN, "order 3 laplacian, probes=4", NOISIER),
     "`torch.compile`": ("order 3 exact, compiled", EXACT, "none"),
 }
-
-
-def installed(name: str) -> str | None:
-    """The version of a package, None where it is not there."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def processor() -> str:
-    """The model of the processor, as Linux names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def commit() -> str | None:
-    """The commit that is measured, "-dirty" where files have changed since; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def environment() -> Row:
-    """What the numbers depend on."""
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "load_before": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "torch": installed("torch"),
-        "jax": installed("jax"),
-        "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
 
 
 def rounded(found: Any) -> Any:
@@ -142,6 +86,11 @@ def quotient(rows: dict[str, Row], key: str, base: str, field: str) -> float | N
     return above / below if above and below else None
 
 
+def filled(text: str) -> str:
+    """A paragraph with its lines broken anew."""
+    return textwrap.fill(" ".join(text.split()), 99, break_long_words=False)
+
+
 def table(header: list[str], lines: list[list[str]]) -> str:
     """A table in Markdown."""
     every = [header, ["---"] * len(header), *lines]
@@ -152,7 +101,7 @@ def network_table(rows: dict[str, Row], jax: str | None) -> str:
     """A row for each variant of a network."""
     lines = []
     for key, row in rows.items():
-        if "failed" in row:
+        if "seconds" not in row:
             lines.append([key, f"failed: {row['failed'].replace('|', ' ')}", *[NOTHING] * 3])
             continue
         seconds = row.get("compile_seconds")
@@ -214,24 +163,24 @@ def page(report: Report, path: str) -> str:
         for key, name in (("python", "Python"), ("torch", "PyTorch"), ("jax", "JAX"))
     )
     parts = [
-        f"""<!-- Written by `{COMMAND}`; change that, and not this page. -->
-
-# Benchmarks
-
-A row is a variant of the loss, its numbers those of a training step, loss and backward pass
-without the optimizer, over a step of order one on the same network. FLOPs are those of matrix
-products and convolutions, counted. Time is processor time of one thread, the median over {rounds}
-rounds in which all variants take turns; in parentheses is a 90 % interval by bootstrap of the
-rounds. Memory is the peak above what the process held before the step, in a process of its own.
-"Ours / JAX" is our time over that of the same loss, written and compiled in JAX, in the same
-rounds: below 1 ours is faster. "taylor" is the default.
-
-Measured on one core of {where["cores"]}, {where["processor"]}, load before {where["load_before"]};
-{versions}; commit {where["commit"]}, {where["date"]}. Numbers are in `{path}`. To measure again:
-
-```bash
-{COMMAND}
-```"""
+        f"<!-- Written by `{COMMAND}`; change that, and not this page. -->",
+        "# Benchmarks",
+        filled(
+            f"""A row is a variant of the loss, its numbers those of a training step, loss and
+            backward pass without the optimizer, over a step of order one on the same network.
+            FLOPs are those of matrix products and convolutions, counted. Time is processor time
+            of one thread, the median over {rounds} rounds in which all variants take turns; in
+            parentheses is a 90 % interval by bootstrap of the rounds. Memory is the peak above
+            what the process held before the step, in a process of its own. "Ours / JAX" is our
+            time over that of the same loss, written and compiled in JAX, in the same rounds: below
+            1 ours is faster. "taylor" is the default engine."""
+        ),
+        filled(
+            f"""Measured on {where["threads"]} core of {where["cores"]}, {where["processor"]}, load
+            before {where["load_before"]}; {versions}; commit {where["commit"]}, {where["date"]}.
+            Numbers are in `{path}`. To measure again (extra `benchmarks`, and JAX):"""
+        ),
+        f"```bash\n{COMMAND}\n```",
     ]
     if DRAWN in networks:
         parts.append(
@@ -239,10 +188,12 @@ Measured on one core of {where["cores"]}, {where["processor"]}, load before {whe
         )
         parts.append(f"## Targets\n\nBars are for the {DRAWN} network.")
         parts.append(targets_table(networks[DRAWN]["variants"]))
+        parts.append("## Out of memory? Which knob")
         parts.append(
-            "## Out of memory? Which knob\n\n"
-            "Ratios to the same without the knob: of order three, exact, where nothing else is "
-            "said.\nFewer samples in a batch cost less of both in proportion."
+            filled(
+                """Ratios to the same step without the knob, which is of order three, exact, where
+                nothing else is said."""
+            )
         )
         parts.append(knobs_table(networks))
     for name, found in networks.items():
@@ -252,17 +203,32 @@ Measured on one core of {where["cores"]}, {where["processor"]}, load before {whe
         absolute = [f"{1e3 * base['seconds']:.3g} ms", f"{base['flops'] / 1e9:.3g} GFLOP"]
         if "memory" in base:
             absolute.append(f"{base['memory'] / 2**20:.3g} MiB")
+        parts.append(f"## Network: {name}")
         parts.append(
-            f"## Network: {name}\n\n{doc.splitlines()[0]} {found['parameters'] / 1e6:.2g} million "
-            f"parameters,\na batch of {shape}. Order one takes {', '.join(absolute)}."
+            filled(
+                f"""{doc.splitlines()[0]} {found["parameters"] / 1e6:.2g} million parameters, a
+                batch of {shape}. A step of order one takes {", ".join(absolute)}."""
+            )
         )
         parts.append(network_table(rows, where["jax"]))
     return "\n\n".join(parts) + "\n"
 
 
-MARKERS = {"order 1": "*", "order 2": "o", "exact": "s", "laplacian": "^", "sliced": "D"}
-COLORS = {"taylor": "#0072b2", "reverse": "#d55e00", "forward": "white"}
-OTHER = "#f0e442"
+# Shapes are losses, each with a side for its label; fills are engines.
+MARKERS = {
+    "1": ("*", (8, -3)),
+    "2": ("o", (8, -3)),
+    "3 exact": ("s", (8, -9)),
+    "3 laplacian": ("^", (8, 3)),
+    "3 sliced": ("D", (-8, 4)),
+}
+FILLS = {
+    "taylor": ("full", "#0072b2"),
+    "reverse": ("left", "#e69f00"),
+    "forward": ("none", "white"),
+    "": ("full", "black"),
+}
+KNOB = ("bottom", "#0072b2")
 
 
 def draw_figure(rows: dict[str, Row], path: Path) -> None:
@@ -270,21 +236,23 @@ def draw_figure(rows: dict[str, Row], path: Path) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for key in VARIANTS:
-        row = rows.get(key, {})
+        row, label = rows.get(key, {}), key.removeprefix("order ")
         if "memory_ratio" not in row or "time_ratio" not in row:
             continue
-        kind, _, how = key.partition(", ")
-        marker = MARKERS[kind.removeprefix("order 3 ")]
+        loss, _, how = label.partition(", ")
+        (marker, offset), (fill, color) = MARKERS[loss], FILLS.get(how, KNOB)
         point = row["time_ratio"], row["memory_ratio"]
-        style = {"color": COLORS.get(how, OTHER), "markeredgecolor": "black", "markersize": 9}
-        axes.plot(*point, marker, **style)
-        text = key.removeprefix("order ")
-        axes.annotate(text, point, (7, -3), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("time of a step / order one's [1]")
-    axes.set_ylabel("peak memory of a step / order one's [1]")
+        axes.plot(*point, marker, color=color, fillstyle=fill, mec="black", ms=9)
+        side = "left" if offset[0] > 0 else "right"
+        axes.annotate(label, point, offset, textcoords="offset points", fontsize=8, ha=side)
+    axes.margins(x=0.22)
+    axes.set(xlim=(0, None), ylim=(0, None))
+    axes.set_xlabel("processor time of a step [that of order one]")
+    axes.set_ylabel("peak memory of a step [that of order one]")
     axes.grid(color="0.9")
-    figure.suptitle(f"Of time and memory, {DRAWN} network: a fraction saves both")
-    figure.savefig(path, dpi=130)
+    title = "A fraction of the batch saves time and memory, chunks save memory for time"
+    figure.suptitle(f"{title}\n{DRAWN} network, order and variant beside each point")
+    figure.savefig(path, dpi=110)
 
 
 def write_page(results: Path, docs: Path) -> None:
@@ -298,8 +266,8 @@ def write_page(results: Path, docs: Path) -> None:
 
 
 def smoke_setting(name: str) -> Setting:
-    first = [BASE] if name == "mlp" else []
-    return Setting(rounds=1, batch=4, memory=first, peers=first)
+    memory, peers = ([BASE], []) if name == DRAWN else ([], [BASE])
+    return Setting(rounds=1, batch=4, memory=memory, peers=peers)
 
 
 def run(options: argparse.Namespace, results: Path) -> list[str]:

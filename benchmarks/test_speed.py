@@ -2,8 +2,8 @@
 
 OMP_NUM_THREADS=1 NPROC=1 python -m pytest benchmarks/test_speed.py --benchmark-autosave
 
-The time that pytest-benchmark compares is that of all steps together, extra_info has each. JAX takes part
-where NPROC keeps it to one thread.
+The time that pytest-benchmark compares is that of all steps together, extra_info has each. JAX
+takes part where NPROC keeps it to one thread.
 """
 
 import os
