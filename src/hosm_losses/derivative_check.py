@@ -92,7 +92,7 @@ def check_derivatives(
         # What the losses differentiate: the network alone, without the part of x in a prediction.
         field = NetworkField(own.field(times, model_kwargs))
         network = own.network if isinstance(own.network, nn.Module) else None
-        _check_deterministic(field, x0, network)
+        _check_deterministic(field.native, x0, network)
         check = Agreement(order, derivative, TOLERANCE[x0.dtype], STEP[x0.dtype])
         fault = _attempt(check, field, x0, _parameters(network))
         if fault is None:

@@ -139,6 +139,11 @@ class NetworkField:
         """The network."""
         return self.field.model.network
 
+    @property
+    def native(self) -> "NetworkField":
+        """The same with PyTorch's own operators, whose values and first derivatives are right."""
+        return NetworkField(replace(self.field, primitives=False))
+
     def repeat(self, count: int) -> "NetworkField":
         """Return the field of `count` copies of the batch, one after the other."""
         return NetworkField(self.field.repeat(count))

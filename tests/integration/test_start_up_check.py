@@ -13,12 +13,16 @@ from tests.integration.networks import FLOW, NETWORKS
 NEAR = 0.1
 
 
-def check(network, name, **options):
+def check(network, name, derivative="auto", **options):
     with default_dtype(torch.float32):
         model = network.score_model(torch.float32, moved=NEAR, **options)
         given = arguments(name, torch.float32)
         hosm.check_derivatives(
-            model, given["x0"], t=given["t"], model_kwargs=given["model_kwargs"]
+            model,
+            given["x0"],
+            t=given["t"],
+            model_kwargs=given["model_kwargs"],
+            derivative=derivative,
         )
 
 
@@ -42,7 +46,7 @@ def test_it_objects_to_layer_norm_without_its_primitive(name, need):
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         pytest.raises(hosm.DerivativeError, match="Leave primitives=True in ScoreModel"),
     ):
-        check(NETWORKS[name], name, primitives=False)
+        check(NETWORKS[name], name, "reverse", primitives=False)
 
 
 def test_it_objects_to_a_checkpoint_that_a_flow_prediction_would_hide(need):
