@@ -125,6 +125,19 @@ def test_one_mask_for_value_and_derivatives(dropout):
     )
 
 
+@pytest.mark.parametrize(
+    ("dropout", "axes"), [(F.dropout1d, 1), (F.dropout2d, 2), (F.dropout3d, 3)]
+)
+def test_channels_are_dropped_as_a_whole(dropout, axes):
+    x = torch.rand(3, 8, *[4] * axes) + 1
+    torch.manual_seed(0)
+    found = carried(lambda x: dropout(x, 0.5, True), x, torch.ones(1, *x.shape))
+    torch.manual_seed(0)
+    torch.testing.assert_close(found[0], dropout(x, 0.5, True))
+    kept = (found != 0).flatten(3)
+    assert (kept.all(-1) | ~kept.any(-1)).all()
+
+
 def test_dropout_off_or_in_place():
     from hosm_losses.taylor import TaylorError
 

@@ -271,14 +271,22 @@ for _function in every(
     _rows(_function)
 
 
-@rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
-def _dropout(x: Jet, p: float = 0.5, training: bool = True, inplace: bool = False) -> Jet:
-    if inplace:
-        raise TaylorError("dropout: changes in place what depends on x.")
-    if not training or p == 0:
-        return x
-    # One mask for the value and its derivatives.
-    return x.like(x.stack * F.dropout(torch.ones_like(x.stack[0]), p))
+def _dropping(function: Callable[..., Any]) -> None:
+    """Register a dropout by its own mask, of elements or of channels."""
+
+    def dropped(x: Jet, p: float = 0.5, training: bool = True, inplace: bool = False) -> Jet:
+        if inplace:
+            raise TaylorError("dropout: changes in place what depends on x.")
+        if not training or p == 0:
+            return x
+        # One mask for the value and its derivatives.
+        return x.like(x.stack * function(torch.ones_like(x.stack[0]), p))
+
+    rule(function)(dropped)
+
+
+for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
+    _dropping(_function)
 
 
 @rule(F.pad)
