@@ -48,6 +48,7 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks.networks import DDPM
+from benchmarks.speed import commit
 
 Step = Callable[[], object]
 Row = dict[str, Any]
@@ -289,7 +290,7 @@ def environment(device: str) -> Row:
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
-        "commit": said("git", "rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 

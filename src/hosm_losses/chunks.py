@@ -82,9 +82,9 @@ class _Call:
         self.function, self.parts, self.network, self.given = function, parts, network, given
         self.before: list[Any] = []
 
-    def remember(self, device: torch.device, tensors: Sequence[Tensor]) -> None:
+    def remember(self, tensors: Sequence[Tensor]) -> None:
         """Keep the state of the generators, and of autocast."""
-        kind = device.type
+        kind = tensors[0].device.type
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self.before.append((torch.get_rng_state(), get_device_states(*tensors), kind, autocast))
 
@@ -110,7 +110,7 @@ class _Chunked(torch.autograd.Function):
         tensors = leaves[: call.given]
         found = []
         for part in call.parts:
-            call.remember(tensors[0].device, tensors)
+            call.remember(tensors)
             found.append(call.function(part, *tensors))
         return tuple(torch.cat(terms) for terms in zip(*found, strict=True))
 
@@ -140,9 +140,9 @@ class _Chunked(torch.autograd.Function):
                 allow_unused=True,
             )
             for place, gradient in zip(places, found, strict=True):
-                total = totals[place]
-                totals[place] = gradient if total is None or gradient is None else total + gradient
-                totals[place] = total if gradient is None else totals[place]
+                if gradient is not None:
+                    total = totals[place]
+                    totals[place] = gradient if total is None else total + gradient
         return None, *totals
 
 

@@ -13,7 +13,7 @@ __all__ = ["check_derivatives"]
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -185,6 +185,10 @@ class _ModuleField:
     @property
     def owner(self) -> object:
         return self.module
+
+    @property
+    def native(self) -> "_ModuleField":
+        return replace(self, primitives=False)
 
     def repeat(self, count: int) -> "_ModuleField":
         raise NotImplementedError(f"a module is checked with one probe; got {count}")

@@ -61,8 +61,6 @@ class Agreement:
             )
 
         point = x.detach().clone().requires_grad_()
-        # A value needs no primitives, which torch's own checkpoint could not recompute.
-        plain = getattr(field, "native", field)
         varied = [point, *parameters]
         scale = _size(x)
         analytic: dict[str, list[float]] = {}
@@ -86,7 +84,8 @@ class Agreement:
             found = numbers()
             # Before the differences, which write to what the graph has saved.
             slopes = [_along(gradients(number, varied), ways) for number in found]
-            along_w = self._difference(lambda: plain(point)[None], [point], [w[0]])
+            # A value needs no primitives, which torch's own checkpoint could not recompute.
+            along_w = self._difference(lambda: field.native(point)[None], [point], [w[0]])
             note(NAMES[1], found[1].detach(), (along_w * covectors[1]).sum())
             if self.order == 3:
                 moved = self._difference(

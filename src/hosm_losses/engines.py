@@ -64,6 +64,11 @@ class Field(Protocol):
         """The network, for which a choice of the engine is remembered."""
         ...
 
+    @property
+    def native(self) -> "Field":
+        """The same with PyTorch's own operators, whose values and first derivatives are right."""
+        ...
+
     def repeat(self, count: int) -> "Field":
         """Return the field of `count` copies of the batch, for x of shape (count · B, *)."""
         ...
@@ -109,15 +114,12 @@ def taylor(
 
 
 def _taylor_gradient(field: Field, x: Tensor, direction: Tensor) -> list[Tensor]:
-    count = len(direction)
-    field = field.repeat(count) if count > 1 else field
-    w = direction.flatten(0, 1)
+    field, rows, w = _folded(field, x, direction)
 
     def form(rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         value, directional = carried(field, rows, w.unsqueeze(0))
         return (w * directional).sum(), (value, directional)
 
-    rows = x.expand(count, *x.shape).flatten(0, 1)
     if torch.compiler.is_compiling():
         gradient, parts = torch.func.grad(form, has_aux=True)(rows)
     else:
@@ -129,7 +131,14 @@ def _taylor_gradient(field: Field, x: Tensor, direction: Tensor) -> list[Tensor]
             (gradient,) = torch.autograd.grad(
                 number, rows, create_graph=wanted, materialize_grads=True
             )
-    return [part.unflatten(0, (count, -1)) for part in (*parts, gradient)]
+    return [part.unflatten(0, direction.shape[:2]) for part in (*parts, gradient)]
+
+
+def _folded(field: Field, x: Tensor, direction: Tensor) -> tuple[Field, Tensor, Tensor]:
+    """The field, x and the directions with the K directions as one larger batch."""
+    count = len(direction)
+    rows = x.expand(count, *x.shape).flatten(0, 1)
+    return (field.repeat(count) if count > 1 else field), rows, direction.flatten(0, 1)
 
 
 def forward(
@@ -177,7 +186,6 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivativ
         DerivativeError: if autograd cannot follow the output to x, or not twice.
     """
     wanted = torch.is_grad_enabled()
-    count = len(direction)
     with torch.enable_grad(), _explained():
         point = x if wanted and x.requires_grad else x.detach().requires_grad_()
         if order == 2:
@@ -190,9 +198,8 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivativ
             )
             parts = [value.unsqueeze(0), directional]
         else:
-            rows = point.expand(count, *point.shape).flatten(0, 1)
-            w = direction.flatten(0, 1)
-            value = (field.repeat(count) if count > 1 else field)(rows)
+            field, rows, w = _folded(field, point, direction)
+            value = field(rows)
             cotangent = w.detach().requires_grad_()
             pulled = pull_back(value, rows, cotangent.unsqueeze(0))[0]
             gradient, directional = torch.autograd.grad(
@@ -202,7 +209,8 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivativ
                 raise DerivativeError(LOST_TWICE)
             if gradient is None:  # as of a linear field
                 gradient = torch.zeros_like(rows)
-            parts = [part.unflatten(0, (count, -1)) for part in (value, directional, gradient)]
+            found = (value, directional, gradient)
+            parts = [part.unflatten(0, direction.shape[:2]) for part in found]
     return Derivatives(*(part if wanted else part.detach() for part in parts))
 
 

@@ -15,7 +15,7 @@ Source:
     PyTorch issues 175754, 186256, 196699 and 196700.
 """
 
-__all__ = ["PRIMITIVES"]
+__all__ = ["PRIMITIVES", "at_least_float32", "attention_weights", "causal_mask", "per_channel"]
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +28,7 @@ from torch import Tensor
 
 def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     """Subtract the mean and divide by the standard deviation over `dims`, in float32 at least."""
-    x = _at_least_float32(x)
+    x = at_least_float32(x)
     # Sums divided afterwards: the gradient of a mean is written out, that of a sum is a view.
     count = math.prod([x.shape[dim] for dim in dims])
     centred = x - x.sum(dims, keepdim=True) / count
@@ -36,7 +36,8 @@ def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     return centred * torch.rsqrt(variance + eps)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Float32 in place of a shorter type, and anything else as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -89,10 +90,11 @@ def _group_norm(
         )
     grouped = input.reshape(batch, num_groups, -1)
     standard = _standardise(grouped, (-1,), eps).reshape(input.shape)
-    return _affine(standard, weight, bias, _per_channel(input), input.dtype)
+    return _affine(standard, weight, bias, per_channel(input), input.dtype)
 
 
-def _per_channel(x: Tensor) -> tuple[int, ...]:
+def per_channel(x: Tensor) -> tuple[int, ...]:
+    """The shape in which a number for each channel is broadcast against x (B, C, *)."""
     return (1, x.shape[1], *(1,) * (x.ndim - 2))
 
 
@@ -120,7 +122,7 @@ def _batch_norm(
             f"batch_norm: expected several values a channel in training; got {tuple(input.shape)}."
         )
     dims = (0, *range(2, input.ndim))
-    return _affine(_standardise(input, dims, eps), weight, bias, _per_channel(input), input.dtype)
+    return _affine(_standardise(input, dims, eps), weight, bias, per_channel(input), input.dtype)
 
 
 def _instance_norm(
@@ -148,7 +150,7 @@ def _instance_norm(
             f"instance_norm: expected more than one spatial element; got {tuple(input.shape)}."
         )
     dims = tuple(range(2, input.ndim))
-    return _affine(_standardise(input, dims, eps), weight, bias, _per_channel(input), input.dtype)
+    return _affine(_standardise(input, dims, eps), weight, bias, per_channel(input), input.dtype)
 
 
 def _attention(
@@ -161,26 +163,41 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if is_causal and attn_mask is not None:
-        raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both.")
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    weights = attention_weights(query, key, attn_mask, is_causal, scale)
+    return F.dropout(weights.to(value.dtype), dropout_p) @ value
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The weights of scaled_dot_product_attention, in float32 at least."""
+    if is_causal and attn_mask is not None:
+        raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both.")
     # A vector where a number would do: autograd saves it, and the native kernel saves nothing like
     # it. So torch's own checkpoint, which recomputes with the native kernel, sees the difference.
     factor = query.new_full(query.shape[-1:], query.shape[-1] ** -0.5 if scale is None else scale)
-    logits = _at_least_float32((query * factor) @ key.transpose(-2, -1))
+    logits = at_least_float32((query * factor) @ key.transpose(-2, -1))
     if is_causal:
-        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+        attn_mask = causal_mask(logits)
     if attn_mask is None:
-        weights = torch.softmax(logits, -1)
-    elif attn_mask.dtype == torch.bool:
+        return torch.softmax(logits, -1)
+    if attn_mask.dtype == torch.bool:
         # A row with nothing to attend to is 0; an infinity there would make its derivatives NaN.
         logits = logits.masked_fill(~attn_mask, torch.finfo(logits.dtype).min)
-        weights = torch.softmax(logits, -1) * attn_mask.any(-1, keepdim=True)
-    else:
-        weights = torch.softmax(logits + attn_mask, -1)
-    return F.dropout(weights.to(value.dtype), dropout_p) @ value
+        return torch.softmax(logits, -1) * attn_mask.any(-1, keepdim=True)
+    return torch.softmax(logits + attn_mask, -1)
+
+
+def causal_mask(logits: Tensor) -> Tensor:
+    """What each place may attend to: those before it, and itself."""
+    return torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
 
 
 def _torch_batch_norm(

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from hosm_losses.taylor import carried
+from hosm_losses.taylor import carried, layers
+from hosm_losses.taylor.jet import call
 from tests.taylor.checks import check
 
 LAYERS = {
@@ -64,11 +65,7 @@ def test_one_call_on_the_whole_stack(monkeypatch):
         seen.append(len(x))
         return convolve(x, *args, **kwargs)
 
-    from hosm_losses.taylor import layers
-
     layers._convolution(counted, 2)
     weight, x = torch.randn(2, 1, 3, 3), torch.randn(3, 1, 5, 5)
-    from hosm_losses.taylor.jet import call
-
     carried(lambda x: call(counted, (x, weight), {}), x, torch.randn(2, *x.shape))
     assert seen == [9]

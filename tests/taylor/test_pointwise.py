@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from hosm_losses.taylor import carried
 from hosm_losses.taylor.jet import every
 from hosm_losses.taylor.pointwise import pointwise
 from tests.taylor.checks import check
@@ -51,16 +52,12 @@ def test_a_power_at_zero_has_no_nan():
     def third(x):
         return x**3 + x**2
 
-    from hosm_losses.taylor import carried
-
     found = carried(third, x, torch.ones(1, 1, 2), "squares")
     torch.testing.assert_close(found[2], torch.full((1, 2), 2.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_short_types_are_computed_in_float32_and_rounded_once(dtype):
-    from hosm_losses.taylor import carried
-
     x, v = torch.randn(2, 5, 40).to(dtype)
     got = carried(F.silu, x, v.unsqueeze(0))
     expected = carried(F.silu, x.float(), v.float().unsqueeze(0))

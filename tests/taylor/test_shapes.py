@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from hosm_losses.taylor import carried
+from hosm_losses.taylor import TaylorError, carried
 from tests.taylor.checks import check
 
 OTHER = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(3))
@@ -93,8 +93,6 @@ def test_properties_are_those_of_the_value():
 
 
 def test_a_view_of_other_bits_is_refused():
-    from hosm_losses.taylor import TaylorError
-
     with pytest.raises(TaylorError, match="another dtype for the same bits"):
         carried(lambda x: x.view(torch.int64), torch.ones(1, 2), torch.ones(1, 1, 2))
 
@@ -139,8 +137,6 @@ def test_channels_are_dropped_as_a_whole(dropout, axes):
 
 
 def test_dropout_off_or_in_place():
-    from hosm_losses.taylor import TaylorError
-
     check(lambda x: F.dropout(x.sin(), 0.5, False), (4,))
     with pytest.raises(TaylorError, match="in place"):
         carried(lambda x: F.dropout(x, 0.5, True, True), torch.ones(1, 2), torch.ones(1, 1, 2))

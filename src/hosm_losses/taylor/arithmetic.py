@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses.taylor.jet import Jet, every, expand_stack, fallback, rule
+from hosm_losses.taylor.jet import Jet, aligned, every, fallback, rule
 from hosm_losses.taylor.pointwise import apply, halves, power
 
 
@@ -27,7 +27,7 @@ def add(a: Any, b: Any, scale: float = 1) -> Jet:
     """a + scale · b, of which one at least is a Jet."""
     ndim = max(_ndim(a), _ndim(b))
     if isinstance(a, Jet) and isinstance(b, Jet):
-        first, second = expand_stack(a, ndim), expand_stack(b, ndim)
+        first, second = aligned(a.stack, ndim), aligned(b.stack, ndim)
         count = min(len(first), len(second))
         total = torch.add(first[:count], second[:count], alpha=scale)
         if len(first) == len(second):
@@ -35,7 +35,7 @@ def add(a: Any, b: Any, scale: float = 1) -> Jet:
         longer = first[count:] if len(first) > count else second[count:] * scale
         return a.like(torch.cat([total, longer.expand(-1, *total.shape[1:])]))
     jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
-    stack = expand_stack(jet, ndim)
+    stack = aligned(jet.stack, ndim)
     if jet is b and scale != 1:
         stack = stack * scale
     value = stack[0] + (plain * scale if jet is a and scale != 1 else plain)
@@ -45,7 +45,7 @@ def add(a: Any, b: Any, scale: float = 1) -> Jet:
 
 def _product(a: Jet, b: Jet, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
     """A product linear in both, of stacks that broadcast over their first axis."""
-    first, second = expand_stack(a, ndim), expand_stack(b, ndim)
+    first, second = aligned(a.stack, ndim), aligned(b.stack, ndim)
     firsts, pairs = a.firsts, a.pairs
     # All of a with the value of b; then what the derivatives of b add.
     left, right = product(first, second[:1]), product(first[:1], second[1:])
@@ -90,7 +90,7 @@ def multiply(a: Any, b: Any) -> Jet:
             return apply(partial(power, exponent=2), a)
         return _product(a, b, torch.mul, ndim)
     jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
-    return jet.like(expand_stack(jet, ndim) * plain)
+    return jet.like(aligned(jet.stack, ndim) * plain)
 
 
 @rule(*every("div", "divide", "true_divide", "__truediv__"))
@@ -99,7 +99,7 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
         return fallback(torch.div, (a, b), {"rounding_mode": rounding_mode})
     if isinstance(b, Jet):
         return multiply(a, apply(partial(power, exponent=-1), b))
-    return a.like(expand_stack(a, max(a.ndim, _ndim(b))) / b)
+    return a.like(aligned(a.stack, max(a.ndim, _ndim(b))) / b)
 
 
 @rule(*every("__rdiv__", "__rtruediv__"))
@@ -129,8 +129,8 @@ def matmul(a: Any, b: Any) -> Any:
     if isinstance(a, Jet) and isinstance(b, Jet):
         return _product(a, b, torch.matmul, ndim)
     if isinstance(a, Jet):
-        return a.like(torch.matmul(expand_stack(a, ndim), b))
-    return b.like(torch.matmul(a, expand_stack(b, ndim)))
+        return a.like(torch.matmul(aligned(a.stack, ndim), b))
+    return b.like(torch.matmul(a, aligned(b.stack, ndim)))
 
 
 @rule(*every("__rmatmul__"))

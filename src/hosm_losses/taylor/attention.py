@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from hosm_losses.primitives import at_least_float32, attention_weights, causal_mask
 from hosm_losses.taylor.arithmetic import add, matmul, multiply
 from hosm_losses.taylor.forward_mode import Pairs
 from hosm_losses.taylor.jet import Jet, every, fallback, rule
-from hosm_losses.taylor.pointwise import apply, at_least_float32, halves, sigmoid
+from hosm_losses.taylor.pointwise import apply, halves, sigmoid
 from hosm_losses.taylor.recompute import Formula, recomputed
 
 # Its own operators are many, and it calls a fused kernel: better as one.
@@ -70,15 +71,14 @@ def _attention(
         options = {"scale": scale, "enable_gqa": enable_gqa}
         args = (query, key, value, attn_mask, dropout_p, is_causal)
         return fallback(F.scaled_dot_product_attention, args, options)
-    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     if not isinstance(query, Jet) and not isinstance(key, Jet):
-        logits = at_least_float32((query * factor) @ key.mT)
-        weights = _plain_weights(logits, attn_mask, is_causal)
+        weights = attention_weights(query, key, attn_mask, is_causal, scale)
         return matmul(F.dropout(weights.to(value.dtype), dropout_p), value)
+    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
     logits = matmul(_times(query, factor), _transposed(key))
     logits = logits.like(at_least_float32(logits.stack))
     if is_causal:
-        attn_mask = _causal(logits)
+        attn_mask = causal_mask(logits)
     if attn_mask is None:
         weights = _softmax(logits, -1)
     elif attn_mask.dtype == torch.bool:
@@ -93,21 +93,6 @@ def _attention(
     if dropout_p:
         weights = multiply(weights, F.dropout(torch.ones_like(weights.stack[0]), dropout_p))
     return matmul(weights.like(weights.stack.to(value.dtype)), value)
-
-
-def _causal(logits: Tensor) -> Tensor:
-    return torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-
-
-def _plain_weights(logits: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    if causal:
-        mask = _causal(logits)
-    if mask is None:
-        return torch.softmax(logits, -1)
-    if mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-        return torch.softmax(logits, -1) * mask.any(-1, keepdim=True)
-    return torch.softmax(logits + mask, -1)
 
 
 def _times(x: Any, number: float) -> Any:

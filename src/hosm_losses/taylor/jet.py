@@ -27,13 +27,14 @@ Source:
 """
 
 __all__ = [
+    "CHANGES",
     "CONSTANT",
     "Jet",
     "TaylorError",
+    "aligned",
     "call",
     "define_methods",
     "every",
-    "expand_stack",
     "fallback",
     "keywords",
     "rule",
@@ -218,13 +219,10 @@ def _on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def expand_stack(jet: Jet, ndim: int) -> Tensor:
-    """The stack, with axes of size one after its first, for a value of `ndim` axes."""
-    stack = jet.stack
-    missing = ndim + 1 - stack.ndim
-    if missing <= 0:
-        return stack
-    return stack.reshape(len(stack), *(1,) * missing, *stack.shape[1:])
+def aligned(stack: Tensor, ndim: int) -> Tensor:
+    """A stack with axes of size one after its first, for a value of `ndim` axes at least."""
+    missing = max(0, ndim + 1 - stack.ndim)
+    return stack.reshape(len(stack), *(1,) * missing, *stack.shape[1:]) if missing else stack
 
 
 def fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -244,14 +242,12 @@ def fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         given, named = pytree.tree_unflatten(filled, form)
         with safe_primitives():
             leaves, tree = pytree.tree_flatten(func(*given, **named))
-        kinds = [_kind(leaf) for leaf in leaves]
-        shape[:] = tree, kinds, leaves
-        parts = zip(leaves, kinds, strict=True)
-        floating, tensors = [], []
-        for leaf, kind in parts:
-            if kind != "other":
-                (floating if kind == "jet" else tensors).append(leaf)
-        return tuple(floating), tuple(tensors)
+        marked = [(_kind(leaf), leaf) for leaf in leaves]
+        shape[:] = tree, marked
+        return (
+            tuple(leaf for kind, leaf in marked if kind == "jet"),
+            tuple(leaf for kind, leaf in marked if kind == "tensor"),
+        )
 
     # Copies, whose versions show a change in place.
     values = tuple(jet.stack[0].clone() for jet in jets)
@@ -260,14 +256,12 @@ def fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     stacks, others = along(function, values, derivatives, firsts, pairs)
     if _versions(values) != versions:
         raise TaylorError(f"{_name(func)}: {CHANGES}")
-    made = (Jet.make(stack, firsts, pairs) for stack in stacks)
-    tree, kinds, leaves = shape
-    rest = iter(others)
-    filled = {"jet": made, "tensor": rest, "other": None}
-    leaves = [
-        leaf if kind == "other" else next(filled[kind])
-        for leaf, kind in zip(leaves, kinds, strict=True)
-    ]
+    tree, marked = shape
+    found = {
+        "jet": (Jet.make(stack, firsts, pairs) for stack in stacks),
+        "tensor": iter(others),
+    }
+    leaves = [next(found[kind]) if kind in found else leaf for kind, leaf in marked]
     return pytree.tree_unflatten(leaves, tree)
 
 

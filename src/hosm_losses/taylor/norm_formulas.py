@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hosm_losses.primitives import at_least_float32
 from hosm_losses.taylor.forward_mode import Pairs
-from hosm_losses.taylor.pointwise import at_least_float32
 
 BOTH = (-2, -1)
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from hosm_losses.primitives import per_channel
 from hosm_losses.taylor.arithmetic import add, multiply
 from hosm_losses.taylor.jet import Jet, TaylorError, every, fallback, rule
 from hosm_losses.taylor.norm_formulas import Rows, evaluate
@@ -102,13 +103,10 @@ def _standardised_over(x: Jet, dims: tuple[int, ...], eps: float) -> Jet:
     return x.like(standard.permute(back))
 
 
-def _per_channel(weight: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if weight is None else weight.reshape(-1, *(1,) * (x.ndim - 2))
-
-
 def _affine(x: Jet, weight: Tensor | None, bias: Tensor | None) -> Jet:
-    scaled = x if weight is None else multiply(x, _per_channel(weight, x))
-    return scaled if bias is None else add(scaled, _per_channel(bias, x))
+    shape = per_channel(x)
+    scaled = x if weight is None else multiply(x, weight.reshape(shape))
+    return scaled if bias is None else add(scaled, bias.reshape(shape))
 
 
 @rule(F.batch_norm)

@@ -8,7 +8,7 @@ name by which networks call it; see `_silu`. Gradients follow from the same four
 the stack is kept for them.
 """
 
-__all__ = ["apply", "at_least_float32", "halves", "pointwise", "power", "sigmoid"]
+__all__ = ["apply", "halves", "pointwise", "power", "sigmoid"]
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hosm_losses.primitives import at_least_float32
 from hosm_losses.taylor.forward_mode import Pairs
-from hosm_losses.taylor.jet import Jet, TaylorError, every, rule
+from hosm_losses.taylor.jet import CHANGES, Jet, TaylorError, every, rule
 from hosm_losses.taylor.recompute import Formula, recomputed
 
 Series = Callable[[Tensor], Iterator[Tensor]]
@@ -31,11 +32,6 @@ def halves(firsts: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
         return firsts, firsts
     left, right = firsts.chunk(2)
     return left, right
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Float32 in place of a shorter type, and anything else as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def apply(series: Series, jet: Jet) -> Jet:
@@ -60,11 +56,10 @@ def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tenso
     stack = at_least_float32(stack)
     numbers = series(stack[0])
     value, slope = next(numbers), next(numbers)
-    parts = [value.unsqueeze(0), stack[1:] * slope]
+    parts = [value.unsqueeze(0), stack[1 : 1 + firsts] * slope]
     if pairs != "none":
         left, right = halves(stack[1 : 1 + firsts], pairs)
         bent = left * right * next(numbers)
-        parts[1] = stack[1 : 1 + firsts] * slope
         seconds = stack[1 + firsts :]
         parts.append(bent.addcmul_(seconds, slope) if len(seconds) else bent)
     return torch.cat(parts).to(dtype)
@@ -123,7 +118,7 @@ def pointwise(
     def register(series: Callable[..., Any]) -> Callable[..., Any]:
         def evaluated(x: Jet, *args: Any, inplace: bool = False, **named: Any) -> Jet:
             if inplace:
-                raise TaylorError("an activation changes in place what depends on x.")
+                raise TaylorError(f"an activation {CHANGES}")
             return apply(partial(series, *args, **named) if args or named else series, x)
 
         rule(*functions)(evaluated)

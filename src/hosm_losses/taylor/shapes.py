@@ -13,56 +13,29 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor.jet import CONSTANT, Jet, TaylorError, every, fallback, keywords, rule
-
-CONSTANT.update(
-    dict.fromkeys(
-        every(
-            *(
-                "size",
-                "dim",
-                "ndimension",
-                "numel",
-                "nelement",
-                "stride",
-                "__len__",
-                "element_size",
-            ),
-            *("is_contiguous", "is_floating_point", "is_complex", "is_same_size", "get_device"),
-            *("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like"),
-            *("randn_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
-            *(
-                "lt",
-                "le",
-                "gt",
-                "ge",
-                "eq",
-                "ne",
-                "__lt__",
-                "__le__",
-                "__gt__",
-                "__ge__",
-                "__eq__",
-            ),
-            *("__ne__", "isnan", "isinf", "isfinite", "argmax", "argmin", "argsort", "sign"),
-            *("logical_and", "logical_or", "logical_not", "__hash__", "result_type", "__repr__"),
-            *(
-                "allclose",
-                "equal",
-                "all",
-                "any",
-                "is_nonzero",
-                "bool",
-                "long",
-                "int",
-                "floor",
-                "ceil",
-            ),
-            *("round",),
-        ),
-        True,
-    )
+from hosm_losses.taylor.jet import (
+    CHANGES,
+    CONSTANT,
+    Jet,
+    TaylorError,
+    aligned,
+    every,
+    fallback,
+    keywords,
+    rule,
 )
+
+_PROPERTIES = """
+    size dim ndimension numel nelement stride __len__ element_size is_contiguous is_floating_point
+    is_complex is_same_size get_device __hash__ __repr__ result_type
+"""
+_WITHOUT_SLOPE = """
+    detach zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones
+    new_empty new_full new_tensor lt le gt ge eq ne __lt__ __le__ __gt__ __ge__ __eq__ __ne__ isnan
+    isinf isfinite argmax argmin argsort sign logical_and logical_or logical_not allclose equal all
+    any is_nonzero bool long int floor ceil round
+"""
+CONSTANT.update(dict.fromkeys(every(*(_PROPERTIES + _WITHOUT_SLOPE).split()), True))
 CONSTANT[Tensor.data.__get__] = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -98,7 +71,7 @@ def _shaped(stack: Tensor, *shape: Any) -> Tensor:
 def _viewed(stack: Tensor, *shape: Any) -> Tensor:
     if len(shape) == 1 and isinstance(shape[0], torch.dtype):
         raise TaylorError("view: another dtype for the same bits has no derivative.")
-    return stack.reshape(len(stack), *_numbers(shape))
+    return _shaped(stack, *shape)
 
 
 def _permuted(stack: Tensor, *dims: Any) -> Tensor:
@@ -107,16 +80,12 @@ def _permuted(stack: Tensor, *dims: Any) -> Tensor:
 
 def _expanded(stack: Tensor, *sizes: Any) -> Tensor:
     sizes = _numbers(sizes)
-    missing = len(sizes) + 1 - stack.ndim
-    stack = stack.reshape(len(stack), *(1,) * missing, *stack.shape[1:])
-    return stack.expand(len(stack), *sizes)
+    return aligned(stack, len(sizes)).expand(len(stack), *sizes)
 
 
 def _repeated(stack: Tensor, *sizes: Any) -> Tensor:
     sizes = _numbers(sizes)
-    missing = len(sizes) + 1 - stack.ndim
-    stack = stack.reshape(len(stack), *(1,) * missing, *stack.shape[1:])
-    return stack.repeat(1, *sizes)
+    return aligned(stack, len(sizes)).repeat(1, *sizes)
 
 
 def _squeezed(stack: Tensor, dim: Any = None) -> Tensor:
@@ -125,18 +94,16 @@ def _squeezed(stack: Tensor, dim: Any = None) -> Tensor:
     return stack.squeeze(tuple(map(_later, dim)) if isinstance(dim, Sequence) else _later(dim))
 
 
-def _summed(stack: Tensor, dim: Any = None, keepdim: bool = False, **named: Any) -> Tensor:
-    if dim is None:
-        return stack.flatten(1).sum(1, **named)
-    dims = (dim,) if isinstance(dim, int) else tuple(dim)
-    return stack.sum(tuple(map(_later, dims)), keepdim, **named)
+def _reduced(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A sum or a mean over all axes of the value, or over some."""
 
+    def reduced(stack: Tensor, dim: Any = None, keepdim: bool = False, **named: Any) -> Tensor:
+        if dim is None:
+            return reduce(stack.flatten(1), 1, **named)
+        dims = (dim,) if isinstance(dim, int) else tuple(dim)
+        return reduce(stack, tuple(map(_later, dims)), keepdim, **named)
 
-def _averaged(stack: Tensor, dim: Any = None, keepdim: bool = False, **named: Any) -> Tensor:
-    if dim is None:
-        return stack.flatten(1).mean(1, **named)
-    dims = (dim,) if isinstance(dim, int) else tuple(dim)
-    return stack.mean(tuple(map(_later, dims)), keepdim, **named)
+    return reduced
 
 
 for _names, _make in {
@@ -146,8 +113,8 @@ for _names, _make in {
     ("expand",): _expanded,
     ("repeat", "tile"): _repeated,
     ("squeeze",): _squeezed,
-    ("sum",): _summed,
-    ("mean",): _averaged,
+    ("sum",): _reduced(torch.sum),
+    ("mean",): _reduced(torch.mean),
     ("view_as", "reshape_as"): lambda stack, other: stack.reshape(len(stack), *other.shape),
     ("expand_as",): lambda stack, other: _expanded(stack, *other.shape),
     ("flatten",): lambda stack, start_dim=0, end_dim=-1: stack.flatten(
@@ -276,7 +243,7 @@ def _dropping(function: Callable[..., Any]) -> None:
 
     def dropped(x: Jet, p: float = 0.5, training: bool = True, inplace: bool = False) -> Jet:
         if inplace:
-            raise TaylorError("dropout: changes in place what depends on x.")
+            raise TaylorError(f"dropout: {CHANGES}")
         if not training or p == 0:
             return x
         # One mask for the value and its derivatives.
@@ -308,11 +275,7 @@ def _where(condition: Any, a: Any = None, b: Any = None) -> Any:
     ]
     ndim = max(condition.ndim, *(each.ndim for each in tensors))
     _, stacks = _stacks(tensors)
-    stacks = [
-        stack.reshape(len(stack), *(1,) * (ndim + 1 - stack.ndim), *stack.shape[1:])
-        for stack in stacks
-    ]
-    return jet.like(torch.where(condition, *stacks))
+    return jet.like(torch.where(condition, *(aligned(stack, ndim) for stack in stacks)))
 
 
 @rule(*every("masked_fill"))
