@@ -6,8 +6,10 @@
 Settings:
     Each loss throughout, and order three also after order one ("order 1, then ..."): half of the
     cost goes to each, so that order one has more than half of the steps; optimizer and decay run
-    through. "1/4 of rows" have their higher orders on a random quarter of the batch. "laplacian"
-    is third="laplacian", in one dimension the same number. All are exact but "one probe".
+    through. "Meng et al." is their loss of order two, on the Jacobian of the same network; see
+    `benchmarks.peers.meng`. "1/4 of rows" have their higher orders on a random quarter of the
+    batch. "laplacian" is third="laplacian", in one dimension the same number. All are exact but
+    "one probe".
 
 Equal cost:
     The processor time of --steps steps of order one, timed first: medians over rounds in which
@@ -44,6 +46,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hosm_losses as hosm
+from benchmarks.peers import meng
 from benchmarks.timing import ratios
 
 Losses = dict[str, Callable[..., Tensor]]
@@ -118,6 +121,7 @@ def board_kl(model: hosm.ScoreModel, nodes: int) -> float:
 def losses(third_weight: float, divisors: tuple[int, ...], **options: Any) -> Losses:
     """The losses by name; order three also on the batch over each divisor."""
     second = partial(hosm.second_order_dsm, weights=(1, 0.5, 0), **options)
+    theirs = partial(meng.second_order_loss, weights=(1, 0.5), **options)
     third = partial(hosm.third_order_dsm, weights=(1, 0.5, 0, third_weight), **options)
     kinds = {"order 3": third, "order 3 laplacian": partial(third, third="laplacian")}
     parts = {
@@ -125,7 +129,8 @@ def losses(third_weight: float, divisors: tuple[int, ...], **options: Any) -> Lo
         for name, loss in kinds.items()
         for divisor in divisors
     }
-    return {BASE: hosm.first_order_dsm, "order 2": second, **kinds, **parts}
+    seconds = {"order 2": second, "order 2, Meng et al.": theirs}
+    return {BASE: hosm.first_order_dsm, **seconds, **kinds, **parts}
 
 
 class Problem(NamedTuple):
@@ -187,7 +192,7 @@ def step_times(data: str, schedule: str, names: list[str], rounds: int) -> dict[
     jobs = {name: Job(data, schedule, ((name, WARM_UP + rounds),)) for name in names}
     routes = {name: partial(next, training(new_model(job), job)) for name, job in jobs.items()}
     ratios(routes, BASE, WARM_UP)
-    return ratios(routes, BASE, rounds)
+    return {name: ratio.value for name, ratio in ratios(routes, BASE, rounds).items()}
 
 
 def phases(setting: str, steps: int, times: dict[str, float]) -> tuple[tuple[str, int], ...]:

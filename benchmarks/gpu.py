@@ -28,7 +28,6 @@ import json
 import math
 import re
 import statistics
-import subprocess
 import time
 import traceback
 from argparse import ArgumentParser, Namespace
@@ -47,8 +46,8 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import hosm_losses as hosm
+from benchmarks.environment import commit, said
 from benchmarks.networks import DDPM
-from benchmarks.speed import commit
 
 Step = Callable[[], object]
 Row = dict[str, Any]
@@ -71,7 +70,7 @@ COLUMNS = {
     **{f"{part} ms": (part, "ms", 1) for part in PARTS[1:]},
     "gradient": ("gradient", "error", 1),
 }
-WARM_UP, ROOT = 3, Path(__file__).parents[1]
+WARM_UP = 3
 
 
 class Job:
@@ -273,15 +272,6 @@ def show(rows: dict[str, Row]) -> None:
     for (key, row), part, word in product(rows.items(), PARTS, ("failed", "sync")):
         if (row[part] or {}).get(word):
             print(f"{key}, {part}: {word}: {row[part][word]}")
-
-
-def said(*command: str) -> str | None:
-    """The first line that a program prints; None where it fails or is not there."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.partition("\n")[0]
 
 
 def environment(device: str) -> Row:

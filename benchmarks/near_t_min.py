@@ -1,6 +1,7 @@
 """What the higher orders of the loss do near t_min, and whether fading them there helps.
 
     python -m benchmarks.near_t_min [--steps N] [--seeds N] [--schedule vp] [--out DIR]
+        [--smoke]
 
 First the 1-D mixture is trained with orders two and three as they are, and faded as σ̂²/(σ̂² + c²);
 the KL divergence is an integral over a grid. Then, at fixed σ̂, the terms of each sample and their
@@ -27,7 +28,7 @@ import hosm_losses as hosm
 from benchmarks.trained import digits, trained
 
 TERMS = hosm.DSMTerms._fields
-LEVELS, MINIBATCHES, WARM_UP = 12, 32, 100
+WARM_UP = 100
 SECOND, THIRD = 0.5, 0.1  # the example's weights; in one dimension the trace repeats the second
 Draw = Callable[[torch.Generator], Tensor]
 STYLES = (("o-", "black"), ("s--", "#0072b2"), ("x-.", "#e69f00"), ("^:", "#d55e00"))
@@ -41,8 +42,15 @@ VARIANTS = {
 }
 
 
+class Size(NamedTuple):
+    """How much to measure: values of σ̂, and minibatches at each."""
+
+    levels: int = 12
+    minibatches: int = 32
+
+
 class Measured(NamedTuple):
-    """Arrays (LEVELS, 4): mean and std of the terms of a sample, and the gradient's noise."""
+    """Arrays (levels, 4): mean and std of the terms of a sample, and the gradient's noise."""
 
     levels: np.ndarray
     mean: np.ndarray
@@ -85,20 +93,20 @@ def train(variant: str, job: example.Job, bar: tqdm) -> tuple[hosm.ScoreModel, f
     return model, example.exact_kl(model)[0], np.array(norms)
 
 
-def measure(model: hosm.ScoreModel, draw: Draw, bar: tqdm) -> Measured:
-    """Mean and std of the terms of a sample, and the std of the gradient, at LEVELS values of σ̂.
+def measure(model: hosm.ScoreModel, draw: Draw, size: Size, bar: tqdm) -> Measured:
+    """Mean and std of the terms of a sample, and the std of the gradient, at values of σ̂.
 
     The gradient's noise is the norm of its standard deviation over minibatches, times the root of
     their size so that it is that of one sample, over the first order's, root mean square over σ̂.
     """
     generator, schedule = torch.Generator().manual_seed(0), model.schedule
     parameters = list(model.parameters())
-    levels = torch.linspace(*schedule.log_sigma_hat_range, LEVELS, dtype=torch.float64)
+    logs = torch.linspace(*schedule.log_sigma_hat_range, size.levels, dtype=torch.float64)
     moments, noises = [], []
-    for level in levels:
+    for level in logs:
         time = schedule.time(level)
         values, gradients = [], [[] for _ in TERMS]
-        for _ in range(MINIBATCHES):
+        for _ in range(size.minibatches):
             x = draw(generator)
             t = time.to(x.dtype).clamp(schedule.t_min, schedule.t_max).expand(len(x))
             terms = hosm.dsm_terms(model, x, t=t, generator=generator)
@@ -114,7 +122,7 @@ def measure(model: hosm.ScoreModel, draw: Draw, bar: tqdm) -> Measured:
             noises.append([root * float(torch.stack(g).std(0).norm()) for g in gradients])
         bar.update()
     noise = np.array(noises) / np.sqrt(np.square(noises).mean(0)[0]) if noises else None
-    return Measured(levels.exp().numpy(), *torch.stack(moments, 1).numpy(), noise)
+    return Measured(logs.exp().numpy(), *torch.stack(moments, 1).numpy(), noise)
 
 
 def tabulate(title: str, measured: Measured) -> None:
@@ -153,7 +161,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--schedule", choices=example.SCHEDULES, default="vp", help="of the same")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    parser.add_argument("--smoke", action="store_true", help="a moment of everything")
     options = parser.parse_args()
+    size, digits_steps = Size(), None
+    if options.smoke:
+        options.steps, options.seeds, size, digits_steps = WARM_UP + 1, 1, Size(2, 2), 5
     options.out.mkdir(parents=True, exist_ok=True)
     jobs = [example.Job(options.schedule, 3, options.steps, seed) for seed in range(options.seeds)]
     lines, model = [], None
@@ -172,10 +184,11 @@ def main() -> None:
     exact = hosm.ScoreModel(mixture_noise(mixture, model.schedule), model.schedule)
     data = digits(torch.Generator().manual_seed(0))[:-64]  # what its network was trained on
     rows = partial(torch.randint, len(data), (256,))
-    with tqdm(total=3 * LEVELS, desc="measuring") as bar:
-        of_exact = measure(exact, lambda g: mixture.sample(8192, g), bar)
-        of_mixture = measure(model, lambda g: mixture.sample(2048, g).float(), bar)
-        of_digits = measure(trained("digits").model, lambda g: data[rows(generator=g)], bar)
+    with tqdm(total=3 * size.levels, desc="measuring") as bar:
+        of_exact = measure(exact, lambda g: mixture.sample(8192, g), size, bar)
+        of_mixture = measure(model, lambda g: mixture.sample(2048, g).float(), size, bar)
+        network = trained("digits", digits_steps).model
+        of_digits = measure(network, lambda g: data[rows(generator=g)], size, bar)
     name = options.schedule.upper()
     tabulate(f"1-D mixture, {name}, exact score", of_exact)
     tabulate(f"1-D mixture, {name}, trained network", of_mixture)

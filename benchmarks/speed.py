@@ -2,34 +2,30 @@
 
     python -m benchmarks.speed NETWORK '{"rounds": 5, "batch": 4}'
 
-prints JSON; the fields of `Setting` are what can be given. benchmarks.speed_page measures all
-networks and makes a page of it.
+prints JSON; the fields of `Setting` are what can be given. benchmarks/test_speed.py asks it for
+all networks.
 
     flops     of matrix products and convolutions in loss and backward pass, counted. Attention is
               taken apart for it, as PyTorch has no count for its kernel on CPUs.
     seconds   of processor time, the median over rounds in which all take turns, JAX too.
     memory    peak bytes of a step in a process of its own, see benchmarks.memory.
-    jax       seconds of the same loss and network in JAX, benchmarks.jax_twins. It is given its
-              random numbers; ours draws them.
+    jax       seconds of the same loss and network in JAX, benchmarks.peers.jax_losses. It is given
+              its random numbers; ours draws them.
     compile   seconds of the first step of the compiled loss module, with an empty cache.
 
-Ratios are to order one, intervals hold 90 %. What fails is recorded as "failed".
+Ratios are to order one; those of times come with intervals. What fails is recorded as "failed".
 """
 
 import importlib.util
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -40,15 +36,14 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import memory
+from benchmarks.environment import ONE_THREAD, ROOT
+from benchmarks.intervals import ratio_of_medians
 from benchmarks.networks import NETWORKS
-from benchmarks.timing import interval, times
+from benchmarks.timing import times
 
 Step = Callable[[], object]
 Row = dict[str, Any]
-ROOT = Path(__file__).parents[1]
 NAMES = ("mlp", "convolutional", "unet", "dit")
-# NPROC is XLA's, see benchmarks.jax_twins, which cannot be imported without JAX.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NPROC": "1"}
 BASE = "order 1"
 ENGINES = ("taylor", "reverse", "forward")
 TAYLOR = {"derivative": "taylor"}
@@ -116,20 +111,20 @@ def peer_steps(name: str, batch: int, wanted: list[str] | None) -> dict[str, Ste
         return {}
     import jax
 
-    from benchmarks import jax_twins
+    from benchmarks.peers import jax_losses
 
     make, shape = NETWORKS[name]
-    parameters = jax_twins.parameters_of(make())
+    parameters = jax_losses.parameters_of(make())
     x0, noise, *probes = (
         jax.numpy.asarray(torch.randn(batch, *shape[1:]).numpy()) for _ in range(4)
     )
     inputs = (x0, jax.numpy.linspace(0.01, 1, batch), noise)
     losses: dict[str, tuple[Any, ...]] = {"order 1": (1,), "order 2": (2,)}
-    losses |= {f"order 3 {third}": (3, third) for third in jax_twins.THIRDS}
+    losses |= {f"order 3 {third}": (3, third) for third in jax_losses.THIRDS}
     steps: dict[str, Step] = {}
     for key, loss in losses.items():
         if wanted is None or key in wanted:
-            step = jax_twins.training_step(name, parameters, *loss)
+            step = jax_losses.training_step(name, parameters, *loss)
             given = (*inputs, *probes[: 2 if "sliced" in key else 1])
             steps[key] = lambda step=step, given=given: jax.block_until_ready(step(*given))
             steps[key]()
@@ -179,12 +174,10 @@ def add_times(rows: Mapping[str, Row], found: Mapping[str, list[float]]) -> None
     for key in rows.keys() & found.keys():
         row, peer = rows[key], f"JAX, {peer_of(key)}"
         row["seconds"] = medians[key]
-        row["time_ratio"] = medians[key] / medians[BASE]
-        row["time_interval"] = interval(found[key], found[BASE])
+        row["time_ratio"] = ratio_of_medians(found[key], found[BASE])
         if peer in found:
             row["jax_seconds"] = medians[peer]
-            row["jax_ratio"] = medians[key] / medians[peer]
-            row["jax_interval"] = interval(found[key], found[peer])
+            row["jax_ratio"] = ratio_of_medians(found[key], found[peer])
 
 
 def peak(name: str, batch: int, key: str) -> Row:
@@ -245,49 +238,6 @@ def measured(name: str, setting: Setting) -> Row:
             check=True,
         )
     return json.loads(done.stdout)
-
-
-def installed(name: str) -> str | None:
-    """The version of a package, None where it is not there."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def processor() -> str:
-    """The model of the processor, as Linux names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def commit() -> str | None:
-    """The commit that is measured, "-dirty" where files have changed since; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def environment() -> Row:
-    """What the numbers depend on."""
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "load_before": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "torch": installed("torch"),
-        "jax": installed("jax"),
-        "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
 
 
 def main() -> None:

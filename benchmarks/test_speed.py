@@ -1,30 +1,54 @@
-"""What a training step costs by every route, over one of order one, in one run.
+"""What a training step costs by every route, over one of order one: FLOPs, time and memory.
 
-OMP_NUM_THREADS=1 NPROC=1 python -m pytest benchmarks/test_speed.py --benchmark-autosave
+python -m pytest benchmarks/test_speed.py [--full] [--compiled]
 
-The time that pytest-benchmark compares is that of all steps together, extra_info has each. JAX
-takes part where NPROC keeps it to one thread.
+All variants of a network take turns in one process of one thread, JAX too, so that their ratios
+are of one run; benchmarks.speed says what is measured. With --full there are two networks more,
+and memory of every variant; with --compiled also the compiled loss, on the UNet and the DiT.
+test_step has the variants apart, for `--benchmark-autosave` before a change and
+`--benchmark-compare` after it.
 """
 
-import os
+from functools import partial
 
 import pytest
 
+from benchmarks import memory
 from benchmarks.networks import NETWORKS
-from benchmarks.speed import NAMES, add_memory, add_times, peer_steps, prepare
-from benchmarks.timing import times
+from benchmarks.speed import BASE, NAMES, VARIANTS, Setting, measured
 
-ROUNDS = 5
+SMALL = ("mlp", "convolutional")
+# Whose memory is measured without --full.
+WEIGHED = [key for key in VARIANTS if "taylor" in key or "fraction" in key or "chunks" in key]
+
+
+def setting(name: str, choose, *, compiled: bool) -> Setting:
+    """How much to measure of a network."""
+    weighed = name == "convolutional"
+    memories = choose([BASE] if weighed else [], [BASE, *WEIGHED] if weighed else [], None)
+    return Setting(
+        rounds=choose(1, 7, 10),
+        batch=choose(4, None, None),
+        compiled=compiled and name in ("unet", "dit"),
+        memory=memories,
+        peers=choose([BASE] if name == "mlp" else [], None, None),
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_steps(benchmark, name):
-    batch = NETWORKS[name][1][0]
-    rows, steps = prepare(name, batch)
-    if os.environ.get("NPROC") == "1":
-        peers = peer_steps(name, batch, None)
-        steps |= {f"JAX, {key}": step for key, step in peers.items()}
-    add_times(rows, benchmark.pedantic(times, (steps, ROUNDS), rounds=1))
-    add_memory(rows, name, batch, None)
-    benchmark.extra_info.update(rows)
-    assert not [key for key, row in rows.items() if "failed" in row]
+def test_all_in_turns(benchmark, choose, pytestconfig, name):
+    if name not in choose(SMALL, SMALL, NAMES):
+        pytest.skip("with --full")
+    chosen = setting(name, choose, compiled=pytestconfig.getoption("--compiled"))
+    found = benchmark.pedantic(measured, (name, chosen), rounds=1)
+    benchmark.extra_info.update(found)
+    failed = {key: row["failed"] for key, row in found["variants"].items() if "failed" in row}
+    assert not failed
+
+
+@pytest.mark.parametrize("key", VARIANTS)
+def test_step(benchmark, choose, key):
+    name = choose("mlp", "convolutional", "convolutional")
+    batch = choose(4, NETWORKS[name][1][0], NETWORKS[name][1][0])
+    step = partial(memory.step_of(name, **VARIANTS[key]), batch)
+    benchmark.pedantic(step, rounds=choose(1, 5, 5), warmup_rounds=1)

@@ -1,11 +1,21 @@
 """Ratios of processor time within one run."""
 
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
-import numpy as np
 from tqdm import tqdm
+
+from benchmarks.intervals import Estimate, ratio_of_medians
+
+T = TypeVar("T")
+
+
+def clocked(route: Callable[[], T]) -> tuple[T, float]:
+    """What a route returns, and its seconds of processor time."""
+    start = time.process_time()
+    found = route()
+    return found, time.process_time() - start
 
 
 def times(
@@ -18,22 +28,13 @@ def times(
     found: dict[str, list[float]] = {key: [] for key in routes}
     for _ in tqdm(range(rounds), bar, leave=False, disable=bar is None):
         for key, route in routes.items():
-            start = time.process_time()
-            route()
-            found[key].append(time.process_time() - start)
+            found[key].append(clocked(route)[1])
     return found
 
 
-def ratios(routes: Mapping[str, Callable[[], object]], base: str, rounds: int) -> dict[str, float]:
+def ratios(
+    routes: Mapping[str, Callable[[], object]], base: str, rounds: int
+) -> dict[str, Estimate]:
     """Median time of each route over that of `base`."""
-    medians = {key: statistics.median(found) for key, found in times(routes, rounds).items()}
-    return {key: median / medians[base] for key, median in medians.items()}
-
-
-def interval(found: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """90 % of the ratio of medians, by a bootstrap of the rounds, which the two share."""
-    rounds = len(base)
-    drawn = np.random.default_rng(0).integers(rounds, size=(2000, rounds))
-    above, below = (np.median(np.asarray(each)[drawn], 1) for each in (found, base))
-    low, high = np.quantile(above / below, (0.05, 0.95))
-    return float(low), float(high)
+    found = times(routes, rounds)
+    return {key: ratio_of_medians(each, found[base]) for key, each in found.items()}

@@ -1,6 +1,6 @@
 """The twins in JAX are what they stand for: loss and gradients equal PyTorch's, in float64.
 
-python -m pytest benchmarks/test_jax_twins.py
+python -m pytest benchmarks/checks/test_jax_losses.py
 """
 
 import pytest
@@ -12,7 +12,7 @@ from hosm_losses.residuals import third_residual
 
 jax = pytest.importorskip("jax")
 
-from benchmarks.jax_twins import TWINS, parameters_of, training_step  # noqa: E402
+from benchmarks.peers.jax_losses import TWINS, parameters_of, training_step  # noqa: E402
 
 BATCH = 3
 ORDERS = {1: hosm.first_order_dsm, 2: hosm.second_order_dsm, 3: hosm.third_order_dsm}

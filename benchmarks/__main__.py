@@ -1,0 +1,90 @@
+"""Measure everything, or the questions named, and make the pages of the documentation from it.
+
+    python -m benchmarks [QUESTION ...] [--full | --smoke] [--compiled] [--name NAME]
+        [--page-only]
+
+A question is a file benchmarks/test_QUESTION.py, measured by pytest in a process of its own with
+one thread. What is found goes to benchmarks/results/NAME.json, beside what is there already. From
+all of that file come docs/benchmarks.md, docs/choosing.md, their figures, and the numbers in
+README.md and other pages that stand between marks; these are printed as well.
+
+Ten minutes on two cores; --full takes an hour or two. --smoke tries everything for some minutes,
+and leaves results and pages in a temporary directory that it removes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks import page, results
+from benchmarks.environment import ONE_THREAD, ROOT
+
+QUESTIONS = tuple(
+    path.stem.removeprefix("test_") for path in sorted((ROOT / "benchmarks").glob("test_*.py"))
+)
+
+
+def measure(question: str, options: list[str]) -> results.Report | None:
+    """What a question finds; None where nothing is measured, as in a test of the suite itself."""
+    with TemporaryDirectory() as directory:
+        raw = Path(directory) / "raw.json"
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-s"]
+        command += [f"benchmarks/test_{question}.py", f"--benchmark-json={raw}"]
+        command += ["--benchmark-columns=median,iqr,rounds", "--no-header"]
+        command += options
+        environment = {**os.environ, **ONE_THREAD, "TORCHINDUCTOR_CACHE_DIR": directory}
+        done = subprocess.run(command, cwd=ROOT, env=environment)
+        if done.returncode:
+            raise SystemExit(f"{question}: failed, see above.")
+        text = raw.read_text() if raw.exists() else ""
+        found = results.question(json.loads(text)) if text else None
+    return found if found and found["tests"] else None
+
+
+def main() -> None:
+    """Measure, write the results, make the pages."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], epilog=f"Questions: {', '.join(QUESTIONS)}."
+    )
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="default: all")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", dest="size", action="store_const", const="full", default="default")
+    size.add_argument("--smoke", dest="size", action="store_const", const="smoke")
+    parser.add_argument(
+        "--name", default="cpu-2-cores", help="of the results; default: %(default)s"
+    )
+    parser.add_argument("--page-only", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    unknown = set(options.questions) - set(QUESTIONS)
+    if unknown:
+        parser.error(f"expected questions among {', '.join(QUESTIONS)}; got {', '.join(unknown)}.")
+    chosen = [] if options.page_only else options.questions or QUESTIONS
+    if options.size == "smoke":
+        with TemporaryDirectory() as directory:
+            run(chosen, options, Path(directory), Path(directory))
+        return
+    run(chosen, options, results.DIRECTORY, ROOT)
+
+
+def run(chosen: list[str], options: argparse.Namespace, directory: Path, root: Path) -> None:
+    """Measure what is chosen into a directory, and make the pages under a root."""
+    file = results.path(options.name, directory)
+    kept = results.read(file)
+    given = [] if options.size == "default" else [f"--{options.size}"]
+    given += ["--compiled"] if options.compiled else []
+    for number, question in enumerate(chosen, 1):
+        print(f"\n[{number}/{len(chosen)}] {question}", flush=True)
+        found = measure(question, given)
+        if found is not None:
+            kept[question] = found
+            results.write(file, kept)
+    for line in page.write(file, root):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Our work costs what benchmarks/counts.json says, exactly."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import counts
+
+
+def test_counts_are_those_held(benchmark):
+    found = benchmark.pedantic(counts.measure, rounds=1)
+    held, version = counts.read()
+    lines = counts.differences(found, held)
+    assert not lines, (
+        f"PyTorch {torch.__version__}, held with {version}. If this is meant, python -m "
+        "benchmarks.counts --write:\n" + "\n".join(lines)
+    )
+
+
+def test_a_layer_is_counted_by_hand():
+    layer = nn.Linear(3, 5, bias=False)
+    x = torch.randn(2, 3)
+
+    def work():
+        layer(x)
+        layer(x).sum().backward()
+
+    # Two products forward, and back one for the weights: x has no gradient.
+    products = 3 * (2 * 2 * 3 * 5)
+    assert counts.counted(layer, work) == {"flops": products, "calls": 2, "samples": 4}
+
+
+@pytest.mark.parametrize(
+    ("found", "word"),
+    [
+        ({"a": {"flops": 11}}, "1.1000"),
+        ({"a": {"flops": 9}}, "0.9000"),
+        ({"a": {"flops": 10}, "b": {"flops": 1}}, "not held"),
+        ({}, "not counted"),
+    ],
+)
+def test_every_difference_is_told(found, word):
+    (line,) = counts.differences(found, {"a": {"flops": 10}})
+    assert word in line
+
+
+def test_no_difference_tells_nothing():
+    assert counts.differences({"a": {"flops": 10}}, {"a": {"flops": 10}}) == []

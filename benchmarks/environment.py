@@ -1,0 +1,71 @@
+"""What the numbers depend on: processor, threads, versions, commit. No host names, no paths."""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+# NPROC is XLA's, see benchmarks.peers.jax_losses, which cannot be imported without JAX.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NPROC": "1"}
+# What is measured beside ours, by the name in pip.
+PEERS = (
+    "curvlinops-for-pytorch",
+    "diffrax",
+    "flow_matching",
+    "jax",
+    "k-diffusion",
+    "scipy",
+    "torchdiffeq",
+)
+
+
+def installed(name: str) -> str | None:
+    """The version of a package, None where it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """The model of the processor, as Linux names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def said(*command: str) -> str | None:
+    """The first line that a program prints; None where it fails or is not there."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.partition("\n")[0].strip()
+
+
+def commit() -> str | None:
+    """The commit that is measured, "-dirty" where files have changed since; None outside git."""
+    return said("git", "describe", "--always", "--dirty", "--exclude", "*")
+
+
+def environment() -> dict[str, Any]:
+    """All of it, with None for a package that is not installed."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "load_before": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "torch": installed("torch"),
+        "numpy": installed("numpy"),
+        "peers": {name: installed(name) for name in PEERS},
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
