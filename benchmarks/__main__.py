@@ -22,13 +22,14 @@ from tempfile import TemporaryDirectory
 
 from benchmarks import page, results
 from benchmarks.environment import ONE_THREAD, ROOT
+from benchmarks.trained import KEPT
 
 QUESTIONS = tuple(
     path.stem.removeprefix("test_") for path in sorted((ROOT / "benchmarks").glob("test_*.py"))
 )
 
 
-def measure(question: str, options: list[str]) -> results.Report | None:
+def measure(question: str, options: list[str], weights: str) -> results.Report | None:
     """What a question finds; None where nothing is measured, as in a test of the suite itself."""
     with TemporaryDirectory() as directory:
         raw = Path(directory) / "raw.json"
@@ -36,7 +37,8 @@ def measure(question: str, options: list[str]) -> results.Report | None:
         command += [f"benchmarks/test_{question}.py", f"--benchmark-json={raw}"]
         command += ["--benchmark-columns=median,iqr,rounds", "--no-header"]
         command += options
-        environment = {**os.environ, **ONE_THREAD, "TORCHINDUCTOR_CACHE_DIR": directory}
+        environment = {**os.environ, **ONE_THREAD, KEPT: weights}
+        environment["TORCHINDUCTOR_CACHE_DIR"] = directory
         done = subprocess.run(command, cwd=ROOT, env=environment)
         if done.returncode:
             raise SystemExit(f"{question}: failed, see above.")
@@ -54,6 +56,7 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", dest="size", action="store_const", const="full", default="default")
     size.add_argument("--smoke", dest="size", action="store_const", const="smoke")
+    parser.add_argument("--compiled", action="store_true", help="compiled losses too")
     parser.add_argument(
         "--name", default="cpu-2-cores", help="of the results; default: %(default)s"
     )
@@ -76,12 +79,13 @@ def run(chosen: list[str], options: argparse.Namespace, directory: Path, root: P
     kept = results.read(file)
     given = [] if options.size == "default" else [f"--{options.size}"]
     given += ["--compiled"] if options.compiled else []
-    for number, question in enumerate(chosen, 1):
-        print(f"\n[{number}/{len(chosen)}] {question}", flush=True)
-        found = measure(question, given)
-        if found is not None:
-            kept[question] = found
-            results.write(file, kept)
+    with TemporaryDirectory() as weights:
+        for number, question in enumerate(chosen, 1):
+            print(f"\n[{number}/{len(chosen)}] {question}", flush=True)
+            found = measure(question, given, weights)
+            if found is not None:
+                kept[question] = found
+                results.write(file, kept)
     for line in page.write(file, root):
         print(line)
 

@@ -167,10 +167,10 @@ def test_estimator_variance(benchmark, choose, name):
     if name == "large images" and not choose(False, False, True):
         pytest.skip("with --full")
     large = "images" in name
-    repeats = choose(400, 1000, 1000 if large else 2000)
+    repeats = choose(400, 500 if large else 1000, 1000 if large else 2000)
     limits = Limits(repeats, choose(*BUDGETS))
     thirds = choose(16, 64, 256) if large else repeats
-    counts = COUNTS[:: choose(3, 1, 1)]
+    counts = COUNTS[:: choose(3, 2, 2 if name == "large images" else 1)]
 
     def measure() -> dict:
         problem = Problem(name, choose)

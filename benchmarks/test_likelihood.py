@@ -71,7 +71,7 @@ class Runs:
         return found if isinstance(found, tuple) else (found,)
 
     def errors(self, reference: Tensor | None) -> np.ndarray:
-        """Differences (B, n) to the reference, or to the mean over seeds, scaled to be unbiased."""
+        """Differences (B, n) to the reference, or, made unbiased, to the mean over seeds."""
         values = torch.stack(self.nll, 1)
         if reference is not None:
             return (values - reference[:, None]).numpy()
@@ -225,9 +225,9 @@ def test_error_against_cost(benchmark, choose, name):
     solved = counted(problem(name, None if name == "ring" else steps))
     elements = solved.data[0].numel()
     exact = elements <= DENSE
-    x = solved.data[: choose(2, 8, 16)]
-    rounds = choose(6, 8, 16 if exact else 12)
-    exact_rounds = choose(1, 3, 5)
+    x = solved.data[: choose(2, 8, 8 if name == "large images" else 16)]
+    rounds = choose(6, 8, {"ring": 16, "digits": 10, "images": 8, "large images": 6}[name])
+    exact_rounds = choose(1, 3, 3)
     methods = [*ours(elements, exact=exact), *peers(exact=exact)]
     if name == "large images":  # where one estimate of a peer takes a minute
         methods = [m for m in methods if m.ours or m.name in (RECIPE, "torchdiffeq", "diffrax")]

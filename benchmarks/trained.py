@@ -1,6 +1,7 @@
 """Small networks trained here on data at hand, for the benchmarks of the likelihood.
 
-Trained on the first-order loss under the VE schedule, once in a process.
+Trained on the first-order loss under the VE schedule, once in a process; where the variable
+HOSM_BENCHMARKS_WEIGHTS names a directory, once for all processes that share it.
 """
 
 import math
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,6 +20,7 @@ from tqdm import tqdm
 import hosm_losses as hosm
 
 HELD_OUT = 64
+KEPT = "HOSM_BENCHMARKS_WEIGHTS"
 IMAGES = {"images": 4096, "large images": 1024}  # how many are drawn to train on
 SIDES = {"images": 16, "large images": 32}
 STEPS = {"images": 700, "digits": 3000, "large images": 700}
@@ -159,13 +162,31 @@ def _trained(name: str, steps: int) -> Problem:
         std = float(data.std())
         network = (Dense if name == "digits" else Convolutional)(schedule, std)
         model = hosm.ScoreModel(network, schedule)
-        optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in tqdm(range(steps), f"training, {name}", leave=False):
-            rows = torch.randint(len(data), (BATCH[name],), generator=generator)
-            optimizer.zero_grad()
-            hosm.first_order_dsm(model, data[rows], generator=generator).backward()
-            optimizer.step()
-            decay.step()
+        kept = os.environ.get(KEPT)
+        file = Path(kept) / f"{name}-{steps}.pt" if kept else None
+        if file is not None and file.exists():
+            network.load_state_dict(torch.load(file))
+        else:
+            _train(model, data, steps, BATCH[name], generator, name)
+            if file is not None:
+                torch.save(network.state_dict(), file)
     network.eval()
     return Problem(model, held_out, std)
+
+
+def _train(
+    model: hosm.ScoreModel,
+    data: Tensor,
+    steps: int,
+    batch: int,
+    generator: torch.Generator,
+    name: str,
+) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in tqdm(range(steps), f"training, {name}", leave=False):
+        rows = torch.randint(len(data), (batch,), generator=generator)
+        optimizer.zero_grad()
+        hosm.first_order_dsm(model, data[rows], generator=generator).backward()
+        optimizer.step()
+        decay.step()
