@@ -13,6 +13,7 @@ from benchmarks.environment import environment
 
 SIZES = ("smoke", "default", "full")
 Choose = Callable[[Any, Any, Any], Any]
+BEFORE = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--full") and config.getoption("--smoke"):
         raise pytest.UsageError("expected --full or --smoke; got both.")
+    config.stash[BEFORE] = environment()
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +45,9 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
-    """In place of the plugin's, which names the host."""
-    return environment()
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
+    """In place of the plugin's, which names the host; as it was before anything was measured."""
+    return config.stash[BEFORE]
 
 
 def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ THIRDS = ("third", "third laplacian", "third sliced")
 SHARED = ("second", "trace")
 COUNTS = (1, 2, 4, 8)
 COUNTED = "convolutional"
+DEFAULT, CLEARLY = "rademacher", 0.9  # what is not better by a tenth is no reason to change
+FEW = 8  # up to so many dimensions the unit vectors are affordable
 QUESTIONS = ("estimator_variance", "gradient_variance", "likelihood")
 
 
@@ -71,6 +73,8 @@ def distribution(found: Found) -> Advice:
         for name in DISTRIBUTIONS
     }
     best = min(sums, key=sums.__getitem__)
+    if sums[best] > CLEARLY * sums[DEFAULT]:
+        best = DEFAULT
     others = ", ".join(
         f"{name} {number(each / sums[best], 2)}" for name, each in sums.items() if name != best
     )
@@ -97,6 +101,16 @@ def likelihood_probes(questions: Found) -> Advice | None:
         "1 for the mean of a test set; more, before more `steps`, where one number must be sharp",
         f"4 probes divide the variance by 4 at {low} to {high} times the time, since they share "
         "the forward pass; 4 times the steps do so at 4 times",
+    )
+
+
+def exact_probes(found: Found) -> Advice:
+    """All unit vectors, where there are few."""
+    return Advice(
+        "`probes` of the losses",
+        '`"exact"`',
+        f"the {found['elements']} unit vectors cost what {found['elements']} random probes cost, "
+        "and leave none of their variance",
     )
 
 
@@ -127,7 +141,7 @@ def third(found: Found) -> Advice:
         ratios = [ratio[0] for ratio in found["ratios"][f"{name} / third"]]
         product[name] = float(np.exp(np.mean(np.log(ratios)))) * flops(keys[name]) / base
     laplacian, sliced = (number(product[name], 2) for name in THIRDS[1:])
-    best = "sliced" if product["third sliced"] < 1 else "exact"
+    best = "sliced" if product["third sliced"] < CLEARLY else "exact"
     saving = number(flops(keys["third laplacian"]) / base, 2)
     return Advice(
         "`third`",
@@ -173,11 +187,15 @@ def advice(questions: Found, size: Size) -> Iterator[Advice]:
     several = likelihood_probes(questions)
     if several is not None:
         yield several
+    few = spread is not None and spread["elements"] <= FEW
     trained = first_of(questions, "gradient_variance", size.gradients)
     if trained is not None:
         yield third(trained)
+    if few:
+        yield exact_probes(spread)
+    elif trained is not None:
         yield loss_probes(trained)
-    if spread is not None:
+    if spread is not None and not few:
         yield loss_distribution(spread)
 
 

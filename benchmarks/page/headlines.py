@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.page import likelihood, speed
-from benchmarks.page.markdown import number, table
+from benchmarks.page.markdown import filled, number, table
 
 Found = dict[str, Any]
 COSTS = {
@@ -44,10 +44,26 @@ def cost(tests: Found) -> str:
     return table([*header, "time", "peak memory", "time over JAX's"], lines)
 
 
+def modes(tests: Found) -> str:
+    """What other derivatives take for value and divergence, over ours."""
+    others: dict[str, list[float]] = {}
+    for found in tests.values():
+        (_, _), (_, ours), *rest = found["ratios"].items()
+        for route, ratio in rest:
+            others.setdefault(route, []).append(ratio[0] / ours[0])
+    told = ", ".join(
+        f"{route} {number(min(each), 2)} to {number(max(each), 2)} times"
+        for route, each in others.items()
+    )
+    return filled(f"Time over that of reverse mode, over networks and one or four probes: {told}.")
+
+
 # The page and the name of a block, its question, and what writes it.
 BLOCKS: dict[tuple[str, str], tuple[str, Callable[[Found], str]]] = {
     ("README.md", "cost"): ("speed", cost),
+    ("README.md", "likelihood"): ("likelihood", likelihood.paragraph),
     ("docs/likelihood.md", "accuracy"): ("likelihood", likelihood.accuracy),
+    ("docs/likelihood.md", "modes"): ("divergence_mode", modes),
 }
 
 
