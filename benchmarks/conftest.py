@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.environment import environment
 
+OF_A_RUN = ("load_before", "commit", "date")
 SIZES = ("smoke", "default", "full")
 Choose = Callable[[Any, Any, Any], Any]
 BEFORE = pytest.StashKey[dict[str, Any]]()
@@ -46,8 +47,8 @@ def _one_thread():
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
-    """In place of the plugin's, which names the host; as it was before anything was measured."""
-    return config.stash[BEFORE]
+    """In place of the plugin's, which names the host: what two runs should have in common."""
+    return {key: each for key, each in config.stash[BEFORE].items() if key not in OF_A_RUN}
 
 
 def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
@@ -57,6 +58,7 @@ def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """Say how much was measured."""
+    """Say where, and how much was measured."""
+    output_json["environment"] = config.stash[BEFORE]
     size = [name for name in SIZES if name != "default" and config.getoption(f"--{name}")]
     output_json["size"] = size[0] if size else "default"

@@ -37,7 +37,7 @@ def question(raw: Report) -> Report:
         for each in raw["benchmarks"]
         if each["extra_info"]
     }
-    return rounded({"environment": raw["machine_info"], "size": raw["size"], "tests": tests})
+    return rounded({"environment": raw["environment"], "size": raw["size"], "tests": tests})
 
 
 def read(file: Path) -> Report:
