@@ -4,9 +4,9 @@ python -m pytest benchmarks/test_likelihood.py [--full]
 
 Every method solves the same samples of the same model (benchmarks.likelihood_problems), with
 several settings, in turns. Up to d = 64 the error is the root mean square of the difference to a
-reference, over samples and seeds. Above that no reference can be had: the standard deviation over
-seeds stands for it, and the solver's error is measured apart, with one probe on a coarse and on a
-fine grid.
+reference, over samples and seeds. Above that no reference can be had: the error of a random method
+is put together from the standard deviation over seeds and the solver's error, which is measured
+apart (benchmarks.likelihood_methods).
 
 Evaluations are forward passes of the network a sample, counted. Each comes with passes back: one
 for a probe, d for the exact divergence.
@@ -29,11 +29,12 @@ from benchmarks.likelihood_methods import (
     RECIPE,
     Method,
     adaptive,
+    compile_seconds,
     fixed,
-    kept_probe_nll,
     missing,
     ours,
     peers,
+    value_of,
 )
 from benchmarks.likelihood_problems import counted, in_double, line, problem, ring
 from benchmarks.timing import clocked
@@ -42,6 +43,7 @@ from benchmarks.trained import Problem
 DENSE = 64  # up to which d the exact divergence is taken
 STEPS, REFERENCE_STEPS = 64, 512
 EVALUATIONS = STEPS + 10
+PATHS = 4  # samples whose solver's error is taken
 # Errors in nats to reach, of an exact result and of a random one, by the number of dimensions.
 TARGETS = {2: (0.01, 0.1), DENSE: (0.1, 1.0), None: (None, 1.0)}
 
@@ -53,31 +55,30 @@ class Runs:
         self.method, self.setting = method, setting
         self.nll: list[Tensor] = []
         self.seconds: list[float] = []
-        self.evaluations = 0.0
+        self.evaluations: list[float] = []
+        self.bias = 0.0  # root mean square of the solver's error, of a random method
 
-    def run(self, problem: Problem, x: Tensor, seed: int) -> None:
-        """Solve once; the first time is a warm-up and counts the evaluations."""
+    def run(self, problem: Problem, x: Tensor, seed: int, *, warm_up: bool) -> None:
+        """Solve once."""
         problem.model.network.samples = 0
-        (found, *told), seconds = clocked(
-            lambda: self.result(self.method.solve(problem, x, self.setting, seed))
-        )
-        if self.evaluations:
-            self.nll.append(found.double())
+        found, seconds = clocked(lambda: self.method.solve(problem, x, self.setting, seed))
+        counted = found[1] if isinstance(found, tuple) else problem.model.network.samples / len(x)
+        if not warm_up:
+            self.nll.append(value_of(found).double())
             self.seconds.append(seconds)
-        self.evaluations = float(told[0] if told else problem.model.network.samples / len(x))
+            self.evaluations.append(float(counted))
 
-    @staticmethod
-    def result(found: Tensor | tuple[Tensor, int]) -> tuple:
-        return found if isinstance(found, tuple) else (found,)
+    def noise(self) -> np.ndarray:
+        """Differences (B, n) to the mean over seeds, scaled so that their square is unbiased."""
+        values = torch.stack(self.nll, 1).numpy()
+        seeds = values.shape[1]
+        return (values - values.mean(1, keepdims=True)) * (seeds / max(seeds - 1, 1)) ** 0.5
 
     def errors(self, reference: Tensor | None) -> np.ndarray:
-        """Differences (B, n) to the reference, or, made unbiased, to the mean over seeds."""
-        values = torch.stack(self.nll, 1)
+        """Differences (B, n) to the reference, or where there is none noise and solver's error."""
         if reference is not None:
-            return (values - reference[:, None]).numpy()
-        seeds = values.shape[1]
-        centred = values - values.mean(1, keepdim=True)
-        return (centred * (seeds / (seeds - 1)) ** 0.5).numpy()
+            return (torch.stack(self.nll, 1) - reference[:, None]).numpy()
+        return np.sqrt(np.square(self.noise()) + self.bias**2)
 
 
 def row_of(runs: Runs, errors: np.ndarray) -> dict:
@@ -91,19 +92,23 @@ def row_of(runs: Runs, errors: np.ndarray) -> dict:
         "unit": method.unit,
         "ours": method.ours,
         "random": method.random,
-        "evaluations": runs.evaluations,
+        "evaluations": float(np.mean(runs.evaluations)),
         "seconds": intervals.median(runs.seconds),
         "error": intervals.root_mean_square(drawn),
+        "solver_error": runs.bias if method.random else None,
     }
 
 
-def time_to(target: float):
-    """Time to an error: that of as many estimates as bring it down to the target."""
+def estimates(noise: np.ndarray, bias: float, target: float) -> float:
+    """Of how many independent estimates the mean has this error; averaging leaves the bias."""
+    return max(1.0, float(np.square(noise).mean()) / (target**2 - bias**2))
 
-    def statistic(seconds: np.ndarray, errors: np.ndarray) -> float:
-        return float(np.median(seconds) * max(1.0, np.square(errors).mean() / target**2))
 
-    return statistic
+def reaches(runs: Runs, errors: np.ndarray, target: float) -> bool:
+    """Whether a setting can be brought to an error at all."""
+    if runs.method.random:
+        return runs.bias < target
+    return float(np.sqrt(np.square(errors).mean())) <= target
 
 
 def at_target(every: list[tuple[Runs, np.ndarray]], target: float, *, random: bool) -> dict:
@@ -111,73 +116,62 @@ def at_target(every: list[tuple[Runs, np.ndarray]], target: float, *, random: bo
 
     A random method may average several estimates for it, any other has to reach it in one.
     """
-    best: dict[str, tuple[float, Runs, np.ndarray]] = {}
+
+    def factor(runs: Runs) -> float:
+        return estimates(runs.noise(), runs.bias, target) if random else 1.0
+
+    able: dict[str, list[Runs]] = {}
     for runs, errors in every:
-        size = float(np.sqrt(np.square(errors).mean()))
-        if runs.method.random != random or (not random and size > target):
-            continue
-        factor = max(1.0, (size / target) ** 2) if random else 1.0
-        cost = float(np.median(runs.seconds)) * factor
-        if runs.method.name not in best or cost < best[runs.method.name][0]:
-            best[runs.method.name] = (cost, runs, errors)
-    own = {name: found for name, found in best.items() if found[1].method.ours and name != KEPT}
+        if runs.method.random == random and reaches(runs, errors, target):
+            able.setdefault(runs.method.name, []).append(runs)
+    time = {name: [factor(r) * np.median(r.seconds) for r in each] for name, each in able.items()}
+    calls = {
+        name: min(factor(r) * np.mean(r.evaluations) for r in each) for name, each in able.items()
+    }
+    best = {name: each[int(np.argmin(time[name]))] for name, each in able.items()}
+    own = [name for name, runs in best.items() if runs.method.ours and name != KEPT]
     if not own:
         return {"error": target, "random": random, "rows": []}
-    _, base, base_errors = own[min(own, key=lambda name: own[name][0])]
-    calls = min(runs.evaluations * max(1.0, share(e, target)) for _, runs, e in own.values())
+    base = best[min(own, key=lambda name: min(time[name]))]
+
+    def ratio(runs: Runs) -> intervals.Estimate:
+        def statistic(*drawn: np.ndarray) -> float:
+            (seconds, noise), (own_seconds, own_noise) = drawn[:2], drawn[2:]
+            found = float(np.median(seconds) / np.median(own_seconds))
+            if not random:
+                return found
+            numbers = estimates(noise, runs.bias, target), estimates(own_noise, base.bias, target)
+            return found * numbers[0] / numbers[1]
+
+        samples = (runs.seconds, runs.noise(), base.seconds, base.noise())
+        return intervals.bootstrap(statistic, *samples)
+
     rows = []
-    for name, (cost, runs, errors) in best.items():
-
-        def statistic(seconds, errors, own_seconds, own_errors) -> float:
-            of = time_to(target) if random else lambda seconds, _: float(np.median(seconds))
-            return of(seconds, errors) / of(own_seconds, own_errors)
-
-        over = intervals.bootstrap(statistic, runs.seconds, errors, base.seconds, base_errors)
-        evaluations = runs.evaluations * (max(1.0, share(errors, target)) if random else 1.0)
-        peer = not runs.method.ours
+    for name, runs in best.items():
+        over, peer = ratio(runs), not runs.method.ours
         rows.append(
             {
                 "method": name,
                 "setting": runs.setting,
                 "unit": runs.method.unit,
                 "ours": runs.method.ours,
-                "seconds": cost,
+                "seconds": float(min(time[name])),
                 "over_ours": over,
-                "evaluations": evaluations,
+                "evaluations": float(calls[name]),
                 "ahead": peer and over.high < 1,
-                "fewer_evaluations": peer and evaluations < calls,
+                "fewer_evaluations": bool(peer and calls[name] < min(calls[o] for o in own)),
             }
         )
     rows.sort(key=lambda row: row["seconds"])
     return {"error": target, "random": random, "rows": rows}
 
 
-def share(errors: np.ndarray, target: float) -> float:
-    """How many independent estimates bring the error to the target."""
-    return float(np.square(errors).mean()) / target**2
-
-
 def reference_of(problem: Problem, x: Tensor, tolerance: float) -> tuple[Tensor, float]:
-    """The exact divergence in float64 on a fine grid, and its distance to the adaptive method."""
-    wide, x = in_double(problem), x.double()
+    """The adaptive method with exact divergence, and its distance to that on a fine grid."""
     steps = REFERENCE_STEPS if x[0].numel() <= 2 else REFERENCE_STEPS // 2
-    fine = adaptive(wide, x, tolerance, 0)
-    other = fixed(wide, x, steps, 0, divergence="exact")
+    fine = adaptive(problem, x, tolerance, 0)
+    other = fixed(problem, x, steps, 0, divergence="exact")
     return fine, float((fine - other).abs().max())
-
-
-def solver_errors(problem: Problem, x: Tensor, chosen: dict[str, Method]) -> dict:
-    """Of methods with random probes: the same probes again, on a much finer grid."""
-    ends = [kept_probe_nll(problem, x, steps, 0) for steps in (STEPS, REFERENCE_STEPS)]
-    found = {FRESH: (ends[0] - ends[1]).abs()}
-    if RECIPE in chosen:
-        solve = chosen[RECIPE].solve
-        coarse, fine = (solve(problem, x, tolerance, 0) for tolerance in (1e-5, 1e-7))
-        found[RECIPE] = (coarse - fine).abs()
-    return {
-        name: {"mean": float(errors.mean()), "largest": float(errors.max())}
-        for name, errors in found.items()
-    }
 
 
 def headlines(every: list[tuple[Runs, np.ndarray]]) -> dict:
@@ -196,7 +190,8 @@ def headlines(every: list[tuple[Runs, np.ndarray]]) -> dict:
     }
     fresh = chosen[FRESH][0]
     result = {
-        "evaluations": fresh.evaluations,
+        "evaluations": float(np.mean(fresh.evaluations)),
+        "solver_error": fresh.bias,
         "noise": found,
         "kept over fresh": intervals.ratio_of_variances(values[KEPT], values[FRESH]),
     }
@@ -209,12 +204,34 @@ def headlines(every: list[tuple[Runs, np.ndarray]]) -> dict:
 
         pairs = (recipe.seconds, values[RECIPE], fresh.seconds, values[FRESH])
         result["recipe"] = {
-            "evaluations": recipe.evaluations,
+            "evaluations": float(np.mean(recipe.evaluations)),
             "time": intervals.ratio_of_medians(recipe.seconds, fresh.seconds),
             # A seed that is drawn twice counts in both, which makes no variance of zero.
             "time to a standard error": intervals.bootstrap(cost, *pairs),
         }
     return result
+
+
+def add_solver_errors(
+    every: list[Runs], problem: Problem, x: Tensor, finest: dict[str, float]
+) -> None:
+    """Of all random methods, against a much finer setting, which those of one kind share."""
+    fine: dict[object, Tensor] = {}
+    for runs in tqdm(every, "solver's errors", leave=False):
+        method, kind = runs.method, runs.method.smooth or runs.method.solve
+        if not method.random:
+            continue
+        if kind not in fine:
+            fine[kind] = method.with_one_probe(problem, x, finest[method.unit])
+        error = method.with_one_probe(problem, x, runs.setting) - fine[kind]
+        runs.bias = float(error.square().mean().sqrt())
+
+
+def taken(name: str, peer: str, choose) -> bool:
+    """Whether a peer takes part: on images all with --full, where one estimate takes seconds."""
+    if name == "large images":
+        return peer in (RECIPE, "torchdiffeq", "diffrax")
+    return name != "images" or peer == RECIPE or choose(True, False, True)
 
 
 @pytest.mark.parametrize("name", ["ring", "digits", "images", "large images"])
@@ -225,47 +242,56 @@ def test_error_against_cost(benchmark, choose, name):
     solved = counted(problem(name, None if name == "ring" else steps))
     elements = solved.data[0].numel()
     exact = elements <= DENSE
-    x = solved.data[: choose(2, 8, 8 if name == "large images" else 16)]
-    rounds = choose(6, 8, {"ring": 16, "digits": 10, "images": 8, "large images": 6}[name])
-    exact_rounds = choose(1, 3, 3)
-    methods = [*ours(elements, exact=exact), *peers(exact=exact)]
-    if name == "large images":  # where one estimate of a peer takes a minute
-        methods = [m for m in methods if m.ours or m.name in (RECIPE, "torchdiffeq", "diffrax")]
-    if not choose(False, exact, True):
-        methods = [m for m in methods if m.ours or m.name == RECIPE or choose(True, False, False)]
+    x = solved.data[: choose(2, 8 if exact else 4, 8 if name == "large images" else 16)]
+    rounds = choose(6, 8 if exact else 6, {"ring": 16, "digits": 10}.get(name, 6))
+    exact_rounds = choose(1, 2, 3)
+    methods, left_out = [*ours(elements, exact=exact)], {}
+    for method in peers(exact=exact):
+        peer = method.name.removesuffix(", exact")
+        if taken(name, peer, choose):
+            methods.append(method)
+        else:
+            left_out[peer] = "left out at this size, to save time"
+    jax_takes_part = any(method.name.startswith("diffrax") for method in methods)
+    # Without --full every other setting on the digits; in a smoke run what the headlines need.
     methods = [
-        m._replace(settings=choose(m.settings[-1:], m.settings, m.settings)) for m in methods
+        m._replace(
+            settings=choose(
+                (STEPS,) if m.unit == "steps" else (1e-3,),
+                m.settings[::2] if elements == DENSE else m.settings,
+                m.settings,
+            )
+        )
+        for m in methods
     ]
-    if choose(True, False, False):  # nothing fine in a smoke run, but what the headlines need
-        methods = [
-            m._replace(settings=(STEPS,) if m.unit == "steps" else (1e-3,)) for m in methods
-        ]
+    finest = {"steps": choose(128, 512, 512), "tolerance": choose(1e-4, 1e-7, 1e-7)}
     every = [Runs(method, setting) for method in methods for setting in method.settings]
 
     def measure() -> dict:
         for seed in tqdm(range(-1, rounds), name, leave=False):
             for runs in tqdm(every, f"seed {seed}", leave=False):
                 if runs.method.random or seed < exact_rounds:
-                    runs.run(solved, x, seed + 1)
+                    runs.run(solved, x, seed + 1, warm_up=seed < 0)
+        wide = in_double(solved)
+        add_solver_errors(every, wide, x[:PATHS].double(), finest)
         reference = difference = None
         if exact:
-            reference, difference = reference_of(solved, x, choose(1e-3, 1e-5, 1e-6))
+            reference, difference = reference_of(wide, x.double(), choose(1e-3, 1e-5, 1e-6))
         pairs = [(runs, runs.errors(reference)) for runs in every]
         few, many = TARGETS[elements if exact else None]
         targets = [at_target(pairs, many, random=True)]
         targets += [at_target(pairs, few, random=False)] if exact else []
-        named = {method.name: method for method in methods}
         return {
             "elements": elements,
             "samples": len(x),
             "seeds": rounds,
             "nll_std": float(torch.stack(every[0].nll).mean(0).std()),
             "reference_difference": difference,
-            "solver": None if exact else solver_errors(solved, x, named),
             "rows": [row_of(*pair) for pair in pairs],
             "targets": targets,
             "headlines": headlines(pairs),
-            "skipped": missing(),
+            "compile_seconds": compile_seconds(solved, x, exact=exact) if jax_takes_part else None,
+            "skipped": missing() | left_out,
         }
 
     found = benchmark.pedantic(measure, rounds=1)
@@ -280,7 +306,7 @@ def test_every_peer_is_right(method):
     for solved in [line()] if method.random else [line(), ring()]:
         small = dataclasses.replace(solved, data=solved.data[:4])
         expected = adaptive(small, small.data, 1e-7, 0)
-        found = Runs.result(method.solve(small, small.data, 1e-8, 0))[0]
+        found = value_of(method.solve(small, small.data, 1e-8, 0))
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
 
 
