@@ -147,7 +147,11 @@ def section(tests: dict[str, Report]) -> str:
     slower = ahead(networks)
     if slower:
         told = "; ".join(slower)
-        parts.append(filled(f"JAX is faster, beyond the interval, at: {told}."))
+        parts.append(filled(f"JAX is faster, by the whole of the interval, at: {told}."))
+    if not any(
+        "jax_ratio" in row for each in networks.values() for row in each["variants"].values()
+    ):
+        parts.append("JAX is not installed, so that its column is empty.")
     if DRAWN in networks:
         rows = networks[DRAWN]["variants"]
         parts += [
