@@ -19,6 +19,7 @@ PROBLEMS = {
     "images": "network on images",
     "large images": "network on 32×32 images",
 }
+ROUNDING = 1e-6
 Found = dict[str, Any]
 
 
@@ -93,12 +94,17 @@ def levels_table(every: dict[str, Found]) -> str:
     return table(header, lines)
 
 
+def rounded(ratio: float) -> float:
+    """A ratio, zero where it is rounding."""
+    return 0.0 if ratio < ROUNDING else ratio
+
+
 def efficiencies(found: Found, term: str, sampler: str) -> dict[int, list[float]]:
     """K times the variance at K, over that of one Rademacher probe."""
     one = found["probes"][term]["rademacher"]["1"]["variance"][0]
     rows = found["probes"][term].get(sampler, {})
     return {
-        int(count): [int(count) * each / one for each in row["variance"]]
+        int(count): [rounded(int(count) * each / one) for each in row["variance"]]
         for count, row in rows.items()
     }
 
@@ -166,7 +172,7 @@ def section(tests: dict[str, Found]) -> str:
                 Rademacher probe: 1 where K probes divide the variance by K. "orthogonal" are
                 directions of a QR decomposition, "unit vectors" are drawn without replacement,
                 Hutch++ is that of curvlinops with K matrix products, rounded down to a multiple of
-                three. The first four of the list are independent."""
+                three. Rademacher, dct and gaussian probes are independent."""
                 if "Hutch++" in str(every)
                 else """K times the variance of the mean over K probes, over the variance of one
                 Rademacher probe: 1 where K probes divide the variance by K. Hutch++ is left out:
