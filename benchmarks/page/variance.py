@@ -235,7 +235,7 @@ def draw_counts(every: dict[str, Found], path: Path) -> Path:
         for count, row in efficiencies(found, "trace", sampler).items()
         if count <= found["elements"] / 8
     ]
-    message = "Nothing does better than independent signs until K is a good part of d"
+    message = "Orthogonal directions and Hutch++ gain nothing until K is a good part of d"
     plain = "Trace: K times the variance of K probes"
     figure = figures.new(message if min(independent) > 0.8 else plain, 2.6 * len(every) + 2, 3.8)
     grid = figure.subplots(1, len(every), sharey=True, squeeze=False)[0]
