@@ -20,14 +20,13 @@ def of_speed(tests: dict[str, Found]) -> list[list[str]]:
         row["jax_ratio"]
         for found in networks.values()
         for key, row in found["variants"].items()
-        if "jax_ratio" in row and ("taylor" in key or key == speed.BASE)
+        if "jax_ratio" in row and speed.is_default(key)
     ]
     if not ratios:
         return []
     values = sorted(ratio[0] for ratio in ratios)
     ours = f"time of ours over theirs {number(values[0])} to {number(values[-1])}"
-    ahead = [line for line in speed.ahead(networks) if "taylor" in line or speed.BASE in line]
-    told = "; ".join(ahead) or "nowhere"
+    told = "; ".join(speed.ahead(networks, default=True)) or "nowhere"
     return [["the paper's losses, jitted by JAX", f"a training step: {ours}", told]]
 
 
