@@ -93,7 +93,7 @@ def test_gradient_variance(benchmark, choose, name):
         },
         rounds=1,
     )
-    benchmark.extra_info.update(figures, d=case.draw(1, torch.Generator())[0].numel())
+    benchmark.extra_info.update(figures, elements=case.draw(1, torch.Generator())[0].numel())
     assert all(share == (0, 0, 0) for share in figures["probe share"]["first"])
 
 

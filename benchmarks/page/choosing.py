@@ -5,15 +5,15 @@ advice. Where a question was not measured there is none.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks import counts
 from benchmarks.page import likelihood, variance
 from benchmarks.page.markdown import filled, number, table
+from benchmarks.page.problems import Found, tests_of
 
-Found = dict[str, Any]
 DISTRIBUTIONS = ("rademacher", "dct", "sphere", "gaussian")
 THIRDS = ("third", "third laplacian", "third sliced")
 SHARED = ("second", "trace")
@@ -46,12 +46,6 @@ class Advice(NamedTuple):
     option: str
     choice: str
     reason: str
-
-
-def tests_of(questions: Found, question: str) -> dict[str, Found]:
-    """What a question found, by the name of the problem."""
-    tests = questions.get(question, {}).get("tests", {})
-    return {key.partition("[")[2].rstrip("]"): each for key, each in tests.items()}
 
 
 def first_of(questions: Found, question: str, names: tuple[str, ...]) -> Found | None:

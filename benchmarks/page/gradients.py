@@ -2,47 +2,29 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from benchmarks.page import figures
 from benchmarks.page.markdown import NOTHING, Interval, filled, spread, table
+from benchmarks.page.problems import PROBLEMS, Found, problems, title
 
 MENG = "second, Meng et al."
 TERMS = ("first", "second", "trace", "third", "third laplacian", "third sliced", MENG)
 HIGHER = ("second", "trace", "third")
 STYLE = dict(zip(TERMS, figures.STYLES, strict=False))
-PROBLEMS = {
-    "mixture": "1-D mixture",
-    "digits": "network on digits",
-    "images": "network on images",
-    "large images": "network on 32×32 images",
-}
 WORTH = 2 / 3  # from this share on a second probe at order two beats a batch 1.5 times as large
-Found = dict[str, Any]
-
-
-def problems(tests: dict[str, Found]) -> dict[str, Found]:
-    """The tests by the name of their problem, in order."""
-    found = {key.partition("[")[2].rstrip("]"): each for key, each in tests.items()}
-    return {name: found[name] for name in PROBLEMS if name in found}
-
-
-def title(name: str, found: Found) -> str:
-    """A problem with its number of dimensions."""
-    return f"{PROBLEMS[name]}, d = {found['d']}"
 
 
 def several(every: dict[str, Found]) -> dict[str, Found]:
     """Those of more than one dimension. In one, signs are exact: all estimators are the same."""
-    return {name: found for name, found in every.items() if found["d"] > 1}
+    return {name: found for name, found in every.items() if found["elements"] > 1}
 
 
 def terms_of(found: Found) -> tuple[str, ...]:
     """The estimators that differ."""
-    return TERMS if found["d"] > 1 else ("first", "second", "third", MENG)
+    return TERMS if found["elements"] > 1 else ("first", "second", "third", MENG)
 
 
 def by_level(every: dict[str, Found], first: str, lines: list[list[str]]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.page import likelihood, speed
-from benchmarks.page.markdown import filled, number, table
+from benchmarks.page.markdown import NOTHING, filled, number, table
 
 Found = dict[str, Any]
 COSTS = {
@@ -35,8 +35,8 @@ def cost(tests: Found) -> str:
                 label,
                 evaluations,
                 speed.number(row["flops_ratio"]),
-                number(row["time_ratio"][0], 2),
-                number(row.get("memory_ratio"), 2),
+                f"{row['time_ratio'][0]:.1f}",
+                f"{row['memory_ratio']:.1f}" if "memory_ratio" in row else NOTHING,
                 speed.number(jax),
             ]
         )

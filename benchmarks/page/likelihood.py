@@ -8,28 +8,11 @@ from matplotlib.axes import Axes
 from benchmarks.likelihood_methods import ADAPTIVE, DCT, EXACT, FRESH, KEPT, RECIPE
 from benchmarks.page import figures
 from benchmarks.page.markdown import filled, number, spread, table
+from benchmarks.page.problems import PROBLEMS, Found, problems, title
 
-PROBLEMS = {
-    "ring": "ring of Gaussians",
-    "digits": "network on digits",
-    "images": "network on images",
-    "large images": "network on 32×32 images",
-}
 # Methods by the part of their name before the comma, one style each; open markers are exact.
 NAMES = (FRESH, DCT, KEPT, EXACT, ADAPTIVE)
 PEERS = (RECIPE, "torchdiffeq", "k-diffusion", "diffrax", "flow_matching")
-Found = dict[str, Any]
-
-
-def problems(tests: dict[str, Found]) -> dict[str, Found]:
-    """The tests by the name of their problem, in order."""
-    found = {key.partition("[")[2].rstrip("]"): each for key, each in tests.items()}
-    return {name: found[name] for name in PROBLEMS if name in found}
-
-
-def title(name: str, found: Found) -> str:
-    """A problem with its number of dimensions."""
-    return f"{PROBLEMS[name]}, d = {found['elements']}"
 
 
 def setting(row: Found) -> str:

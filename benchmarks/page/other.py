@@ -1,24 +1,17 @@
 """Sections on smaller questions."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from benchmarks.page.markdown import filled, spread, table
-
-Found = dict[str, Any]
-
-
-def parameters(key: str) -> list[str]:
-    """What a test was parametrised with, from its name."""
-    return key.partition("[")[2].rstrip("]").split("-")
+from benchmarks.page.problems import Found, by_parameter
 
 
 def divergence_mode(tests: dict[str, Found]) -> str:
     """Routes to value and divergence."""
     routes = list(next(iter(tests.values()))["ratios"])[1:]
     lines = [
-        [*parameters(key), *(spread(found["ratios"][route], 2) for route in routes)]
-        for key, found in tests.items()
+        [*key.split("-"), *(spread(found["ratios"][route], 2) for route in routes)]
+        for key, found in by_parameter(tests).items()
     ]
     told = "; ".join(f"({number}) {route}" for number, route in enumerate(routes, 1))
     return "\n\n".join(
@@ -32,7 +25,9 @@ def divergence_mode(tests: dict[str, Found]) -> str:
 
 def primitive_cost(tests: dict[str, Found]) -> str:
     """The safe primitives."""
-    lines = [[*parameters(key), spread(found["ratio"])] for key, found in tests.items()]
+    lines = [
+        [*key.split("-"), spread(found["ratio"])] for key, found in by_parameter(tests).items()
+    ]
     return "\n\n".join(
         [
             "## What do the safe primitives cost?",

@@ -1,16 +1,8 @@
 """The first section: every peer at a glance, and where one is ahead of ours."""
 
-from typing import Any
-
 from benchmarks.page import gradients, likelihood, speed, variance
 from benchmarks.page.markdown import filled, number, table
-
-Found = dict[str, Any]
-
-
-def tests_of(questions: Found, question: str) -> dict[str, Found]:
-    """What a question found."""
-    return questions.get(question, {}).get("tests", {})
+from benchmarks.page.problems import PROBLEMS, Found, problems
 
 
 def of_speed(tests: dict[str, Found]) -> list[list[str]]:
@@ -24,15 +16,16 @@ def of_speed(tests: dict[str, Found]) -> list[list[str]]:
     ]
     if not ratios:
         return []
-    values = sorted(ratio[0] for ratio in ratios)
-    ours = f"time of ours over theirs {number(values[0])} to {number(values[-1])}"
-    told = "; ".join(speed.ahead(networks, default=True)) or "nowhere"
-    return [["the paper's losses, jitted by JAX", f"a training step: {ours}", told]]
+    values = sorted(1 / ratio[0] for ratio in ratios)
+    theirs = f"time of theirs over ours {number(values[0], 2)} to {number(values[-1], 2)}"
+    ahead = speed.ahead(networks, default=True)
+    told = f"time of ours over theirs: {'; '.join(ahead)}" if ahead else "nowhere"
+    return [["the paper's losses, jitted by JAX", f"a training step: {theirs}", told]]
 
 
 def of_gradients(tests: dict[str, Found]) -> list[list[str]]:
     """The second-order loss of Meng et al."""
-    every = gradients.problems(tests)
+    every = problems(tests)
     if not every:
         return []
     key = f"{gradients.MENG} / second"
@@ -45,8 +38,8 @@ def of_gradients(tests: dict[str, Found]) -> list[list[str]]:
 def of_variance(tests: dict[str, Found]) -> list[list[str]]:
     """Hutch++, whose K times its variance is set against that of one Rademacher probe."""
     ratios = {
-        f"{variance.PROBLEMS[name]}, K = {count}": ratio
-        for name, found in variance.problems(tests).items()
+        f"{PROBLEMS[name]}, K = {count}": ratio
+        for name, found in problems(tests).items()
         for count, ratio in variance.efficiencies(found, "trace", "Hutch++").items()
     }
     if not ratios:
@@ -59,11 +52,15 @@ def of_variance(tests: dict[str, Found]) -> list[list[str]]:
 
 def section(questions: Found) -> str:
     """The section in Markdown."""
+
+    def tests(question: str) -> dict[str, Found]:
+        return questions.get(question, {}).get("tests", {})
+
     lines = [
-        *likelihood.peers(tests_of(questions, "likelihood")),
-        *of_variance(tests_of(questions, "estimator_variance")),
-        *of_gradients(tests_of(questions, "gradient_variance")),
-        *of_speed(tests_of(questions, "speed")),
+        *likelihood.peers(tests("likelihood")),
+        *of_variance(tests("estimator_variance")),
+        *of_gradients(tests("gradient_variance")),
+        *of_speed(tests("speed")),
     ]
     return "\n\n".join(
         [

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from benchmarks.networks import NETWORKS
 from benchmarks.page import figures
 from benchmarks.page.markdown import NOTHING, filled, spread, table
+from benchmarks.page.problems import by_parameter
 from benchmarks.speed import BASE, VARIANTS, Row
 
 Report = dict[str, Any]
@@ -113,7 +114,7 @@ def knobs_table(networks: dict[str, Report]) -> str:
 
 def networks_of(tests: dict[str, Report]) -> dict[str, Report]:
     """The tests of all variants in turns, by the name of their network."""
-    found = {key.partition("[")[2].rstrip("]"): each for key, each in tests.items()}
+    found = by_parameter(tests)
     return {name: found[name] for name in NETWORKS if name in found}
 
 

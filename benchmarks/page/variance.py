@@ -1,37 +1,18 @@
 """The section on the variance of estimators, and its figures."""
 
 from pathlib import Path
-from typing import Any
 
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from benchmarks.page import figures
 from benchmarks.page.markdown import filled, number, spread, table
+from benchmarks.page.problems import Found, problems, title
 
 TERMS = {"trace": "trace", "Frobenius": "order two", "third": "order three"}
 SAMPLERS = ("rademacher", "dct", "sphere", "gaussian", "unit vectors")
 SWEPT = ("rademacher", "dct", "gaussian", "orthogonal", "unit vectors", "Hutch++")
 STYLE = dict(zip((*SAMPLERS, "orthogonal", "Hutch++"), figures.STYLES, strict=False))
-PROBLEMS = {
-    "ring": "ring of Gaussians",
-    "mixture": "Gaussian mixture",
-    "digits": "network on digits",
-    "images": "network on images",
-    "large images": "network on 32×32 images",
-}
 ROUNDING = 1e-6
-Found = dict[str, Any]
-
-
-def problems(tests: dict[str, Found]) -> dict[str, Found]:
-    """The tests by the name of their problem, in order."""
-    found = {key.partition("[")[2].rstrip("]"): each for key, each in tests.items()}
-    return {name: found[name] for name in PROBLEMS if name in found}
-
-
-def title(name: str, found: Found) -> str:
-    """A problem with its number of dimensions."""
-    return f"{PROBLEMS[name]}, d = {found['elements']}"
 
 
 def over_rademacher(found: Found, term: str, sampler: str) -> list[list[float]]:
