@@ -52,7 +52,7 @@ def test_value_and_divergence_over_one_evaluation(benchmark, choose, name, probe
         "the losses' Taylor engine": lambda: carried(lambda x: network(x, t), x, v),
     }
 
-    rounds = choose(1, 5, 15)
+    rounds = choose(1, 3, 15)
     with torch.no_grad():
         found = benchmark.pedantic(ratios, (routes, "one evaluation", rounds), rounds=1)
     benchmark.extra_info["ratios"] = found

@@ -144,7 +144,7 @@ class Problem:
 
     def __init__(self, name: str, choose) -> None:
         self.name, self.generator = name, torch.Generator().manual_seed(0)
-        self.count = choose(1, *[2 if "images" in name else 4] * 2)
+        self.count = choose(1, *(1, 2) if "images" in name else (4, 4))
         self.mixture = {"ring": ring, "mixture": anisotropic}.get(name, lambda: None)()
         if self.mixture is None:
             self.trained = trained(name, *choose((5,), (300,) if name == "images" else (), ()))

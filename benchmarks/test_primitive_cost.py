@@ -28,6 +28,6 @@ def test_first_order_step_with_primitives(benchmark, choose, name):
     steps = {str(primitives): partial(step, primitives) for primitives in (False, True)}
     for warm in steps.values():
         warm()
-    rounds = choose(1, 11, 31)
+    rounds = choose(1, 7, 31)
     found = benchmark.pedantic(ratios, (steps, "False", rounds), rounds=1)
     benchmark.extra_info["ratio"] = found["True"]
