@@ -107,7 +107,8 @@ def _variances(values: ArrayLike, seed: int) -> tuple[float, Array]:
     rows = _rows(values)
     rows = rows - rows.mean(1, keepdims=True)
     count = rows.shape[1]
-    weights, unbiased = _weights(count, seed), count / (count - 1)
+    # Resamples are of a population whose variance is itself (n − 1)/n short: twice the factor.
+    weights, unbiased = _weights(count, seed), (count / (count - 1)) ** 2
     squares = weights @ (rows**2).T - (weights @ rows.T) ** 2
     return float(rows.var(1, ddof=1).mean()), unbiased * squares.mean(1)
 

@@ -26,10 +26,10 @@ def test_values_are_those_of_numpy(rng):
     assert intervals.total_variance(vectors).value == pytest.approx(total)
 
 
-def test_every_resample_of_a_variance_is_unbiased_in_its_factor():
-    # Of two values the variance of a resample is that of all, or zero, with equal chance.
-    low, high = intervals.mean_variance([0.0, 2.0])[1:]
-    assert (low, high) == (0.0, 2.0)
+def test_resamples_of_a_variance_are_centred_on_it():
+    # Of two values a resample has both, or one of them twice, with equal chance.
+    value, low, high = intervals.mean_variance([0.0, 2.0])
+    assert (value, low, high) == (2.0, 0.0, 4.0)
 
 
 # With 95 % a number of 200 trials has the mean 190 and the standard deviation 3.1. Bootstrap
