@@ -15,6 +15,11 @@ NAMES = (FRESH, DCT, KEPT, EXACT, ADAPTIVE)
 PEERS = (RECIPE, "torchdiffeq", "k-diffusion", "diffrax", "flow_matching")
 
 
+def nats(error: float) -> str:
+    """An error with its unit."""
+    return f"{error:g} nat" if error == 1 else f"{error:g} nats"
+
+
 def setting(row: Found) -> str:
     """Steps or a tolerance."""
     value = row["setting"]
@@ -54,7 +59,7 @@ def targets_table(found: Found) -> str:
                 told = f"{told}, evaluations".lstrip(", ")
             lines.append(
                 [
-                    f"{target['error']:g} nats, {kind}",
+                    f"{nats(target['error'])}, {kind}",
                     row["method"],
                     setting(row),
                     number(row["evaluations"]),
@@ -221,7 +226,7 @@ def peers(tests: dict[str, Found]) -> list[list[str]]:
                     continue
                 peer = row["method"].removesuffix(", exact")
                 ratios.setdefault(peer, []).append(row["over_ours"][0])
-                place = f"{PROBLEMS[name]}, {target['error']:g} nats"
+                place = f"{PROBLEMS[name]}, {nats(target['error'])}"
                 words = ["time"] * row["ahead"] + ["evaluations"] * row["fewer_evaluations"]
                 if words:
                     ahead.setdefault(peer, []).append(f"{place} ({' and '.join(words)})")
@@ -250,7 +255,7 @@ def advice(found: Found) -> list[tuple[str, str, str]]:
         kind = "random" if target["random"] else "exact"
         advised.append(
             (
-                f"`ode_nll`, {kind}, to {target['error']:g} nats a sample",
+                f"`ode_nll`, {kind}, to {nats(target['error'])} a sample",
                 f"{best['method']}, {setting(best)}",
                 f"{number(best['evaluations'])} evaluations in {number(1e3 * best['seconds'])} ms "
                 f"for {found['samples']} samples" + (f"; times over that: {told}" if told else ""),

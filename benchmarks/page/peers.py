@@ -67,7 +67,8 @@ def section(questions: Found) -> str:
             "## Others at a glance",
             filled(
                 """What others compute, called as their users call it, on the same network and
-                data. Ahead is who is ahead by the whole of the 95 % interval."""
+                data. Ahead is who is ahead by the whole of the 95 % interval, or in evaluations,
+                which are counted, by their number."""
             ),
             table(["Peer", "Compared", "The peer is ahead at"], lines),
         ]
