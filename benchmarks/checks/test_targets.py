@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks.likelihood_methods import Method
-from benchmarks.test_likelihood import Runs, at_target, estimates
+from benchmarks.likelihood_targets import Runs, at_target, estimates
 
 SEEDS = 400
 
