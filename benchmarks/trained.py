@@ -6,8 +6,6 @@ HOSM_BENCHMARKS_WEIGHTS names a directory, once for all processes that share it.
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -124,17 +122,6 @@ def _seen(x, t, schedule, std):
     return scaled, torch.stack([level, torch.sin(math.pi * level)], 1)
 
 
-@contextmanager
-def every_core() -> Iterator[None]:
-    """All cores for PyTorch, and then as many as before."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def trained(name: str, steps: int | None = None) -> Problem:
     """Train a network with the first-order loss, under the VE schedule, once in a process.
 
@@ -151,7 +138,7 @@ def trained(name: str, steps: int | None = None) -> Problem:
 @lru_cache
 def _trained(name: str, steps: int) -> Problem:
     generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(), every_core():
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         if name == "digits":
             everything = digits(generator)
