@@ -8,8 +8,8 @@ one thread. What is found goes to benchmarks/results/NAME.json, beside what is t
 all of that file come docs/benchmarks.md, docs/choosing.md, their figures, and the numbers in
 README.md and other pages that stand between marks; these are printed as well.
 
-Ten minutes on two cores; --full takes an hour or two. --smoke tries everything for some minutes,
-and leaves results and pages in a temporary directory that it removes.
+Ten minutes on two cores; --full takes an hour and a quarter. --smoke tries everything for some
+minutes, and leaves results and pages in a temporary directory that it removes.
 """
 
 import argparse

@@ -19,7 +19,7 @@ BEFORE = pytest.StashKey[dict[str, Any]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hosm-losses")
-    group.addoption("--full", action="store_true", help="measure more, in about an hour")
+    group.addoption("--full", action="store_true", help="measure more, in an hour and a quarter")
     group.addoption("--compiled", action="store_true", help="compiled losses too, in 20 minutes")
     group.addoption("--smoke", action="store_true", help="try everything, measure nothing")
 

@@ -142,7 +142,7 @@ def test_error_against_cost(benchmark, choose, name):
     elements = solved.data[0].numel()
     exact = elements <= DENSE
     x = solved.data[: choose(2, 8 if exact else 4, 4 if name == "large images" else 16)]
-    rounds = choose(6, 8 if exact else 6, {"ring": 16, "digits": 10}.get(name, 6))
+    rounds = choose(6, 6, {"ring": 16, "digits": 10}.get(name, 6))
     exact_rounds = choose(1, 2, 3)
     methods, left_out = [*ours(elements, exact=exact)], {}
     for method in peers(exact=exact):

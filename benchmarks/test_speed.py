@@ -27,7 +27,7 @@ def setting(name: str, choose, *, compiled: bool) -> Setting:
     weighed = name == "convolutional"
     memories = choose([BASE] if weighed else [], [BASE, *WEIGHED] if weighed else [], None)
     return Setting(
-        rounds=choose(1, 5, 10),
+        rounds=choose(1, 4, 10),
         batch=choose(4, None, None),
         compiled=compiled and name in ("unet", "dit"),
         memory=memories,
@@ -51,4 +51,4 @@ def test_step(benchmark, choose, key):
     name = choose("mlp", "convolutional", "convolutional")
     batch = choose(4, NETWORKS[name][1][0], NETWORKS[name][1][0])
     step = partial(memory.step_of(name, **VARIANTS[key]), batch)
-    benchmark.pedantic(step, rounds=choose(1, 3, 5), warmup_rounds=1)
+    benchmark.pedantic(step, rounds=choose(1, 1, 5), warmup_rounds=1)
