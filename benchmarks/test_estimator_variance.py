@@ -24,7 +24,7 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64)
 SWEPT = 1.0  # the level at which the number of probes is varied
 BUDGETS = (1e9, 4e9, 1e10)  # FLOPs of the products of one number of probes, for one point
 STANDARD_ERRORS = 5.0
-LOOPED = 400  # Hutch++ has no batch of estimates
+LOOPED = 200  # Hutch++ has no batch of estimates
 
 
 class Limits(NamedTuple):
@@ -169,7 +169,7 @@ def test_estimator_variance(benchmark, choose, name):
     large = "images" in name
     repeats = choose(400, 500 if large else 1000, 1000 if large else 2000)
     limits = Limits(repeats, choose(*BUDGETS))
-    thirds = choose(16, 64, 256) if large else repeats
+    thirds = choose(16, 32, 256) if large else repeats
     counts = COUNTS[:: choose(3, 2, 2 if name == "large images" else 1)]
 
     def measure() -> dict:

@@ -86,7 +86,7 @@ def test_gradient_variance(benchmark, choose, name):
         measure,
         (case.model, case.draw, case.std),
         {
-            "minibatches": choose(8, 12, 16 if name == "large images" else 48),
+            "minibatches": choose(8, 8, 16 if name == "large images" else 48),
             "batch": case.batch,
             "levels": choose(LEVELS[2:3], LEVELS, LEVELS),
             "distributions": case.distributions,
