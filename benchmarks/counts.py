@@ -20,12 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import hosm_losses as hosm
+from benchmarks.memory import LOSSES
 from benchmarks.networks import NETWORKS
 from benchmarks.speed import NAMES, VARIANTS
 
 PATH = Path(__file__).with_name("counts.json")
 BATCH = 4
-LOSSES = {1: hosm.first_order_dsm, 2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
 LIKELIHOODS: dict[str, Callable[[hosm.ScoreModel, Tensor], object]] = {
     "ode_nll": lambda model, x: hosm.ode_nll(model, x),
     "ode_nll, probes=4": lambda model, x: hosm.ode_nll(model, x, probes=4),

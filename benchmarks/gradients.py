@@ -30,10 +30,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
+from benchmarks.fields import LEVELS
 from benchmarks.intervals import RESAMPLES, TAILS, Array, Estimate
 from benchmarks.peers import meng
 
-LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # σ̂ over the standard deviation of the data
 PROBE_DRAWS = 2
 MENG = "second, Meng et al."
 # What is set against what: the gradient's variance of the first over that of the second.
