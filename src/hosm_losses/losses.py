@@ -49,7 +49,8 @@ def first_order_dsm(
         model_kwargs: keyword arguments of the network.
 
     Returns:
-        The loss. Dimensionless; in nats, up to a constant, with weighting="likelihood".
+        The loss, in float32 at least. Dimensionless; in nats, up to a constant, with
+        weighting="likelihood".
 
     Raises:
         TypeError: for an argument of a wrong type or dtype, integer images included.
@@ -269,7 +270,8 @@ def dsm_terms(
         model_kwargs: as in `third_order_dsm`.
 
     Returns:
-        ‖r1‖²/d, ‖r2‖²/d², rt²/d² and ‖r3‖²/d³, each (B,); None above `order`.
+        ‖r1‖²/d, ‖r2‖²/d², rt²/d² and ‖r3‖²/d³, each (B,), in float32 at least; None above
+        `order`.
 
     Raises:
         TypeError: for an argument of a wrong type or dtype, integer images included.
