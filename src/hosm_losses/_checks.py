@@ -141,11 +141,7 @@ def check_sample_batch(name: str, value: object) -> Tensor:
     """Return `value` if it is a non-empty, finite, dense floating-point batch (B, *)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a floating-point tensor (B, *); got {describe(value)}.")
-    if value.layout != torch.strided:
-        raise TypeError(
-            f"{name}: expected a dense tensor (B, *); got one of layout {value.layout}. Convert "
-            f"it with {name}.to_dense()."
-        )
+    _check_dense(name, value)
     if value.is_complex():
         raise TypeError(
             f"{name}: expected a real floating-point tensor (B, *); got {describe(value)}. Give "
@@ -161,6 +157,14 @@ def check_sample_batch(name: str, value: object) -> Tensor:
     check_not_empty(name, value)
     check_finite(name, value)
     return value
+
+
+def _check_dense(name: str, value: Tensor) -> None:
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense tensor; got one of layout {value.layout}. Convert it with "
+            f"{name}.to_dense()."
+        )
 
 
 def check_not_empty(name: str, value: Tensor) -> None:
@@ -183,6 +187,7 @@ def check_like(
     """Return `value` if it is a tensor of exactly this shape, dtype and device, those of `of`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape {shape}; got {describe(value)}.")
+    _check_dense(name, value)
     if tuple(value.shape) != shape:
         raise ValueError(
             f"{name}: expected shape {shape}, that of {of}; got {describe(value)}. Nothing is "

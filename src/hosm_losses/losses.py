@@ -54,7 +54,8 @@ def first_order_dsm(
 
     Raises:
         TypeError: for an argument of a wrong type or dtype, integer images included.
-        ValueError: for a wrong shape, device, name, or (on the CPU) value.
+        ValueError: for a wrong shape, device, name, or (on the CPU) value; on the CPU also for
+            a result that is NaN or infinite.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -112,7 +113,8 @@ def second_order_dsm(
 
     Raises:
         TypeError: for an argument of a wrong type or dtype, integer images included.
-        ValueError: for a wrong shape, device, name, or (on the CPU) value.
+        ValueError: for a wrong shape, device, name, or (on the CPU) value; on the CPU also for
+            a result that is NaN or infinite.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -175,7 +177,8 @@ def third_order_dsm(
         probe: v, of shape (B, *) or (K, B, *), used as it is; drawn if None.
         probes: K, the number of probes a sample, or "exact" for all d unit vectors.
         distribution: "rademacher", "gaussian", "sphere" or "dct".
-        weights: (first, second, trace, third), numbers or tensors of one element; all 1 if None.
+        weights: (first, second, trace, third), numbers of at least 0 or tensors of one element, in
+            a list, a tuple, an array or a tensor; all 1 if None.
         weighting: "noise" takes the terms as they are. "native" makes the first term the squared
             error of the network's own prediction. "likelihood" makes it the likelihood-weighted
             one, with t drawn uniformly in log σ̂. Both leave the meaning of the others. A
@@ -201,8 +204,10 @@ def third_order_dsm(
 
     Raises:
         TypeError: for an argument of a wrong type or dtype, integer images included.
-        ValueError: for a wrong shape, device, name, or (on the CPU) value.
-        DerivativeError: where the derivatives of the network cannot be taken.
+        ValueError: for a wrong shape, device, name, or (on the CPU) value; on the CPU also for
+            a result that is NaN or infinite.
+        DerivativeError: where the derivatives of the network cannot be taken, or (on the CPU) are
+            not finite.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -275,7 +280,8 @@ def dsm_terms(
 
     Raises:
         TypeError: for an argument of a wrong type or dtype, integer images included.
-        ValueError: for a wrong shape, device, name, or (on the CPU) value.
+        ValueError: for a wrong shape, device, name, or (on the CPU) value; on the CPU also for
+            a result that is NaN or infinite.
 
     Example:
         >>> from hosm_losses import VPSchedule
