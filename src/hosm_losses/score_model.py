@@ -20,6 +20,7 @@ Source:
 __all__ = ["PREDICTIONS", "ScoreModel", "check_model"]
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,8 +116,9 @@ class ScoreModel(nn.Module):
             ε̂, of the shape of x.
 
         Raises:
-            TypeError: if the network returns something other than a tensor.
-            ValueError: if it returns another shape than that of x.
+            TypeError: if the network returns something other than a tensor of real floating-point
+                numbers, or fails on data of a dtype that is not its own.
+            ValueError: if it returns another shape or device than that of x.
         """
         predicted = self.predict(x, t, **kwargs)
         factor, share = self.affine(t, x)
@@ -193,10 +195,7 @@ class ScoreModel(nn.Module):
             network_time = self.time(t)
         else:
             network_time = t * self.time
-        if self.call is None:
-            returned = self.network(x, network_time, **kwargs)
-        else:
-            returned = self.call(self.network, x, network_time, **kwargs)
+        returned = self._called(x, network_time, kwargs)
         predicted = returned if self.output is None else self.output(returned)
         if not isinstance(predicted, Tensor):
             raise TypeError(
@@ -210,7 +209,46 @@ class ScoreModel(nn.Module):
                 f"{describe(predicted)}. If it predicts a variance too, keep the first channels: "
                 "ScoreModel(..., output=lambda out: out[:, :C])."
             )
+        if not predicted.is_floating_point():
+            raise TypeError(
+                "network: expected a real floating-point output; got "
+                f"{describe(predicted)}. Convert it with ScoreModel(..., output=...), for example "
+                "output=lambda out: out.real."
+            )
+        if predicted.device != x.device:
+            raise ValueError(
+                f"network: expected an output on {x.device}, the device of x; got "
+                f"{describe(predicted)}."
+            )
         return predicted
+
+    def _called(self, x: Tensor, network_time: Tensor, kwargs: Mapping[str, Any]) -> Any:
+        call = self.network if self.call is None else partial(self.call, self.network)
+        if torch.compiler.is_compiling():
+            return call(x, network_time, **kwargs)
+        try:
+            return call(x, network_time, **kwargs)
+        except RuntimeError as error:
+            # Subclasses are about something else, such as memory.
+            if type(error) is RuntimeError:
+                self._explain_dtypes(x, network_time, error)
+            raise
+
+    def _explain_dtypes(self, x: Tensor, network_time: Tensor, error: RuntimeError) -> None:
+        """Raise in place of an error where the dtypes of x, t and the parameters differ."""
+        parameters = self.network.parameters() if isinstance(self.network, nn.Module) else ()
+        own = next((p.dtype for p in parameters if p.is_floating_point()), x.dtype)
+        failed = f"its call failed ({str(error).splitlines()[0]})"
+        if own != x.dtype:
+            raise TypeError(
+                f"network: {failed}. The data are {x.dtype} and its parameters {own}: convert the "
+                f"data with .to({own}), or the network with .to({x.dtype})."
+            ) from error
+        if network_time.is_floating_point() and network_time.dtype != x.dtype:
+            raise TypeError(
+                f"network: {failed}. The data are {x.dtype} and t is {network_time.dtype}: "
+                f"convert t with ScoreModel(..., time=lambda t: t.to({x.dtype}))."
+            ) from error
 
 
 def check_model(value: object) -> ScoreModel:
