@@ -116,9 +116,8 @@ class ScoreModel(nn.Module):
             ε̂, of the shape of x.
 
         Raises:
-            TypeError: if the network returns something other than a tensor of real floating-point
-                numbers, or fails on data of a dtype that is not its own.
-            ValueError: if it returns another shape or device than that of x.
+            TypeError: if the network returns something other than a real tensor.
+            ValueError: if it returns another shape than that of x.
         """
         predicted = self.predict(x, t, **kwargs)
         factor, share = self.affine(t, x)
@@ -203,6 +202,11 @@ class ScoreModel(nn.Module):
                 "prediction out with ScoreModel(..., output=...), for example output=lambda out: "
                 "out[0] or operator.attrgetter('sample')."
             )
+        if predicted.dtype.is_complex:
+            raise TypeError(
+                f"network: expected a real output; got {describe(predicted)}. Pick what it "
+                "predicts with ScoreModel(..., output=...), for example output=torch.real."
+            )
         if predicted.shape != x.shape:
             raise ValueError(
                 f"network: expected an output of the shape of x, {tuple(x.shape)}; got "
@@ -211,9 +215,8 @@ class ScoreModel(nn.Module):
             )
         if not predicted.is_floating_point():
             raise TypeError(
-                "network: expected a real floating-point output; got "
-                f"{describe(predicted)}. Convert it with ScoreModel(..., output=...), for example "
-                "output=lambda out: out.real."
+                f"network: expected a floating-point output; got {describe(predicted)}, which has "
+                "no derivatives."
             )
         if predicted.device != x.device:
             raise ValueError(
