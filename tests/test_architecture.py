@@ -10,6 +10,7 @@ FLOORS = (
     {"_checks"},
     {
         "adaptive",
+        "conditions",
         "multistep",
         "primitives",
         "probes",
