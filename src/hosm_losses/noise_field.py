@@ -74,16 +74,17 @@ class NoiseField:
         The network alone is differentiated, so that the part of x in f cannot hide that a network
         has lost its own graph.
         """
-        value, directional, third = derive(
+        derived = derive(
             NetworkField(self), x, direction, order=order, derivative=derivative, others=others
         )
+        value, directional, third = derived
         factor, share = self.model.affine(self.t, x)
         value, directional = (
             -_affine(part, of_x, factor, share)
             for part, of_x in ((value, x), (directional, direction))
         )
         third = None if third is None else -_affine(third, None, factor, share)
-        return Derivatives(value, directional, third)
+        return type(derived)(value, directional, third)
 
     def quadratic_forms(self, x: Tensor, directions: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """f at x and wᵀ ∂f/∂x w for chunks (k, B, *) of directions, the forms (K, B)."""
