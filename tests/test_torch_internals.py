@@ -118,13 +118,26 @@ def test_a_custom_function_is_told_from_an_operator():
 
 def test_what_cannot_be_differentiated_twice_says_so():
     """2.6 to 2.13."""
-    with pytest.raises(RuntimeError) as error:
-        twice(lambda x: Once.apply(x.sin()).sin())
-    assert any(words in str(error.value) for words in internals.NOT_TWICE)
-    grid = torch.zeros(1, 2, 2, 2)
-    with pytest.raises(RuntimeError) as error:
-        twice(lambda x: nn.functional.grid_sample(x.expand(1, 1, 2, 2), grid, align_corners=False))
-    assert any(words in str(error.value) for words in internals.NOT_TWICE)
+    heads = torch.ones(1, 1, 4, 2)
+    for function in (
+        lambda x: torch.cdist(x.sin()[None], torch.ones(3, 2)).sin(),
+        lambda x: nn.functional.scaled_dot_product_attention(*[x.sin() * heads] * 3).sin(),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            twice(function)
+        assert any(words in str(error.value) for words in internals.NOT_TWICE)
+
+
+def test_a_backward_marked_once_differentiable_is_passed_by():
+    """torch::autograd::Error: 2.6 to 2.13."""
+    x = torch.ones(2, requires_grad=True)
+    twice(lambda x: Once.apply(x.sin()).sin())
+    kept, (lost,) = x * 2, torch.autograd.grad(Once.apply(x.sin()).sum(), x, create_graph=True)
+    (once,) = torch.autograd.grad(Once.apply(x).sin().sum(), x, create_graph=True)
+    assert internals.has_graph(kept)
+    assert internals.has_graph(lost)
+    assert not internals.has_graph(once)
+    assert not internals.has_graph(x.detach())
 
 
 def test_a_function_that_forgets_says_so():
@@ -155,14 +168,20 @@ def test_a_checkpoint_under_a_transform_says_so():
     assert internals.HOOKS_IN_TRANSFORM in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_a_part_compiled_by_itself_says_so():
     """`_compiled_call_impl`, and the words of its second backward pass: 2.6 to 2.13."""
-    layer = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+
+    class Layer(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).tanh()
+
+    layer = Layer(2, 2)
     assert getattr(layer, internals.COMPILED_PART) is None
     layer.compile(backend="aot_eager")
     assert getattr(layer, internals.COMPILED_PART) is not None
     with pytest.raises(RuntimeError) as error:
-        twice(lambda x: layer(x[None]))
+        twice(lambda x: layer(x * torch.ones(1, 2)))
     assert internals.DOUBLE_BACKWARD_OF_COMPILED in str(error.value)
 
 

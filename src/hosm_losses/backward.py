@@ -25,6 +25,7 @@ from hosm_losses.torch_internals import (
     LOST_ATTRIBUTE,
     REENTRANT_CHECKPOINT,
     custom_function,
+    has_graph,
 )
 
 LOST_ONCE = (
@@ -44,10 +45,10 @@ COMPILED = (
 )
 DROPPED = (
     "network: expected an autograd.Function whose backward keeps the graph; got {}, whose "
-    "backward returns gradients without one, so that second derivatives through it would be lost "
-    "in silence. Write its backward with differentiable operators. If it is a checkpoint, put "
-    "hosm_losses.checkpoint in its place; in guided-diffusion, whose attention calls it always, "
-    "set guided_diffusion.nn.checkpoint and guided_diffusion.unet.checkpoint to "
+    "backward is once_differentiable or detaches, so that second derivatives through it would be "
+    "lost in silence. Write its backward with differentiable operators. If it is a checkpoint, "
+    "put hosm_losses.checkpoint in its place; in guided-diffusion, whose attention always calls "
+    "it, set guided_diffusion.nn.checkpoint and guided_diffusion.unet.checkpoint to "
     "lambda f, i, p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
 )
 EXPLAINED = {
@@ -83,7 +84,7 @@ def refuse_dropped(value: Tensor, wanted: bool = True) -> None:
 
 def _check_kept(name: str, returned: Sequence[Any], incoming: Sequence[Any]) -> None:
     given = [each for each in returned if isinstance(each, Tensor)]
-    lost = given and not any(each.requires_grad for each in given)
+    lost = given and not any(map(has_graph, given))
     if (
         lost
         and torch.is_grad_enabled()

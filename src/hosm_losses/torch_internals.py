@@ -15,6 +15,7 @@ __all__ = [
     "checkpoint_hook",
     "custom_function",
     "forward_mode",
+    "has_graph",
     "surrounded",
     "traced",
     "transformed",
@@ -29,13 +30,15 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 
 # What PyTorch says of an operator without a second derivative in reverse mode.
-NOT_TWICE = ("derivative for aten::", "once_differentiable")
+NOT_TWICE = ("derivative for aten::", "the derivative for '", "once_differentiable")
 # Of a reentrant checkpoint, of saved-tensor hooks (a checkpoint) under torch.func, of a part that
 # is compiled by itself, and of a custom Function that dropped what it saved.
 REENTRANT_CHECKPOINT = "compatible with .grad()"
 HOOKS_IN_TRANSFORM = "saved tensor hooks"
 DOUBLE_BACKWARD_OF_COMPILED = "does not currently support double backward"
 LOST_ATTRIBUTE = "Backward' object has no attribute"
+# The node that a once_differentiable backward puts behind what it returns.
+DELAYED_ERROR = "torch::autograd::Error"
 # Of devices that fail.
 OF_THE_MACHINE = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
 # The attribute of a module that .compile() sets.
@@ -92,6 +95,15 @@ def checkpoint_hook() -> object:
 def custom_function(node: object) -> type | None:
     """The torch.autograd.Function of a node in an autograd graph; None for PyTorch's own nodes."""
     return getattr(type(node), "_forward_cls", None)
+
+
+def has_graph(gradient: torch.Tensor) -> bool:
+    """Whether a gradient can be differentiated again.
+
+    That of a once_differentiable backward leads to an error that torch.autograd.grad never meets.
+    """
+    node = gradient.grad_fn
+    return gradient.requires_grad and (node is None or node.name() != DELAYED_ERROR)
 
 
 @contextmanager
