@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 FLOORS = (
+    {"torch_internals"},
     {"_checks"},
     {
         "adaptive",
+        "conditions",
         "multistep",
         "primitives",
         "probes",
@@ -19,14 +21,14 @@ FLOORS = (
         "student",
     },
     {
-        "chunks",
         "inference",
         "primitive_mode",
+        "snapshot",
         "taylor/forward_mode",
         "taylor/recompute",
         "wrappers",
     },
-    {"taylor/jet"},
+    {"backward", "chunks", "taylor/jet"},
     {"taylor/layers", "taylor/pointwise", "taylor/shapes"},
     {"taylor/arithmetic"},
     {"taylor/attention", "taylor/norm_formulas"},
@@ -84,7 +86,7 @@ SIDES = (
 )
 PACKAGES = {"interop", "taylor"}
 # Where PyTorch's differentiation is called.
-DIFFERENTIATES = {"chunks", "derivatives", "engines"}
+DIFFERENTIATES = {"backward", "chunks", "derivatives", "engines", "torch_internals"}
 DIFFERENTIATES |= {"taylor/forward_mode", "taylor/layers", "taylor/recompute"}
 LONGEST = 320
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -1,7 +1,7 @@
 """Both engines against dense derivatives, and every gradient the losses need of them."""
 
 import gc
-import logging
+import warnings
 import weakref
 
 import pytest
@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from hosm_losses import DerivativeError, ScoreModel, VPSchedule
-from hosm_losses.derivatives import _refused, time_derivative
+from hosm_losses.derivatives import _choice, time_derivative
 from tests.oracles import dense_derivatives, networks
 
 ENGINES = ("forward", "reverse", "taylor")
@@ -186,28 +186,30 @@ def test_a_function_that_forgets_what_it_saved_is_explained():
         field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=3, derivative="reverse")
 
 
-def test_auto_falls_back_to_forward_mode_once_and_says_so(caplog):
+def test_auto_falls_back_to_forward_mode_and_says_so_once():
     network = Cubes()
     field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))
     x, w = torch.randn(1, 3), torch.randn(1, 1, 3)
     for order in (2, 3):
         with pytest.raises(DerivativeError, match="once_differentiable or detaches"):
             field.derive(x, w, order=order, derivative="reverse")
-    with caplog.at_level(logging.INFO, logger="hosm_losses"):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         for _ in range(3):
             derived = field.derive(x, w, order=2)
     forward = field.derive(x, w, order=2, derivative="forward")
     assert torch.equal(derived.directional, forward.directional)
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2
-    assert "does without the engine 'taylor' for Cubes: pow: called under torch.no_grad" in said[0]
-    assert "does without the engine 'reverse' for Cubes: network: expected a derivative" in said[1]
+    (told,) = [str(record.message) for record in said]
+    assert "'taylor' cannot differentiate Cubes (pow: called under torch.no_grad" in told
+    assert "'forward' takes its place: for order two a training step takes 8 evaluations" in told
+    assert "instead of 6" in told
 
 
 def test_the_choice_does_not_keep_the_network_alive():
     network = Cubes()
     field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))
-    field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
+    with pytest.warns(UserWarning, match="'forward' takes its place"):
+        field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
     alive = weakref.ref(network)
     del network, field
     gc.collect()
@@ -241,7 +243,7 @@ def test_auto_does_not_take_a_device_that_fails_for_a_network_that_cannot(error)
     with pytest.raises(type(error), match=str(error)):
         field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
     field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
-    assert _refused(network) == {}
+    assert _choice(network).refused == {}
 
 
 def test_auto_keeps_nothing_of_an_error_that_every_engine_would_raise():
@@ -257,7 +259,7 @@ def test_auto_keeps_nothing_of_an_error_that_every_engine_would_raise():
         field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
     wrong.clear()
     field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
-    assert _refused(network) == {}
+    assert _choice(network).refused == {}
 
 
 def test_auto_does_not_hide_the_networks_own_errors():

@@ -2,6 +2,7 @@
 
 from hosm_losses._checks import DerivativeError as DerivativeError
 from hosm_losses.bound import variational_nll as variational_nll
+from hosm_losses.conditions import Shared as Shared
 from hosm_losses.derivative_check import check_derivatives as check_derivatives
 from hosm_losses.discrete_schedule import DiscreteSchedule as DiscreteSchedule
 from hosm_losses.likelihood import ode_nll as ode_nll

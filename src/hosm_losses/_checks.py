@@ -3,7 +3,8 @@
 Every public function checks its arguments before any work and raises a `ValueError` or
 `TypeError` that says what was expected, what came, and what to do. Names, shapes, dtypes and
 devices are always checked, for they cost nothing. Values are checked only where looking at them
-is free: on CPU tensors outside `torch.compile`. On an accelerator a look would make the host
+is free: on CPU tensors outside `torch.compile` and the
+transforms of torch.func. On an accelerator a look would make the host
 wait for the device.
 """
 
@@ -34,6 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hosm_losses.torch_internals import traced
+
 RESERVED = ("x", "t", "self")  # by position in every call of the network
 
 
@@ -52,7 +55,7 @@ def describe(value: object) -> str:
 
 def may_look(tensor: Tensor) -> bool:
     """Whether reading a value of `tensor` back to the host is free."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not traced()
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

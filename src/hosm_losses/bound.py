@@ -151,7 +151,7 @@ class _Errors:
         """‖ε̂ − ε‖² − ‖r‖² for one draw of ε, (B,)."""
         noise, centred = self.noise(), self.x - self.coordinates.mean
         noised = (place.alpha * self.x + place.sigma * noise).to(self.dtype)
-        t = place.t.to(self.field.t.dtype).expand(len(self.x)).clone()
+        t = place.t.to(self.field.t.dtype).expand(len(self.x))
         error = -replace(self.field, t=t)(noised).to(noise.dtype) - noise
         gaussian = place.sigma_hat * centred - self.coordinates.std.square() * noise
         return _sum(error.square() - (gaussian / place.scale.square()).square())

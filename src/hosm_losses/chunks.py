@@ -26,6 +26,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hosm_losses._checks import DerivativeError
+from hosm_losses.snapshot import Snapshot
+from hosm_losses.torch_internals import transformed
 
 Terms = tuple[Tensor, ...]
 # Networks of which every parameter that they use is their own.
@@ -53,13 +55,14 @@ def in_chunks(
 
     Raises:
         TypeError: for a network that is no Module, whose parameters nobody can know.
-        ValueError: under torch.compile, or while a CUDA graph is captured.
+        ValueError: under torch.compile or a transform of torch.func, or while a CUDA graph is
+            captured.
         DerivativeError: in the backward pass, if the network uses parameters that are neither its
             own nor among `tensors`.
     """
     captured = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or captured:
-        where = "in a CUDA graph" if captured else "under torch.compile"
+    if torch.compiler.is_compiling() or captured or transformed():
+        where = "in a CUDA graph" if captured else "under torch.compile and torch.func"
         raise ValueError(
             f"chunks: expected 1 {where}, where the state of a generator cannot be kept; got "
             f"{chunks}. Split the batch and accumulate gradients instead."
@@ -139,8 +142,10 @@ class _Chunked(torch.autograd.Function):
                 leaf.detach().requires_grad_(need) if place < call.given else leaf
                 for place, (leaf, need) in enumerate(zip(leaves, needed, strict=True))
             ]
+            before = Snapshot(call.network, points[0])
             with torch.enable_grad(), call.as_before(number):
                 terms = call.function(part, *points[: call.given])
+            before.restore(generators=False)
             _check_leaves(call.network, terms, points)
             found = torch.autograd.grad(
                 terms,

@@ -7,20 +7,22 @@ What:
     to rounding, are in `hosm_losses.engines`.
 
 Cost, in network evaluations with the parameter gradient (a first-order step is 3):
-    order 2: taylor 6, reverse 7, forward 8. order 3: taylor and reverse 12, forward 16; with C for
-    u = w taylor 9, for another u 12. K directions share the value at order two and with C; for G
-    the taylor and the reverse engine fold them into the batch.
+    `EVALUATIONS`. K directions share the value at order two and with C; for G the taylor and the
+    reverse engine fold them into the batch.
 
 Choice:
     "auto" is the taylor engine. A network that it cannot carry derivatives through is given to
-    reverse mode (which cannot give C, and which torch.compile cannot trace), and one with an
-    operator of which PyTorch says that it cannot be differentiated twice to forward mode; from
-    then on without trying again, and the log says so once. What only a backward pass would show is
+    reverse mode (which torch.compile cannot trace), and one with an operator of which PyTorch says
+    that it cannot be differentiated twice to forward mode. Only the taylor engine gives C at a
+    price below that of G; with "auto" another engine gives G in its place. An attempt that failed
+    leaves no trace: buffers and generators are put back. What the network cannot do is
+    remembered, and said once in a warning with its price. What only a backward pass would show is
     the business of `check_derivatives`.
 """
 
 __all__ = [
     "ENGINES",
+    "Curved",
     "Derivatives",
     "Field",
     "derive",
@@ -30,9 +32,10 @@ __all__ = [
 ]
 
 import contextlib
-import logging
+import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,19 +43,35 @@ from torch import Tensor
 
 from hosm_losses import engines
 from hosm_losses._checks import DerivativeError
-from hosm_losses.engines import Derivatives, Field, pull_back
+from hosm_losses.backward import DroppedGraphError
+from hosm_losses.engines import Curved as Curved
+from hosm_losses.engines import Derivatives, Field
+from hosm_losses.engines import quadratic_forms as quadratic_forms
+from hosm_losses.snapshot import Snapshot
 from hosm_losses.taylor import TaylorError
+from hosm_losses.torch_internals import NOT_TWICE, OF_THE_MACHINE, forward_mode, surrounded
 
 ENGINES = ("auto", "taylor", "reverse", "forward")
-# PyTorch's own words for an operator without a second derivative in reverse mode.
-NOT_TWICE = ("derivative for aten::", "once_differentiable")
 # What code raises that meets a Jet and expected an ordinary tensor.
 PYTHONS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
-# The words of devices that fail.
-MACHINES = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
-# The engines that a network has shown not to work with, with their reasons.
-_REFUSED: "weakref.WeakKeyDictionary[Any, dict[str, str]]" = weakref.WeakKeyDictionary()
-logger = logging.getLogger(__name__)
+# Network evaluations of a training step.
+EVALUATIONS = {
+    "order two": {"taylor": 6, "reverse": 7, "forward": 8},
+    "third='exact'": {"taylor": 12, "reverse": 12, "forward": 16},
+    "third='laplacian'": {"taylor": 9, "forward": 22},
+    "third='sliced'": {"taylor": 12, "forward": 22},
+}
+
+
+@dataclass
+class _Choice:
+    """What is remembered of a network: the engines that do not work, why, and what was said."""
+
+    refused: dict[str, str] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
+
+
+_CHOICES: "weakref.WeakKeyDictionary[Any, _Choice]" = weakref.WeakKeyDictionary()
 
 
 def derive(
@@ -74,15 +93,20 @@ def derive(
         direction: w = σ v, of shape (K, B, *).
         order: 2 for the value and D, 3 for G or C as well.
         derivative: "auto", "taylor", "reverse" or "forward".
-        others: u, of shape (K, B, *), for C in place of G; not by the reverse engine.
+        others: u, of shape (K, B, *), for C in place of G; not by the reverse engine. With "auto"
+            G may come nevertheless, where it costs less; what comes as C is `Curved`.
 
     Returns:
-        The derivatives; the last is None at order 2.
+        The derivatives; the third is None at order 2.
 
     Raises:
         DerivativeError: in reverse mode, if autograd cannot follow the output to x, or torch's own
             checkpoint is in the network; from the taylor engine, if it cannot carry derivatives
-            through the network; with "auto", if no engine can differentiate it.
+            through the network; with "auto", if no engine can differentiate it; from every engine,
+            if a custom autograd.Function drops the graph.
+
+    Warns:
+        UserWarning: with "auto", once for a network that the taylor engine cannot differentiate.
     """
     if derivative == "auto":
         return _auto(field, x, direction, order, others)
@@ -110,36 +134,69 @@ def _auto(
         with contextlib.suppress(TaylorError):
             return engines.taylor(field, x, direction, order, others)
         return engines.forward(field, x, direction, order, others)
-    refused = _refused(field.owner)
+    choice = _choice(field.owner)
     reasons: dict[str, str] = {}
+    wanted = _kind(direction, order, others)
     for engine in ENGINES[1:]:
-        if engine in refused or (engine == "reverse" and others is not None):
+        if engine in choice.refused:
             continue
+        # C costs less than G by the taylor engine alone.
+        given = others if engine == "taylor" else None
+        before = Snapshot(field.owner, x)
         try:
-            derived = _run(engine, field, x, direction, order, others)
+            derived = _run(engine, field, x, direction, order, given)
         except Exception as error:
             if not _of_the_engine(engine, error):
                 raise
+            before.restore()
             reasons[engine] = (str(error) or repr(error)).splitlines()[0]
             continue
-        for name, reason in reasons.items():
-            logger.info(
-                "derivative='auto' does without the engine %r for %s: %s",
-                *(name, type(field.owner).__name__, reason),
-            )
-        refused.update(reasons)
+        if not surrounded():
+            choice.refused.update(reasons)
+        if engine != "taylor":
+            why = (choice.refused | reasons)["taylor"]
+            _say_price(choice, field.owner, why, engine, wanted, _kind(direction, order, given))
         return derived
-    told = "; ".join(f"{engine}: {reason}" for engine, reason in (refused | reasons).items())
+    told = "; ".join(f"{engine}: {why}" for engine, why in (choice.refused | reasons).items())
     raise DerivativeError(
         "network: expected operators that can be differentiated twice; got one that cannot, by "
         f"any engine ({told}). check_derivatives(model, x0) names the module and what to do."
     )
 
 
+def _kind(direction: Tensor, order: int, others: Tensor | None) -> str:
+    if order == 2:
+        return "order two"
+    if others is None:
+        return "third='exact'"
+    return "third='laplacian'" if others is direction else "third='sliced'"
+
+
+def _say_price(
+    choice: _Choice, owner: object, why: str, engine: str, wanted: str, got: str
+) -> None:
+    if wanted in choice.said:
+        return
+    choice.said.add(wanted)
+    price, best = EVALUATIONS[got][engine], EVALUATIONS[wanted]["taylor"]
+    told = (
+        f"derivative='auto': the engine 'taylor' cannot differentiate {type(owner).__name__} "
+        f"({why}) The engine {engine!r} takes its place: for {wanted} a training step takes "
+        f"{price} evaluations of the network instead of {best}, and more time for each."
+    )
+    if got != wanted:
+        told += (
+            f" {wanted} in forward mode costs more than 'exact', {EVALUATIONS[wanted]['forward']} "
+            f"evaluations, so 'exact' is taken; derivative='forward' keeps {wanted}."
+        )
+    warnings.warn(told, stacklevel=2)
+
+
 def _of_the_engine(engine: str, error: Exception) -> bool:
     """Whether another engine may do better; what is wrong with the network is raised by all."""
     if engine == "reverse":
-        return any(words in str(error) for words in NOT_TWICE)
+        known = any(words in str(error) for words in NOT_TWICE)
+        return known or isinstance(error, DroppedGraphError)
     if engine == "taylor":
         # Not what a checkpoint around the loss raises to end its recomputation.
         return isinstance(error, PYTHONS) and not _of_the_machine(error)
@@ -150,42 +207,14 @@ def _of_the_machine(error: Exception) -> bool:
     """Whether a device has failed, which says nothing about the network."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return any(words in str(error) for words in MACHINES)
+    return any(words in str(error) for words in OF_THE_MACHINE)
 
 
-def _refused(owner: object) -> dict[str, str]:
+def _choice(owner: object) -> _Choice:
     try:
-        return _REFUSED.setdefault(owner, {})
+        return _CHOICES.setdefault(owner, _Choice())
     except TypeError:  # a callable that cannot be referred to weakly, or not hashed
-        return {}
-
-
-def quadratic_forms(
-    field: Field, x: Tensor, directions: Iterable[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Evaluate a field and wᵀ ∂f/∂x w: one forward pass, and one pass back for each w.
-
-    Args:
-        field: a function of x that treats every sample alone.
-        x: the point (B, *).
-        directions: chunks (k, B, *) of directions; each chunk is pulled back as one batch.
-
-    Returns:
-        The value (B, *), and the forms (K, B), K the number of all directions.
-
-    Raises:
-        DerivativeError: if the output does not depend on x in a way that autograd can follow.
-    """
-    wanted = torch.is_grad_enabled()
-    forms = []
-    with torch.enable_grad():
-        point = x if wanted and x.requires_grad else x.detach().requires_grad_()
-        value = field(point)
-        for w in directions:
-            pulled = pull_back(value, point, w, create_graph=wanted)
-            forms.append((pulled * w).reshape(*w.shape[:2], -1).sum(-1))
-    joined = torch.cat(forms)
-    return (value, joined) if wanted else (value.detach(), joined.detach())
+        return _Choice()
 
 
 def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -197,4 +226,6 @@ def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """Derivative of an elementwise function of time."""
-    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+    t = t.contiguous()  # torch.func takes no tensor whose elements share their memory
+    with forward_mode():
+        return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]

@@ -10,46 +10,26 @@ Formula, along w = σ v:
     In place of G there may be C = ∂²f[w, u] for another direction u, by the engines that go
     forward. It is nested forward mode, without a pass back.
 
+Under a transform of torch.func everything is taken by torch.func, which knows what surrounds it.
+
 Source:
     Pearlmutter, "Fast exact multiplication by the Hessian" (1994); the double reverse pass is
     the "double backward trick" of J. Townsend (2017).
 """
 
-__all__ = ["Derivatives", "Field", "forward", "pull_back", "reverse", "taylor"]
+__all__ = ["Curved", "Derivatives", "Field", "forward", "quadratic_forms", "reverse", "taylor"]
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 
 from hosm_losses._checks import DerivativeError
-from hosm_losses.primitive_mode import CHECKPOINT_ADVICE, FORWARD_ADVICE, ForwardMode
+from hosm_losses.backward import LOST_TWICE, explained, pull_back, refuse_dropped
+from hosm_losses.primitive_mode import ForwardMode
 from hosm_losses.taylor import carried
-
-LOST_ONCE = (
-    "network: expected an output that autograd can differentiate in x; got one whose graph does "
-    "not lead to x. Remove .detach(), .data or torch.no_grad() from its forward."
-)
-LOST_TWICE = (
-    "network: expected a derivative that autograd can differentiate again; got one without "
-    "a graph. A custom autograd.Function in it has a backward that is once_differentiable or "
-    "detaches: write it with differentiable operators, or use derivative='forward' if it has a "
-    "jvp."
-)
-COMPILED = (
-    "network: expected one that is not compiled by itself; got a compiled part, which cannot be "
-    "differentiated twice. Compile the loss module as a whole in its place, with "
-    "derivative='auto' or 'forward': torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
-)
-# Its words for a reentrant checkpoint, a checkpoint in torch.func and a compiled part; the remedy.
-EXPLAINED = {
-    "compatible with .grad()": CHECKPOINT_ADVICE,
-    "saved tensor hooks": FORWARD_ADVICE,
-    "does not currently support double backward": COMPILED,
-}
+from hosm_losses.torch_internals import forward_mode, traced, transformed
 
 
 class Field(Protocol):
@@ -81,13 +61,18 @@ class Derivatives(NamedTuple):
         value: f, of shape (1, B, *) where the directions share it, (K, B, *) where each has its
             own.
         directional: D = ∂f/∂x w, of shape (K, B, *).
-        third: of shape (K, B, *), G = ∇_x (wᵀ ∂f/∂x w), or C = ∂²f[w, u] where directions u were
-            given; None at order 2.
+        third: G = ∇_x (wᵀ ∂f/∂x w), of shape (K, B, *); None at order 2.
     """
 
     value: Tensor
     directional: Tensor
     third: Tensor | None = None
+
+
+class Curved(Derivatives):
+    """Derivatives of which the third is C = ∂²f[w, u] in place of G."""
+
+    __slots__ = ()
 
 
 def taylor(
@@ -110,7 +95,8 @@ def taylor(
         directions = direction if same else torch.cat([direction, others])
         stack = carried(field, x, directions, "squares" if same else "halves")
         parts = [stack[:1], stack[1 : 1 + count], stack[-count:]]
-    return Derivatives(*(part if wanted else part.detach() for part in parts))
+    kind = Derivatives if others is None else Curved
+    return kind(*(part if wanted else part.detach() for part in parts))
 
 
 def _taylor_gradient(field: Field, x: Tensor, direction: Tensor) -> list[Tensor]:
@@ -120,11 +106,11 @@ def _taylor_gradient(field: Field, x: Tensor, direction: Tensor) -> list[Tensor]
         value, directional = carried(field, rows, w.unsqueeze(0))
         return (w * directional).sum(), (value, directional)
 
-    if torch.compiler.is_compiling():
+    if traced():
         gradient, parts = torch.func.grad(form, has_aux=True)(rows)
     else:
         wanted = torch.is_grad_enabled()
-        with torch.enable_grad(), _explained():
+        with torch.enable_grad(), explained():
             rows = rows if wanted and rows.requires_grad else rows.detach().requires_grad_()
             number, parts = form(rows)
             # As of a linear network, whose form does not depend on x.
@@ -156,7 +142,9 @@ def forward(
     def third(w: Tensor) -> tuple[Tensor, ...]:
         def form(point: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             value, directional = second_at(point, w)
-            return (w * directional).sum(), (value, directional)
+            number = (w * directional).sum()
+            refuse_dropped(number)
+            return number, (value, directional)
 
         gradient, (value, directional) = torch.func.grad(form, has_aux=True)(x)
         return value, directional, gradient
@@ -168,7 +156,7 @@ def forward(
 
     one: Any = second if order == 2 else third if others is None else curved
     directions = (direction,) if others is None else (direction, others)
-    with _explained(), ForwardMode():
+    with explained(), ForwardMode(), forward_mode():
         if len(direction) == 1:
             value, *rest = [part.unsqueeze(0) for part in one(*(each[0] for each in directions))]
         else:
@@ -176,7 +164,7 @@ def forward(
             # One dropout mask for the value and for every probe.
             value, *rest = torch.func.vmap(one, out_dims=out_dims, randomness="same")(*directions)
             value = value.unsqueeze(0)
-    return Derivatives(value, *rest)
+    return (Derivatives if others is None else Curved)(value, *rest)
 
 
 def reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:
@@ -185,14 +173,19 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivativ
     Raises:
         DerivativeError: if autograd cannot follow the output to x, or not twice.
     """
+    if transformed():
+        with explained():
+            return _reverse_in_transform(field, x, direction, order)
     wanted = torch.is_grad_enabled()
-    with torch.enable_grad(), _explained():
+    with torch.enable_grad(), explained():
         point = x if wanted and x.requires_grad else x.detach().requires_grad_()
         if order == 2:
             value = field(point)
+            refuse_dropped(value)
             # The pulled cotangent is linear in the cotangent, so any cotangent will do.
             cotangent = torch.zeros_like(value).requires_grad_()
             pulled = pull_back(value, point, cotangent.unsqueeze(0))[0]
+            refuse_dropped(pulled, wanted)
             directional = pull_back(
                 pulled, cotangent, direction, create_graph=wanted, lost=LOST_TWICE
             )
@@ -200,8 +193,10 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivativ
         else:
             field, rows, w = _folded(field, point, direction)
             value = field(rows)
+            refuse_dropped(value)
             cotangent = w.detach().requires_grad_()
             pulled = pull_back(value, rows, cotangent.unsqueeze(0))[0]
+            refuse_dropped(pulled, wanted)
             gradient, directional = torch.autograd.grad(
                 pulled, (rows, cotangent), w, create_graph=wanted, allow_unused=True
             )
@@ -214,46 +209,64 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivativ
     return Derivatives(*(part if wanted else part.detach() for part in parts))
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Give the remedy with what is raised by parts that cannot be differentiated again."""
-    try:
-        yield
-    except torch.utils.checkpoint.CheckpointError as error:
-        raise DerivativeError(CHECKPOINT_ADVICE) from error
-    except RuntimeError as error:
-        for words, advice in EXPLAINED.items():
-            if words in str(error):
-                raise DerivativeError(advice) from error
-        raise
-    except AttributeError as error:
-        # A custom Function that drops what it saved after its first backward.
-        if "Backward' object has no attribute" in str(error):
-            raise DerivativeError(f"{LOST_TWICE} ({error})") from error
-        raise
+def _reverse_in_transform(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:
+    """The same by torch.func.vjp, which a transform around it can follow."""
+    folded, rows, w = (field, x, direction) if order == 2 else _folded(field, x, direction)
+    start = torch.zeros_like(x) if order == 2 else w
+
+    def pulled_back(point: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        pulled: Any = torch.func.vjp(watched, point)
+        value, back = pulled
+        return back(cotangent)[0], value
+
+    def watched(point: Tensor) -> Tensor:
+        value = folded(point)
+        refuse_dropped(value)
+        return value
+
+    found: Any = torch.func.vjp(pulled_back, rows, start, has_aux=True)
+    _, back, value = found
+    if order == 2:
+        directional = [back(each)[1] for each in direction]
+        return Derivatives(value.unsqueeze(0), torch.stack(directional))
+    gradient, directional = back(w)
+    parts = (value, directional, gradient)
+    return Derivatives(*(part.unflatten(0, direction.shape[:2]) for part in parts))
 
 
-def pull_back(
-    value: Tensor,
-    x: Tensor,
-    cotangents: Tensor,
-    *,
-    create_graph: bool = True,
-    lost: str = LOST_ONCE,
-) -> Tensor:
-    """(∂f/∂x)ᵀ c for each of K cotangents (K, B, *), at once, and without vmap where K is 1."""
-    batched = len(cotangents) > 1
-    pulled = None
-    if value.requires_grad:
-        (pulled,) = torch.autograd.grad(
-            value,
-            x,
-            cotangents if batched else cotangents[0],
-            create_graph=create_graph,
-            retain_graph=True,
-            is_grads_batched=batched,
-            allow_unused=True,
-        )
-    if pulled is None:
-        raise DerivativeError(lost)
-    return pulled if batched else pulled.unsqueeze(0)
+def quadratic_forms(
+    field: Field, x: Tensor, directions: Iterable[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Evaluate a field and wᵀ ∂f/∂x w: one forward pass, and one pass back for each w.
+
+    Args:
+        field: a function of x that treats every sample alone.
+        x: the point (B, *).
+        directions: chunks (k, B, *) of directions; each chunk is pulled back as one batch.
+
+    Returns:
+        The value (B, *), and the forms (K, B), K the number of all directions.
+
+    Raises:
+        DerivativeError: if the output does not depend on x in a way that autograd can follow, or
+            a custom autograd.Function drops the graph that the result is to carry.
+    """
+    if transformed():
+        pulled: Any = torch.func.vjp(field, x)
+        value, back = pulled
+        found = [_forms(torch.stack([back(each)[0] for each in w]), w) for w in directions]
+        return value, torch.cat(found)
+    wanted = torch.is_grad_enabled()
+    forms = []
+    with torch.enable_grad(), explained():
+        point = x if wanted and x.requires_grad else x.detach().requires_grad_()
+        value = field(point)
+        refuse_dropped(value, wanted)
+        for w in directions:
+            forms.append(_forms(pull_back(value, point, w, create_graph=wanted), w))
+    joined = torch.cat(forms)
+    return (value, joined) if wanted else (value.detach(), joined.detach())
+
+
+def _forms(pulled: Tensor, w: Tensor) -> Tensor:
+    return (pulled * w).reshape(*w.shape[:2], -1).sum(-1)

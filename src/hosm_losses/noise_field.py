@@ -5,7 +5,7 @@ Formula:
     D_f = −(p D + q w), G_f = −p G and C_f = −p C, with D, G and C of the network alone.
 """
 
-__all__ = ["NetworkField", "NoiseField", "map_tensors"]
+__all__ = ["NetworkField", "NoiseField"]
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hosm_losses.conditions import map_tensors, per_sample
 from hosm_losses.derivatives import Derivatives, derive, quadratic_forms
 from hosm_losses.primitive_mode import safe_primitives
 from hosm_losses.taylor import Jet
@@ -44,7 +45,8 @@ class NoiseField:
     Attributes:
         model: the score model.
         t: times (B,).
-        kwargs: the network's keyword arguments; tensors whose first dimension is B are per sample.
+        kwargs: the network's keyword arguments, bound to the batch: see
+            `hosm_losses.conditions`.
         primitives: whether the safe primitives are put in.
     """
 
@@ -72,16 +74,17 @@ class NoiseField:
         The network alone is differentiated, so that the part of x in f cannot hide that a network
         has lost its own graph.
         """
-        value, directional, third = derive(
+        derived = derive(
             NetworkField(self), x, direction, order=order, derivative=derivative, others=others
         )
+        value, directional, third = derived
         factor, share = self.model.affine(self.t, x)
         value, directional = (
             -_affine(part, of_x, factor, share)
             for part, of_x in ((value, x), (directional, direction))
         )
         third = None if third is None else -_affine(third, None, factor, share)
-        return Derivatives(value, directional, third)
+        return type(derived)(value, directional, third)
 
     def quadratic_forms(self, x: Tensor, directions: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """f at x and wᵀ ∂f/∂x w for chunks (k, B, *) of directions, the forms (K, B)."""
@@ -112,12 +115,7 @@ class NoiseField:
         return replace(self, kwargs=map_tensors(self.kwargs, lambda _: next(given)))
 
     def _select(self, select: Callable[[Tensor], Tensor]) -> "NoiseField":
-        batch = len(self.t)
-
-        def per_sample(tensor: Tensor) -> Tensor:
-            return select(tensor) if tensor.ndim and len(tensor) == batch else tensor
-
-        kwargs = map_tensors(self.kwargs, per_sample)
+        kwargs = per_sample(self.kwargs, lambda _, tensor: select(tensor))
         return NoiseField(self.model, select(self.t), kwargs, self.primitives)
 
 
@@ -155,14 +153,3 @@ def _affine(
     """p part + q x, where None stands for 1 and for 0."""
     scaled = part if factor is None else factor * part
     return scaled if share is None or of_x is None else scaled + share * of_x
-
-
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to every tensor in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) is dict:
-        return {key: map_tensors(entry, function) for key, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map_tensors(entry, function) for entry in value)
-    return value

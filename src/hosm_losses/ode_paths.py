@@ -98,8 +98,7 @@ class Paths:
         return draw_probes(like, self.probes, self.distribution, self.generator)
 
     def _at(self, field: NoiseField, z: Tensor, place: Place) -> tuple[NoiseField, Tensor]:
-        # A copy for every sample: a network may write to its times.
-        t = place.t.to(field.t.dtype).expand(len(z)).clone()
+        t = place.t.to(field.t.dtype).expand(len(z))
         return replace(field, t=t), self.coordinates.to_x(z, place).to(self.dtype)
 
 

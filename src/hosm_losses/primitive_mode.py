@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
 from hosm_losses.primitives import PRIMITIVES
+from hosm_losses.torch_internals import checkpoint_hook
 
 CHECKPOINT_ADVICE = (
     "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order two "
@@ -49,7 +50,7 @@ _here = threading.local()
 class _SafePrimitives(TorchFunctionMode):
     def __enter__(self) -> Self:
         super().__enter__()
-        _here.around = (*getattr(_here, "around", ()), _checkpoint_hook())
+        _here.around = (*getattr(_here, "around", ()), checkpoint_hook())
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -75,26 +76,11 @@ def _refuse_foreign_checkpoint() -> None:
     That is a primitive, and in forward mode everything. One that was on before the mode surrounds
     the loss, enters the mode again and is right.
     """
-    hook = _checkpoint_hook()
+    hook = checkpoint_hook()
     if hook is not None and hook is not _here.around[-1] and not getattr(_here, "carried", 0):
         raise DerivativeError(
             FORWARD_ADVICE if getattr(_here, "forward", False) else CHECKPOINT_ADVICE
         )
-
-
-def _checkpoint_hook() -> object:
-    """The hook by which the innermost checkpoint saves tensors, if one is on.
-
-    A newer PyTorch tells which hooks are on; an older one ends in a CheckpointError later.
-    """
-    look = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
-    if look is None or torch.compiler.is_compiling():
-        return None
-    hooks = look(True)
-    if hooks is None:
-        return None
-    own = getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook")
-    return hooks[0] if own else None
 
 
 class _Carried:
@@ -143,8 +129,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     It is torch's non-reentrant `torch.utils.checkpoint.checkpoint`, whose recomputation in the
     backward pass also uses the safe primitives if the first computation did. With torch's own
-    checkpoint a network that needs a primitive ends in a CheckpointError. It works with the
-    reverse engine, derivative="reverse", which "auto" chooses.
+    checkpoint a network that needs a primitive ends in a CheckpointError in the reverse engine.
+    Forward mode cannot recompute anything.
 
     Args:
         function: a part of the network.

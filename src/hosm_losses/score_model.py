@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from hosm_losses._checks import check_choice, describe, expand_right
+from hosm_losses.conditions import bound, map_tensors, unwrapped
 from hosm_losses.inference import normal
-from hosm_losses.noise_field import NoiseField, map_tensors
+from hosm_losses.noise_field import NoiseField
 from hosm_losses.schedule import Schedule
 
 PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
@@ -176,7 +177,7 @@ class ScoreModel(nn.Module):
     ) -> NoiseField:
         """f(x) = −ε̂(x, t) at fixed t and conditions, to be differentiated in x."""
         active = self.primitives if primitives is None else primitives
-        kwargs = map_tensors(dict(model_kwargs or {}), normal)
+        kwargs = map_tensors(bound(model_kwargs or {}, len(t)), normal)
         return NoiseField(self, normal(t), kwargs, active)
 
     def time_in(self, t: Tensor, like: Tensor) -> Tensor:
@@ -188,12 +189,13 @@ class ScoreModel(nn.Module):
 
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """What the network predicts, of the shape of x."""
-        if self.time is None:
-            network_time = t
-        elif callable(self.time):
-            network_time = self.time(t)
-        else:
-            network_time = t * self.time
+        # Its own times: a network may write to them.
+        network_time = t.clone()
+        if callable(self.time):
+            network_time = self.time(network_time)
+        elif self.time is not None:
+            network_time = network_time * self.time
+        kwargs = unwrapped(kwargs)
         returned = self._called(x, network_time, kwargs)
         predicted = returned if self.output is None else self.output(returned)
         if not isinstance(predicted, Tensor):

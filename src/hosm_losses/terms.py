@@ -27,6 +27,7 @@ from torch import Tensor
 
 from hosm_losses._checks import expand_right
 from hosm_losses.chunks import in_chunks
+from hosm_losses.derivatives import Curved
 from hosm_losses.loss_inputs import Inputs, probe_tensor
 from hosm_losses.loss_options import LossOptions
 from hosm_losses.noise_field import NoiseField
@@ -184,9 +185,10 @@ def terms_along(
     others = None
     if options.order == 3 and options.third != "exact":
         others = direction if other is None else (sigma * other).to(x.dtype)
-    value, directional, last = field.derive(
+    derived = field.derive(
         x, direction, order=options.order, derivative=options.derivative, others=others
     )
+    value, directional, last = derived
     value, directional, noise, probe = map(at_least_float32, (value, directional, noise, probe))
     elements = x[0].numel()
     exact = options.probes == "exact"
@@ -199,7 +201,7 @@ def terms_along(
     if last is None:
         return DSMTerms(first, second, trace)
     last = at_least_float32(last)
-    if other is None:
+    if other is None or not isinstance(derived, Curved):
         third = third_residual(value, directional, last, noise, probe)
     else:
         other = at_least_float32(other)

@@ -92,7 +92,7 @@ def time_factors(
     if weighting == "native":
         return model.native_weight(t, x0), None
     if callable(weighting):
-        factor = weighting(t)
+        factor = weighting(t.clone())  # its own times, to which it may write
         reference = model.coefficients(t, x0)[1]
         shape = tuple(reference.shape)
         check_like("weighting(t)", factor, shape, reference.dtype, reference.device, "t")

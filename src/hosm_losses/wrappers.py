@@ -6,6 +6,8 @@ import sys
 
 from torch import nn
 
+from hosm_losses.torch_internals import COMPILED_PART
+
 _WRAP_THE_LOSS = (
     "Wrap the loss module as a whole, whose forward then holds every use of a parameter: "
     "{}(ThirdOrderDSM(ScoreModel(network, schedule))). Around the network, or parts of it, "
@@ -47,7 +49,7 @@ def refuse_wrapped(network: object, *, thoroughly: bool = False) -> None:
     if isinstance(network, nn.Module) and (thoroughly or sys.modules.keys() & DOERS):
         for part in network.modules():
             types.add(type(part))
-            if getattr(part, "_compiled_call_impl", None) is not None:
+            if getattr(part, COMPILED_PART, None) is not None:
                 found.add(COMPILED_IN_PLACE)
     found |= {base.__name__ for kind in types for base in kind.__mro__} & WRAPPERS.keys()
     for name in sorted(found):

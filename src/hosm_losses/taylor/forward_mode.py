@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hosm_losses.torch_internals import forward_mode
+
 # Which products of two first derivatives have a second one: none; that of each direction with
 # itself; that of each of the first half with its fellow in the second half.
 Pairs = Literal["none", "squares", "halves"]
@@ -74,7 +76,9 @@ def _mapped(function: Callable[..., Any], args: Any, count: int) -> Any:
     """(value, *derivatives, others) of a function for `count` directions."""
     if count == 1:
         args = pytree.tree_map(lambda stack: stack[0], args)
-        value, *derivatives, others = function(*args)
+        with forward_mode():
+            value, *derivatives, others = function(*args)
         return value, *pytree.tree_map(lambda part: part.unsqueeze(0), derivatives), others
     outs: Any = (None, *(0,) * (1 if len(args) == 1 else 3), None)
-    return torch.func.vmap(function, out_dims=outs, randomness="same")(*args)
+    with forward_mode():
+        return torch.func.vmap(function, out_dims=outs, randomness="same")(*args)

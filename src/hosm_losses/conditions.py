@@ -1,0 +1,142 @@
+r"""The keyword arguments of a network: which of their tensors belong to the samples.
+
+What:
+    Losses evaluate some rows of a batch, or every row several times; what belongs to a sample has
+    to go with it. A tensor whose first dimension is the batch size is taken to be per sample,
+    wherever it is in dicts, lists, tuples, named tuples, dataclasses and other mappings. A table
+    that happens to be as long as the batch is marked: `Shared(table)`. The decision is made once,
+    when the arguments are bound to a batch: `bound` marks all that is shared.
+"""
+
+__all__ = ["Shared", "bound", "map_tensors", "per_sample", "unwrapped"]
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+from hosm_losses._checks import describe
+
+
+class Shared:
+    """Marks what belongs to no sample, in `model_kwargs`; the network is given what it holds.
+
+    Needed only for a tensor whose first dimension may equal the batch size, such as a table of
+    positions. `check_derivatives` names those that need it.
+
+    Args:
+        value: a tensor, or a container of tensors, that all samples share.
+
+    Example:
+        >>> import torch
+        >>> from hosm_losses import ScoreModel, VPSchedule, second_order_dsm
+        >>> model = ScoreModel(lambda x, t, table: x * table.mean(), VPSchedule())
+        >>> table = torch.randn(4, 7)
+        >>> second_order_dsm(
+        ...     model, torch.randn(4, 2), probes=2, model_kwargs={"table": Shared(table)}
+        ... ).shape
+        torch.Size([])
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        """Shared(what it holds)."""
+        return f"Shared({self.value!r})"
+
+
+# Of a path such as model_kwargs['cond'][0], and of the tensor or the Shared found there.
+Visit = Callable[[str, Any], Any]
+
+
+def _walk(value: Any, visit: Visit, path: str) -> Any:
+    """Replace every tensor and every Shared; a container without any is returned as it is."""
+    if isinstance(value, Tensor | Shared):
+        return visit(path, value)
+    # The exact types first: torch.compile knows no others.
+    if type(value) is dict:
+        return {key: _walk(each, visit, f"{path}[{key!r}]") for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(
+            [_walk(each, visit, f"{path}[{place}]") for place, each in enumerate(value)]
+        )
+    if isinstance(value, Mapping):
+        found = {key: _walk(each, visit, f"{path}[{key!r}]") for key, each in value.items()}
+        return _rebuilt(value, found, dict(value), path)
+    if isinstance(value, list | tuple):
+        entries = [_walk(each, visit, f"{path}[{place}]") for place, each in enumerate(value)]
+        return _rebuilt(value, dict(enumerate(entries)), dict(enumerate(value)), path)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [each.name for each in dataclasses.fields(value) if hasattr(value, each.name)]
+        before = {name: getattr(value, name) for name in names}
+        found = {name: _walk(each, visit, f"{path}.{name}") for name, each in before.items()}
+        return _rebuilt(value, found, before, path)
+    return value
+
+
+def _rebuilt(value: Any, found: dict[Any, Any], before: dict[Any, Any], path: str) -> Any:
+    """A container like `value` that holds what was found."""
+    if all(found[key] is before[key] for key in before):
+        return value
+    try:
+        if isinstance(value, tuple):
+            entries = found.values()
+            make = getattr(value, "_make", None)
+            return type(value)(entries) if make is None else make(entries)
+        if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+            return type(value)(found)  # pyright: ignore[reportCallIssue]
+        new = copy.copy(value)
+        for key, each in found.items():
+            if isinstance(value, MutableMapping | list):
+                new[key] = each
+            else:  # a dataclass, frozen perhaps
+                object.__setattr__(new, key, each)
+        return new
+    except Exception as error:
+        raise TypeError(
+            f"{path}: expected a container that can be copied with other tensors in it; got "
+            f"{describe(value)}, which says: {error}. Pass a dict or a list, and build the "
+            "object in a function around the network."
+        ) from error
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor, shared ones included."""
+
+    def visit(path: str, found: Any) -> Any:
+        if isinstance(found, Shared):
+            return Shared(_walk(found.value, visit, path))
+        return function(found)
+
+    return _walk(value, visit, "model_kwargs")
+
+
+def bound(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """The arguments with a mark at all that does not belong to the samples of this batch."""
+
+    def visit(_path: str, found: Any) -> Any:
+        own = isinstance(found, Tensor) and found.ndim > 0 and len(found) == batch
+        return found if own or isinstance(found, Shared) else Shared(found)
+
+    return _walk(dict(kwargs), visit, "model_kwargs")
+
+
+def per_sample(kwargs: Mapping[str, Any], function: Callable[[str, Tensor], Any]) -> Any:
+    """Apply function(path, tensor) to what belongs to the samples in bound arguments."""
+
+    def visit(path: str, found: Any) -> Any:
+        return found if isinstance(found, Shared) else function(path, found)
+
+    return _walk(kwargs, visit, "model_kwargs")
+
+
+def unwrapped(kwargs: Mapping[str, Any]) -> Any:
+    """The arguments as the network wants them, without marks."""
+
+    def visit(path: str, found: Any) -> Any:
+        return _walk(found.value, visit, path) if isinstance(found, Shared) else found
+
+    return _walk(kwargs, visit, "model_kwargs")

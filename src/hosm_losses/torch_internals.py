@@ -1,0 +1,116 @@
+"""Every private name of PyTorch that is used here, and every error text of its that is matched.
+
+PyTorch keeps none of them stable. `tests/test_torch_internals.py` has a test for each, which says
+in which versions it was seen to hold; where one fails, this file is what to change.
+"""
+
+__all__ = [
+    "COMPILED_PART",
+    "DOUBLE_BACKWARD_OF_COMPILED",
+    "HOOKS_IN_TRANSFORM",
+    "LOST_ATTRIBUTE",
+    "NOT_TWICE",
+    "OF_THE_MACHINE",
+    "REENTRANT_CHECKPOINT",
+    "checkpoint_hook",
+    "custom_function",
+    "forward_mode",
+    "has_graph",
+    "surrounded",
+    "traced",
+    "transformed",
+]
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+
+# What PyTorch says of an operator without a second derivative in reverse mode.
+NOT_TWICE = ("derivative for aten::", "the derivative for '", "once_differentiable")
+# Of a reentrant checkpoint, of saved-tensor hooks (a checkpoint) under torch.func, of a part that
+# is compiled by itself, and of a custom Function that dropped what it saved.
+REENTRANT_CHECKPOINT = "compatible with .grad()"
+HOOKS_IN_TRANSFORM = "saved tensor hooks"
+DOUBLE_BACKWARD_OF_COMPILED = "does not currently support double backward"
+LOST_ATTRIBUTE = "Backward' object has no attribute"
+# The node that a once_differentiable backward puts behind what it returns.
+DELAYED_ERROR = "torch::autograd::Error"
+# Of devices that fail.
+OF_THE_MACHINE = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
+# The attribute of a module that .compile() sets.
+COMPILED_PART = "_compiled_call_impl"
+
+_C: Any = torch._C
+_autograd: Any = torch.autograd
+_lock = threading.RLock()
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, …) surrounds this call."""
+    return not torch.compiler.is_compiling() and _C._functorch.peek_interpreter_stack() is not None
+
+
+def traced() -> bool:
+    """Whether torch.compile or a transform of torch.func looks at this call from outside.
+
+    There values cannot be read, nothing may be changed in place that comes from outside, and
+    derivatives are taken by torch.func.
+    """
+    return torch.compiler.is_compiling() or transformed()
+
+
+def surrounded() -> bool:
+    """Whether something of the user's surrounds this call that a network alone would not meet.
+
+    A transform, a mode that sees functions or operators, saved-tensor hooks, or a profiler.
+    """
+    return bool(
+        transformed()
+        or _get_current_function_mode_stack()
+        or _C._len_torch_dispatch_stack()
+        or _saving_hooks() is not None
+        or _autograd._profiler_enabled()
+    )
+
+
+def _saving_hooks() -> Any:
+    """The innermost saved-tensor hooks, if there are any and this PyTorch can tell."""
+    look = getattr(getattr(_C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
+    return None if look is None or torch.compiler.is_compiling() else look(True)
+
+
+def checkpoint_hook() -> object:
+    """The hook by which the innermost of torch's checkpoints saves tensors, if one is on."""
+    hooks = _saving_hooks()
+    if hooks is None:
+        return None
+    own = getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook")
+    return hooks[0] if own else None
+
+
+def custom_function(node: object) -> type | None:
+    """The torch.autograd.Function of a node in an autograd graph; None for PyTorch's own nodes."""
+    return getattr(type(node), "_forward_cls", None)
+
+
+def has_graph(gradient: torch.Tensor) -> bool:
+    """Whether a gradient can be differentiated again.
+
+    That of a once_differentiable backward leads to an error that torch.autograd.grad never meets.
+    """
+    node = gradient.grad_fn
+    return gradient.requires_grad and (node is None or node.name() != DELAYED_ERROR)
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Keep other threads out of torch.func.jvp: its levels are those of the whole process."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with _lock:
+        yield

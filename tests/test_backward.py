@@ -1,0 +1,260 @@
+"""A custom autograd.Function that drops the graph is refused when the value is made."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+import hosm_losses as hosm
+
+DROPPED = r"expected an autograd\.Function whose backward keeps the graph; got {}"
+REMEDY = r"lambda f, i, p, flag: hosm_losses\.checkpoint\(f, \*i\) if flag else f\(\*i\)"
+LOSSES = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
+
+
+class GuidedCheckpoint(torch.autograd.Function):
+    """As guided-diffusion's is documented to work: it recomputes, and returns plain gradients."""
+
+    @staticmethod
+    def forward(ctx, function, count, *tensors):
+        ctx.function = function
+        ctx.inputs, ctx.parameters = list(tensors[:count]), list(tensors[count:])
+        with torch.no_grad():
+            return function(*ctx.inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs = [each.detach().requires_grad_() for each in ctx.inputs]
+        with torch.enable_grad():
+            output = ctx.function(*[each.view_as(each) for each in inputs])
+        found = torch.autograd.grad(output, inputs + ctx.parameters, grad, allow_unused=True)
+        del ctx.inputs, ctx.parameters
+        return None, None, *found
+
+
+def guided(function, inputs, parameters, flag):
+    if not flag:
+        return function(*inputs)
+    return GuidedCheckpoint.apply(function, len(inputs), *inputs, *parameters)
+
+
+def plain(function, inputs, parameters, flag):
+    return function(*inputs)
+
+
+class Attention(nn.Module):
+    """A residual block whose attention goes through the project's checkpoint, always."""
+
+    def __init__(self, checkpoint=guided):
+        super().__init__()
+        torch.manual_seed(0)
+        self.checkpoint = checkpoint
+        self.inner, self.qkv, self.outer = nn.Linear(3, 4), nn.Linear(4, 12), nn.Linear(4, 3)
+
+    def attend(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return x + torch.softmax(q @ k.mT / 2, -1) @ v
+
+    def forward(self, x, t):
+        hidden = torch.tanh(self.inner(x) + t[:, None, None])
+        hidden = self.checkpoint(self.attend, (hidden,), tuple(self.qkv.parameters()), True)
+        return self.outer(hidden)
+
+
+def given(model, **options):
+    torch.manual_seed(2)
+    x0, noise, probe = torch.randn(3, 2, 5, 3).unbind()
+    tensors = {"t": torch.tensor([0.3, 0.6]), "noise": noise, "probe": probe}
+    return model, x0, {**tensors, **options}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("derivative", ["auto", "reverse"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_checkpoint_that_drops_the_graph_is_refused(order, derivative, mode):
+    model, x0, options = given(hosm.ScoreModel(Attention(), hosm.VPSchedule()))
+    message = DROPPED.format("GuidedCheckpoint") + ".*" + REMEDY
+    with mode(), pytest.raises(hosm.DerivativeError, match=message):
+        LOSSES[order](model, x0, derivative=derivative, **options)
+
+
+@pytest.mark.parametrize(
+    ("derivative", "error", "message"),
+    [
+        ("taylor", hosm.DerivativeError, r"called under torch\.no_grad"),
+        ("forward", RuntimeError, "setup_context"),
+    ],
+)
+@pytest.mark.parametrize("order", [2, 3])
+def test_so_is_it_by_the_engines_that_cannot_follow_it(order, derivative, error, message):
+    model, x0, options = given(hosm.ScoreModel(Attention(), hosm.VPSchedule()))
+    with torch.no_grad(), pytest.raises(error, match=message):
+        LOSSES[order](model, x0, derivative=derivative, **options)
+
+
+@pytest.mark.parametrize("third", ["laplacian", "sliced"])
+def test_and_with_estimators_that_auto_would_replace(third):
+    model, x0, options = given(hosm.ScoreModel(Attention(), hosm.VPSchedule()), third=third)
+    with pytest.raises(hosm.DerivativeError, match=REMEDY):
+        hosm.third_order_dsm(model, x0, **options)
+
+
+def test_a_likelihood_with_a_gradient_refuses_it_and_one_without_does_not():
+    x = torch.randn(2, 5, 3)
+    found = []
+    for checkpoint in (guided, plain):
+        model = hosm.ScoreModel(Attention(checkpoint), hosm.VPSchedule())
+        found.append(hosm.ode_nll(model, x, divergence="exact", steps=4).nll)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+    model = hosm.ScoreModel(Attention(), hosm.VPSchedule())
+    with pytest.raises(hosm.DerivativeError, match=REMEDY):
+        hosm.ode_nll(model, x, steps=4, enable_grad=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"third": "laplacian"}, {"probes": 2}, {"chunks": 2}])
+@pytest.mark.parametrize("order", [2, 3])
+def test_the_remedy_works(order, options):
+    """The replacement that the message names, in training and without gradients."""
+    if order == 2 and "third" in options:
+        options = {"fraction": 0.5}
+
+    def replaced(f, i, p, flag):
+        return hosm.checkpoint(f, *i) if flag else f(*i)
+
+    found = []
+    for checkpoint in (replaced, plain):
+        network = Attention(checkpoint)
+        model, x0, inputs = given(hosm.ScoreModel(network, hosm.VPSchedule()), **options)
+        if "probes" in options:
+            del inputs["probe"]
+        torch.manual_seed(3)
+        loss = LOSSES[order](model, x0, **inputs)
+        with torch.no_grad():
+            torch.manual_seed(3)
+            value = LOSSES[order](model, x0, **inputs)
+        loss.backward()
+        found.append((loss.detach(), value, [p.grad for p in network.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+class Detaches(torch.autograd.Function):
+    """Cubes, right by forward mode, with a backward that loses its graph."""
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (3 * ctx.saved_tensors[0] ** 2 * grad).detach()
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 3 * ctx.saved_tensors[0] ** 2 * tangent
+
+
+class Once(Detaches):
+    """PyTorch's own mark, whose error torch.autograd.grad passes by."""
+
+    backward = staticmethod(once_differentiable(Detaches.backward))
+
+
+class Partly(Detaches):
+    """Keeps the graph to the incoming gradient and loses that to its input."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * ctx.saved_tensors[0].detach() ** 2 * grad
+
+
+class Without(torch.autograd.Function):
+    """A gradient of None is no gradient lost."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1, None
+
+
+def cubes(function):
+    torch.manual_seed(0)
+    inner, outer = nn.Linear(3, 4), nn.Linear(4, 3)
+    network = nn.ModuleList([inner, outer])
+    network.forward = lambda x, t: outer(function(inner(x)) + t[:, None])
+    return network
+
+
+def small(function, order, **options):
+    model = hosm.ScoreModel(cubes(function), hosm.VPSchedule())
+    x0, noise = torch.randn(2, 2, 3).unbind()
+    given = {"t": torch.tensor([0.3, 0.6]), "noise": noise, "probe": noise.sign()}
+    return LOSSES[order](model, x0, **given, **options)
+
+
+@pytest.mark.parametrize("function", [Detaches, Once])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_function_that_detaches_is_refused_by_the_engine_that_calls_its_backward(
+    order, mode, function
+):
+    with mode(), pytest.raises(hosm.DerivativeError, match=DROPPED.format(function.__name__)):
+        small(function.apply, order, derivative="reverse")
+
+
+@pytest.mark.filterwarnings("ignore:derivative='auto'")
+@pytest.mark.parametrize("derivative", ["auto", "forward"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_forward_mode_takes_its_place_and_is_right(order, derivative):
+    found = []
+    for function, engine in ((Detaches.apply, derivative), (lambda x: x**3, "auto")):
+        torch.manual_seed(1)
+        network = cubes(function)
+        model = hosm.ScoreModel(network, hosm.VPSchedule())
+        x0, noise = torch.randn(2, 2, 3).unbind()
+        given = {"t": torch.tensor([0.3, 0.6]), "noise": noise, "probe": noise.sign()}
+        loss = LOSSES[order](model, x0, derivative=engine, **given)
+        inner = network[0].weight
+        found.append((loss, torch.autograd.grad(loss, inner)[0] if order == 2 else loss))
+    # What the user's own backward pass does is the first order's, and right.
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_function_that_drops_a_part_is_not_noticed_here(order):
+    """It is what check_derivatives is for."""
+    torch.manual_seed(1)
+    loss = small(Partly.apply, order, derivative="reverse")
+    model = hosm.ScoreModel(cubes(Partly.apply), hosm.VPSchedule())
+    assert loss.requires_grad
+    with pytest.raises(hosm.DerivativeError, match="agree with differences"):
+        hosm.check_derivatives(model, torch.randn(2, 3), order=order, derivative="reverse")
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_gradient_of_none_is_nothing_lost(order):
+    torch.manual_seed(1)
+    got = small(lambda x: Without.apply(x**3, x), order, derivative="reverse")
+    torch.manual_seed(1)
+    expected = small(lambda x: x**3, order, derivative="reverse")
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_function_that_forgets_gradients_is_refused_under_a_transform(order):
+    model = hosm.ScoreModel(cubes(Detaches.apply), hosm.VPSchedule())
+    x0, noise = torch.randn(2, 2, 3).unbind()
+    given = {"t": torch.tensor([0.3, 0.6]), "noise": noise, "probe": noise.sign()}
+
+    def loss(x0):
+        return LOSSES[order](model, x0, derivative="reverse", **given)
+
+    with pytest.raises(hosm.DerivativeError, match=DROPPED.format("Detaches")):
+        torch.func.grad(loss)(x0)

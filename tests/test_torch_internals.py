@@ -1,0 +1,204 @@
+"""Each private name and matched text of PyTorch, with the versions in which it was seen to hold.
+
+A test that fails after an upgrade of PyTorch names what to change in `torch_internals`.
+"""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from hosm_losses import torch_internals as internals
+from hosm_losses._checks import may_look
+
+
+def test_a_transform_is_seen():
+    """torch._C._functorch.peek_interpreter_stack: 2.6 to 2.13."""
+    seen = []
+
+    def look(x):
+        seen.append((internals.transformed(), internals.traced(), may_look(x)))
+        return x.sum()
+
+    x = torch.ones(2)
+    look(x)
+    torch.func.grad(look)(x)
+    torch.func.vmap(look)(x[None])
+    torch.func.jvp(look, (x,), (x,))
+    torch.func.vjp(look, x)
+    assert seen == [(False, False, True)] + [(True, True, False)] * 4
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        Functions,
+        Operators,
+        lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+        lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+    ],
+    ids=["functions", "operators", "profiler", "hooks"],
+)
+def test_what_surrounds_a_call_is_seen(around):
+    """The stacks of modes, the profiler's flag and the saved-tensor hooks: 2.8 to 2.13."""
+    assert not internals.surrounded()
+    with around():
+        assert internals.surrounded()
+    assert not internals.surrounded()
+
+
+def test_the_hook_of_a_checkpoint_is_told_from_others():
+    """_top_saved_tensors_default_hooks and _checkpoint_hook: 2.8 to 2.13."""
+    seen = []
+
+    def look(x):
+        seen.append(internals.checkpoint_hook())
+        return x * x
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(look, x, use_reentrant=False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        look(x)
+    look(x)
+    assert seen[0] is not None
+    assert seen[1:] == [None, None]
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad * 1
+
+
+class Forgets(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.kept = x
+        return x**2
+
+    @staticmethod
+    def backward(ctx, grad):
+        kept = ctx.kept
+        del ctx.kept
+        return 2 * kept * grad
+
+
+def twice(function):
+    x = torch.ones(2, requires_grad=True)
+    (first,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+    return torch.autograd.grad(first.sum(), x)
+
+
+def test_a_custom_function_is_told_from_an_operator():
+    """_forward_cls: 2.6 to 2.13."""
+    x = torch.ones(2, requires_grad=True)
+    assert internals.custom_function(Once.apply(x).grad_fn) is Once
+    assert internals.custom_function(x.sin().grad_fn) is None
+
+
+def test_what_cannot_be_differentiated_twice_says_so():
+    """2.6 to 2.13."""
+    heads = torch.ones(1, 1, 4, 2)
+    for function in (
+        lambda x: torch.cdist(x.sin()[None], torch.ones(3, 2)).sin(),
+        lambda x: nn.functional.scaled_dot_product_attention(*[x.sin() * heads] * 3).sin(),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            twice(function)
+        assert any(words in str(error.value) for words in internals.NOT_TWICE)
+
+
+def test_a_backward_marked_once_differentiable_is_passed_by():
+    """torch::autograd::Error: 2.6 to 2.13."""
+    x = torch.ones(2, requires_grad=True)
+    twice(lambda x: Once.apply(x.sin()).sin())
+    kept, (lost,) = x * 2, torch.autograd.grad(Once.apply(x.sin()).sum(), x, create_graph=True)
+    (once,) = torch.autograd.grad(Once.apply(x).sin().sum(), x, create_graph=True)
+    assert internals.has_graph(kept)
+    assert internals.has_graph(lost)
+    assert not internals.has_graph(once)
+    assert not internals.has_graph(x.detach())
+
+
+def test_a_function_that_forgets_says_so():
+    """2.6 to 2.13."""
+    x = torch.ones(2, requires_grad=True)
+    number = Forgets.apply(x).sum()
+    torch.autograd.grad(number, x, retain_graph=True)
+    with pytest.raises(AttributeError, match=internals.LOST_ATTRIBUTE):
+        torch.autograd.grad(number, x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_reentrant_checkpoint_says_so():
+    """2.6 to 2.13."""
+    x = torch.ones(2, requires_grad=True)
+    value = checkpoint(torch.sin, x, use_reentrant=True)
+    with pytest.raises(RuntimeError) as error:
+        torch.autograd.grad(value.sum(), x)
+    assert internals.REENTRANT_CHECKPOINT in str(error.value)
+
+
+def test_a_checkpoint_under_a_transform_says_so():
+    """2.6 to 2.13."""
+    with pytest.raises(RuntimeError) as error:
+        torch.func.grad(lambda x: checkpoint(torch.sin, x, use_reentrant=False).sum())(
+            torch.ones(2)
+        )
+    assert internals.HOOKS_IN_TRANSFORM in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_part_compiled_by_itself_says_so():
+    """`_compiled_call_impl`, and the words of its second backward pass: 2.6 to 2.13."""
+
+    class Layer(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).tanh()
+
+    layer = Layer(2, 2)
+    assert getattr(layer, internals.COMPILED_PART) is None
+    layer.compile(backend="aot_eager")
+    assert getattr(layer, internals.COMPILED_PART) is not None
+    with pytest.raises(RuntimeError) as error:
+        twice(lambda x: layer(x * torch.ones(1, 2)))
+    assert internals.DOUBLE_BACKWARD_OF_COMPILED in str(error.value)
+
+
+def test_forward_mode_is_one_threads_at_a_time_and_can_be_entered_again():
+    order = []
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        entered.wait()
+        with internals.forward_mode():
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with internals.forward_mode(), internals.forward_mode():
+        entered.set()
+        leave.wait(0.1)
+        order.append("mine")
+    thread.join()
+    assert order == ["mine", "other"]
