@@ -38,6 +38,7 @@ def loss_and_gradients(function, leaves, chunks, seed=0):
         {"probes": 2, "reduction": "none", "weighting": "likelihood"},
         {"derivative": "reverse", "reduction": "sum"},
         {"derivative": "forward"},
+        {"derivative": "taylor"},
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hosm_losses as hosm
 
 MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
-KINDS = ("taylor", "reverse", "forward", "chunks")
+KINDS = ("auto", "taylor", "reverse", "forward", "chunks")
 CASES = [(1, "auto"), *[(order, kind) for order in (2, 3) for kind in KINDS]]
 BATCH = 4
 
