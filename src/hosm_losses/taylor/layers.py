@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.taylor.jet import Jet, fallback, rule
+from hosm_losses.torch_internals import traced
 
 
 class _AddInPlace(torch.autograd.Function):
@@ -41,7 +42,7 @@ def _shape(output: Tensor, dim: int) -> tuple[int, ...]:
 def _with_bias(output: Tensor, bias: Tensor | None, rows: int, dim: int) -> Tensor:
     if bias is None:
         return output
-    if torch.compiler.is_compiling():
+    if traced():
         value = output[:rows] + bias.reshape(_shape(output, dim))
         return torch.cat([value.to(output.dtype), output[rows:]])
     return _AddInPlace.apply(output, bias, rows, dim)  # pyright: ignore[reportReturnType]

@@ -21,7 +21,7 @@ from torch import Tensor
 from hosm_losses.primitives import at_least_float32
 from hosm_losses.taylor.forward_mode import Pairs
 from hosm_losses.taylor.jet import CHANGES, Jet, TaylorError, every, rule
-from hosm_losses.taylor.recompute import Formula, recomputed
+from hosm_losses.taylor.recompute import Formula, plus_product, recomputed
 
 Series = Callable[[Tensor], Iterator[Tensor]]
 
@@ -61,7 +61,7 @@ def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tenso
         left, right = halves(stack[1 : 1 + firsts], pairs)
         bent = left * right * next(numbers)
         seconds = stack[1 + firsts :]
-        parts.append(bent.addcmul_(seconds, slope) if len(seconds) else bent)
+        parts.append(plus_product(bent, seconds, slope) if len(seconds) else bent)
     return torch.cat(parts).to(dtype)
 
 
