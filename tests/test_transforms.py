@@ -321,3 +321,29 @@ def test_the_gradient_of_a_likelihood(name, divergence, method):
     expected = torch.autograd.grad(nll(parameters, point), leaves)
     got = grad(nll, argnums=(0, 1))(detached(network), x0)
     close([*got[0].values(), got[1]], list(expected))
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_loss_module_by_functional_call(order):
+    network, x0, given = setting("attention")
+    kind = {2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}[order]
+    objective = kind(hosm.ScoreModel(network, hosm.VPSchedule()))
+    kwargs = {"probe": torch.randn_like(x0), **given}
+    expected = torch.autograd.grad(objective(x0, **kwargs), list(objective.parameters()))
+    parameters = {n: p.detach() for n, p in objective.named_parameters()}
+    found = grad(lambda p: functional_call(objective, p, (x0,), kwargs))(parameters)
+    close(list(found.values()), list(expected))
+
+
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_a_likelihood_under_vmap_is_that_of_every_sample(divergence):
+    network, x0, _ = setting("attention")
+    model = hosm.ScoreModel(network, hosm.VPSchedule())
+
+    def nll(x):
+        options = {"divergence": divergence, "steps": 4, "data_std": 1.0}
+        generator = torch.Generator().manual_seed(0)
+        return hosm.ode_nll(model, x[None], generator=generator, **options).nll[0]
+
+    got = vmap(nll, randomness="same")(x0)
+    close(got, torch.stack([nll(x) for x in x0]))
