@@ -12,21 +12,30 @@ __all__ = [
     "DerivativeError",
     "check_choice",
     "check_finite",
+    "check_generator",
     "check_like",
+    "check_model_kwargs",
     "check_not_empty",
+    "check_number",
     "check_range",
     "check_sample_batch",
+    "check_whole",
     "describe",
     "expand_right",
     "may_look",
 ]
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Number, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hosm_losses.torch_internals import traced
+
+RESERVED = ("x", "t", "self")  # by position in every call of the network
 
 
 class DerivativeError(ValueError):
@@ -37,7 +46,7 @@ def describe(value: object) -> str:
     """Say what came: dtype, shape and device of a tensor, the type of anything else."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    if isinstance(value, str | int | float | bool | None):
+    if value is None or isinstance(value, str | Number):
         return repr(value)
     return f"an object of type {type(value).__name__}"
 
@@ -50,15 +59,102 @@ def may_look(tensor: Tensor) -> bool:
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise ValueError unless `value` is one of the names in `choices`."""
     choices = tuple(choices)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name}: expected one of {listed}; got {describe(value)}.")
 
 
+def check_whole(name: str, value: object, minimum: int) -> int:
+    """Return `value` as an int if it is a whole number, of Python or NumPy; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise ValueError(
+            f"{name}: expected a whole number of at least {minimum}; got {describe(value)}."
+        )
+    return int(value)
+
+
+def check_number(
+    name: str, value: object, what: str, *, above: float = -math.inf, at_most: float = math.inf
+) -> float:
+    """Return `value` as a float if it is a finite number in (above, at_most]; a bool is none.
+
+    Args:
+        name: of the argument.
+        value: a number of Python or NumPy.
+        what: the words for what is expected, such as "a number in (0, 1]".
+        above: below every number that is taken.
+        at_most: the largest number that is taken.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
+        if math.isfinite(number) and above < number <= at_most:
+            return number
+    raise ValueError(f"{name}: expected {what}; got {describe(value)}.")
+
+
+def check_generator(generator: object, device: torch.device) -> torch.Generator | None:
+    """Return `generator` if it is None or a generator of the device that draws are made on."""
+    if generator is None:
+        return None
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: expected a torch.Generator or None; got {describe(generator)}. Make one "
+            f"with torch.Generator({str(device)!r}).manual_seed(0)."
+        )
+    own = generator.device
+    # Nothing is drawn on meta, which has no generators.
+    if device.type != "meta" and (own.type, own.index or 0) != (device.type, device.index or 0):
+        raise ValueError(
+            f"generator: expected one on {device}, the device of the data; got one on {own}. Make "
+            f"it with torch.Generator({str(device)!r})."
+        )
+    return generator
+
+
+def check_model_kwargs(model_kwargs: object) -> dict[str, Any]:
+    """Return the network's keyword arguments as a dict, {} for None."""
+    if model_kwargs is None:
+        return {}
+    if not isinstance(model_kwargs, Mapping):
+        raise TypeError(
+            "model_kwargs: expected a mapping of the network's keyword arguments, such as "
+            f"{{'y': labels}}, or None; got {describe(model_kwargs)}."
+        )
+    for key in model_kwargs:
+        if not isinstance(key, str):
+            raise TypeError(
+                f"model_kwargs: expected names of keyword arguments as keys; got {describe(key)}."
+            )
+        if key in RESERVED:
+            raise ValueError(
+                f"model_kwargs: expected none of {', '.join(map(repr, RESERVED))}, which the call "
+                f"of the network sets itself; got {key!r}. Leave it out, or rename it with "
+                "ScoreModel(..., call=...)."
+            )
+    return dict(model_kwargs)
+
+
 def check_sample_batch(name: str, value: object) -> Tensor:
-    """Return `value` if it is a non-empty, finite, floating-point batch (B, *)."""
+    """Return `value` if it is a non-empty, finite, dense floating-point batch (B, *)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a floating-point tensor (B, *); got {describe(value)}.")
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense tensor (B, *); got one of layout {value.layout}. Convert "
+            f"it with {name}.to_dense()."
+        )
+    if value.is_complex():
+        raise TypeError(
+            f"{name}: expected a real floating-point tensor (B, *); got {describe(value)}. Give "
+            f"its parts as channels, for example torch.view_as_real({name}), to a network that "
+            "takes them so."
+        )
     if not value.is_floating_point():
         raise TypeError(
             f"{name}: expected a floating-point tensor (B, *); got {describe(value)}. Scale "
