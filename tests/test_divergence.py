@@ -84,3 +84,18 @@ def test_exact_makes_its_unit_vectors_when_they_are_due(prediction, monkeypatch)
         alpha, sigma = VPSchedule()(t)
         trace = (d - alpha * trace) / sigma
     torch.testing.assert_close(samples, -trace[None])
+
+
+def test_what_fails_without_vmap_as_well_is_raised():
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("no backward today")
+
+    model = ScoreModel(lambda x, t: Broken.apply(x), VPSchedule())
+    with pytest.raises(RuntimeError, match="no backward today"):
+        exact_divergence(model.field(T), torch.randn(2, 3))
