@@ -11,7 +11,9 @@ wait for the device.
 __all__ = [
     "DerivativeError",
     "check_choice",
+    "check_dense",
     "check_finite",
+    "check_flag",
     "check_generator",
     "check_like",
     "check_model_kwargs",
@@ -140,15 +142,26 @@ def check_model_kwargs(model_kwargs: object) -> dict[str, Any]:
     return dict(model_kwargs)
 
 
-def check_sample_batch(name: str, value: object) -> Tensor:
-    """Return `value` if it is a non-empty, finite, dense floating-point batch (B, *)."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a floating-point tensor (B, *); got {describe(value)}.")
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless this is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False; got {describe(value)}.")
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Raise TypeError for a sparse tensor, or one of another layout."""
     if value.layout != torch.strided:
         raise TypeError(
             f"{name}: expected a dense tensor (B, *); got one of layout {value.layout}. Convert "
             f"it with {name}.to_dense()."
         )
+
+
+def check_sample_batch(name: str, value: object) -> Tensor:
+    """Return `value` if it is a non-empty, finite, dense floating-point batch (B, *)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a floating-point tensor (B, *); got {describe(value)}.")
+    check_dense(name, value)
     if value.is_complex():
         raise TypeError(
             f"{name}: expected a real floating-point tensor (B, *); got {describe(value)}. Give "

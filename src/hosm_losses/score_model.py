@@ -116,7 +116,7 @@ class ScoreModel(nn.Module):
             ε̂, of the shape of x.
 
         Raises:
-            TypeError: if the network returns something other than a tensor.
+            TypeError: if the network returns something other than a real tensor.
             ValueError: if it returns another shape than that of x.
         """
         predicted = self.predict(x, t, **kwargs)
@@ -205,6 +205,11 @@ class ScoreModel(nn.Module):
                 f"network: expected it to return a tensor; got {describe(predicted)}. Pick the "
                 "prediction out with ScoreModel(..., output=...), for example output=lambda out: "
                 "out[0] or operator.attrgetter('sample')."
+            )
+        if predicted.dtype.is_complex:
+            raise TypeError(
+                f"network: expected a real output; got {describe(predicted)}. Pick what it "
+                "predicts with ScoreModel(..., output=...), for example output=torch.real."
             )
         if predicted.shape != x.shape:
             raise ValueError(
