@@ -88,7 +88,8 @@ def ode_nll(
         method: "fixed", a uniform grid in log σ̂ with steps + 10 evaluations; or "adaptive", steps
             of each sample's own.
         steps: of the fixed grid, 4 or more.
-        divergence: "hutchinson", one vector-Jacobian product a probe; or "exact", d of them.
+        divergence: "hutchinson", one vector-Jacobian product a probe; or "exact", d of them, in
+            bounded memory.
         probes: K, the number of probes a sample. Two or more give a standard error on the fixed
             grid, four or more with the adaptive method.
         distribution: "rademacher", "gaussian", "sphere", or "dct", which on images often has less
@@ -111,7 +112,8 @@ def ode_nll(
         model_kwargs: keyword arguments of the network.
 
     Returns:
-        The result, in nats; `bits_per_dim` converts.
+        The result, in nats; `bits_per_dim` converts. A sample that failed has NaN: its number was
+        not finite, its path did not arrive, or the solver error is above max(1000, 0.1 d) nats.
 
     Raises:
         TypeError: for an argument of a wrong type or dtype, integer images included.
