@@ -82,6 +82,7 @@ def test_the_gradient_of_the_likelihood_goes_through_the_loop():
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:derivative='auto'")
 @pytest.mark.parametrize("options", [{}, {"derivative": "reverse"}, {"probes": 2}], ids=str)
 @pytest.mark.parametrize("loss", [hosm.second_order_dsm, hosm.third_order_dsm])
 def test_orders_two_and_three_are_right_in_reverse(loss, options):
@@ -98,5 +99,9 @@ def test_what_goes_forward_needs_a_plain_one(third):
     x0 = torch.randn(2, CHANNELS, 4)
     plain, theirs = models()
     assert bool(torch.isfinite(hosm.third_order_dsm(plain, x0, third=third)))
-    with pytest.raises(hosm.DerivativeError, match="can be differentiated twice"):
-        hosm.third_order_dsm(theirs, x0, third=third)
+    for derivative in ("taylor", "forward"):
+        with pytest.raises((hosm.DerivativeError, RuntimeError), match=r"no_grad|setup_context"):
+            hosm.third_order_dsm(theirs, x0, third=third, derivative=derivative)
+    with pytest.warns(UserWarning, match=f"third='{third}' in forward mode costs more"):
+        got = hosm.third_order_dsm(theirs, x0, third=third, generator=generator())
+    assert bool(torch.isfinite(got))
