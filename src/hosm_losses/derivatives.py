@@ -225,7 +225,9 @@ def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """Derivative of an elementwise function of time."""
+    """Derivative of an elementwise function of time, of the dtype of t."""
     t = t.contiguous()  # torch.func takes no tensor whose elements share their memory
     with forward_mode():
-        return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+        slope = torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+    # A number times a 0-dim tensor has a tangent of the default dtype in forward mode.
+    return slope.to(t.dtype)
