@@ -38,7 +38,7 @@ FLOORS = (
     {"engines"},
     {"derivatives"},
     {"differences", "schedule"},
-    {"coordinates", "discrete_schedule", "noise_field", "schedules"},
+    {"coordinates", "discrete_schedule", "noise_field", "schedule_check", "schedules"},
     {"score_model"},
     {"derivative_check", "divergence", "interop/_table", "nll_result", "weighting"},
     {
