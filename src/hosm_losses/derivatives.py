@@ -53,7 +53,7 @@ from hosm_losses.torch_internals import NOT_TWICE, OF_THE_MACHINE, forward_mode,
 
 ENGINES = ("auto", "taylor", "reverse", "forward")
 # What code raises that meets a Jet and expected an ordinary tensor.
-PYTHONS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+PYTHONS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 # Network evaluations of a training step.
 EVALUATIONS = {
     "order two": {"taylor": 6, "reverse": 7, "forward": 8},
