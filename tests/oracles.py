@@ -291,3 +291,19 @@ class CountFlops(TorchDispatchMode):
         if count is not None:
             self.total += count(*args, **(kwargs or {}), out_val=out)
         return out
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that an operator fills; a view is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                filled = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.elements = max(self.elements, filled)
+        return result

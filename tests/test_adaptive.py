@@ -103,6 +103,16 @@ def test_a_sample_that_is_not_finite_fails_and_spares_the_others(bad):
     torch.testing.assert_close(solution.state[[0, 2]], torch.ones(2, 1))
 
 
+def test_a_sample_that_is_not_finite_at_the_start_takes_no_step():
+    def slope(s, y, rows):
+        return torch.where((rows == 1)[:, None], torch.full_like(y, math.nan), torch.ones_like(y))
+
+    solution = adaptive(slope, torch.zeros(3, 1), (0.0, 1.0), norm, 10_000)
+    assert solution.failed.tolist() == [False, True, False]
+    assert int(solution.evaluations[1]) == 1
+    torch.testing.assert_close(solution.state[[0, 2]], torch.ones(2, 1))
+
+
 def test_gradients_flow_through_the_steps():
     rates = torch.tensor([2.0, 30.0], requires_grad=True)
     solution = run(rates)

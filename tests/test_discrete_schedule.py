@@ -3,8 +3,10 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hosm_losses as hosm
 from hosm_losses.discrete_schedule import Table
@@ -95,3 +97,134 @@ def test_integer_and_float_times_give_one_loss():
     index = torch.tensor([0, 500, 999])
     losses = [hosm.first_order_dsm(model, x0, t=t, noise=noise) for t in (index, index.double())]
     torch.testing.assert_close(losses[0], losses[1])
+
+
+ROW = [0.9, 0.5, 0.1]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        np.array(ROW),
+        np.array(ROW, dtype=np.float32).astype(np.float64),
+        tuple(ROW),
+        [np.float64(value) for value in ROW],
+        [torch.tensor(value) for value in ROW],
+        torch.tensor(ROW, requires_grad=True),
+        torch.tensor(ROW, dtype=torch.bfloat16),
+    ],
+    ids=["array", "rounded", "tuple", "NumPy numbers", "list of tensors", "gradients", "bfloat16"],
+)
+def test_a_table_is_taken_in_any_form(table):
+    schedule = hosm.DiscreteSchedule(table)
+    assert schedule.alphas_cumprod == pytest.approx(ROW, rel=1e-2)
+    assert {type(value) for value in schedule.alphas_cumprod} == {float}
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, list])
+def test_a_table_of_more_dimensions_is_refused(kind):
+    with pytest.raises(ValueError, match=r"one dimension, \(N,\); got one of shape \(2, 2\)"):
+        hosm.DiscreteSchedule(kind([[0.9, 0.5], [0.4, 0.1]]))
+    with pytest.raises(ValueError, match=r"got one of shape \(\)\. Give one"):
+        hosm.DiscreteSchedule(0.5)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.tensor([0.9j, 0.5]),
+        ["a", "b"],
+        object(),
+        torch.ones(3, device="meta"),
+        [[0.9], 0.5],
+    ],
+)
+def test_a_table_of_no_numbers_is_refused(table):
+    with pytest.raises(TypeError, match=r"alphas_cumprod: expected real numbers, in a list"):
+        hosm.DiscreteSchedule(table)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_table_with_nan_or_infinity_is_refused(place, bad):
+    table = list(ROW)
+    table[place] = bad
+    with pytest.raises(ValueError, match=r"expected two entries or more that fall"):
+        hosm.DiscreteSchedule(table)
+
+
+def test_a_table_that_rises_is_told_to_be_reversed():
+    with pytest.raises(ValueError, match=r"got 3 entries from 0\.1 to 0\.9\..*reverse it"):
+        hosm.DiscreteSchedule(ROW[::-1])
+
+
+@pytest.mark.parametrize("values", [(), (1.0,)])
+def test_a_table_has_two_entries_at_least(values):
+    with pytest.raises(ValueError, match=rf"expected two entries or more; got {len(values)}\."):
+        Table(values)
+
+
+@pytest.mark.parametrize(
+    "t",
+    [
+        *(-1, 1000, 999.5, -1e-3, float("nan")),
+        torch.tensor([0, 1000]),
+        torch.tensor([-1.0, 5.0]),
+        np.array([3.0, 2e3]),
+    ],
+)
+@pytest.mark.parametrize("method", ["alpha", "sigma", "log_sigma_hat", "__call__"])
+def test_an_index_outside_the_table_is_refused_where_looking_is_free(method, t):
+    with pytest.raises(
+        ValueError, match=r"t: expected values in \[0, 999\], the range of the sch"
+    ):
+        getattr(SCHEDULE, method)(t)
+
+
+def test_an_index_is_not_looked_at_on_meta_nor_in_a_transform():
+    assert SCHEDULE(torch.full((2,), 1e6, device="meta"))[0].device.type == "meta"
+    t = torch.tensor([3.5, 999.0])
+    expected = torch.stack(SCHEDULE(t))
+    torch.testing.assert_close(torch.stack(torch.func.vmap(SCHEDULE)(t), 0), expected)
+    rate = torch.func.vmap(torch.func.grad(SCHEDULE.log_sigma_hat))(t[:1])
+    torch.testing.assert_close(
+        rate, SCHEDULE.squared_diffusion(t[:1]) / (2 * SCHEDULE.sigma(t[:1]) ** 2)
+    )
+    compiled = torch.compile(SCHEDULE.log_sigma_hat, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(t), SCHEDULE.log_sigma_hat(t))
+
+
+def test_what_a_mode_makes_is_not_kept_for_the_time_after():
+    t = torch.tensor([0.5, 1.0])
+    expected = hosm.DiscreteSchedule(ROW).log_sigma_hat(t)
+
+    def under_grad(schedule):
+        torch.func.grad(lambda t: schedule.log_sigma_hat(t).sum())(t)
+
+    def under_fakes(schedule):
+        with FakeTensorMode():
+            schedule.log_sigma_hat(torch.rand(2))
+
+    def under_inference(schedule):
+        with torch.inference_mode():
+            schedule.log_sigma_hat(t)
+
+    for use in (under_grad, under_fakes, under_inference):
+        schedule = hosm.DiscreteSchedule(ROW)
+        use(schedule)
+        own = t.clone().requires_grad_()
+        found = schedule.log_sigma_hat(own)
+        torch.testing.assert_close(found, expected)
+        torch.autograd.grad(found.sum(), own)
+
+
+def test_it_is_built_under_any_mode():
+    for mode in (torch.device("meta"), FakeTensorMode(), torch.inference_mode()):
+        with mode:
+            schedule = hosm.DiscreteSchedule(ROW)
+        assert schedule == hosm.DiscreteSchedule(ROW)
+        assert float(schedule.alpha(0)) == pytest.approx(0.9**0.5)
+
+
+def test_it_prints_its_size_and_not_its_table():
+    assert repr(SCHEDULE) == "DiscreteSchedule(1000 entries from 0.9999 to 4.03583e-05)"

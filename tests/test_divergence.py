@@ -8,7 +8,7 @@ import torch
 import hosm_losses.divergence
 from hosm_losses import ScoreModel, VPSchedule
 from hosm_losses.divergence import accumulator, exact_divergence, hutchinson_divergence
-from tests.oracles import dense_derivatives, networks, sign_vectors
+from tests.oracles import Largest, dense_derivatives, networks, sign_vectors
 
 T = torch.tensor([0.3, 0.6])
 
@@ -67,3 +67,35 @@ def test_sums_are_kept_in_double_precision():
     assert exact_divergence(field, x).value.dtype == torch.float32
     assert hutchinson_divergence(field, x, x[None]).samples.dtype == torch.float64
     assert accumulator(x) == torch.float64
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+def test_exact_makes_its_unit_vectors_when_they_are_due(prediction, monkeypatch):
+    """Nothing is larger than a chunk; the trace of x² is 2 Σ x."""
+    d, chunk = 3000, 4
+    monkeypatch.setattr(hosm_losses.divergence, "CHUNK_ELEMENTS", chunk * d)
+    model = ScoreModel(lambda x, t: x**2, VPSchedule(), prediction)
+    x, t = torch.randn(1, d), T[:1]
+    with Largest() as largest, torch.no_grad():
+        _, samples = exact_divergence(model.field(t), x)
+    assert largest.elements <= chunk * d
+    trace = 2 * x.sum(1)
+    if prediction == "sample":
+        alpha, sigma = VPSchedule()(t)
+        trace = (d - alpha * trace) / sigma
+    torch.testing.assert_close(samples, -trace[None])
+
+
+def test_what_fails_without_vmap_as_well_is_raised():
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("no backward today")
+
+    model = ScoreModel(lambda x, t: Broken.apply(x), VPSchedule())
+    with pytest.raises(RuntimeError, match="no backward today"):
+        exact_divergence(model.field(T), torch.randn(2, 3))

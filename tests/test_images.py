@@ -49,9 +49,9 @@ def test_a_flat_density_gives_eight_bits_and_the_result_knows_its_levels():
     )
     torch.testing.assert_close(result.bits_per_dim(), torch.full((5,), 8.0), rtol=0, atol=1e-7)
     assert result.quantization == (256, -1.0, 1.0)
-    torch.testing.assert_close(
-        result.bits_per_dim(levels=16), result.bits_per_dim() - math.log2(16)
-    )
+    assert torch.equal(result.bits_per_dim(levels=256), result.bits_per_dim())
+    with pytest.raises(ValueError, match="those of the call's dequantization"):
+        result.bits_per_dim(levels=16)
     assert result.summary().bits_per_dim == pytest.approx(8.0)
 
 
@@ -138,6 +138,8 @@ X = torch.zeros(2, 3, dtype=torch.uint8)
         ({"x": X.double()}, TypeError, "x: expected a uint8 tensor.*levels, low and high"),
         ({"x": X.to(torch.int64)}, TypeError, "x: expected a uint8 tensor"),
         ({"x": X[:0]}, ValueError, "x: expected a batch"),
+        ({"x": X.to_sparse()}, TypeError, r"x: expected a dense tensor.*to_dense\(\)"),
+        ({"dequantization_draws": True}, ValueError, "draws: expected a whole number.*got True"),
         ({"dequantization": "normal"}, ValueError, "dequantization .*: expected one of 'uniform'"),
         ({"dequantization_draws": 0}, ValueError, "dequantization_draws: expected a whole number"),
         (

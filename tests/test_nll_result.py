@@ -3,11 +3,12 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from hosm_losses import NLLResult
-from hosm_losses.nll_result import Quantization
+from hosm_losses.nll_result import Quantization, mark_failed
 
 
 def result(nll, shape):
@@ -30,10 +31,38 @@ def test_levels_add_the_width_of_a_level(low, high, offset):
     torch.testing.assert_close(zero, torch.tensor([offset]))
 
 
-@pytest.mark.parametrize(("levels", "low", "high"), [(0, -1, 1), (256, 1, 1), (256, 1, -1)])
-def test_impossible_levels_are_refused(levels, low, high):
-    with pytest.raises(ValueError, match="bits_per_dim: expected levels >= 1 and low < high"):
-        result(torch.zeros(1), (3,)).bits_per_dim(levels, low, high)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"levels": 0}, "levels: expected a whole number of at least 1; got 0"),
+        ({"levels": 2.5}, "levels: expected a whole number"),
+        ({"levels": True}, "levels: expected a whole number"),
+        ({"levels": 256, "low": 1}, "bits_per_dim: expected low < high; got 1.0, 1.0"),
+        ({"levels": 256, "high": -2}, "bits_per_dim: expected low < high; got -1.0, -2.0"),
+        ({"levels": 256, "low": "0"}, "low: expected a number; got '0'"),
+        ({"levels": 256, "high": math.inf}, "high: expected a number; got inf"),
+        ({"low": 0, "high": 1}, r"expected levels with a range.*got low=0, high=1 alone"),
+        ({"low": -1.0}, r"expected levels with a range.*got low=-1.0 alone"),
+        ({"high": np.float64(1)}, "expected levels with a range.*alone"),
+    ],
+)
+@pytest.mark.parametrize("method", ["bits_per_dim", "summary"])
+def test_a_range_without_levels_and_impossible_levels_are_refused(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(result(torch.zeros(1), (3,)), method)(**options)
+
+
+@pytest.mark.parametrize("options", [{"levels": 16}, {"low": 0.0}, {"levels": 256, "high": 255}])
+@pytest.mark.parametrize("method", ["bits_per_dim", "summary"])
+def test_what_contradicts_the_dequantization_is_refused(method, options):
+    with pytest.raises(ValueError, match=r"or those of the call's dequantization.*got .*=.*knows"):
+        getattr(full(), method)(**options)
+
+
+@pytest.mark.parametrize("options", [{"levels": np.int64(256)}, {"low": -1}, {"high": 1.0}])
+def test_what_agrees_with_the_dequantization_changes_nothing(options):
+    assert torch.equal(full().bits_per_dim(**options), full().bits_per_dim())
+    assert full().summary(**options) == full().summary()
 
 
 def full(n=3, d=4, **changes):
@@ -92,6 +121,54 @@ def test_summary_leaves_out_what_failed_and_separates_the_estimators_part():
     assert "8.4427 ± 0.7508 bits/dim, 4.000 ± 2.082 nats over 3 samples" in shown
     assert "1.345 nats from the probes" in shown
     assert "failed and left out: 1" in shown
+
+
+def test_summary_counts_nan_as_failed_whatever_the_flag_says():
+    nll = torch.tensor([1.0, math.nan, 3.0])
+    bare = full(nll=nll, standard_error=None)
+    for made in (bare, NLLResult.cat([bare])):
+        summary = made.summary()
+        assert (summary.samples, summary.failed, summary.nll) == (2, 1, 2.0)
+        assert summary.bits_per_dim == pytest.approx(2 / (4 * math.log(2)) + 7)
+    with pytest.raises(ValueError, match="summary: expected a sample that did not fail; got none"):
+        full(nll=nll * math.nan).summary()
+
+
+@pytest.mark.parametrize(
+    ("nll", "error", "dtype", "failed"),
+    [
+        (1.0, 999.0, torch.float32, False),
+        (1.0, 1001.0, torch.float32, True),
+        (1.0, math.nan, torch.float32, True),
+        (math.nan, 0.0, torch.float32, True),
+        (math.inf, 0.0, torch.float64, True),
+        (1e38, 0.0, torch.float32, False),
+        (1e39, 0.0, torch.float32, True),
+        (-1e39, 0.0, torch.bfloat16, True),
+        (1e39, 0.0, torch.float64, False),
+        (1e5, 0.0, torch.float16, False),
+    ],
+)
+def test_what_failed_has_nan(nll, error, dtype, failed):
+    parts = {
+        "nll": torch.tensor([nll, 2.0]),
+        "solver_error": torch.tensor([error, 0.0]),
+        "latent": torch.zeros(2, 4, dtype=dtype),
+    }
+    marked = mark_failed(full(n=2, **parts))
+    assert marked.failed.tolist() == [failed, False]
+    assert marked.nll.isnan().tolist() == [failed, False]
+    assert marked.bits_per_dim().isnan().tolist() == [failed, False]
+
+
+def test_the_solver_may_be_off_by_a_tenth_of_a_nat_an_element():
+    parts = {"n": 2, "solver_error": torch.tensor([1999.0, 2001.0])}
+    assert mark_failed(full(d=20_000, **parts)).failed.tolist() == [False, True]
+
+
+def test_what_the_solver_saw_fail_stays_failed():
+    marked = mark_failed(full(failed=torch.tensor([True, False, False])))
+    assert marked.nll.isnan().tolist() == [True, False, False]
 
 
 def test_summary_says_no_more_than_it_knows():

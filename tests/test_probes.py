@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosm_losses.probes import DISTRIBUTIONS, draw_probes, unit_vectors
+from hosm_losses.probes import DISTRIBUTIONS, draw_probes, unit_vector_chunks, unit_vectors
+from tests.oracles import Largest
 
 COUNT = 40_000
 
@@ -31,7 +33,7 @@ def dct_matrix(n):
         row = [math.cos(math.pi * k * (2 * j + 1) / (2 * n)) for j in range(n)]
         length = math.sqrt(sum(entry**2 for entry in row))
         rows.append([entry / length for entry in row])
-    return torch.tensor(rows)
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (3, 2, 5), (1, 3)])
@@ -41,7 +43,52 @@ def test_dct_probes_are_signs_in_the_cosine_basis_of_every_dimension(shape):
     basis = torch.ones(1, 1)
     for n in shape:
         basis = torch.kron(basis, dct_matrix(n))
-    torch.testing.assert_close(v.reshape(12, -1), signs.reshape(12, -1) @ basis)
+    torch.testing.assert_close(
+        v.reshape(12, -1), signs.reshape(12, -1) @ basis, rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 1_000_000), (3, 512, 512)])
+def test_dct_probes_of_a_million_elements_make_no_matrix(shape):
+    like = torch.zeros(1, *shape, dtype=torch.float32)
+    with Largest() as largest:
+        v = draw_probes(like, 1, "dct", torch.Generator().manual_seed(0))
+    assert largest.elements <= 4 * like.numel()
+    # An orthonormal basis keeps the length of the signs, √d.
+    length = v.double().square().sum().sqrt()
+    assert float(length) == pytest.approx(like.numel() ** 0.5, rel=1e-6)
+    # The mean is the amplitude of the constant, a sign over √d in every element.
+    assert abs(float(v.double().mean())) * like.numel() ** 0.5 == pytest.approx(1, rel=1e-3)
+
+
+def test_dct_probes_in_half_precision_are_rounded_once():
+    options = (3, "dct")
+    exact = draw_probes(torch.zeros(2, 3, 64), *options, torch.Generator().manual_seed(0))
+    for dtype in (torch.float16, torch.bfloat16):
+        like = torch.zeros(2, 3, 64, dtype=dtype)
+        v = draw_probes(like, *options, torch.Generator().manual_seed(0))
+        wide = draw_probes(like.float(), *options, torch.Generator().manual_seed(0))
+        assert torch.equal(v, wide.to(dtype))
+        torch.testing.assert_close(wide.double(), exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("distribution", sorted(DISTRIBUTIONS))
+def test_probes_on_meta_read_no_value(distribution):
+    v = draw_probes(torch.empty(2, 3, 8, device="meta"), 4, distribution)
+    assert v.device.type == "meta"
+    assert v.shape == (4, 2, 3, 8)
+
+
+@pytest.mark.parametrize("distribution", sorted(DISTRIBUTIONS))
+def test_probes_are_drawn_in_one_graph(distribution):
+    def draw(like):
+        return draw_probes(like, 2, distribution)
+
+    like = torch.zeros(3, 4)
+    torch.manual_seed(1)
+    compiled = torch.compile(draw, fullgraph=True, backend="eager")(like)
+    torch.manual_seed(1)
+    torch.testing.assert_close(compiled, draw(like))
 
 
 def test_dct_probes_have_no_variance_where_neighbours_act_alike():
@@ -113,8 +160,31 @@ def test_unit_vectors_are_all_of_them_for_every_sample():
     assert unit_vectors(torch.zeros(3)).tolist() == [[1.0, 1.0, 1.0]]
 
 
+def test_unit_vectors_come_in_chunks_that_are_made_when_due():
+    like = torch.zeros(2, 3, 70)
+    assert torch.equal(torch.cat(list(unit_vector_chunks(like, 32))), unit_vectors(like))
+    with Largest() as largest:
+        for chunk in unit_vector_chunks(torch.zeros(1, 5000), 3):
+            assert chunk.shape[0] <= 3
+    assert largest.elements <= 3 * 5000
+
+
+def test_too_many_unit_vectors_say_what_they_would_take():
+    with (
+        Largest() as largest,
+        pytest.raises(ValueError, match=r"d = 1000000 .*7451 GiB for a batch of 2 .*probes=2"),
+    ):
+        unit_vectors(torch.zeros(2, 1_000_000, device="meta", dtype=torch.float32))
+    assert largest.elements <= 2_000_000
+    # d·B·d = 16 GiB is the most that is made.
+    like = torch.empty(1, 2**16, device="meta", dtype=torch.float32)
+    assert unit_vectors(like).shape == (2**16, 1, 2**16)
+
+
 def test_unknown_names_and_counts_are_refused():
     with pytest.raises(ValueError, match=r"distribution: expected one of 'rademacher'.*got 'x'"):
         draw_probes(torch.zeros(1, 2), 1, "x")
-    with pytest.raises(ValueError, match="at least 1; got 0"):
-        draw_probes(torch.zeros(1, 2), 0)
+    for count in (0, True, 1.0, None):
+        with pytest.raises(ValueError, match=f"at least 1; got {count}"):
+            draw_probes(torch.zeros(1, 2), count)
+    assert draw_probes(torch.zeros(1, 2), np.int64(3)).shape == (3, 1, 2)

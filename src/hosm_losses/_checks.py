@@ -3,9 +3,8 @@
 Every public function checks its arguments before any work and raises a `ValueError` or
 `TypeError` that says what was expected, what came, and what to do. Names, shapes, dtypes and
 devices are always checked, for they cost nothing. Values are checked only where looking at them
-is free: on CPU tensors outside `torch.compile` and the
-transforms of torch.func. On an accelerator a look would make the host
-wait for the device.
+is free: on CPU tensors outside `torch.compile` and the transforms of `torch.func`. On an
+accelerator a look would make the host wait for the device.
 """
 
 __all__ = [
@@ -25,6 +24,7 @@ __all__ = [
     "describe",
     "expand_right",
     "may_look",
+    "owns_values",
 ]
 
 import math
@@ -55,7 +55,15 @@ def describe(value: object) -> str:
 
 def may_look(tensor: Tensor) -> bool:
     """Whether reading a value of `tensor` back to the host is free."""
-    return tensor.device.type == "cpu" and not traced()
+    return tensor.device.type == "cpu" and not traced() and owns_values(tensor)
+
+
+def owns_values(tensor: Tensor) -> bool:
+    """Whether these are values in memory: not a fake tensor, nor one of a torch.func transform."""
+    try:
+        return tensor.untyped_storage().device.type == tensor.device.type
+    except (NotImplementedError, RuntimeError):
+        return False
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

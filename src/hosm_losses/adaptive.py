@@ -103,6 +103,11 @@ def adaptive(
     smallest = (end - start) * 16 * torch.finfo(y.dtype).eps
     first = slope(s, y, rows)
     evaluations += 1
+    # No step can be taken from there, however small.
+    failed |= ~torch.isfinite(first.detach()).all(1)
+    if bool(failed.any()):
+        going = ~failed
+        rows, s, h, y, first = rows[going], s[going], h[going], y[going], first[going]
     while len(rows):
         last = h >= end - s
         h = torch.where(last, end - s, h)

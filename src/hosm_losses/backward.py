@@ -120,19 +120,33 @@ def pull_back(
     create_graph: bool = True,
     lost: str = LOST_ONCE,
 ) -> Tensor:
-    """(∂f/∂x)ᵀ c for each of K cotangents (K, B, *), at once, and without vmap where K is 1."""
-    batched = len(cotangents) > 1
-    pulled = None
-    if value.requires_grad:
+    """(∂f/∂x)ᵀ c for each of K cotangents (K, B, *): at once by vmap, or where that fails in turn.
+
+    A custom autograd.Function whose backward vmap cannot follow can still be called K times.
+    """
+    if not value.requires_grad:
+        raise DerivativeError(lost)
+
+    def back(cotangent: Tensor, batched: bool = False) -> Tensor:
         (pulled,) = torch.autograd.grad(
             value,
             x,
-            cotangents if batched else cotangents[0],
+            cotangent,
             create_graph=create_graph,
             retain_graph=True,
             is_grads_batched=batched,
             allow_unused=True,
         )
-    if pulled is None:
-        raise DerivativeError(lost)
-    return pulled if batched else pulled.unsqueeze(0)
+        if pulled is None:
+            raise DerivativeError(lost)
+        return pulled
+
+    if len(cotangents) == 1:
+        return back(cotangents[0]).unsqueeze(0)
+    try:
+        return back(cotangents, batched=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # what is wrong without vmap as well is raised again
+        pass
+    return torch.stack([back(cotangent) for cotangent in cotangents])

@@ -33,19 +33,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import describe
+from hosm_losses._checks import check_model_kwargs, check_whole
 from hosm_losses.coordinates import Coordinates, Place
 from hosm_losses.divergence import accumulator
 from hosm_losses.images import check_dequantization, dequantize, importance_weighted
 from hosm_losses.inference import normal, outside_inference_mode
 from hosm_losses.likelihood_inputs import (
-    check_batch_size,
+    check_options,
     chunks,
     data_coordinates,
     log_prior_at,
     network_dtype,
 )
-from hosm_losses.nll_result import NLLResult
+from hosm_losses.nll_result import NLLResult, mark_failed
 from hosm_losses.noise_field import NoiseField
 from hosm_losses.progress import progress_bar
 from hosm_losses.score_model import ScoreModel, check_model
@@ -106,13 +106,14 @@ def variational_nll(
         >>> print(f"{bound.nll.item():.3f} nats, exactly {math.log(2 * math.pi):.3f}")
         1.838 nats, exactly 1.838
     """
-    if not isinstance(samples, int) or samples < 2 or samples % 2:
-        raise ValueError(
-            f"samples: expected an even number of at least 2; got {describe(samples)}."
-        )
-    check_batch_size(batch_size)
+    samples = check_whole("samples", samples, 2)
+    if samples % 2:
+        raise ValueError(f"samples: expected an even number; got {samples}.")
     check_model(model)
     check_dequantization(x, dequantization, 1)
+    batch_size, generator = check_options(batch_size, log_prior, progress, generator, x)
+    kwargs = check_model_kwargs(model_kwargs)
+    coordinates = data_coordinates(model, x, data_mean, data_std)
     dtype = network_dtype(model, x)
     with (
         outside_inference_mode(),
@@ -120,8 +121,7 @@ def variational_nll(
         progress_bar(progress, len(x), "sample") as advance,
     ):
         times = x.new_zeros(len(x), dtype=torch.promote_types(dtype, torch.float32))
-        coordinates = data_coordinates(model, x, data_mean, data_std)
-        field = model.field(times, model_kwargs, primitives=False)
+        field = model.field(times, kwargs, primitives=False)
         point = dequantize(x, generator) if dequantization else normal(x)
         parts = []
         for rows in chunks(x, batch_size):
@@ -211,13 +211,16 @@ def _bound(
 
     prior, prior_variance, latent = _prior(errors, end, samples, log_prior)
     nll = mean + known + prior
-    return NLLResult(
-        nll,
-        latent.to(errors.dtype),
-        torch.full((batch,), evaluations, device=x.device),
-        (variance + prior_variance).sqrt(),
-        torch.zeros_like(nll),
-        ~torch.isfinite(nll),
+    zero = torch.zeros_like(nll)
+    return mark_failed(
+        NLLResult(
+            nll,
+            latent.to(errors.dtype),
+            torch.full((batch,), evaluations, device=x.device),
+            (variance + prior_variance).sqrt(),
+            zero,
+            zero > 0,
+        )
     )
 
 

@@ -62,7 +62,7 @@ class Coordinates:
     def place(self, log_sigma_hat: Tensor) -> Place:
         """The place at u = log σ̂ (n,), in the precision of u."""
         schedule = self.schedule
-        t = schedule.time(log_sigma_hat).clamp(schedule.t_min, schedule.t_max)
+        t = schedule.time(log_sigma_hat)
         alpha, sigma = (expand_right(part, self.mean) for part in schedule(t))
         sigma_hat = sigma / alpha
         return Place(

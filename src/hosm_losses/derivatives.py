@@ -53,7 +53,7 @@ from hosm_losses.torch_internals import NOT_TWICE, OF_THE_MACHINE, forward_mode,
 
 ENGINES = ("auto", "taylor", "reverse", "forward")
 # What code raises that meets a Jet and expected an ordinary tensor.
-PYTHONS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+PYTHONS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 # Network evaluations of a training step.
 EVALUATIONS = {
     "order two": {"taylor": 6, "reverse": 7, "forward": 8},
@@ -225,7 +225,9 @@ def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """Derivative of an elementwise function of time."""
+    """Derivative of an elementwise function of time, of the dtype of t."""
     t = t.contiguous()  # torch.func takes no tensor whose elements share their memory
     with forward_mode():
-        return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+        slope = torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+    # A number times a 0-dim tensor has a tangent of the default dtype in forward mode.
+    return slope.to(t.dtype)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses.noise_field import NoiseField
-from hosm_losses.probes import unit_vectors
+from hosm_losses.probes import unit_vector_chunks
 
 DIVERGENCES = ("exact", "hutchinson")
 CHUNK_ELEMENTS = 2**22
@@ -41,6 +41,9 @@ class Divergence(NamedTuple):
 def exact_divergence(field: NoiseField, x: Tensor) -> Divergence:
     """Value and divergence from all unit vectors, as many at once as memory easily holds.
 
+    It takes d vector-Jacobian products, in passes back of 2²² elements: for one sample of d = 10⁶
+    that is 250,000 passes of four products, in the memory of five evaluations.
+
     Args:
         field: a function of x that treats every sample alone.
         x: the point (B, *).
@@ -54,9 +57,8 @@ def exact_divergence(field: NoiseField, x: Tensor) -> Divergence:
         >>> exact_divergence(field, torch.tensor([[1.0, 2.0]])).samples.item()
         6.0
     """
-    units = unit_vectors(x)
     chunk = max(1, CHUNK_ELEMENTS // x.numel())
-    value, forms = field.quadratic_forms(x, units.split(chunk))
+    value, forms = field.quadratic_forms(x, unit_vector_chunks(x, chunk))
     return Divergence(value, forms.to(accumulator(x)).sum(0, keepdim=True))
 
 

@@ -28,7 +28,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_not_empty, check_sample_batch, describe
+from hosm_losses._checks import (
+    check_choice,
+    check_dense,
+    check_not_empty,
+    check_sample_batch,
+    check_whole,
+    describe,
+)
 from hosm_losses.divergence import accumulator
 from hosm_losses.nll_result import NLLResult, Quantization
 
@@ -37,8 +44,8 @@ EIGHT_BITS = Quantization(256, -1.0, 1.0)
 
 def check_dequantization(
     x: object, dequantization: str | None, draws: int, divergence: str = "exact"
-) -> None:
-    """Raise an error unless x is what the dequantization needs.
+) -> int:
+    """Return the number of draws if x is what the dequantization needs.
 
     Args:
         x: uint8 (B, *) with "uniform", floating point without.
@@ -46,16 +53,16 @@ def check_dequantization(
         draws: the number of draws of u.
         divergence: "exact" or "hutchinson".
 
+    Returns:
+        The number of draws, as an int.
+
     Raises:
         TypeError: for a wrong dtype.
         ValueError: for another name, or several draws where they would flatter.
     """
     if dequantization is not None:
         check_choice("dequantization (or None)", dequantization, ("uniform",))
-    if not isinstance(draws, int) or draws < 1:
-        raise ValueError(
-            f"dequantization_draws: expected a whole number of at least 1; got {describe(draws)}."
-        )
+    draws = check_whole("dequantization_draws", draws, 1)
     if draws > 1 and dequantization is None:
         raise ValueError(
             f"dequantization_draws: expected 1 for continuous data; got {draws}. Give integer "
@@ -69,14 +76,16 @@ def check_dequantization(
         )
     if dequantization is None:
         check_sample_batch("x", x)
-        return
+        return draws
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
         raise TypeError(
             f"x: expected a uint8 tensor (B, *) of levels 0 to 255 with dequantization='uniform'; "
             f"got {describe(x)}. Leave dequantization=None for continuous data, or dequantize it "
             "yourself and give levels, low and high to bits_per_dim."
         )
+    check_dense("x", x)
     check_not_empty("x", x)
+    return draws
 
 
 def dequantize(levels: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -22,7 +22,6 @@ Source:
 
 __all__ = ["ode_nll"]
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -30,18 +29,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, describe
+from hosm_losses._checks import (
+    check_choice,
+    check_flag,
+    check_model_kwargs,
+    check_number,
+    check_whole,
+)
 from hosm_losses.divergence import DIVERGENCES, accumulator
 from hosm_losses.images import check_dequantization, dequantize, importance_weighted
 from hosm_losses.inference import normal, outside_inference_mode
 from hosm_losses.likelihood_inputs import (
-    check_batch_size,
+    check_options,
     chunks,
     data_coordinates,
     log_prior_at,
     network_dtype,
 )
-from hosm_losses.nll_result import NLLResult
+from hosm_losses.nll_result import NLLResult, mark_failed
 from hosm_losses.ode_paths import Paths, Solved, solve_adaptive, solve_fixed
 from hosm_losses.probes import DISTRIBUTIONS
 from hosm_losses.progress import progress_bar
@@ -83,7 +88,8 @@ def ode_nll(
         method: "fixed", a uniform grid in log σ̂ with steps + 10 evaluations; or "adaptive", steps
             of each sample's own.
         steps: of the fixed grid, 4 or more.
-        divergence: "hutchinson", one vector-Jacobian product a probe; or "exact", d of them.
+        divergence: "hutchinson", one vector-Jacobian product a probe; or "exact", d of them, in
+            bounded memory.
         probes: K, the number of probes a sample. Two or more give a standard error on the fixed
             grid, four or more with the adaptive method.
         distribution: "rademacher", "gaussian", "sphere", or "dct", which on images often has less
@@ -106,7 +112,8 @@ def ode_nll(
         model_kwargs: keyword arguments of the network.
 
     Returns:
-        The result, in nats; `bits_per_dim` converts.
+        The result, in nats; `bits_per_dim` converts. A sample that failed has NaN: its number was
+        not finite, its path did not arrive, or the solver error is above max(1000, 0.1 d) nats.
 
     Raises:
         TypeError: for an argument of a wrong type or dtype, integer images included.
@@ -130,10 +137,15 @@ def ode_nll(
     check_choice("method", method, METHODS)
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("distribution", distribution, DISTRIBUTIONS)
-    _check_numbers(steps, probes, tolerance, divergence)
-    check_batch_size(batch_size)
+    steps, probes, tolerance = _numbers(steps, probes, tolerance, divergence)
+    check_flag("enable_grad", enable_grad)
     check_model(model)
-    check_dequantization(x, dequantization, dequantization_draws, divergence)
+    dequantization_draws = check_dequantization(
+        x, dequantization, dequantization_draws, divergence
+    )
+    batch_size, generator = check_options(batch_size, log_prior, progress, generator, x)
+    kwargs = check_model_kwargs(model_kwargs)
+    coordinates = data_coordinates(model, x, data_mean, data_std)
     dtype = network_dtype(model, x)
     with (
         outside_inference_mode(),
@@ -142,8 +154,8 @@ def ode_nll(
     ):
         times = x.new_zeros(len(x), dtype=torch.promote_types(dtype, torch.float32))
         paths = Paths(
-            model.field(times, model_kwargs, primitives=model.primitives and enable_grad),
-            data_coordinates(model, x, data_mean, data_std),
+            model.field(times, kwargs, primitives=model.primitives and enable_grad),
+            coordinates,
             dtype,
             0 if divergence == "exact" else probes,
             distribution,
@@ -182,29 +194,33 @@ def _nll(
         - coordinates.log_volume(data)
         + solved.integral
     )
-    return NLLResult(
-        -log_density,
-        latent.to(paths.dtype),
-        solved.nfe,
-        solved.standard_error,
-        solved.solver_error,
-        solved.failed | ~torch.isfinite(log_density.detach()),
+    return mark_failed(
+        NLLResult(
+            -log_density,
+            latent.to(paths.dtype),
+            solved.nfe,
+            solved.standard_error,
+            solved.solver_error,
+            solved.failed,
+        )
     )
 
 
-def _check_numbers(steps: int, probes: int, tolerance: float, divergence: str) -> None:
-    if not isinstance(steps, int) or steps < MINIMUM_STEPS:
+def _numbers(
+    steps: object, probes: object, tolerance: object, divergence: str
+) -> tuple[int, int, float]:
+    if probes == "exact":
         raise ValueError(
-            f"steps: expected a whole number of at least {MINIMUM_STEPS}; got {describe(steps)}."
+            "probes: expected a whole number; got 'exact'. All unit vectors are "
+            "divergence='exact'."
         )
-    if not isinstance(probes, int) or probes < 1:
+    count = check_whole("probes", probes, 1)
+    if divergence == "exact" and count != 1:
         raise ValueError(
-            f"probes: expected a whole number of at least 1; got {describe(probes)}. All unit "
-            "vectors are divergence='exact'."
+            f"probes: expected 1 with divergence='exact', which draws none; got {count}."
         )
-    if divergence == "exact" and probes != 1:
-        raise ValueError(
-            f"probes: expected 1 with divergence='exact', which draws none; got {probes}."
-        )
-    if not 0 < tolerance < math.inf:
-        raise ValueError(f"tolerance: expected a positive number of nats; got {tolerance!r}.")
+    return (
+        check_whole("steps", steps, MINIMUM_STEPS),
+        count,
+        check_number("tolerance", tolerance, "a positive number of nats", above=0.0),
+    )

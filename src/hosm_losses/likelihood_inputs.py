@@ -1,6 +1,6 @@
 """What both likelihoods are given: moments of the data, a prior, a dtype and a batch in chunks."""
 
-__all__ = ["check_batch_size", "chunks", "data_coordinates", "log_prior_at", "network_dtype"]
+__all__ = ["check_options", "chunks", "data_coordinates", "log_prior_at", "network_dtype"]
 
 import math
 from collections.abc import Callable
@@ -8,19 +8,49 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hosm_losses._checks import check_finite, check_like, describe, may_look
+from hosm_losses._checks import (
+    check_dense,
+    check_finite,
+    check_flag,
+    check_generator,
+    check_like,
+    check_whole,
+    describe,
+    may_look,
+)
 from hosm_losses.coordinates import Coordinates
 from hosm_losses.divergence import accumulator
+from hosm_losses.inference import normal, outside_inference_mode
 from hosm_losses.score_model import ScoreModel
 
 
-def check_batch_size(batch_size: int | None) -> None:
-    """Raise ValueError unless this is None or a positive whole number."""
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(
-            f"batch_size: expected None or a whole number of at least 1; got "
-            f"{describe(batch_size)}."
+def check_options(
+    batch_size: object, log_prior: object, progress: object, generator: object, x: Tensor
+) -> tuple[int | None, torch.Generator | None]:
+    """Check what both likelihoods take beside their numbers.
+
+    Args:
+        batch_size: None or a positive whole number.
+        log_prior: None or a callable.
+        progress: True or False.
+        generator: None or a generator of the device of x.
+        x: the data.
+
+    Returns:
+        The batch size and the generator.
+
+    Raises:
+        TypeError: for an argument of another type.
+        ValueError: for another number or device.
+    """
+    if not (log_prior is None or callable(log_prior)):
+        raise TypeError(
+            "log_prior: expected a callable of latents (n, *) that returns their log-densities "
+            f"(n,), or None; got {describe(log_prior)}."
         )
+    check_flag("progress", progress)
+    size = None if batch_size is None else check_whole("batch_size", batch_size, 1)
+    return size, check_generator(generator, x.device)
 
 
 def chunks(x: Tensor, batch_size: int | None) -> tuple[Tensor, ...]:
@@ -55,11 +85,13 @@ def data_coordinates(
         The coordinates.
 
     Raises:
+        TypeError: for what is no real number or tensor.
         ValueError: for another shape, values that are not finite, or a std that is not positive.
     """
-    coordinates = Coordinates(
-        model.schedule, _of_data("data_mean", mean, x), _of_data("data_std", std, x)
-    )
+    with outside_inference_mode():
+        coordinates = Coordinates(
+            model.schedule, _of_data("data_mean", mean, x), _of_data("data_std", std, x)
+        )
     if may_look(coordinates.std) and not bool((coordinates.std > 0).all()):
         raise ValueError(f"data_std: expected positive values; got {describe(std)}.")
     return coordinates
@@ -67,15 +99,19 @@ def data_coordinates(
 
 def _of_data(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     """A moment of the data, expanded to (1, *)."""
-    tensor = torch.as_tensor(value, dtype=accumulator(x), device=x.device)
     shape = (1, *x.shape[1:])
+    wanted = f"{name}: expected a number or a tensor that broadcasts to {shape}, one sample"
     try:
-        expanded = tensor.expand(shape)
+        tensor = normal(torch.as_tensor(value))
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    if tensor is None or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{wanted}; got {describe(value)}.")
+    check_dense(name, tensor)
+    try:
+        expanded = tensor.to(x.device, accumulator(x)).expand(shape)
     except RuntimeError:
-        raise ValueError(
-            f"{name}: expected a number or a tensor that broadcasts to {shape}, one sample; got "
-            f"{describe(value)}."
-        ) from None
+        raise ValueError(f"{wanted}; got {describe(value)}.") from None
     check_finite(name, expanded)
     return expanded
 

@@ -5,6 +5,11 @@ Formula:
     for data of `levels` levels, dequantized as x = low + (high − low)(k + u)/levels with u uniform
     on [0, 1): its density per element is levels/(high − low) times that of k + u.
 
+    A sample fails where its number says nothing: one that is not finite in the network's own range
+    (float32's at least), a path that did not arrive, or a solver error above 1000 nats and above
+    0.1 nats an element, 0.14 bits per dimension. There the estimate, which is of first order, has
+    lost its meaning as well; what is tolerable below is for the caller to say.
+
     Over a data set of n samples the mean has standard error std(nll)/√n. The part of it that the
     random probes contribute is (Σ standard_error²)^½/n, and more probes reduce that part alone.
 
@@ -12,17 +17,19 @@ Source:
     Theis et al., "A note on the evaluation of generative models", arXiv 1511.01844.
 """
 
-__all__ = ["NLLResult", "NLLSummary", "Quantization"]
+__all__ = ["NLLResult", "NLLSummary", "Quantization", "mark_failed"]
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import describe
+from hosm_losses._checks import check_number, check_whole, describe
+
+SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
 
 
 class Quantization(NamedTuple):
@@ -39,7 +46,7 @@ class NLLSummary:
 
     Attributes:
         samples: n, how many samples the numbers are of; those that failed are left out.
-        failed: how many failed.
+        failed: how many failed, or have NaN for their nll.
         nll: mean of nll, in nats.
         standard_error: of that mean as an estimate for the data's distribution, probes included;
             None for a single sample.
@@ -84,14 +91,15 @@ class NLLResult:
 
     Attributes:
         nll: −log p(x) in nats, (B,); an upper bound on it from `variational_nll` or dequantized
-            data.
+            data; NaN where it failed.
         latent: the image of x at t_max, in the coordinates of x, (B, *).
         nfe: network evaluations, one a value with its divergence, (B,).
         standard_error: of nll, from random draws, (B,); None where it is not known.
         solver_error: estimate of what the solver is off, in nats, (B,). On the fixed grid with
             random probes it covers the path alone, for the quadrature's part hides in the noise;
             with the adaptive method it is the sum of the integral's local errors alone.
-        failed: where the number is not to be used, (B,).
+        failed: where there is no number to use, (B,): it was not finite, the path did not arrive,
+            or solver_error is above max(1000, 0.1 d) nats.
         quantization: what the data was before dequantization; None for continuous data.
     """
 
@@ -104,7 +112,7 @@ class NLLResult:
     quantization: Quantization | None = None
 
     def bits_per_dim(
-        self, levels: int | None = None, low: float = -1.0, high: float = 1.0
+        self, levels: int | None = None, low: float | None = None, high: float | None = None
     ) -> Tensor:
         """Bits per dimension: nll/(d ln 2), and for data of `levels` levels that of the integers.
 
@@ -112,14 +120,15 @@ class NLLResult:
             levels: 256 for 8-bit images that were dequantized and scaled to [low, high]: it adds
                 log2(levels/(high − low)). None for continuous data, or for what the
                 `dequantization` of the call used.
-            low: what level 0 was scaled to.
-            high: what level `levels` was scaled to.
+            low: what level 0 was scaled to; −1 if None.
+            high: what level `levels` was scaled to; 1 if None.
 
         Returns:
-            Bits per dimension, (B,).
+            Bits per dimension, (B,); NaN where the sample failed.
 
         Raises:
-            ValueError: for levels below 1 or an empty range.
+            ValueError: for levels below 1, an empty range, a range without levels, or what
+                contradicts the `dequantization` of the call.
 
         Example:
             >>> import torch
@@ -129,20 +138,50 @@ class NLLResult:
             tensor([7.])
         """
         bits = self.nll / (self.latent[0].numel() * math.log(2))
-        if levels is None:
-            if self.quantization is None:
-                return bits
-            levels, low, high = self.quantization
-        if not (levels >= 1 and high > low):
-            raise ValueError(
-                f"bits_per_dim: expected levels >= 1 and low < high; got {levels}, {low}, {high}."
-            )
+        quantization = self._quantization(levels, low, high)
+        if quantization is None:
+            return bits
+        levels, low, high = quantization
         return bits + math.log2(levels / (high - low))
 
+    def _quantization(
+        self, levels: int | None, low: float | None, high: float | None
+    ) -> Quantization | None:
+        """What is known of the data's levels from the call, or said here."""
+        said = Quantization._fields, (levels, low, high)
+        given = {name: value for name, value in zip(*said, strict=True) if value is not None}
+        told = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        if self.quantization is not None:
+            known = self.quantization._asdict()
+            if any(value != known[name] for name, value in given.items()):
+                raise ValueError(
+                    "bits_per_dim: expected no levels or those of the call's dequantization, "
+                    f"{self.quantization}; got {told}. Leave them out: the result knows them."
+                )
+            return self.quantization
+        if levels is None:
+            if given:
+                raise ValueError(
+                    "bits_per_dim: expected levels with a range, as in bits_per_dim(levels=256, "
+                    f"low=0, high=1); got {told} alone. Without levels the data is continuous, "
+                    "and its bits depend on no range."
+                )
+            return None
+        found = Quantization(
+            check_whole("levels", levels, 1),
+            -1.0 if low is None else check_number("low", low, "a number"),
+            1.0 if high is None else check_number("high", high, "a number"),
+        )
+        if found.low >= found.high:
+            raise ValueError(f"bits_per_dim: expected low < high; got {found.low}, {found.high}.")
+        return found
+
     def summary(
-        self, levels: int | None = None, low: float = -1.0, high: float = 1.0
+        self, levels: int | None = None, low: float | None = None, high: float | None = None
     ) -> NLLSummary:
         """Means over the samples that did not fail, with the standard error of the mean.
+
+        A sample whose nll is NaN has failed, whatever `failed` says.
 
         Args:
             levels: as in `bits_per_dim`.
@@ -153,7 +192,7 @@ class NLLResult:
             The summary, which prints as a sentence.
 
         Raises:
-            ValueError: if every sample failed.
+            ValueError: if every sample failed, or as in `bits_per_dim`.
 
         Example:
             >>> import torch
@@ -163,12 +202,13 @@ class NLLResult:
             >>> summary.nll, summary.standard_error, round(summary.estimator_error, 3)
             (2.0, 1.0, 0.141)
         """
-        good = ~self.failed
+        bits = self.bits_per_dim(levels, low, high).detach()
+        good = ~(self.failed | torch.isnan(self.nll.detach()))
         count = int(good.sum())
         if not count:
             raise ValueError(
                 f"summary: expected a sample that did not fail; got none of {len(good)}. Look at "
-                "the network's outputs for NaN, or raise the tolerance."
+                "the network's outputs for NaN, at solver_error, or take more steps."
             )
         nll = self.nll.detach()[good].double()
         error = None if count == 1 else float(nll.std()) / count**0.5
@@ -183,7 +223,7 @@ class NLLResult:
             standard_error=error,
             estimator_error=estimator,
             solver_error=float(self.solver_error.detach()[good].double().mean()),
-            bits_per_dim=float(self.bits_per_dim(levels, low, high).detach()[good].mean()),
+            bits_per_dim=float(bits[good].mean()),
             bits_standard_error=None if error is None else error / (elements * math.log(2)),
             nfe=float(self.nfe[good].double().mean()),
         )
@@ -243,3 +283,26 @@ class NLLResult:
             joined("failed"),
             first.quantization,
         )
+
+
+def mark_failed(result: NLLResult) -> NLLResult:
+    """Mark the samples whose number says nothing, and put NaN in its place.
+
+    Args:
+        result: with what the solver itself saw fail, and latents in the network's dtype.
+
+    Returns:
+        The result, whose nll is NaN wherever it failed.
+
+    Example:
+        >>> nll, zero = torch.tensor([1.0, 1.0]), torch.zeros(2)
+        >>> error = torch.tensor([9.0, 5000.0])
+        >>> mark_failed(NLLResult(nll, torch.zeros(2, 3), zero, None, error, zero > 0)).nll
+        tensor([1., nan])
+    """
+    latent = result.latent
+    limit = max(SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT * latent[0].numel())
+    in_range = result.nll.detach().to(torch.promote_types(latent.dtype, torch.float32))
+    good = torch.isfinite(in_range) & (result.solver_error.detach() <= limit)
+    failed = result.failed | ~good
+    return replace(result, nll=result.nll.masked_fill(failed, math.nan), failed=failed)

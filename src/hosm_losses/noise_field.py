@@ -7,7 +7,7 @@ Formula:
 
 __all__ = ["NetworkField", "NoiseField"]
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -88,10 +88,15 @@ class NoiseField:
 
     def quadratic_forms(self, x: Tensor, directions: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """f at x and wᵀ ∂f/∂x w for chunks (k, B, *) of directions, the forms (K, B)."""
-        chunks = list(directions)
-        value, forms = quadratic_forms(NetworkField(self), x, chunks)
+        squares: list[Tensor] = []
+
+        def watched() -> Iterator[Tensor]:
+            for w in directions:
+                squares.append(w.square().reshape(*w.shape[:2], -1).sum(-1))
+                yield w
+
+        value, forms = quadratic_forms(NetworkField(self), x, watched())
         factor, share = self.model.affine(self.t, x)
-        squares = [w.square().reshape(*w.shape[:2], -1).sum(-1) for w in chunks]
         flat = tuple(None if c is None else c.reshape(-1) for c in (factor, share))
         return -_affine(value, x, factor, share), -_affine(forms, torch.cat(squares), *flat)
 

@@ -14,7 +14,8 @@ Formula:
     Q is the orthonormal discrete cosine transform along every dimension of a sample, that of the
     channels included: for three colours it is brightness and two opponent colours. Where
     neighbouring elements act on each other alike everywhere, as in images, Q S Qᵀ is nearer to
-    diagonal than S.
+    diagonal than S. It is applied by FFT, along one dimension
+        v_j = Re Σ_k c_k ε_k e^{iπk(2j + 1)/(2n)},  c_0 = 1/√n, else c_k = √(2/n).
 
 Source:
     Hutchinson, "A stochastic estimator of the trace of the influence matrix" (1990); Skilling,
@@ -22,15 +23,18 @@ Source:
     cosine transform", IEEE Transactions on Computers (1974), for Q.
 """
 
-__all__ = ["DISTRIBUTIONS", "draw_probes", "unit_vectors"]
+__all__ = ["DISTRIBUTIONS", "draw_probes", "unit_vector_chunks", "unit_vectors"]
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice
+from hosm_losses._checks import check_choice, check_whole
+
+# A loss holds several tensors of this size, and the network many: no one device has the memory.
+LARGEST_UNITS = 16 * 2**30
 
 
 def _rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -49,20 +53,23 @@ def _sphere(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | N
 
 
 def _dct(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    wide = torch.promote_types(like.dtype, torch.float32)
-    rotated = _rademacher(shape, like, generator).to(wide)
-    # Autocast would round the products, after which E[v vᵀ] is no longer I.
-    with torch.autocast(like.device.type, enabled=False):
-        for dim in range(2, len(shape)):
-            rotated = rotated.movedim(2, -1) @ _cosines(shape[dim], rotated)
+    rotated = _rademacher(shape, like, generator).to(
+        torch.promote_types(like.dtype, torch.float32)
+    )
+    for _ in shape[2:]:
+        rotated = _from_cosines(rotated.movedim(2, -1))
     return rotated.to(like.dtype)
 
 
-def _cosines(n: int, like: Tensor) -> Tensor:
-    """The orthonormal DCT-II (n, n), frequencies by rows."""
-    index = torch.arange(n, dtype=like.dtype, device=like.device)
-    basis = torch.cos(math.pi / n * index[:, None] * (index[None] + 0.5)) * math.sqrt(2 / n)
-    return torch.where(index[:, None] == 0, torch.full_like(basis, math.sqrt(1 / n)), basis)
+def _from_cosines(amplitudes: Tensor) -> Tensor:
+    """Σ_k a_k q_k along the last dimension, q_k the rows of the orthonormal DCT-II."""
+    n = amplitudes.shape[-1]
+    index = torch.arange(n, dtype=amplitudes.dtype, device=amplitudes.device)
+    # hfft adds the conjugates of all but the first: twice their real part.
+    scaled = amplitudes * torch.where(index == 0, 2.0, 1.0).to(index.dtype).div(2 * n).sqrt()
+    phase = -math.pi / (2 * n) * index
+    half = torch.stack([scaled * phase.cos(), scaled * phase.sin()], -1)
+    return torch.fft.hfft(torch.view_as_complex(half), n=2 * n)[..., :n]
 
 
 DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], Tensor, torch.Generator | None], Tensor]] = {
@@ -99,13 +106,15 @@ def draw_probes(
         torch.Size([5, 2, 3])
     """
     check_choice("distribution", distribution, DISTRIBUTIONS)
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"probes: expected a whole number of at least 1; got {count!r}.")
+    count = check_whole("probes", count, 1)
     return DISTRIBUTIONS[distribution]((count, *like.shape), like, generator)
 
 
 def unit_vectors(like: Tensor) -> Tensor:
     """All d unit vectors as probes (d, B, *): with them a SUM over probes is exact.
+
+    Raises:
+        ValueError: where they alone would take more than 16 GiB.
 
     Example:
         >>> unit_vectors(torch.zeros(2, 3))[:, 0]
@@ -114,5 +123,22 @@ def unit_vectors(like: Tensor) -> Tensor:
                 [0., 0., 1.]])
     """
     d = like[0].numel()
-    eye = torch.eye(d, dtype=like.dtype, device=like.device)
-    return eye.reshape(d, 1, *like.shape[1:]).expand(d, *like.shape)
+    size = d * like.numel() * like.element_size()
+    if size > LARGEST_UNITS:
+        raise ValueError(
+            f"probes: expected a number of probes for samples of d = {d} elements; got 'exact', "
+            f"which evaluates the network on all d unit vectors at once, {size / 2**30:.0f} GiB "
+            f"for a batch of {len(like)} before anything is computed with them. Use probes=2 or "
+            "so; the likelihood has divergence='exact', in chunks."
+        )
+    (units,) = unit_vector_chunks(like, d)
+    return units
+
+
+def unit_vector_chunks(like: Tensor, size: int) -> Iterator[Tensor]:
+    """The d unit vectors as probes (k, B, *), k up to `size`, each chunk made when it is due."""
+    d = like[0].numel()
+    index = torch.arange(d, device=like.device)
+    for rows in index.split(size):
+        units = (rows[:, None] == index).to(like.dtype)
+        yield units.reshape(len(rows), 1, *like.shape[1:]).expand(-1, *like.shape)

@@ -25,17 +25,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hosm_losses.schedule import Schedule, as_time
+from hosm_losses.schedule import Schedule, as_time, check_parameters, drawing_device
+
+
+class _Parametric(Schedule):
+    """Schedules of a few numbers, which are finite and in order."""
+
+    _rules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        check_parameters(self, "t_min < t_max", *self._rules)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LinearBeta(Schedule):
+class _LinearBeta(_Parametric):
     """What VP and sub-VP share: β(t) = β₀ + (β₁ − β₀) t and its integral B(t)."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
     t_min: float = 1e-5
     t_max: float = 1.0
+
+    _rules = ("0 <= beta_min", "0 < beta_max", "beta_min <= beta_max")
 
     @property
     def prior_std(self) -> float:
@@ -51,7 +63,7 @@ class _LinearBeta(Schedule):
         t = as_time(t)
         return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
 
-    def alpha(self, t: Tensor) -> Tensor:
+    def alpha(self, t: Tensor | float) -> Tensor:
         """α = exp(−B/2)."""
         return torch.exp(-0.5 * self.integrated_beta(t))
 
@@ -60,9 +72,11 @@ class _LinearBeta(Schedule):
         return -0.5 * self.beta(t)
 
     def _time_of(self, integrated_beta: Tensor) -> Tensor:
+        # Between bounds at which no quotient is 0/0 or inf/inf; they lie outside every range.
+        b = integrated_beta.clamp(torch.finfo(integrated_beta.dtype).tiny, 1e30)
         slope = self.beta_max - self.beta_min
-        root = torch.sqrt(self.beta_min**2 + 2 * slope * integrated_beta)
-        return 2 * integrated_beta / (self.beta_min + root)
+        root = torch.sqrt(self.beta_min**2 + 2 * slope * b)
+        return self.clip(2 * b / (self.beta_min + root))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +89,7 @@ class VPSchedule(_LinearBeta):
         True
     """
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t: Tensor | float) -> Tensor:
         """σ = (1 − e^{−B})^½."""
         return torch.sqrt(-torch.expm1(-self.integrated_beta(t)))
 
@@ -85,7 +99,7 @@ class VPSchedule(_LinearBeta):
         return 0.5 * (b + torch.log(-torch.expm1(-b)))
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        """Return the t of this log σ̂: B = log(1 + σ̂²), solved for t."""
+        """Return the t of this log σ̂, clipped: B = log(1 + σ̂²), solved for t."""
         twice = 2 * as_time(log_sigma_hat)
         return self._time_of(torch.logaddexp(twice, torch.zeros_like(twice)))
 
@@ -98,7 +112,7 @@ class VPSchedule(_LinearBeta):
 class SubVPSchedule(_LinearBeta):
     """Sub-VP, β linear: α = exp(−B/2), σ = 1 − e^{−B}."""
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t: Tensor | float) -> Tensor:
         """σ = 1 − e^{−B}."""
         return -torch.expm1(-self.integrated_beta(t))
 
@@ -108,7 +122,7 @@ class SubVPSchedule(_LinearBeta):
         return 0.5 * b + torch.log(-torch.expm1(-b))
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        """Return the t of this log σ̂: B = 2 asinh(σ̂/2), solved for t."""
+        """Return the t of this log σ̂, clipped: B = 2 asinh(σ̂/2), solved for t."""
         return self._time_of(2 * torch.asinh(0.5 * torch.exp(as_time(log_sigma_hat))))
 
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
@@ -117,13 +131,15 @@ class SubVPSchedule(_LinearBeta):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VESchedule(Schedule):
+class VESchedule(_Parametric):
     """Variance exploding, geometric: α = 1, σ = σ_min (σ_max/σ_min)^t; log σ̂ is linear in t."""
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
     t_min: float = 1e-5
     t_max: float = 1.0
+
+    _rules = ("0 < sigma_min", "sigma_min < sigma_max")
 
     @property
     def _log_ratio(self) -> float:
@@ -133,21 +149,21 @@ class VESchedule(Schedule):
     def _log_middle(self) -> float:
         return 0.5 * math.log(self.sigma_min * self.sigma_max)
 
-    def alpha(self, t: Tensor) -> Tensor:
+    def alpha(self, t: Tensor | float) -> Tensor:
         """α = 1."""
-        return torch.ones_like(t)
+        return torch.ones_like(as_time(t))
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t: Tensor | float) -> Tensor:
         """σ = σ_min (σ_max/σ_min)^t, from the geometric middle, where float32 errs least."""
-        return math.exp(self._log_middle) * torch.exp(self._log_ratio * (t - 0.5))
+        return math.exp(self._log_middle) * torch.exp(self._log_ratio * (as_time(t) - 0.5))
 
     def log_sigma_hat(self, t: Tensor | float) -> Tensor:
         """Log σ̂ = log σ_min + t log(σ_max/σ_min)."""
         return self._log_middle + self._log_ratio * (as_time(t) - 0.5)
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        """Return the t of this log σ̂."""
-        return (as_time(log_sigma_hat) - math.log(self.sigma_min)) / self._log_ratio
+        """Return the t of this log σ̂, clipped."""
+        return self.clip((as_time(log_sigma_hat) - math.log(self.sigma_min)) / self._log_ratio)
 
     def drift(self, t: Tensor | float) -> Tensor:
         """f = 0."""
@@ -155,11 +171,11 @@ class VESchedule(Schedule):
 
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
         """g² = 2 σ² log(σ_max/σ_min)."""
-        return 2 * self._log_ratio * self.sigma(as_time(t)).square()
+        return 2 * self._log_ratio * self.sigma(t).square()
 
 
 @dataclass(frozen=True, kw_only=True)
-class CosineSchedule(Schedule):
+class CosineSchedule(_Parametric):
     """Cosine: α = cos(φ(t))/cos(φ(0)) with φ(t) = π/2 (t + s)/(1 + s), σ² = 1 − α².
 
     It ends at t_max = 0.9946, before α reaches 0, so that σ̂ is finite (about 119).
@@ -168,6 +184,8 @@ class CosineSchedule(Schedule):
     offset: float = 0.008
     t_min: float = 1e-5
     t_max: float = 0.9946
+
+    _rules = ("0 <= offset",)
 
     @property
     def prior_std(self) -> float:
@@ -178,18 +196,41 @@ class CosineSchedule(Schedule):
     def _rate(self) -> float:
         return 0.5 * math.pi / (1 + self.offset)
 
-    def alpha(self, t: Tensor) -> Tensor:
+    def alpha(self, t: Tensor | float) -> Tensor:
         """α = sin(π/2 (1 − t)/(1 + s))/cos(φ(0)): the sine keeps the digits the cosine loses."""
-        return torch.sin(self._rate * (1 - t)) / math.cos(self._rate * self.offset)
+        return torch.sin(self._rate * (1 - as_time(t))) / math.cos(self._rate * self.offset)
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t: Tensor | float) -> Tensor:
         """σ² = 1 − α² = sin(φ(t) − φ(0)) sin(φ(t) + φ(0))/cos²(φ(0))."""
+        t = as_time(t)
         product = torch.sin(self._rate * t) * torch.sin(self._rate * (t + 2 * self.offset))
         return torch.sqrt(product) / math.cos(self._rate * self.offset)
 
+    def time(self, log_sigma_hat: Tensor | float) -> Tensor:
+        r"""Return the t of this log σ̂, clipped: cos²φ = cos²φ(0)/(1 + σ̂²), solved for t.
+
+        With s = sin φ(0), c = cos φ(0) and r = √(s² + σ̂²) = √(1 + σ̂²) sin φ, the angle comes
+        from √(1 + σ̂²) times its sine and its cosine, in both of which no digits cancel:
+        φ(t) − φ(0) = atan2(c σ̂²/(r + s), c² + s r).
+        """
+        sine, cosine = math.sin(self._rate * self.offset), math.cos(self._rate * self.offset)
+        # Beyond the range of any schedule in use, and no square overflows.
+        square = (2 * as_time(log_sigma_hat).clamp(-40, 40)).exp()
+        root = torch.sqrt(sine**2 + square)
+        angle = torch.atan2(cosine * square / (root + sine), cosine**2 + sine * root)
+        return self.clip(angle / self._rate)
+
+    def drift(self, t: Tensor | float) -> Tensor:
+        """f = −φ′ tan φ."""
+        return -self._rate / torch.tan(self._rate * (1 - as_time(t)))
+
+    def squared_diffusion(self, t: Tensor | float) -> Tensor:
+        """g² = −2 f, as the schedule preserves variance."""
+        return -2 * self.drift(t)
+
 
 @dataclass(frozen=True, kw_only=True)
-class EDMSchedule(Schedule):
+class EDMSchedule(_Parametric):
     """Karras et al.: α = 1, σ = t; training draws log σ from N(−1.2, 1.2²), t clipped."""
 
     t_min: float = 0.002
@@ -197,17 +238,19 @@ class EDMSchedule(Schedule):
     log_mean: float = -1.2
     log_std: float = 1.2
 
-    def alpha(self, t: Tensor) -> Tensor:
-        """α = 1."""
-        return torch.ones_like(t)
+    _rules = ("log_mean < inf", "0 < log_std")
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def alpha(self, t: Tensor | float) -> Tensor:
+        """α = 1."""
+        return torch.ones_like(as_time(t))
+
+    def sigma(self, t: Tensor | float) -> Tensor:
         """σ = t."""
-        return t.clone()
+        return as_time(t).clone()
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        """Return the t of this log σ̂: t = σ̂."""
-        return as_time(log_sigma_hat).exp()
+        """Return the t of this log σ̂, clipped: t = σ̂."""
+        return self.clip(as_time(log_sigma_hat).exp())
 
     def drift(self, t: Tensor | float) -> Tensor:
         """f = 0."""
@@ -226,11 +269,11 @@ class EDMSchedule(Schedule):
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Draw (batch,) times: log t normal, t clipped to [t_min, t_max]."""
-        device = generator.device if device is None and generator is not None else device
+        device = drawing_device(device, generator)
         normal = torch.randn((batch,), generator=generator, device=device, dtype=dtype)
-        return (self.log_mean + self.log_std * normal).exp().clamp(self.t_min, self.t_max)
+        return self.clip((self.log_mean + self.log_std * normal).exp())
 
-    def time_density(self, t: Tensor) -> Tensor:
+    def time_density(self, t: Tensor | float) -> Tensor:
         """Log-normal density (the clipped tails, 2e-5 of the mass, are left out)."""
         t = as_time(t)
         standard = (t.log() - self.log_mean) / self.log_std
@@ -238,7 +281,7 @@ class EDMSchedule(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearFlowSchedule(Schedule):
+class LinearFlowSchedule(_Parametric):
     """Linear flow (rectified flow, flow matching): α = 1 − t, σ = t, up to t_max = 0.999."""
 
     t_min: float = 1e-4
@@ -249,17 +292,17 @@ class LinearFlowSchedule(Schedule):
         """1, the noise end of the path."""
         return 1.0
 
-    def alpha(self, t: Tensor) -> Tensor:
+    def alpha(self, t: Tensor | float) -> Tensor:
         """α = 1 − t."""
-        return 1 - t
+        return 1 - as_time(t)
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t: Tensor | float) -> Tensor:
         """σ = t."""
-        return t.clone()
+        return as_time(t).clone()
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        """Return the t of this log σ̂: t = σ̂/(1 + σ̂)."""
-        return torch.sigmoid(as_time(log_sigma_hat))
+        """Return the t of this log σ̂, clipped: t = σ̂/(1 + σ̂)."""
+        return self.clip(torch.sigmoid(as_time(log_sigma_hat)))
 
     def drift(self, t: Tensor | float) -> Tensor:
         """f = −1/(1 − t)."""

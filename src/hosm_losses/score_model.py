@@ -31,6 +31,7 @@ from hosm_losses.conditions import bound, map_tensors, unwrapped
 from hosm_losses.inference import normal
 from hosm_losses.noise_field import NoiseField
 from hosm_losses.schedule import Schedule
+from hosm_losses.schedule_check import check_schedule
 
 PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
 
@@ -54,9 +55,10 @@ class ScoreModel(nn.Module):
         primitives: whether the losses of order two and three put the safe primitives in.
 
     Raises:
-        TypeError: if the schedule is none, or the network, `time`, `output` or `call` cannot be
-            called.
-        ValueError: for a prediction of another name.
+        TypeError: if the schedule is none or returns no tensors like t, or the network, `time`,
+            `output` or `call` cannot be called.
+        ValueError: for a prediction of another name, or a schedule under which the noise in units
+            of the data, σ/α, is not finite or does not grow from t_min to t_max.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -81,11 +83,7 @@ class ScoreModel(nn.Module):
             raise TypeError(
                 f"network: expected an nn.Module or a callable; got {describe(network)}."
             )
-        if not isinstance(schedule, Schedule):
-            raise TypeError(
-                "schedule: expected a schedule such as VPSchedule(), or a subclass of Schedule "
-                f"with alpha and sigma of your own; got {describe(schedule)}."
-            )
+        check_schedule(schedule)
         check_choice("prediction", prediction, PREDICTIONS)
         if not (time is None or isinstance(time, int | float) or callable(time)):
             raise TypeError(f"time: expected a factor, a callable or None; got {describe(time)}.")

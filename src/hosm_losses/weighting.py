@@ -65,7 +65,7 @@ def draw_time(
         return schedule.sample_time(len(x0), generator, device=x0.device, dtype=dtype)
     low, span = _range(schedule)
     unit = torch.rand((len(x0),), generator=generator, device=x0.device, dtype=dtype)
-    return schedule.time(low + span * unit).clamp(schedule.t_min, schedule.t_max)
+    return schedule.time(low + span * unit)
 
 
 def time_factors(

@@ -13,6 +13,10 @@ _WRAP_THE_LOSS = (
     "{}(ThirdOrderDSM(ScoreModel(network, schedule))). Around the network, or parts of it, "
     "gradients fail or differ between ranks in silence."
 )
+_TAKE_IT_OUT = (
+    "Give model.module, the network inside, in its place: ScoreModel(model.module, schedule) or "
+    "from_score_sde(model.module, sde); its parameters are the same. For several devices: "
+)
 _COMPILE_THE_LOSS = (
     "What is compiled by itself has no second derivative. Compile the loss module in its place: "
     "torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
@@ -23,7 +27,7 @@ WRAPPERS = {
     "DistributedDataParallel": _WRAP_THE_LOSS.format("DistributedDataParallel"),
     "FullyShardedDataParallel": _WRAP_THE_LOSS.format("FullyShardedDataParallel"),
     "FSDPModule": _WRAP_THE_LOSS.format("fully_shard"),
-    "DataParallel": _WRAP_THE_LOSS.format("DistributedDataParallel"),
+    "DataParallel": _TAKE_IT_OUT + _WRAP_THE_LOSS.format("DistributedDataParallel"),
     "OptimizedModule": _COMPILE_THE_LOSS,
     COMPILED_IN_PLACE: _COMPILE_THE_LOSS,
 }

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from hosm_losses.interop import from_edm, from_guided_diffusion, from_score_sde
+from hosm_losses.interop import from_edm, from_guided_diffusion
 from tests.interop.checks import check_all_from_one_line, noised
 
 
@@ -88,68 +88,6 @@ def test_edm_takes_its_range_from_the_network():
     assert (schedule.t_min, schedule.t_max) == (0.02, 50.0)
     with pytest.raises(TypeError, match=r"EDM network with sigma_min.*EDMSchedule\(\), 'sample'"):
         from_edm(nn.Identity())
-
-
-class VPSDE:
-    """arXiv 2011.13456, appendix B and C: the factor of x_0 and the deviation of x_t."""
-
-    def __init__(self):
-        self.beta_0, self.beta_1, self.N = 0.2, 15.0, 1000
-        self.discrete_betas = torch.linspace(0.2 / 1000, 15.0 / 1000, 1000)
-
-    def marginal(self, t):
-        log_mean = -0.25 * t**2 * (self.beta_1 - self.beta_0) - 0.5 * t * self.beta_0
-        return log_mean.exp(), torch.sqrt(1 - torch.exp(2 * log_mean))
-
-
-class SubVPSDE:
-    def __init__(self):
-        self.beta_0, self.beta_1, self.N = 0.1, 20.0, 1000
-
-    def marginal(self, t):
-        log_mean = -0.25 * t**2 * (self.beta_1 - self.beta_0) - 0.5 * t * self.beta_0
-        return log_mean.exp(), 1 - torch.exp(2 * log_mean)
-
-
-class VESDE:
-    def __init__(self):
-        self.sigma_min, self.sigma_max, self.N = 0.02, 40.0, 1000
-
-    def marginal(self, t):
-        return torch.ones_like(t), self.sigma_min * (self.sigma_max / self.sigma_min) ** t
-
-
-@pytest.mark.parametrize("kind", [VPSDE, SubVPSDE, VESDE])
-def test_score_sde(kind):
-    sde, net = kind(), Net().double()
-    model = from_score_sde(net, sde)
-    x0, noise = batch()
-    t = torch.tensor([1e-3, 0.3, 0.6, 1.0])
-    alpha, sigma = (part[:, None, None, None] for part in sde.marginal(t))
-    x_t = alpha * x0 + sigma * noise
-    torch.testing.assert_close(noised(model, x0, t, noise), x_t)
-    if kind is VESDE:
-        labels = sigma.flatten()
-        score = net(x_t, labels)
-    else:
-        labels = 999 * t
-        score = -net(x_t, labels) / sigma
-    torch.testing.assert_close(model.score(x_t, t), score)
-    torch.testing.assert_close(net.seen, labels)
-    # Its loss without likelihood weighting: (σ s + ε)², averaged.
-    own = (sigma * score + noise).square().mean()
-    torch.testing.assert_close(hosm.first_order_dsm(model, x0, t=t, noise=noise), own)
-    # With it: g² (s + ε/σ)² at uniform t, a sum over elements and half of it in our meaning.
-    squared = model.schedule.squared_diffusion(t)
-    own = 0.5 * (squared * (score + noise / sigma).square().sum((1, 2, 3))).mean()
-    ours = hosm.first_order_dsm(model, x0, t=t, noise=noise, weighting="likelihood")
-    torch.testing.assert_close(ours, own * (1 - 1e-5))
-    check_all_from_one_line(model, x0)
-
-
-def test_score_sde_refuses_another_sde():
-    with pytest.raises(TypeError, match="sde: expected a VPSDE or subVPSDE with beta_0"):
-        from_score_sde(Net(), object())
 
 
 class ModelMeanType(enum.Enum):

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from hosm_losses.taylor import carried
-from hosm_losses.taylor.jet import every
 from hosm_losses.taylor.pointwise import pointwise
+from hosm_losses.taylor.table import every
 from tests.taylor.checks import check
 
 FUNCTIONS = {

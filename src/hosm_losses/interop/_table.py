@@ -36,8 +36,8 @@ def table_schedule(alphas_cumprod: Any, where: str) -> DiscreteSchedule:
     Raises:
         ValueError: for a table with zero terminal SNR.
     """
-    table = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64).flatten()
-    if table.numel() and float(table[-1]) in ZERO:
+    table = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
+    if table.ndim == 1 and len(table) and float(table[-1]) in ZERO:
         raise ValueError(
             f"{where}: expected a table that ends above 0; got one that ends at "
             f"{float(table[-1]):g} (zero terminal SNR), where sigma/alpha has no finite value. "

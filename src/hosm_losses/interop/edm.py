@@ -17,7 +17,9 @@ def from_edm(net: nn.Module) -> ScoreModel:
     The noise runs over what the network declares as sigma_min and sigma_max, within [0.002, 80],
     the range of EDM's sampler. Labels go into `model_kwargs` as class_labels. EDM's own loss,
     (σ² + σ_d²)/(σ σ_d)² times the squared error of D, is the callable weighting
-    `lambda t: (t**2 + sigma_data**2) / sigma_data**2` in units of the noise.
+    `lambda t: (t**2 + sigma_data**2) / sigma_data**2` in units of the noise. EDM's own attention
+    is right at orders two and three in reverse mode, which is what "auto" takes; the estimators
+    "laplacian" and "sliced" need a plain one.
 
     Args:
         net: the network, with sigma_min and sigma_max.

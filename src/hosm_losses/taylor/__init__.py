@@ -12,7 +12,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hosm_losses.taylor import arithmetic, attention, layers, norms, pointwise, shapes  # noqa: F401
+from hosm_losses.taylor import (  # noqa: F401
+    arithmetic,
+    attention,
+    casts,
+    indices,
+    joins,
+    layers,
+    norms,
+    pointwise,
+    properties,
+    shapes,
+)
 from hosm_losses.taylor.forward_mode import Pairs
 from hosm_losses.taylor.jet import Jet, TaylorError, define_methods
 

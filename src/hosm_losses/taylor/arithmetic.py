@@ -4,6 +4,9 @@ Formula, for a product y = a · b that is linear in a and in b:
     y_l = a_l · b + a · b_l        y_lr = a_lr · b + a · b_lr + a_l · b_r + a_r · b_l
 
 A plain tensor has no derivatives: the product with one is the product of the whole stack.
+
+The type of a result is that of PyTorch for the values: a number without axes does not widen a
+tensor with some, though its stack has an axis.
 """
 
 __all__ = ["add", "matmul", "multiply"]
@@ -15,32 +18,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses.taylor.jet import Jet, aligned, every, fallback, rule
+from hosm_losses.primitives import at_least_float32
+from hosm_losses.taylor.jet import Jet, aligned
 from hosm_losses.taylor.pointwise import apply, halves, power
+from hosm_losses.taylor.table import NoRule, every, rule
 
 
 def _ndim(x: Any) -> int:
     return x.ndim if isinstance(x, Tensor) else 0
 
 
+def _operands(*operands: Any) -> int:
+    """The axes of what PyTorch computes with: tensors and real numbers, of which one is a Jet."""
+    if not all(isinstance(each, Tensor | float | int) for each in operands):
+        raise NoRule
+    return max(_ndim(each) for each in operands)
+
+
+def _type(a: Any, b: Any) -> torch.dtype:
+    """The type that PyTorch gives the values of a and b together."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype != b.dtype:
+        return torch.result_type(*(x.stack[0] if isinstance(x, Jet) else x for x in (a, b)))
+    return (a if isinstance(a, Jet) else b).dtype
+
+
 def add(a: Any, b: Any, scale: float = 1) -> Jet:
     """a + scale · b, of which one at least is a Jet."""
-    ndim = max(_ndim(a), _ndim(b))
+    ndim = _operands(a, b)
     if isinstance(a, Jet) and isinstance(b, Jet):
         first, second = aligned(a.stack, ndim), aligned(b.stack, ndim)
         count = min(len(first), len(second))
         total = torch.add(first[:count], second[:count], alpha=scale)
-        if len(first) == len(second):
-            return a.like(total)
-        longer = first[count:] if len(first) > count else second[count:] * scale
-        return a.like(torch.cat([total, longer.expand(-1, *total.shape[1:])]))
+        if len(first) != len(second):
+            longer = first[count:] if len(first) > count else second[count:] * scale
+            total = torch.cat([total, longer.expand(-1, *total.shape[1:])])
+        return a.like(total.to(_type(a, b)))
     jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
     stack = aligned(jet.stack, ndim)
     if jet is b and scale != 1:
         stack = stack * scale
     value = stack[0] + (plain * scale if jet is a and scale != 1 else plain)
     rest = stack[1:].expand(-1, *value.shape).to(value.dtype)
-    return jet.like(torch.cat([value.unsqueeze(0), rest]))
+    return jet.like(torch.cat([value.unsqueeze(0), rest]).to(_type(a, b)))
 
 
 def _product(a: Jet, b: Jet, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
@@ -68,12 +87,17 @@ def _add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
 
 @rule(*every("sub", "subtract", "__sub__"))
 def _sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
+    # Of which PyTorch says that masks are not subtracted.
+    if any(
+        isinstance(each, bool) or getattr(each, "dtype", None) == torch.bool for each in (a, b)
+    ):
+        raise NoRule
     return add(a, b, -alpha)
 
 
 @rule(*every("__rsub__", "rsub"))
-def _rsub(a: Any, b: Any) -> Jet:
-    return add(b, a, -1)
+def _rsub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
+    return _sub(b, a, alpha=alpha)
 
 
 @rule(*every("neg", "negative", "__neg__"))
@@ -84,22 +108,26 @@ def _neg(x: Jet) -> Jet:
 @rule(*every("mul", "multiply", "__mul__", "__rmul__"))
 def multiply(a: Any, b: Any) -> Jet:
     """a b, of which one at least is a Jet."""
-    ndim = max(_ndim(a), _ndim(b))
+    ndim = _operands(a, b)
     if isinstance(a, Jet) and isinstance(b, Jet):
         if a is b:
             return apply(partial(power, exponent=2), a)
-        return _product(a, b, torch.mul, ndim)
+        product = _product(a, b, torch.mul, ndim)
+        return product.like(product.stack.to(_type(a, b)))
     jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
-    return jet.like(aligned(jet.stack, ndim) * plain)
+    return jet.like((aligned(jet.stack, ndim) * plain).to(_type(a, b)))
 
 
 @rule(*every("div", "divide", "true_divide", "__truediv__"))
-def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Any:
+def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
     if rounding_mode is not None:
-        return fallback(torch.div, (a, b), {"rounding_mode": rounding_mode})
-    if isinstance(b, Jet):
-        return multiply(a, apply(partial(power, exponent=-1), b))
-    return a.like(aligned(a.stack, max(a.ndim, _ndim(b))) / b)
+        raise NoRule
+    ndim = _operands(a, b)
+    if not isinstance(b, Jet):
+        return a.like((aligned(a.stack, ndim) / b).to(_type(a, b)))
+    # The inverse of a short type may be out of its range where the quotient is not.
+    inverse = apply(partial(power, exponent=-1), b.like(at_least_float32(b.stack)))
+    return b.like(multiply(a, inverse).stack.to(_type(a, b)))
 
 
 @rule(*every("__rdiv__", "__rtruediv__"))
@@ -108,9 +136,10 @@ def _rdiv(a: Jet, b: Any) -> Jet:
 
 
 @rule(*every("pow", "__pow__"))
-def _pow(x: Any, exponent: Any) -> Any:
-    if not isinstance(x, Jet) or isinstance(exponent, Tensor):
-        return fallback(torch.pow, (x, exponent), {})
+def _pow(x: Any, exponent: Any) -> Jet:
+    number = isinstance(exponent, float | int) and not isinstance(exponent, bool)
+    if not isinstance(x, Jet) or not number:
+        raise NoRule
     return apply(partial(power, exponent=exponent), x)
 
 
@@ -120,12 +149,12 @@ def _addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
     return add(x, product, value)
 
 
-@rule(*every("matmul", "__matmul__", "bmm", "mm"))
-def matmul(a: Any, b: Any) -> Any:
+@rule(*every("matmul", "__matmul__"))
+def matmul(a: Any, b: Any) -> Jet:
     """The matrix product, of which one factor at least is a Jet."""
     ndim = max(_ndim(a), _ndim(b))
     if min(_ndim(a), _ndim(b)) < 2:
-        return fallback(torch.matmul, (a, b), {})
+        raise NoRule
     if isinstance(a, Jet) and isinstance(b, Jet):
         return _product(a, b, torch.matmul, ndim)
     if isinstance(a, Jet):
@@ -133,23 +162,30 @@ def matmul(a: Any, b: Any) -> Any:
     return b.like(torch.matmul(a, aligned(b.stack, ndim)))
 
 
+@rule(*every("mm", "bmm"))
+def _of_matrices(a: Any, b: Any) -> Jet:
+    if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2]:
+        raise NoRule
+    return matmul(a, b)
+
+
 @rule(*every("__rmatmul__"))
-def _rmatmul(a: Any, b: Any) -> Any:
+def _rmatmul(a: Any, b: Any) -> Jet:
     return matmul(b, a)
 
 
 @rule(torch.einsum)
-def _einsum(equation: Any, *operands: Any) -> Any:
+def _einsum(equation: Any, *operands: Any) -> Jet:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
-    jets = [operand for operand in operands if isinstance(operand, Jet)]
-    if not isinstance(equation, str) or "..." in equation or len(operands) > 2:
-        return fallback(torch.einsum, (equation, *operands), {})
+    # Not the form without a string, nor one whose result is implied.
+    written = isinstance(equation, str) and "..." not in equation and "->" in equation
+    if not written or len(operands) > 2:
+        raise NoRule
     new = next(letter for letter in "zyxwvutsrqponmlkjihgfedcbaZYXWVU" if letter not in equation)
     given, _, result = equation.replace(" ", "").partition("->")
-    if not result and "->" not in equation:
-        return fallback(torch.einsum, (equation, *operands), {})
     terms = given.split(",")
+    jets = [operand for operand in operands if isinstance(operand, Jet)]
     if len(jets) == 1:
         terms = [
             new + term if isinstance(operand, Jet) else term
@@ -164,6 +200,8 @@ def _einsum(equation: Any, *operands: Any) -> Any:
 
 
 @rule(*every("baddbmm"))
-def _baddbmm(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    product = multiply(matmul(a, b), alpha)
+def _baddbmm(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
+    if not isinstance(a, Jet) and not isinstance(b, Jet):
+        raise NoRule
+    product = multiply(_of_matrices(a, b), alpha)
     return product if beta == 0 else add(product, x, beta)

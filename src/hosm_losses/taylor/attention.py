@@ -18,14 +18,10 @@ from torch import Tensor
 from hosm_losses.primitives import at_least_float32, attention_weights, causal_mask
 from hosm_losses.taylor.arithmetic import add, matmul, multiply
 from hosm_losses.taylor.forward_mode import Pairs
-from hosm_losses.taylor.jet import Jet, every, fallback, rule
+from hosm_losses.taylor.jet import Jet
 from hosm_losses.taylor.pointwise import apply, halves, sigmoid
 from hosm_losses.taylor.recompute import Formula, recomputed
-
-# Its own operators are many, and it calls a fused kernel: better as one.
-rule(F.multi_head_attention_forward)(
-    lambda *args, **named: fallback(F.multi_head_attention_forward, args, named)
-)
+from hosm_losses.taylor.table import NoRule, axis, rule
 
 
 def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
@@ -45,13 +41,26 @@ def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-@rule(*every("softmax"))
-def _softmax(x: Any, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
-    wanted = x.dtype if dtype is None else dtype
-    if dim % x.ndim == 0:
-        return fallback(torch.softmax, (x, dim), {"dtype": wanted})
-    formula = Formula(partial(_softened, dim if dim < 0 else dim - x.ndim, x.firsts, x.pairs))
-    return x.like(recomputed(formula, x.stack).to(wanted))
+@rule(torch.softmax, Tensor.softmax)
+def softmax(x: Any, dim: int, dtype: torch.dtype | None = None) -> Jet:
+    """exp(x) over its sum along an axis, of x in another type if one is given."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise NoRule
+    stack = x.stack if dtype is None else x.stack.to(dtype)
+    formula = Formula(partial(_softened, axis(dim, x.ndim), x.firsts, x.pairs))
+    return x.like(recomputed(formula, stack).to(stack.dtype))
+
+
+@rule(F.softmax)
+def _softmax(
+    x: Any,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Jet:
+    if dim is None:  # which PyTorch guesses
+        raise NoRule
+    return softmax(x, dim, dtype)
 
 
 @rule(F.scaled_dot_product_attention)
@@ -68,9 +77,7 @@ def _attention(
     if is_causal and attn_mask is not None:
         raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both.")
     if isinstance(attn_mask, Jet) or enable_gqa or query.ndim < 3:
-        options = {"scale": scale, "enable_gqa": enable_gqa}
-        args = (query, key, value, attn_mask, dropout_p, is_causal)
-        return fallback(F.scaled_dot_product_attention, args, options)
+        raise NoRule
     if not isinstance(query, Jet) and not isinstance(key, Jet):
         weights = attention_weights(query, key, attn_mask, is_causal, scale)
         return matmul(F.dropout(weights.to(value.dtype), dropout_p), value)
@@ -80,16 +87,16 @@ def _attention(
     if is_causal:
         attn_mask = causal_mask(logits)
     if attn_mask is None:
-        weights = _softmax(logits, -1)
+        weights = softmax(logits, -1)
     elif attn_mask.dtype == torch.bool:
         lowest = torch.finfo(logits.dtype).min
         value_part, rest = logits.stack[:1], logits.stack[1:]
         masked = torch.cat(
             [value_part.masked_fill(~attn_mask, lowest), rest.masked_fill(~attn_mask, 0)]
         )
-        weights = multiply(_softmax(logits.like(masked), -1), attn_mask.any(-1, keepdim=True))
+        weights = multiply(softmax(logits.like(masked), -1), attn_mask.any(-1, keepdim=True))
     else:
-        weights = _softmax(add(logits, attn_mask), -1)
+        weights = softmax(add(logits, attn_mask), -1)
     if dropout_p:
         weights = multiply(weights, F.dropout(torch.ones_like(weights.stack[0]), dropout_p))
     return matmul(weights.like(weights.stack.to(value.dtype)), value)
@@ -105,7 +112,7 @@ def _transposed(x: Any) -> Any:
 
 @rule(F.glu)
 def _glu(x: Jet, dim: int = -1) -> Jet:
-    dim = dim if dim < 0 else dim - x.ndim
+    dim = axis(dim, x.ndim)
     if x.shape[dim] % 2:
         raise ValueError(f"glu: expected an even size in dimension {dim}; got {tuple(x.shape)}.")
     value, gate = x.stack.chunk(2, dim)

@@ -10,10 +10,11 @@ Formula, for y = f(x) along l, and along the pair (l, r):
     y_l = ∂f x_l        y_lr = ∂f x_lr + ∂²f[x_l, x_r]
 
 Without a rule:
-    The function is differentiated by `torch.func.jvp`, by itself, with the safe primitives in
-    place: right, but not as fast. What cannot be right raises TaylorError: a function that changes
-    its argument in place, and anything under torch.no_grad, where a custom autograd.Function
-    computes.
+    The function is differentiated by `torch.func.jvp`, by itself and with the user's own
+    arguments, with the safe primitives in place: right, but not as fast. So is a call that its
+    rule does not know, which raises `NoRule`. What cannot be right raises TaylorError: a function
+    that changes its argument in place, complex numbers, and anything under torch.no_grad, where a
+    custom autograd.Function computes.
 
 Second derivatives that are zero, as those of the input are, are not stored: a stack is then short,
 of 1 + `firsts` components.
@@ -28,35 +29,26 @@ Source:
 
 __all__ = [
     "CHANGES",
-    "CONSTANT",
     "Jet",
     "TaylorError",
     "aligned",
     "call",
     "define_methods",
-    "every",
     "fallback",
-    "keywords",
-    "rule",
+    "on_values",
 ]
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hosm_losses.primitive_mode import safe_primitives
 from hosm_losses.taylor.forward_mode import Pairs, along
+from hosm_losses.taylor.table import CONSTANT, RULES, NoRule, Rule, bound, rule
 
-Rule = Callable[..., Any]
-RULES: dict[Callable[..., Any], Rule] = {}
-# Functions that are constant in x, or ask for a property: evaluated on the value. Dictionaries
-# throughout, for torch.compile does not find functions in a set.
-CONSTANT: dict[Callable[..., Any], bool] = {}
 METHODS = (
     "__iter__",
     "norm",
@@ -70,7 +62,12 @@ METHODS = (
 # Those functions with their rules: torch.compile does not find them in a dictionary.
 IN_PYTHON: list[tuple[Callable[..., Any], Rule | None]] = []
 CHANGES = "changes in place what depends on x."
-OPERATORS = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
+COMPLEX = "makes complex numbers of what depends on x."
+OPERATORS = {
+    *("__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__"),
+    *("__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__"),
+    *("__ilshift__", "__irshift__"),
+}
 
 
 class TaylorError(RuntimeError):
@@ -93,6 +90,8 @@ class Jet(Tensor):
     @staticmethod
     def make(stack: Tensor, firsts: int, pairs: Pairs = "none") -> "Jet":
         """Return the Jet of a stack."""
+        if stack.is_complex():
+            raise TaylorError(f"an operator {COMPLEX}")
         if torch.compiler.is_compiling():
             jet = stack[0].as_subclass(Jet)
         else:
@@ -132,63 +131,37 @@ class _Opaque(Jet):
         raise TaylorError(f"{func}: called past __torch_function__, as by a compiled extension.")
 
 
-def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """Register a rule for functions of PyTorch; it is given their arguments, Jets among them."""
-
-    def register(found: Rule) -> Rule:
-        found.keywords = keywords(found)  # pyright: ignore[reportFunctionMemberAccess]
-        RULES.update(dict.fromkeys(functions, found))
-        return found
-
-    return register
-
-
-def keywords(function: Callable[..., Any]) -> tuple[str, ...] | None:
-    """The names by which a function takes arguments; None if it takes any."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(each.kind is each.VAR_KEYWORD for each in parameters):
-        return None
-    return tuple(each.name for each in parameters if each.kind is not each.VAR_POSITIONAL)
-
-
-def every(*names: str) -> tuple[Callable[..., Any], ...]:
-    """The functions and methods of PyTorch with one of these names."""
-    homes = (torch, Tensor, F)
-    return tuple(
-        {getattr(home, name): None for home in homes for name in names if hasattr(home, name)}
-    )
-
-
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Evaluate a function of PyTorch on arguments with Jets among them."""
     if CONSTANT.get(func):
-        return _on_values(func, args, kwargs)
+        return on_values(func, args, kwargs)
     if kwargs.get("out") is not None:
         raise TaylorError(f"{_name(func)}: {CHANGES}")
     if torch.compiler.is_compiling():
         for method, found in IN_PYTHON:
             if func is method:
                 return _run(found, func, args, kwargs)
-    found = RULES.get(func)
-    if found is None and getattr(func, "__name__", "") == "__get__":
-        answer = _on_values(func, args, kwargs)
+    found, name = RULES.get(func), getattr(func, "__name__", "")
+    if found is None and name == "__get__":
+        answer = on_values(func, args, kwargs)
         # A property that is a tensor, such as .real, is a function like any other.
-        return fallback(func, args, kwargs) if _has_derivative(answer) else answer
+        return fallback(func, args, kwargs) if isinstance(answer, Tensor) else answer
+    if name == "__set__":
+        raise TaylorError(f"a property {CHANGES}")
     return _run(found, func, args, kwargs)
 
 
 def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
         raise TaylorError(f"{_name(func)}: called under torch.no_grad on what depends on x.")
-    if found is None or not args or not _takes(found, kwargs):
-        return fallback(func, args, kwargs)
-    return found(*args, **kwargs)
-
-
-def _takes(found: Rule, kwargs: dict[str, Any]) -> bool:
-    """Whether a rule knows the keywords; PyTorch has more of them than networks use."""
-    known = getattr(found, "keywords", None)
-    return not kwargs or known is None or all(name in known for name in kwargs)
+    if found is not None:
+        taken = bound(found, args, kwargs)
+        if taken is not None:
+            try:
+                return found(*taken[0], **taken[1])
+            except NoRule:
+                pass
+    return fallback(func, args, kwargs)
 
 
 def define_methods() -> None:
@@ -214,7 +187,8 @@ def _name(func: Callable[..., Any]) -> str:
     return getattr(func, "__name__", str(func))
 
 
-def _on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a function on the values of Jets: what it returns has no derivative."""
     args, kwargs = pytree.tree_map_only(Jet, lambda jet: jet.stack[0], (args, kwargs))
     return func(*args, **kwargs)
 
@@ -242,12 +216,14 @@ def fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         given, named = pytree.tree_unflatten(filled, form)
         with safe_primitives():
             leaves, tree = pytree.tree_flatten(func(*given, **named))
+        if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves):
+            raise TaylorError(f"{_name(func)}: {COMPLEX}")
         marked = [(_kind(leaf), leaf) for leaf in leaves]
         shape[:] = tree, marked
-        return (
-            tuple(leaf for kind, leaf in marked if kind == "jet"),
-            tuple(leaf for kind, leaf in marked if kind == "tensor"),
-        )
+        found = tuple(leaf for kind, leaf in marked if kind == "jet")
+        others = tuple(leaf for kind, leaf in marked if kind == "tensor")
+        # One result at least, where none of the function's has a derivative.
+        return found or (values[0].new_zeros(()),), others
 
     # Copies, whose versions show a change in place.
     values = tuple(jet.stack[0].clone() for jet in jets)
@@ -269,11 +245,7 @@ def _kind(leaf: object) -> str:
     """What a result becomes: a Jet, a plain tensor, or itself."""
     if not isinstance(leaf, Tensor):
         return "other"
-    return "jet" if _has_derivative(leaf) else "tensor"
-
-
-def _has_derivative(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return "jet" if leaf.is_floating_point() else "tensor"
 
 
 def _versions(values: tuple[Tensor, ...]) -> list[int]:

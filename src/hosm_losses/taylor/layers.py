@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor.jet import Jet, fallback, rule
+from hosm_losses.taylor.jet import Jet
+from hosm_losses.taylor.table import NoRule, rule
+from hosm_losses.torch_internals import traced
 
 
 class _AddInPlace(torch.autograd.Function):
@@ -41,7 +43,7 @@ def _shape(output: Tensor, dim: int) -> tuple[int, ...]:
 def _with_bias(output: Tensor, bias: Tensor | None, rows: int, dim: int) -> Tensor:
     if bias is None:
         return output
-    if torch.compiler.is_compiling():
+    if traced():
         value = output[:rows] + bias.reshape(_shape(output, dim))
         return torch.cat([value.to(output.dtype), output[rows:]])
     return _AddInPlace.apply(output, bias, rows, dim)  # pyright: ignore[reportReturnType]
@@ -49,15 +51,15 @@ def _with_bias(output: Tensor, bias: Tensor | None, rows: int, dim: int) -> Tens
 
 @rule(F.linear)
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    if isinstance(weight, Jet) or isinstance(bias, Jet):
-        return fallback(F.linear, (x, weight, bias), {})
+    if isinstance(weight, Jet) or isinstance(bias, Jet) or weight.ndim != 2 or x.ndim == 0:
+        raise NoRule
     return x.like(_with_bias(F.linear(x.stack, weight), bias, 1, -1))
 
 
 def _convolution(function: Callable[..., Any], axes: int) -> None:
     def convolved(x: Any, weight: Any, bias: Any = None, *args: Any, **named: Any) -> Any:
         if isinstance(weight, Jet) or isinstance(bias, Jet) or x.ndim != axes + 2:
-            return fallback(function, (x, weight, bias, *args), named)
+            raise NoRule
         count, batch = x.stack.shape[:2]
         output = function(x.stack.flatten(0, 1), weight, None, *args, **named)
         return x.like(_with_bias(output, bias, batch, 1).unflatten(0, (count, batch)))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hosm_losses.primitives import at_least_float32
 from hosm_losses.taylor.forward_mode import Pairs
+from hosm_losses.taylor.recompute import plus_product
 
 BOTH = (-2, -1)
 
@@ -127,9 +128,9 @@ def evaluate(
     """The stack of the norm, with weight and bias."""
     norm = Norm(rows, stack, weight)
     first, second = norm.others[:firsts], norm.others[firsts:]
-    found = [norm.c * norm.scale]
-    if bias is not None:
-        found[0] = found[0].add_(bias.reshape(rows.weights))
+    # Not in place: under vmap the bias may have a dimension that the value lacks.
+    value = norm.c * norm.scale
+    found = [value if bias is None else value + bias.reshape(rows.weights)]
     found += [part * norm.scale for part in derivatives(norm, first, second, pairs)]
     return torch.stack(found).reshape(-1, *stack.shape[1:]).to(stack.dtype)
 
@@ -147,7 +148,8 @@ def derivatives(
         bent = norm.c * bend
         centre = slopes[right] * norm.centre(firsts[left])
         centre = centre + slopes[left] * norm.centre(firsts[right])
-        bent.addcmul_(firsts[left], slopes[right]).addcmul_(firsts[right], slopes[left])
+        bent = plus_product(bent, firsts[left], slopes[right])
+        bent = plus_product(bent, firsts[right], slopes[left])
         if second is not None:
             bent.add_(second)
             centre = centre + norm.centre(second)

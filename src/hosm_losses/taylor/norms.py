@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.primitives import per_channel
+from hosm_losses.primitives import at_least_float32, per_channel
 from hosm_losses.taylor.arithmetic import add, multiply
-from hosm_losses.taylor.jet import Jet, TaylorError, every, fallback, rule
+from hosm_losses.taylor.jet import CHANGES, Jet, TaylorError
 from hosm_losses.taylor.norm_formulas import Rows, evaluate
 from hosm_losses.taylor.norm_gradients import pull_back, pull_back_again
 from hosm_losses.taylor.pointwise import apply, power
 from hosm_losses.taylor.recompute import Formula, recomputed
+from hosm_losses.taylor.table import NoRule, axes, rule
 
 
 def _apply(rows: Rows, x: Jet, weight: Tensor | None, bias: Tensor | None) -> Jet:
@@ -45,24 +46,25 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,  # noqa: ARG001
 ) -> Any:
-    if not _plain(weight, bias):
-        return fallback(F.layer_norm, (x, normalized_shape, weight, bias, eps), {})
-    return _over_last(x, tuple(normalized_shape), weight, bias, eps, centred=True)
+    return _over_last(x, normalized_shape, weight, bias, eps, centred=True)
 
 
 @rule(F.rms_norm, torch.rms_norm)
 def _rms_norm(
     x: Any, normalized_shape: Iterable[int], weight: Any = None, eps: float | None = None
 ) -> Any:
-    if not _plain(weight):
-        return fallback(F.rms_norm, (x, normalized_shape, weight, eps), {})
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return _over_last(x, tuple(normalized_shape), weight, None, eps, centred=False)
+    return _over_last(x, normalized_shape, weight, None, eps, centred=False)
 
 
 def _over_last(
-    x: Jet, shape: tuple[int, ...], weight: Any, bias: Any, eps: float, *, centred: bool
+    x: Any, shape: Iterable[int], weight: Any, bias: Any, eps: float, *, centred: bool
 ) -> Jet:
+    if not _plain(weight, bias) or not isinstance(shape, tuple | list):
+        raise NoRule
+    shape = tuple(shape)
+    if not 0 < len(shape) < x.ndim:  # a row is a part of a sample
+        raise NoRule
     if tuple(x.shape[-len(shape) :]) != shape:
         raise ValueError(f"norm: expected an input that ends in {shape}; got {tuple(x.shape)}.")
     size = math.prod(shape)
@@ -79,8 +81,8 @@ def _group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,  # noqa: ARG001
 ) -> Any:
-    if not _plain(weight, bias):
-        return fallback(F.group_norm, (x, num_groups, weight, bias, eps), {})
+    if not _plain(weight, bias) or x.ndim < 2:
+        raise NoRule
     channels = x.shape[1]
     if channels % num_groups:
         raise ValueError(
@@ -106,7 +108,8 @@ def _standardised_over(x: Jet, dims: tuple[int, ...], eps: float) -> Jet:
 def _affine(x: Jet, weight: Tensor | None, bias: Tensor | None) -> Jet:
     shape = per_channel(x)
     scaled = x if weight is None else multiply(x, weight.reshape(shape))
-    return scaled if bias is None else add(scaled, bias.reshape(shape))
+    shifted = scaled if bias is None else add(scaled, bias.reshape(shape))
+    return x.like(shifted.stack.to(x.dtype))
 
 
 @rule(F.batch_norm)
@@ -120,8 +123,10 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
+    if x.ndim < 2 or not isinstance(x, Jet) or not _plain(weight, bias, running_mean, running_var):
+        raise NoRule
     if not training:
-        if running_mean is None or running_var is None or not _plain(weight, bias):
+        if running_mean is None or running_var is None:
             raise TaylorError("batch_norm: expected its statistics, as in evaluation.")
         scale = torch.rsqrt(running_var + eps)
         scale = scale if weight is None else scale * weight
@@ -145,6 +150,8 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
+    if x.ndim < 3 or not isinstance(x, Jet) or not _plain(weight, bias, running_mean, running_var):
+        raise NoRule
     if not use_input_stats:
         return _batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     with torch.no_grad():
@@ -153,35 +160,78 @@ def _instance_norm(
     return _group_norm(x, x.shape[1], weight, bias, eps)
 
 
-def _sum_of_squares(x: Jet, dim: Any, keepdim: bool) -> Jet:
-    dims = tuple(range(x.ndim)) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
-    squares = multiply(x, x).stack
-    return x.like(squares.sum([each % x.ndim + 1 for each in dims], keepdim))
+def _sum_of_squares(x: Any, dim: Any, keepdim: bool) -> Jet:
+    """In float32 at least, in which the square of a small number is not zero."""
+    if not isinstance(x, Jet) or x.ndim == 0:
+        raise NoRule
+    dims = axes(dim, x.ndim)
+    wide = x.like(at_least_float32(x.stack))
+    return x.like(multiply(wide, wide).stack.sum(dims, keepdim))
 
 
 @rule(F.normalize)
 def _normalize(
     x: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
-) -> Any:
-    if p != 2 or out is not None:
-        return fallback(F.normalize, (x, p, dim, eps), {})
+) -> Jet:
+    _not_into(out)
+    if not isinstance(p, float | int) or p != 2:
+        raise NoRule
     squares = _sum_of_squares(x, dim, keepdim=True).stack
     enough = squares[:1] > eps**2
     # A norm below eps counts as eps, which does not depend on x.
     floor = torch.cat([torch.full_like(squares[:1], eps**2), torch.zeros_like(squares[1:])])
     clamped = x.like(torch.where(enough, squares, floor))
-    return multiply(x, apply(partial(power, exponent=-0.5), clamped))
+    normalized = multiply(x, apply(partial(power, exponent=-0.5), clamped))
+    return x.like(normalized.stack.to(x.dtype))
 
 
-@rule(*every("norm"), torch.linalg.vector_norm)
+def _not_into(out: Any) -> None:
+    if out is not None:
+        raise TaylorError(f"out: {CHANGES}")
+
+
+@rule(torch.linalg.vector_norm)
 def _vector_norm(
     x: Any,
-    p: Any = 2,
+    ord: Any = 2,  # noqa: A002
     dim: Any = None,
     keepdim: bool = False,
-    out: Any = None,  # noqa: ARG001
+    *,
     dtype: Any = None,
-) -> Any:
-    if p not in (2, "fro", None) or dtype is not None:
-        return fallback(torch.linalg.vector_norm, (x, p, dim, keepdim), {"dtype": dtype})
-    return apply(partial(power, exponent=0.5), _sum_of_squares(x, dim, keepdim))
+) -> Jet:
+    if not isinstance(ord, float | int) or ord != 2 or dtype is not None:
+        raise NoRule
+    return _length(x, dim, keepdim)
+
+
+def _length(x: Any, dim: Any, keepdim: bool) -> Jet:
+    squares = _sum_of_squares(x, dim, keepdim).stack
+    # At zero a length has no derivative; PyTorch takes it to be constant there.
+    none = squares[:1] == 0
+    ones = torch.cat([torch.ones_like(squares[:1]), torch.zeros_like(squares[1:])])
+    root = apply(partial(power, exponent=0.5), x.like(torch.where(none, ones, squares)))
+    return x.like(root.stack.masked_fill(none, 0).to(x.dtype))
+
+
+@rule(Tensor.norm)
+def _norm_method(
+    x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Jet:
+    # For a matrix norm, and "fro" of more than two axes, PyTorch has rules of its own.
+    several = isinstance(dim, tuple | list) and len(dim) > 2
+    if p == "fro" and not several:
+        p = 2
+    return _vector_norm(x, p, dim, keepdim, dtype=dtype)
+
+
+@rule(torch.norm)
+def _norm(
+    x: Any,
+    p: Any = "fro",
+    dim: Any = None,
+    keepdim: bool = False,
+    out: Any = None,
+    dtype: Any = None,
+) -> Jet:
+    _not_into(out)
+    return _norm_method(x, p, dim, keepdim, dtype)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from hosm_losses.primitives import at_least_float32
 from hosm_losses.taylor.forward_mode import Pairs
-from hosm_losses.taylor.jet import CHANGES, Jet, TaylorError, every, rule
-from hosm_losses.taylor.recompute import Formula, recomputed
+from hosm_losses.taylor.jet import CHANGES, Jet, TaylorError
+from hosm_losses.taylor.recompute import Formula, plus_product, recomputed
+from hosm_losses.taylor.table import NoRule, every, rule, takes_as
 
 Series = Callable[[Tensor], Iterator[Tensor]]
 
@@ -61,7 +62,7 @@ def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tenso
         left, right = halves(stack[1 : 1 + firsts], pairs)
         bent = left * right * next(numbers)
         seconds = stack[1 + firsts :]
-        parts.append(bent.addcmul_(seconds, slope) if len(seconds) else bent)
+        parts.append(plus_product(bent, seconds, slope) if len(seconds) else bent)
     return torch.cat(parts).to(dtype)
 
 
@@ -121,6 +122,7 @@ def pointwise(
                 raise TaylorError(f"an activation {CHANGES}")
             return apply(partial(series, *args, **named) if args or named else series, x)
 
+        takes_as(evaluated, series, "inplace")
         rule(*functions)(evaluated)
         return series
 
@@ -170,6 +172,8 @@ def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
         yield density * (2 - square)
         yield density * x * (square - 4)
         return
+    if approximate != "tanh":
+        raise NoRule
     scale, cube = math.sqrt(2 / math.pi), 0.044715
     square = x * x
     tanh = torch.tanh(scale * x * (1 + cube * square))

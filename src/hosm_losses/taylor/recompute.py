@@ -7,10 +7,11 @@ What:
     the formula is evaluated again when a gradient is asked for; the gradient is such a formula of
     the inputs and the cotangents, and so on to any order.
 
-Under torch.compile the formula is traced as it stands: the compiler decides itself what to keep.
+Under torch.compile and the transforms of torch.func the formula is evaluated as it stands: they
+decide themselves what to keep.
 """
 
-__all__ = ["Formula", "recomputed"]
+__all__ = ["Formula", "plus_product", "recomputed"]
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from hosm_losses.torch_internals import traced
 
 Some = Tensor | None
 
@@ -91,9 +94,15 @@ def recomputed(formula: Formula, *tensors: Some) -> Tensor:
         >>> x.grad.shape
         torch.Size([3])
     """
-    if torch.compiler.is_compiling():
+    if traced():
         return formula(*tensors)[0]
     return _Recomputed.apply(formula, *tensors)[0]  # pyright: ignore[reportReturnType, reportOptionalSubscript]
+
+
+def plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Total + a b, in the place of a total that is the caller's own and of the full shape."""
+    # vmap has no rule for the operator in place.
+    return torch.addcmul(total, a, b) if traced() else total.addcmul_(a, b)
 
 
 class _Recomputed(torch.autograd.Function):
