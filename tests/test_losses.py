@@ -267,3 +267,17 @@ def test_dropout_has_one_mask_for_value_and_derivatives():
     torch.manual_seed(7)
     both = hosm.dsm_terms(model, x0, t=t, noise=noise, probe=probe, derivative="forward")
     torch.testing.assert_close(both.first, values["forward"].first)
+
+
+@pytest.mark.parametrize("engine", ["auto", "taylor", "reverse", "forward"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_without_the_first_term_the_last_bias_has_a_gradient_of_zero_or_none(order, engine):
+    model, x0, t, noise = setting()
+    weights = (0, 1, 1, 1)
+    ORDERS[order](model, x0, t=t, noise=noise, weights=weights, derivative=engine).backward()
+    gradient = model.network.outer.bias.grad
+    if engine in ("auto", "taylor"):
+        assert gradient.abs().max() == 0
+    else:
+        assert gradient is None
+    assert model.network.outer.weight.grad.abs().max() > 0

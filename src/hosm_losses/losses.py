@@ -36,7 +36,8 @@ def first_order_dsm(
 ) -> Tensor:
     """Denoising score matching of order one, ‖ε̂ − ε‖²/d: the loss of every diffusion trainer.
 
-    No primitive is installed: with prediction="epsilon" it is the old loss to the last bit.
+    No primitive is installed: with prediction="epsilon" it is the old loss to the last bit, given
+    the same α and σ and data in float32 or float64. Half precision is squared in float32.
 
     Args:
         model: the score model.

@@ -91,7 +91,7 @@ def evaluate(
             residual = first_residual_of(field, inputs)
             terms = DSMTerms(first_term(residual))
             if options.weighting == "noise" and options.reduction == "mean":
-                # One mean over all elements, as every trainer has it: the same to the last bit.
+                # One mean over all elements, as every trainer has it.
                 loss = residual.square().mean()
                 _check_result(loss, terms, inputs.t)
                 return loss, terms
