@@ -38,6 +38,7 @@ def loss_and_gradients(function, leaves, chunks, seed=0):
         {"probes": 2, "reduction": "none", "weighting": "likelihood"},
         {"derivative": "reverse", "reduction": "sum"},
         {"derivative": "forward"},
+        {"derivative": "taylor"},
     ],
     ids=str,
 )
@@ -182,7 +183,7 @@ def lambda_module(network):
 
 def test_what_cannot_be_known_is_an_error():
     network, model, x0, _given = setting()
-    with pytest.raises(ValueError, match="chunks: expected a number above 0; got 0"):
+    with pytest.raises(ValueError, match="chunks: expected a whole number of at least 1; got 0"):
         hosm.third_order_dsm(model, x0, chunks=0)
     function = hosm.ScoreModel(lambda x, t: network(x, t), hosm.VPSchedule())
     with pytest.raises(TypeError, match=r"chunks: expected a network that is an nn\.Module"):

@@ -97,7 +97,7 @@ def test_what_is_compiled_by_itself_is_refused_above_order_one(name, order):
             with pytest.raises(RuntimeError, match="not currently support double backward"):
                 function(model, x0).backward()
     else:
-        for engine in ("auto", "forward", "reverse"):
+        for engine in ("auto", "taylor", "forward", "reverse"):
             with pytest.raises(TypeError, match=r"network: .* Compile the loss module"):
                 function(model, x0, derivative=engine)
 

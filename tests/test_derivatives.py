@@ -1,4 +1,4 @@
-"""Both engines against dense derivatives, and every gradient the losses need of them."""
+"""Every engine against dense derivatives, and every gradient the losses need of them."""
 
 import gc
 import warnings
@@ -11,9 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from hosm_losses import DerivativeError, ScoreModel, VPSchedule
 from hosm_losses.derivatives import _choice, time_derivative
+from hosm_losses.taylor import Jet
 from tests.oracles import dense_derivatives, networks
 
-ENGINES = ("forward", "reverse", "taylor")
+ENGINES = ("auto", "forward", "reverse", "taylor")
 NAMES = ("mlp", "conv", "attention")
 
 
@@ -115,11 +116,22 @@ def test_a_linear_field_has_gradient_zero(engine):
     assert layer.weight.grad is not None
 
 
-def test_auto_is_reverse_in_eager_mode():
-    _, field, x, w, _ = setting("mlp", count=2)
-    # Folding shows: the reverse engine gives each of the K probes a value of its own.
-    assert len(field.derive(x, w, order=3).value) == 2
-    assert len(field.derive(x, w, order=3, derivative="forward").value) == 1
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("order", [2, 3])
+def test_auto_is_the_taylor_engine_in_eager_mode(order, count):
+    layer, seen = nn.Linear(3, 3), []
+
+    def network(x, t):
+        in_transform = torch._C._functorch.is_functorch_wrapped_tensor(x)
+        seen.append("taylor" if isinstance(x, Jet) else "forward" if in_transform else "reverse")
+        return layer(x).sin()
+
+    field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.2, 0.7]))
+    x, w = torch.randn(2, 3), torch.randn(count, 2, 3)
+    for engine in ENGINES:
+        seen.clear()
+        field.derive(x, w, order=order, derivative=engine)
+        assert seen == ["taylor" if engine == "auto" else engine]
 
 
 class OnceDifferentiable(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hosm_losses as hosm
 
 MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
-KINDS = ("taylor", "reverse", "forward", "chunks")
+KINDS = ("auto", "taylor", "reverse", "forward", "chunks")
 CASES = [(1, "auto"), *[(order, kind) for order in (2, 3) for kind in KINDS]]
 BATCH = 4
 
@@ -152,6 +152,20 @@ def test_fsdp_on_the_network_or_a_part_of_it_is_refused_above_order_one(part):
 
     network = Network()
     fully_shard(network.get_submodule(part), mesh=init_device_mesh("cpu", (1,)))
+    model = hosm.ScoreModel(network, hosm.VPSchedule())
+    message = r"FSDPModule.*Wrap the loss module.*fully_shard\(Third"
+    with pytest.raises(TypeError, match=message):
+        hosm.ThirdOrderDSM(model)
+    with pytest.raises(TypeError, match=message):
+        hosm.third_order_dsm(model, torch.randn(2, 5, 3))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_what_is_sharded_after_construction_is_refused_by_the_call():
+    from torch.distributed.fsdp import fully_shard
+
+    network = Network()
     module = hosm.ThirdOrderDSM(hosm.ScoreModel(network, hosm.VPSchedule()))
-    with pytest.raises(TypeError, match=r"FSDPModule.*Wrap the loss module.*fully_shard\(Third"):
+    fully_shard(network, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(TypeError, match=r"FSDPModule.*Wrap the loss module"):
         module(torch.randn(2, 5, 3))

@@ -13,6 +13,10 @@ T = torch.full((4,), 0.5, dtype=torch.float64)
 NAN, INF = float("nan"), float("inf")
 
 
+def unreached(x, t, **kwargs):
+    raise AssertionError("the network was called")
+
+
 def model(schedule=VP):
     return hosm.ScoreModel(MLP(2), schedule)
 
@@ -27,11 +31,15 @@ BAD = [
     ({"x0": torch.zeros(0, 2)}, ValueError, "x0: expected a batch.*drop_last in the loader"),
     ({"x0": torch.zeros(2, 0)}, ValueError, "at least one sample and one element"),
     ({"x0": torch.tensor(1.0)}, ValueError, "x0: expected a batch"),
+    ({"x0": X0.to_sparse()}, TypeError, r"x0: expected a dense.*sparse_coo.*x0\.to_dense\(\)"),
+    ({"x0": X0 + 0j}, TypeError, r"x0: expected a real floating.*complex128.*view_as_real"),
     ({"x0": X0 * NAN}, ValueError, "x0: expected finite values; got 8 NaN or infinite of 8"),
     ({"noise": X0.float()}, TypeError, "noise: expected torch.float64, to go with x0"),
     ({"noise": X0[:3]}, ValueError, r"noise: expected shape \(4, 2\).*Nothing is broadcast"),
     ({"noise": X0[:1]}, ValueError, r"noise: expected shape \(4, 2\), that of x0"),
     ({"noise": X0 + INF}, ValueError, "noise: expected finite values"),
+    ({"noise": X0.to_sparse()}, TypeError, r"noise: expected a dense.*noise\.to_dense\(\)"),
+    ({"noise": X0 + 0j}, TypeError, "noise: expected torch.float64, to go with x0"),
     ({"noise": 0.0}, TypeError, "noise: expected a tensor of shape"),
     ({"t": 0.5}, TypeError, r"t: expected a tensor of shape \(4,\); got 0.5"),
     ({"t": T[:, None]}, ValueError, r"t: expected shape \(4,\).*got a torch.float64 tensor of"),
@@ -50,6 +58,13 @@ BAD = [
     ({"probe": "rademacher"}, TypeError, "probe: expected a tensor"),
     ({"probe": X0, "probes": 2}, ValueError, "probe: expected as many as probes=2.*got 1"),
     ({"probe": X0, "probes": "exact"}, ValueError, "probe: expected as many as probes='exact'"),
+    ({"generator": 0}, TypeError, r"generator: expected a torch\.Generator or None; got 0"),
+    ({"generator": torch.manual_seed}, TypeError, "generator: expected a torch.Generator"),
+    ({"model_kwargs": [1]}, TypeError, "model_kwargs: expected a mapping.*type list"),
+    ({"model_kwargs": "y"}, TypeError, "model_kwargs: expected a mapping.*got 'y'"),
+    ({"model_kwargs": {"x": X0}}, ValueError, "model_kwargs: expected none of 'x', 't'.*got 'x'"),
+    ({"model_kwargs": {"t": T}}, ValueError, "model_kwargs: expected none of 'x', 't'.*got 't'"),
+    ({"model_kwargs": {1: T}}, TypeError, "model_kwargs: expected names of keyword.*got 1"),
     ({"model": MLP(2)}, TypeError, r"model: expected a ScoreModel; got an object of type MLP"),
 ]
 
@@ -60,7 +75,7 @@ BAD = [
 )
 def test_bad_input_is_a_clear_error(order, change, error, message):
     function = (hosm.first_order_dsm, hosm.second_order_dsm, hosm.third_order_dsm)[order - 1]
-    arguments = {"model": model(), "x0": X0} | change
+    arguments = {"model": hosm.ScoreModel(unreached, VP), "x0": X0} | change
     with pytest.raises(error, match=message):
         function(arguments.pop("model"), arguments.pop("x0"), **arguments)
 
@@ -70,6 +85,18 @@ def test_the_device_is_checked():
         hosm.first_order_dsm(model(), X0, noise=X0.to("meta"))
     with pytest.raises(ValueError, match="t: expected device cpu"):
         hosm.first_order_dsm(model(), X0, t=T.to("meta"))
+
+
+class Elsewhere(torch.Generator):
+    """Stands for one on an accelerator, which this machine may lack."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("function", [hosm.first_order_dsm, hosm.third_order_dsm])
+def test_a_generator_of_another_device_is_an_error(function):
+    with pytest.raises(ValueError, match=r"generator: expected one on cpu.*got one on cuda:0"):
+        function(hosm.ScoreModel(unreached, VP), X0, generator=Elsewhere())
 
 
 def test_integer_times_are_the_tables_alone_and_within_it():
@@ -94,7 +121,7 @@ def test_half_precision_data_takes_float32_times(dtype):
     own = hosm.ScoreModel(lambda x, t: x, VP)
     x0 = torch.randn(4, 2, dtype=dtype)
     terms = hosm.dsm_terms(own, x0, t=T.float(), noise=x0, probe=x0)
-    assert terms.third.dtype == dtype
+    assert all(term.dtype == torch.float32 for term in terms)
     hosm.third_order_dsm(own, x0)
     with pytest.raises(TypeError, match=r"t: expected torch\.float32"):
         hosm.first_order_dsm(own, x0, t=T.to(dtype))

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 import hosm_losses as hosm
 from tests.oracles import MLP
@@ -87,27 +88,27 @@ def test_it_holds_the_model_and_nothing_else_and_can_be_copied():
     assert "probes='exact'" in repr(module)
 
 
+@pytest.mark.parametrize("module", [module for module, _, _ in PAIRS])
+@pytest.mark.parametrize("network", [MLP(2), None, lambda x, t: x])
+def test_a_network_in_place_of_a_score_model_is_an_error_at_construction(module, network):
+    with pytest.raises(TypeError, match=r"model: expected a ScoreModel; got .*Wrap your network"):
+        module(network)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("module", [hosm.SecondOrderDSM, hosm.ThirdOrderDSM])
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("wrap", "name"),
     [
-        ({"probes": 0}, "probes: expected a number above 0, or 'exact'; got 0"),
-        ({"probes": True}, "probes: expected a number above 0"),
-        ({"probes": "all"}, "probes: expected a number above 0, or 'exact'; got 'all'"),
-        ({"distribution": "cauchy"}, "distribution: expected one of 'rademacher', 'gaussian'"),
-        ({"weighting": "snr"}, r"weighting \(or a callable of t\): expected one of 'noise'"),
-        (
-            {"derivative": "jvp"},
-            "derivative: expected one of 'auto', 'taylor', 'reverse', 'forward'",
-        ),
-        ({"reduction": "avg"}, "reduction: expected one of 'mean', 'sum', 'none'; got 'avg'"),
-        ({"fraction": 0.0}, r"fraction: expected a number in \(0, 1\]; got 0.0"),
-        ({"fraction": 1.5}, r"fraction: expected a number in \(0, 1\]; got 1.5"),
-        ({"fraction": 0.5, "reduction": "none"}, "fraction: expected 1 with reduction='none'"),
+        (nn.DataParallel, "DataParallel"),
+        (lambda network: torch.compile(network, backend="eager"), "OptimizedModule"),
     ],
 )
-def test_bad_options_are_an_error_at_construction_and_in_the_function(options, message):
-    model, x0 = setting()
-    with pytest.raises(ValueError, match=message):
-        hosm.ThirdOrderDSM(model, **options)
-    with pytest.raises(ValueError, match=message):
-        hosm.third_order_dsm(model, x0, **options)
+def test_a_wrapped_network_is_an_error_at_construction(wrap, name, module, inside):
+    network = wrap(MLP(2))
+    network = nn.Sequential(network) if inside else network
+    model = hosm.ScoreModel(network, VP)
+    with pytest.raises(TypeError, match=f"expected a bare network.*got {name}"):
+        module(model)
+    hosm.FirstOrderDSM(model)

@@ -181,6 +181,9 @@ def test_bad_construction_is_an_error(arguments, options, error, message):
         (lambda x, t: (x, x), TypeError, r"network: expected it to return a tensor; got an obj"),
         (lambda x, t: {"sample": x}, TypeError, r"type dict\. Pick the prediction out with"),
         (lambda x, t: x.repeat(1, 2), ValueError, r"shape of x, \(4, 2\).*predicts a variance"),
+        (lambda x, t: x + 0j, TypeError, r"expected a real output; got.*complex.*torch\.real"),
+        (lambda x, t: x.long(), TypeError, r"expected a floating-point output; got.*int64"),
+        (lambda x, t: x.to("meta"), ValueError, r"output on cpu, the device of x; got.*on meta"),
         (lambda x, t: x.sum(1), ValueError, r"network: expected an output of the shape of x"),
     ],
 )
@@ -189,3 +192,64 @@ def test_a_network_that_returns_something_else_is_an_error(network, error, messa
     function = (hosm.first_order_dsm, hosm.second_order_dsm, hosm.third_order_dsm)[order - 1]
     with pytest.raises(error, match=message):
         function(model, torch.zeros(4, 2))
+
+
+class OfTime(nn.Module):
+    """Joins x and t and meets its parameters with both."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.layer = nn.Linear(3, 2, dtype=dtype)
+
+    def forward(self, x, t):
+        return self.layer(torch.cat([x, t[:, None]], 1))
+
+
+@pytest.mark.parametrize("engine", ["auto", "taylor", "reverse", "forward"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_data_of_a_dtype_that_the_network_cannot_take_are_explained(order, engine):
+    model = hosm.ScoreModel(OfTime(torch.float32), VP)
+    function = (hosm.first_order_dsm, hosm.second_order_dsm, hosm.third_order_dsm)[order - 1]
+    options = {"derivative": engine} if order > 1 else {}
+    message = (
+        r"network: its call failed \(.*The data are torch.float64 and its parameters torch.fl"
+    )
+    with pytest.raises(TypeError, match=message) as caught:
+        function(model, torch.zeros(4, 2), **options)
+    assert type(caught.value.__cause__) is RuntimeError
+    function(model, torch.zeros(4, 2).float(), **options)
+
+
+def test_times_of_a_dtype_that_the_network_cannot_take_are_explained():
+    x0 = torch.zeros(4, 2, dtype=torch.bfloat16)
+    network = OfTime(torch.bfloat16)
+    with pytest.raises(TypeError, match=r"t is torch.float32: convert t with ScoreModel.*time="):
+        hosm.third_order_dsm(hosm.ScoreModel(network, VP), x0)
+    model = hosm.ScoreModel(network, VP, time=lambda t: t.to(torch.bfloat16))
+    hosm.third_order_dsm(model, x0).backward()
+
+
+def test_other_errors_of_a_network_come_as_they_are():
+    def network(x, t):
+        raise RuntimeError("its own")
+
+    with pytest.raises(RuntimeError, match=r"^its own$"):
+        hosm.first_order_dsm(hosm.ScoreModel(network, VP), torch.zeros(4, 2))
+
+    class Full(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2, dtype=torch.float32)
+
+        def forward(self, x, t):
+            raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        hosm.first_order_dsm(hosm.ScoreModel(Full(), VP), torch.zeros(4, 2))
+
+
+def test_a_network_that_casts_by_itself_may_return_another_dtype():
+    inner = MLP(2).float()
+    model = hosm.ScoreModel(lambda x, t: inner(x.float(), t.float()), VP)
+    hosm.third_order_dsm(model, torch.randn(4, 2)).backward()
+    assert inner.outer.weight.grad is not None

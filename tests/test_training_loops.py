@@ -15,7 +15,7 @@ import hosm_losses as hosm
 MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
 ENGINES = [
     (1, None),
-    *((order, engine) for order in (2, 3) for engine in ("reverse", "forward", "taylor")),
+    *((order, engine) for order in (2, 3) for engine in ("auto", "reverse", "forward", "taylor")),
 ]
 HIGHER = ENGINES[1:]
 engines = pytest.mark.parametrize(("order", "engine"), ENGINES)
@@ -127,7 +127,7 @@ def test_a_scale_that_overflows_skips_the_step_and_falls(order, engine):
     ("order", "weights"),
     [(2, None), (2, (0, 1, 0)), (2, (0, 0, 1)), (3, None), (3, (0, 0, 0, 1))],
 )
-@pytest.mark.parametrize("engine", ["reverse", "forward"])
+@pytest.mark.parametrize("engine", ["auto", "taylor", "reverse", "forward"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gradient_under_autocast_is_near_that_of_float32(order, weights, engine, dtype):
     module = loss_module(order, engine, Mixed(width=16).float(), weights=weights)

@@ -207,6 +207,7 @@ def check_like(
     """Return `value` if it is a tensor of exactly this shape, dtype and device, those of `of`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape {shape}; got {describe(value)}.")
+    check_dense(name, value)
     if tuple(value.shape) != shape:
         raise ValueError(
             f"{name}: expected shape {shape}, that of {of}; got {describe(value)}. Nothing is "

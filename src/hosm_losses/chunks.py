@@ -17,7 +17,7 @@ __all__ = ["in_chunks"]
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -88,21 +88,30 @@ class _Call:
     def remember(self, tensors: Sequence[Tensor]) -> None:
         """Keep the state of the generators, and of autocast."""
         kind = tensors[0].device.type
-        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        autocast = None
+        if torch.amp.is_autocast_available(kind):
+            autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self.before.append((torch.get_rng_state(), get_device_states(*tensors), kind, autocast))
 
     @contextmanager
     def as_before(self, part: int) -> Iterator[None]:
         """Draw the same numbers again, and leave the generators as they are found."""
-        state, (devices, states), kind, (enabled, dtype) = self.before[part]
+        state, (devices, states), kind, autocast = self.before[part]
         device_type = kind if devices else "cuda"
         with (
             torch.random.fork_rng(devices, enabled=True, device_type=device_type),
-            torch.autocast(kind, dtype=dtype, enabled=enabled),
+            _autocast(kind, autocast),
         ):
             torch.set_rng_state(state)
             set_device_states(devices, states, device_type=device_type)
             yield
+
+
+def _autocast(kind: str, state: tuple[bool, torch.dtype] | None) -> AbstractContextManager[Any]:
+    if state is None:  # a device without it, such as meta
+        return nullcontext()
+    enabled, dtype = state
+    return torch.autocast(kind, dtype=dtype, enabled=enabled)
 
 
 class _Chunked(torch.autograd.Function):

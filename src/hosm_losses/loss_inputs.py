@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hosm_losses._checks import (
     check_finite,
+    check_generator,
     check_like,
     check_range,
     check_sample_batch,
@@ -60,6 +61,7 @@ def prepare(
     """
     score_model = check_model(model)
     batch = normal(check_sample_batch("x0", x0))
+    check_generator(generator, batch.device)
     drawn = t is None
     times = (
         draw_time(score_model, batch, weighting, generator)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosm_losses.loss_options import LossOptions, Probes, Weights
+from hosm_losses.loss_options import LossOptions, Probes, Weights, check_weights
 from hosm_losses.objective import evaluate
-from hosm_losses.score_model import ScoreModel
+from hosm_losses.score_model import ScoreModel, check_model
 from hosm_losses.terms import DSMTerms
 from hosm_losses.weighting import Weighting
+from hosm_losses.wrappers import refuse_wrapped
 
 Loss = Tensor | tuple[Tensor, DSMTerms]
 
@@ -25,7 +26,7 @@ Loss = Tensor | tuple[Tensor, DSMTerms]
 class _Objective(nn.Module):
     def __init__(self, model: ScoreModel, options: LossOptions) -> None:
         super().__init__()
-        self.model = model
+        self.model = check_model(model)
         self.options = options
 
     def extra_repr(self) -> str:
@@ -86,6 +87,8 @@ class _HigherOrder(_Objective):
         self, model: ScoreModel, options: LossOptions, weights: Weights | None = None
     ) -> None:
         super().__init__(model, options)
+        refuse_wrapped(model.network, thoroughly=True)
+        check_weights(weights, options.order)
         self.weights = weights
 
     def forward(

@@ -49,11 +49,13 @@ def first_order_dsm(
         model_kwargs: keyword arguments of the network.
 
     Returns:
-        The loss. Dimensionless; in nats, up to a constant, with weighting="likelihood".
+        The loss, in float32 at least. Dimensionless; in nats, up to a constant, with
+        weighting="likelihood".
 
     Raises:
         TypeError: for an argument of a wrong type or dtype, integer images included.
-        ValueError: for a wrong shape, device, name, or (on the CPU) value.
+        ValueError: for a wrong shape, device, name, or (on the CPU) value; on the CPU also for
+            a result that is NaN or infinite.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -111,7 +113,8 @@ def second_order_dsm(
 
     Raises:
         TypeError: for an argument of a wrong type or dtype, integer images included.
-        ValueError: for a wrong shape, device, name, or (on the CPU) value.
+        ValueError: for a wrong shape, device, name, or (on the CPU) value; on the CPU also for
+            a result that is NaN or infinite.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -174,7 +177,8 @@ def third_order_dsm(
         probe: v, of shape (B, *) or (K, B, *), used as it is; drawn if None.
         probes: K, the number of probes a sample, or "exact" for all d unit vectors.
         distribution: "rademacher", "gaussian", "sphere" or "dct".
-        weights: (first, second, trace, third), numbers or tensors of one element; all 1 if None.
+        weights: (first, second, trace, third), numbers of at least 0 or tensors of one element, in
+            a list, a tuple, an array or a tensor; all 1 if None.
         weighting: "noise" takes the terms as they are. "native" makes the first term the squared
             error of the network's own prediction. "likelihood" makes it the likelihood-weighted
             one, with t drawn uniformly in log σ̂. Both leave the meaning of the others. A
@@ -200,8 +204,10 @@ def third_order_dsm(
 
     Raises:
         TypeError: for an argument of a wrong type or dtype, integer images included.
-        ValueError: for a wrong shape, device, name, or (on the CPU) value.
-        DerivativeError: where the derivatives of the network cannot be taken.
+        ValueError: for a wrong shape, device, name, or (on the CPU) value; on the CPU also for
+            a result that is NaN or infinite.
+        DerivativeError: where the derivatives of the network cannot be taken, or (on the CPU) are
+            not finite.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -269,11 +275,13 @@ def dsm_terms(
         model_kwargs: as in `third_order_dsm`.
 
     Returns:
-        ‖r1‖²/d, ‖r2‖²/d², rt²/d² and ‖r3‖²/d³, each (B,); None above `order`.
+        ‖r1‖²/d, ‖r2‖²/d², rt²/d² and ‖r3‖²/d³, each (B,), in float32 at least; None above
+        `order`.
 
     Raises:
         TypeError: for an argument of a wrong type or dtype, integer images included.
-        ValueError: for a wrong shape, device, name, or (on the CPU) value.
+        ValueError: for a wrong shape, device, name, or (on the CPU) value; on the CPU also for
+            a result that is NaN or infinite.
 
     Example:
         >>> from hosm_losses import VPSchedule

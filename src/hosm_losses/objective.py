@@ -13,37 +13,20 @@ Source:
 
 __all__ = ["evaluate"]
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import describe
+from hosm_losses._checks import DerivativeError, check_model_kwargs, may_look
 from hosm_losses.inference import outside_inference_mode
 from hosm_losses.loss_inputs import prepare
-from hosm_losses.loss_options import LossOptions, Weights
+from hosm_losses.loss_options import LossOptions, Weights, check_weights
 from hosm_losses.terms import DSMTerms, evaluate_terms, first_residual_of, first_term
 from hosm_losses.weighting import time_factors
 from hosm_losses.wrappers import refuse_wrapped
-
-
-def _check_weights(weights: object, order: int) -> Weights:
-    count = {1: 1, 2: 3, 3: 4}[order]
-    if weights is None:
-        return (1.0,) * count
-    given = tuple(weights) if isinstance(weights, Sequence | Tensor) else ()
-    if len(given) not in ((3, 4) if order == 2 else (count,)):
-        raise ValueError(
-            "weights: expected four numbers (first, second, trace, third), at order 2 three or "
-            f"four; got {weights!r} at order {order}."
-        )
-    for weight in given:
-        if isinstance(weight, Tensor) and weight.numel() != 1:
-            raise ValueError(f"weights: expected numbers; got {describe(weight)}.")
-    if not any(isinstance(weight, Tensor) or weight != 0 for weight in given[: order + 1]):
-        raise ValueError(f"weights: expected one at least that is not 0; got {weights!r}.")
-    return given
 
 
 def _weighted(terms: DSMTerms, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
@@ -83,29 +66,82 @@ def evaluate(
 
     Returns:
         The reduced loss, and the terms with their graph.
+
+    Raises:
+        TypeError: for an argument of a wrong type or dtype.
+        ValueError: for a wrong shape, device or value, and, on the CPU, for a loss that is NaN or
+            infinite.
+        DerivativeError: where the derivatives of the network cannot be taken, or, on the CPU, are
+            NaN or infinite.
     """
-    checked = _check_weights(weights, options.order)
+    checked = check_weights(weights, options.order)
+    kwargs = check_model_kwargs(model_kwargs)
     with outside_inference_mode():
         score_model, inputs = prepare(model, x0, t, noise, options.weighting, generator)
+        _check_device(checked, inputs.x)
+        factors = time_factors(
+            score_model, inputs.x, inputs.t, options.weighting, drawn=inputs.drawn
+        )
         higher = options.order > 1
         if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)
-        field = score_model.field(
-            inputs.t, model_kwargs, primitives=score_model.primitives and higher
-        )
+        field = score_model.field(inputs.t, kwargs, primitives=score_model.primitives and higher)
         chosen = None
         if not higher:
             residual = first_residual_of(field, inputs)
             terms = DSMTerms(first_term(residual))
             if options.weighting == "noise" and options.reduction == "mean":
                 # One mean over all elements, as every trainer has it: the same to the last bit.
-                return residual.square().mean(), terms
+                loss = residual.square().mean()
+                _check_result(loss, terms, inputs.t)
+                return loss, terms
         else:
             terms, chosen = evaluate_terms(field, inputs, probe, options, generator)
-        factors = time_factors(
-            score_model, inputs.x, inputs.t, options.weighting, drawn=inputs.drawn
+        loss = _reduce(terms, checked, factors, chosen, options)
+        _check_result(loss, terms, inputs.t)
+        return loss, terms
+
+
+def _check_device(weights: Weights, x: Tensor) -> None:
+    for weight in weights:
+        # A number on the CPU goes with a tensor on any device.
+        if isinstance(weight, Tensor) and weight.device not in (x.device, torch.device("cpu")):
+            raise ValueError(
+                f"weights: expected numbers, or tensors on {x.device} as x0 is, or on the CPU; "
+                f"got one on {weight.device}."
+            )
+
+
+def _check_result(loss: Tensor, terms: DSMTerms, t: Tensor) -> None:
+    """Raise where a loss on the CPU is not finite: one number is looked at, and then why."""
+    if not may_look(loss):
+        return
+    if math.isfinite(loss.item()) if loss.ndim == 0 else bool(torch.isfinite(loss).all()):
+        return
+    bad = ~torch.isfinite(terms.first)
+    if bool(bad.any()):
+        times = t[bad]
+        raise ValueError(
+            "network: expected finite outputs; got NaN or infinite ones for "
+            f"{int(bad.sum())} of {len(bad)} samples, at t from {float(times.min()):g} to "
+            f"{float(times.max()):g}. Look for parameters that are not finite, after a step that "
+            "was too large, and for a division by zero or a logarithm in the network."
         )
-        return _reduce(terms, checked, factors, chosen, options), terms
+    names = [
+        name
+        for name, term in terms._asdict().items()
+        if term is not None and not bool(torch.isfinite(term).all())
+    ]
+    if names:
+        raise DerivativeError(
+            "network: expected finite derivatives; its outputs are finite, but not the terms "
+            f"{', '.join(names)}. A root, a norm or a power has no derivative at zero: add a "
+            "small number inside it. check_derivatives(model, x0) names the module."
+        )
+    raise ValueError(
+        "loss: expected a finite one; its terms are finite, but not with their weights. Take "
+        "smaller weights, or a weighting without a singularity at the times of the batch."
+    )
 
 
 def _reduce(

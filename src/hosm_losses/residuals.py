@@ -28,6 +28,7 @@ Source:
 
 __all__ = [
     "first_residual",
+    "over_elements",
     "second_residual",
     "sliced_residual",
     "third_residual",
@@ -37,10 +38,14 @@ __all__ = [
 from torch import Tensor
 
 
+def over_elements(tensor: Tensor) -> Tensor:
+    """Sum over the elements of a sample: (K, B, *) to (K, B)."""
+    return tensor.reshape(*tensor.shape[:2], -1).sum(-1)
+
+
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over the elements of a sample: (K, B, *) and (K, B, *) to (K, B)."""
-    product = a * b
-    return product.reshape(*product.shape[:2], -1).sum(-1)
+    return over_elements(a * b)
 
 
 def _along(coefficient: Tensor, vector: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ Source:
 __all__ = ["PREDICTIONS", "ScoreModel", "check_model"]
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -193,10 +194,7 @@ class ScoreModel(nn.Module):
         elif self.time is not None:
             network_time = network_time * self.time
         kwargs = unwrapped(kwargs)
-        if self.call is None:
-            returned = self.network(x, network_time, **kwargs)
-        else:
-            returned = self.call(self.network, x, network_time, **kwargs)
+        returned = self._called(x, network_time, kwargs)
         predicted = returned if self.output is None else self.output(returned)
         if not isinstance(predicted, Tensor):
             raise TypeError(
@@ -215,7 +213,45 @@ class ScoreModel(nn.Module):
                 f"{describe(predicted)}. If it predicts a variance too, keep the first channels: "
                 "ScoreModel(..., output=lambda out: out[:, :C])."
             )
+        if not predicted.is_floating_point():
+            raise TypeError(
+                f"network: expected a floating-point output; got {describe(predicted)}, which has "
+                "no derivatives."
+            )
+        if predicted.device != x.device:
+            raise ValueError(
+                f"network: expected an output on {x.device}, the device of x; got "
+                f"{describe(predicted)}."
+            )
         return predicted
+
+    def _called(self, x: Tensor, network_time: Tensor, kwargs: Mapping[str, Any]) -> Any:
+        call = self.network if self.call is None else partial(self.call, self.network)
+        if torch.compiler.is_compiling():
+            return call(x, network_time, **kwargs)
+        try:
+            return call(x, network_time, **kwargs)
+        except RuntimeError as error:
+            # Subclasses are about something else, such as memory.
+            if type(error) is RuntimeError:
+                self._explain_dtypes(x, network_time, error)
+            raise
+
+    def _explain_dtypes(self, x: Tensor, network_time: Tensor, error: RuntimeError) -> None:
+        """Raise in place of an error where the dtypes of x, t and the parameters differ."""
+        parameters = self.network.parameters() if isinstance(self.network, nn.Module) else ()
+        own = next((p.dtype for p in parameters if p.is_floating_point()), x.dtype)
+        failed = f"its call failed ({str(error).splitlines()[0]})"
+        if own != x.dtype:
+            raise TypeError(
+                f"network: {failed}. The data are {x.dtype} and its parameters {own}: convert the "
+                f"data with .to({own}), or the network with .to({x.dtype})."
+            ) from error
+        if network_time.is_floating_point() and network_time.dtype != x.dtype:
+            raise TypeError(
+                f"network: {failed}. The data are {x.dtype} and t is {network_time.dtype}: "
+                f"convert t with ScoreModel(..., time=lambda t: t.to({x.dtype}))."
+            ) from error
 
 
 def check_model(value: object) -> ScoreModel:

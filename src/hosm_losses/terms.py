@@ -11,6 +11,10 @@ Random or exact probes:
     terms have a mean that is larger by the spread over probes, which is zero at the true score.
     For a field free to take any value the minimiser is the same; for a restricted family it need
     not be.
+
+Precision:
+    Residuals and terms are float32 at least: a sum over a few thousand squares leaves the range
+    of float16. The network and its derivatives keep the precision of x.
 """
 
 __all__ = ["DSMTerms", "evaluate_terms", "first_residual_of", "first_term"]
@@ -27,9 +31,11 @@ from hosm_losses.derivatives import Curved
 from hosm_losses.loss_inputs import Inputs, probe_tensor
 from hosm_losses.loss_options import LossOptions
 from hosm_losses.noise_field import NoiseField
+from hosm_losses.primitives import at_least_float32
 from hosm_losses.probes import draw_probes
 from hosm_losses.residuals import (
     first_residual,
+    over_elements,
     second_residual,
     sliced_residual,
     third_residual,
@@ -110,8 +116,9 @@ def _rows(inputs: Inputs, index: Tensor | slice) -> Inputs:
 
 
 def first_residual_of(field: NoiseField, inputs: Inputs) -> Tensor:
-    """r1 (1, B, *)."""
-    return first_residual(field(inputs.x).unsqueeze(0), inputs.noise)
+    """r1 (1, B, *), in float32 at least."""
+    value = at_least_float32(field(inputs.x).unsqueeze(0))
+    return first_residual(value, at_least_float32(inputs.noise))
 
 
 def _first(field: NoiseField, inputs: Inputs, options: LossOptions) -> Tensor:
@@ -159,7 +166,7 @@ def _mean_square(residual: Tensor, *, exact: bool = False) -> Tensor:
     """‖r‖² of (K, B, *) averaged over probes, or of their sum over all unit vectors: (B,)."""
     if exact:
         residual = residual.sum(0, keepdim=True)
-    return residual.square().reshape(*residual.shape[:2], -1).sum(-1).mean(0)
+    return over_elements(residual.square()).mean(0)
 
 
 def first_term(residual: Tensor) -> Tensor:
@@ -182,6 +189,7 @@ def terms_along(
         x, direction, order=options.order, derivative=options.derivative, others=others
     )
     value, directional, last = derived
+    value, directional, noise, probe = map(at_least_float32, (value, directional, noise, probe))
     elements = x[0].numel()
     exact = options.probes == "exact"
     first = first_term(first_residual(value, noise))
@@ -192,8 +200,10 @@ def terms_along(
     trace = _mean_square(trace, exact=exact) / elements**2
     if last is None:
         return DSMTerms(first, second, trace)
+    last = at_least_float32(last)
     if other is None or not isinstance(derived, Curved):
         third = third_residual(value, directional, last, noise, probe)
     else:
+        other = at_least_float32(other)
         third = sliced_residual(value, directional, last, noise, probe, other)
     return DSMTerms(first, second, trace, _mean_square(third, exact=exact) / elements**3)

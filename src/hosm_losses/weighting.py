@@ -31,7 +31,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_like
+from hosm_losses._checks import check_choice, check_finite, check_like
 from hosm_losses.schedule import Schedule
 from hosm_losses.score_model import ScoreModel
 
@@ -85,7 +85,7 @@ def time_factors(
 
     Raises:
         TypeError: if a callable weighting returns no tensor like t.
-        ValueError: if it returns another shape than (B,).
+        ValueError: if it returns another shape than (B,), or (on the CPU) NaN or infinity.
     """
     if weighting == "noise":
         return None, None
@@ -96,6 +96,7 @@ def time_factors(
         reference = model.coefficients(t, x0)[1]
         shape = tuple(reference.shape)
         check_like("weighting(t)", factor, shape, reference.dtype, reference.device, "t")
+        check_finite("weighting(t)", factor)
         return factor, factor
     schedule = model.schedule
     time = model.time_in(t, x0)

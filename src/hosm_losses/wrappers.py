@@ -35,11 +35,13 @@ WRAPPERS = {
 DOERS = {"torch.distributed.fsdp", "torch._dynamo"}
 
 
-def refuse_wrapped(network: object) -> None:
+def refuse_wrapped(network: object, *, thoroughly: bool = False) -> None:
     """Raise where a wrapper in or around the network stands in the way of higher derivatives.
 
     Args:
         network: what a ScoreModel holds.
+        thoroughly: whether to look at every part also where nothing suggests a wrapper: once, not
+            at every step.
 
     Raises:
         TypeError: for a network wrapped by DDP, or with parts that are compiled or that FSDP
@@ -48,7 +50,7 @@ def refuse_wrapped(network: object) -> None:
     types = {type(network)}
     found = set()
     # Nothing is sharded or compiled where the package that does it was never imported.
-    if isinstance(network, nn.Module) and sys.modules.keys() & DOERS:
+    if isinstance(network, nn.Module) and (thoroughly or sys.modules.keys() & DOERS):
         for part in network.modules():
             types.add(type(part))
             if getattr(part, COMPILED_PART, None) is not None:

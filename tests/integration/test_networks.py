@@ -1,5 +1,7 @@
 """Networks of other packages: terms and parameter gradients of both orders, in every engine."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -27,6 +29,14 @@ def takes(name, engine, order):
     return (engine, order) not in NETWORKS[name].refused
 
 
+def taken(engines=ENGINES, orders=ORDERS):
+    """(name, engine, order) of what is not refused."""
+    every = itertools.product(NETWORKS, engines, orders)
+    return pytest.mark.parametrize(
+        ("name", "engine", "order"), [case for case in every if takes(*case)]
+    )
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_parameter_gradients_are_right_or_refused(name, engine, order):
@@ -40,21 +50,18 @@ def test_parameter_gradients_are_right_or_refused(name, engine, order):
             raise found.raised or AssertionError(f"not refused; error {found.error}")
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_float32_is_near(name, order):
+@taken(engines=["auto"])
+def test_float32_is_near(need, name, engine, order):
     """As it is used: in float32, with the casts of the package."""
-    if takes(name, "auto", order):
-        found = outcome(name, "auto", order, dtype=torch.float32)
-        assert found.raised is None, found.raised
-        assert found.error < TOLERANCE[torch.float32]
+    need(NETWORKS[name].module)
+    found = outcome(name, engine, order, dtype=torch.float32)
+    assert found.raised is None, found.raised
+    assert found.error < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_terms_are_right(name, engine, order):
-    """Values can be right where the gradient is refused, and the checkpoint's are."""
-    if not takes(name, engine, order):
-        return
+@taken()
+def test_terms_are_right(need, name, engine, order):
+    need(NETWORKS[name].module)
     dtype = NETWORKS[name].dtype
     model = NETWORKS[name].score_model()
     given = arguments(name, dtype)
@@ -64,16 +71,16 @@ def test_terms_are_right(name, engine, order):
     assert (terms.third is None) == (order == 2)
 
 
-@pytest.mark.parametrize("engine", ["taylor", "reverse", "forward"])
-def test_several_probes_are_the_mean_of_single_ones(name, engine):
+@taken(orders=[3])
+def test_several_probes_are_the_mean_of_single_ones(need, name, engine, order):
     """With conditions that follow their samples, and in forward mode under vmap."""
-    if not (takes(name, engine, 3) and takes(name, "auto", 3)):
-        return
+    need(NETWORKS[name].module)
     model = NETWORKS[name].score_model()
     weights = reference_of(name).weights
     given = arguments(name, torch.float64, probes=3)
-    together = gradient(model, given, 3, engine, weights)
+    together = gradient(model, given, order, engine, weights)
     singly = [
-        gradient(model, {**given, "probe": probe}, 3, "auto", weights) for probe in given["probe"]
+        gradient(model, {**given, "probe": probe}, order, engine, weights)
+        for probe in given["probe"]
     ]
     assert relative_error(together, torch.stack(singly).mean(0)) < 1e-9

@@ -55,9 +55,15 @@ def test_the_schedulers_own_loss(kind, betas, prediction):
     }[prediction]()
     ours = hosm.first_order_dsm(model, x0, t=t, noise=noise, weighting="native")
     torch.testing.assert_close(ours, F.mse_loss(predicted, target), rtol=1e-5, atol=1e-6)
-    if kind == "DDIMScheduler":
-        return
-    # And ε̂, by the conversion its sampler uses.
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("betas", BETAS)
+def test_the_noise_by_the_conversion_of_the_sampler(betas, prediction):
+    scheduler = diffusers.DDPMScheduler(beta_schedule=betas, prediction_type=prediction)
+    network = unet()
+    model = from_diffusers(network, scheduler)
+    x0, t, noise = batch()
     x_t = noised(model, x0, t, noise)
     step = scheduler.alphas_cumprod[t].double().reshape(-1, 1, 1, 1)
     predicted = network(x_t, t).sample

@@ -1,0 +1,132 @@
+"""Half-precision data: what is summed over the elements is summed in float32 at least."""
+
+import pytest
+import torch
+from torch import nn
+
+import hosm_losses as hosm
+
+D = 3072  # an image of 32 by 32: ‖v‖⁴ is far outside float16
+HALVES = [torch.float16, torch.bfloat16]
+FUNCTIONS = {1: hosm.first_order_dsm, 2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
+THIRDS = ("exact", "laplacian", "sliced")
+
+
+class Elementwise(nn.Module):
+    """A network whose own sums are short, so that only those of the loss are tested."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.2, 1.2, D))
+        self.shift = nn.Parameter(torch.linspace(-0.5, 0.5, D))
+
+    def forward(self, x, t):
+        rolled = x * self.weight + 0.3 * x.roll(1, 1)
+        return torch.tanh(rolled + self.shift + t.to(x.dtype)[:, None])
+
+
+class Matrices(nn.Module):
+    """One whose matrix products autocast puts into half precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(D, 16), nn.Linear(16, D)
+
+    def forward(self, x, t):
+        return self.outer(torch.tanh(self.inner(x) + t[:, None]))
+
+
+def setting(network, half, size, prediction="epsilon"):
+    """The same numbers in half precision and in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(size, D, generator=generator).to(half) for _ in range(2))
+    signs = torch.randint(0, 2, (1, size, D), generator=generator) * 2.0 - 1
+    t = torch.linspace(0.3, 0.8, size).float()
+    double = {"x0": x0.double(), "noise": noise.double(), "t": t.double()}
+    short = {"x0": x0, "noise": noise, "t": t}
+    short_network = network.to(half)
+    models = []
+    for dtype in (half, torch.float64):
+        copy = type(network)().to(dtype)
+        copy.load_state_dict(short_network.state_dict())
+        models.append(hosm.ScoreModel(copy, hosm.VPSchedule(), prediction))
+    return models, (short, double), signs
+
+
+def close(got, expected, half):
+    """To a few roundings of the type; a cancelled difference is measured by what it is of."""
+    assert got.dtype == torch.float32
+    assert bool(torch.isfinite(got).all())
+    tolerance = 20 * torch.finfo(half).eps
+    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighting", ["noise", "native", "likelihood"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("half", HALVES)
+def test_every_order_reduction_and_weighting_equals_float64(half, order, weighting, reduction):
+    # With "epsilon" nothing but the loss widens what the network returns.
+    prediction = "v_prediction" if weighting == "native" else "epsilon"
+    (short, double), inputs, signs = setting(Elementwise(), half, 4, prediction)
+    found = []
+    for model, given in zip((short, double), inputs, strict=True):
+        options = {"weighting": weighting, "reduction": reduction}
+        if order > 1:
+            options["probe"] = signs.to(given["x0"].dtype)
+        given = dict(given)
+        loss = FUNCTIONS[order](model, given.pop("x0"), **given, **options)
+        loss.sum().backward()
+        found.append((loss.detach(), model.network.weight.grad))
+    size = float(found[1][0].abs().max())
+    close(found[0][0] / size, found[1][0] / size, half)
+    error = (found[0][1].double() - found[1][1]).norm() / found[1][1].norm()
+    assert float(error) < 20 * torch.finfo(half).eps
+
+
+@pytest.mark.parametrize("derivative", ["auto", "taylor", "reverse", "forward"])
+@pytest.mark.parametrize("third", THIRDS)
+@pytest.mark.parametrize("half", HALVES)
+def test_the_terms_of_every_engine_equal_float64(half, third, derivative):
+    if third != "exact" and derivative == "reverse":
+        derivative = "auto"
+    (short, double), inputs, signs = setting(Elementwise(), half, 2)
+    found = []
+    for model, given in zip((short, double), inputs, strict=True):
+        # u is drawn from the generator of its own.
+        generator = torch.Generator().manual_seed(1)
+        given = dict(given, probe=signs.to(given["x0"].dtype), generator=generator)
+        options = {"third": third, "derivative": derivative}
+        found.append(hosm.dsm_terms(model, given.pop("x0"), **given, **options))
+    for got, expected in zip(*found, strict=True):
+        close(got.detach(), expected.detach(), half)
+
+
+@pytest.mark.parametrize("third", THIRDS)
+def test_exact_probes_equal_float64(third):
+    half = torch.float16
+    (short, double), inputs, _ = setting(Elementwise(), half, 1)
+    found = []
+    for model, given in zip((short, double), inputs, strict=True):
+        generator = torch.Generator().manual_seed(1)
+        given = dict(given, probes="exact", third=third, generator=generator)
+        with torch.no_grad():
+            found.append(hosm.dsm_terms(model, given.pop("x0"), **given))
+    for got, expected in zip(*found, strict=True):
+        close(got, expected, half)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("half", HALVES)
+def test_autocast_equals_float64(half, order):
+    (_, double), (_, given), signs = setting(Matrices(), half, 4)
+    short = hosm.ScoreModel(Matrices().float(), hosm.VPSchedule())
+    short.network.load_state_dict(double.network.state_dict())
+    found = []
+    for model, dtype, on in ((short, torch.float32, True), (double, torch.float64, False)):
+        inputs = {name: tensor.to(dtype) for name, tensor in given.items()}
+        if order > 1:
+            inputs["probe"] = signs.to(dtype)
+        with torch.autocast("cpu", dtype=half, enabled=on):
+            found.append(FUNCTIONS[order](model, inputs.pop("x0"), **inputs).detach())
+    close(found[0] / found[1].float(), torch.ones(()), half)
