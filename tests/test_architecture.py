@@ -44,7 +44,7 @@ FLOORS = (
     {"taylor/norm_gradients"},
     {"taylor/norms"},
     {"taylor/__init__"},
-    {"engines"},
+    {"checkpointing", "engines"},
     {"derivatives"},
     {"differences", "schedule"},
     {"coordinates", "discrete_schedule", "noise_field", "schedule_check", "schedules"},

@@ -130,3 +130,15 @@ def test_autocast_equals_float64(half, order):
         with torch.autocast("cpu", dtype=half, enabled=on):
             found.append(FUNCTIONS[order](model, inputs.pop("x0"), **inputs).detach())
     close(found[0] / found[1].float(), torch.ones(()), half)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_divergence_of_half_precision_is_summed_in_float32(dtype):
+    """Its sum is 3072 times a number, which half precision rounds by a nat or more."""
+    t = torch.full((1,), 0.5)
+    field = hosm.ScoreModel(lambda x, t: 1.001 * x, hosm.VPSchedule()).field(t)
+    x = torch.randn(1, 3072).to(dtype)
+    _, forms = field.quadratic_forms(x, [torch.ones_like(x)[None]])
+    assert forms.dtype == torch.float32
+    expected = -3072 * float(torch.tensor(1.001, dtype=dtype))
+    assert forms.item() == pytest.approx(expected, rel=1e-6)

@@ -233,10 +233,11 @@ def test_a_checkpoint_around_the_loss_changes_nothing(order, engine, dropout):
     torch.testing.assert_close(take_gradient(module), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("derivative", ["auto", "taylor", "reverse"])
 @pytest.mark.parametrize("order", [2, 3])
-def test_checkpoints_around_the_loss_and_inside_the_network(order):
+def test_checkpoints_around_the_loss_and_inside_the_network(order, derivative):
     network = Mixed()
-    module = loss_module(order, "reverse", network)
+    module = loss_module(order, derivative, network)
     x0, inputs = data(order)
     expected = gradient(module, x0, inputs)
     network.middle.forward = partial(hosm.checkpoint, network.middle.forward)

@@ -2,6 +2,7 @@
 
 from hosm_losses._checks import DerivativeError as DerivativeError
 from hosm_losses.bound import variational_nll as variational_nll
+from hosm_losses.checkpointing import checkpoint as checkpoint
 from hosm_losses.conditions import Shared as Shared
 from hosm_losses.derivative_check import check_derivatives as check_derivatives
 from hosm_losses.discrete_schedule import DiscreteSchedule as DiscreteSchedule
@@ -15,7 +16,6 @@ from hosm_losses.losses import second_order_dsm as second_order_dsm
 from hosm_losses.losses import third_order_dsm as third_order_dsm
 from hosm_losses.nll_result import NLLResult as NLLResult
 from hosm_losses.nll_result import NLLSummary as NLLSummary
-from hosm_losses.primitive_mode import checkpoint as checkpoint
 from hosm_losses.schedule import Schedule as Schedule
 from hosm_losses.schedules import CosineSchedule as CosineSchedule
 from hosm_losses.schedules import EDMSchedule as EDMSchedule

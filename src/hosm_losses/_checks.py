@@ -24,6 +24,7 @@ __all__ = [
     "describe",
     "expand_right",
     "may_look",
+    "over_elements",
     "owns_values",
 ]
 
@@ -249,3 +250,9 @@ def check_range(name: str, value: Tensor, low: float, high: float) -> None:
 def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
     """View a per-sample (B,) as (B, 1, …) so that it multiplies `like` (B, *) sample by sample."""
     return per_sample.reshape(per_sample.shape + (1,) * (like.ndim - per_sample.ndim))
+
+
+def over_elements(tensor: Tensor) -> Tensor:
+    """Sum over the elements of a sample, (K, B, *) to (K, B), in float32 at least."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.reshape(*tensor.shape[:2], -1).sum(-1, dtype=wide)

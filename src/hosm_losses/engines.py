@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import DerivativeError
+from hosm_losses._checks import DerivativeError, over_elements
 from hosm_losses.backward import LOST_TWICE, explained, pull_back, refuse_dropped
 from hosm_losses.primitive_mode import ForwardMode
 from hosm_losses.taylor import carried
@@ -269,4 +269,4 @@ def quadratic_forms(
 
 
 def _forms(pulled: Tensor, w: Tensor) -> Tensor:
-    return (pulled * w).reshape(*w.shape[:2], -1).sum(-1)
+    return over_elements(pulled * w)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hosm_losses._checks import over_elements
 from hosm_losses.conditions import map_tensors, per_sample
 from hosm_losses.derivatives import Derivatives, derive, quadratic_forms
 from hosm_losses.primitive_mode import safe_primitives
@@ -92,7 +93,7 @@ class NoiseField:
 
         def watched() -> Iterator[Tensor]:
             for w in directions:
-                squares.append(w.square().reshape(*w.shape[:2], -1).sum(-1))
+                squares.append(over_elements(w.square()))
                 yield w
 
         value, forms = quadratic_forms(NetworkField(self), x, watched())

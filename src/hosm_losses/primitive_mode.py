@@ -14,7 +14,7 @@ __all__ = [
     "CHECKPOINT_ADVICE",
     "FORWARD_ADVICE",
     "ForwardMode",
-    "checkpoint",
+    "recomputable",
     "safe_primitives",
 ]
 
@@ -124,29 +124,19 @@ class ForwardMode:
         _here.forward = self.before
 
 
-def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Activation checkpointing for use inside a network that is trained with order two or three.
-
-    It is torch's non-reentrant `torch.utils.checkpoint.checkpoint`, whose recomputation in the
-    backward pass also uses the safe primitives if the first computation did. With torch's own
-    checkpoint a network that needs a primitive ends in a CheckpointError in the reverse engine.
-    Forward mode cannot recompute anything.
+def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """torch's non-reentrant checkpoint, whose recomputation has the primitives if this call has.
 
     Args:
         function: a part of the network.
         args: its arguments.
-        kwargs: its keyword arguments.
+        kwargs: its keyword arguments, and those of torch's checkpoint.
 
     Returns:
         What `function` returns.
 
     Raises:
         DerivativeError: in forward mode, unless autograd is off.
-
-    Example:
-        >>> layer = torch.nn.Linear(3, 3)
-        >>> checkpoint(layer, torch.zeros(2, 3)).shape
-        torch.Size([2, 3])
     """
     if getattr(_here, "forward", False) and torch.is_grad_enabled():
         raise DerivativeError(FORWARD_ADVICE)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import expand_right
+from hosm_losses._checks import expand_right, over_elements
 from hosm_losses.chunks import in_chunks
 from hosm_losses.derivatives import Curved
 from hosm_losses.loss_inputs import Inputs, probe_tensor
@@ -35,7 +35,6 @@ from hosm_losses.primitives import at_least_float32
 from hosm_losses.probes import draw_probes
 from hosm_losses.residuals import (
     first_residual,
-    over_elements,
     second_residual,
     sliced_residual,
     third_residual,
