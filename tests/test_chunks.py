@@ -10,6 +10,7 @@ from torch import nn
 import hosm_losses as hosm
 from hosm_losses.chunks import in_chunks
 from tests.oracles import networks
+from tests.versions import compiles_higher_orders
 
 FUNCTIONS = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
 
@@ -200,6 +201,7 @@ def test_what_cannot_be_known_is_an_error():
         loss.backward()
 
 
+@compiles_higher_orders
 @pytest.mark.filterwarnings("ignore")
 def test_it_is_refused_under_compile():
     _network, model, x0, given = setting("mlp")

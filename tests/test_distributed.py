@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import hosm_losses as hosm
+from tests.versions import shards_on_cpu
 
 MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
 KINDS = ("auto", "taylor", "reverse", "forward", "chunks")
@@ -107,7 +108,7 @@ def work(rank, folder, kind, options):
     [
         ("ddp", {}),
         ("ddp", {"static_graph": True}),
-        ("fsdp", {}),
+        pytest.param("fsdp", {}, marks=shards_on_cpu),
     ],
 )
 def test_two_processes_give_the_gradient_of_one(tmp_path, kind, options):

@@ -5,7 +5,7 @@ import sys
 
 LOADED = """
 import sys
-import numpy, torch
+import numpy, torch, torch.utils.checkpoint  # with which PyTorch 2.6 loads sympy
 before = set(sys.modules)
 import hosm_losses, hosm_losses.interop
 own = {name.partition(".")[0] for name in set(sys.modules) - before}

@@ -258,7 +258,7 @@ def test_a_schedule_computed_in_single_precision_and_one_that_learns_are_taken()
 
 def test_it_is_looked_at_only_outside_of_compilation():
     def make(x):
-        build(hosm.LinearFlowSchedule(t_max=1.0))
+        check_schedule(hosm.LinearFlowSchedule(t_max=1.0))
         return x + 1
 
     compiled = torch.compile(make, backend="eager", fullgraph=True)

@@ -3,18 +3,22 @@
 __all__ = ["normal", "outside_inference_mode"]
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 
-@contextmanager
-def outside_inference_mode() -> Iterator[None]:
+def outside_inference_mode() -> AbstractContextManager[None]:
     """Leave torch.inference_mode, which forbids all derivatives, with gradients off as before."""
+    # torch.compile of PyTorch 2.6 follows no generator in a with statement.
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-        yield
-        return
+        return nullcontext()
+    return _left()
+
+
+@contextmanager
+def _left() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
 

@@ -39,7 +39,7 @@ class Model(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile of PyTorch 2.6 hashes it before it is made
 class NoiseField:
     """f(x) = −ε̂(x, t) with t and the conditions bound.
 

@@ -138,8 +138,10 @@ def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     Raises:
         DerivativeError: in forward mode, unless autograd is off.
     """
-    if getattr(_here, "forward", False) and torch.is_grad_enabled():
-        raise DerivativeError(FORWARD_ADVICE)
+    if getattr(_here, "forward", False):
+        if torch.is_grad_enabled():
+            raise DerivativeError(FORWARD_ADVICE)
+        return function(*args, **kwargs)  # nothing is saved; torch's of 2.6 has no jvp
     active = bool(getattr(_here, "around", ()))
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
