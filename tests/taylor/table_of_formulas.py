@@ -289,7 +289,9 @@ def _(r, f):
     axes = int(f.__name__[-2])
     weight = PARAMETER.reshape(-1)[: 4 * 2**axes].reshape(2, 2, *(2,) * axes)
     shape = {1: (3, 2, 4), 2: (3, 2, 2, 2), 3: (3, 2, 2, 2, 1)}[axes]
-    padding = r.choice([0, 1, (1,) * axes]) if axes < 3 else 1
+    padding = r.choice([0, 1, (1,) * axes])
+    if axes == 3:  # of which the last has one element
+        padding = 0 if "transpose" in f.__name__ else 1
     named = some(r, ("bias", ROWS[:2].clone()), ("stride", r.choice([1, (2,) * axes])))
     rest = {"padding": padding} if axes == 3 or r.random() < 0.7 else {}
     batched = r.random() < 0.8

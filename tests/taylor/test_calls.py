@@ -113,7 +113,7 @@ def test_every_rule_has_a_generator():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("function", CALLED, ids=name)
-@settings(max_examples=4)
+@settings(max_examples=7)
 @given(seed=SEEDS)
 def test_calls(function, seed):
     call = GENERATORS[function](Random(seed), function)

@@ -205,3 +205,20 @@ def test_what_pytorch_refuses_is_refused_in_its_words(function):
 )
 def test_functions_whose_results_are_whole_numbers(function):
     check(function, (4,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_rms_norm_of_a_short_type_adds_the_eps_that_pytorch_adds(dtype):
+    x = torch.randn(3, 4).to(dtype) * 1e-3
+    got = carried(lambda x: F.rms_norm(x, (4,)), x, x.unsqueeze(0))
+    torch.testing.assert_close(got[0], F.rms_norm(x, (4,)), rtol=1e-2, atol=1e-3)
+
+
+def test_a_baddbmm_under_autocast_has_the_type_of_its_product():
+    x = torch.rand(3, 2, 4, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+
+        def function(x):
+            return torch.baddbmm(torch.ones(3, 2, 2, dtype=torch.float32), x, x.mT)
+
+        assert carried(function, x, x.unsqueeze(0)).dtype == function(x).dtype == torch.bfloat16

@@ -204,4 +204,7 @@ def _baddbmm(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Je
     if not isinstance(a, Jet) and not isinstance(b, Jet):
         raise NoRule
     product = multiply(_of_matrices(a, b), alpha)
-    return product if beta == 0 else add(product, x, beta)
+    if beta == 0:
+        return product
+    total = add(product, x, beta)
+    return total.like(total.stack.to(product.dtype))  # under autocast x may be in a wider type

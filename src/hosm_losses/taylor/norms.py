@@ -49,11 +49,20 @@ def _layer_norm(
     return _over_last(x, normalized_shape, weight, bias, eps, centred=True)
 
 
+# Whether the eps that PyTorch adds by itself for a short type is that of float32.
+_WIDE = bool(F.rms_norm(torch.full((1, 1), 2**-8, dtype=torch.bfloat16, device="cpu"), (1,)) > 0.5)
+
+
+def _is_short(x: Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
 @rule(F.rms_norm, torch.rms_norm)
 def _rms_norm(
     x: Any, normalized_shape: Iterable[int], weight: Any = None, eps: float | None = None
 ) -> Any:
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    if eps is None:
+        eps = torch.finfo(torch.float32 if _WIDE and _is_short(x) else x.dtype).eps
     return _over_last(x, normalized_shape, weight, None, eps, centred=False)
 
 
