@@ -20,6 +20,7 @@ from hosm_losses.taylor.table import RULES, every
 from tests.taylor import table_of_formulas, table_of_moves  # noqa: F401
 from tests.taylor.checks import along, close
 from tests.taylor.table import GENERATORS
+from tests.taylor.table_of_others import CALLS
 
 REFUSALS = (jet._refuse, properties._strided)
 # Refused by Jet.make, and for another machine.
@@ -113,12 +114,19 @@ def test_every_rule_has_a_generator():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("function", CALLED, ids=name)
-@settings(max_examples=7)
+@settings(max_examples=5)
 @given(seed=SEEDS)
 def test_calls(function, seed):
     call = GENERATORS[function](Random(seed), function)
     # Of what bends, so that second derivatives are not zero.
     same(lambda x: call(x + x.sin() / 2))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_without_a_rule(name):
+    CALLS[name](X)
+    same(lambda x: CALLS[name](x + x.sin() / 2))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -134,6 +142,8 @@ def layer(r):
     while True:
         function = r.choice(CALLED)
         call = GENERATORS[function](r, function)
+        if r.random() < 0.3:
+            call = CALLS[r.choice(list(CALLS))]
         try:
             call(X)
         except Exception:
@@ -148,7 +158,7 @@ def spread(result):
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(seed=SEEDS)
 def test_networks(seed):
     """Engines agree on value, directional and third derivative, and on the gradients of all."""
