@@ -61,7 +61,6 @@ CALLS = {
     "remainders": lambda x: torch.fmod(x, 0.3) + x.remainder(0.7),
     "hypot": lambda x: torch.hypot(x, ROWS + 2) + torch.atan2(x, ROWS * ROWS + 1),
     "powers": lambda x: 2**x + (x * x + 1) ** x + torch.float_power(x * x + 1, 2),
-    "distances": lambda x: torch.cosine_similarity(x, x.cos(), dim=1)[:, None] * x,
     "deviation": lambda x: x.var(dim=1, keepdim=True) * x + torch.var_mean(x, 0)[1],
     "dropout of torch": lambda x: torch.dropout(x, p=0.5, train=False) + F.alpha_dropout(x, 0.0),
     "pools": lambda x: F.max_pool1d(cube(x), 2) + F.adaptive_max_pool1d(cube(x), 2),
