@@ -202,3 +202,37 @@ def test_forward_mode_is_one_threads_at_a_time_and_can_be_entered_again():
         order.append("mine")
     thread.join()
     assert order == ["mine", "other"]
+
+
+class Kind(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise ArithmeticError("reached")
+
+
+def test_a_shell_has_a_shape_and_no_data():
+    """_make_wrapper_subclass: 2.6 to 2.13."""
+    stack = torch.zeros(3, 2, 5, dtype=torch.float32).transpose(1, 2)
+    found = internals.shell(Kind, stack)
+    assert type(found) is Kind
+    assert (found.shape, found.dtype, found.stride()) == ((5, 2), torch.float32, (1, 5))
+    with pytest.raises(ArithmeticError, match="reached"):
+        found.sin()
+
+
+def test_a_change_in_place_is_counted():
+    """_version: 2.6 to 2.13."""
+    x = torch.zeros(2)
+    before = internals.versions([x, x])
+    x.add_(1)
+    assert internals.versions([x, x]) == [each + 1 for each in before]
+
+
+def test_nested_containers_are_flattened_and_built_again():
+    """torch.utils._pytree: 2.6 to 2.13."""
+    given = {"a": [1, (2, None)], "b": 3}
+    flat, form = internals.pytree.tree_flatten(given)
+    assert flat[:2] == [1, 2]
+    assert internals.pytree.tree_unflatten(flat, form) == given
+    assert internals.pytree.tree_map(lambda x: 2 * x, [1, (2,)]) == [2, (4,)]
+    assert internals.pytree.tree_map_only(int, lambda x: 2 * x, [1, "a"]) == [2, "a"]

@@ -15,10 +15,9 @@ __all__ = ["checkpoint"]
 from collections.abc import Callable
 from typing import Any
 
-from torch.utils import _pytree as pytree
-
 from hosm_losses.primitive_mode import recomputable
 from hosm_losses.taylor import Jet
+from hosm_losses.torch_internals import pytree
 
 # What torch's checkpoint takes for itself.
 ITS_OWN = ("preserve_rng_state", "determinism_check", "debug", "early_stop")

@@ -29,8 +29,7 @@ class Snapshot:
             self.buffers = [
                 (module, name, buffer, buffer.clone())
                 for module in modules
-                for name, buffer in module._buffers.items()
-                if buffer is not None
+                for name, buffer in module.named_buffers(recurse=False)
             ]
         self.device_type = x.device.type
         # Inside a CUDA graph the state cannot be asked for.
@@ -41,7 +40,7 @@ class Snapshot:
         """Put the buffers back, and the generators unless they are to stay where they are."""
         with torch.no_grad():
             for module, name, buffer, value in self.buffers:
-                module._buffers[name] = buffer
+                setattr(module, name, buffer)
                 buffer.copy_(value)
         if generators and self.generators is not None:
             state, (devices, states) = self.generators

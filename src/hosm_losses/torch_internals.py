@@ -16,18 +16,23 @@ __all__ = [
     "custom_function",
     "forward_mode",
     "has_graph",
+    "pytree",
+    "shell",
     "surrounded",
     "traced",
     "transformed",
+    "versions",
 ]
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils import _pytree as pytree
 
 # What PyTorch says of an operator without a second derivative in reverse mode.
 NOT_TWICE = ("derivative for aten::", "the derivative for '", "once_differentiable")
@@ -97,13 +102,25 @@ def custom_function(node: object) -> type | None:
     return getattr(type(node), "_forward_cls", None)
 
 
-def has_graph(gradient: torch.Tensor) -> bool:
+def has_graph(gradient: Tensor) -> bool:
     """Whether a gradient can be differentiated again.
 
     That of a once_differentiable backward leads to an error that torch.autograd.grad never meets.
     """
     node = gradient.grad_fn
     return gradient.requires_grad and (node is None or node.name() != DELAYED_ERROR)
+
+
+def shell(kind: type[Tensor], stack: Tensor) -> Any:
+    """A tensor of a subclass without data, like the first entry of a stack."""
+    make: Any = Tensor._make_wrapper_subclass
+    shape, strides = stack.shape[1:], stack.stride()[1:]
+    return make(kind, shape, strides, dtype=stack.dtype, device=stack.device)
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor was changed in place; nothing under torch.compile, which has none."""
+    return [] if torch.compiler.is_compiling() else [tensor._version for tensor in tensors]
 
 
 @contextmanager

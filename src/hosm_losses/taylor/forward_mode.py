@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from hosm_losses.torch_internals import forward_mode
+from hosm_losses.torch_internals import forward_mode, pytree
 
 # Which products of two first derivatives have a second one: none; that of each direction with
 # itself; that of each of the first half with its fellow in the second half.

@@ -43,11 +43,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hosm_losses.primitive_mode import safe_primitives
 from hosm_losses.taylor.forward_mode import Pairs, along
 from hosm_losses.taylor.table import CONSTANT, RULES, NoRule, Rule, bound, rule
+from hosm_losses.torch_internals import pytree, shell, versions
 
 METHODS = (
     "__iter__",
@@ -92,16 +92,7 @@ class Jet(Tensor):
         """Return the Jet of a stack."""
         if stack.is_complex():
             raise TaylorError(f"an operator {COMPLEX}")
-        if torch.compiler.is_compiling():
-            jet = stack[0].as_subclass(Jet)
-        else:
-            jet = Tensor._make_wrapper_subclass(
-                _Opaque,
-                stack.shape[1:],
-                stack.stride()[1:],
-                dtype=stack.dtype,
-                device=stack.device,
-            )
+        jet = stack[0].as_subclass(Jet) if torch.compiler.is_compiling() else shell(_Opaque, stack)
         jet.stack, jet.firsts, jet.pairs = stack, firsts, pairs
         return jet
 
@@ -238,10 +229,10 @@ def fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
     # Copies, whose versions show a change in place.
     values = tuple(jet.stack[0].clone() for jet in jets)
-    versions = _versions(values)
+    before = versions(values)
     derivatives = tuple(jet.stack[1:] for jet in jets)
     stacks, others = along(function, values, derivatives, firsts, pairs)
-    if _versions(values) != versions:
+    if versions(values) != before:
         raise TaylorError(f"{_name(func)}: {CHANGES}")
     tree, marked = shape
     found = {
@@ -257,10 +248,6 @@ def _kind(leaf: object) -> str:
     if not isinstance(leaf, Tensor):
         return "other"
     return "jet" if leaf.is_floating_point() else "tensor"
-
-
-def _versions(values: tuple[Tensor, ...]) -> list[int]:
-    return [] if torch.compiler.is_compiling() else [value._version for value in values]
 
 
 def _refuse(*_args: Any, **_named: Any) -> Any:
