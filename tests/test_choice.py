@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 import hosm_losses as hosm
 from hosm_losses.derivatives import EVALUATIONS, _choice
 from tests.oracles import MLP, networks
+from tests.versions import tells_hooks
 
 LOSSES = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
 REFUSED = "the engine 'taylor' cannot differentiate"
@@ -201,7 +202,9 @@ def failing(network, fails):
     return Failing()
 
 
-@pytest.mark.parametrize("around", ["mode", "dispatch", "hooks", "profiler"])
+@pytest.mark.parametrize(
+    "around", ["mode", "dispatch", pytest.param("hooks", marks=tells_hooks), "profiler"]
+)
 def test_what_happened_inside_something_of_the_users_is_not_remembered(around):
     fails = [True]
     network = failing(works(), fails)

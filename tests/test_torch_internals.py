@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hosm_losses import torch_internals as internals
 from hosm_losses._checks import may_look
+from tests.versions import tells_hooks
 
 
 def test_a_transform_is_seen():
@@ -50,20 +51,24 @@ class Operators(TorchDispatchMode):
         Functions,
         Operators,
         lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
-        lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+        pytest.param(
+            lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+            marks=tells_hooks,
+        ),
     ],
     ids=["functions", "operators", "profiler", "hooks"],
 )
 def test_what_surrounds_a_call_is_seen(around):
-    """The stacks of modes, the profiler's flag and the saved-tensor hooks: 2.8 to 2.13."""
+    """The stacks of modes and the profiler's flag: 2.6 to 2.13; the saved-tensor hooks: 2.13."""
     assert not internals.surrounded()
     with around():
         assert internals.surrounded()
     assert not internals.surrounded()
 
 
+@tells_hooks
 def test_the_hook_of_a_checkpoint_is_told_from_others():
-    """_top_saved_tensors_default_hooks and _checkpoint_hook: 2.8 to 2.13."""
+    """_top_saved_tensors_default_hooks and _checkpoint_hook: 2.13, not in 2.6."""
     seen = []
 
     def look(x):

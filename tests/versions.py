@@ -12,3 +12,5 @@ OLD = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 compiles_higher_orders = pytest.mark.skipif(OLD, reason="this torch.compile knows order one alone")
 # fully_shard asks a CPU for a stream with events.
 shards_on_cpu = pytest.mark.skipif(OLD, reason="fully_shard needs a GPU in this PyTorch")
+# Nothing tells which saved-tensor hooks are on.
+tells_hooks = pytest.mark.skipif(OLD, reason="this PyTorch does not tell which hooks are on")

@@ -7,6 +7,7 @@ What:
 
 __all__ = ["Paths", "Solved", "solve_adaptive", "solve_fixed"]
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -182,8 +183,8 @@ def solve_adaptive(paths: Paths, z: Tensor, span: tuple[float, float], tolerance
         return torch.maximum(error[:, elements:].mean(1), state / STATE_TOLERANCE) / tolerance
 
     start = torch.cat([z.reshape(batch, elements), z.new_zeros(batch, max(paths.probes, 1))], 1)
-    ends = torch.sigmoid(torch.tensor(span, dtype=torch.float64) - reference).tolist()
-    end, nfe, error, failed = adaptive(slope, start, (ends[0], ends[1]), norm, MAX_EVALUATIONS)
+    low, high = (1 / (1 + math.exp(reference - u)) for u in span)
+    end, nfe, error, failed = adaptive(slope, start, (low, high), norm, MAX_EVALUATIONS)
     paths.advance(on_their_way)
     integrals = end[:, elements:]
     standard_error = None

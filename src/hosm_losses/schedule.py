@@ -89,8 +89,8 @@ class Schedule:
     def log_sigma_hat_range(self) -> tuple[float, float]:
         """(log σ̂(t_min), log σ̂(t_max)), as numbers."""
         ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64, device="cpu")
-        low, high = self.log_sigma_hat(ends).tolist()
-        return low, high
+        low, high = self.log_sigma_hat(ends)
+        return float(low), float(high)  # an older torch.func has no tolist()
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
         """Return the t of this log σ̂, clipped to [t_min, t_max].

@@ -99,7 +99,7 @@ def _both(engine: str, kind: type[Exception], words: str) -> dict[tuple[str, int
 CHECKPOINT_FORWARD = (hosm.DerivativeError, "checkpoint: expected derivative='reverse'")
 FOREIGN_CHECKPOINT = (hosm.DerivativeError, "checkpoint: expected hosm_losses.checkpoint inside")
 BY_A_FUNCTION = (hosm.DerivativeError, r"expected operators that the engine 'taylor' knows")
-NOT_AGAIN = (hosm.DerivativeError, "expected a derivative that autograd can differentiate again")
+NOT_AGAIN = (hosm.DerivativeError, "whose backward is once_differentiable or detaches")
 
 _DIFFUSERS = {"time": 1000.0, "output": operator.attrgetter("sample")}
 FLOW = {"schedule": hosm.LinearFlowSchedule(), "prediction": "flow_prediction"}
