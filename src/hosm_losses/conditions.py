@@ -54,9 +54,9 @@ Visit = Callable[[str, Any], Any]
 
 def _walk(value: Any, visit: Visit, path: str) -> Any:
     """Replace every tensor and every Shared; a container without any is returned as it is."""
-    if isinstance(value, Tensor | Shared):
+    # Without unions of types, and exact types of containers first, for torch.compile.
+    if isinstance(value, Tensor) or isinstance(value, Shared):  # noqa: SIM101
         return visit(path, value)
-    # The exact types first: torch.compile knows no others.
     if type(value) is dict:
         return {key: _walk(each, visit, f"{path}[{key!r}]") for key, each in value.items()}
     if type(value) in (list, tuple):
