@@ -16,14 +16,12 @@ from hosm_losses._checks import (
     check_finite,
     check_generator,
     check_like,
-    check_range,
     check_sample_batch,
-    describe,
     expand_right,
 )
 from hosm_losses.inference import normal
 from hosm_losses.probes import draw_probes, unit_vectors
-from hosm_losses.score_model import ScoreModel, check_model
+from hosm_losses.score_model import ScoreModel, check_model, check_time
 from hosm_losses.weighting import Weighting, draw_time
 
 
@@ -66,7 +64,7 @@ def prepare(
     times = (
         draw_time(score_model, batch, weighting, generator)
         if t is None
-        else _check_time(score_model, batch, t)
+        else check_time(score_model, batch, t)
     )
     if noise is None:
         eps = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
@@ -77,21 +75,6 @@ def prepare(
     alpha, sigma = score_model.coefficients(times, batch)
     x = expand_right(alpha, batch) * batch + expand_right(sigma, batch) * eps
     return score_model, Inputs(x.to(batch.dtype), times, eps, sigma, drawn)
-
-
-def _check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
-    schedule = model.schedule
-    floating = torch.promote_types(x0.dtype, torch.float32)
-    if isinstance(t, Tensor) and not t.is_floating_point():
-        if not schedule.integer_time or t.dtype == torch.bool:
-            raise TypeError(
-                f"t: expected a {floating} tensor in [{schedule.t_min:g}, {schedule.t_max:g}]; "
-                f"got {describe(t)}. Only a DiscreteSchedule takes integer times, its indices."
-            )
-        floating = t.dtype
-    time = check_like("t", t, (len(x0),), floating, x0.device, "the batch dimension of x0")
-    check_range("t", time, schedule.t_min, schedule.t_max)
-    return normal(time)
 
 
 def probe_tensor(

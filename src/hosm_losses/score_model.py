@@ -17,7 +17,7 @@ Source:
     Salimans and Ho, arXiv 2202.00512, for v; Lipman et al., arXiv 2210.02747, for u.
 """
 
-__all__ = ["PREDICTIONS", "ScoreModel", "check_model"]
+__all__ = ["PREDICTIONS", "ScoreModel", "check_model", "check_time"]
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -26,13 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosm_losses._checks import check_choice, describe, expand_right
+from hosm_losses._checks import check_choice, check_like, check_range, describe, expand_right
 from hosm_losses.conditions import bound, map_tensors, unwrapped
 from hosm_losses.inference import normal
 from hosm_losses.noise_field import NoiseField
 from hosm_losses.schedule import Schedule
 from hosm_losses.schedule_check import check_schedule
-from hosm_losses.torch_internals import OF_DTYPES
 
 PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
 
@@ -233,7 +232,8 @@ class ScoreModel(nn.Module):
         try:
             return call(x, network_time, **kwargs)
         except RuntimeError as error:
-            if any(words in str(error) for words in OF_DTYPES):
+            # Subclasses are about something else, such as memory.
+            if type(error) is RuntimeError:
                 self._explain_dtypes(x, network_time, error)
             raise
 
@@ -262,3 +262,19 @@ def check_model(value: object) -> ScoreModel:
             "ScoreModel(network, VPSchedule(), prediction='epsilon')."
         )
     return value
+
+
+def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
+    """Return `t` if it is times (B,) in the range of the schedule, or indices of a table."""
+    schedule = model.schedule
+    floating = torch.promote_types(x0.dtype, torch.float32)
+    if isinstance(t, Tensor) and not t.is_floating_point():
+        if not schedule.integer_time or t.dtype == torch.bool:
+            raise TypeError(
+                f"t: expected a {floating} tensor in [{schedule.t_min:g}, {schedule.t_max:g}]; "
+                f"got {describe(t)}. Only a DiscreteSchedule takes integer times, its indices."
+            )
+        floating = t.dtype
+    time = check_like("t", t, (len(x0),), floating, x0.device, "the batch dimension of x0")
+    check_range("t", time, schedule.t_min, schedule.t_max)
+    return normal(time)
