@@ -21,6 +21,7 @@ Choice:
 """
 
 __all__ = [
+    "ASK_THE_CHECK",
     "ENGINES",
     "Curved",
     "Derivatives",
@@ -28,6 +29,7 @@ __all__ = [
     "derive",
     "gradients",
     "quadratic_forms",
+    "say_no_price",
     "time_derivative",
 ]
 
@@ -52,6 +54,7 @@ from hosm_losses.taylor import TaylorError
 from hosm_losses.torch_internals import NOT_TWICE, OF_THE_MACHINE, forward_mode, surrounded
 
 ENGINES = ("auto", "taylor", "reverse", "forward")
+ASK_THE_CHECK = "check_derivatives(model, x0) names the module and what to do."
 # What code raises that meets a Jet and expected an ordinary tensor.
 PYTHONS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 # Network evaluations of a training step.
@@ -160,7 +163,7 @@ def _auto(
     told = "; ".join(f"{engine}: {why}" for engine, why in (choice.refused | reasons).items())
     raise DerivativeError(
         "network: expected operators that can be differentiated twice; got one that cannot, by "
-        f"any engine ({told}). check_derivatives(model, x0) names the module and what to do."
+        f"any engine ({told}). {ASK_THE_CHECK}"
     )
 
 
@@ -190,6 +193,11 @@ def _say_price(
             f"evaluations, so 'exact' is taken; derivative='forward' keeps {wanted}."
         )
     warnings.warn(told, stacklevel=2)
+
+
+def say_no_price(owner: object) -> None:
+    """Do without the warning about this network: it is a copy, and no training step is taken."""
+    _choice(owner).said.update(EVALUATIONS)
 
 
 def _of_the_engine(engine: str, error: Exception) -> bool:
