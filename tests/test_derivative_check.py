@@ -99,22 +99,6 @@ class CheckpointFunction(DropsGraph):
     """The name under which guided-diffusion's checkpoint is known."""
 
 
-class AttentionOp(torch.autograd.Function):
-    """EDM's operator as documented: the weights of attention with a backward of their own."""
-
-    @staticmethod
-    def forward(ctx, q, k):
-        weights = torch.softmax(q.transpose(-2, -1) @ k / q.shape[-2] ** 0.5, -1)
-        ctx.save_for_backward(q, k, weights)
-        return weights
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, weights = (tensor.detach() for tensor in ctx.saved_tensors)
-        pulled = weights * (grad - (grad * weights).sum(-1, keepdim=True)) / q.shape[-2] ** 0.5
-        return k @ pulled.transpose(-2, -1), q @ pulled
-
-
 class UpFirDn2dCompiled(DropsGraph):
     """The compiled filter's wrapper: a backward without a second derivative in its weights."""
 
@@ -158,18 +142,6 @@ class Custom(nn.Module):
         return self.function.apply(self.layer(x))
 
 
-class Weights(nn.Module):
-    """A layer around EDM's operator."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 8)
-
-    def forward(self, x):
-        q, k = self.layer(x).reshape(len(x), 2, 4).chunk(2, 1)
-        return (AttentionOp.apply(q, k) @ x[..., None])[..., 0]
-
-
 @pytest.mark.parametrize(
     ("layer", "engine", "message"),
     [
@@ -182,7 +154,6 @@ class Weights(nn.Module):
             r"\(Custom\).*Use hosm_losses\.checkpoint.*guided",
         ),
         (Custom(UpFirDn2dCompiled), "reverse", r"\(Custom\).*upfirdn2d.*impl='ref'"),
-        (Weights(), "reverse", r"\(Weights\).*EDM's attention operator.*torch\.softmax"),
         (Custom(DropsTangent), "forward", r"\(Custom\)"),
         (Custom(FlashKernel), "forward", r"\(Custom\).*Fused attention kernels"),
         (Custom(DropsGraph), "forward", r"no derivative at all"),
@@ -259,25 +230,19 @@ def test_a_network_that_is_not_deterministic_is_an_error():
         check(Around(Random()))
 
 
-@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(4)])
-def test_dropout_and_batch_norm_in_training_are_no_alarm(layer):
-    check(Around(layer), dtype=torch.float64)
-
-
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.Dropout(0.5), Detached()])
 def test_the_training_state_is_as_it_was(layer):
     network = Around(layer)
     network.outer.requires_grad_(False)
     network.inner.eval()
     before = copy.deepcopy(network.state_dict())
-    state = torch.get_rng_state()
     try:
         model = hosm.ScoreModel(network.float(), VP)
         hosm.check_derivatives(model, torch.ones(2, 4, dtype=torch.float32).normal_())
     except hosm.DerivativeError:
-        state = None if isinstance(layer, Detached) else pytest.fail("a false alarm")
-    if state is not None:
-        torch.set_rng_state(state)
+        assert not isinstance(layer, nn.Dropout)
+    else:
+        assert isinstance(layer, nn.Dropout)
     for name, value in network.state_dict().items():
         torch.testing.assert_close(value.double(), before[name].double(), rtol=1e-6, atol=1e-7)
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -292,26 +257,6 @@ def test_random_numbers_are_restored():
     before = torch.get_rng_state()
     hosm.check_derivatives(model, x0)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"model": nn.Linear(2, 2)}, TypeError, "model: expected a ScoreModel"),
-        ({"order": 1}, ValueError, "order: expected 2 or 3; got 1"),
-        ({"derivative": "jvp"}, ValueError, "derivative: expected one of"),
-        (
-            {"x0": torch.zeros(2, 3, dtype=torch.bfloat16)},
-            TypeError,
-            "expected float32 or float64",
-        ),
-        ({"x0": torch.zeros(2, 3, dtype=torch.uint8)}, TypeError, "x0: expected a floating-point"),
-    ],
-)
-def test_bad_arguments_are_an_error(change, error, message):
-    arguments = {"model": hosm.ScoreModel(lambda x, t: x, VP), "x0": torch.randn(2, 3)} | change
-    with pytest.raises(error, match=message):
-        hosm.check_derivatives(arguments.pop("model"), arguments.pop("x0"), **arguments)
 
 
 def test_no_module_is_blamed_because_its_derivative_happens_to_vanish_along_one_direction():

@@ -3,29 +3,42 @@ r"""A start-up check that the derivatives of a network are right.
 What:
     A network may contain operators whose higher derivatives are wrong in silence: a custom
     autograd.Function whose backward drops the graph, a kernel whose forward derivative drops the
-    parameters, code that detaches. A copy of it is compared with differences of its values, as
-    `hosm_losses.differences` says. Never the loss, whose detached parts make its gradient another
-    number than its slope. Where the network disagrees, every module is compared alone, with the
-    input it got, and the innermost that disagrees is named.
+    parameters, code that detaches, kinks. A copy of it is compared with differences of its values,
+    as `hosm_losses.differences` says. Never the loss, whose detached parts make its gradient
+    another number than its slope. Where the network disagrees, every module is compared alone,
+    with the input it got, and the innermost that disagrees is named.
 """
 
 __all__ = ["check_derivatives"]
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hosm_losses._checks import DerivativeError, check_choice, check_sample_batch, describe
+from hosm_losses._checks import (
+    DerivativeError,
+    check_choice,
+    check_model_kwargs,
+    check_sample_batch,
+    describe,
+)
+from hosm_losses.batch_check import check_samples
 from hosm_losses.derivatives import ENGINES, Field
-from hosm_losses.differences import STEP, TOLERANCE, Agreement
-from hosm_losses.noise_field import NetworkField
-from hosm_losses.primitive_mode import safe_primitives
-from hosm_losses.remedies import remedy
-from hosm_losses.score_model import ScoreModel, check_model
+from hosm_losses.differences import STEP, TOLERANCE, Agreement, Check
+from hosm_losses.inference import normal
+from hosm_losses.kinks import Smoothness
+from hosm_losses.module_fields import attempt, culprit, functions_at_fault, parameters_of
+from hosm_losses.noise_field import NetworkField, NoiseField
+from hosm_losses.remedies import SMOOTH, remedy
+from hosm_losses.score_model import ScoreModel, check_model, check_time
+from hosm_losses.value_check import check_values, evaluate
+from hosm_losses.wrappers import refuse_wrapped
 
 
 def check_derivatives(
@@ -39,6 +52,26 @@ def check_derivatives(
 ) -> None:
     """Raise an error that names the module at fault if a derivative of the network is wrong.
 
+    It looks for what a loss cannot notice, in this order:
+
+    - values that are not finite, or differ between two calls with the same seed;
+    - samples that see each other: one is kept, the others are replaced, and its output has to stay
+      (batch norm in training, a mean over the batch);
+    - tensors of `model_kwargs` that were taken for the samples' and are not: the batch is
+      permuted, and the outputs have to follow (not where the network draws random numbers, as for
+      dropout, for these go by place);
+    - jumps: for order 3 a first derivative that jumps, as in a network of ReLUs, whose second
+      derivatives are zero; for either order values that jump. A network that is linear in x
+      passes, and so do jumps that make up less than 1 % of the change over a few times the size of
+      x;
+    - derivatives, in x and in the parameters, that disagree with differences.
+
+    Differences are as good as the precision in which the network works, which need not be the
+    dtype of x0: it is the least precise dtype of what depends on x or on a trained parameter. A
+    network that casts float64 data to float32 is checked to 1 %, one in float64 to 1e-6. One that
+    works in half precision anywhere is refused: check a float32 copy of it. TF32 on an accelerator
+    is not seen: turn it off.
+
     It works on a copy of the network, so that parameters, buffers, gradients and training mode
     are as they were. Random numbers are forked and restored. A network that is no nn.Module has no
     parameters to be seen: its derivatives in x alone are checked. Call it once before training,
@@ -46,17 +79,17 @@ def check_derivatives(
 
     Args:
         model: the score model, in the mode it will be trained in.
-        x0: a small batch of data (B, *); two samples are enough.
+        x0: a small batch of data (B, *); two samples are enough, and one sees no others.
         order: the order it will be trained with, 2 or 3.
-        t: times (B,); spread over the schedule if None.
+        t: times (B,) as the losses take them; spread over the schedule if None.
         derivative: the engine it will be trained with.
         model_kwargs: keyword arguments of the network.
 
     Raises:
-        DerivativeError: where a derivative disagrees with a difference, the network is not
-            deterministic, or a derivative cannot be taken at all.
-        TypeError: for an argument of a wrong type, half precision included.
-        ValueError: for a wrong value or name.
+        DerivativeError: for what is listed above, or where a derivative cannot be taken at all.
+        TypeError: for an argument of a wrong type, a dtype with which the network's own call
+            fails, half precision, or a wrapped network (DataParallel: give model.module).
+        ValueError: for a wrong value, shape or name.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -70,7 +103,7 @@ def check_derivatives(
         network: expected derivatives that agree with differen
     """
     check_model(model)
-    if order not in (2, 3):
+    if not isinstance(order, Integral) or order not in (2, 3):
         raise ValueError(f"order: expected 2 or 3; got {describe(order)}.")
     check_choice("derivative", derivative, ENGINES)
     check_sample_batch("x0", x0)
@@ -79,37 +112,66 @@ def check_derivatives(
             f"x0: expected float32 or float64, in which differences mean something; got "
             f"{describe(x0)}. Check a float32 copy of the network."
         )
-    own = copy.deepcopy(model)
-    times = _spread_times(model, x0) if t is None else t
+    refuse_wrapped(model.network)
+    times = None if t is None else check_time(model, x0, t)
+    given = check_model_kwargs(model_kwargs)
     device = x0.device
-    devices = [device] if device.type == "cuda" else []
+    devices = [] if device.type == "cpu" else [device]
     with (
-        torch.random.fork_rng(devices=devices),
+        torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
     ):
-        # What the losses differentiate: the network alone, without the part of x in a prediction.
-        field = NetworkField(own.field(times, model_kwargs))
-        network = own.network if isinstance(own.network, nn.Module) else None
-        _check_deterministic(field.native, x0, network)
-        check = Agreement(order, derivative, TOLERANCE[x0.dtype], STEP[x0.dtype])
-        fault = _attempt(check, field, x0, _parameters(network))
-        if fault is None:
-            return
-        name, module, inner = _culprit(check, own, field, x0)
-        where = f"the module {name!r} ({type(module).__name__})" if name else "its own forward"
-        raise DerivativeError(
-            f"network: expected derivatives that agree with differences; got {inner or fault}, in "
-            f"{where}. {_advice(model, module, field, x0)}"
-        )
+        own, x = _copied(model), normal(x0.detach())
+        field = own.field(_spread_times(own, x) if times is None else times, given)
+        field = field.with_conditions([tensor.detach().clone() for tensor in field.conditions()])
+        precision = check_values(field, x)
+        check_samples(field, x, precision)
+        _check(Smoothness(int(order), derivative, precision), field, x)
+        _check(Agreement(int(order), derivative, TOLERANCE[precision], STEP[precision]), field, x)
 
 
-def _advice(model: ScoreModel, module: object, field: Field, x: Tensor) -> str:
-    advice = remedy(module, field(x.detach().clone().requires_grad_()))
-    if model.primitives:
-        return advice
-    return f"Leave primitives=True in ScoreModel, which replaces such operators; or: {advice}"
+def _copied(model: ScoreModel) -> ScoreModel:
+    try:
+        own = copy.deepcopy(model)
+    except Exception as error:
+        raise TypeError(
+            "network: expected one that copy.deepcopy can copy, so that yours stays as it is; got "
+            f"{describe(model.network)}, which says: {str(error).splitlines()[0]}. Check it in a "
+            "fresh process before its first call."
+        ) from error
+    if not isinstance(own.network, nn.Module) and own.network is model.network:
+        # A function has no copy, and what is remembered of this one is not to stay.
+        own.network = functools.partial(own.network)
+    return own
+
+
+def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
+    """Raise an error that names the innermost module with the fault."""
+    # What the losses differentiate: the network alone, without the part of x in a prediction.
+    field: Field = NetworkField(noise_field)
+    network = noise_field.model.network
+    primitives = noise_field.primitives
+    fault = attempt(check, field, x, parameters_of(network))
+    if fault is None:
+        return
+    where = "its own forward"
+    found = culprit(check, network, lambda: evaluate(noise_field, x), primitives)
+    replaced: Field = NetworkField(replace(noise_field, primitives=True))
+    if found is not None:
+        where, field, x, fault = found.field.call.where, found.field, found.x, found.fault
+        replaced = replace(found.field, primitives=True)
+    if isinstance(check, Smoothness):
+        expected, advice = f"a smooth function of x, for order {check.order}", SMOOTH
+    else:
+        expected = "derivatives that agree with differences"
+        own = parameters_of(field.owner)
+        if not primitives and attempt(check, replaced, x, own) is None:
+            advice = "Leave primitives=True in ScoreModel, which replaces such operators."
+        else:
+            advice = remedy(functions_at_fault(check, field, x, own))
+    raise DerivativeError(f"network: expected {expected}; got {fault}, in {where}. {advice}")
 
 
 def _spread_times(model: ScoreModel, x0: Tensor) -> Tensor:
@@ -117,138 +179,3 @@ def _spread_times(model: ScoreModel, x0: Tensor) -> Tensor:
     low, high = model.schedule.log_sigma_hat_range
     place = (torch.arange(len(x0), dtype=x0.dtype, device=x0.device) + 1) / (len(x0) + 1)
     return model.schedule.time(low + (high - low) * (0.3 + 0.5 * place))
-
-
-def _parameters(network: nn.Module | None) -> list[Tensor]:
-    if network is None:
-        return []
-    return [p for p in network.parameters() if p.requires_grad and p.is_floating_point()]
-
-
-def _check_deterministic(field: Field, x: Tensor, network: nn.Module | None) -> None:
-    """Raise where the same input, seed and parameters do not give the same output."""
-    before = {} if network is None else {n: b.clone() for n, b in network.named_buffers()}
-
-    def evaluate() -> Tensor:
-        torch.manual_seed(0)
-        return field(x).detach()
-
-    first, second = evaluate(), evaluate()
-    if torch.equal(first, second):
-        return
-    if network is not None:
-        changed = [n for n, b in network.named_buffers() if not torch.equal(b, before[n])]
-        with torch.no_grad():
-            for name, buffer in network.named_buffers():
-                buffer.copy_(before[name])
-        if changed and torch.equal(evaluate(), first):
-            raise DerivativeError(
-                "network: expected an output that depends on x, t and the parameters alone; got "
-                f"one that changes with the buffers {', '.join(changed)}, which every call "
-                "updates. Freeze them (module.eval(), or the module's own switch) while you train "
-                "with orders two and three."
-            )
-    if float((first - second).abs().max()) > 1e-3 * float(first.abs().max()):
-        raise DerivativeError(
-            "network: expected the same output for the same input and seed; got another. Make it "
-            "draw from torch's generators only, and use deterministic operators."
-        )
-
-
-@dataclass(frozen=True)
-class _ModuleField:
-    """One module alone, as a field: (Σ module(x) r) u for fixed random r and u.
-
-    Its D and G hold the first and second derivatives of the module, whatever its output's shape.
-    x is its argument at `position`; the others are as the network gave them.
-    """
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    position: int
-    primitives: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        generator = torch.Generator(x.device).manual_seed(1)
-        before, after = self.args[: self.position], self.args[self.position + 1 :]
-        with safe_primitives(self.primitives):
-            returned = self.module(*before, x, *after, **self.kwargs)
-        outputs = [out for out in _tensors(returned) if out.is_floating_point()]
-        total = x.new_zeros(())
-        for out in outputs:
-            r = torch.randn(out.shape, generator=generator, dtype=out.dtype, device=out.device)
-            total = total + (out * r).sum().to(x.dtype)
-        u = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        return total * u
-
-    @property
-    def owner(self) -> object:
-        return self.module
-
-    @property
-    def native(self) -> "_ModuleField":
-        return replace(self, primitives=False)
-
-    def repeat(self, count: int) -> "_ModuleField":
-        raise NotImplementedError(f"a module is checked with one probe; got {count}")
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _tensors(entry)
-
-
-def _culprit(
-    check: Agreement, model: ScoreModel, field: Field, x: Tensor
-) -> tuple[str, object, str | None]:
-    """Name, module and fault of the innermost module that disagrees alone."""
-    network = model.network
-    if not isinstance(network, nn.Module):
-        return "", network, None
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    handles = []
-    for name, module in network.named_modules():
-        if name:
-
-            def record(
-                _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
-            ) -> None:
-                calls.setdefault(name, (args, kwargs))
-
-            handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
-    with torch.no_grad():
-        field(x)
-    for handle in handles:
-        handle.remove()
-    for name in sorted(calls, key=lambda name: -name.count(".")):
-        module = network.get_submodule(name)
-        args, kwargs = calls[name]
-        position = next(
-            (i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()),
-            None,
-        )
-        if position is None or not args[position].ndim:
-            continue
-
-        alone = _ModuleField(module, args, kwargs, position, model.primitives)
-        inner = _attempt(check, alone, args[position], _parameters(module))
-        if inner is not None:
-            return name, module, inner
-    return "", network, None
-
-
-def _attempt(
-    check: Agreement, field: Field, x: Tensor, parameters: Sequence[Tensor]
-) -> str | None:
-    """Say what disagrees, or that a derivative cannot be taken."""
-    try:
-        return check.find(field, x, parameters)
-    except (RuntimeError, AttributeError, DerivativeError) as error:
-        return f"no derivative at all ({str(error).splitlines()[0]})"

@@ -9,21 +9,36 @@ Source:
     Griewank and Walther, "Evaluating Derivatives" (2008), for checks against differences.
 """
 
-__all__ = ["STEP", "TOLERANCE", "Agreement"]
+__all__ = ["STEP", "TOLERANCE", "Agreement", "Check", "reseed", "size_of"]
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hosm_losses.derivatives import Field, derive, gradients
 
+# By the precision in which the network works.
 STEP = {torch.float32: 3e-3, torch.float64: 3e-4}
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 DRAWS = 3
 NAMES = ("value", "directional derivative", "gradient of the quadratic form")
+
+
+class Check(Protocol):
+    """Something that may be wrong with a field."""
+
+    @property
+    def derivative(self) -> str:
+        """The engine."""
+        ...
+
+    def find(self, field: Field, x: Tensor, parameters: Sequence[Tensor]) -> str | None:
+        """Say what is wrong, or None."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class Agreement:
 
         point = x.detach().clone().requires_grad_()
         varied = [point, *parameters]
-        scale = _size(x)
+        scale = size_of(x)
         analytic: dict[str, list[float]] = {}
         numeric: dict[str, list[float]] = {}
 
@@ -74,7 +89,7 @@ class Agreement:
             # Its own direction in every draw: along one of them a derivative may happen to vanish.
             w = scale * randn(x)[None]
             covectors = [randn(x)[None] for _ in range(self.order)]
-            ways = [_size(v) * randn(v) for v in varied]
+            ways = [size_of(v) * randn(v) for v in varied]
 
             def numbers(w: Tensor = w, covectors: list[Tensor] = covectors) -> Tensor:
                 """⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩."""
@@ -104,7 +119,7 @@ class Agreement:
         return None
 
     def _parts(self, field: Field, x: Tensor, w: Tensor) -> list[Tensor]:
-        torch.manual_seed(0)
+        reseed(x)
         derived = derive(field, x, w, order=self.order, derivative=self.derivative)
         return [part for part in derived if part is not None]
 
@@ -118,7 +133,7 @@ class Agreement:
             with torch.no_grad():
                 for v, origin, way in zip(varied, start, ways, strict=True):
                     v.copy_(origin + steps * self.step * way)
-            torch.manual_seed(0)
+            reseed(varied[0])
             value = weight * function().detach().double()
             total = value if total is None else total + value
         with torch.no_grad():
@@ -128,14 +143,24 @@ class Agreement:
         return total / (12 * self.step)
 
 
-def _along(grads: Sequence[Tensor], ways: Sequence[Tensor]) -> float:
-    return sum(float((grad * way).sum()) for grad, way in zip(grads, ways, strict=True))
+def reseed(x: Tensor, seed: int = 0) -> None:
+    """Start the generators that a network draws from on the device of x; no other device's."""
+    torch.default_generator.manual_seed(seed)
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            torch.cuda.manual_seed(seed)
+    elif x.device.type != "cpu":
+        torch.manual_seed(seed)
 
 
-def _size(tensor: Tensor) -> float:
+def size_of(tensor: Tensor) -> float:
     """Root mean square, or 1 where it vanishes."""
     size = float(tensor.detach().double().square().mean().sqrt())
     return size if size > 0 else 1.0
+
+
+def _along(grads: Sequence[Tensor], ways: Sequence[Tensor]) -> float:
+    return sum(float((grad * way).sum()) for grad, way in zip(grads, ways, strict=True))
 
 
 def _relative(values: Sequence[float], references: Sequence[float]) -> float:

@@ -1,0 +1,160 @@
+"""check_derivatives: what it is given is checked before any work, and stays as it was."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hosm_losses as hosm
+from hosm_losses.derivatives import _CHOICES
+from tests.oracles import MLP
+from tests.test_derivatives import Cubes, WithoutForward
+
+VP = hosm.VPSchedule()
+TABLE = hosm.DiscreteSchedule([0.9, 0.5, 0.1])
+X0 = torch.randn(2, 3, dtype=torch.float64)
+T = torch.full((2,), 0.5, dtype=torch.float64)
+
+
+def model(schedule=VP):
+    return hosm.ScoreModel(MLP(3).double(), schedule)
+
+
+class Complex(nn.Module):
+    def forward(self, x, t):
+        return torch.complex(x, x)
+
+
+BAD = [
+    ({"model": nn.Linear(2, 2)}, TypeError, "model: expected a ScoreModel"),
+    ({"order": 1}, ValueError, "order: expected 2 or 3; got 1"),
+    ({"order": True}, ValueError, "order: expected 2 or 3; got True"),
+    ({"order": 2.0}, ValueError, r"order: expected 2 or 3; got 2\.0"),
+    ({"order": "3"}, ValueError, "order: expected 2 or 3; got '3'"),
+    ({"derivative": "jvp"}, ValueError, "derivative: expected one of"),
+    ({"x0": X0.bfloat16()}, TypeError, "x0: expected float32 or float64"),
+    ({"x0": X0.byte()}, TypeError, "x0: expected a floating-point"),
+    ({"x0": X0 * float("nan")}, ValueError, "x0: expected finite values"),
+    ({"x0": X0[:0]}, ValueError, "x0: expected a batch"),
+    ({"t": 0.5}, TypeError, r"t: expected a tensor of shape \(2,\); got 0.5"),
+    ({"t": T[:, None]}, ValueError, r"t: expected shape \(2,\)"),
+    ({"t": T[:1]}, ValueError, r"t: expected shape \(2,\), that of the batch dimension of x0"),
+    ({"t": T.float()}, TypeError, "t: expected torch.float64"),
+    (
+        {"t": T.long()},
+        TypeError,
+        r"t: expected a torch.float64 tensor in.*Only a DiscreteSchedule",
+    ),
+    ({"t": T + 1}, ValueError, r"t: expected values in \[1e-05, 1\]"),
+    ({"t": T * float("nan")}, ValueError, r"t: expected values in \[1e-05, 1\]"),
+    ({"model_kwargs": [1]}, TypeError, "model_kwargs: expected a mapping"),
+    (
+        {"model": hosm.ScoreModel(nn.DataParallel(MLP(3)), VP)},
+        TypeError,
+        r"got DataParallel.*model\.module",
+    ),
+    (
+        {"model": hosm.ScoreModel(Complex(), VP)},
+        TypeError,
+        "network: expected a real output; got a torch.complex128",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_arguments_are_an_error(change, error, message):
+    arguments = {"model": model(), "x0": X0} | change
+    with pytest.raises(error, match=message):
+        hosm.check_derivatives(arguments.pop("model"), arguments.pop("x0"), **arguments)
+
+
+def test_indices_of_a_table_and_numbers_of_numpy_are_taken():
+    hosm.check_derivatives(model(TABLE), X0, t=torch.tensor([0, 2]))
+    hosm.check_derivatives(model(), X0, np.int64(2), t=T)
+    with pytest.raises(ValueError, match=r"t: expected values in \[0, 2\]"):
+        hosm.check_derivatives(model(TABLE), X0, t=torch.tensor([0, 3]))
+
+
+def test_a_network_that_cannot_be_copied_is_an_error_that_says_so():
+    network = MLP(3).double()
+    network.kept = network.inner.weight * 2
+    with pytest.raises(TypeError, match=r"expected one that copy\.deepcopy can copy"):
+        hosm.check_derivatives(hosm.ScoreModel(network, VP), X0)
+
+
+def test_what_the_network_writes_to_is_its_own():
+    class Writing(MLP):
+        def __init__(self):
+            super().__init__(3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x, t, y):
+            self.calls += 1
+            return super().forward(x + y.mul_(1), t.mul_(1))
+
+    own, given = hosm.ScoreModel(Writing(), VP), {"y": X0.clone()}
+    state, generator = copy.deepcopy(own.state_dict()), torch.get_rng_state()
+    times, x0 = T.clone(), X0.clone()
+    versions = [each._version for each in (times, x0, given["y"])]
+    hosm.check_derivatives(own, x0, t=times, model_kwargs=given, derivative="reverse")
+    assert versions == [each._version for each in (times, x0, given["y"])]
+    assert torch.equal(torch.get_rng_state(), generator)
+    for name, value in own.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+def test_nothing_is_said_of_prices_and_nothing_remembered():
+    """Cubes are differentiated in forward mode, of whose price a training step would warn."""
+    network = Cubes().double()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        hosm.check_derivatives(hosm.ScoreModel(network, VP), X0)
+    assert not [each for each in said if "derivative='auto'" in str(each.message)]
+    assert network not in set(_CHOICES)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_gradients_may_be_off_around_it(mode):
+    with mode():
+        given = {"y": torch.ones(2, 3, dtype=torch.float64)}
+        x0 = torch.randn(2, 3, dtype=torch.float64)
+        network = MLP(3).double()
+
+        class Conditioned(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.network = network
+
+            def forward(self, x, t, y):
+                return self.network(x + y, t)
+
+        hosm.check_derivatives(hosm.ScoreModel(Conditioned(), VP), x0, model_kwargs=given)
+
+
+def test_nothing_is_remembered_of_a_function():
+    layer = nn.Linear(3, 3).double()
+
+    def network(x, t):
+        return Cubes.forward(cubes, layer(x), t)
+
+    cubes = Cubes().double()
+    hosm.check_derivatives(hosm.ScoreModel(network, VP), X0)
+    assert network not in set(_CHOICES)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_it_never_advises_to_call_itself(order):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3).double()
+
+        def forward(self, x, t):
+            return WithoutForward.apply(self.layer(x))
+
+    with pytest.raises(hosm.DerivativeError, match="by any engine") as caught:
+        hosm.check_derivatives(hosm.ScoreModel(Network(), VP), X0, order)
+    assert "check_derivatives" not in str(caught.value)
