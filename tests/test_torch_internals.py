@@ -241,3 +241,20 @@ def test_nested_containers_are_flattened_and_built_again():
     assert internals.pytree.tree_unflatten(flat, form) == given
     assert internals.pytree.tree_map(lambda x: 2 * x, [1, (2,)]) == [2, (4,)]
     assert internals.pytree.tree_map_only(int, lambda x: 2 * x, [1, "a"]) == [2, "a"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: nn.functional.linear(x, torch.ones(2, 2, dtype=torch.float32)),
+        lambda x: torch.matmul(torch.ones(2, 2, dtype=torch.float16), x),
+        lambda x: nn.functional.conv2d(x[None, None], torch.ones(1, 1, 1, 1, dtype=torch.float32)),
+        lambda x: nn.functional.layer_norm(x, (2,), torch.ones(2, dtype=torch.float16)),
+        lambda x: torch.einsum("ij,jk->ik", x, x.float()),
+    ],
+)
+def test_dtypes_that_do_not_go_together_are_told(function):
+    """2.6 to 2.13."""
+    with pytest.raises(RuntimeError) as error:
+        function(torch.ones(2, 2))
+    assert any(words in str(error.value) for words in internals.OF_DTYPES)

@@ -9,9 +9,10 @@ GENERAL = (
     "torch.no_grad(), and check again."
 )
 SMOOTH = (
-    "Derivatives miss what happens in the jumps, so that a loss trains nothing of it. Use a smooth "
-    "activation, such as nn.SiLU, nn.GELU, nn.Softplus or nn.Tanh, and average in place of max "
-    "pooling; or train with order two, for which a first derivative may jump, as a ReLU's does."
+    "Derivatives miss what happens in the jumps, so that a loss trains nothing of it. Use a "
+    "smooth activation, such as nn.SiLU, nn.GELU, nn.Softplus or nn.Tanh, and average in place of "
+    "max pooling. Or train with order two, for which a first derivative may jump, as a ReLU's "
+    "does."
 )
 CUSTOM = (
     "Its custom autograd.Function has a backward, or a jvp, that cannot be differentiated again: "

@@ -32,6 +32,7 @@ from hosm_losses.inference import normal
 from hosm_losses.noise_field import NoiseField
 from hosm_losses.schedule import Schedule
 from hosm_losses.schedule_check import check_schedule
+from hosm_losses.torch_internals import OF_DTYPES
 
 PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
 
@@ -232,8 +233,7 @@ class ScoreModel(nn.Module):
         try:
             return call(x, network_time, **kwargs)
         except RuntimeError as error:
-            # Subclasses are about something else, such as memory.
-            if type(error) is RuntimeError:
+            if any(words in str(error) for words in OF_DTYPES):
                 self._explain_dtypes(x, network_time, error)
             raise
 

@@ -10,6 +10,7 @@ __all__ = [
     "HOOKS_IN_TRANSFORM",
     "LOST_ATTRIBUTE",
     "NOT_TWICE",
+    "OF_DTYPES",
     "OF_THE_MACHINE",
     "REENTRANT_CHECKPOINT",
     "checkpoint_hook",
@@ -46,6 +47,8 @@ LOST_ATTRIBUTE = "Backward' object has no attribute"
 DELAYED_ERROR = "torch::autograd::Error"
 # Of devices that fail.
 OF_THE_MACHINE = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
+# Of operands whose dtypes do not go together.
+OF_DTYPES = ("dtype", "scalar type", "type (")
 # The attribute of a module that .compile() sets.
 COMPILED_PART = "_compiled_call_impl"
 
