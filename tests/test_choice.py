@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import hosm_losses as hosm
-from hosm_losses.derivatives import EVALUATIONS, _choice
+from hosm_losses.derivatives import ENGINES, EVALUATIONS, _choice
 from tests.oracles import MLP, networks
 from tests.versions import tells_hooks
 
@@ -283,27 +283,13 @@ class Mixed(nn.Module):
         return self.outer(torch.logsumexp(torch.stack([hidden, hidden.sin()]), 0))
 
 
-@pytest.mark.parametrize("third", ["exact", "laplacian"])
-@pytest.mark.parametrize("derivative", ["auto", "taylor", "reverse", "forward"])
-def test_two_threads_do_not_disturb_each_other(derivative, third):
-    """Levels of forward mode are the process's: of 400 losses every one is what it is alone."""
-    if third != "exact" and derivative == "reverse":
-        third, order = "exact", 2
-    else:
-        order = 3
-    model = hosm.ScoreModel(Mixed(), hosm.VPSchedule())
-    x0, noise, probe = torch.randn(3, 2, 3).unbind()
-    given = {"t": torch.tensor([0.3, 0.6]), "noise": noise, "probe": probe}
-    options = {"derivative": derivative} | ({"third": third} if order == 3 else {})
-
-    def once():
-        return LOSSES[order](model, x0, **given, **options).detach()
-
-    expected, wrong, start = once(), [], threading.Barrier(2)
+def wrong_in_two_threads(times, once, expected):
+    """What two threads that start together get that is not what one gets alone."""
+    wrong, start = [], threading.Barrier(2)
 
     def work():
         start.wait()
-        for _ in range(200):
+        for _ in range(times):
             try:
                 got = once()
             except Exception as error:
@@ -317,24 +303,33 @@ def test_two_threads_do_not_disturb_each_other(derivative, third):
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("order", "options"),
+    [
+        *((order, {"derivative": d}) for order in (2, 3) for d in ENGINES),
+        *((3, {"derivative": d, "third": "laplacian"}) for d in ENGINES if d != "reverse"),
+    ],
+    ids=str,
+)
+def test_two_threads_do_not_disturb_each_other(order, options):
+    """Levels of forward mode are the process's: of 400 losses every one is what it is alone."""
+    model = hosm.ScoreModel(Mixed(), hosm.VPSchedule())
+    x0, noise, probe = torch.randn(3, 2, 3).unbind()
+    given = {"t": torch.tensor([0.3, 0.6]), "noise": noise, "probe": probe}
+
+    def once():
+        return LOSSES[order](model, x0, **given, **options).detach()
+
+    expected = once()
+    assert wrong_in_two_threads(200, once, expected) == []
 
 
 def test_threads_that_take_derivatives_in_time():
     """Rates of a schedule are taken in forward mode as well."""
     schedule = hosm.CosineSchedule()
     t = torch.linspace(0.1, 0.9, 5)
-    expected, wrong = schedule.rates(t), []
-
-    def work():
-        for _ in range(300):
-            got = schedule.rates(t)
-            if not all(map(torch.equal, got, expected)):
-                wrong.append(got)
-
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    expected = torch.stack(schedule.rates(t))
+    assert wrong_in_two_threads(300, lambda: torch.stack(schedule.rates(t)), expected) == []

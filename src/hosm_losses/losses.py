@@ -190,7 +190,8 @@ def third_order_dsm(
             cost: the same for a field whose Jacobian is symmetric, as the true score's is, and an
             objective of its own for others, which leaves ∇tr(∂f) free where the Jacobian is not.
             "sliced" matches u·r3 for a second random u: its mean is that of "exact", its variance
-            larger, and it needs no pass back.
+            larger, and it needs no pass back. Where derivative="auto" finds no engine that makes
+            them cheaper, "exact" takes their place, with a warning.
         fraction: the part of the batch, chosen at random, on which orders two and three are
             evaluated: max(1, round(fraction · B)) rows. Unbiased.
         chunks: the number of parts of the batch that are evaluated one after the other, and again
@@ -198,7 +199,8 @@ def third_order_dsm(
         generator: the source of randomness, on the device of x0; the global one if None.
         reduction: "mean", "sum" over the batch, or "none" for (B,).
         model_kwargs: keyword arguments of the network. Tensors whose first dimension is B are per
-            sample: they follow their samples into probes and fractions.
+            sample: they follow their samples into probes and fractions. `Shared` marks one that
+            all samples share.
 
     Returns:
         The loss, w₁ first + w₂ second + w_t trace + w₃ third.
