@@ -172,6 +172,33 @@ class Partly(Detaches):
         return 3 * ctx.saved_tensors[0].detach() ** 2 * grad
 
 
+class Slope(torch.autograd.Function):
+    """The slope of a cube, whose own backward loses its graph."""
+
+    @staticmethod
+    def forward(ctx, x, grad):
+        ctx.save_for_backward(x, grad)
+        return 3 * x**2 * grad
+
+    @staticmethod
+    def backward(ctx, again):
+        x, grad = ctx.saved_tensors
+        return (6 * x * grad * again).detach(), (3 * x**2 * again).detach()
+
+
+class Nested(torch.autograd.Function):
+    """Cubes, with a backward that keeps the graph once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Slope.apply(ctx.saved_tensors[0], grad)
+
+
 class Without(torch.autograd.Function):
     """A gradient of None is no gradient lost."""
 
@@ -207,6 +234,17 @@ def test_a_function_that_detaches_is_refused_by_the_engine_that_calls_its_backwa
 ):
     with mode(), pytest.raises(hosm.DerivativeError, match=DROPPED.format(function.__name__)):
         small(function.apply, order, derivative="reverse")
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_graph_dropped_in_the_second_pass_back_is_refused_where_it_is_wanted(order):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        got = small(Nested.apply, order, derivative="reverse")
+    torch.manual_seed(1)
+    torch.testing.assert_close(got, small(lambda x: x**3, order).detach(), rtol=1e-10, atol=0)
+    with pytest.raises(hosm.DerivativeError, match=DROPPED.format("Slope")):
+        small(Nested.apply, order, derivative="reverse")
 
 
 @pytest.mark.filterwarnings("ignore:derivative='auto'")
