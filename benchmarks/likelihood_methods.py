@@ -21,9 +21,9 @@ from torch import Tensor
 import hosm_losses as hosm
 from benchmarks.peers import flow_matching, k_diffusion, score_sde, torchdiffeq
 from benchmarks.trained import Problem
-from hosm_losses.likelihood import _nll
-from hosm_losses.likelihood_inputs import data_coordinates
-from hosm_losses.ode_paths import Paths, solve_fixed
+from hosm_losses.likelihood.inputs import data_coordinates
+from hosm_losses.likelihood.ode import _nll
+from hosm_losses.likelihood.paths import Paths, solve_fixed
 
 STEPS = (16, 32, 64, 128, 256)
 TOLERANCES = (1e-2, 1e-3, 3e-4, 1e-4)

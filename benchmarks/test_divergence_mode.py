@@ -9,10 +9,10 @@ import torch
 import hosm_losses as hosm
 from benchmarks.networks import NETWORKS
 from benchmarks.timing import ratios
-from hosm_losses.divergence import hutchinson_divergence
-from hosm_losses.primitive_mode import safe_primitives
+from hosm_losses.derivatives.primitive_mode import safe_primitives
+from hosm_losses.derivatives.taylor import carried
+from hosm_losses.likelihood.divergence import hutchinson_divergence
 from hosm_losses.probes import draw_probes
-from hosm_losses.taylor import carried
 
 
 @pytest.mark.parametrize("probes", [1, 4])

@@ -21,7 +21,7 @@ from benchmarks.conftest import Choose
 from benchmarks.gradients import LEVELS, Draw, gradient, library_term, measure, moments
 from benchmarks.peers import meng
 from benchmarks.trained import digits, drawn_images, trained
-from hosm_losses import residuals
+from hosm_losses.losses import residuals
 
 
 class Case(NamedTuple):

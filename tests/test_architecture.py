@@ -1,119 +1,38 @@
-"""A source file imports only from lower floors, and differentiation has its rooms."""
+"""A room imports from lower floors alone, as CONTRIBUTING.md says, and each thing has its room."""
 
 import ast
+import graphlib
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 
-FLOORS = (
-    {"torch_internals"},
-    {"_checks"},
-    {
-        "adaptive",
-        "conditions",
-        "multistep",
-        "primitives",
-        "probes",
-        "progress",
-        "remedies",
-        "residuals",
-        "student",
-    },
-    {
-        "inference",
-        "primitive_mode",
-        "snapshot",
-        "taylor/forward_mode",
-        "taylor/recompute",
-        "taylor/table",
-        "wrappers",
-    },
-    {"backward", "chunks", "taylor/jet"},
-    {
-        "taylor/casts",
-        "taylor/indices",
-        "taylor/joins",
-        "taylor/layers",
-        "taylor/pointwise",
-        "taylor/properties",
-        "taylor/shapes",
-    },
-    {"taylor/arithmetic"},
-    {"taylor/attention", "taylor/norm_formulas"},
-    {"taylor/norm_gradients"},
-    {"taylor/norms"},
-    {"taylor/__init__"},
-    {"checkpointing", "engines"},
-    {"derivatives"},
-    {"differences", "schedule"},
-    {
-        "coordinates",
-        "discrete_schedule",
-        "kinks",
-        "module_fields",
-        "noise_field",
-        "schedule_check",
-        "schedules",
-    },
-    {"score_model", "value_check"},
-    {"batch_check", "divergence", "interop/_table", "nll_result", "weighting"},
-    {
-        "derivative_check",
-        "images",
-        "interop/denoising_diffusion",
-        "interop/diffusers",
-        "interop/edm",
-        "interop/guided_diffusion",
-        "interop/score_sde",
-        "likelihood_inputs",
-        "loss_inputs",
-        "loss_options",
-        "ode_paths",
-    },
-    {"bound", "interop/__init__", "likelihood", "terms"},
-    {"objective"},
-    {"loss_modules", "losses"},
-    {"__init__"},
-)
-SIDES = (
-    {
-        "chunks",
-        "loss_inputs",
-        "loss_modules",
-        "loss_options",
-        "losses",
-        "objective",
-        "residuals",
-        "terms",
-        "weighting",
-    },
-    {
-        "adaptive",
-        "bound",
-        "coordinates",
-        "divergence",
-        "images",
-        "likelihood",
-        "likelihood_inputs",
-        "multistep",
-        "nll_result",
-        "ode_paths",
-        "student",
-    },
-)
-PACKAGES = {"interop", "taylor"}
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "hosm_losses"
+ROW = re.compile(r"^\| (\d) \| ([^|]+) \|", re.MULTILINE)
+# Room by room, the floor that the one table gives it.
+FLOORS = {
+    room: int(floor)
+    for floor, rooms in ROW.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    for room in re.findall(r"`(\w+)`", rooms)
+}
+# Who may import what only some may import.
+RESERVED = {"losses": set(), "likelihood": {"diagnostics"}}
 # Where PyTorch's differentiation is called.
-DIFFERENTIATES = {"backward", "chunks", "derivatives", "engines", "torch_internals"}
-DIFFERENTIATES |= {"taylor/forward_mode", "taylor/layers", "taylor/recompute"}
+DIFFERENTIATES = {"_torch_internals", "schedules/base", "losses/recompute"}
 LONGEST = 320
-FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-SOURCE = Path(__file__).parent.parent / "src" / "hosm_losses"
 FILES = {
     path.relative_to(SOURCE).with_suffix("").as_posix(): path
     for path in sorted(SOURCE.rglob("*.py"))
+    if path.parent != SOURCE or path.name != "__init__.py"
 }
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 MODULES = [name for name in FILES if not name.endswith("__init__")]
+
+
+def _room(name):
+    return name.partition("/")[0]
 
 
 def _imported(tree):
@@ -127,11 +46,15 @@ def _imported(tree):
 
 
 def _own_imports(name):
-    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
-    dotted = [found.split(".") for found in _imported(tree)]
-    own = [(*parts[1:], "__init__") for parts in dotted if parts[0] == "hosm_losses"]
-    names = {"/".join(parts[:2]) if parts[0] in PACKAGES else parts[0] for parts in own}
-    return {name if name in FILES else f"{name.split('/')[0]}/__init__" for name in names}
+    """The files of this package that a file imports from."""
+    for dotted in _imported(TREES[name]):
+        package, *parts = dotted.split(".")
+        if package != "hosm_losses":
+            continue
+        while "/".join(parts) not in FILES and "/".join([*parts, "__init__"]) not in FILES:
+            parts.pop()
+        path = "/".join(parts)
+        yield path if path in FILES else f"{path}/__init__"
 
 
 def _differentiates(tree):
@@ -143,25 +66,29 @@ def _differentiates(tree):
     ) or any(text.endswith(".backward") for text in dotted)
 
 
-def test_every_file_has_a_floor():
-    assert set(FILES) == set(FLOOR)
+def test_every_room_has_a_floor():
+    assert {_room(name) for name in FILES} == set(FLOORS)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_imports_go_down(name):
-    below = set().union(*FLOORS[: FLOOR[name]])
-    assert _own_imports(name) - below == set()
+def test_a_room_imports_from_lower_floors_and_through_the_front_door(name):
+    room = _room(name)
+    for imported in _own_imports(name):
+        other = _room(imported)
+        if other != room:
+            assert FLOORS[other] < FLOORS[room] or not FLOORS[room], f"{imported} is not below"
+            assert room in RESERVED.get(other, {room}), f"{other} is not for {room}"
+            assert imported in {other, f"{other}/__init__"}, f"import from hosm_losses.{other}"
 
 
-@pytest.mark.parametrize("side", SIDES, ids=["losses", "likelihood"])
-def test_a_side_is_imported_by_itself_alone(side):
-    others = set(FILES) - side - {"__init__"}
-    assert {name for name in others if _own_imports(name) & side} == set()
+def test_no_two_files_import_each_other():
+    graph = {name: set(_own_imports(name)) - {name} for name in FILES}
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_differentiation_has_its_rooms():
-    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
-    assert {name for name, tree in trees.items() if _differentiates(tree)} == DIFFERENTIATES
+    found = {name for name, tree in TREES.items() if _differentiates(tree)}
+    assert {name for name in found if _room(name) != "derivatives"} == DIFFERENTIATES
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -169,10 +96,14 @@ def test_files_are_short(name):
     assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= LONGEST
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_files_say_what_they_are(name):
+    assert ast.get_docstring(TREES[name])
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_modules_say_what_they_are_and_what_they_offer(name):
+def test_files_say_what_they_offer(name):
     module = importlib.import_module(f"hosm_losses.{name.replace('/', '.')}")
-    assert module.__doc__
     # A file of rules registers them and offers nothing else.
-    assert module.__all__ or name.startswith("taylor/")
+    assert module.__all__ or name.startswith("derivatives/taylor/")
     assert {public for public in module.__all__ if not hasattr(module, public)} == set()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from hosm_losses.progress import progress_bar
+from hosm_losses._progress import progress_bar
 from tests.oracles import networks
 
 

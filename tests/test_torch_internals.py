@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hosm_losses import torch_internals as internals
+from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import may_look
 from tests.versions import tells_hooks
 

@@ -1,7 +1,7 @@
 """The networks and the losses once more in JAX, as a user of JAX would write them.
 
 The networks are functions of a dict of parameters, the state_dict of the module in PyTorch. The
-losses take one probe a sample; what they hold fixed is what `hosm_losses.residuals` detaches.
+losses take one probe a sample; what they hold fixed is what our residuals detach.
 
 A fair comparison has one thread on both sides. XLA reads its number of threads from NPROC when
 JAX starts, so it is set for a new process: `subprocess.run(..., env=one_thread())`. The flags that

@@ -1,6 +1,6 @@
 r"""The second-order loss of Meng et al., written for comparison from its formula.
 
-Formula, in the letters of `hosm_losses.residuals`:
+Formula, in the letters of `hosm_losses.losses.residuals`:
     Tweedie's formula for second moments says that s₂ + s₁ s₁ᵀ is the conditional mean of
     (ε εᵀ − I)/σ². Along a probe v, and with σ² s₂ v = D, the residual of that regression is
 
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 import hosm_losses as hosm
-from hosm_losses.loss_inputs import prepare, probe_tensor
-from hosm_losses.loss_options import Probes
+from hosm_losses.losses.inputs import prepare, probe_tensor
+from hosm_losses.losses.options import Probes
 
 
 def second_residual(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:

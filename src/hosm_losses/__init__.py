@@ -1,29 +1,29 @@
 """High-order denoising score matching, and the exact likelihood of diffusion ODEs, for PyTorch."""
 
 from hosm_losses._checks import DerivativeError as DerivativeError
-from hosm_losses.bound import variational_nll as variational_nll
-from hosm_losses.checkpointing import checkpoint as checkpoint
-from hosm_losses.conditions import Shared as Shared
-from hosm_losses.derivative_check import check_derivatives as check_derivatives
-from hosm_losses.discrete_schedule import DiscreteSchedule as DiscreteSchedule
+from hosm_losses.derivatives import checkpoint as checkpoint
+from hosm_losses.diagnostics import check_derivatives as check_derivatives
+from hosm_losses.likelihood import NLLResult as NLLResult
+from hosm_losses.likelihood import NLLSummary as NLLSummary
 from hosm_losses.likelihood import ode_nll as ode_nll
-from hosm_losses.loss_modules import FirstOrderDSM as FirstOrderDSM
-from hosm_losses.loss_modules import SecondOrderDSM as SecondOrderDSM
-from hosm_losses.loss_modules import ThirdOrderDSM as ThirdOrderDSM
+from hosm_losses.likelihood import variational_nll as variational_nll
+from hosm_losses.losses import DSMTerms as DSMTerms
+from hosm_losses.losses import FirstOrderDSM as FirstOrderDSM
+from hosm_losses.losses import SecondOrderDSM as SecondOrderDSM
+from hosm_losses.losses import ThirdOrderDSM as ThirdOrderDSM
 from hosm_losses.losses import dsm_terms as dsm_terms
 from hosm_losses.losses import first_order_dsm as first_order_dsm
 from hosm_losses.losses import second_order_dsm as second_order_dsm
 from hosm_losses.losses import third_order_dsm as third_order_dsm
-from hosm_losses.nll_result import NLLResult as NLLResult
-from hosm_losses.nll_result import NLLSummary as NLLSummary
-from hosm_losses.schedule import Schedule as Schedule
+from hosm_losses.model import ScoreModel as ScoreModel
+from hosm_losses.model import Shared as Shared
 from hosm_losses.schedules import CosineSchedule as CosineSchedule
+from hosm_losses.schedules import DiscreteSchedule as DiscreteSchedule
 from hosm_losses.schedules import EDMSchedule as EDMSchedule
 from hosm_losses.schedules import LinearFlowSchedule as LinearFlowSchedule
+from hosm_losses.schedules import Schedule as Schedule
 from hosm_losses.schedules import SubVPSchedule as SubVPSchedule
 from hosm_losses.schedules import VESchedule as VESchedule
 from hosm_losses.schedules import VPSchedule as VPSchedule
-from hosm_losses.score_model import ScoreModel as ScoreModel
-from hosm_losses.terms import DSMTerms as DSMTerms
 
 __version__ = "0.1.0.dev0"

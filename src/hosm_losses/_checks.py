@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses.torch_internals import traced
+from hosm_losses._torch_internals import traced
 
 RESERVED = ("x", "t", "self")  # by position in every call of the network
 

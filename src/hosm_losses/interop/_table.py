@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import describe
-from hosm_losses.discrete_schedule import DiscreteSchedule
+from hosm_losses.schedules import DiscreteSchedule
 
 ZERO = (0.0, 2.0**-24)  # the second is what diffusers writes in the place of the first
 

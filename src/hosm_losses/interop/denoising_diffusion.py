@@ -5,7 +5,7 @@ __all__ = ["from_denoising_diffusion"]
 from typing import Any
 
 from hosm_losses.interop._table import check_diffusion, predicted, table_schedule
-from hosm_losses.score_model import ScoreModel
+from hosm_losses.model import ScoreModel
 
 PREDICTIONS = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from hosm_losses._checks import describe
 from hosm_losses.interop._table import first_half, predicted, table_schedule
+from hosm_losses.model import ScoreModel
 from hosm_losses.schedules import LinearFlowSchedule
-from hosm_losses.score_model import ScoreModel
 
 PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v_prediction"}
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from hosm_losses._checks import describe
+from hosm_losses.model import ScoreModel
 from hosm_losses.schedules import EDMSchedule
-from hosm_losses.score_model import ScoreModel
 
 
 def from_edm(net: nn.Module) -> ScoreModel:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from hosm_losses.discrete_schedule import Table
 from hosm_losses.interop._table import check_diffusion, first_half, predicted, table_schedule
-from hosm_losses.score_model import ScoreModel
+from hosm_losses.model import ScoreModel
+from hosm_losses.schedules import Table
 
 PREDICTIONS = {"EPSILON": "epsilon", "START_X": "sample"}
 LEARNED = ("LEARNED", "LEARNED_RANGE")

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from hosm_losses._checks import check_flag, describe
+from hosm_losses.model import ScoreModel
 from hosm_losses.schedules import SubVPSchedule, VESchedule, VPSchedule
-from hosm_losses.score_model import ScoreModel
 
 LABELS = 999.0
 DISCRETE = (

@@ -1,0 +1,69 @@
+"""Activation checkpointing inside a network whose derivatives a loss takes.
+
+What:
+    torch's non-reentrant checkpoint, with two additions. Its recomputation in the backward pass
+    uses the safe primitives if the first computation did. And a Jet of the Taylor engine goes
+    through it as its stack, for what surrounds the loss, another checkpoint or an offload to the
+    host, saves plain tensors.
+
+Source:
+    The documentation of `torch.utils.checkpoint`.
+"""
+
+__all__ = ["checkpoint"]
+
+from collections.abc import Callable
+from typing import Any
+
+from hosm_losses._torch_internals import pytree
+from hosm_losses.derivatives.primitive_mode import recomputable
+from hosm_losses.derivatives.taylor import Jet
+
+# What torch's checkpoint takes for itself.
+ITS_OWN = ("preserve_rng_state", "determinism_check", "debug", "early_stop")
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Activation checkpointing for use inside a network that is trained with order two or three.
+
+    It is torch's non-reentrant `torch.utils.checkpoint.checkpoint`, made to work with every engine
+    but forward mode, which cannot recompute anything. With torch's own checkpoint a network that
+    needs a primitive ends in a CheckpointError in the reverse engine.
+
+    Args:
+        function: a part of the network.
+        args: its arguments.
+        kwargs: its keyword arguments.
+
+    Returns:
+        What `function` returns.
+
+    Raises:
+        DerivativeError: in forward mode, unless autograd is off.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(3, 3)
+        >>> checkpoint(layer, torch.zeros(2, 3)).shape
+        torch.Size([2, 3])
+    """
+    own = {name: kwargs.pop(name) for name in ITS_OWN if name in kwargs}
+    flat, form = pytree.tree_flatten((args, kwargs))
+    jets = {place: entry for place, entry in enumerate(flat) if isinstance(entry, Jet)}
+    if not jets:
+        return recomputable(function, *args, **kwargs, **own)
+    like = next(iter(jets.values())).like
+    shape: list[Any] = []
+
+    def on_stacks(*entries: Any) -> tuple[Any, ...]:
+        given = [like(each) if place in jets else each for place, each in enumerate(entries)]
+        its_args, its_kwargs = pytree.tree_unflatten(given, form)
+        leaves, tree = pytree.tree_flatten(function(*its_args, **its_kwargs))
+        shape[:] = tree, [isinstance(leaf, Jet) for leaf in leaves]
+        return tuple(leaf.stack if isinstance(leaf, Jet) else leaf for leaf in leaves)
+
+    stacks = [entry.stack if place in jets else entry for place, entry in enumerate(flat)]
+    found = recomputable(on_stacks, *stacks, **own)
+    tree, carried = shape
+    leaves = [like(leaf) if is_jet else leaf for leaf, is_jet in zip(found, carried, strict=True)]
+    return pytree.tree_unflatten(leaves, tree)

@@ -1,0 +1,272 @@
+r"""The three engines: value, directional derivative and what is of third order, of a field.
+
+Formula, along w = σ v:
+    taylor    the network is given a `Jet` of x, see `taylor`; G is the gradient of w·D,
+              reverse over that.
+    reverse   g = (∂f/∂x)ᵀ c for a leaf c is linear in c, so ∂(w·g)/∂c = ∂f/∂x w = D, the Jacobian
+              itself and not its transpose; at c = w the same pass gives ∂(w·g)/∂x = G.
+    forward   D is `torch.func.jvp`; G is the gradient of w·D, reverse over forward mode.
+
+    In place of G there may be C = ∂²f[w, u] for another direction u, by the engines that go
+    forward. It is nested forward mode, without a pass back.
+
+Under a transform of torch.func everything is taken by torch.func, which knows what surrounds it.
+
+Source:
+    Pearlmutter, "Fast exact multiplication by the Hessian" (1994); the double reverse pass is
+    the "double backward trick" of J. Townsend (2017).
+"""
+
+__all__ = ["Curved", "Derivatives", "Field", "forward", "quadratic_forms", "reverse", "taylor"]
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hosm_losses._checks import DerivativeError, over_elements
+from hosm_losses._torch_internals import forward_mode, traced, transformed
+from hosm_losses.derivatives.backward import LOST_TWICE, explained, pull_back, refuse_dropped
+from hosm_losses.derivatives.primitive_mode import ForwardMode
+from hosm_losses.derivatives.taylor import carried
+
+
+class Field(Protocol):
+    """A function of x (B, *) with its conditions bound, that can be asked for more rows."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Evaluate at x (B, *)."""
+        ...
+
+    @property
+    def owner(self) -> object:
+        """The network, for which a choice of the engine is remembered."""
+        ...
+
+    @property
+    def native(self) -> "Field":
+        """The same with PyTorch's own operators, whose values and first derivatives are right."""
+        ...
+
+    def repeat(self, count: int) -> "Field":
+        """Return the field of `count` copies of the batch, for x of shape (count · B, *)."""
+        ...
+
+
+class Derivatives(NamedTuple):
+    """What an engine returns.
+
+    Attributes:
+        value: f, of shape (1, B, *) where the directions share it, (K, B, *) where each has its
+            own.
+        directional: D = ∂f/∂x w, of shape (K, B, *).
+        third: G = ∇_x (wᵀ ∂f/∂x w), of shape (K, B, *); None at order 2.
+    """
+
+    value: Tensor
+    directional: Tensor
+    third: Tensor | None = None
+
+
+class Curved(Derivatives):
+    """Derivatives of which the third is C = ∂²f[w, u] in place of G."""
+
+    __slots__ = ()
+
+
+def taylor(
+    field: Field, x: Tensor, direction: Tensor, order: int, others: Tensor | None = None
+) -> Derivatives:
+    """The value and its derivatives in one batch.
+
+    Raises:
+        TaylorError: for a network whose derivatives cannot be carried through it.
+    """
+    wanted = torch.is_grad_enabled()
+    count = len(direction)
+    if order == 2:
+        stack = carried(field, x, direction)
+        parts = [stack[:1], stack[1:]]
+    elif others is None:
+        parts = _taylor_gradient(field, x, direction)
+    else:
+        same = others is direction
+        directions = direction if same else torch.cat([direction, others])
+        stack = carried(field, x, directions, "squares" if same else "halves")
+        parts = [stack[:1], stack[1 : 1 + count], stack[-count:]]
+    kind = Derivatives if others is None else Curved
+    return kind(*(part if wanted else part.detach() for part in parts))
+
+
+def _taylor_gradient(field: Field, x: Tensor, direction: Tensor) -> list[Tensor]:
+    field, rows, w = _folded(field, x, direction)
+
+    def form(rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        value, directional = carried(field, rows, w.unsqueeze(0))
+        return (w * directional).sum(), (value, directional)
+
+    if traced():
+        gradient, parts = torch.func.grad(form, has_aux=True)(rows)
+    else:
+        wanted = torch.is_grad_enabled()
+        with torch.enable_grad(), explained():
+            rows = rows if wanted and rows.requires_grad else rows.detach().requires_grad_()
+            number, parts = form(rows)
+            # As of a linear network, whose form does not depend on x.
+            (gradient,) = torch.autograd.grad(
+                number, rows, create_graph=wanted, materialize_grads=True
+            )
+    return [part.unflatten(0, direction.shape[:2]) for part in (*parts, gradient)]
+
+
+def _folded(field: Field, x: Tensor, direction: Tensor) -> tuple[Field, Tensor, Tensor]:
+    """The field, x and the directions with the K directions as one larger batch."""
+    count = len(direction)
+    rows = x.expand(count, *x.shape).flatten(0, 1)
+    return (field.repeat(count) if count > 1 else field), rows, direction.flatten(0, 1)
+
+
+def forward(
+    field: Field, x: Tensor, direction: Tensor, order: int, others: Tensor | None = None
+) -> Derivatives:
+    """Forward mode of torch.func, one direction at a time or all under vmap."""
+
+    def second_at(point: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        value, directional, *_ = torch.func.jvp(field, (point,), (w,))
+        return value, directional
+
+    def second(w: Tensor) -> tuple[Tensor, ...]:
+        return second_at(x, w)
+
+    def third(w: Tensor) -> tuple[Tensor, ...]:
+        def form(point: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            value, directional = second_at(point, w)
+            number = (w * directional).sum()
+            refuse_dropped(number)
+            return number, (value, directional)
+
+        gradient, (value, directional) = torch.func.grad(form, has_aux=True)(x)
+        return value, directional, gradient
+
+    def curved(w: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        found: Any = torch.func.jvp(lambda point: second_at(point, w), (x,), (u,))
+        (value, directional), (_, curvature) = found
+        return value, directional, curvature
+
+    one: Any = second if order == 2 else third if others is None else curved
+    directions = (direction,) if others is None else (direction, others)
+    with explained(), ForwardMode(), forward_mode():
+        if len(direction) == 1:
+            value, *rest = [part.unsqueeze(0) for part in one(*(each[0] for each in directions))]
+        else:
+            out_dims: Any = (None, *(0,) * (order - 1))
+            # One dropout mask for the value and for every probe.
+            value, *rest = torch.func.vmap(one, out_dims=out_dims, randomness="same")(*directions)
+            value = value.unsqueeze(0)
+    return (Derivatives if others is None else Curved)(value, *rest)
+
+
+def reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:
+    """Two passes back through the network.
+
+    Raises:
+        DerivativeError: if autograd cannot follow the output to x, or not twice.
+    """
+    if transformed():
+        with explained():
+            return _reverse_in_transform(field, x, direction, order)
+    wanted = torch.is_grad_enabled()
+    with torch.enable_grad(), explained():
+        point = x if wanted and x.requires_grad else x.detach().requires_grad_()
+        if order == 2:
+            value = field(point)
+            refuse_dropped(value)
+            # The pulled cotangent is linear in the cotangent, so any cotangent will do.
+            cotangent = torch.zeros_like(value).requires_grad_()
+            pulled = pull_back(value, point, cotangent.unsqueeze(0))[0]
+            refuse_dropped(pulled, wanted)
+            directional = pull_back(
+                pulled, cotangent, direction, create_graph=wanted, lost=LOST_TWICE
+            )
+            parts = [value.unsqueeze(0), directional]
+        else:
+            field, rows, w = _folded(field, point, direction)
+            value = field(rows)
+            refuse_dropped(value)
+            cotangent = w.detach().requires_grad_()
+            pulled = pull_back(value, rows, cotangent.unsqueeze(0))[0]
+            refuse_dropped(pulled, wanted)
+            gradient, directional = torch.autograd.grad(
+                pulled, (rows, cotangent), w, create_graph=wanted, allow_unused=True
+            )
+            if directional is None:
+                raise DerivativeError(LOST_TWICE)
+            if gradient is None:  # as of a linear field
+                gradient = torch.zeros_like(rows)
+            found = (value, directional, gradient)
+            parts = [part.unflatten(0, direction.shape[:2]) for part in found]
+    return Derivatives(*(part if wanted else part.detach() for part in parts))
+
+
+def _reverse_in_transform(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:
+    """The same by torch.func.vjp, which a transform around it can follow."""
+    folded, rows, w = (field, x, direction) if order == 2 else _folded(field, x, direction)
+    start = torch.zeros_like(x) if order == 2 else w
+
+    def pulled_back(point: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        pulled: Any = torch.func.vjp(watched, point)
+        value, back = pulled
+        return back(cotangent)[0], value
+
+    def watched(point: Tensor) -> Tensor:
+        value = folded(point)
+        refuse_dropped(value)
+        return value
+
+    found: Any = torch.func.vjp(pulled_back, rows, start, has_aux=True)
+    _, back, value = found
+    if order == 2:
+        directional = [back(each)[1] for each in direction]
+        return Derivatives(value.unsqueeze(0), torch.stack(directional))
+    gradient, directional = back(w)
+    parts = (value, directional, gradient)
+    return Derivatives(*(part.unflatten(0, direction.shape[:2]) for part in parts))
+
+
+def quadratic_forms(
+    field: Field, x: Tensor, directions: Iterable[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Evaluate a field and wᵀ ∂f/∂x w: one forward pass, and one pass back for each w.
+
+    Args:
+        field: a function of x that treats every sample alone.
+        x: the point (B, *).
+        directions: chunks (k, B, *) of directions; each chunk is pulled back as one batch.
+
+    Returns:
+        The value (B, *), and the forms (K, B), K the number of all directions.
+
+    Raises:
+        DerivativeError: if the output does not depend on x in a way that autograd can follow, or
+            a custom autograd.Function drops the graph that the result is to carry.
+    """
+    if transformed():
+        pulled: Any = torch.func.vjp(field, x)
+        value, back = pulled
+        found = [_forms(torch.stack([back(each)[0] for each in w]), w) for w in directions]
+        return value, torch.cat(found)
+    wanted = torch.is_grad_enabled()
+    forms = []
+    with torch.enable_grad(), explained():
+        point = x if wanted and x.requires_grad else x.detach().requires_grad_()
+        value = field(point)
+        refuse_dropped(value, wanted)
+        for w in directions:
+            forms.append(_forms(pull_back(value, point, w, create_graph=wanted), w))
+    joined = torch.cat(forms)
+    return (value, joined) if wanted else (value.detach(), joined.detach())
+
+
+def _forms(pulled: Tensor, w: Tensor) -> Tensor:
+    return over_elements(pulled * w)

@@ -1,0 +1,264 @@
+r"""The few operators whose higher derivatives PyTorch gets wrong, written so that all are right.
+
+What:
+    PyTorch does not differentiate layer norm, batch norm (in training) and instance norm rightly
+    more than twice: the parameter gradient of a loss on a directional derivative, at order three
+    sometimes the derivative's own value, is off by several to more than a hundred percent, in
+    silence. Group norm, attention and the gated linear unit fail loudly on common inputs. Composed
+    of means, products and softmax, each is right by every route.
+
+How:
+    A table from PyTorch's function to its composition; `primitive_mode` puts it in.
+    An operator that PyTorch differentiates rightly is not in it, and the tests show which are.
+
+Source:
+    PyTorch issues 175754, 186256, 196699 and 196700.
+"""
+
+__all__ = ["PRIMITIVES", "at_least_float32", "attention_weights", "causal_mask", "per_channel"]
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """Subtract the mean and divide by the standard deviation over `dims`, in float32 at least."""
+    x = at_least_float32(x)
+    # Sums divided afterwards: the gradient of a mean is written out, that of a sum is a view.
+    count = math.prod([x.shape[dim] for dim in dims])
+    centred = x - x.sum(dims, keepdim=True) / count
+    variance = (centred * centred).sum(dims, keepdim=True) / count
+    return centred * torch.rsqrt(variance + eps)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Float32 in place of a shorter type, and anything else as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _affine(
+    standard: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: Iterable[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    shape = tuple(shape)
+    if weight is not None and bias is not None:
+        standard = torch.addcmul(bias.reshape(shape), standard, weight.reshape(shape))
+    elif weight is not None:
+        standard = standard * weight.reshape(shape)
+    elif bias is not None:
+        standard = standard + bias.reshape(shape)
+    return standard.to(dtype)
+
+
+def _layer_norm(
+    input: Tensor,  # noqa: A002
+    normalized_shape: Iterable[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,  # noqa: ARG001
+) -> Tensor:
+    shape = tuple(normalized_shape)
+    if tuple(input.shape[-len(shape) :]) != shape:
+        raise ValueError(
+            f"layer_norm: expected an input that ends in {shape}; got {tuple(input.shape)}."
+        )
+    dims = tuple(range(-len(shape), 0))
+    return _affine(_standardise(input, dims, eps), weight, bias, shape, input.dtype)
+
+
+def _group_norm(
+    input: Tensor,  # noqa: A002
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001
+) -> Tensor:
+    batch, channels = input.shape[:2]
+    if channels % num_groups:
+        raise ValueError(
+            f"group_norm: expected channels that {num_groups} groups divide; got {channels}."
+        )
+    grouped = input.reshape(batch, num_groups, -1)
+    standard = _standardise(grouped, (-1,), eps).reshape(input.shape)
+    return _affine(standard, weight, bias, per_channel(input), input.dtype)
+
+
+def per_channel(x: Tensor) -> tuple[int, ...]:
+    """The shape in which a number for each channel is broadcast against x (B, C, *)."""
+    return (1, x.shape[1], *(1,) * (x.ndim - 2))
+
+
+def _batch_norm(
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001
+) -> Tensor:
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if running_mean is not None:
+        # The operator updates the statistics itself, which it can do inside a transform.
+        with torch.no_grad():
+            F.batch_norm(
+                input.detach(), running_mean, running_var, None, None, True, momentum, eps
+            )
+    elif input.numel() <= input.shape[1]:
+        raise ValueError(
+            f"batch_norm: expected several values a channel in training; got {tuple(input.shape)}."
+        )
+    dims = (0, *range(2, input.ndim))
+    return _affine(_standardise(input, dims, eps), weight, bias, per_channel(input), input.dtype)
+
+
+def _instance_norm(
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001
+) -> Tensor:
+    if not use_input_stats:
+        return F.instance_norm(
+            input, running_mean, running_var, weight, bias, False, momentum, eps
+        )
+    if running_mean is not None:
+        with torch.no_grad():
+            F.instance_norm(
+                input.detach(), running_mean, running_var, None, None, True, momentum, eps
+            )
+    elif math.prod(input.shape[2:]) <= 1:
+        raise ValueError(
+            f"instance_norm: expected more than one spatial element; got {tuple(input.shape)}."
+        )
+    dims = tuple(range(2, input.ndim))
+    return _affine(_standardise(input, dims, eps), weight, bias, per_channel(input), input.dtype)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    weights = attention_weights(query, key, attn_mask, is_causal, scale)
+    return F.dropout(weights.to(value.dtype), dropout_p) @ value
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The weights of scaled_dot_product_attention, in float32 at least."""
+    if is_causal and attn_mask is not None:
+        raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both.")
+    # A vector where a number would do: autograd saves it, and the native kernel saves nothing like
+    # it. So torch's own checkpoint, which recomputes with the native kernel, sees the difference.
+    factor = query.new_full(query.shape[-1:], query.shape[-1] ** -0.5 if scale is None else scale)
+    logits = at_least_float32((query * factor) @ key.transpose(-2, -1))
+    if is_causal:
+        attn_mask = causal_mask(logits)
+    if attn_mask is None:
+        return torch.softmax(logits, -1)
+    if attn_mask.dtype == torch.bool:
+        # A row with nothing to attend to is 0; an infinity there would make its derivatives NaN.
+        logits = logits.masked_fill(~attn_mask, torch.finfo(logits.dtype).min)
+        return torch.softmax(logits, -1) * attn_mask.any(-1, keepdim=True)
+    return torch.softmax(logits + attn_mask, -1)
+
+
+def causal_mask(logits: Tensor) -> Tensor:
+    """What each place may attend to: those before it, and itself."""
+    return torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+
+
+def _torch_batch_norm(
+    input: Tensor,  # noqa: A002
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *options: Any,
+    **named: Any,
+) -> Tensor:
+    return _batch_norm(input, running_mean, running_var, weight, bias, *options, **named)
+
+
+def _torch_instance_norm(
+    input: Tensor,  # noqa: A002
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *options: Any,
+    **named: Any,
+) -> Tensor:
+    return _instance_norm(input, running_mean, running_var, weight, bias, *options, **named)
+
+
+def _multi_head_attention(
+    *args: Any, need_weights: bool = True, **named: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Its own path that returns the weights, which does not call a fused kernel."""
+    output, weights = F.multi_head_attention_forward(*args, need_weights=True, **named)
+    return output, weights if need_weights else None
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:  # noqa: A002
+    value, gate = input.chunk(2, dim)
+    if value.shape != gate.shape:
+        raise ValueError(
+            f"glu: expected an even size in dimension {dim}; got {tuple(input.shape)}."
+        )
+    return value * torch.sigmoid(gate)
+
+
+def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
+    """Batch norm's count of batches: torch.func forbids the in-place method, not out=."""
+    if counter.is_floating_point():
+        return counter.add_(other, alpha=alpha)
+    return torch.add(counter, other, alpha=alpha, out=counter)
+
+
+PRIMITIVES: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    torch.group_norm: _group_norm,
+    F.batch_norm: _batch_norm,
+    torch.batch_norm: _torch_batch_norm,
+    F.instance_norm: _instance_norm,
+    torch.instance_norm: _torch_instance_norm,
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
+    F.glu: _glu,
+    torch.Tensor.add_: _add_in_place,
+}

@@ -1,0 +1,210 @@
+r"""Rules for sums and products, of numbers and of matrices.
+
+Formula, for a product y = a · b that is linear in a and in b:
+    y_l = a_l · b + a · b_l        y_lr = a_lr · b + a · b_lr + a_l · b_r + a_r · b_l
+
+A plain tensor has no derivatives: the product with one is the product of the whole stack.
+
+The type of a result is that of PyTorch for the values: a number without axes does not widen a
+tensor with some, though its stack has an axis.
+"""
+
+__all__ = ["add", "matmul", "multiply"]
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hosm_losses.derivatives.primitives import at_least_float32
+from hosm_losses.derivatives.taylor.jet import Jet, aligned
+from hosm_losses.derivatives.taylor.pointwise import apply, halves, power
+from hosm_losses.derivatives.taylor.table import NoRule, every, rule
+
+
+def _ndim(x: Any) -> int:
+    return x.ndim if isinstance(x, Tensor) else 0
+
+
+def _operands(*operands: Any) -> int:
+    """The axes of what PyTorch computes with: tensors and real numbers, of which one is a Jet."""
+    if not all(isinstance(each, Tensor | float | int) for each in operands):
+        raise NoRule
+    return max(_ndim(each) for each in operands)
+
+
+def _type(a: Any, b: Any) -> torch.dtype:
+    """The type that PyTorch gives the values of a and b together."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype != b.dtype:
+        return torch.result_type(*(x.stack[0] if isinstance(x, Jet) else x for x in (a, b)))
+    return (a if isinstance(a, Jet) else b).dtype
+
+
+def add(a: Any, b: Any, scale: float = 1) -> Jet:
+    """a + scale · b, of which one at least is a Jet."""
+    ndim = _operands(a, b)
+    if isinstance(a, Jet) and isinstance(b, Jet):
+        first, second = aligned(a.stack, ndim), aligned(b.stack, ndim)
+        count = min(len(first), len(second))
+        total = torch.add(first[:count], second[:count], alpha=scale)
+        if len(first) != len(second):
+            longer = first[count:] if len(first) > count else second[count:] * scale
+            total = torch.cat([total, longer.expand(-1, *total.shape[1:])])
+        return a.like(total.to(_type(a, b)))
+    jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
+    stack = aligned(jet.stack, ndim)
+    if jet is b and scale != 1:
+        stack = stack * scale
+    value = stack[0] + (plain * scale if jet is a and scale != 1 else plain)
+    rest = stack[1:].expand(-1, *value.shape).to(value.dtype)
+    return jet.like(torch.cat([value.unsqueeze(0), rest]).to(_type(a, b)))
+
+
+def _product(a: Jet, b: Jet, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
+    """A product linear in both, of stacks that broadcast over their first axis."""
+    first, second = aligned(a.stack, ndim), aligned(b.stack, ndim)
+    firsts, pairs = a.firsts, a.pairs
+    # All of a with the value of b; then what the derivatives of b add.
+    left, right = product(first, second[:1]), product(first[:1], second[1:])
+    value, tangents = left[:1], left[1 : 1 + firsts] + right[:firsts]
+    if pairs == "none":
+        return a.like(torch.cat([value, tangents]))
+    a_left, a_right = halves(first[1 : 1 + firsts], pairs)
+    b_left, b_right = halves(second[1 : 1 + firsts], pairs)
+    both = product(a_left, b_right)
+    both = 2 * both if pairs == "squares" else both + product(a_right, b_left)
+    for part in (left[1 + firsts :], right[firsts:]):
+        both = both + part if len(part) else both
+    return a.like(torch.cat([value, tangents, both]))
+
+
+@rule(*every("add", "__add__", "__radd__"))
+def _add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
+    return add(a, b, alpha)
+
+
+@rule(*every("sub", "subtract", "__sub__"))
+def _sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
+    # Of which PyTorch says that masks are not subtracted.
+    if any(
+        isinstance(each, bool) or getattr(each, "dtype", None) == torch.bool for each in (a, b)
+    ):
+        raise NoRule
+    return add(a, b, -alpha)
+
+
+@rule(*every("__rsub__", "rsub"))
+def _rsub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
+    return _sub(b, a, alpha=alpha)
+
+
+@rule(*every("neg", "negative", "__neg__"))
+def _neg(x: Jet) -> Jet:
+    return x.like(-x.stack)
+
+
+@rule(*every("mul", "multiply", "__mul__", "__rmul__"))
+def multiply(a: Any, b: Any) -> Jet:
+    """a b, of which one at least is a Jet."""
+    ndim = _operands(a, b)
+    if isinstance(a, Jet) and isinstance(b, Jet):
+        if a is b:
+            return apply(partial(power, exponent=2), a)
+        product = _product(a, b, torch.mul, ndim)
+        return product.like(product.stack.to(_type(a, b)))
+    jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
+    return jet.like((aligned(jet.stack, ndim) * plain).to(_type(a, b)))
+
+
+@rule(*every("div", "divide", "true_divide", "__truediv__"))
+def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
+    if rounding_mode is not None:
+        raise NoRule
+    ndim = _operands(a, b)
+    if not isinstance(b, Jet):
+        return a.like((aligned(a.stack, ndim) / b).to(_type(a, b)))
+    # The inverse of a short type may be out of its range where the quotient is not.
+    inverse = apply(partial(power, exponent=-1), b.like(at_least_float32(b.stack)))
+    return b.like(multiply(a, inverse).stack.to(_type(a, b)))
+
+
+@rule(*every("__rdiv__", "__rtruediv__"))
+def _rdiv(a: Jet, b: Any) -> Jet:
+    return _div(b, a)
+
+
+@rule(*every("pow", "__pow__"))
+def _pow(x: Any, exponent: Any) -> Jet:
+    number = isinstance(exponent, float | int) and not isinstance(exponent, bool)
+    if not isinstance(x, Jet) or not number:
+        raise NoRule
+    return apply(partial(power, exponent=exponent), x)
+
+
+@rule(*every("addcmul"))
+def _addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
+    product = multiply(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a * b
+    return add(x, product, value)
+
+
+@rule(*every("matmul", "__matmul__"))
+def matmul(a: Any, b: Any) -> Jet:
+    """The matrix product, of which one factor at least is a Jet."""
+    ndim = max(_ndim(a), _ndim(b))
+    if min(_ndim(a), _ndim(b)) < 2:
+        raise NoRule
+    if isinstance(a, Jet) and isinstance(b, Jet):
+        return _product(a, b, torch.matmul, ndim)
+    if isinstance(a, Jet):
+        return a.like(torch.matmul(aligned(a.stack, ndim), b))
+    return b.like(torch.matmul(a, aligned(b.stack, ndim)))
+
+
+@rule(*every("mm", "bmm"))
+def _of_matrices(a: Any, b: Any) -> Jet:
+    if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2]:
+        raise NoRule
+    return matmul(a, b)
+
+
+@rule(*every("__rmatmul__"))
+def _rmatmul(a: Any, b: Any) -> Jet:
+    return matmul(b, a)
+
+
+@rule(torch.einsum)
+def _einsum(equation: Any, *operands: Any) -> Jet:
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    # Not the form without a string, nor one whose result is implied.
+    written = isinstance(equation, str) and "..." not in equation and "->" in equation
+    if not written or len(operands) > 2:
+        raise NoRule
+    new = next(letter for letter in "zyxwvutsrqponmlkjihgfedcbaZYXWVU" if letter not in equation)
+    given, _, result = equation.replace(" ", "").partition("->")
+    terms = given.split(",")
+    jets = [operand for operand in operands if isinstance(operand, Jet)]
+    if len(jets) == 1:
+        terms = [
+            new + term if isinstance(operand, Jet) else term
+            for term, operand in zip(terms, operands, strict=True)
+        ]
+        stacks = [operand.stack if isinstance(operand, Jet) else operand for operand in operands]
+        return jets[0].like(torch.einsum(f"{','.join(terms)}->{new}{result}", *stacks))
+    # One of the two stacks has a single component, or both have the same number.
+    batched = f"{','.join(new + term for term in terms)}->{new}{result}"
+    a, b = jets
+    return _product(a, b, partial(torch.einsum, batched), 0)
+
+
+@rule(*every("baddbmm"))
+def _baddbmm(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
+    if not isinstance(a, Jet) and not isinstance(b, Jet):
+        raise NoRule
+    product = multiply(_of_matrices(a, b), alpha)
+    if beta == 0:
+        return product
+    total = add(product, x, beta)
+    return total.like(total.stack.to(product.dtype))  # under autocast x may be in a wider type

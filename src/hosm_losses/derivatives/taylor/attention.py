@@ -1,0 +1,119 @@
+r"""Rules for softmax, attention and gates.
+
+Formula of p = softmax(x), with ⟨·⟩ the mean under p and u_l = x_l − ⟨x_l⟩:
+    p_l = p u_l     p_lr = p (u_l u_r − ⟨u_l u_r⟩ + u_lr)
+
+Attention is two products of matrices and a softmax; its matrix of weights is kept.
+"""
+
+__all__: list[str] = []
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from hosm_losses.derivatives.primitives import at_least_float32, attention_weights, causal_mask
+from hosm_losses.derivatives.taylor.arithmetic import add, matmul, multiply
+from hosm_losses.derivatives.taylor.forward_mode import Pairs
+from hosm_losses.derivatives.taylor.jet import Jet
+from hosm_losses.derivatives.taylor.pointwise import apply, halves, sigmoid
+from hosm_losses.derivatives.taylor.recompute import Formula, recomputed
+from hosm_losses.derivatives.taylor.table import NoRule, axis, rule
+
+
+def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
+    stack = at_least_float32(stack)
+    weights = torch.softmax(stack[0], dim)
+
+    def about_mean(x: Tensor) -> Tensor:
+        return x - (weights * x).sum(dim, keepdim=True)
+
+    centred = about_mean(stack[1 : 1 + firsts])
+    parts = [weights.unsqueeze(0), weights * centred]
+    if pairs != "none":
+        left, right = halves(centred, pairs)
+        both = about_mean(left * right)
+        seconds = stack[1 + firsts :]
+        parts.append(weights * (both + about_mean(seconds) if len(seconds) else both))
+    return torch.cat(parts)
+
+
+@rule(torch.softmax, Tensor.softmax)
+def softmax(x: Any, dim: int, dtype: torch.dtype | None = None) -> Jet:
+    """exp(x) over its sum along an axis, of x in another type if one is given."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise NoRule
+    stack = x.stack if dtype is None else x.stack.to(dtype)
+    formula = Formula(partial(_softened, axis(dim, x.ndim), x.firsts, x.pairs))
+    return x.like(recomputed(formula, stack).to(stack.dtype))
+
+
+@rule(F.softmax)
+def _softmax(
+    x: Any,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Jet:
+    if dim is None:  # which PyTorch guesses
+        raise NoRule
+    return softmax(x, dim, dtype)
+
+
+@rule(F.scaled_dot_product_attention)
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    if is_causal and attn_mask is not None:
+        raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both.")
+    if isinstance(attn_mask, Jet) or enable_gqa or query.ndim < 3:
+        raise NoRule
+    if not isinstance(query, Jet) and not isinstance(key, Jet):
+        weights = attention_weights(query, key, attn_mask, is_causal, scale)
+        return matmul(F.dropout(weights.to(value.dtype), dropout_p), value)
+    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = matmul(_times(query, factor), _transposed(key))
+    logits = logits.like(at_least_float32(logits.stack))
+    if is_causal:
+        attn_mask = causal_mask(logits)
+    if attn_mask is None:
+        weights = softmax(logits, -1)
+    elif attn_mask.dtype == torch.bool:
+        lowest = torch.finfo(logits.dtype).min
+        value_part, rest = logits.stack[:1], logits.stack[1:]
+        masked = torch.cat(
+            [value_part.masked_fill(~attn_mask, lowest), rest.masked_fill(~attn_mask, 0)]
+        )
+        weights = multiply(softmax(logits.like(masked), -1), attn_mask.any(-1, keepdim=True))
+    else:
+        weights = softmax(add(logits, attn_mask), -1)
+    if dropout_p:
+        weights = multiply(weights, F.dropout(torch.ones_like(weights.stack[0]), dropout_p))
+    return matmul(weights.like(weights.stack.to(value.dtype)), value)
+
+
+def _times(x: Any, number: float) -> Any:
+    return x.like(x.stack * number) if isinstance(x, Jet) else x * number
+
+
+def _transposed(x: Any) -> Any:
+    return x.like(x.stack.mT) if isinstance(x, Jet) else x.mT
+
+
+@rule(F.glu)
+def _glu(x: Jet, dim: int = -1) -> Jet:
+    dim = axis(dim, x.ndim)
+    if x.shape[dim] % 2:
+        raise ValueError(f"glu: expected an even size in dimension {dim}; got {tuple(x.shape)}.")
+    value, gate = x.stack.chunk(2, dim)
+    return multiply(x.like(value), apply(sigmoid, x.like(gate)))

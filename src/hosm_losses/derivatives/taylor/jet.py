@@ -1,0 +1,260 @@
+r"""A tensor with its derivatives along directions: what the Taylor engine feeds to a network.
+
+What:
+    A Jet stands for x and carries a stack (C, B, *): the value; `firsts` first derivatives, one
+    for each direction; then, if `pairs` says so, second derivatives. PyTorch hands every function
+    that is called on a Jet to `Jet.__torch_function__`, which looks up a rule. A rule computes all
+    the components at once: a linear layer is one call on the whole stack.
+
+Formula, for y = f(x) along l, and along the pair (l, r):
+    y_l = ∂f x_l        y_lr = ∂f x_lr + ∂²f[x_l, x_r]
+
+Without a rule:
+    The function is differentiated by `torch.func.jvp`, by itself and with the user's own
+    arguments, with the safe primitives in place: right, but not as fast. So is a call that its
+    rule does not know, which raises `NoRule`. What cannot be right raises TaylorError: a function
+    that changes its argument in place, complex numbers, and anything under torch.no_grad, where a
+    custom autograd.Function computes.
+
+Second derivatives that are zero, as those of the input are, are not stored: a stack is then short,
+of 1 + `firsts` components.
+
+A rule calls other rules, and PyTorch on stacks; it does not call PyTorch on Jets, which
+torch.compile would take for plain tensors there.
+
+Source:
+    Griewank and Walther, "Evaluating derivatives" (2008), chapter 13; Bettencourt, Johnson and
+    Duvenaud, "Taylor-mode automatic differentiation for higher-order derivatives in JAX" (2019).
+"""
+
+__all__ = [
+    "CHANGES",
+    "Jet",
+    "TaylorError",
+    "aligned",
+    "call",
+    "define_methods",
+    "fallback",
+    "on_values",
+]
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hosm_losses._torch_internals import pytree, shell, versions
+from hosm_losses.derivatives.primitive_mode import safe_primitives
+from hosm_losses.derivatives.taylor.forward_mode import Pairs, along
+from hosm_losses.derivatives.taylor.table import CONSTANT, RULES, NoRule, Rule, bound, rule
+
+METHODS = (
+    "__iter__",
+    "norm",
+    "split",
+    "unflatten",
+    "__rsub__",
+    "__rdiv__",
+    "__rtruediv__",
+    "__pow__",
+)
+# Those functions with their rules: torch.compile does not find them in a dictionary.
+IN_PYTHON: list[tuple[Callable[..., Any], Rule | None]] = []
+CHANGES = "changes in place what depends on x."
+COMPLEX = "makes complex numbers of what depends on x."
+OPERATORS = {
+    *("__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__"),
+    *("__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__"),
+    *("__ilshift__", "__irshift__"),
+}
+
+
+class TaylorError(RuntimeError):
+    """A network the Taylor engine cannot differentiate; another engine may."""
+
+
+class Jet(Tensor):
+    """A tensor that carries derivatives of its value.
+
+    Attributes:
+        stack: value, first and second derivatives, of shape (C, B, *).
+        firsts: the number of first derivatives.
+        pairs: which second derivatives there are.
+    """
+
+    stack: Tensor
+    firsts: int
+    pairs: Pairs
+
+    @staticmethod
+    def make(stack: Tensor, firsts: int, pairs: Pairs = "none") -> "Jet":
+        """Return the Jet of a stack."""
+        if stack.is_complex():
+            raise TaylorError(f"an operator {COMPLEX}")
+        jet = stack[0].as_subclass(Jet) if torch.compiler.is_compiling() else shell(_Opaque, stack)
+        jet.stack, jet.firsts, jet.pairs = stack, firsts, pairs
+        return jet
+
+    def like(self, stack: Tensor) -> "Jet":
+        """Return the Jet of another stack along the same directions."""
+        return Jet.make(stack, self.firsts, self.pairs)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether second derivatives are all zero, or not wanted."""
+        return len(self.stack) == 1 + self.firsts
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return call(func, args, kwargs or {})
+
+
+class _Opaque(Jet):
+    """A Jet without data, so that code which passes by `__torch_function__` finds none."""
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        raise TaylorError(f"{func}: called past __torch_function__, as by a compiled extension.")
+
+
+# What rules and networks ask all the time, at a tenth of the price of __torch_function__.
+_ASKED: dict[str, Callable[[Jet], Any]] = {
+    "shape": lambda jet: jet.stack.shape[1:],
+    "ndim": lambda jet: jet.stack.ndim - 1,
+    "dtype": lambda jet: jet.stack.dtype,
+    "device": lambda jet: jet.stack.device,
+}
+for _entry, _answer in _ASKED.items():
+    setattr(_Opaque, _entry, property(_answer))
+
+
+def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Evaluate a function of PyTorch on arguments with Jets among them."""
+    if CONSTANT.get(func):
+        return on_values(func, args, kwargs)
+    if kwargs.get("out") is not None:
+        raise TaylorError(f"{_name(func)}: {CHANGES}")
+    if torch.compiler.is_compiling():
+        for method, found in IN_PYTHON:
+            if func is method:
+                return _run(found, func, args, kwargs)
+    found, name = RULES.get(func), getattr(func, "__name__", "")
+    if found is None and name == "__get__":
+        answer = on_values(func, args, kwargs)
+        # A property that is a tensor, such as .real, is a function like any other.
+        return fallback(func, args, kwargs) if isinstance(answer, Tensor) else answer
+    if name == "__set__":
+        raise TaylorError(f"a property {CHANGES}")
+    return _run(found, func, args, kwargs)
+
+
+def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not torch.is_grad_enabled():
+        raise TaylorError(f"{_name(func)}: called under torch.no_grad on what depends on x.")
+    if found is not None:
+        taken = bound(found, args, kwargs)
+        if taken is not None:
+            try:
+                return found(*taken[0], **taken[1])
+            except NoRule:
+                pass
+    return fallback(func, args, kwargs)
+
+
+def define_methods() -> None:
+    """Give Jet the methods of Tensor that are written in Python, which torch.compile looks into.
+
+    To be called when every rule is registered.
+    """
+    for name in METHODS:
+        function = getattr(Tensor, name)
+        found = RULES.get(function)
+        IN_PYTHON.append((function, found))
+        setattr(Jet, name, _method(function, found))
+
+
+def _method(function: Callable[..., Any], found: Rule | None) -> Callable[..., Any]:
+    def called(self: Jet, *args: Any, **named: Any) -> Any:
+        return _run(found, function, (self, *args), named)
+
+    return called
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", str(func))
+
+
+def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a function on the values of Jets: what it returns has no derivative."""
+    args, kwargs = pytree.tree_map_only(Jet, lambda jet: jet.stack[0], (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def aligned(stack: Tensor, ndim: int) -> Tensor:
+    """A stack with axes of size one after its first, for a value of `ndim` axes at least."""
+    missing = max(0, ndim + 1 - stack.ndim)
+    return stack.reshape(len(stack), *(1,) * missing, *stack.shape[1:]) if missing else stack
+
+
+def fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Differentiate a function without a rule by torch.func.jvp, in one evaluation of it."""
+    if kwargs.get("inplace"):
+        raise TaylorError(f"{_name(func)}: {CHANGES}")
+    flat, form = pytree.tree_flatten((args, kwargs))
+    places = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]
+    jets: list[Jet] = [flat[place] for place in places]
+    firsts, pairs = jets[0].firsts, jets[0].pairs
+    shape: list[Any] = []
+
+    def function(*values: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        filled = list(flat)
+        for place, value in zip(places, values, strict=True):
+            filled[place] = value
+        given, named = pytree.tree_unflatten(filled, form)
+        with safe_primitives():
+            leaves, tree = pytree.tree_flatten(func(*given, **named))
+        if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves):
+            raise TaylorError(f"{_name(func)}: {COMPLEX}")
+        marked = [(_kind(leaf), leaf) for leaf in leaves]
+        shape[:] = tree, marked
+        found = tuple(leaf for kind, leaf in marked if kind == "jet")
+        others = tuple(leaf for kind, leaf in marked if kind == "tensor")
+        # One result at least, where none of the function's has a derivative.
+        return found or (values[0].new_zeros(()),), others
+
+    # Copies, whose versions show a change in place.
+    values = tuple(jet.stack[0].clone() for jet in jets)
+    before = versions(values)
+    derivatives = tuple(jet.stack[1:] for jet in jets)
+    stacks, others = along(function, values, derivatives, firsts, pairs)
+    if versions(values) != before:
+        raise TaylorError(f"{_name(func)}: {CHANGES}")
+    tree, marked = shape
+    found = {
+        "jet": (Jet.make(stack, firsts, pairs) for stack in stacks),
+        "tensor": iter(others),
+    }
+    leaves = [next(found[kind]) if kind in found else leaf for kind, leaf in marked]
+    return pytree.tree_unflatten(leaves, tree)
+
+
+def _kind(leaf: object) -> str:
+    """What a result becomes: a Jet, a plain tensor, or itself."""
+    if not isinstance(leaf, Tensor):
+        return "other"
+    return "jet" if leaf.is_floating_point() else "tensor"
+
+
+def _refuse(*_args: Any, **_named: Any) -> Any:
+    raise TaylorError(f"an operator {CHANGES}")
+
+
+# Methods that change their object, which is how PyTorch names them.
+for _entry in dir(Tensor):
+    if (_entry.endswith("_") and not _entry.endswith("__")) or _entry in OPERATORS:
+        rule(getattr(Tensor, _entry))(_refuse)

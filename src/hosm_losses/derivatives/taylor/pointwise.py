@@ -1,0 +1,273 @@
+r"""Rules for functions of one number: activations and their like.
+
+Formula, for y = a(x):
+    y_l = a'(x) x_l        y_lr = a'(x) x_lr + a''(x) x_l x_r
+
+A new activation is a generator of a and its first three derivatives at x, registered under every
+name by which networks call it; see `_silu`. Gradients follow from the same four numbers, and only
+the stack is kept for them.
+"""
+
+__all__ = ["apply", "halves", "pointwise", "power", "sigmoid"]
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hosm_losses.derivatives.primitives import at_least_float32
+from hosm_losses.derivatives.taylor.forward_mode import Pairs
+from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError
+from hosm_losses.derivatives.taylor.recompute import Formula, plus_product, recomputed
+from hosm_losses.derivatives.taylor.table import NoRule, every, rule, takes_as
+
+Series = Callable[[Tensor], Iterator[Tensor]]
+
+
+def halves(firsts: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """The first derivatives on the left and on the right of the second ones."""
+    if pairs == "squares":
+        return firsts, firsts
+    left, right = firsts.chunk(2)
+    return left, right
+
+
+def apply(series: Series, jet: Jet) -> Jet:
+    """A function of one number on every element of a Jet.
+
+    Args:
+        series: yields the function and its first three derivatives at x.
+        jet: its argument.
+
+    Returns:
+        The function of the Jet.
+    """
+    firsts, pairs = jet.firsts, jet.pairs
+    again = Formula(partial(_pull_back_again, series)) if pairs == "none" else None
+    pullback = Formula(partial(_pull_back, series, firsts, pairs), again)
+    formula = Formula(partial(_evaluate, series, firsts, pairs), pullback)
+    return jet.like(recomputed(formula, jet.stack))
+
+
+def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
+    dtype = stack.dtype
+    stack = at_least_float32(stack)
+    numbers = series(stack[0])
+    value, slope = next(numbers), next(numbers)
+    parts = [value.unsqueeze(0), stack[1 : 1 + firsts] * slope]
+    if pairs != "none":
+        left, right = halves(stack[1 : 1 + firsts], pairs)
+        bent = left * right * next(numbers)
+        seconds = stack[1 + firsts :]
+        parts.append(plus_product(bent, seconds, slope) if len(seconds) else bent)
+    return torch.cat(parts).to(dtype)
+
+
+def _over(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_l a_l b_l."""
+    return a[0] * b[0] if len(a) == 1 else (a * b).sum(0)
+
+
+def _pull_back(
+    series: Series, firsts: int, pairs: Pairs, stack: Tensor, cotangent: Tensor
+) -> Tensor:
+    """The first derivative times the cotangents, and what the second and third add."""
+    dtype = stack.dtype
+    stack, cotangent = at_least_float32(stack), at_least_float32(cotangent)
+    numbers = series(stack[0])
+    next(numbers)
+    slope, bend = next(numbers), next(numbers)
+    gradient = cotangent[: len(stack)] * slope
+    gradient[0].addcmul_(bend, _over(stack[1:], cotangent[1 : len(stack)]))
+    if pairs != "none":
+        left, right = halves(stack[1 : 1 + firsts], pairs)
+        bent = cotangent[1 + firsts :]
+        gradient[0].addcmul_(next(numbers), _over(bent, left * right))
+        bent = bent * bend
+        gradient[1 : 1 + len(bent)].addcmul_(bent, right)
+        gradient[1 + firsts - len(bent) : 1 + firsts].addcmul_(bent, left)
+    return gradient.to(dtype)
+
+
+def _pull_back_again(
+    series: Series, stack: Tensor, cotangent: Tensor, again: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients, in the stack and in the cotangent, of what `_pull_back` returns."""
+    dtype = stack.dtype
+    stack, cotangent, again = map(at_least_float32, (stack, cotangent, again))
+    numbers = series(stack[0])
+    next(numbers)
+    slope, bend, third = numbers
+    bent = bend * again[0]
+    of_cotangent = again * slope
+    of_cotangent[1:].addcmul_(stack[1:], bent)
+    of_value = cotangent[0] * bent
+    of_value.addcmul_(bend, _over(cotangent[1:], again[1:]))
+    of_value.addcmul_(third * again[0], _over(stack[1:], cotangent[1:]))
+    of_stack = torch.cat([of_value.unsqueeze(0), cotangent[1:] * bent])
+    return of_stack.to(dtype), of_cotangent.to(dtype)
+
+
+def pointwise(
+    *functions: Callable[..., Any],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the generator of a function and its derivatives, with that function's arguments."""
+
+    def register(series: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluated(x: Jet, *args: Any, inplace: bool = False, **named: Any) -> Jet:
+            if inplace:
+                raise TaylorError(f"an activation {CHANGES}")
+            return apply(partial(series, *args, **named) if args or named else series, x)
+
+        takes_as(evaluated, series, "inplace")
+        rule(*functions)(evaluated)
+        return series
+
+    return register
+
+
+@pointwise(*every("silu"))
+def _silu(x: Tensor) -> Iterator[Tensor]:
+    s = torch.sigmoid(x)
+    yield x * s
+    q = torch.addcmul(s, s, s, value=-1)
+    yield torch.addcmul(s, x, q)
+    bent = torch.addcmul(q, q, s, value=-2)
+    yield torch.addcmul(2 * q, x, bent)
+    yield torch.addcmul(3 * bent, x, torch.addcmul(q, q, q, value=-6))
+
+
+@pointwise(*every("sigmoid"))
+def sigmoid(x: Tensor) -> Iterator[Tensor]:
+    """The logistic function, and its derivatives."""
+    s = torch.sigmoid(x)
+    yield s
+    q = s * (1 - s)
+    yield q
+    yield q * (1 - 2 * s)
+    yield q * (1 - 6 * q)
+
+
+@pointwise(*every("tanh"))
+def _tanh(x: Tensor) -> Iterator[Tensor]:
+    value = torch.tanh(x)
+    yield value
+    slope = 1 - value * value
+    yield slope
+    yield -2 * value * slope
+    yield slope * (4 - 6 * slope)
+
+
+@pointwise(*every("gelu"))
+def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
+    if approximate == "none":
+        share = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+        yield x * share
+        density = torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+        yield torch.addcmul(share, x, density)
+        square = x * x
+        yield density * (2 - square)
+        yield density * x * (square - 4)
+        return
+    if approximate != "tanh":
+        raise NoRule
+    scale, cube = math.sqrt(2 / math.pi), 0.044715
+    square = x * x
+    tanh = torch.tanh(scale * x * (1 + cube * square))
+    half = 0.5 * x
+    yield half * (1 + tanh)
+    u1 = scale * (1 + 3 * cube * square)  # derivatives of the argument of tanh
+    sech = 1 - tanh * tanh
+    s1 = sech * u1
+    yield torch.addcmul(0.5 * (1 + tanh), half, s1)
+    u2 = 6 * scale * cube * x
+    s2 = sech * (u2 - 2 * tanh * u1 * u1)
+    yield torch.addcmul(s1, half, s2)
+    u3 = 6 * scale * cube
+    s3 = sech * (u3 - 6 * tanh * u1 * u2 + (4 - 6 * sech) * u1 * u1 * u1)
+    yield torch.addcmul(1.5 * s2, half, s3)
+
+
+@pointwise(*every("relu"))
+def _relu(x: Tensor) -> Iterator[Tensor]:
+    yield torch.relu(x)
+    yield (x > 0).to(x.dtype)
+    yield torch.zeros_like(x)
+    yield torch.zeros_like(x)
+
+
+@pointwise(*every("leaky_relu"))
+def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
+    slope = torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
+    yield x * slope
+    yield slope
+    yield torch.zeros_like(x)
+    yield torch.zeros_like(x)
+
+
+@pointwise(*every("exp"))
+def _exp(x: Tensor) -> Iterator[Tensor]:
+    value = torch.exp(x)
+    for _ in range(4):
+        yield value
+
+
+@pointwise(*every("log"))
+def _log(x: Tensor) -> Iterator[Tensor]:
+    yield torch.log(x)
+    inverse = 1 / x
+    yield inverse
+    yield -inverse * inverse
+    yield 2 * inverse * inverse * inverse
+
+
+@pointwise(*every("sin"))
+def _sin(x: Tensor) -> Iterator[Tensor]:
+    sin, cos = torch.sin(x), torch.cos(x)
+    yield from (sin, cos, -sin, -cos)
+
+
+@pointwise(*every("cos"))
+def _cos(x: Tensor) -> Iterator[Tensor]:
+    sin, cos = torch.sin(x), torch.cos(x)
+    yield from (cos, -sin, -cos, sin)
+
+
+@pointwise(*every("abs", "__abs__", "absolute"))
+def _abs(x: Tensor) -> Iterator[Tensor]:
+    yield torch.abs(x)
+    yield torch.sign(x)
+    yield torch.zeros_like(x)
+    yield torch.zeros_like(x)
+
+
+def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
+    """x to a number, and its derivatives."""
+    factor = 1.0
+    for order in range(4):
+        # Not 0 · x^-1, which is NaN at 0.
+        yield factor * x.pow(exponent - order) if factor else torch.zeros_like(x)
+        factor *= exponent - order
+
+
+@pointwise(*every("square"))
+def _square(x: Tensor) -> Iterator[Tensor]:
+    return power(x, 2)
+
+
+@pointwise(*every("sqrt"))
+def _sqrt(x: Tensor) -> Iterator[Tensor]:
+    return power(x, 0.5)
+
+
+@pointwise(*every("rsqrt"))
+def _rsqrt(x: Tensor) -> Iterator[Tensor]:
+    return power(x, -0.5)
+
+
+@pointwise(*every("reciprocal"))
+def _reciprocal(x: Tensor) -> Iterator[Tensor]:
+    return power(x, -1)

@@ -1,0 +1,209 @@
+"""Rules for what moves elements about: the same for every component, one axis further on.
+
+All dimensions are counted from the back, where an axis of the value is one of the stack.
+"""
+
+__all__: list[str] = []
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError, aligned
+from hosm_losses.derivatives.taylor.table import NoRule, axes, axis, every, rule, takes_as
+
+
+def _numbers(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The sizes or dimensions of a method that takes them one by one or in a sequence."""
+    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+        return tuple(sizes[0])
+    return sizes
+
+
+def _register(names: tuple[str, ...], make: Callable[..., Any]) -> None:
+    """Register make(stack, *args) for functions whose only Jet comes first."""
+    for function in every(*names):
+
+        def moved(x: Any, *args: Any, **named: Any) -> Any:
+            if not isinstance(x, Jet):
+                raise NoRule
+            found = make(x.stack, *args, **named)
+            return tuple(map(x.like, found)) if isinstance(found, tuple) else x.like(found)
+
+        takes_as(moved, make)
+        rule(function)(moved)
+
+
+def _axis(stack: Tensor, dim: Any) -> int:
+    return axis(dim, stack.ndim - 1)
+
+
+def _axes(stack: Tensor, dims: Any) -> tuple[int, ...]:
+    return axes(dims, stack.ndim - 1)
+
+
+def _shaped(stack: Tensor, *shape: Any) -> Tensor:
+    return stack.reshape(len(stack), *_numbers(shape))
+
+
+def _permuted(stack: Tensor, *dims: Any) -> Tensor:
+    return stack.permute(0, *(dim + stack.ndim for dim in _axes(stack, _numbers(dims))))
+
+
+def _flattened(stack: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+    return stack.flatten(_axis(stack, start_dim), _axis(stack, end_dim))
+
+
+def _swapped(stack: Tensor, dim0: int, dim1: int) -> Tensor:
+    return stack.transpose(_axis(stack, dim0), _axis(stack, dim1))
+
+
+def _expanded(stack: Tensor, *sizes: Any) -> Tensor:
+    sizes = _numbers(sizes)
+    return aligned(stack, len(sizes)).expand(len(stack), *sizes)
+
+
+def _repeated(stack: Tensor, *sizes: Any) -> Tensor:
+    sizes = _numbers(sizes)
+    if len(sizes) < stack.ndim - 1:
+        raise NoRule
+    return aligned(stack, len(sizes)).repeat(1, *sizes)
+
+
+def _tiled(stack: Tensor, *sizes: Any) -> Tensor:
+    """As `_repeated`, but the first axes may be left out."""
+    sizes = _numbers(sizes)
+    return _repeated(stack, *(1,) * (stack.ndim - 1 - len(sizes)), *sizes)
+
+
+def _squeezed(stack: Tensor, dim: Any = None) -> Tensor:
+    if dim is None:
+        return stack.reshape(len(stack), *(size for size in stack.shape[1:] if size != 1))
+    return stack.squeeze(_axes(stack, dim))
+
+
+def _copied(stack: Tensor, memory_format: Any = None) -> Tensor:
+    if memory_format is torch.contiguous_format:
+        return stack.clone(memory_format=torch.contiguous_format)
+    return stack
+
+
+def _reduced(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A sum or a mean over all axes of the value, or over some."""
+
+    def reduced(
+        stack: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+    ) -> Tensor:
+        # Integers have no derivatives, and a number has no axes.
+        if stack.ndim == 1 or not (dtype is None or dtype.is_floating_point):
+            raise NoRule
+        return reduce(stack, _axes(stack, dim), keepdim, dtype=dtype)
+
+    return reduced
+
+
+for _names, _make in {
+    ("reshape",): _shaped,
+    ("permute",): _permuted,
+    ("expand",): _expanded,
+    ("repeat",): _repeated,
+    ("tile",): _tiled,
+    ("squeeze",): _squeezed,
+    ("flatten",): _flattened,
+    ("transpose", "swapaxes", "swapdims"): _swapped,
+    ("sum",): _reduced(torch.sum),
+    ("mean",): _reduced(torch.mean),
+    ("clone", "contiguous"): _copied,
+    ("view_as", "reshape_as"): lambda stack, other: stack.reshape(len(stack), *other.shape),
+    ("expand_as",): lambda stack, other: _expanded(stack, *other.shape),
+    ("unflatten",): lambda stack, dim, sizes: stack.unflatten(_axis(stack, dim), sizes),
+    ("unsqueeze",): lambda stack, dim: stack.unsqueeze(axis(dim, stack.ndim)),
+    ("chunk",): lambda stack, chunks, dim=0: tuple(stack.chunk(chunks, _axis(stack, dim))),
+    ("split",): lambda stack, size, dim=0: tuple(stack.split(size, _axis(stack, dim))),
+    ("unbind",): lambda stack, dim=0: tuple(stack.unbind(_axis(stack, dim))),
+    ("narrow",): lambda stack, dim, start, length: stack.narrow(_axis(stack, dim), start, length),
+    ("select",): lambda stack, dim, index: stack.select(_axis(stack, dim), index),
+    ("repeat_interleave",): lambda stack, repeats, dim: stack.repeat_interleave(
+        repeats, _axis(stack, dim)
+    ),
+}.items():
+    _register(_names, _make)
+
+
+@rule(Tensor.mT.__get__, *every("adjoint"))  # pyright: ignore[reportAttributeAccessIssue]
+def _transposed(x: Jet) -> Jet:
+    if x.ndim < 2:
+        raise NoRule
+    return x.like(x.stack.mT)
+
+
+@rule(Tensor.T.__get__)  # pyright: ignore[reportAttributeAccessIssue]
+def _reversed(x: Jet) -> Jet:
+    return x.like(x.stack.permute(0, *range(x.ndim, 0, -1)))
+
+
+@rule(*every("t"))
+def _turned(x: Jet) -> Jet:
+    if x.ndim > 2:
+        raise NoRule
+    return _reversed(x)
+
+
+def _rows(function: Callable[..., Any], least: int, most: int) -> None:
+    """Register a linear function that treats every sample alone, the components as samples."""
+
+    def folded(x: Any, *args: Any, **named: Any) -> Any:
+        if not isinstance(x, Jet) or not least <= x.ndim <= most:
+            raise NoRule
+        found = function(x.stack.flatten(0, 1), *args, **named)
+        return x.like(found.unflatten(0, x.stack.shape[:2]))
+
+    rule(function)(folded)
+
+
+for _axes_of, _pooling in enumerate(
+    (
+        (F.avg_pool1d, F.adaptive_avg_pool1d),
+        (F.avg_pool2d, F.adaptive_avg_pool2d),
+        (F.avg_pool3d, F.adaptive_avg_pool3d),
+    ),
+    start=1,
+):
+    for _function in _pooling:
+        _rows(_function, _axes_of + 2, _axes_of + 2)
+for _function in every("interpolate", "upsample"):
+    _rows(_function, 3, 5)
+for _function in every("pixel_shuffle", "pixel_unshuffle"):
+    _rows(_function, 4, 9)
+
+
+def _dropping(function: Callable[..., Any]) -> None:
+    """Register a dropout by its own mask, of elements or of channels."""
+
+    def dropped(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Jet:
+        if inplace:
+            raise TaylorError(f"dropout: {CHANGES}")
+        if not isinstance(x, Jet):
+            raise NoRule
+        if not training or p == 0:
+            return x
+        # One mask for the value and its derivatives.
+        return x.like(x.stack * function(torch.ones_like(x.stack[0]), p))
+
+    rule(function)(dropped)
+
+
+for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
+    _dropping(_function)
+
+
+@rule(F.pad)
+def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
+    # A pad of the first axis would be one of the components, who are samples here.
+    if value or x.ndim < 3 or len(pad) > 2 * (x.ndim - 1):
+        raise NoRule
+    padded = F.pad(x.stack.flatten(0, 1), pad, mode)
+    return x.like(padded.unflatten(0, x.stack.shape[:2]))

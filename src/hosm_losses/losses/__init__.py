@@ -1,0 +1,19 @@
+"""The losses: first-, second- and third-order denoising score matching.
+
+- `functions`, `modules`: the public face.
+- `options`: the options of a loss, checked.
+- `inputs`: t, noise, probes and rows.
+- `objective`: the weighted sum of the terms.
+- `terms`, `residuals`: the terms for each sample, and their formulas.
+- `weighting`: weights over noise levels, and the draw of t.
+- `recompute`: the batch in chunks, evaluated again in the backward pass.
+"""
+
+from hosm_losses.losses.functions import dsm_terms as dsm_terms
+from hosm_losses.losses.functions import first_order_dsm as first_order_dsm
+from hosm_losses.losses.functions import second_order_dsm as second_order_dsm
+from hosm_losses.losses.functions import third_order_dsm as third_order_dsm
+from hosm_losses.losses.modules import FirstOrderDSM as FirstOrderDSM
+from hosm_losses.losses.modules import SecondOrderDSM as SecondOrderDSM
+from hosm_losses.losses.modules import ThirdOrderDSM as ThirdOrderDSM
+from hosm_losses.losses.terms import DSMTerms as DSMTerms

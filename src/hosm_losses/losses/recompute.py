@@ -1,0 +1,183 @@
+r"""The batch in parts, each computed again when its gradient is asked for.
+
+What:
+    The forward pass evaluates one part of the batch after the other and keeps no graph; the
+    backward pass evaluates each part again, with its graph, and adds up the gradients. So the
+    memory is that of one part, and the cost one more evaluation of the loss without its gradient.
+    Random numbers that the network draws, and autocast, are as they were the first time.
+
+    The gradients go to the parameters of the network and to the given tensors, once each, so that
+    DistributedDataParallel sees what it sees without parts.
+
+Source:
+    Chen et al., "Training deep nets with sublinear memory cost" (2016).
+"""
+
+__all__ = ["in_chunks"]
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from hosm_losses._checks import DerivativeError
+from hosm_losses._torch_internals import transformed
+from hosm_losses.derivatives import Snapshot
+
+Terms = tuple[Tensor, ...]
+# Networks of which every parameter that they use is their own.
+_WHOLE: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def in_chunks(
+    function: Callable[..., Terms],
+    chunks: int,
+    network: object,
+    tensors: Sequence[Tensor],
+    batch: int,
+) -> Terms:
+    """Evaluate function(rows, *tensors), rows a slice of the batch, in parts.
+
+    Args:
+        function: returns tensors of the rows (b,), whatever their number.
+        chunks: the number of parts.
+        network: whose parameters `function` uses.
+        tensors: what else may need a gradient.
+        batch: B.
+
+    Returns:
+        The tensors (B,).
+
+    Raises:
+        TypeError: for a network that is no Module, whose parameters nobody can know.
+        ValueError: under torch.compile or a transform of torch.func, or while a CUDA graph is
+            captured.
+        DerivativeError: in the backward pass, if the network uses parameters that are neither its
+            own nor among `tensors`.
+    """
+    captured = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or captured or transformed():
+        where = "in a CUDA graph" if captured else "under torch.compile and torch.func"
+        raise ValueError(
+            f"chunks: expected 1 {where}, where the state of a generator cannot be kept; got "
+            f"{chunks}. Split the batch and accumulate gradients instead."
+        )
+    if not isinstance(network, nn.Module):
+        raise TypeError(
+            "chunks: expected a network that is an nn.Module, whose parameters are known; got "
+            f"{type(network).__name__}."
+        )
+    size = -(-batch // min(chunks, batch))
+    parts = [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+    call = _Call(function, parts, network, len(tensors))
+    return _Chunked.apply(call, *tensors, *network.parameters())  # pyright: ignore[reportReturnType]
+
+
+class _Call:
+    def __init__(
+        self, function: Callable[..., Terms], parts: list[slice], network: nn.Module, given: int
+    ) -> None:
+        self.function, self.parts, self.network, self.given = function, parts, network, given
+        self.before: list[Any] = []
+
+    def remember(self, tensors: Sequence[Tensor]) -> None:
+        """Keep the state of the generators, and of autocast."""
+        kind = tensors[0].device.type
+        autocast = None
+        if torch.amp.is_autocast_available(kind):
+            autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        self.before.append((torch.get_rng_state(), get_device_states(*tensors), kind, autocast))
+
+    @contextmanager
+    def as_before(self, part: int) -> Iterator[None]:
+        """Draw the same numbers again, and leave the generators as they are found."""
+        state, (devices, states), kind, autocast = self.before[part]
+        device_type = kind if devices else "cuda"
+        with (
+            torch.random.fork_rng(devices, enabled=True, device_type=device_type),
+            _autocast(kind, autocast),
+        ):
+            torch.set_rng_state(state)
+            set_device_states(devices, states, device_type=device_type)
+            yield
+
+
+def _autocast(kind: str, state: tuple[bool, torch.dtype] | None) -> AbstractContextManager[Any]:
+    if state is None:  # a device without it, such as meta
+        return nullcontext()
+    enabled, dtype = state
+    return torch.autocast(kind, dtype=dtype, enabled=enabled)
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *leaves: Tensor) -> Terms:
+        ctx.call = call
+        ctx.save_for_backward(*leaves)
+        tensors = leaves[: call.given]
+        found = []
+        for part in call.parts:
+            call.remember(tensors)
+            found.append(call.function(part, *tensors))
+        return tuple(torch.cat(terms) for terms in zip(*found, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *cotangents: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        leaves: tuple[Tensor, ...] = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        totals: list[Tensor | None] = [None] * len(leaves)
+        places = [place for place, need in enumerate(needed) if need]
+        for number, part in enumerate(call.parts):
+            # A parameter is used by the network itself; a tensor is given, as a leaf of its own.
+            points = [
+                leaf.detach().requires_grad_(need) if place < call.given else leaf
+                for place, (leaf, need) in enumerate(zip(leaves, needed, strict=True))
+            ]
+            before = Snapshot(call.network, points[0])
+            with torch.enable_grad(), call.as_before(number):
+                terms = call.function(part, *points[: call.given])
+            before.restore(generators=False)
+            _check_leaves(call.network, terms, points)
+            found = torch.autograd.grad(
+                terms,
+                [points[place] for place in places],
+                [cotangent[part] for cotangent in cotangents],
+                allow_unused=True,
+            )
+            for place, gradient in zip(places, found, strict=True):
+                if gradient is not None:
+                    total = totals[place]
+                    totals[place] = gradient if total is None else total + gradient
+        return None, *totals
+
+
+def _check_leaves(network: nn.Module, terms: Terms, points: list[Tensor]) -> None:
+    """Stop where a parameter would be left without its gradient; looked for once."""
+    if network in _WHOLE:
+        return
+    known = {id(point) for point in points}
+    nodes, seen = [term.grad_fn for term in terms], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        # Other leaves are the engines' own.
+        if isinstance(variable, nn.Parameter) and id(variable) not in known:
+            raise DerivativeError(
+                "chunks: expected every trained parameter to be one of the network or among the "
+                f"arguments of the loss; got another, of shape {tuple(variable.shape)}. Register "
+                "it, pass it in model_kwargs, or leave chunks at 1."
+            )
+        nodes.extend(parent for parent, _ in node.next_functions)
+    _WHOLE.add(network)

@@ -1,0 +1,17 @@
+"""The network as ε̂(x, t), and the field f that losses and likelihoods differentiate.
+
+- `score_model`: `ScoreModel`, network + schedule + prediction.
+- `field`: f with its conditions bound, and its derivatives.
+- `conditions`: which tensors of model_kwargs go with the samples.
+- `wrappers`: models inside DDP and the like, refused with what to do.
+"""
+
+from hosm_losses.model.conditions import Shared as Shared
+from hosm_losses.model.conditions import map_tensors as map_tensors
+from hosm_losses.model.conditions import per_sample as per_sample
+from hosm_losses.model.field import NetworkField as NetworkField
+from hosm_losses.model.field import NoiseField as NoiseField
+from hosm_losses.model.score_model import ScoreModel as ScoreModel
+from hosm_losses.model.score_model import check_model as check_model
+from hosm_losses.model.score_model import check_time as check_time
+from hosm_losses.model.wrappers import refuse_wrapped as refuse_wrapped

@@ -1,0 +1,159 @@
+r"""The field f(x) = −ε̂(x, t) with t and the conditions bound, and its derivatives.
+
+Formula:
+    Every prediction is affine in what the network returns and x, ε̂ = p · prediction + q x, so
+    D_f = −(p D + q w), G_f = −p G and C_f = −p C, with D, G and C of the network alone.
+"""
+
+__all__ = ["NetworkField", "NoiseField"]
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hosm_losses._checks import over_elements
+from hosm_losses.derivatives import Derivatives, Jet, derive, quadratic_forms, safe_primitives
+from hosm_losses.model.conditions import map_tensors, per_sample
+
+
+class Model(Protocol):
+    """What a field asks of a ScoreModel."""
+
+    network: Callable[..., Any]
+
+    def noise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """ε̂(x, t)."""
+        ...
+
+    def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """What the network predicts."""
+        ...
+
+    def affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(p, q) in ε̂ = p · prediction + q x."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)  # torch.compile of PyTorch 2.6 hashes it before it is made
+class NoiseField:
+    """f(x) = −ε̂(x, t) with t and the conditions bound.
+
+    Attributes:
+        model: the score model.
+        t: times (B,).
+        kwargs: the network's keyword arguments, bound to the batch: see
+            `hosm_losses.model.conditions`.
+        primitives: whether the safe primitives are put in.
+    """
+
+    model: Model
+    t: Tensor
+    kwargs: dict[str, Any]
+    primitives: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Evaluate f at x (B, *)."""
+        with safe_primitives(self.primitives):
+            return -self.model.noise(x, self.t, **self.kwargs)
+
+    def derive(
+        self,
+        x: Tensor,
+        direction: Tensor,
+        *,
+        order: int,
+        derivative: str = "auto",
+        others: Tensor | None = None,
+    ) -> Derivatives:
+        """f, D and G or C at x along directions (K, B, *): those of the network, put together.
+
+        The network alone is differentiated, so that the part of x in f cannot hide that a network
+        has lost its own graph.
+        """
+        derived = derive(
+            NetworkField(self), x, direction, order=order, derivative=derivative, others=others
+        )
+        value, directional, third = derived
+        factor, share = self.model.affine(self.t, x)
+        value, directional = (
+            -_affine(part, of_x, factor, share)
+            for part, of_x in ((value, x), (directional, direction))
+        )
+        third = None if third is None else -_affine(third, None, factor, share)
+        return type(derived)(value, directional, third)
+
+    def quadratic_forms(self, x: Tensor, directions: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """f at x and wᵀ ∂f/∂x w for chunks (k, B, *) of directions, the forms (K, B)."""
+        squares: list[Tensor] = []
+
+        def watched() -> Iterator[Tensor]:
+            for w in directions:
+                squares.append(over_elements(w.square()))
+                yield w
+
+        value, forms = quadratic_forms(NetworkField(self), x, watched())
+        factor, share = self.model.affine(self.t, x)
+        flat = tuple(None if c is None else c.reshape(-1) for c in (factor, share))
+        return -_affine(value, x, factor, share), -_affine(forms, torch.cat(squares), *flat)
+
+    def repeat(self, count: int) -> "NoiseField":
+        """Return the field of `count` copies of the batch, one after the other."""
+        return self._select(lambda tensor: tensor.repeat(count, *(1,) * (tensor.ndim - 1)))
+
+    def rows(self, index: Tensor | slice) -> "NoiseField":
+        """Return the field of the samples at `index`."""
+        return self._select(lambda tensor: tensor[index])
+
+    def conditions(self) -> list[Tensor]:
+        """The tensors among the network's keyword arguments."""
+        found: list[Tensor] = []
+        map_tensors(self.kwargs, lambda tensor: found.append(tensor) or tensor)
+        return found
+
+    def with_conditions(self, tensors: Iterable[Tensor]) -> "NoiseField":
+        """Return the field with other tensors in the places of `conditions`."""
+        given = iter(tensors)
+        return replace(self, kwargs=map_tensors(self.kwargs, lambda _: next(given)))
+
+    def _select(self, select: Callable[[Tensor], Tensor]) -> "NoiseField":
+        kwargs = per_sample(self.kwargs, lambda _, tensor: select(tensor))
+        return NoiseField(self.model, select(self.t), kwargs, self.primitives)
+
+
+@dataclass(frozen=True)
+class NetworkField:
+    """What the network predicts at x, with its conditions bound."""
+
+    field: NoiseField
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Evaluate the network at x (B, *)."""
+        field = self.field
+        # A Jet has rules of its own, and what does not depend on x needs no primitives.
+        with safe_primitives(field.primitives and not isinstance(x, Jet)):
+            return field.model.predict(x, field.t, **field.kwargs)
+
+    @property
+    def owner(self) -> object:
+        """The network."""
+        return self.field.model.network
+
+    @property
+    def native(self) -> "NetworkField":
+        """The same with PyTorch's own operators, whose values and first derivatives are right."""
+        return NetworkField(replace(self.field, primitives=False))
+
+    def repeat(self, count: int) -> "NetworkField":
+        """Return the field of `count` copies of the batch, one after the other."""
+        return NetworkField(self.field.repeat(count))
+
+
+def _affine(
+    part: Tensor, of_x: Tensor | None, factor: Tensor | None, share: Tensor | None
+) -> Tensor:
+    """p part + q x, where None stands for 1 and for 0."""
+    scaled = part if factor is None else factor * part
+    return scaled if share is None or of_x is None else scaled + share * of_x

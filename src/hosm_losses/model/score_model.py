@@ -1,0 +1,279 @@
+r"""A network, its schedule and its prediction, seen as one predictor of the noise.
+
+What:
+    Whatever a network predicts is a function ε̂(x, t) that estimates the noise ε of x = α x₀ + σ
+    ε. This file is the only one that knows predictions.
+
+Formula:
+    epsilon            ε̂ = network
+    score              ε̂ = −σ s
+    sample             ε̂ = (x − α x̂₀)/σ              an EDM denoiser, under EDMSchedule, is one
+    v_prediction       ε̂ = (α v + σ x)/(α² + σ²)     v = α ε − σ x₀
+    flow_prediction    ε̂ = (α u − α′ x)/(α σ′ − α′ σ)        u = α′ x₀ + σ′ ε
+
+    "sample" divides a difference by σ: as σ → 0 it loses digits, and so do its derivatives.
+
+Source:
+    Salimans and Ho, arXiv 2202.00512, for v; Lipman et al., arXiv 2210.02747, for u.
+"""
+
+__all__ = ["PREDICTIONS", "ScoreModel", "check_model", "check_time"]
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hosm_losses._checks import check_choice, check_like, check_range, describe, expand_right
+from hosm_losses._inference import normal
+from hosm_losses._torch_internals import OF_DTYPES
+from hosm_losses.model.conditions import bound, map_tensors, unwrapped
+from hosm_losses.model.field import NoiseField
+from hosm_losses.schedules import Schedule, check_schedule
+
+PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
+
+
+class ScoreModel(nn.Module):
+    """A network with its schedule and prediction.
+
+    It registers the network as `network` and nothing else, so that its state_dict is the
+    network's with that prefix.
+
+    Args:
+        network: `network(x, t, **kwargs)` with x of shape (B, *) and t of shape (B,); an
+            nn.Module, or any callable.
+        schedule: the noise schedule it was, or is to be, trained with.
+        prediction: "epsilon", "score", "sample", "v_prediction" or "flow_prediction".
+        time: what the network is given for t: a factor, or a callable of t. None gives t itself.
+        output: picks the prediction out of what the network returns, for example
+            `operator.attrgetter("sample")`. None takes what comes.
+        call: how the network is called, for one that wants its arguments otherwise:
+            `call(network, x, time, **kwargs)`. None calls `network(x, time, **kwargs)`.
+        primitives: whether the losses of order two and three put the safe primitives in.
+
+    Raises:
+        TypeError: if the schedule is none or returns no tensors like t, or the network, `time`,
+            `output` or `call` cannot be called.
+        ValueError: for a prediction of another name, or a schedule under which the noise in units
+            of the data, σ/α, is not finite or does not grow from t_min to t_max.
+
+    Example:
+        >>> from hosm_losses import VPSchedule
+        >>> model = ScoreModel(lambda x, t: x, VPSchedule())
+        >>> model.noise(torch.ones(2, 3), torch.tensor([0.1, 0.5])).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        schedule: Schedule,
+        prediction: str = "epsilon",
+        *,
+        time: float | Callable[[Tensor], Tensor] | None = None,
+        output: Callable[[Any], Tensor] | None = None,
+        call: Callable[..., Any] | None = None,
+        primitives: bool = True,
+    ) -> None:
+        super().__init__()
+        if not callable(network):
+            raise TypeError(
+                f"network: expected an nn.Module or a callable; got {describe(network)}."
+            )
+        check_schedule(schedule)
+        check_choice("prediction", prediction, PREDICTIONS)
+        if not (time is None or isinstance(time, int | float) or callable(time)):
+            raise TypeError(f"time: expected a factor, a callable or None; got {describe(time)}.")
+        if not (output is None or callable(output)):
+            raise TypeError(f"output: expected a callable or None; got {describe(output)}.")
+        if not (call is None or callable(call)):
+            raise TypeError(f"call: expected a callable or None; got {describe(call)}.")
+        self.network = network
+        self.schedule = schedule
+        self.prediction = prediction
+        self.time = time
+        self.output = output
+        self.call = call
+        self.primitives = primitives
+
+    def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """The noise ε̂(x, t): the same as `noise`."""
+        return self.noise(x, t, **kwargs)
+
+    def noise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """ε̂(x, t), the predicted noise.
+
+        Args:
+            x: the noised batch (B, *).
+            t: its times (B,), in the schedule's units.
+            kwargs: given to the network as they are.
+
+        Returns:
+            ε̂, of the shape of x.
+
+        Raises:
+            TypeError: if the network returns something other than a real tensor.
+            ValueError: if it returns another shape than that of x.
+        """
+        predicted = self.predict(x, t, **kwargs)
+        factor, share = self.affine(t, x)
+        noise = predicted if factor is None else factor * predicted
+        return noise if share is None else noise + share * x
+
+    def affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(p, q) in ε̂ = p · prediction + q x, expanded to `like`; None for 1 and for 0."""
+        if self.prediction == "epsilon":
+            return None, None
+        alpha, sigma = (expand_right(part, like) for part in self.coefficients(t, like))
+        if self.prediction == "score":
+            return -sigma, None
+        if self.prediction == "sample":
+            return -alpha / sigma, 1 / sigma
+        if self.prediction == "v_prediction":
+            square = alpha.square() + sigma.square()
+            return alpha / square, sigma / square
+        alpha_rate, sigma_rate = (expand_right(part, like) for part in self._rates(t, like))
+        wronskian = alpha * sigma_rate - alpha_rate * sigma
+        return alpha / wronskian, -alpha_rate / wronskian
+
+    def score(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """s(x, t) = −ε̂/σ, the estimated ∇ log q_t(x)."""
+        return -self.noise(x, t, **kwargs) / expand_right(self.coefficients(t, x)[1], x)
+
+    def denoise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """x̂₀(x, t) = (x − σ ε̂)/α, the estimated mean of the data given x."""
+        alpha, sigma = (expand_right(part, x) for part in self.coefficients(t, x))
+        return (x - sigma * self.noise(x, t, **kwargs)) / alpha
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(α, σ) at t, of shape (B,), in the precision of `like` (float32 where that is less)."""
+        return self.schedule(self.time_in(t, like))
+
+    def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
+        """Squared error of the network's own prediction for a unit squared error of ε̂, (B,)."""
+        alpha, sigma = self.coefficients(t, like)
+        if self.prediction == "epsilon":
+            return torch.ones_like(sigma)
+        if self.prediction == "score":
+            return 1 / sigma.square()
+        if self.prediction == "sample":
+            return (sigma / alpha).square()
+        if self.prediction == "v_prediction":
+            return ((alpha.square() + sigma.square()) / alpha).square()
+        alpha_rate, sigma_rate = self._rates(t, like)
+        return ((alpha * sigma_rate - alpha_rate * sigma) / alpha).square()
+
+    def field(
+        self,
+        t: Tensor,
+        model_kwargs: Mapping[str, Any] | None = None,
+        *,
+        primitives: bool | None = None,
+    ) -> NoiseField:
+        """f(x) = −ε̂(x, t) at fixed t and conditions, to be differentiated in x."""
+        active = self.primitives if primitives is None else primitives
+        kwargs = map_tensors(bound(model_kwargs or {}, len(t)), normal)
+        return NoiseField(self, normal(t), kwargs, active)
+
+    def time_in(self, t: Tensor, like: Tensor) -> Tensor:
+        """Return t as the schedule takes it: an integer index in the precision of `like`."""
+        return t if t.is_floating_point() else t.to(torch.promote_types(like.dtype, torch.float32))
+
+    def _rates(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self.schedule.rates(self.time_in(t, like))
+
+    def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """What the network predicts, of the shape of x."""
+        # Its own times: a network may write to them.
+        network_time = t.clone()
+        if callable(self.time):
+            network_time = self.time(network_time)
+        elif self.time is not None:
+            network_time = network_time * self.time
+        kwargs = unwrapped(kwargs)
+        returned = self._called(x, network_time, kwargs)
+        predicted = returned if self.output is None else self.output(returned)
+        if not isinstance(predicted, Tensor):
+            raise TypeError(
+                f"network: expected it to return a tensor; got {describe(predicted)}. Pick the "
+                "prediction out with ScoreModel(..., output=...), for example output=lambda out: "
+                "out[0] or operator.attrgetter('sample')."
+            )
+        if predicted.dtype.is_complex:
+            raise TypeError(
+                f"network: expected a real output; got {describe(predicted)}. Pick what it "
+                "predicts with ScoreModel(..., output=...), for example output=torch.real."
+            )
+        if predicted.shape != x.shape:
+            raise ValueError(
+                f"network: expected an output of the shape of x, {tuple(x.shape)}; got "
+                f"{describe(predicted)}. If it predicts a variance too, keep the first channels: "
+                "ScoreModel(..., output=lambda out: out[:, :C])."
+            )
+        if not predicted.is_floating_point():
+            raise TypeError(
+                f"network: expected a floating-point output; got {describe(predicted)}, which has "
+                "no derivatives."
+            )
+        if predicted.device != x.device:
+            raise ValueError(
+                f"network: expected an output on {x.device}, the device of x; got "
+                f"{describe(predicted)}."
+            )
+        return predicted
+
+    def _called(self, x: Tensor, network_time: Tensor, kwargs: Mapping[str, Any]) -> Any:
+        call = self.network if self.call is None else partial(self.call, self.network)
+        if torch.compiler.is_compiling():
+            return call(x, network_time, **kwargs)
+        try:
+            return call(x, network_time, **kwargs)
+        except RuntimeError as error:
+            if any(words in str(error) for words in OF_DTYPES):
+                self._explain_dtypes(x, network_time, error)
+            raise
+
+    def _explain_dtypes(self, x: Tensor, network_time: Tensor, error: RuntimeError) -> None:
+        """Raise in place of an error where the dtypes of x, t and the parameters differ."""
+        parameters = self.network.parameters() if isinstance(self.network, nn.Module) else ()
+        own = next((p.dtype for p in parameters if p.is_floating_point()), x.dtype)
+        failed = f"its call failed ({str(error).splitlines()[0]})"
+        if own != x.dtype:
+            raise TypeError(
+                f"network: {failed}. The data are {x.dtype} and its parameters {own}: convert the "
+                f"data with .to({own}), or the network with .to({x.dtype})."
+            ) from error
+        if network_time.is_floating_point() and network_time.dtype != x.dtype:
+            raise TypeError(
+                f"network: {failed}. The data are {x.dtype} and t is {network_time.dtype}: "
+                f"convert t with ScoreModel(..., time=lambda t: t.to({x.dtype}))."
+            ) from error
+
+
+def check_model(value: object) -> ScoreModel:
+    """Return `value` if it is a ScoreModel."""
+    if not isinstance(value, ScoreModel):
+        raise TypeError(
+            f"model: expected a ScoreModel; got {describe(value)}. Wrap your network first: "
+            "ScoreModel(network, VPSchedule(), prediction='epsilon')."
+        )
+    return value
+
+
+def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
+    """Return `t` if it is times (B,) in the range of the schedule, or indices of a table."""
+    schedule = model.schedule
+    floating = torch.promote_types(x0.dtype, torch.float32)
+    if isinstance(t, Tensor) and not t.is_floating_point():
+        if not schedule.integer_time or t.dtype == torch.bool:
+            raise TypeError(
+                f"t: expected a {floating} tensor in [{schedule.t_min:g}, {schedule.t_max:g}]; "
+                f"got {describe(t)}. Only a DiscreteSchedule takes integer times, its indices."
+            )
+        floating = t.dtype
+    time = check_like("t", t, (len(x0),), floating, x0.device, "the batch dimension of x0")
+    check_range("t", time, schedule.t_min, schedule.t_max)
+    return normal(time)

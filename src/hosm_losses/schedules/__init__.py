@@ -1,0 +1,18 @@
+"""Noise schedules: α(t), σ(t) and what follows from them. Needs no other room.
+
+- `base`: `Schedule`; subclass it with alpha and sigma alone.
+- `continuous`: VP, VE, sub-VP, cosine, EDM and linear flow.
+- `discrete`: `DiscreteSchedule`, a table whose t is the index.
+- `check`: what has to hold of a schedule, checked where a ScoreModel is built.
+"""
+
+from hosm_losses.schedules.base import Schedule as Schedule
+from hosm_losses.schedules.check import check_schedule as check_schedule
+from hosm_losses.schedules.continuous import CosineSchedule as CosineSchedule
+from hosm_losses.schedules.continuous import EDMSchedule as EDMSchedule
+from hosm_losses.schedules.continuous import LinearFlowSchedule as LinearFlowSchedule
+from hosm_losses.schedules.continuous import SubVPSchedule as SubVPSchedule
+from hosm_losses.schedules.continuous import VESchedule as VESchedule
+from hosm_losses.schedules.continuous import VPSchedule as VPSchedule
+from hosm_losses.schedules.discrete import DiscreteSchedule as DiscreteSchedule
+from hosm_losses.schedules.discrete import Table as Table

@@ -1,0 +1,226 @@
+r"""What a noise schedule is, and what follows from α and σ alone.
+
+What:
+    A schedule is x_t = α(t) x₀ + σ(t) ε on [t_min, t_max], t_min the data end. Everything else
+    follows from α and σ, above all σ̂ = σ/α, the noise in units of the data: in log σ̂ every
+    schedule is the same diffusion.
+
+Formula:
+    drift f = d log α/dt            dx = f x dt + g dw
+    squared diffusion g² = 2 σ² d log σ̂/dt, for every schedule
+
+Source:
+    Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations",
+    arXiv 2011.13456; Kingma et al., "Variational Diffusion Models", arXiv 2107.00630, for log σ̂
+    (their −½ log SNR) as the time of every schedule.
+"""
+
+__all__ = ["Schedule", "as_time", "check_parameters", "drawing_device", "time_derivative"]
+
+import math
+import operator
+from collections.abc import Callable
+from numbers import Real
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hosm_losses._checks import describe
+from hosm_losses._torch_internals import forward_mode
+
+ORDERS = {"<": operator.lt, "<=": operator.le}
+
+
+def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """Derivative of an elementwise function of time, of the dtype of t."""
+    t = t.contiguous()  # torch.func takes no tensor whose elements share their memory
+    with forward_mode():
+        slope = torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+    # A number times a 0-dim tensor has a tangent of the default dtype in forward mode.
+    return slope.to(t.dtype)
+
+
+class Schedule:
+    """A noise schedule; subclass it with alpha, sigma, t_min and t_max, and the rest follows.
+
+    σ/α must grow with t: the data are at t_min. The inverse `time` is then found by bisection and
+    the derivatives by `torch.func`; the schedules of this package give both in closed form.
+
+    t is a tensor of any shape, a number or an array. What is returned has its shape, its device
+    and its dtype, float32 at least; integers take the default dtype, and numbers and arrays
+    become CPU tensors whatever the default device.
+
+    `alpha` and `sigma` of your own are called with floating-point tensors only. They return a
+    tensor like t and hold no tensor of another device. A ScoreModel checks all this when it is
+    built.
+
+    Example:
+        >>> class Linear(Schedule):
+        ...     t_min, t_max = 0.01, 1.0
+        ...     def alpha(self, t): return torch.ones_like(t)
+        ...     def sigma(self, t): return t
+        >>> round(float(Linear().squared_diffusion(torch.tensor(0.5))), 6)
+        1.0
+    """
+
+    t_min: float
+    t_max: float
+    integer_time: ClassVar[bool] = False
+
+    def alpha(self, t: Tensor | float) -> Tensor:
+        """α(t), the factor of the data."""
+        raise NotImplementedError(
+            f"{type(self).__name__}: a schedule defines alpha(t) and sigma(t)."
+        )
+
+    def sigma(self, t: Tensor | float) -> Tensor:
+        """σ(t), the standard deviation of the noise."""
+        raise NotImplementedError(
+            f"{type(self).__name__}: a schedule defines alpha(t) and sigma(t)."
+        )
+
+    def __call__(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Return (α(t), σ(t))."""
+        t = as_time(t)
+        return self.alpha(t), self.sigma(t)
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the prior at t_max, σ(t_max) unless a schedule says better."""
+        return float(self.sigma(torch.tensor(self.t_max, dtype=torch.float64, device="cpu")))
+
+    def log_sigma_hat(self, t: Tensor | float) -> Tensor:
+        """Log σ̂(t) = log σ(t) − log α(t)."""
+        alpha, sigma = self(t)
+        return sigma.log() - alpha.log()
+
+    @property
+    def log_sigma_hat_range(self) -> tuple[float, float]:
+        """(log σ̂(t_min), log σ̂(t_max)), as numbers."""
+        ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64, device="cpu")
+        low, high = self.log_sigma_hat(ends)
+        return float(low), float(high)  # an older torch.func has no tolist()
+
+    def time(self, log_sigma_hat: Tensor | float) -> Tensor:
+        """Return the t of this log σ̂, clipped to [t_min, t_max].
+
+        It is found by bisection and has no derivative; the closed forms have one.
+        """
+        target = as_time(log_sigma_hat)
+        low = torch.full_like(target, self.t_min)
+        high = torch.full_like(target, self.t_max)
+        for _ in range(2 * -int(math.log2(torch.finfo(target.dtype).eps))):
+            middle = (low + high) / 2
+            below = self.log_sigma_hat(middle) < target
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return torch.where(target.isnan(), target, (low + high) / 2)
+
+    def drift(self, t: Tensor | float) -> Tensor:
+        """f(t) = d log α/dt."""
+        t = as_time(t)
+        return time_derivative(self.alpha, t) / self.alpha(t)
+
+    def squared_diffusion(self, t: Tensor | float) -> Tensor:
+        """g²(t) = 2 σ² d log σ̂/dt."""
+        t = as_time(t)
+        return 2 * self.sigma(t).square() * time_derivative(self.log_sigma_hat, t)
+
+    def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Return (dα/dt, dσ/dt)."""
+        t = as_time(t)
+        return time_derivative(self.alpha, t), time_derivative(self.sigma, t)
+
+    def sample_time(
+        self,
+        batch: int,
+        generator: torch.Generator | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Draw (batch,) times as training does: uniform unless a schedule says otherwise.
+
+        Args:
+            batch: how many.
+            generator: the source of randomness.
+            device: of the times; None stands for the generator's, or the default one.
+            dtype: of the times; None stands for the default one.
+
+        Returns:
+            t in [t_min, t_max].
+        """
+        device = drawing_device(device, generator)
+        unit = torch.rand((batch,), generator=generator, device=device, dtype=dtype)
+        return self.clip(self.t_min + (self.t_max - self.t_min) * unit)
+
+    def clip(self, t: Tensor) -> Tensor:
+        """Return t, no smaller than t_min and no larger than t_max, both rounded to its dtype."""
+        return t.clamp(float(self.t_min), float(self.t_max))
+
+    def time_density(self, t: Tensor | float) -> Tensor:
+        """Density of `sample_time` at t, per unit of t."""
+        return torch.full_like(as_time(t), 1 / (self.t_max - self.t_min))
+
+
+def as_time(t: Tensor | float) -> Tensor:
+    """Return t as a tensor in a dtype to compute in, float32 at least.
+
+    Args:
+        t: a tensor, which stays on its device; or a number, an array or a list, which become a
+            CPU tensor. Integers take the default dtype.
+
+    Returns:
+        t.
+
+    Raises:
+        TypeError: for complex values.
+    """
+    time = t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu")
+    if time.is_complex():
+        raise TypeError(f"t: expected real times; got {describe(t)}.")
+    if not time.is_floating_point():
+        return time.to(torch.get_default_dtype())
+    return time.float() if time.dtype in (torch.float16, torch.bfloat16) else time
+
+
+def drawing_device(
+    device: torch.device | str | None, generator: torch.Generator | None
+) -> torch.device | str | None:
+    """Where to draw: on `device`; without one on the generator's; without both on the default."""
+    return generator.device if device is None and generator is not None else device
+
+
+def check_parameters(schedule: Schedule, *rules: str) -> None:
+    """Make the parameters of a frozen schedule floats, and hold them to rules.
+
+    Args:
+        schedule: whose attributes the names in the rules are.
+        rules: such as "t_min < t_max" or "0 <= beta_min"; a name that stands in one is a finite
+            number.
+
+    Raises:
+        TypeError: for a parameter that is no number.
+        ValueError: for one that is not finite, or breaks a rule.
+    """
+    owner = type(schedule).__name__
+    for rule in rules:
+        left, order, right = rule.split()
+        names = [name for name in (left, right) if hasattr(schedule, name)]
+        for name in names:
+            value = getattr(schedule, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(
+                    f"{owner}: expected a number for {name}; got {describe(value)}. Turn it into "
+                    "one with float(...)."
+                )
+            if not math.isfinite(value):
+                raise ValueError(f"{owner}: expected a finite {name}; got {float(value):g}.")
+            object.__setattr__(schedule, name, float(value))
+        values = [
+            getattr(schedule, side) if side in names else float(side) for side in (left, right)
+        ]
+        if not ORDERS[order](*values):
+            got = " and ".join(f"{name} = {getattr(schedule, name):g}" for name in names)
+            advice = " Are the two reversed?" if len(names) == 2 else ""
+            raise ValueError(f"{owner}: expected {rule}; got {got}.{advice}")

@@ -1,0 +1,79 @@
+"""A function of a Jet against nested torch.func.jvp in float64, with every gradient a loss takes."""
+
+import torch
+from torch.func import jvp
+
+from hosm_losses.derivatives.taylor import carried
+
+BATCH = 3
+
+
+def along(function, x, v, u):
+    """f, ∂f v, ∂f u, ∂²f[v, v] and ∂²f[v, u], by nested forward mode."""
+
+    def first(point, w):
+        return jvp(function, (point,), (w,))[1]
+
+    def second(w):
+        return jvp(lambda point: first(point, v), (x,), (w,))[1]
+
+    return function(x), first(x, v), first(x, u), second(v), second(u)
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+def gradients(number, leaves, create_graph=False):
+    """Zero where a number does not depend on a leaf, or on anything."""
+    if not number.requires_grad:
+        return tuple(torch.zeros_like(leaf) for leaf in leaves)
+    return torch.autograd.grad(
+        number, leaves, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    )
+
+
+def same_gradients(got, expected, leaves):
+    """Of a random combination."""
+    weight = torch.randn_like(expected)
+    mine, theirs = (gradients((each * weight).sum(), leaves) for each in (got, expected))
+    for one, other in zip(mine, theirs, strict=True):
+        close(one, other)
+
+
+def check(function, shape, *parameters, reference=None, positive=False):
+    """Values and gradients of every kind of stack.
+
+    Args:
+        function: of x (B, *).
+        shape: of a sample.
+        parameters: tensors of `function` whose gradients are compared.
+        reference: the same function in operators that PyTorch differentiates rightly.
+        positive: whether x has to be.
+    """
+    reference = reference or function
+    generator = torch.Generator().manual_seed(0)
+    x, v, u = torch.randn(3, BATCH, *shape, generator=generator)
+    x = (x.abs() + 0.5 if positive else x).requires_grad_()
+    leaves = (x, *parameters)
+    value, by_v, by_u, squared, mixed = along(reference, x, v, u)
+    one, two = v.unsqueeze(0), torch.stack([v, u])
+    single = carried(function, x, one)
+    for got, expected in (
+        (single, (value, by_v)),
+        (carried(function, x, two), (value, by_v, by_u)),
+        (carried(function, x, one, "squares"), (value, by_v, squared)),
+        (carried(function, x, two, "halves"), (value, by_v, by_u, mixed)),
+    ):
+        close(got, torch.stack(expected))
+        for mine, theirs in zip(got, expected, strict=True):
+            same_gradients(mine, theirs, leaves)
+    several = carried(function, x, two, "squares")
+    close(several[3], squared)
+    # Third order: the gradient of a form, and its own gradients.
+    weight = torch.randn_like(value)
+    mine, theirs = (
+        gradients((weight * each).sum(), (x,), create_graph=True)[0] for each in (single[1], by_v)
+    )
+    close(mine, theirs)
+    same_gradients(mine, theirs, leaves)

@@ -1,0 +1,59 @@
+"""Sums and products of Jets, plain tensors and numbers, in either order."""
+
+import operator
+
+import pytest
+import torch
+
+from tests.derivatives.taylor.checks import check
+
+CASES = {
+    "number": lambda x: 3 - 2 * (x + 1) / 4 + 2 / (3 + x * x) - (-x),
+    "sum of two": lambda x: x + x.sin(),
+    "difference": lambda x: x.sin() - x,
+    "scaled": lambda x: torch.sub(x.sin(), x, alpha=3),
+    "scaled number": lambda x: torch.add(x, 2, alpha=3) + torch.sub(torch.ones(4), x, alpha=0.5),
+    "product": lambda x: x * x.sin() * torch.cos(x),
+    "short and long": lambda x: x + x * x + x.sin() * x,
+    "quotient": lambda x: x / (1 + x * x),
+    "addcmul": lambda x: torch.addcmul(x, x.sin(), x, value=2),
+    "broadcast up": lambda x: (x.sum(-1, keepdim=True) * x).sin() + x[:, :1],
+    "rows by columns": lambda x: x.unsqueeze(-1) * x.sin().unsqueeze(-2),
+    "matrices": lambda x: (x.unsqueeze(-1) @ x.sin().unsqueeze(-2)) @ x.unsqueeze(-1),
+    "bmm": lambda x: torch.bmm(x.unsqueeze(-1), x.cos().unsqueeze(-2)),
+    "vector product": lambda x: x @ torch.ones(4),
+    "einsum": lambda x: torch.einsum("bi,bj->bij", x, x.sin()),
+    "einsum of one": lambda x: torch.einsum("bi->b", x * x),
+    "einsum of a list": lambda x: torch.einsum("bi, bj -> ij", [x, x.cos()]),
+    "einsum with dots": lambda x: torch.einsum("...i,...i->...", x, x.sin()),
+    "power of a tensor": lambda x: (1 + x * x) ** torch.tensor(1.5),
+    "baddbmm": lambda x: torch.baddbmm(
+        torch.ones(3, 4, 4), x.unsqueeze(-1), x.sin().unsqueeze(-2), beta=0.5, alpha=2
+    ),
+    "of another length": lambda x: torch.maximum(x, x.sin()),
+    "rounded": lambda x: torch.div(x, 0.3, rounding_mode="floor") + x,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_parameters(name):
+    check(CASES[name], (4,))
+
+
+@pytest.mark.parametrize("op", [operator.add, operator.sub, operator.mul, operator.truediv])
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (1, 1, 3, 1), (4,)])
+def test_a_parameter_on_either_side(op, shape):
+    parameter = (torch.randn(shape).abs() + 1).requires_grad_()
+    check(lambda x: op(x.sin(), parameter) + op(parameter, 3 + x.cos()), (4,), parameter)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (3, 4, 2), (5, 1, 4, 2)])
+def test_matrix_product_with_a_parameter(shape):
+    parameter = torch.randn(shape, requires_grad=True)
+    check(lambda x: (x.sin() @ parameter).sin(), (3, 4), parameter)
+    check(lambda x: (parameter.mT @ x.mT.sin()).sin(), (3, 4), parameter)
+
+
+def test_einsum_with_a_parameter():
+    parameter = torch.randn(4, 2, requires_grad=True)
+    check(lambda x: torch.einsum("bi,ij->bj", x.sin(), parameter).sin(), (4,), parameter)

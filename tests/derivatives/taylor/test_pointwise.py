@@ -1,0 +1,77 @@
+"""Functions of one number, with three derivatives each."""
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from hosm_losses.derivatives.taylor import carried
+from hosm_losses.derivatives.taylor.pointwise import pointwise
+from hosm_losses.derivatives.taylor.table import every
+from tests.derivatives.taylor.checks import check
+
+FUNCTIONS = {
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "sigmoid method": torch.Tensor.sigmoid,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "leaky relu": lambda x: F.leaky_relu(x, 0.2),
+    "exp": torch.exp,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "abs": abs,
+    "square": torch.square,
+    "x x": lambda x: x * x,
+    "cube": lambda x: x**3,
+    "reciprocal": lambda x: 1 / (2 + x.sin()),
+}
+POSITIVE = {
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "power": lambda x: x**-1.5,
+    "power function": lambda x: torch.pow(x, 2.5),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_anywhere(name):
+    check(FUNCTIONS[name], (2, 3))
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_where_it_is_positive(name):
+    check(POSITIVE[name], (4,), positive=True)
+
+
+def test_a_power_at_zero_has_no_nan():
+    x = torch.zeros(1, 2)
+
+    def third(x):
+        return x**3 + x**2
+
+    found = carried(third, x, torch.ones(1, 1, 2), "squares")
+    torch.testing.assert_close(found[2], torch.full((1, 2), 2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_short_types_are_computed_in_float32_and_rounded_once(dtype):
+    x, v = torch.randn(2, 5, 40).to(dtype)
+    got = carried(F.silu, x, v.unsqueeze(0))
+    expected = carried(F.silu, x.float(), v.float().unsqueeze(0))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected.to(dtype), rtol=0, atol=0)
+
+
+def test_a_new_activation_takes_ten_lines():
+    @pointwise(*every("erf"))
+    def _erf(x):
+        yield torch.erf(x)
+        slope = 2 * torch.exp(-x * x) / torch.pi**0.5
+        yield slope
+        yield -2 * x * slope
+        yield (4 * x * x - 2) * slope
+
+    check(torch.erf, (3,))

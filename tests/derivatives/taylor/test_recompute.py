@@ -1,0 +1,127 @@
+"""Only inputs are kept, and gradients of any order are autograd's."""
+
+import pytest
+import torch
+
+from hosm_losses.derivatives.taylor.recompute import Formula, recomputed
+
+
+def formula(x, y):
+    return (x * y.sin()).exp().cos() * x
+
+
+def inputs():
+    torch.manual_seed(0)
+    return torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+
+
+def kept(function):
+    """Storages that autograd keeps, besides those of the inputs."""
+    x, y = inputs()
+    seen = {}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = function(x, y)
+    del value
+    return len(seen.keys() - {each.untyped_storage().data_ptr() for each in (x, y)})
+
+
+def test_nothing_but_the_inputs_is_kept():
+    assert kept(formula) >= 3
+    assert kept(lambda *given: recomputed(Formula(formula), *given)) == 0
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_gradients_of_every_order(order):
+    found = []
+    for function in (formula, lambda *given: recomputed(Formula(formula), *given)):
+        given = inputs()
+        value = function(*given)
+        for _ in range(order):
+            parts = torch.autograd.grad(value.sin().sum(), given, create_graph=True)
+            value = parts[0] * parts[1].cos()
+        found.append(parts)
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_only_the_gradients_that_are_needed():
+    x, y = inputs()
+    seen = []
+
+    def pullback(x, y, cotangent):
+        seen.append(1)
+        return cotangent * y, cotangent * x
+
+    rule = Formula(lambda x, y: x * y, Formula(pullback))
+    (gradient,) = torch.autograd.grad(recomputed(rule, x, y.detach()).sum(), x)
+    torch.testing.assert_close(gradient, y)
+    none = Formula(lambda x, y: x if y is None else x * y, Formula(lambda x, y, c: (c, None)))
+    recomputed(none, x, None).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(x))
+    assert seen == [1]
+
+
+def test_a_given_pullback_is_used_and_so_is_its_own():
+    used = []
+
+    def first(x, cotangent):
+        used.append("first")
+        return 2 * x * cotangent
+
+    def second(x, cotangent, again):
+        used.append("second")
+        return 2 * cotangent * again, 2 * x * again
+
+    rule = Formula(lambda x: x * x, Formula(first, Formula(second)))
+    x, _ = inputs()
+    value = recomputed(rule, x)
+    (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    (hessian,) = torch.autograd.grad(gradient.sin().sum(), x)
+    torch.testing.assert_close(hessian, 2 * (2 * x).cos())
+    assert used == ["first", "second"]
+
+
+def test_a_pullback_of_another_tensor_goes_by_autograd():
+    """The second pullback is that of the first tensor's gradient."""
+
+    def never(*everything):
+        raise AssertionError
+
+    def pullback(x, y, cotangent):
+        return cotangent * y.sin(), cotangent * x * y.cos()
+
+    x, y = inputs()
+    rule = Formula(lambda x, y: x * y.sin(), Formula(pullback, Formula(never)))
+    value = recomputed(rule, x.detach(), y)
+    (gradient,) = torch.autograd.grad(value.sum(), y, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), y)
+    torch.testing.assert_close(second, -x * y.sin())
+
+
+def test_gradients_of_every_result_of_a_pullback():
+    """Where its own pullback is that of its first result."""
+
+    def pullback(x, y, cotangent):
+        return cotangent * y.sin(), cotangent * x * y.cos()
+
+    used = []
+
+    def again(x, y, cotangent, second):
+        used.append(1)
+        return torch.zeros_like(x), cotangent * second * y.cos(), second * y.sin()
+
+    rule = Formula(lambda x, y: x * y.sin(), Formula(pullback, Formula(again)))
+    found = []
+    for function in (lambda x, y: recomputed(rule, x, y), rule.function):
+        x, y = inputs()
+        parts = torch.autograd.grad(function(x, y).sin().sum(), (x, y), create_graph=True)
+        found.append(torch.autograd.grad(sum(part.cos().sum() for part in parts), (x, y)))
+        (first,) = torch.autograd.grad(function(x, y).sin().sum(), x, create_graph=True)
+        found[-1] += torch.autograd.grad(first.sum(), (x, y))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+    assert used == [1]  # where the first result alone has a cotangent

@@ -1,0 +1,268 @@
+"""check_derivatives: silent on what is right, loud and precise on what is wrong."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+import hosm_losses as hosm
+from tests.derivatives.test_select import Cubes
+from tests.oracles import networks
+
+ENGINES = ("forward", "reverse", "taylor")
+VP = hosm.VPSchedule()
+
+
+class Around(nn.Module):
+    """A network with one layer in its middle."""
+
+    def __init__(self, layer, width=4):
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        self.blocks = nn.ModuleList([nn.Linear(width, width), layer])
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, x, t):
+        hidden = torch.tanh(self.inner(x) + t[:, None])
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.outer(hidden)
+
+
+def check(network, shape=(4,), dtype=torch.float32, order=3, **options):
+    torch.manual_seed(0)
+    primitives = options.pop("primitives", True)
+    model = hosm.ScoreModel(network.to(dtype), VP, primitives=primitives)
+    hosm.check_derivatives(model, torch.randn(2, *shape, dtype=dtype), order, **options)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("engine", [*ENGINES, "auto"])
+@pytest.mark.parametrize("name", ["mlp", "conv", "attention"])
+def test_no_false_alarm(name, engine, dtype, order):
+    network, shape = networks()[name]
+    check(network, shape, dtype, order, derivative=engine)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_false_alarm_on_attention_in_float32(seed):
+    torch.manual_seed(seed)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, F.gelu, batch_first=True)
+    network = nn.Sequential(nn.Linear(3, 8), layer, layer, nn.Linear(8, 3))
+
+    class Transformer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x, t):
+            return self.network(x + t[:, None, None])
+
+    check(Transformer(), (5, 3))
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("engine", ["forward", "reverse"])
+def test_without_primitives_the_layer_norm_is_named(engine, order):
+    network = Around(nn.LayerNorm(4))
+    with pytest.raises(hosm.DerivativeError, match=r"'blocks\.1' \(LayerNorm\).*primitives=True"):
+        check(network, derivative=engine, order=order, primitives=False)
+
+
+class Detached(nn.Module):
+    def forward(self, x):
+        return x.sin() * x.detach().cos()
+
+
+class DropsGraph(torch.autograd.Function):
+    """Like an activation checkpoint that recomputes outside the graph."""
+
+    @staticmethod
+    def forward(ctx, x, function):
+        ctx.function = function
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return function(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            (pulled,) = torch.autograd.grad(ctx.function(x), x, grad.detach())
+        return pulled, None
+
+
+class CheckpointFunction(DropsGraph):
+    """The name under which guided-diffusion's checkpoint is known."""
+
+
+class UpFirDn2dCompiled(DropsGraph):
+    """The compiled filter's wrapper: a backward without a second derivative in its weights."""
+
+
+class DropsTangent(torch.autograd.Function):
+    """A kernel whose forward derivative is right, and whose tangent has no graph."""
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent * ctx.saved_tensors[0].detach().cos()
+
+
+class FlashKernel(DropsTangent):
+    """A fused attention kernel, by its name."""
+
+
+class Custom(nn.Module):
+    """A layer that calls a custom Function."""
+
+    def __init__(self, function, width=4):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+        self.function = function
+
+    def forward(self, x):
+        if issubclass(self.function, DropsGraph):
+            return self.function.apply(x, self.layer)
+        return self.function.apply(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "engine", "message"),
+    [
+        (Detached(), "reverse", r"'blocks\.1' \(Detached\).*without \.detach\(\)"),
+        (Detached(), "forward", r"'blocks\.1' \(Detached\).*without \.detach\(\)"),
+        (Custom(DropsGraph), "reverse", r"'blocks\.1' \(Custom\).*In its graph: DropsGraph"),
+        (
+            Custom(CheckpointFunction),
+            "reverse",
+            r"\(Custom\).*Use hosm_losses\.checkpoint.*guided",
+        ),
+        (Custom(UpFirDn2dCompiled), "reverse", r"\(Custom\).*upfirdn2d.*impl='ref'"),
+        (Custom(DropsTangent), "forward", r"\(Custom\)"),
+        (Custom(FlashKernel), "forward", r"\(Custom\).*Fused attention kernels"),
+        (Custom(DropsGraph), "forward", r"no derivative at all"),
+    ],
+)
+def test_the_culprit_is_named_with_its_remedy(layer, engine, message):
+    torch.manual_seed(0)
+    with pytest.raises(hosm.DerivativeError, match=message):
+        check(Around(copy.deepcopy(layer)), derivative=engine)
+
+
+def test_code_in_the_networks_own_forward_is_named_as_such():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x, t):
+            return self.layer(x).sin() * x.detach()
+
+    with pytest.raises(hosm.DerivativeError, match="in its own forward"):
+        check(Own())
+
+
+def test_a_network_that_is_no_module_is_checked_in_x():
+    good = hosm.ScoreModel(lambda x, t: x.sin(), VP)
+    bad = hosm.ScoreModel(lambda x, t: x.sin() * x.detach(), VP)
+    hosm.check_derivatives(good, torch.randn(2, 3))
+    with pytest.raises(hosm.DerivativeError, match="directional derivative off by"):
+        hosm.check_derivatives(bad, torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "flow_prediction"])
+def test_what_auto_trains_by_forward_mode_is_no_alarm_whatever_it_predicts(prediction):
+    """The check differentiates what the losses do: the network, not the prediction's part of x."""
+    model = hosm.ScoreModel(Cubes(), VP, prediction)
+    hosm.check_derivatives(model, torch.randn(2, 3))
+    with pytest.raises(hosm.DerivativeError, match="once_differentiable or detaches"):
+        hosm.check_derivatives(model, torch.randn(2, 3), derivative="reverse")
+
+
+class Counting(nn.Module):
+    """Its output depends on a buffer that every call updates."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1
+        return self.layer(x) * (1 + self.seen)
+
+
+class Random(nn.Module):
+    """It draws from a generator of its own, which no seed of torch reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def forward(self, x):
+        self.count += 1
+        return x.sin() * (1 + self.count % 7)
+
+
+def test_buffers_that_the_data_changes_are_named():
+    with pytest.raises(hosm.DerivativeError, match=r"changes with the buffers blocks\.1\.seen"):
+        check(Around(Counting()))
+
+
+def test_a_network_that_is_not_deterministic_is_an_error():
+    with pytest.raises(hosm.DerivativeError, match="same output for the same input and seed"):
+        check(Around(Random()))
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.Dropout(0.5), Detached()])
+def test_the_training_state_is_as_it_was(layer):
+    network = Around(layer)
+    network.outer.requires_grad_(False)
+    network.inner.eval()
+    before = copy.deepcopy(network.state_dict())
+    try:
+        model = hosm.ScoreModel(network.float(), VP)
+        hosm.check_derivatives(model, torch.ones(2, 4, dtype=torch.float32).normal_())
+    except hosm.DerivativeError:
+        assert not isinstance(layer, nn.Dropout)
+    else:
+        assert isinstance(layer, nn.Dropout)
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value.double(), before[name].double(), rtol=1e-6, atol=1e-7)
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert not network.outer.weight.requires_grad
+    assert [network.inner.training, network.blocks.training] == [False, True]
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_random_numbers_are_restored():
+    network, shape = networks()["mlp"]
+    model, x0 = hosm.ScoreModel(network, VP), torch.randn(2, *shape)
+    before = torch.get_rng_state()
+    hosm.check_derivatives(model, x0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_module_is_blamed_because_its_derivative_happens_to_vanish_along_one_direction():
+    """With these weights the inner linear layer was blamed for the checkpoint around it."""
+    torch.manual_seed(217)
+    layer = Custom(CheckpointFunction)
+    torch.manual_seed(0)
+    with pytest.raises(hosm.DerivativeError, match=r"\(Custom\)"):
+        check(Around(layer), derivative="reverse")

@@ -1,0 +1,116 @@
+"""Networks without second derivatives are findings at order three."""
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+import hosm_losses as hosm
+from tests.diagnostics.test_check import Around, check
+
+ENGINES = ("auto", "taylor", "reverse", "forward")
+JUMPS = "a first derivative that jumps"
+
+
+class Applied(nn.Module):
+    """A layer with a function in its own forward."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x):
+        return self.function(self.layer(x))
+
+
+class Plain(nn.Module):
+    """Two layers and an activation between."""
+
+    def __init__(self, activation, time=None):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.activation = activation
+        self.time = nn.Sequential(nn.Linear(1, 8), nn.Identity() if time is None else time)
+
+    def forward(self, x, t):
+        return self.outer(self.activation(self.inner(x) + self.time(t[:, None])))
+
+
+@pytest.mark.parametrize(
+    ("activation", "dtype"),
+    [
+        (nn.ReLU(), torch.float32),
+        (nn.ReLU(), torch.float64),
+        (nn.LeakyReLU(), torch.float32),
+        (nn.Hardtanh(), torch.float64),
+    ],
+)
+def test_a_network_without_second_derivatives_is_a_finding(activation, dtype):
+    message = rf"{JUMPS}, in the module 'activation' \({type(activation).__name__}\).*nn\.SiLU"
+    with pytest.raises(hosm.DerivativeError, match=message):
+        check(Plain(activation), dtype=dtype)
+    check(Plain(activation), dtype=dtype, order=2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_with_every_engine(engine):
+    with pytest.raises(hosm.DerivativeError, match=JUMPS):
+        check(Plain(nn.ReLU()), derivative=engine)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [F.relu, torch.abs, lambda x: torch.maximum(x, x.flip(1)), lambda x: x.clamp(-0.5, 0.5)],
+)
+def test_one_kink_among_smooth_layers_is_named(function):
+    message = rf"{JUMPS}, in the module 'blocks\.1' \(Applied\)"
+    with pytest.raises(hosm.DerivativeError, match=message):
+        check(Around(Applied(function)), dtype=torch.float64)
+
+
+def test_max_pooling_is_named():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.pool = nn.Conv2d(2, 4, 3, padding=1), nn.MaxPool2d(2)
+            self.last = nn.Conv2d(4, 2, 3, padding=1)
+
+        def forward(self, x, t):
+            pooled = self.pool(torch.tanh(self.first(x) + t[:, None, None, None]))
+            return self.last(F.interpolate(pooled, scale_factor=2))
+
+    with pytest.raises(hosm.DerivativeError, match=rf"{JUMPS}.*'pool' \(MaxPool2d\)"):
+        check(Pooled(), (2, 4, 4), torch.float64)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_linear_network_is_none(dtype, engine):
+    check(Plain(nn.Identity()), dtype=dtype, derivative=engine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "activation", [nn.SiLU(), nn.GELU(), nn.Softplus(), nn.Tanh(), nn.ELU(), nn.Mish()]
+)
+def test_neither_is_a_smooth_one_nor_kinks_in_time(activation, dtype):
+    check(Plain(activation, time=nn.ReLU()), dtype=dtype)
+
+
+@pytest.mark.parametrize("frequency", [10, 40])
+def test_a_smooth_network_that_the_first_rule_cannot_follow_is_none(frequency):
+    check(Around(Applied(lambda x: (frequency * x).sin())), dtype=torch.float64)
+
+
+def test_a_norm_that_is_nearly_a_step_is_none():
+    """A group of two elements, normalized, is the smoothed sign of their difference."""
+    check(Around(nn.GroupNorm(2, 4)), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_values_that_jump_are_a_finding_at_either_order(engine, order):
+    message = r"values that jump, in the module 'blocks\.1' \(Applied\)"
+    network = Around(Applied(lambda x: torch.tanh(x) + (8 * x).round()))
+    with pytest.raises(hosm.DerivativeError, match=message):
+        check(network, dtype=torch.float64, order=order, derivative=engine)

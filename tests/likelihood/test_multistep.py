@@ -1,0 +1,96 @@
+"""The fixed grid: order of convergence, count of calls, and errors that are what they say."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from hosm_losses.likelihood.multistep import (
+    Node,
+    gregory_weights,
+    multistep,
+    multistep_evaluations,
+)
+
+
+def solve(steps, count_calls=None, answer=None):
+    """dy/ds = y cos s from y = 1 and y = 2, so y = y₀ e^{sin s}; q = y₀ e^{sin s} sin s."""
+    calls = []
+    start = torch.tensor([[1.0], [2.0]])
+
+    def slope(s, y):
+        calls.append(s)
+        return y * math.cos(s)
+
+    def node(s, y):
+        zero = torch.zeros(len(y))
+        covector = torch.ones_like(y) if answer is None else answer(s, y)
+        integrand = start[:, 0] * math.exp(math.sin(s)) * math.sin(s)
+        return Node(slope(s, y), integrand, zero + 0.25, covector)
+
+    solution = multistep(slope, node, start, (0.0, 2.0), steps)
+    if count_calls is not None:
+        count_calls.extend(calls)
+    return solution
+
+
+def exact_state():
+    return torch.tensor([[1.0], [2.0]]) * math.exp(math.sin(2.0))
+
+
+def exact_integral():
+    """∫₀² e^{sin s} sin s ds by many midpoints."""
+    s = (torch.arange(200_000) + 0.5) / 100_000
+    return 2 * (s.sin().exp() * s.sin()).mean() * torch.tensor([1.0, 2.0])
+
+
+@pytest.mark.parametrize("quantity", ["state", "integral"])
+def test_both_are_of_order_four(quantity):
+    errors = []
+    for steps in (20, 40, 80):
+        solution = solve(steps)
+        if quantity == "state":
+            errors.append(float((solution.state - exact_state()).abs().max()))
+        else:
+            errors.append(float((solution.integral - exact_integral()).abs().max()))
+    for coarse, fine in itertools.pairwise(errors):
+        assert 12 < coarse / fine < 40
+
+
+@pytest.mark.parametrize("steps", [4, 5, 6, 7, 20, 21])
+def test_the_number_of_calls_is_known_in_advance(steps):
+    calls = []
+    solve(steps, calls)
+    assert len(calls) == multistep_evaluations(steps) == steps + 10
+    assert min(calls) == 0.0
+    assert max(calls) == 2.0
+
+
+@pytest.mark.parametrize("steps", range(4, 12))
+def test_the_rule_is_exact_for_cubics_and_has_positive_weights(steps):
+    weights = torch.tensor(gregory_weights(steps))
+    nodes = torch.linspace(0, 1, steps + 1)
+    for power in range(4):
+        assert float((weights * nodes**power).sum() / steps) == pytest.approx(1 / (power + 1))
+    assert bool((weights > 0).all())
+
+
+@pytest.mark.parametrize("steps", [32, 33, 64, 65])
+def test_errors_are_estimated_from_the_same_calls(steps):
+    # An error δ made at s grows to δ e^{sin 2 − sin s} at the end: that is its covector here.
+    solution = solve(
+        steps, answer=lambda s, y: torch.full_like(y, math.exp(math.sin(2.0) - math.sin(s)))
+    )
+    true = (solution.state - exact_state()).abs()[:, 0]
+    assert bool((solution.path_error > 0.5 * true).all())
+    assert bool((solution.path_error < 2 * true).all())
+    true = (solution.integral - exact_integral()).abs()
+    assert bool((solution.quadrature_error > 0.2 * true).all())
+    assert bool((solution.quadrature_error < 5 * true).all())
+
+
+def test_the_variance_is_that_of_the_weighted_sum():
+    steps = 10
+    expected = sum((0.2 * w) ** 2 * 0.25 for w in gregory_weights(steps))
+    torch.testing.assert_close(solve(steps).variance, torch.full((2,), expected))

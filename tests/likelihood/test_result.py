@@ -1,0 +1,191 @@
+"""Bits per dimension, summaries, and results that are joined."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hosm_losses import NLLResult
+from hosm_losses.likelihood.result import Quantization, mark_failed
+
+
+def result(nll, shape):
+    zeros = torch.zeros(len(nll))
+    return NLLResult(nll, torch.zeros(len(nll), *shape), zeros, None, zeros, zeros > 0)
+
+
+def test_continuous_bits_are_nats_over_d_log_2():
+    bits = result(torch.tensor([1.0, -6.0]), (3, 2)).bits_per_dim()
+    torch.testing.assert_close(bits, torch.tensor([1.0, -6.0]) / (6 * math.log(2)))
+
+
+@pytest.mark.parametrize(("low", "high", "offset"), [(-1, 1, 7.0), (0, 1, 8.0), (0, 256, 0.0)])
+def test_levels_add_the_width_of_a_level(low, high, offset):
+    """A uniform density over [low, high] gives every 8-bit level 8 bits."""
+    nll = torch.tensor([3 * math.log(high - low)])
+    got = result(nll, (3,)).bits_per_dim(levels=256, low=low, high=high)
+    torch.testing.assert_close(got, torch.tensor([8.0]))
+    zero = result(torch.zeros(1), (3,)).bits_per_dim(levels=256, low=low, high=high)
+    torch.testing.assert_close(zero, torch.tensor([offset]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"levels": 0}, "levels: expected a whole number of at least 1; got 0"),
+        ({"levels": 2.5}, "levels: expected a whole number"),
+        ({"levels": True}, "levels: expected a whole number"),
+        ({"levels": 256, "low": 1}, "bits_per_dim: expected low < high; got 1.0, 1.0"),
+        ({"levels": 256, "high": -2}, "bits_per_dim: expected low < high; got -1.0, -2.0"),
+        ({"levels": 256, "low": "0"}, "low: expected a number; got '0'"),
+        ({"levels": 256, "high": math.inf}, "high: expected a number; got inf"),
+        ({"low": 0, "high": 1}, r"expected levels with a range.*got low=0, high=1 alone"),
+        ({"low": -1.0}, r"expected levels with a range.*got low=-1.0 alone"),
+        ({"high": np.float64(1)}, "expected levels with a range.*alone"),
+    ],
+)
+@pytest.mark.parametrize("method", ["bits_per_dim", "summary"])
+def test_a_range_without_levels_and_impossible_levels_are_refused(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(result(torch.zeros(1), (3,)), method)(**options)
+
+
+@pytest.mark.parametrize("options", [{"levels": 16}, {"low": 0.0}, {"levels": 256, "high": 255}])
+@pytest.mark.parametrize("method", ["bits_per_dim", "summary"])
+def test_what_contradicts_the_dequantization_is_refused(method, options):
+    with pytest.raises(ValueError, match=r"or those of the call's dequantization.*got .*=.*knows"):
+        getattr(full(), method)(**options)
+
+
+@pytest.mark.parametrize("options", [{"levels": np.int64(256)}, {"low": -1}, {"high": 1.0}])
+def test_what_agrees_with_the_dequantization_changes_nothing(options):
+    assert torch.equal(full().bits_per_dim(**options), full().bits_per_dim())
+    assert full().summary(**options) == full().summary()
+
+
+def full(n=3, d=4, **changes):
+    """A result with a number of its own in every place."""
+    parts = {
+        "nll": torch.arange(n) + 1.0,
+        "latent": torch.arange(n * d).reshape(n, d) + 0.0,
+        "nfe": torch.arange(n) + 70,
+        "standard_error": torch.arange(n) + 0.3,
+        "solver_error": torch.arange(n) + 0.01,
+        "failed": torch.zeros(n, dtype=torch.bool),
+        "quantization": Quantization(256, -1.0, 1.0),
+    }
+    return NLLResult(**(parts | changes))
+
+
+def test_cat_joins_every_field_in_order():
+    parts = [full(), full(n=2, nll=torch.tensor([9.0, 8.0]), failed=torch.tensor([True, False]))]
+    joined = NLLResult.cat(parts)
+    for field in dataclasses.fields(NLLResult):
+        if field.name != "quantization":
+            expected = torch.cat([getattr(part, field.name) for part in parts])
+            assert torch.equal(getattr(joined, field.name), expected)
+    assert joined.quantization == parts[0].quantization
+    bare = full(standard_error=None)
+    assert NLLResult.cat([bare, bare]).standard_error is None
+    assert torch.equal(NLLResult.cat(iter([full()])).nll, full().nll)
+
+
+@pytest.mark.parametrize("other", [full(d=5), full(standard_error=None), full(quantization=None)])
+def test_cat_refuses_results_of_different_calls(other):
+    with pytest.raises(ValueError, match="cat: expected results of the same options; got samples"):
+        NLLResult.cat([full(), other])
+
+
+def test_cat_refuses_what_is_no_result():
+    with pytest.raises(ValueError, match="cat: expected at least one result"):
+        NLLResult.cat([])
+    with pytest.raises(TypeError, match="cat: expected NLLResults; got a"):
+        NLLResult.cat([torch.zeros(2)])
+
+
+def test_summary_leaves_out_what_failed_and_separates_the_estimators_part():
+    nll = torch.tensor([1.0, math.nan, 3.0, 8.0])
+    failed = torch.tensor([False, True, False, False])
+    summary = full(n=4, nll=nll, failed=failed).summary()
+    assert (summary.samples, summary.failed) == (3, 1)
+    assert summary.nll == pytest.approx(4.0)
+    assert summary.standard_error == pytest.approx(math.sqrt(13 / 3))
+    assert summary.estimator_error == pytest.approx(math.sqrt(0.3**2 + 2.3**2 + 3.3**2) / 3)
+    assert summary.solver_error == pytest.approx((0.01 + 2.01 + 3.01) / 3)
+    assert summary.nfe == pytest.approx((70 + 72 + 73) / 3)
+    assert summary.bits_per_dim == pytest.approx(1 / math.log(2) + 7)
+    assert summary.bits_standard_error == pytest.approx(math.sqrt(13 / 3) / (4 * math.log(2)))
+    shown = str(summary)
+    assert "8.4427 ± 0.7508 bits/dim, 4.000 ± 2.082 nats over 3 samples" in shown
+    assert "1.345 nats from the probes" in shown
+    assert "failed and left out: 1" in shown
+
+
+def test_summary_counts_nan_as_failed_whatever_the_flag_says():
+    nll = torch.tensor([1.0, math.nan, 3.0])
+    bare = full(nll=nll, standard_error=None)
+    for made in (bare, NLLResult.cat([bare])):
+        summary = made.summary()
+        assert (summary.samples, summary.failed, summary.nll) == (2, 1, 2.0)
+        assert summary.bits_per_dim == pytest.approx(2 / (4 * math.log(2)) + 7)
+    with pytest.raises(ValueError, match="summary: expected a sample that did not fail; got none"):
+        full(nll=nll * math.nan).summary()
+
+
+@pytest.mark.parametrize(
+    ("nll", "error", "dtype", "failed"),
+    [
+        (1.0, 999.0, torch.float32, False),
+        (1.0, 1001.0, torch.float32, True),
+        (1.0, math.nan, torch.float32, True),
+        (math.nan, 0.0, torch.float32, True),
+        (math.inf, 0.0, torch.float64, True),
+        (1e38, 0.0, torch.float32, False),
+        (1e39, 0.0, torch.float32, True),
+        (-1e39, 0.0, torch.bfloat16, True),
+        (1e39, 0.0, torch.float64, False),
+        (1e5, 0.0, torch.float16, False),
+    ],
+)
+def test_what_failed_has_nan(nll, error, dtype, failed):
+    parts = {
+        "nll": torch.tensor([nll, 2.0]),
+        "solver_error": torch.tensor([error, 0.0]),
+        "latent": torch.zeros(2, 4, dtype=dtype),
+    }
+    marked = mark_failed(full(n=2, **parts))
+    assert marked.failed.tolist() == [failed, False]
+    assert marked.nll.isnan().tolist() == [failed, False]
+    assert marked.bits_per_dim().isnan().tolist() == [failed, False]
+
+
+def test_the_solver_may_be_off_by_a_tenth_of_a_nat_an_element():
+    parts = {"n": 2, "solver_error": torch.tensor([1999.0, 2001.0])}
+    assert mark_failed(full(d=20_000, **parts)).failed.tolist() == [False, True]
+
+
+def test_what_the_solver_saw_fail_stays_failed():
+    marked = mark_failed(full(failed=torch.tensor([True, False, False])))
+    assert marked.nll.isnan().tolist() == [True, False, False]
+
+
+def test_summary_says_no_more_than_it_knows():
+    summary = full(n=1, standard_error=None, quantization=None).summary(levels=256)
+    assert summary.standard_error is None
+    assert summary.bits_standard_error is None
+    assert summary.estimator_error is None
+    assert summary.bits_per_dim == pytest.approx(1 / (4 * math.log(2)) + 7)
+    assert "±" not in str(summary)
+    with pytest.raises(ValueError, match="summary: expected a sample that did not fail; got none"):
+        full(failed=torch.ones(3, dtype=torch.bool)).summary()
+
+
+def test_the_standard_error_of_the_mean_covers_the_probes():
+    """The spread over samples holds the noise of their probes already."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4000, generator=generator)
+    result = full(n=4000, nll=noise, standard_error=torch.ones(4000))
+    summary = result.summary()
+    assert summary.standard_error == pytest.approx(summary.estimator_error, rel=0.05)

@@ -1,0 +1,241 @@
+"""The batch in parts: the same loss and gradients, with less kept."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import hosm_losses as hosm
+from hosm_losses.losses.recompute import in_chunks
+from tests.oracles import networks
+from tests.versions import compiles_higher_orders
+
+FUNCTIONS = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
+
+
+def setting(name="conv", batch=5):
+    network, shape = networks()[name]
+    x0 = torch.randn(batch, *shape)
+    given = {"t": torch.linspace(0.2, 0.7, batch), "noise": torch.randn_like(x0)}
+    return network, hosm.ScoreModel(network, hosm.VPSchedule()), x0, given
+
+
+def loss_and_gradients(function, leaves, chunks, seed=0):
+    torch.manual_seed(seed)
+    loss = function(chunks)
+    return (loss, *torch.autograd.grad(loss.sum(), leaves))
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 5, 9])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"third": "laplacian"},
+        {"third": "sliced", "probes": 2},
+        {"fraction": 0.6},
+        {"probes": 2, "reduction": "none", "weighting": "likelihood"},
+        {"derivative": "reverse", "reduction": "sum"},
+        {"derivative": "forward"},
+        {"derivative": "taylor"},
+    ],
+    ids=str,
+)
+def test_the_same_loss_and_gradients(options, chunks):
+    network, model, x0, given = setting()
+    if "weighting" in options:
+        given = {}
+
+    def function(chunks):
+        return hosm.third_order_dsm(model, x0, chunks=chunks, **options, **given)
+
+    leaves = list(network.parameters())
+    expected, got = (loss_and_gradients(function, leaves, each) for each in (1, chunks))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_modules_conditions_and_data_that_learn(order):
+    network, model, x0, given = setting("attention", 4)
+    x0.requires_grad_()
+    label = torch.rand(4, requires_grad=True)
+    scale = torch.tensor(1.5, requires_grad=True)
+    leaves = [x0, label, scale, *network.parameters()]
+    found = []
+    for chunks in (1, 2):
+        kind = {2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}[order]
+        module = kind(model, chunks=chunks)
+
+        def function(_, module=module):
+            kwargs = {"label": label * scale}
+            return module(x0, probe=torch.ones(4, 4, 3), model_kwargs=kwargs, **given)
+
+        found.append(loss_and_gradients(function, leaves, chunks))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+
+
+class Box:
+    """A saved tensor, as long as a graph keeps it."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_only_what_was_given_is_kept():
+    network, model, x0, given = setting(batch=40)
+    kept = {}
+    for chunks in (1, 5):
+        boxes = weakref.WeakSet()
+
+        def pack(tensor, boxes=boxes):
+            box = Box(tensor)
+            boxes.add(box)
+            return box
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+            loss = hosm.third_order_dsm(model, x0, chunks=chunks, **given)
+        gc.collect()
+        storages = {box.tensor.untyped_storage() for box in boxes}
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        kept[chunks] = sum(sizes.values())
+        del loss
+    own = sum(each.numel() * 8 for each in (*network.parameters(), *[x0] * 4))
+    assert kept[5] < 1.2 * own
+    assert kept[1] > 5 * kept[5]
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x, t):
+        return self.outer(nn.functional.dropout(torch.tanh(self.inner(x)), 0.5, True))
+
+
+def test_dropout_has_the_same_masks_again():
+    """A small step along the gradient lowers the loss by what the gradient says."""
+    network = Dropping()
+    model, x0 = hosm.ScoreModel(network, hosm.VPSchedule()), torch.randn(4, 4)
+    given = {"t": torch.full((4,), 0.5), "noise": torch.randn(4, 4)}
+    given["probe"] = torch.ones(4, 4)
+    weights = (1, 0, 0, 0)  # which holds nothing fixed
+    leaves = list(network.parameters())
+
+    def function(chunks):
+        return hosm.second_order_dsm(model, x0, chunks=chunks, weights=weights[:3], **given)
+
+    _loss, *gradients = loss_and_gradients(function, leaves, 2)
+    direction = [torch.randn_like(leaf) for leaf in leaves]
+    h, ends = 1e-5, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for leaf, move in zip(leaves, direction, strict=True):
+                leaf.add_(sign * h * move)
+        ends.append(loss_and_gradients(function, leaves, 2)[0])
+        with torch.no_grad():
+            for leaf, move in zip(leaves, direction, strict=True):
+                leaf.sub_(sign * h * move)
+    expected = (ends[0] - ends[1]) / (2 * h)
+    slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
+    torch.testing.assert_close(slope, expected.detach(), rtol=1e-6, atol=0)
+
+
+def test_the_generator_is_left_as_the_forward_pass_left_it():
+    _network, model, x0, given = setting()
+    loss = hosm.third_order_dsm(model, x0, chunks=2, **given)
+    torch.rand(3)
+    before = torch.get_rng_state()
+    loss.backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_autocast_is_as_it_was():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 4)).float()
+    model = hosm.ScoreModel(lambda_module(network), hosm.VPSchedule())
+    x0 = torch.randn(4, 4, dtype=torch.float32)
+    given = {"t": torch.full((4,), 0.5, dtype=torch.float32), "noise": torch.randn_like(x0)}
+    given["probe"] = torch.ones_like(x0)
+    found = []
+    for chunks in (1, 2):
+        network.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = hosm.second_order_dsm(model, x0, chunks=chunks, **given)
+        loss.backward()
+        found.append([parameter.grad for parameter in network.parameters()])
+    for got, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-3)
+
+
+def lambda_module(network):
+    class OfX(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x, t):
+            return self.network(x)
+
+    return OfX()
+
+
+def test_what_cannot_be_known_is_an_error():
+    network, model, x0, _given = setting()
+    with pytest.raises(ValueError, match="chunks: expected a whole number of at least 1; got 0"):
+        hosm.third_order_dsm(model, x0, chunks=0)
+    function = hosm.ScoreModel(lambda x, t: network(x, t), hosm.VPSchedule())
+    with pytest.raises(TypeError, match=r"chunks: expected a network that is an nn\.Module"):
+        hosm.second_order_dsm(function, x0, chunks=2)
+    outside = nn.Parameter(torch.ones(1))
+
+    class Outside(nn.Module):
+        def forward(self, x, t):
+            return outside * network(x, t)
+
+    module = hosm.ScoreModel(Outside(), hosm.VPSchedule())
+    loss = hosm.second_order_dsm(module, x0.requires_grad_(), chunks=2)
+    with pytest.raises(hosm.DerivativeError, match=r"chunks: .* got another, of shape \(1,\)"):
+        loss.backward()
+
+
+@compiles_higher_orders
+@pytest.mark.filterwarnings("ignore")
+def test_it_is_refused_under_compile():
+    _network, model, x0, given = setting("mlp")
+    module = hosm.SecondOrderDSM(model, chunks=2)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"chunks: expected 1 under torch\.compile"):
+        torch.compile(module, backend="aot_eager", fullgraph=True)(x0, **given)
+
+
+def test_without_gradients_it_is_a_loop():
+    _network, model, x0, given = setting()
+    with torch.no_grad():
+        one, two = (
+            hosm.third_order_dsm(model, x0, chunks=chunks, probe=torch.ones_like(x0), **given)
+            for chunks in (1, 2)
+        )
+    torch.testing.assert_close(one, two)
+    assert not two.requires_grad
+
+
+def test_second_gradients_are_an_error():
+    network, model, x0, given = setting()
+    loss = hosm.second_order_dsm(model, x0, chunks=2, **given)
+    (gradient,) = torch.autograd.grad(loss, network.parameters().__next__(), create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()
+
+
+def test_parts_are_of_almost_one_size():
+    seen = []
+
+    def function(rows, x):
+        seen.append(rows.stop - rows.start)
+        return (x[rows].sum(1),)
+
+    in_chunks(function, 4, nn.Linear(1, 1), [torch.randn(10, 2)], 10)
+    assert seen == [3, 3, 3, 1]

@@ -1,0 +1,142 @@
+"""Weightings: native errors, the likelihood bound's integral, unbiased importance draws."""
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+import hosm_losses as hosm
+from hosm_losses.losses.weighting import draw_time, time_factors
+from tests.oracles import MLP
+from tests.schedules.test_continuous import SCHEDULES
+
+NAMES = sorted(SCHEDULES)
+TABLE = hosm.DiscreteSchedule(torch.linspace(0.99, 0.01, 20))
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES.values(), TABLE], ids=[*NAMES, "discrete"])
+@pytest.mark.parametrize(
+    "prediction", ["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
+)
+def test_native_is_the_mean_squared_error_of_the_networks_own_prediction(schedule, prediction):
+    network = MLP(3)
+    x0, noise = torch.randn(5, 3), torch.randn(5, 3)
+    t = schedule.t_min + (schedule.t_max - schedule.t_min) * torch.linspace(0.1, 0.9, 5)
+    alpha, sigma = (part[:, None] for part in schedule(t))
+    alpha_rate, sigma_rate = (part[:, None] for part in schedule.rates(t))
+    target = {
+        "epsilon": noise,
+        "score": -noise / sigma,
+        "sample": x0,
+        "v_prediction": alpha * noise - sigma * x0,
+        "flow_prediction": alpha_rate * x0 + sigma_rate * noise,
+    }[prediction]
+    own = F.mse_loss(network(alpha * x0 + sigma * noise, t), target)
+    model = hosm.ScoreModel(network, schedule, prediction)
+    inputs = {"t": t, "noise": noise, "weighting": "native"}
+    torch.testing.assert_close(hosm.first_order_dsm(model, x0, **inputs), own)
+    # The higher terms are as they were.
+    inputs["probe"] = torch.randn_like(x0)
+    terms = hosm.dsm_terms(model, x0, t=t, noise=noise, probe=inputs["probe"])
+    higher = sum(term.mean() for term in terms[1:])
+    torch.testing.assert_close(hosm.third_order_dsm(model, x0, **inputs), own + higher)
+
+
+def test_a_callable_multiplies_every_term():
+    model = hosm.ScoreModel(MLP(3), hosm.VPSchedule())
+    x0, t = torch.randn(4, 3), torch.tensor([0.1, 0.3, 0.6, 0.9])
+    inputs = {"t": t, "noise": torch.randn(4, 3), "probe": torch.randn(4, 3)}
+    plain = hosm.third_order_dsm(model, x0, reduction="none", **inputs)
+    got = hosm.third_order_dsm(model, x0, reduction="none", weighting=torch.exp, **inputs)
+    torch.testing.assert_close(got, t.exp() * plain)
+    with pytest.raises(ValueError, match=r"weighting\(t\): expected shape \(4,\), that of t"):
+        hosm.third_order_dsm(model, x0, weighting=lambda t: t[:, None])
+    with pytest.raises(TypeError, match=r"weighting\(t\): expected a tensor of shape"):
+        hosm.third_order_dsm(model, x0, weighting=lambda t: 1.0)
+
+
+def towards_the_ends(schedule, count):
+    """Midpoints t and their share of the interval, log-spaced from both ends to the middle."""
+    span = schedule.t_max - schedule.t_min
+    place = (torch.arange(count // 2) + 0.5) / (count // 2)
+    distance, shares = [], []
+    for offset in (schedule.t_min, 1e-3 * span):
+        ratio = (offset + span / 2) / offset
+        away = offset * ratio**place
+        distance.append(away - offset)
+        shares.append(away * torch.log(torch.tensor(ratio)) / span)
+    t = torch.cat([schedule.t_min + distance[0], schedule.t_max - distance[1]])
+    return t, 2 * torch.cat(shares)
+
+
+@pytest.mark.parametrize("name", ["vp", "ve", "subvp", "cosine", "flow", "edm"])
+def test_likelihood_gives_the_integral_back_for_given_and_for_drawn_times(name):
+    """Midpoint sums over u and over t, no draw: both give ½ ∫ g²/σ² ‖r1‖² dt."""
+    schedule = SCHEDULES[name]
+    elements, count = 3, 20_000
+    model = hosm.ScoreModel(MLP(elements), schedule)
+    noise, point = torch.randn(1, elements), torch.randn(1, elements)
+    middle = (torch.arange(count) + 0.5) / count
+
+    def terms(t):
+        x0, eps = point.expand(count, -1), noise.expand(count, -1)
+        with torch.no_grad():
+            return x0, hosm.dsm_terms(model, x0, order=2, t=t, noise=eps, probe=eps)
+
+    low, high = schedule.log_sigma_hat_range
+    t_drawn = schedule.time(low + (high - low) * middle).clamp(schedule.t_min, schedule.t_max)
+    x0, drawn = terms(t_drawn)
+    first, higher = time_factors(model, x0, t_drawn, "likelihood", drawn=True)
+    # dt = du/(d log σ̂/dt), so the integral in u has the weight g²/(2σ²)/(d log σ̂/dt) = 1.
+    integral = (high - low) * (drawn.first * elements).mean()
+    torch.testing.assert_close((first * drawn.first).mean(), integral, rtol=1e-9, atol=0)
+
+    # The same integral over t, where the integrand may be steep at both ends.
+    t, spacing = towards_the_ends(schedule, count)
+    x0, given = terms(t)
+    over_all = (spacing.mean(), torch.tensor(1.0))
+    torch.testing.assert_close(*over_all, rtol=1e-6, atol=0)
+    first, none = time_factors(model, x0, t, "likelihood", drawn=False)
+    assert none is None
+    over_t = (first * given.first * spacing).mean()
+    torch.testing.assert_close(over_t, integral, rtol=1e-4, atol=0)
+
+    # The higher terms mean what they mean under the schedule's own draw.
+    own = schedule.time_density(t) * (schedule.t_max - schedule.t_min)
+    expected = (own * given.second * spacing).mean()
+    torch.testing.assert_close((higher * drawn.second).mean(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("schedule", [*SCHEDULES.values(), TABLE], ids=[*NAMES, "discrete"])
+def test_likelihood_draws_log_sigma_hat_uniformly(schedule, dtype):
+    count = 20_000
+    model = hosm.ScoreModel(lambda x, t: x, schedule)
+    x0 = torch.zeros(count, 1, dtype=dtype)
+    t = draw_time(model, x0, "likelihood", torch.Generator().manual_seed(0))
+    assert t.dtype == torch.promote_types(dtype, torch.float32)
+    assert bool(((t >= schedule.t_min) & (t <= schedule.t_max)).all())
+    low, high = schedule.log_sigma_hat_range
+    unit = (schedule.log_sigma_hat(t.double()) - low) / (high - low)
+    for power in (1, 2, 3):
+        moment = unit**power
+        assert abs(moment.mean() - 1 / (power + 1)) < 5 * moment.std() / count**0.5 + 1e-3
+
+
+@pytest.mark.parametrize("weighting", ["noise", "native", "likelihood", torch.exp])
+def test_the_function_draws_and_weights_with_one_time(weighting):
+    model = hosm.ScoreModel(MLP(3), hosm.VPSchedule(), "v_prediction")
+    x0 = torch.randn(6, 3)
+    got = hosm.third_order_dsm(
+        model, x0, weighting=weighting, generator=torch.Generator().manual_seed(2)
+    )
+    generator = torch.Generator().manual_seed(2)
+    t = draw_time(model, x0, weighting, generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    from hosm_losses.probes import draw_probes
+
+    probe = draw_probes(x0, generator=generator)
+    terms = hosm.dsm_terms(model, x0, t=t, noise=noise, probe=probe)
+    factors = time_factors(model, x0, t, weighting, drawn=True)
+    first, higher = (1.0 if factor is None else factor for factor in factors)
+    expected = (first * terms.first + higher * sum(terms[1:])).mean()
+    torch.testing.assert_close(got, expected)

@@ -1,0 +1,255 @@
+"""What belongs to a sample goes with it; what a network writes to its times stays its own."""
+
+import copy
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import pytest
+import torch
+from torch import nn
+
+import hosm_losses as hosm
+from hosm_losses.model.conditions import bound, map_tensors, unwrapped
+from tests.oracles import MLP
+
+LOSSES = {1: hosm.first_order_dsm, 2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
+Pair = namedtuple("Pair", ["label", "scale"])  # noqa: PYI024
+
+
+@dataclass(frozen=True)
+class Frozen:
+    label: torch.Tensor
+    scale: float = 2.0
+    derived: str = field(init=False, default="kept")
+
+
+class Ours(UserDict):
+    pass
+
+
+class WritesTimes(nn.Module):
+    """The same function with and without a write to its times."""
+
+    def __init__(self, writes):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.writes = MLP(3), writes
+
+    def forward(self, x, t):
+        if self.writes:
+            t *= 1000
+            return self.inner(x, t / 1000)
+        return self.inner(x, t * 1000 / 1000)
+
+
+def same(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+
+
+def gradients(network, loss):
+    return torch.autograd.grad(loss, list(network.parameters()))
+
+
+@pytest.mark.parametrize("weighting", ["noise", "likelihood", lambda t: 1 + t], ids=str)
+@pytest.mark.parametrize(
+    ("order", "options"),
+    [
+        (1, {}),
+        *((order, {"derivative": d}) for order in (2, 3) for d in ("auto", "reverse", "forward")),
+        *((order, {"chunks": 2}) for order in (2, 3)),
+        (3, {"third": "laplacian", "probes": 2}),
+        (3, {"fraction": 0.5, "probes": 2}),
+    ],
+    ids=str,
+)
+def test_a_network_may_write_to_its_times(order, options, weighting):
+    found = []
+    for writes in (False, True):
+        network = WritesTimes(writes)
+        model = hosm.ScoreModel(network, hosm.VPSchedule())
+        torch.manual_seed(1)
+        t = torch.linspace(0.2, 0.7, 4)
+        given = t.clone()
+        loss = LOSSES[order](model, torch.randn(4, 3), t=given, weighting=weighting, **options)
+        found.append((loss, *gradients(network, loss)))
+        assert torch.equal(given, t)
+    same(found[1], found[0])
+
+
+@pytest.mark.parametrize("time", [None, 2.0, lambda t: t, lambda t: t.mul_(3)], ids=str)
+def test_so_may_the_function_of_time(time):
+    model = hosm.ScoreModel(WritesTimes(True), hosm.VPSchedule(), time=time)
+    x, t = torch.randn(2, 3), torch.full((2,), 0.3)
+    first = model.noise(x, t)
+    same(model.noise(x, t), first)
+    assert torch.equal(t, torch.full((2,), 0.3))
+
+
+@pytest.mark.parametrize("method", ["fixed", "adaptive"])
+def test_and_in_a_likelihood(method):
+    x, found = torch.randn(3, 3), []
+    for writes in (False, True):
+        model = hosm.ScoreModel(WritesTimes(writes), hosm.VPSchedule())
+        found.append(
+            hosm.ode_nll(model, x, method=method, divergence="exact", steps=8, tolerance=0.1).nll
+        )
+    same(found[1], found[0])
+
+
+def test_a_callable_weighting_may_write_to_its_times_too():
+    model = hosm.ScoreModel(MLP(3), hosm.VPSchedule())
+    x0, noise, t = torch.randn(2, 3), torch.randn(2, 3), torch.full((2,), 0.3)
+    hosm.first_order_dsm(model, x0, t=t, noise=noise, weighting=lambda t: t.mul_(2))
+    assert torch.equal(t, torch.full((2,), 0.3))
+
+
+class Conditioned(nn.Module):
+    """Reads its label out of any container."""
+
+    def __init__(self, read):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.read = MLP(3), read
+
+    def forward(self, x, t, cond):
+        label = self.read(cond)
+        assert len(label) == len(x)
+        return self.inner(x * label[:, None], t)
+
+
+CONTAINERS = {
+    "dict": (lambda y: {"label": y}, lambda c: c["label"]),
+    "OrderedDict": (lambda y: OrderedDict(label=y), lambda c: c["label"]),
+    "UserDict": (lambda y: Ours(label=y), lambda c: c["label"]),
+    "proxy": (lambda y: MappingProxyType({"label": y}), lambda c: c["label"]),
+    "namedtuple": (lambda y: Pair(y, 2.0), lambda c: c.label),
+    "dataclass": (lambda y: Frozen(y), lambda c: c.label),
+    "list": (lambda y: ["text", y], lambda c: c[1]),
+    "nested": (lambda y: {"a": [OrderedDict(b=Pair(Frozen(y), None))]}, None),
+}
+CONTAINERS["nested"] = (CONTAINERS["nested"][0], lambda c: c["a"][0]["b"].label.label)
+
+
+@pytest.mark.parametrize("options", [{"probes": 3}, {"fraction": 0.5}, {"chunks": 2}], ids=str)
+@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("order", [2, 3])
+def test_conditions_follow_their_samples_out_of_any_container(order, name, options):
+    make, read = CONTAINERS[name]
+    label, found = torch.rand(4) + 0.5, []
+    for pack, unpack in ((lambda y: y, lambda y: y), (make, read)):
+        network = Conditioned(unpack)
+        model = hosm.ScoreModel(network, hosm.VPSchedule())
+        torch.manual_seed(1)
+        kwargs = {"cond": pack(label)}
+        loss = LOSSES[order](model, torch.randn(4, 3), model_kwargs=kwargs, **options)
+        found.append((loss, *gradients(network, loss)))
+    same(found[1], found[0])
+
+
+class Positions(nn.Module):
+    """Adds a table of positions whose rows are elements, not samples."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = MLP(4)
+
+    def forward(self, x, t, table, label=None):
+        assert len(table) == 4
+        hidden = x + table.sum(1)
+        return self.inner(hidden if label is None else hidden * label[:, None], t)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"probes": 2}, {"fraction": 0.5}, {"chunks": 2}, {"fraction": 0.5, "probes": 3, "chunks": 2}],
+    ids=str,
+)
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_table_as_long_as_the_batch_is_shared_when_it_is_marked(order, options):
+    table, label, found = torch.randn(4, 2), torch.rand(4), []
+    for shared in (False, True):
+        network = Positions()
+        holder = network if shared else _Module(network, table)
+        model = hosm.ScoreModel(holder, hosm.VPSchedule())
+        kwargs = {"label": label} | ({"table": hosm.Shared(table)} if shared else {})
+        torch.manual_seed(1)
+        loss = LOSSES[order](model, torch.randn(4, 4), model_kwargs=kwargs, **options)
+        found.append((loss, *gradients(network, loss)))
+    same(found[1], found[0])
+
+
+class _Module(nn.Module):
+    def __init__(self, network, table):
+        super().__init__()
+        self.network, self.table = network, table
+
+    def forward(self, x, t, label):
+        return self.network(x, t, self.table, label)
+
+
+def test_what_is_shared_stays_so_when_rows_become_as_many():
+    """Of 8 samples a half is evaluated twice: a table of 4 rows is nobody's."""
+    model = hosm.ScoreModel(Positions(), hosm.VPSchedule())
+    kwargs = {"table": torch.randn(4, 2)}
+    for options in ({"fraction": 0.5, "probes": 2}, {"chunks": 2, "probes": 2}):
+        loss = hosm.third_order_dsm(model, torch.randn(8, 4), model_kwargs=kwargs, **options)
+        assert torch.isfinite(loss)
+
+
+def test_a_shared_tensor_keeps_its_gradient_and_a_likelihood_takes_it():
+    model = hosm.ScoreModel(Positions(), hosm.VPSchedule())
+    table, x = torch.randn(4, 2, requires_grad=True), torch.randn(4, 4)
+    kwargs = {"table": hosm.Shared(table)}
+    expected = None
+    for chunks in (1, 2):
+        torch.manual_seed(1)
+        loss = hosm.second_order_dsm(model, x, probes=2, chunks=chunks, model_kwargs=kwargs)
+        (found,) = torch.autograd.grad(loss, table)
+        expected = found if expected is None else expected
+        same(found, expected)
+    whole = hosm.ode_nll(model, x, divergence="exact", steps=4, model_kwargs=kwargs).nll
+    parts = hosm.ode_nll(
+        model, x, divergence="exact", steps=4, batch_size=1, model_kwargs=kwargs
+    ).nll
+    same(parts, whole)
+
+
+def test_a_container_without_tensors_is_handed_on_as_it_is():
+    class Odd:
+        pass
+
+    given = {"odd": Odd(), "pair": Pair("a", 1), "ours": Ours(a=1), "frozen": Frozen(1.0)}
+    found = unwrapped(map_tensors(bound(given, 4), torch.clone))
+    assert all(found[name] is given[name] for name in given)
+
+
+def test_what_is_not_of_the_samples_comes_back_unmarked_and_unchanged():
+    table = torch.randn(3, 2)
+    given = {"a": OrderedDict(b=table, c=torch.tensor(1.0)), "d": hosm.Shared([table, "text"])}
+    marked = bound(given, 4)
+    assert isinstance(marked["a"]["b"], hosm.Shared)
+    found = unwrapped(marked)
+    assert type(found["a"]) is OrderedDict
+    assert found["a"]["b"] is table
+    assert found["d"][0] is table
+    assert found["d"][1] == "text"
+    assert isinstance(given["d"], hosm.Shared)
+
+
+def test_a_container_that_cannot_be_copied_is_named():
+    class Closed(dict):
+        def __setitem__(self, key, value):
+            raise PermissionError("closed")
+
+    model = hosm.ScoreModel(Conditioned(lambda c: c["label"]), hosm.VPSchedule())
+    kwargs = {"cond": Closed(label=torch.rand(4))}
+    with pytest.raises(TypeError, match=r"model_kwargs\['cond'\]: expected a container .* closed"):
+        hosm.third_order_dsm(model, torch.randn(4, 3), probes=2, model_kwargs=kwargs)
+
+
+def test_a_mark_copies_and_shows_what_it_holds():
+    mark = copy.deepcopy(hosm.Shared([1, 2]))
+    assert mark.value == [1, 2]
+    assert repr(mark) == "Shared([1, 2])"
