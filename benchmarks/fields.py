@@ -25,6 +25,7 @@ from torch import Tensor
 
 import hosm_losses as hosm
 from hosm_losses.losses.residuals import third_residual
+from hosm_losses.model import noise_field
 
 LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # σ̂ over the data's standard deviation
 CHUNK_ELEMENTS = 2**16  # of a batch of probes that is sent through a network at once
@@ -101,7 +102,7 @@ def _network_point(model: hosm.ScoreModel, x0: Tensor, sigma_hat: float, noise: 
     level = torch.tensor([sigma_hat], dtype=torch.float64).log()
     t = model.schedule.time(level).to(x0.dtype)
     alpha, sigma = (float(part) for part in model.schedule(t))
-    x, field, d = alpha * x0 + sigma * noise, model.field(t), x0.numel()
+    x, field, d = alpha * x0 + sigma * noise, noise_field(model, t), x0.numel()
     chunk = max(1, CHUNK_ELEMENTS // d)
 
     def derive(v: Tensor, order: int) -> tuple[Tensor, ...]:

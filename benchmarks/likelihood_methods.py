@@ -24,6 +24,7 @@ from benchmarks.trained import Problem
 from hosm_losses.likelihood.inputs import data_coordinates
 from hosm_losses.likelihood.ode import _nll
 from hosm_losses.likelihood.paths import Paths, solve_fixed
+from hosm_losses.model import condition
 
 STEPS = (16, 32, 64, 128, 256)
 TOLERANCES = (1e-2, 1e-3, 3e-4, 1e-4)
@@ -78,7 +79,7 @@ class KeptProbe(Paths):
 def kept_probe_nll(problem: Problem, x: Tensor, steps: float, seed: int) -> Tensor:
     """ode_nll on its fixed grid, but with one probe kept along the path."""
     paths = KeptProbe(
-        problem.model.field(x.new_zeros(len(x)), primitives=False),
+        condition(problem.model, len(x), primitives=False),
         data_coordinates(problem.model, x, 0.0, problem.std),
         x.dtype,
         1,

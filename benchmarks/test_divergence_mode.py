@@ -12,6 +12,7 @@ from benchmarks.timing import ratios
 from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.taylor import carried
 from hosm_losses.likelihood.divergence import hutchinson_divergence
+from hosm_losses.model import noise_field
 from hosm_losses.probes import draw_probes
 
 
@@ -22,7 +23,7 @@ def test_value_and_divergence_over_one_evaluation(benchmark, choose, name, probe
     make, shape = NETWORKS[name]
     network, x = make(), torch.randn(choose(2, *shape[:1], *shape[:1]), *shape[1:])
     t = torch.full((len(x),), 0.5)
-    field = hosm.ScoreModel(network, hosm.VPSchedule()).field(t, primitives=False)
+    field = noise_field(hosm.ScoreModel(network, hosm.VPSchedule()), t, primitives=False)
     v = draw_probes(x, probes)
 
     def separate():

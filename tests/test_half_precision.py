@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
+from hosm_losses.model import noise_field
 
 D = 3072  # an image of 32 by 32: ‖v‖⁴ is far outside float16
 HALVES = [torch.float16, torch.bfloat16]
@@ -136,7 +137,7 @@ def test_autocast_equals_float64(half, order):
 def test_a_divergence_of_half_precision_is_summed_in_float32(dtype):
     """Its sum is 3072 times a number, which half precision rounds by a nat or more."""
     t = torch.full((1,), 0.5)
-    field = hosm.ScoreModel(lambda x, t: 1.001 * x, hosm.VPSchedule()).field(t)
+    field = noise_field(hosm.ScoreModel(lambda x, t: 1.001 * x, hosm.VPSchedule()), t)
     x = torch.randn(1, 3072).to(dtype)
     _, forms = field.quadratic_forms(x, [torch.ones_like(x)[None]])
     assert forms.dtype == torch.float32

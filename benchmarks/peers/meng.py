@@ -30,6 +30,7 @@ from torch import Tensor
 import hosm_losses as hosm
 from hosm_losses.losses.inputs import prepare, probe_tensor
 from hosm_losses.losses.options import Probes
+from hosm_losses.model import noise_field
 
 
 def second_residual(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def terms(
     x, noise = inputs.x, inputs.noise
     v = probe_tensor(x, probe, probes, distribution, generator)
     sigma = inputs.sigma.reshape(-1, *(1,) * (x.ndim - 1))
-    value, directional, _ = model.field(inputs.t).derive(x, sigma * v, order=2)
+    value, directional, _ = noise_field(model, inputs.t).derive(x, sigma * v, order=2)
     elements = x[0].numel()
     first = (value + noise).square().reshape(len(x), -1).sum(1) / elements
     squares = second_residual(value, directional, noise, v).square().flatten(2).sum(2)

@@ -11,7 +11,7 @@ __all__ = [
     "LOST_ATTRIBUTE",
     "NOT_TWICE",
     "OF_DTYPES",
-    "OF_THE_MACHINE",
+    "DEVICE_ERROR_TEXT",
     "REENTRANT_CHECKPOINT",
     "checkpoint_hook",
     "custom_function",
@@ -46,7 +46,7 @@ LOST_ATTRIBUTE = "Backward' object has no attribute"
 # The node that a once_differentiable backward puts behind what it returns.
 DELAYED_ERROR = "torch::autograd::Error"
 # Of devices that fail.
-OF_THE_MACHINE = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
+DEVICE_ERROR_TEXT = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
 # Of operands whose dtypes do not go together.
 OF_DTYPES = ("dtype", "scalar type", "type (")
 # The attribute of a module that .compile() sets.

@@ -11,6 +11,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import hosm_losses as hosm
 from hosm_losses.derivatives.primitive_mode import safe_primitives
+from hosm_losses.model import noise_field
 
 PYTORCHS = ("forward", "reverse")  # the engines that use its own derivatives
 ENGINES = ("auto", *PYTORCHS, "taylor")
@@ -92,7 +93,7 @@ def loss_and_check(network, shape, order, engine, **model_options):
     model = hosm.ScoreModel(lambda x, t: network(x), hosm.VPSchedule(), **model_options)
     torch.manual_seed(2)
     x, w, b = torch.randn(4, *shape), torch.randn(1, 4, *shape), torch.randn(1, 4, *shape)
-    field = model.field(torch.full((4,), 0.5))
+    field = noise_field(model, torch.full((4,), 0.5))
 
     def value():
         return (field.derive(x, w, order=order, derivative=engine)[order - 1] * b).sum()

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from hosm_losses import DerivativeError, ScoreModel, VPSchedule
 from hosm_losses.derivatives.select import _choice
 from hosm_losses.derivatives.taylor import Jet
+from hosm_losses.model import noise_field
 from tests.oracles import dense_derivatives, networks
 
 ENGINES = ("auto", "forward", "reverse", "taylor")
@@ -24,7 +25,7 @@ def setting(name, batch=2, count=1):
     t = torch.linspace(0.2, 0.7, batch)
     x = torch.randn(batch, *shape)
     w = torch.randn(count, batch, *shape)
-    return network, model.field(t), x, w, t
+    return network, noise_field(model, t), x, w, t
 
 
 def by_hand(network, x, t):
@@ -64,7 +65,7 @@ def test_value_directional_and_gradient_are_the_dense_ones(name, engine, order, 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_directional_is_the_jacobian_and_not_its_transpose(engine):
     matrix = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
-    field = ScoreModel(lambda x, t: -x @ matrix.T, VPSchedule()).field(torch.tensor([0.5]))
+    field = noise_field(ScoreModel(lambda x, t: -x @ matrix.T, VPSchedule()), torch.tensor([0.5]))
     w = torch.tensor([[[0.0, 1.0]]])
     for order in (2, 3):
         derived = field.derive(torch.zeros(1, 2), w, order=order, derivative=engine)
@@ -109,7 +110,7 @@ def test_a_gradient_reaches_the_point_itself(engine, order):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_linear_field_has_gradient_zero(engine):
     layer = nn.Linear(3, 3)
-    field = ScoreModel(lambda x, t: layer(x), VPSchedule()).field(torch.tensor([0.5]))
+    field = noise_field(ScoreModel(lambda x, t: layer(x), VPSchedule()), torch.tensor([0.5]))
     derived = field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=3, derivative=engine)
     assert derived.third.abs().max() == 0
     derived.directional.sum().backward()
@@ -126,7 +127,7 @@ def test_auto_is_the_taylor_engine_in_eager_mode(order, count):
         seen.append("taylor" if isinstance(x, Jet) else "forward" if in_transform else "reverse")
         return layer(x).sin()
 
-    field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.2, 0.7]))
+    field = noise_field(ScoreModel(network, VPSchedule()), torch.tensor([0.2, 0.7]))
     x, w = torch.randn(2, 3), torch.randn(count, 2, 3)
     for engine in ENGINES:
         seen.clear()
@@ -193,14 +194,14 @@ class DropsItsInputs(torch.autograd.Function):
 def test_a_function_that_forgets_what_it_saved_is_explained():
     layer = nn.Linear(3, 3)
     network = ScoreModel(lambda x, t: DropsItsInputs.apply(x, layer).sin(), VPSchedule())
-    field = network.field(torch.tensor([0.5]))
+    field = noise_field(network, torch.tensor([0.5]))
     with pytest.raises(DerivativeError, match=r"can differentiate again.*no attribute 'saved'"):
         field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=3, derivative="reverse")
 
 
 def test_auto_falls_back_to_forward_mode_and_says_so_once():
     network = Cubes()
-    field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))
+    field = noise_field(ScoreModel(network, VPSchedule()), torch.tensor([0.5]))
     x, w = torch.randn(1, 3), torch.randn(1, 1, 3)
     for order in (2, 3):
         with pytest.raises(DerivativeError, match="once_differentiable or detaches"):
@@ -219,7 +220,7 @@ def test_auto_falls_back_to_forward_mode_and_says_so_once():
 
 def test_the_choice_does_not_keep_the_network_alive():
     network = Cubes()
-    field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))
+    field = noise_field(ScoreModel(network, VPSchedule()), torch.tensor([0.5]))
     with pytest.warns(UserWarning, match="'forward' takes its place"):
         field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
     alive = weakref.ref(network)
@@ -232,7 +233,7 @@ def test_the_choice_does_not_keep_the_network_alive():
 def test_auto_names_every_reason_where_no_engine_can(order):
     layer = nn.Linear(3, 3)
     network = ScoreModel(lambda x, t: WithoutForward.apply(layer(x)), VPSchedule())
-    field = network.field(torch.tensor([0.5]))
+    field = noise_field(network, torch.tensor([0.5]))
     with pytest.raises(DerivativeError, match=r"taylor: .*; reverse: .*; forward: "):
         field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=order)
 
@@ -251,7 +252,7 @@ def test_auto_does_not_take_a_device_that_fails_for_a_network_that_cannot(error)
             return layer(x).sin()
 
     network = Failing()
-    field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))
+    field = noise_field(ScoreModel(network, VPSchedule()), torch.tensor([0.5]))
     with pytest.raises(type(error), match=str(error)):
         field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
     field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
@@ -266,7 +267,7 @@ def test_auto_keeps_nothing_of_an_error_that_every_engine_would_raise():
             return layer(x[:, :2] if wrong else x).sin()
 
     network = Mistaken()
-    field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))
+    field = noise_field(ScoreModel(network, VPSchedule()), torch.tensor([0.5]))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
     wrong.clear()
@@ -278,7 +279,7 @@ def test_auto_does_not_hide_the_networks_own_errors():
     def network(x, t):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    field = ScoreModel(network, VPSchedule()).field(torch.tensor([0.5]))
+    field = noise_field(ScoreModel(network, VPSchedule()), torch.tensor([0.5]))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=2)
 
@@ -288,11 +289,11 @@ def test_auto_does_not_hide_the_networks_own_errors():
 def test_the_part_of_x_in_a_prediction_does_not_hide_a_lost_graph(order, prediction):
     """The network alone is differentiated: x itself has a graph that a lost one would hide in."""
     model = ScoreModel(Cubes(), VPSchedule(), prediction)
-    field, w = model.field(torch.tensor([0.5])), torch.randn(1, 1, 3)
+    field, w = noise_field(model, torch.tensor([0.5])), torch.randn(1, 1, 3)
     with pytest.raises(DerivativeError, match="once_differentiable or detaches"):
         field.derive(torch.randn(1, 3), w, order=order, derivative="reverse")
     detached = ScoreModel(lambda x, t: x.detach(), VPSchedule(), prediction)
-    field = detached.field(torch.tensor([0.5]))
+    field = noise_field(detached, torch.tensor([0.5]))
     with pytest.raises(DerivativeError, match="graph does not lead to x"):
         field.derive(torch.randn(1, 3), w, order=order, derivative="reverse")
     with pytest.raises(DerivativeError, match="graph does not lead to x"):
@@ -303,7 +304,9 @@ def test_the_part_of_x_in_a_prediction_does_not_hide_a_lost_graph(order, predict
 @pytest.mark.parametrize("detached", [lambda x: x.detach(), lambda x: torch.ones_like(x)])
 def test_a_network_cut_from_its_input_is_an_error_in_reverse_mode(detached, order):
     layer = nn.Linear(3, 3)
-    field = ScoreModel(lambda x, t: layer(detached(x)), VPSchedule()).field(torch.tensor([0.5]))
+    field = noise_field(
+        ScoreModel(lambda x, t: layer(detached(x)), VPSchedule()), torch.tensor([0.5])
+    )
     with pytest.raises(DerivativeError, match=r"graph does not lead to x.*Remove \.detach"):
         field.derive(torch.randn(1, 3), torch.randn(1, 1, 3), order=order, derivative="reverse")
 

@@ -8,6 +8,7 @@ import torch
 import hosm_losses.likelihood.divergence
 from hosm_losses import ScoreModel, VPSchedule
 from hosm_losses.likelihood.divergence import accumulator, exact_divergence, hutchinson_divergence
+from hosm_losses.model import noise_field
 from tests.oracles import Largest, dense_derivatives, networks, sign_vectors
 
 T = torch.tensor([0.3, 0.6])
@@ -21,7 +22,12 @@ def setting(name):
         calls.append(len(x))
         return network(x, t)
 
-    return network, ScoreModel(counted, VPSchedule()).field(T), torch.randn(2, *shape), calls
+    return (
+        network,
+        noise_field(ScoreModel(counted, VPSchedule()), T),
+        torch.randn(2, *shape),
+        calls,
+    )
 
 
 def traces(network, x):
@@ -61,7 +67,7 @@ def test_all_signs_average_to_the_trace_in_one_pass():
 
 def test_sums_are_kept_in_double_precision():
     network, shape = networks()["mlp"]
-    field = ScoreModel(network.float(), VPSchedule()).field(T.float())
+    field = noise_field(ScoreModel(network.float(), VPSchedule()), T.float())
     x = torch.randn(2, *shape, dtype=torch.float32)
     assert exact_divergence(field, x).samples.dtype == torch.float64
     assert exact_divergence(field, x).value.dtype == torch.float32
@@ -77,7 +83,7 @@ def test_exact_makes_its_unit_vectors_when_they_are_due(prediction, monkeypatch)
     model = ScoreModel(lambda x, t: x**2, VPSchedule(), prediction)
     x, t = torch.randn(1, d), T[:1]
     with Largest() as largest, torch.no_grad():
-        _, samples = exact_divergence(model.field(t), x)
+        _, samples = exact_divergence(noise_field(model, t), x)
     assert largest.elements <= chunk * d
     trace = 2 * x.sum(1)
     if prediction == "sample":
@@ -98,4 +104,4 @@ def test_what_fails_without_vmap_as_well_is_raised():
 
     model = ScoreModel(lambda x, t: Broken.apply(x), VPSchedule())
     with pytest.raises(RuntimeError, match="no backward today"):
-        exact_divergence(model.field(T), torch.randn(2, 3))
+        exact_divergence(noise_field(model, T), torch.randn(2, 3))

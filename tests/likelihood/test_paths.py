@@ -6,6 +6,7 @@ import hosm_losses as hosm
 from hosm_losses.likelihood.coordinates import Coordinates
 from hosm_losses.likelihood.paths import Paths, solve_adaptive, solve_fixed
 from hosm_losses.likelihood.student import student_factor
+from hosm_losses.model import condition
 from hosm_losses.probes import draw_probes
 
 SCHEDULE = hosm.VESchedule(sigma_max=2.0)
@@ -17,7 +18,7 @@ def linear_paths(rates, probes):
     matrix = torch.tensor([[1.0, 2.0, 0.0], [0.0, -1.0, 1.0], [3.0, 0.0, 0.5]])
     model = hosm.ScoreModel(lambda x, t, rate: rate[:, None] * x @ matrix.T, SCHEDULE)
     coordinates = Coordinates(SCHEDULE, torch.zeros(1, D), torch.ones(1, D))
-    field = model.field(torch.zeros(len(rates)), {"rate": rates})
+    field = condition(model, len(rates), {"rate": rates})
     generator = torch.Generator().manual_seed(0)
     paths = Paths(
         field, coordinates, torch.float64, probes, "rademacher", generator, lambda _: None

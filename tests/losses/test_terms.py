@@ -7,6 +7,7 @@ import hosm_losses as hosm
 from hosm_losses.losses.inputs import prepare
 from hosm_losses.losses.options import LossOptions
 from hosm_losses.losses.terms import Directions, terms_along
+from hosm_losses.model import noise_field
 from hosm_losses.probes import draw_probes, unit_vectors
 from tests.oracles import anisotropic, mixture_noise, networks, ring, sign_vectors
 
@@ -20,7 +21,7 @@ def sliced(name, probes, others, exact=False):
     model, inputs = prepare(
         hosm.ScoreModel(network, hosm.VPSchedule()), x0, t, noise, "noise", None
     )
-    field = model.field(t, primitives=True)
+    field = noise_field(model, t, primitives=True)
     number = "exact" if exact else 1
     whole = LossOptions(order=3, probes=number)
     parts = LossOptions(order=3, third="sliced", probes=number)
@@ -81,7 +82,7 @@ def test_u_is_drawn_after_v_and_for_itself(probes):
         v, u = (draw_probes(x0, probes, generator=generator) for _ in range(2))
     _, inputs = prepare(model, x0, given["t"], given["noise"], "noise", None)
     options = LossOptions(order=3, third="sliced", probes=probes)
-    field = model.field(given["t"], primitives=True)
+    field = noise_field(model, given["t"], primitives=True)
     expected = terms_along(field, inputs, Directions(v, u), options)
     again = torch.Generator().manual_seed(0)
     got = hosm.dsm_terms(model, x0, third="sliced", probes=probes, generator=again, **given)

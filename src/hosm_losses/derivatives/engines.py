@@ -76,7 +76,7 @@ class Curved(Derivatives):
 
 
 def taylor(
-    field: Field, x: Tensor, direction: Tensor, order: int, others: Tensor | None = None
+    field: Field, x: Tensor, direction: Tensor, order: int, second_direction: Tensor | None = None
 ) -> Derivatives:
     """The value and its derivatives in one batch.
 
@@ -88,14 +88,14 @@ def taylor(
     if order == 2:
         stack = carried(field, x, direction)
         parts = [stack[:1], stack[1:]]
-    elif others is None:
+    elif second_direction is None:
         parts = _taylor_gradient(field, x, direction)
     else:
-        same = others is direction
-        directions = direction if same else torch.cat([direction, others])
+        same = second_direction is direction
+        directions = direction if same else torch.cat([direction, second_direction])
         stack = carried(field, x, directions, "squares" if same else "halves")
         parts = [stack[:1], stack[1 : 1 + count], stack[-count:]]
-    kind = Derivatives if others is None else Curved
+    kind = Derivatives if second_direction is None else Curved
     return kind(*(part if wanted else part.detach() for part in parts))
 
 
@@ -128,7 +128,7 @@ def _folded(field: Field, x: Tensor, direction: Tensor) -> tuple[Field, Tensor, 
 
 
 def forward(
-    field: Field, x: Tensor, direction: Tensor, order: int, others: Tensor | None = None
+    field: Field, x: Tensor, direction: Tensor, order: int, second_direction: Tensor | None = None
 ) -> Derivatives:
     """Forward mode of torch.func, one direction at a time or all under vmap."""
 
@@ -154,8 +154,8 @@ def forward(
         (value, directional), (_, curvature) = found
         return value, directional, curvature
 
-    one: Any = second if order == 2 else third if others is None else curved
-    directions = (direction,) if others is None else (direction, others)
+    one: Any = second if order == 2 else third if second_direction is None else curved
+    directions = (direction,) if second_direction is None else (direction, second_direction)
     with explained(), ForwardMode(), forward_mode():
         if len(direction) == 1:
             value, *rest = [part.unsqueeze(0) for part in one(*(each[0] for each in directions))]
@@ -164,7 +164,7 @@ def forward(
             # One dropout mask for the value and for every probe.
             value, *rest = torch.func.vmap(one, out_dims=out_dims, randomness="same")(*directions)
             value = value.unsqueeze(0)
-    return (Derivatives if others is None else Curved)(value, *rest)
+    return (Derivatives if second_direction is None else Curved)(value, *rest)
 
 
 def reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:

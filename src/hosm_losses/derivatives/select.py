@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import DerivativeError
-from hosm_losses._torch_internals import NOT_TWICE, OF_THE_MACHINE, surrounded
+from hosm_losses._torch_internals import DEVICE_ERROR_TEXT, NOT_TWICE, surrounded
 from hosm_losses.derivatives import engines
 from hosm_losses.derivatives.backward import DroppedGraphError
 from hosm_losses.derivatives.engines import Curved as Curved
@@ -83,7 +83,7 @@ def derive(
     *,
     order: int,
     derivative: str = "auto",
-    others: Tensor | None = None,
+    second_direction: Tensor | None = None,
 ) -> Derivatives:
     """Evaluate a field and its derivatives along directions.
 
@@ -95,8 +95,8 @@ def derive(
         direction: w = σ v, of shape (K, B, *).
         order: 2 for the value and D, 3 for G or C as well.
         derivative: "auto", "taylor", "reverse" or "forward".
-        others: u, of shape (K, B, *), for C in place of G; not by the reverse engine. With "auto"
-            G may come nevertheless, where it costs less; what comes as C is `Curved`.
+        second_direction: u, of shape (K, B, *), for C in place of G; not by the reverse engine.
+            With "auto" G may come nevertheless, where it costs less; what comes as C is `Curved`.
 
     Returns:
         The derivatives; the third is None at order 2.
@@ -111,9 +111,9 @@ def derive(
         UserWarning: with "auto", once for a network that the taylor engine cannot differentiate.
     """
     if derivative == "auto":
-        return _auto(field, x, direction, order, others)
+        return _auto(field, x, direction, order, second_direction)
     try:
-        return _run(derivative, field, x, direction, order, others)
+        return _run(derivative, field, x, direction, order, second_direction)
     except TaylorError as error:
         raise DerivativeError(
             f"network: expected operators that the engine 'taylor' knows; got {error} Leave "
@@ -122,28 +122,33 @@ def derive(
 
 
 def _run(
-    engine: str, field: Field, x: Tensor, direction: Tensor, order: int, others: Tensor | None
+    engine: str,
+    field: Field,
+    x: Tensor,
+    direction: Tensor,
+    order: int,
+    second_direction: Tensor | None,
 ) -> Derivatives:
     if engine == "reverse":
         return engines.reverse(field, x, direction, order)
-    return getattr(engines, engine)(field, x, direction, order, others)
+    return getattr(engines, engine)(field, x, direction, order, second_direction)
 
 
 def _auto(
-    field: Field, x: Tensor, direction: Tensor, order: int, others: Tensor | None
+    field: Field, x: Tensor, direction: Tensor, order: int, second_direction: Tensor | None
 ) -> Derivatives:
     if torch.compiler.is_compiling():
         with contextlib.suppress(TaylorError):
-            return engines.taylor(field, x, direction, order, others)
-        return engines.forward(field, x, direction, order, others)
+            return engines.taylor(field, x, direction, order, second_direction)
+        return engines.forward(field, x, direction, order, second_direction)
     choice = _choice(field.owner)
     reasons: dict[str, str] = {}
-    wanted = _kind(direction, order, others)
+    wanted = _kind(direction, order, second_direction)
     for engine in ENGINES[1:]:
         if engine in choice.refused:
             continue
         # C costs less than G by the taylor engine alone.
-        given = others if engine == "taylor" else None
+        given = second_direction if engine == "taylor" else None
         before = Snapshot(field.owner, x)
         try:
             derived = _run(engine, field, x, direction, order, given)
@@ -166,12 +171,12 @@ def _auto(
     )
 
 
-def _kind(direction: Tensor, order: int, others: Tensor | None) -> str:
+def _kind(direction: Tensor, order: int, second_direction: Tensor | None) -> str:
     if order == 2:
         return "order two"
-    if others is None:
+    if second_direction is None:
         return "third='exact'"
-    return "third='laplacian'" if others is direction else "third='sliced'"
+    return "third='laplacian'" if second_direction is direction else "third='sliced'"
 
 
 def _say_price(
@@ -214,7 +219,7 @@ def _of_the_machine(error: Exception) -> bool:
     """Whether a device has failed, which says nothing about the network."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return any(words in str(error) for words in OF_THE_MACHINE)
+    return any(words in str(error) for words in DEVICE_ERROR_TEXT)
 
 
 def _choice(owner: object) -> _Choice:

@@ -47,6 +47,7 @@ from hosm_losses.model import (
     ScoreModel,
     check_model,
     check_time,
+    noise_field,
     refuse_wrapped,
 )
 
@@ -134,7 +135,7 @@ def check_derivatives(
         torch.autocast(device.type, enabled=False),
     ):
         own, x = _copied(model), normal(x0.detach())
-        field = own.field(_spread_times(own, x) if times is None else times, given)
+        field = noise_field(own, _spread_times(own, x) if times is None else times, given)
         field = field.with_conditions([tensor.detach().clone() for tensor in field.conditions()])
         precision = check_values(field, x)
         check_samples(field, x, precision)

@@ -53,7 +53,9 @@ def exact_divergence(field: NoiseField, x: Tensor) -> Divergence:
 
     Example:
         >>> from hosm_losses import ScoreModel, VPSchedule
-        >>> field = ScoreModel(lambda x, t: -(x**2), VPSchedule()).field(torch.tensor([0.5]))
+        >>> from hosm_losses.model import noise_field
+        >>> model = ScoreModel(lambda x, t: -(x**2), VPSchedule())
+        >>> field = noise_field(model, torch.tensor([0.5]))
         >>> exact_divergence(field, torch.tensor([[1.0, 2.0]])).samples.item()
         6.0
     """

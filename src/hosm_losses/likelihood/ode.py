@@ -49,7 +49,7 @@ from hosm_losses.likelihood.inputs import (
 )
 from hosm_losses.likelihood.paths import Paths, Solved, solve_adaptive, solve_fixed
 from hosm_losses.likelihood.result import NLLResult, mark_failed
-from hosm_losses.model import ScoreModel, check_model
+from hosm_losses.model import ScoreModel, check_model, condition
 from hosm_losses.probes import DISTRIBUTIONS
 
 METHODS = ("fixed", "adaptive")
@@ -152,9 +152,8 @@ def ode_nll(
         torch.set_grad_enabled(enable_grad),
         progress_bar(progress, len(x) * dequantization_draws, "sample") as advance,
     ):
-        times = x.new_zeros(len(x), dtype=torch.promote_types(dtype, torch.float32))
         paths = Paths(
-            model.field(times, kwargs, primitives=model.primitives and enable_grad),
+            condition(model, len(x), kwargs, primitives=model.primitives and enable_grad),
             coordinates,
             dtype,
             0 if divergence == "exact" else probes,

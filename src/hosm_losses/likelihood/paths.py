@@ -20,7 +20,7 @@ from hosm_losses.likelihood.coordinates import Coordinates, Place
 from hosm_losses.likelihood.divergence import Divergence, exact_divergence, hutchinson_divergence
 from hosm_losses.likelihood.multistep import Node, multistep, multistep_evaluations
 from hosm_losses.likelihood.student import student_factor
-from hosm_losses.model import NoiseField
+from hosm_losses.model import ConditionedModel, NoiseField
 from hosm_losses.probes import draw_probes
 
 MAX_EVALUATIONS = 10_000
@@ -53,7 +53,7 @@ class Paths:
     """A batch of paths.
 
     Attributes:
-        field: f = −ε̂ of the batch, with its conditions; its times are replaced along the way.
+        model: the score model, conditioned on the batch.
         coordinates: of the state.
         dtype: the network's.
         probes: K, the number of random probes; 0 stands for the exact divergence.
@@ -62,7 +62,7 @@ class Paths:
         advance: told how many samples' worth of work was just done.
     """
 
-    field: NoiseField
+    model: ConditionedModel
     coordinates: Coordinates
     dtype: torch.dtype
     probes: int
@@ -72,19 +72,19 @@ class Paths:
 
     def rows(self, index: Tensor) -> "Paths":
         """Return the paths of the samples at `index`."""
-        return replace(self, field=self.field.rows(index))
+        return replace(self, model=self.model.rows(index))
 
     def noise(self, z: Tensor, place: Place) -> Tensor:
         """ε̂ at z, in the precision of z."""
-        field, x = self._at(self.field, z, place)
+        field, x = self._at(self.model, z, place)
         return -field(x).to(z.dtype)
 
     def noise_and_divergence(
         self, z: Tensor, place: Place, probes: Tensor | None, rows: Tensor | None = None
     ) -> Divergence:
         """ε̂ of the rows (all if None), and the samples (K, n) of its divergence."""
-        field = self.field if rows is None else self.field.rows(rows)
-        field, x = self._at(field, z, place)
+        model = self.model if rows is None else self.model.rows(rows)
+        field, x = self._at(model, z, place)
         if probes is None:
             value, samples = exact_divergence(field, x)
         else:
@@ -98,9 +98,9 @@ class Paths:
         like = torch.empty_like(z, dtype=self.dtype)
         return draw_probes(like, self.probes, self.distribution, self.generator)
 
-    def _at(self, field: NoiseField, z: Tensor, place: Place) -> tuple[NoiseField, Tensor]:
-        t = place.t.to(field.t.dtype).expand(len(z))
-        return replace(field, t=t), self.coordinates.to_x(z, place).to(self.dtype)
+    def _at(self, model: ConditionedModel, z: Tensor, place: Place) -> tuple[NoiseField, Tensor]:
+        t = place.t.to(torch.promote_types(self.dtype, torch.float32)).expand(len(z))
+        return model.at(t), self.coordinates.to_x(z, place).to(self.dtype)
 
 
 def solve_fixed(paths: Paths, z: Tensor, span: tuple[float, float], steps: int) -> Solved:

@@ -47,7 +47,7 @@ from hosm_losses.likelihood.inputs import (
     network_dtype,
 )
 from hosm_losses.likelihood.result import NLLResult, mark_failed
-from hosm_losses.model import NoiseField, ScoreModel, check_model
+from hosm_losses.model import NoiseField, ScoreModel, check_model, noise_field
 
 
 def variational_nll(
@@ -120,7 +120,7 @@ def variational_nll(
         progress_bar(progress, len(x), "sample") as advance,
     ):
         times = x.new_zeros(len(x), dtype=torch.promote_types(dtype, torch.float32))
-        field = model.field(times, kwargs, primitives=False)
+        field = noise_field(model, times, kwargs, primitives=False)
         point = dequantize(x, generator) if dequantization else normal(x)
         parts = []
         for rows in chunks(x, batch_size):

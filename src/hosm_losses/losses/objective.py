@@ -26,7 +26,7 @@ from hosm_losses.losses.inputs import prepare
 from hosm_losses.losses.options import LossOptions, Weights, check_weights
 from hosm_losses.losses.terms import DSMTerms, evaluate_terms, first_residual_of, first_term
 from hosm_losses.losses.weighting import time_factors
-from hosm_losses.model import refuse_wrapped
+from hosm_losses.model import noise_field, refuse_wrapped
 
 
 def _weighted(terms: DSMTerms, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
@@ -85,7 +85,9 @@ def evaluate(
         higher = options.order > 1
         if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)
-        field = score_model.field(inputs.t, kwargs, primitives=score_model.primitives and higher)
+        field = noise_field(
+            score_model, inputs.t, kwargs, primitives=score_model.primitives and higher
+        )
         chosen = None
         if not higher:
             residual = first_residual_of(field, inputs)

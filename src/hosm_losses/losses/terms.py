@@ -180,11 +180,15 @@ def terms_along(
     probe, other = directions
     sigma = expand_right(inputs.sigma, x)
     direction = (sigma * probe).to(x.dtype)
-    others = None
+    second_direction = None
     if options.order == 3 and options.third != "exact":
-        others = direction if other is None else (sigma * other).to(x.dtype)
+        second_direction = direction if other is None else (sigma * other).to(x.dtype)
     derived = field.derive(
-        x, direction, order=options.order, derivative=options.derivative, others=others
+        x,
+        direction,
+        order=options.order,
+        derivative=options.derivative,
+        second_direction=second_direction,
     )
     value, directional, last = derived
     value, directional, noise, probe = map(at_least_float32, (value, directional, noise, probe))

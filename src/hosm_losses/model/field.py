@@ -5,36 +5,20 @@ Formula:
     D_f = −(p D + q w), G_f = −p G and C_f = −p C, with D, G and C of the network alone.
 """
 
-__all__ = ["NetworkField", "NoiseField"]
+__all__ = ["ConditionedModel", "NetworkField", "NoiseField", "condition", "noise_field"]
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hosm_losses._checks import over_elements
+from hosm_losses._inference import normal
 from hosm_losses.derivatives import Derivatives, Jet, derive, quadratic_forms, safe_primitives
-from hosm_losses.model.conditions import map_tensors, per_sample
-
-
-class Model(Protocol):
-    """What a field asks of a ScoreModel."""
-
-    network: Callable[..., Any]
-
-    def noise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        """ε̂(x, t)."""
-        ...
-
-    def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        """What the network predicts."""
-        ...
-
-    def affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(p, q) in ε̂ = p · prediction + q x."""
-        ...
+from hosm_losses.model.conditions import bound, map_tensors, per_sample
+from hosm_losses.model.score_model import ScoreModel
 
 
 @dataclass(frozen=True, eq=False)  # torch.compile of PyTorch 2.6 hashes it before it is made
@@ -49,7 +33,7 @@ class NoiseField:
         primitives: whether the safe primitives are put in.
     """
 
-    model: Model
+    model: ScoreModel
     t: Tensor
     kwargs: dict[str, Any]
     primitives: bool
@@ -66,7 +50,7 @@ class NoiseField:
         *,
         order: int,
         derivative: str = "auto",
-        others: Tensor | None = None,
+        second_direction: Tensor | None = None,
     ) -> Derivatives:
         """f, D and G or C at x along directions (K, B, *): those of the network, put together.
 
@@ -74,7 +58,12 @@ class NoiseField:
         has lost its own graph.
         """
         derived = derive(
-            NetworkField(self), x, direction, order=order, derivative=derivative, others=others
+            NetworkField(self),
+            x,
+            direction,
+            order=order,
+            derivative=derivative,
+            second_direction=second_direction,
         )
         value, directional, third = derived
         factor, share = self.model.affine(self.t, x)
@@ -121,6 +110,52 @@ class NoiseField:
     def _select(self, select: Callable[[Tensor], Tensor]) -> "NoiseField":
         kwargs = per_sample(self.kwargs, lambda _, tensor: select(tensor))
         return NoiseField(self.model, select(self.t), kwargs, self.primitives)
+
+
+@dataclass(frozen=True)
+class ConditionedModel:
+    """A score model with its conditions bound to a batch, for a field at any t.
+
+    Attributes:
+        model: the score model.
+        kwargs: the network's keyword arguments, bound to the batch.
+        primitives: whether the safe primitives are put in.
+    """
+
+    model: ScoreModel
+    kwargs: dict[str, Any]
+    primitives: bool
+
+    def at(self, t: Tensor) -> NoiseField:
+        """Return the field at times (B,)."""
+        return NoiseField(self.model, normal(t), self.kwargs, self.primitives)
+
+    def rows(self, index: Tensor | slice) -> "ConditionedModel":
+        """Return the model conditioned on the samples at `index`."""
+        return replace(self, kwargs=per_sample(self.kwargs, lambda _, tensor: tensor[index]))
+
+
+def condition(
+    model: ScoreModel,
+    batch: int,
+    model_kwargs: Mapping[str, Any] | None = None,
+    *,
+    primitives: bool | None = None,
+) -> ConditionedModel:
+    """Bind keyword arguments of the network to a batch; the model's own `primitives` if None."""
+    kwargs = map_tensors(bound(model_kwargs or {}, batch), normal)
+    return ConditionedModel(model, kwargs, model.primitives if primitives is None else primitives)
+
+
+def noise_field(
+    model: ScoreModel,
+    t: Tensor,
+    model_kwargs: Mapping[str, Any] | None = None,
+    *,
+    primitives: bool | None = None,
+) -> NoiseField:
+    """f(x) = −ε̂(x, t) at times (B,) and conditions, to be differentiated in x."""
+    return condition(model, len(t), model_kwargs, primitives=primitives).at(t)
 
 
 @dataclass(frozen=True)

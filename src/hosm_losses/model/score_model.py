@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from hosm_losses._checks import check_choice, check_like, check_range, describe, expand_right
 from hosm_losses._inference import normal
 from hosm_losses._torch_internals import OF_DTYPES
-from hosm_losses.model.conditions import bound, map_tensors, unwrapped
-from hosm_losses.model.field import NoiseField
+from hosm_losses.model.conditions import unwrapped
 from hosm_losses.schedules import Schedule, check_schedule
 
 PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
@@ -165,18 +164,6 @@ class ScoreModel(nn.Module):
             return ((alpha.square() + sigma.square()) / alpha).square()
         alpha_rate, sigma_rate = self._rates(t, like)
         return ((alpha * sigma_rate - alpha_rate * sigma) / alpha).square()
-
-    def field(
-        self,
-        t: Tensor,
-        model_kwargs: Mapping[str, Any] | None = None,
-        *,
-        primitives: bool | None = None,
-    ) -> NoiseField:
-        """f(x) = −ε̂(x, t) at fixed t and conditions, to be differentiated in x."""
-        active = self.primitives if primitives is None else primitives
-        kwargs = map_tensors(bound(model_kwargs or {}, len(t)), normal)
-        return NoiseField(self, normal(t), kwargs, active)
 
     def time_in(self, t: Tensor, like: Tensor) -> Tensor:
         """Return t as the schedule takes it: an integer index in the precision of `like`."""

@@ -32,7 +32,7 @@ WRAPPERS = {
     COMPILED_IN_PLACE: _COMPILE_THE_LOSS,
 }
 
-DOERS = {"torch.distributed.fsdp", "torch._dynamo"}
+WRAPPER_MODULES = {"torch.distributed.fsdp", "torch._dynamo"}
 
 
 def refuse_wrapped(network: object, *, thoroughly: bool = False) -> None:
@@ -50,7 +50,7 @@ def refuse_wrapped(network: object, *, thoroughly: bool = False) -> None:
     types = {type(network)}
     found = set()
     # Nothing is sharded or compiled where the package that does it was never imported.
-    if isinstance(network, nn.Module) and (thoroughly or sys.modules.keys() & DOERS):
+    if isinstance(network, nn.Module) and (thoroughly or sys.modules.keys() & WRAPPER_MODULES):
         for part in network.modules():
             types.add(type(part))
             if getattr(part, COMPILED_PART, None) is not None:
