@@ -23,16 +23,18 @@ Source:
     cosine transform", IEEE Transactions on Computers (1974), for Q.
 """
 
-__all__ = ["DISTRIBUTIONS", "draw_probes", "unit_vector_chunks", "unit_vectors"]
+__all__ = ["DISTRIBUTIONS", "Distribution", "draw_probes", "unit_vector_chunks", "unit_vectors"]
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_choice, check_whole
 
+Distribution = Literal["rademacher", "gaussian", "sphere", "dct"]
 # A loss holds several tensors of this size, and the network many: no one device has the memory.
 LARGEST_UNITS = 16 * 2**30
 

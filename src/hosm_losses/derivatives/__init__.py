@@ -19,6 +19,7 @@ from hosm_losses.derivatives.primitive_mode import safe_primitives as safe_primi
 from hosm_losses.derivatives.primitives import at_least_float32 as at_least_float32
 from hosm_losses.derivatives.select import ASK_THE_CHECK as ASK_THE_CHECK
 from hosm_losses.derivatives.select import ENGINES as ENGINES
+from hosm_losses.derivatives.select import Engine as Engine
 from hosm_losses.derivatives.select import derive as derive
 from hosm_losses.derivatives.select import gradients as gradients
 from hosm_losses.derivatives.select import say_no_price as say_no_price

@@ -25,6 +25,7 @@ __all__ = [
     "ENGINES",
     "Curved",
     "Derivatives",
+    "Engine",
     "Field",
     "derive",
     "gradients",
@@ -37,7 +38,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -52,10 +53,11 @@ from hosm_losses.derivatives.engines import quadratic_forms as quadratic_forms
 from hosm_losses.derivatives.snapshot import Snapshot
 from hosm_losses.derivatives.taylor import TaylorError
 
-ENGINES = ("auto", "taylor", "reverse", "forward")
+Engine = Literal["auto", "taylor", "reverse", "forward"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 ASK_THE_CHECK = "check_derivatives(model, x0) names the module and what to do."
 # What code raises that meets a Jet and expected an ordinary tensor.
-PYTHONS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 # Network evaluations of a training step.
 EVALUATIONS = {
     "order two": {"taylor": 6, "reverse": 7, "forward": 8},
@@ -211,7 +213,7 @@ def _of_the_engine(engine: str, error: Exception) -> bool:
         return known or isinstance(error, DroppedGraphError)
     if engine == "taylor":
         # Not what a checkpoint around the loss raises to end its recomputation.
-        return isinstance(error, PYTHONS) and not _of_the_machine(error)
+        return isinstance(error, JET_ERRORS) and not _of_the_machine(error)
     return isinstance(error, RuntimeError) and not isinstance(error, DerivativeError)
 
 
