@@ -180,7 +180,7 @@ class ScoreModel(nn.Module):
             network_time = self.time(network_time)
         elif self.time is not None:
             network_time = network_time * self.time
-        kwargs = unwrapped(kwargs)
+        kwargs = unwrapped(kwargs) if kwargs else kwargs
         returned = self._called(x, network_time, kwargs)
         predicted = returned if self.output is None else self.output(returned)
         if not isinstance(predicted, Tensor):
