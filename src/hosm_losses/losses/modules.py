@@ -33,17 +33,15 @@ class _Objective(nn.Module):
     choices: ClassVar[type]
     inputs: ClassVar[type] = HigherOrderInputs
 
-    def __init__(
-        self, model: ScoreModel, *, weights: Weights | None = None, **options: Any
-    ) -> None:
+    def __init__(self, model: ScoreModel, **options: Any) -> None:
         super().__init__()
         refuse_unknown(type(self).__name__, self.choices, options)
+        self.weights: Weights | None = options.pop("weights", None)
         self.options = LossOptions(order=self.order, **options)
         self.model = check_model(model)
         if self.order > 1:
             refuse_wrapped(model.network, thoroughly=True)
-        check_weights(weights, self.order)
-        self.weights = weights
+        check_weights(self.weights, self.order)
 
     def extra_repr(self) -> str:
         """The options and the weights, for print."""

@@ -55,7 +55,7 @@ TimeSampler = (
 def check_weighting(weighting: object, time_sampler: object) -> None:
     """Raise ValueError unless these are a weighting and a time sampler."""
     pair = weighting if isinstance(weighting, tuple) else (weighting,)
-    if len(pair) > 2:
+    if len(pair) not in (1, 2):
         raise ValueError(
             "weighting: expected one weighting or a pair (of the first term, of the higher "
             f"terms); got {len(pair)}."
