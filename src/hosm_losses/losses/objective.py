@@ -75,15 +75,7 @@ def evaluate(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Evaluated:
-    """The loss and its terms: what every function and module of this room calls.
-
-    Raises:
-        TypeError: for an argument of a wrong type or dtype.
-        ValueError: for a wrong shape, device or value, and, on the CPU, for a loss that is NaN or
-            infinite.
-        DerivativeError: where the derivatives of the network cannot be taken, or, on the CPU, are
-            NaN or infinite.
-    """
+    """The loss and its terms, from arguments that are checked here."""
     checked = check_weights(weights, options.order)
     kwargs = check_model_kwargs(model_kwargs)
     with outside_inference_mode():
@@ -134,10 +126,6 @@ def perturbed(
     """Check the arguments of a loss, draw t and ε where they are missing, and perturb the data.
 
     x = α(t) x₀ + σ(t) ε. What is missing is drawn on the device of x₀, in the order t, ε, v.
-
-    Raises:
-        TypeError: for a model that is no ScoreModel, or a tensor of a wrong type or dtype.
-        ValueError: for a wrong shape, device or value.
     """
     score_model = check_model(model)
     batch = normal(check_sample_batch("x0", x0))
@@ -195,13 +183,7 @@ def _directions(
 
 
 def _given_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
-    """The caller's probe as (K, B, *).
-
-    Raises:
-        TypeError: for a probe that is no tensor, or of another dtype.
-        ValueError: for a probe of a shape other than (B, *) or (K, B, *), or one that
-        contradicts `probes`.
-    """
+    """The caller's probe, checked, as (K, B, *)."""
     if isinstance(probe, Tensor) and probe.ndim == x.ndim:
         probe = probe.unsqueeze(0)
     count = len(probe) if isinstance(probe, Tensor) and probe.ndim == x.ndim + 1 else 1

@@ -190,13 +190,7 @@ def spelled_out(function: Function) -> Function:
 
 
 def refuse_unknown(name: str, arguments: type, given: Mapping[str, Any]) -> None:
-    """Raise TypeError where a name is none of the arguments, as Python would.
-
-    Args:
-        name: of the function that was called.
-        arguments: a TypedDict, none of whose keys is required.
-        given: what came.
-    """
+    """Raise TypeError where the function `name` was given what is no key of the TypedDict."""
     expected: frozenset[str] = arguments.__optional_keys__  # pyright: ignore[reportAttributeAccessIssue]
     for unknown in given.keys() - expected:
         raise TypeError(
@@ -206,20 +200,10 @@ def refuse_unknown(name: str, arguments: type, given: Mapping[str, Any]) -> None
 
 
 def check_weights(weights: object, order: int) -> Weights:
-    """The weights of the terms as numbers and tensors without dimensions; all 1 for None.
+    """The weights (first, second, trace, third) as numbers and 0-dim tensors; all 1 for None.
 
-    Args:
-        weights: a list, a tuple, an array or a tensor of numbers, or a list with tensors of one
-            element.
-        order: 1, 2 or 3.
-
-    Returns:
-        (first, second, trace, third), as many as there are terms; at order 2 a fourth may follow.
-
-    Raises:
-        TypeError: for anything else, and for a tensor that is not of real numbers.
-        ValueError: for another count, for one that is negative, NaN or infinite (in a tensor: on
-            the CPU), and for all of them zero.
+    There are as many as the order has terms; at order 2 a fourth may follow. One at least is not
+    zero. The values of tensors are looked at on the CPU only.
     """
     if weights is None:
         return (1.0,) * COUNTS[order][0]

@@ -41,21 +41,10 @@ def in_chunks(
     tensors: Sequence[Tensor],
     batch: int,
 ) -> Terms:
-    """Evaluate function(rows, *tensors) in parts of the batch: tensors (B,), in `chunks` parts.
+    """Evaluate function(slice, *tensors) in `chunks` parts of the batch, put together to (B,).
 
-    Args:
-        function: of a slice of the batch, which returns tensors of its rows (b,).
-        chunks: the number of parts.
-        network: whose parameters `function` uses.
-        tensors: what else may need a gradient.
-        batch: B.
-
-    Raises:
-        TypeError: for a network that is no Module, whose parameters nobody can know.
-        ValueError: under torch.compile or a transform of torch.func, or while a CUDA graph is
-            captured.
-        DerivativeError: in the backward pass, if the network uses parameters that are neither its
-            own nor among `tensors`.
+    `tensors` and the parameters of the network are all that may need a gradient: a parameter that
+    is neither raises DerivativeError in the backward pass.
     """
     captured = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
     if torch.compiler.is_compiling() or captured or transformed():

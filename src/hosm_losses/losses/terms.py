@@ -134,15 +134,9 @@ def evaluate_terms(
     rows: Tensor | None = None,
     rest: Tensor | None = None,
 ) -> DSMTerms:
-    """The terms of order two or three.
+    """The terms of order two or three, the higher ones of `rows` alone, all if None.
 
-    Args:
-        field: f at the times of the batch.
-        inputs: the perturbed batch.
-        directions: of the rows that have the higher terms.
-        options: what is chosen once.
-        rows: those rows; all if None.
-        rest: the other rows, which have the first term only.
+    `directions` are those of `rows`. The `rest` of the batch has the first term only.
     """
     if rows is None or rest is None:
         return _higher(field, inputs, directions, options)

@@ -116,17 +116,7 @@ def time_factors(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The factors (B,) of the first term and of the higher terms at t; None stands for 1.
 
-    Args:
-        model: whose schedule and prediction matter.
-        x0: the batch (B, *).
-        t: its times (B,).
-        weighting: the weighting of the loss.
-        time_sampler: how t is drawn.
-        drawn: whether `draw_time` drew t; otherwise it counts as uniform.
-
-    Raises:
-        TypeError: if a callable weighting returns no tensor like t.
-        ValueError: if it returns another shape than (B,), or (on the CPU) NaN or infinity.
+    `drawn` says whether `draw_time` drew t. A t from elsewhere counts as uniform.
     """
     first, higher = _pair(weighting)
     sampler = _sampler(weighting, time_sampler)
