@@ -11,7 +11,7 @@ from benchmarks.page import marks, numbers, tables
 
 FILE = results.path("cpu-2-cores")
 QUESTIONS = results.read(FILE)
-FOUND = page.tree(QUESTIONS)
+FOUND = page.tree(QUESTIONS) | page.of_gpus(FILE.parent)
 PAGES, BENCHMARKS = page.pages(), "docs/benchmarks.md"
 AGAIN = "see what moved: python -m benchmarks --page-only"
 
@@ -120,13 +120,14 @@ def test_the_figures_are_drawn(tmp_path):
 
 def test_results_of_a_gpu_have_a_table(tmp_path):
     rows = {
-        key: {"gradient": {"error": 1e-6}, "step": {"ms": ms, "memory": 2**30, "kernels": 9}}
+        key: {"gradient": {"error": 1e-6}, "step": {"ms": ms, "memory": 2**29, "kernels": 9}}
         for key, ms in (("order 1", 10.0), ("order 2 taylor", 21.0))
     }
     where = {"card": "A card", "cuda": "13", "torch": "2.13", "commit": "abc", "date": "today"}
     table = {"batch": 128, "precision": "bf16", "variants": rows}
     (tmp_path / "gpu-card.json").write_text(json.dumps({"environment": where, "tables": [table]}))
-    text = tables.gpu({}, tmp_path)
+    columns = "ms = step > ms | MiB = step > memory | ms compiled = compiled > ms"
+    text = page.value(page.of_gpus(tmp_path), f"Card, Variant | gpu > * > * | {columns}")
     assert "| A card, PyTorch 2.13, commit abc, today: batch 128, bf16 | order 1 |" in text
-    assert "| order 2 taylor | 21 (2.10) | 1 (1.00) | 9 (1.00) | – | – | 1.0e-06 |" in text
-    assert tables.gpu({}, tmp_path / "nowhere") == "none"
+    assert "|  | order 2 taylor | 21 | 512 | – |" in text
+    assert page.of_gpus(tmp_path / "nowhere") == {"gpu": {}}

@@ -18,7 +18,7 @@ from benchmarks.environment import ROOT
 from benchmarks.page import figures, marks
 from benchmarks.page.numbers import named, table
 from benchmarks.page.tables import TABLES
-from benchmarks.page.tree import Found, tree
+from benchmarks.page.tree import Found, of_gpus, tree
 
 
 def value(found: Found, name: str) -> str:
@@ -54,7 +54,7 @@ def write(file: Path, root: Path) -> Iterator[str]:
 
     Last comes what moved, so that a person reads the sentences beside it again.
     """
-    found = tree(results.read(file))
+    found = tree(results.read(file)) | of_gpus(file.parent)
     again: list[str] = []
     for name, text, moved in filled(found):
         path = root / name

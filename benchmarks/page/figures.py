@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator
@@ -21,25 +21,14 @@ ENGINES = {"taylor": "#0072b2", "reverse": "#e69f00", "forward": "white", "": "b
 Points = Mapping[float, Sequence[float]]  # x → value, low, high
 
 
-class Style(NamedTuple):
-    """A line that is readable in grey."""
-
-    color: str
-    marker: str
-    dash: str
-    fill: Literal["full", "none"] = "full"
-
-
 # Colours of Okabe and Ito, which the colour-blind can tell apart; from dark to light in grey.
-STYLES = (
-    Style("#000000", "o", "-"),
-    Style("#0072b2", "s", "--"),
-    Style("#d55e00", "^", "-."),
-    Style("#009e73", "D", ":"),
-    Style("#cc79a7", "v", "-"),
-    Style("#e69f00", "P", "--"),
-    Style("#56b4e9", "X", "-."),
-)
+COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS, DASHES = "os^DvPX", ("-", "--", "-.", ":", "-", "--", "-.")
+
+
+def style(_: str, index: int) -> dict[str, str]:
+    """A line that is readable in grey."""
+    return {"color": COLORS[index], "marker": MARKERS[index], "linestyle": DASHES[index]}
 
 
 def draw(found: Found, images: Path) -> Iterator[Path]:
@@ -59,7 +48,7 @@ def panels(
     xlabel: str,
     *,
     least: int = 1,
-    styles: Callable[[str, int], Style] = lambda _, index: STYLES[index],
+    styles: Callable[[str, int], dict[str, str]] = style,
     sharey: Literal["row", "none"] = "row",
     ticks: Sequence[float] | None = None,
     **axis: Any,
@@ -73,11 +62,10 @@ def panels(
         panel_row[0].set_ylabel(ylabel)
         for axes, (name, found) in zip(panel_row, problems.items(), strict=True):
             for index, (curve, points) in enumerate(curves(found).items()):
-                style = styles(curve, index)
+                look = styles(curve, index)
                 value, low, high = zip(*points.values(), strict=True)
-                axes.fill_between([*points], low, high, color=style.color, alpha=0.18, lw=0)
-                look = {"color": style.color, "marker": style.marker, "fillstyle": style.fill}
-                shown[curve] = axes.plot([*points], value, style.dash, ms=5, **look)[0]
+                axes.fill_between([*points], low, high, color=look["color"], alpha=0.18, lw=0)
+                shown[curve] = axes.plot([*points], value, ms=5, **look)[0]
             axes.set_title(label(problems, name), fontsize=9)
             axes.set(**{"xscale": "log", "yscale": "log", "xlabel": xlabel, **axis})
             for side in (axes.xaxis, axes.yaxis):
@@ -117,17 +105,17 @@ def against(field: str, unit: float = 1) -> Callable[[Found], dict[str, Points]]
     return curves
 
 
-def method_style(name: str, _: int) -> Style:
+def method_style(name: str, _: int) -> dict[str, str]:
     """Ours in colour, others grey; hollow where the divergence is exact."""
-    mine = name.startswith(("fixed", "adaptive"))
-    chosen = STYLES[[part in name for part in (OURS if mine else PEERS)].index(True)]
-    fill = "none" if name.endswith("exact") else "full"
-    return chosen._replace(fill=fill) if mine else Style("#7f7f7f", chosen.marker, "--", fill)
+    ours = name.startswith(("fixed", "adaptive"))
+    look = style(name, [part in name for part in (OURS if ours else PEERS)].index(True))
+    fill = {"fillstyle": "none" if name.endswith("exact") else "full"}
+    return look | fill | ({} if ours else {"color": "#7f7f7f", "linestyle": "--"})
 
 
-def term_style(term: str, _: int) -> Style:
+def term_style(term: str, _: int) -> dict[str, str]:
     """One style for a term, whichever there are."""
-    return STYLES[f"first or {HIGHER}".split(" or ").index(term)]
+    return style(term, f"first or {HIGHER}".split(" or ").index(term))
 
 
 def steps(networks: Found) -> Figure:
@@ -139,11 +127,10 @@ def steps(networks: Found) -> Figure:
         if {"time_ratio", "memory_ratio"} <= row.keys() and how != "compiled":
             point, color = (row["time_ratio"][0], row["memory_ratio"]), ENGINES.get(how, "#cc79a7")
             axes.plot(*point, LOSSES[loss], color=color, mec="black", ms=9)
-            left = loss == "3 sliced"
-            offset = (-8 if left else 8, {"3 exact": -9, "3 laplacian": 3}.get(loss, 0))
-            place = {"textcoords": "offset points", "ha": "right" if left else "left"}
-            text = f"{loss}, {how}" if how else loss
-            axes.annotate(text, point, offset, fontsize=8, **place)
+            aside = {"3 exact": (8, -9), "3 laplacian": (8, 3), "3 sliced": (-8, 0)}
+            place = {"textcoords": "offset points", "ha": "right" if "sliced" in key else "left"}
+            text = key.removeprefix("order ")
+            axes.annotate(text, point, aside.get(loss, (8, 0)), fontsize=8, **place)
     axes.margins(x=0.22)
     axes.set(xlim=(0, None), xlabel="processor time of a step [that of order one]")
     axes.set(ylim=(0, None), ylabel="peak memory of a step [that of order one]")

@@ -1,16 +1,15 @@
 """The tables that are worked out, and those whose description several pages share."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import results
 from benchmarks.page.numbers import NOTHING, markdown, number, spread, table, walk
 from benchmarks.page.tree import PROBLEMS, Found
 
-MENG = "second, Meng et al. / second"
+HUTCH = "estimator_variance > * > scaled > Hutch++ > trace > *"
+MENG = "gradient_variance > * > ratios > second, Meng et al. / second > *"
+JAX = "speed > * > variants > order 1 or order *, taylor > jax_ratio"
 # A variant of the convolutional network as README.md calls it, and its network evaluations.
 COSTS = {
     "order 2": ("order 2, taylor", "6"),
@@ -52,36 +51,31 @@ class Case(NamedTuple):
     compared: str
     place: str
     ratio: Sequence[float]
-    fewer: bool = False
+    fewer_evaluations: bool = False
 
     def ahead(self) -> str:
         """Where and by how much the peer is ahead, empty where it is not."""
         if self.ratio[2] < 1:
             return f"{self.place}: {spread(self.ratio)}"
-        return f"{self.place}: fewer evaluations" if self.fewer else ""
+        return f"{self.place}: fewer evaluations" if self.fewer_evaluations else ""
 
 
 def cases(found: Found) -> Iterator[Case]:
     """Every comparison that was measured."""
+    compared = "likelihood, time to a target error"
     for (name, target, peer), row in walk(found, "likelihood > * > targets > * > *"):
-        place = f"{PROBLEMS[name]}, {target}"
         if not row["ours"]:
-            peer = peer.removesuffix(", exact")
-            compared = "likelihood, time to a target error"
-            yield Case(peer, compared, place, row["over_ours"], row["fewer_evaluations"])
-    for (name, count), ratio in walk(
-        found, "estimator_variance > * > scaled > Hutch++ > trace > *"
-    ):
-        compared = "a trace by K products, variance over that of signs"
-        yield Case("Hutch++ of curvlinops", compared, f"{PROBLEMS[name]}, K = {count}", ratio)
-    for (name, level), ratio in walk(found, f"gradient_variance > * > ratios > {MENG} > *"):
-        place = f"{PROBLEMS[name]} at {level}"
-        yield Case("second-order loss of Meng et al.", "variance of its gradient", place, ratio)
-    for (name, key), row in walk(found, "speed > * > variants > order 1 or order *, taylor"):
-        if "jax_ratio" in row:
-            value, low, high = row["jax_ratio"]
-            ratio, peer = [1 / value, 1 / high, 1 / low], "the paper's losses, jitted by JAX"
-            yield Case(peer, "a training step, time", f"{name}, {key}", ratio)
+            place, few = f"{PROBLEMS[name]}, {target}", row["fewer_evaluations"]
+            yield Case(peer.removesuffix(", exact"), compared, place, row["over_ours"], few)
+    peer, compared = "Hutch++ of curvlinops", "a trace by K products, variance over that of signs"
+    for (name, count), ratio in walk(found, HUTCH):
+        yield Case(peer, compared, f"{PROBLEMS[name]}, K = {count}", ratio)
+    peer, compared = "second-order loss of Meng et al.", "variance of its gradient"
+    for (name, level), ratio in walk(found, MENG):
+        yield Case(peer, compared, f"{PROBLEMS[name]} at {level}", ratio)
+    peer, compared = "the paper's losses, jitted by JAX", "a training step, time"
+    for (network, step), (value, low, high) in walk(found, JAX):
+        yield Case(peer, compared, f"{network}, {step}", [1 / value, 1 / high, 1 / low])
 
 
 def peers(found: Found) -> str:
@@ -97,37 +91,6 @@ def peers(found: Found) -> str:
         lines.append([peer, every[0].compared, span, f"{len(ahead)} of {len(every)}"])
         lines[-1].append("; ".join(ahead))
     return markdown(["Peer", "Compared", "Theirs over ours", "Ahead in", "Where"], lines)
-
-
-def gpu(_: Found, directory: Path = results.DIRECTORY) -> str:
-    """Every file that `python -m benchmarks.gpu --out` wrote; ratios are to order one."""
-    fields = {
-        "ms": ("step", "ms", 1),
-        "GiB": ("step", "memory", 2**30),
-        "kernels": ("step", "kernels", 1),
-        "ms in a CUDA graph": ("graph_given", "ms", 1),
-        "ms compiled": ("compiled", "ms", 1),
-    }
-    lines = []
-    for file in sorted(directory.glob("gpu*.json")):
-        report = json.loads(file.read_text())
-        where = "{card}, PyTorch {torch}, commit {commit}, {date}".format(**report["environment"])
-        for each in report["tables"]:
-            for key, row in each["variants"].items():
-                cells = []
-                for name, field, unit in fields.values():
-                    value, base = (
-                        (rows.get(name) or {}).get(field)
-                        for rows in (row, each["variants"]["order 1"])
-                    )
-                    over = f" ({value / base:.2f})" if value and base else ""
-                    cells.append(NOTHING if value is None else number(value / unit, 3) + over)
-                error = (row.get("gradient") or {}).get("error")
-                cells.append(NOTHING if error is None else f"{error:.1e}")
-                head = f"{where}: batch {each['batch']}, {each['precision']}"
-                lines.append([head, key, *cells])
-    head = ["Card", "Variant", *fields, "error of the gradient"]
-    return markdown(head, lines) if lines else "none"
 
 
 SHARED = {
@@ -149,7 +112,6 @@ SHARED = {
 }
 TABLES: dict[str, Callable[[Found], str]] = {
     "peers": peers,
-    "gpu": gpu,
     "known": known,
     "cost": cost,
     **{name: partial(table, described=each) for name, each in SHARED.items()},

@@ -12,6 +12,8 @@ primitive_cost > NETWORK > ratio
 measured > QUESTION > field
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 Found = dict[str, Any]
@@ -46,6 +48,17 @@ def tree(questions: Found) -> Found:
     if "divergence_mode" in found:
         found["divergence_mode"] = _by_route(found["divergence_mode"])
     return found
+
+
+def of_gpus(directory: Path) -> Found:
+    """What `python -m benchmarks.gpu --out` wrote, by card, batch and precision."""
+    found: Found = {}
+    for file in sorted(directory.glob("gpu*.json")):
+        report = json.loads(file.read_text())
+        where = "{card}, PyTorch {torch}, commit {commit}, {date}".format(**report["environment"])
+        for each in report["tables"]:
+            found[f"{where}: batch {each['batch']}, {each['precision']}"] = each["variants"]
+    return {"gpu": found}
 
 
 def _of_estimators(found: Found) -> Found:
