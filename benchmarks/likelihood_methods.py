@@ -20,10 +20,6 @@ from torch import Tensor
 import hosm_losses as hosm
 from benchmarks.peers import flow_matching, k_diffusion, score_sde, torchdiffeq
 from benchmarks.trained import Problem
-from hosm_losses.likelihood.inputs import data_coordinates
-from hosm_losses.likelihood.ode import _nll
-from hosm_losses.likelihood.paths import Paths, solve_fixed
-from hosm_losses.model import condition
 
 STEPS = (16, 32, 64, 128, 256)
 TOLERANCES = (1e-2, 1e-3, 3e-4, 1e-4)
@@ -56,35 +52,25 @@ def value_of(found: Tensor | tuple[Tensor, int]) -> Tensor:
     return found[0] if isinstance(found, tuple) else found
 
 
-class KeptProbe(Paths):
-    """Paths whose first probes serve at every node."""
-
-    def draw(self, z: Tensor) -> Tensor | None:
-        if "kept" not in self.__dict__:
-            self.__dict__["kept"] = super().draw(z)
-        return self.__dict__["kept"]
-
-
-def kept_probe_nll(problem: Problem, x: Tensor, steps: float, seed: int) -> Tensor:
-    """ode_nll on its fixed grid, but with one probe kept along the path."""
-    paths = KeptProbe(
-        condition(problem.model, len(x), primitives=False),
-        data_coordinates(problem.model, x, 0.0, problem.std),
-        x.dtype,
-        1,
-        "rademacher",
-        torch.Generator().manual_seed(seed),
-        lambda _: None,
-    )
-    with torch.no_grad():
-        return _nll(paths, x.double(), partial(solve_fixed, steps=int(steps)), None).nll
-
-
 def fixed(problem: Problem, x: Tensor, steps: float, seed: int, **options: Any) -> Tensor:
     """ode_nll on its fixed grid."""
     generator = torch.Generator().manual_seed(seed)
     given = {"data_std": problem.std, "generator": generator, "steps": int(steps)}
-    return hosm.ode_nll(problem.model, x, **given, **options).nll
+    return hosm.ode_nll(problem.model, x, **given | options).nll
+
+
+def kept_probe_nll(problem: Problem, x: Tensor, steps: float, seed: int) -> Tensor:
+    """ode_nll on its fixed grid, but with one probe kept along the path."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def again(*_: Any) -> None:
+        generator.manual_seed(seed)
+
+    before = problem.model.network.register_forward_pre_hook(again)
+    try:
+        return fixed(problem, x, steps, seed, generator=generator)
+    finally:
+        before.remove()
 
 
 def adaptive(problem: Problem, x: Tensor, tolerance: float, seed: int) -> Tensor:
