@@ -50,4 +50,3 @@ def test_a_call_enters_few_files_and_seldom_comes_back_to_a_room(function):
     files, most_changes = MOST[function]
     assert len(set(entered)) <= files, sorted(set(entered))
     assert changes <= most_changes, rooms
-    print(function, len(set(entered)), changes)

@@ -104,9 +104,6 @@ SHARED = {
     " | Time of one estimate, the recipe over ours = recipe > time"
     " | Time to a given standard error, the recipe over ours = recipe > time to a standard error"
     " | turned",
-    "likelihood": "One estimate for a 3×16×16 image, Steps or tolerance"
-    " | likelihood > images > rows > fixed* or score* > 64 or 1e-05 | Evaluations = evaluations"
-    " | Error, nats = error | of the solver = solver_error | Time of 16 images, ms = seconds",
     "modes": "Value and divergence by | divergence_mode > ours* or a pass* or f* or the*"
     " | One probe = 1 > * | Four probes = 4 > *",
 }
