@@ -1,22 +1,24 @@
-"""Every private name of PyTorch that is used here, and every error text of its that is matched.
+"""Private names of PyTorch, error texts of its that are matched, and what surrounds a call.
 
-PyTorch keeps none of them stable. `tests/test_torch_internals.py` has a test for each, which says
-in which versions it was seen to hold; where one fails, this file is what to change.
+PyTorch keeps no private name or text stable. `tests/test_torch_internals.py` has a test for each,
+which says in which versions it was seen to hold; where one fails, this file is what to change.
 """
 
 __all__ = [
     "COMPILED_PART",
+    "DEVICE_ERROR_TEXT",
     "DOUBLE_BACKWARD_OF_COMPILED",
     "HOOKS_IN_TRANSFORM",
     "LOST_ATTRIBUTE",
     "NOT_TWICE",
     "OF_DTYPES",
-    "DEVICE_ERROR_TEXT",
     "REENTRANT_CHECKPOINT",
     "checkpoint_hook",
     "custom_function",
     "forward_mode",
     "has_graph",
+    "normal",
+    "outside_inference_mode",
     "pytree",
     "shell",
     "surrounded",
@@ -27,7 +29,7 @@ __all__ = [
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -65,17 +67,13 @@ def transformed() -> bool:
 def traced() -> bool:
     """Whether torch.compile or a transform of torch.func looks at this call from outside.
 
-    There values cannot be read, nothing may be changed in place that comes from outside, and
-    derivatives are taken by torch.func.
+    There values cannot be read, and derivatives are taken by torch.func.
     """
     return torch.compiler.is_compiling() or transformed()
 
 
 def surrounded() -> bool:
-    """Whether something of the user's surrounds this call that a network alone would not meet.
-
-    A transform, a mode that sees functions or operators, saved-tensor hooks, or a profiler.
-    """
+    """Whether a transform, a mode, saved-tensor hooks or a profiler of the user's is around."""
     return bool(
         transformed()
         or _get_current_function_mode_stack()
@@ -98,6 +96,27 @@ def checkpoint_hook() -> object:
         return None
     own = getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook")
     return hooks[0] if own else None
+
+
+def outside_inference_mode() -> AbstractContextManager[None]:
+    """Leave torch.inference_mode, which forbids all derivatives, with gradients off as before."""
+    # torch.compile of PyTorch 2.6 follows no generator in a with statement.
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return _left()
+
+
+@contextmanager
+def _left() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def normal(tensor: Tensor) -> Tensor:
+    """Copy a tensor made in inference mode, so that autograd can save it; return any other."""
+    if not torch.compiler.is_compiling() and tensor.is_inference():
+        return tensor.clone()
+    return tensor
 
 
 def custom_function(node: object) -> type | None:

@@ -19,7 +19,7 @@ from hosm_losses._checks import (
     check_sample_batch,
     expand_right,
 )
-from hosm_losses._inference import normal
+from hosm_losses._torch_internals import normal
 from hosm_losses.losses.weighting import Weighting, draw_time
 from hosm_losses.model import ScoreModel, check_model, check_time
 from hosm_losses.probes import draw_probes, unit_vectors

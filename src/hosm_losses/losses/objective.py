@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import DerivativeError, check_model_kwargs, may_look
-from hosm_losses._inference import outside_inference_mode
+from hosm_losses._torch_internals import outside_inference_mode
 from hosm_losses.losses.inputs import prepare
 from hosm_losses.losses.options import LossOptions, Weights, check_weights
 from hosm_losses.losses.terms import DSMTerms, evaluate_terms, first_residual_of, first_term
