@@ -32,10 +32,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_whole
+from hosm_losses._checks import at_least_float32, check_choice, check_whole, complaint
 
 Distribution = Literal["rademacher", "gaussian", "sphere", "dct"]
-# A loss holds several tensors of this size, and the network many: no one device has the memory.
+# Bytes. A loss holds several tensors of this size, and the network many: no device has the memory.
 LARGEST_UNITS = 16 * 2**30
 
 
@@ -55,9 +55,7 @@ def _sphere(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | N
 
 
 def _dct(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    rotated = _rademacher(shape, like, generator).to(
-        torch.promote_types(like.dtype, torch.float32)
-    )
+    rotated = at_least_float32(_rademacher(shape, like, generator))
     for _ in shape[2:]:
         rotated = _from_cosines(rotated.movedim(2, -1))
     return rotated.to(like.dtype)
@@ -102,10 +100,6 @@ def draw_probes(
 
     Raises:
         ValueError: for a distribution of another name or a count below 1.
-
-    Example:
-        >>> draw_probes(torch.zeros(2, 3), count=5).shape
-        torch.Size([5, 2, 3])
     """
     check_choice("distribution", distribution, DISTRIBUTIONS)
     count = check_whole("probes", count, 1)
@@ -113,26 +107,21 @@ def draw_probes(
 
 
 def unit_vectors(like: Tensor) -> Tensor:
-    """All d unit vectors as probes (d, B, *): with them a SUM over probes is exact.
+    """All d unit vectors as probes (d, B, *), with which a SUM over probes is exact.
 
-    Raises:
-        ValueError: where they alone would take more than 16 GiB.
-
-    Example:
-        >>> unit_vectors(torch.zeros(2, 3))[:, 0]
-        tensor([[1., 0., 0.],
-                [0., 1., 0.],
-                [0., 0., 1.]])
+    A ValueError where they alone would take more than 16 GiB.
     """
     d = like[0].numel()
     size = d * like.numel() * like.element_size()
     if size > LARGEST_UNITS:
-        raise ValueError(
-            f"probes: expected a number of probes for samples of d = {d} elements; got 'exact', "
-            f"which evaluates the network on all d unit vectors at once, {size / 2**30:.0f} GiB "
-            f"for a batch of {len(like)} before anything is computed with them. Use probes=2 or "
-            "so; the likelihood has divergence='exact', in chunks."
+        expected = f"a number of probes for samples of d = {d} elements"
+        got = (
+            f"'exact', which evaluates the network on all d unit vectors at once, "
+            f"{size / 2**30:.0f} GiB for a batch of {len(like)} before anything is computed with "
+            "them"
         )
+        remedy = "Use probes=2 or so; the likelihood has divergence='exact', in chunks."
+        raise ValueError(complaint("probes", expected, "exact", remedy, got=got))
     (units,) = unit_vector_chunks(like, d)
     return units
 
