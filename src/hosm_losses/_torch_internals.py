@@ -16,6 +16,7 @@ __all__ = [
     "checkpoint_hook",
     "custom_function",
     "forward_mode",
+    "graph_nodes",
     "has_graph",
     "normal",
     "outside_inference_mode",
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -117,6 +118,17 @@ def normal(tensor: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and tensor.is_inference():
         return tensor.clone()
     return tensor
+
+
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the autograd graphs of tensors, once."""
+    nodes, seen = [tensor.grad_fn for tensor in tensors], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            nodes.extend(parent for parent, _ in node.next_functions)
 
 
 def custom_function(node: object) -> type | None:

@@ -136,6 +136,7 @@ def test_a_dearer_engine_is_a_warning_with_its_price_once(kind):
         for _ in range(3):
             LOSSES[order](model, torch.randn(4, 3), **options)
     (told,) = [str(each.message) for each in said]
+    assert said[0].filename == __file__  # the user's line, not one of the library
     costs = EVALUATIONS["order two" if order == 2 else "third='exact'"]
     assert f"{REFUSED} function" in told
     assert "changes in place" in told

@@ -8,6 +8,7 @@ Formula:
 __all__ = ["ConditionedModel", "NetworkField", "NoiseField", "condition", "noise_field"]
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -168,7 +169,7 @@ class NetworkField:
         """Evaluate the network at x (B, *)."""
         field = self.field
         # A Jet has rules of its own, and what does not depend on x needs no primitives.
-        with safe_primitives(field.primitives and not isinstance(x, Jet)):
+        with safe_primitives() if field.primitives and not isinstance(x, Jet) else nullcontext():
             return field.model.predict(x, field.t, **field.kwargs)
 
     @property
