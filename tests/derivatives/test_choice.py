@@ -7,14 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import hosm_losses as hosm
 from hosm_losses.derivatives.select import ENGINES, EVALUATIONS, _choice
-from tests.oracles import MLP, networks
+from tests.oracles import MLP, WithoutForward, networks
 from tests.versions import tells_hooks
 
 LOSSES = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
@@ -89,20 +88,9 @@ def test_parts_that_are_evaluated_again_count_once(order):
     assert before["calls"] == 2
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return grad
-
-
 class Never(Late):
     def forward(self, x, t):
-        return Once.apply(super().forward(x, t))
+        return WithoutForward.apply(super().forward(x, t))
 
 
 def test_no_engine_leaves_no_trace_either():
