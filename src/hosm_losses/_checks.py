@@ -1,10 +1,9 @@
-"""The checks of arguments, the style of every error, and the arithmetic of per-sample numbers.
+"""Checks of arguments, the one style of error, and the arithmetic of per-sample numbers.
 
-Every public function checks its arguments before any work and raises a `ValueError` or
-`TypeError` that says what was expected, what came, and what to do. Names, shapes, dtypes and
-devices are always checked, for they cost nothing. Values are checked only where looking at them
-is free: on CPU tensors outside `torch.compile` and the transforms of `torch.func`. On an
-accelerator a look would make the host wait for the device.
+Every public function checks its arguments before any work. Names, shapes, dtypes and devices are
+always checked, for they cost nothing. Values are checked only where looking at them is free: on
+CPU tensors outside `torch.compile` and the transforms of `torch.func`. On an accelerator a look
+would make the host wait for the device.
 """
 
 __all__ = [
@@ -39,8 +38,6 @@ import torch
 from torch import Tensor
 
 from hosm_losses._torch_internals import traced
-
-RESERVED = ("x", "t", "self")  # by position in every call of the network
 
 
 class DerivativeError(ValueError):
@@ -81,8 +78,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise ValueError unless `value` is one of the names in `choices`."""
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
-        listed = ", ".join(map(repr, choices))
-        raise ValueError(complaint(name, f"one of {listed}", value))
+        raise ValueError(complaint(name, f"one of {', '.join(map(repr, choices))}", value))
 
 
 def check_flag(name: str, value: object) -> None:
@@ -94,23 +90,18 @@ def check_flag(name: str, value: object) -> None:
 def check_whole(name: str, value: object, minimum: int) -> int:
     """Return `value` as an int if it is a whole number, of Python or NumPy; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        expected = f"a whole number of at least {minimum}"
-        raise ValueError(complaint(name, expected, value))
+        raise ValueError(complaint(name, f"a whole number of at least {minimum}", value))
     return int(value)
 
 
 def check_number(
     name: str, value: object, what: str, *, above: float = -math.inf, at_most: float = math.inf
 ) -> float:
-    """Return `value` as a float if it is a finite number in (above, at_most]; a bool is none.
-
-    `what` is what the error says was expected, such as "a number in (0, 1]".
-    """
-    if isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
-        if math.isfinite(number) and above < number <= at_most:
-            return number
-    raise ValueError(complaint(name, what, value))
+    """Return `value` as a float if it is `what`, a finite number in (above, at_most], no bool."""
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not (math.isfinite(number) and above < number <= at_most):
+        raise ValueError(complaint(name, what, value))
+    return number
 
 
 def check_generator(generator: object, device: torch.device) -> torch.Generator | None:
@@ -141,9 +132,8 @@ def check_model_kwargs(model_kwargs: object) -> dict[str, Any]:
     for key in model_kwargs:
         if not isinstance(key, str):
             raise TypeError(complaint(name, "names of keyword arguments as keys", key))
-        if key in RESERVED:
-            reserved = ", ".join(map(repr, RESERVED))
-            expected = f"none of {reserved}, which the call of the network sets itself"
+        if key in ("x", "t", "self"):
+            expected = "none of 'x', 't', 'self', which the call of the network sets itself"
             remedy = "Leave it out, or rename it with ScoreModel(..., call=...)."
             raise ValueError(complaint(name, expected, key, remedy))
     return dict(model_kwargs)
@@ -152,8 +142,7 @@ def check_model_kwargs(model_kwargs: object) -> dict[str, Any]:
 def check_dense(name: str, value: Tensor) -> None:
     """Raise TypeError for a sparse tensor, or one of another layout."""
     if value.layout != torch.strided:
-        remedy = f"Convert it with {name}.to_dense()."
-        got = f"one of layout {value.layout}"
+        got, remedy = f"one of layout {value.layout}", f"Convert it with {name}.to_dense()."
         raise TypeError(complaint(name, "a dense tensor (B, *)", value, remedy, got=got))
 
 
@@ -172,10 +161,7 @@ def check_sample_batch(name: str, value: object) -> Tensor:
         raise TypeError(complaint(name, f"a {expected}", value))
     check_dense(name, value)
     if value.is_complex():
-        remedy = (
-            f"Give its parts as channels, for example torch.view_as_real({name}), to a network "
-            "that takes them so."
-        )
+        remedy = f"Give its parts as channels, for example torch.view_as_real({name})."
         raise TypeError(complaint(name, f"a real {expected}", value, remedy))
     if not value.is_floating_point():
         remedy = (

@@ -46,7 +46,8 @@ REENTRANT_CHECKPOINT = "compatible with .grad()"
 HOOKS_IN_TRANSFORM = "saved tensor hooks"
 DOUBLE_BACKWARD_OF_COMPILED = "does not currently support double backward"
 LOST_ATTRIBUTE = "Backward' object has no attribute"
-# The node that a once_differentiable backward puts behind what it returns.
+# The node that a once_differentiable backward puts behind what it returns, and
+# torch.autograd.grad never meets.
 DELAYED_ERROR = "torch::autograd::Error"
 # Of devices that fail.
 DEVICE_ERROR_TEXT = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
@@ -66,10 +67,7 @@ def transformed() -> bool:
 
 
 def traced() -> bool:
-    """Whether torch.compile or a transform of torch.func looks at this call from outside.
-
-    There values cannot be read, and derivatives are taken by torch.func.
-    """
+    """Whether torch.compile or a transform of torch.func is around: no value can be read."""
     return torch.compiler.is_compiling() or transformed()
 
 
@@ -93,10 +91,8 @@ def _saving_hooks() -> Any:
 def checkpoint_hook() -> object:
     """The hook by which the innermost of torch's checkpoints saves tensors, if one is on."""
     hooks = _saving_hooks()
-    if hooks is None:
-        return None
-    own = getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook")
-    return hooks[0] if own else None
+    hook = None if hooks is None else hooks[0]
+    return hook if getattr(hook, "__qualname__", "").startswith("_checkpoint_hook") else None
 
 
 def outside_inference_mode() -> AbstractContextManager[None]:
@@ -115,9 +111,8 @@ def _left() -> Iterator[None]:
 
 def normal(tensor: Tensor) -> Tensor:
     """Copy a tensor made in inference mode, so that autograd can save it; return any other."""
-    if not torch.compiler.is_compiling() and tensor.is_inference():
-        return tensor.clone()
-    return tensor
+    made_in_it = not torch.compiler.is_compiling() and tensor.is_inference()
+    return tensor.clone() if made_in_it else tensor
 
 
 def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
@@ -137,10 +132,7 @@ def custom_function(node: object) -> type | None:
 
 
 def has_graph(gradient: Tensor) -> bool:
-    """Whether a gradient can be differentiated again.
-
-    That of a once_differentiable backward leads to an error that torch.autograd.grad never meets.
-    """
+    """Whether a gradient can be differentiated again: not that of a once_differentiable one."""
     node = gradient.grad_fn
     return gradient.requires_grad and (node is None or node.name() != DELAYED_ERROR)
 
@@ -160,8 +152,5 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
 @contextmanager
 def forward_mode() -> Iterator[None]:
     """Keep other threads out of torch.func.jvp: its levels are those of the whole process."""
-    if torch.compiler.is_compiling():
-        yield
-        return
-    with _lock:
+    with nullcontext() if torch.compiler.is_compiling() else _lock:
         yield

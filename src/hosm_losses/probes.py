@@ -1,8 +1,7 @@
 r"""Random directions v with E[v vᵀ] = I.
 
 What:
-    A probe replaces a trace or a Frobenius norm by an average of matrix-vector products,
-    E[vᵀ A v] = tr A and E‖A v‖² = ‖A‖²_F, so that a Jacobian is never built.
+    E[vᵀ A v] = tr A and E‖A v‖² = ‖A‖²_F: matrix-vector products in place of a Jacobian.
 
 Formula:
     The variance of vᵀ A v is, with S = (A + Aᵀ)/2,
@@ -32,7 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import at_least_float32, check_choice, check_whole, complaint
+from hosm_losses._checks import at_least_float32, check_choice, check_whole
 
 Distribution = Literal["rademacher", "gaussian", "sphere", "dct"]
 # Bytes. A loss holds several tensors of this size, and the network many: no device has the memory.
@@ -86,20 +85,10 @@ def draw_probes(
     distribution: str = "rademacher",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw `count` independent probes for every sample, on the device of the batch.
+    """Draw K = `count` independent probes (K, B, *) for a batch (B, *), like it in all else.
 
-    Args:
-        like: the batch (B, *) whose shape, dtype and device the probes take.
-        count: K, the number of probes a sample.
-        distribution: "rademacher" (signs), "gaussian", "sphere" (radius √d), or "dct" (signs
-            in the basis of the discrete cosine transform).
-        generator: the source of randomness; the global one of the device if None.
-
-    Returns:
-        Probes (K, B, *) with E[v vᵀ] = I over the elements of a sample.
-
-    Raises:
-        ValueError: for a distribution of another name or a count below 1.
+    E[v vᵀ] = I over the elements of a sample. A ValueError for a distribution of another name or
+    a count below 1. The generator is the global one of the device if None.
     """
     check_choice("distribution", distribution, DISTRIBUTIONS)
     count = check_whole("probes", count, 1)
@@ -114,14 +103,12 @@ def unit_vectors(like: Tensor) -> Tensor:
     d = like[0].numel()
     size = d * like.numel() * like.element_size()
     if size > LARGEST_UNITS:
-        expected = f"a number of probes for samples of d = {d} elements"
-        got = (
-            f"'exact', which evaluates the network on all d unit vectors at once, "
-            f"{size / 2**30:.0f} GiB for a batch of {len(like)} before anything is computed with "
-            "them"
+        raise ValueError(
+            f"probes: expected a number of probes for samples of d = {d} elements; got 'exact', "
+            f"which evaluates the network on all d unit vectors at once, {size / 2**30:.0f} GiB "
+            f"for a batch of {len(like)} before anything is computed with them. Use probes=2 or "
+            "so; the likelihood has divergence='exact', in chunks."
         )
-        remedy = "Use probes=2 or so; the likelihood has divergence='exact', in chunks."
-        raise ValueError(complaint("probes", expected, "exact", remedy, got=got))
     (units,) = unit_vector_chunks(like, d)
     return units
 

@@ -2,8 +2,8 @@ r"""Passes back through a network, and what they say where the graph is lost.
 
 What:
     A network may cut the graph: by .detach(), or by a custom autograd.Function whose backward
-    returns gradients without one. Values computed by a second pass back would then be wrong, so
-    every loss of a graph is noticed when it happens and is an error with its remedy.
+    returns gradients without one. A second pass back would then give wrong values, so every cut
+    is noticed when it happens and is an error with its remedy.
 """
 
 __all__ = [
@@ -23,16 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
+from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError
-from hosm_losses._torch_internals import (
-    DOUBLE_BACKWARD_OF_COMPILED,
-    HOOKS_IN_TRANSFORM,
-    LOST_ATTRIBUTE,
-    REENTRANT_CHECKPOINT,
-    custom_function,
-    graph_nodes,
-    has_graph,
-)
 from hosm_losses.derivatives.primitive_mode import CHECKPOINT_ADVICE, FORWARD_ADVICE
 
 LOST_ONCE = (
@@ -59,9 +51,9 @@ DROPPED = (
     "lambda f, i, p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
 )
 REMEDIES = {
-    REENTRANT_CHECKPOINT: CHECKPOINT_ADVICE,
-    HOOKS_IN_TRANSFORM: FORWARD_ADVICE,
-    DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
+    internals.REENTRANT_CHECKPOINT: CHECKPOINT_ADVICE,
+    internals.HOOKS_IN_TRANSFORM: FORWARD_ADVICE,
+    internals.DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
 }
 
 
@@ -74,7 +66,8 @@ def remedied(error: Exception) -> DerivativeError | None:
     text = str(error)
     if isinstance(error, AttributeError):
         # Of a custom Function that drops what it saved after its first backward.
-        return DerivativeError(f"{LOST_TWICE} ({text})") if LOST_ATTRIBUTE in text else None
+        known = internals.LOST_ATTRIBUTE in text
+        return DerivativeError(f"{LOST_TWICE} ({text})") if known else None
     if isinstance(error, CheckpointError):
         return DerivativeError(CHECKPOINT_ADVICE)
     known = [advice for words, advice in REMEDIES.items() if words in text]
@@ -82,15 +75,15 @@ def remedied(error: Exception) -> DerivativeError | None:
 
 
 def refuse_dropped(value: Tensor, wanted: bool = True) -> None:
-    """Make a pass back from `value` raise where a custom Function drops a graph that it was given.
+    """Make a pass back from `value`, with a graph if `wanted`, raise where a Function drops it.
 
     That is a node whose incoming gradient requires a gradient while no gradient that it returns
-    does. `wanted` says whether that pass will have a graph at all.
+    does.
     """
     if not wanted or torch.compiler.is_compiling():
         return
-    for node in graph_nodes([value]):
-        function = custom_function(node)
+    for node in internals.graph_nodes([value]):
+        function = internals.custom_function(node)
         if function is not None:
             node.register_hook(partial(_check_kept, function.__name__))
 
@@ -98,7 +91,7 @@ def refuse_dropped(value: Tensor, wanted: bool = True) -> None:
 def _check_kept(name: str, returned: Sequence[Any], incoming: Sequence[Any]) -> None:
     given = [each for each in returned if isinstance(each, Tensor)]
     had = any(isinstance(each, Tensor) and each.requires_grad for each in incoming)
-    if torch.is_grad_enabled() and had and given and not any(map(has_graph, given)):
+    if torch.is_grad_enabled() and had and given and not any(map(internals.has_graph, given)):
         raise DroppedGraphError(DROPPED.format(name))
 
 

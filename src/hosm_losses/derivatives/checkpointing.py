@@ -1,8 +1,4 @@
-"""Activation checkpointing inside a network whose derivatives a loss takes.
-
-Source:
-    The documentation of `torch.utils.checkpoint`.
-"""
+"""Activation checkpointing inside a network whose derivatives a loss takes."""
 
 __all__ = ["checkpoint"]
 

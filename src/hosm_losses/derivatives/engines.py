@@ -1,8 +1,7 @@
 r"""The three engines: value, directional derivative and third-order part of a field.
 
 Formula, along w = σ v:
-    taylor    the network is given a `Jet` of x, see `taylor`; G is the gradient of w·D,
-              reverse over that.
+    taylor    the network is given a `Jet` of x; G is the gradient of w·D, reverse over that.
     reverse   g = (∂f/∂x)ᵀ c for a leaf c is linear in c, so ∂(w·g)/∂c = ∂f/∂x w = D, the Jacobian
               itself and not its transpose; at c = w the same pass gives ∂(w·g)/∂x = G.
     forward   D is `torch.func.jvp`; G is the gradient of w·D, reverse over forward mode.
@@ -139,7 +138,7 @@ def _taylor_gradient(field: Field, x: Tensor, direction: Tensor, wanted: bool) -
         with torch.enable_grad(), _explained():
             rows = _leaf(rows, wanted)
             number, parts = form(rows)
-            # As of a linear network, whose form does not depend on x.
+            # Zero where the form does not depend on x, as of a linear network.
             (gradient,) = torch.autograd.grad(
                 number, rows, create_graph=wanted, materialize_grads=True
             )
@@ -151,26 +150,24 @@ def forward(
 ) -> Derivatives:
     """Forward mode of torch.func, one direction at a time or all under vmap."""
 
-    def second_at(point: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        value, directional, *_ = torch.func.jvp(field, (point,), (w,))
-        return value, directional
+    def second(w: Tensor, point: Tensor = x) -> Any:
+        return torch.func.jvp(field, (point,), (w,))
 
     def third(w: Tensor) -> tuple[Tensor, ...]:
         def form(point: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            value, directional = second_at(point, w)
+            value, directional = second(w, point)
             number = (w * directional).sum()
             refuse_dropped(number)
             return number, (value, directional)
 
-        gradient, (value, directional) = torch.func.grad(form, has_aux=True)(x)
-        return value, directional, gradient
+        gradient, parts = torch.func.grad(form, has_aux=True)(x)
+        return *parts, gradient
 
     def curved(w: Tensor, u: Tensor) -> tuple[Tensor, ...]:
-        found: Any = torch.func.jvp(lambda point: second_at(point, w), (x,), (u,))
-        (value, directional), (_, curvature) = found
-        return value, directional, curvature
+        found: Any = torch.func.jvp(partial(second, w), (x,), (u,))
+        parts, (_, curvature) = found
+        return *parts, curvature
 
-    second = partial(second_at, x)
     one: Any = second if order == 2 else third if second_direction is None else curved
     directions = (direction,) if second_direction is None else (direction, second_direction)
     with _explained(), without_recomputation(), forward_mode():
@@ -184,17 +181,8 @@ def forward(
     return (Derivatives if second_direction is None else Curved)(value, *rest)
 
 
-def reverse(
-    field: Field,
-    x: Tensor,
-    direction: Tensor,
-    order: int,
-    second_direction: Tensor | None = None,  # noqa: ARG001
-) -> Derivatives:
-    """Two passes back through the network, for G and never for C.
-
-    A DerivativeError where autograd cannot follow the output to x, or not twice.
-    """
+def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) -> Derivatives:
+    """Two passes back, for G and never for C; DerivativeError where autograd cannot follow."""
     if transformed():
         with _explained():
             return _reverse_in_transform(field, x, direction, order)
@@ -260,12 +248,10 @@ def quadratic_forms(
         found = [over_elements(torch.stack([back(each)[0] for each in w]) * w) for w in directions]
         return value, torch.cat(found)
     wanted = torch.is_grad_enabled()
-    forms = []
     with torch.enable_grad(), _explained():
         point = _leaf(x, wanted)
         value = field(point)
         refuse_dropped(value, wanted)
-        for w in directions:
-            forms.append(over_elements(pull_back(value, point, w, wanted) * w))
-    value, forms = _kept((value, torch.cat(forms)), wanted)
+        found = [over_elements(pull_back(value, point, w, wanted) * w) for w in directions]
+    value, forms = _kept((value, torch.cat(found)), wanted)
     return value, forms

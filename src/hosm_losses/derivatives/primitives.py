@@ -5,11 +5,7 @@ What:
     more than twice: the parameter gradient of a loss on a directional derivative, at order three
     sometimes the derivative's own value, is off by several to more than a hundred percent, in
     silence. Group norm, attention and the gated linear unit fail loudly on common inputs. Composed
-    of means, products and softmax, each is right by every route.
-
-How:
-    A table from PyTorch's function to its composition; `primitive_mode` puts it in.
-    An operator that PyTorch differentiates rightly is not in it, and the tests show which are.
+    of means, products and softmax, each is right by every route. `primitive_mode` puts them in.
 
 Source:
     PyTorch issues 175754, 186256, 196699 and 196700.
@@ -29,7 +25,7 @@ from hosm_losses._checks import at_least_float32, complaint
 
 
 def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    """Subtract the mean and divide by the standard deviation over `dims`, in float32 at least."""
+    """x minus its mean, over its standard deviation, both over `dims`, in float32 at least."""
     x = at_least_float32(x)
     # Sums divided afterwards: the gradient of a mean is written out, that of a sum is a view.
     count = math.prod([x.shape[dim] for dim in dims])
@@ -98,7 +94,7 @@ def _group_norm(
 def _tracking(
     native: Callable[..., Tensor], names: Iterable[str], flag: str, default: bool
 ) -> Callable[..., Tensor]:
-    """Batch or instance norm, called with arguments in the order of `names`, `flag` the sixth."""
+    """Batch or instance norm; `flag`, or its default, says if it takes the input's statistics."""
     names = (*names, flag, "momentum", "eps")
 
     def norm(*args: Any, **named: Any) -> Tensor:

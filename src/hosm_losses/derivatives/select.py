@@ -110,14 +110,8 @@ def derive(
 
     Order 2 gives D; order 3 gives G as well, or C for u = `second_direction`, as `Curved`: not by
     the reverse engine, and with "auto" only where C costs less than G. Under `torch.no_grad` the
-    values are the same and carry no graph.
-
-    Raises:
-        DerivativeError: where the engine cannot differentiate the network, or a custom
-            autograd.Function drops the graph; with "auto" where no engine can.
-
-    Warns:
-        UserWarning: with "auto", once for a network that the taylor engine cannot differentiate.
+    values are the same and carry no graph. A DerivativeError where the engine, or with "auto" any
+    engine, cannot differentiate the network, or a custom Function in it drops the graph.
     """
     if derivative == "auto":
         return _auto(field, x, direction, order, second_direction)
@@ -158,7 +152,7 @@ def _auto(
             if not surrounded():
                 choice.refused.update(reasons)
             kind = _kind(direction, order, second_direction)
-            _say_price(choice, owner, reasons["taylor"], engine, kind)
+            _warn_of_price(choice, owner, reasons["taylor"], engine, kind)
         return derived
     told = "; ".join(f"{engine}: {why}" for engine, why in reasons.items())
     raise DerivativeError(
@@ -190,7 +184,7 @@ def _kind(direction: Tensor, order: int, second_direction: Tensor | None) -> str
     return "third='laplacian'" if second_direction is direction else "third='sliced'"
 
 
-def _say_price(choice: _Choice, owner: object, why: str, engine: str, kind: str) -> None:
+def _warn_of_price(choice: _Choice, owner: object, why: str, engine: str, kind: str) -> None:
     """Warn, once for a kind of loss, that an engine other than "taylor" gives D and G."""
     if kind in choice.said:
         return
