@@ -207,8 +207,8 @@ def _warn_of_price(choice: _Choice, owner: object, why: str, engine: str, kind: 
 
 def _users_level() -> int:
     """The stacklevel of the user's line, for a warning by the function that asks."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals["__name__"].startswith(("hosm_losses.", "torch.")):
+    level, frame, libraries = 1, sys._getframe(1), ("hosm_losses.", "torch.")
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(libraries):
         level, frame = level + 1, frame.f_back
     return level
 
