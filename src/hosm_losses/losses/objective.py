@@ -31,7 +31,7 @@ from hosm_losses._checks import (
     expand_right,
     may_look,
 )
-from hosm_losses._inference import normal, outside_inference_mode
+from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.losses.options import LossOptions, Weights, check_weights
 from hosm_losses.losses.terms import (
     Directions,

@@ -57,8 +57,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import expand_right, over_elements
-from hosm_losses.derivatives import Curved, at_least_float32
+from hosm_losses._checks import at_least_float32, expand_right, over_elements
+from hosm_losses.derivatives import Curved
 from hosm_losses.losses.options import LossOptions
 from hosm_losses.losses.recompute import in_chunks
 from hosm_losses.model import NoiseField

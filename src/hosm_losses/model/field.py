@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import over_elements
-from hosm_losses._inference import normal
+from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import Derivatives, Jet, derive, quadratic_forms, safe_primitives
 from hosm_losses.model.conditions import bound, map_tensors, per_sample
 from hosm_losses.model.score_model import ScoreModel

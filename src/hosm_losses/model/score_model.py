@@ -28,8 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from hosm_losses._checks import check_choice, check_like, check_range, describe, expand_right
-from hosm_losses._inference import normal
-from hosm_losses._torch_internals import COMPILED_PART, OF_DTYPES
+from hosm_losses._torch_internals import COMPILED_PART, OF_DTYPES, normal
 from hosm_losses.model.conditions import unwrapped
 from hosm_losses.schedules import Schedule, check_schedule
 

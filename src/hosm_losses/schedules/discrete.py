@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_range, describe, owns_values
-from hosm_losses._inference import outside_inference_mode
+from hosm_losses._torch_internals import outside_inference_mode
 from hosm_losses.schedules.base import Schedule, as_time, drawing_device
 
 
