@@ -15,16 +15,14 @@ from torch import Tensor
 from hosm_losses.derivatives.taylor import (  # noqa: F401
     arithmetic,
     attention,
-    casts,
-    indices,
-    joins,
     layers,
     norms,
     pointwise,
     properties,
+    selection,
     shapes,
 )
-from hosm_losses.derivatives.taylor.forward_mode import Pairs
+from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, define_methods
 
 define_methods()

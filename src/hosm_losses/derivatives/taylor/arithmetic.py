@@ -12,16 +12,17 @@ tensor with some, though its stack has an axis.
 __all__ = ["add", "matmul", "multiply"]
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
+from string import ascii_letters
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hosm_losses.derivatives.primitives import at_least_float32
-from hosm_losses.derivatives.taylor.jet import Jet, aligned
-from hosm_losses.derivatives.taylor.pointwise import apply, halves, power
-from hosm_losses.derivatives.taylor.table import NoRule, every, rule
+from hosm_losses.derivatives.taylor.jet import Jet, aligned, components, halves, stacks_of
+from hosm_losses.derivatives.taylor.pointwise import apply, power
+from hosm_losses.derivatives.taylor.table import Function, NoRule, every, rule
 
 
 def _ndim(x: Any) -> int:
@@ -44,38 +45,36 @@ def _type(a: Any, b: Any) -> torch.dtype:
 
 def add(a: Any, b: Any, scale: float = 1) -> Jet:
     """a + scale · b, of which one at least is a Jet."""
-    ndim = _operands(a, b)
+    ndim, dtype = _operands(a, b), _type(a, b)
     if isinstance(a, Jet) and isinstance(b, Jet):
-        first, second = aligned(a.stack, ndim), aligned(b.stack, ndim)
-        count = min(len(first), len(second))
-        total = torch.add(first[:count], second[:count], alpha=scale)
-        if len(first) != len(second):
-            longer = first[count:] if len(first) > count else second[count:] * scale
-            total = torch.cat([total, longer.expand(-1, *total.shape[1:])])
-        return a.like(total.to(_type(a, b)))
+        first, second = (aligned(stack, ndim) for stack in stacks_of((a, b)))
+        return a.like(torch.add(first, second, alpha=scale).to(dtype))
     jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
     stack = aligned(jet.stack, ndim)
-    if jet is b and scale != 1:
-        stack = stack * scale
-    value = stack[0] + (plain * scale if jet is a and scale != 1 else plain)
-    rest = stack[1:].expand(-1, *value.shape).to(value.dtype)
-    return jet.like(torch.cat([value.unsqueeze(0), rest]).to(_type(a, b)))
+    if scale != 1:
+        stack, plain = (stack, plain * scale) if jet is a else (stack * scale, plain)
+    value, rest = stack.split((1, len(stack) - 1))
+    value = value.squeeze(0) + plain
+    rest = rest.expand(-1, *value.shape).to(value.dtype)
+    return jet.like(torch.cat([value.unsqueeze(0), rest]).to(dtype))
 
 
 def _product(a: Jet, b: Jet, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
     """A product linear in both, of stacks that broadcast over their first axis."""
     first, second = aligned(a.stack, ndim), aligned(b.stack, ndim)
     firsts, pairs = a.firsts, a.pairs
+    a_value, a_tangents, _ = components(first, firsts)
+    b_value, b_tangents, _ = components(second, firsts)
     # All of a with the value of b; then what the derivatives of b add.
-    left, right = product(first, second[:1]), product(first[:1], second[1:])
-    value, tangents = left[:1], left[1 : 1 + firsts] + right[:firsts]
+    value, tangents, seconds = components(product(first, b_value), firsts)
+    added = product(a_value, second[1:])
+    tangents = tangents + added[:firsts]
     if pairs == "none":
         return a.like(torch.cat([value, tangents]))
-    a_left, a_right = halves(first[1 : 1 + firsts], pairs)
-    b_left, b_right = halves(second[1 : 1 + firsts], pairs)
+    (a_left, a_right), (b_left, b_right) = halves(a_tangents, pairs), halves(b_tangents, pairs)
     both = product(a_left, b_right)
     both = 2 * both if pairs == "squares" else both + product(a_right, b_left)
-    for part in (left[1 + firsts :], right[firsts:]):
+    for part in (seconds, added[firsts:]):
         both = both + part if len(part) else both
     return a.like(torch.cat([value, tangents, both]))
 
@@ -93,16 +92,6 @@ def _sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     ):
         raise NoRule
     return add(a, b, -alpha)
-
-
-@rule(*every("__rsub__", "rsub"))
-def _rsub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
-    return _sub(b, a, alpha=alpha)
-
-
-@rule(*every("neg", "negative", "__neg__"))
-def _neg(x: Jet) -> Jet:
-    return x.like(-x.stack)
 
 
 @rule(*every("mul", "multiply", "__mul__", "__rmul__"))
@@ -128,11 +117,6 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
     # The inverse of a short type may be out of its range where the quotient is not.
     inverse = apply(partial(power, exponent=-1), b.like(at_least_float32(b.stack)))
     return b.like(multiply(a, inverse).stack.to(_type(a, b)))
-
-
-@rule(*every("__rdiv__", "__rtruediv__"))
-def _rdiv(a: Jet, b: Any) -> Jet:
-    return _div(b, a)
 
 
 @rule(*every("pow", "__pow__"))
@@ -169,9 +153,13 @@ def _of_matrices(a: Any, b: Any) -> Jet:
     return matmul(a, b)
 
 
-@rule(*every("__rmatmul__"))
-def _rmatmul(a: Any, b: Any) -> Jet:
-    return matmul(b, a)
+def _swapped(function: Function) -> Function:
+    return wraps(function)(lambda a, b, **named: function(b, a, **named))
+
+
+rule(*every("__rsub__", "rsub"))(_swapped(_sub))
+rule(*every("__rdiv__", "__rtruediv__"))(_swapped(_div))
+rule(*every("__rmatmul__"))(_swapped(matmul))
 
 
 @rule(torch.einsum)
@@ -182,21 +170,18 @@ def _einsum(equation: Any, *operands: Any) -> Jet:
     written = isinstance(equation, str) and "..." not in equation and "->" in equation
     if not written or len(operands) > 2:
         raise NoRule
-    new = next(letter for letter in "zyxwvutsrqponmlkjihgfedcbaZYXWVU" if letter not in equation)
+    new = next(letter for letter in ascii_letters if letter not in equation)
     given, _, result = equation.replace(" ", "").partition("->")
-    terms = given.split(",")
+    terms = [
+        new + term if isinstance(operand, Jet) else term
+        for term, operand in zip(given.split(","), operands, strict=True)
+    ]
+    product = partial(torch.einsum, f"{','.join(terms)}->{new}{result}")
     jets = [operand for operand in operands if isinstance(operand, Jet)]
-    if len(jets) == 1:
-        terms = [
-            new + term if isinstance(operand, Jet) else term
-            for term, operand in zip(terms, operands, strict=True)
-        ]
-        stacks = [operand.stack if isinstance(operand, Jet) else operand for operand in operands]
-        return jets[0].like(torch.einsum(f"{','.join(terms)}->{new}{result}", *stacks))
-    # One of the two stacks has a single component, or both have the same number.
-    batched = f"{','.join(new + term for term in terms)}->{new}{result}"
-    a, b = jets
-    return _product(a, b, partial(torch.einsum, batched), 0)
+    if len(jets) == 2:
+        return _product(jets[0], jets[1], product, 0)
+    stacks = [operand.stack if isinstance(operand, Jet) else operand for operand in operands]
+    return jets[0].like(product(*stacks))
 
 
 @rule(*every("baddbmm"))

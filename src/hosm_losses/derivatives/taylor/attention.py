@@ -16,27 +16,27 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.derivatives.primitives import at_least_float32, attention_weights, causal_mask
+from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.arithmetic import add, matmul, multiply
-from hosm_losses.derivatives.taylor.forward_mode import Pairs
-from hosm_losses.derivatives.taylor.jet import Jet
-from hosm_losses.derivatives.taylor.pointwise import apply, halves, sigmoid
-from hosm_losses.derivatives.taylor.recompute import Formula, recomputed
+from hosm_losses.derivatives.taylor.jet import Jet, components, halves
+from hosm_losses.derivatives.taylor.pointwise import apply, sigmoid
+from hosm_losses.derivatives.taylor.recompute import recomputed
+from hosm_losses.derivatives.taylor.selection import masked_fill
 from hosm_losses.derivatives.taylor.table import NoRule, axis, rule
 
 
 def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
-    stack = at_least_float32(stack)
-    weights = torch.softmax(stack[0], dim)
+    logits, tangents, seconds = components(at_least_float32(stack), firsts)
+    weights = torch.softmax(logits, dim)
 
     def about_mean(x: Tensor) -> Tensor:
         return x - (weights * x).sum(dim, keepdim=True)
 
-    centred = about_mean(stack[1 : 1 + firsts])
-    parts = [weights.unsqueeze(0), weights * centred]
+    centred = about_mean(tangents)
+    parts = [weights, weights * centred]
     if pairs != "none":
         left, right = halves(centred, pairs)
         both = about_mean(left * right)
-        seconds = stack[1 + firsts :]
         parts.append(weights * (both + about_mean(seconds) if len(seconds) else both))
     return torch.cat(parts)
 
@@ -47,8 +47,8 @@ def softmax(x: Any, dim: int, dtype: torch.dtype | None = None) -> Jet:
     if dtype is not None and not dtype.is_floating_point:
         raise NoRule
     stack = x.stack if dtype is None else x.stack.to(dtype)
-    formula = Formula(partial(_softened, axis(dim, x.ndim), x.firsts, x.pairs))
-    return x.like(recomputed(formula, stack).to(stack.dtype))
+    softened = partial(_softened, axis(dim, x.ndim), x.firsts, x.pairs)
+    return x.like(recomputed(softened, stack).to(stack.dtype))
 
 
 @rule(F.softmax)
@@ -82,32 +82,22 @@ def _attention(
         weights = attention_weights(query, key, attn_mask, is_causal, scale)
         return matmul(F.dropout(weights.to(value.dtype), dropout_p), value)
     factor: float = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = matmul(_times(query, factor), _transposed(key))
+    query = multiply(query, factor) if isinstance(query, Jet) else query * factor
+    key = key.like(key.stack.mT) if isinstance(key, Jet) else key.mT
+    logits = matmul(query, key)
     logits = logits.like(at_least_float32(logits.stack))
     if is_causal:
         attn_mask = causal_mask(logits)
     if attn_mask is None:
         weights = softmax(logits, -1)
     elif attn_mask.dtype == torch.bool:
-        lowest = torch.finfo(logits.dtype).min
-        value_part, rest = logits.stack[:1], logits.stack[1:]
-        masked = torch.cat(
-            [value_part.masked_fill(~attn_mask, lowest), rest.masked_fill(~attn_mask, 0)]
-        )
-        weights = multiply(softmax(logits.like(masked), -1), attn_mask.any(-1, keepdim=True))
+        masked = masked_fill(logits, ~attn_mask, torch.finfo(logits.dtype).min)
+        weights = multiply(softmax(masked, -1), attn_mask.any(-1, keepdim=True))
     else:
         weights = softmax(add(logits, attn_mask), -1)
     if dropout_p:
         weights = multiply(weights, F.dropout(torch.ones_like(weights.stack[0]), dropout_p))
     return matmul(weights.like(weights.stack.to(value.dtype)), value)
-
-
-def _times(x: Any, number: float) -> Any:
-    return x.like(x.stack * number) if isinstance(x, Jet) else x * number
-
-
-def _transposed(x: Any) -> Any:
-    return x.like(x.stack.mT) if isinstance(x, Jet) else x.mT
 
 
 @rule(F.glu)

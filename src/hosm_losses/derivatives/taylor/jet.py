@@ -33,12 +33,15 @@ __all__ = [
     "TaylorError",
     "aligned",
     "call",
+    "components",
     "define_methods",
-    "fallback",
+    "halves",
+    "like_samples",
     "on_values",
+    "stacks_of",
 ]
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -46,18 +49,11 @@ from torch import Tensor
 
 from hosm_losses._torch_internals import pytree, shell, versions
 from hosm_losses.derivatives.primitive_mode import safe_primitives
-from hosm_losses.derivatives.taylor.forward_mode import Pairs, along
-from hosm_losses.derivatives.taylor.table import CONSTANT, RULES, NoRule, Rule, bound, rule
+from hosm_losses.derivatives.taylor.along import Pairs, along
+from hosm_losses.derivatives.taylor.table import CONSTANT, RULES, NoRule, Rule, rule
 
 METHODS = (
-    "__iter__",
-    "norm",
-    "split",
-    "unflatten",
-    "__rsub__",
-    "__rdiv__",
-    "__rtruediv__",
-    "__pow__",
+    *("__iter__", "norm", "split", "unflatten", "__rsub__", "__rdiv__", "__rtruediv__", "__pow__"),
 )
 # Those functions with their rules: torch.compile does not find them in a dictionary.
 IN_PYTHON: list[tuple[Callable[..., Any], Rule | None]] = []
@@ -100,11 +96,6 @@ class Jet(Tensor):
         """Return the Jet of another stack along the same directions."""
         return Jet.make(stack, self.firsts, self.pairs)
 
-    @property
-    def is_short(self) -> bool:
-        """Whether second derivatives are all zero, or not wanted."""
-        return len(self.stack) == 1 + self.firsts
-
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -133,6 +124,44 @@ for _entry, _answer in _ASKED.items():
     setattr(_Opaque, _entry, property(_answer))
 
 
+def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The value, first and second derivatives of a stack; of the last there may be none."""
+    # Split, whose gradient is one stack: that of a slice is a stack for each, most of it zero.
+    value, tangents, seconds = stack.split((1, firsts, len(stack) - 1 - firsts))
+    return value, tangents, seconds
+
+
+def halves(firsts: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """The first derivatives on the left and on the right of the second ones."""
+    if pairs == "squares":
+        return firsts, firsts
+    left, right = firsts.chunk(2)
+    return left, right
+
+
+def aligned(stack: Tensor, ndim: int) -> Tensor:
+    """A stack with axes of size one after its first, for a value of `ndim` axes at least."""
+    missing = max(0, ndim + 1 - stack.ndim)
+    return stack.reshape(len(stack), *(1,) * missing, *stack.shape[1:]) if missing else stack
+
+
+def stacks_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Equally long stacks of Jets and plain tensors, which have derivatives of zero."""
+    stacks = [each.stack if isinstance(each, Jet) else each.unsqueeze(0) for each in tensors]
+    count = max(len(stack) for stack in stacks)
+    return [
+        stack
+        if len(stack) == count
+        else torch.cat([stack, stack.new_zeros(count - len(stack), *stack.shape[1:])])
+        for stack in stacks
+    ]
+
+
+def like_samples(function: Callable[[Tensor], Tensor], x: Jet) -> Jet:
+    """A function that treats every sample alone, with the components of x as more samples."""
+    return x.like(function(x.stack.flatten(0, 1)).unflatten(0, x.stack.shape[:2]))
+
+
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Evaluate a function of PyTorch on arguments with Jets among them."""
     if CONSTANT.get(func):
@@ -143,11 +172,11 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         for method, found in IN_PYTHON:
             if func is method:
                 return _run(found, func, args, kwargs)
-    found, name = RULES.get(func), getattr(func, "__name__", "")
+    found, name = RULES.get(func), _name(func)
     if found is None and name == "__get__":
         answer = on_values(func, args, kwargs)
         # A property that is a tensor, such as .real, is a function like any other.
-        return fallback(func, args, kwargs) if isinstance(answer, Tensor) else answer
+        return _differentiated(func, args, kwargs) if isinstance(answer, Tensor) else answer
     if name == "__set__":
         raise TaylorError(f"a property {CHANGES}")
     return _run(found, func, args, kwargs)
@@ -156,14 +185,13 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
         raise TaylorError(f"{_name(func)}: called under torch.no_grad on what depends on x.")
-    if found is not None:
-        taken = bound(found, args, kwargs)
-        if taken is not None:
-            try:
-                return found(*taken[0], **taken[1])
-            except NoRule:
-                pass
-    return fallback(func, args, kwargs)
+    taken = None if found is None else found.bound(args, kwargs)
+    if found is not None and taken is not None:
+        try:
+            return found.function(*taken[0], **taken[1])
+        except NoRule:
+            pass
+    return _differentiated(func, args, kwargs)
 
 
 def define_methods() -> None:
@@ -195,20 +223,13 @@ def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def aligned(stack: Tensor, ndim: int) -> Tensor:
-    """A stack with axes of size one after its first, for a value of `ndim` axes at least."""
-    missing = max(0, ndim + 1 - stack.ndim)
-    return stack.reshape(len(stack), *(1,) * missing, *stack.shape[1:]) if missing else stack
-
-
-def fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _differentiated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Differentiate a function without a rule by torch.func.jvp, in one evaluation of it."""
     if kwargs.get("inplace"):
         raise TaylorError(f"{_name(func)}: {CHANGES}")
     flat, form = pytree.tree_flatten((args, kwargs))
     places = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]
     jets: list[Jet] = [flat[place] for place in places]
-    firsts, pairs = jets[0].firsts, jets[0].pairs
     shape: list[Any] = []
 
     def function(*values: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -218,36 +239,34 @@ def fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         given, named = pytree.tree_unflatten(filled, form)
         with safe_primitives():
             leaves, tree = pytree.tree_flatten(func(*given, **named))
-        if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves):
+        kinds = [_kind(leaf) for leaf in leaves]
+        if "complex" in kinds:
             raise TaylorError(f"{_name(func)}: {COMPLEX}")
-        marked = [(_kind(leaf), leaf) for leaf in leaves]
+        marked = list(zip(kinds, leaves, strict=True))
         shape[:] = tree, marked
         found = tuple(leaf for kind, leaf in marked if kind == "jet")
-        others = tuple(leaf for kind, leaf in marked if kind == "tensor")
+        constants = tuple(leaf for kind, leaf in marked if kind == "constant")
         # One result at least, where none of the function's has a derivative.
-        return found or (values[0].new_zeros(()),), others
+        return found or (values[0].new_zeros(()),), constants
 
     # Copies, whose versions show a change in place.
     values = tuple(jet.stack[0].clone() for jet in jets)
     before = versions(values)
     derivatives = tuple(jet.stack[1:] for jet in jets)
-    stacks, others = along(function, values, derivatives, firsts, pairs)
+    stacks, constants = along(function, values, derivatives, jets[0].firsts, jets[0].pairs)
     if versions(values) != before:
         raise TaylorError(f"{_name(func)}: {CHANGES}")
     tree, marked = shape
-    found = {
-        "jet": (Jet.make(stack, firsts, pairs) for stack in stacks),
-        "tensor": iter(others),
-    }
+    found = {"jet": map(jets[0].like, stacks), "constant": iter(constants)}
     leaves = [next(found[kind]) if kind in found else leaf for kind, leaf in marked]
     return pytree.tree_unflatten(leaves, tree)
 
 
 def _kind(leaf: object) -> str:
-    """What a result becomes: a Jet, a plain tensor, or itself."""
+    """What a result of a function becomes: a Jet, a plain tensor, itself or an error."""
     if not isinstance(leaf, Tensor):
         return "other"
-    return "jet" if leaf.is_floating_point() else "tensor"
+    return "complex" if leaf.is_complex() else "jet" if leaf.is_floating_point() else "constant"
 
 
 def _refuse(*_args: Any, **_named: Any) -> Any:
@@ -255,6 +274,10 @@ def _refuse(*_args: Any, **_named: Any) -> Any:
 
 
 # Methods that change their object, which is how PyTorch names them.
-for _entry in dir(Tensor):
-    if (_entry.endswith("_") and not _entry.endswith("__")) or _entry in OPERATORS:
-        rule(getattr(Tensor, _entry))(_refuse)
+rule(
+    *(
+        getattr(Tensor, name)
+        for name in dir(Tensor)
+        if (name.endswith("_") and not name.endswith("__")) or name in OPERATORS
+    )
+)(_refuse)

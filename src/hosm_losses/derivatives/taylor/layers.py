@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._torch_internals import traced
-from hosm_losses.derivatives.taylor.jet import Jet
+from hosm_losses.derivatives.taylor.jet import Jet, like_samples
 from hosm_losses.derivatives.taylor.table import NoRule, rule
 
 
@@ -34,10 +34,11 @@ class _AddInPlace(torch.autograd.Function):
         return cotangent, own, None, None
 
 
-def _shape(output: Tensor, dim: int) -> tuple[int, ...]:
-    return tuple(
-        size if axis == dim % output.ndim else 1 for axis, size in enumerate(output.shape)
-    )
+def _shape(output: Tensor, dim: int) -> list[int]:
+    """That in which a bias is broadcast against an output."""
+    shape = [1] * output.ndim
+    shape[dim] = output.shape[dim]
+    return shape
 
 
 def _with_bias(output: Tensor, bias: Tensor | None, rows: int, dim: int) -> Tensor:
@@ -57,23 +58,18 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _convolution(function: Callable[..., Any], axes: int) -> None:
+    @rule(function)
     def convolved(x: Any, weight: Any, bias: Any = None, *args: Any, **named: Any) -> Any:
         if isinstance(weight, Jet) or isinstance(bias, Jet) or x.ndim != axes + 2:
             raise NoRule
-        count, batch = x.stack.shape[:2]
-        output = function(x.stack.flatten(0, 1), weight, None, *args, **named)
-        return x.like(_with_bias(output, bias, batch, 1).unflatten(0, (count, batch)))
 
-    rule(function)(convolved)
+        def biased(samples: Tensor) -> Tensor:
+            output = function(samples, weight, None, *args, **named)
+            return _with_bias(output, bias, x.shape[0], 1)
+
+        return like_samples(biased, x)
 
 
-for _axes, _functions in enumerate(
-    (
-        (F.conv1d, F.conv_transpose1d),
-        (F.conv2d, F.conv_transpose2d),
-        (F.conv3d, F.conv_transpose3d),
-    ),
-    start=1,
-):
-    for _function in _functions:
-        _convolution(_function, _axes)
+for _axes in (1, 2, 3):
+    for _name in ("conv", "conv_transpose"):
+        _convolution(getattr(F, f"{_name}{_axes}d"), _axes)

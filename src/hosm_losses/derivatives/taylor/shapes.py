@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError, aligned
-from hosm_losses.derivatives.taylor.table import NoRule, axes, axis, every, rule, takes_as
+from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError, aligned, like_samples
+from hosm_losses.derivatives.taylor.table import NoRule, axes, axis, every, rule
 
 
 def _numbers(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -23,18 +23,15 @@ def _numbers(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
     return sizes
 
 
-def _register(names: tuple[str, ...], make: Callable[..., Any]) -> None:
-    """Register make(stack, *args) for functions whose only Jet comes first."""
-    for function in every(*names):
+def _register(functions: tuple[Callable[..., Any], ...], move: Callable[..., Any]) -> None:
+    """Register a function of a stack for functions whose only Jet comes first."""
 
-        def moved(x: Any, *args: Any, **named: Any) -> Any:
-            if not isinstance(x, Jet):
-                raise NoRule
-            found = make(x.stack, *args, **named)
-            return tuple(map(x.like, found)) if isinstance(found, tuple) else x.like(found)
-
-        takes_as(moved, make)
-        rule(function)(moved)
+    @rule(*functions, like=move)
+    def moved(x: Any, *args: Any, **named: Any) -> Any:
+        if not isinstance(x, Jet):
+            raise NoRule
+        found = move(x.stack, *args, **named)
+        return tuple(map(x.like, found)) if isinstance(found, tuple) else x.like(found)
 
 
 def _axis(stack: Tensor, dim: Any) -> int:
@@ -59,6 +56,22 @@ def _flattened(stack: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
 
 def _swapped(stack: Tensor, dim0: int, dim1: int) -> Tensor:
     return stack.transpose(_axis(stack, dim0), _axis(stack, dim1))
+
+
+def _transposed(stack: Tensor) -> Tensor:
+    if stack.ndim < 3:
+        raise NoRule
+    return stack.mT
+
+
+def _reversed(stack: Tensor) -> Tensor:
+    return stack.permute(0, *range(stack.ndim - 1, 0, -1))
+
+
+def _turned(stack: Tensor) -> Tensor:
+    if stack.ndim > 3:
+        raise NoRule
+    return _reversed(stack)
 
 
 def _expanded(stack: Tensor, *sizes: Any) -> Tensor:
@@ -105,7 +118,7 @@ def _reduced(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return reduced
 
 
-for _names, _make in {
+for _names, _move in {
     ("reshape",): _shaped,
     ("permute",): _permuted,
     ("expand",): _expanded,
@@ -117,6 +130,8 @@ for _names, _make in {
     ("sum",): _reduced(torch.sum),
     ("mean",): _reduced(torch.mean),
     ("clone", "contiguous"): _copied,
+    ("t",): _turned,
+    ("neg", "negative", "__neg__"): lambda stack: -stack,
     ("view_as", "reshape_as"): lambda stack, other: stack.reshape(len(stack), *other.shape),
     ("expand_as",): lambda stack, other: _expanded(stack, *other.shape),
     ("unflatten",): lambda stack, dim, sizes: stack.unflatten(_axis(stack, dim), sizes),
@@ -130,59 +145,44 @@ for _names, _make in {
         repeats, _axis(stack, dim)
     ),
 }.items():
-    _register(_names, _make)
+    _register(every(*_names), _move)
+_register((Tensor.T.__get__,), _reversed)  # pyright: ignore[reportAttributeAccessIssue]
+_register((Tensor.mT.__get__, *every("adjoint")), _transposed)  # pyright: ignore
 
 
-@rule(Tensor.mT.__get__, *every("adjoint"))  # pyright: ignore[reportAttributeAccessIssue]
-def _transposed(x: Jet) -> Jet:
-    if x.ndim < 2:
-        raise NoRule
-    return x.like(x.stack.mT)
+def _of_samples(function: Callable[..., Any], least: int, most: int) -> None:
+    """Register a linear function that treats every sample alone."""
 
-
-@rule(Tensor.T.__get__)  # pyright: ignore[reportAttributeAccessIssue]
-def _reversed(x: Jet) -> Jet:
-    return x.like(x.stack.permute(0, *range(x.ndim, 0, -1)))
-
-
-@rule(*every("t"))
-def _turned(x: Jet) -> Jet:
-    if x.ndim > 2:
-        raise NoRule
-    return _reversed(x)
-
-
-def _rows(function: Callable[..., Any], least: int, most: int) -> None:
-    """Register a linear function that treats every sample alone, the components as samples."""
-
+    @rule(function)
     def folded(x: Any, *args: Any, **named: Any) -> Any:
         if not isinstance(x, Jet) or not least <= x.ndim <= most:
             raise NoRule
-        found = function(x.stack.flatten(0, 1), *args, **named)
-        return x.like(found.unflatten(0, x.stack.shape[:2]))
-
-    rule(function)(folded)
+        return like_samples(lambda samples: function(samples, *args, **named), x)
 
 
-for _axes_of, _pooling in enumerate(
-    (
-        (F.avg_pool1d, F.adaptive_avg_pool1d),
-        (F.avg_pool2d, F.adaptive_avg_pool2d),
-        (F.avg_pool3d, F.adaptive_avg_pool3d),
-    ),
-    start=1,
+for _names, _least, _most in (
+    (("avg_pool1d", "adaptive_avg_pool1d"), 3, 3),
+    (("avg_pool2d", "adaptive_avg_pool2d"), 4, 4),
+    (("avg_pool3d", "adaptive_avg_pool3d"), 5, 5),
+    (("interpolate", "upsample"), 3, 5),
+    (("pixel_shuffle", "pixel_unshuffle"), 4, 9),
 ):
-    for _function in _pooling:
-        _rows(_function, _axes_of + 2, _axes_of + 2)
-for _function in every("interpolate", "upsample"):
-    _rows(_function, 3, 5)
-for _function in every("pixel_shuffle", "pixel_unshuffle"):
-    _rows(_function, 4, 9)
+    for _function in every(*_names):
+        _of_samples(_function, _least, _most)
+
+
+@rule(F.pad)
+def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
+    # A pad of the first axis would be one of the components, who are samples here.
+    if value or x.ndim < 3 or len(pad) > 2 * (x.ndim - 1):
+        raise NoRule
+    return like_samples(lambda samples: F.pad(samples, pad, mode), x)
 
 
 def _dropping(function: Callable[..., Any]) -> None:
     """Register a dropout by its own mask, of elements or of channels."""
 
+    @rule(function)
     def dropped(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Jet:
         if inplace:
             raise TaylorError(f"dropout: {CHANGES}")
@@ -193,17 +193,6 @@ def _dropping(function: Callable[..., Any]) -> None:
         # One mask for the value and its derivatives.
         return x.like(x.stack * function(torch.ones_like(x.stack[0]), p))
 
-    rule(function)(dropped)
-
 
 for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
     _dropping(_function)
-
-
-@rule(F.pad)
-def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
-    # A pad of the first axis would be one of the components, who are samples here.
-    if value or x.ndim < 3 or len(pad) > 2 * (x.ndim - 1):
-        raise NoRule
-    padded = F.pad(x.stack.flatten(0, 1), pad, mode)
-    return x.like(padded.unflatten(0, x.stack.shape[:2]))
