@@ -17,16 +17,16 @@ Tensors = tuple[Tensor, ...]
 
 
 def along(
-    function: Callable[..., tuple[Tensors, Tensors]],
+    function: Callable[..., Tensors],
     values: Tensors,
     derivatives: Tensors,
     firsts: int,
     pairs: Pairs,
-) -> tuple[list[Tensor], Tensors]:
-    """The stacks of results, value first, and what has no derivative; in one evaluation.
+) -> list[Tensor]:
+    """The stacks of the results of a function, value first; in one evaluation.
 
     Args:
-        function: of the values; returns what has a derivative and what has none.
+        function: of the values; returns tensors.
         values: the arguments.
         derivatives: of each, (C - 1, *): its first and, unless they are zero, second ones.
         firsts: the number of first ones.
@@ -34,20 +34,18 @@ def along(
     """
 
     def first(tangents: Tensors) -> Any:
-        return torch.func.jvp(function, values, tangents, has_aux=True)
+        return torch.func.jvp(function, values, tangents)
 
     def second(left: Tensors, right: Tensors, both: Tensors) -> Any:
         def inner(*given: Any) -> Any:
-            found: Any = torch.func.jvp(function, *given, has_aux=True)
-            value, tangent, constants = found
-            return (value, tangent), constants
+            return torch.func.jvp(function, *given)
 
-        found: Any = torch.func.jvp(inner, (values, left), (right, both), has_aux=True)
-        (value, to_left), (to_right, to_both), constants = found
-        return value, to_left, to_right, to_both, constants
+        found: Any = torch.func.jvp(inner, (values, left), (right, both))
+        (value, to_left), (to_right, to_both) = found
+        return value, to_left, to_right, to_both
 
     if pairs == "none":
-        value, *parts, constants = _mapped(first, derivatives)
+        value, *parts = _mapped(first, derivatives)
     else:
         count = firsts if pairs == "squares" else firsts // 2
         left = tuple(each[:count] for each in derivatives)
@@ -56,22 +54,21 @@ def along(
             each[firsts:] if len(each) > firsts else torch.zeros_like(each[:count])
             for each in derivatives
         )
-        value, *parts, constants = _mapped(second, left, right, both)
+        value, *parts = _mapped(second, left, right, both)
         if pairs == "squares":
             del parts[1]
     stacks = zip(value, *parts, strict=True)
-    return [torch.cat([one.unsqueeze(0), *rest]) for one, *rest in stacks], constants
+    return [torch.cat([one.unsqueeze(0), *rest]) for one, *rest in stacks]
 
 
 def _mapped(function: Callable[..., Any], *args: Tensors) -> Any:
-    """(value, *derivatives, constants) of a function for several directions.
+    """(value, *derivatives) of a function for several directions.
 
     Under vmap where there are several: one mask of a dropout then serves all of them.
     """
     with forward_mode():
         if len(args[0][0]) > 1:
-            outs: Any = (None, *(0,) * (1 if len(args) == 1 else 3), None)
+            outs: Any = (None, *(0,) * (1 if len(args) == 1 else 3))
             return torch.func.vmap(function, out_dims=outs, randomness="same")(*args)
-        single = pytree.tree_map(lambda stack: stack[0], args)
-        value, *derivatives, constants = function(*single)
-    return value, *pytree.tree_map(lambda part: part.unsqueeze(0), derivatives), constants
+        value, *parts = function(*pytree.tree_map(lambda stack: stack[0], args))
+    return value, *pytree.tree_map(lambda part: part.unsqueeze(0), parts)

@@ -96,6 +96,11 @@ class Jet(Tensor):
         """Return the Jet of another stack along the same directions."""
         return Jet.make(stack, self.firsts, self.pairs)
 
+    def of(self, stack: Tensor) -> Tensor:
+        """Return the Jet of a stack, or the plain value of one of integers or masks."""
+        differentiable = stack.is_floating_point() or stack.is_complex()
+        return self.like(stack) if differentiable else stack[0]
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -230,43 +235,31 @@ def _differentiated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     flat, form = pytree.tree_flatten((args, kwargs))
     places = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]
     jets: list[Jet] = [flat[place] for place in places]
-    shape: list[Any] = []
+    seen: list[Any] = []
 
-    def function(*values: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
         filled = list(flat)
         for place, value in zip(places, values, strict=True):
             filled[place] = value
         given, named = pytree.tree_unflatten(filled, form)
         with safe_primitives():
-            leaves, tree = pytree.tree_flatten(func(*given, **named))
-        kinds = [_kind(leaf) for leaf in leaves]
-        if "complex" in kinds:
+            seen[:] = pytree.tree_flatten(func(*given, **named))
+        if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in seen[0]):
             raise TaylorError(f"{_name(func)}: {COMPLEX}")
-        marked = list(zip(kinds, leaves, strict=True))
-        shape[:] = tree, marked
-        found = tuple(leaf for kind, leaf in marked if kind == "jet")
-        constants = tuple(leaf for kind, leaf in marked if kind == "constant")
-        # One result at least, where none of the function's has a derivative.
-        return found or (values[0].new_zeros(()),), constants
+        # One result at least, where the function returns no tensor.
+        found = tuple(leaf for leaf in seen[0] if isinstance(leaf, Tensor))
+        return found or (values[0].new_zeros(()),)
 
     # Copies, whose versions show a change in place.
     values = tuple(jet.stack[0].clone() for jet in jets)
     before = versions(values)
     derivatives = tuple(jet.stack[1:] for jet in jets)
-    stacks, constants = along(function, values, derivatives, jets[0].firsts, jets[0].pairs)
+    stacks = iter(along(function, values, derivatives, jets[0].firsts, jets[0].pairs))
     if versions(values) != before:
         raise TaylorError(f"{_name(func)}: {CHANGES}")
-    tree, marked = shape
-    found = {"jet": map(jets[0].like, stacks), "constant": iter(constants)}
-    leaves = [next(found[kind]) if kind in found else leaf for kind, leaf in marked]
-    return pytree.tree_unflatten(leaves, tree)
-
-
-def _kind(leaf: object) -> str:
-    """What a result of a function becomes: a Jet, a plain tensor, itself or an error."""
-    if not isinstance(leaf, Tensor):
-        return "other"
-    return "complex" if leaf.is_complex() else "jet" if leaf.is_floating_point() else "constant"
+    leaves, tree = seen
+    found = [jets[0].of(next(stacks)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(found, tree)
 
 
 def _refuse(*_args: Any, **_named: Any) -> Any:

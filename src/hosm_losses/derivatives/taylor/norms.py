@@ -23,7 +23,7 @@ from torch import Tensor
 from hosm_losses.derivatives.primitives import at_least_float32, per_channel
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.arithmetic import add, multiply
-from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError, components, halves
+from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, components, halves
 from hosm_losses.derivatives.taylor.pointwise import apply, power
 from hosm_losses.derivatives.taylor.recompute import recomputed
 from hosm_losses.derivatives.taylor.selection import masked_fill
@@ -33,21 +33,13 @@ _root, _inverse_root = partial(power, exponent=0.5), partial(power, exponent=-0.
 
 
 class _Rows(NamedTuple):
-    """What a norm is taken over.
+    """What a norm is taken over."""
 
-    Attributes:
-        shape: in which the value is seen.
-        dims: of that shape, counted from the back, over which a mean is taken.
-        weights: the shape in which weight and bias are broadcast against it.
-        eps: added to the variance.
-        centred: whether the mean is subtracted.
-    """
-
-    shape: tuple[int, ...]
-    dims: tuple[int, ...]
-    weights: tuple[int, ...]
-    eps: float
-    centred: bool = True
+    shape: tuple[int, ...]  # in which the value is seen
+    dims: tuple[int, ...]  # of the shape, counted from the back, over which a mean is taken
+    weights: tuple[int, ...]  # the shape of weight and bias, broadcast against it
+    eps: float  # added to the variance
+    centred: bool = True  # whether the mean is subtracted
 
 
 def _normalised(
@@ -212,9 +204,13 @@ def _sum_of_squares(x: Any, dim: Any, keepdim: bool) -> Jet:
 
 
 @rule(F.normalize)
-def _normalize(x: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Jet:
-    if out is not None:
-        raise TaylorError(f"normalize: {CHANGES}")
+def _normalize(
+    x: Any,
+    p: Any = 2.0,
+    dim: Any = 1,
+    eps: float = 1e-12,
+    out: Any = None,  # noqa: ARG001
+) -> Jet:
     if not isinstance(p, float | int) or p != 2:
         raise NoRule
     squares = _sum_of_squares(x, dim, keepdim=True)
@@ -241,24 +237,16 @@ def _vector_norm(
     return x.like(root.stack.to(x.dtype))
 
 
-@rule(Tensor.norm)
-def _norm_method(
-    x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None
-) -> Jet:
-    # For a matrix norm, and "fro" of more than two axes, PyTorch has rules of its own.
-    several = isinstance(dim, tuple | list) and len(dim) > 2
-    return _vector_norm(x, 2 if p == "fro" and not several else p, dim, keepdim, dtype=dtype)
-
-
-@rule(torch.norm)
-def _norm_function(
+@rule(Tensor.norm, torch.norm)
+def _vector_or_matrix_norm(
     x: Any,
     p: Any = "fro",
     dim: Any = None,
     keepdim: bool = False,
-    out: Any = None,
+    *,
+    out: Any = None,  # noqa: ARG001
     dtype: Any = None,
 ) -> Jet:
-    if out is not None:
-        raise TaylorError(f"norm: {CHANGES}")
-    return _norm_method(x, p, dim, keepdim, dtype)
+    # For a matrix norm, and "fro" of more than two axes, PyTorch has rules of its own.
+    several = isinstance(dim, tuple | list) and len(dim) > 2
+    return _vector_norm(x, 2 if p == "fro" and not several else p, dim, keepdim, dtype=dtype)

@@ -71,13 +71,6 @@ def _strided(*_args: Any, **_named: Any) -> Any:
     raise TaylorError("as_strided: its result depends on where the elements of a tensor lie.")
 
 
-def _of_stack(x: Jet, found: Any) -> Any:
-    """The Jet of a stack, or the plain value of one of integers; what is no tensor as it is."""
-    if not isinstance(found, Tensor):
-        return found
-    return x.like(found) if found.is_floating_point() or found.is_complex() else found[0]
-
-
 def _casting(function: Callable[..., Any]) -> None:
     @rule(function)
     def cast(x: Any, *args: Any, **named: Any) -> Any:
@@ -86,7 +79,8 @@ def _casting(function: Callable[..., Any]) -> None:
         args = tuple(each.stack if isinstance(each, Jet) else each for each in args)
         named = {k: v.stack if isinstance(v, Jet) else v for k, v in named.items()}
         if named.get("memory_format") not in (torch.channels_last, torch.channels_last_3d):
-            return _of_stack(x, function(x.stack, *args, **named))
+            found = function(x.stack, *args, **named)
+            return x.of(found) if isinstance(found, Tensor) else found
         if x.ndim == 0:
             raise NoRule
         return like_samples(lambda samples: function(samples, *args, **named), x)
@@ -99,7 +93,7 @@ for _function in every(*_CASTS.split()):
 @rule(torch.as_tensor, torch.asarray)
 def _as_tensor(x: Any, dtype: Any = None, device: Any = None) -> Any:
     """Only torch.compile asks for it here. Elsewhere it is made below autograd, and refused."""
-    return _of_stack(x, x.stack.to(dtype=dtype, device=device))
+    return x.of(x.stack.to(dtype=dtype, device=device))
 
 
 @rule(Tensor.view)

@@ -1,11 +1,10 @@
 r"""A function of a few tensors whose backward passes keep its arguments and nothing else.
 
-What:
-    Autograd keeps what every operator of a composition needs. An elementwise rule of the Taylor
-    engine is a handful of operators on tensors as large as the activations; keeping all of that
-    would cost several times the memory of the network itself. Here only the arguments are kept,
-    and the function is evaluated again when a gradient is asked for. The gradient is such a
-    function of the arguments and the cotangents, and so on to any order.
+Autograd keeps what every operator of a composition needs. An elementwise rule of the Taylor engine
+is a handful of operators on tensors as large as the activations; keeping all of that would cost
+several times the memory of the network itself. Here the function is evaluated again when a
+gradient is asked for. The gradient is such a function of the arguments and the cotangents, and so
+on to any order.
 
 Under torch.compile and the transforms of torch.func the function is evaluated as it stands: they
 decide themselves what to keep.
@@ -14,6 +13,8 @@ decide themselves what to keep.
 __all__ = ["recomputed"]
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -59,7 +60,12 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Some) -> tuple[Some, ...]:
         needed = ctx.needs_input_grad[1:]
         results = [place for place, each in enumerate(cotangents) if each is not None]
-        gradients = _gradients(ctx.functions, needed, results)
+        function, *pullbacks = ctx.functions
+        if pullbacks and results == [0]:
+            further = pullbacks[1:] if needed[0] else ()
+            gradients = (partial(_chosen, pullbacks[0], needed), *further)
+        else:
+            gradients = (partial(_by_autograd, function, needed, results),)
         everything = (*ctx.saved_tensors, *(cotangents[place] for place in results))
         if torch.is_grad_enabled():
             found: Any = _Recomputed.apply(gradients, *everything)
@@ -73,42 +79,29 @@ def _as_tuple(found: Any) -> tuple[Any, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _gradients(
-    functions: Sequence[Function], needed: Sequence[bool], results: Sequence[int]
-) -> tuple[Function, ...]:
-    """The gradients that are needed, as a function of tensors and cotangents, and its pullbacks.
+def _chosen(pullback: Function, needed: Sequence[bool], *everything: Some) -> tuple[Any, ...]:
+    """The gradients that are needed, of those that a pullback returns."""
+    return tuple(compress(_as_tuple(pullback(*everything)), needed))
 
-    Args:
-        functions: what is differentiated, and its pullbacks.
-        needed: for every tensor, whether its gradient is needed.
-        results: the places of the results with a cotangent.
-    """
-    function, *pullbacks = functions
-    places = [place for place, need in enumerate(needed) if need]
 
-    def chosen(*everything: Some) -> tuple[Tensor, ...]:
-        found = _as_tuple(pullbacks[0](*everything))
-        return tuple(found[place] for place in places)
-
-    def by_autograd(*everything: Some) -> tuple[Tensor, ...]:
-        tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
-        tracked = torch.is_grad_enabled()
-        with torch.enable_grad():
-            points: list[Any] = [
-                tensor
-                if tensor is None or not need or (tracked and tensor.requires_grad)
-                else tensor.detach().requires_grad_()
-                for tensor, need in zip(tensors, needed, strict=True)
-            ]
-            found = _as_tuple(function(*points))
-            return torch.autograd.grad(
-                [found[place] for place in results],
-                [points[place] for place in places],
-                cotangents,
-                create_graph=tracked,
-                materialize_grads=True,
-            )
-
-    if not pullbacks or results != [0]:
-        return (by_autograd,)
-    return (chosen, *pullbacks[1:]) if needed[0] else (chosen,)
+def _by_autograd(
+    function: Function, needed: Sequence[bool], results: Sequence[int], *everything: Some
+) -> tuple[Tensor, ...]:
+    """The gradients that are needed, of tensors and the cotangents of some results."""
+    tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
+    tracked = torch.is_grad_enabled()
+    with torch.enable_grad():
+        points: list[Any] = [
+            tensor
+            if tensor is None or not need or (tracked and tensor.requires_grad)
+            else tensor.detach().requires_grad_()
+            for tensor, need in zip(tensors, needed, strict=True)
+        ]
+        found = _as_tuple(function(*points))
+        return torch.autograd.grad(
+            [found[place] for place in results],
+            list(compress(points, needed)),
+            cotangents,
+            create_graph=tracked,
+            materialize_grads=True,
+        )
