@@ -3,6 +3,7 @@ r"""Derivatives along directions by nested torch.func.jvp, for functions without
 __all__ = ["Pairs", "along"]
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,29 +18,19 @@ Tensors = tuple[Tensor, ...]
 
 
 def along(
-    function: Callable[..., Tensors],
-    values: Tensors,
-    derivatives: Tensors,
-    firsts: int,
-    pairs: Pairs,
+    function: Callable[..., Any], values: Tensors, derivatives: Tensors, firsts: int, pairs: Pairs
 ) -> list[Tensor]:
     """The stacks of the results of a function, value first; in one evaluation.
 
-    Args:
-        function: of the values; returns tensors.
-        values: the arguments.
-        derivatives: of each, (C - 1, *): its first and, unless they are zero, second ones.
-        firsts: the number of first ones.
-        pairs: which second ones there are.
+    `derivatives` has for each value the stack of its `firsts` first derivatives and, unless they
+    are zero, of its second ones.
     """
 
     def first(tangents: Tensors) -> Any:
         return torch.func.jvp(function, values, tangents)
 
     def second(left: Tensors, right: Tensors, both: Tensors) -> Any:
-        def inner(*given: Any) -> Any:
-            return torch.func.jvp(function, *given)
-
+        inner = partial(torch.func.jvp, function)
         found: Any = torch.func.jvp(inner, (values, left), (right, both))
         (value, to_left), (to_right, to_both) = found
         return value, to_left, to_right, to_both

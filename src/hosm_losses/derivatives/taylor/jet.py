@@ -9,15 +9,13 @@ What:
 Formula, for y = f(x) along l, and along the pair (l, r):
     y_l = ∂f x_l        y_lr = ∂f x_lr + ∂²f[x_l, x_r]
 
+    Second derivatives that are zero everywhere, as those of the input are, are not stored.
+
 Without a rule:
     The function is differentiated by `torch.func.jvp`, by itself and with the user's own
-    arguments, with the safe primitives in place: right, but not as fast. So is a call that its
-    rule does not know, which raises `NoRule`. What cannot be right raises TaylorError: a function
-    that changes its argument in place, complex numbers, and anything under torch.no_grad, where a
-    custom autograd.Function computes.
-
-Second derivatives that are zero, as those of the input are, are not stored: a stack is then short,
-of 1 + `firsts` components.
+    arguments, with the safe primitives in place: right, but not as fast. What cannot be right
+    raises TaylorError: a function that changes its argument in place, complex numbers, and
+    anything under torch.no_grad, where a custom autograd.Function computes.
 
 A rule calls other rules, and PyTorch on stacks; it does not call PyTorch on Jets, which
 torch.compile would take for plain tensors there.
@@ -32,12 +30,12 @@ __all__ = [
     "Jet",
     "TaylorError",
     "aligned",
-    "call",
     "components",
     "define_methods",
     "halves",
     "like_samples",
     "on_values",
+    "result_type",
     "stacks_of",
 ]
 
@@ -52,18 +50,16 @@ from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.taylor.along import Pairs, along
 from hosm_losses.derivatives.taylor.table import CONSTANT, RULES, NoRule, Rule, rule
 
-METHODS = (
-    *("__iter__", "norm", "split", "unflatten", "__rsub__", "__rdiv__", "__rtruediv__", "__pow__"),
-)
+METHODS = ["__iter__", "__pow__", "__rdiv__", "__rsub__", "__rtruediv__"]
+METHODS += ["norm", "split", "unflatten"]
 # Those functions with their rules: torch.compile does not find them in a dictionary.
 IN_PYTHON: list[tuple[Callable[..., Any], Rule | None]] = []
 CHANGES = "changes in place what depends on x."
 COMPLEX = "makes complex numbers of what depends on x."
-OPERATORS = {
-    *("__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__"),
-    *("__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__"),
-    *("__ilshift__", "__irshift__"),
-}
+OPERATORS = """
+    __setitem__ __iadd__ __isub__ __imul__ __idiv__ __itruediv__ __ifloordiv__ __imod__ __ipow__
+    __iand__ __ior__ __ixor__ __ilshift__ __irshift__
+"""
 
 
 class TaylorError(RuntimeError):
@@ -71,17 +67,11 @@ class TaylorError(RuntimeError):
 
 
 class Jet(Tensor):
-    """A tensor that carries derivatives of its value.
+    """A tensor that carries derivatives of its value."""
 
-    Attributes:
-        stack: value, first and second derivatives, of shape (C, B, *).
-        firsts: the number of first derivatives.
-        pairs: which second derivatives there are.
-    """
-
-    stack: Tensor
-    firsts: int
-    pairs: Pairs
+    stack: Tensor  # value, first and second derivatives, of shape (C, B, *)
+    firsts: int  # the number of first derivatives
+    pairs: Pairs  # which second derivatives there are
 
     @staticmethod
     def make(stack: Tensor, firsts: int, pairs: Pairs = "none") -> "Jet":
@@ -95,6 +85,10 @@ class Jet(Tensor):
     def like(self, stack: Tensor) -> "Jet":
         """Return the Jet of another stack along the same directions."""
         return Jet.make(stack, self.firsts, self.pairs)
+
+    def typed(self, dtype: torch.dtype) -> "Jet":
+        """Return the Jet in another floating type."""
+        return self.like(self.stack.to(dtype))
 
     def of(self, stack: Tensor) -> Tensor:
         """Return the Jet of a stack, or the plain value of one of integers or masks."""
@@ -162,6 +156,11 @@ def stacks_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     ]
 
 
+def result_type(a: Any, b: Any) -> torch.dtype:
+    """The type that PyTorch gives the values of a and b, Jets or not, together."""
+    return torch.result_type(*(x.stack[0] if isinstance(x, Jet) else x for x in (a, b)))
+
+
 def like_samples(function: Callable[[Tensor], Tensor], x: Jet) -> Jet:
     """A function that treats every sample alone, with the components of x as more samples."""
     return x.like(function(x.stack.flatten(0, 1)).unflatten(0, x.stack.shape[:2]))
@@ -171,7 +170,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     """Evaluate a function of PyTorch on arguments with Jets among them."""
     if CONSTANT.get(func):
         return on_values(func, args, kwargs)
-    if kwargs.get("out") is not None:
+    if kwargs.get("out") is not None or kwargs.get("inplace"):
         raise TaylorError(f"{_name(func)}: {CHANGES}")
     if torch.compiler.is_compiling():
         for method, found in IN_PYTHON:
@@ -191,7 +190,7 @@ def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     if not torch.is_grad_enabled():
         raise TaylorError(f"{_name(func)}: called under torch.no_grad on what depends on x.")
     taken = None if found is None else found.bound(args, kwargs)
-    if found is not None and taken is not None:
+    if found is not None and taken is not None and (found.several or _is_first(*taken)):
         try:
             return found.function(*taken[0], **taken[1])
         except NoRule:
@@ -199,23 +198,28 @@ def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     return _differentiated(func, args, kwargs)
 
 
+def _is_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the first argument is a Jet and no other is."""
+    jets = [isinstance(each, Jet) for each in (*args, *kwargs.values())]
+    return jets[0] and sum(jets) == 1
+
+
 def define_methods() -> None:
     """Give Jet the methods of Tensor that are written in Python, which torch.compile looks into.
 
     To be called when every rule is registered.
     """
+
+    def define(name: str, function: Callable[..., Any], found: Rule | None) -> None:
+        def called(self: Jet, *args: Any, **named: Any) -> Any:
+            return _run(found, function, (self, *args), named)
+
+        IN_PYTHON.append((function, found))
+        setattr(Jet, name, called)
+
     for name in METHODS:
         function = getattr(Tensor, name)
-        found = RULES.get(function)
-        IN_PYTHON.append((function, found))
-        setattr(Jet, name, _method(function, found))
-
-
-def _method(function: Callable[..., Any], found: Rule | None) -> Callable[..., Any]:
-    def called(self: Jet, *args: Any, **named: Any) -> Any:
-        return _run(found, function, (self, *args), named)
-
-    return called
+        define(name, function, RULES.get(function))
 
 
 def _name(func: Callable[..., Any]) -> str:
@@ -230,8 +234,6 @@ def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 def _differentiated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Differentiate a function without a rule by torch.func.jvp, in one evaluation of it."""
-    if kwargs.get("inplace"):
-        raise TaylorError(f"{_name(func)}: {CHANGES}")
     flat, form = pytree.tree_flatten((args, kwargs))
     places = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]
     jets: list[Jet] = [flat[place] for place in places]
@@ -267,10 +269,9 @@ def _refuse(*_args: Any, **_named: Any) -> Any:
 
 
 # Methods that change their object, which is how PyTorch names them.
-rule(
-    *(
-        getattr(Tensor, name)
-        for name in dir(Tensor)
-        if (name.endswith("_") and not name.endswith("__")) or name in OPERATORS
-    )
-)(_refuse)
+_changing = [
+    getattr(Tensor, name)
+    for name in dir(Tensor)
+    if (name.endswith("_") and not name.endswith("__")) or name in OPERATORS.split()
+]
+rule(*_changing, several=True)(_refuse)

@@ -43,12 +43,7 @@ class _Rows(NamedTuple):
 
 
 def _normalised(
-    rows: _Rows,
-    firsts: int,
-    pairs: Pairs,
-    stack: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    rows: _Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Any, bias: Any
 ) -> Tensor:
     """The stack of a norm, with weight and bias; computed in float32 at least."""
     count = math.prod(rows.shape[dim] for dim in rows.dims)
@@ -83,18 +78,9 @@ def _norm(rows: _Rows, x: Any, weight: Any = None, bias: Any = None) -> Jet:
     return x.like(recomputed(formula, x.stack, weight, bias))
 
 
-def _refuse_jets(*tensors: object) -> None:
-    if any(isinstance(tensor, Jet) for tensor in tensors):
-        raise NoRule
-
-
 @rule(F.layer_norm, torch.layer_norm)
 def _layer_norm(
-    x: Any,
-    normalized_shape: Any,
-    weight: Any = None,
-    bias: Any = None,
-    eps: float = 1e-5,
+    x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Jet:
     return _over_last(x, normalized_shape, weight, bias, eps, centred=True)
 
@@ -111,7 +97,6 @@ def _rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | No
 
 
 def _over_last(x: Any, shape: Any, weight: Any, bias: Any, eps: float, *, centred: bool) -> Jet:
-    _refuse_jets(weight, bias)
     if not isinstance(shape, tuple | list) or not 0 < len(shape) < x.ndim:
         raise NoRule  # as where a row is not a part of a sample
     shape = tuple(shape)
@@ -125,7 +110,6 @@ def _over_last(x: Any, shape: Any, weight: Any, bias: Any, eps: float, *, centre
 def _group_norm(
     x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Jet:
-    _refuse_jets(weight, bias)
     if x.ndim < 2:
         raise NoRule
     batch, channels, *_ = x.shape
@@ -156,8 +140,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Jet:
-    _refuse_jets(weight, bias, running_mean, running_var)
-    if not isinstance(x, Jet) or x.ndim < 2:
+    if x.ndim < 2:
         raise NoRule
     channels = per_channel(x)
     if training:
@@ -170,8 +153,8 @@ def _batch_norm(
     scale = scale if weight is None else scale * weight
     shift = -running_mean * scale
     shift = shift if bias is None else shift + bias
-    found = add(multiply(x, scale.reshape(channels)), shift.reshape(channels))
-    return x.like(found.stack.to(x.dtype))
+    scaled = multiply(x, scale.reshape(channels))
+    return add(scaled, shift.reshape(channels)).typed(x.dtype)
 
 
 @rule(F.instance_norm)
@@ -185,8 +168,7 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Jet:
-    _refuse_jets(weight, bias, running_mean, running_var)
-    if not isinstance(x, Jet) or x.ndim < 3:
+    if x.ndim < 3:
         raise NoRule
     if not use_input_stats:
         return _batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
@@ -196,27 +178,20 @@ def _instance_norm(
 
 def _sum_of_squares(x: Any, dim: Any, keepdim: bool) -> Jet:
     """In float32 at least, in which the square of a small number is not zero."""
-    if not isinstance(x, Jet) or x.ndim == 0:
+    if x.ndim == 0:
         raise NoRule
-    dims = axes(dim, x.ndim)
     wide = x.like(at_least_float32(x.stack))
-    return x.like(multiply(wide, wide).stack.sum(dims, keepdim))
+    return x.like(multiply(wide, wide).stack.sum(axes(dim, x.ndim), keepdim))
 
 
 @rule(F.normalize)
-def _normalize(
-    x: Any,
-    p: Any = 2.0,
-    dim: Any = 1,
-    eps: float = 1e-12,
-    out: Any = None,  # noqa: ARG001
-) -> Jet:
+def _normalize(x: Any, p: Any = 2.0, dim: Any = 1, eps: float = 1e-12) -> Jet:
     if not isinstance(p, float | int) or p != 2:
         raise NoRule
     squares = _sum_of_squares(x, dim, keepdim=True)
     # A norm below eps counts as eps, which does not depend on x.
     squares = masked_fill(squares, squares.stack[0] <= eps**2, eps**2)
-    return x.like(multiply(x, apply(_inverse_root, squares)).stack.to(x.dtype))
+    return multiply(x, apply(_inverse_root, squares)).typed(x.dtype)
 
 
 @rule(torch.linalg.vector_norm)
@@ -233,19 +208,13 @@ def _vector_norm(
     squares = _sum_of_squares(x, dim, keepdim)
     # At zero a length has no derivative; PyTorch takes it to be constant there.
     zero = squares.stack[0] == 0
-    root = masked_fill(apply(_root, masked_fill(squares, zero, 1.0)), zero, 0.0)
-    return x.like(root.stack.to(x.dtype))
+    root = apply(_root, masked_fill(squares, zero, 1.0))
+    return masked_fill(root, zero, 0.0).typed(x.dtype)
 
 
 @rule(Tensor.norm, torch.norm)
 def _vector_or_matrix_norm(
-    x: Any,
-    p: Any = "fro",
-    dim: Any = None,
-    keepdim: bool = False,
-    *,
-    out: Any = None,  # noqa: ARG001
-    dtype: Any = None,
+    x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Jet:
     # For a matrix norm, and "fro" of more than two axes, PyTorch has rules of its own.
     several = isinstance(dim, tuple | list) and len(dim) > 2

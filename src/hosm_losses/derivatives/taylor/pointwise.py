@@ -12,7 +12,7 @@ __all__ = ["apply", "pointwise", "power", "sigmoid"]
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from itertools import islice, repeat
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hosm_losses.derivatives.primitives import at_least_float32
 from hosm_losses.derivatives.taylor.along import Pairs
-from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError, components, halves
+from hosm_losses.derivatives.taylor.jet import Jet, components, halves
 from hosm_losses.derivatives.taylor.recompute import recomputed
 from hosm_losses.derivatives.taylor.table import NoRule, every, rule
 
@@ -98,10 +98,9 @@ def pointwise(
     """Register the generator of a function and its derivatives, with that function's arguments."""
 
     def register(series: Callable[..., Any]) -> Callable[..., Any]:
-        @rule(*functions, like=series, more=("inplace",))
-        def evaluated(x: Jet, *args: Any, inplace: bool = False, **named: Any) -> Jet:
-            if inplace:
-                raise TaylorError(f"an activation {CHANGES}")
+        @rule(*functions)
+        @wraps(series)
+        def evaluated(x: Jet, *args: Any, **named: Any) -> Jet:
             return apply(partial(series, *args, **named) if args or named else series, x)
 
         return series

@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError, like_samples, on_values
-from hosm_losses.derivatives.taylor.table import CONSTANT, NoRule, every, rule
+from hosm_losses.derivatives.taylor.table import (
+    CONSTANT,
+    Function,
+    NoRule,
+    every,
+    rule,
+    rule_of_each,
+)
 
 _PROPERTIES = """
     size dim ndimension numel nelement stride __len__ element_size is_contiguous is_floating_point
@@ -66,42 +73,26 @@ def _register_hook(x: Jet, hook: Callable[[Tensor], Any]) -> RemovableHandle:
     return x.stack.register_hook(shown)
 
 
-@rule(*every("as_strided", "as_strided_copy", "as_strided_scatter"))
+@rule(*every("as_strided", "as_strided_copy", "as_strided_scatter"), several=True)
 def _strided(*_args: Any, **_named: Any) -> Any:
     raise TaylorError("as_strided: its result depends on where the elements of a tensor lie.")
 
 
-def _casting(function: Callable[..., Any]) -> None:
-    @rule(function)
-    def cast(x: Any, *args: Any, **named: Any) -> Any:
-        if not isinstance(x, Jet):  # a plain tensor in the type of a Jet
-            return on_values(function, (x, *args), named)
-        args = tuple(each.stack if isinstance(each, Jet) else each for each in args)
-        named = {k: v.stack if isinstance(v, Jet) else v for k, v in named.items()}
-        if named.get("memory_format") not in (torch.channels_last, torch.channels_last_3d):
-            found = function(x.stack, *args, **named)
-            return x.of(found) if isinstance(found, Tensor) else found
-        if x.ndim == 0:
-            raise NoRule
-        return like_samples(lambda samples: function(samples, *args, **named), x)
-
-
-for _function in every(*_CASTS.split()):
-    _casting(_function)
+@rule_of_each(*every(*_CASTS.split()), several=True)
+def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
+    if not isinstance(x, Jet):  # a plain tensor in the type of a Jet
+        return on_values(function, (x, *args), named)
+    args = tuple(each.stack if isinstance(each, Jet) else each for each in args)
+    named = {k: v.stack if isinstance(v, Jet) else v for k, v in named.items()}
+    if named.get("memory_format") not in (torch.channels_last, torch.channels_last_3d):
+        found = function(x.stack, *args, **named)
+        return x.of(found) if isinstance(found, Tensor) else found
+    if x.ndim == 0:
+        raise NoRule
+    return like_samples(lambda samples: function(samples, *args, **named), x)
 
 
 @rule(torch.as_tensor, torch.asarray)
 def _as_tensor(x: Any, dtype: Any = None, device: Any = None) -> Any:
     """Only torch.compile asks for it here. Elsewhere it is made below autograd, and refused."""
     return x.of(x.stack.to(dtype=dtype, device=device))
-
-
-@rule(Tensor.view)
-def _view(x: Any, *shape: Any, size: Any = None, dtype: Any = None) -> Any:
-    given = shape or ((dtype,) if size is None else (size,))
-    if not isinstance(x, Jet):
-        raise NoRule
-    if len(given) == 1 and isinstance(given[0], torch.dtype):
-        raise TaylorError("view: another dtype for the same bits has no derivative.")
-    sizes = given[0] if len(given) == 1 and isinstance(given[0], tuple | list) else given
-    return x.like(x.stack.reshape(len(x.stack), *sizes))

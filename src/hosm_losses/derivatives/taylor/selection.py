@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses.derivatives.taylor.jet import Jet, aligned, stacks_of
+from hosm_losses.derivatives.taylor.jet import Jet, aligned, result_type, stacks_of
 from hosm_losses.derivatives.taylor.table import NoRule, axis, every, rule
 
 
@@ -22,7 +22,7 @@ def _jet_among(candidates: Any) -> Jet:
     return next(each for each in candidates if isinstance(each, Jet))
 
 
-@rule(*every("cat", "concat", "concatenate"))
+@rule(*every("cat", "concat", "concatenate"), several=True)
 def _cat(tensors: Any, dim: int = 0) -> Jet:
     ndim = tensors[0].ndim
     # PyTorch passes over an empty tensor of one axis among others.
@@ -31,7 +31,7 @@ def _cat(tensors: Any, dim: int = 0) -> Jet:
     return _jet_among(tensors).like(torch.cat(stacks_of(tensors), axis(dim, ndim)))
 
 
-@rule(torch.stack)
+@rule(torch.stack, several=True)
 def _stack(tensors: Any, dim: int = 0) -> Jet:
     place = axis(dim, tensors[0].ndim + 1)
     return _jet_among(tensors).like(torch.stack(stacks_of(tensors), place))
@@ -46,7 +46,7 @@ def _chosen(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) ->
         raise NoRule
     jet = _jet_among((a, b))
     if dtype is None:
-        dtype = torch.result_type(*(x.stack[0] if isinstance(x, Jet) else x for x in (a, b)))
+        dtype = result_type(a, b)
     tensors = [
         each if isinstance(each, Tensor) else jet.stack.new_full((), each) for each in (a, b)
     ]
@@ -55,17 +55,11 @@ def _chosen(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) ->
     return jet.like(torch.where(condition, *stacks).to(dtype))
 
 
-@rule(torch.where)
-def _where(condition: Any, a: Any, b: Any) -> Jet:
-    return _chosen(condition, a, b)
+rule(torch.where, several=True)(lambda condition, a, b: _chosen(condition, a, b))
+rule(Tensor.where, several=True)(lambda a, condition, b: _chosen(condition, a, b))
 
 
-@rule(Tensor.where)
-def _where_method(a: Any, condition: Any, b: Any) -> Jet:
-    return _chosen(condition, a, b)
-
-
-@rule(*every("masked_fill"))
+@rule(*every("masked_fill"), several=True)
 def masked_fill(x: Any, mask: Any, value: Any) -> Jet:
     """x with a number in its place where a mask holds."""
     if (isinstance(value, Tensor) and value.ndim) or not x.is_floating_point():
@@ -80,7 +74,7 @@ _INDICES = (torch.bool, torch.int64, torch.int32)
 def _item(x: Any, index: Any) -> Any:
     parts = index if isinstance(index, tuple) else (index,)
     gathers = [part for part in parts if not _slices(part)]
-    if not isinstance(x, Jet) or len(gathers) > 1 or not all(map(_gathers, gathers)):
+    if len(gathers) > 1 or not all(map(_gathers, gathers)):
         raise NoRule
     return x.like(x.stack[(slice(None), *parts)])
 

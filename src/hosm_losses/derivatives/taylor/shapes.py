@@ -6,14 +6,23 @@ All dimensions are counted from the back, where an axis of the value is one of t
 __all__: list[str] = []
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError, aligned, like_samples
-from hosm_losses.derivatives.taylor.table import NoRule, axes, axis, every, rule
+from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, aligned, like_samples
+from hosm_losses.derivatives.taylor.table import (
+    Function,
+    NoRule,
+    axes,
+    axis,
+    every,
+    rule,
+    rule_of_each,
+)
 
 
 def _numbers(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -24,9 +33,10 @@ def _numbers(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _register(functions: tuple[Callable[..., Any], ...], move: Callable[..., Any]) -> None:
-    """Register a function of a stack for functions whose only Jet comes first."""
+    """Register a function of a stack and of arguments of which shapes alone matter."""
 
-    @rule(*functions, like=move)
+    @rule(*functions, several=True)
+    @wraps(move)
     def moved(x: Any, *args: Any, **named: Any) -> Any:
         if not isinstance(x, Jet):
             raise NoRule
@@ -44,6 +54,13 @@ def _axes(stack: Tensor, dims: Any) -> tuple[int, ...]:
 
 def _shaped(stack: Tensor, *shape: Any) -> Tensor:
     return stack.reshape(len(stack), *_numbers(shape))
+
+
+def _viewed(stack: Tensor, *shape: Any, size: Any = None, dtype: Any = None) -> Tensor:
+    given = _numbers(shape or (size if dtype is None else dtype,))
+    if isinstance((*given, None)[0], torch.dtype):
+        raise TaylorError("view: another dtype for the same bits has no derivative.")
+    return stack.reshape(len(stack), *given)
 
 
 def _permuted(stack: Tensor, *dims: Any) -> Tensor:
@@ -120,6 +137,7 @@ def _reduced(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 for _names, _move in {
     ("reshape",): _shaped,
+    ("view",): _viewed,
     ("permute",): _permuted,
     ("expand",): _expanded,
     ("repeat",): _repeated,
@@ -150,49 +168,30 @@ _register((Tensor.T.__get__,), _reversed)  # pyright: ignore[reportAttributeAcce
 _register((Tensor.mT.__get__, *every("adjoint")), _transposed)  # pyright: ignore
 
 
-def _of_samples(function: Callable[..., Any], least: int, most: int) -> None:
-    """Register a linear function that treats every sample alone."""
-
-    @rule(function)
-    def folded(x: Any, *args: Any, **named: Any) -> Any:
-        if not isinstance(x, Jet) or not least <= x.ndim <= most:
-            raise NoRule
-        return like_samples(lambda samples: function(samples, *args, **named), x)
-
-
-for _names, _least, _most in (
-    (("avg_pool1d", "adaptive_avg_pool1d"), 3, 3),
-    (("avg_pool2d", "adaptive_avg_pool2d"), 4, 4),
-    (("avg_pool3d", "adaptive_avg_pool3d"), 5, 5),
-    (("interpolate", "upsample"), 3, 5),
-    (("pixel_shuffle", "pixel_unshuffle"), 4, 9),
-):
-    for _function in every(*_names):
-        _of_samples(_function, _least, _most)
+@rule_of_each(
+    *every("avg_pool1d", "avg_pool2d", "avg_pool3d", "interpolate", "upsample"),
+    *every("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    *every("pixel_shuffle", "pixel_unshuffle"),
+)
+def _of_samples(function: Function, x: Jet, *args: Any, **named: Any) -> Jet:
+    """A linear function that treats every sample alone."""
+    # Of one sample, the components would be more channels.
+    if x.ndim < 4 and "pixel" in function.__name__:
+        raise NoRule
+    return like_samples(lambda samples: function(samples, *args, **named), x)
 
 
 @rule(F.pad)
-def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
+def _pad(x: Jet, pad: Any, mode: str = "constant", value: float | None = None) -> Jet:
     # A pad of the first axis would be one of the components, who are samples here.
     if value or x.ndim < 3 or len(pad) > 2 * (x.ndim - 1):
         raise NoRule
     return like_samples(lambda samples: F.pad(samples, pad, mode), x)
 
 
-def _dropping(function: Callable[..., Any]) -> None:
-    """Register a dropout by its own mask, of elements or of channels."""
-
-    @rule(function)
-    def dropped(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Jet:
-        if inplace:
-            raise TaylorError(f"dropout: {CHANGES}")
-        if not isinstance(x, Jet):
-            raise NoRule
-        if not training or p == 0:
-            return x
-        # One mask for the value and its derivatives.
-        return x.like(x.stack * function(torch.ones_like(x.stack[0]), p))
-
-
-for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
-    _dropping(_function)
+@rule_of_each(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+def _dropped(function: Function, x: Jet, p: float = 0.5, training: bool = True) -> Jet:
+    if not training or p == 0:
+        return x
+    # One mask for the value and its derivatives.
+    return x.like(x.stack * function(torch.ones_like(x.stack[0]), p))

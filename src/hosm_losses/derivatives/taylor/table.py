@@ -5,11 +5,12 @@ raises `NoRule`, goes to PyTorch's own function with exactly those arguments; se
 `hosm_losses.derivatives.taylor.jet`.
 """
 
-__all__ = ["CONSTANT", "RULES", "NoRule", "Rule", "axes", "axis", "every", "rule"]
+__all__ = ["CONSTANT", "RULES", "NoRule", "Rule", "axes", "axis", "every", "rule", "rule_of_each"]
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,21 +28,14 @@ class NoRule(Exception):  # noqa: N818 - it never reaches a user
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """A rule and the arguments it takes.
-
-    Attributes:
-        function: the rule itself.
-        names: of its arguments, first of those that may be given in their place.
-        most: how many may be given in their place; None for any number.
-        needed: the names of those without a default.
-        anything: whether it takes other names as well.
-    """
+    """A rule and the arguments it takes."""
 
     function: Function
-    names: tuple[str, ...]
-    most: int | None
-    needed: tuple[str, ...]
-    anything: bool
+    several: bool  # whether other arguments than the first may be Jets
+    names: tuple[str, ...]  # of its arguments, first of those that may be given in their place
+    most: int | None  # how many may be given in their place; None for any number
+    needed: tuple[str, ...]  # the names of those without a default
+    anything: bool  # whether it takes other names as well
 
     def bound(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -53,6 +47,8 @@ class Rule:
             return None
         named: dict[str, Any] = {}
         for given, value in kwargs.items():
+            if given in ("inplace", "out"):  # which are not set; see `jet.call`
+                continue
             name = SPELLINGS.get(given, given)
             known = self.anything or name in self.names
             if not known or name in named or name in self.names[: len(args)]:
@@ -67,30 +63,37 @@ RULES: dict[Function, Rule] = {}
 CONSTANT: dict[Function, bool] = {}
 
 
-def rule(
-    *functions: Function, like: Function | None = None, more: tuple[str, ...] = ()
-) -> Callable[[Function], Function]:
-    """Register a rule for functions of PyTorch; it is given their arguments, Jets among them.
+def rule(*functions: Function, several: bool = False) -> Callable[[Function], Function]:
+    """Register a rule for functions of PyTorch, with arguments as theirs, of which one is a Jet.
 
-    Args:
-        functions: the functions.
-        like: whose arguments the rule takes, if not those that it is written with.
-        more: names of arguments that it takes besides.
+    The Jet is the first argument, unless `several` says that any may be one.
     """
 
     def register(function: Function) -> Function:
-        parameters = inspect.signature(like or function).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
         places = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
         named = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
         kinds = [each.kind for each in parameters]
         found = Rule(
             function,
-            (*(each.name for each in (*places, *named)), *more),
+            several,
+            tuple(each.name for each in (*places, *named)),
             None if inspect.Parameter.VAR_POSITIONAL in kinds else len(places),
             tuple(each.name for each in places if each.default is each.empty),
             inspect.Parameter.VAR_KEYWORD in kinds,
         )
         RULES.update(dict.fromkeys(functions, found))
+        return function
+
+    return register
+
+
+def rule_of_each(*functions: Function, several: bool = False) -> Callable[[Function], Function]:
+    """Register a rule for each of some functions, which it is given before their arguments."""
+
+    def register(function: Function) -> Function:
+        for each in functions:
+            rule(each, several=several)(partial(function, each))
         return function
 
     return register
