@@ -186,6 +186,5 @@ def _baddbmm(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Je
     product = multiply(_of_matrices(a, b), alpha)
     if beta == 0:
         return product
-    return add(product, x, alpha=beta).typed(
-        product.dtype
-    )  # under autocast x may be in a wider type
+    # Under autocast x may be in a wider type.
+    return add(product, x, alpha=beta).typed(product.dtype)

@@ -209,17 +209,14 @@ def define_methods() -> None:
 
     To be called when every rule is registered.
     """
-
-    def define(name: str, function: Callable[..., Any], found: Rule | None) -> None:
-        def called(self: Jet, *args: Any, **named: Any) -> Any:
-            return _run(found, function, (self, *args), named)
-
-        IN_PYTHON.append((function, found))
-        setattr(Jet, name, called)
-
     for name in METHODS:
         function = getattr(Tensor, name)
-        define(name, function, RULES.get(function))
+        IN_PYTHON.append((function, RULES.get(function)))
+        setattr(Jet, name, _method(function))
+
+
+def _method(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args, **named: call(function, (self, *args), named)
 
 
 def _name(func: Callable[..., Any]) -> str:

@@ -46,7 +46,7 @@ def _normalised(
     rows: _Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Any, bias: Any
 ) -> Tensor:
     """The stack of a norm, with weight and bias; computed in float32 at least."""
-    count = math.prod(rows.shape[dim] for dim in rows.dims)
+    count = math.prod([rows.shape[dim] for dim in rows.dims])
 
     def mean(x: Tensor) -> Tensor:
         # The gradient of a mean is written out, that of a sum is a view.
