@@ -1,12 +1,14 @@
-"""Layers of weights: with and without a bias, of every dimension, one call on the whole stack."""
+"""Layers of weights, one call on the whole stack; softmax, attention and gates."""
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.taylor import carried, layers
 from hosm_losses.derivatives.taylor.jet import call
+from hosm_losses.derivatives.taylor.table import rule_of_each
 from tests.derivatives.taylor.checks import check
 
 LAYERS = {
@@ -27,7 +29,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_between_curved_functions(name):
+def test_layers_between_curved_functions(name):
     torch.manual_seed(0)
     make, shape = LAYERS[name]
     layer = make()
@@ -65,7 +67,128 @@ def test_one_call_on_the_whole_stack(monkeypatch):
         seen.append(len(x))
         return convolve(x, *args, **kwargs)
 
-    layers._convolution(counted, 2)
+    rule_of_each(counted)(layers._convolution)
     weight, x = torch.randn(2, 1, 3, 3), torch.randn(3, 1, 5, 5)
     carried(lambda x: call(counted, (x, weight), {}), x, torch.randn(2, *x.shape))
     assert seen == [9]
+
+
+ALLOWED = torch.tensor([[True, False, True], [True, True, False], [False, False, False]])
+BIAS = torch.randn(3, 3, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("dim", [-1, 1, 0])
+def test_softmax(dim):
+    check(lambda x: torch.softmax(x + x.sin(), dim), (2, 3))
+    check(lambda x: F.softmax(x.sin(), dim=dim).sin(), (2, 3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scale": 0.3},
+        {"is_causal": True},
+        {"attn_mask": ALLOWED},
+        {"attn_mask": BIAS},
+        {"enable_gqa": True},
+    ],
+    ids=str,
+)
+def test_attention(options):
+    torch.manual_seed(0)
+    inner = nn.Linear(4, 12)
+
+    def function(x):
+        q, k, v = inner(x).unflatten(-1, (2, 6)).transpose(1, 2).chunk(3, -1)
+        if "enable_gqa" in options:
+            k, v = k[:, :1], v[:, :1]
+        return F.scaled_dot_product_attention(q, k, v, **options).sin()
+
+    def reference(x):
+        with safe_primitives():
+            return function(x)
+
+    check(function, (3, 4), *inner.parameters(), reference=reference)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "qk", "kv", "qv", "mask"])
+def test_attention_of_which_only_a_part_depends_on_x(which):
+    """As in cross-attention to a text."""
+    torch.manual_seed(0)
+    fixed = torch.randn(3, 3, 4, requires_grad=True)
+
+    def function(x):
+        q, k, v = (x.sin() if name in which else fixed for name in "qkv")
+        mask = x[..., :3].cos() if which == "mask" else None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sin()
+
+    def reference(x):
+        with safe_primitives():
+            return function(x)
+
+    check(function, (3, 4), fixed, reference=reference)
+
+
+def test_cross_attention_with_masks():
+    torch.manual_seed(0)
+    fixed = torch.randn(3, 3, 4)
+    for options in ({"attn_mask": ALLOWED}, {"attn_mask": BIAS}, {"is_causal": True}):
+
+        def function(x, options=options):
+            return F.scaled_dot_product_attention(fixed, fixed, x.sin(), **options)
+
+        def reference(x, function=function):
+            with safe_primitives():
+                return function(x)
+
+        check(function, (3, 4), reference=reference)
+
+
+def test_a_module_of_attention():
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def function(x):
+        return module(x, x, x.sin(), need_weights=False)[0].sin()
+
+    def reference(x):
+        with safe_primitives():
+            return function(x)
+
+    check(function, (3, 4), *module.parameters(), reference=reference)
+
+
+def test_one_mask_of_a_dropout_in_attention_for_value_and_derivatives():
+    x = torch.randn(2, 3, 4)
+
+    def function(x):
+        return F.scaled_dot_product_attention(x, x, torch.eye(3).expand(2, 3, 3), dropout_p=0.5)
+
+    torch.manual_seed(0)
+    found = carried(function, x, torch.randn(2, *x.shape))
+    dropped = found[0] == 0
+    assert dropped.any()
+    assert not dropped.all()
+    assert ((found[1:] == 0) == dropped).all()
+
+
+def test_gates():
+    def by_hand(x, dim):
+        value, gate = x.chunk(2, dim)
+        return value * gate.sigmoid()
+
+    check(lambda x: F.glu(x.sin()), (2, 4), reference=lambda x: by_hand(x.sin(), -1))
+    check(lambda x: F.glu(x.sin(), dim=1), (2, 3), reference=lambda x: by_hand(x.sin(), 1))
+    with pytest.raises(ValueError, match="glu: expected an even size"):
+        carried(F.glu, torch.ones(2, 3), torch.ones(1, 2, 3))
+
+
+def test_short_types_take_softmax_in_float32():
+    q = torch.randn(2, 8, 4).to(torch.bfloat16)
+    got = carried(lambda x: F.scaled_dot_product_attention(x, x, x), q, q.unsqueeze(0))
+    assert got.dtype == torch.bfloat16
+    exact = carried(
+        lambda x: F.scaled_dot_product_attention(x, x, x), q.double(), q.double().unsqueeze(0)
+    )
+    torch.testing.assert_close(got.double(), exact, rtol=3e-2, atol=3e-2)

@@ -1,8 +1,11 @@
 r"""Value and derivatives of a function along directions, carried through it in one batch.
 
-What:
-    `carried` gives a function a `Jet` in place of x and reads the derivatives from the result. The
-    rules are in the files of this package, by kind; importing it registers them.
+- `jet`: the tensor that carries them; what happens to a function that is called on one.
+- `table`: by which function of PyTorch a rule is found, and which calls it takes.
+- `arithmetic`, `layers`, `norms`, `pointwise`, `properties`, `selection`, `shapes`: the rules, by
+  kind. Importing this package registers them.
+- `along`: functions without a rule.
+- `recompute`: formulas of which only the arguments are kept for the backward passes.
 """
 
 __all__ = ["Jet", "TaylorError", "carried"]
@@ -14,17 +17,14 @@ from torch import Tensor
 
 from hosm_losses.derivatives.taylor import (  # noqa: F401
     arithmetic,
-    attention,
-    casts,
-    indices,
-    joins,
     layers,
     norms,
     pointwise,
     properties,
+    selection,
     shapes,
 )
-from hosm_losses.derivatives.taylor.forward_mode import Pairs
+from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, define_methods
 
 define_methods()

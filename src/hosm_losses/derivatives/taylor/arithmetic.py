@@ -12,16 +12,24 @@ tensor with some, though its stack has an axis.
 __all__ = ["add", "matmul", "multiply"]
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
+from string import ascii_letters
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hosm_losses.derivatives.primitives import at_least_float32
-from hosm_losses.derivatives.taylor.jet import Jet, aligned
-from hosm_losses.derivatives.taylor.pointwise import apply, halves, power
-from hosm_losses.derivatives.taylor.table import NoRule, every, rule
+from hosm_losses.derivatives.taylor.jet import (
+    Jet,
+    aligned,
+    components,
+    halves,
+    result_type,
+    stacks_of,
+)
+from hosm_losses.derivatives.taylor.pointwise import apply, power
+from hosm_losses.derivatives.taylor.table import Function, NoRule, every, rule
 
 
 def _ndim(x: Any) -> int:
@@ -36,175 +44,147 @@ def _operands(*operands: Any) -> int:
 
 
 def _type(a: Any, b: Any) -> torch.dtype:
-    """The type that PyTorch gives the values of a and b together."""
+    """The type of a and b together, found at once where it is that of both."""
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype != b.dtype:
-        return torch.result_type(*(x.stack[0] if isinstance(x, Jet) else x for x in (a, b)))
+        return result_type(a, b)
     return (a if isinstance(a, Jet) else b).dtype
 
 
-def add(a: Any, b: Any, scale: float = 1) -> Jet:
-    """a + scale · b, of which one at least is a Jet."""
-    ndim = _operands(a, b)
+@rule(*every("add", "__add__", "__radd__"), several=True)
+def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
+    """a + alpha · b, of which one at least is a Jet."""
+    ndim, dtype = _operands(a, b), _type(a, b)
     if isinstance(a, Jet) and isinstance(b, Jet):
-        first, second = aligned(a.stack, ndim), aligned(b.stack, ndim)
-        count = min(len(first), len(second))
-        total = torch.add(first[:count], second[:count], alpha=scale)
-        if len(first) != len(second):
-            longer = first[count:] if len(first) > count else second[count:] * scale
-            total = torch.cat([total, longer.expand(-1, *total.shape[1:])])
-        return a.like(total.to(_type(a, b)))
+        first, second = (aligned(stack, ndim) for stack in stacks_of((a, b)))
+        return a.like(torch.add(first, second, alpha=alpha).to(dtype))
     jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
     stack = aligned(jet.stack, ndim)
-    if jet is b and scale != 1:
-        stack = stack * scale
-    value = stack[0] + (plain * scale if jet is a and scale != 1 else plain)
-    rest = stack[1:].expand(-1, *value.shape).to(value.dtype)
-    return jet.like(torch.cat([value.unsqueeze(0), rest]).to(_type(a, b)))
+    if alpha != 1:
+        stack, plain = (stack, plain * alpha) if jet is a else (stack * alpha, plain)
+    value, rest = stack.split((1, len(stack) - 1))
+    value = value.squeeze(0) + plain
+    rest = rest.expand(-1, *value.shape).to(value.dtype)
+    return jet.like(torch.cat([value.unsqueeze(0), rest]).to(dtype))
 
 
-def _product(a: Jet, b: Jet, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
+def _product(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
     """A product linear in both, of stacks that broadcast over their first axis."""
-    first, second = aligned(a.stack, ndim), aligned(b.stack, ndim)
+    first, second = (
+        aligned(each.stack, ndim) if isinstance(each, Jet) else each for each in (a, b)
+    )
+    if not isinstance(a, Jet) or not isinstance(b, Jet):
+        return (a if isinstance(a, Jet) else b).like(product(first, second))
     firsts, pairs = a.firsts, a.pairs
+    a_value, a_tangents, _ = components(first, firsts)
+    b_value, b_tangents, _ = components(second, firsts)
     # All of a with the value of b; then what the derivatives of b add.
-    left, right = product(first, second[:1]), product(first[:1], second[1:])
-    value, tangents = left[:1], left[1 : 1 + firsts] + right[:firsts]
+    value, tangents, seconds = components(product(first, b_value), firsts)
+    added = product(a_value, second[1:])
+    tangents = tangents + added[:firsts]
     if pairs == "none":
         return a.like(torch.cat([value, tangents]))
-    a_left, a_right = halves(first[1 : 1 + firsts], pairs)
-    b_left, b_right = halves(second[1 : 1 + firsts], pairs)
+    (a_left, a_right), (b_left, b_right) = halves(a_tangents, pairs), halves(b_tangents, pairs)
     both = product(a_left, b_right)
     both = 2 * both if pairs == "squares" else both + product(a_right, b_left)
-    for part in (left[1 + firsts :], right[firsts:]):
+    for part in (seconds, added[firsts:]):
         both = both + part if len(part) else both
     return a.like(torch.cat([value, tangents, both]))
 
 
-@rule(*every("add", "__add__", "__radd__"))
-def _add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
-    return add(a, b, alpha)
-
-
-@rule(*every("sub", "subtract", "__sub__"))
+@rule(*every("sub", "subtract", "__sub__"), several=True)
 def _sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     # Of which PyTorch says that masks are not subtracted.
     if any(
         isinstance(each, bool) or getattr(each, "dtype", None) == torch.bool for each in (a, b)
     ):
         raise NoRule
-    return add(a, b, -alpha)
+    return add(a, b, alpha=-alpha)
 
 
-@rule(*every("__rsub__", "rsub"))
-def _rsub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
-    return _sub(b, a, alpha=alpha)
-
-
-@rule(*every("neg", "negative", "__neg__"))
-def _neg(x: Jet) -> Jet:
-    return x.like(-x.stack)
-
-
-@rule(*every("mul", "multiply", "__mul__", "__rmul__"))
+@rule(*every("mul", "multiply", "__mul__", "__rmul__"), several=True)
 def multiply(a: Any, b: Any) -> Jet:
     """a b, of which one at least is a Jet."""
     ndim = _operands(a, b)
-    if isinstance(a, Jet) and isinstance(b, Jet):
-        if a is b:
-            return apply(partial(power, exponent=2), a)
-        product = _product(a, b, torch.mul, ndim)
-        return product.like(product.stack.to(_type(a, b)))
-    jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
-    return jet.like((aligned(jet.stack, ndim) * plain).to(_type(a, b)))
+    if a is b:
+        return apply(partial(power, exponent=2), a)
+    return _product(a, b, torch.mul, ndim).typed(_type(a, b))
 
 
-@rule(*every("div", "divide", "true_divide", "__truediv__"))
+@rule(*every("div", "divide", "true_divide", "__truediv__"), several=True)
 def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
     if rounding_mode is not None:
         raise NoRule
     ndim = _operands(a, b)
     if not isinstance(b, Jet):
-        return a.like((aligned(a.stack, ndim) / b).to(_type(a, b)))
+        return _product(a, b, torch.div, ndim).typed(_type(a, b))
     # The inverse of a short type may be out of its range where the quotient is not.
     inverse = apply(partial(power, exponent=-1), b.like(at_least_float32(b.stack)))
-    return b.like(multiply(a, inverse).stack.to(_type(a, b)))
-
-
-@rule(*every("__rdiv__", "__rtruediv__"))
-def _rdiv(a: Jet, b: Any) -> Jet:
-    return _div(b, a)
+    return multiply(a, inverse).typed(_type(a, b))
 
 
 @rule(*every("pow", "__pow__"))
 def _pow(x: Any, exponent: Any) -> Jet:
-    number = isinstance(exponent, float | int) and not isinstance(exponent, bool)
-    if not isinstance(x, Jet) or not number:
+    if not isinstance(exponent, float | int) or isinstance(exponent, bool):
         raise NoRule
     return apply(partial(power, exponent=exponent), x)
 
 
-@rule(*every("addcmul"))
+@rule(*every("addcmul"), several=True)
 def _addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
     product = multiply(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a * b
-    return add(x, product, value)
+    return add(x, product, alpha=value)
 
 
-@rule(*every("matmul", "__matmul__"))
+@rule(*every("matmul", "__matmul__"), several=True)
 def matmul(a: Any, b: Any) -> Jet:
     """The matrix product, of which one factor at least is a Jet."""
-    ndim = max(_ndim(a), _ndim(b))
     if min(_ndim(a), _ndim(b)) < 2:
         raise NoRule
-    if isinstance(a, Jet) and isinstance(b, Jet):
-        return _product(a, b, torch.matmul, ndim)
-    if isinstance(a, Jet):
-        return a.like(torch.matmul(aligned(a.stack, ndim), b))
-    return b.like(torch.matmul(a, aligned(b.stack, ndim)))
+    return _product(a, b, torch.matmul, max(_ndim(a), _ndim(b)))
 
 
-@rule(*every("mm", "bmm"))
+@rule(*every("mm", "bmm"), several=True)
 def _of_matrices(a: Any, b: Any) -> Jet:
     if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2]:
         raise NoRule
     return matmul(a, b)
 
 
-@rule(*every("__rmatmul__"))
-def _rmatmul(a: Any, b: Any) -> Jet:
-    return matmul(b, a)
+def _swapped(function: Function) -> Function:
+    return wraps(function)(lambda a, b, **named: function(b, a, **named))
 
 
-@rule(torch.einsum)
+rule(*every("__rsub__", "rsub"), several=True)(_swapped(_sub))
+rule(*every("__rdiv__", "__rtruediv__"), several=True)(_swapped(_div))
+rule(*every("__rmatmul__"), several=True)(_swapped(matmul))
+
+
+@rule(torch.einsum, several=True)
 def _einsum(equation: Any, *operands: Any) -> Jet:
-    if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = tuple(operands[0])
+    listed = len(operands) == 1 and isinstance(operands[0], list | tuple)
+    factors: Any = operands[0] if listed else operands
     # Not the form without a string, nor one whose result is implied.
     written = isinstance(equation, str) and "..." not in equation and "->" in equation
-    if not written or len(operands) > 2:
+    if not written or len(factors) > 2:
         raise NoRule
-    new = next(letter for letter in "zyxwvutsrqponmlkjihgfedcbaZYXWVU" if letter not in equation)
+    new = next(letter for letter in ascii_letters if letter not in equation)
     given, _, result = equation.replace(" ", "").partition("->")
-    terms = given.split(",")
-    jets = [operand for operand in operands if isinstance(operand, Jet)]
-    if len(jets) == 1:
-        terms = [
-            new + term if isinstance(operand, Jet) else term
-            for term, operand in zip(terms, operands, strict=True)
-        ]
-        stacks = [operand.stack if isinstance(operand, Jet) else operand for operand in operands]
-        return jets[0].like(torch.einsum(f"{','.join(terms)}->{new}{result}", *stacks))
-    # One of the two stacks has a single component, or both have the same number.
-    batched = f"{','.join(new + term for term in terms)}->{new}{result}"
-    a, b = jets
-    return _product(a, b, partial(torch.einsum, batched), 0)
+    terms = [
+        new + term if isinstance(factor, Jet) else term
+        for term, factor in zip(given.split(","), factors, strict=True)
+    ]
+    product = partial(torch.einsum, f"{','.join(terms)}->{new}{result}")
+    if len(factors) == 1:
+        return factors[0].like(product(factors[0].stack))
+    return _product(factors[0], factors[1], product, 0)
 
 
-@rule(*every("baddbmm"))
+@rule(*every("baddbmm"), several=True)
 def _baddbmm(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
     if not isinstance(a, Jet) and not isinstance(b, Jet):
         raise NoRule
     product = multiply(_of_matrices(a, b), alpha)
     if beta == 0:
         return product
-    total = add(product, x, beta)
-    return total.like(total.stack.to(product.dtype))  # under autocast x may be in a wider type
+    # Under autocast x may be in a wider type.
+    return add(product, x, alpha=beta).typed(product.dtype)

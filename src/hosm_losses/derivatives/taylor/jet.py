@@ -9,15 +9,13 @@ What:
 Formula, for y = f(x) along l, and along the pair (l, r):
     y_l = ∂f x_l        y_lr = ∂f x_lr + ∂²f[x_l, x_r]
 
+    Second derivatives that are zero everywhere, as those of the input are, are not stored.
+
 Without a rule:
     The function is differentiated by `torch.func.jvp`, by itself and with the user's own
-    arguments, with the safe primitives in place: right, but not as fast. So is a call that its
-    rule does not know, which raises `NoRule`. What cannot be right raises TaylorError: a function
-    that changes its argument in place, complex numbers, and anything under torch.no_grad, where a
-    custom autograd.Function computes.
-
-Second derivatives that are zero, as those of the input are, are not stored: a stack is then short,
-of 1 + `firsts` components.
+    arguments, with the safe primitives in place: right, but not as fast. What cannot be right
+    raises TaylorError: a function that changes its argument in place, complex numbers, and
+    anything under torch.no_grad, where a custom autograd.Function computes.
 
 A rule calls other rules, and PyTorch on stacks; it does not call PyTorch on Jets, which
 torch.compile would take for plain tensors there.
@@ -32,13 +30,16 @@ __all__ = [
     "Jet",
     "TaylorError",
     "aligned",
-    "call",
+    "components",
     "define_methods",
-    "fallback",
+    "halves",
+    "like_samples",
     "on_values",
+    "result_type",
+    "stacks_of",
 ]
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -46,28 +47,19 @@ from torch import Tensor
 
 from hosm_losses._torch_internals import pytree, shell, versions
 from hosm_losses.derivatives.primitive_mode import safe_primitives
-from hosm_losses.derivatives.taylor.forward_mode import Pairs, along
-from hosm_losses.derivatives.taylor.table import CONSTANT, RULES, NoRule, Rule, bound, rule
+from hosm_losses.derivatives.taylor.along import Pairs, along
+from hosm_losses.derivatives.taylor.table import CONSTANT, RULES, NoRule, Rule, rule
 
-METHODS = (
-    "__iter__",
-    "norm",
-    "split",
-    "unflatten",
-    "__rsub__",
-    "__rdiv__",
-    "__rtruediv__",
-    "__pow__",
-)
+METHODS = ["__iter__", "__pow__", "__rdiv__", "__rsub__", "__rtruediv__"]
+METHODS += ["norm", "split", "unflatten"]
 # Those functions with their rules: torch.compile does not find them in a dictionary.
 IN_PYTHON: list[tuple[Callable[..., Any], Rule | None]] = []
 CHANGES = "changes in place what depends on x."
 COMPLEX = "makes complex numbers of what depends on x."
-OPERATORS = {
-    *("__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__"),
-    *("__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__"),
-    *("__ilshift__", "__irshift__"),
-}
+OPERATORS = """
+    __setitem__ __iadd__ __isub__ __imul__ __idiv__ __itruediv__ __ifloordiv__ __imod__ __ipow__
+    __iand__ __ior__ __ixor__ __ilshift__ __irshift__
+"""
 
 
 class TaylorError(RuntimeError):
@@ -75,17 +67,11 @@ class TaylorError(RuntimeError):
 
 
 class Jet(Tensor):
-    """A tensor that carries derivatives of its value.
+    """A tensor that carries derivatives of its value."""
 
-    Attributes:
-        stack: value, first and second derivatives, of shape (C, B, *).
-        firsts: the number of first derivatives.
-        pairs: which second derivatives there are.
-    """
-
-    stack: Tensor
-    firsts: int
-    pairs: Pairs
+    stack: Tensor  # value, first and second derivatives, of shape (C, B, *)
+    firsts: int  # the number of first derivatives
+    pairs: Pairs  # which second derivatives there are
 
     @staticmethod
     def make(stack: Tensor, firsts: int, pairs: Pairs = "none") -> "Jet":
@@ -100,10 +86,14 @@ class Jet(Tensor):
         """Return the Jet of another stack along the same directions."""
         return Jet.make(stack, self.firsts, self.pairs)
 
-    @property
-    def is_short(self) -> bool:
-        """Whether second derivatives are all zero, or not wanted."""
-        return len(self.stack) == 1 + self.firsts
+    def typed(self, dtype: torch.dtype) -> "Jet":
+        """Return the Jet in another floating type."""
+        return self.like(self.stack.to(dtype))
+
+    def of(self, stack: Tensor) -> Tensor:
+        """Return the Jet of a stack, or the plain value of one of integers or masks."""
+        differentiable = stack.is_floating_point() or stack.is_complex()
+        return self.like(stack) if differentiable else stack[0]
 
     @classmethod
     def __torch_function__(
@@ -133,21 +123,64 @@ for _entry, _answer in _ASKED.items():
     setattr(_Opaque, _entry, property(_answer))
 
 
+def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The value, first and second derivatives of a stack; of the last there may be none."""
+    # Split, whose gradient is one stack: that of a slice is a stack for each, most of it zero.
+    value, tangents, seconds = stack.split((1, firsts, len(stack) - 1 - firsts))
+    return value, tangents, seconds
+
+
+def halves(firsts: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """The first derivatives on the left and on the right of the second ones."""
+    if pairs == "squares":
+        return firsts, firsts
+    left, right = firsts.chunk(2)
+    return left, right
+
+
+def aligned(stack: Tensor, ndim: int) -> Tensor:
+    """A stack with axes of size one after its first, for a value of `ndim` axes at least."""
+    missing = max(0, ndim + 1 - stack.ndim)
+    return stack.reshape(len(stack), *(1,) * missing, *stack.shape[1:]) if missing else stack
+
+
+def stacks_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Equally long stacks of Jets and plain tensors, which have derivatives of zero."""
+    stacks = [each.stack if isinstance(each, Jet) else each.unsqueeze(0) for each in tensors]
+    count = max(len(stack) for stack in stacks)
+    return [
+        stack
+        if len(stack) == count
+        else torch.cat([stack, stack.new_zeros(count - len(stack), *stack.shape[1:])])
+        for stack in stacks
+    ]
+
+
+def result_type(a: Any, b: Any) -> torch.dtype:
+    """The type that PyTorch gives the values of a and b, Jets or not, together."""
+    return torch.result_type(*(x.stack[0] if isinstance(x, Jet) else x for x in (a, b)))
+
+
+def like_samples(function: Callable[[Tensor], Tensor], x: Jet) -> Jet:
+    """A function that treats every sample alone, with the components of x as more samples."""
+    return x.like(function(x.stack.flatten(0, 1)).unflatten(0, x.stack.shape[:2]))
+
+
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Evaluate a function of PyTorch on arguments with Jets among them."""
     if CONSTANT.get(func):
         return on_values(func, args, kwargs)
-    if kwargs.get("out") is not None:
+    if kwargs.get("out") is not None or kwargs.get("inplace"):
         raise TaylorError(f"{_name(func)}: {CHANGES}")
     if torch.compiler.is_compiling():
         for method, found in IN_PYTHON:
             if func is method:
                 return _run(found, func, args, kwargs)
-    found, name = RULES.get(func), getattr(func, "__name__", "")
+    found, name = RULES.get(func), _name(func)
     if found is None and name == "__get__":
         answer = on_values(func, args, kwargs)
         # A property that is a tensor, such as .real, is a function like any other.
-        return fallback(func, args, kwargs) if isinstance(answer, Tensor) else answer
+        return _differentiated(func, args, kwargs) if isinstance(answer, Tensor) else answer
     if name == "__set__":
         raise TaylorError(f"a property {CHANGES}")
     return _run(found, func, args, kwargs)
@@ -156,14 +189,19 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
         raise TaylorError(f"{_name(func)}: called under torch.no_grad on what depends on x.")
-    if found is not None:
-        taken = bound(found, args, kwargs)
-        if taken is not None:
-            try:
-                return found(*taken[0], **taken[1])
-            except NoRule:
-                pass
-    return fallback(func, args, kwargs)
+    taken = None if found is None else found.bound(args, kwargs)
+    if found is not None and taken is not None and (found.several or _is_first(*taken)):
+        try:
+            return found.function(*taken[0], **taken[1])
+        except NoRule:
+            pass
+    return _differentiated(func, args, kwargs)
+
+
+def _is_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the first argument is a Jet and no other is."""
+    jets = [isinstance(each, Jet) for each in (*args, *kwargs.values())]
+    return jets[0] and sum(jets) == 1
 
 
 def define_methods() -> None:
@@ -173,16 +211,12 @@ def define_methods() -> None:
     """
     for name in METHODS:
         function = getattr(Tensor, name)
-        found = RULES.get(function)
-        IN_PYTHON.append((function, found))
-        setattr(Jet, name, _method(function, found))
+        IN_PYTHON.append((function, RULES.get(function)))
+        setattr(Jet, name, _method(function))
 
 
-def _method(function: Callable[..., Any], found: Rule | None) -> Callable[..., Any]:
-    def called(self: Jet, *args: Any, **named: Any) -> Any:
-        return _run(found, function, (self, *args), named)
-
-    return called
+def _method(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args, **named: call(function, (self, *args), named)
 
 
 def _name(func: Callable[..., Any]) -> str:
@@ -195,59 +229,36 @@ def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def aligned(stack: Tensor, ndim: int) -> Tensor:
-    """A stack with axes of size one after its first, for a value of `ndim` axes at least."""
-    missing = max(0, ndim + 1 - stack.ndim)
-    return stack.reshape(len(stack), *(1,) * missing, *stack.shape[1:]) if missing else stack
-
-
-def fallback(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _differentiated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Differentiate a function without a rule by torch.func.jvp, in one evaluation of it."""
-    if kwargs.get("inplace"):
-        raise TaylorError(f"{_name(func)}: {CHANGES}")
     flat, form = pytree.tree_flatten((args, kwargs))
     places = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]
     jets: list[Jet] = [flat[place] for place in places]
-    firsts, pairs = jets[0].firsts, jets[0].pairs
-    shape: list[Any] = []
+    seen: list[Any] = []
 
-    def function(*values: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
         filled = list(flat)
         for place, value in zip(places, values, strict=True):
             filled[place] = value
         given, named = pytree.tree_unflatten(filled, form)
         with safe_primitives():
-            leaves, tree = pytree.tree_flatten(func(*given, **named))
-        if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves):
+            seen[:] = pytree.tree_flatten(func(*given, **named))
+        if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in seen[0]):
             raise TaylorError(f"{_name(func)}: {COMPLEX}")
-        marked = [(_kind(leaf), leaf) for leaf in leaves]
-        shape[:] = tree, marked
-        found = tuple(leaf for kind, leaf in marked if kind == "jet")
-        others = tuple(leaf for kind, leaf in marked if kind == "tensor")
-        # One result at least, where none of the function's has a derivative.
-        return found or (values[0].new_zeros(()),), others
+        # One result at least, where the function returns no tensor.
+        found = tuple(leaf for leaf in seen[0] if isinstance(leaf, Tensor))
+        return found or (values[0].new_zeros(()),)
 
     # Copies, whose versions show a change in place.
     values = tuple(jet.stack[0].clone() for jet in jets)
     before = versions(values)
     derivatives = tuple(jet.stack[1:] for jet in jets)
-    stacks, others = along(function, values, derivatives, firsts, pairs)
+    stacks = iter(along(function, values, derivatives, jets[0].firsts, jets[0].pairs))
     if versions(values) != before:
         raise TaylorError(f"{_name(func)}: {CHANGES}")
-    tree, marked = shape
-    found = {
-        "jet": (Jet.make(stack, firsts, pairs) for stack in stacks),
-        "tensor": iter(others),
-    }
-    leaves = [next(found[kind]) if kind in found else leaf for kind, leaf in marked]
-    return pytree.tree_unflatten(leaves, tree)
-
-
-def _kind(leaf: object) -> str:
-    """What a result becomes: a Jet, a plain tensor, or itself."""
-    if not isinstance(leaf, Tensor):
-        return "other"
-    return "jet" if leaf.is_floating_point() else "tensor"
+    leaves, tree = seen
+    found = [jets[0].of(next(stacks)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(found, tree)
 
 
 def _refuse(*_args: Any, **_named: Any) -> Any:
@@ -255,6 +266,9 @@ def _refuse(*_args: Any, **_named: Any) -> Any:
 
 
 # Methods that change their object, which is how PyTorch names them.
-for _entry in dir(Tensor):
-    if (_entry.endswith("_") and not _entry.endswith("__")) or _entry in OPERATORS:
-        rule(getattr(Tensor, _entry))(_refuse)
+_changing = [
+    getattr(Tensor, name)
+    for name in dir(Tensor)
+    if (name.endswith("_") and not name.endswith("__")) or name in OPERATORS.split()
+]
+rule(*_changing, several=True)(_refuse)

@@ -1,11 +1,17 @@
-"""Rules for layers of weights: one call on the value and its derivatives as one larger batch.
+r"""Rules for layers: weights, softmax, attention and gates.
 
-The bias belongs to the value alone.
+A layer of weights is one call on the value and its derivatives as one larger batch; the bias
+belongs to the value alone.
+
+Formula of p = softmax(x), with ⟨·⟩ the mean under p and u_l = x_l − ⟨x_l⟩:
+    p_l = p u_l     p_lr = p (u_l u_r − ⟨u_l u_r⟩ + u_lr)
+
+Attention is two products of matrices and a softmax; its matrix of weights is kept.
 """
 
 __all__: list[str] = []
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,67 +19,131 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._torch_internals import traced
-from hosm_losses.derivatives.taylor.jet import Jet
-from hosm_losses.derivatives.taylor.table import NoRule, rule
+from hosm_losses.derivatives.primitives import at_least_float32, attention_weights, causal_mask
+from hosm_losses.derivatives.taylor.along import Pairs
+from hosm_losses.derivatives.taylor.arithmetic import add, matmul, multiply
+from hosm_losses.derivatives.taylor.jet import Jet, components, halves, like_samples
+from hosm_losses.derivatives.taylor.pointwise import apply, sigmoid
+from hosm_losses.derivatives.taylor.recompute import recomputed
+from hosm_losses.derivatives.taylor.selection import masked_fill
+from hosm_losses.derivatives.taylor.table import Function, NoRule, axis, every, rule, rule_of_each
 
 
 class _AddInPlace(torch.autograd.Function):
     """Add a bias to the first rows of what a layer has just made, without a copy of the rest."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, bias: Tensor, rows: int, dim: int) -> Tensor:
-        ctx.rows, ctx.shape, ctx.dtype = rows, _shape(output, dim), bias.dtype
-        output[:rows] += bias.reshape(ctx.shape)
+    def forward(ctx: Any, output: Tensor, bias: Tensor, rows: int) -> Tensor:
+        ctx.rows, ctx.shape, ctx.dtype = rows, bias.shape, bias.dtype
+        output[:rows] += bias
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         (cotangent,) = cotangents
-        own = cotangent[: ctx.rows].sum_to_size(ctx.shape).flatten().to(ctx.dtype)
-        return cotangent, own, None, None
+        return cotangent, cotangent[: ctx.rows].sum_to_size(ctx.shape).to(ctx.dtype), None
 
 
-def _shape(output: Tensor, dim: int) -> tuple[int, ...]:
-    return tuple(
-        size if axis == dim % output.ndim else 1 for axis, size in enumerate(output.shape)
-    )
-
-
-def _with_bias(output: Tensor, bias: Tensor | None, rows: int, dim: int) -> Tensor:
+def _with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     if bias is None:
         return output
     if traced():
-        value = output[:rows] + bias.reshape(_shape(output, dim))
-        return torch.cat([value.to(output.dtype), output[rows:]])
-    return _AddInPlace.apply(output, bias, rows, dim)  # pyright: ignore[reportReturnType]
+        return torch.cat([(output[:rows] + bias).to(output.dtype), output[rows:]])
+    return _AddInPlace.apply(output, bias, rows)  # pyright: ignore[reportReturnType]
 
 
 @rule(F.linear)
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    if isinstance(weight, Jet) or isinstance(bias, Jet) or weight.ndim != 2 or x.ndim == 0:
+def _linear(x: Any, weight: Any, bias: Any = None) -> Jet:
+    if weight.ndim != 2 or x.ndim == 0:
         raise NoRule
-    return x.like(_with_bias(F.linear(x.stack, weight), bias, 1, -1))
+    return x.like(_with_bias(F.linear(x.stack, weight), bias, 1))
 
 
-def _convolution(function: Callable[..., Any], axes: int) -> None:
-    def convolved(x: Any, weight: Any, bias: Any = None, *args: Any, **named: Any) -> Any:
-        if isinstance(weight, Jet) or isinstance(bias, Jet) or x.ndim != axes + 2:
-            raise NoRule
-        count, batch = x.stack.shape[:2]
-        output = function(x.stack.flatten(0, 1), weight, None, *args, **named)
-        return x.like(_with_bias(output, bias, batch, 1).unflatten(0, (count, batch)))
+@rule_of_each(
+    *every("conv1d", "conv2d", "conv3d"),
+    *every("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+)
+def _convolution(
+    function: Function, x: Any, weight: Any, bias: Any = None, *args: Any, **named: Any
+) -> Jet:
+    if x.ndim != weight.ndim:  # as of one sample
+        raise NoRule
+    bias = None if bias is None else bias.reshape(-1, *(1,) * (x.ndim - 2))
 
-    rule(function)(convolved)
+    def biased(samples: Tensor) -> Tensor:
+        return _with_bias(function(samples, weight, None, *args, **named), bias, x.shape[0])
+
+    return like_samples(biased, x)
 
 
-for _axes, _functions in enumerate(
-    (
-        (F.conv1d, F.conv_transpose1d),
-        (F.conv2d, F.conv_transpose2d),
-        (F.conv3d, F.conv_transpose3d),
-    ),
-    start=1,
-):
-    for _function in _functions:
-        _convolution(_function, _axes)
+def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
+    logits, tangents, seconds = components(at_least_float32(stack), firsts)
+    weights = torch.softmax(logits, dim)
+
+    def about_mean(x: Tensor) -> Tensor:
+        return x - (weights * x).sum(dim, keepdim=True)
+
+    centred = about_mean(tangents)
+    parts = [weights, weights * centred]
+    if pairs != "none":
+        left, right = halves(centred, pairs)
+        both = about_mean(left * right)
+        parts.append(weights * (both + about_mean(seconds) if len(seconds) else both))
+    return torch.cat(parts)
+
+
+@rule(torch.softmax, Tensor.softmax, F.softmax)
+def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3) -> Jet:
+    """exp(x) over its sum along an axis, of x in another type if one is given."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise NoRule
+    stack = x.stack if dtype is None else x.stack.to(dtype)
+    softened = partial(_softened, axis(dim, x.ndim), x.firsts, x.pairs)
+    return x.like(recomputed(softened, stack)).typed(stack.dtype)
+
+
+@rule(F.scaled_dot_product_attention, several=True)
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    if is_causal and attn_mask is not None:
+        raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both.")
+    if isinstance(attn_mask, Jet) or enable_gqa or query.ndim < 3:
+        raise NoRule
+    if not isinstance(query, Jet) and not isinstance(key, Jet):
+        weights = attention_weights(query, key, attn_mask, is_causal, scale)
+        return matmul(F.dropout(weights.to(value.dtype), dropout_p), value)
+    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
+    query = multiply(query, factor) if isinstance(query, Jet) else query * factor
+    key = key.like(key.stack.mT) if isinstance(key, Jet) else key.mT
+    logits = matmul(query, key)
+    logits = logits.like(at_least_float32(logits.stack))
+    if is_causal:
+        attn_mask = causal_mask(logits)
+    if attn_mask is None:
+        weights = softmax(logits, -1)
+    elif attn_mask.dtype == torch.bool:
+        masked = masked_fill(logits, ~attn_mask, torch.finfo(logits.dtype).min)
+        weights = multiply(softmax(masked, -1), attn_mask.any(-1, keepdim=True))
+    else:
+        weights = softmax(add(logits, attn_mask), -1)
+    if dropout_p:
+        weights = multiply(weights, F.dropout(torch.ones_like(weights.stack[0]), dropout_p))
+    return matmul(weights.typed(value.dtype), value)
+
+
+@rule(F.glu)
+def _glu(x: Jet, dim: int = -1) -> Jet:
+    dim = axis(dim, x.ndim)
+    if x.shape[dim] % 2:
+        raise ValueError(f"glu: expected an even size in dimension {dim}; got {tuple(x.shape)}.")
+    value, gate = x.stack.chunk(2, dim)
+    return multiply(x.like(value), apply(sigmoid, x.like(gate)))

@@ -1,51 +1,87 @@
-"""Rules for norms; see `hosm_losses.derivatives.taylor.norm_formulas` for what they compute."""
+r"""Rules for norms.
+
+Formula over a row of N elements, with c = x − ⟨x⟩, ⟨·⟩ the mean over the row (RMS norm: c = x) and
+ρ = (⟨c²⟩ + eps)^(−1/2), for derivatives of c:
+    y = ρ c
+    s_l = −ρ² ⟨c c_l⟩                              y_l = ρ (c_l + s_l c)
+    b = 3 s_l s_r − ρ² ⟨c_l c_r + c c_lr⟩          y_lr = ρ (c_lr + s_r c_l + s_l c_r + b c)
+
+The gradients are autograd's, of the formula evaluated again.
+"""
 
 __all__: list[str] = []
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.derivatives.primitives import at_least_float32, per_channel
+from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.arithmetic import add, multiply
-from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError
-from hosm_losses.derivatives.taylor.norm_formulas import Rows, evaluate
-from hosm_losses.derivatives.taylor.norm_gradients import pull_back, pull_back_again
+from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, components, halves
 from hosm_losses.derivatives.taylor.pointwise import apply, power
-from hosm_losses.derivatives.taylor.recompute import Formula, recomputed
+from hosm_losses.derivatives.taylor.recompute import recomputed
+from hosm_losses.derivatives.taylor.selection import masked_fill
 from hosm_losses.derivatives.taylor.table import NoRule, axes, rule
 
+_root, _inverse_root = partial(power, exponent=0.5), partial(power, exponent=-0.5)
 
-def _apply(rows: Rows, x: Jet, weight: Tensor | None, bias: Tensor | None) -> Jet:
-    again = None
-    if x.pairs == "none" and x.firsts == 1:
-        again = Formula(partial(pull_back_again, rows))
-    along = x.firsts, x.pairs
-    formula = Formula(
-        partial(evaluate, rows, *along),
-        Formula(partial(pull_back, rows, *along), again),
-    )
+
+class _Rows(NamedTuple):
+    """What a norm is taken over."""
+
+    shape: tuple[int, ...]  # in which the value is seen
+    dims: tuple[int, ...]  # of the shape, counted from the back, over which a mean is taken
+    weights: tuple[int, ...]  # the shape of weight and bias, broadcast against it
+    eps: float  # added to the variance
+    centred: bool = True  # whether the mean is subtracted
+
+
+def _normalised(
+    rows: _Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Any, bias: Any
+) -> Tensor:
+    """The stack of a norm, with weight and bias; computed in float32 at least."""
+    count = math.prod([rows.shape[dim] for dim in rows.dims])
+
+    def mean(x: Tensor) -> Tensor:
+        # The gradient of a mean is written out, that of a sum is a view.
+        return x.sum(rows.dims, keepdim=True) / count
+
+    c = at_least_float32(stack).reshape(len(stack), *rows.shape)
+    c = c - mean(c) if rows.centred else c
+    value, tangents, seconds = components(c, firsts)
+    rho = torch.rsqrt(mean(value * value) + rows.eps)
+    scale = rho if weight is None else rho * weight.reshape(rows.weights)
+    slopes = -rho * rho * mean(value * tangents)
+    scaled = value * scale
+    parts = [
+        scaled if bias is None else scaled + bias.reshape(rows.weights),
+        torch.addcmul(tangents, value, slopes) * scale,
+    ]
+    if pairs != "none":
+        (left, right), (to_left, to_right) = halves(tangents, pairs), halves(slopes, pairs)
+        products = left * right
+        products = torch.addcmul(products, value, seconds) if len(seconds) else products
+        bend = 3 * to_left * to_right - rho * rho * mean(products)
+        bent = torch.addcmul(torch.addcmul(value * bend, left, to_right), right, to_left)
+        parts.append((bent + seconds if len(seconds) else bent) * scale)
+    return torch.cat(parts).reshape(-1, *stack.shape[1:]).to(stack.dtype)
+
+
+def _norm(rows: _Rows, x: Any, weight: Any = None, bias: Any = None) -> Jet:
+    formula = partial(_normalised, rows, x.firsts, x.pairs)
     return x.like(recomputed(formula, x.stack, weight, bias))
-
-
-def _plain(*others: object) -> bool:
-    return not any(isinstance(other, Jet) for other in others)
 
 
 @rule(F.layer_norm, torch.layer_norm)
 def _layer_norm(
-    x: Any,
-    normalized_shape: Iterable[int],
-    weight: Any = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,  # noqa: ARG001
-) -> Any:
+    x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Jet:
     return _over_last(x, normalized_shape, weight, bias, eps, centred=True)
 
 
@@ -53,72 +89,44 @@ def _layer_norm(
 _WIDE = bool(F.rms_norm(torch.full((1, 1), 2**-8, dtype=torch.bfloat16, device="cpu"), (1,)) > 0.5)
 
 
-def _is_short(x: Tensor) -> bool:
-    return x.dtype in (torch.float16, torch.bfloat16)
-
-
 @rule(F.rms_norm, torch.rms_norm)
-def _rms_norm(
-    x: Any, normalized_shape: Iterable[int], weight: Any = None, eps: float | None = None
-) -> Any:
+def _rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Jet:
     if eps is None:
-        eps = torch.finfo(torch.float32 if _WIDE and _is_short(x) else x.dtype).eps
+        eps = torch.finfo(at_least_float32(x.stack).dtype if _WIDE else x.dtype).eps
     return _over_last(x, normalized_shape, weight, None, eps, centred=False)
 
 
-def _over_last(
-    x: Any, shape: Iterable[int], weight: Any, bias: Any, eps: float, *, centred: bool
-) -> Jet:
-    if not _plain(weight, bias) or not isinstance(shape, tuple | list):
-        raise NoRule
+def _over_last(x: Any, shape: Any, weight: Any, bias: Any, eps: float, *, centred: bool) -> Jet:
+    if not isinstance(shape, tuple | list) or not 0 < len(shape) < x.ndim:
+        raise NoRule  # as where a row is not a part of a sample
     shape = tuple(shape)
-    if not 0 < len(shape) < x.ndim:  # a row is a part of a sample
-        raise NoRule
     if tuple(x.shape[-len(shape) :]) != shape:
         raise ValueError(f"norm: expected an input that ends in {shape}; got {tuple(x.shape)}.")
-    size = math.prod(shape)
-    rows = (*x.shape[1 : -len(shape)], 1, size)
-    return _apply(Rows(rows, (1, size), eps, centred), x, weight, bias)
+    dims = tuple(range(-len(shape), 0))
+    return _norm(_Rows(tuple(x.shape), dims, shape, eps, centred), x, weight, bias)
 
 
 @rule(F.group_norm, torch.group_norm)
 def _group_norm(
-    x: Any,
-    num_groups: int,
-    weight: Any = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,  # noqa: ARG001
-) -> Any:
-    if not _plain(weight, bias) or x.ndim < 2:
+    x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Jet:
+    if x.ndim < 2:
         raise NoRule
-    channels = x.shape[1]
+    batch, channels, *_ = x.shape
     if channels % num_groups:
         raise ValueError(
             f"group_norm: expected channels that {num_groups} groups divide; got {channels}."
         )
     each = channels // num_groups
-    rows = (num_groups, each, math.prod(x.shape[2:]))
-    return _apply(Rows(rows, (num_groups, each, 1), eps, centred=True), x, weight, bias)
+    shape = (batch, num_groups, each, x.shape[2:].numel())
+    return _norm(_Rows(shape, (-2, -1), (num_groups, each, 1), eps), x, weight, bias)
 
 
-def _standardised_over(x: Jet, dims: tuple[int, ...], eps: float) -> Jet:
-    """Centred and divided by the deviation over the batch and other axes, in float32 at least."""
-    kept = [dim for dim in range(x.ndim) if dim not in dims]
-    order = (0, *(dim + 1 for dim in (*kept, *dims)))
-    stack = x.stack.permute(order)
-    shape = (*stack.shape[2 : 1 + len(kept)], 1, math.prod(stack.shape[1 + len(kept) :]))
-    rows = Rows(shape, (), eps, centred=True)
-    standard = _apply(rows, x.like(stack), None, None).stack
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return x.like(standard.permute(back))
-
-
-def _affine(x: Jet, weight: Tensor | None, bias: Tensor | None) -> Jet:
-    shape = per_channel(x)
-    scaled = x if weight is None else multiply(x, weight.reshape(shape))
-    shifted = scaled if bias is None else add(scaled, bias.reshape(shape))
-    return x.like(shifted.stack.to(x.dtype))
+def _move_statistics(norm: Callable[..., Tensor], x: Jet, *statistics: Any) -> None:
+    """Let the operator update its statistics, and refuse a single value a channel."""
+    mean, variance, momentum, eps = statistics
+    with torch.no_grad():
+        norm(x.stack[0].detach(), mean, variance, None, None, True, momentum, eps)
 
 
 @rule(F.batch_norm)
@@ -131,21 +139,22 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Any:
-    if x.ndim < 2 or not isinstance(x, Jet) or not _plain(weight, bias, running_mean, running_var):
+) -> Jet:
+    if x.ndim < 2:
         raise NoRule
-    if not training:
-        if running_mean is None or running_var is None:
-            raise TaylorError("batch_norm: expected its statistics, as in evaluation.")
-        scale = torch.rsqrt(running_var + eps)
-        scale = scale if weight is None else scale * weight
-        shift = -running_mean * scale
-        return _affine(x, scale, shift if bias is None else shift + bias)
-    value = x.stack[0].detach()
-    with torch.no_grad():
-        # The operator updates its statistics, and refuses a single value a channel.
-        F.batch_norm(value, running_mean, running_var, None, None, True, momentum, eps)
-    return _affine(_standardised_over(x, (0, *range(2, x.ndim)), eps), weight, bias)
+    channels = per_channel(x)
+    if training:
+        _move_statistics(F.batch_norm, x, running_mean, running_var, momentum, eps)
+        dims = axes((0, *range(2, x.ndim)), x.ndim)
+        return _norm(_Rows(tuple(x.shape), dims, channels, eps), x, weight, bias)
+    if running_mean is None or running_var is None:
+        raise TaylorError("batch_norm: expected its statistics, as in evaluation.")
+    scale = torch.rsqrt(running_var + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale
+    shift = shift if bias is None else shift + bias
+    scaled = multiply(x, scale.reshape(channels))
+    return add(scaled, shift.reshape(channels)).typed(x.dtype)
 
 
 @rule(F.instance_norm)
@@ -158,45 +167,31 @@ def _instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Any:
-    if x.ndim < 3 or not isinstance(x, Jet) or not _plain(weight, bias, running_mean, running_var):
+) -> Jet:
+    if x.ndim < 3:
         raise NoRule
     if not use_input_stats:
-        return _batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
-    with torch.no_grad():
-        value = x.stack[0].detach()
-        F.instance_norm(value, running_mean, running_var, None, None, True, momentum, eps)
+        return _batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
+    _move_statistics(F.instance_norm, x, running_mean, running_var, momentum, eps)
     return _group_norm(x, x.shape[1], weight, bias, eps)
 
 
 def _sum_of_squares(x: Any, dim: Any, keepdim: bool) -> Jet:
     """In float32 at least, in which the square of a small number is not zero."""
-    if not isinstance(x, Jet) or x.ndim == 0:
+    if x.ndim == 0:
         raise NoRule
-    dims = axes(dim, x.ndim)
     wide = x.like(at_least_float32(x.stack))
-    return x.like(multiply(wide, wide).stack.sum(dims, keepdim))
+    return x.like(multiply(wide, wide).stack.sum(axes(dim, x.ndim), keepdim))
 
 
 @rule(F.normalize)
-def _normalize(
-    x: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
-) -> Jet:
-    _not_into(out)
+def _normalize(x: Any, p: Any = 2.0, dim: Any = 1, eps: float = 1e-12) -> Jet:
     if not isinstance(p, float | int) or p != 2:
         raise NoRule
-    squares = _sum_of_squares(x, dim, keepdim=True).stack
-    enough = squares[:1] > eps**2
+    squares = _sum_of_squares(x, dim, keepdim=True)
     # A norm below eps counts as eps, which does not depend on x.
-    floor = torch.cat([torch.full_like(squares[:1], eps**2), torch.zeros_like(squares[1:])])
-    clamped = x.like(torch.where(enough, squares, floor))
-    normalized = multiply(x, apply(partial(power, exponent=-0.5), clamped))
-    return x.like(normalized.stack.to(x.dtype))
-
-
-def _not_into(out: Any) -> None:
-    if out is not None:
-        raise TaylorError(f"out: {CHANGES}")
+    squares = masked_fill(squares, squares.stack[0] <= eps**2, eps**2)
+    return multiply(x, apply(_inverse_root, squares)).typed(x.dtype)
 
 
 @rule(torch.linalg.vector_norm)
@@ -210,37 +205,17 @@ def _vector_norm(
 ) -> Jet:
     if not isinstance(ord, float | int) or ord != 2 or dtype is not None:
         raise NoRule
-    return _length(x, dim, keepdim)
-
-
-def _length(x: Any, dim: Any, keepdim: bool) -> Jet:
-    squares = _sum_of_squares(x, dim, keepdim).stack
+    squares = _sum_of_squares(x, dim, keepdim)
     # At zero a length has no derivative; PyTorch takes it to be constant there.
-    none = squares[:1] == 0
-    ones = torch.cat([torch.ones_like(squares[:1]), torch.zeros_like(squares[1:])])
-    root = apply(partial(power, exponent=0.5), x.like(torch.where(none, ones, squares)))
-    return x.like(root.stack.masked_fill(none, 0).to(x.dtype))
+    zero = squares.stack[0] == 0
+    root = apply(_root, masked_fill(squares, zero, 1.0))
+    return masked_fill(root, zero, 0.0).typed(x.dtype)
 
 
-@rule(Tensor.norm)
-def _norm_method(
-    x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None
+@rule(Tensor.norm, torch.norm)
+def _vector_or_matrix_norm(
+    x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Jet:
     # For a matrix norm, and "fro" of more than two axes, PyTorch has rules of its own.
     several = isinstance(dim, tuple | list) and len(dim) > 2
-    if p == "fro" and not several:
-        p = 2
-    return _vector_norm(x, p, dim, keepdim, dtype=dtype)
-
-
-@rule(torch.norm)
-def _norm(
-    x: Any,
-    p: Any = "fro",
-    dim: Any = None,
-    keepdim: bool = False,
-    out: Any = None,
-    dtype: Any = None,
-) -> Jet:
-    _not_into(out)
-    return _norm_method(x, p, dim, keepdim, dtype)
+    return _vector_norm(x, 2 if p == "fro" and not several else p, dim, keepdim, dtype=dtype)

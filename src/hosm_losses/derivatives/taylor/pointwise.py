@@ -8,61 +8,45 @@ name by which networks call it; see `_silu`. Gradients follow from the same four
 the stack is kept for them.
 """
 
-__all__ = ["apply", "halves", "pointwise", "power", "sigmoid"]
+__all__ = ["apply", "pointwise", "power", "sigmoid"]
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
+from itertools import islice, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hosm_losses.derivatives.primitives import at_least_float32
-from hosm_losses.derivatives.taylor.forward_mode import Pairs
-from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError
-from hosm_losses.derivatives.taylor.recompute import Formula, plus_product, recomputed
-from hosm_losses.derivatives.taylor.table import NoRule, every, rule, takes_as
+from hosm_losses.derivatives.taylor.along import Pairs
+from hosm_losses.derivatives.taylor.jet import Jet, components, halves
+from hosm_losses.derivatives.taylor.recompute import recomputed
+from hosm_losses.derivatives.taylor.table import NoRule, every, rule
 
 Series = Callable[[Tensor], Iterator[Tensor]]
 
 
-def halves(firsts: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """The first derivatives on the left and on the right of the second ones."""
-    if pairs == "squares":
-        return firsts, firsts
-    left, right = firsts.chunk(2)
-    return left, right
-
-
 def apply(series: Series, jet: Jet) -> Jet:
-    """A function of one number on every element of a Jet.
-
-    Args:
-        series: yields the function and its first three derivatives at x.
-        jet: its argument.
-
-    Returns:
-        The function of the Jet.
-    """
-    firsts, pairs = jet.firsts, jet.pairs
-    again = Formula(partial(_pull_back_again, series)) if pairs == "none" else None
-    pullback = Formula(partial(_pull_back, series, firsts, pairs), again)
-    formula = Formula(partial(_evaluate, series, firsts, pairs), pullback)
-    return jet.like(recomputed(formula, jet.stack))
+    """The function of a Jet whose `series` yields it and its first three derivatives at x."""
+    function, pullback = (
+        partial(each, series, jet.firsts, jet.pairs) for each in (_evaluate, _pull_back)
+    )
+    again = [partial(_pull_back_again, series)] if jet.pairs == "none" else []
+    return jet.like(recomputed(function, jet.stack, pullbacks=[pullback, *again]))
 
 
 def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
     dtype = stack.dtype
-    stack = at_least_float32(stack)
-    numbers = series(stack[0])
-    value, slope = next(numbers), next(numbers)
-    parts = [value.unsqueeze(0), stack[1 : 1 + firsts] * slope]
+    point, tangents, seconds = components(at_least_float32(stack), firsts)
+    numbers = series(point)
+    value, slope = islice(numbers, 2)
+    parts = [value, tangents * slope]
     if pairs != "none":
-        left, right = halves(stack[1 : 1 + firsts], pairs)
+        left, right = halves(tangents, pairs)
         bent = left * right * next(numbers)
-        seconds = stack[1 + firsts :]
-        parts.append(plus_product(bent, seconds, slope) if len(seconds) else bent)
+        parts.append(torch.addcmul(bent, seconds, slope) if len(seconds) else bent)
     return torch.cat(parts).to(dtype)
 
 
@@ -78,8 +62,7 @@ def _pull_back(
     dtype = stack.dtype
     stack, cotangent = at_least_float32(stack), at_least_float32(cotangent)
     numbers = series(stack[0])
-    next(numbers)
-    slope, bend = next(numbers), next(numbers)
+    _, slope, bend = islice(numbers, 3)
     gradient = cotangent[: len(stack)] * slope
     gradient[0].addcmul_(bend, _over(stack[1:], cotangent[1 : len(stack)]))
     if pairs != "none":
@@ -98,9 +81,7 @@ def _pull_back_again(
     """The gradients, in the stack and in the cotangent, of what `_pull_back` returns."""
     dtype = stack.dtype
     stack, cotangent, again = map(at_least_float32, (stack, cotangent, again))
-    numbers = series(stack[0])
-    next(numbers)
-    slope, bend, third = numbers
+    _, slope, bend, third = islice(series(stack[0]), 4)
     bent = bend * again[0]
     of_cotangent = again * slope
     of_cotangent[1:].addcmul_(stack[1:], bent)
@@ -117,13 +98,11 @@ def pointwise(
     """Register the generator of a function and its derivatives, with that function's arguments."""
 
     def register(series: Callable[..., Any]) -> Callable[..., Any]:
-        def evaluated(x: Jet, *args: Any, inplace: bool = False, **named: Any) -> Jet:
-            if inplace:
-                raise TaylorError(f"an activation {CHANGES}")
+        @rule(*functions)
+        @wraps(series)
+        def evaluated(x: Jet, *args: Any, **named: Any) -> Jet:
             return apply(partial(series, *args, **named) if args or named else series, x)
 
-        takes_as(evaluated, series, "inplace")
-        rule(*functions)(evaluated)
         return series
 
     return register
@@ -191,37 +170,33 @@ def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
     yield torch.addcmul(1.5 * s2, half, s3)
 
 
+def _straight(value: Tensor, slope: Tensor) -> Iterator[Tensor]:
+    """A function of straight pieces, whose further derivatives are zero."""
+    yield value
+    yield slope
+    yield torch.zeros_like(value)
+    yield torch.zeros_like(value)
+
+
 @pointwise(*every("relu"))
 def _relu(x: Tensor) -> Iterator[Tensor]:
-    yield torch.relu(x)
-    yield (x > 0).to(x.dtype)
-    yield torch.zeros_like(x)
-    yield torch.zeros_like(x)
+    return _straight(torch.relu(x), (x > 0).to(x.dtype))
 
 
 @pointwise(*every("leaky_relu"))
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
     slope = torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
-    yield x * slope
-    yield slope
-    yield torch.zeros_like(x)
-    yield torch.zeros_like(x)
+    return _straight(x * slope, slope)
+
+
+@pointwise(*every("abs", "__abs__", "absolute"))
+def _abs(x: Tensor) -> Iterator[Tensor]:
+    return _straight(torch.abs(x), torch.sign(x))
 
 
 @pointwise(*every("exp"))
 def _exp(x: Tensor) -> Iterator[Tensor]:
-    value = torch.exp(x)
-    for _ in range(4):
-        yield value
-
-
-@pointwise(*every("log"))
-def _log(x: Tensor) -> Iterator[Tensor]:
-    yield torch.log(x)
-    inverse = 1 / x
-    yield inverse
-    yield -inverse * inverse
-    yield 2 * inverse * inverse * inverse
+    return repeat(torch.exp(x), 4)
 
 
 @pointwise(*every("sin"))
@@ -236,14 +211,6 @@ def _cos(x: Tensor) -> Iterator[Tensor]:
     yield from (cos, -sin, -cos, sin)
 
 
-@pointwise(*every("abs", "__abs__", "absolute"))
-def _abs(x: Tensor) -> Iterator[Tensor]:
-    yield torch.abs(x)
-    yield torch.sign(x)
-    yield torch.zeros_like(x)
-    yield torch.zeros_like(x)
-
-
 def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
     """x to a number, and its derivatives."""
     factor = 1.0
@@ -253,21 +220,15 @@ def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
         factor *= exponent - order
 
 
-@pointwise(*every("square"))
-def _square(x: Tensor) -> Iterator[Tensor]:
-    return power(x, 2)
+@pointwise(*every("log"))
+def _log(x: Tensor) -> Iterator[Tensor]:
+    yield torch.log(x)
+    yield from power(x, -1)
 
 
-@pointwise(*every("sqrt"))
-def _sqrt(x: Tensor) -> Iterator[Tensor]:
-    return power(x, 0.5)
+def _to_the(exponent: float) -> Callable[[Tensor], Iterator[Tensor]]:
+    return lambda x: power(x, exponent)
 
 
-@pointwise(*every("rsqrt"))
-def _rsqrt(x: Tensor) -> Iterator[Tensor]:
-    return power(x, -0.5)
-
-
-@pointwise(*every("reciprocal"))
-def _reciprocal(x: Tensor) -> Iterator[Tensor]:
-    return power(x, -1)
+for _name, _exponent in {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1}.items():
+    pointwise(*every(_name))(_to_the(_exponent))

@@ -1,7 +1,11 @@
-"""What is asked of a tensor, or made after its pattern, and does not depend on x.
+"""Rules for what is asked of a tensor, does not depend on x, or changes its type or device.
 
 A property that says how a tensor hangs in the graph is answered for the stack. So tools that
 watch modules, such as PyTorch's counter of operations, find what they find on an ordinary tensor.
+
+A cast to another floating type casts every component. One to integers or to bool has no
+derivatives, as in PyTorch: its result is a plain tensor, and casting that back brings none. One to
+complex numbers is refused by `Jet.make`.
 """
 
 __all__: list[str] = []
@@ -14,8 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError
-from hosm_losses.derivatives.taylor.table import CONSTANT, every, rule
+from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError, like_samples, on_values
+from hosm_losses.derivatives.taylor.table import (
+    CONSTANT,
+    Function,
+    NoRule,
+    every,
+    rule,
+    rule_of_each,
+)
 
 _PROPERTIES = """
     size dim ndimension numel nelement stride __len__ element_size is_contiguous is_floating_point
@@ -27,13 +38,17 @@ _WITHOUT_SLOPE = """
     isinf isfinite argmax argmin argsort sign logical_and logical_or logical_not allclose equal all
     any is_nonzero floor ceil round
 """
+_CASTS = """
+    to type type_as float double half bfloat16 int long short char byte bool cfloat cdouble chalf
+    cpu cuda
+"""
 CONSTANT.update(dict.fromkeys(every(*(_PROPERTIES + _WITHOUT_SLOPE).split()), True))
 CONSTANT[Tensor.data.__get__] = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @rule(Tensor.requires_grad.__get__)  # pyright: ignore[reportAttributeAccessIssue]
 def _requires_grad(x: Jet) -> bool:  # noqa: ARG001
-    """As in the engine that goes backward, so that a checkpoint does not warn."""
+    """True, as in the engine that goes backward, so that a checkpoint does not warn."""
     return True
 
 
@@ -58,6 +73,26 @@ def _register_hook(x: Jet, hook: Callable[[Tensor], Any]) -> RemovableHandle:
     return x.stack.register_hook(shown)
 
 
-@rule(*every("as_strided", "as_strided_copy", "as_strided_scatter"))
+@rule(*every("as_strided", "as_strided_copy", "as_strided_scatter"), several=True)
 def _strided(*_args: Any, **_named: Any) -> Any:
     raise TaylorError("as_strided: its result depends on where the elements of a tensor lie.")
+
+
+@rule_of_each(*every(*_CASTS.split()), several=True)
+def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
+    if not isinstance(x, Jet):  # a plain tensor in the type of a Jet
+        return on_values(function, (x, *args), named)
+    args = tuple(each.stack if isinstance(each, Jet) else each for each in args)
+    named = {k: v.stack if isinstance(v, Jet) else v for k, v in named.items()}
+    if named.get("memory_format") not in (torch.channels_last, torch.channels_last_3d):
+        found = function(x.stack, *args, **named)
+        return x.of(found) if isinstance(found, Tensor) else found
+    if x.ndim == 0:
+        raise NoRule
+    return like_samples(lambda samples: function(samples, *args, **named), x)
+
+
+@rule(torch.as_tensor, torch.asarray)
+def _as_tensor(x: Any, dtype: Any = None, device: Any = None) -> Any:
+    """Only torch.compile asks for it here. Elsewhere it is made below autograd, and refused."""
+    return x.of(x.stack.to(dtype=dtype, device=device))

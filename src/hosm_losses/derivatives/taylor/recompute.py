@@ -1,20 +1,20 @@
-r"""A formula of a few tensors whose backward passes keep its inputs and nothing else.
+r"""A function of a few tensors whose backward passes keep its arguments and nothing else.
 
-What:
-    Autograd keeps what every operator of a composition needs. An elementwise rule of the Taylor
-    engine is a handful of operators on tensors as large as the activations; keeping all of that
-    would cost several times the memory of the network itself. Here only the inputs are kept, and
-    the formula is evaluated again when a gradient is asked for; the gradient is such a formula of
-    the inputs and the cotangents, and so on to any order.
+Autograd keeps what every operator of a composition needs. An elementwise rule of the Taylor engine
+is a handful of operators on tensors as large as the activations; keeping all of that would cost
+several times the memory of the network itself. Here the function is evaluated again when a
+gradient is asked for. The gradient is such a function of the arguments and the cotangents, and so
+on to any order.
 
-Under torch.compile and the transforms of torch.func the formula is evaluated as it stands: they
+Under torch.compile and the transforms of torch.func the function is evaluated as it stands: they
 decide themselves what to keep.
 """
 
-__all__ = ["Formula", "plus_product", "recomputed"]
+__all__ = ["recomputed"]
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -23,106 +23,85 @@ from torch import Tensor
 from hosm_losses._torch_internals import traced
 
 Some = Tensor | None
+Function = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class Formula:
-    """A function of tensors, without side effects, and of its gradients.
+def recomputed(function: Function, *tensors: Some, pullbacks: Sequence[Function] = ()) -> Tensor:
+    """The value of a function, of which only the arguments are kept for the backward passes.
 
-    Attributes:
-        function: of the tensors; returns a tensor, or a tuple.
-        pullback: of the tensors and the cotangent of the first result; returns the gradients, None
-            where a tensor is None. Where there is none, autograd finds the gradients.
-    """
-
-    function: Callable[..., Any]
-    pullback: "Formula | None" = None
-
-    def __call__(self, *tensors: Some) -> tuple[Tensor, ...]:
-        """Evaluate as a tuple."""
-        found = self.function(*tensors)
-        return found if isinstance(found, tuple) else (found,)
-
-    def gradients(self, needed: Sequence[bool], wanted: Sequence[bool]) -> "Formula":
-        """The formula of the gradients that are needed, of tensors and those cotangents there are.
-
-        Args:
-            needed: for every tensor, whether its gradient is needed.
-            wanted: for every result, whether it has a cotangent.
-        """
-        inputs = len(needed)
-        places = [place for place, need in enumerate(needed) if need]
-        results = [place for place, want in enumerate(wanted) if want]
-        given = self.pullback if results == [0] else None
-
-        def chosen(*everything: Some) -> tuple[Tensor, ...]:
-            assert given is not None
-            found = given(*everything)
-            return tuple(found[place] for place in places)
-
-        def by_autograd(*everything: Some) -> tuple[Tensor, ...]:
-            tracked = torch.is_grad_enabled()
-            with torch.enable_grad():
-                points: list[Any] = [
-                    tensor
-                    if tensor is None or not need or (tracked and tensor.requires_grad)
-                    else tensor.detach().requires_grad_()
-                    for tensor, need in zip(everything[:inputs], needed, strict=True)
-                ]
-                found = self(*points)
-                cotangents: Any = everything[inputs:]
-                return torch.autograd.grad(
-                    [found[place] for place in results],
-                    [points[place] for place in places],
-                    cotangents,
-                    create_graph=tracked,
-                    materialize_grads=True,
-                )
-
-        if given is None:
-            return Formula(by_autograd)
-        # The pullback of the pullback goes by its first result, the gradient of the first tensor.
-        return Formula(chosen, given.pullback if places[0] == 0 else None)
-
-
-def recomputed(formula: Formula, *tensors: Some) -> Tensor:
-    """Evaluate a formula that returns one tensor, keeping only its inputs for the backward passes.
+    Args:
+        function: of the tensors, without side effects; returns one tensor.
+        tensors: its arguments.
+        pullbacks: the first, of the tensors and a cotangent, returns the gradients of `function`
+            in all of them, None for one that is None. The second is that of the first result of
+            the first, and so on. Where there is none, autograd finds the gradients.
 
     Example:
         >>> x = torch.ones(3, requires_grad=True)
-        >>> recomputed(Formula(lambda x: x.sin().cos()), x).sum().backward()
+        >>> recomputed(lambda x: x.sin().cos(), x).sum().backward()
         >>> x.grad.shape
         torch.Size([3])
     """
     if traced():
-        return formula(*tensors)[0]
-    return _Recomputed.apply(formula, *tensors)[0]  # pyright: ignore[reportReturnType, reportOptionalSubscript]
-
-
-def plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Total + a b, in the place of a total that is the caller's own and of the full shape."""
-    # vmap has no rule for the operator in place.
-    return torch.addcmul(total, a, b) if traced() else total.addcmul_(a, b)
+        return function(*tensors)
+    found: Any = _Recomputed.apply((function, *pullbacks), *tensors)
+    return found[0]
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, formula: Formula, *tensors: Some) -> tuple[Tensor, ...]:
-        ctx.formula = formula
+    def forward(ctx: Any, functions: Sequence[Function], *tensors: Some) -> tuple[Tensor, ...]:
+        ctx.functions = functions
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        return formula(*tensors)
+        return _as_tuple(functions[0](*tensors))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Some) -> tuple[Some, ...]:
-        tensors: tuple[Some, ...] = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
-        there = [cotangent is not None for cotangent in cotangents]
-        gradients = ctx.formula.gradients(needed, there)
-        cotangents = tuple(cotangent for cotangent in cotangents if cotangent is not None)
-        if torch.is_grad_enabled():
-            found = _Recomputed.apply(gradients, *tensors, *cotangents)
+        results = [place for place, each in enumerate(cotangents) if each is not None]
+        function, *pullbacks = ctx.functions
+        if pullbacks and results == [0]:
+            further = pullbacks[1:] if needed[0] else ()
+            gradients = (partial(_chosen, pullbacks[0], needed), *further)
         else:
-            found = gradients(*tensors, *cotangents)
-        values = iter(found)  # pyright: ignore[reportArgumentType]
+            gradients = (partial(_by_autograd, function, needed, results),)
+        everything = (*ctx.saved_tensors, *(cotangents[place] for place in results))
+        if torch.is_grad_enabled():
+            found: Any = _Recomputed.apply(gradients, *everything)
+        else:
+            found = gradients[0](*everything)
+        values = iter(found)
         return None, *(next(values) if need else None for need in needed)
+
+
+def _as_tuple(found: Any) -> tuple[Any, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _chosen(pullback: Function, needed: Sequence[bool], *everything: Some) -> tuple[Any, ...]:
+    """The gradients that are needed, of those that a pullback returns."""
+    return tuple(compress(_as_tuple(pullback(*everything)), needed))
+
+
+def _by_autograd(
+    function: Function, needed: Sequence[bool], results: Sequence[int], *everything: Some
+) -> tuple[Tensor, ...]:
+    """The gradients that are needed, of tensors and the cotangents of some results."""
+    tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
+    tracked = torch.is_grad_enabled()
+    with torch.enable_grad():
+        points: list[Any] = [
+            tensor
+            if tensor is None or not need or (tracked and tensor.requires_grad)
+            else tensor.detach().requires_grad_()
+            for tensor, need in zip(tensors, needed, strict=True)
+        ]
+        found = _as_tuple(function(*points))
+        return torch.autograd.grad(
+            [found[place] for place in results],
+            list(compress(points, needed)),
+            cotangents,
+            create_graph=tracked,
+            materialize_grads=True,
+        )

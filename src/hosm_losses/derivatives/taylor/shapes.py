@@ -6,14 +6,23 @@ All dimensions are counted from the back, where an axis of the value is one of t
 __all__: list[str] = []
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError, aligned
-from hosm_losses.derivatives.taylor.table import NoRule, axes, axis, every, rule, takes_as
+from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, aligned, like_samples
+from hosm_losses.derivatives.taylor.table import (
+    Function,
+    NoRule,
+    axes,
+    axis,
+    every,
+    rule,
+    rule_of_each,
+)
 
 
 def _numbers(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -23,18 +32,16 @@ def _numbers(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
     return sizes
 
 
-def _register(names: tuple[str, ...], make: Callable[..., Any]) -> None:
-    """Register make(stack, *args) for functions whose only Jet comes first."""
-    for function in every(*names):
+def _register(functions: tuple[Callable[..., Any], ...], move: Callable[..., Any]) -> None:
+    """Register a function of a stack and of arguments of which shapes alone matter."""
 
-        def moved(x: Any, *args: Any, **named: Any) -> Any:
-            if not isinstance(x, Jet):
-                raise NoRule
-            found = make(x.stack, *args, **named)
-            return tuple(map(x.like, found)) if isinstance(found, tuple) else x.like(found)
-
-        takes_as(moved, make)
-        rule(function)(moved)
+    @rule(*functions, several=True)
+    @wraps(move)
+    def moved(x: Any, *args: Any, **named: Any) -> Any:
+        if not isinstance(x, Jet):
+            raise NoRule
+        found = move(x.stack, *args, **named)
+        return tuple(map(x.like, found)) if isinstance(found, tuple) else x.like(found)
 
 
 def _axis(stack: Tensor, dim: Any) -> int:
@@ -49,6 +56,13 @@ def _shaped(stack: Tensor, *shape: Any) -> Tensor:
     return stack.reshape(len(stack), *_numbers(shape))
 
 
+def _viewed(stack: Tensor, *shape: Any, size: Any = None, dtype: Any = None) -> Tensor:
+    given = _numbers(shape or (size if dtype is None else dtype,))
+    if isinstance((*given, None)[0], torch.dtype):
+        raise TaylorError("view: another dtype for the same bits has no derivative.")
+    return stack.reshape(len(stack), *given)
+
+
 def _permuted(stack: Tensor, *dims: Any) -> Tensor:
     return stack.permute(0, *(dim + stack.ndim for dim in _axes(stack, _numbers(dims))))
 
@@ -59,6 +73,22 @@ def _flattened(stack: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
 
 def _swapped(stack: Tensor, dim0: int, dim1: int) -> Tensor:
     return stack.transpose(_axis(stack, dim0), _axis(stack, dim1))
+
+
+def _transposed(stack: Tensor) -> Tensor:
+    if stack.ndim < 3:
+        raise NoRule
+    return stack.mT
+
+
+def _reversed(stack: Tensor) -> Tensor:
+    return stack.permute(0, *range(stack.ndim - 1, 0, -1))
+
+
+def _turned(stack: Tensor) -> Tensor:
+    if stack.ndim > 3:
+        raise NoRule
+    return _reversed(stack)
 
 
 def _expanded(stack: Tensor, *sizes: Any) -> Tensor:
@@ -105,8 +135,9 @@ def _reduced(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return reduced
 
 
-for _names, _make in {
+for _names, _move in {
     ("reshape",): _shaped,
+    ("view",): _viewed,
     ("permute",): _permuted,
     ("expand",): _expanded,
     ("repeat",): _repeated,
@@ -117,6 +148,8 @@ for _names, _make in {
     ("sum",): _reduced(torch.sum),
     ("mean",): _reduced(torch.mean),
     ("clone", "contiguous"): _copied,
+    ("t",): _turned,
+    ("neg", "negative", "__neg__"): lambda stack: -stack,
     ("view_as", "reshape_as"): lambda stack, other: stack.reshape(len(stack), *other.shape),
     ("expand_as",): lambda stack, other: _expanded(stack, *other.shape),
     ("unflatten",): lambda stack, dim, sizes: stack.unflatten(_axis(stack, dim), sizes),
@@ -130,80 +163,35 @@ for _names, _make in {
         repeats, _axis(stack, dim)
     ),
 }.items():
-    _register(_names, _make)
+    _register(every(*_names), _move)
+_register((Tensor.T.__get__,), _reversed)  # pyright: ignore[reportAttributeAccessIssue]
+_register((Tensor.mT.__get__, *every("adjoint")), _transposed)  # pyright: ignore
 
 
-@rule(Tensor.mT.__get__, *every("adjoint"))  # pyright: ignore[reportAttributeAccessIssue]
-def _transposed(x: Jet) -> Jet:
-    if x.ndim < 2:
+@rule_of_each(
+    *every("avg_pool1d", "avg_pool2d", "avg_pool3d", "interpolate", "upsample"),
+    *every("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    *every("pixel_shuffle", "pixel_unshuffle"),
+)
+def _of_samples(function: Function, x: Jet, *args: Any, **named: Any) -> Jet:
+    """A linear function that treats every sample alone."""
+    # Of one sample, the components would be more channels.
+    if x.ndim < 4 and "pixel" in function.__name__:
         raise NoRule
-    return x.like(x.stack.mT)
-
-
-@rule(Tensor.T.__get__)  # pyright: ignore[reportAttributeAccessIssue]
-def _reversed(x: Jet) -> Jet:
-    return x.like(x.stack.permute(0, *range(x.ndim, 0, -1)))
-
-
-@rule(*every("t"))
-def _turned(x: Jet) -> Jet:
-    if x.ndim > 2:
-        raise NoRule
-    return _reversed(x)
-
-
-def _rows(function: Callable[..., Any], least: int, most: int) -> None:
-    """Register a linear function that treats every sample alone, the components as samples."""
-
-    def folded(x: Any, *args: Any, **named: Any) -> Any:
-        if not isinstance(x, Jet) or not least <= x.ndim <= most:
-            raise NoRule
-        found = function(x.stack.flatten(0, 1), *args, **named)
-        return x.like(found.unflatten(0, x.stack.shape[:2]))
-
-    rule(function)(folded)
-
-
-for _axes_of, _pooling in enumerate(
-    (
-        (F.avg_pool1d, F.adaptive_avg_pool1d),
-        (F.avg_pool2d, F.adaptive_avg_pool2d),
-        (F.avg_pool3d, F.adaptive_avg_pool3d),
-    ),
-    start=1,
-):
-    for _function in _pooling:
-        _rows(_function, _axes_of + 2, _axes_of + 2)
-for _function in every("interpolate", "upsample"):
-    _rows(_function, 3, 5)
-for _function in every("pixel_shuffle", "pixel_unshuffle"):
-    _rows(_function, 4, 9)
-
-
-def _dropping(function: Callable[..., Any]) -> None:
-    """Register a dropout by its own mask, of elements or of channels."""
-
-    def dropped(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Jet:
-        if inplace:
-            raise TaylorError(f"dropout: {CHANGES}")
-        if not isinstance(x, Jet):
-            raise NoRule
-        if not training or p == 0:
-            return x
-        # One mask for the value and its derivatives.
-        return x.like(x.stack * function(torch.ones_like(x.stack[0]), p))
-
-    rule(function)(dropped)
-
-
-for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
-    _dropping(_function)
+    return like_samples(lambda samples: function(samples, *args, **named), x)
 
 
 @rule(F.pad)
-def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
+def _pad(x: Jet, pad: Any, mode: str = "constant", value: float | None = None) -> Jet:
     # A pad of the first axis would be one of the components, who are samples here.
     if value or x.ndim < 3 or len(pad) > 2 * (x.ndim - 1):
         raise NoRule
-    padded = F.pad(x.stack.flatten(0, 1), pad, mode)
-    return x.like(padded.unflatten(0, x.stack.shape[:2]))
+    return like_samples(lambda samples: F.pad(samples, pad, mode), x)
+
+
+@rule_of_each(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+def _dropped(function: Function, x: Jet, p: float = 0.5, training: bool = True) -> Jet:
+    if not training or p == 0:
+        return x
+    # One mask for the value and its derivatives.
+    return x.like(x.stack * function(torch.ones_like(x.stack[0]), p))

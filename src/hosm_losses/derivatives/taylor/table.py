@@ -1,37 +1,23 @@
 r"""The table of rules: by which function of PyTorch each is found, and which calls it takes.
 
-What:
-    A rule is written with the arguments that networks give. A call with others, or one for which
-    it raises `NoRule`, goes to PyTorch's own function with exactly those arguments; see
-    `hosm_losses.derivatives.taylor.jet`.
+A rule is written with the arguments that networks give. A call with others, or one for which it
+raises `NoRule`, goes to PyTorch's own function with exactly those arguments; see
+`hosm_losses.derivatives.taylor.jet`.
 """
 
-__all__ = [
-    "CONSTANT",
-    "RULES",
-    "NoRule",
-    "Rule",
-    "axes",
-    "axis",
-    "bound",
-    "every",
-    "rule",
-    "takes_as",
-]
+__all__ = ["CONSTANT", "RULES", "NoRule", "Rule", "axes", "axis", "every", "rule", "rule_of_each"]
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-Rule = Callable[..., Any]
-RULES: dict[Callable[..., Any], Rule] = {}
-# Functions that are constant in x, or ask for a property: evaluated on the value. Dictionaries
-# throughout, for torch.compile does not find functions in a set.
-CONSTANT: dict[Callable[..., Any], bool] = {}
+Function = Callable[..., Any]
 # NumPy's names of arguments, which PyTorch takes too.
 SPELLINGS = {"axis": "dim", "keepdims": "keepdim"}
 
@@ -40,51 +26,80 @@ class NoRule(Exception):  # noqa: N818 - it never reaches a user
     """A call that a rule does not know; PyTorch's own function is differentiated in its place."""
 
 
-def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """Register a rule for functions of PyTorch; it is given their arguments, Jets among them."""
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """A rule and the arguments it takes."""
 
-    def register(found: Rule) -> Rule:
-        if not hasattr(found, "takes"):
-            takes_as(found, found)
+    function: Function
+    several: bool  # whether other arguments than the first may be Jets
+    names: tuple[str, ...]  # of its arguments, first of those that may be given in their place
+    most: int | None  # how many may be given in their place; None for any number
+    needed: tuple[str, ...]  # the names of those without a default
+    anything: bool  # whether it takes other names as well
+
+    def bound(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments as the rule is called with them; None if it does not take them."""
+        if not args and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
+        if self.most is not None and len(args) > self.most:
+            return None
+        named: dict[str, Any] = {}
+        for given, value in kwargs.items():
+            if given in ("inplace", "out"):  # which are not set; see `jet.call`
+                continue
+            name = SPELLINGS.get(given, given)
+            known = self.anything or name in self.names
+            if not known or name in named or name in self.names[: len(args)]:
+                return None
+            named[name] = value
+        return (args, named) if all(name in named for name in self.needed[len(args) :]) else None
+
+
+RULES: dict[Function, Rule] = {}
+# Functions that are constant in x, or ask for a property: evaluated on the value. A dictionary,
+# for torch.compile does not find functions in a set.
+CONSTANT: dict[Function, bool] = {}
+
+
+def rule(*functions: Function, several: bool = False) -> Callable[[Function], Function]:
+    """Register a rule for functions of PyTorch, with arguments as theirs, of which one is a Jet.
+
+    The Jet is the first argument, unless `several` says that any may be one.
+    """
+
+    def register(function: Function) -> Function:
+        parameters = inspect.signature(function).parameters.values()
+        places = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+        named = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
+        kinds = [each.kind for each in parameters]
+        found = Rule(
+            function,
+            several,
+            tuple(each.name for each in (*places, *named)),
+            None if inspect.Parameter.VAR_POSITIONAL in kinds else len(places),
+            tuple(each.name for each in places if each.default is each.empty),
+            inspect.Parameter.VAR_KEYWORD in kinds,
+        )
         RULES.update(dict.fromkeys(functions, found))
-        return found
+        return function
 
     return register
 
 
-def takes_as(found: Rule, model: Callable[..., Any], *more: str) -> None:
-    """Note which arguments a rule takes: those of a model, and keywords besides."""
-    parameters = inspect.signature(model).parameters.values()
-    places = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-    named = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
-    kinds = [each.kind for each in parameters]
-    found.takes = (  # pyright: ignore[reportFunctionMemberAccess]
-        tuple(each.name for each in (*places, *named)) + more,
-        None if inspect.Parameter.VAR_POSITIONAL in kinds else len(places),
-        tuple(each.name for each in places if each.default is each.empty),
-        inspect.Parameter.VAR_KEYWORD in kinds,
-    )
+def rule_of_each(*functions: Function, several: bool = False) -> Callable[[Function], Function]:
+    """Register a rule for each of some functions, which it is given before their arguments."""
+
+    def register(function: Function) -> Function:
+        for each in functions:
+            rule(each, several=several)(partial(function, each))
+        return function
+
+    return register
 
 
-def bound(
-    found: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments as a rule is called with them; None if it does not take them."""
-    names, most, needed, anything = found.takes  # pyright: ignore[reportFunctionMemberAccess]
-    if not args and "input" in kwargs:
-        args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
-    if most is not None and len(args) > most:
-        return None
-    named: dict[str, Any] = {}
-    for given, value in kwargs.items():
-        name = SPELLINGS.get(given, given)
-        if name in named or name in names[: len(args)] or not (anything or name in names):
-            return None
-        named[name] = value
-    return (args, named) if all(name in named for name in needed[len(args) :]) else None
-
-
-def every(*names: str) -> tuple[Callable[..., Any], ...]:
+def every(*names: str) -> tuple[Function, ...]:
     """The functions and methods of PyTorch with one of these names."""
     found = [getattr(home, name, None) for home in (torch, Tensor, F) for name in names]
     # A type such as torch.float is none, and some names are those of one function.

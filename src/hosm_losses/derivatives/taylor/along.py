@@ -1,0 +1,65 @@
+r"""Derivatives along directions by nested torch.func.jvp, for functions without a rule."""
+
+__all__ = ["Pairs", "along"]
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hosm_losses._torch_internals import forward_mode, pytree
+
+# Which products of two first derivatives have a second one: none; that of each direction with
+# itself; that of each of the first half with its fellow in the second half.
+Pairs = Literal["none", "squares", "halves"]
+Tensors = tuple[Tensor, ...]
+
+
+def along(
+    function: Callable[..., Any], values: Tensors, derivatives: Tensors, firsts: int, pairs: Pairs
+) -> list[Tensor]:
+    """The stacks of the results of a function, value first; in one evaluation.
+
+    `derivatives` has for each value the stack of its `firsts` first derivatives and, unless they
+    are zero, of its second ones.
+    """
+
+    def first(tangents: Tensors) -> Any:
+        return torch.func.jvp(function, values, tangents)
+
+    def second(left: Tensors, right: Tensors, both: Tensors) -> Any:
+        inner = partial(torch.func.jvp, function)
+        found: Any = torch.func.jvp(inner, (values, left), (right, both))
+        (value, to_left), (to_right, to_both) = found
+        return value, to_left, to_right, to_both
+
+    if pairs == "none":
+        value, *parts = _mapped(first, derivatives)
+    else:
+        count = firsts if pairs == "squares" else firsts // 2
+        left = tuple(each[:count] for each in derivatives)
+        right = tuple(each[firsts - count : firsts] for each in derivatives)
+        both = tuple(
+            each[firsts:] if len(each) > firsts else torch.zeros_like(each[:count])
+            for each in derivatives
+        )
+        value, *parts = _mapped(second, left, right, both)
+        if pairs == "squares":
+            del parts[1]
+    stacks = zip(value, *parts, strict=True)
+    return [torch.cat([one.unsqueeze(0), *rest]) for one, *rest in stacks]
+
+
+def _mapped(function: Callable[..., Any], *args: Tensors) -> Any:
+    """(value, *derivatives) of a function for several directions.
+
+    Under vmap where there are several: one mask of a dropout then serves all of them.
+    """
+    with forward_mode():
+        if len(args[0][0]) > 1:
+            outs: Any = (None, *(0,) * (1 if len(args) == 1 else 3))
+            return torch.func.vmap(function, out_dims=outs, randomness="same")(*args)
+        value, *parts = function(*pytree.tree_map(lambda stack: stack[0], args))
+    return value, *pytree.tree_map(lambda part: part.unsqueeze(0), parts)

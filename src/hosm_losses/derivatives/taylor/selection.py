@@ -1,0 +1,100 @@
+r"""Rules for what joins several tensors, chooses among them, or picks parts by an index.
+
+A plain tensor among several has derivatives of zero.
+
+PyTorch moves the axes of several index tensors to the front where something stands between them,
+and reads lists and arrays of NumPy in ways of its own. An index with at most one tensor keeps its
+place, in a stack as in its value; every other goes to PyTorch as it stands.
+"""
+
+__all__ = ["masked_fill"]
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hosm_losses.derivatives.taylor.jet import Jet, aligned, result_type, stacks_of
+from hosm_losses.derivatives.taylor.table import NoRule, axis, every, rule
+
+
+def _jet_among(candidates: Any) -> Jet:
+    return next(each for each in candidates if isinstance(each, Jet))
+
+
+@rule(*every("cat", "concat", "concatenate"), several=True)
+def _cat(tensors: Any, dim: int = 0) -> Jet:
+    ndim = tensors[0].ndim
+    # PyTorch passes over an empty tensor of one axis among others.
+    if any(each.ndim != ndim for each in tensors):
+        raise NoRule
+    return _jet_among(tensors).like(torch.cat(stacks_of(tensors), axis(dim, ndim)))
+
+
+@rule(torch.stack, several=True)
+def _stack(tensors: Any, dim: int = 0) -> Jet:
+    place = axis(dim, tensors[0].ndim + 1)
+    return _jet_among(tensors).like(torch.stack(stacks_of(tensors), place))
+
+
+def _chosen(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) -> Jet:
+    """The elements of a where a mask holds and those of b elsewhere, of each component."""
+    known = all(isinstance(each, Tensor | float | int) for each in (a, b))
+    if not known or not isinstance(condition, Tensor) or condition.dtype != torch.bool:
+        raise NoRule
+    if not isinstance(a, Jet) and not isinstance(b, Jet):
+        raise NoRule
+    jet = _jet_among((a, b))
+    if dtype is None:
+        dtype = result_type(a, b)
+    tensors = [
+        each if isinstance(each, Tensor) else jet.stack.new_full((), each) for each in (a, b)
+    ]
+    ndim = max(condition.ndim, *(each.ndim for each in tensors))
+    stacks = (aligned(stack, ndim) for stack in stacks_of(tensors))
+    return jet.like(torch.where(condition, *stacks).to(dtype))
+
+
+rule(torch.where, several=True)(lambda condition, a, b: _chosen(condition, a, b))
+rule(Tensor.where, several=True)(lambda a, condition, b: _chosen(condition, a, b))
+
+
+@rule(*every("masked_fill"), several=True)
+def masked_fill(x: Any, mask: Any, value: Any) -> Jet:
+    """x with a number in its place where a mask holds."""
+    if (isinstance(value, Tensor) and value.ndim) or not x.is_floating_point():
+        raise NoRule
+    return _chosen(mask, value, x, x.dtype)
+
+
+_INDICES = (torch.bool, torch.int64, torch.int32)
+
+
+@rule(Tensor.__getitem__)
+def _item(x: Any, index: Any) -> Any:
+    parts = index if isinstance(index, tuple) else (index,)
+    gathers = [part for part in parts if not _slices(part)]
+    if len(gathers) > 1 or not all(map(_gathers, gathers)):
+        raise NoRule
+    return x.like(x.stack[(slice(None), *parts)])
+
+
+def _slices(part: Any) -> bool:
+    """Whether a part of an index is a place, a slice, a new axis or the dots."""
+    if isinstance(part, bool):  # which makes a new axis, and is read as a mask
+        return False
+    return part is None or part is Ellipsis or isinstance(part, int | slice)
+
+
+def _gathers(part: Any) -> bool:
+    """Whether a part of an index is a tensor, or a list that PyTorch reads as one."""
+    if isinstance(part, list):
+        return all(isinstance(each, int) and not isinstance(each, bool) for each in part)
+    return isinstance(part, Tensor) and not isinstance(part, Jet) and part.dtype in _INDICES
+
+
+@rule(Tensor.__iter__)
+def _iterator(x: Jet) -> Any:
+    if x.ndim == 0:
+        raise NoRule
+    return iter([x.like(part) for part in x.stack.unbind(1)])
