@@ -57,6 +57,7 @@ def test_adaptive_probes_follow_their_samples():
     torch.testing.assert_close(solved.standard_error, spread, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
 def test_the_fixed_grid_goes_back_to_where_it_came_from():
     _, paths = linear_paths(torch.tensor([0.1, 0.4, 0.7]), probes=0)
     z, span = torch.randn(3, D), SCHEDULE.log_sigma_hat_range
