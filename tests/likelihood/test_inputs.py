@@ -1,4 +1,4 @@
-"""What both likelihoods refuse before any work, and which numbers they take."""
+"""What both likelihoods refuse before any work, which numbers they take, and what has failed."""
 
 import math
 
@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import hosm_losses as hosm
+from hosm_losses.likelihood.inputs import mark_failed
+from tests.likelihood.test_result import full
 from tests.oracles import MLP, networks
 
 X = torch.zeros(2, 3, dtype=torch.float64)
@@ -119,3 +121,40 @@ def test_moments_made_in_inference_mode_are_taken():
     nll = hosm.ode_nll(model, x, steps=4, enable_grad=True, **moments).nll.sum()
     (gradient,) = torch.autograd.grad(nll, x)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("nll", "error", "dtype", "failed"),
+    [
+        (1.0, 999.0, torch.float32, False),
+        (1.0, 1001.0, torch.float32, True),
+        (1.0, math.nan, torch.float32, True),
+        (math.nan, 0.0, torch.float32, True),
+        (math.inf, 0.0, torch.float64, True),
+        (1e38, 0.0, torch.float32, False),
+        (1e39, 0.0, torch.float32, True),
+        (-1e39, 0.0, torch.bfloat16, True),
+        (1e39, 0.0, torch.float64, False),
+        (1e5, 0.0, torch.float16, False),
+    ],
+)
+def test_what_failed_has_nan(nll, error, dtype, failed):
+    parts = {
+        "nll": torch.tensor([nll, 2.0]),
+        "solver_error": torch.tensor([error, 0.0]),
+        "latent": torch.zeros(2, 4, dtype=dtype),
+    }
+    marked = mark_failed(full(n=2, **parts))
+    assert marked.failed.tolist() == [failed, False]
+    assert marked.nll.isnan().tolist() == [failed, False]
+    assert marked.bits_per_dim().isnan().tolist() == [failed, False]
+
+
+def test_the_solver_may_be_off_by_a_tenth_of_a_nat_an_element():
+    parts = {"n": 2, "solver_error": torch.tensor([1999.0, 2001.0])}
+    assert mark_failed(full(d=20_000, **parts)).failed.tolist() == [False, True]
+
+
+def test_what_the_solver_saw_fail_stays_failed():
+    marked = mark_failed(full(failed=torch.tensor([True, False, False])))
+    assert marked.nll.isnan().tolist() == [True, False, False]

@@ -8,7 +8,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.likelihood import paths as ode_paths
-from hosm_losses.likelihood.student import student_factor
+from hosm_losses.likelihood.paths import student_factor
 from tests.losses.test_objective import PREDICTIONS_OF_ORACLE
 from tests.oracles import MLP, GaussianMixture, mixture_noise, networks, paper_mixture, ring
 from tests.schedules.test_continuous import SCHEDULES

@@ -2,10 +2,9 @@
 
 - `ode`: `ode_nll`.
 - `variational`: `variational_nll`.
-- `inputs`: options, chunks and the latent's density.
+- `inputs`: what both share: options, a batch in chunks, and samples that failed.
 - `paths`: log-density along the ODE, by `multistep` on a grid or `adaptive` for each sample.
 - `coordinates`: x and its drift in the coordinates in which the ODE is solved.
-- `divergence`: exact and random divergences.
 - `dequantize`: images of integers.
 - `result`: `NLLResult` and its summary.
 """

@@ -15,8 +15,9 @@ Source:
     arXiv 2206.00364, for y and the scaling; Zheng et al., ICML 2023, for log SNR as time.
 """
 
-__all__ = ["Coordinates", "Place"]
+__all__ = ["Coordinates", "NoiseLevel", "accumulator", "element_sum"]
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,78 +28,81 @@ from hosm_losses._checks import expand_right
 from hosm_losses.schedules import Schedule
 
 
-class Place(NamedTuple):
-    """Where on the path: what α, σ and the scale are at some u.
+class NoiseLevel(NamedTuple):
+    """What α, σ and the scale are at some u; all but t are expanded to multiply a batch."""
 
-    Attributes:
-        t: the schedule's time (n,), never outside [t_min, t_max].
-        alpha: α, expanded to multiply a batch.
-        sigma: σ, likewise.
-        sigma_hat: σ/α, likewise.
-        scale: c, likewise, and by element where the data's std is.
-    """
-
-    t: Tensor
+    t: Tensor  # the schedule's time (n,), never outside [t_min, t_max]
     alpha: Tensor
     sigma: Tensor
-    sigma_hat: Tensor
-    scale: Tensor
+    sigma_hat: Tensor  # σ/α
+    scale: Tensor  # c, by element where the data's std is
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """z = (x/α − mean)/c with c² = std² + σ̂².
-
-    Attributes:
-        schedule: the noise schedule.
-        mean: the data's mean, broadcast to (1, *).
-        std: the data's standard deviation, broadcast to (1, *).
-    """
+    """z = (x/α − mean)/c with c² = std² + σ̂²."""
 
     schedule: Schedule
-    mean: Tensor
-    std: Tensor
+    mean: Tensor  # of the data, broadcast to (1, *)
+    std: Tensor  # of the data, broadcast to (1, *)
 
-    def place(self, log_sigma_hat: Tensor) -> Place:
-        """The place at u = log σ̂ (n,), in the precision of u."""
-        schedule = self.schedule
-        t = schedule.time(log_sigma_hat)
-        alpha, sigma = (expand_right(part, self.mean) for part in schedule(t))
+    def level(self, log_sigma_hat: Tensor) -> NoiseLevel:
+        """The noise level at u = log σ̂ (n,), in the precision of u."""
+        return self._scaled(*self._asked(log_sigma_hat))
+
+    def levels(self, log_sigma_hat: Tensor) -> Callable[[int], NoiseLevel]:
+        """A function of i that gives a whole batch the level u_i of a grid (n,)."""
+        # The schedule is asked once for all; the scale, as large as a sample, is made when due.
+        parts = self._asked(log_sigma_hat)
+        return lambda index: self._scaled(*(part[index : index + 1] for part in parts))
+
+    def ends(self, span: tuple[float, float]) -> tuple[NoiseLevel, NoiseLevel]:
+        """The levels of a whole batch at both ends of a span of u."""
+        level = self.levels(torch.tensor(span, dtype=self.std.dtype, device=self.std.device))
+        return level(0), level(1)
+
+    def _asked(self, log_sigma_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        t = self.schedule.time(log_sigma_hat)
+        alpha, sigma = self.schedule(t)
+        return t, expand_right(alpha, self.mean), expand_right(sigma, self.mean)
+
+    def _scaled(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> NoiseLevel:
         sigma_hat = sigma / alpha
-        return Place(
-            t, alpha, sigma, sigma_hat, torch.sqrt(self.std.square() + sigma_hat.square())
-        )
+        scale = torch.sqrt(self.std.square() + sigma_hat.square())
+        return NoiseLevel(t, alpha, sigma, sigma_hat, scale)
 
-    def at(self, log_sigma_hat: float) -> Place:
-        """The place at one u, for a whole batch."""
-        return self.place(self.std.new_full((1,), log_sigma_hat))
-
-    def to_z(self, x: Tensor, place: Place) -> Tensor:
+    def to_z(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """Data coordinates to z."""
-        return (x / place.alpha - self.mean) / place.scale
+        return (x / level.alpha - self.mean) / level.scale
 
-    def to_x(self, z: Tensor, place: Place) -> Tensor:
+    def to_x(self, z: Tensor, level: NoiseLevel) -> Tensor:
         """Z to data coordinates."""
-        return place.alpha * (place.scale * z + self.mean)
+        return level.alpha * (level.scale * z + self.mean)
 
-    def slope(self, z: Tensor, noise: Tensor, place: Place) -> Tensor:
+    def slope(self, z: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
         """dz/du for the predicted noise ε̂."""
-        ratio = place.sigma_hat / place.scale
+        ratio = level.sigma_hat / level.scale
         return ratio * (noise - ratio * z)
 
-    def integrand(self, divergence: Tensor, place: Place) -> Tensor:
+    def integrand(self, divergence: Tensor, level: NoiseLevel) -> Tensor:
         """σ ∇·ε̂ − Σ_i σ̂²/c² from the divergence ∇·ε̂ (K, n)."""
-        shrinking = (place.sigma_hat / place.scale).square()
-        return _flat(place.sigma)[:, 0] * divergence - _flat(shrinking).sum(-1)
+        shrinking = element_sum((level.sigma_hat / level.scale).square())
+        return level.sigma.reshape(-1) * divergence - shrinking
 
-    def log_volume(self, place: Place) -> Tensor:
+    def log_volume(self, level: NoiseLevel) -> Tensor:
         """Σ_i log(α c), (n,)."""
-        return _flat((place.alpha * place.scale).log()).sum(-1)
+        return element_sum((level.alpha * level.scale).log())
 
-    def covector(self, noise: Tensor, place: Place) -> Tensor:
+    def covector(self, noise: Tensor, level: NoiseLevel) -> Tensor:
         """The gradient in z of the log-density, where the model's score is that of its ODE."""
-        return -(place.scale / place.sigma_hat) * noise
+        return -(level.scale / level.sigma_hat) * noise
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(len(tensor), -1)
+def element_sum(x: Tensor) -> Tensor:
+    """Sum over the elements of each sample, (n, *) to (n,)."""
+    return x.reshape(len(x), -1).sum(1)
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype sums are kept in: float64, but float32 on devices that have no other."""
+    return torch.float32 if x.device.type == "mps" else torch.float64

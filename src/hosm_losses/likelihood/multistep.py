@@ -2,24 +2,22 @@ r"""A fixed grid for dy/ds = f(s, y), and a quadrature along the path.
 
 What:
     The whole batch shares a uniform grid. The number of evaluations is known in advance, nothing
-    waits for the device, and what is integrated along the path may be noisy: it does not steer.
+    waits for the device, and q may be noisy: it does not steer.
 
 Formula:
     Adams-Bashforth of order four, started by the classical Runge-Kutta method,
         y_{i+1} = y_i + h (55 f_i − 59 f_{i−1} + 37 f_{i−2} − 9 f_{i−3})/24;
     ∫ q ds by the trapezoid rule with Gregory's end corrections, of order four as well,
         weights 3/8, 7/6, 23/24, 1, …, 1, 23/24, 7/6, 3/8.
-
-    Errors come from the same evaluations. That of a step is 251/270 of its difference from the
-    Adams-Moulton step through the same nodes (Milne's device). That of the quadrature is 1/15 of
-    its difference from the same rule on every second node (Richardson).
+    The error of a step is 251/270 of its difference from the Adams-Moulton step through the same
+    nodes (Milne), that of ∫ is 1/15 of its difference from every second node (Richardson).
 
 Source:
     Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", II.1, III.1, III.9;
     Davis and Rabinowitz, "Methods of Numerical Integration", 2.9, for Gregory's rule.
 """
 
-__all__ = ["MultistepSolution", "Node", "gregory_weights", "multistep", "multistep_evaluations"]
+__all__ = ["Node", "combine", "gregory_weights", "multistep", "multistep_evaluations"]
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,37 +33,22 @@ START = 3
 
 
 class Node(NamedTuple):
-    """What is known at a node of the fixed grid.
+    """What is known at a node of the fixed grid."""
 
-    Attributes:
-        slope: dy/ds, of the shape of y.
-        integrand: q, of shape (B,) or (K, B), integrated along the path.
-        variance: the variance of the mean of q over its last estimate, (B,); 0 if it is exact.
-        covector: what a small error of y is multiplied with to be felt in the answer.
-    """
-
-    slope: Tensor
-    integrand: Tensor
-    variance: Tensor
-    covector: Tensor
+    slope: Tensor  # dy/ds, of the shape of y
+    integrand: Tensor  # q, (B,), integrated along the path
+    variance: Tensor  # of q as an estimate, (B,); 0 if it is exact
+    covector: Tensor  # what a small error of y is multiplied with to be felt in the answer
 
 
 class MultistepSolution(NamedTuple):
-    """What `multistep` returns.
+    """What `multistep` returns."""
 
-    Attributes:
-        state: y at the end, of the shape of y.
-        integral: ∫ q ds, (B,).
-        variance: variance of the integral, from those of the nodes, (B,).
-        path_error: first-order estimate of what the errors of the path do to the answer, (B,).
-        quadrature_error: estimate of the error of the integral, if q is smooth, (B,).
-    """
-
-    state: Tensor
-    integral: Tensor
-    variance: Tensor
-    path_error: Tensor
-    quadrature_error: Tensor
+    state: Tensor  # y at the end
+    integral: Tensor  # ∫ q ds, (B,)
+    variance: Tensor  # of the integral, from those of the nodes, (B,)
+    path_error: Tensor  # first-order estimate of what the errors of y do to the answer, (B,)
+    quadrature_error: Tensor  # estimate of the error of the integral, if q is smooth, (B,)
 
 
 def multistep_evaluations(steps: int) -> int:
@@ -89,17 +72,10 @@ def multistep(
     span: tuple[float, float],
     steps: int,
 ) -> MultistepSolution:
-    """Solve on a uniform grid of at least four steps.
+    """Solve on a uniform grid of at least four steps, and estimate the errors on the way.
 
-    Args:
-        slope: dy/ds at (s, y), called at the inner stages of the start.
-        node: all that is needed at a node (s, y), called once a node.
-        y: the state at the start, (B, *).
-        span: s at the start and at the end.
-        steps: the number of steps.
-
-    Returns:
-        The solution, with its errors estimated from the same evaluations.
+    `slope` is dy/ds at (s, y), for the inner stages of the start; `node` is called once a node.
+    The end of the span may be the smaller.
     """
     start, end = span
     h = (end - start) / steps
@@ -115,7 +91,7 @@ def multistep(
         variance = variance + (h * fine[index]) ** 2 * here.variance
         slopes = [here.slope, *slopes[:3]]
         if index >= START + 1:
-            corrected = y_before + h * _combine(MOULTON, slopes)
+            corrected = y_before + h * combine(MOULTON, slopes)
             local = MILNE * (corrected - y)
             path_error = path_error + (here.covector * local).reshape(len(y), -1).sum(-1)
         if index == steps:
@@ -127,13 +103,13 @@ def multistep(
             fourth = slope(s + h, y + h * third)
             y = y + h / 6 * (slopes[0] + 2 * second + 2 * third + fourth)
         else:
-            y = y + h * _combine(BASHFORTH, slopes)
-    return MultistepSolution(
-        y, integral, variance, path_error.abs(), RICHARDSON * difference.abs()
-    )
+            y = y + h * combine(BASHFORTH, slopes)
+    quadrature_error = RICHARDSON * difference.abs()
+    return MultistepSolution(y, integral, variance, path_error.abs(), quadrature_error)
 
 
-def _combine(coefficients: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+def combine(coefficients: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    """Σ_i c_i f_i, also for the stages of another method."""
     total = coefficients[0] * slopes[0]
     for coefficient, slope in zip(coefficients[1:], slopes[1:], strict=True):
         total = total + coefficient * slope
@@ -143,9 +119,7 @@ def _combine(coefficients: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
 def _coarse_weights(steps: int) -> list[float]:
     """The same rule on every second node; where steps is odd the last step is integrated alone."""
     weights = [0.0] * (steps + 1)
-    pairs = steps // 2
-    for index, weight in enumerate(gregory_weights(pairs)):
-        weights[2 * index] = 2 * weight
+    weights[: steps + 1 - steps % 2 : 2] = [2 * weight for weight in gregory_weights(steps // 2)]
     if steps % 2:
         for offset, weight in enumerate(MOULTON):
             weights[-1 - offset] += weight

@@ -1,9 +1,8 @@
 r"""The variational bound of a diffusion model's SDE.
 
 What:
-    The model's reverse SDE has a likelihood of its own, which no ODE gives. It is bounded by the
-    loss on the noise, integrated over all noise levels. The bound costs one network evaluation a
-    draw and no derivative, and it is not the likelihood of the ODE.
+    The model's reverse SDE has a likelihood of its own, which is not that of the ODE. It is
+    bounded by the loss on the noise, integrated over all noise levels, without a derivative.
 
 Formula:
     −log p(x) ≤ KL(q(x_T|x) ‖ π) + ∫_{u₀}^{u₁} E‖ε̂ − ε‖² du − E log p(x|x_tmin),
@@ -27,27 +26,18 @@ __all__ = ["variational_nll"]
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_model_kwargs, check_whole
-from hosm_losses._progress import progress_bar
-from hosm_losses._torch_internals import normal, outside_inference_mode
-from hosm_losses.likelihood.coordinates import Coordinates, Place
-from hosm_losses.likelihood.dequantize import check_dequantization, dequantize, importance_weighted
-from hosm_losses.likelihood.divergence import accumulator
-from hosm_losses.likelihood.inputs import (
-    check_options,
-    chunks,
-    data_coordinates,
-    log_prior_at,
-    network_dtype,
-)
-from hosm_losses.likelihood.result import NLLResult, mark_failed
-from hosm_losses.model import NoiseField, ScoreModel, check_model, noise_field
+from hosm_losses._checks import check_whole
+from hosm_losses.likelihood.coordinates import NoiseLevel, element_sum
+from hosm_losses.likelihood.dequantize import Dequantization
+from hosm_losses.likelihood.inputs import Batch, evaluate, whole_batch
+from hosm_losses.likelihood.result import NLLResult
+from hosm_losses.model import ScoreModel
 
 
 def variational_nll(
@@ -58,7 +48,7 @@ def variational_nll(
     data_mean: float | Tensor = 0.0,
     data_std: float | Tensor = 0.5,
     log_prior: Callable[[Tensor], Tensor] | None = None,
-    dequantization: str | None = None,
+    dequantization: Dequantization | None = None,
     batch_size: int | None = None,
     progress: bool = False,
     generator: torch.Generator | None = None,
@@ -66,34 +56,17 @@ def variational_nll(
 ) -> NLLResult:
     """Upper bound on the negative log-likelihood of x under the model's reverse SDE.
 
-    An unbiased estimate, for clean data: unlike `ode_nll`, which takes x as a point at t_min, it
-    starts at t = 0. Sums are kept in float64. No gradient is computed, and no training mode is
-    changed: call `model.eval()` first if the network has dropout or batch norm.
+    It is an unbiased estimate that starts at clean data, t = 0, where `ode_nll` takes x as a point
+    at t_min. No gradient is computed. Options and errors are those of `ode_nll`, but for these:
 
-    Args:
-        model: the score model.
-        x: data (B, *); uint8 with a dequantization.
-        samples: noise levels drawn for each x, an even number. One eighth as many evaluations are
-            added at t_min.
-        data_mean: mean of the data, a number or a tensor that broadcasts to a sample.
-        data_std: standard deviation of the data, likewise. With the mean it sets a control
-            variate: no expectation depends on it, but the standard error does.
-        log_prior: log-density at t_max, (n, *) → (n,), averaged over the draws; if None that of
-            N(0, prior_std² I), integrated exactly.
-        dequantization: "uniform" for uint8 images, as in `ode_nll`.
-        batch_size: samples of x evaluated at a time, all if None.
-        progress: whether to show a progress bar, for which tqdm has to be installed.
-        generator: the source of randomness, on the device of x; the global one if None.
-        model_kwargs: keyword arguments of the network.
+    - `samples` noise levels are drawn for each x, an even number. One eighth as many evaluations
+      are added at t_min.
+    - `data_mean` and `data_std` set a control variate. They change the standard error alone.
+    - `log_prior` is averaged over draws of the latent; the default, N(0, prior_std² I), is
+      integrated exactly.
 
     Returns:
-        The bound as `nll`, in nats, with its standard error; `latent` is one draw of x at t_max,
-        and `solver_error` is zero.
-
-    Raises:
-        TypeError: for an argument of a wrong type or dtype, integer images included.
-        ValueError: for a wrong shape, name or number.
-        ImportError: for a progress bar without tqdm.
+        The bound as `nll`, in nats; `latent` is one draw of x at t_max, `solver_error` is zero.
 
     Example:
         >>> from hosm_losses import VESchedule
@@ -108,138 +81,70 @@ def variational_nll(
     samples = check_whole("samples", samples, 2)
     if samples % 2:
         raise ValueError(f"samples: expected an even number; got {samples}.")
-    check_model(model)
-    check_dequantization(x, dequantization, 1)
-    batch_size, generator = check_options(batch_size, log_prior, progress, generator, x)
-    kwargs = check_model_kwargs(model_kwargs)
-    coordinates = data_coordinates(model, x, data_mean, data_std)
-    dtype = network_dtype(model, x)
-    with (
-        outside_inference_mode(),
-        torch.no_grad(),
-        progress_bar(progress, len(x), "sample") as advance,
-    ):
-        times = x.new_zeros(len(x), dtype=torch.promote_types(dtype, torch.float32))
-        field = noise_field(model, times, kwargs, primitives=False)
-        point = dequantize(x, generator) if dequantization else normal(x)
-        parts = []
-        for rows in chunks(x, batch_size):
-            clean = point[rows].to(accumulator(x))
-            errors = _Errors(field.rows(rows), coordinates, clean, dtype, generator)
-            parts.append(_bound(errors, samples, log_prior, advance))
-        result = NLLResult.cat(parts)
-        return importance_weighted([result]) if dequantization else result
-
-
-@dataclass(frozen=True)
-class _Errors:
-    """Errors of the network at noised copies of x, against those of Gaussian data."""
-
-    field: NoiseField
-    coordinates: Coordinates
-    x: Tensor
-    dtype: torch.dtype
-    generator: torch.Generator | None
-
-    def noise(self) -> Tensor:
-        return torch.randn(
-            self.x.shape, generator=self.generator, device=self.x.device, dtype=self.x.dtype
-        )
-
-    def excess(self, place: Place) -> Tensor:
-        """‖ε̂ − ε‖² − ‖r‖² for one draw of ε, (B,)."""
-        noise, centred = self.noise(), self.x - self.coordinates.mean
-        noised = (place.alpha * self.x + place.sigma * noise).to(self.dtype)
-        t = place.t.to(self.field.t.dtype).expand(len(self.x))
-        error = -replace(self.field, t=t)(noised).to(noise.dtype) - noise
-        gaussian = place.sigma_hat * centred - self.coordinates.std.square() * noise
-        return _sum(error.square() - (gaussian / place.scale.square()).square())
-
-    def gaussian(self, place: Place) -> Tensor:
-        """E‖r‖², (B,)."""
-        centred = self.x - self.coordinates.mean
-        second = place.sigma_hat.square() * centred.square() + self.coordinates.std**4
-        return _sum(second / place.scale**4)
-
-    def gaussian_integral(self, low: Place, high: Place) -> Tensor:
-        """∫ E‖r‖² du, (B,)."""
-        centred = (self.x - self.coordinates.mean).square()
-        variance = self.coordinates.std.square()
-
-        def antiderivative(place: Place) -> Tensor:
-            total = place.scale.square()
-            logarithm = 2 * (place.sigma_hat.log() - place.scale.log())
-            return logarithm + (variance - centred) / total
-
-        return _sum(antiderivative(high) - antiderivative(low)) / 2
-
-
-def _bound(
-    errors: _Errors,
-    samples: int,
-    log_prior: Callable[[Tensor], Tensor] | None,
-    advance: Callable[[float], object],
-) -> NLLResult:
-    x = errors.x
-    batch, elements = len(x), x[0].numel()
-    schedule = errors.coordinates.schedule
-    low, high = schedule.log_sigma_hat_range
-    start, end = errors.coordinates.at(low), errors.coordinates.at(high)
-    strata, at_start = samples // 2, max(2, samples // 8)
-    evaluations = samples + at_start
-
-    def level(stratum: int) -> Place:
-        unit = torch.rand((batch,), generator=errors.generator, device=x.device, dtype=x.dtype)
-        return errors.coordinates.place(low + (stratum + unit) * ((high - low) / strata))
-
-    def draws(places: list[Place]) -> Tensor:
-        found = []
-        for place in places:
-            advance(batch / evaluations)
-            found.append(errors.excess(place))
-        return torch.stack(found)
-
-    mean = variance = x.new_zeros(batch)
-    for stratum in range(strata):
-        pair = draws([level(stratum), level(stratum)]) * ((high - low) / strata)
-        mean, variance = mean + pair.mean(0), variance + pair.var(0) / 2
-    ends = draws([start] * at_start) / 2
-    mean, variance = mean + ends.mean(0), variance + ends.var(0) / at_start
-    decoder = elements / 2 * math.log(2 * math.pi) + elements * low
-    known = errors.gaussian_integral(start, end) + errors.gaussian(start) / 2 + decoder
-
-    prior, prior_variance, latent = _prior(errors, end, samples, log_prior)
-    nll = mean + known + prior
-    zero = torch.zeros_like(nll)
-    return mark_failed(
-        NLLResult(
-            nll,
-            latent.to(errors.dtype),
-            torch.full((batch,), evaluations, device=x.device),
-            (variance + prior_variance).sqrt(),
-            zero,
-            zero > 0,
-        )
+    batch = whole_batch(
+        model, x, data_mean, data_std, log_prior, dequantization, generator, model_kwargs
     )
+    likelihood = partial(_bound, samples=samples)
+    return evaluate(likelihood, batch, dequantization, batch_size, progress)
 
 
-def _prior(
-    errors: _Errors, end: Place, samples: int, log_prior: Callable[[Tensor], Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _bound(batch: Batch, samples: int) -> NLLResult:
+    x, coordinates = batch.x, batch.coordinates
+    count, elements = len(x), x[0].numel()
+    centred, variance = x - coordinates.mean, coordinates.std.square()
+    low, high = span = coordinates.schedule.log_sigma_hat_range
+    start, end = coordinates.ends(span)
+    strata, at_start = samples // 2, max(2, samples // 8)
+    width, evaluations = (high - low) / strata, samples + at_start
+
+    def drawn_level(stratum: int) -> NoiseLevel:
+        unit = torch.rand((count,), generator=batch.generator, device=x.device, dtype=x.dtype)
+        return coordinates.level(low + (stratum + unit) * width)
+
+    def excess(level: NoiseLevel) -> Tensor:
+        """‖ε̂ − ε‖² − ‖r‖² for one draw of ε, (B,)."""
+        batch.advance(count / evaluations)
+        noise = _noise(batch)
+        error = batch.noise(level.alpha * x + level.sigma * noise, level) - noise
+        gaussian = (level.sigma_hat * centred - variance * noise) / level.scale.square()
+        return element_sum(error.square() - gaussian.square())
+
+    def antiderivative(level: NoiseLevel) -> Tensor:
+        """That of E‖r‖², (B,)."""
+        logarithm = 2 * (level.sigma_hat.log() - level.scale.log())
+        return element_sum(logarithm + (variance - centred.square()) / level.scale.square()) / 2
+
+    estimate = spread = x.new_zeros(count)
+    for stratum in range(strata):
+        pair = [drawn_level(stratum), drawn_level(stratum)]
+        found = torch.stack([excess(level) for level in pair]) * width
+        estimate, spread = estimate + found.mean(0), spread + found.var(0) / 2
+    found = torch.stack([excess(start) for _ in range(at_start)]) / 2
+    estimate, spread = estimate + found.mean(0), spread + found.var(0) / at_start
+
+    squares = start.sigma_hat.square() * centred.square() + variance.square()
+    decoder = element_sum(squares / start.scale**4 + math.log(2 * math.pi)) / 2 + elements * low
+    prior, prior_spread, latent = _prior(batch, end, samples)
+    nll = estimate + antiderivative(end) - antiderivative(start) + decoder + prior
+    nfe, standard_error = torch.full_like(nll, evaluations).long(), (spread + prior_spread).sqrt()
+    zero = torch.zeros_like(nll)
+    return NLLResult(nll, latent.to(batch.dtype), nfe, standard_error, zero, zero > 0)
+
+
+def _prior(batch: Batch, end: NoiseLevel, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """KL(q(x_T|x) ‖ π), the variance of its estimate, and a draw of x_T."""
-    x = errors.x
-    latent = end.alpha * x + end.sigma * errors.noise()
-    elements, sigma = x[0].numel(), end.sigma.reshape(())
+    x, elements, sigma = batch.x, batch.x[0].numel(), end.sigma.reshape(())
+    latent = end.alpha * x + end.sigma * _noise(batch)
     entropy = elements / 2 * (math.log(2 * math.pi) + 1) + elements * sigma.log()
-    std = errors.coordinates.schedule.prior_std
-    if log_prior is None:  # its mean over the noise: at the mean of x_T, and what its spread adds
-        at_mean = log_prior_at(None, end.alpha * x, errors.dtype, std)
-        cross = elements / 2 * (sigma / std).square() - at_mean
+    if batch.log_prior is None:  # at the mean of x_T, and what its spread adds
+        ratio = sigma / batch.coordinates.schedule.prior_std
+        cross = elements / 2 * ratio.square() - batch.log_prior_at(end.alpha * x)
         return cross - entropy, torch.zeros_like(cross), latent
-    drawn = [latent, *(end.alpha * x + end.sigma * errors.noise() for _ in range(samples - 1))]
-    values = torch.stack([log_prior_at(log_prior, each, errors.dtype, std) for each in drawn])
+    others = (end.alpha * x + end.sigma * _noise(batch) for _ in range(samples - 1))
+    values = torch.stack([batch.log_prior_at(each) for each in (latent, *others)])
     return -values.mean(0) - entropy, values.var(0) / samples, latent
 
 
-def _sum(x: Tensor) -> Tensor:
-    return x.reshape(len(x), -1).sum(1)
+def _noise(batch: Batch) -> Tensor:
+    x = batch.x
+    return torch.randn(x.shape, generator=batch.generator, device=x.device, dtype=x.dtype)
