@@ -1,10 +1,9 @@
 """Whether the derivatives of a model are right, and what to do where they are not.
 
-- `check`: `check_derivatives`.
-- `differences`: central differences to compare with.
-- `values`, `samples`, `kinks`: what has to hold before derivatives mean anything.
-- `module_fields`: the module or the operator at fault.
-- `remedies`: what to do about it.
+- `check`: `check_derivatives`, and the remedies.
+- `values`: what has to hold of values before derivatives mean anything.
+- `differences`: the faults looked for, derivatives that disagree with differences, and jumps.
+- `localize`: the module or the custom Function at fault.
 """
 
 from hosm_losses.diagnostics.check import check_derivatives as check_derivatives

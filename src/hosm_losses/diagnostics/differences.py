@@ -1,146 +1,225 @@
-r"""A field's derivatives compared with differences of its values.
+r"""What may be wrong with a field: derivatives that disagree with its values, or jumps.
 
 Formula:
-    ⟨D, b⟩ with a difference of ⟨f, b⟩ along w, ⟨G, c⟩ with one of ⟨w, D⟩ along c, and the
-    gradients of ⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩ with differences of themselves, for random a, b, c, by
+    `Agreement` compares ⟨D, b⟩ with a difference of ⟨f, b⟩ along w, ⟨G, c⟩ with one of ⟨w, D⟩
+    along c, and the gradients of ⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩ with differences of themselves, by
         f′(0) ≈ (8 [f(h) − f(−h)] − [f(2h) − f(−2h)])/(12 h), of order four in h.
+
+    `Smoothness` compares p(b) − p(a) with ∫ p′ ds by Gauss and Legendre's rule, along x + s w for
+    −½ ≤ s ≤ ½: p₀ = ⟨f, w⟩, p₁ = ⟨D, w⟩ = p₀′ and p₂ = ⟨G, w⟩ = p₁′. A network of ReLUs has
+    second derivatives of zero wherever they exist, differences with small steps agree, and the
+    term of third order trains nothing. Halving the distance, always towards the half where more is
+    missing, ends at a jump, or in a place where nothing is missing.
 
 Source:
     Griewank and Walther, "Evaluating Derivatives" (2008), for checks against differences.
 """
 
-__all__ = ["STEP", "TOLERANCE", "Agreement", "Check", "reseed", "size_of"]
+__all__ = ["TOLERANCE", "Agreement", "Check", "Smoothness", "random_like", "reseed", "size_of"]
 
-import math
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hosm_losses.derivatives import Field, derive, gradients
 
-# By the precision in which the network works.
-STEP = {torch.float32: 3e-3, torch.float64: 3e-4}
+# By the precision in which the network works: the relative error that counts as wrong, and the
+# step, relative to the size of what is varied.
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
+STEP = {torch.float32: 3e-3, torch.float64: 3e-4}
 DRAWS = 3
 NAMES = ("value", "directional derivative", "gradient of the quadratic form")
+# What jumps, by the derivative of f that does.
+JUMPS = ("values that jump", "a first derivative that jumps")
+# Of the lines, in sizes of x.
+LENGTHS = (1, 1, 2, 4)
+# Nodes over a whole line, and over a part of it.
+WHOLE, PART = 5, 4
+HALVINGS = {torch.float32: 10, torch.float64: 24}
+# Of the change, what may be missing over all lines, what is missing where the rule can follow the
+# field, and what is at a jump.
+SHARE, SMOOTH, HALF = 0.01, 1e-3, 0.5
+# Of what is tolerated, what rounding can be.
+ROUNDING = 1e-3
 
-
-class Check(Protocol):
-    """Something that may be wrong with a field."""
-
-    @property
-    def derivative(self) -> str:
-        """The engine."""
-        ...
-
-    def find(self, field: Field, x: Tensor, parameters: Sequence[Tensor]) -> str | None:
-        """Say what is wrong, or None."""
-        ...
+# (p₀, p₁) or (p₀, p₁, p₂) at s.
+Line = Callable[[float], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """How a field is compared with its differences.
-
-    Attributes:
-        order: 2 or 3.
-        derivative: the engine.
-        tolerance: relative error that counts as wrong.
-        step: of the differences, relative to the size of what is varied.
-    """
+class Check:
+    """A search for one kind of fault in a field, by the precision in which the network works."""
 
     order: int
     derivative: str
-    tolerance: float
-    step: float
+    precision: torch.dtype
 
-    def find(self, field: Field, x: Tensor, parameters: Sequence[Tensor]) -> str | None:
+    def find(self, field: Field, x: Tensor) -> str | None:
+        """Say what is wrong, or None."""
+        raise NotImplementedError
+
+    def derived(self, field: Field, x: Tensor, w: Tensor) -> list[Tensor]:
+        """f, D and at order three G at x along w, each (B, *), with the generators started."""
+        reseed(x)
+        parts = derive(field, x, w[None], order=self.order, derivative=self.derivative)
+        return [part[0] for part in parts if part is not None]
+
+
+class Agreement(Check):
+    """A comparison of a field's derivatives with differences."""
+
+    def find(self, field: Field, x: Tensor) -> str | None:
         """Say what disagrees however small the step, or None."""
         fault = None
         # A curved field needs a smaller step; what is wrong agrees with a difference of none.
-        for step in (self.step, self.step / 4, self.step / 16):
-            fault = replace(self, step=step)._disagreement(field, x, parameters)
+        for shrink in (1, 4, 16):
+            fault = self._disagreement(field, x, STEP[self.precision] / shrink)
             if fault is None:
-                break
+                return None
         return fault
 
-    def _disagreement(self, field: Field, x: Tensor, parameters: Sequence[Tensor]) -> str | None:
-        generator = torch.Generator(x.device).manual_seed(0)
-
-        def randn(like: Tensor) -> Tensor:
-            return torch.randn(
-                like.shape, generator=generator, dtype=like.dtype, device=like.device
-            )
-
-        point = x.detach().clone().requires_grad_()
-        varied = [point, *parameters]
-        scale = size_of(x)
-        analytic: dict[str, list[float]] = {}
-        numeric: dict[str, list[float]] = {}
-
-        def note(name: str, value: Tensor | float, reference: Tensor | float) -> None:
-            analytic.setdefault(name, []).append(float(value))
-            numeric.setdefault(name, []).append(float(reference))
-
-        for _ in range(DRAWS):
-            # Its own direction in every draw: along one of them a derivative may happen to vanish.
-            w = scale * randn(x)[None]
-            covectors = [randn(x)[None] for _ in range(self.order)]
-            ways = [size_of(v) * randn(v) for v in varied]
-
-            def numbers(w: Tensor = w, covectors: list[Tensor] = covectors) -> Tensor:
-                """⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩."""
-                parts = zip(self._parts(field, point, w), covectors, strict=True)
-                return torch.stack([(part * covector).sum() for part, covector in parts])
-
-            found = numbers()
-            # Before the differences, which write to what the graph has saved.
-            slopes = [_along(gradients(number, varied), ways) for number in found]
-            # A value needs no primitives, which torch's own checkpoint could not recompute.
-            along_w = self._difference(lambda: field.native(point)[None], [point], [w[0]])
-            note(NAMES[1], found[1].detach(), (along_w * covectors[1]).sum())
-            if self.order == 3:
-                moved = self._difference(
-                    lambda w=w: (self._parts(field, point, w)[1] * w).sum(),
-                    [point],
-                    [scale * covectors[2][0]],
-                )
-                note(NAMES[2], found[2].detach() * scale, moved)
-            expected = self._difference(numbers, varied, ways)
-            for name, slope, reference in zip(NAMES, slopes, expected, strict=False):
-                note(f"the gradient of the {name}", slope, reference)
-        for key, values in analytic.items():
-            error = _relative(values, numeric[key])
-            if not error <= self.tolerance:
-                return f"{key} off by {100 * error:.3g} %"
+    def _disagreement(self, field: Field, x: Tensor, step: float) -> str | None:
+        owner = field.owner
+        # Those of a network that is no Module nobody knows.
+        parameters = owner.parameters() if isinstance(owner, nn.Module) else ()
+        trained = [p for p in parameters if p.requires_grad and p.is_floating_point()]
+        varied = [x.detach().clone().requires_grad_(), *trained]
+        randn = random_like(x, seed=0)
+        # Its own direction in every draw: along one of them a derivative may happen to vanish.
+        draws = [self._numbers(field, varied, randn, step) for _ in range(DRAWS)]
+        analytic, numeric = torch.tensor(draws, dtype=torch.float64).unbind(1)
+        size = torch.maximum(analytic.norm(dim=0), numeric.norm(dim=0))
+        errors = (analytic - numeric).norm(dim=0) / size.where(size != 0, 1)
+        own = NAMES[: self.order]
+        names = (*own[1:], *(f"the gradient of the {name}" for name in own))
+        for name, error in zip(names, errors.tolist(), strict=True):
+            if not error <= TOLERANCE[self.precision]:
+                return f"{name} off by {100 * error:.3g} %"
         return None
 
-    def _parts(self, field: Field, x: Tensor, w: Tensor) -> list[Tensor]:
-        reseed(x)
-        derived = derive(field, x, w, order=self.order, derivative=self.derivative)
-        return [part for part in derived if part is not None]
+    def _numbers(
+        self,
+        field: Field,
+        varied: Sequence[Tensor],
+        randn: Callable[[Tensor], Tensor],
+        step: float,
+    ) -> tuple[list[float], list[float]]:
+        """⟨D, b⟩, ⟨G, c⟩ and the slopes of all forms, from derivatives and from differences."""
+        x = varied[0]
+        scale = size_of(x)
+        w = scale * randn(x)
+        covectors = [randn(x) for _ in range(self.order)]
+        ways = [size_of(v) * randn(v) for v in varied]
 
-    def _difference(
-        self, function: Callable[[], Tensor], varied: Sequence[Tensor], ways: Sequence[Tensor]
-    ) -> Tensor:
-        """Derivative of a function along `ways` of the tensors `varied`, left as they were."""
-        start = [v.detach().clone() for v in varied]
-        total: Tensor | None = None
-        for steps, weight in ((1, 8.0), (-1, -8.0), (2, -1.0), (-2, 1.0)):
+        def forms() -> Tensor:
+            """⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩."""
+            parts = zip(self.derived(field, x, w), covectors, strict=True)
+            return torch.stack([(part * covector).sum() for part, covector in parts])
+
+        found = forms()
+        # Before the differences, which write to what the graph has saved.
+        slopes = [_along(gradients(form, varied), ways) for form in found]
+        # A value needs no primitives, which torch's own checkpoint could not recompute.
+        along_w = _difference(lambda: field.native(x), [x], [w], step)
+        references = [(along_w * covectors[1]).sum()]
+        if self.order == 3:
+            c = scale * covectors[2]
+            along_c = _difference(lambda: self.derived(field, x, w)[1], [x], [c], step)
+            references.append((along_c * w).sum() / scale)
+        references.extend(_difference(forms, varied, ways, step))
+        return [*found[1:].tolist(), *slopes], [float(each) for each in references]
+
+
+def _difference(
+    function: Callable[[], Tensor], varied: Sequence[Tensor], ways: Sequence[Tensor], step: float
+) -> Tensor:
+    """Derivative of a function along `ways` of the tensors `varied`, left as they were."""
+    start = [v.detach().clone() for v in varied]
+
+    @torch.no_grad()
+    def move(steps: int) -> None:
+        for v, origin, way in zip(varied, start, ways, strict=True):
+            v.copy_(origin + steps * step * way)
+
+    values: list[Tensor] = []
+    for steps, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
+        move(steps)
+        reseed(varied[0])
+        values.append(weight * function().detach().double())
+    move(0)
+    return torch.stack(values).sum(0) / (12 * step)
+
+
+def _along(grads: Sequence[Tensor], ways: Sequence[Tensor]) -> float:
+    return sum(float((grad * way).sum()) for grad, way in zip(grads, ways, strict=True))
+
+
+class Smoothness(Check):
+    """A search for jumps: in values, and at order three in first derivatives."""
+
+    def find(self, field: Field, x: Tensor) -> str | None:
+        """Say what jumps, or None."""
+        randn = random_like(x, seed=3)
+        lines = [self._line(field, x, length * size_of(x) * randn(x)) for length in LENGTHS]
+        missing, change, size = np.sum(
+            [_missing(line, -0.5, 0.5, WHOLE) for line in lines], axis=0
+        )
+        lost = missing > np.maximum(SHARE * change, TOLERANCE[self.precision] * size)
+        for level, what in enumerate(JUMPS[: self.order - 1]):
+            # Along one line two jumps may cancel.
+            if lost[level] and any(self._ends_at_a_jump(line, level) for line in lines):
+                return what
+        return None
+
+    def _line(self, field: Field, x: Tensor, w: Tensor) -> Line:
+        @functools.cache
+        def line(s: float) -> np.ndarray:
             with torch.no_grad():
-                for v, origin, way in zip(varied, start, ways, strict=True):
-                    v.copy_(origin + steps * self.step * way)
-            reseed(varied[0])
-            value = weight * function().detach().double()
-            total = value if total is None else total + value
-        with torch.no_grad():
-            for v, origin in zip(varied, start, strict=True):
-                v.copy_(origin)
-        assert total is not None
-        return total / (12 * self.step)
+                parts = self.derived(field, x + s * w, w)
+            return np.array([float((part.double() * w).sum()) for part in parts])
+
+        return line
+
+    def _ends_at_a_jump(self, line: Line, level: int) -> bool:
+        low, high = -0.5, 0.5
+        missing, change, size = _missing(line, low, high, WHOLE)[:, level]
+        history = [missing]
+        for _ in range(HALVINGS[self.precision]):
+            if not missing > max(SMOOTH * change, ROUNDING * TOLERANCE[self.precision] * size):
+                return False
+            middle = (low + high) / 2
+            halves = [(low, middle), (middle, high)]
+            found = [_missing(line, *half, PART)[:, level] for half in halves]
+            (low, high), (missing, change, size) = max(
+                zip(halves, found, strict=True), key=lambda half: half[1][0]
+            )
+            history.append(missing)
+        # A jump is the same over any distance. A derivative that is wrong loses with the distance.
+        return bool(missing > HALF * change and missing > HALF * history[-4])
+
+
+def _missing(line: Line, low: float, high: float, nodes: int) -> np.ndarray:
+    """Of each p but the last: |p(b) − p(a) − ∫ p′|, max(|p(b) − p(a)|, ∫ |p′|) and |p|."""
+    places, weights = np.polynomial.legendre.leggauss(nodes)
+    weights = (high - low) / 2 * weights
+    inside = np.array([line(low + (high - low) * (place + 1) / 2) for place in places])
+    start, end = line(low), line(high)
+    moved = (end - start)[:-1]
+    missing = np.abs(moved - (weights @ inside)[1:])
+    change = np.maximum(np.abs(moved), (weights @ np.abs(inside))[1:])
+    return np.stack([missing, change, np.maximum(np.abs(start), np.abs(end))[:-1]])
+
+
+def random_like(x: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
+    """Return a function that draws normal numbers like a tensor, reproducibly, on x's device."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return lambda like: torch.randn(
+        like.shape, generator=generator, dtype=like.dtype, device=like.device
+    )
 
 
 def reseed(x: Tensor, seed: int = 0) -> None:
@@ -157,13 +236,3 @@ def size_of(tensor: Tensor) -> float:
     """Root mean square, or 1 where it vanishes."""
     size = float(tensor.detach().double().square().mean().sqrt())
     return size if size > 0 else 1.0
-
-
-def _along(grads: Sequence[Tensor], ways: Sequence[Tensor]) -> float:
-    return sum(float((grad * way).sum()) for grad, way in zip(grads, ways, strict=True))
-
-
-def _relative(values: Sequence[float], references: Sequence[float]) -> float:
-    top = math.dist(values, references)
-    bottom = max(math.hypot(*values), math.hypot(*references))
-    return top / bottom if bottom > 0 else top

@@ -1,29 +1,42 @@
 r"""What has to hold of a network's values before its derivatives can be compared with differences.
 
 What:
-    The network can be called, its output is finite and depends on its arguments and the seed
-    alone, and it is known in which precision it is computed. That is the least precise of the
-    dtypes of everything that depends on x or on a trained parameter, as PyTorch's functions see
-    it. A network that casts float64 data to float32 works in float32. A table in float32 that
-    depends on neither lowers nothing.
+    The output is finite and depends on the arguments and the seed alone. Its precision is the
+    least precise dtype of what depends on x or on a trained parameter, as PyTorch's functions see
+    it. Every sample is treated alone: one is kept and the others, with their times, are replaced,
+    so that the batch keeps its size and dropout its mask. Then the samples are permuted with all
+    that is taken to belong to them, unless the network draws random numbers, which go by place.
 """
 
-__all__ = ["check_values", "evaluate"]
+__all__ = ["check_samples", "check_values", "evaluate"]
 
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from itertools import combinations, islice
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
-from hosm_losses.diagnostics.differences import STEP, reseed
-from hosm_losses.diagnostics.module_fields import recorded, tensors_in
-from hosm_losses.model import NetworkField, NoiseField
+from hosm_losses.diagnostics.differences import TOLERANCE, random_like, reseed, size_of
+from hosm_losses.diagnostics.localize import Call, Watch, recorded, tensors_in
+from hosm_losses.model import NetworkField, NoiseField, per_sample
 
+# Of the size of an output, what sums in another order may change.
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
+ATTEMPTS = 64
 IN_FLOAT32 = (
     "Check a float32 copy, copy.deepcopy(model).float(), with its own switches to half precision "
     "off (convert_to_fp32(), no autocast in its forward), and train the original."
+)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORM = (
+    "Batch norm in training takes its statistics over the samples: use GroupNorm or LayerNorm in "
+    "its place, or freeze its statistics with .eval() on it."
+)
+ALONE = (
+    "Take no mean, norm or attention over the first dimension, which is the samples' "
+    "(nn.MultiheadAttention and recurrent layers want batch_first=True)."
 )
 
 
@@ -35,16 +48,18 @@ def evaluate(field: NoiseField, x: Tensor, seed: int = 0) -> Tensor:
 
 
 def check_values(field: NoiseField, x: Tensor) -> torch.dtype:
-    """Check the values of a network, and return the precision in which it works.
-
-    Raises:
-        TypeError: where it works in half precision.
-        DerivativeError: where its output is not finite, or not the same for the same input.
-    """
-    _check_finite(evaluate(field, x), field, x)
+    """Return the precision in which a network works, if its values are finite and determined."""
+    value = evaluate(field, x)
+    bad = int((~torch.isfinite(value)).sum())
+    if bad:
+        where = _first_module(field, x, lambda tensor: not bool(torch.isfinite(tensor).all()))
+        raise DerivativeError(
+            f"network: expected finite values; got {bad} NaN or infinite of {value.numel()}, "
+            f"first in {where}. Check its weights, and the range of x0, t and model_kwargs."
+        )
     _check_deterministic(field, x)
     precision = _precision(field, x)
-    if precision not in STEP:
+    if precision not in TOLERANCE:
         where = _first_module(field, x, lambda tensor: tensor.dtype == precision)
         raise TypeError(
             "network: expected one that works in float32 or float64, in which differences mean "
@@ -53,18 +68,7 @@ def check_values(field: NoiseField, x: Tensor) -> torch.dtype:
     return precision
 
 
-def _check_finite(value: Tensor, field: NoiseField, x: Tensor) -> None:
-    bad = int((~torch.isfinite(value)).sum())
-    if not bad:
-        return
-    where = _first_module(field, x, lambda tensor: not bool(torch.isfinite(tensor).all()))
-    raise DerivativeError(
-        f"network: expected finite values; got {bad} NaN or infinite of {value.numel()}, first in "
-        f"{where}. Check its weights, and the range of x0, t and model_kwargs."
-    )
-
-
-def _first_module(field: NoiseField, x: Tensor, has: Any) -> str:
+def _first_module(field: NoiseField, x: Tensor, has: Callable[[Tensor], bool]) -> str:
     """The first module that returns a tensor of which this holds."""
     for call in recorded(field.model.network, lambda: evaluate(field, x)):
         if any(map(has, tensors_in(call.returned))):
@@ -82,8 +86,8 @@ def _check_deterministic(field: NoiseField, x: Tensor) -> None:
         return
     changed = [name for name, buffer in buffers.items() if not torch.equal(buffer, before[name])]
     with torch.no_grad():
-        for name, buffer in buffers.items():
-            buffer.copy_(before[name])
+        for name in changed:
+            buffers[name].copy_(before[name])
     if changed and torch.equal(evaluate(field, x), first):
         raise DerivativeError(
             "network: expected an output that depends on x, t and the parameters alone; got "
@@ -98,27 +102,101 @@ def _check_deterministic(field: NoiseField, x: Tensor) -> None:
         )
 
 
-class _Dtypes(TorchFunctionMode):
-    """Collects the dtypes of what carries a graph, and of what is computed without one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[torch.dtype] = set()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        returned = func(*args, **(kwargs or {}))
-        for tensor in tensors_in((args, kwargs, returned)):
-            # A custom autograd.Function computes with gradients off.
-            if tensor.requires_grad or not torch.is_grad_enabled():
-                self.found.add(tensor.dtype)
-        return returned
-
-
 def _precision(field: NoiseField, x: Tensor) -> torch.dtype:
+    dtypes = {x.dtype}
+
+    def look(tensor: Tensor) -> None:
+        # A custom autograd.Function computes with gradients off.
+        if tensor.requires_grad or not torch.is_grad_enabled():
+            dtypes.add(tensor.dtype)
+
     reseed(x)
-    dtypes = _Dtypes()
-    with dtypes:
+    with Watch(look):
         value = NetworkField(field).native(x.clone().requires_grad_())
-    return max({x.dtype, value.dtype} | dtypes.found, key=lambda dtype: torch.finfo(dtype).eps)
+    return max(dtypes | {value.dtype}, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def check_samples(field: NoiseField, x: Tensor, precision: torch.dtype) -> None:
+    """Raise where samples see each other, or do not go with what is taken to belong to them."""
+    if len(x) < 2:
+        return
+    rounding = ROUNDING[precision]
+    value = evaluate(field, x)
+    for kept in (0, len(x) - 1):
+        around, t = x + size_of(x) * random_like(x, seed=2)(x), field.t.roll(1, 0)
+        around[kept], t[kept] = x[kept], field.t[kept]
+        others = replace(field, t=t)
+        if _same(evaluate(others, around)[kept], value[kept], rounding):
+            continue
+        call = _first_difference((field, x), (others, around), kept, rounding)
+        batch_norm = call is not None and isinstance(call.module, BATCH_NORMS)
+        where = "its own forward" if call is None else call.where
+        raise DerivativeError(
+            "network: expected every sample to be treated alone; got an output that changes with "
+            f"the other samples of the batch, in {where}. {BATCH_NORM if batch_norm else ALONE}"
+        )
+    if torch.equal(evaluate(field, x, seed=1), value):
+        _check_permuted(field, x, value, rounding)
+
+
+def _same(one: Tensor, other: Tensor, rounding: float) -> bool:
+    size = max(float(one.double().norm()), float(other.double().norm()))
+    return float((one.double() - other.double()).norm()) <= rounding * size
+
+
+def _first_difference(
+    one: tuple[NoiseField, Tensor], other: tuple[NoiseField, Tensor], kept: int, rounding: float
+) -> Call | None:
+    """The innermost module that was given the same for the kept sample and returned another."""
+    batch = len(one[1])
+
+    def row(tensor: Tensor) -> Tensor:
+        own = tensor.ndim and len(tensor) % batch == 0 and tensor.numel()
+        return tensor.reshape(batch, -1)[kept] if own else tensor
+
+    def same(left: object, right: object) -> bool:
+        pairs = zip(tensors_in(left), tensors_in(right), strict=False)
+        return all(_same(row(a), row(b), rounding) for a, b in pairs)
+
+    network = one[0].model.network
+    calls = [recorded(network, lambda at=at: evaluate(*at)) for at in (one, other)]
+    for left, right in zip(*calls, strict=False):
+        if left.name != right.name:
+            break
+        if same(left.arguments, right.arguments) and not same(left.returned, right.returned):
+            return left
+    return None
+
+
+def _check_permuted(field: NoiseField, x: Tensor, value: Tensor, rounding: float) -> None:
+    order = torch.arange(len(x), device=x.device).roll(1)
+
+    def follows(left: Collection[str]) -> bool:
+        """Whether the outputs follow, if the tensors at these paths are left as they are."""
+        kwargs = per_sample(
+            field.kwargs, lambda path, tensor: tensor if path in left else tensor[order]
+        )
+        try:
+            moved = evaluate(replace(field, t=field.t[order], kwargs=kwargs), x[order])
+        except (RuntimeError, ValueError, LookupError):
+            return False
+        return _same(moved, value[order], rounding)
+
+    if follows(()):
+        return
+    paths: list[str] = []
+    per_sample(field.kwargs, lambda path, tensor: paths.append(path) or tensor)
+    some = (each for count in range(1, len(paths) + 1) for each in combinations(paths, count))
+    for left in islice(some, ATTEMPTS):
+        if follows(left):
+            raise DerivativeError(
+                f"{' and '.join(left)}: expected a tensor that belongs to the samples, as its "
+                f"first dimension is their number, {len(x)}; got one that does not move with "
+                "them. Mark what all samples share: hosm_losses.Shared(tensor) in its place."
+            )
+    raise DerivativeError(
+        "network: expected outputs that follow their samples when the batch is permuted; got "
+        "others. Something depends on the place in the batch: code in the network, a tensor of "
+        "model_kwargs that belongs to the samples without having their number as its first "
+        "dimension, or one that is marked Shared."
+    )

@@ -89,6 +89,11 @@ def test_a_fine_function_beside_the_fault_is_not_blamed(engine, detach_first):
     general(message)
 
 
+@pytest.mark.parametrize("engine", ["auto", "reverse"])
+def test_fine_functions_are_no_alarm_in_float32_where_their_modules_are_checked_alone(engine):
+    check(Around(Calls(FlashFunction.apply, Fine.apply)), derivative=engine)
+
+
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("engine", ["auto", "reverse"])
 def test_of_two_functions_the_one_at_fault_is_named(engine, order):
