@@ -171,6 +171,12 @@ def test_what_is_unknown_is_refused():
     )
     with pytest.raises(ValueError, match=r"prediction_type: expected one of 'epsilon'.*'other'"):
         from_diffusers(unet(), scheduler)
+    del scheduler.config
+    with pytest.raises(ValueError, match=r"scheduler\.config\.prediction_type: .*got None"):
+        from_diffusers(unet(), scheduler)
+    flow = type("FlowMatchScheduler", (), {"config": SimpleNamespace(num_train_timesteps=0)})()
+    with pytest.raises(ValueError, match=r"config\.num_train_timesteps: .*above 0; got 0"):
+        from_diffusers(unet(), flow)
 
 
 def test_a_learned_variance_without_output_says_what_to_do():

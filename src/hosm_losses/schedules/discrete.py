@@ -122,12 +122,8 @@ class DiscreteSchedule(Schedule):
     def from_betas(cls, betas: Numbers) -> Self:
         """Return the schedule with ᾱ_i = (1 − β_0) … (1 − β_i), multiplied in float64.
 
-        Args:
-            betas: two numbers or more in (0, 1): a list, an array or a tensor with one dimension.
-
-        Raises:
-            TypeError: for betas that are not real numbers.
-            ValueError: for betas of another shape, or outside (0, 1).
+        The betas are a list, an array or a tensor (N,). One outside (0, 1), or another shape, is a
+        ValueError; what holds no real numbers is a TypeError.
 
         Example:
             >>> DiscreteSchedule.from_betas([0.1, 0.5])
