@@ -61,7 +61,7 @@ def test_derivatives_are_slopes_of_the_pieces():
 
 def test_draws_are_indices():
     t = SCHEDULE.sample_time(20_000, torch.Generator().manual_seed(0))
-    assert t.dtype == torch.int64
+    assert t.dtype == SCHEDULE.sample_time(2, dtype=torch.float32).dtype == torch.int64
     assert int(t.min()) >= 0
     assert int(t.max()) <= 999
     mean, error = t.double().mean(), t.double().std() / 20_000**0.5

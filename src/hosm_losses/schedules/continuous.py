@@ -21,6 +21,7 @@ __all__ = [
     "VPSchedule",
 ]
 
+import inspect
 import math
 import operator
 from dataclasses import dataclass
@@ -40,6 +41,13 @@ class _Parametric(Schedule):
     """A few numbers that keep their `_rules`; the noise at t_max has standard deviation 1."""
 
     _rules: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Give methods without a docstring that of Schedule."""
+        super().__init_subclass__(**options)
+        for name, member in vars(cls).items():
+            if inspect.isfunction(member) and not member.__doc__:
+                member.__doc__ = getattr(getattr(Schedule, name, None), "__doc__", None)
 
     def __post_init__(self) -> None:
         """Make every parameter with a rule a float, and hold it to the rule."""

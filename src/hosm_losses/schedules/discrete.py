@@ -5,8 +5,6 @@ Source:
     linear betas; Nichol and Dhariwal, arXiv 2102.09672, equation 17, for the cosine.
 """
 
-# ruff: noqa: D102  (Schedule says what each method returns)
-
 __all__ = ["DiscreteSchedule", "Table"]
 
 import math
@@ -192,15 +190,19 @@ class DiscreteSchedule(Schedule):
         return 1.0
 
     def log_sigma_hat(self, t: Tensor | float) -> Tensor:
+        """Log σ̂ at the index t, linear between the entries of the table."""
         return self._log_sigma_hat(t)
 
     def alpha(self, t: Tensor | float) -> Tensor:
+        """α = (1 + σ̂²)^−½."""
         return torch.sqrt(torch.sigmoid(-2 * self.log_sigma_hat(t)))
 
     def sigma(self, t: Tensor | float) -> Tensor:
+        """σ = σ̂ (1 + σ̂²)^−½."""
         return torch.sqrt(torch.sigmoid(2 * self.log_sigma_hat(t)))
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
+        """Return the index, with its fraction, of this log σ̂, clipped to the table's ends."""
         target = as_time(log_sigma_hat)
         table = self._log_sigma_hat.beside(target)
         right = torch.searchsorted(table, target.detach().contiguous(), right=True)
