@@ -1,12 +1,12 @@
-"""Measure everything, or the questions named, and make the pages of the documentation from it.
+"""Measure everything, or the questions named, and fill the numbers on the pages from it.
 
     python -m benchmarks [QUESTION ...] [--full | --smoke] [--compiled] [--name NAME]
         [--page-only]
 
 A question is a file benchmarks/test_QUESTION.py, measured by pytest in a process of its own with
 one thread. What is found goes to benchmarks/results/NAME.json, beside what is there already. From
-all of that file come docs/benchmarks.md, docs/choosing.md, their figures, and the numbers in
-README.md and other pages that stand between marks; these are printed as well.
+all of that file come the figures, and the tables and numbers between marks in README.md and docs.
+They are printed, and last what moved: a person reads the sentences beside it again.
 
 Ten minutes on two cores; --full takes an hour and a quarter. --smoke tries everything for some
 minutes, and leaves results and pages in a temporary directory that it removes.
@@ -48,7 +48,7 @@ def measure(question: str, options: list[str], weights: str) -> results.Report |
 
 
 def main() -> None:
-    """Measure, write the results, make the pages."""
+    """Measure, write the results, fill the pages."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], epilog=f"Questions: {', '.join(QUESTIONS)}."
     )
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def run(chosen: list[str], options: argparse.Namespace, directory: Path, root: Path) -> None:
-    """Measure what is chosen into a directory, and make the pages under a root."""
+    """Measure what is chosen into a directory, and fill the pages under a root."""
     file = results.path(options.name, directory)
     kept = results.read(file)
     given = [] if options.size == "default" else [f"--{options.size}"]

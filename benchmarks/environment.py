@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -12,15 +13,8 @@ ROOT = Path(__file__).parents[1]
 # NPROC is XLA's, see benchmarks.peers.jax_losses, which cannot be imported without JAX.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NPROC": "1"}
 # What is measured beside ours, by the name in pip.
-PEERS = (
-    "curvlinops-for-pytorch",
-    "diffrax",
-    "flow_matching",
-    "jax",
-    "k-diffusion",
-    "scipy",
-    "torchdiffeq",
-)
+PEERS = ("curvlinops-for-pytorch", "diffrax", "flow_matching", "jax")
+PEERS += ("k-diffusion", "scipy", "torchdiffeq")
 
 
 def installed(name: str) -> str | None:
@@ -33,12 +27,9 @@ def installed(name: str) -> str | None:
 
 def processor() -> str:
     """The model of the processor, as Linux names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: *(.*)$", file.read_text(), re.M) if file.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def said(*command: str) -> str | None:

@@ -24,7 +24,7 @@ from tests.oracles import GaussianMixture
 from torch import Tensor
 
 import hosm_losses as hosm
-from hosm_losses.losses.residuals import third_residual
+from hosm_losses.losses.terms import third_residual
 from hosm_losses.model import noise_field
 
 LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # σ̂ over the data's standard deviation

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import hosm_losses as hosm
 from benchmarks.trained import HELD_OUT, Problem, trained
 
-SIGMA_MAX = 20.0
+SIGMA_MAX, STD = 20.0, 0.1
 
 
 class RoundMixture(nn.Module):
@@ -49,16 +49,15 @@ class Counted(nn.Module):
 def ring() -> Problem:
     """Eight Gaussians on a circle, d = 2, the exact score in float64."""
     mixture = ring_mixture()
-    data = mixture.sample(HELD_OUT, torch.Generator().manual_seed(0))
-    return _exact(mixture.means, 0.1, data)
+    return _exact(mixture.means, mixture.sample(HELD_OUT, torch.Generator().manual_seed(0)))
 
 
 def line() -> Problem:
     """Three Gaussians, d = 1, where one probe of signs is exact."""
     means = torch.tensor([[-0.8], [0.1], [0.7]], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn((HELD_OUT, 1), generator=generator, dtype=torch.float64)
-    return _exact(means, 0.1, means[torch.arange(HELD_OUT) % 3] + 0.1 * noise)
+    noise = torch.randn(HELD_OUT, 1, generator=generator, dtype=torch.float64)
+    return _exact(means, means[torch.arange(HELD_OUT) % 3] + STD * noise)
 
 
 def problem(name: str, steps: int | None = None) -> Problem:
@@ -78,7 +77,7 @@ def in_double(problem: Problem) -> Problem:
     return dataclasses.replace(problem, model=model, data=problem.data.double())
 
 
-def _exact(means: Tensor, std: float, data: Tensor) -> Problem:
+def _exact(means: Tensor, data: Tensor) -> Problem:
     schedule = hosm.VESchedule(sigma_max=SIGMA_MAX)
-    model = hosm.ScoreModel(RoundMixture(schedule, means, std), schedule)
+    model = hosm.ScoreModel(RoundMixture(schedule, means, STD), schedule)
     return Problem(model, data, float(data.std()))

@@ -35,29 +35,31 @@ class Runs:
             self.seconds.append(seconds)
             self.evaluations.append(float(counted))
 
+    def values(self) -> np.ndarray:
+        """What it returned, (B, n)."""
+        return torch.stack(self.nll, 1).numpy()
+
     def noise(self) -> np.ndarray:
         """Differences (B, n) to the mean over seeds, scaled so that their square is unbiased."""
-        values = torch.stack(self.nll, 1).numpy()
-        seeds = values.shape[1]
+        values, seeds = self.values(), len(self.nll)
         return (values - values.mean(1, keepdims=True)) * (seeds / max(seeds - 1, 1)) ** 0.5
 
     def errors(self, reference: Tensor | None) -> np.ndarray:
         """Differences (B, n) to the reference, or where there is none noise and solver's error."""
         if reference is not None:
-            return (torch.stack(self.nll, 1) - reference[:, None]).numpy()
+            return self.values() - reference[:, None].numpy()
         return np.sqrt(np.square(self.noise()) + self.bias**2)
+
+    def row(self) -> dict:
+        """How the results name it."""
+        method = self.method
+        names = {"method": method.name, "setting": self.setting, "unit": method.unit}
+        return names | {"ours": method.ours}
 
 
 def estimates(noise: np.ndarray, bias: float, target: float) -> float:
     """Of how many independent estimates the mean has this error; averaging leaves the bias."""
     return max(1.0, float(np.square(noise).mean()) / (target**2 - bias**2))
-
-
-def reaches(runs: Runs, errors: np.ndarray, target: float) -> bool:
-    """Whether a setting can be brought to an error at all."""
-    if runs.method.random:
-        return runs.bias < target
-    return float(np.sqrt(np.square(errors).mean())) <= target
 
 
 def at_target(every: list[tuple[Runs, np.ndarray]], target: float, *, random: bool) -> dict:
@@ -69,9 +71,12 @@ def at_target(every: list[tuple[Runs, np.ndarray]], target: float, *, random: bo
     def factor(runs: Runs) -> float:
         return estimates(runs.noise(), runs.bias, target) if random else 1.0
 
+    def reaches(runs: Runs, errors: np.ndarray) -> bool:
+        return runs.bias < target if random else np.sqrt(np.square(errors).mean()) <= target
+
     able: dict[str, list[Runs]] = {}
     for runs, errors in every:
-        if runs.method.random == random and reaches(runs, errors, target):
+        if runs.method.random == random and reaches(runs, errors):
             able.setdefault(runs.method.name, []).append(runs)
     time = {name: [factor(r) * np.median(r.seconds) for r in each] for name, each in able.items()}
     calls = {
@@ -98,18 +103,13 @@ def at_target(every: list[tuple[Runs, np.ndarray]], target: float, *, random: bo
     rows = []
     for name, runs in best.items():
         over, peer = ratio(runs), not runs.method.ours
-        rows.append(
-            {
-                "method": name,
-                "setting": runs.setting,
-                "unit": runs.method.unit,
-                "ours": runs.method.ours,
-                "seconds": float(min(time[name])),
-                "over_ours": over,
-                "evaluations": float(calls[name]),
-                "ahead": peer and over.high < 1,
-                "fewer_evaluations": bool(peer and calls[name] < min(calls[o] for o in own)),
-            }
-        )
+        costs = {
+            "seconds": float(min(time[name])),
+            "over_ours": over,
+            "evaluations": float(calls[name]),
+            "ahead": peer and over.high < 1,
+            "fewer_evaluations": bool(peer and calls[name] < min(calls[o] for o in own)),
+        }
+        rows.append(runs.row() | costs)
     rows.sort(key=lambda row: row["seconds"])
     return {"error": target, "random": random, "rows": rows}

@@ -49,4 +49,4 @@ def write(file: Path, questions: Report) -> None:
     """Write the questions, sorted by name."""
     file.parent.mkdir(parents=True, exist_ok=True)
     report = {"questions": dict(sorted(questions.items()))}
-    file.write_text(json.dumps(report, separators=(",", ":"), indent=None) + "\n")
+    file.write_text(json.dumps(report, separators=(",", ":")) + "\n")

@@ -17,24 +17,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from tests.oracles import ring as mixture
 from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import intervals
-from benchmarks.likelihood_methods import (
-    DCT,
-    FRESH,
-    KEPT,
-    RECIPE,
-    adaptive,
-    compile_seconds,
-    fixed,
-    missing,
-    ours,
-    peers,
-    value_of,
-)
+from benchmarks import likelihood_methods as ways
+from benchmarks.likelihood_methods import DCT, FRESH, KEPT, RECIPE, adaptive, fixed, value_of
 from benchmarks.likelihood_problems import counted, in_double, line, problem, ring
 from benchmarks.likelihood_targets import Runs, at_target
 from benchmarks.trained import Problem
@@ -49,19 +39,14 @@ TARGETS = {2: (0.01, 0.1), DENSE: (0.1, 1.0), None: (None, 1.0)}
 
 def row_of(runs: Runs, errors: np.ndarray) -> dict:
     """What is kept of a method at a setting."""
-    method = runs.method
+    random = runs.method.random
     # What is not random has one error a sample: then samples are drawn again, and not seeds.
-    drawn = errors if method.random else errors[:, :1].T
-    return {
-        "method": method.name,
-        "setting": runs.setting,
-        "unit": method.unit,
-        "ours": method.ours,
-        "random": method.random,
+    return runs.row() | {
+        "random": random,
         "evaluations": float(np.mean(runs.evaluations)),
         "seconds": intervals.median(runs.seconds),
-        "error": intervals.root_mean_square(drawn),
-        "solver_error": runs.bias if method.random else None,
+        "error": intervals.root_mean_square(errors if random else errors[:, :1].T),
+        "solver_error": runs.bias if random else None,
     }
 
 
@@ -73,34 +58,32 @@ def reference_of(problem: Problem, x: Tensor, tolerance: float) -> tuple[Tensor,
     return fine, float((fine - other).abs().max())
 
 
-def headlines(every: list[tuple[Runs, np.ndarray]]) -> dict:
+def headlines(every: list[Runs]) -> dict:
     """Noise of the probes at 64 steps, and what the usual recipe takes for the same error."""
     chosen = {
-        runs.method.name: (runs, errors)
-        for runs, errors in every
+        runs.method.name: runs
+        for runs in every
         if (runs.method.unit == "steps" and runs.setting == STEPS)
         or (runs.method.name == RECIPE and runs.setting == 1e-5)
     }
-    values = {name: torch.stack(runs.nll, 1).numpy() for name, (runs, _) in chosen.items()}
-    found = {
-        name: [each**0.5 for each in intervals.mean_variance(values[name])]
-        for name in (FRESH, DCT, KEPT, RECIPE)
-        if name in chosen
-    }
-    fresh = chosen[FRESH][0]
+    values = {name: runs.values() for name, runs in chosen.items()}
+    fresh, recipe = chosen[FRESH], chosen.get(RECIPE)
     result = {
         "evaluations": float(np.mean(fresh.evaluations)),
         "solver_error": fresh.bias,
-        "noise": found,
+        "noise": {
+            name: [each**0.5 for each in intervals.mean_variance(values[name])]
+            for name in (FRESH, DCT, KEPT, RECIPE)
+            if name in chosen
+        },
         "kept over fresh": intervals.ratio_of_variances(values[KEPT], values[FRESH]),
     }
-    if RECIPE in chosen:
-        recipe = chosen[RECIPE][0]
 
-        def cost(seconds, nll, own_seconds, own_nll) -> float:
-            variances = [each.var(1, ddof=1).mean() for each in (nll, own_nll)]
-            return np.median(seconds) * variances[0] / np.median(own_seconds) / variances[1]
+    def cost(seconds, nll, own_seconds, own_nll) -> float:
+        variances = [each.var(1, ddof=1).mean() for each in (nll, own_nll)]
+        return np.median(seconds) * variances[0] / np.median(own_seconds) / variances[1]
 
+    if recipe is not None:
         pairs = (recipe.seconds, values[RECIPE], fresh.seconds, values[FRESH])
         result["recipe"] = {
             "evaluations": float(np.mean(recipe.evaluations)),
@@ -118,12 +101,11 @@ def add_solver_errors(
     fine: dict[object, Tensor] = {}
     for runs in tqdm(every, "solver's errors", leave=False):
         method, kind = runs.method, runs.method.smooth or runs.method.solve
-        if not method.random:
-            continue
-        if kind not in fine:
-            fine[kind] = method.with_one_probe(problem, x, finest[method.unit])
-        error = method.with_one_probe(problem, x, runs.setting) - fine[kind]
-        runs.bias = float(error.square().mean().sqrt())
+        if method.random:
+            if kind not in fine:
+                fine[kind] = method.with_one_probe(problem, x, finest[method.unit])
+            error = method.with_one_probe(problem, x, runs.setting) - fine[kind]
+            runs.bias = float(error.square().mean().sqrt())
 
 
 def taken(name: str, peer: str, choose) -> bool:
@@ -144,27 +126,21 @@ def test_error_against_cost(benchmark, choose, name):
     x = solved.data[: choose(2, 8 if exact else 4, 4 if name == "large images" else 16)]
     rounds = choose(6, 6, {"ring": 16, "digits": 10}.get(name, 6))
     exact_rounds = choose(1, 2, 3)
-    methods, left_out = [*ours(elements, exact=exact)], {}
-    for method in peers(exact=exact):
+    methods, left_out = ways.ours(elements, exact=exact), {}
+    for method in ways.peers(exact=exact):
         peer = method.name.removesuffix(", exact")
         if taken(name, peer, choose):
             methods.append(method)
         else:
             left_out[peer] = "left out at this size, to save time"
-    jax_takes_part = any(method.name.startswith("diffrax") for method in methods)
+    jax = "diffrax" in {method.name for method in methods}
     # Without --full every other setting on the digits; in a smoke run what the headlines need.
-    methods = [
-        m._replace(
-            settings=choose(
-                (STEPS,) if m.unit == "steps" else (1e-3,),
-                m.settings[::2] if elements == DENSE else m.settings,
-                m.settings,
-            )
-        )
-        for m in methods
-    ]
+    every = []
+    for method in methods:
+        some = method.settings[::2] if elements == DENSE else method.settings
+        one = (STEPS,) if method.unit == "steps" else (1e-3,)
+        every += [Runs(method, setting) for setting in choose(one, some, method.settings)]
     finest = {"steps": choose(128, 512, 512), "tolerance": choose(1e-4, 1e-7, 1e-7)}
-    every = [Runs(method, setting) for method in methods for setting in method.settings]
 
     def measure() -> dict:
         for seed in tqdm(range(-1, rounds), name, leave=False):
@@ -187,9 +163,9 @@ def test_error_against_cost(benchmark, choose, name):
             "reference_difference": difference,
             "rows": [row_of(*pair) for pair in pairs],
             "targets": targets,
-            "headlines": headlines(pairs),
-            "compile_seconds": compile_seconds(solved, x, exact=exact) if jax_takes_part else None,
-            "skipped": missing() | left_out,
+            "headlines": headlines(every),
+            "compile_seconds": ways.compile_seconds(solved, x, exact=exact) if jax else None,
+            "skipped": ways.missing() | left_out,
         }
 
     found = benchmark.pedantic(measure, rounds=1)
@@ -198,7 +174,7 @@ def test_error_against_cost(benchmark, choose, name):
     assert all(np.isfinite(row["error"]).all() for row in found["rows"])
 
 
-@pytest.mark.parametrize("method", [*peers(exact=True)], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*ways.peers(exact=True)], ids=lambda method: method.name)
 def test_every_peer_is_right(method):
     """In one dimension a probe of signs is exact; in two the divergence has to be."""
     for solved in [line()] if method.random else [line(), ring()]:
@@ -211,17 +187,13 @@ def test_every_peer_is_right(method):
 def test_the_reference_is_the_density():
     """The model of the ring is exact, so that its likelihood is known but for the prior."""
     solved = ring()
-    from tests.oracles import ring as mixture
-
     x, schedule = solved.data[:4], solved.model.schedule
-    start, end = (torch.tensor([t], dtype=x.dtype) for t in (schedule.t_min, schedule.t_max))
-    truth = mixture().log_density(x, *(part.expand(4) for part in schedule(start)))
-    result = hosm.ode_nll(
-        solved.model,
-        x,
-        method="adaptive",
-        divergence="exact",
-        tolerance=1e-7,
-        log_prior=lambda x: mixture().log_density(x, *(p.expand(4) for p in schedule(end))),
+
+    def log_density(x: Tensor, t: float) -> Tensor:
+        return mixture().log_density(x, *schedule(x.new_full((4,), t)))
+
+    options = {"method": "adaptive", "divergence": "exact", "tolerance": 1e-7}
+    found = hosm.ode_nll(
+        solved.model, x, **options, log_prior=lambda x: log_density(x, schedule.t_max)
     )
-    torch.testing.assert_close(-result.nll, truth, rtol=0, atol=1e-5)
+    torch.testing.assert_close(-found.nll, log_density(x, schedule.t_min), rtol=0, atol=1e-5)

@@ -6,6 +6,7 @@ import math
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -196,6 +197,52 @@ class AttentionNet(nn.Module):
         else:
             mixed = F.scaled_dot_product_attention(q, k, v)
         return self.outer(torch.tanh(hidden + mixed))
+
+
+class Detaches(torch.autograd.Function):
+    """Cubes, right by forward mode, with a backward that loses its graph."""
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (3 * ctx.saved_tensors[0] ** 2 * grad).detach()
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 3 * ctx.saved_tensors[0] ** 2 * tangent
+
+
+class OnceDifferentiable(Detaches):
+    """Cubes with PyTorch's own mark, whose error torch.autograd.grad passes by."""
+
+    backward = staticmethod(once_differentiable(Detaches.backward))
+
+
+class WithoutForward(torch.autograd.Function):
+    """Cubes that can be differentiated once, and by no engine."""
+
+    forward = staticmethod(Detaches.forward)
+    setup_context = staticmethod(Detaches.setup_context)
+    backward = staticmethod(OnceDifferentiable.backward)
+
+
+class Cubes(nn.Module):
+    """A network for forward mode alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x, t):
+        return OnceDifferentiable.apply(self.layer(x))
 
 
 def randomise(module: nn.Module) -> None:

@@ -10,8 +10,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.derivatives.select import _CHOICES
-from tests.derivatives.test_select import Cubes, WithoutForward
-from tests.oracles import MLP
+from tests.oracles import MLP, Cubes, WithoutForward
 
 VP = hosm.VPSchedule()
 TABLE = hosm.DiscreteSchedule([0.9, 0.5, 0.1])

@@ -1,6 +1,6 @@
 """Each private name and matched text of PyTorch, with the versions in which it was seen to hold.
 
-A test that fails after an upgrade of PyTorch names what to change in `torch_internals`.
+A test that fails after an upgrade of PyTorch names what to change in `_torch_internals`.
 """
 
 import threading
@@ -8,13 +8,13 @@ import threading
 import pytest
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import may_look
+from tests.oracles import WithoutForward
 from tests.versions import tells_hooks
 
 
@@ -84,17 +84,6 @@ def test_the_hook_of_a_checkpoint_is_told_from_others():
     assert seen[1:] == [None, None]
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return grad * 1
-
-
 class Forgets(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -117,7 +106,7 @@ def twice(function):
 def test_a_custom_function_is_told_from_an_operator():
     """_forward_cls: 2.6 to 2.13."""
     x = torch.ones(2, requires_grad=True)
-    assert internals.custom_function(Once.apply(x).grad_fn) is Once
+    assert internals.custom_function(WithoutForward.apply(x).grad_fn) is WithoutForward
     assert internals.custom_function(x.sin().grad_fn) is None
 
 
@@ -136,9 +125,12 @@ def test_what_cannot_be_differentiated_twice_says_so():
 def test_a_backward_marked_once_differentiable_is_passed_by():
     """torch::autograd::Error: 2.6 to 2.13."""
     x = torch.ones(2, requires_grad=True)
-    twice(lambda x: Once.apply(x.sin()).sin())
-    kept, (lost,) = x * 2, torch.autograd.grad(Once.apply(x.sin()).sum(), x, create_graph=True)
-    (once,) = torch.autograd.grad(Once.apply(x).sin().sum(), x, create_graph=True)
+    twice(lambda x: WithoutForward.apply(x.sin()).sin())
+    kept, (lost,) = (
+        x * 2,
+        torch.autograd.grad(WithoutForward.apply(x.sin()).sum(), x, create_graph=True),
+    )
+    (once,) = torch.autograd.grad(WithoutForward.apply(x).sin().sum(), x, create_graph=True)
     assert internals.has_graph(kept)
     assert internals.has_graph(lost)
     assert not internals.has_graph(once)

@@ -8,7 +8,7 @@ import torch
 
 import hosm_losses as hosm
 from benchmarks.networks import NETWORKS
-from hosm_losses.losses.residuals import third_residual
+from hosm_losses.losses.terms import third_residual
 from hosm_losses.model import noise_field
 
 jax = pytest.importorskip("jax")

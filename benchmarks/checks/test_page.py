@@ -1,4 +1,4 @@
-"""The pages are what the committed results say, and say what they are to say."""
+"""The pages say what the committed results say, and a number that moves is told."""
 
 import copy
 import json
@@ -6,118 +6,128 @@ import json
 import pytest
 
 from benchmarks import page, results
-from benchmarks.environment import ROOT, environment
-from benchmarks.page import choosing, gpu, headlines, likelihood, peers, speed
+from benchmarks.environment import environment
+from benchmarks.page import marks, numbers, tables
 
 FILE = results.path("cpu-2-cores")
 QUESTIONS = results.read(FILE)
+FOUND = page.tree(QUESTIONS) | page.of_gpus(FILE.parent)
+PAGES, BENCHMARKS = page.pages(), "docs/benchmarks.md"
+AGAIN = "see what moved: python -m benchmarks --page-only"
 
 
-def written(tmp_path, questions: dict) -> dict[str, str]:
-    """All pages from some questions."""
-    file = tmp_path / FILE.name
-    results.write(file, questions)
-    list(page.write(file, tmp_path))
-    return {
-        path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.md")
-    }
+@pytest.mark.parametrize("name", PAGES)
+def test_what_is_marked_is_what_the_results_say(name):
+    _, moved = marks.fill(PAGES[name], lambda mark: page.value(FOUND, mark))
+    assert not moved, "\n".join([AGAIN, *moved])
 
 
-def test_the_pages_are_those_of_the_committed_results(tmp_path):
-    for name, text in written(tmp_path, QUESTIONS).items():
-        assert text == (ROOT / name).read_text(encoding="utf-8"), (
-            f"{name} is not what benchmarks/results/{FILE.name} gives: python -m benchmarks "
-            "--page-only"
-        )
-    drawn = {path.name for path in (tmp_path / "docs" / "images").iterdir()}
-    assert drawn <= {path.name for path in (ROOT / "docs" / "images").iterdir()}
+def test_every_table_stands_on_a_page():
+    used = {mark for text in PAGES.values() for mark in marks.names(text)}
+    assert tables.TABLES.keys() <= used
 
 
-def test_every_question_was_measured_in_full():
-    names = {path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py")}
-    assert set(QUESTIONS) == names
-    assert {found["size"] for found in QUESTIONS.values()} == {"full"}
+def test_a_number_that_moves_is_told():
+    questions = copy.deepcopy(QUESTIONS)
+    (found,) = [each for key, each in questions["speed"]["tests"].items() if "[mlp]" in key]
+    found["variants"]["order 2, taylor"]["jax_ratio"] = [1.5, 1.4, 1.6]
+    tree = page.tree(questions)
+    (told,) = ["\n".join(moved) for name, _, moved in page.filled(tree) if name == BENCHMARKS]
+    path = "speed > mlp > variants > order 2, taylor > jax_ratio | digits = 3"
+    assert f"“What does a training step cost?”, {path}: 1.11 (1.04 to 1.19) → 1.5" in told
+    assert "“Others at a glance”, peers: 1 of 10 lines of the table moved" in told
+    assert "mlp, order 2, taylor: 0.67 (0.62 to 0.71)" in tables.peers(tree)
+
+
+def test_an_unknown_mark_is_an_error():
+    with pytest.raises(ValueError, match="expected a path or one of peers"):
+        page.value(FOUND, "peer")
+    with pytest.raises(KeyError):
+        page.value(FOUND, "speed > mlp > nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("a <!-- benchmarks: known -->1", "closed"),
+        ("<!-- benchmarks: a -->1<!-- benchmarks: b -->2<!-- /benchmarks -->", "closed"),
+        ("a\n  <!-- benchmarks: known -->1<!-- /benchmarks --> b", "opens one"),
+    ],
+)
+def test_a_mark_is_closed_and_inside_of_a_line(text, match):
+    with pytest.raises(ValueError, match=match):
+        marks.names(text)
+
+
+def test_a_number_is_replaced_in_place_and_a_table_on_lines_of_its_own():
+    text = "# A\n\nb <!-- benchmarks: x -->1<!-- /benchmarks --> c"
+    assert marks.fill(text, lambda _: "2") == (text.replace("1", "2"), ["line 3, “A”, x: 1 → 2"])
+    filled, _ = marks.fill(text, lambda _: "| a |\n| - |")
+    assert "-->\n\n| a |\n| - |\n\n<!--" in filled
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_a_question_that_was_not_measured_is_left_out(tmp_path, question):
-    rest = {name: found for name, found in QUESTIONS.items() if name != question}
-    pages = written(tmp_path, rest)
-    assert f"benchmarks {question}" not in pages["docs/benchmarks.md"]
+def test_what_was_not_measured_stays_as_it_was(question):
+    rest = page.tree({name: found for name, found in QUESTIONS.items() if name != question})
+    lines = [line for *_, moved in page.filled(rest) for line in moved]
+    assert any("not measured" in line for line in lines)
+    assert not any(" → " in line for line in lines)
+
+
+def test_every_question_was_measured_in_full():
+    files = (results.ROOT / "benchmarks").glob("test_*.py")
+    assert set(QUESTIONS) == {path.stem.removeprefix("test_") for path in files}
+    assert {found["size"] for found in QUESTIONS.values()} == {"full"}
 
 
 def test_no_host_and_no_path_is_kept():
-    text = FILE.read_text()
     for question in QUESTIONS.values():
         assert set(question["environment"]) == set(environment())
     for word in ("node", "hostname", "/home", "/root", "/tmp"):
-        assert word not in text
-
-
-def test_a_peer_that_is_faster_is_shown():
-    found = copy.deepcopy(QUESTIONS["speed"]["tests"])
-    (network,) = [each for key, each in found.items() if "[mlp]" in key]
-    network["variants"][speed.SECOND]["jax_ratio"] = [1.5, 1.4, 1.6]
-    told = " ".join(speed.section(found).split())  # lines are broken anywhere
-    assert f"mlp, {speed.SECOND}: 1.5 (1.4 to 1.6)" in told
-    questions = {"speed": {"tests": found}}
-    assert f"mlp, {speed.SECOND}: 1.5 (1.4 to 1.6)" in peers.section(questions)
+        assert word not in FILE.read_text()
 
 
 def test_a_likelihood_that_is_ahead_is_shown():
-    found = copy.deepcopy(QUESTIONS["likelihood"]["tests"])
-    (ring,) = [each for key, each in found.items() if "[ring]" in key]
-    (row, *_) = [row for row in ring["targets"][0]["rows"] if not row["ours"]]
-    row |= {"ahead": True, "fewer_evaluations": False, "over_ours": [0.5, 0.4, 0.6]}
-    name = row["method"].removesuffix(", exact")
-    (line,) = [line for line in likelihood.peers(found) if line[0] == name]
-    assert "ring of Gaussians" in line[2]
-    assert "(time)" in line[2]
-    assert "0.5 (0.4 to 0.6)" in likelihood.section(found)
+    tree = copy.deepcopy(FOUND)
+    target = tree["likelihood"]["ring"]["targets"]["random, 0.1 nat"]
+    target["torchdiffeq"]["over_ours"] = [0.5, 0.4, 0.6]
+    target["k-diffusion"]["fewer_evaluations"] = True
+    shown = tables.peers(tree)
+    assert "ring of Gaussians, random, 0.1 nat: 0.5 (0.4 to 0.6)" in shown
+    assert "ring of Gaussians, random, 0.1 nat: fewer evaluations" in shown
 
 
-def test_advice_follows_the_numbers():
-    questions = copy.deepcopy(QUESTIONS)
-    size = choosing.SIZES[1]
-    (found,) = [
-        each for key, each in questions["estimator_variance"]["tests"].items() if "digits" in key
-    ]
-
-    def chosen(option: str) -> str:
-        (advice,) = [each for each in choosing.advice(questions, size) if each.option == option]
-        return advice.choice
-
-    option = "`distribution` of `ode_nll`"
-    assert chosen(option) == '`"rademacher"`'
-    for level in found["levels"]:
-        level["trace"]["samplers"]["sphere"]["variance"] = [1e-3] * 3
-    assert chosen(option) == '`"sphere"`'
+def test_paths_name_one_number_or_a_span():
+    found = {"q": {"a": {"seconds": [0.1, 0.09, 0.11]}, "b": {"seconds": 2.0, "none": None}}}
+    assert numbers.named(found, "q > a > seconds") == "100 (90 to 110)"
+    assert numbers.named(found, "q > a > seconds > low") == "90"
+    assert numbers.named(found, "q > a or b > seconds") == "100 to 2000"
+    for path in ("q > c", "q > a", "q > b > none"):
+        with pytest.raises(KeyError):
+            numbers.named(found, path)
+    rows = numbers.table(found, "N | q > * | ms = seconds | none | turned").splitlines()
+    assert rows[:2] == ["| N | a | b |", "| --- | --- | --- |"]
+    assert rows[2:] == ["| ms | 100 (90 to 110) | 2000 |", "| none | – | – |"]
+    with pytest.raises(KeyError):
+        numbers.table(found, "N | q > * | none")
 
 
-def test_blocks_want_their_marks():
-    with pytest.raises(ValueError, match="once each"):
-        headlines.replaced("no marks", "cost", "text")
-    text = "a <!-- benchmarks: cost -->old<!-- /benchmarks: cost --> b"
-    assert "old" not in headlines.replaced(text, "cost", "new")
+def test_the_figures_are_drawn(tmp_path):
+    drawn = [path.name for path in page.figures.draw(FOUND, tmp_path)]
+    kept = {path.name for path in (results.ROOT / "docs" / "images").iterdir()}
+    assert set(drawn) <= kept
 
 
-def test_headlines_are_printed():
-    shown = headlines.printed(QUESTIONS)
-    for place, block in headlines.blocks(QUESTIONS).items():
-        assert block in shown
-        assert block in (ROOT / place[0]).read_text(encoding="utf-8")
-
-
-def test_results_of_a_gpu_have_a_section(tmp_path):
+def test_results_of_a_gpu_have_a_table(tmp_path):
     rows = {
-        key: {"gradient": {"error": 1e-6}, "step": {"ms": ms, "memory": 2**30, "kernels": 9}}
+        key: {"gradient": {"error": 1e-6}, "step": {"ms": ms, "memory": 2**29, "kernels": 9}}
         for key, ms in (("order 1", 10.0), ("order 2 taylor", 21.0))
     }
     where = {"card": "A card", "cuda": "13", "torch": "2.13", "commit": "abc", "date": "today"}
     table = {"batch": 128, "precision": "bf16", "variants": rows}
-    report = {"environment": where, "tables": [table]}
-    (tmp_path / "gpu-card.json").write_text(json.dumps(report))
-    text = "\n".join(gpu.sections(tmp_path))
-    assert "On a GPU: A card" in text
-    assert "| order 2 taylor | 21 (2.10) | 1 (1.00) | 9 (1.00) | – | – | 1.0e-06 |" in text
-    assert gpu.sections(tmp_path / "nowhere") == []
+    (tmp_path / "gpu-card.json").write_text(json.dumps({"environment": where, "tables": [table]}))
+    columns = "ms = step > ms | MiB = step > memory | ms compiled = compiled > ms"
+    text = page.value(page.of_gpus(tmp_path), f"Card, Variant | gpu > * > * | {columns}")
+    assert "| A card, PyTorch 2.13, commit abc, today: batch 128, bf16 | order 1 |" in text
+    assert "|  | order 2 taylor | 21 | 512 | – |" in text
+    assert page.of_gpus(tmp_path / "nowhere") == {"gpu": {}}

@@ -1,86 +1,71 @@
-"""docs/benchmarks.md, docs/choosing.md, figures and headlines, from a file of results."""
+"""What the results put on the pages: tables, numbers between marks, and figures.
+
+    tree        the results as one tree, which paths lead down
+    numbers     the text of a number that a path names, and of a table of such numbers
+    tables      the tables that are worked out
+    figures     every figure
+    marks       what stands between marks, and what moved
+
+The sentences are written by hand on the pages themselves. A check fails where a number on a page
+is not that of the committed results.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from benchmarks import results
 from benchmarks.environment import ROOT
-from benchmarks.page import (
-    choosing,
-    gpu,
-    gradients,
-    headlines,
-    likelihood,
-    other,
-    peers,
-    speed,
-    variance,
-)
-from benchmarks.page.markdown import filled
-
-WRITTEN = "<!-- Written by `python -m benchmarks`; change that, and not this page. -->"
-# In the order of the page.
-SECTIONS = {
-    "estimator_variance": variance,
-    "gradient_variance": gradients,
-    "likelihood": likelihood,
-    "speed": speed,
-}
+from benchmarks.page import figures, marks
+from benchmarks.page.numbers import named, table
+from benchmarks.page.tables import TABLES
+from benchmarks.page.tree import Found, of_gpus, tree
 
 
-def measured(question: str, found: results.Report) -> str:
-    """Where and when a question was measured, and by which command."""
-    where = found["environment"]
-    size = "" if found["size"] == "default" else f" --{found['size']}"
-    versions = ", ".join(
-        f"{name} {each}" for name, each in where["peers"].items() if each is not None
-    )
-    missing = [name for name, each in where["peers"].items() if each is None]
-    without = f" Not installed: {', '.join(missing)}." if missing else ""
-    return filled(
-        f"""`python -m benchmarks {question}{size}`, on {where["threads"]} thread of
-        {where["cores"]} cores, {where["processor"]}, load before {where["load_before"]}; Python
-        {where["python"]}, PyTorch {where["torch"]}, NumPy {where["numpy"]}, {versions}; commit
-        {where["commit"]}, {where["date"]}.{without}"""
-    )
+def value(found: Found, name: str) -> str:
+    """What stands between the marks of a name: a table, or the number of a path.
+
+    Raises:
+        KeyError: where it was not measured.
+        ValueError: where nothing has this name.
+    """
+    if name in TABLES:
+        return TABLES[name](found)
+    if " > " not in name:
+        raise ValueError(f"expected a path or one of {', '.join(TABLES)}; got {name!r}.")
+    path, _, digits = name.partition(" | digits = ")
+    return table(found, name) if " | " in path else named(found, path, int(digits or 2))
 
 
-def benchmarks_page(questions: results.Report, file: Path) -> str:
-    """docs/benchmarks.md."""
-    introduction = filled(
-        f"""Everything here comes from `benchmarks/results/{file.name}`, which
-        `python -m benchmarks --full` (extra `benchmarks`) measures anew; the line under a section
-        has the command for it alone. Without `--full` that takes ten minutes and measures less.
-        Times are processor times of one thread, compared within one run only. What the numbers
-        advise is on the page {{doc}}`choosing`."""
-    )
-    parts = [WRITTEN, "# Benchmarks", introduction, peers.section(questions)]
-    for question, module in SECTIONS.items():
-        if question in questions:
-            found = questions[question]
-            parts += [module.section(found["tests"]), measured(question, found)]
-    for question, text in other.sections(questions):
-        parts += [text, measured(question, questions[question])]
-    parts += gpu.sections(file.parent)
-    return "\n\n".join(part for part in parts if part) + "\n"
+def pages(root: Path = ROOT) -> dict[str, str]:
+    """README.md and the pages of the documentation that have marks."""
+    files = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    texts = {file.relative_to(root).as_posix(): file.read_text("utf-8") for file in files}
+    return {name: text for name, text in texts.items() if marks.ANY.search(text)}
+
+
+def filled(found: Found) -> Iterator[tuple[str, str, list[str]]]:
+    """Every page: its name, its text by these results, and what moved."""
+    for name, text in pages().items():
+        yield name, *marks.fill(text, lambda mark: value(found, mark))
 
 
 def write(file: Path, root: Path) -> Iterator[str]:
-    """Write the pages and figures under `root`; yield what there is to say of each."""
-    questions = results.read(file)
-    pages: dict[str, Any] = {
-        "docs/benchmarks.md": benchmarks_page(questions, file),
-        "docs/choosing.md": choosing.page(questions, WRITTEN),
-        **headlines.pages(questions, ROOT),
-    }
-    for name, text in pages.items():
+    """Write the pages and figures under `root`; yield what there is to say of each.
+
+    Last comes what moved, so that a person reads the sentences beside it again.
+    """
+    found = tree(results.read(file)) | of_gpus(file.parent)
+    again: list[str] = []
+    for name, text, moved in filled(found):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, "utf-8")
+        again += [f"{name}, {each}" for each in moved]
         yield f"Written: {name}"
-    for question, module in SECTIONS.items():
-        if question in questions:
-            for path in module.draw(questions[question]["tests"], root / "docs" / "images"):
-                yield f"Written: {path.relative_to(root)}"
-    yield headlines.printed(questions)
+        yield from (
+            f"{each['name']}: {each['text'].strip()}" for each in marks.MARK.finditer(text)
+        )
+    for path in figures.draw(found, root / "docs" / "images"):
+        yield f"Written: {path.relative_to(root)}"
+    yield "Read again, beside what moved:" if again else "No number on the pages moved."
+    yield from again

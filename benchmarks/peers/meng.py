@@ -1,6 +1,6 @@
 r"""The second-order loss of Meng et al., written for comparison from its formula.
 
-Formula, in the letters of `hosm_losses.losses.residuals`:
+Formula, in the letters of `hosm_losses.losses.terms`:
     Tweedie's formula for second moments says that s₂ + s₁ s₁ᵀ is the conditional mean of
     (ε εᵀ − I)/σ². Along a probe v, and with σ² s₂ v = D, the residual of that regression is
 
@@ -25,10 +25,10 @@ Source:
 from typing import Any
 
 import torch
+from hosm_losses.losses.inputs import prepare, probe_tensor
 from torch import Tensor
 
 import hosm_losses as hosm
-from hosm_losses.losses.inputs import prepare, probe_tensor
 from hosm_losses.losses.options import Probes
 from hosm_losses.model import noise_field
 

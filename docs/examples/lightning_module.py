@@ -38,7 +38,7 @@ class Diffusion(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: list[torch.Tensor], _index: int) -> None:
-        """Nats of the ODE; Lightning validates in inference mode, which is no obstacle."""
+        """Log the nats of the ODE. `ode_nll` works in Lightning's inference mode."""
         result = ode_nll(self.objective.model, batch[0], steps=32, divergence="exact")
         self.log("nll", result.nll.mean(), prog_bar=True)
 

@@ -2,7 +2,7 @@
 
 accelerate launch docs/examples/likelihood_many_gpus.py      (any number of GPUs, or --cpu)
 
-The network is evaluated and not trained, so it is not prepared: every process holds it.
+The network is not trained here, so accelerate does not prepare it: every process holds it whole.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from hosm_losses.interop import from_denoising_diffusion
 
 
 class HighOrderDiffusion(GaussianDiffusion):
-    """Its loss is that of orders one to three; the first is its own, in its own objective."""
+    """The diffusion with the loss of orders one to three; the first term is the project's own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

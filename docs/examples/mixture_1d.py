@@ -1,18 +1,18 @@
 """A 1-D mixture learned by score matching of orders one to three, judged by exact likelihood.
 
 What it shows:
-    The density that a diffusion model gives data is that of its probability-flow ODE, and a small
-    score-matching loss alone does not make it a good one. One small network is trained on the
-    mixture of three Gaussians of Lu et al. (ICML 2022, arXiv 2206.08265) with each of the three
-    losses. In one dimension KL(q || p_ODE) is an integral over a grid, with no sampling error; q
-    is the mixture at t_min, very nearly the data.
+    The density that a diffusion model gives data is that of its probability-flow ODE. A small
+    score-matching loss does not suffice to make that density a good one. Here a small network is
+    trained with each of the three losses, on the mixture of three Gaussians of Lu et al. (ICML
+    2022, arXiv 2206.08265). In one dimension KL(q || p_ODE) is an integral over a grid, without
+    sampling error. q is the mixture at t_min, very nearly the data.
 
 How the orders are compared:
     equal steps   N steps each, from the same initial network, with the same data, times and noise.
     equal cost    the processor time that order three needs for its N steps. Orders one and two
-                  take as many more steps as a step of theirs is cheaper, under a cosine decay of
-                  that length; order three's run is the one above. What a step costs is measured
-                  in the same run, so these numbers of steps differ a little every time.
+                  take more steps, as their steps are cheaper, under a cosine decay of that
+                  length. Order three's run is the one above. The cost of a step is measured in
+                  the same run, so these numbers of steps differ a little every time.
 
 How to run, on two cores for two to five minutes (pip install "hosm-losses[examples]"):
     python docs/examples/mixture_1d.py [--schedule vp] [--steps 3000] [--seed 0] [--out DIR]
@@ -45,8 +45,8 @@ DATA_MEAN = float(FRACTIONS @ MEANS)
 DATA_STD = math.sqrt(float(FRACTIONS @ (VARIANCES + MEANS.square())) - DATA_MEAN**2)
 GRID = torch.linspace(-1.25, 1.55, 801, dtype=torch.float64)
 BATCH, WIDTH, TIMED_STEPS = 512, 128, 40
-# The paper's weights, in one dimension. There "exact" is one derivative, as a random probe is, and
-# draws no number, so that every order sees the same noise.
+# The paper's weights. In one dimension "exact" costs what one random probe costs. It draws no
+# number, so that every order sees the same noise.
 LOSSES = {
     1: hosm.first_order_dsm,
     2: partial(hosm.second_order_dsm, weights=(1, 0.5, 0), probes="exact"),
@@ -63,7 +63,7 @@ def waves(value: Tensor, count: int) -> Tensor:
 class Network(nn.Module):
     """An MLP for ε̂(x, t) whose every hidden layer is scaled and shifted by features of log σ̂.
 
-    A mixture's detail lies at small noise: next to nothing in raw t, as wide as the rest in log σ̂.
+    A mixture's detail lies at small noise: a tiny part of the range of t, a wide one of log σ̂.
     """
 
     def __init__(self, schedule: hosm.Schedule) -> None:
@@ -83,12 +83,12 @@ class Network(nn.Module):
         for layer, time_layer in zip(self.layers, self.times, strict=True):
             scale, shift = time_layer(time_features).chunk(2, dim=1)
             hidden = nn.functional.silu(layer(hidden) * (1 + scale) + shift)
-        # The first part is right for Gaussian data; the network adds what the mixture is more.
+        # The first part is exact for Gaussian data. The network adds the rest.
         return sigma / std * standard + self.output(hidden)
 
 
 class Job(NamedTuple):
-    """A training; `cost` is what a step of it moves the progress bar."""
+    """A training; `cost` is how far one of its steps moves the progress bar."""
 
     schedule: str
     order: int
@@ -202,7 +202,7 @@ def run_all(
     context = get_context("spawn")
     counter = context.Value("d", 0.0)
     with ProcessPoolExecutor(2, context, start_process, (counter,)) as pool:
-        # Two at a time, for that is how the trainings will share the machine.
+        # Two at a time, because the trainings will share the machine in this way.
         costs = np.mean(list(pool.map(measure, [schedule] * 2)), axis=0).tolist()
         jobs = {"equal_steps": [], "equal_cost": []}
         for order, cost in zip(LOSSES, costs, strict=True):
@@ -233,7 +233,7 @@ def draw(jobs: list[Job], outcomes: dict[Job, Outcome], path: Path) -> None:
     truth: dict[str, Any] = {"color": "0.75", "linewidth": 5, "label": "true mixture"}
     left.plot(GRID, log_density.exp(), **truth)
     right.plot(GRID, score, **truth)
-    # Apart by colour for the colour-blind, and by dashes in grey.
+    # Colours that the colour-blind can tell apart, and dashes for print in grey.
     styles = [("#d55e00", ":"), ("#0072b2", "--"), ("black", "-")]
     for job, (color, dashes) in zip(jobs, styles, strict=True):
         kl, _, ode = outcomes[job]

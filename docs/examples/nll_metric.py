@@ -15,7 +15,7 @@ FIELDS = ("nll", "latent", "nfe", "standard_error", "solver_error", "failed")
 
 
 class ODELikelihood(Metric):
-    """Gathers results; compute() gives their summary, with the probes' part of the error apart."""
+    """Gathers results; compute() gives their means and standard errors."""
 
     full_state_update = False
 

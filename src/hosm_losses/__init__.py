@@ -9,6 +9,7 @@ from hosm_losses.likelihood import ode_nll as ode_nll
 from hosm_losses.likelihood import variational_nll as variational_nll
 from hosm_losses.losses import DSMTerms as DSMTerms
 from hosm_losses.losses import FirstOrderDSM as FirstOrderDSM
+from hosm_losses.losses import LoggedTerms as LoggedTerms
 from hosm_losses.losses import SecondOrderDSM as SecondOrderDSM
 from hosm_losses.losses import ThirdOrderDSM as ThirdOrderDSM
 from hosm_losses.losses import dsm_terms as dsm_terms

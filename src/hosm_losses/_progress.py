@@ -10,22 +10,10 @@ FORMAT = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
 
 @contextmanager
 def progress_bar(shown: bool, total: float, unit: str) -> Iterator[Callable[[float], object]]:
-    """Show how much of `total` is done; fractions are welcome.
+    """Yield a function to call with the amount, in `unit` and of `total`, that was just done.
 
-    Args:
-        shown: False shows nothing and needs no tqdm.
-        total: the amount of work.
-        unit: what it is counted in.
-
-    Yields:
-        A function to call with the amount that was just done.
-
-    Raises:
-        ImportError: where a bar is asked for and tqdm is not installed.
-
-    Example:
-        >>> with progress_bar(False, 2, "sample") as advance:
-        ...     _ = advance(0.5)
+    Where `shown` is False it shows nothing and needs no tqdm; else a missing tqdm is an
+    ImportError.
     """
     if not shown:
         yield lambda _: None

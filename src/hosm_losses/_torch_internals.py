@@ -1,22 +1,25 @@
-"""Every private name of PyTorch that is used here, and every error text of its that is matched.
+"""Private names of PyTorch, error texts of its that are matched, and what surrounds a call.
 
-PyTorch keeps none of them stable. `tests/test_torch_internals.py` has a test for each, which says
-in which versions it was seen to hold; where one fails, this file is what to change.
+PyTorch keeps no private name or text stable. `tests/test_torch_internals.py` has a test for each,
+which says in which versions it was seen to hold; where one fails, this file is what to change.
 """
 
 __all__ = [
     "COMPILED_PART",
+    "DEVICE_ERROR_TEXT",
     "DOUBLE_BACKWARD_OF_COMPILED",
     "HOOKS_IN_TRANSFORM",
     "LOST_ATTRIBUTE",
     "NOT_TWICE",
     "OF_DTYPES",
-    "DEVICE_ERROR_TEXT",
     "REENTRANT_CHECKPOINT",
     "checkpoint_hook",
     "custom_function",
     "forward_mode",
+    "graph_nodes",
     "has_graph",
+    "normal",
+    "outside_inference_mode",
     "pytree",
     "shell",
     "surrounded",
@@ -26,8 +29,8 @@ __all__ = [
 ]
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,7 +46,8 @@ REENTRANT_CHECKPOINT = "compatible with .grad()"
 HOOKS_IN_TRANSFORM = "saved tensor hooks"
 DOUBLE_BACKWARD_OF_COMPILED = "does not currently support double backward"
 LOST_ATTRIBUTE = "Backward' object has no attribute"
-# The node that a once_differentiable backward puts behind what it returns.
+# The node that a once_differentiable backward puts behind what it returns, and
+# torch.autograd.grad never meets.
 DELAYED_ERROR = "torch::autograd::Error"
 # Of devices that fail.
 DEVICE_ERROR_TEXT = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
@@ -63,19 +67,12 @@ def transformed() -> bool:
 
 
 def traced() -> bool:
-    """Whether torch.compile or a transform of torch.func looks at this call from outside.
-
-    There values cannot be read, nothing may be changed in place that comes from outside, and
-    derivatives are taken by torch.func.
-    """
+    """Whether torch.compile or a transform of torch.func is around: no value can be read."""
     return torch.compiler.is_compiling() or transformed()
 
 
 def surrounded() -> bool:
-    """Whether something of the user's surrounds this call that a network alone would not meet.
-
-    A transform, a mode that sees functions or operators, saved-tensor hooks, or a profiler.
-    """
+    """Whether a transform, a mode, saved-tensor hooks or a profiler of the user's is around."""
     return bool(
         transformed()
         or _get_current_function_mode_stack()
@@ -94,10 +91,39 @@ def _saving_hooks() -> Any:
 def checkpoint_hook() -> object:
     """The hook by which the innermost of torch's checkpoints saves tensors, if one is on."""
     hooks = _saving_hooks()
-    if hooks is None:
-        return None
-    own = getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook")
-    return hooks[0] if own else None
+    hook = None if hooks is None else hooks[0]
+    return hook if getattr(hook, "__qualname__", "").startswith("_checkpoint_hook") else None
+
+
+def outside_inference_mode() -> AbstractContextManager[None]:
+    """Leave torch.inference_mode, which forbids all derivatives, with gradients off as before."""
+    # torch.compile of PyTorch 2.6 follows no generator in a with statement.
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return _left()
+
+
+@contextmanager
+def _left() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def normal(tensor: Tensor) -> Tensor:
+    """Copy a tensor made in inference mode, so that autograd can save it; return any other."""
+    made_in_it = not torch.compiler.is_compiling() and tensor.is_inference()
+    return tensor.clone() if made_in_it else tensor
+
+
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the autograd graphs of tensors, once."""
+    nodes, seen = [tensor.grad_fn for tensor in tensors], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            nodes.extend(parent for parent, _ in node.next_functions)
 
 
 def custom_function(node: object) -> type | None:
@@ -106,10 +132,7 @@ def custom_function(node: object) -> type | None:
 
 
 def has_graph(gradient: Tensor) -> bool:
-    """Whether a gradient can be differentiated again.
-
-    That of a once_differentiable backward leads to an error that torch.autograd.grad never meets.
-    """
+    """Whether a gradient can be differentiated again: not that of a once_differentiable one."""
     node = gradient.grad_fn
     return gradient.requires_grad and (node is None or node.name() != DELAYED_ERROR)
 
@@ -129,8 +152,5 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
 @contextmanager
 def forward_mode() -> Iterator[None]:
     """Keep other threads out of torch.func.jvp: its levels are those of the whole process."""
-    if torch.compiler.is_compiling():
-        yield
-        return
-    with _lock:
+    with nullcontext() if torch.compiler.is_compiling() else _lock:
         yield

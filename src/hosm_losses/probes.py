@@ -1,8 +1,7 @@
 r"""Random directions v with E[v vᵀ] = I.
 
 What:
-    A probe replaces a trace or a Frobenius norm by an average of matrix-vector products,
-    E[vᵀ A v] = tr A and E‖A v‖² = ‖A‖²_F, so that a Jacobian is never built.
+    E[vᵀ A v] = tr A and E‖A v‖² = ‖A‖²_F: matrix-vector products in place of a Jacobian.
 
 Formula:
     The variance of vᵀ A v is, with S = (A + Aᵀ)/2,
@@ -23,17 +22,19 @@ Source:
     cosine transform", IEEE Transactions on Computers (1974), for Q.
 """
 
-__all__ = ["DISTRIBUTIONS", "draw_probes", "unit_vector_chunks", "unit_vectors"]
+__all__ = ["DISTRIBUTIONS", "Distribution", "draw_probes", "unit_vector_chunks", "unit_vectors"]
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_whole
+from hosm_losses._checks import at_least_float32, check_choice, check_whole
 
-# A loss holds several tensors of this size, and the network many: no one device has the memory.
+Distribution = Literal["rademacher", "gaussian", "sphere", "dct"]
+# Bytes. A loss holds several tensors of this size, and the network many: no device has the memory.
 LARGEST_UNITS = 16 * 2**30
 
 
@@ -53,9 +54,7 @@ def _sphere(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | N
 
 
 def _dct(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    rotated = _rademacher(shape, like, generator).to(
-        torch.promote_types(like.dtype, torch.float32)
-    )
+    rotated = at_least_float32(_rademacher(shape, like, generator))
     for _ in shape[2:]:
         rotated = _from_cosines(rotated.movedim(2, -1))
     return rotated.to(like.dtype)
@@ -86,24 +85,10 @@ def draw_probes(
     distribution: str = "rademacher",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw `count` independent probes for every sample, on the device of the batch.
+    """Draw K = `count` independent probes (K, B, *) for a batch (B, *), like it in all else.
 
-    Args:
-        like: the batch (B, *) whose shape, dtype and device the probes take.
-        count: K, the number of probes a sample.
-        distribution: "rademacher" (signs), "gaussian", "sphere" (radius √d), or "dct" (signs
-            in the basis of the discrete cosine transform).
-        generator: the source of randomness; the global one of the device if None.
-
-    Returns:
-        Probes (K, B, *) with E[v vᵀ] = I over the elements of a sample.
-
-    Raises:
-        ValueError: for a distribution of another name or a count below 1.
-
-    Example:
-        >>> draw_probes(torch.zeros(2, 3), count=5).shape
-        torch.Size([5, 2, 3])
+    E[v vᵀ] = I over the elements of a sample. A ValueError for a distribution of another name or
+    a count below 1. The generator is the global one of the device if None.
     """
     check_choice("distribution", distribution, DISTRIBUTIONS)
     count = check_whole("probes", count, 1)
@@ -111,16 +96,9 @@ def draw_probes(
 
 
 def unit_vectors(like: Tensor) -> Tensor:
-    """All d unit vectors as probes (d, B, *): with them a SUM over probes is exact.
+    """All d unit vectors as probes (d, B, *), with which a SUM over probes is exact.
 
-    Raises:
-        ValueError: where they alone would take more than 16 GiB.
-
-    Example:
-        >>> unit_vectors(torch.zeros(2, 3))[:, 0]
-        tensor([[1., 0., 0.],
-                [0., 1., 0.],
-                [0., 0., 1.]])
+    A ValueError where they alone would take more than 16 GiB.
     """
     d = like[0].numel()
     size = d * like.numel() * like.element_size()

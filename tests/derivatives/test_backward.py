@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 import hosm_losses as hosm
+from tests.oracles import Detaches, OnceDifferentiable
 
 DROPPED = r"expected an autograd\.Function whose backward keeps the graph; got {}"
 REMEDY = r"lambda f, i, p, flag: hosm_losses\.checkpoint\(f, \*i\) if flag else f\(\*i\)"
@@ -137,33 +137,6 @@ def test_the_remedy_works(order, options):
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
 
 
-class Detaches(torch.autograd.Function):
-    """Cubes, right by forward mode, with a backward that loses its graph."""
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (3 * ctx.saved_tensors[0] ** 2 * grad).detach()
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return 3 * ctx.saved_tensors[0] ** 2 * tangent
-
-
-class Once(Detaches):
-    """PyTorch's own mark, whose error torch.autograd.grad passes by."""
-
-    backward = staticmethod(once_differentiable(Detaches.backward))
-
-
 class Partly(Detaches):
     """Keeps the graph to the incoming gradient and loses that to its input."""
 
@@ -226,7 +199,7 @@ def small(function, order, **options):
     return LOSSES[order](model, x0, **given, **options)
 
 
-@pytest.mark.parametrize("function", [Detaches, Once])
+@pytest.mark.parametrize("function", [Detaches, OnceDifferentiable])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 @pytest.mark.parametrize("order", [2, 3])
 def test_a_function_that_detaches_is_refused_by_the_engine_that_calls_its_backward(

@@ -7,13 +7,12 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from hosm_losses import DerivativeError, ScoreModel, VPSchedule
 from hosm_losses.derivatives.select import _choice
 from hosm_losses.derivatives.taylor import Jet
 from hosm_losses.model import noise_field
-from tests.oracles import dense_derivatives, networks
+from tests.oracles import Cubes, WithoutForward, dense_derivatives, networks
 
 ENGINES = ("auto", "forward", "reverse", "taylor")
 NAMES = ("mlp", "conv", "attention")
@@ -133,45 +132,6 @@ def test_auto_is_the_taylor_engine_in_eager_mode(order, count):
         seen.clear()
         field.derive(x, w, order=order, derivative=engine)
         assert seen == ["taylor" if engine == "auto" else engine]
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    """Cubes, with a forward derivative, and a backward that cannot be differentiated."""
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return 3 * ctx.saved_tensors[0] ** 2 * grad
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return 3 * ctx.saved_tensors[0] ** 2 * tangent
-
-
-class WithoutForward(torch.autograd.Function):
-    """Cubes, with a backward that cannot be differentiated, and nothing else."""
-
-    forward = staticmethod(OnceDifferentiable.forward)
-    setup_context = staticmethod(OnceDifferentiable.setup_context)
-    backward = staticmethod(OnceDifferentiable.backward)
-
-
-class Cubes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(3, 3)
-
-    def forward(self, x, t):
-        return OnceDifferentiable.apply(self.layer(x))
 
 
 class DropsItsInputs(torch.autograd.Function):

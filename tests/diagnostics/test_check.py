@@ -8,8 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import hosm_losses as hosm
-from tests.derivatives.test_select import Cubes
-from tests.oracles import networks
+from tests.oracles import Cubes, networks
 
 ENGINES = ("forward", "reverse", "taylor")
 VP = hosm.VPSchedule()

@@ -6,8 +6,8 @@ from torch import nn
 
 import hosm_losses as hosm
 from tests.derivatives.test_backward import Partly
-from tests.derivatives.test_select import OnceDifferentiable
 from tests.diagnostics.test_check import Around, CheckpointFunction, Custom, Detached, check
+from tests.oracles import OnceDifferentiable
 
 PLAIN = r"without \.detach\(\), \.data or torch\.no_grad\(\)"
 ENGINES = ("auto", "taylor", "reverse", "forward")

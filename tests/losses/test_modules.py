@@ -1,6 +1,8 @@
 """The modules: the functions with their options held, for what wraps a module."""
 
 import copy
+import dataclasses
+import inspect
 import pickle
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
+from hosm_losses.losses import options
 from tests.oracles import MLP
 
 VP = hosm.VPSchedule()
@@ -112,3 +115,65 @@ def test_a_wrapped_network_is_an_error_at_construction(wrap, name, module, insid
     with pytest.raises(TypeError, match=f"expected a bare network.*got {name}"):
         module(model)
     hosm.FirstOrderDSM(model)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_the_terms_come_with_their_times_and_rows(fraction):
+    model, x0 = setting()
+    noise, probe = torch.randn_like(x0), torch.randn_like(x0)
+    module = hosm.ThirdOrderDSM(model, fraction=fraction)
+    _, terms = module(x0, noise=noise, probe=probe, return_terms=True)
+    whole = hosm.dsm_terms(model, x0, t=terms.t, noise=noise, probe=probe)
+    rows = slice(None) if fraction == 1 else terms.rows
+    assert (terms.rows is None) == (fraction == 1)
+    first, *higher = terms
+    torch.testing.assert_close(first, whole.first)
+    for got, expected in zip(higher, whole[1:], strict=True):
+        torch.testing.assert_close(got, expected[rows])
+        assert not got.requires_grad
+    assert isinstance(terms, hosm.DSMTerms)
+    assert len(terms) == 4
+
+
+def test_what_it_prints_names_every_option_and_the_weights():
+    module = hosm.ThirdOrderDSM(setting()[0], weights=(1, 0.1, 0.1, 0.01), third="laplacian")
+    assert "weights=(1, 0.1, 0.1, 0.01)" in repr(module)
+    assert "third='laplacian'" in repr(module)
+
+
+def test_every_option_is_written_once_and_shown_where_it_is_taken():
+    own = {field.name for field in dataclasses.fields(options.LossOptions)} - {"order"}
+    assert options.ThirdOrderOptions.__optional_keys__ == own | {"weights"}
+    taken = {
+        hosm.first_order_dsm: options.FirstOrderArguments,
+        hosm.second_order_dsm: options.SecondOrderArguments,
+        hosm.third_order_dsm: options.ThirdOrderArguments,
+        hosm.dsm_terms: options.TermsArguments,
+        hosm.FirstOrderDSM: options.FirstOrderOptions,
+        hosm.SecondOrderDSM: options.SecondOrderOptions,
+        hosm.ThirdOrderDSM: options.ThirdOrderOptions,
+    }
+    for function, arguments in taken.items():
+        shown = inspect.signature(function).parameters
+        assert shown.keys() - {"model", "x0", "order"} == arguments.__optional_keys__
+    shown = inspect.signature(hosm.third_order_dsm).parameters
+    assert (shown["fraction"].default, shown["probe"].default) == (1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda model, x0: hosm.first_order_dsm(model, x0, probe=x0), "first_order_dsm"),
+        (lambda model, x0: hosm.second_order_dsm(model, x0, third="exact"), "second_order_dsm"),
+        (lambda model, x0: hosm.third_order_dsm(model, x0, n_probes=2), "third_order_dsm"),
+        (lambda model, x0: hosm.dsm_terms(model, x0, weights=(1, 1, 1, 1)), "dsm_terms"),
+        (lambda model, x0: hosm.FirstOrderDSM(model, probes=2), "FirstOrderDSM"),
+        (lambda model, x0: hosm.FirstOrderDSM(model, weights=(1,)), "FirstOrderDSM"),
+        (lambda model, x0: hosm.SecondOrderDSM(model, third="exact"), "SecondOrderDSM"),
+        (lambda model, x0: hosm.FirstOrderDSM(model)(x0, probe=x0), "FirstOrderDSM.forward"),
+        (lambda model, x0: hosm.ThirdOrderDSM(model)(x0, order=2), "ThirdOrderDSM.forward"),
+    ],
+)
+def test_an_option_that_an_order_has_no_use_for_is_an_error(call, name):
+    with pytest.raises(TypeError, match=f"{name}: got an unexpected keyword argument"):
+        call(*setting())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from hosm_losses.losses.inputs import prepare
+from hosm_losses.losses.objective import perturbed
 from hosm_losses.losses.options import LossOptions
 from hosm_losses.losses.terms import Directions, terms_along
 from hosm_losses.model import noise_field
@@ -18,8 +18,8 @@ def sliced(name, probes, others, exact=False):
     """The third terms (B,) of every u of `others` (N, d), for one probe of every sample."""
     network, shape = networks()[name]
     x0, noise, t = torch.randn(2, *shape), torch.randn(2, *shape), torch.tensor([0.3, 0.6])
-    model, inputs = prepare(
-        hosm.ScoreModel(network, hosm.VPSchedule()), x0, t, noise, "noise", None
+    model, inputs = perturbed(
+        hosm.ScoreModel(network, hosm.VPSchedule()), x0, t, noise, LossOptions(order=1), None
     )
     field = noise_field(model, t, primitives=True)
     number = "exact" if exact else 1
@@ -80,8 +80,8 @@ def test_u_is_drawn_after_v_and_for_itself(probes):
         u = draw_probes(x0, 1, generator=generator).expand_as(v)
     else:
         v, u = (draw_probes(x0, probes, generator=generator) for _ in range(2))
-    _, inputs = prepare(model, x0, given["t"], given["noise"], "noise", None)
     options = LossOptions(order=3, third="sliced", probes=probes)
+    _, inputs = perturbed(model, x0, given["t"], given["noise"], options, None)
     field = noise_field(model, given["t"], primitives=True)
     expected = terms_along(field, inputs, Directions(v, u), options)
     again = torch.Generator().manual_seed(0)

@@ -140,3 +140,106 @@ def test_the_function_draws_and_weights_with_one_time(weighting):
     first, higher = (1.0 if factor is None else factor for factor in factors)
     expected = (first * terms.first + higher * sum(terms[1:])).mean()
     torch.testing.assert_close(got, expected)
+
+
+MEANS = {
+    "noise": "noise",
+    "native": "native",
+    "callable": torch.exp,
+    "likelihood": "likelihood",
+    "pair": ("native", torch.exp),
+    "likelihood and a callable": ("likelihood", torch.exp),
+}
+
+
+@pytest.mark.parametrize("weighting", MEANS.values(), ids=MEANS)
+@pytest.mark.parametrize("name", ["vp", "ve", "subvp", "cosine", "flow", "edm"])
+def test_a_sampler_changes_the_mean_of_no_term(name, weighting):
+    """Midpoint sums over u and over t, of the factors times a function of t."""
+    schedule = SCHEDULES[name]
+    model = hosm.ScoreModel(MLP(3), schedule, "v_prediction")
+    count = 40_000
+    low, high = schedule.log_sigma_hat_range
+    middle = (torch.arange(count) + 0.5) / count
+    in_u = schedule.time(low + (high - low) * middle)
+    in_t, spacing = towards_the_ends(schedule, count)
+    own = schedule.time_density(in_t) * (schedule.t_max - schedule.t_min) * spacing
+
+    def means(t, sampler, shares):
+        factors = time_factors(model, torch.zeros(count, 3), t, weighting, sampler, drawn=True)
+        shape = schedule.sigma(t) / (1 + schedule.sigma(t).square()) + 0.3
+        return [((1 if each is None else each) * shape * shares).mean() for each in factors]
+
+    by_u = means(in_u, "log_sigma_hat", 1.0)
+    by_t = means(in_t, "schedule", own)
+    torch.testing.assert_close(by_u, by_t, rtol=2e-3, atol=0)
+
+
+def test_the_default_sampler_is_that_of_the_first_terms_weighting():
+    model, x0 = hosm.ScoreModel(MLP(3), hosm.VPSchedule()), torch.zeros(6, 3)
+
+    def drawn(weighting, sampler=None):
+        return draw_time(model, x0, weighting, torch.Generator().manual_seed(0), sampler)
+
+    by_schedule, by_u = drawn("noise"), drawn("noise", "log_sigma_hat")
+    assert not torch.equal(by_schedule, by_u)
+    for weighting in ("native", torch.exp, ("noise", torch.exp), ("noise",)):
+        assert torch.equal(drawn(weighting), by_schedule)
+    for weighting in ("likelihood", ("likelihood", torch.exp)):
+        assert torch.equal(drawn(weighting), by_u)
+        assert torch.equal(drawn(weighting, "schedule"), by_schedule)
+
+
+def test_a_callable_sampler_stands_for_given_times():
+    model, x0 = hosm.ScoreModel(MLP(3), hosm.VPSchedule()), torch.randn(4, 3)
+    given = {"noise": torch.randn(4, 3), "probe": torch.randn(4, 3), "weighting": "likelihood"}
+    t = torch.linspace(0.1, 0.9, 4)
+    asked = []
+
+    def sampler(batch, generator):
+        asked.append((batch, generator))
+        return t
+
+    got = hosm.third_order_dsm(model, x0, time_sampler=sampler, **given)
+    assert asked == [(4, None)]
+    assert torch.equal(got, hosm.third_order_dsm(model, x0, t=t, **given))
+    with pytest.raises(ValueError, match=r"t: expected shape \(4,\)"):
+        hosm.first_order_dsm(model, x0, time_sampler=lambda batch, generator: torch.rand(2))
+    with pytest.raises(ValueError, match=r"t: expected values in"):
+        hosm.first_order_dsm(model, x0, time_sampler=lambda batch, generator: 2 + torch.rand(4))
+
+
+def test_a_pair_weights_the_first_term_and_the_higher_ones_apart():
+    """As near t_min, where the higher terms are faded out."""
+    model = hosm.ScoreModel(MLP(3), hosm.VPSchedule(), "v_prediction")
+    x0, t = torch.randn(4, 3), torch.tensor([0.1, 0.3, 0.6, 0.9])
+    given = {"t": t, "noise": torch.randn(4, 3), "probe": torch.randn(4, 3)}
+    terms = hosm.dsm_terms(model, x0, **given)
+    native = model.native_weight(t, x0)
+    expected = native * terms.first + t.square() * sum(terms[1:])
+    pair = ("native", torch.square)
+    got = hosm.third_order_dsm(model, x0, weighting=pair, reduction="none", **given)
+    torch.testing.assert_close(got, expected)
+    pair = (torch.exp, "noise")
+    got = hosm.third_order_dsm(model, x0, weighting=pair, reduction="none", **given)
+    torch.testing.assert_close(got, t.exp() * terms.first + sum(terms[1:]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weighting": ("noise", "native")}, "for the higher terms.*got 'native'"),
+        ({"weighting": ("noise", "likelihood")}, "for the higher terms.*got 'likelihood'"),
+        ({"weighting": ("noise", "snr")}, "weighting .*expected one of 'noise'.*got 'snr'"),
+        ({"weighting": ("noise",) * 3}, "one weighting or a pair.*got 3"),
+        ({"weighting": ()}, "one weighting or a pair.*got 0"),
+        ({"time_sampler": "uniform"}, "time_sampler .*expected one of 'schedule'.*got 'uniform'"),
+        ({"time_sampler": 1}, "time_sampler .*expected one of 'schedule'.*got 1"),
+    ],
+)
+def test_what_is_no_weighting_is_an_error(options, message):
+    model = hosm.ScoreModel(MLP(3), hosm.VPSchedule())
+    with pytest.raises(ValueError, match=message):
+        hosm.ThirdOrderDSM(model, **options)
+    with pytest.raises(ValueError, match=message):
+        hosm.second_order_dsm(model, torch.zeros(2, 3), **options)

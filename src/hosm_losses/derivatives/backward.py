@@ -2,30 +2,29 @@ r"""Passes back through a network, and what they say where the graph is lost.
 
 What:
     A network may cut the graph: by .detach(), or by a custom autograd.Function whose backward
-    returns gradients without one. Values computed by a second pass back would then be wrong, so
-    every loss is noticed when it happens and is an error with its remedy.
+    returns gradients without one. A second pass back would then give wrong values, so every cut
+    is noticed when it happens and is an error with its remedy.
 """
 
-__all__ = ["LOST_TWICE", "DroppedGraphError", "explained", "pull_back", "refuse_dropped"]
+__all__ = [
+    "LOST_TWICE",
+    "DroppedGraphError",
+    "gradients",
+    "pull_back",
+    "refuse_dropped",
+    "remedied",
+]
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
+from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError
-from hosm_losses._torch_internals import (
-    DOUBLE_BACKWARD_OF_COMPILED,
-    HOOKS_IN_TRANSFORM,
-    LOST_ATTRIBUTE,
-    REENTRANT_CHECKPOINT,
-    custom_function,
-    has_graph,
-)
 from hosm_losses.derivatives.primitive_mode import CHECKPOINT_ADVICE, FORWARD_ADVICE
 
 LOST_ONCE = (
@@ -51,10 +50,10 @@ DROPPED = (
     "it, set guided_diffusion.nn.checkpoint and guided_diffusion.unet.checkpoint to "
     "lambda f, i, p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
 )
-EXPLAINED = {
-    REENTRANT_CHECKPOINT: CHECKPOINT_ADVICE,
-    HOOKS_IN_TRANSFORM: FORWARD_ADVICE,
-    DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
+REMEDIES = {
+    internals.REENTRANT_CHECKPOINT: CHECKPOINT_ADVICE,
+    internals.HOOKS_IN_TRANSFORM: FORWARD_ADVICE,
+    internals.DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
 }
 
 
@@ -62,63 +61,42 @@ class DroppedGraphError(DerivativeError):
     """A custom autograd.Function whose backward drops the graph; forward mode may not call it."""
 
 
+def remedied(error: Exception) -> DerivativeError | None:
+    """The error that says what to do about one of PyTorch's, if that is known."""
+    text = str(error)
+    if isinstance(error, AttributeError):
+        # Of a custom Function that drops what it saved after its first backward.
+        known = internals.LOST_ATTRIBUTE in text
+        return DerivativeError(f"{LOST_TWICE} ({text})") if known else None
+    if isinstance(error, CheckpointError):
+        return DerivativeError(CHECKPOINT_ADVICE)
+    known = [advice for words, advice in REMEDIES.items() if words in text]
+    return DerivativeError(known[0]) if known else None
+
+
 def refuse_dropped(value: Tensor, wanted: bool = True) -> None:
-    """Make a pass back from `value` raise where a custom Function drops a graph that it was given.
+    """Make a pass back from `value`, with a graph if `wanted`, raise where a Function drops it.
 
     That is a node whose incoming gradient requires a gradient while no gradient that it returns
-    does. `wanted` says whether that pass will have a graph at all.
+    does.
     """
     if not wanted or torch.compiler.is_compiling():
         return
-    nodes, seen = [value.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        function = custom_function(node)
+    for node in internals.graph_nodes([value]):
+        function = internals.custom_function(node)
         if function is not None:
             node.register_hook(partial(_check_kept, function.__name__))
-        nodes.extend(parent for parent, _ in node.next_functions)
 
 
 def _check_kept(name: str, returned: Sequence[Any], incoming: Sequence[Any]) -> None:
     given = [each for each in returned if isinstance(each, Tensor)]
-    lost = given and not any(map(has_graph, given))
-    if (
-        lost
-        and torch.is_grad_enabled()
-        and any(isinstance(each, Tensor) and each.requires_grad for each in incoming)
-    ):
+    had = any(isinstance(each, Tensor) and each.requires_grad for each in incoming)
+    if torch.is_grad_enabled() and had and given and not any(map(internals.has_graph, given)):
         raise DroppedGraphError(DROPPED.format(name))
 
 
-@contextmanager
-def explained() -> Iterator[None]:
-    """Give the remedy with what is raised by parts that cannot be differentiated again."""
-    try:
-        yield
-    except torch.utils.checkpoint.CheckpointError as error:
-        raise DerivativeError(CHECKPOINT_ADVICE) from error
-    except RuntimeError as error:
-        for words, advice in EXPLAINED.items():
-            if words in str(error):
-                raise DerivativeError(advice) from error
-        raise
-    except AttributeError as error:
-        # A custom Function that drops what it saved after its first backward.
-        if LOST_ATTRIBUTE in str(error):
-            raise DerivativeError(f"{LOST_TWICE} ({error})") from error
-        raise
-
-
 def pull_back(
-    value: Tensor,
-    x: Tensor,
-    cotangents: Tensor,
-    *,
-    create_graph: bool = True,
-    lost: str = LOST_ONCE,
+    value: Tensor, x: Tensor, cotangents: Tensor, create_graph: bool = True, lost: str = LOST_ONCE
 ) -> Tensor:
     """(∂f/∂x)ᵀ c for each of K cotangents (K, B, *): at once by vmap, or where that fails in turn.
 
@@ -128,14 +106,9 @@ def pull_back(
         raise DerivativeError(lost)
 
     def back(cotangent: Tensor, batched: bool = False) -> Tensor:
+        options: Any = {"create_graph": create_graph, "is_grads_batched": batched}
         (pulled,) = torch.autograd.grad(
-            value,
-            x,
-            cotangent,
-            create_graph=create_graph,
-            retain_graph=True,
-            is_grads_batched=batched,
-            allow_unused=True,
+            value, x, cotangent, retain_graph=True, allow_unused=True, **options
         )
         if pulled is None:
             raise DerivativeError(lost)
@@ -150,3 +123,10 @@ def pull_back(
     except RuntimeError:  # what is wrong without vmap as well is raised again
         pass
     return torch.stack([back(cotangent) for cotangent in cotangents])
+
+
+def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of a number in tensors, zero where it does not depend on one."""
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(tensor) for tensor in inputs)
+    return torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True)

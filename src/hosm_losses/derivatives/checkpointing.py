@@ -1,14 +1,4 @@
-"""Activation checkpointing inside a network whose derivatives a loss takes.
-
-What:
-    torch's non-reentrant checkpoint, with two additions. Its recomputation in the backward pass
-    uses the safe primitives if the first computation did. And a Jet of the Taylor engine goes
-    through it as its stack, for what surrounds the loss, another checkpoint or an offload to the
-    host, saves plain tensors.
-
-Source:
-    The documentation of `torch.utils.checkpoint`.
-"""
+"""Activation checkpointing inside a network whose derivatives a loss takes."""
 
 __all__ = ["checkpoint"]
 
@@ -27,13 +17,14 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Activation checkpointing for use inside a network that is trained with order two or three.
 
     It is torch's non-reentrant `torch.utils.checkpoint.checkpoint`, made to work with every engine
-    but forward mode, which cannot recompute anything. With torch's own checkpoint a network that
-    needs a primitive ends in a CheckpointError in the reverse engine.
+    but forward mode, which cannot recompute anything: the recomputation uses the safe primitives
+    if the first computation did. With torch's own checkpoint a network that needs a primitive ends
+    in a CheckpointError in the reverse engine.
 
     Args:
         function: a part of the network.
         args: its arguments.
-        kwargs: its keyword arguments.
+        kwargs: its keyword arguments, and those of torch's checkpoint.
 
     Returns:
         What `function` returns.
@@ -55,6 +46,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     like = next(iter(jets.values())).like
     shape: list[Any] = []
 
+    # A Jet goes through as its stack: another checkpoint, or an offload to the host, around the
+    # loss saves plain tensors.
     def on_stacks(*entries: Any) -> tuple[Any, ...]:
         given = [like(each) if place in jets else each for place, each in enumerate(entries)]
         its_args, its_kwargs = pytree.tree_unflatten(given, form)

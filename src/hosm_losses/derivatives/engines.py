@@ -1,8 +1,7 @@
-r"""The three engines: value, directional derivative and what is of third order, of a field.
+r"""The three engines: value, directional derivative and third-order part of a field.
 
 Formula, along w = σ v:
-    taylor    the network is given a `Jet` of x, see `taylor`; G is the gradient of w·D,
-              reverse over that.
+    taylor    the network is given a `Jet` of x; G is the gradient of w·D, reverse over that.
     reverse   g = (∂f/∂x)ᵀ c for a leaf c is linear in c, so ∂(w·g)/∂c = ∂f/∂x w = D, the Jacobian
               itself and not its transpose; at c = w the same pass gives ∂(w·g)/∂x = G.
     forward   D is `torch.func.jvp`; G is the gradient of w·D, reverse over forward mode.
@@ -19,7 +18,9 @@ Source:
 
 __all__ = ["Curved", "Derivatives", "Field", "forward", "quadratic_forms", "reverse", "taylor"]
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,16 +28,16 @@ from torch import Tensor
 
 from hosm_losses._checks import DerivativeError, over_elements
 from hosm_losses._torch_internals import forward_mode, traced, transformed
-from hosm_losses.derivatives.backward import LOST_TWICE, explained, pull_back, refuse_dropped
-from hosm_losses.derivatives.primitive_mode import ForwardMode
+from hosm_losses.derivatives.backward import LOST_TWICE, pull_back, refuse_dropped, remedied
+from hosm_losses.derivatives.primitive_mode import without_recomputation
 from hosm_losses.derivatives.taylor import carried
 
 
 class Field(Protocol):
-    """A function of x (B, *) with its conditions bound, that can be asked for more rows."""
+    """A function of x (B, *), every sample alone, with its conditions bound."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Evaluate at x (B, *)."""
+        """The value at x (B, *)."""
         ...
 
     @property
@@ -50,7 +51,7 @@ class Field(Protocol):
         ...
 
     def repeat(self, count: int) -> "Field":
-        """Return the field of `count` copies of the batch, for x of shape (count · B, *)."""
+        """The field of `count` copies of the batch, for x of shape (count · B, *)."""
         ...
 
 
@@ -75,49 +76,21 @@ class Curved(Derivatives):
     __slots__ = ()
 
 
-def taylor(
-    field: Field, x: Tensor, direction: Tensor, order: int, second_direction: Tensor | None = None
-) -> Derivatives:
-    """The value and its derivatives in one batch.
-
-    Raises:
-        TaylorError: for a network whose derivatives cannot be carried through it.
-    """
-    wanted = torch.is_grad_enabled()
-    count = len(direction)
-    if order == 2:
-        stack = carried(field, x, direction)
-        parts = [stack[:1], stack[1:]]
-    elif second_direction is None:
-        parts = _taylor_gradient(field, x, direction)
-    else:
-        same = second_direction is direction
-        directions = direction if same else torch.cat([direction, second_direction])
-        stack = carried(field, x, directions, "squares" if same else "halves")
-        parts = [stack[:1], stack[1 : 1 + count], stack[-count:]]
-    kind = Derivatives if second_direction is None else Curved
-    return kind(*(part if wanted else part.detach() for part in parts))
+@contextmanager
+def _explained() -> Iterator[None]:
+    """A block whose errors come with the remedy where it is known."""
+    try:
+        yield
+    except (RuntimeError, AttributeError) as error:
+        told = remedied(error)
+        if told is None:
+            raise
+        raise told from error
 
 
-def _taylor_gradient(field: Field, x: Tensor, direction: Tensor) -> list[Tensor]:
-    field, rows, w = _folded(field, x, direction)
-
-    def form(rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        value, directional = carried(field, rows, w.unsqueeze(0))
-        return (w * directional).sum(), (value, directional)
-
-    if traced():
-        gradient, parts = torch.func.grad(form, has_aux=True)(rows)
-    else:
-        wanted = torch.is_grad_enabled()
-        with torch.enable_grad(), explained():
-            rows = rows if wanted and rows.requires_grad else rows.detach().requires_grad_()
-            number, parts = form(rows)
-            # As of a linear network, whose form does not depend on x.
-            (gradient,) = torch.autograd.grad(
-                number, rows, create_graph=wanted, materialize_grads=True
-            )
-    return [part.unflatten(0, direction.shape[:2]) for part in (*parts, gradient)]
+def _leaf(x: Tensor, wanted: bool) -> Tensor:
+    """A point to differentiate at: x itself where a gradient of the result may go to it."""
+    return x if wanted and x.requires_grad else x.detach().requires_grad_()
 
 
 def _folded(field: Field, x: Tensor, direction: Tensor) -> tuple[Field, Tensor, Tensor]:
@@ -127,36 +100,77 @@ def _folded(field: Field, x: Tensor, direction: Tensor) -> tuple[Field, Tensor, 
     return (field.repeat(count) if count > 1 else field), rows, direction.flatten(0, 1)
 
 
+def _unfolded(parts: Iterable[Tensor], direction: Tensor) -> list[Tensor]:
+    return [part.unflatten(0, direction.shape[:2]) for part in parts]
+
+
+def _kept(parts: Iterable[Tensor], wanted: bool) -> list[Tensor]:
+    """The parts, without their graph unless that is wanted."""
+    return [part if wanted else part.detach() for part in parts]
+
+
+def taylor(
+    field: Field, x: Tensor, direction: Tensor, order: int, second_direction: Tensor | None = None
+) -> Derivatives:
+    """The value and its derivatives in one batch; TaylorError where they cannot be carried."""
+    wanted = torch.is_grad_enabled()
+    if order == 3 and second_direction is None:
+        return Derivatives(*_kept(_taylor_gradient(field, x, direction, wanted), wanted))
+    if second_direction is None:
+        stack = carried(field, x, direction)
+        return Derivatives(*_kept((stack[:1], stack[1:]), wanted))
+    same, count = second_direction is direction, len(direction)
+    directions = direction if same else torch.cat([direction, second_direction])
+    stack = carried(field, x, directions, "squares" if same else "halves")
+    return Curved(*_kept((stack[:1], stack[1 : 1 + count], stack[-count:]), wanted))
+
+
+def _taylor_gradient(field: Field, x: Tensor, direction: Tensor, wanted: bool) -> list[Tensor]:
+    field, rows, w = _folded(field, x, direction)
+
+    def form(rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        value, directional = carried(field, rows, w.unsqueeze(0))
+        return (w * directional).sum(), (value, directional)
+
+    if traced():
+        gradient, parts = torch.func.grad(form, has_aux=True)(rows)
+    else:
+        with torch.enable_grad(), _explained():
+            rows = _leaf(rows, wanted)
+            number, parts = form(rows)
+            # Zero where the form does not depend on x, as of a linear network.
+            (gradient,) = torch.autograd.grad(
+                number, rows, create_graph=wanted, materialize_grads=True
+            )
+    return _unfolded((*parts, gradient), direction)
+
+
 def forward(
     field: Field, x: Tensor, direction: Tensor, order: int, second_direction: Tensor | None = None
 ) -> Derivatives:
     """Forward mode of torch.func, one direction at a time or all under vmap."""
 
-    def second_at(point: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        value, directional, *_ = torch.func.jvp(field, (point,), (w,))
-        return value, directional
-
-    def second(w: Tensor) -> tuple[Tensor, ...]:
-        return second_at(x, w)
+    def second(w: Tensor, point: Tensor = x) -> Any:
+        return torch.func.jvp(field, (point,), (w,))
 
     def third(w: Tensor) -> tuple[Tensor, ...]:
         def form(point: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            value, directional = second_at(point, w)
+            value, directional = second(w, point)
             number = (w * directional).sum()
             refuse_dropped(number)
             return number, (value, directional)
 
-        gradient, (value, directional) = torch.func.grad(form, has_aux=True)(x)
-        return value, directional, gradient
+        gradient, parts = torch.func.grad(form, has_aux=True)(x)
+        return *parts, gradient
 
     def curved(w: Tensor, u: Tensor) -> tuple[Tensor, ...]:
-        found: Any = torch.func.jvp(lambda point: second_at(point, w), (x,), (u,))
-        (value, directional), (_, curvature) = found
-        return value, directional, curvature
+        found: Any = torch.func.jvp(partial(second, w), (x,), (u,))
+        parts, (_, curvature) = found
+        return *parts, curvature
 
     one: Any = second if order == 2 else third if second_direction is None else curved
     directions = (direction,) if second_direction is None else (direction, second_direction)
-    with explained(), ForwardMode(), forward_mode():
+    with _explained(), without_recomputation(), forward_mode():
         if len(direction) == 1:
             value, *rest = [part.unsqueeze(0) for part in one(*(each[0] for each in directions))]
         else:
@@ -167,46 +181,34 @@ def forward(
     return (Derivatives if second_direction is None else Curved)(value, *rest)
 
 
-def reverse(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:
-    """Two passes back through the network.
-
-    Raises:
-        DerivativeError: if autograd cannot follow the output to x, or not twice.
-    """
+def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) -> Derivatives:
+    """Two passes back, for G and never for C; DerivativeError where autograd cannot follow."""
     if transformed():
-        with explained():
+        with _explained():
             return _reverse_in_transform(field, x, direction, order)
     wanted = torch.is_grad_enabled()
-    with torch.enable_grad(), explained():
-        point = x if wanted and x.requires_grad else x.detach().requires_grad_()
-        if order == 2:
-            value = field(point)
-            refuse_dropped(value)
-            # The pulled cotangent is linear in the cotangent, so any cotangent will do.
-            cotangent = torch.zeros_like(value).requires_grad_()
-            pulled = pull_back(value, point, cotangent.unsqueeze(0))[0]
-            refuse_dropped(pulled, wanted)
-            directional = pull_back(
-                pulled, cotangent, direction, create_graph=wanted, lost=LOST_TWICE
-            )
-            parts = [value.unsqueeze(0), directional]
-        else:
-            field, rows, w = _folded(field, point, direction)
-            value = field(rows)
-            refuse_dropped(value)
-            cotangent = w.detach().requires_grad_()
-            pulled = pull_back(value, rows, cotangent.unsqueeze(0))[0]
-            refuse_dropped(pulled, wanted)
-            gradient, directional = torch.autograd.grad(
-                pulled, (rows, cotangent), w, create_graph=wanted, allow_unused=True
-            )
-            if directional is None:
-                raise DerivativeError(LOST_TWICE)
-            if gradient is None:  # as of a linear field
-                gradient = torch.zeros_like(rows)
-            found = (value, directional, gradient)
-            parts = [part.unflatten(0, direction.shape[:2]) for part in found]
-    return Derivatives(*(part if wanted else part.detach() for part in parts))
+    with torch.enable_grad(), _explained():
+        point = _leaf(x, wanted)
+        folded, rows, w = field, point, None
+        if order == 3:
+            folded, rows, w = _folded(field, point, direction)
+        value = folded(rows)
+        refuse_dropped(value)
+        # At order two any cotangent will do: the pulled one is linear in it.
+        cotangent = (torch.zeros_like(value) if w is None else w.detach()).requires_grad_()
+        pulled = pull_back(value, rows, cotangent.unsqueeze(0))[0]
+        refuse_dropped(pulled, wanted)
+        if w is None:
+            directional = pull_back(pulled, cotangent, direction, wanted, LOST_TWICE)
+            return Derivatives(*_kept((value.unsqueeze(0), directional), wanted))
+        gradient, directional = torch.autograd.grad(
+            pulled, (rows, cotangent), w, create_graph=wanted, allow_unused=True
+        )
+        if directional is None:
+            raise DerivativeError(LOST_TWICE)
+        if gradient is None:  # as of a linear field
+            gradient = torch.zeros_like(rows)
+        return Derivatives(*_kept(_unfolded((value, directional, gradient), direction), wanted))
 
 
 def _reverse_in_transform(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:
@@ -214,59 +216,42 @@ def _reverse_in_transform(field: Field, x: Tensor, direction: Tensor, order: int
     folded, rows, w = (field, x, direction) if order == 2 else _folded(field, x, direction)
     start = torch.zeros_like(x) if order == 2 else w
 
-    def pulled_back(point: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        pulled: Any = torch.func.vjp(watched, point)
-        value, back = pulled
-        return back(cotangent)[0], value
-
     def watched(point: Tensor) -> Tensor:
         value = folded(point)
         refuse_dropped(value)
         return value
 
+    def pulled_back(point: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        pulled: Any = torch.func.vjp(watched, point)
+        value, back = pulled
+        return back(cotangent)[0], value
+
     found: Any = torch.func.vjp(pulled_back, rows, start, has_aux=True)
     _, back, value = found
     if order == 2:
-        directional = [back(each)[1] for each in direction]
-        return Derivatives(value.unsqueeze(0), torch.stack(directional))
+        return Derivatives(value.unsqueeze(0), torch.stack([back(each)[1] for each in direction]))
     gradient, directional = back(w)
-    parts = (value, directional, gradient)
-    return Derivatives(*(part.unflatten(0, direction.shape[:2]) for part in parts))
+    return Derivatives(*_unfolded((value, directional, gradient), direction))
 
 
 def quadratic_forms(
     field: Field, x: Tensor, directions: Iterable[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Evaluate a field and wᵀ ∂f/∂x w: one forward pass, and one pass back for each w.
+    """The value (B, *) of a field, and wᵀ ∂f/∂x w for each w: the forms (K, B).
 
-    Args:
-        field: a function of x that treats every sample alone.
-        x: the point (B, *).
-        directions: chunks (k, B, *) of directions; each chunk is pulled back as one batch.
-
-    Returns:
-        The value (B, *), and the forms (K, B), K the number of all directions.
-
-    Raises:
-        DerivativeError: if the output does not depend on x in a way that autograd can follow, or
-            a custom autograd.Function drops the graph that the result is to carry.
+    One forward pass, and one pass back for each chunk (k, B, *) of directions. A DerivativeError
+    where autograd cannot follow the output to x, or the graph of the result is dropped.
     """
     if transformed():
         pulled: Any = torch.func.vjp(field, x)
         value, back = pulled
-        found = [_forms(torch.stack([back(each)[0] for each in w]), w) for w in directions]
+        found = [over_elements(torch.stack([back(each)[0] for each in w]) * w) for w in directions]
         return value, torch.cat(found)
     wanted = torch.is_grad_enabled()
-    forms = []
-    with torch.enable_grad(), explained():
-        point = x if wanted and x.requires_grad else x.detach().requires_grad_()
+    with torch.enable_grad(), _explained():
+        point = _leaf(x, wanted)
         value = field(point)
         refuse_dropped(value, wanted)
-        for w in directions:
-            forms.append(_forms(pull_back(value, point, w, create_graph=wanted), w))
-    joined = torch.cat(forms)
-    return (value, joined) if wanted else (value.detach(), joined.detach())
-
-
-def _forms(pulled: Tensor, w: Tensor) -> Tensor:
-    return over_elements(pulled * w)
+        found = [over_elements(pull_back(value, point, w, wanted) * w) for w in directions]
+    value, forms = _kept((value, torch.cat(found)), wanted)
+    return value, forms

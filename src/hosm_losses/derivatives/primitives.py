@@ -5,17 +5,13 @@ What:
     more than twice: the parameter gradient of a loss on a directional derivative, at order three
     sometimes the derivative's own value, is off by several to more than a hundred percent, in
     silence. Group norm, attention and the gated linear unit fail loudly on common inputs. Composed
-    of means, products and softmax, each is right by every route.
-
-How:
-    A table from PyTorch's function to its composition; `primitive_mode` puts it in.
-    An operator that PyTorch differentiates rightly is not in it, and the tests show which are.
+    of means, products and softmax, each is right by every route. `primitive_mode` puts them in.
 
 Source:
     PyTorch issues 175754, 186256, 196699 and 196700.
 """
 
-__all__ = ["PRIMITIVES", "at_least_float32", "attention_weights", "causal_mask", "per_channel"]
+__all__ = ["PRIMITIVES", "attention_weights", "causal_mask", "per_channel"]
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -25,9 +21,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from hosm_losses._checks import at_least_float32, complaint
+
 
 def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    """Subtract the mean and divide by the standard deviation over `dims`, in float32 at least."""
+    """x minus its mean, over its standard deviation, both over `dims`, in float32 at least."""
     x = at_least_float32(x)
     # Sums divided afterwards: the gradient of a mean is written out, that of a sum is a view.
     count = math.prod([x.shape[dim] for dim in dims])
@@ -36,19 +34,13 @@ def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     return centred * torch.rsqrt(variance + eps)
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """Float32 in place of a shorter type, and anything else as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def _affine(
     standard: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    shape: Iterable[int],
+    shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    shape = tuple(shape)
     if weight is not None and bias is not None:
         standard = torch.addcmul(bias.reshape(shape), standard, weight.reshape(shape))
     elif weight is not None:
@@ -56,6 +48,15 @@ def _affine(
     elif bias is not None:
         standard = standard + bias.reshape(shape)
     return standard.to(dtype)
+
+
+def per_channel(x: Tensor) -> tuple[int, ...]:
+    """The shape in which a number for each channel is broadcast against x (B, C, *)."""
+    return (1, x.shape[1], *(1,) * (x.ndim - 2))
+
+
+def _refuse(name: str, expected: str, x: Tensor) -> None:
+    raise ValueError(complaint(name, expected, x, got=str(tuple(x.shape))))
 
 
 def _layer_norm(
@@ -68,9 +69,7 @@ def _layer_norm(
 ) -> Tensor:
     shape = tuple(normalized_shape)
     if tuple(input.shape[-len(shape) :]) != shape:
-        raise ValueError(
-            f"layer_norm: expected an input that ends in {shape}; got {tuple(input.shape)}."
-        )
+        _refuse("layer_norm", f"an input that ends in {shape}", input)
     dims = tuple(range(-len(shape), 0))
     return _affine(_standardise(input, dims, eps), weight, bias, shape, input.dtype)
 
@@ -85,72 +84,38 @@ def _group_norm(
 ) -> Tensor:
     batch, channels = input.shape[:2]
     if channels % num_groups:
-        raise ValueError(
-            f"group_norm: expected channels that {num_groups} groups divide; got {channels}."
-        )
+        expected = f"channels that {num_groups} groups divide"
+        raise ValueError(complaint("group_norm", expected, channels))
     grouped = input.reshape(batch, num_groups, -1)
     standard = _standardise(grouped, (-1,), eps).reshape(input.shape)
     return _affine(standard, weight, bias, per_channel(input), input.dtype)
 
 
-def per_channel(x: Tensor) -> tuple[int, ...]:
-    """The shape in which a number for each channel is broadcast against x (B, C, *)."""
-    return (1, x.shape[1], *(1,) * (x.ndim - 2))
+def _tracking(
+    native: Callable[..., Tensor], names: Iterable[str], flag: str, default: bool
+) -> Callable[..., Tensor]:
+    """Batch or instance norm; `flag`, or its default, says if it takes the input's statistics."""
+    names = (*names, flag, "momentum", "eps")
 
+    def norm(*args: Any, **named: Any) -> Tensor:
+        given = dict(zip(names, args, strict=False)) | named
+        x, of_input = given["input"], given.get(flag, default)
+        statistics = given.get("running_mean"), given.get("running_var")
+        affine = given.get("weight"), given.get("bias")
+        eps = given.get("eps", 1e-5)
+        options = of_input, given.get("momentum", 0.1), eps
+        if not of_input:
+            return native(x, *statistics, *affine, *options)
+        dims = (0, *range(2, x.ndim)) if native is F.batch_norm else tuple(range(2, x.ndim))
+        if statistics[0] is not None:
+            # The operator updates the statistics itself, which it can do inside a transform.
+            with torch.no_grad():
+                native(x.detach(), *statistics, None, None, *options)
+        elif math.prod([x.shape[dim] for dim in dims]) <= 1:
+            _refuse(native.__name__, "more than one value for each mean", x)
+        return _affine(_standardise(x, dims, eps), *affine, per_channel(x), x.dtype)
 
-def _batch_norm(
-    input: Tensor,  # noqa: A002
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,  # noqa: ARG001
-) -> Tensor:
-    if not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    if running_mean is not None:
-        # The operator updates the statistics itself, which it can do inside a transform.
-        with torch.no_grad():
-            F.batch_norm(
-                input.detach(), running_mean, running_var, None, None, True, momentum, eps
-            )
-    elif input.numel() <= input.shape[1]:
-        raise ValueError(
-            f"batch_norm: expected several values a channel in training; got {tuple(input.shape)}."
-        )
-    dims = (0, *range(2, input.ndim))
-    return _affine(_standardise(input, dims, eps), weight, bias, per_channel(input), input.dtype)
-
-
-def _instance_norm(
-    input: Tensor,  # noqa: A002
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,  # noqa: ARG001
-) -> Tensor:
-    if not use_input_stats:
-        return F.instance_norm(
-            input, running_mean, running_var, weight, bias, False, momentum, eps
-        )
-    if running_mean is not None:
-        with torch.no_grad():
-            F.instance_norm(
-                input.detach(), running_mean, running_var, None, None, True, momentum, eps
-            )
-    elif math.prod(input.shape[2:]) <= 1:
-        raise ValueError(
-            f"instance_norm: expected more than one spatial element; got {tuple(input.shape)}."
-        )
-    dims = tuple(range(2, input.ndim))
-    return _affine(_standardise(input, dims, eps), weight, bias, per_channel(input), input.dtype)
+    return norm
 
 
 def _attention(
@@ -200,30 +165,6 @@ def causal_mask(logits: Tensor) -> Tensor:
     return torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
 
 
-def _torch_batch_norm(
-    input: Tensor,  # noqa: A002
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *options: Any,
-    **named: Any,
-) -> Tensor:
-    return _batch_norm(input, running_mean, running_var, weight, bias, *options, **named)
-
-
-def _torch_instance_norm(
-    input: Tensor,  # noqa: A002
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *options: Any,
-    **named: Any,
-) -> Tensor:
-    return _instance_norm(input, running_mean, running_var, weight, bias, *options, **named)
-
-
 def _multi_head_attention(
     *args: Any, need_weights: bool = True, **named: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -235,9 +176,7 @@ def _multi_head_attention(
 def _glu(input: Tensor, dim: int = -1) -> Tensor:  # noqa: A002
     value, gate = input.chunk(2, dim)
     if value.shape != gate.shape:
-        raise ValueError(
-            f"glu: expected an even size in dimension {dim}; got {tuple(input.shape)}."
-        )
+        _refuse("glu", f"an even size in dimension {dim}", input)
     return value * torch.sigmoid(gate)
 
 
@@ -248,15 +187,19 @@ def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
     return torch.add(counter, other, alpha=alpha, out=counter)
 
 
+BATCH = ("training", False)
+INSTANCE = ("use_input_stats", True)
+FUNCTIONAL = ("input", "running_mean", "running_var", "weight", "bias")
+OF_TORCH = ("input", "weight", "bias", "running_mean", "running_var")
 PRIMITIVES: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
     torch.group_norm: _group_norm,
-    F.batch_norm: _batch_norm,
-    torch.batch_norm: _torch_batch_norm,
-    F.instance_norm: _instance_norm,
-    torch.instance_norm: _torch_instance_norm,
+    F.batch_norm: _tracking(F.batch_norm, FUNCTIONAL, *BATCH),
+    torch.batch_norm: _tracking(F.batch_norm, OF_TORCH, *BATCH),
+    F.instance_norm: _tracking(F.instance_norm, FUNCTIONAL, *INSTANCE),
+    torch.instance_norm: _tracking(F.instance_norm, OF_TORCH, *INSTANCE),
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
     F.glu: _glu,

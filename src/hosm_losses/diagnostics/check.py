@@ -28,7 +28,7 @@ from hosm_losses._checks import (
     check_sample_batch,
     describe,
 )
-from hosm_losses._inference import normal
+from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import ENGINES, Field
 from hosm_losses.diagnostics.differences import STEP, TOLERANCE, Agreement, Check
 from hosm_losses.diagnostics.kinks import Smoothness

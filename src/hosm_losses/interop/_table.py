@@ -3,12 +3,13 @@
 __all__ = ["check_has", "first_half", "predicted", "table_schedule"]
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from hosm_losses._checks import describe
+from hosm_losses.model import Prediction
 from hosm_losses.schedules import DiscreteSchedule
 
 ZERO = (0.0, 2.0**-24)  # the second is what diffusers writes in the place of the first
@@ -35,10 +36,10 @@ def table_schedule(alphas_cumprod: Any, where: str) -> DiscreteSchedule:
     return DiscreteSchedule(table)
 
 
-def predicted(value: object, names: Mapping[str, str], where: str) -> str:
+def predicted(value: object, names: Mapping[str, str], where: str) -> Prediction:
     """Our name of the foreign prediction type that stands at `where`; ValueError for another."""
     if isinstance(value, str) and value in names:
-        return names[value]
+        return cast("Prediction", names[value])
     raise ValueError(
         f"{where}: expected one of {', '.join(map(repr, names))}; got {describe(value)}. Build a "
         "ScoreModel with the prediction it stands for, or convert its output."

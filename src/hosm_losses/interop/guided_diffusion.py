@@ -11,7 +11,6 @@ from hosm_losses.model import ScoreModel
 from hosm_losses.schedules import Table
 
 PREDICTIONS = {"EPSILON": "epsilon", "START_X": "sample"}
-LEARNED = ("LEARNED", "LEARNED_RANGE")
 STEPS = 1000.0
 
 
@@ -42,11 +41,11 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     schedule = table_schedule(diffusion.alphas_cumprod, "diffusion.alphas_cumprod")
     kind = getattr(diffusion.model_mean_type, "name", None)
     prediction = predicted(kind, PREDICTIONS, "diffusion.model_mean_type")
-    variance = getattr(diffusion.model_var_type, "name", None)
-    output = first_half if variance in LEARNED else None
+    learned = getattr(diffusion.model_var_type, "name", None) in ("LEARNED", "LEARNED_RANGE")
+    output = first_half if learned else None
     steps = len(schedule.alphas_cumprod)
     indices = getattr(diffusion, "timestep_map", range(steps))
-    original = getattr(diffusion, "original_num_steps", steps)
-    factor = STEPS / original if getattr(diffusion, "rescale_timesteps", False) else 1.0
+    rescaled = STEPS / getattr(diffusion, "original_num_steps", steps)
+    factor = rescaled if getattr(diffusion, "rescale_timesteps", False) else 1.0
     time = Table(tuple(factor * float(index) for index in indices))
     return ScoreModel(model, schedule, prediction, time=time, output=output)

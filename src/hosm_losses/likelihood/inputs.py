@@ -18,7 +18,7 @@ from hosm_losses._checks import (
     describe,
     may_look,
 )
-from hosm_losses._inference import normal, outside_inference_mode
+from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.likelihood.coordinates import Coordinates
 from hosm_losses.likelihood.divergence import accumulator
 from hosm_losses.model import ScoreModel

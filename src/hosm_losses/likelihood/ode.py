@@ -36,8 +36,8 @@ from hosm_losses._checks import (
     check_number,
     check_whole,
 )
-from hosm_losses._inference import normal, outside_inference_mode
 from hosm_losses._progress import progress_bar
+from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.likelihood.dequantize import check_dequantization, dequantize, importance_weighted
 from hosm_losses.likelihood.divergence import DIVERGENCES, accumulator
 from hosm_losses.likelihood.inputs import (

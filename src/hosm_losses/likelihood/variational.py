@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_model_kwargs, check_whole
-from hosm_losses._inference import normal, outside_inference_mode
 from hosm_losses._progress import progress_bar
+from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.likelihood.coordinates import Coordinates, Place
 from hosm_losses.likelihood.dequantize import check_dequantization, dequantize, importance_weighted
 from hosm_losses.likelihood.divergence import accumulator

@@ -1,10 +1,9 @@
 """The losses: first-, second- and third-order denoising score matching.
 
 - `functions`, `modules`: the public face.
-- `options`: the options of a loss, checked.
-- `inputs`: t, noise, probes and rows.
-- `objective`: the weighted sum of the terms.
-- `terms`, `residuals`: the terms for each sample, and their formulas.
+- `options`: what the public face takes, written once; defaults and checks.
+- `objective`: from arguments to a loss: perturbs the data, sums the terms, checks the result.
+- `terms`, `residuals`: the terms for each sample along their probes, and their formulas.
 - `weighting`: weights over noise levels, and the draw of t.
 - `recompute`: the batch in chunks, evaluated again in the backward pass.
 """
@@ -17,3 +16,4 @@ from hosm_losses.losses.modules import FirstOrderDSM as FirstOrderDSM
 from hosm_losses.losses.modules import SecondOrderDSM as SecondOrderDSM
 from hosm_losses.losses.modules import ThirdOrderDSM as ThirdOrderDSM
 from hosm_losses.losses.terms import DSMTerms as DSMTerms
+from hosm_losses.losses.terms import LoggedTerms as LoggedTerms

@@ -10,29 +10,28 @@ Source:
 
 __all__ = ["dsm_terms", "first_order_dsm", "second_order_dsm", "third_order_dsm"]
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
-from hosm_losses.losses.objective import evaluate
-from hosm_losses.losses.options import LossOptions, Probes, Weights
+from hosm_losses.losses.objective import Evaluated, evaluate
+from hosm_losses.losses.options import (
+    FirstOrderArguments,
+    HigherOrderInputs,
+    LossOptions,
+    SecondOrderArguments,
+    TermsArguments,
+    ThirdOrderArguments,
+    refuse_unknown,
+    spelled_out,
+)
 from hosm_losses.losses.terms import DSMTerms
-from hosm_losses.losses.weighting import Weighting
 from hosm_losses.model import ScoreModel
 
 
+@spelled_out
 def first_order_dsm(
-    model: ScoreModel,
-    x0: Tensor,
-    *,
-    t: Tensor | None = None,
-    noise: Tensor | None = None,
-    weighting: Weighting = "noise",
-    generator: torch.Generator | None = None,
-    reduction: str = "mean",
-    model_kwargs: Mapping[str, Any] | None = None,
+    model: ScoreModel, x0: Tensor, **arguments: Unpack[FirstOrderArguments]
 ) -> Tensor:
     """Denoising score matching of order one, ‖ε̂ − ε‖²/d: the loss of every diffusion trainer.
 
@@ -42,12 +41,8 @@ def first_order_dsm(
     Args:
         model: the score model.
         x0: data (B, *).
-        t: times (B,) in the schedule's units; drawn as `weighting` says if None.
-        noise: ε (B, *); drawn if None.
-        weighting: "noise", "native", "likelihood", or a callable t → (B,).
-        generator: the source of randomness, on the device of x0; the global one if None.
-        reduction: "mean", "sum" over the batch, or "none" for (B,).
-        model_kwargs: keyword arguments of the network.
+        **arguments: t, noise, weighting, time_sampler, generator, reduction and model_kwargs, as
+            in `third_order_dsm`.
 
     Returns:
         The loss, in float32 at least. Dimensionless; in nats, up to a constant, with
@@ -59,112 +54,49 @@ def first_order_dsm(
             a result that is NaN or infinite.
 
     Example:
+        >>> import torch
         >>> from hosm_losses import VPSchedule
         >>> model = ScoreModel(lambda x, t: 0 * x, VPSchedule())
         >>> x0, noise = torch.zeros(2, 3), torch.ones(2, 3)
         >>> float(first_order_dsm(model, x0, noise=noise))
         1.0
     """
-    options = LossOptions(order=1, weighting=weighting, reduction=reduction)
-    loss, _ = evaluate(
-        model, x0, options, t=t, noise=noise, generator=generator, model_kwargs=model_kwargs
-    )
-    return loss
+    return _evaluated("first_order_dsm", 1, FirstOrderArguments, model, x0, arguments).loss
 
 
+@spelled_out
 def second_order_dsm(
-    model: ScoreModel,
-    x0: Tensor,
-    *,
-    t: Tensor | None = None,
-    noise: Tensor | None = None,
-    probe: Tensor | None = None,
-    probes: Probes = 1,
-    distribution: str = "rademacher",
-    weights: Weights | None = None,
-    weighting: Weighting = "noise",
-    derivative: str = "auto",
-    fraction: float = 1.0,
-    chunks: int = 1,
-    generator: torch.Generator | None = None,
-    reduction: str = "mean",
-    model_kwargs: Mapping[str, Any] | None = None,
+    model: ScoreModel, x0: Tensor, **arguments: Unpack[SecondOrderArguments]
 ) -> Tensor:
     """Order one with order two: the Jacobian of the score and its trace as well.
 
     Args:
         model: the score model.
         x0: data (B, *).
-        t: as in `first_order_dsm`.
-        noise: as in `first_order_dsm`.
-        probe: as in `third_order_dsm`.
-        probes: as in `third_order_dsm`.
-        distribution: as in `third_order_dsm`.
-        weights: (first, second, trace); a fourth number, the weight of order three, is not used.
-        weighting: as in `third_order_dsm`.
-        derivative: as in `third_order_dsm`.
-        fraction: as in `third_order_dsm`.
-        chunks: as in `third_order_dsm`.
-        generator: as in `first_order_dsm`.
-        reduction: as in `first_order_dsm`.
-        model_kwargs: as in `third_order_dsm`.
+        **arguments: as in `third_order_dsm`, but for `third`. Of `weights` (first, second, trace)
+            a fourth number, the weight of order three, is not used.
 
     Returns:
         The loss, w₁ first + w₂ second + w_t trace.
 
     Raises:
-        TypeError: for an argument of a wrong type or dtype, integer images included.
-        ValueError: for a wrong shape, device, name, or (on the CPU) value; on the CPU also for
-            a result that is NaN or infinite.
+        TypeError: as `third_order_dsm`.
+        ValueError: as `third_order_dsm`.
+        DerivativeError: as `third_order_dsm`.
 
     Example:
+        >>> import torch
         >>> from hosm_losses import VPSchedule
         >>> model = ScoreModel(lambda x, t: 0.5 * x, VPSchedule())
         >>> second_order_dsm(model, torch.zeros(4, 2)).shape
         torch.Size([])
     """
-    options = LossOptions(
-        order=2,
-        probes=probes,
-        distribution=distribution,
-        weighting=weighting,
-        derivative=derivative,
-        fraction=fraction,
-        chunks=chunks,
-        reduction=reduction,
-    )
-    loss, _ = evaluate(
-        model,
-        x0,
-        options,
-        t=t,
-        noise=noise,
-        probe=probe,
-        weights=weights,
-        generator=generator,
-        model_kwargs=model_kwargs,
-    )
-    return loss
+    return _evaluated("second_order_dsm", 2, SecondOrderArguments, model, x0, arguments).loss
 
 
+@spelled_out
 def third_order_dsm(
-    model: ScoreModel,
-    x0: Tensor,
-    *,
-    t: Tensor | None = None,
-    noise: Tensor | None = None,
-    probe: Tensor | None = None,
-    probes: Probes = 1,
-    distribution: str = "rademacher",
-    weights: Weights | None = None,
-    weighting: Weighting = "noise",
-    derivative: str = "auto",
-    third: str = "exact",
-    fraction: float = 1.0,
-    chunks: int = 1,
-    generator: torch.Generator | None = None,
-    reduction: str = "mean",
-    model_kwargs: Mapping[str, Any] | None = None,
+    model: ScoreModel, x0: Tensor, **arguments: Unpack[ThirdOrderArguments]
 ) -> Tensor:
     """Orders one, two and three: the gradient of the Jacobian's trace as well.
 
@@ -173,7 +105,7 @@ def third_order_dsm(
     Args:
         model: the score model.
         x0: data (B, *).
-        t: times (B,) in the schedule's units; drawn as `weighting` says if None.
+        t: times (B,) in the schedule's units; drawn as `time_sampler` says if None.
         noise: ε (B, *); drawn if None.
         probe: v, of shape (B, *) or (K, B, *), used as it is; drawn if None.
         probes: K, the number of probes a sample, or "exact" for all d unit vectors.
@@ -182,9 +114,14 @@ def third_order_dsm(
             a list, a tuple, an array or a tensor; all 1 if None.
         weighting: "noise" takes the terms as they are. "native" makes the first term the squared
             error of the network's own prediction. "likelihood" makes it the likelihood-weighted
-            one, with t drawn uniformly in log σ̂. Both leave the meaning of the others. A
-            callable t → (B,) multiplies every term.
-        derivative: "auto", "taylor", "reverse" or "forward"; see `hosm_losses.derivatives.select`.
+            one. Both leave the meaning of the others. A callable t → (B,) multiplies every term.
+            A pair has a weighting of the first term and one of the higher terms, "noise" or a
+            callable.
+        time_sampler: "schedule" draws t as the schedule does. "log_sigma_hat" draws it uniformly
+            in log σ̂ and reweights, so that the mean of every term stays what it was. A callable
+            (batch size, generator) → t (B,) is used as if its t had been given. None is
+            "log_sigma_hat" with weighting="likelihood", else "schedule".
+        derivative: "auto", "taylor", "reverse" or "forward"; see the page on derivatives.
         third: how the third order is estimated. "exact" matches G = σ² ∇(vᵀ ∂f v), as in the
             paper. "laplacian" matches σ² ∂²f[v, v] to the same target for three quarters of the
             cost: the same for a field whose Jacobian is symmetric, as the true score's is, and an
@@ -195,12 +132,13 @@ def third_order_dsm(
         fraction: the part of the batch, chosen at random, on which orders two and three are
             evaluated: max(1, round(fraction · B)) rows. Unbiased.
         chunks: the number of parts of the batch that are evaluated one after the other, and again
-            in the backward pass, to save memory; see `hosm_losses.losses.recompute`.
+            in the backward pass, to save memory.
         generator: the source of randomness, on the device of x0; the global one if None.
         reduction: "mean", "sum" over the batch, or "none" for (B,).
         model_kwargs: keyword arguments of the network. Tensors whose first dimension is B are per
             sample: they follow their samples into probes and fractions. `Shared` marks one that
             all samples share.
+        **arguments: those above.
 
     Returns:
         The loss, w₁ first + w₂ second + w_t trace + w₃ third.
@@ -213,6 +151,7 @@ def third_order_dsm(
             not finite.
 
     Example:
+        >>> import torch
         >>> from hosm_losses import VPSchedule
         >>> network = torch.nn.Linear(2, 2)
         >>> model = ScoreModel(lambda x, t: network(x), VPSchedule())
@@ -221,45 +160,12 @@ def third_order_dsm(
         >>> network.weight.grad.shape
         torch.Size([2, 2])
     """
-    options = LossOptions(
-        order=3,
-        probes=probes,
-        distribution=distribution,
-        weighting=weighting,
-        derivative=derivative,
-        third=third,
-        fraction=fraction,
-        chunks=chunks,
-        reduction=reduction,
-    )
-    loss, _ = evaluate(
-        model,
-        x0,
-        options,
-        t=t,
-        noise=noise,
-        probe=probe,
-        weights=weights,
-        generator=generator,
-        model_kwargs=model_kwargs,
-    )
-    return loss
+    return _evaluated("third_order_dsm", 3, ThirdOrderArguments, model, x0, arguments).loss
 
 
+@spelled_out
 def dsm_terms(
-    model: ScoreModel,
-    x0: Tensor,
-    *,
-    order: int = 3,
-    t: Tensor | None = None,
-    noise: Tensor | None = None,
-    probe: Tensor | None = None,
-    probes: Probes = 1,
-    distribution: str = "rademacher",
-    derivative: str = "auto",
-    third: str = "exact",
-    generator: torch.Generator | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
+    model: ScoreModel, x0: Tensor, *, order: int = 3, **arguments: Unpack[TermsArguments]
 ) -> DSMTerms:
     """The terms of the loss per sample, with their graph and without any weight.
 
@@ -267,47 +173,34 @@ def dsm_terms(
         model: the score model.
         x0: data (B, *).
         order: 1, 2 or 3.
-        t: as in `third_order_dsm`.
-        noise: as in `third_order_dsm`.
-        probe: as in `third_order_dsm`.
-        probes: as in `third_order_dsm`.
-        distribution: as in `third_order_dsm`.
-        derivative: as in `third_order_dsm`.
-        third: as in `third_order_dsm`.
-        generator: as in `third_order_dsm`.
-        model_kwargs: as in `third_order_dsm`.
+        **arguments: t, noise, probe, probes, distribution, derivative, third, generator and
+            model_kwargs, as in `third_order_dsm`.
 
     Returns:
         ‖r1‖²/d, ‖r2‖²/d², rt²/d² and ‖r3‖²/d³, each (B,), in float32 at least; None above
         `order`.
 
     Raises:
-        TypeError: for an argument of a wrong type or dtype, integer images included.
-        ValueError: for a wrong shape, device, name, or (on the CPU) value; on the CPU also for
-            a result that is NaN or infinite.
+        TypeError: as `third_order_dsm`.
+        ValueError: as `third_order_dsm`.
+        DerivativeError: as `third_order_dsm`.
 
     Example:
+        >>> import torch
         >>> from hosm_losses import VPSchedule
         >>> model = ScoreModel(lambda x, t: 0.5 * x, VPSchedule())
         >>> terms = dsm_terms(model, torch.zeros(4, 2), order=2)
         >>> terms.trace.shape, terms.third
         (torch.Size([4]), None)
     """
-    options = LossOptions(
-        order=order,
-        probes=probes,
-        distribution=distribution,
-        derivative=derivative,
-        third=third,
-    )
-    _, terms = evaluate(
-        model,
-        x0,
-        options,
-        t=t,
-        noise=noise,
-        probe=probe,
-        generator=generator,
-        model_kwargs=model_kwargs,
-    )
-    return terms
+    return _evaluated("dsm_terms", order, TermsArguments, model, x0, arguments).terms
+
+
+def _evaluated(
+    name: str, order: int, expected: type, model: object, x0: object, arguments: Any
+) -> Evaluated:
+    refuse_unknown(name, expected, arguments)
+    inputs = HigherOrderInputs.__optional_keys__
+    given = {key: value for key, value in arguments.items() if key in inputs}
+    chosen = {key: value for key, value in arguments.items() if key not in inputs}
+    return evaluate(model, x0, LossOptions(order=order, **chosen), **given)

@@ -3,7 +3,7 @@ r"""The objective of order one, two or three, from checked inputs to a reduced l
 What:
     Perturb the data, take the derivatives the order needs, form the residuals, square, average.
 
-Formula, with the terms of `hosm_losses.losses.terms`:
+Formula, with the terms of `terms`:
     loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch.
 
 Source:
@@ -11,8 +11,9 @@ Source:
     normalisation of its image experiments.
 """
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "perturbed"]
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -20,23 +21,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import DerivativeError, check_model_kwargs, may_look
-from hosm_losses._inference import outside_inference_mode
-from hosm_losses.losses.inputs import prepare
+from hosm_losses._checks import (
+    DerivativeError,
+    check_finite,
+    check_generator,
+    check_like,
+    check_model_kwargs,
+    check_sample_batch,
+    expand_right,
+    may_look,
+)
+from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.losses.options import LossOptions, Weights, check_weights
-from hosm_losses.losses.terms import DSMTerms, evaluate_terms, first_residual_of, first_term
-from hosm_losses.losses.weighting import time_factors
-from hosm_losses.model import noise_field, refuse_wrapped
+from hosm_losses.losses.terms import (
+    Directions,
+    DSMTerms,
+    Inputs,
+    evaluate_terms,
+    first_residual_of,
+    first_term,
+)
+from hosm_losses.losses.weighting import draw_time, time_factors
+from hosm_losses.model import ScoreModel, check_model, check_time, noise_field, refuse_wrapped
+from hosm_losses.probes import draw_probes, unit_vectors
 
 
-def _weighted(terms: DSMTerms, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """w₁ first, and the weighted sum of the higher terms; None for what has weight zero."""
-    products = [
-        weight * term if term is not None and (isinstance(weight, Tensor) or weight != 0) else None
-        for weight, term in zip(weights, terms, strict=False)
-    ]
-    higher = [product for product in products[1:] if product is not None]
-    return products[0], sum(higher[1:], higher[0]) if higher else None
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """A loss with what it was made of.
+
+    Attributes:
+        loss: reduced.
+        terms: per sample, with their graph.
+        t: the times (B,).
+        rows: the rows that have the higher terms, in their order; None for all.
+    """
+
+    loss: Tensor
+    terms: DSMTerms
+    t: Tensor
+    rows: Tensor | None = None
 
 
 def evaluate(
@@ -50,37 +74,20 @@ def evaluate(
     weights: Weights | None = None,
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[Tensor, DSMTerms]:
-    """The loss and its terms: what every function and module of this package calls.
-
-    Args:
-        model: a ScoreModel.
-        x0: data (B, *).
-        options: what is chosen once.
-        t: times (B,); drawn if None.
-        noise: ε (B, *); drawn if None.
-        probe: v, (B, *) or (K, B, *); drawn if None.
-        weights: (first, second, trace, third).
-        generator: the source of randomness.
-        model_kwargs: for the network.
-
-    Returns:
-        The reduced loss, and the terms with their graph.
-
-    Raises:
-        TypeError: for an argument of a wrong type or dtype.
-        ValueError: for a wrong shape, device or value, and, on the CPU, for a loss that is NaN or
-            infinite.
-        DerivativeError: where the derivatives of the network cannot be taken, or, on the CPU, are
-            NaN or infinite.
-    """
+) -> Evaluated:
+    """The loss and its terms, from arguments that are checked here."""
     checked = check_weights(weights, options.order)
     kwargs = check_model_kwargs(model_kwargs)
     with outside_inference_mode():
-        score_model, inputs = prepare(model, x0, t, noise, options.weighting, generator)
+        score_model, inputs = perturbed(model, x0, t, noise, options, generator)
         _check_device(checked, inputs.x)
         factors = time_factors(
-            score_model, inputs.x, inputs.t, options.weighting, drawn=inputs.drawn
+            score_model,
+            inputs.x,
+            inputs.t,
+            options.weighting,
+            options.time_sampler,
+            drawn=t is None,
         )
         higher = options.order > 1
         if higher and not torch.compiler.is_compiling():
@@ -88,20 +95,117 @@ def evaluate(
         field = noise_field(
             score_model, inputs.t, kwargs, primitives=score_model.primitives and higher
         )
-        chosen = None
-        if not higher:
+        rows = None
+        if higher:
+            rows, rest = _fraction(inputs.x, options, generator)
+            directions = _directions(inputs.x, probe, rows, options, generator)
+            terms = evaluate_terms(field, inputs, directions, options, rows, rest)
+            loss = _reduce(terms, checked, factors, rows, options)
+        else:
             residual = first_residual_of(field, inputs)
             terms = DSMTerms(first_term(residual))
-            if options.weighting == "noise" and options.reduction == "mean":
-                # One mean over all elements, as every trainer has it.
-                loss = residual.square().mean()
-                _check_result(loss, terms, inputs.t)
-                return loss, terms
-        else:
-            terms, chosen = evaluate_terms(field, inputs, probe, options, generator)
-        loss = _reduce(terms, checked, factors, chosen, options)
+            # One mean over all elements where that is the loss, as every trainer has it.
+            plain = factors[0] is None and options.reduction == "mean"
+            loss = (
+                residual.square().mean()
+                if plain
+                else _reduce(terms, checked, factors, None, options)
+            )
         _check_result(loss, terms, inputs.t)
-        return loss, terms
+        return Evaluated(loss, terms, inputs.t, rows)
+
+
+def perturbed(
+    model: object,
+    x0: object,
+    t: object,
+    noise: object,
+    options: LossOptions,
+    generator: torch.Generator | None,
+) -> tuple[ScoreModel, Inputs]:
+    """Check the arguments of a loss, draw t and ε where they are missing, and perturb the data.
+
+    x = α(t) x₀ + σ(t) ε. What is missing is drawn on the device of x₀, in the order t, ε, v.
+    """
+    score_model = check_model(model)
+    batch = normal(check_sample_batch("x0", x0))
+    check_generator(generator, batch.device)
+    times = (
+        draw_time(score_model, batch, options.weighting, generator, options.time_sampler)
+        if t is None
+        else check_time(score_model, batch, t)
+    )
+    if noise is None:
+        eps = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
+    else:
+        shape = tuple(batch.shape)
+        eps = normal(check_like("noise", noise, shape, batch.dtype, batch.device, "x0"))
+        check_finite("noise", eps)
+    alpha, sigma = score_model.coefficients(times, batch)
+    x = expand_right(alpha, batch) * batch + expand_right(sigma, batch) * eps
+    return score_model, Inputs(x.to(batch.dtype), times, eps, sigma)
+
+
+def _fraction(
+    x: Tensor, options: LossOptions, generator: torch.Generator | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The rows that have the higher terms, and the others; None for all rows."""
+    if options.fraction == 1:
+        return None, None
+    order = torch.randperm(len(x), generator=generator, device=x.device)
+    count = max(1, round(options.fraction * len(x)))
+    return order[:count], order[count:]
+
+
+def _directions(
+    x: Tensor,
+    probe: object,
+    rows: Tensor | None,
+    options: LossOptions,
+    generator: torch.Generator | None,
+) -> Directions:
+    """For the rows: v as given, all unit vectors, or drawn; and u, drawn."""
+    v = None if probe is None else _given_probe(x, probe, options)
+    if rows is not None:
+        x, v = x[rows], None if v is None else v[:, rows]
+    exact = options.probes == "exact"
+    if v is None:
+        v = (
+            unit_vectors(x)
+            if options.probes == "exact"
+            else draw_probes(x, options.probes, options.distribution, generator)
+        )
+    if options.order < 3 or options.third != "sliced":
+        return Directions(v)
+    # r3 is summed over all unit vectors before it is squared: one u for all of them.
+    u = draw_probes(x, 1 if exact else len(v), options.distribution, generator)
+    return Directions(v, u.expand_as(v))
+
+
+def _given_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
+    """The caller's probe, checked, as (K, B, *)."""
+    if isinstance(probe, Tensor) and probe.ndim == x.ndim:
+        probe = probe.unsqueeze(0)
+    count = len(probe) if isinstance(probe, Tensor) and probe.ndim == x.ndim + 1 else 1
+    shape = (max(count, 1), *x.shape)
+    given = check_like("probe", probe, shape, x.dtype, x.device, "x0 after one for the probes")
+    if options.probes not in (1, count):
+        raise ValueError(
+            f"probe: expected as many as probes={options.probes!r} asks for; got {count}. Leave "
+            "probes out when you give the probe."
+        )
+    check_finite("probe", given)
+    return normal(given)
+
+
+def _weighted(terms: DSMTerms, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
+    """w₁ first, and the weighted sum of the higher terms; None for what has weight zero."""
+    products = [
+        weight * term if term is not None and (isinstance(weight, Tensor) or weight != 0) else None
+        for weight, term in zip(weights, terms, strict=False)
+    ]
+    higher = [product for product in products[1:] if product is not None]
+    return products[0], sum(higher[1:], higher[0]) if higher else None
 
 
 def _check_device(weights: Weights, x: Tensor) -> None:

@@ -1,10 +1,28 @@
-"""What is chosen once for a loss."""
+"""The options of a loss: types, defaults and checks. `third_order_dsm` says what each does."""
 
-__all__ = ["ESTIMATORS", "LossOptions", "Probes", "Weights", "check_weights"]
+__all__ = [
+    "ESTIMATORS",
+    "FirstOrderArguments",
+    "FirstOrderInputs",
+    "FirstOrderOptions",
+    "HigherOrderInputs",
+    "LossOptions",
+    "SecondOrderArguments",
+    "SecondOrderOptions",
+    "TermsArguments",
+    "ThirdOrderArguments",
+    "ThirdOrderOptions",
+    "Weights",
+    "check_weights",
+    "refuse_unknown",
+    "spelled_out",
+]
 
-from collections.abc import Sequence
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypedDict, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -18,22 +36,84 @@ from hosm_losses._checks import (
     describe,
     may_look,
 )
-from hosm_losses.derivatives import ENGINES
-from hosm_losses.losses.weighting import Weighting, check_weighting
-from hosm_losses.probes import DISTRIBUTIONS
+from hosm_losses.derivatives import ENGINES, Engine
+from hosm_losses.losses.weighting import TimeSampler, Weighting, check_weighting
+from hosm_losses.probes import DISTRIBUTIONS, Distribution
 
-REDUCTIONS = ("mean", "sum", "none")
-ESTIMATORS = ("exact", "laplacian", "sliced")
+Reduction = Literal["mean", "sum", "none"]
+Estimator = Literal["exact", "laplacian", "sliced"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 Probes = int | Literal["exact"]
-Weights = Sequence[float | Tensor]
+Weights = Sequence[float | Tensor] | np.ndarray | Tensor
 COUNTS = {1: (1,), 2: (3, 4), 3: (4,)}  # of weights, by order
+
+
+class FirstOrderOptions(TypedDict, total=False):
+    """Options of a loss of order one."""
+
+    weighting: Weighting
+    time_sampler: TimeSampler
+    reduction: Reduction
+
+
+class SecondOrderOptions(FirstOrderOptions, total=False):
+    """Options of a loss of order two."""
+
+    weights: Weights | None
+    probes: Probes
+    distribution: Distribution
+    derivative: Engine
+    fraction: float
+    chunks: int
+
+
+class ThirdOrderOptions(SecondOrderOptions, total=False):
+    """Options of a loss of order three."""
+
+    third: Estimator
+
+
+class FirstOrderInputs(TypedDict, total=False):
+    """What a loss of order one may be given with the data."""
+
+    t: Tensor | None
+    noise: Tensor | None
+    generator: torch.Generator | None
+    model_kwargs: Mapping[str, Any] | None
+
+
+class HigherOrderInputs(FirstOrderInputs, total=False):
+    """What a loss of order two or three may be given with the data."""
+
+    probe: Tensor | None
+    weights: Weights | None
+
+
+class FirstOrderArguments(FirstOrderInputs, FirstOrderOptions, total=False):
+    """Arguments of `first_order_dsm` after the model and the data."""
+
+
+class SecondOrderArguments(HigherOrderInputs, SecondOrderOptions, total=False):
+    """Arguments of `second_order_dsm` after the model and the data."""
+
+
+class ThirdOrderArguments(HigherOrderInputs, ThirdOrderOptions, total=False):
+    """Arguments of `third_order_dsm` after the model and the data."""
+
+
+class TermsArguments(FirstOrderInputs, total=False):
+    """Arguments of `dsm_terms` after the model, the data and the order."""
+
+    probe: Tensor | None
+    probes: Probes
+    distribution: Distribution
+    derivative: Engine
+    third: Estimator
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """What is chosen once for a loss, checked on construction; `third_order_dsm` explains each.
-
-    Numbers of NumPy become those of Python.
+    """What is chosen once for a loss, checked on construction; numbers of NumPy become Python's.
 
     Raises:
         ValueError: for an unknown name or a number out of range.
@@ -41,13 +121,14 @@ class LossOptions:
 
     order: int
     probes: Probes = 1
-    distribution: str = "rademacher"
+    distribution: Distribution = "rademacher"
     weighting: Weighting = "noise"
-    derivative: str = "auto"
-    third: str = "exact"
+    time_sampler: TimeSampler = None
+    derivative: Engine = "auto"
+    third: Estimator = "exact"
     fraction: float = 1.0
     chunks: int = 1
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
         """Check every option."""
@@ -58,7 +139,7 @@ class LossOptions:
         if not (isinstance(self.probes, str) and self.probes == "exact"):
             self._keep("probes", check_whole("probes (or 'exact')", self.probes, 1))
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
-        check_weighting(self.weighting)
+        check_weighting(self.weighting, self.time_sampler)
         check_choice("derivative", self.derivative, ENGINES)
         check_choice("third", self.third, ESTIMATORS)
         if self.third != "exact" and self.derivative == "reverse":
@@ -66,7 +147,7 @@ class LossOptions:
                 "derivative: expected 'auto', 'taylor' or 'forward', which can take a second "
                 f"derivative forward, with third={self.third!r}; got 'reverse'."
             )
-        check_choice("reduction", self.reduction, REDUCTIONS)
+        check_choice("reduction", self.reduction, get_args(Reduction))
         self._keep("chunks", check_whole("chunks", self.chunks, 1))
         part = "a number in (0, 1]"
         self._keep("fraction", check_number("fraction", self.fraction, part, above=0, at_most=1))
@@ -82,21 +163,47 @@ class LossOptions:
             object.__setattr__(self, name, value)
 
 
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(LossOptions)}
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def spelled_out(function: Function) -> Function:
+    """Show the arguments behind ** one by one in the function's signature, with their defaults.
+
+    So help(), notebooks and the documentation show what type checkers read from the TypedDict,
+    which is the one place where an option is added.
+    """
+    signature = inspect.signature(function)
+    *shown, rest = signature.parameters.values()
+    (arguments,) = get_args(rest.annotation)
+    for name, hint in get_type_hints(arguments).items():
+        shown.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=DEFAULTS.get(name),
+                annotation=hint,
+            )
+        )
+    function.__signature__ = signature.replace(parameters=shown)  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
+def refuse_unknown(name: str, arguments: type, given: Mapping[str, Any]) -> None:
+    """Raise TypeError where the function `name` was given what is no key of the TypedDict."""
+    expected: frozenset[str] = arguments.__optional_keys__  # pyright: ignore[reportAttributeAccessIssue]
+    for unknown in given.keys() - expected:
+        raise TypeError(
+            f"{name}: got an unexpected keyword argument {unknown!r}; expected some of "
+            f"{', '.join(sorted(expected))}."
+        )
+
+
 def check_weights(weights: object, order: int) -> Weights:
-    """The weights of the terms as numbers and tensors without dimensions; all 1 for None.
+    """The weights (first, second, trace, third) as numbers and 0-dim tensors; all 1 for None.
 
-    Args:
-        weights: a list, a tuple, an array or a tensor of numbers, or a list with tensors of one
-            element.
-        order: 1, 2 or 3.
-
-    Returns:
-        (first, second, trace, third), as many as there are terms; at order 2 a fourth may follow.
-
-    Raises:
-        TypeError: for anything else, and for a tensor that is not of real numbers.
-        ValueError: for another count, for one that is negative, NaN or infinite (in a tensor: on
-            the CPU), and for all of them zero.
+    There are as many as the order has terms; at order 2 a fourth may follow. One at least is not
+    zero. The values of tensors are looked at on the CPU only.
     """
     if weights is None:
         return (1.0,) * COUNTS[order][0]

@@ -16,8 +16,8 @@ Source:
 __all__ = ["in_chunks"]
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,24 +41,10 @@ def in_chunks(
     tensors: Sequence[Tensor],
     batch: int,
 ) -> Terms:
-    """Evaluate function(rows, *tensors), rows a slice of the batch, in parts.
+    """Evaluate function(slice, *tensors) in `chunks` parts of the batch, put together to (B,).
 
-    Args:
-        function: returns tensors of the rows (b,), whatever their number.
-        chunks: the number of parts.
-        network: whose parameters `function` uses.
-        tensors: what else may need a gradient.
-        batch: B.
-
-    Returns:
-        The tensors (B,).
-
-    Raises:
-        TypeError: for a network that is no Module, whose parameters nobody can know.
-        ValueError: under torch.compile or a transform of torch.func, or while a CUDA graph is
-            captured.
-        DerivativeError: in the backward pass, if the network uses parameters that are neither its
-            own nor among `tensors`.
+    `tensors` and the parameters of the network are all that may need a gradient: a parameter that
+    is neither raises DerivativeError in the backward pass.
     """
     captured = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
     if torch.compiler.is_compiling() or captured or transformed():
@@ -79,39 +65,41 @@ def in_chunks(
 
 
 class _Call:
+    """A function of parts, and the state in which each part was evaluated."""
+
     def __init__(
         self, function: Callable[..., Terms], parts: list[slice], network: nn.Module, given: int
     ) -> None:
         self.function, self.parts, self.network, self.given = function, parts, network, given
-        self.before: list[Any] = []
+        self.states: list[Any] = []
 
-    def remember(self, tensors: Sequence[Tensor]) -> None:
-        """Keep the state of the generators, and of autocast."""
+    def first(self, part: slice, tensors: Sequence[Tensor]) -> Terms:
+        """Evaluate a part, and keep the state of the generators and of autocast before it."""
         kind = tensors[0].device.type
         autocast = None
-        if torch.amp.is_autocast_available(kind):
+        if torch.amp.is_autocast_available(kind):  # not on meta, for one
             autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        self.before.append((torch.get_rng_state(), get_device_states(*tensors), kind, autocast))
+        state = torch.get_rng_state(), *get_device_states(*tensors), kind, autocast
+        self.states.append(state)
+        return self.function(part, *tensors)
 
-    @contextmanager
-    def as_before(self, part: int) -> Iterator[None]:
-        """Draw the same numbers again, and leave the generators as they are found."""
-        state, (devices, states), kind, autocast = self.before[part]
+    def again(self, number: int, points: Sequence[Tensor]) -> Terms:
+        """Evaluate a part with its graph, in its first state; leave no trace but the graph."""
+        state, devices, states, kind, autocast = self.states[number]
         device_type = kind if devices else "cuda"
+        before = Snapshot(self.network, points[0])
         with (
+            torch.enable_grad(),
             torch.random.fork_rng(devices, enabled=True, device_type=device_type),
-            _autocast(kind, autocast),
+            nullcontext()
+            if autocast is None
+            else torch.autocast(kind, enabled=autocast[0], dtype=autocast[1]),
         ):
             torch.set_rng_state(state)
             set_device_states(devices, states, device_type=device_type)
-            yield
-
-
-def _autocast(kind: str, state: tuple[bool, torch.dtype] | None) -> AbstractContextManager[Any]:
-    if state is None:  # a device without it, such as meta
-        return nullcontext()
-    enabled, dtype = state
-    return torch.autocast(kind, dtype=dtype, enabled=enabled)
+            terms = self.function(self.parts[number], *points[: self.given])
+        before.restore(generators=False)
+        return terms
 
 
 class _Chunked(torch.autograd.Function):
@@ -119,11 +107,7 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *leaves: Tensor) -> Terms:
         ctx.call = call
         ctx.save_for_backward(*leaves)
-        tensors = leaves[: call.given]
-        found = []
-        for part in call.parts:
-            call.remember(tensors)
-            found.append(call.function(part, *tensors))
+        found = [call.first(part, leaves[: call.given]) for part in call.parts]
         return tuple(torch.cat(terms) for terms in zip(*found, strict=True))
 
     @staticmethod
@@ -142,10 +126,7 @@ class _Chunked(torch.autograd.Function):
                 leaf.detach().requires_grad_(need) if place < call.given else leaf
                 for place, (leaf, need) in enumerate(zip(leaves, needed, strict=True))
             ]
-            before = Snapshot(call.network, points[0])
-            with torch.enable_grad(), call.as_before(number):
-                terms = call.function(part, *points[: call.given])
-            before.restore(generators=False)
+            terms = call.again(number, points)
             _check_leaves(call.network, terms, points)
             found = torch.autograd.grad(
                 terms,

@@ -1,23 +1,55 @@
-r"""The terms of the loss, per sample: squares of the residuals.
+r"""The residuals of high-order denoising score matching, and the terms that are their squares.
 
-Formula, d the number of elements of a sample:
+What:
+    f(x, t) = σ_t s(x, t) is the dimensionless score (minus the predicted noise), D = ∂f/∂x (σ v)
+    its Jacobian along a probe v, G = σ² ∇_x (vᵀ ∂f/∂x v) the gradient of its quadratic form.
+    Against the noise ε that made x = α x₀ + σ ε, each residual has conditional mean zero given x
+    if and only if its order is right.
+
+Formula, with ℓ = ε + f held fixed, and D held fixed inside r3 as well:
+    r1 = f + ε
+    r2 = D + v − (ℓ·v) ℓ
+    rt = v·D + ‖v‖² − (ℓ·v)²
+    r3 = G + (ℓ·v)² ℓ − (v·D + ‖v‖²) ℓ − 2 (ℓ·v) (D + v)
+
+    Shapes: f = `value` (K, B, *), or (1, B, *) where the probes share it; ε = `noise` (B, *); the
+    rest (K, B, *). Residuals have the shape of D, and rt and u·r3 have (K, B).
+
+    The targets are conditional cumulants of ε given x: f = −κ₁, σ ∂f/∂x + I = κ₂, G = −κ₃(v, v,
+    ·).
+
+Why the detach:
+    It is part of the method, not an optimisation. Held fixed, the lower orders enter the targets
+    of the higher ones with an error that is bounded: the minimiser of order two is off by
+    exactly ‖ŝ₁ − ∇log q‖², that of order three by products of the lower errors. Let through, the
+    higher orders could lower their loss by spoiling the lower ones.
+
+Terms of a sample, d the number of its elements, averaged over probes:
     first = ‖r1‖²/d      second = ‖r2‖²/d²      trace = rt²/d²      third = ‖r3‖²/d³
 
-    averaged over probes. With the sliced estimator third = (u·r3)²/d³.
-
-Random or exact probes:
-    With probes="exact" the terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖² of the whole Jacobian and of the
-    gradient of its trace. With random ones the second term has the same mean; the trace and third
-    terms have a mean that is larger by the spread over probes, which is zero at the true score.
-    For a field free to take any value the minimiser is the same; for a restricted family it need
-    not be.
+    With the sliced estimator third = (u·r3)²/d³. With probes="exact" the terms are ‖M₂‖²_F,
+    (tr M₂)² and ‖R₃‖² of the whole Jacobian and of the gradient of its trace. With random probes
+    the second term has the same mean; the trace and third terms have a mean that is larger by the
+    spread over probes, which is zero at the true score. For a field free to take any value the
+    minimiser is the same; for a restricted family it need not be.
 
 Precision:
     Residuals and terms are float32 at least: a sum over a few thousand squares leaves the range
     of float16. The network and its derivatives keep the precision of x.
+
+Source:
+    Lu et al., "Maximum Likelihood Training for Score-Based Diffusion ODEs by High-Order
+    Denoising Score Matching", ICML 2022, arXiv 2206.08265, equations 10 to 15 and appendix.
 """
 
-__all__ = ["DSMTerms", "evaluate_terms", "first_residual_of", "first_term"]
+__all__ = [
+    "DSMTerms",
+    "Inputs",
+    "LoggedTerms",
+    "evaluate_terms",
+    "first_residual_of",
+    "first_term",
+]
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,20 +57,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import expand_right, over_elements
-from hosm_losses.derivatives import Curved, at_least_float32
-from hosm_losses.losses.inputs import Inputs, probe_tensor
+from hosm_losses._checks import at_least_float32, expand_right, over_elements
+from hosm_losses.derivatives import Curved
 from hosm_losses.losses.options import LossOptions
 from hosm_losses.losses.recompute import in_chunks
-from hosm_losses.losses.residuals import (
-    first_residual,
-    second_residual,
-    sliced_residual,
-    third_residual,
-    trace_residual,
-)
 from hosm_losses.model import NoiseField
-from hosm_losses.probes import draw_probes
 
 
 class DSMTerms(NamedTuple):
@@ -57,6 +80,45 @@ class DSMTerms(NamedTuple):
     third: Tensor | None = None
 
 
+class LoggedTerms(DSMTerms):
+    """Detached terms with what they are plotted against; unpacks to the four as `DSMTerms` does.
+
+    Attributes:
+        t: the times of the batch, (B,).
+        rows: the rows that a fraction chose for the higher terms, in their order; None for all.
+    """
+
+    t: Tensor
+    rows: Tensor | None
+
+    @classmethod
+    def of(cls, terms: DSMTerms, t: Tensor, rows: Tensor | None) -> "LoggedTerms":
+        """Return the terms without their graph."""
+        logged = cls(*[term.detach() for term in terms if term is not None])
+        logged.t, logged.rows = t, rows
+        return logged
+
+
+class Inputs(NamedTuple):
+    """A perturbed batch.
+
+    Attributes:
+        x: α x₀ + σ ε, of shape (B, *).
+        t: times (B,), as the caller gave them.
+        noise: ε, of shape (B, *).
+        sigma: σ(t), of shape (B,).
+    """
+
+    x: Tensor
+    t: Tensor
+    noise: Tensor
+    sigma: Tensor
+
+    def at(self, index: Tensor | slice) -> "Inputs":
+        """Return the rows at `index`."""
+        return Inputs(*[tensor[index] for tensor in self])
+
+
 class Directions(NamedTuple):
     """The probes v (K, B, *), and u of the sliced estimator."""
 
@@ -67,50 +129,86 @@ class Directions(NamedTuple):
 def evaluate_terms(
     field: NoiseField,
     inputs: Inputs,
-    probe: object,
+    directions: Directions,
     options: LossOptions,
-    generator: torch.Generator | None,
-) -> tuple[DSMTerms, Tensor | None]:
-    """The terms of order two or three, and the rows that have the higher ones; None for all.
+    rows: Tensor | None = None,
+    rest: Tensor | None = None,
+) -> DSMTerms:
+    """The terms of order two or three, the higher ones of `rows` alone, all if None.
 
-    Args:
-        field: f at the times of the batch.
-        inputs: the perturbed batch.
-        probe: v, (B, *) or (K, B, *); drawn if None.
-        options: what is chosen once.
-        generator: the source of randomness.
+    `directions` are those of `rows`. The `rest` of the batch has the first term only.
     """
-
-    def directions(part: Inputs, given: object) -> Directions:
-        v = probe_tensor(part.x, given, options.probes, options.distribution, generator)
-        if options.order < 3 or options.third != "sliced":
-            return Directions(v)
-        # r3 is summed over all unit vectors before it is squared: one u for all of them.
-        exact = options.probes == "exact"
-        u = draw_probes(part.x, 1 if exact else len(v), options.distribution, generator)
-        return Directions(v, u.expand_as(v))
-
-    if options.fraction == 1:
-        return _higher(field, inputs, directions(inputs, probe), options), None
-    if probe is not None:
-        probe = probe_tensor(inputs.x, probe, options.probes, options.distribution, None)
-    batch = len(inputs.x)
-    count = max(1, round(options.fraction * batch))
-    order = torch.randperm(batch, generator=generator, device=inputs.x.device)
-    chosen, rest = order[:count], order[count:]
-    part = _rows(inputs, chosen)
-    given = directions(part, None if probe is None else probe[:, chosen])
-    terms = _higher(field.rows(chosen), part, given, options)
+    if rows is None or rest is None:
+        return _higher(field, inputs, directions, options)
+    terms = _higher(field.rows(rows), inputs.at(rows), directions, options)
     first = terms.first
-    if count < batch:
-        first = torch.cat([first, _first(field.rows(rest), _rows(inputs, rest), options)])
-    first = torch.empty_like(first).index_copy(0, order, first)
-    return terms._replace(first=first), chosen
+    if len(rest):
+        first = torch.cat([first, _first(field.rows(rest), inputs.at(rest), options)])
+    return terms._replace(
+        first=torch.empty_like(first).index_copy(0, torch.cat([rows, rest]), first)
+    )
 
 
-def _rows(inputs: Inputs, index: Tensor | slice) -> Inputs:
-    x, t, noise, sigma, drawn = inputs
-    return Inputs(x[index], t[index], noise[index], sigma[index], drawn)
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product over the elements of a sample: (K, B, *) and (K, B, *) to (K, B)."""
+    return over_elements(a * b)
+
+
+def _along(coefficient: Tensor, vector: Tensor) -> Tensor:
+    """Multiply the vector (K, B, *) of every probe and sample by its number (K, B)."""
+    return coefficient.reshape(*coefficient.shape, *(1,) * (vector.ndim - 2)) * vector
+
+
+def first_residual(value: Tensor, noise: Tensor) -> Tensor:
+    """r1 = f + ε."""
+    return value + noise
+
+
+def second_residual(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
+    """r2 = D + v − (ℓ·v) ℓ with ℓ = (ε + f) detached; its mean square is the Jacobian's error."""
+    ell = first_residual(value, noise).detach()
+    return directional + probe - _along(_inner(ell, probe), ell)
+
+
+def trace_residual(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
+    """rt = v·D + ‖v‖² − (ℓ·v)² with ℓ = (ε + f) detached: the error of the trace."""
+    ell = first_residual(value, noise).detach()
+    return _inner(probe, directional + probe) - _inner(ell, probe).square()
+
+
+def third_residual(
+    value: Tensor, directional: Tensor, gradient: Tensor, noise: Tensor, probe: Tensor
+) -> Tensor:
+    """r3 = G + (ℓ·v)² ℓ − (v·D + ‖v‖²) ℓ − 2 (ℓ·v) (D + v), everything but G detached.
+
+    For G the Laplacian form σ² ∂²f[v, v] may stand, which is the same where ∂f/∂x is symmetric.
+    """
+    return gradient + _lower_orders(value, directional, noise, probe)
+
+
+def sliced_residual(
+    value: Tensor,
+    directional: Tensor,
+    curvature: Tensor,
+    noise: Tensor,
+    probe: Tensor,
+    other: Tensor,
+) -> Tensor:
+    """u·r3 for another probe u, everything but the curvature detached.
+
+    u·G = v·C with the curvature C = σ² ∂²f[v, u]. Over independent u of covariance one the mean of
+    (u·r3)² is ‖r3‖².
+    """
+    rest = _lower_orders(value, directional, noise, probe)
+    return _inner(probe, curvature) + _inner(other, rest)
+
+
+def _lower_orders(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
+    """r3 without G, all of it held fixed."""
+    ell = first_residual(value, noise).detach()
+    shifted = directional.detach() + probe
+    slope = _inner(ell, probe)
+    return _along(slope.square() - _inner(probe, shifted), ell) - _along(2 * slope, shifted)
 
 
 def first_residual_of(field: NoiseField, inputs: Inputs) -> Tensor:
@@ -147,16 +245,15 @@ def _in_parts(
     if options.chunks == 1:
         return evaluate(field, inputs, *directions)
     conditions = field.conditions()
-    batched = inputs[:-1]
+
+    first, last = len(inputs), len(inputs) + len(directions)
 
     def of_rows(rows: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
-        x, t, noise, sigma = tensors[: len(batched)]
-        given = tensors[len(batched) : len(batched) + len(directions)]
-        bound = field.with_conditions(tensors[len(batched) + len(directions) :]).rows(rows)
-        part = _rows(Inputs(x, t, noise, sigma, inputs.drawn), rows)
-        return evaluate(bound, part, *(each[:, rows] for each in given))
+        bound = field.with_conditions(tensors[last:]).rows(rows)
+        part = Inputs(*tensors[:first]).at(rows)
+        return evaluate(bound, part, *(each[:, rows] for each in tensors[first:last]))
 
-    tensors = (*batched, *directions, *conditions)
+    tensors = (*inputs, *directions, *conditions)
     return in_chunks(of_rows, options.chunks, field.model.network, tensors, len(inputs.x))
 
 

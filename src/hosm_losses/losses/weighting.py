@@ -1,22 +1,24 @@
-r"""Which times a loss draws, and how much each counts.
+r"""Which times a loss draws, and how much each counts: all of a weighting stands here.
 
-What:
-    Two factors per sample, one for the first-order term and one for all higher terms, and the
-    draw of t that goes with them.
+Formula, of the factor of the first term; that of the higher terms is 1:
+    "noise"        1
+    "native"       turns the squared error of ε̂ into that of the network's own prediction
+    "likelihood"   ½ (g²/σ²) d over the density of t, so that the first term is an unbiased
+                   estimate of ½ ∫ g² E‖s − ∇ log q_0t‖² dt. A t given by the caller counts as
+                   uniform.
+    a callable     W(t), for the higher terms as well
+    a pair         (of the first term, of the higher terms)
 
-Formula:
-    "noise"        1 and 1, t from the schedule's own `sample_time`.
-    "native"       turns the squared error of ε̂ into that of the network's own prediction; 1 for
-                   the higher terms.
-    "likelihood"   the first term becomes an unbiased estimate of ½ ∫ g² E‖s − ∇ log q_0t‖² dt, a
-                   sum over elements: u = log σ̂ is drawn uniformly on [u₀, u₁] and the factor is
-                   ½ Z d, Z = 2 (u₁ − u₀). A t given by the caller counts as uniform: the factor
-                   is ½ (t_max − t_min) (g²/σ²) d. The higher terms keep the meaning they have
-                   under `sample_time`: their factor is its density over that of the draw.
-    a callable     W(t), on every term.
+Draw of t, the `time_sampler`:
+    "schedule"        the schedule's own `sample_time`, of density p(t)
+    "log_sigma_hat"   u = log σ̂ uniform on [u₀, u₁]; what is not "likelihood" is multiplied by
+                      p(t) (u₁ − u₀)/(du/dt), so that a sampler changes the variance of a loss and
+                      never its mean
+    a callable        (batch size, generator) → t (B,), used as if the caller had given t
 
-    Against its default the first term of "likelihood" counts d g²/(2σ²) times as much: weights
-    have to be chosen anew.
+    "likelihood" draws by "log_sigma_hat" unless told otherwise: there its factor is the constant
+    (u₁ − u₀) d. Against "noise" the first term then counts d g²/(2σ²) times as much: weights have
+    to be chosen anew.
 
 Source:
     Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", arXiv 2101.09258,
@@ -24,44 +26,79 @@ Source:
     σ̂ for every schedule.
 """
 
-__all__ = ["WEIGHTINGS", "Weighting", "draw_time", "time_factors"]
+__all__ = [
+    "TimeSampler",
+    "Weighting",
+    "check_weighting",
+    "draw_time",
+    "time_factors",
+]
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_choice, check_finite, check_like
-from hosm_losses.model import ScoreModel
+from hosm_losses.model import ScoreModel, check_time
 from hosm_losses.schedules import Schedule
 
-WEIGHTINGS = ("noise", "native", "likelihood")
-Weighting = str | Callable[[Tensor], Tensor]
+Name = Literal["noise", "native", "likelihood"]
+One = Name | Callable[[Tensor], Tensor]
+Weighting = One | tuple[One, One]
+TimeSampler = (
+    Literal["schedule", "log_sigma_hat"] | Callable[[int, torch.Generator | None], Tensor] | None
+)
 
 
-def check_weighting(weighting: object) -> None:
-    """Raise ValueError unless this is the name of a weighting or a callable."""
-    if not callable(weighting):
-        check_choice("weighting (or a callable of t)", weighting, WEIGHTINGS)
+def check_weighting(weighting: object, time_sampler: object) -> None:
+    """Raise ValueError unless these are a weighting and a time sampler."""
+    pair = weighting if isinstance(weighting, tuple) else (weighting,)
+    if len(pair) not in (1, 2):
+        raise ValueError(
+            "weighting: expected one weighting or a pair (of the first term, of the higher "
+            f"terms); got {len(pair)}."
+        )
+    for one in pair:
+        if not callable(one):
+            check_choice("weighting (or a callable of t)", one, get_args(Name))
+    if len(pair) == 2 and pair[1] != "noise" and not callable(pair[1]):
+        raise ValueError(
+            "weighting: expected 'noise' or a callable of t for the higher terms, the second of "
+            f"the pair; got {pair[1]!r}, which has a meaning for the first term only."
+        )
+    if time_sampler is not None and not callable(time_sampler):
+        expected = "time_sampler (or a callable of the batch size and a generator)"
+        check_choice(expected, time_sampler, ("schedule", "log_sigma_hat"))
+
+
+def _pair(weighting: Weighting) -> tuple[One, One]:
+    if isinstance(weighting, tuple):
+        return weighting if len(weighting) == 2 else (weighting[0], "noise")
+    return weighting, weighting if callable(weighting) else "noise"
+
+
+def _sampler(weighting: Weighting, time_sampler: TimeSampler) -> TimeSampler:
+    if time_sampler is not None:
+        return time_sampler
+    return "log_sigma_hat" if _pair(weighting)[0] == "likelihood" else "schedule"
 
 
 def draw_time(
-    model: ScoreModel, x0: Tensor, weighting: Weighting, generator: torch.Generator | None
+    model: ScoreModel,
+    x0: Tensor,
+    weighting: Weighting,
+    generator: torch.Generator | None,
+    time_sampler: TimeSampler = None,
 ) -> Tensor:
-    """Draw a time (B,) for every sample, on its device: uniform in log σ̂ under "likelihood".
-
-    Args:
-        model: whose schedule is drawn from.
-        x0: the batch (B, *).
-        weighting: the weighting of the loss.
-        generator: the source of randomness.
-
-    Returns:
-        t of shape (B,).
-    """
+    """Draw a time for every sample of x0, on its device: t of shape (B,)."""
     schedule = model.schedule
+    sampler = _sampler(weighting, time_sampler)
+    if callable(sampler):
+        return check_time(model, x0, sampler(len(x0), generator))
     dtype = torch.promote_types(x0.dtype, torch.float32)
-    if weighting != "likelihood":
+    if sampler == "schedule":
         return schedule.sample_time(len(x0), generator, device=x0.device, dtype=dtype)
     low, span = _range(schedule)
     unit = torch.rand((len(x0),), generator=generator, device=x0.device, dtype=dtype)
@@ -69,47 +106,65 @@ def draw_time(
 
 
 def time_factors(
-    model: ScoreModel, x0: Tensor, t: Tensor, weighting: Weighting, *, drawn: bool
+    model: ScoreModel,
+    x0: Tensor,
+    t: Tensor,
+    weighting: Weighting,
+    time_sampler: TimeSampler = None,
+    *,
+    drawn: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The factors (B,) of the first term and of the higher terms at t; None stands for 1.
 
-    Args:
-        model: whose schedule and prediction matter.
-        x0: the batch (B, *).
-        t: its times (B,).
-        weighting: the weighting of the loss.
-        drawn: whether `draw_time` drew t; otherwise it counts as uniform.
-
-    Returns:
-        The two factors.
-
-    Raises:
-        TypeError: if a callable weighting returns no tensor like t.
-        ValueError: if it returns another shape than (B,), or (on the CPU) NaN or infinity.
+    `drawn` says whether `draw_time` drew t. A t from elsewhere counts as uniform.
     """
-    if weighting == "noise":
+    first, higher = _pair(weighting)
+    sampler = _sampler(weighting, time_sampler)
+    importance = drawn and sampler == "log_sigma_hat"
+    if first == higher == "noise" and not importance:
         return None, None
-    if weighting == "native":
-        return model.native_weight(t, x0), None
-    if callable(weighting):
-        factor = weighting(t.clone())  # its own times, to which it may write
-        reference = model.coefficients(t, x0)[1]
-        shape = tuple(reference.shape)
-        check_like("weighting(t)", factor, shape, reference.dtype, reference.device, "t")
-        check_finite("weighting(t)", factor)
-        return factor, factor
-    schedule = model.schedule
-    time = model.time_in(t, x0)
-    rate = schedule.squared_diffusion(time) / (2 * schedule.sigma(time).square())
-    elements = x0[0].numel()
-    if not drawn:
-        return (schedule.t_max - schedule.t_min) * rate * elements, None
+    schedule, time, elements = model.schedule, model.time_in(t, x0), x0[0].numel()
+
+    def rate() -> Tensor:
+        """du/dt = g²/(2σ²)."""
+        return schedule.squared_diffusion(time) / (2 * schedule.sigma(time).square())
+
     _, span = _range(schedule)
-    return torch.ones_like(rate) * (span * elements), schedule.time_density(time) * span / rate
+    ratio = schedule.time_density(time) * span / rate() if importance else None
+
+    def factor(one: One) -> Tensor | None:
+        if one == "noise":
+            return ratio
+        if one == "native":
+            return _product(model.native_weight(t, x0), ratio)
+        if one != "likelihood":
+            return _product(_called(one, model, x0, t), ratio)
+        if importance:
+            return torch.ones_like(time) * (span * elements)
+        if drawn and sampler == "schedule":
+            return rate() * elements / schedule.time_density(time)
+        return (schedule.t_max - schedule.t_min) * rate() * elements
+
+    of_first = factor(first)
+    return of_first, of_first if higher is first else factor(higher)
+
+
+def _product(factor: Tensor, ratio: Tensor | None) -> Tensor:
+    return factor if ratio is None else factor * ratio
+
+
+def _called(
+    weighting: Callable[[Tensor], Tensor], model: ScoreModel, x0: Tensor, t: Tensor
+) -> Tensor:
+    factor = weighting(t.clone())  # its own times, to which it may write
+    like = model.coefficients(t, x0)[1]
+    check_like("weighting(t)", factor, tuple(like.shape), like.dtype, like.device, "t")
+    check_finite("weighting(t)", factor)
+    return factor
 
 
 def _range(schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Log σ̂(t_min) and its distance to log σ̂(t_max), 0-dim tensors that nothing reads back."""
+    """u₀ and u₁ − u₀ as 0-dim tensors, which torch.compile need not read back."""
     ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64, device="cpu")
     low, high = schedule.log_sigma_hat(ends).unbind()
     return low, high - low

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import over_elements
-from hosm_losses._inference import normal
+from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import Derivatives, Jet, derive, quadratic_forms, safe_primitives
 from hosm_losses.model.conditions import bound, map_tensors, per_sample
 from hosm_losses.model.score_model import ScoreModel
@@ -28,8 +28,7 @@ class NoiseField:
     Attributes:
         model: the score model.
         t: times (B,).
-        kwargs: the network's keyword arguments, bound to the batch: see
-            `hosm_losses.model.conditions`.
+        kwargs: the network's keyword arguments, bound to the batch: see `conditions`.
         primitives: whether the safe primitives are put in.
     """
 
@@ -40,7 +39,9 @@ class NoiseField:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate f at x (B, *)."""
-        with safe_primitives(self.primitives):
+        if not self.primitives:
+            return -self.model.noise(x, self.t, **self.kwargs)
+        with safe_primitives():
             return -self.model.noise(x, self.t, **self.kwargs)
 
     def derive(
@@ -90,11 +91,16 @@ class NoiseField:
 
     def repeat(self, count: int) -> "NoiseField":
         """Return the field of `count` copies of the batch, one after the other."""
-        return self._select(lambda tensor: tensor.repeat(count, *(1,) * (tensor.ndim - 1)))
+
+        def copies(tensor: Tensor) -> Tensor:
+            return tensor.repeat(count, *(1,) * (tensor.ndim - 1))
+
+        return replace(self, t=copies(self.t), kwargs=_select(self.kwargs, copies))
 
     def rows(self, index: Tensor | slice) -> "NoiseField":
         """Return the field of the samples at `index`."""
-        return self._select(lambda tensor: tensor[index])
+        kwargs = _select(self.kwargs, lambda tensor: tensor[index])
+        return replace(self, t=self.t[index], kwargs=kwargs)
 
     def conditions(self) -> list[Tensor]:
         """The tensors among the network's keyword arguments."""
@@ -107,9 +113,10 @@ class NoiseField:
         given = iter(tensors)
         return replace(self, kwargs=map_tensors(self.kwargs, lambda _: next(given)))
 
-    def _select(self, select: Callable[[Tensor], Tensor]) -> "NoiseField":
-        kwargs = per_sample(self.kwargs, lambda _, tensor: select(tensor))
-        return NoiseField(self.model, select(self.t), kwargs, self.primitives)
+
+def _select(kwargs: dict[str, Any], select: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Apply a function to the conditions that belong to the samples."""
+    return per_sample(kwargs, lambda _, tensor: select(tensor)) if kwargs else kwargs
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ class ConditionedModel:
 
     def rows(self, index: Tensor | slice) -> "ConditionedModel":
         """Return the model conditioned on the samples at `index`."""
-        return replace(self, kwargs=per_sample(self.kwargs, lambda _, tensor: tensor[index]))
+        return replace(self, kwargs=_select(self.kwargs, lambda tensor: tensor[index]))
 
 
 def condition(
@@ -143,7 +150,7 @@ def condition(
     primitives: bool | None = None,
 ) -> ConditionedModel:
     """Bind keyword arguments of the network to a batch; the model's own `primitives` if None."""
-    kwargs = map_tensors(bound(model_kwargs or {}, batch), normal)
+    kwargs = map_tensors(bound(model_kwargs, batch), normal) if model_kwargs else {}
     return ConditionedModel(model, kwargs, model.primitives if primitives is None else primitives)
 
 
@@ -168,7 +175,9 @@ class NetworkField:
         """Evaluate the network at x (B, *)."""
         field = self.field
         # A Jet has rules of its own, and what does not depend on x needs no primitives.
-        with safe_primitives(field.primitives and not isinstance(x, Jet)):
+        if isinstance(x, Jet) or not field.primitives:
+            return field.model.predict(x, field.t, **field.kwargs)
+        with safe_primitives():
             return field.model.predict(x, field.t, **field.kwargs)
 
     @property

@@ -17,22 +17,48 @@ Source:
     Salimans and Ho, arXiv 2202.00512, for v; Lipman et al., arXiv 2210.02747, for u.
 """
 
-__all__ = ["PREDICTIONS", "ScoreModel", "check_model", "check_time"]
+__all__ = ["Prediction", "ScoreModel", "check_model", "check_time", "refuse_wrapped"]
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from hosm_losses._checks import check_choice, check_like, check_range, describe, expand_right
-from hosm_losses._inference import normal
-from hosm_losses._torch_internals import OF_DTYPES
+from hosm_losses._torch_internals import COMPILED_PART, OF_DTYPES, normal
 from hosm_losses.model.conditions import unwrapped
 from hosm_losses.schedules import Schedule, check_schedule
 
-PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
+Prediction = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
+
+_WRAP_THE_LOSS = (
+    "Wrap the loss module as a whole, whose forward then holds every use of a parameter: "
+    "{}(ThirdOrderDSM(ScoreModel(network, schedule))). Around the network, or parts of it, "
+    "gradients fail or differ between ranks in silence."
+)
+_TAKE_IT_OUT = (
+    "Give model.module, the network inside, in its place: ScoreModel(model.module, schedule) or "
+    "from_score_sde(model.module, sde); its parameters are the same. For several devices: "
+)
+_COMPILE_THE_LOSS = (
+    "What is compiled by itself has no second derivative. Compile the loss module in its place: "
+    "torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
+)
+COMPILED_IN_PLACE = "a part compiled by its own .compile()"
+# By name, so that nothing of torch.distributed is imported for it.
+WRAPPERS = {
+    "DistributedDataParallel": _WRAP_THE_LOSS.format("DistributedDataParallel"),
+    "FullyShardedDataParallel": _WRAP_THE_LOSS.format("FullyShardedDataParallel"),
+    "FSDPModule": _WRAP_THE_LOSS.format("fully_shard"),
+    "DataParallel": _TAKE_IT_OUT + _WRAP_THE_LOSS.format("DistributedDataParallel"),
+    "OptimizedModule": _COMPILE_THE_LOSS,
+    COMPILED_IN_PLACE: _COMPILE_THE_LOSS,
+}
+
+WRAPPER_MODULES = {"torch.distributed.fsdp", "torch._dynamo"}
 
 
 class ScoreModel(nn.Module):
@@ -70,7 +96,7 @@ class ScoreModel(nn.Module):
         self,
         network: Callable[..., Any],
         schedule: Schedule,
-        prediction: str = "epsilon",
+        prediction: Prediction = "epsilon",
         *,
         time: float | Callable[[Tensor], Tensor] | None = None,
         output: Callable[[Any], Tensor] | None = None,
@@ -83,13 +109,12 @@ class ScoreModel(nn.Module):
                 f"network: expected an nn.Module or a callable; got {describe(network)}."
             )
         check_schedule(schedule)
-        check_choice("prediction", prediction, PREDICTIONS)
+        check_choice("prediction", prediction, get_args(Prediction))
         if not (time is None or isinstance(time, int | float) or callable(time)):
             raise TypeError(f"time: expected a factor, a callable or None; got {describe(time)}.")
-        if not (output is None or callable(output)):
-            raise TypeError(f"output: expected a callable or None; got {describe(output)}.")
-        if not (call is None or callable(call)):
-            raise TypeError(f"call: expected a callable or None; got {describe(call)}.")
+        for name, given in (("output", output), ("call", call)):
+            if not (given is None or callable(given)):
+                raise TypeError(f"{name}: expected a callable or None; got {describe(given)}.")
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
@@ -128,9 +153,21 @@ class ScoreModel(nn.Module):
 
     def affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(p, q) in ε̂ = p · prediction + q x, expanded to `like`; None for 1 and for 0."""
+        factor, share = self._affine(t, like)
+        return (
+            None if factor is None else expand_right(factor, like),
+            None if share is None else expand_right(share, like),
+        )
+
+    def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
+        """Squared error of the network's own prediction for a unit squared error of ε̂, (B,)."""
+        factor, _ = self._affine(t, like)
+        return torch.ones_like(self.time_in(t, like)) if factor is None else 1 / factor.square()
+
+    def _affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.prediction == "epsilon":
             return None, None
-        alpha, sigma = (expand_right(part, like) for part in self.coefficients(t, like))
+        alpha, sigma = self.coefficients(t, like)
         if self.prediction == "score":
             return -sigma, None
         if self.prediction == "sample":
@@ -138,7 +175,7 @@ class ScoreModel(nn.Module):
         if self.prediction == "v_prediction":
             square = alpha.square() + sigma.square()
             return alpha / square, sigma / square
-        alpha_rate, sigma_rate = (expand_right(part, like) for part in self._rates(t, like))
+        alpha_rate, sigma_rate = self.schedule.rates(self.time_in(t, like))
         wronskian = alpha * sigma_rate - alpha_rate * sigma
         return alpha / wronskian, -alpha_rate / wronskian
 
@@ -155,26 +192,9 @@ class ScoreModel(nn.Module):
         """(α, σ) at t, of shape (B,), in the precision of `like` (float32 where that is less)."""
         return self.schedule(self.time_in(t, like))
 
-    def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
-        """Squared error of the network's own prediction for a unit squared error of ε̂, (B,)."""
-        alpha, sigma = self.coefficients(t, like)
-        if self.prediction == "epsilon":
-            return torch.ones_like(sigma)
-        if self.prediction == "score":
-            return 1 / sigma.square()
-        if self.prediction == "sample":
-            return (sigma / alpha).square()
-        if self.prediction == "v_prediction":
-            return ((alpha.square() + sigma.square()) / alpha).square()
-        alpha_rate, sigma_rate = self._rates(t, like)
-        return ((alpha * sigma_rate - alpha_rate * sigma) / alpha).square()
-
     def time_in(self, t: Tensor, like: Tensor) -> Tensor:
         """Return t as the schedule takes it: an integer index in the precision of `like`."""
         return t if t.is_floating_point() else t.to(torch.promote_types(like.dtype, torch.float32))
-
-    def _rates(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self.schedule.rates(self.time_in(t, like))
 
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """What the network predicts, of the shape of x."""
@@ -184,36 +204,10 @@ class ScoreModel(nn.Module):
             network_time = self.time(network_time)
         elif self.time is not None:
             network_time = network_time * self.time
-        kwargs = unwrapped(kwargs)
+        kwargs = unwrapped(kwargs) if kwargs else kwargs
         returned = self._called(x, network_time, kwargs)
         predicted = returned if self.output is None else self.output(returned)
-        if not isinstance(predicted, Tensor):
-            raise TypeError(
-                f"network: expected it to return a tensor; got {describe(predicted)}. Pick the "
-                "prediction out with ScoreModel(..., output=...), for example output=lambda out: "
-                "out[0] or operator.attrgetter('sample')."
-            )
-        if predicted.dtype.is_complex:
-            raise TypeError(
-                f"network: expected a real output; got {describe(predicted)}. Pick what it "
-                "predicts with ScoreModel(..., output=...), for example output=torch.real."
-            )
-        if predicted.shape != x.shape:
-            raise ValueError(
-                f"network: expected an output of the shape of x, {tuple(x.shape)}; got "
-                f"{describe(predicted)}. If it predicts a variance too, keep the first channels: "
-                "ScoreModel(..., output=lambda out: out[:, :C])."
-            )
-        if not predicted.is_floating_point():
-            raise TypeError(
-                f"network: expected a floating-point output; got {describe(predicted)}, which has "
-                "no derivatives."
-            )
-        if predicted.device != x.device:
-            raise ValueError(
-                f"network: expected an output on {x.device}, the device of x; got "
-                f"{describe(predicted)}."
-            )
+        _check_prediction(predicted, x)
         return predicted
 
     def _called(self, x: Tensor, network_time: Tensor, kwargs: Mapping[str, Any]) -> Any:
@@ -244,6 +238,35 @@ class ScoreModel(nn.Module):
             ) from error
 
 
+def _check_prediction(predicted: object, x: Tensor) -> None:
+    kind, advice = TypeError, ""
+    if not isinstance(predicted, Tensor):
+        expected = "it to return a tensor"
+        advice = (
+            " Pick the prediction out with ScoreModel(..., output=...), for example output=lambda "
+            "out: out[0] or operator.attrgetter('sample')."
+        )
+    elif predicted.dtype.is_complex:
+        expected = "a real output"
+        advice = (
+            " Pick what it predicts with ScoreModel(..., output=...), for example "
+            "output=torch.real."
+        )
+    elif predicted.shape != x.shape:
+        kind, expected = ValueError, f"an output of the shape of x, {tuple(x.shape)}"
+        advice = (
+            " If it predicts a variance too, keep the first channels: ScoreModel(..., "
+            "output=lambda out: out[:, :C])."
+        )
+    elif not predicted.is_floating_point():
+        expected, advice = "a floating-point output", " Integers have no derivatives."
+    elif predicted.device != x.device:
+        kind, expected = ValueError, f"an output on {x.device}, the device of x"
+    else:
+        return
+    raise kind(f"network: expected {expected}; got {describe(predicted)}.{advice}")
+
+
 def check_model(value: object) -> ScoreModel:
     """Return `value` if it is a ScoreModel."""
     if not isinstance(value, ScoreModel):
@@ -268,3 +291,24 @@ def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
     time = check_like("t", t, (len(x0),), floating, x0.device, "the batch dimension of x0")
     check_range("t", time, schedule.t_min, schedule.t_max)
     return normal(time)
+
+
+def refuse_wrapped(network: object, *, thoroughly: bool = False) -> None:
+    """Raise TypeError for a network in DDP, or with parts that are compiled or sharded alone.
+
+    `thoroughly` looks at every part also where nothing suggests a wrapper: once, not every step.
+    """
+    types = {type(network)}
+    found = set()
+    # Nothing is sharded or compiled where the package that does it was never imported.
+    if isinstance(network, nn.Module) and (thoroughly or sys.modules.keys() & WRAPPER_MODULES):
+        for part in network.modules():
+            types.add(type(part))
+            if getattr(part, COMPILED_PART, None) is not None:
+                found.add(COMPILED_IN_PLACE)
+    found |= {base.__name__ for kind in types for base in kind.__mro__} & WRAPPERS.keys()
+    for name in sorted(found):
+        raise TypeError(
+            f"network: expected a bare network for orders two and three; got {name}. "
+            f"{WRAPPERS[name]}"
+        )

@@ -24,7 +24,7 @@ from hosm_losses._checks import (
     describe,
     owns_values,
 )
-from hosm_losses._inference import outside_inference_mode
+from hosm_losses._torch_internals import outside_inference_mode
 from hosm_losses.schedules.base import Schedule, as_time
 
 Numbers = Sequence[float] | np.ndarray | Tensor

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hosm_losses import VPSchedule
-from hosm_losses.losses.residuals import (
+from hosm_losses.losses.terms import (
     first_residual,
     second_residual,
     third_residual,
