@@ -44,6 +44,13 @@ def test_its_own_loss(objective, betas):
     torch.testing.assert_close(model.noise(x_t, t), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_known_tables_are_those_of_the_project():
+    linear = hosm.DiscreteSchedule.linear(200, 5e-4, 0.1)
+    for betas, schedule in (("linear", linear), ("cosine", hosm.DiscreteSchedule.cosine(200))):
+        table = made(beta_schedule=betas).alphas_cumprod.tolist()
+        assert schedule.alphas_cumprod == pytest.approx(table, rel=1e-6)
+
+
 def test_min_snr_as_a_callable_weighting():
     diffusion = made("pred_v", min_snr_loss_weight=True)
     model = from_denoising_diffusion(diffusion)

@@ -57,6 +57,21 @@ def test_the_schedulers_own_loss(kind, betas, prediction):
     torch.testing.assert_close(ours, F.mse_loss(predicted, target), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("betas", "schedule"),
+    [
+        ("linear", hosm.DiscreteSchedule.linear(500)),
+        ("scaled_linear", hosm.DiscreteSchedule.linear(500, scaled=True)),
+        ("squaredcos_cap_v2", hosm.DiscreteSchedule.cosine(500)),
+    ],
+)
+def test_the_known_tables_are_those_of_the_scheduler(betas, schedule):
+    scheduler = diffusers.DDPMScheduler(500, beta_schedule=betas)
+    assert schedule.alphas_cumprod == pytest.approx(scheduler.alphas_cumprod.tolist(), rel=1e-4)
+    own = hosm.DiscreteSchedule.from_betas(scheduler.betas)
+    assert own.alphas_cumprod == pytest.approx(scheduler.alphas_cumprod.tolist(), rel=1e-5)
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("betas", BETAS)
 def test_the_noise_by_the_conversion_of_the_sampler(betas, prediction):
@@ -156,6 +171,12 @@ def test_what_is_unknown_is_refused():
     )
     with pytest.raises(ValueError, match=r"prediction_type: expected one of 'epsilon'.*'other'"):
         from_diffusers(unet(), scheduler)
+    del scheduler.config
+    with pytest.raises(ValueError, match=r"scheduler\.config\.prediction_type: .*got None"):
+        from_diffusers(unet(), scheduler)
+    flow = type("FlowMatchScheduler", (), {"config": SimpleNamespace(num_train_timesteps=0)})()
+    with pytest.raises(ValueError, match=r"config\.num_train_timesteps: .*above 0; got 0"):
+        from_diffusers(unet(), flow)
 
 
 def test_a_learned_variance_without_output_says_what_to_do():

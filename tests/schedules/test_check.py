@@ -172,7 +172,7 @@ WRONG = {
     ),
     "writes to t": (lambda: own(sigma=writes), ValueError, r"Own\.sigma to leave its argument"),
     "an old log_sigma_hat": (
-        lambda: own(alpha=None, sigma=torch.square, ends=None, base=hosm.VPSchedule),
+        lambda: own(sigma=torch.square, log_sigma_hat=lambda t: t.log()),
         ValueError,
         r"expected log_sigma_hat of Own to agree with its alpha and sigma; got .* Override",
     ),

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_derivatives_are_slopes_of_the_pieces():
 
 def test_draws_are_indices():
     t = SCHEDULE.sample_time(20_000, torch.Generator().manual_seed(0))
-    assert t.dtype == torch.int64
+    assert t.dtype == SCHEDULE.sample_time(2, dtype=torch.float32).dtype == torch.int64
     assert int(t.min()) >= 0
     assert int(t.max()) <= 999
     mean, error = t.double().mean(), t.double().std() / 20_000**0.5
@@ -121,12 +122,18 @@ def test_a_table_is_taken_in_any_form(table):
     assert {type(value) for value in schedule.alphas_cumprod} == {float}
 
 
+MAKERS = {"alphas_cumprod": hosm.DiscreteSchedule, "betas": hosm.DiscreteSchedule.from_betas}
+
+
+@pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("kind", [torch.tensor, np.array, list])
-def test_a_table_of_more_dimensions_is_refused(kind):
-    with pytest.raises(ValueError, match=r"one dimension, \(N,\); got one of shape \(2, 2\)"):
-        hosm.DiscreteSchedule(kind([[0.9, 0.5], [0.4, 0.1]]))
+def test_a_table_of_more_dimensions_is_refused(kind, name):
+    with pytest.raises(
+        ValueError, match=rf"{name}: .*one dimension, \(N,\); got one of shape \(2, 2"
+    ):
+        MAKERS[name](kind([[0.9, 0.5], [0.4, 0.1]]))
     with pytest.raises(ValueError, match=r"got one of shape \(\)\. Give one"):
-        hosm.DiscreteSchedule(0.5)
+        MAKERS[name](0.5)
 
 
 @pytest.mark.parametrize(
@@ -139,9 +146,10 @@ def test_a_table_of_more_dimensions_is_refused(kind):
         [[0.9], 0.5],
     ],
 )
-def test_a_table_of_no_numbers_is_refused(table):
-    with pytest.raises(TypeError, match=r"alphas_cumprod: expected real numbers, in a list"):
-        hosm.DiscreteSchedule(table)
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_table_of_no_numbers_is_refused(table, name):
+    with pytest.raises(TypeError, match=rf"{name}: expected real numbers, in a list"):
+        MAKERS[name](table)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -227,4 +235,137 @@ def test_it_is_built_under_any_mode():
 
 
 def test_it_prints_its_size_and_not_its_table():
-    assert repr(SCHEDULE) == "DiscreteSchedule(1000 entries from 0.9999 to 4.03583e-05)"
+    text = "DiscreteSchedule(1000 entries from 0.9999 to 4.03583e-05)"
+    assert repr(SCHEDULE) == text
+    model = hosm.ScoreModel(torch.nn.Identity(), SCHEDULE)
+    assert f"schedule={text}, prediction='epsilon'" in repr(model)
+    assert len(repr(hosm.ThirdOrderDSM(model))) < 400
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        list,
+        tuple,
+        np.array,
+        torch.tensor,
+        lambda row: torch.tensor(row, requires_grad=True),
+        lambda row: [np.float64(value) for value in row],
+    ],
+)
+def test_betas_are_taken_in_any_form(kind):
+    schedule = hosm.DiscreteSchedule.from_betas(kind([0.1, 0.5, 0.2]))
+    assert schedule.alphas_cumprod == pytest.approx((0.9, 0.45, 0.36), rel=1e-15)
+    single = hosm.DiscreteSchedule.from_betas(np.array([0.1, 0.5, 0.2], dtype=np.float32))
+    assert single.alphas_cumprod == pytest.approx((0.9, 0.45, 0.36), rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("betas", "got"),
+    [
+        ([0.1, -0.1], r"-0\.1 at index 1"),
+        ([0.1, 0.0, 2.0], "0 at index 1"),
+        ([0.1, 0.5, 1.0], "1 at index 2"),
+        ([np.nan, 0.1], "nan at index 0"),
+        ([0.1, np.inf], "inf at index 1"),
+        ([0.1], "1"),
+        ([], "0"),
+    ],
+)
+def test_betas_outside_0_and_1_are_refused_with_their_place(betas, got):
+    message = (
+        rf"betas: expected two numbers or more, each in \(0, 1\); got {got}\..*leave them out"
+    )
+    with pytest.raises(ValueError, match=message):
+        hosm.DiscreteSchedule.from_betas(np.array(betas))
+
+
+def products(betas):
+    """ᾱ in 50 digits."""
+    total, table = mpmath.mpf(1), []
+    for beta in betas:
+        total *= 1 - beta
+        table.append(float(total))
+    return pytest.approx(table, rel=1e-12)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("options", [(), (200, 5e-4, 0.1), (2,), (7, 0.3, 0.3)])
+def test_linear_betas(options, scaled):
+    steps, start, end = (*options, *(1000, 1e-4, 0.02)[len(options) :])
+    with mpmath.workdps(50):
+        first, last = mpmath.mpf(start), mpmath.mpf(end)
+        if scaled:
+            first, last = mpmath.sqrt(first), mpmath.sqrt(last)
+        betas = [first + (last - first) * i / (steps - 1) for i in range(steps)]
+        expected = products([beta**2 for beta in betas] if scaled else betas)
+    schedule = hosm.DiscreteSchedule.linear(*options, scaled=scaled)
+    assert schedule.alphas_cumprod == expected
+    if not options and not scaled:
+        torch.testing.assert_close(
+            torch.tensor(schedule.alphas_cumprod), TABLE, rtol=1e-12, atol=0
+        )
+
+
+@pytest.mark.parametrize("options", [(), (200,), (50, 0.0, 0.5), (3, 0.3), (2,)])
+def test_cosine_alpha_bars(options):
+    steps, offset, largest = (*options, *(1000, 0.008, 0.999)[len(options) :])
+    with mpmath.workdps(50):
+        s = mpmath.mpf(offset)
+        cosines = [
+            mpmath.cos(mpmath.pi / 2 * (mpmath.mpf(i) / steps + s) / (1 + s))
+            for i in range(steps + 1)
+        ]
+        betas = [1 - (cosines[i + 1] / cosines[i]) ** 2 for i in range(steps)]
+        expected = products([min(beta, mpmath.mpf(largest)) for beta in betas])
+        closed = [float((cosines[i + 1] / cosines[0]) ** 2) for i in range(steps)]
+    found = hosm.DiscreteSchedule.cosine(*options).alphas_cumprod
+    assert found == expected
+    unclipped = [beta < largest for beta in betas].index(False)
+    assert found[:unclipped] == pytest.approx(closed[:unclipped], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "message"),
+    [
+        (
+            "linear",
+            {"steps": 1},
+            ValueError,
+            "steps: expected a whole number of at least 2; got 1",
+        ),
+        ("linear", {"steps": 10.0}, ValueError, r"steps: expected a whole.*got 10\.0"),
+        (
+            "linear",
+            {"beta_end": 1.0},
+            ValueError,
+            r"beta_end: expected a number in \(0, 1\); got 1",
+        ),
+        ("linear", {"beta_end": "2"}, ValueError, r"beta_end: expected a number.*got '2'"),
+        ("linear", {"beta_start": 0.0}, ValueError, r"beta_start: .*in \(0, 0\.02\]; got 0\.0"),
+        ("linear", {"beta_start": 0.5}, ValueError, r"beta_start: .*in \(0, 0\.02\]; got 0\.5"),
+        ("linear", {"beta_start": np.nan}, ValueError, r"beta_start: .*got nan"),
+        (
+            "linear",
+            {"scaled": "linear"},
+            TypeError,
+            "scaled: expected True or False; got 'linear'",
+        ),
+        ("cosine", {"steps": True}, ValueError, "steps: expected a whole number.*got True"),
+        (
+            "cosine",
+            {"offset": -0.1},
+            ValueError,
+            r"offset: expected a number of 0 or more; got -0\.1",
+        ),
+        (
+            "cosine",
+            {"max_beta": 1.0},
+            ValueError,
+            r"max_beta: expected a number in \(0, 1\); got 1",
+        ),
+    ],
+)
+def test_options_of_the_known_tables_are_checked(make, options, error, message):
+    with pytest.raises(error, match=message):
+        getattr(hosm.DiscreteSchedule, make)(**options)

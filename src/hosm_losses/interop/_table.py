@@ -1,41 +1,30 @@
-"""What projects with a table of noise levels share."""
+"""What the foreign projects share: their attributes, their table of noise levels, their names."""
 
-__all__ = ["check_diffusion", "first_half", "predicted", "table_schedule"]
+__all__ = ["check_has", "first_half", "predicted", "table_schedule"]
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from hosm_losses._checks import describe
+from hosm_losses.model import Prediction
 from hosm_losses.schedules import DiscreteSchedule
 
 ZERO = (0.0, 2.0**-24)  # the second is what diffusers writes in the place of the first
+OWN = "For another object, build a ScoreModel with its schedule and prediction."
 
 
-def check_diffusion(diffusion: object, *names: str) -> None:
-    """Raise TypeError unless this has the attributes of a GaussianDiffusion that are read."""
+def check_has(value: object, expected: str, *names: str, advice: str = OWN) -> None:
+    """Raise TypeError unless a foreign object has these attributes, each named in `expected`."""
     for name in names:
-        if not hasattr(diffusion, name):
-            raise TypeError(
-                f"diffusion: expected a GaussianDiffusion with {name}; got {describe(diffusion)}."
-            )
+        if getattr(value, name, None) is None:
+            raise TypeError(f"{expected.format(name)}; got {describe(value)}. {advice}")
 
 
 def table_schedule(alphas_cumprod: Any, where: str) -> DiscreteSchedule:
-    """The schedule of a table, in float64, which must not end at 0.
-
-    Args:
-        alphas_cumprod: ᾱ, a tensor or an array.
-        where: the name of the table, for the error.
-
-    Returns:
-        The schedule, whose t is the index.
-
-    Raises:
-        ValueError: for a table with zero terminal SNR.
-    """
+    """The schedule of the table ᾱ that stands at `where`; ValueError if it ends at 0."""
     table = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
     if table.ndim == 1 and len(table) and float(table[-1]) in ZERO:
         raise ValueError(
@@ -47,14 +36,10 @@ def table_schedule(alphas_cumprod: Any, where: str) -> DiscreteSchedule:
     return DiscreteSchedule(table)
 
 
-def predicted(value: object, names: Mapping[str, str], where: str) -> str:
-    """Our name of a foreign prediction type.
-
-    Raises:
-        ValueError: for a type that is not among the names.
-    """
+def predicted(value: object, names: Mapping[str, str], where: str) -> Prediction:
+    """Our name of the foreign prediction type that stands at `where`; ValueError for another."""
     if isinstance(value, str) and value in names:
-        return names[value]
+        return cast("Prediction", names[value])
     raise ValueError(
         f"{where}: expected one of {', '.join(map(repr, names))}; got {describe(value)}. Build a "
         "ScoreModel with the prediction it stands for, or convert its output."

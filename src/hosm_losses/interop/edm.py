@@ -4,15 +4,16 @@ __all__ = ["from_edm"]
 
 from typing import Any
 
-from torch import nn
-
-from hosm_losses._checks import describe
+from hosm_losses.interop._table import check_has
 from hosm_losses.model import ScoreModel
 from hosm_losses.schedules import EDMSchedule
 
+NETWORK = "net: expected an EDM network with {}, such as EDMPrecond"
+DENOISER = "For another denoiser D(x, sigma): ScoreModel(net, EDMSchedule(), 'sample')."
 
-def from_edm(net: nn.Module) -> ScoreModel:
-    """A ScoreModel of an EDM denoiser D(x, σ, class_labels).
+
+def from_edm(net: Any) -> ScoreModel:
+    """Return the ScoreModel of an EDM denoiser D(x, σ, class_labels); t is σ.
 
     The noise runs over what the network declares as sigma_min and sigma_max, within [0.002, 80],
     the range of EDM's sampler. Labels go into `model_kwargs` as class_labels. EDM's own loss,
@@ -21,33 +22,17 @@ def from_edm(net: nn.Module) -> ScoreModel:
     is right at orders two and three in reverse mode, which is what "auto" takes; the estimators
     "laplacian" and "sliced" need a plain one.
 
-    Args:
-        net: the network, with sigma_min and sigma_max.
-
-    Returns:
-        The score model; t is σ.
-
     Raises:
-        TypeError: for a network without these.
+        TypeError: for a network without sigma_min and sigma_max.
 
     Example:
-        >>> import torch
-        >>> net = torch.nn.Identity()
+        >>> from torch import nn
+        >>> net = nn.Identity()
         >>> net.sigma_min, net.sigma_max = 0.0, float("inf")
         >>> from_edm(net).schedule.t_max
         80.0
     """
-    low, high = (_number(net, name) for name in ("sigma_min", "sigma_max"))
-    schedule = EDMSchedule()
-    schedule = EDMSchedule(t_min=max(low, schedule.t_min), t_max=min(high, schedule.t_max))
-    return ScoreModel(net, schedule, "sample")
-
-
-def _number(net: Any, name: str) -> float:
-    value = getattr(net, name, None)
-    if value is None:
-        raise TypeError(
-            f"net: expected an EDM network with {name}, such as EDMPrecond; got {describe(net)}. "
-            "For another denoiser D(x, sigma): ScoreModel(net, EDMSchedule(), 'sample')."
-        )
-    return float(value)
+    check_has(net, NETWORK, "sigma_min", "sigma_max", advice=DENOISER)
+    low = max(float(net.sigma_min), EDMSchedule.t_min)
+    high = min(float(net.sigma_max), EDMSchedule.t_max)
+    return ScoreModel(net, EDMSchedule(t_min=low, t_max=high), "sample")

@@ -6,17 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from hosm_losses.interop._table import check_diffusion, first_half, predicted, table_schedule
+from hosm_losses.interop._table import check_has, first_half, predicted, table_schedule
 from hosm_losses.model import ScoreModel
 from hosm_losses.schedules import Table
 
 PREDICTIONS = {"EPSILON": "epsilon", "START_X": "sample"}
-LEARNED = ("LEARNED", "LEARNED_RANGE")
 STEPS = 1000.0
 
 
 def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
-    """A ScoreModel of a model with its table, respaced or not, and its prediction type.
+    """Return the ScoreModel of a model and its GaussianDiffusion or SpacedDiffusion.
 
     t is an index of the diffusion's own table, and the model is given what the project would give
     it: the index before respacing, times 1000 over its number of steps with rescale_timesteps.
@@ -24,15 +23,8 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     the channels is used. The project's own checkpoint, which its attention calls as well, has to
     be replaced above order one.
 
-    Args:
-        model: the network, `model(x, timesteps, **kwargs)`.
-        diffusion: a GaussianDiffusion or SpacedDiffusion.
-
-    Returns:
-        The score model.
-
     Raises:
-        TypeError: for an object that is none.
+        TypeError: for a diffusion that is neither.
         ValueError: for a prediction of the previous x, or zero terminal SNR.
 
     Example:
@@ -44,19 +36,16 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
         >>> from_guided_diffusion(nn.Identity(), diffusion).prediction
         'epsilon'
     """
-    check_diffusion(diffusion, "alphas_cumprod", "model_mean_type", "model_var_type")
+    names = ("alphas_cumprod", "model_mean_type", "model_var_type")
+    check_has(diffusion, "diffusion: expected a GaussianDiffusion with {}", *names)
     schedule = table_schedule(diffusion.alphas_cumprod, "diffusion.alphas_cumprod")
     kind = getattr(diffusion.model_mean_type, "name", None)
     prediction = predicted(kind, PREDICTIONS, "diffusion.model_mean_type")
+    learned = getattr(diffusion.model_var_type, "name", None) in ("LEARNED", "LEARNED_RANGE")
+    output = first_half if learned else None
     steps = len(schedule.alphas_cumprod)
-    indices = tuple(float(i) for i in getattr(diffusion, "timestep_map", range(steps)))
-    original = getattr(diffusion, "original_num_steps", steps)
-    factor = STEPS / original if getattr(diffusion, "rescale_timesteps", False) else 1.0
-    learned = getattr(diffusion.model_var_type, "name", None) in LEARNED
-    return ScoreModel(
-        model,
-        schedule,
-        prediction,
-        time=Table(tuple(factor * index for index in indices)),
-        output=first_half if learned else None,
-    )
+    indices = getattr(diffusion, "timestep_map", range(steps))
+    rescaled = STEPS / getattr(diffusion, "original_num_steps", steps)
+    factor = rescaled if getattr(diffusion, "rescale_timesteps", False) else 1.0
+    time = Table(tuple(factor * float(index) for index in indices))
+    return ScoreModel(model, schedule, prediction, time=time, output=output)

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from hosm_losses._checks import check_flag, describe
+from hosm_losses._checks import check_flag
+from hosm_losses.interop._table import check_has
 from hosm_losses.model import ScoreModel
 from hosm_losses.schedules import SubVPSchedule, VESchedule, VPSchedule
 
 LABELS = 999.0
+SDE = "sde: expected a VPSDE or subVPSDE with {}, or a VESDE with sigma_min and sigma_max"
 DISCRETE = (
     "continuous: expected True, for a network trained in continuous time; got False. One trained "
     "on sde.N discrete steps is given their numbers as labels:"
@@ -24,7 +26,7 @@ DISCRETE_VE = (
 
 
 def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> ScoreModel:
-    """A ScoreModel of a network trained in continuous time.
+    """Return the ScoreModel of a network trained in continuous time; t runs from 1e-5 to 1.
 
     Under VPSDE and subVPSDE the network predicts the noise and is given 999 t. Under VESDE it
     predicts the score and is given σ(t). The project's `create_model` returns a DataParallel, with
@@ -37,34 +39,26 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
         continuous: what `config.training.continuous` says. A network trained with False is given
             the numbers of discrete steps, and is refused with what to write in place of this.
 
-    Returns:
-        The score model; t is the SDE's time, from 1e-5 to 1.
-
     Raises:
         TypeError: for another SDE.
         ValueError: for continuous=False.
 
     Example:
-        >>> import torch
         >>> from types import SimpleNamespace
         >>> sde = SimpleNamespace(sigma_min=0.01, sigma_max=50.0)
-        >>> from_score_sde(torch.nn.Identity(), sde).prediction
+        >>> from_score_sde(nn.Identity(), sde).prediction
         'score'
     """
     check_flag("continuous", continuous)
-    if hasattr(sde, "sigma_min") and hasattr(sde, "sigma_max"):
-        if not continuous:
-            raise ValueError(f"{DISCRETE} {DISCRETE_VE}")
+    explodes = hasattr(sde, "sigma_min") and hasattr(sde, "sigma_max")
+    if not explodes:
+        check_has(sde, SDE, "beta_0", "beta_1")
+    if not continuous:
+        raise ValueError(f"{DISCRETE} {DISCRETE_VE if explodes else DISCRETE_VP}")
+    if explodes:
         schedule = VESchedule(sigma_min=float(sde.sigma_min), sigma_max=float(sde.sigma_max))
         return ScoreModel(model, schedule, "score", time=schedule.sigma)
-    if hasattr(sde, "beta_0") and hasattr(sde, "beta_1"):
-        if not continuous:
-            raise ValueError(f"{DISCRETE} {DISCRETE_VP}")
-        # VPSDE has the discrete betas of DDPM beside the continuous ones; subVPSDE has not.
-        kind = VPSchedule if hasattr(sde, "discrete_betas") else SubVPSchedule
-        schedule = kind(beta_min=float(sde.beta_0), beta_max=float(sde.beta_1))
-        return ScoreModel(model, schedule, "epsilon", time=LABELS)
-    raise TypeError(
-        "sde: expected a VPSDE or subVPSDE with beta_0 and beta_1, or a VESDE with sigma_min and "
-        f"sigma_max; got {describe(sde)}. Build a ScoreModel with a Schedule of your own."
-    )
+    # VPSDE has the discrete betas of DDPM beside the continuous ones; subVPSDE has not.
+    kind = VPSchedule if hasattr(sde, "discrete_betas") else SubVPSchedule
+    schedule = kind(beta_min=float(sde.beta_0), beta_max=float(sde.beta_1))
+    return ScoreModel(model, schedule, "epsilon", time=LABELS)

@@ -123,6 +123,10 @@ class ScoreModel(nn.Module):
         self.call = call
         self.primitives = primitives
 
+    def extra_repr(self) -> str:
+        """Schedule and prediction, for the printed form."""
+        return f"schedule={self.schedule!r}, prediction={self.prediction!r}"
+
     def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """The noise ε̂(x, t): the same as `noise`."""
         return self.noise(x, t, **kwargs)

@@ -2,7 +2,7 @@
 
 - `base`: `Schedule`; subclass it with alpha and sigma alone.
 - `continuous`: VP, VE, sub-VP, cosine, EDM and linear flow.
-- `discrete`: `DiscreteSchedule`, a table whose t is the index.
+- `discrete`: `DiscreteSchedule`, a table of ᾱ, given or known, whose t is the index.
 - `check`: what has to hold of a schedule, checked where a ScoreModel is built.
 """
 

@@ -3,25 +3,18 @@ r"""What a noise schedule is, and what follows from α and σ alone.
 What:
     A schedule is x_t = α(t) x₀ + σ(t) ε on [t_min, t_max], t_min the data end. Everything else
     follows from α and σ, above all σ̂ = σ/α, the noise in units of the data: in log σ̂ every
-    schedule is the same diffusion.
-
-Formula:
-    drift f = d log α/dt            dx = f x dt + g dw
-    squared diffusion g² = 2 σ² d log σ̂/dt, for every schedule
+    schedule is the same diffusion dx = f x dt + g dw.
 
 Source:
-    Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations",
-    arXiv 2011.13456; Kingma et al., "Variational Diffusion Models", arXiv 2107.00630, for log σ̂
-    (their −½ log SNR) as the time of every schedule.
+    Song et al., arXiv 2011.13456; Kingma et al., "Variational Diffusion Models", arXiv
+    2107.00630, for log σ̂ (their −½ log SNR) as the time of every schedule.
 """
 
-__all__ = ["Schedule", "as_time", "check_parameters", "drawing_device", "time_derivative"]
+__all__ = ["Schedule", "as_time", "time_derivative"]
 
 import math
-import operator
 from collections.abc import Callable
-from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +22,7 @@ from torch import Tensor
 from hosm_losses._checks import describe
 from hosm_losses._torch_internals import forward_mode
 
-ORDERS = {"<": operator.lt, "<=": operator.le}
+UNDEFINED = "{}: a schedule defines alpha(t) and sigma(t)."
 
 
 def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
@@ -70,15 +63,11 @@ class Schedule:
 
     def alpha(self, t: Tensor | float) -> Tensor:
         """α(t), the factor of the data."""
-        raise NotImplementedError(
-            f"{type(self).__name__}: a schedule defines alpha(t) and sigma(t)."
-        )
+        raise NotImplementedError(UNDEFINED.format(type(self).__name__))
 
     def sigma(self, t: Tensor | float) -> Tensor:
         """σ(t), the standard deviation of the noise."""
-        raise NotImplementedError(
-            f"{type(self).__name__}: a schedule defines alpha(t) and sigma(t)."
-        )
+        raise NotImplementedError(UNDEFINED.format(type(self).__name__))
 
     def __call__(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return (α(t), σ(t))."""
@@ -139,19 +128,16 @@ class Schedule:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Draw (batch,) times as training does: uniform unless a schedule says otherwise.
+        """Draw (batch,) times as training does: uniform in [t_min, t_max] but for EDM.
 
-        Args:
-            batch: how many.
-            generator: the source of randomness.
-            device: of the times; None stands for the generator's, or the default one.
-            dtype: of the times; None stands for the default one.
-
-        Returns:
-            t in [t_min, t_max].
+        Without a device they are on the generator's, or the default one.
         """
-        device = drawing_device(device, generator)
-        unit = torch.rand((batch,), generator=generator, device=device, dtype=dtype)
+        if device is None and generator is not None:
+            device = generator.device
+        return self._draw((batch,), generator=generator, device=device, dtype=dtype)
+
+    def _draw(self, shape: tuple[int], **options: Any) -> Tensor:
+        unit = torch.rand(shape, **options)
         return self.clip(self.t_min + (self.t_max - self.t_min) * unit)
 
     def clip(self, t: Tensor) -> Tensor:
@@ -164,63 +150,10 @@ class Schedule:
 
 
 def as_time(t: Tensor | float) -> Tensor:
-    """Return t as a tensor in a dtype to compute in, float32 at least.
-
-    Args:
-        t: a tensor, which stays on its device; or a number, an array or a list, which become a
-            CPU tensor. Integers take the default dtype.
-
-    Returns:
-        t.
-
-    Raises:
-        TypeError: for complex values.
-    """
+    """Return t as a tensor, float32 at least; numbers, arrays and lists become CPU tensors."""
     time = t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu")
     if time.is_complex():
         raise TypeError(f"t: expected real times; got {describe(t)}.")
     if not time.is_floating_point():
         return time.to(torch.get_default_dtype())
     return time.float() if time.dtype in (torch.float16, torch.bfloat16) else time
-
-
-def drawing_device(
-    device: torch.device | str | None, generator: torch.Generator | None
-) -> torch.device | str | None:
-    """Where to draw: on `device`; without one on the generator's; without both on the default."""
-    return generator.device if device is None and generator is not None else device
-
-
-def check_parameters(schedule: Schedule, *rules: str) -> None:
-    """Make the parameters of a frozen schedule floats, and hold them to rules.
-
-    Args:
-        schedule: whose attributes the names in the rules are.
-        rules: such as "t_min < t_max" or "0 <= beta_min"; a name that stands in one is a finite
-            number.
-
-    Raises:
-        TypeError: for a parameter that is no number.
-        ValueError: for one that is not finite, or breaks a rule.
-    """
-    owner = type(schedule).__name__
-    for rule in rules:
-        left, order, right = rule.split()
-        names = [name for name in (left, right) if hasattr(schedule, name)]
-        for name in names:
-            value = getattr(schedule, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(
-                    f"{owner}: expected a number for {name}; got {describe(value)}. Turn it into "
-                    "one with float(...)."
-                )
-            if not math.isfinite(value):
-                raise ValueError(f"{owner}: expected a finite {name}; got {float(value):g}.")
-            object.__setattr__(schedule, name, float(value))
-        values = [
-            getattr(schedule, side) if side in names else float(side) for side in (left, right)
-        ]
-        if not ORDERS[order](*values):
-            got = " and ".join(f"{name} = {getattr(schedule, name):g}" for name in names)
-            advice = " Are the two reversed?" if len(names) == 2 else ""
-            raise ValueError(f"{owner}: expected {rule}; got {got}.{advice}")

@@ -9,13 +9,12 @@ What:
 
 __all__ = ["check_schedule"]
 
-import math
-from numbers import Real
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import describe
+from hosm_losses._checks import check_number, describe
 from hosm_losses.schedules.base import Schedule
 
 NEAR = (1e-4, 1e-3, 1e-2)
@@ -23,81 +22,142 @@ PLACES = (0.0, *NEAR, *(k / 64 for k in range(1, 64)), *(1 - p for p in reversed
 INNER = (0.2, 0.5, 0.8)
 STEP = 1e-3
 TOLERANCE = 1e-2
+
 FROM_THE_DATA = (
     "t_min is the end of the data and t_max that of the noise. If the data are at t = 1, describe "
     "the path in 1 - t: alpha(t) and sigma(t) of your formulas at 1 - t, and "
     "ScoreModel(..., time=lambda t: 1 - t)."
 )
+BEGIN_LATER = "Begin where there is some noise, for example at t_min = 1e-5."
+END_EARLIER = (
+    "End before alpha reaches 0: at t_max = 0.999 for a flow, 0.9946 for a cosine, 1 for "
+    "VPSchedule. If the network counts time otherwise, t stays in the schedule's units: "
+    "ScoreModel(..., time=999.0)."
+)
+BETWEEN = len(PLACES) - 2
+PLACE_NAMES = ("t_min", *["t"] * BETWEEN, "t_max")
+CORRECT = ["Correct the formula, or the range."] * BETWEEN
+ADVICE = {
+    "alpha": (FROM_THE_DATA, *CORRECT, END_EARLIER),
+    "sigma": (BEGIN_LATER, *CORRECT, FROM_THE_DATA),
+}
+POSITIVE = (
+    "{name} to have a positive and finite {part}, for a finite log(sigma/alpha); got {part} = "
+    "{got:g} at {place} = {t:g}. {advice}"
+)
+RISES = (
+    "log(sigma/alpha) of {name} to grow with t; got {low:g} at t_min = {t_min:g} and {high:g} at "
+    "t_max = {t_max:g}. Two arguments may be reversed. " + FROM_THE_DATA
+)
+GROWS = (
+    "log(sigma/alpha) of {name} to grow with t; got one that does not from t = {t:g} to t = "
+    "{next:g}. Correct the formula, or take a range in which it grows."
+)
+CLIPS = "{name}.time to return times in [t_min, t_max]; got {got:g}. Return self.clip(t) from it."
+AGREES = (
+    "{part} of {name} to agree with its alpha and sigma; got {got:g} for {wanted:g} at t = {t:g}. "
+    "Override {part} as well, or subclass Schedule, where it follows from alpha and sigma."
+)
+
+# What has to hold at some places, the message, and its fields: one for all, or one for each place.
+Rule = tuple[Tensor, str, Mapping[str, str | Sequence[str] | Tensor]]
 
 
 def check_schedule(schedule: object) -> Schedule:
     """Return `schedule` if losses and likelihoods under it mean something.
 
     Values are not looked at while `torch.compile` traces, nor under a fake tensor mode.
-
-    Args:
-        schedule: what was given for one.
-
-    Returns:
-        The schedule.
-
-    Raises:
-        TypeError: if it is none, lacks t_min, t_max, alpha or sigma, or returns no tensor like t.
-        ValueError: if t_min and t_max are not finite and in order, if alpha or sigma is not
-            positive and finite between them, if log(sigma/alpha) does not grow, or if what the
-            class overrides contradicts its alpha and sigma.
     """
     if not isinstance(schedule, Schedule):
         raise TypeError(
             "schedule: expected a schedule such as VPSchedule(), or a subclass of Schedule "
             f"with alpha and sigma of your own; got {describe(schedule)}."
         )
-    low, high = (_number(schedule, end) for end in ("t_min", "t_max"))
+    name = type(schedule).__name__
+    for end in ("t_min", "t_max"):
+        if getattr(schedule, end, None) is None:
+            raise TypeError(
+                f"schedule: expected {name} to have t_min, the end of the data, and t_max, that "
+                f"of the noise; got no {end}. Set both in the class, for example "
+                "t_min, t_max = 1e-5, 1.0."
+            )
+        check_number("schedule", getattr(schedule, end), f"{end} of {name} to be a finite number")
+    low, high = float(schedule.t_min), float(schedule.t_max)
     if low >= high:
         raise ValueError(
-            f"schedule: expected {_name(schedule)} to have t_min < t_max; got t_min = {low:g} and "
-            f"t_max = {high:g}. {FROM_THE_DATA}"
+            f"schedule: expected {name} to have t_min < t_max; got t_min = {low:g} and t_max = "
+            f"{high:g}. {FROM_THE_DATA}"
         )
     places = torch.tensor(PLACES, dtype=torch.float64, device="cpu")
     if torch.compiler.is_compiling() or type(places) is not Tensor:
         return schedule
     with torch.no_grad():
-        t = _between(low, high, places)
-        for part in ("alpha", "sigma"):
-            _check_positive(schedule, part, t)
-        _check_growing(schedule, t)
-        _check_inverse(schedule, t)
-        _check_rates(schedule, _between(low, high, places.new_tensor(INNER)), high - low)
+        for holds, message, fields in _rules(schedule, (1 - places) * low + places * high):
+            if not bool(holds.all()):
+                last = len(holds) - 1
+                index = next(i for i in (0, last, *range(last)) if not holds[i])
+                row = {k: v if isinstance(v, str) else v[index] for k, v in fields.items()}
+                raise ValueError(f"schedule: expected {message.format(name=name, **row)}")
     return schedule
 
 
-def _name(schedule: Schedule) -> str:
-    return type(schedule).__name__
+def _rules(schedule: Schedule, t: Tensor) -> Iterator[Rule]:
+    """What has to hold on the grid t, each rule under those before it."""
+    parts = {}
+    for part in ("alpha", "sigma"):
+        (got,) = _values(schedule, part, t)
+        fields = {"part": part, "got": got, "t": t, "place": PLACE_NAMES, "advice": ADVICE[part]}
+        yield (got > 0) & got.isfinite(), POSITIVE, fields
+        parts[part] = got
+    (u,) = _values(schedule, "log_sigma_hat", t)
+    ends = {"low": u[:1], "high": u[-1:], "t_min": t[:1], "t_max": t[-1:]}
+    yield u[-1:] > u[:1], RISES, ends
+    yield u.diff() > 0, GROWS, {"t": t[:-1], "next": t[1:]}
+    yield _agreement("log_sigma_hat", t, u, parts["sigma"].log() - parts["alpha"].log())
+    if _overrides(schedule, "time"):
+        (found,) = _values(schedule, "time", torch.cat([u[:1] - 1, u, u[-1:] + 1]))
+        yield (found >= t[0]) & (found <= t[-1]), CLIPS, {"got": found}
+        (again,) = _values(schedule, "log_sigma_hat", found[1:-1])
+        yield _agreement("time", t, again, u)
+    span = float(t[-1] - t[0])
+    t = t[0] + span * t.new_tensor(INNER)
+    for part, expected in _derivatives(schedule, t, STEP * span).items():
+        for got, wanted in zip(_values(schedule, part, t), expected, strict=True):
+            # What is 0 comes out of the differences as rounding.
+            yield _agreement(part, t, got, wanted, floor=1e-3 / span)
 
 
-def _between(low: float, high: float, places: Tensor) -> Tensor:
-    return (1 - places) * low + places * high
+def _derivatives(schedule: Schedule, t: Tensor, h: float) -> dict[str, tuple[Tensor, ...]]:
+    """What differences of α and σ say of the derivatives that the class overrides."""
+    overridden = [p for p in ("drift", "squared_diffusion", "rates") if _overrides(schedule, p)]
+    if not overridden:
+        return {}
+    alpha, sigma = schedule(t)
+    after, before = (torch.stack(schedule(t + step)) for step in (h, -h))
+    alpha_rate, sigma_rate = (after - before) / (2 * h)
+    drift = alpha_rate / alpha
+    diffusion = 2 * sigma * (sigma_rate - drift * sigma)
+    every = {
+        "drift": (drift,),
+        "squared_diffusion": (diffusion,),
+        "rates": (alpha_rate, sigma_rate),
+    }
+    return {part: every[part] for part in overridden}
 
 
-def _number(schedule: Schedule, end: str) -> float:
-    value = getattr(schedule, end, None)
-    if value is None:
-        raise TypeError(
-            f"schedule: expected {_name(schedule)} to have t_min, the end of the data, and t_max, "
-            f"that of the noise; got no {end}. Set both in the class, for example "
-            "t_min, t_max = 1e-5, 1.0."
-        )
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(
-            f"schedule: expected {end} of {_name(schedule)} to be a finite number; got "
-            f"{describe(value)}. Give a time at which alpha and sigma are finite."
-        )
-    return float(value)
+def _overrides(schedule: Schedule, method: str) -> bool:
+    return getattr(type(schedule), method) is not getattr(Schedule, method)
+
+
+def _agreement(part: str, t: Tensor, got: Tensor, wanted: Tensor, floor: float = 0.0) -> Rule:
+    atol = TOLERANCE * float(wanted.abs().mean()) + floor
+    holds = torch.isclose(got, wanted, rtol=TOLERANCE, atol=atol)
+    return holds, AGREES, {"part": part, "t": t, "got": got, "wanted": wanted}
 
 
 def _values(schedule: Schedule, method: str, t: Tensor) -> tuple[Tensor, ...]:
     """What a method returns for t, if that is a tensor like t, or a tuple of such tensors."""
-    where = f"{_name(schedule)}.{method}"
+    where = f"schedule: expected {type(schedule).__name__}.{method}"
     before = t.clone()
     try:
         returned = getattr(schedule, method)(t)
@@ -105,126 +165,23 @@ def _values(schedule: Schedule, method: str, t: Tensor) -> tuple[Tensor, ...]:
         raise TypeError(f"schedule: {error}") from error
     except Exception as error:
         raise ValueError(
-            f"schedule: expected {where} to take a CPU tensor, which this check gives it; got "
+            f"{where} to take a CPU tensor, which this check gives it; got "
             f"{type(error).__name__}: {str(error).partition(chr(10))[0]} Write it with operators "
             "of PyTorch on that tensor, torch.exp and not math.exp, and move tensors that it "
             "holds to the tensor's device."
         ) from error
     if not torch.equal(t, before):
         raise ValueError(
-            f"schedule: expected {where} to leave its argument alone; got one that writes to it. "
-            "Write t = t * 2, which makes a new tensor, and not t *= 2."
+            f"{where} to leave its argument alone; got one that writes to it. Write t = t * 2, "
+            "which makes a new tensor, and not t *= 2."
         )
     values = returned if isinstance(returned, tuple) else (returned,)
     for value in values:
-        if not (
-            isinstance(value, Tensor)
-            and (value.shape, value.dtype, value.device) == (t.shape, t.dtype, t.device)
-        ):
+        like = isinstance(value, Tensor) and value.dtype == t.dtype and value.device == t.device
+        if not like or value.shape != t.shape:
             raise TypeError(
-                f"schedule: expected {where} to return a tensor like its argument, {describe(t)}; "
-                f"got {describe(value)}. Compute it from the argument, in its dtype and on its "
+                f"{where} to return a tensor like its argument, {describe(t)}; got "
+                f"{describe(value)}. Compute it from the argument, in its dtype and on its "
                 "device: torch.ones_like(t) for a constant."
             )
     return values
-
-
-def _check_positive(schedule: Schedule, part: str, t: Tensor) -> None:
-    (values,) = _values(schedule, part, t)
-    bad = ~((values > 0) & values.isfinite())
-    if not bool(bad.any()):
-        return
-    last = len(t) - 1
-    index = next(index for index in (0, last, *range(last)) if bad[index])
-    where = {0: "t_min = ", last: "t_max = "}.get(index, "t = ")
-    if part == "sigma" and index == 0:
-        advice = "Begin where there is some noise, for example at t_min = 1e-5."
-    elif part == "alpha" and index == last:
-        advice = (
-            "End before alpha reaches 0: at t_max = 0.999 for a flow, 0.9946 for a cosine, 1 for "
-            "VPSchedule. If the network counts time otherwise, t stays in the schedule's units: "
-            "ScoreModel(..., time=999.0)."
-        )
-    else:
-        advice = FROM_THE_DATA if index in (0, last) else "Correct the formula, or the range."
-    raise ValueError(
-        f"schedule: expected {_name(schedule)} to have a positive and finite {part}, for a finite "
-        f"log(sigma/alpha); got {part} = {float(values[index]):g} at {where}{float(t[index]):g}. "
-        f"{advice}"
-    )
-
-
-def _check_growing(schedule: Schedule, t: Tensor) -> None:
-    (u,) = _values(schedule, "log_sigma_hat", t)
-    stuck = ~(u.diff() > 0)
-    if not bool(stuck.any()):
-        return
-    low, high = float(u[0]), float(u[-1])
-    if low < high:
-        index = int(stuck.nonzero()[0])
-        got = f"one that does not from t = {float(t[index]):g} to t = {float(t[index + 1]):g}"
-        advice = "Correct the formula, or take a range in which it grows."
-    else:
-        got = f"{low:g} at t_min = {float(t[0]):g} and {high:g} at t_max = {float(t[-1]):g}"
-        advice = f"Two arguments may be reversed. {FROM_THE_DATA}"
-    raise ValueError(
-        f"schedule: expected log(sigma/alpha) of {_name(schedule)} to grow with t; got {got}. "
-        f"{advice}"
-    )
-
-
-def _check_inverse(schedule: Schedule, t: Tensor) -> None:
-    """Log σ̂ is that of α and σ, and `time` its inverse, clipped to the ends."""
-    alpha, sigma = schedule(t)
-    (u,) = _values(schedule, "log_sigma_hat", t)
-    _check_close(schedule, "log_sigma_hat", t, u, sigma.log() - alpha.log())
-    if type(schedule).time is Schedule.time:
-        return
-    (found,) = _values(schedule, "time", torch.cat([u[:1] - 1, u, u[-1:] + 1]))
-    if not bool(((found >= t[0]) & (found <= t[-1])).all()):
-        raise ValueError(
-            f"schedule: expected {_name(schedule)}.time to return times in [t_min, t_max]; got "
-            f"[{float(found.min()):g}, {float(found.max()):g}]. Return self.clip(t) from it."
-        )
-    (again,) = _values(schedule, "log_sigma_hat", found[1:-1])
-    _check_close(schedule, "time", t, again, u)
-
-
-def _check_rates(schedule: Schedule, t: Tensor, span: float) -> None:
-    """What the class overrides of the derivatives is what differences of α and σ say."""
-    overridden = [
-        name
-        for name in ("drift", "squared_diffusion", "rates")
-        if getattr(type(schedule), name) is not getattr(Schedule, name)
-    ]
-    if not overridden:
-        return
-    h = STEP * span
-    alpha, sigma = schedule(t)
-    (a1, s1), (a0, s0) = (schedule(t + sign * h) for sign in (1, -1))
-    alpha_rate, sigma_rate = (a1 - a0) / (2 * h), (s1 - s0) / (2 * h)
-    drift = alpha_rate / alpha
-    expected = {
-        "drift": (drift,),
-        "squared_diffusion": (2 * sigma * (sigma_rate - drift * sigma),),
-        "rates": (alpha_rate, sigma_rate),
-    }
-    for name in overridden:
-        for got, value in zip(_values(schedule, name, t), expected[name], strict=True):
-            # What is 0 comes out of the differences as rounding.
-            _check_close(schedule, name, t, got, value, floor=1e-3 / span)
-
-
-def _check_close(
-    schedule: Schedule, method: str, t: Tensor, got: Tensor, expected: Tensor, floor: float = 0.0
-) -> None:
-    atol = TOLERANCE * float(expected.abs().mean()) + floor
-    far = ~torch.isclose(got, expected, rtol=TOLERANCE, atol=atol)
-    if not bool(far.any()):
-        return
-    index = int(far.nonzero()[0])
-    raise ValueError(
-        f"schedule: expected {method} of {_name(schedule)} to agree with its alpha and sigma; got "
-        f"{float(got[index]):g} for {float(expected[index]):g} at t = {float(t[index]):g}. "
-        f"Override {method} as well, or subclass Schedule, where it follows from alpha and sigma."
-    )

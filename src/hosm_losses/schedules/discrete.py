@@ -1,22 +1,34 @@
 r"""A noise schedule from a table, as DDPM trainers keep it.
 
 Source:
-    Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239.
+    Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239, section 4, for the
+    linear betas; Nichol and Dhariwal, arXiv 2102.09672, equation 17, for the cosine.
 """
 
 __all__ = ["DiscreteSchedule", "Table"]
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_range, describe, owns_values
+from hosm_losses._checks import (
+    check_flag,
+    check_number,
+    check_range,
+    check_whole,
+    describe,
+    owns_values,
+)
 from hosm_losses._torch_internals import outside_inference_mode
-from hosm_losses.schedules.base import Schedule, as_time, drawing_device
+from hosm_losses.schedules.base import Schedule, as_time
+
+Numbers = Sequence[float] | np.ndarray | Tensor
+BELOW_1 = math.nextafter(1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -32,12 +44,10 @@ class Table:
     )
 
     def __post_init__(self) -> None:
-        """Refuse fewer than two numbers, between which nothing is linear."""
         if len(self.values) < 2:
             raise ValueError(f"table: expected two entries or more; got {len(self.values)}.")
 
     def __getstate__(self) -> dict[str, object]:
-        """Pickle and copy the numbers, not their copies on devices."""
         return {"values": self.values, "_copies": {}}
 
     def beside(self, like: Tensor) -> Tensor:
@@ -53,11 +63,7 @@ class Table:
         return copy
 
     def __call__(self, t: Tensor | float) -> Tensor:
-        """The number at the index t, an integer or between two.
-
-        Raises:
-            ValueError: for an index outside the table, where looking is free.
-        """
+        """The number at the index t, an integer or between two; ValueError for one outside."""
         t = as_time(t)
         check_range("t", t, 0, len(self.values) - 1)
         table = self.beside(t)
@@ -70,7 +76,8 @@ class Table:
 class DiscreteSchedule(Schedule):
     """A table of ᾱ = α² with σ² = 1 − ᾱ; t is the index 0 … N−1, integer or float.
 
-    Between the entries log σ̂ is linear in t.
+    Between the entries log σ̂ is linear in t. Draws of t are integers. An index outside the table
+    is a ValueError on the CPU; on an accelerator a look would make the host wait.
 
     Args:
         alphas_cumprod: the table ᾱ_0 > ᾱ_1 > … > ᾱ_{N−1}, each in (0, 1): a list, an array or a
@@ -82,26 +89,20 @@ class DiscreteSchedule(Schedule):
             ends at ᾱ = 0 (zero terminal SNR) has an infinite σ̂ there: leave the last entry out.
 
     Example:
-        >>> betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-        >>> schedule = DiscreteSchedule(torch.cumprod(1 - betas, 0))
-        >>> alpha, sigma = schedule(torch.tensor([0, 999]))
-        >>> [round(float(s), 4) for s in sigma]
-        [0.01, 1.0]
+        >>> alpha, sigma = DiscreteSchedule([0.9, 0.5, 0.1])(torch.tensor([0, 1]))
+        >>> [round(float(a) ** 2, 4) for a in alpha]
+        [0.9, 0.5]
     """
 
     integer_time: ClassVar[bool] = True
-    alphas_cumprod: Sequence[float] | Tensor
-    _log_sigma_hat: Table = field(init=False, repr=False, compare=False)
+    t_min = 0.0
+    alphas_cumprod: Numbers
+    t_max: float = field(init=False, compare=False)
+    _log_sigma_hat: Table = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         """Keep the table as a tuple of floats: hashable, comparable, picklable, on no device."""
-        table = _numbers(self.alphas_cumprod)
-        if table.ndim != 1:
-            raise ValueError(
-                "alphas_cumprod: expected a table with one dimension, (N,); got one of shape "
-                f"{table.shape}. Give one schedule's table: a row, or table.flatten() where all "
-                "but one dimension are 1."
-            )
+        table = _numbers("alphas_cumprod", self.alphas_cumprod)
         falls = len(table) >= 2 and bool((np.diff(table) < 0).all())  # NaN does not
         if not (falls and table[-1] > 0 and table[0] < 1):
             raise ValueError(
@@ -110,23 +111,78 @@ class DiscreteSchedule(Schedule):
                 "sigma/alpha there: leave its last entry out. One that rises has its data at the "
                 "last index: reverse it."
             )
-        object.__setattr__(self, "alphas_cumprod", tuple(table.tolist()))
         log_sigma_hat = 0.5 * (np.log1p(-table) - np.log(table))
+        object.__setattr__(self, "alphas_cumprod", tuple(table.tolist()))
+        object.__setattr__(self, "t_max", len(table) - 1.0)
         object.__setattr__(self, "_log_sigma_hat", Table(tuple(log_sigma_hat.tolist())))
 
+    @classmethod
+    def from_betas(cls, betas: Numbers) -> Self:
+        """Return the schedule with ᾱ_i = (1 − β_0) … (1 − β_i), multiplied in float64.
+
+        The betas are a list, an array or a tensor (N,). One outside (0, 1), or another shape, is a
+        ValueError; what holds no real numbers is a TypeError.
+
+        Example:
+            >>> DiscreteSchedule.from_betas([0.1, 0.5])
+            DiscreteSchedule(2 entries from 0.9 to 0.45)
+        """
+        table = _numbers("betas", betas)
+        outside = np.flatnonzero(~((table > 0) & (table < 1)))  # NaN is
+        if len(table) < 2 or len(outside):
+            got = f"{table[outside[0]]:g} at index {outside[0]}" if len(outside) else len(table)
+            raise ValueError(
+                f"betas: expected two numbers or more, each in (0, 1); got {got}. A beta of 1 "
+                "(zero terminal SNR) has an infinite sigma/alpha, and one of 0 adds no noise: "
+                "leave them out. A table of alpha bars goes into DiscreteSchedule itself."
+            )
+        return cls(np.cumprod(1 - table))
+
+    @classmethod
+    def linear(
+        cls,
+        steps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        *,
+        scaled: bool = False,
+    ) -> Self:
+        """Return DDPM's schedule: `steps` betas, from beta_start to beta_end in equal steps.
+
+        `scaled` takes equal steps of √β, as "scaled_linear" of diffusers. A ValueError says which
+        of 0 < beta_start ≤ beta_end < 1 and steps ≥ 2 does not hold.
+
+        Example:
+            >>> DiscreteSchedule.linear(1000, 0.00085, 0.012, scaled=True)  # Stable Diffusion
+            DiscreteSchedule(1000 entries from 0.99915 to 0.0046601)
+        """
+        check_flag("scaled", scaled)
+        count, end = check_whole("steps", steps, 2), _check_beta("beta_end", beta_end)
+        start = _check_beta("beta_start", beta_start, end)
+        power = 2 if scaled else 1
+        return cls.from_betas(
+            np.linspace(start ** (1 / power), end ** (1 / power), count) ** power
+        )
+
+    @classmethod
+    def cosine(cls, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Self:
+        """Return the cosine schedule, ᾱ_i ∝ cos²(π/2 (t + s)/(1 + s)) at t = (i + 1)/steps.
+
+        s is the offset. No β_i = 1 − ᾱ_i/ᾱ_{i−1} exceeds max_beta, so that the last ᾱ stays above
+        0. A ValueError says which of steps ≥ 2, offset ≥ 0 and 0 < max_beta < 1 does not hold.
+
+        Example:
+            >>> DiscreteSchedule.cosine()
+            DiscreteSchedule(1000 entries from 0.999959 to 2.42877e-09)
+        """
+        times = np.arange(check_whole("steps", steps, 2) + 1) / steps
+        offset = check_number("offset", offset, "a number of 0 or more", above=-math.ulp(0))
+        table = np.cos(np.pi / 2 * (times + offset) / (1 + offset)) ** 2
+        largest = _check_beta("max_beta", max_beta)
+        return cls.from_betas(np.minimum(1 - table[1:] / table[:-1], largest))
+
     def __repr__(self) -> str:
-        """Name the table's size and its ends; it may have a thousand entries."""
-        return f"DiscreteSchedule({_ends(np.asarray(self.alphas_cumprod))})"
-
-    @property
-    def t_min(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """0, the first index."""
-        return 0.0
-
-    @property
-    def t_max(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """N − 1, the last index."""
-        return float(len(self.alphas_cumprod) - 1)
+        return f"{type(self).__name__}({_ends(np.asarray(self.alphas_cumprod))})"
 
     @property
     def prior_std(self) -> float:
@@ -134,12 +190,7 @@ class DiscreteSchedule(Schedule):
         return 1.0
 
     def log_sigma_hat(self, t: Tensor | float) -> Tensor:
-        """Log σ̂ at the index t, linear between the entries of the table.
-
-        Raises:
-            ValueError: for a CPU tensor, or a number, outside the table; on an accelerator a look
-                would make the host wait.
-        """
+        """Log σ̂ at the index t, linear between the entries of the table."""
         return self._log_sigma_hat(t)
 
     def alpha(self, t: Tensor | float) -> Tensor:
@@ -154,26 +205,14 @@ class DiscreteSchedule(Schedule):
         """Return the index, with its fraction, of this log σ̂, clipped to the table's ends."""
         target = as_time(log_sigma_hat)
         table = self._log_sigma_hat.beside(target)
-        left = (torch.searchsorted(table, target.detach().contiguous(), right=True) - 1).clamp(
-            0, len(table) - 2
-        )
+        right = torch.searchsorted(table, target.detach().contiguous(), right=True)
+        left = (right - 1).clamp(0, len(table) - 2)
         low, high = _entries(table, left), _entries(table, left + 1)
         return self.clip(left + (target - low) / (high - low))
 
-    def sample_time(
-        self,
-        batch: int,
-        generator: torch.Generator | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,  # noqa: ARG002
-    ) -> Tensor:
-        """Draw (batch,) integer indices, uniform, as DDPM trainers do."""
-        return torch.randint(
-            *(0, len(self.alphas_cumprod), (batch,)),
-            generator=generator,
-            device=drawing_device(device, generator),
-        )
+    def _draw(self, shape: tuple[int], **options: Any) -> Tensor:
+        options["dtype"] = torch.int64
+        return torch.randint(len(self.alphas_cumprod), shape, **options)
 
 
 def _entries(table: Tensor, index: Tensor) -> Tensor:
@@ -181,27 +220,33 @@ def _entries(table: Tensor, index: Tensor) -> Tensor:
     return table.index_select(0, index.reshape(-1)).reshape(index.shape)
 
 
-def _numbers(table: object) -> np.ndarray:
-    """A table in float64, by NumPy, which no device, mode or transform of PyTorch reaches.
+def _check_beta(name: str, value: object, at_most: float = BELOW_1) -> float:
+    expected = "a number in (0, 1)" if at_most == BELOW_1 else f"a number in (0, {at_most:g}]"
+    return check_number(name, value, expected, above=0, at_most=at_most)
 
-    Raises:
-        TypeError: for anything that holds no real numbers, or shows none.
-    """
+
+def _numbers(name: str, table: object) -> np.ndarray:
+    """The numbers (N,) in float64, by NumPy, which no mode or transform of PyTorch reaches."""
     problem = ""
     try:
         values: Any = table.tolist() if isinstance(table, Tensor) else table
-        if not np.iscomplexobj(values):
-            return np.asarray(values, dtype=np.float64)
+        numbers = None if np.iscomplexobj(values) else np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, RuntimeError) as error:
-        problem = f" ({error})"
-    raise TypeError(
-        "alphas_cumprod: expected real numbers, in a list, an array or a tensor; got "
-        f"{describe(table)}{problem}."
-    )
+        numbers, problem = None, f" ({error})"
+    if numbers is None:
+        raise TypeError(
+            f"{name}: expected real numbers, in a list, an array or a tensor; got "
+            f"{describe(table)}{problem}."
+        )
+    if numbers.ndim != 1:
+        raise ValueError(
+            f"{name}: expected a table with one dimension, (N,); got one of shape "
+            f"{numbers.shape}. Give one schedule's table: a row, or table.flatten() where all but "
+            "one dimension are 1."
+        )
+    return numbers
 
 
 def _ends(table: np.ndarray) -> str:
-    """The size of a table, its first entry and its last."""
-    if len(table) == 0:
-        return "0 entries"
-    return f"{len(table)} entries from {table[0]:.6g} to {table[-1]:.6g}"
+    ends = f" from {table[0]:.6g} to {table[-1]:.6g}" if len(table) else ""
+    return f"{len(table)} entries{ends}"
