@@ -6,8 +6,8 @@ Formula, in the letters of `hosm_losses.residuals`:
 
         r₂ = D + v − (ε·v) ε + (f·v) f,        f held fixed.
 
-    Its conditional mean is zero at the true score, as that of this library's residual
-    D + v − (ℓ·v) ℓ, ℓ = ε + f, is; the two differ by (ℓ·v) f + (f·v) ℓ. With an error δ in f the
+    Its conditional mean is zero at the true score, as is that of this library's residual
+    D + v − (ℓ·v) ℓ, ℓ = ε + f; the two differ by (ℓ·v) f + (f·v) ℓ. With an error δ in f the
     minimiser is off by −(f* δᵀ + δ f*ᵀ + δ δᵀ), f* the true value: of first order in δ, where
     with ℓ it is off by δ δᵀ.
 
@@ -28,8 +28,7 @@ import torch
 from torch import Tensor
 
 import hosm_losses as hosm
-from hosm_losses.loss_inputs import prepare, probe_tensor
-from hosm_losses.loss_options import Probes
+from hosm_losses.probes import draw_probes
 
 
 def second_residual(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
@@ -57,22 +56,26 @@ def terms(
     t: Tensor | None = None,
     noise: Tensor | None = None,
     probe: Tensor | None = None,
-    probes: Probes = 1,
+    probes: int | str = 1,
     distribution: str = "rademacher",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """‖f + ε‖²/d and ‖r₂‖²/d², (B,), with arguments and draws as those of `hosm.dsm_terms`."""
-    model, inputs = prepare(model, x0, t, noise, "noise", generator)
-    x, noise = inputs.x, inputs.noise
-    v = probe_tensor(x, probe, probes, distribution, generator)
-    sigma = inputs.sigma.reshape(-1, *(1,) * (x.ndim - 1))
-    value, directional, _ = model.field(inputs.t).derive(x, sigma * v, order=2)
-    elements = x[0].numel()
-    first = (value + noise).square().reshape(len(x), -1).sum(1) / elements
+    d, ones = x0[0].numel(), (1,) * (x0.ndim - 1)
+    t = model.schedule.sample_time(len(x0), generator) if t is None else t
+    noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype) if noise is None else noise
+    alpha, sigma = (part.reshape(-1, *ones) for part in model.schedule(t))
+    if probe is not None:
+        v = probe.reshape(-1, *x0.shape)
+    elif probes == "exact":
+        v = torch.eye(d, dtype=x0.dtype).reshape(d, 1, *x0.shape[1:]).expand(d, *x0.shape)
+    else:
+        v = draw_probes(x0, probes, distribution, generator)
+    value, directional, _ = model.field(t).derive(alpha * x0 + sigma * noise, sigma * v, order=2)
+    first = (value + noise).square().reshape(len(x0), -1).sum(1) / d
     squares = second_residual(value, directional, noise, v).square().flatten(2).sum(2)
     # Over the unit vectors the squares add up to what is their mean over random ones.
-    second = squares.sum(0) if probes == "exact" else squares.mean(0)
-    return first, second / elements**2
+    return first, (squares.sum(0) if probes == "exact" else squares.mean(0)) / d**2
 
 
 def _along(vector: Tensor, probe: Tensor) -> Tensor:
