@@ -8,19 +8,19 @@ loss and backward pass. fp32 is as PyTorch has it, convolutions in TF32; bf16 is
 
     gradient      error, relative, of the parameter gradient on at most 8 samples: against reverse
                   mode without chunks, or forward mode for the laplacian and the sliced form.
-    step          ms between CUDA events, after a step of the same variant so that the host is
-                  ahead; the variants take turns, medians over rounds. memory, peak bytes above
-                  those before, parameter gradients included. kernels, by the profiler, without
-                  copies and fills. sync, where PyTorch's debug mode saw the host wait, or null.
+    step          ms between CUDA events, the median over rounds in which the variants take turns,
+                  each after a step of its own so that the host is ahead. memory, peak bytes above
+                  those before. kernels, by the profiler, without copies and fills. sync, where
+                  PyTorch's debug mode saw the host wait, or null.
     graph_given   A step captured in a CUDA graph, with t, noise and probe as static inputs. error
                   of the replayed gradient against the eager one with the same seed, repeat between
                   two eager ones, ms of a replay.
     graph_drawn   The same where the loss draws them. Where the former fails, so does this.
     compiled      With --compile: ms and memory of the compiled loss, seconds of its first step.
 
-What fails, for want of memory say, is recorded as "failed". --smoke takes a tiny network and no
-TF32, and exits with an error where a loss is not finite, or in fp32 a gradient wrong by 1e-4. It
-works on a CPU, where what needs CUDA is null.
+What fails is recorded as "failed". --smoke takes a tiny network and no TF32, and exits with an
+error where a loss is not finite, or in fp32 a gradient wrong by 1e-4. It works on a CPU, where
+what needs CUDA is null.
 """
 
 import gc
@@ -58,7 +58,7 @@ COLUMNS = {
     **{f"{part} ms": (part, "ms", 1) for part in PARTS[1:]},
     "gradient": ("gradient", "error", 1),
 }
-WARM_UP = 3
+PRECISIONS, WARM_UP = ("fp32", "bf16"), 3
 LARGE, SMALL = (128, (1, 2, 2, 2), 5), (8, (1, 2), 1)
 
 
@@ -99,6 +99,16 @@ class Job:
         pairs = [(p.detach(), p.grad) for p in self.network.parameters()]
         return torch.cat([(0 * p if grad is None else grad).flatten() for p, grad in pairs])
 
+    def peak(self, step: Step) -> int:
+        """Peak bytes of a step above those before."""
+        for _ in range(WARM_UP):
+            step()
+        self.free()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+
     def free(self) -> None:
         self.network.zero_grad()
         if self.device.type == "cuda":
@@ -126,19 +136,10 @@ def checked(job: Job, variant: Row) -> Row:
     return found
 
 
-def peak(job: Job, step: Step) -> int:
-    for _ in range(WARM_UP):
-        step()
-    job.free()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def measured(job: Job, variant: Row) -> Row:
+    """Memory, kernels and waits of a step."""
     step = job.step(variant)
-    found: Row = {"memory": peak(job, step), "sync": None}
+    found: Row = {"memory": job.peak(step), "sync": None}
     with profile(activities=[ProfilerActivity.CUDA]) as record:
         step()
         torch.cuda.synchronize()
@@ -175,7 +176,7 @@ def compiled(job: Job, variant: Row) -> Row:
     step, start = job.step(variant | {"compiled": True}), time.perf_counter()
     step()
     torch.cuda.synchronize()
-    found = {"seconds": time.perf_counter() - start, "memory": peak(job, step)}
+    found = {"seconds": time.perf_counter() - start, "memory": job.peak(step)}
     return found | timed({"ms": step}, job.rounds)
 
 
@@ -219,13 +220,10 @@ def measure_all(setting: Namespace, variants: dict[str, Row]) -> dict[str, Row]:
     found = job.attempt(lambda job: timed(steps, job.rounds, hide=False))
     for key in steps:
         rows[key]["step"] |= {"ms": found[key]} if key in found else found
-    for key, variant in tqdm(
-        variants.items(), "compile", leave=False, disable=not setting.compile
-    ):
+    for key, variant in tqdm(variants.items(), "compiled, graphs", leave=False):
         if setting.compile:
             rows[key]["compiled"] = job.attempt(compiled, variant)
-    job.free()
-    for key, variant in tqdm(variants.items(), "graphs", leave=False):
+        job.free()
         # In a process of its own: a capture that fails can leave CUDA unusable, or end it.
         graphs = attempt(alone, captured, setting, variant)
         rows[key] |= {"graph_given": graphs} if "failed" in graphs else graphs
@@ -247,8 +245,20 @@ def printed(title: str, rows: dict[str, Row]) -> None:
             print(f"{key}, {part}: {word}: {row[part][word]}")
 
 
-def environment(device: str) -> Row:
-    return {
+def main() -> None:
+    """Measure every batch in every precision, print the tables and write the numbers."""
+    given, devices = parser(__doc__), ("cuda", "cpu")
+    given.add_argument("--device", choices=devices, help="default: cuda, or cpu with --smoke")
+    given.add_argument("--batch", type=int, nargs="+", help="default: 128 48, or 4 with --smoke")
+    given.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    given.add_argument("--rounds", type=int, default=7)
+    given.add_argument("--variants", default="", metavar="REGEX")
+    given.add_argument("--compile", action="store_true")
+    given.add_argument("--out", type=Path, metavar="FILE.json")
+    options = given.parse_args()
+    device = options.device = options.device or ("cpu" if options.smoke else "cuda")
+    chosen = {k: v for k, v in MEASURED.items() if k == BASE or re.search(options.variants, k)}
+    environment = {
         "card": torch.cuda.get_device_name(device) if device == "cuda" else None,
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
@@ -256,36 +266,19 @@ def environment(device: str) -> Row:
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def main() -> None:
-    options = parser(__doc__)
-    precisions = ("fp32", "bf16")
-    options.add_argument(
-        "--device", choices=("cuda", "cpu"), help="default: cuda, or cpu with --smoke"
-    )
-    options.add_argument("--batch", type=int, nargs="+", help="default: 128 48, or 4 with --smoke")
-    options.add_argument("--precision", nargs="+", choices=precisions, default=precisions)
-    options.add_argument("--rounds", type=int, default=7)
-    options.add_argument("--variants", default="", metavar="REGEX")
-    options.add_argument("--compile", action="store_true")
-    options.add_argument("--out", type=Path, metavar="FILE.json")
-    args = options.parse_args()
-    args.device = args.device or ("cpu" if args.smoke else "cuda")
-    chosen = {k: v for k, v in MEASURED.items() if k == BASE or re.search(args.variants, k)}
-    report: Row = {"environment": environment(args.device), "tables": []}
-    batches = args.batch or ([4] if args.smoke else [128, 48])
-    for batch, precision in product(batches, args.precision):
+    report: Row = {"environment": environment, "tables": []}
+    batches = options.batch or ([4] if options.smoke else [128, 48])
+    for batch, precision in product(batches, options.precision):
         shared = {"batch": batch, "precision": precision}
-        rows = measure_all(Namespace(**vars(args) | shared), chosen)
+        rows = measure_all(Namespace(**vars(options) | shared), chosen)
         printed(f"batch {batch}, {precision}", rows)
-        report["tables"].append(shared | {"smoke": args.smoke, "variants": rows})
-        if args.out:
-            args.out.write_text(json.dumps(report, indent=2))
+        report["tables"].append(shared | {"smoke": options.smoke, "variants": rows})
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=2))
         limit = 1e-4 if precision == "fp32" else math.inf
         for key, found in ((key, row["gradient"]) for key, row in rows.items()):
             right = math.isfinite(found.get("loss", math.nan)) and found.get("error", 0) <= limit
-            if args.smoke and not right:
+            if options.smoke and not right:
                 raise SystemExit(f"{key}, {precision}: {found}")
 
 

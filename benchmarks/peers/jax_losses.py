@@ -4,8 +4,7 @@ They take one probe a sample; what they hold fixed is what `hosm_losses.residual
 
 A fair comparison has one thread on both sides. XLA reads its number of threads from NPROC when
 JAX starts, so it has to be set for a new process, as `benchmarks.environment.ONE_THREAD` does. The
-flags xla_cpu_multi_thread_eigen and intra_op_parallelism_threads, often named for it, do not
-change the number (jaxlib 0.10: 1.5 of two cores with them, 1.0 with NPROC).
+flags that are often named for it change nothing (jaxlib 0.10).
 """
 
 from collections.abc import Callable

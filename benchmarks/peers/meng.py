@@ -7,15 +7,13 @@ Formula, in the letters of `hosm_losses.residuals`:
         r₂ = D + v − (ε·v) ε + (f·v) f,        f held fixed.
 
     Its conditional mean is zero at the true score, as is that of this library's residual
-    D + v − (ℓ·v) ℓ, ℓ = ε + f; the two differ by (ℓ·v) f + (f·v) ℓ. With an error δ in f the
-    minimiser is off by −(f* δᵀ + δ f*ᵀ + δ δᵀ), f* the true value: of first order in δ, where
-    with ℓ it is off by δ δᵀ.
+    D + v − (ℓ·v) ℓ, ℓ = ε + f. An error δ in f moves the minimiser by −(f* δᵀ + δ f*ᵀ + δ δᵀ), f*
+    the true value: of first order in δ, where with ℓ it is moved by δ δᵀ.
 
 What differs from the paper:
-    There a second network stands for s₂, of low rank where d is large. Here the Jacobian of the
-    one network is matched, as this library does it, so that the two losses are compared on the
-    same network. The paper also lessens the variance at small σ by a control variate with the
-    noises ε and −ε, at the cost of evaluations at three points; that is not done here.
+    There a second network stands for s₂. Here the Jacobian of the one network is matched, so that
+    the two losses are compared on the same network. The paper's control variate, with noises ε
+    and −ε and evaluations at three points, is left out.
 
 Source:
     Meng, Song, Li and Ermon, "Estimating High Order Gradients of the Data Distribution by
