@@ -5,17 +5,15 @@
 
 Settings:
     Each loss throughout, and order three also after order one ("order 1, then ..."): half of the
-    cost goes to each, so that order one has more than half of the steps; optimizer and decay run
-    through. "Meng et al." is their loss of order two, on the Jacobian of the same network; see
-    `benchmarks.peers.meng`. "1/4 of rows" have their higher orders on a random quarter of the
-    batch. "laplacian" is third="laplacian", in one dimension the same number. All are exact but
-    "one probe".
+    cost goes to each; optimizer and decay run through. "Meng et al." is benchmarks.peers.meng.
+    "1/4 of rows" have their higher orders on a random quarter of the batch. "laplacian" is
+    third="laplacian", in one dimension the same number. All are exact but "one probe".
 
 Equal cost:
     The processor time of --steps steps of order one, timed first: medians over rounds in which
     all losses take turns in one process. The column "cost" is what the trainings then took, over
-    order one with the same seed. Each has Adam at 1e-3 with a cosine decay over its own number of
-    steps, batches of 512, and the initial network of its seed.
+    order one with the same seed. Each has Adam at 1e-3 with a cosine decay over its own steps,
+    batches of 512, and the initial network of its seed.
 
 Data:
     mixture       the 1-D mixture and network of docs/examples/mixture_1d.py, whose KL is right to
