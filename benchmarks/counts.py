@@ -4,85 +4,64 @@
     python -m benchmarks.counts --write   replaces it
 
 Counts are exact, so that they can be held without a clock. A count above the committed one is a
-regression; one below it is a gain, which has to be written down or it could be lost unseen.
+regression. One below it is a gain, which has to be written down or it could be lost unseen.
 """
 
-import argparse
 import json
+from argparse import ArgumentParser
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tests.oracles import CountFlops
-from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import hosm_losses as hosm
-from benchmarks.memory import LOSSES
 from benchmarks.networks import NETWORKS
-from benchmarks.speed import NAMES, VARIANTS
+from benchmarks.steps import NAMES, VARIANTS, model_of, step_of
 
 PATH = Path(__file__).with_name("counts.json")
-BATCH = 4
-LIKELIHOODS: dict[str, Callable[[hosm.ScoreModel, Tensor], object]] = {
-    "ode_nll": lambda model, x: hosm.ode_nll(model, x),
-    "ode_nll, probes=4": lambda model, x: hosm.ode_nll(model, x, probes=4),
-    "ode_nll, dct": lambda model, x: hosm.ode_nll(model, x, distribution="dct"),
-    "ode_nll, exact, 2-D": lambda model, x: hosm.ode_nll(model, x, divergence="exact"),
-    "variational_nll": lambda model, x: hosm.variational_nll(model, x),
+BATCH, SAMPLES = 4, 2  # of a training step, and of a likelihood
+LIKELIHOODS = {
+    "ode_nll": hosm.ode_nll,
+    "ode_nll, probes=4": partial(hosm.ode_nll, probes=4),
+    "ode_nll, dct": partial(hosm.ode_nll, distribution="dct"),
+    "ode_nll, exact, 2-D": partial(hosm.ode_nll, divergence="exact"),
+    "variational_nll": hosm.variational_nll,
 }
 Counts = dict[str, dict[str, int]]
 
 
-def counted(network: nn.Module, work: Callable[[], Any]) -> dict[str, int]:
+def flops_of(work: Callable[[], object]) -> int:
+    """FLOPs of some work. Attention is taken apart: PyTorch has no count for its CPU kernel."""
+    with sdpa_kernel(SDPBackend.MATH), CountFlops() as count:
+        work()
+    return count.total
+
+
+def counted(network: torch.nn.Module, work: Callable[[], object]) -> dict[str, int]:
     """FLOPs of some work, how often it calls the network, and with how many samples in all."""
     batches: list[int] = []
     handle = network.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
-    # Attention is taken apart, as PyTorch has no count for its kernel on CPUs.
-    with sdpa_kernel(SDPBackend.MATH), CountFlops() as flops:
-        work()
+    flops = flops_of(work)
     handle.remove()
-    return {"flops": flops.total, "calls": len(batches), "samples": sum(batches)}
-
-
-def loss_counts(name: str) -> Counts:
-    """A training step of every variant on one network."""
-    make, shape = NETWORKS[name]
-    network, x0 = make(), torch.randn(BATCH, *shape[1:])
-    model, found = hosm.ScoreModel(network, hosm.VPSchedule()), {}
-    for key, variant in VARIANTS.items():
-        options = dict(variant)
-        loss = LOSSES[options.pop("order")]
-
-        def step(loss=loss, options=options) -> None:
-            loss(model, x0, **options).backward()
-
-        found[f"{name}: {key}"] = counted(network, step)
-    return found
-
-
-def likelihood_counts(name: str) -> Counts:
-    """A likelihood of two samples by every route that the network's size allows."""
-    make, shape = NETWORKS[name]
-    network, x = make(), torch.randn(2, *shape[1:])
-    model = hosm.ScoreModel(network, hosm.VPSchedule())
-    return {
-        f"{name}: {key}": counted(network, lambda work=work: work(model, x))
-        for key, work in LIKELIHOODS.items()
-        if "2-D" not in key or name == "mlp"
-    }
+    return {"flops": flops, "calls": len(batches), "samples": sum(batches)}
 
 
 def measure() -> Counts:
-    """Everything that is held."""
-    torch.manual_seed(0)
+    """Everything that is held: training steps, and likelihoods on the two smallest networks."""
     found: Counts = {}
     for name in tqdm(NAMES, "counting", leave=False):
-        found |= loss_counts(name)
-        if name in ("mlp", "convolutional"):
-            found |= likelihood_counts(name)
+        model, shape = model_of(name), NETWORKS[name][1][1:]
+        for key, variant in VARIANTS.items():
+            step = partial(step_of(name, model, **variant), BATCH)
+            found[f"{name}: {key}"] = counted(model.network, step)
+        for key, likelihood in LIKELIHOODS.items() if name in NAMES[:2] else ():
+            if "2-D" not in key or len(shape) == 1:
+                work = partial(likelihood, model, torch.randn(SAMPLES, *shape))
+                found[f"{name}: {key}"] = counted(model.network, work)
     return found
 
 
@@ -90,14 +69,14 @@ def differences(found: Counts, held: Counts) -> list[str]:
     """A line for every count that is not the one held, what costs more first."""
     lines: list[tuple[bool, str]] = []
     for key in sorted(found.keys() | held.keys()):
-        new, old = found.get(key), held.get(key)
-        if new is None or old is None:
-            lines.append((True, f"{key}: {'not held' if old is None else 'not counted'}"))
+        if key not in found or key not in held:
+            lines.append((True, f"{key}: {'not counted' if key in held else 'not held'}"))
             continue
-        for field in new:
-            ratio = new[field] / max(old[field], 1)
-            if new[field] != old[field]:
-                line = f"{key}: {field} {new[field]:,}, held {old[field]:,} ({ratio:.4f})"
+        for field, new in found[key].items():
+            old = held[key][field]
+            if new != old:
+                ratio = new / max(old, 1)
+                line = f"{key}: {field} {new:,}, held {old:,} ({ratio:.4f})"
                 lines.append((ratio < 1, line))
     return [line for _, line in sorted(lines)]
 
@@ -110,10 +89,9 @@ def read() -> tuple[Counts, str]:
 
 def main() -> None:
     """Count, then compare or write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", action="store_true")
-    options = parser.parse_args()
-    found = measure()
+    options, found = parser.parse_args(), measure()
     if options.write:
         report = {"torch": torch.__version__, "batch": BATCH, "counts": found}
         PATH.write_text(json.dumps(report, indent=1) + "\n")

@@ -5,17 +5,15 @@
 
 Settings:
     Each loss throughout, and order three also after order one ("order 1, then ..."): half of the
-    cost goes to each, so that order one has more than half of the steps; optimizer and decay run
-    through. "Meng et al." is their loss of order two, on the Jacobian of the same network; see
-    `benchmarks.peers.meng`. "1/4 of rows" have their higher orders on a random quarter of the
-    batch. "laplacian" is third="laplacian", in one dimension the same number. All are exact but
-    "one probe".
+    cost goes to each; optimizer and decay run through. "Meng et al." is benchmarks.peers.meng.
+    "1/4 of rows" have their higher orders on a random quarter of the batch. "laplacian" is
+    third="laplacian", in one dimension the same number. All are exact but "one probe".
 
 Equal cost:
     The processor time of --steps steps of order one, timed first: medians over rounds in which
     all losses take turns in one process. The column "cost" is what the trainings then took, over
-    order one with the same seed. Each has Adam at 1e-3 with a cosine decay over its own number of
-    steps, batches of 512, and the initial network of its seed.
+    order one with the same seed. Each has Adam at 1e-3 with a cosine decay over its own steps,
+    batches of 512, and the initial network of its seed.
 
 Data:
     mixture       the 1-D mixture and network of docs/examples/mixture_1d.py, whose KL is right to
@@ -25,13 +23,11 @@ Data:
                   Weights (1, 0.5, 0, 0.1 d²).
 """
 
-import argparse
 import json
 import math
 import re
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,14 +36,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from docs.examples import mixture_1d as example
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import hosm_losses as hosm
+from benchmarks import experiment
 from benchmarks.peers import meng
-from benchmarks.timing import ratios
+from benchmarks.timing import clocked, ratios
 
 Losses = dict[str, Callable[..., Tensor]]
 BASE, THEN = "order 1", ", then "
@@ -103,34 +98,29 @@ def board_quadrature(schedule: hosm.Schedule, nodes: int) -> tuple[Tensor, Tenso
 
 
 def board_kl(model: hosm.ScoreModel, nodes: int) -> float:
-    """Return KL(q || p_ODE) in nats, NaN where the ODE could not be solved."""
+    """KL(q || p_ODE) in nats, NaN where the ODE could not be solved."""
     points, weights, density = board_quadrature(model.schedule, nodes)
     kept = density > 1e-6
-    result = hosm.ode_nll(
-        model,
-        points[kept].float(),
-        method="adaptive",
-        divergence="exact",
-        data_std=BOARD_STD,
-        batch_size=2048,
-    )
+    exact = {"method": "adaptive", "divergence": "exact", "data_std": BOARD_STD}
+    result = hosm.ode_nll(model, points[kept].float(), batch_size=2048, **exact)
     kl = (weights * density)[kept] @ (density[kept].log() + result.nll)
     return math.nan if result.failed.any() else float(kl)
 
 
 def losses(third_weight: float, divisors: tuple[int, ...], **options: Any) -> Losses:
     """The losses by name; order three also on the batch over each divisor."""
-    second = partial(hosm.second_order_dsm, weights=(1, 0.5, 0), **options)
-    theirs = partial(meng.second_order_loss, weights=(1, 0.5), **options)
     third = partial(hosm.third_order_dsm, weights=(1, 0.5, 0, third_weight), **options)
     kinds = {"order 3": third, "order 3 laplacian": partial(third, third="laplacian")}
-    parts = {
-        f"{name}, 1/{divisor} of rows": partial(loss, fraction=1 / divisor)
-        for name, loss in kinds.items()
-        for divisor in divisors
+    found = {
+        BASE: hosm.first_order_dsm,
+        "order 2": partial(hosm.second_order_dsm, weights=(1, 0.5, 0), **options),
+        "order 2, Meng et al.": partial(meng.second_order_loss, weights=(1, 0.5), **options),
+        **kinds,
     }
-    seconds = {"order 2": second, "order 2, Meng et al.": theirs}
-    return {BASE: hosm.first_order_dsm, **seconds, **kinds, **parts}
+    for name, loss in kinds.items():
+        for divisor in divisors:
+            found[f"{name}, 1/{divisor} of rows"] = partial(loss, fraction=1 / divisor)
+    return found
 
 
 class Problem(NamedTuple):
@@ -165,32 +155,25 @@ class Job(NamedTuple):
     nodes: int = NODES
 
 
-def new_model(job: Job) -> hosm.ScoreModel:
-    """Return the network of the job's seed, the same for every setting."""
+def start(job: Job) -> tuple[hosm.ScoreModel, Iterator[None]]:
+    """The model of the job's seed, the same for every setting, and its training."""
+    problem, schedule = PROBLEMS[job.data], example.SCHEDULES[job.schedule]
     torch.manual_seed(job.seed)
-    schedule = example.SCHEDULES[job.schedule]
-    return hosm.ScoreModel(PROBLEMS[job.data].network(schedule), schedule)
+    model = hosm.ScoreModel(problem.network(schedule), schedule)
+    generator = torch.Generator().manual_seed(job.seed)
+    names = [name for name, steps in job.phases for _ in range(steps)]
+    turns = iter(names)
 
+    def loss() -> Tensor:
+        return problem.losses[next(turns)](model, problem.draw(generator), generator=generator)
 
-def training(model: hosm.ScoreModel, job: Job) -> Iterator[None]:
-    """Take an optimizer step each time it is advanced."""
-    problem, generator = PROBLEMS[job.data], torch.Generator().manual_seed(job.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    total = sum(steps for _, steps in job.phases)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    for name in (name for name, steps in job.phases for _ in range(steps)):
-        loss = problem.losses[name](model, problem.draw(generator), generator=generator)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        decay.step()
-        yield
+    return model, experiment.training(model, loss, len(names))
 
 
 def step_times(data: str, schedule: str, names: list[str], rounds: int) -> dict[str, float]:
     """Median processor time of a step with each loss, over that of order one."""
     jobs = {name: Job(data, schedule, ((name, WARM_UP + rounds),)) for name in names}
-    routes = {name: partial(next, training(new_model(job), job)) for name, job in jobs.items()}
+    routes = {name: partial(next, start(job)[1]) for name, job in jobs.items()}
     ratios(routes, BASE, WARM_UP)
     return {name: ratio.value for name, ratio in ratios(routes, BASE, rounds).items()}
 
@@ -202,75 +185,32 @@ def phases(setting: str, steps: int, times: dict[str, float]) -> tuple[tuple[str
 
 
 def train(job: Job) -> tuple[float, float]:
-    """Train a network; return its KL in nats and the processor seconds of training."""
+    """KL in nats of a network that is trained now, and the processor seconds of training."""
+    torch.set_num_threads(1)
     # A process imports more at its first steps, which would count as the cost of one training.
-    list(training(new_model(job), job._replace(phases=tuple((name, 1) for name, _ in job.phases))))
-    model, start = new_model(job), time.process_time()
-    for _ in training(model, job):
-        with example.progress.get_lock():
-            example.progress.value += 1
-    seconds = time.process_time() - start
+    list(start(job._replace(phases=tuple((name, 1) for name, _ in job.phases)))[1])
+    model, steps = start(job)
+    _, seconds = clocked(lambda: list(steps))
     return PROBLEMS[job.data].kl(model, job.nodes), seconds
 
 
-def run_all(jobs: list[Job], processes: int) -> list[tuple[float, float]]:
-    """Train in processes of one thread each, with a progress bar."""
-    context = get_context("spawn")
-    counter = context.Value("d", 0.0)
-    total = sum(steps for job in jobs for _, steps in job.phases)
-    form = "training {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with (
-        ProcessPoolExecutor(processes, context, example.start_process, (counter,)) as pool,
-        tqdm(total=total, bar_format=form) as bar,
-    ):
-        pending = running = [pool.submit(train, job) for job in jobs]
-        while pending:
-            _, pending = wait(pending, timeout=1)
-            bar.update(counter.value - bar.n)
-        return [future.result() for future in running]
-
-
-def draw_figure(report: dict[str, Any], path: Path) -> None:
-    """Draw the KL of every setting and seed over that of order one."""
-    rows = {name: row for name, row in report["settings"].items() if name != BASE}
-    figure = Figure(figsize=(8.5, 1.8 + 0.32 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for y, row in enumerate(rows.values()):
-        axes.plot(row["ratio"], [y] * len(row["ratio"]), "o", color="#0072b2", mfc="none")
-        axes.plot(np.median(row["ratio"]), y, "|", color="black", markersize=15, mew=2.5)
-    axes.axvline(1, color="0.4", linestyle="--")
-    axes.set_yticks(range(len(rows)), [f"{n}  ({sum(r['steps'])} steps)" for n, r in rows.items()])
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xscale="log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 6, 8)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.grid(axis="x", color="0.9")
-    kl = np.median(report["settings"][BASE]["kl"])
-    axes.set_xlabel(f"KL / KL of order one, same seed [1]   (the latter: {kl:.2g} nats)")
-    title = f"KL at the cost of {report['steps']} steps of order one (dashed), left is better\n"
-    title += f"{report['data']}, {report['schedule'].upper()}; circles: seeds, bars: medians"
-    figure.suptitle(title)
-    figure.savefig(path, dpi=130)
-
-
-def tabulate(report: dict[str, Any]) -> None:
+def printed(report: dict[str, Any]) -> None:
     """Print a row for each setting."""
-    rows, times = report["settings"], report["step_time_ratios"]
-    width = max(map(len, rows))
+    lines, base = [], report["settings"][BASE]["seconds"]
+    for name, row in report["settings"].items():
+        ratio, seconds, steps = row["ratio"], row["seconds"], sum(row["steps"])
+        cells = [report["step_time_ratios"][name.split(THEN)[-1]], steps]
+        cells += [float(np.median(np.divide(seconds, base))), float(np.median(ratio))]
+        lines.append([name, *cells, min(ratio), max(ratio), *row["kl"]])
+    header = ["", "step time", "steps", "cost", "KL over order 1's: median", "least", "most"]
+    header += ["KL [nats]", *[""] * (len(base) - 1)]
     name = f"{report['data']}, {report['schedule'].upper()}"
-    print(f"\n{name}, at the cost of {report['steps']} steps of order one")
-    print(f"{'':{width}}  step time   steps   cost  KL over order 1's, median (range)  KL [nats]")
-    for name, row in rows.items():
-        ratio, cost = row["ratio"], np.median(np.divide(row["seconds"], rows[BASE]["seconds"]))
-        print(f"{name:{width}}{times[name.split(THEN)[-1]]:11.2f}", end="")
-        print(f"{sum(row['steps']):8}{cost:7.2f}", end="")
-        spread = f"{np.median(ratio):.3f} ({min(ratio):.3f} to {max(ratio):.3f})"
-        print(f"{spread:>35}  " + "  ".join(f"{kl:.5f}" for kl in row["kl"]))
+    experiment.show(f"{name}, at the cost of {report['steps']} steps of order one", header, lines)
 
 
 def main() -> None:
-    """Time the steps, train, print the table and write the files."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Time the steps, train, print the table and write the numbers."""
+    parser = experiment.parser(__doc__)
     parser.add_argument("--data", choices=PROBLEMS, default="mixture")
     parser.add_argument("--schedule", choices=example.SCHEDULES, default="ve")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
@@ -278,23 +218,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help=f"of order one; by default {defaults}")
     parser.add_argument("--settings", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--out", type=Path, default=Path("equal_cost_out"))
-    parser.add_argument("--smoke", action="store_true", help="time all, train three a moment")
     parser.add_argument("--processes", type=int, default=2, help="that train at a time")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    data, schedule, seeds, smoke = options.data, options.schedule, options.seeds, options.smoke
+    data, schedule, seeds, nodes = options.data, options.schedule, options.seeds, NODES
     problem = PROBLEMS[data]
     later = [BASE + THEN + name for name in problem.losses if "order 3" in name]
     chosen = [s for s in [*problem.losses, *later] if s == BASE or re.search(options.settings, s)]
     names = list(dict.fromkeys(name for setting in chosen for name in setting.split(THEN)))
-    times = step_times(data, schedule, names, 2 if smoke else ROUNDS)
-    steps, nodes = options.steps or problem.steps, NODES
-    if smoke:
+    times = step_times(data, schedule, names, 2 if options.smoke else ROUNDS)
+    steps = options.steps or problem.steps
+    if options.smoke:
         chosen, steps, nodes, seeds = [BASE, *chosen[1:][-2:]], 10, 2, 1
     plans = {setting: phases(setting, steps, times) for setting in chosen}
     jobs = [Job(data, schedule, plans[s], n, nodes) for n in range(seeds) for s in chosen]
-    outcomes = np.array(run_all(jobs, options.processes)).reshape(seeds, len(chosen), 2)
-    kl, seconds = outcomes.transpose(2, 1, 0)
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        outcomes = list(tqdm(pool.map(train, jobs), "trainings", len(jobs)))
+    kl, seconds = np.array(outcomes).reshape(seeds, len(chosen), 2).transpose(2, 1, 0)
     report: dict[str, Any] = {"data": data, "schedule": schedule, "steps": steps}
     report |= {"step_time_ratios": times, "settings": {}}
     for i, setting in enumerate(chosen):
@@ -304,12 +244,11 @@ def main() -> None:
             "ratio": (kl[i] / kl[0]).tolist(),
             "seconds": seconds[i].tolist(),
         }
-    tabulate(report)
+    printed(report)
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"equal_cost_{data}_{schedule}"
-    path.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-    draw_figure(report, path.with_suffix(".png"))
-    print(f"\nFigure and numbers are in {path}.png and .json.")
+    path = options.out / f"equal_cost_{data}_{schedule}.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\nThe numbers are in {path}.")
 
 
 if __name__ == "__main__":

@@ -15,15 +15,12 @@ Source:
     positive semi-definite matrix" (2011); Meyer et al., "Hutch++", arXiv 2010.09649.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from hosm_losses.probes import DISTRIBUTIONS, draw_probes
 
-UNITS, ORTHOGONAL, HUTCHPP = "unit vectors", "orthogonal", "Hutch++"
-# Those that draw probes first and look at the matrix afterwards.
+UNITS, ORTHOGONAL = "unit vectors", "orthogonal"
 SAMPLERS = (*DISTRIBUTIONS, UNITS, ORTHOGONAL)
 
 
@@ -56,23 +53,18 @@ def known_variance(name: str, forms: Tensor, count: int, shape: tuple[int, ...])
         count: of probes.
         shape: of a sample, which "dct" knows about.
     """
-    d = forms.shape[-1]
-    diagonal = forms.diagonal(dim1=-2, dim2=-1)
-    square = forms.square().sum()
     if name == "dct":
         return known_variance("rademacher", _rotated(forms, shape), count, shape)
-    if name == UNITS:
-        if d == 1:
-            return 0.0
-        spread = diagonal.var(1, correction=0).sum()
-        return float(d**2 / count * (d - count) / (d - 1) * spread)
-    if name == "rademacher":
-        return float(2 * (square - diagonal.square().sum()) / count)
-    if name == "gaussian":
-        return float(2 * square / count)
-    if name == "sphere":
-        return float(2 * d / (d + 2) * (square - diagonal.sum(1).square().sum() / d) / count)
-    return None
+    d, diagonal = forms.shape[-1], forms.diagonal(dim1=-2, dim2=-1)
+    square, traces = forms.square().sum(), diagonal.sum(1).square().sum()
+    spread = diagonal.var(1, correction=0).sum()
+    variances = {
+        "rademacher": 2 * (square - diagonal.square().sum()),
+        "gaussian": 2 * square,
+        "sphere": 2 * d / (d + 2) * (square - traces / d),
+        UNITS: d**2 * (d - count) / max(d - 1, 1) * spread,
+    }
+    return float(variances[name] / count) if name in variances else None
 
 
 def _rotated(forms: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -85,12 +77,3 @@ def _rotated(forms: Tensor, shape: tuple[int, ...]) -> Tensor:
         return torch.from_numpy(dctn(rows, axes=axes, norm="ortho")).reshape(array.shape)
 
     return along(along(forms).transpose(-1, -2).contiguous()).transpose(-1, -2)
-
-
-def hutchpp() -> Callable[[Tensor, int], Tensor] | None:
-    """Hutch++ of curvlinops, (A, K) → estimate of tr A; None where it is not installed."""
-    try:
-        from curvlinops import hutchpp_trace
-    except ImportError:
-        return None
-    return hutchpp_trace

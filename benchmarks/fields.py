@@ -42,19 +42,32 @@ class Point:
         jacobian: A, (d, d).
         second: M, (d, d).
         third: v (n, d) → r3 (n, d).
-        forms: T symmetrised in its last two, (d, d, d); None where d is too large for it.
+        thirds: T symmetrised in its last two, (d, d, d); None where d is too large for it.
     """
 
     shape: tuple[int, ...]
     jacobian: Tensor
     second: Tensor
     third: Callable[[Tensor], Tensor]
-    forms: Tensor | None
+    thirds: Tensor | None
 
-    @property
-    def elements(self) -> int:
-        """The number d of elements of a sample."""
-        return len(self.jacobian)
+    def estimates(self, term: str, probes: Tensor) -> Tensor:
+        """What probes (repeats, K, d) estimate of a term, (repeats, m): the mean over K."""
+        flat = probes.flatten(0, 1)
+        if term == "third":
+            found = self.third(flat)
+        elif term == "trace":
+            found = (flat * (flat @ self.jacobian.T.float())).sum(1, keepdim=True)
+        else:
+            found = (flat @ self.second.T.float()).square().sum(1, keepdim=True)
+        return found.double().unflatten(0, probes.shape[:2]).mean(1)
+
+    def forms(self, term: str) -> Tensor | None:
+        """The symmetric forms (m, d, d) of a term, None where they are not built."""
+        if term == "third":
+            return self.thirds
+        matrix = self.second.T @ self.second if term == "Frobenius" else self.jacobian
+        return symmetric(matrix)[None]
 
 
 def symmetric(forms: Tensor) -> Tensor:
@@ -69,68 +82,59 @@ def mixture_points(
     x0 = mixture.sample(count, generator)
     noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
     sigma = torch.full((count,), sigma_hat, dtype=x0.dtype)
-    x, alpha = x0 + sigma_hat * noise, torch.ones_like(sigma)
-    ell = noise + sigma_hat * mixture.score(x, alpha, sigma)
-    jacobian = sigma_hat**2 * mixture.hessian(x, alpha, sigma)
-    shifted = jacobian + torch.eye(x.shape[1], dtype=x.dtype)
+    given = x0 + sigma_hat * noise, torch.ones_like(sigma), sigma
+    ell = noise + sigma_hat * mixture.score(*given)
+    jacobian = sigma_hat**2 * mixture.hessian(*given)
+    shifted = jacobian + torch.eye(x0.shape[1], dtype=x0.dtype)
     crossed = torch.einsum("nki,nj->nkij", shifted, ell)
     forms = (
-        sigma_hat**3 * mixture.third(x, alpha, sigma)
+        sigma_hat**3 * mixture.third(*given)
         + torch.einsum("nk,ni,nj->nkij", ell, ell, ell)
         - torch.einsum("nij,nk->nkij", shifted, ell)
         - crossed
         - crossed.transpose(-1, -2)
     )
     second = shifted - ell[:, :, None] * ell[:, None, :]
-
     each = zip(jacobian, second, symmetric(forms), strict=True)
-    return [Point(x.shape[1:], a, m, along(t), t) for a, m, t in each]
+    return [Point(x0.shape[1:], a, m, along(t), t) for a, m, t in each]
 
 
-def network_points(
-    model: hosm.ScoreModel, data: Tensor, sigma_hat: float, generator: torch.Generator
-) -> list[Point]:
-    """Points of a trained network, one for each row of the data."""
-    points = []
-    for row in data:
-        noise = torch.randn(row.shape, generator=generator, dtype=row.dtype)
-        points.append(_network_point(model, row[None], sigma_hat, noise[None]))
-    return points
-
-
-def _network_point(model: hosm.ScoreModel, x0: Tensor, sigma_hat: float, noise: Tensor) -> Point:
+def network_point(
+    model: hosm.ScoreModel, row: Tensor, sigma_hat: float, generator: torch.Generator
+) -> Point:
+    """A point of a trained network, from one row of the data."""
+    x0, d = row[None], row.numel()
+    noise = torch.randn(row.shape, generator=generator, dtype=row.dtype)[None]
     level = torch.tensor([sigma_hat], dtype=torch.float64).log()
     t = model.schedule.time(level).to(x0.dtype)
     alpha, sigma = (float(part) for part in model.schedule(t))
-    x, field, d = alpha * x0 + sigma * noise, noise_field(model, t), x0.numel()
-    chunk = max(1, CHUNK_ELEMENTS // d)
+    x, field = alpha * x0 + sigma * noise, noise_field(model, t)
 
     def derive(v: Tensor, order: int) -> tuple[Tensor, ...]:
-        """f, D and G along v (n, d), flat."""
-        probes = v.to(x.dtype).reshape(-1, *x.shape)
+        """f, D and G along v (n, d)."""
         with torch.no_grad():
-            found = field.derive(x, sigma * probes, order=order)
-        return tuple(part for part in found if part is not None)
+            return field.derive(x, sigma * v.to(x.dtype).reshape(-1, *x.shape), order=order)
+
+    def in_chunks(function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        parts = v.split(max(1, CHUNK_ELEMENTS // d))
+        return torch.cat([function(part).flatten(1) for part in parts])
+
+    def residual(v: Tensor) -> Tensor:
+        value, directional, gradient = derive(v, 3)
+        probes = v.to(x.dtype).reshape(directional.shape)
+        return third_residual(value, directional, gradient, noise, probes)
 
     def third(v: Tensor) -> Tensor:
-        parts = []
-        for each in v.split(chunk):
-            value, directional, gradient = derive(each, 3)
-            probes = each.to(x.dtype).reshape(directional.shape)
-            residual = third_residual(value, directional, gradient, noise, probes)
-            parts.append(residual.flatten(1))
-        return torch.cat(parts)
+        return in_chunks(residual, v)
 
-    units = torch.eye(d).split(chunk)
-    jacobian = torch.cat([derive(each, 2)[1].flatten(1) for each in units]).T.double()
+    jacobian = in_chunks(lambda v: derive(v, 2)[1], torch.eye(d)).T.double()
     with torch.no_grad():
         ell = (noise + field(x)).flatten().double()
     second = jacobian + torch.eye(d, dtype=torch.float64) - torch.outer(ell, ell)
-    shape = tuple(x0.shape[1:])
-    if d > DENSE:
-        return Point(shape, jacobian, second, third, None)
-    forms = polarised(third, d)
-    return Point(shape, jacobian, second, along(forms), forms)
+    forms = polarised(third, d) if d <= DENSE else None
+    return Point(
+        tuple(row.shape), jacobian, second, third if forms is None else along(forms), forms
+    )
 
 
 def polarised(quadratic: Callable[[Tensor], Tensor], d: int) -> Tensor:

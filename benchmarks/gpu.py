@@ -3,24 +3,24 @@
     python -m benchmarks.gpu [--device cuda] [--batch 128 48] [--precision fp32 bf16] [--rounds N]
         [--variants REGEX] [--compile] [--out FILE.json] [--smoke]
 
-A U-Net of the size of DDPM++ on 3×32×32, with new weights; a step is loss and backward pass. fp32
-is as PyTorch has it, convolutions in TF32; bf16 is torch.autocast around the loss.
+A U-Net of 54 million parameters, about the size of DDPM++, on 3×32×32, with new weights. A step is
+loss and backward pass. fp32 is as PyTorch has it, convolutions in TF32; bf16 is torch.autocast.
 
     gradient      error, relative, of the parameter gradient on at most 8 samples: against reverse
                   mode without chunks, or forward mode for the laplacian and the sliced form.
-    step          ms between CUDA events, after a step of the same variant so that the host is
-                  ahead; the variants take turns, medians over rounds. memory, peak bytes above
-                  those before, parameter gradients included. kernels, by the profiler, without
-                  copies and fills. sync, where PyTorch's debug mode saw the host wait, or null.
+    step          ms between CUDA events, the median over rounds in which the variants take turns,
+                  each after a step of its own so that the host is ahead. memory, peak bytes above
+                  those before. kernels, by the profiler, without copies and fills. sync, where
+                  PyTorch's debug mode saw the host wait, or null.
     graph_given   A step captured in a CUDA graph, with t, noise and probe as static inputs. error
                   of the replayed gradient against the eager one with the same seed, repeat between
                   two eager ones, ms of a replay.
     graph_drawn   The same where the loss draws them. Where the former fails, so does this.
     compiled      With --compile: ms and memory of the compiled loss, seconds of its first step.
 
-What fails, for want of memory say, is recorded as "failed". --smoke takes a tiny network and no
-TF32, and exits with an error where a loss is not finite, or in fp32 a gradient wrong by 1e-4. It
-works on a CPU, where what needs CUDA is null.
+What fails is recorded as "failed". --smoke takes a tiny network and no TF32, and exits with an
+error where a loss is not finite, or in fp32 a gradient wrong by 1e-4. It works on a CPU, where
+what needs CUDA is null.
 """
 
 import gc
@@ -29,15 +29,11 @@ import math
 import re
 import statistics
 import time
-import traceback
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,21 +43,13 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks.environment import commit, said
-from benchmarks.networks import DDPM
+from benchmarks.experiment import Row, alone, attempt, parser, reason, show
+from benchmarks.networks import UNet
+from benchmarks.steps import BASE, VARIANTS, loss_of
 
 Step = Callable[[], object]
-Row = dict[str, Any]
-BASE, ENGINES, PRECISIONS = "order 1", ("taylor", "reverse", "forward"), ("fp32", "bf16")
-TAYLOR = {"derivative": "taylor"}
-VARIANTS: dict[str, tuple[int, Row]] = {
-    BASE: (1, {}),
-    **{f"order {n} {name}": (n, {"derivative": name}) for n in (2, 3) for name in ENGINES},
-    "order 3 laplacian": (3, TAYLOR | {"third": "laplacian"}),
-    "order 3 sliced": (3, TAYLOR | {"third": "sliced"}),
-    "order 3 quarter": (3, TAYLOR | {"fraction": 0.25}),
-    "order 3 chunks": (3, TAYLOR | {"chunks": 4}),
-}
-LOSSES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
+# Four probes would take four times the memory.
+MEASURED = {key: variant for key, variant in VARIANTS.items() if "probes" not in variant}
 GRAPHS = ("graph_given", "graph_drawn")
 PARTS = ("gradient", "step", *GRAPHS, "compiled")
 COLUMNS = {
@@ -70,7 +58,8 @@ COLUMNS = {
     **{f"{part} ms": (part, "ms", 1) for part in PARTS[1:]},
     "gradient": ("gradient", "error", 1),
 }
-WARM_UP = 3
+PRECISIONS, WARM_UP = ("fp32", "bf16"), 3
+LARGE, SMALL = (128, (1, 2, 2, 2), 5), (8, (1, 2), 1)
 
 
 class Job:
@@ -81,19 +70,18 @@ class Job:
         torch.backends.cudnn.allow_tf32 = not setting.smoke
         self.rounds, self.bf16 = setting.rounds, setting.precision == "bf16"
         self.device = torch.device(setting.device)
-        self.network = (DDPM(8, (1, 2), 1) if setting.smoke else DDPM()).to(self.device)
+        self.network = UNet(*SMALL if setting.smoke else LARGE).to(self.device)
         self.model = hosm.ScoreModel(self.network, hosm.VPSchedule())
         size = 8 if setting.smoke else 32
         self.x0 = torch.randn(setting.batch, 3, size, size, device=self.device)
         t = self.model.schedule.sample_time(setting.batch, device=self.device)
         self.given = {"t": t, "noise": torch.randn_like(self.x0)}
-        self.probe = torch.randn_like(self.x0).sign()
+        self.probe = {"probe": torch.randn_like(self.x0).sign()}
 
-    def step(self, order: int, options: Row, given: bool = False, compiled: bool = False) -> Step:
+    def step(self, variant: Row, given: bool = False) -> Step:
         """A training step of a variant."""
-        loss = LOSSES[order](self.model, **options)
-        loss = torch.compile(loss) if compiled else loss
-        inputs = self.given | ({"probe": self.probe} if order > 1 else {}) if given else {}
+        loss = loss_of(self.model, **variant)
+        inputs = self.given | (self.probe if variant["order"] > 1 else {}) if given else {}
 
         def step() -> None:
             self.network.zero_grad()
@@ -111,13 +99,15 @@ class Job:
         pairs = [(p.detach(), p.grad) for p in self.network.parameters()]
         return torch.cat([(0 * p if grad is None else grad).flatten() for p, grad in pairs])
 
-    def attempt(self, measure: Callable[..., Row], *args: Any) -> Row:
-        """What is measured, or why not."""
-        try:
-            self.free()
-            return measure(self, *args)
-        except Exception as error:
-            return {"failed": reason(error)}
+    def peak(self, step: Step) -> int:
+        """Peak bytes of a step above those before."""
+        for _ in range(WARM_UP):
+            step()
+        self.free()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
 
     def free(self) -> None:
         self.network.zero_grad()
@@ -125,44 +115,31 @@ class Job:
             gc.collect()
             torch.cuda.empty_cache()
 
-
-def reason(error: BaseException) -> str:
-    """What was raised first, and the last line of this project on the way there."""
-    while error.__context__ is not None:
-        error = error.__context__
-    frames = [(Path(f.filename), f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    own = [f"{p.name}:{n}: " for p, n in frames if {"hosm_losses", "benchmarks"} & {*p.parts}]
-    return f"{''.join(own[-1:])}{type(error).__name__}: {error}".partition("\n")[0][:300]
+    def attempt(self, measure: Callable[..., Row], *args: object) -> Row:
+        """What is measured, or why not."""
+        self.free()
+        return attempt(measure, self, *args)
 
 
 def difference(gradient: Tensor, expected: Tensor) -> float:
     return float((gradient - expected).norm() / expected.norm())
 
 
-def checked(job: Job, order: int, options: Row) -> Row:
+def checked(job: Job, variant: Row) -> Row:
     """The loss of a variant, and its gradient beside that by the plainest route."""
-    step, plain = job.step(order, options, True), "forward" if "third" in options else "reverse"
-    gradient = job.gradient(step)
+    plain = "forward" if "third" in variant else "reverse"
+    gradient = job.gradient(job.step(variant, True))
     found = {"loss": float(job.loss)}
-    if options.get("derivative", plain) != plain:
-        expected = job.step(order, options | {"derivative": plain, "chunks": 1}, True)
+    if variant.get("derivative", plain) != plain:
+        expected = job.step(variant | {"derivative": plain, "chunks": 1}, True)
         found["error"] = difference(gradient, job.gradient(expected))
     return found
 
 
-def peak(job: Job, step: Step) -> int:
-    for _ in range(WARM_UP):
-        step()
-    job.free()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def measured(job: Job, order: int, options: Row) -> Row:
-    step = job.step(order, options)
-    found: Row = {"memory": peak(job, step), "sync": None}
+def measured(job: Job, variant: Row) -> Row:
+    """Memory, kernels and waits of a step."""
+    step = job.step(variant)
+    found: Row = {"memory": job.peak(step), "sync": None}
     with profile(activities=[ProfilerActivity.CUDA]) as record:
         step()
         torch.cuda.synchronize()
@@ -194,18 +171,18 @@ def timed(steps: Mapping[str, Step], rounds: int, hide: bool = True) -> dict[str
     return {key: statistics.median(found) for key, found in times.items()}
 
 
-def compiled(job: Job, order: int, options: Row) -> Row:
+def compiled(job: Job, variant: Row) -> Row:
     torch.compiler.reset()
-    step, start = job.step(order, options, compiled=True), time.perf_counter()
+    step, start = job.step(variant | {"compiled": True}), time.perf_counter()
     step()
     torch.cuda.synchronize()
-    found = {"seconds": time.perf_counter() - start, "memory": peak(job, step)}
+    found = {"seconds": time.perf_counter() - start, "memory": job.peak(step)}
     return found | timed({"ms": step}, job.rounds)
 
 
-def replayed(job: Job, order: int, options: Row, given: bool) -> Row:
+def replayed(job: Job, variant: Row, given: bool) -> Row:
     """A step in a CUDA graph."""
-    step = job.step(order, options, given)
+    step = job.step(variant, given)
     expected, again = job.gradient(step), job.gradient(step)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -222,60 +199,66 @@ def replayed(job: Job, order: int, options: Row, given: bool) -> Row:
     return found | timed({"ms": graph.replay}, job.rounds)
 
 
-def captured(setting: Namespace, key: str) -> Row:
+def captured(setting: Namespace, variant: Row) -> Row:
     """Both graphs of a variant, in the process that runs this."""
     job = Job(setting)
-    return {part: job.attempt(replayed, *VARIANTS[key], part == "graph_given") for part in GRAPHS}
+    return {part: job.attempt(replayed, variant, part == "graph_given") for part in GRAPHS}
 
 
-def measure_all(setting: Namespace, keys: list[str]) -> dict[str, Row]:
+def measure_all(setting: Namespace, variants: dict[str, Row]) -> dict[str, Row]:
     """Everything about every variant."""
-    rows = {key: dict.fromkeys(PARTS) for key in keys}
+    rows = {key: dict.fromkeys(PARTS) for key in variants}
     small = Job(Namespace(**vars(setting) | {"batch": min(8, setting.batch)}))
-    for key in tqdm(keys, "gradients", leave=False):
-        rows[key]["gradient"] = small.attempt(checked, *VARIANTS[key])
+    for key, variant in tqdm(variants.items(), "gradients", leave=False):
+        rows[key]["gradient"] = small.attempt(checked, variant)
     if small.device.type != "cuda":
         return rows
-    job, pool = Job(setting), None
-    for key in tqdm(keys, "memory", leave=False):
-        rows[key]["step"] = job.attempt(measured, *VARIANTS[key])
-    steps = {key: job.step(*VARIANTS[key]) for key in keys if "memory" in rows[key]["step"]}
+    job = Job(setting)
+    for key, variant in tqdm(variants.items(), "memory", leave=False):
+        rows[key]["step"] = job.attempt(measured, variant)
+    steps = {key: job.step(v) for key, v in variants.items() if "memory" in rows[key]["step"]}
     found = job.attempt(lambda job: timed(steps, job.rounds, hide=False))
     for key in steps:
         rows[key]["step"] |= {"ms": found[key]} if key in found else found
-    for key in tqdm(keys if setting.compile else [], "compile", leave=False):
-        rows[key]["compiled"] = job.attempt(compiled, *VARIANTS[key])
-    job.free()
-    for key in tqdm(keys, "graphs", leave=False):
-        # In another process, anew after a failure: a capture that fails can leave CUDA unusable.
-        pool = pool or ProcessPoolExecutor(1, get_context("spawn"))
-        try:
-            rows[key] |= pool.submit(captured, setting, key).result()
-        except Exception as error:  # the process died
-            rows[key]["graph_given"] = {"failed": reason(error)}
-        if key == keys[-1] or "ms" not in (rows[key]["graph_drawn"] or {}):
-            pool = pool.shutdown()
+    for key, variant in tqdm(variants.items(), "compiled, graphs", leave=False):
+        if setting.compile:
+            rows[key]["compiled"] = job.attempt(compiled, variant)
+        job.free()
+        # In a process of its own: a capture that fails can leave CUDA unusable, or end it.
+        graphs = attempt(alone, captured, setting, variant)
+        rows[key] |= {"graph_given": graphs} if "failed" in graphs else graphs
     return rows
 
 
-def show(rows: dict[str, Row]) -> None:
-    """Print a table, in brackets the ratios to order one."""
-    print(f"{'':<18}" + "".join(f"{name:>18}" for name in COLUMNS))
+def printed(title: str, rows: dict[str, Row]) -> None:
+    """Print a table, in brackets the ratios to order one, and what failed."""
+    lines = []
     for key, row in rows.items():
-        line = f"{key:<18}"
+        lines.append([key])
         for part, name, unit in COLUMNS.values():
             number, base = ((each[part] or {}).get(name) for each in (row, rows[BASE]))
             ratio = f" ({number / base:.2f})" if number and base else ""
-            number = "-" if number is None else f"{float(f'{number / unit:.4g}'):g}{ratio}"
-            line += f"{number:>18}"
-        print(line)
+            lines[-1].append(None if number is None else f"{number / unit:.4g}{ratio}")
+    show(title, ["", *COLUMNS], lines)
     for (key, row), part, word in product(rows.items(), PARTS, ("failed", "sync")):
         if (row[part] or {}).get(word):
             print(f"{key}, {part}: {word}: {row[part][word]}")
 
 
-def environment(device: str) -> Row:
-    return {
+def main() -> None:
+    """Measure every batch in every precision, print the tables and write the numbers."""
+    given, devices = parser(__doc__), ("cuda", "cpu")
+    given.add_argument("--device", choices=devices, help="default: cuda, or cpu with --smoke")
+    given.add_argument("--batch", type=int, nargs="+", help="default: 128 48, or 4 with --smoke")
+    given.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    given.add_argument("--rounds", type=int, default=7)
+    given.add_argument("--variants", default="", metavar="REGEX")
+    given.add_argument("--compile", action="store_true")
+    given.add_argument("--out", type=Path, metavar="FILE.json")
+    options = given.parse_args()
+    device = options.device = options.device or ("cpu" if options.smoke else "cuda")
+    chosen = {k: v for k, v in MEASURED.items() if k == BASE or re.search(options.variants, k)}
+    environment = {
         "card": torch.cuda.get_device_name(device) if device == "cuda" else None,
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
@@ -283,37 +266,19 @@ def environment(device: str) -> Row:
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def main() -> None:
-    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), help="default: cuda, or cpu with --smoke"
-    )
-    parser.add_argument("--batch", type=int, nargs="+", help="default: 128 48, or 4 with --smoke")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--variants", default="", metavar="REGEX")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
-    args = parser.parse_args()
-    args.device = args.device or ("cpu" if args.smoke else "cuda")
-    keys = [key for key in VARIANTS if key == BASE or re.search(args.variants, key)]
-    report: Row = {"environment": environment(args.device), "tables": []}
-    batches = args.batch or ([4] if args.smoke else [128, 48])
-    for batch, precision in product(batches, args.precision):
+    report: Row = {"environment": environment, "tables": []}
+    batches = options.batch or ([4] if options.smoke else [128, 48])
+    for batch, precision in product(batches, options.precision):
         shared = {"batch": batch, "precision": precision}
-        rows = measure_all(Namespace(**vars(args) | shared), keys)
-        print(f"\nbatch {batch}, {precision}")
-        show(rows)
-        report["tables"].append(shared | {"smoke": args.smoke, "variants": rows})
-        if args.out:
-            args.out.write_text(json.dumps(report, indent=2))
+        rows = measure_all(Namespace(**vars(options) | shared), chosen)
+        printed(f"batch {batch}, {precision}", rows)
+        report["tables"].append(shared | {"smoke": options.smoke, "variants": rows})
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=2))
         limit = 1e-4 if precision == "fp32" else math.inf
         for key, found in ((key, row["gradient"]) for key, row in rows.items()):
             right = math.isfinite(found.get("loss", math.nan)) and found.get("error", 0) <= limit
-            if args.smoke and not right:
+            if options.smoke and not right:
                 raise SystemExit(f"{key}, {precision}: {found}")
 
 

@@ -21,7 +21,7 @@ Intervals:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,9 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
-from benchmarks.fields import LEVELS
-from benchmarks.intervals import RESAMPLES, TAILS, Array, Estimate
+from benchmarks.intervals import Array, Estimate, estimate, weights
 from benchmarks.peers import meng
+from benchmarks.trained import Problem
 
 PROBE_DRAWS = 2
 MENG = "second, Meng et al."
@@ -47,7 +47,6 @@ RATIOS = {
     "third dct": "third",
 }
 Term = Callable[..., Tensor]
-Draw = Callable[[int, torch.Generator], Tensor]
 
 
 class Moments(NamedTuple):
@@ -58,29 +57,30 @@ class Moments(NamedTuple):
     signal: Array
 
 
-def library_term(name: str, **options: Any) -> Term:
+def term_of(name: str, model: hosm.ScoreModel, x0: Tensor, **options: Any) -> Tensor:
     """A term of `hosm.dsm_terms` by its name, (B,)."""
+    return getattr(hosm.dsm_terms(model, x0, **options), name)
 
-    def term(model: hosm.ScoreModel, x0: Tensor, **given: Any) -> Tensor:
-        return getattr(hosm.dsm_terms(model, x0, **options, **given), name)
 
-    return term
+# In one dimension the trace repeats the second.
+TERMS: dict[str, Term] = {
+    "first": partial(term_of, "first", order=1),
+    "second": partial(term_of, "second", order=2),
+    "trace": partial(term_of, "trace", order=2),
+    "third": partial(term_of, "third"),
+}
 
 
 def estimators(distributions: Sequence[str] = ()) -> dict[str, Term]:
     """The terms and the estimators of the third by name, and two with each kind of probe."""
-    found = {
-        "first": library_term("first", order=1),
-        "second": library_term("second", order=2),
-        "trace": library_term("trace", order=2),
-        "third": library_term("third"),
-        "third laplacian": library_term("third", third="laplacian"),
-        "third sliced": library_term("third", third="sliced"),
+    found = TERMS | {
+        "third laplacian": partial(TERMS["third"], third="laplacian"),
+        "third sliced": partial(TERMS["third"], third="sliced"),
         MENG: meng.second_term,
     }
     for kind in distributions:
-        found[f"second {kind}"] = library_term("second", order=2, distribution=kind)
-        found[f"third {kind}"] = library_term("third", distribution=kind)
+        for name in ("second", "third"):
+            found[f"{name} {kind}"] = partial(TERMS[name], distribution=kind)
     return found
 
 
@@ -94,77 +94,73 @@ def gradients(
     term: Term, model: hosm.ScoreModel, batches: Sequence[tuple[Tensor, Tensor]], t: Tensor
 ) -> Tensor:
     """Gradients (PROBE_DRAWS, M, P) of a term's mean over each batch (x₀, ε) at t (B,)."""
-    parameters = list(model.parameters())
-    draws = []
+    parameters, found = list(model.parameters()), []
     for draw in range(PROBE_DRAWS):
         # The same probes for every estimator, so that their ratios are less noisy.
         generator = torch.Generator().manual_seed(draw + 1)
-        given = {"t": t, "generator": generator}
-        draws.append(
-            torch.stack(
-                [
-                    gradient(term(model, x0, noise=noise, **given).mean(), parameters)
-                    for x0, noise in batches
-                ]
-            )
-        )
-    return torch.stack(draws)
+        for x0, noise in batches:
+            value = term(model, x0, noise=noise, t=t, generator=generator).mean()
+            found.append(gradient(value, parameters))
+    return torch.stack(found).unflatten(0, (PROBE_DRAWS, -1))
 
 
 def moments(gradients: Tensor) -> Moments:
     """The three moments of gradients (2, M, P) of minibatches, not yet of a single sample."""
     wide = gradients.double()
-    middle = wide.mean(0)
+    middle, count = wide.mean(0), wide.shape[1]
+    drawn = np.concatenate([np.full((1, count), 1 / count), weights(count)])
+    once = count / (count - 1)
+    factors = np.where(np.arange(len(drawn)), once**2, once)
+
+    def over_pairs(kernel: Array) -> Array:
+        """Mean of a symmetric kernel (M, M) over pairs of two minibatches."""
+        np.fill_diagonal(kernel, 0)
+        return factors * ((drawn @ kernel) * drawn).sum(1)
+
     gram = (middle @ middle.T).numpy()
     squares = gram.diagonal().copy()
-    half_distances = (squares[:, None] + squares[None]) / 2 - gram
-    np.fill_diagonal(half_distances, 0)
-    np.fill_diagonal(gram, 0)
-    weights, _ = _weights(len(gram))
-    probes = weights @ ((wide[0] - wide[1]).square().sum(1).numpy() / 2)
-    return Moments(_over_pairs(half_distances) + probes / 2, probes, _over_pairs(gram))
+    probes = drawn @ ((wide[0] - wide[1]).square().sum(1).numpy() / 2)
+    between = over_pairs((squares[:, None] + squares) / 2 - gram)
+    return Moments(between + probes / 2, probes, over_pairs(gram))
 
 
 def measure(
-    model: hosm.ScoreModel,
-    draw: Draw,
-    std: float,
+    problem: Problem,
+    log_levels: Tensor,
+    terms: Mapping[str, Term],
     *,
     minibatches: int,
     batch: int,
-    levels: Sequence[float] = LEVELS,
-    distributions: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Moments of the gradient of every estimator at σ̂ = `levels` times `std`, for JSON.
+    """Moments of the gradient of every term at values of log σ̂, for JSON.
 
     Noise is the root of the total, in units of the first order's (root mean square over the
     levels); signal is in the square of that unit. The unit counts as exact in the intervals. The
     probes' share is cut to at most 1, which an estimate may exceed by chance.
     """
-    terms, schedule = estimators(distributions), model.schedule
-    low, high = schedule.log_sigma_hat_range
-    logs = (torch.tensor(levels, dtype=torch.float64) * std).log().clamp(low, high)
-    generator = torch.Generator().manual_seed(0)
+    model, generator = problem.model, torch.Generator().manual_seed(0)
     found: dict[str, list[Moments]] = {name: [] for name in terms}
-    with tqdm(total=len(logs) * len(terms), desc="gradients", leave=False) as bar:
-        for log in logs:
-            t = schedule.time(log).float().clamp(schedule.t_min, schedule.t_max).expand(batch)
-            x0s = [draw(batch, generator) for _ in range(minibatches)]
+    with tqdm(total=len(log_levels) * len(terms), desc="gradients", leave=False) as bar:
+        for log_level in log_levels:
+            x0s = [problem.draw(batch, generator) for _ in range(minibatches)]
+            t = time_of(model.schedule, log_level, x0s[0])
             batches = [(x0, torch.randn(x0.shape, generator=generator)) for x0 in x0s]
             for name, term in terms.items():
-                of_batch = moments(gradients(term, model, batches, t))
-                total, probes = batch * of_batch.total, batch * of_batch.probes
-                found[name].append(Moments(total, probes, of_batch.signal))
+                total, probes, signal = moments(gradients(term, model, batches, t))
+                found[name].append(Moments(batch * total, batch * probes, signal))
                 bar.update()
-    return {
-        "std": std,
-        "batch": batch,
-        "minibatches": minibatches,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "levels": list(levels),
-        "sigma hat": logs.exp().tolist(),
-        **summary(found),
-    }
+    return {"batch": batch, "minibatches": minibatches, **summary(found)}
+
+
+def time_of(schedule: hosm.Schedule, log_level: Tensor, x: Tensor) -> Tensor:
+    """The time (B,) of a value of log σ̂ for every sample of x (B, *)."""
+    t = schedule.time(log_level).to(x.dtype).clamp(schedule.t_min, schedule.t_max)
+    return t.expand(len(x))
+
+
+def estimated(values: Array) -> Estimate:
+    """The first of the values, with the interval of the others."""
+    return estimate(values[0], values[1:])
 
 
 def summary(found: Mapping[str, Sequence[Moments]]) -> dict[str, Any]:
@@ -172,40 +168,18 @@ def summary(found: Mapping[str, Sequence[Moments]]) -> dict[str, Any]:
     unit = float(np.mean([level.total[0] for level in found["first"]])) ** 0.5
 
     def each(quantity: Callable[[Moments], Array]) -> dict[str, list[Estimate]]:
-        return {name: [estimate(quantity(m)) for m in levels] for name, levels in found.items()}
+        return {name: [estimated(quantity(m)) for m in levels] for name, levels in found.items()}
+
+    def ratio(above: Moments, below: Moments) -> Estimate:
+        return estimated(above.total / below.total)
 
     return {
-        "unit": unit,
         "noise": each(lambda m: m.total**0.5 / unit),
         "probe share": each(lambda m: (m.probes / m.total).clip(max=1)),
         "signal": each(lambda m: m.signal / unit**2),
         "ratios": {
-            f"{above} / {below}": [
-                estimate(top.total / bottom.total)
-                for top, bottom in zip(found[above], found[below], strict=True)
-            ]
+            f"{above} / {below}": list(map(ratio, found[above], found[below]))
             for above, below in RATIOS.items()
             if above in found
         },
     }
-
-
-def estimate(values: Array) -> Estimate:
-    """The first of the values, with the interval of the others."""
-    low, high = np.quantile(values[1:], TAILS)
-    return Estimate(float(values[0]), float(low), float(high))
-
-
-@lru_cache
-def _weights(count: int) -> tuple[Array, Array]:
-    """Weights of the minibatches (1 + RESAMPLES, M), even ones first, and factors of pairs."""
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES)
-    weights = np.concatenate([np.ones((1, count)), drawn]) / count
-    once = count / (count - 1)
-    return weights, np.array([once] + [once**2] * RESAMPLES)
-
-
-def _over_pairs(kernel: Array) -> Array:
-    """Mean of a symmetric kernel (M, M) with a zero diagonal over pairs."""
-    weights, factors = _weights(len(kernel))
-    return factors * ((weights @ kernel) * weights).sum(1)

@@ -25,23 +25,46 @@ class Estimate(NamedTuple):
     high: float
 
 
+def estimate(value: float, drawn: Array) -> Estimate:
+    """A number with the interval of what its resamples gave."""
+    low, high = np.quantile(drawn, TAILS)
+    return Estimate(float(value), float(low), float(high))
+
+
+def bootstrap(statistic: Callable[..., float], *samples: ArrayLike) -> Estimate:
+    """Any statistic of arrays (..., n), drawn together; it is called for every resample."""
+    arrays = [np.asarray(each, dtype=np.float64) for each in samples]
+    drawn = _drawn(arrays[0].shape[-1])
+    found = [statistic(*(each[..., rows] for each in arrays)) for rows in drawn]
+    return estimate(statistic(*arrays), np.array(found))
+
+
+def _at_once(statistic: Callable[..., Array], *samples: ArrayLike) -> Estimate:
+    """`bootstrap` of a statistic over the last axis of arrays (n,), with all resamples at once."""
+    arrays = [np.asarray(each, dtype=np.float64) for each in samples]
+    drawn = _drawn(len(arrays[0]))
+    return estimate(float(statistic(*arrays)), statistic(*(each[drawn] for each in arrays)))
+
+
 def median(values: ArrayLike) -> Estimate:
     """Median of (n,)."""
-    values = np.asarray(values, dtype=np.float64)
-    return _estimate(np.median(values), np.median(values[_drawn(len(values))], 1))
+    return _at_once(lambda x: np.median(x, -1), values)
 
 
 def ratio_of_medians(above: ArrayLike, below: ArrayLike) -> Estimate:
     """Median of (n,) over that of (n,), of the same rounds."""
-    above, below = (np.asarray(each, dtype=np.float64) for each in (above, below))
-    drawn = _drawn(len(above))
-    ratios = np.median(above[drawn], 1) / np.median(below[drawn], 1)
-    return _estimate(np.median(above) / np.median(below), ratios)
+    return _at_once(lambda x, y: np.median(x, -1) / np.median(y, -1), above, below)
+
+
+def root_mean_square(values: ArrayLike) -> Estimate:
+    """Root mean square of (..., n) over all; the last axis is drawn again."""
+    squares = np.square(np.asarray(values)).reshape(-1, np.shape(values)[-1]).mean(0)
+    return _at_once(lambda x: np.sqrt(x.mean(-1)), squares)
 
 
 def mean_variance(values: ArrayLike) -> Estimate:
     """Unbiased variance over the last axis of (..., n), averaged over the others."""
-    return _estimate(*_variances(values, seed=0))
+    return estimate(*_variances(values))
 
 
 def total_variance(values: ArrayLike) -> Estimate:
@@ -53,23 +76,8 @@ def total_variance(values: ArrayLike) -> Estimate:
 
 def ratio_of_variances(above: ArrayLike, below: ArrayLike) -> Estimate:
     """`mean_variance` of (..., n) over that of (..., m), drawn apart."""
-    (top, tops), (bottom, bottoms) = _variances(above, seed=0), _variances(below, seed=1)
-    return _estimate(top / bottom, tops / bottoms)
-
-
-def root_mean_square(values: ArrayLike) -> Estimate:
-    """Root mean square of (..., n) over all; the last axis is drawn again."""
-    squares = np.square(np.asarray(values, dtype=np.float64)).reshape(-1, np.shape(values)[-1])
-    squares = squares.mean(0)
-    return _estimate(squares.mean() ** 0.5, squares[_drawn(len(squares))].mean(1) ** 0.5)
-
-
-def bootstrap(statistic: Callable[..., float], *samples: ArrayLike) -> Estimate:
-    """Any statistic of arrays (..., n), drawn together; it is called for every resample."""
-    arrays = [np.asarray(each, dtype=np.float64) for each in samples]
-    drawn = _drawn(arrays[0].shape[-1])
-    found = [statistic(*(each[..., rows] for each in arrays)) for rows in drawn]
-    return _estimate(statistic(*arrays), np.array(found))
+    (top, tops), (bottom, bottoms) = _variances(above), _variances(below, seed=1)
+    return estimate(top / bottom, tops / bottoms)
 
 
 def standard_error_of_variance(values: ArrayLike) -> float:
@@ -91,28 +99,19 @@ def _drawn(count: int) -> NDArray[np.int64]:
 
 
 @lru_cache(8)
-def _weights(count: int, seed: int) -> Array:
+def weights(count: int, seed: int = 0) -> Array:
     """How often each of `count` is drawn, (RESAMPLES, count), over count."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
 
 
-def _rows(values: ArrayLike) -> Array:
-    values = np.asarray(values, dtype=np.float64)
-    return values.reshape(-1, values.shape[-1])
-
-
-def _variances(values: ArrayLike, seed: int) -> tuple[float, Array]:
+def _variances(values: ArrayLike, seed: int = 0) -> tuple[float, Array]:
     """The mean variance, and that of every resample."""
-    rows = _rows(values)
+    values = np.asarray(values, dtype=np.float64)
+    rows = values.reshape(-1, values.shape[-1])
     rows = rows - rows.mean(1, keepdims=True)
     count = rows.shape[1]
     # Resamples are of a population whose variance is itself (n − 1)/n short: twice the factor.
-    weights, unbiased = _weights(count, seed), (count / (count - 1)) ** 2
-    squares = weights @ (rows**2).T - (weights @ rows.T) ** 2
+    drawn, unbiased = weights(count, seed), (count / (count - 1)) ** 2
+    squares = drawn @ (rows**2).T - (drawn @ rows.T) ** 2
     return float(rows.var(1, ddof=1).mean()), unbiased * squares.mean(1)
-
-
-def _estimate(value: float, drawn: Array) -> Estimate:
-    low, high = np.quantile(drawn, TAILS)
-    return Estimate(float(value), float(low), float(high))

@@ -19,20 +19,20 @@ def time_layers(width: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, out), nn.SiLU(), nn.Linear(out, out), nn.SiLU())
 
 
+def conv(inner: int, outer: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
+    """A convolution that keeps the size of an image, or halves it."""
+    return nn.Conv2d(inner, outer, size, stride, size // 2)
+
+
 class MLP(nn.Module):
     """Three hidden layers of 512 and SiLU on points of the plane, t as one more coordinate."""
 
     def __init__(self, width: int = 512) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(3, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, 2),
-        )
+        layers: list[nn.Module] = []
+        for inner in (3, width, width):
+            layers += [nn.Linear(inner, width), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, 2))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.layers(torch.cat([x, t[:, None]], 1))
@@ -41,30 +41,42 @@ class MLP(nn.Module):
 class Convolutional(nn.Module):
     """Four residual blocks of group norm, SiLU and convolution, 64 channels."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = 64, blocks: int = 4) -> None:
         super().__init__()
-        self.inner = nn.Conv2d(3, width, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    layer
-                    for _ in range(2)
-                    for layer in (
-                        nn.GroupNorm(8, width),
-                        nn.SiLU(),
-                        nn.Conv2d(width, width, 3, padding=1),
-                    )
-                )
-            )
-            for _ in range(4)
-        )
-        self.outer = nn.Conv2d(width, 3, 3, padding=1)
+        self.inner = conv(3, width)
+        self.blocks = nn.ModuleList()
+        for _ in range(blocks):
+            twice = [(nn.GroupNorm(8, width), nn.SiLU(), conv(width, width)) for _ in range(2)]
+            self.blocks.append(nn.Sequential(*twice[0], *twice[1]))
+        self.outer = conv(width, 3)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        hidden = self.inner(x) + t[:, None, None, None]
+    def through_blocks(self, x: Tensor, shift: Tensor) -> Tensor:
+        hidden = self.inner(x) + shift[:, :, None, None]
         for block in self.blocks:
             hidden = hidden + block(hidden)
-        return self.outer(hidden)
+        return hidden
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.outer(self.through_blocks(x, t[:, None]))
+
+
+class Attention(nn.Module):
+    """Every token of (B, N, width) attends to every other."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.mix(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def feed_forward(width: int) -> nn.Sequential:
+    """The GELU layer of a transformer."""
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
 
 
 class Transformer(nn.Module):
@@ -72,33 +84,16 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int = 256, heads: int = 4) -> None:
         super().__init__()
-        self.heads = heads
         self.inner, self.outer = nn.Linear(48, width), nn.Linear(width, 48)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "first": nn.LayerNorm(width),
-                    "qkv": nn.Linear(width, 3 * width),
-                    "mix": nn.Linear(width, width),
-                    "feed": nn.Sequential(
-                        nn.LayerNorm(width),
-                        nn.Linear(width, 4 * width),
-                        nn.GELU("tanh"),
-                        nn.Linear(4 * width, width),
-                    ),
-                }
-            )
-            for _ in range(4)
-        )
+        self.blocks = nn.ModuleList()
+        for _ in range(4):
+            for layer in (Attention(width, heads), feed_forward(width)):
+                self.blocks.append(nn.Sequential(nn.LayerNorm(width), layer))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         hidden = self.inner(x) + t[:, None, None]
         for block in self.blocks:
-            qkv = block["qkv"](block["first"](hidden)).unflatten(-1, (3, self.heads, -1))
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            hidden = hidden + block["mix"](mixed)
-            hidden = hidden + block["feed"](hidden)
+            hidden = hidden + block(hidden)
         return self.outer(hidden)
 
 
@@ -108,10 +103,9 @@ class Residual(nn.Module):
     def __init__(self, inner: int, outer: int, embedding: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(8, inner), nn.GroupNorm(8, outer)
-        self.conv1 = nn.Conv2d(inner, outer, 3, padding=1)
-        self.conv2 = nn.Conv2d(outer, outer, 3, padding=1)
+        self.conv1, self.conv2 = conv(inner, outer), conv(outer, outer)
         self.time = nn.Linear(embedding, 2 * outer)
-        self.skip = nn.Conv2d(inner, outer, 1) if inner != outer else nn.Identity()
+        self.skip = conv(inner, outer, 1) if inner != outer else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
@@ -127,7 +121,7 @@ class PixelAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.GroupNorm(8, width)
-        self.qkv, self.mix = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+        self.qkv, self.mix = conv(width, 3 * width, 1), conv(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         # (B, 3 · heads · c, H, W) to three of (B, heads, H · W, c)
@@ -137,87 +131,57 @@ class PixelAttention(nn.Module):
         return x + self.mix(mixed.reshape(x.shape))
 
 
-class UNet(nn.Module):
-    """Residual blocks at 16×16 and 8×8 with skips, attention at 8×8, 64 and 128 channels."""
-
-    def __init__(self, width: int = 64) -> None:
-        super().__init__()
-        self.width, embedding = width, 4 * width
-        self.time = time_layers(width, embedding)
-        self.inner = nn.Conv2d(3, width, 3, padding=1)
-        self.down = nn.ModuleList(Residual(width, width, embedding) for _ in range(2))
-        self.smaller = nn.Conv2d(width, width, 3, stride=2, padding=1)
-        self.low = nn.ModuleList(
-            Residual(inner, 2 * width, embedding) for inner in (width, 2 * width)
-        )
-        self.attend = nn.ModuleList(PixelAttention(2 * width) for _ in range(2))
-        self.larger = nn.Conv2d(2 * width, width, 3, padding=1)
-        self.up = nn.ModuleList(Residual(2 * width, width, embedding) for _ in range(2))
-        self.norm = nn.GroupNorm(8, width)
-        self.outer = nn.Conv2d(width, 3, 3, padding=1)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        embedding = self.time(waves(t, self.width))
-        hidden, skips = self.inner(x), []
-        for block in self.down:
-            hidden = block(hidden, embedding)
-            skips.append(hidden)
-        hidden = self.smaller(hidden)
-        for block, attend in zip(self.low, self.attend, strict=True):
-            hidden = attend(block(hidden, embedding))
-        hidden = self.larger(F.interpolate(hidden, scale_factor=2, mode="nearest"))
-        for block in self.up:
-            hidden = block(torch.cat([hidden, skips.pop()], 1), embedding)
-        return self.outer(F.silu(self.norm(hidden)))
-
-
 class Level(nn.Module):
-    """Blocks down and up at one resolution, and what is smaller between them."""
+    """Residual blocks of one resolution on the way down and up, with what is smaller between.
+
+    Pixels attend to each other at the second level and at the last, which has no way up.
+    """
 
     def __init__(self, inner: int, widths: list[int], blocks: int, time: int, depth: int = 0):
         super().__init__()
         width, *rest = widths
-        skips = [inner] + [width] * blocks
-        self.down = nn.ModuleList(Residual(skip, width, time) for skip in skips[:-1])
-        self.up = nn.ModuleList(Residual(width + skip, width, time) for skip in skips[::-1])
-        self.attend = nn.ModuleList(PixelAttention(width) for _ in skips[1:] if depth == 1)
+        inners = [inner] + [width] * (blocks - 1)
+        self.down = nn.ModuleList(Residual(each, width, time) for each in inners)
+        attends = depth == 1 or not rest
+        self.attend = nn.ModuleList(
+            PixelAttention(width) if attends else nn.Identity() for _ in inners
+        )
         if rest:
-            self.smaller = nn.Conv2d(width, width, 3, stride=2, padding=1)
+            self.smaller, self.larger = conv(width, width, stride=2), conv(rest[0], width)
             self.within = Level(width, rest, blocks, time, depth + 1)
-            self.larger = nn.Conv2d(rest[0], width, 3, padding=1)
-        else:
-            self.middle = nn.ModuleList(Residual(width, width, time) for _ in range(2))
-            self.within = PixelAttention(width)
+        self.up = nn.ModuleList(Residual(2 * width, width, time) for _ in inners if rest)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        skips = [x]
-        for number, block in enumerate(self.down):
-            x = block(x, embedding)
-            x = self.attend[number](x) if self.attend else x
+        skips = []
+        for block, attend in zip(self.down, self.attend, strict=True):
+            x = attend(block(x, embedding))
             skips.append(x)
-        if isinstance(self.within, Level):
+        if self.up:
             x = self.within(self.smaller(x), embedding)
             x = self.larger(F.interpolate(x, scale_factor=2, mode="nearest"))
-        else:
-            x = self.middle[1](self.within(self.middle[0](x, embedding)), embedding)
         for block in self.up:
             x = block(torch.cat([x, skips.pop()], 1), embedding)
         return x
 
 
-class DDPM(nn.Module):
-    """A U-Net of the size of DDPM++, with attention at its second level and in the middle."""
+class UNet(nn.Module):
+    """Residual blocks at 16×16 and 8×8 with skips, attention at 8×8, 64 and 128 channels."""
 
-    def __init__(self, width: int = 128, factors: tuple[int, ...] = (1, 2, 2, 2), blocks: int = 4):
+    def __init__(self, width: int = 64, factors: tuple[int, ...] = (1, 2), blocks: int = 2):
         super().__init__()
         self.width, self.time = width, time_layers(width, 4 * width)
-        self.inner = nn.Conv2d(3, width, 3, padding=1)
+        self.inner, self.outer = conv(3, width), conv(width, 3)
         self.levels = Level(width, [factor * width for factor in factors], blocks, 4 * width)
-        self.norm, self.outer = nn.GroupNorm(8, width), nn.Conv2d(width, 3, 3, padding=1)
+        self.norm = nn.GroupNorm(8, width)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         hidden = self.levels(self.inner(x), self.time(waves(t, self.width)))
         return self.outer(F.silu(self.norm(hidden)))
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """A layer norm without weights of its own; what comes from t shifts and scales it."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 class DiTBlock(nn.Module):
@@ -225,24 +189,14 @@ class DiTBlock(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.qkv, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.feed = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
-        )
+        self.attention, self.feed = Attention(width, heads), feed_forward(width)
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         parts = self.modulation(embedding)[:, None].chunk(6, -1)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
-        hidden = self.norm1(x) * (1 + scale1) + shift1
-        qkv = self.qkv(hidden).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + gate1 * self.mix(mixed)
-        return x + gate2 * self.feed(self.norm2(x) * (1 + scale2) + shift2)
+        x = x + gate1 * self.attention(modulated(x, shift1, scale1))
+        return x + gate2 * self.feed(modulated(x, shift2, scale2))
 
 
 class DiT(nn.Module):
@@ -259,7 +213,6 @@ class DiT(nn.Module):
         self.places = nn.Parameter(0.02 * torch.randn(1, self.grid**2, width))
         self.time = time_layers(width, width)
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(4))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(width, 2 * width)
         self.outer = nn.Linear(width, 3 * patch**2)
 
@@ -269,7 +222,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, embedding)
         shift, scale = self.modulation(embedding)[:, None].chunk(2, -1)
-        patches = self.outer(self.norm(hidden) * (1 + scale) + shift)
+        patches = self.outer(modulated(hidden, shift, scale))
         patches = patches.unflatten(1, (self.grid, self.grid))
         patches = patches.unflatten(-1, (3, self.patch, self.patch))
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)

@@ -7,8 +7,6 @@ is estimated is said in benchmarks.fields, by what in benchmarks.estimators. Var
 known in closed form have to come out, to five standard errors.
 """
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from tests.oracles import anisotropic, mixture_noise, ring
@@ -17,72 +15,40 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import estimators, fields, intervals
+from benchmarks.fields import Point
 from benchmarks.trained import trained
 
 TERMS = ("trace", "Frobenius", "third")
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 SWEPT = 1.0  # the level at which the number of probes is varied
-BUDGETS = (1e9, 4e9, 1e10)  # FLOPs of the products of one number of probes, for one point
 STANDARD_ERRORS = 5.0
 LOOPED = 200  # Hutch++ has no batch of estimates
-
-
-class Limits(NamedTuple):
-    """How often to estimate: at most `most` times, fewer where that costs more than `flops`."""
-
-    most: int
-    flops: float
-
-    def repeats(self, products: int) -> int:
-        """For an estimate of so many products, 50 or more."""
-        return max(50, min(self.most, int(self.flops / (2 * products))))
-
-
-def dense_forms(point: fields.Point, term: str) -> Tensor | None:
-    """The symmetric forms (m, d, d) of a term, None where they are not built."""
-    if term == "third":
-        return point.forms
-    matrix = point.second.T @ point.second if term == "Frobenius" else point.jacobian
-    return fields.symmetric(matrix)[None]
-
-
-def estimates(point: fields.Point, term: str, probes: Tensor) -> Tensor:
-    """What probes (repeats, K, d) estimate, (repeats, m): the mean over K."""
-    flat = probes.flatten(0, 1)
-    if term == "third":
-        found = point.third(flat)
-    else:
-        product = flat @ (point.jacobian if term == "trace" else point.second).T.float()
-        found = (flat * product if term == "trace" else product.square()).sum(1, keepdim=True)
-    return found.double().unflatten(0, probes.shape[:2]).mean(1)
+MIXTURES = {"ring": ring, "mixture": anisotropic}
 
 
 def measured(
-    points: list[fields.Point], term: str, name: str, count: int, repeats: int
+    points: list[Point], term: str, name: str, count: int, repeats: int
 ) -> tuple[dict, Tensor]:
     """The variance of an estimator, averaged over points; the estimates (points, repeats, m)."""
-    generator = torch.Generator().manual_seed(count)
-    shape = points[0].shape
-    found = torch.stack(
-        [
-            estimates(point, term, estimators.draw(name, repeats, count, shape, generator))
-            for point in points
-        ]
-    )
+    generator, shape = torch.Generator().manual_seed(count), points[0].shape
+    found, known = [], []
+    for point in points:
+        probes = estimators.draw(name, repeats, count, shape, generator)
+        found.append(point.estimates(term, probes))
+        forms = point.forms(term)
+        if forms is not None:
+            known.append(estimators.known_variance(name, forms, count, shape))
+    found = torch.stack(found)
     row = {"variance": intervals.total_variance(found)}
-    forms = [dense_forms(point, term) for point in points]
-    known = [
-        None if form is None else estimators.known_variance(name, form, count, shape)
-        for form in forms
-    ]
-    if None not in known:
+    if known and None not in known:
         row["known"] = sum(known) / len(known)
-        error = intervals.standard_error_of_variance(found)
-        row["standard_errors"] = (row["variance"][0] - row["known"]) / max(error, 1e-9)
+        error = max(intervals.standard_error_of_variance(found), 1e-9)
+        row["standard_errors"] = (row["variance"][0] - row["known"]) / error
+        assert abs(row["standard_errors"]) < STANDARD_ERRORS, (term, name, count, row)
     return row, found
 
 
-def at_level(points: list[fields.Point], term: str, repeats: int, bar: tqdm) -> dict:
+def at_level(points: list[Point], term: str, repeats: int) -> dict:
     """Every sampler with one probe, and its variance over that of Rademacher probes."""
     rows, base = {}, None
     for name in estimators.SAMPLERS[:-1]:  # one orthogonal direction is one on the sphere
@@ -90,76 +56,41 @@ def at_level(points: list[fields.Point], term: str, repeats: int, bar: tqdm) -> 
         flat = found.movedim(-1, 1).flatten(0, 1)
         base = flat if base is None else base
         rows[name]["over_rademacher"] = intervals.ratio_of_variances(flat, base)
-        bar.update()
     return rows
 
 
-def exact_size(points: list[fields.Point], term: str) -> float:
-    """Root mean square over points of what is estimated."""
-    sums = {
-        "trace": lambda point: point.jacobian.trace(),
-        "Frobenius": lambda point: point.second.square().sum(),
-        "third": lambda point: point.third(torch.eye(point.elements)).sum(0).norm(),
-    }
-    values = torch.stack([sums[term](point).double() for point in points])
-    return float(values.square().mean().sqrt())
-
-
-def swept(points: list[fields.Point], term: str, counts, limits: Limits, bar: tqdm) -> dict:
+def swept(points: list[Point], term: str, repeats: dict[int, int]) -> dict:
     """Every sampler with several numbers of probes."""
-    rows: dict[str, dict] = {}
-    d, square = points[0].elements, points[0].elements ** (3 if term == "third" else 2)
-    for name in estimators.SAMPLERS:
-        for count in counts:
-            if estimators.can_draw(name, count, d):
-                row, _ = measured(points, term, name, count, limits.repeats(count * square))
-                rows.setdefault(name, {})[str(count)] = row
-            bar.update()
-    return rows
+    d = len(points[0].jacobian)
+    rows = {
+        name: {
+            str(count): measured(points, term, name, count, times)[0]
+            for count, times in repeats.items()
+            if estimators.can_draw(name, count, d)
+        }
+        for name in tqdm(estimators.SAMPLERS, f"probes, {term}", leave=False)
+    }
+    return rows | (hutchpp(points, repeats) if term == "trace" else {})
 
 
-def swept_hutchpp(points: list[fields.Point], counts, limits: Limits, bar: tqdm) -> dict:
-    """Hutch++, with the number of products rounded down to a multiple of three."""
-    trace, rows = estimators.hutchpp(), {}
-    for count in counts:
+def hutchpp(points: list[Point], repeats: dict[int, int]) -> dict:
+    """Hutch++ of curvlinops, with the number of products rounded down to a multiple of three."""
+    try:
+        from curvlinops import hutchpp_trace
+    except ImportError:
+        return {}
+    rows = {}
+    for count, times in repeats.items():
         products = count - count % 3
-        if trace is None or not 3 <= products < points[0].elements:
+        if not 3 <= products < len(points[0].jacobian):
             continue
-        repeats = min(LOOPED, limits.repeats(count * points[0].elements ** 2))
-        with torch.random.fork_rng():
-            torch.manual_seed(count)
-            found = torch.stack(
-                [
-                    torch.stack([trace(point.jacobian.float(), products) for _ in range(repeats)])
-                    for point in points
-                ]
-            )
-        rows[str(products)] = {"variance": intervals.total_variance(found[..., None])}
-        bar.update()
-    return {estimators.HUTCHPP: rows} if rows else {}
-
-
-class Problem:
-    """Points at a noise level."""
-
-    def __init__(self, name: str, choose) -> None:
-        self.name, self.generator = name, torch.Generator().manual_seed(0)
-        self.count = choose(1, *(1, 2) if "images" in name else (4, 4))
-        self.mixture = {"ring": ring, "mixture": anisotropic}.get(name, lambda: None)()
-        if self.mixture is None:
-            self.trained = trained(name, *choose((5,), (300,) if name == "images" else (), ()))
-            self.std = self.trained.std
-        else:
-            self.std = float(self.mixture.sample(4096, self.generator).std())
-
-    def points(self, level: float) -> list[fields.Point]:
-        sigma_hat = level * self.std
-        if self.mixture is None:
-            rows = self.trained.data[: self.count]
-            return fields.network_points(
-                self.trained.model.eval(), rows, sigma_hat, self.generator
-            )
-        return fields.mixture_points(self.mixture, sigma_hat, self.count, self.generator)
+        torch.manual_seed(count)
+        found = [
+            [hutchpp_trace(point.jacobian.float(), products) for _ in range(min(LOOPED, times))]
+            for point in points
+        ]
+        rows[str(products)] = {"variance": intervals.mean_variance(found)}
+    return {"Hutch++": rows} if rows else {}
 
 
 @pytest.mark.parametrize("name", ["ring", "mixture", "digits", "images", "large images"])
@@ -167,53 +98,40 @@ def test_estimator_variance(benchmark, choose, name):
     if name == "large images" and not choose(False, False, True):
         pytest.skip("with --full")
     large = "images" in name
+    count = choose(1, *(1, 2) if large else (4, 4))
     repeats = choose(400, 500 if large else 1000, 1000 if large else 2000)
-    limits = Limits(repeats, choose(*BUDGETS))
-    thirds = choose(16, 32, 256) if large else repeats
+    of_term = dict.fromkeys(TERMS, repeats) | {"third": choose(16, 32, 256) if large else repeats}
     counts = COUNTS[:: choose(3, 2, 2 if name == "large images" else 1)]
+    flops = choose(1e9, 4e9, 1e10)  # of the products of one number of probes, for one point
+    generator = torch.Generator().manual_seed(0)
 
     def measure() -> dict:
-        problem = Problem(name, choose)
-        levels, bar = fields.LEVELS[:: choose(2, 1, 1)], tqdm(desc=name, leave=False)
-        found: dict = {"elements": 0, "points": problem.count, "levels": [], "probes": {}}
-        for level in levels:
-            points = problem.points(level)
-            found["elements"] = points[0].elements
-            row: dict = {"level": level, "sigma_hat": level * problem.std}
-            for term in TERMS:
-                size = None if term == "third" and large else exact_size(points, term)
-                rows = at_level(points, term, thirds if term == "third" else repeats, bar)
-                row[term] = {"size": size, "samplers": rows}
-            found["levels"].append(row)
-            if level == SWEPT:
-                for term in TERMS[: 2 if large else 3]:
-                    found["probes"][term] = swept(points, term, counts, limits, bar)
-                found["probes"]["trace"] |= swept_hutchpp(points, counts, limits, bar)
-        bar.close()
+        if name in MIXTURES:
+            mixture = MIXTURES[name]()
+            std = float(mixture.sample(4096, generator).std())
+        else:
+            problem = trained(name, choose(5, 300 if name == "images" else None, None))
+            mixture, std = None, problem.std
+        found: dict = {"points": count, "levels": [], "probes": {}}
+        for level in tqdm(fields.LEVELS[:: choose(2, 1, 1)], name, leave=False):
+            if mixture is None:
+                given = level * std, generator
+                rows = problem.data[:count]
+                points = [fields.network_point(problem.model, row, *given) for row in rows]
+            else:
+                points = fields.mixture_points(mixture, level * std, count, generator)
+            d = found["elements"] = len(points[0].jacobian)
+            samplers = {
+                term: {"samplers": at_level(points, term, of_term[term])} for term in TERMS
+            }
+            found["levels"].append({"level": level, "sigma_hat": level * std, **samplers})
+            for term in TERMS[: 2 if large else 3] if level == SWEPT else ():
+                products = 2 * d ** (3 if term == "third" else 2)
+                least = {k: max(50, min(repeats, int(flops / (k * products)))) for k in counts}
+                found["probes"][term] = swept(points, term, least)
         return found
 
-    found = benchmark.pedantic(measure, rounds=1)
-    benchmark.extra_info.update(found)
-    scores = [score for _, score in standard_errors(found)]
-    assert scores
-    assert max(map(abs, scores)) < STANDARD_ERRORS
-
-
-def standard_errors(found: dict) -> list[tuple[dict, float]]:
-    """Every row whose variance is known, with how many standard errors it is off."""
-    rows = [
-        row
-        for level in found["levels"]
-        for term in TERMS
-        for row in level[term]["samplers"].values()
-    ]
-    rows += [
-        row
-        for samplers in found["probes"].values()
-        for each in samplers.values()
-        for row in each.values()
-    ]
-    return [(row, row["standard_errors"]) for row in rows if "known" in row]
+    benchmark.extra_info.update(benchmark.pedantic(measure, rounds=1))
 
 
 def test_a_network_and_a_closed_form_give_the_same_point():
@@ -221,13 +139,13 @@ def test_a_network_and_a_closed_form_give_the_same_point():
     model = hosm.ScoreModel(mixture_noise(mixture, schedule), schedule)
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
     (closed,) = fields.mixture_points(mixture, 0.7, 1, generators[0])
-    data = mixture.sample(1, generators[1])
-    (network,) = fields.network_points(model, data, 0.7, generators[1])
+    (row,) = mixture.sample(1, generators[1])
+    network = fields.network_point(model, row, 0.7, generators[1])
     v = torch.randn(5, 2, dtype=torch.float64)
     for ours, expected in (
         (network.jacobian, closed.jacobian),
         (network.second, closed.second),
         (network.third(v), closed.third(v)),
-        (network.forms, closed.forms),
+        (network.thirds, closed.thirds),
     ):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

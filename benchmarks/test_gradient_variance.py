@@ -4,9 +4,7 @@ python -m pytest benchmarks/test_gradient_variance.py
 """
 
 from collections.abc import Callable
-from functools import partial
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,83 +15,49 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
-from benchmarks.conftest import Choose
-from benchmarks.gradients import LEVELS, Draw, gradient, library_term, measure, moments
+from benchmarks import trained
+from benchmarks.fields import LEVELS
+from benchmarks.gradients import TERMS, estimators, gradient, measure, moments
 from benchmarks.peers import meng
-from benchmarks.trained import digits, drawn_images, trained
-from hosm_losses.losses import residuals
+from hosm_losses.losses import terms as residuals
+
+# The size of a minibatch, and the kinds of probes beside signs.
+CASES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "mixture": (256, ()),
+    "digits": (16, ("gaussian",)),
+    "images": (2, ("gaussian", "dct")),
+    "large images": (2, ("gaussian", "dct")),
+}
 
 
-class Case(NamedTuple):
-    """A trained network, data of its own kind, the size of a minibatch, and kinds of probes."""
-
-    model: hosm.ScoreModel
-    draw: Draw
-    std: float
-    batch: int
-    distributions: tuple[str, ...]
-
-
-def mixture_case(choose: Choose) -> Case:
+def mixture(steps: int) -> trained.Problem:
     """The example's network, trained with order three under VP."""
-    job = example.Job("vp", 3, choose(2, 1000, 2000), seed=0)
+    job = example.Job("vp", 3, steps, seed=0)
     model = example.new_model(job)
     for _ in tqdm(example.training(model, job), "mixture", job.steps, leave=False):
         pass
-
-    def draw(count: int, generator: torch.Generator) -> Tensor:
-        return example.draw_data(generator)[:count]
-
-    return Case(model, draw, example.DATA_STD, 256, ())
-
-
-def digits_case(choose: Choose) -> Case:
-    """The dense network on digits, with rows of what it was trained on."""
-    problem = trained("digits", choose(2, None, None))
-    data = digits(torch.Generator().manual_seed(0))[: -len(problem.data)]
-
-    def draw(count: int, generator: torch.Generator) -> Tensor:
-        return data[torch.randint(len(data), (count,), generator=generator)]
-
-    return Case(problem.model, draw, problem.std, 16, ("gaussian",))
-
-
-def images_case(choose: Choose, name: str = "images") -> Case:
-    """The convolutional network on drawn images, each drawn anew."""
-    problem = trained(name, choose(2, 300, None))
-    side = problem.data.shape[-1]
-
-    def draw(count: int, generator: torch.Generator) -> Tensor:
-        return drawn_images(count, side, generator)
-
-    return Case(problem.model, draw, problem.std, 2, ("gaussian", "dct"))
-
-
-CASES: dict[str, Callable[[Choose], Case]] = {
-    "mixture": mixture_case,
-    "digits": digits_case,
-    "images": images_case,
-    "large images": partial(images_case, name="large images"),
-}
+    data = trained.mixture(trained.HELD_OUT, torch.Generator().manual_seed(0))
+    return trained.Problem(model, data, example.DATA_STD, trained.mixture)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_variance(benchmark, choose, name):
     if name == "large images" and not choose(False, False, True):
         pytest.skip("with --full")
-    case = CASES[name](choose)
-    figures = benchmark.pedantic(
-        measure,
-        (case.model, case.draw, case.std),
-        {
-            "minibatches": choose(8, 8, 16 if name == "large images" else 48),
-            "batch": case.batch,
-            "levels": choose(LEVELS[2:3], LEVELS, LEVELS),
-            "distributions": case.distributions,
-        },
-        rounds=1,
-    )
-    benchmark.extra_info.update(figures, elements=case.draw(1, torch.Generator())[0].numel())
+    batch, distributions = CASES[name]
+    if name == "mixture":
+        problem = mixture(choose(2, 1000, 2000))
+    else:
+        problem = trained.trained(name, choose(2, None if name == "digits" else 300, None))
+    levels = choose(LEVELS[2:3], LEVELS, LEVELS)
+    log_levels = (torch.tensor(levels, dtype=torch.float64) * problem.std).log()
+    log_levels = log_levels.clamp(*problem.model.schedule.log_sigma_hat_range)
+    minibatches = choose(8, 8, 16 if name == "large images" else 48)
+    given = (problem, log_levels, estimators(distributions))
+    size = {"minibatches": minibatches, "batch": batch}
+    figures = benchmark.pedantic(measure, given, size, rounds=1)
+    elements = problem.data[0].numel()
+    benchmark.extra_info.update(figures, levels=list(levels), elements=elements)
     assert all(share == (0, 0, 0) for share in figures["probe share"]["first"])
 
 
@@ -116,19 +80,18 @@ def population() -> Tensor:
     torch.manual_seed(0)
     model = hosm.ScoreModel(MLP(2, width=3).double(), hosm.VPSchedule())
     x0, noise = torch.randn(2, 3, 1, 2, dtype=torch.float64)
-    t = torch.full((1,), 0.5, dtype=torch.float64)
-    term, parameters = library_term("third"), list(model.parameters())
-    return torch.stack(
-        [
-            torch.stack(
-                [
-                    gradient(term(model, x, t=t, noise=eps, probe=v[None]).mean(), parameters)
-                    for v in sign_vectors(2)
-                ]
-            )
-            for x, eps in zip(x0, noise, strict=True)
-        ]
-    )
+    t, parameters = torch.full((1,), 0.5, dtype=torch.float64), list(model.parameters())
+    found = []
+    for (x, eps), v in product(zip(x0, noise, strict=True), sign_vectors(2)):
+        term = TERMS["third"](model, x, t=t, noise=eps, probe=v[None])
+        found.append(gradient(term.mean(), parameters))
+    return torch.stack(found).unflatten(0, (3, -1))
+
+
+def parts(population: Tensor) -> tuple[float, float]:
+    """The variance among signs, and that among points."""
+    among_signs = population.var(1, correction=0).sum(1).mean()
+    return float(among_signs), float(population.mean(1).var(0, correction=0).sum())
 
 
 def test_the_estimates_are_unbiased(population):
@@ -140,25 +103,22 @@ def test_the_estimates_are_unbiased(population):
         for (i, a, b), (j, c, d) in product(evaluated, repeat=2)
     ]
     total, probes, signal = (np.mean([found[k][0] for found in every]) for k in range(3))
-    among_signs = population.var(1, correction=0).sum(1).mean()
-    among_points = population.mean(1).var(0, correction=0).sum()
-    assert probes == pytest.approx(float(among_signs), rel=1e-9)
-    assert total == pytest.approx(float(among_signs + among_points), rel=1e-9)
+    among_signs, among_points = parts(population)
+    assert probes == pytest.approx(among_signs, rel=1e-9)
+    assert total == pytest.approx(among_signs + among_points, rel=1e-9)
     assert signal == pytest.approx(float(population.mean((0, 1)).square().sum()), rel=1e-9)
 
 
 def test_two_probes_leave_half_of_their_part(population):
     pairs = (population[:, :, None] + population[:, None]).flatten(1, 2) / 2
-    among_signs = population.var(1, correction=0).sum(1).mean()
-    among_points = population.mean(1).var(0, correction=0).sum()
+    among_signs, among_points = parts(population)
     left = pairs.flatten(0, 1).var(0, correction=0).sum()
-    torch.testing.assert_close(left, among_points + among_signs / 2)
+    assert float(left) == pytest.approx(among_points + among_signs / 2)
 
 
 def test_resamples_of_the_bootstrap_are_centred_on_the_estimate():
     drawn = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = moments(drawn + 0.2)
-    for values in found:
+    for values in moments(drawn + 0.2):
         error = values[1:].std() / len(values) ** 0.5
         assert abs(values[1:].mean() - values[0]) < 4 * error
 
@@ -171,8 +131,7 @@ def test_the_minimisers_at_second_order(d):
         torch.randn(*shape, generator=generator, dtype=torch.float64)
         for shape in ((5, d), (1, d), (d,), (d,))
     )
-    noise, p = atoms_posterior(points, torch.full((5,), 0.2).double(), x, 0.8, 0.6)
-    noise, p = noise[0], p[0]
+    (noise,), (p,) = atoms_posterior(points, torch.full((5,), 0.2).double(), x, 0.8, 0.6)
     f = -(p @ noise)
     along = torch.cov(noise.T, correction=0, aweights=p).reshape(d, d) @ v - v
 

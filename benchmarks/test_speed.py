@@ -13,33 +13,27 @@ from functools import partial
 
 import pytest
 
-from benchmarks import memory
 from benchmarks.networks import NETWORKS
-from benchmarks.speed import BASE, NAMES, VARIANTS, Setting, measured
+from benchmarks.speed import Setting, measured
+from benchmarks.steps import BASE, NAMES, VARIANTS, step_of
 
 SMALL = ("mlp", "convolutional")
 # Whose memory is measured without --full.
 WEIGHED = [key for key in VARIANTS if "taylor" in key or "fraction" in key or "chunks" in key]
 
 
-def setting(name: str, choose, *, compiled: bool) -> Setting:
-    """How much to measure of a network."""
-    weighed = name == "convolutional"
-    memories = choose([BASE] if weighed else [], [BASE, *WEIGHED] if weighed else [], None)
-    return Setting(
-        rounds=choose(1, 4, 10),
-        batch=choose(4, None, None),
-        compiled=compiled and name in ("unet", "dit"),
-        memory=memories,
-        peers=choose([BASE] if name == "mlp" else [], None, None),
-    )
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_all_in_turns(benchmark, choose, pytestconfig, name):
     if name not in choose(SMALL, SMALL, NAMES):
         pytest.skip("with --full")
-    chosen = setting(name, choose, compiled=pytestconfig.getoption("--compiled"))
+    weighed = name == "convolutional"
+    chosen = Setting(
+        rounds=choose(1, 4, 10),
+        batch=choose(4, None, None),
+        compiled=pytestconfig.getoption("--compiled") and name in ("unet", "dit"),
+        memory=choose([BASE] * weighed, [BASE, *WEIGHED] * weighed, None),
+        peers=choose([BASE] if name == "mlp" else [], None, None),
+    )
     found = benchmark.pedantic(measured, (name, chosen), rounds=1)
     benchmark.extra_info.update(found)
     failed = {key: row["failed"] for key, row in found["variants"].items() if "failed" in row}
@@ -50,5 +44,5 @@ def test_all_in_turns(benchmark, choose, pytestconfig, name):
 def test_step(benchmark, choose, key):
     name = choose("mlp", "convolutional", "convolutional")
     batch = choose(4, NETWORKS[name][1][0], NETWORKS[name][1][0])
-    step = partial(memory.step_of(name, **VARIANTS[key]), batch)
+    step = partial(step_of(name, **VARIANTS[key]), batch)
     benchmark.pedantic(step, rounds=choose(1, 1, 5), warmup_rounds=1)

@@ -9,18 +9,17 @@ from tqdm import tqdm
 from benchmarks.intervals import Estimate, ratio_of_medians
 
 T = TypeVar("T")
+Routes = Mapping[str, Callable[[], object]]
 
 
 def clocked(route: Callable[[], T]) -> tuple[T, float]:
-    """What a route returns, and its seconds of processor time."""
+    """The result of a route, and its seconds of processor time."""
     start = time.process_time()
     found = route()
     return found, time.process_time() - start
 
 
-def times(
-    routes: Mapping[str, Callable[[], object]], rounds: int, bar: str | None = None
-) -> dict[str, list[float]]:
+def times(routes: Routes, rounds: int, bar: str | None = None) -> dict[str, list[float]]:
     """Seconds of processor time of each route, in every round; `bar` names a progress bar.
 
     All are timed in turns, so that another load hits them alike.
@@ -32,9 +31,7 @@ def times(
     return found
 
 
-def ratios(
-    routes: Mapping[str, Callable[[], object]], base: str, rounds: int
-) -> dict[str, Estimate]:
+def ratios(routes: Routes, base: str, rounds: int) -> dict[str, Estimate]:
     """Median time of each route over that of `base`."""
     found = times(routes, rounds)
     return {key: ratio_of_medians(each, found[base]) for key, each in found.items()}

@@ -1,4 +1,4 @@
-"""Small networks trained here on data at hand, for the benchmarks of the likelihood.
+"""Small networks trained here on data at hand, for the benchmarks.
 
 Trained on the first-order loss under the VE schedule, once in a process; where the variable
 HOSM_BENCHMARKS_WEIGHTS names a directory, once for all processes that share it.
@@ -6,35 +6,43 @@ HOSM_BENCHMARKS_WEIGHTS names a directory, once for all processes that share it.
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from tests.oracles import paper_mixture
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import hosm_losses as hosm
+from benchmarks import networks
+from benchmarks.experiment import training
 
 HELD_OUT = 64
 KEPT = "HOSM_BENCHMARKS_WEIGHTS"
-IMAGES = {"images": 4096, "large images": 1024}  # how many are drawn to train on
-SIDES = {"images": 16, "large images": 32}
-STEPS = {"images": 700, "digits": 3000, "large images": 700}
-BATCH = {"images": 64, "digits": 64, "large images": 16}
+Draw = Callable[[int, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A model, data it was not trained on, and the standard deviation of the data."""
+    """A model, data it was not trained on, their std, and a way to draw what it was trained on."""
 
     model: hosm.ScoreModel
     data: Tensor
     std: float
+    draw: Draw | None = None
 
 
-def drawn_images(count: int, size: int = 16, generator: torch.Generator | None = None) -> Tensor:
+def mixture(count: int, generator: torch.Generator) -> Tensor:
+    """The 1-D mixture of docs/examples/mixture_1d.py, (count, 1)."""
+    return paper_mixture().sample(count, generator).float()
+
+
+def images(size: int, count: int, generator: torch.Generator) -> Tensor:
     """Soft discs of random colour and place on a shaded background, (count, 3, size, size)."""
     axis = torch.linspace(-1, 1, size)
     rows, columns = axis[:, None], axis[None, :]
@@ -43,51 +51,34 @@ def drawn_images(count: int, size: int = 16, generator: torch.Generator | None =
         return 2 * torch.rand(shape, generator=generator) - 1
 
     slope = uniform(count, 3, 1, 1) * rows + uniform(count, 3, 1, 1) * columns
-    images = 0.4 * uniform(count, 3, 1, 1) + 0.2 * slope
+    drawn = 0.4 * uniform(count, 3, 1, 1) + 0.2 * slope
     for _ in range(3):
         away = (rows - uniform(count, 1, 1, 1)) ** 2 + (columns - uniform(count, 1, 1, 1)) ** 2
         disc = torch.sigmoid(20 * (0.25 + 0.1 * uniform(count, 1, 1, 1) - away.sqrt()))
-        images = (1 - disc) * images + disc * uniform(count, 3, 1, 1)
-    noise = 0.02 * torch.randn(images.shape, generator=generator)
-    return images + noise
+        drawn = (1 - disc) * drawn + disc * uniform(count, 3, 1, 1)
+    return drawn + 0.02 * torch.randn(drawn.shape, generator=generator)
 
 
-def digits(generator: torch.Generator) -> Tensor:
-    """The 8×8 digits of scikit-learn, dequantized to [−1, 1], in random order, (1797, 64)."""
+def digits(count: int, generator: torch.Generator) -> Tensor:
+    """The 8×8 digits of scikit-learn, dequantized to [−1, 1], in random order, (count, 64)."""
     from sklearn.datasets import load_digits
 
     levels = torch.as_tensor(load_digits().data, dtype=torch.float32)
-    levels = levels[torch.randperm(len(levels), generator=generator)]
+    levels = levels[torch.randperm(len(levels), generator=generator)[:count]]
     return -1 + 2 * (levels + torch.rand(levels.shape, generator=generator)) / 17
 
 
-class Convolutional(nn.Module):
+class Convolutional(networks.Convolutional):
     """Residual blocks with group norm, told the noise level; its input is scaled to unit size."""
 
     def __init__(self, schedule, std, width=32, blocks=3):
-        super().__init__()
+        super().__init__(width, blocks)
         self.schedule, self.std = schedule, std
-        self.inner = nn.Conv2d(3, width, 3, padding=1)
         self.level = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.GroupNorm(8, width),
-                nn.SiLU(),
-                nn.Conv2d(width, width, 3, padding=1),
-                nn.GroupNorm(8, width),
-                nn.SiLU(),
-                nn.Conv2d(width, width, 3, padding=1),
-            )
-            for _ in range(blocks)
-        )
-        self.outer = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x, t):
         scaled, features = _seen(x, t, self.schedule, self.std)
-        hidden = self.inner(scaled) + self.level(features)[:, :, None, None]
-        for block in self.blocks:
-            hidden = hidden + block(hidden)
-        return self.outer(F.silu(hidden))
+        return self.outer(F.silu(self.through_blocks(scaled, self.level(features))))
 
 
 class Dense(nn.Module):
@@ -122,58 +113,54 @@ def _seen(x, t, schedule, std):
     return scaled, torch.stack([level, torch.sin(math.pi * level)], 1)
 
 
+class Recipe(NamedTuple):
+    """How a network is trained: on how many samples of what, in how many steps and batches."""
+
+    network: Callable[[hosm.Schedule, float], nn.Module]
+    data: Draw
+    count: int
+    steps: int
+    batch: int
+
+
+RECIPES = {
+    "digits": Recipe(Dense, digits, 1797 - HELD_OUT, 3000, 64),  # d = 64
+    "images": Recipe(Convolutional, partial(images, 16), 4096, 700, 64),  # d = 768
+    "large images": Recipe(Convolutional, partial(images, 32), 1024, 700, 16),  # d = 3072
+}
+
+
 def trained(name: str, steps: int | None = None) -> Problem:
-    """Train a network with the first-order loss, under the VE schedule, once in a process.
-
-    Args:
-        name: "digits", d = 64; "images", d = 768; or "large images", d = 3072.
-        steps: of the optimizer, those of STEPS if None.
-
-    Returns:
-        The model in evaluation mode, with 64 samples it has not seen.
-    """
-    return _trained(name, steps or STEPS[name])
+    """The network of a recipe in evaluation mode, with 64 samples it has not seen."""
+    return _trained(name, steps or RECIPES[name].steps)
 
 
 @lru_cache
 def _trained(name: str, steps: int) -> Problem:
-    generator = torch.Generator().manual_seed(0)
+    recipe, generator = RECIPES[name], torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if name == "digits":
-            everything = digits(generator)
-        else:
-            everything = drawn_images(IMAGES[name] + HELD_OUT, SIDES[name], generator)
+        everything = recipe.data(recipe.count + HELD_OUT, generator)
         data, held_out = everything[:-HELD_OUT], everything[-HELD_OUT:]
-        schedule = hosm.VESchedule(sigma_max=20.0)
-        std = float(data.std())
-        network = (Dense if name == "digits" else Convolutional)(schedule, std)
-        model = hosm.ScoreModel(network, schedule)
-        kept = os.environ.get(KEPT)
-        file = Path(kept) / f"{name}-{steps}.pt" if kept else None
-        if file is not None and file.exists():
-            network.load_state_dict(torch.load(file))
-        else:
-            _train(model, data, steps, BATCH[name], generator, name)
-            if file is not None:
-                torch.save(network.state_dict(), file)
+        schedule, std = hosm.VESchedule(sigma_max=20.0), float(data.std())
+        network = recipe.network(schedule, std)
+    model = hosm.ScoreModel(network, schedule)
+
+    def rows(count: int, generator: torch.Generator) -> Tensor:
+        return data[torch.randint(len(data), (count,), generator=generator)]
+
+    def loss() -> Tensor:
+        return hosm.first_order_dsm(model, rows(recipe.batch, generator), generator=generator)
+
+    kept = os.environ.get(KEPT)
+    file = Path(kept) / f"{name}-{steps}.pt" if kept else None
+    if file is not None and file.exists():
+        network.load_state_dict(torch.load(file))
+    else:
+        for _ in tqdm(training(model, loss, steps, 2e-3), name, steps, leave=False):
+            pass
+        if file is not None:
+            torch.save(network.state_dict(), file)
     network.eval()
-    return Problem(model, held_out, std)
-
-
-def _train(
-    model: hosm.ScoreModel,
-    data: Tensor,
-    steps: int,
-    batch: int,
-    generator: torch.Generator,
-    name: str,
-) -> None:
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in tqdm(range(steps), f"training, {name}", leave=False):
-        rows = torch.randint(len(data), (batch,), generator=generator)
-        optimizer.zero_grad()
-        hosm.first_order_dsm(model, data[rows], generator=generator).backward()
-        optimizer.step()
-        decay.step()
+    # Images are drawn anew; of the digits there are no others.
+    return Problem(model, held_out, std, rows if name == "digits" else recipe.data)

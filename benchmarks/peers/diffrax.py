@@ -22,86 +22,21 @@ from jax import Array
 from torch import Tensor, nn
 
 import hosm_losses as hosm
-from benchmarks.likelihood_problems import RoundMixture
-from benchmarks.peers.jax_losses import (
-    Parameters,
-    conv,
-    group_norm,
-    linear,
-    parameters_of,
-    standardise,
-)
+from benchmarks.peers.jax_networks import Parameters, parameters_of, twin_of
 from benchmarks.peers.score_sde import signs
-from benchmarks.trained import Convolutional, Dense
 
-Twin = Callable[[nn.Module, Parameters, Array, Array], Array]
 MAX_STEPS = 10_000
-
-
-def log_sigma(schedule: hosm.VESchedule, t: Array) -> Array:
-    """log σ of the VE schedule."""
-    return math.log(schedule.sigma_min) + t * math.log(schedule.sigma_max / schedule.sigma_min)
-
-
-def _seen(network: nn.Module, x: Array, t: Array) -> tuple[Array, Array]:
-    level = log_sigma(network.schedule, t)
-    size = jnp.sqrt(network.std**2 + jnp.exp(2 * level)).reshape(-1, *(1,) * (x.ndim - 1))
-    return x / size, jnp.stack([level / 4, jnp.sin(math.pi * level / 4)], 1)
-
-
-def dense(network: nn.Module, p: Parameters, x: Array, t: Array) -> Array:
-    hidden = linear(p, "inner", jnp.concatenate(_seen(network, x, t), 1))
-    for block in range(len(network.blocks)):
-        name = f"blocks.{block}"
-        inside = standardise(hidden, 1e-5) * p[f"{name}.0.weight"] + p[f"{name}.0.bias"]
-        inside = jax.nn.silu(linear(p, f"{name}.1", inside))
-        hidden = hidden + linear(p, f"{name}.3", inside)
-    return linear(p, "outer", jax.nn.silu(hidden))
-
-
-def convolutional(network: nn.Module, p: Parameters, x: Array, t: Array) -> Array:
-    scaled, features = _seen(network, x, t)
-    level = linear(p, "level.2", jax.nn.silu(linear(p, "level.0", features)))
-    hidden = conv(p, "inner", scaled, padding=1) + level[:, :, None, None]
-    for block in range(len(network.blocks)):
-        inside = hidden
-        for norm in (0, 3):
-            name = f"blocks.{block}"
-            inside = jax.nn.silu(group_norm(p, f"{name}.{norm}", inside))
-            inside = conv(p, f"{name}.{norm + 2}", inside, padding=1)
-        hidden = hidden + inside
-    return conv(p, "outer", jax.nn.silu(hidden), padding=1)
-
-
-def round_mixture(network: nn.Module, p: Parameters, x: Array, t: Array) -> Array:
-    sigma = jnp.exp(log_sigma(network.schedule, t))[:, None]
-    variance = p["variance"] + sigma**2
-    away = ((x[:, None] - p["means"]) ** 2).sum(2)
-    mean = jax.nn.softmax(-away / (2 * variance), 1) @ p["means"]
-    return sigma * (x - mean) / variance
-
-
-TWINS: dict[type[nn.Module], Twin] = {
-    Convolutional: convolutional,
-    Dense: dense,
-    RoundMixture: round_mixture,
-}
-
-
-def twin_of(network: nn.Module) -> Callable[[Parameters, Array, Array], Array]:
-    """The network as a function of its parameters, x (B, *) and t (B,)."""
-    return partial(TWINS[type(network)], network)
 
 
 def _solver(network: nn.Module, exact: bool) -> Callable[..., tuple[Array, Array, Array]]:
     """A function (parameters, x, probes, tolerance) → latents, integrals and steps."""
     twin, schedule = twin_of(network), network.schedule
+    rate = math.log(schedule.sigma_max / schedule.sigma_min)  # σ = σ_min exp(rate t)
 
     def one(p: Parameters, x: Array, probe: Array, tolerance: Array):
         def velocity(x: Array, t: Array) -> Array:
-            rate = math.log(schedule.sigma_max / schedule.sigma_min)
             noise = twin(p, x[None], t[None])[0]
-            return rate * jnp.exp(log_sigma(schedule, t)) * noise
+            return rate * schedule.sigma_min * jnp.exp(rate * t) * noise
 
         def right_side(t: Array, state: tuple[Array, Array], _: None) -> tuple[Array, Array]:
             moved, pull = jax.vjp(lambda x: velocity(x, t), state[0])

@@ -8,25 +8,12 @@ extra of this project asks for it.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 import hosm_losses as hosm
 from benchmarks.peers.score_sde import log_prior
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Another default dtype, and then the one before."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def nll(
@@ -48,17 +35,16 @@ def nll(
     def log_source(x: Tensor) -> Tensor:
         return log_prior(model, x / noise) - elements * math.log(noise)
 
+    given = {"step_size": None, "method": "dopri5", "atol": tolerance, "rtol": tolerance}
+    given |= {"time_grid": x.new_tensor([1.0, 0.0]), "exact_divergence": exact}
     # It draws its probe from the global generator, in the default dtype.
-    with torch.random.fork_rng(), default_dtype(x.dtype):
-        torch.manual_seed(seed)
-        _, found = ODESolver(velocity).compute_likelihood(
-            x_1=data * x,
-            log_p0=log_source,
-            step_size=None,
-            method="dopri5",
-            atol=tolerance,
-            rtol=tolerance,
-            time_grid=x.new_tensor([1.0, 0.0]),
-            exact_divergence=exact,
-        )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(x.dtype)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            solver = ODESolver(velocity)
+            _, found = solver.compute_likelihood(x_1=data * x, log_p0=log_source, **given)
+    finally:
+        torch.set_default_dtype(before)
     return -(found + elements * math.log(data)).detach()

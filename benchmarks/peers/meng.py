@@ -1,21 +1,19 @@
 r"""The second-order loss of Meng et al., written for comparison from its formula.
 
-Formula, in the letters of `hosm_losses.losses.terms`:
+Formula, in the letters of `hosm_losses.losses`:
     Tweedie's formula for second moments says that s₂ + s₁ s₁ᵀ is the conditional mean of
     (ε εᵀ − I)/σ². Along a probe v, and with σ² s₂ v = D, the residual of that regression is
 
         r₂ = D + v − (ε·v) ε + (f·v) f,        f held fixed.
 
-    Its conditional mean is zero at the true score, as that of this library's residual
-    D + v − (ℓ·v) ℓ, ℓ = ε + f, is; the two differ by (ℓ·v) f + (f·v) ℓ. With an error δ in f the
-    minimiser is off by −(f* δᵀ + δ f*ᵀ + δ δᵀ), f* the true value: of first order in δ, where
-    with ℓ it is off by δ δᵀ.
+    Its conditional mean is zero at the true score, as is that of this library's residual
+    D + v − (ℓ·v) ℓ, ℓ = ε + f. An error δ in f moves the minimiser by −(f* δᵀ + δ f*ᵀ + δ δᵀ), f*
+    the true value: of first order in δ, where with ℓ it is moved by δ δᵀ.
 
 What differs from the paper:
-    There a second network stands for s₂, of low rank where d is large. Here the Jacobian of the
-    one network is matched, as this library does it, so that the two losses are compared on the
-    same network. The paper also lessens the variance at small σ by a control variate with the
-    noises ε and −ε, at the cost of evaluations at three points; that is not done here.
+    There a second network stands for s₂. Here the Jacobian of the one network is matched, so that
+    the two losses are compared on the same network. The paper's control variate, with noises ε
+    and −ε and evaluations at three points, is left out.
 
 Source:
     Meng, Song, Li and Ermon, "Estimating High Order Gradients of the Data Distribution by
@@ -25,12 +23,11 @@ Source:
 from typing import Any
 
 import torch
-from hosm_losses.losses.inputs import prepare, probe_tensor
 from torch import Tensor
 
 import hosm_losses as hosm
-from hosm_losses.losses.options import Probes
 from hosm_losses.model import noise_field
+from hosm_losses.probes import draw_probes
 
 
 def second_residual(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
@@ -58,22 +55,28 @@ def terms(
     t: Tensor | None = None,
     noise: Tensor | None = None,
     probe: Tensor | None = None,
-    probes: Probes = 1,
+    probes: int | str = 1,
     distribution: str = "rademacher",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """‖f + ε‖²/d and ‖r₂‖²/d², (B,), with arguments and draws as those of `hosm.dsm_terms`."""
-    model, inputs = prepare(model, x0, t, noise, "noise", generator)
-    x, noise = inputs.x, inputs.noise
-    v = probe_tensor(x, probe, probes, distribution, generator)
-    sigma = inputs.sigma.reshape(-1, *(1,) * (x.ndim - 1))
-    value, directional, _ = noise_field(model, inputs.t).derive(x, sigma * v, order=2)
-    elements = x[0].numel()
-    first = (value + noise).square().reshape(len(x), -1).sum(1) / elements
+    d, ones = x0[0].numel(), (1,) * (x0.ndim - 1)
+    t = model.schedule.sample_time(len(x0), generator) if t is None else t
+    noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype) if noise is None else noise
+    alpha, sigma = (part.reshape(-1, *ones) for part in model.schedule(t))
+    if probe is not None:
+        v = probe.reshape(-1, *x0.shape)
+    elif probes == "exact":
+        v = torch.eye(d, dtype=x0.dtype).reshape(d, 1, *x0.shape[1:]).expand(d, *x0.shape)
+    else:
+        v = draw_probes(x0, probes, distribution, generator)
+    value, directional, _ = noise_field(model, t).derive(
+        alpha * x0 + sigma * noise, sigma * v, order=2
+    )
+    first = (value + noise).square().reshape(len(x0), -1).sum(1) / d
     squares = second_residual(value, directional, noise, v).square().flatten(2).sum(2)
     # Over the unit vectors the squares add up to what is their mean over random ones.
-    second = squares.sum(0) if probes == "exact" else squares.mean(0)
-    return first, second / elements**2
+    return first, (squares.sum(0) if probes == "exact" else squares.mean(0)) / d**2
 
 
 def _along(vector: Tensor, probe: Tensor) -> Tensor:

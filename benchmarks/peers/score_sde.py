@@ -12,8 +12,6 @@ from torch import Tensor
 
 import hosm_losses as hosm
 
-TOLERANCE = 1e-5
-
 
 def signs(x: Tensor, seed: int) -> Tensor:
     """A Rademacher probe for each sample, the same in every precision."""
@@ -23,11 +21,8 @@ def signs(x: Tensor, seed: int) -> Tensor:
 
 def flow(model: hosm.ScoreModel, x: Tensor, t: Tensor) -> Tensor:
     """dx/dt = f x − ½ g² s of the probability-flow ODE, at times (B,)."""
-    each = (-1, *(1,) * (x.ndim - 1))
-    f, g2 = (
-        part.reshape(each)
-        for part in (model.schedule.drift(t), model.schedule.squared_diffusion(t))
-    )
+    schedule, each = model.schedule, (-1, *(1,) * (x.ndim - 1))
+    f, g2 = schedule.drift(t).reshape(each), schedule.squared_diffusion(t).reshape(each)
     return f * x - 0.5 * g2 * model.score(x, t)
 
 
@@ -37,14 +32,14 @@ def log_prior(model: hosm.ScoreModel, latent: Tensor) -> Tensor:
     return normal.log_prob(latent).flatten(1).sum(1)
 
 
-def nll(model: hosm.ScoreModel, x: Tensor, seed: int, tolerance: float = TOLERANCE) -> Tensor:
+def nll(model: hosm.ScoreModel, x: Tensor, seed: int, tolerance: float) -> Tensor:
     """−log p(x) in nats, (B,)."""
     from scipy.integrate import solve_ivp
 
-    probe = signs(x, seed)
+    probe, count = signs(x, seed), x.numel()
 
     def right_side(t: float, state: np.ndarray) -> np.ndarray:
-        point = torch.as_tensor(state[: x.numel()], dtype=x.dtype).reshape(x.shape)
+        point = torch.as_tensor(state[:count], dtype=x.dtype).reshape(x.shape)
         times = torch.full((len(x),), t, dtype=x.dtype)
         with torch.no_grad():
             moved = flow(model, point, times)
@@ -57,5 +52,4 @@ def nll(model: hosm.ScoreModel, x: Tensor, seed: int, tolerance: float = TOLERAN
     span = (model.schedule.t_min, model.schedule.t_max)
     solved = solve_ivp(right_side, span, start, rtol=tolerance, atol=tolerance, method="RK45")
     end = torch.as_tensor(solved.y[:, -1])
-    latent = end[: x.numel()].reshape(x.shape)
-    return -(log_prior(model, latent) + end[x.numel() :])
+    return -(log_prior(model, end[:count].reshape(x.shape)) + end[count:])

@@ -19,29 +19,20 @@ def nll(
     """−log p(x) in nats, (B,); `exact` is for flat data alone."""
     from torchdiffeq import odeint
 
-    probe = signs(x, seed)
-
-    def trace(moved: Tensor, point: Tensor) -> Tensor:
-        if not exact:
-            (pulled,) = torch.autograd.grad((moved * probe).sum(), point)
-            return (pulled * probe).flatten(1).sum(1)
-        total = torch.zeros_like(moved[:, 0])
-        for i in range(moved.shape[1]):
-            (row,) = torch.autograd.grad(moved[:, i].sum(), point, retain_graph=True)
-            total += row[:, i]
-        return total
+    units = torch.eye(x.shape[1], dtype=x.dtype)[:, None] if exact else signs(x, seed)[None]
 
     def right_side(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        total = torch.zeros_like(state[1])
         with torch.enable_grad():
             point = state[0].detach().requires_grad_()
             moved = flow(model, point, t.expand(len(x)))
-            divergence = trace(moved, point)
-        return moved.detach(), divergence
+            for probe in units:
+                (pulled,) = torch.autograd.grad((moved * probe).sum(), point, retain_graph=True)
+                total += (pulled * probe).flatten(1).sum(1)
+        return moved.detach(), total
 
     span = x.new_tensor([model.schedule.t_min, model.schedule.t_max])
-    start = (x, x.new_zeros(len(x)))
+    given = {"rtol": tolerance, "atol": tolerance, "method": "dopri5"}
     with torch.no_grad():
-        states, gains = odeint(
-            right_side, start, span, rtol=tolerance, atol=tolerance, method="dopri5"
-        )
+        states, gains = odeint(right_side, (x, x.new_zeros(len(x))), span, **given)
     return -(log_prior(model, states[-1]) + gains[-1])

@@ -1,0 +1,90 @@
+"""What the experiments share: command line, tables, training loop, new processes, failures."""
+
+import os
+import re
+import traceback
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+def parser(doc: str | None) -> ArgumentParser:
+    """A parser with the first line of a docstring as its description, and --smoke."""
+    found = ArgumentParser(description=(doc or "").partition("\n")[0])
+    found.add_argument("--smoke", action="store_true", help="try everything, measure nothing")
+    return found
+
+
+def show(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table, numbers with four digits and "-" for None."""
+
+    def text(cell: object) -> str:
+        return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+    lines = [list(header), *([text(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{title}")
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+
+
+def training(
+    model: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float = 1e-3
+) -> Iterator[None]:
+    """Take a step of Adam, with a cosine decay over all steps, each time it is advanced.
+
+    The gradients of a step stay in place until the next one.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        decay.step()
+        yield
+
+
+def alone(
+    function: Callable[..., T],
+    *args: Any,
+    environment: Mapping[str, str] | None = None,
+    **options: Any,
+) -> T:
+    """The result of a function in a new process with these variables in its environment."""
+    before = dict(os.environ)
+    os.environ.update(environment or {})
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(function, *args, **options).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def attempt(measure: Callable[..., Row], *args: Any) -> Row:
+    """The result of a measurement, or {"failed": why}."""
+    try:
+        return measure(*args)
+    except Exception as error:
+        return {"failed": reason(error)}
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what was raised first, without paths, and where in this project."""
+    while error.__context__ is not None:
+        error = error.__context__
+    frames = [(Path(f.filename), f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    own = [f"{p.name}:{n}: " for p, n in frames if {"hosm_losses", "benchmarks"} & {*p.parts}]
+    line = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return "".join(own[-1:]) + re.sub(r"(/[\w.+-]+){2,}/?", "...", line)[:300]

@@ -1,0 +1,116 @@
+"""The networks once more in JAX: what PyTorch computes, operator by operator.
+
+PyTorch traces a network for the shape of its input, and every operator of the graph has its
+counterpart in JAX, which compiles the whole anew. `OPERATORS` holds those of the benchmarks whose
+name or whose arguments are others than in Python's `operator` and in `jax.numpy`.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from jax import Array, lax
+from torch import nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Parameters = dict[str, Array]
+Network = Callable[[Parameters, Array, Array], Array]
+
+
+def convolution(x: Array, weight: Array, bias: Array, stride: list[int], padding: list[int], *_):
+    """A convolution of (B, C, H, W) as in PyTorch, neither dilated nor transposed."""
+    names, around = ("NCHW", "OIHW", "NCHW"), [(size, size) for size in padding]
+    out = lax.conv_general_dilated(x, weight, stride, around, dimension_numbers=names)
+    return out + bias[:, None, None]
+
+
+def standardise(x: Array, axes: tuple[int, ...], eps: float) -> Array:
+    """Zero mean and unit variance over some dimensions."""
+    centred = x - x.mean(axes, keepdims=True)
+    return centred * lax.rsqrt((centred**2).mean(axes, keepdims=True) + eps)
+
+
+def group_norm(x: Array, weight: Array, bias: Array, *sizes: Any) -> tuple[Array]:
+    *_, groups, eps = sizes
+    standard = standardise(x.reshape(len(x), groups, -1), (2,), eps).reshape(x.shape)
+    return (standard * weight[:, None, None] + bias[:, None, None],)
+
+
+def layer_norm(x: Array, shape: list[int], weight: Array, bias: Array, eps: float) -> tuple[Array]:
+    standard = standardise(x, tuple(range(-len(shape), 0)), eps)
+    return (standard if weight is None else standard * weight + bias,)
+
+
+def doubled(x: Array, *_: Any) -> Array:
+    return jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+
+
+def split(x: Array, size: int, dim: int = 0) -> list[Array]:
+    return jnp.split(x, x.shape[dim] // size, axis=dim)
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "_safe_softmax": jax.nn.softmax,
+    "_softmax": lambda x, dim, _: jax.nn.softmax(x, dim),
+    "_unsafe_view": jnp.reshape,
+    "addmm": lambda bias, x, weight: bias + x @ weight,
+    "arange": lambda end, **_: jnp.arange(end),
+    "bmm": operator.matmul,
+    "cat": jnp.concatenate,
+    "clone": lambda x, **_: x,
+    "convolution": convolution,
+    "div": operator.truediv,
+    "expand": jnp.broadcast_to,
+    "gelu": lambda x, approximate: jax.nn.gelu(x, approximate == "tanh"),
+    "mm": operator.matmul,
+    "native_group_norm": group_norm,
+    "native_layer_norm": layer_norm,
+    "ones_like": lambda x, **_: jnp.ones_like(x),
+    "permute": jnp.transpose,
+    "silu": jax.nn.silu,
+    "split": split,
+    "sum": lambda x, dims: x.sum(tuple(dims)),
+    "t": jnp.transpose,
+    "transpose": jnp.swapaxes,
+    "unbind": lambda x, dim=0: [*jnp.moveaxis(x, dim, 0)],
+    "unsqueeze": jnp.expand_dims,
+    "upsample_nearest2d": doubled,
+    "view": jnp.reshape,
+}
+
+
+class InJax(torch.fx.Interpreter):
+    """Runs a graph of PyTorch's operators on arrays of JAX."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = target.__name__.partition(".")[0]
+        found = OPERATORS.get(name) or getattr(operator, name, None) or getattr(jnp, name)
+        return found(*args, **kwargs)
+
+
+def parameters_of(network: nn.Module) -> Parameters:
+    """The parameters of a module; those in float64 stay so where JAX's x64 mode is on."""
+    return {key: jnp.asarray(value.numpy()) for key, value in network.state_dict().items()}
+
+
+def twin_of(network: nn.Module) -> Network:
+    """The network as a function of its parameters, x (B, *) and t (B,)."""
+    state = network.state_dict()
+
+    def apply(state: dict[str, torch.Tensor], x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return functional_call(network, state, (x, t))
+
+    def twin(p: Parameters, x: Array, t: Array) -> Array:
+        dtype = getattr(torch, str(x.dtype))
+        like = torch.zeros(x.shape, dtype=dtype), torch.full(t.shape, 0.5, dtype=dtype)
+        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            graph = make_fx(apply)(state, *like)
+        graph.graph.eliminate_dead_code()  # the moments that PyTorch's norms return as well
+        return InJax(graph).run(*(p[key] for key in state), x, t)
+
+    return twin

@@ -1,0 +1,64 @@
+"""The variants of the losses, and a training step of each on one of the networks."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import hosm_losses as hosm
+from benchmarks.experiment import Row
+from benchmarks.networks import NETWORKS
+
+LOSSES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
+NAMES = ("mlp", "convolutional", "unet", "dit")  # the networks that training steps run on
+BASE = "order 1"
+ENGINES = ("taylor", "reverse", "forward")
+EXACT = {"order": 3, "derivative": "taylor"}
+LAPLACIAN = {**EXACT, "third": "laplacian"}
+VARIANTS: dict[str, Row] = {
+    BASE: {"order": 1},
+    **{f"order 2, {engine}": {"order": 2, "derivative": engine} for engine in ENGINES},
+    **{f"order 3 exact, {engine}": {"order": 3, "derivative": engine} for engine in ENGINES},
+    **{
+        f"order 3 {third}, {engine}": {"order": 3, "third": third, "derivative": engine}
+        for third in ("laplacian", "sliced")
+        for engine in ("taylor", "forward")
+    },
+    "order 3 exact, fraction=1/4": {**EXACT, "fraction": 0.25},
+    "order 3 exact, chunks=4": {**EXACT, "chunks": 4},
+    "order 2, probes=4": {"order": 2, "derivative": "taylor", "probes": 4},
+    "order 3 laplacian, probes=4": {**LAPLACIAN, "probes": 4},
+}
+COMPILED: dict[str, Row] = {
+    "order 2, compiled": {"order": 2, "compiled": True},
+    "order 3 exact, compiled": {"order": 3, "compiled": True},
+    "order 3 laplacian, compiled": {"order": 3, "third": "laplacian", "compiled": True},
+}
+
+
+def model_of(name: str) -> hosm.ScoreModel:
+    """One of NETWORKS with new weights, always the same, under the VP schedule."""
+    torch.manual_seed(0)
+    return hosm.ScoreModel(NETWORKS[name][0](), hosm.VPSchedule())
+
+
+def loss_of(
+    model: hosm.ScoreModel, *, order: int, compiled: bool = False, **options: object
+) -> nn.Module:
+    """The loss module of a variant."""
+    loss = LOSSES[order](model, **options)
+    return torch.compile(loss, fullgraph=True) if compiled else loss
+
+
+def step_of(
+    name: str, model: hosm.ScoreModel | None = None, **variant: object
+) -> Callable[[int], None]:
+    """A training step, loss and backward pass, as a function of the size of its batch."""
+    model, shape = model or model_of(name), NETWORKS[name][1][1:]
+    loss = loss_of(model, **variant)
+
+    def step(batch: int) -> None:
+        loss(torch.randn(batch, *shape)).backward()
+        model.zero_grad()  # here and not before, so that no gradients are held before the next
+
+    return step
