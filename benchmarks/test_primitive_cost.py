@@ -11,6 +11,7 @@ import torch
 from benchmarks.networks import NETWORKS
 from benchmarks.steps import model_of
 from benchmarks.timing import ratios
+from hosm_losses.model import noise_field
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -61,11 +61,11 @@ class Schedule:
     t_max: float
     integer_time: ClassVar[bool] = False
 
-    def alpha(self, t: Tensor | float) -> Tensor:
+    def alpha(self, t: Tensor) -> Tensor:
         """α(t), the factor of the data."""
         raise NotImplementedError(UNDEFINED.format(type(self).__name__))
 
-    def sigma(self, t: Tensor | float) -> Tensor:
+    def sigma(self, t: Tensor) -> Tensor:
         """σ(t), the standard deviation of the noise."""
         raise NotImplementedError(UNDEFINED.format(type(self).__name__))
 

@@ -30,6 +30,7 @@ __all__ = [
     "Jet",
     "TaylorError",
     "aligned",
+    "carried",
     "components",
     "define_methods",
     "halves",
@@ -189,7 +190,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
         raise TaylorError(f"{_name(func)}: called under torch.no_grad on what depends on x.")
-    taken = None if found is None else found.bound(args, kwargs)
+    taken = None if found is None else _taken(found, args, kwargs)
     if found is not None and taken is not None and (found.several or _is_first(*taken)):
         try:
             return found.function(*taken[0], **taken[1])
@@ -198,10 +199,51 @@ def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     return _differentiated(func, args, kwargs)
 
 
+def _taken(
+    found: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments as the rule is called with them; None if it does not take them."""
+    named = {name: value for name, value in kwargs.items() if name not in ("inplace", "out")}
+    if named or len(args) < len(found.needed) or (found.most or len(args)) < len(args):
+        return found.bound(args, named)
+    return args, named
+
+
 def _is_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the first argument is a Jet and no other is."""
     jets = [isinstance(each, Jet) for each in (*args, *kwargs.values())]
     return jets[0] and sum(jets) == 1
+
+
+def carried(
+    function: Callable[[Tensor], object], x: Tensor, directions: Tensor, pairs: Pairs = "none"
+) -> Tensor:
+    """The stack (C, B, *) of a function at x (B, *): f, ∂f w for the K directions, and pairs.
+
+    `pairs` is "none"; "squares" for ∂²f[w, w] of every direction; "halves" for ∂²f[v, u] of each v
+    of the first half and its u of the second. TaylorError says what cannot be carried.
+
+    Example:
+        >>> x = torch.tensor([[0.5]])
+        >>> carried(torch.square, x, torch.ones(1, 1, 1), "squares").flatten()
+        tensor([0.2500, 1.0000, 2.0000])
+    """
+    count = len(directions)
+    # Joined along the batch, which keeps a channels-last layout.
+    stack = torch.cat([x, *directions]).unflatten(0, (1 + count, len(x)))
+    # Gradients are off in the forward of a custom autograd.Function, which is how one is found.
+    with torch.enable_grad():
+        result = function(Jet.make(stack, count, pairs))
+    if not isinstance(result, Jet):
+        raise TaylorError(
+            f"its output does not carry derivatives in x; got {type(result).__name__}."
+        )
+    seconds = {"none": 0, "squares": count, "halves": count // 2}[pairs]
+    missing = 1 + count + seconds - len(result.stack)
+    if not missing:
+        return result.stack
+    # Second derivatives that are zero everywhere, as of a linear network.
+    return torch.cat([result.stack, result.stack.new_zeros(missing, *result.stack.shape[1:])])
 
 
 def define_methods() -> None:

@@ -47,8 +47,6 @@ class Rule:
             return None
         named: dict[str, Any] = {}
         for given, value in kwargs.items():
-            if given in ("inplace", "out"):  # which are not set; see `jet.call`
-                continue
             name = SPELLINGS.get(given, given)
             known = self.anything or name in self.names
             if not known or name in named or name in self.names[: len(args)]:
