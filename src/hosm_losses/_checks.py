@@ -6,29 +6,6 @@ CPU tensors outside `torch.compile` and the transforms of `torch.func`. On an ac
 would make the host wait for the device.
 """
 
-__all__ = [
-    "DerivativeError",
-    "at_least_float32",
-    "check_choice",
-    "check_dense",
-    "check_finite",
-    "check_flag",
-    "check_generator",
-    "check_like",
-    "check_model_kwargs",
-    "check_not_empty",
-    "check_number",
-    "check_range",
-    "check_sample_batch",
-    "check_whole",
-    "complaint",
-    "describe",
-    "expand_right",
-    "may_look",
-    "over_elements",
-    "owns_values",
-]
-
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Number, Real

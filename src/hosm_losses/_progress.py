@@ -1,7 +1,5 @@
 """A progress bar for long work, on request."""
 
-__all__ = ["progress_bar"]
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

@@ -4,30 +4,6 @@ PyTorch keeps no private name or text stable. `tests/test_torch_internals.py` ha
 which says in which versions it was seen to hold; where one fails, this file is what to change.
 """
 
-__all__ = [
-    "COMPILED_PART",
-    "DEVICE_ERROR_TEXT",
-    "DOUBLE_BACKWARD_OF_COMPILED",
-    "HOOKS_IN_TRANSFORM",
-    "LOST_ATTRIBUTE",
-    "NOT_TWICE",
-    "OF_DTYPES",
-    "REENTRANT_CHECKPOINT",
-    "checkpoint_hook",
-    "custom_function",
-    "forward_mode",
-    "graph_nodes",
-    "has_graph",
-    "normal",
-    "outside_inference_mode",
-    "pytree",
-    "shell",
-    "surrounded",
-    "traced",
-    "transformed",
-    "versions",
-]
-
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -36,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils import _pytree as pytree
+from torch.utils import _pytree as pytree  # noqa: F401
 
 # What PyTorch says of an operator without a second derivative in reverse mode.
 NOT_TWICE = ("derivative for aten::", "the derivative for '", "once_differentiable")

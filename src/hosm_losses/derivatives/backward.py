@@ -6,15 +6,6 @@ What:
     is noticed when it happens and is an error with its remedy.
 """
 
-__all__ = [
-    "LOST_TWICE",
-    "DroppedGraphError",
-    "gradients",
-    "pull_back",
-    "refuse_dropped",
-    "remedied",
-]
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Activation checkpointing inside a network whose derivatives a loss takes."""
 
-__all__ = ["checkpoint"]
-
 from collections.abc import Callable
 from typing import Any
 

@@ -16,8 +16,6 @@ Source:
     the "double backward trick" of J. Townsend (2017).
 """
 
-__all__ = ["Curved", "Derivatives", "Field", "forward", "quadratic_forms", "reverse", "taylor"]
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial

@@ -10,14 +10,6 @@ Source:
     The documentation of `torch.overrides`; that of `torch.utils.checkpoint` for `context_fn`.
 """
 
-__all__ = [
-    "CHECKPOINT_ADVICE",
-    "FORWARD_ADVICE",
-    "recomputable",
-    "safe_primitives",
-    "without_recomputation",
-]
-
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

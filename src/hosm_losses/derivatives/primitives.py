@@ -11,8 +11,6 @@ Source:
     PyTorch issues 175754, 186256, 196699 and 196700.
 """
 
-__all__ = ["PRIMITIVES", "attention_weights", "causal_mask", "per_channel"]
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

@@ -12,8 +12,6 @@ Cost, in network evaluations with the parameter gradient (a first-order step is 
     reverse engine fold them into the batch.
 """
 
-__all__ = ["ASK_THE_CHECK", "ENGINES", "Engine", "Snapshot", "derive", "say_no_price"]
-
 import contextlib
 import sys
 import warnings

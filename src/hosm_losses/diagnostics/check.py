@@ -7,8 +7,6 @@ What:
     parts make its gradient another number than its slope.
 """
 
-__all__ = ["check_derivatives"]
-
 import copy
 import functools
 from collections.abc import Mapping

@@ -15,8 +15,6 @@ Source:
     Griewank and Walther, "Evaluating Derivatives" (2008), for checks against differences.
 """
 
-__all__ = ["TOLERANCE", "Agreement", "Check", "Smoothness", "random_like", "reseed", "size_of"]
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

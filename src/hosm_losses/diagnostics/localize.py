@@ -10,17 +10,6 @@ Formula:
     hold all first and second derivatives.
 """
 
-__all__ = [
-    "Call",
-    "Watch",
-    "attempt",
-    "culprit",
-    "custom_functions",
-    "functions_at_fault",
-    "recorded",
-    "tensors_in",
-]
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace

@@ -8,8 +8,6 @@ What:
     that is taken to belong to them, unless the network draws random numbers, which go by place.
 """
 
-__all__ = ["check_samples", "check_values", "evaluate"]
-
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import combinations, islice

@@ -1,7 +1,5 @@
 """What the foreign projects share: their attributes, their table of noise levels, their names."""
 
-__all__ = ["check_has", "first_half", "predicted", "table_schedule"]
-
 from collections.abc import Mapping
 from typing import Any, cast
 

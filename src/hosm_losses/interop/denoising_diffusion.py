@@ -1,7 +1,5 @@
 """lucidrains denoising-diffusion-pytorch: a GaussianDiffusion, which holds its network."""
 
-__all__ = ["from_denoising_diffusion"]
-
 from typing import Any
 
 from hosm_losses.interop._table import check_has, predicted, table_schedule

@@ -1,7 +1,5 @@
 """diffusers: a model and the scheduler it is trained with."""
 
-__all__ = ["from_diffusers"]
-
 from operator import attrgetter
 from typing import Any
 

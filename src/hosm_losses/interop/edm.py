@@ -1,7 +1,5 @@
 """NVlabs/edm: a preconditioned network, which is a denoiser D(x, σ)."""
 
-__all__ = ["from_edm"]
-
 from typing import Any
 
 from hosm_losses.interop._table import check_has

@@ -1,7 +1,5 @@
 """openai guided-diffusion and improved-diffusion: a model and its GaussianDiffusion."""
 
-__all__ = ["from_guided_diffusion"]
-
 from typing import Any
 
 from torch import nn

@@ -1,7 +1,5 @@
 """yang-song/score_sde_pytorch: a model and its SDE."""
 
-__all__ = ["from_score_sde"]
-
 from typing import Any
 
 from torch import nn

@@ -10,8 +10,6 @@ Source:
     assumption", Computers & Mathematics with Applications 62 (2011), table 1.
 """
 
-__all__ = ["adaptive"]
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -15,8 +15,6 @@ Source:
     arXiv 2206.00364, for y and the scaling; Zheng et al., ICML 2023, for log SNR as time.
 """
 
-__all__ = ["Coordinates", "NoiseLevel", "accumulator", "element_sum"]
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -14,8 +14,6 @@ Source:
     arXiv 1509.00519, and Ho et al., arXiv 1902.00275, for the importance-weighted bound.
 """
 
-__all__ = ["Dequantization", "check_draws", "check_images", "dequantize", "importance_weighted"]
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

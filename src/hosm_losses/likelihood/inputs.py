@@ -5,8 +5,6 @@ A sample fails where its number says nothing: one that is not finite in the netw
 nats an element, 0.14 bits per dimension, where the first-order estimate has lost its meaning.
 """
 
-__all__ = ["Batch", "data_coordinates", "evaluate", "mark_failed", "whole_batch"]
-
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext

@@ -17,8 +17,6 @@ Source:
     Davis and Rabinowitz, "Methods of Numerical Integration", 2.9, for Gregory's rule.
 """
 
-__all__ = ["Node", "combine", "gregory_weights", "multistep", "multistep_evaluations"]
-
 from collections.abc import Callable
 from typing import NamedTuple
 

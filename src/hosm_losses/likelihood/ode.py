@@ -15,8 +15,6 @@ Source:
     appendix D.2, for the likelihood of the probability-flow ODE.
 """
 
-__all__ = ["Divergence", "Method", "ode_nll"]
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args

@@ -10,8 +10,6 @@ Source:
     Stegun, "Handbook of Mathematical Functions", 26.7.5, for Student's law.
 """
 
-__all__ = ["Paths", "Solved", "solve_adaptive", "solve_fixed", "student_factor", "with_divergence"]
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -12,8 +12,6 @@ Source:
     Theis et al., "A note on the evaluation of generative models", arXiv 1511.01844.
 """
 
-__all__ = ["NLLResult", "NLLSummary", "Quantization"]
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

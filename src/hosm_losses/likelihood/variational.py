@@ -22,8 +22,6 @@ Source:
     al., arXiv 2107.00630, equation 13, for the integral over log σ̂.
 """
 
-__all__ = ["variational_nll"]
-
 import math
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -8,8 +8,6 @@ Source:
     Lu et al., ICML 2022, arXiv 2206.08265.
 """
 
-__all__ = ["dsm_terms", "first_order_dsm", "second_order_dsm", "third_order_dsm"]
-
 from typing import Any, Unpack
 
 from torch import Tensor

@@ -5,8 +5,6 @@ What:
     computes the loss in its forward, so that a wrapper around it sees every use of a parameter.
 """
 
-__all__ = ["FirstOrderDSM", "SecondOrderDSM", "ThirdOrderDSM"]
-
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack, overload
 
 from torch import Tensor, nn

@@ -11,8 +11,6 @@ Source:
     normalisation of its image experiments.
 """
 
-__all__ = ["evaluate", "perturbed"]
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -1,23 +1,5 @@
 """The options of a loss: types, defaults and checks. `third_order_dsm` says what each does."""
 
-__all__ = [
-    "ESTIMATORS",
-    "FirstOrderArguments",
-    "FirstOrderInputs",
-    "FirstOrderOptions",
-    "HigherOrderInputs",
-    "LossOptions",
-    "SecondOrderArguments",
-    "SecondOrderOptions",
-    "TermsArguments",
-    "ThirdOrderArguments",
-    "ThirdOrderOptions",
-    "Weights",
-    "check_weights",
-    "refuse_unknown",
-    "spelled_out",
-]
-
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence

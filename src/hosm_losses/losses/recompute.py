@@ -13,8 +13,6 @@ Source:
     Chen et al., "Training deep nets with sublinear memory cost" (2016).
 """
 
-__all__ = ["in_chunks"]
-
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

@@ -42,15 +42,6 @@ Source:
     Denoising Score Matching", ICML 2022, arXiv 2206.08265, equations 10 to 15 and appendix.
 """
 
-__all__ = [
-    "DSMTerms",
-    "Inputs",
-    "LoggedTerms",
-    "evaluate_terms",
-    "first_residual_of",
-    "first_term",
-]
-
 from collections.abc import Callable
 from typing import NamedTuple
 

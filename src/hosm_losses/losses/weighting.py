@@ -26,14 +26,6 @@ Source:
     σ̂ for every schedule.
 """
 
-__all__ = [
-    "TimeSampler",
-    "Weighting",
-    "check_weighting",
-    "draw_time",
-    "time_factors",
-]
-
 from collections.abc import Callable
 from typing import Literal, get_args
 

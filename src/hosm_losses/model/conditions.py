@@ -8,8 +8,6 @@ What:
     when the arguments are bound to a batch: `bound` marks all that is shared.
 """
 
-__all__ = ["Shared", "bound", "map_tensors", "per_sample", "unwrapped"]
-
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping

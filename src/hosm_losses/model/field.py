@@ -5,8 +5,6 @@ Formula:
     D_f = −(p D + q w), G_f = −p G and C_f = −p C, with D, G and C of the network alone.
 """
 
-__all__ = ["ConditionedModel", "NetworkField", "NoiseField", "condition", "noise_field"]
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any

@@ -17,8 +17,6 @@ Source:
     Salimans and Ho, arXiv 2202.00512, for v; Lipman et al., arXiv 2210.02747, for u.
 """
 
-__all__ = ["Prediction", "ScoreModel", "check_model", "check_time", "refuse_wrapped"]
-
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial

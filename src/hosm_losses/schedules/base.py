@@ -10,8 +10,6 @@ Source:
     2107.00630, for log σ̂ (their −½ log SNR) as the time of every schedule.
 """
 
-__all__ = ["Schedule", "as_time", "time_derivative"]
-
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar

@@ -7,8 +7,6 @@ What:
     waits, and nothing is read from an accelerator.
 """
 
-__all__ = ["check_schedule"]
-
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch

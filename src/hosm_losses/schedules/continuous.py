@@ -12,15 +12,6 @@ Precision:
 
 # ruff: noqa: D102  (Schedule says what each method returns, and each class its formulas)
 
-__all__ = [
-    "CosineSchedule",
-    "EDMSchedule",
-    "LinearFlowSchedule",
-    "SubVPSchedule",
-    "VESchedule",
-    "VPSchedule",
-]
-
 import inspect
 import math
 import operator

@@ -5,8 +5,6 @@ Source:
     linear betas; Nichol and Dhariwal, arXiv 2102.09672, equation 17, for the cosine.
 """
 
-__all__ = ["DiscreteSchedule", "Table"]
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -8,8 +8,6 @@ r"""Value and derivatives of a function along directions, carried through it in 
 - `recompute`: formulas of which only the arguments are kept for the backward passes.
 """
 
-__all__ = ["Jet", "TaylorError", "carried"]
-
 from hosm_losses.derivatives.taylor import (  # noqa: F401
     arithmetic,
     layers,
@@ -19,6 +17,9 @@ from hosm_losses.derivatives.taylor import (  # noqa: F401
     selection,
     shapes,
 )
-from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, carried, define_methods
+from hosm_losses.derivatives.taylor.jet import Jet as Jet
+from hosm_losses.derivatives.taylor.jet import TaylorError as TaylorError
+from hosm_losses.derivatives.taylor.jet import carried as carried
+from hosm_losses.derivatives.taylor.jet import define_methods
 
 define_methods()

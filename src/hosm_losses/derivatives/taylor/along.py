@@ -1,7 +1,5 @@
 r"""Derivatives along directions by nested torch.func.jvp, for functions without a rule."""
 
-__all__ = ["Pairs", "along"]
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal

@@ -9,8 +9,6 @@ The type of a result is that of PyTorch for the values: a number without axes do
 tensor with some, though its stack has an axis.
 """
 
-__all__ = ["add", "matmul", "multiply"]
-
 from collections.abc import Callable
 from functools import partial, wraps
 from string import ascii_letters

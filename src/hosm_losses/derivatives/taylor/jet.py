@@ -25,21 +25,6 @@ Source:
     Duvenaud, "Taylor-mode automatic differentiation for higher-order derivatives in JAX" (2019).
 """
 
-__all__ = [
-    "CHANGES",
-    "Jet",
-    "TaylorError",
-    "aligned",
-    "carried",
-    "components",
-    "define_methods",
-    "halves",
-    "like_samples",
-    "on_values",
-    "result_type",
-    "stacks_of",
-]
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

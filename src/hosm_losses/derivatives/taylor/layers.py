@@ -9,8 +9,6 @@ Formula of p = softmax(x), with ⟨·⟩ the mean under p and u_l = x_l − ⟨x
 Attention is two products of matrices and a softmax; its matrix of weights is kept.
 """
 
-__all__: list[str] = []
-
 from functools import partial
 from typing import Any
 

@@ -9,8 +9,6 @@ Formula over a row of N elements, with c = x − ⟨x⟩, ⟨·⟩ the mean over
 The gradients are autograd's, of the formula evaluated again.
 """
 
-__all__: list[str] = []
-
 import math
 from collections.abc import Callable
 from functools import partial

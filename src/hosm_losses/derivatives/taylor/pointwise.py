@@ -8,8 +8,6 @@ name by which networks call it; see `_silu`. Gradients follow from the same four
 the stack is kept for them.
 """
 
-__all__ = ["apply", "pointwise", "power", "sigmoid"]
-
 import math
 from collections.abc import Callable, Iterator
 from functools import partial, wraps

@@ -8,8 +8,6 @@ derivatives, as in PyTorch: its result is a plain tensor, and casting that back 
 complex numbers is refused by `Jet.make`.
 """
 
-__all__: list[str] = []
-
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any

@@ -10,8 +10,6 @@ Under torch.compile and the transforms of torch.func the function is evaluated a
 decide themselves what to keep.
 """
 
-__all__ = ["recomputed"]
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress

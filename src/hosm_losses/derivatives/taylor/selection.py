@@ -7,8 +7,6 @@ and reads lists and arrays of NumPy in ways of its own. An index with at most on
 place, in a stack as in its value; every other goes to PyTorch as it stands.
 """
 
-__all__ = ["masked_fill"]
-
 from typing import Any
 
 import torch

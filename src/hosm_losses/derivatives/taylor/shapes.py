@@ -3,8 +3,6 @@
 All dimensions are counted from the back, where an axis of the value is one of the stack.
 """
 
-__all__: list[str] = []
-
 from collections.abc import Callable
 from functools import wraps
 from typing import Any

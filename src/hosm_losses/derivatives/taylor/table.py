@@ -5,8 +5,6 @@ raises `NoRule`, goes to PyTorch's own function with exactly those arguments; se
 `hosm_losses.derivatives.taylor.jet`.
 """
 
-__all__ = ["CONSTANT", "RULES", "NoRule", "Rule", "axes", "axis", "every", "rule", "rule_of_each"]
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
