@@ -325,6 +325,18 @@ def dense_terms(
     return first, *torch.stack(squares).mean(0)
 
 
+class CountCalls(TorchDispatchMode):
+    """How many operators are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
 class CountFlops(TorchDispatchMode):
     """Counts the FLOPs of matrix products and convolutions, wherever they are called from."""
 

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+import torch._dynamo  # PyTorch wraps torch.manual_seed where this is first imported
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
