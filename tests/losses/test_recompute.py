@@ -192,8 +192,12 @@ def test_what_cannot_be_known_is_an_error():
     outside = nn.Parameter(torch.ones(1))
 
     class Outside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
         def forward(self, x, t):
-            return outside * network(x, t)
+            return outside * self.network(x, t)
 
     module = hosm.ScoreModel(Outside(), hosm.VPSchedule())
     loss = hosm.second_order_dsm(module, x0.requires_grad_(), chunks=2)
