@@ -199,17 +199,21 @@ class AttentionNet(nn.Module):
         return self.outer(torch.tanh(hidden + mixed))
 
 
-class Detaches(torch.autograd.Function):
-    """Cubes, right by forward mode, with a backward that loses its graph."""
-
-    @staticmethod
-    def forward(x):
-        return x**3
+class SavesItsInput(torch.autograd.Function):
+    """What a custom Function needs that has a forward derivative too: its input, for both ways."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
+
+
+class Detaches(SavesItsInput):
+    """Cubes, right by forward mode, with a backward that loses its graph."""
+
+    @staticmethod
+    def forward(x):
+        return x**3
 
     @staticmethod
     def backward(ctx, grad):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import hosm_losses as hosm
 from hosm_losses.model import noise_field
-from hosm_losses.probes import draw_probes
+from hosm_losses.probes import draw_probes, unit_vectors
 
 
 def second_residual(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def terms(
     if probe is not None:
         v = probe.reshape(-1, *x0.shape)
     elif probes == "exact":
-        v = torch.eye(d, dtype=x0.dtype).reshape(d, 1, *x0.shape[1:]).expand(d, *x0.shape)
+        v = unit_vectors(x0)
     else:
         v = draw_probes(x0, probes, distribution, generator)
     value, directional, _ = noise_field(model, t).derive(

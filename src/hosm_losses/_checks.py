@@ -200,10 +200,13 @@ def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
     return per_sample.reshape(per_sample.shape + (1,) * (like.ndim - per_sample.ndim))
 
 
-def over_elements(tensor: Tensor) -> Tensor:
-    """Sum over the elements of a sample, (K, B, *) to (K, B), in float32 at least."""
+def over_elements(tensor: Tensor, kept: int = 2) -> Tensor:
+    """Sum over the elements of a sample, (K, B, *) to (K, B), in float32 at least.
+
+    `kept` is the number of dimensions before those of a sample, 1 for (B, *).
+    """
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    return tensor.reshape(*tensor.shape[:2], -1).sum(-1, dtype=wide)
+    return tensor.reshape(*tensor.shape[:kept], -1).sum(-1, dtype=wide)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

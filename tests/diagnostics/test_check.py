@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import hosm_losses as hosm
-from tests.oracles import Cubes, networks
+from tests.oracles import Cubes, SavesItsInput, networks
 
 ENGINES = ("forward", "reverse", "taylor")
 VP = hosm.VPSchedule()
@@ -103,17 +103,12 @@ class UpFirDn2dCompiled(DropsGraph):
     """The compiled filter's wrapper: a backward without a second derivative in its weights."""
 
 
-class DropsTangent(torch.autograd.Function):
+class DropsTangent(SavesItsInput):
     """A kernel whose forward derivative is right, and whose tangent has no graph."""
 
     @staticmethod
     def forward(x):
         return x.sin()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):

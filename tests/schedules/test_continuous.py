@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hosm_losses as hosm
+from tests.oracles import CountCalls
 
 SCHEDULES = {
     "vp": hosm.VPSchedule(),
@@ -174,27 +174,15 @@ def test_the_cosines_inverse_keeps_its_digits(offset, dtype):
     assert max(errors) < 8 * torch.finfo(dtype).eps
 
 
-class Calls(TorchDispatchMode):
-    """Counts calls of operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_no_schedule_makes_a_likelihood_dear(name):
     """VP's is the measure; a bisection would call 10 to 20 times as many operators."""
     counts = []
     for schedule in (SCHEDULES[name], SCHEDULES["vp"]):
         model = hosm.ScoreModel(lambda x, t: x, schedule)
-        with Calls() as calls:
+        with CountCalls() as calls:
             hosm.ode_nll(model, torch.zeros(2, 2), steps=16)
-        counts.append(calls.count)
+        counts.append(calls.number)
     assert counts[0] < 1.2 * counts[1]
 
 

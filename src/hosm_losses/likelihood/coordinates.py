@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import expand_right
+from hosm_losses._checks import expand_right, over_elements
 from hosm_losses.schedules import Schedule
 
 
@@ -84,21 +84,16 @@ class Coordinates:
 
     def integrand(self, divergence: Tensor, level: NoiseLevel) -> Tensor:
         """σ ∇·ε̂ − Σ_i σ̂²/c² from the divergence ∇·ε̂ (K, n)."""
-        shrinking = element_sum((level.sigma_hat / level.scale).square())
+        shrinking = over_elements((level.sigma_hat / level.scale).square(), 1)
         return level.sigma.reshape(-1) * divergence - shrinking
 
     def log_volume(self, level: NoiseLevel) -> Tensor:
         """Σ_i log(α c), (n,)."""
-        return element_sum((level.alpha * level.scale).log())
+        return over_elements((level.alpha * level.scale).log(), 1)
 
     def covector(self, noise: Tensor, level: NoiseLevel) -> Tensor:
         """The gradient in z of the log-density, where the model's score is that of its ODE."""
         return -(level.scale / level.sigma_hat) * noise
-
-
-def element_sum(x: Tensor) -> Tensor:
-    """Sum over the elements of each sample, (n, *) to (n,)."""
-    return x.reshape(len(x), -1).sum(1)
 
 
 def accumulator(x: Tensor) -> torch.dtype:

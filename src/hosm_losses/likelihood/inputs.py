@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,10 +26,11 @@ from hosm_losses._checks import (
     check_whole,
     describe,
     may_look,
+    over_elements,
 )
 from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import normal, outside_inference_mode
-from hosm_losses.likelihood.coordinates import Coordinates, NoiseLevel, accumulator, element_sum
+from hosm_losses.likelihood.coordinates import Coordinates, NoiseLevel, accumulator
 from hosm_losses.likelihood.dequantize import check_images, dequantize, importance_weighted
 from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.model import ConditionedModel, NoiseField, ScoreModel, check_model, condition
@@ -69,7 +71,7 @@ class Batch:
         if self.log_prior is None:
             std = self.coordinates.schedule.prior_std
             normalisation = latent[0].numel() * math.log(2 * math.pi * std**2)
-            return -0.5 * (element_sum(latent.square()) / std**2 + normalisation)
+            return -0.5 * (over_elements(latent.square(), 1) / std**2 + normalisation)
         value = self.log_prior(latent.to(self.dtype))
         shape = (len(latent),)
         check_like("log_prior(latent)", value, shape, self.dtype, latent.device, "x")
@@ -173,6 +175,6 @@ def _moment(name: str, value: float | Tensor, x: Tensor) -> Tensor:
 
 def _network_dtype(model: ScoreModel, x: Tensor) -> torch.dtype:
     """The dtype of x, or for integers that of the network's first floating-point parameter."""
-    tensors = (x, *model.network.parameters()) if isinstance(model.network, nn.Module) else (x,)
-    dtypes = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
+    parameters = model.network.parameters() if isinstance(model.network, nn.Module) else ()
+    dtypes = (each.dtype for each in chain((x,), parameters) if each.is_floating_point())
     return next(dtypes, torch.get_default_dtype())

@@ -22,12 +22,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from hosm_losses._checks import over_elements
+
 BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 MOULTON = (9 / 24, 19 / 24, -5 / 24, 1 / 24)
 MILNE = 251 / 270
 RICHARDSON = 1 / 15
 GREGORY = (-1 / 8, 1 / 6, -1 / 24)
 START = 3
+MINIMUM_STEPS = START + 1
 
 
 class Node(NamedTuple):
@@ -88,10 +91,10 @@ def multistep(
         difference = difference + h * (fine[index] - coarse[index]) * here.integrand
         variance = variance + (h * fine[index]) ** 2 * here.variance
         slopes = [here.slope, *slopes[:3]]
-        if index >= START + 1:
+        if index >= MINIMUM_STEPS:
             corrected = y_before + h * combine(MOULTON, slopes)
             local = MILNE * (corrected - y)
-            path_error = path_error + (here.covector * local).reshape(len(y), -1).sum(-1)
+            path_error = path_error + over_elements(here.covector * local, 1)
         if index == steps:
             break
         y_before = y

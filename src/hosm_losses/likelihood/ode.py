@@ -25,6 +25,7 @@ from torch import Tensor
 from hosm_losses._checks import check_choice, check_flag, check_number, check_whole
 from hosm_losses.likelihood.dequantize import Dequantization, check_draws
 from hosm_losses.likelihood.inputs import Batch, evaluate, whole_batch
+from hosm_losses.likelihood.multistep import MINIMUM_STEPS
 from hosm_losses.likelihood.paths import Paths, Solved, solve_adaptive, solve_fixed
 from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.model import ScoreModel
@@ -32,7 +33,6 @@ from hosm_losses.probes import DISTRIBUTIONS, Distribution
 
 Method = Literal["fixed", "adaptive"]
 Divergence = Literal["exact", "hutchinson"]
-MINIMUM_STEPS = 4
 
 
 def ode_nll(

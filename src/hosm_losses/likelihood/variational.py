@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_whole
-from hosm_losses.likelihood.coordinates import NoiseLevel, element_sum
+from hosm_losses._checks import check_whole, over_elements
+from hosm_losses.likelihood.coordinates import NoiseLevel
 from hosm_losses.likelihood.dequantize import Dequantization
 from hosm_losses.likelihood.inputs import Batch, evaluate, whole_batch
 from hosm_losses.likelihood.result import NLLResult
@@ -105,12 +105,14 @@ def _bound(batch: Batch, samples: int) -> NLLResult:
         noise = _noise(batch)
         error = batch.noise(level.alpha * x + level.sigma * noise, level) - noise
         gaussian = (level.sigma_hat * centred - variance * noise) / level.scale.square()
-        return element_sum(error.square() - gaussian.square())
+        return over_elements(error.square() - gaussian.square(), 1)
 
     def antiderivative(level: NoiseLevel) -> Tensor:
         """That of E‖r‖², (B,)."""
         logarithm = 2 * (level.sigma_hat.log() - level.scale.log())
-        return element_sum(logarithm + (variance - centred.square()) / level.scale.square()) / 2
+        return (
+            over_elements(logarithm + (variance - centred.square()) / level.scale.square(), 1) / 2
+        )
 
     estimate = spread = x.new_zeros(count)
     for stratum in range(strata):
@@ -121,7 +123,9 @@ def _bound(batch: Batch, samples: int) -> NLLResult:
     estimate, spread = estimate + found.mean(0), spread + found.var(0) / at_start
 
     squares = start.sigma_hat.square() * centred.square() + variance.square()
-    decoder = element_sum(squares / start.scale**4 + math.log(2 * math.pi)) / 2 + elements * low
+    decoder = (
+        over_elements(squares / start.scale**4 + math.log(2 * math.pi), 1) / 2 + elements * low
+    )
     prior, prior_spread, latent = _prior(batch, end, samples)
     nll = estimate + antiderivative(end) - antiderivative(start) + decoder + prior
     nfe, standard_error = torch.full_like(nll, evaluations).long(), (spread + prior_spread).sqrt()

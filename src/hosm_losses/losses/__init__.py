@@ -3,7 +3,7 @@
 - `functions`, `modules`: the public face.
 - `options`: what the public face takes, written once; defaults and checks.
 - `objective`: from arguments to a loss: perturbs the data, sums the terms, checks the result.
-- `terms`, `residuals`: the terms for each sample along their probes, and their formulas.
+- `terms`: the residuals with their detach, and the terms for each sample along its probes.
 - `weighting`: weights over noise levels, and the draw of t.
 - `recompute`: the batch in chunks, evaluated again in the backward pass.
 """

@@ -2,7 +2,7 @@ r"""Denoising score matching as functions: orders one, two and three, and their 
 
 What:
     Each takes a ScoreModel and clean data, and returns a scalar to call backward on. The formula
-    is in `objective`, the residuals and their detach in `residuals`.
+    is in `objective`, the residuals and their detach in `terms`.
 
 Source:
     Lu et al., ICML 2022, arXiv 2206.08265.

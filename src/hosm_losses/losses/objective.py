@@ -102,13 +102,11 @@ def evaluate(
         else:
             residual = first_residual_of(field, inputs)
             terms = DSMTerms(first_term(residual))
-            # One mean over all elements where that is the loss, as every trainer has it.
-            plain = factors[0] is None and options.reduction == "mean"
-            loss = (
-                residual.square().mean()
-                if plain
-                else _reduce(terms, checked, factors, None, options)
-            )
+            if factors[0] is None and options.reduction == "mean":
+                # One mean over all elements, as every trainer has it.
+                loss = residual.square().mean()
+            else:
+                loss = _reduce(terms, checked, factors, None, options)
         _check_result(loss, terms, inputs.t)
         return Evaluated(loss, terms, inputs.t, rows)
 
@@ -166,17 +164,15 @@ def _directions(
     v = None if probe is None else _given_probe(x, probe, options)
     if rows is not None:
         x, v = x[rows], None if v is None else v[:, rows]
-    exact = options.probes == "exact"
-    if v is None:
-        v = (
-            unit_vectors(x)
-            if options.probes == "exact"
-            else draw_probes(x, options.probes, options.distribution, generator)
-        )
+    if v is None and options.probes != "exact":
+        v = draw_probes(x, options.probes, options.distribution, generator)
+    elif v is None:
+        v = unit_vectors(x)
     if options.order < 3 or options.third != "sliced":
         return Directions(v)
     # r3 is summed over all unit vectors before it is squared: one u for all of them.
-    u = draw_probes(x, 1 if exact else len(v), options.distribution, generator)
+    count = 1 if options.probes == "exact" else len(v)
+    u = draw_probes(x, count, options.distribution, generator)
     return Directions(v, u.expand_as(v))
 
 

@@ -152,8 +152,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def spelled_out(function: Function) -> Function:
     """Show the arguments behind ** one by one in the function's signature, with their defaults.
 
-    So help(), notebooks and the documentation show what type checkers read from the TypedDict,
-    which is the one place where an option is added.
+    So help(), notebooks and the documentation show what type checkers read from the TypedDict. An
+    option is a key of that and a field of `LossOptions`, which has its default and its check.
     """
     signature = inspect.signature(function)
     *shown, rest = signature.parameters.values()

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hosm_losses._checks import DerivativeError
-from hosm_losses._torch_internals import transformed
+from hosm_losses._torch_internals import graph_nodes, transformed
 from hosm_losses.derivatives import Snapshot
 
 Terms = tuple[Tensor, ...]
@@ -144,12 +144,7 @@ def _check_leaves(network: nn.Module, terms: Terms, points: list[Tensor]) -> Non
     if network in _WHOLE:
         return
     known = {id(point) for point in points}
-    nodes, seen = [term.grad_fn for term in terms], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(terms):
         variable = getattr(node, "variable", None)
         # Other leaves are the engines' own.
         if isinstance(variable, nn.Parameter) and id(variable) not in known:
@@ -158,5 +153,4 @@ def _check_leaves(network: nn.Module, terms: Terms, points: list[Tensor]) -> Non
                 f"arguments of the loss; got another, of shape {tuple(variable.shape)}. Register "
                 "it, pass it in model_kwargs, or leave chunks at 1."
             )
-        nodes.extend(parent for parent, _ in node.next_functions)
     _WHOLE.add(network)

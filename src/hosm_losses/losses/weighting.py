@@ -39,9 +39,8 @@ from hosm_losses.schedules import Schedule
 Name = Literal["noise", "native", "likelihood"]
 One = Name | Callable[[Tensor], Tensor]
 Weighting = One | tuple[One, One]
-TimeSampler = (
-    Literal["schedule", "log_sigma_hat"] | Callable[[int, torch.Generator | None], Tensor] | None
-)
+Sampler = Literal["schedule", "log_sigma_hat"]
+TimeSampler = Sampler | Callable[[int, torch.Generator | None], Tensor] | None
 
 
 def check_weighting(weighting: object, time_sampler: object) -> None:
@@ -62,7 +61,7 @@ def check_weighting(weighting: object, time_sampler: object) -> None:
         )
     if time_sampler is not None and not callable(time_sampler):
         expected = "time_sampler (or a callable of the batch size and a generator)"
-        check_choice(expected, time_sampler, ("schedule", "log_sigma_hat"))
+        check_choice(expected, time_sampler, get_args(Sampler))
 
 
 def _pair(weighting: Weighting) -> tuple[One, One]:
@@ -121,17 +120,19 @@ def time_factors(
         """du/dt = g²/(2σ²)."""
         return schedule.squared_diffusion(time) / (2 * schedule.sigma(time).square())
 
-    _, span = _range(schedule)
-    ratio = schedule.time_density(time) * span / rate() if importance else None
+    ratio = span = None
+    if importance:
+        _, span = _range(schedule)
+        ratio = schedule.time_density(time) * span / rate()
 
     def factor(one: One) -> Tensor | None:
+        if callable(one):
+            return _product(_called(one, model, x0, t), ratio)
         if one == "noise":
             return ratio
         if one == "native":
             return _product(model.native_weight(t, x0), ratio)
-        if one != "likelihood":
-            return _product(_called(one, model, x0, t), ratio)
-        if importance:
+        if span is not None:
             return torch.ones_like(time) * (span * elements)
         if drawn and sampler == "schedule":
             return rate() * elements / schedule.time_density(time)

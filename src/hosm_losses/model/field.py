@@ -75,17 +75,19 @@ class NoiseField:
 
     def quadratic_forms(self, x: Tensor, directions: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """f at x and wᵀ ∂f/∂x w for chunks (k, B, *) of directions, the forms (K, B)."""
+        factor, share = self.model.affine(self.t, x)
         squares: list[Tensor] = []
 
         def watched() -> Iterator[Tensor]:
             for w in directions:
-                squares.append(over_elements(w.square()))
+                if share is not None:
+                    squares.append(over_elements(w.square()))
                 yield w
 
         value, forms = quadratic_forms(NetworkField(self), x, watched())
-        factor, share = self.model.affine(self.t, x)
         flat = tuple(None if c is None else c.reshape(-1) for c in (factor, share))
-        return -_affine(value, x, factor, share), -_affine(forms, torch.cat(squares), *flat)
+        of_x = torch.cat(squares) if squares else None
+        return -_affine(value, x, factor, share), -_affine(forms, of_x, *flat)
 
     def repeat(self, count: int) -> "NoiseField":
         """Return the field of `count` copies of the batch, one after the other."""

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import describe
+from hosm_losses._checks import at_least_float32, describe
 from hosm_losses._torch_internals import forward_mode
 
 UNDEFINED = "{}: a schedule defines alpha(t) and sigma(t)."
@@ -154,4 +154,4 @@ def as_time(t: Tensor | float) -> Tensor:
         raise TypeError(f"t: expected real times; got {describe(t)}.")
     if not time.is_floating_point():
         return time.to(torch.get_default_dtype())
-    return time.float() if time.dtype in (torch.float16, torch.bfloat16) else time
+    return at_least_float32(time)

@@ -29,7 +29,7 @@ ORDERS = {"<": operator.lt, "<=": operator.le}
 
 
 class _Parametric(Schedule):
-    """A few numbers that keep their `_rules`; the noise at t_max has standard deviation 1."""
+    """A few numbers that keep their `_rules`."""
 
     _rules: tuple[str, ...] = ()
 
@@ -63,16 +63,9 @@ class _Parametric(Schedule):
         object.__setattr__(self, name, number)
         return number
 
-    @property
-    def prior_std(self) -> float:
-        """1, as σ(t_max) is to three digits."""
-        return 1.0
-
 
 class _VarianceExploding(_Parametric):
     """What VE and EDM share: α = 1."""
-
-    prior_std = Schedule.prior_std  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def alpha(self, t: Tensor | float) -> Tensor:
         return torch.ones_like(as_time(t))
@@ -81,8 +74,17 @@ class _VarianceExploding(_Parametric):
         return torch.zeros_like(as_time(t))
 
 
+class _EndsAtOne(_Parametric):
+    """Noise of standard deviation 1 at t_max, to three digits."""
+
+    @property
+    def prior_std(self) -> float:
+        """1, as σ(t_max) is to three digits."""
+        return 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
-class _LinearBeta(_Parametric):
+class _LinearBeta(_EndsAtOne):
     """What VP and sub-VP share: β, its integral B, α, and t from B."""
 
     beta_min: float = 0.1
@@ -184,7 +186,7 @@ class VESchedule(_VarianceExploding):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CosineSchedule(_Parametric):
+class CosineSchedule(_EndsAtOne):
     """Cosine: α = cos(φ(t))/cos(φ(0)) with φ(t) = π/2 (t + s)/(1 + s), σ² = 1 − α².
 
     Its drift is f = −φ′ tan φ, its squared diffusion −2 f. It ends at t_max = 0.9946, before α
@@ -263,7 +265,7 @@ class EDMSchedule(_VarianceExploding):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearFlowSchedule(_Parametric):
+class LinearFlowSchedule(_EndsAtOne):
     """Linear flow (rectified flow, flow matching): α = 1 − t, σ = t, up to t_max = 0.999.
 
     Its drift is f = −1/(1 − t), its squared diffusion g² = 2 t/(1 − t), and t = σ̂/(1 + σ̂).

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses.derivatives.primitives import at_least_float32
+from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.taylor.jet import (
     Jet,
     aligned,

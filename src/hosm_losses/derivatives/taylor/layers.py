@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from hosm_losses._checks import at_least_float32
 from hosm_losses._torch_internals import traced
-from hosm_losses.derivatives.primitives import at_least_float32, attention_weights, causal_mask
+from hosm_losses.derivatives.primitives import attention_weights, causal_mask
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.arithmetic import add, matmul, multiply
 from hosm_losses.derivatives.taylor.jet import Jet, components, halves, like_samples

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.derivatives.primitives import at_least_float32, per_channel
+from hosm_losses._checks import at_least_float32
+from hosm_losses.derivatives.primitives import per_channel
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.arithmetic import add, multiply
 from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, components, halves
