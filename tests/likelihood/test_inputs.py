@@ -158,3 +158,18 @@ def test_the_solver_may_be_off_by_a_tenth_of_a_nat_an_element():
 def test_what_the_solver_saw_fail_stays_failed():
     marked = mark_failed(full(failed=torch.tensor([True, False, False])))
     assert marked.nll.isnan().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("likelihood", [hosm.ode_nll, hosm.variational_nll])
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_a_network_that_writes_to_its_conditions_does_not_write_to_the_callers(
+    likelihood, batch_size
+):
+    def network(x, t, label):
+        label += 1
+        return 0.5 * x
+
+    label = torch.zeros(3)
+    model = hosm.ScoreModel(network, hosm.VPSchedule())
+    likelihood(model, torch.randn(3, 2), batch_size=batch_size, model_kwargs={"label": label})
+    assert torch.equal(label, torch.zeros(3))

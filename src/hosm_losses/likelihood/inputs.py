@@ -50,7 +50,7 @@ class Batch:
     generator: torch.Generator | None = None
     advance: Callable[[float], object] = lambda _: None  # told the samples' worth of work done
 
-    def rows(self, x: Tensor, rows: slice) -> "Batch":
+    def rows(self, x: Tensor, rows: Tensor) -> "Batch":
         """Return the rows alone, at the points x of the whole batch."""
         points = x[rows].to(accumulator(x))
         return replace(self, x=points, model=self.model.rows(rows))
@@ -121,7 +121,8 @@ def evaluate(
     check_flag("progress", progress)
     count = len(batch.x)
     size = count if batch_size is None else check_whole("batch_size", batch_size, 1)
-    chunks = [slice(start, start + size) for start in range(0, count, size)]
+    # By numbers and not slices: a network that writes to its conditions writes to copies.
+    chunks = torch.arange(count, device=batch.x.device).split(size)
     bar = progress_bar(True, count * draws, "sample") if progress else nullcontext(batch.advance)
     conditions = batch.model if enable_grad else replace(batch.model, primitives=False)
     results = []
