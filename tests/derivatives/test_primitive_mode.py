@@ -215,3 +215,28 @@ def test_torchs_own_checkpoint_around_the_loss_module_is_right(order):
     around.backward()
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: y.mul_(y),
+        lambda y: y.addcmul_(y, y),
+        lambda y: y.mul_(y.view(4, 3)),
+        lambda y: y.pow_(y),
+        lambda y: y.lerp_(y * 2, y),
+        lambda y: torch.Tensor.mul_(y, other=y),
+    ],
+)
+def test_forward_mode_is_right_where_a_tensor_changes_by_itself(change):
+    """PyTorch alone takes the derivative of what the tensor has become, in silence."""
+    model = hosm.ScoreModel(lambda x, t: change(x.sin() / 2 + 1), hosm.VPSchedule())
+    x0, noise, probe = torch.randn(3, 4, 3).unbind()
+    given = {"t": torch.linspace(0.2, 0.7, 4), "noise": noise, "probe": probe}
+    for order in (2, 3):
+        expected, got = (
+            hosm.dsm_terms(model, x0, order=order, derivative=derivative, **given)
+            for derivative in ("taylor", "forward")
+        )
+        for one, other in zip(got[:order], expected[:order], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 import torch.utils.checkpoint
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
@@ -65,7 +66,16 @@ class _SafePrimitives(TorchFunctionMode):
         primitive = PRIMITIVES.get(func)
         if primitive is not None or _thread.forward:
             _refuse_foreign_checkpoint()
-        return (primitive or func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if _thread.forward and func.__name__.endswith("_"):
+            # Forward mode is wrong, in silence, where a tensor changes by a view of itself.
+            args = (*args[:1], *map(_copied, args[1:]))
+            kwargs = {name: _copied(value) for name, value in kwargs.items()}
+        return (primitive or func)(*args, **kwargs)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _refuse_foreign_checkpoint() -> None:
