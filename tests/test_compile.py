@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from benchmarks.networks import DiT, UNet
+from torch import nn
 
 import hosm_losses as hosm
 from tests.oracles import networks
@@ -31,6 +33,41 @@ def test_one_graph_with_the_gradients_of_eager_mode(name, order):
     gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
     for compiled_one, eager in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(compiled_one, eager, rtol=1e-9, atol=1e-12)
+
+
+class InPlace(nn.Module):
+    """Changes in place of activations, of views, and next to a reshape."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x, t):
+        h = self.a(x)
+        h += t[:, None]
+        h = F.silu(h, inplace=True).mul_(0.7)
+        h[:, :3] *= 1.5
+        h[:, 3].add_(h[:, 4])
+        y = self.b(h).reshape(len(h), 2, 3) * 2
+        y += h.reshape(len(h), 2, 3)
+        return self.c(y.flatten(1).tanh_())
+
+
+@compiles_higher_orders
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("order", [2, 3])
+def test_changes_in_place_are_one_graph(order):
+    network = InPlace()
+    module = MODULES[order](hosm.ScoreModel(network, hosm.VPSchedule()))
+    x0, noise, probe = torch.randn(3, 2, 4).unbind()
+    inputs = {"t": torch.tensor([0.3, 0.6]), "noise": noise, "probe": probe}
+    torch._dynamo.reset()
+    found = []
+    for each in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        loss = each(x0, **inputs)
+        found.append((loss, *torch.autograd.grad(loss, list(network.parameters()))))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
 
 
 @compiles_higher_orders

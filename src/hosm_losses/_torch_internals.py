@@ -64,11 +64,11 @@ def _saving_hooks() -> Any:
     return None if look is None or torch.compiler.is_compiling() else look(True)
 
 
-def checkpoint_hook() -> object:
-    """The hook by which the innermost of torch's checkpoints saves tensors, if one is on."""
+def checkpoint_hook(kind: str = "_checkpoint_hook") -> object:
+    """The innermost hook that saves tensors, if it is one of a checkpoint (or of another kind)."""
     hooks = _saving_hooks()
     hook = None if hooks is None else hooks[0]
-    return hook if getattr(hook, "__qualname__", "").startswith("_checkpoint_hook") else None
+    return hook if getattr(hook, "__qualname__", "").startswith(kind) else None
 
 
 def outside_inference_mode() -> AbstractContextManager[None]:
@@ -118,6 +118,15 @@ def shell(kind: type[Tensor], stack: Tensor) -> Any:
     make: Any = Tensor._make_wrapper_subclass
     shape, strides = stack.shape[1:], stack.stride()[1:]
     return make(kind, shape, strides, dtype=stack.dtype, device=stack.device)
+
+
+def swapped(one: Tensor, other: Tensor) -> None:
+    """Let two tensors change places in all that refers to them; RuntimeError where one is shared.
+
+    That is one with views, one that autograd saved, or one with weak references.
+    """
+    with _C.DisableTorchFunctionSubclass():
+        torch.utils.swap_tensors(one, other)
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:

@@ -3,9 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from hosm_losses._torch_internals import pytree
+from torch import Tensor
+
+from hosm_losses._checks import DerivativeError
+from hosm_losses._torch_internals import pytree, versions
 from hosm_losses.derivatives.primitive_mode import recomputable
 from hosm_losses.derivatives.taylor import Jet
+from hosm_losses.derivatives.taylor.aliases import CHANGED_ARGUMENT
 
 # What torch's checkpoint takes for itself.
 ITS_OWN = ("preserve_rng_state", "determinism_check", "debug", "early_stop")
@@ -28,7 +32,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         What `function` returns.
 
     Raises:
-        DerivativeError: in forward mode, unless autograd is off.
+        DerivativeError: in forward mode, unless autograd is off; where `function` changes an
+            argument in place, and would be evaluated again with the changed one.
 
     Example:
         >>> import torch
@@ -40,7 +45,12 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     flat, form = pytree.tree_flatten((args, kwargs))
     jets = {place: entry for place, entry in enumerate(flat) if isinstance(entry, Jet)}
     if not jets:
-        return recomputable(function, *args, **kwargs, **own)
+        tensors = [entry for entry in flat if isinstance(entry, Tensor)]
+        before = versions(tensors)
+        found = recomputable(function, *args, **kwargs, **own)
+        if versions(tensors) != before:
+            raise DerivativeError(CHANGED_ARGUMENT)
+        return found
     like = next(iter(jets.values())).like
     shape: list[Any] = []
 
@@ -50,6 +60,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = [like(each) if place in jets else each for place, each in enumerate(entries)]
         its_args, its_kwargs = pytree.tree_unflatten(given, form)
         leaves, tree = pytree.tree_flatten(function(*its_args, **its_kwargs))
+        if any(given[place].stack is not entries[place] for place in jets):
+            raise DerivativeError(CHANGED_ARGUMENT)
         shape[:] = tree, [isinstance(leaf, Jet) for leaf in leaves]
         return tuple(leaf.stack if isinstance(leaf, Jet) else leaf for leaf in leaves)
 

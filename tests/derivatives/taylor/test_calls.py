@@ -15,18 +15,21 @@ from torch.overrides import TorchFunctionMode
 
 from hosm_losses.derivatives import engines
 from hosm_losses.derivatives.primitive_mode import safe_primitives
-from hosm_losses.derivatives.taylor import carried, jet, properties
+from hosm_losses.derivatives.taylor import carried, in_place, properties
 from hosm_losses.derivatives.taylor.table import RULES, every
 from tests.derivatives.taylor import table_of_formulas, table_of_moves  # noqa: F401
 from tests.derivatives.taylor.checks import along, close
 from tests.derivatives.taylor.table import GENERATORS
 from tests.derivatives.taylor.table_of_others import CALLS
 
-REFUSALS = (jet._refuse, properties._strided)
+REFUSALS = (properties._strided,)
 # Refused by Jet.make, and for another machine.
 ELSEWHERE = every("cfloat", "cdouble", "chalf", "cuda")
+# With tests of their own, in test_in_place.py.
+CHANGES = [each for name in in_place._names for each in in_place._homes(name)]
+CHANGES += [Tensor.__setitem__, Tensor.retain_grad]
 CALLED = [each for each, found in RULES.items() if found.function not in REFUSALS]
-CALLED = [function for function in CALLED if function not in ELSEWHERE]
+CALLED = [each for each in CALLED if each not in (*ELSEWHERE, *CHANGES)]
 X, V, U = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -30,49 +30,6 @@ def test_several_results_of_which_some_have_no_derivative():
     check(function, (4,))
 
 
-def in_place(function):
-    def changed(x):
-        y = x * 1
-        return function(y), y
-
-    return lambda x: changed(x)[1]
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda y: y.add_(1),
-        lambda y: y.mul_(y),
-        lambda y: y.__setitem__(0, 1.0),
-        lambda y: y.copy_(y),
-        lambda y: y.zero_(),
-        lambda y: F.relu(y, inplace=True),
-        lambda y: F.silu(y, inplace=True),
-        lambda y: F.hardtanh(y, -1.0, 1.0, True),
-        lambda y: F.elu(y, 1.0, True),
-        lambda y: torch.relu_(y),
-        lambda y: torch.sin(y, out=torch.empty(3, 4)),
-        lambda y: torch.zeros(3, 4).add_(y),
-        lambda y: torch.zeros(3, 4).__setitem__(0, y[0]),
-        lambda y: nn.init.zeros_(y),
-    ],
-)
-def test_what_changes_in_place_is_refused(function):
-    with pytest.raises((TaylorError, RuntimeError), match=r"in place|no_grad"):
-        carried(in_place(function), X, W)
-
-
-def augmented(x):
-    x = x * 1
-    x += 1
-    return x
-
-
-def test_an_augmented_assignment_is_refused():
-    with pytest.raises(TaylorError, match="in place"):
-        carried(augmented, X, W)
-
-
 class Cubes(torch.autograd.Function):
     """With a backward of its own, which no rule knows."""
 

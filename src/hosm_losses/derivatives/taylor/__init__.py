@@ -4,12 +4,14 @@ r"""Value and derivatives of a function along directions, carried through it in 
 - `table`: by which function of PyTorch a rule is found, and which calls it takes.
 - `arithmetic`, `layers`, `norms`, `pointwise`, `properties`, `selection`, `shapes`: the rules, by
   kind. Importing this package registers them.
+- `aliases`, `in_place`: which Jets share memory; rules for what changes a tensor in place.
 - `along`: functions without a rule.
 - `recompute`: formulas of which only the arguments are kept for the backward passes.
 """
 
 from hosm_losses.derivatives.taylor import (  # noqa: F401
     arithmetic,
+    in_place,
     layers,
     norms,
     pointwise,

@@ -14,8 +14,8 @@ Formula, for y = f(x) along l, and along the pair (l, r):
 Without a rule:
     The function is differentiated by `torch.func.jvp`, by itself and with the user's own
     arguments, with the safe primitives in place: right, but not as fast. What cannot be right
-    raises TaylorError: a function that changes its argument in place, complex numbers, and
-    anything under torch.no_grad, where a custom autograd.Function computes.
+    raises TaylorError: complex numbers, and anything under torch.no_grad, where a custom
+    autograd.Function computes. Changes in place are those of `aliases` and `in_place`.
 
 A rule calls other rules, and PyTorch on stacks; it does not call PyTorch on Jets, which
 torch.compile would take for plain tensors there.
@@ -33,8 +33,9 @@ from torch import Tensor
 
 from hosm_losses._torch_internals import pytree, shell, versions
 from hosm_losses.derivatives.primitive_mode import safe_primitives
+from hosm_losses.derivatives.taylor import aliases
 from hosm_losses.derivatives.taylor.along import Pairs, along
-from hosm_losses.derivatives.taylor.table import CONSTANT, RULES, NoRule, Rule, rule
+from hosm_losses.derivatives.taylor.table import CONSTANT, RULES, NoRule, Rule, TaylorError
 
 METHODS = ["__iter__", "__pow__", "__rdiv__", "__rsub__", "__rtruediv__"]
 METHODS += ["norm", "split", "unflatten"]
@@ -42,14 +43,6 @@ METHODS += ["norm", "split", "unflatten"]
 IN_PYTHON: list[tuple[Callable[..., Any], Rule | None]] = []
 CHANGES = "changes in place what depends on x."
 COMPLEX = "makes complex numbers of what depends on x."
-OPERATORS = """
-    __setitem__ __iadd__ __isub__ __imul__ __idiv__ __itruediv__ __ifloordiv__ __imod__ __ipow__
-    __iand__ __ior__ __ixor__ __ilshift__ __irshift__
-"""
-
-
-class TaylorError(RuntimeError):
-    """A network the Taylor engine cannot differentiate; another engine may."""
 
 
 class Jet(Tensor):
@@ -58,6 +51,10 @@ class Jet(Tensor):
     stack: Tensor  # value, first and second derivatives, of shape (C, B, *)
     firsts: int  # the number of first derivatives
     pairs: Pairs  # which second derivatives there are
+    memory: "list[Any] | None"  # references to all that may share memory, itself among them
+    root: "Jet | None"  # of what it is a view
+    move: "aliases.Move | None"  # and how: from the stack of the root to its own
+    changed = False  # whether in place inside one of torch's checkpoints
 
     @staticmethod
     def make(stack: Tensor, firsts: int, pairs: Pairs = "none") -> "Jet":
@@ -66,6 +63,7 @@ class Jet(Tensor):
             raise TaylorError(f"an operator {COMPLEX}")
         jet = stack[0].as_subclass(Jet) if torch.compiler.is_compiling() else shell(_Opaque, stack)
         jet.stack, jet.firsts, jet.pairs = stack, firsts, pairs
+        jet.memory = jet.root = jet.move = None
         return jet
 
     def like(self, stack: Tensor) -> "Jet":
@@ -80,6 +78,11 @@ class Jet(Tensor):
         """Return the Jet of a stack, or the plain value of one of integers or masks."""
         differentiable = stack.is_floating_point() or stack.is_complex()
         return self.like(stack) if differentiable else stack[0]
+
+    def constant(self, value: Tensor) -> "Jet":
+        """Return the Jet of a value without derivatives."""
+        stack = value.to(self.stack.dtype).unsqueeze(0)
+        return self.like(aliases.lengthened(stack, 1 + self.firsts))
 
     @classmethod
     def __torch_function__(
@@ -154,10 +157,17 @@ def like_samples(function: Callable[[Tensor], Tensor], x: Jet) -> Jet:
 
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Evaluate a function of PyTorch on arguments with Jets among them."""
-    if CONSTANT.get(func):
-        return on_values(func, args, kwargs)
-    if kwargs.get("out") is not None or kwargs.get("inplace"):
-        raise TaylorError(f"{_name(func)}: {CHANGES}")
+    constant = CONSTANT.get(func)
+    if constant:
+        answer = on_values(func, args, kwargs)
+        if constant == "shares":
+            aliases.share_value(args[0], answer)
+        return answer
+    if kwargs.get("out") is not None:
+        raise TaylorError(f"{_name(func)}: out= {CHANGES}")
+    if kwargs.get("inplace"):
+        target = args[0] if args else kwargs["input"]
+        return written(target, call(func, args, {**kwargs, "inplace": False}))
     if torch.compiler.is_compiling():
         for method, found in IN_PYTHON:
             if func is method:
@@ -166,7 +176,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     if found is None and name == "__get__":
         answer = on_values(func, args, kwargs)
         # A property that is a tensor, such as .real, is a function like any other.
-        return _differentiated(func, args, kwargs) if isinstance(answer, Tensor) else answer
+        return differentiated(func, args, kwargs) if isinstance(answer, Tensor) else answer
     if name == "__set__":
         raise TaylorError(f"a property {CHANGES}")
     return _run(found, func, args, kwargs)
@@ -181,7 +191,21 @@ def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str,
             return found.function(*taken[0], **taken[1])
         except NoRule:
             pass
-    return _differentiated(func, args, kwargs)
+    return differentiated(func, args, kwargs)
+
+
+def written(x: Tensor, result: Any) -> Tensor:
+    """Give a Jet or a plain tensor, in place and in its type, what a Jet carries; return it."""
+    if result.shape != x.shape:
+        raise TaylorError(
+            f"a change in place of what has shape {tuple(x.shape)} into {tuple(result.shape)}."
+        )
+    if not isinstance(x, Jet):
+        aliases.promote(x, result.typed(x.dtype))
+        return x
+    if not isinstance(result, Jet):
+        result = x.constant(result)
+    return aliases.write(x, result.stack if result.dtype == x.dtype else result.stack.to(x.dtype))
 
 
 def _taken(
@@ -216,19 +240,23 @@ def carried(
     count = len(directions)
     # Joined along the batch, which keeps a channels-last layout.
     stack = torch.cat([x, *directions]).unflatten(0, (1 + count, len(x)))
-    # Gradients are off in the forward of a custom autograd.Function, which is how one is found.
-    with torch.enable_grad():
-        result = function(Jet.make(stack, count, pairs))
+    before, finished = len(aliases.PROMOTED.tensors), False
+    try:
+        # Gradients are off in the forward of a custom Function, which is how one is found.
+        with torch.enable_grad():
+            result: Any = function(Jet.make(stack, count, pairs))
+        stack, finished = getattr(result, "stack", stack), True
+    finally:
+        if len(aliases.PROMOTED.tensors) > before:
+            aliases.demote(before, finished)
     if not isinstance(result, Jet):
         raise TaylorError(
             f"its output does not carry derivatives in x; got {type(result).__name__}."
         )
     seconds = {"none": 0, "squares": count, "halves": count // 2}[pairs]
-    missing = 1 + count + seconds - len(result.stack)
-    if not missing:
-        return result.stack
     # Second derivatives that are zero everywhere, as of a linear network.
-    return torch.cat([result.stack, result.stack.new_zeros(missing, *result.stack.shape[1:])])
+    length = 1 + count + seconds
+    return stack if len(stack) == length else aliases.lengthened(stack, length)
 
 
 def define_methods() -> None:
@@ -256,7 +284,7 @@ def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _differentiated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def differentiated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Differentiate a function without a rule by torch.func.jvp, in one evaluation of it."""
     flat, form = pytree.tree_flatten((args, kwargs))
     places = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]
@@ -285,17 +313,7 @@ def _differentiated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise TaylorError(f"{_name(func)}: {CHANGES}")
     leaves, tree = seen
     found = [jets[0].of(next(stacks)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    if _name(func) in aliases.PERHAPS_VIEWS:
+        for leaf in found:
+            aliases.share(jets[0], leaf)
     return pytree.tree_unflatten(found, tree)
-
-
-def _refuse(*_args: Any, **_named: Any) -> Any:
-    raise TaylorError(f"an operator {CHANGES}")
-
-
-# Methods that change their object, which is how PyTorch names them.
-_changing = [
-    getattr(Tensor, name)
-    for name in dir(Tensor)
-    if (name.endswith("_") and not name.endswith("__")) or name in OPERATORS.split()
-]
-rule(*_changing, several=True)(_refuse)

@@ -99,7 +99,8 @@ def pointwise(
         @rule(*functions)
         @wraps(series)
         def evaluated(x: Jet, *args: Any, **named: Any) -> Jet:
-            return apply(partial(series, *args, **named) if args or named else series, x)
+            given = (lambda point: series(point, *args, **named)) if args or named else series
+            return apply(given, x)
 
         return series
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from hosm_losses.derivatives.taylor.aliases import share
 from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError, like_samples, on_values
 from hosm_losses.derivatives.taylor.table import (
     CONSTANT,
@@ -31,7 +32,7 @@ _PROPERTIES = """
     is_complex is_same_size get_device __hash__ __repr__ result_type
 """
 _WITHOUT_SLOPE = """
-    detach zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones
+    zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones
     new_empty new_full new_tensor lt le gt ge eq ne __lt__ __le__ __gt__ __ge__ __eq__ __ne__ isnan
     isinf isfinite argmax argmin argsort sign logical_and logical_or logical_not allclose equal all
     any is_nonzero floor ceil round
@@ -41,7 +42,8 @@ _CASTS = """
     cpu cuda
 """
 CONSTANT.update(dict.fromkeys(every(*(_PROPERTIES + _WITHOUT_SLOPE).split()), True))
-CONSTANT[Tensor.data.__get__] = True  # pyright: ignore[reportAttributeAccessIssue]
+_SHARED = (*every("detach"), Tensor.data.__get__)  # pyright: ignore[reportAttributeAccessIssue]
+CONSTANT.update(dict.fromkeys(_SHARED, "shares"))
 
 
 @rule(Tensor.requires_grad.__get__)  # pyright: ignore[reportAttributeAccessIssue]
@@ -84,10 +86,12 @@ def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
     named = {k: v.stack if isinstance(v, Jet) else v for k, v in named.items()}
     if named.get("memory_format") not in (torch.channels_last, torch.channels_last_3d):
         found = function(x.stack, *args, **named)
+        if found is x.stack:
+            return x
         return x.of(found) if isinstance(found, Tensor) else found
     if x.ndim == 0:
         raise NoRule
-    return like_samples(lambda samples: function(samples, *args, **named), x)
+    return share(x, like_samples(lambda samples: function(samples, *args, **named), x))
 
 
 @rule(torch.as_tensor, torch.asarray)

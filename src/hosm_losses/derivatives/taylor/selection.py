@@ -7,11 +7,13 @@ and reads lists and arrays of NumPy in ways of its own. An index with at most on
 place, in a stack as in its value; every other goes to PyTorch as it stands.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hosm_losses.derivatives.taylor.aliases import share
 from hosm_losses.derivatives.taylor.jet import Jet, aligned, result_type, stacks_of
 from hosm_losses.derivatives.taylor.table import NoRule, axis, every, rule
 
@@ -70,11 +72,23 @@ _INDICES = (torch.bool, torch.int64, torch.int32)
 
 @rule(Tensor.__getitem__)
 def _item(x: Any, index: Any) -> Any:
+    parts = picks(index)
+    if parts is None:
+        raise NoRule
+    found = x.like(picked(x.stack, parts))
+    return share(x, found, partial(picked, parts=parts)) if all(map(_slices, parts)) else found
+
+
+def picks(index: Any) -> tuple[Any, ...] | None:
+    """The parts of an index that picks the same of every component; None where that is unsure."""
     parts = index if isinstance(index, tuple) else (index,)
     gathers = [part for part in parts if not _slices(part)]
-    if len(gathers) > 1 or not all(map(_gathers, gathers)):
-        raise NoRule
-    return x.like(x.stack[(slice(None), *parts)])
+    return parts if len(gathers) <= 1 and all(map(_gathers, gathers)) else None
+
+
+def picked(stack: Tensor, parts: tuple[Any, ...]) -> Tensor:
+    """What an index with these parts picks of every component."""
+    return stack[(slice(None), *parts)]
 
 
 def _slices(part: Any) -> bool:
@@ -89,10 +103,3 @@ def _gathers(part: Any) -> bool:
     if isinstance(part, list):
         return all(isinstance(each, int) and not isinstance(each, bool) for each in part)
     return isinstance(part, Tensor) and not isinstance(part, Jet) and part.dtype in _INDICES
-
-
-@rule(Tensor.__iter__)
-def _iterator(x: Jet) -> Any:
-    if x.ndim == 0:
-        raise NoRule
-    return iter([x.like(part) for part in x.stack.unbind(1)])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from hosm_losses.derivatives.taylor.aliases import share
 from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, aligned, like_samples
 from hosm_losses.derivatives.taylor.table import (
     Function,
@@ -30,7 +31,18 @@ def _numbers(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
     return sizes
 
 
-def _register(functions: tuple[Callable[..., Any], ...], move: Callable[..., Any]) -> None:
+# Of the functions below, those that copy, and those that copy where they have to; all other
+# results are views.
+COPIES = ("repeat", "tile", "sum", "mean", "clone", "neg", "repeat_interleave")
+PERHAPS_COPIES = ("reshape", "reshape_as", "flatten", "contiguous")
+
+
+def _register(
+    functions: tuple[Callable[..., Any], ...],
+    move: Callable[..., Any],
+    copies: bool = False,
+    perhaps: bool = False,
+) -> None:
     """Register a function of a stack and of arguments of which shapes alone matter."""
 
     @rule(*functions, several=True)
@@ -39,7 +51,15 @@ def _register(functions: tuple[Callable[..., Any], ...], move: Callable[..., Any
         if not isinstance(x, Jet):
             raise NoRule
         found = move(x.stack, *args, **named)
-        return tuple(map(x.like, found)) if isinstance(found, tuple) else x.like(found)
+        if isinstance(found, tuple):
+            parts = [x.like(part) for part in found]
+            for place, part in enumerate(parts):
+                share(x, part, lambda stack, i=place: move(stack, *args, **named)[i])
+            return tuple(parts)
+        found = x.like(found)
+        if copies:
+            return found
+        return share(x, found, None if perhaps else lambda stack: move(stack, *args, **named))
 
 
 def _axis(stack: Tensor, dim: Any) -> int:
@@ -109,8 +129,8 @@ def _tiled(stack: Tensor, *sizes: Any) -> Tensor:
 
 def _squeezed(stack: Tensor, dim: Any = None) -> Tensor:
     if dim is None:
-        return stack.reshape(len(stack), *(size for size in stack.shape[1:] if size != 1))
-    return stack.squeeze(_axes(stack, dim))
+        dim = [axis for axis, size in enumerate(stack.shape[1:]) if size == 1]
+    return stack.squeeze(_axes(stack, dim)) if dim != [] else stack
 
 
 def _copied(stack: Tensor, memory_format: Any = None) -> Tensor:
@@ -135,6 +155,7 @@ def _reduced(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 for _names, _move in {
     ("reshape",): _shaped,
+    ("reshape_as",): lambda stack, other: _shaped(stack, *other.shape),
     ("view",): _viewed,
     ("permute",): _permuted,
     ("expand",): _expanded,
@@ -145,10 +166,11 @@ for _names, _move in {
     ("transpose", "swapaxes", "swapdims"): _swapped,
     ("sum",): _reduced(torch.sum),
     ("mean",): _reduced(torch.mean),
-    ("clone", "contiguous"): _copied,
+    ("clone",): _copied,
+    ("contiguous",): _copied,
     ("t",): _turned,
     ("neg", "negative", "__neg__"): lambda stack: -stack,
-    ("view_as", "reshape_as"): lambda stack, other: stack.reshape(len(stack), *other.shape),
+    ("view_as",): lambda stack, other: _shaped(stack, *other.shape),
     ("expand_as",): lambda stack, other: _expanded(stack, *other.shape),
     ("unflatten",): lambda stack, dim, sizes: stack.unflatten(_axis(stack, dim), sizes),
     ("unsqueeze",): lambda stack, dim: stack.unsqueeze(axis(dim, stack.ndim)),
@@ -161,7 +183,7 @@ for _names, _move in {
         repeats, _axis(stack, dim)
     ),
 }.items():
-    _register(every(*_names), _move)
+    _register(every(*_names), _move, _names[0] in COPIES, _names[0] in PERHAPS_COPIES)
 _register((Tensor.T.__get__,), _reversed)  # pyright: ignore[reportAttributeAccessIssue]
 _register((Tensor.mT.__get__, *every("adjoint")), _transposed)  # pyright: ignore
 
@@ -193,3 +215,11 @@ def _dropped(function: Function, x: Jet, p: float = 0.5, training: bool = True) 
         return x
     # One mask for the value and its derivatives.
     return x.like(x.stack * function(torch.ones_like(x.stack[0]), p))
+
+
+@rule(Tensor.__iter__)
+def _iterator(x: Jet) -> Any:
+    if x.ndim == 0:
+        raise NoRule
+    rows = enumerate(x.stack.unbind(1))
+    return iter([share(x, x.like(row), lambda stack, i=i: stack.select(1, i)) for i, row in rows])

@@ -20,6 +20,10 @@ Function = Callable[..., Any]
 SPELLINGS = {"axis": "dim", "keepdims": "keepdim"}
 
 
+class TaylorError(RuntimeError):
+    """A network the Taylor engine cannot differentiate; another engine may."""
+
+
 class NoRule(Exception):  # noqa: N818 - it never reaches a user
     """A call that a rule does not know; PyTorch's own function is differentiated in its place."""
 
@@ -55,8 +59,9 @@ class Rule:
 
 RULES: dict[Function, Rule] = {}
 # Functions that are constant in x, or ask for a property: evaluated on the value. A dictionary,
-# for torch.compile does not find functions in a set.
-CONSTANT: dict[Function, bool] = {}
+# for torch.compile does not find functions in a set. "shares" is of those whose result shares the
+# memory of the value.
+CONSTANT: dict[Function, Any] = {}
 
 
 def rule(*functions: Function, several: bool = False) -> Callable[[Function], Function]:

@@ -1,0 +1,198 @@
+r"""Which Jets share memory, and what a change in place of one does to the others.
+
+What:
+    A Jet that is changed in place is given another stack, and no stack is ever written to. So
+    autograd keeps what it saved, and a change costs what the function costs that is not in place.
+    Where PyTorch's own result would be a view, the Jets share memory: a view remembers its root
+    and how it is made of it, and a change of one is made in the stack of the root, of which all
+    views are then made again. Whether a reshape or a cast copies depends on how the elements of a
+    tensor lie, which need not be the same in a stack. After a change of one such Jet the others
+    are stale: whoever reads one meets a TaylorError.
+
+    A plain tensor that is given values that depend on x, as by `out[:, :2] = x`, becomes a Jet
+    until the network returns.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hosm_losses._checks import DerivativeError
+from hosm_losses._torch_internals import checkpoint_hook, shell, swapped
+from hosm_losses.derivatives.taylor.table import TaylorError
+
+Move = Callable[[Tensor], Tensor]  # from a stack to that of a view
+CHANGED_ARGUMENT = (
+    "checkpoint: expected a function that leaves its arguments as they are; got one that changes "
+    "an argument in place, and would be evaluated again with the changed one. Put .clone() before "
+    "the change."
+)
+# Functions without a rule that may return a view of their argument.
+PERHAPS_VIEWS = [
+    "__get__",
+    "__pos__",
+    "atleast_1d",
+    "atleast_2d",
+    "atleast_3d",
+    "broadcast_tensors",
+    "broadcast_to",
+    "chunk",
+    "conj",
+    "diagonal",
+    "dsplit",
+    "expand",
+    "flatten",
+    "hsplit",
+    "meshgrid",
+    "movedim",
+    "moveaxis",
+    "narrow",
+    "permute",
+    "positive",
+    "ravel",
+    "reshape",
+    "resolve_conj",
+    "resolve_neg",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "squeeze",
+    "swapaxes",
+    "swapdims",
+    "t",
+    "tensor_split",
+    "transpose",
+    "unbind",
+    "unflatten",
+    "unfold",
+    "unsqueeze",
+    "view",
+    "view_as",
+    "view_as_real",
+    "vsplit",
+]
+
+
+class _Promoted(threading.local):
+    """The plain tensors that became Jets in a thread, by weak references, and what they were."""
+
+    def __init__(self) -> None:
+        self.tensors: list[tuple[weakref.ref[Tensor], Tensor]] = []
+
+
+class _Stale(Tensor):
+    """In the place of a stack that may have been changed through another Jet."""
+
+    @classmethod
+    def __torch_function__(cls, *_args: Any, **_named: Any) -> Any:
+        raise TaylorError(
+            "a tensor that may share memory with one that was changed in place since: whether a "
+            "reshape or a cast copies is not known here. Put .clone() before the change."
+        )
+
+    __torch_dispatch__ = __torch_function__  # pyright: ignore[reportAssignmentType]
+
+
+PROMOTED = _Promoted()
+
+
+def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
+    """Weak, for what a network drops; torch.compile has no weak references."""
+    return (lambda: tensor) if torch.compiler.is_compiling() else weakref.ref(tensor)
+
+
+def share(source: Any, result: Any, move: Move | None = None) -> Any:
+    """Note that the Jet `result` is a view of the Jet `source`; without `move` that it may be."""
+    if source.memory is None:
+        source.memory = [_reference(source)]
+    source.memory.append(_reference(result))
+    result.memory = source.memory
+    if move is not None:
+        before = source.move
+        result.root = source if source.root is None else source.root
+        result.move = move if before is None else lambda stack: move(before(stack))
+    return result
+
+
+def share_value(source: Any, value: Tensor) -> None:
+    """Note that a plain tensor, as of .detach(), shares memory with a Jet."""
+    if source.memory is None:
+        source.memory = [_reference(source)]
+    source.memory.append(_reference(value))
+
+
+def lengthened(stack: Tensor, count: int) -> Tensor:
+    """A stack of `count` components, of which those added are derivatives of zero."""
+    missing = count - len(stack)
+    return torch.cat([stack, stack.new_zeros(missing, *stack.shape[1:])]) if missing else stack
+
+
+def write(jet: Any, stack: Tensor) -> Any:
+    """Give a Jet, and all that share memory with it, the stack that a change in place leaves."""
+    if checkpoint_hook("_recomputation_hook") is not None and jet.changed:
+        raise DerivativeError(CHANGED_ARGUMENT)
+    if checkpoint_hook() is not None:
+        jet.changed = True
+    if jet.memory is None:
+        jet.stack = stack
+        return jet
+    others = [each for each in (reference() for reference in jet.memory) if each is not None]
+    if any(not isinstance(each, type(jet)) for each in others):
+        raise TaylorError("a change in place of what was detached before, and shares its memory.")
+    root = jet if jet.root is None else jet.root
+    whole = stack
+    if root is not jet:
+        count = max(len(stack), len(root.stack))
+        # A contiguous copy, of which what is a view in PyTorch is one nearly always.
+        whole = lengthened(root.stack, count).clone(memory_format=torch.contiguous_format)
+        place = jet.move(whole)
+        if place._base is not whole:
+            raise TaylorError("a change in place of a view whose elements lie far apart.")
+        place.copy_(lengthened(stack, count))
+    root.stack = whole
+    for each in others:
+        if each is not root:
+            each.stack = each.move(whole) if each.root is root else _stale(whole)
+    return jet
+
+
+def _stale(stack: Tensor) -> Any:
+    """What stands for a stack that is out of date; torch.compile says in its own words."""
+    return None if torch.compiler.is_compiling() else shell(_Stale, stack)
+
+
+def demote(count: int, finished: bool) -> None:
+    """Make all but the first `count` promoted tensors plain again, with their new values.
+
+    Without those where the call has not finished.
+    """
+    while len(PROMOTED.tensors) > count:
+        reference, plain = PROMOTED.tensors.pop()
+        jet: Any = reference()
+        if jet is None:
+            continue
+        del reference
+        if jet.memory is not None:
+            jet.memory.clear()  # weak references, with which tensors do not change places
+        value = jet.stack[0]
+        swapped(jet, plain)
+        if finished:
+            jet.copy_(value)
+
+
+def promote(tensor: Tensor, jet: Any) -> None:
+    """Make a plain tensor the Jet that is given, in place."""
+    refused = "a plain tensor that shares memory is given values that depend on x in place."
+    leaf = tensor.requires_grad and tensor.is_leaf
+    if torch.compiler.is_compiling() or leaf or tensor._base is not None:
+        raise TaylorError(refused)
+    try:
+        swapped(tensor, jet)
+    except RuntimeError as error:
+        raise TaylorError(refused) from error
+    PROMOTED.tensors.append((weakref.ref(tensor), jet))
