@@ -9,6 +9,9 @@ Formula, along w = σ v:
     In place of G there may be C = ∂²f[w, u] for another direction u, by the engines that go
     forward. It is nested forward mode, without a pass back.
 
+    Where the sum of G, or of C with u = w, over the directions is enough, the taylor engine takes
+    one pass back, or carries one second derivative: the directions share the value.
+
 Under a transform of torch.func everything is taken by torch.func, which knows what surrounds it.
 
 Source:
@@ -60,7 +63,7 @@ class Derivatives(NamedTuple):
         value: f, of shape (1, B, *) where the directions share it, (K, B, *) where each has its
             own.
         directional: D = ∂f/∂x w, of shape (K, B, *).
-        third: G = ∇_x (wᵀ ∂f/∂x w), of shape (K, B, *); None at order 2.
+        third: G = ∇_x (wᵀ ∂f/∂x w), of shape (K, B, *), or their sum (1, B, *); None at order 2.
     """
 
     value: Tensor
@@ -107,28 +110,50 @@ def _kept(parts: Iterable[Tensor], wanted: bool) -> list[Tensor]:
     return [part if wanted else part.detach() for part in parts]
 
 
+def _summed(derived: Derivatives, summed: bool) -> Derivatives:
+    """The derivatives, with the sum of the third over the directions if that is wanted."""
+    if not summed or derived.third is None:
+        return derived
+    return derived._replace(third=derived.third.sum(0, keepdim=True))
+
+
 def taylor(
-    field: Field, x: Tensor, direction: Tensor, order: int, second_direction: Tensor | None = None
+    field: Field,
+    x: Tensor,
+    direction: Tensor,
+    order: int,
+    second_direction: Tensor | None = None,
+    summed: bool = False,
 ) -> Derivatives:
     """The value and its derivatives in one batch; TaylorError where they cannot be carried."""
     wanted = torch.is_grad_enabled()
     if order == 3 and second_direction is None:
-        return Derivatives(*_kept(_taylor_gradient(field, x, direction, wanted), wanted))
+        return Derivatives(*_kept(_taylor_gradient(field, x, direction, wanted, summed), wanted))
     if second_direction is None:
         stack = carried(field, x, direction)
         return Derivatives(*_kept((stack[:1], stack[1:]), wanted))
     same, count = second_direction is direction, len(direction)
     directions = direction if same else torch.cat([direction, second_direction])
-    stack = carried(field, x, directions, "squares" if same else "halves")
-    return Curved(*_kept((stack[:1], stack[1 : 1 + count], stack[-count:]), wanted))
+    pairs = "halves" if not same else "sum" if summed else "squares"
+    stack = carried(field, x, directions, pairs)
+    derived = Curved(
+        *_kept((stack[:1], stack[1 : 1 + count], stack[1 + len(directions) :]), wanted)
+    )
+    return derived if same else _summed(derived, summed)
 
 
-def _taylor_gradient(field: Field, x: Tensor, direction: Tensor, wanted: bool) -> list[Tensor]:
-    field, rows, w = _folded(field, x, direction)
+def _taylor_gradient(
+    field: Field, x: Tensor, direction: Tensor, wanted: bool, summed: bool
+) -> list[Tensor]:
+    """f, D and G: of each direction on its own copy of x, or of all on x that they share."""
+    rows, w = x, direction
+    if not summed:
+        field, rows, w = _folded(field, x, direction)
+        w = w.unsqueeze(0)
 
     def form(rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        value, directional = carried(field, rows, w.unsqueeze(0))
-        return (w * directional).sum(), (value, directional)
+        stack = carried(field, rows, w)
+        return (w * stack[1:]).sum(), (stack[:1], stack[1:])
 
     if traced():
         gradient, parts = torch.func.grad(form, has_aux=True)(rows)
@@ -140,11 +165,18 @@ def _taylor_gradient(field: Field, x: Tensor, direction: Tensor, wanted: bool) -
             (gradient,) = torch.autograd.grad(
                 number, rows, create_graph=wanted, materialize_grads=True
             )
-    return _unfolded((*parts, gradient), direction)
+    if summed:
+        return [*parts, gradient.unsqueeze(0)]
+    return _unfolded((*[part.squeeze(0) for part in parts], gradient), direction)
 
 
 def forward(
-    field: Field, x: Tensor, direction: Tensor, order: int, second_direction: Tensor | None = None
+    field: Field,
+    x: Tensor,
+    direction: Tensor,
+    order: int,
+    second_direction: Tensor | None = None,
+    summed: bool = False,
 ) -> Derivatives:
     """Forward mode of torch.func, one direction at a time or all under vmap."""
 
@@ -176,14 +208,21 @@ def forward(
             # One dropout mask for the value and for every probe.
             value, *rest = torch.func.vmap(one, out_dims=out_dims, randomness="same")(*directions)
             value = value.unsqueeze(0)
-    return (Derivatives if second_direction is None else Curved)(value, *rest)
+    return _summed((Derivatives if second_direction is None else Curved)(value, *rest), summed)
 
 
-def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) -> Derivatives:
+def reverse(
+    field: Field,
+    x: Tensor,
+    direction: Tensor,
+    order: int,
+    _second_direction: Tensor | None = None,
+    summed: bool = False,
+) -> Derivatives:
     """Two passes back, for G and never for C; DerivativeError where autograd cannot follow."""
     if transformed():
         with _explained():
-            return _reverse_in_transform(field, x, direction, order)
+            return _summed(_reverse_in_transform(field, x, direction, order), summed)
     wanted = torch.is_grad_enabled()
     with torch.enable_grad(), _explained():
         point = _leaf(x, wanted)
@@ -206,7 +245,8 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) 
             raise DerivativeError(LOST_TWICE)
         if gradient is None:  # as of a linear field
             gradient = torch.zeros_like(rows)
-        return Derivatives(*_kept(_unfolded((value, directional, gradient), direction), wanted))
+        parts = _unfolded((value, directional, gradient), direction)
+        return _summed(Derivatives(*_kept(parts, wanted)), summed)
 
 
 def _reverse_in_transform(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:

@@ -103,18 +103,21 @@ def derive(
     order: int,
     derivative: str = "auto",
     second_direction: Tensor | None = None,
+    summed: bool = False,
 ) -> Derivatives:
     """The value of a field at x (B, *) and its derivatives along w = `direction` (K, B, *).
 
     Order 2 gives D; order 3 gives G as well, or C for u = `second_direction`, as `Curved`: not by
-    the reverse engine, and with "auto" only where C costs less than G. Under `torch.no_grad` the
+    the reverse engine, and with "auto" only where C costs less than G. If `summed` the sum over
+    the directions is enough, of G, or of C with the direction itself. Under `torch.no_grad` the
     values are the same and carry no graph. A DerivativeError where the engine, or with "auto" any
     engine, cannot differentiate the network, or a custom Function in it drops the graph.
     """
     if derivative == "auto":
-        return _auto(field, x, direction, order, second_direction)
+        return _auto(field, x, direction, order, second_direction, summed)
     try:
-        return getattr(engines, derivative)(field, x, direction, order, second_direction)
+        engine = getattr(engines, derivative)
+        return engine(field, x, direction, order, second_direction, summed)
     except TaylorError as error:
         raise DerivativeError(
             f"network: expected operators that the engine 'taylor' knows; got {error} Leave "
@@ -123,12 +126,17 @@ def derive(
 
 
 def _auto(
-    field: Field, x: Tensor, direction: Tensor, order: int, second_direction: Tensor | None
+    field: Field,
+    x: Tensor,
+    direction: Tensor,
+    order: int,
+    second_direction: Tensor | None,
+    summed: bool,
 ) -> Derivatives:
     if torch.compiler.is_compiling():
         with contextlib.suppress(TaylorError):
-            return engines.taylor(field, x, direction, order, second_direction)
-        return engines.forward(field, x, direction, order, second_direction)
+            return engines.taylor(field, x, direction, order, second_direction, summed)
+        return engines.forward(field, x, direction, order, second_direction, summed)
     owner = field.owner
     choice = _choice(owner)
     reasons = dict(choice.refused)
@@ -139,7 +147,7 @@ def _auto(
         given = second_direction if engine == "taylor" else None
         before = Snapshot(owner, x)
         try:
-            derived = getattr(engines, engine)(field, x, direction, order, given)
+            derived = getattr(engines, engine)(field, x, direction, order, given, summed)
         except Exception as error:
             if not _another_may_do(engine, error):
                 raise

@@ -41,7 +41,7 @@ def same_gradients(got, expected, leaves):
         close(one, other)
 
 
-def check(function, shape, *parameters, reference=None, positive=False):
+def check(function, shape, *parameters, reference=None, positive=False, rounding=1e-11):
     """Values and gradients of every kind of stack.
 
     Args:
@@ -50,6 +50,7 @@ def check(function, shape, *parameters, reference=None, positive=False):
         parameters: tensors of `function` whose gradients are compared.
         reference: the same function in operators that PyTorch differentiates rightly.
         positive: whether x has to be.
+        rounding: that of the type in which `function` computes.
     """
     reference = reference or function
     generator = torch.Generator().manual_seed(0)
@@ -70,6 +71,12 @@ def check(function, shape, *parameters, reference=None, positive=False):
             same_gradients(mine, theirs, leaves)
     several = carried(function, x, two, "squares")
     close(several[3], squared)
+    summed = carried(function, x, two, "sum")
+    assert len(summed) == 4
+    # A function that casts to float32 rounds a sum, and not the sum of what it rounded.
+    torch.testing.assert_close(summed[3], several[3] + several[4], rtol=1e-9, atol=rounding)
+    if rounding < 1e-9:
+        same_gradients(summed[3], several[3] + several[4], leaves)
     # Third order: the gradient of a form, and its own gradients.
     weight = torch.randn_like(value)
     mine, theirs = (

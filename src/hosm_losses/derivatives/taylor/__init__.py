@@ -5,6 +5,7 @@ r"""Value and derivatives of a function along directions, carried through it in 
 - `arithmetic`, `layers`, `norms`, `pointwise`, `properties`, `selection`, `shapes`: the rules, by
   kind. Importing this package registers them.
 - `aliases`, `in_place`: which Jets share memory; rules for what changes a tensor in place.
+- `methods`: methods of Tensor that are written in Python.
 - `along`: functions without a rule.
 - `recompute`: formulas of which only the arguments are kept for the backward passes.
 """
@@ -13,6 +14,7 @@ from hosm_losses.derivatives.taylor import (  # noqa: F401
     arithmetic,
     in_place,
     layers,
+    methods,
     norms,
     pointwise,
     properties,
@@ -22,6 +24,5 @@ from hosm_losses.derivatives.taylor import (  # noqa: F401
 from hosm_losses.derivatives.taylor.jet import Jet as Jet
 from hosm_losses.derivatives.taylor.jet import TaylorError as TaylorError
 from hosm_losses.derivatives.taylor.jet import carried as carried
-from hosm_losses.derivatives.taylor.jet import define_methods
 
-define_methods()
+methods.define()

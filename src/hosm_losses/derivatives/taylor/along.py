@@ -10,8 +10,8 @@ from torch import Tensor
 from hosm_losses._torch_internals import forward_mode, pytree
 
 # Which products of two first derivatives have a second one: none; that of each direction with
-# itself; that of each of the first half with its fellow in the second half.
-Pairs = Literal["none", "squares", "halves"]
+# itself; the sum of those; that of each of the first half with its fellow in the second half.
+Pairs = Literal["none", "squares", "sum", "halves"]
 Tensors = tuple[Tensor, ...]
 
 
@@ -36,16 +36,19 @@ def along(
     if pairs == "none":
         value, *parts = _mapped(first, derivatives)
     else:
-        count = firsts if pairs == "squares" else firsts // 2
+        count = firsts // 2 if pairs == "halves" else firsts
         left = tuple(each[:count] for each in derivatives)
         right = tuple(each[firsts - count : firsts] for each in derivatives)
         both = tuple(
-            each[firsts:] if len(each) > firsts else torch.zeros_like(each[:count])
+            # Of a sum the first direction has it all.
+            torch.cat([each[firsts:], torch.zeros_like(each[: count + firsts - len(each)])])
             for each in derivatives
         )
         value, *parts = _mapped(second, left, right, both)
-        if pairs == "squares":
+        if pairs != "halves":
             del parts[1]
+        if pairs == "sum":
+            parts[1] = pytree.tree_map(lambda part: part.sum(0, keepdim=True), parts[1])
     stacks = zip(value, *parts, strict=True)
     return [torch.cat([one.unsqueeze(0), *rest]) for one, *rest in stacks]
 

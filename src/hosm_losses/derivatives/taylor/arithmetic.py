@@ -22,6 +22,7 @@ from hosm_losses.derivatives.taylor.jet import (
     Jet,
     aligned,
     components,
+    gathered,
     halves,
     result_type,
     stacks_of,
@@ -82,8 +83,8 @@ def _product(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], ndim: 
     if pairs == "none":
         return a.like(torch.cat([value, tangents]))
     (a_left, a_right), (b_left, b_right) = halves(a_tangents, pairs), halves(b_tangents, pairs)
-    both = product(a_left, b_right)
-    both = 2 * both if pairs == "squares" else both + product(a_right, b_left)
+    both = gathered(product(a_left, b_right), pairs)
+    both = both + product(a_right, b_left) if pairs == "halves" else 2 * both
     for part in (seconds, added[firsts:]):
         both = both + part if len(part) else both
     return a.like(torch.cat([value, tangents, both]))

@@ -35,12 +35,15 @@ from hosm_losses._torch_internals import pytree, shell, versions
 from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.taylor import aliases
 from hosm_losses.derivatives.taylor.along import Pairs, along
-from hosm_losses.derivatives.taylor.table import CONSTANT, RULES, NoRule, Rule, TaylorError
+from hosm_losses.derivatives.taylor.table import (
+    CONSTANT,
+    IN_PYTHON,
+    RULES,
+    NoRule,
+    Rule,
+    TaylorError,
+)
 
-METHODS = ["__iter__", "__pow__", "__rdiv__", "__rsub__", "__rtruediv__"]
-METHODS += ["norm", "split", "unflatten"]
-# Those functions with their rules: torch.compile does not find them in a dictionary.
-IN_PYTHON: list[tuple[Callable[..., Any], Rule | None]] = []
 CHANGES = "changes in place what depends on x."
 COMPLEX = "makes complex numbers of what depends on x."
 
@@ -121,10 +124,15 @@ def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def halves(firsts: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """The first derivatives on the left and on the right of the second ones."""
-    if pairs == "squares":
+    if pairs != "halves":
         return firsts, firsts
     left, right = firsts.chunk(2)
     return left, right
+
+
+def gathered(products: Tensor, pairs: Pairs) -> Tensor:
+    """What products of first derivatives add to the second ones."""
+    return products.sum(0, keepdim=True) if pairs == "sum" else products
 
 
 def aligned(stack: Tensor, ndim: int) -> Tensor:
@@ -229,8 +237,9 @@ def carried(
 ) -> Tensor:
     """The stack (C, B, *) of a function at x (B, *): f, ∂f w for the K directions, and pairs.
 
-    `pairs` is "none"; "squares" for ∂²f[w, w] of every direction; "halves" for ∂²f[v, u] of each v
-    of the first half and its u of the second. TaylorError says what cannot be carried.
+    `pairs` is "none"; "squares" for ∂²f[w, w] of every direction; "sum" for the sum of those,
+    carried as one; "halves" for ∂²f[v, u] of each v of the first half and its u of the second.
+    TaylorError says what cannot be carried.
 
     Example:
         >>> x = torch.tensor([[0.5]])
@@ -253,25 +262,10 @@ def carried(
         raise TaylorError(
             f"its output does not carry derivatives in x; got {type(result).__name__}."
         )
-    seconds = {"none": 0, "squares": count, "halves": count // 2}[pairs]
+    seconds = {"none": 0, "squares": count, "sum": 1, "halves": count // 2}[pairs]
     # Second derivatives that are zero everywhere, as of a linear network.
     length = 1 + count + seconds
     return stack if len(stack) == length else aliases.lengthened(stack, length)
-
-
-def define_methods() -> None:
-    """Give Jet the methods of Tensor that are written in Python, which torch.compile looks into.
-
-    To be called when every rule is registered.
-    """
-    for name in METHODS:
-        function = getattr(Tensor, name)
-        IN_PYTHON.append((function, RULES.get(function)))
-        setattr(Jet, name, _method(function))
-
-
-def _method(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, *args, **named: call(function, (self, *args), named)
 
 
 def _name(func: Callable[..., Any]) -> str:

@@ -21,7 +21,7 @@ from hosm_losses._torch_internals import traced
 from hosm_losses.derivatives.primitives import attention_weights, causal_mask
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.arithmetic import add, matmul, multiply
-from hosm_losses.derivatives.taylor.jet import Jet, components, halves, like_samples
+from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves, like_samples
 from hosm_losses.derivatives.taylor.pointwise import apply, sigmoid
 from hosm_losses.derivatives.taylor.recompute import recomputed
 from hosm_losses.derivatives.taylor.selection import masked_fill
@@ -87,7 +87,7 @@ def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
     parts = [weights, weights * centred]
     if pairs != "none":
         left, right = halves(centred, pairs)
-        both = about_mean(left * right)
+        both = about_mean(gathered(left * right, pairs))
         parts.append(weights * (both + about_mean(seconds) if len(seconds) else both))
     return torch.cat(parts)
 

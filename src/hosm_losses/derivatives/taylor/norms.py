@@ -22,7 +22,7 @@ from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.primitives import per_channel
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.arithmetic import add, multiply
-from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, components, halves
+from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, components, gathered, halves
 from hosm_losses.derivatives.taylor.pointwise import apply, power
 from hosm_losses.derivatives.taylor.recompute import recomputed
 from hosm_losses.derivatives.taylor.selection import masked_fill
@@ -64,10 +64,11 @@ def _normalised(
     ]
     if pairs != "none":
         (left, right), (to_left, to_right) = halves(tangents, pairs), halves(slopes, pairs)
-        products = left * right
+        products = gathered(left * right, pairs)
         products = torch.addcmul(products, value, seconds) if len(seconds) else products
-        bend = 3 * to_left * to_right - rho * rho * mean(products)
-        bent = torch.addcmul(torch.addcmul(value * bend, left, to_right), right, to_left)
+        bend = 3 * gathered(to_left * to_right, pairs) - rho * rho * mean(products)
+        sides = torch.addcmul(left * to_right, right, to_left)
+        bent = torch.addcmul(gathered(sides, pairs), value, bend)
         parts.append((bent + seconds if len(seconds) else bent) * scale)
     return torch.cat(parts).reshape(-1, *stack.shape[1:]).to(stack.dtype)
 

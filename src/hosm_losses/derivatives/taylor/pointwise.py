@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.taylor.along import Pairs
-from hosm_losses.derivatives.taylor.jet import Jet, components, halves
+from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves
 from hosm_losses.derivatives.taylor.recompute import recomputed
 from hosm_losses.derivatives.taylor.table import NoRule, every, rule
 
@@ -43,7 +43,7 @@ def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tenso
     parts = [value, tangents * slope]
     if pairs != "none":
         left, right = halves(tangents, pairs)
-        bent = left * right * next(numbers)
+        bent = gathered(left * right, pairs) * next(numbers)
         parts.append(torch.addcmul(bent, seconds, slope) if len(seconds) else bent)
     return torch.cat(parts).to(dtype)
 
@@ -66,10 +66,10 @@ def _pull_back(
     if pairs != "none":
         left, right = halves(stack[1 : 1 + firsts], pairs)
         bent = cotangent[1 + firsts :]
-        gradient[0].addcmul_(next(numbers), _over(bent, left * right))
+        gradient[0].addcmul_(next(numbers), _over(bent, gathered(left * right, pairs)))
         bent = bent * bend
-        gradient[1 : 1 + len(bent)].addcmul_(bent, right)
-        gradient[1 + firsts - len(bent) : 1 + firsts].addcmul_(bent, left)
+        gradient[1 : 1 + len(left)].addcmul_(bent, right)
+        gradient[1 + firsts - len(left) : 1 + firsts].addcmul_(bent, left)
     return gradient.to(dtype)
 
 

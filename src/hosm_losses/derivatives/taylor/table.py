@@ -62,6 +62,9 @@ RULES: dict[Function, Rule] = {}
 # for torch.compile does not find functions in a set. "shares" is of those whose result shares the
 # memory of the value.
 CONSTANT: dict[Function, Any] = {}
+# The methods that Tensor has in Python, with their rules: torch.compile does not find them in a
+# dictionary.
+IN_PYTHON: list[tuple[Function, Rule | None]] = []
 
 
 def rule(*functions: Function, several: bool = False) -> Callable[[Function], Function]:
