@@ -9,7 +9,6 @@ kept along the path for that, since fresh ones would differ on another grid.
 """
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,8 +26,7 @@ PEER_TOLERANCES = (1e-3, 1e-4, 1e-5)
 FRESH, DCT, KEPT = "fixed grid, fresh signs", "fixed grid, fresh dct", "fixed grid, one probe kept"
 EXACT, ADAPTIVE = "fixed grid, exact", "adaptive, exact"
 RECIPE = "score_sde's recipe (scipy)"
-# Problem, x, setting, seed → nll (B,), with the evaluations where the network cannot count them.
-Solve = Callable[[Problem, Tensor, float, int], Tensor | tuple[Tensor, int]]
+Solve = Callable[[Problem, Tensor, float, int], Tensor]  # problem, x, setting, seed → nll (B,)
 
 
 class Method(NamedTuple):
@@ -41,15 +39,6 @@ class Method(NamedTuple):
     ours: bool = True
     random: bool = True  # whether its result depends on the seed
     smooth: Solve | None = None  # the same with one probe kept, where it does not keep its own
-
-    def with_one_probe(self, problem: Problem, x: Tensor, setting: float) -> Tensor:
-        """The likelihood at a setting with the same probes at every setting, (B,)."""
-        return value_of((self.smooth or self.solve)(problem, x, setting, 0))
-
-
-def value_of(found: Tensor | tuple[Tensor, int]) -> Tensor:
-    """The likelihood, without what a method says of its evaluations."""
-    return found[0] if isinstance(found, tuple) else found
 
 
 def fixed(problem: Problem, x: Tensor, steps: float, seed: int, **options: Any) -> Tensor:
@@ -95,64 +84,21 @@ def ours(elements: int, *, exact: bool) -> list[Method]:
     return found
 
 
-def of_torch(nll: Callable[..., Tensor]) -> Solve:
-    """A peer in PyTorch, from its function of model, x, seed and tolerance."""
-
-    def solve(problem: Problem, x: Tensor, tolerance: float, seed: int, **exact: bool) -> Tensor:
-        return nll(problem.model, x, seed, tolerance, **exact)
-
-    return solve
-
-
-def diffrax_nll(
-    problem: Problem, x: Tensor, tolerance: float, seed: int, **exact: bool
-) -> tuple[Tensor, int]:
-    """That of diffrax, which is imported when it is called, as it imports JAX."""
-    from benchmarks.peers import diffrax
-
-    network = problem.model.network
-    bare = hosm.ScoreModel(getattr(network, "network", network), problem.model.schedule)
-    return diffrax.nll(bare, x, seed, tolerance, **exact)
-
-
-def compile_seconds(problem: Problem, x: Tensor, *, exact: bool) -> float:
-    """What diffrax took to compile for this problem, before anything was timed."""
-    from benchmarks.peers import diffrax
-
-    network = problem.model.network.network
-    kinds = (False, True) if exact else (False,)
-    return sum(diffrax.compiled(network, x.shape, x.dtype, kind)[1] for kind in kinds)
-
-
 # A peer's package, its solver, and whether it offers the exact divergence.
 PEERS: dict[str, tuple[str, Solve, bool]] = {
-    RECIPE: ("scipy", of_torch(score_sde.nll), False),
-    "k-diffusion": ("k_diffusion", of_torch(k_diffusion.nll), False),
-    "torchdiffeq": ("torchdiffeq", of_torch(torchdiffeq.nll), True),
-    "flow_matching": ("flow_matching", of_torch(flow_matching.nll), True),
-    "diffrax": ("diffrax", diffrax_nll, True),
+    RECIPE: ("scipy", score_sde.nll, False),
+    "k-diffusion": ("k_diffusion", k_diffusion.nll, False),
+    "torchdiffeq": ("torchdiffeq", torchdiffeq.nll, True),
+    "flow_matching": ("flow_matching", flow_matching.nll, True),
 }
-
-
-def missing() -> dict[str, str]:
-    """The peers that cannot take part, with the reason."""
-    found = {
-        name: "not installed"
-        for name, (package, _, _) in PEERS.items()
-        if importlib.util.find_spec(package) is None
-    }
-    if "diffrax" not in found and os.environ.get("NPROC") != "1":
-        found["diffrax"] = "NPROC is not 1, so that XLA would take every core"
-    return found
 
 
 def peers(*, exact: bool) -> Iterator[Method]:
     """Those that are installed, each also with its exact divergence where it has one."""
-    without, several = missing(), PEER_TOLERANCES if exact else PEER_TOLERANCES[1:]
-    common = partial(Method, unit="tolerance", ours=False)
-    for name, (_, solve, has_exact) in PEERS.items():
-        if name not in without:
-            yield common(name, settings=several, solve=solve)
+    several = PEER_TOLERANCES if exact else PEER_TOLERANCES[1:]
+    common = partial(Method, unit="tolerance", settings=several, ours=False)
+    for name, (package, solve, has_exact) in PEERS.items():
+        if importlib.util.find_spec(package) is not None:
+            yield common(name, solve=solve)
             if exact and has_exact:
-                exactly = partial(solve, exact=True)
-                yield common(f"{name}, exact", settings=several, solve=exactly, random=False)
+                yield common(f"{name}, exact", solve=partial(solve, exact=True), random=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import intervals
-from benchmarks.likelihood_methods import KEPT, Method, value_of
+from benchmarks.likelihood_methods import KEPT, Method
 from benchmarks.timing import clocked
 from benchmarks.trained import Problem
 
@@ -29,11 +29,10 @@ class Runs:
         """Solve once."""
         problem.model.network.samples = 0
         found, seconds = clocked(lambda: self.method.solve(problem, x, self.setting, seed))
-        counted = found[1] if isinstance(found, tuple) else problem.model.network.samples / len(x)
         if not warm_up:
-            self.nll.append(value_of(found).double())
+            self.nll.append(found.double())
             self.seconds.append(seconds)
-            self.evaluations.append(float(counted))
+            self.evaluations.append(problem.model.network.samples / len(x))
 
     def values(self) -> np.ndarray:
         """What it returned, (B, n)."""
@@ -50,12 +49,6 @@ class Runs:
             return self.values() - reference[:, None].numpy()
         return np.sqrt(np.square(self.noise()) + self.bias**2)
 
-    def row(self) -> dict:
-        """How the results name it."""
-        method = self.method
-        names = {"method": method.name, "setting": self.setting, "unit": method.unit}
-        return names | {"ours": method.ours}
-
 
 def estimates(noise: np.ndarray, bias: float, target: float) -> float:
     """Of how many independent estimates the mean has this error; averaging leaves the bias."""
@@ -63,53 +56,45 @@ def estimates(noise: np.ndarray, bias: float, target: float) -> float:
 
 
 def at_target(every: list[tuple[Runs, np.ndarray]], target: float, *, random: bool) -> dict:
-    """The cheapest setting of each method that reaches an error, and its time over ours.
+    """The cheapest setting of each method that reaches an error, by name, from the fastest on.
 
     A random method may average several estimates for it, any other has to reach it in one.
     """
-
-    def factor(runs: Runs) -> float:
-        return estimates(runs.noise(), runs.bias, target) if random else 1.0
-
-    def reaches(runs: Runs, errors: np.ndarray) -> bool:
-        return runs.bias < target if random else np.sqrt(np.square(errors).mean()) <= target
-
     able: dict[str, list[Runs]] = {}
     for runs, errors in every:
-        if runs.method.random == random and reaches(runs, errors):
+        left = runs.bias if random else np.sqrt(np.square(errors).mean())
+        if runs.method.random == random and left < target:
             able.setdefault(runs.method.name, []).append(runs)
-    time = {name: [factor(r) * np.median(r.seconds) for r in each] for name, each in able.items()}
-    calls = {
-        name: min(factor(r) * np.mean(r.evaluations) for r in each) for name, each in able.items()
-    }
-    best = {name: each[int(np.argmin(time[name]))] for name, each in able.items()}
+
+    def time(runs: Runs) -> float:
+        return estimates(runs.noise(), runs.bias, target) * float(np.median(runs.seconds))
+
+    def calls(runs: Runs) -> float:
+        return estimates(runs.noise(), runs.bias, target) * float(np.mean(runs.evaluations))
+
+    best = {name: min(each, key=time) for name, each in able.items()}
+    fewest = {name: min(map(calls, each)) for name, each in able.items()}
     own = [name for name, runs in best.items() if runs.method.ours and name != KEPT]
     if not own:
-        return {"error": target, "random": random, "rows": []}
-    base = best[min(own, key=lambda name: min(time[name]))]
+        return {}
+    base = min((best[name] for name in own), key=time)
 
-    def ratio(runs: Runs) -> intervals.Estimate:
-        def statistic(*drawn: np.ndarray) -> float:
-            (seconds, noise), (own_seconds, own_noise) = drawn[:2], drawn[2:]
-            found = float(np.median(seconds) / np.median(own_seconds))
-            if not random:
-                return found
-            numbers = estimates(noise, runs.bias, target), estimates(own_noise, base.bias, target)
-            return found * numbers[0] / numbers[1]
+    def row(name: str, runs: Runs) -> dict:
+        def ratio(seconds, noise, own_seconds, own_noise) -> float:
+            number = estimates(noise, runs.bias, target)
+            own_number = estimates(own_noise, base.bias, target)
+            return np.median(seconds) * number / np.median(own_seconds) / own_number
 
         samples = (runs.seconds, runs.noise(), base.seconds, base.noise())
-        return intervals.bootstrap(statistic, *samples)
-
-    rows = []
-    for name, runs in best.items():
-        over, peer = ratio(runs), not runs.method.ours
-        costs = {
-            "seconds": float(min(time[name])),
+        over, peer = intervals.bootstrap(ratio, *samples), not runs.method.ours
+        return {
+            "setting": runs.setting,
+            "ours": runs.method.ours,
+            "seconds": time(runs),
             "over_ours": over,
-            "evaluations": float(calls[name]),
+            "evaluations": fewest[name],
             "ahead": peer and over.high < 1,
-            "fewer_evaluations": bool(peer and calls[name] < min(calls[o] for o in own)),
+            "fewer_evaluations": peer and fewest[name] < min(fewest[each] for each in own),
         }
-        rows.append(runs.row() | costs)
-    rows.sort(key=lambda row: row["seconds"])
-    return {"error": target, "random": random, "rows": rows}
+
+    return {name: row(name, best[name]) for name in sorted(best, key=lambda name: time(best[name]))}

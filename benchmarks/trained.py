@@ -1,6 +1,6 @@
-"""Small networks trained here on data at hand, for the benchmarks.
+"""What likelihoods and gradients are measured on: small networks trained here, an exact score.
 
-Trained on the first-order loss under the VE schedule, once in a process; where the variable
+Networks are trained on the first-order loss under the VE schedule, once in a process; where the variable
 HOSM_BENCHMARKS_WEIGHTS names a directory, once for all processes that share it.
 """
 
@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from tests.oracles import paper_mixture
+from tests.oracles import GaussianMixture, mixture_noise, paper_mixture
+from tests.oracles import ring as ring_mixture
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -128,6 +129,19 @@ RECIPES = {
     "images": Recipe(Convolutional, partial(images, 16), 4096, 700, 64),  # d = 768
     "large images": Recipe(Convolutional, partial(images, 32), 1024, 700, 16),  # d = 3072
 }
+
+
+def exact(mixture: GaussianMixture) -> Problem:
+    """The exact score of a mixture in float64."""
+    schedule = hosm.VESchedule(sigma_max=20.0)
+    data = mixture.sample(HELD_OUT, torch.Generator().manual_seed(0))
+    model = hosm.ScoreModel(mixture_noise(mixture, schedule), schedule)
+    return Problem(model, data, float(data.std()))
+
+
+def ring() -> Problem:
+    """Eight Gaussians on a circle, d = 2, the exact score."""
+    return exact(ring_mixture())
 
 
 def trained(name: str, steps: int | None = None) -> Problem:

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
-from tests.oracles import sign_vectors
+from tests.oracles import mixture_noise, ring, sign_vectors
 from tests.test_probes import dct_matrix
 
+import hosm_losses as hosm
 from benchmarks import estimators, fields
 
 D = 4
@@ -83,3 +84,20 @@ def test_directions_of_a_set_are_orthogonal(name):
 def test_polarisation_finds_the_forms(forms):
     found = fields.polarised(fields.along(forms), D)
     torch.testing.assert_close(found, forms, rtol=1e-6, atol=1e-6)
+
+
+def test_a_network_and_a_closed_form_give_the_same_point():
+    mixture, schedule = ring(), hosm.VESchedule(sigma_max=20.0)
+    model = hosm.ScoreModel(mixture_noise(mixture, schedule), schedule)
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    (closed,) = fields.mixture_points(mixture, 0.7, 1, generators[0])
+    (row,) = mixture.sample(1, generators[1])
+    network = fields.network_point(model, row, 0.7, generators[1])
+    v = torch.randn(5, 2, dtype=torch.float64)
+    for ours, expected in (
+        (network.jacobian, closed.jacobian),
+        (network.second, closed.second),
+        (network.third(v), closed.third(v)),
+        (network.thirds, closed.thirds),
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

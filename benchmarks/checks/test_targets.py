@@ -21,7 +21,7 @@ def runs(name, seconds, *, noise=0.0, bias=0.0, evaluations=10.0, ours=False, ra
 
 
 def rows(every, target, *, random=True):
-    return {row["method"]: row for row in at_target(every, target, random=random)["rows"]}
+    return at_target(every, target, random=random)
 
 
 def test_noise_is_averaged_and_bias_is_not():
