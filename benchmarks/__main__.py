@@ -44,7 +44,7 @@ def measure(question: str, options: list[str], weights: str) -> results.Report |
             raise SystemExit(f"{question}: failed, see above.")
         text = raw.read_text() if raw.exists() else ""
         found = results.question(json.loads(text)) if text else None
-    return found if found and found["tests"] else None
+    return found if found and found["found"] else None
 
 
 def main() -> None:

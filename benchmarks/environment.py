@@ -13,8 +13,7 @@ ROOT = Path(__file__).parents[1]
 # NPROC is XLA's, see benchmarks.peers.jax_losses, which cannot be imported without JAX.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NPROC": "1"}
 # What is measured beside ours, by the name in pip.
-PEERS = ("curvlinops-for-pytorch", "diffrax", "flow_matching", "jax")
-PEERS += ("k-diffusion", "scipy", "torchdiffeq")
+PEERS = ("flow_matching", "jax", "k-diffusion", "scipy", "torchdiffeq")
 
 
 def installed(name: str) -> str | None:

@@ -97,4 +97,6 @@ def at_target(every: list[tuple[Runs, np.ndarray]], target: float, *, random: bo
             "fewer_evaluations": peer and fewest[name] < min(fewest[each] for each in own),
         }
 
-    return {name: row(name, best[name]) for name in sorted(best, key=lambda name: time(best[name]))}
+    return {
+        name: row(name, best[name]) for name in sorted(best, key=lambda name: time(best[name]))
+    }

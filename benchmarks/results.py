@@ -1,7 +1,7 @@
 """Files of results: what pytest-benchmark wrote, kept by question.
 
 A file holds, for each question, the environment and the commit it was measured in, how much was
-measured ("smoke", "default" or "full"), and what every test found. Measuring one question anew
+measured ("smoke", "default" or "full"), and what was found. Measuring one question anew
 leaves the others as they are.
 """
 
@@ -31,13 +31,12 @@ def rounded(found: Any) -> Any:
 
 
 def question(raw: Report) -> Report:
-    """What is kept of the file that pytest-benchmark wrote for one question."""
-    tests = {
-        each["name"]: {"seconds": each["stats"]["total"], **each["extra_info"]}
-        for each in raw["benchmarks"]
-        if each["extra_info"]
-    }
-    return rounded({"environment": raw["environment"], "size": raw["size"], "tests": tests})
+    """What is kept of the file that pytest-benchmark wrote for one question, by parameter."""
+    found: Report = {}
+    for each in raw["benchmarks"]:
+        if each["extra_info"]:
+            found |= {each["param"]: each["extra_info"]} if each["param"] else each["extra_info"]
+    return rounded({"environment": raw["environment"], "size": raw["size"], "found": found})
 
 
 def read(file: Path) -> Report:

@@ -126,7 +126,6 @@ def test_estimator_variance(benchmark, choose, name):
             for sampler in estimators.SAMPLERS[:-1]
         }
         return {
-            "points": count,
             "elements": d,
             "known": {"inside": sum(known), "all": len(known)},
             "over signs": {"rademacher, absolute": signs, **over},

@@ -17,7 +17,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 

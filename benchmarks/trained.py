@@ -1,7 +1,7 @@
 """What likelihoods and gradients are measured on: small networks trained here, an exact score.
 
-Networks are trained on the first-order loss under the VE schedule, once in a process; where the variable
-HOSM_BENCHMARKS_WEIGHTS names a directory, once for all processes that share it.
+Networks are trained on the first-order loss under the VE schedule, once in a process; where the
+variable HOSM_BENCHMARKS_WEIGHTS names a directory, once for all processes that share it.
 """
 
 import math

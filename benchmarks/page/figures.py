@@ -8,22 +8,19 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator
 
-from benchmarks.page.numbers import label, walk
-from benchmarks.page.tree import Found
+from benchmarks.page.numbers import Found, label, walk
 
 DPI = 110
-HIGHER = "second or trace or third or third laplacian or third sliced or second, Meng et al."
+TERMS = ("first", "second", "trace", "third", "third laplacian", "third sliced")
 # In the likelihood ours are in colour and others grey, by a part of their names.
 OURS = ("fresh signs", "fresh dct", "one probe kept", "grid, exact", "adaptive")
-PEERS = ("score_sde", "torchdiffeq", "k-diffusion", "diffrax", "flow_matching")
-LOSSES = {"1": "*", "2": "o", "3 exact": "s", "3 laplacian": "^", "3 sliced": "D"}
-ENGINES = {"taylor": "#0072b2", "reverse": "#e69f00", "forward": "white", "": "black"}
+PEERS = ("score_sde", "torchdiffeq", "k-diffusion", "flow_matching")
 Points = Mapping[float, Sequence[float]]  # x → value, low, high
 
 
 # Colours of Okabe and Ito, which the colour-blind can tell apart; from dark to light in grey.
-COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS, DASHES = "os^DvPX", ("-", "--", "-.", ":", "-", "--", "-.")
+COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+MARKERS, DASHES = "os^DvP", ("-", "--", "-.", ":", "-", "--")
 
 
 def style(_: str, index: int) -> dict[str, str]:
@@ -115,27 +112,7 @@ def method_style(name: str, _: int) -> dict[str, str]:
 
 def term_style(term: str, _: int) -> dict[str, str]:
     """One style for a term, whichever there are."""
-    return style(term, f"first or {HIGHER}".split(" or ").index(term))
-
-
-def steps(networks: Found) -> Figure:
-    """Time against memory of every variant on the convolutional network."""
-    figure = Figure((9, 6), layout="constrained")
-    axes = figure.subplots()
-    for (key,), row in walk(networks, "convolutional > variants > *"):
-        loss, _, how = key.removeprefix("order ").partition(", ")
-        if {"time_ratio", "memory_ratio"} <= row.keys() and how != "compiled":
-            point, color = (row["time_ratio"][0], row["memory_ratio"]), ENGINES.get(how, "#cc79a7")
-            axes.plot(*point, LOSSES[loss], color=color, mec="black", ms=9)
-            aside = {"3 exact": (8, -9), "3 laplacian": (8, 3), "3 sliced": (-8, 0)}
-            place = {"textcoords": "offset points", "ha": "right" if "sliced" in key else "left"}
-            text = key.removeprefix("order ")
-            axes.annotate(text, point, aside.get(loss, (8, 0)), fontsize=8, **place)
-    axes.margins(x=0.22)
-    axes.set(xlim=(0, None), xlabel="processor time of a step [that of order one]")
-    axes.set(ylim=(0, None), ylabel="peak memory of a step [that of order one]")
-    axes.grid(color="0.9")
-    return figure
+    return style(term, TERMS.index(term))
 
 
 PROBES = "over signs > rademacher or dct or sphere or gaussian or unit vectors"
@@ -144,18 +121,12 @@ OVER_SIGNS = {
     "order two: variance\n[that of signs]": below(f"{PROBES} > Frobenius > * std"),
     "order three: variance\n[that of signs]": below(f"{PROBES} > third > * std"),
 }
-SCALED = {
-    "K · variance of the trace\n[variance of one sign probe]": below("scaled > * > trace > *")
-}
 NOISE = {
     "noise of the gradient of a sample\n[first order's, r.m.s. over σ̂]": below(
-        f"noise > first or {HIGHER} > *"
+        f"noise > {' or '.join(TERMS)} > *"
     )
 }
-SHARE = {"part of the probes in the variance [1]": below(f"probe share > {HIGHER} > *")}
 LEVEL = {"xlabel": "σ̂ [standard deviation of the data]", "ticks": (0.1, 0.3, 1, 3, 10)}
-COUNT = {"xlabel": "K, matrix products", "ticks": (1, 4, 16, 64), "ylim": (0.1, 300)}
-TERM = {"styles": term_style, **LEVEL}
 METHOD = {"styles": method_style, "sharey": "none"}
 CALLS = {"rows": {"error [nats]": against("evaluations")}, "xlabel": "network evaluations"}
 TIMES = {"rows": {"error [nats]": against("seconds", 1e3)}, "xlabel": "processor time [ms]"}
@@ -165,13 +136,10 @@ FIGURES: dict[str, tuple[str, Callable[[Found], Figure]]] = {
         "estimator_variance",
         partial(panels, rows=OVER_SIGNS, least=64, **LEVEL),
     ),
-    "number_of_probes": ("estimator_variance", partial(panels, rows=SCALED, least=64, **COUNT)),
-    "gradient_variance": ("gradient_variance", partial(panels, rows=NOISE, sharey="none", **TERM)),
-    "probe_share": (
+    "gradient_variance": (
         "gradient_variance",
-        partial(panels, rows=SHARE, least=2, yscale="linear", ylim=(0, 1.05), **TERM),
+        partial(panels, rows=NOISE, sharey="none", styles=term_style, **LEVEL),
     ),
     "likelihood_calls": ("likelihood", partial(panels, **CALLS, **METHOD)),
     "likelihood_time": ("likelihood", partial(panels, **TIMES, **METHOD)),
-    "speed": ("speed", steps),
 }
