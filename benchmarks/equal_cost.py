@@ -35,7 +35,6 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import experiment
-from benchmarks.timing import clocked, ratios
 
 BASE, THEN = "order 1", ", then "
 WARM_UP, ROUNDS = 5, 40
@@ -78,8 +77,8 @@ def step_times(schedule: str, names: list[str], rounds: int) -> dict[str, float]
     """Median processor time of a step with each loss, over that of order one."""
     jobs = {name: Job(schedule, ((name, WARM_UP + rounds),)) for name in names}
     routes = {name: partial(next, start(job)[1]) for name, job in jobs.items()}
-    ratios(routes, BASE, WARM_UP)
-    return {name: ratio.value for name, ratio in ratios(routes, BASE, rounds).items()}
+    experiment.ratios(routes, BASE, WARM_UP)
+    return {name: ratio.value for name, ratio in experiment.ratios(routes, BASE, rounds).items()}
 
 
 def phases(setting: str, steps: int, times: dict[str, float]) -> tuple[tuple[str, int], ...]:
@@ -94,7 +93,7 @@ def train(job: Job) -> tuple[float, float]:
     # A process imports more at its first steps, which would count as the cost of one training.
     list(start(job._replace(phases=tuple((name, 1) for name, _ in job.phases)))[1])
     model, steps = start(job)
-    _, seconds = clocked(lambda: list(steps))
+    _, seconds = experiment.clocked(lambda: list(steps))
     return example.exact_kl(model)[0], seconds
 
 

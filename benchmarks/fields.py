@@ -18,6 +18,7 @@ Source:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tests.oracles import GaussianMixture
@@ -35,21 +36,13 @@ DENSE = 64  # up to which d all T_k are built
 
 @dataclass(frozen=True)
 class Point:
-    """What is estimated at one point.
+    """What is estimated at one point."""
 
-    Attributes:
-        shape: of a sample.
-        jacobian: A, (d, d).
-        second: M, (d, d).
-        third: v (n, d) → r3 (n, d).
-        thirds: T symmetrised in its last two, (d, d, d); None where d is too large for it.
-    """
-
-    shape: tuple[int, ...]
-    jacobian: Tensor
-    second: Tensor
-    third: Callable[[Tensor], Tensor]
-    thirds: Tensor | None
+    shape: tuple[int, ...]  # of a sample
+    jacobian: Tensor  # A, (d, d)
+    second: Tensor  # M, (d, d)
+    third: Callable[[Tensor], Tensor]  # v (n, d) → r3 (n, d)
+    thirds: Tensor | None  # T symmetrised in its last two, (d, d, d); None where d is too large
 
     def estimates(self, term: str, probes: Tensor) -> Tensor:
         """What probes (repeats, K, d) estimate of a term, (repeats, m): the mean over K."""
@@ -124,17 +117,15 @@ def network_point(
         probes = v.to(x.dtype).reshape(directional.shape)
         return third_residual(value, directional, gradient, noise, probes)
 
-    def third(v: Tensor) -> Tensor:
-        return in_chunks(residual, v)
-
     jacobian = in_chunks(lambda v: derive(v, 2)[1], torch.eye(d)).T.double()
     with torch.no_grad():
         ell = (noise + field(x)).flatten().double()
     second = jacobian + torch.eye(d, dtype=torch.float64) - torch.outer(ell, ell)
-    forms = polarised(third, d) if d <= DENSE else None
-    return Point(
-        tuple(row.shape), jacobian, second, third if forms is None else along(forms), forms
-    )
+    third, forms = partial(in_chunks, residual), None
+    if d <= DENSE:
+        forms = polarised(third, d)
+        third = along(forms)
+    return Point(tuple(row.shape), jacobian, second, third, forms)
 
 
 def polarised(quadratic: Callable[[Tensor], Tensor], d: int) -> Tensor:

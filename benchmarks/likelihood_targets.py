@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import intervals
+from benchmarks.experiment import clocked
 from benchmarks.likelihood_methods import KEPT, Method
-from benchmarks.timing import clocked
 from benchmarks.trained import Problem
 
 

@@ -13,8 +13,6 @@ import gc
 import json
 import resource
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,38 +28,35 @@ ENVIRONMENT = {
 }
 
 
-def peak_bytes(step: Callable[[], object]) -> int:
-    """Peak resident memory of this process during `step()` above that before, in bytes.
-
-    Run it in a process with ENVIRONMENT, after a warm-up: what the first step of a process loads
-    once is not the step's.
-    """
-    gc.collect()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before, after = _resident("VmRSS"), partial(_resident, "VmHWM")
-    except OSError:
-        before, after = _highest(), _highest
-    step()
-    return after() - before
-
-
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def _highest() -> int:
+def highest() -> int:
+    """The most this process ever held, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_here(network_name: str, batch: int, **variant: Any) -> int:
-    """`peak_bytes` of one training step of a variant, in this process."""
+    """Peak resident memory during a step of a variant above that before, in bytes.
+
+    Run it in a new process with ENVIRONMENT. A first step loads what is not the next one's.
+    """
     step = step_of(network_name, **variant)
     step(batch if "compiled" in variant else 2)
-    return peak_bytes(lambda: step(batch))
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        before = highest()
+        step(batch)
+        return highest() - before
+    before = resident("VmRSS")
+    step(batch)
+    return resident("VmHWM") - before
 
 
 def peak(network_name: str, batch: int | None = None, **variant: Any) -> int:

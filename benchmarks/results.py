@@ -1,4 +1,4 @@
-"""Files of results: what pytest-benchmark wrote, kept by question.
+"""Files of results, kept by question.
 
 A file holds, for each question, the environment and the commit it was measured in, how much was
 measured ("smoke", "default" or "full"), and what was found. Measuring one question anew
@@ -30,15 +30,6 @@ def rounded(found: Any) -> Any:
     return float(f"{found:.{DIGITS}g}") if isinstance(found, float) else found
 
 
-def question(raw: Report) -> Report:
-    """What is kept of the file that pytest-benchmark wrote for one question, by parameter."""
-    found: Report = {}
-    for each in raw["benchmarks"]:
-        if each["extra_info"]:
-            found |= {each["param"]: each["extra_info"]} if each["param"] else each["extra_info"]
-    return rounded({"environment": raw["environment"], "size": raw["size"], "found": found})
-
-
 def read(file: Path) -> Report:
     """The questions of a file; none where there is no file."""
     return json.loads(file.read_text())["questions"] if file.exists() else {}
@@ -47,5 +38,5 @@ def read(file: Path) -> Report:
 def write(file: Path, questions: Report) -> None:
     """Write the questions, sorted by name."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    report = {"questions": dict(sorted(questions.items()))}
+    report = {"questions": rounded(dict(sorted(questions.items())))}
     file.write_text(json.dumps(report, separators=(",", ":")) + "\n")

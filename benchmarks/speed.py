@@ -1,10 +1,5 @@
 """What a training step costs on one network, by every route: FLOPs, time and memory.
 
-    python -m benchmarks.speed NETWORK '{"rounds": 5, "batch": 4}'
-
-prints JSON; the fields of `Setting` are what can be given. benchmarks/test_speed.py asks it for
-all networks.
-
     flops     of matrix products and convolutions in loss and backward pass, counted.
     seconds   of processor time, the median over rounds in which all take turns, JAX too.
     memory    peak bytes of a step in a process of its own, see benchmarks.memory.
@@ -16,38 +11,22 @@ Ratios are to order one; those of times come with intervals. What fails is recor
 """
 
 import importlib.util
-import json
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
-from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from benchmarks import memory
 from benchmarks.counts import flops_of
-from benchmarks.environment import ONE_THREAD
-from benchmarks.experiment import Row, alone, attempt
+from benchmarks.experiment import Row, attempt, times
 from benchmarks.intervals import ratio_of_medians
 from benchmarks.networks import NETWORKS
-from benchmarks.steps import BASE, COMPILED, VARIANTS, model_of, step_of
-from benchmarks.timing import times
+from benchmarks.steps import BASE, VARIANTS, model_of, step_of
 
 Step = Callable[[], object]
-
-
-class Setting(NamedTuple):
-    """How to measure; None stands for the network's own batch, or for every variant there is."""
-
-    rounds: int = 20
-    batch: int | None = None
-    compiled: bool = False
-    memory: list[str] | None = None
-    peers: list[str] | None = None
 
 
 def peer_of(variant: Row) -> str | None:
@@ -58,7 +37,7 @@ def peer_of(variant: Row) -> str | None:
     return f"{order} {variant.get('third', 'exact')}" if variant["order"] == 3 else order
 
 
-def peer_steps(name: str, batch: int, wanted: list[str] | None) -> dict[str, Step]:
+def peer_steps(name: str, batch: int, wanted: Collection[str] | None) -> dict[str, Step]:
     """Compiled steps in JAX, empty where it is not installed."""
     if importlib.util.find_spec("jax") is None:
         return {}
@@ -95,50 +74,32 @@ def first_step(step: Step, variant: Row) -> Row:
     return {"compile_seconds": round(time.perf_counter() - start, 1)}
 
 
-def memory_of(name: str, batch: int, variant: Row) -> Row:
-    """Peak memory of a step of a variant."""
-    return {"memory": memory.peak(name, batch, **variant)}
-
-
-def measure(name: str, setting: Setting) -> Row:
-    """Everything about one network, in this process."""
-    shape = NETWORKS[name][1]
-    batch = setting.batch or shape[0]
-    variants = VARIANTS | (COMPILED if setting.compiled else {})
+def measure(
+    name: str,
+    variants: dict[str, Row],
+    *,
+    rounds: int,
+    batch: int,
+    weighed: Collection[str],
+    peers: Collection[str] | None,
+) -> Row:
+    """Everything about one network, memory of those weighed; None stands for every peer."""
     steps = {key: partial(step_of(name, **each), batch) for key, each in variants.items()}
     rows = {
         key: attempt(first_step, step, variants[key])
         for key, step in tqdm(steps.items(), f"{name}: first steps", leave=False)
     }
     able = {key: step for key, step in steps.items() if "failed" not in rows[key]}
-    routes = able | peer_steps(name, batch, setting.peers)
-    found = times(routes, setting.rounds, f"{name}: rounds")
+    found = times(able | peer_steps(name, batch, peers), rounds, f"{name}: rounds")
     medians = {key: statistics.median(each) for key, each in found.items()}
     for key in tqdm(able, f"{name}: memory", leave=False):
         row, peer = rows[key], f"JAX, {peer_of(variants[key])}"
         row |= {"seconds": medians[key], "time_ratio": ratio_of_medians(found[key], found[BASE])}
         if peer in found:
-            row["jax_seconds"] = medians[peer]
             row["jax_ratio"] = ratio_of_medians(found[key], found[peer])
-        if setting.memory is None or key in setting.memory:
-            row |= attempt(memory_of, name, batch, variants[key])
+        if key in weighed:
+            row |= attempt(lambda key=key: {"memory": memory.peak(name, batch, **variants[key])})
         for field in {"flops", "memory"} & row.keys() & rows[BASE].keys():
             row[f"{field}_ratio"] = row[field] / rows[BASE][field]
-    return {
-        "batch": [batch, *shape[1:]],
-        "parameters": sum(parameter.numel() for parameter in model_of(name).parameters()),
-        "threads": torch.get_num_threads(),
-        "rounds": setting.rounds,
-        "variants": rows,
-    }
-
-
-def measured(name: str, setting: Setting) -> Row:
-    """`measure` in a process of its own, with one thread for everybody and nothing compiled."""
-    with TemporaryDirectory() as cache:
-        environment = {**ONE_THREAD, "TORCHINDUCTOR_CACHE_DIR": cache}
-        return alone(measure, name, setting, environment=environment)
-
-
-if __name__ == "__main__":
-    print(json.dumps(measured(sys.argv[1], Setting(**json.loads(sys.argv[2])))))
+    parameters = sum(parameter.numel() for parameter in model_of(name).parameters())
+    return {"parameters": parameters, "rounds": rounds, "variants": rows}

@@ -1,6 +1,6 @@
 """Which derivative gives value and divergence at the least cost: over one evaluation, in one run.
 
-python -m pytest benchmarks/test_divergence_mode.py
+python -m benchmarks divergence_mode [--full]
 """
 
 from collections.abc import Callable, Mapping
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 import hosm_losses as hosm
+from benchmarks.experiment import ratios
 from benchmarks.networks import NETWORKS
 from benchmarks.steps import model_of
-from benchmarks.timing import ratios
 from hosm_losses.derivatives import safe_primitives
 from hosm_losses.derivatives.taylor import carried
 from hosm_losses.likelihood.paths import with_divergence
@@ -52,15 +52,12 @@ def routes(model: hosm.ScoreModel, x: Tensor, probes: int) -> Mapping[str, Calla
     }
 
 
-def test_value_and_divergence_over_one_evaluation(benchmark, choose):
-    def measure() -> dict:
-        found: dict = {}
-        for (name, (_, shape)), probes in product(NETWORKS.items(), (1, 4)):
-            model, x = model_of(name), torch.randn(choose(2, shape[0], shape[0]), *shape[1:])
+def test_value_and_divergence_over_one_evaluation(record, choose):
+    found: dict = {}
+    for (name, (_, shape)), probes in product(NETWORKS.items(), (1, 4)):
+        model, x = model_of(name), torch.randn(choose(2, shape[0], shape[0]), *shape[1:])
+        with torch.no_grad():
             each = ratios(routes(model, x, probes), "one evaluation", choose(1, 3, 15))
-            for route, ratio in each.items():
-                found.setdefault(route, {}).setdefault(str(probes), {})[name] = ratio
-        return found
-
-    with torch.no_grad():
-        benchmark.extra_info.update(benchmark.pedantic(measure, rounds=1))
+        for route, ratio in each.items():
+            found.setdefault(route, {}).setdefault(str(probes), {})[name] = ratio
+    record(found)

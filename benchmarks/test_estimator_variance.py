@@ -1,6 +1,6 @@
 """Which probes estimate a trace, a Frobenius norm or the third order's term with least variance?
 
-python -m pytest benchmarks/test_estimator_variance.py [--full]
+python -m benchmarks estimator_variance [--full]
 
 On the exact Jacobian of Gaussian mixtures and on networks trained here, at five noise levels; what
 is estimated is said in benchmarks.fields, by what in benchmarks.estimators. Variances that are
@@ -72,7 +72,7 @@ def scaled(rows: Rows, one: float) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("name", ["ring", "mixture", "digits", "images", "large images"])
-def test_estimator_variance(benchmark, choose, name):
+def test_estimator_variance(record, choose, name):
     if name == "large images" and not choose(False, False, True):
         pytest.skip("with --full")
     large = "images" in name
@@ -85,51 +85,50 @@ def test_estimator_variance(benchmark, choose, name):
     levels: dict[str, dict[str, Rows]] = {term: {} for term in TERMS}
     sweep: dict[str, Rows] = {}
 
-    def measure() -> dict:
-        if name in MIXTURES:
-            mixture = MIXTURES[name]()
-            std = float(mixture.sample(4096, generator).std())
+    if name in MIXTURES:
+        mixture = MIXTURES[name]()
+        std = float(mixture.sample(4096, generator).std())
+    else:
+        problem = trained(name, choose(5, 300 if name == "images" else None, None))
+        mixture, std = None, problem.std
+    d = 0
+    for level in tqdm(fields.LEVELS[:: choose(2, 1, 1)], name, leave=False):
+        if mixture is None:
+            given = level * std, generator
+            rows = problem.data[:count]
+            points = [fields.network_point(problem.model, row, *given) for row in rows]
         else:
-            problem = trained(name, choose(5, 300 if name == "images" else None, None))
-            mixture, std = None, problem.std
-        d = 0
-        for level in tqdm(fields.LEVELS[:: choose(2, 1, 1)], name, leave=False):
-            if mixture is None:
-                given = level * std, generator
-                rows = problem.data[:count]
-                points = [fields.network_point(problem.model, row, *given) for row in rows]
-            else:
-                points = fields.mixture_points(mixture, level * std, count, generator)
-            d = len(points[0].jacobian)
-            for term, times in of_term.items():
-                # One orthogonal direction is one on the sphere.
-                levels[term][f"{level:g} std"] = {
-                    sampler: Measured(points, term, sampler, 1, times)
-                    for sampler in estimators.SAMPLERS[:-1]
-                }
-            for sampler in estimators.SAMPLERS if level == SWEPT else ():
-                sweep[sampler] = {
-                    str(k): Measured(points, "trace", sampler, k, min(repeats, times))
-                    for k in counts
-                    if estimators.can_draw(sampler, k, d)
-                    for times in [max(50, int(flops / (2 * k * d**2)))]
-                }
-        one = sweep["rademacher"]["1"].variance.value
-        tables = [*sweep.values(), *(each for term in TERMS for each in levels[term].values())]
-        known = [row.known for rows in tables for row in rows.values() if row.known is not None]
-        signs = {
-            term: {level: rows["rademacher"].variance.value for level, rows in each.items()}
-            for term, each in levels.items()
-        }
-        over = {
-            sampler: {term: over_signs(levels[term], sampler) for term in TERMS}
-            for sampler in estimators.SAMPLERS[:-1]
-        }
-        return {
+            points = fields.mixture_points(mixture, level * std, count, generator)
+        d = len(points[0].jacobian)
+        for term, times in of_term.items():
+            # One orthogonal direction is one on the sphere.
+            levels[term][f"{level:g} std"] = {
+                sampler: Measured(points, term, sampler, 1, times)
+                for sampler in estimators.SAMPLERS[:-1]
+            }
+        for sampler in estimators.SAMPLERS if level == SWEPT else ():
+            sweep[sampler] = {
+                str(k): Measured(points, "trace", sampler, k, min(repeats, times))
+                for k in counts
+                if estimators.can_draw(sampler, k, d)
+                for times in [max(50, int(flops / (2 * k * d**2)))]
+            }
+    one = sweep["rademacher"]["1"].variance.value
+    tables = [*sweep.values(), *(each for term in TERMS for each in levels[term].values())]
+    known = [row.known for rows in tables for row in rows.values() if row.known is not None]
+    signs = {
+        term: {level: rows["rademacher"].variance.value for level, rows in each.items()}
+        for term, each in levels.items()
+    }
+    over = {
+        sampler: {term: over_signs(levels[term], sampler) for term in TERMS}
+        for sampler in estimators.SAMPLERS[:-1]
+    }
+    record(
+        {
             "elements": d,
             "known": {"inside": sum(known), "all": len(known)},
             "over signs": {"rademacher, absolute": signs, **over},
             "scaled": {name: {"trace": scaled(rows, one)} for name, rows in sweep.items()},
         }
-
-    benchmark.extra_info.update(benchmark.pedantic(measure, rounds=1))
+    )

@@ -1,6 +1,6 @@
 """How noisy is the gradient of each loss term and of each third-order estimator, against σ̂?
 
-python -m pytest benchmarks/test_gradient_variance.py
+python -m benchmarks gradient_variance [--full]
 """
 
 import pytest
@@ -32,7 +32,7 @@ def mixture(steps: int) -> trained.Problem:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradient_variance(benchmark, choose, name):
+def test_gradient_variance(record, choose, name):
     if name == "large images" and not choose(False, False, True):
         pytest.skip("with --full")
     batch, distributions = CASES[name]
@@ -42,10 +42,9 @@ def test_gradient_variance(benchmark, choose, name):
         problem = trained.trained(name, choose(2, None if name == "digits" else 300, None))
     elements = problem.data[0].numel()
     minibatches = choose(8, 8, 16 if name == "large images" else 48)
-    given = (problem, choose(LEVELS[2:3], LEVELS, LEVELS), estimators(elements, distributions))
-    size = {"minibatches": minibatches, "batch": batch}
-    found = benchmark.pedantic(measure, given, size, rounds=1)
+    levels, terms = choose(LEVELS[2:3], LEVELS, LEVELS), estimators(elements, distributions)
+    found = measure(problem, levels, terms, minibatches=minibatches, batch=batch)
     assert all(share == (0, 0, 0) for share in found["probe share"]["first"].values())
     if elements == 1:
         del found["probe share"]  # of signs, which are exact there
-    benchmark.extra_info.update(found, elements=elements)
+    record({**found, "elements": elements})

@@ -1,6 +1,6 @@
 """How wrong is a likelihood, against its calls and against its time: ours, and others'?
 
-python -m pytest benchmarks/test_likelihood.py [--full]
+python -m benchmarks likelihood [--full]
 
 Every method solves the same samples of the same model (benchmarks.trained), with several settings,
 in turns. Up to d = 64 the error is the root mean square of the difference to a reference, over
@@ -120,7 +120,7 @@ def taken(name, method, choose) -> bool:
 
 
 @pytest.mark.parametrize("name", ["ring", "digits", "images", "large images"])
-def test_error_against_cost(benchmark, choose, name):
+def test_error_against_cost(record, choose, name):
     if name == "large images" and not choose(False, False, True):
         pytest.skip("with --full")
     steps = choose(5, 300 if name == "images" else None, None)
@@ -142,26 +142,27 @@ def test_error_against_cost(benchmark, choose, name):
         every += [Runs(method, setting) for setting in choose(one, some, method.settings)]
     finest = {"steps": choose(128, 512, 512), "tolerance": choose(1e-4, 1e-7, 1e-7)}
 
-    def measure() -> dict:
-        for seed in tqdm(range(-1, rounds), name, leave=False):
-            for runs in tqdm(every, f"seed {seed}", leave=False):
-                if runs.method.random or seed < exact_rounds:
-                    runs.run(problem, x, seed + 1, warm_up=seed < 0)
-        double = copy.deepcopy(problem.model).double()
-        wide = dataclasses.replace(problem, model=double)
-        add_solver_errors(every, wide, x[:PATHS].double(), finest)
-        reference = difference = None
-        if exact:
-            reference, difference = reference_of(wide, x.double(), choose(1e-3, 1e-5, 1e-6))
-        pairs = [(runs, runs.errors(reference)) for runs in every]
-        rows: dict[str, dict] = {}
-        for runs, errors in pairs:
-            rows.setdefault(runs.method.name, {})[f"{runs.setting:g}"] = row_of(runs, errors)
-        few, many = TARGETS[elements if exact else None]
-        targets = {f"random, {many:g} nat": at_target(pairs, many, random=True)}
-        if exact:
-            targets[f"exact, {few:g} nat"] = at_target(pairs, few, random=False)
-        return {
+    for seed in tqdm(range(-1, rounds), name, leave=False):
+        for runs in tqdm(every, f"seed {seed}", leave=False):
+            if runs.method.random or seed < exact_rounds:
+                runs.run(problem, x, seed + 1, warm_up=seed < 0)
+    wide = dataclasses.replace(problem, model=copy.deepcopy(problem.model).double())
+    add_solver_errors(every, wide, x[:PATHS].double(), finest)
+    reference = difference = None
+    if exact:
+        reference, difference = reference_of(wide, x.double(), choose(1e-3, 1e-5, 1e-6))
+    pairs = [(runs, runs.errors(reference)) for runs in every]
+    rows: dict[str, dict] = {}
+    for runs, errors in pairs:
+        rows.setdefault(runs.method.name, {})[f"{runs.setting:g}"] = row_of(runs, errors)
+    few, many = TARGETS[elements if exact else None]
+    targets = {f"random, {many:g} nat": at_target(pairs, many, random=True)}
+    if exact:
+        targets[f"exact, {few:g} nat"] = at_target(pairs, few, random=False)
+    assert rows[FRESH][f"{STEPS}"]["evaluations"] == EVALUATIONS
+    assert all(np.isfinite(row["error"]).all() for each in rows.values() for row in each.values())
+    record(
+        {
             "elements": elements,
             "samples": len(x),
             "seeds": rounds,
@@ -170,9 +171,4 @@ def test_error_against_cost(benchmark, choose, name):
             "targets": targets,
             "headlines": headlines(every),
         }
-
-    found = benchmark.pedantic(measure, rounds=1)
-    benchmark.extra_info.update(found)
-    rows = found["rows"]
-    assert rows[FRESH][f"{STEPS}"]["evaluations"] == EVALUATIONS
-    assert all(np.isfinite(row["error"]).all() for each in rows.values() for row in each.values())
+    )

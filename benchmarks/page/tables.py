@@ -1,7 +1,6 @@
 """The tables that are worked out."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 from benchmarks.page.numbers import NOTHING, PROBLEMS, Found, markdown, number, spread, walk
 
@@ -36,46 +35,29 @@ def cost(found: Found) -> str:
     return markdown([*head, "time", "peak memory", "time over JAX's"], lines)
 
 
-class Case(NamedTuple):
-    """One comparison with a peer: theirs over ours, below 1 where theirs is better."""
-
-    peer: str
-    compared: str
-    place: str
-    ratio: Sequence[float]
-    fewer_evaluations: bool = False
-
-    def ahead(self) -> str:
-        """Where and by how much the peer is ahead, empty where it is not."""
-        if self.ratio[2] < 1:
-            return f"{self.place}: {spread(self.ratio)}"
-        return f"{self.place}: fewer evaluations" if self.fewer_evaluations else ""
-
-
-def cases(found: Found) -> Iterator[Case]:
-    """Every comparison that was measured."""
-    compared = "likelihood, time to a target error"
+def peers(found: Found) -> str:
+    """Every peer at a glance: theirs over ours, and where the whole interval is below 1."""
+    # By peer and what is compared: the place, the ratio, and whether evaluations are fewer.
+    cases: dict[tuple[str, str], list[tuple[str, Sequence[float], bool]]] = {}
     for (name, target, peer), row in walk(found, "likelihood > * > targets > * > *"):
         if not row["ours"]:
-            place, few = f"{PROBLEMS[name]}, {target}", row["fewer_evaluations"]
-            yield Case(peer.removesuffix(", exact"), compared, place, row["over_ours"], few)
-    peer, compared = "the paper's losses, jitted by JAX", "a training step, time"
+            key = peer.removesuffix(", exact"), "likelihood, time to a target error"
+            case = f"{PROBLEMS[name]}, {target}", row["over_ours"], row["fewer_evaluations"]
+            cases.setdefault(key, []).append(case)
     for (network, step), (value, low, high) in walk(found, JAX):
-        yield Case(peer, compared, f"{network}, {step}", [1 / value, 1 / high, 1 / low])
-
-
-def peers(found: Found) -> str:
-    """Every peer at a glance, and where it is ahead by the whole of the interval."""
-    by_peer: dict[str, list[Case]] = {}
-    for case in cases(found):
-        by_peer.setdefault(case.peer, []).append(case)
+        key = "the paper's losses, jitted by JAX", "a training step, time"
+        case = f"{network}, {step}", [1 / value, 1 / high, 1 / low], False
+        cases.setdefault(key, []).append(case)
     lines = []
-    for peer, every in by_peer.items():
-        values = [case.ratio[0] for case in every]
-        ahead = [place for case in every if (place := case.ahead())]
+    for key, every in cases.items():
+        ahead = [
+            f"{place}: {spread(ratio) if ratio[2] < 1 else 'fewer evaluations'}"
+            for place, ratio, fewer in every
+            if ratio[2] < 1 or fewer
+        ]
+        values = [ratio[0] for _, ratio, _ in every]
         span = f"{number(min(values))} to {number(max(values))}"
-        lines.append([peer, every[0].compared, span, f"{len(ahead)} of {len(every)}"])
-        lines[-1].append("; ".join(ahead))
+        lines.append([*key, span, f"{len(ahead)} of {len(every)}", "; ".join(ahead)])
     return markdown(["Peer", "Compared", "Theirs over ours", "Ahead in", "Where"], lines)
 
 
