@@ -3,8 +3,7 @@
 python -m benchmarks estimator_variance [--full]
 
 On the exact Jacobian of Gaussian mixtures and on networks trained here, at five noise levels; what
-is estimated is said in benchmarks.fields, by what in benchmarks.estimators. Variances that are
-known in closed form have to come out, to five standard errors.
+is estimated and by what is said in benchmarks.fields. Variances that are known in closed form have to come out, to five standard errors.
 """
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from tests.oracles import anisotropic, ring
 from tqdm import tqdm
 
-from benchmarks import estimators, fields
+from benchmarks import fields
 from benchmarks.fields import Point
 from benchmarks.intervals import Array, Estimate, mean_variance, ratio_of_variances
 from benchmarks.trained import trained
@@ -39,11 +38,11 @@ class Measured:
         generator, shape = torch.Generator().manual_seed(count), points[0].shape
         found, known = [], []
         for point in points:
-            probes = estimators.draw(name, repeats, count, shape, generator)
+            probes = fields.draw(name, repeats, count, shape, generator)
             found.append(point.estimates(term, probes).T)
             forms = point.forms(term)
             if forms is not None:
-                known.append(estimators.known_variance(name, forms, count, shape))
+                known.append(fields.known_variance(name, forms, count, shape))
         self.rows: Array = torch.cat(found).numpy()
         self.variance = Estimate(*(len(found[0]) * each for each in mean_variance(self.rows)))
         self.known: bool | None = None
@@ -104,13 +103,13 @@ def test_estimator_variance(record, choose, name):
             # One orthogonal direction is one on the sphere.
             levels[term][f"{level:g} std"] = {
                 sampler: Measured(points, term, sampler, 1, times)
-                for sampler in estimators.SAMPLERS[:-1]
+                for sampler in fields.SAMPLERS[:-1]
             }
-        for sampler in estimators.SAMPLERS if level == SWEPT else ():
+        for sampler in fields.SAMPLERS if level == SWEPT else ():
             sweep[sampler] = {
                 str(k): Measured(points, "trace", sampler, k, min(repeats, times))
                 for k in counts
-                if estimators.can_draw(sampler, k, d)
+                if fields.can_draw(sampler, k, d)
                 for times in [max(50, int(flops / (2 * k * d**2)))]
             }
     one = sweep["rademacher"]["1"].variance.value
@@ -122,7 +121,7 @@ def test_estimator_variance(record, choose, name):
     }
     over = {
         sampler: {term: over_signs(levels[term], sampler) for term in TERMS}
-        for sampler in estimators.SAMPLERS[:-1]
+        for sampler in fields.SAMPLERS[:-1]
     }
     record(
         {

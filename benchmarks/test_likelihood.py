@@ -6,7 +6,7 @@ Every method solves the same samples of the same model (benchmarks.trained), wit
 in turns. Up to d = 64 the error is the root mean square of the difference to a reference, over
 samples and seeds. Above that no reference can be had: the error of a random method is put together
 from the standard deviation over seeds and the solver's error, which is measured apart
-(benchmarks.likelihood_methods).
+(benchmarks.likelihoods).
 
 Evaluations are forward passes of the network a sample, counted. Each comes with passes back: one
 for a probe, d for the exact divergence.
@@ -22,9 +22,8 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import intervals
-from benchmarks import likelihood_methods as ways
-from benchmarks.likelihood_methods import DCT, FRESH, KEPT, RECIPE, adaptive, fixed
-from benchmarks.likelihood_targets import Runs, at_target
+from benchmarks import likelihoods as ways
+from benchmarks.likelihoods import DCT, FRESH, KEPT, RECIPE, Runs, adaptive, at_target, fixed
 from benchmarks.trained import Problem, ring, trained
 
 DENSE = 64  # up to which d the exact divergence is taken

@@ -9,6 +9,7 @@ and memory of every variant; with --compiled also the compiled loss, on the UNet
 
 import pytest
 
+from benchmarks.experiment import alone
 from benchmarks.networks import NETWORKS
 from benchmarks.speed import measure
 from benchmarks.steps import BASE, COMPILED, NAMES, VARIANTS
@@ -25,7 +26,9 @@ def test_all_in_turns(record, choose, pytestconfig, name):
     some = choose([BASE], [BASE, *WEIGHED], []) if name == "convolutional" else []
     compiled = pytestconfig.getoption("--compiled") and name in ("unet", "dit")
     variants = VARIANTS | (COMPILED if compiled else {})
-    found = measure(
+    # A new process: pytest would make an error of every warning of a compiler.
+    found = alone(
+        measure,
         name,
         variants,
         rounds=choose(1, 4, 10),

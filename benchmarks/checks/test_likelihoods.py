@@ -7,7 +7,7 @@ from tests.oracles import ring as mixture
 from torch import Tensor
 
 import hosm_losses as hosm
-from benchmarks.likelihood_methods import adaptive, peers
+from benchmarks.likelihoods import adaptive, peers
 from benchmarks.trained import exact, ring
 
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.likelihood_methods import Method
-from benchmarks.likelihood_targets import Runs, at_target, estimates
+from benchmarks.likelihoods import Method, Runs, at_target, estimates
 
 SEEDS = 400
 

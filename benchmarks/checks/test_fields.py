@@ -8,7 +8,7 @@ from tests.oracles import mixture_noise, ring, sign_vectors
 from tests.test_probes import dct_matrix
 
 import hosm_losses as hosm
-from benchmarks import estimators, fields
+from benchmarks import fields
 
 D = 4
 
@@ -25,9 +25,9 @@ def values(forms: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
 
 def test_signs(forms):
     exact = values(forms, sign_vectors(D)).var(0, correction=0).sum()
-    known = estimators.known_variance("rademacher", forms, 1, (D,))
+    known = fields.known_variance("rademacher", forms, 1, (D,))
     assert known == pytest.approx(float(exact))
-    assert estimators.known_variance("rademacher", forms, 5, (D,)) == pytest.approx(known / 5)
+    assert fields.known_variance("rademacher", forms, 5, (D,)) == pytest.approx(known / 5)
 
 
 @pytest.mark.parametrize("shape", [(D,), (2, 2)])
@@ -36,7 +36,7 @@ def test_cosines(forms, shape):
     for size in shape:
         basis = torch.kron(basis, dct_matrix(size))
     exact = values(forms, sign_vectors(D) @ basis).var(0, correction=0).sum()
-    assert estimators.known_variance("dct", forms, 1, shape) == pytest.approx(float(exact))
+    assert fields.known_variance("dct", forms, 1, shape) == pytest.approx(float(exact))
 
 
 @pytest.mark.parametrize("count", range(1, D + 1))
@@ -44,7 +44,7 @@ def test_unit_vectors(forms, count):
     diagonal = D * forms.diagonal(dim1=1, dim2=2).T
     subsets = [diagonal[list(chosen)] for chosen in itertools.combinations(range(D), count)]
     exact = torch.stack([each.mean(0) for each in subsets]).var(0, correction=0).sum()
-    known = estimators.known_variance(estimators.UNITS, forms, count, (D,))
+    known = fields.known_variance(fields.UNITS, forms, count, (D,))
     assert known == pytest.approx(float(exact), abs=1e-12)
 
 
@@ -59,14 +59,14 @@ def test_gaussian_and_sphere(forms):
     for name, factor in (("gaussian", 1.0), ("sphere", D / (D + 2))):
         square = torch.einsum("mij,ijkl,mkl->", forms, factor * sum(pairs), forms)
         exact = square - forms.diagonal(dim1=1, dim2=2).sum(1).square().sum()
-        known = estimators.known_variance(name, forms, 1, (D,))
+        known = fields.known_variance(name, forms, 1, (D,))
         assert known == pytest.approx(float(exact))
 
 
-@pytest.mark.parametrize("name", estimators.SAMPLERS)
+@pytest.mark.parametrize("name", fields.SAMPLERS)
 def test_what_is_drawn(name):
     generator = torch.Generator().manual_seed(0)
-    probes = estimators.draw(name, 2000, 3, (2, 2), generator).double()
+    probes = fields.draw(name, 2000, 3, (2, 2), generator).double()
     assert probes.shape == (2000, 3, D)
     flat = probes.flatten(0, 1)
     squares = flat[:, :, None] * flat[:, None]
@@ -74,9 +74,9 @@ def test_what_is_drawn(name):
     assert ((squares.mean(0) - torch.eye(D)).abs() <= 5 * error + 1e-6).all()
 
 
-@pytest.mark.parametrize("name", [estimators.ORTHOGONAL, estimators.UNITS])
+@pytest.mark.parametrize("name", [fields.ORTHOGONAL, fields.UNITS])
 def test_directions_of_a_set_are_orthogonal(name):
-    probes = estimators.draw(name, 50, D, (D,), torch.Generator().manual_seed(0))
+    probes = fields.draw(name, 50, D, (D,), torch.Generator().manual_seed(0))
     products = probes @ probes.transpose(1, 2)
     torch.testing.assert_close(products, (D * torch.eye(D)).expand(50, D, D), atol=1e-5, rtol=0)
 
