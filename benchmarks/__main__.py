@@ -70,7 +70,7 @@ def main() -> None:
 
 def run(chosen: list[str], options: argparse.Namespace, directory: Path, root: Path) -> None:
     """Measure what is chosen into a directory, and fill the pages under a root."""
-    file = results.path(options.name, directory)
+    file = directory / f"{options.name}.json"
     kept = results.read(file)
     given = [f"--size={options.size}", *(["--compiled"] if options.compiled else [])]
     with TemporaryDirectory() as weights:

@@ -40,11 +40,6 @@ def said(*command: str) -> str | None:
     return done.stdout.partition("\n")[0].strip()
 
 
-def commit() -> str | None:
-    """The commit that is measured, "-dirty" where files have changed since; None outside git."""
-    return said("git", "describe", "--always", "--dirty", "--exclude", "*")
-
-
 def environment() -> dict[str, Any]:
     """All of it, with None for a package that is not installed."""
     return {
@@ -56,6 +51,7 @@ def environment() -> dict[str, Any]:
         "torch": installed("torch"),
         "numpy": installed("numpy"),
         "peers": {name: installed(name) for name in PEERS},
-        "commit": commit(),
+        # "-dirty" where files have changed since; None outside git.
+        "commit": said("git", "describe", "--always", "--dirty", "--exclude", "*"),
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -17,9 +17,7 @@ Formula:
         gaussian     2 ‖S‖²_F
         sphere       2 d/(d + 2) (‖S‖²_F − (tr S)²/d)
         dct          that of signs, of Q S Qᵀ
-    and of the mean over K independent probes 1/K of it. K of the d unit vectors, times √d and
-    without replacement, have d²/K (d − K)/(d − 1) Var_i(B_ii), zero at K = d. Orthogonal
-    directions (Q of a Gaussian matrix, times √d) have no such formula here.
+        unit vectors, times √d   d² Var_i(B_ii)
 
 Source:
     Lu et al., arXiv 2206.08265; the mixture of `tests.oracles`; Avron and Toledo, "Randomized
@@ -39,8 +37,8 @@ from hosm_losses.losses.terms import third_residual
 from hosm_losses.model import noise_field
 from hosm_losses.probes import DISTRIBUTIONS, draw_probes
 
-UNITS, ORTHOGONAL = "unit vectors", "orthogonal"
-SAMPLERS = (*DISTRIBUTIONS, UNITS, ORTHOGONAL)
+UNITS = "unit vectors"
+SAMPLERS = (*DISTRIBUTIONS, UNITS)
 LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # σ̂ over the data's standard deviation
 CHUNK_ELEMENTS = 2**16  # of a batch of probes that is sent through a network at once
 CHUNK_PROBES = 256  # whose products with all forms are held at once
@@ -58,15 +56,12 @@ class Point:
     thirds: Tensor | None  # T symmetrised in its last two, (d, d, d); None where d is too large
 
     def estimates(self, term: str, probes: Tensor) -> Tensor:
-        """What probes (repeats, K, d) estimate of a term, (repeats, m): the mean over K."""
-        flat = probes.flatten(0, 1)
+        """What each of the probes (n, d) estimates of a term, (n, m)."""
         if term == "third":
-            found = self.third(flat)
-        elif term == "trace":
-            found = (flat * (flat @ self.jacobian.T.float())).sum(1, keepdim=True)
-        else:
-            found = (flat @ self.second.T.float()).square().sum(1, keepdim=True)
-        return found.double().unflatten(0, probes.shape[:2]).mean(1)
+            return self.third(probes).double()
+        if term == "trace":
+            return (probes * (probes @ self.jacobian.T.float())).sum(1, keepdim=True).double()
+        return (probes @ self.second.T.float()).square().sum(1, keepdim=True).double()
 
     def forms(self, term: str) -> Tensor | None:
         """The symmetric forms (m, d, d) of a term, None where they are not built."""
@@ -164,47 +159,34 @@ def along(forms: Tensor) -> Callable[[Tensor], Tensor]:
     return quadratic
 
 
-def can_draw(name: str, count: int, elements: int) -> bool:
-    """Whether there are so many probes of the kind in d dimensions."""
-    return name in DISTRIBUTIONS or count <= elements
-
-
-def draw(
-    name: str, repeats: int, count: int, shape: tuple[int, ...], generator: torch.Generator
-) -> Tensor:
-    """Probes (repeats, count, d) of a sampler, in float32."""
-    elements = torch.Size(shape).numel()
+def draw(name: str, count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Independent probes (count, d) of a sampler, in float32."""
     if name in DISTRIBUTIONS:
-        like = torch.empty(repeats, *shape)
-        return draw_probes(like, count, name, generator).transpose(0, 1).flatten(2)
-    if name == UNITS:
-        order = torch.rand(repeats, elements, generator=generator).argsort(1)[:, :count]
-        return torch.nn.functional.one_hot(order, elements).float() * elements**0.5
-    columns = torch.randn(repeats, elements, count, generator=generator)
-    return torch.linalg.qr(columns).Q.transpose(1, 2) * elements**0.5
+        return draw_probes(torch.empty(count, *shape), 1, name, generator)[0].flatten(1)
+    elements = torch.Size(shape).numel()
+    chosen = torch.randint(elements, (count,), generator=generator)
+    return torch.nn.functional.one_hot(chosen, elements).float() * elements**0.5
 
 
-def known_variance(name: str, forms: Tensor, count: int, shape: tuple[int, ...]) -> float | None:
-    """Variance of the mean over `count` probes of vᵀ B_k v, summed over k; None where not known.
+def known_variance(name: str, forms: Tensor, shape: tuple[int, ...]) -> float:
+    """Variance of vᵀ B_k v over probes v of a sampler, summed over k.
 
     Args:
         name: of the sampler.
         forms: B, symmetric, (m, d, d).
-        count: of probes.
         shape: of a sample, which "dct" knows about.
     """
     if name == "dct":
-        return known_variance("rademacher", _rotated(forms, shape), count, shape)
+        return known_variance("rademacher", _rotated(forms, shape), shape)
     d, diagonal = forms.shape[-1], forms.diagonal(dim1=-2, dim2=-1)
     square, traces = forms.square().sum(), diagonal.sum(1).square().sum()
-    spread = diagonal.var(1, correction=0).sum()
     variances = {
         "rademacher": 2 * (square - diagonal.square().sum()),
         "gaussian": 2 * square,
         "sphere": 2 * d / (d + 2) * (square - traces / d),
-        UNITS: d**2 * (d - count) / max(d - 1, 1) * spread,
+        UNITS: d**2 * diagonal.var(1, correction=0).sum(),
     }
-    return float(variances[name] / count) if name in variances else None
+    return float(variances[name])
 
 
 def _rotated(forms: Tensor, shape: tuple[int, ...]) -> Tensor:

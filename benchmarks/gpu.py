@@ -26,7 +26,6 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
-from benchmarks.environment import commit, said
+from benchmarks.environment import environment, said
 from benchmarks.experiment import Row, attempt, parser, reason, show
 from benchmarks.networks import UNet
 from benchmarks.steps import BASE, VARIANTS, loss_of
@@ -100,9 +99,8 @@ class Job:
 
     def free(self) -> None:
         self.network.zero_grad()
-        if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        gc.collect()
+        torch.cuda.empty_cache()  # nothing without CUDA
 
     def attempt(self, measure: Callable[..., Row], *args: object) -> Row:
         """What is measured, or why not."""
@@ -174,9 +172,8 @@ def measure_all(setting: Namespace, variants: dict[str, Row]) -> dict[str, Row]:
     found = job.attempt(lambda job: timed(steps, job.rounds))
     for key in steps:
         rows[key]["step"] |= {"ms": found[key]} if key in found else found
-    for key, variant in tqdm(variants.items(), "compiled", disable=not setting.compile):
-        if setting.compile:
-            rows[key]["compiled"] = job.attempt(compiled, variant)
+    for key, variant in tqdm(variants.items(), "compiled") if setting.compile else ():
+        rows[key]["compiled"] = job.attempt(compiled, variant)
     return rows
 
 
@@ -208,15 +205,12 @@ def main() -> None:
     options = given.parse_args()
     device = options.device = options.device or ("cpu" if options.smoke else "cuda")
     chosen = {k: v for k, v in MEASURED.items() if k == BASE or re.search(options.variants, k)}
-    environment = {
+    where = environment() | {
         "card": torch.cuda.get_device_name(device) if device == "cuda" else None,
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
     }
-    report: Row = {"environment": environment, "tables": []}
+    report: Row = {"environment": where, "tables": []}
     batches = options.batch or ([4] if options.smoke else [128, 48])
     for batch, precision in product(batches, options.precision):
         shared = {"batch": batch, "precision": precision}

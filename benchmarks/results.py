@@ -1,8 +1,8 @@
 """Files of results, kept by question.
 
 A file holds, for each question, the environment and the commit it was measured in, how much was
-measured ("smoke", "default" or "full"), and what was found. Measuring one question anew
-leaves the others as they are.
+measured ("smoke", "default" or "full"), and what was found. Measuring one question anew leaves
+the others as they are.
 """
 
 import json
@@ -16,11 +16,6 @@ DIRECTORY = ROOT / "benchmarks" / "results"
 DIGITS = 5
 
 
-def path(name: str, directory: Path = DIRECTORY) -> Path:
-    """Where the results of this name are."""
-    return directory / f"{name}.json"
-
-
 def rounded(found: Any) -> Any:
     """Numbers with five digits, as far down as there are any."""
     if isinstance(found, dict):
@@ -32,11 +27,11 @@ def rounded(found: Any) -> Any:
 
 def read(file: Path) -> Report:
     """The questions of a file; none where there is no file."""
-    return json.loads(file.read_text())["questions"] if file.exists() else {}
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def write(file: Path, questions: Report) -> None:
     """Write the questions, sorted by name."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    report = {"questions": rounded(dict(sorted(questions.items())))}
-    file.write_text(json.dumps(report, separators=(",", ":")) + "\n")
+    ordered = rounded(dict(sorted(questions.items())))
+    file.write_text(json.dumps(ordered, separators=(",", ":")) + "\n")

@@ -9,7 +9,7 @@ from benchmarks import page, results
 from benchmarks.environment import environment
 from benchmarks.page import marks, numbers, tables
 
-FILE = results.path("cpu-2-cores")
+FILE = results.DIRECTORY / "cpu-2-cores.json"
 QUESTIONS = results.read(FILE)
 FOUND = page.tree(FILE)
 PAGES, BENCHMARKS = page.pages(), "docs/benchmarks.md"

@@ -3,7 +3,6 @@
 A path leads down the committed results, `question > problem > ... > field`:
 
     estimator_variance > PROBLEM > over signs > PROBES > QUANTITY > LEVEL, or sum
-    estimator_variance > PROBLEM > scaled > PROBES > trace > K
     gradient_variance > PROBLEM > noise, probe share, noise scale > TERM > LEVEL
     gradient_variance > PROBLEM > ratios > TERM / TERM > LEVEL
     likelihood > PROBLEM > rows > METHOD > SETTING > field
