@@ -40,11 +40,6 @@ def bootstrap(statistic: Callable[..., float], *samples: ArrayLike) -> Estimate:
     return estimate(np.array([statistic(*(each[..., rows] for each in arrays)) for rows in every]))
 
 
-def median(values: ArrayLike) -> Estimate:
-    """Median of (n,)."""
-    return bootstrap(np.median, values)
-
-
 def ratio_of_medians(above: ArrayLike, below: ArrayLike) -> Estimate:
     """Median of (n,) over that of (n,), of the same rounds."""
     return bootstrap(lambda x, y: np.median(x) / np.median(y), above, below)

@@ -8,7 +8,7 @@
               its random numbers; ours draws them.
     compile   seconds of the first step of the compiled loss module, with an empty cache.
 
-Ratios are to order one; those of times come with intervals. What fails is recorded as "failed".
+Ratios are to order one; those of times come with intervals.
 """
 
 import gc
@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.counts import flops_of
-from benchmarks.experiment import Row, alone, attempt, times
+from benchmarks.experiment import Row, alone, times
 from benchmarks.intervals import ratio_of_medians
 from benchmarks.networks import NETWORKS
 from benchmarks.steps import BASE, VARIANTS, model_of, step_of
@@ -75,11 +75,6 @@ def peak_memory(name: str, batch: int, **variant: Any) -> int:
     return resident("VmHWM") - before
 
 
-def memory_of(name: str, batch: int, variant: Row) -> Row:
-    """`peak_memory` in a new process."""
-    return {"memory": alone(peak_memory, name, batch, environment=MEMORY, **variant)}
-
-
 def peer_of(variant: Row) -> str | None:
     """The loss in JAX that a variant is compared with, None where it does other work."""
     if {"fraction", "chunks", "probes"} & variant.keys():
@@ -88,7 +83,7 @@ def peer_of(variant: Row) -> str | None:
     return f"{order} {variant.get('third', 'exact')}" if variant["order"] == 3 else order
 
 
-def peer_steps(name: str, batch: int, wanted: Collection[str] | None) -> dict[str, Step]:
+def peer_steps(name: str, batch: int) -> dict[str, Step]:
     """Compiled steps in JAX, empty where it is not installed."""
     if importlib.util.find_spec("jax") is None:
         return {}
@@ -102,13 +97,13 @@ def peer_steps(name: str, batch: int, wanted: Collection[str] | None) -> dict[st
     steps: dict[str, Step] = {}
     for variant in VARIANTS.values():
         key = peer_of(variant)
-        if key is None or (wanted is not None and key not in wanted):
-            continue
-        third = variant.get("third", "exact")
-        step = training_step(network, variant["order"], third)
-        given = (x0, jax.numpy.linspace(0.01, 1, batch), noise)
-        given += tuple(probes[: 2 if third == "sliced" else 1])
-        steps[f"JAX, {key}"] = lambda step=step, given=given: jax.block_until_ready(step(*given))
+        if key is not None:
+            third = variant.get("third", "exact")
+            step = training_step(network, variant["order"], third)
+            given = (x0, jax.numpy.linspace(0.01, 1, batch), noise)
+            given += tuple(probes[: 2 if third == "sliced" else 1])
+            run = partial(step, *given)
+            steps[f"JAX, {key}"] = lambda run=run: jax.block_until_ready(run())
     for step in steps.values():
         step()
     return steps
@@ -126,30 +121,24 @@ def first_step(step: Step, variant: Row) -> Row:
 
 
 def measure(
-    name: str,
-    variants: dict[str, Row],
-    *,
-    rounds: int,
-    batch: int,
-    weighed: Collection[str],
-    peers: Collection[str] | None,
+    name: str, variants: dict[str, Row], rounds: int, batch: int, weighed: Collection[str]
 ) -> Row:
-    """Everything about one network, memory of those weighed; None stands for every peer."""
+    """Everything about one network; memory of the variants that are to be weighed."""
     steps = {key: partial(step_of(name, **each), batch) for key, each in variants.items()}
     rows = {
-        key: attempt(first_step, step, variants[key])
+        key: first_step(step, variants[key])
         for key, step in tqdm(steps.items(), f"{name}: first steps", leave=False)
     }
-    able = {key: step for key, step in steps.items() if "failed" not in rows[key]}
-    found = times(able | peer_steps(name, batch, peers), rounds, f"{name}: rounds")
-    for key in tqdm(able, f"{name}: memory", leave=False):
-        row, peer = rows[key], f"JAX, {peer_of(variants[key])}"
+    found = times(steps | peer_steps(name, batch), rounds, f"{name}: rounds")
+    for key, row in tqdm(rows.items(), f"{name}: memory", leave=False):
         row["seconds"] = statistics.median(found[key])
         row["time_ratio"] = ratio_of_medians(found[key], found[BASE])
+        peer = f"JAX, {peer_of(variants[key])}"
         if peer in found:
             row["jax_ratio"] = ratio_of_medians(found[key], found[peer])
         if key in weighed:
-            row |= attempt(memory_of, name, batch, variants[key])
+            given = {"environment": MEMORY, **variants[key]}
+            row["memory"] = alone(peak_memory, name, batch, **given)
         for field in {"flops", "memory"} & row.keys() & rows[BASE].keys():
             row[f"{field}_ratio"] = row[field] / rows[BASE][field]
     parameters = sum(parameter.numel() for parameter in model_of(name).parameters())

@@ -52,7 +52,7 @@ def row_of(runs: Runs, errors: np.ndarray) -> dict:
     # What is not random has one error a sample: then samples are drawn again, and not seeds.
     return {
         "evaluations": float(np.mean(runs.evaluations)),
-        "seconds": intervals.median(runs.seconds),
+        "seconds": intervals.bootstrap(np.median, runs.seconds),
         "error": intervals.root_mean_square(errors if random else errors[:, :1].T),
         "solver_error": runs.bias if random else None,
     }

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator
@@ -48,7 +48,6 @@ def panels(
     styles: Callable[[str, int], dict[str, str]] = style,
     sharey: Literal["row", "none"] = "row",
     ticks: Sequence[float] | None = None,
-    **axis: Any,
 ) -> Figure:
     """A column for a problem and a row for a quantity, whose curves have names."""
     problems = {name: each for name, each in problems.items() if each["elements"] >= least}
@@ -64,11 +63,10 @@ def panels(
                 axes.fill_between([*points], low, high, color=look["color"], alpha=0.18, lw=0)
                 shown[curve] = axes.plot([*points], value, ms=5, **look)[0]
             axes.set_title(label(problems, name), fontsize=9)
-            axes.set(**{"xscale": "log", "yscale": "log", "xlabel": xlabel, **axis})
+            axes.set(xscale="log", yscale="log", xlabel=xlabel)
             for side in (axes.xaxis, axes.yaxis):
                 side.set_major_formatter("{x:g}")
-                if side.get_scale() == "log":
-                    side.set_minor_formatter(LogFormatter())
+                side.set_minor_formatter(LogFormatter())
             if ticks:
                 axes.xaxis.set_major_locator(FixedLocator(ticks))
                 axes.xaxis.set_minor_locator(NullLocator())
