@@ -17,6 +17,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tests.oracles import ring
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,7 +25,8 @@ import hosm_losses as hosm
 from benchmarks import intervals
 from benchmarks import likelihoods as ways
 from benchmarks.likelihoods import DCT, FRESH, KEPT, RECIPE, Runs, adaptive, at_target, fixed
-from benchmarks.trained import Problem, ring, trained
+from benchmarks.trained import Problem, trained
+from benchmarks.trained import exact as exact_score
 
 DENSE = 64  # up to which d the exact divergence is taken
 STEPS, REFERENCE_STEPS = 64, 512
@@ -111,19 +113,12 @@ def add_solver_errors(
             runs.bias = float(error.square().mean().sqrt())
 
 
-def taken(name, method, choose) -> bool:
-    """On images a peer takes minutes, on the large ones ten."""
-    if method.name == RECIPE or name in ("ring", "digits"):
-        return True
-    return name == "images" and choose(True, False, True)
-
-
 @pytest.mark.parametrize("name", ["ring", "digits", "images", "large images"])
 def test_error_against_cost(record, choose, name):
     if name == "large images" and not choose(False, False, True):
         pytest.skip("with --full")
     steps = choose(5, 300 if name == "images" else None, None)
-    problem = ring() if name == "ring" else trained(name, steps)
+    problem = exact_score(ring()) if name == "ring" else trained(name, steps)
     model = hosm.ScoreModel(Counted(problem.model.network), problem.model.schedule)
     problem = dataclasses.replace(problem, model=model)
     elements = problem.data[0].numel()
@@ -131,8 +126,11 @@ def test_error_against_cost(record, choose, name):
     x = problem.data[: choose(2, 8 if exact else 4, 4 if name == "large images" else 16)]
     rounds = choose(6, 6, {"ring": 16, "digits": 10}.get(name, 6))
     exact_rounds = choose(1, 2, 3)
+    # On images a peer takes minutes, on the large ones ten.
+    all_peers = exact or (name == "images" and choose(True, False, True))
+    found = ways.peers(exact=exact)
     methods = ways.ours(elements, exact=exact)
-    methods += [each for each in ways.peers(exact=exact) if taken(name, each, choose)]
+    methods += [each for each in found if all_peers or each.name == RECIPE]
     # Without --full every other setting on the digits; in a smoke run what the headlines need.
     every = []
     for method in methods:

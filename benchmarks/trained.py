@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from tests.oracles import GaussianMixture, mixture_noise, paper_mixture
-from tests.oracles import ring as ring_mixture
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -139,19 +138,11 @@ def exact(mixture: GaussianMixture) -> Problem:
     return Problem(model, data, float(data.std()))
 
 
-def ring() -> Problem:
-    """Eight Gaussians on a circle, d = 2, the exact score."""
-    return exact(ring_mixture())
-
-
+@lru_cache
 def trained(name: str, steps: int | None = None) -> Problem:
     """The network of a recipe in evaluation mode, with 64 samples it has not seen."""
-    return _trained(name, steps or RECIPES[name].steps)
-
-
-@lru_cache
-def _trained(name: str, steps: int) -> Problem:
     recipe, generator = RECIPES[name], torch.Generator().manual_seed(0)
+    steps = steps or recipe.steps
     with torch.random.fork_rng():
         torch.manual_seed(0)
         everything = recipe.data(recipe.count + HELD_OUT, generator)
