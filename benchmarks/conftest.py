@@ -50,8 +50,5 @@ def choose(pytestconfig: pytest.Config) -> Callable[[Any, Any, Any], Any]:
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)

@@ -33,7 +33,6 @@ import hosm_losses as hosm
 from benchmarks.intervals import Array, Estimate, estimate, weights
 from benchmarks.trained import Problem
 
-PROBE_DRAWS = 2
 Term = Callable[..., Tensor]
 ByLevel = dict[str, dict[str, Any]]  # estimator → level → what was found
 
@@ -79,15 +78,15 @@ def gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 def gradients(
     term: Term, model: hosm.ScoreModel, batches: Sequence[tuple[Tensor, Tensor]], t: Tensor
 ) -> Tensor:
-    """Gradients (PROBE_DRAWS, M, P) of a term's mean over each batch (x₀, ε) at t (B,)."""
+    """Gradients (2, M, P) of two probe draws, of a term's mean over each batch (x₀, ε) at t (B,)."""
     parameters, found = list(model.parameters()), []
-    for draw in range(PROBE_DRAWS):
+    for draw in range(2):
         # The same probes for every estimator, so that their ratios are less noisy.
         generator = torch.Generator().manual_seed(draw + 1)
         for x0, noise in batches:
             value = term(model, x0, noise=noise, t=t, generator=generator).mean()
             found.append(gradient(value, parameters))
-    return torch.stack(found).unflatten(0, (PROBE_DRAWS, -1))
+    return torch.stack(found).unflatten(0, (2, -1))
 
 
 def moments(gradients: Tensor) -> Moments:

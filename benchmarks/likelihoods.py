@@ -175,15 +175,16 @@ def at_target(every: list[tuple[Runs, np.ndarray]], target: float, *, random: bo
         return {}
     base = min((best[name] for name in own), key=time)
 
-    def row(name: str, runs: Runs) -> dict:
-        def ratio(seconds, noise, own_seconds, own_noise) -> float:
-            number = estimates(noise, runs.bias, target)
-            own_number = estimates(own_noise, base.bias, target)
-            return np.median(seconds) * number / np.median(own_seconds) / own_number
+    found = {}
+    for name, runs in sorted(best.items(), key=lambda item: time(item[1])):
+
+        def ratio(seconds, noise, own_seconds, own_noise, bias=runs.bias) -> float:
+            number = estimates(noise, bias, target) / estimates(own_noise, base.bias, target)
+            return number * np.median(seconds) / np.median(own_seconds)
 
         samples = (runs.seconds, runs.noise(), base.seconds, base.noise())
         over, peer = intervals.bootstrap(ratio, *samples), not runs.method.ours
-        return {
+        found[name] = {
             "setting": runs.setting,
             "ours": runs.method.ours,
             "seconds": time(runs),
@@ -192,7 +193,4 @@ def at_target(every: list[tuple[Runs, np.ndarray]], target: float, *, random: bo
             "ahead": peer and over.high < 1,
             "fewer_evaluations": peer and fewest[name] < min(fewest[each] for each in own),
         }
-
-    return {
-        name: row(name, best[name]) for name in sorted(best, key=lambda name: time(best[name]))
-    }
+    return found

@@ -30,7 +30,6 @@ from benchmarks.trained import exact as exact_score
 
 DENSE = 64  # up to which d the exact divergence is taken
 STEPS, REFERENCE_STEPS = 64, 512
-EVALUATIONS = STEPS + 10
 PATHS = 4  # samples whose solver's error is taken
 # Errors in nats to reach, of an exact result and of a random one, by the number of dimensions.
 TARGETS = {2: (0.01, 0.1), DENSE: (0.1, 1.0), None: (None, 1.0)}
@@ -156,7 +155,7 @@ def test_error_against_cost(record, choose, name):
     targets = {f"random, {many:g} nat": at_target(pairs, many, random=True)}
     if exact:
         targets[f"exact, {few:g} nat"] = at_target(pairs, few, random=False)
-    assert rows[FRESH][f"{STEPS}"]["evaluations"] == EVALUATIONS
+    assert rows[FRESH][f"{STEPS}"]["evaluations"] == STEPS + 10
     assert all(np.isfinite(row["error"]).all() for each in rows.values() for row in each.values())
     record(
         {

@@ -21,24 +21,22 @@ from benchmarks.page.tables import TABLES
 
 
 def tree(file: Path) -> Found:
-    """What was found by question, where it was measured, and the GPU results beside the file."""
-    found: Found = {"measured": {}}
+    """What was found by question, and where it was measured.
+
+    "gpu" is what `python -m benchmarks.gpu --out` wrote beside it, by card, batch and precision.
+    """
+    found: Found = {"measured": {}, "gpu": {}}
     for question, report in results.read(file).items():
         found[question] = report["found"]
         where = {"size": report["size"], **report["environment"]}
         peers = {name: each or "not installed" for name, each in where.pop("peers").items()}
         found["measured"][question] = where | peers
-    return found | {"gpu": of_gpus(file.parent)}
-
-
-def of_gpus(directory: Path) -> Found:
-    """What `python -m benchmarks.gpu --out` wrote, by card, batch and precision."""
-    found: Found = {}
-    for file in sorted(directory.glob("gpu*.json")):
-        report = json.loads(file.read_text())
+    for gpu in sorted(file.parent.glob("gpu*.json")):
+        report = json.loads(gpu.read_text())
         where = "{card}, PyTorch {torch}, commit {commit}, {date}".format(**report["environment"])
         for each in report["tables"]:
-            found[f"{where}: batch {each['batch']}, {each['precision']}"] = each["variants"]
+            key = f"{where}: batch {each['batch']}, {each['precision']}"
+            found["gpu"][key] = each["variants"]
     return found
 
 

@@ -11,20 +11,21 @@ from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator
 from benchmarks.page.numbers import Found, label, walk
 
 DPI = 110
+PROBES = ("rademacher", "gaussian", "sphere", "dct", "unit vectors")
 TERMS = ("first", "second", "trace", "third", "third laplacian", "third sliced")
 # In the likelihood ours are in colour and others grey, by a part of their names.
 OURS = ("fresh signs", "fresh dct", "one probe kept", "grid, exact", "adaptive")
 PEERS = ("score_sde", "torchdiffeq", "k-diffusion", "flow_matching")
 Points = Mapping[float, Sequence[float]]  # x → value, low, high
 
-
 # Colours of Okabe and Ito, which the colour-blind can tell apart; from dark to light in grey.
 COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 MARKERS, DASHES = "os^DvP", ("-", "--", "-.", ":", "-", "--")
 
 
-def style(_: str, index: int) -> dict[str, str]:
-    """A line that is readable in grey."""
+def style(order: Sequence[str], name: str) -> dict[str, str]:
+    """A line that is readable in grey, by the place of its name."""
+    index = order.index(name)
     return {"color": COLORS[index], "marker": MARKERS[index], "linestyle": DASHES[index]}
 
 
@@ -45,7 +46,7 @@ def panels(
     xlabel: str,
     *,
     least: int = 1,
-    styles: Callable[[str, int], dict[str, str]] = style,
+    styles: Callable[[str], dict[str, str]],
     sharey: Literal["row", "none"] = "row",
     ticks: Sequence[float] | None = None,
 ) -> Figure:
@@ -57,8 +58,8 @@ def panels(
     for panel_row, (ylabel, curves) in zip(grid, rows.items(), strict=True):
         panel_row[0].set_ylabel(ylabel)
         for axes, (name, found) in zip(panel_row, problems.items(), strict=True):
-            for index, (curve, points) in enumerate(curves(found).items()):
-                look = styles(curve, index)
+            for curve, points in curves(found).items():
+                look = styles(curve)
                 value, low, high = zip(*points.values(), strict=True)
                 axes.fill_between([*points], low, high, color=look["color"], alpha=0.18, lw=0)
                 shown[curve] = axes.plot([*points], value, ms=5, **look)[0]
@@ -100,24 +101,20 @@ def against(field: str, unit: float = 1) -> Callable[[Found], dict[str, Points]]
     return curves
 
 
-def method_style(name: str, _: int) -> dict[str, str]:
+def method_style(name: str) -> dict[str, str]:
     """Ours in colour, others grey; hollow where the divergence is exact."""
     ours = name.startswith(("fixed", "adaptive"))
-    look = style(name, [part in name for part in (OURS if ours else PEERS)].index(True))
+    order = OURS if ours else PEERS
+    look = style(order, next(part for part in order if part in name))
     fill = {"fillstyle": "none" if name.endswith("exact") else "full"}
     return look | fill | ({} if ours else {"color": "#7f7f7f", "linestyle": "--"})
 
 
-def term_style(term: str, _: int) -> dict[str, str]:
-    """One style for a term, whichever there are."""
-    return style(term, TERMS.index(term))
-
-
-PROBES = "over signs > rademacher or dct or sphere or gaussian or unit vectors"
+SIGNS = f"over signs > {' or '.join(PROBES)}"
 OVER_SIGNS = {
-    "trace: variance\n[that of signs]": below(f"{PROBES} > trace > * std"),
-    "order two: variance\n[that of signs]": below(f"{PROBES} > Frobenius > * std"),
-    "order three: variance\n[that of signs]": below(f"{PROBES} > third > * std"),
+    "trace: variance\n[that of signs]": below(f"{SIGNS} > trace > * std"),
+    "order two: variance\n[that of signs]": below(f"{SIGNS} > Frobenius > * std"),
+    "order three: variance\n[that of signs]": below(f"{SIGNS} > third > * std"),
 }
 NOISE = {
     "noise of the gradient of a sample\n[first order's, r.m.s. over σ̂]": below(
@@ -132,11 +129,11 @@ TIMES = {"rows": {"error [nats]": against("seconds", 1e3)}, "xlabel": "processor
 FIGURES: dict[str, tuple[str, Callable[[Found], Figure]]] = {
     "estimator_variance": (
         "estimator_variance",
-        partial(panels, rows=OVER_SIGNS, least=64, **LEVEL),
+        partial(panels, rows=OVER_SIGNS, least=64, styles=partial(style, PROBES), **LEVEL),
     ),
     "gradient_variance": (
         "gradient_variance",
-        partial(panels, rows=NOISE, sharey="none", styles=term_style, **LEVEL),
+        partial(panels, rows=NOISE, sharey="none", styles=partial(style, TERMS), **LEVEL),
     ),
     "likelihood_calls": ("likelihood", partial(panels, **CALLS, **METHOD)),
     "likelihood_time": ("likelihood", partial(panels, **TIMES, **METHOD)),
