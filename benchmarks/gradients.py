@@ -78,7 +78,7 @@ def gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 def gradients(
     term: Term, model: hosm.ScoreModel, batches: Sequence[tuple[Tensor, Tensor]], t: Tensor
 ) -> Tensor:
-    """Gradients (2, M, P) of two probe draws, of a term's mean over each batch (x₀, ε) at t (B,)."""
+    """Gradients (2, M, P), by two probe draws, of a mean over each batch (x₀, ε) at t (B,)."""
     parameters, found = list(model.parameters()), []
     for draw in range(2):
         # The same probes for every estimator, so that their ratios are less noisy.
