@@ -29,22 +29,17 @@ QUESTIONS = tuple(
 )
 
 
-def measure(question: str, options: list[str], weights: str) -> results.Report | None:
-    """What a question finds; None where nothing is measured, as in a test of the suite itself."""
+def measure(question: str, options: list[str], weights: str) -> results.Report:
+    """What a question finds."""
     with TemporaryDirectory() as directory:
         raw = Path(directory) / "raw.json"
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-s"]
-        command += [f"benchmarks/test_{question}.py", f"--benchmark-json={raw}"]
-        command += ["--benchmark-columns=median,iqr,rounds", "--no-header"]
-        command += options
+        command += [f"benchmarks/test_{question}.py", f"--results={raw}", "--no-header", *options]
         environment = {**os.environ, **ONE_THREAD, KEPT: weights}
         environment["TORCHINDUCTOR_CACHE_DIR"] = directory
-        done = subprocess.run(command, cwd=ROOT, env=environment)
-        if done.returncode:
+        if subprocess.run(command, cwd=ROOT, env=environment).returncode:
             raise SystemExit(f"{question}: failed, see above.")
-        text = raw.read_text() if raw.exists() else ""
-        found = results.question(json.loads(text)) if text else None
-    return found if found and found["tests"] else None
+        return json.loads(raw.read_text())
 
 
 def main() -> None:
@@ -75,17 +70,14 @@ def main() -> None:
 
 def run(chosen: list[str], options: argparse.Namespace, directory: Path, root: Path) -> None:
     """Measure what is chosen into a directory, and fill the pages under a root."""
-    file = results.path(options.name, directory)
+    file = directory / f"{options.name}.json"
     kept = results.read(file)
-    given = [] if options.size == "default" else [f"--{options.size}"]
-    given += ["--compiled"] if options.compiled else []
+    given = [f"--size={options.size}", *(["--compiled"] if options.compiled else [])]
     with TemporaryDirectory() as weights:
         for number, question in enumerate(chosen, 1):
             print(f"\n[{number}/{len(chosen)}] {question}", flush=True)
-            found = measure(question, given, weights)
-            if found is not None:
-                kept[question] = found
-                results.write(file, kept)
+            kept[question] = measure(question, given, weights)
+            results.write(file, kept)
     for line in page.write(file, root):
         print(line)
 

@@ -13,8 +13,7 @@ ROOT = Path(__file__).parents[1]
 # NPROC is XLA's, see benchmarks.peers.jax_losses, which cannot be imported without JAX.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NPROC": "1"}
 # What is measured beside ours, by the name in pip.
-PEERS = ("curvlinops-for-pytorch", "diffrax", "flow_matching", "jax")
-PEERS += ("k-diffusion", "scipy", "torchdiffeq")
+PEERS = ("flow_matching", "jax", "k-diffusion", "scipy", "torchdiffeq")
 
 
 def installed(name: str) -> str | None:
@@ -41,11 +40,6 @@ def said(*command: str) -> str | None:
     return done.stdout.partition("\n")[0].strip()
 
 
-def commit() -> str | None:
-    """The commit that is measured, "-dirty" where files have changed since; None outside git."""
-    return said("git", "describe", "--always", "--dirty", "--exclude", "*")
-
-
 def environment() -> dict[str, Any]:
     """All of it, with None for a package that is not installed."""
     return {
@@ -57,6 +51,7 @@ def environment() -> dict[str, Any]:
         "torch": installed("torch"),
         "numpy": installed("numpy"),
         "peers": {name: installed(name) for name in PEERS},
-        "commit": commit(),
+        # "-dirty" where files have changed since; None outside git.
+        "commit": said("git", "describe", "--always", "--dirty", "--exclude", "*"),
         "date": datetime.now(UTC).date().isoformat(),
     }

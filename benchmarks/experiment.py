@@ -1,7 +1,8 @@
-"""What the experiments share: command line, tables, training loop, new processes, failures."""
+"""What the experiments share: command line, tables, training, clocks, new processes, failures."""
 
 import os
 import re
+import time
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,9 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.intervals import Estimate, ratio_of_medians
 
 T = TypeVar("T")
 Row = dict[str, Any]
+Routes = Mapping[str, Callable[[], object]]
 
 
 def parser(doc: str | None) -> ArgumentParser:
@@ -53,6 +58,31 @@ def training(
         optimizer.step()
         decay.step()
         yield
+
+
+def clocked(route: Callable[[], T]) -> tuple[T, float]:
+    """The result of a route, and its seconds of processor time."""
+    start = time.process_time()
+    found = route()
+    return found, time.process_time() - start
+
+
+def times(routes: Routes, rounds: int, bar: str | None = None) -> dict[str, list[float]]:
+    """Seconds of processor time of each route, in every round; `bar` names a progress bar.
+
+    All are timed in turns, so that another load hits them alike.
+    """
+    found: dict[str, list[float]] = {key: [] for key in routes}
+    for _ in tqdm(range(rounds), bar, leave=False, disable=bar is None):
+        for key, route in routes.items():
+            found[key].append(clocked(route)[1])
+    return found
+
+
+def ratios(routes: Routes, base: str, rounds: int) -> dict[str, Estimate]:
+    """Median time of each route over that of `base`."""
+    found = times(routes, rounds)
+    return {key: ratio_of_medians(each, found[base]) for key, each in found.items()}
 
 
 def alone(

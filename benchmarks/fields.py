@@ -12,12 +12,21 @@ Formula:
     Of a network A is D along all unit vectors; where d is small T comes from r3 along the sums of
     two of them, by polarisation.
 
+    The variance of vᵀ B v with S = (B + Bᵀ)/2 is
+        rademacher   Σ_{i<j} (B_ij + B_ji)²
+        gaussian     2 ‖S‖²_F
+        sphere       2 d/(d + 2) (‖S‖²_F − (tr S)²/d)
+        dct          that of signs, of Q S Qᵀ
+        unit vectors, times √d   d² Var_i(B_ii)
+
 Source:
-    Lu et al., arXiv 2206.08265; the mixture of `tests.oracles`.
+    Lu et al., arXiv 2206.08265; the mixture of `tests.oracles`; Avron and Toledo, "Randomized
+    algorithms for estimating the trace of an implicit symmetric positive semi-definite matrix".
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tests.oracles import GaussianMixture
@@ -26,7 +35,10 @@ from torch import Tensor
 import hosm_losses as hosm
 from hosm_losses.losses.terms import third_residual
 from hosm_losses.model import noise_field
+from hosm_losses.probes import DISTRIBUTIONS, draw_probes
 
+UNITS = "unit vectors"
+SAMPLERS = (*DISTRIBUTIONS, UNITS)
 LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # σ̂ over the data's standard deviation
 CHUNK_ELEMENTS = 2**16  # of a batch of probes that is sent through a network at once
 CHUNK_PROBES = 256  # whose products with all forms are held at once
@@ -35,32 +47,21 @@ DENSE = 64  # up to which d all T_k are built
 
 @dataclass(frozen=True)
 class Point:
-    """What is estimated at one point.
+    """What is estimated at one point."""
 
-    Attributes:
-        shape: of a sample.
-        jacobian: A, (d, d).
-        second: M, (d, d).
-        third: v (n, d) → r3 (n, d).
-        thirds: T symmetrised in its last two, (d, d, d); None where d is too large for it.
-    """
-
-    shape: tuple[int, ...]
-    jacobian: Tensor
-    second: Tensor
-    third: Callable[[Tensor], Tensor]
-    thirds: Tensor | None
+    shape: tuple[int, ...]  # of a sample
+    jacobian: Tensor  # A, (d, d)
+    second: Tensor  # M, (d, d)
+    third: Callable[[Tensor], Tensor]  # v (n, d) → r3 (n, d)
+    thirds: Tensor | None  # T symmetrised in its last two, (d, d, d); None where d is too large
 
     def estimates(self, term: str, probes: Tensor) -> Tensor:
-        """What probes (repeats, K, d) estimate of a term, (repeats, m): the mean over K."""
-        flat = probes.flatten(0, 1)
+        """What each of the probes (n, d) estimates of a term, (n, m)."""
         if term == "third":
-            found = self.third(flat)
-        elif term == "trace":
-            found = (flat * (flat @ self.jacobian.T.float())).sum(1, keepdim=True)
-        else:
-            found = (flat @ self.second.T.float()).square().sum(1, keepdim=True)
-        return found.double().unflatten(0, probes.shape[:2]).mean(1)
+            return self.third(probes).double()
+        if term == "trace":
+            return (probes * (probes @ self.jacobian.T.float())).sum(1, keepdim=True).double()
+        return (probes @ self.second.T.float()).square().sum(1, keepdim=True).double()
 
     def forms(self, term: str) -> Tensor | None:
         """The symmetric forms (m, d, d) of a term, None where they are not built."""
@@ -124,17 +125,15 @@ def network_point(
         probes = v.to(x.dtype).reshape(directional.shape)
         return third_residual(value, directional, gradient, noise, probes)
 
-    def third(v: Tensor) -> Tensor:
-        return in_chunks(residual, v)
-
     jacobian = in_chunks(lambda v: derive(v, 2)[1], torch.eye(d)).T.double()
     with torch.no_grad():
         ell = (noise + field(x)).flatten().double()
     second = jacobian + torch.eye(d, dtype=torch.float64) - torch.outer(ell, ell)
-    forms = polarised(third, d) if d <= DENSE else None
-    return Point(
-        tuple(row.shape), jacobian, second, third if forms is None else along(forms), forms
-    )
+    third, forms = partial(in_chunks, residual), None
+    if d <= DENSE:
+        forms = polarised(third, d)
+        third = along(forms)
+    return Point(tuple(row.shape), jacobian, second, third, forms)
 
 
 def polarised(quadratic: Callable[[Tensor], Tensor], d: int) -> Tensor:
@@ -158,3 +157,45 @@ def along(forms: Tensor) -> Callable[[Tensor], Tensor]:
         return torch.cat([((v @ flat.T).view(-1, m, d) @ v[:, :, None])[..., 0] for v in parts])
 
     return quadratic
+
+
+def draw(name: str, count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Independent probes (count, d) of a sampler, in float32."""
+    if name in DISTRIBUTIONS:
+        return draw_probes(torch.empty(count, *shape), 1, name, generator)[0].flatten(1)
+    elements = torch.Size(shape).numel()
+    chosen = torch.randint(elements, (count,), generator=generator)
+    return torch.nn.functional.one_hot(chosen, elements).float() * elements**0.5
+
+
+def known_variance(name: str, forms: Tensor, shape: tuple[int, ...]) -> float:
+    """Variance of vᵀ B_k v over probes v of a sampler, summed over k.
+
+    Args:
+        name: of the sampler.
+        forms: B, symmetric, (m, d, d).
+        shape: of a sample, which "dct" knows about.
+    """
+    if name == "dct":
+        return known_variance("rademacher", _rotated(forms, shape), shape)
+    d, diagonal = forms.shape[-1], forms.diagonal(dim1=-2, dim2=-1)
+    square, traces = forms.square().sum(), diagonal.sum(1).square().sum()
+    variances = {
+        "rademacher": 2 * (square - diagonal.square().sum()),
+        "gaussian": 2 * square,
+        "sphere": 2 * d / (d + 2) * (square - traces / d),
+        UNITS: d**2 * diagonal.var(1, correction=0).sum(),
+    }
+    return float(variances[name])
+
+
+def _rotated(forms: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Q B Qᵀ, with Q from scipy's own transform and not the library's."""
+    from scipy.fft import dctn
+
+    def along(array: Tensor) -> Tensor:
+        rows = array.reshape(-1, *shape).numpy()
+        axes = tuple(range(1, rows.ndim))
+        return torch.from_numpy(dctn(rows, axes=axes, norm="ortho")).reshape(array.shape)
+
+    return along(along(forms).transpose(-1, -2).contiguous()).transpose(-1, -2)

@@ -1,4 +1,4 @@
-"""What a training step of each order costs on a CUDA GPU.
+"""What a training step of each order costs on a CUDA GPU, eager and compiled.
 
     python -m benchmarks.gpu [--device cuda] [--batch 128 48] [--precision fp32 bf16] [--rounds N]
         [--variants REGEX] [--compile] [--out FILE.json] [--smoke]
@@ -10,12 +10,7 @@ loss and backward pass. fp32 is as PyTorch has it, convolutions in TF32; bf16 is
                   mode without chunks, or forward mode for the laplacian and the sliced form.
     step          ms between CUDA events, the median over rounds in which the variants take turns,
                   each after a step of its own so that the host is ahead. memory, peak bytes above
-                  those before. kernels, by the profiler, without copies and fills. sync, where
-                  PyTorch's debug mode saw the host wait, or null.
-    graph_given   A step captured in a CUDA graph, with t, noise and probe as static inputs. error
-                  of the replayed gradient against the eager one with the same seed, repeat between
-                  two eager ones, ms of a replay.
-    graph_drawn   The same where the loss draws them. Where the former fails, so does this.
+                  those before. sync, where PyTorch's debug mode saw the host wait, or null.
     compiled      With --compile: ms and memory of the compiled loss, seconds of its first step.
 
 What fails is recorded as "failed". --smoke takes a tiny network and no TF32, and exits with an
@@ -31,31 +26,27 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import hosm_losses as hosm
-from benchmarks.environment import commit, said
-from benchmarks.experiment import Row, alone, attempt, parser, reason, show
+from benchmarks.environment import environment, said
+from benchmarks.experiment import Row, attempt, parser, reason, show
 from benchmarks.networks import UNet
 from benchmarks.steps import BASE, VARIANTS, loss_of
 
 Step = Callable[[], object]
 # Four probes would take four times the memory.
 MEASURED = {key: variant for key, variant in VARIANTS.items() if "probes" not in variant}
-GRAPHS = ("graph_given", "graph_drawn")
-PARTS = ("gradient", "step", *GRAPHS, "compiled")
+PARTS = ("gradient", "step", "compiled")
 COLUMNS = {
     "GiB": ("step", "memory", 2**30),
-    "kernels": ("step", "kernels", 1),
-    **{f"{part} ms": (part, "ms", 1) for part in PARTS[1:]},
+    "step ms": ("step", "ms", 1),
+    "compiled ms": ("compiled", "ms", 1),
     "gradient": ("gradient", "error", 1),
 }
 PRECISIONS, WARM_UP = ("fp32", "bf16"), 3
@@ -74,26 +65,23 @@ class Job:
         self.model = hosm.ScoreModel(self.network, hosm.VPSchedule())
         size = 8 if setting.smoke else 32
         self.x0 = torch.randn(setting.batch, 3, size, size, device=self.device)
-        t = self.model.schedule.sample_time(setting.batch, device=self.device)
-        self.given = {"t": t, "noise": torch.randn_like(self.x0)}
-        self.probe = {"probe": torch.randn_like(self.x0).sign()}
 
-    def step(self, variant: Row, given: bool = False) -> Step:
+    def step(self, variant: Row) -> Step:
         """A training step of a variant."""
         loss = loss_of(self.model, **variant)
-        inputs = self.given | (self.probe if variant["order"] > 1 else {}) if given else {}
 
         def step() -> None:
             self.network.zero_grad()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                value = loss(self.x0, **inputs)
+                value = loss(self.x0)
             value.backward()
             self.loss = value.detach()
 
         return step
 
-    def gradient(self, step: Step) -> Tensor:
-        """All parameter gradients after a step that draws the same every time."""
+    def gradient(self, variant: Row) -> Tensor:
+        """All parameter gradients after a step that draws the same for every variant."""
+        step = self.step(variant)
         torch.manual_seed(1)
         step()
         pairs = [(p.detach(), p.grad) for p in self.network.parameters()]
@@ -111,9 +99,8 @@ class Job:
 
     def free(self) -> None:
         self.network.zero_grad()
-        if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        gc.collect()
+        torch.cuda.empty_cache()  # nothing without CUDA
 
     def attempt(self, measure: Callable[..., Row], *args: object) -> Row:
         """What is measured, or why not."""
@@ -121,30 +108,21 @@ class Job:
         return attempt(measure, self, *args)
 
 
-def difference(gradient: Tensor, expected: Tensor) -> float:
-    return float((gradient - expected).norm() / expected.norm())
-
-
 def checked(job: Job, variant: Row) -> Row:
     """The loss of a variant, and its gradient beside that by the plainest route."""
     plain = "forward" if "third" in variant else "reverse"
-    gradient = job.gradient(job.step(variant, True))
+    gradient = job.gradient(variant)
     found = {"loss": float(job.loss)}
     if variant.get("derivative", plain) != plain:
-        expected = job.step(variant | {"derivative": plain, "chunks": 1}, True)
-        found["error"] = difference(gradient, job.gradient(expected))
+        expected = job.gradient(variant | {"derivative": plain, "chunks": 1})
+        found["error"] = float((gradient - expected).norm() / expected.norm())
     return found
 
 
 def measured(job: Job, variant: Row) -> Row:
-    """Memory, kernels and waits of a step."""
+    """Memory and waits of a step."""
     step = job.step(variant)
     found: Row = {"memory": job.peak(step), "sync": None}
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
-        step()
-        torch.cuda.synchronize()
-    names = [event.name for event in record.events() if event.device_type == DeviceType.CUDA]
-    found["kernels"] = sum(not name.startswith(("Memcpy", "Memset")) for name in names) or None
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -155,11 +133,10 @@ def measured(job: Job, variant: Row) -> Row:
     return found
 
 
-def timed(steps: Mapping[str, Step], rounds: int, hide: bool = True) -> dict[str, float]:
+def timed(steps: Mapping[str, Step], rounds: int) -> dict[str, float]:
     """Median milliseconds of every step."""
     times: dict[str, list[float]] = {key: [] for key in steps}
-    turns = list(product(range(rounds), steps))
-    for _, key in tqdm(turns, "time", leave=False, disable=hide):
+    for _, key in tqdm(list(product(range(rounds), steps)), "time", leave=False):
         torch.cuda.empty_cache()  # its blocks have the sizes of another variant
         steps[key]()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -180,31 +157,6 @@ def compiled(job: Job, variant: Row) -> Row:
     return found | timed({"ms": step}, job.rounds)
 
 
-def replayed(job: Job, variant: Row, given: bool) -> Row:
-    """A step in a CUDA graph."""
-    step = job.step(variant, given)
-    expected, again = job.gradient(step), job.gradient(step)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    job.free()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    error = difference(job.gradient(graph.replay), expected)
-    found = {"error": error, "repeat": difference(again, expected)}
-    return found | timed({"ms": graph.replay}, job.rounds)
-
-
-def captured(setting: Namespace, variant: Row) -> Row:
-    """Both graphs of a variant, in the process that runs this."""
-    job = Job(setting)
-    return {part: job.attempt(replayed, variant, part == "graph_given") for part in GRAPHS}
-
-
 def measure_all(setting: Namespace, variants: dict[str, Row]) -> dict[str, Row]:
     """Everything about every variant."""
     rows = {key: dict.fromkeys(PARTS) for key in variants}
@@ -217,16 +169,11 @@ def measure_all(setting: Namespace, variants: dict[str, Row]) -> dict[str, Row]:
     for key, variant in tqdm(variants.items(), "memory", leave=False):
         rows[key]["step"] = job.attempt(measured, variant)
     steps = {key: job.step(v) for key, v in variants.items() if "memory" in rows[key]["step"]}
-    found = job.attempt(lambda job: timed(steps, job.rounds, hide=False))
+    found = job.attempt(lambda job: timed(steps, job.rounds))
     for key in steps:
         rows[key]["step"] |= {"ms": found[key]} if key in found else found
-    for key, variant in tqdm(variants.items(), "compiled, graphs", leave=False):
-        if setting.compile:
-            rows[key]["compiled"] = job.attempt(compiled, variant)
-        job.free()
-        # In a process of its own: a capture that fails can leave CUDA unusable, or end it.
-        graphs = attempt(alone, captured, setting, variant)
-        rows[key] |= {"graph_given": graphs} if "failed" in graphs else graphs
+    for key, variant in tqdm(variants.items(), "compiled") if setting.compile else ():
+        rows[key]["compiled"] = job.attempt(compiled, variant)
     return rows
 
 
@@ -258,15 +205,12 @@ def main() -> None:
     options = given.parse_args()
     device = options.device = options.device or ("cpu" if options.smoke else "cuda")
     chosen = {k: v for k, v in MEASURED.items() if k == BASE or re.search(options.variants, k)}
-    environment = {
+    where = environment() | {
         "card": torch.cuda.get_device_name(device) if device == "cuda" else None,
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
     }
-    report: Row = {"environment": environment, "tables": []}
+    report: Row = {"environment": where, "tables": []}
     batches = options.batch or ([4] if options.smoke else [128, 48])
     for batch, precision in product(batches, options.precision):
         shared = {"batch": batch, "precision": precision}

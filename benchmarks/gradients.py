@@ -31,22 +31,10 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks.intervals import Array, Estimate, estimate, weights
-from benchmarks.peers import meng
 from benchmarks.trained import Problem
 
-PROBE_DRAWS = 2
-MENG = "second, Meng et al."
-# What is set against what: the gradient's variance of the first over that of the second.
-RATIOS = {
-    "third laplacian": "third",
-    "third sliced": "third",
-    MENG: "second",
-    "second gaussian": "second",
-    "third gaussian": "third",
-    "second dct": "second",
-    "third dct": "third",
-}
 Term = Callable[..., Tensor]
+ByLevel = dict[str, dict[str, Any]]  # estimator → level → what was found
 
 
 class Moments(NamedTuple):
@@ -62,25 +50,22 @@ def term_of(name: str, model: hosm.ScoreModel, x0: Tensor, **options: Any) -> Te
     return getattr(hosm.dsm_terms(model, x0, **options), name)
 
 
-# In one dimension the trace repeats the second.
-TERMS: dict[str, Term] = {
-    "first": partial(term_of, "first", order=1),
-    "second": partial(term_of, "second", order=2),
-    "trace": partial(term_of, "trace", order=2),
-    "third": partial(term_of, "third"),
-}
+def estimators(elements: int, distributions: Sequence[str] = ()) -> dict[str, Term]:
+    """Terms and estimators by name, and two with each kind of probe, "second gaussian" say.
 
-
-def estimators(distributions: Sequence[str] = ()) -> dict[str, Term]:
-    """The terms and the estimators of the third by name, and two with each kind of probe."""
-    found = TERMS | {
-        "third laplacian": partial(TERMS["third"], third="laplacian"),
-        "third sliced": partial(TERMS["third"], third="sliced"),
-        MENG: meng.second_term,
-    }
+    In one dimension the trace repeats the second, and all estimators of the third are the same.
+    """
+    third = partial(term_of, "third")
+    found: dict[str, Term] = {"first": partial(term_of, "first", order=1)}
+    found["second"] = second = partial(term_of, "second", order=2)
+    if elements > 1:
+        found["trace"] = partial(term_of, "trace", order=2)
+    found["third"] = third
+    for form in ("laplacian", "sliced") if elements > 1 else ():
+        found[f"third {form}"] = partial(third, third=form)
     for kind in distributions:
-        for name in ("second", "third"):
-            found[f"{name} {kind}"] = partial(TERMS[name], distribution=kind)
+        found[f"second {kind}"] = partial(second, distribution=kind)
+        found[f"third {kind}"] = partial(third, distribution=kind)
     return found
 
 
@@ -93,24 +78,22 @@ def gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 def gradients(
     term: Term, model: hosm.ScoreModel, batches: Sequence[tuple[Tensor, Tensor]], t: Tensor
 ) -> Tensor:
-    """Gradients (PROBE_DRAWS, M, P) of a term's mean over each batch (x₀, ε) at t (B,)."""
+    """Gradients (2, M, P), by two probe draws, of a mean over each batch (x₀, ε) at t (B,)."""
     parameters, found = list(model.parameters()), []
-    for draw in range(PROBE_DRAWS):
+    for draw in range(2):
         # The same probes for every estimator, so that their ratios are less noisy.
         generator = torch.Generator().manual_seed(draw + 1)
         for x0, noise in batches:
             value = term(model, x0, noise=noise, t=t, generator=generator).mean()
             found.append(gradient(value, parameters))
-    return torch.stack(found).unflatten(0, (PROBE_DRAWS, -1))
+    return torch.stack(found).unflatten(0, (2, -1))
 
 
 def moments(gradients: Tensor) -> Moments:
     """The three moments of gradients (2, M, P) of minibatches, not yet of a single sample."""
     wide = gradients.double()
-    middle, count = wide.mean(0), wide.shape[1]
-    drawn = np.concatenate([np.full((1, count), 1 / count), weights(count)])
-    once = count / (count - 1)
-    factors = np.where(np.arange(len(drawn)), once**2, once)
+    middle = wide.mean(0)
+    drawn, factors = weights(wide.shape[1])
 
     def over_pairs(kernel: Array) -> Array:
         """Mean of a symmetric kernel (M, M) over pairs of two minibatches."""
@@ -126,60 +109,62 @@ def moments(gradients: Tensor) -> Moments:
 
 def measure(
     problem: Problem,
-    log_levels: Tensor,
+    levels: Sequence[float],
     terms: Mapping[str, Term],
     *,
     minibatches: int,
     batch: int,
 ) -> dict[str, Any]:
-    """Moments of the gradient of every term at values of log σ̂, for JSON.
-
-    Noise is the root of the total, in units of the first order's (root mean square over the
-    levels); signal is in the square of that unit. The unit counts as exact in the intervals. The
-    probes' share is cut to at most 1, which an estimate may exceed by chance.
-    """
+    """Moments of the gradient of every term at values of σ̂ over the data's std, for JSON."""
     model, generator = problem.model, torch.Generator().manual_seed(0)
-    found: dict[str, list[Moments]] = {name: [] for name in terms}
-    with tqdm(total=len(log_levels) * len(terms), desc="gradients", leave=False) as bar:
-        for log_level in log_levels:
+    schedule = model.schedule
+    found: dict[str, dict[str, Moments]] = {name: {} for name in terms}
+    with tqdm(total=len(levels) * len(terms), desc="gradients", leave=False) as bar:
+        for level in levels:
             x0s = [problem.draw(batch, generator) for _ in range(minibatches)]
-            t = time_of(model.schedule, log_level, x0s[0])
+            log_level = torch.tensor(level * problem.std, dtype=torch.float64).log()
+            t = schedule.time(log_level).to(x0s[0].dtype).clamp(schedule.t_min, schedule.t_max)
             batches = [(x0, torch.randn(x0.shape, generator=generator)) for x0 in x0s]
             for name, term in terms.items():
-                total, probes, signal = moments(gradients(term, model, batches, t))
-                found[name].append(Moments(batch * total, batch * probes, signal))
+                drawn = gradients(term, model, batches, t.expand(batch))
+                total, probes, signal = moments(drawn)
+                moment = Moments(batch * total, batch * probes, signal)
+                found[name][f"{level:g} std"] = moment
                 bar.update()
     return {"batch": batch, "minibatches": minibatches, **summary(found)}
 
 
-def time_of(schedule: hosm.Schedule, log_level: Tensor, x: Tensor) -> Tensor:
-    """The time (B,) of a value of log σ̂ for every sample of x (B, *)."""
-    t = schedule.time(log_level).to(x.dtype).clamp(schedule.t_min, schedule.t_max)
-    return t.expand(len(x))
+def summary(found: Mapping[str, Mapping[str, Moments]]) -> dict[str, ByLevel]:
+    """Estimates by quantity, estimator and level.
 
+    Noise is the root of the total, in units of the first order's (root mean square over the
+    levels). That unit counts as exact in the intervals. The probes' share is cut to at most 1,
+    which an estimate may exceed by chance. The noise scale is the total over the signal, the
+    batch whose noise is as large as the mean; None where the signal cannot be told from zero.
+    """
+    unit = float(np.mean([level.total[0] for level in found["first"].values()])) ** 0.5
 
-def estimated(values: Array) -> Estimate:
-    """The first of the values, with the interval of the others."""
-    return estimate(values[0], values[1:])
+    def each(quantity: Callable[[Moments], Estimate | None]) -> ByLevel:
+        return {
+            name: {level: quantity(m) for level, m in levels.items()}
+            for name, levels in found.items()
+        }
 
+    def noise_scale(m: Moments) -> Estimate | None:
+        value, low, high = estimate(m.signal)
+        return Estimate(*(m.total[0] / each for each in (value, high, low))) if low > 0 else None
 
-def summary(found: Mapping[str, Sequence[Moments]]) -> dict[str, Any]:
-    """Estimates by quantity, estimator and level."""
-    unit = float(np.mean([level.total[0] for level in found["first"]])) ** 0.5
-
-    def each(quantity: Callable[[Moments], Array]) -> dict[str, list[Estimate]]:
-        return {name: [estimated(quantity(m)) for m in levels] for name, levels in found.items()}
-
-    def ratio(above: Moments, below: Moments) -> Estimate:
-        return estimated(above.total / below.total)
-
+    ratios: ByLevel = {}
+    for name in found:
+        term = name.partition(" ")[0]
+        if term != name:
+            ratios[f"{name} / {term}"] = {
+                level: estimate(m.total / found[term][level].total)
+                for level, m in found[name].items()
+            }
     return {
-        "noise": each(lambda m: m.total**0.5 / unit),
-        "probe share": each(lambda m: (m.probes / m.total).clip(max=1)),
-        "signal": each(lambda m: m.signal / unit**2),
-        "ratios": {
-            f"{above} / {below}": list(map(ratio, found[above], found[below]))
-            for above, below in RATIOS.items()
-            if above in found
-        },
+        "noise": each(lambda m: estimate(m.total**0.5 / unit)),
+        "probe share": each(lambda m: estimate((m.probes / m.total).clip(max=1))),
+        "noise scale": each(noise_scale),
+        "ratios": ratios,
     }

@@ -74,29 +74,6 @@ class Attention(nn.Module):
         return self.mix(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def feed_forward(width: int) -> nn.Sequential:
-    """The GELU layer of a transformer."""
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
-
-
-class Transformer(nn.Module):
-    """Four pre-norm blocks of attention and a GELU layer, width 256, 4 heads."""
-
-    def __init__(self, width: int = 256, heads: int = 4) -> None:
-        super().__init__()
-        self.inner, self.outer = nn.Linear(48, width), nn.Linear(width, 48)
-        self.blocks = nn.ModuleList()
-        for _ in range(4):
-            for layer in (Attention(width, heads), feed_forward(width)):
-                self.blocks.append(nn.Sequential(nn.LayerNorm(width), layer))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        hidden = self.inner(x) + t[:, None, None]
-        for block in self.blocks:
-            hidden = hidden + block(hidden)
-        return self.outer(hidden)
-
-
 class Residual(nn.Module):
     """Two of group norm, SiLU and convolution; t scales and shifts between them."""
 
@@ -189,7 +166,9 @@ class DiTBlock(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.attention, self.feed = Attention(width, heads), feed_forward(width)
+        self.attention = Attention(width, heads)
+        wide = nn.Linear(width, 4 * width)
+        self.feed = nn.Sequential(wide, nn.GELU("tanh"), nn.Linear(4 * width, width))
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -231,7 +210,6 @@ class DiT(nn.Module):
 NETWORKS = {
     "mlp": (MLP, (2048, 2)),
     "convolutional": (Convolutional, (16, 3, 16, 16)),
-    "transformer": (Transformer, (16, 64, 48)),
     "unet": (UNet, (16, 3, 16, 16)),
     "dit": (DiT, (16, 3, 32, 32)),
 }

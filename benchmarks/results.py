@@ -1,8 +1,8 @@
-"""Files of results: what pytest-benchmark wrote, kept by question.
+"""Files of results, kept by question.
 
 A file holds, for each question, the environment and the commit it was measured in, how much was
-measured ("smoke", "default" or "full"), and what every test found. Measuring one question anew
-leaves the others as they are.
+measured ("smoke", "default" or "full"), and what was found. Measuring one question anew leaves
+the others as they are.
 """
 
 import json
@@ -16,11 +16,6 @@ DIRECTORY = ROOT / "benchmarks" / "results"
 DIGITS = 5
 
 
-def path(name: str, directory: Path = DIRECTORY) -> Path:
-    """Where the results of this name are."""
-    return directory / f"{name}.json"
-
-
 def rounded(found: Any) -> Any:
     """Numbers with five digits, as far down as there are any."""
     if isinstance(found, dict):
@@ -30,23 +25,13 @@ def rounded(found: Any) -> Any:
     return float(f"{found:.{DIGITS}g}") if isinstance(found, float) else found
 
 
-def question(raw: Report) -> Report:
-    """What is kept of the file that pytest-benchmark wrote for one question."""
-    tests = {
-        each["name"]: {"seconds": each["stats"]["total"], **each["extra_info"]}
-        for each in raw["benchmarks"]
-        if each["extra_info"]
-    }
-    return rounded({"environment": raw["environment"], "size": raw["size"], "tests": tests})
-
-
 def read(file: Path) -> Report:
     """The questions of a file; none where there is no file."""
-    return json.loads(file.read_text())["questions"] if file.exists() else {}
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def write(file: Path, questions: Report) -> None:
     """Write the questions, sorted by name."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    report = {"questions": dict(sorted(questions.items()))}
-    file.write_text(json.dumps(report, separators=(",", ":")) + "\n")
+    ordered = rounded(dict(sorted(questions.items())))
+    file.write_text(json.dumps(ordered, separators=(",", ":")) + "\n")

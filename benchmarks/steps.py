@@ -10,11 +10,10 @@ from benchmarks.experiment import Row
 from benchmarks.networks import NETWORKS
 
 LOSSES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
-NAMES = ("mlp", "convolutional", "unet", "dit")  # the networks that training steps run on
+NAMES = tuple(NETWORKS)
 BASE = "order 1"
 ENGINES = ("taylor", "reverse", "forward")
 EXACT = {"order": 3, "derivative": "taylor"}
-LAPLACIAN = {**EXACT, "third": "laplacian"}
 VARIANTS: dict[str, Row] = {
     BASE: {"order": 1},
     **{f"order 2, {engine}": {"order": 2, "derivative": engine} for engine in ENGINES},
@@ -27,7 +26,7 @@ VARIANTS: dict[str, Row] = {
     "order 3 exact, fraction=1/4": {**EXACT, "fraction": 0.25},
     "order 3 exact, chunks=4": {**EXACT, "chunks": 4},
     "order 2, probes=4": {"order": 2, "derivative": "taylor", "probes": 4},
-    "order 3 laplacian, probes=4": {**LAPLACIAN, "probes": 4},
+    "order 3 laplacian, probes=4": {**EXACT, "third": "laplacian", "probes": 4},
 }
 COMPILED: dict[str, Row] = {
     "order 2, compiled": {"order": 2, "compiled": True},

@@ -1,15 +1,19 @@
 """Which derivative gives value and divergence at the least cost: over one evaluation, in one run.
 
-python -m pytest benchmarks/test_divergence_mode.py
+python -m benchmarks divergence_mode [--full]
 """
 
-import pytest
+from collections.abc import Callable, Mapping
+from itertools import product
+
 import torch
+from torch import Tensor
 from torch.func import jvp, vmap
 
+import hosm_losses as hosm
+from benchmarks.experiment import ratios
 from benchmarks.networks import NETWORKS
 from benchmarks.steps import model_of
-from benchmarks.timing import ratios
 from hosm_losses.derivatives import safe_primitives
 from hosm_losses.derivatives.taylor import carried
 from hosm_losses.likelihood.paths import with_divergence
@@ -17,11 +21,8 @@ from hosm_losses.model import noise_field
 from hosm_losses.probes import draw_probes
 
 
-@pytest.mark.parametrize("probes", [1, 4])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_value_and_divergence_over_one_evaluation(benchmark, choose, name, probes):
-    model, (batch, *shape) = model_of(name), NETWORKS[name][1]
-    x = torch.randn(choose(2, batch, batch), *shape)
+def routes(model: hosm.ScoreModel, x: Tensor, probes: int) -> Mapping[str, Callable[[], object]]:
+    """Ways to value and divergence at a batch, by name."""
     t = torch.full((len(x),), 0.5)
     field, v = noise_field(model, t, primitives=False), draw_probes(x, probes)
 
@@ -42,13 +43,21 @@ def test_value_and_divergence_over_one_evaluation(benchmark, choose, name, probe
             else:
                 vmap(lambda w: jvp(evaluate, (x,), (w,)), out_dims=(None, 0))(v)
 
-    routes = {
+    return {
         "one evaluation": lambda: evaluate(x),
         "ours: one pass forward, one back for each probe": lambda: with_divergence(field, x, v),
         "a pass forward, and both passes for each probe": separate,
         "forward mode": forward_mode,
         "the losses' Taylor engine": lambda: carried(evaluate, x, v),
     }
-    with torch.no_grad():
-        given = (routes, "one evaluation", choose(1, 3, 15))
-        benchmark.extra_info["ratios"] = benchmark.pedantic(ratios, given, rounds=1)
+
+
+def test_value_and_divergence_over_one_evaluation(record, choose):
+    found: dict = {}
+    for (name, (_, shape)), probes in product(NETWORKS.items(), (1, 4)):
+        model, x = model_of(name), torch.randn(choose(2, shape[0], shape[0]), *shape[1:])
+        with torch.no_grad():
+            each = ratios(routes(model, x, probes), "one evaluation", choose(1, 3, 15))
+        for route, ratio in each.items():
+            found.setdefault(route, {}).setdefault(str(probes), {})[name] = ratio
+    record(found)

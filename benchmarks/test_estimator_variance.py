@@ -1,151 +1,107 @@
 """Which probes estimate a trace, a Frobenius norm or the third order's term with least variance?
 
-python -m pytest benchmarks/test_estimator_variance.py [--full]
+python -m benchmarks estimator_variance [--full]
 
 On the exact Jacobian of Gaussian mixtures and on networks trained here, at five noise levels; what
-is estimated is said in benchmarks.fields, by what in benchmarks.estimators. Variances that are
-known in closed form have to come out, to five standard errors.
+is estimated and by what is said in benchmarks.fields. Variances that are known in closed form have
+to come out, to five standard errors.
 """
 
+import numpy as np
 import pytest
 import torch
-from tests.oracles import anisotropic, mixture_noise, ring
-from torch import Tensor
+from tests.oracles import anisotropic, ring
 from tqdm import tqdm
 
-import hosm_losses as hosm
-from benchmarks import estimators, fields, intervals
+from benchmarks import fields
 from benchmarks.fields import Point
+from benchmarks.intervals import Array, Estimate, mean_variance, ratio_of_variances
 from benchmarks.trained import trained
 
 TERMS = ("trace", "Frobenius", "third")
-COUNTS = (1, 2, 4, 8, 16, 32, 64)
-SWEPT = 1.0  # the level at which the number of probes is varied
-STANDARD_ERRORS = 5.0
-LOOPED = 200  # Hutch++ has no batch of estimates
+STANDARD_ERRORS, IN_INTERVAL = 5.0, 2 * 1.96
 MIXTURES = {"ring": ring, "mixture": anisotropic}
 
 
-def measured(
-    points: list[Point], term: str, name: str, count: int, repeats: int
-) -> tuple[dict, Tensor]:
-    """The variance of an estimator, averaged over points; the estimates (points, repeats, m)."""
-    generator, shape = torch.Generator().manual_seed(count), points[0].shape
-    found, known = [], []
-    for point in points:
-        probes = estimators.draw(name, repeats, count, shape, generator)
-        found.append(point.estimates(term, probes))
-        forms = point.forms(term)
-        if forms is not None:
-            known.append(estimators.known_variance(name, forms, count, shape))
-    found = torch.stack(found)
-    row = {"variance": intervals.total_variance(found)}
-    if known and None not in known:
-        row["known"] = sum(known) / len(known)
-        error = max(intervals.standard_error_of_variance(found), 1e-9)
-        row["standard_errors"] = (row["variance"][0] - row["known"]) / error
-        assert abs(row["standard_errors"]) < STANDARD_ERRORS, (term, name, count, row)
-    return row, found
+class Measured:
+    """Estimates by probes of a kind, at several points, and their variance.
+
+    Attributes:
+        rows: the estimates, (points · m, repeats).
+        variance: summed over the m elements of an estimate, averaged over points.
+        known: whether the variance in closed form lies in the interval; None where there is none.
+    """
+
+    def __init__(self, points: list[Point], term: str, name: str, repeats: int):
+        generator, shape = torch.Generator().manual_seed(1), points[0].shape
+        found, known = [], []
+        for point in points:
+            probes = fields.draw(name, repeats, shape, generator)
+            found.append(point.estimates(term, probes).T)
+            forms = point.forms(term)
+            if forms is not None:
+                known.append(fields.known_variance(name, forms, shape))
+        self.rows: Array = torch.cat(found).numpy()
+        self.variance = Estimate(*(len(found[0]) * each for each in mean_variance(self.rows)))
+        self.known: bool | None = None
+        if any(known):
+            expected, (value, low, high) = float(np.mean(known)), self.variance
+            error = max((high - low) / IN_INTERVAL, 1e-9)
+            assert abs(value - expected) < STANDARD_ERRORS * error, (term, name, expected)
+            self.known = low <= expected <= high
 
 
-def at_level(points: list[Point], term: str, repeats: int) -> dict:
-    """Every sampler with one probe, and its variance over that of Rademacher probes."""
-    rows, base = {}, None
-    for name in estimators.SAMPLERS[:-1]:  # one orthogonal direction is one on the sphere
-        rows[name], found = measured(points, term, name, 1, repeats)
-        flat = found.movedim(-1, 1).flatten(0, 1)
-        base = flat if base is None else base
-        rows[name]["over_rademacher"] = intervals.ratio_of_variances(flat, base)
-    return rows
-
-
-def swept(points: list[Point], term: str, repeats: dict[int, int]) -> dict:
-    """Every sampler with several numbers of probes."""
-    d = len(points[0].jacobian)
-    rows = {
-        name: {
-            str(count): measured(points, term, name, count, times)[0]
-            for count, times in repeats.items()
-            if estimators.can_draw(name, count, d)
-        }
-        for name in tqdm(estimators.SAMPLERS, f"probes, {term}", leave=False)
-    }
-    return rows | (hutchpp(points, repeats) if term == "trace" else {})
-
-
-def hutchpp(points: list[Point], repeats: dict[int, int]) -> dict:
-    """Hutch++ of curvlinops, with the number of products rounded down to a multiple of three."""
-    try:
-        from curvlinops import hutchpp_trace
-    except ImportError:
-        return {}
-    rows = {}
-    for count, times in repeats.items():
-        products = count - count % 3
-        if not 3 <= products < len(points[0].jacobian):
-            continue
-        torch.manual_seed(count)
-        found = [
-            [hutchpp_trace(point.jacobian.float(), products) for _ in range(min(LOOPED, times))]
-            for point in points
-        ]
-        rows[str(products)] = {"variance": intervals.mean_variance(found)}
-    return {"Hutch++": rows} if rows else {}
+def over_signs(levels: dict[str, dict[str, Measured]], name: str) -> dict[str, object]:
+    """Variances of a sampler over those of signs, by level and in sum."""
+    rows = {level: (each[name], each["rademacher"]) for level, each in levels.items()}
+    sums = [sum(pair[k].variance.value for pair in rows.values()) for k in range(2)]
+    ratios = {level: ratio_of_variances(a.rows, b.rows) for level, (a, b) in rows.items()}
+    return {**ratios, "sum": sums[0] / sums[1]}
 
 
 @pytest.mark.parametrize("name", ["ring", "mixture", "digits", "images", "large images"])
-def test_estimator_variance(benchmark, choose, name):
+def test_estimator_variance(record, choose, name):
     if name == "large images" and not choose(False, False, True):
         pytest.skip("with --full")
     large = "images" in name
     count = choose(1, *(1, 2) if large else (4, 4))
     repeats = choose(400, 500 if large else 1000, 1000 if large else 2000)
     of_term = dict.fromkeys(TERMS, repeats) | {"third": choose(16, 32, 256) if large else repeats}
-    counts = COUNTS[:: choose(3, 2, 2 if name == "large images" else 1)]
-    flops = choose(1e9, 4e9, 1e10)  # of the products of one number of probes, for one point
     generator = torch.Generator().manual_seed(0)
-
-    def measure() -> dict:
-        if name in MIXTURES:
-            mixture = MIXTURES[name]()
-            std = float(mixture.sample(4096, generator).std())
+    if name in MIXTURES:
+        mixture = MIXTURES[name]()
+        std = float(mixture.sample(4096, generator).std())
+    else:
+        problem = trained(name, choose(5, 300 if name == "images" else None, None))
+        mixture, std = None, problem.std
+    levels: dict[str, dict[str, dict[str, Measured]]] = {term: {} for term in TERMS}
+    d = 0
+    for level in tqdm(fields.LEVELS[:: choose(2, 1, 1)], name, leave=False):
+        if mixture is None:
+            given = level * std, generator
+            rows = problem.data[:count]
+            points = [fields.network_point(problem.model, row, *given) for row in rows]
         else:
-            problem = trained(name, choose(5, 300 if name == "images" else None, None))
-            mixture, std = None, problem.std
-        found: dict = {"points": count, "levels": [], "probes": {}}
-        for level in tqdm(fields.LEVELS[:: choose(2, 1, 1)], name, leave=False):
-            if mixture is None:
-                given = level * std, generator
-                rows = problem.data[:count]
-                points = [fields.network_point(problem.model, row, *given) for row in rows]
-            else:
-                points = fields.mixture_points(mixture, level * std, count, generator)
-            d = found["elements"] = len(points[0].jacobian)
-            samplers = {
-                term: {"samplers": at_level(points, term, of_term[term])} for term in TERMS
+            points = fields.mixture_points(mixture, level * std, count, generator)
+        d = len(points[0].jacobian)
+        for term, times in of_term.items():
+            levels[term][f"{level:g} std"] = {
+                sampler: Measured(points, term, sampler, times) for sampler in fields.SAMPLERS
             }
-            found["levels"].append({"level": level, "sigma_hat": level * std, **samplers})
-            for term in TERMS[: 2 if large else 3] if level == SWEPT else ():
-                products = 2 * d ** (3 if term == "third" else 2)
-                least = {k: max(50, min(repeats, int(flops / (k * products)))) for k in counts}
-                found["probes"][term] = swept(points, term, least)
-        return found
-
-    benchmark.extra_info.update(benchmark.pedantic(measure, rounds=1))
-
-
-def test_a_network_and_a_closed_form_give_the_same_point():
-    mixture, schedule = ring(), hosm.VESchedule(sigma_max=20.0)
-    model = hosm.ScoreModel(mixture_noise(mixture, schedule), schedule)
-    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
-    (closed,) = fields.mixture_points(mixture, 0.7, 1, generators[0])
-    (row,) = mixture.sample(1, generators[1])
-    network = fields.network_point(model, row, 0.7, generators[1])
-    v = torch.randn(5, 2, dtype=torch.float64)
-    for ours, expected in (
-        (network.jacobian, closed.jacobian),
-        (network.second, closed.second),
-        (network.third(v), closed.third(v)),
-        (network.thirds, closed.thirds),
-    ):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    every = [row for each in levels.values() for rows in each.values() for row in rows.values()]
+    known = [row.known for row in every if row.known is not None]
+    signs = {
+        term: {level: rows["rademacher"].variance.value for level, rows in each.items()}
+        for term, each in levels.items()
+    }
+    over = {
+        sampler: {term: over_signs(levels[term], sampler) for term in TERMS}
+        for sampler in fields.SAMPLERS
+    }
+    record(
+        {
+            "elements": d,
+            "known": {"inside": sum(known), "all": len(known)},
+            "over signs": {"rademacher, absolute": signs, **over},
+        }
+    )

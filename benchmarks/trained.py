@@ -1,7 +1,7 @@
-"""Small networks trained here on data at hand, for the benchmarks.
+"""What likelihoods and gradients are measured on: small networks trained here, an exact score.
 
-Trained on the first-order loss under the VE schedule, once in a process; where the variable
-HOSM_BENCHMARKS_WEIGHTS names a directory, once for all processes that share it.
+Networks are trained on the first-order loss under the VE schedule, once in a process; where the
+variable HOSM_BENCHMARKS_WEIGHTS names a directory, once for all processes that share it.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from tests.oracles import paper_mixture
+from tests.oracles import GaussianMixture, mixture_noise, paper_mixture
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -130,14 +130,19 @@ RECIPES = {
 }
 
 
-def trained(name: str, steps: int | None = None) -> Problem:
-    """The network of a recipe in evaluation mode, with 64 samples it has not seen."""
-    return _trained(name, steps or RECIPES[name].steps)
+def exact(mixture: GaussianMixture) -> Problem:
+    """The exact score of a mixture in float64."""
+    schedule = hosm.VESchedule(sigma_max=20.0)
+    data = mixture.sample(HELD_OUT, torch.Generator().manual_seed(0))
+    model = hosm.ScoreModel(mixture_noise(mixture, schedule), schedule)
+    return Problem(model, data, float(data.std()))
 
 
 @lru_cache
-def _trained(name: str, steps: int) -> Problem:
+def trained(name: str, steps: int | None = None) -> Problem:
+    """The network of a recipe in evaluation mode, with 64 samples it has not seen."""
     recipe, generator = RECIPES[name], torch.Generator().manual_seed(0)
+    steps = steps or recipe.steps
     with torch.random.fork_rng():
         torch.manual_seed(0)
         everything = recipe.data(recipe.count + HELD_OUT, generator)

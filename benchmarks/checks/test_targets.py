@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.likelihood_methods import Method
-from benchmarks.likelihood_targets import Runs, at_target, estimates
+from benchmarks.likelihoods import Method, Runs, at_target, estimates
 
 SEEDS = 400
 
@@ -20,10 +19,6 @@ def runs(name, seconds, *, noise=0.0, bias=0.0, evaluations=10.0, ours=False, ra
     return found, found.errors(torch.zeros(2).double())
 
 
-def rows(every, target, *, random=True):
-    return {row["method"]: row for row in at_target(every, target, random=random)["rows"]}
-
-
 def test_noise_is_averaged_and_bias_is_not():
     assert estimates(np.full((2, 5), 3.0), 0.0, 1.0) == pytest.approx(9.0)
     assert estimates(np.full((2, 5), 3.0), 0.6, 1.0) == pytest.approx(9 / 0.64)
@@ -31,7 +26,9 @@ def test_noise_is_averaged_and_bias_is_not():
 
 
 def test_a_noisy_peer_pays_for_its_noise():
-    found = rows([runs("we", 1.0, noise=1.0, ours=True), runs("they", 0.5, noise=4.0)], 0.5)
+    found = at_target(
+        [runs("we", 1.0, noise=1.0, ours=True), runs("they", 0.5, noise=4.0)], 0.5, random=True
+    )
     assert found["we"]["over_ours"][0] == 1.0
     assert found["we"]["seconds"] == pytest.approx(4.0, rel=0.1)
     assert found["they"]["over_ours"][0] == pytest.approx(8.0, rel=0.1)
@@ -39,24 +36,19 @@ def test_a_noisy_peer_pays_for_its_noise():
     assert not found["they"]["ahead"]
 
 
-def test_a_peer_that_is_faster_is_ahead():
+def test_time_and_evaluations_are_told_apart():
     fast = runs("they", 0.5, noise=1.0, evaluations=20.0)
-    found = rows([runs("we", 1.0, noise=1.0, ours=True), fast], 0.5)
-    assert found["they"]["ahead"]
-    assert not found["they"]["fewer_evaluations"]
-    assert not found["we"]["ahead"]
-
-
-def test_fewer_evaluations_are_told_apart_from_time():
-    few = runs("they", 2.0, noise=1.0, evaluations=5.0)
-    found = rows([runs("we", 1.0, noise=1.0, ours=True), few], 0.5)
-    assert found["they"]["fewer_evaluations"]
-    assert not found["they"]["ahead"]
+    few = runs("others", 2.0, noise=1.0, evaluations=5.0)
+    found = at_target([runs("we", 1.0, noise=1.0, ours=True), fast, few], 0.5, random=True)
+    told = {name: (row["ahead"], row["fewer_evaluations"]) for name, row in found.items()}
+    assert told == {"we": (False, False), "they": (True, False), "others": (False, True)}
 
 
 def test_a_bias_as_large_as_the_target_is_out_of_reach():
     biased = runs("they", 0.1, noise=0.1, bias=0.5)
-    assert "they" not in rows([runs("we", 1.0, noise=1.0, ours=True), biased], 0.5)
+    assert "they" not in at_target(
+        [runs("we", 1.0, noise=1.0, ours=True), biased], 0.5, random=True
+    )
 
 
 def test_an_exact_result_reaches_the_target_or_does_not():
@@ -65,7 +57,7 @@ def test_an_exact_result_reaches_the_target_or_does_not():
         runs("they", 0.2, bias=0.2, random=False),
         runs("others", 0.3, bias=0.09, random=False),
     ]
-    found = rows(every, 0.1, random=False)
+    found = at_target(every, 0.1, random=False)
     assert found.keys() == {"we", "others"}
     assert found["others"]["ahead"]
     assert found["others"]["over_ours"][0] == pytest.approx(0.3)

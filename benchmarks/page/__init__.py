@@ -1,6 +1,5 @@
 """What the results put on the pages: tables, numbers between marks, and figures.
 
-    tree        the results as one tree, which paths lead down
     numbers     the text of a number that a path names, and of a table of such numbers
     tables      the tables that are worked out
     figures     every figure
@@ -10,15 +9,35 @@ The sentences are written by hand on the pages themselves. A check fails where a
 is not that of the committed results.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import results
 from benchmarks.environment import ROOT
 from benchmarks.page import figures, marks
-from benchmarks.page.numbers import named, table
+from benchmarks.page.numbers import Found, named, table
 from benchmarks.page.tables import TABLES
-from benchmarks.page.tree import Found, of_gpus, tree
+
+
+def tree(file: Path) -> Found:
+    """What was found by question, and where it was measured.
+
+    "gpu" is what `python -m benchmarks.gpu --out` wrote beside it, by card, batch and precision.
+    """
+    found: Found = {"measured": {}, "gpu": {}}
+    for question, report in results.read(file).items():
+        found[question] = report["found"]
+        where = {"size": report["size"], **report["environment"]}
+        peers = {name: each or "not installed" for name, each in where.pop("peers").items()}
+        found["measured"][question] = where | peers
+    for gpu in sorted(file.parent.glob("gpu*.json")):
+        report = json.loads(gpu.read_text())
+        where = "{card}, PyTorch {torch}, commit {commit}, {date}".format(**report["environment"])
+        for each in report["tables"]:
+            key = f"{where}: batch {each['batch']}, {each['precision']}"
+            found["gpu"][key] = each["variants"]
+    return found
 
 
 def value(found: Found, name: str) -> str:
@@ -54,7 +73,7 @@ def write(file: Path, root: Path) -> Iterator[str]:
 
     Last comes what moved, so that a person reads the sentences beside it again.
     """
-    found = tree(results.read(file)) | of_gpus(file.parent)
+    found = tree(file)
     again: list[str] = []
     for name, text, moved in filled(found):
         path = root / name

@@ -3,31 +3,29 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator
 
-from benchmarks.page.numbers import label, walk
-from benchmarks.page.tree import Found
+from benchmarks.page.numbers import Found, label, walk
 
 DPI = 110
-HIGHER = "second or trace or third or third laplacian or third sliced or second, Meng et al."
+PROBES = ("rademacher", "gaussian", "sphere", "dct", "unit vectors")
+TERMS = ("first", "second", "trace", "third", "third laplacian", "third sliced")
 # In the likelihood ours are in colour and others grey, by a part of their names.
 OURS = ("fresh signs", "fresh dct", "one probe kept", "grid, exact", "adaptive")
-PEERS = ("score_sde", "torchdiffeq", "k-diffusion", "diffrax", "flow_matching")
-LOSSES = {"1": "*", "2": "o", "3 exact": "s", "3 laplacian": "^", "3 sliced": "D"}
-ENGINES = {"taylor": "#0072b2", "reverse": "#e69f00", "forward": "white", "": "black"}
+PEERS = ("score_sde", "torchdiffeq", "k-diffusion", "flow_matching")
 Points = Mapping[float, Sequence[float]]  # x → value, low, high
 
-
 # Colours of Okabe and Ito, which the colour-blind can tell apart; from dark to light in grey.
-COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS, DASHES = "os^DvPX", ("-", "--", "-.", ":", "-", "--", "-.")
+COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+MARKERS, DASHES = "os^DvP", ("-", "--", "-.", ":", "-", "--")
 
 
-def style(_: str, index: int) -> dict[str, str]:
-    """A line that is readable in grey."""
+def style(order: Sequence[str], name: str) -> dict[str, str]:
+    """A line that is readable in grey, by the place of its name."""
+    index = order.index(name)
     return {"color": COLORS[index], "marker": MARKERS[index], "linestyle": DASHES[index]}
 
 
@@ -48,10 +46,9 @@ def panels(
     xlabel: str,
     *,
     least: int = 1,
-    styles: Callable[[str, int], dict[str, str]] = style,
+    styles: Callable[[str], dict[str, str]],
     sharey: Literal["row", "none"] = "row",
     ticks: Sequence[float] | None = None,
-    **axis: Any,
 ) -> Figure:
     """A column for a problem and a row for a quantity, whose curves have names."""
     problems = {name: each for name, each in problems.items() if each["elements"] >= least}
@@ -61,17 +58,16 @@ def panels(
     for panel_row, (ylabel, curves) in zip(grid, rows.items(), strict=True):
         panel_row[0].set_ylabel(ylabel)
         for axes, (name, found) in zip(panel_row, problems.items(), strict=True):
-            for index, (curve, points) in enumerate(curves(found).items()):
-                look = styles(curve, index)
+            for curve, points in curves(found).items():
+                look = styles(curve)
                 value, low, high = zip(*points.values(), strict=True)
                 axes.fill_between([*points], low, high, color=look["color"], alpha=0.18, lw=0)
                 shown[curve] = axes.plot([*points], value, ms=5, **look)[0]
             axes.set_title(label(problems, name), fontsize=9)
-            axes.set(**{"xscale": "log", "yscale": "log", "xlabel": xlabel, **axis})
+            axes.set(xscale="log", yscale="log", xlabel=xlabel)
             for side in (axes.xaxis, axes.yaxis):
                 side.set_major_formatter("{x:g}")
-                if side.get_scale() == "log":
-                    side.set_minor_formatter(LogFormatter())
+                side.set_minor_formatter(LogFormatter())
             if ticks:
                 axes.xaxis.set_major_locator(FixedLocator(ticks))
                 axes.xaxis.set_minor_locator(NullLocator())
@@ -105,57 +101,27 @@ def against(field: str, unit: float = 1) -> Callable[[Found], dict[str, Points]]
     return curves
 
 
-def method_style(name: str, _: int) -> dict[str, str]:
+def method_style(name: str) -> dict[str, str]:
     """Ours in colour, others grey; hollow where the divergence is exact."""
     ours = name.startswith(("fixed", "adaptive"))
-    look = style(name, [part in name for part in (OURS if ours else PEERS)].index(True))
+    order = OURS if ours else PEERS
+    look = style(order, next(part for part in order if part in name))
     fill = {"fillstyle": "none" if name.endswith("exact") else "full"}
     return look | fill | ({} if ours else {"color": "#7f7f7f", "linestyle": "--"})
 
 
-def term_style(term: str, _: int) -> dict[str, str]:
-    """One style for a term, whichever there are."""
-    return style(term, f"first or {HIGHER}".split(" or ").index(term))
-
-
-def steps(networks: Found) -> Figure:
-    """Time against memory of every variant on the convolutional network."""
-    figure = Figure((9, 6), layout="constrained")
-    axes = figure.subplots()
-    for (key,), row in walk(networks, "convolutional > variants > *"):
-        loss, _, how = key.removeprefix("order ").partition(", ")
-        if {"time_ratio", "memory_ratio"} <= row.keys() and how != "compiled":
-            point, color = (row["time_ratio"][0], row["memory_ratio"]), ENGINES.get(how, "#cc79a7")
-            axes.plot(*point, LOSSES[loss], color=color, mec="black", ms=9)
-            aside = {"3 exact": (8, -9), "3 laplacian": (8, 3), "3 sliced": (-8, 0)}
-            place = {"textcoords": "offset points", "ha": "right" if "sliced" in key else "left"}
-            text = key.removeprefix("order ")
-            axes.annotate(text, point, aside.get(loss, (8, 0)), fontsize=8, **place)
-    axes.margins(x=0.22)
-    axes.set(xlim=(0, None), xlabel="processor time of a step [that of order one]")
-    axes.set(ylim=(0, None), ylabel="peak memory of a step [that of order one]")
-    axes.grid(color="0.9")
-    return figure
-
-
-PROBES = "over signs > rademacher or dct or sphere or gaussian or unit vectors"
+SIGNS = f"over signs > {' or '.join(PROBES)}"
 OVER_SIGNS = {
-    "trace: variance\n[that of signs]": below(f"{PROBES} > trace > * std"),
-    "order two: variance\n[that of signs]": below(f"{PROBES} > Frobenius > * std"),
-    "order three: variance\n[that of signs]": below(f"{PROBES} > third > * std"),
-}
-SCALED = {
-    "K · variance of the trace\n[variance of one sign probe]": below("scaled > * > trace > *")
+    "trace: variance\n[that of signs]": below(f"{SIGNS} > trace > * std"),
+    "order two: variance\n[that of signs]": below(f"{SIGNS} > Frobenius > * std"),
+    "order three: variance\n[that of signs]": below(f"{SIGNS} > third > * std"),
 }
 NOISE = {
     "noise of the gradient of a sample\n[first order's, r.m.s. over σ̂]": below(
-        f"noise > first or {HIGHER} > *"
+        f"noise > {' or '.join(TERMS)} > *"
     )
 }
-SHARE = {"part of the probes in the variance [1]": below(f"probe share > {HIGHER} > *")}
 LEVEL = {"xlabel": "σ̂ [standard deviation of the data]", "ticks": (0.1, 0.3, 1, 3, 10)}
-COUNT = {"xlabel": "K, matrix products", "ticks": (1, 4, 16, 64), "ylim": (0.1, 300)}
-TERM = {"styles": term_style, **LEVEL}
 METHOD = {"styles": method_style, "sharey": "none"}
 CALLS = {"rows": {"error [nats]": against("evaluations")}, "xlabel": "network evaluations"}
 TIMES = {"rows": {"error [nats]": against("seconds", 1e3)}, "xlabel": "processor time [ms]"}
@@ -163,15 +129,12 @@ TIMES = {"rows": {"error [nats]": against("seconds", 1e3)}, "xlabel": "processor
 FIGURES: dict[str, tuple[str, Callable[[Found], Figure]]] = {
     "estimator_variance": (
         "estimator_variance",
-        partial(panels, rows=OVER_SIGNS, least=64, **LEVEL),
+        partial(panels, rows=OVER_SIGNS, least=64, styles=partial(style, PROBES), **LEVEL),
     ),
-    "number_of_probes": ("estimator_variance", partial(panels, rows=SCALED, least=64, **COUNT)),
-    "gradient_variance": ("gradient_variance", partial(panels, rows=NOISE, sharey="none", **TERM)),
-    "probe_share": (
+    "gradient_variance": (
         "gradient_variance",
-        partial(panels, rows=SHARE, least=2, yscale="linear", ylim=(0, 1.05), **TERM),
+        partial(panels, rows=NOISE, sharey="none", styles=partial(style, TERMS), **LEVEL),
     ),
     "likelihood_calls": ("likelihood", partial(panels, **CALLS, **METHOD)),
     "likelihood_time": ("likelihood", partial(panels, **TIMES, **METHOD)),
-    "speed": ("speed", steps),
 }

@@ -50,7 +50,7 @@ def fill(text: str, value: Callable[[str], str]) -> tuple[str, list[str]]:
         if new is None:
             return mark[0]
         around = "\n\n" if "\n" in new else ""
-        return mark["opening"] + around + new + around + mark["closing"]
+        return f"{mark['opening']}{around}{new}{around}{mark['closing']}"
 
     return MARK.sub(filled, text), moved
 

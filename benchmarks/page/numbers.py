@@ -1,8 +1,18 @@
 """The text of a number that a path names, and of a table of such numbers.
 
-A path leads down the tree of `benchmarks.page.tree`, `question > problem > ... > field`. A part of
-it may hold `*`, or alternatives between ` or `; where it then names several numbers, the text is
-their least and largest. An interval has the parts `value`, `low` and `high`.
+A path leads down the committed results, `question > problem > ... > field`:
+
+    estimator_variance > PROBLEM > over signs > PROBES > QUANTITY > LEVEL, or sum
+    gradient_variance > PROBLEM > noise, probe share, noise scale > TERM > LEVEL
+    gradient_variance > PROBLEM > ratios > TERM / TERM > LEVEL
+    likelihood > PROBLEM > rows > METHOD > SETTING > field
+    likelihood > PROBLEM > targets > KIND, ERROR > METHOD > field
+    speed > NETWORK > variants > VARIANT > field
+    divergence_mode > ROUTE > PROBES > NETWORK
+    measured > QUESTION > field
+
+A part of it may hold `*`, or alternatives between ` or `; where it then names several numbers, the
+text is their least and largest. An interval has the parts `value`, `low` and `high`.
 
 A table is `heads | path | column = path | ...`: a row for each match of the path, labelled by what
 its wild parts stand for, and columns that are paths below it. A column alone has its path for a
@@ -14,10 +24,17 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from benchmarks.page.tree import PROBLEMS, Found
-
+Found = dict[str, Any]
 NOTHING = "–"
 ENDS = ("value", "low", "high")  # an interval is a list of these three
+# In the order of the pages.
+PROBLEMS = {
+    "ring": "ring of Gaussians",
+    "mixture": "Gaussian mixture",
+    "digits": "network on digits",
+    "images": "network on images",
+    "large images": "network on 32×32 images",
+}
 UNITS = {"seconds": 1e3, "memory": 2**-20, "flops": 1e-9, "parameters": 1e-6}  # ms, MiB, G, M
 
 

@@ -12,17 +12,18 @@ import math
 import torch
 from torch import Tensor
 
-import hosm_losses as hosm
 from benchmarks.peers.score_sde import log_prior
+from benchmarks.trained import Problem
 
 
 def nll(
-    model: hosm.ScoreModel, x: Tensor, seed: int, tolerance: float, *, exact: bool = False
+    problem: Problem, x: Tensor, tolerance: float, seed: int, *, exact: bool = False
 ) -> Tensor:
     """−log p(x) in nats, (B,); `exact` is for flat data alone."""
     from flow_matching.solver import ODESolver
 
-    schedule, elements = model.schedule, x[0].numel()
+    model, elements = problem.model, x[0].numel()
+    schedule = model.schedule
     data, noise = (1 / (1 + math.exp(u)) for u in schedule.log_sigma_hat_range)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:

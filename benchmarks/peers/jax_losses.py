@@ -44,17 +44,8 @@ def loss(
 ) -> Array:
     """The mean loss of order one, two or three over a batch, all weights 1.
 
-    Args:
-        network: a function of its parameters, x and t.
-        order: 1, 2 or 3.
-        third: "exact" has G = ∇_x (wᵀ ∂f/∂x w) with w = σ v, "laplacian" D²f[w, w] in its place,
-            and "sliced" squares (uᵀ r3), with uᵀ G = wᵀ D²f[w, u].
-        parameters: of the network.
-        x0: data (B, *).
-        t: times (B,).
-        noise: ε (B, *).
-        probe: v (B, *).
-        other: u (B, *), for "sliced" alone.
+    With v = probe and w = σ v, "exact" has G = ∇_x (wᵀ ∂f/∂x w), "laplacian" D²f[w, w] in its
+    place, and "sliced" squares (uᵀ r3), with uᵀ G = wᵀ D²f[w, u] and u = other.
     """
     alpha, sigma = (part.reshape(-1, *(1,) * (x0.ndim - 1)) for part in vp_schedule(t))
     x, w, d = alpha * x0 + sigma * noise, sigma * probe, float(x0[0].size)

@@ -50,10 +50,6 @@ def doubled(x: Array, *_: Any) -> Array:
     return jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
 
 
-def split(x: Array, size: int, dim: int = 0) -> list[Array]:
-    return jnp.split(x, x.shape[dim] // size, axis=dim)
-
-
 OPERATORS: dict[str, Callable[..., Any]] = {
     "_safe_softmax": jax.nn.softmax,
     "_softmax": lambda x, dim, _: jax.nn.softmax(x, dim),
@@ -67,14 +63,11 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "div": operator.truediv,
     "expand": jnp.broadcast_to,
     "gelu": lambda x, approximate: jax.nn.gelu(x, approximate == "tanh"),
-    "mm": operator.matmul,
     "native_group_norm": group_norm,
     "native_layer_norm": layer_norm,
-    "ones_like": lambda x, **_: jnp.ones_like(x),
     "permute": jnp.transpose,
     "silu": jax.nn.silu,
-    "split": split,
-    "sum": lambda x, dims: x.sum(tuple(dims)),
+    "split": lambda x, size, dim=0: jnp.split(x, x.shape[dim] // size, axis=dim),
     "t": jnp.transpose,
     "transpose": jnp.swapaxes,
     "unbind": lambda x, dim=0: [*jnp.moveaxis(x, dim, 0)],

@@ -9,16 +9,16 @@ import warnings
 import torch
 from torch import Tensor
 
-import hosm_losses as hosm
+from benchmarks.trained import Problem
 
 
-def nll(model: hosm.ScoreModel, x: Tensor, seed: int, tolerance: float) -> Tensor:
+def nll(problem: Problem, x: Tensor, tolerance: float, seed: int) -> Tensor:
     """−log p(x) in nats, (B,)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from k_diffusion.sampling import log_likelihood
 
-    schedule = model.schedule
+    model, schedule = problem.model, problem.model.schedule
     low, high = (torch.tensor(u).exp().item() for u in schedule.log_sigma_hat_range)
 
     def denoiser(x: Tensor, sigma: Tensor) -> Tensor:

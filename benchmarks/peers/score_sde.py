@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import hosm_losses as hosm
+from benchmarks.trained import Problem
 
 
 def signs(x: Tensor, seed: int) -> Tensor:
@@ -32,11 +33,11 @@ def log_prior(model: hosm.ScoreModel, latent: Tensor) -> Tensor:
     return normal.log_prob(latent).flatten(1).sum(1)
 
 
-def nll(model: hosm.ScoreModel, x: Tensor, seed: int, tolerance: float) -> Tensor:
+def nll(problem: Problem, x: Tensor, tolerance: float, seed: int) -> Tensor:
     """−log p(x) in nats, (B,)."""
     from scipy.integrate import solve_ivp
 
-    probe, count = signs(x, seed), x.numel()
+    model, probe, count = problem.model, signs(x, seed), x.numel()
 
     def right_side(t: float, state: np.ndarray) -> np.ndarray:
         point = torch.as_tensor(state[:count], dtype=x.dtype).reshape(x.shape)

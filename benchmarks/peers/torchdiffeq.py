@@ -9,16 +9,17 @@ after the other; value and divergence share a forward pass. Source: the method o
 import torch
 from torch import Tensor
 
-import hosm_losses as hosm
 from benchmarks.peers.score_sde import flow, log_prior, signs
+from benchmarks.trained import Problem
 
 
 def nll(
-    model: hosm.ScoreModel, x: Tensor, seed: int, tolerance: float, *, exact: bool = False
+    problem: Problem, x: Tensor, tolerance: float, seed: int, *, exact: bool = False
 ) -> Tensor:
     """−log p(x) in nats, (B,); `exact` is for flat data alone."""
     from torchdiffeq import odeint
 
+    model = problem.model
     units = torch.eye(x.shape[1], dtype=x.dtype)[:, None] if exact else signs(x, seed)[None]
 
     def right_side(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
