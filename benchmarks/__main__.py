@@ -34,7 +34,8 @@ def measure(question: str, options: list[str], weights: str) -> results.Report:
     with TemporaryDirectory() as directory:
         raw = Path(directory) / "raw.json"
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-s"]
-        command += [f"benchmarks/test_{question}.py", f"--results={raw}", "--no-header", *options]
+        command += [f"benchmarks/test_{question}.py", f"--results={raw}", "--benchmark-skip"]
+        command += ["--no-header", *options]
         environment = {**os.environ, **ONE_THREAD, KEPT: weights}
         environment["TORCHINDUCTOR_CACHE_DIR"] = directory
         if subprocess.run(command, cwd=ROOT, env=environment).returncode:

@@ -19,8 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import hosm_losses as hosm
-from benchmarks.networks import NETWORKS
-from benchmarks.steps import NAMES, VARIANTS, model_of, step_of
+from benchmarks.steps import MAIN, NAMES, NETWORKS, TWINS, VARIANTS, model_of, step_of
 
 PATH = Path(__file__).with_name("counts.json")
 BATCH, SAMPLES = 4, 2  # of a training step, and of a likelihood
@@ -34,18 +33,25 @@ LIKELIHOODS = {
 Counts = dict[str, dict[str, int]]
 
 
-def flops_of(work: Callable[[], object]) -> int:
+def count_of(work: Callable[[], object]) -> CountFlops:
     """FLOPs of some work. Attention is taken apart: PyTorch has no count for its CPU kernel."""
     with sdpa_kernel(SDPBackend.MATH), CountFlops() as count:
         work()
-    return count.total
+    return count
+
+
+def attention_share(name: str) -> float:
+    """The share of attention's own products in a step of order one whose x needs a gradient."""
+    model, x = model_of(name), torch.randn(BATCH, *NETWORKS[name][1][1:], requires_grad=True)
+    count = count_of(lambda: hosm.first_order_dsm(model, x).backward())
+    return count.by_operator[torch.ops.aten.bmm] / count.total
 
 
 def counted(network: torch.nn.Module, work: Callable[[], object]) -> dict[str, int]:
     """FLOPs of some work, how often it calls the network, and with how many samples in all."""
     batches: list[int] = []
     handle = network.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
-    flops = flops_of(work)
+    flops = count_of(work).total
     handle.remove()
     return {"flops": flops, "calls": len(batches), "samples": sum(batches)}
 
@@ -55,7 +61,8 @@ def measure() -> Counts:
     found: Counts = {}
     for name in tqdm(NAMES, "counting", leave=False):
         model, shape = model_of(name), NETWORKS[name][1][1:]
-        for key, variant in VARIANTS.items():
+        for key in VARIANTS if name in TWINS else MAIN:
+            variant = VARIANTS[key]
             step = partial(step_of(name, model, **variant), BATCH)
             found[f"{name}: {key}"] = counted(model.network, step)
         for key, likelihood in LIKELIHOODS.items() if name in NAMES[:2] else ():

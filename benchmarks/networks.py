@@ -205,11 +205,3 @@ class DiT(nn.Module):
         patches = patches.unflatten(1, (self.grid, self.grid))
         patches = patches.unflatten(-1, (3, self.patch, self.patch))
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
-
-
-NETWORKS = {
-    "mlp": (MLP, (2048, 2)),
-    "convolutional": (Convolutional, (16, 3, 16, 16)),
-    "unet": (UNet, (16, 3, 16, 16)),
-    "dit": (DiT, (16, 3, 32, 32)),
-}

@@ -25,11 +25,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.counts import flops_of
+from benchmarks.counts import count_of
 from benchmarks.experiment import Row, alone, times
 from benchmarks.intervals import ratio_of_medians
-from benchmarks.networks import NETWORKS
-from benchmarks.steps import BASE, VARIANTS, model_of, step_of
+from benchmarks.steps import BASE, NETWORKS, TWINS, VARIANTS, model_of, step_of
 
 Step = Callable[[], object]
 # The C library returns freed tensors at once. Setting it also turns off glibc's habit of raising
@@ -85,7 +84,7 @@ def peer_of(variant: Row) -> str | None:
 
 def peer_steps(name: str, batch: int) -> dict[str, Step]:
     """Compiled steps in JAX, empty where it is not installed."""
-    if importlib.util.find_spec("jax") is None:
+    if importlib.util.find_spec("jax") is None or name not in TWINS:
         return {}
     import jax
 
@@ -112,7 +111,7 @@ def peer_steps(name: str, batch: int) -> dict[str, Step]:
 def first_step(step: Step, variant: Row) -> Row:
     """FLOPs of a step, or the seconds of its compilation; it is warm afterwards."""
     if "compiled" not in variant:
-        flops = flops_of(step)
+        flops = count_of(step).total
         step()
         return {"flops": flops}
     start = time.perf_counter()

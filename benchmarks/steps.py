@@ -1,16 +1,32 @@
 """The variants of the losses, and a training step of each on one of the networks."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
 import hosm_losses as hosm
 from benchmarks.experiment import Row
-from benchmarks.networks import NETWORKS
+from benchmarks.networks import MLP, Convolutional, DiT, UNet
+from benchmarks.repositories import EDM, Guided, NCSNpp
 
 LOSSES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
+# With the shape of a batch. The first four have twins in JAX; of the last two a step takes a few
+# milliseconds.
+NETWORKS = {
+    "mlp": (MLP, (2048, 2)),
+    "convolutional": (Convolutional, (16, 3, 16, 16)),
+    "unet": (UNet, (16, 3, 16, 16)),
+    "dit": (DiT, (16, 3, 32, 32)),
+    "ncsnpp": (NCSNpp, (8, 3, 32, 32)),
+    "edm": (EDM, (8, 3, 32, 32)),
+    "guided": (Guided, (8, 3, 32, 32)),
+    "mlp, small": (partial(MLP, 64), (512, 2)),
+    "dit, small": (partial(DiT, 16, 4, 64), (4, 3, 16, 16)),
+}
 NAMES = tuple(NETWORKS)
+TWINS = NAMES[:4]
 BASE = "order 1"
 ENGINES = ("taylor", "reverse", "forward")
 EXACT = {"order": 3, "derivative": "taylor"}
@@ -28,6 +44,9 @@ VARIANTS: dict[str, Row] = {
     "order 2, probes=4": {"order": 2, "derivative": "taylor", "probes": 4},
     "order 3 laplacian, probes=4": {**EXACT, "third": "laplacian", "probes": 4},
 }
+# Of the networks without a twin.
+MAIN = (BASE, "order 2, taylor", "order 3 exact, taylor", "order 3 laplacian, taylor")
+MAIN += ("order 3 exact, fraction=1/4",)
 COMPILED: dict[str, Row] = {
     "order 2, compiled": {"order": 2, "compiled": True},
     "order 3 exact, compiled": {"order": 3, "compiled": True},

@@ -3,26 +3,38 @@
 python -m benchmarks speed [--full] [--compiled]
 
 All variants of a network take turns in one process of one thread, JAX too, so that their ratios
-are of one run; benchmarks.speed says what is measured. With --full there are two networks more,
-and memory on every network; with --compiled also the compiled loss, on the UNet and the DiT.
+are of one run; benchmarks.speed says what is measured. With --full there are all networks, and
+memory on those with twins in JAX; with --compiled also the compiled loss, on the UNet and the DiT.
+
+Old code against new, by pytest-benchmark:
+
+python -m pytest benchmarks/test_speed.py -k test_step --benchmark-autosave
+python -m pytest benchmarks/test_speed.py -k test_step --benchmark-compare
 """
 
 import pytest
 
 from benchmarks.experiment import alone
-from benchmarks.networks import NETWORKS
 from benchmarks.speed import measure
-from benchmarks.steps import BASE, COMPILED, NAMES, VARIANTS
+from benchmarks.steps import BASE, COMPILED, MAIN, NAMES, NETWORKS, TWINS, VARIANTS, step_of
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_in_turns(record, choose, pytestconfig, name):
     if name not in choose(NAMES[:2], NAMES[:2], NAMES):
         pytest.skip("with --full")
+    every = VARIANTS if name in TWINS else {key: VARIANTS[key] for key in MAIN}
     compiled = pytestconfig.getoption("--compiled") and name in ("unet", "dit")
-    variants = VARIANTS | (COMPILED if compiled else {})
+    variants = every | (COMPILED if compiled else {})
     some = choose([BASE], variants, variants) if name == "convolutional" else []
     batch = choose(4, NETWORKS[name][1][0], NETWORKS[name][1][0])
     # A new process: pytest would make an error of every warning of a compiler.
-    given = name, variants, choose(1, 4, 10), batch, choose(some, some, variants)
-    record(alone(measure, *given))
+    weighed = choose(some, some, variants if name in TWINS else [])
+    record(alone(measure, name, variants, choose(1, 4, 10), batch, weighed))
+
+
+@pytest.mark.parametrize("key", MAIN)
+@pytest.mark.parametrize("name", NAMES)
+def test_step(benchmark, name, key):
+    batch = NETWORKS[name][1][0]
+    benchmark.pedantic(step_of(name, **VARIANTS[key]), (batch,), rounds=5, warmup_rounds=1)

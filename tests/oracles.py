@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -346,13 +347,18 @@ class CountFlops(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.total = 0
+        self.by_operator = Counter()
+
+    @property
+    def total(self):
+        return self.by_operator.total()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=out)
+        operator = func._overloadpacket
+        if operator in flop_registry:
+            count = flop_registry[operator](*args, **(kwargs or {}), out_val=out)
+            self.by_operator[operator] += count
         return out
 
 

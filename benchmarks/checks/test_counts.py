@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from benchmarks import counts
+from benchmarks.steps import MAIN, NAMES
 
 
 def test_counts_are_those_held():
@@ -15,6 +16,18 @@ def test_counts_are_those_held():
         f"PyTorch {torch.__version__}, held with {version}. If this is meant, python -m "
         "benchmarks.counts --write:\n" + "\n".join(lines)
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flops_are_near_the_fewest(name):
+    """Within 2.5 % of a whole number of passes, to which products of attention add their own."""
+    held, share = counts.read()[0], counts.attention_share(name)
+    flops = [held[f"{name}: {key}"]["flops"] for key in MAIN]
+    two, three, laplacian, fraction = (each / flops[0] for each in flops[1:])
+    assert two <= 1.025 * (2 + share)
+    assert three <= 1.025 * (4 + 5 * share)
+    assert laplacian <= 1.025 * (3 + 3 * share)
+    assert fraction <= 1 + 0.26 * (three - 1)
 
 
 def test_a_layer_is_counted_by_hand():

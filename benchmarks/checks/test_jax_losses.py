@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from benchmarks.networks import NETWORKS
-from benchmarks.steps import LOSSES, NAMES, model_of
+from benchmarks.steps import LOSSES, NETWORKS, TWINS, model_of
 from hosm_losses.losses.terms import third_residual
 from hosm_losses.model import noise_field
 
@@ -44,7 +43,7 @@ class Case:
 
 
 @pytest.mark.parametrize("order", LOSSES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TWINS)
 def test_orders(name, order):
     case = Case(name)
     case.compare(case.loss(order), order)
@@ -61,7 +60,7 @@ def test_single_precision():
 
 
 @pytest.mark.parametrize("third", ["laplacian", "sliced"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TWINS)
 def test_other_thirds(name, third):
     case = Case(name)
     alpha, sigma = (c.reshape(-1, *(1,) * (case.x0.ndim - 1)) for c in case.model.schedule(case.t))
