@@ -34,8 +34,7 @@ from torch import Tensor
 from hosm_losses._checks import check_choice, check_flag, check_number, check_whole
 from hosm_losses.likelihood.adaptive import adaptive
 from hosm_losses.likelihood.coordinates import NoiseLevel, accumulator
-from hosm_losses.likelihood.dequantize import Dequantization, check_draws
-from hosm_losses.likelihood.inputs import Batch, evaluate, whole_batch
+from hosm_losses.likelihood.inputs import Batch, Dequantization, evaluate
 from hosm_losses.likelihood.multistep import EXTRA_EVALUATIONS, MINIMUM_STEPS, Node, multistep
 from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.model import NoiseField, ScoreModel
@@ -131,7 +130,7 @@ def ode_nll(
     check_flag("enable_grad", enable_grad)
     draws = check_whole("dequantization_draws", dequantization_draws, 1)
     if draws > 1:
-        check_draws(draws, dequantization, divergence)
+        _check_draws(draws, dequantization, divergence)
     solve = partial(solve_fixed, steps=steps)
     if method == "adaptive":
         solve = partial(solve_adaptive, tolerance=tolerance)
@@ -139,10 +138,8 @@ def ode_nll(
     def likelihood(batch: Batch) -> NLLResult:
         return _nll(Paths(batch, 0 if divergence == "exact" else probes, distribution), solve)
 
-    batch = whole_batch(
-        model, x, data_mean, data_std, log_prior, dequantization, generator, model_kwargs
-    )
-    return evaluate(likelihood, batch, dequantization, batch_size, progress, draws, enable_grad)
+    shared = (data_mean, data_std, log_prior, dequantization, batch_size, progress, generator)
+    return evaluate(likelihood, model, x, *shared, model_kwargs, draws, enable_grad)
 
 
 def _check_probes(probes: object, divergence: str) -> int:
@@ -157,6 +154,21 @@ def _check_probes(probes: object, divergence: str) -> int:
             f"probes: expected 1 with divergence='exact', which draws none; got {count}."
         )
     return count
+
+
+def _check_draws(draws: int, dequantization: str | None, divergence: str) -> None:
+    """Raise ValueError for several draws of u where there is none, or where they would flatter."""
+    if dequantization is None:
+        raise ValueError(
+            f"dequantization_draws: expected 1 for continuous data; got {draws}. Give integer "
+            "images and dequantization='uniform'."
+        )
+    if divergence != "exact":
+        raise ValueError(
+            f"dequantization_draws: expected 1 with divergence={divergence!r}; got {draws}. The "
+            "mean of exp(log p) turns the noise of log p into a gain, which flatters the model: "
+            "use divergence='exact'."
+        )
 
 
 class Solved(NamedTuple):
