@@ -105,10 +105,9 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
     """Return the ScoreModel of the network in a GaussianDiffusion, with its table and objective.
 
     t is the index of the table. x is in the range the network sees: give
-    `diffusion.normalize(images)` to the losses and to `ode_nll`. The project's own loss weights
-    make all its objectives the squared error of the noise, which is the first term of the losses
-    here; with min_snr_loss_weight pass that weight as a callable. The network is
-    `diffusion.model`, so the project's Trainer, optimizer and EMA hold the same parameters.
+    `diffusion.normalize(images)` to the losses and to `ode_nll`. The project's own loss is the
+    first term of the losses here; with min_snr_loss_weight pass that weight as a callable. The
+    network is `diffusion.model`, so the project's Trainer, optimizer and EMA hold its parameters.
 
     Raises:
         TypeError: for an object that is no GaussianDiffusion.
@@ -139,11 +138,9 @@ def from_edm(net: Any) -> ScoreModel:
     """Return the ScoreModel of an EDM denoiser D(x, σ, class_labels); t is σ.
 
     The noise runs over what the network declares as sigma_min and sigma_max, within [0.002, 80],
-    the range of EDM's sampler. Labels go into `model_kwargs` as class_labels. EDM's own loss,
-    (σ² + σ_d²)/(σ σ_d)² times the squared error of D, is the callable weighting
-    `lambda t: (t**2 + sigma_data**2) / sigma_data**2` in units of the noise. EDM's own attention
-    is right at orders two and three in reverse mode, which is what "auto" takes; the estimators
-    "laplacian" and "sliced" need a plain one.
+    the range of EDM's sampler. Labels go into `model_kwargs` as class_labels. EDM's own loss is
+    the weighting `lambda t: (t**2 + sigma_data**2) / sigma_data**2`. The estimators "laplacian"
+    and "sliced" need a plain attention in the place of EDM's.
 
     Raises:
         TypeError: for a network without sigma_min and sigma_max.

@@ -1,8 +1,4 @@
-r"""A fixed grid for dy/ds = f(s, y), and a quadrature along the path.
-
-What:
-    The whole batch shares a uniform grid. The number of evaluations is known in advance, nothing
-    waits for the device, and q may be noisy: it does not steer.
+r"""A uniform grid for dy/ds = f(s, y), and a quadrature of q along the path, which may be noisy.
 
 Formula:
     Adams-Bashforth of order four, started by the classical Runge-Kutta method,

@@ -1,9 +1,8 @@
 r"""What a noise schedule is, and what follows from α and σ alone.
 
-What:
-    A schedule is x_t = α(t) x₀ + σ(t) ε on [t_min, t_max], t_min the data end. Everything else
-    follows from α and σ, above all σ̂ = σ/α, the noise in units of the data: in log σ̂ every
-    schedule is the same diffusion dx = f x dt + g dw.
+Formula:
+    x_t = α(t) x₀ + σ(t) ε on [t_min, t_max], t_min the data end; σ̂ = σ/α. In log σ̂ every schedule
+    is the same diffusion dx = f x dt + g dw.
 
 Source:
     Song et al., arXiv 2011.13456; Kingma et al., "Variational Diffusion Models", arXiv
