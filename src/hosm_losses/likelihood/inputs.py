@@ -36,7 +36,7 @@ from hosm_losses._checks import (
     check_not_empty,
     check_sample_batch,
     check_whole,
-    describe,
+    complaint,
     may_look,
     over_elements,
 )
@@ -115,10 +115,8 @@ def evaluate(
     else:
         _check_images(x, dequantization)
     if not (log_prior is None or callable(log_prior)):
-        raise TypeError(
-            "log_prior: expected a callable of latents (n, *) that returns their log-densities "
-            f"(n,), or None; got {describe(log_prior)}."
-        )
+        expected = "a callable of latents (n, *) that returns their log-densities (n,), or None"
+        raise TypeError(complaint("log_prior", expected, log_prior))
     generator = check_generator(generator, x.device)
     kwargs = check_model_kwargs(model_kwargs)
     check_flag("progress", progress)
@@ -129,7 +127,7 @@ def evaluate(
     with outside_inference_mode(), torch.set_grad_enabled(enable_grad):
         mean, std = _moment("data_mean", data_mean, x), _moment("data_std", data_std, x)
         if may_look(std) and not bool((std > 0).all()):
-            raise ValueError(f"data_std: expected positive values; got {describe(data_std)}.")
+            raise ValueError(complaint("data_std", "positive values", data_std))
         conditions = condition(model, count, kwargs, primitives=None if enable_grad else False)
         coordinates, dtype = Coordinates(model.schedule, mean, std), _network_dtype(model, x)
         results = []
@@ -187,11 +185,12 @@ def _check_images(x: object, dequantization: str) -> None:
     """Raise unless x is uint8 (B, *) and the dequantization one that there is."""
     check_choice("dequantization (or None)", dequantization, ("uniform",))
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
-        raise TypeError(
-            f"x: expected a uint8 tensor (B, *) of levels 0 to 255 with dequantization='uniform'; "
-            f"got {describe(x)}. Leave dequantization=None for continuous data, or dequantize it "
-            "yourself and give levels, low and high to bits_per_dim."
+        expected = "a uint8 tensor (B, *) of levels 0 to 255 with dequantization='uniform'"
+        remedy = (
+            "Leave dequantization=None for continuous data, or dequantize it yourself and give "
+            "levels, low and high to bits_per_dim."
         )
+        raise TypeError(complaint("x", expected, x, remedy))
     check_dense("x", x)
     check_not_empty("x", x)
 
@@ -199,18 +198,18 @@ def _check_images(x: object, dequantization: str) -> None:
 def _moment(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     """A moment of the data, expanded to (1, *)."""
     shape = (1, *x.shape[1:])
-    wanted = f"{name}: expected a number or a tensor that broadcasts to {shape}, one sample"
+    wanted = complaint(name, f"a number or a tensor that broadcasts to {shape}, one sample", value)
     try:
         tensor = normal(torch.as_tensor(value))
     except (TypeError, ValueError, RuntimeError):
         tensor = None
     if tensor is None or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise TypeError(f"{wanted}; got {describe(value)}.")
+        raise TypeError(wanted)
     check_dense(name, tensor)
     try:
         expanded = tensor.to(x.device, accumulator(x)).expand(shape)
     except RuntimeError:
-        raise ValueError(f"{wanted}; got {describe(value)}.") from None
+        raise ValueError(wanted) from None
     check_finite(name, expanded)
     return expanded
 

@@ -10,10 +10,9 @@ Formula:
     The forward pass is shared; every direction costs one vector-Jacobian product.
 
 Noise:
-    In high dimension the error of divergence="hutchinson" is far larger than the solver's.
-    method="fixed" draws fresh probes at every node, so it averages out along the path. The
-    adaptive method needs a smooth integrand, so it keeps its probes and their error: use it with
-    divergence="exact" on sharp low-dimensional densities.
+    In high dimension the error of the probes is far larger than the solver's. method="fixed" draws
+    them afresh at every node, so it averages out along the path. The adaptive method needs a
+    smooth integrand, so it keeps its probes and their error.
 
 Source:
     Chen et al., arXiv 1806.07366, for the change of variables; Song et al., arXiv 2011.13456,
@@ -31,7 +30,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_flag, check_number, check_whole
+from hosm_losses._checks import check_choice, check_flag, check_number, check_whole, complaint
 from hosm_losses.likelihood.adaptive import adaptive
 from hosm_losses.likelihood.coordinates import NoiseLevel, accumulator
 from hosm_losses.likelihood.inputs import Batch, Dequantization, evaluate
@@ -144,15 +143,12 @@ def ode_nll(
 
 def _check_probes(probes: object, divergence: str) -> int:
     if probes == "exact":
-        raise ValueError(
-            "probes: expected a whole number; got 'exact'. All unit vectors are "
-            "divergence='exact'."
-        )
+        remedy = "All unit vectors are divergence='exact'."
+        raise ValueError(complaint("probes", "a whole number", probes, remedy))
     count = check_whole("probes", probes, 1)
     if divergence == "exact" and count != 1:
-        raise ValueError(
-            f"probes: expected 1 with divergence='exact', which draws none; got {count}."
-        )
+        expected = "1 with divergence='exact', which draws none"
+        raise ValueError(complaint("probes", expected, count))
     return count
 
 
@@ -162,16 +158,15 @@ def _check_draws(draws: int, dequantization: str | None, divergence: str) -> Non
     With 7 nats of noise in log p, as of Hutchinson's estimator, 20 draws seem to gain 11 nats.
     """
     if dequantization is None:
-        raise ValueError(
-            f"dequantization_draws: expected 1 for continuous data; got {draws}. Give integer "
-            "images and dequantization='uniform'."
-        )
+        remedy = "Give integer images and dequantization='uniform'."
+        raise ValueError(complaint("dequantization_draws", "1 for continuous data", draws, remedy))
     if divergence != "exact":
-        raise ValueError(
-            f"dequantization_draws: expected 1 with divergence={divergence!r}; got {draws}. The "
-            "mean of exp(log p) turns the noise of log p into a gain, which flatters the model: "
-            "use divergence='exact'."
+        remedy = (
+            "The mean of exp(log p) turns the noise of log p into a gain, which flatters the "
+            "model: use divergence='exact'."
         )
+        expected = f"1 with divergence={divergence!r}"
+        raise ValueError(complaint("dequantization_draws", expected, draws, remedy))
 
 
 class Solved(NamedTuple):

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_whole, over_elements
+from hosm_losses._checks import check_whole, complaint, over_elements
 from hosm_losses.likelihood.coordinates import NoiseLevel
 from hosm_losses.likelihood.inputs import Batch, Dequantization, evaluate
 from hosm_losses.likelihood.result import NLLResult
@@ -77,7 +77,7 @@ def variational_nll(
     """
     samples = check_whole("samples", samples, 2)
     if samples % 2:
-        raise ValueError(f"samples: expected an even number; got {samples}.")
+        raise ValueError(complaint("samples", "an even number", samples))
     likelihood = partial(_bound, samples=samples)
     shared = (data_mean, data_std, log_prior, dequantization, batch_size, progress, generator)
     return evaluate(likelihood, model, x, *shared, model_kwargs)

@@ -1,13 +1,9 @@
 r"""What a schedule has to be, checked where a ScoreModel is built.
 
-What:
-    All that follows from a schedule is right if α and σ are positive and log σ̂ grows from the
-    data at t_min to the noise at t_max, and what a class overrides agrees with its α and σ. This
-    is looked at on a grid, on the CPU and in float64, whatever device the model is for: nothing
-    waits, and nothing is read from an accelerator.
+α and σ are positive, log σ̂ grows from the data at t_min to the noise at t_max, and what a class
+overrides agrees with its α and σ. This is looked at on a grid, on the CPU and in float64, whatever
+device the model is for: nothing is read from an accelerator.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -73,33 +69,27 @@ def _check_values(schedule: Schedule, t: Tensor) -> None:
     name = type(schedule).__name__
     alpha, sigma = (_positive(schedule, part, t) for part in ("alpha", "sigma"))
     (u,) = _values(schedule, "log_sigma_hat", t)
-    grows = f"log(sigma/alpha) of {name} to grow with t; got"
-    _require(
-        u[-1:] > u[:1],
-        lambda _: (
+    grows = f"schedule: expected log(sigma/alpha) of {name} to grow with t; got"
+    if not u[-1] > u[0]:
+        raise ValueError(
             f"{grows} {u[0]:g} at t_min = {t[0]:g} and {u[-1]:g} at t_max = {t[-1]:g}. Two "
             f"arguments may be reversed. {FROM_THE_DATA}"
-        ),
-    )
-    _require(
-        u.diff() > 0,
-        lambda i: (
+        )
+    if (i := _broken(u.diff() > 0)) is not None:
+        raise ValueError(
             f"{grows} one that does not from t = {t[i]:g} to t = {t[i + 1]:g}. Correct the "
             "formula, or take a range in which it grows."
-        ),
-    )
-    _agree(schedule, "log_sigma_hat", t, u, sigma.log() - alpha.log())
+        )
+    _check_agreement(schedule, "log_sigma_hat", t, u, sigma.log() - alpha.log())
     if _overrides(schedule, "time"):
         (found,) = _values(schedule, "time", torch.cat([u[:1] - 1, u, u[-1:] + 1]))
-        _require(
-            (found >= t[0]) & (found <= t[-1]),
-            lambda i: (
-                f"{name}.time to return times in [t_min, t_max]; got {found[i]:g}. Return "
-                "self.clip(t) from it."
-            ),
-        )
+        if (i := _broken((found >= t[0]) & (found <= t[-1]))) is not None:
+            raise ValueError(
+                f"schedule: expected {name}.time to return times in [t_min, t_max]; got "
+                f"{found[i]:g}. Return self.clip(t) from it."
+            )
         (again,) = _values(schedule, "log_sigma_hat", found[1:-1])
-        _agree(schedule, "time", t, again, u)
+        _check_agreement(schedule, "time", t, again, u)
     overridden = [p for p in ("drift", "squared_diffusion", "rates") if _overrides(schedule, p)]
     if not overridden:
         return
@@ -114,47 +104,42 @@ def _check_values(schedule: Schedule, t: Tensor) -> None:
     for part in overridden:
         for got, wanted in zip(_values(schedule, part, t), differences[part], strict=True):
             # What is 0 comes out of the differences as rounding.
-            _agree(schedule, part, t, got, wanted, floor=1e-3 / span)
+            _check_agreement(schedule, part, t, got, wanted, floor=1e-3 / span)
 
 
 def _positive(schedule: Schedule, part: str, t: Tensor) -> Tensor:
     """The values of alpha or sigma, which have to be positive and finite."""
     (got,) = _values(schedule, part, t)
-    at_start, at_end = ADVICE[part]
-    ends = {0: ("t_min", at_start), len(t) - 1: ("t_max", at_end)}
-
-    def message(i: int) -> str:
+    if (i := _broken((got > 0) & got.isfinite())) is not None:
+        at_start, at_end = ADVICE[part]
+        ends = {0: ("t_min", at_start), len(t) - 1: ("t_max", at_end)}
         place, advice = ends.get(i, ("t", "Correct the formula, or the range."))
-        return (
-            f"{type(schedule).__name__} to have a positive and finite {part}, for a finite "
-            f"log(sigma/alpha); got {part} = {got[i]:g} at {place} = {t[i]:g}. {advice}"
+        raise ValueError(
+            f"schedule: expected {type(schedule).__name__} to have a positive and finite {part}, "
+            f"for a finite log(sigma/alpha); got {part} = {got[i]:g} at {place} = {t[i]:g}. "
+            f"{advice}"
         )
-
-    _require((got > 0) & got.isfinite(), message)
     return got
 
 
-def _agree(
+def _check_agreement(
     schedule: Schedule, part: str, t: Tensor, got: Tensor, wanted: Tensor, floor: float = 0.0
 ) -> None:
     """Raise ValueError unless what a method returned is what α and σ say."""
     atol = TOLERANCE * float(wanted.abs().mean()) + floor
-    _require(
-        torch.isclose(got, wanted, rtol=TOLERANCE, atol=atol),
-        lambda i: (
-            f"{part} of {type(schedule).__name__} to agree with its alpha and sigma; got "
-            f"{got[i]:g} for {wanted[i]:g} at t = {t[i]:g}. Override {part} as well, or subclass "
-            "Schedule, where it follows from alpha and sigma."
-        ),
-    )
+    i = _broken(torch.isclose(got, wanted, rtol=TOLERANCE, atol=atol))
+    if i is not None:
+        raise ValueError(
+            f"schedule: expected {part} of {type(schedule).__name__} to agree with its alpha and "
+            f"sigma; got {got[i]:g} for {wanted[i]:g} at t = {t[i]:g}. Override {part} as well, "
+            "or subclass Schedule, where it follows from alpha and sigma."
+        )
 
 
-def _require(holds: Tensor, message: Callable[[int], str]) -> None:
-    """Raise ValueError with the message for a place where it does not hold, for an end first."""
-    if not bool(holds.all()):
-        last = len(holds) - 1
-        place = next(i for i in (0, last, *range(last)) if not holds[i])
-        raise ValueError(f"schedule: expected {message(place)}")
+def _broken(holds: Tensor) -> int | None:
+    """A place where it does not hold, an end before one between; None if it holds everywhere."""
+    last = len(holds) - 1
+    return None if holds.all() else next(i for i in (0, last, *range(last)) if not holds[i])
 
 
 def _overrides(schedule: Schedule, method: str) -> bool:
