@@ -1,6 +1,7 @@
 """Probes: shapes, moments and the known variance of vᵀ A v."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,10 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosm_losses.probes import DISTRIBUTIONS, draw_probes, unit_vector_chunks, unit_vectors
+from hosm_losses.probes import (
+    DISTRIBUTIONS,
+    Distribution,
+    draw_probes,
+    unit_vector_chunks,
+    unit_vectors,
+)
 from tests.oracles import Largest
 
 COUNT = 40_000
+
+
+def test_the_names_that_a_type_checker_knows_are_those_that_can_be_drawn():
+    assert get_args(Distribution) == tuple(DISTRIBUTIONS)
 
 
 @given(

@@ -1,35 +1,33 @@
 """The fixed grid: order of convergence, count of calls, and errors that are what they say."""
 
+import inspect
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from hosm_losses.likelihood.multistep import (
-    Node,
-    gregory_weights,
-    multistep,
-    multistep_evaluations,
-)
+import hosm_losses as hosm
+from hosm_losses.likelihood.multistep import EXTRA_EVALUATIONS, Node, gregory_weights, multistep
 
 
 def solve(steps, count_calls=None, answer=None):
     """dy/ds = y cos s from y = 1 and y = 2, so y = y₀ e^{sin s}; q = y₀ e^{sin s} sin s."""
     calls = []
-    start = torch.tensor([[1.0], [2.0]])
+    start, h = torch.tensor([[1.0], [2.0]]), 2.0 / steps
 
-    def slope(s, y):
-        calls.append(s)
-        return y * math.cos(s)
+    def slope(place, y):
+        calls.append(place * h / 2)
+        return y * math.cos(place * h / 2)
 
-    def node(s, y):
-        zero = torch.zeros(len(y))
+    def node(place, y):
+        s, zero = place * h / 2, torch.zeros(len(y))
         covector = torch.ones_like(y) if answer is None else answer(s, y)
         integrand = start[:, 0] * math.exp(math.sin(s)) * math.sin(s)
-        return Node(slope(s, y), integrand, zero + 0.25, covector)
+        return Node(slope(place, y), integrand, zero + 0.25, covector)
 
-    solution = multistep(slope, node, start, (0.0, 2.0), steps)
+    solution = multistep(slope, node, start, h, steps)
     if count_calls is not None:
         count_calls.extend(calls)
     return solution
@@ -62,9 +60,36 @@ def test_both_are_of_order_four(quantity):
 def test_the_number_of_calls_is_known_in_advance(steps):
     calls = []
     solve(steps, calls)
-    assert len(calls) == multistep_evaluations(steps) == steps + 10
+    assert len(calls) == steps + EXTRA_EVALUATIONS
     assert min(calls) == 0.0
-    assert max(calls) == 2.0
+    assert max(calls) == pytest.approx(2.0, rel=1e-15)
+
+
+def test_the_documentation_says_the_number_of_calls():
+    said = f"steps + {EXTRA_EVALUATIONS}"
+    page = Path(__file__).parents[2] / "docs" / "likelihood.md"
+    assert f"`{said}`" in page.read_text(encoding="utf-8")
+    assert f"{said} evaluations" in hosm.ode_nll.__doc__
+    # The default, which the example of the docstring runs.
+    steps = inspect.signature(hosm.ode_nll).parameters["steps"].default
+    assert f"{steps + EXTRA_EVALUATIONS} evaluations" in hosm.ode_nll.__doc__
+
+
+@pytest.mark.parametrize("steps", [4, 5, 9])
+def test_places_are_nodes_and_the_midpoints_of_the_start(steps):
+    nodes, inner = [], []
+
+    def slope(place, y):
+        inner.append(place)
+        return y
+
+    def node(place, y):
+        nodes.append(place)
+        return Node(y, y[:, 0], 0 * y[:, 0], y)
+
+    multistep(slope, node, torch.ones(1, 1), 0.1, steps)
+    assert nodes == list(range(0, 2 * steps + 1, 2))
+    assert inner == [1, 1, 2, 3, 3, 4, 5, 5, 6]
 
 
 @pytest.mark.parametrize("steps", range(4, 12))

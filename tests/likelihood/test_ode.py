@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from hosm_losses.likelihood import paths as ode_paths
-from hosm_losses.likelihood.paths import student_factor
+from hosm_losses.likelihood import ode
+from hosm_losses.likelihood.ode import student_factor
 from tests.losses.test_objective import PREDICTIONS_OF_ORACLE
 from tests.oracles import MLP, GaussianMixture, mixture_noise, networks, paper_mixture, ring
 from tests.schedules.test_continuous import SCHEDULES
@@ -336,7 +336,7 @@ def test_a_network_that_returns_nan_fails_at_once(method, evaluations):
 
 
 def test_a_path_that_does_not_arrive_has_no_number(monkeypatch):
-    monkeypatch.setattr(ode_paths, "MAX_EVALUATIONS", 30)
+    monkeypatch.setattr(ode, "MAX_EVALUATIONS", 30)
     model = hosm.ScoreModel(MLP(2), hosm.VPSchedule())
     result = hosm.ode_nll(model, torch.randn(3, 2), method="adaptive", divergence="exact")
     assert result.failed.all()

@@ -1,11 +1,11 @@
 """The likelihood of the probability-flow ODE, and the variational bound of the SDE.
 
-- `ode`: `ode_nll`.
+- `ode`: `ode_nll`, the log-density along the ODE, which one of two solvers follows.
+- `multistep`: method "fixed", a grid that the batch shares.
+- `adaptive`: method "adaptive", steps of each sample's own.
 - `variational`: `variational_nll`.
-- `inputs`: what both share: options, a batch in chunks, and samples that failed.
-- `paths`: log-density along the ODE, by `multistep` on a grid or `adaptive` for each sample.
+- `inputs`: what both share: options, a batch in chunks, integers, and samples that failed.
 - `coordinates`: x and its drift in the coordinates in which the ODE is solved.
-- `dequantize`: images of integers.
 - `result`: `NLLResult` and its summary.
 """
 

@@ -3,7 +3,8 @@ r"""An adaptive solver for dy/ds = f(s, y) that gives every sample steps of its 
 Formula:
     The Runge-Kutta pair 5(4) of Tsitouras; the last stage is the first of the next step. A step is
     accepted where its error is at most 1 in the caller's norm, and the next one is
-    h · min(5, max(0.2, 0.9 error^{−1/5})). Samples that have arrived leave the batch.
+    h · min(5, max(0.2, 0.9 error^{−1/p})), p = 5 the order. Samples that have arrived leave the
+    batch.
 
 Source:
     Tsitouras, "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying
@@ -35,6 +36,7 @@ ERROR = (
     -0.1447110071732629, 0.5823571654525552, -0.45808210592918697, 1 / 66,
 )
 # fmt: on
+ORDER = 5  # the error of a step goes as h⁵
 FIRST_STEP = 0.05
 SHRINK, GROW, SAFETY = 0.2, 5.0, 0.9
 
@@ -64,16 +66,20 @@ def adaptive(
     start, end = span
     rows = torch.arange(len(y), device=y.device)
     state, error = y, torch.zeros_like(y)
+    arrived = failed = torch.zeros_like(rows, dtype=torch.bool)
     s = torch.full((len(y),), start, dtype=y.dtype, device=y.device)
     h = torch.full_like(s, FIRST_STEP * (end - start))
     smallest = (end - start) * 16 * torch.finfo(y.dtype).eps
     first, evaluations = slope(s, y, rows), torch.ones_like(rows)
-    # No step can be taken from there, however small.
-    failed = ~torch.isfinite(first.detach()).all(1)
-    if bool(failed.any()):
-        going = ~failed
-        rows, s, h, y, first = rows[going], s[going], h[going], y[going], first[going]
-    while len(rows):
+    stuck = ~torch.isfinite(first.detach()).all(1)  # no step is small enough
+    while True:
+        failed = failed.index_copy(0, rows, stuck)
+        leaving = arrived | stuck
+        if bool(leaving.any()):
+            state = state.index_copy(0, rows[leaving], y[leaving])
+            rows, s, h, y, first = (each[~leaving] for each in (rows, s, h, y, first))
+        if not len(rows):
+            return AdaptiveSolution(state, evaluations, error, failed)
         last = h >= end - s
         h = torch.where(last, end - s, h)
         stages, new = [first], y
@@ -90,14 +96,7 @@ def adaptive(
         first = torch.where(keep, stages[-1], first)
         error = error.index_add(0, rows, torch.where(keep, local, torch.zeros_like(local)))
         s = torch.where(accepted, torch.where(last, torch.full_like(s, end), s + h), s)
-        factor = (SAFETY * size.clamp(min=1e-10) ** -0.2).clamp(SHRINK, GROW)
+        factor = (SAFETY * size.clamp(min=1e-10) ** (-1 / ORDER)).clamp(SHRINK, GROW)
         h = h * torch.where(finite, factor, torch.full_like(factor, SHRINK))
         arrived = accepted & last
         stuck = ~arrived & ((evaluations[rows] + len(STAGES) > max_evaluations) | (h < smallest))
-        failed[rows] |= stuck
-        leaving = arrived | stuck
-        if bool(leaving.any()):
-            state = state.index_copy(0, rows[leaving], y[leaving])
-            stay = ~leaving
-            rows, s, h, y, first = rows[stay], s[stay], h[stay], y[stay], first[stay]
-    return AdaptiveSolution(state, evaluations, error, failed)

@@ -1,40 +1,53 @@
 r"""What both likelihoods share: checked options, a batch with its conditions, and its result.
 
-A sample fails where its number says nothing: one that is not finite in the network's own range
-(float32's at least), a path that did not arrive, or a solver error above 1000 nats and above 0.1
-nats an element, 0.14 bits per dimension, where the first-order estimate has lost its meaning.
+Integers:
+    Uniform noise u in [0, 1) spreads each integer k over its cell. With K draws of it
+    x = low + (high − low)(k + u)/levels;    −log P(k) ≤ E[−log (1/K) Σ_j p(k + u_j)]
+    Here −log p is that of x; `bits_per_dim` accounts for the width of a cell.
+
+Failures:
+    A sample fails where its number says nothing: one that is not finite in the network's own range
+    (float32's at least), a path that did not arrive, or a solver error above 1000 nats and above
+    0.1 nats an element, 0.14 bits per dimension, where the first-order estimate has lost its
+    meaning.
+
+Source:
+    Theis et al., arXiv 1511.01844, for the uniform dequantization; Burda et al.,
+    arXiv 1509.00519, and Ho et al., arXiv 1902.00275, for the importance-weighted bound.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hosm_losses._checks import (
+    check_choice,
     check_dense,
     check_finite,
     check_flag,
     check_generator,
     check_like,
     check_model_kwargs,
+    check_not_empty,
     check_sample_batch,
     check_whole,
-    describe,
+    complaint,
     may_look,
     over_elements,
 )
 from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.likelihood.coordinates import Coordinates, NoiseLevel, accumulator
-from hosm_losses.likelihood.dequantize import check_images, dequantize, importance_weighted
-from hosm_losses.likelihood.result import NLLResult
+from hosm_losses.likelihood.result import NLLResult, Quantization
 from hosm_losses.model import ConditionedModel, NoiseField, ScoreModel, check_model, condition
 
+Dequantization = Literal["uniform"]
+EIGHT_BITS = Quantization(256, -1.0, 1.0)
 SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
 
 
@@ -58,9 +71,8 @@ class Batch:
     def field(self, level: NoiseLevel, rows: Tensor | None = None) -> NoiseField:
         """Return f = −ε̂ at a level, for the rows (n,) of the batch, all if None."""
         model = self.model if rows is None else self.model.rows(rows)
-        count = len(self.x) if rows is None else len(rows)
-        t = level.t.to(torch.promote_types(self.dtype, torch.float32)).expand(count)
-        return model.at(t)
+        t = level.t.to(torch.promote_types(self.dtype, torch.float32))
+        return model.at(t.expand(len(self.x) if rows is None else len(rows)))
 
     def noise(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """ε̂ at other points (B, *) of the batch, in their precision."""
@@ -78,61 +90,85 @@ class Batch:
         return value.to(latent.dtype)
 
 
-def whole_batch(
+def evaluate(
+    likelihood: Callable[[Batch], NLLResult],
     model: ScoreModel,
     x: Tensor,
     data_mean: float | Tensor,
     data_std: float | Tensor,
     log_prior: Callable[[Tensor], Tensor] | None,
     dequantization: str | None,
+    batch_size: int | None,
+    progress: bool,
     generator: torch.Generator | None,
     model_kwargs: Mapping[str, Any] | None,
-) -> Batch:
-    """All of x, as it came, after checks; the arguments are those of `ode_nll`."""
+    draws: int = 1,
+    enable_grad: bool = False,
+) -> NLLResult:
+    """Put together what `likelihood` gives for chunks of x, and for draws of u, after checks.
+
+    The other arguments are those of `ode_nll`.
+    """
     check_model(model)
     if dequantization is None:
         check_sample_batch("x", x)
     else:
-        check_images(x, dequantization)
+        _check_images(x, dequantization)
     if not (log_prior is None or callable(log_prior)):
-        raise TypeError(
-            "log_prior: expected a callable of latents (n, *) that returns their log-densities "
-            f"(n,), or None; got {describe(log_prior)}."
-        )
+        expected = "a callable of latents (n, *) that returns their log-densities (n,), or None"
+        raise TypeError(complaint("log_prior", expected, log_prior))
     generator = check_generator(generator, x.device)
     kwargs = check_model_kwargs(model_kwargs)
-    with outside_inference_mode():
-        coordinates = data_coordinates(model, x, data_mean, data_std)
-        conditions = condition(model, len(x), kwargs)
-        dtype = _network_dtype(model, x)
-        return Batch(normal(x), conditions, coordinates, dtype, log_prior, generator)
-
-
-def evaluate(
-    likelihood: Callable[[Batch], NLLResult],
-    batch: Batch,
-    dequantization: str | None,
-    batch_size: int | None,
-    progress: bool,
-    draws: int = 1,
-    enable_grad: bool = False,
-) -> NLLResult:
-    """Put together what `likelihood` gives for chunks of a batch, and for draws of u."""
     check_flag("progress", progress)
-    count = len(batch.x)
+    count = len(x)
     size = count if batch_size is None else check_whole("batch_size", batch_size, 1)
     # By numbers and not slices: a network that writes to its conditions writes to copies.
-    chunks = torch.arange(count, device=batch.x.device).split(size)
-    bar = progress_bar(True, count * draws, "sample") if progress else nullcontext(batch.advance)
-    conditions = batch.model if enable_grad else replace(batch.model, primitives=False)
-    results = []
-    with outside_inference_mode(), torch.set_grad_enabled(enable_grad), bar as advance:
-        whole = replace(batch, model=conditions, advance=advance)
-        for _ in range(draws):
-            x = dequantize(batch.x, batch.generator) if dequantization else batch.x
-            parts = [likelihood(whole.rows(x, rows)) for rows in chunks]
-            results.append(mark_failed(parts[0] if len(parts) == 1 else NLLResult.cat(parts)))
+    chunks = torch.arange(count, device=x.device).split(size)
+    with outside_inference_mode(), torch.set_grad_enabled(enable_grad):
+        mean, std = _moment("data_mean", data_mean, x), _moment("data_std", data_std, x)
+        if may_look(std) and not bool((std > 0).all()):
+            raise ValueError(complaint("data_std", "positive values", data_std))
+        conditions = condition(model, count, kwargs, primitives=None if enable_grad else False)
+        coordinates, dtype = Coordinates(model.schedule, mean, std), _network_dtype(model, x)
+        results = []
+        with progress_bar(progress, count * draws, "sample") as advance:
+            whole = Batch(normal(x), conditions, coordinates, dtype, log_prior, generator, advance)
+            for _ in range(draws):
+                points = dequantize(whole.x, generator) if dequantization else whole.x
+                parts = [likelihood(whole.rows(points, rows)) for rows in chunks]
+                result = parts[0] if len(parts) == 1 else NLLResult.cat(parts)
+                results.append(mark_failed(result))
     return importance_weighted(results) if dequantization else results[0]
+
+
+def dequantize(levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """x = −1 + 2 (k + u)/256 for uint8 levels k, in the precision of sums."""
+    dtype, device = accumulator(levels), levels.device
+    u = torch.rand(levels.shape, generator=generator, dtype=dtype, device=device)
+    return EIGHT_BITS.low + (EIGHT_BITS.high - EIGHT_BITS.low) * (levels + u) / EIGHT_BITS.levels
+
+
+def importance_weighted(draws: Sequence[NLLResult]) -> NLLResult:
+    """−log of the mean density over K draws of u, from one result for each.
+
+    `latent` is the first draw's, nfe is the sum, errors are averaged as the densities weigh them.
+    """
+    first = replace(draws[0], quantization=EIGHT_BITS)
+    if len(draws) == 1:
+        return first
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([getattr(draw, name) for draw in draws])
+
+    log_density = -stacked("nll")
+    weight = torch.softmax(log_density.detach(), 0)
+    return replace(
+        first,
+        nll=math.log(len(draws)) - log_density.logsumexp(0),
+        nfe=stacked("nfe").sum(0),
+        solver_error=(weight * stacked("solver_error")).sum(0),
+        failed=stacked("failed").any(0),
+    )
 
 
 def mark_failed(result: NLLResult) -> NLLResult:
@@ -145,31 +181,35 @@ def mark_failed(result: NLLResult) -> NLLResult:
     return replace(result, nll=result.nll.masked_fill(failed, math.nan), failed=failed)
 
 
-def data_coordinates(
-    model: ScoreModel, x: Tensor, mean: float | Tensor, std: float | Tensor
-) -> Coordinates:
-    """The coordinates that the data's moments set, in the precision sums are kept in."""
-    mean, deviation = _moment("data_mean", mean, x), _moment("data_std", std, x)
-    if may_look(deviation) and not bool((deviation > 0).all()):
-        raise ValueError(f"data_std: expected positive values; got {describe(std)}.")
-    return Coordinates(model.schedule, mean, deviation)
+def _check_images(x: object, dequantization: str) -> None:
+    """Raise unless x is uint8 (B, *) and the dequantization one that there is."""
+    check_choice("dequantization (or None)", dequantization, ("uniform",))
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8:
+        expected = "a uint8 tensor (B, *) of levels 0 to 255 with dequantization='uniform'"
+        remedy = (
+            "Leave dequantization=None for continuous data, or dequantize it yourself and give "
+            "levels, low and high to bits_per_dim."
+        )
+        raise TypeError(complaint("x", expected, x, remedy))
+    check_dense("x", x)
+    check_not_empty("x", x)
 
 
 def _moment(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     """A moment of the data, expanded to (1, *)."""
     shape = (1, *x.shape[1:])
-    wanted = f"{name}: expected a number or a tensor that broadcasts to {shape}, one sample"
+    wanted = complaint(name, f"a number or a tensor that broadcasts to {shape}, one sample", value)
     try:
         tensor = normal(torch.as_tensor(value))
     except (TypeError, ValueError, RuntimeError):
         tensor = None
     if tensor is None or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise TypeError(f"{wanted}; got {describe(value)}.")
+        raise TypeError(wanted)
     check_dense(name, tensor)
     try:
         expanded = tensor.to(x.device, accumulator(x)).expand(shape)
     except RuntimeError:
-        raise ValueError(f"{wanted}; got {describe(value)}.") from None
+        raise ValueError(wanted) from None
     check_finite(name, expanded)
     return expanded
 

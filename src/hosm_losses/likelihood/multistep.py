@@ -1,8 +1,4 @@
-r"""A fixed grid for dy/ds = f(s, y), and a quadrature along the path.
-
-What:
-    The whole batch shares a uniform grid. The number of evaluations is known in advance, nothing
-    waits for the device, and q may be noisy: it does not steer.
+r"""A uniform grid for dy/ds = f(s, y), and a quadrature of q along the path, which may be noisy.
 
 Formula:
     Adams-Bashforth of order four, started by the classical Runge-Kutta method,
@@ -17,7 +13,7 @@ Source:
     Davis and Rabinowitz, "Methods of Numerical Integration", 2.9, for Gregory's rule.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -29,8 +25,10 @@ MOULTON = (9 / 24, 19 / 24, -5 / 24, 1 / 24)
 MILNE = 251 / 270
 RICHARDSON = 1 / 15
 GREGORY = (-1 / 8, 1 / 6, -1 / 24)
-START = 3
+START = 3  # steps by the Runge-Kutta method
 MINIMUM_STEPS = START + 1
+# A solution of n steps takes n + 10: the last node, and three inner stages of each start step.
+EXTRA_EVALUATIONS = 1 + 3 * START
 
 
 class Node(NamedTuple):
@@ -52,11 +50,6 @@ class MultistepSolution(NamedTuple):
     quadrature_error: Tensor  # estimate of the error of the integral, if q is smooth, (B,)
 
 
-def multistep_evaluations(steps: int) -> int:
-    """Evaluations of `multistep`: one a node, and three more a Runge-Kutta start step."""
-    return steps + 1 + 3 * START
-
-
 def gregory_weights(steps: int) -> list[float]:
     """Weights of the corrected trapezoid rule on steps + 1 nodes, in units of the step."""
     weights = [0.5] + [1.0] * (steps - 1) + [0.5]
@@ -67,29 +60,26 @@ def gregory_weights(steps: int) -> list[float]:
 
 
 def multistep(
-    slope: Callable[[float, Tensor], Tensor],
-    node: Callable[[float, Tensor], Node],
+    slope: Callable[[int, Tensor], Tensor],
+    node: Callable[[int, Tensor], Node],
     y: Tensor,
-    span: tuple[float, float],
+    h: float,
     steps: int,
 ) -> MultistepSolution:
-    """Solve on a uniform grid of at least four steps, and estimate the errors on the way.
+    """Take at least four steps of length h, negative to go back, and estimate the errors.
 
-    `slope` is dy/ds at (s, y), for the inner stages of the start; `node` is called once a node.
-    The end of the span may be the smaller.
+    Places are counted in half steps from the start. `node` is called once at each even place;
+    `slope`, which is dy/ds at (place, y), for the inner stages of the start.
     """
-    start, end = span
-    h = (end - start) / steps
-    fine, coarse = gregory_weights(steps), _coarse_weights(steps)
     slopes: list[Tensor] = []
-    y_before = y
-    integral = variance = path_error = difference = y.new_zeros(len(y))
+    integrands: list[Tensor] = []
+    variances: list[Tensor] = []
+    y_before, path_error = y, y.new_zeros(len(y))
     for index in range(steps + 1):
-        s = start + index * h if index < steps else end
-        here = node(s, y)
-        integral = integral + h * fine[index] * here.integrand
-        difference = difference + h * (fine[index] - coarse[index]) * here.integrand
-        variance = variance + (h * fine[index]) ** 2 * here.variance
+        place = 2 * index
+        here = node(place, y)
+        integrands.append(here.integrand)
+        variances.append(here.variance)
         slopes = [here.slope, *slopes[:3]]
         if index >= MINIMUM_STEPS:
             corrected = y_before + h * combine(MOULTON, slopes)
@@ -99,17 +89,20 @@ def multistep(
             break
         y_before = y
         if index < START:
-            second = slope(s + h / 2, y + h / 2 * slopes[0])
-            third = slope(s + h / 2, y + h / 2 * second)
-            fourth = slope(s + h, y + h * third)
+            second = slope(place + 1, y + h / 2 * slopes[0])
+            third = slope(place + 1, y + h / 2 * second)
+            fourth = slope(place + 2, y + h * third)
             y = y + h / 6 * (slopes[0] + 2 * second + 2 * third + fourth)
         else:
             y = y + h * combine(BASHFORTH, slopes)
-    quadrature_error = RICHARDSON * difference.abs()
-    return MultistepSolution(y, integral, variance, path_error.abs(), quadrature_error)
+    weights = gregory_weights(steps)
+    integral = h * combine(weights, integrands)
+    variance = h**2 * combine([weight**2 for weight in weights], variances)
+    quadrature_error = RICHARDSON * (integral - h * combine(_coarse_weights(steps), integrands))
+    return MultistepSolution(y, integral, variance, path_error.abs(), quadrature_error.abs())
 
 
-def combine(coefficients: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
     """Σ_i c_i f_i, also for the stages of another method."""
     total = coefficients[0] * slopes[0]
     for coefficient, slope in zip(coefficients[1:], slopes[1:], strict=True):

@@ -5,8 +5,8 @@ Formula:
     for data of `levels` levels, dequantized as x = low + (high − low)(k + u)/levels with u uniform
     on [0, 1): its density per element is levels/(high − low) times that of k + u.
 
-    The mean over n samples has standard error std(nll)/√n. Of it (Σ standard_error²)^½/n comes
-    from the random probes, and more probes reduce that part alone.
+    The mean over n samples has standard error std(nll)/√n; (Σ standard_error²)^½/n of it comes
+    from the random probes.
 
 Source:
     Theis et al., "A note on the evaluation of generative models", arXiv 1511.01844.
@@ -73,9 +73,8 @@ class NLLResult:
         latent: the image of x at t_max, in the coordinates of x, (B, *).
         nfe: network evaluations, one a value with its divergence, (B,).
         standard_error: of nll, from random draws, (B,); None where it is not known.
-        solver_error: estimate of what the solver is off, in nats, (B,). On the fixed grid with
-            random probes it covers the path, not the quadrature, whose part hides in the noise;
-            with the adaptive method it is the sum of the integral's local errors.
+        solver_error: estimate of what the solver is off, in nats, (B,); of the path alone on the
+            fixed grid with random probes, in whose noise the quadrature's part hides.
         failed: where there is no number to use, (B,): it was not finite, the path did not arrive,
             or solver_error is above max(1000, 0.1 d) nats; nll is NaN there.
         quantization: what the data was before dequantization; None for continuous data.
@@ -170,24 +169,21 @@ class NLLResult:
                 "the network's outputs for NaN, at solver_error, or take more steps."
             )
 
-        def of_good(numbers: Tensor) -> Tensor:
-            return numbers.detach()[good].double()
+        def mean(numbers: Tensor) -> float:
+            return float(numbers.detach()[good].double().mean())
 
-        error = float(of_good(self.nll).std()) / count**0.5 if count > 1 else None
-        estimator, probes = None, self.standard_error
-        if probes is not None:
-            estimator = float(of_good(probes).square().sum().sqrt()) / count
-        bit = self.latent[0].numel() * math.log(2)
+        error = float(self.nll.detach()[good].double().std()) / count**0.5 if count > 1 else None
+        probes, bit = self.standard_error, self.latent[0].numel() * math.log(2)
         return NLLSummary(
             samples=count,
             failed=len(good) - count,
-            nll=float(of_good(self.nll).mean()),
+            nll=mean(self.nll),
             standard_error=error,
-            estimator_error=estimator,
-            solver_error=float(of_good(self.solver_error).mean()),
-            bits_per_dim=float(of_good(bits).mean()),
+            estimator_error=None if probes is None else (mean(probes.square()) / count) ** 0.5,
+            solver_error=mean(self.solver_error),
+            bits_per_dim=mean(bits),
             bits_standard_error=None if error is None else error / bit,
-            nfe=float(of_good(self.nfe).mean()),
+            nfe=mean(self.nfe),
         )
 
     @classmethod

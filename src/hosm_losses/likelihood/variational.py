@@ -30,10 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_whole, over_elements
+from hosm_losses._checks import check_whole, complaint, over_elements
 from hosm_losses.likelihood.coordinates import NoiseLevel
-from hosm_losses.likelihood.dequantize import Dequantization
-from hosm_losses.likelihood.inputs import Batch, evaluate, whole_batch
+from hosm_losses.likelihood.inputs import Batch, Dequantization, evaluate
 from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.model import ScoreModel
 
@@ -78,12 +77,10 @@ def variational_nll(
     """
     samples = check_whole("samples", samples, 2)
     if samples % 2:
-        raise ValueError(f"samples: expected an even number; got {samples}.")
-    batch = whole_batch(
-        model, x, data_mean, data_std, log_prior, dequantization, generator, model_kwargs
-    )
+        raise ValueError(complaint("samples", "an even number", samples))
     likelihood = partial(_bound, samples=samples)
-    return evaluate(likelihood, batch, dequantization, batch_size, progress)
+    shared = (data_mean, data_std, log_prior, dequantization, batch_size, progress, generator)
+    return evaluate(likelihood, model, x, *shared, model_kwargs)
 
 
 def _bound(batch: Batch, samples: int) -> NLLResult:

@@ -4,6 +4,9 @@
 - `continuous`: VP, VE, sub-VP, cosine, EDM and linear flow.
 - `discrete`: `DiscreteSchedule`, a table of ᾱ, given or known, whose t is the index.
 - `check`: what has to hold of a schedule, checked where a ScoreModel is built.
+
+A schedule more is one class in `continuous` and its export here; a public one is exported from
+`hosm_losses` too. Nothing else knows them by name: what takes a schedule takes any `Schedule`.
 """
 
 from hosm_losses.schedules.base import Schedule as Schedule

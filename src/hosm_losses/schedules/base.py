@@ -1,9 +1,8 @@
 r"""What a noise schedule is, and what follows from α and σ alone.
 
-What:
-    A schedule is x_t = α(t) x₀ + σ(t) ε on [t_min, t_max], t_min the data end. Everything else
-    follows from α and σ, above all σ̂ = σ/α, the noise in units of the data: in log σ̂ every
-    schedule is the same diffusion dx = f x dt + g dw.
+Formula:
+    x_t = α(t) x₀ + σ(t) ε on [t_min, t_max], t_min the data end; σ̂ = σ/α. In log σ̂ every schedule
+    is the same diffusion dx = f x dt + g dw.
 
 Source:
     Song et al., arXiv 2011.13456; Kingma et al., "Variational Diffusion Models", arXiv
@@ -36,7 +35,8 @@ class Schedule:
     """A noise schedule; subclass it with alpha, sigma, t_min and t_max, and the rest follows.
 
     σ/α must grow with t: the data are at t_min. The inverse `time` is then found by bisection and
-    the derivatives by `torch.func`; the schedules of this package give both in closed form.
+    the derivatives by `torch.func`. The schedules of this package have closed forms of `time` and
+    `squared_diffusion`, which losses and likelihoods call.
 
     t is a tensor of any shape, a number or an array. What is returned has its shape, its device
     and its dtype, float32 at least; integers take the default dtype, and numbers and arrays
@@ -58,6 +58,7 @@ class Schedule:
     t_min: float
     t_max: float
     integer_time: ClassVar[bool] = False
+    _prior_std: ClassVar[float | None] = None
 
     def alpha(self, t: Tensor) -> Tensor:
         """α(t), the factor of the data."""
@@ -74,7 +75,9 @@ class Schedule:
 
     @property
     def prior_std(self) -> float:
-        """Standard deviation of the prior at t_max, σ(t_max) unless a schedule says better."""
+        """Standard deviation of the prior: 1 where σ ends near 1 by design, else σ(t_max)."""
+        if self._prior_std is not None:
+            return self._prior_std
         return float(self.sigma(torch.tensor(self.t_max, dtype=torch.float64, device="cpu")))
 
     def log_sigma_hat(self, t: Tensor | float) -> Tensor:

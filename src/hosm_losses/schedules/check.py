@@ -1,13 +1,9 @@
 r"""What a schedule has to be, checked where a ScoreModel is built.
 
-What:
-    All that follows from a schedule is right if α and σ are positive and log σ̂ grows from the
-    data at t_min to the noise at t_max, and what a class overrides agrees with its α and σ. This
-    is looked at on a grid, on the CPU and in float64, whatever device the model is for: nothing
-    waits, and nothing is read from an accelerator.
+α and σ are positive, log σ̂ grows from the data at t_min to the noise at t_max, and what a class
+overrides agrees with its α and σ. This is looked at on a grid, on the CPU and in float64, whatever
+device the model is for: nothing is read from an accelerator.
 """
-
-from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,33 +28,8 @@ END_EARLIER = (
     "VPSchedule. If the network counts time otherwise, t stays in the schedule's units: "
     "ScoreModel(..., time=999.0)."
 )
-BETWEEN = len(PLACES) - 2
-PLACE_NAMES = ("t_min", *["t"] * BETWEEN, "t_max")
-CORRECT = ["Correct the formula, or the range."] * BETWEEN
-ADVICE = {
-    "alpha": (FROM_THE_DATA, *CORRECT, END_EARLIER),
-    "sigma": (BEGIN_LATER, *CORRECT, FROM_THE_DATA),
-}
-POSITIVE = (
-    "{name} to have a positive and finite {part}, for a finite log(sigma/alpha); got {part} = "
-    "{got:g} at {place} = {t:g}. {advice}"
-)
-RISES = (
-    "log(sigma/alpha) of {name} to grow with t; got {low:g} at t_min = {t_min:g} and {high:g} at "
-    "t_max = {t_max:g}. Two arguments may be reversed. " + FROM_THE_DATA
-)
-GROWS = (
-    "log(sigma/alpha) of {name} to grow with t; got one that does not from t = {t:g} to t = "
-    "{next:g}. Correct the formula, or take a range in which it grows."
-)
-CLIPS = "{name}.time to return times in [t_min, t_max]; got {got:g}. Return self.clip(t) from it."
-AGREES = (
-    "{part} of {name} to agree with its alpha and sigma; got {got:g} for {wanted:g} at t = {t:g}. "
-    "Override {part} as well, or subclass Schedule, where it follows from alpha and sigma."
-)
-
-# What has to hold at some places, the message, and its fields: one for all, or one for each place.
-Rule = tuple[Tensor, str, Mapping[str, str | Sequence[str] | Tensor]]
+# What to do where a part is not positive: at t_min, and at t_max.
+ADVICE = {"alpha": (FROM_THE_DATA, END_EARLIER), "sigma": (BEGIN_LATER, FROM_THE_DATA)}
 
 
 def check_schedule(schedule: object) -> Schedule:
@@ -87,70 +58,92 @@ def check_schedule(schedule: object) -> Schedule:
             f"{high:g}. {FROM_THE_DATA}"
         )
     places = torch.tensor(PLACES, dtype=torch.float64, device="cpu")
-    if torch.compiler.is_compiling() or type(places) is not Tensor:
-        return schedule
-    with torch.no_grad():
-        for holds, message, fields in _rules(schedule, (1 - places) * low + places * high):
-            if not bool(holds.all()):
-                last = len(holds) - 1
-                index = next(i for i in (0, last, *range(last)) if not holds[i])
-                row = {k: v if isinstance(v, str) else v[index] for k, v in fields.items()}
-                raise ValueError(f"schedule: expected {message.format(name=name, **row)}")
+    if not torch.compiler.is_compiling() and type(places) is Tensor:
+        with torch.no_grad():
+            _check_values(schedule, (1 - places) * low + places * high)
     return schedule
 
 
-def _rules(schedule: Schedule, t: Tensor) -> Iterator[Rule]:
-    """What has to hold on the grid t, each rule under those before it."""
-    parts = {}
-    for part in ("alpha", "sigma"):
-        (got,) = _values(schedule, part, t)
-        fields = {"part": part, "got": got, "t": t, "place": PLACE_NAMES, "advice": ADVICE[part]}
-        yield (got > 0) & got.isfinite(), POSITIVE, fields
-        parts[part] = got
+def _check_values(schedule: Schedule, t: Tensor) -> None:
+    """Raise ValueError for the first rule that is broken at a time t, which go from end to end."""
+    name = type(schedule).__name__
+    alpha, sigma = (_positive(schedule, part, t) for part in ("alpha", "sigma"))
     (u,) = _values(schedule, "log_sigma_hat", t)
-    ends = {"low": u[:1], "high": u[-1:], "t_min": t[:1], "t_max": t[-1:]}
-    yield u[-1:] > u[:1], RISES, ends
-    yield u.diff() > 0, GROWS, {"t": t[:-1], "next": t[1:]}
-    yield _agreement("log_sigma_hat", t, u, parts["sigma"].log() - parts["alpha"].log())
+    grows = f"schedule: expected log(sigma/alpha) of {name} to grow with t; got"
+    if not u[-1] > u[0]:
+        raise ValueError(
+            f"{grows} {u[0]:g} at t_min = {t[0]:g} and {u[-1]:g} at t_max = {t[-1]:g}. Two "
+            f"arguments may be reversed. {FROM_THE_DATA}"
+        )
+    if (i := _broken(u.diff() > 0)) is not None:
+        raise ValueError(
+            f"{grows} one that does not from t = {t[i]:g} to t = {t[i + 1]:g}. Correct the "
+            "formula, or take a range in which it grows."
+        )
+    _check_agreement(schedule, "log_sigma_hat", t, u, sigma.log() - alpha.log())
     if _overrides(schedule, "time"):
         (found,) = _values(schedule, "time", torch.cat([u[:1] - 1, u, u[-1:] + 1]))
-        yield (found >= t[0]) & (found <= t[-1]), CLIPS, {"got": found}
+        if (i := _broken((found >= t[0]) & (found <= t[-1]))) is not None:
+            raise ValueError(
+                f"schedule: expected {name}.time to return times in [t_min, t_max]; got "
+                f"{found[i]:g}. Return self.clip(t) from it."
+            )
         (again,) = _values(schedule, "log_sigma_hat", found[1:-1])
-        yield _agreement("time", t, again, u)
-    span = float(t[-1] - t[0])
-    t = t[0] + span * t.new_tensor(INNER)
-    for part, expected in _derivatives(schedule, t, STEP * span).items():
-        for got, wanted in zip(_values(schedule, part, t), expected, strict=True):
-            # What is 0 comes out of the differences as rounding.
-            yield _agreement(part, t, got, wanted, floor=1e-3 / span)
-
-
-def _derivatives(schedule: Schedule, t: Tensor, h: float) -> dict[str, tuple[Tensor, ...]]:
-    """What differences of α and σ say of the derivatives that the class overrides."""
+        _check_agreement(schedule, "time", t, again, u)
     overridden = [p for p in ("drift", "squared_diffusion", "rates") if _overrides(schedule, p)]
     if not overridden:
-        return {}
+        return
+    span = float(t[-1] - t[0])
+    t, h = t[0] + span * t.new_tensor(INNER), STEP * span
     alpha, sigma = schedule(t)
     after, before = (torch.stack(schedule(t + step)) for step in (h, -h))
-    alpha_rate, sigma_rate = (after - before) / (2 * h)
+    rates = alpha_rate, sigma_rate = (after - before) / (2 * h)
     drift = alpha_rate / alpha
     diffusion = 2 * sigma * (sigma_rate - drift * sigma)
-    every = {
-        "drift": (drift,),
-        "squared_diffusion": (diffusion,),
-        "rates": (alpha_rate, sigma_rate),
-    }
-    return {part: every[part] for part in overridden}
+    differences = {"drift": (drift,), "squared_diffusion": (diffusion,), "rates": rates}
+    for part in overridden:
+        for got, wanted in zip(_values(schedule, part, t), differences[part], strict=True):
+            # What is 0 comes out of the differences as rounding.
+            _check_agreement(schedule, part, t, got, wanted, floor=1e-3 / span)
+
+
+def _positive(schedule: Schedule, part: str, t: Tensor) -> Tensor:
+    """The values of alpha or sigma, which have to be positive and finite."""
+    (got,) = _values(schedule, part, t)
+    if (i := _broken((got > 0) & got.isfinite())) is not None:
+        at_start, at_end = ADVICE[part]
+        ends = {0: ("t_min", at_start), len(t) - 1: ("t_max", at_end)}
+        place, advice = ends.get(i, ("t", "Correct the formula, or the range."))
+        raise ValueError(
+            f"schedule: expected {type(schedule).__name__} to have a positive and finite {part}, "
+            f"for a finite log(sigma/alpha); got {part} = {got[i]:g} at {place} = {t[i]:g}. "
+            f"{advice}"
+        )
+    return got
+
+
+def _check_agreement(
+    schedule: Schedule, part: str, t: Tensor, got: Tensor, wanted: Tensor, floor: float = 0.0
+) -> None:
+    """Raise ValueError unless what a method returned is what α and σ say."""
+    atol = TOLERANCE * float(wanted.abs().mean()) + floor
+    i = _broken(torch.isclose(got, wanted, rtol=TOLERANCE, atol=atol))
+    if i is not None:
+        raise ValueError(
+            f"schedule: expected {part} of {type(schedule).__name__} to agree with its alpha and "
+            f"sigma; got {got[i]:g} for {wanted[i]:g} at t = {t[i]:g}. Override {part} as well, "
+            "or subclass Schedule, where it follows from alpha and sigma."
+        )
+
+
+def _broken(holds: Tensor) -> int | None:
+    """A place where it does not hold, an end before one between; None if it holds everywhere."""
+    last = len(holds) - 1
+    return None if holds.all() else next(i for i in (0, last, *range(last)) if not holds[i])
 
 
 def _overrides(schedule: Schedule, method: str) -> bool:
     return getattr(type(schedule), method) is not getattr(Schedule, method)
-
-
-def _agreement(part: str, t: Tensor, got: Tensor, wanted: Tensor, floor: float = 0.0) -> Rule:
-    atol = TOLERANCE * float(wanted.abs().mean()) + floor
-    holds = torch.isclose(got, wanted, rtol=TOLERANCE, atol=atol)
-    return holds, AGREES, {"part": part, "t": t, "got": got, "wanted": wanted}
 
 
 def _values(schedule: Schedule, method: str, t: Tensor) -> tuple[Tensor, ...]:

@@ -64,27 +64,8 @@ class _Parametric(Schedule):
         return number
 
 
-class _VarianceExploding(_Parametric):
-    """What VE and EDM share: α = 1."""
-
-    def alpha(self, t: Tensor | float) -> Tensor:
-        return torch.ones_like(as_time(t))
-
-    def drift(self, t: Tensor | float) -> Tensor:
-        return torch.zeros_like(as_time(t))
-
-
-class _EndsAtOne(_Parametric):
-    """Noise of standard deviation 1 at t_max, to three digits."""
-
-    @property
-    def prior_std(self) -> float:
-        """1, as σ(t_max) is to three digits."""
-        return 1.0
-
-
 @dataclass(frozen=True, kw_only=True)
-class _LinearBeta(_EndsAtOne):
+class _LinearBeta(_Parametric):
     """What VP and sub-VP share: β, its integral B, α, and t from B."""
 
     beta_min: float = 0.1
@@ -92,6 +73,7 @@ class _LinearBeta(_EndsAtOne):
     t_min: float = 1e-5
     t_max: float = 1.0
 
+    _prior_std = 1.0
     _rules = ("0 <= beta_min", "0 < beta_max", "beta_min <= beta_max")
 
     def beta(self, t: Tensor | float) -> Tensor:
@@ -105,9 +87,6 @@ class _LinearBeta(_EndsAtOne):
 
     def alpha(self, t: Tensor | float) -> Tensor:
         return torch.exp(-0.5 * self.integrated_beta(t))
-
-    def drift(self, t: Tensor | float) -> Tensor:
-        return -0.5 * self.beta(t)
 
     def _time_at(self, b: Tensor) -> Tensor:
         # Between bounds at which no quotient is 0/0 or inf/inf; they lie outside every range.
@@ -157,7 +136,7 @@ class SubVPSchedule(_LinearBeta):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VESchedule(_VarianceExploding):
+class VESchedule(_Parametric):
     """Variance exploding, geometric: α = 1, σ = σ_min (σ_max/σ_min)^t; log σ̂ is linear in t.
 
     Its drift is 0, its squared diffusion g² = 2 σ² log(σ_max/σ_min).
@@ -174,6 +153,9 @@ class VESchedule(_VarianceExploding):
     def _log_ratio(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
 
+    def alpha(self, t: Tensor | float) -> Tensor:
+        return torch.ones_like(as_time(t))
+
     def sigma(self, t: Tensor | float) -> Tensor:
         middle = math.sqrt(self.sigma_min * self.sigma_max)  # from where float32 errs least
         return middle * torch.exp(self._log_ratio * (as_time(t) - 0.5))
@@ -186,7 +168,7 @@ class VESchedule(_VarianceExploding):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CosineSchedule(_EndsAtOne):
+class CosineSchedule(_Parametric):
     """Cosine: α = cos(φ(t))/cos(φ(0)) with φ(t) = π/2 (t + s)/(1 + s), σ² = 1 − α².
 
     Its drift is f = −φ′ tan φ, its squared diffusion −2 f. It ends at t_max = 0.9946, before α
@@ -197,6 +179,7 @@ class CosineSchedule(_EndsAtOne):
     t_min: float = 1e-5
     t_max: float = 0.9946
 
+    _prior_std = 1.0
     _rules = ("0 <= offset",)
 
     @property
@@ -224,15 +207,12 @@ class CosineSchedule(_EndsAtOne):
         angle = torch.atan2(cosine * square / (root + sine), cosine**2 + sine * root)
         return self.clip(angle / self._rate)
 
-    def drift(self, t: Tensor | float) -> Tensor:
-        return -self._rate / torch.tan(self._rate * (1 - as_time(t)))
-
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
-        return -2 * self.drift(t)
+        return 2 * self._rate / torch.tan(self._rate * (1 - as_time(t)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDMSchedule(_VarianceExploding):
+class EDMSchedule(_Parametric):
     """Karras et al.: α = 1, σ = t; training draws log σ from N(−1.2, 1.2²), t clipped.
 
     Its drift is 0, its squared diffusion 2 t. The density of the draws leaves out the clipped
@@ -245,6 +225,9 @@ class EDMSchedule(_VarianceExploding):
     log_std: float = 1.2
 
     _rules = ("log_mean < inf", "0 < log_std")
+
+    def alpha(self, t: Tensor | float) -> Tensor:
+        return torch.ones_like(as_time(t))
 
     def sigma(self, t: Tensor | float) -> Tensor:
         return as_time(t).clone()
@@ -265,7 +248,7 @@ class EDMSchedule(_VarianceExploding):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearFlowSchedule(_EndsAtOne):
+class LinearFlowSchedule(_Parametric):
     """Linear flow (rectified flow, flow matching): α = 1 − t, σ = t, up to t_max = 0.999.
 
     Its drift is f = −1/(1 − t), its squared diffusion g² = 2 t/(1 − t), and t = σ̂/(1 + σ̂).
@@ -273,6 +256,8 @@ class LinearFlowSchedule(_EndsAtOne):
 
     t_min: float = 1e-4
     t_max: float = 0.999
+
+    _prior_std = 1.0
 
     def alpha(self, t: Tensor | float) -> Tensor:
         return 1 - as_time(t)
@@ -283,11 +268,9 @@ class LinearFlowSchedule(_EndsAtOne):
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
         return self.clip(torch.sigmoid(as_time(log_sigma_hat)))
 
-    def drift(self, t: Tensor | float) -> Tensor:
-        return -1 / (1 - as_time(t))
-
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
-        return -2 * as_time(t) * self.drift(t)
+        t = as_time(t)
+        return 2 * t / (1 - t)
 
     def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         ones = torch.ones_like(as_time(t))

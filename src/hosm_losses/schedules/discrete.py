@@ -93,6 +93,7 @@ class DiscreteSchedule(Schedule):
     """
 
     integer_time: ClassVar[bool] = True
+    _prior_std = 1.0
     t_min = 0.0
     alphas_cumprod: Numbers
     t_max: float = field(init=False, compare=False)
@@ -181,11 +182,6 @@ class DiscreteSchedule(Schedule):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({_ends(np.asarray(self.alphas_cumprod))})"
-
-    @property
-    def prior_std(self) -> float:
-        """1, as the schedule preserves variance."""
-        return 1.0
 
     def log_sigma_hat(self, t: Tensor | float) -> Tensor:
         """Log σ̂ at the index t, linear between the entries of the table."""

@@ -1,0 +1,279 @@
+"""ScoreModels from the objects that users of other projects hold, none of which is imported.
+
+Each function is for one project. It reads the attributes that it needs, and an error names the one
+that is missing.
+
+Example:
+    >>> from hosm_losses.interop import from_edm, from_score_sde
+"""
+
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hosm_losses._checks import check_flag, check_number, describe
+from hosm_losses.model import Prediction, ScoreModel
+from hosm_losses.schedules import (
+    DiscreteSchedule,
+    EDMSchedule,
+    LinearFlowSchedule,
+    SubVPSchedule,
+    Table,
+    VESchedule,
+    VPSchedule,
+)
+
+# Each project's names of what its networks predict, and ours.
+DIFFUSERS: dict[str, Prediction] = {
+    "epsilon": "epsilon",
+    "sample": "sample",
+    "v_prediction": "v_prediction",
+}
+DENOISING_DIFFUSION: dict[str, Prediction] = {
+    "pred_noise": "epsilon",
+    "pred_x0": "sample",
+    "pred_v": "v_prediction",
+}
+GUIDED_DIFFUSION: dict[str, Prediction] = {"EPSILON": "epsilon", "START_X": "sample"}
+ZERO = (0.0, 2.0**-24)  # the second is what diffusers writes in the place of the first
+DISCRETE_VP = "ScoreModel(model, DiscreteSchedule(sde.alphas_cumprod)), whose t is the label."
+DISCRETE_VE = (
+    "ScoreModel(model, VESchedule(sigma_min=sde.sigma_min, sigma_max=sde.sigma_max), 'score', "
+    "time=lambda t: ((1 - t) * (sde.N - 1)).round().long()), whose score is right at the steps "
+    "t = i / (sde.N - 1) and taken from the nearest one between them."
+)
+OWN = "For another object, build a ScoreModel with its schedule and prediction."
+
+
+def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
+    """Return the ScoreModel of a diffusers model, with the scheduler's table and prediction type.
+
+    Schedulers with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) become a
+    DiscreteSchedule: t is the timestep, integer in training, between two of them in the
+    likelihood. x is what the model is given: for Euler that is `scheduler.scale_model_input` of
+    its sample. A flow-matching scheduler becomes a LinearFlowSchedule: t is its sigma, and the
+    model is given t · num_train_timesteps. A scheduler's shift only says which times are drawn:
+    draw them yourself and pass t. Class labels, text states and so on go into `model_kwargs`.
+
+    Args:
+        model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, or
+            another that takes (sample, timestep=...) and returns an object with `.sample`. If it
+            has twice as many output as input channels, the second half, its variance, is left out.
+        scheduler: one with a table, or for flow matching.
+
+    Raises:
+        TypeError: for a scheduler that is neither of the two.
+        ValueError: for zero terminal SNR, or an unknown prediction type.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(prediction_type="v_prediction")
+        >>> scheduler = SimpleNamespace(alphas_cumprod=[0.9, 0.5, 0.1], config=config)
+        >>> from_diffusers(nn.Identity(), scheduler).prediction
+        'v_prediction'
+    """
+    own = getattr(model, "config", None)
+    inputs, outputs = (getattr(own, f"{end}_channels", None) for end in ("in", "out"))
+    learned = inputs is not None and outputs == 2 * inputs
+    output = _half_of_sample if learned else attrgetter("sample")
+    options: dict[str, Any] = {"output": output, "call": _by_name}
+    config = getattr(scheduler, "config", None)
+    if "FlowMatch" in type(scheduler).__name__:
+        where = "scheduler.config.num_train_timesteps"
+        count = getattr(config, "num_train_timesteps", None)
+        factor = check_number(where, count, "a number above 0", above=0)
+        return ScoreModel(model, LinearFlowSchedule(), "flow_prediction", time=factor, **options)
+    expected = "scheduler: expected one with {}, such as DDPMScheduler, or a flow-matching one"
+    _check_has(scheduler, expected, "alphas_cumprod")
+    kind = getattr(config, "prediction_type", None)
+    prediction = _predicted(kind, DIFFUSERS, "scheduler.config.prediction_type")
+    return ScoreModel(model, _table_schedule(scheduler, "scheduler"), prediction, **options)
+
+
+def _by_name(model: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+    return model(x, timestep=t, **kwargs)  # not every model takes it in the second place
+
+
+def _half_of_sample(returned: Any) -> Tensor:
+    return _first_half(returned.sample)
+
+
+def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
+    """Return the ScoreModel of the network in a GaussianDiffusion, with its table and objective.
+
+    t is the index of the table. x is in the range the network sees: give
+    `diffusion.normalize(images)` to the losses and to `ode_nll`. The project's own loss is the
+    first term of the losses here; with min_snr_loss_weight pass that weight as a callable. The
+    network is `diffusion.model`, so the project's Trainer, optimizer and EMA hold its parameters.
+
+    Raises:
+        TypeError: for an object that is no GaussianDiffusion.
+        ValueError: for self-conditioning, an unknown objective, or zero terminal SNR.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> diffusion = SimpleNamespace(
+        ...     model=lambda x, t: x, objective="pred_v", alphas_cumprod=[0.9, 0.5, 0.1]
+        ... )
+        >>> from_denoising_diffusion(diffusion).prediction
+        'v_prediction'
+    """
+    names = ("model", "objective", "alphas_cumprod")
+    _check_has(diffusion, "diffusion: expected a GaussianDiffusion with {}", *names)
+    if getattr(diffusion, "self_condition", False):
+        raise ValueError(
+            "diffusion: expected a network without self-conditioning; got self_condition=True. "
+            "Its prediction depends on an earlier one, so it has no score that could be matched "
+            "or integrated: build the Unet with self_condition=False."
+        )
+    schedule = _table_schedule(diffusion, "diffusion")
+    prediction = _predicted(diffusion.objective, DENOISING_DIFFUSION, "diffusion.objective")
+    return ScoreModel(diffusion.model, schedule, prediction)
+
+
+def from_edm(net: Any) -> ScoreModel:
+    """Return the ScoreModel of an EDM denoiser D(x, σ, class_labels); t is σ.
+
+    The noise runs over what the network declares as sigma_min and sigma_max, within [0.002, 80],
+    the range of EDM's sampler. Labels go into `model_kwargs` as class_labels. EDM's own loss is
+    the weighting `lambda t: (t**2 + sigma_data**2) / sigma_data**2`. The estimators "laplacian"
+    and "sliced" need a plain attention in the place of EDM's.
+
+    Raises:
+        TypeError: for a network without sigma_min and sigma_max.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Identity()
+        >>> net.sigma_min, net.sigma_max = 0.0, float("inf")
+        >>> from_edm(net).schedule.t_max
+        80.0
+    """
+    expected = "net: expected an EDM network with {}, such as EDMPrecond"
+    advice = "For another denoiser D(x, sigma): ScoreModel(net, EDMSchedule(), 'sample')."
+    _check_has(net, expected, "sigma_min", "sigma_max", advice=advice)
+    low = max(float(net.sigma_min), EDMSchedule.t_min)
+    high = min(float(net.sigma_max), EDMSchedule.t_max)
+    return ScoreModel(net, EDMSchedule(t_min=low, t_max=high), "sample")
+
+
+def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> ScoreModel:
+    """Return the ScoreModel of a network trained in continuous time; t runs from 1e-5 to 1.
+
+    Under VPSDE and subVPSDE the network predicts the noise and is given 999 t. Under VESDE it
+    predicts the score and is given σ(t). The project's `create_model` returns a DataParallel, with
+    which order one and `ode_nll` work; orders two and three take the network inside,
+    `model.module`, whose parameters are the same.
+
+    Args:
+        model: the network, model(x, labels).
+        sde: a VPSDE, subVPSDE or VESDE, told apart by their attributes.
+        continuous: what `config.training.continuous` says. A network trained with False is given
+            the numbers of discrete steps, and is refused with what to write in place of this.
+
+    Raises:
+        TypeError: for another SDE.
+        ValueError: for continuous=False.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> sde = SimpleNamespace(sigma_min=0.01, sigma_max=50.0)
+        >>> from_score_sde(nn.Identity(), sde).prediction
+        'score'
+    """
+    check_flag("continuous", continuous)
+    explodes = hasattr(sde, "sigma_min") and hasattr(sde, "sigma_max")
+    if not explodes:
+        expected = (
+            "sde: expected a VPSDE or subVPSDE with {}, or a VESDE with sigma_min and sigma_max"
+        )
+        _check_has(sde, expected, "beta_0", "beta_1")
+    if not continuous:
+        raise ValueError(
+            "continuous: expected True, for a network trained in continuous time; got False. One "
+            "trained on sde.N discrete steps is given their numbers as labels: "
+            + (DISCRETE_VE if explodes else DISCRETE_VP)
+        )
+    if explodes:
+        schedule = VESchedule(sigma_min=float(sde.sigma_min), sigma_max=float(sde.sigma_max))
+        return ScoreModel(model, schedule, "score", time=schedule.sigma)
+    # VPSDE has the discrete betas of DDPM beside the continuous ones; subVPSDE has not.
+    kind = VPSchedule if hasattr(sde, "discrete_betas") else SubVPSchedule
+    schedule = kind(beta_min=float(sde.beta_0), beta_max=float(sde.beta_1))
+    return ScoreModel(model, schedule, "epsilon", time=999.0)
+
+
+def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
+    """Return the ScoreModel of a model and its GaussianDiffusion or SpacedDiffusion.
+
+    t is an index of the diffusion's own table, and the model is given what the project would give
+    it: the index before respacing, times 1000 over its number of steps with rescale_timesteps.
+    Class labels go into `model_kwargs` as y. Of a model that learns its variance the first half of
+    the channels is used. The project's own checkpoint, which its attention calls as well, has to
+    be replaced above order one.
+
+    Raises:
+        TypeError: for a diffusion that is neither.
+        ValueError: for a prediction of the previous x, or zero terminal SNR.
+
+    Example:
+        >>> from types import SimpleNamespace as Is
+        >>> diffusion = Is(
+        ...     alphas_cumprod=[0.9, 0.5, 0.1], model_mean_type=Is(name="EPSILON"),
+        ...     model_var_type=Is(name="LEARNED_RANGE"), rescale_timesteps=False,
+        ... )
+        >>> from_guided_diffusion(nn.Identity(), diffusion).prediction
+        'epsilon'
+    """
+    names = ("alphas_cumprod", "model_mean_type", "model_var_type")
+    _check_has(diffusion, "diffusion: expected a GaussianDiffusion with {}", *names)
+    schedule = _table_schedule(diffusion, "diffusion")
+    kind = getattr(diffusion.model_mean_type, "name", None)
+    prediction = _predicted(kind, GUIDED_DIFFUSION, "diffusion.model_mean_type")
+    learned = getattr(diffusion.model_var_type, "name", None) in ("LEARNED", "LEARNED_RANGE")
+    output = _first_half if learned else None
+    steps = len(schedule.alphas_cumprod)
+    indices = getattr(diffusion, "timestep_map", range(steps))
+    rescaled = 1000.0 / getattr(diffusion, "original_num_steps", steps)
+    factor = rescaled if getattr(diffusion, "rescale_timesteps", False) else 1.0
+    time = Table(tuple(factor * float(index) for index in indices))
+    return ScoreModel(model, schedule, prediction, time=time, output=output)
+
+
+def _check_has(value: object, expected: str, *names: str, advice: str = OWN) -> None:
+    """Raise TypeError unless a foreign object has these attributes, each named in `expected`."""
+    for name in names:
+        if getattr(value, name, None) is None:
+            raise TypeError(f"{expected.format(name)}; got {describe(value)}. {advice}")
+
+
+def _table_schedule(owner: Any, name: str) -> DiscreteSchedule:
+    """The schedule of the table ᾱ of a foreign object of this name; ValueError if it ends at 0."""
+    table = torch.as_tensor(owner.alphas_cumprod).detach().to("cpu", torch.float64)
+    if table.ndim == 1 and len(table) and float(table[-1]) in ZERO:
+        where = f"{name}.alphas_cumprod"
+        raise ValueError(
+            f"{where}: expected a table that ends above 0; got one that ends at "
+            f"{float(table[-1]):g} (zero terminal SNR), where sigma/alpha has no finite value. "
+            "Cut it and say the rest yourself: ScoreModel(network, "
+            f"DiscreteSchedule({where}[:-1]), prediction=..., ...)."
+        )
+    return DiscreteSchedule(table)
+
+
+def _predicted(value: object, names: Mapping[str, Prediction], where: str) -> Prediction:
+    """Our name of the foreign prediction type that stands at `where`; ValueError for another."""
+    if isinstance(value, str) and value in names:
+        return names[value]
+    raise ValueError(
+        f"{where}: expected one of {', '.join(map(repr, names))}; got {describe(value)}. Build a "
+        "ScoreModel with the prediction it stands for, or convert its output."
+    )
+
+
+def _first_half(returned: Tensor) -> Tensor:
+    """The prediction of a network that returns a variance as well, in as many channels more."""
+    return returned.chunk(2, 1)[0]
