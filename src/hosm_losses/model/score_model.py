@@ -25,7 +25,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from hosm_losses._checks import check_choice, check_like, check_range, describe, expand_right
+from hosm_losses._checks import (
+    check_choice,
+    check_like,
+    check_range,
+    complaint,
+    describe,
+    expand_right,
+)
 from hosm_losses._torch_internals import COMPILED_PART, OF_DTYPES, normal
 from hosm_losses.model.conditions import unwrapped
 from hosm_losses.schedules import Schedule, check_schedule
@@ -144,28 +151,13 @@ class ScoreModel(nn.Module):
             TypeError: if the network returns something other than a real tensor.
             ValueError: if it returns another shape than that of x.
         """
-        predicted = self.predict(x, t, **kwargs)
-        factor, share = self.affine(t, x)
-        noise = predicted if factor is None else factor * predicted
-        return noise if share is None else noise + share * x
+        return to_noise(self.predict(x, t, **kwargs), x, *self.affine(t, x))
 
     def affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(p, q) in ε̂ = p · prediction + q x, expanded to `like`; None for 1 and for 0."""
-        factor, share = self._affine(t, like)
-        return (
-            None if factor is None else expand_right(factor, like),
-            None if share is None else expand_right(share, like),
-        )
-
-    def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
-        """Squared error of the network's own prediction for a unit squared error of ε̂, (B,)."""
-        factor, _ = self._affine(t, like)
-        return torch.ones_like(self.time_in(t, like)) if factor is None else 1 / factor.square()
-
-    def _affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.prediction == "epsilon":
             return None, None
-        alpha, sigma = self.coefficients(t, like)
+        alpha, sigma = (expand_right(each, like) for each in self.coefficients(t, like))
         if self.prediction == "score":
             return -sigma, None
         if self.prediction == "sample":
@@ -173,9 +165,17 @@ class ScoreModel(nn.Module):
         if self.prediction == "v_prediction":
             square = alpha.square() + sigma.square()
             return alpha / square, sigma / square
-        alpha_rate, sigma_rate = self.schedule.rates(self.time_in(t, like))
-        wronskian = alpha * sigma_rate - alpha_rate * sigma
-        return alpha / wronskian, -alpha_rate / wronskian
+        if self.prediction == "flow_prediction":
+            rates = self.schedule.rates(self.time_in(t, like))
+            alpha_rate, sigma_rate = (expand_right(each, like) for each in rates)
+            wronskian = alpha * sigma_rate - alpha_rate * sigma
+            return alpha / wronskian, -alpha_rate / wronskian
+        raise ValueError(complaint("prediction", "one with a formula here", self.prediction))
+
+    def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
+        """Squared error of the network's own prediction for a unit squared error of ε̂, (B,)."""
+        p, _ = self.affine(t, like)
+        return torch.ones_like(self.time_in(t, like)) if p is None else 1 / p.flatten().square()
 
     def score(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """s(x, t) = −ε̂/σ, the estimated ∇ log q_t(x)."""
@@ -234,6 +234,12 @@ class ScoreModel(nn.Module):
                 f"network: {failed}. The data are {x.dtype} and t is {network_time.dtype}: "
                 f"convert t with ScoreModel(..., time=lambda t: t.to({x.dtype}))."
             ) from error
+
+
+def to_noise(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:
+    """p · part + q x for what `ScoreModel.affine` returns; None stands for 1 and for 0."""
+    scaled = part if p is None else p * part
+    return scaled if q is None or of_x is None else scaled + q * of_x
 
 
 def _check_prediction(predicted: object, x: Tensor) -> None:
