@@ -27,13 +27,7 @@ from hosm_losses._checks import (
 from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import ENGINES, Field
 from hosm_losses.diagnostics.differences import TOLERANCE, Agreement, Check, Smoothness
-from hosm_losses.diagnostics.localize import (
-    attempt,
-    culprit,
-    custom_functions,
-    functions_at_fault,
-    recorded,
-)
+from hosm_losses.diagnostics.localize import attempt, culprit, custom_functions, recorded
 from hosm_losses.diagnostics.values import check_samples, check_values, evaluate
 from hosm_losses.model import (
     NetworkField,
@@ -56,8 +50,8 @@ SMOOTH = (
     "does."
 )
 CUSTOM = (
-    "Its custom autograd.Function has a backward, or a jvp, that cannot be differentiated again: "
-    "write it with differentiable operators, or use the package's plain implementation."
+    "A custom autograd.Function needs a backward, and a jvp, that can be differentiated again: "
+    "write them with differentiable operators, or use the package's plain implementation."
 )
 FUSED = (
     "Fused attention kernels have no second derivative: switch to the package's plain attention, "
@@ -199,15 +193,15 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
     fault = attempt(check, field, x)
     # In float32 a Function at fault may be too small a part of the whole to be seen in it.
     opaque = fault is None and isinstance(check, Agreement) and check.precision == torch.float32
-    if fault is None and not (opaque and custom_functions(field.native, x)):
+    if fault is None and not (opaque and custom_functions(field, x)):
         return
     where, primitives = "its own forward", noise_field.primitives
     mended: Field = NetworkField(replace(noise_field, primitives=True))
     calls = recorded(field.owner, lambda: evaluate(noise_field, x))
     found = culprit(check, calls, primitives, opaque)
     if found is not None:
-        where, field, x, fault = found
-        mended = replace(field, primitives=True)
+        field, fault = found
+        where, x, mended = field.call.where, field.x, replace(field, primitives=True)
     elif opaque:
         return
     if isinstance(check, Smoothness):
@@ -217,18 +211,19 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
         if not primitives and attempt(check, mended, x) is None:
             advice = "Leave primitives=True in ScoreModel, which replaces such operators."
         else:
-            advice = _remedy(functions_at_fault(check, field, x))
+            advice = _remedy(custom_functions(field, x))
     raise DerivativeError(f"network: expected {expected}; got {fault}, in {where}. {advice}")
 
 
 def _remedy(functions: list[str]) -> str:
-    """The advice for custom autograd.Functions of these names, or for a fault without any."""
+    """The advice for a fault in a graph with custom autograd.Functions of these names."""
     if not functions:
         return GENERAL
-    for part, advice in REMEDIES.items():
-        if any(part in name.lower() for name in functions):
-            return advice
-    return f"In its graph: {', '.join(functions)}. {CUSTOM}"
+    told: dict[str, None] = {}  # each advice once
+    for name in functions:
+        known = [advice for part, advice in REMEDIES.items() if part in name.lower()]
+        told[known[0] if known else CUSTOM] = None
+    return f"In its graph: {', '.join(functions)}. {' '.join(told)} Otherwise: {GENERAL}"
 
 
 def _spread_times(model: ScoreModel, x0: Tensor) -> Tensor:
