@@ -42,7 +42,6 @@ Source:
     Denoising Score Matching", ICML 2022, arXiv 2206.08265, equations 10 to 15 and appendix.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -111,9 +110,9 @@ class Inputs(NamedTuple):
 
 
 class Directions(NamedTuple):
-    """The probes v (K, B, *), and u of the sliced estimator."""
+    """The probes v (K, B, *), without which there is the first term alone, and u of "sliced"."""
 
-    probe: Tensor
+    probe: Tensor | None = None
     other: Tensor | None = None
 
 
@@ -130,14 +129,36 @@ def evaluate_terms(
     `directions` are those of `rows`. The `rest` of the batch has the first term only.
     """
     if rows is None or rest is None:
-        return _higher(field, inputs, directions, options)
-    terms = _higher(field.rows(rows), inputs.at(rows), directions, options)
+        return _in_parts(field, inputs, directions, options)
+    terms = _in_parts(field.rows(rows), inputs.at(rows), directions, options)
     first = terms.first
     if len(rest):
-        first = torch.cat([first, _first(field.rows(rest), inputs.at(rest), options)])
+        others = _in_parts(field.rows(rest), inputs.at(rest), Directions(), options)
+        first = torch.cat([first, others.first])
     return terms._replace(
         first=torch.empty_like(first).index_copy(0, torch.cat([rows, rest]), first)
     )
+
+
+def _in_parts(
+    field: NoiseField, inputs: Inputs, directions: Directions, options: LossOptions
+) -> DSMTerms:
+    """The terms of a batch that is evaluated in `options.chunks` parts."""
+    if options.chunks == 1:
+        return terms_along(field, inputs, directions, options)
+    given = [each for each in directions if each is not None]
+    first, last = len(inputs), len(inputs) + len(given)
+
+    def of_rows(rows: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
+        bound = field.with_conditions(tensors[last:]).rows(rows)
+        part = Inputs(*tensors[:first]).at(rows)
+        along = Directions(*[each[:, rows] for each in tensors[first:last]])
+        terms = terms_along(bound, part, along, options)
+        return tuple(term for term in terms if term is not None)
+
+    tensors = (*inputs, *given, *field.conditions())
+    parts = in_chunks(of_rows, options.chunks, field.model.network, tensors, len(inputs.x))
+    return DSMTerms(*parts)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -208,46 +229,6 @@ def first_residual_of(field: NoiseField, inputs: Inputs) -> Tensor:
     return first_residual(value, at_least_float32(inputs.noise))
 
 
-def _first(field: NoiseField, inputs: Inputs, options: LossOptions) -> Tensor:
-    def evaluate(field: NoiseField, inputs: Inputs) -> tuple[Tensor]:
-        return (first_term(first_residual_of(field, inputs)),)
-
-    return _in_parts(evaluate, field, inputs, (), options)[0]
-
-
-def _higher(
-    field: NoiseField, inputs: Inputs, directions: Directions, options: LossOptions
-) -> DSMTerms:
-    def evaluate(field: NoiseField, inputs: Inputs, *given: Tensor) -> tuple[Tensor, ...]:
-        terms = terms_along(field, inputs, Directions(*given), options)
-        return tuple(term for term in terms if term is not None)
-
-    given = tuple(each for each in directions if each is not None)
-    return DSMTerms(*_in_parts(evaluate, field, inputs, given, options))
-
-
-def _in_parts(
-    evaluate: Callable[..., tuple[Tensor, ...]],
-    field: NoiseField,
-    inputs: Inputs,
-    directions: tuple[Tensor, ...],
-    options: LossOptions,
-) -> tuple[Tensor, ...]:
-    if options.chunks == 1:
-        return evaluate(field, inputs, *directions)
-    conditions = field.conditions()
-
-    first, last = len(inputs), len(inputs) + len(directions)
-
-    def of_rows(rows: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
-        bound = field.with_conditions(tensors[last:]).rows(rows)
-        part = Inputs(*tensors[:first]).at(rows)
-        return evaluate(bound, part, *(each[:, rows] for each in tensors[first:last]))
-
-    tensors = (*inputs, *directions, *conditions)
-    return in_chunks(of_rows, options.chunks, field.model.network, tensors, len(inputs.x))
-
-
 def _mean_square(residual: Tensor, *, exact: bool = False) -> Tensor:
     """‖r‖² of (K, B, *) averaged over probes, or of their sum over all unit vectors: (B,)."""
     if exact:
@@ -264,8 +245,10 @@ def terms_along(
     field: NoiseField, inputs: Inputs, directions: Directions, options: LossOptions
 ) -> DSMTerms:
     """The terms of every sample, along given directions."""
-    x, noise = inputs.x, inputs.noise
     probe, other = directions
+    if probe is None:
+        return DSMTerms(first_term(first_residual_of(field, inputs)))
+    x, noise = inputs.x, inputs.noise
     sigma = expand_right(inputs.sigma, x)
     direction = (sigma * probe).to(x.dtype)
     second_direction = None
