@@ -1,20 +1,12 @@
-r"""The objective of order one, two or three, from checked inputs to a reduced loss.
-
-What:
-    Perturb the data, take the derivatives the order needs, form the residuals, square, average.
+"""The objective of order one, two or three: from arguments to a reduced loss.
 
 Formula, with the terms of `terms`:
     loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch.
-
-Source:
-    Lu et al., ICML 2022, arXiv 2206.08265: the objectives and their Hutchinson forms, in the
-    normalisation of its image experiments.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,21 +36,13 @@ from hosm_losses.model import ScoreModel, check_model, check_time, noise_field, 
 from hosm_losses.probes import draw_probes, unit_vectors
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluated:
-    """A loss with what it was made of.
+class Evaluated(NamedTuple):
+    """A loss with what it was made of."""
 
-    Attributes:
-        loss: reduced.
-        terms: per sample, with their graph.
-        t: the times (B,).
-        rows: the rows that have the higher terms, in their order; None for all.
-    """
-
-    loss: Tensor
-    terms: DSMTerms
-    t: Tensor
-    rows: Tensor | None = None
+    loss: Tensor  # reduced
+    terms: DSMTerms  # per sample, with their graph
+    t: Tensor  # (B,)
+    rows: Tensor | None  # that have the higher terms, in their order; None for all
 
 
 def evaluate(

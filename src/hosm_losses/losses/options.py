@@ -38,21 +38,26 @@ class FirstOrderOptions(TypedDict, total=False):
     reduction: Reduction
 
 
-class SecondOrderOptions(FirstOrderOptions, total=False):
-    """Options of a loss of order two."""
-
-    weights: Weights | None
+class _Second(TypedDict, total=False):
     probes: Probes
     distribution: Distribution
     derivative: Engine
+
+
+class _Third(_Second, total=False):
+    third: Estimator
+
+
+class SecondOrderOptions(FirstOrderOptions, _Second, total=False):
+    """Options of a loss of order two."""
+
+    weights: Weights | None
     fraction: float
     chunks: int
 
 
-class ThirdOrderOptions(SecondOrderOptions, total=False):
+class ThirdOrderOptions(SecondOrderOptions, _Third, total=False):
     """Options of a loss of order three."""
-
-    third: Estimator
 
 
 class FirstOrderInputs(TypedDict, total=False):
@@ -64,10 +69,13 @@ class FirstOrderInputs(TypedDict, total=False):
     model_kwargs: Mapping[str, Any] | None
 
 
-class HigherOrderInputs(FirstOrderInputs, total=False):
+class _Probed(FirstOrderInputs, total=False):
+    probe: Tensor | None
+
+
+class HigherOrderInputs(_Probed, total=False):
     """What a loss of order two or three may be given with the data."""
 
-    probe: Tensor | None
     weights: Weights | None
 
 
@@ -83,14 +91,8 @@ class ThirdOrderArguments(HigherOrderInputs, ThirdOrderOptions, total=False):
     """Arguments of `third_order_dsm` after the model and the data."""
 
 
-class TermsArguments(FirstOrderInputs, total=False):
+class TermsArguments(_Probed, _Third, total=False):
     """Arguments of `dsm_terms` after the model, the data and the order."""
-
-    probe: Tensor | None
-    probes: Probes
-    distribution: Distribution
-    derivative: Engine
-    third: Estimator
 
 
 @dataclass(frozen=True, kw_only=True)

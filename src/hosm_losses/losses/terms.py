@@ -27,11 +27,13 @@ Why the detach:
 Terms of a sample, d the number of its elements, averaged over probes:
     first = ‖r1‖²/d      second = ‖r2‖²/d²      trace = rt²/d²      third = ‖r3‖²/d³
 
-    With the sliced estimator third = (u·r3)²/d³. With probes="exact" the terms are ‖M₂‖²_F,
-    (tr M₂)² and ‖R₃‖² of the whole Jacobian and of the gradient of its trace. With random probes
-    the second term has the same mean; the trace and third terms have a mean that is larger by the
-    spread over probes, which is zero at the true score. For a field free to take any value the
-    minimiser is the same; for a restricted family it need not be.
+    With the sliced estimator third = (u·r3)²/d³ for another random u, in which u·G = v·C with the
+    curvature C = σ² ∂²f[v, u]: of covariance one, u leaves the mean as it was. With
+    probes="exact" the terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖² of the whole Jacobian and of the
+    gradient of its trace. With random probes the second term has the same mean; the trace and
+    third terms have a mean that is larger by the spread over probes, which is zero at the true
+    score. For a field free to take any value the minimiser is the same; for a restricted family
+    it need not be.
 
 Precision:
     Residuals and terms are float32 at least: a sum over a few thousand squares leaves the range
@@ -90,19 +92,12 @@ class LoggedTerms(DSMTerms):
 
 
 class Inputs(NamedTuple):
-    """A perturbed batch.
+    """A perturbed batch."""
 
-    Attributes:
-        x: α x₀ + σ ε, of shape (B, *).
-        t: times (B,), as the caller gave them.
-        noise: ε, of shape (B, *).
-        sigma: σ(t), of shape (B,).
-    """
-
-    x: Tensor
-    t: Tensor
-    noise: Tensor
-    sigma: Tensor
+    x: Tensor  # α x₀ + σ ε, of shape (B, *)
+    t: Tensor  # (B,), as the caller gave them
+    noise: Tensor  # ε, of shape (B, *)
+    sigma: Tensor  # σ(t), of shape (B,)
 
     def at(self, index: Tensor | slice) -> "Inputs":
         """Return the rows at `index`."""
@@ -168,7 +163,7 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 def _along(coefficient: Tensor, vector: Tensor) -> Tensor:
     """Multiply the vector (K, B, *) of every probe and sample by its number (K, B)."""
-    return coefficient.reshape(*coefficient.shape, *(1,) * (vector.ndim - 2)) * vector
+    return expand_right(coefficient, vector) * vector
 
 
 def first_residual(value: Tensor, noise: Tensor) -> Tensor:
@@ -195,32 +190,11 @@ def third_residual(
 
     For G the Laplacian form σ² ∂²f[v, v] may stand, which is the same where ∂f/∂x is symmetric.
     """
-    return gradient + _lower_orders(value, directional, noise, probe)
-
-
-def sliced_residual(
-    value: Tensor,
-    directional: Tensor,
-    curvature: Tensor,
-    noise: Tensor,
-    probe: Tensor,
-    other: Tensor,
-) -> Tensor:
-    """u·r3 for another probe u, everything but the curvature detached.
-
-    u·G = v·C with the curvature C = σ² ∂²f[v, u]. Over independent u of covariance one the mean of
-    (u·r3)² is ‖r3‖².
-    """
-    rest = _lower_orders(value, directional, noise, probe)
-    return _inner(probe, curvature) + _inner(other, rest)
-
-
-def _lower_orders(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
-    """r3 without G, all of it held fixed."""
     ell = first_residual(value, noise).detach()
     shifted = directional.detach() + probe
     slope = _inner(ell, probe)
-    return _along(slope.square() - _inner(probe, shifted), ell) - _along(2 * slope, shifted)
+    rest = _along(slope.square() - _inner(probe, shifted), ell) - _along(2 * slope, shifted)
+    return gradient + rest
 
 
 def first_residual_of(field: NoiseField, inputs: Inputs) -> Tensor:
@@ -277,6 +251,6 @@ def terms_along(
     if other is None or not isinstance(derived, Curved):
         third = third_residual(value, directional, last, noise, probe)
     else:
-        other = at_least_float32(other)
-        third = sliced_residual(value, directional, last, noise, probe, other)
+        rest = third_residual(value, directional, torch.zeros_like(last), noise, probe)
+        third = _inner(probe, last) + _inner(at_least_float32(other), rest)
     return DSMTerms(first, second, trace, _mean_square(third, exact=exact) / elements**3)
