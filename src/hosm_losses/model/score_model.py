@@ -30,7 +30,6 @@ from hosm_losses._checks import (
     check_like,
     check_range,
     complaint,
-    describe,
     expand_right,
 )
 from hosm_losses._torch_internals import COMPILED_PART, OF_DTYPES, normal
@@ -110,16 +109,14 @@ class ScoreModel(nn.Module):
     ) -> None:
         super().__init__()
         if not callable(network):
-            raise TypeError(
-                f"network: expected an nn.Module or a callable; got {describe(network)}."
-            )
+            raise TypeError(complaint("network", "an nn.Module or a callable", network))
         check_schedule(schedule)
         check_choice("prediction", prediction, get_args(Prediction))
         if not (time is None or isinstance(time, int | float) or callable(time)):
-            raise TypeError(f"time: expected a factor, a callable or None; got {describe(time)}.")
+            raise TypeError(complaint("time", "a factor, a callable or None", time))
         for name, given in (("output", output), ("call", call)):
             if not (given is None or callable(given)):
-                raise TypeError(f"{name}: expected a callable or None; got {describe(given)}.")
+                raise TypeError(complaint(name, "a callable or None", given))
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
@@ -243,56 +240,54 @@ def to_noise(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | No
 
 
 def _check_prediction(predicted: object, x: Tensor) -> None:
-    kind, advice = TypeError, ""
+    kind, remedy = TypeError, ""
     if not isinstance(predicted, Tensor):
         expected = "it to return a tensor"
-        advice = (
-            " Pick the prediction out with ScoreModel(..., output=...), for example output=lambda "
+        remedy = (
+            "Pick the prediction out with ScoreModel(..., output=...), for example output=lambda "
             "out: out[0] or operator.attrgetter('sample')."
         )
     elif predicted.dtype.is_complex:
         expected = "a real output"
-        advice = (
-            " Pick what it predicts with ScoreModel(..., output=...), for example "
+        remedy = (
+            "Pick what it predicts with ScoreModel(..., output=...), for example "
             "output=torch.real."
         )
     elif predicted.shape != x.shape:
         kind, expected = ValueError, f"an output of the shape of x, {tuple(x.shape)}"
-        advice = (
-            " If it predicts a variance too, keep the first channels: ScoreModel(..., "
+        remedy = (
+            "If it predicts a variance too, keep the first channels: ScoreModel(..., "
             "output=lambda out: out[:, :C])."
         )
     elif not predicted.is_floating_point():
-        expected, advice = "a floating-point output", " Integers have no derivatives."
+        expected, remedy = "a floating-point output", "Integers have no derivatives."
     elif predicted.device != x.device:
         kind, expected = ValueError, f"an output on {x.device}, the device of x"
     else:
         return
-    raise kind(f"network: expected {expected}; got {describe(predicted)}.{advice}")
+    raise kind(complaint("network", expected, predicted, remedy))
 
 
 def check_model(value: object) -> ScoreModel:
     """Return `value` if it is a ScoreModel."""
     if not isinstance(value, ScoreModel):
-        raise TypeError(
-            f"model: expected a ScoreModel; got {describe(value)}. Wrap your network first: "
-            "ScoreModel(network, VPSchedule(), prediction='epsilon')."
-        )
+        own = "ScoreModel(network, VPSchedule(), prediction='epsilon')"
+        remedy = f"Wrap your network first: {own}."
+        raise TypeError(complaint("model", "a ScoreModel", value, remedy))
     return value
 
 
 def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
     """Return `t` if it is times (B,) in the range of the schedule, or indices of a table."""
     schedule = model.schedule
-    floating = torch.promote_types(x0.dtype, torch.float32)
+    dtype = torch.promote_types(x0.dtype, torch.float32)
     if isinstance(t, Tensor) and not t.is_floating_point():
         if not schedule.integer_time or t.dtype == torch.bool:
-            raise TypeError(
-                f"t: expected a {floating} tensor in [{schedule.t_min:g}, {schedule.t_max:g}]; "
-                f"got {describe(t)}. Only a DiscreteSchedule takes integer times, its indices."
-            )
-        floating = t.dtype
-    time = check_like("t", t, (len(x0),), floating, x0.device, "the batch dimension of x0")
+            expected = f"a {dtype} tensor in [{schedule.t_min:g}, {schedule.t_max:g}]"
+            remedy = "Only a DiscreteSchedule takes integer times, its indices."
+            raise TypeError(complaint("t", expected, t, remedy))
+        dtype = t.dtype
+    time = check_like("t", t, (len(x0),), dtype, x0.device, "the batch dimension of x0")
     check_range("t", time, schedule.t_min, schedule.t_max)
     return normal(time)
 
