@@ -3,6 +3,7 @@
 import copy
 import operator
 import pickle
+from typing import get_args
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 import hosm_losses as hosm
+from hosm_losses.model import Prediction
 from tests.oracles import MLP, networks, noise_by_solving
 
 VP = hosm.VPSchedule()
-PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
+PREDICTIONS = get_args(Prediction)
 
 
 class Labelled(nn.Module):
@@ -43,6 +45,18 @@ def test_noise_score_and_denoise_are_those_of_the_prediction(prediction):
         torch.testing.assert_close(noise[row], expected)
         torch.testing.assert_close(model.score(x, t)[row], -expected / sigma)
         torch.testing.assert_close(model.denoise(x, t)[row], (x[row] - sigma * expected) / alpha)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_prediction_without_a_formula_is_an_error_and_not_another_formula(order):
+    """As one that is set after construction, or added to `Prediction` alone."""
+    model = hosm.ScoreModel(MLP(3), VP)
+    model.prediction = "x0"
+    loss = (hosm.first_order_dsm, hosm.second_order_dsm, hosm.third_order_dsm)[order - 1]
+    with pytest.raises(ValueError, match=r"prediction: expected one with a formula.*got 'x0'"):
+        loss(model, torch.randn(2, 3))
+    with pytest.raises(ValueError, match="prediction: expected one with a formula"):
+        model.native_weight(torch.tensor([0.5]), torch.zeros(1, 3))
 
 
 def test_an_edm_denoiser_is_a_sample_under_its_schedule():

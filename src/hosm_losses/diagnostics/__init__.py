@@ -3,7 +3,7 @@
 - `check`: `check_derivatives`, and the remedies.
 - `values`: what has to hold of values before derivatives mean anything.
 - `differences`: the faults looked for, derivatives that disagree with differences, and jumps.
-- `localize`: the module or the custom Function at fault.
+- `localize`: the module at fault.
 """
 
 from hosm_losses.diagnostics.check import check_derivatives as check_derivatives

@@ -1,10 +1,9 @@
-r"""A start-up check that the derivatives of a network are right.
+"""A start-up check that the derivatives of a network are right.
 
-What:
-    An operator may have wrong higher derivatives in silence: a custom autograd.Function whose
-    backward drops the graph, a kernel whose forward derivative drops the parameters, a detach. A
-    copy of the network is compared with differences of its values. Never the loss, whose detached
-    parts make its gradient another number than its slope.
+An operator may have wrong higher derivatives in silence: a custom autograd.Function whose backward
+drops the graph, a kernel whose forward derivative drops the parameters, a detach. A copy of the
+network is compared with differences of its values. Never the loss, whose detached parts make its
+gradient another number than its slope.
 """
 
 import copy
@@ -22,18 +21,13 @@ from hosm_losses._checks import (
     check_choice,
     check_model_kwargs,
     check_sample_batch,
+    complaint,
     describe,
 )
 from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import ENGINES, Field
 from hosm_losses.diagnostics.differences import TOLERANCE, Agreement, Check, Smoothness
-from hosm_losses.diagnostics.localize import (
-    attempt,
-    culprit,
-    custom_functions,
-    functions_at_fault,
-    recorded,
-)
+from hosm_losses.diagnostics.localize import attempt, culprit, custom_functions, recorded
 from hosm_losses.diagnostics.values import check_samples, check_values, evaluate
 from hosm_losses.model import (
     NetworkField,
@@ -41,6 +35,7 @@ from hosm_losses.model import (
     ScoreModel,
     check_model,
     check_time,
+    map_tensors,
     noise_field,
     refuse_wrapped,
 )
@@ -56,8 +51,8 @@ SMOOTH = (
     "does."
 )
 CUSTOM = (
-    "Its custom autograd.Function has a backward, or a jvp, that cannot be differentiated again: "
-    "write it with differentiable operators, or use the package's plain implementation."
+    "A custom autograd.Function needs a backward, and a jvp, that can be differentiated again: "
+    "write them with differentiable operators, or use the package's plain implementation."
 )
 FUSED = (
     "Fused attention kernels have no second derivative: switch to the package's plain attention, "
@@ -102,21 +97,14 @@ def check_derivatives(
     It looks for what a loss cannot notice, in this order:
 
     - values that are not finite, or differ between two calls with the same seed;
-    - samples that see each other, as in batch norm in training: the output of one may not change
-      when the others do;
-    - tensors of `model_kwargs` that were taken for the samples' and are not: the outputs have to
-      follow when the batch is permuted (not tried where the network draws random numbers);
-    - values that jump, and for order 3 a first derivative that jumps, as in a network of ReLUs,
-      whose second derivatives are zero. A network that is linear in x passes, and so do jumps of
-      less than 1 % of the change over a few times the size of x;
+    - samples that see each other, as in batch norm in training;
+    - tensors of `model_kwargs` that were taken for the samples' and are not (not tried where the
+      network draws random numbers);
+    - values that jump, and for order 3 a first derivative that jumps, as in a network of ReLUs;
     - derivatives, in x and in the parameters, that disagree with differences.
 
-    Differences are as good as the precision in which the network works: the least precise dtype of
-    what depends on x or on a trained parameter. In float32 the derivatives of the whole network
-    may be off by 1 %, in float64 by 1e-6; in float32 modules around a custom autograd.Function are
-    checked alone as well. Check a float64 copy to find others that are wrong and add little to the
-    whole. Half precision anywhere is refused: check a float32 copy. TF32 on an accelerator is not
-    seen: turn it off.
+    In float32 the derivatives of the whole network may be off by 1 %, in float64 by 1e-6; check a
+    float64 copy to find smaller faults. The page on derivatives says what it cannot see.
 
     It works on a copy of the network, and random numbers are forked, so that all stays as it was.
     Of a network that is no nn.Module the derivatives in x alone are checked. Call it once before
@@ -133,7 +121,8 @@ def check_derivatives(
     Raises:
         DerivativeError: for what is listed above, or where a derivative cannot be taken at all.
         TypeError: for an argument of a wrong type, a dtype with which the network's own call
-            fails, half precision, or a wrapped network (DataParallel: give model.module).
+            fails, half precision (check a float32 copy), or a wrapped network (DataParallel: give
+            model.module).
         ValueError: for a wrong value, shape or name.
 
     Example:
@@ -149,14 +138,12 @@ def check_derivatives(
     """
     check_model(model)
     if not isinstance(order, Integral) or order not in (2, 3):
-        raise ValueError(f"order: expected 2 or 3; got {describe(order)}.")
+        raise ValueError(complaint("order", "2 or 3", order))
     check_choice("derivative", derivative, ENGINES)
     check_sample_batch("x0", x0)
     if x0.dtype not in TOLERANCE:
-        raise TypeError(
-            f"x0: expected float32 or float64, in which differences mean something; got "
-            f"{describe(x0)}. Check a float32 copy of the network."
-        )
+        expected = "float32 or float64, in which differences mean something"
+        raise TypeError(complaint("x0", expected, x0, "Check a float32 copy of the network."))
     refuse_wrapped(model.network)
     times = None if t is None else check_time(model, x0, t)
     given = check_model_kwargs(model_kwargs)
@@ -169,8 +156,8 @@ def check_derivatives(
         torch.autocast(device.type, enabled=False),
     ):
         own, x = _copied(model), normal(x0.detach())
+        given = map_tensors(given, lambda tensor: tensor.detach().clone())
         field = noise_field(own, _spread_times(own, x) if times is None else times, given)
-        field = field.with_conditions([tensor.detach().clone() for tensor in field.conditions()])
         precision = check_values(field, x)
         check_samples(field, x, precision)
         for kind in (Smoothness, Agreement):
@@ -199,15 +186,15 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
     fault = attempt(check, field, x)
     # In float32 a Function at fault may be too small a part of the whole to be seen in it.
     opaque = fault is None and isinstance(check, Agreement) and check.precision == torch.float32
-    if fault is None and not (opaque and custom_functions(field.native, x)):
+    if fault is None and not (opaque and custom_functions(field, x)):
         return
     where, primitives = "its own forward", noise_field.primitives
     mended: Field = NetworkField(replace(noise_field, primitives=True))
     calls = recorded(field.owner, lambda: evaluate(noise_field, x))
     found = culprit(check, calls, primitives, opaque)
     if found is not None:
-        where, field, x, fault = found
-        mended = replace(field, primitives=True)
+        field, fault = found
+        where, x, mended = field.call.where, field.x, replace(field, primitives=True)
     elif opaque:
         return
     if isinstance(check, Smoothness):
@@ -217,18 +204,19 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
         if not primitives and attempt(check, mended, x) is None:
             advice = "Leave primitives=True in ScoreModel, which replaces such operators."
         else:
-            advice = _remedy(functions_at_fault(check, field, x))
+            advice = _remedy(custom_functions(field, x))
     raise DerivativeError(f"network: expected {expected}; got {fault}, in {where}. {advice}")
 
 
 def _remedy(functions: list[str]) -> str:
-    """The advice for custom autograd.Functions of these names, or for a fault without any."""
+    """The advice for a fault in a graph with custom autograd.Functions of these names."""
     if not functions:
         return GENERAL
-    for part, advice in REMEDIES.items():
-        if any(part in name.lower() for name in functions):
-            return advice
-    return f"In its graph: {', '.join(functions)}. {CUSTOM}"
+    told: dict[str, None] = {}  # each advice once
+    for name in functions:
+        known = [advice for part, advice in REMEDIES.items() if part in name.lower()]
+        told[known[0] if known else CUSTOM] = None
+    return f"In its graph: {', '.join(functions)}. {' '.join(told)} Otherwise: {GENERAL}"
 
 
 def _spread_times(model: ScoreModel, x0: Tensor) -> Tensor:

@@ -120,7 +120,8 @@ class Agreement(Check):
 
         found = forms()
         # Before the differences, which write to what the graph has saved.
-        slopes = [_along(gradients(form, varied), ways) for form in found]
+        grads = [zip(gradients(form, varied), ways, strict=True) for form in found]
+        slopes = [sum(float((grad * way).sum()) for grad, way in each) for each in grads]
         # A value needs no primitives, which torch's own checkpoint could not recompute.
         along_w = _difference(lambda: field.native(x), [x], [w], step)
         references = [(along_w * covectors[1]).sum()]
@@ -150,10 +151,6 @@ def _difference(
         values.append(weight * function().detach().double())
     move(0)
     return torch.stack(values).sum(0) / (12 * step)
-
-
-def _along(grads: Sequence[Tensor], ways: Sequence[Tensor]) -> float:
-    return sum(float((grad * way).sum()) for grad, way in zip(grads, ways, strict=True))
 
 
 class Smoothness(Check):

@@ -1,13 +1,9 @@
-r"""The part of a network at fault: a module, or a custom autograd.Function.
-
-What:
-    A module is taken alone, with the input that it got in the network. So is what is computed up
-    to a custom autograd.Function: a Function is at fault if what it was given is right and what it
-    returned is not.
+r"""The part of a network at fault: the innermost module that has the fault alone.
 
 Formula:
-    Of whatever a part returns, (Σ returned · r) u for fixed random r and u: a field whose D and G
-    hold all first and second derivatives.
+    A module is taken with the arguments that it got in the network. Of whatever it returns,
+    (Σ returned · r) u for fixed random r and u is a field whose D and G hold all first and second
+    derivatives.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from hosm_losses._torch_internals import custom_function
+from hosm_losses._torch_internals import custom_function, graph_nodes
 from hosm_losses.derivatives import ASK_THE_CHECK, Field, safe_primitives, say_no_price
 from hosm_losses.diagnostics.differences import Check, Smoothness, random_like, reseed
 from hosm_losses.model import map_tensors
@@ -83,28 +78,12 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [tensor for tensor in found if tensor.is_floating_point()]
 
 
-class Watch(TorchFunctionMode):
-    """Shows `look` every tensor that a function of PyTorch is given or returns."""
-
-    def __init__(self, look: Callable[[Tensor], None]) -> None:
-        super().__init__()
-        self.look = look
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tensors_in((args, kwargs)):
-            self.look(tensor)
-        returned = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(returned):
-            self.look(tensor)
-        return returned
-
-
 def attempt(check: Check, field: Field, x: Tensor) -> str | None:
     """Say what is wrong with a field, or that a derivative cannot be taken."""
     say_no_price(field.owner)
     try:
         return check.find(field, x)
-    except (_UnseenError, torch.OutOfMemoryError, Warning):
+    except (torch.OutOfMemoryError, Warning):
         raise
     # The values can be computed, so whatever is raised is raised by the derivatives.
     except Exception as error:
@@ -116,19 +95,34 @@ def attempt(check: Check, field: Field, x: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a network as a field, of what `compute` returns for x and `primitives`."""
+    """A module as a field of one of its arguments, with the others as the network gave them."""
 
-    owner: Any
-    compute: Callable[[Tensor, bool], Iterable[Tensor]]
-    primitives: bool = True
+    call: Call
+    place: int | str
+    primitives: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Evaluate the part at x, contracted to the shape of x."""
+        """Evaluate the module at x, contracted to the shape of x."""
+        arguments = {**self.call.arguments, self.place: x}
+        args = [each for key, each in arguments.items() if isinstance(key, int)]
+        kwargs = {key: each for key, each in arguments.items() if isinstance(key, str)}
+        with safe_primitives(self.primitives):
+            returned = tensors_in(self.call.module(*args, **kwargs))
         randn = random_like(x, seed=1)
         total = x.new_zeros(())
-        for each in self.compute(x, self.primitives):
+        for each in returned:
             total = total + (each * randn(each)).sum().to(x.dtype)
         return total * randn(x)
+
+    @property
+    def x(self) -> Tensor:
+        """What the network gave at that place."""
+        return self.call.arguments[self.place]
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module."""
+        return self.call.module
 
     @property
     def native(self) -> "Part":
@@ -140,115 +134,47 @@ class Part:
         raise NotImplementedError(f"a part is checked with one probe; got {count}")
 
 
-# A module in words, as a field, and its input.
-_Alone = tuple[str, Part, Tensor]
-
-
 def culprit(
     check: Check, calls: Iterable[Call], primitives: bool, opaque: bool
-) -> tuple[str, Part, Tensor, str] | None:
-    """The innermost module that has a fault alone: in words, as a field, its input, and the fault.
+) -> tuple[Part, str] | None:
+    """The innermost module that has a fault alone, and the fault.
 
     With `opaque` only modules around a custom Function are tried, of a network without a fault as
     a whole. One that cannot be differentiated alone is then no finding.
     """
     parts = _alone(calls, primitives)
-    for where, part, x in _opaque(parts) if opaque else parts:
-        fault = attempt(check, part, x)
+    for part in _opaque(parts) if opaque else parts:
+        fault = attempt(check, part, part.x)
         if fault is not None and not (opaque and fault.startswith(NO_DERIVATIVE)):
-            return where, part, x, fault
+            return part, fault
     return None
 
 
-def _alone(calls: Iterable[Call], primitives: bool) -> Iterator[_Alone]:
-    """Every module with the input of its first call, the innermost first."""
+def _alone(calls: Iterable[Call], primitives: bool) -> Iterator[Part]:
+    """Every module with the arguments of its first call, the innermost first."""
     first: dict[str, Call] = {}
     for call in calls:
         first.setdefault(call.name, call)
     for call in sorted(first.values(), key=lambda call: -call.name.count(".")):
         for place, x in call.arguments.items():
             if isinstance(x, Tensor) and x.is_floating_point() and x.ndim:
-                yield call.where, Part(call.module, partial(_again, call, place), primitives), x
+                yield Part(call, place, primitives)
                 break
 
 
-def _opaque(parts: Iterable[_Alone]) -> Iterator[_Alone]:
+def _opaque(parts: Iterable[Part]) -> Iterator[Part]:
     """The innermost with a custom Function in their graph."""
     found: set[nn.Module] = set()
-    for where, part, x in parts:
+    for part in parts:
         with suppress(Exception):  # some modules cannot be called alone
-            if found.isdisjoint(part.owner.modules()) and custom_functions(part.native, x):
+            if found.isdisjoint(part.owner.modules()) and custom_functions(part, part.x):
                 found.add(part.owner)
-                yield where, part, x
-
-
-def _again(call: Call, place: int | str, x: Tensor, primitives: bool) -> list[Tensor]:
-    """What a module returns with x at one place, and elsewhere what the network gave it."""
-    arguments = {**call.arguments, place: x}
-    args = [each for key, each in arguments.items() if isinstance(key, int)]
-    kwargs = {key: each for key, each in arguments.items() if isinstance(key, str)}
-    with safe_primitives(primitives):
-        return tensors_in(call.module(*args, **kwargs))
-
-
-class _UnseenError(LookupError):
-    """What a Function returned was not seen, as in forward mode."""
-
-
-# A node of the graph, and which of its outputs.
-_Output = tuple[Any, int]
-
-
-def functions_at_fault(check: Check, field: Field, x: Tensor) -> list[str]:
-    """Names of the custom autograd.Functions in the graph of a field that are its fault.
-
-    In forward mode that cannot be seen, and the Taylor engine takes none: there it is all of them.
-    """
-    names = custom_functions(field, x)
-    if check.derivative not in ("forward", "taylor"):
-        names = [name for place, name in enumerate(names) if _at_fault(check, field, x, place)]
-    return list(dict.fromkeys(names))
+                yield part
 
 
 def custom_functions(field: Field, x: Tensor) -> list[str]:
     """Names of the custom autograd.Functions in the graph of a field."""
     reseed(x)
-    functions, _ = _seen(field, x.detach().clone().requires_grad_())
-    return [getattr(custom_function(node), "__name__", "") for node, _ in functions]
-
-
-def _at_fault(check: Check, field: Field, x: Tensor, place: int) -> bool:
-    """Whether what the Function at this place was given is right, and what it returned is not."""
-    given, returned = (Part(field.owner, partial(_up_to, field, place, end)) for end in (0, 1))
-    try:
-        return attempt(check, given, x) is None and attempt(check, returned, x) is not None
-    except _UnseenError:
-        return False
-
-
-def _up_to(field: Field, place: int, end: int, x: Tensor, primitives: bool) -> list[Tensor]:
-    """What the Function at this place was given, with x, or at its other end what it returned."""
-    functions, seen = _seen(field if primitives else field.native, x)
-    if place >= len(functions):
-        raise _UnseenError
-    if end:
-        return [seen[functions[place]]]
-    inputs = functions[place][0].next_functions
-    given = [seen.get(each, getattr(each[0], "variable", None)) for each in inputs]
-    return [x, *(tensor for tensor in given if tensor is not None)]
-
-
-def _seen(field: Field, x: Tensor) -> tuple[list[_Output], dict[_Output, Tensor]]:
-    """The outputs of custom Functions, and all tensors of the graph as they were when seen."""
-    seen: dict[_Output, Tensor] = {}
-
-    def look(tensor: Tensor) -> None:
-        output = (tensor.grad_fn, tensor.output_nr)
-        if tensor.grad_fn is not None and output not in seen:
-            with torch.enable_grad():  # off inside a custom Function
-                seen[output] = tensor.clone()  # it may be written to later
-
-    with Watch(look):
-        value = field(x)
-    look(value)
-    return [output for output in seen if custom_function(output[0]) is not None], seen
+    value = field.native(x.detach().clone().requires_grad_())
+    functions = [custom_function(node) for node in graph_nodes([value])]
+    return list(dict.fromkeys(each.__name__ for each in functions if each is not None))

@@ -11,13 +11,15 @@ What:
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import combinations, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
 from hosm_losses.diagnostics.differences import TOLERANCE, random_like, reseed, size_of
-from hosm_losses.diagnostics.localize import Call, Watch, recorded, tensors_in
+from hosm_losses.diagnostics.localize import Call, recorded, tensors_in
 from hosm_losses.model import NetworkField, NoiseField, per_sample
 
 # Of the size of an output, what sums in another order may change.
@@ -100,18 +102,27 @@ def _check_deterministic(field: NoiseField, x: Tensor) -> None:
         )
 
 
+class _Dtypes(TorchFunctionMode):
+    """Collects the dtypes of what depends on x or on a trained parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        for tensor in tensors_in((args, kwargs, returned)):
+            # A custom autograd.Function computes with gradients off.
+            if tensor.requires_grad or not torch.is_grad_enabled():
+                self.seen.add(tensor.dtype)
+        return returned
+
+
 def _precision(field: NoiseField, x: Tensor) -> torch.dtype:
-    dtypes = {x.dtype}
-
-    def look(tensor: Tensor) -> None:
-        # A custom autograd.Function computes with gradients off.
-        if tensor.requires_grad or not torch.is_grad_enabled():
-            dtypes.add(tensor.dtype)
-
     reseed(x)
-    with Watch(look):
+    with _Dtypes() as dtypes:
         value = NetworkField(field).native(x.clone().requires_grad_())
-    return max(dtypes | {value.dtype}, key=lambda dtype: torch.finfo(dtype).eps)
+    return max(dtypes.seen | {x.dtype, value.dtype}, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def check_samples(field: NoiseField, x: Tensor, precision: torch.dtype) -> None:

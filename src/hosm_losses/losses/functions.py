@@ -1,11 +1,7 @@
-r"""Denoising score matching as functions: orders one, two and three, and their terms.
+"""Denoising score matching as functions: orders one, two and three, and their terms.
 
-What:
-    Each takes a ScoreModel and clean data, and returns a scalar to call backward on. The formula
-    is in `objective`, the residuals and their detach in `terms`.
-
-Source:
-    Lu et al., ICML 2022, arXiv 2206.08265.
+Each takes a ScoreModel and clean data, and returns a scalar to call backward on. The formula is in
+`objective`, the residuals, their detach and the source in `terms`.
 """
 
 from typing import Any, Unpack
@@ -39,17 +35,15 @@ def first_order_dsm(
     Args:
         model: the score model.
         x0: data (B, *).
-        **arguments: t, noise, weighting, time_sampler, generator, reduction and model_kwargs, as
-            in `third_order_dsm`.
+        **arguments: those shown, as in `third_order_dsm`.
 
     Returns:
         The loss, in float32 at least. Dimensionless; in nats, up to a constant, with
         weighting="likelihood".
 
     Raises:
-        TypeError: for an argument of a wrong type or dtype, integer images included.
-        ValueError: for a wrong shape, device, name, or (on the CPU) value; on the CPU also for
-            a result that is NaN or infinite.
+        TypeError: as `third_order_dsm`.
+        ValueError: as `third_order_dsm`.
 
     Example:
         >>> import torch
@@ -71,8 +65,8 @@ def second_order_dsm(
     Args:
         model: the score model.
         x0: data (B, *).
-        **arguments: as in `third_order_dsm`, but for `third`. Of `weights` (first, second, trace)
-            a fourth number, the weight of order three, is not used.
+        **arguments: those shown, as in `third_order_dsm`. Of `weights` (first, second, trace) a
+            fourth number, the weight of order three, is not used.
 
     Returns:
         The loss, w₁ first + w₂ second + w_t trace.
@@ -171,8 +165,7 @@ def dsm_terms(
         model: the score model.
         x0: data (B, *).
         order: 1, 2 or 3.
-        **arguments: t, noise, probe, probes, distribution, derivative, third, generator and
-            model_kwargs, as in `third_order_dsm`.
+        **arguments: those shown, as in `third_order_dsm`.
 
     Returns:
         ‖r1‖²/d, ‖r2‖²/d², rt²/d² and ‖r3‖²/d³, each (B,), in float32 at least; None above

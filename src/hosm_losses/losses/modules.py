@@ -1,8 +1,7 @@
-r"""Denoising score matching as modules: what DDP, FSDP2, torch.compile and checkpointing wrap.
+"""Denoising score matching as modules: what DDP, FSDP2, torch.compile and checkpointing wrap.
 
-What:
-    Each holds the ScoreModel as `model` and the options of the function of the same order, and
-    computes the loss in its forward, so that a wrapper around it sees every use of a parameter.
+Each holds the ScoreModel as `model` and the options of the function of the same order, and
+computes the loss in its forward, so that a wrapper around it sees every use of a parameter.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack, overload
@@ -83,7 +82,7 @@ class FirstOrderDSM(_Objective):
 
     Args:
         model: the score model.
-        **options: weighting, time_sampler and reduction, as in `third_order_dsm`.
+        **options: those shown, as in `third_order_dsm`.
 
     Example:
         >>> import torch
@@ -105,7 +104,7 @@ class SecondOrderDSM(_Objective):
 
     Args:
         model: the score model.
-        **options: weights and all options of `third_order_dsm` but `third`.
+        **options: those shown, as in `second_order_dsm`.
 
     Example:
         >>> import torch
@@ -127,7 +126,7 @@ class ThirdOrderDSM(_Objective):
 
     Args:
         model: the score model.
-        **options: weights and all options of `third_order_dsm`.
+        **options: those shown, as in `third_order_dsm`.
 
     Example:
         >>> import torch

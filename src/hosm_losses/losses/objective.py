@@ -1,20 +1,12 @@
-r"""The objective of order one, two or three, from checked inputs to a reduced loss.
-
-What:
-    Perturb the data, take the derivatives the order needs, form the residuals, square, average.
+"""The objective of order one, two or three: from arguments to a reduced loss.
 
 Formula, with the terms of `terms`:
     loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch.
-
-Source:
-    Lu et al., ICML 2022, arXiv 2206.08265: the objectives and their Hutchinson forms, in the
-    normalisation of its image experiments.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,21 +36,13 @@ from hosm_losses.model import ScoreModel, check_model, check_time, noise_field, 
 from hosm_losses.probes import draw_probes, unit_vectors
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluated:
-    """A loss with what it was made of.
+class Evaluated(NamedTuple):
+    """A loss with what it was made of."""
 
-    Attributes:
-        loss: reduced.
-        terms: per sample, with their graph.
-        t: the times (B,).
-        rows: the rows that have the higher terms, in their order; None for all.
-    """
-
-    loss: Tensor
-    terms: DSMTerms
-    t: Tensor
-    rows: Tensor | None = None
+    loss: Tensor  # reduced
+    terms: DSMTerms  # per sample, with their graph
+    t: Tensor  # (B,)
+    rows: Tensor | None  # that have the higher terms, in their order; None for all
 
 
 def evaluate(
@@ -192,16 +176,6 @@ def _given_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
     return normal(given)
 
 
-def _weighted(terms: DSMTerms, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """w₁ first, and the weighted sum of the higher terms; None for what has weight zero."""
-    products = [
-        weight * term if term is not None and (isinstance(weight, Tensor) or weight != 0) else None
-        for weight, term in zip(weights, terms, strict=False)
-    ]
-    higher = [product for product in products[1:] if product is not None]
-    return products[0], sum(higher[1:], higher[0]) if higher else None
-
-
 def _check_device(weights: Weights, x: Tensor) -> None:
     for weight in weights:
         # A number on the CPU goes with a tensor on any device.
@@ -248,19 +222,21 @@ def _reduce(
     terms: DSMTerms,
     weights: Weights,
     factors: tuple[Tensor | None, Tensor | None],
-    chosen: Tensor | None,
+    rows: Tensor | None,
     options: LossOptions,
 ) -> Tensor:
-    first, higher = _weighted(terms, weights)
-    first_factor, higher_factor = factors
-    if first is not None and first_factor is not None:
-        first = first * first_factor
-    if higher is not None and higher_factor is not None:
-        higher = higher * (higher_factor if chosen is None else higher_factor[chosen])
-    parts = [part for part in (first, higher) if part is not None]
+    """The sum of the terms times their weights and factors; what has weight zero is left out."""
+    of_first, of_higher = factors
+    if of_higher is not None and rows is not None:
+        of_higher = of_higher[rows]
+    products = [
+        weight * term if factor is None else weight * term * factor
+        for weight, term, factor in zip(weights, terms, (of_first, *[of_higher] * 3), strict=False)
+        if term is not None and (isinstance(weight, Tensor) or weight != 0)
+    ]
     if options.reduction == "none":
-        return sum(parts[1:], parts[0])
+        return sum(products[1:], products[0])
     # The mean over a random fraction estimates the mean over the batch, so the sum is B times it.
-    means = [part.mean() for part in parts]
+    means = [product.mean() for product in products]
     mean = sum(means[1:], means[0])
     return mean if options.reduction == "mean" else mean * len(terms.first)

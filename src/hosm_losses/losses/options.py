@@ -15,7 +15,7 @@ from hosm_losses._checks import (
     check_finite,
     check_number,
     check_whole,
-    describe,
+    complaint,
     may_look,
 )
 from hosm_losses.derivatives import ENGINES, Engine
@@ -38,21 +38,26 @@ class FirstOrderOptions(TypedDict, total=False):
     reduction: Reduction
 
 
-class SecondOrderOptions(FirstOrderOptions, total=False):
-    """Options of a loss of order two."""
-
-    weights: Weights | None
+class _Second(TypedDict, total=False):
     probes: Probes
     distribution: Distribution
     derivative: Engine
+
+
+class _Third(_Second, total=False):
+    third: Estimator
+
+
+class SecondOrderOptions(FirstOrderOptions, _Second, total=False):
+    """Options of a loss of order two."""
+
+    weights: Weights | None
     fraction: float
     chunks: int
 
 
-class ThirdOrderOptions(SecondOrderOptions, total=False):
+class ThirdOrderOptions(SecondOrderOptions, _Third, total=False):
     """Options of a loss of order three."""
-
-    third: Estimator
 
 
 class FirstOrderInputs(TypedDict, total=False):
@@ -64,10 +69,13 @@ class FirstOrderInputs(TypedDict, total=False):
     model_kwargs: Mapping[str, Any] | None
 
 
-class HigherOrderInputs(FirstOrderInputs, total=False):
+class _Probed(FirstOrderInputs, total=False):
+    probe: Tensor | None
+
+
+class HigherOrderInputs(_Probed, total=False):
     """What a loss of order two or three may be given with the data."""
 
-    probe: Tensor | None
     weights: Weights | None
 
 
@@ -83,14 +91,8 @@ class ThirdOrderArguments(HigherOrderInputs, ThirdOrderOptions, total=False):
     """Arguments of `third_order_dsm` after the model and the data."""
 
 
-class TermsArguments(FirstOrderInputs, total=False):
+class TermsArguments(_Probed, _Third, total=False):
     """Arguments of `dsm_terms` after the model, the data and the order."""
-
-    probe: Tensor | None
-    probes: Probes
-    distribution: Distribution
-    derivative: Engine
-    third: Estimator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,18 +191,17 @@ def check_weights(weights: object, order: int) -> Weights:
     """
     if weights is None:
         return (1.0,) * COUNTS[order][0]
-    expected = (
-        "weights: expected four numbers (first, second, trace, third), at order 2 three or four"
-    )
+    expected = "four numbers (first, second, trace, third), at order 2 three or four"
     entries: Sequence[object] | None = None
     if isinstance(weights, np.ndarray | Tensor):
         entries = tuple(weights) if weights.ndim else None
     elif isinstance(weights, Sequence) and not isinstance(weights, str | bytes):
         entries = weights
     if entries is None:
-        raise TypeError(f"{expected}; got {describe(weights)}.")
+        raise TypeError(complaint("weights", expected, weights))
     if len(entries) not in COUNTS[order]:
-        raise ValueError(f"{expected}; got {len(entries)} at order {order}.")
+        got = f"{len(entries)} at order {order}"
+        raise ValueError(complaint("weights", expected, weights, got=got))
     given = tuple(_weight(weight) for weight in entries)
     if not any(isinstance(weight, Tensor) or weight != 0 for weight in given[: order + 1]):
         raise ValueError(f"weights: expected one at least that is not 0; got {weights!r}.")
@@ -214,9 +215,9 @@ def _weight(weight: object) -> float | Tensor:
             raise ValueError(f"weights: expected numbers of at least 0; got {number}.")
         return number
     if weight.numel() != 1:
-        raise ValueError(f"weights: expected numbers; got {describe(weight)}.")
+        raise ValueError(complaint("weights", "numbers", weight))
     if weight.is_complex() or weight.dtype == torch.bool:
-        raise TypeError(f"weights: expected real numbers; got {describe(weight)}.")
+        raise TypeError(complaint("weights", "real numbers", weight))
     check_finite("weights", weight)
     if may_look(weight) and bool((weight < 0).any()):
         raise ValueError(f"weights: expected numbers of at least 0; got {float(weight)}.")

@@ -27,11 +27,13 @@ Why the detach:
 Terms of a sample, d the number of its elements, averaged over probes:
     first = ‖r1‖²/d      second = ‖r2‖²/d²      trace = rt²/d²      third = ‖r3‖²/d³
 
-    With the sliced estimator third = (u·r3)²/d³. With probes="exact" the terms are ‖M₂‖²_F,
-    (tr M₂)² and ‖R₃‖² of the whole Jacobian and of the gradient of its trace. With random probes
-    the second term has the same mean; the trace and third terms have a mean that is larger by the
-    spread over probes, which is zero at the true score. For a field free to take any value the
-    minimiser is the same; for a restricted family it need not be.
+    With the sliced estimator third = (u·r3)²/d³ for another random u, in which u·G = v·C with the
+    curvature C = σ² ∂²f[v, u]: of covariance one, u leaves the mean as it was. With
+    probes="exact" the terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖² of the whole Jacobian and of the
+    gradient of its trace. With random probes the second term has the same mean; the trace and
+    third terms have a mean that is larger by the spread over probes, which is zero at the true
+    score. For a field free to take any value the minimiser is the same; for a restricted family
+    it need not be.
 
 Precision:
     Residuals and terms are float32 at least: a sum over a few thousand squares leaves the range
@@ -42,7 +44,6 @@ Source:
     Denoising Score Matching", ICML 2022, arXiv 2206.08265, equations 10 to 15 and appendix.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -91,19 +92,12 @@ class LoggedTerms(DSMTerms):
 
 
 class Inputs(NamedTuple):
-    """A perturbed batch.
+    """A perturbed batch."""
 
-    Attributes:
-        x: α x₀ + σ ε, of shape (B, *).
-        t: times (B,), as the caller gave them.
-        noise: ε, of shape (B, *).
-        sigma: σ(t), of shape (B,).
-    """
-
-    x: Tensor
-    t: Tensor
-    noise: Tensor
-    sigma: Tensor
+    x: Tensor  # α x₀ + σ ε, of shape (B, *)
+    t: Tensor  # (B,), as the caller gave them
+    noise: Tensor  # ε, of shape (B, *)
+    sigma: Tensor  # σ(t), of shape (B,)
 
     def at(self, index: Tensor | slice) -> "Inputs":
         """Return the rows at `index`."""
@@ -111,9 +105,9 @@ class Inputs(NamedTuple):
 
 
 class Directions(NamedTuple):
-    """The probes v (K, B, *), and u of the sliced estimator."""
+    """The probes v (K, B, *), without which there is the first term alone, and u of "sliced"."""
 
-    probe: Tensor
+    probe: Tensor | None = None
     other: Tensor | None = None
 
 
@@ -130,14 +124,36 @@ def evaluate_terms(
     `directions` are those of `rows`. The `rest` of the batch has the first term only.
     """
     if rows is None or rest is None:
-        return _higher(field, inputs, directions, options)
-    terms = _higher(field.rows(rows), inputs.at(rows), directions, options)
+        return _in_parts(field, inputs, directions, options)
+    terms = _in_parts(field.rows(rows), inputs.at(rows), directions, options)
     first = terms.first
     if len(rest):
-        first = torch.cat([first, _first(field.rows(rest), inputs.at(rest), options)])
+        others = _in_parts(field.rows(rest), inputs.at(rest), Directions(), options)
+        first = torch.cat([first, others.first])
     return terms._replace(
         first=torch.empty_like(first).index_copy(0, torch.cat([rows, rest]), first)
     )
+
+
+def _in_parts(
+    field: NoiseField, inputs: Inputs, directions: Directions, options: LossOptions
+) -> DSMTerms:
+    """The terms of a batch that is evaluated in `options.chunks` parts."""
+    if options.chunks == 1:
+        return terms_along(field, inputs, directions, options)
+    given = [each for each in directions if each is not None]
+    first, last = len(inputs), len(inputs) + len(given)
+
+    def of_rows(rows: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
+        bound = field.with_conditions(tensors[last:]).rows(rows)
+        part = Inputs(*tensors[:first]).at(rows)
+        along = Directions(*[each[:, rows] for each in tensors[first:last]])
+        terms = terms_along(bound, part, along, options)
+        return tuple(term for term in terms if term is not None)
+
+    tensors = (*inputs, *given, *field.conditions())
+    parts = in_chunks(of_rows, options.chunks, field.model.network, tensors, len(inputs.x))
+    return DSMTerms(*parts)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -147,7 +163,7 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 def _along(coefficient: Tensor, vector: Tensor) -> Tensor:
     """Multiply the vector (K, B, *) of every probe and sample by its number (K, B)."""
-    return coefficient.reshape(*coefficient.shape, *(1,) * (vector.ndim - 2)) * vector
+    return expand_right(coefficient, vector) * vector
 
 
 def first_residual(value: Tensor, noise: Tensor) -> Tensor:
@@ -174,78 +190,17 @@ def third_residual(
 
     For G the Laplacian form σ² ∂²f[v, v] may stand, which is the same where ∂f/∂x is symmetric.
     """
-    return gradient + _lower_orders(value, directional, noise, probe)
-
-
-def sliced_residual(
-    value: Tensor,
-    directional: Tensor,
-    curvature: Tensor,
-    noise: Tensor,
-    probe: Tensor,
-    other: Tensor,
-) -> Tensor:
-    """u·r3 for another probe u, everything but the curvature detached.
-
-    u·G = v·C with the curvature C = σ² ∂²f[v, u]. Over independent u of covariance one the mean of
-    (u·r3)² is ‖r3‖².
-    """
-    rest = _lower_orders(value, directional, noise, probe)
-    return _inner(probe, curvature) + _inner(other, rest)
-
-
-def _lower_orders(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
-    """r3 without G, all of it held fixed."""
     ell = first_residual(value, noise).detach()
     shifted = directional.detach() + probe
     slope = _inner(ell, probe)
-    return _along(slope.square() - _inner(probe, shifted), ell) - _along(2 * slope, shifted)
+    rest = _along(slope.square() - _inner(probe, shifted), ell) - _along(2 * slope, shifted)
+    return gradient + rest
 
 
 def first_residual_of(field: NoiseField, inputs: Inputs) -> Tensor:
     """r1 (1, B, *), in float32 at least."""
     value = at_least_float32(field(inputs.x).unsqueeze(0))
     return first_residual(value, at_least_float32(inputs.noise))
-
-
-def _first(field: NoiseField, inputs: Inputs, options: LossOptions) -> Tensor:
-    def evaluate(field: NoiseField, inputs: Inputs) -> tuple[Tensor]:
-        return (first_term(first_residual_of(field, inputs)),)
-
-    return _in_parts(evaluate, field, inputs, (), options)[0]
-
-
-def _higher(
-    field: NoiseField, inputs: Inputs, directions: Directions, options: LossOptions
-) -> DSMTerms:
-    def evaluate(field: NoiseField, inputs: Inputs, *given: Tensor) -> tuple[Tensor, ...]:
-        terms = terms_along(field, inputs, Directions(*given), options)
-        return tuple(term for term in terms if term is not None)
-
-    given = tuple(each for each in directions if each is not None)
-    return DSMTerms(*_in_parts(evaluate, field, inputs, given, options))
-
-
-def _in_parts(
-    evaluate: Callable[..., tuple[Tensor, ...]],
-    field: NoiseField,
-    inputs: Inputs,
-    directions: tuple[Tensor, ...],
-    options: LossOptions,
-) -> tuple[Tensor, ...]:
-    if options.chunks == 1:
-        return evaluate(field, inputs, *directions)
-    conditions = field.conditions()
-
-    first, last = len(inputs), len(inputs) + len(directions)
-
-    def of_rows(rows: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
-        bound = field.with_conditions(tensors[last:]).rows(rows)
-        part = Inputs(*tensors[:first]).at(rows)
-        return evaluate(bound, part, *(each[:, rows] for each in tensors[first:last]))
-
-    tensors = (*inputs, *directions, *conditions)
-    return in_chunks(of_rows, options.chunks, field.model.network, tensors, len(inputs.x))
 
 
 def _mean_square(residual: Tensor, *, exact: bool = False) -> Tensor:
@@ -264,8 +219,10 @@ def terms_along(
     field: NoiseField, inputs: Inputs, directions: Directions, options: LossOptions
 ) -> DSMTerms:
     """The terms of every sample, along given directions."""
-    x, noise = inputs.x, inputs.noise
     probe, other = directions
+    if probe is None:
+        return DSMTerms(first_term(first_residual_of(field, inputs)))
+    x, noise = inputs.x, inputs.noise
     sigma = expand_right(inputs.sigma, x)
     direction = (sigma * probe).to(x.dtype)
     second_direction = None
@@ -294,6 +251,6 @@ def terms_along(
     if other is None or not isinstance(derived, Curved):
         third = third_residual(value, directional, last, noise, probe)
     else:
-        other = at_least_float32(other)
-        third = sliced_residual(value, directional, last, noise, probe, other)
+        rest = third_residual(value, directional, torch.zeros_like(last), noise, probe)
+        third = _inner(probe, last) + _inner(at_least_float32(other), rest)
     return DSMTerms(first, second, trace, _mean_square(third, exact=exact) / elements**3)

@@ -120,18 +120,16 @@ def time_factors(
         """du/dt = g²/(2σ²)."""
         return schedule.squared_diffusion(time) / (2 * schedule.sigma(time).square())
 
-    ratio = span = None
-    if importance:
-        _, span = _range(schedule)
-        ratio = schedule.time_density(time) * span / rate()
+    span = _range(schedule)[1] if importance else None
+    ratio = 1.0 if span is None else schedule.time_density(time) * span / rate()
 
     def factor(one: One) -> Tensor | None:
         if callable(one):
-            return _product(_called(one, model, x0, t), ratio)
+            return _called(one, model, x0, t) * ratio
         if one == "noise":
-            return ratio
+            return ratio if isinstance(ratio, Tensor) else None
         if one == "native":
-            return _product(model.native_weight(t, x0), ratio)
+            return model.native_weight(t, x0) * ratio
         if span is not None:
             return torch.ones_like(time) * (span * elements)
         if drawn and sampler == "schedule":
@@ -140,10 +138,6 @@ def time_factors(
 
     of_first = factor(first)
     return of_first, of_first if higher is first else factor(higher)
-
-
-def _product(factor: Tensor, ratio: Tensor | None) -> Tensor:
-    return factor if ratio is None else factor * ratio
 
 
 def _called(

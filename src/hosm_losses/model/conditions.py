@@ -61,18 +61,15 @@ def _walk(value: Any, visit: Visit, path: str) -> Any:
         return type(value)(
             [_walk(each, visit, f"{path}[{place}]") for place, each in enumerate(value)]
         )
-    if isinstance(value, Mapping):
-        found = {key: _walk(each, visit, f"{path}[{key!r}]") for key, each in value.items()}
-        return _rebuilt(value, found, dict(value), path)
-    if isinstance(value, list | tuple):
-        entries = [_walk(each, visit, f"{path}[{place}]") for place, each in enumerate(value)]
-        return _rebuilt(value, dict(enumerate(entries)), dict(enumerate(value)), path)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, Mapping | list | tuple):
+        before, step = dict(value if isinstance(value, Mapping) else enumerate(value)), "[{!r}]"
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [each.name for each in dataclasses.fields(value) if hasattr(value, each.name)]
-        before = {name: getattr(value, name) for name in names}
-        found = {name: _walk(each, visit, f"{path}.{name}") for name, each in before.items()}
-        return _rebuilt(value, found, before, path)
-    return value
+        before, step = {name: getattr(value, name) for name in names}, ".{}"
+    else:
+        return value
+    found = {key: _walk(each, visit, path + step.format(key)) for key, each in before.items()}
+    return _rebuilt(value, found, before, path)
 
 
 def _rebuilt(value: Any, found: dict[Any, Any], before: dict[Any, Any], path: str) -> Any:

@@ -16,31 +16,41 @@ from hosm_losses._checks import over_elements
 from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import Derivatives, Jet, derive, quadratic_forms, safe_primitives
 from hosm_losses.model.conditions import bound, map_tensors, per_sample
-from hosm_losses.model.score_model import ScoreModel
+from hosm_losses.model.score_model import ScoreModel, to_noise
 
 
 @dataclass(frozen=True, eq=False)  # torch.compile of PyTorch 2.6 hashes it before it is made
-class NoiseField:
-    """f(x) = −ε̂(x, t) with t and the conditions bound.
+class ConditionedModel:
+    """A score model with its conditions bound to a batch, for a field at any t.
 
     Attributes:
         model: the score model.
-        t: times (B,).
         kwargs: the network's keyword arguments, bound to the batch: see `conditions`.
         primitives: whether the safe primitives are put in.
     """
 
     model: ScoreModel
-    t: Tensor
     kwargs: dict[str, Any]
     primitives: bool
 
+    def at(self, t: Tensor) -> "NoiseField":
+        """Return the field at times (B,)."""
+        return NoiseField(self.model, self.kwargs, self.primitives, normal(t))
+
+    def rows(self, index: Tensor | slice) -> "ConditionedModel":
+        """Return the model conditioned on the samples at `index`."""
+        return replace(self, kwargs=_select(self.kwargs, lambda tensor: tensor[index]))
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseField(ConditionedModel):
+    """f(x) = −ε̂(x, t): a conditioned model at times t (B,)."""
+
+    t: Tensor
+
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate f at x (B, *)."""
-        if not self.primitives:
-            return -self.model.noise(x, self.t, **self.kwargs)
-        with safe_primitives():
-            return -self.model.noise(x, self.t, **self.kwargs)
+        return -to_noise(NetworkField(self)(x), x, *self.model.affine(self.t, x))
 
     def derive(
         self,
@@ -65,29 +75,28 @@ class NoiseField:
             second_direction=second_direction,
         )
         value, directional, third = derived
-        factor, share = self.model.affine(self.t, x)
-        value, directional = (
-            -_affine(part, of_x, factor, share)
-            for part, of_x in ((value, x), (directional, direction))
+        p, q = self.model.affine(self.t, x)
+        return type(derived)(
+            -to_noise(value, x, p, q),
+            -to_noise(directional, direction, p, q),
+            None if third is None else -to_noise(third, None, p, q),
         )
-        third = None if third is None else -_affine(third, None, factor, share)
-        return type(derived)(value, directional, third)
 
     def quadratic_forms(self, x: Tensor, directions: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """f at x and wᵀ ∂f/∂x w for chunks (k, B, *) of directions, the forms (K, B)."""
-        factor, share = self.model.affine(self.t, x)
+        p, q = self.model.affine(self.t, x)
         squares: list[Tensor] = []
 
         def watched() -> Iterator[Tensor]:
             for w in directions:
-                if share is not None:
+                if q is not None:
                     squares.append(over_elements(w.square()))
                 yield w
 
         value, forms = quadratic_forms(NetworkField(self), x, watched())
-        flat = tuple(None if c is None else c.reshape(-1) for c in (factor, share))
         of_x = torch.cat(squares) if squares else None
-        return -_affine(value, x, factor, share), -_affine(forms, of_x, *flat)
+        flat = (None if each is None else each.flatten() for each in (p, q))
+        return -to_noise(value, x, p, q), -to_noise(forms, of_x, *flat)
 
     def repeat(self, count: int) -> "NoiseField":
         """Return the field of `count` copies of the batch, one after the other."""
@@ -99,8 +108,7 @@ class NoiseField:
 
     def rows(self, index: Tensor | slice) -> "NoiseField":
         """Return the field of the samples at `index`."""
-        kwargs = _select(self.kwargs, lambda tensor: tensor[index])
-        return replace(self, t=self.t[index], kwargs=kwargs)
+        return super().rows(index).at(self.t[index])
 
     def conditions(self) -> list[Tensor]:
         """The tensors among the network's keyword arguments."""
@@ -117,29 +125,6 @@ class NoiseField:
 def _select(kwargs: dict[str, Any], select: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """Apply a function to the conditions that belong to the samples."""
     return per_sample(kwargs, lambda _, tensor: select(tensor)) if kwargs else kwargs
-
-
-@dataclass(frozen=True)
-class ConditionedModel:
-    """A score model with its conditions bound to a batch, for a field at any t.
-
-    Attributes:
-        model: the score model.
-        kwargs: the network's keyword arguments, bound to the batch.
-        primitives: whether the safe primitives are put in.
-    """
-
-    model: ScoreModel
-    kwargs: dict[str, Any]
-    primitives: bool
-
-    def at(self, t: Tensor) -> NoiseField:
-        """Return the field at times (B,)."""
-        return NoiseField(self.model, normal(t), self.kwargs, self.primitives)
-
-    def rows(self, index: Tensor | slice) -> "ConditionedModel":
-        """Return the model conditioned on the samples at `index`."""
-        return replace(self, kwargs=_select(self.kwargs, lambda tensor: tensor[index]))
 
 
 def condition(
@@ -193,11 +178,3 @@ class NetworkField:
     def repeat(self, count: int) -> "NetworkField":
         """Return the field of `count` copies of the batch, one after the other."""
         return NetworkField(self.field.repeat(count))
-
-
-def _affine(
-    part: Tensor, of_x: Tensor | None, factor: Tensor | None, share: Tensor | None
-) -> Tensor:
-    """p part + q x, where None stands for 1 and for 0."""
-    scaled = part if factor is None else factor * part
-    return scaled if share is None or of_x is None else scaled + share * of_x
