@@ -47,6 +47,20 @@ def ratio(order, x0=None, **options):
 
 
 @pytest.mark.parametrize(
+    ("options", "most"),
+    [({}, 18.6), ({"third": "laplacian"}, 10.4), ({"third": "sliced"}, 18.6)],
+    ids=str,
+)
+def test_exact_probes_share_the_value_and_one_pass_back(options, most):
+    """Eight dimensions: 6 (1 + 8) evaluations of 3, 3 (2 + 8) and 3 (2 + 2 · 8)."""
+    layers = [nn.Linear(8, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 8)]
+    network, x0 = nn.Sequential(*layers), torch.randn(4, 8)
+    model = hosm.ScoreModel(lambda x, t: network(x), hosm.VPSchedule())
+    first = step(lambda: hosm.first_order_dsm(model, x0))
+    assert step(lambda: hosm.third_order_dsm(model, x0, probes="exact", **options)) / first < most
+
+
+@pytest.mark.parametrize(
     ("order", "options", "most"),
     [
         (2, {}, 2.05),

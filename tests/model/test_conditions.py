@@ -28,8 +28,8 @@ class Ours(UserDict):
     pass
 
 
-class WritesTimes(nn.Module):
-    """The same function with and without a write to its times."""
+class Writes(nn.Module):
+    """The same function with and without a write to its input and times."""
 
     def __init__(self, writes):
         super().__init__()
@@ -39,8 +39,9 @@ class WritesTimes(nn.Module):
     def forward(self, x, t):
         if self.writes:
             t *= 1000
-            return self.inner(x, t / 1000)
-        return self.inner(x, t * 1000 / 1000)
+            x.mul_(2)
+            return self.inner(x / 2, t / 1000)
+        return self.inner(x * 2 / 2, t * 1000 / 1000)
 
 
 def same(got, expected):
@@ -51,6 +52,7 @@ def gradients(network, loss):
     return torch.autograd.grad(loss, list(network.parameters()))
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "flow_prediction"])
 @pytest.mark.parametrize("weighting", ["noise", "likelihood", lambda t: 1 + t], ids=str)
 @pytest.mark.parametrize(
     ("order", "options"),
@@ -63,11 +65,11 @@ def gradients(network, loss):
     ],
     ids=str,
 )
-def test_a_network_may_write_to_its_times(order, options, weighting):
+def test_a_network_may_write_to_its_input_and_times(order, options, weighting, prediction):
     found = []
     for writes in (False, True):
-        network = WritesTimes(writes)
-        model = hosm.ScoreModel(network, hosm.VPSchedule())
+        network = Writes(writes)
+        model = hosm.ScoreModel(network, hosm.VPSchedule(), prediction)
         torch.manual_seed(1)
         t = torch.linspace(0.2, 0.7, 4)
         given = t.clone()
@@ -79,7 +81,7 @@ def test_a_network_may_write_to_its_times(order, options, weighting):
 
 @pytest.mark.parametrize("time", [None, 2.0, lambda t: t, lambda t: t.mul_(3)], ids=str)
 def test_so_may_the_function_of_time(time):
-    model = hosm.ScoreModel(WritesTimes(True), hosm.VPSchedule(), time=time)
+    model = hosm.ScoreModel(Writes(True), hosm.VPSchedule(), time=time)
     x, t = torch.randn(2, 3), torch.full((2,), 0.3)
     first = model.noise(x, t)
     same(model.noise(x, t), first)
@@ -90,7 +92,7 @@ def test_so_may_the_function_of_time(time):
 def test_and_in_a_likelihood(method):
     x, found = torch.randn(3, 3), []
     for writes in (False, True):
-        model = hosm.ScoreModel(WritesTimes(writes), hosm.VPSchedule())
+        model = hosm.ScoreModel(Writes(writes), hosm.VPSchedule())
         found.append(
             hosm.ode_nll(model, x, method=method, divergence="exact", steps=8, tolerance=0.1).nll
         )

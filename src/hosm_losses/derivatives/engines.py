@@ -6,8 +6,8 @@ Formula, along w = σ v:
               itself and not its transpose; at c = w the same pass gives ∂(w·g)/∂x = G.
     forward   D is `torch.func.jvp`; G is the gradient of w·D, reverse over forward mode.
 
-    In place of G there may be C = ∂²f[w, u] for another direction u, by the engines that go
-    forward. It is nested forward mode, without a pass back.
+    In place of G there may be C = ∂²f[w, u] for another direction u, its own for each w or one for
+    all, by the engines that go forward. It is nested forward mode, without a pass back.
 
     Where the sum of G, or of C with u = w, over the directions is enough, the taylor engine takes
     one pass back, or carries one second derivative: the directions share the value.
@@ -134,7 +134,8 @@ def taylor(
         return Derivatives(*_kept((stack[:1], stack[1:]), wanted))
     same, count = second_direction is direction, len(direction)
     directions = direction if same else torch.cat([direction, second_direction])
-    pairs = "halves" if not same else "sum" if summed else "squares"
+    shared = len(second_direction) < count
+    pairs = ("sum" if summed else "squares") if same else "last" if shared else "halves"
     stack = carried(field, x, directions, pairs)
     derived = Curved(
         *_kept((stack[:1], stack[1 : 1 + count], stack[1 + len(directions) :]), wanted)
@@ -199,7 +200,9 @@ def forward(
         return *parts, curvature
 
     one: Any = second if order == 2 else third if second_direction is None else curved
-    directions = (direction,) if second_direction is None else (direction, second_direction)
+    directions = (direction,)
+    if second_direction is not None:
+        directions = direction, second_direction.expand_as(direction)
     with _explained(), without_recomputation(), forward_mode():
         if len(direction) == 1:
             value, *rest = [part.unsqueeze(0) for part in one(*(each[0] for each in directions))]

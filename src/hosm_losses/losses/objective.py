@@ -157,7 +157,7 @@ def _directions(
     # r3 is summed over all unit vectors before it is squared: one u for all of them.
     count = 1 if options.probes == "exact" else len(v)
     u = draw_probes(x, count, options.distribution, generator)
-    return Directions(v, u.expand_as(v))
+    return Directions(v, u)
 
 
 def _given_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:

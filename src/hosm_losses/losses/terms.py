@@ -203,10 +203,8 @@ def first_residual_of(field: NoiseField, inputs: Inputs) -> Tensor:
     return first_residual(value, at_least_float32(inputs.noise))
 
 
-def _mean_square(residual: Tensor, *, exact: bool = False) -> Tensor:
-    """‖r‖² of (K, B, *) averaged over probes, or of their sum over all unit vectors: (B,)."""
-    if exact:
-        residual = residual.sum(0, keepdim=True)
+def _mean_square(residual: Tensor) -> Tensor:
+    """‖r‖² of (K, B, *) averaged over probes: (B,)."""
     return over_elements(residual.square()).mean(0)
 
 
@@ -228,29 +226,31 @@ def terms_along(
     second_direction = None
     if options.order == 3 and options.third != "exact":
         second_direction = direction if other is None else (sigma * other).to(x.dtype)
+    exact = options.probes == "exact"
     derived = field.derive(
         x,
         direction,
         order=options.order,
         derivative=options.derivative,
         second_direction=second_direction,
+        summed=exact and other is None,
     )
     value, directional, last = derived
     value, directional, noise, probe = map(at_least_float32, (value, directional, noise, probe))
     elements = x[0].numel()
-    exact = options.probes == "exact"
     first = first_term(first_residual(value, noise))
     second = _mean_square(second_residual(value, directional, noise, probe)) / elements**2
     # Over all unit vectors ‖r2‖² is summed, but rt and r3 are summed before they are squared.
     second = second * len(probe) if exact else second
     trace = trace_residual(value, directional, noise, probe)
-    trace = _mean_square(trace, exact=exact) / elements**2
+    trace = trace.sum(0, keepdim=True) if exact else trace
+    trace = _mean_square(trace) / elements**2
     if last is None:
         return DSMTerms(first, second, trace)
     last = at_least_float32(last)
-    if other is None or not isinstance(derived, Curved):
-        third = third_residual(value, directional, last, noise, probe)
-    else:
-        rest = third_residual(value, directional, torch.zeros_like(last), noise, probe)
-        third = _inner(probe, last) + _inner(at_least_float32(other), rest)
-    return DSMTerms(first, second, trace, _mean_square(third, exact=exact) / elements**3)
+    rest = third_residual(value, directional, torch.zeros_like(last), noise, probe)
+    if other is not None and isinstance(derived, Curved):
+        last, rest = _inner(probe, last), _inner(at_least_float32(other), rest)
+    if exact:
+        last, rest = last.sum(0, keepdim=True), rest.sum(0, keepdim=True)
+    return DSMTerms(first, second, trace, _mean_square(last + rest) / elements**3)

@@ -60,6 +60,7 @@ class NoiseField(ConditionedModel):
         order: int,
         derivative: str = "auto",
         second_direction: Tensor | None = None,
+        summed: bool = False,
     ) -> Derivatives:
         """f, D and G or C at x along directions (K, B, *): those of the network, put together.
 
@@ -73,6 +74,7 @@ class NoiseField(ConditionedModel):
             order=order,
             derivative=derivative,
             second_direction=second_direction,
+            summed=summed,
         )
         value, directional, third = derived
         p, q = self.model.affine(self.t, x)

@@ -193,8 +193,8 @@ class ScoreModel(nn.Module):
 
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """What the network predicts, of the shape of x."""
-        # Its own times: a network may write to them.
-        network_time = t.clone()
+        # Its own x and times: a network may write to them.
+        x, network_time = x.clone(), t.clone()
         if callable(self.time):
             network_time = self.time(network_time)
         elif self.time is not None:

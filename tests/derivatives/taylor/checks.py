@@ -65,6 +65,7 @@ def check(function, shape, *parameters, reference=None, positive=False, rounding
         (carried(function, x, two), (value, by_v, by_u)),
         (carried(function, x, one, "squares"), (value, by_v, squared)),
         (carried(function, x, two, "halves"), (value, by_v, by_u, mixed)),
+        (carried(function, x, two, "last"), (value, by_v, by_u, mixed)),
     ):
         close(got, torch.stack(expected))
         for mine, theirs in zip(got, expected, strict=True):
@@ -73,6 +74,9 @@ def check(function, shape, *parameters, reference=None, positive=False, rounding
     close(several[3], squared)
     summed = carried(function, x, two, "sum")
     assert len(summed) == 4
+    three = torch.stack([v, 2 * v, u])
+    last = torch.stack([value, by_v, 2 * by_v, by_u, mixed, 2 * mixed])
+    torch.testing.assert_close(carried(function, x, three, "last"), last, rtol=1e-9, atol=rounding)
     # A function that casts to float32 rounds a sum, and not the sum of what it rounded.
     torch.testing.assert_close(summed[3], several[3] + several[4], rtol=1e-9, atol=rounding)
     if rounding < 1e-9:

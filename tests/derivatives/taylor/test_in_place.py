@@ -470,3 +470,23 @@ def test_a_checkpoint_around_a_change_of_its_argument_is_refused(by):
     if by is hosm.checkpoint:
         with pytest.raises(hosm.DerivativeError, match="leaves its arguments"):
             network(X)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: y.add_(ROW),
+        lambda y: y.mul_(ROW),
+        lambda y: y.copy_(ROW),
+        lambda y: y.__setitem__(0, ROW),
+        lambda y: y[:, 1:].div_(ROW[1:]),
+        lambda y: y.lerp_(y.clone(), 0.3),
+    ],
+)
+def test_a_change_keeps_the_type(change):
+    def function(x):
+        y = x.sin().float()
+        change(y)
+        return y
+
+    assert carried(function, X, V.unsqueeze(0)).dtype == function(X).dtype == torch.float32

@@ -10,8 +10,9 @@ from torch import Tensor
 from hosm_losses._torch_internals import forward_mode, pytree
 
 # Which products of two first derivatives have a second one: none; that of each direction with
-# itself; the sum of those; that of each of the first half with its fellow in the second half.
-Pairs = Literal["none", "squares", "sum", "halves"]
+# itself; the sum of those; that of each of the first half with its fellow in the second half; that
+# of each but the last with the last.
+Pairs = Literal["none", "squares", "sum", "halves", "last"]
 Tensors = tuple[Tensor, ...]
 
 
@@ -36,17 +37,21 @@ def along(
     if pairs == "none":
         value, *parts = _mapped(first, derivatives)
     else:
-        count = firsts // 2 if pairs == "halves" else firsts
+        count = {"halves": firsts // 2, "last": firsts - 1}.get(pairs, firsts)
         left = tuple(each[:count] for each in derivatives)
         right = tuple(each[firsts - count : firsts] for each in derivatives)
+        if pairs == "last":
+            right = tuple(each[-1:].expand_as(each) for each in right)
         both = tuple(
             # Of a sum the first direction has it all.
             torch.cat([each[firsts:], torch.zeros_like(each[: count + firsts - len(each)])])
             for each in derivatives
         )
         value, *parts = _mapped(second, left, right, both)
-        if pairs != "halves":
+        if pairs in ("squares", "sum"):
             del parts[1]
+        if pairs == "last":
+            parts[1] = pytree.tree_map(lambda part: part[:1], parts[1])
         if pairs == "sum":
             parts[1] = pytree.tree_map(lambda part: part.sum(0, keepdim=True), parts[1])
     stacks = zip(value, *parts, strict=True)

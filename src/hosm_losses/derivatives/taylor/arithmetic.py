@@ -84,7 +84,8 @@ def _product(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], ndim: 
         return a.like(torch.cat([value, tangents]))
     (a_left, a_right), (b_left, b_right) = halves(a_tangents, pairs), halves(b_tangents, pairs)
     both = gathered(product(a_left, b_right), pairs)
-    both = both + product(a_right, b_left) if pairs == "halves" else 2 * both
+    symmetric = pairs in ("squares", "sum")
+    both = 2 * both if symmetric else both + product(a_right, b_left)
     for part in (seconds, added[firsts:]):
         both = both + part if len(part) else both
     return a.like(torch.cat([value, tangents, both]))

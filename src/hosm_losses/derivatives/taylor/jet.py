@@ -124,9 +124,9 @@ def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def halves(firsts: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """The first derivatives on the left and on the right of the second ones."""
-    if pairs != "halves":
-        return firsts, firsts
-    left, right = firsts.chunk(2)
+    if pairs == "last":
+        return firsts[:-1], firsts[-1:]
+    left, right = firsts.chunk(2) if pairs == "halves" else (firsts, firsts)
     return left, right
 
 
@@ -238,7 +238,8 @@ def carried(
     """The stack (C, B, *) of a function at x (B, *): f, ∂f w for the K directions, and pairs.
 
     `pairs` is "none"; "squares" for ∂²f[w, w] of every direction; "sum" for the sum of those,
-    carried as one; "halves" for ∂²f[v, u] of each v of the first half and its u of the second.
+    carried as one; "halves" for ∂²f[v, u] of each v of the first half and its u of the second;
+    "last" for that of each v and the last u.
     TaylorError says what cannot be carried.
 
     Example:
@@ -262,7 +263,7 @@ def carried(
         raise TaylorError(
             f"its output does not carry derivatives in x; got {type(result).__name__}."
         )
-    seconds = {"none": 0, "squares": count, "sum": 1, "halves": count // 2}[pairs]
+    seconds = {"none": 0, "sum": 1, "halves": count // 2, "last": count - 1}.get(pairs, count)
     # Second derivatives that are zero everywhere, as of a linear network.
     length = 1 + count + seconds
     return stack if len(stack) == length else aliases.lengthened(stack, length)

@@ -69,7 +69,10 @@ def _pull_back(
         gradient[0].addcmul_(next(numbers), _over(bent, gathered(left * right, pairs)))
         bent = bent * bend
         gradient[1 : 1 + len(left)].addcmul_(bent, right)
-        gradient[1 + firsts - len(left) : 1 + firsts].addcmul_(bent, left)
+        if pairs == "last":
+            gradient[firsts].add_(_over(bent, left))
+        else:
+            gradient[1 + firsts - len(left) : 1 + firsts].addcmul_(bent, left)
     return gradient.to(dtype)
 
 
