@@ -225,15 +225,12 @@ def terms_along(
     x, noise = inputs.x, inputs.noise
     sigma = expand_right(inputs.sigma, x)
     direction = (sigma * probe).to(x.dtype)
-    second_direction = None
+    second = None
     if options.order == 3 and options.third != "exact":
-        second_direction = direction if other is None else (sigma * other).to(x.dtype)
+        second = direction if other is None else (sigma * other).to(x.dtype)
+    engine = options.derivative
     derived = field.derive(
-        x,
-        direction,
-        order=options.order,
-        derivative=options.derivative,
-        second_direction=second_direction,
+        x, direction, order=options.order, derivative=engine, second_direction=second
     )
     value, directional, last = derived
     value, directional, noise, probe = map(at_least_float32, (value, directional, noise, probe))
