@@ -136,6 +136,17 @@ def test_a_dearer_engine_is_a_warning_with_its_price_once(kind):
 
 
 @pytest.mark.parametrize("third", ["laplacian", "sliced"])
+def test_forward_mode_says_where_it_costs_more_than_the_exact_form(third):
+    model, x0 = hosm.ScoreModel(works(), hosm.VPSchedule()), torch.randn(4, 3)
+    with pytest.warns(UserWarning, match="takes 22 .* for third='exact' 16; the engine 'taylor'"):
+        hosm.third_order_dsm(model, x0, third=third, derivative="forward")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        hosm.third_order_dsm(model, x0, third=third, derivative="forward")
+        hosm.third_order_dsm(model, x0, derivative="forward")
+
+
+@pytest.mark.parametrize("third", ["laplacian", "sliced"])
 def test_auto_takes_the_cheaper_objective_where_the_other_costs_more(third):
     layer = nn.Linear(3, 3)
     model = hosm.ScoreModel(lambda x, t: layer(refused(x, t)), hosm.VPSchedule())

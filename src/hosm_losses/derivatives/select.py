@@ -115,6 +115,9 @@ def derive(
     """
     if derivative == "auto":
         return _auto(field, x, direction, order, second_direction, summed)
+    dearer = derivative == "forward" and second_direction is not None
+    if dearer and not torch.compiler.is_compiling():
+        _warn_of_forward(field.owner, _kind(direction, order, second_direction))
     try:
         engine = getattr(engines, derivative)
         return engine(field, x, direction, order, second_direction, summed)
@@ -192,9 +195,6 @@ def _kind(direction: Tensor, order: int, second_direction: Tensor | None) -> str
 
 def _warn_of_price(choice: _Choice, owner: object, why: str, engine: str, kind: str) -> None:
     """Warn, once for a kind of loss, that an engine other than "taylor" gives D and G."""
-    if kind in choice.said:
-        return
-    choice.said.add(kind)
     costs = EVALUATIONS[kind]
     replaced = "reverse" not in costs  # C by G
     price = EVALUATIONS["third='exact'" if replaced else kind][engine]
@@ -208,7 +208,24 @@ def _warn_of_price(choice: _Choice, owner: object, why: str, engine: str, kind: 
             f" {kind} in forward mode costs more than 'exact', {costs['forward']} "
             f"evaluations, so 'exact' is taken; derivative='forward' keeps {kind}."
         )
-    warnings.warn(told, stacklevel=_users_level())
+    _warn_once(choice, kind, told)
+
+
+def _warn_of_forward(owner: object, kind: str) -> None:
+    """Warn, once for a kind of loss, that in forward mode the exact third order costs less."""
+    costs, exact = EVALUATIONS[kind], EVALUATIONS["third='exact'"]
+    told = (
+        f"derivative='forward': for {kind} a training step takes {costs['forward']} evaluations "
+        f"of the network, for third='exact' {exact['forward']}; the engine 'taylor' takes "
+        f"{costs['taylor']}."
+    )
+    _warn_once(_choice(owner), f"forward, {kind}", told)
+
+
+def _warn_once(choice: _Choice, kind: str, told: str) -> None:
+    if kind not in choice.said:
+        choice.said.add(kind)
+        warnings.warn(told, stacklevel=_users_level())
 
 
 def _users_level() -> int:
@@ -221,4 +238,4 @@ def _users_level() -> int:
 
 def say_no_price(owner: object) -> None:
     """Give no warning about this network: it is a copy, and no training step is taken."""
-    _choice(owner).said.update(EVALUATIONS)
+    _choice(owner).said.update(EVALUATIONS, [f"forward, {kind}" for kind in EVALUATIONS])

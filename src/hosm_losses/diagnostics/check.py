@@ -28,7 +28,7 @@ from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import ENGINES, Field
 from hosm_losses.diagnostics.differences import TOLERANCE, Agreement, Check, Smoothness
 from hosm_losses.diagnostics.localize import attempt, culprit, custom_functions, recorded
-from hosm_losses.diagnostics.values import check_samples, check_values, evaluate
+from hosm_losses.diagnostics.values import check_samples, check_values
 from hosm_losses.model import (
     NetworkField,
     NoiseField,
@@ -190,8 +190,7 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
         return
     where, primitives = "its own forward", noise_field.primitives
     mended: Field = NetworkField(replace(noise_field, primitives=True))
-    calls = recorded(field.owner, lambda: evaluate(noise_field, x))
-    found = culprit(check, calls, primitives, opaque)
+    found = culprit(check, recorded(noise_field, x), primitives, opaque)
     if found is not None:
         field, fault = found
         where, x, mended = field.call.where, field.x, replace(field, primitives=True)

@@ -6,7 +6,7 @@ Formula:
     derivatives.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hosm_losses._torch_internals import custom_function, graph_nodes
 from hosm_losses.derivatives import ASK_THE_CHECK, Field, safe_primitives, say_no_price
 from hosm_losses.diagnostics.differences import Check, Smoothness, random_like, reseed
-from hosm_losses.model import map_tensors
+from hosm_losses.model import NetworkField, NoiseField, map_tensors, tensors_in
 
 NO_DERIVATIVE = "no derivative at all"
 
@@ -38,8 +38,16 @@ class Call:
         return f"the module {self.name!r} ({type(self.module).__name__})"
 
 
-def recorded(network: object, evaluate: Callable[[], Tensor]) -> list[Call]:
-    """The calls of the modules inside a network during one evaluation, in the order they ended."""
+def evaluate(field: NoiseField, x: Tensor, seed: int = 0) -> Tensor:
+    """What the network predicts at x, without a graph, by PyTorch's own operators."""
+    reseed(x, seed)
+    with torch.no_grad():
+        return NetworkField(field).native(x.clone()).detach().clone()
+
+
+def recorded(field: NoiseField, x: Tensor) -> list[Call]:
+    """The calls of the modules inside a network at x, in the order they ended."""
+    network: object = field.model.network
     calls: list[Call] = []
     entered: list[dict[int | str, Any]] = []
     handles = []
@@ -56,7 +64,7 @@ def recorded(network: object, evaluate: Callable[[], Tensor]) -> list[Call]:
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(partial(after, name), with_kwargs=True))
     try:
-        evaluate()
+        evaluate(field, x)
     finally:
         for handle in handles:
             handle.remove()
@@ -71,11 +79,9 @@ def _copied(value: Any) -> Any:
         return value
 
 
-def tensors_in(value: Any) -> list[Tensor]:
+def floats_in(value: Any) -> list[Tensor]:
     """The floating-point tensors in a value, however deep in containers."""
-    found: list[Tensor] = []
-    map_tensors(value, lambda tensor: found.append(tensor) or tensor)
-    return [tensor for tensor in found if tensor.is_floating_point()]
+    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
 
 
 def attempt(check: Check, field: Field, x: Tensor) -> str | None:
@@ -107,7 +113,7 @@ class Part:
         args = [each for key, each in arguments.items() if isinstance(key, int)]
         kwargs = {key: each for key, each in arguments.items() if isinstance(key, str)}
         with safe_primitives(self.primitives):
-            returned = tensors_in(self.call.module(*args, **kwargs))
+            returned = floats_in(self.call.module(*args, **kwargs))
         randn = random_like(x, seed=1)
         total = x.new_zeros(())
         for each in returned:

@@ -1,11 +1,9 @@
-r"""What has to hold of a network's values before its derivatives can be compared with differences.
+"""What has to hold of a network's values before its derivatives can be compared with differences.
 
-What:
-    The output is finite and depends on the arguments and the seed alone. Its precision is the
-    least precise dtype of what depends on x or on a trained parameter, as PyTorch's functions see
-    it. Every sample is treated alone: one is kept and the others, with their times, are replaced,
-    so that the batch keeps its size and dropout its mask. Then the samples are permuted with all
-    that is taken to belong to them, unless the network draws random numbers, which go by place.
+The output is finite and depends on the arguments and the seed alone. Every sample is treated
+alone: one is kept and the others, with their times, are replaced, so that the batch keeps its size
+and dropout its mask. Then the samples are permuted with all that is taken to belong to them,
+unless the network draws random numbers, which go by place.
 """
 
 from collections.abc import Callable, Collection
@@ -19,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
 from hosm_losses.diagnostics.differences import TOLERANCE, random_like, reseed, size_of
-from hosm_losses.diagnostics.localize import Call, recorded, tensors_in
+from hosm_losses.diagnostics.localize import Call, evaluate, floats_in, recorded
 from hosm_losses.model import NetworkField, NoiseField, per_sample
 
 # Of the size of an output, what sums in another order may change.
@@ -38,13 +36,6 @@ ALONE = (
     "Take no mean, norm or attention over the first dimension, which is the samples' "
     "(nn.MultiheadAttention and recurrent layers want batch_first=True)."
 )
-
-
-def evaluate(field: NoiseField, x: Tensor, seed: int = 0) -> Tensor:
-    """What the network predicts at x, without a graph, by PyTorch's own operators."""
-    reseed(x, seed)
-    with torch.no_grad():
-        return NetworkField(field).native(x.clone()).detach().clone()
 
 
 def check_values(field: NoiseField, x: Tensor) -> torch.dtype:
@@ -70,8 +61,8 @@ def check_values(field: NoiseField, x: Tensor) -> torch.dtype:
 
 def _first_module(field: NoiseField, x: Tensor, has: Callable[[Tensor], bool]) -> str:
     """The first module that returns a tensor of which this holds."""
-    for call in recorded(field.model.network, lambda: evaluate(field, x)):
-        if any(map(has, tensors_in(call.returned))):
+    for call in recorded(field, x):
+        if any(map(has, floats_in(call.returned))):
             return call.where
     return "its own forward"
 
@@ -103,7 +94,7 @@ def _check_deterministic(field: NoiseField, x: Tensor) -> None:
 
 
 class _Dtypes(TorchFunctionMode):
-    """Collects the dtypes of what depends on x or on a trained parameter."""
+    """Collects dtypes while it is on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +102,7 @@ class _Dtypes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = func(*args, **(kwargs or {}))
-        for tensor in tensors_in((args, kwargs, returned)):
+        for tensor in floats_in((args, kwargs, returned)):
             # A custom autograd.Function computes with gradients off.
             if tensor.requires_grad or not torch.is_grad_enabled():
                 self.seen.add(tensor.dtype)
@@ -119,6 +110,7 @@ class _Dtypes(TorchFunctionMode):
 
 
 def _precision(field: NoiseField, x: Tensor) -> torch.dtype:
+    """The least precise dtype of what depends on x or on a trained parameter."""
     reseed(x)
     with _Dtypes() as dtypes:
         value = NetworkField(field).native(x.clone().requires_grad_())
@@ -164,12 +156,10 @@ def _first_difference(
         return tensor.reshape(batch, -1)[kept] if own else tensor
 
     def same(left: object, right: object) -> bool:
-        pairs = zip(tensors_in(left), tensors_in(right), strict=False)
+        pairs = zip(floats_in(left), floats_in(right), strict=False)
         return all(_same(row(a), row(b), rounding) for a, b in pairs)
 
-    network = one[0].model.network
-    calls = [recorded(network, lambda at=at: evaluate(*at)) for at in (one, other)]
-    for left, right in zip(*calls, strict=False):
+    for left, right in zip(recorded(*one), recorded(*other), strict=False):
         if left.name != right.name:
             break
         if same(left.arguments, right.arguments) and not same(left.returned, right.returned):

@@ -35,15 +35,11 @@ def first_order_dsm(
     Args:
         model: the score model.
         x0: data (B, *).
-        **arguments: those shown, as in `third_order_dsm`.
+        **arguments: those shown, as in `third_order_dsm`, which also says what is raised.
 
     Returns:
         The loss, in float32 at least. Dimensionless; in nats, up to a constant, with
         weighting="likelihood".
-
-    Raises:
-        TypeError: as `third_order_dsm`.
-        ValueError: as `third_order_dsm`.
 
     Example:
         >>> import torch
@@ -65,16 +61,11 @@ def second_order_dsm(
     Args:
         model: the score model.
         x0: data (B, *).
-        **arguments: those shown, as in `third_order_dsm`. Of `weights` (first, second, trace) a
-            fourth number, the weight of order three, is not used.
+        **arguments: those shown, as in `third_order_dsm`, which also says what is raised. Of
+            `weights` (first, second, trace) a fourth number, that of order three, is not used.
 
     Returns:
         The loss, w₁ first + w₂ second + w_t trace.
-
-    Raises:
-        TypeError: as `third_order_dsm`.
-        ValueError: as `third_order_dsm`.
-        DerivativeError: as `third_order_dsm`.
 
     Example:
         >>> import torch
@@ -165,16 +156,10 @@ def dsm_terms(
         model: the score model.
         x0: data (B, *).
         order: 1, 2 or 3.
-        **arguments: those shown, as in `third_order_dsm`.
+        **arguments: those shown, as in `third_order_dsm`, which also says what is raised.
 
     Returns:
-        ‖r1‖²/d, ‖r2‖²/d², rt²/d² and ‖r3‖²/d³, each (B,), in float32 at least; None above
-        `order`.
-
-    Raises:
-        TypeError: as `third_order_dsm`.
-        ValueError: as `third_order_dsm`.
-        DerivativeError: as `third_order_dsm`.
+        The terms, each (B,), in float32 at least; None above `order`.
 
     Example:
         >>> import torch

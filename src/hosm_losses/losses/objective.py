@@ -63,20 +63,13 @@ def evaluate(
     with outside_inference_mode():
         score_model, inputs = perturbed(model, x0, t, noise, options, generator)
         _check_device(checked, inputs.x)
-        factors = time_factors(
-            score_model,
-            inputs.x,
-            inputs.t,
-            options.weighting,
-            options.time_sampler,
-            drawn=t is None,
-        )
+        weighting, sampler, drawn = options.weighting, options.time_sampler, t is None
+        factors = time_factors(score_model, inputs.x, inputs.t, weighting, sampler, drawn=drawn)
         higher = options.order > 1
         if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)
-        field = noise_field(
-            score_model, inputs.t, kwargs, primitives=score_model.primitives and higher
-        )
+        primitives = score_model.primitives and higher
+        field = noise_field(score_model, inputs.t, kwargs, primitives=primitives)
         rows = None
         if higher:
             rows, rest = _fraction(inputs.x, options, generator)
@@ -145,18 +138,19 @@ def _directions(
     generator: torch.Generator | None,
 ) -> Directions:
     """For the rows: v as given, all unit vectors, or drawn; and u, drawn."""
-    v = None if probe is None else _given_probe(x, probe, options)
-    if rows is not None:
-        x, v = x[rows], None if v is None else v[:, rows]
-    if v is None and options.probes != "exact":
-        v = draw_probes(x, options.probes, options.distribution, generator)
-    elif v is None:
-        v = unit_vectors(x)
+    chosen = x if rows is None else x[rows]
+    if probe is not None:
+        v = _given_probe(x, probe, options)
+        v = v if rows is None else v[:, rows]
+    elif options.probes == "exact":
+        v = unit_vectors(chosen)
+    else:
+        v = draw_probes(chosen, options.probes, options.distribution, generator)
     if options.order < 3 or options.third != "sliced":
         return Directions(v)
     # r3 is summed over all unit vectors before it is squared: one u for all of them.
     count = 1 if options.probes == "exact" else len(v)
-    u = draw_probes(x, count, options.distribution, generator)
+    u = draw_probes(chosen, count, options.distribution, generator)
     return Directions(v, u)
 
 

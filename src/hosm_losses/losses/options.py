@@ -97,11 +97,7 @@ class TermsArguments(_Probed, _Third, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """What is chosen once for a loss, checked on construction; numbers of NumPy become Python's.
-
-    Raises:
-        ValueError: for an unknown name or a number out of range.
-    """
+    """What is chosen once for a loss, checked; numbers of NumPy become Python's."""
 
     order: int
     probes: Probes = 1
@@ -209,16 +205,15 @@ def check_weights(weights: object, order: int) -> Weights:
 
 
 def _weight(weight: object) -> float | Tensor:
-    if not isinstance(weight, Tensor):
+    if isinstance(weight, Tensor):
+        if weight.numel() != 1:
+            raise ValueError(complaint("weights", "numbers", weight))
+        if weight.is_complex() or weight.dtype == torch.bool:
+            raise TypeError(complaint("weights", "real numbers", weight))
+        check_finite("weights", weight)
+        number = weight.reshape(())
+    else:
         number = check_number("weights", weight, "finite numbers of at least 0")
-        if number < 0:
-            raise ValueError(f"weights: expected numbers of at least 0; got {number}.")
-        return number
-    if weight.numel() != 1:
-        raise ValueError(complaint("weights", "numbers", weight))
-    if weight.is_complex() or weight.dtype == torch.bool:
-        raise TypeError(complaint("weights", "real numbers", weight))
-    check_finite("weights", weight)
-    if may_look(weight) and bool((weight < 0).any()):
-        raise ValueError(f"weights: expected numbers of at least 0; got {float(weight)}.")
-    return weight.reshape(())
+    if (not isinstance(number, Tensor) or may_look(number)) and number < 0:
+        raise ValueError(f"weights: expected numbers of at least 0; got {float(number)}.")
+    return number

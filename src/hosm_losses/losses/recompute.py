@@ -1,11 +1,9 @@
-r"""The batch in parts, each computed again when its gradient is asked for.
+"""The batch in parts, each computed again when its gradient is asked for.
 
 What:
     The forward pass evaluates one part of the batch after the other and keeps no graph; the
     backward pass evaluates each part again, with its graph, and adds up the gradients. So the
     memory is that of one part, and the cost one more evaluation of the loss without its gradient.
-    Random numbers that the network draws, and autocast, are as they were the first time.
-
     The gradients go to the parameters of the network and to the given tensors, once each, so that
     DistributedDataParallel sees what it sees without parts.
 
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from hosm_losses._checks import DerivativeError
+from hosm_losses._checks import DerivativeError, complaint
 from hosm_losses._torch_internals import graph_nodes, transformed
 from hosm_losses.derivatives import Snapshot
 
@@ -52,10 +50,8 @@ def in_chunks(
             f"{chunks}. Split the batch and accumulate gradients instead."
         )
     if not isinstance(network, nn.Module):
-        raise TypeError(
-            "chunks: expected a network that is an nn.Module, whose parameters are known; got "
-            f"{type(network).__name__}."
-        )
+        expected = "a network that is an nn.Module, whose parameters are known"
+        raise TypeError(complaint("chunks", expected, network))
     size = -(-batch // min(chunks, batch))
     parts = [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
     call = _Call(function, parts, network, len(tensors))
@@ -73,25 +69,23 @@ class _Call:
 
     def first(self, part: slice, tensors: Sequence[Tensor]) -> Terms:
         """Evaluate a part, and keep the state of the generators and of autocast before it."""
-        kind = tensors[0].device.type
-        autocast = None
+        kind, autocast = tensors[0].device.type, nullcontext()
         if torch.amp.is_autocast_available(kind):  # not on meta, for one
-            autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        state = torch.get_rng_state(), *get_device_states(*tensors), kind, autocast
+            dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+            autocast = torch.autocast(kind, dtype=dtype, enabled=enabled)
+        state = torch.get_rng_state(), *get_device_states(*tensors), autocast
         self.states.append(state)
         return self.function(part, *tensors)
 
     def again(self, number: int, points: Sequence[Tensor]) -> Terms:
         """Evaluate a part with its graph, in its first state; leave no trace but the graph."""
-        state, devices, states, kind, autocast = self.states[number]
-        device_type = kind if devices else "cuda"
+        state, devices, states, autocast = self.states[number]
+        device_type = points[0].device.type if devices else "cuda"
         before = Snapshot(self.network, points[0])
         with (
             torch.enable_grad(),
             torch.random.fork_rng(devices, enabled=True, device_type=device_type),
-            nullcontext()
-            if autocast is None
-            else torch.autocast(kind, enabled=autocast[0], dtype=autocast[1]),
+            autocast,
         ):
             torch.set_rng_state(state)
             set_device_states(devices, states, device_type=device_type)

@@ -7,18 +7,12 @@ Formula, of the factor of the first term; that of the higher terms is 1:
                    estimate of ½ ∫ g² E‖s − ∇ log q_0t‖² dt. A t given by the caller counts as
                    uniform.
     a callable     W(t), for the higher terms as well
-    a pair         (of the first term, of the higher terms)
 
-Draw of t, the `time_sampler`:
-    "schedule"        the schedule's own `sample_time`, of density p(t)
-    "log_sigma_hat"   u = log σ̂ uniform on [u₀, u₁]; what is not "likelihood" is multiplied by
-                      p(t) (u₁ − u₀)/(du/dt), so that a sampler changes the variance of a loss and
-                      never its mean
-    a callable        (batch size, generator) → t (B,), used as if the caller had given t
-
-    "likelihood" draws by "log_sigma_hat" unless told otherwise: there its factor is the constant
-    (u₁ − u₀) d. Against "noise" the first term then counts d g²/(2σ²) times as much: weights have
-    to be chosen anew.
+    With the sampler "log_sigma_hat" u = log σ̂ is uniform on [u₀, u₁]. What is not "likelihood" is
+    multiplied by p(t) (u₁ − u₀)/(du/dt) for the schedule's own density p, so that a sampler
+    changes the variance of a loss and never its mean. "likelihood", whose default it is, becomes
+    the constant (u₁ − u₀) d. Against "noise" the first term then counts d g²/(2σ²) times as much:
+    weights have to be chosen anew.
 
 Source:
     Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", arXiv 2101.09258,
@@ -32,7 +26,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_finite, check_like
+from hosm_losses._checks import check_choice, check_finite, check_like, complaint
 from hosm_losses.model import ScoreModel, check_time
 from hosm_losses.schedules import Schedule
 
@@ -47,10 +41,8 @@ def check_weighting(weighting: object, time_sampler: object) -> None:
     """Raise ValueError unless these are a weighting and a time sampler."""
     pair = weighting if isinstance(weighting, tuple) else (weighting,)
     if len(pair) not in (1, 2):
-        raise ValueError(
-            "weighting: expected one weighting or a pair (of the first term, of the higher "
-            f"terms); got {len(pair)}."
-        )
+        expected = "one weighting or a pair (of the first term, of the higher terms)"
+        raise ValueError(complaint("weighting", expected, pair, got=str(len(pair))))
     for one in pair:
         if not callable(one):
             check_choice("weighting (or a callable of t)", one, get_args(Name))

@@ -78,9 +78,7 @@ def _rebuilt(value: Any, found: dict[Any, Any], before: dict[Any, Any], path: st
         return value
     try:
         if isinstance(value, tuple):
-            entries = found.values()
-            make = getattr(value, "_make", None)
-            return type(value)(entries) if make is None else make(entries)
+            return getattr(value, "_make", type(value))(found.values())
         if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
             return type(value)(found)  # pyright: ignore[reportCallIssue]
         new = copy.copy(value)
@@ -107,6 +105,13 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return function(found)
 
     return _walk(value, visit, "model_kwargs")
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a value, however deep in containers, shared ones included."""
+    found: list[Tensor] = []
+    map_tensors(value, lambda tensor: found.append(tensor) or tensor)
+    return found
 
 
 def bound(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from hosm_losses._checks import over_elements
 from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import Derivatives, Jet, derive, quadratic_forms, safe_primitives
-from hosm_losses.model.conditions import bound, map_tensors, per_sample
+from hosm_losses.model.conditions import bound, map_tensors, per_sample, tensors_in
 from hosm_losses.model.score_model import ScoreModel, to_noise
 
 
@@ -114,9 +114,7 @@ class NoiseField(ConditionedModel):
 
     def conditions(self) -> list[Tensor]:
         """The tensors among the network's keyword arguments."""
-        found: list[Tensor] = []
-        map_tensors(self.kwargs, lambda tensor: found.append(tensor) or tensor)
-        return found
+        return tensors_in(self.kwargs)
 
     def with_conditions(self, tensors: Iterable[Tensor]) -> "NoiseField":
         """Return the field with other tensors in the places of `conditions`."""

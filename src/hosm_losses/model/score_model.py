@@ -33,6 +33,7 @@ from hosm_losses._checks import (
     expand_right,
 )
 from hosm_losses._torch_internals import COMPILED_PART, OF_DTYPES, normal
+from hosm_losses.derivatives import Jet
 from hosm_losses.model.conditions import unwrapped
 from hosm_losses.schedules import Schedule, check_schedule
 
@@ -194,7 +195,8 @@ class ScoreModel(nn.Module):
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """What the network predicts, of the shape of x."""
         # Its own x and times: a network may write to them.
-        x, network_time = x.clone(), t.clone()
+        x = x.like(x.stack) if isinstance(x, Jet) else x.clone()
+        network_time = t.clone()
         if callable(self.time):
             network_time = self.time(network_time)
         elif self.time is not None:
