@@ -194,9 +194,8 @@ class ScoreModel(nn.Module):
 
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """What the network predicts, of the shape of x."""
-        # Its own x and times: a network may write to them.
-        x = x.like(x.stack) if isinstance(x, Jet) else x.clone()
-        network_time = t.clone()
+        # Its own times and x: a network may write to them. A Jet is made for it anyway.
+        x, network_time = x if isinstance(x, Jet) else x.clone(), t.clone()
         if callable(self.time):
             network_time = self.time(network_time)
         elif self.time is not None:
