@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.page.numbers import NOTHING, PROBLEMS, Found, markdown, number, spread, walk
+from benchmarks.page.numbers import PROBLEMS, Found, markdown, named, number, spread, walk
 
 JAX = "speed > * > variants > order 1 or order *, taylor > jax_ratio"
-# A variant of the convolutional network as README.md calls it, and its network evaluations.
+# A variant as README.md calls it, and its network evaluations.
 COSTS = {
     "order 2": ("order 2, taylor", "6"),
     "order 3": ("order 3 exact, taylor", "12"),
@@ -23,16 +23,16 @@ def known(found: Found) -> str:
 
 
 def cost(found: Found) -> str:
-    """What a training step costs on the convolutional network."""
+    """What a training step costs over one of order one, on the worst network and the best."""
     lines = []
     for name, (key, evaluations) in COSTS.items():
-        row = found["speed"]["convolutional"]["variants"][key]
-        jax, memory = row.get("jax_ratio", [None])[0], row.get("memory_ratio")
-        ratios = [(row["flops_ratio"], 2), (row["time_ratio"][0], 1), (memory, 1), (jax, 2)]
-        cells = [NOTHING if each is None else f"{each:.{digits}f}" for each, digits in ratios]
-        lines.append([name, evaluations, *cells])
+        path = f"speed > * > variants > {key}"
+        times = sorted((row["time_ratio"][0], network) for (network,), row in walk(found, path))
+        worst, best = (f"{ratio:.1f} ({network})" for ratio, network in (times[-1], times[0]))
+        flops, memory = (named(found, f"{path} > {each}_ratio") for each in ("flops", "memory"))
+        lines.append([name, evaluations, flops, worst, best, memory])
     head = ["training step, order one = 1", "network evaluations (order one: 3)", "FLOPs"]
-    return markdown([*head, "time", "peak memory", "time over JAX's"], lines)
+    return markdown([*head, "time, worst network", "time, best", "peak memory"], lines)
 
 
 def peers(found: Found) -> str:
