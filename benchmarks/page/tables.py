@@ -27,9 +27,9 @@ def cost(found: Found) -> str:
     lines = []
     for name, (key, evaluations) in COSTS.items():
         path = f"speed > * > variants > {key}"
+        flops, memory = (named(found, f"{path} > {each}_ratio") for each in ("flops", "memory"))
         times = sorted((row["time_ratio"][0], network) for (network,), row in walk(found, path))
         worst, best = (f"{ratio:.1f} ({network})" for ratio, network in (times[-1], times[0]))
-        flops, memory = (named(found, f"{path} > {each}_ratio") for each in ("flops", "memory"))
         lines.append([name, evaluations, flops, worst, best, memory])
     head = ["training step, order one = 1", "network evaluations (order one: 3)", "FLOPs"]
     return markdown([*head, "time, worst network", "time, best", "peak memory"], lines)
