@@ -17,6 +17,7 @@ import hosm_losses as hosm
 from hosm_losses.derivatives import engines
 from hosm_losses.derivatives.taylor import TaylorError, carried, in_place
 from tests.derivatives.taylor.checks import along, check, close
+from tests.versions import tells_hooks
 
 X, V, U = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 ROW = torch.linspace(0.5, 1.5, 8, dtype=torch.float64)
@@ -450,7 +451,11 @@ def test_a_change_costs_what_the_function_costs():
         )
 
 
-@pytest.mark.parametrize("by", [torch_checkpoint, hosm.checkpoint])
+@pytest.mark.parametrize(
+    "by",
+    [pytest.param(torch_checkpoint, marks=tells_hooks), hosm.checkpoint],
+    ids=["torch", "ours"],
+)
 def test_a_checkpoint_around_a_change_of_its_argument_is_refused(by):
     """It would be evaluated again with the changed argument, a wrong gradient in silence."""
     scale = torch.tensor(1.3, requires_grad=True)
