@@ -354,6 +354,8 @@ AMBIGUOUS = {
     "a resize": lambda y: y.resize_(2, 2),
     "elsewhere": lambda y: torch.sin(y, out=torch.empty(3, 8)),
     "data": lambda y: setattr(y, "data", X),
+    "a detach by name": lambda y: (torch.detach(input=y), y.add_(1))[0] + y,
+    "a cut": lambda y: y.requires_grad_(False),
     "expanded": lambda y: y[:, :1].expand(3, 8).add_(y),
 }
 
@@ -362,7 +364,7 @@ AMBIGUOUS = {
 def test_what_would_be_unsure_is_refused(name):
     with pytest.raises((TaylorError, RuntimeError)) as error:
         carried(lambda x: AMBIGUOUS[name](x.sin()), X, V.unsqueeze(0))
-    words = "in place", "no_grad", "single memory location", "out="
+    words = "in place", "no_grad", "single memory location", "out=", "cut the graph"
     assert any(each in str(error.value) for each in words), error.value
 
 

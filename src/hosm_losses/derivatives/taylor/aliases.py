@@ -32,50 +32,13 @@ CHANGED_ARGUMENT = (
     "the change."
 )
 # Functions without a rule that may return a view of their argument.
-PERHAPS_VIEWS = [
-    "__get__",
-    "__pos__",
-    "atleast_1d",
-    "atleast_2d",
-    "atleast_3d",
-    "broadcast_tensors",
-    "broadcast_to",
-    "chunk",
-    "conj",
-    "diagonal",
-    "dsplit",
-    "expand",
-    "flatten",
-    "hsplit",
-    "meshgrid",
-    "movedim",
-    "moveaxis",
-    "narrow",
-    "permute",
-    "positive",
-    "ravel",
-    "reshape",
-    "resolve_conj",
-    "resolve_neg",
-    "select",
-    "slice",
-    "split",
-    "split_with_sizes",
-    "squeeze",
-    "swapaxes",
-    "swapdims",
-    "t",
-    "tensor_split",
-    "transpose",
-    "unbind",
-    "unflatten",
-    "unfold",
-    "unsqueeze",
-    "view",
-    "view_as",
-    "view_as_real",
-    "vsplit",
-]
+_VIEWS = """
+    __get__ __pos__ atleast_1d atleast_2d atleast_3d broadcast_tensors broadcast_to chunk conj
+    diagonal dsplit expand flatten hsplit meshgrid movedim moveaxis narrow permute positive ravel
+    reshape resolve_conj resolve_neg select slice split split_with_sizes squeeze swapaxes swapdims
+    t tensor_split transpose unbind unflatten unfold unsqueeze view view_as view_as_real vsplit
+"""
+PERHAPS_VIEWS = _VIEWS.split()
 
 
 class _Promoted(threading.local):

@@ -90,8 +90,10 @@ for _name, _plain in _names.items():
 
 
 @rule(*_homes("requires_grad_"), *_homes("retain_grad"))
-def _requires_grad(x: Jet, requires_grad: bool = True) -> Jet:  # noqa: ARG001
+def _requires_grad(x: Jet, requires_grad: bool = True) -> Jet:
     """Nothing to do, for what depends on x requires a gradient."""
+    if not requires_grad:
+        raise TaylorError("requires_grad_: False would cut the graph of what depends on x.")
     return x
 
 

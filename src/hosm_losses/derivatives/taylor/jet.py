@@ -169,7 +169,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     if constant:
         answer = on_values(func, args, kwargs)
         if constant == "shares":
-            aliases.share_value(args[0], answer)
+            aliases.share_value(args[0] if args else kwargs["input"], answer)
         return answer
     if kwargs.get("out") is not None:
         raise TaylorError(f"{_name(func)}: out= {CHANGES}")
