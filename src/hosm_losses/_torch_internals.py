@@ -130,8 +130,13 @@ def swapped(one: Tensor, other: Tensor) -> None:
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often each tensor was changed in place; nothing under torch.compile, which has none."""
-    return [] if torch.compiler.is_compiling() else [tensor._version for tensor in tensors]
+    """How often each tensor was changed in place; nothing under torch.compile, which has none.
+
+    Nor is it known of tensors that were made in inference mode.
+    """
+    if torch.compiler.is_compiling():
+        return []
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 @contextmanager

@@ -191,6 +191,9 @@ def test_outside_a_loss_our_checkpoint_is_torchs():
     hosm.checkpoint(layer, x).sin().sum().backward()
     expected = torch.autograd.grad(layer(x).sin().sum(), x)[0]
     torch.testing.assert_close(x.grad, expected)
+    with torch.inference_mode():  # as where samples are drawn
+        made = torch.randn(2, 4)
+        assert torch.equal(hosm.checkpoint(layer, made), layer(made))
 
 
 def test_nothing_is_left_behind_by_a_graph_that_is_abandoned():
