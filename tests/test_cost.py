@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from tests.oracles import CountFlops, Largest
+from tests.oracles import CountFlops, Largest, OfX
 
 
 class Residual(nn.Module):
@@ -55,7 +55,7 @@ def test_exact_probes_share_the_value_and_one_pass_back(options, most):
     """Eight dimensions: 6 (1 + 8) evaluations of 3, 3 (2 + 8) and 3 (2 + 2 · 8)."""
     layers = [nn.Linear(8, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 8)]
     network, x0 = nn.Sequential(*layers), torch.randn(4, 8)
-    model = hosm.ScoreModel(network_of_x(network), hosm.VPSchedule())
+    model = hosm.ScoreModel(OfX(network), hosm.VPSchedule())
     first = step(lambda: hosm.first_order_dsm(model, x0))
     assert step(lambda: hosm.third_order_dsm(model, x0, probes="exact", **options)) / first < most
 
@@ -63,7 +63,7 @@ def test_exact_probes_share_the_value_and_one_pass_back(options, most):
 def test_chunks_bound_what_exact_probes_hold():
     """Of value and eight derivatives of a batch, those of one part at a time."""
     network, x0 = nn.Sequential(nn.Linear(8, 64), nn.SiLU(), nn.Linear(64, 8)), torch.randn(32, 8)
-    model = hosm.ScoreModel(network_of_x(network), hosm.VPSchedule())
+    model = hosm.ScoreModel(OfX(network), hosm.VPSchedule())
     found = []
     for chunks in (1, 4):
         with Largest() as largest:
@@ -71,18 +71,6 @@ def test_chunks_bound_what_exact_probes_hold():
         found.append(largest.elements)
     assert found[0] == 9 * 32 * 64
     assert found[1] == found[0] / 4
-
-
-def network_of_x(network):
-    class OfX(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.network = network
-
-        def forward(self, x, t):
-            return self.network(x)
-
-    return OfX()
 
 
 @pytest.mark.parametrize(

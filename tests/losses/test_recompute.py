@@ -9,7 +9,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.losses.recompute import in_chunks
-from tests.oracles import networks
+from tests.oracles import OfX, networks
 from tests.versions import compiles_higher_orders
 
 FUNCTIONS = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
@@ -155,7 +155,7 @@ def test_the_generator_is_left_as_the_forward_pass_left_it():
 def test_autocast_is_as_it_was():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 4)).float()
-    model = hosm.ScoreModel(lambda_module(network), hosm.VPSchedule())
+    model = hosm.ScoreModel(OfX(network), hosm.VPSchedule())
     x0 = torch.randn(4, 4, dtype=torch.float32)
     given = {"t": torch.full((4,), 0.5, dtype=torch.float32), "noise": torch.randn_like(x0)}
     given["probe"] = torch.ones_like(x0)
@@ -168,18 +168,6 @@ def test_autocast_is_as_it_was():
         found.append([parameter.grad for parameter in network.parameters()])
     for got, expected in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-3)
-
-
-def lambda_module(network):
-    class OfX(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.network = network
-
-        def forward(self, x, t):
-            return self.network(x)
-
-    return OfX()
 
 
 def test_what_cannot_be_known_is_an_error():

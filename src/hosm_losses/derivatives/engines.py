@@ -63,7 +63,8 @@ class Derivatives(NamedTuple):
         value: f, of shape (1, B, *) where the directions share it, (K, B, *) where each has its
             own.
         directional: D = ∂f/∂x w, of shape (K, B, *).
-        third: G = ∇_x (wᵀ ∂f/∂x w), of shape (K, B, *), or their sum (1, B, *); None at order 2.
+        third: G = ∇_x (wᵀ ∂f/∂x w), of shape (K, B, *), or where the sum is enough perhaps that,
+            (1, B, *); None at order 2.
     """
 
     value: Tensor
@@ -110,13 +111,6 @@ def _kept(parts: Iterable[Tensor], wanted: bool) -> list[Tensor]:
     return [part if wanted else part.detach() for part in parts]
 
 
-def _summed(derived: Derivatives, summed: bool) -> Derivatives:
-    """The derivatives, with the sum of the third over the directions if that is wanted."""
-    if not summed or derived.third is None:
-        return derived
-    return derived._replace(third=derived.third.sum(0, keepdim=True))
-
-
 def taylor(
     field: Field,
     x: Tensor,
@@ -137,10 +131,8 @@ def taylor(
     shared = len(second_direction) < count
     pairs = ("sum" if summed else "squares") if same else "last" if shared else "halves"
     stack = carried(field, x, directions, pairs)
-    derived = Curved(
-        *_kept((stack[:1], stack[1 : 1 + count], stack[1 + len(directions) :]), wanted)
-    )
-    return derived if same else _summed(derived, summed)
+    seconds = stack[1 + len(directions) :]
+    return Curved(*_kept((stack[:1], stack[1 : 1 + count], seconds), wanted))
 
 
 def _taylor_gradient(
@@ -177,7 +169,7 @@ def forward(
     direction: Tensor,
     order: int,
     second_direction: Tensor | None = None,
-    summed: bool = False,
+    *_: object,
 ) -> Derivatives:
     """Forward mode of torch.func, one direction at a time or all under vmap."""
 
@@ -211,21 +203,14 @@ def forward(
             # One dropout mask for the value and for every probe.
             value, *rest = torch.func.vmap(one, out_dims=out_dims, randomness="same")(*directions)
             value = value.unsqueeze(0)
-    return _summed((Derivatives if second_direction is None else Curved)(value, *rest), summed)
+    return (Derivatives if second_direction is None else Curved)(value, *rest)
 
 
-def reverse(
-    field: Field,
-    x: Tensor,
-    direction: Tensor,
-    order: int,
-    _second_direction: Tensor | None = None,
-    summed: bool = False,
-) -> Derivatives:
+def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) -> Derivatives:
     """Two passes back, for G and never for C; DerivativeError where autograd cannot follow."""
     if transformed():
         with _explained():
-            return _summed(_reverse_in_transform(field, x, direction, order), summed)
+            return _reverse_in_transform(field, x, direction, order)
     wanted = torch.is_grad_enabled()
     with torch.enable_grad(), _explained():
         point = _leaf(x, wanted)
@@ -248,8 +233,7 @@ def reverse(
             raise DerivativeError(LOST_TWICE)
         if gradient is None:  # as of a linear field
             gradient = torch.zeros_like(rows)
-        parts = _unfolded((value, directional, gradient), direction)
-        return _summed(Derivatives(*_kept(parts, wanted)), summed)
+        return Derivatives(*_kept(_unfolded((value, directional, gradient), direction), wanted))
 
 
 def _reverse_in_transform(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:

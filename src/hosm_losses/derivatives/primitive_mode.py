@@ -67,7 +67,8 @@ class _SafePrimitives(TorchFunctionMode):
         if primitive is not None or _thread.forward:
             _refuse_foreign_checkpoint()
         kwargs = kwargs or {}
-        if _thread.forward and func.__name__.endswith("_"):
+        name = func.__name__
+        if _thread.forward and name.endswith("_") and not name.endswith("__"):
             # Forward mode is wrong, in silence, where a tensor changes by a view of itself.
             args = (*args[:1], *map(_copied, args[1:]))
             kwargs = {name: _copied(value) for name, value in kwargs.items()}

@@ -16,6 +16,7 @@ import contextlib
 import sys
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -109,15 +110,17 @@ def derive(
 
     Order 2 gives D; order 3 gives G as well, or C for u = `second_direction`, as `Curved`: not by
     the reverse engine, and with "auto" only where C costs less than G. If `summed` the sum over
-    the directions is enough, of G, or of C with the direction itself. Under `torch.no_grad` the
-    values are the same and carry no graph. A DerivativeError where the engine, or with "auto" any
-    engine, cannot differentiate the network, or a custom Function in it drops the graph.
+    the directions is enough, of G, or of C with the direction itself; an engine may give either.
+    Under `torch.no_grad` the values are the same and carry no graph. A DerivativeError where the
+    engine, or with "auto" any engine, cannot differentiate the network, or a custom Function in it
+    drops the graph.
     """
     if derivative == "auto":
         return _auto(field, x, direction, order, second_direction, summed)
     dearer = derivative == "forward" and second_direction is not None
     if dearer and not torch.compiler.is_compiling():
-        _warn_of_forward(field.owner, _kind(direction, order, second_direction))
+        kind = _kind(direction, order, second_direction)
+        _warn_once(_choice(field.owner), f"forward, {kind}", _price_of_forward, kind)
     try:
         engine = getattr(engines, derivative)
         return engine(field, x, direction, order, second_direction, summed)
@@ -161,7 +164,7 @@ def _auto(
             if not surrounded():
                 choice.refused.update(reasons)
             kind = _kind(direction, order, second_direction)
-            _warn_of_price(choice, owner, reasons["taylor"], engine, kind)
+            _warn_once(choice, kind, _price_of_another, owner, reasons["taylor"], engine, kind)
         return derived
     told = "; ".join(f"{engine}: {why}" for engine, why in reasons.items())
     raise DerivativeError(
@@ -193,8 +196,8 @@ def _kind(direction: Tensor, order: int, second_direction: Tensor | None) -> str
     return "third='laplacian'" if second_direction is direction else "third='sliced'"
 
 
-def _warn_of_price(choice: _Choice, owner: object, why: str, engine: str, kind: str) -> None:
-    """Warn, once for a kind of loss, that an engine other than "taylor" gives D and G."""
+def _price_of_another(owner: object, why: str, engine: str, kind: str) -> str:
+    """What is said where an engine other than "taylor" gives D and G."""
     costs = EVALUATIONS[kind]
     replaced = "reverse" not in costs  # C by G
     price = EVALUATIONS["third='exact'" if replaced else kind][engine]
@@ -208,24 +211,24 @@ def _warn_of_price(choice: _Choice, owner: object, why: str, engine: str, kind: 
             f" {kind} in forward mode costs more than 'exact', {costs['forward']} "
             f"evaluations, so 'exact' is taken; derivative='forward' keeps {kind}."
         )
-    _warn_once(choice, kind, told)
+    return told
 
 
-def _warn_of_forward(owner: object, kind: str) -> None:
-    """Warn, once for a kind of loss, that in forward mode the exact third order costs less."""
+def _price_of_forward(kind: str) -> str:
+    """What is said where forward mode was asked for, and the exact third order costs less."""
     costs, exact = EVALUATIONS[kind], EVALUATIONS["third='exact'"]
-    told = (
+    return (
         f"derivative='forward': for {kind} a training step takes {costs['forward']} evaluations "
         f"of the network, for third='exact' {exact['forward']}; the engine 'taylor' takes "
         f"{costs['taylor']}."
     )
-    _warn_once(_choice(owner), f"forward, {kind}", told)
 
 
-def _warn_once(choice: _Choice, kind: str, told: str) -> None:
+def _warn_once(choice: _Choice, kind: str, text: Callable[..., str], *args: object) -> None:
+    """Warn, once for a network and a kind of loss."""
     if kind not in choice.said:
         choice.said.add(kind)
-        warnings.warn(told, stacklevel=_users_level())
+        warnings.warn(text(*args), stacklevel=_users_level())
 
 
 def _users_level() -> int:

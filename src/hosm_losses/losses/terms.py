@@ -233,7 +233,7 @@ def terms_along(
         order=options.order,
         derivative=options.derivative,
         second_direction=second_direction,
-        summed=exact and other is None,
+        summed=exact,
     )
     value, directional, last = derived
     value, directional, noise, probe = map(at_least_float32, (value, directional, noise, probe))

@@ -20,6 +20,12 @@ def along(function, x, v, u):
     return function(x), first(x, v), first(x, u), second(v), second(u)
 
 
+def name(function):
+    """Of a function of PyTorch and of what it belongs to."""
+    owner = getattr(function, "__objclass__", getattr(function, "__module__", None))
+    return f"{getattr(owner, '__name__', owner)}.{getattr(function, '__name__', function)}"
+
+
 def close(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 

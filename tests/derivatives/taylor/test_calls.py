@@ -18,7 +18,7 @@ from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.taylor import carried, in_place, properties
 from hosm_losses.derivatives.taylor.table import RULES, every
 from tests.derivatives.taylor import table_of_formulas, table_of_moves  # noqa: F401
-from tests.derivatives.taylor.checks import along, close
+from tests.derivatives.taylor.checks import along, close, name
 from tests.derivatives.taylor.table import GENERATORS
 from tests.derivatives.taylor.table_of_others import CALLS
 from tests.versions import OLD
@@ -33,11 +33,6 @@ CALLED = [each for each, found in RULES.items() if found.function not in REFUSAL
 CALLED = [each for each in CALLED if each not in (*ELSEWHERE, *CHANGES)]
 X, V, U = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-def name(function):
-    owner = getattr(function, "__objclass__", getattr(function, "__module__", None))
-    return f"{getattr(owner, '__name__', owner)}.{getattr(function, '__name__', function)}"
 
 
 class Written(TorchFunctionMode):

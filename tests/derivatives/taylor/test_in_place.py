@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 import hosm_losses as hosm
 from hosm_losses.derivatives import engines
 from hosm_losses.derivatives.taylor import TaylorError, carried, in_place
-from tests.derivatives.taylor.checks import along, check, close
+from tests.derivatives.taylor.checks import along, check, close, name
 from tests.versions import tells_hooks
 
 X, V, U = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -158,11 +158,6 @@ METHODS = [
 ]
 
 
-def named(change):
-    owner = getattr(change, "__objclass__", getattr(change, "__module__", None))
-    return f"{getattr(owner, '__name__', owner)}.{change.__name__}"
-
-
 def same(function, x=X):
     """Value and derivatives of PyTorch, or an error where it has one."""
     try:
@@ -192,7 +187,7 @@ def changed(change):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("change", METHODS, ids=named)
+@pytest.mark.parametrize("change", METHODS, ids=name)
 def test_every_method(change):
     function = changed(change)
     same(function)

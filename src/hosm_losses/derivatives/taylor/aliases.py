@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hosm_losses._checks import DerivativeError
 from hosm_losses._torch_internals import checkpoint_hook, shell, swapped
+from hosm_losses.derivatives.taylor.along import lengthened
 from hosm_losses.derivatives.taylor.table import TaylorError
 
 Move = Callable[[Tensor], Tensor]  # from a stack to that of a view
@@ -71,9 +72,7 @@ def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
 
 def share(source: Any, result: Any, move: Move | None = None) -> Any:
     """Note that the Jet `result` is a view of the Jet `source`; without `move` that it may be."""
-    if source.memory is None:
-        source.memory = [_reference(source)]
-    source.memory.append(_reference(result))
+    share_value(source, result)
     result.memory = source.memory
     if move is not None:
         before = source.move
@@ -83,16 +82,10 @@ def share(source: Any, result: Any, move: Move | None = None) -> Any:
 
 
 def share_value(source: Any, value: Tensor) -> None:
-    """Note that a plain tensor, as of .detach(), shares memory with a Jet."""
+    """Note that a tensor, such as the plain one of .detach(), may share memory with a Jet."""
     if source.memory is None:
         source.memory = [_reference(source)]
     source.memory.append(_reference(value))
-
-
-def lengthened(stack: Tensor, count: int) -> Tensor:
-    """A stack of `count` components, of which those added are derivatives of zero."""
-    missing = count - len(stack)
-    return torch.cat([stack, stack.new_zeros(missing, *stack.shape[1:])]) if missing else stack
 
 
 def write(jet: Any, stack: Tensor) -> Any:

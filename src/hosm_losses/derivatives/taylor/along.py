@@ -16,6 +16,12 @@ Pairs = Literal["none", "squares", "sum", "halves", "last"]
 Tensors = tuple[Tensor, ...]
 
 
+def lengthened(stack: Tensor, count: int) -> Tensor:
+    """A stack of `count` components, of which those added are derivatives of zero."""
+    missing = count - len(stack)
+    return torch.cat([stack, stack.new_zeros(missing, *stack.shape[1:])]) if missing else stack
+
+
 def along(
     function: Callable[..., Any], values: Tensors, derivatives: Tensors, firsts: int, pairs: Pairs
 ) -> list[Tensor]:
@@ -44,7 +50,7 @@ def along(
             right = tuple(each[-1:].expand_as(each) for each in right)
         both = tuple(
             # Of a sum the first direction has it all.
-            torch.cat([each[firsts:], torch.zeros_like(each[: count + firsts - len(each)])])
+            lengthened(each[firsts:], count)
             for each in derivatives
         )
         value, *parts = _mapped(second, left, right, both)

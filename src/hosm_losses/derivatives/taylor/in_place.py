@@ -12,8 +12,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.derivatives.taylor.aliases import lengthened
-from hosm_losses.derivatives.taylor.jet import Jet, aligned, call, differentiated, written
+from hosm_losses.derivatives.taylor.along import lengthened
+from hosm_losses.derivatives.taylor.jet import (
+    Jet,
+    aligned,
+    call,
+    differentiated,
+    jet_among,
+    written,
+)
 from hosm_losses.derivatives.taylor.selection import picked, picks
 from hosm_losses.derivatives.taylor.table import RULES, Function, TaylorError, rule
 
@@ -43,11 +50,7 @@ def _by_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Tensor:
 
 def _started(x: Tensor, *others: Any) -> Jet:
     """A Jet, or a plain tensor as the Jet of a constant."""
-    return x if isinstance(x, Jet) else _jet_among(others).constant(x)
-
-
-def _jet_among(candidates: Any) -> Jet:
-    return next(each for each in candidates if isinstance(each, Jet))
+    return x if isinstance(x, Jet) else jet_among(others).constant(x)
 
 
 def _on_a_copy(change: Function) -> Callable[..., Tensor]:

@@ -34,7 +34,7 @@ from torch import Tensor
 from hosm_losses._torch_internals import pytree, shell, versions
 from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.taylor import aliases
-from hosm_losses.derivatives.taylor.along import Pairs, along
+from hosm_losses.derivatives.taylor.along import Pairs, along, lengthened
 from hosm_losses.derivatives.taylor.table import (
     CONSTANT,
     IN_PYTHON,
@@ -85,7 +85,7 @@ class Jet(Tensor):
     def constant(self, value: Tensor) -> "Jet":
         """Return the Jet of a value without derivatives."""
         stack = value.to(self.stack.dtype).unsqueeze(0)
-        return self.like(aliases.lengthened(stack, 1 + self.firsts))
+        return self.like(lengthened(stack, 1 + self.firsts))
 
     @classmethod
     def __torch_function__(
@@ -145,12 +145,12 @@ def stacks_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Equally long stacks of Jets and plain tensors, which have derivatives of zero."""
     stacks = [each.stack if isinstance(each, Jet) else each.unsqueeze(0) for each in tensors]
     count = max(len(stack) for stack in stacks)
-    return [
-        stack
-        if len(stack) == count
-        else torch.cat([stack, stack.new_zeros(count - len(stack), *stack.shape[1:])])
-        for stack in stacks
-    ]
+    return [lengthened(stack, count) for stack in stacks]
+
+
+def jet_among(candidates: Iterable[Any]) -> Jet:
+    """The first Jet of several values, of which one is."""
+    return next(each for each in candidates if isinstance(each, Jet))
 
 
 def result_type(a: Any, b: Any) -> torch.dtype:
@@ -266,7 +266,7 @@ def carried(
     seconds = {"none": 0, "sum": 1, "halves": count // 2, "last": count - 1}.get(pairs, count)
     # Second derivatives that are zero everywhere, as of a linear network.
     length = 1 + count + seconds
-    return stack if len(stack) == length else aliases.lengthened(stack, length)
+    return stack if len(stack) == length else lengthened(stack, length)
 
 
 def _name(func: Callable[..., Any]) -> str:

@@ -14,12 +14,8 @@ import torch
 from torch import Tensor
 
 from hosm_losses.derivatives.taylor.aliases import share
-from hosm_losses.derivatives.taylor.jet import Jet, aligned, result_type, stacks_of
+from hosm_losses.derivatives.taylor.jet import Jet, aligned, jet_among, result_type, stacks_of
 from hosm_losses.derivatives.taylor.table import NoRule, axis, every, rule
-
-
-def _jet_among(candidates: Any) -> Jet:
-    return next(each for each in candidates if isinstance(each, Jet))
 
 
 @rule(*every("cat", "concat", "concatenate"), several=True)
@@ -28,13 +24,13 @@ def _cat(tensors: Any, dim: int = 0) -> Jet:
     # PyTorch passes over an empty tensor of one axis among others.
     if any(each.ndim != ndim for each in tensors):
         raise NoRule
-    return _jet_among(tensors).like(torch.cat(stacks_of(tensors), axis(dim, ndim)))
+    return jet_among(tensors).like(torch.cat(stacks_of(tensors), axis(dim, ndim)))
 
 
 @rule(torch.stack, several=True)
 def _stack(tensors: Any, dim: int = 0) -> Jet:
     place = axis(dim, tensors[0].ndim + 1)
-    return _jet_among(tensors).like(torch.stack(stacks_of(tensors), place))
+    return jet_among(tensors).like(torch.stack(stacks_of(tensors), place))
 
 
 def _chosen(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) -> Jet:
@@ -44,7 +40,7 @@ def _chosen(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) ->
         raise NoRule
     if not isinstance(a, Jet) and not isinstance(b, Jet):
         raise NoRule
-    jet = _jet_among((a, b))
+    jet = jet_among((a, b))
     if dtype is None:
         dtype = result_type(a, b)
     tensors = [
