@@ -48,6 +48,8 @@ def main() -> None:
     if rank == 0:
         same = all(torch.equal(weight, other) for other in weights)
         print(f"{len(weights)} processes, the same weights: {same}")
+    del model  # it holds the group, and no process may leave before the others
+    dist.barrier()
     dist.destroy_process_group()
 
 
