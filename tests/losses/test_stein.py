@@ -78,7 +78,7 @@ def cases():
                 yield pytest.param(schedule, prediction, id=f"{name}-{prediction}")
 
 
-@pytest.mark.parametrize(("schedule", "prediction"), cases())
+@pytest.mark.parametrize(("schedule", "prediction"), list(cases()))
 def test_the_true_score_is_stationary(schedule, prediction):
     """The mean gradient given x is zero where the field is right, whatever may be added to it."""
     t = 0.4 * schedule.t_min + 0.6 * schedule.t_max if schedule.t_max <= 1 else 0.7
@@ -90,7 +90,7 @@ def test_the_true_score_is_stationary(schedule, prediction):
     assert abs(float(gradient)) < 1e-10 * float(nats(schedule, t))
 
 
-@pytest.mark.parametrize(("schedule", "prediction"), cases())
+@pytest.mark.parametrize(("schedule", "prediction"), list(cases()))
 def test_the_mean_gradient_is_that_of_the_objective(schedule, prediction):
     """‖δf‖² + weight · a² with f in the place of f* in the gradient, and its value."""
     t = 0.4 * schedule.t_min + 0.6 * schedule.t_max if schedule.t_max <= 1 else 0.7
@@ -99,7 +99,7 @@ def test_the_mean_gradient_is_that_of_the_objective(schedule, prediction):
     x = torch.tensor([0.4, -0.2])
     given, p = posterior_rows(schedule, t, x)
     loss = hosm.stein_dsm(model, **given, weight=WEIGHT, reduction="none") @ p
-    found = torch.autograd.grad(loss, list(network.parameters()))
+    found = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
     alpha, sigma = (float(part) for part in schedule(torch.tensor(t)))
     noise, q = atoms_posterior(ATOMS, SHARES, x[None], alpha, sigma)
     noise, q = noise[0], q[0]
@@ -114,10 +114,12 @@ def test_the_mean_gradient_is_that_of_the_objective(schedule, prediction):
     moved = trace + f.detach() @ f
     objective = (f + mean).square().sum() + WEIGHT * 2 * wrong * moved
     factor = nats(schedule, t)
-    wanted = torch.autograd.grad(factor * objective, list(network.parameters()))
+    wanted = torch.autograd.grad(factor * objective, list(network.parameters()), retain_graph=True)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(factor))
-    value = (f + mean).square().sum() + covariance.trace() + WEIGHT * wrong**2
+    # Both factors of a row have one ε, so the variance of ε·(ε + f) is in the mean of the product.
+    spread = q @ ((noise * (noise + f)).sum(1) - q @ (noise * (noise + f)).sum(1)).square()
+    value = (f + mean).square().sum() + covariance.trace() + WEIGHT * (wrong**2 + spread)
     torch.testing.assert_close(loss, factor * value)
 
 
@@ -185,7 +187,7 @@ def test_a_weight_given_to_forward_stands_first():
         ({"probes": "exact"}, "probes: expected 2 or more"),
         ({"weight": -1.0}, "weight: expected"),
         ({"weight": "paper"}, "weight: expected"),
-        ({"probe": torch.ones(6, D)}, "probe: expected at least 2"),
+        ({"probe": torch.ones(6, D, dtype=torch.float64)}, "probe: expected at least 2"),
     ],
 )
 def test_what_is_refused(options, told):

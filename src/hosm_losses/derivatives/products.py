@@ -40,14 +40,17 @@ def with_products(
     push: bool,
 ) -> Products:
     """Derivatives at x, and the products of the value's Jacobian with `cotangent` of the value."""
-
-    def valued(point: Tensor) -> tuple[Tensor, Derivatives]:
-        derived = derive(point)
-        return derived.value[0], derived
-
     if traced():
-        found: Any = torch.func.vjp(valued, x, has_aux=True)
-        value, back, derived = found
+        kinds: list[Any] = []
+
+        def parted(point: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            derived = derive(point)
+            kinds[:] = [type(derived)]
+            return derived.value[0], tuple(part for part in derived if part is not None)
+
+        found: Any = torch.func.vjp(parted, x, has_aux=True)
+        value, back, parts = found
+        derived = kinds[0](*parts)
         c = cotangent(value).detach()
         if not push:
             return Products(derived, back(c)[0], None)
@@ -57,7 +60,8 @@ def with_products(
     wanted = torch.is_grad_enabled()
     with torch.enable_grad(), explained():
         point = leaf(x, wanted)
-        value, derived = valued(point)
+        derived = derive(point)
+        value = derived.value[0]
         refuse_dropped(value)
         c = cotangent(value).detach().requires_grad_(push)
         (pulled,) = torch.autograd.grad(

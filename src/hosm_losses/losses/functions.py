@@ -177,8 +177,9 @@ def stein_dsm(model: ScoreModel, x0: Tensor, **arguments: Unpack[SteinArguments]
         **arguments: those shown, as in `third_order_dsm`, which also says what is raised.
 
     Returns:
-        The integral over log σ̂ of ‖ε̂ − ε‖² + weight · a², averaged over the batch: J_SM up to a
-        constant, and weight times that of the rate. In nats. It may be negative.
+        The integral over log σ̂ of ‖ε̂ − ε‖² + weight · ρ₁ρ₂, averaged over the batch, in nats. The
+        first part has the mean J_SM up to a constant. The gradient of the second is that of
+        weight · a², the value is noisier and may be negative.
 
     Example:
         >>> import torch

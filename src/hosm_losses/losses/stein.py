@@ -11,11 +11,12 @@ Formula, with δf = f − f*, f* = σ ∇log q_t and δtr = σ ∇·δf:
 
     E a² has the gradient 2 E a ∂(σ ∇·f + f·f*), of which an estimate is, with f for f*,
         ρ₁.detach() ∂(v₂·D₂ + f.detach()·f) + ρ₂.detach() ∂(v₁·D₁ + f.detach()·f)
-    The term has this gradient and the value ρ₁ρ₂, whose mean is E a². With K > 2 probes 1 and 2
-    are means over the first K // 2 probes and over the others.
+    The term has this gradient, and the value ρ₁ρ₂ of mean a² + Var(ε·(ε + f) | x). With K > 2
+    probes 1 and 2 are means over the first K // 2 probes and over the others.
 
-    The mean gradient is zero where f = f*: by Stein's identity E_q[a] = 0. The gradient of ρ₁ρ₂
-    itself would not be: the noise of ρ depends on f, and its minimiser is another field.
+    The mean gradient is zero where f = f*, for a is zero there. That of ρ₁ρ₂ is not: both factors
+    have the same ε, and the variance depends on f. A loss that squares ρ has another minimiser.
+    So the value is for a look at its noise, and falls with a only as far as that allows.
 
 Terms of a sample:
     first = ‖r1‖², of which the integral over u has the mean J_SM, up to a constant, in nats
@@ -50,8 +51,8 @@ class SteinTerms(NamedTuple):
 
     Attributes:
         first: ‖r1‖², of shape (B,).
-        rate: ρ₁ρ₂, of shape (B,), or of the rows a fraction chose; an estimate of a², which is
-            negative for some samples.
+        rate: ρ₁ρ₂, of shape (B,), or of the rows a fraction chose: in the mean a² and the variance
+            of ε·(ε + f) given x. Negative for some samples.
     """
 
     first: Tensor
