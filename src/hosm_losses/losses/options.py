@@ -50,22 +50,26 @@ class _Second(_Engine, total=False):
     estimator: Estimator
 
 
-class _Third(_Second, total=False):
+class TermsOptions(_Second, total=False):
+    """Options of the terms of order three."""
+
     third: Third
 
 
-class _Parts(TypedDict, total=False):
+class PartsOptions(TypedDict, total=False):
+    """How much of a batch has higher terms, and in how many parts it is evaluated."""
+
     fraction: float
     chunks: int
 
 
-class SecondOrderOptions(FirstOrderOptions, _Second, _Parts, total=False):
+class SecondOrderOptions(FirstOrderOptions, _Second, PartsOptions, total=False):
     """Options of a loss of order two."""
 
     weights: Weights | Recipe | None
 
 
-class ThirdOrderOptions(SecondOrderOptions, _Third, total=False):
+class ThirdOrderOptions(SecondOrderOptions, TermsOptions, total=False):
     """Options of a loss of order three."""
 
 
@@ -88,7 +92,7 @@ class HigherOrderInputs(_Probed, total=False):
     weights: Weights | Recipe | None
 
 
-class SteinChoices(_Engine, _Parts, total=False):
+class SteinChoices(_Engine, PartsOptions, total=False):
     """Options of `SteinDSM`."""
 
     weight: float | Tensor | None
@@ -118,7 +122,7 @@ class ThirdOrderArguments(HigherOrderInputs, ThirdOrderOptions, total=False):
     """Arguments of `third_order_dsm` after the model and the data."""
 
 
-class TermsArguments(_Probed, _Third, total=False):
+class TermsArguments(_Probed, TermsOptions, total=False):
     """Arguments of `dsm_terms` after the model, the data and the order."""
 
 
