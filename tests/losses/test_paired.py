@@ -8,7 +8,14 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.derivatives import ENGINES
-from tests.oracles import MLP, networks, randomise, sign_vectors
+from tests.oracles import (
+    MLP,
+    Detaches,
+    OnceDifferentiable,
+    networks,
+    randomise,
+    sign_vectors,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:derivative='forward'")
 ORDERS = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
@@ -197,6 +204,24 @@ class _Loss(nn.Module):
 
 def _named(parameters):
     return {f"model.{name}": value for name, value in parameters.items()}
+
+
+@pytest.mark.parametrize("function", [Detaches, OnceDifferentiable])
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_graph_that_is_dropped_is_an_error(function, order):
+    """Whatever engine gives D and G, the pass back from the value needs the graph as well."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = MLP(D)
+
+        def forward(self, x, t):
+            return self.network(function.apply(x), t)
+
+    model, given = setting(network=Network())
+    with pytest.raises(hosm.DerivativeError):
+        ORDERS[order](model, **given, estimator="paired").backward()
 
 
 def test_what_has_no_weight_is_not_taken():

@@ -18,11 +18,11 @@ from hosm_losses.derivatives.engines import Field as Field
 from hosm_losses.derivatives.engines import quadratic_forms as quadratic_forms
 from hosm_losses.derivatives.primitive_mode import safe_primitives as safe_primitives
 from hosm_losses.derivatives.products import Products as Products
-from hosm_losses.derivatives.products import with_products as with_products
 from hosm_losses.derivatives.select import ASK_THE_CHECK as ASK_THE_CHECK
 from hosm_losses.derivatives.select import ENGINES as ENGINES
 from hosm_losses.derivatives.select import Engine as Engine
 from hosm_losses.derivatives.select import Snapshot as Snapshot
 from hosm_losses.derivatives.select import derive as derive
+from hosm_losses.derivatives.select import derive_with_products as derive_with_products
 from hosm_losses.derivatives.select import say_no_price as say_no_price
 from hosm_losses.derivatives.taylor import Jet as Jet

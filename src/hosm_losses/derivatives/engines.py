@@ -19,7 +19,7 @@ Source:
     the "double backward trick" of J. Townsend (2017).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -95,15 +95,16 @@ def leaf(x: Tensor, wanted: bool) -> Tensor:
     return x if wanted and x.requires_grad else x.detach().requires_grad_()
 
 
-def _folded(field: Field, x: Tensor, direction: Tensor) -> tuple[Field, Tensor, Tensor]:
+def folded(field: Field, x: Tensor, direction: Tensor) -> tuple[Field, Tensor, Tensor]:
     """The field, x and the directions with the K directions as one larger batch."""
     count = len(direction)
     rows = x.expand(count, *x.shape).flatten(0, 1)
     return (field.repeat(count) if count > 1 else field), rows, direction.flatten(0, 1)
 
 
-def _unfolded(parts: Iterable[Tensor], direction: Tensor) -> list[Tensor]:
-    return [part.unflatten(0, direction.shape[:2]) for part in parts]
+def unfolded(parts: Iterable[Tensor], shape: Sequence[int]) -> list[Tensor]:
+    """The parts of what was folded, each (K, B, *), K and B the first two of a shape."""
+    return [part.unflatten(0, shape[:2]) for part in parts]
 
 
 def kept(parts: Iterable[Tensor], wanted: bool) -> list[Tensor]:
@@ -141,7 +142,7 @@ def _taylor_gradient(
     """f, D and G: of each direction on its own copy of x, or of all on x that they share."""
     rows, w = x, direction
     if not summed:
-        field, rows, w = _folded(field, x, direction)
+        field, rows, w = folded(field, x, direction)
         w = w.unsqueeze(0)
 
     def form(rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -160,7 +161,7 @@ def _taylor_gradient(
             )
     if summed:
         return [*parts, gradient.unsqueeze(0)]
-    return _unfolded((*[part.squeeze(0) for part in parts], gradient), direction)
+    return unfolded((*[part.squeeze(0) for part in parts], gradient), direction.shape)
 
 
 def forward(
@@ -214,10 +215,10 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) 
     wanted = torch.is_grad_enabled()
     with torch.enable_grad(), explained():
         point = leaf(x, wanted)
-        folded, rows, w = field, point, None
+        copies, rows, w = field, point, None
         if order == 3:
-            folded, rows, w = _folded(field, point, direction)
-        value = folded(rows)
+            copies, rows, w = folded(field, point, direction)
+        value = copies(rows)
         refuse_dropped(value)
         # At order two any cotangent will do: the pulled one is linear in it.
         cotangent = (torch.zeros_like(value) if w is None else w.detach()).requires_grad_()
@@ -233,16 +234,18 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) 
             raise DerivativeError(LOST_TWICE)
         if gradient is None:  # as of a linear field
             gradient = torch.zeros_like(rows)
-        return Derivatives(*kept(_unfolded((value, directional, gradient), direction), wanted))
+        return Derivatives(
+            *kept(unfolded((value, directional, gradient), direction.shape), wanted)
+        )
 
 
 def _reverse_in_transform(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:
     """The same by torch.func.vjp, which a transform around it can follow."""
-    folded, rows, w = (field, x, direction) if order == 2 else _folded(field, x, direction)
+    copies, rows, w = (field, x, direction) if order == 2 else folded(field, x, direction)
     start = torch.zeros_like(x) if order == 2 else w
 
     def watched(point: Tensor) -> Tensor:
-        value = folded(point)
+        value = copies(point)
         refuse_dropped(value)
         return value
 
@@ -256,7 +259,7 @@ def _reverse_in_transform(field: Field, x: Tensor, direction: Tensor, order: int
     if order == 2:
         return Derivatives(value.unsqueeze(0), torch.stack([back(each)[1] for each in direction]))
     gradient, directional = back(w)
-    return Derivatives(*_unfolded((value, directional, gradient), direction))
+    return Derivatives(*unfolded((value, directional, gradient), direction.shape))
 
 
 def quadratic_forms(

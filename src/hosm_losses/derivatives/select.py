@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hosm_losses._checks import DerivativeError
-from hosm_losses._torch_internals import DEVICE_ERROR_TEXT, NOT_TWICE, surrounded
-from hosm_losses.derivatives import engines
+from hosm_losses._torch_internals import DEVICE_ERROR_TEXT, NOT_TWICE, surrounded, traced
+from hosm_losses.derivatives import engines, products
 from hosm_losses.derivatives.backward import DroppedGraphError
 from hosm_losses.derivatives.engines import Derivatives, Field
+from hosm_losses.derivatives.products import Cotangent, Products
 from hosm_losses.derivatives.taylor import TaylorError
 
 Engine = Literal["auto", "taylor", "reverse", "forward"]
@@ -129,6 +130,40 @@ def derive(
             f"network: expected operators that the engine 'taylor' knows; got {error} Leave "
             "derivative at 'auto', which finds another engine."
         ) from error
+
+
+def derive_with_products(
+    field: Field,
+    x: Tensor,
+    direction: Tensor,
+    cotangent: Cotangent,
+    *,
+    order: int,
+    derivative: str = "auto",
+    second: bool = False,
+    push: bool = False,
+) -> Products:
+    """The same as `derive` with (∂f/∂x)ᵀ c, and if `push` ∂f/∂x c; c = cotangent(f) (C, B, *).
+
+    "auto" is reverse mode, which costs least here, where it can be; then as in `derive`. With
+    `second` the third is ∂²f[w, w], if an engine can.
+    """
+    given = (field, x, direction, order, cotangent, push)
+    if derivative in ("auto", "reverse") and not second and not traced():
+        choice, before = _choice(field.owner), Snapshot(field.owner, x)
+        if derivative == "reverse" or "reverse" not in choice.refused:
+            try:
+                return products.reverse_products(*given)
+            except Exception as error:
+                if derivative == "reverse" or not _another_may_do("reverse", error):
+                    raise
+                before.restore()
+
+    def derived(field: Field, x: Tensor, direction: Tensor) -> Derivatives:
+        u = direction if second else None
+        return derive(field, x, direction, order=order, derivative=derivative, second_direction=u)
+
+    return products.products_beside(derived, *given)
 
 
 def _auto(

@@ -19,9 +19,9 @@ from hosm_losses.derivatives import (
     Jet,
     Products,
     derive,
+    derive_with_products,
     quadratic_forms,
     safe_primitives,
-    with_products,
 )
 from hosm_losses.model.conditions import bound, map_tensors, per_sample, tensors_in
 from hosm_losses.model.score_model import ScoreModel, to_noise
@@ -84,29 +84,38 @@ class NoiseField(ConditionedModel):
             second_direction=second_direction,
             summed=summed,
         )
-        value, directional, third = derived
-        p, q = self.model.affine(self.t, x)
-        return type(derived)(
-            -to_noise(value, x, p, q),
-            -to_noise(directional, direction, p, q),
-            None if third is None else -to_noise(third, None, p, q),
-        )
+        return self._of_field(derived, x, direction)
 
     def derive_with_products(
         self,
         x: Tensor,
         direction: Tensor,
         cotangent: Callable[[Tensor], Tensor],
-        *,
-        push: bool,
         **options: Any,
     ) -> Products:
-        """The same by `derive` and its options, with (∂f/∂x)ᵀ c, and if `push` ∂f/∂x c.
+        """The same with (∂f/∂x)ᵀ c, and if it is pushed ∂f/∂x c; c = cotangent(f), held fixed."""
+        p, q = self.model.affine(self.t, x)
 
-        c = cotangent(f), held fixed. f must be shared: at order 3 there is one direction.
-        """
-        return with_products(
-            lambda point: self.derive(point, direction, **options), x, cotangent, push=push
+        def of_network(value: Tensor) -> Tensor:
+            return cotangent(-to_noise(value, x, p, q)).to(value.dtype)
+
+        found = derive_with_products(NetworkField(self), x, direction, of_network, **options)
+        derived, c, pulled, pushed = found
+        return Products(
+            self._of_field(derived, x, direction),
+            c,
+            -to_noise(pulled, c, p, q),
+            None if pushed is None else -to_noise(pushed, c, p, q),
+        )
+
+    def _of_field(self, derived: Derivatives, x: Tensor, direction: Tensor) -> Derivatives:
+        """The derivatives of f, from those of the network."""
+        value, directional, third = derived
+        p, q = self.model.affine(self.t, x)
+        return type(derived)(
+            -to_noise(value, x, p, q),
+            -to_noise(directional, direction, p, q),
+            None if third is None else -to_noise(third, None, p, q),
         )
 
     def quadratic_forms(self, x: Tensor, directions: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
