@@ -53,7 +53,7 @@ def term_of(name: str, model: hosm.ScoreModel, x0: Tensor, **options: Any) -> Te
 def estimators(elements: int, distributions: Sequence[str] = ()) -> dict[str, Term]:
     """Terms and estimators by name, and two with each kind of probe, "second gaussian" say.
 
-    In one dimension the trace repeats the second, and all estimators of the third are the same.
+    "paired" has two probes, all others one. In one dimension the trace repeats the second, and all estimators of the third are the same.
     """
     third = partial(term_of, "third")
     found: dict[str, Term] = {"first": partial(term_of, "first", order=1)}
@@ -63,6 +63,8 @@ def estimators(elements: int, distributions: Sequence[str] = ()) -> dict[str, Te
     found["third"] = third
     for form in ("laplacian", "sliced") if elements > 1 else ():
         found[f"third {form}"] = partial(third, third=form)
+    for name in ("second", "trace", "third") if elements > 1 else ():
+        found[f"{name} paired"] = partial(found[name], estimator="paired")
     for kind in distributions:
         found[f"second {kind}"] = partial(second, distribution=kind)
         found[f"third {kind}"] = partial(third, distribution=kind)

@@ -35,6 +35,39 @@ def test_one_graph_with_the_gradients_of_eager_mode(name, order):
         torch.testing.assert_close(compiled_one, eager, rtol=1e-9, atol=1e-12)
 
 
+TWO_PROBES = {
+    "order two": lambda model: hosm.SecondOrderDSM(model, estimator="paired"),
+    "the trace alone": lambda model: hosm.SecondOrderDSM(
+        model, estimator="paired", weights=(1, 0, 0.3)
+    ),
+    "order three": lambda model: hosm.ThirdOrderDSM(model, estimator="paired"),
+    "laplacian": lambda model: hosm.ThirdOrderDSM(
+        model, estimator="paired", third="laplacian", weights="balanced"
+    ),
+    "stein": lambda model: hosm.SteinDSM(model, weight=0.5),
+}
+
+
+@compiles_higher_orders
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loss", TWO_PROBES)
+@pytest.mark.parametrize("name", ["mlp", "attention"])
+def test_products_of_two_probes_are_one_graph(name, loss):
+    network, shape = networks()[name]
+    module = TWO_PROBES[loss](hosm.ScoreModel(network, hosm.VPSchedule())).eval()
+    x0 = torch.randn(2, *shape)
+    inputs = {"t": torch.tensor([0.3, 0.6]), "noise": torch.randn_like(x0)}
+    inputs["probe"] = torch.randn(2, *x0.shape)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    parameters = list(network.parameters())
+    losses = [each(x0, **inputs) for each in (module, compiled)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
+    for compiled_one, eager in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(compiled_one, eager, rtol=1e-9, atol=1e-12)
+
+
 class InPlace(nn.Module):
     """Changes in place of activations, of views, and next to a reshape."""
 

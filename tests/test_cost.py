@@ -60,6 +60,36 @@ def test_exact_probes_share_the_value_and_one_pass_back(options, most):
     assert step(lambda: hosm.third_order_dsm(model, x0, probes="exact", **options)) / first < most
 
 
+@pytest.mark.parametrize(
+    ("order", "options", "evaluations"),
+    [
+        (2, {}, 12),
+        (2, {"weights": (1, 0, 1)}, 9),
+        (3, {}, 25),
+        (2, {"derivative": "taylor"}, 18),
+        (3, {"derivative": "taylor"}, 40),
+        (3, {"third": "laplacian"}, 42),
+    ],
+)
+def test_two_paired_probes_share_the_value(order, options, evaluations):
+    """Where one of order one is 3: see `derivatives.products`."""
+    layers = [nn.Linear(8, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 8)]
+    network, x0 = nn.Sequential(*layers), torch.randn(4, 8)
+    model = hosm.ScoreModel(OfX(network), hosm.VPSchedule())
+    first = step(lambda: hosm.first_order_dsm(model, x0))
+    function = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}[order]
+    found = step(lambda: function(model, x0, estimator="paired", **options))
+    assert found / first == pytest.approx(evaluations / 3, rel=0.03)
+
+
+def test_stein_costs_what_order_two_costs_with_two_probes():
+    network, x0 = Residual(), torch.randn(2, 1, 6, 6)
+    model = hosm.ScoreModel(network, hosm.VPSchedule())
+    found = step(lambda: hosm.stein_dsm(model, x0))
+    assert found == step(lambda: hosm.second_order_dsm(model, x0, probes=2))
+    assert network.calls == [2, 2]
+
+
 def test_chunks_bound_what_exact_probes_hold():
     """Of value and eight derivatives of a batch, those of one part at a time."""
     network, x0 = nn.Sequential(nn.Linear(8, 64), nn.SiLU(), nn.Linear(64, 8)), torch.randn(32, 8)

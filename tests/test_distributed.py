@@ -18,7 +18,9 @@ from tests.versions import shards_on_cpu
 
 MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
 KINDS = ("auto", "taylor", "reverse", "forward", "chunks")
-CASES = [(1, "auto"), *[(order, kind) for order in (2, 3) for kind in KINDS]]
+PAIRED = ("paired", "paired in taylor")
+CASES = [(1, "auto"), *[(order, kind) for order in (2, 3) for kind in KINDS + PAIRED]]
+CASES.append((2, "stein"))
 BATCH = 4
 
 
@@ -46,13 +48,20 @@ def setting(order, engine, checkpoint=False):
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     network = Network(checkpoint and engine != "forward")
-    options = {"chunks": 2} if engine == "chunks" else {"derivative": engine}
+    options = {
+        "chunks": {"chunks": 2},
+        "paired": {"estimator": "paired"},
+        "paired in taylor": {"estimator": "paired", "derivative": "taylor"},
+        "stein": {},
+    }.get(engine, {"derivative": engine})
     options = {} if order == 1 else options
-    module = MODULES[order](hosm.ScoreModel(network, hosm.VPSchedule()), **options)
+    kind = hosm.SteinDSM if engine == "stein" else MODULES[order]
+    module = kind(hosm.ScoreModel(network, hosm.VPSchedule()), **options)
     x0 = torch.randn(BATCH, 5, 3)
     inputs = {"t": torch.linspace(0.2, 0.8, BATCH), "noise": torch.randn_like(x0)}
     if order > 1:
-        inputs["probe"] = torch.randn_like(x0)
+        two = engine in (*PAIRED, "stein")
+        inputs["probe"] = torch.randn(2, *x0.shape) if two else torch.randn_like(x0)
     return network, module, x0, inputs
 
 
@@ -62,6 +71,14 @@ def single(order, engine):
     return {name: parameter.grad for name, parameter in network.named_parameters()}
 
 
+def rows(inputs, x0, chosen):
+    """The inputs of some rows, of probes (K, B, *) as well."""
+    return {
+        name: value[:, chosen] if value.ndim > x0.ndim else value[chosen]
+        for name, value in inputs.items()
+    }
+
+
 def ddp(order, engine, **options):
     network, module, x0, inputs = setting(order, engine, checkpoint=True)
     wrapped = DistributedDataParallel(module, **options)
@@ -69,7 +86,7 @@ def ddp(order, engine, **options):
     # Twice: a static graph is learnt in the first step and used in the second.
     for _ in range(2):
         network.zero_grad()
-        wrapped(x0[half], **{name: value[half] for name, value in inputs.items()}).backward()
+        wrapped(x0[half], **rows(inputs, x0, half)).backward()
     return {name: parameter.grad for name, parameter in network.named_parameters()}
 
 
@@ -80,7 +97,7 @@ def fsdp(order, engine):
     mesh = init_device_mesh("cpu", (2,))
     fully_shard(module, mesh=mesh)
     half = slice(dist.get_rank() * 2, dist.get_rank() * 2 + 2)
-    module(x0[half], **{name: value[half] for name, value in inputs.items()}).backward()
+    module(x0[half], **rows(inputs, x0, half)).backward()
     return {name: p.grad.full_tensor() for name, p in network.named_parameters()}
 
 

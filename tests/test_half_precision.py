@@ -103,6 +103,24 @@ def test_the_terms_of_every_engine_equal_float64(half, third, derivative):
         close(got.detach(), expected.detach(), half)
 
 
+@pytest.mark.parametrize("derivative", ["auto", "taylor", "forward"])
+@pytest.mark.parametrize("half", HALVES)
+def test_the_terms_of_two_probes_equal_float64(half, derivative):
+    """Relative to the sums that cancel in them, of which each term is a small difference."""
+    (short, double), inputs, _ = setting(Elementwise(), half, 2)
+    signs = torch.randint(0, 2, (2, 2, D), generator=torch.Generator().manual_seed(2)) * 2.0 - 1
+    found = []
+    for model, given in zip((short, double), inputs, strict=True):
+        given = dict(given, probe=signs.to(given["x0"].dtype), derivative=derivative)
+        x0 = given.pop("x0")
+        stein = hosm.SteinDSM(model, derivative=given.pop("derivative"))
+        terms = hosm.dsm_terms(model, x0, **given, derivative=derivative, estimator="paired")
+        _, logged = stein(x0, **given, return_terms=True)
+        found.append([*terms, logged.first / D, logged.rate / D**2])
+    for got, expected in zip(*found, strict=True):
+        close(got.detach(), expected.detach(), half)
+
+
 @pytest.mark.parametrize("third", THIRDS)
 def test_exact_probes_equal_float64(third):
     half = torch.float16

@@ -88,6 +88,22 @@ def test_the_flows_own_prediction(schedule):
     passes(3, {"weighting": "native"}, schedule=SCHEDULES[schedule], prediction="flow_prediction")
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("weights", [None, "balanced"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_paired_probes(order, weights, engine):
+    passes(order, {"derivative": engine, "estimator": "paired", "weights": weights}, "conv")
+
+
+@pytest.mark.parametrize("options", [{}, {"fraction": 0.5, "weight": 0.3, "probes": 3}])
+def test_stein(options):
+    network, x0 = setting()
+    with OneDevice():
+        loss = hosm.SteinDSM(hosm.ScoreModel(network, VP), **options)(x0)
+    loss.backward()
+    assert network.get_parameter("inner.weight").grad.is_meta
+
+
 @pytest.mark.parametrize("name", ["mlp", "conv", "attention"])
 @pytest.mark.parametrize("probes", [1, 2, "exact"])
 @pytest.mark.parametrize("engine", ENGINES)

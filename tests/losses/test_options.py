@@ -24,7 +24,6 @@ OPTIONS = [
     ({"probes": True}, r"probes \(or 'exact'\): expected a whole number.*got True"),
     ({"probes": 2.0}, r"probes \(or 'exact'\): expected a whole number.*got 2\.0"),
     ({"probes": "all"}, r"probes \(or 'exact'\): expected a whole number.*got 'all'"),
-    ({"probes": None}, r"probes \(or 'exact'\): expected a whole number.*got None"),
     ({"probes": np.array([1, 2])}, r"probes \(or 'exact'\).*got an object of type ndarray"),
     ({"chunks": True}, "chunks: expected a whole number of at least 1; got True"),
     ({"chunks": 0}, "chunks: expected a whole number of at least 1; got 0"),

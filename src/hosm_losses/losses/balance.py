@@ -28,10 +28,10 @@ class Balance(nn.Module):
     sums: Tensor
     counts: Tensor
 
-    def __init__(self, terms: int) -> None:
+    def __init__(self, terms: int, device: torch.device | None = None) -> None:
         super().__init__()
-        self.register_buffer("sums", torch.zeros(terms, BINS))
-        self.register_buffer("counts", torch.zeros(terms, BINS))
+        self.register_buffer("sums", torch.zeros(terms, BINS, device=device))
+        self.register_buffer("counts", torch.zeros(terms, BINS, device=device))
 
     def forward(
         self, terms: Sequence[Tensor | None], level: Tensor, rows: Tensor | None
@@ -41,6 +41,8 @@ class Balance(nn.Module):
         `level` (B,) is where log σ̂ lies in its range, from 0 to 1. In training the sizes of the
         terms are taken up first.
         """
+        if self.sums.device != level.device:  # a loss may be made after its network was moved
+            self.to(level.device)
         bins = (level.detach() * BINS).long().clamp(0, BINS - 1)
         of_rows = bins if rows is None else bins[rows]
         places = [bins, *[of_rows] * (len(self.sums) - 1)]

@@ -54,7 +54,8 @@ class _Objective(nn.Module):
                     "weighting: expected one for all terms with weights='balanced', which takes "
                     "the higher terms at the weighting of the first; got a pair."
                 )
-            self.balance = Balance(self.order + 1)
+            device = next((each.device for each in model.parameters()), None)
+            self.balance = Balance(self.order + 1, device)
         else:
             self.options.checked(self.weights)
 
@@ -217,3 +218,15 @@ class SteinDSM(nn.Module):
         weight = self.weight if weight is None else weight
         found = evaluate(self.model, x0, self.options, weights=weight, **given)
         return _returned(found, LoggedSteinTerms, return_terms)
+
+    if TYPE_CHECKING:  # nn.Module gives no type to a call
+
+        @overload
+        def __call__(
+            self, x0: Tensor, *, return_terms: Literal[False] = ..., **inputs: Unpack[SteinInputs]
+        ) -> Tensor: ...
+        @overload
+        def __call__(
+            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[SteinInputs]
+        ) -> tuple[Tensor, LoggedSteinTerms]: ...
+        def __call__(self, x0: Tensor, **inputs: Any) -> Any: ...
