@@ -53,7 +53,8 @@ def term_of(name: str, model: hosm.ScoreModel, x0: Tensor, **options: Any) -> Te
 def estimators(elements: int, distributions: Sequence[str] = ()) -> dict[str, Term]:
     """Terms and estimators by name, and two with each kind of probe, "second gaussian" say.
 
-    "paired" has two probes, all others one. In one dimension the trace repeats the second, and all estimators of the third are the same.
+    "paired" has two probes, all others one. In one dimension the trace repeats the second, and
+    all estimators of the third are the same.
     """
     third = partial(term_of, "third")
     found: dict[str, Term] = {"first": partial(term_of, "first", order=1)}

@@ -39,6 +39,8 @@ def test_a_training_step() -> None:
             model_kwargs={"scale": 2.0},
         ),
         hosm.third_order_dsm(model, x0, probes="exact", third="laplacian", time_sampler=sampler),
+        hosm.second_order_dsm(model, x0, estimator="paired", weights="paper"),
+        hosm.stein_dsm(model, x0, weight=0.3, probes=4, fraction=0.5),
     ]
     torch.stack(losses).sum().backward()
     terms: hosm.DSMTerms = hosm.dsm_terms(model, x0, order=2, derivative="taylor")
@@ -59,8 +61,22 @@ def test_modules_return_what_return_terms_says() -> None:
     assert second is not None
     assert trace is not None
     assert third is not None
+    stein = hosm.SteinDSM(model, weight=torch.tensor(0.3))
+    stein(x0, weight=0.1).backward()
+    _, rates = stein(x0, return_terms=True)
+    assert rates.rate is not None
+    hosm.SecondOrderDSM(model, estimator="paired", weights="balanced")(x0).backward()
     several: list[nn.Module] = [hosm.FirstOrderDSM(model), hosm.SecondOrderDSM(model, probes=2)]
     assert len(several) == 2
+
+
+def test_a_report() -> None:
+    model = hosm.ScoreModel(Network(), hosm.VPSchedule())
+    report: hosm.LossReport = hosm.loss_report(
+        model, torch.randn(4, 3), order=2, draws=2, estimator="paired", weights=(1, 3, 3)
+    )
+    noise: float = report.terms["trace"].noise
+    assert noise > 0
 
 
 def test_a_likelihood() -> None:
