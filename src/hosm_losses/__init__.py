@@ -5,7 +5,9 @@ from hosm_losses.derivatives import checkpoint as checkpoint
 from hosm_losses.diagnostics import check_derivatives as check_derivatives
 from hosm_losses.likelihood import NLLResult as NLLResult
 from hosm_losses.likelihood import NLLSummary as NLLSummary
+from hosm_losses.likelihood import SampleResult as SampleResult
 from hosm_losses.likelihood import ode_nll as ode_nll
+from hosm_losses.likelihood import ode_sample as ode_sample
 from hosm_losses.likelihood import variational_nll as variational_nll
 from hosm_losses.losses import DSMTerms as DSMTerms
 from hosm_losses.losses import FirstOrderDSM as FirstOrderDSM

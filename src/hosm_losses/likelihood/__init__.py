@@ -1,6 +1,7 @@
 """The likelihood of the probability-flow ODE, and the variational bound of the SDE.
 
 - `ode`: `ode_nll`, the log-density along the ODE, which one of two solvers follows.
+- `sample`: `ode_sample`, the same paths from noise to data.
 - `multistep`: method "fixed", a grid that the batch shares.
 - `adaptive`: method "adaptive", steps of each sample's own.
 - `variational`: `variational_nll`.
@@ -12,4 +13,6 @@
 from hosm_losses.likelihood.ode import ode_nll as ode_nll
 from hosm_losses.likelihood.result import NLLResult as NLLResult
 from hosm_losses.likelihood.result import NLLSummary as NLLSummary
+from hosm_losses.likelihood.sample import SampleResult as SampleResult
+from hosm_losses.likelihood.sample import ode_sample as ode_sample
 from hosm_losses.likelihood.variational import variational_nll as variational_nll

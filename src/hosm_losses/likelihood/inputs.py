@@ -104,14 +104,15 @@ def evaluate(
     model_kwargs: Mapping[str, Any] | None,
     draws: int = 1,
     enable_grad: bool = False,
+    name: str = "x",
 ) -> NLLResult:
     """Put together what `likelihood` gives for chunks of x, and for draws of u, after checks.
 
-    The other arguments are those of `ode_nll`.
+    `name` is that of x in errors. The other arguments are those of `ode_nll`.
     """
     check_model(model)
     if dequantization is None:
-        check_sample_batch("x", x)
+        check_sample_batch(name, x)
     else:
         _check_images(x, dequantization)
     if not (log_prior is None or callable(log_prior)):
@@ -179,6 +180,35 @@ def mark_failed(result: NLLResult) -> NLLResult:
     good = torch.isfinite(in_range) & (result.solver_error.detach() <= limit)
     failed = result.failed | ~good
     return replace(result, nll=result.nll.masked_fill(failed, math.nan), failed=failed)
+
+
+def check_probes(probes: object, divergence: str) -> int:
+    """Return the number of random probes, 1 where the divergence is exact."""
+    if probes == "exact":
+        remedy = "All unit vectors are divergence='exact'."
+        raise ValueError(complaint("probes", "a whole number", probes, remedy))
+    count = check_whole("probes", probes, 1)
+    if divergence == "exact" and count != 1:
+        expected = "1 with divergence='exact', which draws none"
+        raise ValueError(complaint("probes", expected, count))
+    return count
+
+
+def check_draws(draws: int, dequantization: str | None, divergence: str) -> None:
+    """Raise ValueError for several draws of u where there is none, or where they would flatter.
+
+    With 7 nats of noise in log p, as of Hutchinson's estimator, 20 draws seem to gain 11 nats.
+    """
+    if dequantization is None:
+        remedy = "Give integer images and dequantization='uniform'."
+        raise ValueError(complaint("dequantization_draws", "1 for continuous data", draws, remedy))
+    if divergence != "exact":
+        remedy = (
+            "The mean of exp(log p) turns the noise of log p into a gain, which flatters the "
+            "model: use divergence='exact'."
+        )
+        expected = f"1 with divergence={divergence!r}"
+        raise ValueError(complaint("dequantization_draws", expected, draws, remedy))
 
 
 def _check_images(x: object, dequantization: str) -> None:

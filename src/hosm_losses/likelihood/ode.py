@@ -30,10 +30,16 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_flag, check_number, check_whole, complaint
+from hosm_losses._checks import check_choice, check_flag, check_number, check_whole
 from hosm_losses.likelihood.adaptive import adaptive
 from hosm_losses.likelihood.coordinates import NoiseLevel, accumulator
-from hosm_losses.likelihood.inputs import Batch, Dequantization, evaluate
+from hosm_losses.likelihood.inputs import (
+    Batch,
+    Dequantization,
+    check_draws,
+    check_probes,
+    evaluate,
+)
 from hosm_losses.likelihood.multistep import EXTRA_EVALUATIONS, MINIMUM_STEPS, Node, multistep
 from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.model import NoiseField, ScoreModel
@@ -120,60 +126,37 @@ def ode_nll(
         >>> print(f"{result.nll.item():.3f} nats, {result.nfe.item()} evaluations")
         1.838 nats, 74 evaluations
     """
-    check_choice("method", method, get_args(Method))
     check_choice("divergence", divergence, get_args(Divergence))
-    check_choice("distribution", distribution, DISTRIBUTIONS)
-    steps = check_whole("steps", steps, MINIMUM_STEPS)
-    probes = _check_probes(probes, divergence)
-    tolerance = check_number("tolerance", tolerance, "a positive number of nats", above=0.0)
+    solve = solver(method, steps, distribution, tolerance)
+    probes = check_probes(probes, divergence)
     check_flag("enable_grad", enable_grad)
     draws = check_whole("dequantization_draws", dequantization_draws, 1)
     if draws > 1:
-        _check_draws(draws, dequantization, divergence)
-    solve = partial(solve_fixed, steps=steps)
-    if method == "adaptive":
-        solve = partial(solve_adaptive, tolerance=tolerance)
+        check_draws(draws, dequantization, divergence)
 
     def likelihood(batch: Batch) -> NLLResult:
-        return _nll(Paths(batch, 0 if divergence == "exact" else probes, distribution), solve)
+        return followed(Paths(batch, 0 if divergence == "exact" else probes, distribution), solve)
 
     shared = (data_mean, data_std, log_prior, dequantization, batch_size, progress, generator)
     return evaluate(likelihood, model, x, *shared, model_kwargs, draws, enable_grad)
 
 
-def _check_probes(probes: object, divergence: str) -> int:
-    if probes == "exact":
-        remedy = "All unit vectors are divergence='exact'."
-        raise ValueError(complaint("probes", "a whole number", probes, remedy))
-    count = check_whole("probes", probes, 1)
-    if divergence == "exact" and count != 1:
-        expected = "1 with divergence='exact', which draws none"
-        raise ValueError(complaint("probes", expected, count))
-    return count
-
-
-def _check_draws(draws: int, dequantization: str | None, divergence: str) -> None:
-    """Raise ValueError for several draws of u where there is none, or where they would flatter.
-
-    With 7 nats of noise in log p, as of Hutchinson's estimator, 20 draws seem to gain 11 nats.
-    """
-    if dequantization is None:
-        remedy = "Give integer images and dequantization='uniform'."
-        raise ValueError(complaint("dequantization_draws", "1 for continuous data", draws, remedy))
-    if divergence != "exact":
-        remedy = (
-            "The mean of exp(log p) turns the noise of log p into a gain, which flatters the "
-            "model: use divergence='exact'."
-        )
-        expected = f"1 with divergence={divergence!r}"
-        raise ValueError(complaint("dequantization_draws", expected, draws, remedy))
+def solver(method: Method, steps: int, distribution: str, tolerance: float) -> "Solver":
+    """The solver that checked options choose."""
+    check_choice("method", method, get_args(Method))
+    check_choice("distribution", distribution, DISTRIBUTIONS)
+    steps = check_whole("steps", steps, MINIMUM_STEPS)
+    tolerance = check_number("tolerance", tolerance, "a positive number of nats", above=0.0)
+    if method == "adaptive":
+        return partial(solve_adaptive, tolerance=tolerance)
+    return partial(solve_fixed, steps=steps)
 
 
 class Solved(NamedTuple):
     """Where the paths end, and what was gathered on the way."""
 
     z: Tensor  # the states at the other end, (B, *)
-    integral: Tensor  # ∫ (σ ∇·ε̂ − Σ_i σ̂²/c²) du, (B,)
+    integral: Tensor  # ∫ (σ ∇·ε̂ − Σ_i σ̂²/c²) du in the direction that was solved, (B,)
     nfe: Tensor  # network evaluations, (B,)
     standard_error: Tensor | None  # of the integral, from the probes, (B,); None if not known
     solver_error: Tensor  # estimate, (B,)
@@ -185,12 +168,12 @@ class Paths:
     """The paths of a batch."""
 
     batch: Batch
-    probes: int  # K, the number of random probes; 0 stands for the exact divergence
+    probes: int | None  # K random probes; 0 for the exact divergence, None for no divergence
     distribution: Distribution
 
     def draw(self, z: Tensor) -> Tensor | None:
-        """Fresh probes (K, B, *), or None where the divergence is exact."""
-        if self.probes == 0:
+        """Fresh probes (K, B, *), or None where there are none."""
+        if not self.probes:
             return None
         like = torch.empty_like(z, dtype=self.batch.dtype)
         return draw_probes(like, self.probes, self.distribution, self.batch.generator)
@@ -201,21 +184,34 @@ class Paths:
         """ε̂ of the rows (all if None), dz/du, and samples (K, n) of what is integrated over u."""
         coordinates = self.batch.coordinates
         x = coordinates.to_x(z, level).to(self.batch.dtype)
+        if self.probes is None:
+            noise = -self.batch.field(level, rows)(x).to(z.dtype)
+            return noise, coordinates.slope(z, noise, level), z.new_zeros(1, len(z))
         value, divergence = with_divergence(self.batch.field(level, rows), x, probes)
         noise, integrand = -value.to(z.dtype), coordinates.integrand(-divergence, level)
         return noise, coordinates.slope(z, noise, level), integrand
 
 
-def _nll(paths: Paths, solve: Callable[[Paths, Tensor, tuple[float, float]], Solved]) -> NLLResult:
+Solver = Callable[[Paths, Tensor, tuple[float, float]], Solved]
+
+
+def followed(paths: Paths, solve: Solver, *, backwards: bool = False) -> NLLResult:
+    """Follow the paths from the data of a batch to its latents, or back from latents to data.
+
+    `latent` is the other end: the data, if `backwards`.
+    """
     batch, coordinates = paths.batch, paths.batch.coordinates
     span = coordinates.schedule.log_sigma_hat_range
     data, noise = coordinates.ends(span)
-    z = coordinates.to_z(batch.x, data)
+    near, far = (noise, data) if backwards else (data, noise)
+    z = coordinates.to_z(batch.x, near)
+    span = (span[1], span[0]) if backwards else span
     z, integral, nfe, standard_error, solver_error, failed = solve(paths, z, span)
-    latent = coordinates.to_x(z, noise)
+    end = coordinates.to_x(z, far)
+    latent, integral = (batch.x, -integral) if backwards else (end, integral)
     volume = coordinates.log_volume(noise) - coordinates.log_volume(data)
     nll = -(batch.log_prior_at(latent) + volume + integral)
-    return NLLResult(nll, latent.to(batch.dtype), nfe, standard_error, solver_error, failed)
+    return NLLResult(nll, end.to(batch.dtype), nfe, standard_error, solver_error, failed)
 
 
 def with_divergence(field: NoiseField, x: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -231,7 +227,7 @@ def with_divergence(field: NoiseField, x: Tensor, probes: Tensor | None) -> tupl
 
 
 def solve_fixed(paths: Paths, z: Tensor, span: tuple[float, float], steps: int) -> Solved:
-    """Solve from z at one end of the span of u = log σ̂ on a uniform grid, with fresh probes."""
+    """Solve from z at the start of a span of u = log σ̂ on a uniform grid, with fresh probes."""
     batch, coordinates = paths.batch, paths.batch.coordinates
     grid = torch.linspace(*span, 2 * steps + 1, dtype=z.dtype, device=z.device)
     level = coordinates.levels(grid)  # of the nodes, and of the midpoints between them
@@ -253,13 +249,13 @@ def solve_fixed(paths: Paths, z: Tensor, span: tuple[float, float], steps: int) 
     end, integral, variance, path_error, quadrature_error = multistep(slope, node, z, h, steps)
     nfe = torch.full((len(z),), steps + EXTRA_EVALUATIONS, device=z.device)
     exact = paths.probes == 0
-    standard_error = variance.sqrt() if exact or paths.probes > 1 else None
+    standard_error = variance.sqrt() if exact or (paths.probes or 0) > 1 else None
     solver_error = path_error + quadrature_error if exact else path_error
     return Solved(end, integral, nfe, standard_error, solver_error, torch.zeros_like(nfe).bool())
 
 
 def solve_adaptive(paths: Paths, z: Tensor, span: tuple[float, float], tolerance: float) -> Solved:
-    """Solve from the data end with steps of each sample's own.
+    """Solve from the start of a span, at either end, with steps of each sample's own.
 
     They are steps in r = σ̂/(σ̂ + s), du = dr/(r (1 − r)), s the data's standard deviation: neither
     end is at infinity, and the noise end is no farther than the data end. A step may err by
@@ -271,8 +267,12 @@ def solve_adaptive(paths: Paths, z: Tensor, span: tuple[float, float], tolerance
     on_their_way = count
     reference = float(coordinates.std.log().mean())
 
-    def slope(r: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+    low, high = (1 / (1 + math.exp(reference - u)) for u in span)
+    sign = 1.0 if high > low else -1.0  # the solver goes up, in −r where r goes down
+
+    def slope(s: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         nonlocal on_their_way
+        r = sign * s
         batch.advance(on_their_way - len(rows))
         on_their_way = len(rows)
         here = coordinates.level(torch.logit(r) + reference)
@@ -280,21 +280,21 @@ def solve_adaptive(paths: Paths, z: Tensor, span: tuple[float, float], tolerance
         chosen = None if probes is None else probes[:, rows]
         _, moved, integrand = paths.slope_and_integrand(state, here, chosen, rows)
         moved = torch.cat([moved.reshape(len(y), -1), integrand.T], 1)
-        return moved / (r * (1 - r))[:, None]
+        return sign * moved / (r * (1 - r))[:, None]
 
     def norm(error: Tensor) -> Tensor:
         state = error[:, :elements].square().mean(1).sqrt()
         return torch.maximum(error[:, elements:].mean(1), state / STATE_TOLERANCE) / tolerance
 
-    start = torch.cat([z.reshape(count, elements), z.new_zeros(count, max(paths.probes, 1))], 1)
-    low, high = (1 / (1 + math.exp(reference - u)) for u in span)
-    end, nfe, error, failed = adaptive(slope, start, (low, high), norm, MAX_EVALUATIONS)
+    start = torch.cat([z.reshape(count, elements), z.new_zeros(count, paths.probes or 1)], 1)
+    ends = (sign * low, sign * high)
+    end, nfe, error, failed = adaptive(slope, start, ends, norm, MAX_EVALUATIONS)
     batch.advance(on_their_way)
     integrals = end[:, elements:]
     standard_error = None
     if paths.probes == 0:
         standard_error = torch.zeros_like(integrals[:, 0])
-    elif paths.probes >= MINIMUM_PATHS:
+    elif paths.probes is not None and paths.probes >= MINIMUM_PATHS:
         spread = integrals.detach().std(1) / paths.probes**0.5
         standard_error = spread * student_factor(paths.probes - 1)
     end, solver_error = end[:, :elements].reshape(z.shape), error[:, elements:].mean(1)
