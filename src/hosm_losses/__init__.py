@@ -2,7 +2,10 @@
 
 from hosm_losses._checks import DerivativeError as DerivativeError
 from hosm_losses.derivatives import checkpoint as checkpoint
+from hosm_losses.diagnostics import GapEstimate as GapEstimate
+from hosm_losses.diagnostics import GapReport as GapReport
 from hosm_losses.diagnostics import check_derivatives as check_derivatives
+from hosm_losses.diagnostics import likelihood_gap as likelihood_gap
 from hosm_losses.likelihood import NLLResult as NLLResult
 from hosm_losses.likelihood import NLLSummary as NLLSummary
 from hosm_losses.likelihood import SampleResult as SampleResult

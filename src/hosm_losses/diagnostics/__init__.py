@@ -1,5 +1,7 @@
-"""Whether the derivatives of a model are right, and what to do where they are not.
+"""Whether the derivatives of a model are right, and how far its ODE is from its SDE.
 
+- `gap`, `gap_report`: `likelihood_gap`, the errors of all orders by noise level, and both
+  likelihoods.
 - `check`: `check_derivatives`, and the remedies.
 - `values`: what has to hold of values before derivatives mean anything.
 - `differences`: the faults looked for, derivatives that disagree with differences, and jumps.
@@ -7,3 +9,6 @@
 """
 
 from hosm_losses.diagnostics.check import check_derivatives as check_derivatives
+from hosm_losses.diagnostics.gap import likelihood_gap as likelihood_gap
+from hosm_losses.diagnostics.gap_report import GapEstimate as GapEstimate
+from hosm_losses.diagnostics.gap_report import GapReport as GapReport

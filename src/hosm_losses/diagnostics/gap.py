@@ -1,0 +1,266 @@
+r"""The gap between the likelihood of a model's SDE and that of its ODE, by noise level.
+
+Formula, at x_t = α x₀ + σ ε, with f = σ s of the model, f* of the reference, u = log σ̂, and
+p = p_t^ODE the density of the model's own ODE:
+    first        E‖f − f*‖²                           what order one makes small
+    trace        E (tr A − tr A*)², A = σ ∂f/∂x       order two
+    second       E‖A − A*‖²_F                         order two
+    third        E‖σ² ∇∇·f − σ² ∇∇·f*‖²               order three
+    rate         E a², a = tr A − tr A* + (f − f*)·f*  what the ODE's log-density feels
+    fisher       E‖σ ∇log p − f*‖²
+    own score    E‖σ ∇log p − f‖²                     how far the ODE's score is from the model's
+
+    J_SM = ∫ first du,   J_Fisher = ∫ fisher du,   J_ODE = ∫ E (f − f*)·(σ ∇log p − f*) du
+    KL(q₀ ‖ p₀) − KL(q_T ‖ p_T) = J_ODE ≤ √(J_SM J_Fisher) for the ODE, and at most J_SM for the
+    SDE. The integrals are Gauss-Legendre sums over the nodes.
+
+    ∇log p is minus the gradient of `ode_nll` from the node's noise level on.
+
+Source:
+    Lu et al., ICML 2022, arXiv 2206.08265, theorems 3.1 and 3.2.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hosm_losses._checks import (
+    check_flag,
+    check_generator,
+    check_model_kwargs,
+    check_sample_batch,
+    check_whole,
+    complaint,
+    expand_right,
+    over_elements,
+)
+from hosm_losses._progress import progress_bar
+from hosm_losses.derivatives import gradients
+from hosm_losses.diagnostics.gap_report import GapEstimate, GapReport
+from hosm_losses.likelihood import ode_nll, variational_nll
+from hosm_losses.model import ScoreModel, check_model, noise_field
+from hosm_losses.probes import unit_vectors
+from hosm_losses.schedules import Schedule
+
+CURVES = ("first", "trace", "second", "third", "rate", "fisher", "own score")
+INTEGRALS = {"j_sm": "first", "j_ode": "ode", "j_fisher": "fisher"}
+NEEDS_REFERENCE = "needs a reference: the true score, atoms, or a better model"
+NOT_ASKED = "was not asked for: ode_score=True"
+
+
+def likelihood_gap(
+    model: ScoreModel,
+    x0: Tensor,
+    *,
+    reference: ScoreModel | Tensor | None = None,
+    nodes: int = 16,
+    steps: int = 64,
+    ode_score: bool = True,
+    progress: bool = False,
+    generator: torch.Generator | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> GapReport:
+    """Measure how far a model's ODE is from its SDE in likelihood, and which order is at fault.
+
+    All derivatives are exact, with d directions: for small d. The cost for each sample is in
+    `evaluations`; the gradients of the ODE's density, most of it, hold a graph of steps + 10
+    evaluations.
+
+    Args:
+        model: the score model.
+        x0: clean data (B, *).
+        reference: the true score as a `ScoreModel`, atoms (N, *) that all data is made of, or a
+            better model, of which the curves are then differences. Without one some cannot be had.
+        nodes: noise levels, 2 or more.
+        steps: of `ode_nll`.
+        ode_score: whether the score of the ODE's own density is computed.
+        progress: whether to show a progress bar.
+        generator: the source of randomness, on the device of x0; the global one if None.
+        model_kwargs: keyword arguments of the networks.
+
+    Returns:
+        The report. `ode nll` is that of points at t_min, `sde bound` that of x0 itself, which
+        `variational_nll` corrects for the start at t_min.
+
+    Raises:
+        TypeError: for an argument of a wrong type or dtype.
+        ValueError: for a wrong shape or number.
+        DerivativeError: where the derivatives of a network cannot be taken.
+
+    Example:
+        >>> from hosm_losses import VESchedule
+        >>> schedule = VESchedule(sigma_max=20.0)
+        >>> def normal(x, t, std=1.0):
+        ...     sigma = schedule.sigma(t)[:, None]
+        ...     return sigma * x / (std**2 + sigma**2)
+        >>> truth = ScoreModel(normal, schedule)
+        >>> model = ScoreModel(lambda x, t: normal(x, t, 1.2), schedule)
+        >>> report = likelihood_gap(model, torch.randn(8, 2), reference=truth, nodes=4)
+        >>> sorted(name for name, number in report.numbers.items() if number is not None)
+        ['j_fisher', 'j_ode', 'j_sm', 'ode nll', 'sde bound', 'sde bound less ode nll']
+    """
+    check_model(model)
+    data = check_sample_batch("x0", x0)
+    count = check_whole("nodes", nodes, 2)
+    check_flag("ode_score", ode_score)
+    kwargs = check_model_kwargs(model_kwargs)
+    source = check_generator(generator, data.device)
+    truth = _reference(reference, model.schedule, data)
+    low, high = model.schedule.log_sigma_hat_range
+    places, weights = np.polynomial.legendre.leggauss(count)
+    levels = [low + (high - low) * (place + 1) / 2 for place in places]
+
+    def perturbed(level: float) -> tuple[Tensor, Tensor]:
+        t = model.schedule.time(torch.full((len(data),), level, dtype=torch.float64)).to(data)
+        alpha, sigma = (expand_right(each, data) for each in model.schedule(t))
+        noise = torch.randn(data.shape, generator=source, dtype=data.dtype, device=data.device)
+        return (alpha * data + sigma * noise).to(data.dtype), t
+
+    found: list[dict[str, Tensor]] = []
+    with progress_bar(progress, count, "node") as done:
+        for level in levels:
+            x, t = perturbed(level)
+            score = _ode_score(model, x, t, steps, kwargs) if ode_score else None
+            found.append(at_node(model, truth, x, t, score, kwargs))
+            done(1)
+    options = {"model_kwargs": kwargs, "generator": source}
+    start, _ = perturbed(low)
+    nll = ode_nll(model, start, divergence="exact", steps=steps, **options).nll
+    bound = variational_nll(model, data, **options).nll
+    numbers: dict[str, Tensor | None] = {}
+    numbers |= {"ode nll": nll, "sde bound": bound, "sde bound less ode nll": bound - nll}
+    half = (high - low) / 2
+    for number, curve in INTEGRALS.items():
+        if curve in found[0]:
+            parts = [
+                half * weight * each[curve] for weight, each in zip(weights, found, strict=True)
+            ]
+            numbers[number] = torch.stack(parts).sum(0)
+    curves = {
+        name: [_mean(each[name]) for each in found] if name in found[0] else None
+        for name in CURVES
+    }
+    missing = {
+        name: NEEDS_REFERENCE if truth is None and name != "own score" else NOT_ASKED
+        for name in (*CURVES, *INTEGRALS)
+        if curves.get(name) is None and name not in numbers
+    }
+    numbers |= {name: numbers.get(name) for name in INTEGRALS}
+    elements = data[0].numel()
+    return GapReport(
+        log_sigma_hat=levels,
+        curves=curves,
+        numbers={name: None if each is None else _mean(each) for name, each in numbers.items()},
+        missing=missing,
+        evaluations=count * (2 + 2 * elements) + (1 + ode_score * count) * (steps + 10) + 72,
+    )
+
+
+def at_node(
+    model: ScoreModel,
+    truth: ScoreModel | None,
+    x: Tensor,
+    t: Tensor,
+    score: Tensor | None,
+    kwargs: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """What is averaged at x (B, *) and t (B,), each (B,); `score` is σ ∇log p of the ODE."""
+    f, jacobian, third = _orders(model, x, t, kwargs)
+    found: dict[str, Tensor] = {}
+    if score is not None:
+        found["own score"] = _square(score - f)
+    if truth is None:
+        return found
+    true, true_jacobian, true_third = _orders(truth, x, t, kwargs)
+    wrong, units = f - true, unit_vectors(x)
+    traces = over_elements(units * (jacobian - true_jacobian)).sum(0)
+    found |= {
+        "first": _square(wrong),
+        "trace": traces.square(),
+        "second": over_elements((jacobian - true_jacobian).square()).sum(0),
+        "third": _square(third - true_third),
+        "rate": (traces + over_elements(wrong * true, 1)).square(),
+    }
+    if score is not None:
+        found["fisher"] = _square(score - true)
+        found["ode"] = over_elements(wrong * (score - true), 1)
+    return found
+
+
+def _orders(
+    model: ScoreModel, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f (B, *), σ ∂f/∂x e_i for every unit vector (d, B, *), and σ² ∇∇·f (B, *)."""
+    sigma = expand_right(model.coefficients(t, x)[1], x).to(x.dtype)
+    with torch.no_grad():
+        field_of = noise_field(model, t, kwargs)
+        found = field_of.derive(x, sigma * unit_vectors(x), order=3, summed=True)
+    value, directional, third = found
+    return value[0], directional, torch.zeros_like(x) if third is None else third.sum(0)
+
+
+def _ode_score(
+    model: ScoreModel, x: Tensor, t: Tensor, steps: int, kwargs: Mapping[str, Any]
+) -> Tensor:
+    """σ ∇log p_t of the model's ODE at x (B, *), t the same for all."""
+    later = copy.copy(model)
+    later.schedule = _From(model.schedule, float(t[0]))
+    point = x.detach().requires_grad_()
+    nll = ode_nll(
+        later, point, divergence="exact", steps=steps, enable_grad=True, model_kwargs=kwargs
+    ).nll
+    (slope,) = gradients(nll.sum(), [point])
+    return -expand_right(model.coefficients(t, x)[1], x).to(x.dtype) * slope
+
+
+class _From(Schedule):
+    """A schedule from a later time on."""
+
+    def __init__(self, schedule: Schedule, t_min: float) -> None:
+        self.whole, self.t_min, self.t_max = schedule, t_min, schedule.t_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.whole.alpha(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.whole.sigma(t)
+
+    def time(self, log_sigma_hat: Tensor | float) -> Tensor:
+        return self.whole.time(log_sigma_hat)
+
+    @property
+    def prior_std(self) -> float:
+        return self.whole.prior_std
+
+
+def _reference(
+    reference: ScoreModel | Tensor | None, schedule: Schedule, data: Tensor
+) -> ScoreModel | None:
+    if reference is None or isinstance(reference, ScoreModel):
+        return reference
+    if not isinstance(reference, Tensor) or reference.shape[1:] != data.shape[1:]:
+        expected = f"a ScoreModel, atoms of shape (N, *{tuple(data.shape[1:])}), or None"
+        raise TypeError(complaint("reference", expected, reference))
+    atoms = reference.to(data)
+
+    def noise(x: Tensor, t: Tensor, **_: Any) -> Tensor:
+        alpha, sigma = (expand_right(each, x).unsqueeze(1) for each in schedule(t))
+        noises = (x.unsqueeze(1) - alpha * atoms) / sigma
+        shares = (-0.5 * noises.square().flatten(2).sum(-1)).softmax(1)
+        return (expand_right(shares, noises) * noises).sum(1)
+
+    return ScoreModel(noise, schedule)
+
+
+def _square(difference: Tensor) -> Tensor:
+    return over_elements(difference.square(), 1)
+
+
+def _mean(values: Tensor) -> GapEstimate:
+    good = values.detach().double()
+    good = good[torch.isfinite(good)]
+    return GapEstimate(float(good.mean()), float(good.std() / max(1, len(good)) ** 0.5))

@@ -1,0 +1,197 @@
+"""likelihood_gap against closed forms of Gaussians, and the identities it stands on."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+
+import hosm_losses as hosm
+from hosm_losses.diagnostics import gap
+from tests.oracles import MLP, mixture_noise, paper_mixture
+
+SCHEDULES = {"vp": hosm.VPSchedule(), "ve": hosm.VESchedule(sigma_max=20.0)}
+STD, OTHER = 0.6, 0.9
+
+
+def gaussian(schedule, std):
+    """The score of N(0, std²) data."""
+
+    def noise(x, t):
+        alpha, sigma = (part[:, None] for part in schedule(t))
+        return sigma * x / (alpha**2 * std**2 + sigma**2)
+
+    return hosm.ScoreModel(noise, schedule)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_curve_of_gaussian_data_is_a_closed_form(name):
+    schedule, nodes = SCHEDULES[name], 6
+    truth, model = gaussian(schedule, STD), gaussian(schedule, OTHER)
+    x0 = STD * torch.randn(40, 2)
+    report = hosm.likelihood_gap(
+        model,
+        x0,
+        reference=truth,
+        nodes=nodes,
+        steps=256,
+        generator=torch.Generator().manual_seed(0),
+    )
+    generator = torch.Generator().manual_seed(0)
+    end_alpha, end_sigma = schedule(torch.tensor(schedule.t_max))
+    end = end_alpha**2 * OTHER**2 + end_sigma**2
+    for row, level in enumerate(report.log_sigma_hat):
+        t = schedule.time(torch.tensor(level))
+        alpha, sigma = schedule(t)
+        x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator)
+        right, wrong = (alpha**2 * std**2 + sigma**2 for std in (STD, OTHER))
+        # What the ODE's density has become of the prior, which is not that of the model at t_max.
+        own = schedule.prior_std**2 * wrong / end
+        slope = sigma * (1 / right - 1 / wrong)  # of f − f*
+        trace = 2 * sigma * slope
+        square = x.square().sum(1)
+        expected = {
+            "first": slope**2 * square,
+            "trace": trace.square().expand(40),
+            "second": (2 * (sigma * slope) ** 2).expand(40),
+            "third": torch.zeros(40),
+            "rate": (trace - slope * sigma / right * square).square(),
+            "fisher": (sigma / right - sigma / own) ** 2 * square,
+            "own score": (sigma / wrong - sigma / own) ** 2 * square,
+        }
+        for curve, values in expected.items():
+            found = report.curves[curve][row]
+            assert found.value == pytest.approx(float(values.mean()), abs=1e-6)
+            assert found.error == pytest.approx(float(values.std() / math.sqrt(40)), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_divergence_is_the_integral_over_the_scores_errors(name):
+    """KL(q₀‖p₀) − KL(q_T‖p_T) = J_ODE on the paper's mixture, by quadrature in x and u."""
+    schedule, mixture = SCHEDULES[name], paper_mixture()
+    exact = mixture_noise(mixture, schedule)
+    truth = hosm.ScoreModel(exact, schedule)
+
+    def wrong(x, t):  # the score of no diffusion
+        alpha, sigma = (part[:, None] for part in schedule(t))
+        return 0.97 * exact(x, t) + 0.05 * torch.sin(3 * x / (alpha**2 + 4 * sigma**2).sqrt())
+
+    model = hosm.ScoreModel(wrong, schedule)
+    low, high = schedule.log_sigma_hat_range
+
+    places, weights = np.polynomial.legendre.leggauss(16)
+
+    def grid(level):
+        t = schedule.time(torch.tensor(level))
+        alpha, sigma = schedule(t)
+        reach = 2.0 * float(alpha) + 9 * float(sigma)
+        x = torch.linspace(-reach, reach, 401)[:, None]
+        density = mixture.log_density(x, alpha.expand(401), sigma.expand(401))
+        return x, t.expand(401), density, density.exp() * float(x[1] - x[0])
+
+    total = 0.0
+    for place, weight in zip(places, weights, strict=True):
+        x, t, _, mass = grid(low + (high - low) * (place + 1) / 2)
+        score = gap._ode_score(model, x, t, 64, {})
+        found = gap.at_node(model, truth, x, t, score, {})
+        total += (high - low) / 2 * weight * float((mass * found["ode"]).sum())
+    x, _, log_q, mass = grid(low)
+    start = float(
+        (mass * (log_q + hosm.ode_nll(model, x, divergence="exact", steps=512).nll)).sum()
+    )
+    x, _, log_q, mass = grid(high)
+    prior = torch.distributions.Normal(0.0, schedule.prior_std).log_prob(x[:, 0])
+    at_end = float((mass * (log_q - prior)).sum())
+    assert total == pytest.approx(start - at_end, abs=1e-4)
+    assert abs(total) > 1e-3
+
+
+@given(seed=st.integers(0, 1000))
+def test_the_bound_holds(seed):
+    torch.manual_seed(seed)
+    schedule = SCHEDULES["vp"]
+    truth, network = gaussian(schedule, STD), MLP(2)
+    report = hosm.likelihood_gap(
+        hosm.ScoreModel(network, schedule), torch.randn(4, 2), reference=truth, nodes=2, steps=8
+    )
+    sm, ode, fisher = (report.numbers[name].value for name in ("j_sm", "j_ode", "j_fisher"))
+    assert ode <= math.sqrt(sm * fisher) * (1 + 1e-9)
+
+
+def test_atoms_are_a_truth():
+    schedule = SCHEDULES["ve"]
+    atoms = torch.tensor([[-0.5, 0.2], [0.4, 0.1], [0.3, -0.6]])
+    x0 = atoms.repeat(4, 1)
+    model = gaussian(schedule, STD)
+    options = {"nodes": 3, "ode_score": False}
+    report = hosm.likelihood_gap(
+        model, x0, reference=atoms, generator=torch.Generator().manual_seed(0), **options
+    )
+    generator = torch.Generator().manual_seed(0)
+    for row, level in enumerate(report.log_sigma_hat):
+        sigma = math.exp(level)
+        x = x0 + sigma * torch.randn(x0.shape, generator=generator)
+        shares = (-((x[:, None] - atoms) ** 2).sum(2) / (2 * sigma**2)).softmax(1)
+        true = (shares @ atoms - x) / sigma
+        wrong = -sigma * x / (STD**2 + sigma**2) - true
+        expected = float(wrong.square().sum(1).mean())
+        assert report.curves["first"][row].value == pytest.approx(expected, rel=1e-9)
+    assert report.curves["fisher"] is None
+    assert report.missing["fisher"] == report.missing["own score"] == gap.NOT_ASKED
+
+
+def test_without_a_truth_it_says_what_cannot_be_had():
+    schedule = SCHEDULES["vp"]
+    model = hosm.ScoreModel(MLP(2), schedule)
+    report = hosm.likelihood_gap(model, torch.randn(6, 2), nodes=2, steps=8)
+    assert [name for name, curve in report.curves.items() if curve] == ["own score"]
+    assert set(report.missing.values()) == {gap.NEEDS_REFERENCE}
+    assert set(report.missing) == {*gap.CURVES, *gap.INTEGRALS} - {"own score"}
+    text = str(report)
+    assert "sde bound less ode nll:" in text
+    assert "j_sm: needs a reference" in text
+    assert json.loads(json.dumps(report.to_dict()))["numbers"]["j_sm"] is None
+    axes = Figure().subplots()
+    report.plot(axes)
+    assert axes.get_legend_handles_labels()[1] == ["own score"]
+
+
+def test_a_better_model_stands_for_the_truth_and_conditions_are_passed():
+    class Conditioned(MLP):
+        def forward(self, x, t, shift):
+            return super().forward(x, t) + shift
+
+    schedule = SCHEDULES["vp"]
+    one, other = Conditioned(2), Conditioned(2)
+    other.load_state_dict(one.state_dict())
+    report = hosm.likelihood_gap(
+        hosm.ScoreModel(one, schedule),
+        torch.randn(4, 2),
+        reference=hosm.ScoreModel(other, schedule),
+        nodes=2,
+        steps=8,
+        model_kwargs={"shift": torch.randn(4, 2)},
+    )
+    for name in ("first", "trace", "second", "third", "rate"):
+        assert all(each.value == 0 for each in report.curves[name])
+    assert all(parameter.grad is None for parameter in one.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "told"),
+    [
+        ({"nodes": 1}, ValueError, "nodes: expected a whole number of at least 2"),
+        ({"reference": torch.ones(3, 5)}, TypeError, "reference: expected a ScoreModel, atoms"),
+        ({"reference": "truth"}, TypeError, "reference: expected"),
+        ({"ode_score": 1}, TypeError, "ode_score: expected True or False"),
+        ({"steps": 2}, ValueError, "steps: expected"),
+    ],
+)
+def test_what_is_refused(options, error, told):
+    model = hosm.ScoreModel(MLP(2), SCHEDULES["vp"])
+    with pytest.raises(error, match=told):
+        hosm.likelihood_gap(model, torch.randn(4, 2), **options)
