@@ -72,9 +72,11 @@ def estimators(elements: int, distributions: Sequence[str] = ()) -> dict[str, Te
     return found
 
 
-def gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def gradient(value: Tensor, parameters: Sequence[Tensor], retain_graph: bool = False) -> Tensor:
     """The gradient of a number in all parameters, as one vector."""
-    parts = torch.autograd.grad(value, parameters, materialize_grads=True)
+    parts = torch.autograd.grad(
+        value, parameters, materialize_grads=True, retain_graph=retain_graph
+    )
     return torch.cat([part.flatten() for part in parts])
 
 

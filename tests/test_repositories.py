@@ -16,12 +16,13 @@ NETWORKS = {
 }
 
 
-def gradients(name, order, **options):
-    """The loss and the gradients of all parameters, in float64."""
+def gradients(name, order, two=False, **options):
+    """The loss, along two probes if asked, and the gradients of all parameters, in float64."""
     torch.manual_seed(0)
     network = NETWORKS[name]().double()
     model = hosm.ScoreModel(network, hosm.VPSchedule())
-    x0, noise, probe = torch.randn(3, 2, 3, 8, 8, dtype=torch.float64).unbind()
+    x0, noise, probe, other = torch.randn(4, 2, 3, 8, 8, dtype=torch.float64).unbind()
+    probe = torch.stack([probe, other]) if two else probe
     terms = hosm.dsm_terms(
         model, x0, order=order, t=torch.tensor([0.3, 0.6]), noise=noise, probe=probe, **options
     )
@@ -43,4 +44,14 @@ def test_the_default_engine_has_the_gradients_of_reverse_mode(name, order):
 @pytest.mark.parametrize("name", list(NETWORKS)[:3])
 def test_and_those_of_forward_mode(name, third):
     found = [gradients(name, 3, third=third, derivative=each) for each in ("auto", "forward")]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_paired_probes_in_reverse_mode_have_the_gradients_of_the_taylor_engine(name, order):
+    found = [
+        gradients(name, order, two=True, estimator="paired", derivative=each)
+        for each in ("auto", "taylor")
+    ]
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)

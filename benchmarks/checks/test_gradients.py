@@ -9,6 +9,7 @@ from tests.oracles import MLP, sign_vectors
 
 import hosm_losses as hosm
 from benchmarks.gradients import estimators, gradient, moments
+from benchmarks.trained import trained
 
 
 def test_the_moments_are_those_of_the_plain_gradients():
@@ -53,3 +54,29 @@ def test_resamples_of_the_bootstrap_are_centred_on_the_estimate():
     for values in moments(drawn + 0.2):
         error = values[1:].std() / len(values) ** 0.5
         assert abs(values[1:].mean() - values[0]) < 4 * error
+
+
+def test_paired_probes_take_the_noise_of_the_probes_away():
+    """The variance of each term's gradient over minibatches, beside one probe of the paper's."""
+    problem, minibatches, batch = trained("digits", 200), 24, 32
+    parameters, generator = list(problem.model.parameters()), torch.Generator().manual_seed(0)
+    found = {estimator: [] for estimator in ("hutchinson", "paired")}
+    for _ in range(minibatches):
+        x0 = problem.draw(batch, generator)
+        t = problem.model.schedule.sample_time(batch, generator)
+        given = {"t": t, "noise": torch.randn(x0.shape, generator=generator)}
+        for estimator, rows in found.items():
+            terms = hosm.dsm_terms(
+                problem.model, x0, estimator=estimator, generator=generator, **given
+            )
+            several = [term.mean() for term in terms[1:]]
+            rows.append(
+                torch.stack(
+                    [
+                        gradient(term, parameters, retain_graph=term is not several[-1])
+                        for term in several
+                    ]
+                )
+            )
+    one, other = (torch.stack(rows).double().var(0).sum(1) for rows in found.values())
+    assert (one / other).min() > 12

@@ -101,7 +101,7 @@ def third_order_dsm(
         estimator: "hutchinson" squares the residual along each probe, as in the paper. "paired"
             multiplies the estimates of two independent probes, or halves of the probes, with each
             other. Its mean is that of probes="exact", almost without the noise of the probes, for
-            about three times the cost of a step with one. Terms of single samples may then be
+            about twice the cost of a step with one. Terms of single samples may then be
             negative. Not with third="sliced".
         distribution: "rademacher", "gaussian", "sphere" or "dct".
         weights: (first, second, trace, third), numbers of at least 0 or tensors of one element, in
