@@ -1,4 +1,4 @@
-"""weights="balanced": every higher term as large as the first, at every noise level."""
+"""weights="balanced": the higher terms at the scale of the first, at every noise level."""
 
 import copy
 
@@ -40,7 +40,7 @@ def test_the_weights_are_ratios_of_running_means():
     means = (sums + PRIOR * overall) / (counts + PRIOR)
     place = (level * BINS).long()
     torch.testing.assert_close(found[0], torch.ones(40))
-    torch.testing.assert_close(found[1], (means[0] / means[1])[place], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[1], (means[0] / means[1]).sqrt()[place], rtol=1e-5, atol=0)
 
 
 def test_the_loss_is_the_sum_with_these_weights():
@@ -60,14 +60,13 @@ def test_the_loss_is_the_sum_with_these_weights():
     torch.testing.assert_close(value, expected)
 
 
-def test_the_sizes_do_not_move_the_weighted_terms():
-    """A term multiplied by any number has the same weight times size: no choice is needed."""
+def test_the_root_of_a_term_has_the_size_of_that_of_the_first():
+    """Of a term that is the first one times a number the weight is one over that number's root."""
     level, first = torch.rand(64), torch.rand(64)
     one, other = Balance(2), Balance(2)
-    term = torch.randn(64)
-    weights = one((first, term), level, None)[1]
-    scaled = other((first, 1e4 * term), level, None)[1]
-    torch.testing.assert_close(weights * term, scaled * 1e4 * term, rtol=1e-5, atol=0)
+    torch.testing.assert_close(one((first, -first), level, None)[1], torch.ones(64))
+    weights = other((first, 1e4 * first), level, None)[1]
+    torch.testing.assert_close(weights, torch.full((64,), 1e-2), rtol=1e-5, atol=0)
 
 
 def test_a_term_that_is_not_finite_is_left_out():

@@ -1,7 +1,11 @@
-r"""Weights that make every higher term as large as the first, at every noise level.
+r"""Weights that bring the higher terms to the scale of the first, at every noise level.
 
 Formula, with m_j(u) the running mean of |term j| near u = log σ̂:
-    w_j(u) = m_first(u)/m_j(u), a number without a gradient, times the weight that was asked for
+    w_j(u) = √(m_first(u)/m_j(u)), without a gradient, times the weight that was asked for
+
+    The gradient of a square is its root times that of the residual. So it is the roots that are
+    made equal: with m_first/m_j in place of √ the terms themselves would be, and the gradient of
+    the trace would have 4 to 9 times the noise of the first one's, at d = 64 and 768.
 
     m_j is a mean over bins of u, in which a step counts DECAY as much as the next. A mean over all
     bins counts as PRIOR samples in each, so that a bin that is new gives no weight of its own.
@@ -50,7 +54,7 @@ class Balance(nn.Module):
             self._take_up(terms, places)
         overall = self.sums.sum(1, keepdim=True) / self.counts.sum(1, keepdim=True).clamp_min(1)
         means = (self.sums + PRIOR * overall) / (self.counts + PRIOR)
-        ratios = torch.where(means > 0, means[:1] / means, 0)
+        ratios = torch.where(means > 0, means[:1] / means, 0).sqrt()
         return [
             None if term is None else ratio[place].to(term.dtype)
             for term, ratio, place in zip(terms, ratios, places, strict=False)
