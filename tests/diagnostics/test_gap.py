@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.diagnostics import gap
-from tests.oracles import MLP, mixture_noise, paper_mixture
+from tests.oracles import MLP, OfX, mixture_noise, paper_mixture
 
 SCHEDULES = {"vp": hosm.VPSchedule(), "ve": hosm.VESchedule(sigma_max=20.0)}
 STD, OTHER = 0.6, 0.9
@@ -181,11 +182,56 @@ def test_a_better_model_stands_for_the_truth_and_conditions_are_passed():
     assert all(parameter.grad is None for parameter in one.parameters())
 
 
+def test_a_sample_that_failed_is_left_out_and_counted():
+    schedule = SCHEDULES["vp"]
+    exact = gaussian(schedule, 1.0)
+
+    def network(x, t):
+        late = (t[:, None] > 0.9) & (x[:, :1] > 0)
+        return torch.where(late, float("nan"), exact(x, t))
+
+    x0 = torch.tensor([[3.0, 1.0], [-3.0, 1.0], [-2.0, 1.0]])
+    model = hosm.ScoreModel(network, schedule)
+    report = hosm.likelihood_gap(
+        model, x0, nodes=2, steps=16, generator=torch.Generator().manual_seed(0)
+    )
+    counted = [each.samples for each in report.curves["own score"]]
+    assert all(0 < samples < 3 for samples in counted)
+    assert report.numbers["ode nll"].samples == report.numbers["sde bound"].samples < 3
+    assert "; failed and left out: " in str(report)
+
+
+@pytest.mark.parametrize("kind", ["discrete", "half", "inference", "module"])
+def test_odd_models_and_modes(kind):
+    class Module(nn.Module, hosm.VPSchedule):
+        def __init__(self):
+            nn.Module.__init__(self)
+            hosm.VPSchedule.__init__(self)
+
+    schedule = {"discrete": hosm.DiscreteSchedule.linear(100)}.get(kind, SCHEDULES["vp"])
+    network = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+    network = OfX(network.bfloat16() if kind == "half" else network)
+    x0 = torch.randn(4, 2, dtype=torch.bfloat16 if kind == "half" else torch.float64)
+    with torch.inference_mode(kind == "inference"):
+        report = hosm.likelihood_gap(
+            hosm.ScoreModel(network, schedule),
+            x0 + 0,
+            nodes=3,
+            steps=8,
+            ode_score=kind != "half",
+        )
+    assert report.numbers["ode nll"].samples == 4
+    assert int(network.get_buffer("network.0.num_batches_tracked")) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [
         ({"nodes": 1}, ValueError, "nodes: expected a whole number of at least 2"),
-        ({"reference": torch.ones(3, 5)}, TypeError, "reference: expected a ScoreModel, atoms"),
+        ({"reference": torch.ones(3, 5)}, ValueError, "reference: expected a ScoreModel, atoms"),
+        ({"reference": torch.ones(0, 2)}, ValueError, "reference: expected a ScoreModel, atoms"),
+        ({"reference": torch.full((3, 2), math.nan)}, ValueError, "reference"),
+        ({"reference": gaussian(SCHEDULES["ve"], STD)}, ValueError, "of the model's schedule"),
         ({"reference": "truth"}, TypeError, "reference: expected"),
         ({"ode_score": 1}, TypeError, "ode_score: expected True or False"),
         ({"steps": 2}, ValueError, "steps: expected"),

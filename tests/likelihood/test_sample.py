@@ -86,7 +86,7 @@ def test_without_a_divergence_nothing_is_differentiated(method):
     with CountFlops() as count:
         drawn = hosm.ode_sample(model, latent, divergence=None, method=method)
     assert drawn.nll is None
-    assert drawn.standard_error is None
+    assert drawn.standard_error is drawn.solver_error is None
     if method == "fixed":
         assert count.total == 74 * one.total
         same = hosm.ode_sample(model, latent, divergence="exact")
@@ -154,6 +154,7 @@ def test_a_failed_sample_is_marked():
         ((5, 0), {}, ValueError, "latent's shape: expected a whole number of at least 1"),
         ((5, 3), {"divergence": "none"}, ValueError, r"divergence \(or None\)"),
         ((5, 3), {"steps": 3}, ValueError, "steps: expected a whole number of at least 4"),
+        ((5, 3), {"log_prior": torch.sum}, ValueError, "drawn from the prior of log_prior"),
         ((5, 3), {"probes": 0}, ValueError, "probes: expected a whole number of at least 1"),
         (torch.ones(5, 3, dtype=torch.int64), {}, TypeError, "latent: expected"),
     ],

@@ -77,6 +77,39 @@ def test_a_term_that_is_not_finite_is_left_out():
     assert float(balance.counts[1, 0]) == 2
 
 
+def test_before_any_step_every_weight_is_one():
+    loss, x0 = setting()
+    plain = hosm.ThirdOrderDSM(loss.model, estimator="paired")
+    expected = plain(x0, generator=draws(0))
+    torch.testing.assert_close(loss.eval()(x0, generator=draws(0)), expected)
+    torch.testing.assert_close(loss.train()(x0, generator=draws(0), weights="paper"), expected)
+    assert float(loss.balance.counts.sum()) == 0
+
+
+def test_the_means_stay_in_float32():
+    """In bfloat16 a count of 256 would not grow by one, nor shrink by a thousandth."""
+    balance = Balance(2).to(torch.bfloat16).half()
+    assert balance.sums.dtype == balance.counts.dtype == torch.float32
+    for _ in range(3):
+        balance((torch.ones(200), torch.ones(200)), torch.zeros(200), None)
+    assert float(balance.counts[0, 0]) == pytest.approx(200 * (1 + DECAY + DECAY**2))
+
+
+def test_what_would_take_a_step_up_twice_is_refused():
+    loss, x0 = setting()
+    with pytest.raises(ValueError, match="expected numbers under a checkpoint"):
+        torch.utils.checkpoint.checkpoint(loss, x0, use_reentrant=False)
+    parameters = dict(loss.named_parameters())
+
+    def function(parameters):
+        return torch.func.functional_call(loss, parameters, (x0,))
+
+    with pytest.raises(ValueError, match=r"expected numbers under torch\.func"):
+        torch.func.grad(function)(parameters)
+    loss.balance.eval()
+    assert len(torch.func.grad(function)(parameters)) == len(parameters)
+
+
 def test_the_state_is_kept_and_training_alone_moves_it():
     loss, x0 = setting()
     loss(x0, generator=draws(0))

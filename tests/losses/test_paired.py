@@ -206,9 +206,23 @@ def _named(parameters):
     return {f"model.{name}": value for name, value in parameters.items()}
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("third", ["exact", "laplacian"])
+@pytest.mark.parametrize("engine", ["taylor", "forward"])
+def test_one_sample_or_a_last_chunk_of_one(engine, third, count):
+    model, given = setting()
+    given = {name: part[[0] * count] for name, part in given.items()}
+    given |= {"probe": torch.randn(2, count, D), "estimator": "paired", "third": third}
+    whole = hosm.third_order_dsm(model, **given, derivative=engine)
+    parts = hosm.third_order_dsm(model, **given, derivative=engine, chunks=2)
+    assert_same_objective(model, parts, whole)
+
+
+@pytest.mark.filterwarnings("ignore:derivative='auto'")
+@pytest.mark.parametrize("engine", ["auto", "forward"])
 @pytest.mark.parametrize("function", [Detaches, OnceDifferentiable])
 @pytest.mark.parametrize("order", [2, 3])
-def test_a_graph_that_is_dropped_is_an_error(function, order):
+def test_a_graph_that_is_dropped_is_an_error(function, order, engine):
     """Whatever engine gives D and G, the pass back from the value needs the graph as well."""
 
     class Network(nn.Module):
@@ -219,9 +233,10 @@ def test_a_graph_that_is_dropped_is_an_error(function, order):
         def forward(self, x, t):
             return self.network(function.apply(x), t)
 
+    function = type("Followed", (function,), {"generate_vmap_rule": True})
     model, given = setting(network=Network())
     with pytest.raises(hosm.DerivativeError):
-        ORDERS[order](model, **given, estimator="paired").backward()
+        ORDERS[order](model, **given, estimator="paired", derivative=engine).backward()
 
 
 def test_what_has_no_weight_is_not_taken():
@@ -243,8 +258,11 @@ def test_what_has_no_weight_is_not_taken():
         ({"probes": "exact"}, "no noise to take away"),
         ({"third": "sliced"}, "third: expected 'exact' or 'laplacian'"),
         ({"estimator": "pairs"}, "estimator"),
-        ({"probe": torch.ones(2, D, dtype=torch.float64)}, "probe: expected at least 2"),
-        ({"probe": torch.ones(1, 2, D, dtype=torch.float64)}, "probe: expected at least 2"),
+        ({"probe": torch.ones(2, D, dtype=torch.float64)}, r"probe: expected shape \(2, 2, 3\)"),
+        (
+            {"probe": torch.ones(1, 2, D, dtype=torch.float64)},
+            r"probe: expected shape \(2, 2, 3\)",
+        ),
     ],
 )
 def test_what_cannot_be_paired_is_refused(options, told):

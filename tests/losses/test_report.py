@@ -79,6 +79,31 @@ def test_nothing_is_left_behind():
     assert model.training
 
 
+class Fails(Network):
+    calls = 0
+
+    def forward(self, x, t):
+        self.calls += 1
+        return super().forward(x, t) * (float("nan") if self.calls == 3 else 1.0)
+
+
+def test_nothing_is_left_behind_by_a_failure():
+    model, x0 = setting(Fails())
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="expected finite outputs"):
+        hosm.loss_report(model, x0, draws=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert int(model.network.norm.num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_taken_where_they_are_off(mode):
+    model, x0 = setting()
+    expected = hosm.loss_report(model, x0, draws=2)
+    with mode():
+        assert hosm.loss_report(model, x0, draws=2) == expected
+
+
 def test_the_table_says_which_term_does_nothing_and_which_drowns():
     model, x0 = setting()
     weights = (1.0, 1e-6, 1e5, 0.0)

@@ -138,6 +138,9 @@ def test_the_first_part_is_the_likelihood_weighted_loss():
     torch.testing.assert_close(
         without, hosm.first_order_dsm(model, **given, weighting="likelihood")
     )
+    _, terms = hosm.SteinDSM(model, weight=0, fraction=0.5)(**given, return_terms=True)
+    assert terms.rate is None
+    assert terms.first.shape == (6,)
 
 
 def test_its_own_times_are_uniform_in_log_sigma_hat():
@@ -187,7 +190,7 @@ def test_a_weight_given_to_forward_stands_first():
         ({"probes": "exact"}, "probes: expected 2 or more"),
         ({"weight": -1.0}, "weight: expected"),
         ({"weight": "paper"}, "weight: expected"),
-        ({"probe": torch.ones(6, D, dtype=torch.float64)}, "probe: expected at least 2"),
+        ({"probe": torch.ones(6, D, dtype=torch.float64)}, r"probe: expected shape \(2, 6, 2\)"),
     ],
 )
 def test_what_is_refused(options, told):

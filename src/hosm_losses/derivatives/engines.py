@@ -98,7 +98,7 @@ def leaf(x: Tensor, wanted: bool) -> Tensor:
 def folded(field: Field, x: Tensor, direction: Tensor) -> tuple[Field, Tensor, Tensor]:
     """The field, x and the directions with the K directions as one larger batch."""
     count = len(direction)
-    rows = x.expand(count, *x.shape).flatten(0, 1)
+    rows = x.repeat(count, *(1,) * (x.ndim - 1))
     return (field.repeat(count) if count > 1 else field), rows, direction.flatten(0, 1)
 
 

@@ -4,8 +4,9 @@ Formula, with f the value and c = cotangent(f) held fixed:
     pulled = (∂f/∂x)ᵀ c    by a pass back from f, with its graph
     pushed = ∂f/∂x c       as the gradient of pulled·c in c, in which pulled is linear
 
-    The network is called once: dropout and batch norm see x once. In reverse mode pulled is at
-    hand: D is its gradient in c as well, and f is shared by all directions.
+    The network is called once. In reverse mode pulled is at hand: D is its gradient in c as well,
+    and f is shared by all directions. Beside another engine each direction of order three has a
+    copy of x, and so a dropout mask, of its own.
 
 Cost, in network evaluations of a step with K directions, where one of order one is 3:
     order 2    6 + 3 K in reverse mode, 6 + 6 K in the taylor engine
@@ -133,7 +134,8 @@ def products_beside(
             derived = derive(field, point, direction)
             value, kind = derived.value[0], type(derived)
             refuse_dropped(value)
-            c = chosen(value).requires_grad_(push)
+            # Where it requires a gradient a Function that drops the graph is noticed.
+            c = chosen(value).requires_grad_(push or wanted)
             # Zero where the value does not depend on x.
             options: Any = {"retain_graph": True, "materialize_grads": True}
             (pulled,) = torch.autograd.grad(

@@ -150,12 +150,14 @@ def derive_with_products(
     """
     given = (field, x, direction, order, cotangent, push)
     if derivative in ("auto", "reverse") and not second and not traced():
-        choice, before = _choice(field.owner), Snapshot(field.owner, x)
-        if derivative == "reverse" or "reverse" not in choice.refused:
+        if derivative == "reverse":
+            return products.reverse_products(*given)
+        if "reverse" not in _choice(field.owner).refused:
+            before = Snapshot(field.owner, x)
             try:
                 return products.reverse_products(*given)
             except Exception as error:
-                if derivative == "reverse" or not _another_may_do("reverse", error):
+                if not _another_may_do("reverse", error):
                     raise
                 before.restore()
 

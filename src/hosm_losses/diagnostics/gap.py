@@ -20,7 +20,7 @@ Source:
     Lu et al., ICML 2022, arXiv 2206.08265, theorems 3.1 and 3.2.
 """
 
-import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import (
+    check_finite,
     check_flag,
     check_generator,
     check_model_kwargs,
@@ -39,7 +40,8 @@ from hosm_losses._checks import (
     over_elements,
 )
 from hosm_losses._progress import progress_bar
-from hosm_losses.derivatives import gradients
+from hosm_losses._torch_internals import normal, outside_inference_mode
+from hosm_losses.derivatives import Snapshot, gradients
 from hosm_losses.diagnostics.gap_report import GapEstimate, GapReport
 from hosm_losses.likelihood import ode_nll, variational_nll
 from hosm_losses.model import ScoreModel, check_model, noise_field
@@ -66,7 +68,9 @@ def likelihood_gap(
 ) -> GapReport:
     """Measure how far a model's ODE is from its SDE in likelihood, and which order is at fault.
 
-    All derivatives are exact, with d directions: for small d. The cost for each sample is in
+    All derivatives are exact, with d directions: for small d. A sample whose path failed is left
+    out where it is needed, and counted. Call `model.eval()` first if the network has dropout or
+    batch norm; its buffers stay as they were. The cost for each sample is in
     `evaluations`; the gradients of the ODE's density, most of it, hold a graph of steps + 10
     evaluations.
 
@@ -104,18 +108,41 @@ def likelihood_gap(
         ['j_fisher', 'j_ode', 'j_sm', 'ode nll', 'sde bound', 'sde bound less ode nll']
     """
     check_model(model)
-    data = check_sample_batch("x0", x0)
-    count = check_whole("nodes", nodes, 2)
+    data = normal(check_sample_batch("x0", x0))
+    count, steps = check_whole("nodes", nodes, 2), check_whole("steps", steps, 4)
     check_flag("ode_score", ode_score)
+    check_flag("progress", progress)
     kwargs = check_model_kwargs(model_kwargs)
     source = check_generator(generator, data.device)
     truth = _reference(reference, model.schedule, data)
+    before = Snapshot(model.network, data)
+    try:
+        with outside_inference_mode():
+            return _report(model, data, truth, count, steps, ode_score, progress, source, kwargs)
+    finally:
+        before.restore(generators=False)
+
+
+def _report(
+    model: ScoreModel,
+    data: Tensor,
+    truth: ScoreModel | None,
+    count: int,
+    steps: int,
+    ode_score: bool,
+    progress: bool,
+    source: torch.Generator | None,
+    kwargs: Mapping[str, Any],
+) -> GapReport:
+    """The report, from arguments that are checked."""
     low, high = model.schedule.log_sigma_hat_range
     places, weights = np.polynomial.legendre.leggauss(count)
     levels = [low + (high - low) * (place + 1) / 2 for place in places]
 
     def perturbed(level: float) -> tuple[Tensor, Tensor]:
-        t = model.schedule.time(torch.full((len(data),), level, dtype=torch.float64)).to(data)
+        t = model.schedule.time(torch.full((len(data),), level, dtype=torch.float64))
+        t = t.to(data.device, torch.promote_types(data.dtype, torch.float32))
+        t = model.schedule.clip(t)
         alpha, sigma = (expand_right(each, data) for each in model.schedule(t))
         noise = torch.randn(data.shape, generator=source, dtype=data.dtype, device=data.device)
         return (alpha * data + sigma * noise).to(data.dtype), t
@@ -132,7 +159,11 @@ def likelihood_gap(
     nll = ode_nll(model, start, divergence="exact", steps=steps, **options).nll
     bound = variational_nll(model, data, **options).nll
     numbers: dict[str, Tensor | None] = {}
-    numbers |= {"ode nll": nll, "sde bound": bound, "sde bound less ode nll": bound - nll}
+    difference = bound - nll
+    both = torch.isfinite(difference)  # the same samples for all three
+    for name, values in (("ode nll", nll), ("sde bound", bound)):
+        numbers[name] = values.masked_fill(~both, math.nan)
+    numbers["sde bound less ode nll"] = difference
     half = (high - low) / 2
     for number, curve in INTEGRALS.items():
         if curve in found[0]:
@@ -157,6 +188,7 @@ def likelihood_gap(
         numbers={name: None if each is None else _mean(each) for name, each in numbers.items()},
         missing=missing,
         evaluations=count * (2 + 2 * elements) + (1 + ode_score * count) * (steps + 10) + 72,
+        samples=len(data),
     )
 
 
@@ -207,13 +239,15 @@ def _ode_score(
     model: ScoreModel, x: Tensor, t: Tensor, steps: int, kwargs: Mapping[str, Any]
 ) -> Tensor:
     """σ ∇log p_t of the model's ODE at x (B, *), t the same for all."""
-    later = copy.copy(model)
-    later.schedule = _From(model.schedule, float(t[0]))
+    names = ("prediction", "time", "output", "call", "primitives")
+    chosen: dict[str, Any] = {name: getattr(model, name) for name in names}
+    later = ScoreModel(model.network, _From(model.schedule, float(t[0])), **chosen)
     point = x.detach().requires_grad_()
-    nll = ode_nll(
+    result = ode_nll(
         later, point, divergence="exact", steps=steps, enable_grad=True, model_kwargs=kwargs
-    ).nll
-    (slope,) = gradients(nll.sum(), [point])
+    )
+    (slope,) = gradients(result.nll.sum(), [point])
+    slope = slope.masked_fill(expand_right(result.failed, slope), math.nan)
     return -expand_right(model.coefficients(t, x)[1], x).to(x.dtype) * slope
 
 
@@ -230,7 +264,7 @@ class _From(Schedule):
         return self.whole.sigma(t)
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        return self.whole.time(log_sigma_hat)
+        return self.clip(self.whole.time(log_sigma_hat))
 
     @property
     def prior_std(self) -> float:
@@ -240,11 +274,24 @@ class _From(Schedule):
 def _reference(
     reference: ScoreModel | Tensor | None, schedule: Schedule, data: Tensor
 ) -> ScoreModel | None:
-    if reference is None or isinstance(reference, ScoreModel):
+    if reference is None:
+        return None
+    if isinstance(reference, ScoreModel):
+        t = torch.linspace(schedule.t_min, schedule.t_max, 9)
+        try:
+            same = all(map(torch.allclose, schedule(t), reference.schedule(t)))
+        except ValueError:  # a time that it does not have
+            same = False
+        if not same:
+            told = f"one of the model's schedule, {schedule!r}"
+            raise ValueError(complaint("reference", told, reference.schedule))
         return reference
-    if not isinstance(reference, Tensor) or reference.shape[1:] != data.shape[1:]:
-        expected = f"a ScoreModel, atoms of shape (N, *{tuple(data.shape[1:])}), or None"
+    expected = f"a ScoreModel, atoms of shape (N, {str(tuple(data.shape[1:]))[1:]}, or None"
+    if not isinstance(reference, Tensor):
         raise TypeError(complaint("reference", expected, reference))
+    if reference.shape[1:] != data.shape[1:] or not len(reference):
+        raise ValueError(complaint("reference", expected, reference))
+    check_finite("reference", reference)
     atoms = reference.to(data)
 
     def noise(x: Tensor, t: Tensor, **_: Any) -> Tensor:
@@ -263,4 +310,5 @@ def _square(difference: Tensor) -> Tensor:
 def _mean(values: Tensor) -> GapEstimate:
     good = values.detach().double()
     good = good[torch.isfinite(good)]
-    return GapEstimate(float(good.mean()), float(good.std() / max(1, len(good)) ** 0.5))
+    error = float(good.std()) / len(good) ** 0.5 if len(good) > 1 else math.nan
+    return GapEstimate(float(good.mean()), error, len(good))

@@ -6,10 +6,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GapEstimate:
-    """A mean over the samples, with its standard error."""
+    """A mean over samples, with its standard error.
+
+    Attributes:
+        value: the mean.
+        error: its standard error; NaN for a single sample.
+        samples: how many there were. A sample whose path failed is not among them.
+    """
 
     value: float
     error: float
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,7 @@ class GapReport:
         numbers: by name, in nats; None for what could not be had.
         missing: why, for each of those.
         evaluations: of the network, for each sample.
+        samples: the number of samples that were given.
     """
 
     log_sigma_hat: list[float]
@@ -29,6 +37,7 @@ class GapReport:
     numbers: dict[str, GapEstimate | None]
     missing: dict[str, str] = field(default_factory=dict)
     evaluations: int = 0
+    samples: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The same as dicts, lists and numbers, for JSON."""
@@ -53,6 +62,8 @@ class GapReport:
             lines.append(f"{level:12.3f}{cells}")
         for name, number in self.numbers.items():
             if number is not None:
-                lines.append(f"{name}: {number.value:.4f} ± {number.error:.4f} nats")
+                told = f"{name}: {number.value:.4f} ± {number.error:.4f} nats"
+                left = self.samples - number.samples
+                lines.append(told + (f"; failed and left out: {left}" if left else ""))
         lines += [f"{name}: {why}" for name, why in self.missing.items()]
         return "\n".join(lines)

@@ -210,7 +210,8 @@ def followed(paths: Paths, solve: Solver, *, backwards: bool = False) -> NLLResu
     end = coordinates.to_x(z, far)
     latent, integral = (batch.x, -integral) if backwards else (end, integral)
     volume = coordinates.log_volume(noise) - coordinates.log_volume(data)
-    nll = -(batch.log_prior_at(latent) + volume + integral)
+    prior = volume * 0 if paths.probes is None else batch.log_prior_at(latent)
+    nll = -(prior + volume + integral)
     return NLLResult(nll, end.to(batch.dtype), nfe, standard_error, solver_error, failed)
 
 

@@ -34,7 +34,8 @@ class SampleResult:
         nll: −log p(x) in nats, (B,); None where no divergence was asked for.
         nfe: network evaluations, (B,).
         standard_error: of nll, from random probes, (B,); None where it is not known.
-        solver_error: estimate of what the solver is off, in nats, as in `NLLResult`, (B,).
+        solver_error: estimate of what the solver's error does to nll, in nats, as in `NLLResult`,
+            (B,); None with nll.
         failed: where there is nothing to use, (B,): a number was not finite, the path did not
             arrive, or solver_error is too large; nll is NaN there.
     """
@@ -44,7 +45,7 @@ class SampleResult:
     nll: Tensor | None
     nfe: Tensor
     standard_error: Tensor | None
-    solver_error: Tensor
+    solver_error: Tensor | None
     failed: Tensor
 
 
@@ -86,8 +87,7 @@ def ode_sample(
         tolerance: of the adaptive method, nats a step.
         data_mean: mean of the data.
         data_std: standard deviation of the data.
-        log_prior: log-density at t_max, latent (B, *) → (B,). It draws nothing: give the latents
-            with a prior of your own.
+        log_prior: log-density at t_max, latent (B, *) → (B,), of the latents that are given.
         batch_size: samples solved at a time, all if None.
         progress: whether to show a progress bar, for which tqdm has to be installed.
         enable_grad: whether the result carries a graph, for gradients through it.
@@ -120,6 +120,11 @@ def ode_sample(
     count = check_probes(probes, divergence or "hutchinson")
     check_flag("enable_grad", enable_grad)
     given = isinstance(latent, Tensor)
+    if not given and log_prior is not None:
+        raise ValueError(
+            "latent: expected latents drawn from the prior of log_prior; got a shape, for which "
+            "they would be drawn from N(0, prior_std²)."
+        )
     start = latent if given else _drawn(check_model(model), latent, generator)
     kind = {"exact": 0, None: None}.get(divergence, count)
 
@@ -136,7 +141,7 @@ def ode_sample(
         nll=None if divergence is None else found.nll,
         nfe=found.nfe,
         standard_error=found.standard_error,
-        solver_error=found.solver_error,
+        solver_error=None if divergence is None else found.solver_error,
         failed=found.failed,
     )
 

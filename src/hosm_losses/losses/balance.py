@@ -18,7 +18,7 @@ Source:
     for a weight that is learned for each noise level.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,12 @@ class Balance(nn.Module):
         self.register_buffer("sums", torch.zeros(terms, BINS, device=device))
         self.register_buffer("counts", torch.zeros(terms, BINS, device=device))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Balance":
+        # In half precision a running mean forgets nothing, and overflows.
+        super()._apply(fn, recurse)
+        self.sums, self.counts = self.sums.float(), self.counts.float()
+        return self
+
     def forward(
         self, terms: Sequence[Tensor | None], level: Tensor, rows: Tensor | None
     ) -> list[Tensor | None]:
@@ -54,7 +60,7 @@ class Balance(nn.Module):
             self._take_up(terms, places)
         overall = self.sums.sum(1, keepdim=True) / self.counts.sum(1, keepdim=True).clamp_min(1)
         means = (self.sums + PRIOR * overall) / (self.counts + PRIOR)
-        ratios = torch.where(means > 0, means[:1] / means, 0).sqrt()
+        ratios = torch.where(means > 0, means[:1] / means, 1).sqrt()
         return [
             None if term is None else ratio[place].to(term.dtype)
             for term, ratio, place in zip(terms, ratios, places, strict=False)

@@ -170,8 +170,9 @@ def stein_dsm(model: ScoreModel, x0: Tensor, **arguments: Unpack[SteinArguments]
         model: the score model.
         x0: data (B, *).
         weight: of the rate, a number of at least 0 or a tensor of one element; 1 if None.
-        t: times (B,) in the schedule's units, which count as uniform; drawn with log σ̂ uniform
-            if None.
+        t: times (B,) in the schedule's units, which count as uniform. If None they are drawn with
+            log σ̂ uniform, between the indices of a table too: give t where the network takes
+            whole indices only.
         probes: K, 2 or more: the estimates of two halves are multiplied with each other.
         probe: v of shape (K, B, *), used as it is; drawn if None.
         **arguments: those shown, as in `third_order_dsm`, which also says what is raised.

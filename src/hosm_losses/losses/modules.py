@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack, overload
 
 from torch import Tensor, nn
 
+from hosm_losses._torch_internals import checkpoint_hook, transformed
 from hosm_losses.losses.balance import Balance
 from hosm_losses.losses.objective import Evaluated, evaluate
 from hosm_losses.losses.options import (
@@ -74,9 +75,15 @@ class _Objective(nn.Module):
         """
         refuse_unknown(f"{type(self).__name__}.forward", self.inputs, inputs)
         given: dict[str, Any] = {"weights": None, **inputs}
-        if given["weights"] is None:
-            given["weights"] = None if self.balance else self.weights
-        found = evaluate(self.model, x0, self.options, balance=self.balance, **given)
+        weights, balance = given["weights"], self.balance
+        if balance is None:
+            given["weights"] = self.weights if weights is None else weights
+        elif isinstance(weights, str):
+            balance = None if weights == "paper" else balance
+            given["weights"] = None
+        if balance is not None and balance.training:
+            _check_kept_once()
+        found = evaluate(self.model, x0, self.options, balance=balance, **given)
         return _returned(found, LoggedTerms, return_terms)
 
     if TYPE_CHECKING:  # nn.Module gives no type to a call
@@ -94,6 +101,17 @@ class _Objective(nn.Module):
             self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[HigherOrderInputs]
         ) -> tuple[Tensor, LoggedTerms]: ...
         def __call__(self, x0: Tensor, **inputs: Any) -> Any: ...
+
+
+def _check_kept_once() -> None:
+    """Raise where the sizes of the terms would be taken up twice, or cannot be."""
+    what = "torch.func" if transformed() else "a checkpoint" if checkpoint_hook() else None
+    if what is not None:
+        raise ValueError(
+            f"weights: expected numbers under {what}; got 'balanced', whose running means a "
+            "training step changes once. Use chunks in place of a checkpoint around the loss, or "
+            "call .eval() on the loss's `balance` for means that stay."
+        )
 
 
 def _returned(found: Evaluated, logged: Any, return_terms: bool) -> Any:
@@ -193,7 +211,7 @@ class SteinDSM(nn.Module):
         super().__init__()
         refuse_unknown("SteinDSM", SteinChoices, options)
         chosen: dict[str, Any] = dict(options)
-        self.weight: float | Tensor | None = chosen.pop("weight", None)
+        self.weight: float | Tensor | None = chosen.pop("weight", 1.0)
         self.options = SteinOptions(**chosen)
         self.model = check_model(model)
         refuse_wrapped(model.network, thoroughly=True)

@@ -79,7 +79,7 @@ def evaluate(
     kwargs = check_model_kwargs(model_kwargs)
     with outside_inference_mode():
         score_model, inputs = perturbed(model, x0, t, noise, options, generator)
-        _check_device(checked, inputs.x)
+        _check_device(checked, inputs.x, options.weights_name)
         weighting, sampler, drawn = options.weighting, options.time_sampler, t is None
         factors = time_factors(score_model, inputs.x, inputs.t, weighting, sampler, drawn=drawn)
         higher = options.order > 1
@@ -162,6 +162,7 @@ def _terms(
     along = terms_along
     if isinstance(options, SteinOptions):
         along = stein_terms
+        directions = directions if counts(weights[1]) else Directions()
     elif options.estimator == "paired":
         along = partial(paired_terms, second=counts(weights[1]))
     if rows is None or rest is None:
@@ -246,28 +247,23 @@ def _given_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
     if isinstance(probe, Tensor) and probe.ndim == x.ndim:
         probe = probe.unsqueeze(0)
     count = len(probe) if isinstance(probe, Tensor) and probe.ndim == x.ndim + 1 else 1
-    shape = (max(count, 1), *x.shape)
+    shape = (max(count, options.default_probes), *x.shape)
     given = check_like("probe", probe, shape, x.dtype, x.device, "x0 after one for the probes")
     if options.probes not in (options.default_probes, count):
         raise ValueError(
             f"probe: expected as many as probes={options.probes!r} asks for; got {count}. Leave "
             "probes out when you give the probe."
         )
-    if options.default_probes > count:
-        raise ValueError(
-            f"probe: expected at least {options.default_probes} probes (K, B, *), whose estimates "
-            f"are multiplied with each other; got {count}. Draw them independently of each other."
-        )
     check_finite("probe", given)
     return normal(given)
 
 
-def _check_device(weights: Weights, x: Tensor) -> None:
+def _check_device(weights: Weights, x: Tensor, name: str) -> None:
     for weight in weights:
         # A number on the CPU goes with a tensor on any device.
         if isinstance(weight, Tensor) and weight.device not in (x.device, torch.device("cpu")):
             raise ValueError(
-                f"weights: expected numbers, or tensors on {x.device} as x0 is, or on the CPU; "
+                f"{name}: expected numbers, or tensors on {x.device} as x0 is, or on the CPU; "
                 f"got one on {weight.device}."
             )
 

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -130,6 +130,7 @@ class TermsArguments(_Probed, TermsOptions, total=False):
 class LossOptions:
     """What is chosen once for a loss, checked; numbers of NumPy become Python's."""
 
+    weights_name: ClassVar[str] = "weights"
     order: int
     probes: Probes | None = None
     estimator: Estimator = "hutchinson"
@@ -211,6 +212,7 @@ class LossOptions:
 class SteinOptions(LossOptions):
     """What is chosen once for `stein_dsm`, checked."""
 
+    weights_name: ClassVar[str] = "weight"
     order: int = 2
     probes: Probes | None = 2
     weighting: Weighting = "likelihood"
@@ -276,8 +278,8 @@ def check_weights(weights: object, order: int) -> Weights:
     if isinstance(weights, str) and weights == "balanced":
         raise ValueError(
             "weights: expected numbers or 'paper' in a function; got 'balanced', which follows "
-            "the sizes of the terms from step to step. Give it to SecondOrderDSM or "
-            "ThirdOrderDSM, which keep them."
+            "the sizes of the terms from step to step. Give it to the constructor of "
+            "SecondOrderDSM or ThirdOrderDSM, which keep them."
         )
     expected = "four numbers (first, second, trace, third), at order 2 three or four"
     entries: Sequence[object] | None = None

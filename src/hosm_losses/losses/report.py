@@ -15,8 +15,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_generator, check_sample_batch, check_whole
+from hosm_losses._checks import check_flag, check_generator, check_sample_batch, check_whole
 from hosm_losses._progress import progress_bar
+from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.derivatives import Snapshot, gradients
 from hosm_losses.losses.objective import evaluate
 from hosm_losses.losses.options import (
@@ -156,7 +157,8 @@ def loss_report(
     chosen = LossOptions(order=order, **given)
     checked = check_weights(weights, chosen.order)
     count = check_whole("draws", draws, 2)
-    data = check_sample_batch("x0", x0)
+    check_flag("progress", progress)
+    data = normal(check_sample_batch("x0", x0))
     source = check_generator(generator, data.device)
     if source is None:
         source = torch.Generator(data.device).manual_seed(0)
@@ -169,25 +171,28 @@ def loss_report(
         for place, (name, weight) in enumerate(zip(DSMTerms._fields, checked, strict=False))
         if counts(weight) and place <= chosen.order
     }
-    totals = {name: _Totals(parameters) for name in alone}
     before = Snapshot(model.network, data)
-    with progress_bar(progress, count * len(totals), "gradient") as done:
-        for _ in range(count):
-            state = source.get_state()
-            for name, total in totals.items():
-                source.set_state(state)
-                inputs: dict[str, Any] = {"weights": alone[name], "generator": source}
-                total.add(evaluate(model, data, chosen, **inputs, model_kwargs=kwargs).loss)
-                done(1)
-    before.restore()
+    bar = progress_bar(progress, count * len(alone), "gradient")
+    try:
+        with outside_inference_mode(), torch.enable_grad(), bar as done:
+            totals = {name: _Totals(parameters) for name in alone}
+            for _ in range(count):
+                state = source.get_state()
+                for name, total in totals.items():
+                    source.set_state(state)
+                    inputs: dict[str, Any] = {"weights": alone[name], "generator": source}
+                    total.add(evaluate(model, data, chosen, **inputs, model_kwargs=kwargs).loss)
+                    done(1)
+    finally:
+        before.restore()
     first = totals["first"].gradient() if "first" in totals else math.nan
     found = {
         name: TermReport(
-            weight=float(sum(alone[name])),
+            weight=sum(float(torch.as_tensor(each).detach()) for each in alone[name]),
             value=total.value / count,
             gradient=total.gradient(),
             noise=total.variance() ** 0.5,
-            share=total.gradient() / first if first else math.inf,
+            share=total.gradient() / first if first else math.nan,
         )
         for name, total in totals.items()
     }
