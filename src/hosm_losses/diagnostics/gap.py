@@ -87,8 +87,8 @@ def likelihood_gap(
         model_kwargs: keyword arguments of the networks.
 
     Returns:
-        The report. `ode nll` is that of points at t_min, `sde bound` that of x0 itself, which
-        `variational_nll` corrects for the start at t_min.
+        The report. `ode nll` and `sde bound` are those of x0, both corrected for the start at
+        t_min.
 
     Raises:
         TypeError: for an argument of a wrong type or dtype.
@@ -155,8 +155,7 @@ def _report(
             found.append(at_node(model, truth, x, t, score, kwargs))
             done(1)
     options = {"model_kwargs": kwargs, "generator": source}
-    start, _ = perturbed(low)
-    nll = ode_nll(model, start, divergence="exact", steps=steps, **options).nll
+    nll = ode_nll(model, data, divergence="exact", steps=steps, clean=True, **options).nll
     bound = variational_nll(model, data, **options).nll
     numbers: dict[str, Tensor | None] = {}
     difference = bound - nll

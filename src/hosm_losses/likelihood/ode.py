@@ -23,7 +23,7 @@ Source:
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -39,6 +39,7 @@ from hosm_losses.likelihood.inputs import (
     check_draws,
     check_probes,
     evaluate,
+    noised,
 )
 from hosm_losses.likelihood.multistep import EXTRA_EVALUATIONS, MINIMUM_STEPS, Node, multistep
 from hosm_losses.likelihood.result import NLLResult
@@ -68,6 +69,7 @@ def ode_nll(
     data_mean: float | Tensor = 0.0,
     data_std: float | Tensor = 0.5,
     log_prior: Callable[[Tensor], Tensor] | None = None,
+    clean: bool = False,
     dequantization: Dequantization | None = None,
     dequantization_draws: int = 1,
     batch_size: int | None = None,
@@ -83,7 +85,8 @@ def ode_nll(
 
     Args:
         model: the score model.
-        x: data (B, *), taken as points at the schedule's t_min; uint8 with a dequantization.
+        x: data (B, *), taken as points at the schedule's t_min unless `clean`; uint8 with a
+            dequantization.
         method: "fixed", a uniform grid in log σ̂ with steps + 10 evaluations; or "adaptive", steps
             of each sample's own.
         steps: of the fixed grid, 4 or more.
@@ -97,6 +100,8 @@ def ode_nll(
             solver's error alone.
         data_std: standard deviation of the data, likewise.
         log_prior: log-density at t_max, latent (B, *) → (B,); N(0, prior_std² I) if None.
+        clean: whether x is data without noise. One draw of noise then brings it to t_min, and nll
+            bounds that of x from above as in `variational_nll`, with which it compares.
         dequantization: "uniform" for uint8 images: x becomes −1 + 2 (x + u)/256 with u uniform,
             and `bits_per_dim` counts the bits of the integers. None for continuous data.
         dequantization_draws: K draws of u, whose densities are averaged for a tighter bound, at K
@@ -130,12 +135,16 @@ def ode_nll(
     solve = solver(method, steps, distribution, tolerance)
     probes = check_probes(probes, divergence)
     check_flag("enable_grad", enable_grad)
+    check_flag("clean", clean)
     draws = check_whole("dequantization_draws", dequantization_draws, 1)
     if draws > 1:
         check_draws(draws, dequantization, divergence)
 
     def likelihood(batch: Batch) -> NLLResult:
-        return followed(Paths(batch, 0 if divergence == "exact" else probes, distribution), solve)
+        batch, correction = noised(batch) if clean else (batch, 0)
+        kind = 0 if divergence == "exact" else probes
+        result = followed(Paths(batch, kind, distribution), solve)
+        return replace(result, nll=result.nll + correction, nfe=result.nfe + clean)
 
     shared = (data_mean, data_std, log_prior, dequantization, batch_size, progress, generator)
     return evaluate(likelihood, model, x, *shared, model_kwargs, draws, enable_grad)
