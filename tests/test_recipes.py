@@ -88,6 +88,15 @@ def test_latents_with_text():
     assert "bits/dim" in run(EXAMPLES / "latents_and_text.py")
 
 
+def test_the_gap_is_smaller_at_order_three(tmp_path):
+    """Few steps suffice: J_Fisher, of the ODE's own score, is what order one leaves."""
+    packages("matplotlib")
+    text = run(EXAMPLES / "gap_1d.py", "--steps", "150", "--out", tmp_path)
+    fisher = [float(found) for found in re.findall(r"j_fisher: ([\d.]+)", text)]
+    assert fisher[1] < fisher[0]
+    assert (tmp_path / "gap_1d_ve.png").exists()
+
+
 def test_recipes_are_short_and_on_the_page():
     page = (EXAMPLES.parent / "recipes.md").read_text(encoding="utf-8")
     page += (EXAMPLES.parent / "likelihood.md").read_text(encoding="utf-8")

@@ -1,0 +1,66 @@
+"""Where the ODE's score goes wrong, at orders one and three, on the 1-D mixture of mixture_1d.py.
+
+One network is trained with each order. `likelihood_gap` compares its score, and the score of its
+ODE's own density, with the truth: the synthetic experiment of Lu et al. (ICML 2022, 2206.08265).
+
+    python docs/examples/gap_1d.py [--schedule ve] [--steps 2000] [--out DIR]
+"""
+
+import argparse
+from pathlib import Path
+
+import mixture_1d as mixture
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import hosm_losses as hosm
+
+CURVES = {"first": "score of the network", "fisher": "score of its ODE"}
+
+
+def truth(schedule: hosm.Schedule) -> hosm.ScoreModel:
+    """The mixture's own score at every noise level, in closed form."""
+
+    def noise(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (part[:, None] for part in schedule(t))
+        variances = alpha**2 * mixture.VARIANCES + sigma**2
+        offsets = x - alpha * mixture.MEANS
+        logits = mixture.FRACTIONS.log() - 0.5 * (offsets**2 / variances + variances.log())
+        return sigma * (logits.softmax(1) * offsets / variances).sum(1, keepdim=True)
+
+    return hosm.ScoreModel(noise, schedule)
+
+
+def main() -> None:
+    """Train with both orders, print both reports and draw their curves."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--schedule", choices=mixture.SCHEDULES, default="ve")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--out", type=Path, default=Path("gap_1d_out"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    schedule = mixture.SCHEDULES[options.schedule]
+    x0 = mixture.draw_data(torch.Generator().manual_seed(1))[:128].double()
+    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
+    for order, style in ((1, ":"), (3, "-")):
+        job = mixture.Job(options.schedule, order, options.steps, seed=0)
+        model = mixture.new_model(job)
+        for _ in mixture.training(model, job):
+            pass
+        model.double()
+        given = {"reference": truth(schedule), "generator": torch.Generator().manual_seed(2)}
+        report = hosm.likelihood_gap(model, x0, nodes=24, progress=True, **given)
+        print(f"\norder {order}\n{report}")
+        for curve, color in zip(CURVES, ("#0072b2", "#d55e00"), strict=True):
+            values = [each.value for each in report.curves[curve] or ()]
+            told = {"color": color, "label": f"order {order}: {CURVES[curve]}"}
+            axes.plot(report.log_sigma_hat, values, style, **told)
+    axes.set(yscale="log", xlabel="log σ̂", ylabel="mean squared error of σ · score")
+    axes.legend()
+    options.out.mkdir(parents=True, exist_ok=True)
+    axes.figure.savefig(options.out / f"gap_1d_{options.schedule}.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
