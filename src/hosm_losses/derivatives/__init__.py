@@ -2,6 +2,7 @@
 
 - `select`: which engine runs; what "auto" remembers of a network, and puts back after an attempt.
 - `engines`: the three engines, "taylor", "reverse" and "forward".
+- `products`: products of the Jacobian with a vector that depends on the value.
 - `taylor`: the tensor that carries derivatives, and its rules by kind of operator.
 - `backward`: passes back, graphs that were lost, and what to do about known errors.
 - `primitives`, `primitive_mode`: operators whose double backward is right, and the mode that puts
@@ -16,6 +17,8 @@ from hosm_losses.derivatives.engines import Derivatives as Derivatives
 from hosm_losses.derivatives.engines import Field as Field
 from hosm_losses.derivatives.engines import quadratic_forms as quadratic_forms
 from hosm_losses.derivatives.primitive_mode import safe_primitives as safe_primitives
+from hosm_losses.derivatives.products import Products as Products
+from hosm_losses.derivatives.products import with_products as with_products
 from hosm_losses.derivatives.select import ASK_THE_CHECK as ASK_THE_CHECK
 from hosm_losses.derivatives.select import ENGINES as ENGINES
 from hosm_losses.derivatives.select import Engine as Engine

@@ -79,7 +79,7 @@ class Curved(Derivatives):
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """A block whose errors come with the remedy where it is known."""
     try:
         yield
@@ -90,7 +90,7 @@ def _explained() -> Iterator[None]:
         raise told from error
 
 
-def _leaf(x: Tensor, wanted: bool) -> Tensor:
+def leaf(x: Tensor, wanted: bool) -> Tensor:
     """A point to differentiate at: x itself where a gradient of the result may go to it."""
     return x if wanted and x.requires_grad else x.detach().requires_grad_()
 
@@ -106,7 +106,7 @@ def _unfolded(parts: Iterable[Tensor], direction: Tensor) -> list[Tensor]:
     return [part.unflatten(0, direction.shape[:2]) for part in parts]
 
 
-def _kept(parts: Iterable[Tensor], wanted: bool) -> list[Tensor]:
+def kept(parts: Iterable[Tensor], wanted: bool) -> list[Tensor]:
     """The parts, without their graph unless that is wanted."""
     return [part if wanted else part.detach() for part in parts]
 
@@ -122,17 +122,17 @@ def taylor(
     """The value and its derivatives in one batch; TaylorError where they cannot be carried."""
     wanted = torch.is_grad_enabled()
     if order == 3 and second_direction is None:
-        return Derivatives(*_kept(_taylor_gradient(field, x, direction, wanted, summed), wanted))
+        return Derivatives(*kept(_taylor_gradient(field, x, direction, wanted, summed), wanted))
     if second_direction is None:
         stack = carried(field, x, direction)
-        return Derivatives(*_kept((stack[:1], stack[1:]), wanted))
+        return Derivatives(*kept((stack[:1], stack[1:]), wanted))
     same, count = second_direction is direction, len(direction)
     directions = direction if same else torch.cat([direction, second_direction])
     shared = len(second_direction) < count
     pairs = ("sum" if summed else "squares") if same else "last" if shared else "halves"
     stack = carried(field, x, directions, pairs)
     seconds = stack[1 + len(directions) :]
-    return Curved(*_kept((stack[:1], stack[1 : 1 + count], seconds), wanted))
+    return Curved(*kept((stack[:1], stack[1 : 1 + count], seconds), wanted))
 
 
 def _taylor_gradient(
@@ -151,8 +151,8 @@ def _taylor_gradient(
     if traced():
         gradient, parts = torch.func.grad(form, has_aux=True)(rows)
     else:
-        with torch.enable_grad(), _explained():
-            rows = _leaf(rows, wanted)
+        with torch.enable_grad(), explained():
+            rows = leaf(rows, wanted)
             number, parts = form(rows)
             # Zero where the form does not depend on x, as of a linear network.
             (gradient,) = torch.autograd.grad(
@@ -195,7 +195,7 @@ def forward(
     directions = (direction,)
     if second_direction is not None:
         directions = direction, second_direction.expand_as(direction)
-    with _explained(), without_recomputation(), forward_mode():
+    with explained(), without_recomputation(), forward_mode():
         if len(direction) == 1:
             value, *rest = [part.unsqueeze(0) for part in one(*(each[0] for each in directions))]
         else:
@@ -209,11 +209,11 @@ def forward(
 def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) -> Derivatives:
     """Two passes back, for G and never for C; DerivativeError where autograd cannot follow."""
     if transformed():
-        with _explained():
+        with explained():
             return _reverse_in_transform(field, x, direction, order)
     wanted = torch.is_grad_enabled()
-    with torch.enable_grad(), _explained():
-        point = _leaf(x, wanted)
+    with torch.enable_grad(), explained():
+        point = leaf(x, wanted)
         folded, rows, w = field, point, None
         if order == 3:
             folded, rows, w = _folded(field, point, direction)
@@ -225,7 +225,7 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) 
         refuse_dropped(pulled, wanted)
         if w is None:
             directional = pull_back(pulled, cotangent, direction, wanted, LOST_TWICE)
-            return Derivatives(*_kept((value.unsqueeze(0), directional), wanted))
+            return Derivatives(*kept((value.unsqueeze(0), directional), wanted))
         gradient, directional = torch.autograd.grad(
             pulled, (rows, cotangent), w, create_graph=wanted, allow_unused=True
         )
@@ -233,7 +233,7 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) 
             raise DerivativeError(LOST_TWICE)
         if gradient is None:  # as of a linear field
             gradient = torch.zeros_like(rows)
-        return Derivatives(*_kept(_unfolded((value, directional, gradient), direction), wanted))
+        return Derivatives(*kept(_unfolded((value, directional, gradient), direction), wanted))
 
 
 def _reverse_in_transform(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:
@@ -273,10 +273,10 @@ def quadratic_forms(
         found = [over_elements(torch.stack([back(each)[0] for each in w]) * w) for w in directions]
         return value, torch.cat(found)
     wanted = torch.is_grad_enabled()
-    with torch.enable_grad(), _explained():
-        point = _leaf(x, wanted)
+    with torch.enable_grad(), explained():
+        point = leaf(x, wanted)
         value = field(point)
         refuse_dropped(value, wanted)
         found = [over_elements(pull_back(value, point, w, wanted) * w) for w in directions]
-    value, forms = _kept((value, torch.cat(found)), wanted)
+    value, forms = kept((value, torch.cat(found)), wanted)
     return value, forms

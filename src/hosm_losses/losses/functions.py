@@ -4,16 +4,21 @@ Each takes a ScoreModel and clean data, and returns a scalar to call backward on
 `objective`, the residuals, their detach and the source in `terms`.
 """
 
+from functools import partial
 from typing import Any, Unpack
 
 from torch import Tensor
 
 from hosm_losses.losses.objective import Evaluated, evaluate
 from hosm_losses.losses.options import (
+    STEIN_DEFAULTS,
     FirstOrderArguments,
     HigherOrderInputs,
     LossOptions,
     SecondOrderArguments,
+    SteinArguments,
+    SteinInputs,
+    SteinOptions,
     TermsArguments,
     ThirdOrderArguments,
     refuse_unknown,
@@ -91,10 +96,17 @@ def third_order_dsm(
         t: times (B,) in the schedule's units; drawn as `time_sampler` says if None.
         noise: ε (B, *); drawn if None.
         probe: v, of shape (B, *) or (K, B, *), used as it is; drawn if None.
-        probes: K, the number of probes a sample, or "exact" for all d unit vectors.
+        probes: K, the number of probes a sample, or "exact" for all d unit vectors. None is 1, and
+            2 with estimator="paired".
+        estimator: "hutchinson" squares the residual along each probe, as in the paper. "paired"
+            multiplies the estimates of two independent probes, or halves of the probes, with each
+            other. Its mean is that of probes="exact", almost without the noise of the probes, for
+            about three times the cost of a step with one. Terms of single samples may then be
+            negative. Not with third="sliced".
         distribution: "rademacher", "gaussian", "sphere" or "dct".
         weights: (first, second, trace, third), numbers of at least 0 or tensors of one element, in
-            a list, a tuple, an array or a tensor; all 1 if None.
+            a list, a tuple, an array or a tensor; all 1 if None or "paper". The modules take
+            "balanced" as well.
         weighting: "noise" takes the terms as they are. "native" makes the first term the squared
             error of the network's own prediction. "likelihood" makes it the likelihood-weighted
             one. Both leave the meaning of the others. A callable t → (B,) multiplies every term.
@@ -144,6 +156,43 @@ def third_order_dsm(
         torch.Size([2, 2])
     """
     return _evaluated("third_order_dsm", 3, ThirdOrderArguments, model, x0, arguments).loss
+
+
+@partial(spelled_out, defaults=STEIN_DEFAULTS)
+def stein_dsm(model: ScoreModel, x0: Tensor, **arguments: Unpack[SteinArguments]) -> Tensor:
+    """Order one with the rate at which the log-density of the model's ODE goes wrong, in nats.
+
+    It trades the likelihood of the SDE for that of the ODE: J_SM, which order one alone makes as
+    small as it can, rises a little. The formula is in `stein`. A step costs what one of order two
+    with as many probes costs.
+
+    Args:
+        model: the score model.
+        x0: data (B, *).
+        weight: of the rate, a number of at least 0 or a tensor of one element; 1 if None.
+        t: times (B,) in the schedule's units, which count as uniform; drawn with log σ̂ uniform
+            if None.
+        probes: K, 2 or more: the estimates of two halves are multiplied with each other.
+        probe: v of shape (K, B, *), used as it is; drawn if None.
+        **arguments: those shown, as in `third_order_dsm`, which also says what is raised.
+
+    Returns:
+        The integral over log σ̂ of ‖ε̂ − ε‖² + weight · ρ₁ρ₂, averaged over the batch, in nats. The
+        first part has the mean J_SM up to a constant. The gradient of the second is that of
+        weight · a², the value is noisier and may be negative.
+
+    Example:
+        >>> import torch
+        >>> from hosm_losses import VPSchedule
+        >>> model = ScoreModel(lambda x, t: 0.5 * x, VPSchedule())
+        >>> stein_dsm(model, torch.zeros(4, 2), weight=0.3).shape
+        torch.Size([])
+    """
+    refuse_unknown("stein_dsm", SteinArguments, arguments)
+    given: dict[str, Any] = dict(arguments)
+    inputs = {key: given.pop(key) for key in SteinInputs.__optional_keys__ & given.keys()}
+    inputs["weights"] = inputs.pop("weight", None)
+    return evaluate(model, x0, SteinOptions(**given), **inputs).loss
 
 
 @spelled_out

@@ -4,23 +4,30 @@ Each holds the ScoreModel as `model` and the options of the function of the same
 computes the loss in its forward, so that a wrapper around it sees every use of a parameter.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack, overload
 
 from torch import Tensor, nn
 
-from hosm_losses.losses.objective import evaluate
+from hosm_losses.losses.balance import Balance
+from hosm_losses.losses.objective import Evaluated, evaluate
 from hosm_losses.losses.options import (
+    STEIN_DEFAULTS,
     FirstOrderInputs,
     FirstOrderOptions,
     HigherOrderInputs,
     LossOptions,
+    Recipe,
     SecondOrderOptions,
+    SteinChoices,
+    SteinInputs,
+    SteinOptions,
     ThirdOrderOptions,
     Weights,
-    check_weights,
     refuse_unknown,
     spelled_out,
 )
+from hosm_losses.losses.stein import LoggedSteinTerms
 from hosm_losses.losses.terms import LoggedTerms
 from hosm_losses.model import ScoreModel, check_model, refuse_wrapped
 
@@ -29,16 +36,27 @@ class _Objective(nn.Module):
     order: ClassVar[int]
     choices: ClassVar[type]
     inputs: ClassVar[type] = HigherOrderInputs
+    options: LossOptions
+    weights: Weights | Recipe | None
+    balance: Balance | None
 
     def __init__(self, model: ScoreModel, **options: Any) -> None:
         super().__init__()
         refuse_unknown(type(self).__name__, self.choices, options)
-        self.weights: Weights | None = options.pop("weights", None)
+        self.weights, self.balance = options.pop("weights", None), None
         self.options = LossOptions(order=self.order, **options)
         self.model = check_model(model)
         if self.order > 1:
             refuse_wrapped(model.network, thoroughly=True)
-        check_weights(self.weights, self.order)
+        if self.order > 1 and isinstance(self.weights, str) and self.weights == "balanced":
+            if isinstance(self.options.weighting, tuple):
+                raise ValueError(
+                    "weighting: expected one for all terms with weights='balanced', which takes "
+                    "the higher terms at the weighting of the first; got a pair."
+                )
+            self.balance = Balance(self.order + 1)
+        else:
+            self.options.checked(self.weights)
 
     def extra_repr(self) -> str:
         """The options and the weights, for print."""
@@ -50,15 +68,15 @@ class _Objective(nn.Module):
     ) -> Tensor | tuple[Tensor, LoggedTerms]:
         """Return the loss, or (loss, detached terms); inputs as in `third_order_dsm`.
 
-        `weights` given here, for a ramp, stands before those of the constructor.
+        `weights` given here, for a ramp, stands before those of the constructor. Numbers multiply
+        the balanced ones.
         """
         refuse_unknown(f"{type(self).__name__}.forward", self.inputs, inputs)
-        if inputs.get("weights") is None:
-            inputs["weights"] = self.weights
-        found = evaluate(self.model, x0, self.options, **inputs)
-        if not return_terms:
-            return found.loss
-        return found.loss, LoggedTerms.of(found.terms, found.t, found.rows)
+        given: dict[str, Any] = {"weights": None, **inputs}
+        if given["weights"] is None:
+            given["weights"] = None if self.balance else self.weights
+        found = evaluate(self.model, x0, self.options, balance=self.balance, **given)
+        return _returned(found, LoggedTerms, return_terms)
 
     if TYPE_CHECKING:  # nn.Module gives no type to a call
 
@@ -75,6 +93,15 @@ class _Objective(nn.Module):
             self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[HigherOrderInputs]
         ) -> tuple[Tensor, LoggedTerms]: ...
         def __call__(self, x0: Tensor, **inputs: Any) -> Any: ...
+
+
+def _returned(found: Evaluated, logged: Any, return_terms: bool) -> Any:
+    """The loss, or with it the detached terms."""
+    if not return_terms:
+        return found.loss
+    terms = logged._make(None if term is None else term.detach() for term in found.terms)
+    terms.t, terms.rows = found.t, found.rows
+    return found.loss, terms
 
 
 class FirstOrderDSM(_Objective):
@@ -142,3 +169,51 @@ class ThirdOrderDSM(_Objective):
     @spelled_out
     def __init__(self, model: ScoreModel, **options: Unpack[ThirdOrderOptions]) -> None:
         super().__init__(model, **options)
+
+
+class SteinDSM(nn.Module):
+    """`stein_dsm` as a module.
+
+    Args:
+        model: the score model.
+        **options: those shown, as in `stein_dsm`.
+
+    Example:
+        >>> import torch
+        >>> from hosm_losses import VPSchedule
+        >>> loss = SteinDSM(ScoreModel(lambda x, t: 0.5 * x, VPSchedule()), weight=0.3)
+        >>> value, terms = loss(torch.zeros(4, 3), return_terms=True)
+        >>> terms.rate.shape
+        torch.Size([4])
+    """
+
+    @partial(spelled_out, defaults=STEIN_DEFAULTS)
+    def __init__(self, model: ScoreModel, **options: Unpack[SteinChoices]) -> None:
+        super().__init__()
+        refuse_unknown("SteinDSM", SteinChoices, options)
+        chosen: dict[str, Any] = dict(options)
+        self.weight: float | Tensor | None = chosen.pop("weight", None)
+        self.options = SteinOptions(**chosen)
+        self.model = check_model(model)
+        refuse_wrapped(model.network, thoroughly=True)
+        self.options.checked(self.weight)
+
+    def extra_repr(self) -> str:
+        """The options and the weight, for print."""
+        names = sorted(SteinChoices.__optional_keys__ - {"weight"})
+        shown = {"weight": self.weight} | {name: getattr(self.options, name) for name in names}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    def forward(
+        self, x0: Tensor, *, return_terms: bool = False, **inputs: Unpack[SteinInputs]
+    ) -> Tensor | tuple[Tensor, LoggedSteinTerms]:
+        """Return the loss, or (loss, detached terms); inputs as in `stein_dsm`.
+
+        `weight` given here, for a ramp, stands before that of the constructor.
+        """
+        refuse_unknown("SteinDSM.forward", SteinInputs, inputs)
+        given: dict[str, Any] = dict(inputs)
+        weight = given.pop("weight", None)
+        weight = self.weight if weight is None else weight
+        found = evaluate(self.model, x0, self.options, weights=weight, **given)
+        return _returned(found, LoggedSteinTerms, return_terms)

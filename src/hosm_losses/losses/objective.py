@@ -1,38 +1,54 @@
-"""The objective of order one, two or three: from arguments to a reduced loss.
+"""The objective of a loss: from arguments to a reduced loss.
 
-Formula, with the terms of `terms`:
-    loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch.
+Formula, with the terms of `terms` or `paired`, or of `stein`:
+    loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch
+    loss = first + weight · rate, the integral over log σ̂, averaged over the batch
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hosm_losses._checks import (
-    DerivativeError,
     check_finite,
     check_generator,
     check_like,
     check_model_kwargs,
     check_sample_batch,
     expand_right,
-    may_look,
 )
 from hosm_losses._torch_internals import normal, outside_inference_mode
-from hosm_losses.losses.options import LossOptions, Weights, check_weights
+from hosm_losses.losses.balance import Balance
+from hosm_losses.losses.options import (
+    LossOptions,
+    SteinOptions,
+    Weights,
+    counts,
+)
+from hosm_losses.losses.paired import paired_terms
+from hosm_losses.losses.recompute import in_chunks
+from hosm_losses.losses.stein import stein_terms
 from hosm_losses.losses.terms import (
     Directions,
     DSMTerms,
     Inputs,
-    evaluate_terms,
+    check_result,
     first_residual_of,
     first_term,
+    terms_along,
 )
-from hosm_losses.losses.weighting import draw_time, time_factors
-from hosm_losses.model import ScoreModel, check_model, check_time, noise_field, refuse_wrapped
+from hosm_losses.losses.weighting import draw_time, noise_level, time_factors
+from hosm_losses.model import (
+    NoiseField,
+    ScoreModel,
+    check_model,
+    check_time,
+    noise_field,
+    refuse_wrapped,
+)
 from hosm_losses.probes import draw_probes, unit_vectors
 
 
@@ -40,7 +56,7 @@ class Evaluated(NamedTuple):
     """A loss with what it was made of."""
 
     loss: Tensor  # reduced
-    terms: DSMTerms  # per sample, with their graph
+    terms: Any  # DSMTerms or SteinTerms, per sample, with their graph
     t: Tensor  # (B,)
     rows: Tensor | None  # that have the higher terms, in their order; None for all
 
@@ -53,12 +69,13 @@ def evaluate(
     t: object = None,
     noise: object = None,
     probe: object = None,
-    weights: Weights | None = None,
+    weights: object = None,
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    balance: Balance | None = None,
 ) -> Evaluated:
     """The loss and its terms, from arguments that are checked here."""
-    checked = check_weights(weights, options.order)
+    checked: Weights = options.checked(weights)
     kwargs = check_model_kwargs(model_kwargs)
     with outside_inference_mode():
         score_model, inputs = perturbed(model, x0, t, noise, options, generator)
@@ -74,7 +91,17 @@ def evaluate(
         if higher:
             rows, rest = _fraction(inputs.x, options, generator)
             directions = _directions(inputs.x, probe, rows, options, generator)
-            terms = evaluate_terms(field, inputs, directions, options, rows, rest)
+            terms = _terms(field, inputs, directions, options, checked, rows, rest)
+            if isinstance(options, SteinOptions) and factors[0] is not None:
+                nats = factors[0] / inputs.x[0].numel()  # of whole samples, not of their elements
+                factors = nats, nats
+            if balance is not None:
+                found = balance(terms, noise_level(score_model, inputs.t, inputs.x), rows)
+                checked = [
+                    ratio * weight if counts(weight) and ratio is not None else weight
+                    for weight, ratio in zip(checked, found, strict=False)
+                ]
+                factors = factors[0], factors[0]
             loss = _reduce(terms, checked, factors, rows, options)
         else:
             residual = first_residual_of(field, inputs)
@@ -84,7 +111,7 @@ def evaluate(
                 loss = residual.square().mean()
             else:
                 loss = _reduce(terms, checked, factors, None, options)
-        _check_result(loss, terms, inputs.t)
+        check_result(loss, terms, inputs.t)
         return Evaluated(loss, terms, inputs.t, rows)
 
 
@@ -119,6 +146,64 @@ def perturbed(
     return score_model, Inputs(x.to(batch.dtype), times, eps, sigma)
 
 
+def _terms(
+    field: NoiseField,
+    inputs: Inputs,
+    directions: Directions,
+    options: LossOptions,
+    weights: Weights,
+    rows: Tensor | None,
+    rest: Tensor | None,
+) -> Any:
+    """The terms of a loss, the higher ones of `rows` alone, all if None.
+
+    `directions` are those of `rows`. The `rest` of the batch has the first term only.
+    """
+    along = terms_along
+    if isinstance(options, SteinOptions):
+        along = stein_terms
+    elif options.estimator == "paired":
+        along = partial(paired_terms, second=counts(weights[1]))
+    if rows is None or rest is None:
+        return _in_parts(along, field, inputs, directions, options)
+    terms = _in_parts(along, field.rows(rows), inputs.at(rows), directions, options)
+    first = terms.first
+    if len(rest):
+        others = _in_parts(along, field.rows(rest), inputs.at(rest), Directions(), options)
+        first = torch.cat([first, others.first])
+    return terms._replace(
+        first=torch.empty_like(first).index_copy(0, torch.cat([rows, rest]), first)
+    )
+
+
+def _in_parts(
+    terms_of: Callable[..., Any],
+    field: NoiseField,
+    inputs: Inputs,
+    directions: Directions,
+    options: LossOptions,
+) -> Any:
+    """The terms of a batch that is evaluated in `options.chunks` parts."""
+    if options.chunks == 1:
+        return terms_of(field, inputs, directions, options)
+    given = [each for each in directions if each is not None]
+    first, last = len(inputs), len(inputs) + len(given)
+    kinds: list[Any] = []
+
+    def of_rows(rows: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
+        bound = field.with_conditions(tensors[last:]).rows(rows)
+        part = Inputs(*tensors[:first]).at(rows)
+        along = Directions(*[each[:, rows] for each in tensors[first:last]])
+        terms = terms_of(bound, part, along, options)
+        kinds[:] = [terms._make(each is not None for each in terms)]
+        return tuple(term for term in terms if term is not None)
+
+    tensors = (*inputs, *given, *field.conditions())
+    parts = iter(in_chunks(of_rows, options.chunks, field.model.network, tensors, len(inputs.x)))
+    (kind,) = kinds
+    return kind._make(next(parts) if there else None for there in kind)
+
+
 def _fraction(
     x: Tensor, options: LossOptions, generator: torch.Generator | None
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -145,7 +230,9 @@ def _directions(
     elif options.probes == "exact":
         v = unit_vectors(chosen)
     else:
-        v = draw_probes(chosen, options.probes, options.distribution, generator)
+        v = draw_probes(
+            chosen, options.probes or options.default_probes, options.distribution, generator
+        )
     if options.order < 3 or options.third != "sliced":
         return Directions(v)
     # r3 is summed over all unit vectors before it is squared: one u for all of them.
@@ -161,10 +248,15 @@ def _given_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
     count = len(probe) if isinstance(probe, Tensor) and probe.ndim == x.ndim + 1 else 1
     shape = (max(count, 1), *x.shape)
     given = check_like("probe", probe, shape, x.dtype, x.device, "x0 after one for the probes")
-    if options.probes not in (1, count):
+    if options.probes not in (options.default_probes, count):
         raise ValueError(
             f"probe: expected as many as probes={options.probes!r} asks for; got {count}. Leave "
             "probes out when you give the probe."
+        )
+    if options.default_probes > count:
+        raise ValueError(
+            f"probe: expected at least {options.default_probes} probes (K, B, *), whose estimates "
+            f"are multiplied with each other; got {count}. Draw them independently of each other."
         )
     check_finite("probe", given)
     return normal(given)
@@ -180,40 +272,8 @@ def _check_device(weights: Weights, x: Tensor) -> None:
             )
 
 
-def _check_result(loss: Tensor, terms: DSMTerms, t: Tensor) -> None:
-    """Raise where a loss on the CPU is not finite: one number is looked at, and then why."""
-    if not may_look(loss):
-        return
-    if math.isfinite(loss.item()) if loss.ndim == 0 else bool(torch.isfinite(loss).all()):
-        return
-    bad = ~torch.isfinite(terms.first)
-    if bool(bad.any()):
-        times = t[bad]
-        raise ValueError(
-            "network: expected finite outputs; got NaN or infinite ones for "
-            f"{int(bad.sum())} of {len(bad)} samples, at t from {float(times.min()):g} to "
-            f"{float(times.max()):g}. Look for parameters that are not finite, after a step that "
-            "was too large, and for a division by zero or a logarithm in the network."
-        )
-    names = [
-        name
-        for name, term in terms._asdict().items()
-        if term is not None and not bool(torch.isfinite(term).all())
-    ]
-    if names:
-        raise DerivativeError(
-            "network: expected finite derivatives; its outputs are finite, but not the terms "
-            f"{', '.join(names)}. A root, a norm or a power has no derivative at zero: add a "
-            "small number inside it. check_derivatives(model, x0) names the module."
-        )
-    raise ValueError(
-        "loss: expected a finite one; its terms are finite, but not with their weights. Take "
-        "smaller weights, or a weighting without a singularity at the times of the batch."
-    )
-
-
 def _reduce(
-    terms: DSMTerms,
+    terms: Any,
     weights: Weights,
     factors: tuple[Tensor | None, Tensor | None],
     rows: Tensor | None,
@@ -223,10 +283,10 @@ def _reduce(
     of_first, of_higher = factors
     if of_higher is not None and rows is not None:
         of_higher = of_higher[rows]
-    products = [
+    products: list[Tensor] = [
         weight * term if factor is None else weight * term * factor
         for weight, term, factor in zip(weights, terms, (of_first, *[of_higher] * 3), strict=False)
-        if term is not None and (isinstance(weight, Tensor) or weight != 0)
+        if term is not None and counts(weight)
     ]
     if options.reduction == "none":
         return sum(products[1:], products[0])

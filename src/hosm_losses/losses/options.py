@@ -23,10 +23,12 @@ from hosm_losses.losses.weighting import TimeSampler, Weighting, check_weighting
 from hosm_losses.probes import DISTRIBUTIONS, Distribution
 
 Reduction = Literal["mean", "sum", "none"]
-Estimator = Literal["exact", "laplacian", "sliced"]
-ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+Third = Literal["exact", "laplacian", "sliced"]
+Estimator = Literal["hutchinson", "paired"]
 Probes = int | Literal["exact"]
 Weights = Sequence[float | Tensor] | np.ndarray | Tensor
+Recipe = Literal["paper", "balanced"]
+PROBES = {"hutchinson": 1, "paired": 2}  # the fewest, and those of probes=None, by estimator
 COUNTS = {1: (1,), 2: (3, 4), 3: (4,)}  # of weights, by order
 
 
@@ -38,25 +40,36 @@ class FirstOrderOptions(TypedDict, total=False):
     reduction: Reduction
 
 
-class _Second(TypedDict, total=False):
-    probes: Probes
+class _Engine(TypedDict, total=False):
     distribution: Distribution
     derivative: Engine
 
 
-class _Third(_Second, total=False):
-    third: Estimator
+class _Second(_Engine, total=False):
+    probes: Probes | None
+    estimator: Estimator
 
 
-class SecondOrderOptions(FirstOrderOptions, _Second, total=False):
-    """Options of a loss of order two."""
+class TermsOptions(_Second, total=False):
+    """Options of the terms of order three."""
 
-    weights: Weights | None
+    third: Third
+
+
+class PartsOptions(TypedDict, total=False):
+    """How much of a batch has higher terms, and in how many parts it is evaluated."""
+
     fraction: float
     chunks: int
 
 
-class ThirdOrderOptions(SecondOrderOptions, _Third, total=False):
+class SecondOrderOptions(FirstOrderOptions, _Second, PartsOptions, total=False):
+    """Options of a loss of order two."""
+
+    weights: Weights | Recipe | None
+
+
+class ThirdOrderOptions(SecondOrderOptions, TermsOptions, total=False):
     """Options of a loss of order three."""
 
 
@@ -76,7 +89,25 @@ class _Probed(FirstOrderInputs, total=False):
 class HigherOrderInputs(_Probed, total=False):
     """What a loss of order two or three may be given with the data."""
 
-    weights: Weights | None
+    weights: Weights | Recipe | None
+
+
+class SteinChoices(_Engine, PartsOptions, total=False):
+    """Options of `SteinDSM`."""
+
+    weight: float | Tensor | None
+    probes: int
+    reduction: Reduction
+
+
+class SteinInputs(_Probed, total=False):
+    """What `SteinDSM` may be given with the data."""
+
+    weight: float | Tensor | None
+
+
+class SteinArguments(SteinInputs, SteinChoices, total=False):
+    """Arguments of `stein_dsm` after the model and the data."""
 
 
 class FirstOrderArguments(FirstOrderInputs, FirstOrderOptions, total=False):
@@ -91,7 +122,7 @@ class ThirdOrderArguments(HigherOrderInputs, ThirdOrderOptions, total=False):
     """Arguments of `third_order_dsm` after the model and the data."""
 
 
-class TermsArguments(_Probed, _Third, total=False):
+class TermsArguments(_Probed, TermsOptions, total=False):
     """Arguments of `dsm_terms` after the model, the data and the order."""
 
 
@@ -100,12 +131,13 @@ class LossOptions:
     """What is chosen once for a loss, checked; numbers of NumPy become Python's."""
 
     order: int
-    probes: Probes = 1
+    probes: Probes | None = None
+    estimator: Estimator = "hutchinson"
     distribution: Distribution = "rademacher"
     weighting: Weighting = "noise"
     time_sampler: TimeSampler = None
     derivative: Engine = "auto"
-    third: Estimator = "exact"
+    third: Third = "exact"
     fraction: float = 1.0
     chunks: int = 1
     reduction: Reduction = "mean"
@@ -116,12 +148,11 @@ class LossOptions:
         if order not in COUNTS:
             raise ValueError(f"order: expected 1, 2 or 3; got {order}.")
         self._keep("order", order)
-        if not (isinstance(self.probes, str) and self.probes == "exact"):
-            self._keep("probes", check_whole("probes (or 'exact')", self.probes, 1))
+        self._check_estimator()
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
         check_weighting(self.weighting, self.time_sampler)
         check_choice("derivative", self.derivative, ENGINES)
-        check_choice("third", self.third, ESTIMATORS)
+        check_choice("third", self.third, get_args(Third))
         if self.third != "exact" and self.derivative == "reverse":
             raise ValueError(
                 "derivative: expected 'auto', 'taylor' or 'forward', which can take a second "
@@ -137,17 +168,72 @@ class LossOptions:
                 f"higher terms; got {self.fraction!r}. Use reduction='mean' or 'sum'."
             )
 
+    def _check_estimator(self) -> None:
+        check_choice("estimator", self.estimator, get_args(Estimator))
+        if self.probes is None:
+            self._keep("probes", self.default_probes)
+        if not (isinstance(self.probes, str) and self.probes == "exact"):
+            self._keep("probes", check_whole("probes (or 'exact')", self.probes, 1))
+        if self.default_probes == 1:
+            return
+        if self.probes in (1, "exact"):
+            why = (
+                "whose sums over all unit vectors have no noise to take away"
+                if self.probes == "exact"
+                else "of which no two estimates can be multiplied"
+            )
+            raise ValueError(
+                "probes: expected 2 or more random ones, the estimates of which are multiplied "
+                f"with each other; got {self.probes!r}, {why}."
+            )
+        if self.third == "sliced":
+            raise ValueError(
+                "third: expected 'exact' or 'laplacian' with estimator='paired', which multiplies "
+                "two vectors; got 'sliced', which has one number of each."
+            )
+
+    @property
+    def default_probes(self) -> int:
+        """The fewest probes, which are those of probes=None."""
+        return PROBES[self.estimator]
+
+    def checked(self, weights: object) -> Weights:
+        """The weights of the terms as numbers and 0-dim tensors."""
+        return check_weights(weights, self.order)
+
     def _keep(self, name: str, value: object) -> None:
         # torch.compile need not see what changes nothing.
         if value is not getattr(self, name):
             object.__setattr__(self, name, value)
 
 
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(LossOptions)}
+@dataclass(frozen=True, kw_only=True)
+class SteinOptions(LossOptions):
+    """What is chosen once for `stein_dsm`, checked."""
+
+    order: int = 2
+    probes: Probes | None = 2
+    weighting: Weighting = "likelihood"
+
+    @property
+    def default_probes(self) -> int:
+        """The fewest probes, which are those of probes=None."""
+        return 2
+
+    def checked(self, weights: object) -> Weights:
+        """The weights of the terms, for the weight of the second, 1 for None."""
+        return (1.0, 1.0 if weights is None else _weight(weights, "weight"))
+
+
+def _defaults(options: type) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(options)}
+
+
+DEFAULTS, STEIN_DEFAULTS = _defaults(LossOptions), {**_defaults(SteinOptions), "weight": 1.0}
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def spelled_out(function: Function) -> Function:
+def spelled_out(function: Function, defaults: Mapping[str, Any] = DEFAULTS) -> Function:
     """Show the arguments behind ** one by one in the function's signature, with their defaults.
 
     So help(), notebooks and the documentation show what type checkers read from the TypedDict. An
@@ -161,7 +247,7 @@ def spelled_out(function: Function) -> Function:
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=DEFAULTS.get(name),
+                default=defaults.get(name),
                 annotation=hint,
             )
         )
@@ -185,8 +271,14 @@ def check_weights(weights: object, order: int) -> Weights:
     There are as many as the order has terms; at order 2 a fourth may follow. One at least is not
     zero. The values of tensors are looked at on the CPU only.
     """
-    if weights is None:
+    if weights is None or (isinstance(weights, str) and weights == "paper"):
         return (1.0,) * COUNTS[order][0]
+    if isinstance(weights, str) and weights == "balanced":
+        raise ValueError(
+            "weights: expected numbers or 'paper' in a function; got 'balanced', which follows "
+            "the sizes of the terms from step to step. Give it to SecondOrderDSM or "
+            "ThirdOrderDSM, which keep them."
+        )
     expected = "four numbers (first, second, trace, third), at order 2 three or four"
     entries: Sequence[object] | None = None
     if isinstance(weights, np.ndarray | Tensor):
@@ -199,21 +291,26 @@ def check_weights(weights: object, order: int) -> Weights:
         got = f"{len(entries)} at order {order}"
         raise ValueError(complaint("weights", expected, weights, got=got))
     given = tuple(_weight(weight) for weight in entries)
-    if not any(isinstance(weight, Tensor) or weight != 0 for weight in given[: order + 1]):
+    if not any(map(counts, given[: order + 1])):
         raise ValueError(f"weights: expected one at least that is not 0; got {weights!r}.")
     return given
 
 
-def _weight(weight: object) -> float | Tensor:
+def counts(weight: float | Tensor) -> bool:
+    """Whether a term of this weight is needed: not where it is the number 0."""
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def _weight(weight: object, name: str = "weights") -> float | Tensor:
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
-            raise ValueError(complaint("weights", "numbers", weight))
+            raise ValueError(complaint(name, "numbers", weight))
         if weight.is_complex() or weight.dtype == torch.bool:
-            raise TypeError(complaint("weights", "real numbers", weight))
-        check_finite("weights", weight)
+            raise TypeError(complaint(name, "real numbers", weight))
+        check_finite(name, weight)
         number = weight.reshape(())
     else:
-        number = check_number("weights", weight, "finite numbers of at least 0")
+        number = check_number(name, weight, "finite numbers of at least 0")
     if (not isinstance(number, Tensor) or may_look(number)) and number < 0:
-        raise ValueError(f"weights: expected numbers of at least 0; got {float(number)}.")
+        raise ValueError(f"{name}: expected numbers of at least 0; got {float(number)}.")
     return number

@@ -44,15 +44,21 @@ Source:
     Denoising Score Matching", ICML 2022, arXiv 2206.08265, equations 10 to 15 and appendix.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import at_least_float32, expand_right, over_elements
+from hosm_losses._checks import (
+    DerivativeError,
+    at_least_float32,
+    expand_right,
+    may_look,
+    over_elements,
+)
 from hosm_losses.derivatives import Curved
 from hosm_losses.losses.options import LossOptions
-from hosm_losses.losses.recompute import in_chunks
 from hosm_losses.model import NoiseField
 
 
@@ -61,8 +67,9 @@ class DSMTerms(NamedTuple):
 
     Attributes:
         first: ‖r1‖²/d, of shape (B,).
-        second: ‖r2‖²/d², of shape (B,), or of the rows a fraction chose; None at order 1.
-        trace: rt²/d², likewise.
+        second: ‖r2‖²/d², of shape (B,), or of the rows a fraction chose; None at order 1, and with
+            estimator="paired" where its weight is the number 0.
+        trace: rt²/d², likewise; None at order 1.
         third: ‖r3‖²/d³, likewise; None below order 3.
     """
 
@@ -82,13 +89,6 @@ class LoggedTerms(DSMTerms):
 
     t: Tensor
     rows: Tensor | None
-
-    @classmethod
-    def of(cls, terms: DSMTerms, t: Tensor, rows: Tensor | None) -> "LoggedTerms":
-        """Return the terms without their graph."""
-        logged = cls(*[term.detach() for term in terms if term is not None])
-        logged.t, logged.rows = t, rows
-        return logged
 
 
 class Inputs(NamedTuple):
@@ -111,57 +111,12 @@ class Directions(NamedTuple):
     other: Tensor | None = None
 
 
-def evaluate_terms(
-    field: NoiseField,
-    inputs: Inputs,
-    directions: Directions,
-    options: LossOptions,
-    rows: Tensor | None = None,
-    rest: Tensor | None = None,
-) -> DSMTerms:
-    """The terms of order two or three, the higher ones of `rows` alone, all if None.
-
-    `directions` are those of `rows`. The `rest` of the batch has the first term only.
-    """
-    if rows is None or rest is None:
-        return _in_parts(field, inputs, directions, options)
-    terms = _in_parts(field.rows(rows), inputs.at(rows), directions, options)
-    first = terms.first
-    if len(rest):
-        others = _in_parts(field.rows(rest), inputs.at(rest), Directions(), options)
-        first = torch.cat([first, others.first])
-    return terms._replace(
-        first=torch.empty_like(first).index_copy(0, torch.cat([rows, rest]), first)
-    )
-
-
-def _in_parts(
-    field: NoiseField, inputs: Inputs, directions: Directions, options: LossOptions
-) -> DSMTerms:
-    """The terms of a batch that is evaluated in `options.chunks` parts."""
-    if options.chunks == 1:
-        return terms_along(field, inputs, directions, options)
-    given = [each for each in directions if each is not None]
-    first, last = len(inputs), len(inputs) + len(given)
-
-    def of_rows(rows: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
-        bound = field.with_conditions(tensors[last:]).rows(rows)
-        part = Inputs(*tensors[:first]).at(rows)
-        along = Directions(*[each[:, rows] for each in tensors[first:last]])
-        terms = terms_along(bound, part, along, options)
-        return tuple(term for term in terms if term is not None)
-
-    tensors = (*inputs, *given, *field.conditions())
-    parts = in_chunks(of_rows, options.chunks, field.model.network, tensors, len(inputs.x))
-    return DSMTerms(*parts)
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
+def inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over the elements of a sample: (K, B, *) and (K, B, *) to (K, B)."""
     return over_elements(a * b)
 
 
-def _along(coefficient: Tensor, vector: Tensor) -> Tensor:
+def scaled(coefficient: Tensor, vector: Tensor) -> Tensor:
     """Multiply the vector (K, B, *) of every probe and sample by its number (K, B)."""
     return expand_right(coefficient, vector) * vector
 
@@ -174,13 +129,13 @@ def first_residual(value: Tensor, noise: Tensor) -> Tensor:
 def second_residual(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
     """r2 = D + v − (ℓ·v) ℓ with ℓ = (ε + f) detached; its mean square is the Jacobian's error."""
     ell = first_residual(value, noise).detach()
-    return directional + probe - _along(_inner(ell, probe), ell)
+    return directional + probe - scaled(inner(ell, probe), ell)
 
 
 def trace_residual(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
     """rt = v·D + ‖v‖² − (ℓ·v)² with ℓ = (ε + f) detached: the error of the trace."""
     ell = first_residual(value, noise).detach()
-    return _inner(probe, directional + probe) - _inner(ell, probe).square()
+    return inner(probe, directional + probe) - inner(ell, probe).square()
 
 
 def third_residual(
@@ -192,8 +147,8 @@ def third_residual(
     """
     ell = first_residual(value, noise).detach()
     shifted = directional.detach() + probe
-    slope = _inner(ell, probe)
-    rest = _along(slope.square() - _inner(probe, shifted), ell) - _along(2 * slope, shifted)
+    slope = inner(ell, probe)
+    rest = scaled(slope.square() - inner(probe, shifted), ell) - scaled(2 * slope, shifted)
     return gradient + rest
 
 
@@ -213,13 +168,18 @@ def first_term(residual: Tensor) -> Tensor:
     return _mean_square(residual) / residual[0, 0].numel()
 
 
+def only_first(field: NoiseField, inputs: Inputs) -> DSMTerms:
+    """The first term of every sample, without the others."""
+    return DSMTerms(first_term(first_residual_of(field, inputs)))
+
+
 def terms_along(
     field: NoiseField, inputs: Inputs, directions: Directions, options: LossOptions
 ) -> DSMTerms:
     """The terms of every sample, along given directions."""
     probe, other = directions
     if probe is None:
-        return DSMTerms(first_term(first_residual_of(field, inputs)))
+        return only_first(field, inputs)
     x, noise = inputs.x, inputs.noise
     sigma = expand_right(inputs.sigma, x)
     direction = (sigma * probe).to(x.dtype)
@@ -250,7 +210,39 @@ def terms_along(
     last = at_least_float32(last)
     rest = third_residual(value, directional, torch.zeros_like(last), noise, probe)
     if other is not None and isinstance(derived, Curved):
-        last, rest = _inner(probe, last), _inner(at_least_float32(other), rest)
+        last, rest = inner(probe, last), inner(at_least_float32(other), rest)
     if exact:
         last, rest = last.sum(0, keepdim=True), rest.sum(0, keepdim=True)
     return DSMTerms(first, second, trace, _mean_square(last + rest) / elements**3)
+
+
+def check_result(loss: Tensor, terms: Any, t: Tensor) -> None:
+    """Raise where a loss on the CPU is not finite: one number is looked at, and then why."""
+    if not may_look(loss):
+        return
+    if math.isfinite(loss.item()) if loss.ndim == 0 else bool(torch.isfinite(loss).all()):
+        return
+    bad = ~torch.isfinite(terms.first)
+    if bool(bad.any()):
+        times = t[bad]
+        raise ValueError(
+            "network: expected finite outputs; got NaN or infinite ones for "
+            f"{int(bad.sum())} of {len(bad)} samples, at t from {float(times.min()):g} to "
+            f"{float(times.max()):g}. Look for parameters that are not finite, after a step that "
+            "was too large, and for a division by zero or a logarithm in the network."
+        )
+    names = [
+        name
+        for name, term in terms._asdict().items()
+        if term is not None and not bool(torch.isfinite(term).all())
+    ]
+    if names:
+        raise DerivativeError(
+            "network: expected finite derivatives; its outputs are finite, but not the terms "
+            f"{', '.join(names)}. A root, a norm or a power has no derivative at zero: add a "
+            "small number inside it. check_derivatives(model, x0) names the module."
+        )
+    raise ValueError(
+        "loss: expected a finite one; its terms are finite, but not with their weights. Take "
+        "smaller weights, or a weighting without a singularity at the times of the batch."
+    )

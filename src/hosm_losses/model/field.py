@@ -14,7 +14,15 @@ from torch import Tensor
 
 from hosm_losses._checks import over_elements
 from hosm_losses._torch_internals import normal
-from hosm_losses.derivatives import Derivatives, Jet, derive, quadratic_forms, safe_primitives
+from hosm_losses.derivatives import (
+    Derivatives,
+    Jet,
+    Products,
+    derive,
+    quadratic_forms,
+    safe_primitives,
+    with_products,
+)
 from hosm_losses.model.conditions import bound, map_tensors, per_sample, tensors_in
 from hosm_losses.model.score_model import ScoreModel, to_noise
 
@@ -82,6 +90,23 @@ class NoiseField(ConditionedModel):
             -to_noise(value, x, p, q),
             -to_noise(directional, direction, p, q),
             None if third is None else -to_noise(third, None, p, q),
+        )
+
+    def derive_with_products(
+        self,
+        x: Tensor,
+        direction: Tensor,
+        cotangent: Callable[[Tensor], Tensor],
+        *,
+        push: bool,
+        **options: Any,
+    ) -> Products:
+        """The same by `derive` and its options, with (∂f/∂x)ᵀ c, and if `push` ∂f/∂x c.
+
+        c = cotangent(f), held fixed. f must be shared: at order 3 there is one direction.
+        """
+        return with_products(
+            lambda point: self.derive(point, direction, **options), x, cotangent, push=push
         )
 
     def quadratic_forms(self, x: Tensor, directions: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,66 @@
+r"""Weights that make every higher term as large as the first, at every noise level.
+
+Formula, with m_j(u) the running mean of |term j| near u = log σ̂:
+    w_j(u) = m_first(u)/m_j(u), a number without a gradient, times the weight that was asked for
+
+    m_j is a mean over bins of u, in which a step counts DECAY as much as the next. A mean over all
+    bins counts as PRIOR samples in each, so that a bin that is new gives no weight of its own.
+    The mean of the size is taken and not that of the term: a term that is mostly noise, of which
+    the paired ones are of either sign, counts the less.
+
+Source:
+    Kendall, Gal and Cipolla, "Multi-task learning using uncertainty to weigh losses", CVPR 2018;
+    Karras et al., "Analyzing and improving the training dynamics of diffusion models", CVPR 2024,
+    for a weight that is learned for each noise level.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+BINS, DECAY, PRIOR = 32, 0.999, 32.0
+
+
+class Balance(nn.Module):
+    """The running sizes of terms by noise level, kept in buffers, and the weights they give."""
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, terms: int) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(terms, BINS))
+        self.register_buffer("counts", torch.zeros(terms, BINS))
+
+    def forward(
+        self, terms: Sequence[Tensor | None], level: Tensor, rows: Tensor | None
+    ) -> list[Tensor | None]:
+        """The weight of every term: 1 for the first, (B,) or that of the rows for the others.
+
+        `level` (B,) is where log σ̂ lies in its range, from 0 to 1. In training the sizes of the
+        terms are taken up first.
+        """
+        bins = (level.detach() * BINS).long().clamp(0, BINS - 1)
+        of_rows = bins if rows is None else bins[rows]
+        places = [bins, *[of_rows] * (len(self.sums) - 1)]
+        if self.training:
+            self._take_up(terms, places)
+        overall = self.sums.sum(1, keepdim=True) / self.counts.sum(1, keepdim=True).clamp_min(1)
+        means = (self.sums + PRIOR * overall) / (self.counts + PRIOR)
+        ratios = torch.where(means > 0, means[:1] / means, 0)
+        return [
+            None if term is None else ratio[place].to(term.dtype)
+            for term, ratio, place in zip(terms, ratios, places, strict=False)
+        ]
+
+    @torch.no_grad()
+    def _take_up(self, terms: Sequence[Tensor | None], places: Sequence[Tensor]) -> None:
+        self.sums.mul_(DECAY)
+        self.counts.mul_(DECAY)
+        for row, (term, place) in enumerate(zip(terms, places, strict=False)):
+            if term is not None:
+                known = torch.isfinite(term)
+                size = torch.where(known, term.abs(), 0).to(self.sums.dtype)
+                self.sums[row].index_add_(0, place, size)
+                self.counts[row].index_add_(0, place, known.to(self.counts.dtype))

@@ -1,0 +1,113 @@
+r"""The terms of orders two and three from paired probes: those of probes="exact", at few probes.
+
+What:
+    With one probe a residual is squared whose target is random in v, and the mean of a square is
+    not the square of the mean. Here the target is what its mean over v is, and a square is a
+    product of two estimates by independent probes. The noise that is left is that of the data.
+
+Formula, with ℓ = ε + f and A = σ ∂f/∂x, everything held fixed that `terms` holds fixed, C_k = G_k,
+or σ² ∂²f[v_k, v_k] for the Laplacian form:
+    second = (mean_k(‖D_k‖² + 2 v_k·D_k) − 2 ℓ·(Aℓ) + d − 2 ‖ℓ‖² + ‖ℓ‖⁴)/d²
+    a_k = v_k·D_k + d − ‖ℓ‖²                                       trace = a₁ a₂/d²
+    R_k = C_k + (‖ℓ‖² − v_k·D_k − d) ℓ − 2 (Aℓ + ℓ)                third = R₁·R₂/d³
+
+    With K > 2 probes 1 and 2 are means over the first K // 2 probes and over the others. The means
+    over independent v_k with E[v vᵀ] = I are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖²: each term, and its
+    gradient, has the mean of probes="exact". A product is negative for some samples.
+
+    ℓ·(Aℓ) is taken by a pass back from the value, Aℓ without a graph: the network is called once.
+
+Cost of a step, in network evaluations with two probes, where one of order one is 3:
+    order two 18, and 9 where the weight of `second` is 0; order three 40.
+
+Source:
+    derived for this library; the products of independent estimates are those of an unbiased
+    estimate of a squared mean (Hoeffding, "A class of statistics with asymptotically normal
+    distribution", 1948).
+"""
+
+from torch import Tensor
+
+from hosm_losses._checks import at_least_float32, expand_right, over_elements
+from hosm_losses.losses.options import LossOptions
+from hosm_losses.losses.terms import (
+    Directions,
+    DSMTerms,
+    Inputs,
+    first_residual,
+    first_term,
+    inner,
+    only_first,
+    scaled,
+)
+from hosm_losses.model import NoiseField
+
+
+def halves(estimates: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of K estimates over the first half of them and over the others."""
+    half = len(estimates) // 2
+    return estimates[:half].mean(0), estimates[half:].mean(0)
+
+
+def paired_terms(
+    field: NoiseField,
+    inputs: Inputs,
+    directions: Directions,
+    options: LossOptions,
+    *,
+    second: bool = True,
+) -> DSMTerms:
+    """The terms of every sample, along given directions; `second` only if it is wanted."""
+    probe = directions.probe
+    if probe is None:
+        return only_first(field, inputs)
+    x, noise, sigma = (
+        inputs.x,
+        at_least_float32(inputs.noise),
+        expand_right(inputs.sigma, inputs.x),
+    )
+    direction = (sigma * probe).to(x.dtype)
+    copies = len(probe) if options.order == 3 else 1  # at order three G is that of one probe
+    shape = (copies, *x.shape)
+    if options.order == 3:
+        field, direction = field.repeat(copies), direction.flatten(0, 1).unsqueeze(0)
+
+    def ell_of(value: Tensor) -> Tensor:
+        return first_residual(at_least_float32(value).reshape(shape), noise).detach()
+
+    chosen = {"order": options.order, "derivative": options.derivative}
+    if options.third == "laplacian":
+        chosen["second_direction"] = direction
+    rows = x.expand(shape).reshape(-1, *x.shape[1:])
+    pulled = pushed = None
+    if second or options.order == 3:
+        derived, pulled, pushed = field.derive_with_products(
+            rows,
+            direction,
+            lambda value: ell_of(value).reshape(value.shape).to(value.dtype),
+            push=options.order == 3,
+            **chosen,
+        )
+    else:
+        derived = field.derive(rows, direction, **chosen)
+    value, directional, probe = map(at_least_float32, (*derived[:2], probe))
+    value, directional = value.reshape(shape), directional.reshape(probe.shape)
+    elements, ell = x[0].numel(), ell_of(value)
+    square, along = inner(ell, ell), inner(probe, directional)
+    of_second = None
+    if second and pulled is not None:
+        cross = inner(ell, sigma * at_least_float32(pulled).reshape(shape))
+        rest = elements - 2 * square + square.square() - 2 * cross
+        of_second = (over_elements(directional.square()) + 2 * along).mean(0) + rest.mean(0)
+        of_second = of_second / elements**2
+    one, other = halves(along + elements - square)
+    terms = DSMTerms(
+        first_term(first_residual(value, noise)), of_second, one * other / elements**2
+    )
+    if derived.third is None or pushed is None:
+        return terms
+    shifted = sigma * at_least_float32(pushed).reshape(shape) + ell
+    last = at_least_float32(derived.third).reshape(probe.shape)
+    rest = scaled((square - along - elements).detach(), ell) - 2 * shifted
+    one, other = halves(last + rest)
+    return terms._replace(third=over_elements(one * other, 1) / elements**3)

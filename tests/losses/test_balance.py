@@ -1,0 +1,121 @@
+"""weights="balanced": every higher term as large as the first, at every noise level."""
+
+import copy
+
+import pytest
+import torch
+
+import hosm_losses as hosm
+from hosm_losses.losses.balance import BINS, DECAY, PRIOR, Balance
+from tests.oracles import MLP
+
+D = 3
+
+
+def setting(**options):
+    model = hosm.ScoreModel(MLP(D), hosm.VPSchedule())
+    options = {"estimator": "paired", "weights": "balanced"} | options
+    return hosm.ThirdOrderDSM(model, **options), torch.randn(16, D)
+
+
+def draws(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_weights_are_ratios_of_running_means():
+    """Two steps by hand: the sizes of the terms in bins of log σ̂, and the prior of all bins."""
+    balance = Balance(2)
+    sums, counts = torch.zeros(2, BINS), torch.zeros(2, BINS)
+    for seed in (0, 1):
+        generator = draws(seed)
+        terms = torch.randn((2, 40), generator=generator) * torch.tensor([[1.0], [30.0]])
+        level = torch.rand(40, generator=generator)
+        found = balance(tuple(terms), level, None)
+        sums, counts = sums * DECAY, counts * DECAY
+        for sample in range(40):
+            place = min(int(float(level[sample]) * BINS), BINS - 1)
+            sums[:, place] += terms[:, sample].abs()
+            counts[:, place] += 1
+    overall = sums.sum(1, keepdim=True) / counts.sum(1, keepdim=True)
+    means = (sums + PRIOR * overall) / (counts + PRIOR)
+    place = (level * BINS).long()
+    torch.testing.assert_close(found[0], torch.ones(40))
+    torch.testing.assert_close(found[1], (means[0] / means[1])[place], rtol=1e-5, atol=0)
+
+
+def test_the_loss_is_the_sum_with_these_weights():
+    loss, x0 = setting(fraction=0.5, weighting="likelihood")
+    value, terms = loss(x0, generator=draws(0), return_terms=True)
+    loss.eval()
+    again = loss(x0, generator=draws(0))
+    torch.testing.assert_close(again, value)  # the same sizes, taken up once
+    low, high = loss.model.schedule.log_sigma_hat(torch.tensor([1e-5, 1.0]).clamp(1e-3)).unbind()
+    low = loss.model.schedule.log_sigma_hat(torch.tensor(loss.model.schedule.t_min))
+    level = (loss.model.schedule.log_sigma_hat(terms.t) - low) / (high - low)
+    weights = loss.balance(terms, level, terms.rows)
+    nats = (high - low) * D
+    expected = nats * terms.first.mean() + sum(
+        nats * (weight * term).mean() for weight, term in zip(weights[1:], terms[1:], strict=True)
+    )
+    torch.testing.assert_close(value, expected)
+
+
+def test_the_sizes_do_not_move_the_weighted_terms():
+    """A term multiplied by any number has the same weight times size: no choice is needed."""
+    level, first = torch.rand(64), torch.rand(64)
+    one, other = Balance(2), Balance(2)
+    term = torch.randn(64)
+    weights = one((first, term), level, None)[1]
+    scaled = other((first, 1e4 * term), level, None)[1]
+    torch.testing.assert_close(weights * term, scaled * 1e4 * term, rtol=1e-5, atol=0)
+
+
+def test_a_term_that_is_not_finite_is_left_out():
+    balance = Balance(2)
+    first = torch.ones(4)
+    balance((first, torch.tensor([1.0, float("nan"), float("inf"), 3.0])), torch.zeros(4), None)
+    assert torch.isfinite(balance.sums).all()
+    assert float(balance.counts[1, 0]) == 2
+
+
+def test_the_state_is_kept_and_training_alone_moves_it():
+    loss, x0 = setting()
+    loss(x0, generator=draws(0))
+    state = copy.deepcopy(loss.state_dict())
+    assert {"balance.sums", "balance.counts"} <= state.keys()
+    other, _ = setting()
+    other.load_state_dict(state)
+    torch.testing.assert_close(
+        other.eval()(x0, generator=draws(1)), loss.eval()(x0, generator=draws(1))
+    )
+    for name, value in loss.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_numbers_given_to_forward_multiply_them():
+    loss, x0 = setting()
+    loss(x0, generator=draws(0))
+    loss.eval()
+    value = loss(x0, generator=draws(1))
+    first = loss(x0, generator=draws(1), weights=(1, 0, 0, 0))
+    half = loss(x0, generator=draws(1), weights=(1, 0.5, 0.5, torch.tensor(0.5)))
+    torch.testing.assert_close(half, (value + first) / 2)
+
+
+def test_the_paper_is_the_default():
+    loss, x0 = setting(weights="paper")
+    assert loss.balance is None
+    plain, _ = setting(weights=None)
+    plain.model = loss.model
+    assert torch.equal(loss(x0, generator=draws(0)), plain(x0, generator=draws(0)))
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="weights: expected numbers or 'paper' in a function"):
+        hosm.third_order_dsm(
+            hosm.ScoreModel(MLP(D), hosm.VPSchedule()), torch.randn(2, D), weights="balanced"
+        )
+    with pytest.raises(ValueError, match="weighting: expected one for all terms"):
+        setting(weighting=("native", "noise"))
+    with pytest.raises(TypeError, match="weights"):
+        setting(weights="heavy")
