@@ -83,7 +83,8 @@ class Level:
         clean = mixture.sample(DRAWS, generator)
         noise = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
         x, sigmas = clean + sigma * noise, sigma.expand(DRAWS)
-        parts = list(zip(x.split(128), torch.ones_like(sigmas).split(128), sigmas.split(128)))
+        split = [each.split(128) for each in (x, torch.ones_like(sigmas), sigmas)]
+        parts = list(zip(*split, strict=True))
         self.f = sigma * torch.cat([mixture.score(*part) for part in parts])
         self.jacobian = sigma**2 * torch.cat([mixture.hessian(*part) for part in parts])
         thirds = [torch.einsum("biij->bj", mixture.third(*part)) for part in parts]
@@ -112,8 +113,9 @@ class Level:
         target = missing + delta[:, :, None] * delta[:, None, :]
         third = self.third - square[:, None] * delta + trace_error[:, None] * delta
         third = third + 2 * torch.einsum("bil,bl->bi", error, delta)
+        rest = self.f - self.gaussian
         rate = (v.T * slopes[:, None, :] + self.f[:, :, None] * self.values[:, None, :]).flatten(1)
-        rate_target = missing_trace + (self.f * (self.f - self.gaussian)).sum(1)
+        rate_target = missing_trace + (self.f * rest).sum(1)
 
         def of_each(gram: Tensor, vector: Tensor) -> Quadratic:
             """Each output has the matrix `gram`."""
@@ -125,7 +127,9 @@ class Level:
             return matrix / DRAWS, (v.T * vector).flatten() / DRAWS
 
         return {
-            "first": of_each(self.values.T @ self.values, (self.f - self.gaussian).T @ self.values),
+            "first": of_each(
+                self.values.T @ self.values, (self.f - self.gaussian).T @ self.values
+            ),
             "second": of_each(
                 slopes.T @ slopes * (v @ v.T), torch.einsum("bil,bj,jl->ij", target, slopes, v)
             ),
