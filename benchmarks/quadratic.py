@@ -16,6 +16,7 @@ With A = σ ∂f/∂x, the truth f*, A*, G*, and δ = f − f*, E = A − A* det
     rate       (tr A − tr A* + f*·(f − f*))², the rate at which the ODE's log-density goes wrong
 """
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -29,7 +30,6 @@ from benchmarks import experiment, results
 FEATURES, LEVELS, DRAWS, POINTS, ROUNDS, RIDGE = 64, 33, 4096, 4000, 3, 1e-8
 SCHEDULE = hosm.VESchedule(sigma_max=20.0)
 TRIED = (0.1, 0.3, 1.0, 3.0)
-Quadratic = tuple[Tensor, Tensor]
 
 
 def losses(d: int) -> dict[str, dict[str, float]]:
@@ -101,63 +101,67 @@ class Level:
         jacobian = self.gaussian_jacobian + change
         return self.gaussian + self.values @ weights.T - self.f, jacobian - self.jacobian
 
-    def terms(self, weights: Tensor) -> dict[str, Quadratic]:
-        """Matrix and vector of every term, with δ and E of the given weights in the targets."""
-        delta, error = self.field(weights)
+    @cached_property
+    def matrices(self) -> dict[str, Tensor]:
+        """The matrix of the quadratic that each term is in the output weights, (d · FEATURES)²."""
         d, v, slopes, bends = self.f.shape[1], self.scaled, self.slopes, self.bends
-        square = delta.square().sum(1)
-        trace_error = error.diagonal(dim1=1, dim2=2).sum(1)
-        eye = torch.eye(d, dtype=torch.float64)
-        missing = self.jacobian - self.gaussian_jacobian
-        missing_trace = missing.diagonal(dim1=1, dim2=2).sum(1)
-        target = missing + delta[:, :, None] * delta[:, None, :]
-        third = self.third - square[:, None] * delta + trace_error[:, None] * delta
-        third = third + 2 * torch.einsum("bil,bl->bi", error, delta)
-        rest = self.f - self.gaussian
-        rate = (v.T * slopes[:, None, :] + self.f[:, :, None] * self.values[:, None, :]).flatten(1)
-        rate_target = missing_trace + (self.f * rest).sum(1)
+        eye, rates = torch.eye(d, dtype=torch.float64), self.rates()
 
-        def of_each(gram: Tensor, vector: Tensor) -> Quadratic:
-            """Each output has the matrix `gram`."""
-            return torch.kron(eye, gram) / DRAWS, vector.flatten() / DRAWS
-
-        def of_sum(gram: Tensor, vector: Tensor) -> Quadratic:
+        def of_sum(gram: Tensor) -> Tensor:
             """The term depends on Σ_i weights_ij v_ji alone."""
-            matrix = torch.einsum("ji,jk,kl->ijlk", v, gram, v).reshape(2 * [d * FEATURES])
-            return matrix / DRAWS, (v.T * vector).flatten() / DRAWS
+            return torch.einsum("ji,jk,kl->ijlk", v, gram, v).reshape(2 * [d * FEATURES])
 
         return {
-            "first": of_each(
-                self.values.T @ self.values, (self.f - self.gaussian).T @ self.values
-            ),
-            "second": of_each(
-                slopes.T @ slopes * (v @ v.T), torch.einsum("bil,bj,jl->ij", target, slopes, v)
-            ),
-            "trace": of_sum(slopes.T @ slopes, (missing_trace + square) @ slopes),
-            "third": of_sum(bends.T @ bends * (v @ v.T), (bends * (third @ v.T)).sum(0)),
-            "rate": (rate.T @ rate / DRAWS, rate.T @ rate_target / DRAWS),
+            "first": torch.kron(eye, self.values.T @ self.values) / DRAWS,
+            "second": torch.kron(eye, slopes.T @ slopes * (v @ v.T)) / DRAWS,
+            "trace": of_sum(slopes.T @ slopes) / DRAWS,
+            "third": of_sum(bends.T @ bends * (v @ v.T)) / DRAWS,
+            "rate": rates.T @ rates / DRAWS,
         }
+
+    def rates(self) -> Tensor:
+        """What each output weight adds to the rate, (DRAWS, d · FEATURES)."""
+        of_trace = self.scaled.T * self.slopes[:, None, :]
+        return (of_trace + self.f[:, :, None] * self.values[:, None, :]).flatten(1)
+
+    def vectors(self, weights: Tensor) -> dict[str, Tensor]:
+        """The vector of each quadratic, with δ and E of the given weights in the targets."""
+        delta, error = self.field(weights)
+        v, slopes, rest = self.scaled, self.slopes, self.f - self.gaussian
+        square = delta.square().sum(1)
+        missing = self.jacobian - self.gaussian_jacobian
+        missing_trace = missing.diagonal(dim1=1, dim2=2).sum(1)
+        second = missing + delta[:, :, None] * delta[:, None, :]
+        excess = error.diagonal(dim1=1, dim2=2).sum(1) - square
+        third = self.third + excess[:, None] * delta
+        third = third + 2 * torch.einsum("bil,bl->bi", error, delta)
+        rate = missing_trace + (self.f * rest).sum(1)
+        sums = {
+            "first": rest.T @ self.values,
+            "second": torch.einsum("bij,bj->ij", second @ v.T, slopes),
+            "trace": v.T * ((missing_trace + square) @ slopes),
+            "third": v.T * (self.bends * (third @ v.T)).sum(0),
+            "rate": rate @ self.rates(),
+        }
+        return {name: each.flatten() / DRAWS for name, each in sums.items()}
+
+    def solution(self, weights: dict[str, float], held: Tensor) -> Tensor:
+        """What minimises the first term plus the weighted others, `held` in the targets."""
+        vectors, every = self.vectors(held), {"first": 1.0} | weights
+        matrix = sum(weight * self.matrices[name] for name, weight in every.items())
+        vector = sum(weight * vectors[name] for name, weight in every.items())
+        ridge = RIDGE * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
+        return torch.linalg.solve(matrix + ridge, vector).reshape(held.shape)
 
     def solved(self, every: dict[str, dict[str, float]]) -> dict[str, Tensor]:
         """The output weights (d, FEATURES) that minimise each loss."""
-        shape = self.f.shape[1], FEATURES
-        first = self.terms(torch.zeros(shape, dtype=torch.float64))["first"]
-        start = solution({"first": first}, {}).reshape(shape)
-        found, terms = {}, self.terms(start)
+        start = self.solution({}, torch.zeros(self.f.shape[1], FEATURES).double())
+        found = {}
         for name, weights in every.items():
-            found[name] = solution(terms, weights).reshape(shape)
-            for _ in range(ROUNDS if weights.keys() & {"second", "trace", "third"} else 0):
-                found[name] = solution(self.terms(found[name]), weights).reshape(shape)
+            found[name] = start
+            for _ in range(ROUNDS if weights.keys() & {"second", "trace", "third"} else 1):
+                found[name] = self.solution(weights, found[name])
         return found
-
-
-def solution(terms: dict[str, Quadratic], weights: dict[str, float]) -> Tensor:
-    """What minimises the first term plus the weighted others."""
-    matrix, vector = terms["first"]
-    for name, weight in weights.items():
-        matrix, vector = matrix + weight * terms[name][0], vector + weight * terms[name][1]
-    ridge = RIDGE * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
-    return torch.linalg.solve(matrix + ridge, vector)
 
 
 def divergences(elements: int, seed: int) -> dict[str, tuple[float, float]]:

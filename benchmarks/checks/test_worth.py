@@ -7,8 +7,7 @@ import torch
 from tests.oracles import mixture_noise, paper_mixture
 
 import hosm_losses as hosm
-from benchmarks import quadratic, results, worth
-from benchmarks.environment import ROOT
+from benchmarks import quadratic, results, worth, worth_page
 from benchmarks.worth_problems import PROBLEMS, Checkerboard, of_density, of_mixture
 
 
@@ -73,8 +72,8 @@ def test_a_second_run_does_what_the_first_left(tmp_path):
     second = again.report[name]
     assert {key: second[key] for key in first} == first
     assert set(second) - set(first) == {"order two, weights 1", "Stein, weight 1"}
-    assert "order two, weights 1" in worth.tables(again.report)
-    worth.draw(again.report, tmp_path / "worth.png")
+    assert "order two, weights 1" in worth_page.tables(again.report)
+    worth_page.draw(again.report, tmp_path / "worth.png")
 
 
 def test_a_loss_that_diverges_is_a_row_that_says_so(tmp_path, monkeypatch):
@@ -86,7 +85,7 @@ def test_a_loss_that_diverges_is_a_row_that_says_so(tmp_path, monkeypatch):
     campaign = worth.Campaign(tmp_path, smoke=True)
     list(campaign.run(name, 0.02, 0.02, "order one|bad", False))
     assert "failed" in campaign.report[name]["bad"]
-    assert "diverged" in worth.tables(campaign.report)
+    assert "diverged" in worth_page.tables(campaign.report)
 
 
 def test_every_quadratic_has_the_gradient_of_its_loss(monkeypatch):
@@ -110,13 +109,15 @@ def test_every_quadratic_has_the_gradient_of_its_loss(monkeypatch):
         "third": third.square(),
         "rate": (trace + (level.f * of_field).sum(1)).square(),
     }
-    for name, (matrix, vector) in level.terms(before).items():
+    for name, vector in level.vectors(before).items():
         loss = direct[name].sum() / quadratic.DRAWS
         (expected,) = torch.autograd.grad(loss, weights, retain_graph=True)
-        found = 2 * (matrix @ weights.detach().flatten() - vector).reshape(expected.shape)
+        found = 2 * (level.matrices[name] @ weights.detach().flatten() - vector).reshape(
+            expected.shape
+        )
         assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
 def test_the_page_shows_what_the_results_say():
-    report = results.read(results.DIRECTORY / "worth.json")
-    assert worth.tables(report) in (ROOT / "docs/worth.md").read_text()
+    text = worth_page.PAGE.read_text()
+    assert worth_page.filled(text, results.read(worth_page.FILE)) == text

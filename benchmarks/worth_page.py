@@ -1,0 +1,155 @@
+"""The page docs/worth.md: its tables and its plot, from the results of worth and quadratic.
+
+    python -m benchmarks.worth_page [FILE]
+
+fills the page; FILE, of results, is copied to benchmarks/results/worth.json first.
+"""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks import results
+from benchmarks.environment import ROOT
+from benchmarks.worth import BASE, BEFORE, SWEEP
+from benchmarks.worth_problems import PROBLEMS
+
+FILE, PAGE = results.DIRECTORY / "worth.json", ROOT / "docs/worth.md"
+QUADRATIC = "quadratic"
+
+
+def in_percent(row: dict[str, Any], base: dict[str, Any], key: str = "kl") -> tuple[float, float]:
+    """The mean difference to order one in per cent of that, and its standard error.
+
+    The error is the larger of those over seeds and over points.
+    """
+    mean = float(np.mean(base[key]))
+    difference = float(np.mean(row[key])) - mean
+    error = max(row.get("seeds_error", 0.0), float(np.mean(row.get("error", 0.0))))
+    return 100 * difference / abs(mean), 100 * error / abs(mean)
+
+
+def tables(report: results.Report) -> str:
+    """Tables in Markdown: KL, J_SM, how far order one had got, and the sweep of weights."""
+    found = {name: report[name] for name in PROBLEMS if BASE in report.get(name, {})}
+    names = list(dict.fromkeys(loss for rows in found.values() for loss in rows))
+    names = [name for name in names if name not in (BEFORE, BASE) and SWEEP not in name]
+
+    def cell(rows: dict[str, Any], name: str, key: str) -> str:
+        if name not in rows:
+            return ""
+        if "failed" in rows[name]:
+            return "diverged"
+        if rows[name][key] is None:
+            return "–"
+        change, error = in_percent(rows[name], rows[BASE], key)
+        text = f"{change:+.1f}" + (f" ± {error:.1f}" if key == "kl" else "")
+        clear = key == "kl" and change < -2 * error
+        return f"**{text}**" if clear else text
+
+    def grid(key: str, first: str) -> list[list[str]]:
+        of_one = [rows[BASE][key] for rows in found.values()]
+        base = [BASE, *("–" if each is None else f"{np.mean(each):.4g}" for each in of_one)]
+        lines = [[name, *(cell(rows, name, key) for rows in found.values())] for name in names]
+        return [[first, *found], base, *lines]
+
+    steps = [
+        ["", "seconds before", "KL before", "then, order one", "change", "steps of order one"]
+    ]
+    steps[0] += [f"step of {name}" for name in names]
+    for problem, rows in found.items():
+        before, base = rows[BEFORE], rows[BASE]
+        change = 100 * (np.mean(base["kl"]) / np.mean(before["kl"]) - 1)
+        cells = [f"{before['seconds']:.0f}", f"{np.mean(before['kl']):.4g}"]
+        cells += [f"{np.mean(base['kl']):.4g}", f"{change:+.1f} %", str(base["steps"])]
+        cells += [
+            f"{rows[name]['step_time']:.1f}" if "step_time" in rows.get(name, {}) else ""
+            for name in names
+        ]
+        steps.append([problem, *cells])
+    rows = found.get(next(iter(PROBLEMS)), {})
+    tried = [name for name in rows if SWEEP in name]
+    sweep = [["Tried", "KL, per cent"]]
+    sweep += [[name.removeprefix(SWEEP), cell(rows, name, "kl")] for name in tried]
+    every = grid("kl", "KL, per cent"), grid("j_sm", "J_SM, per cent"), steps, sweep
+    return "\n\n".join(map(markdown, every))
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is the header."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def draw(report: results.Report, path: Path) -> None:
+    """Draw KL over that of order one, for each problem and loss."""
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    axes = figure.subplots()
+    found = [name for name in PROBLEMS if BASE in report.get(name, {})]
+    found = [name for name in found if report[name][BASE]["j_sm"] is not None]
+    names = list(dict.fromkeys(loss for name in found for loss in report[name]))
+    names = [name for name in names if name not in (BEFORE, BASE) and SWEEP not in name]
+    markers = "osDv^<>PX"
+    for i, loss in enumerate(names):
+        rows = [
+            (k, report[name].get(loss, {}), report[name][BASE]) for k, name in enumerate(found)
+        ]
+        shown = [(k, *in_percent(row, base)) for k, row, base in rows if "kl" in row]
+        if not shown:
+            continue
+        places, changes, errors = np.array(shown).T
+        offset = (i - (len(names) - 1) / 2) / (len(names) + 2)
+        style: dict[str, Any] = {"fmt": markers[i % len(markers)], "markersize": 5, "capsize": 2}
+        ratio = 1 + changes / 100
+        axes.errorbar(places + offset, ratio, errors / 100, label=loss, **style)
+    axes.axhline(1, color="0.5", linewidth=1)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(found)), [name.replace(", ", "\n") for name in found])
+    axes.set_ylabel("KL over that of order one, at equal processor time")
+    figure.legend(loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=150)
+
+
+def of_quadratic(report: results.Report) -> str:
+    """A table of KL without an optimizer, and of its change against order one."""
+    names = list(next(iter(report.values())))
+    rows = [["KL", *report]]
+    for name in names:
+        cells = []
+        for losses in report.values():
+            base = np.mean([kl for kl, _ in losses[BASE]])
+            kls, errors = np.transpose(losses[name])
+            change = 100 * (kls.mean() / base - 1)
+            error = 100 * errors.mean() / base
+            cells.append(f"{kls.mean():.4g}" + (f" ({change:+.1f} ± {error:.1f} %)"))
+        rows.append([name, *cells])
+    return markdown(rows)
+
+
+def filled(text: str, report: results.Report) -> str:
+    """The page with its tables written anew."""
+    found = {"tables": tables(report)}
+    if QUADRATIC in report:
+        found[QUADRATIC] = of_quadratic(report[QUADRATIC])
+    for name, value in found.items():
+        mark = re.compile(rf"(<!-- worth: {name} -->).*?(<!-- /worth -->)", re.DOTALL)
+        text = mark.sub(lambda match, value=value: f"{match[1]}\n\n{value}\n\n{match[2]}", text)
+    return text
+
+
+def main() -> None:
+    """Copy results where they are given, draw, and fill the page."""
+    for given in sys.argv[1:]:
+        shutil.copy(given, FILE)
+    report = results.read(FILE)
+    draw(report, ROOT / "docs/images/worth.png")
+    PAGE.write_text(filled(PAGE.read_text(), report))
+
+
+if __name__ == "__main__":
+    main()
