@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
 
 from benchmarks import results
 from benchmarks.environment import ROOT
@@ -109,6 +110,8 @@ def draw(report: results.Report, path: Path) -> None:
         axes.errorbar(places + offset, ratio, errors / 100, label=loss, **style)
     axes.axhline(1, color="0.5", linewidth=1)
     axes.set_yscale("log")
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_formatter(FormatStrFormatter("%.2f"))
     axes.set_xticks(range(len(found)), [name.replace(", ", "\n") for name in found])
     axes.set_ylabel("KL over that of order one, at equal processor time")
     figure.legend(loc="outside lower center", ncols=4)
