@@ -1,7 +1,7 @@
 """At equal processor time, which loss gives the best likelihood of the ODE? See docs/worth.md.
 
     python -m benchmarks.worth [--problems REGEX] [--losses REGEX] [--out DIR] [--smoke]
-        [--pretraining SECONDS] [--seconds SECONDS] [--sweep]
+        [--pretraining SECONDS] [--seconds SECONDS] [--rate RATE] [--sweep]
 
 Networks that order one has trained are trained on with each loss: three seeds at a time, from the
 same weights, with a fresh Adam at a quarter of the rate and a cosine decay. Each loss has the
@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ import hosm_losses as hosm
 from benchmarks import experiment, results
 from benchmarks.worth_problems import PROBLEMS, Problem
 
-SEEDS, BATCH, RATE, WARM_UP, ROUNDS = 3, 256, 1e-3, 5, 30
+SEEDS, BATCH, RATE, WARM_UP = 3, 256, 1e-3, 5
 BEFORE, BASE, SWEEP = "before", "order one", "sweep: "
 # Of the higher terms in nats; chosen by --sweep on the first problem.
 WEIGHTS = {"order two, paired": 0.3, "order three, paired": 0.3, "trace, paired": 0.3}
@@ -83,12 +83,8 @@ def trained(
     problem: Problem, model: hosm.ScoreModel, loss: Loss, steps: int, rate: float, bar: str
 ) -> float:
     """Train all members; the seconds of processor time it took."""
-    _, seconds = experiment.clocked(
-        lambda: [
-            None for _ in tqdm(turns(problem, model, loss, steps, rate), bar, steps, leave=False)
-        ]
-    )
-    return seconds
+    every = tqdm(turns(problem, model, loss, steps, rate), bar, steps, leave=False)
+    return experiment.clocked(lambda: list(every))[1]
 
 
 def turns(problem: Problem, model: hosm.ScoreModel, loss: Loss, steps: int, rate: float):
@@ -131,11 +127,23 @@ def judged(problem: Problem, model: hosm.ScoreModel, base: Tensor | None) -> dic
     return row
 
 
+class Budget(NamedTuple):
+    """Seconds of order one before and after, the rate after, and the rounds of a timing."""
+
+    pretraining: float = 240.0
+    seconds: float = 25.0
+    rate: float = RATE / 4
+    rounds: int = 30
+
+
+SMOKE = Budget(0.02, 0.02, rounds=2)
+
+
 class Campaign:
     """The results and checkpoints in a directory."""
 
-    def __init__(self, out: Path, smoke: bool) -> None:
-        self.out, self.smoke = out, smoke
+    def __init__(self, out: Path, budget: Budget) -> None:
+        self.out, self.budget = out, budget
         self.file = out / "worth.json"
         self.report = results.read(self.file)
         out.mkdir(parents=True, exist_ok=True)
@@ -152,73 +160,64 @@ class Campaign:
         self.report.setdefault(problem, {})[name] = row
         results.write(self.file, self.report)
 
-    def run(self, name: str, seconds: float, pretraining: float, pattern: str, sweep: bool):
-        """All losses on one problem, but for those that are done."""
+    def run(self, name: str, pattern: str = "", sweep: bool = False) -> None:
+        """Train with all losses on one problem, but for those that are done."""
         problem = PROBLEMS[name]()
-        if self.smoke:
+        if self.budget is SMOKE:
             problem = problem.cut(8)
-        done = self.report.get(name, {})
-        chosen = losses(problem, sweep)
-        todo = [loss for loss in chosen if loss not in done and re.search(pattern, loss)]
-        model = problem.model(SEEDS)
-        rounds = 2 if self.smoke else ROUNDS
+        chosen, done = losses(problem, sweep), self.report.get(name, {})
+        base, model = chosen[BASE], problem.model(SEEDS)
         if BEFORE not in done:
-            step = step_times(problem, model, {BASE: chosen[BASE]}, rounds)[BASE]
-            steps = max(1, round(pretraining / step))
-            spent = trained(problem, model, chosen[BASE], steps, RATE, f"{name}: before")
-            row = judged(problem, model, None) | {"steps": steps, "seconds": spent}
+            step = step_times(problem, model, {BASE: base}, self.budget.rounds)[BASE]
+            steps = max(1, round(self.budget.pretraining / step))
+            spent = trained(problem, model, base, steps, RATE, f"{name}: before")
+            row = {"steps": steps, "seconds": spent} | judged(problem, model, None)
             self.keep(name, BEFORE, row, model)
         start = torch.load(self.path(name, BEFORE))["weights"]
-        for loss in todo:
-            model.load_state_dict(start)
-            row = self.restarted(name, problem, model, loss, chosen, seconds, rounds)
-            self.keep(name, loss, row, model)
-            yield
+        for loss in chosen:
+            if loss not in done and re.search(pattern, loss):
+                model.load_state_dict(start)
+                both = {BASE: base, loss: chosen[loss]}
+                self.keep(name, loss, self.restarted(name, problem, model, both), model)
 
     def restarted(
-        self,
-        name: str,
-        problem: Problem,
-        model: hosm.ScoreModel,
-        loss: str,
-        chosen: dict[str, Loss],
-        seconds: float,
-        rounds: int,
+        self, name: str, problem: Problem, model: hosm.ScoreModel, both: dict[str, Loss]
     ) -> dict[str, Any]:
-        """Train on with one loss; a result, or why there is none."""
-        of_base = self.report[name].get(BASE)
+        """Train on with the last of two losses, the first order one; or say why it cannot be."""
+        loss, of_base = list(both)[-1], self.report[name].get(BASE)
         row: dict[str, Any] = {}
         try:
-            both = {BASE: chosen[BASE], loss: chosen[loss]}
-            times = step_times(problem, model, both, rounds)
-            steps = of_base["steps"] if of_base else seconds / times[BASE]
+            times = step_times(problem, model, both, self.budget.rounds)
+            steps = of_base["steps"] if of_base else self.budget.seconds / times[BASE]
             row["step_time"] = times[loss] / times[BASE]
             row["steps"] = max(1, round(steps / row["step_time"]))
-            bar = f"{name}: {loss}"
-            spent = trained(problem, model, chosen[loss], row["steps"], RATE / 4, bar)
+            rate, bar = self.budget.rate, f"{name}: {loss}"
+            row["seconds"] = trained(problem, model, both[loss], row["steps"], rate, bar)
         except (ValueError, hosm.DerivativeError) as error:
             return row | {"failed": experiment.reason(error)}
         base = torch.load(self.path(name, BASE))["values"] if of_base else None
-        return row | {"seconds": spent} | judged(problem, model, base)
+        return row | judged(problem, model, base)
 
 
 def main() -> None:
-    """Train, judge and write what is not yet done, then print it."""
+    """Train, judge and write what is not yet done."""
     parser = experiment.parser(__doc__)
     parser.add_argument("--problems", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--losses", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--out", type=Path, default=Path("worth_out"))
-    parser.add_argument("--pretraining", type=float, default=240.0, help="seconds of order one")
-    parser.add_argument("--seconds", type=float, default=25.0, help="of every loss after that")
+    usual = Budget()
+    add = partial(parser.add_argument, type=float)
+    add("--pretraining", default=usual.pretraining, help="seconds of order one before")
+    add("--seconds", default=usual.seconds, help="of order one after that")
+    add("--rate", default=usual.rate, help="of Adam after that")
     parser.add_argument("--sweep", action="store_true", help="try weights on the first problem")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    seconds = (0.05, 0.05) if options.smoke else (options.seconds, options.pretraining)
-    campaign = Campaign(options.out, options.smoke)
+    budget = Budget(options.pretraining, options.seconds, options.rate)
+    campaign = Campaign(options.out, SMOKE if options.smoke else budget)
     names = [name for name in PROBLEMS if re.search(options.problems, name)]
     for name in tqdm(names, "problems"):
-        sweep = options.sweep and name == next(iter(PROBLEMS))
-        list(campaign.run(name, *seconds, options.losses, sweep))
+        campaign.run(name, options.losses, options.sweep and name == next(iter(PROBLEMS)))
     print(f"The numbers are in {campaign.file}; benchmarks.worth_page writes the page from them.")
 
 

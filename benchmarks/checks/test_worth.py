@@ -1,7 +1,5 @@
 """The machinery behind docs/worth.md: judging, resuming, ensembles, and the page's numbers."""
 
-from functools import partial
-
 import pytest
 import torch
 from tests.oracles import mixture_noise, paper_mixture
@@ -63,12 +61,11 @@ def test_members_of_an_ensemble_have_the_gradients_they_have_alone(name):
 
 def test_a_second_run_does_what_the_first_left(tmp_path):
     name = next(iter(PROBLEMS))
-    run = partial(worth.Campaign(tmp_path, smoke=True).run, name, 0.02, 0.02)
-    list(run("order one|order two, as", False))
+    worth.Campaign(tmp_path, worth.SMOKE).run(name, "order one|order two, as")
     first = results.read(tmp_path / "worth.json")[name]
     assert set(first) == {"before", "order one", "order two, as in the paper"}
-    again = worth.Campaign(tmp_path, smoke=True)
-    list(again.run(name, 0.02, 0.02, "order one|order two, weights 1|Stein, weight 1", False))
+    again = worth.Campaign(tmp_path, worth.SMOKE)
+    again.run(name, "order one|order two, weights 1|Stein, weight 1")
     second = again.report[name]
     assert {key: second[key] for key in first} == first
     assert set(second) - set(first) == {"order two, weights 1", "Stein, weight 1"}
@@ -82,8 +79,8 @@ def test_a_loss_that_diverges_is_a_row_that_says_so(tmp_path, monkeypatch):
 
     name, plain = next(iter(PROBLEMS)), worth.losses
     monkeypatch.setattr(worth, "losses", lambda *args: plain(*args) | {"bad": diverging})
-    campaign = worth.Campaign(tmp_path, smoke=True)
-    list(campaign.run(name, 0.02, 0.02, "order one|bad", False))
+    campaign = worth.Campaign(tmp_path, worth.SMOKE)
+    campaign.run(name, "order one|bad")
     assert "failed" in campaign.report[name]["bad"]
     assert "diverged" in worth_page.tables(campaign.report)
 
