@@ -24,34 +24,40 @@ FILE, PAGE = results.DIRECTORY / "worth.json", ROOT / "docs/worth.md"
 QUADRATIC = "quadratic"
 
 
-def in_percent(row: dict[str, Any], base: dict[str, Any], key: str = "kl") -> tuple[float, float]:
-    """The mean difference to order one in per cent of that, and its standard error.
+def change(row: dict[str, Any], base: dict[str, Any], key: str = "kl") -> tuple[float, float]:
+    """The mean difference to order one, and its standard error, in per cent of order one's mean.
 
     The error is the larger of those over seeds and over points.
     """
     mean = float(np.mean(base[key]))
-    difference = float(np.mean(row[key])) - mean
     error = max(row.get("seeds_error", 0.0), float(np.mean(row.get("error", 0.0))))
-    return 100 * difference / abs(mean), 100 * error / abs(mean)
+    return 100 * (float(np.mean(row[key])) / mean - 1), 100 * error / abs(mean)
 
 
 def tables(report: results.Report) -> str:
-    """Tables in Markdown: KL, J_SM, how far order one had got, and the sweep of weights."""
+    """Tables in Markdown: KL, J_SM, step times, how far order one had got, the weights tried.
+
+    Where there is no KL, for the digits, differences are in nats.
+    """
     found = {name: report[name] for name in PROBLEMS if BASE in report.get(name, {})}
-    names = list(dict.fromkeys(loss for rows in found.values() for loss in rows))
-    names = [name for name in names if name not in (BEFORE, BASE) and SWEEP not in name]
+    names = compared(found)
 
     def cell(rows: dict[str, Any], name: str, key: str) -> str:
-        if name not in rows:
-            return ""
-        if "failed" in rows[name]:
+        row, base = rows.get(name, {}), rows[BASE]
+        if "failed" in row:
             return "diverged"
-        if rows[name][key] is None:
+        if row.get(key) is None:
             return "–"
-        change, error = in_percent(rows[name], rows[BASE], key)
-        text = f"{change:+.1f}" + (f" ± {error:.1f}" if key == "kl" else "")
-        clear = key == "kl" and change < -2 * error
-        return f"**{text}**" if clear else text
+        if key == "step_time":
+            return f"{row[key]:.1f}"
+        moved, error = change(row, base, key)
+        if base["j_sm"] is None:
+            mean = float(np.mean(base[key]))
+            moved, error = moved * mean / 100, error * abs(mean) / 100
+            text = f"{moved:+.2f} ± {error:.2f} nats"
+        else:
+            text = f"{moved:+.1f}" + (f" ± {error:.1f}" if key == "kl" else "")
+        return f"**{text}**" if key == "kl" and moved < -2 * error else text
 
     def grid(key: str, first: str) -> list[list[str]]:
         of_one = [rows[BASE][key] for rows in found.values()]
@@ -59,26 +65,26 @@ def tables(report: results.Report) -> str:
         lines = [[name, *(cell(rows, name, key) for rows in found.values())] for name in names]
         return [[first, *found], base, *lines]
 
-    steps = [
-        ["", "seconds before", "KL before", "then, order one", "change", "steps of order one"]
-    ]
-    steps[0] += [f"step of {name}" for name in names]
+    starts = [["", "seconds before", "KL before", "order one", "change of KL", "its steps"]]
     for problem, rows in found.items():
         before, base = rows[BEFORE], rows[BASE]
-        change = 100 * (np.mean(base["kl"]) / np.mean(before["kl"]) - 1)
+        moved = change(base, before)[0]
         cells = [f"{before['seconds']:.0f}", f"{np.mean(before['kl']):.4g}"]
-        cells += [f"{np.mean(base['kl']):.4g}", f"{change:+.1f} %", str(base["steps"])]
-        cells += [
-            f"{rows[name]['step_time']:.1f}" if "step_time" in rows.get(name, {}) else ""
-            for name in names
-        ]
-        steps.append([problem, *cells])
+        cells += [f"{np.mean(base['kl']):.4g}", f"{moved:+.1f} %", str(base["steps"])]
+        starts.append([problem, *cells])
     rows = found.get(next(iter(PROBLEMS)), {})
     tried = [name for name in rows if SWEEP in name]
     sweep = [["Tried", "KL, per cent"]]
     sweep += [[name.removeprefix(SWEEP), cell(rows, name, "kl")] for name in tried]
-    every = grid("kl", "KL, per cent"), grid("j_sm", "J_SM, per cent"), steps, sweep
+    grids = [grid("kl", "KL, per cent"), grid("j_sm", "J_SM, per cent")]
+    every = *grids, grid("step_time", "time of a step"), starts, sweep
     return "\n\n".join(map(markdown, every))
+
+
+def compared(found: results.Report) -> list[str]:
+    """The losses that are compared with order one."""
+    names = dict.fromkeys(name for rows in found.values() for name in rows)
+    return [name for name in names if name not in (BEFORE, BASE) and SWEEP not in name]
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -93,14 +99,13 @@ def draw(report: results.Report, path: Path) -> None:
     axes = figure.subplots()
     found = [name for name in PROBLEMS if BASE in report.get(name, {})]
     found = [name for name in found if report[name][BASE]["j_sm"] is not None]
-    names = list(dict.fromkeys(loss for name in found for loss in report[name]))
-    names = [name for name in names if name not in (BEFORE, BASE) and SWEEP not in name]
+    names = compared({name: report[name] for name in found})
     markers = "osDv^<>PX"
     for i, loss in enumerate(names):
         rows = [
             (k, report[name].get(loss, {}), report[name][BASE]) for k, name in enumerate(found)
         ]
-        shown = [(k, *in_percent(row, base)) for k, row, base in rows if "kl" in row]
+        shown = [(k, *change(row, base)) for k, row, base in rows if "kl" in row]
         if not shown:
             continue
         places, changes, errors = np.array(shown).T
@@ -127,9 +132,8 @@ def of_quadratic(report: results.Report) -> str:
         for losses in report.values():
             base = np.mean([kl for kl, _ in losses[BASE]])
             kls, errors = np.transpose(losses[name])
-            change = 100 * (kls.mean() / base - 1)
-            error = 100 * errors.mean() / base
-            cells.append(f"{kls.mean():.4g}" + (f" ({change:+.1f} ± {error:.1f} %)"))
+            moved, error = 100 * (kls.mean() / base - 1), 100 * errors.mean() / base
+            cells.append(f"{kls.mean():.4g}" + (f" ({moved:+.1f} ± {error:.1f} %)"))
         rows.append([name, *cells])
     return markdown(rows)
 
