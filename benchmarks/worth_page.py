@@ -2,7 +2,8 @@
 
     python -m benchmarks.worth_page [FILE]
 
-fills the page; FILE, of results, is copied to benchmarks/results/worth.json first.
+fills the page. FILE is copied to benchmarks/results/worth.json first: what worth wrote, and under
+"quadratic", "samples" and "longer" what quadratic, worth_samples and a longer run of worth did.
 """
 
 import re
@@ -17,11 +18,10 @@ from matplotlib.ticker import FormatStrFormatter
 
 from benchmarks import results
 from benchmarks.environment import ROOT
-from benchmarks.worth import BASE, BEFORE, SWEEP
+from benchmarks.worth import BASE, BEFORE, SEEDS, SWEEP
 from benchmarks.worth_problems import PROBLEMS
 
 FILE, PAGE = results.DIRECTORY / "worth.json", ROOT / "docs/worth.md"
-QUADRATIC = "quadratic"
 
 
 def change(row: dict[str, Any], base: dict[str, Any], key: str = "kl") -> tuple[float, float]:
@@ -68,9 +68,11 @@ def tables(report: results.Report) -> str:
     starts = [["", "seconds before", "KL before", "order one", "change of KL", "its steps"]]
     for problem, rows in found.items():
         before, base = rows[BEFORE], rows[BASE]
-        moved = change(base, before)[0]
+        moved = f"{change(base, before)[0]:+.1f} %"
+        if base["j_sm"] is None:
+            moved = f"{np.mean(base['kl']) - np.mean(before['kl']):+.2f} nats"
         cells = [f"{before['seconds']:.0f}", f"{np.mean(before['kl']):.4g}"]
-        cells += [f"{np.mean(base['kl']):.4g}", f"{moved:+.1f} %", str(base["steps"])]
+        cells += [f"{np.mean(base['kl']):.4g}", moved, str(base["steps"])]
         starts.append([problem, *cells])
     rows = found.get(next(iter(PROBLEMS)), {})
     tried = [name for name in rows if SWEEP in name]
@@ -138,11 +140,27 @@ def of_quadratic(report: results.Report) -> str:
     return markdown(rows)
 
 
+def of_samples(report: results.Report) -> str:
+    """A table of the distances of samples to data, a column for each seed."""
+    rows = [["distance of samples", *(f"seed {i}" for i in range(SEEDS))]]
+    rows += [[name, *(f"{each:.3f}" for each in row)] for name, row in report.items()]
+    return markdown(rows)
+
+
+def of_longer(report: results.Report) -> str:
+    """The first table of `tables` alone, of another run."""
+    return tables(report).partition("\n\n")[0]
+
+
+OTHERS = {"quadratic": of_quadratic, "samples": of_samples, "longer": of_longer}
+
+
 def filled(text: str, report: results.Report) -> str:
     """The page with its tables written anew."""
     found = {"tables": tables(report)}
-    if QUADRATIC in report:
-        found[QUADRATIC] = of_quadratic(report[QUADRATIC])
+    for name, table in OTHERS.items():
+        if name in report:
+            found[name] = table(report[name])
     for name, value in found.items():
         mark = re.compile(rf"(<!-- worth: {name} -->).*?(<!-- /worth -->)", re.DOTALL)
         text = mark.sub(lambda match, value=value: f"{match[1]}\n\n{value}\n\n{match[2]}", text)
