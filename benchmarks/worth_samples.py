@@ -1,0 +1,129 @@
+"""Samples of the digits, by the ODE of every loss of benchmarks.worth, and their distance to data.
+
+    python -m benchmarks.worth_samples [--out DIR] [--count N] [--smoke]
+
+Samples take Heun steps, uniform in log σ̂. The distance is the unbiased squared maximum mean
+discrepancy for the kernel (1 + a·b/32)³, as in KID (Bińkowski et al., arXiv 1801.01401), of 32
+features of a classifier that is trained on the spot. Two random halves of the data give its floor.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import hosm_losses as hosm
+from benchmarks import experiment, results
+from benchmarks.worth import SEEDS, Budget, Campaign
+from benchmarks.worth_problems import PROBLEMS
+
+NAME, STEPS, FEATURES = "digits, d = 64", 64, 32
+
+
+def sampled(model: hosm.ScoreModel, count: int) -> Tensor:
+    """Draw (count, S, 64), every member from the same noise."""
+    schedule = model.schedule
+    low, high = schedule.log_sigma_hat_range
+    levels = schedule.time(torch.linspace(high, low, STEPS + 1, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 64, generator=generator).repeat_interleave(SEEDS, 0)
+    x = x * schedule.sigma(levels[0]).float()
+    step = (low - high) / STEPS
+
+    def slope(x: Tensor, t: Tensor) -> Tensor:
+        """dx/du of a VE schedule."""
+        times = t.float().expand(len(x))
+        return schedule.sigma(times)[:, None] * model.noise(x, times)
+
+    with torch.no_grad():
+        for now, after in pairwise(levels):
+            first = slope(x, now)
+            x = x + step / 2 * (first + slope(x + step * first, after))
+    return x.reshape(count, SEEDS, 64)
+
+
+def classifier_features(data: Tensor, labels: Tensor, steps: int) -> nn.Module:
+    """The last hidden layer of a classifier that is trained now, at unit variance in the mean."""
+    torch.manual_seed(0)
+    body = nn.Sequential(
+        nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, FEATURES), nn.LayerNorm(FEATURES)
+    )
+    model = nn.Sequential(body, nn.Linear(FEATURES, 10))
+    generator = torch.Generator().manual_seed(0)
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(data), (256,), generator=generator)
+        noisy = data[rows] + 0.1 * torch.randn(256, 64, generator=generator)
+        return nn.functional.cross_entropy(model(noisy), labels[rows])
+
+    list(experiment.training(model, loss, steps, 2e-3))
+    return body
+
+
+def discrepancy(a: Tensor, b: Tensor) -> float:
+    """The unbiased squared maximum mean discrepancy of features (n, FEATURES)."""
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (1 + a @ b.T / FEATURES) ** 3
+
+    def within(a: Tensor) -> Tensor:
+        square = kernel(a, a)
+        return (square.sum() - square.diagonal().sum()) / (len(a) * (len(a) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
+def draw(shown: dict[str, Tensor], path: Path) -> None:
+    """Draw a row of digits for each loss, the same noise in a column."""
+    figure = Figure(figsize=(9, 0.62 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), 1)
+    for each, (name, rows) in zip(axes, shown.items(), strict=True):
+        each.imshow(
+            rows.reshape(-1, 8, 8).permute(1, 0, 2).reshape(8, -1), "gray", vmin=-1, vmax=1
+        )
+        each.set_yticks([3.5], [name])
+        each.set_xticks([])
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Draw samples, print their distances, and write both."""
+    from sklearn.datasets import load_digits
+
+    parser = experiment.parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("worth_out"))
+    parser.add_argument("--count", type=int, default=1437, help="samples of each network")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    problem, campaign = PROBLEMS[NAME](), Campaign(options.out, Budget())
+    everything = torch.cat([problem.test, problem.train])
+    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+    labels = torch.as_tensor(load_digits().target)[order]
+    features = classifier_features(everything, labels, 2 if options.smoke else 2000)
+    with torch.no_grad():
+        real = features(everything).double()
+        floor = []
+        for seed in range(SEEDS):
+            mixed = real[torch.randperm(1797, generator=torch.Generator().manual_seed(seed))]
+            floor.append(discrepancy(mixed[:898], mixed[898:]))
+        found = {"two halves of the data": floor}
+        shown, model = {"data": problem.test[:24]}, problem.model(SEEDS)
+        for loss in tqdm(campaign.report[NAME]):
+            model.load_state_dict(torch.load(campaign.path(NAME, loss))["weights"])
+            samples = sampled(model, options.count)
+            shown[loss] = samples[:24, 0]
+            found[loss] = [
+                discrepancy(features(samples[:, seed]).double(), real) for seed in range(SEEDS)
+            ]
+    experiment.show(
+        "distance", ["", *map(str, range(SEEDS))], [[name, *row] for name, row in found.items()]
+    )
+    results.write(options.out / "worth_samples.json", found)
+    draw(shown, options.out / "worth_digits.png")
+
+
+if __name__ == "__main__":
+    main()
