@@ -126,16 +126,16 @@ def draw(report: results.Report, path: Path) -> None:
 
 
 def of_quadratic(report: results.Report) -> str:
-    """A table of KL without an optimizer, and of its change against order one."""
+    """A table of KL without an optimizer, against order one."""
     names = list(next(iter(report.values())))
-    rows = [["KL", *report]]
+    rows = [["KL, per cent", *report]]
     for name in names:
         cells = []
         for losses in report.values():
             base = np.mean([kl for kl, _ in losses[BASE]])
             kls, errors = np.transpose(losses[name])
             moved, error = 100 * (kls.mean() / base - 1), 100 * errors.mean() / base
-            cells.append(f"{kls.mean():.4g}" + (f" ({moved:+.1f} ± {error:.1f} %)"))
+            cells.append(f"{base:.4g}" if name == BASE else f"{moved:+.1f} ± {error:.1f}")
         rows.append([name, *cells])
     return markdown(rows)
 
