@@ -13,6 +13,18 @@ from tests.versions import OLD, compiles_higher_orders
 MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
 
 
+def assert_one_graph(module, network, x0, inputs):
+    """The compiled loss and its gradients are those of eager mode."""
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    parameters = list(network.parameters())
+    losses = [each(x0, **inputs) for each in (module, compiled)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
+    for compiled_one, eager in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(compiled_one, eager, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "order", [1, *(pytest.param(n, marks=compiles_higher_orders) for n in (2, 3))]
@@ -25,14 +37,7 @@ def test_one_graph_with_the_gradients_of_eager_mode(name, order):
     inputs = {"t": torch.tensor([0.3, 0.6]), "noise": torch.randn_like(x0)}
     if order > 1:
         inputs["probe"] = torch.randn(2, *x0.shape)
-    torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    parameters = list(network.parameters())
-    losses = [each(x0, **inputs) for each in (module, compiled)]
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
-    gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
-    for compiled_one, eager in zip(gradients[1], gradients[0], strict=True):
-        torch.testing.assert_close(compiled_one, eager, rtol=1e-9, atol=1e-12)
+    assert_one_graph(module, network, x0, inputs)
 
 
 TWO_PROBES = {
@@ -58,14 +63,7 @@ def test_products_of_two_probes_are_one_graph(name, loss):
     x0 = torch.randn(2, *shape)
     inputs = {"t": torch.tensor([0.3, 0.6]), "noise": torch.randn_like(x0)}
     inputs["probe"] = torch.randn(2, *x0.shape)
-    torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    parameters = list(network.parameters())
-    losses = [each(x0, **inputs) for each in (module, compiled)]
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
-    gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
-    for compiled_one, eager in zip(gradients[1], gradients[0], strict=True):
-        torch.testing.assert_close(compiled_one, eager, rtol=1e-9, atol=1e-12)
+    assert_one_graph(module, network, x0, inputs)
 
 
 class InPlace(nn.Module):
