@@ -215,28 +215,34 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) 
     wanted = torch.is_grad_enabled()
     with torch.enable_grad(), explained():
         point = leaf(x, wanted)
-        copies, rows, w = field, point, None
         if order == 3:
             copies, rows, w = folded(field, point, direction)
-        value = copies(rows)
+            value = copies(rows)
+            refuse_dropped(value)
+            parts = unfolded((value, *back_along(value, rows, w, wanted)), direction.shape)
+            return Derivatives(*kept(parts, wanted))
+        value = field(point)
         refuse_dropped(value)
-        # At order two any cotangent will do: the pulled one is linear in it.
-        cotangent = (torch.zeros_like(value) if w is None else w.detach()).requires_grad_()
-        pulled = pull_back(value, rows, cotangent.unsqueeze(0))[0]
+        # Any cotangent will do: the pulled one is linear in it.
+        cotangent = torch.zeros_like(value).requires_grad_()
+        pulled = pull_back(value, point, cotangent.unsqueeze(0))[0]
         refuse_dropped(pulled, wanted)
-        if w is None:
-            directional = pull_back(pulled, cotangent, direction, wanted, LOST_TWICE)
-            return Derivatives(*kept((value.unsqueeze(0), directional), wanted))
-        gradient, directional = torch.autograd.grad(
-            pulled, (rows, cotangent), w, create_graph=wanted, allow_unused=True
-        )
-        if directional is None:
-            raise DerivativeError(LOST_TWICE)
-        if gradient is None:  # as of a linear field
-            gradient = torch.zeros_like(rows)
-        return Derivatives(
-            *kept(unfolded((value, directional, gradient), direction.shape), wanted)
-        )
+        directional = pull_back(pulled, cotangent, direction, wanted, LOST_TWICE)
+        return Derivatives(*kept((value.unsqueeze(0), directional), wanted))
+
+
+def back_along(value: Tensor, x: Tensor, w: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    """D and G along w (B, *), by two passes back from a value at x (B, *) that is at hand."""
+    cotangent = w.detach().clone().requires_grad_()
+    pulled = pull_back(value, x, cotangent.unsqueeze(0))[0]
+    refuse_dropped(pulled, wanted)
+    directional, gradient = torch.autograd.grad(
+        pulled, (cotangent, x), w, create_graph=wanted, retain_graph=True, allow_unused=True
+    )
+    if directional is None:
+        raise DerivativeError(LOST_TWICE)
+    # None as of a linear network.
+    return directional, torch.zeros_like(x) if gradient is None else gradient
 
 
 def _reverse_in_transform(field: Field, x: Tensor, direction: Tensor, order: int) -> Derivatives:

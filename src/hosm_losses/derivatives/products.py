@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import DerivativeError
 from hosm_losses._torch_internals import traced
 from hosm_losses.derivatives.backward import LOST_TWICE, pull_back, refuse_dropped
 from hosm_losses.derivatives.engines import (
     Derivatives,
     Field,
+    back_along,
     explained,
     folded,
     kept,
@@ -70,24 +70,10 @@ def reverse_products(
             parts = [value.unsqueeze(0), directional]
         else:
             # One after the other: G is that of each alone, and a batch would call f for each.
-            found = [_along(value, point, w, wanted) for w in direction]
+            found = [back_along(value, point, w, wanted) for w in direction]
             parts = [value.unsqueeze(0), *map(torch.stack, zip(*found, strict=True))]
     *parts, pulled = kept([*parts, pulled.unsqueeze(0)], wanted)
     return Products(Derivatives(*parts), c, pulled, pushed)
-
-
-def _along(value: Tensor, point: Tensor, w: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    """D and G along one direction, from a value in hand."""
-    cotangent = w.detach().clone().requires_grad_()
-    pulled = pull_back(value, point, cotangent.unsqueeze(0))[0]
-    refuse_dropped(pulled, wanted)
-    directional, gradient = torch.autograd.grad(
-        pulled, (cotangent, point), w, create_graph=wanted, retain_graph=True, allow_unused=True
-    )
-    if directional is None:
-        raise DerivativeError(LOST_TWICE)
-    # None as of a linear network.
-    return directional, torch.zeros_like(point) if gradient is None else gradient
 
 
 def products_beside(

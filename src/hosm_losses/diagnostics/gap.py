@@ -229,9 +229,9 @@ def _orders(
     sigma = expand_right(model.coefficients(t, x)[1], x).to(x.dtype)
     with torch.no_grad():
         field_of = noise_field(model, t, kwargs)
-        found = field_of.derive(x, sigma * unit_vectors(x), order=3, summed=True)
+        found: Any = field_of.derive(x, sigma * unit_vectors(x), order=3, summed=True)
     value, directional, third = found
-    return value[0], directional, torch.zeros_like(x) if third is None else third.sum(0)
+    return value[0], directional, third.sum(0)
 
 
 def _ode_score(

@@ -133,7 +133,7 @@ def ode_nll(
     """
     check_choice("divergence", divergence, get_args(Divergence))
     solve = solver(method, steps, distribution, tolerance)
-    probes = check_probes(probes, divergence)
+    kind = check_probes(probes, divergence)
     check_flag("enable_grad", enable_grad)
     check_flag("clean", clean)
     draws = check_whole("dequantization_draws", dequantization_draws, 1)
@@ -142,7 +142,6 @@ def ode_nll(
 
     def likelihood(batch: Batch) -> NLLResult:
         batch, correction = noised(batch) if clean else (batch, 0)
-        kind = 0 if divergence == "exact" else probes
         result = followed(Paths(batch, kind, distribution), solve)
         return replace(result, nll=result.nll + correction, nfe=result.nfe + clean)
 

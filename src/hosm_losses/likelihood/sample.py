@@ -117,7 +117,7 @@ def ode_sample(
     if divergence is not None:
         check_choice("divergence (or None)", divergence, get_args(Divergence))
     solve = solver(method, steps, distribution, tolerance)
-    count = check_probes(probes, divergence or "hutchinson")
+    kind = check_probes(probes, divergence)
     check_flag("enable_grad", enable_grad)
     given = isinstance(latent, Tensor)
     if not given and log_prior is not None:
@@ -126,7 +126,6 @@ def ode_sample(
             "they would be drawn from N(0, prior_std²)."
         )
     start = latent if given else _drawn(check_model(model), latent, generator)
-    kind = {"exact": 0, None: None}.get(divergence, count)
 
     def sampled(batch: Batch) -> NLLResult:
         return followed(Paths(batch, kind, distribution), solve, backwards=True)
