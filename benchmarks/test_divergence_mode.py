@@ -15,7 +15,7 @@ from benchmarks.experiment import ratios
 from benchmarks.steps import NETWORKS, TWINS, model_of
 from hosm_losses.derivatives import safe_primitives
 from hosm_losses.derivatives.taylor import carried
-from hosm_losses.likelihood.ode import with_divergence
+from hosm_losses.likelihood.paths import with_divergence
 from hosm_losses.model import noise_field
 from hosm_losses.probes import draw_probes
 

@@ -101,6 +101,21 @@ def fsdp(order, engine):
     return {name: p.grad.full_tensor() for name, p in network.named_parameters()}
 
 
+def likelihood():
+    """The steps that a rank of an easy batch and one of a hard batch take, alone and together."""
+    rate = (1.0, 6.0)[dist.get_rank()]
+    model = hosm.ScoreModel(lambda x, t: rate * x.tanh(), hosm.VPSchedule())
+    x = torch.ones(2, 3, dtype=torch.float64)
+    options = {"steps": None, "tolerance": 0.05}
+    alone = hosm.ode_nll(model, x, **options).steps
+    together = hosm.ode_nll(model, x, group=dist.group.WORLD, **options)
+    drawn = hosm.ode_sample(model, x, divergence=None, group=dist.group.WORLD, **options)
+    found = torch.tensor([alone, together.steps, int(together.nfe[0]), int(drawn.nfe[0])])
+    everything = [torch.zeros_like(found) for _ in range(2)]
+    dist.all_gather(everything, found)
+    return torch.stack(everything)
+
+
 def work(rank, folder, kind, options):
     warnings.simplefilter("ignore")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -111,9 +126,12 @@ def work(rank, folder, kind, options):
         world_size=2,
         timeout=datetime.timedelta(seconds=60),
     )
-    found = {case: {"ddp": ddp, "fsdp": fsdp}[kind](*case, **options) for case in CASES}
+    if kind == "likelihood":
+        found = likelihood()
+    else:
+        found = {case: {"ddp": ddp, "fsdp": fsdp}[kind](*case, **options) for case in CASES}
     if rank == 0:
-        torch.save(found, f"{folder}/gradients.pt")
+        torch.save(found, f"{folder}/found.pt")
     dist.barrier()
     dist.destroy_process_group()
     # At the exit of an interpreter a thread of gloo sometimes aborts the process.
@@ -130,13 +148,23 @@ def work(rank, folder, kind, options):
 )
 def test_two_processes_give_the_gradient_of_one(tmp_path, kind, options):
     mp.spawn(work, (str(tmp_path), kind, options), nprocs=2)
-    found = torch.load(tmp_path / "gradients.pt")
+    found = torch.load(tmp_path / "found.pt")
     for case in CASES:
         expected = single(*case)
         assert expected.keys() == found[case].keys()
         size = max(float(gradient.abs().max()) for gradient in expected.values())
         for name, gradient in expected.items():
             torch.testing.assert_close(found[case][name], gradient, rtol=0, atol=1e-9 * size)
+
+
+def test_a_group_takes_the_steps_of_its_most_demanding_rank(tmp_path):
+    mp.spawn(work, (str(tmp_path), "likelihood", {}), nprocs=2)
+    (easy, *of_easy), (hard, *of_hard) = torch.load(tmp_path / "found.pt").tolist()
+    assert easy < hard
+    steps, evaluations, drawn = of_easy
+    assert of_hard == of_easy
+    assert (steps, evaluations) == (hard, hard + 10)
+    assert drawn > 10
 
 
 def test_data_parallel_around_the_network_is_refused_above_order_one():

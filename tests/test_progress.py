@@ -29,6 +29,9 @@ def test_without_tqdm_it_says_what_to_install(monkeypatch):
     [
         lambda model, x: hosm.ode_nll(model, x, steps=8, progress=True, batch_size=2),
         lambda model, x: hosm.ode_nll(model, x, method="adaptive", progress=True, batch_size=2),
+        lambda model, x: hosm.ode_nll(
+            model, x, steps=None, tolerance=1.0, divergence="exact", progress=True, batch_size=2
+        ),
         lambda model, x: hosm.variational_nll(model, x, samples=4, progress=True, batch_size=2),
         lambda model, x: hosm.ode_nll(
             model,
@@ -40,7 +43,7 @@ def test_without_tqdm_it_says_what_to_install(monkeypatch):
             dequantization_draws=3,
         ),
     ],
-    ids=["fixed", "adaptive", "variational", "draws"],
+    ids=["fixed", "adaptive", "found", "variational", "draws"],
 )
 def test_the_bar_arrives_at_its_total_and_not_beyond(function, monkeypatch):
     told = []

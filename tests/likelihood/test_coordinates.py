@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hosm_losses.likelihood.coordinates import Coordinates
+from hosm_losses.likelihood.paths import Coordinates
 from tests.schedules.test_continuous import SCHEDULES
 
 NAMES = sorted(SCHEDULES)

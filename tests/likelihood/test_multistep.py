@@ -101,6 +101,24 @@ def test_the_rule_is_exact_for_cubics_and_has_positive_weights(steps):
     assert bool((weights > 0).all())
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_errors_that_cancel_are_claimed_by_the_largest_stretch(sign):
+    """Slopes s⁴ give every step one local error, and the covector has two signs."""
+    steps, h = 20, 0.1
+    covectors = [sign * (1.0 if place < 24 else -1.0) for place in range(0, 2 * steps + 1, 2)]
+
+    def slope(place, y):
+        return torch.full_like(y, (h * place / 2) ** 4)
+
+    def node(place, y):
+        return Node(slope(place, y), 0 * y[:, 0], 0 * y[:, 0], 0 * y + covectors[place // 2])
+
+    found = multistep(slope, node, torch.zeros(1, 1), h, steps).path_error
+    # Adams-Bashforth of order four is off by 251/720 h⁵ f⁗, f⁗ = 24, in each of 17 steps: over
+    # places 8 to 22 eight of them count with one sign, over 24 to 40 nine with the other.
+    torch.testing.assert_close(found, torch.full((1,), 9 * 251 / 720 * h**5 * 24))
+
+
 @pytest.mark.parametrize("steps", [32, 33, 64, 65])
 def test_errors_are_estimated_from_the_same_calls(steps):
     # An error δ made at s grows to δ e^{sin 2 − sin s} at the end: that is its covector here.
@@ -109,7 +127,7 @@ def test_errors_are_estimated_from_the_same_calls(steps):
     )
     true = (solution.state - exact_state()).abs()[:, 0]
     assert bool((solution.path_error > 0.5 * true).all())
-    assert bool((solution.path_error < 2 * true).all())
+    assert bool((solution.path_error < 4 * true).all())
     true = (solution.integral - exact_integral()).abs()
     assert bool((solution.quadrature_error > 0.2 * true).all())
     assert bool((solution.quadrature_error < 5 * true).all())

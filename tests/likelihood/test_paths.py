@@ -7,16 +7,10 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from hosm_losses.likelihood import ode
-from hosm_losses.likelihood.coordinates import Coordinates, accumulator
-from hosm_losses.likelihood.inputs import Batch
-from hosm_losses.likelihood.ode import (
-    Paths,
-    solve_adaptive,
-    solve_fixed,
-    student_factor,
-    with_divergence,
-)
+from hosm_losses.likelihood import paths as paths_of
+from hosm_losses.likelihood.adaptive import solve_adaptive, student_factor
+from hosm_losses.likelihood.multistep import solve_fixed
+from hosm_losses.likelihood.paths import Batch, Coordinates, Paths, accumulator, with_divergence
 from hosm_losses.model import condition, noise_field
 from hosm_losses.probes import draw_probes
 from tests.oracles import Largest, dense_derivatives, networks, sign_vectors
@@ -130,7 +124,7 @@ def traces(network, x):
 @pytest.mark.parametrize("chunk", [1, 30, 2**22])
 @pytest.mark.parametrize("name", ["mlp", "conv", "attention"])
 def test_exact_is_the_trace_in_chunks_of_any_size(name, chunk, monkeypatch):
-    monkeypatch.setattr(ode, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(paths_of, "CHUNK_ELEMENTS", chunk)
     network, field, x, calls = setting(name)
     value, samples = with_divergence(field, x, None)
     assert calls == [2]
@@ -162,7 +156,7 @@ def test_sums_are_kept_in_double_precision():
 def test_exact_makes_its_unit_vectors_when_they_are_due(prediction, monkeypatch):
     """Nothing is larger than a chunk; the trace of x² is 2 Σ x."""
     d, chunk = 3000, 4
-    monkeypatch.setattr(ode, "CHUNK_ELEMENTS", chunk * d)
+    monkeypatch.setattr(paths_of, "CHUNK_ELEMENTS", chunk * d)
     model = hosm.ScoreModel(lambda x, t: x**2, hosm.VPSchedule(), prediction)
     x, t = torch.randn(1, d), T[:1]
     with Largest() as largest, torch.no_grad():

@@ -83,10 +83,12 @@ def test_cat_joins_every_field_in_order():
     parts = [full(), full(n=2, nll=torch.tensor([9.0, 8.0]), failed=torch.tensor([True, False]))]
     joined = NLLResult.cat(parts)
     for field in dataclasses.fields(NLLResult):
-        if field.name != "quantization":
+        if field.name not in ("quantization", "steps"):
             expected = torch.cat([getattr(part, field.name) for part in parts])
             assert torch.equal(getattr(joined, field.name), expected)
     assert joined.quantization == parts[0].quantization
+    assert NLLResult.cat([full(steps=64), full(steps=64)]).steps == 64
+    assert NLLResult.cat([full(steps=64), full(steps=32)]).steps is None
     bare = full(standard_error=None)
     assert NLLResult.cat([bare, bare]).standard_error is None
     assert torch.equal(NLLResult.cat(iter([full()])).nll, full().nll)
@@ -96,6 +98,29 @@ def test_cat_joins_every_field_in_order():
 def test_cat_refuses_results_of_different_calls(other):
     with pytest.raises(ValueError, match="cat: expected results of the same options; got samples"):
         NLLResult.cat([full(), other])
+
+
+def test_what_failed_says_why():
+    """Of five samples one did not fail; an error above the limit, NaN, and two late ones did."""
+    latent = torch.zeros(5, 2)
+    latent[2, 1] = math.inf
+    error = torch.tensor([0.1, 2000.0, 0.0, math.nan, 0.5])
+    failed = torch.tensor([False, True, True, True, True])
+    nll = torch.zeros(5).masked_fill(failed, math.nan)
+    result = full(n=5, nll=nll, latent=latent, solver_error=error, failed=failed)
+    found = result.failures()
+    assert list(found) == [1, 2, 3, 4]
+    assert "2e+03 nats, is above 1000" in found[1]
+    assert "not finite" in found[2]
+    assert found[3] == found[2]
+    assert "did not arrive" in found[4]
+
+
+def test_no_sample_left_says_why_the_first_one_failed():
+    nll = torch.tensor([math.nan, math.nan])
+    failed, error = torch.tensor([True, True]), torch.tensor([5000.0, 0.0])
+    with pytest.raises(ValueError, match=r"got none of 2\. Of the first one solver_error, 5e"):
+        full(n=2, nll=nll, failed=failed, solver_error=error).summary()
 
 
 def test_cat_refuses_what_is_no_result():

@@ -1,12 +1,12 @@
 """The likelihood of the probability-flow ODE, and the variational bound of the SDE.
 
-- `ode`: `ode_nll`, the log-density along the ODE, which one of two solvers follows.
+- `ode`: `ode_nll`, the log-density along the ODE, and the choice of a solver.
 - `sample`: `ode_sample`, the same paths from noise to data.
-- `multistep`: method "fixed", a grid that the batch shares.
+- `multistep`: method "fixed", a grid that the batch shares, of steps that are given or found.
 - `adaptive`: method "adaptive", steps of each sample's own.
 - `variational`: `variational_nll`.
-- `inputs`: what both share: options, a batch in chunks, integers, and samples that failed.
-- `coordinates`: x and its drift in the coordinates in which the ODE is solved.
+- `inputs`: what they share: options, a batch in chunks, integers, and samples that failed.
+- `paths`: the paths of a batch, the coordinates they are solved in, and the divergence.
 - `result`: `NLLResult` and its summary.
 """
 

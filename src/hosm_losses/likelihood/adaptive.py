@@ -1,4 +1,8 @@
-r"""An adaptive solver for dy/ds = f(s, y) that gives every sample steps of its own.
+r"""Method "adaptive": steps of each sample's own.
+
+What:
+    A solver of dy/ds = f(s, y). It needs a smooth integrand, so it keeps its probes along the
+    path, and their error.
 
 Formula:
     The Runge-Kutta pair 5(4) of Tsitouras; the last stage is the first of the next step. A step is
@@ -8,9 +12,11 @@ Formula:
 
 Source:
     Tsitouras, "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying
-    assumption", Computers & Mathematics with Applications 62 (2011), table 1.
+    assumption", Computers & Mathematics with Applications 62 (2011), table 1; Abramowitz and
+    Stegun, "Handbook of Mathematical Functions", 26.7.5, for Student's law.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses.likelihood.multistep import combine
+from hosm_losses.likelihood.paths import Paths, Solved
 
 NODES = (0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0)
 # fmt: off
@@ -38,6 +45,11 @@ ERROR = (
 # fmt: on
 ORDER = 5  # the error of a step goes as h⁵
 FIRST_STEP = 0.05
+MAX_EVALUATIONS = 10_000
+STATE_TOLERANCE = 0.03
+MINIMUM_PATHS = 4
+# Of t/2 − 1 in powers of 1/ν, t the quantile of Student's law where the normal law has 2.
+STUDENT = (5 / 4, 49 / 32, 183 / 128, 5665 / 6144)
 SHRINK, GROW, SAFETY = 0.2, 5.0, 0.9
 
 
@@ -100,3 +112,58 @@ def adaptive(
         h = h * torch.where(finite, factor, torch.full_like(factor, SHRINK))
         arrived = accepted & last
         stuck = ~arrived & ((evaluations[rows] + len(STAGES) > max_evaluations) | (h < smallest))
+
+
+def solve_adaptive(paths: Paths, z: Tensor, span: tuple[float, float], tolerance: float) -> Solved:
+    """Solve from the start of a span, at either end, with steps of each sample's own.
+
+    They are steps in r = σ̂/(σ̂ + s), du = dr/(r (1 − r)), s the data's standard deviation: neither
+    end is at infinity, and the noise end is no farther than the data end. A step may err by
+    `tolerance` nats in the log-density, and in the state by 0.03 of it in root mean square.
+    """
+    batch, coordinates = paths.batch, paths.batch.coordinates
+    count, elements = len(z), z[0].numel()
+    probes = paths.draw(z)
+    on_their_way = count
+    reference = float(coordinates.std.log().mean())
+
+    low, high = (1 / (1 + math.exp(reference - u)) for u in span)
+    sign = 1.0 if high > low else -1.0  # the solver goes up, in −r where r goes down
+
+    def slope(s: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        nonlocal on_their_way
+        r = sign * s
+        batch.advance(on_their_way - len(rows))
+        on_their_way = len(rows)
+        here = coordinates.level(torch.logit(r) + reference)
+        state = y[:, :elements].reshape(len(y), *z.shape[1:])
+        chosen = None if probes is None else probes[:, rows]
+        _, moved, integrand = paths.slope_and_integrand(state, here, chosen, rows)
+        moved = torch.cat([moved.reshape(len(y), -1), integrand.T], 1)
+        return sign * moved / (r * (1 - r))[:, None]
+
+    def norm(error: Tensor) -> Tensor:
+        state = error[:, :elements].square().mean(1).sqrt()
+        return torch.maximum(error[:, elements:].mean(1), state / STATE_TOLERANCE) / tolerance
+
+    start = torch.cat([z.reshape(count, elements), z.new_zeros(count, paths.probes or 1)], 1)
+    ends = (sign * low, sign * high)
+    end, nfe, error, failed = adaptive(slope, start, ends, norm, MAX_EVALUATIONS)
+    batch.advance(on_their_way)
+    integrals = end[:, elements:]
+    standard_error = None
+    if paths.probes == 0:
+        standard_error = torch.zeros_like(integrals[:, 0])
+    elif paths.probes is not None and paths.probes >= MINIMUM_PATHS:
+        spread = integrals.detach().std(1) / paths.probes**0.5
+        standard_error = spread * student_factor(paths.probes - 1)
+    end, solver_error = end[:, :elements].reshape(z.shape), error[:, elements:].mean(1)
+    return Solved(end, integrals.mean(1), nfe, standard_error, solver_error, failed)
+
+
+def student_factor(freedom: int) -> float:
+    """The factor that makes ±2 standard errors from ν degrees of freedom cover 95.45 %.
+
+    Without it they cover 86 % for ν = 3, where the expansion is short by 0.2 %.
+    """
+    return 1 + sum(term / freedom**power for power, term in enumerate(STUDENT, 1))

@@ -1,4 +1,4 @@
-r"""What both likelihoods share: checked options, a batch with its conditions, and its result.
+r"""What the likelihoods share: checked options, batches with their conditions, and one result.
 
 Integers:
     Uniform noise u in [0, 1) spreads each integer k over its cell. With K draws of it
@@ -18,7 +18,7 @@ Source:
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any, Literal
 
@@ -31,7 +31,6 @@ from hosm_losses._checks import (
     check_finite,
     check_flag,
     check_generator,
-    check_like,
     check_model_kwargs,
     check_not_empty,
     check_sample_batch,
@@ -42,52 +41,17 @@ from hosm_losses._checks import (
 )
 from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import normal, outside_inference_mode
-from hosm_losses.likelihood.coordinates import Coordinates, NoiseLevel, accumulator
-from hosm_losses.likelihood.result import NLLResult, Quantization
-from hosm_losses.model import ConditionedModel, NoiseField, ScoreModel, check_model, condition
+from hosm_losses.likelihood.paths import Batch, Coordinates, accumulator
+from hosm_losses.likelihood.result import (
+    SOLVER_LIMIT,
+    SOLVER_LIMIT_PER_ELEMENT,
+    NLLResult,
+    Quantization,
+)
+from hosm_losses.model import ScoreModel, check_model, condition
 
 Dequantization = Literal["uniform"]
 EIGHT_BITS = Quantization(256, -1.0, 1.0)
-SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples whose likelihood is asked for, and all that goes with them."""
-
-    x: Tensor  # (B, *), in the precision of sums
-    model: ConditionedModel
-    coordinates: Coordinates
-    dtype: torch.dtype  # the network's
-    log_prior: Callable[[Tensor], Tensor] | None = None
-    generator: torch.Generator | None = None
-    advance: Callable[[float], object] = lambda _: None  # told the samples' worth of work done
-
-    def rows(self, x: Tensor, rows: Tensor) -> "Batch":
-        """Return the rows alone, at the points x of the whole batch."""
-        points = x[rows].to(accumulator(x))
-        return replace(self, x=points, model=self.model.rows(rows))
-
-    def field(self, level: NoiseLevel, rows: Tensor | None = None) -> NoiseField:
-        """Return f = −ε̂ at a level, for the rows (n,) of the batch, all if None."""
-        model = self.model if rows is None else self.model.rows(rows)
-        t = level.t.to(torch.promote_types(self.dtype, torch.float32))
-        return model.at(t.expand(len(self.x) if rows is None else len(rows)))
-
-    def noise(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """ε̂ at other points (B, *) of the batch, in their precision."""
-        return -self.field(level)(x.to(self.dtype)).to(x.dtype)
-
-    def log_prior_at(self, latent: Tensor) -> Tensor:
-        """Log-density (B,) of the prior at latents (B, *), in their precision."""
-        if self.log_prior is None:
-            std = self.coordinates.schedule.prior_std
-            normalisation = latent[0].numel() * math.log(2 * math.pi * std**2)
-            return -0.5 * (over_elements(latent.square(), 1) / std**2 + normalisation)
-        value = self.log_prior(latent.to(self.dtype))
-        shape = (len(latent),)
-        check_like("log_prior(latent)", value, shape, self.dtype, latent.device, "x")
-        return value.to(latent.dtype)
 
 
 def evaluate(

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hosm_losses._checks import check_choice, check_flag, check_generator, check_whole, complaint
-from hosm_losses.likelihood.inputs import Batch, check_probes, evaluate
-from hosm_losses.likelihood.ode import Divergence, Method, Paths, followed, solver
+from hosm_losses.likelihood.inputs import check_probes, evaluate
+from hosm_losses.likelihood.ode import Divergence, Method, solver
+from hosm_losses.likelihood.paths import Batch, Paths, followed
 from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.model import ScoreModel, check_model
 from hosm_losses.probes import Distribution
@@ -54,11 +56,12 @@ def ode_sample(
     latent: Tensor | Sequence[int],
     *,
     method: Method = "fixed",
-    steps: int = 64,
+    steps: int | None = 64,
     divergence: Divergence | None = "hutchinson",
     probes: int = 1,
     distribution: Distribution = "rademacher",
     tolerance: float = 3e-4,
+    group: "dist.ProcessGroup | None" = None,
     data_mean: float | Tensor = 0.0,
     data_std: float | Tensor = 0.5,
     log_prior: Callable[[Tensor], Tensor] | None = None,
@@ -79,12 +82,13 @@ def ode_sample(
             are drawn from N(0, prior_std² I) in the dtype and on the device of the network's first
             parameter.
         method: "fixed" or "adaptive", as in `ode_nll`, which says what the other options do.
-        steps: of the fixed grid, 4 or more, with steps + 10 evaluations.
+        steps: of the fixed grid, 4 or more, with steps + 10 evaluations; or None.
         divergence: "hutchinson" or "exact", or None for samples without their density, which
             differentiates nothing.
         probes: K, the number of probes a sample.
         distribution: of the probes.
-        tolerance: of the adaptive method, nats a step.
+        tolerance: of the adaptive method, nats a step; with steps=None, nats of `solver_error`.
+        group: with steps=None, the processes that have to take the same steps.
         data_mean: mean of the data.
         data_std: standard deviation of the data.
         log_prior: log-density at t_max, latent (B, *) → (B,), of the latents that are given.
@@ -116,7 +120,7 @@ def ode_sample(
     """
     if divergence is not None:
         check_choice("divergence (or None)", divergence, get_args(Divergence))
-    solve = solver(method, steps, distribution, tolerance)
+    solve = solver(method, steps, distribution, tolerance, group)
     kind = check_probes(probes, divergence)
     check_flag("enable_grad", enable_grad)
     given = isinstance(latent, Tensor)

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_whole, complaint, over_elements
-from hosm_losses.likelihood.coordinates import NoiseLevel
-from hosm_losses.likelihood.inputs import Batch, Dequantization, evaluate
+from hosm_losses.likelihood.inputs import Dequantization, evaluate
+from hosm_losses.likelihood.paths import Batch, NoiseLevel
 from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.model import ScoreModel
 
