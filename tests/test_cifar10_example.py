@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from hosm_losses import NLLResult
+from hosm_losses import NLLResult, ScoreModel, VPSchedule
 
 FOLDER = Path(__file__).parent.parent / "docs" / "examples" / "cifar10"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SMALL = ["--size", "tiny", "--sde", "vp", "--batch", "4", "--log-every", "1"]
+SMALL += ["--lr", "1e-3", "--warmup", "0"]  # a step that can be seen
 FILES = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]
 
 
@@ -176,7 +177,7 @@ def test_every_loss_trains(scripts, data, tmp_path, loss, terms, more):
         more = [*more, "--weights", 0.5]
     elif loss != "first":
         more = [*more, "--weights", *weights]
-    more = ["--loss", loss, "--batch", 2, "--steps", 2, "--lr", "1e-3", "--warmup", 4, *more]
+    more = ["--loss", loss, "--batch", 2, "--steps", 2, "--warmup", 4, *more]
     scripts.train.main(command(data, tmp_path, *more))
     entries = log(tmp_path)
     assert [entry["step"] for entry in entries] == [1, 2]
@@ -292,7 +293,7 @@ def test_two_processes_hold_one_network_and_go_on(scripts, data, tmp_path):
 
 def test_the_average_follows_the_weights(scripts, data, tmp_path):
     """After one step it has gone nine tenths of the way: the decay warms up."""
-    scripts.train.main(command(data, tmp_path, "--steps", 1, "--warmup", 0))
+    scripts.train.main(command(data, tmp_path, "--steps", 1))
     state = scripts.checkpoints.load(tmp_path / "checkpoint.pt")
     torch.manual_seed(0)
     start = scripts.networks.score_model("vp", "tiny").network.state_dict()
@@ -301,13 +302,12 @@ def test_the_average_follows_the_weights(scripts, data, tmp_path):
         after = state["objective"][f"model.network.{name}"]
         torch.testing.assert_close(state["ema"][name], before + 0.9 * (after - before))
         moved = max(moved, float((after - before).abs().max()))
-    assert moved == pytest.approx(2e-4, rel=0.1)  # Adam's first step
+    assert moved == pytest.approx(1e-3, rel=0.1)  # Adam's first step
 
 
 def test_the_gradient_is_clipped(scripts, data, tmp_path):
     """Far below the ε of Adam, 1e-8, a step is that of the gradient and as small."""
-    more = ["--steps", 1, "--warmup", 0, "--clip", "1e-12"]
-    scripts.train.main(command(data, tmp_path, *more))
+    scripts.train.main(command(data, tmp_path, "--steps", 1, "--clip", "1e-12"))
     after = scripts.checkpoints.load(tmp_path / "checkpoint.pt")["objective"]
     torch.manual_seed(0)
     for name, before in scripts.networks.score_model("vp", "tiny").network.state_dict().items():
@@ -362,7 +362,7 @@ def test_fine_tuning_starts_from_the_average_with_a_fresh_optimizer(scripts, dat
 
 def test_other_options_are_refused_when_a_run_goes_on(scripts, data, tmp_path):
     scripts.train.main(command(data, tmp_path, "--steps", 1))
-    with pytest.raises(ValueError, match=r"--lr 0\.5 where it has 0\.0002"):
+    with pytest.raises(ValueError, match=r"--lr 0\.5 where it has 0\.001"):
         scripts.train.main(command(data, tmp_path, "--steps", 2, "--lr", 0.5))
 
 
@@ -462,6 +462,33 @@ def test_bits_per_dimension_are_printed_with_their_standard_error(scripts, data,
     torch.testing.assert_close(exact.new_tensor(found["ode"]["bits"]), exact, rtol=0, atol=1e-3)
     with importlib.import_module("PIL.Image").open(tmp_path / "samples.png") as picture:
         assert picture.size == (3 * 34, 2 * 34)
+
+
+class _OnePicture(torch.nn.Module):
+    """The noise of data that is one picture alone, to which the ODE brings every latent."""
+
+    def __init__(self, picture):
+        super().__init__()
+        self.picture = torch.nn.Parameter(picture)
+
+    def forward(self, x, t):
+        alpha, sigma = (each[:, None, None, None] for each in VPSchedule()(t))
+        return (x - alpha * self.picture) / sigma
+
+
+def test_samples_are_saved_as_pictures(scripts, data, tmp_path):
+    levels = scripts.cifar.load(data, train=True)[0]
+    model = ScoreModel(_OnePicture((levels + 0.5) / 128 - 1), VPSchedule())
+    args = SimpleNamespace(samples=3, steps=32, batch=2, seed=0)
+    scripts.evaluate.save_samples(model, tmp_path / "samples.png", args)
+    with importlib.import_module("PIL.Image").open(tmp_path / "samples.png") as picture:
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    for place, (row, column) in enumerate([(0, 0), (0, 34), (34, 0), (34, 34)]):
+        tile = pixels[:, row : row + 34, column : column + 34]
+        white = torch.full_like(tile, 255)
+        expected = white.clone()
+        expected[:, 1:33, 1:33] = levels
+        assert torch.equal(tile, white if place == 3 else expected)
 
 
 def test_the_number_of_processes_does_not_change_the_numbers(scripts):

@@ -4,9 +4,9 @@ Both networks are diffusers' UNet2DModel with attention at 16 x 16. Its options 
 
     vp   like DDPM++: resampling by convolution, a positional embedding of 999 t. It predicts the
          noise.
-    ve   like NCSN++: FIR resampling, the input added again at every resolution, Fourier features
-         of log σ. For these the UNet is given σ, takes the logarithm itself and divides its last
-         layer h by σ. It predicts the score h/σ, so that the noise it stands for is −h.
+    ve   like NCSN++: FIR resampling, the input added and the output gathered at every resolution,
+         Fourier features of log σ. For these the UNet is given σ, takes the logarithm itself and
+         divides its last layer h by σ. It predicts the score h/σ: the noise it stands for is −h.
 
 Data in [-1, 1] has twice the scale of data in [0, 1]. So σ from 0.02 to 100 is here what 0.01 to
 50 is in the paper's code.
