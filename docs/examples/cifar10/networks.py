@@ -1,0 +1,118 @@
+"""The networks and the losses of the experiment, by name.
+
+Both networks are diffusers' UNet2DModel with attention at 16 x 16. Its options make it
+
+    vp   like DDPM++: resampling by convolution, a positional embedding of 999 t. It predicts the
+         noise.
+    ve   like NCSN++: FIR resampling, the input added and the output gathered at every resolution,
+         Fourier features of log σ. For these the UNet is given σ, takes the logarithm itself and
+         divides its last layer h by σ. It predicts the score h/σ: the noise it stands for is −h.
+
+Data in [-1, 1] has twice the scale of data in [0, 1]. So σ from 0.02 to 100 is here what 0.01 to
+50 is in the paper's code.
+"""
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+from hosm_losses import (
+    FirstOrderDSM,
+    ScoreModel,
+    SecondOrderDSM,
+    SteinDSM,
+    ThirdOrderDSM,
+    VESchedule,
+    VPSchedule,
+)
+
+# Channels at each resolution, residual blocks at each, groups of a group norm. "deep" has the 8
+# blocks of the paper's deep networks.
+SIZES = {
+    "tiny": ((8, 32), 1, 4),
+    "small": ((32, 64, 64), 2, 8),
+    "paper": ((128, 256, 256, 256), 4, 32),
+    "deep": ((128, 256, 256, 256), 8, 32),
+}
+# The module, and what it always takes.
+LOSSES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "first": (FirstOrderDSM, {}),
+    "second": (SecondOrderDSM, {}),
+    "third": (ThirdOrderDSM, {}),
+    "paired2": (SecondOrderDSM, {"estimator": "paired"}),
+    "paired3": (ThirdOrderDSM, {"estimator": "paired"}),
+    "stein": (SteinDSM, {}),
+}
+TIMES = ("log_sigma_hat", "schedule")
+
+
+def score_model(sde: str, size: str, dropout: float = 0.0) -> ScoreModel:
+    """Return a new network of a size, with its schedule, "ve" or "vp"."""
+    channels, layers, groups = SIZES[size]
+    if sde == "ve":  # whose blocks have group norms of 32 groups
+        channels = tuple(max(32, each) for each in channels)
+    skip = "Skip" if sde == "ve" else ""
+    down = [f"{skip}DownBlock2D"] * len(channels)
+    down[1] = f"Attn{skip}DownBlock2D"
+    network = UNet2DModel(
+        sample_size=32,
+        block_out_channels=channels,
+        layers_per_block=layers,
+        down_block_types=down,
+        up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
+        norm_num_groups=groups,
+        norm_eps=1e-6,
+        attention_head_dim=None,  # one head
+        dropout=dropout,
+        time_embedding_type="fourier" if sde == "ve" else "positional",
+        mid_block_scale_factor=2**0.5 if sde == "ve" else 1,
+    )
+    output = attrgetter("sample")
+    if sde == "vp":
+        return ScoreModel(network, VPSchedule(), "epsilon", time=999.0, output=output)
+    schedule = VESchedule(sigma_min=0.02, sigma_max=100.0)
+    return ScoreModel(network, schedule, "score", time=schedule.sigma, output=output)
+
+
+def objective(model: ScoreModel, loss: str, *, times: str, **options: Any) -> nn.Module:
+    """Return the module of a loss; options that are None are left to their defaults.
+
+    With times="log_sigma_hat" log σ̂ is uniform for every term and no term is reweighted. The first
+    term is then the likelihood-weighted one over the number of pixels and the range of log σ̂.
+    """
+    kind, always = LOSSES[loss]
+    chosen = {name: value for name, value in options.items() if value is not None}
+    weights = chosen.pop("weights", None)
+    if loss == "stein":  # whose log σ̂ is uniform by itself
+        return kind(model, **chosen, **({} if weights is None else {"weight": weights}))
+    if loss != "first" and weights is not None:
+        chosen["weights"] = weights
+    if times == "log_sigma_hat":
+        low, high = log_sigma_hat_range(model)
+
+        def uniform(batch: int, generator: torch.Generator | None) -> torch.Tensor:
+            device = next(model.parameters()).device
+            unit = torch.rand(batch, generator=generator, device=device)
+            return model.schedule.time(low + (high - low) * unit)
+
+        chosen["time_sampler"] = uniform
+    return kind(model, **always, **chosen)
+
+
+def log_sigma_hat_range(model: ScoreModel) -> tuple[float, float]:
+    """Return log σ̂ at both ends of the schedule."""
+    ends = torch.tensor([model.schedule.t_min, model.schedule.t_max], dtype=torch.float64)
+    low, high = model.schedule.log_sigma_hat(ends).tolist()
+    return low, high
+
+
+def loss_scale(model: ScoreModel, loss: str) -> float:
+    """Return what a loss is multiplied by, so that all have a first term of about 1 at the start.
+
+    `SteinDSM` is in nats, the others are per pixel. One clipping of gradients then suits all.
+    """
+    low, high = log_sigma_hat_range(model)
+    return 1 / (3 * 32 * 32 * (high - low)) if loss == "stein" else 1.0
