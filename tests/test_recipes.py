@@ -78,6 +78,13 @@ def test_fine_tuning_lowers_the_nats_of_the_ode():
     assert fine_tuned < first
 
 
+def test_a_velocity_network_gains_by_order_two():
+    text = run(EXAMPLES / "velocity_2d.py", "--steps", "600")
+    one, two, stein, data = numbers(text)
+    assert data < two < one
+    assert data < stein
+
+
 def test_mixed_precision_trains():
     first, last = numbers(run(EXAMPLES / "mixed_precision.py"))
     assert last < first

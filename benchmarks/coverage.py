@@ -1,0 +1,111 @@
+"""Does twice the claimed solver_error of the fixed grid cover the true error?
+
+python -m benchmarks.coverage [--steps 64] [--smoke]
+
+For five schedules, and networks that were trained not at all, briefly and for longer. The truth is
+a grid of 1024 steps with the exact divergence (512 for digits, 256 for images). With random probes
+the claim is that of the path alone, and has to cover the same error.
+"""
+
+import torch
+from tests.oracles import mixture_noise, ring
+from torch import Tensor
+from tqdm import tqdm
+
+import hosm_losses as hosm
+from benchmarks.experiment import parser, show
+from benchmarks.trained import Convolutional, Dense, digits, images
+
+SCHEDULES = {
+    "VP": hosm.VPSchedule(),
+    "VE": hosm.VESchedule(),
+    "EDM": hosm.EDMSchedule(),
+    "flow": hosm.LinearFlowSchedule(),
+    "cosine": hosm.CosineSchedule(),
+}
+# By data: samples judged, steps of the truth, batch, steps of training (None: the exact score).
+DATA = {
+    "ring": (100, 1024, 128, (None, 0, 200, 3000)),
+    "digits": (8, 512, 128, (0, 200, 2000)),
+    "images": (2, 256, 32, (0, 150)),
+}
+HEADER = (
+    "Data", "Schedule", "Training", "Median error", "Median claim", "Covered", "by the path alone"
+)  # fmt: skip
+
+
+def draw(name: str, count: int, generator: torch.Generator) -> Tensor:
+    """Data (count, *) in float32."""
+    if name == "ring":
+        return ring().sample(count, generator).float()
+    return digits(count, generator) if name == "digits" else images(16, count, generator)
+
+
+def trained(
+    data: Tensor, schedule: hosm.Schedule, steps: int, batch: int, generator: torch.Generator
+) -> hosm.ScoreModel:
+    """A network after so many steps of order one, in float64."""
+    std = float(data.std())
+    if data.ndim == 2:
+        network = Dense(schedule, std, data.shape[1], 128 if data.shape[1] < 64 else 256)
+    else:
+        network = Convolutional(schedule, std)
+    model = hosm.ScoreModel(network, schedule)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in tqdm(range(steps), "training", leave=False):
+        chosen = torch.randint(len(data), (batch,), generator=generator)
+        loss = hosm.first_order_dsm(model, data[chosen], generator=generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval().double()
+
+
+def row(name: str, schedule: hosm.Schedule, training: int | None, steps: int) -> list[object]:
+    """What was claimed and what was true of one network."""
+    count, finest, batch, _ = DATA[name]
+    generator = torch.Generator().manual_seed(1)
+    data = draw(name, 1500 + count, generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if training is None:
+            model = hosm.ScoreModel(mixture_noise(ring(), schedule), schedule)
+        else:
+            model = trained(data[:1500], schedule, training, batch, generator)
+    held_out = data[1500:].double()
+    alpha, sigma = schedule(torch.tensor([schedule.t_min], dtype=torch.float64))
+    x = alpha * held_out + sigma * torch.randn(
+        held_out.shape, generator=generator, dtype=held_out.dtype
+    )
+    options = {"data_std": float(data.std()), "data_mean": float(data.mean())}
+    truth = hosm.ode_nll(model, x, divergence="exact", steps=finest, **options)
+    exact = hosm.ode_nll(model, x, divergence="exact", steps=steps, **options)
+    random = hosm.ode_nll(model, x, steps=steps, generator=generator, **options)
+    error = (exact.nll - truth.nll).abs()
+
+    def covered(result: hosm.NLLResult) -> float:
+        return float((error <= 2 * result.solver_error).double().mean())
+
+    claim = float(exact.solver_error.median())
+    return [float(error.median()), claim, covered(exact), covered(random)]
+
+
+def main() -> None:
+    """Print a row for every data set, schedule and length of training."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--steps", type=int, default=64)
+    arguments.add_argument("--data", nargs="*", choices=DATA, default=list(DATA))
+    options = arguments.parse_args()
+    rows = []
+    for name in options.data[:1] if options.smoke else options.data:
+        for schedule in list(SCHEDULES)[:1] if options.smoke else SCHEDULES:
+            for training in DATA[name][3][:2] if options.smoke else DATA[name][3]:
+                told = "exact score" if training is None else f"{training} steps"
+                found = row(name, SCHEDULES[schedule], training, options.steps)
+                rows.append([name, schedule, told, *found])
+                print(*rows[-1], flush=True)
+    show(f"Claims of {options.steps} steps, nats", HEADER, rows)
+
+
+if __name__ == "__main__":
+    main()
