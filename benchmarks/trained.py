@@ -160,7 +160,7 @@ def trained(name: str, steps: int | None = None) -> Problem:
     kept = os.environ.get(KEPT)
     file = Path(kept) / f"{name}-{steps}.pt" if kept else None
     if file is not None and file.exists():
-        network.load_state_dict(torch.load(file))
+        network.load_state_dict(torch.load(file, weights_only=True))
     else:
         for _ in tqdm(training(model, loss, steps, 2e-3), name, steps, leave=False):
             pass

@@ -191,7 +191,7 @@ class Campaign:
             spent = trained(problem, model, base, steps, RATE, f"{name}: before")
             row = {"steps": steps, "seconds": spent} | judged(problem, model, None)
             self.keep(name, BEFORE, row, model)
-        start = torch.load(self.path(name, BEFORE))["weights"]
+        start = torch.load(self.path(name, BEFORE), weights_only=True)["weights"]
         for loss in chosen:
             if loss not in done and re.search(pattern, loss):
                 model.load_state_dict(start)
@@ -213,7 +213,7 @@ class Campaign:
             row["seconds"] = trained(problem, model, both[loss], row["steps"], rate, bar)
         except (ValueError, hosm.DerivativeError) as error:
             return row | {"failed": experiment.reason(error)}
-        base = torch.load(self.path(name, BASE))["values"] if of_base else None
+        base = torch.load(self.path(name, BASE), weights_only=True)["values"] if of_base else None
         return row | judged(problem, model, base)
 
 

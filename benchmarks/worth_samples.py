@@ -96,7 +96,9 @@ def main() -> None:
         found = {"two halves of the data": floor}
         shown, model = {"data": problem.test[:24]}, problem.model(SEEDS)
         for loss in tqdm(campaign.report[NAME]):
-            model.load_state_dict(torch.load(campaign.path(NAME, loss))["weights"])
+            model.load_state_dict(
+                torch.load(campaign.path(NAME, loss), weights_only=True)["weights"]
+            )
             samples = sampled(model, options.count)
             shown[loss] = samples[:24, 0]
             found[loss] = [

