@@ -76,7 +76,9 @@ def panels(
         if i % columns == 0:
             axes.set_ylabel(ylabel)
         if i < columns or len(rows) == 1:
-            axes.set_title(label(problems, name).replace(" on ", "\non ").replace(", ", "\n"))
+            title = label(problems, name)
+            wrapped = title.replace(" on ", "\non ").replace(", ", "\n")
+            axes.set_title(wrapped if columns > 2 else title)
         if i >= columns * (lines - 1):
             axes.set_xlabel(xlabel)
         for curve, points in curves(found).items():
