@@ -13,7 +13,7 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 import hosm_losses
 
 project = "hosm-losses"
-author = "The hosm-losses maintainers"
+project_copyright = author = "The hosm-losses maintainers"
 version = release = hosm_losses.__version__
 
 extensions = [
