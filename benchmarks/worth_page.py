@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
 
 from benchmarks import results
 from benchmarks.environment import ROOT
+from benchmarks.page.figures import DPI, TEXT, WIDTH
 from benchmarks.worth import BASE, BEFORE, SEEDS, SWEEP
 from benchmarks.worth_problems import PROBLEMS
 
@@ -97,7 +99,13 @@ def markdown(rows: list[list[str]]) -> str:
 
 def draw(report: results.Report, path: Path) -> None:
     """Draw KL over that of order one, for each problem and loss."""
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    with rc_context(TEXT):
+        drawn(report).savefig(path, dpi=DPI, metadata={"Software": None})
+
+
+def drawn(report: results.Report) -> Figure:
+    """The figure, in the text size of the context."""
+    figure = Figure(figsize=(WIDTH, 6.2), layout="constrained")
     axes = figure.subplots()
     found = [name for name in PROBLEMS if BASE in report.get(name, {})]
     found = [name for name in found if report[name][BASE]["j_sm"] is not None]
@@ -120,9 +128,10 @@ def draw(report: results.Report, path: Path) -> None:
     for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis_formatter(FormatStrFormatter("%.2f"))
     axes.set_xticks(range(len(found)), [name.replace(", ", "\n") for name in found])
-    axes.set_ylabel("KL over that of order one, at equal processor time")
-    figure.legend(loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=150)
+    axes.tick_params(axis="x", labelsize="small")
+    axes.set_ylabel("KL over that of order one,\nat equal processor time")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
 
 
 def of_quadratic(report: results.Report) -> str:

@@ -1,9 +1,14 @@
-"""The documentation names everything public, and its code runs."""
+"""The documentation names everything public, its code runs, and its site needs no other host."""
 
+import importlib.util
 import inspect
 import re
+import subprocess
+import sys
 import textwrap
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -69,3 +74,77 @@ def test_code_runs(page, tmp_path, monkeypatch):
     namespace = {"__name__": page.stem}
     for line, code in _blocks(page.read_text(encoding="utf-8")):
         exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+class _Page(HTMLParser):
+    """What a page loads, and its text outside of code and formulas."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.loads, self.text, self._inside = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        kind = (attrs.get("rel") or "").split()
+        if tag == "link" and not {"next", "prev", "index", "search"} & {*kind}:
+            self.loads.append(attrs["href"])
+        elif tag != "a" and attrs.get("src"):
+            self.loads.append(attrs["src"])
+        formula = "math" in (attrs.get("class") or "").split()
+        opens = self._inside or formula or tag in ("code", "pre", "script", "style", "dt")
+        if opens and tag not in ("area", "br", "hr", "img", "input", "link", "meta", "wbr"):
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag):
+        if self._inside and tag == self._inside[-1]:
+            self._inside.pop()
+
+    def handle_data(self, data):
+        if not self._inside:
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built as for its readers."""
+    for name in ("furo", "myst_parser", "sphinx-mathjax-offline"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip("needs the extra docs")
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", str(ROOT / "docs"), out]
+    subprocess.run(command, check=True)
+    return out
+
+
+def test_the_site_asks_no_other_host(site):
+    asked, missing = [], []
+    for page in site.rglob("*.html"):
+        for url in _Page(page.read_text(encoding="utf-8")).loads:
+            if urlsplit(url).netloc:
+                asked.append((page.name, url))
+            elif not (page.parent / urlsplit(url).path).exists():
+                missing.append((page.name, url))
+    for style in site.rglob("*.css"):
+        urls = re.findall(
+            r"(?:url\(|@import) *[\"']?([^\"')]+)", style.read_text(encoding="utf-8")
+        )
+        asked += [(style.name, url) for url in urls if urlsplit(url).netloc]
+    assert not asked
+    assert not missing
+
+
+def test_every_formula_of_the_site_is_one(site):
+    """A line that opens with a plus or a minus inside $...$ becomes a list."""
+    for page in site.glob("*.html"):
+        text = "".join(_Page(page.read_text(encoding="utf-8")).text)
+        assert "$" not in text, (page.name, text[text.index("$") - 80 :][:160])
+
+
+def test_what_a_page_loads_is_found():
+    page = _Page(
+        '<link rel="stylesheet" href="https://a/b.css"><script src="//c/d.js">$x$</script>'
+        '<a href="https://e">$</a><img src="f.png"><code>$</code><span class="math">$</span>'
+    )
+    assert page.loads == ["https://a/b.css", "//c/d.js", "f.png"]
+    assert page.text == ["$"]

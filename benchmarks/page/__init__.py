@@ -23,7 +23,8 @@ from benchmarks.page.tables import TABLES
 def tree(file: Path) -> Found:
     """What was found by question, and where it was measured.
 
-    "gpu" is what `python -m benchmarks.gpu --out` wrote beside it, by card, batch and precision.
+    "gpu" is what `python -m benchmarks.gpu --out` wrote beside it, by card, batch and precision,
+    "scale" what `python -m benchmarks.scale` wrote, by network.
     """
     found: Found = {"measured": {}, "gpu": {}}
     for question, report in results.read(file).items():
@@ -31,6 +32,9 @@ def tree(file: Path) -> Found:
         where = {"size": report["size"], **report["environment"]}
         peers = {name: each or "not installed" for name, each in where.pop("peers").items()}
         found["measured"][question] = where | peers
+    scale = file.parent / "scale.json"
+    if scale.exists():
+        found["scale"] = json.loads(scale.read_text("utf-8"))["networks"]
     for gpu in sorted(file.parent.glob("gpu*.json")):
         report = json.loads(gpu.read_text())
         where = "{card}, PyTorch {torch}, commit {commit}, {date}".format(**report["environment"])

@@ -1,16 +1,22 @@
-"""Every figure, in one look: told apart by marker and dash as well as by colour."""
+"""Every figure, in one look: told apart by marker and dash as well as by colour.
 
+A page shows them about 930 pixels wide, where their text is as large as that of the page.
+"""
+
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator
 
 from benchmarks.page.numbers import Found, label, walk
 
-DPI = 110
+DPI, WIDTH, TEXT = 150, 9.3, {"font.size": 11.5, "axes.titlesize": "medium"}
 PROBES = ("rademacher", "gaussian", "sphere", "dct", "unit vectors")
 TERMS = ("first", "second", "trace", "third", "third laplacian", "third sliced")
 # In the likelihood ours are in colour and others grey, by a part of their names.
@@ -36,8 +42,17 @@ def draw(found: Found, images: Path) -> Iterator[Path]:
             path = images / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             # Without the version of matplotlib the file is the same for the same numbers.
-            figure(found[question]).savefig(path, dpi=DPI, metadata={"Software": None})
+            with rc_context(TEXT):
+                figure(found[question]).savefig(path, dpi=DPI, metadata={"Software": None})
             yield path
+
+
+class Plain(LogFormatter):
+    """Labels the ticks that LogFormatter labels, as 0.6 where that writes 6e-01."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The label of a tick, empty for one that has none."""
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def panels(
@@ -50,29 +65,36 @@ def panels(
     sharey: Literal["row", "none"] = "row",
     ticks: Sequence[float] | None = None,
 ) -> Figure:
-    """A column for a problem and a row for a quantity, whose curves have names."""
+    """A panel for each problem and quantity, a row for each of several quantities."""
     problems = {name: each for name, each in problems.items() if each["elements"] >= least}
-    size = (3 * len(problems) + 1, 2.4 * len(rows) + 2)
-    figure, shown = Figure(size, layout="constrained"), {}
-    grid = figure.subplots(len(rows), len(problems), sharey=sharey, squeeze=False)
-    for panel_row, (ylabel, curves) in zip(grid, rows.items(), strict=True):
-        panel_row[0].set_ylabel(ylabel)
-        for axes, (name, found) in zip(panel_row, problems.items(), strict=True):
-            for curve, points in curves(found).items():
-                look = styles(curve)
-                value, low, high = zip(*points.values(), strict=True)
-                axes.fill_between([*points], low, high, color=look["color"], alpha=0.18, lw=0)
-                shown[curve] = axes.plot([*points], value, ms=5, **look)[0]
-            axes.set_title(label(problems, name), fontsize=9)
-            axes.set(xscale="log", yscale="log", xlabel=xlabel)
-            for side in (axes.xaxis, axes.yaxis):
-                side.set_major_formatter("{x:g}")
-                side.set_minor_formatter(LogFormatter())
-            if ticks:
-                axes.xaxis.set_major_locator(FixedLocator(ticks))
-                axes.xaxis.set_minor_locator(NullLocator())
-            axes.grid(color="0.9")
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=8)
+    columns = len(problems) if len(rows) > 1 else 2
+    lines = math.ceil(len(rows) * len(problems) / columns)
+    figure, shown = Figure((WIDTH, 3.1 * lines + 1), layout="constrained"), {}
+    grid = figure.subplots(lines, columns, sharey=sharey, squeeze=False)
+    for i, ((ylabel, curves), (name, found)) in enumerate(product(rows.items(), problems.items())):
+        axes = grid.flat[i]
+        if i % columns == 0:
+            axes.set_ylabel(ylabel)
+        if i < columns or len(rows) == 1:
+            title = label(problems, name)
+            wrapped = title.replace(" on ", "\non ").replace(", ", "\n")
+            axes.set_title(wrapped if columns > 2 else title)
+        if i >= columns * (lines - 1):
+            axes.set_xlabel(xlabel)
+        for curve, points in curves(found).items():
+            look = styles(curve)
+            value, low, high = zip(*points.values(), strict=True)
+            axes.fill_between([*points], low, high, color=look["color"], alpha=0.18, lw=0)
+            shown[curve] = axes.plot([*points], value, ms=5, **look)[0]
+        axes.set(xscale="log", yscale="log")
+        for side in (axes.xaxis, axes.yaxis):
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter(Plain())
+        if ticks:
+            axes.xaxis.set_major_locator(FixedLocator(ticks))
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(color="0.9")
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -121,7 +143,7 @@ NOISE = {
         f"noise > {' or '.join(TERMS)} > *"
     )
 }
-LEVEL = {"xlabel": "σ̂ [standard deviation of the data]", "ticks": (0.1, 0.3, 1, 3, 10)}
+LEVEL = {"xlabel": "σ̂ [std of the data]", "ticks": (0.1, 0.3, 1, 3, 10)}
 METHOD = {"styles": method_style, "sharey": "none"}
 CALLS = {"rows": {"error [nats]": against("evaluations")}, "xlabel": "network evaluations"}
 TIMES = {"rows": {"error [nats]": against("seconds", 1e3)}, "xlabel": "processor time [ms]"}

@@ -22,6 +22,7 @@ columns exchanged.
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from typing import Any
 
 Found = dict[str, Any]
@@ -105,13 +106,14 @@ def spread(interval: Sequence[float], digits: int = 2) -> str:
     return value if low == high else f"{value} ({low} to {high})"
 
 
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table; a first cell that repeats the one above is left empty."""
-    above = ["", *(line[0] for line in lines)]
-    shown = [
-        ["" if line[0] == before else line[0], *line[1:]]
-        for line, before in zip(lines, above, strict=False)
-    ]
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], labels: int = 1) -> str:
+    """A table; of the first cells, those that are as in the line above are left empty."""
+    shown, above = [], [""] * len(head)
+    for line in lines:
+        pairs = zip(line[:labels], above, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        shown.append([""] * same + [*line[same:]])
+        above = line
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *shown])
 
 
@@ -135,9 +137,10 @@ def table(found: Found, described: str) -> str:
             lines.append([*(label(found[path.partition(" > ")[0]], key) for key in keys), *cells])
     if not lines:
         raise KeyError(path)
-    lines = [[*heads.split(", "), *columns], *lines]
+    labels = heads.split(", ")
+    lines = [[*labels, *columns], *lines]
     head, *lines = zip(*lines, strict=True) if turned else lines
-    return markdown(head, lines)
+    return markdown(head, lines, 1 if turned else len(labels))
 
 
 def cell(node: Any, path: str, digits: int) -> str:

@@ -226,7 +226,7 @@ def draw(jobs: list[Job], outcomes: dict[Job, Outcome], path: Path) -> None:
     """Draw densities and scores: the true ones, and those of the ODEs."""
     first = jobs[0]
     log_density, score = true_density(SCHEDULES[first.schedule])
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.set(title="density at t_min", ylabel="p(x) [1/unit of x]")
     right.set(title="score of that density", ylabel="d log p/dx [1/unit of x]", ylim=(-90, 90))
@@ -244,7 +244,7 @@ def draw(jobs: list[Job], outcomes: dict[Job, Outcome], path: Path) -> None:
         axes.set(xlabel="x [unit of the data]", xlim=(-1.1, 1.1))
     name = first.schedule.upper()
     figure.suptitle(f"{name}, equal steps: {first.steps} for each order, seed {first.seed}")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
 
 

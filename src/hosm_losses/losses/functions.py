@@ -163,8 +163,8 @@ def stein_dsm(model: ScoreModel, x0: Tensor, **arguments: Unpack[SteinArguments]
     """Order one with the rate at which the log-density of the model's ODE goes wrong, in nats.
 
     It trades the likelihood of the SDE for that of the ODE: J_SM, which order one alone makes as
-    small as it can, rises a little. The formula is in `stein`. A step costs what one of order two
-    with as many probes costs.
+    small as it can, rises a little. The formula is on the page on theory, under "What the
+    likelihood feels". A step costs what one of order two with as many probes costs.
 
     Args:
         model: the score model.
