@@ -24,7 +24,8 @@ def tree(file: Path) -> Found:
     """What was found by question, and where it was measured.
 
     "gpu" is what `python -m benchmarks.gpu --out` wrote beside it, by card, batch and precision,
-    "scale" what `python -m benchmarks.scale` wrote, by network.
+    "scale" what `python -m benchmarks.scale` wrote, by network, "coverage" what
+    `python -m benchmarks.coverage` wrote, by data and training.
     """
     found: Found = {"measured": {}, "gpu": {}}
     for question, report in results.read(file).items():
@@ -32,6 +33,7 @@ def tree(file: Path) -> Found:
         where = {"size": report["size"], **report["environment"]}
         peers = {name: each or "not installed" for name, each in where.pop("peers").items()}
         found["measured"][question] = where | peers
+    found["coverage"] = results.read(file.parent / "coverage.json")
     scale = file.parent / "scale.json"
     if scale.exists():
         found["scale"] = json.loads(scale.read_text("utf-8"))["networks"]
