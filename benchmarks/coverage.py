@@ -31,6 +31,7 @@ DATA = {
     "digits": (8, 512, 128, (0, 200, 2000)),
     "images": (2, 256, 32, (0, 150)),
 }
+LABELS = {"ring": "ring, d = 2", "digits": "digits, d = 64", "images": "images, d = 768"}
 FILE = results.DIRECTORY / "coverage.json"
 HEADER = ("Data", "Training", "Schedule", "Error", "Claim", "Ratio", "Covered", "by the path's")
 
@@ -112,7 +113,7 @@ def main() -> None:
             for schedule in list(SCHEDULES)[:1] if options.smoke else SCHEDULES:
                 found = measure(name, SCHEDULES[schedule], training, options.steps)
                 rows.append([name, told, schedule, *found.values()])
-                kept.setdefault(name, {}).setdefault(told, {})[schedule] = found
+                kept.setdefault(LABELS[name], {}).setdefault(told, {})[schedule] = found
                 if options.steps == 64 and not options.smoke:
                     results.write(FILE, kept)
     show(

@@ -80,7 +80,8 @@ def named(found: Found, path: str, digits: int = 2) -> str:
     if len(values) == 1:
         return text(values[0], digits)
     values = [value[0] if isinstance(value, list) else value for value in values]
-    return f"{number(min(values), digits)} to {number(max(values), digits)}"
+    low, high = (number(each(values), digits) for each in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def text(value: Any, digits: int) -> str:
