@@ -1,5 +1,6 @@
 """The machinery behind docs/worth.md: judging, resuming, ensembles, and the page's numbers."""
 
+import numpy as np
 import pytest
 import torch
 from tests.oracles import mixture_noise, paper_mixture
@@ -118,3 +119,39 @@ def test_every_quadratic_has_the_gradient_of_its_loss(monkeypatch):
 def test_the_page_shows_what_the_results_say():
     text = worth_page.PAGE.read_text()
     assert worth_page.filled(text, results.read(worth_page.FILE)) == text
+
+
+ROWS = {
+    "order two, the paper's weights": "order two, as in the paper",
+    "order three, the paper's weights": "order three, as in the paper",
+    'order two, `estimator="paired", weights="balanced"`': "order two, balanced",
+    "`stein_dsm`, weight 0.3": "Stein, weight 0.3",
+    "`stein_dsm`, weight 1": "Stein, weight 1",
+}
+WIDTHS = ("width 24", "width 128")
+
+
+def told(moved, error=None):
+    shown = f"{moved:.0f}" if abs(moved) >= 0.95 else f"{round(moved, 1) + 0.0:.1f}"
+    return shown if error is None else f"{shown} ± {error:.0f}"
+
+
+@pytest.mark.parametrize("label", ROWS)
+def test_the_table_of_readme_is_that_of_the_results(label):
+    report, name = results.read(worth_page.FILE), ROWS[label]
+
+    def change(problem, source):
+        return worth_page.change(source[problem][name], source[problem][worth_page.BASE])
+
+    board = "checkerboard, d = 2"
+    cells = [told(*change(f"mixture, d = 1, {each}", report)) for each in ("VE", "VP")]
+    cells.append(told(*change(board, report["longer"])))
+    for width in WIDTHS:
+        moved = [change(f"mixture, d = {d}, {width}", report)[0] for d in (8, 16, 32)]
+        cells.append(f"{told(min(moved))} to {told(max(moved))}")
+    moved, error = change("digits, d = 64", report)
+    nats = float(np.mean(report["digits, d = 64"][worth_page.BASE]["kl"])) / 100
+    cells.append(f"{round(moved * nats, 1) + 0.0:.1f} ± {abs(error * nats):.1f}")
+    text = (results.ROOT / "README.md").read_text("utf-8")
+    (line,) = [each for each in text.splitlines() if each.startswith(f"| {label} |")]
+    assert line.replace("−", "-").strip("| ").split(" | ")[1:] == cells

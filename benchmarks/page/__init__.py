@@ -25,7 +25,8 @@ def tree(file: Path) -> Found:
 
     "gpu" is what `python -m benchmarks.gpu --out` wrote beside it, by card, batch and precision,
     "scale" what `python -m benchmarks.scale` wrote, by network, "coverage" what
-    `python -m benchmarks.coverage` wrote, by data and training.
+    `python -m benchmarks.coverage` wrote, by data and training, "mixture_1d" what
+    `python -m benchmarks.first_command` wrote, by schedule and seed.
     """
     found: Found = {"measured": {}, "gpu": {}}
     for question, report in results.read(file).items():
@@ -34,6 +35,7 @@ def tree(file: Path) -> Found:
         peers = {name: each or "not installed" for name, each in where.pop("peers").items()}
         found["measured"][question] = where | peers
     found["coverage"] = results.read(file.parent / "coverage.json")
+    found["mixture_1d"] = results.read(file.parent / "mixture_1d.json")
     scale = file.parent / "scale.json"
     if scale.exists():
         found["scale"] = json.loads(scale.read_text("utf-8"))["networks"]
