@@ -104,13 +104,20 @@ def fsdp(order, engine):
 def likelihood():
     """The steps that a rank of an easy batch and one of a hard batch take, alone and together."""
     rate = (1.0, 6.0)[dist.get_rank()]
-    model = hosm.ScoreModel(lambda x, t: rate * x.tanh(), hosm.VPSchedule())
+
+    def network(x, t):
+        if together:  # all ranks have to call it as often, as where it gathers its parameters
+            dist.all_reduce(torch.ones(1))
+        return rate * x.tanh()
+
+    together, model = False, hosm.ScoreModel(network, hosm.VPSchedule())
     x = torch.ones(2, 3, dtype=torch.float64)
     options = {"steps": None, "tolerance": 0.05}
     alone = hosm.ode_nll(model, x, **options).steps
-    together = hosm.ode_nll(model, x, group=dist.group.WORLD, **options)
+    together = True
+    agreed = hosm.ode_nll(model, x, group=dist.group.WORLD, **options)
     drawn = hosm.ode_sample(model, x, divergence=None, group=dist.group.WORLD, **options)
-    found = torch.tensor([alone, together.steps, int(together.nfe[0]), int(drawn.nfe[0])])
+    found = torch.tensor([alone, agreed.steps, int(agreed.nfe[0]), int(drawn.nfe[0])])
     everything = [torch.zeros_like(found) for _ in range(2)]
     dist.all_gather(everything, found)
     return torch.stack(everything)

@@ -7,6 +7,7 @@ would make the host wait for the device.
 """
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Number, Real
 from typing import Any
@@ -36,6 +37,14 @@ def describe(value: object) -> str:
     if value is None or isinstance(value, str | Number):
         return repr(value)
     return f"an object of type {type(value).__name__}"
+
+
+def users_level() -> int:
+    """The stacklevel of the user's line, for a warning by the function that asks."""
+    level, frame, libraries = 1, sys._getframe(1), ("hosm_losses.", "torch.")
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(libraries):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def may_look(tensor: Tensor) -> bool:

@@ -85,6 +85,6 @@ def test_where_the_claim_is_too_small():
     result = hosm.ode_nll(model, x, divergence="exact")
     error = (result.nll - truth).abs()
     covered = float((error <= 2 * result.solver_error).double().mean())
-    print(f"covered {covered:.2f}, median error {float(error.median()):.4f} nats")
+    print(f"covered {covered:.2f}, median error {float(error.median()):.4f} nats")  # noqa: T201
     assert 0.5 < covered < 0.8
     assert float(error.median()) < 0.002

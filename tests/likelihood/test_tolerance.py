@@ -86,18 +86,58 @@ def test_samples_without_a_density_find_their_steps_by_the_path():
     model, latent = exact_model(), torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
     options = {"steps": None, "tolerance": 0.01}
     found = hosm.ode_sample(model, latent.double(), divergence=None, **options)
-    assert found.nfe.tolist() == hosm.ode_sample(model, latent.double(), **options).nfe.tolist()
+    same = hosm.ode_sample(model, latent.double(), **options)
+    assert found.nfe.tolist() == same.nfe.tolist() == [found.steps + 10] * 5
+    assert found.steps == same.steps
 
 
-def test_a_tolerance_out_of_reach_is_said():
-    with pytest.warns(UserWarning, match="at most tolerance=1e-12 nats on a grid of at most 128"):
+def test_a_tolerance_out_of_reach_is_said_of_the_users_line():
+    with pytest.warns(UserWarning, match="at most tolerance=1e-12 nats on a grid of") as told:
         result = hosm.ode_nll(exact_model(), points(), steps=None, tolerance=1e-12)
     assert result.steps == 128
+    assert told[0].filename == __file__
+
+
+def test_a_sample_that_fails_on_two_grids_does_not_decide():
+    """ε̂ of a sample is NaN, and of another one it is stiff on the coarsest grid alone."""
+    x = points(4)
+    rates = torch.tensor([1.0, torch.nan, 3.0, 1.0], dtype=torch.float64)
+    model = hosm.ScoreModel(lambda x, t, rate: rate[:, None] * x.tanh(), SCHEDULE)
+    options = {"divergence": "exact", "steps": None, "tolerance": 0.5}
+
+    def steps(rows):
+        kwargs = {"rate": rates[rows]}
+        return hosm.ode_nll(model, x[rows], model_kwargs=kwargs, **options)
+
+    without, found = steps([0, 2, 3]), steps([0, 1, 2, 3])
+    assert found.steps == without.steps
+    assert found.failed.tolist() == [False, True, False, False]
+
+
+def test_the_default_tolerance_is_a_hundredth_of_a_nat():
+    model, x = exact_model(), points()
+    found = hosm.ode_nll(model, x, steps=None)
+    assert found.steps == hosm.ode_nll(model, x, steps=None, tolerance=0.01).steps
+
+
+def test_vmap_is_told_to_find_the_steps_outside():
+    model = exact_model()
+    with pytest.raises(
+        ValueError, match=r"steps: expected a whole number under torch\.func\.vmap"
+    ):
+        torch.func.vmap(lambda x: hosm.ode_nll(model, x[None], steps=None).nll)(points())
+
+
+def test_the_claim_carries_no_graph():
+    options = {"steps": 16, "divergence": "exact", "enable_grad": True}
+    result = hosm.ode_nll(exact_model(), points().requires_grad_(), **options)
+    assert result.nll.requires_grad
+    assert not result.solver_error.requires_grad
 
 
 def test_a_network_of_nan_is_said_and_fails():
     model = hosm.ScoreModel(lambda x, t: x * torch.nan, SCHEDULE)
-    with pytest.warns(UserWarning, match="got nan there"):
+    with pytest.warns(UserWarning, match="got no finite error of any sample there"):
         result = hosm.ode_nll(model, points(), steps=None)
     assert result.failed.all()
     assert "not finite" in result.failures()[0]

@@ -13,7 +13,6 @@ Cost, in network evaluations with the parameter gradient (a first-order step is 
 """
 
 import contextlib
-import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from hosm_losses._checks import DerivativeError
+from hosm_losses._checks import DerivativeError, users_level
 from hosm_losses._torch_internals import DEVICE_ERROR_TEXT, NOT_TWICE, surrounded, traced
 from hosm_losses.derivatives import engines, products
 from hosm_losses.derivatives.backward import DroppedGraphError
@@ -265,15 +264,7 @@ def _warn_once(choice: _Choice, kind: str, text: Callable[..., str], *args: obje
     """Warn, once for a network and a kind of loss."""
     if kind not in choice.said:
         choice.said.add(kind)
-        warnings.warn(text(*args), stacklevel=_users_level())
-
-
-def _users_level() -> int:
-    """The stacklevel of the user's line, for a warning by the function that asks."""
-    level, frame, libraries = 1, sys._getframe(1), ("hosm_losses.", "torch.")
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(libraries):
-        level, frame = level + 1, frame.f_back
-    return level
+        warnings.warn(text(*args), stacklevel=users_level())
 
 
 def say_no_price(owner: object) -> None:

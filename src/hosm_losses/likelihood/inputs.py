@@ -41,13 +41,8 @@ from hosm_losses._checks import (
 )
 from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import normal, outside_inference_mode
-from hosm_losses.likelihood.paths import Batch, Coordinates, accumulator
-from hosm_losses.likelihood.result import (
-    SOLVER_LIMIT,
-    SOLVER_LIMIT_PER_ELEMENT,
-    NLLResult,
-    Quantization,
-)
+from hosm_losses.likelihood.paths import Batch, Coordinates, accumulator, solver_limit
+from hosm_losses.likelihood.result import NLLResult, Quantization
 from hosm_losses.model import ScoreModel, check_model, condition
 
 Dequantization = Literal["uniform"]
@@ -155,7 +150,7 @@ def importance_weighted(draws: Sequence[NLLResult]) -> NLLResult:
 def mark_failed(result: NLLResult) -> NLLResult:
     """Put NaN where the number says nothing, judged in the dtype of the latent, the network's."""
     latent = result.latent
-    limit = max(SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT * latent[0].numel())
+    limit = solver_limit(latent[0].numel())
     in_range = result.nll.detach().to(torch.promote_types(latent.dtype, torch.float32))
     good = torch.isfinite(in_range) & (result.solver_error.detach() <= limit)
     failed = result.failed | ~good

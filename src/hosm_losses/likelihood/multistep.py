@@ -34,8 +34,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hosm_losses._checks import over_elements
-from hosm_losses.likelihood.paths import Paths, Solved
+from hosm_losses._checks import over_elements, owns_values, users_level
+from hosm_losses._torch_internals import transformed
+from hosm_losses.likelihood.paths import Paths, Solved, solver_limit
 
 BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 MOULTON = (9 / 24, 19 / 24, -5 / 24, 1 / 24)
@@ -103,7 +104,7 @@ def multistep(
         slopes = [here.slope, *slopes[:3]]
         if index >= MINIMUM_STEPS:
             corrected = y_before + h * combine(MOULTON, slopes)
-            local = MILNE * (corrected - y)
+            local = (MILNE * (corrected - y)).detach()
             felt = felt + over_elements(here.covector * local, 1)
             lowest, highest = torch.minimum(lowest, felt), torch.maximum(highest, felt)
         if index == steps:
@@ -119,7 +120,8 @@ def multistep(
     weights = gregory_weights(steps)
     integral = h * combine(weights, integrands)
     variance = h**2 * combine([weight**2 for weight in weights], variances)
-    quadrature_error = RICHARDSON * (integral - h * combine(_coarse_weights(steps), integrands))
+    coarse = h * combine(_coarse_weights(steps), integrands)
+    quadrature_error = RICHARDSON * (integral - coarse).detach()
     return MultistepSolution(y, integral, variance, highest - lowest, quadrature_error.abs())
 
 
@@ -173,9 +175,9 @@ def solve_fixed(paths: Paths, z: Tensor, span: tuple[float, float], steps: int) 
 class ToTolerance:
     """Solves on the coarsest of GRIDS whose solver error on the first batch is within a tolerance.
 
-    The steps that were found are kept for the batches that follow, and are those of the most
-    demanding rank of a process group. The trials draw no probe, so that the numbers are those of
-    `solve_fixed` with these steps.
+    The steps that were found are kept for the batches that follow. The processes of a group agree
+    after every trial, so that all of them take part in as many. The trials draw no probe, so that
+    the numbers are those of `solve_fixed` with these steps.
     """
 
     def __init__(self, tolerance: float, group: "dist.ProcessGroup | None") -> None:
@@ -186,34 +188,51 @@ class ToTolerance:
     def __call__(self, paths: Paths, z: Tensor, span: tuple[float, float]) -> Solved:
         """Solve a batch as `solve_fixed` does, the first one on several grids."""
         if self.steps is None:
+            if transformed() and not owns_values(z):
+                raise ValueError(
+                    "steps: expected a whole number under torch.func.vmap; got None, for which "
+                    "errors have to be looked at. Find the steps outside, by a call on a batch."
+                )
             with torch.no_grad():
-                self.steps = self._agreed(self._found(paths, z, span), z)
+                self.steps = self._found(paths, z, span)
         return solve_fixed(paths, z, span, self.steps)
 
     def _found(self, paths: Paths, z: Tensor, span: tuple[float, float]) -> int:
         silent = replace(paths.batch, advance=lambda _: None)
         # The path alone costs least. With the exact divergence the quadrature has to do as well.
         kinds = (None, 0) if paths.probes == 0 else (None,)
-        largest = math.nan
+        largest, lost = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
         for steps in GRIDS:
             for kind in kinds:
                 trial = replace(paths, batch=silent, probes=kind)
-                largest = float(solve_fixed(trial, z, span, steps).solver_error.max())
-                if not largest <= self.tolerance:
+                error = solve_fixed(trial, z, span, steps).solver_error
+                failed = ~(error <= solver_limit(z[0].numel()))
+                largest = self._agreed(_largest(error, failed, lost))
+                if largest > self.tolerance:
                     break
             else:
                 return steps
+            lost = failed
+        got = f"{largest:.2g}" if math.isfinite(largest) else "no finite error of any sample"
         warnings.warn(
             f"steps=None: expected a solver_error of at most tolerance={self.tolerance:g} nats "
-            f"on a grid of at most {GRIDS[-1]} steps; got {largest:.2g} there. Give a larger "
-            "tolerance, float64 where rounding is in the way, or method='adaptive'.",
-            stacklevel=2,
+            f"on a grid of at most {GRIDS[-1]} steps; got {got} there. Give a larger tolerance, "
+            "float64 where rounding is in the way, or method='adaptive', and look at the "
+            "network's outputs where no error is finite.",
+            stacklevel=users_level(),
         )
         return GRIDS[-1]
 
-    def _agreed(self, steps: int, z: Tensor) -> int:
-        if self.group is None:
-            return steps
-        most = torch.tensor(steps, device=z.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX, self.group)
-        return int(most)
+    def _agreed(self, largest: Tensor) -> float:
+        if self.group is not None:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
+        return float(largest)
+
+
+def _largest(error: Tensor, failed: Tensor, lost: Tensor) -> Tensor:
+    """The largest error, () of a batch; a sample that failed and was lost before does not count.
+
+    Infinite where another sample failed, and where all of them are lost.
+    """
+    counted = error.masked_fill(failed, math.inf).masked_fill(failed & lost, 0.0)
+    return counted.max().masked_fill((failed & lost).all(), math.inf)

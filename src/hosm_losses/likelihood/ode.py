@@ -30,6 +30,7 @@ from hosm_losses.probes import DISTRIBUTIONS, Distribution
 
 Method = Literal["fixed", "adaptive"]
 Divergence = Literal["exact", "hutchinson"]
+TOLERANCES: dict[Method, float] = {"fixed": 0.01, "adaptive": 3e-4}  # nats of a path, of a step
 
 
 def ode_nll(
@@ -41,7 +42,7 @@ def ode_nll(
     divergence: Divergence = "hutchinson",
     probes: int = 1,
     distribution: Distribution = "rademacher",
-    tolerance: float = 3e-4,
+    tolerance: float | None = None,
     group: "dist.ProcessGroup | None" = None,
     data_mean: float | Tensor = 0.0,
     data_std: float | Tensor = 0.5,
@@ -73,7 +74,8 @@ def ode_nll(
         probes: K, the number of probes a sample. Two or more give a standard error on the fixed
             grid, four or more with the adaptive method.
         distribution: "rademacher", "gaussian", "sphere", or "dct", often best on images.
-        tolerance: of the adaptive method, nats a step; with steps=None, nats of `solver_error`.
+        tolerance: of the adaptive method, nats a step, 3e-4 if None; with steps=None, nats of the
+            `solver_error` of every sample, 0.01 if None. Given steps have no use for it.
         group: with steps=None, the processes that have to take the same steps; None where each
             may take its own.
         data_mean: mean of the data, a number or a tensor that broadcasts to a sample. With
@@ -134,7 +136,7 @@ def solver(
     method: Method,
     steps: int | None,
     distribution: str,
-    tolerance: float,
+    tolerance: float | None,
     group: "dist.ProcessGroup | None",
 ) -> Solver:
     """The solver that checked options choose."""
@@ -142,6 +144,8 @@ def solver(
     check_choice("distribution", distribution, DISTRIBUTIONS)
     if steps is not None:
         steps = check_whole("steps", steps, MINIMUM_STEPS)
+    if tolerance is None:
+        tolerance = TOLERANCES[method]
     tolerance = check_number("tolerance", tolerance, "a positive number of nats", above=0.0)
     chosen = method == "fixed" and steps is None
     if group is not None and not (chosen and isinstance(group, dist.ProcessGroup)):

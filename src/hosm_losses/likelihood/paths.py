@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_like, expand_right, over_elements
-from hosm_losses.likelihood.result import NLLResult
+from hosm_losses.likelihood.result import SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT, NLLResult
 from hosm_losses.model import ConditionedModel, NoiseField
 from hosm_losses.probes import Distribution, draw_probes, unit_vector_chunks
 from hosm_losses.schedules import Schedule
@@ -117,6 +117,11 @@ class Coordinates:
 def accumulator(x: Tensor) -> torch.dtype:
     """The dtype sums are kept in: float64, but float32 on devices that have no other."""
     return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def solver_limit(elements: int) -> float:
+    """The solver_error in nats above which a sample of so many elements has failed."""
+    return max(SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT * elements)
 
 
 @dataclass(frozen=True)

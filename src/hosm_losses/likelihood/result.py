@@ -76,8 +76,8 @@ class NLLResult:
         latent: the image of x at t_max, in the coordinates of x, (B, *).
         nfe: network evaluations, one a value with its divergence, (B,).
         standard_error: of nll, from random draws, (B,); None where it is not known.
-        solver_error: estimate of what the solver is off, in nats, (B,). On the fixed grid of 64
-            steps twice the estimate covered 95 % of samples and more.
+        solver_error: estimate of what the solver is off, in nats, (B,). It is no bound; twice the
+            estimate is meant to cover 95 % of samples on a fixed grid of 64 steps.
         failed: where there is no number to use, (B,): it was not finite, the path did not arrive,
             or solver_error is above max(1000, 0.1 d) nats; nll is NaN there. `failures` says why.
         quantization: what the data was before dequantization; None for continuous data.
@@ -171,8 +171,8 @@ class NLLResult:
         if not count:
             first = self.failures().get(0, "its nll is NaN")
             raise ValueError(
-                f"summary: expected a sample that did not fail; got none of {len(good)}. Of the "
-                f"first one {first}."
+                f"summary: expected a sample that did not fail; got none of {len(good)}. The "
+                f"first one: {first}."
             )
 
         def mean(numbers: Tensor) -> float:
@@ -197,9 +197,9 @@ class NLLResult:
 
         Example:
             >>> one = torch.ones(1)
-            >>> result = NLLResult(one, torch.zeros(1, 3), one, None, one * 2000, one > 0)
-            >>> print(result.failures()[0])
-            solver_error, 2e+03 nats, is above 1000: take more steps, or give data_mean, data_std
+            >>> result = NLLResult(one, torch.zeros(1, 3) / 0, one, None, one, one > 0)
+            >>> print(result.failures()[0])  # doctest: +ELLIPSIS
+            a value on its path is not finite: look at x and at the network's outputs from t_min...
         """
         limit = max(SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT * self.latent[0].numel())
         texts = {}
@@ -207,14 +207,14 @@ class NLLResult:
             error = float(self.solver_error[row])
             finite = math.isfinite(error) and bool(self.latent[row].isfinite().all())
             texts[row] = (
-                f"solver_error, {error:.2g} nats, is above {limit:g}: take more steps, or give "
-                "data_mean, data_std"
+                f"its solver_error of {error:.2g} nats is above {limit:g}: take more steps or a "
+                "lower tolerance, or give data_mean and data_std"
                 if limit < error < math.inf
-                else "the path did not arrive within the evaluations of the adaptive method, or "
-                f"nll is beyond the range of {self.latent.dtype}: look at x and at nfe"
+                else "its number is not finite or beyond the range of "
+                f"{self.latent.dtype}, or its path did not arrive: look at x, nfe and the network"
                 if finite
-                else "a value on the path was not finite: look at x and at the network's outputs "
-                "from t_min to t_max, or take more steps"
+                else "a value on its path is not finite: look at x and at the network's outputs "
+                "from t_min to t_max, or take smaller steps"
             )
         return texts
 

@@ -40,6 +40,7 @@ class SampleResult:
             (B,); None with nll.
         failed: where there is nothing to use, (B,): a number was not finite, the path did not
             arrive, or solver_error is too large; nll is NaN there.
+        steps: of the fixed grid; None with the adaptive method.
     """
 
     x: Tensor
@@ -49,6 +50,7 @@ class SampleResult:
     standard_error: Tensor | None
     solver_error: Tensor | None
     failed: Tensor
+    steps: int | None = None
 
 
 def ode_sample(
@@ -60,7 +62,7 @@ def ode_sample(
     divergence: Divergence | None = "hutchinson",
     probes: int = 1,
     distribution: Distribution = "rademacher",
-    tolerance: float = 3e-4,
+    tolerance: float | None = None,
     group: "dist.ProcessGroup | None" = None,
     data_mean: float | Tensor = 0.0,
     data_std: float | Tensor = 0.5,
@@ -87,7 +89,8 @@ def ode_sample(
             differentiates nothing.
         probes: K, the number of probes a sample.
         distribution: of the probes.
-        tolerance: of the adaptive method, nats a step; with steps=None, nats of `solver_error`.
+        tolerance: of the adaptive method, nats a step; with steps=None, nats of `solver_error`; as
+            in `ode_nll`.
         group: with steps=None, the processes that have to take the same steps.
         data_mean: mean of the data.
         data_std: standard deviation of the data.
@@ -146,6 +149,7 @@ def ode_sample(
         standard_error=found.standard_error,
         solver_error=None if divergence is None else found.solver_error,
         failed=found.failed,
+        steps=found.steps,
     )
 
 
