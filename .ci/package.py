@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LARGEST = 200_000  # bytes of the wheel
+LARGEST, LARGEST_SDIST = 200_000, 4_000_000  # bytes of the wheel, and of the sdist
 BESIDES = {
     ".ci/run",
     ".github/workflows/test.yml",
@@ -82,7 +82,9 @@ def check_sdist(sdist: Path) -> None:
     with tarfile.open(sdist) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     assert names >= BESIDES, f"the sdist lacks {BESIDES - names}"
-    print(f"{sdist.name}: {sdist.stat().st_size} bytes, {len(names)} files")
+    size = sdist.stat().st_size
+    assert size < LARGEST_SDIST, f"the sdist has {size} bytes; expected fewer than {LARGEST_SDIST}"
+    print(f"{sdist.name}: {size} bytes, {len(names)} files")
 
 
 def check_tag(tag: str, version: str) -> None:

@@ -184,7 +184,10 @@ def measure(name: str) -> dict[str, Any]:
     for loss in tqdm([*LOSSES, *more], name):
         row = rows[loss] = step(name, loss)
         row |= {f"{key}_ratio": row[key] / rows["order 1"][key] for key in ("flops", "memory")}
-        row |= {key: (ROOM - each) // row["memory"] for key, each in kept.items()}
+        fits = {key: (ROOM - each) // row["memory"] for key, each in kept.items()}
+        # A part of a batch holds one sample at least: a few samples take more than the slope says.
+        unknown = "chunks" in loss or "fraction" in loss
+        row |= {key: None if unknown and each < BATCHES[1] else each for key, each in fits.items()}
     gpus = {str(each): weights(count, each) for each in GPUS}
     return {"parameters": count, "losses": rows, "gpus": gpus}
 

@@ -105,6 +105,8 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=200, help="of the picture, in points")
     parser.add_argument("--out", type=Path, default=Path("checkerboard_out"))
     options = parser.parse_args()
+    if options.steps < 1 or not (options.seconds is None or options.seconds > 0):
+        parser.error("--steps, --seconds: expected positive numbers")
     torch.set_num_threads(1)
     axis = torch.linspace(-EDGE, EDGE, options.side)
     grid = torch.cartesian_prod(axis, axis)

@@ -30,8 +30,9 @@ def load(path: Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # of as many types as there are ways to be another file
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path}: expected a checkpoint of train.py; got {reason}") from error
+        # PyTorch's text advises weights_only=False, by which a file can run code.
+        reason = f"one that torch.load refuses ({type(error).__name__})"
+        raise ValueError(f"{path}: expected a checkpoint of train.py; got {reason}.") from None
     if not (isinstance(state, dict) and {"step", "options", "ema"} <= state.keys()):
         raise ValueError(f"{path}: expected a checkpoint of train.py; got other contents.")
     return state

@@ -50,7 +50,13 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--levels", type=int, default=64, help="noise levels of the bound, an even number")
     add("--samples", type=int, default=64, help="drawn by the ODE; 0 for none")
     add("--seed", type=int, default=0, help="of everything random")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in {"images": 1, "batch": 1, "steps": 4, "probes": 1, "samples": 0}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name}: expected {least} or more; got {getattr(args, name)}")
+    if args.levels < 2 or args.levels % 2:
+        parser.error(f"--levels: expected an even number of 2 or more; got {args.levels}")
+    return args
 
 
 def of_all(
@@ -112,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         "ode": partial(ode, distribution=args.distribution),
         "sde_bound": partial(variational_nll, model, samples=args.levels),
     }
+    out = args.out or args.checkpoint.parent
     found = {"step": state["step"], "options": kept, "clean": args.clean, "seed": args.seed}
     for name, likelihood in named.items():
         result = of_all(likelihood, images, args, processes)
@@ -121,12 +128,10 @@ def main(argv: list[str] | None = None) -> None:
         found[name] = {**asdict(summary), "bits": bits}
         if processes.rank == 0:
             print(f"{name}: {summary}")
-    if processes.rank == 0:
-        out = args.out or args.checkpoint.parent
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "evaluation.json").write_text(json.dumps(found), encoding="utf-8")
-        if args.samples:
-            save_samples(model, out / "samples.png", args)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "evaluation.json").write_text(json.dumps(found), encoding="utf-8")
+    if processes.rank == 0 and args.samples:
+        save_samples(model, out / "samples.png", args)
     processes.close()
 
 

@@ -71,6 +71,11 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.make_stand_in is None and args.data is None:
         parser.error("expected --data FOLDER, or --make-stand-in FOLDER to make one")
+    least = {"steps": 0, "batch": 1, "warmup": 0, "log_every": 1, "save_every": 1, "keep_every": 0}
+    for name, smallest in least.items():
+        if getattr(args, name) < smallest:
+            shown = name.replace("_", "-")
+            parser.error(f"--{shown}: expected {smallest} or more; got {getattr(args, name)}")
     if args.loss == "first":
         for name, default in (("weights", None), ("probes", None), ("fraction", 1), ("chunks", 1)):
             if getattr(args, name) != default:
@@ -88,7 +93,10 @@ def _weights(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Any:
     except ValueError:
         if args.weights == ["balanced"] and args.loss != "stein":
             return "balanced"
-        parser.error(f"--weights: expected numbers or 'balanced'; got {' '.join(args.weights)}")
+        words = "a number" if args.loss == "stein" else "numbers or 'balanced'"
+        parser.error(
+            f"--weights: expected {words} with --loss {args.loss}; got {' '.join(args.weights)}"
+        )
     expected = {"stein": 1, "second": 3, "paired2": 3, "third": 4, "paired3": 4}[args.loss]
     if len(numbers) != expected:
         parser.error(f"--weights: expected {expected} with --loss {args.loss}; got {len(numbers)}")
