@@ -415,7 +415,12 @@ def test_a_checkpoint_cannot_run_code(scripts, tmp_path):
     [
         (["--probes", "2"], "--probes: expected none with --loss first"),
         (["--loss", "third", "--weights", "1", "2"], "expected 4 with --loss third; got 2"),
-        (["--loss", "stein", "--weights", "balanced"], "--weights: expected numbers"),
+        (
+            ["--loss", "stein", "--weights", "balanced"],
+            "--weights: expected a number with --loss st",
+        ),
+        (["--log-every", "0"], "--log-every: expected 1 or more; got 0"),
+        (["--batch", "0"], "--batch: expected 1 or more; got 0"),
     ],
 )
 def test_options_that_a_loss_has_no_use_for_are_refused(scripts, data, capsys, more, message):
@@ -424,10 +429,22 @@ def test_options_that_a_loss_has_no_use_for_are_refused(scripts, data, capsys, m
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("batch", [0, 41])
-def test_a_batch_has_to_fit(scripts, data, tmp_path, batch):
-    with pytest.raises(ValueError, match="up to the 40 images; got"):
-        scripts.train.main(command(data, tmp_path, "--batch", batch))
+def test_a_batch_has_to_fit(scripts, data, tmp_path):
+    with pytest.raises(ValueError, match="up to the 40 images; got 41"):
+        scripts.train.main(command(data, tmp_path, "--batch", 41))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--levels", "5"], "--levels: expected an even number of 2 or more; got 5"),
+        (["--images", "0"], "--images: expected 1 or more; got 0"),
+    ],
+)
+def test_an_evaluation_is_refused_before_it_starts(scripts, data, capsys, more, message):
+    with pytest.raises(SystemExit):
+        scripts.evaluate.options(["--checkpoint", "none.pt", "--data", str(data), *more])
+    assert message in capsys.readouterr().err
 
 
 # Evaluation

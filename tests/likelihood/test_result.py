@@ -238,3 +238,5 @@ def test_from_dict_refuses_what_to_dict_does_not_give():
         NLLResult.from_dict([values])
     with pytest.raises(TypeError, match="expected a tensor for 'nll'; got a"):
         NLLResult.from_dict(values | {"nll": [1.0, 2.0, 3.0]})
+    with pytest.raises(TypeError, match="for 'steps'; got 'many'"):
+        NLLResult.from_dict(values | {"steps": "many"})

@@ -169,10 +169,9 @@ class NLLResult:
         good = ~(self.failed | torch.isnan(self.nll))
         count = int(good.sum())
         if not count:
-            first = self.failures().get(0, "its nll is NaN")
             raise ValueError(
                 f"summary: expected a sample that did not fail; got none of {len(good)}. The "
-                f"first one: {first}."
+                f"first one: {self.failures().get(0, 'its nll is NaN')}."
             )
 
         def mean(numbers: Tensor) -> float:
@@ -300,13 +299,17 @@ class NLLResult:
                 f"from_dict: expected the keys {expected}; got {told}. Give it what to_dict "
                 "returned in this version of hosm_losses."
             )
-        for field in fields(cls):
-            if field.type is Tensor and not isinstance(values[field.name], Tensor):
-                got = describe(values[field.name])
-                raise TypeError(f"from_dict: expected a tensor for {field.name!r}; got {got}.")
-        quantization = values["quantization"]
-        if quantization is not None:
-            quantization = Quantization(**quantization)
+        optional = {
+            "standard_error": Tensor | None,
+            "steps": int | None,
+            "quantization": dict | None,
+        }
+        for name, value in values.items():
+            if not isinstance(value, optional.get(name, Tensor)):
+                kind, got = optional.get(name, "a tensor"), describe(value)
+                raise TypeError(f"from_dict: expected {kind} for {name!r}; got {got}.")
+        known = values["quantization"]
+        quantization = None if known is None else Quantization(**known)
         return cls(**{**values, "quantization": quantization})
 
 
