@@ -31,10 +31,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="how many are evaluated")
     parser.add_argument("--out", type=Path, default=Path("digits_out"))
     options = parser.parse_args()
-    if not 1 < options.held_out <= HELD_OUT:
-        parser.error(f"--held-out: expected 2 to {HELD_OUT}; got {options.held_out}")
-    if options.seconds <= 0:
-        parser.error(f"--seconds: expected a positive number; got {options.seconds}")
+    if not 1 < options.held_out <= HELD_OUT or options.seconds <= 0:
+        parser.error(f"expected --held-out from 2 to {HELD_OUT} and --seconds above 0")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = torch.as_tensor(load_digits().data, dtype=torch.float32)[torch.randperm(1797)]
