@@ -42,6 +42,12 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and _C._functorch.peek_interpreter_stack() is not None
 
 
+def vmapped() -> bool:
+    """Whether a vmap of torch.func surrounds this call: a tensor may stand for many."""
+    stack = _C._functorch.get_interpreter_stack() if transformed() else None
+    return any(each.key() == _C._functorch.TransformType.Vmap for each in stack or ())
+
+
 def traced() -> bool:
     """Whether torch.compile or a transform of torch.func is around: no value can be read."""
     return torch.compiler.is_compiling() or transformed()

@@ -128,6 +128,19 @@ def test_vmap_is_told_to_find_the_steps_outside():
         torch.func.vmap(lambda x: hosm.ode_nll(model, x[None], steps=None).nll)(points())
 
 
+def test_the_gradient_of_torch_func_is_that_of_the_steps_that_are_found():
+    model, x = exact_model(), points()
+    options = {"divergence": "exact", "enable_grad": True, "tolerance": 0.05}
+
+    def gradient(steps):
+        return torch.func.grad(lambda x: hosm.ode_nll(model, x, steps=steps, **options).nll.sum())(
+            x
+        )
+
+    steps = hosm.ode_nll(model, x, steps=None, **options).steps
+    assert torch.equal(gradient(None), gradient(steps))
+
+
 def test_the_claim_carries_no_graph():
     options = {"steps": 16, "divergence": "exact", "enable_grad": True}
     result = hosm.ode_nll(exact_model(), points().requires_grad_(), **options)

@@ -34,8 +34,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hosm_losses._checks import over_elements, owns_values, users_level
-from hosm_losses._torch_internals import transformed
+from hosm_losses._checks import over_elements, users_level
+from hosm_losses._torch_internals import vmapped
 from hosm_losses.likelihood.paths import Paths, Solved, solver_limit
 
 BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
@@ -188,7 +188,7 @@ class ToTolerance:
     def __call__(self, paths: Paths, z: Tensor, span: tuple[float, float]) -> Solved:
         """Solve a batch as `solve_fixed` does, the first one on several grids."""
         if self.steps is None:
-            if transformed() and not owns_values(z):
+            if vmapped():
                 raise ValueError(
                     "steps: expected a whole number under torch.func.vmap; got None, for which "
                     "errors have to be looked at. Find the steps outside, by a call on a batch."
