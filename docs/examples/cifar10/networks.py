@@ -91,7 +91,7 @@ def objective(model: ScoreModel, loss: str, *, times: str, **options: Any) -> nn
     if loss != "first" and weights is not None:
         chosen["weights"] = weights
     if times == "log_sigma_hat":
-        low, high = log_sigma_hat_range(model)
+        low, high = model.schedule.log_sigma_hat_range
 
         def uniform(batch: int, generator: torch.Generator | None) -> torch.Tensor:
             device = next(model.parameters()).device
@@ -102,17 +102,10 @@ def objective(model: ScoreModel, loss: str, *, times: str, **options: Any) -> nn
     return kind(model, **always, **chosen)
 
 
-def log_sigma_hat_range(model: ScoreModel) -> tuple[float, float]:
-    """Return log σ̂ at both ends of the schedule."""
-    ends = torch.tensor([model.schedule.t_min, model.schedule.t_max], dtype=torch.float64)
-    low, high = model.schedule.log_sigma_hat(ends).tolist()
-    return low, high
-
-
 def loss_scale(model: ScoreModel, loss: str) -> float:
     """Return what a loss is multiplied by, so that all have a first term of about 1 at the start.
 
     `SteinDSM` is in nats, the others are per pixel. One clipping of gradients then suits all.
     """
-    low, high = log_sigma_hat_range(model)
+    low, high = model.schedule.log_sigma_hat_range
     return 1 / (3 * 32 * 32 * (high - low)) if loss == "stein" else 1.0
