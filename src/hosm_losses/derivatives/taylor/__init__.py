@@ -2,8 +2,8 @@ r"""Value and derivatives of a function along directions, carried through it in 
 
 - `jet`: the tensor that carries them; what happens to a function that is called on one.
 - `table`: by which function of PyTorch a rule is found, and which calls it takes.
-- `arithmetic`, `layers`, `norms`, `pointwise`, `properties`, `selection`, `shapes`: the rules, by
-  kind. Importing this package registers them.
+- `arithmetic`, `layers`, `norms`, `pointwise`, `properties`, `selection`, `shapes`, `softmax`: the
+  rules, by kind. Importing this package registers them. `normalised` is the formula of the norms.
 - `aliases`, `in_place`: which Jets share memory; rules for what changes a tensor in place.
 - `methods`: methods of Tensor that are written in Python.
 - `along`: functions without a rule.
@@ -20,6 +20,7 @@ from hosm_losses.derivatives.taylor import (  # noqa: F401
     properties,
     selection,
     shapes,
+    softmax,
 )
 from hosm_losses.derivatives.taylor.jet import Jet as Jet
 from hosm_losses.derivatives.taylor.jet import TaylorError as TaylorError

@@ -1,15 +1,11 @@
-r"""Rules for layers: weights, softmax, attention and gates.
+r"""Rules for layers: weights, attention and gates.
 
 A layer of weights is one call on the value and its derivatives as one larger batch; the bias
 belongs to the value alone.
 
-Formula of p = softmax(x), with ⟨·⟩ the mean under p and u_l = x_l − ⟨x_l⟩:
-    p_l = p u_l     p_lr = p (u_l u_r − ⟨u_l u_r⟩ + u_lr)
-
 Attention is two products of matrices and a softmax; its matrix of weights is kept.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +15,11 @@ from torch import Tensor
 from hosm_losses._checks import at_least_float32
 from hosm_losses._torch_internals import traced
 from hosm_losses.derivatives.primitives import attention_weights, causal_mask
-from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.arithmetic import add, matmul, multiply
-from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves, like_samples
+from hosm_losses.derivatives.taylor.jet import Jet, like_samples
 from hosm_losses.derivatives.taylor.pointwise import apply, sigmoid
-from hosm_losses.derivatives.taylor.recompute import recomputed
 from hosm_losses.derivatives.taylor.selection import masked_fill
+from hosm_losses.derivatives.taylor.softmax import softmax
 from hosm_losses.derivatives.taylor.table import Function, NoRule, axis, every, rule, rule_of_each
 
 
@@ -74,32 +69,6 @@ def _convolution(
         return _with_bias(function(samples, weight, None, *args, **named), bias, x.shape[0])
 
     return like_samples(biased, x)
-
-
-def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
-    logits, tangents, seconds = components(at_least_float32(stack), firsts)
-    weights = torch.softmax(logits, dim)
-
-    def about_mean(x: Tensor) -> Tensor:
-        return x - (weights * x).sum(dim, keepdim=True)
-
-    centred = about_mean(tangents)
-    parts = [weights, weights * centred]
-    if pairs != "none":
-        left, right = halves(centred, pairs)
-        both = about_mean(gathered(left * right, pairs))
-        parts.append(weights * (both + about_mean(seconds) if len(seconds) else both))
-    return torch.cat(parts)
-
-
-@rule(torch.softmax, Tensor.softmax, F.softmax)
-def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3) -> Jet:
-    """exp(x) over its sum along an axis, of x in another type if one is given."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise NoRule
-    stack = x.stack if dtype is None else x.stack.to(dtype)
-    softened = partial(_softened, axis(dim, x.ndim), x.firsts, x.pairs)
-    return x.like(recomputed(softened, stack)).typed(stack.dtype)
 
 
 @rule(F.scaled_dot_product_attention, several=True)

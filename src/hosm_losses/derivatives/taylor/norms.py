@@ -1,18 +1,8 @@
-r"""Rules for norms.
+r"""Rules for norms."""
 
-Formula over a row of N elements, with c = x − ⟨x⟩, ⟨·⟩ the mean over the row (RMS norm: c = x) and
-ρ = (⟨c²⟩ + eps)^(−1/2), for derivatives of c:
-    y = ρ c
-    s_l = −ρ² ⟨c c_l⟩                              y_l = ρ (c_l + s_l c)
-    b = 3 s_l s_r − ρ² ⟨c_l c_r + c c_lr⟩          y_lr = ρ (c_lr + s_r c_l + s_l c_r + b c)
-
-The gradients are autograd's, of the formula evaluated again.
-"""
-
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -20,9 +10,9 @@ from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.primitives import per_channel
-from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.arithmetic import add, multiply
-from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, components, gathered, halves
+from hosm_losses.derivatives.taylor.jet import Jet, TaylorError
+from hosm_losses.derivatives.taylor.normalised import Rows, normalised, pull_back, pull_back_again
 from hosm_losses.derivatives.taylor.pointwise import apply, power
 from hosm_losses.derivatives.taylor.recompute import recomputed
 from hosm_losses.derivatives.taylor.selection import masked_fill
@@ -31,51 +21,13 @@ from hosm_losses.derivatives.taylor.table import NoRule, axes, rule
 _root, _inverse_root = partial(power, exponent=0.5), partial(power, exponent=-0.5)
 
 
-class _Rows(NamedTuple):
-    """What a norm is taken over."""
-
-    shape: tuple[int, ...]  # in which the value is seen
-    dims: tuple[int, ...]  # of the shape, counted from the back, over which a mean is taken
-    weights: tuple[int, ...]  # the shape of weight and bias, broadcast against it
-    eps: float  # added to the variance
-    centred: bool = True  # whether the mean is subtracted
-
-
-def _normalised(
-    rows: _Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Any, bias: Any
-) -> Tensor:
-    """The stack of a norm, with weight and bias; computed in float32 at least."""
-    count = math.prod([rows.shape[dim] for dim in rows.dims])
-
-    def mean(x: Tensor) -> Tensor:
-        # The gradient of a mean is written out, that of a sum is a view.
-        return x.sum(rows.dims, keepdim=True) / count
-
-    c = at_least_float32(stack).reshape(len(stack), *rows.shape)
-    c = c - mean(c) if rows.centred else c
-    value, tangents, seconds = components(c, firsts)
-    rho = torch.rsqrt(mean(value * value) + rows.eps)
-    scale = rho if weight is None else rho * weight.reshape(rows.weights)
-    slopes = -rho * rho * mean(value * tangents)
-    scaled = value * scale
-    parts = [
-        scaled if bias is None else scaled + bias.reshape(rows.weights),
-        torch.addcmul(tangents, value, slopes) * scale,
-    ]
-    if pairs != "none":
-        (left, right), (to_left, to_right) = halves(tangents, pairs), halves(slopes, pairs)
-        products = gathered(left * right, pairs)
-        products = torch.addcmul(products, value, seconds) if len(seconds) else products
-        bend = 3 * gathered(to_left * to_right, pairs) - rho * rho * mean(products)
-        sides = torch.addcmul(left * to_right, right, to_left)
-        bent = torch.addcmul(gathered(sides, pairs), value, bend)
-        parts.append((bent + seconds if len(seconds) else bent) * scale)
-    return torch.cat(parts).reshape(-1, *stack.shape[1:]).to(stack.dtype)
-
-
-def _norm(rows: _Rows, x: Any, weight: Any = None, bias: Any = None) -> Jet:
-    formula = partial(_normalised, rows, x.firsts, x.pairs)
-    return x.like(recomputed(formula, x.stack, weight, bias))
+def _norm(rows: Rows, x: Any, weight: Any = None, bias: Any = None) -> Jet:
+    formula, *pullbacks = (
+        partial(each, rows, x.firsts, x.pairs) for each in (normalised, pull_back)
+    )
+    if x.pairs == "none":
+        pullbacks.append(partial(pull_back_again, rows))
+    return x.like(recomputed(formula, x.stack, weight, bias, pullbacks=pullbacks))
 
 
 @rule(F.layer_norm, torch.layer_norm)
@@ -103,7 +55,7 @@ def _over_last(x: Any, shape: Any, weight: Any, bias: Any, eps: float, *, centre
     if tuple(x.shape[-len(shape) :]) != shape:
         raise ValueError(f"norm: expected an input that ends in {shape}; got {tuple(x.shape)}.")
     dims = tuple(range(-len(shape), 0))
-    return _norm(_Rows(tuple(x.shape), dims, shape, eps, centred), x, weight, bias)
+    return _norm(Rows(tuple(x.shape), dims, shape, eps, centred), x, weight, bias)
 
 
 @rule(F.group_norm, torch.group_norm)
@@ -119,7 +71,7 @@ def _group_norm(
         )
     each = channels // num_groups
     shape = (batch, num_groups, each, x.shape[2:].numel())
-    return _norm(_Rows(shape, (-2, -1), (num_groups, each, 1), eps), x, weight, bias)
+    return _norm(Rows(shape, (-2, -1), (num_groups, each, 1), eps), x, weight, bias)
 
 
 def _move_statistics(norm: Callable[..., Tensor], x: Jet, *statistics: Any) -> None:
@@ -146,7 +98,7 @@ def _batch_norm(
     if training:
         _move_statistics(F.batch_norm, x, running_mean, running_var, momentum, eps)
         dims = axes((0, *range(2, x.ndim)), x.ndim)
-        return _norm(_Rows(tuple(x.shape), dims, channels, eps), x, weight, bias)
+        return _norm(Rows(tuple(x.shape), dims, channels, eps), x, weight, bias)
     if running_mean is None or running_var is None:
         raise TaylorError("batch_norm: expected its statistics, as in evaluation.")
     scale = torch.rsqrt(running_var + eps)

@@ -1,0 +1,79 @@
+"""Gradients of norms and of softmax that are written out: those of autograd, to any order."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from hosm_losses.derivatives.taylor import normalised, softmax
+from hosm_losses.derivatives.taylor.normalised import Rows
+from hosm_losses.derivatives.taylor.recompute import recomputed
+
+# Pairs, first derivatives, and second derivatives that the argument has itself.
+KINDS = [
+    *(("none", firsts, 0) for firsts in (1, 3)),
+    *(("squares", 2, seconds) for seconds in (0, 2)),
+    *(("sum", firsts, seconds) for firsts in (1, 3) for seconds in (0, 1)),
+    *(("halves", 4, seconds) for seconds in (0, 2)),
+    *(("last", 4, seconds) for seconds in (0, 3)),
+]
+NORMS = {
+    "group": Rows((2, 2, 3, 4), (-2, -1), (2, 3, 1), 0.1),
+    "rms": Rows((2, 6, 4), (-1,), (4,), 0.1, centred=False),
+    "batch": Rows((2, 6, 4), (-3, -1), (6, 1), 0.1),
+}
+
+
+def numbers(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def gradients(function, tensors, order):
+    """All derivatives up to an order: each of a sum over those of the order before."""
+    found = []
+    value = function(*tensors)
+    value = (value * numbers(*value.shape, seed=1)).sum() + value.square().mean()
+    given = [each for each in tensors if each is not None]
+    for _ in range(order):
+        parts = torch.autograd.grad(value, given, create_graph=True, materialize_grads=True)
+        found += parts
+        value = sum((part * numbers(*part.shape, seed=2)).mean() for part in parts)
+        value = value + parts[0].square().mean()
+    return found
+
+
+def agree(function, pullbacks, tensors, order=3):
+    written = gradients(partial(recomputed, function, pullbacks=pullbacks), tensors, order)
+    for mine, theirs in zip(written, gradients(function, tensors, order), strict=True):
+        largest = float(theirs.detach().abs().max())
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12 + 1e-10 * largest)
+
+
+@pytest.mark.parametrize(("pairs", "firsts", "seconds"), KINDS)
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_softmax(dim, pairs, firsts, seconds):
+    stack = numbers(1 + firsts + seconds, 2, 3, 5).requires_grad_()
+    function, first = (
+        partial(each, dim, firsts, pairs) for each in (softmax._softened, softmax._pull_back)
+    )
+    again = [partial(softmax._pull_back_again, dim)] if pairs == "none" else []
+    agree(function, [first, *again], [stack])
+
+
+@pytest.mark.parametrize(("pairs", "firsts", "seconds"), KINDS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms(norm, weighted, pairs, firsts, seconds):
+    rows = NORMS[norm]
+    stack = numbers(1 + firsts + seconds, 2, 6, 4).requires_grad_()
+    weight, bias = (
+        numbers(torch.Size(rows.weights).numel(), seed=seed).requires_grad_() if weighted else None
+        for seed in (3, 4)
+    )
+    function, first = (
+        partial(each, rows, firsts, pairs)
+        for each in (normalised.normalised, normalised.pull_back)
+    )
+    again = [partial(normalised.pull_back_again, rows)] if pairs == "none" else []
+    agree(function, [first, *again], [stack, weight, bias])
