@@ -20,6 +20,7 @@ from matplotlib.ticker import FormatStrFormatter
 from benchmarks import results
 from benchmarks.environment import ROOT
 from benchmarks.page.figures import DPI, TEXT, WIDTH
+from benchmarks.page.numbers import markdown
 from benchmarks.worth import BASE, BEFORE, SEEDS, SWEEP
 from benchmarks.worth_problems import PROBLEMS
 
@@ -82,19 +83,13 @@ def tables(report: results.Report) -> str:
     sweep += [[name.removeprefix(SWEEP), cell(rows, name, "kl")] for name in tried]
     grids = [grid("kl", "KL, per cent"), grid("j_sm", "J_SM, per cent")]
     every = *grids, grid("step_time", "time of a step"), starts, sweep
-    return "\n\n".join(map(markdown, every))
+    return "\n\n".join(markdown(head, lines) for head, *lines in every)
 
 
 def compared(found: results.Report) -> list[str]:
     """The losses that are compared with order one."""
     names = dict.fromkeys(name for rows in found.values() for name in rows)
     return [name for name in names if name not in (BEFORE, BASE) and SWEEP not in name]
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table whose first row is the header."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def draw(report: results.Report, path: Path) -> None:
@@ -146,22 +141,21 @@ def of_quadratic(report: results.Report) -> str:
             moved, error = 100 * (kls.mean() / base - 1), 100 * errors.mean() / base
             cells.append(f"{base:.4g}" if name == BASE else f"{moved:+.1f} ± {error:.1f}")
         rows.append([name, *cells])
-    return markdown(rows)
+    return markdown(rows[0], rows[1:])
 
 
 def of_samples(report: results.Report) -> str:
     """A table of the distances of samples to data, a column for each seed."""
     rows = [["distance of samples", *(f"seed {i}" for i in range(SEEDS))]]
     rows += [[name, *(f"{each:.3f}" for each in row)] for name, row in report.items()]
-    return markdown(rows)
+    return markdown(rows[0], rows[1:])
 
 
-def of_longer(report: results.Report) -> str:
-    """The first table of `tables` alone, of another run."""
-    return tables(report).partition("\n\n")[0]
-
-
-OTHERS = {"quadratic": of_quadratic, "samples": of_samples, "longer": of_longer}
+OTHERS = {
+    "quadratic": of_quadratic,
+    "samples": of_samples,
+    "longer": lambda report: tables(report).partition("\n\n")[0],  # the first alone
+}
 
 
 def filled(text: str, report: results.Report) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -193,6 +194,19 @@ def test_every_loss_trains(scripts, data, tmp_path, loss, terms, more):
         assert entry["loss"] == pytest.approx(expected, rel=1e-3)
     state = scripts.checkpoints.load(tmp_path / "checkpoint.pt")
     assert state["step"] == 2
+
+
+def test_the_page_says_how_many_weights_a_size_has(scripts):
+    page = (FOLDER.parent.parent / "cifar10.md").read_text(encoding="utf-8")
+    said = r"`(\w+)` \(([\d.]+) (?:or|to) ([\d.]+)(?: million weights)?\)"
+    found = {size: sorted(map(float, numbers)) for size, *numbers in re.findall(said, page)}
+    assert found.keys() == scripts.networks.SIZES.keys()
+    for size, numbers in found.items():
+        with torch.device("meta"):
+            models = [scripts.networks.score_model(sde, size) for sde in ("vp", "ve")]
+        for model, number in zip(models, numbers, strict=True):
+            weights = sum(each.numel() for each in model.parameters()) / 1e6
+            assert weights == pytest.approx(number, abs=0.05 if size == "tiny" else 0.5)
 
 
 def test_log_sigma_hat_is_uniform_for_vp(scripts):

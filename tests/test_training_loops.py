@@ -1,7 +1,9 @@
 """What a training loop puts around a loss: accumulation, scaling, averages, checkpoints."""
 
 import copy
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,8 +143,10 @@ def test_the_gradient_under_autocast_is_near_that_of_float32(order, weights, eng
     size = float(expected.norm())
     assert float(found.norm()) == pytest.approx(size, rel=0.05)
     assert float(F.cosine_similarity(found, expected, 0)) > 0.99
-    # The low precision was used at all.
-    assert 1e-4 * size < float((found - expected).norm()) < 0.02 * size
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    (said,) = re.findall(r"each term's gradient was within (\d+) % of that of float32", page)
+    # Above the first bound the low precision was used at all.
+    assert 1e-4 * size < float((found - expected).norm()) < float(said) / 100 * size
 
 
 @pytest.mark.parametrize(("order", "engine"), HIGHER)

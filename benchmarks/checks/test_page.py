@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import page, results
+from benchmarks import examples, page, results
 from benchmarks.environment import environment
 from benchmarks.page import marks, numbers, tables
 
@@ -97,6 +97,7 @@ def test_paths_name_one_number_or_a_span():
     assert numbers.named(found, "q > a > seconds") == "100 (90 to 110)"
     assert numbers.named(found, "q > a > seconds > low") == "90"
     assert numbers.named(found, "q > a or b > seconds") == "100 to 2000"
+    assert numbers.named({"q": {"a": [1, 4, 2, 8]}}, "q > a > 3") == "8"
     for path in ("q > c", "q > a", "q > b > none"):
         with pytest.raises(KeyError):
             numbers.named(found, path)
@@ -105,6 +106,12 @@ def test_paths_name_one_number_or_a_span():
     assert rows[2:] == ["| ms | 100 (90 to 110) | 2000 |", "| none | – | – |"]
     with pytest.raises(KeyError):
         numbers.table(found, "N | q > * | none")
+
+
+def test_the_numbers_that_an_example_prints_are_kept():
+    printed = "order 1\n 1.0 2.0\nnll: -0.1 ± 2e\none, 17 steps: 2.5\nnll: 3\nnone: x\n"
+    found = {"nll": {"1": -0.1, "2": 2}, "one": {"1": 17, "2": 2.5}, "nll (2)": {"1": 3}}
+    assert examples.kept(printed) == found
 
 
 def test_the_figures_are_drawn(tmp_path):

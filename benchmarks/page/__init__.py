@@ -9,7 +9,6 @@ The sentences are written by hand on the pages themselves. A check fails where a
 is not that of the committed results.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from benchmarks import results
 from benchmarks.environment import ROOT
 from benchmarks.page import figures, marks
 from benchmarks.page.numbers import Found, named, table
-from benchmarks.page.tables import TABLES
+from benchmarks.page.tables import TABLES, changes
 
 
 def tree(file: Path) -> Found:
@@ -25,8 +24,9 @@ def tree(file: Path) -> Found:
 
     "gpu" is what `python -m benchmarks.gpu --out` wrote beside it, by card, batch and precision,
     "scale" what `python -m benchmarks.scale` wrote, by network, "coverage" what
-    `python -m benchmarks.coverage` wrote, by data and training, "mixture_1d" what
-    `python -m benchmarks.first_command` wrote, by schedule and seed.
+    `python -m benchmarks.coverage` wrote, by data and training, "examples" what
+    `python -m benchmarks.examples` wrote, by command, "equal_cost" what that command did,
+    and "worth" and "longer" the changes in worth.json.
     """
     found: Found = {"measured": {}, "gpu": {}}
     for question, report in results.read(file).items():
@@ -35,12 +35,18 @@ def tree(file: Path) -> Found:
         peers = {name: each or "not installed" for name, each in where.pop("peers").items()}
         found["measured"][question] = where | peers
     found["coverage"] = results.read(file.parent / "coverage.json")
-    found["mixture_1d"] = results.read(file.parent / "mixture_1d.json")
-    scale = file.parent / "scale.json"
-    if scale.exists():
-        found["scale"] = json.loads(scale.read_text("utf-8"))["networks"]
+    found["examples"] = results.read(file.parent / "examples.json")
+    found["equal_cost"] = {
+        path.stem.removeprefix("equal_cost_"): results.read(path)["settings"]
+        for path in file.parent.glob("equal_cost_*.json")
+    }
+    worth = results.read(file.parent / "worth.json")
+    found["longer"] = {name: changes(rows) for name, rows in worth.pop("longer", {}).items()}
+    problems = {name: rows for name, rows in worth.items() if "d = " in name}
+    found["worth"] = {name: changes(rows) for name, rows in problems.items()}
+    found["scale"] = results.read(file.parent / "scale.json").get("networks", {})
     for gpu in sorted(file.parent.glob("gpu*.json")):
-        report = json.loads(gpu.read_text())
+        report = results.read(gpu)
         where = "{card}, PyTorch {torch}, commit {commit}, {date}".format(**report["environment"])
         for each in report["tables"]:
             key = f"{where}: batch {each['batch']}, {each['precision']}"

@@ -12,7 +12,8 @@ A path leads down the committed results, `question > problem > ... > field`:
     measured > QUESTION > field
 
 A part of it may hold `*`, or alternatives between ` or `; where it then names several numbers, the
-text is their least and largest. An interval has the parts `value`, `low` and `high`.
+text is their least and largest. An interval has the parts `value`, `low` and `high`, a list its
+places from 0.
 
 A table is `heads | path | column = path | ...`: a row for each match of the path, labelled by what
 its wild parts stand for, and columns that are paths below it. A column alone has its path for a
@@ -58,8 +59,10 @@ def _below(node: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(node, dict):
         for key, each in node.items():
             yield key, _in_unit(each, UNITS.get(key, 1))
-    elif isinstance(node, list) and len(node) == len(ENDS):
-        yield from zip(ENDS, node, strict=True)
+    elif isinstance(node, list):
+        yield from ((str(i), each) for i, each in enumerate(node))
+        if len(node) == len(ENDS):
+            yield from zip(ENDS, node, strict=True)
 
 
 def _in_unit(value: Any, unit: float) -> Any:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from tests.oracles import (
 )
 from tests.schedules.test_continuous import SCHEDULES
 
+PAGE = (Path(__file__).parents[2] / "docs" / "likelihood.md").read_text(encoding="utf-8")
 # Mixture, mean number of evaluations that the default tolerance may take.
 MIXTURES = {"1-D": (paper_mixture, 80), "2-D": (ring, 80), "64-D": (anisotropic, 125)}
 
@@ -29,6 +32,7 @@ MIXTURES = {"1-D": (paper_mixture, 80), "2-D": (ring, 80), "64-D": (anisotropic,
 @pytest.mark.parametrize("name", ["vp", "ve"])
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_adaptive_at_its_default_tolerance(name, mixture):
+    """The numbers are those of docs/likelihood.md."""
     make, most = MIXTURES[mixture]
     model, x, log_density, log_prior = problem(name, make(), points=32)
     result = hosm.ode_nll(model, x, method="adaptive", divergence="exact", log_prior=log_prior)
@@ -37,6 +41,21 @@ def test_adaptive_at_its_default_tolerance(name, mixture):
     sys.stdout.write(f"{mixture} {name}: {error:.1e} nats at most, {evaluations:.0f} calls\n")
     assert error < 1.5e-3
     assert evaluations <= most
+    rows = re.findall(rf"{mixture} \| (\S+) nats, (\d+) \| (\S+) nats, (\d+) ", PAGE)
+    (said,) = (row[:2] if name == "vp" else row[2:] for row in rows)
+    assert error == pytest.approx(float(said[0]), abs=1e-4)
+    assert evaluations == pytest.approx(float(said[1]), abs=1)
+
+
+def test_the_steps_of_the_fixed_grid_at_default_tolerance():
+    """The sentence below the table of docs/likelihood.md."""
+    model, x, log_density, log_prior = problem("vp", paper_mixture(), points=32)
+    said = r"needs (\d+) steps for an error of (\S+) nats, and has one of (\S+) with (\d+)\."
+    ((steps, error, coarse, half),) = re.findall(said, PAGE)
+    for count, expected in ((steps, error), (half, coarse)):
+        options = {"divergence": "exact", "log_prior": log_prior, "steps": int(count)}
+        found = float((hosm.ode_nll(model, x, **options).nll + log_density).abs().max())
+        assert found == pytest.approx(float(expected), rel=0.2)
 
 
 @pytest.mark.parametrize("method", ["fixed", "adaptive"])

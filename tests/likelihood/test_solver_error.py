@@ -4,7 +4,9 @@ Networks here differ from the score of their own density, as users' do: the firs
 of what an error does to the log-density is then wrong, and local errors that seem to cancel do not.
 """
 
+import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ SCHEDULES = {
     "cosine": hosm.CosineSchedule(),
 }
 SAMPLES = 60
+PAGE = (Path(__file__).parents[2] / "docs" / "likelihood.md").read_text(encoding="utf-8")
 
 
 class Network(nn.Module):
@@ -86,5 +89,18 @@ def test_where_the_claim_is_too_small():
     error = (result.nll - truth).abs()
     covered = float((error <= 2 * result.solver_error).double().mean())
     print(f"covered {covered:.2f}, median error {float(error.median()):.4f} nats")  # noqa: T201
-    assert 0.5 < covered < 0.8
-    assert float(error.median()) < 0.002
+    said = r"twice the estimate covers (\d+) % of samples, with\s+errors of (\S+) nats"
+    ((share, median),) = re.findall(said, PAGE)
+    assert covered == pytest.approx(float(share) / 100, abs=0.1)
+    assert float(error.median()) == pytest.approx(float(median), rel=0.5)
+
+
+def test_what_the_page_says_of_few_steps():
+    model, x = problem("flow", 0)
+    truth = hosm.ode_nll(model, x, divergence="exact", steps=1024).nll
+    result = hosm.ode_nll(model, x, divergence="exact", steps=32)
+    ratio = float(((result.nll - truth).abs() / result.solver_error).max())
+    print(f"{ratio:.1f} times, {float((result.nll - truth).abs().max()):.2g} nats")  # noqa: T201
+    ((times, nats),) = re.findall(r"can err by (\S+) times the estimate, (\S+) nats", PAGE)
+    assert ratio == pytest.approx(float(times), rel=0.1)
+    assert float((result.nll - truth).abs().max()) == pytest.approx(float(nats), rel=0.1)

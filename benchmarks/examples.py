@@ -1,0 +1,62 @@
+"""The numbers that scripts of docs/examples find, kept in results/examples.json for the pages.
+
+python -m benchmarks.examples [WORD ...]
+
+runs the commands with these words in them, or all in half an hour. A printed line is kept under
+the words before its first comma or colon, as the numbers in it, a second one as NAME (2); of
+mixture_1d.py, README's first command, the KL divergences.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import results
+from benchmarks.environment import ROOT
+
+FILE = results.DIRECTORY / "examples.json"
+COMMANDS = {
+    "VE, seed 0": "mixture_1d.py --schedule ve --seed 0",
+    "VE, seed 1": "mixture_1d.py --schedule ve --seed 1",
+    "VP, seed 0": "mixture_1d.py --schedule vp --seed 0",
+    "VP, seed 1": "mixture_1d.py --schedule vp --seed 1",
+    "checkerboard": "checkerboard.py",
+    "checkerboard, 20 s": "checkerboard.py --seconds 20",
+    "checkerboard, 90 s": "checkerboard.py --seconds 90",
+    "digits": "digits.py",
+    "fine_tune_unet": "fine_tune_unet.py",
+    "gap_1d": "gap_1d.py --steps 1500",
+    "velocity_2d": "velocity_2d.py",
+}
+LINE = re.compile(r"^(?P<name>[^,:\n]+)[,:](?P<rest>.*\d.*)$", re.MULTILINE)
+
+
+def kept(printed: str) -> results.Report:
+    """The numbers of each line, by their place in it."""
+    found: results.Report = {}
+    for line in LINE.finditer(printed):
+        name = f"{line['name']} (2)" if line["name"] in found else line["name"]
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", line["rest"])
+        found[name] = {str(i): float(each) for i, each in enumerate(numbers, 1)}
+    return found
+
+
+def main() -> None:
+    """Run the commands that are asked for, and keep what each has found; pictures are not kept."""
+    for name, command in COMMANDS.items():
+        if not all(word in command for word in sys.argv[1:]):
+            continue
+        script, *options = command.split()
+        run = [sys.executable, ROOT / "docs/examples" / script, *options]
+        with tempfile.TemporaryDirectory() as out:
+            printed = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True, cwd=out)
+            found = kept(printed.stdout)
+            for path in Path(out).glob("*/results.json"):
+                found = {kind: results.read(path)[kind] for kind in ("equal_steps", "equal_cost")}
+        results.write(FILE, results.read(FILE) | {name: found})
+
+
+if __name__ == "__main__":
+    main()
