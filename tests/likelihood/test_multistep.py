@@ -12,7 +12,7 @@ import hosm_losses as hosm
 from hosm_losses.likelihood.multistep import EXTRA_EVALUATIONS, Node, gregory_weights, multistep
 
 
-def solve(steps, count_calls=None, answer=None):
+def solve(steps, count_calls=None, answer=None, companion=False):
     """dy/ds = y cos s from y = 1 and y = 2, so y = y₀ e^{sin s}; q = y₀ e^{sin s} sin s."""
     calls = []
     start, h = torch.tensor([[1.0], [2.0]]), 2.0 / steps
@@ -27,7 +27,7 @@ def solve(steps, count_calls=None, answer=None):
         integrand = start[:, 0] * math.exp(math.sin(s)) * math.sin(s)
         return Node(slope(place, y), integrand, zero + 0.25, covector)
 
-    solution = multistep(slope, node, start, h, steps)
+    solution = multistep(slope, node, start, h, steps, companion)
     if count_calls is not None:
         count_calls.extend(calls)
     return solution
@@ -137,3 +137,14 @@ def test_the_variance_is_that_of_the_weighted_sum():
     steps = 10
     expected = sum((0.2 * w) ** 2 * 0.25 for w in gregory_weights(steps))
     torch.testing.assert_close(solve(steps).variance, torch.full((2,), expected))
+
+
+@pytest.mark.parametrize("steps", [8, 10, 64])
+def test_a_companion_is_the_solution_of_half_the_steps(steps):
+    calls = []
+    found = solve(steps, calls, companion=True)
+    for mine, alone in zip(found.companion[:-1], solve(steps // 2)[:-1], strict=True):
+        torch.testing.assert_close(mine, alone, rtol=1e-13, atol=0)
+    assert len(calls) == steps + steps // 2 + 2 * EXTRA_EVALUATIONS
+    for mine, alone in zip(found[:-1], solve(steps)[:-1], strict=True):
+        torch.testing.assert_close(mine, alone, rtol=0, atol=0)

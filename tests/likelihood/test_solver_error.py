@@ -65,20 +65,37 @@ def problem(name, steps):
     return model, alpha * x + sigma * noise
 
 
-@pytest.mark.parametrize("steps", [None, 0, 150], ids=["exact", "untrained", "trained"])
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_twice_the_claim_covers_the_truth(name, steps):
-    model, x = problem(name, steps)
+def check_bars(model, x, calls, **options):
+    """Covered for 95 % of samples, and no larger than need be, with random probes too."""
     truth = hosm.ode_nll(model, x, divergence="exact", steps=1024).nll
-    claimed = hosm.ode_nll(model, x, divergence="exact")
+    claimed = hosm.ode_nll(model, x, divergence="exact", **options)
     # With random probes the claim is the path's alone, and has to cover that of the same grid.
-    random = hosm.ode_nll(model, x, generator=torch.Generator().manual_seed(0))
+    random = hosm.ode_nll(model, x, generator=torch.Generator().manual_seed(0), **options)
     error = (claimed.nll - truth).abs()
     for result in (claimed, random):
         covered = (error <= 2 * result.solver_error).double().mean()
         assert float(covered) >= 0.95
         assert float(result.solver_error.median()) <= max(10 * float(error.median()), 0.01)
-    assert set(claimed.nfe.tolist()) == {74}
+        assert set(result.nfe.tolist()) == {calls}
+
+
+TRAINED = pytest.mark.parametrize("steps", [None, 0, 150], ids=["exact", "untrained", "trained"])
+
+
+@TRAINED
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_twice_the_claim_covers_the_truth(name, steps):
+    check_bars(*problem(name, steps), 74)
+
+
+@TRAINED
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_with_a_companion_too(name, steps):
+    check_bars(*problem(name, steps), 116, companion=True)
+
+
+def test_a_companion_covers_where_the_path_does_not():
+    check_bars(*problem("EDM", 600), 116, companion=True)
 
 
 def test_where_the_claim_is_too_small():

@@ -12,12 +12,16 @@ Formula:
         weights 3/8, 7/6, 23/24, 1, …, 1, 23/24, 7/6, 3/8.
     The error δ_i of a step is 251/270 of its difference from the Adams-Moulton step through the
     same nodes (Milne), that of ∫ is 1/15 of its difference from every second node (Richardson).
-    What the path's error does to the answer is estimated by max_{j≤k} |Σ_{i=j}^k g_iᵀδ_i|, the
+    What the path's error does to the answer is estimated by p = max_{j≤k} |Σ_{i=j}^k g_iᵀδ_i|, the
     largest sum over a stretch of the path, where g_i is the covector of the node.
+    A companion is the path with half the steps and the same probes. With c a quarter of the
+    difference of both answers, ∫ taken over every second node in both, and p' = 3p/4, the
+    estimate is max(c, p'/2), and p' where c > 100 p': the companion has lost the path there.
 
 Why a stretch:
     δ_i changes its sign along the path. The whole sum is then small, but only as far as g_i is the
-    true gradient of the answer, which it is for a network without error alone.
+    true gradient of the answer, which it is for a network without error alone. Where the path
+    stretches an error a hundred times on its way, no sum of local errors tells; a companion does.
 
 Source:
     Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", II.1, III.1, III.9;
@@ -67,7 +71,13 @@ class MultistepSolution(NamedTuple):
     integral: Tensor  # ∫ q ds, (B,)
     variance: Tensor  # of the integral, from those of the nodes, (B,)
     path_error: Tensor  # estimate of what the errors of y do to the answer, (B,)
-    quadrature_error: Tensor  # estimate of the error of the integral, if q is smooth, (B,)
+    coarse: Tensor  # ∫ q ds from every second node, (B,)
+    companion: "MultistepSolution | None" = None
+
+    @property
+    def quadrature_error(self) -> Tensor:
+        """Estimate of the error of the integral, if q is smooth, (B,)."""
+        return RICHARDSON * (self.integral - self.coarse).detach().abs()
 
 
 def gregory_weights(steps: int) -> list[float]:
@@ -79,50 +89,80 @@ def gregory_weights(steps: int) -> list[float]:
     return weights
 
 
+class _Walk:
+    """The multistep method on its way: `y` at the node that is due.
+
+    Places are counted in half steps of the finest walk from the start; `stride` is a half step.
+    """
+
+    def __init__(
+        self, slope: Callable[[int, Tensor], Tensor], y: Tensor, h: float, steps: int, stride: int
+    ) -> None:
+        self.slope, self.h, self.steps, self.stride = slope, h, steps, stride
+        self.y = self.before = y
+        self.felt = self.lowest = self.highest = y.new_zeros(len(y))
+        self.slopes: list[Tensor] = []
+        self.integrands: list[Tensor] = []
+        self.variances: list[Tensor] = []
+
+    def arrive(self, here: Node) -> None:
+        """Take in what is known at the node that is due, and step to the next one if there is."""
+        index, y, h = len(self.integrands), self.y, self.h
+        self.integrands.append(here.integrand)
+        self.variances.append(here.variance)
+        self.slopes = slopes = [here.slope, *self.slopes[:3]]
+        if index >= MINIMUM_STEPS:
+            corrected = self.before + h * combine(MOULTON, slopes)
+            local = (MILNE * (corrected - y)).detach()
+            self.felt = self.felt + over_elements(here.covector * local, 1)
+            self.lowest = torch.minimum(self.lowest, self.felt)
+            self.highest = torch.maximum(self.highest, self.felt)
+        if index == self.steps:
+            return
+        self.before = y
+        if index < START:
+            place = 2 * self.stride * index
+            second = self.slope(place + self.stride, y + h / 2 * slopes[0])
+            third = self.slope(place + self.stride, y + h / 2 * second)
+            fourth = self.slope(place + 2 * self.stride, y + h * third)
+            self.y = y + h / 6 * (slopes[0] + 2 * second + 2 * third + fourth)
+        else:
+            self.y = y + h * combine(BASHFORTH, slopes)
+
+    def solution(self) -> MultistepSolution:
+        """What is known at the end."""
+        weights, h = gregory_weights(self.steps), self.h
+        return MultistepSolution(
+            state=self.y,
+            integral=h * combine(weights, self.integrands),
+            variance=h**2 * combine([weight**2 for weight in weights], self.variances),
+            path_error=self.highest - self.lowest,
+            coarse=h * combine(_coarse_weights(self.steps), self.integrands),
+        )
+
+
 def multistep(
     slope: Callable[[int, Tensor], Tensor],
     node: Callable[[int, Tensor], Node],
     y: Tensor,
     h: float,
     steps: int,
+    companion: bool = False,
 ) -> MultistepSolution:
     """Take at least four steps of length h, negative to go back, and estimate the errors.
 
     Places are counted in half steps from the start. `node` is called once at each even place;
-    `slope`, which is dy/ds at (place, y), for the inner stages of the start.
+    `slope`, which is dy/ds at (place, y), for the inner stages of the start. A companion takes
+    half as many steps, without a graph; `node` is called for it right after, at the same place.
     """
-    slopes: list[Tensor] = []
-    integrands: list[Tensor] = []
-    variances: list[Tensor] = []
-    y_before, felt = y, y.new_zeros(len(y))
-    lowest = highest = felt
+    walk = _Walk(slope, y, h, steps, 1)
+    other = _Walk(slope, y.detach(), 2 * h, steps // 2, 2) if companion else None
     for index in range(steps + 1):
-        place = 2 * index
-        here = node(place, y)
-        integrands.append(here.integrand)
-        variances.append(here.variance)
-        slopes = [here.slope, *slopes[:3]]
-        if index >= MINIMUM_STEPS:
-            corrected = y_before + h * combine(MOULTON, slopes)
-            local = (MILNE * (corrected - y)).detach()
-            felt = felt + over_elements(here.covector * local, 1)
-            lowest, highest = torch.minimum(lowest, felt), torch.maximum(highest, felt)
-        if index == steps:
-            break
-        y_before = y
-        if index < START:
-            second = slope(place + 1, y + h / 2 * slopes[0])
-            third = slope(place + 1, y + h / 2 * second)
-            fourth = slope(place + 2, y + h * third)
-            y = y + h / 6 * (slopes[0] + 2 * second + 2 * third + fourth)
-        else:
-            y = y + h * combine(BASHFORTH, slopes)
-    weights = gregory_weights(steps)
-    integral = h * combine(weights, integrands)
-    variance = h**2 * combine([weight**2 for weight in weights], variances)
-    coarse = h * combine(_coarse_weights(steps), integrands)
-    quadrature_error = RICHARDSON * (integral - coarse).detach()
-    return MultistepSolution(y, integral, variance, highest - lowest, quadrature_error.abs())
+        walk.arrive(node(2 * index, walk.y))
+        if other is not None and index % 2 == 0:
+            with torch.no_grad():
+                other.arrive(node(2 * index, other.y))
+    return walk.solution()._replace(companion=None if other is None else other.solution())
 
 
 def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
@@ -143,33 +183,59 @@ def _coarse_weights(steps: int) -> list[float]:
     return weights
 
 
-def solve_fixed(paths: Paths, z: Tensor, span: tuple[float, float], steps: int) -> Solved:
-    """Solve from z at the start of a span of u = log σ̂ on a uniform grid, with fresh probes."""
+def solve_fixed(
+    paths: Paths, z: Tensor, span: tuple[float, float], steps: int, companion: bool = False
+) -> Solved:
+    """Solve from z at the start of a span of u = log σ̂ on a uniform grid, with fresh probes.
+
+    A companion is for the way from data to latents.
+    """
     batch, coordinates = paths.batch, paths.batch.coordinates
     grid = torch.linspace(*span, 2 * steps + 1, dtype=z.dtype, device=z.device)
     level = coordinates.levels(grid)  # of the nodes, and of the midpoints between them
+    count = steps + EXTRA_EVALUATIONS
+    count += steps // 2 + EXTRA_EVALUATIONS if companion else 0
+    drawn: dict[int, Tensor | None] = {}  # of the place that is due
 
     def slope(place: int, z: Tensor) -> Tensor:
         here = level(place)
         return coordinates.slope(z, batch.noise(coordinates.to_x(z, here), here), here)
 
     def node(place: int, z: Tensor) -> Node:
-        batch.advance(len(z) / (steps + 1))
+        if place not in drawn:
+            drawn.clear()
+            drawn[place] = paths.draw(z)
+            batch.advance(len(z) / (steps + 1))
         here = level(place)
-        noise, moved, integrand = paths.slope_and_integrand(z, here, paths.draw(z))
+        noise, moved, integrand = paths.slope_and_integrand(z, here, drawn[place])
         seen = integrand.detach()
         variance = seen.var(0) / len(seen) if len(seen) > 1 else torch.zeros_like(seen[0])
         covector = coordinates.covector(noise.detach(), here)
         return Node(moved, integrand.mean(0), variance, covector)
 
     h = (span[1] - span[0]) / steps
-    end, integral, variance, path_error, quadrature_error = multistep(slope, node, z, h, steps)
-    nfe = torch.full((len(z),), steps + EXTRA_EVALUATIONS, device=z.device)
+    found = multistep(slope, node, z, h, steps, companion)
+    nfe = torch.full((len(z),), count, device=z.device)
     exact = paths.probes == 0
-    standard_error = variance.sqrt() if exact or (paths.probes or 0) > 1 else None
-    solver_error = path_error + quadrature_error if exact else path_error
+    standard_error = found.variance.sqrt() if exact or (paths.probes or 0) > 1 else None
+    solver_error = found.path_error
+    if found.companion is not None:
+        _, far = coordinates.ends(span)
+        ends = (coordinates.to_x(each.state.detach(), far) for each in (found, found.companion))
+        here, there = map(batch.log_prior_at, ends)
+        difference = here - there + found.coarse - found.companion.integral
+        solver_error = _guarded(solver_error, difference.detach().abs())
+    if exact:
+        solver_error = solver_error + found.quadrature_error
     failed = torch.zeros_like(nfe).bool()
-    return Solved(end, integral, nfe, standard_error, solver_error, failed, steps)
+    return Solved(found.state, found.integral, nfe, standard_error, solver_error, failed, steps)
+
+
+def _guarded(path_error: Tensor, difference: Tensor) -> Tensor:
+    """The estimate of the path's error by the path, and the difference from a companion."""
+    path, other = 0.75 * path_error, difference / 4
+    # Not other > 100 path: a companion that is lost may be NaN.
+    return torch.where(other <= 100 * path, torch.maximum(other, path / 2), path)
 
 
 class ToTolerance:

@@ -44,6 +44,7 @@ def ode_nll(
     distribution: Distribution = "rademacher",
     tolerance: float | None = None,
     group: "dist.ProcessGroup | None" = None,
+    companion: bool = False,
     data_mean: float | Tensor = 0.0,
     data_std: float | Tensor = 0.5,
     log_prior: Callable[[Tensor], Tensor] | None = None,
@@ -78,6 +79,9 @@ def ode_nll(
             `solver_error` of every sample, 0.01 if None. Given steps have no use for it.
         group: with steps=None, the processes that have to take the same steps; None where each
             may take its own.
+        companion: whether to solve with half the steps as well, for a `solver_error` that covers
+            networks whose paths stretch small errors too, at 57 % more evaluations for 64 steps.
+            The method is "fixed", steps are given, even and 8 or more.
         data_mean: mean of the data, a number or a tensor that broadcasts to a sample. With
             `data_std` it sets coordinates in which Gaussian data does not move. It changes the
             solver's error alone.
@@ -116,6 +120,9 @@ def ode_nll(
     """
     check_choice("divergence", divergence, get_args(Divergence))
     solve = solver(method, steps, distribution, tolerance, group)
+    check_flag("companion", companion)
+    if companion:
+        solve = _with_companion(method, steps)
     kind = check_probes(probes, divergence)
     check_flag("enable_grad", enable_grad)
     check_flag("clean", clean)
@@ -130,6 +137,14 @@ def ode_nll(
 
     shared = (data_mean, data_std, log_prior, dequantization, batch_size, progress, generator)
     return evaluate(likelihood, model, x, *shared, model_kwargs, draws, enable_grad)
+
+
+def _with_companion(method: Method, steps: int | None) -> Solver:
+    if method != "fixed" or steps is None or steps % 2 or steps < 2 * MINIMUM_STEPS:
+        expected = f"False, or method='fixed' with even steps of {2 * MINIMUM_STEPS} or more"
+        got = f"True with method={method!r}, steps={steps}"
+        raise ValueError(f"companion: expected {expected}; got {got}.")
+    return partial(solve_fixed, steps=int(steps), companion=True)
 
 
 def solver(
