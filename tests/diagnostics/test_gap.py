@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from torch import nn
 
 import hosm_losses as hosm
@@ -145,10 +144,13 @@ def test_atoms_are_a_truth():
     assert report.missing["fisher"] == report.missing["own score"] == gap.NOT_ASKED
 
 
+def report_without_a_truth():
+    model = hosm.ScoreModel(MLP(2), SCHEDULES["vp"])
+    return hosm.likelihood_gap(model, torch.randn(6, 2), nodes=2, steps=8)
+
+
 def test_without_a_truth_it_says_what_cannot_be_had():
-    schedule = SCHEDULES["vp"]
-    model = hosm.ScoreModel(MLP(2), schedule)
-    report = hosm.likelihood_gap(model, torch.randn(6, 2), nodes=2, steps=8)
+    report = report_without_a_truth()
     assert [name for name, curve in report.curves.items() if curve] == ["own score"]
     assert set(report.missing.values()) == {gap.NEEDS_REFERENCE}
     assert set(report.missing) == {*gap.CURVES, *gap.INTEGRALS} - {"own score"}
@@ -156,8 +158,11 @@ def test_without_a_truth_it_says_what_cannot_be_had():
     assert "sde bound less ode nll:" in text
     assert "j_sm: needs a reference" in text
     assert json.loads(json.dumps(report.to_dict()))["numbers"]["j_sm"] is None
-    axes = Figure().subplots()
-    report.plot(axes)
+
+
+def test_the_plot_has_the_curves_there_are():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    report_without_a_truth().plot(axes)
     assert axes.get_legend_handles_labels()[1] == ["own score"]
 
 
