@@ -44,6 +44,11 @@ def test_a_number_that_moves_and_a_peer_that_is_ahead_are_told():
     assert "ring of Gaussians, random, 0.1 nat: fewer evaluations" in shown
 
 
+def test_columns_of_one_name_are_an_error():
+    with pytest.raises(ValueError, match="expected columns of different names"):
+        page.value(FOUND, "Network | speed > mlp | ms = parameters | ms = rounds")
+
+
 def test_an_unknown_mark_is_an_error():
     with pytest.raises(ValueError, match="expected a path or one of peers"):
         page.value(FOUND, "peer")

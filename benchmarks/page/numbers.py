@@ -126,10 +126,13 @@ def table(found: Found, described: str) -> str:
 
     Raises:
         KeyError: where that is every row.
+        ValueError: for two columns of one name.
     """
     heads, path, *wanted = described.split(" | ")
-    named_columns = (each.rpartition(" = ") for each in wanted)
+    named_columns = [each.rpartition(" = ") for each in wanted]
     columns = {name or below: below for name, _, below in named_columns}
+    if len(columns) < len(wanted):
+        raise ValueError(f"table: expected columns of different names; got {', '.join(wanted)}.")
     digits, turned = int(columns.pop("digits", "2")), columns.pop("turned", None)
     rows = list(walk(found, path))
     if "*" in columns:

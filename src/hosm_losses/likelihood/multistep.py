@@ -14,9 +14,10 @@ Formula:
     same nodes (Milne), that of ∫ is 1/15 of its difference from every second node (Richardson).
     What the path's error does to the answer is estimated by p = max_{j≤k} |Σ_{i=j}^k g_iᵀδ_i|, the
     largest sum over a stretch of the path, where g_i is the covector of the node.
-    A companion is the path with half the steps and the same probes. With c a quarter of the
-    difference of both answers, ∫ taken over every second node in both, and p' = 3p/4, the
-    estimate is max(c, p'/2), and p' where c > 100 p': the companion has lost the path there.
+    A companion is the path with half the steps and the same probes. With P its p, and D the
+    difference of both answers, ∫ taken over every second node in both, the estimate is
+    max(3p/8, D/4 · min(1, 16 p/P)²): p falls by 16 where the companion resolves the path, and D
+    says little where p falls by more. It is p where D is not finite.
 
 Why a stretch:
     δ_i changes its sign along the path. The whole sum is then small, but only as far as g_i is the
@@ -38,9 +39,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hosm_losses._checks import over_elements, users_level
+from hosm_losses._checks import expand_right, over_elements, users_level
 from hosm_losses._torch_internals import vmapped
-from hosm_losses.likelihood.paths import Paths, Solved, solver_limit
+from hosm_losses.likelihood.paths import NoiseLevel, Paths, Solved, solver_limit
 
 BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 MOULTON = (9 / 24, 19 / 24, -5 / 24, 1 / 24)
@@ -188,7 +189,7 @@ def solve_fixed(
 ) -> Solved:
     """Solve from z at the start of a span of u = log σ̂ on a uniform grid, with fresh probes.
 
-    A companion is for the way from data to latents.
+    A companion is for the way from data to latents, at whose end the prior is.
     """
     batch, coordinates = paths.batch, paths.batch.coordinates
     grid = torch.linspace(*span, 2 * steps + 1, dtype=z.dtype, device=z.device)
@@ -220,22 +221,34 @@ def solve_fixed(
     standard_error = found.variance.sqrt() if exact or (paths.probes or 0) > 1 else None
     solver_error = found.path_error
     if found.companion is not None:
-        _, far = coordinates.ends(span)
-        ends = (coordinates.to_x(each.state.detach(), far) for each in (found, found.companion))
-        here, there = map(batch.log_prior_at, ends)
-        difference = here - there + found.coarse - found.companion.integral
-        solver_error = _guarded(solver_error, difference.detach().abs())
+        with torch.no_grad():
+            solver_error = _guarded(paths, found, found.companion, coordinates.ends(span)[1])
     if exact:
         solver_error = solver_error + found.quadrature_error
     failed = torch.zeros_like(nfe).bool()
     return Solved(found.state, found.integral, nfe, standard_error, solver_error, failed, steps)
 
 
-def _guarded(path_error: Tensor, difference: Tensor) -> Tensor:
-    """The estimate of the path's error by the path, and the difference from a companion."""
-    path, other = 0.75 * path_error, difference / 4
-    # Not other > 100 path: a companion that is lost may be NaN.
-    return torch.where(other <= 100 * path, torch.maximum(other, path / 2), path)
+def _guarded(
+    paths: Paths, found: MultistepSolution, companion: MultistepSolution, far: NoiseLevel
+) -> Tensor:
+    """The estimate of the path's error from a solution and its companion, that end at a level."""
+    arrived = companion.state.isfinite().flatten(1).all(1)
+    end = paths.batch.coordinates.to_x(found.state, far)
+    other = paths.batch.coordinates.to_x(companion.state, far)
+    # A prior that looks at its argument is not shown what a companion lost.
+    other = torch.where(expand_right(arrived, end), other, end)
+    prior = paths.batch.log_prior_at(end) - paths.batch.log_prior_at(other)
+    difference = (prior + found.coarse - companion.integral).abs()
+    return _estimate(found.path_error, companion.path_error, difference.where(arrived, math.nan))
+
+
+def _estimate(path_error: Tensor, companion: Tensor, difference: Tensor) -> Tensor:
+    """By the path, its companion and the difference of their answers."""
+    unresolved = companion > 16 * path_error
+    ratio = torch.where(unresolved, 16 * path_error / companion, 1.0)
+    guarded = torch.maximum(difference / 4 * ratio.square(), 3 * path_error / 8)
+    return torch.where(guarded.isfinite(), guarded, path_error)
 
 
 class ToTolerance:

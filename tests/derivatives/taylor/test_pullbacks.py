@@ -43,8 +43,19 @@ def gradients(function, tensors, order):
     return found
 
 
+def counted(function, calls):
+    def call(*given):
+        calls.append(function)
+        return function(*given)
+
+    return call
+
+
 def agree(function, pullbacks, tensors, order=3):
-    written = gradients(partial(recomputed, function, pullbacks=pullbacks), tensors, order)
+    calls = []
+    watched = [counted(each, calls) for each in pullbacks]
+    written = gradients(partial(recomputed, function, pullbacks=watched), tensors, order)
+    assert all(each in calls for each in pullbacks)
     for mine, theirs in zip(written, gradients(function, tensors, order), strict=True):
         largest = float(theirs.detach().abs().max())
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12 + 1e-10 * largest)
@@ -59,6 +70,45 @@ def test_softmax(dim, pairs, firsts, seconds):
     )
     again = [partial(softmax._pull_back_again, dim)] if pairs == "none" else []
     agree(function, [first, *again], [stack])
+
+
+@pytest.mark.parametrize("parameters", [("weight",), ("bias",), ("weight", "bias")])
+def test_every_parameter_of_a_norm_has_a_gradient(parameters):
+    # Of a loss in which the bias has no part, as autograd gives it: zeros, not None.
+    rows = NORMS["rms"]
+    stack = numbers(2, 2, 6, 4).requires_grad_()
+    given = {name: numbers(4, seed=3).requires_grad_() for name in parameters}
+    function, first = (
+        partial(each, rows, 1, "none") for each in (normalised.normalised, normalised.pull_back)
+    )
+    pullbacks = [first, partial(normalised.pull_back_again, rows)]
+    found = []
+    for each, strict in (
+        (function, False),
+        (partial(recomputed, function, pullbacks=pullbacks), True),
+    ):
+        value = each(stack, given.get("weight"), given.get("bias"))
+        (slope,) = torch.autograd.grad(value[1].sum(), stack, create_graph=True)
+        loss = slope.square().sum()
+        found.append(torch.autograd.grad(loss, list(given.values()), materialize_grads=not strict))
+    for theirs, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pairs", ["none", "squares"])
+def test_a_short_type_is_kept_and_gradients_have_it(dtype, pairs):
+    stack = numbers(3, 2, 6, 4).to(dtype).requires_grad_()
+    parts = softmax._softened, softmax._pull_back
+    function, first = (partial(each, -1, 2, pairs) for each in parts)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
+        value = recomputed(function, stack, pullbacks=[first])
+    assert {each.dtype for each in seen} == {dtype}
+    (mine,) = torch.autograd.grad(value.square().sum(), stack)
+    (theirs,) = torch.autograd.grad(function(stack).square().sum(), stack)
+    assert mine.dtype == dtype
+    torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(("pairs", "firsts", "seconds"), KINDS)

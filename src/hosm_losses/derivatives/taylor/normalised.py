@@ -149,7 +149,7 @@ class _Sum:
 
 def _plus(total: Some, factor: Tensor, stack: Tensor) -> Tensor:
     """The total and Σ_l factor_l z_l, of shape (1, *); in place where there is one."""
-    if len(factor) > 1 or len(stack) > 1:
+    if len(factor) != 1 or len(stack) != 1:
         products = (factor * stack).sum(0, keepdim=True)
         return products if total is None else total.add_(products)
     return factor * stack if total is None else total.addcmul_(factor, stack)
@@ -206,7 +206,7 @@ def _halves(firsts: _Seen, pairs: Pairs) -> list[_Seen]:
 
 
 def pull_back_again(
-    rows: Rows, stack: Tensor, weight: Some, _: Some, cotangent: Tensor, again: Tensor
+    rows: Rows, stack: Tensor, weight: Some, bias: Some, cotangent: Tensor, again: Tensor
 ) -> tuple[Some, ...]:
     """The gradients in the arguments of `pull_back` of what it returns first, for no pairs."""
     value, tangents = rows.about_mean(rows.seen(stack)).split((1, len(stack) - 1))
@@ -221,7 +221,8 @@ def pull_back_again(
     of_outputs = torch.cat([total.turned(p), total.turned(q).add_(total.bent(p, c))])
     of_weight = None if weight is None else rows.of_weight(raw * of_outputs, weight)
     of_cotangent = rows.weighted(of_outputs, weight)
-    return _as(of_stack, stack), of_weight, None, _as(of_cotangent, cotangent)
+    of_bias = None if bias is None else torch.zeros_like(bias)
+    return _as(of_stack, stack), of_weight, of_bias, _as(of_cotangent, cotangent)
 
 
 def _as(x: Tensor, like: Tensor) -> Tensor:

@@ -22,9 +22,8 @@ _root, _inverse_root = partial(power, exponent=0.5), partial(power, exponent=-0.
 
 
 def _norm(rows: Rows, x: Any, weight: Any = None, bias: Any = None) -> Jet:
-    formula, *pullbacks = (
-        partial(each, rows, x.firsts, x.pairs) for each in (normalised, pull_back)
-    )
+    formula = partial(normalised, rows, x.firsts, x.pairs)
+    pullbacks: list[Any] = [partial(pull_back, rows, x.firsts, x.pairs)]
     if x.pairs == "none":
         pullbacks.append(partial(pull_back_again, rows))
     return x.like(recomputed(formula, x.stack, weight, bias, pullbacks=pullbacks))

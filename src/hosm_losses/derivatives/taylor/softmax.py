@@ -37,13 +37,13 @@ def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3)
     """exp(x) over its sum along an axis, of x in another type if one is given."""
     if dtype is not None and not dtype.is_floating_point:
         raise NoRule
-    stack = at_least_float32(x.stack if dtype is None else x.stack.to(dtype))
+    stack = x.stack if dtype is None else x.stack.to(dtype)
     options = axis(dim, x.ndim), x.firsts, x.pairs
     pullbacks: list[Any] = [partial(_pull_back, *options)]
     if x.pairs == "none":
         pullbacks.append(partial(_pull_back_again, options[0]))
     result = recomputed(partial(_softened, *options), stack, pullbacks=pullbacks)
-    return x.like(result).typed(x.dtype if dtype is None else dtype)
+    return x.like(result).typed(stack.dtype)
 
 
 def _mean(weights: Tensor, dim: int, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def _added(total: Tensor, left: Tensor, right: Tensor, value: float = 1.0) -> Te
 
 
 def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
-    logits, tangents, seconds = components(stack, firsts)
+    logits, tangents, seconds = components(at_least_float32(stack), firsts)
     weights = torch.softmax(logits, dim)
     mean = partial(_mean, weights, dim)
     u = tangents - mean(tangents)
@@ -77,7 +77,7 @@ def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
 
 def _pull_back(dim: int, firsts: int, pairs: Pairs, stack: Tensor, cotangent: Tensor) -> Tensor:
     """The gradient in the stack."""
-    logits, tangents, seconds = components(stack, firsts)
+    logits, tangents, seconds = components(at_least_float32(stack), firsts)
     weights = torch.softmax(logits, dim)
     mean = partial(_mean, weights, dim)
     u = tangents - mean(tangents)
@@ -99,16 +99,17 @@ def _pull_back(dim: int, firsts: int, pairs: Pairs, stack: Tensor, cotangent: Te
         parts = [b + (2 * bent[0] if right is left else torch.cat(bent))]
         parts += [d] if len(seconds) else []
     of_value = of_value - mean(of_value)
-    return torch.cat([of_value, *parts]).mul_(weights)
+    return torch.cat([of_value, *parts]).mul_(weights).to(stack.dtype)
 
 
 def _pull_back_again(
     dim: int, stack: Tensor, cotangent: Tensor, again: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients, in the stack and in the cotangent, of what `_pull_back` returns."""
-    weights = torch.softmax(stack[:1], dim)
+    value, tangents, again = map(at_least_float32, (stack[:1], stack[1:], again))
+    weights = torch.softmax(value, dim)
     mean = partial(_mean, weights, dim)
-    u, b, again = (x - mean(x) for x in (stack[1:], cotangent[1:], again))
+    u, b, again = (x - mean(x) for x in (tangents, cotangent[1:], again))
     inner = _added(cotangent[:1], u, b)
     a, of_firsts = again.split((1, len(u)))
     a_u, a_b = a * u, a * b
@@ -117,4 +118,4 @@ def _pull_back_again(
     of_value = _added(of_value, b, of_firsts - mean_u)
     of_value = _added(of_value, u, mean_b, -1.0)
     of_stack = torch.cat([of_value - mean(of_value), a_b - mean_b]).mul_(weights)
-    return of_stack, torch.cat([a, of_firsts + a_u - mean_u]).mul_(weights)
+    return of_stack.to(stack.dtype), torch.cat([a, of_firsts + a_u - mean_u]).mul_(weights)
