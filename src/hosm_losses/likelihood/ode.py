@@ -119,10 +119,7 @@ def ode_nll(
         1.838 nats, 74 evaluations
     """
     check_choice("divergence", divergence, get_args(Divergence))
-    solve = solver(method, steps, distribution, tolerance, group)
-    check_flag("companion", companion)
-    if companion:
-        solve = _with_companion(method, steps)
+    solve = solver(method, steps, distribution, tolerance, group, companion)
     kind = check_probes(probes, divergence)
     check_flag("enable_grad", enable_grad)
     check_flag("clean", clean)
@@ -139,22 +136,16 @@ def ode_nll(
     return evaluate(likelihood, model, x, *shared, model_kwargs, draws, enable_grad)
 
 
-def _with_companion(method: Method, steps: int | None) -> Solver:
-    if method != "fixed" or steps is None or steps % 2 or steps < 2 * MINIMUM_STEPS:
-        expected = f"False, or method='fixed' with even steps of {2 * MINIMUM_STEPS} or more"
-        got = f"True with method={method!r}, steps={steps}"
-        raise ValueError(f"companion: expected {expected}; got {got}.")
-    return partial(solve_fixed, steps=int(steps), companion=True)
-
-
 def solver(
     method: Method,
     steps: int | None,
     distribution: str,
     tolerance: float | None,
     group: "dist.ProcessGroup | None",
+    companion: bool = False,
 ) -> Solver:
     """The solver that checked options choose."""
+    check_flag("companion", companion)
     check_choice("method", method, get_args(Method))
     check_choice("distribution", distribution, DISTRIBUTIONS)
     if steps is not None:
@@ -166,6 +157,13 @@ def solver(
     if group is not None and not (chosen and isinstance(group, dist.ProcessGroup)):
         expected = "None, or a process group with method='fixed' and steps=None"
         raise ValueError(complaint("group", expected, group))
+    halved = method == "fixed" and steps and steps % 2 == 0 and steps >= 2 * MINIMUM_STEPS
+    if companion and not halved:
+        expected = f"False, or method='fixed' with even steps of {2 * MINIMUM_STEPS} or more"
+        got = f"True with method={method!r}, steps={steps}"
+        raise ValueError(f"companion: expected {expected}; got {got}.")
     if method == "adaptive":
         return partial(solve_adaptive, tolerance=tolerance)
-    return ToTolerance(tolerance, group) if steps is None else partial(solve_fixed, steps=steps)
+    if steps is None:
+        return ToTolerance(tolerance, group)
+    return partial(solve_fixed, steps=steps, companion=companion)
