@@ -77,6 +77,14 @@ def checkpoint_hook(kind: str = "_checkpoint_hook") -> object:
     return hook if getattr(hook, "__qualname__", "").startswith(kind) else None
 
 
+def in_autocast(x: Tensor) -> Tensor:
+    """A tensor in the type of autocast, where that is on and as it does before a product."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x  # not available on meta, for one
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+
+
 def outside_inference_mode() -> AbstractContextManager[None]:
     """Leave torch.inference_mode, which forbids all derivatives, with gradients off as before."""
     # torch.compile of PyTorch 2.6 follows no generator in a with statement.
@@ -111,6 +119,16 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
 def custom_function(node: object) -> type | None:
     """The torch.autograd.Function of a node in an autograd graph; None for PyTorch's own nodes."""
     return getattr(type(node), "_forward_cls", None)
+
+
+def will_run(node: object) -> bool:
+    """Whether the backward pass under way needs what it would give a node, None for no node."""
+    if node is None:
+        return False
+    try:
+        return _C._will_engine_execute_node(node)
+    except RuntimeError:  # as for a parameter that was passed to torch.autograd.grad
+        return True
 
 
 def has_graph(gradient: Tensor) -> bool:

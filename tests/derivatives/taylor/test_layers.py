@@ -6,7 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from hosm_losses.derivatives.primitive_mode import safe_primitives
-from hosm_losses.derivatives.taylor import carried, layers
+from hosm_losses.derivatives.taylor import carried, convolution
 from hosm_losses.derivatives.taylor.jet import call
 from hosm_losses.derivatives.taylor.table import rule_of_each
 from tests.derivatives.taylor.checks import check
@@ -18,6 +18,7 @@ LAYERS = {
     "conv1d": (lambda: nn.Conv1d(2, 3, 3, padding=1), (2, 5)),
     "conv2d": (lambda: nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), (2, 5, 4)),
     "conv2d without bias": (lambda: nn.Conv2d(2, 3, 3, bias=False), (2, 4, 4)),
+    "conv1d, same": (lambda: nn.Conv1d(2, 3, 2, padding="same", dilation=2), (2, 5)),
     "conv3d": (lambda: nn.Conv3d(1, 2, 2), (1, 3, 3, 3)),
     "conv_transpose1d": (lambda: nn.ConvTranspose1d(2, 3, 3), (2, 4)),
     "conv_transpose2d": (
@@ -34,6 +35,12 @@ def test_layers_between_curved_functions(name):
     make, shape = LAYERS[name]
     layer = make()
     check(lambda x: layer(x.sin()).sin(), shape, *layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_padding_that_differs_from_side_to_side():
+    layer = nn.Conv1d(2, 3, 2, padding="same")
+    check(lambda x: layer(x.sin()).sin(), (2, 5), *layer.parameters())
 
 
 def test_a_weight_that_depends_on_x():
@@ -67,7 +74,7 @@ def test_one_call_on_the_whole_stack(monkeypatch):
         seen.append(len(x))
         return convolve(x, *args, **kwargs)
 
-    rule_of_each(counted)(layers._convolution)
+    rule_of_each(counted)(convolution._convolution)
     weight, x = torch.randn(2, 1, 3, 3), torch.randn(3, 1, 5, 5)
     carried(lambda x: call(counted, (x, weight), {}), x, torch.randn(2, *x.shape))
     assert seen == [9]

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from hosm_losses.derivatives.taylor import normalised, softmax
+from hosm_losses.derivatives.taylor import carried, normalised, softmax
 from hosm_losses.derivatives.taylor.normalised import Rows
 from hosm_losses.derivatives.taylor.recompute import recomputed
 
@@ -70,6 +70,28 @@ def test_softmax(dim, pairs, firsts, seconds):
     )
     again = [partial(softmax._pull_back_again, dim)] if pairs == "none" else []
     agree(function, [first, *again], [stack])
+
+
+@pytest.mark.parametrize("pairs", ["none", "squares", "sum"])
+def test_softmax_in_blocks_of_samples(pairs, monkeypatch):
+    calls = []
+    for name in ("_softened", "_pull_back", "_pull_back_again"):
+        watched = counted(getattr(softmax, name), calls)
+        monkeypatch.setattr(softmax, name, watched)
+    x, direction = numbers(5, 3, 4), numbers(1, 5, 3, 4, seed=2)
+
+    def found():
+        point = x.clone().requires_grad_()
+        stack = carried(lambda x: torch.softmax(x.sin(), -1), point, direction, pairs)
+        loss = (stack * numbers(*stack.shape, seed=3)).sum()
+        (slope,) = torch.autograd.grad(loss, point, create_graph=True)
+        return stack, slope, *torch.autograd.grad(slope.square().sum(), point)
+
+    whole, few = found(), len(calls)
+    monkeypatch.setattr(softmax, "BLOCK", 2 * x[0].nbytes)
+    blocks = found()
+    assert len(calls) - few > 2 * few  # three blocks, of two samples and of one
+    torch.testing.assert_close(blocks, whole, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("parameters", [("weight",), ("bias",), ("weight", "bias")])

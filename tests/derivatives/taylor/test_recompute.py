@@ -53,9 +53,9 @@ def test_only_the_gradients_that_are_needed():
     x, y = inputs()
     seen = []
 
-    def pullback(x, y, cotangent):
-        seen.append(1)
-        return cotangent * y, cotangent * x
+    def pullback(needed, x, y, cotangent):
+        seen.append(needed)
+        return cotangent * y, None
 
     value = recomputed(lambda x, y: x * y, x, y.detach(), pullbacks=[pullback])
     (gradient,) = torch.autograd.grad(value.sum(), x)
@@ -64,19 +64,19 @@ def test_only_the_gradients_that_are_needed():
     def none(x, y):
         return x if y is None else x * y
 
-    recomputed(none, x, None, pullbacks=[lambda x, y, c: (c, None)]).sum().backward()
+    recomputed(none, x, None, pullbacks=[lambda _, x, y, c: (c, None)]).sum().backward()
     torch.testing.assert_close(x.grad, torch.ones_like(x))
-    assert seen == [1]
+    assert seen == [[True, False]]
 
 
 def test_a_given_pullback_is_used_and_so_is_its_own():
     used = []
 
-    def first(x, cotangent):
+    def first(_, x, cotangent):
         used.append("first")
         return 2 * x * cotangent
 
-    def second(x, cotangent, again):
+    def second(_, x, cotangent, again):
         used.append("second")
         return 2 * cotangent * again, 2 * x * again
 
@@ -94,7 +94,7 @@ def test_a_pullback_of_another_tensor_goes_by_autograd():
     def never(*everything):
         raise AssertionError
 
-    def pullback(x, y, cotangent):
+    def pullback(_, x, y, cotangent):
         return cotangent * y.sin(), cotangent * x * y.cos()
 
     x, y = inputs()
@@ -107,12 +107,12 @@ def test_a_pullback_of_another_tensor_goes_by_autograd():
 def test_gradients_of_every_result_of_a_pullback():
     """Where its own pullback is that of its first result."""
 
-    def pullback(x, y, cotangent):
+    def pullback(_, x, y, cotangent):
         return cotangent * y.sin(), cotangent * x * y.cos()
 
     used = []
 
-    def again(x, y, cotangent, second):
+    def again(_, x, y, cotangent, second):
         used.append(1)
         return torch.zeros_like(x), cotangent * second * y.cos(), second * y.sin()
 

@@ -2,8 +2,9 @@ r"""Value and derivatives of a function along directions, carried through it in 
 
 - `jet`: the tensor that carries them; what happens to a function that is called on one.
 - `table`: by which function of PyTorch a rule is found, and which calls it takes.
-- `arithmetic`, `layers`, `norms`, `pointwise`, `properties`, `selection`, `shapes`, `softmax`: the
-  rules, by kind. Importing this package registers them. `normalised` is the formula of the norms.
+- `arithmetic`, `convolution`, `layers`, `matrices`, `norms`, `pointwise`, `properties`,
+  `selection`, `shapes`, `softmax`: the rules, by kind. Importing this package registers them.
+- `bilinear`: products linear in both factors, and their gradients; `normalised`: those of norms.
 - `aliases`, `in_place`: which Jets share memory; rules for what changes a tensor in place.
 - `methods`: methods of Tensor that are written in Python.
 - `along`: functions without a rule.
@@ -12,8 +13,10 @@ r"""Value and derivatives of a function along directions, carried through it in 
 
 from hosm_losses.derivatives.taylor import (  # noqa: F401
     arithmetic,
+    convolution,
     in_place,
     layers,
+    matrices,
     methods,
     norms,
     pointwise,

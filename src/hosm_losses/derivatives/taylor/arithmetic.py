@@ -1,4 +1,4 @@
-r"""Rules for sums and products, of numbers and of matrices.
+r"""Rules for sums and products.
 
 Formula, for a product y = a · b that is linear in a and in b:
     y_l = a_l · b + a · b_l        y_lr = a_lr · b + a · b_lr + a_l · b_r + a_r · b_l
@@ -11,7 +11,6 @@ tensor with some, though its stack has an axis.
 
 from collections.abc import Callable
 from functools import partial, wraps
-from string import ascii_letters
 from typing import Any
 
 import torch
@@ -31,7 +30,8 @@ from hosm_losses.derivatives.taylor.pointwise import apply, power
 from hosm_losses.derivatives.taylor.table import Function, NoRule, every, rule
 
 
-def _ndim(x: Any) -> int:
+def ndim_of(x: Any) -> int:
+    """The axes of a tensor; none of a number."""
     return x.ndim if isinstance(x, Tensor) else 0
 
 
@@ -39,7 +39,7 @@ def _operands(*operands: Any) -> int:
     """The axes of what PyTorch computes with: tensors and real numbers, of which one is a Jet."""
     if not all(isinstance(each, Tensor | float | int) for each in operands):
         raise NoRule
-    return max(_ndim(each) for each in operands)
+    return max(ndim_of(each) for each in operands)
 
 
 def _type(a: Any, b: Any) -> torch.dtype:
@@ -66,7 +66,7 @@ def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     return jet.like(torch.cat([value.unsqueeze(0), rest]).to(dtype))
 
 
-def _product(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
+def bilinear(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
     """A product linear in both, of stacks that broadcast over their first axis."""
     first, second = (
         aligned(each.stack, ndim) if isinstance(each, Jet) else each for each in (a, b)
@@ -107,7 +107,7 @@ def multiply(a: Any, b: Any) -> Jet:
     ndim = _operands(a, b)
     if a is b:
         return apply(partial(power, exponent=2), a)
-    return _product(a, b, torch.mul, ndim).typed(_type(a, b))
+    return bilinear(a, b, torch.mul, ndim).typed(_type(a, b))
 
 
 @rule(*every("div", "divide", "true_divide", "__truediv__"), several=True)
@@ -116,7 +116,7 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
         raise NoRule
     ndim = _operands(a, b)
     if not isinstance(b, Jet):
-        return _product(a, b, torch.div, ndim).typed(_type(a, b))
+        return bilinear(a, b, torch.div, ndim).typed(_type(a, b))
     # The inverse of a short type may be out of its range where the quotient is not.
     inverse = apply(partial(power, exponent=-1), b.like(at_least_float32(b.stack)))
     return multiply(a, inverse).typed(_type(a, b))
@@ -135,56 +135,10 @@ def _addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
     return add(x, product, alpha=value)
 
 
-@rule(*every("matmul", "__matmul__"), several=True)
-def matmul(a: Any, b: Any) -> Jet:
-    """The matrix product, of which one factor at least is a Jet."""
-    if min(_ndim(a), _ndim(b)) < 2:
-        raise NoRule
-    return _product(a, b, torch.matmul, max(_ndim(a), _ndim(b)))
-
-
-@rule(*every("mm", "bmm"), several=True)
-def _of_matrices(a: Any, b: Any) -> Jet:
-    if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2]:
-        raise NoRule
-    return matmul(a, b)
-
-
-def _swapped(function: Function) -> Function:
+def swapped(function: Function) -> Function:
+    """A rule for the operator that is called with its arguments in the other order."""
     return wraps(function)(lambda a, b, **named: function(b, a, **named))
 
 
-rule(*every("__rsub__", "rsub"), several=True)(_swapped(_sub))
-rule(*every("__rdiv__", "__rtruediv__"), several=True)(_swapped(_div))
-rule(*every("__rmatmul__"), several=True)(_swapped(matmul))
-
-
-@rule(torch.einsum, several=True)
-def _einsum(equation: Any, *operands: Any) -> Jet:
-    listed = len(operands) == 1 and isinstance(operands[0], list | tuple)
-    factors: Any = operands[0] if listed else operands
-    # Not the form without a string, nor one whose result is implied.
-    written = isinstance(equation, str) and "..." not in equation and "->" in equation
-    if not written or len(factors) > 2:
-        raise NoRule
-    new = next(letter for letter in ascii_letters if letter not in equation)
-    given, _, result = equation.replace(" ", "").partition("->")
-    terms = [
-        new + term if isinstance(factor, Jet) else term
-        for term, factor in zip(given.split(","), factors, strict=True)
-    ]
-    product = partial(torch.einsum, f"{','.join(terms)}->{new}{result}")
-    if len(factors) == 1:
-        return factors[0].like(product(factors[0].stack))
-    return _product(factors[0], factors[1], product, 0)
-
-
-@rule(*every("baddbmm"), several=True)
-def _baddbmm(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
-    if not isinstance(a, Jet) and not isinstance(b, Jet):
-        raise NoRule
-    product = multiply(_of_matrices(a, b), alpha)
-    if beta == 0:
-        return product
-    # Under autocast x may be in a wider type.
-    return add(product, x, alpha=beta).typed(product.dtype)
+rule(*every("__rsub__", "rsub"), several=True)(swapped(_sub))
+rule(*every("__rdiv__", "__rtruediv__"), several=True)(swapped(_div))

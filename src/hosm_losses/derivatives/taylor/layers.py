@@ -15,12 +15,13 @@ from torch import Tensor
 from hosm_losses._checks import at_least_float32
 from hosm_losses._torch_internals import traced
 from hosm_losses.derivatives.primitives import attention_weights, causal_mask
-from hosm_losses.derivatives.taylor.arithmetic import add, matmul, multiply
-from hosm_losses.derivatives.taylor.jet import Jet, like_samples
+from hosm_losses.derivatives.taylor.arithmetic import add, multiply
+from hosm_losses.derivatives.taylor.jet import Jet
+from hosm_losses.derivatives.taylor.matrices import matmul
 from hosm_losses.derivatives.taylor.pointwise import apply, sigmoid
 from hosm_losses.derivatives.taylor.selection import masked_fill
 from hosm_losses.derivatives.taylor.softmax import softmax
-from hosm_losses.derivatives.taylor.table import Function, NoRule, axis, every, rule, rule_of_each
+from hosm_losses.derivatives.taylor.table import NoRule, axis, rule
 
 
 class _AddInPlace(torch.autograd.Function):
@@ -39,7 +40,8 @@ class _AddInPlace(torch.autograd.Function):
         return cotangent, cotangent[: ctx.rows].sum_to_size(ctx.shape).to(ctx.dtype), None
 
 
-def _with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+def with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """The output of a layer, changed, with the bias on its first rows."""
     if bias is None:
         return output
     if traced():
@@ -51,24 +53,7 @@ def _with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
 def _linear(x: Any, weight: Any, bias: Any = None) -> Jet:
     if weight.ndim != 2 or x.ndim == 0:
         raise NoRule
-    return x.like(_with_bias(F.linear(x.stack, weight), bias, 1))
-
-
-@rule_of_each(
-    *every("conv1d", "conv2d", "conv3d"),
-    *every("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-)
-def _convolution(
-    function: Function, x: Any, weight: Any, bias: Any = None, *args: Any, **named: Any
-) -> Jet:
-    if x.ndim != weight.ndim:  # as of one sample
-        raise NoRule
-    bias = None if bias is None else bias.reshape(-1, *(1,) * (x.ndim - 2))
-
-    def biased(samples: Tensor) -> Tensor:
-        return _with_bias(function(samples, weight, None, *args, **named), bias, x.shape[0])
-
-    return like_samples(biased, x)
+    return x.like(with_bias(F.linear(x.stack, weight), bias, 1))
 
 
 @rule(F.scaled_dot_product_attention, several=True)

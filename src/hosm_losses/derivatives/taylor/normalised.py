@@ -27,6 +27,7 @@ from torch import Tensor
 from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.jet import components, gathered, halves
+from hosm_losses.derivatives.taylor.recompute import Needed
 
 Some = Tensor | None
 
@@ -159,6 +160,7 @@ def pull_back(
     rows: Rows,
     firsts: int,
     pairs: Pairs,
+    needed: Needed,
     stack: Tensor,
     weight: Some,
     bias: Some,
@@ -167,46 +169,45 @@ def pull_back(
     """The gradients of `normalised` in the stack, the weight and the bias."""
     value, tangents, seconds = components(rows.about_mean(rows.seen(stack)), firsts)
     raw, total = rows.seen(cotangent), _Sum(rows, value)
-    outputs = total.seen(rows.about_mean(rows.weighted(raw, weight)))
-    a, b, d = outputs.split(1, firsts, len(raw) - 1 - firsts)
+    a, others = rows.about_mean(rows.weighted(raw, weight)).split((1, len(raw) - 1))
+    b, d = total.seen(others).split(firsts, len(others) - firsts)
     c, s = total.seen(tangents), total.seen(seconds)
     total.add_pair(b, c)
     of_firsts, of_seconds, bent = total.turned(b), [], None
     if pairs != "none":
-        left, right = _halves(c, pairs)
+        sides = zip(halves(c.z, pairs), halves(c.along, pairs), strict=True)
+        left, right = (_Seen(*side) for side in sides)
         total.add_triple(d, left, right)
-        if left is right:
+        if left.z is right.z:
             of_firsts.add_(total.bent(d, right), alpha=2)
         else:
             to_left, to_right = total.bent(d, right), total.bent(d, left)
             if pairs == "last":
                 to_right = to_right.sum(0, keepdim=True)
             of_firsts.add_(torch.cat([to_left, to_right]))
-        bent = gathered(total.bent(left, right), pairs) if weight is not None else None
+        bent = gathered(total.bent(left, right), pairs) if needed[1] else None
         if len(seconds):
             total.add_pair(d, s)
             of_seconds = [total.turned(d)]
             bent = bent if bent is None else bent.add_(total.turned(s))
-    of_stack = torch.cat([total.of_value(a.z), of_firsts, *of_seconds])
+    of_stack = torch.cat([total.of_value(a), of_firsts, *of_seconds])
     of_weight = None
-    if weight is not None:
+    if needed[1]:
         of_weight = _plus(raw[:1] * total.n, raw[1 : 1 + firsts], total.turned(c))
         of_weight = of_weight if bent is None else _plus(of_weight, raw[1 + firsts :], bent)
         of_weight = rows.of_weight(of_weight, weight)
-    return _as(of_stack, stack), of_weight, rows.of_weight(raw[:1], bias)
-
-
-def _halves(firsts: _Seen, pairs: Pairs) -> list[_Seen]:
-    """The first derivatives on the left and on the right of the second ones."""
-    if pairs in ("squares", "sum"):
-        return [firsts, firsts]
-    count = len(firsts.z)
-    right = 1 if pairs == "last" else count // 2
-    return firsts.split(count - right, right)
+    of_bias = rows.of_weight(raw[:1], bias) if needed[2] else None
+    return _as(of_stack, stack), of_weight, of_bias
 
 
 def pull_back_again(
-    rows: Rows, stack: Tensor, weight: Some, bias: Some, cotangent: Tensor, again: Tensor
+    rows: Rows,
+    needed: Needed,
+    stack: Tensor,
+    weight: Some,
+    bias: Some,
+    cotangent: Tensor,
+    again: Tensor,
 ) -> tuple[Some, ...]:
     """The gradients in the arguments of `pull_back` of what it returns first, for no pairs."""
     value, tangents = rows.about_mean(rows.seen(stack)).split((1, len(stack) - 1))
@@ -219,7 +220,7 @@ def pull_back_again(
     total.add_triple(p, b, c)
     of_stack = torch.cat([total.of_value(), total.bent(p, b)])
     of_outputs = torch.cat([total.turned(p), total.turned(q).add_(total.bent(p, c))])
-    of_weight = None if weight is None else rows.of_weight(raw * of_outputs, weight)
+    of_weight = rows.of_weight(raw * of_outputs, weight) if needed[1] else None
     of_cotangent = rows.weighted(of_outputs, weight)
     of_bias = None if bias is None else torch.zeros_like(bias)
     return _as(of_stack, stack), of_weight, of_bias, _as(of_cotangent, cotangent)

@@ -20,7 +20,7 @@ from torch import Tensor
 from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves
-from hosm_losses.derivatives.taylor.recompute import recomputed
+from hosm_losses.derivatives.taylor.recompute import Needed, recomputed
 from hosm_losses.derivatives.taylor.table import NoRule, every, rule
 
 Series = Callable[[Tensor], Iterator[Tensor]]
@@ -54,7 +54,7 @@ def _over(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _pull_back(
-    series: Series, firsts: int, pairs: Pairs, stack: Tensor, cotangent: Tensor
+    series: Series, firsts: int, pairs: Pairs, _needed: Needed, stack: Tensor, cotangent: Tensor
 ) -> Tensor:
     """The first derivative times the cotangents, and what the second and third add."""
     dtype = stack.dtype
@@ -77,7 +77,7 @@ def _pull_back(
 
 
 def _pull_back_again(
-    series: Series, stack: Tensor, cotangent: Tensor, again: Tensor
+    series: Series, _needed: Needed, stack: Tensor, cotangent: Tensor, again: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients, in the stack and in the cotangent, of what `_pull_back` returns."""
     dtype = stack.dtype

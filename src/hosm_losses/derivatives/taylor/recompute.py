@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses._torch_internals import traced
+from hosm_losses._torch_internals import traced, will_run
 
 Some = Tensor | None
 Function = Callable[..., Any]
+Needed = Sequence[bool]
 
 
 def recomputed(function: Function, *tensors: Some, pullbacks: Sequence[Function] = ()) -> Tensor:
@@ -31,8 +32,9 @@ def recomputed(function: Function, *tensors: Some, pullbacks: Sequence[Function]
         function: of the tensors, without side effects; returns one tensor.
         tensors: its arguments.
         pullbacks: the first, of the tensors and a cotangent, returns the gradients of `function`
-            in all of them, None for one that is None. The second is that of the first result of
-            the first, and so on. Where there is none, autograd finds the gradients.
+            in all of them, None for one that is None. It is told before them of which gradients
+            are asked for, and may return None for the others. The second is that of the first
+            result of the first, and so on. Where there is none, autograd finds the gradients.
 
     Example:
         >>> x = torch.ones(3, requires_grad=True)
@@ -56,7 +58,8 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Some) -> tuple[Some, ...]:
-        needed = ctx.needs_input_grad[1:]
+        tensors = ctx.saved_tensors  # once, as a checkpoint allows
+        needed = asked_for(ctx, tensors)
         results = [place for place, each in enumerate(cotangents) if each is not None]
         function, *pullbacks = ctx.functions
         if pullbacks and results == [0]:
@@ -64,7 +67,7 @@ class _Recomputed(torch.autograd.Function):
             gradients = (partial(_chosen, pullbacks[0], needed), *further)
         else:
             gradients = (partial(_by_autograd, function, needed, results),)
-        everything = (*ctx.saved_tensors, *(cotangents[place] for place in results))
+        everything = (*tensors, *(cotangents[place] for place in results))
         if torch.is_grad_enabled():
             found: Any = _Recomputed.apply(gradients, *everything)
         else:
@@ -73,17 +76,28 @@ class _Recomputed(torch.autograd.Function):
         return None, *(next(values) if need else None for need in needed)
 
 
+def asked_for(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
+    """Of which tensors, the last arguments of a Function, this backward pass needs the gradient.
+
+    A pass back to x alone needs none of the weights', which a Function is not told.
+    """
+    nodes = iter(node for node, _ in ctx.next_functions)
+    ahead = [tensor is not None and will_run(next(nodes)) for tensor in tensors]
+    needs = ctx.needs_input_grad[-len(tensors) :]
+    return [need and runs for need, runs in zip(needs, ahead, strict=True)]
+
+
 def _as_tuple(found: Any) -> tuple[Any, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _chosen(pullback: Function, needed: Sequence[bool], *everything: Some) -> tuple[Any, ...]:
+def _chosen(pullback: Function, needed: Needed, *everything: Some) -> tuple[Any, ...]:
     """The gradients that are needed, of those that a pullback returns."""
-    return tuple(compress(_as_tuple(pullback(*everything)), needed))
+    return tuple(compress(_as_tuple(pullback(needed, *everything)), needed))
 
 
 def _by_autograd(
-    function: Function, needed: Sequence[bool], results: Sequence[int], *everything: Some
+    function: Function, needed: Needed, results: Sequence[int], *everything: Some
 ) -> tuple[Tensor, ...]:
     """The gradients that are needed, of tensors and the cotangents of some results."""
     tensors, cotangents = everything[: len(needed)], everything[len(needed) :]

@@ -28,8 +28,11 @@ from torch import Tensor
 from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves
-from hosm_losses.derivatives.taylor.recompute import recomputed
-from hosm_losses.derivatives.taylor.table import NoRule, axis, rule
+from hosm_losses.derivatives.taylor.recompute import Needed, recomputed
+from hosm_losses.derivatives.taylor.table import Function, NoRule, axis, rule
+
+# Bytes of one component of a stack. The gradients work with a dozen of them.
+BLOCK = 2**19
 
 
 @rule(torch.softmax, Tensor.softmax, F.softmax)
@@ -39,11 +42,31 @@ def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3)
         raise NoRule
     stack = x.stack if dtype is None else x.stack.to(dtype)
     options = axis(dim, x.ndim), x.firsts, x.pairs
-    pullbacks: list[Any] = [partial(_pull_back, *options)]
+    parts: list[Any] = [partial(each, *options) for each in (_softened, _pull_back)]
     if x.pairs == "none":
-        pullbacks.append(partial(_pull_back_again, options[0]))
-    result = recomputed(partial(_softened, *options), stack, pullbacks=pullbacks)
-    return x.like(result).typed(stack.dtype)
+        parts.append(partial(_pull_back_again, options[0]))
+    if stack.device.type == "cpu" and options[0] != -x.ndim:
+        parts = [partial(_in_blocks, each) for each in parts]
+    function, *pullbacks = parts
+    return x.like(recomputed(function, stack, pullbacks=pullbacks)).typed(stack.dtype)
+
+
+def _in_blocks(function: Function, *given: Any) -> Any:
+    """A function of stacks, of as many samples at a time as a processor's cache holds."""
+    stack = given[-1]
+    size = stack[0].nbytes
+    if size <= BLOCK or torch.is_grad_enabled():  # as where autograd finds its derivatives
+        return function(*given)
+    found: list[Tensor] = []
+    count = max(1, BLOCK * stack.shape[1] // size)
+    for start in range(0, stack.shape[1], count):
+        samples = (slice(None), slice(start, start + count))
+        result = function(*(x[samples] if isinstance(x, Tensor) else x for x in given))
+        parts = result if isinstance(result, tuple) else (result,)
+        found = found or [x.new_empty(len(x), *stack.shape[1:]) for x in parts]
+        for whole, part in zip(found, parts, strict=True):
+            whole[samples] = part
+    return tuple(found)
 
 
 def _mean(weights: Tensor, dim: int, x: Tensor) -> Tensor:
@@ -75,7 +98,9 @@ def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _pull_back(dim: int, firsts: int, pairs: Pairs, stack: Tensor, cotangent: Tensor) -> Tensor:
+def _pull_back(
+    dim: int, firsts: int, pairs: Pairs, _needed: Needed, stack: Tensor, cotangent: Tensor
+) -> Tensor:
     """The gradient in the stack."""
     logits, tangents, seconds = components(at_least_float32(stack), firsts)
     weights = torch.softmax(logits, dim)
@@ -103,7 +128,7 @@ def _pull_back(dim: int, firsts: int, pairs: Pairs, stack: Tensor, cotangent: Te
 
 
 def _pull_back_again(
-    dim: int, stack: Tensor, cotangent: Tensor, again: Tensor
+    dim: int, _needed: Needed, stack: Tensor, cotangent: Tensor, again: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients, in the stack and in the cotangent, of what `_pull_back` returns."""
     value, tangents, again = map(at_least_float32, (stack[:1], stack[1:], again))

@@ -1,0 +1,186 @@
+"""Products that are linear in both factors: their gradients are those of autograd, to any order."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hosm_losses.derivatives.taylor import carried, convolution, matrices
+from hosm_losses.derivatives.taylor.bilinear import product
+from hosm_losses.derivatives.taylor.jet import gathered, halves
+from tests.derivatives.taylor.test_pullbacks import KINDS, gradients, numbers
+
+# By name: the function, shapes of the samples and the weight, options.
+CONVOLUTIONS = {
+    "plain": (F.conv2d, (2, 3, 5, 4), (4, 3, 3, 3), {}),
+    "every option": (
+        F.conv2d,
+        (2, 4, 6, 5),
+        (6, 2, 2, 3),
+        {"stride": (2, 1), "padding": (1, 2), "dilation": [1, 2], "groups": 2},
+    ),
+    "same": (F.conv1d, (2, 2, 5), (3, 2, 3), {"padding": "same", "dilation": 2}),
+    "valid": (F.conv1d, (2, 2, 5), (3, 2, 3), {"padding": "valid"}),
+    "three axes": (F.conv3d, (1, 2, 3, 3, 4), (2, 2, 2, 2, 2), {"stride": (1,)}),
+    "transposed": (
+        F.conv_transpose2d,
+        (2, 4, 3, 3),
+        (4, 2, 3, 3),
+        {"stride": 2, "padding": 1, "groups": 2},
+    ),
+    "output padding": (
+        F.conv_transpose1d,
+        (2, 2, 3),
+        (2, 3, 3),
+        {"stride": 2, "output_padding": 1},
+    ),
+}
+
+
+def agree(mine, theirs, tensors, order=3):
+    found, expected = (gradients(each, tensors, order) for each in (mine, theirs))
+    for one, other in zip(found, expected, strict=True):
+        largest = float(other.detach().abs().max())
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12 + 1e-10 * largest)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name):
+    function, samples, weight, options = CONVOLUTIONS[name]
+    given = [numbers(*shape, seed=3).requires_grad_() for shape in (samples, weight)]
+    form = convolution._form(function, *given, "transpose" in function.__name__, **options)
+    reference = partial(function, **options)
+    torch.testing.assert_close(product(form, *given), reference(*given), rtol=0, atol=0)
+    # Of the third derivative with output_padding PyTorch's own formula fails.
+    agree(partial(product, form), reference, given, 2 if "output_padding" in options else 3)
+
+
+def test_padding_that_differs_from_side_to_side_is_left_to_pytorch():
+    given = numbers(2, 2, 5), numbers(3, 2, 2)
+    assert convolution._form(F.conv1d, *given, False, padding="same") is None
+
+
+def of_matrices(firsts, pairs, a, b):
+    """The product by its definition, with second derivatives of zero where there are none."""
+    (a0, a1, a2), (b0, b1, b2) = (
+        each.split((1, firsts, len(each) - 1 - firsts)) for each in (a, b)
+    )
+    parts = [a0 @ b0, a1 @ b0 + a0 @ b1]
+    if pairs != "none":
+        (al, ar), (bl, br) = halves(a1, pairs), halves(b1, pairs)
+        second = gathered(al @ br + ar @ bl, pairs)
+        second = second + a2 @ b0 if len(a2) else second
+        parts.append(second + a0 @ b2 if len(b2) else second)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("other", [True, False])
+@pytest.mark.parametrize(("pairs", "firsts", "seconds"), KINDS)
+def test_matrices(pairs, firsts, seconds, other):
+    """With the second derivatives of one factor, of both and of none."""
+    lengths = 1 + firsts + seconds, 1 + firsts + (seconds if other else 0)
+    a = numbers(lengths[0], 2, 3, 4, seed=3).requires_grad_()
+    b = numbers(lengths[1], 2, 4, 2, seed=4).requires_grad_()
+    terms = matrices._terms(firsts, pairs, *lengths)
+    agree(
+        partial(product, matrices._form(terms, *lengths)),
+        partial(of_matrices, firsts, pairs),
+        [a, b],
+    )
+
+
+EQUATIONS = [
+    "bij,bjk->bik",
+    "bij,bjk->bki",
+    "bji,bkj->bik",
+    "bhqc,bhkc->bhqk",
+    "bqhc,bkhc->bhqk",
+    "bchw,bcij->bhwij",
+    "bhwij,bcij->bchw",
+    "bij,bij->b",
+    "bi,bj->ijb",
+]
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_sums_over_indices(equation, monkeypatch):
+    left, right, result = equation.replace("->", ",").split(",")
+    sizes = dict(zip("bijkhqcw", (2, 3, 4, 5, 2, 3, 4, 3), strict=True))
+    calls = []
+    watched = matrices.product
+    monkeypatch.setattr(matrices, "product", lambda *given: calls.append(1) or watched(*given))
+    x = numbers(3, *(sizes[each] for each in left)), numbers(3, *(sizes[each] for each in right))
+    # One argument of both, so that it depends on the direction as well.
+    joined = torch.cat([each.flatten(2) if each.ndim > 2 else each for each in map(flat, x)], 1)
+    count = x[0][0].numel()
+
+    def function(point):
+        a = point[0, :count].reshape(x[0].shape[1:])
+        b = point[0, count:].reshape(x[1].shape[1:])
+        return torch.einsum(equation, a.sin(), b.cos()).unsqueeze(0)
+
+    found = carried(function, joined[:1], joined[1:].unsqueeze(1), "squares")
+    assert calls
+    assert found.shape[2:] == tuple(sizes[each] for each in result)
+    value, slope = torch.func.jvp(function, (joined[:1],), (joined[1:2],))
+    torch.testing.assert_close(found[0], value, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(found[1], slope, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("equation", ["bij,bjk->bik", "bij,bjk->bki"])
+def test_a_sum_is_in_order_in_memory(equation):
+    x, w = numbers(2, 3, 3), numbers(1, 2, 3, 3, seed=2)
+    found = carried(lambda x: torch.einsum(equation, x.sin(), x.cos()), x, w)
+    assert found.is_contiguous()
+
+
+def flat(x):
+    return x.flatten(1)
+
+
+class Masks(TorchDispatchMode):
+    """Which gradients of convolutions were computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.seen.append(tuple(args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pass_back_to_x_computes_no_gradient_of_a_weight():
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.SiLU(), nn.Conv2d(2, 1, 3))
+    x = numbers(2, 1, 6, 6).requires_grad_()
+    found = carried(network, x, numbers(1, 2, 1, 6, 6, seed=2))
+    with Masks() as masks:
+        (slope,) = torch.autograd.grad(found[1].sum(), x, create_graph=True)
+    assert masks.seen == [(True, False, False)] * 2
+    with Masks() as masks:
+        (slope.square().sum() + found.square().sum()).backward()
+    assert masks.seen.count((False, True, False)) == 4  # of each weight in each of two passes
+
+
+def test_autocast_keeps_the_short_type_alone():
+    """Of what is kept for the backward passes, as PyTorch does."""
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 3)).float()
+    x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
+        found = carried(network, x, x.unsqueeze(0))
+    assert found.dtype == torch.bfloat16
+    assert {each.dtype for each in kept} == {torch.bfloat16}
+    found.float().square().sum().backward()
+    with torch.autocast("cpu", enabled=False):
+        exact = carried(network, x, x.unsqueeze(0)).square().sum()
+    expected = torch.autograd.grad(exact, list(network.parameters()))
+    for mine, theirs in zip(network.parameters(), expected, strict=True):
+        assert mine.grad.dtype == torch.float32
+        largest = float(theirs.abs().max())
+        torch.testing.assert_close(mine.grad, theirs, rtol=0.05, atol=0.05 * largest)
