@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from hosm_losses.likelihood.multistep import _estimate
+from hosm_losses.likelihood.multistep import MultistepSolution, _estimate
 from tests.oracles import mixture_noise, ring
 
 SCHEDULE = hosm.VPSchedule()
@@ -63,11 +63,16 @@ def test_gradients_are_those_without():
 
 
 def test_the_estimate_by_hand():
-    path = torch.tensor([8.0, 8.0, 8.0, 8.0, 0.0, 0.0])
-    companion = torch.tensor([128.0, 128.0, 256.0, 128.0, 0.0, 1.0])
-    difference = torch.tensor([0.0, 40.0, 400.0, math.nan, 4.0, 4.0])
-    expected = torch.tensor([3.0, 10.0, 25.0, 8.0, 1.0, 0.0])
-    torch.testing.assert_close(_estimate(path, companion, difference), expected)
+    # Where the path is resolved, by the spread and by the difference; where it is not, by the
+    # difference for m = 1 and 2, and by the spread for m = 1 and more; where the companion is
+    # lost; where both paths have no error, and the companion alone.
+    path = torch.tensor([8.0, 8.0, 8.0, 8.0, 8.0, 8.0, 8.0, 0.0, 0.0])
+    companion = torch.tensor([128.0, 128.0, 256.0, 512.0, 256.0, 1e6, 128.0, 0.0, 1.0])
+    difference = torch.tensor([0.0, 40.0, 400.0, 400.0, 0.0, 400.0, math.nan, 5.0, 5.0])
+    spread = torch.tensor([2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 0.0, 0.0])
+    expected = torch.tensor([1.0, 8.0, 80.0, 5.0, 2.0, 2.8, 8.0, 1.0, 0.0])
+    found = MultistepSolution(*[path] * 3, path, spread, path)
+    torch.testing.assert_close(_estimate(found, companion, difference), expected)
 
 
 def kicked(x, t):

@@ -1,9 +1,7 @@
 r"""Method "fixed": a uniform grid in log σ̂, with fresh probes at each node.
 
-What:
-    A multistep method for dy/ds = f(s, y), and a quadrature of q along the path, which may be
-    noisy. In high dimension the error of the probes is far larger than the solver's. Fresh probes
-    at every node average out along the path.
+It solves dy/ds = f(s, y), with a quadrature of q along the path, which may be noisy: in high
+dimension the error of the probes is far larger than the solver's, and fresh ones average out.
 
 Formula:
     Adams-Bashforth of order four, started by the classical Runge-Kutta method,
@@ -14,10 +12,12 @@ Formula:
     same nodes (Milne), that of ∫ is 1/15 of its difference from every second node (Richardson).
     What the path's error does to the answer is estimated by p = max_{j≤k} |Σ_{i=j}^k g_iᵀδ_i|, the
     largest sum over a stretch of the path, where g_i is the covector of the node.
-    A companion is the path with half the steps and the same probes. With P its p, and D the
-    difference of both answers, ∫ taken over every second node in both, the estimate is
-    max(3p/8, D/4 · min(1, 16 p/P)²): p falls by 16 where the companion resolves the path, and D
-    says little where p falls by more. It is p where D is not finite.
+    A companion is the path with half the steps and the same probes. With P its p, D the difference
+    of both answers, ∫ taken over every second node in both, r = (Σ_i (g_iᵀδ_i)²)^(1/2) and
+    m = P / 32p, the estimate is
+        max(r · clamp(m, 1/2, 7/5), D/5 · min(1, 1/m)⁴),
+    and p where D is not finite. m is 1/2 where the companion resolves the path. Where it is large
+    D says little, and errors add up to r or more. The constants do in benchmarks/coverage.py.
 
 Why a stretch:
     δ_i changes its sign along the path. The whole sum is then small, but only as far as g_i is the
@@ -71,7 +71,8 @@ class MultistepSolution(NamedTuple):
     state: Tensor  # y at the end
     integral: Tensor  # ∫ q ds, (B,)
     variance: Tensor  # of the integral, from those of the nodes, (B,)
-    path_error: Tensor  # estimate of what the errors of y do to the answer, (B,)
+    path_error: Tensor  # estimate of what the errors of y do to the answer, p, (B,)
+    spread: Tensor  # root of the sum of squares of what each does by itself, r, (B,)
     coarse: Tensor  # ∫ q ds from every second node, (B,)
     companion: "MultistepSolution | None" = None
 
@@ -101,7 +102,7 @@ class _Walk:
     ) -> None:
         self.slope, self.h, self.steps, self.stride = slope, h, steps, stride
         self.y = self.before = y
-        self.felt = self.lowest = self.highest = y.new_zeros(len(y))
+        self.felt = self.lowest = self.highest = self.squares = y.new_zeros(len(y))
         self.slopes: list[Tensor] = []
         self.integrands: list[Tensor] = []
         self.variances: list[Tensor] = []
@@ -115,7 +116,8 @@ class _Walk:
         if index >= MINIMUM_STEPS:
             corrected = self.before + h * combine(MOULTON, slopes)
             local = (MILNE * (corrected - y)).detach()
-            self.felt = self.felt + over_elements(here.covector * local, 1)
+            felt = over_elements(here.covector * local, 1)
+            self.felt, self.squares = self.felt + felt, self.squares + felt.square()
             self.lowest = torch.minimum(self.lowest, self.felt)
             self.highest = torch.maximum(self.highest, self.felt)
         if index == self.steps:
@@ -138,6 +140,7 @@ class _Walk:
             integral=h * combine(weights, self.integrands),
             variance=h**2 * combine([weight**2 for weight in weights], self.variances),
             path_error=self.highest - self.lowest,
+            spread=self.squares.sqrt(),
             coarse=h * combine(_coarse_weights(self.steps), self.integrands),
         )
 
@@ -240,15 +243,16 @@ def _guarded(
     other = torch.where(expand_right(arrived, end), other, end)
     prior = paths.batch.log_prior_at(end) - paths.batch.log_prior_at(other)
     difference = (prior + found.coarse - companion.integral).abs()
-    return _estimate(found.path_error, companion.path_error, difference.where(arrived, math.nan))
+    return _estimate(found, companion.path_error, difference.where(arrived, math.nan))
 
 
-def _estimate(path_error: Tensor, companion: Tensor, difference: Tensor) -> Tensor:
-    """By the path, its companion and the difference of their answers."""
-    unresolved = companion > 16 * path_error
-    ratio = torch.where(unresolved, 16 * path_error / companion, 1.0)
-    guarded = torch.maximum(difference / 4 * ratio.square(), 3 * path_error / 8)
-    return torch.where(guarded.isfinite(), guarded, path_error)
+def _estimate(found: MultistepSolution, coarse: Tensor, difference: Tensor) -> Tensor:
+    """By the path, the p of its companion and the difference of their answers."""
+    path = found.path_error
+    m = torch.where(coarse > 0, coarse / (32 * path), 0.5)
+    by_difference = difference / 5 / m.clamp(min=1).pow(4)
+    guarded = torch.maximum(found.spread * m.clamp(0.5, 1.4), by_difference)
+    return torch.where(guarded.isfinite(), guarded, path)
 
 
 class ToTolerance:
