@@ -258,9 +258,8 @@ def _estimate(found: MultistepSolution, coarse: Tensor, difference: Tensor) -> T
 class ToTolerance:
     """Solves on the coarsest of GRIDS whose solver error on the first batch is within a tolerance.
 
-    The steps that were found are kept for the batches that follow. The processes of a group agree
-    after every trial, so that all of them take part in as many. The trials draw no probe, so that
-    the numbers are those of `solve_fixed` with these steps.
+    The steps found are kept for later batches. Processes of a group agree after every trial, so
+    that all take part in as many. Trials draw no probe: the numbers are `solve_fixed`'s.
     """
 
     def __init__(self, tolerance: float, group: "dist.ProcessGroup | None") -> None:
