@@ -15,7 +15,7 @@ python -m pytest benchmarks/test_speed.py -k test_step --benchmark-compare
 import pytest
 
 from benchmarks.experiment import alone
-from benchmarks.speed import measure
+from benchmarks.speed import KEEPING, measure
 from benchmarks.steps import BASE, COMPILED, MAIN, NAMES, NETWORKS, TWINS, VARIANTS, step_of
 
 
@@ -30,7 +30,8 @@ def test_all_in_turns(record, choose, pytestconfig, name):
     batch = choose(4, NETWORKS[name][1][0], NETWORKS[name][1][0])
     # A new process: pytest would make an error of every warning of a compiler.
     weighed = choose(some, some, variants if name in TWINS else [])
-    record(alone(measure, name, variants, choose(1, 4, 10), batch, weighed))
+    given = name, variants, choose(1, 4, 10), batch, weighed
+    record(alone(measure, *given, environment=KEEPING))
 
 
 @pytest.mark.parametrize("key", MAIN)
