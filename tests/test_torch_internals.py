@@ -207,6 +207,49 @@ class Kind(torch.Tensor):
         raise ArithmeticError("reached")
 
 
+ASKED = []
+
+
+class Asked(torch.autograd.Function):
+    """The sum of two tensors, that tells of which the gradient is needed."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        return x + y
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        ASKED.append([internals.will_run(node) for node, _ in ctx.next_functions])
+        return cotangent, cotangent
+
+
+def test_what_a_backward_pass_needs_is_told():
+    """torch._C._will_engine_execute_node: 2.6 to 2.13. A leaf that is asked for is an error."""
+    x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
+    inner = x * 2
+    total = Asked.apply(inner, y).sum()
+    ASKED.clear()
+    for inputs in ([x], [inner], [y], [x, y]):
+        torch.autograd.grad(total, inputs, retain_graph=True)
+    total.backward()
+    Asked.apply(inner.detach(), y).sum().backward()
+    assert ASKED == [[True, False]] * 2 + [
+        [False, True],
+        [True, True],
+        [True, True],
+        [False, True],
+    ]
+
+
+def test_autocast_is_followed():
+    x = torch.ones(2, dtype=torch.float32)
+    assert internals.in_autocast(x) is x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert internals.in_autocast(x).dtype == torch.bfloat16
+        assert internals.in_autocast(x.double()).dtype == torch.float64
+        assert internals.in_autocast(x.to("meta")).dtype == torch.float32
+
+
 def test_a_shell_has_a_shape_and_no_data():
     """_make_wrapper_subclass: 2.6 to 2.13."""
     stack = torch.zeros(3, 2, 5, dtype=torch.float32).transpose(1, 2)
