@@ -1,7 +1,6 @@
 """Measure everything, or the questions named, and fill the numbers on the pages from it.
 
-    python -m benchmarks [QUESTION ...] [--full | --smoke] [--compiled] [--name NAME]
-        [--page-only]
+    python -m benchmarks [QUESTION ...] [--full | --smoke] [--name NAME] [--page-only]
 
 A question is a file benchmarks/test_QUESTION.py, measured by pytest in a process of its own with
 one thread. What is found goes to benchmarks/results/NAME.json, beside what is there already. From
@@ -52,7 +51,6 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", dest="size", action="store_const", const="full", default="default")
     size.add_argument("--smoke", dest="size", action="store_const", const="smoke")
-    parser.add_argument("--compiled", action="store_true", help="compiled losses too")
     parser.add_argument(
         "--name", default="cpu-2-cores", help="of the results; default: %(default)s"
     )
@@ -73,7 +71,7 @@ def run(chosen: list[str], options: argparse.Namespace, directory: Path, root: P
     """Measure what is chosen into a directory, and fill the pages under a root."""
     file = directory / f"{options.name}.json"
     kept = results.read(file)
-    given = [f"--size={options.size}", *(["--compiled"] if options.compiled else [])]
+    given = [f"--size={options.size}"]
     with TemporaryDirectory() as weights:
         for number, question in enumerate(chosen, 1):
             print(f"\n[{number}/{len(chosen)}] {question}", flush=True)

@@ -20,7 +20,6 @@ REPORT = pytest.StashKey[dict[str, Any]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hosm-losses")
     group.addoption("--size", choices=SIZES, default="default", help="how much to measure")
-    group.addoption("--compiled", action="store_true", help="compiled losses too, in 20 minutes")
     group.addoption("--results", type=Path, metavar="FILE", help="where to write what is found")
 
 

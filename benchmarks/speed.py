@@ -31,13 +31,6 @@ from benchmarks.intervals import ratio_of_medians
 from benchmarks.steps import BASE, NETWORKS, TWINS, VARIANTS, model_of, step_of
 
 Step = Callable[[], object]
-# The C library keeps freed tensors, as PyTorch's allocator on a GPU does. By itself glibc returns
-# what is at the end of its heap and asks for it again, the more the larger a step is.
-KEEPING = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    "OMP_NUM_THREADS": "1",
-}
 # The C library returns freed tensors at once. Setting it also turns off glibc's habit of raising
 # the threshold when something large is freed.
 MEMORY = {

@@ -25,7 +25,8 @@ def tree(file: Path) -> Found:
     "gpu" is what `python -m benchmarks.gpu --out` wrote beside it, by card, batch and precision,
     "scale" what `python -m benchmarks.scale` wrote, by network, "coverage" what
     `python -m benchmarks.coverage` wrote, by data and training, "examples" what
-    `python -m benchmarks.examples` wrote, by command, "equal_cost" what that command did,
+    `python -m benchmarks.examples` wrote, by command, "compiled" what `python -m
+    benchmarks.compiled` wrote, by network, "equal_cost" what that command did,
     and "worth" and "longer" the changes in worth.json.
     """
     found: Found = {"measured": {}, "gpu": {}}
@@ -36,6 +37,7 @@ def tree(file: Path) -> Found:
         found["measured"][question] = where | peers
     found["coverage"] = results.read(file.parent / "coverage.json")
     found["examples"] = results.read(file.parent / "examples.json")
+    found["compiled"] = results.read(file.parent / "compiled.json")
     found["equal_cost"] = {
         path.stem.removeprefix("equal_cost_"): results.read(path)["settings"]
         for path in file.parent.glob("equal_cost_*.json")

@@ -1,0 +1,45 @@
+"""What torch.compile of the loss module costs and saves, in-place operators included.
+
+python -m benchmarks.compiled [NETWORK ...] [--smoke]
+
+Seconds of the first step, with an empty cache, and times over an eager step of order one, eager
+and compiled in turns in one process. Into results/compiled.json. It takes half an hour.
+"""
+
+import tempfile
+
+from benchmarks import results
+from benchmarks.environment import ONE_THREAD, environment
+from benchmarks.experiment import alone, parser, show
+from benchmarks.speed import measure
+from benchmarks.steps import BASE, COMPILED, MAIN, NETWORKS, VARIANTS
+
+FILE = results.DIRECTORY / "compiled.json"
+
+
+def main() -> None:
+    """Print and keep what each network takes."""
+    arguments = parser(__doc__)
+    arguments.add_argument("networks", nargs="*", default=["dit", "ncsnpp"])
+    options = arguments.parse_args()
+    variants = {key: VARIANTS[key] for key in MAIN} | COMPILED
+    if options.smoke:
+        variants = {BASE: VARIANTS[BASE]}
+    for name in options.networks[: 1 if options.smoke else None]:
+        with tempfile.TemporaryDirectory() as cache:
+            fresh = {**ONE_THREAD, "TORCHINDUCTOR_CACHE_DIR": cache}
+            batch = NETWORKS[name][1][0]
+            found = alone(measure, name, variants, 10, batch, (), environment=fresh)
+        rows = found["variants"]
+        show(
+            name,
+            ("variant", "seconds to compile", "time over order one"),
+            ((key, row.get("compile_seconds"), row["time_ratio"][0]) for key, row in rows.items()),
+        )
+        if not options.smoke:
+            kept = results.read(FILE)
+            results.write(FILE, kept | {name: {**found, "environment": environment()}})
+
+
+if __name__ == "__main__":
+    main()
