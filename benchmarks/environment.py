@@ -25,10 +25,14 @@ def installed(name: str) -> str | None:
 
 
 def processor() -> str:
-    """The model of the processor, as Linux names it."""
+    """The model of the processor, as Linux names it, with its family where that is given."""
     file = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: *(.*)$", file.read_text(), re.M) if file.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    lines = re.findall(r"^(.*\S)\s*: *(.*)$", file.read_text(), re.M) if file.exists() else []
+    told = dict(reversed(lines))
+    if "model name" not in told:
+        return platform.processor() or platform.machine()
+    widest = ", AVX-512" if "avx512f" in told.get("flags", "") else ""
+    return f"{told['model name']}, family {told.get('cpu family', '?')}{widest}"
 
 
 def said(*command: str) -> str | None:

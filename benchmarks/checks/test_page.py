@@ -36,7 +36,7 @@ def test_a_number_that_moves_and_a_peer_that_is_ahead_are_told():
     (told,) = ["\n".join(moved) for name, _, moved in page.filled(found) if name == BENCHMARKS]
     path = "speed > dit > variants > order 3 exact, taylor > jax_ratio | digits = 3"
     before = page.value(FOUND, path)
-    assert f"“What does a training step cost?”, {path}: {before} → 1.5" in told
+    assert f"“What others do better”, {path}: {before} → 1.5" in told
     assert "“Others at a glance”, peers: 3 of 7 lines of the table moved" in told
     shown = tables.peers(found)
     assert "dit, order 3 exact, taylor: 0.67 (0.62 to 0.71)" in shown
