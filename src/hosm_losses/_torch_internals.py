@@ -78,11 +78,26 @@ def checkpoint_hook(kind: str = "_checkpoint_hook") -> object:
 
 
 def in_autocast(x: Tensor) -> Tensor:
-    """A tensor in the type of autocast, where that is on and as it does before a product."""
+    """A tensor in the type in which autocast multiplies it; itself where it is off, or float64."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return x  # not available on meta, for one
-    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+    if not _autocast(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def _autocast(kind: str) -> bool:
+    """Whether autocast is on; it is not available on meta, for one."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(kind: str) -> AbstractContextManager[object]:
+    """Compute in the types that are given."""
+    return torch.autocast(kind, enabled=False) if _autocast(kind) else nullcontext()
+
+
+def batched(tensors: Iterable[Tensor]) -> bool:
+    """Whether a transform is around, or a pass back with is_grads_batched=True."""
+    return transformed() or any(map(_C._functorch.is_legacy_batchedtensor, tensors))
 
 
 def outside_inference_mode() -> AbstractContextManager[None]:

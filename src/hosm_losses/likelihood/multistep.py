@@ -249,7 +249,7 @@ def _guarded(
 def _estimate(found: MultistepSolution, coarse: Tensor, difference: Tensor) -> Tensor:
     """By the path, the p of its companion and the difference of their answers."""
     path = found.path_error
-    m = torch.where(coarse > 0, coarse / (32 * path), 0.5)
+    m = torch.where(path > 0, coarse / (32 * path), 0.5)
     by_difference = difference / 5 / m.clamp(min=1).pow(4)
     guarded = torch.maximum(found.spread * m.clamp(0.5, 1.4), by_difference)
     return torch.where(guarded.isfinite(), guarded, path)

@@ -51,7 +51,7 @@ def agree(mine, theirs, tensors, order=3):
 def test_convolutions(name):
     function, samples, weight, options = CONVOLUTIONS[name]
     given = [numbers(*shape, seed=3).requires_grad_() for shape in (samples, weight)]
-    form = convolution._form(function, *given, "transpose" in function.__name__, **options)
+    form = convolution._form(function, *given, **options)
     reference = partial(function, **options)
     torch.testing.assert_close(product(form, *given), reference(*given), rtol=0, atol=0)
     # Of the third derivative with output_padding PyTorch's own formula fails.
@@ -60,7 +60,7 @@ def test_convolutions(name):
 
 def test_padding_that_differs_from_side_to_side_is_left_to_pytorch():
     given = numbers(2, 2, 5), numbers(3, 2, 2)
-    assert convolution._form(F.conv1d, *given, False, padding="same") is None
+    assert convolution._form(F.conv1d, *given, padding="same") is None
 
 
 def of_matrices(firsts, pairs, a, b):
@@ -101,7 +101,7 @@ EQUATIONS = [
     "bchw,bcij->bhwij",
     "bhwij,bcij->bchw",
     "bij,bij->b",
-    "bi,bj->ijb",
+    "bij,bij->",
 ]
 
 
@@ -166,6 +166,99 @@ def test_a_pass_back_to_x_computes_no_gradient_of_a_weight():
     assert masks.seen.count((False, True, False)) == 4  # of each weight in each of two passes
 
 
+def network_and_stack(pairs="none"):
+    """A convolution and a product of two factors that depend on x, between curved functions."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(1, 2, 3, padding=1)
+
+    def function(x):
+        h = layer(x.sin()).sin().flatten(2)
+        return (h @ h.mT.cos() @ h).sin()
+
+    x = numbers(2, 1, 3, 3)
+    return layer, carried(function, x, numbers(1, *x.shape, seed=2), pairs)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("pairs", ["none", "squares"])
+def test_several_gradients_in_one_pass(pairs):
+    layer, stack = network_and_stack(pairs)
+    parameters = list(layer.parameters())
+    cotangents = numbers(3, *stack.shape, seed=3)
+
+    def back(cotangent):
+        return torch.autograd.grad(stack, parameters, cotangent, retain_graph=True)
+
+    one_by_one = [torch.stack(each) for each in zip(*map(back, cotangents), strict=True)]
+    for found in (
+        torch.func.vmap(back)(cotangents),
+        torch.autograd.grad(
+            stack, parameters, cotangents, retain_graph=True, is_grads_batched=True
+        ),
+    ):
+        torch.testing.assert_close(list(found), one_by_one, rtol=1e-11, atol=1e-12)
+
+
+def test_autocast_around_a_backward_pass_changes_nothing():
+    found = []
+    for around in (False, True):
+        layer, stack = network_and_stack()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+            (weight,) = torch.autograd.grad(stack.sum(), [layer.weight], create_graph=True)
+            found.append(torch.autograd.grad(weight.square().sum(), layer.weight)[0])
+    assert torch.equal(*found)
+
+
+class Own(torch.Tensor):
+    """A tensor with a meaning of its own, as of an integer or a sharded weight."""
+
+
+def test_a_weight_of_a_subclass_is_left_to_pytorch():
+    weight = nn.Parameter(numbers(2, 1, 3, 3))
+    bias = nn.Parameter(numbers(2))
+    x, direction = numbers(2, 1, 4, 4), numbers(1, 2, 1, 4, 4, seed=2)
+    stacks = [
+        carried(lambda x, kernel=kernel: F.conv2d(x.sin(), kernel, bias), x, direction)
+        for kernel in (weight, weight.as_subclass(Own))
+    ]
+    torch.testing.assert_close(stacks[1].as_subclass(torch.Tensor), stacks[0])
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2), (2, 3, 4, 0)], ids=str
+)
+def test_empty_matrices(sizes):
+    batch, m, k, n = sizes
+
+    def function(x):
+        h = x.sin().sum(-1)[..., None, None]
+        return (h.expand(-1, m, k) @ h.cos().expand(-1, k, n)).flatten(1)
+
+    x = numbers(batch, 3)
+    found = carried(function, x, numbers(1, batch, 3))
+    assert found.shape == (2, batch, m * n)
+    assert not found.any() or k
+
+
+def test_a_product_without_a_sum_stays_in_its_type_under_autocast():
+    x, w = (numbers(*shape).float() for shape in ((2, 3), (1, 2, 3)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for equation, dtype in (("bi,bj->bij", torch.float32), ("bi,bi->b", torch.bfloat16)):
+            found = carried(lambda x, e=equation: torch.einsum(e, x.sin(), x.cos()), x, w)
+            assert found.dtype == dtype == torch.einsum(equation, x.sin(), x.cos()).dtype
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding": "same", "stride": 2}, {"padding": "full"}], ids=str
+)
+def test_options_that_pytorch_refuses_are_refused(options):
+    weight, x = numbers(1, 1, 3), numbers(2, 1, 5)
+    with pytest.raises(RuntimeError) as raised:
+        F.conv1d(x, weight, **options)
+    with pytest.raises(raised.type, match=str(raised.value)[:30]):
+        carried(lambda x: F.conv1d(x.sin(), weight, **options), x, numbers(1, 2, 1, 5))
+
+
 def test_autocast_keeps_the_short_type_alone():
     """Of what is kept for the backward passes, as PyTorch does."""
     network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 3)).float()
@@ -175,7 +268,8 @@ def test_autocast_keeps_the_short_type_alone():
     with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
         found = carried(network, x, x.unsqueeze(0))
     assert found.dtype == torch.bfloat16
-    assert {each.dtype for each in kept} == {torch.bfloat16}
+    weights = {each.data_ptr() for each in network.parameters()}
+    assert {each.dtype for each in kept if each.data_ptr() not in weights} == {torch.bfloat16}
     found.float().square().sum().backward()
     with torch.autocast("cpu", enabled=False):
         exact = carried(network, x, x.unsqueeze(0)).square().sum()

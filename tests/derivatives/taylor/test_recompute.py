@@ -131,3 +131,18 @@ def test_gradients_of_every_result_of_a_pullback():
         found[-1] += torch.autograd.grad(first.sum(), (x, y))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
     assert used == [1]  # where the first result alone has a cotangent
+
+
+def test_a_gradient_that_depends_on_nothing_is_zero():
+    """As that of a bias in a gradient, where autograd finds the gradients of a pullback."""
+
+    def pullback(_, x, bias, cotangent):
+        return 2 * x * cotangent, cotangent.detach() * 1
+
+    x, bias = inputs()
+    value = recomputed(lambda x, bias: x * x + bias, x, bias, pullbacks=[pullback])
+    parts = torch.autograd.grad(value.sum(), (x, bias), create_graph=True)
+    (found,) = torch.autograd.grad(sum(part.sum() for part in parts), x, retain_graph=True)
+    torch.testing.assert_close(found, torch.full_like(x, 2.0))
+    (found,) = torch.autograd.grad(parts[1].sum(), x)
+    torch.testing.assert_close(found, torch.zeros_like(x))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hosm_losses._torch_internals import without_autocast
 from hosm_losses.derivatives.taylor.recompute import asked_for
 
 Some = Tensor | None
@@ -24,6 +25,11 @@ class Form(NamedTuple):
     of_a: Part  # from b and c
     of_b: Part  # from a and c
     product: Part  # a·b, from a and b
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether these are no subclasses of Tensor with a meaning of their own."""
+    return all(type(each) in (Tensor, torch.nn.Parameter) for each in tensors)
 
 
 def product(form: Form, a: Tensor, b: Tensor) -> Tensor:
@@ -39,7 +45,7 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx: Any, form: Form, place: int, *others: Tensor) -> Tensor:
         ctx.form, ctx.place = form, place
         ctx.save_for_backward(*others)
-        return form[place](*others)
+        return _evaluated(form, place, *others)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Some) -> tuple[Some, ...]:
@@ -47,11 +53,17 @@ class _Gradient(torch.autograd.Function):
         needed = asked_for(ctx, others)
         others.insert(ctx.place, cotangents[0])
         needed.insert(ctx.place, False)
-        found: list[Any] = [
-            _Gradient.apply(ctx.form, place, *others[:place], *others[place + 1 :])
-            if need
-            else None
+        # Where gradients are off a transform may be around, under which no Function is applied.
+        evaluate: Any = _Gradient.apply if torch.is_grad_enabled() else _evaluated
+        found = [
+            evaluate(ctx.form, place, *others[:place], *others[place + 1 :]) if need else None
             for place, need in enumerate(needed)
         ]
         del found[ctx.place]
         return None, None, *found
+
+
+def _evaluated(form: Form, place: int, *others: Tensor) -> Tensor:
+    """In the types that the product was given, also in a backward pass under autocast."""
+    with without_autocast(others[0].device.type):
+        return form[place](*others)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._torch_internals import in_autocast, traced
-from hosm_losses.derivatives.taylor.bilinear import Form, product
+from hosm_losses.derivatives.taylor.bilinear import Form, plain, product
 from hosm_losses.derivatives.taylor.jet import Jet, like_samples
 from hosm_losses.derivatives.taylor.layers import with_bias
 from hosm_losses.derivatives.taylor.table import Function, NoRule, every, rule_of_each
@@ -31,18 +31,18 @@ def _convolution(
 ) -> Jet:
     if x.ndim != weight.ndim:  # as of one sample
         raise NoRule
-    transposed = "transpose" in function.__name__
-    options = dict(zip(TRANSPOSED if transposed else PLAIN, args, strict=False)) | named
     bias = None if bias is None else bias.reshape(-1, *(1,) * (x.ndim - 2))
 
     def biased(samples: Tensor) -> Tensor:
-        given, kernel = in_autocast(samples), in_autocast(weight)
-        form = None if traced() else _form(function, given, kernel, transposed, **options)
-        convolved = (
-            function(given, kernel, None, **options)
-            if form is None
-            else product(form, given, kernel)
-        )
+        form = None
+        if not traced() and plain(samples, weight):
+            names = TRANSPOSED if "transpose" in function.__name__ else PLAIN
+            options = dict(zip(names, args, strict=False)) | named
+            form = _form(function, samples, weight, **options)
+        if form is None:
+            convolved = function(samples, weight, None, *args, **named)
+        else:
+            convolved = product(form, in_autocast(samples), weight)
         return with_bias(convolved, bias, x.shape[0])
 
     return like_samples(biased, x)
@@ -52,39 +52,46 @@ def _form(
     function: Function,
     samples: Tensor,
     weight: Tensor,
-    transposed: bool,
     stride: Any = 1,
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
     output_padding: Any = 0,
 ) -> Form | None:
-    """The gradients of a convolution, None where its padding differs from side to side."""
-    sizes = weight.shape[2:]
+    """The gradients of a convolution, None where its padding differs from side to side.
+
+    The weight is kept in its own type, and multiplied in that of autocast, if it is on now.
+    """
+    sizes, transposed = weight.shape[2:], "transpose" in function.__name__
     each = partial(_for_each, len(sizes))
     stride, dilation, output_padding = map(each, (stride, dilation, output_padding))
-    if padding == "same":
+    if padding == "same" and set(stride) == {1}:
         total = [reach * (size - 1) for reach, size in zip(dilation, sizes, strict=True)]
         if any(both % 2 for both in total):
             return None
         padding = [both // 2 for both in total]
-    padding = each(0 if padding == "valid" else padding)
+    padding = 0 if padding == "valid" else padding
+    if isinstance(padding, str):
+        return None  # about which PyTorch has something to say
+    padding = each(padding)
     options = stride, padding, dilation, transposed, output_padding, groups
     backward = torch.ops.aten.convolution_backward
-    shapes = samples.shape, weight.shape
+    shapes, dtype = (samples.shape, weight.shape), weight.dtype
+    cast = in_autocast(weight[:0]).dtype
 
     def of_samples(weight: Tensor, cotangent: Tensor) -> Tensor:
         # Of what is expanded only the shape is used.
-        samples = cotangent.new_empty(1).expand(shapes[0])
+        samples, weight = cotangent.new_empty(1).expand(shapes[0]), weight.to(cast)
         return backward(cotangent, samples, weight, None, *options, (True, False, False))[0]
 
     def of_weight(samples: Tensor, cotangent: Tensor) -> Tensor:
         weight = cotangent.new_empty(1).expand(shapes[1])
-        return backward(cotangent, samples, weight, None, *options, (False, True, False))[1]
+        found = backward(cotangent, samples, weight, None, *options, (False, True, False))[1]
+        return found.to(dtype)
 
     named = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     named |= {"output_padding": output_padding} if transposed else {}
-    return Form(of_samples, of_weight, partial(function, **named))
+    return Form(of_samples, of_weight, lambda a, b: function(a, b.to(cast), **named))
 
 
 def _for_each(count: int, option: Any) -> list[int]:

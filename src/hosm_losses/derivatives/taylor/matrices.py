@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hosm_losses._torch_internals import in_autocast, traced
+from hosm_losses._torch_internals import batched, in_autocast, traced
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.arithmetic import add, bilinear, multiply, ndim_of, swapped
-from hosm_losses.derivatives.taylor.bilinear import Form, product
+from hosm_losses.derivatives.taylor.bilinear import Form, plain, product
 from hosm_losses.derivatives.taylor.jet import Jet
 from hosm_losses.derivatives.taylor.table import NoRule, every, rule
 
@@ -57,6 +57,12 @@ def _gathered(count: int, products: Iterable[tuple[int, int, Tensor, Tensor]]) -
     """The stack of sums of products, each of a component, a factor and two batches of matrices."""
     products = list(products)
     _, _, left, right = products[0]
+    if batched(each for product in products for each in product[2:]):
+        sums: dict[int, Tensor] = {}
+        for k, factor, left, right in products:
+            one = factor * torch.bmm(left, right)
+            sums[k] = sums[k] + one if k in sums else one
+        return torch.stack([sums[k] for k in range(count)])
     found = left.new_empty(count, *left.shape[:-1], right.shape[-1])
     started: set[int] = set()
     for k, factor, left, right in products:
@@ -90,29 +96,31 @@ def _contracted(left: str, right: str, result: str, a: Any, b: Any) -> Jet | Non
         return None
     first, second = in_autocast(a.stack), in_autocast(b.stack)
     sizes = dict(zip(left + right, (*a.shape, *b.shape), strict=False))
-    shapes = [[sizes.get(index) for index in term] for term in (left, right)]
-    if first.dtype != second.dtype or shapes != [list(a.shape), list(b.shape)]:
+    shapes = [tuple(sizes.get(index) for index in term) for term in (left, right)]
+    if first.dtype != second.dtype or shapes != [tuple(a.shape), tuple(b.shape)]:
         return None
-    if result[-1] in left:  # which is the last axis in memory as well, then
+    if not plain(first, second):
+        return None
+    if result and result[-1] in left:  # which is the last axis in memory as well, then
         left, right, first, second = right, left, second, first
     batch = "".join(index for index in result if index in left and index in right)
     inner = "".join(index for index in left if index in right and index not in result)
     rows = "".join(index for index in result if index in left and index not in right)
     columns = "".join(index for index in result if index in right and index not in left)
     forms = batch + rows + inner, batch + inner + columns, batch + rows + columns
-    if [*map(sorted, forms)] != [*map(sorted, (left, right, result))]:
+    if not inner or [*map(sorted, forms)] != [*map(sorted, (left, right, result))]:
         return None  # as where an index comes twice, or in one factor alone
 
     def size(group: str) -> int:
         return prod(sizes[index] for index in group)
 
-    lengths = len(first), len(second)
+    lengths, (m, k, n) = (len(first), len(second)), map(size, (rows, inner, columns))
     found = product(
         _form(_terms(a.firsts, a.pairs, *lengths), *lengths),
-        _ordered(first, left, forms[0]).reshape(lengths[0], size(batch), size(rows), size(inner)),
-        _ordered(second, right, forms[1]).reshape(lengths[1], size(batch), size(inner), -1),
+        _ordered(first, left, forms[0]).reshape(lengths[0], size(batch), m, k),
+        _ordered(second, right, forms[1]).reshape(lengths[1], size(batch), k, n),
     )
-    found = found.reshape(-1, *(sizes[index] for index in forms[2]))
+    found = found.reshape(len(found), *(sizes[index] for index in forms[2]))
     return a.like(_ordered(found, forms[2], result))
 
 

@@ -110,10 +110,15 @@ def _by_autograd(
             for tensor, need in zip(tensors, needed, strict=True)
         ]
         found = _as_tuple(function(*points))
+        wanted = list(compress(points, needed))
+        outputs = [(found[place], c) for place, c in zip(results, cotangents, strict=True)]
+        outputs = [(each, c) for each, c in outputs if each.requires_grad]  # as a bias's is not
+        if not outputs:
+            return tuple(map(torch.zeros_like, wanted))
         return torch.autograd.grad(
-            [found[place] for place in results],
-            list(compress(points, needed)),
-            cotangents,
+            [each for each, _ in outputs],
+            wanted,
+            [c for _, c in outputs],
             create_graph=tracked,
             materialize_grads=True,
         )

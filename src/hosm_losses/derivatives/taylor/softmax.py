@@ -55,7 +55,7 @@ def _in_blocks(function: Function, *given: Any) -> Any:
     """A function of stacks, of as many samples at a time as a processor's cache holds."""
     stack = given[-1]
     size = stack[0].nbytes
-    if size <= BLOCK or torch.is_grad_enabled():  # as where autograd finds its derivatives
+    if torch.is_grad_enabled() or size <= BLOCK:  # as where autograd finds its derivatives
         return function(*given)
     found: list[Tensor] = []
     count = max(1, BLOCK * stack.shape[1] // size)
@@ -66,7 +66,7 @@ def _in_blocks(function: Function, *given: Any) -> Any:
         found = found or [x.new_empty(len(x), *stack.shape[1:]) for x in parts]
         for whole, part in zip(found, parts, strict=True):
             whole[samples] = part
-    return tuple(found)
+    return tuple(found) if len(found) > 1 else found[0]
 
 
 def _mean(weights: Tensor, dim: int, x: Tensor) -> Tensor:
