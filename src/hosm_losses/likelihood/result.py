@@ -76,8 +76,8 @@ class NLLResult:
         latent: the image of x at t_max, in the coordinates of x, (B, *).
         nfe: network evaluations, one a value with its divergence, (B,).
         standard_error: of nll, from random draws, (B,); None where it is not known.
-        solver_error: estimate of what the solver is off, in nats, (B,). It is no bound; twice the
-            estimate is meant to cover 95 % of samples on a fixed grid of 64 steps.
+        solver_error: estimate of what the solver is off, in nats, (B,). It is no bound; twice that
+            of a path with a companion is meant to cover 95 % of samples on a grid of 64 steps.
         failed: where there is no number to use, (B,): it was not finite, the path did not arrive,
             or solver_error is above max(1000, 0.1 d) nats; nll is NaN there. `failures` says why.
         quantization: what the data was before dequantization; None for continuous data.

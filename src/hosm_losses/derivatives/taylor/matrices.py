@@ -64,11 +64,11 @@ def _gathered(count: int, products: Iterable[tuple[int, int, Tensor, Tensor]]) -
             sums[k] = sums[k] + one if k in sums else one
         return torch.stack([sums[k] for k in range(count)])
     found = left.new_empty(count, *left.shape[:-1], right.shape[-1])
-    started: set[int] = set()
+    parts, started = found.unbind(), set[int]()
     for k, factor, left, right in products:
         beta = int(k in started)  # of zero what is there is not looked at
         # Not baddbmm_, which torch.utils.flop_counter does not count.
-        torch.baddbmm(found[k], left, right, beta=beta, alpha=factor, out=found[k])
+        torch.baddbmm(parts[k], left, right, beta=beta, alpha=factor, out=parts[k])
         started.add(k)
     return found
 
@@ -77,14 +77,17 @@ def _form(terms: list[_Term], left: int, right: int) -> Form:
     """The product of stacks (C, N, m, k) and (C, N, k, n), as long as these."""
 
     def of_left(b: Tensor, cotangent: Tensor) -> Tensor:
-        return _gathered(left, ((i, f, cotangent[k], b[j].mT) for i, j, k, f in terms))
+        c, b_t = cotangent.unbind(), b.mT.unbind()
+        return _gathered(left, ((i, f, c[k], b_t[j]) for i, j, k, f in terms))
 
     def of_right(a: Tensor, cotangent: Tensor) -> Tensor:
-        return _gathered(right, ((j, f, a[i].mT, cotangent[k]) for i, j, k, f in terms))
+        c, a_t = cotangent.unbind(), a.mT.unbind()
+        return _gathered(right, ((j, f, a_t[i], c[k]) for i, j, k, f in terms))
 
     def both(a: Tensor, b: Tensor) -> Tensor:
         count = 1 + max(term.k for term in terms)
-        return _gathered(count, ((k, f, a[i], b[j]) for i, j, k, f in terms))
+        lefts, rights = a.unbind(), b.unbind()
+        return _gathered(count, ((k, f, lefts[i], rights[j]) for i, j, k, f in terms))
 
     return Form(of_left, of_right, both)
 
@@ -126,6 +129,8 @@ def _contracted(left: str, right: str, result: str, a: Any, b: Any) -> Jet | Non
 
 def _ordered(stack: Tensor, given: str, wanted: str) -> Tensor:
     """A stack with the axes of its value in another order."""
+    if given == wanted:
+        return stack
     return stack.permute(0, *(1 + given.index(index) for index in wanted))
 
 
