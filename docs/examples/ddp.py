@@ -3,6 +3,8 @@
 torchrun --nproc-per-node 2 docs/examples/ddp.py
 """
 
+import gc
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -48,7 +50,8 @@ def main() -> None:
     if rank == 0:
         same = all(torch.equal(weight, other) for other in weights)
         print(f"{len(weights)} processes, the same weights: {same}")
-    del model  # it holds the group, and no process may leave before the others
+    del model  # it holds the group, in a cycle, and no process may leave before the others
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 
