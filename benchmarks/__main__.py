@@ -28,13 +28,13 @@ QUESTIONS = tuple(
 )
 
 
-def measure(question: str, options: list[str], weights: str) -> results.Report:
+def measure(question: str, size: str, weights: str) -> results.Report:
     """What a question finds."""
     with TemporaryDirectory() as directory:
         raw = Path(directory) / "raw.json"
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-s"]
         command += [f"benchmarks/test_{question}.py", f"--results={raw}", "--benchmark-skip"]
-        command += ["--no-header", *options]
+        command += ["--no-header", f"--size={size}"]
         environment = {**os.environ, **ONE_THREAD, KEPT: weights}
         environment["TORCHINDUCTOR_CACHE_DIR"] = directory
         if subprocess.run(command, cwd=ROOT, env=environment).returncode:
@@ -71,11 +71,10 @@ def run(chosen: list[str], options: argparse.Namespace, directory: Path, root: P
     """Measure what is chosen into a directory, and fill the pages under a root."""
     file = directory / f"{options.name}.json"
     kept = results.read(file)
-    given = [f"--size={options.size}"]
     with TemporaryDirectory() as weights:
         for number, question in enumerate(chosen, 1):
             print(f"\n[{number}/{len(chosen)}] {question}", flush=True)
-            kept[question] = measure(question, given, weights)
+            kept[question] = measure(question, options.size, weights)
             results.write(file, kept)
     for line in page.write(file, root):
         print(line)

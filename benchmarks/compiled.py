@@ -22,14 +22,14 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("networks", nargs="*", default=["dit", "ncsnpp"])
     options = arguments.parse_args()
-    variants = {key: VARIANTS[key] for key in MAIN} | COMPILED
+    variants, rounds = {key: VARIANTS[key] for key in MAIN} | COMPILED, 10
     if options.smoke:
-        variants = {BASE: VARIANTS[BASE]}
+        variants, rounds = {BASE: VARIANTS[BASE]}, 1
     for name in options.networks[: 1 if options.smoke else None]:
         with tempfile.TemporaryDirectory() as cache:
             fresh = {**ONE_THREAD, "TORCHINDUCTOR_CACHE_DIR": cache}
             batch = NETWORKS[name][1][0]
-            found = alone(measure, name, variants, 10, batch, (), environment=fresh)
+            found = alone(measure, name, variants, rounds, batch, (), environment=fresh)
         rows = found["variants"]
         show(
             name,

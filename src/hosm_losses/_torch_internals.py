@@ -77,12 +77,16 @@ def checkpoint_hook(kind: str = "_checkpoint_hook") -> object:
     return hook if getattr(hook, "__qualname__", "").startswith(kind) else None
 
 
-def in_autocast(x: Tensor) -> Tensor:
-    """A tensor in the type in which autocast multiplies it; itself where it is off, or float64."""
+def autocast_type(x: Tensor) -> torch.dtype:
+    """The type in which autocast multiplies a tensor; its own where it is off, or float64."""
     kind = x.device.type
-    if not _autocast(kind) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    short = x.dtype != torch.float64 and _autocast(kind)
+    return torch.get_autocast_dtype(kind) if short else x.dtype
+
+
+def in_autocast(x: Tensor) -> Tensor:
+    """A tensor in that type."""
+    return x.to(autocast_type(x))
 
 
 def _autocast(kind: str) -> bool:

@@ -246,10 +246,10 @@ def _guarded(
     return _estimate(found, companion.path_error, difference.where(arrived, math.nan))
 
 
-def _estimate(found: MultistepSolution, coarse: Tensor, difference: Tensor) -> Tensor:
+def _estimate(found: MultistepSolution, companion: Tensor, difference: Tensor) -> Tensor:
     """By the path, the p of its companion and the difference of their answers."""
     path = found.path_error
-    m = torch.where(path > 0, coarse / (32 * path), 0.5)
+    m = torch.where(path > 0, companion / (32 * path), 0.5)
     by_difference = difference / 5 / m.clamp(min=1).pow(4)
     guarded = torch.maximum(found.spread * m.clamp(0.5, 1.4), by_difference)
     return torch.where(guarded.isfinite(), guarded, path)

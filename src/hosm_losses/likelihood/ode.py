@@ -157,8 +157,8 @@ def solver(
     if group is not None and not (chosen and isinstance(group, dist.ProcessGroup)):
         expected = "None, or a process group with method='fixed' and steps=None"
         raise ValueError(complaint("group", expected, group))
-    halved = method == "fixed" and steps and steps % 2 == 0 and steps >= 2 * MINIMUM_STEPS
-    if companion and not halved:
+    halves = steps is not None and steps % 2 == 0 and steps >= 2 * MINIMUM_STEPS
+    if companion and not (method == "fixed" and halves):
         expected = f"False, or method='fixed' with even steps of {2 * MINIMUM_STEPS} or more"
         got = f"True with method={method!r}, steps={steps}"
         raise ValueError(f"companion: expected {expected}; got {got}.")

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hosm_losses.derivatives.taylor import carried, convolution, matrices
 from hosm_losses.derivatives.taylor.bilinear import product
 from hosm_losses.derivatives.taylor.jet import gathered, halves
-from tests.derivatives.taylor.test_pullbacks import KINDS, gradients, numbers
+from tests.derivatives.taylor.test_pullbacks import KINDS, numbers, same_gradients
 
 # By name: the function, shapes of the samples and the weight, options.
 CONVOLUTIONS = {
@@ -40,13 +40,6 @@ CONVOLUTIONS = {
 }
 
 
-def agree(mine, theirs, tensors, order=3):
-    found, expected = (gradients(each, tensors, order) for each in (mine, theirs))
-    for one, other in zip(found, expected, strict=True):
-        largest = float(other.detach().abs().max())
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12 + 1e-10 * largest)
-
-
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions(name):
     function, samples, weight, options = CONVOLUTIONS[name]
@@ -55,7 +48,9 @@ def test_convolutions(name):
     reference = partial(function, **options)
     torch.testing.assert_close(product(form, *given), reference(*given), rtol=0, atol=0)
     # Of the third derivative with output_padding PyTorch's own formula fails.
-    agree(partial(product, form), reference, given, 2 if "output_padding" in options else 3)
+    same_gradients(
+        partial(product, form), reference, given, 2 if "output_padding" in options else 3
+    )
 
 
 def test_padding_that_differs_from_side_to_side_is_left_to_pytorch():
@@ -85,7 +80,7 @@ def test_matrices(pairs, firsts, seconds, other):
     a = numbers(lengths[0], 2, 3, 4, seed=3).requires_grad_()
     b = numbers(lengths[1], 2, 4, 2, seed=4).requires_grad_()
     terms = matrices._terms(firsts, pairs, *lengths)
-    agree(
+    same_gradients(
         partial(product, matrices._form(terms, *lengths)),
         partial(of_matrices, firsts, pairs),
         [a, b],

@@ -66,7 +66,7 @@ def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     return jet.like(torch.cat([value.unsqueeze(0), rest]).to(dtype))
 
 
-def bilinear(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
+def product_rule(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
     """A product linear in both, of stacks that broadcast over their first axis."""
     first, second = (
         aligned(each.stack, ndim) if isinstance(each, Jet) else each for each in (a, b)
@@ -107,7 +107,7 @@ def multiply(a: Any, b: Any) -> Jet:
     ndim = _operands(a, b)
     if a is b:
         return apply(partial(power, exponent=2), a)
-    return bilinear(a, b, torch.mul, ndim).typed(_type(a, b))
+    return product_rule(a, b, torch.mul, ndim).typed(_type(a, b))
 
 
 @rule(*every("div", "divide", "true_divide", "__truediv__"), several=True)
@@ -116,7 +116,7 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
         raise NoRule
     ndim = _operands(a, b)
     if not isinstance(b, Jet):
-        return bilinear(a, b, torch.div, ndim).typed(_type(a, b))
+        return product_rule(a, b, torch.div, ndim).typed(_type(a, b))
     # The inverse of a short type may be out of its range where the quotient is not.
     inverse = apply(partial(power, exponent=-1), b.like(at_least_float32(b.stack)))
     return multiply(a, inverse).typed(_type(a, b))

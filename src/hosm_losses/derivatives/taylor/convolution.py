@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses._torch_internals import in_autocast, traced
+from hosm_losses._torch_internals import autocast_type, in_autocast, traced
 from hosm_losses.derivatives.taylor.bilinear import Form, plain, product
 from hosm_losses.derivatives.taylor.jet import Jet, like_samples
 from hosm_losses.derivatives.taylor.layers import with_bias
@@ -77,7 +77,7 @@ def _form(
     options = stride, padding, dilation, transposed, output_padding, groups
     backward = torch.ops.aten.convolution_backward
     shapes, dtype = (samples.shape, weight.shape), weight.dtype
-    cast = in_autocast(weight[:0]).dtype
+    cast = autocast_type(weight)
 
     def of_samples(weight: Tensor, cotangent: Tensor) -> Tensor:
         # Of what is expanded only the shape is used.

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from hosm_losses._torch_internals import batched, in_autocast, traced
 from hosm_losses.derivatives.taylor.along import Pairs
-from hosm_losses.derivatives.taylor.arithmetic import add, bilinear, multiply, ndim_of, swapped
+from hosm_losses.derivatives.taylor.arithmetic import add, multiply, ndim_of, product_rule, swapped
 from hosm_losses.derivatives.taylor.bilinear import Form, plain, product
 from hosm_losses.derivatives.taylor.jet import Jet
 from hosm_losses.derivatives.taylor.table import NoRule, every, rule
 
-MANY = 2
+# Directions. Every term of a form is a call, of which many directions have many.
+MOST = 2
 
 
 class _Term(NamedTuple):
@@ -57,7 +58,7 @@ def _gathered(count: int, products: Iterable[tuple[int, int, Tensor, Tensor]]) -
     """The stack of sums of products, each of a component, a factor and two batches of matrices."""
     products = list(products)
     _, _, left, right = products[0]
-    if batched(each for product in products for each in product[2:]):
+    if batched(each for _, _, *factors in products for each in factors):
         sums: dict[int, Tensor] = {}
         for k, factor, left, right in products:
             one = factor * torch.bmm(left, right)
@@ -93,19 +94,15 @@ def _form(terms: list[_Term], left: int, right: int) -> Form:
 
 
 def _contracted(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
-    """A sum over indices as products of matrices; None where `bilinear` has to do it."""
-    # Every term is a call, of which many directions have many.
-    if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MANY or traced():
+    """A sum over indices as products of matrices; None where `product_rule` has to do it."""
+    if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MOST or traced():
         return None
-    first, second = in_autocast(a.stack), in_autocast(b.stack)
     sizes = dict(zip(left + right, (*a.shape, *b.shape), strict=False))
     shapes = [tuple(sizes.get(index) for index in term) for term in (left, right)]
-    if first.dtype != second.dtype or shapes != [tuple(a.shape), tuple(b.shape)]:
-        return None
-    if not plain(first, second):
+    if shapes != [tuple(a.shape), tuple(b.shape)] or not plain(a.stack, b.stack):
         return None
     if result and result[-1] in left:  # which is the last axis in memory as well, then
-        left, right, first, second = right, left, second, first
+        left, right, a, b = right, left, b, a
     batch = "".join(index for index in result if index in left and index in right)
     inner = "".join(index for index in left if index in right and index not in result)
     rows = "".join(index for index in result if index in left and index not in right)
@@ -113,6 +110,9 @@ def _contracted(left: str, right: str, result: str, a: Any, b: Any) -> Jet | Non
     forms = batch + rows + inner, batch + inner + columns, batch + rows + columns
     if not inner or [*map(sorted, forms)] != [*map(sorted, (left, right, result))]:
         return None  # as where an index comes twice, or in one factor alone
+    first, second = in_autocast(a.stack), in_autocast(b.stack)
+    if first.dtype != second.dtype:
+        return None
 
     def size(group: str) -> int:
         return prod(sizes[index] for index in group)
@@ -144,7 +144,7 @@ def matmul(a: Any, b: Any) -> Jet:
     found = (
         _contracted(f"{batch}MK", f"{batch}KN", f"{batch}MN", a, b) if a.ndim == b.ndim else None
     )
-    return bilinear(a, b, torch.matmul, ndim) if found is None else found
+    return product_rule(a, b, torch.matmul, ndim) if found is None else found
 
 
 @rule(*every("mm", "bmm"), several=True)
@@ -176,15 +176,15 @@ def _einsum(equation: Any, *operands: Any) -> Jet:
         return factors[0].like(summed(factors[0].stack))
     left, right = given.split(",")
     found = _contracted(left, right, result, factors[0], factors[1])
-    return bilinear(factors[0], factors[1], summed, 0) if found is None else found
+    return product_rule(factors[0], factors[1], summed, 0) if found is None else found
 
 
 @rule(*every("baddbmm"), several=True)
 def _baddbmm(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
     if not isinstance(a, Jet) and not isinstance(b, Jet):
         raise NoRule
-    product = multiply(_of_matrices(a, b), alpha)
+    found = multiply(_of_matrices(a, b), alpha)
     if beta == 0:
-        return product
+        return found
     # Under autocast x may be in a wider type.
-    return add(product, x, alpha=beta).typed(product.dtype)
+    return add(found, x, alpha=beta).typed(found.dtype)
