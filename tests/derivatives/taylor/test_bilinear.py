@@ -79,12 +79,22 @@ def test_matrices(pairs, firsts, seconds, other):
     lengths = 1 + firsts + seconds, 1 + firsts + (seconds if other else 0)
     a = numbers(lengths[0], 2, 3, 4, seed=3).requires_grad_()
     b = numbers(lengths[1], 2, 4, 2, seed=4).requires_grad_()
-    terms = matrices._terms(firsts, pairs, *lengths)
-    same_gradients(
-        partial(product, matrices._form(terms, *lengths)),
-        partial(of_matrices, firsts, pairs),
-        [a, b],
+    form = matrices._form(matrices._terms(firsts, pairs, *lengths), a, b)
+    same_gradients(partial(product, form), partial(of_matrices, firsts, pairs), [a, b])
+
+
+@pytest.mark.parametrize("layouts", [(False, True), (True, False), (True, True)])
+def test_a_gradient_lies_in_memory_as_its_factor_does(layouts):
+    a, b = (
+        numbers(2, 2, *shape[::-1]).mT.requires_grad_() if turned else numbers(2, 2, *shape)
+        for shape, turned in zip([(3, 4), (4, 5)], layouts, strict=True)
     )
+    factors = [a.requires_grad_(), b.requires_grad_()]
+    mine = partial(product, matrices._form(matrices._terms(1, "none", 2, 2), a, b))
+    same_gradients(mine, partial(of_matrices, 1, "none"), factors)
+    found = mine(a, b)
+    gradients = torch.autograd.grad(found, factors, torch.ones_like(found))
+    assert [each.stride() for each in gradients] == [each.stride() for each in factors]
 
 
 EQUATIONS = [

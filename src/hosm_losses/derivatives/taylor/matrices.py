@@ -74,16 +74,34 @@ def _gathered(count: int, products: Iterable[tuple[int, int, Tensor, Tensor]]) -
     return found
 
 
-def _form(terms: list[_Term], left: int, right: int) -> Form:
-    """The product of stacks (C, N, m, k) and (C, N, k, n), as long as these."""
+def _as_laid_out(
+    transposed: bool, count: int, products: Iterable[tuple[int, int, Tensor, Tensor]]
+) -> Tensor:
+    """The same stack, whose rows lie in memory as columns do elsewhere if it is transposed."""
+    if not transposed:
+        return _gathered(count, products)
+    return _gathered(count, ((k, f, right.mT, left.mT) for k, f, left, right in products)).mT
+
+
+def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
+    """The product of stacks such as (C, N, m, k) and (C, N, k, n).
+
+    A gradient lies in memory as its factor does: what it meets there, as in the gradient of a
+    softmax, is read several times as fast.
+    """
+    (count, turned), (other_count, other_turned) = (
+        (len(stack), stack.stride(-2) < stack.stride(-1)) for stack in (left, right)
+    )
 
     def of_left(b: Tensor, cotangent: Tensor) -> Tensor:
         c, b_t = cotangent.unbind(), b.mT.unbind()
-        return _gathered(left, ((i, f, c[k], b_t[j]) for i, j, k, f in terms))
+        products = ((i, f, c[k], b_t[j]) for i, j, k, f in terms)
+        return _as_laid_out(turned, count, products)
 
     def of_right(a: Tensor, cotangent: Tensor) -> Tensor:
         c, a_t = cotangent.unbind(), a.mT.unbind()
-        return _gathered(right, ((j, f, a_t[i], c[k]) for i, j, k, f in terms))
+        products = ((j, f, a_t[i], c[k]) for i, j, k, f in terms)
+        return _as_laid_out(other_turned, other_count, products)
 
     def both(a: Tensor, b: Tensor) -> Tensor:
         count = 1 + max(term.k for term in terms)
@@ -118,11 +136,9 @@ def _contracted(left: str, right: str, result: str, a: Any, b: Any) -> Jet | Non
         return prod(sizes[index] for index in group)
 
     lengths, (m, k, n) = (len(first), len(second)), map(size, (rows, inner, columns))
-    found = product(
-        _form(_terms(a.firsts, a.pairs, *lengths), *lengths),
-        _ordered(first, left, forms[0]).reshape(lengths[0], size(batch), m, k),
-        _ordered(second, right, forms[1]).reshape(lengths[1], size(batch), k, n),
-    )
+    first = _ordered(first, left, forms[0]).reshape(lengths[0], size(batch), m, k)
+    second = _ordered(second, right, forms[1]).reshape(lengths[1], size(batch), k, n)
+    found = product(_form(_terms(a.firsts, a.pairs, *lengths), first, second), first, second)
     found = found.reshape(len(found), *(sizes[index] for index in forms[2]))
     return a.like(_ordered(found, forms[2], result))
 

@@ -48,6 +48,39 @@ def recomputed(function: Function, *tensors: Some, pullbacks: Sequence[Function]
     return found[0]
 
 
+def from_result(function: Function, x: Tensor, pullbacks: Sequence[Function]) -> Tensor:
+    """The value of a function, of which only that is kept for the backward passes.
+
+    Args:
+        function: of x, without side effects; returns one tensor.
+        x: its argument.
+        pullbacks: the first, of the value and a cotangent, returns the gradient in x; it and the
+            others are as those of `recomputed`, for a function of the value and the cotangent.
+    """
+    if traced():
+        return function(x)
+    found: Any = _FromResult.apply(function, pullbacks, x)
+    return found
+
+
+class _FromResult(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Function, pullbacks: Sequence[Function], x: Tensor) -> Tensor:
+        ctx.pullbacks = pullbacks
+        found = function(x)
+        ctx.save_for_backward(found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Some, ...]:
+        (result,) = ctx.saved_tensors
+        pullback, *further = ctx.pullbacks
+        gradient = partial(pullback, [True, True])
+        if not torch.is_grad_enabled():
+            return None, None, gradient(result, *cotangents)
+        return None, None, recomputed(gradient, result, *cotangents, pullbacks=further)
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, functions: Sequence[Function], *tensors: Some) -> tuple[Tensor, ...]:
