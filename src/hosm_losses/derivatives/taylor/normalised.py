@@ -1,25 +1,32 @@
 r"""The formula of norms over rows, and its gradients.
 
-Formula over a row of N elements, with c = x − ⟨x⟩, ⟨·⟩ the mean over the row (RMS norm: c = x),
-ρ = (⟨c²⟩ + eps)^(−1/2), n = ρ c, and capitals for what lies along n, Z = ⟨n z⟩:
-    y = n        y_l = J c_l        y_lr = J c_lr + bent(c_l, c_r)
-    J z = ρ (z − n Z)
-    bent(z, w) = −ρ² (Z w + W z + n (⟨z w⟩ − 3 Z W))
+Formula over a row of N elements, with c = x − ⟨x⟩ and ⟨·⟩ the mean over the row (RMS norm: c = x),
+z·w the sum of products over the row, u = (c·c + N eps)^(−1/2), e = u c, ρ = √N u, and capitals for
+what lies along e, Z = e·z:
+    y = √N e        y_l = J c_l        y_lr = J c_lr + bent(c_l, c_r)
+    The first three derivatives of y, with {z w} = z·w − 3 Z W:
+    J z = ρ (z − e Z)
+    bent(z, w) = −ρ u (Z w + W z + e {z w})
+    third(z, w, v) = −ρ u² (z {w v} + w {z v} + v {z w}
+                            − 3 e (Z {w v} + W {z v} + V {z w} + 4 Z W V))
 
 Gradients, for cotangents a of y, b_l of y_l and d of y_lr, all of them centred as c is:
-    What is pulled back is N L, where L is a sum of ⟨a n⟩, of pairs ⟨z J w⟩ and of triples
-    T(z, w, v) = ⟨z bent(w, v)⟩. Both are symmetric in their arguments. So the gradient in w is J z
-    or bent(z, v), and with g = ∂L/∂n, all else held fixed, the gradient in x is
-        J g − ρ n (Σ pairs + 2 Σ triples).
-    The gradients in x and x_l have gradients too, for cotangents p and q_l: those of
-        ⟨p J a⟩ + Σ_l ⟨q_l J b_l⟩ + Σ_l T(p, b_l, c_l),
-    which is such a sum again.
+    A derivative is symmetric in its directions and its result, and so pulls back as it is:
+    in x_lr   J d
+    in x_l    J b_l + bent(d, c_r) , and so for x_r
+    in x      J a + Σ_l bent(b_l, c_l) + Σ [bent(d, c_lr) + third(d, c_l, c_r)]
+    Those of the first two again, for cotangents p of that in x and q_l of that in x_l, without d:
+    in a      J p
+    in b_l    J q_l + bent(p, c_l)
+    in x_l    bent(p, b_l)
+    in x      bent(p, a) + Σ_l [bent(q_l, b_l) + third(p, b_l, c_l)]
 
-Autograd reads and writes the activations half as often again for these gradients.
+Autograd, with the formula evaluated again, reads and writes the activations 1.6 times as often.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,32 +34,42 @@ from torch import Tensor
 from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.jet import components, gathered, halves
+from hosm_losses.derivatives.taylor.layers import with_bias
 from hosm_losses.derivatives.taylor.recompute import Needed
 
 Some = Tensor | None
+Term = tuple[Tensor, Tensor]  # a factor for each row, and a stack
 
 
 class Rows(NamedTuple):
     """What a norm is taken over."""
 
     shape: tuple[int, ...]  # in which the value is seen
-    dims: tuple[int, ...]  # of the shape, counted from the back, over which a mean is taken
+    dims: tuple[int, ...]  # of the shape, counted from the back, that make up a row
     weights: tuple[int, ...]  # the shape of weight and bias, broadcast against it
     eps: float  # added to the variance
     centred: bool = True  # whether the mean is subtracted
+
+    @property
+    def length(self) -> int:
+        """The elements of a row."""
+        return math.prod([self.shape[dim] for dim in self.dims])
 
     def seen(self, stack: Tensor) -> Tensor:
         """A stack in this shape, in float32 at least."""
         return at_least_float32(stack).reshape(len(stack), *self.shape)
 
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean over each row."""
-        # The gradient of a mean is written out, that of a sum is a view.
-        return x.sum(self.dims, keepdim=True) / math.prod([self.shape[dim] for dim in self.dims])
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over each row."""
+        return x.sum(self.dims, keepdim=True)
 
     def about_mean(self, x: Tensor) -> Tensor:
         """A stack, less its mean where the norm subtracts that."""
-        return x - self.mean(x) if self.centred else x
+        return torch.sub(x, self.total(x), alpha=1 / self.length) if self.centred else x
+
+    def inverse_length(self, c: Tensor) -> Tensor:
+        """The u of each row."""
+        return torch.rsqrt(self.total(c * c) + self.length * self.eps)
 
     def weighted(self, x: Tensor, weight: Some) -> Tensor:
         """A stack times the weight."""
@@ -69,91 +86,92 @@ def normalised(
     rows: Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Some, bias: Some
 ) -> Tensor:
     """The stack of a norm, with weight and bias; computed in float32 at least."""
-    c = rows.about_mean(rows.seen(stack))
-    value, tangents, seconds = components(c, firsts)
-    rho = torch.rsqrt(rows.mean(value * value) + rows.eps)
-    scale = rows.weighted(rho, weight)
-    slopes = -rho * rho * rows.mean(value * tangents)
-    scaled = value * scale
-    parts = [
-        scaled if bias is None else scaled + bias.reshape(rows.weights),
-        torch.addcmul(tangents, value, slopes) * scale,
-    ]
+    value, tangents, seconds = components(rows.about_mean(rows.seen(stack)), firsts)
+    u = rows.inverse_length(value)
+    scale = rows.weighted(math.sqrt(rows.length) * u, weight)
+    # e is not made: it would be one more tensor as large as the value.
+    slopes = u * u * rows.total(value * tangents)
+    parts = [value, torch.addcmul(tangents, value, slopes, value=-1)]
     if pairs != "none":
         (left, right), (to_left, to_right) = halves(tangents, pairs), halves(slopes, pairs)
         products = gathered(left * right, pairs)
         products = torch.addcmul(products, value, seconds) if len(seconds) else products
-        bend = 3 * gathered(to_left * to_right, pairs) - rho * rho * rows.mean(products)
+        bend = 3 * gathered(to_left * to_right, pairs) - u * u * rows.total(products)
         sides = torch.addcmul(left * to_right, right, to_left)
-        bent = torch.addcmul(gathered(sides, pairs), value, bend)
-        parts.append((bent + seconds if len(seconds) else bent) * scale)
-    return torch.cat(parts).reshape(-1, *stack.shape[1:]).to(stack.dtype)
+        bent = torch.addcmul(-gathered(sides, pairs), value, bend)
+        parts.append(bent + seconds if len(seconds) else bent)
+    bias = None if bias is None else bias.reshape(rows.weights)
+    found = with_bias(torch.cat(parts) * scale, bias, 1)
+    return found.reshape(-1, *stack.shape[1:]).to(stack.dtype)
 
 
 class _Seen(NamedTuple):
-    """A stack of centred rows z, and Z = ⟨n z⟩."""
+    """A stack of centred rows z, and Z = e·z."""
 
     z: Tensor
     along: Tensor
 
     def split(self, *sizes: int) -> "list[_Seen]":
         """Its parts, of so many components."""
-        return list(map(_Seen, self.z.split(sizes), self.along.split(sizes)))
+        return list(map(_Seen, self.z.split_with_sizes(sizes), self.along.split_with_sizes(sizes)))
 
 
-class _Sum:
-    """A sum L of pairs and triples, for its gradient in x."""
+class _Norm:
+    """The derivatives of the norm of some rows, over ρ; of −bent and −third the terms."""
 
     def __init__(self, rows: Rows, value: Tensor) -> None:
         self.rows = rows
-        self.rho = torch.rsqrt(rows.mean(value * value) + rows.eps)
-        self.n = value * self.rho
-        self.of_n: Any = None
-        self.along_n: Tensor | float = 0.0
+        self.u = rows.inverse_length(value)
+        self.e = value * self.u
+        self.rho = math.sqrt(rows.length) * self.u
 
     def seen(self, z: Tensor) -> _Seen:
         """A stack of centred rows."""
-        return _Seen(z, self.rows.mean(self.n * z))
+        return _Seen(z, self.rows.total(self.e * z))
+
+    def product(self, x: _Seen, y: _Seen) -> Tensor:
+        """The {z w} of each component."""
+        return torch.addcmul(self.rows.total(x.z * y.z), x.along, y.along, value=-3)
 
     def turned(self, x: _Seen) -> Tensor:
-        """The stack J z."""
-        return torch.addcmul(x.z, self.n, x.along, value=-1).mul_(self.rho)
+        """The stack of J z."""
+        return torch.addcmul(x.z, self.e, x.along, value=-1)
 
-    def bent(self, x: _Seen, y: _Seen) -> Tensor:
-        """What a triple adds to the gradient in its third."""
-        along = self.rows.mean(x.z * y.z) - 3 * x.along * y.along
-        sides = torch.addcmul(x.along * y.z, y.along, x.z)
-        return torch.addcmul(sides, self.n, along).mul_(-self.rho.square())
+    def bent(self, x: _Seen, y: _Seen, product: Some = None) -> list[Term]:
+        """The terms of the second derivative along z and w."""
+        product = self.product(x, y) if product is None else product
+        return [(self.u * x.along, y.z), (self.u * y.along, x.z), (self.u * product, self.e)]
 
-    def add_pair(self, x: _Seen, y: _Seen) -> None:
-        """Add Σ_l ⟨z J w⟩ to L."""
-        for one, other in ((x, y), (y, x)):
-            self.of_n = _plus(self.of_n, -self.rho * one.along, other.z)
-        pair = self.rows.mean(x.z * y.z) - x.along * y.along
-        self.along_n = self.along_n + (self.rho * pair).sum(0, keepdim=True)
-
-    def add_triple(self, x: _Seen, y: _Seen, z: _Seen) -> None:
-        """Add Σ_l T(z, w, v) to L."""
-        factor, total = -self.rho.square(), 6 * x.along * y.along * z.along
-        for one, two, three in ((x, y, z), (y, z, x), (z, x, y)):
-            along = self.rows.mean(two.z * three.z) - 3 * two.along * three.along
-            self.of_n = _plus(self.of_n, factor * along, one.z)
-            total = total + one.along * along
-        self.along_n = self.along_n + (2 * factor * total).sum(0, keepdim=True)
-
-    def of_value(self, a: Some = None) -> Tensor:
-        """The gradient in x of L, and of ⟨a n⟩."""
-        of_n = self.of_n if a is None else self.of_n + a
-        along = self.rows.mean(self.n * of_n) + self.along_n
-        return torch.addcmul(of_n, self.n, along, value=-1).mul_(self.rho)
+    def third(self, x: _Seen, y: _Seen, z: _Seen) -> list[Term]:
+        """The terms of the third derivative along z, w and v."""
+        xy, yz = self.product(x, y), self.product(y, z)
+        xz = xy if z is y else self.product(x, z)
+        square = self.u * self.u
+        along = -3 * square * _third_along(x.along, y.along, z.along, xy, xz, yz)
+        return [(square * yz, x.z), (square * xz, y.z), (square * xy, z.z), (along, self.e)]
 
 
-def _plus(total: Some, factor: Tensor, stack: Tensor) -> Tensor:
-    """The total and Σ_l factor_l z_l, of shape (1, *); in place where there is one."""
-    if len(factor) != 1 or len(stack) != 1:
-        products = (factor * stack).sum(0, keepdim=True)
-        return products if total is None else total.add_(products)
-    return factor * stack if total is None else total.addcmul_(factor, stack)
+def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Tensor) -> Tensor:
+    """Z {w v} + W {z v} + V {z w} + 4 Z W V."""
+    return torch.addcmul(torch.addcmul(x * yz, y, xz), z, torch.addcmul(xy, x, y, value=4))
+
+
+def _added(total: Tensor, terms: Iterable[Term], value: float) -> Tensor:
+    """Add terms to a stack in place: of each component, or all of them to a stack of one."""
+    for factor, stack in terms:
+        if len(total) > 1 or len(factor) == len(stack) == 1:
+            total.addcmul_(factor, stack, value=value)
+        elif len(stack) == 1:
+            total.addcmul_(_summed(factor), stack, value=value)
+        else:
+            whole = total[0]
+            for one, other in zip(factor.unbind(), stack.unbind(), strict=True):
+                whole.addcmul_(one, other, value=value)
+    return total
+
+
+def _summed(stack: Tensor) -> Tensor:
+    return stack if len(stack) == 1 else stack.sum(0, keepdim=True)
 
 
 def pull_back(
@@ -168,36 +186,40 @@ def pull_back(
 ) -> tuple[Some, ...]:
     """The gradients of `normalised` in the stack, the weight and the bias."""
     value, tangents, seconds = components(rows.about_mean(rows.seen(stack)), firsts)
-    raw, total = rows.seen(cotangent), _Sum(rows, value)
-    a, others = rows.about_mean(rows.weighted(raw, weight)).split((1, len(raw) - 1))
-    b, d = total.seen(others).split(firsts, len(others) - firsts)
-    c, s = total.seen(tangents), total.seen(seconds)
-    total.add_pair(b, c)
-    of_firsts, of_seconds, bent = total.turned(b), [], None
+    norm, raw = _Norm(rows, value), rows.seen(cotangent)
+    every = norm.seen(rows.about_mean(rows.weighted(raw, weight)))
+    _, b, d = every.split(1, firsts, len(raw) - 1 - firsts)
+    c, curved = norm.seen(tangents), None
+    if len(stack) < len(raw):  # where second derivatives are zero, of which there is no gradient
+        every = _Seen(every.z[: len(stack)], every.along[: len(stack)])
+    of_stack = norm.turned(every)
+    of_value = of_stack[:1]
+    _added(of_value, norm.bent(b, c), -1)
     if pairs != "none":
-        sides = zip(halves(c.z, pairs), halves(c.along, pairs), strict=True)
-        left, right = (_Seen(*side) for side in sides)
-        total.add_triple(d, left, right)
-        if left.z is right.z:
-            of_firsts.add_(total.bent(d, right), alpha=2)
+        left, right = c, c
+        if pairs in ("squares", "sum"):
+            _added(of_stack[1 : 1 + firsts], norm.bent(d, c), -2)
         else:
-            to_left, to_right = total.bent(d, right), total.bent(d, left)
-            if pairs == "last":
-                to_right = to_right.sum(0, keepdim=True)
-            of_firsts.add_(torch.cat([to_left, to_right]))
-        bent = gathered(total.bent(left, right), pairs) if needed[1] else None
+            sides = zip(halves(c.z, pairs), halves(c.along, pairs), strict=True)
+            left, right = (_Seen(*side) for side in sides)
+            _added(of_stack[1 : 1 + len(left.z)], norm.bent(d, right), -1)
+            _added(of_stack[1 + firsts - len(right.z) : 1 + firsts], norm.bent(d, left), -1)
+        _added(of_value, norm.third(d, left, right), -1)
+        if needed[1]:
+            *terms, (along, _) = norm.bent(left, right)
+            curved = _added(norm.e * gathered(-along, pairs), terms, -1)
         if len(seconds):
-            total.add_pair(d, s)
-            of_seconds = [total.turned(d)]
-            bent = bent if bent is None else bent.add_(total.turned(s))
-    of_stack = torch.cat([total.of_value(a), of_firsts, *of_seconds])
+            s = norm.seen(seconds)
+            _added(of_value, norm.bent(d, s), -1)
+            curved = curved if curved is None else curved.add_(norm.turned(s))
     of_weight = None
     if needed[1]:
-        of_weight = _plus(raw[:1] * total.n, raw[1 : 1 + firsts], total.turned(c))
-        of_weight = of_weight if bent is None else _plus(of_weight, raw[1 + firsts :], bent)
+        terms = [(norm.u * raw[1 : 1 + firsts], norm.turned(c))]
+        terms += [] if curved is None else [(norm.u * raw[1 + firsts :], curved)]
+        of_weight = _added(raw[:1] * norm.e, terms, 1).mul_(math.sqrt(rows.length))
         of_weight = rows.of_weight(of_weight, weight)
     of_bias = rows.of_weight(raw[:1], bias) if needed[2] else None
-    return _as(of_stack, stack), of_weight, of_bias
+    return _as(of_stack.mul_(norm.rho), stack), of_weight, of_bias
 
 
 def pull_back_again(
@@ -210,16 +232,26 @@ def pull_back_again(
     again: Tensor,
 ) -> tuple[Some, ...]:
     """The gradients in the arguments of `pull_back` of what it returns first, for no pairs."""
-    value, tangents = rows.about_mean(rows.seen(stack)).split((1, len(stack) - 1))
-    raw, total = rows.seen(cotangent), _Sum(rows, value)
-    c = total.seen(tangents)
-    a, b = total.seen(rows.about_mean(rows.weighted(raw, weight))).split(1, len(tangents))
-    p, q = total.seen(rows.about_mean(rows.seen(again))).split(1, len(tangents))
-    total.add_pair(p, a)
-    total.add_pair(q, b)
-    total.add_triple(p, b, c)
-    of_stack = torch.cat([total.of_value(), total.bent(p, b)])
-    of_outputs = torch.cat([total.turned(p), total.turned(q).add_(total.bent(p, c))])
+    value, tangents = rows.about_mean(rows.seen(stack)).split_with_sizes((1, len(stack) - 1))
+    norm, raw, sizes = _Norm(rows, value), rows.seen(cotangent), (1, len(tangents))
+    u, c = norm.u, norm.seen(tangents)
+    given = norm.seen(rows.about_mean(rows.weighted(raw, weight)))
+    other = norm.seen(rows.about_mean(rows.seen(again)))
+    (_, b), (p, _) = given.split(*sizes), other.split(*sizes)
+    pb, pc, bc = norm.product(p, b), norm.product(p, c), norm.product(b, c)
+    # bent(p, a), bent(q_l, b_l) and third(p, b_l, c_l) in one term for each stack.
+    of_given, of_other = other.along.clone(), given.along.clone()
+    of_given[1:].addcmul_(u, pc)
+    of_other[:1].addcmul_(u, _summed(bc))
+    along = _summed(_third_along(p.along, b.along, c.along, pb, pc, bc))
+    along = torch.addcmul(_summed(norm.product(other, given)), u, along, value=-3)
+    terms = [(of_given, given.z), (of_other, other.z), (u * pb, c.z)]
+    of_value = _added(norm.e * along, terms, 1)
+    of_firsts = _added(b.z * p.along, [(b.along, p.z), (pb, norm.e)], 1)
+    of_stack = torch.cat([of_value, of_firsts]).mul_(-norm.rho * u)
+    of_outputs = norm.turned(other)
+    _added(of_outputs[1:], norm.bent(p, c, pc), -1)
+    of_outputs.mul_(norm.rho)
     of_weight = rows.of_weight(raw * of_outputs, weight) if needed[1] else None
     of_cotangent = rows.weighted(of_outputs, weight)
     of_bias = None if bias is None else torch.zeros_like(bias)
