@@ -53,10 +53,11 @@ def _type(a: Any, b: Any) -> torch.dtype:
 def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     """a + alpha · b, of which one at least is a Jet."""
     ndim, dtype = _operands(a, b), _type(a, b)
-    if isinstance(a, Jet) and isinstance(b, Jet):
-        first, second = (aligned(stack, ndim) for stack in stacks_of((a, b)))
-        return a.like(torch.add(first, second, alpha=alpha).to(dtype))
     jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
+    if isinstance(plain, Jet) or ndim_of(plain):
+        first, second = (aligned(stack, ndim) for stack in stacks_of((a, b)))
+        return jet.like(torch.add(first, second, alpha=alpha).to(dtype))
+    # What has no axes may be on another device, and a number is not rounded to a type.
     stack = aligned(jet.stack, ndim)
     if alpha != 1:
         stack, plain = (stack, plain * alpha) if jet is a else (stack * alpha, plain)

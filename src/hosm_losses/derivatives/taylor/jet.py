@@ -118,7 +118,7 @@ for _entry, _answer in _ASKED.items():
 def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
     """The value, first and second derivatives of a stack; of the last there may be none."""
     # Split, whose gradient is one stack: that of a slice is a stack for each, most of it zero.
-    value, tangents, seconds = stack.split((1, firsts, len(stack) - 1 - firsts))
+    value, tangents, seconds = stack.split_with_sizes((1, firsts, len(stack) - 1 - firsts))
     return value, tangents, seconds
 
 

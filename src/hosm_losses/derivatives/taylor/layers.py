@@ -30,7 +30,7 @@ class _AddInPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, bias: Tensor, rows: int) -> Tensor:
         ctx.rows, ctx.shape, ctx.dtype = rows, bias.shape, bias.dtype
-        output[:rows] += bias
+        output[:rows].add_(bias)  # not +=, which copies the rows onto themselves
         ctx.mark_dirty(output)
         return output
 

@@ -144,32 +144,33 @@ def _tanh(x: Tensor) -> Iterator[Tensor]:
 
 @pointwise(*every("gelu"))
 def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
+    # x S(x), of a share S between 0 and 1.
+    square = x * x
     if approximate == "none":
-        share = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+        share = 0.5 + 0.5 * torch.erf(x * math.sqrt(0.5))
         yield x * share
-        density = torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+        density = torch.exp(-0.5 * square) * (1 / math.sqrt(2 * math.pi))
         yield torch.addcmul(share, x, density)
-        square = x * x
         yield density * (2 - square)
         yield density * x * (square - 4)
         return
     if approximate != "tanh":
         raise NoRule
-    scale, cube = math.sqrt(2 / math.pi), 0.044715
-    square = x * x
-    tanh = torch.tanh(scale * x * (1 + cube * square))
-    half = 0.5 * x
-    yield half * (1 + tanh)
-    u1 = scale * (1 + 3 * cube * square)  # derivatives of the argument of tanh
-    sech = 1 - tanh * tanh
-    s1 = sech * u1
-    yield torch.addcmul(0.5 * (1 + tanh), half, s1)
-    u2 = 6 * scale * cube * x
-    s2 = sech * (u2 - 2 * tanh * u1 * u1)
-    yield torch.addcmul(s1, half, s2)
-    u3 = 6 * scale * cube
-    s3 = sech * (u3 - 6 * tanh * u1 * u2 + (4 - 6 * sech) * u1 * u1 * u1)
-    yield torch.addcmul(1.5 * s2, half, s3)
+    # S is the logistic function of w, twice what the tanh is taken of.
+    scale, cube = 2 * math.sqrt(2 / math.pi), 0.044715
+    share = torch.sigmoid(x * (scale * cube * square + scale))
+    yield x * share
+    w1 = 3 * scale * cube * square + scale  # derivatives of w
+    q = torch.addcmul(share, share, share, value=-1)
+    s1 = q * w1
+    yield torch.addcmul(share, x, s1)
+    w2 = 6 * scale * cube * x
+    bent = torch.addcmul(q, q, share, value=-2)
+    s2 = torch.addcmul(q * w2, bent * w1, w1)
+    yield torch.addcmul(2 * s1, x, s2)
+    inner = torch.addcmul(torch.addcmul(q, q, q, value=-6) * w1 * w1, bent, w2, value=3)
+    s3 = torch.addcmul(6 * scale * cube * q, w1, inner)
+    yield torch.addcmul(3 * s2, x, s3)
 
 
 def _straight(value: Tensor, slope: Tensor) -> Iterator[Tensor]:
