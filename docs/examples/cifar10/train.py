@@ -12,6 +12,7 @@ no state of a generator.
 
 import argparse
 import copy
+import gc
 import json
 import os
 import sys
@@ -137,6 +138,7 @@ class Processes:
     def close(self) -> None:
         """Leave together."""
         if self.many:
+            gc.collect()  # DDP holds the group, in a cycle
             dist.barrier()
             dist.destroy_process_group()
 
