@@ -6,8 +6,8 @@ For five schedules, and networks that were trained not at all, briefly and for l
 a grid of 1024 steps with the exact divergence (512 for digits, 256 and 128 for images). With
 random probes the claim is that of the path alone, and has to cover the same error. All of it
 without and with a companion of half the steps. The exact score is that of a mixture of Gaussians,
-of images around eight of them. The rows of 64 steps go into results/coverage.json. Networks on
-images of 16×16 take most of the time, an hour; those on 8×8 two minutes for each schedule.
+of images around eight of them. The rows of 64 steps go into results/coverage.json. It takes an
+hour and a half, an hour of it for images of 16×16.
 """
 
 from collections.abc import Callable

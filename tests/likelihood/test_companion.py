@@ -70,7 +70,7 @@ def test_the_estimate_by_hand():
     companion = torch.tensor([128.0, 128.0, 256.0, 512.0, 256.0, 1e6, 128.0, 0.0, 1.0])
     difference = torch.tensor([0.0, 40.0, 400.0, 400.0, 0.0, 400.0, math.nan, 5.0, 5.0])
     spread = torch.tensor([2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 0.0, 0.0])
-    expected = torch.tensor([1.0, 8.0, 80.0, 5.0, 2.0, 2.8, 8.0, 1.0, 1.0])
+    expected = torch.tensor([1.0, 5.0, 50.0, 3.125, 2.0, 2.8, 8.0, 0.625, 0.625])
     found = MultistepSolution(*[path] * 3, path, spread, path)
     torch.testing.assert_close(_estimate(found, companion, difference), expected)
 

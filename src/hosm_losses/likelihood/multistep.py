@@ -15,7 +15,7 @@ Formula:
     A companion is the path with half the steps and the same probes. With P its p, D the difference
     of both answers, ∫ taken over every second node in both, r = (Σ_i (g_iᵀδ_i)²)^(1/2) and
     m = P / 32p, the estimate is
-        max(r · clamp(m, 1/2, 7/5), D/5 · min(1, 1/m)⁴),
+        max(r · clamp(m, 1/2, 7/5), D/8 · min(1, 1/m)⁴),
     and p where D is not finite. m is 1/2 where the companion resolves the path. Where it is large
     D says little, and errors add up to r or more. The constants do in benchmarks/coverage.py.
 
@@ -250,7 +250,7 @@ def _estimate(found: MultistepSolution, companion: Tensor, difference: Tensor) -
     """By the path, the p of its companion and the difference of their answers."""
     path = found.path_error
     m = torch.where(path > 0, companion / (32 * path), 0.5)
-    by_difference = difference / 5 / m.clamp(min=1).pow(4)
+    by_difference = difference / 8 / m.clamp(min=1).pow(4)
     guarded = torch.maximum(found.spread * m.clamp(0.5, 1.4), by_difference)
     return torch.where(guarded.isfinite(), guarded, path)
 
