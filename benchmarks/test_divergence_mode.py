@@ -23,7 +23,7 @@ from hosm_losses.probes import draw_probes
 def routes(model: hosm.ScoreModel, x: Tensor, probes: int) -> Mapping[str, Callable[[], object]]:
     """Ways to value and divergence at a batch, by name."""
     t = torch.full((len(x),), 0.5)
-    field, v = noise_field(model, t).native, draw_probes(x, probes)
+    field, v = noise_field(model, t, primitives=False), draw_probes(x, probes)
 
     def evaluate(x):
         return model.network(x, t)

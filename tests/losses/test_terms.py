@@ -21,7 +21,7 @@ def sliced(name, probes, others, exact=False):
     model, inputs = perturbed(
         hosm.ScoreModel(network, hosm.VPSchedule()), x0, t, noise, LossOptions(order=1), None
     )
-    field = noise_field(model, t)
+    field = noise_field(model, t, primitives=True)
     number = "exact" if exact else 1
     whole = LossOptions(order=3, probes=number)
     parts = LossOptions(order=3, third="sliced", probes=number)
@@ -82,7 +82,7 @@ def test_u_is_drawn_after_v_and_for_itself(probes):
         v, u = (draw_probes(x0, probes, generator=generator) for _ in range(2))
     options = LossOptions(order=3, third="sliced", probes=probes)
     _, inputs = perturbed(model, x0, given["t"], given["noise"], options, None)
-    field = noise_field(model, given["t"])
+    field = noise_field(model, given["t"], primitives=True)
     expected = terms_along(field, inputs, Directions(v, u), options)
     again = torch.Generator().manual_seed(0)
     got = hosm.dsm_terms(model, x0, third="sliced", probes=probes, generator=again, **given)

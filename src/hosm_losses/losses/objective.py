@@ -85,7 +85,8 @@ def evaluate(
         higher = options.order > 1
         if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)
-        field = noise_field(score_model, inputs.t, kwargs)
+        primitives = score_model.primitives and higher
+        field = noise_field(score_model, inputs.t, kwargs, primitives=primitives)
         rows = None
         if higher:
             rows, rest = _fraction(inputs.x, options, generator)

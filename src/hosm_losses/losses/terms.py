@@ -153,8 +153,8 @@ def third_residual(
 
 
 def first_residual_of(field: NoiseField, inputs: Inputs) -> Tensor:
-    """r1 (1, B, *), in float32 at least, with PyTorch's own operators."""
-    value = at_least_float32(field.native(inputs.x).unsqueeze(0))
+    """r1 (1, B, *), in float32 at least."""
+    value = at_least_float32(field(inputs.x).unsqueeze(0))
     return first_residual(value, at_least_float32(inputs.noise))
 
 

@@ -60,11 +60,6 @@ class NoiseField(ConditionedModel):
         """Evaluate f at x (B, *)."""
         return -to_noise(NetworkField(self)(x), x, *self.model.affine(self.t, x))
 
-    @property
-    def native(self) -> "NoiseField":
-        """The same with PyTorch's own operators, whose values and first derivatives are right."""
-        return replace(self, primitives=False)
-
     def derive(
         self,
         x: Tensor,
@@ -179,10 +174,14 @@ def condition(
 
 
 def noise_field(
-    model: ScoreModel, t: Tensor, model_kwargs: Mapping[str, Any] | None = None
+    model: ScoreModel,
+    t: Tensor,
+    model_kwargs: Mapping[str, Any] | None = None,
+    *,
+    primitives: bool | None = None,
 ) -> NoiseField:
     """f(x) = −ε̂(x, t) at times (B,) and conditions, to be differentiated in x."""
-    return condition(model, len(t), model_kwargs).at(t)
+    return condition(model, len(t), model_kwargs, primitives=primitives).at(t)
 
 
 @dataclass(frozen=True)
@@ -207,8 +206,8 @@ class NetworkField:
 
     @property
     def native(self) -> "NetworkField":
-        """The same with PyTorch's own operators."""
-        return NetworkField(self.field.native)
+        """The same with PyTorch's own operators, whose values and first derivatives are right."""
+        return NetworkField(replace(self.field, primitives=False))
 
     def repeat(self, count: int) -> "NetworkField":
         """Return the field of `count` copies of the batch, one after the other."""
