@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import hosm_losses as hosm
-from tests.oracles import MLP, networks, sign_vectors
+from tests.oracles import MLP, AttentionNet, networks, sign_vectors
 
 VP = hosm.VPSchedule()
 ORDERS = {1: hosm.first_order_dsm, 2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
@@ -281,3 +281,28 @@ def test_without_the_first_term_the_last_bias_has_a_gradient_of_zero_or_none(ord
     else:
         assert gradient is None
     assert model.network.outer.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_penalties_on_gradients_are_differentiated(fraction):
+    """Twice, where PyTorch's fused attention has no second derivative and its norm a wrong one."""
+    found = []
+    for by_hand in (False, True):
+        torch.manual_seed(0)
+        network = AttentionNet()
+        network.by_hand = by_hand
+        model = hosm.ScoreModel(network, VP)
+        weights = list(model.parameters())
+        value = hosm.third_order_dsm(
+            model,
+            torch.randn(4, 4, 3),
+            t=torch.tensor([0.2, 0.4, 0.6, 0.8]),
+            fraction=fraction,
+            generator=torch.Generator().manual_seed(1),
+        )
+        for _ in range(3):
+            parts = torch.autograd.grad(value, weights, create_graph=True)
+            found.append(parts)
+            value = sum(part.square().sum() for part in parts)
+    for one, other in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

@@ -102,6 +102,15 @@ def test_a_mean_that_is_large_costs_no_digits_that_the_native_norm_keeps():
     assert (got[1] - exact[1]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("size", [3, 6, 10, 48])
+def test_rows_of_equal_numbers_have_no_residue(size):
+    x, v = torch.full((2, size), 1e6), torch.randn(1, 2, size)
+    value, slope, bend = carried(lambda x: F.layer_norm(x, (size,)), x, v, "squares")
+    assert torch.equal(value, torch.zeros_like(x))
+    assert torch.equal(bend, torch.zeros_like(x))
+    torch.testing.assert_close(slope, (v[0] - v[0].mean(1, keepdim=True)) / 1e-5**0.5)
+
+
 def lengths(x, dim):
     return (x * x).sum(dim, keepdim=True).sqrt()
 

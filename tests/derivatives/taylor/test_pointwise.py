@@ -36,6 +36,21 @@ POSITIVE = {
 }
 
 
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu tanh", "tanh"])
+def test_float32_keeps_its_digits(name):
+    """Also where the function is nearly straight, as at 5."""
+
+    def numbers(x):
+        x = x.requires_grad_()
+        stack = carried(FUNCTIONS[name], x, torch.ones_like(x).unsqueeze(0), "squares")
+        return *stack.detach(), *torch.autograd.grad(stack[2].sum(), x)
+
+    x = torch.linspace(-8, 8, 4001)[:, None]
+    exact = numbers(x.double())
+    for one, other in zip(numbers(x), exact, strict=True):
+        assert (one - other).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_anywhere(name):
     check(FUNCTIONS[name], (2, 3))

@@ -57,7 +57,8 @@ def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     if isinstance(plain, Jet) or ndim_of(plain):
         first, second = (aligned(stack, ndim) for stack in stacks_of((a, b)))
         return jet.like(torch.add(first, second, alpha=alpha).to(dtype))
-    # What has no axes may be on another device, and a number is not rounded to a type.
+    # As a stack a number would be rounded to a type, and a tensor without axes, which may be on
+    # another device, would have one.
     stack = aligned(jet.stack, ndim)
     if alpha != 1:
         stack, plain = (stack, plain * alpha) if jet is a else (stack * alpha, plain)

@@ -77,7 +77,7 @@ def _gathered(count: int, products: Iterable[tuple[int, int, Tensor, Tensor]]) -
 def _as_laid_out(
     transposed: bool, count: int, products: Iterable[tuple[int, int, Tensor, Tensor]]
 ) -> Tensor:
-    """The same stack, whose rows lie in memory as columns do elsewhere if it is transposed."""
+    """The same stack, of matrices that are stored column by column if it is transposed."""
     if not transposed:
         return _gathered(count, products)
     return _gathered(count, ((k, f, right.mT, left.mT) for k, f, left, right in products)).mT
@@ -86,8 +86,8 @@ def _as_laid_out(
 def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
     """The product of stacks such as (C, N, m, k) and (C, N, k, n).
 
-    A gradient lies in memory as its factor does: what it meets there, as in the gradient of a
-    softmax, is read several times as fast.
+    A gradient is stored in the order of its factor. In another order the operators that combine it
+    with what comes from there, such as the result of a softmax, take three times as long.
     """
     (count, turned), (other_count, other_turned) = (
         (len(stack), stack.stride(-2) < stack.stride(-1)) for stack in (left, right)

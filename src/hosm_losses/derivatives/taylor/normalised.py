@@ -15,7 +15,7 @@ Gradients, for cotangents a of y, b_l of y_l and d of y_lr, all of them centred 
     in x_lr   J d
     in x_l    J b_l + bent(d, c_r) , and so for x_r
     in x      J a + Σ_l bent(b_l, c_l) + Σ [bent(d, c_lr) + third(d, c_l, c_r)]
-    Those of the first two again, for cotangents p of that in x and q_l of that in x_l, without d:
+    Gradients of those in x and x_l, for cotangents p and q_l of them, where there is no d:
     in a      J p
     in b_l    J q_l + bent(p, c_l)
     in x_l    bent(p, b_l)
@@ -65,7 +65,8 @@ class Rows(NamedTuple):
 
     def about_mean(self, x: Tensor) -> Tensor:
         """A stack, less its mean where the norm subtracts that."""
-        return torch.sub(x, self.total(x), alpha=1 / self.length) if self.centred else x
+        # Not times 1/N, which is rounded: of equal numbers nothing may be left.
+        return x - self.total(x) / self.length if self.centred else x
 
     def inverse_length(self, c: Tensor) -> Tensor:
         """The u of each row."""
@@ -117,7 +118,7 @@ class _Seen(NamedTuple):
 
 
 class _Norm:
-    """The derivatives of the norm of some rows, over ρ; of −bent and −third the terms."""
+    """J, −bent and −third of some rows, divided by ρ; the last two as lists of terms."""
 
     def __init__(self, rows: Rows, value: Tensor) -> None:
         self.rows = rows
@@ -138,12 +139,12 @@ class _Norm:
         return torch.addcmul(x.z, self.e, x.along, value=-1)
 
     def bent(self, x: _Seen, y: _Seen, product: Some = None) -> list[Term]:
-        """The terms of the second derivative along z and w."""
+        """The terms of −bent(z, w) / ρ."""
         product = self.product(x, y) if product is None else product
         return [(self.u * x.along, y.z), (self.u * y.along, x.z), (self.u * product, self.e)]
 
     def third(self, x: _Seen, y: _Seen, z: _Seen) -> list[Term]:
-        """The terms of the third derivative along z, w and v."""
+        """The terms of −third(z, w, v) / ρ."""
         xy, yz = self.product(x, y), self.product(y, z)
         xz = xy if z is y else self.product(x, z)
         square = self.u * self.u

@@ -158,14 +158,16 @@ def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
         raise NoRule
     # S is the logistic function of w, twice what the tanh is taken of.
     scale, cube = 2 * math.sqrt(2 / math.pi), 0.044715
-    share = torch.sigmoid(x * (scale * cube * square + scale))
+    w = x * (scale * cube * square + scale)
+    share = torch.sigmoid(w)
     yield x * share
     w1 = 3 * scale * cube * square + scale  # derivatives of w
-    q = torch.addcmul(share, share, share, value=-1)
+    other = torch.sigmoid(-w)  # 1 − S, exact where S is nearly 1
+    q = share * other
     s1 = q * w1
     yield torch.addcmul(share, x, s1)
     w2 = 6 * scale * cube * x
-    bent = torch.addcmul(q, q, share, value=-2)
+    bent = q * (other - share)
     s2 = torch.addcmul(q * w2, bent * w1, w1)
     yield torch.addcmul(2 * s1, x, s2)
     inner = torch.addcmul(torch.addcmul(q, q, q, value=-6) * w1 * w1, bent, w2, value=3)

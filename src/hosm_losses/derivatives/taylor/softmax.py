@@ -3,20 +3,24 @@ r"""The rule for softmax, and its gradients.
 Formula of p = softmax(x), with ⟨z⟩ the mean under p, z̃ = z − ⟨z⟩ and u_l = x̃_l:
     p_l = p u_l        p_lr = p c̃ of c = u_l u_r + x_lr
 
-Gradients for cotangents a of p, b_l of p_l and d of p_lr; Σ is over the axis, β_l = Σ p b_l,
-δ = Σ p d and σ_l = Σ p_l (d − δ):
+Gradients, for cotangents a of p, b_l of p_l and d of p_lr, where Σ without an index is over the
+axis. With β_l = Σ p b_l, δ = Σ p d, σ_l = Σ p_l (d − δ) and
+w = p a + Σ_l p_l (b_l − β_l) + Σ_lr [p_lr (d − δ) − p_l σ_r − p_r σ_l]:
     in x_lr   p (d − δ)
     in x_l    p (b_l − β_l − σ_r) + p_r (d − δ) , and so for x_r
-    in x      w − p Σ w of w = p a + Σ_l p_l (b_l − β_l) + Σ [p_lr (d − δ) − p_l σ_r − p_r σ_l]
-    They are polynomials in p, p_l and p_lr, and so are those of the first two, of x and x_l
-    without d. For cotangents A of that in x and B_l of that in x_l, with Ã = A − Σ p A:
+    in x      w − p Σ w
+    Nothing but the result is needed for them, so it is kept, and x is not.
+
+Gradients of those in x and x_l, in the result and in its cotangents, where there is no d. For
+cotangents A of that in x and B_l of that in x_l, with Ã = A − Σ p A and h_l = p_l Ã + p B_l:
     in a      p Ã
-    in b_l    h_l − p Σ h_l of h_l = p_l Ã + p B_l
+    in b_l    h_l − p Σ h_l
     in p_l    Ã (b_l − β_l)
     in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
 
 Weights of attention are larger than all other activations, and every pass over them is felt. The
-result is kept and not x: the product with the values of attention keeps it anyhow.
+product with the values of attention keeps the result too, if it is not rounded or dropped before.
+In a short type gradients are as exact as PyTorch's, which come from a rounded result as well.
 """
 
 from functools import partial
