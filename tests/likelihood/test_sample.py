@@ -139,11 +139,16 @@ class Breaks(nn.Module):
         return torch.where(x[:, :1] > 0, x, float("nan"))
 
 
-def test_a_failed_sample_is_marked():
+@pytest.mark.parametrize("divergence", ["exact", None])
+def test_a_failed_sample_is_marked_and_says_why(divergence):
     latent = torch.tensor([[1.0, 1.0], [-1.0, 1.0]])
-    drawn = hosm.ode_sample(model_of(Breaks()), latent, divergence="exact")
+    drawn = hosm.ode_sample(model_of(Breaks()), latent, divergence=divergence)
     assert drawn.failed.tolist() == [False, True]
-    assert torch.isnan(drawn.nll).tolist() == [False, True]
+    if divergence is not None:
+        assert torch.isnan(drawn.nll).tolist() == [False, True]
+    (reason,) = drawn.failures().items()
+    assert reason[0] == 1
+    assert "a value on its path is not finite" in reason[1]
 
 
 @pytest.mark.parametrize(

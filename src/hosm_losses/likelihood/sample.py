@@ -39,7 +39,7 @@ class SampleResult:
         solver_error: estimate of what the solver's error does to nll, in nats, as in `NLLResult`,
             (B,); None with nll.
         failed: where there is nothing to use, (B,): a number was not finite, the path did not
-            arrive, or solver_error is too large; nll is NaN there.
+            arrive, or solver_error is too large; nll is NaN there. `failures` says why.
         steps: of the fixed grid; None with the adaptive method.
     """
 
@@ -51,6 +51,18 @@ class SampleResult:
     solver_error: Tensor | None
     failed: Tensor
     steps: int | None = None
+
+    def failures(self) -> dict[int, str]:
+        """Why each sample that failed did, and what to do, by its row.
+
+        Example:
+            >>> one = torch.ones(1)
+            >>> drawn = SampleResult(torch.zeros(1, 3), one, one, one, None, one * 2000, one > 0)
+            >>> print(drawn.failures()[0])  # doctest: +ELLIPSIS
+            its solver_error of 2e+03 nats is above 1000: take more steps...
+        """
+        error = torch.zeros_like(self.nfe) if self.solver_error is None else self.solver_error
+        return NLLResult(error, self.x, self.nfe, None, error, self.failed).failures()
 
 
 def ode_sample(
