@@ -3,7 +3,7 @@
 python -m benchmarks.compiled [NETWORK ...] [--smoke]
 
 Seconds of the first step, with an empty cache, and times over an eager step of order one, eager
-and compiled in turns in one process. Into results/compiled.json. It takes half an hour.
+and compiled in turns in one process. Into results/compiled.json. It takes ten minutes a network.
 """
 
 import tempfile

@@ -25,7 +25,8 @@ def tree(file: Path) -> Found:
     "gpu" is what `python -m benchmarks.gpu --out` wrote beside it, by card, batch and precision,
     "scale" what `python -m benchmarks.scale` wrote, by network, "coverage" what
     `python -m benchmarks.coverage` wrote, by data and training, "examples" what
-    `python -m benchmarks.examples` wrote, by command, "keeping" the question of speed with a C
+    `python -m benchmarks.examples` wrote, by command, "compiled" what
+    `python -m benchmarks.compiled` wrote, by network, "keeping" the question of speed with a C
     library that keeps freed memory, "equal_cost" what that command did,
     and "worth" and "longer" the changes in worth.json.
     """
@@ -37,6 +38,7 @@ def tree(file: Path) -> Found:
         found["measured"][question] = where | peers
     found["coverage"] = results.read(file.parent / "coverage.json")
     found["examples"] = results.read(file.parent / "examples.json")
+    found["compiled"] = results.read(file.parent / "compiled.json")
     found["keeping"] = results.read(file.parent / "keeping.json").get("speed", {}).get("found", {})
     found["equal_cost"] = {
         path.stem.removeprefix("equal_cost_"): results.read(path)["settings"]
