@@ -1,4 +1,7 @@
-r"""Derivatives along directions by nested torch.func.jvp, for functions without a rule."""
+r"""Derivatives along directions by nested torch.func.jvp, for functions without a rule.
+
+With the words for second derivatives, and sums of stacks, that rules use too.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +23,27 @@ def lengthened(stack: Tensor, count: int) -> Tensor:
     """A stack of `count` components, of which those added are derivatives of zero."""
     missing = count - len(stack)
     return torch.cat([stack, stack.new_zeros(missing, *stack.shape[1:])]) if missing else stack
+
+
+def summed(stack: Tensor) -> Tensor:
+    """The sum of all components, as a stack of one."""
+    return stack if len(stack) == 1 else stack.sum(0, keepdim=True)
+
+
+def add_products(total: Tensor, left: Tensor, right: Tensor, value: float = 1.0) -> None:
+    """Add the products of two stacks to a third in place, all of them to a stack of one.
+
+    For several components of the left there may be one of the right, and in a stack of several one
+    of either.
+    """
+    if len(total) > 1 or len(left) == len(right) == 1:
+        total.addcmul_(left, right, value=value)
+    elif len(right) == 1:
+        total.addcmul_(summed(left), right, value=value)
+    else:
+        whole = total[0]
+        for one, other in zip(left.unbind(), right.unbind(), strict=True):
+            whole.addcmul_(one, other, value=value)
 
 
 def along(

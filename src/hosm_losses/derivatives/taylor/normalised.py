@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
-from hosm_losses.derivatives.taylor.along import Pairs
+from hosm_losses.derivatives.taylor.along import Pairs, add_products, summed
 from hosm_losses.derivatives.taylor.jet import components, gathered, halves
 from hosm_losses.derivatives.taylor.layers import with_bias
 from hosm_losses.derivatives.taylor.recompute import Needed
@@ -160,19 +160,8 @@ def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Te
 def _added(total: Tensor, terms: Iterable[Term], value: float) -> Tensor:
     """Add terms to a stack in place: of each component, or all of them to a stack of one."""
     for factor, stack in terms:
-        if len(total) > 1 or len(factor) == len(stack) == 1:
-            total.addcmul_(factor, stack, value=value)
-        elif len(stack) == 1:
-            total.addcmul_(_summed(factor), stack, value=value)
-        else:
-            whole = total[0]
-            for one, other in zip(factor.unbind(), stack.unbind(), strict=True):
-                whole.addcmul_(one, other, value=value)
+        add_products(total, factor, stack, value)
     return total
-
-
-def _summed(stack: Tensor) -> Tensor:
-    return stack if len(stack) == 1 else stack.sum(0, keepdim=True)
 
 
 def pull_back(
@@ -233,7 +222,7 @@ def pull_back_again(
     again: Tensor,
 ) -> tuple[Some, ...]:
     """The gradients in the arguments of `pull_back` of what it returns first, for no pairs."""
-    value, tangents = rows.about_mean(rows.seen(stack)).split_with_sizes((1, len(stack) - 1))
+    value, tangents, _ = components(rows.about_mean(rows.seen(stack)), len(stack) - 1)
     norm, raw, sizes = _Norm(rows, value), rows.seen(cotangent), (1, len(tangents))
     u, c = norm.u, norm.seen(tangents)
     given = norm.seen(rows.about_mean(rows.weighted(raw, weight)))
@@ -243,9 +232,9 @@ def pull_back_again(
     # bent(p, a), bent(q_l, b_l) and third(p, b_l, c_l) in one term for each stack.
     of_given, of_other = other.along.clone(), given.along.clone()
     of_given[1:].addcmul_(u, pc)
-    of_other[:1].addcmul_(u, _summed(bc))
-    along = _summed(_third_along(p.along, b.along, c.along, pb, pc, bc))
-    along = torch.addcmul(_summed(norm.product(other, given)), u, along, value=-3)
+    of_other[:1].addcmul_(u, summed(bc))
+    along = summed(_third_along(p.along, b.along, c.along, pb, pc, bc))
+    along = torch.addcmul(summed(norm.product(other, given)), u, along, value=-3)
     terms = [(of_given, given.z), (of_other, other.z), (u * pb, c.z)]
     of_value = _added(norm.e * along, terms, 1)
     of_firsts = _added(b.z * p.along, [(b.along, p.z), (pb, norm.e)], 1)

@@ -75,10 +75,9 @@ class _FromResult(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Some, ...]:
         (result,) = ctx.saved_tensors
         pullback, *further = ctx.pullbacks
-        gradient = partial(pullback, [True, True])
         if not torch.is_grad_enabled():
-            return None, None, gradient(result, *cotangents)
-        return None, None, recomputed(gradient, result, *cotangents, pullbacks=further)
+            return None, None, pullback(result, *cotangents)
+        return None, None, recomputed(pullback, result, *cotangents, pullbacks=further)
 
 
 class _Recomputed(torch.autograd.Function):

@@ -31,7 +31,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
-from hosm_losses.derivatives.taylor.along import Pairs
+from hosm_losses.derivatives.taylor.along import Pairs, add_products
 from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves
 from hosm_losses.derivatives.taylor.recompute import Needed, from_result
 from hosm_losses.derivatives.taylor.table import NoRule, axis, rule
@@ -48,7 +48,7 @@ def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3)
     pullbacks: list[Any] = [partial(_pull_back, dim, x.firsts, x.pairs, len(stack))]
     if x.pairs == "none":
         pullbacks.append(partial(_pull_back_again, dim))
-    return x.like(from_result(function, stack, pullbacks)).typed(stack.dtype)
+    return x.like(from_result(function, stack, pullbacks))
 
 
 def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
@@ -72,7 +72,6 @@ def _pull_back(
     firsts: int,
     pairs: Pairs,
     count: int,
-    _needed: Needed,
     result: Tensor,
     cotangent: Tensor,
 ) -> Tensor:
@@ -85,27 +84,17 @@ def _pull_back(
     of_firsts, of_seconds = sums.split_with_sizes((firsts, len(sums) - firsts))
     b, d = (cotangent[1:] - sums).split_with_sizes((firsts, len(of_seconds)))
     of_value = found[:1]
-    _added(of_value, tangents, b)
+    add_products(of_value, tangents, b)
     if pairs != "none":
-        _added(of_value, seconds, d)
+        add_products(of_value, seconds, d)
         bent = _on_sides(d, *halves(tangents, pairs), pairs)
         found[1 : 1 + firsts].add_(bent)
         bent = bent.sum(dim, keepdim=True)
-        _added(of_value, tangents, bent, -1)
+        add_products(of_value, tangents, bent, -1)
         of_firsts = of_firsts + bent
     sums = torch.cat([of_value.sum(dim, keepdim=True), of_firsts, of_seconds])
     # Of second derivatives that are zero everywhere there is no gradient.
     return found[:count].addcmul_(weights, sums[:count], value=-1).to(dtype)
-
-
-def _added(total: Tensor, left: Tensor, right: Tensor, value: float = 1.0) -> None:
-    """Add the products of two stacks to the total (1, *), in place."""
-    if len(left) == 1:
-        total.addcmul_(left, right, value=value)
-        return
-    whole = total[0]
-    for one, other in zip(left.unbind(), right.unbind(), strict=True):
-        whole.addcmul_(one, other, value=value)
 
 
 def _on_sides(d: Tensor, left: Tensor, right: Tensor, pairs: Pairs) -> Tensor:
@@ -140,8 +129,8 @@ def _pull_back_again(
     of_result[1:].addcmul_(turned, means, value=-1)
     centred, of_weights = b - means, of_result[:1]
     value = weights * a
-    _added(value, tangents, centred)
-    _added(of_weights, again[:1], total(value), -1)
-    _added(of_weights, of_firsts, centred)
-    _added(of_weights, b, sums, -1)
+    add_products(value, tangents, centred)
+    add_products(of_weights, again[:1], total(value), -1)
+    add_products(of_weights, of_firsts, centred)
+    add_products(of_weights, b, sums, -1)
     return of_result.to(dtype), of_cotangent.to(dtype)
