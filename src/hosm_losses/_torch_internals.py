@@ -5,8 +5,9 @@ which says in which versions it was seen to hold; where one fails, this file is 
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,6 +98,14 @@ def _autocast(kind: str) -> bool:
 def without_autocast(kind: str) -> AbstractContextManager[object]:
     """Compute in the types that are given."""
     return torch.autocast(kind, enabled=False) if _autocast(kind) else nullcontext()
+
+
+def autocast_of_now(kind: str) -> Callable[[], AbstractContextManager[object]]:
+    """What puts autocast of a kind of device in its present state, at another time."""
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return partial(torch.autocast, kind, dtype=dtype, enabled=enabled)
 
 
 def batched(tensors: Iterable[Tensor]) -> bool:

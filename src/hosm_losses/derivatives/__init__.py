@@ -7,6 +7,7 @@
 - `backward`: passes back, graphs that were lost, and what to do about known errors.
 - `primitives`, `primitive_mode`: operators whose double backward is right, and the mode that puts
   them in place.
+- `recompute`: functions of which only the arguments are kept for the backward passes.
 - `checkpointing`: checkpoints inside a network.
 """
 

@@ -11,7 +11,7 @@ Source:
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
 from hosm_losses._torch_internals import checkpoint_hook
-from hosm_losses.derivatives.primitives import PRIMITIVES
+from hosm_losses.derivatives.primitives import AT_FIRST, PRIMITIVES
 
 CHECKPOINT_ADVICE = (
     "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order two "
@@ -42,7 +42,7 @@ FORWARD_ADVICE = (
 class _Thread(threading.local):
     """What is on in a thread."""
 
-    around: tuple[object, ...] = ()  # the checkpoint's hook that surrounded each mode
+    modes: "tuple[_SafePrimitives, ...]" = ()
     forward = False  # forward mode
     recomputed_safely = False  # our checkpoint, whose recomputation will have the mode
 
@@ -51,19 +51,25 @@ _thread = _Thread()
 
 
 class _SafePrimitives(TorchFunctionMode):
+    def __init__(self, table: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.table = table
+        self.around: object = None  # the checkpoint's hook that surrounds the mode
+
     def __enter__(self) -> Self:
         super().__enter__()
-        _thread.around = (*_thread.around, checkpoint_hook())
+        self.around = checkpoint_hook()
+        _thread.modes = (*_thread.modes, self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _thread.around = _thread.around[:-1]
+        _thread.modes = _thread.modes[:-1]
         super().__exit__(*exception)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        primitive = PRIMITIVES.get(func)
+        primitive = self.table.get(func)
         if primitive is not None or _thread.forward:
             _refuse_foreign_checkpoint()
         kwargs = kwargs or {}
@@ -86,7 +92,7 @@ def _refuse_foreign_checkpoint() -> None:
     the loss, enters the mode again and is right.
     """
     hook = checkpoint_hook()
-    if hook not in (None, _thread.around[-1]) and not _thread.recomputed_safely:
+    if hook not in (None, _thread.modes[-1].around) and not _thread.recomputed_safely:
         raise DerivativeError(FORWARD_ADVICE if _thread.forward else CHECKPOINT_ADVICE)
 
 
@@ -109,9 +115,14 @@ def without_recomputation() -> AbstractContextManager[None]:
     return _Mark("forward")
 
 
-def safe_primitives(enabled: bool = True) -> AbstractContextManager[Any]:
-    """A block in which this thread has the primitives in place of the operators, if `enabled`."""
-    return _SafePrimitives() if enabled else nullcontext()
+def safe_primitives(
+    enabled: bool = True, *, at_first: bool = False
+) -> AbstractContextManager[Any]:
+    """A block in which this thread has the primitives in place of the operators, if `enabled`.
+
+    `at_first` is for what is not differentiated in x: see `primitives`.
+    """
+    return _SafePrimitives(AT_FIRST if at_first else PRIMITIVES) if enabled else nullcontext()
 
 
 def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -123,10 +134,11 @@ def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         if torch.is_grad_enabled():
             raise DerivativeError(FORWARD_ADVICE)
         return function(*args, **kwargs)  # nothing is saved; torch's of 2.6 has no jvp
-    active = bool(_thread.around)
+    tables = [mode.table for mode in _thread.modes]
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return _Mark("recomputed_safely"), safe_primitives(active)
+        mode = _SafePrimitives(tables[-1]) if tables else nullcontext()
+        return _Mark("recomputed_safely"), mode
 
     return torch.utils.checkpoint.checkpoint(
         function, *args, use_reentrant=False, context_fn=contexts, **kwargs

@@ -13,6 +13,7 @@ Source:
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32, complaint
+from hosm_losses._torch_internals import autocast_of_now, pytree, traced
+from hosm_losses.derivatives.recompute import recomputed
 
 
 def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -203,3 +206,38 @@ PRIMITIVES: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.glu: _glu,
     torch.Tensor.add_: _add_in_place,
 }
+
+
+def _at_first(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operator that is PyTorch's own until its gradient is differentiated."""
+    safe = PRIMITIVES[native]
+
+    def primitive(*args: Any, **named: Any) -> Tensor:
+        # A transform takes derivatives by itself, and a mask of dropout is not drawn again.
+        dropout = args[4] if native is SDPA and len(args) > 4 else named.get("dropout_p")
+        if traced() or dropout:
+            return safe(*args, **named)
+        flat, form = pytree.tree_flatten((args, named))
+        places = [place for place, entry in enumerate(flat) if isinstance(entry, Tensor)]
+        tensors = [flat[place] for place in places]
+        autocast, types = autocast_of_now(tensors[0].device.type), list[torch.dtype]()
+
+        def evaluated(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+            filled = list(flat)
+            for place, value in zip(places, values, strict=True):
+                filled[place] = value
+            given, options = pytree.tree_unflatten(filled, form)
+            with autocast():
+                found = function(*given, **options)
+            types.append(found.dtype)
+            return found.to(types[0])
+
+        once, again = partial(evaluated, native), partial(evaluated, safe)
+        return recomputed(once, *tensors, again=again)
+
+    return primitive
+
+
+SDPA = F.scaled_dot_product_attention
+NORMS = (F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm)
+AT_FIRST = {**PRIMITIVES, **{each: _at_first(each) for each in (*NORMS, SDPA)}}

@@ -13,7 +13,6 @@ Source:
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hosm_losses._checks import DerivativeError, complaint
-from hosm_losses._torch_internals import graph_nodes, transformed
+from hosm_losses._torch_internals import autocast_of_now, graph_nodes, transformed
 from hosm_losses.derivatives import Snapshot
 
 Terms = tuple[Tensor, ...]
@@ -69,10 +68,7 @@ class _Call:
 
     def first(self, part: slice, tensors: Sequence[Tensor]) -> Terms:
         """Evaluate a part, and keep the state of the generators and of autocast before it."""
-        kind, autocast = tensors[0].device.type, nullcontext()
-        if torch.amp.is_autocast_available(kind):  # not on meta, for one
-            dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-            autocast = torch.autocast(kind, dtype=dtype, enabled=enabled)
+        autocast = autocast_of_now(tensors[0].device.type)
         state = torch.get_rng_state(), *get_device_states(*tensors), autocast
         self.states.append(state)
         return self.function(part, *tensors)
@@ -85,7 +81,7 @@ class _Call:
         with (
             torch.enable_grad(),
             torch.random.fork_rng(devices, enabled=True, device_type=device_type),
-            autocast,
+            autocast(),
         ):
             torch.set_rng_state(state)
             set_device_states(devices, states, device_type=device_type)

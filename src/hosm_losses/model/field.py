@@ -52,9 +52,15 @@ class ConditionedModel:
 
 @dataclass(frozen=True, eq=False)
 class NoiseField(ConditionedModel):
-    """f(x) = −ε̂(x, t): a conditioned model at times t (B,)."""
+    """f(x) = −ε̂(x, t): a conditioned model at times t (B,).
+
+    Attributes:
+        t: the times.
+        at_first: whether it is for its value alone, which is not differentiated in x.
+    """
 
     t: Tensor
+    at_first: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate f at x (B, *)."""
@@ -196,7 +202,7 @@ class NetworkField:
         # A Jet has rules of its own, and what does not depend on x needs no primitives.
         if isinstance(x, Jet) or not field.primitives:
             return field.model.predict(x, field.t, **field.kwargs)
-        with safe_primitives():
+        with safe_primitives(at_first=field.at_first):
             return field.model.predict(x, field.t, **field.kwargs)
 
     @property

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
+from hosm_losses.derivatives.recompute import from_result, recomputed
 from hosm_losses.derivatives.taylor import normalised, softmax
 from hosm_losses.derivatives.taylor.normalised import Rows
-from hosm_losses.derivatives.taylor.recompute import from_result, recomputed
 
 # Pairs, first derivatives, and second derivatives that the argument has itself.
 KINDS = [

@@ -8,7 +8,6 @@ r"""Value and derivatives of a function along directions, carried through it in 
 - `aliases`, `in_place`: which Jets share memory; rules for what changes a tensor in place.
 - `methods`: methods of Tensor that are written in Python.
 - `along`: functions without a rule; sums of stacks.
-- `recompute`: formulas of which only the arguments are kept for the backward passes.
 """
 
 from hosm_losses.derivatives.taylor import (  # noqa: F401

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._torch_internals import without_autocast
-from hosm_losses.derivatives.taylor.recompute import asked_for
+from hosm_losses.derivatives.recompute import asked_for
 
 Some = Tensor | None
 Part = Callable[[Tensor, Tensor], Tensor]

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
+from hosm_losses.derivatives.recompute import Needed
 from hosm_losses.derivatives.taylor.along import Pairs, add_products, summed
 from hosm_losses.derivatives.taylor.jet import components, gathered, halves
 from hosm_losses.derivatives.taylor.layers import with_bias
-from hosm_losses.derivatives.taylor.recompute import Needed
 
 Some = Tensor | None
 Term = tuple[Tensor, Tensor]  # a factor for each row, and a stack

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.primitives import per_channel
+from hosm_losses.derivatives.recompute import recomputed
 from hosm_losses.derivatives.taylor.arithmetic import add, multiply
 from hosm_losses.derivatives.taylor.jet import Jet, TaylorError
 from hosm_losses.derivatives.taylor.normalised import Rows, normalised, pull_back, pull_back_again
 from hosm_losses.derivatives.taylor.pointwise import apply, power
-from hosm_losses.derivatives.taylor.recompute import recomputed
 from hosm_losses.derivatives.taylor.selection import masked_fill
 from hosm_losses.derivatives.taylor.table import NoRule, axes, rule
 

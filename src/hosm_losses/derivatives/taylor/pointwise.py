@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
+from hosm_losses.derivatives.recompute import Needed, recomputed
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves
-from hosm_losses.derivatives.taylor.recompute import Needed, recomputed
 from hosm_losses.derivatives.taylor.table import NoRule, every, rule
 
 Series = Callable[[Tensor], Iterator[Tensor]]

@@ -31,9 +31,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
+from hosm_losses.derivatives.recompute import Needed, from_result
 from hosm_losses.derivatives.taylor.along import Pairs, add_products
 from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves
-from hosm_losses.derivatives.taylor.recompute import Needed, from_result
 from hosm_losses.derivatives.taylor.table import NoRule, axis, rule
 
 

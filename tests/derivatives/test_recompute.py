@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hosm_losses.derivatives.taylor.recompute import recomputed
+from hosm_losses.derivatives.recompute import recomputed
 
 
 def formula(x, y):

@@ -25,7 +25,12 @@ Function = Callable[..., Any]
 Needed = Sequence[bool]
 
 
-def recomputed(function: Function, *tensors: Some, pullbacks: Sequence[Function] = ()) -> Tensor:
+def recomputed(
+    function: Function,
+    *tensors: Some,
+    pullbacks: Sequence[Function] = (),
+    again: Function | None = None,
+) -> Tensor:
     """The value of a function, of which only the arguments are kept for the backward passes.
 
     Args:
@@ -35,6 +40,8 @@ def recomputed(function: Function, *tensors: Some, pullbacks: Sequence[Function]
             in all of them, None for one that is None. It is told before them of which gradients
             are asked for, and may return None for the others. The second is that of the first
             result of the first, and so on. Where there is none, autograd finds the gradients.
+        again: the same function, for where it is differentiated more than once; `function`
+            if None.
 
     Example:
         >>> x = torch.ones(3, requires_grad=True)
@@ -44,7 +51,7 @@ def recomputed(function: Function, *tensors: Some, pullbacks: Sequence[Function]
     """
     if traced():
         return function(*tensors)
-    found: Any = _Recomputed.apply((function, *pullbacks), *tensors)
+    found: Any = _Recomputed.apply((function, again or function, pullbacks), *tensors)
     return found[0]
 
 
@@ -82,7 +89,7 @@ class _FromResult(torch.autograd.Function):
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, functions: Sequence[Function], *tensors: Some) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, functions: Sequence[Any], *tensors: Some) -> tuple[Tensor, ...]:
         ctx.functions = functions
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
@@ -93,17 +100,18 @@ class _Recomputed(torch.autograd.Function):
         tensors = ctx.saved_tensors  # once, as a checkpoint allows
         needed = asked_for(ctx, tensors)
         results = [place for place, each in enumerate(cotangents) if each is not None]
-        function, *pullbacks = ctx.functions
+        function, again, pullbacks = ctx.functions
+        further: Sequence[Function] = ()
         if pullbacks and results == [0]:
+            gradients = partial(_chosen, pullbacks[0], needed)
             further = pullbacks[1:] if needed[0] else ()
-            gradients = (partial(_chosen, pullbacks[0], needed), *further)
         else:
-            gradients = (partial(_by_autograd, function, needed, results),)
+            gradients = partial(_by_autograd, function, again, needed, results)
         everything = (*tensors, *(cotangents[place] for place in results))
         if torch.is_grad_enabled():
-            found: Any = _Recomputed.apply(gradients, *everything)
+            found: Any = _Recomputed.apply((gradients, gradients, further), *everything)
         else:
-            found = gradients[0](*everything)
+            found = gradients(*everything)
         values = iter(found)
         return None, *(next(values) if need else None for need in needed)
 
@@ -129,7 +137,11 @@ def _chosen(pullback: Function, needed: Needed, *everything: Some) -> tuple[Any,
 
 
 def _by_autograd(
-    function: Function, needed: Needed, results: Sequence[int], *everything: Some
+    function: Function,
+    again: Function,
+    needed: Needed,
+    results: Sequence[int],
+    *everything: Some,
 ) -> tuple[Tensor, ...]:
     """The gradients that are needed, of tensors and the cotangents of some results."""
     tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
@@ -141,7 +153,7 @@ def _by_autograd(
             else tensor.detach().requires_grad_()
             for tensor, need in zip(tensors, needed, strict=True)
         ]
-        found = _as_tuple(function(*points))
+        found = _as_tuple((again if tracked else function)(*points))
         wanted = list(compress(points, needed))
         outputs = [(found[place], c) for place, c in zip(results, cotangents, strict=True)]
         outputs = [(each, c) for each, c in outputs if each.requires_grad]  # as a bias's is not
