@@ -172,12 +172,17 @@ def shell(kind: type[Tensor], stack: Tensor) -> Any:
     return make(kind, shape, strides, dtype=stack.dtype, device=stack.device)
 
 
+def without_subclasses() -> AbstractContextManager[None]:
+    """A block in which no __torch_function__ of a subclass is asked."""
+    return _C.DisableTorchFunctionSubclass()
+
+
 def swapped(one: Tensor, other: Tensor) -> None:
     """Let two tensors change places in all that refers to them; RuntimeError where one is shared.
 
     That is one with views, one that autograd saved, or one with weak references.
     """
-    with _C.DisableTorchFunctionSubclass():
+    with without_subclasses():
         torch.utils.swap_tensors(one, other)
 
 

@@ -7,6 +7,7 @@ r"""Value and derivatives of a function along directions, carried through it in 
 - `bilinear`: products linear in both factors, and their gradients; `normalised`: those of norms.
 - `aliases`, `in_place`: which Jets share memory; rules for what changes a tensor in place.
 - `methods`: methods of Tensor that are written in Python.
+- `arguments`: what rules ask of several arguments.
 - `along`: functions without a rule; sums of stacks.
 """
 

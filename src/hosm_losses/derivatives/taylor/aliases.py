@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hosm_losses._checks import DerivativeError
 from hosm_losses._torch_internals import checkpoint_hook, shell, swapped
-from hosm_losses.derivatives.taylor.along import lengthened
+from hosm_losses.derivatives.taylor.along import Pairs, lengthened
 from hosm_losses.derivatives.taylor.table import TaylorError
 
 Move = Callable[[Tensor], Tensor]  # from a stack to that of a view
@@ -31,6 +31,10 @@ CHANGED_ARGUMENT = (
     "checkpoint: expected a function that leaves its arguments as they are; got one that changes "
     "an argument in place, and would be evaluated again with the changed one. Put .clone() before "
     "the change."
+)
+UNPACKED = (
+    "torch.compile unpacks a tensor, as in q, k, v = qkv, and one of such a shape was changed in "
+    "place: whether before, or the same, is not known. Write q, k, v = qkv.unbind(0)."
 )
 # Functions without a rule that may return a view of their argument.
 _VIEWS = """
@@ -42,11 +46,15 @@ _VIEWS = """
 PERHAPS_VIEWS = _VIEWS.split()
 
 
-class _Promoted(threading.local):
-    """The plain tensors that became Jets in a thread, by weak references, and what they were."""
+class _Thread(threading.local):
+    """What goes on in a thread."""
 
     def __init__(self) -> None:
-        self.tensors: list[tuple[weakref.ref[Tensor], Tensor]] = []
+        # Of every function that is carried: the number of directions, the pairs, and under
+        # torch.compile the shapes of the rows of what was changed in place.
+        self.carrying: list[tuple[int, Pairs, list[tuple[int, ...]]]] = []
+        # Plain tensors that became Jets, by weak references, and what they were.
+        self.promoted: list[tuple[weakref.ref[Tensor], Tensor]] = []
 
 
 class _Stale(Tensor):
@@ -62,7 +70,7 @@ class _Stale(Tensor):
     __torch_dispatch__ = __torch_function__  # pyright: ignore[reportAssignmentType]
 
 
-PROMOTED = _Promoted()
+THREAD = _Thread()
 
 
 def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
@@ -94,12 +102,18 @@ def write(jet: Any, stack: Tensor) -> Any:
         raise DerivativeError(CHANGED_ARGUMENT)
     if checkpoint_hook() is not None:
         jet.changed = True
+    references: list[Any] = jet.memory or [_reference(jet)]
+    others = [each for each in (reference() for reference in references) if each is not None]
+    if torch.compiler.is_compiling():
+        THREAD.carrying[-1][2].extend([tuple(each.shape[1:]) for each in others])
     if jet.memory is None:
         jet.stack = stack
         return jet
-    others = [each for each in (reference() for reference in jet.memory) if each is not None]
     if any(not isinstance(each, type(jet)) for each in others):
-        raise TaylorError("a change in place of what was detached before, and shares its memory.")
+        raise TaylorError(
+            "a change in place of what shares its memory with a tensor that was detached before, "
+            "or that torch.compile unpacked."
+        )
     root = jet if jet.root is None else jet.root
     whole = stack
     if root is not jet:
@@ -127,8 +141,8 @@ def demote(count: int, finished: bool) -> None:
 
     Without those where the call has not finished.
     """
-    while len(PROMOTED.tensors) > count:
-        reference, plain = PROMOTED.tensors.pop()
+    while len(THREAD.promoted) > count:
+        reference, plain = THREAD.promoted.pop()
         jet: Any = reference()
         if jet is None:
             continue
@@ -151,4 +165,4 @@ def promote(tensor: Tensor, jet: Any) -> None:
         swapped(tensor, jet)
     except RuntimeError as error:
         raise TaylorError(refused) from error
-    PROMOTED.tensors.append((weakref.ref(tensor), jet))
+    THREAD.promoted.append((weakref.ref(tensor), jet))

@@ -17,15 +17,8 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
-from hosm_losses.derivatives.taylor.jet import (
-    Jet,
-    aligned,
-    components,
-    gathered,
-    halves,
-    result_type,
-    stacks_of,
-)
+from hosm_losses.derivatives.taylor.arguments import result_type, stacks_of
+from hosm_losses.derivatives.taylor.jet import Jet, aligned, components, gathered, halves
 from hosm_losses.derivatives.taylor.pointwise import apply, power
 from hosm_losses.derivatives.taylor.table import Function, NoRule, every, rule
 

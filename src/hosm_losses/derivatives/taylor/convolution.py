@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hosm_losses._torch_internals import autocast_type, in_autocast, traced
+from hosm_losses.derivatives.taylor.arguments import like_samples
 from hosm_losses.derivatives.taylor.bilinear import Form, plain, product
-from hosm_losses.derivatives.taylor.jet import Jet, like_samples
+from hosm_losses.derivatives.taylor.jet import Jet
 from hosm_losses.derivatives.taylor.layers import with_bias
 from hosm_losses.derivatives.taylor.table import Function, NoRule, every, rule_of_each
 

@@ -13,14 +13,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.derivatives.taylor.along import lengthened
-from hosm_losses.derivatives.taylor.jet import (
-    Jet,
-    aligned,
-    call,
-    differentiated,
-    jet_among,
-    written,
-)
+from hosm_losses.derivatives.taylor.arguments import jet_among
+from hosm_losses.derivatives.taylor.jet import Jet, aligned, call, differentiated, written
 from hosm_losses.derivatives.taylor.selection import picked, picks
 from hosm_losses.derivatives.taylor.table import RULES, Function, TaylorError, rule
 

@@ -25,13 +25,13 @@ Source:
     Duvenaud, "Taylor-mode automatic differentiation for higher-order derivatives in JAX" (2019).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hosm_losses._torch_internals import pytree, shell, versions
+from hosm_losses._torch_internals import pytree, shell, versions, without_subclasses
 from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.taylor import aliases
 from hosm_losses.derivatives.taylor.along import Pairs, along, lengthened
@@ -64,7 +64,8 @@ class Jet(Tensor):
         """Return the Jet of a stack."""
         if stack.is_complex():
             raise TaylorError(f"an operator {COMPLEX}")
-        jet = stack[0].as_subclass(Jet) if torch.compiler.is_compiling() else shell(_Opaque, stack)
+        compiling = torch.compiler.is_compiling()
+        jet = stack.movedim(0, -1).as_subclass(_Traced) if compiling else shell(_Opaque, stack)
         jet.stack, jet.firsts, jet.pairs = stack, firsts, pairs
         jet.memory = jet.root = jet.move = None
         return jet
@@ -104,6 +105,14 @@ class _Opaque(Jet):
         raise TaylorError(f"{func}: called past __torch_function__, as by a compiled extension.")
 
 
+class _Traced(Jet):
+    """A Jet under torch.compile, whose data are its stack with the components last.
+
+    `q, k, v = qkv` passes by `__torch_function__` there, and takes rows of the data. So a row has
+    all components, if no attributes: see `unpacked`.
+    """
+
+
 # What rules and networks ask all the time, at a tenth of the price of __torch_function__.
 _ASKED: dict[str, Callable[[Jet], Any]] = {
     "shape": lambda jet: jet.stack.shape[1:],
@@ -113,6 +122,23 @@ _ASKED: dict[str, Callable[[Jet], Any]] = {
 }
 for _entry, _answer in _ASKED.items():
     setattr(_Opaque, _entry, property(_answer))
+    setattr(_Traced, _entry, property(lambda jet, of=_answer: of(unpacked(jet))))
+
+
+def unpacked(x: Any) -> Any:
+    """An argument, which may be a row that torch.compile unpacked, or several of them."""
+    if type(x) in (list, tuple):
+        return type(x)(map(unpacked, x))
+    if not isinstance(x, Jet) or hasattr(x, "stack"):
+        return x
+    firsts, pairs, changed = aliases.THREAD.carrying[-1]
+    with without_subclasses():
+        stack = x.movedim(-1, 0)
+    if tuple(stack.shape[1:]) in changed:
+        raise TaylorError(aliases.UNPACKED)
+    row = Jet.make(stack, firsts, pairs)
+    aliases.share_value(row, stack)  # and is not changed in place
+    return row
 
 
 def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,30 +167,11 @@ def aligned(stack: Tensor, ndim: int) -> Tensor:
     return stack.reshape(len(stack), *(1,) * missing, *stack.shape[1:]) if missing else stack
 
 
-def stacks_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Equally long stacks of Jets and plain tensors, which have derivatives of zero."""
-    stacks = [each.stack if isinstance(each, Jet) else each.unsqueeze(0) for each in tensors]
-    count = max(len(stack) for stack in stacks)
-    return [lengthened(stack, count) for stack in stacks]
-
-
-def jet_among(candidates: Iterable[Any]) -> Jet:
-    """The first Jet of several values, of which one is."""
-    return next(each for each in candidates if isinstance(each, Jet))
-
-
-def result_type(a: Any, b: Any) -> torch.dtype:
-    """The type that PyTorch gives the values of a and b, Jets or not, together."""
-    return torch.result_type(*(x.stack[0] if isinstance(x, Jet) else x for x in (a, b)))
-
-
-def like_samples(function: Callable[[Tensor], Tensor], x: Jet) -> Jet:
-    """A function that treats every sample alone, with the components of x as more samples."""
-    return x.like(function(x.stack.flatten(0, 1)).unflatten(0, x.stack.shape[:2]))
-
-
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Evaluate a function of PyTorch on arguments with Jets among them."""
+    if torch.compiler.is_compiling():
+        args = tuple(map(unpacked, args))
+        kwargs = {name: unpacked(value) for name, value in kwargs.items()}
     constant = CONSTANT.get(func)
     if constant:
         answer = on_values(func, args, kwargs)
@@ -250,14 +257,16 @@ def carried(
     count = len(directions)
     # Joined along the batch, which keeps a channels-last layout.
     stack = torch.cat([x, *directions]).unflatten(0, (1 + count, len(x)))
-    before, finished = len(aliases.PROMOTED.tensors), False
+    before, finished = len(aliases.THREAD.promoted), False
+    aliases.THREAD.carrying.append((count, pairs, []))
     try:
         # Gradients are off in the forward of a custom Function, which is how one is found.
         with torch.enable_grad():
-            result: Any = function(Jet.make(stack, count, pairs))
+            result: Any = unpacked(function(Jet.make(stack, count, pairs)))
         stack, finished = getattr(result, "stack", stack), True
     finally:
-        if len(aliases.PROMOTED.tensors) > before:
+        aliases.THREAD.carrying.pop()
+        if len(aliases.THREAD.promoted) > before:
             aliases.demote(before, finished)
     if not isinstance(result, Jet):
         raise TaylorError(

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from hosm_losses.derivatives.taylor.aliases import share
-from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError, like_samples, on_values
+from hosm_losses.derivatives.taylor.arguments import like_samples
+from hosm_losses.derivatives.taylor.jet import CHANGES, Jet, TaylorError, on_values
 from hosm_losses.derivatives.taylor.table import (
     CONSTANT,
     Function,

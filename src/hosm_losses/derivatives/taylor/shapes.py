@@ -12,7 +12,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.derivatives.taylor.aliases import share
-from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, aligned, like_samples
+from hosm_losses.derivatives.taylor.arguments import like_samples
+from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, aligned
 from hosm_losses.derivatives.taylor.table import (
     Function,
     NoRule,
