@@ -293,3 +293,72 @@ def test_dtypes_that_do_not_go_together_are_told(function):
     with pytest.raises(RuntimeError) as error:
         function(torch.ones(2, 2))
     assert any(words in str(error.value) for words in internals.OF_DTYPES)
+
+
+def test_the_forward_of_a_custom_function_is_told_from_no_grad():
+    """torch._C._is_fwd_grad_enabled: 2.13."""
+    seen = []
+
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(internals.in_custom_function())
+            return x * 2
+
+    x = torch.ones(2, requires_grad=True)
+    Own.apply(x)
+    seen.append(internals.in_custom_function())
+    for block in (torch.no_grad, torch.inference_mode):
+        with block():
+            seen.append(internals.in_custom_function())
+    with torch.no_grad():
+        Own.apply(x)
+    assert seen == [True, False, False, False, True]
+
+
+def test_what_shares_memory_is_told():
+    """_functorch.get_unwrapped, is_functorch_wrapped_tensor and storage()._cdata: 2.13."""
+    seen = []
+
+    def look(x):
+        seen.append((internals.share_memory(x, x.mT), internals.share_memory(x, x + 1)))
+        seen.append((internals.in_transform(x), internals.in_transform(torch.ones(2))))
+        return x.sum()
+
+    x = torch.ones(2, 2)
+    look(x)
+    torch.func.jvp(look, (x,), (x,))
+    torch.func.vmap(torch.func.grad(look))(x[None])
+    look(torch.ones(2, 2, device="meta"))
+    outside = [(True, False), (False, False)]
+    inside = [(True, False), (True, False)]
+    assert seen == outside + inside * 2 + outside
+    assert not internals.in_transform(None)
+
+
+def test_another_tensor_with_the_same_memory_is_seen():
+    """torch._C._storage_Use_Count: 2.13."""
+    x = torch.zeros(3)
+    assert not internals.has_alias(x)
+    seen = x.detach()
+    assert internals.has_alias(x)
+    del seen
+    assert not internals.has_alias(x)
+    product = x * torch.ones(3, requires_grad=True)
+    assert not internals.has_alias(x)
+    assert not internals.has_alias(product)
+
+
+def test_no_function_of_a_subclass_is_asked():
+    """torch._C.DisableTorchFunctionSubclass: 2.13."""
+
+    class Loud(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError
+
+    x = torch.ones(2).as_subclass(Loud)
+    with internals.without_subclasses():
+        assert torch.add(x, 1).sum() == 4
+    with pytest.raises(AssertionError):
+        torch.add(x, 1)

@@ -144,6 +144,16 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
             nodes.extend(parent for parent, _ in node.next_functions)
 
 
+def in_custom_function() -> bool:
+    """Whether the forward of a torch.autograd.Function surrounds this call.
+
+    It turns off forward mode as well, which torch.no_grad leaves on.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return not (_C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+
+
 def custom_function(node: object) -> type | None:
     """The torch.autograd.Function of a node in an autograd graph; None for PyTorch's own nodes."""
     return getattr(type(node), "_forward_cls", None)
@@ -175,6 +185,32 @@ def shell(kind: type[Tensor], stack: Tensor) -> Any:
 def without_subclasses() -> AbstractContextManager[None]:
     """A block in which no __torch_function__ of a subclass is asked."""
     return _C.DisableTorchFunctionSubclass()
+
+
+def in_transform(x: object) -> bool:
+    """Whether this is a tensor of a transform of torch.func, under way or over."""
+    return isinstance(x, Tensor) and _C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def has_alias(x: Tensor) -> bool:
+    """Whether another tensor has the memory of one, such as what .detach() made of it."""
+    uses, fresh = (
+        _C._storage_Use_Count(each.untyped_storage()._cdata)
+        for each in (x, torch.empty(0, device=x.device))
+    )
+    return uses > fresh
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have one storage, below all transforms of torch.func around them."""
+    if torch.compiler.is_compiling():
+        return False
+    storages = []
+    for tensor in (one, other):
+        while in_transform(tensor):
+            tensor = _C._functorch.get_unwrapped(tensor)
+        storages.append(tensor.untyped_storage()._cdata)
+    return storages[0] == storages[1]
 
 
 def swapped(one: Tensor, other: Tensor) -> None:

@@ -81,7 +81,7 @@ def test_a_checkpoint_that_drops_the_graph_is_refused(order, derivative, mode):
 @pytest.mark.parametrize(
     ("derivative", "error", "message"),
     [
-        ("taylor", hosm.DerivativeError, r"called under torch\.no_grad"),
+        ("taylor", hosm.DerivativeError, r"custom autograd\.Function"),
         ("forward", RuntimeError, "setup_context"),
     ],
 )

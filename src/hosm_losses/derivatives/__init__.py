@@ -5,6 +5,7 @@
 - `products`: products of the Jacobian with a vector that depends on the value.
 - `taylor`: the tensor that carries derivatives, and its rules by kind of operator.
 - `backward`: passes back, graphs that were lost, and what to do about known errors.
+- `hooks`: hooks of the network, which may look at gradients and not change them.
 - `primitives`, `primitive_mode`: operators whose double backward is right, and the mode that puts
   them in place.
 - `recompute`: functions of which only the arguments are kept for the backward passes.

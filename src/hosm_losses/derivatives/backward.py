@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils.checkpoint import CheckpointError
 
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError
+from hosm_losses.derivatives.hooks import check_unchanged
 from hosm_losses.derivatives.primitive_mode import CHECKPOINT_ADVICE, FORWARD_ADVICE
 
 LOST_ONCE = (
@@ -77,6 +79,8 @@ def refuse_dropped(value: Tensor, wanted: bool = True) -> None:
         function = internals.custom_function(node)
         if function is not None:
             node.register_hook(partial(_check_kept, function.__name__))
+        if function is BackwardHookFunction:
+            node.register_hook(check_unchanged)
 
 
 def _check_kept(name: str, returned: Sequence[Any], incoming: Sequence[Any]) -> None:

@@ -1,6 +1,7 @@
 """Activation checkpointing inside a network whose derivatives a loss takes."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -43,7 +44,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     own = {name: kwargs.pop(name) for name in ITS_OWN if name in kwargs}
     flat, form = pytree.tree_flatten((args, kwargs))
-    jets = {place: entry for place, entry in enumerate(flat) if isinstance(entry, Jet)}
+    jets = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]
     if not jets:
         tensors = [entry for entry in flat if isinstance(entry, Tensor)]
         before = versions(tensors)
@@ -51,7 +52,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if versions(tensors) != before:
             raise DerivativeError(CHANGED_ARGUMENT)
         return found
-    like = next(iter(jets.values())).like
+    # Not the Jets, which are none any more when the pass back calls the function again.
+    like = partial(Jet.make, firsts=flat[jets[0]].firsts, pairs=flat[jets[0]].pairs)
     shape: list[Any] = []
 
     # A Jet goes through as its stack: another checkpoint, or an offload to the host, around the
@@ -66,6 +68,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return tuple(leaf.stack if isinstance(leaf, Jet) else leaf for leaf in leaves)
 
     stacks = [entry.stack if place in jets else entry for place, entry in enumerate(flat)]
+    del flat, args, kwargs
     found = recomputable(on_stacks, *stacks, **own)
     tree, carried = shape
     leaves = [like(leaf) if is_jet else leaf for leaf, is_jet in zip(found, carried, strict=True)]

@@ -233,7 +233,7 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) 
 
 def back_along(value: Tensor, x: Tensor, w: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     """D and G along w (B, *), by two passes back from a value at x (B, *) that is at hand."""
-    cotangent = w.detach().clone().requires_grad_()
+    cotangent = leaf(w, wanted)
     pulled = pull_back(value, x, cotangent.unsqueeze(0))[0]
     refuse_dropped(pulled, wanted)
     directional, gradient = torch.autograd.grad(

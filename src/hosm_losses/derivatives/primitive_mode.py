@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
 from hosm_losses._torch_internals import checkpoint_hook
-from hosm_losses.derivatives.primitives import AT_FIRST, PRIMITIVES
+from hosm_losses.derivatives.hooks import looking
+from hosm_losses.derivatives.primitives import AT_FIRST, PRIMITIVES, WRONG, wrong_in_forward_mode
 
 CHECKPOINT_ADVICE = (
     "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order two "
@@ -69,11 +70,16 @@ class _SafePrimitives(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is Tensor.register_hook:
+            tensor, hook = *args, *(kwargs or {}).values()
+            return tensor.register_hook(looking(hook))
         primitive = self.table.get(func)
         if primitive is not None or _thread.forward:
             _refuse_foreign_checkpoint()
         kwargs = kwargs or {}
         name = func.__name__
+        if _thread.forward and wrong_in_forward_mode(func, kwargs):
+            raise DerivativeError(f"network: {name}: {WRONG}")
         if _thread.forward and name.endswith("_") and not name.endswith("__"):
             # Forward mode is wrong, in silence, where a tensor changes by a view of itself.
             args = (*args[:1], *map(_copied, args[1:]))

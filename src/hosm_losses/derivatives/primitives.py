@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses._checks import at_least_float32, complaint
+from hosm_losses._checks import DerivativeError, at_least_float32, complaint
 from hosm_losses._torch_internals import autocast_of_now, pytree, traced
 from hosm_losses.derivatives.recompute import recomputed
 
@@ -188,6 +188,37 @@ def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
     return torch.add(counter, other, alpha=alpha, out=counter)
 
 
+def _refused(*_: Any, **__: Any) -> Tensor:
+    """What is below the functions of norms, and differentiated rightly by nothing."""
+    raise DerivativeError(
+        "network: expected norms as functions of torch.nn.functional, which the losses can "
+        "differentiate; got one of torch.native_layer_norm, native_group_norm and "
+        "native_batch_norm. Call F.layer_norm, F.group_norm or F.batch_norm."
+    )
+
+
+# What PyTorch derives in forward mode by a formula that it does not differentiate rightly,
+# cumprod where a factor is zero.
+_WRONG = "solve solve_ex tensorsolve det slogdet householder_product"
+_FORWARD = {getattr(torch.linalg, name) for name in _WRONG.split()}
+_FORWARD |= {
+    getattr(home, name, None)
+    for home in (torch, torch.Tensor)
+    for name in ("det", "slogdet", "logdet", "orgqr", "cumprod", "cumprod_")
+}
+_SCATTERS = (torch.scatter_reduce, torch.Tensor.scatter_reduce, torch.Tensor.scatter_reduce_)
+WRONG = (
+    "PyTorch's derivative of it in forward mode is not differentiated rightly. Write it with "
+    "other operators, or leave derivative at 'auto', which takes the engine 'reverse'."
+)
+
+
+def wrong_in_forward_mode(function: object, named: Mapping[str, Any]) -> bool:
+    """Whether PyTorch gets the gradient of a function's forward derivative wrong."""
+    product = function in _SCATTERS and not named.get("include_self", True)
+    return product or function in _FORWARD
+
+
 BATCH = ("training", False)
 INSTANCE = ("use_input_stats", True)
 FUNCTIONAL = ("input", "running_mean", "running_var", "weight", "bias")
@@ -205,6 +236,9 @@ PRIMITIVES: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: _multi_head_attention,
     F.glu: _glu,
     torch.Tensor.add_: _add_in_place,
+    torch.native_layer_norm: _refused,
+    torch.native_group_norm: _refused,
+    torch.native_batch_norm: _refused,
 }
 
 

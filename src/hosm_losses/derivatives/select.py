@@ -24,10 +24,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hosm_losses._checks import DerivativeError, users_level
-from hosm_losses._torch_internals import DEVICE_ERROR_TEXT, NOT_TWICE, surrounded, traced
+from hosm_losses._torch_internals import (
+    DEVICE_ERROR_TEXT,
+    NOT_TWICE,
+    in_transform,
+    surrounded,
+    traced,
+    versions,
+)
 from hosm_losses.derivatives import engines, products
 from hosm_losses.derivatives.backward import DroppedGraphError
 from hosm_losses.derivatives.engines import Derivatives, Field
+from hosm_losses.derivatives.hooks import ChangedGradientError
 from hosm_losses.derivatives.products import Cotangent, Products
 from hosm_losses.derivatives.taylor import TaylorError
 
@@ -75,7 +83,7 @@ class Snapshot:
         modules = owner.modules() if isinstance(owner, nn.Module) else ()
         with torch.no_grad():
             self.buffers = [
-                (module, name, buffer, buffer.clone())
+                (module, name, buffer, buffer.clone(), versions([buffer]))
                 for module in modules
                 for name, buffer in module.named_buffers(recurse=False)
             ]
@@ -84,10 +92,30 @@ class Snapshot:
         captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
         self.generators = None if captured else (torch.get_rng_state(), get_device_states(x))
 
+    def changed(self) -> "Snapshot":
+        """Keep of the buffers those that are others now, or have been changed."""
+        self.buffers = [
+            each
+            for each in self.buffers
+            if getattr(each[0], each[1]) is not each[2] or versions([each[2]]) != each[4]
+        ]
+        return self
+
+    def refuse_escaped(self) -> None:
+        """Raise where forward mode left a tensor of its own in a buffer, which is put back."""
+        for module, name, *_ in self.buffers:
+            if in_transform(getattr(module, name)):
+                self.restore(generators=False)
+                raise DerivativeError(
+                    f"network: expected buffers that do not depend on x; got {name} of "
+                    f"{type(module).__name__}, which is given what depends on x, and forward mode "
+                    "does not let out. Leave derivative at 'auto', or take 'reverse'."
+                )
+
     def restore(self, *, generators: bool = True) -> None:
         """Put the buffers back, and the generators unless they are to stay where they are."""
         with torch.no_grad():
-            for module, name, buffer, value in self.buffers:
+            for module, name, buffer, value, _ in self.buffers:
                 setattr(module, name, buffer)
                 buffer.copy_(value)
         if generators and self.generators is not None:
@@ -121,9 +149,15 @@ def derive(
     if dearer and not torch.compiler.is_compiling():
         kind = _kind(direction, order, second_direction)
         _warn_once(_choice(field.owner), f"forward, {kind}", _price_of_forward, kind)
+    # A transform around may have put its own tensors in the place of buffers.
+    watched = derivative == "forward" and not traced()
+    before = Snapshot(field.owner, x) if watched else None
     try:
         engine = getattr(engines, derivative)
-        return engine(field, x, direction, order, second_direction, summed)
+        found = engine(field, x, direction, order, second_direction, summed)
+        if before is not None:
+            before.refuse_escaped()
+        return found
     except TaylorError as error:
         raise DerivativeError(
             f"network: expected operators that the engine 'taylor' knows; got {error} Leave "
@@ -214,6 +248,8 @@ def _another_may_do(engine: str, error: Exception) -> bool:
     text = str(error)
     if engine == "reverse":
         return isinstance(error, DroppedGraphError) or any(words in text for words in NOT_TWICE)
+    if isinstance(error, ChangedGradientError):
+        return False
     if engine == "taylor":
         # A device that failed says nothing about the network. What a checkpoint around the loss
         # raises to end its recomputation is none of these errors.

@@ -192,8 +192,8 @@ def _in_parts(
     kinds: list[Any] = []
 
     def of_rows(rows: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
-        bound = field.with_conditions(tensors[last:]).rows(rows)
         part = Inputs(*tensors[:first]).at(rows)
+        bound = field.with_conditions(tensors[last:]).rows(rows).at(part.t)
         along = Directions(*[each[:, rows] for each in tensors[first:last]])
         terms = terms_of(bound, part, along, options)
         kinds[:] = [terms._make(each is not None for each in terms)]

@@ -12,7 +12,8 @@ Source:
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,27 +68,36 @@ class _Call:
         self.states: list[Any] = []
 
     def first(self, part: slice, tensors: Sequence[Tensor]) -> Terms:
-        """Evaluate a part, and keep the state of the generators and of autocast before it."""
+        """Evaluate a part, and keep the state of generators, autocast and buffers before it."""
         autocast = autocast_of_now(tensors[0].device.type)
         state = torch.get_rng_state(), *get_device_states(*tensors), autocast
-        self.states.append(state)
-        return self.function(part, *tensors)
+        before = Snapshot(self.network, tensors[0])
+        terms = self.function(part, *tensors)
+        self.states.append((*state, before.changed()))
+        return terms
 
-    def again(self, number: int, points: Sequence[Tensor]) -> Terms:
-        """Evaluate a part with its graph, in its first state; leave no trace but the graph."""
-        state, devices, states, autocast = self.states[number]
+    @contextmanager
+    def again(self, number: int, points: Sequence[Tensor]) -> Iterator[Terms]:
+        """A part with its graph, evaluated in its first state; then the buffers of now return.
+
+        Not sooner than the graph is used, which may have kept them.
+        """
+        state, devices, states, autocast, buffers = self.states[number]
         device_type = points[0].device.type if devices else "cuda"
         before = Snapshot(self.network, points[0])
-        with (
-            torch.enable_grad(),
-            torch.random.fork_rng(devices, enabled=True, device_type=device_type),
-            autocast(),
-        ):
-            torch.set_rng_state(state)
-            set_device_states(devices, states, device_type=device_type)
-            terms = self.function(self.parts[number], *points[: self.given])
-        before.restore(generators=False)
-        return terms
+        try:
+            buffers.restore(generators=False)
+            with (
+                torch.enable_grad(),
+                torch.random.fork_rng(devices, enabled=True, device_type=device_type),
+                autocast(),
+            ):
+                torch.set_rng_state(state)
+                set_device_states(devices, states, device_type=device_type)
+                terms = self.function(self.parts[number], *points[: self.given])
+            yield terms
+        finally:
+            before.restore(generators=False)
 
 
 class _Chunked(torch.autograd.Function):
@@ -114,14 +124,14 @@ class _Chunked(torch.autograd.Function):
                 leaf.detach().requires_grad_(need) if place < call.given else leaf
                 for place, (leaf, need) in enumerate(zip(leaves, needed, strict=True))
             ]
-            terms = call.again(number, points)
-            _check_leaves(call.network, terms, points)
-            found = torch.autograd.grad(
-                terms,
-                [points[place] for place in places],
-                [cotangent[part] for cotangent in cotangents],
-                allow_unused=True,
-            )
+            with call.again(number, points) as terms:
+                _check_leaves(call.network, terms, points)
+                found = torch.autograd.grad(
+                    terms,
+                    [points[place] for place in places],
+                    [cotangent[part] for cotangent in cotangents],
+                    allow_unused=True,
+                )
             for place, gradient in zip(places, found, strict=True):
                 if gradient is not None:
                     total = totals[place]

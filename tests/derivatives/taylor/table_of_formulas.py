@@ -278,10 +278,47 @@ def _(r, f):
         given = some(r, ("p", 2.0), ("dim", r.choice([1, -1, 0])), ("eps", 1e-9))
         return spelled(r, f, cube, *given)
     name = "ord" if f is torch.linalg.vector_norm else "p"
-    p = r.choice([2, 2.0, *(() if name == "ord" else ("fro",))])
+    p = r.choice([2, 2.0, *((1, 3, 2.5) if name == "ord" else ("fro",))])
     where = r.choice([None, dim(r, 3), (0, -1), [1, 2], dims(r, 2)])
     given = ((name, p), ("dim", where), ("keepdim", True))[: r.randint(2, 3)]
     return spelled(r, f, cube, *given)
+
+
+@of(torch.linalg.norm, torch.linalg.matrix_norm)
+def _(r, f):
+    if f is torch.linalg.matrix_norm:
+        given = some(r, ("ord", "fro"), ("dim", r.choice([(-2, -1), (0, 2)])), ("keepdim", True))
+        return spelled(r, f, cube, *given)
+    if r.random() < 0.5:
+        return spelled(r, f, cube, *some(r, ("ord", None), ("dim", r.choice([None, (1, 2), 1]))))
+    given = ("ord", r.choice([2, 3, 1.5])), ("dim", dim(r, 3)), ("keepdim", True)
+    return spelled(r, f, cube, *given[: r.randint(2, 3)])
+
+
+@of(torch.var, Tensor.var, torch.std, Tensor.std, torch.var_mean, torch.std_mean)
+def _(r, f):
+    where = ("dim", r.choice([None, dim(r, 3), (0, -1), [1, 2]]))
+    given = [where, *some(r, ("correction", r.choice([0, 1, 0.5])), ("keepdim", True))]
+    old = [("dim", dim(r, 3)), ("unbiased", r.choice([True, False])), ("keepdim", True)]
+    given = r.choice([given, old[: r.randint(1, 3)]])
+    if ("keepdim", True) in given and given[0] == ("dim", None):
+        given = [where, ("correction", 0)]
+    if "mean" not in f.__name__:
+        return lambda x: f(cube(x), **dict(given))
+    return lambda x: (lambda a, b: a * b)(*f(cube(x), **dict(given)))
+
+
+@of(F.cosine_similarity, F.pairwise_distance)
+def _(r, f):
+    near = r.choice([lambda x: (cube(x) * 0.5).cos(), lambda _: OTHER])
+    if f is F.cosine_similarity:
+        given = some(r, ("dim", dim(r, 3)), ("eps", 1e-6))
+    else:
+        given = some(r, ("p", r.choice([2.0, 3.0, 1.0])), ("eps", 0.01), ("keepdim", True))
+    named = dict(given)
+    return r.choice(
+        [lambda x: f(cube(x), near(x), **named), lambda x: f(near(x), cube(x), **named)]
+    )
 
 
 # ------------------------------------------------------------------------- layers

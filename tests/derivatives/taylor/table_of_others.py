@@ -30,7 +30,7 @@ CALLS = {
     "logsumexp": lambda x: torch.logsumexp(x, (0, 1)) * x + x.logsumexp(dim=1, keepdim=True),
     "log_softmax": lambda x: F.log_softmax(x, dim=-1) + torch.log_softmax(x, 0),
     "softmin": lambda x: F.softmin(x, dim=1),
-    "cumulative": lambda x: x.cumsum(axis=1) + torch.cumprod(x, dim=-1),
+    "cumulative": lambda x: x.cumsum(axis=1) + torch.cumsum(x, dim=-1),
     "product": lambda x: x.prod(1, keepdim=True) + torch.prod(cube(x), dim=-2).sum(),
     "products of matrices": lambda x: torch.addmm(ROWS, x, torch.outer(ROWS, ROWS.cos())),
     "products of vectors": lambda x: torch.dot(x[0], x[1]) * torch.mv(x, ROWS)[:, None] + x,

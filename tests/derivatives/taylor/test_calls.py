@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from hosm_losses.derivatives import engines
 from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.taylor import carried, in_place, properties
-from hosm_losses.derivatives.taylor.table import RULES, every
+from hosm_losses.derivatives.taylor.table import RULES, WITHOUT_RULE, every
 from tests.derivatives.taylor import table_of_formulas, table_of_moves  # noqa: F401
 from tests.derivatives.taylor.checks import along, close, name
 from tests.derivatives.taylor.table import GENERATORS
@@ -30,7 +30,7 @@ ELSEWHERE = every("cfloat", "cdouble", "chalf", "cuda")
 CHANGES = [each for name in in_place._names for each in in_place._homes(name)]
 CHANGES += [Tensor.__setitem__, Tensor.retain_grad]
 CALLED = [each for each, found in RULES.items() if found.function not in REFUSALS]
-CALLED = [each for each in CALLED if each not in (*ELSEWHERE, *CHANGES)]
+CALLED = [each for each in CALLED if each not in (*ELSEWHERE, *CHANGES, WITHOUT_RULE)]
 X, V, U = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -48,7 +48,9 @@ class Written(TorchFunctionMode):
 def length(x, p=2, dim=None, keepdim=False, **named):
     dim = named.get("axis", dim)
     keepdim = named.get("keepdims", keepdim)
-    return x.square().sum(tuple(range(x.ndim)) if dim is None else dim, keepdim).sqrt()
+    p = p if isinstance(p, int | float) else 2
+    powers = x.square() if p == 2 else x.abs() ** p
+    return powers.sum(tuple(range(x.ndim)) if dim is None else dim, keepdim) ** (1 / p)
 
 
 def linalg_length(x, *args, **named):
@@ -60,11 +62,38 @@ def normalized(x, p=2.0, dim=1, eps=1e-12, out=None):
     return x / length(x, p, dim, True).clamp_min(eps)
 
 
+def matrix_length(x, ord="fro", dim=(-2, -1), keepdim=False, **named):  # noqa: A002
+    return length(x, 2, dim, keepdim, **named)
+
+
+def spread_of(x, dim=None, unbiased=True, keepdim=False, *, correction=None):
+    correction = int(unbiased) if correction is None else correction
+    return x.var(dim, correction=correction, keepdim=keepdim).sqrt()
+
+
+def angle(x, y, dim=1, eps=1e-8):
+    return (normalized(x, 2, dim, eps) * normalized(y, 2, dim, eps)).sum(dim)
+
+
+def distance(x, y, p=2.0, eps=1e-6, keepdim=False):
+    return length(x - y + eps, p, -1, keepdim)
+
+
 LENGTHS = {
     torch.norm: length,
     Tensor.norm: length,
+    torch.linalg.norm: linalg_length,
+    torch.linalg.matrix_norm: matrix_length,
     torch.linalg.vector_norm: linalg_length,
     F.normalize: normalized,
+    torch.std: spread_of,
+    Tensor.std: spread_of,
+    torch.std_mean: lambda x, dim=None, *args, **named: (
+        spread_of(x, dim, *args, **named),
+        x.mean(dim, named.get("keepdim", False)),
+    ),
+    F.cosine_similarity: angle,
+    F.pairwise_distance: distance,
 }
 
 

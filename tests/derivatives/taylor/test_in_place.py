@@ -42,7 +42,6 @@ def arguments(name, x):
         "clamp_min": (0.5,),
         "clip": (-0.5, 0.5),
         "copy": (square[:1],),
-        "cumprod": (1,),
         "cumsum": (1,),
         "dropout": (0.0, True),
         "feature_dropout": (0.0, True),

@@ -14,7 +14,7 @@ W = torch.ones(1, 3, 4, dtype=torch.float64)
 
 @pytest.mark.parametrize(
     "function",
-    [F.mish, torch.erf, lambda x: torch.cumprod(x, -1), lambda x: torch.logsumexp(x, -1)],
+    [F.mish, torch.erf, lambda x: torch.logcumsumexp(x, -1), lambda x: torch.logsumexp(x, -1)],
 )
 def test_a_function_without_a_rule(function):
     check(lambda x: function(x.sin() + 2).sin(), (4,))
@@ -43,9 +43,9 @@ class Cubes(torch.autograd.Function):
 
 
 def test_a_custom_function_is_refused():
-    with pytest.raises(TaylorError, match=r"called under torch\.no_grad"):
+    with pytest.raises(TaylorError, match=r"custom autograd\.Function"):
         carried(Cubes.apply, X, W)
-    with torch.no_grad(), pytest.raises(TaylorError, match=r"called under torch\.no_grad"):
+    with torch.no_grad(), pytest.raises(TaylorError, match=r"custom autograd\.Function"):
         carried(Cubes.apply, X, W)
 
 

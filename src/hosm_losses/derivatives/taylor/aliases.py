@@ -16,13 +16,14 @@ What:
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hosm_losses._checks import DerivativeError
-from hosm_losses._torch_internals import checkpoint_hook, shell, swapped
+from hosm_losses._torch_internals import checkpoint_hook, has_alias, shell, swapped, versions
 from hosm_losses.derivatives.taylor.along import Pairs, lengthened
 from hosm_losses.derivatives.taylor.table import TaylorError
 
@@ -46,13 +47,22 @@ _VIEWS = """
 PERHAPS_VIEWS = _VIEWS.split()
 
 
+class Carrying(NamedTuple):
+    """What goes on while a function is carried."""
+
+    firsts: int
+    pairs: Pairs
+    jets: "list[weakref.ref[Any]]"  # all that were made
+    # What was detached, as a copy, from what may share memory with other Jets, and its version.
+    copies: list[tuple[Tensor, int]]
+    changed: list[tuple[int, ...]]  # under torch.compile, the shapes of rows of what was changed
+
+
 class _Thread(threading.local):
     """What goes on in a thread."""
 
     def __init__(self) -> None:
-        # Of every function that is carried: the number of directions, the pairs, and under
-        # torch.compile the shapes of the rows of what was changed in place.
-        self.carrying: list[tuple[int, Pairs, list[tuple[int, ...]]]] = []
+        self.carrying: list[Carrying] = []
         # Plain tensors that became Jets, by weak references, and what they were.
         self.promoted: list[tuple[weakref.ref[Tensor], Tensor]] = []
 
@@ -96,6 +106,24 @@ def share_value(source: Any, value: Tensor) -> None:
     source.memory.append(_reference(value))
 
 
+def detached(source: Any, value: Tensor) -> Tensor:
+    """Return the value that was detached from a Jet, which shares memory with both.
+
+    It is a copy where a reshape or a copy that may be none lies between Jets of that memory: what
+    a change of it would do to the others is not known.
+    """
+    jets = [each() for each in source.memory or ()]
+    roots = {
+        id(each if each.root is None else each.root) for each in jets if hasattr(each, "root")
+    }
+    if len(roots) > 1:
+        value = value.clone()
+        for carrying in THREAD.carrying[-1:]:
+            carrying.copies.extend((value, version) for version in versions([value]))
+    share_value(source, value)
+    return value
+
+
 def write(jet: Any, stack: Tensor) -> Any:
     """Give a Jet, and all that share memory with it, the stack that a change in place leaves."""
     if checkpoint_hook("_recomputation_hook") is not None and jet.changed:
@@ -105,7 +133,7 @@ def write(jet: Any, stack: Tensor) -> Any:
     references: list[Any] = jet.memory or [_reference(jet)]
     others = [each for each in (reference() for reference in references) if each is not None]
     if torch.compiler.is_compiling():
-        THREAD.carrying[-1][2].extend([tuple(each.shape[1:]) for each in others])
+        THREAD.carrying[-1].changed.extend([tuple(each.shape[1:]) for each in others])
     if jet.memory is None:
         jet.stack = stack
         return jet
@@ -136,6 +164,30 @@ def _stale(stack: Tensor) -> Any:
     return None if torch.compiler.is_compiling() else shell(_Stale, stack)
 
 
+def end(carrying: Carrying, jets: list[Any]) -> None:
+    """Make what is left of Jets plain tensors, for they may be kept by the network.
+
+    TaylorError where a copy of what was detached was changed in place.
+    """
+    # Tensors with weak references do not change places.
+    shared = {id(jet.memory): jet.memory for jet in jets if jet.memory is not None}
+    groups = [(memory, [each() for each in memory]) for memory in shared.values()]
+    for memory, _ in groups:
+        memory.clear()
+    carrying.jets.clear()
+    for jet in jets:
+        # One that is stale has no value, and one that a checkpoint saved will be needed as it is.
+        with suppress(TaylorError, RuntimeError):
+            swapped(jet, jet.stack[0])
+    for memory, members in groups:
+        memory.extend(_reference(each) for each in members if hasattr(each, "stack"))
+    if versions([copy for copy, _ in carrying.copies]) != [each for _, each in carrying.copies]:
+        raise TaylorError(
+            "a change in place of what was detached from a tensor that may share memory with "
+            "another: whether a reshape copies is not known here. Put .clone() before the change."
+        )
+
+
 def demote(count: int, finished: bool) -> None:
     """Make all but the first `count` promoted tensors plain again, with their new values.
 
@@ -159,8 +211,10 @@ def promote(tensor: Tensor, jet: Any) -> None:
     """Make a plain tensor the Jet that is given, in place."""
     refused = "a plain tensor that shares memory is given values that depend on x in place."
     leaf = tensor.requires_grad and tensor.is_leaf
-    if torch.compiler.is_compiling() or leaf or tensor._base is not None:
+    if torch.compiler.is_compiling() or leaf or tensor._base is not None or has_alias(tensor):
         raise TaylorError(refused)
+    for carrying in THREAD.carrying[-1:]:
+        carrying.jets[:] = [each for each in carrying.jets if each() is not jet]
     try:
         swapped(tensor, jet)
     except RuntimeError as error:

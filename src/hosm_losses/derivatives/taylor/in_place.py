@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from hosm_losses.derivatives.primitives import WRONG, wrong_in_forward_mode
 from hosm_losses.derivatives.taylor.along import lengthened
 from hosm_losses.derivatives.taylor.arguments import jet_among
-from hosm_losses.derivatives.taylor.jet import Jet, aligned, call, differentiated, written
+from hosm_losses.derivatives.taylor.derived import differentiated
+from hosm_losses.derivatives.taylor.jet import Jet, aligned, call, written
 from hosm_losses.derivatives.taylor.selection import picked, picks
 from hosm_losses.derivatives.taylor.table import RULES, Function, TaylorError, rule
 
@@ -38,6 +40,8 @@ def _register(change: Function, plain: Function | None) -> None:
 
 def _by_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Tensor:
     """Change x as PyTorch changes a copy of it."""
+    if wrong_in_forward_mode(change, named):
+        raise TaylorError(f"{change.__name__}: {WRONG}")
     start = _started(x, *args, *named.values())
     return written(x, differentiated(_on_a_copy(change), (start, *args), named))
 

@@ -25,26 +25,29 @@ Source:
     Duvenaud, "Taylor-mode automatic differentiation for higher-order derivatives in JAX" (2019).
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hosm_losses._torch_internals import pytree, shell, versions, without_subclasses
-from hosm_losses.derivatives.primitive_mode import safe_primitives
+from hosm_losses._torch_internals import in_custom_function, pytree, shell, without_subclasses
 from hosm_losses.derivatives.taylor import aliases
-from hosm_losses.derivatives.taylor.along import Pairs, along, lengthened
+from hosm_losses.derivatives.taylor.along import Pairs, lengthened
 from hosm_losses.derivatives.taylor.table import (
     CONSTANT,
     IN_PYTHON,
     RULES,
+    WITHOUT_RULE,
     NoRule,
     Rule,
     TaylorError,
 )
 
 CHANGES = "changes in place what depends on x."
+CUSTOM = "called in the forward of a custom autograd.Function on what depends on x."
+NO_GRAD = "called under torch.no_grad on what depends on x."
 COMPLEX = "makes complex numbers of what depends on x."
 
 
@@ -64,8 +67,12 @@ class Jet(Tensor):
         """Return the Jet of a stack."""
         if stack.is_complex():
             raise TaylorError(f"an operator {COMPLEX}")
-        compiling = torch.compiler.is_compiling()
-        jet = stack.movedim(0, -1).as_subclass(_Traced) if compiling else shell(_Opaque, stack)
+        if torch.compiler.is_compiling():
+            jet = stack.movedim(0, -1).as_subclass(_Traced)
+        else:
+            jet = shell(_Opaque, stack)
+            for carrying in aliases.THREAD.carrying[-1:]:
+                carrying.jets.append(weakref.ref(jet))
         jet.stack, jet.firsts, jet.pairs = stack, firsts, pairs
         jet.memory = jet.root = jet.move = None
         return jet
@@ -131,12 +138,12 @@ def unpacked(x: Any) -> Any:
         return type(x)(map(unpacked, x))
     if not isinstance(x, Jet) or hasattr(x, "stack"):
         return x
-    firsts, pairs, changed = aliases.THREAD.carrying[-1]
+    carrying = aliases.THREAD.carrying[-1]
     with without_subclasses():
         stack = x.movedim(-1, 0)
-    if tuple(stack.shape[1:]) in changed:
+    if tuple(stack.shape[1:]) in carrying.changed:
         raise TaylorError(aliases.UNPACKED)
-    row = Jet.make(stack, firsts, pairs)
+    row = Jet.make(stack, carrying.firsts, carrying.pairs)
     aliases.share_value(row, stack)  # and is not changed in place
     return row
 
@@ -175,11 +182,13 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     constant = CONSTANT.get(func)
     if constant:
         answer = on_values(func, args, kwargs)
+        if isinstance(answer, Tensor) and in_custom_function():
+            raise TaylorError(f"{name_of(func)}: {CUSTOM}")
         if constant == "shares":
-            aliases.share_value(args[0] if args else kwargs["input"], answer)
+            return aliases.detached(args[0] if args else kwargs["input"], answer)
         return answer
     if kwargs.get("out") is not None:
-        raise TaylorError(f"{_name(func)}: out= {CHANGES}")
+        raise TaylorError(f"{name_of(func)}: out= {CHANGES}")
     if kwargs.get("inplace"):
         target = args[0] if args else kwargs["input"]
         return written(target, call(func, args, {**kwargs, "inplace": False}))
@@ -187,11 +196,11 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         for method, found in IN_PYTHON:
             if func is method:
                 return _run(found, func, args, kwargs)
-    found, name = RULES.get(func), _name(func)
+    found, name = RULES.get(func), name_of(func)
     if found is None and name == "__get__":
         answer = on_values(func, args, kwargs)
         # A property that is a tensor, such as .real, is a function like any other.
-        return differentiated(func, args, kwargs) if isinstance(answer, Tensor) else answer
+        return _without_rule(func, args, kwargs) if isinstance(answer, Tensor) else answer
     if name == "__set__":
         raise TaylorError(f"a property {CHANGES}")
     return _run(found, func, args, kwargs)
@@ -199,14 +208,18 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
-        raise TaylorError(f"{_name(func)}: called under torch.no_grad on what depends on x.")
+        raise TaylorError(f"{name_of(func)}: {CUSTOM if in_custom_function() else NO_GRAD}")
     taken = None if found is None else _taken(found, args, kwargs)
     if found is not None and taken is not None and (found.several or _is_first(*taken)):
         try:
             return found.function(*taken[0], **taken[1])
         except NoRule:
             pass
-    return differentiated(func, args, kwargs)
+    return _without_rule(func, args, kwargs)
+
+
+def _without_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return RULES[WITHOUT_RULE].function(func, args, kwargs)
 
 
 def written(x: Tensor, result: Any) -> Tensor:
@@ -258,27 +271,31 @@ def carried(
     # Joined along the batch, which keeps a channels-last layout.
     stack = torch.cat([x, *directions]).unflatten(0, (1 + count, len(x)))
     before, finished = len(aliases.THREAD.promoted), False
-    aliases.THREAD.carrying.append((count, pairs, []))
+    carrying = aliases.Carrying(count, pairs, [], [], [])
+    aliases.THREAD.carrying.append(carrying)
     try:
         # Gradients are off in the forward of a custom Function, which is how one is found.
         with torch.enable_grad():
             result: Any = unpacked(function(Jet.make(stack, count, pairs)))
-        stack, finished = getattr(result, "stack", stack), True
+        stack, kind, finished = getattr(result, "stack", stack), type(result), True
+        del result
     finally:
         aliases.THREAD.carrying.pop()
+        left = [jet for jet in (each() for each in carrying.jets) if jet is not None]
+        if left or carrying.copies:
+            aliases.end(carrying, left)
         if len(aliases.THREAD.promoted) > before:
             aliases.demote(before, finished)
-    if not isinstance(result, Jet):
-        raise TaylorError(
-            f"its output does not carry derivatives in x; got {type(result).__name__}."
-        )
+    if not issubclass(kind, Jet):
+        raise TaylorError(f"its output does not carry derivatives in x; got {kind.__name__}.")
     seconds = {"none": 0, "sum": 1, "halves": count // 2, "last": count - 1}.get(pairs, count)
     # Second derivatives that are zero everywhere, as of a linear network.
     length = 1 + count + seconds
     return stack if len(stack) == length else lengthened(stack, length)
 
 
-def _name(func: Callable[..., Any]) -> str:
+def name_of(func: Callable[..., Any]) -> str:
+    """The name of a function of PyTorch, for a message."""
     return getattr(func, "__name__", str(func))
 
 
@@ -286,38 +303,3 @@ def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Call a function on the values of Jets: what it returns has no derivative."""
     args, kwargs = pytree.tree_map_only(Jet, lambda jet: jet.stack[0], (args, kwargs))
     return func(*args, **kwargs)
-
-
-def differentiated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Differentiate a function without a rule by torch.func.jvp, in one evaluation of it."""
-    flat, form = pytree.tree_flatten((args, kwargs))
-    places = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]
-    jets: list[Jet] = [flat[place] for place in places]
-    seen: list[Any] = []
-
-    def function(*values: Tensor) -> tuple[Tensor, ...]:
-        filled = list(flat)
-        for place, value in zip(places, values, strict=True):
-            filled[place] = value
-        given, named = pytree.tree_unflatten(filled, form)
-        with safe_primitives():
-            seen[:] = pytree.tree_flatten(func(*given, **named))
-        if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in seen[0]):
-            raise TaylorError(f"{_name(func)}: {COMPLEX}")
-        # One result at least, where the function returns no tensor.
-        found = tuple(leaf for leaf in seen[0] if isinstance(leaf, Tensor))
-        return found or (values[0].new_zeros(()),)
-
-    # Copies, whose versions show a change in place.
-    values = tuple(jet.stack[0].clone() for jet in jets)
-    before = versions(values)
-    derivatives = tuple(jet.stack[1:] for jet in jets)
-    stacks = iter(along(function, values, derivatives, jets[0].firsts, jets[0].pairs))
-    if versions(values) != before:
-        raise TaylorError(f"{_name(func)}: {CHANGES}")
-    leaves, tree = seen
-    found = [jets[0].of(next(stacks)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    if _name(func) in aliases.PERHAPS_VIEWS:
-        for leaf in found:
-            aliases.share(jets[0], leaf)
-    return pytree.tree_unflatten(found, tree)

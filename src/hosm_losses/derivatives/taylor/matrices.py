@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._torch_internals import batched, in_autocast, traced
+from hosm_losses.derivatives.taylor.aliases import share
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.arithmetic import add, multiply, ndim_of, product_rule, swapped
 from hosm_losses.derivatives.taylor.bilinear import Form, plain, product
@@ -189,7 +190,7 @@ def _einsum(equation: Any, *operands: Any) -> Jet:
     ]
     summed = partial(torch.einsum, f"{','.join(terms)}->{new}{result}")
     if len(factors) == 1:
-        return factors[0].like(summed(factors[0].stack))
+        return share(factors[0], factors[0].like(summed(factors[0].stack)))
     left, right = given.split(",")
     found = _contracted(left, right, result, factors[0], factors[1])
     return product_rule(factors[0], factors[1], summed, 0) if found is None else found

@@ -14,11 +14,7 @@ from hosm_losses.derivatives.recompute import recomputed
 from hosm_losses.derivatives.taylor.arithmetic import add, multiply
 from hosm_losses.derivatives.taylor.jet import Jet, TaylorError
 from hosm_losses.derivatives.taylor.normalised import Rows, normalised, pull_back, pull_back_again
-from hosm_losses.derivatives.taylor.pointwise import apply, power
-from hosm_losses.derivatives.taylor.selection import masked_fill
 from hosm_losses.derivatives.taylor.table import NoRule, axes, rule
-
-_root, _inverse_root = partial(power, exponent=0.5), partial(power, exponent=-0.5)
 
 
 def _norm(rows: Rows, x: Any, weight: Any = None, bias: Any = None) -> Jet:
@@ -125,48 +121,3 @@ def _instance_norm(
         return _batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
     _move_statistics(F.instance_norm, x, running_mean, running_var, momentum, eps)
     return _group_norm(x, x.shape[1], weight, bias, eps)
-
-
-def _sum_of_squares(x: Any, dim: Any, keepdim: bool) -> Jet:
-    """In float32 at least, in which the square of a small number is not zero."""
-    if x.ndim == 0:
-        raise NoRule
-    wide = x.like(at_least_float32(x.stack))
-    return x.like(multiply(wide, wide).stack.sum(axes(dim, x.ndim), keepdim))
-
-
-@rule(F.normalize)
-def _normalize(x: Any, p: Any = 2.0, dim: Any = 1, eps: float = 1e-12) -> Jet:
-    if not isinstance(p, float | int) or p != 2:
-        raise NoRule
-    squares = _sum_of_squares(x, dim, keepdim=True)
-    # A norm below eps counts as eps, which does not depend on x.
-    squares = masked_fill(squares, squares.stack[0] <= eps**2, eps**2)
-    return multiply(x, apply(_inverse_root, squares)).typed(x.dtype)
-
-
-@rule(torch.linalg.vector_norm)
-def _vector_norm(
-    x: Any,
-    ord: Any = 2,  # noqa: A002
-    dim: Any = None,
-    keepdim: bool = False,
-    *,
-    dtype: Any = None,
-) -> Jet:
-    if not isinstance(ord, float | int) or ord != 2 or dtype is not None:
-        raise NoRule
-    squares = _sum_of_squares(x, dim, keepdim)
-    # At zero a length has no derivative; PyTorch takes it to be constant there.
-    zero = squares.stack[0] == 0
-    root = apply(_root, masked_fill(squares, zero, 1.0))
-    return masked_fill(root, zero, 0.0).typed(x.dtype)
-
-
-@rule(Tensor.norm, torch.norm)
-def _vector_or_matrix_norm(
-    x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Jet:
-    # For a matrix norm, and "fro" of more than two axes, PyTorch has rules of its own.
-    several = isinstance(dim, tuple | list) and len(dim) > 2
-    return _vector_norm(x, 2 if p == "fro" and not several else p, dim, keepdim, dtype=dtype)

@@ -195,7 +195,8 @@ def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
 
 
 @pointwise(*every("abs", "__abs__", "absolute"))
-def _abs(x: Tensor) -> Iterator[Tensor]:
+def absolute(x: Tensor) -> Iterator[Tensor]:
+    """|x|, and its derivatives, which are zero at zero."""
     return _straight(torch.abs(x), torch.sign(x))
 
 

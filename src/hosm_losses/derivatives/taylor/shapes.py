@@ -137,7 +137,11 @@ def _squeezed(stack: Tensor, dim: Any = None) -> Tensor:
 def _copied(stack: Tensor, memory_format: Any = None) -> Tensor:
     if memory_format is torch.contiguous_format:
         return stack.clone(memory_format=torch.contiguous_format)
-    return stack
+    return stack.clone()
+
+
+def _contiguous(stack: Tensor, memory_format: Any = None) -> Tensor:
+    return stack if memory_format is None else _copied(stack, memory_format)
 
 
 def _reduced(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -168,7 +172,7 @@ for _names, _move in {
     ("sum",): _reduced(torch.sum),
     ("mean",): _reduced(torch.mean),
     ("clone",): _copied,
-    ("contiguous",): _copied,
+    ("contiguous",): _contiguous,
     ("t",): _turned,
     ("neg", "negative", "__neg__"): lambda stack: -stack,
     ("view_as",): lambda stack, other: _shaped(stack, *other.shape),

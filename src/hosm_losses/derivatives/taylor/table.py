@@ -57,6 +57,10 @@ class Rule:
         return (args, named) if all(name in named for name in self.needed[len(args) :]) else None
 
 
+def WITHOUT_RULE(*_: Any) -> None:  # noqa: N802
+    """In whose place stands the rule for all functions that have none."""
+
+
 RULES: dict[Function, Rule] = {}
 # Functions that are constant in x, or ask for a property: evaluated on the value. A dictionary,
 # for torch.compile does not find functions in a set. "shares" is of those whose result shares the

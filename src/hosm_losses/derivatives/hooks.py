@@ -1,0 +1,37 @@
+"""Hooks on tensors and modules inside a network: they may look at gradients, not change them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hosm_losses._checks import DerivativeError
+from hosm_losses._torch_internals import share_memory
+
+CHANGING_HOOK = (
+    "network: expected hooks that look at gradients; got one that changes them, on a tensor or a "
+    "module inside it. The loss is made of the same passes back, and would be another. Change the "
+    "gradients of the parameters after loss.backward()."
+)
+
+
+class ChangedGradientError(DerivativeError):
+    """A hook that changes a gradient; with another engine it would change the loss."""
+
+
+def check_unchanged(returned: Sequence[Any], incoming: Sequence[Any]) -> None:
+    """Compare what comes out of a module's hooks with what went in."""
+    for one, other in zip(returned, incoming, strict=True):
+        given = isinstance(one, Tensor) and isinstance(other, Tensor)
+        if given and one is not other and not share_memory(one, other):
+            raise ChangedGradientError(CHANGING_HOOK)
+
+
+def looking(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
+    """A hook that raises where the given one changes a gradient."""
+
+    def looked(gradient: Tensor) -> None:
+        if hook(gradient) is not None:
+            raise ChangedGradientError(CHANGING_HOOK)
+
+    return looked
