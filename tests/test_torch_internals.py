@@ -318,11 +318,11 @@ def test_the_forward_of_a_custom_function_is_told_from_no_grad():
 
 def test_what_shares_memory_is_told():
     """_functorch.get_unwrapped, is_functorch_wrapped_tensor and storage()._cdata: 2.13."""
-    seen = []
+    seen, plain = [], torch.ones(2)
 
     def look(x):
         seen.append((internals.share_memory(x, x.mT), internals.share_memory(x, x + 1)))
-        seen.append((internals.in_transform(x), internals.in_transform(torch.ones(2))))
+        seen.append((internals.in_transform(x), internals.in_transform(plain)))
         return x.sum()
 
     x = torch.ones(2, 2)
