@@ -102,10 +102,9 @@ def without_autocast(kind: str) -> AbstractContextManager[object]:
 
 def autocast_of_now(kind: str) -> Callable[[], AbstractContextManager[object]]:
     """What puts autocast of a kind of device in its present state, at another time."""
-    if not torch.amp.is_autocast_available(kind):
-        return nullcontext
-    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-    return partial(torch.autocast, kind, dtype=dtype, enabled=enabled)
+    if not _autocast(kind):
+        return partial(without_autocast, kind)
+    return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=True)
 
 
 def batched(tensors: Iterable[Tensor]) -> bool:

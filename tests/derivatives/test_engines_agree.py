@@ -83,6 +83,12 @@ def of_a_list(h):
     return out.cos() + h
 
 
+def through_data(h):
+    out = torch.zeros(4, 9)
+    out.data.copy_(h)
+    return h * (1 + out)
+
+
 def of_what_was_detached(h):
     out = torch.zeros(4, 9)
     seen = out.detach()
@@ -91,6 +97,7 @@ def of_what_was_detached(h):
 
 
 SHARED = {
+    "the data of a plain tensor": through_data,
     "a plain tensor that was detached": of_what_was_detached,
     "a copy that is detached": clone_and_detach,
     "a contiguous copy that is detached": contiguous_and_detach,
@@ -179,6 +186,7 @@ def shifted(h):
     return matrix(h) + 3 * torch.eye(3)
 
 
+PLACES = torch.tensor([[0, 0, 1, 1, 2, 3, 4, 5, 6]] * 4)
 WRONG_FORWARD = {
     "solve": lambda h: torch.linalg.solve(shifted(h), matrix(h)).flatten(1),
     "solve_ex": lambda h: torch.linalg.solve_ex(shifted(h), matrix(h))[0].flatten(1),
@@ -188,8 +196,12 @@ WRONG_FORWARD = {
     "logdet": lambda h: h * torch.logdet(shifted(h))[:, None],
     "cumprod": lambda h: torch.cumprod(F.relu(h), 1),
     "scatter_reduce": lambda h: torch.zeros(4, 9).scatter_reduce(
-        1, torch.tensor([[0, 0, 1, 1, 2, 3, 4, 5, 6]] * 4), h + 2, "prod", include_self=False
+        1, PLACES, h + 2, "prod", include_self=False
     ),
+    "scatter_reduce with itself": lambda h: (h * h).scatter_reduce(
+        1, PLACES, h + 2, reduce="prod"
+    ),
+    "scatter_reduce_": lambda h: (h * h).scatter_reduce_(1, PLACES, h + 2, "prod"),
 }
 
 

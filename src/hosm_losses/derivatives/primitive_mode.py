@@ -78,7 +78,7 @@ class _SafePrimitives(TorchFunctionMode):
             _refuse_foreign_checkpoint()
         kwargs = kwargs or {}
         name = func.__name__
-        if _thread.forward and wrong_in_forward_mode(func, kwargs):
+        if _thread.forward and wrong_in_forward_mode(func, args, kwargs):
             raise DerivativeError(f"network: {name}: {WRONG}")
         if _thread.forward and name.endswith("_") and not name.endswith("__"):
             # Forward mode is wrong, in silence, where a tensor changes by a view of itself.

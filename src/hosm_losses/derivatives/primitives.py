@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._checks import DerivativeError, at_least_float32, complaint
-from hosm_losses._torch_internals import autocast_of_now, pytree, traced
+from hosm_losses._torch_internals import autocast_of_now, traced
 from hosm_losses.derivatives.recompute import recomputed
 
 
@@ -206,17 +206,23 @@ _FORWARD |= {
     for home in (torch, torch.Tensor)
     for name in ("det", "slogdet", "logdet", "orgqr", "cumprod", "cumprod_")
 }
-_SCATTERS = (torch.scatter_reduce, torch.Tensor.scatter_reduce, torch.Tensor.scatter_reduce_)
+_PRODUCTS = {
+    getattr(home, name)
+    for home in (torch, torch.Tensor)
+    for name in ("scatter_reduce", "index_reduce", "scatter_reduce_", "index_reduce_")
+    if hasattr(home, name)
+}
 WRONG = (
     "PyTorch's derivative of it in forward mode is not differentiated rightly. Write it with "
     "other operators, or leave derivative at 'auto', which takes the engine 'reverse'."
 )
 
 
-def wrong_in_forward_mode(function: object, named: Mapping[str, Any]) -> bool:
+def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[str, Any]) -> bool:
     """Whether PyTorch gets the gradient of a function's forward derivative wrong."""
-    product = function in _SCATTERS and not named.get("include_self", True)
-    return product or function in _FORWARD
+    if function in _PRODUCTS:
+        return any(isinstance(each, str) and each == "prod" for each in (*args, *named.values()))
+    return function in _FORWARD
 
 
 BATCH = ("training", False)
@@ -251,7 +257,7 @@ def _at_first(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
         dropout = args[4] if native is SDPA and len(args) > 4 else named.get("dropout_p")
         if traced() or dropout:
             return safe(*args, **named)
-        flat, form = pytree.tree_flatten((args, named))
+        flat = [*args, *named.values()]
         places = [place for place, entry in enumerate(flat) if isinstance(entry, Tensor)]
         tensors = [flat[place] for place in places]
         autocast, types = autocast_of_now(tensors[0].device.type), list[torch.dtype]()
@@ -260,9 +266,9 @@ def _at_first(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
             filled = list(flat)
             for place, value in zip(places, values, strict=True):
                 filled[place] = value
-            given, options = pytree.tree_unflatten(filled, form)
+            given, options = filled[: len(args)], filled[len(args) :]
             with autocast():
-                found = function(*given, **options)
+                found = function(*given, **dict(zip(named, options, strict=True)))
             types.append(found.dtype)
             return found.to(types[0])
 

@@ -19,7 +19,7 @@ def differentiated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     flat, form = pytree.tree_flatten((args, kwargs))
     places = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]
     jets: list[Jet] = [flat[place] for place in places]
-    if wrong_in_forward_mode(func, kwargs):
+    if wrong_in_forward_mode(func, args, kwargs):
         raise TaylorError(f"{name_of(func)}: {WRONG}")
     seen: list[Any] = []
     sources: dict[int, Jet] = {}

@@ -40,7 +40,7 @@ def _register(change: Function, plain: Function | None) -> None:
 
 def _by_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Tensor:
     """Change x as PyTorch changes a copy of it."""
-    if wrong_in_forward_mode(change, named):
+    if wrong_in_forward_mode(change, args, named):
         raise TaylorError(f"{change.__name__}: {WRONG}")
     start = _started(x, *args, *named.values())
     return written(x, differentiated(_on_a_copy(change), (start, *args), named))
