@@ -27,7 +27,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Args:
         function: a part of the network.
         args: its arguments.
-        kwargs: its keyword arguments, and those of torch's checkpoint.
+        kwargs: its keyword arguments, and `preserve_rng_state`, `determinism_check`, `debug` and
+            `early_stop` of torch's checkpoint; not `use_reentrant` or `context_fn`.
 
     Returns:
         What `function` returns.

@@ -120,10 +120,10 @@ def check_derivatives(
 
     Raises:
         DerivativeError: for what is listed above, or where a derivative cannot be taken at all.
-        TypeError: for an argument of a wrong type, a dtype with which the network's own call
-            fails, half precision (check a float32 copy), or a wrapped network (DataParallel: give
-            model.module).
-        ValueError: for a wrong value, shape or name.
+        TypeError: for tensors, containers and other objects of a wrong type, a dtype with which
+            the network's own call fails, half precision (check a float32 copy), or a wrapped
+            network (DataParallel: give model.module).
+        ValueError: for a wrong value, shape, device, name or number, also one of a wrong type.
 
     Example:
         >>> from hosm_losses import VPSchedule

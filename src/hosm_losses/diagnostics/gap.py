@@ -91,8 +91,8 @@ def likelihood_gap(
         t_min.
 
     Raises:
-        TypeError: for an argument of a wrong type or dtype.
-        ValueError: for a wrong shape or number.
+        TypeError: for tensors, containers, flags and other objects of a wrong type or dtype.
+        ValueError: for a wrong shape, device or number, also one of a wrong type.
         DerivativeError: where the derivatives of a network cannot be taken.
 
     Example:

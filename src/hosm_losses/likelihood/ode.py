@@ -103,8 +103,9 @@ def ode_nll(
         The result, in nats; `bits_per_dim` converts. A sample that failed has NaN.
 
     Raises:
-        TypeError: for an argument of a wrong type or dtype, integer images included.
-        ValueError: for a wrong shape, name or number.
+        TypeError: for tensors, containers, flags and other objects of a wrong type or dtype,
+            integer images included.
+        ValueError: for a wrong shape, device, name or number, also one of a wrong type.
         DerivativeError: where the network's output does not depend on its input differentiably.
         ImportError: for a progress bar without tqdm.
 

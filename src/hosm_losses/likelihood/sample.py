@@ -117,8 +117,8 @@ def ode_sample(
         The samples, at the schedule's t_min, where they carry noise of σ(t_min).
 
     Raises:
-        TypeError: for an argument of a wrong type or dtype.
-        ValueError: for a wrong shape, name or number.
+        TypeError: for tensors, containers, flags and other objects of a wrong type or dtype.
+        ValueError: for a wrong shape, device, name or number, also one of a wrong type.
         DerivativeError: where the network's output does not depend on its input differentiably.
         ImportError: for a progress bar without tqdm.
 

@@ -95,7 +95,8 @@ def third_order_dsm(
         x0: data (B, *).
         t: times (B,) in the schedule's units; drawn as `time_sampler` says if None.
         noise: ε (B, *); drawn if None.
-        probe: v, of shape (B, *) or (K, B, *), used as it is; drawn if None.
+        probe: v, of shape (B, *) or (K, B, *), with K of 2 or more for "paired", used as it is;
+            drawn if None.
         probes: K, the number of probes a sample, or "exact" for all d unit vectors. None is 1, and
             2 with estimator="paired".
         estimator: "hutchinson" squares the residual along each probe, as in the paper. "paired"
@@ -106,24 +107,26 @@ def third_order_dsm(
         distribution: "rademacher", "gaussian", "sphere" or "dct".
         weights: (first, second, trace, third), numbers of at least 0 or tensors of one element, in
             a list, a tuple, an array or a tensor; all 1 if None or "paper". The modules take
-            "balanced" as well.
+            "balanced" as well: the first term's weighting then multiplies every term, and a pair
+            of weightings is an error.
         weighting: "noise" takes the terms as they are. "native" makes the first term the squared
             error of the network's own prediction. "likelihood" makes it the likelihood-weighted
             one. Both leave the meaning of the others. A callable t → (B,) multiplies every term.
             A pair has a weighting of the first term and one of the higher terms, "noise" or a
             callable.
         time_sampler: "schedule" draws t as the schedule does. "log_sigma_hat" draws it uniformly
-            in log σ̂ and reweights, so that the mean of every term stays what it was. A callable
-            (batch size, generator) → t (B,) is used as if its t had been given. None is
-            "log_sigma_hat" with weighting="likelihood", else "schedule".
+            in log σ̂, between the indices of a table too, and reweights, so that the mean of every
+            term stays what it was. A callable (batch size, generator) → t (B,) is used as if its t
+            had been given. None is "log_sigma_hat" with weighting="likelihood", else "schedule".
         derivative: "auto", "taylor", "reverse" or "forward"; see the page on derivatives.
         third: how the third order is estimated. "exact" matches G = σ² ∇(vᵀ ∂f v), as in the
             paper. "laplacian" matches σ² ∂²f[v, v] to the same target for three quarters of the
-            cost: the same for a field whose Jacobian is symmetric, as the true score's is, and an
-            objective of its own for others, which leaves ∇tr(∂f) free where the Jacobian is not.
-            "sliced" matches u·r3 for a second random u: its mean is that of "exact", its variance
-            larger, and it needs no pass back. Where derivative="auto" finds no engine that makes
-            them cheaper, "exact" takes their place, with a warning.
+            cost: equal to "exact" if the Jacobian is symmetric, as the true score's; otherwise
+            another objective, leaving ∇tr(∂f) partly unconstrained. With estimator="paired" it
+            costs more than "exact", 42 evaluations against 25. "sliced" matches u·r3 for a second
+            random u: its mean is that of "exact", its variance larger, and it needs no pass back.
+            Where derivative="auto" finds no engine that makes them cheaper, "exact" takes their
+            place, with a warning.
         fraction: the part of the batch, chosen at random, on which orders two and three are
             evaluated: max(1, round(fraction · B)) rows. Unbiased.
         chunks: the number of parts of the batch that are evaluated one after the other, and again
@@ -139,9 +142,10 @@ def third_order_dsm(
         The loss, w₁ first + w₂ second + w_t trace + w₃ third.
 
     Raises:
-        TypeError: for an argument of a wrong type or dtype, integer images included.
-        ValueError: for a wrong shape, device, name, or (on the CPU) value; on the CPU also for
-            a result that is NaN or infinite.
+        TypeError: for tensors, containers and other objects of a wrong type or dtype, integer
+            images included.
+        ValueError: for a wrong shape, device, name or number, also one of a wrong type; on the CPU
+            also for values that are not finite, in an argument or the result.
         DerivativeError: where the derivatives of the network cannot be taken, or (on the CPU) are
             not finite.
 

@@ -11,8 +11,8 @@ Formula, of the factor of the first term; that of the higher terms is 1:
     With the sampler "log_sigma_hat" u = log σ̂ is uniform on [u₀, u₁]. What is not "likelihood" is
     multiplied by p(t) (u₁ − u₀)/(du/dt) for the schedule's own density p, so that a sampler
     changes the variance of a loss and never its mean. "likelihood", whose default it is, becomes
-    the constant (u₁ − u₀) d. Against "noise" the first term then counts d g²/(2σ²) times as much:
-    weights have to be chosen anew.
+    the constant (u₁ − u₀) d. Against "noise" the first term then counts d g²/(2σ² p) times as
+    much: weights have to be chosen anew.
 
 Source:
     Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", arXiv 2101.09258,

@@ -70,7 +70,7 @@ class ScoreModel(nn.Module):
     """A network with its schedule and prediction.
 
     It registers the network as `network` and nothing else, so that its state_dict is the
-    network's with that prefix.
+    network's with that prefix, unless `time`, `output` or `call` is a Module.
 
     Args:
         network: `network(x, t, **kwargs)` with x of shape (B, *) and t of shape (B,); an
@@ -185,7 +185,10 @@ class ScoreModel(nn.Module):
         return (x - sigma * self.noise(x, t, **kwargs)) / alpha
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(α, σ) at t, of shape (B,), in the precision of `like` (float32 where that is less)."""
+        """(α, σ) at t, of shape (B,), in the precision of t, float32 at least.
+
+        For integer t it is that of `like`.
+        """
         return self.schedule(self.time_in(t, like))
 
     def time_in(self, t: Tensor, like: Tensor) -> Tensor:
