@@ -1,20 +1,28 @@
 r"""What a schedule has to be, checked where a ScoreModel is built.
 
 α and σ are positive, log σ̂ grows from the data at t_min to the noise at t_max, and what a class
-overrides agrees with its α and σ. This is looked at on a grid, on the CPU and in float64, whatever
-device the model is for: nothing is read from an accelerator.
+overrides or inherits agrees with its α and σ, derivatives with differences. This is looked at on a
+grid, on the CPU and in float64, whatever device the model is for: nothing is read from an
+accelerator.
 """
+
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_number, describe
+from hosm_losses._torch_internals import outside_inference_mode
 from hosm_losses.schedules.base import Schedule
 
 NEAR = (1e-4, 1e-3, 1e-2)
 PLACES = (0.0, *NEAR, *(k / 64 for k in range(1, 64)), *(1 - p for p in reversed(NEAR)), 1.0)
-INNER = (0.2, 0.5, 0.8)
-STEP = 1e-3
+DERIVATIVES = ("squared_diffusion", "drift", "rates")
+# Irrational places, which lie between the entries of any table.
+INNER = tuple(math.pi / k for k in (16, 6, 4))
+# The first stays between the entries of a table, the second is long enough for float32.
+STEPS = (1e-5, 1e-3)
 TOLERANCE = 1e-2
 
 FROM_THE_DATA = (
@@ -27,6 +35,11 @@ END_EARLIER = (
     "End before alpha reaches 0: at t_max = 0.999 for a flow, 0.9946 for a cosine, 1 for "
     "VPSchedule. If the network counts time otherwise, t stays in the schedule's units: "
     "ScoreModel(..., time=999.0)."
+)
+FOLLOW = (
+    "What a schedule does not override follows from alpha and sigma by differentiation. Write "
+    "both with operators of PyTorch on t, linear between the entries where they are a table, "
+    "without .detach(), NumPy or Python's numbers; or override drift, squared_diffusion and rates."
 )
 # What to do where a part is not positive: at t_min, and at t_max.
 ADVICE = {"alpha": (FROM_THE_DATA, END_EARLIER), "sigma": (BEGIN_LATER, FROM_THE_DATA)}
@@ -59,7 +72,7 @@ def check_schedule(schedule: object) -> Schedule:
         )
     places = torch.tensor(PLACES, dtype=torch.float64, device="cpu")
     if not torch.compiler.is_compiling() and type(places) is Tensor:
-        with torch.no_grad():
+        with outside_inference_mode(), torch.no_grad():
             _check_values(schedule, (1 - places) * low + places * high)
     return schedule
 
@@ -90,21 +103,53 @@ def _check_values(schedule: Schedule, t: Tensor) -> None:
             )
         (again,) = _values(schedule, "log_sigma_hat", found[1:-1])
         _check_agreement(schedule, "time", t, again, u)
-    overridden = [p for p in ("drift", "squared_diffusion", "rates") if _overrides(schedule, p)]
-    if not overridden:
-        return
-    span = float(t[-1] - t[0])
-    t, h = t[0] + span * t.new_tensor(INNER), STEP * span
+    # The package's own formulas are known to be followed by what is inherited.
+    own = [part for part in ("alpha", "sigma") if not _is_of_the_package(schedule, part)]
+    parts = [part for part in DERIVATIVES if own or _overrides(schedule, part)]
+    if parts:
+        _check_derivatives(schedule, parts, float(t[0]), float(t[-1] - t[0]))
+
+
+def _check_derivatives(
+    schedule: Schedule, parts: Iterable[str], start: float, span: float
+) -> None:
+    """Raise ValueError for a derivative that disagrees with differences of α and σ."""
+    t = start + span * torch.tensor(INNER, dtype=torch.float64, device="cpu")
+    found = {part: _values(schedule, part, t) for part in parts}
+    for diffusion in found.get("squared_diffusion", ()):
+        # Of a nearest entry looked up in a table short differences are zero too.
+        if (i := _broken(diffusion > 0)) is not None:
+            raise ValueError(
+                f"schedule: expected squared_diffusion of {type(schedule).__name__} to be "
+                f"positive, as log(sigma/alpha) grows; got {diffusion[i]:g} at t = {t[i]:g}. "
+                f"{_advice(schedule, 'squared_diffusion')}"
+            )
+    for step in STEPS:
+        differences = _differences(schedule, t, step * span)
+        try:
+            for part in parts:
+                for got, each in zip(found[part], differences[part], strict=True):
+                    # What is 0 comes out of the differences as rounding.
+                    _check_agreement(schedule, part, t, got, each, floor=1e-3 / span)
+        except ValueError:
+            if step == STEPS[-1]:
+                raise
+        else:
+            return
+
+
+def _differences(schedule: Schedule, t: Tensor, h: float) -> dict[str, tuple[Tensor, ...]]:
+    """What the derivatives are by central differences."""
     alpha, sigma = schedule(t)
     after, before = (torch.stack(schedule(t + step)) for step in (h, -h))
-    rates = alpha_rate, sigma_rate = (after - before) / (2 * h)
+    alpha_rate, sigma_rate = (after - before) / (2 * h)
     drift = alpha_rate / alpha
     diffusion = 2 * sigma * (sigma_rate - drift * sigma)
-    differences = {"drift": (drift,), "squared_diffusion": (diffusion,), "rates": rates}
-    for part in overridden:
-        for got, wanted in zip(_values(schedule, part, t), differences[part], strict=True):
-            # What is 0 comes out of the differences as rounding.
-            _check_agreement(schedule, part, t, got, wanted, floor=1e-3 / span)
+    return {
+        "squared_diffusion": (diffusion,),
+        "drift": (drift,),
+        "rates": (alpha_rate, sigma_rate),
+    }
 
 
 def _positive(schedule: Schedule, part: str, t: Tensor) -> Tensor:
@@ -131,9 +176,15 @@ def _check_agreement(
     if i is not None:
         raise ValueError(
             f"schedule: expected {part} of {type(schedule).__name__} to agree with its alpha and "
-            f"sigma; got {got[i]:g} for {wanted[i]:g} at t = {t[i]:g}. Override {part} as well, "
-            "or subclass Schedule, where it follows from alpha and sigma."
+            f"sigma; got {got[i]:g} for {wanted[i]:g} at t = {t[i]:g}. {_advice(schedule, part)}"
         )
+
+
+def _advice(schedule: Schedule, part: str) -> str:
+    """What to do where a method does not go with α and σ."""
+    if not _overrides(schedule, part):
+        return FOLLOW
+    return f"Override {part} as well, or subclass Schedule, where it follows from alpha and sigma."
 
 
 def _broken(holds: Tensor) -> int | None:
@@ -142,8 +193,16 @@ def _broken(holds: Tensor) -> int | None:
     return None if holds.all() else next(i for i in (0, last, *range(last)) if not holds[i])
 
 
+def _is_of_the_package(schedule: Schedule, method: str) -> bool:
+    return getattr(type(schedule), method).__module__.startswith("hosm_losses.")
+
+
 def _overrides(schedule: Schedule, method: str) -> bool:
     return getattr(type(schedule), method) is not getattr(Schedule, method)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 def _values(schedule: Schedule, method: str, t: Tensor) -> tuple[Tensor, ...]:
@@ -155,9 +214,14 @@ def _values(schedule: Schedule, method: str, t: Tensor) -> tuple[Tensor, ...]:
     except NotImplementedError as error:
         raise TypeError(f"schedule: {error}") from error
     except Exception as error:
+        if method in DERIVATIVES and not _overrides(schedule, method):
+            raise ValueError(
+                f"{where} to follow from alpha and sigma, whose values are right; got "
+                f"{type(error).__name__}: {_first_line(error)}. {FOLLOW}"
+            ) from error
         raise ValueError(
             f"{where} to take a CPU tensor, which this check gives it; got "
-            f"{type(error).__name__}: {str(error).partition(chr(10))[0]} Write it with operators "
+            f"{type(error).__name__}: {_first_line(error)}. Write it with operators "
             "of PyTorch on that tensor, torch.exp and not math.exp, and move tensors that it "
             "holds to the tensor's device."
         ) from error
