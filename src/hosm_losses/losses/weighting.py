@@ -112,6 +112,10 @@ def time_factors(
         """du/dt = g²/(2σ²)."""
         return schedule.squared_diffusion(time) / (2 * schedule.sigma(time).square())
 
+    # By the other sampler the first term of "likelihood" needs no density.
+    own = sampler == ("schedule" if first == "likelihood" else "log_sigma_hat")
+    if drawn and (own or (importance and callable(higher))):
+        _check_density(schedule)
     span = _range(schedule)[1] if importance else None
     ratio = 1.0 if span is None else schedule.time_density(time) * span / rate()
 
@@ -146,6 +150,19 @@ def _called(
     check_like("weighting(t)", factor, tuple(like.shape), like.dtype, like.device, "t")
     check_finite("weighting(t)", factor)
     return factor
+
+
+def _check_density(schedule: Schedule) -> None:
+    """Raise ValueError if the class draws times of its own and inherits their density."""
+    if not schedule._has_density:
+        name = type(schedule).__name__
+        expected = f"{name} to have the density of its own sample_time, by which a loss is divided"
+        remedy = (
+            "Write time_density(t), per unit of t, in the class as well; or leave sample_time as "
+            "it is and give time_sampler=lambda batch, generator: ... to the loss."
+        )
+        got = "the time_density that it inherits"
+        raise ValueError(complaint("schedule", expected, schedule, remedy, got=got))
 
 
 def _range(schedule: Schedule) -> tuple[Tensor, Tensor]:

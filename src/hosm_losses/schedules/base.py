@@ -59,6 +59,17 @@ class Schedule:
     t_max: float
     integer_time: ClassVar[bool] = False
     _prior_std: ClassVar[float | None] = None
+    # Whether time_density is that of the sample_time of the class.
+    _has_density: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Note whether sample_time is overridden without time_density."""
+        super().__init_subclass__(**options)
+        drawn, density = (
+            next(place for place, each in enumerate(cls.__mro__) if name in vars(each))
+            for name in ("sample_time", "time_density")
+        )
+        cls._has_density = density <= drawn
 
     def alpha(self, t: Tensor) -> Tensor:
         """α(t), the factor of the data."""
@@ -146,7 +157,7 @@ class Schedule:
         return t.clamp(float(self.t_min), float(self.t_max))
 
     def time_density(self, t: Tensor | float) -> Tensor:
-        """Density of `sample_time` at t, per unit of t."""
+        """Density of `sample_time` at t, per unit of t: override both, or neither."""
         return torch.full_like(as_time(t), 1 / (self.t_max - self.t_min))
 
 

@@ -1,18 +1,19 @@
 r"""What a schedule has to be, checked where a ScoreModel is built.
 
 α and σ are positive, log σ̂ grows from the data at t_min to the noise at t_max, and what a class
-overrides or inherits agrees with its α and σ, derivatives with differences. This is looked at on a
-grid, on the CPU and in float64, whatever device the model is for: nothing is read from an
-accelerator.
+overrides or inherits agrees with its α and σ, derivatives with differences. Times of its own are
+drawn in [t_min, t_max]. This is looked at on a grid and on a few draws, on the CPU and in float64,
+whatever device the model is for: nothing is read from an accelerator.
 """
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_number, describe
+from hosm_losses._checks import check_number, complaint, describe
 from hosm_losses._torch_internals import outside_inference_mode
 from hosm_losses.schedules.base import Schedule
 
@@ -24,6 +25,7 @@ INNER = tuple(math.pi / k for k in (16, 6, 4))
 # The first stays between the entries of a table, the second is long enough for float32.
 STEPS = (1e-5, 1e-3)
 TOLERANCE = 1e-2
+DRAWS = 1000
 
 FROM_THE_DATA = (
     "t_min is the end of the data and t_max that of the noise. If the data are at t = 1, describe "
@@ -74,6 +76,9 @@ def check_schedule(schedule: object) -> Schedule:
     if not torch.compiler.is_compiling() and type(places) is Tensor:
         with outside_inference_mode(), torch.no_grad():
             _check_values(schedule, (1 - places) * low + places * high)
+            _check_prior(schedule)
+            if _overrides(schedule, "sample_time"):
+                _check_draws(schedule)
     return schedule
 
 
@@ -150,6 +155,43 @@ def _differences(schedule: Schedule, t: Tensor, h: float) -> dict[str, tuple[Ten
         "drift": (drift,),
         "rates": (alpha_rate, sigma_rate),
     }
+
+
+def _check_prior(schedule: Schedule) -> None:
+    prior: object = schedule.prior_std
+    number = isinstance(prior, Real) and not isinstance(prior, bool)
+    if not (number and 0 < float(prior) < math.inf):
+        remedy = "Write prior_std = 1.0 in the class, or a property that returns a number."
+        expected = f"prior_std of {type(schedule).__name__} to be a positive and finite number"
+        raise ValueError(complaint("schedule", expected, prior, remedy))
+
+
+def _check_draws(schedule: Schedule) -> None:
+    """Raise TypeError or ValueError unless its own times are (B,) and in the range."""
+    expected = f"sample_time of {type(schedule).__name__}"
+    # What it draws changes no numbers of the user's.
+    generator = torch.Generator("cpu").manual_seed(0)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            t: object = schedule.sample_time(
+                DRAWS, generator, device="cpu", dtype=torch.get_default_dtype()
+            )
+    except TypeError as error:
+        raise TypeError(
+            f"schedule: expected {expected} to take (batch, generator, *, device, dtype), as "
+            f"losses call it; got {_first_line(error)}. Give it these arguments."
+        ) from error
+    real = isinstance(t, Tensor) and (t.is_floating_point() or schedule.integer_time)
+    if not (real and t.device.type == "cpu" and t.shape == (DRAWS,)):
+        expected += f" to return a floating-point tensor of shape ({DRAWS},) on the CPU for these"
+        remedy = "Return times (batch,), of the dtype and on the device that it is asked for."
+        raise TypeError(complaint("schedule", expected, t, remedy))
+    low, high = schedule.t_min, schedule.t_max
+    if (i := _broken((t >= low) & (t <= high))) is not None:
+        expected += f" to draw times in [{low:g}, {high:g}], from t_min to t_max"
+        remedy = "Return self.clip(t) from it, or widen the range."
+        raise ValueError(complaint("schedule", expected, t, remedy, got=f"{float(t[i]):g}"))
 
 
 def _positive(schedule: Schedule, part: str, t: Tensor) -> Tensor:
