@@ -2,8 +2,9 @@
 
 The output is finite and depends on the arguments and the seed alone. Every sample is treated
 alone: one is kept and the others, with their times, are replaced, so that the batch keeps its size
-and dropout its mask. Then the samples are permuted with all that is taken to belong to them,
-unless the network draws random numbers, which go by place.
+and dropout its mask. Then the samples are permuted, and one of them repeated in the place of all,
+with all that is taken to belong to them: a set that they share is the same when permuted. It is
+not done if the network draws random numbers, which go by place.
 """
 
 from collections.abc import Callable, Collection
@@ -137,7 +138,7 @@ def check_samples(field: NoiseField, x: Tensor, precision: torch.dtype) -> None:
             f"the other samples of the batch, in {where}. {BATCH_NORM if batch_norm else ALONE}"
         )
     if torch.equal(evaluate(field, x, seed=1), value):
-        _check_permuted(field, x, value, rounding)
+        _check_moved(field, x, value, rounding)
 
 
 def _same(one: Tensor, other: Tensor, rounding: float) -> bool:
@@ -167,19 +168,23 @@ def _first_difference(
     return None
 
 
-def _check_permuted(field: NoiseField, x: Tensor, value: Tensor, rounding: float) -> None:
-    order = torch.arange(len(x), device=x.device).roll(1)
+def _check_moved(field: NoiseField, x: Tensor, value: Tensor, rounding: float) -> None:
+    places = torch.arange(len(x), device=x.device)
+    moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
 
     def follows(left: Collection[str]) -> bool:
         """Whether the outputs follow, if the tensors at these paths are left as they are."""
+        return all(moved(left, rows) for rows in moves)
+
+    def moved(left: Collection[str], rows: Tensor) -> bool:
         kwargs = per_sample(
-            field.kwargs, lambda path, tensor: tensor if path in left else tensor[order]
+            field.kwargs, lambda path, tensor: tensor if path in left else tensor[rows]
         )
         try:
-            moved = evaluate(replace(field, t=field.t[order], kwargs=kwargs), x[order])
+            found = evaluate(replace(field, t=field.t[rows], kwargs=kwargs), x[rows])
         except (RuntimeError, ValueError, LookupError):
             return False
-        return _same(moved, value[order], rounding)
+        return _same(found, value[rows], rounding)
 
     if follows(()):
         return
@@ -190,12 +195,13 @@ def _check_permuted(field: NoiseField, x: Tensor, value: Tensor, rounding: float
         if follows(left):
             raise DerivativeError(
                 f"{' and '.join(left)}: expected a tensor that belongs to the samples, as its "
-                f"first dimension is their number, {len(x)}; got one that does not move with "
-                "them. Mark what all samples share: hosm_losses.Shared(tensor) in its place."
+                f"first dimension is their number, {len(x)}; got one of which they use other "
+                "rows than their own. Mark what all samples share: hosm_losses.Shared(tensor) in "
+                "its place."
             )
     raise DerivativeError(
-        "network: expected outputs that follow their samples when the batch is permuted; got "
-        "others. Something depends on the place in the batch: code in the network, a tensor of "
-        "model_kwargs that belongs to the samples without having their number as its first "
-        "dimension, or one that is marked Shared."
+        "network: expected outputs that follow their samples when the batch is permuted, or one "
+        "of them repeated; got others. Something depends on the place in the batch: code in the "
+        "network, a tensor of model_kwargs that belongs to the samples without having their "
+        "number as its first dimension, or one that is marked Shared."
     )
