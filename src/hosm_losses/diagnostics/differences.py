@@ -18,6 +18,7 @@ Source:
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from hosm_losses.derivatives import Field, derive, gradients
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 STEP = {torch.float32: 3e-3, torch.float64: 3e-4}
 DRAWS = 3
+# Sizes of the ways in x that are tried where x is smaller.
+LONGER = (1e-3, 1e-2, 1e-1, 1.0)
 NAMES = ("value", "directional derivative", "gradient of the quadratic form")
 # What jumps, by the derivative of f that does.
 JUMPS = ("values that jump", "a first derivative that jumps")
@@ -73,14 +76,18 @@ class Agreement(Check):
     def find(self, field: Field, x: Tensor) -> str | None:
         """Say what disagrees however small the step, or None."""
         fault = None
+        # Next to an x that is small against what the field is curved over, differences of values
+        # are their rounding: longer ways in x, up to 1, leave it behind.
+        size = size_of(x)
+        scales = [size, *(scale for scale in LONGER if scale > size)]
         # A curved field needs a smaller step; what is wrong agrees with a difference of none.
-        for shrink in (1, 4, 16):
-            fault = self._disagreement(field, x, STEP[self.precision] / shrink)
+        for scale, shrink in product(scales, (1, 4, 16)):
+            fault = self._disagreement(field, x, scale, STEP[self.precision] / shrink)
             if fault is None:
                 return None
         return fault
 
-    def _disagreement(self, field: Field, x: Tensor, step: float) -> str | None:
+    def _disagreement(self, field: Field, x: Tensor, scale: float, step: float) -> str | None:
         owner = field.owner
         # Those of a network that is no Module nobody knows.
         parameters = owner.parameters() if isinstance(owner, nn.Module) else ()
@@ -88,7 +95,7 @@ class Agreement(Check):
         varied = [x.detach().clone().requires_grad_(), *trained]
         randn = random_like(x, seed=0)
         # Its own direction in every draw: along one of them a derivative may happen to vanish.
-        draws = [self._numbers(field, varied, randn, step) for _ in range(DRAWS)]
+        draws = [self._numbers(field, varied, randn, scale, step) for _ in range(DRAWS)]
         analytic, numeric = torch.tensor(draws, dtype=torch.float64).unbind(1)
         size = torch.maximum(analytic.norm(dim=0), numeric.norm(dim=0))
         errors = (analytic - numeric).norm(dim=0) / size.where(size != 0, 1)
@@ -104,14 +111,14 @@ class Agreement(Check):
         field: Field,
         varied: Sequence[Tensor],
         randn: Callable[[Tensor], Tensor],
+        scale: float,
         step: float,
     ) -> tuple[list[float], list[float]]:
         """⟨D, b⟩, ⟨G, c⟩ and the slopes of all forms, from derivatives and from differences."""
         x = varied[0]
-        scale = size_of(x)
         w = scale * randn(x)
         covectors = [randn(x) for _ in range(self.order)]
-        ways = [size_of(v) * randn(v) for v in varied]
+        ways = [scale * randn(x), *(size_of(v) * randn(v) for v in varied[1:])]
 
         def forms() -> Tensor:
             """⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩."""
