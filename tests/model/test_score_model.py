@@ -180,6 +180,11 @@ def test_pickle_and_safetensors(tmp_path):
         ((MLP(2), "vp"), {}, TypeError, "schedule: expected a schedule such as VPSchedule"),
         ((MLP(2), VP, "x0"), {}, ValueError, "prediction: expected one of 'epsilon', 'score'"),
         ((MLP(2), VP), {"time": "t"}, TypeError, "time: expected a factor, a callable or None"),
+        ((MLP(2), VP), {"time": True}, TypeError, "time: expected a factor.*; got True"),
+        ((MLP(2), VP), {"time": float("nan")}, ValueError, "time: expected a finite.*; got nan"),
+        ((MLP(2), VP), {"time": float("inf")}, ValueError, "time: expected a finite.*; got inf"),
+        ((MLP(2), VP), {"primitives": "no"}, TypeError, "primitives: expected True or False; got"),
+        ((MLP(2), VP), {"primitives": None}, TypeError, "primitives: expected True or False; got"),
         ((MLP(2), VP), {"output": 0}, TypeError, "output: expected a callable or None; got 0"),
     ],
 )

@@ -215,6 +215,13 @@ def test_complex_times_are_refused():
         hosm.VPSchedule()(torch.tensor(1j, dtype=torch.complex64))
 
 
+@pytest.mark.parametrize("t", [None, "0.5", object(), {0.5}])
+def test_what_is_no_time_is_refused(t):
+    for method in ("__call__", "alpha", "time", "squared_diffusion", "time_density"):
+        with pytest.raises(TypeError, match=r"t: expected times as a tensor, a number, an array"):
+            getattr(hosm.VPSchedule(), method)(t)
+
+
 def test_a_tensor_is_taken_as_it_is():
     t = torch.tensor([0.5])
     assert as_time(t) is t

@@ -20,6 +20,7 @@ Source:
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,7 +28,9 @@ from torch import Tensor, nn
 
 from hosm_losses._checks import (
     check_choice,
+    check_flag,
     check_like,
+    check_number,
     check_range,
     complaint,
     expand_right,
@@ -86,9 +89,9 @@ class ScoreModel(nn.Module):
 
     Raises:
         TypeError: if the schedule is none or returns no tensors like t, or the network, `time`,
-            `output` or `call` cannot be called.
-        ValueError: for a prediction of another name, or a schedule under which the noise in units
-            of the data, σ/α, is not finite or does not grow from t_min to t_max.
+            `output` or `call` cannot be called, or `primitives` is neither True nor False.
+        ValueError: for a prediction of another name, a factor that is not finite, or a schedule
+            under which the noise in units of the data, σ/α, is not finite or does not grow with t.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -113,8 +116,11 @@ class ScoreModel(nn.Module):
             raise TypeError(complaint("network", "an nn.Module or a callable", network))
         check_schedule(schedule)
         check_choice("prediction", prediction, get_args(Prediction))
-        if not (time is None or isinstance(time, int | float) or callable(time)):
-            raise TypeError(complaint("time", "a factor, a callable or None", time))
+        if not (time is None or callable(time)):
+            if isinstance(time, bool) or not isinstance(time, Real):
+                raise TypeError(complaint("time", "a factor, a callable or None", time))
+            check_number("time", time, "a finite factor")
+        check_flag("primitives", primitives)
         for name, given in (("output", output), ("call", call)):
             if not (given is None or callable(given)):
                 raise TypeError(complaint(name, "a callable or None", given))

@@ -11,12 +11,13 @@ Source:
 
 import math
 from collections.abc import Callable
+from numbers import Number
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import at_least_float32, describe
+from hosm_losses._checks import at_least_float32, complaint, describe
 from hosm_losses._torch_internals import forward_mode
 
 UNDEFINED = "{}: a schedule defines alpha(t) and sigma(t)."
@@ -163,6 +164,8 @@ class Schedule:
 
 def as_time(t: Tensor | float) -> Tensor:
     """Return t as a tensor, float32 at least; numbers, arrays and lists become CPU tensors."""
+    if not (isinstance(t, (Tensor, Number, list, tuple)) or hasattr(t, "__array__")):
+        raise TypeError(complaint("t", "times as a tensor, a number, an array or a list", t))
     time = t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu")
     if time.is_complex():
         raise TypeError(f"t: expected real times; got {describe(t)}.")
