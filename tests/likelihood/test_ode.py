@@ -68,7 +68,7 @@ def test_clean_data_has_the_start_of_the_variational_bound(name):
     points = alpha * x + sigma * noise
     there = hosm.ode_nll(model, points, **options)
     error = model(points, torch.full((300,), model.schedule.t_min)) - noise
-    expected = there.nll + (error.square() - 1).sum(1) / 2 - 2 * alpha.log()
+    expected = there.nll + (error.square() - noise.square()).sum(1) / 2 - 2 * alpha.log()
     torch.testing.assert_close(result.nll, expected)
     assert torch.equal(result.nfe, there.nfe + 1)
     bound = hosm.variational_nll(

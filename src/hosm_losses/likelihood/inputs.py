@@ -105,14 +105,16 @@ def noised(batch: Batch) -> tuple[Batch, Tensor]:
     """The batch at t_min by a draw of noise, and what to add to its nll for that of x, (B,).
 
     −log p(x) ≤ E[−log p(x_tmin) + log q(x_tmin|x) − log p(x|x_tmin)], with the decoder of
-    `variational`: the last two are ½ (‖ε̂ − ε‖² − d) − d log α(t_min).
+    `variational`: the last two are ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). They go with the noise
+    that was drawn, ‖ε‖² and not its mean d: a change of p(x_tmin) with ε cancels, and the mean of
+    exp(−nll) over draws is a density of x.
     """
     x, coordinates = batch.x, batch.coordinates
     start, _ = coordinates.ends(coordinates.schedule.log_sigma_hat_range)
     noise = torch.randn(x.shape, generator=batch.generator, device=x.device, dtype=x.dtype)
     points = start.alpha * x + start.sigma * noise
     error = batch.noise(points, start) - noise
-    correction = over_elements(error.square() - 1, 1) / 2
+    correction = over_elements(error.square() - noise.square(), 1) / 2
     correction = correction - x[0].numel() * start.alpha.log().reshape(())
     return replace(batch, x=points), correction
 

@@ -88,11 +88,14 @@ def ode_nll(
         data_std: standard deviation of the data, likewise.
         log_prior: log-density at t_max, latent (B, *) → (B,); N(0, prior_std² I) if None.
         clean: whether x is data without noise. One draw of noise then brings it to t_min, and nll
-            bounds that of x from above as in `variational_nll`, with which it compares.
+            bounds that of x from above in its mean, as in `variational_nll`, with which it
+            compares. What the draw changes is not in `standard_error`; for a good model it is
+            small.
         dequantization: "uniform" for uint8 images: x becomes −1 + 2 (x + u)/256 with u uniform,
             and `bits_per_dim` counts the bits of the integers. None for continuous data.
-        dequantization_draws: K draws of u, whose densities are averaged for a tighter bound, at K
-            times the cost; above 1 with divergence="exact" alone.
+        dequantization_draws: K draws of u, and of the noise if `clean`, whose densities are
+            averaged for a tighter bound, at K times the cost; above 1 with divergence="exact"
+            alone.
         batch_size: samples solved at a time, all if None.
         progress: whether to show a progress bar, for which tqdm has to be installed.
         enable_grad: whether the result carries a graph, for gradients through it.
