@@ -39,7 +39,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hosm_losses._checks import expand_right, over_elements, users_level
+from hosm_losses._checks import over_elements, users_level
 from hosm_losses._torch_internals import vmapped
 from hosm_losses.likelihood.paths import NoiseLevel, Paths, Solved, solver_limit
 
@@ -236,14 +236,11 @@ def _guarded(
     paths: Paths, found: MultistepSolution, companion: MultistepSolution, far: NoiseLevel
 ) -> Tensor:
     """The estimate of the path's error from a solution and its companion, that end at a level."""
-    arrived = companion.state.isfinite().flatten(1).all(1)
     end = paths.batch.coordinates.to_x(found.state, far)
     other = paths.batch.coordinates.to_x(companion.state, far)
-    # A prior that looks at its argument is not shown what a companion lost.
-    other = torch.where(expand_right(arrived, end), other, end)
     prior = paths.batch.log_prior_at(end) - paths.batch.log_prior_at(other)
     difference = (prior + found.coarse - companion.integral).abs()
-    return _estimate(found, companion.path_error, difference.where(arrived, math.nan))
+    return _estimate(found, companion.path_error, difference)
 
 
 def _estimate(found: MultistepSolution, companion: Tensor, difference: Tensor) -> Tensor:

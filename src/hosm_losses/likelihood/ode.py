@@ -86,7 +86,8 @@ def ode_nll(
             `data_std` it sets coordinates in which Gaussian data does not move. It changes the
             solver's error alone.
         data_std: standard deviation of the data, likewise.
-        log_prior: log-density at t_max, latent (B, *) → (B,); N(0, prior_std² I) if None.
+        log_prior: log-density at t_max, latent (B, *) → (B,); N(0, prior_std² I) if None. It is
+            given latents in the network's dtype, float32 at least, and may return that or more.
         clean: whether x is data without noise. One draw of noise then brings it to t_min, and nll
             bounds that of x from above in its mean, as in `variational_nll`, with which it
             compares. What the draw changes is not in `standard_error`; for a good model it is

@@ -119,6 +119,11 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
+def all_finite(samples: Tensor) -> Tensor:
+    """Whether all elements of each sample (B, *) are finite, (B,)."""
+    return torch.isfinite(samples).reshape(len(samples), -1).all(1)
+
+
 def solver_limit(elements: int) -> float:
     """The solver_error in nats above which a sample of so many elements has failed."""
     return max(SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT * elements)
@@ -152,15 +157,27 @@ class Batch:
         return -self.field(level)(x.to(self.dtype)).to(x.dtype)
 
     def log_prior_at(self, latent: Tensor) -> Tensor:
-        """Log-density (B,) of the prior at latents (B, *), in their precision."""
+        """Log-density (B,) of the prior at latents (B, *), in their precision.
+
+        It is NaN where a latent is not finite. A prior that looks at its argument is shown zeros
+        there, and no gradient comes from them.
+        """
+        wide = torch.promote_types(self.dtype, torch.float32)
+        given = latent if self.log_prior is None else latent.to(wide)
+        finite = all_finite(given)
+        given = torch.where(expand_right(finite, given), given, 0.0)
         if self.log_prior is None:
             std = self.coordinates.schedule.prior_std
             normalisation = latent[0].numel() * math.log(2 * math.pi * std**2)
-            return -0.5 * (over_elements(latent.square(), 1) / std**2 + normalisation)
-        value = self.log_prior(latent.to(self.dtype))
-        shape = (len(latent),)
-        check_like("log_prior(latent)", value, shape, self.dtype, latent.device, "x")
-        return value.to(latent.dtype)
+            value = -0.5 * (over_elements(given.square(), 1) / std**2 + normalisation)
+        else:
+            value = self.log_prior(given)
+            shape, dtype = (len(given),), wide
+            if isinstance(value, Tensor) and value.is_floating_point():
+                whole = torch.promote_types(value.dtype, self.dtype) == value.dtype
+                dtype = value.dtype if whole else wide
+            check_like("log_prior(latent)", value, shape, dtype, given.device, "x")
+        return value.to(latent.dtype).masked_fill(~finite, math.nan)
 
 
 class Solved(NamedTuple):
