@@ -99,7 +99,10 @@ def ode_nll(
             alone.
         batch_size: samples solved at a time, all if None.
         progress: whether to show a progress bar, for which tqdm has to be installed.
-        enable_grad: whether the result carries a graph, for gradients through it.
+        enable_grad: whether the result carries a graph, for gradients through it. The network is
+            then called twice for each evaluation, first without a graph, which finds the samples
+            whose values are not finite: the gradients of the others are as if those were absent.
+            `nfe` counts one.
         generator: the source of the probes, on the device of x; the global one if None.
         model_kwargs: keyword arguments of the network.
 

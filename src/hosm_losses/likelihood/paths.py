@@ -154,7 +154,9 @@ class Batch:
 
     def noise(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """ε̂ at other points (B, *) of the batch, in their precision."""
-        return -self.field(level)(x.to(self.dtype)).to(x.dtype)
+        field = self.field(level)
+        given, lost = apart(field, x.to(self.dtype))
+        return -marked(field(given), lost).to(x.dtype)
 
     def log_prior_at(self, latent: Tensor) -> Tensor:
         """Log-density (B,) of the prior at latents (B, *), in their precision.
@@ -211,13 +213,14 @@ class Paths:
         self, z: Tensor, level: NoiseLevel, probes: Tensor | None, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """ε̂ of the rows (all if None), dz/du, and samples (K, n) of what is integrated over u."""
-        coordinates = self.batch.coordinates
-        x = coordinates.to_x(z, level).to(self.batch.dtype)
+        coordinates, field = self.batch.coordinates, self.batch.field(level, rows)
+        x, lost = apart(field, coordinates.to_x(z, level).to(self.batch.dtype))
         if self.probes is None:
-            noise = -self.batch.field(level, rows)(x).to(z.dtype)
+            noise = -marked(field(x), lost).to(z.dtype)
             return noise, coordinates.slope(z, noise, level), z.new_zeros(1, len(z))
-        value, divergence = with_divergence(self.batch.field(level, rows), x, probes)
-        noise, integrand = -value.to(z.dtype), coordinates.integrand(-divergence, level)
+        value, divergence = with_divergence(field, x, probes)
+        noise = -marked(value, lost).to(z.dtype)
+        integrand = coordinates.integrand(-marked(divergence.T, lost).T, level)
         return noise, coordinates.slope(z, noise, level), integrand
 
 
@@ -250,6 +253,25 @@ def followed(paths: Paths, solve: Solver, *, backwards: bool = False) -> NLLResu
         failed=solved.failed,
         steps=solved.steps,
     )
+
+
+def apart(field: NoiseField, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x (B, *) with ones for the samples of which f is not finite, and which they are, (B,).
+
+    A graph has to be kept free of them: 0 · NaN is NaN, and one of them would take the gradients
+    of all parameters with it. So f is looked at first. Without a graph x stays as it is, and no
+    sample is named.
+    """
+    if not torch.is_grad_enabled():
+        return x, None
+    with torch.no_grad():
+        lost = ~(all_finite(x) & all_finite(field(x)))
+    return torch.where(expand_right(lost, x), 1.0, x), lost
+
+
+def marked(values: Tensor, lost: Tensor | None) -> Tensor:
+    """The values (B, *) with NaN for the samples that `apart` named."""
+    return values if lost is None else values.masked_fill(expand_right(lost, values), math.nan)
 
 
 def with_divergence(field: NoiseField, x: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:

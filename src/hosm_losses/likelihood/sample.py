@@ -109,7 +109,7 @@ def ode_sample(
         log_prior: log-density at t_max, latent (B, *) → (B,), of the latents that are given.
         batch_size: samples solved at a time, all if None.
         progress: whether to show a progress bar, for which tqdm has to be installed.
-        enable_grad: whether the result carries a graph, for gradients through it.
+        enable_grad: whether the result carries a graph, for gradients through it; as in `ode_nll`.
         generator: the source of the latents and the probes; the global one if None.
         model_kwargs: keyword arguments of the network.
 
