@@ -206,6 +206,48 @@ def test_a_sample_that_failed_is_left_out_and_counted():
     assert "; failed and left out: " in str(report)
 
 
+@pytest.mark.parametrize("truth", ["atoms", "model"])
+def test_data_of_shape_b_is_data_of_one_element(truth):
+    schedule = SCHEDULES["vp"]
+
+    def network(x, t):
+        return 0.9 * x / (1 + x.square())
+
+    model, x0 = hosm.ScoreModel(network, schedule), torch.tensor([0.3, -0.2, 1.1])
+    exact = hosm.ScoreModel(lambda x, t: x.sin(), schedule)
+    reports = [
+        hosm.likelihood_gap(
+            model,
+            data,
+            reference=data[:2] if truth == "atoms" else exact,
+            nodes=2,
+            steps=8,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for data in (x0, x0[:, None])
+    ]
+    found, expected = (
+        torch.tensor([[each.value for each in curve] for curve in report.curves.values()])
+        for report in reports
+    )
+    torch.testing.assert_close(found, expected)
+    for name, number in reports[0].numbers.items():
+        assert number.value == pytest.approx(reports[1].numbers[name].value)
+
+
+def test_a_network_that_writes_to_its_conditions_writes_to_copies():
+    exact = gaussian(SCHEDULES["vp"], STD)
+
+    def network(x, t, y):
+        y.mul_(0.5)
+        return exact(x, t)
+
+    model, y = hosm.ScoreModel(network, SCHEDULES["vp"]), torch.ones(4)
+    x0 = torch.randn(4, 2)
+    hosm.likelihood_gap(model, x0, nodes=2, steps=8, model_kwargs={"y": y})
+    assert torch.equal(y, torch.ones(4))
+
+
 @pytest.mark.parametrize("kind", ["discrete", "half", "inference", "module"])
 def test_odd_models_and_modes(kind):
     class Module(nn.Module, hosm.VPSchedule):
@@ -234,6 +276,7 @@ def test_odd_models_and_modes(kind):
     [
         ({"nodes": 1}, ValueError, "nodes: expected a whole number of at least 2"),
         ({"reference": torch.ones(3, 5)}, ValueError, "reference: expected a ScoreModel, atoms"),
+        ({"reference": torch.tensor(1.0)}, ValueError, "reference: expected a ScoreModel, atoms"),
         ({"reference": torch.ones(0, 2)}, ValueError, "reference: expected a ScoreModel, atoms"),
         ({"reference": torch.full((3, 2), math.nan)}, ValueError, "reference"),
         ({"reference": gaussian(SCHEDULES["ve"], STD)}, ValueError, "of the model's schedule"),

@@ -1,5 +1,9 @@
 """ode_sample: the paths of ode_nll backwards, with the density of what comes out."""
 
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -134,6 +138,17 @@ def test_a_graph_on_request():
     assert not hosm.ode_sample(model_of(network), latent, steps=4).x.requires_grad
 
 
+def test_its_options_are_those_of_ode_nll_but_for_four():
+    """Which docs/likelihood.md names."""
+    names = [set(inspect.signature(each).parameters) for each in (hosm.ode_nll, hosm.ode_sample)]
+    lacking = {"clean", "companion", "dequantization", "dequantization_draws"}
+    assert names[0] - names[1] == {"x", *lacking}
+    assert names[1] - names[0] == {"latent"}
+    page = (Path(__file__).parents[2] / "docs" / "likelihood.md").read_text()
+    said = page.split("## Samples with their density")[1].split("```")[0]
+    assert set(re.findall(r"`(\w+)`", said)) == {"ode_nll", *lacking}
+
+
 class Breaks(nn.Module):
     def forward(self, x, t):
         return torch.where(x[:, :1] > 0, x, float("nan"))
@@ -155,7 +170,7 @@ def test_a_failed_sample_is_marked_and_says_why(divergence):
     ("latent", "options", "error", "told"),
     [
         ("noise", {}, TypeError, "latent: expected a tensor"),
-        ((5,), {}, TypeError, "its shape"),
+        ((), {}, TypeError, "its shape"),
         ((5, 0), {}, ValueError, "latent's shape: expected a whole number of at least 1"),
         ((5, 3), {"divergence": "none"}, ValueError, r"divergence \(or None\)"),
         ((5, 3), {"steps": 3}, ValueError, "steps: expected a whole number of at least 4"),

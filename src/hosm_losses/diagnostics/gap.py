@@ -228,7 +228,8 @@ def _orders(
     """f (B, *), σ ∂f/∂x e_i for every unit vector (d, B, *), and σ² ∇∇·f (B, *)."""
     sigma = expand_right(model.coefficients(t, x)[1], x).to(x.dtype)
     with torch.no_grad():
-        field_of = noise_field(model, t, kwargs)
+        # By numbers: a network that writes to its conditions writes to copies.
+        field_of = noise_field(model, t, kwargs).rows(torch.arange(len(x), device=x.device))
         found: Any = field_of.derive(x, sigma * unit_vectors(x), order=3, summed=True)
     value, directional, third = found
     return value[0], directional, third.sum(0)
@@ -288,7 +289,7 @@ def _reference(
     expected = f"a ScoreModel, atoms of shape (N, {str(tuple(data.shape[1:]))[1:]}, or None"
     if not isinstance(reference, Tensor):
         raise TypeError(complaint("reference", expected, reference))
-    if reference.shape[1:] != data.shape[1:] or not len(reference):
+    if reference.ndim != data.ndim or reference.shape[1:] != data.shape[1:] or not len(reference):
         raise ValueError(complaint("reference", expected, reference))
     check_finite("reference", reference)
     atoms = reference.to(data)
@@ -296,7 +297,7 @@ def _reference(
     def noise(x: Tensor, t: Tensor, **_: Any) -> Tensor:
         alpha, sigma = (expand_right(each, x).unsqueeze(1) for each in schedule(t))
         noises = (x.unsqueeze(1) - alpha * atoms) / sigma
-        shares = (-0.5 * noises.square().flatten(2).sum(-1)).softmax(1)
+        shares = (-0.5 * over_elements(noises.square())).softmax(1).to(x.dtype)
         return (expand_right(shares, noises) * noises).sum(1)
 
     return ScoreModel(noise, schedule)

@@ -167,8 +167,8 @@ def ode_sample(
 
 def _drawn(model: ScoreModel, shape: object, generator: torch.Generator | None) -> Tensor:
     """Latents of a shape, of the prior."""
-    if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) < 2:
-        expected = "a tensor (B, *) at t_max, or its shape, B and at least one more number"
+    if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
+        expected = "a tensor (B, *) at t_max, or its shape, which begins with B"
         raise TypeError(complaint("latent", expected, shape))
     sizes = [check_whole("latent's shape", size, 1) for size in shape]
     parameters = model.network.parameters() if isinstance(model.network, nn.Module) else ()
