@@ -99,10 +99,8 @@ def ode_nll(
             alone.
         batch_size: samples solved at a time, all if None.
         progress: whether to show a progress bar, for which tqdm has to be installed.
-        enable_grad: whether the result carries a graph, for gradients through it. The network is
-            then called twice for each evaluation, first without a graph, which finds the samples
-            whose values are not finite: the gradients of the others are as if those were absent.
-            `nfe` counts one.
+        enable_grad: whether the result carries a graph, for gradients through it. A sample that
+            fails has none, and leaves those of the others.
         generator: the source of the probes, on the device of x; the global one if None.
         model_kwargs: keyword arguments of the network.
 

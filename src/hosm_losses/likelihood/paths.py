@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_like, expand_right, over_elements
+from hosm_losses._torch_internals import traced
 from hosm_losses.likelihood.result import SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT, NLLResult
 from hosm_losses.model import ConditionedModel, NoiseField
 from hosm_losses.probes import Distribution, draw_probes, unit_vector_chunks
@@ -154,9 +155,8 @@ class Batch:
 
     def noise(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """ε̂ at other points (B, *) of the batch, in their precision."""
-        field = self.field(level)
-        given, lost = apart(field, x.to(self.dtype))
-        return -marked(field(given), lost).to(x.dtype)
+        (value,) = apart(lambda points: (self.field(level)(points),), x.to(self.dtype))
+        return -value.to(x.dtype)
 
     def log_prior_at(self, latent: Tensor) -> Tensor:
         """Log-density (B,) of the prior at latents (B, *), in their precision.
@@ -214,14 +214,20 @@ class Paths:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """ε̂ of the rows (all if None), dz/du, and samples (K, n) of what is integrated over u."""
         coordinates, field = self.batch.coordinates, self.batch.field(level, rows)
-        x, lost = apart(field, coordinates.to_x(z, level).to(self.batch.dtype))
-        if self.probes is None:
-            noise = -marked(field(x), lost).to(z.dtype)
-            return noise, coordinates.slope(z, noise, level), z.new_zeros(1, len(z))
-        value, divergence = with_divergence(field, x, probes)
-        noise = -marked(value, lost).to(z.dtype)
-        integrand = coordinates.integrand(-marked(divergence.T, lost).T, level)
-        return noise, coordinates.slope(z, noise, level), integrand
+
+        def evaluated(x: Tensor) -> tuple[Tensor, ...]:
+            if self.probes is None:
+                return (field(x),)
+            value, divergence = with_divergence(field, x, probes)
+            return value, divergence.T  # samples first
+
+        x = coordinates.to_x(z, level).to(self.batch.dtype)
+        value, *divergences = apart(evaluated, x)
+        noise = -value.to(z.dtype)
+        slope = coordinates.slope(z, noise, level)
+        if not divergences:
+            return noise, slope, z.new_zeros(1, len(z))
+        return noise, slope, coordinates.integrand(-divergences[0].T, level)
 
 
 Solver = Callable[[Paths, Tensor, tuple[float, float]], Solved]
@@ -255,23 +261,23 @@ def followed(paths: Paths, solve: Solver, *, backwards: bool = False) -> NLLResu
     )
 
 
-def apart(field: NoiseField, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x (B, *) with ones for the samples of which f is not finite, and which they are, (B,).
+def apart(evaluate: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
+    """What is evaluated at x (B, *), kept free of samples that are not finite if it has a graph.
 
-    A graph has to be kept free of them: 0 · NaN is NaN, and one of them would take the gradients
-    of all parameters with it. So f is looked at first. Without a graph x stays as it is, and no
-    sample is named.
+    0 · NaN is NaN: one of them would take the gradients of all parameters with it. They are
+    replaced by ones and their values are NaN; where they come out of finite x, in a second
+    evaluation, but for a transform of torch.func, under which no value can be looked at.
     """
     if not torch.is_grad_enabled():
-        return x, None
-    with torch.no_grad():
-        lost = ~(all_finite(x) & all_finite(field(x)))
-    return torch.where(expand_right(lost, x), 1.0, x), lost
-
-
-def marked(values: Tensor, lost: Tensor | None) -> Tensor:
-    """The values (B, *) with NaN for the samples that `apart` named."""
-    return values if lost is None else values.masked_fill(expand_right(lost, values), math.nan)
+        return evaluate(x)
+    lost = ~all_finite(x)
+    found = evaluate(torch.where(expand_right(lost, x), 1.0, x))
+    if not traced():
+        good = torch.stack([all_finite(each.detach()) for each in found]).all(0)
+        if not bool((good | lost).all()):
+            lost = lost | ~good
+            found = evaluate(torch.where(expand_right(lost, x), 1.0, x))
+    return tuple(each.masked_fill(expand_right(lost, each), math.nan) for each in found)
 
 
 def with_divergence(field: NoiseField, x: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
