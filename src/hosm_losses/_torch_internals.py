@@ -51,7 +51,7 @@ def vmapped() -> bool:
 
 def traced() -> bool:
     """Whether torch.compile or a transform of torch.func is around: no value can be read."""
-    return torch.compiler.is_compiling() or transformed()
+    return torch.compiler.is_compiling() or _C._functorch.peek_interpreter_stack() is not None
 
 
 def surrounded() -> bool:

@@ -6,7 +6,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import hosm_losses as hosm
+from hosm_losses.derivatives import primitives
 from hosm_losses.derivatives.primitive_mode import safe_primitives
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_small(monkeypatch):
+    monkeypatch.setattr(primitives, "SMALL", 0)
+
 
 MASK = torch.tensor([[True, False, True], [True, True, False], [False, True, False]])
 
@@ -107,6 +114,16 @@ def along_itself(function, tensors, step=1e-5):
         moved = [(tensor * (1 + sign * step)).requires_grad_() for tensor in tensors]
         parts.append(torch.autograd.grad(function(*moved).sin().sum(), moved))
     return [(one - other) / (2 * step) for one, other in zip(*parts, strict=True)]
+
+
+def test_small_tensors_go_through_the_composition(monkeypatch):
+    nodes = []
+    for small in (0, 6, 7):
+        monkeypatch.setattr(primitives, "SMALL", small)
+        with safe_primitives(at_first=True):
+            value = F.layer_norm(torch.ones(2, 3, requires_grad=True), (3,))
+        nodes.append(type(value.grad_fn).__name__)
+    assert nodes[0] == nodes[1] != nodes[2]
 
 
 def test_a_dropout_inside_attention_is_drawn_once():

@@ -255,7 +255,8 @@ def _at_first(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def primitive(*args: Any, **named: Any) -> Tensor:
         # A transform takes derivatives by itself, and a mask of dropout is not drawn again.
         dropout = args[4] if native is SDPA and len(args) > 4 else named.get("dropout_p")
-        if traced() or dropout:
+        small = args and isinstance(args[0], Tensor) and args[0].numel() < SMALL
+        if small or traced() or dropout:
             return safe(*args, **named)
         flat = [*args, *named.values()]
         places = [place for place, entry in enumerate(flat) if isinstance(entry, Tensor)]
@@ -279,5 +280,7 @@ def _at_first(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 SDPA = F.scaled_dot_product_attention
+# Elements of what is called small: the composition takes less time than one more Function.
+SMALL = 2**16
 NORMS = (F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm)
 AT_FIRST = {**PRIMITIVES, **{each: _at_first(each) for each in (*NORMS, SDPA)}}

@@ -71,8 +71,9 @@ class Jet(Tensor):
             jet = stack.movedim(0, -1).as_subclass(_Traced)
         else:
             jet = shell(_Opaque, stack)
-            for carrying in aliases.THREAD.carrying[-1:]:
-                carrying.jets.append(weakref.ref(jet))
+            calls = aliases.THREAD.carrying
+            if calls:
+                calls[-1].jets.append(weakref.ref(jet))
         jet.stack, jet.firsts, jet.pairs = stack, firsts, pairs
         jet.memory = jet.root = jet.move = None
         return jet
@@ -176,7 +177,8 @@ def aligned(stack: Tensor, ndim: int) -> Tensor:
 
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Evaluate a function of PyTorch on arguments with Jets among them."""
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         args = tuple(map(unpacked, args))
         kwargs = {name: unpacked(value) for name, value in kwargs.items()}
     constant = CONSTANT.get(func)
@@ -192,7 +194,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     if kwargs.get("inplace"):
         target = args[0] if args else kwargs["input"]
         return written(target, call(func, args, {**kwargs, "inplace": False}))
-    if torch.compiler.is_compiling():
+    if compiling:
         for method, found in IN_PYTHON:
             if func is method:
                 return _run(found, func, args, kwargs)
