@@ -115,8 +115,8 @@ def third_order_dsm(
             A pair has a weighting of the first term and one of the higher terms, "noise" or a
             callable.
         time_sampler: "schedule" draws t as the schedule does. "log_sigma_hat" draws it uniformly
-            in log σ̂, between the indices of a table too, and reweights, so that the mean of every
-            term stays what it was. A callable (batch size, generator) → t (B,) is used as if its t
+            in log σ̂, and reweights, so that the mean of every term stays what it was; of a table
+            it draws whole indices. A callable (batch size, generator) → t (B,) is used as if its t
             had been given. None is "log_sigma_hat" with weighting="likelihood", else "schedule".
         derivative: "auto", "taylor", "reverse" or "forward"; see the page on derivatives.
         third: how the third order is estimated. "exact" matches G = σ² ∇(vᵀ ∂f v), as in the
@@ -175,8 +175,7 @@ def stein_dsm(model: ScoreModel, x0: Tensor, **arguments: Unpack[SteinArguments]
         x0: data (B, *).
         weight: of the rate, a number of at least 0 or a tensor of one element; 1 if None.
         t: times (B,) in the schedule's units, which count as uniform. If None they are drawn with
-            log σ̂ uniform, between the indices of a table too: give t where the network takes
-            whole indices only.
+            log σ̂ uniform; of a table as whole indices.
         probes: K, 2 or more: the estimates of two halves are multiplied with each other.
         probe: v of shape (K, B, *), used as it is; drawn if None.
         **arguments: those shown, as in `third_order_dsm`, which also says what is raised.

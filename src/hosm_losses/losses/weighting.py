@@ -14,6 +14,10 @@ Formula, of the factor of the first term; that of the higher terms is 1:
     the constant (u₁ − u₀) d. Against "noise" the first term then counts d g²/(2σ² p) times as
     much: weights have to be chosen anew.
 
+    Under a table t is an index i, drawn by "log_sigma_hat" with the probability w_i/(u₁ − u₀) for
+    the width w_i of what is nearer to u_i than to its neighbours, in log σ̂. In the formulas above
+    w_i stands for du/dt and 1/N for p: integrals over u become sums by the trapezoidal rule.
+
 Source:
     Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", arXiv 2101.09258,
     theorem 1 and appendix B; g²/σ² = 2 d log σ̂/dt makes the importance density uniform in log
@@ -85,7 +89,8 @@ def draw_time(
         return schedule.sample_time(len(x0), generator, device=x0.device, dtype=dtype)
     low, span = _range(schedule)
     unit = torch.rand((len(x0),), generator=generator, device=x0.device, dtype=dtype)
-    return schedule.time(low + span * unit)
+    t = schedule.time(low + span * unit)
+    return t.round().long() if schedule.integer_time else t
 
 
 def time_factors(
@@ -107,9 +112,13 @@ def time_factors(
     if first == higher == "noise" and not importance:
         return None, None
     schedule, time, elements = model.schedule, model.time_in(t, x0), x0[0].numel()
+    indices = not t.is_floating_point()
 
     def rate() -> Tensor:
-        """du/dt = g²/(2σ²)."""
+        """du/dt = g²/(2σ²), of an index the width of its part of log σ̂."""
+        if indices:
+            above, below = (schedule.clip(time + half) for half in (0.5, -0.5))
+            return schedule.log_sigma_hat(above) - schedule.log_sigma_hat(below)
         return schedule.squared_diffusion(time) / (2 * schedule.sigma(time).square())
 
     # By the other sampler the first term of "likelihood" needs no density.
@@ -130,7 +139,7 @@ def time_factors(
             return torch.ones_like(time) * (span * elements)
         if drawn and sampler == "schedule":
             return rate() * elements / schedule.time_density(time)
-        return (schedule.t_max - schedule.t_min) * rate() * elements
+        return (schedule.t_max - schedule.t_min + indices) * rate() * elements
 
     of_first = factor(first)
     return of_first, of_first if higher is first else factor(higher)

@@ -74,9 +74,9 @@ class Table:
 class DiscreteSchedule(Schedule):
     """A table of ᾱ = α² with σ² = 1 − ᾱ; t is the index 0 … N−1, integer or float.
 
-    Between the entries log σ̂ is linear in t. Draws of `sample_time` are integers;
-    time_sampler="log_sigma_hat", weighting="likelihood", `stein_dsm`, the likelihood and
-    `check_derivatives` without t take indices between them. An index outside the table is a
+    Between the entries log σ̂ is linear in t. Losses draw integers, by any time_sampler, and sum
+    by the trapezoidal rule what they integrate under another schedule. The likelihood, and
+    `check_derivatives` without t, take indices between them. An index outside the table is a
     ValueError on the CPU; on an accelerator a look would make the host wait.
 
     Args:
@@ -205,6 +205,10 @@ class DiscreteSchedule(Schedule):
         left = (right - 1).clamp(0, len(table) - 2)
         low, high = _entries(table, left), _entries(table, left + 1)
         return self.clip(left + (target - low) / (high - low))
+
+    def time_density(self, t: Tensor | float) -> Tensor:
+        """Probability with which `sample_time` draws an index, 1/N."""
+        return torch.full_like(as_time(t), 1 / len(self.alphas_cumprod))
 
     def _draw(self, shape: tuple[int], **options: Any) -> Tensor:
         options["dtype"] = torch.int64

@@ -1,0 +1,85 @@
+"""Under a table a sampler draws indices, and changes no mean: finite sums over all of them."""
+
+import numpy as np
+import pytest
+import torch
+
+import hosm_losses as hosm
+from hosm_losses.losses.weighting import draw_time, time_factors
+from tests.oracles import MLP
+
+TABLES = {
+    "two": hosm.DiscreteSchedule([0.9, 0.2]),
+    "ten": hosm.DiscreteSchedule.linear(10, 1e-2, 0.5),
+    "uneven": hosm.DiscreteSchedule([0.99, 0.98, 0.5, 0.45, 0.1, 0.001]),
+    "thousand": hosm.DiscreteSchedule.linear(),
+}
+WEIGHTINGS = {
+    "noise": "noise",
+    "native": "native",
+    "callable": lambda t: t.double() + 1,
+    "likelihood": "likelihood",
+    "pair": ("likelihood", lambda t: t.double() + 1),
+}
+
+
+def widths(schedule):
+    """What of log σ̂ is nearest to each entry, (N,)."""
+    bars = np.array(schedule.alphas_cumprod)
+    u = 0.5 * (np.log1p(-bars) - np.log(bars))
+    edges = np.concatenate([u[:1], (u[1:] + u[:-1]) / 2, u[-1:]])
+    return torch.tensor(np.diff(edges))
+
+
+def built(schedule):
+    return hosm.ScoreModel(MLP(3), schedule, "v_prediction", time=1e-3)
+
+
+@pytest.mark.parametrize("weighting", ["likelihood", "noise"])
+@pytest.mark.parametrize("name", TABLES)
+def test_an_index_is_drawn_with_the_probability_of_its_width(name, weighting, monkeypatch):
+    schedule, count = TABLES[name], 100_000
+    middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: middle)
+    t = draw_time(built(schedule), torch.zeros(count, 3), weighting, None, "log_sigma_hat")
+    assert t.dtype == torch.int64
+    expected = widths(schedule) / widths(schedule).sum()
+    shares = t.bincount(minlength=len(expected)) / count
+    torch.testing.assert_close(shares, expected, rtol=0, atol=2 / count)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS.values(), ids=WEIGHTINGS)
+@pytest.mark.parametrize("name", TABLES)
+def test_the_mean_is_one_by_either_sampler_and_for_given_indices(name, weighting):
+    schedule, model = TABLES[name], built(TABLES[name])
+    width = widths(schedule)
+    count = len(width)
+    t, x0 = torch.arange(count), torch.zeros(count, 3)
+    value = 0.3 + schedule.sigma(t)  # of some loss
+
+    def means(sampler, probability, drawn=True):
+        factors = time_factors(model, x0, t, weighting, sampler, drawn=drawn)
+        return [
+            float(((1 if each is None else each) * value * probability).sum()) for each in factors
+        ]
+
+    even = torch.full_like(width, 1 / count)
+    by_index = means("schedule", even)
+    for other in (
+        means("log_sigma_hat", width / width.sum()),
+        means("schedule", even, drawn=False),
+    ):
+        assert other == pytest.approx(by_index, rel=1e-10)
+    if weighting == "noise":
+        assert by_index == pytest.approx([float(value.mean())] * 2, rel=1e-12)
+    if weighting == "likelihood":
+        # By the trapezoidal rule, ∫ value d log σ̂ times the dimension.
+        u = schedule.log_sigma_hat(t.double())
+        assert by_index[0] == pytest.approx(3 * float(torch.trapezoid(value, u)), rel=1e-9)
+
+
+def test_a_network_that_looks_its_time_up_is_trained_by_the_likelihood():
+    embedding = torch.nn.Embedding(10, 3)
+    model = hosm.ScoreModel(lambda x, t: x * embedding(t), TABLES["ten"])
+    loss = hosm.second_order_dsm(model, torch.randn(8, 3), weighting="likelihood")
+    assert bool(loss.isfinite())
