@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+import hosm_losses as hosm
 from hosm_losses import NLLResult
+from hosm_losses.likelihood.adaptive import student_factor
 from hosm_losses.likelihood.result import Quantization
 
 
@@ -84,7 +86,7 @@ def test_cat_joins_every_field_in_order():
     parts = [full(), full(n=2, nll=torch.tensor([9.0, 8.0]), failed=torch.tensor([True, False]))]
     joined = NLLResult.cat(parts)
     for field in dataclasses.fields(NLLResult):
-        if field.name not in ("quantization", "steps"):
+        if field.name not in ("quantization", "steps", "widening"):
             expected = torch.cat([getattr(part, field.name) for part in parts])
             assert torch.equal(getattr(joined, field.name), expected)
     assert joined.quantization == parts[0].quantization
@@ -95,7 +97,10 @@ def test_cat_joins_every_field_in_order():
     assert torch.equal(NLLResult.cat(iter([full()])).nll, full().nll)
 
 
-@pytest.mark.parametrize("other", [full(d=5), full(standard_error=None), full(quantization=None)])
+@pytest.mark.parametrize(
+    "other",
+    [full(d=5), full(standard_error=None), full(quantization=None), full(widening=2.0)],
+)
 def test_cat_refuses_results_of_different_calls(other):
     with pytest.raises(ValueError, match="cat: expected results of the same options; got samples"):
         NLLResult.cat([full(), other])
@@ -178,6 +183,31 @@ def test_the_standard_error_of_the_mean_covers_the_probes():
     result = full(n=4000, nll=noise, standard_error=torch.ones(4000))
     summary = result.summary()
     assert summary.standard_error == pytest.approx(summary.estimator_error, rel=0.05)
+
+
+def test_a_mean_of_many_is_not_widened_by_students_factor():
+    """One point 1000 times, where all spread is of four probes along each path."""
+    torch.manual_seed(0)
+    matrix = torch.randn(4, 4)
+    model = hosm.ScoreModel(lambda x, t: x @ (matrix + matrix.T) / 8, hosm.VPSchedule())
+    x = torch.ones(1, 4).expand(1000, -1)
+    result = hosm.ode_nll(model, x, probes=4, method="adaptive", tolerance=0.01)
+    summary = result.summary()
+    assert result.widening == student_factor(3)
+    # Both have a relative error of a few hundredths.
+    assert summary.estimator_error == pytest.approx(summary.standard_error, rel=0.15)
+    parts = NLLResult.cat([result, NLLResult.from_dict(through_a_file(result.to_dict()))])
+    assert parts.summary().estimator_error == pytest.approx(
+        summary.estimator_error / math.sqrt(2), rel=0.01
+    )
+
+
+def test_the_part_of_the_probes_is_not_above_the_whole():
+    nll = torch.tensor([1.0, 1.2, 1.4])
+    summary = full(nll=nll, standard_error=torch.full((3,), 5.0)).summary()
+    assert summary.estimator_error == summary.standard_error
+    single = full(n=1, standard_error=torch.tensor([5.0]), widening=2.5).summary()
+    assert single.estimator_error == pytest.approx(2.0)
 
 
 def through_a_file(values):

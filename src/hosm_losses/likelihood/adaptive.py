@@ -151,14 +151,15 @@ def solve_adaptive(paths: Paths, z: Tensor, span: tuple[float, float], tolerance
     end, nfe, error, failed = adaptive(slope, start, ends, norm, MAX_EVALUATIONS)
     batch.advance(on_their_way)
     integrals = end[:, elements:]
-    standard_error = None
+    standard_error, widening = None, 1.0
     if paths.probes == 0:
         standard_error = torch.zeros_like(integrals[:, 0])
     elif paths.probes is not None and paths.probes >= MINIMUM_PATHS:
-        spread = integrals.detach().std(1) / paths.probes**0.5
-        standard_error = spread * student_factor(paths.probes - 1)
+        widening = student_factor(paths.probes - 1)
+        standard_error = widening * integrals.detach().std(1) / paths.probes**0.5
     end, solver_error = end[:, :elements].reshape(z.shape), error[:, elements:].mean(1)
-    return Solved(end, integrals.mean(1), nfe, standard_error, solver_error, failed)
+    integral = integrals.mean(1)
+    return Solved(end, integral, nfe, standard_error, solver_error, failed, widening=widening)
 
 
 def student_factor(freedom: int) -> float:

@@ -192,6 +192,7 @@ class Solved(NamedTuple):
     solver_error: Tensor  # estimate, (B,)
     failed: Tensor  # (B,)
     steps: int | None = None  # of a grid that the batch shares
+    widening: float = 1.0  # Student's factor in standard_error
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,7 @@ def followed(paths: Paths, solve: Solver, *, backwards: bool = False) -> NLLResu
         solver_error=solved.solver_error,
         failed=solved.failed,
         steps=solved.steps,
+        widening=solved.widening,
     )
 
 

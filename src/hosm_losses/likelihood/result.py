@@ -5,8 +5,9 @@ Formula:
     for data of `levels` levels, dequantized as x = low + (high − low)(k + u)/levels with u uniform
     on [0, 1): its density per element is levels/(high − low) times that of k + u.
 
-    The mean over n samples has standard error std(nll)/√n; (Σ standard_error²)^½/n of it comes
-    from the random probes.
+    The mean over n samples has standard error std(nll)/√n; (Σ s²)^½/n of it comes from the random
+    probes, with s = standard_error/widening, whose square is an unbiased variance. Student's
+    factor is for one sample of few probes, and has no place in a mean of many.
 
 Source:
     Theis et al., "A note on the evaluation of generative models", arXiv 1511.01844.
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_number, check_whole, describe
+from hosm_losses.likelihood.summary import NLLSummary
 
 # A sample fails with a solver_error above the larger of these, in nats and in nats an element.
 SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
@@ -35,39 +37,6 @@ class Quantization(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NLLSummary:
-    """The likelihood of a data set, as numbers on the host; it prints as a sentence.
-
-    `nll` in nats, `solver_error`, `bits_per_dim` and `nfe` are means over `samples` samples. The
-    `failed` ones, those with NaN for their nll included, are left out. `standard_error` is that of
-    the mean nll as an estimate for the data's distribution, probes included, and
-    `bits_standard_error` is the same in bits per dimension; both are None for a single sample.
-    `estimator_error` is the part of it that comes from the random probes; None where unknown.
-    """
-
-    samples: int
-    failed: int
-    nll: float
-    standard_error: float | None
-    estimator_error: float | None
-    solver_error: float
-    bits_per_dim: float
-    bits_standard_error: float | None
-    nfe: float
-
-    def __str__(self) -> str:
-        bits, nats = f"{self.bits_per_dim:.4f}", f"{self.nll:.3f}"
-        if self.standard_error is not None:
-            bits += f" ± {self.bits_standard_error:.4f}"
-            nats += f" ± {self.standard_error:.3f}"
-        shown = f"{bits} bits/dim, {nats} nats over {self.samples} samples"
-        if self.estimator_error is not None:
-            shown += f"; of which {self.estimator_error:.3f} nats from the probes"
-        shown += f"; solver error about {self.solver_error:.2g} nats, {self.nfe:.0f} evaluations"
-        return shown + (f"; failed and left out: {self.failed}" if self.failed else "")
-
-
-@dataclass(frozen=True)
 class NLLResult:
     """The negative log-likelihood of a batch.
 
@@ -75,13 +44,16 @@ class NLLResult:
         nll: −log p(x) in nats, (B,), or an upper bound on it: variational, or of integers.
         latent: the image of x at t_max, in the coordinates of x, (B, *).
         nfe: network evaluations, one a value with its divergence, (B,).
-        standard_error: of nll, from random draws, (B,); None where it is not known.
+        standard_error: of nll, from the random probes, or from the draws of the bound of the SDE,
+            (B,); None where it is not known. The draws of dequantization and of clean=True are
+            not in it.
         solver_error: estimate of what the solver is off, in nats, (B,). It is no bound; twice that
             of a path with a companion is meant to cover 95 % of samples on a grid of 64 steps.
         failed: where there is no number to use, (B,): it was not finite, the path did not arrive,
             or solver_error is above max(1000, 0.1 d) nats; nll is NaN there. `failures` says why.
         quantization: what the data was before dequantization; None for continuous data.
         steps: of the fixed grid; None with the adaptive method, and of a bound.
+        widening: Student's factor in standard_error, of the adaptive method; 1 elsewhere.
     """
 
     nll: Tensor
@@ -92,6 +64,7 @@ class NLLResult:
     failed: Tensor
     quantization: Quantization | None = None
     steps: int | None = None
+    widening: float = 1.0
 
     def bits_per_dim(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
@@ -178,13 +151,16 @@ class NLLResult:
             return float(numbers.detach()[good].double().mean())
 
         error = float(self.nll.detach()[good].double().std()) / count**0.5 if count > 1 else None
-        probes, bit = self.standard_error, self.latent[0].numel() * math.log(2)
+        bit, part = self.latent[0].numel() * math.log(2), None
+        if self.standard_error is not None:
+            part = (mean((self.standard_error / self.widening).square()) / count) ** 0.5
+            part = part if error is None else min(part, error)  # both are estimates
         return NLLSummary(
             samples=count,
             failed=len(good) - count,
             nll=mean(self.nll),
             standard_error=error,
-            estimator_error=None if probes is None else (mean(probes.square()) / count) ** 0.5,
+            estimator_error=part,
             solver_error=mean(self.solver_error),
             bits_per_dim=mean(bits),
             bits_standard_error=None if error is None else error / bit,
@@ -226,7 +202,7 @@ class NLLResult:
         Raises:
             TypeError: if something else is among them.
             ValueError: for no result at all, samples of different shapes, or results of which some
-                have a standard error or a quantization that others lack.
+                have a standard error or a quantization that others lack, or another widening.
 
         Example:
             >>> zero = torch.zeros(2)
@@ -243,7 +219,7 @@ class NLLResult:
         kinds = {
             f"samples {tuple(each.latent.shape[1:])}, "
             f"{'no' if each.standard_error is None else 'with'} standard error, "
-            f"{each.quantization}"
+            f"widening {each.widening:.4g}, {each.quantization}"
             for each in results
         }
         if len(kinds) > 1:
@@ -302,6 +278,7 @@ class NLLResult:
         optional = {
             "standard_error": Tensor | None,
             "steps": int | None,
+            "widening": float,
             "quantization": dict | None,
         }
         for name, value in values.items():
