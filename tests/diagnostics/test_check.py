@@ -278,3 +278,17 @@ def test_no_module_is_blamed_because_its_derivative_happens_to_vanish_along_one_
     torch.manual_seed(0)
     with pytest.raises(hosm.DerivativeError, match=r"\(Custom\)"):
         check(Around(layer), derivative="reverse")
+
+
+def test_a_network_that_looks_its_time_up_in_a_table_is_given_whole_indices():
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.table = nn.Linear(3, 3), nn.Embedding(1000, 3)
+
+        def forward(self, x, t):
+            return torch.tanh(self.inner(x)) * self.table(t)
+
+    model = hosm.ScoreModel(Looks(), hosm.DiscreteSchedule.linear())
+    hosm.check_derivatives(model, torch.randn(4, 3))

@@ -75,9 +75,9 @@ class DiscreteSchedule(Schedule):
     """A table of ᾱ = α² with σ² = 1 − ᾱ; t is the index 0 … N−1, integer or float.
 
     Between the entries log σ̂ is linear in t. Losses draw integers, by any time_sampler, and sum
-    by the trapezoidal rule what they integrate under another schedule. The likelihood, and
-    `check_derivatives` without t, take indices between them. An index outside the table is a
-    ValueError on the CPU; on an accelerator a look would make the host wait.
+    by the trapezoidal rule what they integrate under another schedule. The likelihood takes
+    indices between them. An index outside the table is a ValueError on the CPU; on an accelerator
+    a look would make the host wait.
 
     Args:
         alphas_cumprod: the table ᾱ_0 > ᾱ_1 > … > ᾱ_{N−1}, each in (0, 1): a list, an array or a
