@@ -66,8 +66,8 @@ def ode_nll(
         model: the score model.
         x: data (B, *), taken as points at the schedule's t_min unless `clean`; uint8 with a
             dequantization.
-        method: "fixed", a uniform grid in log σ̂ with steps + 10 evaluations; or "adaptive", steps
-            of each sample's own.
+        method: "fixed", a uniform grid in log σ̂ with steps + 10 evaluations, one more with
+            `clean`; or "adaptive", steps of each sample's own.
         steps: of the fixed grid, 4 or more. None takes the fewest of 32, 64, …, 1024 with which
             `solver_error` is within `tolerance` on the first batch, and keeps them; the trials
             take no probe and are not in `nfe`.
@@ -101,7 +101,7 @@ def ode_nll(
         progress: whether to show a progress bar, for which tqdm has to be installed.
         enable_grad: whether the result carries a graph, for gradients through it. A sample that
             fails has none, and leaves those of the others.
-        generator: the source of the probes, on the device of x; the global one if None.
+        generator: the source of all that is drawn, on the device of x; the global one if None.
         model_kwargs: keyword arguments of the network.
 
     Returns:

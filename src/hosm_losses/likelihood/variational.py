@@ -56,8 +56,8 @@ def variational_nll(
     It is an unbiased estimate that starts at clean data, t = 0, as `ode_nll` does with clean=True
     alone. No gradient is computed. Options and errors are those of `ode_nll`, but for these:
 
-    - `samples` noise levels are drawn for each x, an even number. One eighth as many evaluations
-      are added at t_min.
+    - `samples` noise levels are drawn for each x, an even number. One eighth as many evaluations,
+      two at least, are added at t_min.
     - `data_mean` and `data_std` set a control variate. They change the standard error alone.
     - `log_prior` is averaged over draws of the latent; the default, N(0, prior_std² I), is
       integrated exactly.
