@@ -95,6 +95,18 @@ def test_what_autograd_cannot_follow_is_refused(name):
         build(own(**members))
 
 
+def test_so_is_what_an_instance_holds():
+    class Held(hosm.Schedule):
+        t_min, t_max = 1e-3, 0.99
+
+        def __init__(self, sigma):
+            self.alpha, self.sigma = torch.ones_like, sigma
+
+    build(Held(torch.clone))
+    with pytest.raises(ValueError, match=r"squared_diffusion of Held to be positive"):
+        build(Held(torch.detach))
+
+
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_it_can_follow_or_need_not_is_taken(name):
     schedule = own(**RIGHT[name])

@@ -236,7 +236,8 @@ def _broken(holds: Tensor) -> int | None:
 
 
 def _is_of_the_package(schedule: Schedule, method: str) -> bool:
-    return getattr(type(schedule), method).__module__.startswith("hosm_losses.")
+    # Of the instance, which may hold a function of its own.
+    return str(getattr(schedule, method).__module__).startswith("hosm_losses.")
 
 
 def _overrides(schedule: Schedule, method: str) -> bool:
