@@ -125,7 +125,6 @@ NEEDED = [
     {"weighting": "likelihood", "time_sampler": "schedule"},
     {"weighting": "noise", "time_sampler": "log_sigma_hat"},
     {"weighting": torch.exp, "time_sampler": "log_sigma_hat"},
-    {"weighting": ("likelihood", torch.exp), "time_sampler": "log_sigma_hat"},
 ]
 X0 = torch.zeros(4, 2)
 
@@ -137,6 +136,15 @@ def test_times_of_its_own_without_their_density_are_refused_where_it_is_needed(k
     message = rf"schedule: expected {kind.__name__} to have the density of its own sample_time"
     with pytest.raises(ValueError, match=message + ".*Write time_density"):
         hosm.first_order_dsm(model, X0, **options)
+
+
+@pytest.mark.parametrize("weighting", ["likelihood", ("likelihood", torch.exp)])
+def test_the_higher_terms_need_it_under_the_likelihood_weighting(weighting):
+    model = build(Cubes())
+    hosm.first_order_dsm(model, X0, weighting=weighting)
+    for loss in (hosm.second_order_dsm, hosm.third_order_dsm):
+        with pytest.raises(ValueError, match="Write time_density"):
+            loss(model, X0, weighting=weighting)
 
 
 @pytest.mark.parametrize(

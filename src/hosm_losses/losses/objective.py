@@ -81,7 +81,9 @@ def evaluate(
         score_model, inputs = perturbed(model, x0, t, noise, options, generator)
         _check_device(checked, inputs.x, options.weights_name)
         weighting, sampler, drawn = options.weighting, options.time_sampler, t is None
-        factors = time_factors(score_model, inputs.x, inputs.t, weighting, sampler, drawn=drawn)
+        factors = time_factors(
+            score_model, inputs.x, inputs.t, weighting, sampler, drawn=drawn, order=options.order
+        )
         higher = options.order > 1
         if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)

@@ -101,6 +101,7 @@ def time_factors(
     time_sampler: TimeSampler = None,
     *,
     drawn: bool,
+    order: int = 3,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The factors (B,) of the first term and of the higher terms at t; None stands for 1.
 
@@ -123,7 +124,7 @@ def time_factors(
 
     # By the other sampler the first term of "likelihood" needs no density.
     own = sampler == ("schedule" if first == "likelihood" else "log_sigma_hat")
-    if drawn and (own or (importance and callable(higher))):
+    if drawn and (own or (importance and order > 1)):
         _check_density(schedule)
     span = _range(schedule)[1] if importance else None
     ratio = 1.0 if span is None else schedule.time_density(time) * span / rate()
