@@ -270,3 +270,10 @@ def test_from_dict_refuses_what_to_dict_does_not_give():
         NLLResult.from_dict(values | {"nll": [1.0, 2.0, 3.0]})
     with pytest.raises(TypeError, match="for 'steps'; got 'many'"):
         NLLResult.from_dict(values | {"steps": "many"})
+
+
+def test_a_result_kept_by_an_earlier_version_is_read():
+    model = hosm.ScoreModel(lambda x, t: x, hosm.VPSchedule())
+    kept = hosm.ode_nll(model, torch.ones(2, 3), steps=8).to_dict()
+    del kept["widening"]
+    assert hosm.NLLResult.from_dict(kept).widening == 1.0

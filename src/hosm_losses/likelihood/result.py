@@ -264,6 +264,7 @@ class NLLResult:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"from_dict: expected what to_dict returned; got {describe(values)}.")
+        values = {"widening": 1.0, **values}  # which results of 0.1.0 do not have
         expected = [field.name for field in fields(cls)]
         wrong = {
             "missing": [name for name in expected if name not in values],
