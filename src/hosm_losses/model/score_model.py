@@ -125,11 +125,8 @@ class ScoreModel(nn.Module):
             if not (given is None or callable(given)):
                 raise TypeError(complaint(name, "a callable or None", given))
         self.network = network
-        self.schedule = schedule
-        self.prediction = prediction
-        self.time = time
-        self.output = output
-        self.call = call
+        self.schedule, self.prediction = schedule, prediction
+        self.time, self.output, self.call = time, output, call
         self.primitives = primitives
 
     def extra_repr(self) -> str:
