@@ -349,6 +349,15 @@ def test_another_tensor_with_the_same_memory_is_seen():
     assert not internals.has_alias(product)
 
 
+def test_the_node_of_a_modules_hook_is_known():
+    """torch.nn.modules._functions.BackwardHookFunction: 2.13."""
+    layer = nn.Linear(2, 2)
+    layer.register_full_backward_hook(lambda module, inputs, outputs: None)
+    output = layer(torch.ones(1, 2, requires_grad=True))
+    functions = [internals.custom_function(node) for node in internals.graph_nodes([output])]
+    assert functions.count(internals.MODULE_HOOK) == 2
+
+
 def test_no_function_of_a_subclass_is_asked():
     """torch._C.DisableTorchFunctionSubclass: 2.13."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree  # noqa: F401
 
@@ -30,6 +31,8 @@ DELAYED_ERROR = "torch::autograd::Error"
 DEVICE_ERROR_TEXT = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
 # Of operands whose dtypes do not go together.
 OF_DTYPES = ("dtype", "scalar type", "type (")
+# What a module with a full backward hook puts around its inputs and outputs.
+MODULE_HOOK = BackwardHookFunction
 # The attribute of a module that .compile() sets.
 COMPILED_PART = "_compiled_call_impl"
 

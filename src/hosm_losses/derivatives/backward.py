@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils.checkpoint import CheckpointError
 
 from hosm_losses import _torch_internals as internals
@@ -79,7 +78,7 @@ def refuse_dropped(value: Tensor, wanted: bool = True) -> None:
         function = internals.custom_function(node)
         if function is not None:
             node.register_hook(partial(_check_kept, function.__name__))
-        if function is BackwardHookFunction:
+        if function is internals.MODULE_HOOK:
             node.register_hook(check_unchanged)
 
 
