@@ -156,6 +156,13 @@ def in_custom_function() -> bool:
     return not (_C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
+def forward_mode_on() -> AbstractContextManager[object]:
+    """A block in which `in_custom_function` looks at what is inside of it alone."""
+    if torch.compiler.is_compiling() or _C._is_fwd_grad_enabled():
+        return nullcontext()
+    return _autograd.forward_ad._set_fwd_grad_enabled(True)
+
+
 def custom_function(node: object) -> type | None:
     """The torch.autograd.Function of a node in an autograd graph; None for PyTorch's own nodes."""
     return getattr(type(node), "_forward_cls", None)

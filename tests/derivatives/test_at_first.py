@@ -1,5 +1,7 @@
 """Operators that are PyTorch's own until their gradient is differentiated."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -189,3 +191,19 @@ def test_a_checkpoint_inside_has_the_same_operators_again(fraction):
         found.append((loss, *torch.autograd.grad(loss, list(network.parameters()))))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nothing_is_kept_that_autograd_does_not_know_of(name):
+    """A checkpoint packs what is kept; what a closure holds would stay."""
+    function, tensors = given(name)
+    inner = [tensor * 1 for tensor in tensors]
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda _: None),
+        safe_primitives(at_first=True),
+    ):
+        value = function(*inner)
+    references = [weakref.ref(each) for each in inner]
+    del inner
+    assert [each() for each in references] == [None] * len(references)
+    assert value.grad_fn is not None

@@ -267,6 +267,57 @@ def test_lengths_are_differentiated_as_when_written_out(name, third):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
+SIGNATURES = {
+    "cosine of what is broadcast": lambda h: h * F.cosine_similarity(h[:, :1], h.exp())[:, None],
+    "cosine with a vector": lambda h: h * F.cosine_similarity(h, torch.arange(9.0))[:, None],
+    "a norm of one axis in a tuple": lambda h: h / torch.linalg.norm(h, 2, (1,), keepdim=True),
+    "a norm in another type": lambda h: h / h.norm(dim=1, keepdim=True, dtype=torch.float64),
+    "normalize by three": lambda h: F.normalize(h, p=3),
+    "unbiased in the place of dim": lambda h: h * h.std(False),
+    "std_mean": lambda h: torch.std_mean(h, False)[0] * h + torch.std_mean(h, 1)[1][:, None],
+    "dist": lambda h: h * torch.dist(h[:, :4], h[:, 5:]),
+}
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_lengths_in_every_spelling(name, order):
+    agree(SIGNATURES[name], order, "taylor")
+
+
+@pytest.mark.parametrize("third", ["laplacian", "sliced"])
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_and_their_second_derivatives_have_a_gradient(name, third):
+    network = Around(SIGNATURES[name])
+    loss, *gradients = found(network, 3, "taylor", third=third)
+    assert loss.isfinite()
+    assert all(each.isfinite().all() for each in gradients)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-8])
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: h / h.norm(dim=1, keepdim=True),
+        lambda h: F.normalize(h, eps=1e-20),
+        lambda h: h / h.std(1, keepdim=True),
+    ],
+)
+def test_lengths_of_short_vectors_in_float32(function, order, size):
+    """What does not depend on a length has the derivatives of a longer vector."""
+    losses = []
+    for factor in (size, 1.0):
+        network = Around(lambda h, factor=factor: h + function(h * factor)).float()
+        torch.manual_seed(1)
+        x0, noise, probe = torch.randn(3, 4, 2, dtype=torch.float32).unbind()
+        t = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float32)
+        model = hosm.ScoreModel(network, VP)
+        loss = LOSSES[order](model, x0, t=t, noise=noise, probe=probe, derivative="taylor")
+        losses.append((loss, *torch.autograd.grad(loss, list(network.parameters()))))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
 class Time(hosm.Schedule):
     """A schedule with a parameter, of variance exploding."""
 
@@ -370,10 +421,17 @@ def test_what_is_kept_by_a_call_that_fails_is_ordinary_too():
     assert type(network.kept["a"]) is torch.Tensor
 
 
+TENSOR_HOOKS = {
+    "changes": lambda gradient: gradient * 0.5,
+    "changes in place": lambda gradient: (gradient.mul_(0.5), None)[1],
+    "returns it": lambda gradient: gradient,
+}
+
+
 def hooked(kind):
     def function(h):
-        if kind == "tensor" and h.requires_grad:
-            h.register_hook(lambda gradient: gradient * 0.5)
+        if kind in TENSOR_HOOKS and h.requires_grad:
+            h.register_hook(TENSOR_HOOKS[kind])
         return h.cos()
 
     network = Around(function)
@@ -390,7 +448,9 @@ def hooked(kind):
 
 @pytest.mark.parametrize("engine", ["auto", "reverse"])
 @pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("kind", ["tensor", "inputs of a module", "outputs of a module"])
+@pytest.mark.parametrize(
+    "kind", ["changes", "changes in place", "inputs of a module", "outputs of a module"]
+)
 def test_hooks_that_change_gradients_are_refused(kind, order, engine):
     with pytest.raises(ChangedGradientError, match="hooks that look at gradients"):
         found(hooked(kind), order, engine)
@@ -398,9 +458,10 @@ def test_hooks_that_change_gradients_are_refused(kind, order, engine):
 
 @pytest.mark.parametrize("engine", ["auto", "reverse"])
 @pytest.mark.parametrize("order", [2, 3])
-def test_hooks_that_look_are_not(order, engine):
+@pytest.mark.parametrize("kind", ["looks", "returns it"])
+def test_hooks_that_look_are_not(kind, order, engine):
     expected = found(hooked("none"), order, engine)
-    torch.testing.assert_close(found(hooked("looks"), order, engine), expected)
+    torch.testing.assert_close(found(hooked(kind), order, engine), expected)
 
 
 class Moves(nn.Module):
@@ -435,6 +496,39 @@ def test_chunks_are_evaluated_again_with_the_buffers_they_had():
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(network.std, other.std)
     assert network.calls == other.calls
+
+
+class Ema(nn.Module):
+    """A running mean that is moved on under no_grad, and a table that is read."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("table", torch.ones(2))
+
+    def forward(self, x, t):
+        h = torch.tanh(self.layer(x))
+        with torch.no_grad():
+            self.mean.lerp_(h.detach().mean(0), 0.1)
+        return h * self.table
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_part_of_a_batch_is_no_custom_function_of_the_networks(order):
+    losses = [found(Ema(), order, "taylor", chunks=chunks) for chunks in (1, 2)]
+    torch.testing.assert_close(*losses, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_another_loss_may_have_kept_the_buffers(chunks):
+    network = Ema()
+    x0, t = torch.randn(4, 2), torch.full((4,), 0.5)
+    other = network(x0, t).square().mean()
+    loss = hosm.third_order_dsm(hosm.ScoreModel(network, VP), x0, chunks=chunks)
+    (other + loss).backward()
+    assert network.layer.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("loss", [hosm.third_order_dsm, hosm.stein_dsm])

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from hosm_losses._checks import DerivativeError
-from hosm_losses._torch_internals import share_memory
+from hosm_losses._torch_internals import share_memory, versions
 
 CHANGING_HOOK = (
     "network: expected hooks that look at gradients; got one that changes them, on a tensor or a "
@@ -31,7 +31,10 @@ def looking(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
     """A hook that raises where the given one changes a gradient."""
 
     def looked(gradient: Tensor) -> None:
-        if hook(gradient) is not None:
+        before = versions([gradient])
+        found = hook(gradient)
+        same = found is None or found is gradient or share_memory(found, gradient)
+        if not same or versions([gradient]) != before:
             raise ChangedGradientError(CHANGING_HOOK)
 
     return looked

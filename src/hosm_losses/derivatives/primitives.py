@@ -258,18 +258,19 @@ def _at_first(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
         small = args and isinstance(args[0], Tensor) and args[0].numel() < SMALL
         if small or traced() or dropout:
             return safe(*args, **named)
-        flat = [*args, *named.values()]
+        flat, names, count = [*args, *named.values()], tuple(named), len(args)
         places = [place for place, entry in enumerate(flat) if isinstance(entry, Tensor)]
         tensors = [flat[place] for place in places]
         autocast, types = autocast_of_now(tensors[0].device.type), list[torch.dtype]()
+        # What is kept for the pass back is kept by autograd, which a checkpoint knows of.
+        options = [None if isinstance(entry, Tensor) else entry for entry in flat]
 
         def evaluated(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-            filled = list(flat)
+            filled = list(options)
             for place, value in zip(places, values, strict=True):
                 filled[place] = value
-            given, options = filled[: len(args)], filled[len(args) :]
             with autocast():
-                found = function(*given, **dict(zip(named, options, strict=True)))
+                found = function(*filled[:count], **dict(zip(names, filled[count:], strict=True)))
             types.append(found.dtype)
             return found.to(types[0])
 

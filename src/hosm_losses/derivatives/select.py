@@ -71,6 +71,17 @@ def _choice(owner: object) -> _Choice:
         return _Choice()
 
 
+def _is_changed(buffer: Tensor, version: list[int]) -> bool:
+    """Whether a buffer was changed in place, or may have been: in inference mode none is told."""
+    return not version or versions([buffer]) != version
+
+
+def _is_another(
+    module: nn.Module, name: str, buffer: Tensor, _: Tensor, version: list[int]
+) -> bool:
+    return getattr(module, name) is not buffer or _is_changed(buffer, version)
+
+
 class Snapshot:
     """The buffers of a network and the state of torch's generators, to be restored.
 
@@ -94,11 +105,7 @@ class Snapshot:
 
     def changed(self) -> "Snapshot":
         """Keep of the buffers those that are others now, or have been changed."""
-        self.buffers = [
-            each
-            for each in self.buffers
-            if getattr(each[0], each[1]) is not each[2] or versions([each[2]]) != each[4]
-        ]
+        self.buffers = [each for each in self.buffers if _is_another(*each)]
         return self
 
     def refuse_escaped(self) -> None:
@@ -115,9 +122,11 @@ class Snapshot:
     def restore(self, *, generators: bool = True) -> None:
         """Put the buffers back, and the generators unless they are to stay where they are."""
         with torch.no_grad():
-            for module, name, buffer, value, _ in self.buffers:
+            for module, name, buffer, value, version in self.buffers:
                 setattr(module, name, buffer)
-                buffer.copy_(value)
+                # One without a change that is counted may be kept by a graph, and batch norm
+                # does not count its own.
+                (buffer if _is_changed(buffer, version) else buffer.data).copy_(value)
         if generators and self.generators is not None:
             state, (devices, states) = self.generators
             torch.set_rng_state(state)

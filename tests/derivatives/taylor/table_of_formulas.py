@@ -308,6 +308,12 @@ def _(r, f):
     return lambda x: (lambda a, b: a * b)(*f(cube(x), **dict(given)))
 
 
+@of(torch.dist, Tensor.dist)
+def _(r, f):
+    given = some(r, r.choice([2.0, 3, 1]))
+    return r.choice([lambda x: f(cube(x), cube(x).cos(), *given), lambda x: f(cube(x), OTHER)])
+
+
 @of(F.cosine_similarity, F.pairwise_distance)
 def _(r, f):
     near = r.choice([lambda x: (cube(x) * 0.5).cos(), lambda _: OTHER])

@@ -92,6 +92,8 @@ LENGTHS = {
         spread_of(x, dim, *args, **named),
         x.mean(dim, named.get("keepdim", False)),
     ),
+    torch.dist: lambda x, y, p=2: length(x - y, p),
+    Tensor.dist: lambda x, y, p=2: length(x - y, p),
     F.cosine_similarity: angle,
     F.pairwise_distance: distance,
 }

@@ -32,7 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses._torch_internals import in_custom_function, pytree, shell, without_subclasses
+from hosm_losses._torch_internals import (
+    forward_mode_on,
+    in_custom_function,
+    pytree,
+    shell,
+    without_subclasses,
+)
 from hosm_losses.derivatives.taylor import aliases
 from hosm_losses.derivatives.taylor.along import Pairs, lengthened
 from hosm_losses.derivatives.taylor.table import (
@@ -277,7 +283,7 @@ def carried(
     aliases.THREAD.carrying.append(carrying)
     try:
         # Gradients are off in the forward of a custom Function, which is how one is found.
-        with torch.enable_grad():
+        with torch.enable_grad(), forward_mode_on():
             result: Any = unpacked(function(Jet.make(stack, count, pairs)))
         stack, kind, finished = getattr(result, "stack", stack), type(result), True
         del result

@@ -15,21 +15,22 @@ from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.taylor.arithmetic import add, multiply
-from hosm_losses.derivatives.taylor.jet import Jet
+from hosm_losses.derivatives.taylor.jet import Jet, aligned
 from hosm_losses.derivatives.taylor.pointwise import absolute, apply, power
 from hosm_losses.derivatives.taylor.selection import masked_fill
 from hosm_losses.derivatives.taylor.table import NoRule, axes, every, rule
 
 
-def _sum_of_powers(x: Any, p: float, dim: Any, keepdim: bool) -> Jet:
-    """Σ |x|^p in float32 at least, in which the square of a small number is not zero."""
-    if x.ndim == 0:
-        raise NoRule
-    wide = x.like(at_least_float32(x.stack))
+def _wide(x: Jet) -> Jet:
+    return x.like(at_least_float32(x.stack))
+
+
+def _sum_of_powers(x: Jet, p: float, dim: Any, keepdim: bool) -> Jet:
+    """Σ |x|^p."""
     if p == 2:
-        powers = multiply(wide, wide)
+        powers = multiply(x, x)
     else:
-        powers = apply(absolute, wide)
+        powers = apply(absolute, x)
         powers = powers if p == 1 else apply(partial(power, exponent=p), powers)
     return x.like(powers.stack.sum(axes(dim, x.ndim), keepdim))
 
@@ -41,14 +42,40 @@ def _root(powers: Jet, p: float = 2) -> Jet:
     return masked_fill(root, zero, 0.0)
 
 
+def _over_largest(x: Jet, dim: Any) -> tuple[Jet, Tensor]:
+    """x in float32 at least over the largest element of each row, and that.
+
+    A length is homogeneous, so the divisor counts as constant. Without it the powers that are in
+    derivatives of short vectors are out of float32's range.
+    """
+    if x.ndim == 0:
+        raise NoRule
+    wide = _wide(x)
+    largest = wide.stack[0].detach().abs().amax(axes(dim, x.ndim), keepdim=True)
+    largest = largest.where((largest > 0) & largest.isfinite(), 1.0)
+    return wide.like(wide.stack / largest), largest
+
+
+def _length(x: Jet, p: float, dim: Any, keepdim: bool) -> Jet:
+    """(Σ |x|^p)^(1/p)."""
+    over, largest = _over_largest(x, dim)
+    powers = _sum_of_powers(over, p, dim, keepdim)
+    root = powers if p == 1 else _root(powers, p)
+    largest = largest if keepdim else largest.squeeze(axes(dim, x.ndim))
+    return root.like(root.stack * largest)
+
+
 @rule(F.normalize)
 def _normalize(x: Any, p: Any = 2.0, dim: Any = 1, eps: float = 1e-12) -> Jet:
-    if not isinstance(p, float | int) or p != 2:
+    if not isinstance(p, float | int) or not 1 <= p < float("inf"):
         raise NoRule
-    squares = _sum_of_powers(x, 2, dim, keepdim=True)
-    # A norm below eps counts as eps, which does not depend on x.
-    squares = masked_fill(squares, squares.stack[0] <= eps**2, eps**2)
-    return multiply(x, apply(partial(power, exponent=-0.5), squares)).typed(x.dtype)
+    over, largest = _over_largest(x, dim)
+    length = _root(_sum_of_powers(over, p, dim, keepdim=True), p)
+    # A length below eps counts as eps, which does not depend on x.
+    short = length.stack[0] * largest <= eps
+    inverse = apply(partial(power, exponent=-1), masked_fill(length, short, 1.0))
+    factor = torch.where(short, largest / eps, 1.0)
+    return multiply(over, inverse.like(inverse.stack * factor)).typed(x.dtype)
 
 
 @rule(torch.linalg.vector_norm)
@@ -60,10 +87,12 @@ def _vector_norm(
     *,
     dtype: Any = None,
 ) -> Jet:
-    if not isinstance(ord, float | int) or not 1 <= ord < float("inf") or dtype is not None:
+    if not isinstance(ord, float | int) or not 1 <= ord < float("inf"):
         raise NoRule
-    powers = _sum_of_powers(x, ord, dim, keepdim)
-    return (powers if ord == 1 else _root(powers, ord)).typed(x.dtype)
+    if dtype is not None and not dtype.is_floating_point:
+        raise NoRule
+    x = x if dtype is None else x.typed(dtype)
+    return _length(x, ord, dim, keepdim).typed(x.dtype)
 
 
 @rule(Tensor.norm, torch.norm)
@@ -84,8 +113,10 @@ def _norm(
     *,
     dtype: Any = None,
 ) -> Jet:
-    vector = isinstance(dim, int) or (dim is None and x.ndim == 1)
-    if ord is not None and not vector:
+    count = x.ndim if dim is None else 1 if isinstance(dim, int) else len(dim)
+    if ord is not None and count != 1:
+        if count != 2:
+            raise NoRule
         return _matrix_norm(x, ord, (-2, -1) if dim is None else dim, keepdim, dtype=dtype)
     return _vector_norm(x, 2 if ord is None else ord, dim, keepdim, dtype=dtype)
 
@@ -106,8 +137,11 @@ def _matrix_norm(
 
 @rule(F.cosine_similarity, several=True)
 def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Jet:
+    shape = torch.broadcast_shapes(x1.shape, x2.shape)
     units = [
-        _normalize(x, 2, dim, eps) if isinstance(x, Jet) else F.normalize(x, 2, dim, eps)
+        _normalize(x.like(aligned(x.stack, len(shape)).expand(-1, *shape)), 2, dim, eps)
+        if isinstance(x, Jet)
+        else F.normalize(x.expand(shape), 2, dim, eps)
         for x in (x1, x2)
     ]
     product = multiply(*units)
@@ -121,19 +155,34 @@ def _pairwise_distance(
     return _vector_norm(add(add(x1, x2, alpha=-1), eps), p, -1, keepdim)
 
 
+@rule(torch.dist, Tensor.dist, several=True)
+def _dist(x: Any, other: Any, p: float = 2) -> Jet:
+    return _vector_norm(add(x, other, alpha=-1), p)
+
+
 def _variance(x: Any, dim: Any, unbiased: Any, keepdim: bool, correction: Any) -> Jet:
     """In float32 at least."""
-    if isinstance(dim, bool):  # which is `unbiased` then
-        raise NoRule
+    centred, count = _centred(x, dim, unbiased, correction)
+    squares = _sum_of_powers(centred, 2, _dims(dim), keepdim)
+    return x.like(squares.stack / count)
+
+
+def _dims(dim: Any) -> Any:
+    """The dimensions of a spread: a flag in their place is `unbiased`."""
+    return None if isinstance(dim, bool) else dim
+
+
+def _centred(x: Any, dim: Any, unbiased: Any, correction: Any) -> tuple[Jet, float]:
+    """x less its mean, in float32 at least, and by what its sum of squares is divided."""
+    if isinstance(dim, bool):
+        unbiased = dim
     if correction is None:
         correction = 1 if unbiased is None else int(unbiased)
-    wide, dims = x.like(at_least_float32(x.stack)), axes(dim, x.ndim)
-    centred = x.like(wide.stack - wide.stack.mean(dims, keepdim=True))
+    wide, dims = _wide(x), axes(_dims(dim), x.ndim)
     count = prod([x.shape[each] for each in dims])
     if count <= correction:  # of which PyTorch says what it thinks of that
         raise NoRule
-    squares = _sum_of_powers(centred, 2, dim, keepdim)
-    return x.like(squares.stack / (count - correction))
+    return x.like(wide.stack - wide.stack.mean(dims, keepdim=True)), count - correction
 
 
 @rule(*every("var"))
@@ -147,7 +196,9 @@ def _var(
 def _std(
     x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
 ) -> Jet:
-    return _root(_variance(x, dim, unbiased, keepdim, correction)).typed(x.dtype)
+    centred, count = _centred(x, dim, unbiased, correction)
+    length = _length(centred, 2, _dims(dim), keepdim)
+    return x.like(length.stack / count**0.5).typed(x.dtype)
 
 
 @rule(torch.var_mean)
@@ -155,7 +206,7 @@ def _var_mean(
     x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
 ) -> tuple[Jet, Jet]:
     spread = _var(x, dim, unbiased, keepdim, correction=correction)
-    return spread, x.like(x.stack.mean(axes(dim, x.ndim), keepdim))
+    return spread, x.like(x.stack.mean(axes(_dims(dim), x.ndim), keepdim))
 
 
 @rule(torch.std_mean)
@@ -163,4 +214,4 @@ def _std_mean(
     x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
 ) -> tuple[Jet, Jet]:
     spread = _std(x, dim, unbiased, keepdim, correction=correction)
-    return spread, x.like(x.stack.mean(axes(dim, x.ndim), keepdim))
+    return spread, x.like(x.stack.mean(axes(_dims(dim), x.ndim), keepdim))
