@@ -8,6 +8,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.likelihood import adaptive as adaptive_of
+from hosm_losses.likelihood import paths
 
 SCHEDULE = hosm.VPSchedule()
 METHODS = ["fixed", "adaptive"]
@@ -66,6 +67,16 @@ def test_the_gradients_are_those_without_the_sample_that_failed(method, until, c
         torch.testing.assert_close(found[1:], expected[1:])
     assert all(each.isfinite().all() for each in found)
     assert found[0][2].abs().sum() == 0
+
+
+def test_nor_where_nothing_may_be_read(monkeypatch):
+    """As on an accelerator: the samples are found by an evaluation without a graph."""
+    monkeypatch.setattr(paths, "may_look", lambda _: False)
+    x = torch.tensor([[0.3, -0.2], [0.1, 0.4], [100.0, 0.5]])
+    _, found = gradients("fixed", x, until=0.3, divergence="exact")
+    _, expected = gradients("fixed", x[:2], until=0.3, divergence="exact")
+    torch.testing.assert_close(found[0][:2], expected[0])
+    torch.testing.assert_close(found[1:], expected[1:])
 
 
 @pytest.mark.parametrize("method", METHODS)

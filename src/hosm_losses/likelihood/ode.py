@@ -100,7 +100,8 @@ def ode_nll(
         batch_size: samples solved at a time, all if None.
         progress: whether to show a progress bar, for which tqdm has to be installed.
         enable_grad: whether the result carries a graph, for gradients through it. A sample that
-            fails has none, and leaves those of the others.
+            fails has none, and leaves those of the others; on an accelerator the network is
+            called once more for each evaluation, without a graph, to find it.
         generator: the source of all that is drawn, on the device of x; the global one if None.
         model_kwargs: keyword arguments of the network.
 

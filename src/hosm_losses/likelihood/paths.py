@@ -35,8 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_like, expand_right, over_elements
-from hosm_losses._torch_internals import traced
+from hosm_losses._checks import check_like, expand_right, may_look, over_elements
 from hosm_losses.likelihood.result import SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT, NLLResult
 from hosm_losses.model import ConditionedModel, NoiseField
 from hosm_losses.probes import Distribution, draw_probes, unit_vector_chunks
@@ -155,7 +154,8 @@ class Batch:
 
     def noise(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """ε̂ at other points (B, *) of the batch, in their precision."""
-        (value,) = apart(lambda points: (self.field(level)(points),), x.to(self.dtype))
+        field = self.field(level)
+        (value,) = apart(field, lambda points: (field(points),), x.to(self.dtype))
         return -value.to(x.dtype)
 
     def log_prior_at(self, latent: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ class Paths:
             return value, divergence.T  # samples first
 
         x = coordinates.to_x(z, level).to(self.batch.dtype)
-        value, *divergences = apart(evaluated, x)
+        value, *divergences = apart(field, evaluated, x)
         noise = -value.to(z.dtype)
         slope = coordinates.slope(z, noise, level)
         if not divergences:
@@ -263,22 +263,29 @@ def followed(paths: Paths, solve: Solver, *, backwards: bool = False) -> NLLResu
     )
 
 
-def apart(evaluate: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
+def apart(
+    field: NoiseField, evaluate: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor
+) -> tuple[Tensor, ...]:
     """What is evaluated at x (B, *), kept free of samples that are not finite if it has a graph.
 
     0 · NaN is NaN: one of them would take the gradients of all parameters with it. They are
-    replaced by ones and their values are NaN; where they come out of finite x, in a second
-    evaluation, but for a transform of torch.func, under which no value can be looked at.
+    replaced by ones, and their values are NaN. Those that come out of finite x are found where
+    that is free, and evaluated again; elsewhere f is evaluated without a graph before, so that
+    nothing is read back from an accelerator.
     """
     if not torch.is_grad_enabled():
         return evaluate(x)
-    lost = ~all_finite(x)
-    found = evaluate(torch.where(expand_right(lost, x), 1.0, x))
-    if not traced():
+    lost, look, found = ~all_finite(x), may_look(x), ()
+    points = torch.where(expand_right(lost, x), 1.0, x)
+    if look:
+        found = evaluate(points)
         good = torch.stack([all_finite(each.detach()) for each in found]).all(0)
-        if not bool((good | lost).all()):
-            lost = lost | ~good
-            found = evaluate(torch.where(expand_right(lost, x), 1.0, x))
+    else:
+        with torch.no_grad():
+            good = all_finite(field(points))
+    if not look or not bool((good | lost).all()):
+        lost = lost | ~good
+        found = evaluate(torch.where(expand_right(lost, x), 1.0, x))
     return tuple(each.masked_fill(expand_right(lost, each), math.nan) for each in found)
 
 
