@@ -154,8 +154,11 @@ class Batch:
 
     def noise(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """ε̂ at other points (B, *) of the batch, in their precision."""
-        field = self.field(level)
-        (value,) = apart(field, lambda points: (field(points),), x.to(self.dtype))
+
+        def evaluated(x: Tensor) -> Tensor:
+            return self.field(level)(x)
+
+        (value,) = apart(evaluated, lambda points: (evaluated(points),), x.to(self.dtype))
         return -value.to(x.dtype)
 
     def log_prior_at(self, latent: Tensor) -> Tensor:
@@ -214,16 +217,19 @@ class Paths:
         self, z: Tensor, level: NoiseLevel, probes: Tensor | None, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """ε̂ of the rows (all if None), dz/du, and samples (K, n) of what is integrated over u."""
-        coordinates, field = self.batch.coordinates, self.batch.field(level, rows)
+        coordinates = self.batch.coordinates
+        x = coordinates.to_x(z, level).to(self.batch.dtype)
+
+        def value_at(x: Tensor) -> Tensor:
+            return self.batch.field(level, rows)(x)
 
         def evaluated(x: Tensor) -> tuple[Tensor, ...]:
             if self.probes is None:
-                return (field(x),)
-            value, divergence = with_divergence(field, x, probes)
+                return (value_at(x),)
+            value, divergence = with_divergence(self.batch.field(level, rows), x, probes)
             return value, divergence.T  # samples first
 
-        x = coordinates.to_x(z, level).to(self.batch.dtype)
-        value, *divergences = apart(field, evaluated, x)
+        value, *divergences = apart(value_at, evaluated, x)
         noise = -value.to(z.dtype)
         slope = coordinates.slope(z, noise, level)
         if not divergences:
@@ -264,14 +270,14 @@ def followed(paths: Paths, solve: Solver, *, backwards: bool = False) -> NLLResu
 
 
 def apart(
-    field: NoiseField, evaluate: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor
+    value: Callable[[Tensor], Tensor], evaluate: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor
 ) -> tuple[Tensor, ...]:
     """What is evaluated at x (B, *), kept free of samples that are not finite if it has a graph.
 
     0 · NaN is NaN: one of them would take the gradients of all parameters with it. They are
     replaced by ones, and their values are NaN. Those that come out of finite x are found where
-    that is free, and evaluated again; elsewhere f is evaluated without a graph before, so that
-    nothing is read back from an accelerator.
+    that is free, and evaluated again; elsewhere the value alone is evaluated before, without a
+    graph, so that nothing is read back from an accelerator.
     """
     if not torch.is_grad_enabled():
         return evaluate(x)
@@ -282,7 +288,7 @@ def apart(
         good = torch.stack([all_finite(each.detach()) for each in found]).all(0)
     else:
         with torch.no_grad():
-            good = all_finite(field(points))
+            good = all_finite(value(points))
     if not look or not bool((good | lost).all()):
         lost = lost | ~good
         found = evaluate(torch.where(expand_right(lost, x), 1.0, x))
