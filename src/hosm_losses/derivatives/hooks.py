@@ -19,11 +19,15 @@ class ChangedGradientError(DerivativeError):
     """A hook that changes a gradient; with another engine it would change the loss."""
 
 
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one is other or share_memory(one, other)
+
+
 def check_unchanged(returned: Sequence[Any], incoming: Sequence[Any]) -> None:
     """Compare what comes out of a module's hooks with what went in."""
     for one, other in zip(returned, incoming, strict=True):
         given = isinstance(one, Tensor) and isinstance(other, Tensor)
-        if given and one is not other and not share_memory(one, other):
+        if given and not _is_same(one, other):
             raise ChangedGradientError(CHANGING_HOOK)
 
 
@@ -33,7 +37,7 @@ def looking(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
     def looked(gradient: Tensor) -> None:
         before = versions([gradient])
         found = hook(gradient)
-        same = found is None or found is gradient or share_memory(found, gradient)
+        same = found is None or _is_same(found, gradient)
         if not same or versions([gradient]) != before:
             raise ChangedGradientError(CHANGING_HOOK)
 

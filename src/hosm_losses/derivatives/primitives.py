@@ -197,21 +197,20 @@ def _refused(*_: Any, **__: Any) -> Tensor:
     )
 
 
+def _every(names: str) -> set[Any]:
+    """The functions and methods of PyTorch with these names."""
+    homes = (torch, torch.Tensor, torch.linalg)
+    found = [getattr(home, name, None) for home in homes for name in names.split()]
+    return {each for each in found if each is not None}
+
+
 # What PyTorch derives in forward mode by a formula that it does not differentiate rightly,
 # cumprod where a factor is zero.
-_WRONG = "solve solve_ex tensorsolve det slogdet householder_product"
-_FORWARD = {getattr(torch.linalg, name) for name in _WRONG.split()}
-_FORWARD |= {
-    getattr(home, name, None)
-    for home in (torch, torch.Tensor)
-    for name in ("det", "slogdet", "logdet", "orgqr", "cumprod", "cumprod_")
-}
-_PRODUCTS = {
-    getattr(home, name)
-    for home in (torch, torch.Tensor)
-    for name in ("scatter_reduce", "index_reduce", "scatter_reduce_", "index_reduce_")
-    if hasattr(home, name)
-}
+_FORWARD = _every(
+    "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_"
+)
+# And these where they multiply.
+_PRODUCTS = _every("scatter_reduce index_reduce scatter_reduce_ index_reduce_")
 WRONG = (
     "PyTorch's derivative of it in forward mode is not differentiated rightly. Write it with "
     "other operators, or leave derivative at 'auto', which takes the engine 'reverse'."

@@ -17,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -71,62 +71,67 @@ def _choice(owner: object) -> _Choice:
         return _Choice()
 
 
-def _is_changed(buffer: Tensor, version: list[int]) -> bool:
-    """Whether a buffer was changed in place, or may have been: in inference mode none is told."""
-    return not version or versions([buffer]) != version
+class _Kept(NamedTuple):
+    """A buffer, and what it was."""
 
+    module: nn.Module
+    name: str
+    buffer: Tensor
+    value: Tensor
+    version: list[int]
 
-def _is_another(
-    module: nn.Module, name: str, buffer: Tensor, _: Tensor, version: list[int]
-) -> bool:
-    return getattr(module, name) is not buffer or _is_changed(buffer, version)
+    @property
+    def is_changed(self) -> bool:
+        """Whether it was changed in place, or may have been: in inference mode none is told."""
+        return not self.version or versions([self.buffer]) != self.version
 
 
 class Snapshot:
     """The buffers of a network and the state of torch's generators, to be restored.
 
     A network in training may update its buffers and draws random numbers. A network that is no
-    Module, nor a method of one, has no buffers to be seen. `x` is its input, for the device.
+    Module, nor a method of one, has no buffers to be seen. `x` are its inputs, for the devices.
     """
 
-    def __init__(self, network: object, x: Tensor) -> None:
+    def __init__(self, network: object, *x: Tensor) -> None:
         owner = network if isinstance(network, nn.Module) else getattr(network, "__self__", None)
         modules = owner.modules() if isinstance(owner, nn.Module) else ()
         with torch.no_grad():
             self.buffers = [
-                (module, name, buffer, buffer.clone(), versions([buffer]))
+                _Kept(module, name, buffer, buffer.clone(), versions([buffer]))
                 for module in modules
                 for name, buffer in module.named_buffers(recurse=False)
             ]
-        self.device_type = x.device.type
+        self.device_type = x[0].device.type
         # Inside a CUDA graph the state cannot be asked for.
-        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        self.generators = None if captured else (torch.get_rng_state(), get_device_states(x))
+        captured = x[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        self.generators = None if captured else (torch.get_rng_state(), get_device_states(*x))
 
     def changed(self) -> "Snapshot":
         """Keep of the buffers those that are others now, or have been changed."""
-        self.buffers = [each for each in self.buffers if _is_another(*each)]
+        self.buffers = [
+            k for k in self.buffers if k.is_changed or getattr(k.module, k.name) is not k.buffer
+        ]
         return self
 
     def refuse_escaped(self) -> None:
         """Raise where forward mode left a tensor of its own in a buffer, which is put back."""
-        for module, name, *_ in self.buffers:
-            if in_transform(getattr(module, name)):
+        for each in self.buffers:
+            if in_transform(getattr(each.module, each.name)):
                 self.restore(generators=False)
                 raise DerivativeError(
-                    f"network: expected buffers that do not depend on x; got {name} of "
-                    f"{type(module).__name__}, which is given what depends on x, and forward mode "
-                    "does not let out. Leave derivative at 'auto', or take 'reverse'."
+                    f"network: expected buffers that do not depend on x; got {each.name} of "
+                    f"{type(each.module).__name__}, which is given what depends on x, and forward "
+                    "mode does not let out. Leave derivative at 'auto', or take 'reverse'."
                 )
 
     def restore(self, *, generators: bool = True) -> None:
         """Put the buffers back, and the generators unless they are to stay where they are."""
         with torch.no_grad():
-            for module, name, buffer, value, version in self.buffers:
-                setattr(module, name, buffer)
-                # One without a change that is counted may be kept by a graph, and batch norm
-                # does not count its own.
-                (buffer if _is_changed(buffer, version) else buffer.data).copy_(value)
+            for each in self.buffers:
+                setattr(each.module, each.name, each.buffer)
+                # A graph may have kept one that counts no change, as batch norm does of its own.
+                (each.buffer if each.is_changed else each.buffer.data).copy_(each.value)
         if generators and self.generators is not None:
             state, (devices, states) = self.generators
             torch.set_rng_state(state)
@@ -159,11 +164,9 @@ def derive(
         kind = _kind(direction, order, second_direction)
         _warn_once(_choice(field.owner), f"forward, {kind}", _price_of_forward, kind)
     # A transform around may have put its own tensors in the place of buffers.
-    watched = derivative == "forward" and not traced()
-    before = Snapshot(field.owner, x) if watched else None
+    before = Snapshot(field.owner, x) if derivative == "forward" and not traced() else None
     try:
-        engine = getattr(engines, derivative)
-        found = engine(field, x, direction, order, second_direction, summed)
+        found = getattr(engines, derivative)(field, x, direction, order, second_direction, summed)
         if before is not None:
             before.refuse_escaped()
         return found

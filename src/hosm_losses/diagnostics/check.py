@@ -222,5 +222,4 @@ def _spread_times(model: ScoreModel, x0: Tensor) -> Tensor:
     """Times (B,) evenly spread in log σ̂, away from both ends; of a table whole indices."""
     low, high = model.schedule.log_sigma_hat_range
     place = (torch.arange(len(x0), dtype=x0.dtype, device=x0.device) + 1) / (len(x0) + 1)
-    t = model.schedule.time(low + (high - low) * (0.3 + 0.5 * place))
-    return t.round().long() if model.schedule.integer_time else t
+    return model.schedule._time_drawn(low + (high - low) * (0.3 + 0.5 * place))

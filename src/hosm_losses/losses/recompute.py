@@ -13,13 +13,12 @@ Source:
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hosm_losses._checks import DerivativeError, complaint
 from hosm_losses._torch_internals import autocast_of_now, graph_nodes, transformed
@@ -65,39 +64,32 @@ class _Call:
         self, function: Callable[..., Terms], parts: list[slice], network: nn.Module, given: int
     ) -> None:
         self.function, self.parts, self.network, self.given = function, parts, network, given
-        self.states: list[Any] = []
+        # Of each part, before it was evaluated: what puts autocast back, and all else.
+        self.states: list[tuple[Callable[[], AbstractContextManager[object]], Snapshot]] = []
 
     def first(self, part: slice, tensors: Sequence[Tensor]) -> Terms:
         """Evaluate a part, and keep the state of generators, autocast and buffers before it."""
         autocast = autocast_of_now(tensors[0].device.type)
-        state = torch.get_rng_state(), *get_device_states(*tensors), autocast
-        before = Snapshot(self.network, tensors[0])
+        before = Snapshot(self.network, *tensors)
         terms = self.function(part, *tensors)
-        self.states.append((*state, before.changed()))
+        self.states.append((autocast, before.changed()))
         return terms
 
     @contextmanager
     def again(self, number: int, points: Sequence[Tensor]) -> Iterator[Terms]:
-        """A part with its graph, evaluated in its first state; then the buffers of now return.
+        """A part with its graph, evaluated in its first state; then that of now returns.
 
-        Not sooner than the graph is used, which may have kept them.
+        Not sooner than the graph is used, which may have kept the buffers.
         """
-        state, devices, states, autocast, buffers = self.states[number]
-        device_type = points[0].device.type if devices else "cuda"
-        before = Snapshot(self.network, points[0])
+        autocast, first = self.states[number]
+        before = Snapshot(self.network, *points)
         try:
-            buffers.restore(generators=False)
-            with (
-                torch.enable_grad(),
-                torch.random.fork_rng(devices, enabled=True, device_type=device_type),
-                autocast(),
-            ):
-                torch.set_rng_state(state)
-                set_device_states(devices, states, device_type=device_type)
+            first.restore()
+            with torch.enable_grad(), autocast():
                 terms = self.function(self.parts[number], *points[: self.given])
             yield terms
         finally:
-            before.restore(generators=False)
+            before.restore()
 
 
 class _Chunked(torch.autograd.Function):

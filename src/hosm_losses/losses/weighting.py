@@ -89,8 +89,7 @@ def draw_time(
         return schedule.sample_time(len(x0), generator, device=x0.device, dtype=dtype)
     low, span = _range(schedule)
     unit = torch.rand((len(x0),), generator=generator, device=x0.device, dtype=dtype)
-    t = schedule.time(low + span * unit)
-    return t.round().long() if schedule.integer_time else t
+    return schedule._time_drawn(low + span * unit)
 
 
 def time_factors(

@@ -157,6 +157,11 @@ class Schedule:
         """Return t, no smaller than t_min and no larger than t_max, both rounded to its dtype."""
         return t.clamp(float(self.t_min), float(self.t_max))
 
+    def _time_drawn(self, log_sigma_hat: Tensor) -> Tensor:
+        """The time at a log σ̂, as a network may be given it: of a table a whole index."""
+        t = self.time(log_sigma_hat)
+        return t.round().long() if self.integer_time else t
+
     def time_density(self, t: Tensor | float) -> Tensor:
         """Density of `sample_time` at t, per unit of t: override both, or neither."""
         return torch.full_like(as_time(t), 1 / (self.t_max - self.t_min))

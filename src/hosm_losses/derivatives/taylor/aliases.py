@@ -15,7 +15,7 @@ What:
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -88,6 +88,11 @@ def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
     return (lambda: tensor) if torch.compiler.is_compiling() else weakref.ref(tensor)
 
 
+def _living(references: Iterable[Callable[[], Any]]) -> list[Any]:
+    """What the references still refer to."""
+    return [each for each in (reference() for reference in references) if each is not None]
+
+
 def share(source: Any, result: Any, move: Move | None = None) -> Any:
     """Note that the Jet `result` is a view of the Jet `source`; without `move` that it may be."""
     share_value(source, result)
@@ -112,10 +117,8 @@ def detached(source: Any, value: Tensor) -> Tensor:
     It is a copy where a reshape or a copy that may be none lies between Jets of that memory: what
     a change of it would do to the others is not known.
     """
-    jets = [each() for each in source.memory or ()]
-    roots = {
-        id(each if each.root is None else each.root) for each in jets if hasattr(each, "root")
-    }
+    jets = [each for each in _living(source.memory or ()) if hasattr(each, "root")]
+    roots = {id(each if each.root is None else each.root) for each in jets}
     if len(roots) > 1:
         value = value.clone()
         for carrying in THREAD.carrying[-1:]:
@@ -130,8 +133,7 @@ def write(jet: Any, stack: Tensor) -> Any:
         raise DerivativeError(CHANGED_ARGUMENT)
     if checkpoint_hook() is not None:
         jet.changed = True
-    references: list[Any] = jet.memory or [_reference(jet)]
-    others = [each for each in (reference() for reference in references) if each is not None]
+    others = [jet] if jet.memory is None else _living(jet.memory)
     if torch.compiler.is_compiling():
         THREAD.carrying[-1].changed.extend([tuple(each.shape[1:]) for each in others])
     if jet.memory is None:
@@ -171,7 +173,7 @@ def end(carrying: Carrying, jets: list[Any]) -> None:
     """
     # Tensors with weak references do not change places.
     shared = {id(jet.memory): jet.memory for jet in jets if jet.memory is not None}
-    groups = [(memory, [each() for each in memory]) for memory in shared.values()]
+    groups = [(memory, _living(memory)) for memory in shared.values()]
     for memory, _ in groups:
         memory.clear()
     carrying.jets.clear()

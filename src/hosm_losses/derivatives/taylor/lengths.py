@@ -5,7 +5,8 @@ PyTorch's own formulas in forward mode cannot be differentiated again where they
 At zero a length has no derivative; as in PyTorch it is taken to be constant there.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from math import prod
 from typing import Any
 
@@ -160,13 +161,6 @@ def _dist(x: Any, other: Any, p: float = 2) -> Jet:
     return _vector_norm(add(x, other, alpha=-1), p)
 
 
-def _variance(x: Any, dim: Any, unbiased: Any, keepdim: bool, correction: Any) -> Jet:
-    """In float32 at least."""
-    centred, count = _centred(x, dim, unbiased, correction)
-    squares = _sum_of_powers(centred, 2, _dims(dim), keepdim)
-    return x.like(squares.stack / count)
-
-
 def _dims(dim: Any) -> Any:
     """The dimensions of a spread: a flag in their place is `unbiased`."""
     return None if isinstance(dim, bool) else dim
@@ -189,7 +183,9 @@ def _centred(x: Any, dim: Any, unbiased: Any, correction: Any) -> tuple[Jet, flo
 def _var(
     x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
 ) -> Jet:
-    return _variance(x, dim, unbiased, keepdim, correction).typed(x.dtype)
+    centred, count = _centred(x, dim, unbiased, correction)
+    squares = _sum_of_powers(centred, 2, _dims(dim), keepdim)
+    return x.like(squares.stack / count).typed(x.dtype)
 
 
 @rule(*every("std"))
@@ -201,17 +197,16 @@ def _std(
     return x.like(length.stack / count**0.5).typed(x.dtype)
 
 
-@rule(torch.var_mean)
-def _var_mean(
-    x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
-) -> tuple[Jet, Jet]:
-    spread = _var(x, dim, unbiased, keepdim, correction=correction)
-    return spread, x.like(x.stack.mean(axes(_dims(dim), x.ndim), keepdim))
+def _with_mean(spread: Callable[..., Jet]) -> Callable[..., tuple[Jet, Jet]]:
+    @wraps(spread)
+    def both(
+        x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, **named: Any
+    ) -> tuple[Jet, Jet]:
+        mean = x.stack.mean(axes(_dims(dim), x.ndim), keepdim)
+        return spread(x, dim, unbiased, keepdim, **named), x.like(mean)
+
+    return both
 
 
-@rule(torch.std_mean)
-def _std_mean(
-    x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
-) -> tuple[Jet, Jet]:
-    spread = _std(x, dim, unbiased, keepdim, correction=correction)
-    return spread, x.like(x.stack.mean(axes(_dims(dim), x.ndim), keepdim))
+rule(torch.var_mean)(_with_mean(_var))
+rule(torch.std_mean)(_with_mean(_std))
