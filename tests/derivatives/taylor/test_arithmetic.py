@@ -5,6 +5,7 @@ import operator
 import pytest
 import torch
 
+from hosm_losses.derivatives.taylor import carried
 from tests.derivatives.taylor.checks import check
 
 CASES = {
@@ -57,3 +58,24 @@ def test_matrix_product_with_a_parameter(shape):
 def test_einsum_with_a_parameter():
     parameter = torch.randn(4, 2, requires_grad=True)
     check(lambda x: torch.einsum("bi,ij->bj", x.sin(), parameter).sin(), (4,), parameter)
+
+
+@pytest.mark.parametrize("pairs", ["none", "squares", "sum", "halves", "last"])
+@pytest.mark.parametrize("above", [0.5e-15, None])
+def test_quotients_of_the_smallest_numbers_in_float32(pairs, above):
+    """As num / (den + 1e-15) where both are zero: powers of 1/den are out of range there."""
+
+    def found(dtype):
+        x, weight = torch.tensor([[-1.0, 0.5]], dtype=dtype), torch.ones(2, dtype=dtype)
+        weight.requires_grad_()
+
+        def share(x):
+            den = torch.relu(weight * x)
+            num = 3 * den if above is None else torch.full_like(x, above)
+            return num / (den + 1e-15)
+
+        stack = carried(share, x, torch.ones(2, 1, 2, dtype=dtype), pairs)
+        return stack, torch.autograd.grad(stack.sum(), weight)[0]
+
+    for short, exact in zip(found(torch.float32), found(torch.float64), strict=True):
+        torch.testing.assert_close(short.double(), exact.double(), rtol=1e-6, atol=1e-6)

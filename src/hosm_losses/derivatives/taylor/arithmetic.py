@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
+from hosm_losses.derivatives.recompute import recomputed
+from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.arguments import result_type, stacks_of
 from hosm_losses.derivatives.taylor.jet import Jet, aligned, components, gathered, halves
 from hosm_losses.derivatives.taylor.pointwise import apply, power
@@ -109,12 +111,38 @@ def multiply(a: Any, b: Any) -> Jet:
 def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
     if rounding_mode is not None:
         raise NoRule
-    ndim = _operands(a, b)
+    ndim, dtype = _operands(a, b), _type(a, b)
     if not isinstance(b, Jet):
-        return product_rule(a, b, torch.div, ndim).typed(_type(a, b))
-    # The inverse of a short type may be out of its range where the quotient is not.
-    inverse = apply(partial(power, exponent=-1), b.like(at_least_float32(b.stack)))
-    return multiply(a, inverse).typed(_type(a, b))
+        return product_rule(a, b, torch.div, ndim).typed(dtype)
+    if isinstance(a, Jet):
+        above = a.stack
+    elif ndim_of(a):
+        above = a.unsqueeze(0)
+    else:  # a number, or a tensor that may be on another device
+        wide = None if isinstance(a, Tensor) else torch.promote_types(dtype, torch.float32)
+        above = torch.as_tensor(a, dtype=wide, device=b.device).unsqueeze(0)
+    stacks = (aligned(each, ndim) for each in (above, b.stack))
+    return b.like(recomputed(partial(_quotient, b.firsts, b.pairs), *stacks)).typed(dtype)
+
+
+def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
+    """The stack of y = a / b, without powers of 1/b, which may be out of range where y is not.
+
+    From those of a = y b, as in y_l = (a_l − y b_l) / b.
+    """
+    (a_value, a_tangents, a_seconds), (b_value, b_tangents, b_seconds) = (
+        components(at_least_float32(each), min(firsts, len(each) - 1)) for each in (a, b)
+    )
+    value = a_value / b_value
+    rest = value * b_tangents
+    tangents = (a_tangents - rest if len(a_tangents) else -rest) / b_value
+    if pairs == "none":
+        return torch.cat([value, tangents])
+    (left, right), (b_left, b_right) = halves(tangents, pairs), halves(b_tangents, pairs)
+    rest = gathered(left * b_right + right * b_left, pairs)
+    rest = rest + value * b_seconds if len(b_seconds) else rest
+    seconds = (a_seconds - rest if len(a_seconds) else -rest) / b_value
+    return torch.cat([value, tangents, seconds])
 
 
 @rule(*every("pow", "__pow__"))
