@@ -8,7 +8,7 @@ Example:
 """
 
 from collections.abc import Mapping
-from operator import attrgetter
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +56,8 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     likelihood. x is what the model is given: for Euler that is `scheduler.scale_model_input` of
     its sample. A flow-matching scheduler becomes a LinearFlowSchedule: t is its sigma, and the
     model is given t · num_train_timesteps. A scheduler's shift only says which times are drawn:
-    draw them yourself and pass t. Class labels, text states and so on go into `model_kwargs`.
+    draw them yourself and pass t. With timestep_type="continuous" and "v_prediction" the model is
+    given ¼ log(σ/α). Class labels, text states and so on go into `model_kwargs`.
 
     Args:
         model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, or
@@ -65,7 +66,7 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
         scheduler: one with a table, or for flow matching.
 
     Raises:
-        TypeError: for a scheduler that is neither of the two.
+        TypeError: for a pipeline, or a scheduler that is neither of the two.
         ValueError: for zero terminal SNR, or an unknown prediction type.
 
     Example:
@@ -75,10 +76,13 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
         >>> from_diffusers(nn.Identity(), scheduler).prediction
         'v_prediction'
     """
+    if not isinstance(model, nn.Module):
+        expected = "model: expected the network, such as pipeline.unet or pipeline.transformer"
+        raise TypeError(f"{expected}; got {describe(model)}.")
     own = getattr(model, "config", None)
     inputs, outputs = (getattr(own, f"{end}_channels", None) for end in ("in", "out"))
     learned = inputs is not None and outputs == 2 * inputs
-    output = _half_of_sample if learned else attrgetter("sample")
+    output = _half_of_sample if learned else _sample
     options: dict[str, Any] = {"output": output, "call": _by_name}
     config = getattr(scheduler, "config", None)
     if "FlowMatch" in type(scheduler).__name__:
@@ -90,15 +94,26 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     _check_has(scheduler, expected, "alphas_cumprod")
     kind = getattr(config, "prediction_type", None)
     prediction = _predicted(kind, DIFFUSERS, "scheduler.config.prediction_type")
-    return ScoreModel(model, _table_schedule(scheduler, "scheduler"), prediction, **options)
+    schedule = _table_schedule(scheduler, "scheduler")
+    if prediction == "v_prediction" and getattr(config, "timestep_type", None) == "continuous":
+        options["time"] = partial(_quarter_of_log_sigma_hat, schedule)
+    return ScoreModel(model, schedule, prediction, **options)
+
+
+def _quarter_of_log_sigma_hat(schedule: DiscreteSchedule, t: Tensor) -> Tensor:
+    return schedule.log_sigma_hat(t) / 4
 
 
 def _by_name(model: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
     return model(x, timestep=t, **kwargs)  # not every model takes it in the second place
 
 
+def _sample(returned: Any) -> Tensor:
+    return returned[0] if isinstance(returned, tuple) else returned.sample  # return_dict=False
+
+
 def _half_of_sample(returned: Any) -> Tensor:
-    return _first_half(returned.sample)
+    return _first_half(_sample(returned))
 
 
 def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
@@ -108,6 +123,8 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
     `diffusion.normalize(images)` to the losses and to `ode_nll`. The project's own loss is the
     first term of the losses here; with min_snr_loss_weight pass that weight as a callable. The
     network is `diffusion.model`, so the project's Trainer, optimizer and EMA hold its parameters.
+    That of its `classifier_free_guidance` drops classes at every call, as the project's loss does,
+    and none after `.eval()`. Of a LearnedGaussianDiffusion the variance is left out.
 
     Raises:
         TypeError: for an object that is no GaussianDiffusion.
@@ -131,7 +148,17 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
         )
     schedule = _table_schedule(diffusion, "diffusion")
     prediction = _predicted(diffusion.objective, DENOISING_DIFFUSION, "diffusion.objective")
-    return ScoreModel(diffusion.model, schedule, prediction)
+    network = diffusion.model
+    channels, outputs = (getattr(network, name, None) for name in ("channels", "out_dim"))
+    learned = channels is not None and outputs == 2 * channels
+    output = _first_half if learned else None
+    call = _dropping_classes if hasattr(network, "cond_drop_prob") else None
+    return ScoreModel(network, schedule, prediction, output=output, call=call)
+
+
+def _dropping_classes(network: Any, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+    kept = {} if getattr(network, "training", True) else {"cond_drop_prob": 0.0}
+    return network(x, t, **kept | kwargs)
 
 
 def from_edm(net: Any) -> ScoreModel:

@@ -81,3 +81,29 @@ def test_self_conditioning_and_what_is_unknown_are_refused():
     diffusion.objective = "pred_other"
     with pytest.raises(ValueError, match=r"diffusion\.objective: expected one of 'pred_noise'"):
         from_denoising_diffusion(diffusion)
+
+
+def test_classes_are_dropped_in_training_alone():
+    from denoising_diffusion_pytorch import classifier_free_guidance as guided
+
+    torch.manual_seed(0)
+    network = guided.Unet(dim=8, dim_mults=(1,), num_classes=3, channels=2)
+    model = from_denoising_diffusion(guided.GaussianDiffusion(network, image_size=8))
+    x, t, classes = torch.randn(3, 2, 8, 8), torch.tensor([20, 90, 195]), torch.tensor([0, 1, 2])
+    drawn = [model.predict(x, t, classes=classes) for _ in range(9)]
+    assert not all(torch.equal(drawn[0], each) for each in drawn)
+    model.eval()
+    expected = network(x, t, classes=classes, cond_drop_prob=0.0)
+    assert torch.equal(model.predict(x, t, classes=classes), expected)
+    dropped = model.predict(x, t, classes=classes, cond_drop_prob=1.0)
+    assert torch.equal(dropped, network(x, t, classes=classes, cond_drop_prob=1.0))
+    assert not torch.equal(dropped, expected)
+
+
+def test_the_variance_of_a_learned_one_is_left_out():
+    from denoising_diffusion_pytorch import learned_gaussian_diffusion as learned
+
+    network = package.Unet(dim=8, dim_mults=(1,), channels=2, learned_variance=True).double()
+    model = from_denoising_diffusion(learned.LearnedGaussianDiffusion(network, image_size=8))
+    x, t = torch.randn(3, 2, 8, 8), torch.tensor([20, 90, 195])
+    assert torch.equal(model.predict(x, t), network(x, t)[:, :2])

@@ -1,6 +1,7 @@
 """Against diffusers itself: x_t, ε̂ and its own loss."""
 
 import dataclasses
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -102,6 +103,41 @@ def test_euler_in_the_coordinates_of_what_the_model_is_given():
         given = scheduler.scale_model_input(sample, each[0])
         ours = noised(model, x0[row : row + 1], t[row : row + 1], noise[row : row + 1])
         torch.testing.assert_close(ours, given, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+def test_continuous_timesteps_of_euler_as_the_scheduler_gives_them():
+    """Stable Video Diffusion's configuration."""
+    scheduler = diffusers.EulerDiscreteScheduler(
+        timestep_type="continuous", prediction_type="v_prediction"
+    )
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, sample, timestep):
+            seen.append(timestep)
+            return SimpleNamespace(sample=sample)
+
+    model = from_diffusers(Network(), scheduler)
+    t = torch.tensor([999, 400, 0])
+    model.noise(torch.ones(3, 2), t)
+    scheduler.set_timesteps(1000)
+    expected = scheduler.timesteps[999 - t]
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
+    assert pickle.loads(pickle.dumps(model.time))(t).shape == (3,)
+
+
+def test_what_a_network_returns_as_a_tuple():
+    model = from_diffusers(unet(), diffusers.DDPMScheduler())
+    x0, t, _ = batch()
+    torch.testing.assert_close(model.noise(x0, t, return_dict=False), model.noise(x0, t))
+
+
+def test_a_pipeline_is_refused():
+    scheduler = diffusers.DDPMScheduler()
+    pipeline = diffusers.DDPMPipeline(unet(), scheduler)
+    with pytest.raises(TypeError, match=r"such as pipeline\.unet .* type DDPMPipeline"):
+        from_diffusers(pipeline, scheduler)
 
 
 def test_flow_matching_is_a_linear_flow_with_times_up_to_a_thousand():
