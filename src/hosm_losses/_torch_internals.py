@@ -39,6 +39,8 @@ COMPILED_PART = "_compiled_call_impl"
 _C: Any = torch._C
 _autograd: Any = torch.autograd
 _lock = threading.RLock()
+_look: Any = getattr(getattr(_C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
+TELLS_HOOKS = _look is not None
 
 
 def transformed() -> bool:
@@ -70,8 +72,7 @@ def surrounded() -> bool:
 
 def _saving_hooks() -> Any:
     """The innermost saved-tensor hooks, if there are any and this PyTorch can tell."""
-    look = getattr(getattr(_C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
-    return None if look is None or torch.compiler.is_compiling() else look(True)
+    return None if _look is None or torch.compiler.is_compiling() else _look(True)
 
 
 def checkpoint_hook(kind: str = "_checkpoint_hook") -> object:

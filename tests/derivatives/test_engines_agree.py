@@ -186,6 +186,10 @@ def shifted(h):
     return matrix(h) + 3 * torch.eye(3)
 
 
+def symmetric(h):
+    return matrix(h) + matrix(h).mT + torch.diag(torch.arange(3.0)) * 20
+
+
 PLACES = torch.tensor([[0, 0, 1, 1, 2, 3, 4, 5, 6]] * 4)
 WRONG_FORWARD = {
     "solve": lambda h: torch.linalg.solve(shifted(h), matrix(h)).flatten(1),
@@ -202,6 +206,13 @@ WRONG_FORWARD = {
         1, PLACES, h + 2, reduce="prod"
     ),
     "scatter_reduce_": lambda h: (h * h).scatter_reduce_(1, PLACES, h + 2, "prod"),
+    "eigh": lambda h: (torch.linalg.eigh(symmetric(h))[1] ** 2 * matrix(h)).flatten(1),
+    "eigvalsh": lambda h: h * torch.linalg.eigvalsh(symmetric(h)).repeat(1, 3),
+    "copysign": lambda h: torch.copysign(h * h, h),
+    "renorm_": lambda h: (h * h).renorm_(2, 0, 0.5),
+    "cosine_embedding_loss": lambda h: (
+        h * F.cosine_embedding_loss(h, h.cos(), torch.ones(4), reduction="none")[:, None]
+    ),
 }
 
 
@@ -212,6 +223,89 @@ def test_what_forward_mode_gets_wrong_is_left_to_the_reverse_engine(name, order)
     for engine in ("taylor", "forward"):
         with pytest.raises(hosm.DerivativeError, match="forward mode is not differentiated"):
             found(Around(WRONG_FORWARD[name]), order, engine)
+
+
+@pytest.mark.parametrize("third", ["laplacian", "sliced"])
+@pytest.mark.parametrize("name", ["eigvalsh", "copysign", "renorm_", "cosine_embedding_loss"])
+def test_and_its_second_derivatives_neither(name, third):
+    for engine in ("taylor", "forward"):
+        with pytest.raises(hosm.DerivativeError, match="forward mode is not differentiated"):
+            found(Around(WRONG_FORWARD[name]), 3, engine, third=third)
+
+
+def scattered(method):
+    """Another row in the place of the third, by select_scatter."""
+
+    def function(h):
+        if method:
+            return h.select_scatter(h[:, 0] ** 2, dim=-1, index=2)
+        return torch.select_scatter(torch.ones_like(h), h[:, 0] ** 2, 1, 2) * h
+
+    return function
+
+
+@pytest.mark.parametrize("method", [True, False])
+def test_select_scatter_along_several_directions(method):
+    """PyTorch's gradient through a vmap of it is wrong."""
+    probe = torch.randn(3, 4, 2)
+    for order, options in ((2, {}), (3, {"third": "exact"})):
+        network = Around(scattered(method))
+        got, expected = (
+            found(network, order, engine, probe=probe, **options) for engine in ("auto", "reverse")
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-11)
+    with pytest.raises(hosm.DerivativeError, match="select_scatter: PyTorch's derivative"):
+        found(Around(scattered(method)), 2, "forward", probe=probe)
+
+
+class Sine(torch.autograd.Function):
+    """With all that torch.func asks for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        return cotangent * x.cos()
+
+    jvp = backward
+
+
+@pytest.mark.parametrize("third", ["laplacian", "sliced"])
+def test_a_jvp_is_not_differentiated_in_nested_forward_mode(third):
+    network = Around(Sine.apply)
+    expected = found(Around(torch.sin), 3, "forward")
+    torch.testing.assert_close(found(network, 3, "forward"), expected, rtol=1e-8, atol=1e-11)
+    for probe in (torch.randn(4, 2), torch.randn(2, 4, 2)):
+        with pytest.raises(hosm.DerivativeError, match=r"nested forward mode.*got \w*Sine"):
+            found(network, 3, "forward", third=third, probe=probe)
+    with torch.no_grad(), pytest.raises(hosm.DerivativeError, match="nested forward mode"):
+        hosm.third_order_dsm(
+            hosm.ScoreModel(network, VP), torch.randn(4, 2), derivative="forward", third=third
+        )
+
+
+def test_an_operator_without_a_rule_on_what_is_expanded():
+    def function(h):
+        return F.softplus(h[:, None].expand(-1, 3, -1)).sum(1)
+
+    def written_out(h):
+        return 3 * torch.log(1 + torch.exp(h))
+
+    for third in ("exact", "laplacian"):
+        got, expected = (
+            found(Around(each), 3, "taylor", third=third) for each in (function, written_out)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("engine", ["auto", "reverse", "taylor"])

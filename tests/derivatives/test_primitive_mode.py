@@ -106,6 +106,21 @@ def test_torchs_own_checkpoint_is_an_error_and_never_a_wrong_gradient(reentrant,
             gradient(network, model, order, derivative=engine)
 
 
+@pytest.mark.parametrize("order", [2, 3])
+def test_paired_probes_leave_torchs_own_checkpoint_to_the_taylor_engine(order):
+    """They take reverse mode where they can."""
+
+    def checkpoint(function, x):
+        return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
+
+    network, plain, model = checkpointed(checkpoint)
+    options = {"probes": 2, "estimator": "paired"}
+    expected = gradient(network, plain, order, **options)
+    for _ in range(2):  # the second time without an attempt
+        got = gradient(network, model, order, **options)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", [*sorted(layers()), "math attention"])
 def test_torchs_own_checkpoint_is_an_error_around_every_primitive(name):
     network, shape = network_of(name.split()[-1])

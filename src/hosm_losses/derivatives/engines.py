@@ -20,7 +20,7 @@ Source:
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +28,14 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import DerivativeError, over_elements
-from hosm_losses._torch_internals import forward_mode, traced, transformed
+from hosm_losses._torch_internals import (
+    MODULE_HOOK,
+    custom_function,
+    forward_mode,
+    graph_nodes,
+    traced,
+    transformed,
+)
 from hosm_losses.derivatives.backward import LOST_TWICE, pull_back, refuse_dropped, remedied
 from hosm_losses.derivatives.primitive_mode import without_recomputation
 from hosm_losses.derivatives.taylor import carried
@@ -193,10 +200,12 @@ def forward(
         return *parts, curvature
 
     one: Any = second if order == 2 else third if second_direction is None else curved
-    directions = (direction,)
+    directions, wanted, graph = (direction,), torch.is_grad_enabled(), nullcontext()
     if second_direction is not None:
         directions = direction, second_direction.expand_as(direction)
-    with explained(), without_recomputation(), forward_mode():
+        if not wanted and not traced():  # custom Functions are found in a graph
+            x, graph = leaf(x, wanted), torch.enable_grad()
+    with explained(), without_recomputation(), forward_mode(), graph:
         if len(direction) == 1:
             value, *rest = [part.unsqueeze(0) for part in one(*(each[0] for each in directions))]
         else:
@@ -204,7 +213,17 @@ def forward(
             # One dropout mask for the value and for every probe.
             value, *rest = torch.func.vmap(one, out_dims=out_dims, randomness="same")(*directions)
             value = value.unsqueeze(0)
-    return (Derivatives if second_direction is None else Curved)(value, *rest)
+    if second_direction is None:
+        return Derivatives(value, *rest)
+    for node in () if traced() else graph_nodes([value]):
+        function = custom_function(node)
+        if function not in (None, MODULE_HOOK):
+            raise DerivativeError(
+                "network: expected no custom autograd.Function in nested forward mode, where "
+                f"PyTorch takes its jvp for linear; got {function.__name__}. Leave derivative at "
+                "'auto', or take third='exact'."
+            )
+    return Curved(*kept((value, *rest), wanted))
 
 
 def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) -> Derivatives:

@@ -40,6 +40,10 @@ FORWARD_ADVICE = (
 )
 
 
+class ForeignCheckpointError(DerivativeError):
+    """Torch's own checkpoint is inside the network, around what it cannot recompute."""
+
+
 class _Thread(threading.local):
     """What is on in a thread."""
 
@@ -99,7 +103,7 @@ def _refuse_foreign_checkpoint() -> None:
     """
     hook = checkpoint_hook()
     if hook not in (None, _thread.modes[-1].around) and not _thread.recomputed_safely:
-        raise DerivativeError(FORWARD_ADVICE if _thread.forward else CHECKPOINT_ADVICE)
+        raise ForeignCheckpointError(FORWARD_ADVICE if _thread.forward else CHECKPOINT_ADVICE)
 
 
 class _Mark:

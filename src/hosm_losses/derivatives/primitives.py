@@ -199,15 +199,18 @@ def _refused(*_: Any, **__: Any) -> Tensor:
 
 def _every(names: str) -> set[Any]:
     """The functions and methods of PyTorch with these names."""
-    homes = (torch, torch.Tensor, torch.linalg)
+    homes = (torch, torch.Tensor, torch.linalg, F)
     found = [getattr(home, name, None) for home in homes for name in names.split()]
     return {each for each in found if each is not None}
 
 
-# What PyTorch derives in forward mode by a formula that it does not differentiate rightly,
-# cumprod where a factor is zero.
+# What PyTorch derives in forward mode by a formula that it does not differentiate rightly:
+# cumprod where a factor is zero, select_scatter along several directions, and those of the second
+# row where it derives them twice.
 _FORWARD = _every(
-    "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_"
+    "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_ "
+    "eigh eigvalsh copysign copysign_ renorm renorm_ cosine_embedding_loss triplet_margin_loss "
+    "select_scatter"
 )
 # And these where they multiply.
 _PRODUCTS = _every("scatter_reduce index_reduce scatter_reduce_ index_reduce_")

@@ -3,13 +3,12 @@ r"""The choice of the engine that differentiates a field, and what "auto" rememb
 What:
     "auto" is the taylor engine. A network that it cannot carry derivatives through is given to
     reverse mode (which torch.compile cannot trace), and one that PyTorch cannot differentiate
-    twice to forward mode. An attempt that failed leaves no trace: buffers and generators are put
-    back. What the network cannot do is remembered, and said once in a warning with its price.
-    What only a backward pass would show is found by `check_derivatives`.
+    twice to forward mode. A failed attempt leaves no trace in buffers and generators. It is
+    remembered, and said once with its price. `check_derivatives` finds what a pass back would.
 
 Cost, in network evaluations with the parameter gradient (a first-order step is 3):
-    `EVALUATIONS`. K directions share the value at order two and with C; for G the taylor and the
-    reverse engine fold them into the batch.
+    `EVALUATIONS`. K directions share the value at order two and with C; for G all engines but
+    "forward" fold them into the batch.
 """
 
 import contextlib
@@ -36,6 +35,7 @@ from hosm_losses.derivatives import engines, products
 from hosm_losses.derivatives.backward import DroppedGraphError
 from hosm_losses.derivatives.engines import Derivatives, Field
 from hosm_losses.derivatives.hooks import ChangedGradientError
+from hosm_losses.derivatives.primitive_mode import ForeignCheckpointError
 from hosm_losses.derivatives.products import Cotangent, Products
 from hosm_losses.derivatives.taylor import TaylorError
 
@@ -89,8 +89,8 @@ class _Kept(NamedTuple):
 class Snapshot:
     """The buffers of a network and the state of torch's generators, to be restored.
 
-    A network in training may update its buffers and draws random numbers. A network that is no
-    Module, nor a method of one, has no buffers to be seen. `x` are its inputs, for the devices.
+    Of a network that is no Module, nor a method of one, no buffers are seen. `x` are its inputs,
+    for the devices.
     """
 
     def __init__(self, network: object, *x: Tensor) -> None:
@@ -153,9 +153,8 @@ def derive(
     Order 2 gives D; order 3 gives G as well, or C for u = `second_direction`, as `Curved`: not by
     the reverse engine, and with "auto" only where C costs less than G. If `summed` the sum over
     the directions is enough, of G, or of C with the direction itself; an engine may give either.
-    Under `torch.no_grad` the values are the same and carry no graph. A DerivativeError where the
-    engine, or with "auto" any engine, cannot differentiate the network, or a custom Function in it
-    drops the graph.
+    Under `torch.no_grad` there is no graph. A DerivativeError where the engine, or with "auto"
+    any engine, cannot differentiate the network.
     """
     if derivative == "auto":
         return _auto(field, x, direction, order, second_direction, summed)
@@ -205,6 +204,7 @@ def derive_with_products(
                 if not _another_may_do("reverse", error):
                     raise
                 before.restore()
+                _choice(field.owner).refused["reverse"] = str(error)
 
     def derived(field: Field, x: Tensor, direction: Tensor) -> Derivatives:
         u = direction if second else None
@@ -257,9 +257,9 @@ def _auto(
 
 def _another_may_do(engine: str, error: Exception) -> bool:
     """Whether another engine may do better; what is wrong with the network is raised by all."""
-    text = str(error)
+    text, kinds = str(error), DroppedGraphError | ForeignCheckpointError
     if engine == "reverse":
-        return isinstance(error, DroppedGraphError) or any(words in text for words in NOT_TWICE)
+        return isinstance(error, kinds) or any(words in text for words in NOT_TWICE)
     if isinstance(error, ChangedGradientError):
         return False
     if engine == "taylor":

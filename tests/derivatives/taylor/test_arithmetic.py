@@ -60,22 +60,40 @@ def test_einsum_with_a_parameter():
     check(lambda x: torch.einsum("bi,ij->bj", x.sin(), parameter).sin(), (4,), parameter)
 
 
+SMALL = {
+    "num / (den + 1e-15)": lambda den: 3 * den / (den + 1e-15),
+    "1e-15 / (den + 1e-15)": lambda den: torch.full_like(den, 1e-15) / (den + 1e-15),
+    "a number": lambda den: 1e-15 / (den + 1e-15),
+    "clamped": lambda den: den / den.clamp(min=1e-15),
+    "reciprocal": lambda den: den * (den + 1e-15).reciprocal(),
+    "rsqrt": lambda den: den * torch.rsqrt(den * den + 1e-14),
+}
+
+
 @pytest.mark.parametrize("pairs", ["none", "squares", "sum", "halves", "last"])
-@pytest.mark.parametrize("above", [0.5e-15, None])
-def test_quotients_of_the_smallest_numbers_in_float32(pairs, above):
-    """As num / (den + 1e-15) where both are zero: powers of 1/den are out of range there."""
+@pytest.mark.parametrize("name", SMALL)
+def test_inverses_of_the_smallest_numbers_in_float32(name, pairs):
+    """Their powers are out of range where what they are multiplied by is zero."""
 
     def found(dtype):
         x, weight = torch.tensor([[-1.0, 0.5]], dtype=dtype), torch.ones(2, dtype=dtype)
         weight.requires_grad_()
-
-        def share(x):
-            den = torch.relu(weight * x)
-            num = 3 * den if above is None else torch.full_like(x, above)
-            return num / (den + 1e-15)
-
-        stack = carried(share, x, torch.ones(2, 1, 2, dtype=dtype), pairs)
-        return stack, torch.autograd.grad(stack.sum(), weight)[0]
+        stack = carried(
+            lambda x: SMALL[name](torch.relu(weight * x)),
+            x,
+            torch.ones(2, 1, 2, dtype=dtype),
+            pairs,
+        )
+        (slope,) = torch.autograd.grad(stack.sum(), weight, create_graph=True)
+        if pairs != "none":  # of which no loss takes two passes back
+            return stack, slope
+        return stack, slope, torch.autograd.grad(slope.sum(), weight)[0]
 
     for short, exact in zip(found(torch.float32), found(torch.float64), strict=True):
-        torch.testing.assert_close(short.double(), exact.double(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(short.double(), exact.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_root_at_zero_has_no_derivative():
+    x = torch.zeros(1, 2).requires_grad_()
+    assert not torch.isfinite(carried(torch.sqrt, x, torch.ones(1, 1, 2))).all()
+    assert not torch.isfinite(carried(torch.sqrt, x, torch.zeros(1, 1, 2))).all()

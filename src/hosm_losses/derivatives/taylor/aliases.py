@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import DerivativeError
-from hosm_losses._torch_internals import checkpoint_hook, has_alias, shell, swapped, versions
+from hosm_losses._torch_internals import (
+    TELLS_HOOKS,
+    checkpoint_hook,
+    has_alias,
+    shell,
+    swapped,
+    versions,
+)
 from hosm_losses.derivatives.taylor.along import Pairs, lengthened
 from hosm_losses.derivatives.taylor.table import TaylorError
 
@@ -177,7 +184,8 @@ def end(carrying: Carrying, jets: list[Any]) -> None:
     for memory, _ in groups:
         memory.clear()
     carrying.jets.clear()
-    for jet in jets:
+    # An older PyTorch does not refuse what a checkpoint saved, and crashes in its recomputation.
+    for jet in jets if TELLS_HOOKS else ():
         # One that is stale has no value, and one that a checkpoint saved will be needed as it is.
         with suppress(TaylorError, RuntimeError):
             swapped(jet, jet.stack[0])

@@ -47,7 +47,10 @@ def differentiated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     plain = [each for each in flat if isinstance(each, Tensor) and not isinstance(each, Jet)]
     watched = (*values, *([] if func in PRIMITIVES else plain))
     before = versions(watched)
-    derivatives = tuple(jet.stack[1:] for jet in jets)
+    # torch.func writes to what it is given, which elements in one place do not allow.
+    derivatives = tuple(
+        jet.stack[1:].contiguous() if 0 in jet.stack.stride() else jet.stack[1:] for jet in jets
+    )
     stacks = iter(along(function, values, derivatives, jets[0].firsts, jets[0].pairs))
     if versions(watched) != before:
         raise TaylorError(f"{name_of(func)}: {CHANGES}")

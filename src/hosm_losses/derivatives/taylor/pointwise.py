@@ -219,10 +219,14 @@ def _cos(x: Tensor) -> Iterator[Tensor]:
 
 def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
     """x to a number, and its derivatives."""
-    factor = 1.0
+    factor, largest = 1.0, torch.finfo(x.dtype).max
     for order in range(4):
         # Not 0 · x^-1, which is NaN at 0.
-        yield factor * x.pow(exponent - order) if factor else torch.zeros_like(x)
+        found = factor * x.pow(exponent - order) if factor else torch.zeros_like(x)
+        if factor and order > max(exponent, 0):
+            # Near zero it may be out of range, and is multiplied by what may be zero.
+            found = torch.where(x == 0, found, found.clamp(-largest, largest))
+        yield found
         factor *= exponent - order
 
 
