@@ -188,6 +188,12 @@ def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
     return torch.add(counter, other, alpha=alpha, out=counter)
 
 
+def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:  # noqa: A002
+    """As a slice of one: the gradient of PyTorch's own through a vmap is wrong."""
+    place = range(input.shape[dim])[index]
+    return torch.slice_scatter(input, src.unsqueeze(dim), dim, place, place + 1)
+
+
 def _refused(*_: Any, **__: Any) -> Tensor:
     """What is below the functions of norms, and differentiated rightly by nothing."""
     raise DerivativeError(
@@ -205,12 +211,10 @@ def _every(names: str) -> set[Any]:
 
 
 # What PyTorch derives in forward mode by a formula that it does not differentiate rightly:
-# cumprod where a factor is zero, select_scatter along several directions, and those of the second
-# row where it derives them twice.
+# cumprod where a factor is zero, and those of the second row where it derives them twice.
 _FORWARD = _every(
     "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_ "
-    "eigh eigvalsh copysign copysign_ renorm renorm_ cosine_embedding_loss triplet_margin_loss "
-    "select_scatter"
+    "eigh eigvalsh copysign copysign_ renorm renorm_ cosine_embedding_loss triplet_margin_loss"
 )
 # And these where they multiply.
 _PRODUCTS = _every("scatter_reduce index_reduce scatter_reduce_ index_reduce_")
@@ -244,6 +248,8 @@ PRIMITIVES: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: _multi_head_attention,
     F.glu: _glu,
     torch.Tensor.add_: _add_in_place,
+    torch.select_scatter: _select_scatter,
+    torch.Tensor.select_scatter: _select_scatter,
     torch.native_layer_norm: _refused,
     torch.native_group_norm: _refused,
     torch.native_batch_norm: _refused,

@@ -134,14 +134,6 @@ def _(r, f):
     return spelled(r, f, cube, ("dim", dim(r, 3)), ("index", r.choice([1, -1])))
 
 
-@of("select_scatter")
-def _(r, f):
-    d = dim(r, 3)
-    index, source = r.choice([0, -1]), r.choice([cube, lambda x: cube(x).cos()])
-    given = ("src", lambda x: source(x).select(d, 0)), ("dim", d), ("index", index)
-    return spelled(r, f, r.choice([cube, lambda x: cube(x).sin()]), *given)
-
-
 @of("repeat_interleave")
 def _(r, f):
     where = r.choice([2, -1, None])

@@ -34,13 +34,6 @@ def _stack(tensors: Any, dim: int = 0) -> Jet:
     return jet_among(tensors).like(torch.stack(stacks_of(tensors), place))
 
 
-@rule(*every("select_scatter"), several=True)
-def _select_scatter(x: Any, source: Any, dim: int, index: int) -> Jet:
-    stack, other = stacks_of((x, source))
-    jet = jet_among((x, source))
-    return jet.like(torch.select_scatter(stack, other, axis(dim, x.ndim), index))
-
-
 def _chosen(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) -> Jet:
     """The elements of a where a mask holds and those of b elsewhere, of each component."""
     known = all(isinstance(each, Tensor | float | int) for each in (a, b))
