@@ -85,7 +85,8 @@ def check_number(
 ) -> float:
     """Return `value` as a float if it is `what`, a finite number in (above, at_most], no bool."""
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not (math.isfinite(number) and above < number <= at_most):
+    # By comparisons alone, which torch.compile follows.
+    if not (-math.inf < number < math.inf and above < number <= at_most):
         raise ValueError(complaint(name, what, value))
     return number
 
@@ -216,6 +217,14 @@ def over_elements(tensor: Tensor, kept: int = 2) -> Tensor:
     """
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.reshape(*tensor.shape[:kept], -1).sum(-1, dtype=wide)
+
+
+def source(generator: torch.Generator | None) -> dict[str, Any]:
+    """What random functions are told of a generator: torch.compile refuses generator=None.
+
+    It does where a size may differ from call to call.
+    """
+    return {} if generator is None else {"generator": generator}
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -164,6 +164,20 @@ def forward_mode_on() -> AbstractContextManager[object]:
     return _autograd.forward_ad._set_fwd_grad_enabled(True)
 
 
+@contextmanager
+def without_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """A block in which the gradients of leaves are found as they are, without their hooks."""
+    tables = [leaf._backward_hooks for leaf in leaves if leaf._backward_hooks]
+    kept = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.clear()
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
+
+
 def custom_function(node: object) -> type | None:
     """The torch.autograd.Function of a node in an autograd graph; None for PyTorch's own nodes."""
     return getattr(type(node), "_forward_cls", None)

@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import at_least_float32, check_choice, check_whole
+from hosm_losses._checks import at_least_float32, check_choice, check_whole, source
 
 Distribution = Literal["rademacher", "gaussian", "sphere", "dct"]
 # Bytes. A loss holds several tensors of this size, and the network many: no device has the memory.
@@ -39,12 +39,12 @@ LARGEST_UNITS = 16 * 2**30
 
 
 def _rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    bits = torch.randint(0, 2, shape, generator=generator, device=like.device, dtype=torch.int8)
+    bits = torch.randint(0, 2, shape, device=like.device, dtype=torch.int8, **source(generator))
     return bits.to(like.dtype).mul_(2).sub_(1)
 
 
 def _gaussian(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
+    return torch.randn(shape, device=like.device, dtype=like.dtype, **source(generator))
 
 
 def _sphere(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -95,6 +95,13 @@ def test_the_means_stay_in_float32():
     assert float(balance.counts[0, 0]) == pytest.approx(200 * (1 + DECAY + DECAY**2))
 
 
+def test_a_conversion_to_half_precision_leaves_the_means():
+    balance = Balance(2)
+    balance((torch.full((200,), 1e6), torch.ones(200)), torch.zeros(200), None)
+    before = balance.sums.clone()
+    assert torch.equal(balance.half().bfloat16().sums, before)
+
+
 def test_what_would_take_a_step_up_twice_is_refused():
     loss, x0 = setting()
     with pytest.raises(ValueError, match="expected numbers under a checkpoint"):

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import hosm_losses as hosm
 from hosm_losses.losses import options
@@ -133,6 +134,34 @@ def test_the_terms_come_with_their_times_and_rows(fraction):
         assert not got.requires_grad
     assert isinstance(terms, hosm.DSMTerms)
     assert len(terms) == 4
+
+
+def test_and_keep_them_where_a_wrapper_makes_the_tuple_again():
+    """As DistributedDataParallel does with static_graph=True, and accelerate."""
+    model = setting()[0]
+    for loss in (hosm.ThirdOrderDSM(model, fraction=0.5), hosm.SteinDSM(model, fraction=0.5)):
+        _, terms = loss(torch.randn(4, 2), return_terms=True)
+        again = pytree.tree_map(lambda leaf: leaf, terms)
+        assert type(again) is type(terms)
+        assert again is not terms
+        assert again.t is terms.t
+        assert again.rows is terms.rows
+        with pytest.raises(AttributeError, match="no attribute 'rows'"):
+            pytree.tree_map(torch.clone, terms).rows  # noqa: B018
+        with pytest.raises(AttributeError, match="no attribute 'other'"):
+            terms.other  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(hosm.ThirdOrderDSM, "weights"), (hosm.SteinDSM, "weight")]
+)
+def test_weights_that_an_optimizer_would_train_are_refused(module, name):
+    model = setting()[0]
+    trained = nn.Parameter(torch.ones(4 if name == "weights" else ()))
+    with pytest.raises(ValueError, match=rf"{name}: .* got a Parameter"):
+        module(model, **{name: trained})
+    loss = module(model, **{name: trained.detach()})
+    assert len(list(loss.parameters())) == len(list(model.parameters()))
 
 
 def test_what_it_prints_names_every_option_and_the_weights():

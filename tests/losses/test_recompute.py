@@ -177,19 +177,91 @@ def test_what_cannot_be_known_is_an_error():
     function = hosm.ScoreModel(lambda x, t: network(x, t), hosm.VPSchedule())
     with pytest.raises(TypeError, match=r"chunks: expected a network that is an nn\.Module"):
         hosm.second_order_dsm(function, x0, chunks=2)
-    outside = nn.Parameter(torch.ones(1))
 
-    class Outside(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.network = network
 
-        def forward(self, x, t):
-            return outside * self.network(x, t)
+class Scaled(nn.Module):
+    """A network that multiplies by what is no part of it."""
 
-    module = hosm.ScoreModel(Outside(), hosm.VPSchedule())
-    loss = hosm.second_order_dsm(module, x0.requires_grad_(), chunks=2)
-    with pytest.raises(hosm.DerivativeError, match=r"chunks: .* got another, of shape \(1,\)"):
+    def __init__(self, network, factor):
+        super().__init__()
+        self.network, self.factor = network, [factor]
+
+    def forward(self, x, t):
+        return self.factor[0] * self.network(x, t)
+
+
+@pytest.mark.parametrize("engine", ["taylor", "reverse"])
+def test_leaves_that_are_no_parameters_of_the_network_have_their_gradient(engine):
+    network, _model, x0, given = setting()
+    given["probe"] = torch.randn_like(x0)
+    leaf = torch.tensor(1.3, requires_grad=True)
+    head = nn.Conv2d(x0.shape[1], x0.shape[1], 1).requires_grad_(False)
+    leaves = [leaf, *head.parameters(), *network.parameters()]
+
+    def gradients(factor, chunks, trained):
+        head.requires_grad_(trained)
+        model = hosm.ScoreModel(Scaled(network, factor), hosm.VPSchedule(), output=head)
+        loss = hosm.third_order_dsm(model, x0, chunks=chunks, derivative=engine, **given)
+        return torch.autograd.grad(loss, leaves if trained else [leaf, *network.parameters()])
+
+    # A leaf, and what was made of it before; then with a head that was frozen until now.
+    for made in (lambda: leaf, lambda: leaf.sin()):
+        for trained in (False, True):
+            expected, got = (gradients(made(), chunks, trained) for chunks in (1, 2))
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+class Learned(hosm.Schedule):
+    t_min, t_max = 1e-3, 1.0
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def alpha(self, t):
+        return torch.exp(-0.5 * self.rate.to(t.dtype) * t)
+
+    def sigma(self, t):
+        return torch.sqrt(-torch.expm1(-self.rate.to(t.dtype) * t))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_a_schedule_that_is_learned(prediction):
+    network, _model, x0, given = setting()
+    given["probe"] = torch.randn_like(x0)
+    rate = torch.tensor(3.0, requires_grad=True)
+    model = hosm.ScoreModel(network, Learned(rate), prediction)
+    expected, got = (
+        torch.autograd.grad(hosm.third_order_dsm(model, x0, chunks=chunks, **given), rate)
+        for chunks in (1, 3)
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_hooks_of_parameters_are_called_once():
+    network, model, x0, given = setting()
+    given["probe"] = torch.randn_like(x0)
+    parameter = next(network.parameters())
+    called = []
+    handle = parameter.register_hook(lambda gradient: called.append(1) or 0.1 * gradient)
+    found = []
+    for chunks in (1, 3):
+        (gradient,) = torch.autograd.grad(
+            hosm.third_order_dsm(model, x0, chunks=chunks, **given), parameter
+        )
+        found.append(gradient)
+    assert len(called) == 2
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    handle.remove()
+    assert not parameter._backward_hooks
+
+
+def test_other_parameters_in_the_pass_back_are_refused():
+    _network, model, x0, given = setting()
+    given["probe"] = torch.randn_like(x0)
+    module = hosm.ThirdOrderDSM(model, chunks=2)
+    values = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+    loss = torch.func.functional_call(module, values, (x0,), given)
+    with pytest.raises(hosm.DerivativeError, match=r"chunks: .* as of functional_call"):
         loss.backward()
 
 

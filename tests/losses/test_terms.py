@@ -122,3 +122,11 @@ def test_a_fraction_of_the_batch_has_its_own_terms(third):
     if third != "sliced":  # whose u is another
         matches = (terms.third[:, None] - whole.third).abs().min(1).values
         assert matches.max() < 1e-12
+
+
+@pytest.mark.parametrize("estimator", ["hutchinson", "paired"])
+def test_samples_whose_cubed_size_is_beyond_integers(estimator):
+    x0 = torch.randn(1, 2_700_000, dtype=torch.float32)
+    model = hosm.ScoreModel(lambda x, t: 0.5 * x, hosm.VPSchedule())
+    terms = hosm.dsm_terms(model, x0, estimator=estimator)
+    assert all(bool(torch.isfinite(term).all()) for term in terms)

@@ -47,9 +47,11 @@ class ForeignCheckpointError(DerivativeError):
 class _Thread(threading.local):
     """What is on in a thread."""
 
-    modes: "tuple[_SafePrimitives, ...]" = ()
-    forward = False  # forward mode
-    recomputed_safely = False  # our checkpoint, whose recomputation will have the mode
+    def __init__(self) -> None:
+        # Not of the class: torch.compile guards what there is, and none is to be added later.
+        self.modes: tuple[_SafePrimitives, ...] = ()
+        self.forward = False  # forward mode
+        self.recomputed_safely = False  # our checkpoint, whose recomputation will have the mode
 
 
 _thread = _Thread()

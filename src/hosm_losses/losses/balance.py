@@ -39,8 +39,12 @@ class Balance(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Balance":
         # In half precision a running mean forgets nothing, and overflows.
+        kept = self.sums, self.counts
         super()._apply(fn, recurse)
-        self.sums, self.counts = self.sums.float(), self.counts.float()
+        for name, before in zip(("sums", "counts"), kept, strict=True):
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                setattr(self, name, before.to(moved.device, torch.float32))
         return self
 
     def forward(

@@ -7,6 +7,7 @@ computes the loss in its forward, so that a wrapper around it sees every use of 
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack, overload
 
+import torch
 from torch import Tensor, nn
 
 from hosm_losses._torch_internals import checkpoint_hook, transformed
@@ -44,7 +45,7 @@ class _Objective(nn.Module):
     def __init__(self, model: ScoreModel, **options: Any) -> None:
         super().__init__()
         refuse_unknown(type(self).__name__, self.choices, options)
-        self.weights, self.balance = options.pop("weights", None), None
+        self.weights, self.balance = _untrained("weights", options.pop("weights", None)), None
         self.options = LossOptions(order=self.order, **options)
         self.model = check_model(model)
         if self.order > 1:
@@ -103,6 +104,16 @@ class _Objective(nn.Module):
         def __call__(self, x0: Tensor, **inputs: Any) -> Any: ...
 
 
+def _untrained(name: str, weight: Any) -> Any:
+    """The weights of a module, which registers a Parameter as one to be trained."""
+    if isinstance(weight, nn.Parameter):
+        raise ValueError(
+            f"{name}: expected numbers, or tensors that are not trained; got a Parameter, which "
+            "the optimizer would drive to zero. Give weights that follow a rule to each call."
+        )
+    return weight
+
+
 def _check_kept_once() -> None:
     """Raise where the sizes of the terms would be taken up twice, or cannot be."""
     what = "torch.func" if transformed() else "a checkpoint" if checkpoint_hook() else None
@@ -118,8 +129,10 @@ def _returned(found: Evaluated, logged: Any, return_terms: bool) -> Any:
     """The loss, or with it the detached terms."""
     if not return_terms:
         return found.loss
-    terms = logged._make(None if term is None else term.detach() for term in found.terms)
+    terms = logged(*[None if term is None else term.detach() for term in found.terms])
     terms.t, terms.rows = found.t, found.rows
+    if not torch.compiler.is_compiling():
+        terms.first._logged = {"t": found.t, "rows": found.rows}
     return found.loss, terms
 
 
@@ -211,7 +224,7 @@ class SteinDSM(nn.Module):
         super().__init__()
         refuse_unknown("SteinDSM", SteinChoices, options)
         chosen: dict[str, Any] = dict(options)
-        self.weight: float | Tensor | None = chosen.pop("weight", 1.0)
+        self.weight: float | Tensor | None = _untrained("weight", chosen.pop("weight", 1.0))
         self.options = SteinOptions(**chosen)
         self.model = check_model(model)
         refuse_wrapped(model.network, thoroughly=True)

@@ -19,6 +19,7 @@ from hosm_losses._checks import (
     check_model_kwargs,
     check_sample_batch,
     expand_right,
+    source,
 )
 from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.losses.balance import Balance
@@ -138,7 +139,7 @@ def perturbed(
         else check_time(score_model, batch, t)
     )
     if noise is None:
-        eps = torch.randn(batch.shape, generator=generator, device=batch.device, dtype=batch.dtype)
+        eps = torch.randn(batch.shape, device=batch.device, dtype=batch.dtype, **source(generator))
     else:
         shape = tuple(batch.shape)
         eps = normal(check_like("noise", noise, shape, batch.dtype, batch.device, "x0"))
@@ -213,7 +214,7 @@ def _fraction(
     """The rows that have the higher terms, and the others; None for all rows."""
     if options.fraction == 1:
         return None, None
-    order = torch.randperm(len(x), generator=generator, device=x.device)
+    order = torch.randperm(len(x), device=x.device, **source(generator))
     count = max(1, round(options.fraction * len(x)))
     return order[:count], order[count:]
 

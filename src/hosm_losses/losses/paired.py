@@ -66,7 +66,7 @@ def paired_terms(
     x, noise = inputs.x, at_least_float32(inputs.noise)
     sigma = expand_right(inputs.sigma, x)
     direction = (sigma * probe).to(x.dtype)
-    elements = x[0].numel()
+    elements = float(x[0].numel())  # as in `terms`
 
     def ell_of(value: Tensor) -> Tensor:
         return first_residual(at_least_float32(value), noise).detach()

@@ -4,13 +4,15 @@ What:
     The forward pass evaluates one part of the batch after the other and keeps no graph; the
     backward pass evaluates each part again, with its graph, and adds up the gradients. So the
     memory is that of one part, and the cost one more evaluation of the loss without its gradient.
-    The gradients go to the parameters of the network and to the given tensors, once each, so that
-    DistributedDataParallel sees what it sees without parts.
+    The gradients go to the parameters of the network, to the given tensors and to all other leaves
+    in the graph of the first part, once each, so that DistributedDataParallel and hooks see what
+    they see without parts.
 
 Source:
     Chen et al., "Training deep nets with sublinear memory cost" (2016).
 """
 
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,12 +23,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hosm_losses._checks import DerivativeError, complaint
-from hosm_losses._torch_internals import autocast_of_now, graph_nodes, transformed
+from hosm_losses._torch_internals import (
+    autocast_of_now,
+    graph_nodes,
+    transformed,
+    without_hooks,
+)
 from hosm_losses.derivatives import Snapshot
 
 Terms = tuple[Tensor, ...]
-# Networks of which every parameter that they use is their own.
-_WHOLE: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 def in_chunks(
@@ -36,11 +41,7 @@ def in_chunks(
     tensors: Sequence[Tensor],
     batch: int,
 ) -> Terms:
-    """Evaluate function(slice, *tensors) in `chunks` parts of the batch, put together to (B,).
-
-    `tensors` and the parameters of the network are all that may need a gradient: a parameter that
-    is neither raises DerivativeError in the backward pass.
-    """
+    """Evaluate function(slice, *tensors) in `chunks` parts of the batch, put together to (B,)."""
     captured = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
     if torch.compiler.is_compiling() or captured or transformed():
         where = "in a CUDA graph" if captured else "under torch.compile and torch.func"
@@ -54,7 +55,8 @@ def in_chunks(
     size = -(-batch // min(chunks, batch))
     parts = [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
     call = _Call(function, parts, network, len(tensors))
-    return _Chunked.apply(call, *tensors, *network.parameters())  # pyright: ignore[reportReturnType]
+    others = call.begin(tensors)
+    return _Chunked.apply(call, *tensors, *call.own, *others)  # pyright: ignore[reportReturnType]
 
 
 class _Call:
@@ -64,8 +66,25 @@ class _Call:
         self, function: Callable[..., Terms], parts: list[slice], network: nn.Module, given: int
     ) -> None:
         self.function, self.parts, self.network, self.given = function, parts, network, given
+        self.own = list(network.parameters())
         # Of each part, before it was evaluated: what puts autocast back, and all else.
         self.states: list[tuple[Callable[[], AbstractContextManager[object]], Snapshot]] = []
+
+    def begin(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Evaluate the first part; returns the leaves in its graph that are not known yet.
+
+        As of a schedule that is learned, or a module that the network refers to.
+        """
+        points = [each.detach().requires_grad_(each.requires_grad) for each in tensors]
+        terms = self.first(self.parts[0], points)
+        self.begun = tuple(term.detach() for term in terms)
+        known = {id(each) for each in (*points, *self.own)}
+        found = [getattr(node, "variable", None) for node in graph_nodes(terms)]
+        leaves = [
+            weakref.ref(leaf) for leaf in found if leaf is not None and id(leaf) not in known
+        ]
+        del terms, found  # and with them the leaves that the part made
+        return [leaf for leaf in (reference() for reference in leaves) if leaf is not None]
 
     def first(self, part: slice, tensors: Sequence[Tensor]) -> Terms:
         """Evaluate a part, and keep the state of generators, autocast and buffers before it."""
@@ -82,6 +101,12 @@ class _Call:
         Not sooner than the graph is used, which may have kept the buffers.
         """
         autocast, first = self.states[number]
+        if not all(map(operator.is_, self.own, self.network.parameters())):
+            raise DerivativeError(
+                "chunks: expected the network to have the parameters of the forward pass in the "
+                "backward pass, which evaluates it again; got others, as of functional_call. "
+                "Leave chunks at 1."
+            )
         before = Snapshot(self.network, *points)
         try:
             first.restore()
@@ -97,7 +122,8 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *leaves: Tensor) -> Terms:
         ctx.call = call
         ctx.save_for_backward(*leaves)
-        found = [call.first(part, leaves[: call.given]) for part in call.parts]
+        rest = [call.first(part, leaves[: call.given]) for part in call.parts[1:]]
+        found = [call.begun, *rest]
         return tuple(torch.cat(terms) for terms in zip(*found, strict=True))
 
     @staticmethod
@@ -111,17 +137,18 @@ class _Chunked(torch.autograd.Function):
         totals: list[Tensor | None] = [None] * len(leaves)
         places = [place for place, need in enumerate(needed) if need]
         for number, part in enumerate(call.parts):
-            # A parameter is used by the network itself; a tensor is given, as a leaf of its own.
+            # A leaf is used by the network itself; a tensor is given, as a leaf of its own.
             points = [
                 leaf.detach().requires_grad_(need) if place < call.given else leaf
                 for place, (leaf, need) in enumerate(zip(leaves, needed, strict=True))
             ]
-            with call.again(number, points) as terms:
-                _check_leaves(call.network, terms, points)
+            with call.again(number, points) as terms, without_hooks(points[call.given :]):
                 found = torch.autograd.grad(
                     terms,
                     [points[place] for place in places],
                     [cotangent[part] for cotangent in cotangents],
+                    # Other leaves may be behind a graph that all parts go through.
+                    retain_graph=len(points) > call.given + len(call.own),
                     allow_unused=True,
                 )
             for place, gradient in zip(places, found, strict=True):
@@ -129,20 +156,3 @@ class _Chunked(torch.autograd.Function):
                     total = totals[place]
                     totals[place] = gradient if total is None else total + gradient
         return None, *totals
-
-
-def _check_leaves(network: nn.Module, terms: Terms, points: list[Tensor]) -> None:
-    """Stop where a parameter would be left without its gradient; looked for once."""
-    if network in _WHOLE:
-        return
-    known = {id(point) for point in points}
-    for node in graph_nodes(terms):
-        variable = getattr(node, "variable", None)
-        # Other leaves are the engines' own.
-        if isinstance(variable, nn.Parameter) and id(variable) not in known:
-            raise DerivativeError(
-                "chunks: expected every trained parameter to be one of the network or among the "
-                f"arguments of the loss; got another, of shape {tuple(variable.shape)}. Register "
-                "it, pass it in model_kwargs, or leave chunks at 1."
-            )
-    _WHOLE.add(network)

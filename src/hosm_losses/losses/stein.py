@@ -39,6 +39,7 @@ from hosm_losses.losses.paired import halves
 from hosm_losses.losses.terms import (
     Directions,
     Inputs,
+    Logged,
     first_residual,
     first_residual_of,
     inner,
@@ -59,7 +60,7 @@ class SteinTerms(NamedTuple):
     rate: Tensor | None = None
 
 
-class LoggedSteinTerms(SteinTerms):
+class LoggedSteinTerms(Logged, SteinTerms):
     """Detached terms with what they are plotted against; unpacks to the two as `SteinTerms` does.
 
     Attributes:

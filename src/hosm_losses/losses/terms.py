@@ -80,7 +80,22 @@ class DSMTerms(NamedTuple):
     third: Tensor | None = None
 
 
-class LoggedTerms(DSMTerms):
+class Logged:
+    """What detached terms are plotted against, which their first one carries as well.
+
+    Wrappers, as DistributedDataParallel with static_graph=True, make named tuples again from their
+    entries.
+    """
+
+    def __getattr__(self: Any, name: str) -> Any:
+        """Return t or rows where the tuple has lost them."""
+        carried = getattr(self[0], "_logged", {}) if name in ("t", "rows") else {}
+        if name not in carried:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return carried[name]
+
+
+class LoggedTerms(Logged, DSMTerms):
     """Detached terms with what they are plotted against; unpacks to the four as `DSMTerms` does.
 
     Attributes:
@@ -198,7 +213,7 @@ def terms_along(
     )
     value, directional, last = derived
     value, directional, noise, probe = map(at_least_float32, (value, directional, noise, probe))
-    elements = x[0].numel()
+    elements = float(x[0].numel())  # the cube may be no integer of 64 bits
     first = first_term(first_residual(value, noise))
     second = _mean_square(second_residual(value, directional, noise, probe)) / elements**2
     # Over all unit vectors ‖r2‖² is summed, but rt and r3 are summed before they are squared.

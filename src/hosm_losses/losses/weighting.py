@@ -30,7 +30,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_finite, check_like, complaint
+from hosm_losses._checks import check_choice, check_finite, check_like, complaint, source
 from hosm_losses.model import ScoreModel, check_time
 from hosm_losses.schedules import Schedule
 
@@ -88,7 +88,7 @@ def draw_time(
     if sampler == "schedule":
         return schedule.sample_time(len(x0), generator, device=x0.device, dtype=dtype)
     low, span = _range(schedule)
-    unit = torch.rand((len(x0),), generator=generator, device=x0.device, dtype=dtype)
+    unit = torch.rand((len(x0),), device=x0.device, dtype=dtype, **source(generator))
     return schedule._time_drawn(low + span * unit)
 
 

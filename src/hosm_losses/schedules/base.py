@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import at_least_float32, complaint, describe
+from hosm_losses._checks import at_least_float32, complaint, describe, source
 from hosm_losses._torch_internals import forward_mode
 
 UNDEFINED = "{}: a schedule defines alpha(t) and sigma(t)."
@@ -147,7 +147,7 @@ class Schedule:
         """
         if device is None and generator is not None:
             device = generator.device
-        return self._draw((batch,), generator=generator, device=device, dtype=dtype)
+        return self._draw((batch,), device=device, dtype=dtype, **source(generator))
 
     def _draw(self, shape: tuple[int], **options: Any) -> Tensor:
         unit = torch.rand(shape, **options)

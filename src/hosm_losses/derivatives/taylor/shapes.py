@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hosm_losses.derivatives.taylor.aliases import share
 from hosm_losses.derivatives.taylor.arguments import like_samples
-from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, aligned
+from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, aligned, written
 from hosm_losses.derivatives.taylor.table import (
     Function,
     NoRule,
@@ -215,11 +215,14 @@ def _pad(x: Jet, pad: Any, mode: str = "constant", value: float | None = None) -
 
 
 @rule_of_each(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
-def _dropped(function: Function, x: Jet, p: float = 0.5, training: bool = True) -> Jet:
+def _dropped(
+    function: Function, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
     if not training or p == 0:
         return x
     # One mask for the value and its derivatives.
-    return x.like(x.stack * function(torch.ones_like(x.stack[0]), p))
+    found = x.like(x.stack * function(torch.ones_like(x.stack[0]), p))
+    return written(x, found) if inplace else found
 
 
 @rule(Tensor.__iter__)
