@@ -196,6 +196,7 @@ def test_what_is_compiled_by_itself_is_refused_above_order_one(name, order):
                 function(model, x0, derivative=engine)
 
 
+@compiles_higher_orders
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("order", [2, 3])
 def test_the_reverse_engine_does_not_compile_and_says_so(order):

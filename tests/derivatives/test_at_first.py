@@ -10,6 +10,7 @@ from torch import nn
 import hosm_losses as hosm
 from hosm_losses.derivatives import primitives
 from hosm_losses.derivatives.primitive_mode import safe_primitives
+from tests.versions import OLD
 
 
 @pytest.fixture(autouse=True)
@@ -86,9 +87,10 @@ def test_the_types_of_autocast_are_kept_for_the_pass_back(name, kind):
             value = function(*tensors)
         # Outside autocast, as a trainer has it.
         found.append((value, *torch.autograd.grad(value.sum(), tensors)))
+    rounded = {"rtol": 0.02, "atol": 2e-3} if OLD else {}  # a gradient of its own
     for one, other in zip(*found, strict=True):
         assert one.dtype == other.dtype
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, **rounded)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -11,6 +11,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.derivatives.hooks import ChangedGradientError
+from tests.versions import tells_hooks
 
 pytestmark = pytest.mark.filterwarnings("ignore:derivative='auto'")
 VP = hosm.VPSchedule()
@@ -468,6 +469,7 @@ class Keeps(nn.Module):
         return self.kept["output"]
 
 
+@tells_hooks
 @pytest.mark.parametrize("order", [2, 3])
 def test_what_a_network_keeps_are_ordinary_tensors_afterwards(order, tmp_path):
     network, other = Keeps(), Keeps()
@@ -499,6 +501,7 @@ def test_forward_mode_leaves_none_of_its_tensors_in_a_buffer(order):
         assert network.mean.abs().max() == 0
 
 
+@tells_hooks
 def test_what_is_kept_by_a_call_that_fails_is_ordinary_too():
     network = Keeps()
     network.layer.register_forward_hook(lambda module, args, output: network.kept.update(a=output))

@@ -8,6 +8,7 @@ import torch
 import hosm_losses as hosm
 from hosm_losses.losses.balance import BINS, DECAY, PRIOR, Balance
 from tests.oracles import MLP
+from tests.versions import tells_hooks
 
 D = 3
 
@@ -102,6 +103,7 @@ def test_a_conversion_to_half_precision_leaves_the_means():
     assert torch.equal(balance.half().bfloat16().sums, before)
 
 
+@tells_hooks
 def test_what_would_take_a_step_up_twice_is_refused():
     loss, x0 = setting()
     with pytest.raises(ValueError, match="expected numbers under a checkpoint"):

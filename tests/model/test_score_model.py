@@ -272,3 +272,61 @@ def test_a_network_that_casts_by_itself_may_return_another_dtype():
     model = hosm.ScoreModel(lambda x, t: inner(x.float(), t.float()), VP)
     hosm.third_order_dsm(model, torch.randn(4, 2)).backward()
     assert inner.outer.weight.grad is not None
+
+
+def test_a_function_that_refers_to_modules_is_no_copy_and_not_in_evaluation_mode():
+    layers = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    model = hosm.ScoreModel(lambda x, t: layers(x), hosm.VPSchedule())
+    with pytest.warns(UserWarning, match=r"eval\(\) does not reach layers.*call=lambda"):
+        model.eval()
+    with pytest.raises(TypeError, match=r"would share the weights of layers.*call=lambda"):
+        copy.deepcopy(hosm.ThirdOrderDSM(model))
+    layers.eval()
+    model.eval()
+    given = hosm.ScoreModel(layers, hosm.VPSchedule(), call=lambda layers, x, t: layers(x))
+    copied = copy.deepcopy(given.train())
+    assert layers.training
+    x, t = torch.randn(3, 2), torch.full((3,), 0.5)
+    before = copied.eval().noise(x, t)
+    with torch.no_grad():
+        layers[0].weight.add_(1.0)
+    assert torch.equal(copied.noise(x, t), before)
+    assert layers.training
+
+
+def test_a_function_without_weights_can_be_copied():
+    identity = nn.Identity()
+    model = hosm.ScoreModel(lambda x, t: identity(x), hosm.VPSchedule())
+    assert copy.deepcopy(model.eval()).schedule == model.schedule
+
+
+@pytest.mark.parametrize("name", ["noise", "score", "denoise"])
+def test_times_that_a_schedule_does_not_have(name):
+    model = hosm.ScoreModel(lambda x, t: x, hosm.VPSchedule())
+    x = torch.randn(2, 3)
+    with pytest.raises(ValueError, match=r"t: expected values in \[0, 1\].*got values in \[500"):
+        getattr(model, name)(x, torch.full((2,), 500.0))
+    with pytest.raises(TypeError, match="Only a DiscreteSchedule takes integer times"):
+        getattr(model, name)(x, torch.ones(2, dtype=torch.int64))
+    assert getattr(model, name)(x, torch.full((2,), 1e-6)).shape == x.shape
+
+
+def test_fractions_of_the_first_step_of_a_table():
+    model = hosm.ScoreModel(lambda x, t: 0.1 * x, hosm.DiscreteSchedule.linear(1000))
+    x0 = torch.randn(8, 3)
+    with pytest.warns(UserWarning, match="t: expected indices from 0 to 999"):
+        hosm.first_order_dsm(model, x0, t=torch.rand(8))
+    with pytest.warns(UserWarning, match="t: expected indices from 0 to 999"):
+        hosm.second_order_dsm(model, x0, time_sampler=lambda n, _: torch.rand(n))
+    for t in (999 * torch.rand(8) + 2, torch.zeros(8), torch.ones(8, dtype=torch.int64)):
+        hosm.first_order_dsm(model, x0, t=t.clamp(max=999))
+
+
+def test_one_sample_without_its_batch():
+    layer = nn.Conv2d(3, 3, 3, padding=1)
+    model = hosm.ScoreModel(lambda x, t: layer(x).sum(0, keepdim=True), hosm.VPSchedule())
+    with pytest.raises(ValueError, match=r"of one sample give x\[None\]"):
+        model.noise(torch.randn(3, 8, 8), torch.full((3,), 0.5))
+    wide = hosm.ScoreModel(lambda x, t: torch.cat([x, x], 1), hosm.VPSchedule())
+    with pytest.raises(ValueError, match="keep the first channels"):
+        wide.noise(torch.randn(2, 3, 8, 8), torch.full((2,), 0.5))

@@ -6,6 +6,7 @@ import torch
 
 import hosm_losses as hosm
 from tests.schedules.test_check import build, own
+from tests.versions import OLD
 
 
 def out_of_python(t):
@@ -91,6 +92,8 @@ RIGHT = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_autograd_cannot_follow_is_refused(name):
     members, message = WRONG[name]
+    if OLD and members.get("sigma") is out_of_python:  # which finds no storage there
+        message = r"Own\.\w+ to follow from alpha and sigma"
     with pytest.raises(ValueError, match="schedule: expected " + message):
         build(own(**members))
 

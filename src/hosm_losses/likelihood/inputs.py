@@ -17,7 +17,9 @@ Source:
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any, Literal
@@ -38,15 +40,20 @@ from hosm_losses._checks import (
     complaint,
     may_look,
     over_elements,
+    users_level,
 )
 from hosm_losses._progress import progress_bar
-from hosm_losses._torch_internals import normal, outside_inference_mode
+from hosm_losses._torch_internals import normal, outside_inference_mode, traced
+from hosm_losses.derivatives import Snapshot
 from hosm_losses.likelihood.paths import Batch, Coordinates, accumulator, solver_limit
 from hosm_losses.likelihood.result import NLLResult, Quantization
 from hosm_losses.model import ScoreModel, check_model, condition
 
 Dequantization = Literal["uniform"]
 EIGHT_BITS = Quantization(256, -1.0, 1.0)
+TRAINING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+TRAINING += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+MISMATCH = 1e-3  # nats an element
 
 
 def evaluate(
@@ -84,12 +91,19 @@ def evaluate(
     size = count if batch_size is None else check_whole("batch_size", batch_size, 1)
     # By numbers and not slices: a network that writes to its conditions writes to copies.
     chunks = torch.arange(count, device=x.device).split(size)
-    with outside_inference_mode(), torch.set_grad_enabled(enable_grad):
+    _say_what_trains(model.network)
+    with (
+        _kept(model.network, x),
+        outside_inference_mode(),
+        torch.set_grad_enabled(enable_grad),
+    ):
         mean, std = _moment("data_mean", data_mean, x), _moment("data_std", data_std, x)
         if may_look(std) and not bool((std > 0).all()):
             raise ValueError(complaint("data_std", "positive values", data_std))
         conditions = condition(model, count, kwargs, primitives=None if enable_grad else False)
         coordinates, dtype = Coordinates(model.schedule, mean, std), _network_dtype(model, x)
+        if log_prior is None and name == "x":
+            _say_mismatch(coordinates)
         results = []
         with progress_bar(progress, count * draws, "sample") as advance:
             whole = Batch(normal(x), conditions, coordinates, dtype, log_prior, generator, advance)
@@ -99,6 +113,52 @@ def evaluate(
                 result = parts[0] if len(parts) == 1 else NLLResult.cat(parts)
                 results.append(mark_failed(result))
     return importance_weighted(results) if dequantization else results[0]
+
+
+def _say_what_trains(network: object) -> None:
+    """Warn of parts whose training mode makes a likelihood another number."""
+    for name, part in network.named_modules() if isinstance(network, nn.Module) else ():
+        if part.training and isinstance(part, TRAINING) and getattr(part, "p", 1) > 0:
+            warnings.warn(
+                f"network: expected evaluation mode, as after model.eval(); got {name or 'it'}, a "
+                f"{type(part).__name__} in training mode. The numbers are random, or depend on "
+                "what else is in the batch.",
+                stacklevel=users_level(),
+            )
+            return
+
+
+@contextmanager
+def _kept(network: object, x: Tensor) -> Iterator[None]:
+    """A block after which the buffers of a network are what they were, as running statistics."""
+    modules = network.modules() if isinstance(network, nn.Module) and not traced() else ()
+    if not any(part.training and part._buffers for part in modules):
+        yield
+        return
+    before = Snapshot(network, x)
+    try:
+        yield
+    finally:
+        before.restore(generators=False)
+
+
+def _say_mismatch(coordinates: Coordinates) -> None:
+    """Warn where Gaussian data at t_max is far from the prior, on the CPU."""
+    schedule, mean = coordinates.schedule, coordinates.mean
+    _, end = coordinates.ends(schedule.log_sigma_hat_range)
+    if not may_look(end.scale):
+        return
+    variance = (end.alpha * end.scale / schedule.prior_std).square()
+    shift = (end.alpha * mean / schedule.prior_std).square()
+    apart = float((variance + shift - 1 - variance.log()).sum()) / 2
+    if apart > MISMATCH * mean.numel():
+        warnings.warn(
+            f"schedule: expected one that ends in its prior, N(0, {schedule.prior_std:g}²); got "
+            f"{schedule!r}, which ends {apart:.2g} nats a sample from it for data of this "
+            "data_mean and data_std. They are part of the likelihood. Look at the numbers of the "
+            "schedule, or give log_prior.",
+            stacklevel=users_level(),
+        )
 
 
 def noised(batch: Batch) -> tuple[Batch, Tensor]:

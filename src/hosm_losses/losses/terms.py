@@ -45,7 +45,6 @@ Source:
 """
 
 import math
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -170,7 +169,7 @@ def third_residual(
 
 def first_residual_of(field: NoiseField, inputs: Inputs) -> Tensor:
     """r1 (1, B, *), in float32 at least."""
-    value = at_least_float32(replace(field, at_first=True)(inputs.x).unsqueeze(0))
+    value = at_least_float32(field.for_its_value()(inputs.x).unsqueeze(0))
     return first_residual(value, at_least_float32(inputs.noise))
 
 

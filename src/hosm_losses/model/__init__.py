@@ -1,7 +1,7 @@
 """The network as ε̂(x, t), and the field f that losses and likelihoods differentiate.
 
 - `score_model`: `ScoreModel`, network + schedule + prediction.
-- `field`: f with its conditions bound, and its derivatives.
+- `field`: f with its conditions bound, and its derivatives; wrapped networks, which have none.
 - `conditions`: which tensors of model_kwargs go with the samples.
 """
 
@@ -14,8 +14,8 @@ from hosm_losses.model.field import NetworkField as NetworkField
 from hosm_losses.model.field import NoiseField as NoiseField
 from hosm_losses.model.field import condition as condition
 from hosm_losses.model.field import noise_field as noise_field
+from hosm_losses.model.field import refuse_wrapped as refuse_wrapped
 from hosm_losses.model.score_model import Prediction as Prediction
 from hosm_losses.model.score_model import ScoreModel as ScoreModel
 from hosm_losses.model.score_model import check_model as check_model
 from hosm_losses.model.score_model import check_time as check_time
-from hosm_losses.model.score_model import refuse_wrapped as refuse_wrapped

@@ -5,15 +5,16 @@ Formula:
     D_f = −(p D + q w), G_f = −p G and C_f = −p C, with D, G and C of the network alone.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hosm_losses._checks import over_elements
-from hosm_losses._torch_internals import normal
+from hosm_losses._torch_internals import COMPILED_PART, normal
 from hosm_losses.derivatives import (
     Derivatives,
     Jet,
@@ -65,6 +66,10 @@ class NoiseField(ConditionedModel):
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate f at x (B, *)."""
         return -to_noise(NetworkField(self)(x), x, *self.model.affine(self.t, x))
+
+    def for_its_value(self) -> "NoiseField":
+        """Return the field for its value alone; not by replace, for torch.compile of 2.6."""
+        return NoiseField(self.model, self.kwargs, self.primitives, self.t, at_first=True)
 
     def derive(
         self,
@@ -190,7 +195,7 @@ def noise_field(
     return condition(model, len(t), model_kwargs, primitives=primitives).at(t)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NetworkField:
     """What the network predicts at x, with its conditions bound."""
 
@@ -218,3 +223,51 @@ class NetworkField:
     def repeat(self, count: int) -> "NetworkField":
         """Return the field of `count` copies of the batch, one after the other."""
         return NetworkField(self.field.repeat(count))
+
+
+_WRAP_THE_LOSS = (
+    "Wrap the loss module as a whole, whose forward then holds every use of a parameter: "
+    "{}(ThirdOrderDSM(ScoreModel(network, schedule))). Around the network, or parts of it, "
+    "gradients fail or differ between ranks in silence."
+)
+_TAKE_IT_OUT = (
+    "Give model.module, the network inside, in its place: ScoreModel(model.module, schedule) or "
+    "from_score_sde(model.module, sde); its parameters are the same. For several devices: "
+)
+_COMPILE_THE_LOSS = (
+    "What is compiled by itself has no second derivative. Compile the loss module in its place: "
+    "torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
+)
+COMPILED_IN_PLACE = "a part compiled by its own .compile()"
+# By name, so that nothing of torch.distributed is imported for it.
+WRAPPERS = {
+    "DistributedDataParallel": _WRAP_THE_LOSS.format("DistributedDataParallel"),
+    "FullyShardedDataParallel": _WRAP_THE_LOSS.format("FullyShardedDataParallel"),
+    "FSDPModule": _WRAP_THE_LOSS.format("fully_shard"),
+    "DataParallel": _TAKE_IT_OUT + _WRAP_THE_LOSS.format("DistributedDataParallel"),
+    "OptimizedModule": _COMPILE_THE_LOSS,
+    COMPILED_IN_PLACE: _COMPILE_THE_LOSS,
+}
+
+WRAPPER_MODULES = {"torch.distributed.fsdp", "torch._dynamo"}
+
+
+def refuse_wrapped(network: object, *, thoroughly: bool = False) -> None:
+    """Raise TypeError for a network in DDP, or with parts that are compiled or sharded alone.
+
+    `thoroughly` looks at every part also where nothing suggests a wrapper: once, not every step.
+    """
+    types = {type(network)}
+    found = set()
+    # Nothing is sharded or compiled where the package that does it was never imported.
+    if isinstance(network, nn.Module) and (thoroughly or sys.modules.keys() & WRAPPER_MODULES):
+        for part in network.modules():
+            types.add(type(part))
+            if getattr(part, COMPILED_PART, None) is not None:
+                found.add(COMPILED_IN_PLACE)
+    found |= {base.__name__ for kind in types for base in kind.__mro__} & WRAPPERS.keys()
+    for name in sorted(found):
+        raise TypeError(
+            f"network: expected a bare network for orders two and three; got {name}. "
+            f"{WRAPPERS[name]}"
+        )

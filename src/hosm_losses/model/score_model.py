@@ -17,11 +17,12 @@ Source:
     Salimans and Ho, arXiv 2202.00512, for v; Lipman et al., arXiv 2210.02747, for u.
 """
 
-import sys
+import copy
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,39 +35,19 @@ from hosm_losses._checks import (
     check_range,
     complaint,
     expand_right,
+    may_look,
+    modules_of,
+    users_level,
 )
-from hosm_losses._torch_internals import COMPILED_PART, OF_DTYPES, normal
+from hosm_losses._torch_internals import OF_DTYPES, normal
 from hosm_losses.derivatives import Jet
 from hosm_losses.model.conditions import unwrapped
 from hosm_losses.schedules import Schedule, check_schedule
 
 Prediction = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
 
-_WRAP_THE_LOSS = (
-    "Wrap the loss module as a whole, whose forward then holds every use of a parameter: "
-    "{}(ThirdOrderDSM(ScoreModel(network, schedule))). Around the network, or parts of it, "
-    "gradients fail or differ between ranks in silence."
-)
-_TAKE_IT_OUT = (
-    "Give model.module, the network inside, in its place: ScoreModel(model.module, schedule) or "
-    "from_score_sde(model.module, sde); its parameters are the same. For several devices: "
-)
-_COMPILE_THE_LOSS = (
-    "What is compiled by itself has no second derivative. Compile the loss module in its place: "
-    "torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
-)
-COMPILED_IN_PLACE = "a part compiled by its own .compile()"
-# By name, so that nothing of torch.distributed is imported for it.
-WRAPPERS = {
-    "DistributedDataParallel": _WRAP_THE_LOSS.format("DistributedDataParallel"),
-    "FullyShardedDataParallel": _WRAP_THE_LOSS.format("FullyShardedDataParallel"),
-    "FSDPModule": _WRAP_THE_LOSS.format("fully_shard"),
-    "DataParallel": _TAKE_IT_OUT + _WRAP_THE_LOSS.format("DistributedDataParallel"),
-    "OptimizedModule": _COMPILE_THE_LOSS,
-    COMPILED_IN_PLACE: _COMPILE_THE_LOSS,
-}
 
-WRAPPER_MODULES = {"torch.distributed.fsdp", "torch._dynamo"}
+_GIVE_THE_MODULE = "Give the module: ScoreModel(module, schedule, call=lambda module, x, t: ...)."
 
 
 class ScoreModel(nn.Module):
@@ -129,6 +110,27 @@ class ScoreModel(nn.Module):
         self.time, self.output, self.call = time, output, call
         self.primitives = primitives
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode; warns of modules that it does not reach."""
+        for name, module in modules_of(self.network):
+            if module.training != mode:
+                called = "train()" if mode else "eval()"
+                told = f"network: {called} does not reach {name}, to which a function refers."
+                warnings.warn(f"{told} {_GIVE_THE_MODULE}", stacklevel=users_level())
+        return super().train(mode)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Raise TypeError where the copy would share its weights, as one for an EMA must not."""
+        for name, _ in modules_of(self.network):
+            raise TypeError(
+                "network: expected an nn.Module in a model that is copied; got a function, whose "
+                f"copy would share the weights of {name}. {_GIVE_THE_MODULE}"
+            )
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def extra_repr(self) -> str:
         """Schedule and prediction, for the printed form."""
         return f"schedule={self.schedule!r}, prediction={self.prediction!r}"
@@ -149,9 +151,12 @@ class ScoreModel(nn.Module):
             ε̂, of the shape of x.
 
         Raises:
-            TypeError: if the network returns something other than a real tensor.
-            ValueError: if it returns another shape than that of x.
+            TypeError: if the network returns something other than a real tensor, or for integer t
+                where the schedule is no table.
+            ValueError: if it returns another shape than that of x, or t is out of range.
         """
+        _refuse_integers(self.schedule, t, x)
+        check_range("t", t, min(0.0, self.schedule.t_min), self.schedule.t_max)
         return to_noise(self.predict(x, t, **kwargs), x, *self.affine(t, x))
 
     def affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -262,10 +267,12 @@ def _check_prediction(predicted: object, x: Tensor) -> None:
         )
     elif predicted.shape != x.shape:
         kind, expected = ValueError, f"an output of the shape of x, {tuple(x.shape)}"
-        remedy = (
-            "If it predicts a variance too, keep the first channels: ScoreModel(..., "
-            "output=lambda out: out[:, :C])."
-        )
+        remedy = "The first dimension of x is that of the batch: of one sample give x[None]."
+        if predicted.ndim == x.ndim > 1 and predicted.shape[1] == 2 * x.shape[1]:
+            remedy = (
+                "If it predicts a variance too, keep the first channels: ScoreModel(..., "
+                "output=lambda out: out[:, :C])."
+            )
     elif not predicted.is_floating_point():
         expected, remedy = "a floating-point output", "Integers have no derivatives."
     elif predicted.device != x.device:
@@ -287,34 +294,27 @@ def check_model(value: object) -> ScoreModel:
 def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
     """Return `t` if it is times (B,) in the range of the schedule, or indices of a table."""
     schedule = model.schedule
+    _refuse_integers(schedule, t, x0)
     dtype = torch.promote_types(x0.dtype, torch.float32)
     if isinstance(t, Tensor) and not t.is_floating_point():
-        if not schedule.integer_time or t.dtype == torch.bool:
-            expected = f"a {dtype} tensor in [{schedule.t_min:g}, {schedule.t_max:g}]"
-            remedy = "Only a DiscreteSchedule takes integer times, its indices."
-            raise TypeError(complaint("t", expected, t, remedy))
         dtype = t.dtype
     time = check_like("t", t, (len(x0),), dtype, x0.device, "the batch dimension of x0")
     check_range("t", time, schedule.t_min, schedule.t_max)
+    fractions = schedule.integer_time and time.is_floating_point() and schedule.t_max > 1
+    if fractions and may_look(time) and bool((time <= 1).all() & (time != time.round()).any()):
+        warnings.warn(
+            f"t: expected indices from 0 to {schedule.t_max:g}, the last of the table; got "
+            "fractions of the first step alone. Times in [0, 1] have to be multiplied by it.",
+            stacklevel=users_level(),
+        )
     return normal(time)
 
 
-def refuse_wrapped(network: object, *, thoroughly: bool = False) -> None:
-    """Raise TypeError for a network in DDP, or with parts that are compiled or sharded alone.
-
-    `thoroughly` looks at every part also where nothing suggests a wrapper: once, not every step.
-    """
-    types = {type(network)}
-    found = set()
-    # Nothing is sharded or compiled where the package that does it was never imported.
-    if isinstance(network, nn.Module) and (thoroughly or sys.modules.keys() & WRAPPER_MODULES):
-        for part in network.modules():
-            types.add(type(part))
-            if getattr(part, COMPILED_PART, None) is not None:
-                found.add(COMPILED_IN_PLACE)
-    found |= {base.__name__ for kind in types for base in kind.__mro__} & WRAPPERS.keys()
-    for name in sorted(found):
-        raise TypeError(
-            f"network: expected a bare network for orders two and three; got {name}. "
-            f"{WRAPPERS[name]}"
-        )
+def _refuse_integers(schedule: Schedule, t: object, like: Tensor) -> None:
+    if not isinstance(t, Tensor) or t.is_floating_point():
+        return
+    if not schedule.integer_time or t.dtype == torch.bool:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        expected = f"a {dtype} tensor in [{schedule.t_min:g}, {schedule.t_max:g}]"
+        remedy = "Only a DiscreteSchedule takes integer times, its indices."
+        raise TypeError(complaint("t", expected, t, remedy))

@@ -1,0 +1,120 @@
+"""What a likelihood says of a network or a schedule with which it is another number."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import hosm_losses as hosm
+
+VP = hosm.VPSchedule()
+BETAS = torch.linspace(1e-4, 0.02, 1000)
+FAR = {
+    "betas of DDPM for those of VP": hosm.VPSchedule(beta_min=1e-4, beta_max=0.02),
+    "alphas for alphas_cumprod": hosm.DiscreteSchedule(1 - BETAS),
+    "a tenth of the steps": hosm.DiscreteSchedule.linear(100),
+    "half of the time": hosm.CosineSchedule(t_max=0.5),
+}
+NEAR = [
+    VP,
+    hosm.SubVPSchedule(),
+    hosm.VESchedule(),
+    hosm.CosineSchedule(),
+    hosm.EDMSchedule(),
+    hosm.LinearFlowSchedule(),
+    hosm.DiscreteSchedule.linear(1000),
+    hosm.DiscreteSchedule.linear(1000, scaled=True),
+    hosm.DiscreteSchedule.cosine(1000),
+]
+
+
+def normal(schedule, std=0.5):
+    """The exact noise of data N(0, std²)."""
+
+    def noise(x, t):
+        alpha, sigma = (each[:, None] for each in schedule(t))
+        return sigma * x / ((alpha * std) ** 2 + sigma**2)
+
+    return hosm.ScoreModel(noise, schedule)
+
+
+@pytest.mark.parametrize("function", [hosm.ode_nll, hosm.variational_nll])
+@pytest.mark.parametrize("name", FAR)
+def test_a_schedule_that_does_not_end_in_its_prior(name, function):
+    x = 0.5 * torch.randn(4, 3)
+    with pytest.warns(UserWarning, match=r"schedule: expected one that ends in its prior"):
+        function(normal(FAR[name]), x)
+    # Those who give a prior know of it, and so does data that starts as the prior is.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        function(normal(FAR[name]), x, log_prior=lambda z: -0.5 * z.square().sum(1))
+        function(normal(FAR[name], 1.0), x, data_std=1.0)
+
+
+def test_by_how_much_in_nats():
+    """That of Gaussian data is the divergence of what it ends in from the prior."""
+    schedule = FAR["half of the time"]
+    alpha, sigma = schedule(torch.tensor(schedule.t_max))
+    variance = alpha**2 * torch.tensor([0.25, 4.0, 1.0]) + sigma**2
+    mean = alpha * torch.tensor([0.3, -1.0, 0.0])
+    expected = 0.5 * (variance + mean**2 - 1 - variance.log()).sum()
+    moments = {"data_mean": torch.tensor([0.3, -1, 0]), "data_std": torch.tensor([0.5, 2, 1])}
+    with pytest.warns(UserWarning, match=f"ends {float(expected):.2g} nats a sample"):
+        hosm.ode_nll(normal(schedule), torch.zeros(2, 3), **moments)
+
+
+@pytest.mark.parametrize("schedule", NEAR, ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("std", [0.1, 0.5, 1.0])
+def test_nothing_is_said_of_those_that_do(schedule, std):
+    hosm.ode_nll(normal(schedule, std), std * torch.randn(4, 3), steps=8, data_std=std)
+
+
+def built(*layers):
+    network = nn.Sequential(nn.Linear(2, 6), *layers, nn.Linear(6, 2))
+    return hosm.ScoreModel(network, VP, call=lambda network, x, t: network(x))
+
+
+@pytest.mark.parametrize("kind", ["Dropout", "BatchNorm1d"])
+@pytest.mark.parametrize("function", [hosm.ode_nll, hosm.variational_nll])
+def test_a_network_in_training_mode(function, kind):
+    layer = nn.Dropout(0.5) if kind == "Dropout" else nn.BatchNorm1d(6)
+    model, x = built(layer), torch.randn(8, 2)
+    with pytest.warns(UserWarning, match=rf"evaluation mode, .* got 1, a {kind} in training mode"):
+        function(model, x)
+    function(model.eval(), x)
+
+
+def test_nothing_is_said_where_nothing_trains():
+    hosm.ode_nll(built(nn.Dropout(0.0), nn.LayerNorm(6)), torch.randn(8, 2), steps=8)
+
+
+@pytest.mark.filterwarnings("ignore:network. expected evaluation mode")
+@pytest.mark.parametrize("enable_grad", [False, True])
+def test_running_statistics_stay_as_they_were(enable_grad):
+    layer = nn.BatchNorm1d(6)
+    model, x = built(layer), torch.randn(8, 2)
+    for _ in range(2):
+        model.noise(x, torch.full((8,), 0.5))
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    result = hosm.ode_nll(model, x, steps=8, enable_grad=enable_grad)
+    hosm.variational_nll(model, x)
+    hosm.ode_sample(model, (4, 2), steps=8)
+    for name, buffer in layer.named_buffers():
+        assert torch.equal(buffer, before[name])
+    if enable_grad:
+        result.nll.sum().backward()
+
+
+def test_the_gap_tells_the_solver_error():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 16), nn.SiLU(), nn.Linear(16, 2))
+    model = hosm.ScoreModel(network, VP, call=lambda network, x, t: network(x))
+    x = torch.randn(32, 2)
+    few, many = (
+        hosm.likelihood_gap(model, x, ode_score=False, nodes=2, steps=steps).numbers
+        for steps in (8, 64)
+    )
+    name = "solver error of ode nll"
+    assert many[name].value < 0.01 < few[name].value
+    assert abs(few["ode nll"].value - many["ode nll"].value) < 30 * few[name].value
