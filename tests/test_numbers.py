@@ -83,7 +83,7 @@ def test_the_evaluations_of_paired_probes_at_order_two():
         ),
         ("README", r"at (\d+)\s+evaluations for order two", TWO, PAIRED),
         ("README", r"evaluations for order two and (\d+) for order three", THREE, PAIRED),
-        ("README", r"feels to first order,\s+takes (\d+)", hosm.stein_dsm, {}),
+        ("README", r"log-density of the ODE,\s+takes (\d+)", hosm.stein_dsm, {}),
         ("derivatives", r"step of order three costs (\d+) eval", THREE, PAIRED),
         ("derivatives", r"in place of (\d+)", THREE, {"derivative": "taylor", **PAIRED}),
         ("cifar10", r"`stein` costs (\d+) evaluations", hosm.stein_dsm, {}),

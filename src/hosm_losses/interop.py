@@ -38,6 +38,8 @@ DENOISING_DIFFUSION: dict[str, Prediction] = {
     "pred_v": "v_prediction",
 }
 GUIDED_DIFFUSION: dict[str, Prediction] = {"EPSILON": "epsilon", "START_X": "sample"}
+# Models of diffusers under flow matching that multiply by the number of timesteps themselves.
+TAKE_FRACTIONS = ("Flux", "Chroma", "QwenImage", "AuraFlow", "LongCatImage", "OvisImage")
 ZERO = (0.0, 2.0**-24)  # the second is what diffusers writes in the place of the first
 DISCRETE_VP = "ScoreModel(model, DiscreteSchedule(sde.alphas_cumprod)), whose t is the label."
 DISCRETE_VE = (
@@ -55,8 +57,9 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     DiscreteSchedule: t is the timestep, integer in training, between two of them in the
     likelihood. x is what the model is given: for Euler that is `scheduler.scale_model_input` of
     its sample. A flow-matching scheduler becomes a LinearFlowSchedule: t is its sigma, and the
-    model is given t · num_train_timesteps. A scheduler's shift only says which times are drawn:
-    draw them yourself and pass t. With timestep_type="continuous" and "v_prediction" the model is
+    model is given t · num_train_timesteps; Flux, QwenImage, AuraFlow and others are given t, as by
+    their pipelines. A scheduler's shift only says which times are drawn: draw them yourself and
+    pass t. With timestep_type="continuous" and "v_prediction" the model is
     given ¼ log(σ/α). Class labels, text states and so on go into `model_kwargs`.
 
     Args:
@@ -89,6 +92,8 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
         where = "scheduler.config.num_train_timesteps"
         count = getattr(config, "num_train_timesteps", None)
         factor = check_number(where, count, "a number above 0", above=0)
+        if type(model).__name__.startswith(TAKE_FRACTIONS):
+            factor = 1.0
         return ScoreModel(model, LinearFlowSchedule(), "flow_prediction", time=factor, **options)
     expected = "scheduler: expected one with {}, such as DDPMScheduler, or a flow-matching one"
     _check_has(scheduler, expected, "alphas_cumprod")

@@ -248,6 +248,7 @@ def test_a_network_that_writes_to_its_conditions_writes_to_copies():
     assert torch.equal(y, torch.ones(4))
 
 
+@pytest.mark.filterwarnings("ignore:schedule. expected one that ends in its prior")
 @pytest.mark.filterwarnings("ignore:network. expected evaluation mode")
 @pytest.mark.parametrize("kind", ["discrete", "half", "inference", "module"])
 def test_odd_models_and_modes(kind):

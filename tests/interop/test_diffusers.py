@@ -133,6 +133,19 @@ def test_what_a_network_returns_as_a_tuple():
     torch.testing.assert_close(model.noise(x0, t, return_dict=False), model.noise(x0, t))
 
 
+@pytest.mark.parametrize("name", ["Flux2Transformer2DModel", "SD3Transformer2DModel"])
+def test_models_that_multiply_the_time_themselves_are_given_fractions(name):
+    def forward(self, sample, timestep):
+        self.seen = timestep
+        return SimpleNamespace(sample=sample)
+
+    network = type(name, (torch.nn.Module,), {"forward": forward})()
+    model = from_diffusers(network, diffusers.FlowMatchEulerDiscreteScheduler())
+    t = torch.tensor([0.3, 0.6])
+    model.noise(torch.ones(2, 3), t)
+    torch.testing.assert_close(network.seen, t if "Flux" in name else 1000 * t)
+
+
 def test_a_pipeline_is_refused():
     scheduler = diffusers.DDPMScheduler()
     pipeline = diffusers.DDPMPipeline(unet(), scheduler)
