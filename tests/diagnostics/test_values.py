@@ -316,3 +316,22 @@ def test_another_batch_size_tells_them_apart():
 
 def test_what_draws_by_place_is_not_permuted():
     tokens(dropout=0.5, ids=hosm.Shared(POSITIONS[0]))
+
+
+def test_the_row_of_a_padding_index_is_left_where_it_is():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.bag = nn.Embedding(9, 4, padding_idx=0), nn.EmbeddingBag(9, 4)
+            self.layers = nn.Sequential(nn.Linear(6, 16), nn.SiLU(), nn.Linear(16, 2))
+
+        def forward(self, x, t, tokens):
+            told = self.table(tokens).mean(1) + self.bag(tokens)
+            return self.layers(torch.cat([x, told], 1))
+
+    network = Network()
+    with torch.no_grad():
+        network.table.weight[0].normal_()
+    tokens = torch.tensor([[1, 2], [3, 0], [5, 6], [7, 0]])
+    model = hosm.ScoreModel(network, hosm.VPSchedule())
+    hosm.check_derivatives(model, torch.randn(4, 2), model_kwargs={"tokens": tokens})

@@ -121,8 +121,8 @@ class Snapshot:
                 self.restore(generators=False)
                 raise DerivativeError(
                     f"network: expected buffers that do not depend on x; got {each.name} of "
-                    f"{type(each.module).__name__}, which is given what depends on x, and forward "
-                    "mode does not let out. Leave derivative at 'auto', or take 'reverse'."
+                    f"{type(each.module).__name__}, which is given a tensor that may, and forward "
+                    "mode lets none out. Leave derivative at 'auto', or take 'reverse'."
                 )
 
     def restore(self, *, generators: bool = True) -> None:

@@ -119,6 +119,12 @@ class Agreement(Check):
         w = scale * randn(x)
         covectors = [randn(x) for _ in range(self.order)]
         ways = [scale * randn(x), *(size_of(v) * randn(v) for v in varied[1:])]
+        modules = field.owner.modules() if isinstance(field.owner, nn.Module) else ()
+        tables = [each for each in modules if isinstance(each, nn.Embedding | nn.EmbeddingBag)]
+        for table, (tensor, way) in product(tables, zip(varied, ways, strict=True)):
+            # The row of a padding index has no gradient, by definition.
+            if tensor is table.weight and table.padding_idx is not None:
+                way[table.padding_idx] = 0
 
         def forms() -> Tensor:
             """⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩."""
