@@ -59,8 +59,8 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     its sample. A flow-matching scheduler becomes a LinearFlowSchedule: t is its sigma, and the
     model is given t · num_train_timesteps; Flux, QwenImage, AuraFlow and others are given t, as by
     their pipelines. A scheduler's shift only says which times are drawn: draw them yourself and
-    pass t. With timestep_type="continuous" and "v_prediction" the model is
-    given ¼ log(σ/α). Class labels, text states and so on go into `model_kwargs`.
+    pass t. With timestep_type="continuous" and "v_prediction" the model is given ¼ log(σ/α). Class
+    labels, text states and so on go into `model_kwargs`.
 
     Args:
         model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, or

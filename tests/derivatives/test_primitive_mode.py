@@ -17,6 +17,7 @@ import hosm_losses as hosm
 from hosm_losses.derivatives import primitive_mode
 from hosm_losses.derivatives.primitive_mode import safe_primitives
 from tests.derivatives.test_primitives import ENGINES, layers, network_of
+from tests.versions import tells_hooks
 
 
 def active() -> bool:
@@ -106,6 +107,7 @@ def test_torchs_own_checkpoint_is_an_error_and_never_a_wrong_gradient(reentrant,
             gradient(network, model, order, derivative=engine)
 
 
+@tells_hooks
 @pytest.mark.parametrize("order", [2, 3])
 def test_paired_probes_leave_torchs_own_checkpoint_to_the_taylor_engine(order):
     """They take reverse mode where they can."""

@@ -106,6 +106,23 @@ def test_running_statistics_stay_as_they_were(enable_grad):
         result.nll.sum().backward()
 
 
+def test_a_schedule_that_is_learned_is_looked_at_without_a_graph():
+    class Learned(hosm.Schedule):
+        t_min, t_max = 1e-3, 1.0
+        rate = torch.tensor(20.0, requires_grad=True)
+
+        def alpha(self, t):
+            return torch.exp(-0.5 * self.rate.to(t.dtype) * t)
+
+        def sigma(self, t):
+            return torch.sqrt(-torch.expm1(-self.rate.to(t.dtype) * t))
+
+    model = normal(Learned())
+    result = hosm.ode_nll(model, torch.randn(4, 2), steps=8, enable_grad=True)
+    (gradient,) = torch.autograd.grad(result.nll.sum(), Learned.rate)
+    assert torch.isfinite(gradient)
+
+
 def test_the_gap_tells_the_solver_error():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(2, 16), nn.SiLU(), nn.Linear(16, 2))

@@ -150,7 +150,7 @@ def _say_mismatch(coordinates: Coordinates) -> None:
         return
     variance = (end.alpha * end.scale / schedule.prior_std).square()
     shift = (end.alpha * mean / schedule.prior_std).square()
-    apart = float((variance + shift - 1 - variance.log()).sum()) / 2
+    apart = float((variance + shift - 1 - variance.log()).detach().sum()) / 2
     if apart > MISMATCH * mean.numel():
         warnings.warn(
             f"schedule: expected one that ends in its prior, N(0, {schedule.prior_std:g}²); got "

@@ -90,7 +90,8 @@ class Schedule:
         """Standard deviation of the prior: 1 where σ ends near 1 by design, else σ(t_max)."""
         if self._prior_std is not None:
             return self._prior_std
-        return float(self.sigma(torch.tensor(self.t_max, dtype=torch.float64, device="cpu")))
+        end = torch.tensor(self.t_max, dtype=torch.float64, device="cpu")
+        return float(self.sigma(end).detach())
 
     def log_sigma_hat(self, t: Tensor | float) -> Tensor:
         """Log σ̂(t) = log σ(t) − log α(t)."""
@@ -101,7 +102,7 @@ class Schedule:
     def log_sigma_hat_range(self) -> tuple[float, float]:
         """(log σ̂(t_min), log σ̂(t_max)), as numbers."""
         ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64, device="cpu")
-        low, high = self.log_sigma_hat(ends)
+        low, high = self.log_sigma_hat(ends).detach()
         return float(low), float(high)  # an older torch.func has no tolist()
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
