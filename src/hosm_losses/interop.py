@@ -79,7 +79,7 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
         >>> from_diffusers(nn.Identity(), scheduler).prediction
         'v_prediction'
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) and hasattr(model, "scheduler"):  # a pipeline
         expected = "model: expected the network, such as pipeline.unet or pipeline.transformer"
         raise TypeError(f"{expected}; got {describe(model)}.")
     own = getattr(model, "config", None)
