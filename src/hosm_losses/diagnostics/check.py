@@ -23,6 +23,7 @@ from hosm_losses._checks import (
     check_sample_batch,
     complaint,
     describe,
+    modules_of,
 )
 from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import ENGINES, Field
@@ -166,7 +167,8 @@ def check_derivatives(
 
 def _copied(model: ScoreModel) -> ScoreModel:
     try:
-        own = copy.deepcopy(model)
+        # One of a function that refers to modules refuses a deep copy, which would share them.
+        own = copy.copy(model) if modules_of(model.network) else copy.deepcopy(model)
     except Exception as error:
         raise TypeError(
             "network: expected one that copy.deepcopy can copy, so that yours stays as it is; got "
