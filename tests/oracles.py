@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import hosm_losses as hosm
+
 
 class GaussianMixture:
     """A mixture of Gaussians with any covariances, and its diffusions: log q_t and three derivatives.
@@ -387,3 +389,18 @@ class Largest(TorchDispatchMode):
                 filled = tensor.untyped_storage().nbytes() // tensor.element_size()
                 self.elements = max(self.elements, filled)
         return result
+
+
+class Learned(hosm.Schedule):
+    """A variance-preserving schedule whose rate is trained."""
+
+    t_min, t_max = 1e-3, 1.0
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def alpha(self, t):
+        return torch.exp(-0.5 * self.rate.to(t.dtype) * t)
+
+    def sigma(self, t):
+        return torch.sqrt(-torch.expm1(-self.rate.to(t.dtype) * t))

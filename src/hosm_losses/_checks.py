@@ -9,7 +9,7 @@ would make the host wait for the device.
 import inspect
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Number, Real
 from typing import Any
 
@@ -226,6 +226,11 @@ def source(generator: torch.Generator | None) -> dict[str, Any]:
     It does where a size may differ from call to call.
     """
     return {} if generator is None else {"generator": generator}
+
+
+def living(references: Iterable[Callable[[], Any]]) -> list[Any]:
+    """What weak references still refer to."""
+    return [each for each in (reference() for reference in references) if each is not None]
 
 
 def modules_of(function: object) -> list[tuple[str, nn.Module]]:

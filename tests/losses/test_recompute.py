@@ -9,7 +9,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.losses.recompute import in_chunks
-from tests.oracles import OfX, networks
+from tests.oracles import Learned, OfX, networks
 from tests.versions import compiles_higher_orders
 
 FUNCTIONS = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
@@ -209,19 +209,6 @@ def test_leaves_that_are_no_parameters_of_the_network_have_their_gradient(engine
         for trained in (False, True):
             expected, got = (gradients(made(), chunks, trained) for chunks in (1, 2))
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
-
-
-class Learned(hosm.Schedule):
-    t_min, t_max = 1e-3, 1.0
-
-    def __init__(self, rate):
-        self.rate = rate
-
-    def alpha(self, t):
-        return torch.exp(-0.5 * self.rate.to(t.dtype) * t)
-
-    def sigma(self, t):
-        return torch.sqrt(-torch.expm1(-self.rate.to(t.dtype) * t))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])

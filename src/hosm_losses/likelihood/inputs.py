@@ -145,11 +145,12 @@ def _kept(network: object, x: Tensor) -> Iterator[None]:
 def _say_mismatch(coordinates: Coordinates) -> None:
     """Warn where Gaussian data at t_max is far from the prior, on the CPU."""
     schedule, mean = coordinates.schedule, coordinates.mean
-    _, end = coordinates.ends(schedule.log_sigma_hat_range)
-    if not may_look(end.scale):
+    if not may_look(mean):
         return
-    variance = (end.alpha * end.scale / schedule.prior_std).square()
-    shift = (end.alpha * mean / schedule.prior_std).square()
+    alpha, sigma = schedule(torch.tensor([schedule.t_max], dtype=mean.dtype))
+    prior = schedule.prior_std**2
+    variance = ((alpha * coordinates.std).square() + sigma.square()) / prior
+    shift = (alpha * mean).square() / prior
     apart = float((variance + shift - 1 - variance.log()).detach().sum()) / 2
     if apart > MISMATCH * mean.numel():
         warnings.warn(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hosm_losses._checks import DerivativeError, complaint
+from hosm_losses._checks import DerivativeError, complaint, living
 from hosm_losses._torch_internals import (
     autocast_of_now,
     graph_nodes,
@@ -84,7 +84,7 @@ class _Call:
             weakref.ref(leaf) for leaf in found if leaf is not None and id(leaf) not in known
         ]
         del terms, found  # and with them the leaves that the part made
-        return [leaf for leaf in (reference() for reference in leaves) if leaf is not None]
+        return living(leaves)
 
     def first(self, part: slice, tensors: Sequence[Tensor]) -> Terms:
         """Evaluate a part, and keep the state of generators, autocast and buffers before it."""

@@ -15,14 +15,14 @@ What:
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import DerivativeError
+from hosm_losses._checks import DerivativeError, living
 from hosm_losses._torch_internals import (
     TELLS_HOOKS,
     checkpoint_hook,
@@ -95,11 +95,6 @@ def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
     return (lambda: tensor) if torch.compiler.is_compiling() else weakref.ref(tensor)
 
 
-def _living(references: Iterable[Callable[[], Any]]) -> list[Any]:
-    """What the references still refer to."""
-    return [each for each in (reference() for reference in references) if each is not None]
-
-
 def share(source: Any, result: Any, move: Move | None = None) -> Any:
     """Note that the Jet `result` is a view of the Jet `source`; without `move` that it may be."""
     share_value(source, result)
@@ -124,7 +119,7 @@ def detached(source: Any, value: Tensor) -> Tensor:
     It is a copy where a reshape or a copy that may be none lies between Jets of that memory: what
     a change of it would do to the others is not known.
     """
-    jets = [each for each in _living(source.memory or ()) if hasattr(each, "root")]
+    jets = [each for each in living(source.memory or ()) if hasattr(each, "root")]
     roots = {id(each if each.root is None else each.root) for each in jets}
     if len(roots) > 1:
         value = value.clone()
@@ -140,7 +135,7 @@ def write(jet: Any, stack: Tensor) -> Any:
         raise DerivativeError(CHANGED_ARGUMENT)
     if checkpoint_hook() is not None:
         jet.changed = True
-    others = [jet] if jet.memory is None else _living(jet.memory)
+    others = [jet] if jet.memory is None else living(jet.memory)
     if torch.compiler.is_compiling():
         THREAD.carrying[-1].changed.extend([tuple(each.shape[1:]) for each in others])
     if jet.memory is None:
@@ -180,7 +175,7 @@ def end(carrying: Carrying, jets: list[Any]) -> None:
     """
     # Tensors with weak references do not change places.
     shared = {id(jet.memory): jet.memory for jet in jets if jet.memory is not None}
-    groups = [(memory, _living(memory)) for memory in shared.values()]
+    groups = [(memory, living(memory)) for memory in shared.values()]
     for memory, _ in groups:
         memory.clear()
     carrying.jets.clear()

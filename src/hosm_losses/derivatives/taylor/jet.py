@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hosm_losses._checks import living
 from hosm_losses._torch_internals import (
     forward_mode_on,
     in_custom_function,
@@ -289,7 +290,7 @@ def carried(
         del result
     finally:
         aliases.THREAD.carrying.pop()
-        left = [jet for jet in (each() for each in carrying.jets) if jet is not None]
+        left = living(carrying.jets)
         if left or carrying.copies:
             aliases.end(carrying, left)
         if len(aliases.THREAD.promoted) > before:
