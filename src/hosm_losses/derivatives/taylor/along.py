@@ -21,7 +21,7 @@ Tensors = tuple[Tensor, ...]
 
 def lengthened(stack: Tensor, count: int) -> Tensor:
     """A stack of `count` components, of which those added are derivatives of zero."""
-    missing = count - len(stack)
+    missing = count - stack.shape[0]
     return torch.cat([stack, stack.new_zeros(missing, *stack.shape[1:])]) if missing else stack
 
 

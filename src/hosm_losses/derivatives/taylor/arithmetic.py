@@ -30,11 +30,11 @@ def ndim_of(x: Any) -> int:
     return x.ndim if isinstance(x, Tensor) else 0
 
 
-def _operands(*operands: Any) -> int:
+def _operands(a: Any, b: Any) -> int:
     """The axes of what PyTorch computes with: tensors and real numbers, of which one is a Jet."""
-    if not all(isinstance(each, Tensor | float | int) for each in operands):
+    if not (isinstance(a, (Tensor, float, int)) and isinstance(b, (Tensor, float, int))):
         raise NoRule
-    return max(ndim_of(each) for each in operands)
+    return max(ndim_of(a), ndim_of(b))
 
 
 def _type(a: Any, b: Any) -> torch.dtype:
@@ -50,8 +50,9 @@ def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     ndim, dtype = _operands(a, b), _type(a, b)
     jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
     if isinstance(plain, Jet) or ndim_of(plain):
-        first, second = (aligned(stack, ndim) for stack in stacks_of((a, b)))
-        return jet.like(torch.add(first, second, alpha=alpha).to(dtype))
+        first, second = stacks_of((a, b))
+        total = torch.add(aligned(first, ndim), aligned(second, ndim), alpha=alpha)
+        return jet.like(total.to(dtype))
     # As a stack a number would be rounded to a type, and a tensor without axes, which may be on
     # another device, would have one.
     stack = aligned(jet.stack, ndim)
@@ -65,11 +66,11 @@ def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
 
 def product_rule(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
     """A product linear in both, of stacks that broadcast over their first axis."""
-    first, second = (
-        aligned(each.stack, ndim) if isinstance(each, Jet) else each for each in (a, b)
-    )
-    if not isinstance(a, Jet) or not isinstance(b, Jet):
-        return (a if isinstance(a, Jet) else b).like(product(first, second))
+    if not isinstance(b, Jet):
+        return a.like(product(aligned(a.stack, ndim), b))
+    if not isinstance(a, Jet):
+        return b.like(product(a, aligned(b.stack, ndim)))
+    first, second = aligned(a.stack, ndim), aligned(b.stack, ndim)
     firsts, pairs = a.firsts, a.pairs
     a_value, a_tangents, _ = components(first, firsts)
     b_value, b_tangents, _ = components(second, firsts)

@@ -90,8 +90,8 @@ class Jet(Tensor):
         return Jet.make(stack, self.firsts, self.pairs)
 
     def typed(self, dtype: torch.dtype) -> "Jet":
-        """Return the Jet in another floating type."""
-        return self.like(self.stack.to(dtype))
+        """Return the Jet in a floating type, itself if it is in that."""
+        return self if self.stack.dtype == dtype else self.like(self.stack.to(dtype))
 
     def of(self, stack: Tensor) -> Tensor:
         """Return the Jet of a stack, or the plain value of one of integers or masks."""
@@ -159,7 +159,8 @@ def unpacked(x: Any) -> Any:
 def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
     """The value, first and second derivatives of a stack; of the last there may be none."""
     # Split, whose gradient is one stack: that of a slice is a stack for each, most of it zero.
-    value, tangents, seconds = stack.split_with_sizes((1, firsts, len(stack) - 1 - firsts))
+    sizes = 1, firsts, stack.shape[0] - 1 - firsts
+    value, tangents, seconds = stack.split_with_sizes(sizes)
     return value, tangents, seconds
 
 
@@ -178,8 +179,11 @@ def gathered(products: Tensor, pairs: Pairs) -> Tensor:
 
 def aligned(stack: Tensor, ndim: int) -> Tensor:
     """A stack with axes of size one after its first, for a value of `ndim` axes at least."""
-    missing = max(0, ndim + 1 - stack.ndim)
-    return stack.reshape(len(stack), *(1,) * missing, *stack.shape[1:]) if missing else stack
+    missing = ndim + 1 - stack.ndim
+    if missing <= 0:
+        return stack
+    count, *shape = stack.shape
+    return stack.reshape(count, *(1,) * missing, *shape)
 
 
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -205,12 +209,12 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         for method, found in IN_PYTHON:
             if func is method:
                 return _run(found, func, args, kwargs)
-    found, name = RULES.get(func), name_of(func)
-    if found is None and name == "__get__":
+    found = RULES.get(func)
+    if found is None and name_of(func) == "__get__":
         answer = on_values(func, args, kwargs)
         # A property that is a tensor, such as .real, is a function like any other.
         return _without_rule(func, args, kwargs) if isinstance(answer, Tensor) else answer
-    if name == "__set__":
+    if found is None and name_of(func) == "__set__":
         raise TaylorError(f"a property {CHANGES}")
     return _run(found, func, args, kwargs)
 
@@ -238,7 +242,7 @@ def written(x: Tensor, result: Any) -> Tensor:
             f"a change in place of what has shape {tuple(x.shape)} into {tuple(result.shape)}."
         )
     if not isinstance(x, Jet):
-        aliases.promote(x, result.typed(x.dtype))
+        aliases.promote(x, result.like(result.stack.to(x.dtype)))
         return x
     if not isinstance(result, Jet):
         result = x.constant(result)
@@ -249,7 +253,7 @@ def _taken(
     found: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The arguments as the rule is called with them; None if it does not take them."""
-    named = {name: value for name, value in kwargs.items() if name not in ("inplace", "out")}
+    named = kwargs and {k: v for k, v in kwargs.items() if k not in ("inplace", "out")}
     if named or len(args) < len(found.needed) or (found.most or len(args)) < len(args):
         return found.bound(args, named)
     return args, named

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses._checks import at_least_float32
 from hosm_losses._torch_internals import traced
 from hosm_losses.derivatives.primitives import attention_weights, causal_mask
 from hosm_losses.derivatives.taylor.arithmetic import add, multiply
@@ -78,7 +77,7 @@ def _attention(
     query = multiply(query, factor) if isinstance(query, Jet) else query * factor
     key = key.like(key.stack.mT) if isinstance(key, Jet) else key.mT
     logits = matmul(query, key)
-    logits = logits.like(at_least_float32(logits.stack))
+    logits = logits.typed(torch.promote_types(logits.dtype, torch.float32))
     if is_causal:
         attn_mask = causal_mask(logits)
     if attn_mask is None:

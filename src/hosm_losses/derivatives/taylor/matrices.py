@@ -9,7 +9,7 @@ attention, would be read and written three times for each.
 """
 
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from math import prod
 from string import ascii_letters, ascii_lowercase
 from typing import Any, NamedTuple
@@ -38,7 +38,16 @@ class _Term(NamedTuple):
     factor: int = 1
 
 
-def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> list[_Term]:
+class _Terms(NamedTuple):
+    """All parts of a product, and those of its gradients in the left and in the right factor."""
+
+    product: tuple[_Term, ...]  # i of the left factor, j of the right one
+    left: tuple[_Term, ...]  # i of the cotangent, j of the right factor
+    right: tuple[_Term, ...]  # i of the left factor, j of the cotangent
+
+
+@cache
+def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> _Terms:
     """All terms, of stacks as long as these; second derivatives of zero are not in them."""
     terms = [_Term(0, 0, 0)]
     for k in range(1, max(left, right)):
@@ -46,102 +55,122 @@ def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> list[_Term]:
         terms += [_Term(0, k, k)] if k < right else []
     if pairs in ("squares", "sum"):
         places = range(1, 1 + firsts)
-        return terms + [_Term(i, i, firsts + (i if pairs == "squares" else 1), 2) for i in places]
-    if pairs != "none":
+        terms += [_Term(i, i, firsts + (i if pairs == "squares" else 1), 2) for i in places]
+    elif pairs != "none":
         one = pairs == "last"
         for i in range(1, firsts if one else 1 + firsts // 2):
             j = firsts if one else i + firsts // 2
             terms += [_Term(i, j, i + firsts), _Term(j, i, i + firsts)]
-    return terms
+    return _Terms(
+        tuple(terms),
+        tuple(_Term(k, j, i, factor) for i, j, k, factor in terms),
+        tuple(_Term(i, k, j, factor) for i, j, k, factor in terms),
+    )
 
 
-def _gathered(count: int, products: Iterable[tuple[int, int, Tensor, Tensor]]) -> Tensor:
-    """The stack of sums of products, each of a component, a factor and two batches of matrices."""
-    products = list(products)
-    _, _, left, right = products[0]
-    if batched(each for _, _, *factors in products for each in factors):
+def _gathered(count: int, terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
+    """The stack of sums of products of two stacks of batches of matrices."""
+    lefts, rights = left.unbind(), right.unbind()
+    if batched((left, right)):
         sums: dict[int, Tensor] = {}
-        for k, factor, left, right in products:
-            one = factor * torch.bmm(left, right)
+        for i, j, k, factor in terms:
+            one = factor * torch.bmm(lefts[i], rights[j])
             sums[k] = sums[k] + one if k in sums else one
         return torch.stack([sums[k] for k in range(count)])
-    found = left.new_empty(count, *left.shape[:-1], right.shape[-1])
+    found = left.new_empty(count, *left.shape[1:-1], right.shape[-1])
     parts, started = found.unbind(), set[int]()
-    for k, factor, left, right in products:
-        beta = int(k in started)  # of zero what is there is not looked at
+    for i, j, k, factor in terms:
+        part, beta = parts[k], int(k in started)  # of zero what is there is not looked at
         # Not baddbmm_, which torch.utils.flop_counter does not count.
-        torch.baddbmm(parts[k], left, right, beta=beta, alpha=factor, out=parts[k])
+        torch.baddbmm(part, lefts[i], rights[j], beta=beta, alpha=factor, out=part)
         started.add(k)
     return found
 
 
 def _as_laid_out(
-    transposed: bool, count: int, products: Iterable[tuple[int, int, Tensor, Tensor]]
+    transposed: bool, count: int, terms: Iterable[_Term], left: Tensor, right: Tensor
 ) -> Tensor:
     """The same stack, of matrices that are stored column by column if it is transposed."""
     if not transposed:
-        return _gathered(count, products)
-    return _gathered(count, ((k, f, right.mT, left.mT) for k, f, left, right in products)).mT
+        return _gathered(count, terms, left, right)
+    turned = (_Term(j, i, k, factor) for i, j, k, factor in terms)
+    return _gathered(count, turned, right.mT, left.mT).mT
 
 
-def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
+def _form(terms: _Terms, left: Tensor, right: Tensor) -> Form:
     """The product of stacks such as (C, N, m, k) and (C, N, k, n).
 
     A gradient is stored in the order of its factor. In another order the operators that combine it
     with what comes from there, such as the result of a softmax, take three times as long.
     """
     (count, turned), (other_count, other_turned) = (
-        (len(stack), stack.stride(-2) < stack.stride(-1)) for stack in (left, right)
+        (stack.shape[0], stack.stride(-2) < stack.stride(-1)) for stack in (left, right)
+    )
+    both = 1 + max(term.k for term in terms.product)
+    return Form(
+        lambda b, cotangent: _as_laid_out(turned, count, terms.left, cotangent, b.mT),
+        lambda a, cotangent: _as_laid_out(other_turned, other_count, terms.right, a.mT, cotangent),
+        lambda a, b: _gathered(both, terms.product, a, b),
     )
 
-    def of_left(b: Tensor, cotangent: Tensor) -> Tensor:
-        c, b_t = cotangent.unbind(), b.mT.unbind()
-        products = ((i, f, c[k], b_t[j]) for i, j, k, f in terms)
-        return _as_laid_out(turned, count, products)
 
-    def of_right(a: Tensor, cotangent: Tensor) -> Tensor:
-        c, a_t = cotangent.unbind(), a.mT.unbind()
-        products = ((j, f, a_t[i], c[k]) for i, j, k, f in terms)
-        return _as_laid_out(other_turned, other_count, products)
+class _Sum(NamedTuple):
+    """How a sum over indices is a product of matrices."""
 
-    def both(a: Tensor, b: Tensor) -> Tensor:
-        count = 1 + max(term.k for term in terms)
-        lefts, rights = a.unbind(), b.unbind()
-        return _gathered(count, ((k, f, lefts[i], rights[j]) for i, j, k, f in terms))
-
-    return Form(of_left, of_right, both)
+    swapped: bool  # whether the factors change places
+    batch: str
+    rows: str
+    inner: str
+    columns: str
+    left: str  # the indices of both factors, in the order in which they are given
+    right: str
 
 
-def _contracted(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
-    """A sum over indices as products of matrices; None where `product_rule` has to do it."""
-    if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MOST or traced():
-        return None
-    sizes = dict(zip(left + right, (*a.shape, *b.shape), strict=False))
-    shapes = [tuple(sizes.get(index) for index in term) for term in (left, right)]
-    if shapes != [tuple(a.shape), tuple(b.shape)] or not plain(a.stack, b.stack):
-        return None
-    if result and result[-1] in left:  # which is the last axis in memory as well, then
-        left, right, a, b = right, left, b, a
+@cache
+def _as_product(left: str, right: str, result: str) -> _Sum | None:
+    """The product of matrices that a sum is; None as where an index is in one factor alone."""
+    swapped = bool(result) and result[-1] in left  # which is the last axis in memory as well, then
+    if swapped:
+        left, right = right, left
     batch = "".join(index for index in result if index in left and index in right)
     inner = "".join(index for index in left if index in right and index not in result)
     rows = "".join(index for index in result if index in left and index not in right)
     columns = "".join(index for index in result if index in right and index not in left)
     forms = batch + rows + inner, batch + inner + columns, batch + rows + columns
     if not inner or [*map(sorted, forms)] != [*map(sorted, (left, right, result))]:
-        return None  # as where an index comes twice, or in one factor alone
+        return None  # as where an index comes twice
+    return _Sum(swapped, batch, rows, inner, columns, left, right)
+
+
+def _contracted(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
+    """A sum over indices as products of matrices; None where `product_rule` has to do it."""
+    if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MOST or traced():
+        return None
+    if len(left) != a.ndim or len(right) != b.ndim or not plain(a.stack, b.stack):
+        return None
+    plan, sizes = _as_product(left, right, result), dict(zip(left, a.shape, strict=True))
+    for index, size in zip(right, b.shape, strict=True):
+        if sizes.setdefault(index, size) != size:
+            return None
+    if plan is None:
+        return None
     first, second = in_autocast(a.stack), in_autocast(b.stack)
     if first.dtype != second.dtype:
         return None
-
-    def size(group: str) -> int:
-        return prod(sizes[index] for index in group)
-
-    lengths, (m, k, n) = (len(first), len(second)), map(size, (rows, inner, columns))
-    first = _ordered(first, left, forms[0]).reshape(lengths[0], size(batch), m, k)
-    second = _ordered(second, right, forms[1]).reshape(lengths[1], size(batch), k, n)
+    if plan.swapped:
+        first, second = second, first
+    n, m, k, p = (
+        prod([sizes[index] for index in group])
+        for group in (plan.batch, plan.rows, plan.inner, plan.columns)
+    )
+    batch, lengths = plan.batch, (first.shape[0], second.shape[0])
+    first = _ordered(first, plan.left, batch + plan.rows + plan.inner)
+    second = _ordered(second, plan.right, batch + plan.inner + plan.columns)
+    first, second = first.reshape(lengths[0], n, m, k), second.reshape(lengths[1], n, k, p)
     found = product(_form(_terms(a.firsts, a.pairs, *lengths), first, second), first, second)
-    found = found.reshape(len(found), *(sizes[index] for index in forms[2]))
-    return a.like(_ordered(found, forms[2], result))
+    given = batch + plan.rows + plan.columns
+    found = found.reshape(found.shape[0], *[sizes[index] for index in given])
+    return a.like(_ordered(found, given, result))
 
 
 def _ordered(stack: Tensor, given: str, wanted: str) -> Tensor:
