@@ -99,7 +99,13 @@ def test_cat_joins_every_field_in_order():
 
 @pytest.mark.parametrize(
     "other",
-    [full(d=5), full(standard_error=None), full(quantization=None), full(widening=2.0)],
+    [
+        full(d=5),
+        full(standard_error=None),
+        full(quantization=None),
+        full(widening=2.0),
+        full(steps=64),  # of the fixed grid, which a bound has not
+    ],
 )
 def test_cat_refuses_results_of_different_calls(other):
     with pytest.raises(ValueError, match="cat: expected results of the same options; got samples"):

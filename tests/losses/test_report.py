@@ -125,6 +125,13 @@ def test_what_cannot_be_told_from_noise_says_so():
     assert "first: its gradient cannot be told from its noise." in str(report)
 
 
+def test_a_term_without_a_gradient_is_not_called_noisy():
+    layer = torch.nn.Linear(2, 2)
+    model = hosm.ScoreModel(layer, hosm.VPSchedule(), call=lambda layer, x, t: layer(x))
+    report = hosm.loss_report(model, torch.randn(8, 2), draws=2)
+    assert "third: it has no gradient, as the third of a network that is linear" in str(report)
+
+
 def test_what_is_refused():
     model, x0 = setting()
     with pytest.raises(ValueError, match="draws: expected a whole number of at least 2"):

@@ -52,6 +52,8 @@ def test_a_callable_multiplies_every_term():
         hosm.third_order_dsm(model, x0, weighting=lambda t: t[:, None])
     with pytest.raises(TypeError, match=r"weighting\(t\): expected a tensor of shape"):
         hosm.third_order_dsm(model, x0, weighting=lambda t: 1.0)
+    with pytest.raises(ValueError, match=r"expected factors of 0 or more; got -0\.5"):
+        hosm.third_order_dsm(model, x0, weighting=lambda t: t * 0 - 0.5)
 
 
 def towards_the_ends(schedule, count):

@@ -283,14 +283,14 @@ def _kind(direction: Tensor, order: int, second_direction: Tensor | None) -> str
 def _price_of_another(owner: object, why: str, engine: str, kind: str) -> str:
     """What is said where an engine other than "taylor" gives D and G."""
     costs = EVALUATIONS[kind]
-    replaced = "reverse" not in costs  # C by G
-    price = EVALUATIONS["third='exact'" if replaced else kind][engine]
+    price = EVALUATIONS[kind if "reverse" in costs else "third='exact'"][engine]
+    before = f" instead of {costs['taylor']}" if price != costs["taylor"] else ""
     told = (
         f"derivative='auto': the engine 'taylor' cannot differentiate {type(owner).__name__} "
         f"({why}) The engine {engine!r} takes its place: for {kind} a training step takes "
-        f"{price} evaluations of the network instead of {costs['taylor']}, and more time for each."
+        f"{price} evaluations of the network{before}, and more time for each."
     )
-    if replaced:
+    if "reverse" not in costs:  # G takes the place of C
         told += (
             f" {kind} in forward mode costs more than 'exact', {costs['forward']} "
             f"evaluations, so 'exact' is taken; derivative='forward' keeps {kind}."
@@ -317,4 +317,4 @@ def _warn_once(choice: _Choice, kind: str, text: Callable[..., str], *args: obje
 
 def say_no_price(owner: object) -> None:
     """Give no warning about this network: it is a copy, and no training step is taken."""
-    _choice(owner).said.update(EVALUATIONS, [f"forward, {kind}" for kind in EVALUATIONS])
+    _choice(owner).said.update(EVALUATIONS, [f"forward, {each}" for each in EVALUATIONS])

@@ -202,7 +202,8 @@ class NLLResult:
         Raises:
             TypeError: if something else is among them.
             ValueError: for no result at all, samples of different shapes, or results of which some
-                have a standard error or a quantization that others lack, or another widening.
+                have a standard error, a quantization or steps that others lack, or another
+                widening: a bound is not joined with a likelihood of the fixed grid.
 
         Example:
             >>> zero = torch.zeros(2)
@@ -219,6 +220,7 @@ class NLLResult:
         kinds = {
             f"samples {tuple(each.latent.shape[1:])}, "
             f"{'no' if each.standard_error is None else 'with'} standard error, "
+            f"{'no' if each.steps is None else 'a number of'} steps, "
             f"widening {each.widening:.4g}, {each.quantization}"
             for each in results
         }

@@ -88,6 +88,8 @@ class LossReport:
     def _judged(self, name: str) -> str | None:
         """What should be said of a term."""
         term, first = self.terms[name], self.terms.get("first")
+        if term.gradient == term.noise == 0:
+            return "it has no gradient, as the third of a network that is linear in x."
         if term.gradient == 0:
             return "its gradient cannot be told from its noise. Take more draws or a larger batch."
         if term.share < IDLE:

@@ -30,7 +30,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_finite, check_like, complaint, source
+from hosm_losses._checks import (
+    check_choice,
+    check_finite,
+    check_like,
+    complaint,
+    may_look,
+    source,
+)
 from hosm_losses.model import ScoreModel, check_time
 from hosm_losses.schedules import Schedule
 
@@ -158,6 +165,9 @@ def _called(
     like = model.coefficients(t, x0)[1]
     check_like("weighting(t)", factor, tuple(like.shape), like.dtype, like.device, "t")
     check_finite("weighting(t)", factor)
+    if may_look(factor) and bool((factor < 0).any()):
+        got = f"{float(factor.min()):g}"
+        raise ValueError(complaint("weighting(t)", "factors of 0 or more", factor, got=got))
     return factor
 
 
