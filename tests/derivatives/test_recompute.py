@@ -146,3 +146,14 @@ def test_a_gradient_that_depends_on_nothing_is_zero():
     torch.testing.assert_close(found, torch.full_like(x, 2.0))
     (found,) = torch.autograd.grad(parts[1].sum(), x)
     torch.testing.assert_close(found, torch.zeros_like(x))
+
+
+def test_arguments_that_are_computed_from_one_another():
+    """The gradient in one is its own, also where it is differentiated again."""
+    found = []
+    for function in (formula, lambda *given: recomputed(formula, *given)):
+        x, w = inputs()
+        value = function(x, 2 + x * x) * w
+        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        found.append(torch.autograd.grad((slope * slope).sum(), w)[0])
+    torch.testing.assert_close(found[1], found[0])

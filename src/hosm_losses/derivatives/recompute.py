@@ -148,9 +148,7 @@ def _by_autograd(
     tracked = torch.is_grad_enabled()
     with torch.enable_grad():
         points: list[Any] = [
-            tensor
-            if tensor is None or not need or (tracked and tensor.requires_grad)
-            else tensor.detach().requires_grad_()
+            _alone(tensor, tracked) if tensor is not None and need else tensor
             for tensor, need in zip(tensors, needed, strict=True)
         ]
         found = _as_tuple((again if tracked else function)(*points))
@@ -166,3 +164,10 @@ def _by_autograd(
             create_graph=tracked,
             materialize_grads=True,
         )
+
+
+def _alone(tensor: Tensor, tracked: bool) -> Tensor:
+    """A tensor whose gradient is its own, without that of others that are computed from it."""
+    if tracked and tensor.requires_grad:
+        return tensor.view_as(tensor)
+    return tensor.detach().requires_grad_()
