@@ -6,7 +6,6 @@ CPU tensors outside `torch.compile` and the transforms of `torch.func`. On an ac
 would make the host wait for the device.
 """
 
-import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +13,7 @@ from numbers import Integral, Number, Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hosm_losses._torch_internals import traced
 
@@ -231,18 +230,6 @@ def source(generator: torch.Generator | None) -> dict[str, Any]:
 def living(references: Iterable[Callable[[], Any]]) -> list[Any]:
     """What weak references still refer to."""
     return [each for each in (reference() for reference in references) if each is not None]
-
-
-def modules_of(function: object) -> list[tuple[str, nn.Module]]:
-    """The modules with parameters that a function refers to, by name."""
-    if not inspect.isfunction(function):
-        return []
-    found = inspect.getclosurevars(function)
-    return [
-        (name, each)
-        for name, each in {**found.nonlocals, **found.globals}.items()
-        if isinstance(each, nn.Module) and any(True for _ in each.parameters())
-    ]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -147,6 +147,22 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
             nodes.extend(parent for parent, _ in node.next_functions)
 
 
+def nodes_from(point: Tensor, tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """The nodes of the graphs of tensors through which they depend on a point, without its own."""
+    users: dict[Any, list[Any]] = {}
+    for node in graph_nodes(tensors):
+        for parent, _ in node.next_functions:
+            users.setdefault(parent, []).append(node)
+    start = _autograd.graph.get_gradient_edge(point).node
+    nodes, seen = [start], {start}
+    while nodes:
+        for node in users.get(nodes.pop(), ()):
+            if node not in seen:
+                seen.add(node)
+                yield node
+                nodes.append(node)
+
+
 def in_custom_function() -> bool:
     """Whether the forward of a torch.autograd.Function surrounds this call.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hosm_losses._checks import check_flag, check_number, describe
+from hosm_losses._references import class_names
 from hosm_losses.model import Prediction, ScoreModel
 from hosm_losses.schedules import (
     DiscreteSchedule,
@@ -39,7 +40,12 @@ DENOISING_DIFFUSION: dict[str, Prediction] = {
 }
 GUIDED_DIFFUSION: dict[str, Prediction] = {"EPSILON": "epsilon", "START_X": "sample"}
 # Models of diffusers under flow matching that multiply by the number of timesteps themselves.
-TAKE_FRACTIONS = ("Flux", "Chroma", "QwenImage", "AuraFlow", "LongCatImage", "OvisImage")
+TAKE_FRACTIONS = ("Flux", "Chroma", "QwenImage", "AuraFlow", "LongCatImage", "OvisImage", "Krea2")
+TAKE_FRACTIONS += ("BriaFibo2", "PRX")
+# And those whose pipelines turn the sign of the velocity, or the time.
+REVERSED = ("Lumina", "ZImage", "NucleusMoE", "HiDream", "Ideogram4")
+TURNED = "model: expected one that is given the noise level and predicts noise less data; got {}, "
+TURNED += "which turns one. Write ScoreModel(model, LinearFlowSchedule(), 'flow_prediction', ...)."
 ZERO = (0.0, 2.0**-24)  # the second is what diffusers writes in the place of the first
 DISCRETE_VP = "ScoreModel(model, DiscreteSchedule(sde.alphas_cumprod)), whose t is the label."
 DISCRETE_VE = (
@@ -70,7 +76,8 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
     Raises:
         TypeError: for a pipeline, or a scheduler that is neither of the two.
-        ValueError: for zero terminal SNR, or an unknown prediction type.
+        ValueError: for zero terminal SNR, an unknown prediction type, or a model as Lumina2 and
+            ZImage, which are given 1 - t and predict data less noise.
 
     Example:
         >>> from types import SimpleNamespace
@@ -90,10 +97,12 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     config = getattr(scheduler, "config", None)
     if "FlowMatch" in type(scheduler).__name__:
         where = "scheduler.config.num_train_timesteps"
-        count = getattr(config, "num_train_timesteps", None)
-        factor = check_number(where, count, "a number above 0", above=0)
-        if type(model).__name__.startswith(TAKE_FRACTIONS):
-            factor = 1.0
+        factor = getattr(config, "num_train_timesteps", None)
+        factor = check_number(where, factor, "a number above 0", above=0)
+        turned, names = getattr(config, "invert_sigmas", False), class_names(model)
+        for name in ["invert_sigmas=True"] * turned + [n for n in names if n.startswith(REVERSED)]:
+            raise ValueError(TURNED.format(name))
+        factor = 1.0 if any(each.startswith(TAKE_FRACTIONS) for each in names) else factor
         return ScoreModel(model, LinearFlowSchedule(), "flow_prediction", time=factor, **options)
     expected = "scheduler: expected one with {}, such as DDPMScheduler, or a flow-matching one"
     _check_has(scheduler, expected, "alphas_cumprod")
@@ -169,8 +178,8 @@ def _dropping_classes(network: Any, x: Tensor, t: Tensor, **kwargs: Any) -> Tens
 def from_edm(net: Any) -> ScoreModel:
     """Return the ScoreModel of an EDM denoiser D(x, σ, class_labels); t is σ.
 
-    The noise runs over what the network declares as sigma_min and sigma_max, within [0.002, 80],
-    the range of EDM's sampler. Labels go into `model_kwargs` as class_labels. EDM's own loss is
+    The noise runs over the network's sigma_min and sigma_max, within [0.002, 80], the range of
+    EDM's sampler. Labels go into `model_kwargs` as class_labels. EDM's own loss is
     the weighting `lambda t: (t**2 + sigma_data**2) / sigma_data**2`. The estimators "laplacian"
     and "sliced" need a plain attention in the place of EDM's.
 
@@ -241,8 +250,8 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
 def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     """Return the ScoreModel of a model and its GaussianDiffusion or SpacedDiffusion.
 
-    t is an index of the diffusion's own table, and the model is given what the project would give
-    it: the index before respacing, times 1000 over its number of steps with rescale_timesteps.
+    t is an index of the diffusion's own table, and the model is given what the project gives it:
+    the index before respacing, times 1000 over its number of steps with rescale_timesteps.
     Class labels go into `model_kwargs` as y. Of a model that learns its variance the first half of
     the channels is used. The project's own checkpoint, which its attention calls as well, has to
     be replaced above order one.

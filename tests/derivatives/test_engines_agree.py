@@ -294,6 +294,38 @@ def test_a_jvp_is_not_differentiated_in_nested_forward_mode(third):
         )
 
 
+@pytest.mark.parametrize("third", ["laplacian", "sliced"])
+def test_a_jvp_before_the_first_parameter_is_found(third):
+    layer = nn.Linear(2, 2)
+    model = hosm.ScoreModel(
+        nn.Sequential(layer), VP, call=lambda layer, x, t: layer(Sine.apply(x))
+    )
+    x0, options = torch.randn(4, 2), {"derivative": "forward", "third": third}
+    for frozen in (False, True):
+        layer.requires_grad_(not frozen)
+        with pytest.raises(hosm.DerivativeError, match="nested forward mode"):
+            hosm.third_order_dsm(model, x0, **options)
+
+
+def test_functions_in_what_made_the_data_are_none_of_the_network():
+    layer = nn.Linear(2, 2)
+    model = hosm.ScoreModel(layer, VP, call=lambda layer, x, t, y: layer(x).sin() + y)
+    data, inputs = torch.randn(4, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    given = {"t": torch.full((4,), 0.5), "noise": torch.randn(4, 2), "probe": torch.randn(4, 2)}
+    found = [
+        hosm.third_order_dsm(
+            model,
+            sine(data),
+            model_kwargs={"y": sine(inputs)},
+            derivative="forward",
+            third="laplacian",
+            **given,
+        )
+        for sine in (torch.sin, Sine.apply)
+    ]
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_an_operator_without_a_rule_on_what_is_expanded():
     def function(h):
         return F.softplus(h[:, None].expand(-1, 3, -1)).sum(1)

@@ -146,6 +146,31 @@ def test_models_that_multiply_the_time_themselves_are_given_fractions(name):
     torch.testing.assert_close(network.seen, t if "Flux" in name else 1000 * t)
 
 
+def test_fractions_of_a_subclass_and_through_wrappers():
+    def forward(self, sample, timestep):
+        self.seen = timestep
+        return SimpleNamespace(sample=sample)
+
+    flux = type("FluxTransformer2DModel", (torch.nn.Module,), {"forward": forward})
+    network, t = type("Tuned", (flux,), {})(), torch.tensor([0.3, 0.6])
+    network.layer = torch.nn.Linear(1, 1)
+    wrapped = torch.compile(network, backend="eager")
+    for given in (network, wrapped, lambda x, timestep: network(x, timestep)):
+        model = from_diffusers(given, diffusers.FlowMatchEulerDiscreteScheduler())
+        model.noise(torch.ones(2, 3), t)
+        torch.testing.assert_close(network.seen, t)
+
+
+@pytest.mark.parametrize("name", ["Lumina2Transformer2DModel", "ZImageTransformer2DModel"])
+def test_models_with_another_sign_or_time_are_refused(name):
+    network = type(name, (torch.nn.Module,), {})()
+    with pytest.raises(ValueError, match=f"got {name}, which turns"):
+        from_diffusers(network, diffusers.FlowMatchEulerDiscreteScheduler())
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    with pytest.raises(ValueError, match="got invert_sigmas"):
+        from_diffusers(torch.nn.Identity(), scheduler)
+
+
 def test_a_pipeline_is_refused():
     scheduler = diffusers.DDPMScheduler()
     pipeline = diffusers.DDPMPipeline(unet(), scheduler)

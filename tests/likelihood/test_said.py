@@ -86,6 +86,27 @@ def test_a_network_in_training_mode(function, kind):
     function(model.eval(), x)
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.FeatureAlphaDropout(0.5), nn.RReLU(), nn.MultiheadAttention(6, 1, dropout=0.1)]
+)
+def test_other_layers_in_training_mode(layer):
+    network = nn.Sequential(nn.Linear(2, 6), layer)
+    model = hosm.ScoreModel(network, VP, call=lambda network, x, t: x)
+    with pytest.warns(UserWarning, match="evaluation mode"):
+        hosm.variational_nll(model, torch.randn(8, 2))
+
+
+@pytest.mark.parametrize("method", [False, True])
+def test_a_function_around_a_network_in_training_mode(method):
+    norm = nn.BatchNorm1d(2)
+    network = norm.forward if method else lambda x, t: norm(x)
+    call = (lambda network, x, t: network(x)) if method else None
+    model = hosm.ScoreModel(network, VP, call=call)
+    with pytest.warns(UserWarning, match="a BatchNorm1d in training mode"):
+        hosm.ode_nll(model, torch.randn(8, 2), steps=8)
+    assert norm.num_batches_tracked == 0
+
+
 def test_nothing_is_said_where_nothing_trains():
     hosm.ode_nll(built(nn.Dropout(0.0), nn.LayerNorm(6)), torch.randn(8, 2), steps=8)
 

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 import hosm_losses as hosm
 from hosm_losses.losses.recompute import in_chunks
@@ -249,6 +250,36 @@ def test_other_parameters_in_the_pass_back_are_refused():
     values = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
     loss = torch.func.functional_call(module, values, (x0,), given)
     with pytest.raises(hosm.DerivativeError, match=r"chunks: .* as of functional_call"):
+        loss.backward()
+
+
+def test_parameters_that_are_no_leaves_have_their_gradient_once():
+    network, model, x0, given = setting()
+    given["probe"] = torch.randn_like(x0)
+    scale = torch.tensor(1.3, requires_grad=True)
+    values = {name: p.detach() * scale for name, p in network.named_parameters()}
+
+    def gradient(chunks):
+        # As FSDP has views of its flat parameter, in both passes.
+        with _reparametrize_module(network, values):
+            loss = hosm.third_order_dsm(model, x0, chunks=chunks, **given)
+            return torch.autograd.grad(loss, scale, retain_graph=True)
+
+    torch.testing.assert_close(gradient(2), gradient(1), rtol=1e-9, atol=1e-12)
+
+
+def test_a_parameter_that_later_parts_alone_use_is_an_error():
+    network, _model, x0, given = setting()
+    given["probe"] = torch.randn_like(x0)
+    head = nn.Conv2d(x0.shape[1], x0.shape[1], 1)
+
+    def call(network, x, t):
+        late = (t > 0.5).to(x.dtype)[:, None, None, None]
+        return network(x, t) + (late * head(x) if late.any() else 0)
+
+    model = hosm.ScoreModel(network, hosm.VPSchedule(), call=call)
+    loss = hosm.third_order_dsm(model, x0, chunks=2, **given)
+    with pytest.raises(hosm.DerivativeError, match="that the first part does not use"):
         loss.backward()
 
 

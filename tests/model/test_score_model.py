@@ -1,8 +1,10 @@
 """ScoreModel: predictions seen as noise, what the network is given, what the module is."""
 
 import copy
+import functools
 import operator
 import pickle
+import types
 from typing import get_args
 
 import pytest
@@ -292,6 +294,88 @@ def test_a_function_that_refers_to_modules_is_no_copy_and_not_in_evaluation_mode
         layers[0].weight.add_(1.0)
     assert torch.equal(copied.noise(x, t), before)
     assert layers.training
+
+
+class Owner:
+    """No module, with one."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def predict(self, x, t):
+        return self.network(x)
+
+
+def referring(network):
+    """Functions that refer to a module, and whether a copy shares it."""
+
+    def inner(x, t):
+        return network(x)
+
+    kept, owner = [network], Owner(network)
+    return {
+        "another function": (lambda x, t: inner(x, t), True),
+        "partial": (functools.partial(inner), True),
+        "default": (lambda x, t, network=network: network(x), True),
+        "list": (lambda x, t: kept[0](x), True),
+        "attribute": (lambda x, t: owner.network(x), True),
+        "decorator": (torch.enable_grad()(inner), True),
+        "method": (owner.predict, False),
+        "partial of a method": (functools.partial(owner.predict), False),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(referring(nn.Identity())))
+def test_however_a_function_refers_to_a_module(name):
+    layer = nn.Linear(2, 2)
+    network, shared = referring(layer)[name]
+    model = hosm.ScoreModel(network, hosm.VPSchedule())
+    with pytest.warns(UserWarning, match=r"eval\(\) does not reach"):
+        model.eval()
+    if shared:
+        with pytest.raises(TypeError, match="would share the weights"):
+            copy.deepcopy(model)
+        return
+    copied, x, t = copy.deepcopy(model), torch.randn(3, 2), torch.full((3,), 0.5)
+    before = model.noise(x, t)
+    with torch.no_grad():
+        layer.weight.add_(1)
+    torch.testing.assert_close(copied.noise(x, t), before)
+
+
+def test_a_trained_module_in_a_call_is_shared_by_a_copy():
+    head = nn.Linear(2, 2)
+    model = hosm.ScoreModel(nn.Linear(2, 2), hosm.VPSchedule(), call=lambda n, x, t: head(n(x)))
+    with pytest.raises(TypeError, match=r"call: .*would share the weights of head"):
+        copy.deepcopy(model)
+    head.requires_grad_(False)
+    copy.deepcopy(model.train())
+
+
+weights = nn.Linear(2, 2)  # a global with the name of an attribute
+
+
+def test_the_name_of_an_attribute_is_no_reference():
+    own = types.SimpleNamespace(weights=lambda x: x)
+    model = hosm.ScoreModel(lambda x, t: own.weights(x), hosm.VPSchedule())
+    copy.deepcopy(model.eval())
+
+    def early(x, t):
+        return late(x)
+
+    hosm.ScoreModel(early, hosm.VPSchedule()).eval()
+    late = torch.sin
+
+
+def test_a_copy_of_a_model_compiled_in_place_is_its_own():
+    layer = nn.Linear(2, 2)
+    model = hosm.ScoreModel(layer, hosm.VPSchedule(), call=lambda layer, x, t: layer(x))
+    model.compile(backend="eager")
+    copied, x, t = copy.deepcopy(model), torch.randn(3, 2), torch.full((3,), 0.5)
+    before = copied(x, t)
+    with torch.no_grad():
+        layer.weight.add_(1)
+    torch.testing.assert_close(copied(x, t), before)
 
 
 def test_a_function_without_weights_can_be_copied():

@@ -32,7 +32,7 @@ from hosm_losses._torch_internals import (
     MODULE_HOOK,
     custom_function,
     forward_mode,
-    graph_nodes,
+    nodes_from,
     traced,
     transformed,
 )
@@ -203,7 +203,7 @@ def forward(
     directions, wanted, graph = (direction,), torch.is_grad_enabled(), nullcontext()
     if second_direction is not None:
         directions = direction, second_direction.expand_as(direction)
-        if not wanted and not traced():  # custom Functions are found in a graph
+        if not traced():  # custom Functions are found in a graph, from x on
             x, graph = leaf(x, wanted), torch.enable_grad()
     with explained(), without_recomputation(), forward_mode(), graph:
         if len(direction) == 1:
@@ -215,7 +215,7 @@ def forward(
             value = value.unsqueeze(0)
     if second_direction is None:
         return Derivatives(value, *rest)
-    for node in () if traced() else graph_nodes([value]):
+    for node in () if traced() else nodes_from(x, [value]):
         function = custom_function(node)
         if function not in (None, MODULE_HOOK):
             raise DerivativeError(

@@ -6,7 +6,6 @@ network is compared with differences of its values. Never the loss, whose detach
 gradient another number than its slope.
 """
 
-import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +22,6 @@ from hosm_losses._checks import (
     check_sample_batch,
     complaint,
     describe,
-    modules_of,
 )
 from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import ENGINES, Field
@@ -167,8 +165,8 @@ def check_derivatives(
 
 def _copied(model: ScoreModel) -> ScoreModel:
     try:
-        # One of a function that refers to modules refuses a deep copy, which would share them.
-        own = copy.copy(model) if modules_of(model.network) else copy.deepcopy(model)
+        # Of a function that refers to modules too, which copy.deepcopy refuses.
+        own = model._copied({})
     except Exception as error:
         raise TypeError(
             "network: expected one that copy.deepcopy can copy, so that yours stays as it is; got "

@@ -43,6 +43,7 @@ from hosm_losses._checks import (
     users_level,
 )
 from hosm_losses._progress import progress_bar
+from hosm_losses._references import roots
 from hosm_losses._torch_internals import normal, outside_inference_mode, traced
 from hosm_losses.derivatives import Snapshot
 from hosm_losses.likelihood.paths import Batch, Coordinates, accumulator, solver_limit
@@ -53,6 +54,7 @@ Dequantization = Literal["uniform"]
 EIGHT_BITS = Quantization(256, -1.0, 1.0)
 TRAINING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 TRAINING += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+TRAINING += (nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention)
 MISMATCH = 1e-3  # nats an element
 
 
@@ -117,8 +119,10 @@ def evaluate(
 
 def _say_what_trains(network: object) -> None:
     """Warn of parts whose training mode makes a likelihood another number."""
-    for name, part in network.named_modules() if isinstance(network, nn.Module) else ():
-        if part.training and isinstance(part, TRAINING) and getattr(part, "p", 1) > 0:
+    for name, part in (each for root in roots(network) for each in root.named_modules()):
+        # The probability of a dropout, or that inside an attention.
+        rate = getattr(part, "p", getattr(part, "dropout", 1))
+        if part.training and isinstance(part, TRAINING) and rate > 0:
             warnings.warn(
                 f"network: expected evaluation mode, as after model.eval(); got {name or 'it'}, a "
                 f"{type(part).__name__} in training mode. The numbers are random, or depend on "
@@ -131,15 +135,17 @@ def _say_what_trains(network: object) -> None:
 @contextmanager
 def _kept(network: object, x: Tensor) -> Iterator[None]:
     """A block after which the buffers of a network are what they were, as running statistics."""
-    modules = network.modules() if isinstance(network, nn.Module) and not traced() else ()
-    if not any(part.training and part._buffers for part in modules):
-        yield
-        return
-    before = Snapshot(network, x)
+    found = [] if traced() else roots(network)
+    before = [
+        Snapshot(root, x)
+        for root in found
+        if any(part.training and part._buffers for part in root.modules())
+    ]
     try:
         yield
     finally:
-        before.restore(generators=False)
+        for each in before:
+            each.restore(generators=False)
 
 
 def _say_mismatch(coordinates: Coordinates) -> None:

@@ -56,7 +56,7 @@ def in_chunks(
     parts = [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
     call = _Call(function, parts, network, len(tensors))
     others = call.begin(tensors)
-    return _Chunked.apply(call, *tensors, *call.own, *others)  # pyright: ignore[reportReturnType]
+    return _Chunked.apply(call, *tensors, *call.leaves, *others)  # pyright: ignore[reportReturnType]
 
 
 class _Call:
@@ -67,6 +67,8 @@ class _Call:
     ) -> None:
         self.function, self.parts, self.network, self.given = function, parts, network, given
         self.own = list(network.parameters())
+        # What FSDP puts in the place of parameters are views of a leaf, which is found in a graph.
+        self.leaves = [each for each in self.own if each.is_leaf]
         # Of each part, before it was evaluated: what puts autocast back, and all else.
         self.states: list[tuple[Callable[[], AbstractContextManager[object]], Snapshot]] = []
 
@@ -78,12 +80,8 @@ class _Call:
         points = [each.detach().requires_grad_(each.requires_grad) for each in tensors]
         terms = self.first(self.parts[0], points)
         self.begun = tuple(term.detach() for term in terms)
-        known = {id(each) for each in (*points, *self.own)}
-        found = [getattr(node, "variable", None) for node in graph_nodes(terms)]
-        leaves = [
-            weakref.ref(leaf) for leaf in found if leaf is not None and id(leaf) not in known
-        ]
-        del terms, found  # and with them the leaves that the part made
+        leaves = [weakref.ref(leaf) for leaf in _unknown(terms, [*points, *self.leaves])]
+        del terms  # and with it the leaves that the part made
         return living(leaves)
 
     def first(self, part: slice, tensors: Sequence[Tensor]) -> Terms:
@@ -143,12 +141,13 @@ class _Chunked(torch.autograd.Function):
                 for place, (leaf, need) in enumerate(zip(leaves, needed, strict=True))
             ]
             with call.again(number, points) as terms, without_hooks(points[call.given :]):
+                _refuse_missed(terms, points)
                 found = torch.autograd.grad(
                     terms,
                     [points[place] for place in places],
                     [cotangent[part] for cotangent in cotangents],
                     # Other leaves may be behind a graph that all parts go through.
-                    retain_graph=len(points) > call.given + len(call.own),
+                    retain_graph=len(points) > call.given + len(call.leaves),
                     allow_unused=True,
                 )
             for place, gradient in zip(places, found, strict=True):
@@ -156,3 +155,24 @@ class _Chunked(torch.autograd.Function):
                     total = totals[place]
                     totals[place] = gradient if total is None else total + gradient
         return None, *totals
+
+
+def _unknown(terms: Terms, known: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The leaves in the graph of a part that are none of those known."""
+    places = {id(each) for each in known}
+    for node in graph_nodes(terms):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in places:
+            yield leaf
+
+
+def _refuse_missed(terms: Terms, points: Sequence[Tensor]) -> None:
+    """Raise where a parameter would be left without its gradient."""
+    for leaf in _unknown(terms, points):
+        # Other leaves are the engines' own.
+        if isinstance(leaf, nn.Parameter):
+            raise DerivativeError(
+                "chunks: expected parameters outside the network to be used by every part of the "
+                f"batch; got one of shape {tuple(leaf.shape)} that the first part does not use. "
+                "Register it in the network, or leave chunks at 1."
+            )

@@ -36,18 +36,15 @@ from hosm_losses._checks import (
     complaint,
     expand_right,
     may_look,
-    modules_of,
     users_level,
 )
+from hosm_losses._references import refuse_shared, say_unreached
 from hosm_losses._torch_internals import OF_DTYPES, normal
 from hosm_losses.derivatives import Jet
 from hosm_losses.model.conditions import unwrapped
 from hosm_losses.schedules import Schedule, check_schedule
 
 Prediction = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
-
-
-_GIVE_THE_MODULE = "Give the module: ScoreModel(module, schedule, call=lambda module, x, t: ...)."
 
 
 class ScoreModel(nn.Module):
@@ -112,23 +109,21 @@ class ScoreModel(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode; warns of modules that it does not reach."""
-        for name, module in modules_of(self.network):
-            if module.training != mode:
-                called = "train()" if mode else "eval()"
-                told = f"network: {called} does not reach {name}, to which a function refers."
-                warnings.warn(f"{told} {_GIVE_THE_MODULE}", stacklevel=users_level())
+        say_unreached(self.network, mode)
         return super().train(mode)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Raise TypeError where the copy would share its weights, as one for an EMA must not."""
-        for name, _ in modules_of(self.network):
-            raise TypeError(
-                "network: expected an nn.Module in a model that is copied; got a function, whose "
-                f"copy would share the weights of {name}. {_GIVE_THE_MODULE}"
-            )
+        refuse_shared(network=self.network, call=self.call, output=self.output, time=self.time)
+        return self._copied(memo)
+
+    def _copied(self, memo: dict[int, Any]) -> Self:
+        """A deep copy, with functions as they are."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # Not its __dict__: what .compile() has put there calls the original.
+        state: Any = self.__getstate__()
+        copied.__setstate__(copy.deepcopy(state, memo))
         return copied
 
     def extra_repr(self) -> str:
