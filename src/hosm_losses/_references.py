@@ -2,7 +2,7 @@
 
 import dis
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from hosm_losses._checks import users_level
 
 GIVE_THE_MODULE = "Give the module: ScoreModel(module, schedule, call=lambda module, x, t: ...)."
 WRAPPED = ("_orig_mod", "module", "base_model", "model")
+MOST = 1000  # entries of a container that is looked into
 
 
 class Referred(NamedTuple):
@@ -64,14 +65,10 @@ def modules_of(function: object) -> list[Referred]:
     ]
 
 
-def roots(network: object) -> list[nn.Module]:
-    """The network if it is a module, or those to which it refers."""
-    return [network] if isinstance(network, nn.Module) else [e.module for e in modules_of(network)]
-
-
 def class_names(network: object) -> list[str]:
     """The names of the classes of a network, and of those in a wrapper or a function around it."""
-    names, modules = list[str](), roots(network)
+    names, modules = list[str](), [each.module for each in modules_of(network)]
+    modules += [network] if isinstance(network, nn.Module) else []
     for module in modules:  # which grows
         names += [kind.__name__ for kind in type(module).__mro__]
         # As of torch.compile, DistributedDataParallel and PEFT.
@@ -96,10 +93,9 @@ def _walk(
         found, names = [(name, value.__self__)], _names(value.__func__)
     elif isinstance(value, partial):
         found = [(name, each) for each in (value.func, *value.args)] + list(value.keywords.items())
-    elif isinstance(value, list | tuple):
-        found = [(name, each) for each in value]
-    elif isinstance(value, Mapping):
-        found = [(name, each) for each in value.values()]
+    elif type(value) in (list, tuple, dict):  # not what loads its entries, as a dataset
+        entries = value.values() if isinstance(value, dict) else value
+        found = [(name, each) for each in entries] if len(value) <= MOST else []
     else:
         own = getattr(value, "__dict__", {})
         names = names + (_names(type(value).__call__) if callable(value) else ())

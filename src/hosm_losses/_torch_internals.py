@@ -147,13 +147,18 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
             nodes.extend(parent for parent, _ in node.next_functions)
 
 
+def gradient_node(tensor: Tensor) -> Any:
+    """The node of an autograd graph that is given the gradient of a tensor."""
+    return _autograd.graph.get_gradient_edge(tensor).node
+
+
 def nodes_from(point: Tensor, tensors: Iterable[Tensor]) -> Iterator[Any]:
     """The nodes of the graphs of tensors through which they depend on a point, without its own."""
     users: dict[Any, list[Any]] = {}
     for node in graph_nodes(tensors):
         for parent, _ in node.next_functions:
             users.setdefault(parent, []).append(node)
-    start = _autograd.graph.get_gradient_edge(point).node
+    start = gradient_node(point)
     nodes, seen = [start], {start}
     while nodes:
         for node in users.get(nodes.pop(), ()):

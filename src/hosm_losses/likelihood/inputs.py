@@ -43,7 +43,7 @@ from hosm_losses._checks import (
     users_level,
 )
 from hosm_losses._progress import progress_bar
-from hosm_losses._references import roots
+from hosm_losses._references import modules_of
 from hosm_losses._torch_internals import normal, outside_inference_mode, traced
 from hosm_losses.derivatives import Snapshot
 from hosm_losses.likelihood.paths import Batch, Coordinates, accumulator, solver_limit
@@ -119,10 +119,11 @@ def evaluate(
 
 def _say_what_trains(network: object) -> None:
     """Warn of parts whose training mode makes a likelihood another number."""
-    for name, part in (each for root in roots(network) for each in root.named_modules()):
-        # The probability of a dropout, or that inside an attention.
-        rate = getattr(part, "p", getattr(part, "dropout", 1))
-        if part.training and isinstance(part, TRAINING) and rate > 0:
+    for name, part in (each for root in _roots(network) for each in root.named_modules()):
+        if not part.training or not isinstance(part, TRAINING):
+            continue
+        # The probability of a dropout, or of that inside an attention.
+        if getattr(part, "p", getattr(part, "dropout", 1)) > 0:
             warnings.warn(
                 f"network: expected evaluation mode, as after model.eval(); got {name or 'it'}, a "
                 f"{type(part).__name__} in training mode. The numbers are random, or depend on "
@@ -132,10 +133,17 @@ def _say_what_trains(network: object) -> None:
             return
 
 
+def _roots(network: object) -> list[nn.Module]:
+    """A network that is a module, or the modules to which it refers."""
+    if isinstance(network, nn.Module):
+        return [network]
+    return [each.module for each in modules_of(network)]
+
+
 @contextmanager
 def _kept(network: object, x: Tensor) -> Iterator[None]:
     """A block after which the buffers of a network are what they were, as running statistics."""
-    found = [] if traced() else roots(network)
+    found = [] if traced() else _roots(network)
     before = [
         Snapshot(root, x)
         for root in found

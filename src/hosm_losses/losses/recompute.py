@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from hosm_losses._checks import DerivativeError, complaint, living
 from hosm_losses._torch_internals import (
     autocast_of_now,
+    gradient_node,
     graph_nodes,
     transformed,
     without_hooks,
@@ -159,11 +160,11 @@ class _Chunked(torch.autograd.Function):
 
 def _unknown(terms: Terms, known: Sequence[Tensor]) -> Iterator[Tensor]:
     """The leaves in the graph of a part that are none of those known."""
-    places = {id(each) for each in known}
+    # By their nodes: of a leaf that a checkpoint has kept there is another tensor.
+    nodes = {gradient_node(each) for each in known if each.requires_grad}
     for node in graph_nodes(terms):
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in places:
-            yield leaf
+        if node not in nodes and hasattr(node, "variable"):
+            yield node.variable
 
 
 def _refuse_missed(terms: Terms, points: Sequence[Tensor]) -> None:
