@@ -178,6 +178,26 @@ def without_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
             table.update(hooks)
 
 
+def operators(name: str) -> list[Any]:
+    """The operators of torch.ops.aten below a function with this name, and each of their kinds."""
+    names = name, f"linalg_{name}", f"_linalg_{name}"
+    packets = [getattr(torch.ops.aten, each, None) for each in names]
+    found = [packet for packet in packets if packet is not None]
+    return [each for p in found for each in (p, *(getattr(p, kind) for kind in p.overloads()))]
+
+
+def of_a_package(function: object) -> bool:
+    """Whether this is an operator of torch.library, that is not made of those of PyTorch."""
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        name = function._qualified_op_name
+    elif isinstance(function, torch._ops.OpOverload):
+        name = function.name()
+    else:
+        return False
+    composed = _C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    return not name.startswith("aten::") and not composed
+
+
 def custom_function(node: object) -> type | None:
     """The torch.autograd.Function of a node in an autograd graph; None for PyTorch's own nodes."""
     return getattr(type(node), "_forward_cls", None)

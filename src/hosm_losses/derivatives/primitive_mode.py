@@ -83,7 +83,7 @@ class _SafePrimitives(TorchFunctionMode):
         if primitive is not None or _thread.forward:
             _refuse_foreign_checkpoint()
         kwargs = kwargs or {}
-        name = func.__name__
+        name = func.__name__.partition(".")[0]  # of torch.ops.aten.add_.Tensor
         if _thread.forward and wrong_in_forward_mode(func, args, kwargs):
             raise DerivativeError(f"network: {name}: {WRONG}")
         if _thread.forward and name.endswith("_") and not name.endswith("__"):
