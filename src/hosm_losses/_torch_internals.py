@@ -198,6 +198,17 @@ def of_a_package(function: object) -> bool:
     return not name.startswith("aten::") and not composed
 
 
+def changes_in_place(function: Any) -> bool:
+    """Whether a function of PyTorch has the name of one that changes its first argument."""
+    name = function.__name__.partition(".")[0]  # of torch.ops.aten.add_.Tensor
+    return name.endswith("_") and not name.endswith("__")
+
+
+# As torch.compiler.assume_constant_result does, which imports all of torch.compile.
+for _asked in (of_a_package, changes_in_place):
+    _asked._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def custom_function(node: object) -> type | None:
     """The torch.autograd.Function of a node in an autograd graph; None for PyTorch's own nodes."""
     return getattr(type(node), "_forward_cls", None)
