@@ -189,13 +189,11 @@ def operators(name: str) -> list[Any]:
 def of_a_package(function: object) -> bool:
     """Whether this is an operator of torch.library, that is not made of those of PyTorch."""
     if isinstance(function, torch._ops.OpOverloadPacket):
-        name = function._qualified_op_name
-    elif isinstance(function, torch._ops.OpOverload):
-        name = function.name()
-    else:
+        function = getattr(function, function.overloads()[0])
+    if not isinstance(function, torch._ops.OpOverload) or function.namespace == "aten":
         return False
-    composed = _C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
-    return not name.startswith("aten::") and not composed
+    composed = "CompositeImplicitAutograd"
+    return not _C._dispatch_has_kernel_for_dispatch_key(function.name(), composed)
 
 
 def changes_in_place(function: Any) -> bool:
