@@ -111,7 +111,7 @@ def test_forward_mode_compiles_with_the_gradients_of_eager_mode(order):
     inputs = {"t": torch.tensor([0.3, 0.6]), "noise": torch.randn_like(x0)}
     inputs["probe"] = torch.randn_like(x0)
     torch._dynamo.reset()
-    compiled = torch.compile(module, backend="aot_eager")
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     found = []
     for each in (module, compiled):
         loss = each(x0, **inputs)

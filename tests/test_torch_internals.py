@@ -35,6 +35,25 @@ def test_a_transform_is_seen():
     assert seen == [(False, False, True)] + [(True, True, False)] * 4
 
 
+def test_operators_are_found_by_name_and_those_of_packages_told_apart():
+    """torch.ops.aten, OpOverload.name, and _dispatch_has_kernel_for_dispatch_key: 2.13."""
+    aten = torch.ops.aten
+    assert {aten.linalg_det, aten.linalg_det.default} <= set(internals.operators("det"))
+    assert internals.operators("no_such_operator") == []
+    library = torch.library.Library("hosm_internals", "DEF")
+    library.define("own(Tensor x) -> Tensor")
+    library.define("composed(Tensor x) -> Tensor")
+    library.impl("composed", torch.sin, "CompositeImplicitAutograd")
+    own, composed = torch.ops.hosm_internals.own, torch.ops.hosm_internals.composed
+    assert internals.of_a_package(own.default)
+    assert internals.of_a_package(own)
+    for other in (composed.default, aten.add.Tensor, aten.add, torch.sin, torch.Tensor.sin):
+        assert not internals.of_a_package(other)
+    for function in (torch.Tensor.add_, aten.add_.Tensor):
+        assert internals.changes_in_place(function)
+    assert not internals.changes_in_place(torch.Tensor.__add__)
+
+
 class Functions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))

@@ -199,6 +199,35 @@ def without_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
             table.update(hooks)
 
 
+def operators(name: str) -> list[Any]:
+    """The operators of torch.ops.aten below a function with this name, and each of their kinds."""
+    names = name, f"linalg_{name}", f"_linalg_{name}"
+    packets = [getattr(torch.ops.aten, each, None) for each in names]
+    found = [packet for packet in packets if packet is not None]
+    return [each for p in found for each in (p, *(getattr(p, kind) for kind in p.overloads()))]
+
+
+def of_a_package(function: object) -> bool:
+    """Whether this is an operator of torch.library, that is not made of those of PyTorch."""
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        function = getattr(function, function.overloads()[0])
+    if not isinstance(function, torch._ops.OpOverload) or function.namespace == "aten":
+        return False
+    composed = "CompositeImplicitAutograd"
+    return not _C._dispatch_has_kernel_for_dispatch_key(function.name(), composed)
+
+
+def changes_in_place(function: Any) -> bool:
+    """Whether a function of PyTorch has the name of one that changes its first argument."""
+    name = function.__name__.partition(".")[0]  # of torch.ops.aten.add_.Tensor
+    return name.endswith("_") and not name.endswith("__")
+
+
+# As torch.compiler.assume_constant_result does, which imports all of torch.compile.
+for _asked in (of_a_package, changes_in_place):
+    _asked._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def custom_function(node: object) -> type | None:
     """The torch.autograd.Function of a node in an autograd graph; None for PyTorch's own nodes."""
     return getattr(type(node), "_forward_cls", None)

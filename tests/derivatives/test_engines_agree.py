@@ -211,6 +211,8 @@ WRONG_FORWARD = {
     "eigvalsh": lambda h: h * torch.linalg.eigvalsh(symmetric(h)).repeat(1, 3),
     "copysign": lambda h: torch.copysign(h * h, h),
     "renorm_": lambda h: (h * h).renorm_(2, 0, 0.5),
+    "cholesky_inverse": lambda h: torch.cholesky_inverse(shifted(h).tril()).flatten(1),
+    "aten.linalg_det": lambda h: h * torch.ops.aten.linalg_det.default(shifted(h))[:, None],
     "cosine_embedding_loss": lambda h: (
         h * F.cosine_embedding_loss(h, h.cos(), torch.ones(4), reduction="none")[:, None]
     ),
@@ -232,6 +234,81 @@ def test_and_its_second_derivatives_neither(name, third):
     for engine in ("taylor", "forward"):
         with pytest.raises(hosm.DerivativeError, match="forward mode is not differentiated"):
             found(Around(WRONG_FORWARD[name]), 3, engine, third=third)
+
+
+@torch.library.custom_op("hosm_tests::sine", mutates_args=())
+def sine(x: torch.Tensor) -> torch.Tensor:
+    """A package's own operator, of whose derivatives reverse mode alone is told."""
+    return torch.sin(x)
+
+
+sine.register_autograd(
+    lambda ctx, cotangent: cotangent * torch.cos(ctx.saved_tensors[0]),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@pytest.mark.parametrize("function", [sine, torch.ops.hosm_tests.sine])
+@pytest.mark.parametrize("order", [2, 3])
+def test_an_operator_of_a_package_is_left_to_the_reverse_engine(function, order):
+    """Forward mode takes its derivative for zero."""
+    network = Around(function)
+    expected = found(Around(torch.sin), order, "auto")
+    torch.testing.assert_close(found(network, order, "auto"), expected, rtol=1e-8, atol=1e-11)
+    for engine in ("taylor", "forward"):
+        with pytest.raises(hosm.DerivativeError, match="forward mode is not differentiated"):
+            found(network, order, engine)
+
+
+ATEN = torch.ops.aten
+BELOW = {
+    "layer_norm": (
+        lambda h: ATEN.layer_norm.default(h, [9], h.new_ones(9)),
+        lambda h: F.layer_norm(h, (9,)),
+    ),
+    "a packet": (lambda h: ATEN.group_norm(h, 3), lambda h: F.group_norm(h, 3)),
+    "batch_norm": (
+        lambda h: ATEN.batch_norm.default(h, None, None, None, None, True, 0.1, 1e-5, False),
+        lambda h: F.batch_norm(h, None, None, training=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", "taylor", "reverse", "forward"])
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("name", BELOW)
+def test_norms_of_exported_programs(name, order, engine):
+    """They call the operators below the functions."""
+    own, function = BELOW[name]
+    got, expected = found(Around(own), order, engine), found(Around(function), order, "taylor")
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-11)
+
+
+def test_what_is_below_norms_is_refused_there_too():
+    for below in (ATEN.native_layer_norm, ATEN.native_layer_norm.default):
+        with pytest.raises(hosm.DerivativeError, match="expected norms as functions"):
+            found(Around(lambda h, below=below: below(h, [9], None, None, 1e-5)[0]), 2, "auto")
+
+
+@pytest.mark.parametrize("method", [True, False])
+def test_index_fill_along_several_directions(method):
+    """PyTorch's through a vmap is wrong, where the number that fills is made of x alone."""
+    places = torch.tensor([1, 3])
+
+    def function(h):
+        rows = [
+            torch.ones(9).index_fill(0, places, row.sum())
+            if method
+            else torch.index_fill(torch.ones(9), 0, places, row.sum())
+            for row in h
+        ]
+        return torch.stack(rows) * h
+
+    network, probe = Around(function), torch.randn(3, 4, 2)
+    expected = found(network, 2, "reverse", probe=probe)
+    for engine in ("taylor", "forward"):
+        got = found(network, 2, engine, probe=probe)
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-11)
 
 
 def scattered(method):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
-from hosm_losses._torch_internals import checkpoint_hook
+from hosm_losses._torch_internals import changes_in_place, checkpoint_hook
 from hosm_losses.derivatives.hooks import looking
 from hosm_losses.derivatives.primitives import AT_FIRST, PRIMITIVES, WRONG, wrong_in_forward_mode
 
@@ -83,10 +83,9 @@ class _SafePrimitives(TorchFunctionMode):
         if primitive is not None or _thread.forward:
             _refuse_foreign_checkpoint()
         kwargs = kwargs or {}
-        name = func.__name__
         if _thread.forward and wrong_in_forward_mode(func, args, kwargs):
-            raise DerivativeError(f"network: {name}: {WRONG}")
-        if _thread.forward and name.endswith("_") and not name.endswith("__"):
+            raise DerivativeError(f"network: {func.__name__}: {WRONG}")
+        if _thread.forward and changes_in_place(func):
             # Forward mode is wrong, in silence, where a tensor changes by a view of itself.
             args = (*args[:1], *map(_copied, args[1:]))
             kwargs = {name: _copied(value) for name, value in kwargs.items()}

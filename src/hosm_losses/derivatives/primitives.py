@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._checks import DerivativeError, at_least_float32, complaint
-from hosm_losses._torch_internals import autocast_of_now, traced
+from hosm_losses._torch_internals import autocast_of_now, of_a_package, operators, traced
 from hosm_losses.derivatives.recompute import recomputed
 
 
@@ -194,6 +194,14 @@ def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     return torch.slice_scatter(input, src.unsqueeze(dim), dim, place, place + 1)
 
 
+def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  # noqa: A002
+    """By a mask: PyTorch's own through a vmap is wrong where the value alone differs."""
+    if not isinstance(value, Tensor):
+        return input.index_fill(dim, index, value)
+    mask = torch.zeros_like(input, dtype=torch.bool).index_fill(dim, index, True)
+    return torch.where(mask, value.to(input.dtype), input)
+
+
 def _refused(*_: Any, **__: Any) -> Tensor:
     """What is below the functions of norms, and differentiated rightly by nothing."""
     raise DerivativeError(
@@ -204,16 +212,18 @@ def _refused(*_: Any, **__: Any) -> Tensor:
 
 
 def _every(names: str) -> set[Any]:
-    """The functions and methods of PyTorch with these names."""
+    """The functions and methods of PyTorch with these names, and the operators below them."""
     homes = (torch, torch.Tensor, torch.linalg, F)
     found = [getattr(home, name, None) for home in homes for name in names.split()]
-    return {each for each in found if each is not None}
+    below = [each for name in names.split() for each in operators(name)]
+    return {each for each in (*found, *below) if each is not None}
 
 
 # What PyTorch derives in forward mode by a formula that it does not differentiate rightly:
 # cumprod where a factor is zero, and those of the second row where it derives them twice.
 _FORWARD = _every(
     "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_ "
+    "cholesky_inverse linear_cross_entropy "
     "eigh eigvalsh copysign copysign_ renorm renorm_ cosine_embedding_loss triplet_margin_loss"
 )
 # And these where they multiply.
@@ -225,7 +235,12 @@ WRONG = (
 
 
 def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[str, Any]) -> bool:
-    """Whether PyTorch gets the gradient of a function's forward derivative wrong."""
+    """Whether PyTorch gets a function's forward derivative, or the gradient of it, wrong.
+
+    Of a package's own operator, as `torch.library.custom_op` makes it, it takes it for zero.
+    """
+    if of_a_package(function):
+        return True
     if function in _PRODUCTS:
         return any(isinstance(each, str) and each == "prod" for each in (*args, *named.values()))
     return function in _FORWARD
@@ -235,7 +250,7 @@ BATCH = ("training", False)
 INSTANCE = ("use_input_stats", True)
 FUNCTIONAL = ("input", "running_mean", "running_var", "weight", "bias")
 OF_TORCH = ("input", "weight", "bias", "running_mean", "running_var")
-PRIMITIVES: Mapping[Callable[..., Any], Callable[..., Any]] = {
+PRIMITIVES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
@@ -250,10 +265,20 @@ PRIMITIVES: Mapping[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.add_: _add_in_place,
     torch.select_scatter: _select_scatter,
     torch.Tensor.select_scatter: _select_scatter,
+    torch.index_fill: _index_fill,
+    torch.Tensor.index_fill: _index_fill,
     torch.native_layer_norm: _refused,
     torch.native_group_norm: _refused,
     torch.native_batch_norm: _refused,
 }
+# As programs of torch.export call them, with the arguments of the functions of torch.
+PRIMITIVES |= {
+    operator: primitive
+    for function, primitive in list(PRIMITIVES.items())
+    if not function.__name__.endswith("_")
+    for operator in operators(function.__name__)
+}
+PRIMITIVES |= dict.fromkeys(operators("_native_batch_norm_legit"), _refused)
 
 
 def _at_first(native: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -70,7 +70,7 @@ def _(r, f):
     return spelled(r, f, lambda x: x * x + 0.5)
 
 
-@of("relu", "silu", "leaky_relu", "gelu")
+@of("relu", "silu", "leaky_relu", "hardsigmoid", "gelu")
 def _(r, f):
     if f.__name__ == "gelu":
         kind = r.choice(["none", "tanh"])

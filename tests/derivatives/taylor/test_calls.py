@@ -36,7 +36,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 class Written(TorchFunctionMode):
-    """Lengths written out, of which PyTorch has no nested forward derivative."""
+    """Lengths and others written out, of which PyTorch has no nested forward derivative."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -86,6 +86,7 @@ LENGTHS = {
     torch.linalg.matrix_norm: matrix_length,
     torch.linalg.vector_norm: linalg_length,
     F.normalize: normalized,
+    F.hardsigmoid: lambda input, inplace=False: F.relu6(input + 3) / 6,  # noqa: A006
     torch.std: spread_of,
     Tensor.std: spread_of,
     torch.std_mean: lambda x, dim=None, *args, **named: (

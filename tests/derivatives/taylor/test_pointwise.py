@@ -56,6 +56,10 @@ def test_anywhere(name):
     check(FUNCTIONS[name], (2, 3))
 
 
+def test_a_hardsigmoid_of_which_pytorch_has_one_derivative():
+    check(lambda x: F.hardsigmoid(4 * x), (2, 3), reference=lambda x: F.relu6(4 * x + 3) / 6)
+
+
 @pytest.mark.parametrize("name", POSITIVE)
 def test_where_it_is_positive(name):
     check(POSITIVE[name], (4,), positive=True)

@@ -15,6 +15,7 @@ from itertools import islice, repeat
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
@@ -192,6 +193,13 @@ def _relu(x: Tensor) -> Iterator[Tensor]:
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
     slope = torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
     return _straight(x * slope, slope)
+
+
+@pointwise(*every("hardsigmoid"))
+def _hardsigmoid(x: Tensor) -> Iterator[Tensor]:
+    """PyTorch's has no second derivative, not even the one of zero."""
+    inside = (x > -3) & (x < 3)
+    return _straight(F.relu6(x + 3) / 6, inside.to(x.dtype) / 6)
 
 
 @pointwise(*every("abs", "__abs__", "absolute"))
