@@ -147,10 +147,11 @@ def _by_autograd(
     tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
     tracked = torch.is_grad_enabled()
     with torch.enable_grad():
+        # Without a graph of their own: one of the tensors may be made of another.
         points: list[Any] = [
             tensor
-            if tensor is None or not need or (tracked and tensor.requires_grad)
-            else tensor.detach().requires_grad_()
+            if tensor is None or (tracked and (tensor.requires_grad or not need))
+            else tensor.detach().requires_grad_(need)
             for tensor, need in zip(tensors, needed, strict=True)
         ]
         found = _as_tuple((again if tracked else function)(*points))
