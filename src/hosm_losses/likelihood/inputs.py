@@ -166,6 +166,8 @@ def _say_mismatch(coordinates: Coordinates) -> None:
 
 def say_scaled(schedule: Schedule) -> None:
     """Warn where a point at t_min is not the data, but a multiple."""
+    if not schedule._starts_at_data:
+        return
     start = torch.tensor([schedule.t_min], dtype=torch.float64, device="cpu")
     alpha = float(schedule.alpha(start).detach())
     if abs(math.log(alpha)) > SCALED:
