@@ -36,7 +36,11 @@ def describe(value: object) -> str:
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     if value is None or isinstance(value, str | Number):
         return repr(value)
-    return f"an object of type {type(value).__name__}"
+    kind = type(value)
+    home = sys.modules.get(kind.__module__)
+    again = getattr(home, kind.__qualname__, kind) is not kind  # as by autoreload in a notebook
+    since = ", loaded again since: make it anew" if again else ""
+    return f"an object of type {kind.__name__}{since}"
 
 
 def users_level() -> int:

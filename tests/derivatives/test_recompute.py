@@ -148,12 +148,15 @@ def test_a_gradient_that_depends_on_nothing_is_zero():
     torch.testing.assert_close(found, torch.zeros_like(x))
 
 
-def test_arguments_that_are_computed_from_one_another():
-    """The gradient in one is its own, also where it is differentiated again."""
+@pytest.mark.parametrize("asked", ["scale", "both"])
+def test_an_argument_that_another_is_made_of(asked):
+    # As in x / x.norm() of the data themselves, where weights that follow train alone.
     found = []
     for function in (formula, lambda *given: recomputed(formula, *given)):
-        x, w = inputs()
-        value = function(x, 2 + x * x) * w
-        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
-        found.append(torch.autograd.grad((slope * slope).sum(), w)[0])
-    torch.testing.assert_close(found[1], found[0])
+        x, scale = inputs()
+        value = function(x, x.cos()) * scale
+        (slope,) = torch.autograd.grad(value.sin().sum(), x, create_graph=True)
+        inputs_of = [scale] if asked == "scale" else [scale, x]
+        found.append(torch.autograd.grad(slope.square().sum(), inputs_of))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)

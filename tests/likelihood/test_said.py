@@ -1,5 +1,6 @@
 """What a likelihood says of a network or a schedule with which it is another number."""
 
+import math
 import warnings
 
 import pytest
@@ -148,3 +149,34 @@ def test_the_gap_tells_the_solver_error():
     name = "solver error of ode nll"
     assert many[name].value < 0.01 < few[name].value
     assert abs(few["ode nll"].value - many["ode nll"].value) < 30 * few[name].value
+
+
+class Scaled(hosm.Schedule):
+    """Data times three, at both ends of the noise as the flow's."""
+
+    t_min, t_max = 1e-3, 1 - 1e-3
+
+    def alpha(self, t):
+        return 3 * (1 - t)
+
+    def sigma(self, t):
+        return 1.0 * t
+
+
+def test_a_schedule_that_scales_the_data():
+    """The point at t_min is not the data then, and its density another."""
+    x = 0.5 * torch.randn(4, 3, dtype=torch.float64)
+    model, options = normal(Scaled()), {"divergence": "exact"}
+    said = r"schedule: expected α\(t_min\) near 1"
+    with pytest.warns(UserWarning, match=said):
+        found = hosm.ode_nll(model, 3 * x, **options).nll - 3 * math.log(3)
+    with pytest.warns(UserWarning, match=said):
+        hosm.ode_sample(model, (2, 3))
+    truth = -torch.distributions.Normal(0, 0.5).log_prob(x).sum(1)
+    torch.testing.assert_close(found, truth, rtol=0, atol=0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hosm.ode_nll(model, x, clean=True, **options)
+        hosm.variational_nll(model, x)
+        for schedule in NEAR:
+            hosm.ode_nll(normal(schedule), x.float(), steps=8)

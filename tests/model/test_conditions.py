@@ -3,7 +3,7 @@
 import copy
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -255,3 +255,17 @@ def test_a_mark_copies_and_shows_what_it_holds():
     mark = copy.deepcopy(hosm.Shared([1, 2]))
     assert mark.value == [1, 2]
     assert repr(mark) == "Shared([1, 2])"
+
+
+def test_a_namespace_follows_its_samples():
+    """What a network cuts to its batch would otherwise be another sample's, without an error."""
+    labels = torch.arange(4.0) / 4
+    model = hosm.ScoreModel(lambda x, t, c: x * c.y[: len(x), None], hosm.VPSchedule())
+    options = {"divergence": "exact", "steps": 8, "batch_size": 2}
+    conditions = SimpleNamespace(y=labels, name="labels")
+    mine = hosm.ode_nll(model, torch.ones(4, 2), model_kwargs={"c": conditions}, **options)
+    whole = hosm.ode_nll(
+        model, torch.ones(4, 2), model_kwargs={"c": conditions}, **{**options, "batch_size": None}
+    )
+    torch.testing.assert_close(mine.nll, whole.nll)
+    assert conditions.y is labels

@@ -4,6 +4,7 @@ import copy
 import functools
 import operator
 import pickle
+import sys
 import types
 from typing import get_args
 
@@ -417,3 +418,12 @@ def test_one_sample_without_its_batch():
     wide = hosm.ScoreModel(lambda x, t: torch.cat([x, x], 1), hosm.VPSchedule())
     with pytest.raises(ValueError, match="keep the first channels"):
         wide.noise(torch.randn(2, 3, 8, 8), torch.full((2,), 0.5))
+
+
+def test_an_object_of_a_class_that_was_loaded_again(monkeypatch):
+    """As by autoreload in a notebook: the names of both classes are the same."""
+    old = hosm.ScoreModel(lambda x, t: x, hosm.VPSchedule())
+    new = type("ScoreModel", (nn.Module,), {"__module__": hosm.ScoreModel.__module__})
+    monkeypatch.setattr(sys.modules[new.__module__], "ScoreModel", new)
+    with pytest.raises(TypeError, match=r"of type ScoreModel, loaded again since: make it anew"):
+        hosm.first_order_dsm(old, torch.zeros(2, 3))

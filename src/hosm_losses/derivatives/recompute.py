@@ -147,8 +147,11 @@ def _by_autograd(
     tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
     tracked = torch.is_grad_enabled()
     with torch.enable_grad():
+        # Without a graph of their own: one of the tensors may be made of another.
         points: list[Any] = [
-            _alone(tensor, tracked) if tensor is not None and need else tensor
+            tensor
+            if tensor is None or (tracked and (tensor.requires_grad or not need))
+            else tensor.detach().requires_grad_(need)
             for tensor, need in zip(tensors, needed, strict=True)
         ]
         found = _as_tuple((again if tracked else function)(*points))
@@ -164,10 +167,3 @@ def _by_autograd(
             create_graph=tracked,
             materialize_grads=True,
         )
-
-
-def _alone(tensor: Tensor, tracked: bool) -> Tensor:
-    """A tensor whose gradient is its own, without that of others that are computed from it."""
-    if tracked and tensor.requires_grad:
-        return tensor.view_as(tensor)
-    return tensor.detach().requires_grad_()

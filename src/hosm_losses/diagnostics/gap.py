@@ -256,6 +256,8 @@ def _ode_score(
 class _From(Schedule):
     """A schedule from a later time on."""
 
+    _starts_at_data = False
+
     def __init__(self, schedule: Schedule, t_min: float) -> None:
         self.whole, self.t_min, self.t_max = schedule, t_min, schedule.t_max
 

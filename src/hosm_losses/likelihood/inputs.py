@@ -49,6 +49,7 @@ from hosm_losses.derivatives import Snapshot
 from hosm_losses.likelihood.paths import Batch, Coordinates, accumulator, solver_limit
 from hosm_losses.likelihood.result import NLLResult, Quantization
 from hosm_losses.model import ScoreModel, check_model, condition
+from hosm_losses.schedules import Schedule
 
 Dequantization = Literal["uniform"]
 EIGHT_BITS = Quantization(256, -1.0, 1.0)
@@ -56,6 +57,7 @@ TRAINING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 TRAINING += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 TRAINING += (nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention)
 MISMATCH = 1e-3  # nats an element
+SCALED = 0.05  # nats an element, |log α(t_min)|
 
 
 def evaluate(
@@ -172,6 +174,22 @@ def _say_mismatch(coordinates: Coordinates) -> None:
             f"{schedule!r}, which ends {apart:.2g} nats a sample from it for data of this "
             "data_mean and data_std. They are part of the likelihood. Look at the numbers of the "
             "schedule, or give log_prior.",
+            stacklevel=users_level(),
+        )
+
+
+def say_scaled(schedule: Schedule) -> None:
+    """Warn where a point at t_min is not the data, but a multiple."""
+    if not schedule._starts_at_data:
+        return
+    start = torch.tensor([schedule.t_min], dtype=torch.float64, device="cpu")
+    alpha = float(schedule.alpha(start).detach())
+    if abs(math.log(alpha)) > SCALED:
+        warnings.warn(
+            f"schedule: expected α(t_min) near 1; got {schedule!r}, with {alpha:g}. x and its "
+            "density are those of a point at t_min, which is that many times the data. Give "
+            "ode_nll α x for data x and subtract d log α from its nll, or give clean=True; divide "
+            "the samples of ode_sample by α.",
             stacklevel=users_level(),
         )
 

@@ -3,14 +3,16 @@ r"""The keyword arguments of a network: which of their tensors belong to the sam
 What:
     Losses evaluate some rows of a batch, or every row several times; what belongs to a sample has
     to go with it. A tensor whose first dimension is the batch size is taken to be per sample,
-    wherever it is in dicts, lists, tuples, named tuples, dataclasses and other mappings. A table
-    that happens to be as long as the batch is marked: `Shared(table)`. The decision is made once,
-    when the arguments are bound to a batch: `bound` marks all that is shared.
+    wherever it is in dicts, lists, tuples, named tuples, dataclasses, namespaces and other
+    mappings. A table that happens to be as long as the batch is marked: `Shared(table)`. The
+    decision is made once, when the arguments are bound to a batch: `bound` marks all that is
+    shared.
 """
 
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -66,6 +68,8 @@ def _walk(value: Any, visit: Visit, path: str) -> Any:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [each.name for each in dataclasses.fields(value) if hasattr(value, each.name)]
         before, step = {name: getattr(value, name) for name in names}, ".{}"
+    elif isinstance(value, SimpleNamespace):
+        before, step = dict(vars(value)), ".{}"
     else:
         return value
     found = {key: _walk(each, visit, path + step.format(key)) for key, each in before.items()}
@@ -85,7 +89,7 @@ def _rebuilt(value: Any, found: dict[Any, Any], before: dict[Any, Any], path: st
         for key, each in found.items():
             if isinstance(value, MutableMapping | list):
                 new[key] = each
-            else:  # a dataclass, frozen perhaps
+            else:  # a dataclass, frozen perhaps, or a namespace
                 object.__setattr__(new, key, each)
         return new
     except Exception as error:

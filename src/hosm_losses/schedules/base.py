@@ -60,6 +60,7 @@ class Schedule:
     t_max: float
     integer_time: ClassVar[bool] = False
     _prior_std: ClassVar[float | None] = None
+    _starts_at_data: ClassVar[bool] = True
     # Whether time_density is that of the sample_time of the class.
     _has_density: ClassVar[bool] = True
 
