@@ -40,7 +40,7 @@ def way(call):
 @pytest.mark.parametrize("function", MOST)
 def test_a_call_enters_few_files_and_seldom_comes_back_to_a_room(function):
     layers = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 3))
-    model = hosm.ScoreModel(lambda x, t: layers(x), hosm.VPSchedule())
+    model = hosm.ScoreModel(layers, hosm.VPSchedule(), call=lambda layers, x, t: layers(x))
     x, options = torch.randn(4, 3), {"steps": 8} if function == "ode_nll" else {}
     hosm_function = getattr(hosm, function)
     hosm_function(model, x, **options)  # what is found out once

@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import hosm_losses as hosm
+from hosm_losses.derivatives import recompute
 from tests.oracles import Cubes, SavesItsInput, networks
 
 ENGINES = ("forward", "reverse", "taylor")
@@ -292,3 +293,24 @@ def test_a_network_that_looks_its_time_up_in_a_table_is_given_whole_indices():
 
     model = hosm.ScoreModel(Looks(), hosm.DiscreteSchedule.linear())
     hosm.check_derivatives(model, torch.randn(4, 3))
+
+
+def test_a_gradient_that_is_wrong_in_training_alone_is_found(monkeypatch):
+    """In training x asks for no gradient, so that other gradients are computed than with one."""
+    network = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 3)).double()
+    model = hosm.ScoreModel(
+        network,
+        hosm.VPSchedule(),
+        call=lambda network, x, t: network(x / (2 + x.square())),
+    )
+    x0 = torch.randn(2, 3, dtype=torch.float64)
+    hosm.check_derivatives(model, x0)
+    own = recompute._by_autograd
+
+    def doubled(function, again, needed, *others):
+        found = own(function, again, needed, *others)
+        return found if all(needed) else tuple(2 * each for each in found)
+
+    monkeypatch.setattr(recompute, "_by_autograd", doubled)
+    with pytest.raises(hosm.DerivativeError, match=r"the gradient of the gradient of the quadr"):
+        hosm.check_derivatives(model, x0)

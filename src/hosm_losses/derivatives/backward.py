@@ -121,6 +121,6 @@ def pull_back(
 
 def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Gradients of a number in tensors, zero where it does not depend on one."""
-    if not value.requires_grad:
+    if not (inputs and value.requires_grad):
         return tuple(torch.zeros_like(tensor) for tensor in inputs)
     return torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True)

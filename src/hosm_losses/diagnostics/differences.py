@@ -126,14 +126,18 @@ class Agreement(Check):
             if tensor is table.weight and table.padding_idx is not None:
                 way[table.padding_idx] = 0
 
-        def forms() -> Tensor:
+        def forms(point: Tensor) -> Tensor:
             """⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩."""
-            parts = zip(self.derived(field, x, w), covectors, strict=True)
+            parts = zip(self.derived(field, point, w), covectors, strict=True)
             return torch.stack([(part * covector).sum() for part, covector in parts])
 
-        found = forms()
+        # In x, and as in training, where x asks for no gradient, in the parameters.
+        found, trained = forms(x), forms(x.detach())
         # Before the differences, which write to what the graph has saved.
-        grads = [zip(gradients(form, varied), ways, strict=True) for form in found]
+        grads = [
+            zip(gradients(one, varied[:1]) + gradients(other, varied[1:]), ways, strict=True)
+            for one, other in zip(found, trained, strict=True)
+        ]
         slopes = [sum(float((grad * way).sum()) for grad, way in each) for each in grads]
         # A value needs no primitives, which torch's own checkpoint could not recompute.
         along_w = _difference(lambda: field.native(x), [x], [w], step)
@@ -142,7 +146,7 @@ class Agreement(Check):
             c = scale * covectors[2]
             along_c = _difference(lambda: self.derived(field, x, w)[1], [x], [c], step)
             references.append((along_c * w).sum() / scale)
-        references.extend(_difference(forms, varied, ways, step))
+        references.extend(_difference(lambda: forms(x), varied, ways, step))
         return [*found[1:].tolist(), *slopes], [float(each) for each in references]
 
 

@@ -180,11 +180,9 @@ def _say_mismatch(coordinates: Coordinates) -> None:
 
 def say_scaled(schedule: Schedule) -> None:
     """Warn where a point at t_min is not the data, but a multiple."""
-    if not schedule._starts_at_data:
-        return
     start = torch.tensor([schedule.t_min], dtype=torch.float64, device="cpu")
     alpha = float(schedule.alpha(start).detach())
-    if abs(math.log(alpha)) > SCALED:
+    if schedule._starts_at_data and abs(math.log(alpha)) > SCALED:
         warnings.warn(
             f"schedule: expected α(t_min) near 1; got {schedule!r}, with {alpha:g}. x and its "
             "density are those of a point at t_min, which is that many times the data. Give "
