@@ -49,7 +49,6 @@ from hosm_losses.derivatives import Snapshot
 from hosm_losses.likelihood.paths import Batch, Coordinates, accumulator, solver_limit
 from hosm_losses.likelihood.result import NLLResult, Quantization
 from hosm_losses.model import ScoreModel, check_model, condition
-from hosm_losses.schedules import Schedule
 
 Dequantization = Literal["uniform"]
 EIGHT_BITS = Quantization(256, -1.0, 1.0)
@@ -57,7 +56,7 @@ TRAINING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 TRAINING += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 TRAINING += (nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention)
 MISMATCH = 1e-3  # nats an element
-SCALED = 0.05  # nats an element, |log α(t_min)|
+SCALED = 0.05  # of α(t_min) from 1
 
 
 def evaluate(
@@ -75,10 +74,12 @@ def evaluate(
     draws: int = 1,
     enable_grad: bool = False,
     name: str = "x",
+    at_start: bool = True,
 ) -> NLLResult:
     """Put together what `likelihood` gives for chunks of x, and for draws of u, after checks.
 
-    `name` is that of x in errors. The other arguments are those of `ode_nll`.
+    `name` is that of x in errors; `at_start` says whether it is, or leads to, a point at t_min.
+    The other arguments are those of `ode_nll`.
     """
     check_model(model)
     if dequantization is None:
@@ -106,8 +107,7 @@ def evaluate(
             raise ValueError(complaint("data_std", "positive values", data_std))
         conditions = condition(model, count, kwargs, primitives=None if enable_grad else False)
         coordinates, dtype = Coordinates(model.schedule, mean, std), _network_dtype(model, x)
-        if log_prior is None and name == "x":
-            _say_mismatch(coordinates)
+        _say_ends(coordinates, start=at_start, prior=log_prior is None and name == "x")
         results = []
         with progress_bar(progress, count * draws, "sample") as advance:
             whole = Batch(normal(x), conditions, coordinates, dtype, log_prior, generator, advance)
@@ -158,36 +158,31 @@ def _kept(network: object, x: Tensor) -> Iterator[None]:
             each.restore(generators=False)
 
 
-def _say_mismatch(coordinates: Coordinates) -> None:
-    """Warn where Gaussian data at t_max is far from the prior, on the CPU."""
+def _say_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None:
+    """Warn, on the CPU, where x at t_min is not the data, or the latent not that of the prior."""
     schedule, mean = coordinates.schedule, coordinates.mean
     if not may_look(mean):
         return
-    alpha, sigma = schedule(torch.tensor([schedule.t_max], dtype=mean.dtype))
-    prior = schedule.prior_std**2
-    variance = ((alpha * coordinates.std).square() + sigma.square()) / prior
-    shift = (alpha * mean).square() / prior
-    apart = float((variance + shift - 1 - variance.log()).detach().sum()) / 2
-    if apart > MISMATCH * mean.numel():
+    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=mean.dtype)
+    (alphas, sigmas), spread = schedule(ends), schedule.prior_std
+    (first, alpha), (_, sigma) = alphas.detach().unbind(), sigmas.detach().unbind()
+    if start and schedule._starts_at_data and abs(float(first) - 1) > SCALED:
         warnings.warn(
-            f"schedule: expected one that ends in its prior, N(0, {schedule.prior_std:g}²); got "
+            f"schedule: expected α(t_min) near 1; got {schedule!r}, with {float(first):g}. x and "
+            "its density are those of a point at t_min, which is that many times the data. Give "
+            "ode_nll α x for data x and subtract d log α from its nll, or give clean=True; divide "
+            "the samples of ode_sample by α.",
+            stacklevel=users_level(),
+        )
+    variance = ((alpha * coordinates.std).square() + sigma.square()) / spread**2
+    shift = (alpha * mean / spread).square()
+    apart = float((variance + shift - 1 - variance.log()).detach().sum()) / 2
+    if prior and apart > MISMATCH * mean.numel():
+        warnings.warn(
+            f"schedule: expected one that ends in its prior, N(0, {spread:g}²); got "
             f"{schedule!r}, which ends {apart:.2g} nats a sample from it for data of this "
             "data_mean and data_std. They are part of the likelihood. Look at the numbers of the "
             "schedule, or give log_prior.",
-            stacklevel=users_level(),
-        )
-
-
-def say_scaled(schedule: Schedule) -> None:
-    """Warn where a point at t_min is not the data, but a multiple."""
-    start = torch.tensor([schedule.t_min], dtype=torch.float64, device="cpu")
-    alpha = float(schedule.alpha(start).detach())
-    if schedule._starts_at_data and abs(math.log(alpha)) > SCALED:
-        warnings.warn(
-            f"schedule: expected α(t_min) near 1; got {schedule!r}, with {alpha:g}. x and its "
-            "density are those of a point at t_min, which is that many times the data. Give "
-            "ode_nll α x for data x and subtract d log α from its nll, or give clean=True; divide "
-            "the samples of ode_sample by α.",
             stacklevel=users_level(),
         )
 

@@ -21,12 +21,11 @@ from hosm_losses.likelihood.inputs import (
     check_probes,
     evaluate,
     noised,
-    say_scaled,
 )
 from hosm_losses.likelihood.multistep import MINIMUM_STEPS, ToTolerance, solve_fixed
 from hosm_losses.likelihood.paths import Batch, Paths, Solver, followed
 from hosm_losses.likelihood.result import NLLResult
-from hosm_losses.model import ScoreModel, check_model
+from hosm_losses.model import ScoreModel
 from hosm_losses.probes import DISTRIBUTIONS, Distribution
 
 Method = Literal["fixed", "adaptive"]
@@ -140,10 +139,9 @@ def ode_nll(
         result = followed(Paths(batch, kind, distribution), solve)
         return replace(result, nll=result.nll + correction, nfe=result.nfe + clean)
 
-    if not clean:
-        say_scaled(check_model(model).schedule)
     shared = (data_mean, data_std, log_prior, dequantization, batch_size, progress, generator)
-    return evaluate(likelihood, model, x, *shared, model_kwargs, draws, enable_grad)
+    given: dict[str, Any] = {"enable_grad": enable_grad, "at_start": not clean}
+    return evaluate(likelihood, model, x, *shared, model_kwargs, draws, **given)
 
 
 def solver(

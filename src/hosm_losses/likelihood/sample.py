@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hosm_losses._checks import check_choice, check_flag, check_generator, check_whole, complaint
-from hosm_losses.likelihood.inputs import check_probes, evaluate, say_scaled
+from hosm_losses.likelihood.inputs import check_probes, evaluate
 from hosm_losses.likelihood.ode import Divergence, Method, solver
 from hosm_losses.likelihood.paths import Batch, Paths, followed
 from hosm_losses.likelihood.result import NLLResult
@@ -144,8 +144,7 @@ def ode_sample(
             "latent: expected latents drawn from the prior of log_prior; got a shape, for which "
             "they would be drawn from N(0, prior_std²)."
         )
-    say_scaled(check_model(model).schedule)
-    start = latent if given else _drawn(model, latent, generator)
+    start = latent if given else _drawn(check_model(model), latent, generator)
 
     def sampled(batch: Batch) -> NLLResult:
         return followed(Paths(batch, kind, distribution), solve, backwards=True)

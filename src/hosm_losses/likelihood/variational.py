@@ -80,7 +80,7 @@ def variational_nll(
         raise ValueError(complaint("samples", "an even number", samples))
     likelihood = partial(_bound, samples=samples)
     shared = (data_mean, data_std, log_prior, dequantization, batch_size, progress, generator)
-    return evaluate(likelihood, model, x, *shared, model_kwargs)
+    return evaluate(likelihood, model, x, *shared, model_kwargs, at_start=False)
 
 
 def _bound(batch: Batch, samples: int) -> NLLResult:
