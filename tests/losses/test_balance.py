@@ -160,3 +160,16 @@ def test_what_is_refused():
         setting(weighting=("native", "noise"))
     with pytest.raises(TypeError, match="weights"):
         setting(weights="heavy")
+
+
+def test_a_checkpoint_of_a_loss_without_means_is_loaded():
+    loss, x0 = setting()
+    loss(x0).backward()
+    means = loss.balance.sums.clone()
+    plain = hosm.FirstOrderDSM(hosm.ScoreModel(MLP(D), hosm.VPSchedule()))
+    loss.load_state_dict(plain.state_dict())
+    assert torch.equal(loss.balance.sums, means)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(loss.state_dict()[name], value)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        loss.load_state_dict({})

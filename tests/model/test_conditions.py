@@ -1,6 +1,7 @@
 """What belongs to a sample goes with it; what a network writes to its times stays its own."""
 
 import copy
+import warnings
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass, field
 from types import MappingProxyType, SimpleNamespace
@@ -269,3 +270,22 @@ def test_a_namespace_follows_its_samples():
     )
     torch.testing.assert_close(mine.nll, whole.nll)
     assert conditions.y is labels
+
+
+class Held:
+    """A container that is none here."""
+
+    def __init__(self, table):
+        self.table = table
+
+
+def test_an_object_that_holds_a_tensor_of_the_samples_is_named():
+    model = hosm.ScoreModel(lambda x, t, c: x * c.table.mean(), hosm.VPSchedule())
+    x0 = torch.randn(4, 3)
+    with pytest.warns(UserWarning, match=r"model_kwargs\['c'\]: expected .* of type Held, which"):
+        hosm.second_order_dsm(model, x0, model_kwargs={"c": Held(torch.randn(4, 2))})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hosm.second_order_dsm(model, x0, model_kwargs={"c": Held(torch.randn(5, 2))})
+        marked = hosm.Shared(Held(torch.randn(4, 2)))
+        hosm.second_order_dsm(model, x0, model_kwargs={"c": marked})

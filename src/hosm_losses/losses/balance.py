@@ -19,6 +19,7 @@ Source:
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,12 @@ class Balance(nn.Module):
             if moved.dtype != torch.float32:
                 setattr(self, name, before.to(moved.device, torch.float32))
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Of a checkpoint without them, as of order one: the means are those that are here.
+        for name, buffer in self.named_buffers():
+            state_dict.setdefault(prefix + name, buffer.clone())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(
         self, terms: Sequence[Tensor | None], level: Tensor, rows: Tensor | None

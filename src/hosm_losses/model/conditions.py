@@ -11,13 +11,17 @@ What:
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from hosm_losses._checks import describe
+from hosm_losses._checks import describe, users_level
+from hosm_losses._torch_internals import traced
+
+FOLLOWED = (Tensor, Mapping, list, tuple, SimpleNamespace)
 
 
 class Shared:
@@ -125,7 +129,25 @@ def bound(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
         own = isinstance(found, Tensor) and found.ndim > 0 and len(found) == batch
         return found if own or isinstance(found, Shared) else Shared(found)
 
+    if not traced():
+        _say_what_is_not_split(kwargs, batch)
     return _walk(dict(kwargs), visit, "model_kwargs")
+
+
+def _say_what_is_not_split(kwargs: Mapping[str, Any], batch: int) -> None:
+    """Warn of objects that hold tensors as long as the batch, and are no containers here."""
+    for name, value in kwargs.items():
+        if isinstance(value, (*FOLLOWED, Shared, nn.Module)) or dataclasses.is_dataclass(value):
+            continue
+        held = getattr(value, "__dict__", {}).values()
+        if any(isinstance(each, Tensor) and each.shape[:1] == (batch,) for each in held):
+            warnings.warn(
+                f"model_kwargs[{name!r}]: expected tensors in dicts, lists, dataclasses and their "
+                f"like; got {describe(value)}, which holds a tensor as long as the batch. The "
+                "network is given it as it is, also with some of the samples alone. Give its "
+                f"tensors in a dict, or say Shared({name}).",
+                stacklevel=users_level(),
+            )
 
 
 def per_sample(kwargs: Mapping[str, Any], function: Callable[[str, Tensor], Any]) -> Any:
