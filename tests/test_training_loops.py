@@ -1,6 +1,7 @@
 """What a training loop puts around a loss: accumulation, scaling, averages, checkpoints."""
 
 import copy
+import gc
 import re
 from functools import partial
 from pathlib import Path
@@ -261,3 +262,5 @@ def test_torchs_checkpoint_inside_is_refused_whatever_is_around():
     for call in (module, partial(torch.utils.checkpoint.checkpoint, module, use_reentrant=False)):
         with pytest.raises(hosm.DerivativeError, match=r"expected hosm_losses\.checkpoint inside"):
             call(x0, **inputs)
+        # The checkpoint of PyTorch 2.6 leaves its hooks on until what was raised is collected.
+        gc.collect()
