@@ -87,10 +87,12 @@ def check(function, shape, *parameters, reference=None, positive=False, rounding
     torch.testing.assert_close(summed[3], several[3] + several[4], rtol=1e-9, atol=rounding)
     if rounding < 1e-9:
         same_gradients(summed[3], several[3] + several[4], leaves)
-    # Third order: the gradient of a form, and its own gradients.
-    weight = torch.randn_like(value)
+    # Third order: the gradient of a form, and its own gradients; of what follows the function
+    # also alone, as where it is given the data themselves, which no training step varies.
+    weight = torch.randn_like(value).requires_grad_()
     mine, theirs = (
         gradients((weight * each).sum(), (x,), create_graph=True)[0] for each in (single[1], by_v)
     )
     close(mine, theirs)
     same_gradients(mine, theirs, leaves)
+    same_gradients(mine, theirs, (weight,))
