@@ -121,6 +121,26 @@ def test_forward_mode_compiles_with_the_gradients_of_eager_mode(order):
 
 @compiles_higher_orders
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("third", ["laplacian", "sliced"])
+def test_nested_forward_mode_is_evaluated_by_a_compiled_loss(third):
+    """As it stands: PyTorch's own does not compile through a product with the time."""
+    network, shape = networks()["mlp"]
+    model = hosm.ScoreModel(network, hosm.VPSchedule(), call=lambda n, x, t: n(t[:, None] * x, t))
+    module = hosm.ThirdOrderDSM(model, derivative="forward", third=third)
+    x0 = torch.randn(2, *shape)
+    inputs = {"t": torch.tensor([0.3, 0.6]), "noise": torch.randn_like(x0)}
+    inputs["probe"] = torch.randn_like(x0)
+    torch._dynamo.reset()
+    found = []
+    for each in (module, torch.compile(module, backend="aot_eager")):
+        torch.manual_seed(0)
+        loss = each(x0, **inputs)
+        found.append((loss, *torch.autograd.grad(loss, list(network.parameters()))))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+
+
+@compiles_higher_orders
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", [{}, {"third": "laplacian"}, {"third": "sliced"}], ids=str)
 @pytest.mark.parametrize("make", [lambda: UNet(width=8), lambda: DiT(size=16, width=16, heads=2)])
 def test_a_unet_and_a_transformer_of_images_are_one_graph(make, options):

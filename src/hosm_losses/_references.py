@@ -98,7 +98,9 @@ def _walk(
         found = [(name, each) for each in entries] if len(value) <= MOST else []
     else:
         own = getattr(value, "__dict__", {})
-        names = names + (_names(type(value).__call__) if callable(value) else ())
+        # What is called, and not what a part is taken from, as a pipeline's network.
+        if callable(value) and not any(each in own for each in names):
+            names = names + _names(type(value).__call__)
         found = [(each, own[each]) for each in dict.fromkeys(names) if each in own]
     for each, part in found:
         yield from _walk(part, each, names, shared, seen)

@@ -290,19 +290,20 @@ def test_what_is_below_norms_is_refused_there_too():
             found(Around(lambda h, below=below: below(h, [9], None, None, 1e-5)[0]), 2, "auto")
 
 
-@pytest.mark.parametrize("method", [True, False])
-def test_index_fill_along_several_directions(method):
+FILLS = {
+    "method": torch.Tensor.index_fill,
+    "function": torch.index_fill,
+    "in place": torch.Tensor.index_fill_,
+}
+
+
+@pytest.mark.parametrize("fill", FILLS.values(), ids=FILLS)
+def test_index_fill_along_several_directions(fill):
     """PyTorch's through a vmap is wrong, where the number that fills is made of x alone."""
     places = torch.tensor([1, 3])
 
     def function(h):
-        rows = [
-            torch.ones(9).index_fill(0, places, row.sum())
-            if method
-            else torch.index_fill(torch.ones(9), 0, places, row.sum())
-            for row in h
-        ]
-        return torch.stack(rows) * h
+        return torch.stack([fill(torch.ones(9), 0, places, row.sum()) for row in h]) * h
 
     network, probe = Around(function), torch.randn(3, 4, 2)
     expected = found(network, 2, "reverse", probe=probe)

@@ -283,6 +283,23 @@ def test_a_parameter_that_later_parts_alone_use_is_an_error():
         loss.backward()
 
 
+def test_a_parameter_that_each_part_makes_is_none_that_was_missed():
+    network, _model, x0, given = setting()
+    given["probe"] = torch.randn_like(x0)
+
+    def call(network, x, t):
+        return network(x, t) * nn.Parameter(torch.tensor(2.0, dtype=x.dtype))
+
+    model = hosm.ScoreModel(network, hosm.VPSchedule(), call=call)
+    one, two = (
+        torch.autograd.grad(
+            hosm.third_order_dsm(model, x0, chunks=chunks, **given), list(network.parameters())
+        )
+        for chunks in (1, 2)
+    )
+    torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-12)
+
+
 @compiles_higher_orders
 @pytest.mark.filterwarnings("ignore")
 def test_it_is_refused_under_compile():

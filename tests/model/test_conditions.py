@@ -289,3 +289,5 @@ def test_an_object_that_holds_a_tensor_of_the_samples_is_named():
         hosm.second_order_dsm(model, x0, model_kwargs={"c": Held(torch.randn(5, 2))})
         marked = hosm.Shared(Held(torch.randn(4, 2)))
         hosm.second_order_dsm(model, x0, model_kwargs={"c": marked})
+        # One sample is not split.
+        hosm.second_order_dsm(model, x0[:1], model_kwargs={"c": Held(torch.randn(1, 2))})

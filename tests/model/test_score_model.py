@@ -6,6 +6,7 @@ import operator
 import pickle
 import sys
 import types
+import warnings
 from typing import get_args
 
 import pytest
@@ -427,3 +428,27 @@ def test_an_object_of_a_class_that_was_loaded_again(monkeypatch):
     monkeypatch.setattr(sys.modules[new.__module__], "ScoreModel", new)
     with pytest.raises(TypeError, match=r"of type ScoreModel, loaded again since: make it anew"):
         hosm.first_order_dsm(old, torch.zeros(2, 3))
+
+
+class Pipeline:
+    """Its call uses two networks, of which a model uses one."""
+
+    def __init__(self):
+        self.unet, self.decoder = nn.Linear(2, 2).eval(), nn.Linear(2, 2)
+
+    def __call__(self, x):
+        return self.decoder(self.unet(x))
+
+    def predict(self, x, t):
+        return self.unet(x)
+
+
+def test_a_network_taken_from_a_pipeline_is_not_the_pipeline():
+    pipeline = Pipeline()
+    for network in (pipeline.predict, lambda x, t: pipeline.unet(x)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hosm.ScoreModel(network, hosm.VPSchedule()).eval()
+    called = hosm.ScoreModel(lambda x, t: pipeline(x), hosm.VPSchedule())
+    with pytest.warns(UserWarning, match=r"eval\(\) does not reach decoder"):
+        called.eval()

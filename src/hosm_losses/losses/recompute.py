@@ -142,7 +142,11 @@ class _Chunked(torch.autograd.Function):
                 for place, (leaf, need) in enumerate(zip(leaves, needed, strict=True))
             ]
             with call.again(number, points) as terms, without_hooks(points[call.given :]):
-                _refuse_missed(terms, points)
+                missed = [
+                    weakref.ref(leaf)
+                    for leaf in _unknown(terms, points)
+                    if isinstance(leaf, nn.Parameter)  # others are the engines' own
+                ]
                 found = torch.autograd.grad(
                     terms,
                     [points[place] for place in places],
@@ -151,6 +155,8 @@ class _Chunked(torch.autograd.Function):
                     retain_graph=len(points) > call.given + len(call.leaves),
                     allow_unused=True,
                 )
+            del terms  # and with them the parameters that the part made
+            _refuse(living(missed))
             for place, gradient in zip(places, found, strict=True):
                 if gradient is not None:
                     total = totals[place]
@@ -167,13 +173,11 @@ def _unknown(terms: Terms, known: Sequence[Tensor]) -> Iterator[Tensor]:
             yield node.variable
 
 
-def _refuse_missed(terms: Terms, points: Sequence[Tensor]) -> None:
+def _refuse(missed: Sequence[Tensor]) -> None:
     """Raise where a parameter would be left without its gradient."""
-    for leaf in _unknown(terms, points):
-        # Other leaves are the engines' own.
-        if isinstance(leaf, nn.Parameter):
-            raise DerivativeError(
-                "chunks: expected parameters outside the network to be used by every part of the "
-                f"batch; got one of shape {tuple(leaf.shape)} that the first part does not use. "
-                "Register it in the network, or leave chunks at 1."
-            )
+    for leaf in missed:
+        raise DerivativeError(
+            "chunks: expected parameters outside the network to be used by every part of the "
+            f"batch; got one of shape {tuple(leaf.shape)} that the first part does not use. "
+            "Register it in the network, or leave chunks at 1."
+        )

@@ -129,7 +129,7 @@ def bound(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
         own = isinstance(found, Tensor) and found.ndim > 0 and len(found) == batch
         return found if own or isinstance(found, Shared) else Shared(found)
 
-    if not traced():
+    if batch > 1 and not traced():  # one sample is not split
         _say_what_is_not_split(kwargs, batch)
     return _walk(dict(kwargs), visit, "model_kwargs")
 
