@@ -182,7 +182,8 @@ def forward(
     """Forward mode of torch.func, one direction at a time or all under vmap."""
     if second_direction is not None and torch.compiler.is_compiling():
         # PyTorch cannot compile it nested, through a product with what does not depend on x.
-        return torch.compiler.disable(forward)(field, x, direction, order, second_direction)
+        as_it_stands: Any = torch.compiler.disable(forward)
+        return as_it_stands(field, x, direction, order, second_direction)
 
     def second(w: Tensor, point: Tensor = x) -> Any:
         return torch.func.jvp(field, (point,), (w,))

@@ -48,7 +48,9 @@ class Balance(nn.Module):
                 setattr(self, name, before.to(moved.device, torch.float32))
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any
+    ) -> None:
         # Of a checkpoint without them, as of order one: the means are those that are here.
         for name, buffer in self.named_buffers():
             state_dict.setdefault(prefix + name, buffer.clone())
