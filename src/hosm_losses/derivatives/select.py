@@ -317,4 +317,4 @@ def _warn_once(choice: _Choice, kind: str, text: Callable[..., str], *args: obje
 
 def say_no_price(owner: object) -> None:
     """Give no warning about this network: it is a copy, and no training step is taken."""
-    _choice(owner).said.update(EVALUATIONS, [f"forward, {each}" for each in EVALUATIONS])
+    _choice(owner).said.update(EVALUATIONS, [f"forward, {kind}" for kind in EVALUATIONS])

@@ -96,9 +96,10 @@ def evaluate(
     size = count if batch_size is None else check_whole("batch_size", batch_size, 1)
     # By numbers and not slices: a network that writes to its conditions writes to copies.
     chunks = torch.arange(count, device=x.device).split(size)
-    _say_what_trains(model.network)
+    roots = _roots(model.network)
+    _say_what_trains(roots)
     with (
-        _kept(model.network, x),
+        _kept(roots, x),
         outside_inference_mode(),
         torch.set_grad_enabled(enable_grad),
     ):
@@ -119,9 +120,9 @@ def evaluate(
     return importance_weighted(results) if dequantization else results[0]
 
 
-def _say_what_trains(network: object) -> None:
+def _say_what_trains(roots: Sequence[nn.Module]) -> None:
     """Warn of parts whose training mode makes a likelihood another number."""
-    for name, part in (each for root in _roots(network) for each in root.named_modules()):
+    for name, part in (each for root in roots for each in root.named_modules()):
         if not part.training or not isinstance(part, TRAINING):
             continue
         # The probability of a dropout, or of that inside an attention.
@@ -143,12 +144,11 @@ def _roots(network: object) -> list[nn.Module]:
 
 
 @contextmanager
-def _kept(network: object, x: Tensor) -> Iterator[None]:
-    """A block after which the buffers of a network are what they were, as running statistics."""
-    found = [] if traced() else _roots(network)
+def _kept(roots: Sequence[nn.Module], x: Tensor) -> Iterator[None]:
+    """A block after which the buffers of modules are what they were, as running statistics."""
     before = [
         Snapshot(root, x)
-        for root in found
+        for root in (() if traced() else roots)
         if any(part.training and part._buffers for part in root.modules())
     ]
     try:

@@ -13,9 +13,8 @@ from hosm_losses.derivatives.taylor.jet import Jet
 def stacks_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Equally long stacks of Jets and plain tensors, which have derivatives of zero."""
     stacks = [each.stack if isinstance(each, Jet) else each.unsqueeze(0) for each in tensors]
-    counts = [stack.shape[0] for stack in stacks]
-    count = max(counts)
-    return stacks if min(counts) == count else [lengthened(stack, count) for stack in stacks]
+    count = max([stack.shape[0] for stack in stacks])
+    return [lengthened(stack, count) for stack in stacks]
 
 
 def jet_among(candidates: Iterable[Any]) -> Jet:

@@ -242,6 +242,7 @@ def written(x: Tensor, result: Any) -> Tensor:
             f"a change in place of what has shape {tuple(x.shape)} into {tuple(result.shape)}."
         )
     if not isinstance(x, Jet):
+        # A Jet of its own, for it changes places with x.
         aliases.promote(x, result.like(result.stack.to(x.dtype)))
         return x
     if not isinstance(result, Jet):
