@@ -54,7 +54,9 @@ def gradients(network, loss):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "flow_prediction"])
-@pytest.mark.parametrize("weighting", ["noise", "likelihood", lambda t: 1 + t], ids=str)
+@pytest.mark.parametrize(
+    "weighting", ["noise", "likelihood", pytest.param(lambda t: 1 + t, id="its own")]
+)
 @pytest.mark.parametrize(
     ("order", "options"),
     [
@@ -80,7 +82,11 @@ def test_a_network_may_write_to_its_input_and_times(order, options, weighting, p
     same(found[1], found[0])
 
 
-@pytest.mark.parametrize("time", [None, 2.0, lambda t: t, lambda t: t.mul_(3)], ids=str)
+@pytest.mark.parametrize(
+    "time",
+    [None, 2.0, lambda t: t, lambda t: t.mul_(3)],
+    ids=["none", "number", "same", "in place"],
+)
 def test_so_may_the_function_of_time(time):
     model = hosm.ScoreModel(Writes(True), hosm.VPSchedule(), time=time)
     x, t = torch.randn(2, 3), torch.full((2,), 0.3)
