@@ -130,9 +130,9 @@ def _returned(found: Evaluated, logged: Any, return_terms: bool) -> Any:
     if not return_terms:
         return found.loss
     terms = logged(*[None if term is None else term.detach() for term in found.terms])
-    terms.t, terms.rows = found.t, found.rows
+    terms.t, terms.rows = found.t.detach(), found.rows
     if not torch.compiler.is_compiling():
-        terms.first._logged = {"t": found.t, "rows": found.rows}
+        terms.first._logged = {"t": terms.t, "rows": terms.rows}
     return found.loss, terms
 
 
