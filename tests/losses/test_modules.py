@@ -147,6 +147,14 @@ def test_times_with_a_gradient_come_detached_too(module):
     assert t.grad is not None
 
 
+@pytest.mark.parametrize("given", [None, 1, "terms", torch.ones(2)])
+@pytest.mark.parametrize("module", [hosm.FirstOrderDSM, hosm.SteinDSM])
+def test_another_word_for_the_terms_is_an_error(module, given):
+    model, x0 = setting()
+    with pytest.raises(TypeError, match="return_terms: expected True or False; got"):
+        module(model)(x0, return_terms=given)
+
+
 def test_and_keep_them_where_a_wrapper_makes_the_tuple_again():
     """As DistributedDataParallel does with static_graph=True, and accelerate."""
     model = setting()[0]
