@@ -33,7 +33,8 @@ def complaint(
 def describe(value: object) -> str:
     """Say what came: dtype, shape and device of a tensor, the type of anything else."""
     if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+        shape = "several shapes" if value.is_nested else f"shape {tuple(value.shape)}"
+        return f"a {value.dtype} tensor of {shape} on {value.device}"
     if value is None or isinstance(value, str | Number):
         return repr(value)
     kind = type(value)
@@ -131,7 +132,10 @@ def check_model_kwargs(model_kwargs: object) -> dict[str, Any]:
 
 
 def check_dense(name: str, value: Tensor) -> None:
-    """Raise TypeError for a sparse tensor, or one of another layout."""
+    """Raise TypeError for a sparse or nested tensor, or one of another layout."""
+    if value.is_nested:
+        remedy = "Give samples of one shape a batch."
+        raise TypeError(complaint(name, "a dense tensor (B, *)", value, remedy))
     if value.layout != torch.strided:
         got, remedy = f"one of layout {value.layout}", f"Convert it with {name}.to_dense()."
         raise TypeError(complaint(name, "a dense tensor (B, *)", value, remedy, got=got))

@@ -135,6 +135,26 @@ def test_the_terms_come_with_their_times_and_rows(fraction):
     assert len(terms) == 4
 
 
+@pytest.mark.parametrize("module", [hosm.FirstOrderDSM, hosm.ThirdOrderDSM, hosm.SteinDSM])
+def test_times_with_a_gradient_come_detached_too(module):
+    """As those of a time_sampler that is learned."""
+    model, x0 = setting()
+    t = torch.tensor([0.1, 0.4, 0.6, 0.9], requires_grad=True)
+    loss, terms = module(model)(x0, t=t, return_terms=True)
+    assert not terms.t.requires_grad
+    assert torch.equal(terms.t, t)
+    loss.backward()
+    assert t.grad is not None
+
+
+@pytest.mark.parametrize("given", [None, 1, "terms", torch.ones(2)])
+@pytest.mark.parametrize("module", [hosm.FirstOrderDSM, hosm.SteinDSM])
+def test_another_word_for_the_terms_is_an_error(module, given):
+    model, x0 = setting()
+    with pytest.raises(TypeError, match="return_terms: expected True or False; got"):
+        module(model)(x0, return_terms=given)
+
+
 def test_and_keep_them_where_a_wrapper_makes_the_tuple_again():
     """As DistributedDataParallel does with static_graph=True, and accelerate."""
     model = setting()[0]

@@ -80,6 +80,16 @@ def test_bad_input_is_a_clear_error(order, change, error, message):
         function(arguments.pop("model"), arguments.pop("x0"), **arguments)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", ["x0", "noise", "probe"])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_tensor_is_an_error(name, layout):
+    nested = torch.nested.nested_tensor(list(X0), layout=layout)
+    told = f"{name}: expected a dense tensor.*; got a torch.float64 tensor.*samples of one shape"
+    with pytest.raises(TypeError, match=told):
+        hosm.second_order_dsm(model(), **{"x0": X0, name: nested})
+
+
 def test_the_device_is_checked():
     with pytest.raises(ValueError, match=r"noise: expected device cpu.*Move it with noise\.to"):
         hosm.first_order_dsm(model(), X0, noise=X0.to("meta"))

@@ -75,6 +75,20 @@ def test_the_mean_over_all_pairs_is_the_exact_form(order, options):
     assert_same_objective(model, paired, ORDERS[order](model, **given, probes="exact", **options))
 
 
+@pytest.mark.parametrize("third", ["exact", "laplacian"])
+def test_times_have_the_gradient_of_the_exact_form(third):
+    """As a learned schedule has, through σ: what is held fixed is so whole."""
+    model, given = setting()
+    given["t"].requires_grad_()
+    options = {"third": third, "weights": WEIGHTS}
+    paired = hosm.third_order_dsm(
+        model, **over_all_pairs(given, all_pairs()), estimator="paired", **options
+    )
+    exact = hosm.third_order_dsm(model, **given, probes="exact", **options)
+    found, wanted = (torch.autograd.grad(loss, given["t"])[0] for loss in (paired, exact))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("prediction", ["score", "sample", "v_prediction", "flow_prediction"])
 def test_every_prediction(prediction):
     model, given = setting(prediction)

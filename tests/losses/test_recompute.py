@@ -77,6 +77,22 @@ def test_modules_conditions_and_data_that_learn(order):
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("engine", ["reverse", "forward"])
+@pytest.mark.parametrize("estimator", ["hutchinson", "paired"])
+def test_a_term_without_a_graph(engine, estimator):
+    """As the third of a network that is linear in x."""
+    network = OfX(nn.Linear(3, 3))
+    model, x0 = hosm.ScoreModel(network, hosm.VPSchedule()), torch.randn(4, 3)
+
+    def function(chunks):
+        options = {"derivative": engine, "estimator": estimator}
+        return hosm.third_order_dsm(model, x0, chunks=chunks, **options)
+
+    leaves = list(network.parameters())
+    expected, got = (loss_and_gradients(function, leaves, each) for each in (1, 2))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
 class Box:
     """A saved tensor, as long as a graph keeps it."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack, overload
 import torch
 from torch import Tensor, nn
 
+from hosm_losses._checks import check_flag
 from hosm_losses._torch_internals import checkpoint_hook, transformed
 from hosm_losses.losses.balance import Balance
 from hosm_losses.losses.objective import Evaluated, evaluate
@@ -75,6 +76,7 @@ class _Objective(nn.Module):
         the balanced ones.
         """
         refuse_unknown(f"{type(self).__name__}.forward", self.inputs, inputs)
+        check_flag("return_terms", return_terms)
         given: dict[str, Any] = {"weights": None, **inputs}
         weights, balance = given["weights"], self.balance
         if balance is None:
@@ -130,9 +132,9 @@ def _returned(found: Evaluated, logged: Any, return_terms: bool) -> Any:
     if not return_terms:
         return found.loss
     terms = logged(*[None if term is None else term.detach() for term in found.terms])
-    terms.t, terms.rows = found.t, found.rows
+    terms.t, terms.rows = found.t.detach(), found.rows
     if not torch.compiler.is_compiling():
-        terms.first._logged = {"t": found.t, "rows": found.rows}
+        terms.first._logged = {"t": terms.t, "rows": terms.rows}
     return found.loss, terms
 
 
@@ -244,6 +246,7 @@ class SteinDSM(nn.Module):
         `weight` given here, for a ramp, stands before that of the constructor.
         """
         refuse_unknown("SteinDSM.forward", SteinInputs, inputs)
+        check_flag("return_terms", return_terms)
         given: dict[str, Any] = dict(inputs)
         weight = given.pop("weight", None)
         weight = self.weight if weight is None else weight

@@ -247,7 +247,7 @@ def _directions(
 
 def _given_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
     """The caller's probe, checked, as (K, B, *)."""
-    if isinstance(probe, Tensor) and probe.ndim == x.ndim:
+    if isinstance(probe, Tensor) and probe.ndim == x.ndim and not probe.is_nested:
         probe = probe.unsqueeze(0)
     count = len(probe) if isinstance(probe, Tensor) and probe.ndim == x.ndim + 1 else 1
     shape = (max(count, options.default_probes), *x.shape)

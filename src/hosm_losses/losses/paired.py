@@ -96,7 +96,7 @@ def paired_terms(
     )
     if derived.third is None or pushed is None:
         return terms
-    shifted = sigma * at_least_float32(pushed) + ell
+    shifted = (sigma * at_least_float32(pushed)).detach() + ell
     rest = scaled((square - along - elements).detach(), ell) - 2 * shifted
     one, other = halves(at_least_float32(derived.third) + rest)
     return terms._replace(third=over_elements(one * other, 1) / elements**3)

@@ -147,14 +147,18 @@ class _Chunked(torch.autograd.Function):
                     for leaf in _unknown(terms, points)
                     if isinstance(leaf, nn.Parameter)  # others are the engines' own
                 ]
-                found = torch.autograd.grad(
-                    terms,
-                    [points[place] for place in places],
-                    [cotangent[part] for cotangent in cotangents],
-                    # Other leaves may be behind a graph that all parts go through.
-                    retain_graph=len(points) > call.given + len(call.leaves),
-                    allow_unused=True,
-                )
+                # Others are constant, as the third of a network that is linear in x.
+                moved = [place for place, term in enumerate(terms) if term.requires_grad]
+                found: Sequence[Tensor | None] = [None] * len(places)
+                if moved:
+                    found = torch.autograd.grad(
+                        [terms[place] for place in moved],
+                        [points[place] for place in places],
+                        [cotangents[place][part] for place in moved],
+                        # Other leaves may be behind a graph that all parts go through.
+                        retain_graph=len(points) > call.given + len(call.leaves),
+                        allow_unused=True,
+                    )
             del terms  # and with them the parameters that the part made
             _refuse(living(missed))
             for place, gradient in zip(places, found, strict=True):
