@@ -4,13 +4,15 @@ A test that fails after an upgrade of PyTorch names what to change in `_torch_in
 """
 
 import threading
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import may_look
@@ -101,6 +103,27 @@ def test_the_hook_of_a_checkpoint_is_told_from_others():
     look(x)
     assert seen[0] is not None
     assert seen[1:] == [None, None]
+
+
+def test_a_selective_checkpoint_is_told_from_others():
+    """_CachingTorchDispatchMode and _get_dispatch_stack_at: 2.13."""
+    seen = []
+
+    def look(x):
+        seen.append(internals.selective_checkpoint())
+        return x * x
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(look, x, use_reentrant=False)
+    with FlopCounterMode(display=False):
+        look(x)
+        checkpoint(
+            look,
+            x,
+            use_reentrant=False,
+            context_fn=partial(create_selective_checkpoint_contexts, []),
+        )
+    assert seen == [False, False, True]
 
 
 class Forgets(torch.autograd.Function):

@@ -82,6 +82,13 @@ def checkpoint_hook(kind: str = "_checkpoint_hook") -> object:
     return hook if getattr(hook, "__qualname__", "").startswith(kind) else None
 
 
+def selective_checkpoint() -> bool:
+    """Whether a checkpoint that keeps what some operators return surrounds this call."""
+    count = 0 if torch.compiler.is_compiling() else _C._len_torch_dispatch_stack()
+    modes = map(_C._get_dispatch_stack_at, range(count))
+    return any(type(mode).__name__ == "_CachingTorchDispatchMode" for mode in modes)
+
+
 def autocast_type(x: Tensor) -> torch.dtype:
     """The type in which autocast multiplies a tensor; its own where it is off, or float64."""
     kind = x.device.type

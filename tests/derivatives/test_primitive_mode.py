@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import layer_norm
 from torch.nn.utils import parameters_to_vector
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import hosm_losses as hosm
 from hosm_losses.derivatives import primitive_mode
@@ -69,6 +70,32 @@ def gradient(network, model, order, **options):
     function = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}[order]
     loss = function(model, torch.ones(3, 4), generator=generator, **options)
     return parameters_to_vector(torch.autograd.grad(loss, list(network.parameters())))
+
+
+selective = partial(
+    torch_checkpoint,
+    use_reentrant=False,
+    context_fn=partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default]),
+)
+
+
+@pytest.mark.parametrize("options", [{}, {"fraction": 0.5}, {"estimator": "paired"}])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_selective_checkpoint_is_refused(order, engine, options):
+    """The bias would be added again to the product that it keeps."""
+    network, _, model = checkpointed(selective)
+    with pytest.raises(hosm.DerivativeError, match=r"got (a selective one|forward mode)"):
+        gradient(network, model, order, derivative=engine, **options)
+
+
+def test_around_a_loss_it_is_refused_above_order_one():
+    network, plain, _ = checkpointed(selective)
+    for module in (hosm.SecondOrderDSM, hosm.ThirdOrderDSM):
+        with pytest.raises(hosm.DerivativeError, match="leave out context_fn around the loss"):
+            selective(module(plain), torch.randn(3, 4))
+    selective(hosm.FirstOrderDSM(plain), torch.randn(3, 4)).backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("probes", [1, 3])

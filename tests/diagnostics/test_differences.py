@@ -53,6 +53,17 @@ def test_a_network_without_second_derivatives_is_a_finding(activation, dtype):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_derivatives_that_are_not_finite_are_told_from_wrong_ones(engine):
+    """Of a branch that torch.where does not take."""
+    network = Plain(Applied(lambda h: torch.where(h < 9, h.sin(), h.sqrt())))
+    network.activation.layer = nn.Identity()
+    with pytest.raises(
+        hosm.DerivativeError, match=r"that is not finite, in the module .*torch\.where\("
+    ):
+        check(network, derivative=engine, dtype=torch.float64, order=2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_with_every_engine(engine):
     with pytest.raises(hosm.DerivativeError, match=JUMPS):
         check(Plain(nn.ReLU()), derivative=engine)

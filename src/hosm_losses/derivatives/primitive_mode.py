@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
-from hosm_losses._torch_internals import changes_in_place, checkpoint_hook
+from hosm_losses._torch_internals import changes_in_place, checkpoint_hook, selective_checkpoint
 from hosm_losses.derivatives.hooks import looking
 from hosm_losses.derivatives.primitives import AT_FIRST, PRIMITIVES, WRONG, wrong_in_forward_mode
 
@@ -37,6 +37,14 @@ FORWARD_ADVICE = (
     "checkpoints inside; got forward mode, through which nothing can be recomputed. Leave "
     "derivative at 'auto' outside torch.compile, turn the checkpoints off, or checkpoint around "
     "the loss module."
+)
+
+
+SELECTIVE_ADVICE = (
+    "checkpoint: expected one that computes all of its part again; got a selective one, of "
+    "torch.utils.checkpoint.create_selective_checkpoint_contexts, whose kept results the engines "
+    "change and need more than once. Use hosm_losses.checkpoint inside the network, or leave out "
+    "context_fn around the loss."
 )
 
 
@@ -79,6 +87,7 @@ class _SafePrimitives(TorchFunctionMode):
         if func is Tensor.register_hook:
             tensor, hook = *args, *(kwargs or {}).values()
             return tensor.register_hook(looking(hook))
+        refuse_selective_checkpoint()
         primitive = self.table.get(func)
         if primitive is not None or _thread.forward:
             _refuse_foreign_checkpoint()
@@ -105,6 +114,15 @@ def _refuse_foreign_checkpoint() -> None:
     hook = checkpoint_hook()
     if hook not in (None, _thread.modes[-1].around) and not _thread.recomputed_safely:
         raise ForeignCheckpointError(FORWARD_ADVICE if _thread.forward else CHECKPOINT_ADVICE)
+
+
+def refuse_selective_checkpoint() -> None:
+    """Raise where what an operator returns is kept for the recomputation.
+
+    A layer's bias is added to it in place, and would be added again.
+    """
+    if selective_checkpoint():
+        raise DerivativeError(SELECTIVE_ADVICE)
 
 
 class _Mark:

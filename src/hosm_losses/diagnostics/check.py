@@ -25,7 +25,7 @@ from hosm_losses._checks import (
 )
 from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import ENGINES, Field
-from hosm_losses.diagnostics.differences import TOLERANCE, Agreement, Check, Smoothness
+from hosm_losses.diagnostics.differences import NOT_FINITE, TOLERANCE, Agreement, Check, Smoothness
 from hosm_losses.diagnostics.localize import attempt, culprit, custom_functions, recorded
 from hosm_losses.diagnostics.values import check_samples, check_values
 from hosm_losses.model import (
@@ -42,6 +42,12 @@ from hosm_losses.model import (
 GENERAL = (
     "Write what it does with differentiable operators of PyTorch, without .detach(), .data or "
     "torch.no_grad(), and check again."
+)
+FINITE = (
+    "A root, a norm or a power has no derivative at zero: add a small number inside it. "
+    "torch.where passes back through the branch that it does not take as well: put a number in "
+    "the place of what goes into that, as in torch.where(x > 0, x, 1.0).sqrt(). Of an operator "
+    "with finite derivatives, such as logcumsumexp, another `derivative` may be right."
 )
 SMOOTH = (
     "Derivatives miss what happens in the jumps, so that a loss trains nothing of it. Use a "
@@ -202,6 +208,8 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
         expected = "derivatives that agree with differences"
         if not primitives and attempt(check, mended, x) is None:
             advice = "Leave primitives=True in ScoreModel, which replaces such operators."
+        elif fault is not None and fault.endswith(NOT_FINITE):
+            advice = FINITE
         else:
             advice = _remedy(custom_functions(field, x))
     raise DerivativeError(f"network: expected {expected}; got {fault}, in {where}. {advice}")

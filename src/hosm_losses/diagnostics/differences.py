@@ -16,6 +16,7 @@ Source:
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from hosm_losses.derivatives import Field, derive, gradients
 
+NOT_FINITE = "that is not finite"
 # By the precision in which the network works: the relative error that counts as wrong, and the
 # step, relative to the size of what is varied.
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
@@ -103,7 +105,9 @@ class Agreement(Check):
         names = (*own[1:], *(f"the gradient of the {name}" for name in own))
         for name, error in zip(names, errors.tolist(), strict=True):
             if not error <= TOLERANCE[self.precision]:
-                return f"{name} off by {100 * error:.3g} %"
+                return f"{name} " + (
+                    f"off by {100 * error:.3g} %" if math.isfinite(error) else NOT_FINITE
+                )
         return None
 
     def _numbers(

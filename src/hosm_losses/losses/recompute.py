@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hosm_losses._checks import DerivativeError, complaint, living
 from hosm_losses._torch_internals import (
@@ -126,10 +125,15 @@ class _Chunked(torch.autograd.Function):
         return tuple(torch.cat(terms) for terms in zip(*found, strict=True))
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *cotangents: Tensor
     ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # By once_differentiable it would be an error where a cotangent has a graph, alone.
+            raise DerivativeError(
+                "chunks: expected a gradient that is not differentiated again; got "
+                "create_graph=True, for which no graph is kept. Leave chunks at 1."
+            )
         call: _Call = ctx.call
         leaves: tuple[Tensor, ...] = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]

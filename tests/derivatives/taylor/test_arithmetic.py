@@ -41,6 +41,30 @@ def test_without_parameters(name):
     check(CASES[name], (4,))
 
 
+POWERS = {
+    "of whole numbers": lambda x: x[..., None] ** torch.arange(5),
+    "of float32": lambda x: torch.pow(x[..., None], torch.arange(5.0, dtype=torch.float32)),
+    "in float64": lambda x: torch.float_power(x[..., None], torch.arange(5)),
+    "in place": lambda x: x[..., None].repeat(1, 1, 5).pow_(torch.arange(5)),
+    "of single ones": lambda x: torch.stack([x ** torch.tensor(i) for i in range(5)], -1),
+}
+
+
+@pytest.mark.parametrize("name", POWERS)
+def test_powers_by_a_tensor_of_what_is_below_zero(name):
+    """PyTorch's forward derivative is differentiated in the exponent too, whose log is NaN."""
+
+    def written_out(x):
+        return torch.stack([torch.ones_like(x), x, x * x, x * x * x, x * x * x * x], -1)
+
+    some = torch.tensor([1.0, 1.0, 0.0])  # and of zero
+    check(
+        lambda x: POWERS[name](some * x),
+        (3,),
+        reference=lambda x: written_out(some * x),
+    )
+
+
 @pytest.mark.parametrize("op", [operator.add, operator.sub, operator.mul, operator.truediv])
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (1, 1, 3, 1), (4,)])
 def test_a_parameter_on_either_side(op, shape):

@@ -21,7 +21,7 @@ from hosm_losses.derivatives.recompute import recomputed
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.arguments import result_type, stacks_of
 from hosm_losses.derivatives.taylor.jet import Jet, aligned, components, gathered, halves
-from hosm_losses.derivatives.taylor.pointwise import apply, power
+from hosm_losses.derivatives.taylor.pointwise import apply, power, powers
 from hosm_losses.derivatives.taylor.table import Function, NoRule, every, rule
 
 
@@ -148,9 +148,29 @@ def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
 
 @rule(*every("pow", "__pow__"))
 def _pow(x: Any, exponent: Any) -> Jet:
+    if isinstance(exponent, Tensor):
+        return _to_a_tensor(x, exponent)
     if not isinstance(exponent, float | int) or isinstance(exponent, bool):
         raise NoRule
     return apply(partial(power, exponent=exponent), x)
+
+
+@rule(*every("float_power"))
+def _float_power(x: Any, exponent: Any) -> Jet:
+    return _pow(x.typed(torch.float64), exponent)
+
+
+def _to_a_tensor(x: Jet, exponent: Tensor) -> Jet:
+    """x to what does not depend on it.
+
+    PyTorch's own takes the derivative in the exponent as well, times zero: NaN for x below zero.
+    """
+    constant = not isinstance(exponent, Jet) and not exponent.requires_grad
+    if not constant or exponent.dtype == torch.bool or result_type(x, exponent) != x.dtype:
+        raise NoRule
+    shape = torch.broadcast_shapes(x.shape, exponent.shape)
+    stack = aligned(x.stack, len(shape)).expand(-1, *shape)
+    return apply(partial(powers, exponents=exponent), x.like(stack))
 
 
 @rule(*every("addcmul"), several=True)

@@ -40,6 +40,7 @@ from hosm_losses._torch_internals import (
     shell,
     without_subclasses,
 )
+from hosm_losses.derivatives.primitive_mode import refuse_selective_checkpoint
 from hosm_losses.derivatives.taylor import aliases
 from hosm_losses.derivatives.taylor.along import Pairs, lengthened
 from hosm_losses.derivatives.taylor.table import (
@@ -220,6 +221,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    refuse_selective_checkpoint()
     if not torch.is_grad_enabled():
         raise TaylorError(f"{name_of(func)}: {CUSTOM if in_custom_function() else NO_GRAD}")
     taken = None if found is None else _taken(found, args, kwargs)
@@ -273,8 +275,7 @@ def carried(
 
     `pairs` is "none"; "squares" for ∂²f[w, w] of every direction; "sum" for the sum of those,
     carried as one; "halves" for ∂²f[v, u] of each v of the first half and its u of the second;
-    "last" for that of each v and the last u.
-    TaylorError says what cannot be carried.
+    "last" for that of each v and the last u. TaylorError says what cannot be carried.
 
     Example:
         >>> x = torch.tensor([[0.5]])

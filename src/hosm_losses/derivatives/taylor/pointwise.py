@@ -238,6 +238,18 @@ def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
         factor *= exponent - order
 
 
+def powers(x: Tensor, exponents: Tensor) -> Iterator[Tensor]:
+    """x to a tensor of its shape, or that is broadcast to it, and its derivatives."""
+    exponents = exponents.to(x)
+    factor, largest = torch.ones_like(exponents), torch.finfo(x.dtype).max
+    for order in range(4):
+        # As for a number: no x^-1 where it is multiplied by zero, and none out of range near zero.
+        found = factor * x.pow(torch.where(factor == 0, 0.0, exponents - order))
+        near = (x != 0) & (order > exponents.clamp(min=0))
+        yield torch.where(near, found.clamp(-largest, largest), found)
+        factor = factor * (exponents - order)
+
+
 @pointwise(*every("log"))
 def _log(x: Tensor) -> Iterator[Tensor]:
     yield torch.log(x)
