@@ -41,6 +41,7 @@ _autograd: Any = torch.autograd
 _lock = threading.RLock()
 _look: Any = getattr(getattr(_C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
 TELLS_HOOKS = _look is not None
+dispatch_depth: Any = _C._len_torch_dispatch_stack  # how many dispatch modes surround a call
 
 
 def transformed() -> bool:
@@ -64,7 +65,7 @@ def surrounded() -> bool:
     return bool(
         transformed()
         or _get_current_function_mode_stack()
-        or _C._len_torch_dispatch_stack()
+        or dispatch_depth()
         or _saving_hooks() is not None
         or _autograd._profiler_enabled()
     )
@@ -84,8 +85,7 @@ def checkpoint_hook(kind: str = "_checkpoint_hook") -> object:
 
 def selective_checkpoint() -> bool:
     """Whether a checkpoint that keeps what some operators return surrounds this call."""
-    count = 0 if torch.compiler.is_compiling() else _C._len_torch_dispatch_stack()
-    modes = map(_C._get_dispatch_stack_at, range(count))
+    modes = map(_C._get_dispatch_stack_at, range(dispatch_depth()))
     return any(type(mode).__name__ == "_CachingTorchDispatchMode" for mode in modes)
 
 

@@ -121,7 +121,7 @@ def refuse_selective_checkpoint() -> None:
 
     A layer's bias is added to it in place, and would be added again.
     """
-    if selective_checkpoint():
+    if not torch.compiler.is_compiling() and selective_checkpoint():
         raise DerivativeError(SELECTIVE_ADVICE)
 
 

@@ -9,8 +9,8 @@ from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.primitives import PRIMITIVES, WRONG, wrong_in_forward_mode
 from hosm_losses.derivatives.taylor import aliases
 from hosm_losses.derivatives.taylor.along import along
-from hosm_losses.derivatives.taylor.jet import CHANGES, COMPLEX, Jet, TaylorError, name_of
-from hosm_losses.derivatives.taylor.table import WITHOUT_RULE, rule
+from hosm_losses.derivatives.taylor.jet import CHANGES, COMPLEX, Jet, TaylorError
+from hosm_losses.derivatives.taylor.table import WITHOUT_RULE, name_of, rule
 
 
 @rule(WITHOUT_RULE, several=True)

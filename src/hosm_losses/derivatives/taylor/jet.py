@@ -34,6 +34,7 @@ from torch import Tensor
 
 from hosm_losses._checks import living
 from hosm_losses._torch_internals import (
+    dispatch_depth,
     forward_mode_on,
     in_custom_function,
     pytree,
@@ -51,6 +52,7 @@ from hosm_losses.derivatives.taylor.table import (
     NoRule,
     Rule,
     TaylorError,
+    name_of,
 )
 
 CHANGES = "changes in place what depends on x."
@@ -193,6 +195,8 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     if compiling:
         args = tuple(map(unpacked, args))
         kwargs = {name: unpacked(value) for name, value in kwargs.items()}
+    elif dispatch_depth():
+        refuse_selective_checkpoint()
     constant = CONSTANT.get(func)
     if constant:
         answer = on_values(func, args, kwargs)
@@ -221,7 +225,6 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    refuse_selective_checkpoint()
     if not torch.is_grad_enabled():
         raise TaylorError(f"{name_of(func)}: {CUSTOM if in_custom_function() else NO_GRAD}")
     taken = None if found is None else _taken(found, args, kwargs)
@@ -307,11 +310,6 @@ def carried(
     # Second derivatives that are zero everywhere, as of a linear network.
     length = 1 + count + seconds
     return stack if len(stack) == length else lengthened(stack, length)
-
-
-def name_of(func: Callable[..., Any]) -> str:
-    """The name of a function of PyTorch, for a message."""
-    return getattr(func, "__name__", str(func))
 
 
 def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -28,6 +28,11 @@ class NoRule(Exception):  # noqa: N818 - it never reaches a user
     """A call that a rule does not know; PyTorch's own function is differentiated in its place."""
 
 
+def name_of(func: Function) -> str:
+    """The name of a function of PyTorch, for a message."""
+    return getattr(func, "__name__", str(func))
+
+
 @dataclass(frozen=True, eq=False)
 class Rule:
     """A rule and the arguments it takes."""
