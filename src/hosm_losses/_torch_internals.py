@@ -143,9 +143,10 @@ def normal(tensor: Tensor) -> Tensor:
     return tensor.clone() if made_in_it else tensor
 
 
-def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """Every node of the autograd graphs of tensors, once."""
-    nodes, seen = [tensor.grad_fn for tensor in tensors], set()
+def graph_nodes(tensors: Iterable[Tensor], point: Tensor | None = None) -> Iterator[Any]:
+    """Every node of the autograd graphs of tensors, once; not that of a point, nor behind it."""
+    nodes = [tensor.grad_fn for tensor in tensors]
+    seen = set() if point is None else {gradient_node(point)}
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:

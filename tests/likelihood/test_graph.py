@@ -1,5 +1,6 @@
 """With a graph: a sample that failed, or a step that did, leaves the gradients of the others."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
+from hosm_losses import _torch_internals
 from hosm_losses.likelihood import adaptive as adaptive_of
 from hosm_losses.likelihood import paths
 
@@ -156,3 +158,25 @@ def test_where_all_is_finite_no_evaluation_is_added(method, enable_grad):
     model, x = hosm.ScoreModel(network, SCHEDULE), torch.ones(1, 2)
     result = hosm.ode_nll(model, x, method=method, steps=8, enable_grad=enable_grad)
     assert sum(calls) == int(result.nfe.sum())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_evaluation_looks_at_its_own_graph_alone(method, monkeypatch):
+    """Not at those of the evaluations before it, of which there are more with every step."""
+    calls, looked = [], []
+    plain = _torch_internals.custom_function
+
+    def counted(node):
+        looked.append(node)
+        return plain(node)
+
+    def network(x, t):
+        calls.append(len(looked))
+        return x.sin()
+
+    monkeypatch.setattr(_torch_internals, "custom_function", counted)
+    x = torch.ones(1, 2, requires_grad=True)
+    model = hosm.ScoreModel(network, SCHEDULE)
+    hosm.ode_nll(model, x, method=method, steps=8, divergence="exact", enable_grad=True)
+    nodes = [after - before for before, after in itertools.pairwise(calls)]
+    assert max(nodes) == nodes[0] > 0

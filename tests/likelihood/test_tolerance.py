@@ -193,3 +193,18 @@ def test_nothing_is_said_where_the_tolerance_is_met():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hosm.ode_nll(exact_model(), points(), steps=None, tolerance=1.0)
+
+
+def test_a_process_of_which_all_samples_fail_leaves_the_steps_to_the_others(monkeypatch):
+    """The reduction is a stand-in, for another process whose samples meet the tolerance at once."""
+    model = hosm.ScoreModel(lambda x, t: x * torch.nan, SCHEDULE)
+    monkeypatch.setattr(dist, "all_reduce", lambda mine, *_: mine.clamp_(min=1e-9))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = hosm.ode_nll(model, points(2), steps=None, group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    assert found.steps == multistep.GRIDS[1]
+    assert bool(found.failed.all())

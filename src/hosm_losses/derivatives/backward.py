@@ -66,15 +66,15 @@ def remedied(error: Exception) -> DerivativeError | None:
     return DerivativeError(known[0]) if known else None
 
 
-def refuse_dropped(value: Tensor, wanted: bool = True) -> None:
+def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = None) -> None:
     """Make a pass back from `value`, with a graph if `wanted`, raise where a Function drops it.
 
     That is a node whose incoming gradient requires a gradient while no gradient that it returns
-    does.
+    does. The pass ends at `point`, if one is given: what is behind it is not looked at.
     """
     if not wanted or torch.compiler.is_compiling():
         return
-    for node in internals.graph_nodes([value]):
+    for node in internals.graph_nodes([value], point):
         function = internals.custom_function(node)
         if function is not None:
             node.register_hook(partial(_check_kept, function.__name__))

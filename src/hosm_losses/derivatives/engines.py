@@ -314,7 +314,7 @@ def quadratic_forms(
     with torch.enable_grad(), explained():
         point = leaf(x, wanted)
         value = field(point)
-        refuse_dropped(value, wanted)
+        refuse_dropped(value, wanted, point)  # behind it are all earlier evaluations of a path
         found = [over_elements(pull_back(value, point, w, wanted) * w) for w in directions]
     value, forms = kept((value, torch.cat(found)), wanted)
     return value, forms

@@ -305,13 +305,13 @@ class ToTolerance:
     def _agreed(self, largest: Tensor) -> float:
         if self.group is not None:
             dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
-        return float(largest)
+        found = float(largest)
+        return math.inf if found < 0 else found  # no sample of any process counts
 
 
 def _largest(error: Tensor, failed: Tensor, lost: Tensor) -> Tensor:
     """The largest error, () of a batch; a sample that failed and was lost before does not count.
 
-    Infinite where another sample failed, and where all of them are lost.
+    Infinite where another sample failed, and −∞, below all of other processes, where none counts.
     """
-    counted = error.masked_fill(failed, math.inf).masked_fill(failed & lost, 0.0)
-    return counted.max().masked_fill((failed & lost).all(), math.inf)
+    return error.masked_fill(failed, math.inf).masked_fill(failed & lost, -math.inf).max()
