@@ -29,8 +29,7 @@ LOST_ATTRIBUTE = "Backward' object has no attribute"
 DELAYED_ERROR = "torch::autograd::Error"
 # Of devices that fail.
 DEVICE_ERROR_TEXT = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
-# Of operands whose dtypes do not go together.
-OF_DTYPES = ("dtype", "scalar type", "type (")
+OF_DTYPES = ("dtype", "scalar type", "type (")  # of operands whose dtypes do not go together
 # What a module with a full backward hook puts around its inputs and outputs.
 MODULE_HOOK = BackwardHookFunction
 # The attribute of a module that .compile() sets.
