@@ -11,6 +11,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import hosm_losses as hosm
 from hosm_losses.derivatives.primitive_mode import safe_primitives
+from hosm_losses.derivatives.primitives import PRIMITIVES
 from hosm_losses.model import noise_field
 
 PYTORCHS = ("forward", "reverse")  # the engines that use its own derivatives
@@ -74,6 +75,7 @@ def layers() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
             (3, 4),
         ),
         "glu": (Gated(), (3, 4)),
+        "logcumsumexp": (Function(lambda x: torch.logcumsumexp(x, 1)), (5, 4)),
     }
 
 
@@ -171,6 +173,28 @@ def test_without_the_primitive_pytorch_fails(name, engine):
     network, shape = network_of(name)
     with pytest.raises(RuntimeError, match=r"not implemented|not been implemented|not support"):
         loss_and_check(network, shape, 3, engine, primitives=False)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 1e3])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_the_logarithm_of_a_running_sum(dim, spread):
+    """Of equal terms, of ordinary ones, and of those of which one hides all others."""
+    x = (spread * torch.randn(2, 5, 3)).requires_grad_()
+    mine = PRIMITIVES[torch.logcumsumexp]
+    torch.testing.assert_close(mine(x, dim), x.logcumsumexp(dim), rtol=1e-12, atol=1e-12)
+    if spread < 10:
+        torch.autograd.gradgradcheck(lambda x: mine(x, dim), x)
+    nothing = torch.full((2, 3), -torch.inf)
+    assert torch.equal(mine(nothing, 1), nothing)
+
+    def by_cotangent(function):
+        cotangent = torch.zeros_like(x).requires_grad_()
+        (once,) = torch.autograd.grad(function(x, dim), x, cotangent, create_graph=True)
+        return torch.autograd.grad(once.sum(), cotangent)[0]
+
+    torch.testing.assert_close(by_cotangent(mine), torch.ones_like(x))
+    # Why it is here. If this fails, PyTorch was mended and it can go.
+    assert by_cotangent(torch.logcumsumexp).isnan().all()
 
 
 RIGHT = {

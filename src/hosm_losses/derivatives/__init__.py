@@ -8,6 +8,7 @@
 - `hooks`: hooks of the network, which may look at gradients and not change them.
 - `primitives`, `primitive_mode`: operators whose double backward is right, and the mode that puts
   them in place.
+- `forward_mode`: operators of which PyTorch's forward derivative is wrong.
 - `recompute`: functions of which only the arguments are kept for the backward passes.
 - `checkpointing`: checkpoints inside a network.
 """

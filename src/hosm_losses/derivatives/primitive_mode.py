@@ -22,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
 from hosm_losses._torch_internals import changes_in_place, checkpoint_hook, selective_checkpoint
+from hosm_losses.derivatives.forward_mode import WRONG, wrong_in_forward_mode
 from hosm_losses.derivatives.hooks import looking
-from hosm_losses.derivatives.primitives import AT_FIRST, PRIMITIVES, WRONG, wrong_in_forward_mode
+from hosm_losses.derivatives.primitives import AT_FIRST, PRIMITIVES
 
 CHECKPOINT_ADVICE = (
     "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order two "

@@ -12,7 +12,7 @@ Source:
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._checks import DerivativeError, at_least_float32, complaint
-from hosm_losses._torch_internals import autocast_of_now, of_a_package, operators, traced
+from hosm_losses._torch_internals import autocast_of_now, operators, traced
 from hosm_losses.derivatives.recompute import recomputed
 
 
@@ -202,6 +202,20 @@ def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  
     return torch.where(mask, value.to(input.dtype), input)
 
 
+def _logcumsumexp(input: Tensor, dim: int) -> Tensor:  # noqa: A002
+    """Twice as many terms a round: the second derivative of PyTorch's own is NaN."""
+    total, length, reach = input, input.shape[dim] if input.ndim else 0, 1
+    while reach < length:
+        kept, later = total.split((reach, length - reach), dim)
+        earlier = total.narrow(dim, 0, length - reach)
+        larger = later >= earlier
+        high, low = torch.where(larger, later, earlier), torch.where(larger, earlier, later)
+        below = (low - high).masked_fill(high == -math.inf, 0.0)  # not −∞ less −∞
+        total = torch.cat([kept, high + F.softplus(below)], dim)
+        reach *= 2
+    return total
+
+
 def _refused(*_: Any, **__: Any) -> Tensor:
     """What is below the functions of norms, and differentiated rightly by nothing."""
     raise DerivativeError(
@@ -209,41 +223,6 @@ def _refused(*_: Any, **__: Any) -> Tensor:
         "differentiate; got one of torch.native_layer_norm, native_group_norm and "
         "native_batch_norm. Call F.layer_norm, F.group_norm or F.batch_norm."
     )
-
-
-def _every(names: str) -> set[Any]:
-    """The functions and methods of PyTorch with these names, and the operators below them."""
-    homes = (torch, torch.Tensor, torch.linalg, F)
-    found = [getattr(home, name, None) for home in homes for name in names.split()]
-    below = [each for name in names.split() for each in operators(name)]
-    return {each for each in (*found, *below) if each is not None}
-
-
-# What PyTorch derives in forward mode by a formula that it does not differentiate rightly:
-# cumprod where a factor is zero, and those of the second row where it derives them twice.
-_FORWARD = _every(
-    "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_ "
-    "cholesky_inverse linear_cross_entropy "
-    "eigh eigvalsh copysign copysign_ renorm renorm_ cosine_embedding_loss triplet_margin_loss"
-)
-# And these where they multiply.
-_PRODUCTS = _every("scatter_reduce index_reduce scatter_reduce_ index_reduce_")
-WRONG = (
-    "PyTorch's derivative of it in forward mode is not differentiated rightly. Write it with "
-    "other operators, or leave derivative at 'auto', which takes the engine 'reverse'."
-)
-
-
-def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[str, Any]) -> bool:
-    """Whether PyTorch gets a function's forward derivative, or the gradient of it, wrong.
-
-    Of a package's own operator, as `torch.library.custom_op` makes it, it takes it for zero.
-    """
-    if of_a_package(function):
-        return True
-    if function in _PRODUCTS:
-        return any(isinstance(each, str) and each == "prod" for each in (*args, *named.values()))
-    return function in _FORWARD
 
 
 BATCH = ("training", False)
@@ -267,6 +246,7 @@ PRIMITIVES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.select_scatter: _select_scatter,
     **dict.fromkeys((torch.index_fill, torch.Tensor.index_fill), _index_fill),
     torch.Tensor.index_fill_: lambda x, *given, **named: x.copy_(_index_fill(x, *given, **named)),
+    **dict.fromkeys((torch.logcumsumexp, torch.Tensor.logcumsumexp), _logcumsumexp),
     torch.native_layer_norm: _refused,
     torch.native_group_norm: _refused,
     torch.native_batch_norm: _refused,

@@ -46,8 +46,8 @@ GENERAL = (
 FINITE = (
     "A root, a norm or a power has no derivative at zero: add a small number inside it. "
     "torch.where passes back through the branch that it does not take as well: put a number in "
-    "the place of what goes into that, as in torch.where(x > 0, x, 1.0).sqrt(). Of an operator "
-    "with finite derivatives, such as logcumsumexp, another `derivative` may be right."
+    "the place of what goes into that, as in torch.where(x > 0, x, 1.0).sqrt(). Where all "
+    "derivatives are finite on paper, another `derivative` may be right."
 )
 SMOOTH = (
     "Derivatives miss what happens in the jumps, so that a loss trains nothing of it. Use a "

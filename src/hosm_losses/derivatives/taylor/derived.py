@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from hosm_losses._torch_internals import pytree, share_memory, versions
+from hosm_losses.derivatives.forward_mode import WRONG, wrong_in_forward_mode
 from hosm_losses.derivatives.primitive_mode import safe_primitives
-from hosm_losses.derivatives.primitives import PRIMITIVES, WRONG, wrong_in_forward_mode
+from hosm_losses.derivatives.primitives import PRIMITIVES
 from hosm_losses.derivatives.taylor import aliases
 from hosm_losses.derivatives.taylor.along import along
 from hosm_losses.derivatives.taylor.jet import CHANGES, COMPLEX, Jet, TaylorError

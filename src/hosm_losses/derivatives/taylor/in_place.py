@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.derivatives.primitives import WRONG, wrong_in_forward_mode
+from hosm_losses.derivatives.forward_mode import WRONG, wrong_in_forward_mode
 from hosm_losses.derivatives.taylor.along import lengthened
 from hosm_losses.derivatives.taylor.arguments import jet_among
 from hosm_losses.derivatives.taylor.derived import differentiated
