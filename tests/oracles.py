@@ -297,11 +297,22 @@ def dense_derivatives(function, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dense_terms(
-    f, jacobian, second, sigma, noise, probes, *, exact=False, frozen=None, third="ijk,i,j->k"
+    f,
+    jacobian,
+    second,
+    sigma,
+    noise,
+    probes,
+    *,
+    exact=False,
+    frozen=None,
+    third="ijk,i,j->k",
+    others=None,
 ):
     """The four terms of one sample from dense arrays; `frozen` holds (ℓ, ∂f/∂x) of the detach.
 
-    `third` contracts ∂²f with a probe twice: by default it is the gradient of vᵀ ∂f v.
+    `third` contracts ∂²f with a probe twice: by default it is the gradient of vᵀ ∂f v. With
+    `others`, a u for each probe or one for "exact", the third term is that of u·r3.
     """
     d = f.numel()
     noise, probes = noise.reshape(-1), probes.reshape(len(probes), -1)
@@ -310,14 +321,15 @@ def dense_terms(
     if exact:
         m2 = sigma * jacobian + torch.eye(d) - torch.outer(ell, ell)
         r3 = (
-            sigma**2 * torch.einsum("iik->k", second)
+            sigma**2 * sum(torch.einsum(third, second, v, v) for v in torch.eye(d))
             + ell.dot(ell) * ell
             - (sigma * held.trace() + d) * ell
             - 2 * (sigma * held + torch.eye(d)) @ ell
         )
+        r3 = r3 if others is None else others[0].dot(r3)
         return first, (m2**2).sum() / d**2, m2.trace() ** 2 / d**2, (r3**2).sum() / d**3
     squares = []
-    for v in probes:
+    for number, v in enumerate(probes):
         along, along_held = sigma * jacobian @ v, sigma * held @ v
         slope = ell.dot(v)
         r2 = along + v - slope * ell
@@ -328,8 +340,38 @@ def dense_terms(
             - (v.dot(along_held) + v.dot(v)) * ell
             - 2 * slope * (along_held + v)
         )
+        r3 = r3 if others is None else others[number].dot(r3)
         squares.append(torch.stack([(r2**2).sum() / d**2, rt**2 / d**2, (r3**2).sum() / d**3]))
     return first, *torch.stack(squares).mean(0)
+
+
+def dense_halves(estimates):
+    """The means of the first half of some estimates and of the others."""
+    half = len(estimates) // 2
+    return sum(estimates[:half]) / half, sum(estimates[half:]) / (len(estimates) - half)
+
+
+def dense_paired_terms(f, a, second, noise, probes, third="ijk,i,j->k"):
+    """The terms of one sample by two halves of the probes, a = σ ∂f/∂x, second = σ² ∂²f."""
+    d, ell = len(f), (f + noise).detach()
+    square, held, squares, traces, vectors = ell.dot(ell), a.detach(), [], [], []
+    for v in probes:
+        squares.append((a @ v).dot(a @ v) + 2 * v.dot(a @ v))
+        traces.append(v.dot(a @ v) + d - square)
+        rest = (square - v.dot(held @ v) - d) * ell - 2 * (held @ ell + ell)
+        vectors.append(torch.einsum(third, second, v, v) + rest)
+    of_second = sum(squares) / len(probes) - 2 * ell.dot(a @ ell) + d - 2 * square + square**2
+    (one, other), (left, right) = dense_halves(traces), dense_halves(vectors)
+    return of_second / d**2, one * other / d**2, left.dot(right) / d**3
+
+
+def dense_stein_rate(f, a, noise, probes):
+    """ρ₁ρ₂ of one sample; its gradient is that of ρ₁ (v₂·D₂ + f̄·f) + ρ₂ (v₁·D₁ + f̄·f)."""
+    along = [v.dot(a @ v) for v in probes]
+    one, other = dense_halves([(each + len(f) - noise.dot(noise + f)).detach() for each in along])
+    moved, other_moved = dense_halves([each + f.detach().dot(f) for each in along])
+    term = one * other_moved + other * moved
+    return term + (one * other - term).detach()
 
 
 class OfX(nn.Module):

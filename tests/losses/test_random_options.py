@@ -1,0 +1,273 @@
+"""Every loss against dense Jacobians, under options that are drawn together.
+
+The other files of this room vary one option at a time; here they meet.
+"""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import hosm_losses as hosm
+from hosm_losses.probes import draw_probes
+from tests.losses.test_objective import ENGINES, LAPLACIAN, PREDICTIONS, SCHEDULES, rates_of
+from tests.oracles import (
+    MLP,
+    AttentionNet,
+    ConvNet,
+    Learned,
+    dense_derivatives,
+    dense_paired_terms,
+    dense_stein_rate,
+    dense_terms,
+)
+
+LOSSES = {
+    "first": (hosm.first_order_dsm, hosm.FirstOrderDSM, 1),
+    "second": (hosm.second_order_dsm, hosm.SecondOrderDSM, 2),
+    "third": (hosm.third_order_dsm, hosm.ThirdOrderDSM, 3),
+    "stein": (hosm.stein_dsm, hosm.SteinDSM, 2),
+    "terms": (hosm.dsm_terms, None, None),
+}
+
+
+def fading(t):
+    return 1 / (1 + t.double())
+
+
+WEIGHTINGS = ["noise", "native", "likelihood", fading, ("native", fading), ("likelihood", "noise")]
+
+
+class Conditioned(nn.Module):
+    """A network that is moved by what is deep in a container, part of it shared by all samples."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, t, given):
+        gain, (shift, table) = given["gain"], given["rest"]
+        gain = gain.reshape(-1, *[1] * (x.ndim - 1))
+        return gain * self.network(x + shift, t) + table.mean()
+
+
+def drawn_options(pick, loss):
+    """Options that go together; what the library refuses is not among them."""
+    options = {"order": pick.choice([1, 2, 3])} if loss == "terms" else {}
+    if loss in ("first", "second", "third"):
+        options["weighting"] = pick.choice(WEIGHTINGS)
+        # Of no effect on a t that is given.
+        options["time_sampler"] = pick.choice([None, "schedule", "log_sigma_hat"])
+    if loss != "terms":
+        options["reduction"] = pick.choice(["mean", "sum", "none"])
+    if loss == "first":
+        return options
+    paired = loss == "stein" or pick.random() < 0.4
+    if loss != "stein":
+        options["estimator"] = "paired" if paired else "hutchinson"
+    options["probes"] = pick.choice([2, 3, 4] if paired else [1, 2, 3, "exact", "exact"])
+    options["distribution"] = pick.choice(["rademacher", "gaussian", "sphere"])
+    options["derivative"] = pick.choice(ENGINES)
+    if loss in ("third", "terms"):
+        options["third"] = pick.choice(["exact", "laplacian", "exact" if paired else "sliced"])
+        if options["third"] != "exact" and options["derivative"] == "reverse":
+            options["derivative"] = "taylor"
+    if loss != "terms":
+        options["chunks"] = pick.choice([1, 1, 2, 3])
+        part = 1 if options["reduction"] == "none" else pick.choice([1, 0.34, 0.67])
+        options["fraction"] = part
+    return options
+
+
+def drawn_weights(pick, loss):
+    """Numbers, some of them 0, or tensors with a gradient; None where the loss takes none."""
+    if loss == "stein":
+        return pick.choice([None, 0, 0.7, torch.tensor(0.7, requires_grad=True)])
+    if loss not in ("second", "third"):
+        return None
+    values = [pick.choice([0, 0.3, 2.0]) for _ in range(3)] + [1.5]
+    values[pick.randrange(3)] = 0.6
+    tensor = torch.tensor(values, requires_grad=True)
+    return pick.choice([None, "paper", values, tensor, list(tensor.detach()), tuple(tensor)])
+
+
+def drawn_case(seed):
+    """A model, what its loss is given, and all that may have a gradient."""
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    loss = pick.choice(["first", "second", "second", "third", "third", "third", "stein", "terms"])
+    options, weights = drawn_options(pick, loss), drawn_weights(pick, loss)
+    networks = [(MLP(3), (3,)), (ConvNet(), (2, 2, 1)), (AttentionNet(2), (2, 2))]
+    network, shape = pick.choice(networks)
+    schedule = pick.choice([*SCHEDULES.values(), Learned(torch.tensor(3.0, requires_grad=True))])
+    model = hosm.ScoreModel(Conditioned(network), schedule, pick.choice(PREDICTIONS))
+    size, span = pick.choice([1, 2, 3]), schedule.t_max - schedule.t_min
+    x0, noise, shift = torch.randn(3, size, *shape).unbind()
+    t = schedule.t_min + span * (0.2 + 0.6 * torch.rand(size))
+    gain, table = torch.rand(2, size).unbind()
+    leaves = [x0, t, noise, gain, shift]
+    for leaf in leaves:
+        leaf.requires_grad_(pick.random() < 0.3)
+    if schedule is SCHEDULES["discrete"] and pick.random() < 0.5:
+        t = t.detach().long()
+    leaves += [*model.parameters(), getattr(schedule, "rate", None)]
+    leaves += weights if isinstance(weights, tuple) else [weights]
+    leaves = [each for each in leaves if isinstance(each, torch.Tensor) and each.requires_grad]
+    probe = None
+    if options.get("probes", "exact") != "exact" and pick.random() < 0.5:
+        probe = torch.randn(options.pop("probes"), size, *shape)
+    order = options.get("order", LOSSES[loss][2])
+    as_module = loss != "terms" and pick.random() < 0.6
+    return SimpleNamespace(**locals())
+
+
+def evaluated(case):
+    """The library's loss, and its detached terms where a module returns them."""
+    function, module, _ = LOSSES[case.loss]
+    given = {"gain": case.gain, "rest": [case.shift, hosm.Shared(case.table)]}
+    inputs = {"t": case.t, "noise": case.noise, "model_kwargs": {"given": given}}
+    inputs["generator"] = torch.Generator().manual_seed(case.seed)
+    if case.probe is not None:
+        inputs["probe"] = case.probe
+    if case.weights is not None:
+        inputs["weight" if case.loss == "stein" else "weights"] = case.weights
+    if case.as_module:
+        return module(case.model, **case.options)(case.x0, return_terms=True, **inputs)
+    found = function(case.model, case.x0, **case.options, **inputs)
+    if case.loss == "terms":
+        found = torch.stack([each for each in found if each is not None])
+    return found, None
+
+
+def drawn_directions(case):
+    """The rows of the higher terms, with the probes v of each and the u of "sliced"."""
+    generator = torch.Generator().manual_seed(case.seed)
+    rows, part = torch.arange(case.size), case.options.get("fraction", 1)
+    if part < 1:
+        rows = torch.randperm(case.size, generator=generator)[: max(1, round(part * case.size))]
+
+    def drawn(count):
+        like, distribution = case.x0.detach()[rows], case.options["distribution"]
+        return draw_probes(like, count, distribution, generator).flatten(2)
+
+    probes = case.options.get("probes", "exact")
+    v = torch.empty(1, len(rows), 0)  # of "exact", whose dense form needs none
+    if case.probe is not None:
+        v = case.probe[:, rows].flatten(2)
+    elif probes != "exact":
+        v = drawn(probes)
+    u = drawn(len(v)) if case.order == 3 and case.options.get("third") == "sliced" else None
+    return rows, v, u
+
+
+def dense_sample(case, row):
+    """The field, x, σ and ε of one sample, and the factors of its first and higher terms."""
+    t, schedule, prediction = case.t[row], case.schedule, case.model.prediction
+    alpha, sigma = schedule(t.double())
+    rates = alpha_rate, sigma_rate = rates_of(schedule, t.double())
+    # The network predicts a x₀ + b ε, of which x = α x₀ + σ ε is known: two equations for ε.
+    a, b = {
+        "epsilon": (0.0, 1.0),
+        "score": (0.0, -1 / sigma),
+        "sample": (1.0, 0.0),
+        "v_prediction": (-sigma, alpha),
+        "flow_prediction": rates,
+    }[prediction]
+    wronskian = alpha * b - a * sigma
+
+    def field(point):
+        given = {"gain": case.gain[row][None], "rest": [case.shift[row][None], case.table]}
+        raw = case.model.network(point[None], case.t[row][None], given)[0]
+        return -(alpha * raw - a * point) / wronskian
+
+    def log_sigma_hat(t):
+        alpha, sigma = schedule(t.clamp(schedule.t_min, schedule.t_max))
+        return sigma.log() - alpha.log()
+
+    if t.is_floating_point():  # a given t counts as uniform
+        nats = case.span * (sigma_rate / sigma - alpha_rate / alpha)
+    else:
+        nats = (case.span + 1) * (log_sigma_hat(t + 0.5) - log_sigma_hat(t - 0.5))
+    named = {
+        "noise": torch.tensor(1.0),
+        "native": (wronskian / alpha) ** 2,
+        "likelihood": nats * case.x0[row].numel(),
+    }
+    weighting = case.options.get("weighting", "noise")
+    if not isinstance(weighting, tuple):
+        weighting = (weighting, weighting if callable(weighting) else "noise")
+    factors = [one(t) if callable(one) else named[one] for one in weighting]
+    factors = torch.stack([nats, nats] if case.loss == "stein" else factors)
+    return field, alpha * case.x0[row] + sigma * case.noise[row], sigma, case.noise[row], factors
+
+
+def higher_terms(case, field, x, sigma, noise, probes, others):
+    """The terms of one sample above the first."""
+    f, jacobian, second = dense_derivatives(field, x)
+    # With σ inside, what is held fixed of them is so whole.
+    a, second, noise = sigma * jacobian, sigma**2 * second, noise.flatten()
+    third = LAPLACIAN if case.options.get("third") == "laplacian" else "ijk,i,j->k"
+    if case.loss == "stein":
+        return (dense_stein_rate(f, a, noise, probes),)
+    if case.options["estimator"] == "paired":
+        return dense_paired_terms(f, a, second, noise, probes, third)[: case.order]
+    options = {"exact": case.options.get("probes") == "exact", "third": third, "others": others}
+    held = (f + noise).detach(), a.detach()
+    return dense_terms(f, a, second, 1.0, noise, probes, frozen=held, **options)[
+        1 : case.order + 1
+    ]
+
+
+def dense_loss(case, rows, probes, others):
+    """The loss, and its terms: (B,), or of the rows."""
+    case.network.by_hand = True
+    samples = [dense_sample(case, row) for row in range(case.size)]
+    first = torch.stack([(f(x) + noise).square().sum() for f, x, _, noise, _ in samples])
+    terms = [first if case.loss == "stein" else first / case.x0[0].numel()]
+    if case.order > 1:
+        higher = []
+        for place, row in enumerate(rows):
+            u = None if others is None else others[:, place]
+            higher.append(higher_terms(case, *samples[row][:4], probes[:, place], u))
+        terms += [torch.stack(column) for column in zip(*higher, strict=True)]
+    case.network.by_hand = False
+    if case.loss == "terms":
+        return torch.stack(terms), terms
+    weights = [1.0] * 4 if case.weights in (None, "paper") else case.weights
+    weights = [1.0, weights] if case.loss == "stein" and case.weights is not None else weights
+    of_first, of_higher = torch.stack([sample[-1] for sample in samples], 1)
+    factors = [of_first, *[of_higher[rows]] * 3]
+    products = [w * term * each for w, term, each in zip(weights, terms, factors, strict=False)]
+    if case.options["reduction"] == "none":
+        return sum(products), terms
+    mean = sum(product.mean() for product in products)
+    return mean if case.options["reduction"] == "mean" else mean * case.size, terms
+
+
+def assert_near(found, wanted, tolerance, least=0.0):
+    atol = tolerance * max(float(wanted.detach().abs().max()), least)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_the_loss_its_terms_and_gradients_are_those_of_dense_arrays(seed):
+    case = drawn_case(seed)
+    found, logged = evaluated(case)
+    rows, *directions = drawn_directions(case)
+    wanted, terms = dense_loss(case, rows, *directions)
+    assert_near(found, wanted, 1e-9)
+    if logged is not None:
+        assert logged.rows is None or torch.equal(logged.rows, rows)
+        for mine, other in zip(logged, terms, strict=False):
+            if mine is not None:  # as it may be with a weight of 0
+                assert_near(mine, other.detach(), 1e-9)
+    cotangent = torch.randn_like(wanted)
+    mine, others = (
+        torch.autograd.grad(loss, case.leaves, cotangent, materialize_grads=True)
+        for loss in (found, wanted)
+    )
+    largest = max(float(each.abs().max()) for each in others)
+    for one, other in zip(mine, others, strict=True):
+        assert_near(one, other, 1e-8, 1e-3 * largest)
