@@ -63,6 +63,15 @@ def test_derivatives_that_are_not_finite_are_told_from_wrong_ones(engine):
         check(network, derivative=engine, dtype=torch.float64, order=2)
 
 
+def test_next_to_large_data_a_float64_copy_is_asked_for():
+    """Its float32 derivatives are right, and the differences that they are held against are not."""
+    model = hosm.ScoreModel(lambda x, t: x + (x / 1e4).sin() * t[:, None], hosm.VPSchedule())
+    x = 1e4 * torch.randn(2, 4)
+    hosm.check_derivatives(model, x)
+    with pytest.raises(hosm.DerivativeError, match=r"First check a float64 copy.*x0 is large"):
+        hosm.check_derivatives(model, x.float())
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_with_every_engine(engine):
     with pytest.raises(hosm.DerivativeError, match=JUMPS):

@@ -25,7 +25,14 @@ from hosm_losses._checks import (
 )
 from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import ENGINES, Field
-from hosm_losses.diagnostics.differences import NOT_FINITE, TOLERANCE, Agreement, Check, Smoothness
+from hosm_losses.diagnostics.differences import (
+    NOT_FINITE,
+    TOLERANCE,
+    Agreement,
+    Check,
+    Smoothness,
+    size_of,
+)
 from hosm_losses.diagnostics.localize import attempt, culprit, custom_functions, recorded
 from hosm_losses.diagnostics.values import check_samples, check_values
 from hosm_losses.model import (
@@ -48,6 +55,13 @@ FINITE = (
     "torch.where passes back through the branch that it does not take as well: put a number in "
     "the place of what goes into that, as in torch.where(x > 0, x, 1.0).sqrt(). Where all "
     "derivatives are finite on paper, another `derivative` may be right."
+)
+# Root mean square of x0 above which float32 may have too few digits for a difference.
+LARGE = 100.0
+ROUNDING = (
+    "First check a float64 copy, copy.deepcopy(model).double(): x0 is large, and float32 "
+    "differences next to it may be rounding. Or divide the data by their standard deviation. "
+    "If it is found there too: "
 )
 SMOOTH = (
     "Derivatives miss what happens in the jumps, so that a loss trains nothing of it. Use a "
@@ -195,6 +209,7 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
     if fault is None and not (opaque and custom_functions(field, x)):
         return
     where, primitives = "its own forward", noise_field.primitives
+    large = check.precision == torch.float32 and size_of(x) > LARGE
     mended: Field = NetworkField(replace(noise_field, primitives=True))
     found = culprit(check, recorded(noise_field, x), primitives, opaque)
     if found is not None:
@@ -211,7 +226,7 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
         elif fault is not None and fault.endswith(NOT_FINITE):
             advice = FINITE
         else:
-            advice = _remedy(custom_functions(field, x))
+            advice = (ROUNDING if large else "") + _remedy(custom_functions(field, x))
     raise DerivativeError(f"network: expected {expected}; got {fault}, in {where}. {advice}")
 
 
