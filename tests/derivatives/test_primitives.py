@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
@@ -195,6 +196,30 @@ def test_the_logarithm_of_a_running_sum(dim, spread):
     torch.testing.assert_close(by_cotangent(mine), torch.ones_like(x))
     # Why it is here. If this fails, PyTorch was mended and it can go.
     assert by_cotangent(torch.logcumsumexp).isnan().all()
+
+
+ENTRIES = -torch.inf, torch.inf, torch.nan, 1.0
+
+
+@pytest.mark.parametrize("entries", list(product(ENTRIES, repeat=3)), ids=str)
+def test_what_is_not_finite_in_a_running_sum(entries):
+    x = torch.tensor(entries)
+    mine = PRIMITIVES[torch.logcumsumexp](x, 0)
+    torch.testing.assert_close(mine, x.logcumsumexp(0), equal_nan=True)
+
+
+def test_a_running_sum_of_one_term_is_a_tensor_of_its_own():
+    x = torch.zeros(3, 1)
+    PRIMITIVES[torch.logcumsumexp](x, 1).add_(1)
+    assert not x.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_running_sum_is_rounded_once(dtype):
+    x = torch.randn(4, 100).to(dtype)
+    found, half = PRIMITIVES[torch.logcumsumexp](x, 1), torch.finfo(dtype).eps / 2
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), x.double().logcumsumexp(1), rtol=half, atol=1e-5)
 
 
 RIGHT = {

@@ -63,6 +63,40 @@ def test_derivatives_that_are_not_finite_are_told_from_wrong_ones(engine):
         check(network, derivative=engine, dtype=torch.float64, order=2)
 
 
+LARGE = {
+    "data": (lambda x, t: x + (x / 1e4).sin() * t[:, None], 1e4),
+    "values": (lambda x, t: x.sin() + 1e5 * t[:, None], 1.0),
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_next_to_what_is_large_rounding_is_told_from_a_fault(what):
+    """The float32 derivatives are right, and the differences they are held against are not."""
+    network, size = LARGE[what]
+    model = hosm.ScoreModel(network, hosm.VPSchedule())
+    x = size * torch.randn(2, 4, dtype=torch.float32)
+    with pytest.raises(hosm.DerivativeError, match=r"A float64 copy has no such fault"):
+        hosm.check_derivatives(model, x)
+    hosm.check_derivatives(model, x.double())
+
+
+def test_a_fault_next_to_what_is_large_is_not_called_rounding():
+    model = hosm.ScoreModel(lambda x, t: x * x.detach(), hosm.VPSchedule())
+    with pytest.raises(hosm.DerivativeError, match=r"without \.detach\(\)"):
+        hosm.check_derivatives(model, 1e4 * torch.randn(2, 4, dtype=torch.float32), order=2)
+
+
+def test_nor_is_what_float32_has_no_derivative_of():
+    """As PyTorch's float32 kernel of an LSTM in forward mode, which float64 does not use."""
+
+    def network(x, t):
+        return x.sin() if x.dtype == torch.float64 else torch.cdist(x, x) @ x
+
+    model = hosm.ScoreModel(network, hosm.VPSchedule())
+    with pytest.raises(hosm.DerivativeError, match=r"no derivative at all.*without \.detach\(\)"):
+        hosm.check_derivatives(model, torch.randn(1, 4, dtype=torch.float32), order=2)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_with_every_engine(engine):
     with pytest.raises(hosm.DerivativeError, match=JUMPS):

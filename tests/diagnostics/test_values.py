@@ -235,6 +235,17 @@ def test_a_dependence_on_the_place_in_the_batch_is_found():
         check(Own(placed), dtype=torch.float64)
 
 
+def test_what_is_kept_from_an_earlier_call_is_named_as_a_cause():
+    kept = []
+
+    def cached(hidden, t):
+        kept.append(t[:, None])
+        return hidden * kept[0]
+
+    with pytest.raises(hosm.DerivativeError, match=r"what it keeps from an earlier call"):
+        check(Own(cached), dtype=torch.float64)
+
+
 def test_one_sample_sees_no_others():
     network = Own(lambda hidden, t: hidden * t[0])
     hosm.check_derivatives(hosm.ScoreModel(network, VP), torch.randn(1, 4))

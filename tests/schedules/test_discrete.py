@@ -161,6 +161,11 @@ def test_a_table_with_nan_or_infinity_is_refused(place, bad):
         hosm.DiscreteSchedule(table)
 
 
+def test_betas_in_the_place_of_a_table_are_sent_where_they_belong():
+    with pytest.raises(ValueError, match=r"Betas.*go to DiscreteSchedule\.from_betas"):
+        hosm.DiscreteSchedule(torch.linspace(1e-4, 0.02, 1000))
+
+
 def test_a_table_that_rises_is_told_to_be_reversed():
     with pytest.raises(ValueError, match=r"got 3 entries from 0\.1 to 0\.9\..*reverse it"):
         hosm.DiscreteSchedule(ROW[::-1])

@@ -204,16 +204,23 @@ def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  
 
 def _logcumsumexp(input: Tensor, dim: int) -> Tensor:  # noqa: A002
     """Twice as many terms a round: the second derivative of PyTorch's own is NaN."""
-    total, length, reach = input, input.shape[dim] if input.ndim else 0, 1
+    # Rounded once, at the end; a copy, for of one term there is no round, and a network may write
+    # to what it gets.
+    total, length, reach = (
+        at_least_float32(input.clone()),
+        input.shape[dim] if input.ndim else 0,
+        1,
+    )
     while reach < length:
         kept, later = total.split((reach, length - reach), dim)
         earlier = total.narrow(dim, 0, length - reach)
         larger = later >= earlier
         high, low = torch.where(larger, later, earlier), torch.where(larger, earlier, later)
-        below = (low - high).masked_fill(high == -math.inf, 0.0)  # not −∞ less −∞
+        infinite = (high == low) & high.isinf()
+        below = (low - high).masked_fill(infinite, 0.0)  # not ∞ less ∞
         total = torch.cat([kept, high + F.softplus(below)], dim)
         reach *= 2
-    return total
+    return total.to(input.dtype)
 
 
 def _refused(*_: Any, **__: Any) -> Tensor:

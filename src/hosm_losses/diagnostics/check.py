@@ -26,7 +26,13 @@ from hosm_losses._checks import (
 from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import ENGINES, Field
 from hosm_losses.diagnostics.differences import NOT_FINITE, TOLERANCE, Agreement, Check, Smoothness
-from hosm_losses.diagnostics.localize import attempt, culprit, custom_functions, recorded
+from hosm_losses.diagnostics.localize import (
+    NO_DERIVATIVE,
+    attempt,
+    culprit,
+    custom_functions,
+    recorded,
+)
 from hosm_losses.diagnostics.values import check_samples, check_values
 from hosm_losses.model import (
     NetworkField,
@@ -48,6 +54,11 @@ FINITE = (
     "torch.where passes back through the branch that it does not take as well: put a number in "
     "the place of what goes into that, as in torch.where(x > 0, x, 1.0).sqrt(). Where all "
     "derivatives are finite on paper, another `derivative` may be right."
+)
+ROUNDING = (
+    "A float64 copy has no such fault: it is the rounding of float32, next to data or values that "
+    "are large. Divide the data by their standard deviation, embed the times, or check "
+    "copy.deepcopy(model).double() with x0.double()."
 )
 SMOOTH = (
     "Derivatives miss what happens in the jumps, so that a loss trains nothing of it. Use a "
@@ -195,6 +206,8 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
     if fault is None and not (opaque and custom_functions(field, x)):
         return
     where, primitives = "its own forward", noise_field.primitives
+    missing = fault is None or fault.startswith(NO_DERIVATIVE)
+    rounding = not missing and _is_rounding(check, noise_field, x)
     mended: Field = NetworkField(replace(noise_field, primitives=True))
     found = culprit(check, recorded(noise_field, x), primitives, opaque)
     if found is not None:
@@ -210,9 +223,27 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
             advice = "Leave primitives=True in ScoreModel, which replaces such operators."
         elif fault is not None and fault.endswith(NOT_FINITE):
             advice = FINITE
+        elif rounding:
+            advice = ROUNDING
         else:
             advice = _remedy(custom_functions(field, x))
     raise DerivativeError(f"network: expected {expected}; got {fault}, in {where}. {advice}")
+
+
+def _is_rounding(check: Check, field: NoiseField, x: Tensor) -> bool:
+    """Whether a network in float32 is without a fault in float64."""
+    if check.precision != torch.float32 or not isinstance(check, Agreement):
+        return False
+    if custom_functions(NetworkField(field), x):  # whose kernels may be others there
+        return False
+
+    def wide(tensor: Tensor) -> Tensor:
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    model = field.model._copied({}).double()
+    copied = replace(field, model=model, t=wide(field.t), kwargs=map_tensors(field.kwargs, wide))
+    exact = replace(check, precision=torch.float64)
+    return attempt(exact, NetworkField(copied), wide(x)) is None
 
 
 def _remedy(functions: list[str]) -> str:

@@ -202,6 +202,7 @@ def _check_moved(field: NoiseField, x: Tensor, value: Tensor, rounding: float) -
     raise DerivativeError(
         "network: expected outputs that follow their samples when the batch is permuted, or one "
         "of them repeated; got others. Something depends on the place in the batch: code in the "
-        "network, a tensor of model_kwargs that belongs to the samples without having their "
-        "number as its first dimension, or one that is marked Shared."
+        "network, what it keeps from an earlier call, a tensor of model_kwargs that belongs to "
+        "the samples without having their number as its first dimension, or one that is marked "
+        "Shared."
     )

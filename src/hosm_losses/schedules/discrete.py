@@ -110,7 +110,7 @@ class DiscreteSchedule(Schedule):
                 "alphas_cumprod: expected two entries or more that fall from below 1 to above 0; "
                 f"got {_ends(table)}. A table that ends at 0 (zero terminal SNR) has an infinite "
                 "sigma/alpha there: leave its last entry out. One that rises has its data at the "
-                "last index: reverse it."
+                "last index: reverse it. Betas, which rise too, go to DiscreteSchedule.from_betas."
             )
         log_sigma_hat = 0.5 * (np.log1p(-table) - np.log(table))
         object.__setattr__(self, "alphas_cumprod", tuple(table.tolist()))

@@ -65,6 +65,16 @@ def test_powers_by_a_tensor_of_what_is_below_zero(name):
     )
 
 
+def test_powers_by_a_tensor_of_a_wider_type():
+    x = torch.tensor([[-1.0, -2.0, 3.0]], dtype=torch.float32, requires_grad=True)
+    stack = carried(
+        lambda x: x ** torch.tensor([2.0, 3.0, 0.0]), x, torch.ones(1, 1, 3).float(), "squares"
+    )
+    assert stack.dtype == torch.float64
+    (gradient,) = torch.autograd.grad(stack.sum(), x)
+    assert gradient.tolist() == [[0.0, 3 * 4 - 6 * 2 + 6, 0.0]]
+
+
 @pytest.mark.parametrize("op", [operator.add, operator.sub, operator.mul, operator.truediv])
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (1, 1, 3, 1), (4,)])
 def test_a_parameter_on_either_side(op, shape):

@@ -166,8 +166,9 @@ def _to_a_tensor(x: Jet, exponent: Tensor) -> Jet:
     PyTorch's own takes the derivative in the exponent as well, times zero: NaN for x below zero.
     """
     constant = not isinstance(exponent, Jet) and not exponent.requires_grad
-    if not constant or exponent.dtype == torch.bool or result_type(x, exponent) != x.dtype:
+    if not constant or exponent.dtype == torch.bool or exponent.is_complex():
         raise NoRule
+    x = x.typed(result_type(x, exponent))
     shape = torch.broadcast_shapes(x.shape, exponent.shape)
     stack = aligned(x.stack, len(shape)).expand(-1, *shape)
     return apply(partial(powers, exponents=exponent), x.like(stack))
