@@ -206,11 +206,8 @@ def _logcumsumexp(input: Tensor, dim: int) -> Tensor:  # noqa: A002
     """Twice as many terms a round: the second derivative of PyTorch's own is NaN."""
     # Rounded once, at the end; a copy, for of one term there is no round, and a network may write
     # to what it gets.
-    total, length, reach = (
-        at_least_float32(input.clone()),
-        input.shape[dim] if input.ndim else 0,
-        1,
-    )
+    total = at_least_float32(input.clone())
+    length, reach = (input.shape[dim] if input.ndim else 0), 1
     while reach < length:
         kept, later = total.split((reach, length - reach), dim)
         earlier = total.narrow(dim, 0, length - reach)
