@@ -35,7 +35,7 @@ class Balance(nn.Module):
 
     def __init__(self, terms: int, device: torch.device | None = None) -> None:
         super().__init__()
-        # In half precision, as by default, a running mean forgets nothing, and overflows.
+        # In half precision, perhaps the default, a running mean forgets nothing and overflows.
         for name in ("sums", "counts"):
             empty = torch.zeros(terms, BINS, device=device, dtype=torch.float32)
             self.register_buffer(name, empty)
