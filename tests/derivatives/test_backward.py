@@ -269,3 +269,41 @@ def test_a_function_that_forgets_gradients_is_refused_under_a_transform(order):
 
     with pytest.raises(hosm.DerivativeError, match=DROPPED.format("Detaches")):
         torch.func.grad(loss)(x0)
+
+
+class Running(nn.Module):
+    """Reads a buffer, and changes it in place before the pass back."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("mean", torch.ones(2))
+
+    def forward(self, x, t):
+        found = self.layer(x * self.mean) * x.tanh() + t[:, None]
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        return found
+
+
+def test_a_buffer_that_changes_after_it_was_read_is_named():
+    model = hosm.ScoreModel(Running(), hosm.VPSchedule())
+    message = "expected what its forward reads to stay.*Assign a new tensor"
+    for call in (hosm.third_order_dsm, hosm.ode_nll):
+        with pytest.raises(hosm.DerivativeError, match=message):
+            call(model, torch.randn(4, 2))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_network_that_gives_its_memory_away_says_what_to_set():
+    """What `aot_autograd` says: 2.6 to 2.13."""
+
+    def compiled(x, t):
+        raise RuntimeError(
+            "This backward function was compiled with non-empty donated buffers which requires"
+        )
+
+    with pytest.raises(
+        hosm.DerivativeError, match=r"donated_buffer = False.*before torch\.compile"
+    ):
+        hosm.ode_nll(hosm.ScoreModel(compiled, hosm.VPSchedule()), torch.randn(4, 2))

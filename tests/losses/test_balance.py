@@ -96,6 +96,44 @@ def test_the_means_stay_in_float32():
     assert float(balance.counts[0, 0]) == pytest.approx(200 * (1 + DECAY + DECAY**2))
 
 
+def test_the_means_are_in_float32_whatever_the_default_is():
+    """As where a trainer makes its modules in bfloat16."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        balance = Balance(2)
+    finally:
+        torch.set_default_dtype(before)
+    assert balance.sums.dtype == balance.counts.dtype == torch.float32
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_checkpoint_in_half_precision_gives_means_in_float32(assign):
+    balance, kept = Balance(2), Balance(2)
+    kept((torch.ones(8), torch.ones(8)), torch.zeros(8), None)
+    halves = {name: value.bfloat16() for name, value in kept.state_dict().items()}
+    balance.load_state_dict(halves, assign=assign)
+    assert balance.sums.dtype == balance.counts.dtype == torch.float32
+    assert torch.equal(balance.counts, kept.counts)
+
+
+def test_what_was_made_without_data_starts_without_means():
+    """`to_empty` leaves what was in memory, and a checkpoint of order one has no means."""
+
+    def fill(tensor):
+        return torch.full_like(tensor, 7, device="cpu")  # as to_empty, with what was there
+
+    with torch.device("meta"):
+        filled, assigned = Balance(2), Balance(2)
+    assert filled.sums.is_meta
+    for balance in (filled._apply(fill), assigned):
+        balance.load_state_dict({}, assign=balance is assigned)
+        assert balance.sums.dtype == torch.float32
+        assert not balance.sums.is_meta
+        assert not balance.sums.any()
+        assert not balance.counts.any()
+
+
 def test_a_conversion_to_half_precision_leaves_the_means():
     balance = Balance(2)
     balance((torch.full((200,), 1e6), torch.ones(200)), torch.zeros(200), None)

@@ -106,6 +106,7 @@ def test_a_network_in_place_of_a_score_model_is_an_error_at_construction(module,
     [
         (nn.DataParallel, "DataParallel"),
         (lambda network: torch.compile(network, backend="eager"), "OptimizedModule"),
+        (lambda _: torch.jit.script(nn.LayerNorm(2)), "ScriptModule"),
     ],
 )
 def test_a_wrapped_network_is_an_error_at_construction(wrap, name, module, inside):

@@ -269,6 +269,15 @@ def test_other_parameters_in_the_pass_back_are_refused():
         loss.backward()
 
 
+def test_parameters_frozen_before_the_pass_back_are_refused():
+    network, model, x0, given = setting()
+    given["probe"] = torch.randn_like(x0)
+    loss = hosm.third_order_dsm(model, x0, chunks=2, **given)
+    next(network.parameters()).requires_grad_(False)
+    with pytest.raises(hosm.DerivativeError, match=r"chunks: .* Freeze it after loss\.backward"):
+        loss.backward()
+
+
 def test_parameters_that_are_no_leaves_have_their_gradient_once():
     network, model, x0, given = setting()
     given["probe"] = torch.randn_like(x0)

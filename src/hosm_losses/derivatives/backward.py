@@ -42,10 +42,23 @@ DROPPED = (
     "it, set guided_diffusion.nn.checkpoint and guided_diffusion.unet.checkpoint to "
     "lambda f, i, p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
 )
+GIVES_AWAY = (
+    "network: expected one whose graph several passes back can go through; got a part compiled by "
+    "itself, whose first pass back gives its memory away. Set "
+    "torch._functorch.config.donated_buffer = False before its first call, or give the network "
+    "as it was before torch.compile."
+)
+CHANGED = (
+    "network: expected what its forward reads to stay as it was until the pass back, which comes "
+    "before the network's next call; got a change in place, as of a buffer that is read and then "
+    "updated. Assign a new tensor to the buffer, or read a .clone() of it."
+)
 REMEDIES = {
     internals.REENTRANT_CHECKPOINT: CHECKPOINT_ADVICE,
     internals.HOOKS_IN_TRANSFORM: FORWARD_ADVICE,
     internals.DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
+    "non-empty donated buffers": GIVES_AWAY,
+    "modified by an inplace operation": CHANGED,
 }
 
 

@@ -19,6 +19,14 @@ class ChangedGradientError(DerivativeError):
     """A hook that changes a gradient; with another engine it would change the loss."""
 
 
+class ScriptedError(DerivativeError):
+    """A module of torch.jit; another engine would not see the norms inside it either."""
+
+
+# What no other engine does better.
+FINAL = (ChangedGradientError, ScriptedError)
+
+
 def _is_same(one: Tensor, other: Tensor) -> bool:
     return one is other or share_memory(one, other)
 

@@ -34,7 +34,7 @@ from hosm_losses._torch_internals import (
 from hosm_losses.derivatives import engines, products
 from hosm_losses.derivatives.backward import DroppedGraphError
 from hosm_losses.derivatives.engines import Derivatives, Field
-from hosm_losses.derivatives.hooks import ChangedGradientError
+from hosm_losses.derivatives.hooks import FINAL
 from hosm_losses.derivatives.primitive_mode import ForeignCheckpointError
 from hosm_losses.derivatives.products import Cotangent, Products
 from hosm_losses.derivatives.taylor import TaylorError
@@ -260,7 +260,7 @@ def _another_may_do(engine: str, error: Exception) -> bool:
     text, kinds = str(error), DroppedGraphError | ForeignCheckpointError
     if engine == "reverse":
         return isinstance(error, kinds) or any(words in text for words in NOT_TWICE)
-    if isinstance(error, ChangedGradientError):
+    if isinstance(error, FINAL):
         return False
     if engine == "taylor":
         # A device that failed says nothing about the network. What a checkpoint around the loss

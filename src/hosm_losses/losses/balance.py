@@ -35,16 +35,19 @@ class Balance(nn.Module):
 
     def __init__(self, terms: int, device: torch.device | None = None) -> None:
         super().__init__()
-        self.register_buffer("sums", torch.zeros(terms, BINS, device=device))
-        self.register_buffer("counts", torch.zeros(terms, BINS, device=device))
+        # In half precision, perhaps the default, a running mean forgets nothing and overflows.
+        for name in ("sums", "counts"):
+            empty = torch.zeros(terms, BINS, device=device, dtype=torch.float32)
+            self.register_buffer(name, empty)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Balance":
-        # In half precision a running mean forgets nothing, and overflows.
         kept = self.sums, self.counts
         super()._apply(fn, recurse)
         for name, before in zip(("sums", "counts"), kept, strict=True):
             moved = getattr(self, name)
-            if moved.dtype != torch.float32:
+            if before.is_meta and not moved.is_meta:  # by to_empty, which leaves what was there
+                setattr(self, name, torch.zeros_like(moved, dtype=torch.float32))
+            elif moved.dtype != torch.float32:
                 setattr(self, name, before.to(moved.device, torch.float32))
         return self
 
@@ -53,7 +56,8 @@ class Balance(nn.Module):
     ) -> None:
         # Of a checkpoint without them, as of order one: the means are those that are here.
         for name, buffer in self.named_buffers():
-            state_dict.setdefault(prefix + name, buffer.clone())
+            here = torch.zeros(buffer.shape) if buffer.is_meta else buffer.clone()
+            state_dict[prefix + name] = state_dict.get(prefix + name, here).float()
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(

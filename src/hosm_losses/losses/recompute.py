@@ -155,6 +155,7 @@ class _Chunked(torch.autograd.Function):
                 moved = [place for place, term in enumerate(terms) if term.requires_grad]
                 found: Sequence[Tensor | None] = [None] * len(places)
                 if moved:
+                    _refuse_frozen([points[place] for place in places])
                     found = torch.autograd.grad(
                         [terms[place] for place in moved],
                         [points[place] for place in places],
@@ -179,6 +180,17 @@ def _unknown(terms: Terms, known: Sequence[Tensor]) -> Iterator[Tensor]:
     for node in graph_nodes(terms):
         if node not in nodes and hasattr(node, "variable"):
             yield node.variable
+
+
+def _refuse_frozen(leaves: Sequence[Tensor]) -> None:
+    """Raise where a parameter was trained in the forward pass and is not now."""
+    for leaf in leaves:
+        if not leaf.requires_grad:
+            raise DerivativeError(
+                "chunks: expected parameters that require a gradient as they did in the forward "
+                "pass, which is evaluated again; got one of shape "
+                f"{tuple(leaf.shape)} that no longer does. Freeze it after loss.backward()."
+            )
 
 
 def _refuse(missed: Sequence[Tensor]) -> None:

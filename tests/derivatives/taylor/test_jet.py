@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+import hosm_losses as hosm
 from hosm_losses.derivatives.taylor import TaylorError, carried
 from tests.derivatives.taylor.checks import check
 
@@ -66,6 +67,17 @@ def test_compiled_extensions_are_refused():
         carried(scripted, X, W)
     with pytest.raises((TaylorError, RuntimeError)):
         carried(lambda x: x.sum() * float(torch.from_numpy(x.numpy()).sum()), X, W)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda norm: torch.jit.trace(norm, X)])
+def test_modules_of_torchscript_are_left_to_no_engine(make):
+    """A norm inside one has PyTorch's gradient, which no engine would notice to be wrong."""
+    layer, norm = nn.Linear(4, 4).double(), make(nn.LayerNorm(4).double())
+    model = hosm.ScoreModel(lambda x, t: norm(layer(x)), hosm.VPSchedule())
+    for engine in ("auto", "taylor"):
+        with pytest.raises(hosm.DerivativeError, match=r"one of torch\.jit.*that it was made of"):
+            hosm.second_order_dsm(model, X, derivative=engine)
 
 
 def lambda_free(x: torch.Tensor) -> torch.Tensor:

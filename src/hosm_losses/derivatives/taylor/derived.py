@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hosm_losses._torch_internals import pytree, share_memory, versions
 from hosm_losses.derivatives.forward_mode import WRONG, wrong_in_forward_mode
+from hosm_losses.derivatives.hooks import ScriptedError
 from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.primitives import PRIMITIVES
 from hosm_losses.derivatives.taylor import aliases
@@ -13,10 +15,18 @@ from hosm_losses.derivatives.taylor.along import along
 from hosm_losses.derivatives.taylor.jet import CHANGES, COMPLEX, Jet, TaylorError
 from hosm_losses.derivatives.taylor.table import WITHOUT_RULE, name_of, rule
 
+SCRIPTED = (
+    "network: expected modules that Python calls; got one of torch.jit, inside which PyTorch's "
+    "own higher derivatives of norms are taken, which are wrong without an error. Use the module "
+    "that it was made of."
+)
+
 
 @rule(WITHOUT_RULE, several=True)
 def differentiated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Differentiate a function without a rule by torch.func.jvp, in one evaluation of it."""
+    if isinstance(func, torch._C.ScriptMethod):  # pyright: ignore[reportPrivateUsage]
+        raise ScriptedError(SCRIPTED)
     flat, form = pytree.tree_flatten((args, kwargs))
     places = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]
     jets: list[Jet] = [flat[place] for place in places]
