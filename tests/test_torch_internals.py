@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -222,6 +223,26 @@ def test_a_part_compiled_by_itself_says_so():
     with pytest.raises(RuntimeError) as error:
         twice(lambda x: layer(x * torch.ones(1, 2)))
     assert internals.DOUBLE_BACKWARD_OF_COMPILED in str(error.value)
+
+
+def test_what_was_changed_since_says_so():
+    """2.6 to 2.13."""
+    x = torch.ones(2, requires_grad=True)
+    kept = torch.ones(2)
+    value = (x * kept).sum()
+    kept += 1
+    with pytest.raises(RuntimeError, match=internals.CHANGED_SINCE):
+        torch.autograd.grad(value, x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_part_that_gives_its_memory_away_says_so():
+    """2.13."""
+    compiled = torch.compile(lambda x: x.sin().exp().cos(), backend="aot_eager", dynamic=True)
+    x = torch.ones(3, requires_grad=True)
+    with functorch_config.patch(donated_buffer=True), pytest.raises(RuntimeError) as error:
+        torch.autograd.grad(compiled(x).sum(), x, retain_graph=True)
+    assert internals.DONATED_BY_COMPILED in str(error.value)
 
 
 def test_forward_mode_is_one_threads_at_a_time_and_can_be_entered_again():

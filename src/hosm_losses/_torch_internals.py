@@ -18,12 +18,12 @@ from torch.utils import _pytree as pytree  # noqa: F401
 
 # What PyTorch says of an operator without a second derivative in reverse mode.
 NOT_TWICE = ("derivative for aten::", "the derivative for '", "once_differentiable")
-# Of a reentrant checkpoint, of saved-tensor hooks (a checkpoint) under torch.func, of a part that
-# is compiled by itself, and of a custom Function that dropped what it saved.
 REENTRANT_CHECKPOINT = "compatible with .grad()"
-HOOKS_IN_TRANSFORM = "saved tensor hooks"
+HOOKS_IN_TRANSFORM = "saved tensor hooks"  # as of a checkpoint, under torch.func
 DOUBLE_BACKWARD_OF_COMPILED = "does not currently support double backward"
-LOST_ATTRIBUTE = "Backward' object has no attribute"
+DONATED_BY_COMPILED = "non-empty donated buffers"
+CHANGED_SINCE = "modified by an inplace operation"
+LOST_ATTRIBUTE = "Backward' object has no attribute"  # of a custom Function that dropped it
 # The node that a once_differentiable backward puts behind what it returns, and
 # torch.autograd.grad never meets.
 DELAYED_ERROR = "torch::autograd::Error"

@@ -57,8 +57,8 @@ REMEDIES = {
     internals.REENTRANT_CHECKPOINT: CHECKPOINT_ADVICE,
     internals.HOOKS_IN_TRANSFORM: FORWARD_ADVICE,
     internals.DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
-    "non-empty donated buffers": GIVES_AWAY,
-    "modified by an inplace operation": CHANGED,
+    internals.DONATED_BY_COMPILED: GIVES_AWAY,
+    internals.CHANGED_SINCE: CHANGED,
 }
 
 

@@ -25,7 +25,7 @@ SCRIPTED = (
 @rule(WITHOUT_RULE, several=True)
 def differentiated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Differentiate a function without a rule by torch.func.jvp, in one evaluation of it."""
-    if isinstance(func, torch._C.ScriptMethod):  # pyright: ignore[reportPrivateUsage]
+    if isinstance(func, torch.ScriptMethod):
         raise ScriptedError(SCRIPTED)
     flat, form = pytree.tree_flatten((args, kwargs))
     places = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]
