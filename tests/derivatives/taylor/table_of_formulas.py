@@ -81,10 +81,10 @@ def _(r, f):
     return spelled(r, f, lambda x: x, *named)
 
 
-@of("pow", "__pow__")
+@of("pow", "__pow__", "float_power")
 def _(r, f):
     exponent = r.choice([2, 3, 0, 1, -1, 0.5, -1.5, 2.0, True, torch.tensor(3), ROWS])
-    if f in every("pow") and r.random() < 0.3:
+    if f in every("pow", "float_power") and r.random() < 0.3:
         base = r.choice([ROWS.abs() + 1, ROWS[0].abs() + 1] + ([] if is_method(f) else [2]))
         return lambda x: f(base, x)
     return lambda x: f(x * x + 0.5, exponent)
