@@ -55,7 +55,7 @@ MAKES = {
     "sorted": lambda y, z, w: y.sort(-1).values + z,
     "rolled": lambda y, z, w: y.roll(1, -1).flip(1),
     "stacked": lambda y, z, w: torch.stack([y, z], 1)[:, 0].clone(),
-    "padded": lambda y, z, w: F.pad(y, (1, 0))[..., :3],
+    "padded": lambda y, z, w: F.pad(y, (1, -1)),
     "chosen": lambda y, z, w: y[:, [1, 0]] + z.index_select(2, torch.tensor([2, 0, 0])),
     "added to": lambda y, z, w: y.index_add(2, torch.tensor([2, 0, 0]), z),
     "filled": lambda y, z, w: torch.zeros(3, 2, 3).copy_(y).mul_(0.9),
