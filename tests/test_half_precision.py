@@ -85,6 +85,55 @@ def test_every_order_reduction_and_weighting_equals_float64(half, order, weighti
     assert float(error) < 20 * torch.finfo(half).eps
 
 
+@pytest.mark.parametrize("end", ["t_min", "t_max"])
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction", "flow_prediction"])
+@pytest.mark.parametrize("half", HALVES)
+def test_the_native_error_at_an_end_is_that_of_the_prediction(half, prediction, end):
+    schedule = hosm.LinearFlowSchedule()
+    network = Elementwise().to(half)
+    _, (given, _), signs = setting(network, half, 2)
+    x0, noise = given["x0"], given["noise"]
+    t = torch.full((2,), getattr(schedule, end), dtype=torch.float32)
+    alpha, sigma = (part[:, None] for part in schedule(t))
+    predicted = network((alpha * x0 + sigma * noise).to(half), t)
+    target = {
+        "sample": x0,
+        "v_prediction": alpha * noise - sigma * x0,
+        "flow_prediction": noise.float() - x0.float(),
+    }[prediction]
+    own = (predicted.float() - target.float()).square().mean()
+    (expected,) = torch.autograd.grad(own, network.weight)
+    model = hosm.ScoreModel(network, schedule, prediction)
+    given = {"t": t, "noise": noise, "weighting": "native"}
+    probe = torch.stack([signs[0], -signs[0]]).to(half)
+    alone = {"weights": (1, 0, 0), "probe": probe}
+    for loss in (
+        hosm.first_order_dsm(model, x0, **given),
+        hosm.second_order_dsm(model, x0, **given, **alone),
+        hosm.second_order_dsm(model, x0, **given, **alone, estimator="paired"),
+    ):
+        torch.testing.assert_close(loss, own, rtol=1e-3, atol=0)
+        (got,) = torch.autograd.grad(loss, network.weight)
+        assert float((got - expected).float().norm() / expected.float().norm()) < 1e-2
+
+
+def test_the_rate_of_stein_is_made_of_the_noise_that_was_drawn():
+    # At t_min the rounding of x is larger than σ.
+    schedule = hosm.VPSchedule()
+    _, inputs, signs = setting(Elementwise(), torch.bfloat16, 4)
+
+    def network(x, t):
+        alpha, sigma = (part[:, None] for part in schedule(t))
+        return (alpha * x / (alpha**2 + sigma**2) + 0.1 * torch.tanh(x)).to(x.dtype)
+
+    model, found = hosm.ScoreModel(network, schedule, "sample"), []
+    for given in inputs:
+        given = dict(given, t=torch.full_like(given["t"], 2e-5))
+        given["probe"] = torch.stack([signs[0], -signs[0]]).to(given["x0"].dtype)
+        found.append(hosm.stein_dsm(model, given.pop("x0"), **given).double())
+    torch.testing.assert_close(*found, rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("derivative", ["auto", "taylor", "reverse", "forward"])
 @pytest.mark.parametrize("third", THIRDS)
 @pytest.mark.parametrize("half", HALVES)

@@ -92,8 +92,7 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     own = getattr(model, "config", None)
     inputs, outputs = (getattr(own, f"{end}_channels", None) for end in ("in", "out"))
     learned = inputs is not None and outputs == 2 * inputs
-    output = _half_of_sample if learned else _sample
-    options: dict[str, Any] = {"output": output, "call": _by_name}
+    options = dict[str, Any](output=_half_of_sample if learned else _sample, call=_by_name)
     config = getattr(scheduler, "config", None)
     if "FlowMatch" in type(scheduler).__name__:
         where = "scheduler.config.num_train_timesteps"
@@ -228,9 +227,7 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
     check_flag("continuous", continuous)
     explodes = hasattr(sde, "sigma_min") and hasattr(sde, "sigma_max")
     if not explodes:
-        expected = (
-            "sde: expected a VPSDE or subVPSDE with {}, or a VESDE with sigma_min and sigma_max"
-        )
+        expected = "sde: expected a VPSDE or subVPSDE with {}, a VESDE with sigma_min, sigma_max"
         _check_has(sde, expected, "beta_0", "beta_1")
     if not continuous:
         raise ValueError(
@@ -302,6 +299,9 @@ def _table_schedule(owner: Any, name: str) -> DiscreteSchedule:
             "Cut it and say the rest yourself: ScoreModel(network, "
             f"DiscreteSchedule({where}[:-1]), prediction=..., ...)."
         )
+    if (sigma := getattr(owner, "sqrt_one_minus_alphas_cumprod", None)) is not None:
+        # Where both are kept in float32 it has the digits that 1 − ᾱ has lost at the first steps.
+        table = table / (table + torch.as_tensor(sigma).detach().to(table).square())
     return DiscreteSchedule(table)
 
 

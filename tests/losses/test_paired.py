@@ -115,6 +115,24 @@ def test_more_probes_are_two_halves(count):
     assert terms.second.shape == (2,)
 
 
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_float32_keeps_the_digits_of_small_terms_at_the_noisy_end(distribution):
+    # There D tends to −v, and the squares of order two are 4e-6 of what they are made of.
+    network, schedule = MLP(D), hosm.LinearFlowSchedule()
+    randomise(network)
+    x0, noise, *probe = torch.randn((4, 4, D)).float().unbind()
+    probe = torch.stack(probe) if distribution == "gaussian" else torch.stack(probe).sign()
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = hosm.ScoreModel(network.to(dtype), schedule, "flow_prediction")
+        t = torch.full((4,), 1 - 2**-9, dtype=dtype)
+        given = {"t": t, "noise": noise.to(dtype), "probe": probe.to(dtype)}
+        found.append(hosm.dsm_terms(model, x0.to(dtype), **given, estimator="paired"))
+    for single, double in zip(*found, strict=True):
+        error = (single - double).norm() / double.norm()
+        assert float(error.detach()) < 2e-3
+
+
 def test_the_forms_with_the_parts_of_dense_arrays():
     """Values along two given probes, term by term, from a dense Jacobian and its derivative."""
     model, given = setting()

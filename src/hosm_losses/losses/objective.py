@@ -145,8 +145,15 @@ def perturbed(
         eps = normal(check_like("noise", noise, shape, batch.dtype, batch.device, "x0"))
         check_finite("noise", eps)
     alpha, sigma = score_model.coefficients(times, batch)
-    x = expand_right(alpha, batch) * batch + expand_right(sigma, batch) * eps
-    return score_model, Inputs(x.to(batch.dtype), times, eps, sigma)
+    exact = expand_right(alpha, batch) * batch + expand_right(sigma, batch) * eps
+    x = exact.to(batch.dtype)
+    # Stein's rate multiplies by the noise that was drawn.
+    if x.dtype != exact.dtype and not isinstance(options, SteinOptions):
+        # The rounding of x is in q x of ε̂ = p · prediction + q x as well, where "native" divides
+        # it by p, which is near 0 at t_max. Without it r1 is p times the prediction's error.
+        q = score_model.affine(times, batch)[1]
+        eps = eps if q is None else eps - q * (exact - x)
+    return score_model, Inputs(x, times, eps, sigma)
 
 
 def _terms(

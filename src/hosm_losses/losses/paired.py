@@ -83,20 +83,22 @@ def paired_terms(
         derived = field.derive(x, direction, **chosen)
     value, directional, probe = map(at_least_float32, (*derived[:2], probe))
     ell = ell_of(value)
-    square, along = inner(ell, ell), inner(probe, directional)
+    # D tends to −v at the noisy end: their sum keeps the digits that those of squares lose.
+    square, shifted = inner(ell, ell), directional + probe
+    beyond = elements - over_elements(probe.square())  # 0 but for rounding and "gaussian"
+    along = inner(probe, shifted) + beyond  # v·D + d
     of_second = None
     if second and pulled is not None:
-        cross = inner(ell, sigma * at_least_float32(pulled))
-        rest = elements - 2 * square + square.square() - 2 * cross
-        of_second = (over_elements(directional.square()) + 2 * along).mean(0) + rest.mean(0)
-        of_second = of_second / elements**2
-    one, other = halves(along + elements - square)
+        cross = inner(ell, sigma * at_least_float32(pulled) + ell)
+        of_second = (over_elements(shifted.square()) + beyond).mean(0)
+        of_second = (of_second + (square.square() - 2 * cross).mean(0)) / elements**2
+    one, other = halves(along - square)
     terms = DSMTerms(
         first_term(first_residual(value, noise)), of_second, one * other / elements**2
     )
     if derived.third is None or pushed is None:
         return terms
-    shifted = (sigma * at_least_float32(pushed)).detach() + ell
-    rest = scaled((square - along - elements).detach(), ell) - 2 * shifted
+    moved = (sigma * at_least_float32(pushed)).detach() + ell
+    rest = scaled((square - along).detach(), ell) - 2 * moved
     one, other = halves(at_least_float32(derived.third) + rest)
     return terms._replace(third=over_elements(one * other, 1) / elements**3)

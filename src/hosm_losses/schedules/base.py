@@ -47,6 +47,9 @@ class Schedule:
     tensor like t and hold no tensor of another device. A ScoreModel checks all this when it is
     built.
 
+    They are looked at in float64, and losses call them in float32, where 1 − α² has few digits
+    left near t_min: with α = exp(−B/2) write σ as torch.sqrt(-torch.expm1(-B)).
+
     Example:
         >>> class Linear(Schedule):
         ...     t_min, t_max = 0.01, 1.0
