@@ -222,6 +222,31 @@ def test_a_running_sum_is_rounded_once(dtype):
     torch.testing.assert_close(found.double(), x.double().logcumsumexp(1), rtol=half, atol=1e-5)
 
 
+FAR = {
+    "mish": (F.mish, [-800.0, -100.0, -20.0, 0.0, 0.3, 19.0, 21.0, 100.0, 800.0]),
+    "logaddexp": (
+        lambda x: torch.logaddexp(x, 1 - x * x / 1000),
+        [-800.0, -100.0, 0.0, 1.0, 100.0, 800.0],
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", FAR)
+def test_far_from_zero_derivatives_are_finite(name, engine):
+    """Where an exponential is out of range, of which PyTorch's own are NaN."""
+    function, places = FAR[name]
+    model = hosm.ScoreModel(lambda x, t: function(x), hosm.VPSchedule())
+    field = noise_field(model, torch.full((1,), 0.5))
+    for place in places:
+        x = torch.tensor([[place]], requires_grad=True)
+        found = field.derive(x, torch.ones(1, 1, 1), order=3, derivative=engine)
+        (again,) = torch.autograd.grad(found.third.sum(), x)
+        for each in (*found, again):
+            assert each.isfinite().all(), (place, each)
+        torch.testing.assert_close(-found.value[0], function(x), rtol=1e-12, atol=1e-300)
+
+
 RIGHT = {
     "rms_norm": (nn.RMSNorm(4), (3, 4)),
     "local_response_norm": (nn.LocalResponseNorm(2), (4, 3)),

@@ -202,6 +202,20 @@ def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  
     return torch.where(mask, value.to(input.dtype), input)
 
 
+def _mish(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
+    """By softplus: the second derivative of PyTorch's own is NaN above 88 in float32."""
+    found = input * torch.tanh(F.softplus(input))
+    return input.copy_(found) if inplace else found
+
+
+def _logaddexp(input: Tensor, other: Tensor) -> Tensor:  # noqa: A002
+    """By softplus: the second derivative of PyTorch's own is NaN 88 apart in float32."""
+    larger = input >= other
+    high, low = torch.where(larger, input, other), torch.where(larger, other, input)
+    infinite = (high == low) & high.isinf()
+    return high + F.softplus((low - high).masked_fill(infinite, 0.0))  # not ∞ less ∞
+
+
 def _logcumsumexp(input: Tensor, dim: int) -> Tensor:  # noqa: A002
     """Twice as many terms a round: the second derivative of PyTorch's own is NaN."""
     # Rounded once, at the end; a copy, for of one term there is no round, and a network may write
@@ -210,12 +224,8 @@ def _logcumsumexp(input: Tensor, dim: int) -> Tensor:  # noqa: A002
     length, reach = (input.shape[dim] if input.ndim else 0), 1
     while reach < length:
         kept, later = total.split((reach, length - reach), dim)
-        earlier = total.narrow(dim, 0, length - reach)
-        larger = later >= earlier
-        high, low = torch.where(larger, later, earlier), torch.where(larger, earlier, later)
-        infinite = (high == low) & high.isinf()
-        below = (low - high).masked_fill(infinite, 0.0)  # not ∞ less ∞
-        total = torch.cat([kept, high + F.softplus(below)], dim)
+        joined = _logaddexp(later, total.narrow(dim, 0, length - reach))
+        total = torch.cat([kept, joined], dim)
         reach *= 2
     return total.to(input.dtype)
 
@@ -250,6 +260,8 @@ PRIMITIVES: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.select_scatter: _select_scatter,
     **dict.fromkeys((torch.index_fill, torch.Tensor.index_fill), _index_fill),
     torch.Tensor.index_fill_: lambda x, *given, **named: x.copy_(_index_fill(x, *given, **named)),
+    F.mish: _mish,
+    **dict.fromkeys((torch.logaddexp, torch.Tensor.logaddexp), _logaddexp),
     **dict.fromkeys((torch.logcumsumexp, torch.Tensor.logcumsumexp), _logcumsumexp),
     torch.native_layer_norm: _refused,
     torch.native_group_norm: _refused,
