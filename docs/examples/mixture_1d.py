@@ -218,7 +218,8 @@ def run_all(
         with tqdm(total=sum(job.steps * job.cost for job in distinct), bar_format=form) as bar:
             while pending:
                 _, pending = wait(pending, timeout=1)
-                bar.update(counter.value - bar.n)
+                # The sum of all parts may be more than the total, by rounding.
+                bar.update(min(counter.value, bar.total) - bar.n)
     return costs, jobs, {job: future.result() for job, future in running.items()}
 
 
