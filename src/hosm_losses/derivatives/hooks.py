@@ -23,6 +23,10 @@ class ScriptedError(DerivativeError):
     """A module of torch.jit; another engine would not see the norms inside it either."""
 
 
+GIVE_THE_SOURCE = (
+    "PyTorch's own higher derivatives of norms are taken inside it, which are wrong without an "
+    "error. Use the module that it was made of."
+)
 # What no other engine does better.
 FINAL = (ChangedGradientError, ScriptedError)
 

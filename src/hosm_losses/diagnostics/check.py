@@ -206,8 +206,7 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
     if fault is None and not (opaque and custom_functions(field, x)):
         return
     where, primitives = "its own forward", noise_field.primitives
-    missing = fault is None or fault.startswith(NO_DERIVATIVE)
-    rounding = not missing and _is_rounding(check, noise_field, x)
+    whole, missing = x, fault is None or fault.startswith(NO_DERIVATIVE)
     mended: Field = NetworkField(replace(noise_field, primitives=True))
     found = culprit(check, recorded(noise_field, x), primitives, opaque)
     if found is not None:
@@ -223,7 +222,7 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
             advice = "Leave primitives=True in ScoreModel, which replaces such operators."
         elif fault is not None and fault.endswith(NOT_FINITE):
             advice = FINITE
-        elif rounding:
+        elif not missing and _is_rounding(check, noise_field, whole):
             advice = ROUNDING
         else:
             advice = _remedy(custom_functions(field, x))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hosm_losses._checks import over_elements
 from hosm_losses._torch_internals import COMPILED_PART, normal
 from hosm_losses.derivatives import (
+    GIVE_THE_SOURCE,
     Derivatives,
     Jet,
     Products,
@@ -238,10 +239,6 @@ _COMPILE_THE_LOSS = (
     "What is compiled by itself has no second derivative. Compile the loss module in its place: "
     "torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
 )
-_GIVE_THE_SOURCE = (
-    "PyTorch's own higher derivatives of norms are taken inside it, which are wrong without an "
-    "error. Use the module that it was made of."
-)
 COMPILED_IN_PLACE = "a part compiled by its own .compile()"
 # By name, so that nothing of torch.distributed is imported for it.
 WRAPPERS = {
@@ -251,7 +248,7 @@ WRAPPERS = {
     "DataParallel": _TAKE_IT_OUT + _WRAP_THE_LOSS.format("DistributedDataParallel"),
     "OptimizedModule": _COMPILE_THE_LOSS,
     COMPILED_IN_PLACE: _COMPILE_THE_LOSS,
-    "ScriptModule": _GIVE_THE_SOURCE,  # of torch.jit, traced or scripted
+    "ScriptModule": GIVE_THE_SOURCE,  # of torch.jit, traced or scripted
 }
 
 WRAPPER_MODULES = {"torch.distributed.fsdp", "torch._dynamo"}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hosm_losses._torch_internals import pytree, share_memory, versions
 from hosm_losses.derivatives.forward_mode import WRONG, wrong_in_forward_mode
-from hosm_losses.derivatives.hooks import ScriptedError
+from hosm_losses.derivatives.hooks import GIVE_THE_SOURCE, ScriptedError
 from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.primitives import PRIMITIVES
 from hosm_losses.derivatives.taylor import aliases
@@ -15,11 +15,7 @@ from hosm_losses.derivatives.taylor.along import along
 from hosm_losses.derivatives.taylor.jet import CHANGES, COMPLEX, Jet, TaylorError
 from hosm_losses.derivatives.taylor.table import WITHOUT_RULE, name_of, rule
 
-SCRIPTED = (
-    "network: expected modules that Python calls; got one of torch.jit, inside which PyTorch's "
-    "own higher derivatives of norms are taken, which are wrong without an error. Use the module "
-    "that it was made of."
-)
+SCRIPTED = "network: expected modules that Python calls; got one of torch.jit. " + GIVE_THE_SOURCE
 
 
 @rule(WITHOUT_RULE, several=True)
