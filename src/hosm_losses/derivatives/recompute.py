@@ -116,6 +116,14 @@ class _Recomputed(torch.autograd.Function):
         return None, *(next(values) if need else None for need in needed)
 
 
+def unseen() -> bool:
+    """Whether what is computed now is not differentiated as it stands.
+
+    Then an operator of PyTorch will do whose own derivatives are wrong, or that has none.
+    """
+    return not (torch.is_grad_enabled() or traced())
+
+
 def asked_for(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
     """Of which tensors, the last arguments of a Function, this backward pass needs the gradient.
 

@@ -34,8 +34,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
-from hosm_losses._torch_internals import traced
-from hosm_losses.derivatives.recompute import Needed
+from hosm_losses.derivatives.recompute import Needed, unseen
 from hosm_losses.derivatives.taylor.along import Pairs, add_products, summed
 from hosm_losses.derivatives.taylor.jet import components, gathered, halves
 from hosm_losses.derivatives.taylor.layers import with_bias
@@ -92,7 +91,7 @@ class _Norm:
 
     def __init__(self, rows: Rows, value: Tensor) -> None:
         self.rows, self.end, self.h = rows, (), rows.length**-0.5
-        if rows.centred and not (torch.is_grad_enabled() or traced()):
+        if rows.centred and unseen():
             self.end = rows.at_the_end()
         if self.end:
             self.value = value = value.contiguous()

@@ -4,8 +4,9 @@ Formula, for y = a(x):
     y_l = a'(x) x_l        y_lr = a'(x) x_lr + a''(x) x_l x_r
 
 A new activation is a generator of a and its first three derivatives at x, registered under every
-name by which networks call it; see `_silu`. Gradients follow from the same four numbers, and only
-the stack is kept for them.
+name by which networks call it; see `_tanh`. Gradients follow from the same four numbers, and only
+the stack is kept for them. Where PyTorch has an operator for a'(x) x_l, the activation can name
+it; see `_silu`.
 """
 
 import math
@@ -19,26 +20,35 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
-from hosm_losses.derivatives.recompute import Needed, recomputed
+from hosm_losses.derivatives.recompute import Needed, recomputed, unseen
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves
 from hosm_losses.derivatives.taylor.table import NoRule, every, rule
 
 Series = Callable[[Tensor], Iterator[Tensor]]
+First = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def apply(series: Series, jet: Jet) -> Jet:
-    """The function of a Jet whose `series` yields it and its first three derivatives at x."""
+def apply(series: Series, jet: Jet, first: First | None = None) -> Jet:
+    """The function of a Jet whose `series` yields it and its first three derivatives at x.
+
+    `first` is of x and directions, and returns the function and its derivatives along them.
+    """
     function, pullback = (
-        partial(each, series, jet.firsts, jet.pairs) for each in (_evaluate, _pull_back)
+        partial(each, jet.firsts, jet.pairs)
+        for each in (partial(_evaluate, series, first), partial(_pull_back, series))
     )
     again = [partial(_pull_back_again, series)] if jet.pairs == "none" else []
     return jet.like(recomputed(function, jet.stack, pullbacks=[pullback, *again]))
 
 
-def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
+def _evaluate(
+    series: Series, first: First | None, firsts: int, pairs: Pairs, stack: Tensor
+) -> Tensor:
     dtype = stack.dtype
     point, tangents, seconds = components(at_least_float32(stack), firsts)
+    if first is not None and pairs == "none" and unseen():
+        return torch.cat(first(point, tangents)).to(dtype)
     numbers = series(point)
     value, slope = islice(numbers, 2)
     parts = [value, tangents * slope]
@@ -94,24 +104,40 @@ def _pull_back_again(
     return of_stack.to(dtype), of_cotangent.to(dtype)
 
 
+def _given(
+    args: tuple[Any, ...], named: dict[str, Any], function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function of tensors, with other arguments after them."""
+    return lambda *tensors: function(*tensors, *args, **named)
+
+
 def pointwise(
-    *functions: Callable[..., Any],
+    *functions: Callable[..., Any], first: Callable[..., tuple[Tensor, Tensor]] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the generator of a function and its derivatives, with that function's arguments."""
+    """Register the generator of a function and its derivatives, with that function's arguments.
+
+    `first` takes x, directions and those arguments; see `apply`.
+    """
 
     def register(series: Callable[..., Any]) -> Callable[..., Any]:
         @rule(*functions)
         @wraps(series)
         def evaluated(x: Jet, *args: Any, **named: Any) -> Jet:
-            given = (lambda point: series(point, *args, **named)) if args or named else series
-            return apply(given, x)
+            if not args and not named:
+                return apply(series, x, first)
+            given = partial(_given, args, named)
+            return apply(given(series), x, None if first is None else given(first))
 
         return series
 
     return register
 
 
-@pointwise(*every("silu"))
+def _first_of_silu(x: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+    return F.silu(x), torch.ops.aten.silu_backward.default(along, x)
+
+
+@pointwise(*every("silu"), first=_first_of_silu)
 def _silu(x: Tensor) -> Iterator[Tensor]:
     s = torch.sigmoid(x)
     yield x * s
@@ -143,7 +169,12 @@ def _tanh(x: Tensor) -> Iterator[Tensor]:
     yield slope * (4 - 6 * slope)
 
 
-@pointwise(*every("gelu"))
+def _first_of_gelu(x: Tensor, along: Tensor, approximate: str = "none") -> tuple[Tensor, Tensor]:
+    slope = torch.ops.aten.gelu_backward.default(along, x, approximate=approximate)
+    return F.gelu(x, approximate=approximate), slope
+
+
+@pointwise(*every("gelu"), first=_first_of_gelu)
 def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
     # x S(x), of a share S between 0 and 1.
     square = x * x
