@@ -27,7 +27,6 @@ second derivative of that depends on x, so where there is a graph J is written o
 """
 
 import math
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -102,11 +101,15 @@ class _Norm:
             centred = rows.about_mean(value)
             self.rho = torch.rsqrt(rows.total(centred * centred) / rows.length + rows.eps)
             self.y = centred * self.rho
+        self._s: Some = None  # not a cached_property, whose lock breaks graphs of torch.compile
 
-    @cached_property
+    @property
     def s(self) -> Tensor:
-        """The s."""
-        return self.h * self.rho * self.y
+        """The s, computed once it is asked for."""
+        found = self._s
+        if found is None:
+            found = self._s = self.h * self.rho * self.y
+        return found
 
     def along(self, z: Tensor) -> Tensor:
         """The Z of each component."""
@@ -131,7 +134,7 @@ class _Norm:
 
     def bent(self, inner: Tensor, products: Tensor) -> Tensor:
         """J of what is added up, and −h s times the products."""
-        return self.turned(inner).addcmul_(self.s, products, value=-self.h)
+        return torch.addcmul(self.turned(inner), self.s, products, value=-self.h)
 
     def factor(self, to_z: Tensor, to_w: Tensor, product: Tensor) -> Tensor:
         """The h² (2 Z W − ρ zw) of each component."""
@@ -145,8 +148,8 @@ class _Norm:
             return [firsts]
         (left, right), (_, of_right) = halves(tangents, pairs), halves(firsts, pairs)
         to_left, to_right = halves(self.along(tangents), pairs)
-        sides = -self.h * gathered(torch.addcmul(left * to_right, right, to_left), pairs)
-        inner = sides.add_(seconds) if seconds.shape[0] else sides
+        inner = -self.h * gathered(torch.addcmul(left * to_right, right, to_left), pairs)
+        inner = inner + seconds if seconds.shape[0] else inner
         return [firsts, self.bent(inner, gathered(self.product(left, of_right), pairs))]
 
 
