@@ -297,6 +297,16 @@ def test_the_derivatives_of_a_schedule_are_its_own():
     assert found[0].evaluations == 2 * (2 + 2 * 2) + 3 * (16 + 10) + 1 + 72
 
 
+def test_the_schedule_of_a_truth_is_compared_under_any_default_dtype():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        truth = hosm.ScoreModel(torch.nn.Identity(), hosm.DiscreteSchedule.linear(1000))
+        assert gap._reference(truth, truth.schedule, torch.zeros(1, 2)) is truth
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.filterwarnings("ignore:schedule. expected one that ends in its prior")
 @pytest.mark.filterwarnings("ignore:network. expected evaluation mode")
 @pytest.mark.parametrize("kind", ["discrete", "half", "inference", "module"])

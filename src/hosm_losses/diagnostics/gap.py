@@ -281,7 +281,8 @@ def _reference(
     if reference is None:
         return None
     if isinstance(reference, ScoreModel):
-        t = torch.linspace(schedule.t_min, schedule.t_max, 9)
+        ends = schedule.t_min, schedule.t_max
+        t = torch.linspace(*ends, 9, dtype=torch.float64, device="cpu")
         try:
             same = all(map(torch.allclose, schedule(t), reference.schedule(t)))
         except ValueError:  # a time that it does not have
