@@ -290,7 +290,7 @@ def _check_has(value: object, expected: str, *names: str, advice: str = OWN) -> 
 
 def _table_schedule(owner: Any, name: str) -> DiscreteSchedule:
     """The schedule of the table ᾱ of a foreign object of this name; ValueError if it ends at 0."""
-    table = torch.as_tensor(owner.alphas_cumprod).detach().to("cpu", torch.float64)
+    table = torch.as_tensor(owner.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
     if table.ndim == 1 and len(table) and float(table[-1]) in ZERO:
         where = f"{name}.alphas_cumprod"
         raise ValueError(

@@ -248,6 +248,65 @@ def test_a_network_that_writes_to_its_conditions_writes_to_copies():
     assert torch.equal(y, torch.ones(4))
 
 
+class ByAutograd(hosm.Schedule):
+    t_min, t_max, prior_std = 0.01, 1.0, 1.0
+
+    def alpha(self, t):
+        return 1 - 0.9 * t**2
+
+    def sigma(self, t):
+        return t
+
+
+class ByHand(ByAutograd):
+    """The same, which autograd cannot follow, with derivatives of its own."""
+
+    def alpha(self, t):
+        return super().alpha(t.detach())
+
+    def sigma(self, t):
+        return t.detach()
+
+    def rates(self, t):
+        return -1.8 * t, torch.ones_like(t)
+
+    def drift(self, t):
+        return -1.8 * t / self.alpha(t)
+
+    def squared_diffusion(self, t):
+        return 2 * t - 2 * t**2 * self.drift(t)
+
+
+def test_the_derivatives_of_a_schedule_are_its_own():
+    """The score of the ODE of a flow needs α′ and σ′."""
+    torch.manual_seed(0)
+    network, x0 = MLP(2), torch.randn(4, 2)
+    found = [
+        hosm.likelihood_gap(
+            hosm.ScoreModel(network, schedule, "flow_prediction"),
+            x0,
+            nodes=2,
+            steps=16,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for schedule in (ByHand(), ByAutograd())
+    ]
+    own, expected = (report.curves["own score"] for report in found)
+    assert [each.value for each in own] == pytest.approx([each.value for each in expected])
+    # Derivatives at two nodes, three solutions, the draw of clean=True, and the bound.
+    assert found[0].evaluations == 2 * (2 + 2 * 2) + 3 * (16 + 10) + 1 + 72
+
+
+def test_the_schedule_of_a_truth_is_compared_under_any_default_dtype():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        truth = hosm.ScoreModel(torch.nn.Identity(), hosm.DiscreteSchedule.linear(1000))
+        assert gap._reference(truth, truth.schedule, torch.zeros(1, 2)) is truth
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.filterwarnings("ignore:schedule. expected one that ends in its prior")
 @pytest.mark.filterwarnings("ignore:network. expected evaluation mode")
 @pytest.mark.parametrize("kind", ["discrete", "half", "inference", "module"])
@@ -281,6 +340,9 @@ def test_odd_models_and_modes(kind):
         ({"reference": torch.tensor(1.0)}, ValueError, "reference: expected a ScoreModel, atoms"),
         ({"reference": torch.ones(0, 2)}, ValueError, "reference: expected a ScoreModel, atoms"),
         ({"reference": torch.full((3, 2), math.nan)}, ValueError, "reference"),
+        ({"reference": torch.ones(3, 2).to_sparse()}, TypeError, "reference: expected"),
+        ({"reference": torch.ones(3, 2) * 1j}, TypeError, "reference: expected a real"),
+        ({"reference": torch.ones(3, 2, dtype=torch.uint8)}, TypeError, "Scale integer images"),
         ({"reference": gaussian(SCHEDULES["ve"], STD)}, ValueError, "of the model's schedule"),
         ({"reference": "truth"}, TypeError, "reference: expected"),
         ({"ode_score": 1}, TypeError, "ode_score: expected True or False"),

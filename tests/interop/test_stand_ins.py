@@ -152,6 +152,18 @@ def test_guided_diffusion(variance, mean, spaced, rescale):
     check_all_from_one_line(model, x0, y)
 
 
+def test_a_table_of_python_numbers_keeps_its_digits():
+    diffusion = GaussianDiffusion(variance="FIXED_SMALL")
+    diffusion.alphas_cumprod = [0.9999, 0.5, 0.1]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        model = from_guided_diffusion(nn.Identity(), diffusion)
+    finally:
+        torch.set_default_dtype(before)
+    assert model.schedule.alphas_cumprod == (0.9999, 0.5, 0.1)
+
+
 def test_guided_diffusion_refuses_what_has_no_noise_prediction():
     with pytest.raises(ValueError, match=r"model_mean_type: expected one of 'EPSILON', 'START_X'"):
         from_guided_diffusion(Net(), GaussianDiffusion(mean="PREVIOUS_X"))

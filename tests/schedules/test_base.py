@@ -137,6 +137,19 @@ def test_every_method_takes_integers_halves_and_arrays(schedule, method):
     assert half.dtype == torch.float32
 
 
+@pytest.mark.parametrize("t", [torch.arange(300, 1000), 999, 300.3, [300.3]])
+def test_a_half_default_dtype_rounds_no_time(t):
+    table = hosm.DiscreteSchedule.linear(1000)
+    expected = table(torch.as_tensor(t).to(torch.float32))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = table(t)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("schedule", [*ENDS, BARE])
 def test_tensors_follow_t_and_not_the_default_device(schedule, method):

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import (
-    check_finite,
     check_flag,
     check_generator,
     check_model_kwargs,
@@ -165,12 +164,10 @@ def _report(
         numbers[name] = values.masked_fill(~both, math.nan)
     numbers["sde bound less ode nll"] = difference
     numbers["solver error of ode nll"] = solved.solver_error.masked_fill(~both, math.nan)
-    half = (high - low) / 2
+    widths = (high - low) / 2 * weights
     for number, curve in INTEGRALS.items():
         if curve in found[0]:
-            parts = [
-                half * weight * each[curve] for weight, each in zip(weights, found, strict=True)
-            ]
+            parts = [width * each[curve] for width, each in zip(widths, found, strict=True)]
             numbers[number] = torch.stack(parts).sum(0)
     curves = {
         name: [_mean(each[name]) for each in found] if name in found[0] else None
@@ -188,7 +185,7 @@ def _report(
         curves=curves,
         numbers={name: None if each is None else _mean(each) for name, each in numbers.items()},
         missing=missing,
-        evaluations=count * (2 + 2 * elements) + (1 + ode_score * count) * (steps + 10) + 72,
+        evaluations=count * (2 + 2 * elements) + (1 + ode_score * count) * (steps + 10) + 73,
         samples=len(data),
     )
 
@@ -270,6 +267,9 @@ class _From(Schedule):
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
         return self.clip(self.whole.time(log_sigma_hat))
 
+    def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        return self.whole.rates(t)
+
     @property
     def prior_std(self) -> float:
         return self.whole.prior_std
@@ -281,7 +281,8 @@ def _reference(
     if reference is None:
         return None
     if isinstance(reference, ScoreModel):
-        t = torch.linspace(schedule.t_min, schedule.t_max, 9)
+        ends = schedule.t_min, schedule.t_max
+        t = torch.linspace(*ends, 9, dtype=torch.float64, device="cpu")
         try:
             same = all(map(torch.allclose, schedule(t), reference.schedule(t)))
         except ValueError:  # a time that it does not have
@@ -295,8 +296,7 @@ def _reference(
         raise TypeError(complaint("reference", expected, reference))
     if reference.ndim != data.ndim or reference.shape[1:] != data.shape[1:] or not len(reference):
         raise ValueError(complaint("reference", expected, reference))
-    check_finite("reference", reference)
-    atoms = reference.to(data)
+    atoms = check_sample_batch("reference", reference).to(data)
 
     def noise(x: Tensor, t: Tensor, **_: Any) -> Tensor:
         alpha, sigma = (expand_right(each, x).unsqueeze(1) for each in schedule(t))

@@ -179,6 +179,8 @@ def as_time(t: Tensor | float) -> Tensor:
     time = t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu")
     if time.is_complex():
         raise TypeError(f"t: expected real times; got {describe(t)}.")
-    if not time.is_floating_point():
-        return time.to(torch.get_default_dtype())
+    if not time.is_floating_point():  # nor by way of a half default dtype, which rounds indices
+        return time.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
+    if time.itemsize < 4 and not (isinstance(t, Tensor) or hasattr(t, "__array__")):
+        return torch.as_tensor(t, dtype=torch.float32, device="cpu")
     return at_least_float32(time)
