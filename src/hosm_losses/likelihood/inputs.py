@@ -163,7 +163,7 @@ def _say_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None:
     schedule, mean = coordinates.schedule, coordinates.mean
     if not may_look(mean):
         return
-    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=mean.dtype)
+    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=mean.dtype, device="cpu")
     (alphas, sigmas), spread = schedule(ends), schedule.prior_std
     (first, alpha), (_, sigma) = alphas.detach().unbind(), sigmas.detach().unbind()
     if start and schedule._starts_at_data and abs(float(first) - 1) > SCALED:
@@ -293,7 +293,9 @@ def _moment(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     shape = (1, *x.shape[1:])
     wanted = complaint(name, f"a number or a tensor that broadcasts to {shape}, one sample", value)
     try:
-        tensor = normal(torch.as_tensor(value))
+        tensor = normal(
+            value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+        )
     except (TypeError, ValueError, RuntimeError):
         tensor = None
     if tensor is None or tensor.is_complex() or tensor.dtype == torch.bool:
