@@ -198,3 +198,28 @@ def test_the_likelihood_has_gradients():
         result = hosm.ode_nll(model, x, **options)
     result.nll.sum().backward()
     assert network.last.weight.grad.is_meta
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, x, source: hosm.ode_nll(model, x, steps=8, generator=source).nll,
+        lambda model, x, source: hosm.variational_nll(model, x, generator=source).nll,
+        lambda model, x, source: hosm.ode_sample(model, x, steps=8, generator=source).x,
+        lambda model, x, source: hosm.loss_report(model, x, generator=source).to_dict(),
+        lambda model, x, source: hosm.likelihood_gap(
+            model, x, reference=model, nodes=2, steps=8, generator=source
+        ).to_dict(),
+        lambda model, x, source: hosm.check_derivatives(model, x),
+    ],
+    ids=("ode_nll", "variational_nll", "ode_sample", "loss_report", "gap", "check"),
+)
+def test_evaluation_follows_the_data_and_not_the_default_device(call):
+    torch.manual_seed(0)
+    network = torch.nn.Linear(2, 2)
+    model = hosm.ScoreModel(network, VP, call=lambda network, x, t: network(x).sin())
+    x = torch.randn(3, 2)
+    expected = call(model, x, torch.Generator().manual_seed(1))
+    with torch.device("meta"):
+        got = call(model, x, torch.Generator("cpu").manual_seed(1))
+    assert str(got) == str(expected)

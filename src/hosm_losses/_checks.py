@@ -204,8 +204,8 @@ def check_finite(name: str, value: Tensor) -> None:
 def check_range(name: str, value: Tensor, low: float, high: float) -> None:
     """Raise ValueError if a CPU tensor leaves [low, high]; NaN counts as outside."""
     if may_look(value) and not bool(((value >= low) & (value <= high)).all()):
-        expected = f"values in [{low:g}, {high:g}], the range of the schedule"
-        got = f"values in [{float(value.min()):g}, {float(value.max()):g}]"
+        expected = f"values in [{low:.9g}, {high:.9g}], the range of the schedule"
+        got = f"values in [{float(value.min()):.9g}, {float(value.max()):.9g}]"
         remedy = (
             "If the network counts time otherwise, convert it with ScoreModel(..., time=...), "
             "and give t in the schedule's units."

@@ -307,3 +307,14 @@ def test_a_compiled_network_that_gives_its_memory_away_says_what_to_set():
         hosm.DerivativeError, match=r"donated_buffer = False.*before torch\.compile"
     ):
         hosm.ode_nll(hosm.ScoreModel(compiled, hosm.VPSchedule()), torch.randn(4, 2))
+
+
+def test_forward_mode_names_the_hooks_of_saved_tensors_that_it_refuses():
+    model = hosm.ScoreModel(
+        nn.Linear(2, 2), hosm.VPSchedule(), call=lambda net, x, t: net(x).sin()
+    )
+    with (
+        torch.autograd.graph.save_on_cpu(),
+        pytest.raises(hosm.DerivativeError, match="save_on_cpu"),
+    ):
+        hosm.third_order_dsm(model, torch.randn(4, 2), derivative="forward")

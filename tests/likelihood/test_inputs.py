@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.likelihood.inputs import mark_failed
@@ -172,3 +173,19 @@ def test_a_network_that_writes_to_its_conditions_does_not_write_to_the_callers(
     model = hosm.ScoreModel(network, hosm.VPSchedule())
     likelihood(model, torch.randn(3, 2), batch_size=batch_size, model_kwargs={"label": label})
     assert torch.equal(label, torch.zeros(3))
+
+
+def test_one_sample_in_channels_last_has_the_right_gradient_of_an_instance_norm():
+    """PyTorch's own is off by more than its size there, at first order already."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.SiLU(), nn.Conv2d(4, 2, 1)
+    network = nn.Sequential(*layers).double()
+    model = hosm.ScoreModel(network, hosm.VPSchedule(), call=lambda network, x, t: network(x))
+    x = torch.randn(1, 2, 4, 3, dtype=torch.float64)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        network.to(memory_format=layout)
+        found.append(
+            hosm.ode_nll(model, x, steps=8, generator=torch.Generator().manual_seed(1)).nll
+        )
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=0)

@@ -48,6 +48,7 @@ BAD = [
     ({"t": T.long()}, TypeError, r"t: expected a torch.float64 tensor in \[1e-05, 1\].*Only a D"),
     ({"t": T > 0}, TypeError, "t: expected a torch.float64 tensor"),
     ({"t": T + 1}, ValueError, r"t: expected values in \[1e-05, 1\].*\[1.5, 1.5\].*time="),
+    ({"t": T * 0 + 1.000001}, ValueError, r"got values in \[1.000001, 1.000001\]"),
     ({"t": T * 0}, ValueError, r"t: expected values in \[1e-05, 1\]"),
     ({"t": T * NAN}, ValueError, r"t: expected values in \[1e-05, 1\]"),
     ({"probe": X0[:, :1]}, ValueError, r"probe: expected shape \(1, 4, 2\)"),

@@ -35,9 +35,9 @@ CHECKPOINT_ADVICE = (
 )
 FORWARD_ADVICE = (
     "checkpoint: expected derivative='reverse' or 'taylor' for a network with activation "
-    "checkpoints inside; got forward mode, through which nothing can be recomputed. Leave "
-    "derivative at 'auto' outside torch.compile, turn the checkpoints off, or checkpoint around "
-    "the loss module."
+    "checkpoints inside; got forward mode, which refuses these and other hooks of saved tensors, "
+    "such as save_on_cpu. Leave derivative at 'auto' outside torch.compile, turn the checkpoints "
+    "or hooks off, or checkpoint around the loss module."
 )
 
 

@@ -98,7 +98,7 @@ class Agreement(Check):
         randn = random_like(x, seed=0)
         # Its own direction in every draw: along one of them a derivative may happen to vanish.
         draws = [self._numbers(field, varied, randn, scale, step) for _ in range(DRAWS)]
-        analytic, numeric = torch.tensor(draws, dtype=torch.float64).unbind(1)
+        analytic, numeric = torch.tensor(draws, dtype=torch.float64, device="cpu").unbind(1)
         size = torch.maximum(analytic.norm(dim=0), numeric.norm(dim=0))
         errors = (analytic - numeric).norm(dim=0) / size.where(size != 0, 1)
         own = NAMES[: self.order]

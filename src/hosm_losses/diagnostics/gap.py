@@ -139,8 +139,8 @@ def _report(
     levels = [low + (high - low) * (place + 1) / 2 for place in places]
 
     def perturbed(level: float) -> tuple[Tensor, Tensor]:
-        t = model.schedule.time(torch.full((len(data),), level, dtype=torch.float64))
-        t = t.to(data.device, torch.promote_types(data.dtype, torch.float32))
+        t = torch.full((len(data),), level, dtype=torch.float64, device="cpu")
+        t = model.schedule.time(t).to(data.device, torch.promote_types(data.dtype, torch.float32))
         t = model.schedule.clip(t)
         alpha, sigma = (expand_right(each, data) for each in model.schedule(t))
         noise = torch.randn(data.shape, generator=source, dtype=data.dtype, device=data.device)

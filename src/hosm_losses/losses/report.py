@@ -190,7 +190,9 @@ def loss_report(
     first = totals["first"].gradient() if "first" in totals else math.nan
     found = {
         name: TermReport(
-            weight=sum(float(torch.as_tensor(each).detach()) for each in alone[name]),
+            weight=sum(
+                float(torch.as_tensor(each, device="cpu").detach()) for each in alone[name]
+            ),
             value=total.value / count,
             gradient=total.gradient(),
             noise=total.variance() ** 0.5,

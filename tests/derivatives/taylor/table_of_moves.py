@@ -298,3 +298,14 @@ def _(r, f):
 @of("cpu")
 def _(r, f):
     return f
+
+
+@of("gather")
+def _(r, f):
+    place = r.randrange(3)
+    sizes = [
+        r.randint(1, 5) if each == place else r.randint(1, most)
+        for each, most in enumerate((3, 2, 4))
+    ]
+    index = torch.arange(120)[: sizes[0] * sizes[1] * sizes[2]].reshape(sizes) % (3, 2, 4)[place]
+    return spelled(r, f, cube, ("dim", place - r.choice((0, 3))), ("index", index))

@@ -100,3 +100,10 @@ def _gathers(part: Any) -> bool:
     if isinstance(part, list):
         return all(isinstance(each, int) and not isinstance(each, bool) for each in part)
     return isinstance(part, Tensor) and not isinstance(part, Jet) and part.dtype in _INDICES
+
+
+@rule(*every("gather"))
+def _gather(x: Any, dim: Any, index: Any) -> Jet:
+    if isinstance(index, Jet) or index.ndim != x.ndim or not x.ndim:
+        raise NoRule
+    return x.like(x.stack.gather(axis(dim, x.ndim), index.expand(len(x.stack), *index.shape)))
