@@ -56,7 +56,7 @@ from hosm_losses.derivatives.taylor.table import (
 )
 
 CHANGES = "changes in place what depends on x."
-CUSTOM = "called in the forward of a custom autograd.Function on what depends on x."
+CUSTOM = "called by a custom autograd.Function, as a full backward hook is, on what depends on x."
 NO_GRAD = "called under torch.no_grad on what depends on x."
 COMPLEX = "makes complex numbers of what depends on x."
 
@@ -120,7 +120,7 @@ class _Opaque(Jet):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        raise TaylorError(f"{func}: called past __torch_function__, as by a compiled extension.")
+        raise TaylorError(f"{func}: called past __torch_function__, as by torch.func or C++ code.")
 
 
 class _Traced(Jet):
