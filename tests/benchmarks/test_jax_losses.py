@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from benchmarks.steps import LOSSES, NETWORKS, TWINS, model_of
 
 import hosm_losses as hosm
-from benchmarks.steps import LOSSES, NETWORKS, TWINS, model_of
 from hosm_losses.losses.terms import third_residual
 from hosm_losses.model import noise_field
 

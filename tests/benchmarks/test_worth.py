@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from tests.oracles import mixture_noise, paper_mixture
 
 import hosm_losses as hosm
+from tests.oracles import mixture_noise, paper_mixture
+
+pytest.importorskip("matplotlib")
+
 from benchmarks import quadratic, results, worth, worth_page
 from benchmarks.worth_problems import PROBLEMS, Checkerboard, of_density, of_mixture
 

@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+pytest.importorskip("matplotlib")
+
 from benchmarks import examples, page, results
 from benchmarks.environment import environment
 from benchmarks.page import marks, numbers, tables
