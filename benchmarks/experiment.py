@@ -7,6 +7,7 @@ import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,11 +16,26 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.environment import environment
 from benchmarks.intervals import Estimate, ratio_of_medians
 
 T = TypeVar("T")
 Row = dict[str, Any]
+SIZES = ("smoke", "default", "full")
+Choose = Callable[..., Any]  # of three values, for the sizes smoke, default and full
 Routes = Mapping[str, Callable[[], object]]
+
+
+def ask(question: str, size: str) -> Row:
+    """What the file of a question finds, case by case."""
+    where, module = environment(), import_module(f"benchmarks.{question}")
+    torch.set_num_threads(1)
+    found: Row = {}
+    for case in module.CASES:
+        print(case, flush=True)
+        torch.manual_seed(0)
+        found |= module.answer(case, lambda *values: values[SIZES.index(size)])
+    return {"environment": where, "size": size, "found": found}
 
 
 def parser(doc: str | None) -> ArgumentParser:

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from benchmarks.gradients import estimators, gradient, moments
+from benchmarks.gradient_variance import estimators, gradient, moments
 from benchmarks.trained import trained
 
 import hosm_losses as hosm

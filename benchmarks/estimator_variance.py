@@ -8,16 +8,17 @@ to come out, to five standard errors.
 """
 
 import numpy as np
-import pytest
 import torch
 from tests.oracles import anisotropic, ring
 from tqdm import tqdm
 
 from benchmarks import fields
+from benchmarks.experiment import Choose
 from benchmarks.fields import Point
 from benchmarks.intervals import Array, Estimate, mean_variance, ratio_of_variances
 from benchmarks.trained import trained
 
+CASES = ("ring", "mixture", "digits", "images", "large images")
 TERMS = ("trace", "Frobenius", "third")
 STANDARD_ERRORS, IN_INTERVAL = 5.0, 2 * 1.96
 MIXTURES = {"ring": ring, "mixture": anisotropic}
@@ -59,10 +60,10 @@ def over_signs(levels: dict[str, dict[str, Measured]], name: str) -> dict[str, o
     return {**ratios, "sum": sums[0] / sums[1]}
 
 
-@pytest.mark.parametrize("name", ["ring", "mixture", "digits", "images", "large images"])
-def test_estimator_variance(record, choose, name):
+def answer(name: str, choose: Choose) -> dict:
+    """Variances on one kind of data, over those of signs."""
     if name == "large images" and not choose(False, False, True):
-        pytest.skip("with --full")
+        return {}
     large = "images" in name
     count = choose(1, *(1, 2) if large else (4, 4))
     repeats = choose(400, 500 if large else 1000, 1000 if large else 2000)
@@ -98,10 +99,10 @@ def test_estimator_variance(record, choose, name):
         sampler: {term: over_signs(levels[term], sampler) for term in TERMS}
         for sampler in fields.SAMPLERS
     }
-    record(
-        {
+    return {
+        name: {
             "elements": d,
             "known": {"inside": sum(known), "all": len(known)},
             "over signs": {"rademacher, absolute": signs, **over},
         }
-    )
+    }
