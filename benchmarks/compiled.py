@@ -37,8 +37,7 @@ def main() -> None:
             ((key, row.get("compile_seconds"), row["time_ratio"][0]) for key, row in rows.items()),
         )
         if not options.smoke:
-            kept = results.read(FILE)
-            results.write(FILE, kept | {name: {**found, "environment": environment()}})
+            results.keep(FILE, {name: {**found, "environment": environment()}})
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main() -> None:
             found = kept(printed.stdout)
             for path in Path(out).glob("*/results.json"):
                 found = {kind: results.read(path)[kind] for kind in ("equal_steps", "equal_cost")}
-        results.write(FILE, results.read(FILE) | {name: found})
+        results.keep(FILE, {name: found})
 
 
 if __name__ == "__main__":

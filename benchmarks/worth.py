@@ -7,8 +7,9 @@ Networks that order one has trained are trained on with each loss: three seeds a
 same weights, with a fresh Adam at a quarter of the rate and a cosine decay. Each loss has the
 processor time of order one's steps; its step is timed first, in turns with a step of order one.
 
-Every result is written at once, so that a second run goes on where the first one stopped.
---sweep also tries other weights, on the first problem.
+Every result is written to the directory at once, so that a second run goes on where the first one
+stopped. All of them end in results/worth.json, those of another rate under "longer". --sweep also
+tries other weights, on the first problem.
 """
 
 import copy
@@ -29,6 +30,7 @@ import hosm_losses as hosm
 from benchmarks import experiment, results
 from benchmarks.worth_problems import PROBLEMS, Problem
 
+FILE = results.DIRECTORY / "worth.json"
 SEEDS, BATCH, RATE, WARM_UP = 3, 256, 1e-3, 5
 BEFORE, BASE, SWEEP = "before", "order one", "sweep: "
 # Of the higher terms in nats; chosen by --sweep on the first problem.
@@ -236,7 +238,9 @@ def main() -> None:
     names = [name for name in PROBLEMS if re.search(options.problems, name)]
     for name in tqdm(names, "problems"):
         campaign.run(name, options.losses, options.sweep and name == next(iter(PROBLEMS)))
-    print(f"The numbers are in {campaign.file}; benchmarks.worth_page writes the page from them.")
+    if not options.smoke:
+        longer = budget.rate != usual.rate
+        results.keep(FILE, {"longer": campaign.report} if longer else campaign.report)
 
 
 if __name__ == "__main__":

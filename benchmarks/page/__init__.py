@@ -16,7 +16,8 @@ from benchmarks import results
 from benchmarks.environment import ROOT
 from benchmarks.page import figures, marks
 from benchmarks.page.numbers import Found, named, table
-from benchmarks.page.tables import TABLES, changes
+from benchmarks.page.tables import TABLES
+from benchmarks.page.worth import PROBLEMS, changes
 
 
 def tree(file: Path) -> Found:
@@ -44,10 +45,11 @@ def tree(file: Path) -> Found:
         path.stem.removeprefix("equal_cost_"): results.read(path)["settings"]
         for path in file.parent.glob("equal_cost_*.json")
     }
-    worth = results.read(file.parent / "worth.json")
-    found["longer"] = {name: changes(rows) for name, rows in worth.pop("longer", {}).items()}
-    problems = {name: rows for name, rows in worth.items() if "d = " in name}
-    found["worth"] = {name: changes(rows) for name, rows in problems.items()}
+    if of_worth := results.read(file.parent / "worth.json"):
+        found["worth.json"] = of_worth
+        for key, report in (("worth", of_worth), ("longer", of_worth["longer"])):
+            names = [name for name in PROBLEMS if name in report]
+            found[key] = {name: changes(report[name]) for name in names}
     found["scale"] = results.read(file.parent / "scale.json").get("networks", {})
     for gpu in sorted(file.parent.glob("gpu*.json")):
         report = results.read(gpu)
