@@ -10,7 +10,7 @@ losses are those of benchmarks.compiled.
     seconds   of processor time, the median over rounds in which all take turns, JAX too.
     memory    peak bytes of a step in a process of its own, above what the process held before: of
               the batch, the parameter gradients and what operators work with.
-    jax       seconds of the same loss and network in JAX, benchmarks.peers.jax_losses. It is given
+    jax       seconds of the same loss and network in JAX, benchmarks.peers.in_jax. It is given
               its random numbers; ours draws them.
     compile   seconds of the first step of the compiled loss module, with an empty cache.
 
@@ -95,7 +95,7 @@ def peer_steps(name: str, batch: int) -> dict[str, Step]:
         return {}
     import jax
 
-    from benchmarks.peers.jax_losses import training_step
+    from benchmarks.peers.in_jax import training_step
 
     network, shape = model_of(name).network, NETWORKS[name][1]
     drawn = [jax.numpy.asarray(torch.randn(batch, *shape[1:]).numpy()) for _ in range(4)]

@@ -10,7 +10,7 @@ from hosm_losses.model import noise_field
 
 jax = pytest.importorskip("jax")
 
-from benchmarks.peers.jax_losses import training_step  # noqa: E402
+from benchmarks.peers.in_jax import training_step  # noqa: E402
 
 BATCH = 3
 
