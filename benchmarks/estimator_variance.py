@@ -62,8 +62,6 @@ def over_signs(levels: dict[str, dict[str, Measured]], name: str) -> dict[str, o
 
 def answer(name: str, choose: Choose) -> dict:
     """Variances on one kind of data, over those of signs."""
-    if name == "large images" and not choose(False, False, True):
-        return {}
     large = "images" in name
     count = choose(1, *(1, 2) if large else (4, 4))
     repeats = choose(400, 500 if large else 1000, 1000 if large else 2000)

@@ -200,8 +200,6 @@ def mixture(steps: int) -> Problem:
 
 def answer(name: str, choose: Choose) -> dict:
     """Noise of the gradients on one kind of data."""
-    if name == "large images" and not choose(False, False, True):
-        return {}
     batch, distributions = CASES[name]
     if name == "mixture":
         problem = mixture(choose(2, 1000, 2000))

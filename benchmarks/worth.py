@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from benchmarks import experiment, results
 from benchmarks.worth_problems import PROBLEMS, Problem
 
 FILE = results.DIRECTORY / "worth.json"
-SEEDS, BATCH, RATE, WARM_UP = 3, 256, 1e-3, 5
+SEEDS, BATCH, RATE = 3, 256, 1e-3
 BEFORE, BASE, SWEEP = "before", "order one", "sweep: "
 # Of the higher terms in nats; chosen by --sweep on the first problem.
 WEIGHTS = {"order two, paired": 0.3, "order three, paired": 0.3, "trace, paired": 0.3}
@@ -119,13 +118,11 @@ def turns(problem: Problem, model: hosm.ScoreModel, loss: Loss, steps: int, rate
 
 def step_times(problem: Problem, model: hosm.ScoreModel, chosen: dict[str, Loss], rounds: int):
     """Median seconds of a step with each loss; they take turns."""
-    routes = {
-        name: partial(next, turns(problem, copy.deepcopy(model), loss, WARM_UP + rounds, RATE))
+    steps = {
+        name: turns(problem, copy.deepcopy(model), loss, experiment.WARM_UP + rounds, RATE)
         for name, loss in chosen.items()
     }
-    experiment.times(routes, WARM_UP)
-    found = experiment.times(routes, rounds)
-    return {name: float(np.median(seconds)) for name, seconds in found.items()}
+    return experiment.step_times(steps, rounds)
 
 
 def judged(problem: Problem, model: hosm.ScoreModel, base: Tensor | None) -> dict[str, Any]:

@@ -145,6 +145,8 @@ def worth(report: Found) -> Figure:
             (k, report[each].get(loss, {}), report[each][BASE]) for k, each in enumerate(found)
         ]
         shown = [(k, *change(row, base)) for k, row, base in rows if "kl" in row]
+        if not shown:
+            continue
         places, moved, errors = zip(*shown, strict=True)
         x = [k + (i - (len(names) - 1) / 2) / (len(names) + 2) for k in places]
         y, spread = [1 + each / 100 for each in moved], [each / 100 for each in errors]

@@ -23,7 +23,7 @@ def exact(density, problem):
     ("density", "tolerance"), [(paper_mixture(), 1e-3), (Checkerboard(), 2e-2)], ids=["1-D", "2-D"]
 )
 def test_the_exact_score_is_at_no_distance(density, tolerance):
-    problem = of_density(density, hosm.VESchedule(), 8, 1, 0, 256, 200)
+    problem = of_density(density, hosm.VESchedule(), points=200)
     value, j_sm = problem.judged(exact(density, problem), 2)
     assert value.shape == (2, len(problem.test))
     assert value.mean(1).abs().max() < tolerance
@@ -57,7 +57,9 @@ def test_members_of_an_ensemble_have_the_gradients_they_have_alone(name):
     loss(model, x, t=t, noise=noise, **({} if one else {"probe": probe})).backward()
     together = [each.grad for each in model.parameters()]
     for seed in range(seeds):
-        alone = hosm.ScoreModel(model.network.member(seed), problem.schedule)
+        alone = problem.model(1).double()
+        parts = {key: each[seed : seed + 1] for key, each in model.network.named_parameters()}
+        alone.network.load_state_dict(parts, strict=False)
         own = {} if one else {"probe": probe[:, seed::seeds]}
         loss(alone, x[seed::seeds], t=t[seed::seeds], noise=noise[seed::seeds], **own).backward()
         for both, single in zip(together, alone.parameters(), strict=True):
