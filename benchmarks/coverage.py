@@ -1,13 +1,13 @@
 """Does twice the claimed solver_error of the fixed grid cover the true error?
 
-python -m benchmarks.coverage [--data ring digits "small images" images] [--steps 64] [--smoke]
+python -m benchmarks.coverage [--data ring digits "small images" images] [--smoke]
 
 For five schedules, and networks that were trained not at all, briefly and for longer. The truth is
 a grid of 1024 steps with the exact divergence (512 for digits, 256 and 128 for images). With
 random probes the claim is that of the path alone, and has to cover the same error. All of it
 without and with a companion of half the steps. The exact score is that of a mixture of Gaussians,
-of images around eight of them. The rows of 64 steps go into results/coverage.json. It takes an
-hour and a half, an hour of it for images of 16×16.
+of images around eight of them. It takes an hour and a half, an hour of it for
+images of 16×16.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ DATA = {
     "small images": (8, 256, 32, (0, 150, 1000)),
     "images": (2, 128, 32, (None, 0, 150)),
 }
-EXACT_STD = 0.1
+EXACT_STD, STEPS = 0.1, 64
 LABELS = {
     "small images": "images, d = 192",
     "ring": "ring, d = 2",
@@ -92,9 +92,7 @@ def mixture(means: Tensor, std: float, schedule: hosm.Schedule) -> Callable[...,
     return noise
 
 
-def measure(
-    name: str, schedule: hosm.Schedule, training: int | None, steps: int
-) -> dict[str, float]:
+def measure(name: str, schedule: hosm.Schedule, training: int | None) -> dict[str, float]:
     """What was claimed and what was true of one network."""
     count, finest, batch, _ = DATA[name]
     generator = torch.Generator().manual_seed(1)
@@ -120,8 +118,8 @@ def measure(
     found: dict[str, float] = {}
     for companion in (False, True):
         options["companion"] = companion
-        exact = hosm.ode_nll(model, x, divergence="exact", steps=steps, **options)
-        random = hosm.ode_nll(model, x, steps=steps, generator=generator, **options)
+        exact = hosm.ode_nll(model, x, divergence="exact", steps=STEPS, **options)
+        random = hosm.ode_nll(model, x, steps=STEPS, generator=generator, **options)
         error = (exact.nll - truth.nll).abs()
         median, which = float(error.median()), ", companion" if companion else ""
         found["error"] = median
@@ -135,7 +133,6 @@ def measure(
 def main() -> None:
     """Print and keep a row for every data set, length of training and schedule."""
     arguments = parser(__doc__)
-    arguments.add_argument("--steps", type=int, default=64)
     arguments.add_argument("--data", nargs="*", choices=DATA, default=list(DATA))
     options = arguments.parse_args()
     kept, rows = results.read(FILE), []
@@ -143,16 +140,12 @@ def main() -> None:
         for training in DATA[name][3][:2] if options.smoke else DATA[name][3]:
             told = "exact score" if training is None else f"{training} steps"
             for schedule in list(SCHEDULES)[:1] if options.smoke else SCHEDULES:
-                found = measure(name, SCHEDULES[schedule], training, options.steps)
+                found = measure(name, SCHEDULES[schedule], training)
                 rows.append([name, told, schedule, *found.values()])
                 kept.setdefault(LABELS[name], {}).setdefault(told, {})[schedule] = found
-                if options.steps == 64 and not options.smoke:
+                if not options.smoke:
                     results.write(FILE, kept)
-    show(
-        f"Medians in nats, and the part of samples that was covered, {options.steps} steps",
-        HEADER,
-        rows,
-    )
+    show(f"Medians in nats, and the part of samples covered, {STEPS} steps", HEADER, rows)
 
 
 if __name__ == "__main__":

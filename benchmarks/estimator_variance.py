@@ -1,27 +1,218 @@
-"""Which probes estimate a trace, a Frobenius norm or the third order's term with least variance?
+r"""Which probes estimate a trace, a Frobenius norm or the third order's term with least variance?
 
 python -m benchmarks estimator_variance [--full]
 
-On the exact Jacobian of Gaussian mixtures and on networks trained here, at five noise levels; what
-is estimated and by what is said in benchmarks.fields. Variances that are known in closed form have
-to come out, to five standard errors.
+On the exact Jacobian of Gaussian mixtures and on networks trained here, at five noise levels.
+Variances that are known in closed form have to come out, to five standard errors.
+
+Formula:
+    At x = α x₀ + σ ε, with f = σ s, ℓ = ε + f and A = σ ∂f/∂x:
+        trace       vᵀ A v            of tr A; the likelihood's
+        Frobenius   ‖M v‖²            of ‖M‖²_F, M = A + I − ℓ ℓᵀ; order two's
+        third       r3(v)             of R₃, r3(v)_k = vᵀ T_k v; order three's
+    All three are quadratic forms in v, of A, of Mᵀ M and of every T_k.
+
+    Of a Gaussian mixture all is in closed form,
+        T_kij = σ³ ∂³_kij log q + ℓ_i ℓ_j ℓ_k − (A + I)_ij ℓ_k − (A + I)_ki ℓ_j − (A + I)_kj ℓ_i.
+    Of a network A is D along all unit vectors; where d is small T comes from r3 along the sums of
+    two of them, by polarisation.
+
+    The variance of vᵀ B v with S = (B + Bᵀ)/2 is
+        rademacher   Σ_{i<j} (B_ij + B_ji)²
+        gaussian     2 ‖S‖²_F
+        sphere       2 d/(d + 2) (‖S‖²_F − (tr S)²/d)
+        dct          that of signs, of Q S Qᵀ
+        unit vectors, times √d   d² Var_i(B_ii)
+
+Source:
+    Lu et al., arXiv 2206.08265; the mixture of `tests.oracles`; Avron and Toledo, "Randomized
+    algorithms for estimating the trace of an implicit symmetric positive semi-definite matrix".
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from tests.oracles import anisotropic, ring
+from tests.oracles import GaussianMixture, anisotropic, ring
+from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import fields
+import hosm_losses as hosm
 from benchmarks.experiment import Choose
-from benchmarks.fields import Point
 from benchmarks.intervals import Array, Estimate, mean_variance, ratio_of_variances
 from benchmarks.trained import trained
+from hosm_losses.losses.terms import third_residual
+from hosm_losses.model import noise_field
+from hosm_losses.probes import DISTRIBUTIONS, draw_probes
 
 CASES = ("ring", "mixture", "digits", "images", "large images")
 TERMS = ("trace", "Frobenius", "third")
 STANDARD_ERRORS, IN_INTERVAL = 5.0, 2 * 1.96
 MIXTURES = {"ring": ring, "mixture": anisotropic}
+UNITS = "unit vectors"
+SAMPLERS = (*DISTRIBUTIONS, UNITS)
+LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)  # σ̂ over the data's standard deviation
+CHUNK_ELEMENTS = 2**16  # of a batch of probes that is sent through a network at once
+CHUNK_PROBES = 256  # whose products with all forms are held at once
+DENSE = 64  # up to which d all T_k are built
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is estimated at one point."""
+
+    shape: tuple[int, ...]  # of a sample
+    jacobian: Tensor  # A, (d, d)
+    second: Tensor  # M, (d, d)
+    third: Callable[[Tensor], Tensor]  # v (n, d) → r3 (n, d)
+    thirds: Tensor | None  # T symmetrised in its last two, (d, d, d); None where d is too large
+
+    def estimates(self, term: str, probes: Tensor) -> Tensor:
+        """What each of the probes (n, d) estimates of a term, (n, m)."""
+        if term == "third":
+            return self.third(probes).double()
+        if term == "trace":
+            return (probes * (probes @ self.jacobian.T.float())).sum(1, keepdim=True).double()
+        return (probes @ self.second.T.float()).square().sum(1, keepdim=True).double()
+
+    def forms(self, term: str) -> Tensor | None:
+        """The symmetric forms (m, d, d) of a term, None where they are not built."""
+        if term == "third":
+            return self.thirds
+        matrix = self.second.T @ self.second if term == "Frobenius" else self.jacobian
+        return symmetric(matrix)[None]
+
+
+def symmetric(forms: Tensor) -> Tensor:
+    """The part that a quadratic form sees."""
+    return (forms + forms.transpose(-1, -2)) / 2
+
+
+def mixture_points(
+    mixture: GaussianMixture, sigma_hat: float, count: int, generator: torch.Generator
+) -> list[Point]:
+    """Points of a mixture's diffusion with α = 1, all in closed form in float64."""
+    x0 = mixture.sample(count, generator)
+    noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+    sigma = torch.full((count,), sigma_hat, dtype=x0.dtype)
+    given = x0 + sigma_hat * noise, torch.ones_like(sigma), sigma
+    ell = noise + sigma_hat * mixture.score(*given)
+    jacobian = sigma_hat**2 * mixture.hessian(*given)
+    shifted = jacobian + torch.eye(x0.shape[1], dtype=x0.dtype)
+    crossed = torch.einsum("nki,nj->nkij", shifted, ell)
+    forms = (
+        sigma_hat**3 * mixture.third(*given)
+        + torch.einsum("nk,ni,nj->nkij", ell, ell, ell)
+        - torch.einsum("nij,nk->nkij", shifted, ell)
+        - crossed
+        - crossed.transpose(-1, -2)
+    )
+    second = shifted - ell[:, :, None] * ell[:, None, :]
+    each = zip(jacobian, second, symmetric(forms), strict=True)
+    return [Point(x0.shape[1:], a, m, along(t), t) for a, m, t in each]
+
+
+def network_point(
+    model: hosm.ScoreModel, row: Tensor, sigma_hat: float, generator: torch.Generator
+) -> Point:
+    """A point of a trained network, from one row of the data."""
+    x0, d = row[None], row.numel()
+    noise = torch.randn(row.shape, generator=generator, dtype=row.dtype)[None]
+    level = torch.tensor([sigma_hat], dtype=torch.float64).log()
+    t = model.schedule.time(level).to(x0.dtype)
+    alpha, sigma = (float(part) for part in model.schedule(t))
+    x, field = alpha * x0 + sigma * noise, noise_field(model, t)
+
+    def derive(v: Tensor, order: int) -> tuple[Tensor, ...]:
+        """f, D and G along v (n, d)."""
+        with torch.no_grad():
+            return field.derive(x, sigma * v.to(x.dtype).reshape(-1, *x.shape), order=order)
+
+    def in_chunks(function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        parts = v.split(max(1, CHUNK_ELEMENTS // d))
+        return torch.cat([function(part).flatten(1) for part in parts])
+
+    def residual(v: Tensor) -> Tensor:
+        value, directional, gradient = derive(v, 3)
+        probes = v.to(x.dtype).reshape(directional.shape)
+        return third_residual(value, directional, gradient, noise, probes)
+
+    jacobian = in_chunks(lambda v: derive(v, 2)[1], torch.eye(d)).T.double()
+    with torch.no_grad():
+        ell = (noise + field(x)).flatten().double()
+    second = jacobian + torch.eye(d, dtype=torch.float64) - torch.outer(ell, ell)
+    third, forms = partial(in_chunks, residual), None
+    if d <= DENSE:
+        forms = polarised(third, d)
+        third = along(forms)
+    return Point(tuple(row.shape), jacobian, second, third, forms)
+
+
+def polarised(quadratic: Callable[[Tensor], Tensor], d: int) -> Tensor:
+    """The symmetric forms (m, d, d) of a quadratic map v (n, d) → (n, m)."""
+    eye = torch.eye(d)
+    rows, columns = torch.triu_indices(d, d)
+    singles = quadratic(eye).double()
+    pairs = quadratic(eye[rows] + eye[columns]).double() - singles[rows] - singles[columns]
+    forms = pairs.new_empty(pairs.shape[1], d, d)
+    forms[:, rows, columns] = forms[:, columns, rows] = pairs.T / 2
+    return forms
+
+
+def along(forms: Tensor) -> Callable[[Tensor], Tensor]:
+    """The quadratic map v (n, d) → (n, m) of forms (m, d, d)."""
+    m, d, _ = forms.shape
+    flat = forms.reshape(m * d, d)
+
+    def quadratic(v: Tensor) -> Tensor:
+        parts = v.to(forms.dtype).split(CHUNK_PROBES)
+        return torch.cat([((v @ flat.T).view(-1, m, d) @ v[:, :, None])[..., 0] for v in parts])
+
+    return quadratic
+
+
+def draw(name: str, count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Independent probes (count, d) of a sampler, in float32."""
+    if name in DISTRIBUTIONS:
+        return draw_probes(torch.empty(count, *shape), 1, name, generator)[0].flatten(1)
+    elements = torch.Size(shape).numel()
+    chosen = torch.randint(elements, (count,), generator=generator)
+    return torch.nn.functional.one_hot(chosen, elements).float() * elements**0.5
+
+
+def known_variance(name: str, forms: Tensor, shape: tuple[int, ...]) -> float:
+    """Variance of vᵀ B_k v over probes v of a sampler, summed over k.
+
+    Args:
+        name: of the sampler.
+        forms: B, symmetric, (m, d, d).
+        shape: of a sample, which "dct" knows about.
+    """
+    if name == "dct":
+        return known_variance("rademacher", _rotated(forms, shape), shape)
+    d, diagonal = forms.shape[-1], forms.diagonal(dim1=-2, dim2=-1)
+    square, traces = forms.square().sum(), diagonal.sum(1).square().sum()
+    variances = {
+        "rademacher": 2 * (square - diagonal.square().sum()),
+        "gaussian": 2 * square,
+        "sphere": 2 * d / (d + 2) * (square - traces / d),
+        UNITS: d**2 * diagonal.var(1, correction=0).sum(),
+    }
+    return float(variances[name])
+
+
+def _rotated(forms: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Q B Qᵀ, with Q from scipy's own transform and not the library's."""
+    from scipy.fft import dctn
+
+    def along(array: Tensor) -> Tensor:
+        rows = array.reshape(-1, *shape).numpy()
+        axes = tuple(range(1, rows.ndim))
+        return torch.from_numpy(dctn(rows, axes=axes, norm="ortho")).reshape(array.shape)
+
+    return along(along(forms).transpose(-1, -2).contiguous()).transpose(-1, -2)
 
 
 class Measured:
@@ -37,11 +228,11 @@ class Measured:
         generator, shape = torch.Generator().manual_seed(1), points[0].shape
         found, known = [], []
         for point in points:
-            probes = fields.draw(name, repeats, shape, generator)
+            probes = draw(name, repeats, shape, generator)
             found.append(point.estimates(term, probes).T)
             forms = point.forms(term)
             if forms is not None:
-                known.append(fields.known_variance(name, forms, shape))
+                known.append(known_variance(name, forms, shape))
         self.rows: Array = torch.cat(found).numpy()
         self.variance = Estimate(*(len(found[0]) * each for each in mean_variance(self.rows)))
         self.known: bool | None = None
@@ -75,17 +266,17 @@ def answer(name: str, choose: Choose) -> dict:
         mixture, std = None, problem.std
     levels: dict[str, dict[str, dict[str, Measured]]] = {term: {} for term in TERMS}
     d = 0
-    for level in tqdm(fields.LEVELS[:: choose(2, 1, 1)], name, leave=False):
+    for level in tqdm(LEVELS[:: choose(2, 1, 1)], name, leave=False):
         if mixture is None:
             given = level * std, generator
             rows = problem.data[:count]
-            points = [fields.network_point(problem.model, row, *given) for row in rows]
+            points = [network_point(problem.model, row, *given) for row in rows]
         else:
-            points = fields.mixture_points(mixture, level * std, count, generator)
+            points = mixture_points(mixture, level * std, count, generator)
         d = len(points[0].jacobian)
         for term, times in of_term.items():
             levels[term][f"{level:g} std"] = {
-                sampler: Measured(points, term, sampler, times) for sampler in fields.SAMPLERS
+                sampler: Measured(points, term, sampler, times) for sampler in SAMPLERS
             }
     every = [row for each in levels.values() for rows in each.values() for row in rows.values()]
     known = [row.known for row in every if row.known is not None]
@@ -95,7 +286,7 @@ def answer(name: str, choose: Choose) -> dict:
     }
     over = {
         sampler: {term: over_signs(levels[term], sampler) for term in TERMS}
-        for sampler in fields.SAMPLERS
+        for sampler in SAMPLERS
     }
     return {
         name: {

@@ -33,8 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
+from benchmarks.estimator_variance import LEVELS
 from benchmarks.experiment import Choose
-from benchmarks.fields import LEVELS
 from benchmarks.intervals import Array, Estimate, estimate, weights
 from benchmarks.trained import HELD_OUT, Problem, trained
 from benchmarks.trained import mixture as draw_mixture

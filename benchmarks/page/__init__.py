@@ -21,15 +21,10 @@ from benchmarks.page.worth import PROBLEMS, changes
 
 
 def tree(file: Path) -> Found:
-    """What was found by question, and where it was measured.
+    """What was found by question, where it was measured, and what other commands found.
 
-    "gpu" is what `python -m benchmarks.gpu --out` wrote beside it, by card, batch and precision,
-    "scale" what `python -m benchmarks.scale` wrote, by network, "coverage" what
-    `python -m benchmarks.coverage` wrote, by data and training, "examples" what
-    `python -m benchmarks.examples` wrote, by command, "compiled" what
-    `python -m benchmarks.compiled` wrote, by network, "keeping" the question of speed with a C
-    library that keeps freed memory, "equal_cost" what that command did,
-    and "worth" and "longer" the changes in worth.json.
+    "gpu" is by card, batch and precision, "keeping" the question of speed with a C library that
+    keeps freed memory, "worth" and "longer" are the changes in worth.json.
     """
     found: Found = {"measured": {}, "gpu": {}}
     for question, report in results.read(file).items():
@@ -37,9 +32,8 @@ def tree(file: Path) -> Found:
         where = {"size": report["size"], **report["environment"]}
         peers = {name: each or "not installed" for name, each in where.pop("peers").items()}
         found["measured"][question] = where | peers
-    found["coverage"] = results.read(file.parent / "coverage.json")
-    found["examples"] = results.read(file.parent / "examples.json")
-    found["compiled"] = results.read(file.parent / "compiled.json")
+    for name in ("coverage", "examples", "compiled"):
+        found[name] = results.read(file.parent / f"{name}.json")
     found["keeping"] = results.read(file.parent / "keeping.json").get("speed", {}).get("found", {})
     found["equal_cost"] = {
         path.stem.removeprefix("equal_cost_"): results.read(path)["settings"]

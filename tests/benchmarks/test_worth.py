@@ -54,14 +54,14 @@ def test_members_of_an_ensemble_have_the_gradients_they_have_alone(name):
     probe = torch.randn(2, *x.shape).double().sign()
     one = name == "order one"
     loss = worth.losses(problem)[name]
-    loss(model, x, t=t, noise=noise, **({} if one else {"probe": probe})).backward()
+    loss(model)(x, t=t, noise=noise, **({} if one else {"probe": probe})).backward()
     together = [each.grad for each in model.parameters()]
     for seed in range(seeds):
         alone = problem.model(1).double()
         parts = {key: each[seed : seed + 1] for key, each in model.network.named_parameters()}
         alone.network.load_state_dict(parts, strict=False)
         own = {} if one else {"probe": probe[:, seed::seeds]}
-        loss(alone, x[seed::seeds], t=t[seed::seeds], noise=noise[seed::seeds], **own).backward()
+        loss(alone)(x[seed::seeds], t=t[seed::seeds], noise=noise[seed::seeds], **own).backward()
         for both, single in zip(together, alone.parameters(), strict=True):
             assert torch.allclose(seeds * both[seed : seed + 1], single.grad, atol=1e-10)
 
@@ -81,8 +81,8 @@ def test_a_second_run_does_what_the_first_left(tmp_path):
 
 
 def test_a_loss_that_diverges_is_a_row_that_says_so(tmp_path, monkeypatch):
-    def diverging(model, x, **_):
-        return hosm.first_order_dsm(model, x * float("nan"))
+    def diverging(model):
+        return lambda x, **_: hosm.first_order_dsm(model, x * float("nan"))
 
     name, plain = next(iter(PROBLEMS)), worth.losses
     monkeypatch.setattr(worth, "losses", lambda *args: plain(*args) | {"bad": diverging})

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from benchmarks import fields
+from benchmarks import estimator_variance as fields
 
 import hosm_losses as hosm
 from tests.oracles import mixture_noise, ring, sign_vectors
