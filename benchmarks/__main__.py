@@ -24,7 +24,6 @@ QUESTIONS = ("divergence_mode", "estimator_variance", "gradient_variance", "like
 
 
 def main() -> None:
-    """Measure, write the results, fill the pages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     told = f"of {', '.join(QUESTIONS)}; default: all"
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=told)

@@ -18,7 +18,6 @@ FILE = results.DIRECTORY / "compiled.json"
 
 
 def main() -> None:
-    """Print and keep what each network takes."""
     arguments = parser(__doc__)
     arguments.add_argument("networks", nargs="*", default=["dit", "ncsnpp"])
     options = arguments.parse_args()

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 import hosm_losses as hosm
-from benchmarks.experiment import Choose, ratios
+from benchmarks.experiment import Choose, times
+from benchmarks.intervals import ratio_of_medians
 from benchmarks.steps import NETWORKS, TWINS, model_of
 from hosm_losses.derivatives import safe_primitives
 from hosm_losses.derivatives.taylor import carried
@@ -60,7 +61,8 @@ def answer(_: str, choose: Choose) -> dict:
         shape = NETWORKS[name][1]
         model, x = model_of(name), torch.randn(choose(2, shape[0], shape[0]), *shape[1:])
         with torch.no_grad():
-            each = ratios(routes(model, x, probes), "one evaluation", choose(1, 3, 15))
-        for route, ratio in each.items():
+            seconds = times(routes(model, x, probes), choose(1, 3, 15))
+        for route, each in seconds.items():
+            ratio = ratio_of_medians(each, seconds["one evaluation"])
             found.setdefault(route, {}).setdefault(str(probes), {})[name] = ratio
     return found

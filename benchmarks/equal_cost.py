@@ -107,7 +107,6 @@ def printed(report: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Time the steps, train, print the table and write the numbers."""
     parser = experiment.parser(__doc__)
     parser.add_argument("--schedule", choices=example.SCHEDULES, default="ve")
     parser.add_argument("--steps", type=int, default=10_000, help="of order one")

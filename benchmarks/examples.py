@@ -44,7 +44,6 @@ def kept(printed: str) -> results.Report:
 
 
 def main() -> None:
-    """Run the commands that are asked for, and keep what each has found; pictures are not kept."""
     for name, command in COMMANDS.items():
         if not all(word in command for word in sys.argv[1:]):
             continue

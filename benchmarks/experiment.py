@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.environment import environment
-from benchmarks.intervals import Estimate, ratio_of_medians
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -107,12 +106,6 @@ def step_times(steps: Mapping[str, Iterator[None]], rounds: int) -> dict[str, fl
     return {key: float(np.median(each)) for key, each in times(routes, rounds).items()}
 
 
-def ratios(routes: Routes, base: str, rounds: int) -> dict[str, Estimate]:
-    """Median time of each route over that of `base`."""
-    found = times(routes, rounds)
-    return {key: ratio_of_medians(each, found[base]) for key, each in found.items()}
-
-
 def alone(
     function: Callable[..., T],
     *args: Any,
@@ -128,14 +121,6 @@ def alone(
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def attempt(measure: Callable[..., Row], *args: Any) -> Row:
-    """The result of a measurement, or {"failed": why}."""
-    try:
-        return measure(*args)
-    except Exception as error:
-        return {"failed": reason(error)}
 
 
 def reason(error: BaseException) -> str:

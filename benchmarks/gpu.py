@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks.environment import environment, said
-from benchmarks.experiment import Row, attempt, parser, reason, show
+from benchmarks.experiment import Row, parser, reason, show
 from benchmarks.networks import UNet
 from benchmarks.steps import BASE, VARIANTS, loss_of
 
@@ -104,7 +104,10 @@ class Job:
     def attempt(self, measure: Callable[..., Row], *args: object) -> Row:
         """What is measured, or why not."""
         self.free()
-        return attempt(measure, self, *args)
+        try:
+            return measure(self, *args)
+        except Exception as error:
+            return {"failed": reason(error)}
 
 
 def checked(job: Job, variant: Row) -> Row:
@@ -192,7 +195,6 @@ def printed(title: str, rows: dict[str, Row]) -> None:
 
 
 def main() -> None:
-    """Measure every batch in every precision, print the tables and write the numbers."""
     given = parser(__doc__)
     given.add_argument("--batch", type=int, nargs="+", help="default: 128 48, or 4 with --smoke")
     given.add_argument("--variants", default="", metavar="REGEX")

@@ -192,7 +192,6 @@ def divergences(elements: int, seed: int) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    """Solve, judge and print."""
     parser = experiment.parser(__doc__)
     parser.add_argument("--elements", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--seeds", type=int, default=2, help="how many")

@@ -171,7 +171,6 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Count everything and write it."""
     report = {"torch": torch.__version__, "networks": {name: measure(name) for name in NETWORKS}}
     FILE.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 

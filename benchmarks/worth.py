@@ -209,7 +209,6 @@ class Campaign:
 
 
 def main() -> None:
-    """Train, judge and write what is not yet done."""
     parser = experiment.parser(__doc__)
     parser.add_argument("--problems", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--losses", default="", metavar="REGEX", help="those it is found in")

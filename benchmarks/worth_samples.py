@@ -76,7 +76,6 @@ def draw(shown: dict[str, Tensor], path: Path) -> None:
 
 
 def main() -> None:
-    """Draw samples, print their distances, and write both."""
     from sklearn.datasets import load_digits
 
     parser = experiment.parser(__doc__)
