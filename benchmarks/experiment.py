@@ -4,6 +4,7 @@ import os
 import re
 import time
 import traceback
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +30,9 @@ Routes = Mapping[str, Callable[[], object]]
 
 
 def ask(question: str, size: str) -> Row:
-    """What the file of a question finds, case by case."""
+    """What the file of a question finds, case by case; a warning is an error, as in the tests."""
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "`torch.jit.script`")  # torch.func.jvp, on first use
     where, module = environment(), import_module(f"benchmarks.{question}")
     torch.set_num_threads(1)
     found: Row = {}
