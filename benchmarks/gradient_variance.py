@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from docs.examples import mixture_1d as example
 from torch import Tensor
 from tqdm import tqdm
 
@@ -190,6 +189,8 @@ def summary(found: Mapping[str, Mapping[str, Moments]]) -> dict[str, ByLevel]:
 
 def mixture(steps: int) -> Problem:
     """The example's network, trained with order three under VP."""
+    from docs.examples import mixture_1d as example  # needs matplotlib
+
     job = example.Job("vp", 3, steps, seed=0)
     model = example.new_model(job)
     for _ in tqdm(example.training(model, job), "mixture", job.steps, leave=False):
