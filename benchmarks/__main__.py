@@ -2,7 +2,7 @@
 
     python -m benchmarks [QUESTION ...] [--full | --smoke] [--name NAME] [--page-only]
 
-A question is a file benchmarks/test_QUESTION.py, measured by pytest in a process of its own with
+A question is a file whose `answer` is called for each of its CASES, in a process of its own with
 one thread. What is found goes to benchmarks/results/NAME.json, beside what is there already. From
 all of that file come the figures, and the tables and numbers between marks in README.md and docs.
 They are printed, and last what moved: a person reads the sentences beside it again.
@@ -12,42 +12,21 @@ minutes, and leaves results and pages in a temporary directory that it removes.
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks import page, results
 from benchmarks.environment import ONE_THREAD, ROOT
+from benchmarks.experiment import alone, ask
 from benchmarks.trained import KEPT
 
-QUESTIONS = tuple(
-    path.stem.removeprefix("test_") for path in sorted((ROOT / "benchmarks").glob("test_*.py"))
-)
-
-
-def measure(question: str, size: str, weights: str) -> results.Report:
-    """What a question finds."""
-    with TemporaryDirectory() as directory:
-        raw = Path(directory) / "raw.json"
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-s"]
-        command += [f"benchmarks/test_{question}.py", f"--results={raw}", "--benchmark-skip"]
-        command += ["--no-header", f"--size={size}"]
-        environment = {**os.environ, **ONE_THREAD, KEPT: weights}
-        environment["TORCHINDUCTOR_CACHE_DIR"] = directory
-        if subprocess.run(command, cwd=ROOT, env=environment).returncode:
-            raise SystemExit(f"{question}: failed, see above.")
-        return json.loads(raw.read_text())
+QUESTIONS = ("divergence_mode", "estimator_variance", "gradient_variance", "likelihood", "speed")
 
 
 def main() -> None:
-    """Measure, write the results, fill the pages."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], epilog=f"Questions: {', '.join(QUESTIONS)}."
-    )
-    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="default: all")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    told = f"of {', '.join(QUESTIONS)}; default: all"
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help=told)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", dest="size", action="store_const", const="full", default="default")
     size.add_argument("--smoke", dest="size", action="store_const", const="smoke")
@@ -74,7 +53,8 @@ def run(chosen: list[str], options: argparse.Namespace, directory: Path, root: P
     with TemporaryDirectory() as weights:
         for number, question in enumerate(chosen, 1):
             print(f"\n[{number}/{len(chosen)}] {question}", flush=True)
-            kept[question] = measure(question, options.size, weights)
+            given = {**ONE_THREAD, KEPT: weights}
+            kept[question] = alone(ask, question, options.size, environment=given)
             results.write(file, kept)
     for line in page.write(file, root):
         print(line)

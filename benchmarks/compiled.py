@@ -18,7 +18,6 @@ FILE = results.DIRECTORY / "compiled.json"
 
 
 def main() -> None:
-    """Print and keep what each network takes."""
     arguments = parser(__doc__)
     arguments.add_argument("networks", nargs="*", default=["dit", "ncsnpp"])
     options = arguments.parse_args()
@@ -37,8 +36,7 @@ def main() -> None:
             ((key, row.get("compile_seconds"), row["time_ratio"][0]) for key, row in rows.items()),
         )
         if not options.smoke:
-            kept = results.read(FILE)
-            results.write(FILE, kept | {name: {**found, "environment": environment()}})
+            results.keep(FILE, {name: {**found, "environment": environment()}})
 
 
 if __name__ == "__main__":

@@ -95,7 +95,6 @@ def read() -> tuple[Counts, str]:
 
 
 def main() -> None:
-    """Count, then compare or write."""
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", action="store_true")
     options, found = parser.parse_args(), measure()

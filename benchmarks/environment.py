@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# NPROC is XLA's, see benchmarks.peers.jax_losses, which cannot be imported without JAX.
+# NPROC is XLA's, see benchmarks.peers.in_jax, which cannot be imported without JAX.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NPROC": "1"}
 # What is measured beside ours, by the name in pip.
 PEERS = ("flow_matching", "jax", "k-diffusion", "scipy", "torchdiffeq")

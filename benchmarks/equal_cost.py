@@ -1,7 +1,7 @@
 """At equal cost, is the third order worth it? Judged by KL(q || p_ODE), q the data at t_min.
 
-    python -m benchmarks.equal_cost [--schedule vp] [--seeds N] [--steps N] [--settings REGEX]
-        [--processes N] [--out DIR] [--smoke]
+    python -m benchmarks.equal_cost [--schedule vp] [--steps N] [--settings REGEX] [--out DIR]
+        [--smoke]
 
 Settings:
     Each loss throughout, and order three also after order one ("order 1, then ..."): half of the
@@ -37,7 +37,7 @@ import hosm_losses as hosm
 from benchmarks import experiment
 
 BASE, THEN = "order 1", ", then "
-WARM_UP, ROUNDS = 5, 40
+ROUNDS, SEEDS = 40, 3
 # A unit probe is exact in one dimension and, given, draws no number.
 UNIT = {"probe": torch.ones(example.BATCH, 1)}
 THIRD = partial(hosm.third_order_dsm, weights=(1, 0.5, 0, 0.1), **UNIT)
@@ -73,10 +73,9 @@ def start(job: Job) -> tuple[hosm.ScoreModel, Iterator[None]]:
 
 def step_times(schedule: str, names: list[str], rounds: int) -> dict[str, float]:
     """Median processor time of a step with each loss, over that of order one."""
-    jobs = {name: Job(schedule, ((name, WARM_UP + rounds),)) for name in names}
-    routes = {name: partial(next, start(job)[1]) for name, job in jobs.items()}
-    experiment.ratios(routes, BASE, WARM_UP)
-    return {name: ratio.value for name, ratio in experiment.ratios(routes, BASE, rounds).items()}
+    jobs = {name: Job(schedule, ((name, experiment.WARM_UP + rounds),)) for name in names}
+    found = experiment.step_times({name: start(job)[1] for name, job in jobs.items()}, rounds)
+    return {name: seconds / found[BASE] for name, seconds in found.items()}
 
 
 def phases(setting: str, steps: int, times: dict[str, float]) -> tuple[tuple[str, int], ...]:
@@ -99,28 +98,23 @@ def printed(report: dict[str, Any]) -> None:
     """Print a row for each setting."""
     lines, base = [], report["settings"][BASE]["seconds"]
     for name, row in report["settings"].items():
-        ratio, seconds, steps = row["ratio"], row["seconds"], sum(row["steps"])
-        cells = [report["step_time_ratios"][name.split(THEN)[-1]], steps]
-        cells += [float(np.median(np.divide(seconds, base))), float(np.median(ratio))]
-        lines.append([name, *cells, min(ratio), max(ratio), *row["kl"]])
-    header = ["", "step time", "steps", "cost", "KL over order 1's: median", "least", "most"]
-    header += ["KL [nats]", *[""] * (len(base) - 1)]
+        cost = float(np.median(np.divide(row["seconds"], base)))
+        cells = [report["step_time_ratios"][name.split(THEN)[-1]], sum(row["steps"]), cost]
+        lines.append([name, *cells, *row["kl"]])
+    header = ["", "step time", "steps", "cost", "KL [nats]", *[""] * (len(base) - 1)]
     title = f"{report['schedule'].upper()}, at the cost of {report['steps']} steps of order one"
     experiment.show(title, header, lines)
 
 
 def main() -> None:
-    """Time the steps, train, print the table and write the numbers."""
     parser = experiment.parser(__doc__)
     parser.add_argument("--schedule", choices=example.SCHEDULES, default="ve")
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--steps", type=int, default=10_000, help="of order one")
     parser.add_argument("--settings", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--out", type=Path, default=Path("equal_cost_out"))
-    parser.add_argument("--processes", type=int, default=2, help="that train at a time")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    schedule, seeds, steps = options.schedule, options.seeds, options.steps
+    schedule, seeds, steps = options.schedule, SEEDS, options.steps
     chosen = [s for s in SETTINGS if s == BASE or re.search(options.settings, s)]
     names = list(dict.fromkeys(name for setting in chosen for name in setting.split(THEN)))
     times = step_times(schedule, names, 2 if options.smoke else ROUNDS)
@@ -128,7 +122,7 @@ def main() -> None:
         chosen, steps, seeds = [BASE, *chosen[1:][-2:]], 10, 1
     plans = {setting: phases(setting, steps, times) for setting in chosen}
     jobs = [Job(schedule, plans[setting], seed) for seed in range(seeds) for setting in chosen]
-    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         outcomes = list(tqdm(pool.map(train, jobs), "trainings", len(jobs)))
     kl, seconds = np.array(outcomes).reshape(seeds, len(chosen), 2).transpose(2, 1, 0)
     report: dict[str, Any] = {"schedule": schedule, "steps": steps, "step_time_ratios": times}

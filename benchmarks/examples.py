@@ -44,7 +44,6 @@ def kept(printed: str) -> results.Report:
 
 
 def main() -> None:
-    """Run the commands that are asked for, and keep what each has found; pictures are not kept."""
     for name, command in COMMANDS.items():
         if not all(word in command for word in sys.argv[1:]):
             continue
@@ -55,7 +54,7 @@ def main() -> None:
             found = kept(printed.stdout)
             for path in Path(out).glob("*/results.json"):
                 found = {kind: results.read(path)[kind] for kind in ("equal_steps", "equal_cost")}
-        results.write(FILE, results.read(FILE) | {name: found})
+        results.keep(FILE, {name: found})
 
 
 if __name__ == "__main__":

@@ -4,22 +4,45 @@ import os
 import re
 import time
 import traceback
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.intervals import Estimate, ratio_of_medians
+from benchmarks.environment import environment
 
 T = TypeVar("T")
 Row = dict[str, Any]
+WARM_UP = 5  # steps of a training before it is timed
+SIZES = ("smoke", "default", "full")
+Choose = Callable[..., Any]  # of three values, for the sizes smoke, default and full
 Routes = Mapping[str, Callable[[], object]]
+
+
+def ask(question: str, size: str) -> Row:
+    """What the file of a question finds, case by case; a warning is an error, as in the tests."""
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "`torch.jit.script`")  # torch.func.jvp, on first use
+    where, module = environment(), import_module(f"benchmarks.{question}")
+    torch.set_num_threads(1)
+    found: Row = {}
+    for case in module.CASES:
+        if case == "large images" and size != "full":
+            continue
+        print(case, flush=True)
+        torch.manual_seed(0)
+        found |= module.answer(case, lambda *values: values[SIZES.index(size)])
+    return {"environment": where, "size": size, "found": found}
 
 
 def parser(doc: str | None) -> ArgumentParser:
@@ -79,10 +102,11 @@ def times(routes: Routes, rounds: int, bar: str | None = None) -> dict[str, list
     return found
 
 
-def ratios(routes: Routes, base: str, rounds: int) -> dict[str, Estimate]:
-    """Median time of each route over that of `base`."""
-    found = times(routes, rounds)
-    return {key: ratio_of_medians(each, found[base]) for key, each in found.items()}
+def step_times(steps: Mapping[str, Iterator[None]], rounds: int) -> dict[str, float]:
+    """Median seconds of a step of each training, which take turns, after some to warm up."""
+    routes = {key: partial(next, each) for key, each in steps.items()}
+    times(routes, WARM_UP)
+    return {key: float(np.median(each)) for key, each in times(routes, rounds).items()}
 
 
 def alone(
@@ -100,14 +124,6 @@ def alone(
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def attempt(measure: Callable[..., Row], *args: Any) -> Row:
-    """The result of a measurement, or {"failed": why}."""
-    try:
-        return measure(*args)
-    except Exception as error:
-        return {"failed": reason(error)}
 
 
 def reason(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """What a training step of each order costs on a CUDA GPU, eager and compiled.
 
-    python -m benchmarks.gpu [--device cuda] [--batch 128 48] [--precision fp32 bf16] [--rounds N]
-        [--variants REGEX] [--compile] [--out FILE.json] [--smoke]
+    python -m benchmarks.gpu [--batch 128 48] [--variants REGEX] [--compile] [--out FILE.json]
+        [--smoke]
 
 A U-Net of 54 million parameters, about the size of DDPM++, on 3×32×32, with new weights. A step is
 loss and backward pass. fp32 is as PyTorch has it, convolutions in TF32; bf16 is torch.autocast.
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks.environment import environment, said
-from benchmarks.experiment import Row, attempt, parser, reason, show
+from benchmarks.experiment import Row, parser, reason, show
 from benchmarks.networks import UNet
 from benchmarks.steps import BASE, VARIANTS, loss_of
 
@@ -49,7 +49,7 @@ COLUMNS = {
     "compiled ms": ("compiled", "ms", 1),
     "gradient": ("gradient", "error", 1),
 }
-PRECISIONS, WARM_UP = ("fp32", "bf16"), 3
+WARM_UP, ROUNDS = 3, 7
 LARGE, SMALL = (128, (1, 2, 2, 2), 5), (8, (1, 2), 1)
 
 
@@ -59,8 +59,7 @@ class Job:
     def __init__(self, setting: Namespace) -> None:
         torch.manual_seed(0)
         torch.backends.cudnn.allow_tf32 = not setting.smoke
-        self.rounds, self.bf16 = setting.rounds, setting.precision == "bf16"
-        self.device = torch.device(setting.device)
+        self.bf16, self.device = setting.precision == "bf16", torch.device(setting.device)
         self.network = UNet(*SMALL if setting.smoke else LARGE).to(self.device)
         self.model = hosm.ScoreModel(self.network, hosm.VPSchedule())
         size = 8 if setting.smoke else 32
@@ -105,7 +104,10 @@ class Job:
     def attempt(self, measure: Callable[..., Row], *args: object) -> Row:
         """What is measured, or why not."""
         self.free()
-        return attempt(measure, self, *args)
+        try:
+            return measure(self, *args)
+        except Exception as error:
+            return {"failed": reason(error)}
 
 
 def checked(job: Job, variant: Row) -> Row:
@@ -133,10 +135,10 @@ def measured(job: Job, variant: Row) -> Row:
     return found
 
 
-def timed(steps: Mapping[str, Step], rounds: int) -> dict[str, float]:
+def timed(steps: Mapping[str, Step]) -> dict[str, float]:
     """Median milliseconds of every step."""
     times: dict[str, list[float]] = {key: [] for key in steps}
-    for _, key in tqdm(list(product(range(rounds), steps)), "time", leave=False):
+    for _, key in tqdm(list(product(range(ROUNDS), steps)), "time", leave=False):
         torch.cuda.empty_cache()  # its blocks have the sizes of another variant
         steps[key]()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -154,7 +156,7 @@ def compiled(job: Job, variant: Row) -> Row:
     step()
     torch.cuda.synchronize()
     found = {"seconds": time.perf_counter() - start, "memory": job.peak(step)}
-    return found | timed({"ms": step}, job.rounds)
+    return found | timed({"ms": step})
 
 
 def measure_all(setting: Namespace, variants: dict[str, Row]) -> dict[str, Row]:
@@ -169,7 +171,7 @@ def measure_all(setting: Namespace, variants: dict[str, Row]) -> dict[str, Row]:
     for key, variant in tqdm(variants.items(), "memory", leave=False):
         rows[key]["step"] = job.attempt(measured, variant)
     steps = {key: job.step(v) for key, v in variants.items() if "memory" in rows[key]["step"]}
-    found = job.attempt(lambda job: timed(steps, job.rounds))
+    found = job.attempt(lambda _: timed(steps))
     for key in steps:
         rows[key]["step"] |= {"ms": found[key]} if key in found else found
     for key, variant in tqdm(variants.items(), "compiled") if setting.compile else ():
@@ -193,17 +195,14 @@ def printed(title: str, rows: dict[str, Row]) -> None:
 
 
 def main() -> None:
-    """Measure every batch in every precision, print the tables and write the numbers."""
-    given, devices = parser(__doc__), ("cuda", "cpu")
-    given.add_argument("--device", choices=devices, help="default: cuda, or cpu with --smoke")
+    given = parser(__doc__)
     given.add_argument("--batch", type=int, nargs="+", help="default: 128 48, or 4 with --smoke")
-    given.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
-    given.add_argument("--rounds", type=int, default=7)
     given.add_argument("--variants", default="", metavar="REGEX")
     given.add_argument("--compile", action="store_true")
     given.add_argument("--out", type=Path, metavar="FILE.json")
     options = given.parse_args()
-    device = options.device = options.device or ("cpu" if options.smoke else "cuda")
+    cpu = options.smoke and not torch.cuda.is_available()
+    device = options.device = "cpu" if cpu else "cuda"
     chosen = {k: v for k, v in MEASURED.items() if k == BASE or re.search(options.variants, k)}
     where = environment() | {
         "card": torch.cuda.get_device_name(device) if device == "cuda" else None,
@@ -212,7 +211,7 @@ def main() -> None:
     }
     report: Row = {"environment": where, "tables": []}
     batches = options.batch or ([4] if options.smoke else [128, 48])
-    for batch, precision in product(batches, options.precision):
+    for batch, precision in product(batches, ("fp32", "bf16")):
         shared = {"batch": batch, "precision": precision}
         rows = measure_all(Namespace(**vars(options) | shared), chosen)
         printed(f"batch {batch}, {precision}", rows)

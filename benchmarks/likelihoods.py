@@ -25,7 +25,7 @@ from torch import Tensor
 import hosm_losses as hosm
 from benchmarks import intervals
 from benchmarks.experiment import clocked
-from benchmarks.peers import flow_matching, k_diffusion, score_sde, torchdiffeq
+from benchmarks.peers import likelihoods as others
 from benchmarks.trained import Problem
 
 STEPS = (16, 32, 64, 128, 256)
@@ -93,10 +93,10 @@ def ours(elements: int, *, exact: bool) -> list[Method]:
 
 # A peer's package, its solver, and whether it offers the exact divergence.
 PEERS: dict[str, tuple[str, Solve, bool]] = {
-    RECIPE: ("scipy", score_sde.nll, False),
-    "k-diffusion": ("k_diffusion", k_diffusion.nll, False),
-    "torchdiffeq": ("torchdiffeq", torchdiffeq.nll, True),
-    "flow_matching": ("flow_matching", flow_matching.nll, True),
+    RECIPE: ("scipy", others.by_scipy, False),
+    "k-diffusion": ("k_diffusion", others.by_k_diffusion, False),
+    "torchdiffeq": ("torchdiffeq", others.by_torchdiffeq, True),
+    "flow_matching": ("flow_matching", others.by_flow_matching, True),
 }
 
 

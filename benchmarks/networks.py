@@ -1,10 +1,13 @@
 """The networks that are timed, in plain modules as a user would write them; each takes (x, t)."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+
+from hosm_losses import checkpoint
 
 
 def waves(t: Tensor, width: int) -> Tensor:
@@ -179,29 +182,39 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer on 4×4 patches: four blocks of width 256, 4 heads.
+    """Diffusion transformer on patches, its blocks in `checkpoint` where `checkpointed` is set.
 
     Its modulation does not start at zero as in the paper, where a new network is a linear map of
     the last layer alone and its higher derivatives vanish.
     """
 
-    def __init__(self, size: int = 32, patch: int = 4, width: int = 256, heads: int = 4) -> None:
+    def __init__(
+        self,
+        size: int = 32,
+        patch: int = 4,
+        width: int = 256,
+        heads: int = 4,
+        blocks: int = 4,
+        channels: int = 3,
+    ) -> None:
         super().__init__()
         self.width, self.grid, self.patch = width, size // patch, patch
-        self.inner = nn.Conv2d(3, width, patch, stride=patch)
+        self.checkpointed = False
+        self.inner = nn.Conv2d(channels, width, patch, stride=patch)
         self.places = nn.Parameter(0.02 * torch.randn(1, self.grid**2, width))
         self.time = time_layers(width, width)
-        self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(4))
+        self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(blocks))
         self.modulation = nn.Linear(width, 2 * width)
-        self.outer = nn.Linear(width, 3 * patch**2)
+        self.outer = nn.Linear(width, channels * patch**2)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         embedding = self.time(waves(t, self.width))
         hidden = self.inner(x).flatten(2).transpose(1, 2) + self.places
         for block in self.blocks:
-            hidden = block(hidden, embedding)
+            by = partial(checkpoint, block) if self.checkpointed else block
+            hidden = by(hidden, embedding)
         shift, scale = self.modulation(embedding)[:, None].chunk(2, -1)
         patches = self.outer(modulated(hidden, shift, scale))
         patches = patches.unflatten(1, (self.grid, self.grid))
-        patches = patches.unflatten(-1, (3, self.patch, self.patch))
+        patches = patches.unflatten(-1, (-1, self.patch, self.patch))
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)

@@ -1,6 +1,6 @@
 """Which loss is best without an optimizer? Each is minimised exactly, and judged by the ODE's KL.
 
-    python -m benchmarks.quadratic [--elements 8 16] [--seeds N] [--out FILE] [--smoke]
+    python -m benchmarks.quadratic [--elements 8 16] [--seeds N] [--smoke]
 
 The network is what is exact for Gaussian data plus 64 random features at each of 33 noise levels.
 Every loss is then a quadratic in the output weights of a level, whose minimum solves a linear
@@ -17,7 +17,6 @@ With A = σ ∂f/∂x, the truth f*, A*, G*, and δ = f − f*, E = A − A* det
 """
 
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from tests.oracles import GaussianMixture, anisotropic
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import experiment, results
+from benchmarks.worth import FILE
 
 FEATURES, LEVELS, DRAWS, POINTS, ROUNDS, RIDGE = 64, 33, 4096, 4000, 3, 1e-8
 SCHEDULE = hosm.VESchedule(sigma_max=20.0)
@@ -192,14 +192,12 @@ def divergences(elements: int, seed: int) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    """Solve, judge and print."""
     parser = experiment.parser(__doc__)
     parser.add_argument("--elements", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--seeds", type=int, default=2, help="how many")
-    parser.add_argument("--out", type=Path, default=Path("quadratic.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report: results.Report = results.read(options.out)
+    report: results.Report = results.read(FILE).get("quadratic", {})
     elements, seeds = ([2], 1) if options.smoke else (options.elements, options.seeds)
     for d in elements:
         found = [divergences(d, seed) for seed in range(seeds)]
@@ -207,7 +205,8 @@ def main() -> None:
         report[f"d = {d}"] = rows
         header = ["KL [nats], error of the difference", *[""] * (2 * seeds)]
         experiment.show(f"d = {d}", header, [[k, *sum(v, ())] for k, v in rows.items()])
-        results.write(options.out, report)
+        if not options.smoke:
+            results.keep(FILE, {"quadratic": report})
 
 
 if __name__ == "__main__":

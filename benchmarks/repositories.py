@@ -27,16 +27,23 @@ def filtered(x: Tensor, factor: int, grow: bool) -> Tensor:
     return rows.unflatten(0, (-1, channels)).squeeze(2)
 
 
-class SongBlock(nn.Module):
-    """The residual block of score_sde's NCSN++: t is added in place, the sum is rescaled."""
+class Block(nn.Module):
+    """What the residual blocks below are made of; t becomes one number a channel, or two."""
+
+    eps, times = 1e-5, 2
 
     def __init__(self, inner: int, outer: int, embedding: int, resample: str = "") -> None:
         super().__init__()
         self.resample = resample
-        self.norm1, self.norm2 = nn.GroupNorm(8, inner, 1e-6), nn.GroupNorm(8, outer, 1e-6)
+        self.norm1, self.norm2 = (nn.GroupNorm(8, each, self.eps) for each in (inner, outer))
         self.conv1, self.conv2 = conv(inner, outer), conv(outer, outer)
-        self.skip, self.time = conv(inner, outer, 1), nn.Linear(embedding, outer)
-        self.act = nn.SiLU(inplace=True)
+        self.skip, self.time = conv(inner, outer, 1), nn.Linear(embedding, self.times * outer)
+
+
+class SongBlock(Block):
+    """The block of score_sde's NCSN++: t is added in place, the sum is rescaled."""
+
+    eps, times, act = 1e-6, 1, nn.SiLU(inplace=True)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.act(self.norm1(x))
@@ -65,15 +72,8 @@ class SongAttention(nn.Module):
         return (x + self.mix(h)) / math.sqrt(2)
 
 
-class EDMBlock(nn.Module):
+class EDMBlock(Block):
     """The block of EDM: t scales and shifts a norm in one call; the rest is added in place."""
-
-    def __init__(self, inner: int, outer: int, embedding: int, resample: str = "") -> None:
-        super().__init__()
-        self.resample = resample
-        self.norm1, self.norm2 = nn.GroupNorm(8, inner), nn.GroupNorm(8, outer)
-        self.conv1, self.conv2 = conv(inner, outer), conv(outer, outer)
-        self.skip, self.affine = conv(inner, outer, 1), nn.Linear(embedding, 2 * outer)
 
     def resampled(self, x: Tensor) -> Tensor:
         if self.resample == "down":
@@ -86,7 +86,7 @@ class EDMBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         before = self.resampled(x)
         h = self.conv1(self.resampled(F.silu(self.norm1(x))))
-        scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, 1)
+        scale, shift = self.time(embedding)[:, :, None, None].chunk(2, 1)
         h = F.silu(torch.addcmul(shift, self.norm2(h), scale + 1))
         h = self.conv2(h).add_(self.skip(before))
         return h.mul_(0.5**0.5)
@@ -132,14 +132,8 @@ class _TwoLevels(nn.Module):
         return self.outer(F.silu(self.norm(h), inplace=True))
 
 
-class GuidedBlock(nn.Module):
+class GuidedBlock(Block):
     """The block of guided-diffusion: norms in float32, scale and shift after the second."""
-
-    def __init__(self, inner: int, outer: int, embedding: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(8, inner), nn.GroupNorm(8, outer)
-        self.conv1, self.conv2 = conv(inner, outer), conv(outer, outer)
-        self.skip, self.time = conv(inner, outer, 1), nn.Linear(embedding, 2 * outer)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))

@@ -30,6 +30,11 @@ def read(file: Path) -> Report:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def keep(file: Path, found: Report) -> None:
+    """Write what was found beside what a file holds already."""
+    write(file, read(file) | found)
+
+
 def write(file: Path, questions: Report) -> None:
     """Write the questions, sorted by name."""
     file.parent.mkdir(parents=True, exist_ok=True)

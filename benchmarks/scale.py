@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.networks import DiTBlock, conv, modulated, time_layers, waves
+from benchmarks.networks import DiT, conv, time_layers, waves
 from benchmarks.repositories import SongAttention, SongBlock
 
 FILE = results.DIRECTORY / "scale.json"
@@ -92,32 +92,10 @@ class Song(nn.Module):
         return self.outer(nn.functional.silu(self.norm(h)))
 
 
-class LatentDiT(nn.Module):
-    """A diffusion transformer on latents in patches of 2, its blocks checkpointed if wanted."""
-
-    def __init__(self, size: int, width: int, heads: int, blocks: int) -> None:
-        super().__init__()
-        self.width, self.grid, self.checkpointed = width, size // 2, False
-        self.inner = nn.Conv2d(4, width, 2, stride=2)
-        self.places = nn.Parameter(torch.zeros(1, self.grid**2, width))
-        self.time = time_layers(width, width)
-        self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(blocks))
-        self.modulation, self.outer = nn.Linear(width, 2 * width), nn.Linear(width, 16)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        embedding = self.time(waves(t, self.width))
-        h = self.inner(x).flatten(2).transpose(1, 2) + self.places
-        for block in self.blocks:
-            h = hosm.checkpoint(block, h, embedding) if self.checkpointed else block(h, embedding)
-        shift, scale = self.modulation(embedding)[:, None].chunk(2, -1)
-        patches = self.outer(modulated(h, shift, scale)).transpose(1, 2)
-        return nn.functional.pixel_shuffle(patches.unflatten(2, (self.grid, self.grid)), 2)
-
-
 NETWORKS = {
     "deep NCSN++, CIFAR-10": (Song, (3, 32, 32)),
-    "DiT-XL/2, latents 4×32×32": (partial(LatentDiT, 32, 1152, 16, 28), (4, 32, 32)),
-    "2 billion, latents 4×64×64": (partial(LatentDiT, 64, 1792, 28, 36), (4, 64, 64)),
+    "DiT-XL/2, latents 4×32×32": (partial(DiT, 32, 2, 1152, 16, 28, 4), (4, 32, 32)),
+    "2 billion, latents 4×64×64": (partial(DiT, 64, 2, 1792, 28, 36, 4), (4, 64, 64)),
 }
 
 
@@ -193,7 +171,6 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Count everything and write it."""
     report = {"torch": torch.__version__, "networks": {name: measure(name) for name in NETWORKS}}
     FILE.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 

@@ -1,10 +1,16 @@
-"""What a training step costs on one network, by every route: FLOPs, time and memory.
+"""What a training step costs by every route, over one of order one: FLOPs, time and memory.
+
+python -m benchmarks speed [--full]
+
+All variants of a network take turns in one process of one thread, JAX too, so that their ratios
+are of one run. With --full there are all networks, and memory on those with twins in JAX. Compiled
+losses are those of benchmarks.compiled.
 
     flops     of matrix products and convolutions in loss and backward pass, counted.
     seconds   of processor time, the median over rounds in which all take turns, JAX too.
     memory    peak bytes of a step in a process of its own, above what the process held before: of
               the batch, the parameter gradients and what operators work with.
-    jax       seconds of the same loss and network in JAX, benchmarks.peers.jax_losses. It is given
+    jax       seconds of the same loss and network in JAX, benchmarks.peers.in_jax. It is given
               its random numbers; ours draws them.
     compile   seconds of the first step of the compiled loss module, with an empty cache.
 
@@ -26,10 +32,11 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.counts import count_of
-from benchmarks.experiment import Row, alone, times
+from benchmarks.experiment import Choose, Row, alone, times
 from benchmarks.intervals import ratio_of_medians
-from benchmarks.steps import BASE, NETWORKS, TWINS, VARIANTS, model_of, step_of
+from benchmarks.steps import BASE, MAIN, NAMES, NETWORKS, TWINS, VARIANTS, model_of, step_of
 
+CASES = NAMES
 Step = Callable[[], object]
 # The C library returns freed tensors at once. Setting it also turns off glibc's habit of raising
 # the threshold when something large is freed.
@@ -88,7 +95,7 @@ def peer_steps(name: str, batch: int) -> dict[str, Step]:
         return {}
     import jax
 
-    from benchmarks.peers.jax_losses import training_step
+    from benchmarks.peers.in_jax import training_step
 
     network, shape = model_of(name).network, NETWORKS[name][1]
     drawn = [jax.numpy.asarray(torch.randn(batch, *shape[1:]).numpy()) for _ in range(4)]
@@ -142,3 +149,14 @@ def measure(
             row[f"{field}_ratio"] = row[field] / rows[BASE][field]
     parameters = sum(parameter.numel() for parameter in model_of(name).parameters())
     return {"parameters": parameters, "rounds": rounds, "variants": rows}
+
+
+def answer(name: str, choose: Choose) -> Row:
+    """Everything about one network, in a process of its own."""
+    if name not in choose(NAMES[:2], NAMES[:2], NAMES):
+        return {}
+    variants = VARIANTS if name in TWINS else {key: VARIANTS[key] for key in MAIN}
+    some = choose([BASE], variants, variants) if name == "convolutional" else []
+    batch = choose(4, NETWORKS[name][1][0], NETWORKS[name][1][0])
+    weighed = choose(some, some, variants if name in TWINS else [])
+    return {name: alone(measure, name, variants, choose(1, 4, 10), batch, weighed)}

@@ -7,20 +7,19 @@ Networks that order one has trained are trained on with each loss: three seeds a
 same weights, with a fresh Adam at a quarter of the rate and a cosine decay. Each loss has the
 processor time of order one's steps; its step is timed first, in turns with a step of order one.
 
-Every result is written at once, so that a second run goes on where the first one stopped.
---sweep also tries other weights, on the first problem.
+Every result is written to the directory at once, so that a second run goes on where the first one
+stopped. All of them end in results/worth.json, those of another rate under "longer". --sweep also
+tries other weights, on the first problem.
 """
 
 import copy
 import math
 import re
-import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -29,32 +28,17 @@ import hosm_losses as hosm
 from benchmarks import experiment, results
 from benchmarks.worth_problems import PROBLEMS, Problem
 
-SEEDS, BATCH, RATE, WARM_UP = 3, 256, 1e-3, 5
+FILE = results.DIRECTORY / "worth.json"
+SEEDS, BATCH, RATE = 3, 256, 1e-3
 BEFORE, BASE, SWEEP = "before", "order one", "sweep: "
 # Of the higher terms in nats; chosen by --sweep on the first problem.
 WEIGHTS = {"order two, paired": 0.3, "order three, paired": 0.3, "trace, paired": 0.3}
 CANDIDATES = (0.1, 1.0)
-Loss = Callable[..., Tensor]
-
-
-class Balanced:
-    """Order two with paired probes and balanced weights, whose means begin anew with a model."""
-
-    def __init__(self, times: Callable[..., Tensor]) -> None:
-        self.times = times
-        self.modules: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-    def __call__(
-        self, model: hosm.ScoreModel, x0: Tensor, generator: torch.Generator | None
-    ) -> Tensor:
-        if model not in self.modules:
-            options: Any = {"estimator": "paired", "weights": "balanced"}
-            self.modules[model] = hosm.SecondOrderDSM(model, time_sampler=self.times, **options)
-        return self.modules[model](x0, generator=generator)
+Loss = Callable[[hosm.ScoreModel], Callable[..., Tensor]]
 
 
 def losses(problem: Problem, sweep: bool = False) -> dict[str, Loss]:
-    """Every loss that is compared, as a function of model and data.
+    """Every loss that is compared: given a model, a function of data and a generator.
 
     Times are uniform in log σ̂ for all of them, which makes the first term J_SM but for factors.
     """
@@ -64,28 +48,37 @@ def losses(problem: Problem, sweep: bool = False) -> dict[str, Loss]:
     def times(count: int, generator: torch.Generator | None) -> Tensor:
         return schedule.time(low + (high - low) * torch.rand(count, generator=generator))
 
-    second = partial(hosm.second_order_dsm, time_sampler=times)
-    third = partial(hosm.third_order_dsm, time_sampler=times)
+    def of(function: Callable[..., Any], **options: Any) -> Loss:
+        return lambda model: partial(function, model, time_sampler=times, **options)
+
+    def stein(weight: float) -> Loss:
+        return lambda model: partial(hosm.stein_dsm, model, weight=weight)
+
+    def balanced(model: hosm.ScoreModel) -> hosm.SecondOrderDSM:
+        given: Any = {"estimator": "paired", "weights": "balanced", "time_sampler": times}
+        return hosm.SecondOrderDSM(model, **given)
+
+    second, third = partial(of, hosm.second_order_dsm), partial(of, hosm.third_order_dsm)
 
     def paired(name: str, weight: float) -> Loss:
         """Second, trace and third are ‖M2‖², (tr M2)² and ‖R3‖², over the d of the first."""
         each = weight * elements
         if name == "trace, paired":
-            return partial(second, estimator="paired", weights=(1, 0, each))
+            return second(estimator="paired", weights=(1, 0, each))
         if name == "order two, paired":
-            return partial(second, estimator="paired", weights=(1, each, each))
-        return partial(third, estimator="paired", weights=(1, each, each, each * elements))
+            return second(estimator="paired", weights=(1, each, each))
+        return third(estimator="paired", weights=(1, each, each, each * elements))
 
     found: dict[str, Loss] = {
-        BASE: partial(hosm.first_order_dsm, time_sampler=times),
-        "order two, as in the paper": partial(second, weights=(1, 0.5, 0)),
-        "order two, weights 1": second,
-        "order three, as in the paper": partial(third, weights=(1, 0.5, 0, 0.1 * elements**2)),
-        "order three, weights 1": third,
+        BASE: of(hosm.first_order_dsm),
+        "order two, as in the paper": second(weights=(1, 0.5, 0)),
+        "order two, weights 1": second(),
+        "order three, as in the paper": third(weights=(1, 0.5, 0, 0.1 * elements**2)),
+        "order three, weights 1": third(),
         **{name: paired(name, weight) for name, weight in WEIGHTS.items()},
-        "order two, balanced": Balanced(times),
-        "Stein, weight 1": hosm.stein_dsm,
-        "Stein, weight 0.3": partial(hosm.stein_dsm, weight=0.3),
+        "order two, balanced": balanced,
+        "Stein, weight 1": stein(1.0),
+        "Stein, weight 0.3": stein(0.3),
     }
     if sweep:
         found |= {
@@ -93,7 +86,7 @@ def losses(problem: Problem, sweep: bool = False) -> dict[str, Loss]:
             for name in WEIGHTS
             for weight in CANDIDATES
         }
-        found[f"{SWEEP}Stein, weight 3"] = partial(hosm.stein_dsm, weight=3.0)
+        found[f"{SWEEP}Stein, weight 3"] = stein(3.0)
     return found
 
 
@@ -107,23 +100,21 @@ def trained(
 
 def turns(problem: Problem, model: hosm.ScoreModel, loss: Loss, steps: int, rate: float):
     """A training of all members, a step each time it is advanced."""
-    generator = torch.Generator().manual_seed(1)
+    generator, objective = torch.Generator().manual_seed(1), loss(model)
 
     def value() -> Tensor:
-        return loss(model, problem.rows(BATCH * SEEDS, generator), generator=generator)
+        return objective(problem.rows(BATCH * SEEDS, generator), generator=generator)
 
     return experiment.training(model, value, steps, rate)
 
 
 def step_times(problem: Problem, model: hosm.ScoreModel, chosen: dict[str, Loss], rounds: int):
     """Median seconds of a step with each loss; they take turns."""
-    routes = {
-        name: partial(next, turns(problem, copy.deepcopy(model), loss, WARM_UP + rounds, RATE))
+    steps = {
+        name: turns(problem, copy.deepcopy(model), loss, experiment.WARM_UP + rounds, RATE)
         for name, loss in chosen.items()
     }
-    experiment.times(routes, WARM_UP)
-    found = experiment.times(routes, rounds)
-    return {name: float(np.median(seconds)) for name, seconds in found.items()}
+    return experiment.step_times(steps, rounds)
 
 
 def judged(problem: Problem, model: hosm.ScoreModel, base: Tensor | None) -> dict[str, Any]:
@@ -218,7 +209,6 @@ class Campaign:
 
 
 def main() -> None:
-    """Train, judge and write what is not yet done."""
     parser = experiment.parser(__doc__)
     parser.add_argument("--problems", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--losses", default="", metavar="REGEX", help="those it is found in")
@@ -236,7 +226,9 @@ def main() -> None:
     names = [name for name in PROBLEMS if re.search(options.problems, name)]
     for name in tqdm(names, "problems"):
         campaign.run(name, options.losses, options.sweep and name == next(iter(PROBLEMS)))
-    print(f"The numbers are in {campaign.file}; benchmarks.worth_page writes the page from them.")
+    if not options.smoke:
+        longer = budget.rate != usual.rate
+        results.keep(FILE, {"longer": campaign.report} if longer else campaign.report)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from docs.examples import mixture_1d as example
@@ -21,6 +22,17 @@ from benchmarks.trained import digits
 
 POOL, NOISED, HELD_OUT = 2**17, 4096, 360
 TURN = math.sqrt(2 * math.pi)
+
+
+class Sizes(NamedTuple):
+    """Of a network: its hidden layers and how many there are, and harmonics of its input."""
+
+    width: int
+    depth: int
+    waves: int
+
+
+VE, FLAT = hosm.VESchedule(sigma_max=20.0), Sizes(64, 3, 4)
 
 
 class Checkerboard:
@@ -68,18 +80,16 @@ class Ensemble(nn.Module):
     trains the members independently: Adam does not mind that each has 1/S of the gradient.
     """
 
-    def __init__(
-        self, schedule: hosm.Schedule, data: Tensor, seeds: int, width: int, depth: int, waves: int
-    ) -> None:
+    def __init__(self, schedule: hosm.Schedule, data: Tensor, seeds: int, sizes: Sizes) -> None:
         super().__init__()
-        elements = data.shape[1]
+        elements, (width, depth, waves) = data.shape[1], sizes
         self.schedule, self.seeds, self.waves = schedule, seeds, waves
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", data.mean(0))
         self.register_buffer("std", data.std(0))
-        sizes = [elements * (1 + 2 * waves), *[width] * depth, elements]
-        shapes = [(17, 2 * depth * width), *pairwise(sizes)]
+        widths = [elements * (1 + 2 * waves), *[width] * depth, elements]
+        shapes = [(17, 2 * depth * width), *pairwise(widths)]
         members = []
         for seed in range(seeds):
             torch.manual_seed(seed)
@@ -89,18 +99,6 @@ class Ensemble(nn.Module):
             nn.ParameterList([torch.stack([part(each) for each in layer]) for layer in layers])
             for part in (lambda linear: linear.weight.detach().T, lambda linear: linear.bias[None])
         )
-
-    def member(self, seed: int) -> "Ensemble":
-        """A copy of one member as an ensemble of its own."""
-        alone = Ensemble.__new__(Ensemble)
-        nn.Module.__init__(alone)
-        alone.schedule, alone.seeds, alone.waves = self.schedule, 1, self.waves
-        alone.register_buffer("mean", self.mean)
-        alone.register_buffer("std", self.std)
-        for name in ("weights", "biases"):
-            own = [each.detach()[seed : seed + 1].clone() for each in getattr(self, name)]
-            setattr(alone, name, nn.ParameterList(own))
-        return alone
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict the noise in x (N·S, d) at t (N·S,)."""
@@ -143,9 +141,7 @@ class Problem:
     """
 
     schedule: hosm.Schedule
-    width: int
-    depth: int
-    waves: int
+    sizes: Sizes
     steps: int
     train: Tensor
     test: Tensor
@@ -155,8 +151,8 @@ class Problem:
 
     def model(self, seeds: int) -> hosm.ScoreModel:
         """Networks that are not trained."""
-        sizes = self.width, self.depth, self.waves
-        return hosm.ScoreModel(Ensemble(self.schedule, self.train, seeds, *sizes), self.schedule)
+        network = Ensemble(self.schedule, self.train, seeds, self.sizes)
+        return hosm.ScoreModel(network, self.schedule)
 
     def rows(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw (count, d) to train on."""
@@ -201,10 +197,8 @@ class Problem:
 def of_density(
     density: Density,
     schedule: hosm.Schedule,
-    width: int,
-    depth: int,
-    waves: int,
-    steps: int,
+    sizes: Sizes = FLAT,
+    steps: int = 256,
     points: int = 4000,
 ) -> Problem:
     """Draws of a density that is known, and of what the schedule makes of it."""
@@ -229,7 +223,7 @@ def of_density(
     x = alpha[:, None] * clean + sigma[:, None] * noise_like(clean, generator)
     parts = zip(x.split(256), alpha.split(256), sigma.split(256), strict=True)
     noise = -sigma[:, None] * torch.cat([density.score(*part) for part in parts])
-    return Problem(schedule, width, depth, waves, steps, train, test, log_q, factor, (x, t, noise))
+    return Problem(schedule, sizes, steps, train, test, log_q, factor, (x, t, noise))
 
 
 def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -241,24 +235,21 @@ def of_digits() -> Problem:
     """The digits, of which 360 are held out."""
     everything = digits(1797, torch.Generator().manual_seed(0))
     held_out, train = everything[:HELD_OUT], everything[HELD_OUT:]
-    return Problem(hosm.VESchedule(sigma_max=20.0), 128, 2, 0, 64, train, held_out)
+    return Problem(VE, Sizes(128, 2, 0), 64, train, held_out)
 
 
 def of_mixture(elements: int, width: int) -> Problem:
     """Four Gaussians of random axes."""
-    schedule = hosm.VESchedule(sigma_max=20.0)
     points = 4000 if elements * width < 2000 else 1500
-    return of_density(anisotropic(elements, 4), schedule, width, 2, 0, 64, points)
+    return of_density(anisotropic(elements, 4), VE, Sizes(width, 2, 0), 64, points)
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "mixture, d = 8, width 24": lambda: of_mixture(8, 24),
     "mixture, d = 8, width 128": lambda: of_mixture(8, 128),
-    "mixture, d = 1, VE": lambda: of_density(paper_mixture(), hosm.VESchedule(), 64, 3, 4, 256),
-    "mixture, d = 1, VP": lambda: of_density(paper_mixture(), hosm.VPSchedule(), 64, 3, 4, 256),
-    "checkerboard, d = 2": lambda: of_density(
-        Checkerboard(), hosm.VESchedule(sigma_max=20.0), 64, 3, 4, 256
-    ),
+    "mixture, d = 1, VE": lambda: of_density(paper_mixture(), hosm.VESchedule()),
+    "mixture, d = 1, VP": lambda: of_density(paper_mixture(), hosm.VPSchedule()),
+    "checkerboard, d = 2": lambda: of_density(Checkerboard(), VE),
     "mixture, d = 16, width 24": lambda: of_mixture(16, 24),
     "mixture, d = 16, width 128": lambda: of_mixture(16, 128),
     "mixture, d = 32, width 24": lambda: of_mixture(32, 24),

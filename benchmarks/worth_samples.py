@@ -1,10 +1,11 @@
 """Samples of the digits, by the ODE of every loss of benchmarks.worth, and their distance to data.
 
-    python -m benchmarks.worth_samples [--out DIR] [--count N] [--smoke]
+    python -m benchmarks.worth_samples [--out DIR] [--smoke]
 
-The distance is the unbiased squared maximum mean
-discrepancy for the kernel (1 + a·b/32)³, as in KID (Bińkowski et al., arXiv 1801.01401), of 32
-features of a classifier that is trained on the spot. Two random halves of the data give its floor.
+--out is where benchmarks.worth left the networks. The distance is the unbiased squared maximum
+mean discrepancy for the kernel (1 + a·b/32)³, as in KID (Bińkowski et al., arXiv 1801.01401), of
+32 features of a classifier that is trained on the spot. Two random halves of the data give its
+floor.
 """
 
 from pathlib import Path
@@ -16,10 +17,11 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import experiment, results
-from benchmarks.worth import SEEDS, Budget, Campaign
+from benchmarks.environment import ROOT
+from benchmarks.worth import FILE, SEEDS, Budget, Campaign
 from benchmarks.worth_problems import PROBLEMS
 
-NAME, FEATURES = "digits, d = 64", 32
+NAME, FEATURES, COUNT = "digits, d = 64", 32, 1437  # samples of each network
 
 
 def sampled(model: hosm.ScoreModel, count: int) -> Tensor:
@@ -74,12 +76,10 @@ def draw(shown: dict[str, Tensor], path: Path) -> None:
 
 
 def main() -> None:
-    """Draw samples, print their distances, and write both."""
     from sklearn.datasets import load_digits
 
     parser = experiment.parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("worth_out"))
-    parser.add_argument("--count", type=int, default=1437, help="samples of each network")
     options = parser.parse_args()
     torch.set_num_threads(1)
     problem, campaign = PROBLEMS[NAME](), Campaign(options.out, Budget())
@@ -99,7 +99,7 @@ def main() -> None:
             model.load_state_dict(
                 torch.load(campaign.path(NAME, loss), weights_only=True)["weights"]
             )
-            samples = sampled(model, options.count)
+            samples = sampled(model, 16 if options.smoke else COUNT)
             shown[loss] = samples[:24, 0]
             found[loss] = [
                 discrepancy(features(samples[:, seed]).double(), real) for seed in range(SEEDS)
@@ -107,8 +107,9 @@ def main() -> None:
     experiment.show(
         "distance", ["", *map(str, range(SEEDS))], [[name, *row] for name, row in found.items()]
     )
-    results.write(options.out / "worth_samples.json", {"samples": found})  # keeps their order
-    draw(shown, options.out / "worth_digits.png")
+    if not options.smoke:
+        results.keep(FILE, {"samples": found})
+        draw(shown, ROOT / "docs/images/worth_digits.png")
 
 
 if __name__ == "__main__":

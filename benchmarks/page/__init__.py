@@ -16,19 +16,15 @@ from benchmarks import results
 from benchmarks.environment import ROOT
 from benchmarks.page import figures, marks
 from benchmarks.page.numbers import Found, named, table
-from benchmarks.page.tables import TABLES, changes
+from benchmarks.page.tables import TABLES
+from benchmarks.page.worth import PROBLEMS, changes
 
 
 def tree(file: Path) -> Found:
-    """What was found by question, and where it was measured.
+    """What was found by question, where it was measured, and what other commands found.
 
-    "gpu" is what `python -m benchmarks.gpu --out` wrote beside it, by card, batch and precision,
-    "scale" what `python -m benchmarks.scale` wrote, by network, "coverage" what
-    `python -m benchmarks.coverage` wrote, by data and training, "examples" what
-    `python -m benchmarks.examples` wrote, by command, "compiled" what
-    `python -m benchmarks.compiled` wrote, by network, "keeping" the question of speed with a C
-    library that keeps freed memory, "equal_cost" what that command did,
-    and "worth" and "longer" the changes in worth.json.
+    "gpu" is by card, batch and precision, "keeping" the question of speed with a C library that
+    keeps freed memory, "worth" and "longer" are the changes in worth.json.
     """
     found: Found = {"measured": {}, "gpu": {}}
     for question, report in results.read(file).items():
@@ -36,18 +32,18 @@ def tree(file: Path) -> Found:
         where = {"size": report["size"], **report["environment"]}
         peers = {name: each or "not installed" for name, each in where.pop("peers").items()}
         found["measured"][question] = where | peers
-    found["coverage"] = results.read(file.parent / "coverage.json")
-    found["examples"] = results.read(file.parent / "examples.json")
-    found["compiled"] = results.read(file.parent / "compiled.json")
+    for name in ("coverage", "examples", "compiled"):
+        found[name] = results.read(file.parent / f"{name}.json")
     found["keeping"] = results.read(file.parent / "keeping.json").get("speed", {}).get("found", {})
     found["equal_cost"] = {
         path.stem.removeprefix("equal_cost_"): results.read(path)["settings"]
         for path in file.parent.glob("equal_cost_*.json")
     }
-    worth = results.read(file.parent / "worth.json")
-    found["longer"] = {name: changes(rows) for name, rows in worth.pop("longer", {}).items()}
-    problems = {name: rows for name, rows in worth.items() if "d = " in name}
-    found["worth"] = {name: changes(rows) for name, rows in problems.items()}
+    if of_worth := results.read(file.parent / "worth.json"):
+        found["worth.json"] = of_worth
+        for key, report in (("worth", of_worth), ("longer", of_worth["longer"])):
+            names = [name for name in PROBLEMS if name in report]
+            found[key] = {name: changes(report[name]) for name in names}
     found["scale"] = results.read(file.parent / "scale.json").get("networks", {})
     for gpu in sorted(file.parent.glob("gpu*.json")):
         report = results.read(gpu)

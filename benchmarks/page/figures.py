@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator
 
 from benchmarks.page.numbers import Found, label, walk
+from benchmarks.page.worth import PROBLEMS, change, compared
+from benchmarks.worth import BASE
 
 DPI, WIDTH, TEXT = 150, 9.3, {"font.size": 11.5, "axes.titlesize": "medium"}
 PROBES = ("rademacher", "gaussian", "sphere", "dct", "unit vectors")
@@ -132,6 +134,35 @@ def method_style(name: str) -> dict[str, str]:
     return look | fill | ({} if ours else {"color": "#7f7f7f", "linestyle": "--"})
 
 
+def worth(report: Found) -> Figure:
+    """KL over that of order one, for each problem and loss."""
+    figure = Figure(figsize=(WIDTH, 6.2), layout="constrained")
+    axes = figure.subplots()
+    found = [name for name in PROBLEMS if name in report and report[name][BASE]["j_sm"]]
+    names = compared(report[name] for name in found)
+    for i, loss in enumerate(names):
+        rows = [
+            (k, report[each].get(loss, {}), report[each][BASE]) for k, each in enumerate(found)
+        ]
+        shown = [(k, *change(row, base)) for k, row, base in rows if "kl" in row]
+        if not shown:
+            continue
+        places, moved, errors = zip(*shown, strict=True)
+        x = [k + (i - (len(names) - 1) / 2) / (len(names) + 2) for k in places]
+        y, spread = [1 + each / 100 for each in moved], [each / 100 for each in errors]
+        look = {"fmt": "osDv^<>PX"[i % 9], "markersize": 5, "capsize": 2}
+        axes.errorbar(x, y, spread, label=loss, **look)
+    axes.axhline(1, color="0.5", linewidth=1)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.2f}")
+    axes.yaxis.set_minor_formatter("{x:.2f}")
+    axes.set_xticks(range(len(found)), [name.replace(", ", "\n") for name in found])
+    axes.tick_params(axis="x", labelsize="small")
+    axes.set_ylabel("KL over that of order one,\nat equal processor time")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
 SIGNS = f"over signs > {' or '.join(PROBES)}"
 OVER_SIGNS = {
     "trace: variance\n[that of signs]": below(f"{SIGNS} > trace > * std"),
@@ -159,4 +190,5 @@ FIGURES: dict[str, tuple[str, Callable[[Found], Figure]]] = {
     ),
     "likelihood_calls": ("likelihood", partial(panels, **CALLS, **METHOD)),
     "likelihood_time": ("likelihood", partial(panels, **TIMES, **METHOD)),
+    "worth": ("worth.json", worth),
 }

@@ -1,8 +1,8 @@
 """The tables that are worked out."""
 
 from collections.abc import Callable, Sequence
-from statistics import fmean
 
+from benchmarks.page import worth
 from benchmarks.page.numbers import PROBLEMS, Found, markdown, named, number, spread, walk
 
 JAX = "speed > * > variants > order 1 or order *, taylor > jax_ratio"
@@ -64,18 +64,12 @@ def peers(found: Found) -> str:
     return markdown(["Peer", "Compared", "Theirs over ours", "Ahead in", "Where"], lines)
 
 
-def changes(rows: Found) -> Found:
-    """For each loss of worth.json, in per cent: against order one, and the network before both.
-
-    Of negative means, those of the digits, in nats.
-    """
-    means, found = {name: fmean(row["kl"]) for name, row in rows.items()}, {}
-    for name, mean in means.items():
-        found[name] = {"step": rows[name].get("step_time")}
-        for base, more, less in (("order one", "more", "less"), ("before", "lost", "won")):
-            change = (mean - means[base]) * (100 / means[base] if mean > 0 else 1)
-            found[name] |= {more: change, less: -change}
-    return found
-
-
-TABLES: dict[str, Callable[[Found], str]] = {"peers": peers, "known": known, "cost": cost}
+TABLES: dict[str, Callable[[Found], str]] = {
+    "peers": peers,
+    "known": known,
+    "cost": cost,
+    "worth, tables": lambda found: worth.tables(found["worth.json"]),
+    "worth, longer": lambda found: worth.grid(found["worth.json"]["longer"], "kl", worth.KL),
+    "worth, quadratic": lambda found: worth.of_quadratic(found["worth.json"]["quadratic"]),
+    "worth, samples": lambda found: worth.of_samples(found["worth.json"]["samples"]),
+}

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from benchmarks.steps import LOSSES, NETWORKS, TWINS, model_of
 
 import hosm_losses as hosm
-from benchmarks.steps import LOSSES, NETWORKS, TWINS, model_of
 from hosm_losses.losses.terms import third_residual
 from hosm_losses.model import noise_field
 
 jax = pytest.importorskip("jax")
 
-from benchmarks.peers.jax_losses import training_step  # noqa: E402
+from benchmarks.peers.in_jax import training_step  # noqa: E402
 
 BATCH = 3
 

@@ -16,7 +16,6 @@ import copy
 import dataclasses
 
 import numpy as np
-import pytest
 from tests.oracles import ring
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -24,10 +23,12 @@ from tqdm import tqdm
 import hosm_losses as hosm
 from benchmarks import intervals
 from benchmarks import likelihoods as ways
+from benchmarks.experiment import Choose
 from benchmarks.likelihoods import DCT, FRESH, KEPT, RECIPE, Runs, adaptive, at_target, fixed
 from benchmarks.trained import Problem, trained
 from benchmarks.trained import exact as exact_score
 
+CASES = ("ring", "digits", "images", "large images")
 DENSE = 64  # up to which d the exact divergence is taken
 STEPS, REFERENCE_STEPS = 64, 512
 PATHS = 4  # samples whose solver's error is taken
@@ -112,10 +113,8 @@ def add_solver_errors(
             runs.bias = float(error.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("name", ["ring", "digits", "images", "large images"])
-def test_error_against_cost(record, choose, name):
-    if name == "large images" and not choose(False, False, True):
-        pytest.skip("with --full")
+def answer(name: str, choose: Choose) -> dict:
+    """Errors and costs of every method on one kind of data."""
     steps = choose(5, 300 if name == "images" else None, None)
     problem = exact_score(ring()) if name == "ring" else trained(name, steps)
     model = hosm.ScoreModel(Counted(problem.model.network), problem.model.schedule)
@@ -157,8 +156,8 @@ def test_error_against_cost(record, choose, name):
         targets[f"exact, {few:g} nat"] = at_target(pairs, few, random=False)
     assert rows[FRESH][f"{STEPS}"]["evaluations"] == STEPS + 10
     assert all(np.isfinite(row["error"]).all() for each in rows.values() for row in each.values())
-    record(
-        {
+    return {
+        name: {
             "elements": elements,
             "samples": len(x),
             "seeds": rounds,
@@ -167,4 +166,4 @@ def test_error_against_cost(record, choose, name):
             "targets": targets,
             "headlines": headlines(every),
         }
-    )
+    }

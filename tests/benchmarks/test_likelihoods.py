@@ -2,23 +2,27 @@
 
 import pytest
 import torch
-from tests.oracles import paper_mixture, ring
+from benchmarks.likelihoods import PEERS, adaptive, peers
+from benchmarks.trained import exact
 from torch import Tensor
 
 import hosm_losses as hosm
-from benchmarks.likelihoods import adaptive, peers
-from benchmarks.trained import exact
+from tests.oracles import paper_mixture, ring
 
 
-@pytest.mark.parametrize("method", [*peers(exact=True)], ids=lambda method: method.name)
-def test_every_peer_is_right(method):
+@pytest.mark.parametrize("name", PEERS)
+def test_every_peer_is_right(name):
     """In one dimension a probe of signs is exact; in two the divergence has to be."""
-    for mixture in [paper_mixture()] if method.random else [paper_mixture(), ring()]:
-        problem = exact(mixture)
-        x = problem.data[:4]
-        expected = adaptive(problem, x, 1e-7, 0)
-        found = method.solve(problem, x, 1e-8, 0)
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+    methods = [each for each in peers(exact=True) if each.name.removesuffix(", exact") == name]
+    if not methods:
+        pytest.skip(f"needs {PEERS[name][0]}")
+    for method in methods:
+        for mixture in [paper_mixture()] if method.random else [paper_mixture(), ring()]:
+            problem = exact(mixture)
+            x = problem.data[:4]
+            expected = adaptive(problem, x, 1e-7, 0)
+            found = method.solve(problem, x, 1e-8, 0)
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
 
 
 def test_the_reference_is_the_density():

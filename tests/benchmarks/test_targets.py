@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from benchmarks.likelihoods import Method, Runs, at_target, estimates
 
 SEEDS = 400

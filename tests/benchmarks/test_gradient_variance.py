@@ -5,11 +5,11 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from tests.oracles import MLP, sign_vectors
+from benchmarks.gradient_variance import estimators, gradient, moments
+from benchmarks.trained import trained
 
 import hosm_losses as hosm
-from benchmarks.gradients import estimators, gradient, moments
-from benchmarks.trained import trained
+from tests.oracles import MLP, sign_vectors
 
 
 def test_the_moments_are_those_of_the_plain_gradients():
@@ -58,6 +58,7 @@ def test_resamples_of_the_bootstrap_are_centred_on_the_estimate():
 
 def test_paired_probes_take_the_noise_of_the_probes_away():
     """The variance of each term's gradient over minibatches, beside one probe of the paper's."""
+    pytest.importorskip("sklearn")
     problem, minibatches, batch = trained("digits", 200), 24, 32
     parameters, generator = list(problem.model.parameters()), torch.Generator().manual_seed(0)
     found = {estimator: [] for estimator in ("hutchinson", "paired")}

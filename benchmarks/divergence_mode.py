@@ -11,13 +11,16 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 import hosm_losses as hosm
-from benchmarks.experiment import ratios
+from benchmarks.experiment import Choose, times
+from benchmarks.intervals import ratio_of_medians
 from benchmarks.steps import NETWORKS, TWINS, model_of
 from hosm_losses.derivatives import safe_primitives
 from hosm_losses.derivatives.taylor import carried
 from hosm_losses.likelihood.paths import with_divergence
 from hosm_losses.model import noise_field
 from hosm_losses.probes import draw_probes
+
+CASES = ("all networks",)
 
 
 def routes(model: hosm.ScoreModel, x: Tensor, probes: int) -> Mapping[str, Callable[[], object]]:
@@ -51,13 +54,15 @@ def routes(model: hosm.ScoreModel, x: Tensor, probes: int) -> Mapping[str, Calla
     }
 
 
-def test_value_and_divergence_over_one_evaluation(record, choose):
+def answer(_: str, choose: Choose) -> dict:
+    """Times of value and divergence over one evaluation: by route, number of probes, network."""
     found: dict = {}
     for name, probes in product(TWINS, (1, 4)):
         shape = NETWORKS[name][1]
         model, x = model_of(name), torch.randn(choose(2, shape[0], shape[0]), *shape[1:])
         with torch.no_grad():
-            each = ratios(routes(model, x, probes), "one evaluation", choose(1, 3, 15))
-        for route, ratio in each.items():
+            seconds = times(routes(model, x, probes), choose(1, 3, 15))
+        for route, each in seconds.items():
+            ratio = ratio_of_medians(each, seconds["one evaluation"])
             found.setdefault(route, {}).setdefault(str(probes), {})[name] = ratio
-    record(found)
+    return found

@@ -5,10 +5,10 @@ Counts of one PyTorch differ a little from those of another, so each has a twent
 
 import pytest
 import torch
-from tests.oracles import CountCalls
+from benchmarks.steps import NETWORKS
 
 import hosm_losses as hosm
-from benchmarks.steps import NETWORKS
+from tests.oracles import CountCalls
 
 MOST = {
     "mlp, small": {"one": 112, "two": 303, "three": 627, "laplacian": 432, "fraction": 733},

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-
 from benchmarks import scale
 
 DIT = "DiT-XL/2, latents 4×32×32"

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
-
 from benchmarks import counts
 from benchmarks.steps import MAIN, NAMES
+from torch import nn
 
 
 def test_counts_are_those_held():

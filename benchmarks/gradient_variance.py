@@ -1,4 +1,6 @@
-r"""The variance of the gradient of a loss term, in two parts: data with noise, and probes.
+r"""How noisy is the gradient of each loss term and of each third-order estimator, against σ̂?
+
+python -m benchmarks gradient_variance [--full]
 
 What:
     g is the parameter gradient of a term's mean over a minibatch of n samples, at one noise
@@ -30,9 +32,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
+from benchmarks.estimator_variance import LEVELS
+from benchmarks.experiment import Choose
 from benchmarks.intervals import Array, Estimate, estimate, weights
-from benchmarks.trained import Problem
+from benchmarks.trained import HELD_OUT, Problem, trained
+from benchmarks.trained import mixture as draw_mixture
 
+# The size of a minibatch, and the kinds of probes beside signs.
+CASES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "mixture": (256, ()),
+    "digits": (16, ("gaussian",)),
+    "images": (2, ("gaussian", "dct")),
+    "large images": (2, ("gaussian", "dct")),
+}
 Term = Callable[..., Tensor]
 ByLevel = dict[str, dict[str, Any]]  # estimator → level → what was found
 
@@ -173,3 +185,32 @@ def summary(found: Mapping[str, Mapping[str, Moments]]) -> dict[str, ByLevel]:
         "noise scale": each(noise_scale),
         "ratios": ratios,
     }
+
+
+def mixture(steps: int) -> Problem:
+    """The example's network, trained with order three under VP."""
+    from docs.examples import mixture_1d as example  # needs matplotlib
+
+    job = example.Job("vp", 3, steps, seed=0)
+    model = example.new_model(job)
+    for _ in tqdm(example.training(model, job), "mixture", job.steps, leave=False):
+        pass
+    data = draw_mixture(HELD_OUT, torch.Generator().manual_seed(0))
+    return Problem(model, data, example.DATA_STD, draw_mixture)
+
+
+def answer(name: str, choose: Choose) -> dict:
+    """Noise of the gradients on one kind of data."""
+    batch, distributions = CASES[name]
+    if name == "mixture":
+        problem = mixture(choose(2, 1000, 2000))
+    else:
+        problem = trained(name, choose(2, None if name == "digits" else 300, None))
+    elements = problem.data[0].numel()
+    minibatches = choose(8, 8, 16 if name == "large images" else 48)
+    levels, terms = choose(LEVELS[2:3], LEVELS, LEVELS), estimators(elements, distributions)
+    found = measure(problem, levels, terms, minibatches=minibatches, batch=batch)
+    assert all(share == (0, 0, 0) for share in found["probe share"]["first"].values())
+    if elements == 1:
+        del found["probe share"]  # of signs, which are exact there
+    return {name: {**found, "elements": elements}}

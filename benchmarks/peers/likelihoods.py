@@ -1,0 +1,156 @@
+"""The likelihood as others compute it, called as their users call them: −log p(x) in nats, (B,).
+
+Each draws one Rademacher probe for each sample and keeps it along the path. `exact` is for flat
+data alone. What a function imports is what it needs.
+"""
+
+import math
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import hosm_losses as hosm
+from benchmarks.trained import Problem
+
+
+def signs(x: Tensor, seed: int) -> Tensor:
+    """A Rademacher probe for each sample, the same in every precision."""
+    drawn = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(x.dtype) * 2 - 1
+
+
+def flow(model: hosm.ScoreModel, x: Tensor, t: Tensor) -> Tensor:
+    """dx/dt = f x − ½ g² s of the probability-flow ODE, at times (B,)."""
+    schedule, each = model.schedule, (-1, *(1,) * (x.ndim - 1))
+    f, g2 = schedule.drift(t).reshape(each), schedule.squared_diffusion(t).reshape(each)
+    return f * x - 0.5 * g2 * model.score(x, t)
+
+
+def log_prior(model: hosm.ScoreModel, latent: Tensor) -> Tensor:
+    """log N(0, prior_std² I) of a batch, (B,)."""
+    normal = torch.distributions.Normal(0.0, model.schedule.prior_std)
+    return normal.log_prob(latent).flatten(1).sum(1)
+
+
+def by_scipy(problem: Problem, x: Tensor, tolerance: float, seed: int) -> Tensor:
+    """As most public code has it, written for comparison from arXiv 2011.13456, appendix D.2.
+
+    One solve for the whole batch by scipy's RK45 in t, and two passes through the network at each
+    call, one for the drift and one for the vector-Jacobian product.
+    """
+    from scipy.integrate import solve_ivp
+
+    model, probe, count = problem.model, signs(x, seed), x.numel()
+
+    def right_side(t: float, state: np.ndarray) -> np.ndarray:
+        point = torch.as_tensor(state[:count], dtype=x.dtype).reshape(x.shape)
+        times = torch.full((len(x),), t, dtype=x.dtype)
+        with torch.no_grad():
+            moved = flow(model, point, times)
+        point = point.requires_grad_()
+        (pulled,) = torch.autograd.grad((flow(model, point, times) * probe).sum(), point)
+        divergence = (pulled * probe).flatten(1).sum(1)
+        return np.concatenate([moved.flatten().numpy(), divergence.numpy()])
+
+    start = np.concatenate([x.flatten().numpy(), np.zeros(len(x))])
+    span = (model.schedule.t_min, model.schedule.t_max)
+    solved = solve_ivp(right_side, span, start, rtol=tolerance, atol=tolerance, method="RK45")
+    end = torch.as_tensor(solved.y[:, -1])
+    return -(log_prior(model, end[:count].reshape(x.shape)) + end[count:])
+
+
+def by_torchdiffeq(
+    problem: Problem, x: Tensor, tolerance: float, seed: int, *, exact: bool = False
+) -> Tensor:
+    """As continuous normalising flows use torchdiffeq: the method of FFJORD, arXiv 1810.01367.
+
+    State and log-density go through one call of `odeint` for the whole batch, with dopri5 in t;
+    value and divergence share a forward pass, and the exact trace is taken one dimension after the
+    other.
+    """
+    from torchdiffeq import odeint
+
+    model = problem.model
+    units = torch.eye(x.shape[1], dtype=x.dtype)[:, None] if exact else signs(x, seed)[None]
+
+    def right_side(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        total = torch.zeros_like(state[1])
+        with torch.enable_grad():
+            point = state[0].detach().requires_grad_()
+            moved = flow(model, point, t.expand(len(x)))
+            for probe in units:
+                (pulled,) = torch.autograd.grad((moved * probe).sum(), point, retain_graph=True)
+                total += (pulled * probe).flatten(1).sum(1)
+        return moved.detach(), total
+
+    span = x.new_tensor([model.schedule.t_min, model.schedule.t_max])
+    given = {"rtol": tolerance, "atol": tolerance, "method": "dopri5"}
+    with torch.no_grad():
+        states, gains = odeint(right_side, (x, x.new_zeros(len(x))), span, **given)
+    return -(log_prior(model, states[-1]) + gains[-1])
+
+
+def by_k_diffusion(problem: Problem, x: Tensor, tolerance: float, seed: int) -> Tensor:
+    """By k-diffusion's `log_likelihood`, on the denoiser x − σ ε̂ of a VE model.
+
+    It solves in σ, by torchdiffeq's dopri5 for the whole batch.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from k_diffusion.sampling import log_likelihood
+
+    model, schedule = problem.model, problem.model.schedule
+    low, high = (torch.tensor(u).exp().item() for u in schedule.log_sigma_hat_range)
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        t = schedule.time(sigma.log()).clamp(schedule.t_min, schedule.t_max)
+        return model.denoise(x, t)
+
+    with torch.random.fork_rng():  # it draws its probe from the global generator
+        torch.manual_seed(seed)
+        found, _ = log_likelihood(denoiser, x, low, high, atol=tolerance, rtol=tolerance)
+    return -found
+
+
+def by_flow_matching(
+    problem: Problem, x: Tensor, tolerance: float, seed: int, *, exact: bool = False
+) -> Tensor:
+    """By flow_matching's `ODESolver`, on a VE model in that library's coordinates.
+
+    It follows x_s = s x₀ + (1 − s) ε from s = 1, data, to s = 0, noise, with velocity x₀ − ε. In a
+    VE model y = x₀ + σ̂ ε, so that x_s = s y with s = 1/(1 + σ̂), and the velocity is y − ε̂/s. The
+    model reaches from σ̂_min to σ̂_max and the solver's time τ from 1 to 0, so s is affine in τ.
+    y = x_s/s changes a density by d log s. Its licence forbids commercial use, so that no extra of
+    this project asks for it.
+    """
+    from flow_matching.solver import ODESolver
+
+    model, elements = problem.model, x[0].numel()
+    schedule = model.schedule
+    data, noise = (1 / (1 + math.exp(u)) for u in schedule.log_sigma_hat_range)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        # The solver steps past its end before it interpolates, to where s would not be positive.
+        s = noise + (data - noise) * t.clamp(0, 1)
+        time = schedule.time(((1 - s) / s).log()).clamp(schedule.t_min, schedule.t_max)
+        y = x / s
+        return (data - noise) * (y - model.noise(y, time.expand(len(x))) / s)
+
+    def log_source(x: Tensor) -> Tensor:
+        return log_prior(model, x / noise) - elements * math.log(noise)
+
+    given = {"step_size": None, "method": "dopri5", "atol": tolerance, "rtol": tolerance}
+    given |= {"time_grid": x.new_tensor([1.0, 0.0]), "exact_divergence": exact}
+    # It draws its probe from the global generator, in the default dtype.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(x.dtype)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            solver = ODESolver(velocity)
+            _, found = solver.compute_likelihood(x_1=data * x, log_p0=log_source, **given)
+    finally:
+        torch.set_default_dtype(before)
+    return -(found + elements * math.log(data)).detach()
