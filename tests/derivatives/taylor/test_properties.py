@@ -79,9 +79,11 @@ def test_modes_around_a_loss_change_nothing(mode, options, caplog):
     with caplog.at_level(logging.INFO, "hosm_losses"), MODES[mode](network):
         chosen = step(network, model, **options)
     assert not caplog.records  # no other engine
+    # The counter takes PyTorch's silu_backward apart, at order one too, which rounds otherwise.
+    rounding = 1e-15 if mode == "counter" else 0
     for one, two, reference in zip(got, chosen, expected, strict=True):
-        torch.testing.assert_close(one, reference, rtol=0, atol=0)
-        torch.testing.assert_close(two, reference, rtol=0, atol=0)
+        torch.testing.assert_close(one, reference, rtol=rounding, atol=rounding)
+        torch.testing.assert_close(two, reference, rtol=rounding, atol=rounding)
 
 
 def test_the_operations_of_a_loss_are_counted():
