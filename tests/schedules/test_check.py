@@ -1,5 +1,7 @@
 """What a schedule has to be: each rule with a schedule that breaks it, and none that is right."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -250,6 +252,17 @@ def test_a_schedule_computed_in_single_precision_and_one_that_learns_are_taken()
     model = build(own(sigma=lambda t: scale * t))
     hosm.first_order_dsm(model, torch.zeros(2, 2)).backward()
     assert float(scale.grad) != 0
+
+
+def test_a_warning_that_a_filter_makes_an_error_is_no_fault_of_the_schedule():
+    def alpha(t):
+        warnings.warn("old", FutureWarning, stacklevel=1)
+        return torch.ones_like(t)
+
+    schedule = own(alpha=alpha)
+    with warnings.catch_warnings(), pytest.raises(FutureWarning, match="old"):
+        warnings.simplefilter("error")
+        check_schedule(schedule)
 
 
 def test_it_is_looked_at_only_outside_of_compilation():

@@ -256,6 +256,8 @@ def _values(schedule: Schedule, method: str, t: Tensor) -> tuple[Tensor, ...]:
         returned = getattr(schedule, method)(t)
     except NotImplementedError as error:
         raise TypeError(f"schedule: {error}") from error
+    except Warning:  # an error by a filter of the user's, of which PyTorch may be the cause
+        raise
     except Exception as error:
         if method in DERIVATIVES and not _overrides(schedule, method):
             raise ValueError(
