@@ -62,20 +62,24 @@ def highest() -> int:
 def peak_memory(name: str, batch: int, **variant: Any) -> int:
     """Peak resident memory of a step of a variant above that before, in bytes.
 
-    Run it in a new process with the environment MEMORY. The first step loads what is not the next
-    one's. The result is within 2 % of what PyTorch's profiler counts as allocated, and repeats
-    within 1 %, on Linux with glibc. Where the kernel's high-water mark cannot be reset, the peak
-    is taken above the highest before, that of a step on two samples.
+    Run it in a new process with the environment MEMORY. The steps before load what is not the last
+    one's; one of them has as many samples, since two may take other operators. The result is
+    within 2 % of what PyTorch's profiler counts as allocated, and repeats within 1 %, on Linux and
+    glibc. Where the kernel's high-water mark cannot be reset, the peak is taken above the highest
+    before, that of a step on two samples.
     """
-    step = step_of(name, **variant)
+    step, mark = step_of(name, **variant), Path("/proc/self/clear_refs")
     step(batch if "compiled" in variant else 2)
     gc.collect()
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        mark.write_text("5")
     except OSError:
         before = highest()
         step(batch)
         return highest() - before
+    step(batch)
+    gc.collect()
+    mark.write_text("5")
     before = resident("VmRSS")
     step(batch)
     return resident("VmHWM") - before
