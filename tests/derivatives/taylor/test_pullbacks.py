@@ -8,7 +8,6 @@ import torch
 from hosm_losses.derivatives.recompute import from_result, recomputed
 from hosm_losses.derivatives.taylor import normalised, softmax
 from hosm_losses.derivatives.taylor.normalised import Rows
-from tests.oracles import CountCalls
 
 # Pairs, first derivatives, and second derivatives that the argument has itself.
 KINDS = [
@@ -135,33 +134,3 @@ def test_norms(norm, weighted, pairs, firsts, seconds):
     )
     again = [partial(normalised.pull_back_again, rows)] if pairs == "none" else []
     agree(function, [first, *again], [stack, weight, bias])
-
-
-@pytest.mark.parametrize("pairs", ["none", "squares"])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("norm", "ends"), [("group", True), ("rms", False), ("batch", False)])
-def test_a_row_at_the_end_has_the_derivative_of_pytorchs_layer_norm(norm, ends, transposed, pairs):
-    rows, stack = NORMS[norm], numbers(3, 2, 6, 4)
-    stack = stack.mT.contiguous().mT if transposed else stack
-    found, calls = [], []
-    for graph in (False, True):
-        with torch.set_grad_enabled(graph), CountCalls() as counted:
-            found.append(normalised.normalised(rows, 2, pairs, stack, None, None))
-        calls.append(counted.number)
-    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
-    assert (calls[0] < calls[1]) == ends
-
-
-def test_forward_mode_without_a_graph_goes_through_the_formula():
-    # Of PyTorch's operator the second derivative would be wrong.
-    stack, tangent = numbers(2, 2, 6, 4), numbers(2, 2, 6, 4, seed=1)
-    function = partial(normalised.normalised, NORMS["group"], 1, "none", weight=None, bias=None)
-
-    def along(x):
-        return torch.func.jvp(function, (x,), (tangent,))[1]
-
-    with torch.no_grad():
-        _, found = torch.func.jvp(along, (stack,), (tangent,))
-    step = 1e-4 * tangent
-    expected = (function(stack + step) - 2 * function(stack) + function(stack - step)) / 1e-8
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

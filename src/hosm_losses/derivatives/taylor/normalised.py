@@ -1,45 +1,44 @@
 r"""The formula of norms over rows, and its gradients.
 
-Formula over a row of N elements, with ⟨·⟩ its mean, · the sum of products over it, c = x − ⟨x⟩
-(RMS norm: c = x) and ρ = (⟨c²⟩ + eps)^(−1/2):
-    y = ρ c        y_l = J x_l        y_lr = J x_lr + bent(x_l, x_r)
-    The first three derivatives of y, with h = N^(−1/2), s = h ρ y, Z = s·z for any z, and
-    zw = z·J w = w·J z:
-    J z = ρ (z − ⟨z⟩) − h Z y
-    bent(z, w) = −h [J (Z w + W z) + s zw]
-    third(z, w, v) = h² J [z (2 W V − ρ wv) + w (2 Z V − ρ zv) + v (2 Z W − ρ zw)]
-                     + 2 h² s (Z wv + W zv + V zw)
+Formula over a row of N elements, with c = x − ⟨x⟩ and ⟨·⟩ the mean over the row (RMS norm: c = x),
+z·w the sum of products over the row, u = (c·c + N eps)^(−1/2), e = u c, ρ = √N u, and capitals for
+what lies along e, Z = e·z:
+    y = √N e        y_l = J c_l        y_lr = J c_lr + bent(c_l, c_r)
+    The first three derivatives of y, with {z w} = z·w − 3 Z W:
+    J z = ρ (z − e Z)
+    bent(z, w) = −ρ u (Z w + W z + e {z w})
+    third(z, w, v) = −ρ u² (z {w v} + w {z v} + v {z w}
+                            − 3 e (Z {w v} + W {z v} + V {z w} + 4 Z W V))
 
-Gradients, for cotangents a of y, b_l of y_l and d of y_lr:
+Gradients, for cotangents a of y, b_l of y_l and d of y_lr, all of them centred as c is:
     A derivative is symmetric in its directions and its result, and so pulls back as it is:
     in x_lr   J d
-    in x_l    J b_l + bent(d, x_r) , and so for x_r
-    in x      J a + Σ_l bent(b_l, x_l) + Σ [bent(d, x_lr) + third(d, x_l, x_r)]
+    in x_l    J b_l + bent(d, c_r) , and so for x_r
+    in x      J a + Σ_l bent(b_l, c_l) + Σ [bent(d, c_lr) + third(d, c_l, c_r)]
     Gradients of those in x and x_l, for cotangents p and q_l of them, where there is no d:
     in a      J p
-    in b_l    J q_l + bent(p, x_l)
+    in b_l    J q_l + bent(p, c_l)
     in x_l    bent(p, b_l)
-    in x      bent(p, a) + Σ_l [bent(q_l, b_l) + third(p, b_l, x_l)]
+    in x      bent(p, a) + Σ_l [bent(q_l, b_l) + third(p, b_l, c_l)]
 
-J is linear: what it is applied to is added up first. It is one operator of PyTorch where a row is
-the end of the shape, that of the backward pass of its layer norm. Autograd does not know how the
-second derivative of that depends on x, so where there is a graph J is written out.
+Autograd, with the formula evaluated again, reads and writes the activations 1.6 times as often.
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
-from hosm_losses.derivatives.recompute import Needed, unseen
+from hosm_losses.derivatives.recompute import Needed
 from hosm_losses.derivatives.taylor.along import Pairs, add_products, summed
 from hosm_losses.derivatives.taylor.jet import components, gathered, halves
 from hosm_losses.derivatives.taylor.layers import with_bias
 
 Some = Tensor | None
-_OF_LAYER_NORM = torch.ops.aten.native_layer_norm_backward.default
+Term = tuple[Tensor, Tensor]  # a factor for each row, and a stack
 
 
 class Rows(NamedTuple):
@@ -58,7 +57,7 @@ class Rows(NamedTuple):
 
     def seen(self, stack: Tensor) -> Tensor:
         """A stack in this shape, in float32 at least."""
-        return at_least_float32(stack).reshape(stack.shape[0], *self.shape)
+        return at_least_float32(stack).reshape(len(stack), *self.shape)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over each row."""
@@ -69,10 +68,9 @@ class Rows(NamedTuple):
         # Not times 1/N, which is rounded: of equal numbers nothing may be left.
         return x - self.total(x) / self.length if self.centred else x
 
-    def at_the_end(self) -> tuple[int, ...]:
-        """The shape of a row that ends the shape; none of another."""
-        count = len(self.dims)
-        return self.shape[-count:] if self.dims == tuple(range(-count, 0)) else ()
+    def inverse_length(self, c: Tensor) -> Tensor:
+        """The u of each row."""
+        return torch.rsqrt(self.total(c * c) + self.length * self.eps)
 
     def weighted(self, x: Tensor, weight: Some) -> Tensor:
         """A stack times the weight."""
@@ -85,92 +83,85 @@ class Rows(NamedTuple):
         return x.sum_to_size(self.weights).reshape(weight.shape).to(weight.dtype)
 
 
-class _Norm:
-    """The y, ρ, s, h and J of a value, a stack of one."""
-
-    def __init__(self, rows: Rows, value: Tensor) -> None:
-        self.rows, self.end, self.h = rows, (), rows.length**-0.5
-        if rows.centred and unseen():
-            self.end = rows.at_the_end()
-        if self.end:
-            self.value = value = value.contiguous()
-            self.y, self.mean, self.rho = torch.native_layer_norm(
-                value, self.end, None, None, rows.eps
-            )
-        else:
-            centred = rows.about_mean(value)
-            self.rho = torch.rsqrt(rows.total(centred * centred) / rows.length + rows.eps)
-            self.y = centred * self.rho
-        self._s: Some = None  # not a cached_property, whose lock breaks graphs of torch.compile
-
-    @property
-    def s(self) -> Tensor:
-        """The s, computed once it is asked for."""
-        found = self._s
-        if found is None:
-            found = self._s = self.h * self.rho * self.y
-        return found
-
-    def along(self, z: Tensor) -> Tensor:
-        """The Z of each component."""
-        return self.rows.total(self.s * z)
-
-    def product(self, z: Tensor, turned: Tensor) -> Tensor:
-        """The zw of each component, from z and J w."""
-        return self.rows.total(z * turned)
-
-    def turned(self, z: Tensor) -> Tensor:
-        """The J z of each component."""
-        if not self.end:
-            centred = self.rho * self.rows.about_mean(z)
-            return torch.addcmul(centred, self.y, self.along(z), value=-self.h)
-        value, mean, rho = (
-            # A copy: of an expanded mean the operator would take the wrong numbers, in silence.
-            each if z.shape[0] == 1 else each.repeat(z.shape[0], *(1,) * (each.ndim - 1))
-            for each in (self.value, self.mean, self.rho)
-        )
-        found = _OF_LAYER_NORM(z, value, self.end, mean, rho, None, None, [True, False, False])
-        return found[0]
-
-    def bent(self, inner: Tensor, products: Tensor) -> Tensor:
-        """J of what is added up, and −h s times the products."""
-        return torch.addcmul(self.turned(inner), self.s, products, value=-self.h)
-
-    def factor(self, to_z: Tensor, to_w: Tensor, product: Tensor) -> Tensor:
-        """The h² (2 Z W − ρ zw) of each component."""
-        scale = self.h * self.h
-        return torch.addcmul((-scale * self.rho) * product, to_z, to_w, value=2 * scale)
-
-    def derivatives(self, tangents: Tensor, seconds: Tensor, pairs: Pairs) -> list[Tensor]:
-        """The stacks of y_l and y_lr."""
-        firsts = self.turned(tangents)
-        if pairs == "none":
-            return [firsts]
-        (left, right), (_, of_right) = halves(tangents, pairs), halves(firsts, pairs)
-        to_left, to_right = halves(self.along(tangents), pairs)
-        inner = -self.h * gathered(torch.addcmul(left * to_right, right, to_left), pairs)
-        inner = inner + seconds if seconds.shape[0] else inner
-        return [firsts, self.bent(inner, gathered(self.product(left, of_right), pairs))]
-
-
 def normalised(
     rows: Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Some, bias: Some
 ) -> Tensor:
     """The stack of a norm, with weight and bias; computed in float32 at least."""
-    value, tangents, seconds = components(rows.seen(stack), firsts)
-    norm = _Norm(rows, value)
-    found = torch.cat([norm.y, *norm.derivatives(tangents, seconds, pairs)])
+    value, tangents, seconds = components(rows.about_mean(rows.seen(stack)), firsts)
+    u = rows.inverse_length(value)
+    scale = rows.weighted(math.sqrt(rows.length) * u, weight)
+    # e is not made: it would be one more tensor as large as the value.
+    slopes = u * u * rows.total(value * tangents)
+    parts = [value, torch.addcmul(tangents, value, slopes, value=-1)]
+    if pairs != "none":
+        (left, right), (to_left, to_right) = halves(tangents, pairs), halves(slopes, pairs)
+        products = gathered(left * right, pairs)
+        products = torch.addcmul(products, value, seconds) if len(seconds) else products
+        bend = 3 * gathered(to_left * to_right, pairs) - u * u * rows.total(products)
+        sides = torch.addcmul(left * to_right, right, to_left)
+        bent = torch.addcmul(-gathered(sides, pairs), value, bend)
+        parts.append(bent + seconds if len(seconds) else bent)
     bias = None if bias is None else bias.reshape(rows.weights)
-    found = with_bias(rows.weighted(found, weight), bias, 1)
-    return _as(found, stack)
+    found = with_bias(torch.cat(parts) * scale, bias, 1)
+    return found.reshape(-1, *stack.shape[1:]).to(stack.dtype)
 
 
-def _plus(total: Tensor, *terms: tuple[float, Tensor, Tensor]) -> Tensor:
-    """A stack with numbers times products: of each component, or all of them for one."""
-    found = total.clone(memory_format=torch.preserve_format)
-    for value, factor, stack in terms:
-        add_products(found, factor, stack, value)
-    return found
+class _Seen(NamedTuple):
+    """A stack of centred rows z, and Z = e·z."""
+
+    z: Tensor
+    along: Tensor
+
+    def split(self, *sizes: int) -> "list[_Seen]":
+        """Its parts, of so many components."""
+        return list(map(_Seen, self.z.split_with_sizes(sizes), self.along.split_with_sizes(sizes)))
+
+
+class _Norm:
+    """J, −bent and −third of some rows, divided by ρ; the last two as lists of terms."""
+
+    def __init__(self, rows: Rows, value: Tensor) -> None:
+        self.rows = rows
+        self.u = rows.inverse_length(value)
+        self.e = value * self.u
+        self.rho = math.sqrt(rows.length) * self.u
+
+    def seen(self, z: Tensor) -> _Seen:
+        """A stack of centred rows."""
+        return _Seen(z, self.rows.total(self.e * z))
+
+    def product(self, x: _Seen, y: _Seen) -> Tensor:
+        """The {z w} of each component."""
+        return torch.addcmul(self.rows.total(x.z * y.z), x.along, y.along, value=-3)
+
+    def turned(self, x: _Seen) -> Tensor:
+        """The stack of J z."""
+        return torch.addcmul(x.z, self.e, x.along, value=-1)
+
+    def bent(self, x: _Seen, y: _Seen, product: Some = None) -> list[Term]:
+        """The terms of −bent(z, w) / ρ."""
+        product = self.product(x, y) if product is None else product
+        return [(self.u * x.along, y.z), (self.u * y.along, x.z), (self.u * product, self.e)]
+
+    def third(self, x: _Seen, y: _Seen, z: _Seen) -> list[Term]:
+        """The terms of −third(z, w, v) / ρ."""
+        xy, yz = self.product(x, y), self.product(y, z)
+        xz = xy if z is y else self.product(x, z)
+        square = self.u * self.u
+        along = -3 * square * _third_along(x.along, y.along, z.along, xy, xz, yz)
+        return [(square * yz, x.z), (square * xz, y.z), (square * xy, z.z), (along, self.e)]
+
+
+def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Tensor) -> Tensor:
+    """Z {w v} + W {z v} + V {z w} + 4 Z W V."""
+    return torch.addcmul(torch.addcmul(x * yz, y, xz), z, torch.addcmul(xy, x, y, value=4))
+
+
+def _added(total: Tensor, terms: Iterable[Term], value: float) -> Tensor:
+    """Add terms to a stack in place: of each component, or all of them to a stack of one."""
+    for factor, stack in terms:
+        add_products(total, factor, stack, value)
+    return total
 
 
 def pull_back(
@@ -184,62 +175,41 @@ def pull_back(
     cotangent: Tensor,
 ) -> tuple[Some, ...]:
     """The gradients of `normalised` in the stack, the weight and the bias."""
-    value, c, seconds = components(rows.seen(stack), firsts)
+    value, tangents, seconds = components(rows.about_mean(rows.seen(stack)), firsts)
     norm, raw = _Norm(rows, value), rows.seen(cotangent)
-    a, b, d = components(rows.weighted(raw, weight), firsts)
-    derivatives = norm.derivatives(c, seconds, pairs) if needed[1] or pairs != "none" else []
-    along_c = norm.along(c)
-    inner = _plus(a, (-norm.h, norm.along(b), c), (-norm.h, along_c, b))
-    if pairs == "none":
-        parts = [norm.turned(b)]
-        products = summed(norm.product(c, parts[0]))
-    else:
-        given, of_c = (c, seconds, along_c), derivatives[0]
-        parts, products = _with_pairs(norm, pairs, given, (b, d), of_c, inner)
-    # Where second derivatives are zero there is no gradient of them.
-    of_stack = torch.cat([norm.bent(inner, products), *parts])[: stack.shape[0]]
+    every = norm.seen(rows.about_mean(rows.weighted(raw, weight)))
+    _, b, d = every.split(1, firsts, len(raw) - 1 - firsts)
+    c, curved = norm.seen(tangents), None
+    if len(stack) < len(raw):  # where second derivatives are zero, of which there is no gradient
+        every = _Seen(every.z[: len(stack)], every.along[: len(stack)])
+    of_stack = norm.turned(every)
+    of_value = of_stack[:1]
+    _added(of_value, norm.bent(b, c), -1)
+    if pairs != "none":
+        left, right = c, c
+        if pairs in ("squares", "sum"):
+            _added(of_stack[1 : 1 + firsts], norm.bent(d, c), -2)
+        else:
+            sides = zip(halves(c.z, pairs), halves(c.along, pairs), strict=True)
+            left, right = (_Seen(*side) for side in sides)
+            _added(of_stack[1 : 1 + len(left.z)], norm.bent(d, right), -1)
+            _added(of_stack[1 + firsts - len(right.z) : 1 + firsts], norm.bent(d, left), -1)
+        _added(of_value, norm.third(d, left, right), -1)
+        if needed[1]:
+            *terms, (along, _) = norm.bent(left, right)
+            curved = _added(norm.e * gathered(-along, pairs), terms, -1)
+        if len(seconds):
+            s = norm.seen(seconds)
+            _added(of_value, norm.bent(d, s), -1)
+            curved = curved if curved is None else curved.add_(norm.turned(s))
     of_weight = None
     if needed[1]:
-        of_weight = raw[:1] * norm.y
-        for part, other in zip(derivatives, components(raw, firsts)[1:], strict=False):
-            add_products(of_weight, other, part)
+        terms = [(norm.u * raw[1 : 1 + firsts], norm.turned(c))]
+        terms += [] if curved is None else [(norm.u * raw[1 + firsts :], curved)]
+        of_weight = _added(raw[:1] * norm.e, terms, 1).mul_(math.sqrt(rows.length))
         of_weight = rows.of_weight(of_weight, weight)
     of_bias = rows.of_weight(raw[:1], bias) if needed[2] else None
-    return _as(of_stack, stack), of_weight, of_bias
-
-
-def _with_pairs(
-    norm: _Norm,
-    pairs: Pairs,
-    given: tuple[Tensor, Tensor, Tensor],
-    cotangents: tuple[Tensor, Tensor],
-    of_c: Tensor,
-    inner: Tensor,
-) -> tuple[list[Tensor], Tensor]:
-    """The gradients in x_l and x_lr; and what third adds to `inner`, in place, and to products."""
-    (c, seconds, along_c), (b, d), h = given, cotangents, norm.h
-    (left, right), (to_left, to_right) = halves(c, pairs), halves(along_c, pairs)
-    to_d, of_d = norm.along(d), norm.turned(d)
-    lr = norm.product(left, halves(of_c, pairs)[1])
-    dl, dr = norm.product(left, of_d), norm.product(right, of_d)
-    ends = gathered(lr, pairs) * to_d + gathered(to_left * dr + to_right * dl, pairs)
-    products = torch.add(summed(norm.product(b, of_c)), summed(ends), alpha=-2 * h)
-    add_products(inner, gathered(norm.factor(to_left, to_right, lr), pairs), d)
-    add_products(inner, norm.factor(to_d, to_right, dr), left)
-    add_products(inner, norm.factor(to_d, to_left, dl), right)
-    if seconds.shape[0]:
-        add_products(inner, to_d, seconds, -h)
-        add_products(inner, norm.along(seconds), d, -h)
-        products = products + summed(norm.product(seconds, of_d))
-    of_b = b.clone()
-    on_left, on_right = slice(len(left)), slice(len(c) - len(right), len(c))
-    for place, other, along in ((on_left, right, to_right), (on_right, left, to_left)):
-        add_products(of_b[place], to_d, other, -h)
-        add_products(of_b[place], along, d, -h)
-    of_b = norm.turned(of_b)
-    for place, product in ((on_left, dr), (on_right, dl)):
-        add_products(of_b[place], product, norm.s, -h)
-    return [of_b, of_d], products
+    return _as(of_stack.mul_(norm.rho), stack), of_weight, of_bias
 
 
 def pull_back_again(
@@ -252,27 +222,26 @@ def pull_back_again(
     again: Tensor,
 ) -> tuple[Some, ...]:
     """The gradients in the arguments of `pull_back` of what it returns first, for no pairs."""
-    sizes = 1, stack.shape[0] - 1
-    value, c = rows.seen(stack).split_with_sizes(sizes)
-    norm, raw = _Norm(rows, value), rows.seen(cotangent)
-    given, other = rows.weighted(raw, weight), rows.seen(again)
-    (a, b), (p, q) = given.split_with_sizes(sizes), other.split_with_sizes(sizes)
-    to_given, to_other, to_c = norm.along(given), norm.along(other), norm.along(c)
-    (_, to_b), to_p, h = to_given.split_with_sizes(sizes), to_other[:1], norm.h
-    of_p, of_b = norm.turned(p), norm.turned(b)
-    pb, pc, bc = norm.product(b, of_p), norm.product(c, of_p), norm.product(c, of_b)
-    inner = summed(torch.addcmul(to_other * given, to_given, other)).mul_(-h)
-    add_products(inner, summed(norm.factor(to_b, to_c, bc)), p)
-    add_products(inner, norm.factor(to_p, to_c, pc), b)
-    add_products(inner, norm.factor(to_p, to_b, pb), c)
-    # pa and all qb, less what third adds.
-    thirds = summed(torch.addcmul(torch.addcmul(to_p * bc, to_b, pc), to_c, pb))
-    products = norm.product(a, of_p) + summed(norm.product(q, of_b))
-    products = torch.add(products, thirds, alpha=-2 * h)
-    of_firsts = norm.bent(torch.addcmul(to_p * b, to_b, p).mul_(-h), pb)
-    of_stack = torch.cat([norm.bent(inner, products), of_firsts])
-    of_tangents = norm.bent(_plus(q, (-h, to_p, c), (-h, to_c, p)), pc)
-    of_outputs = torch.cat([of_p, of_tangents])
+    value, tangents, _ = components(rows.about_mean(rows.seen(stack)), len(stack) - 1)
+    norm, raw, sizes = _Norm(rows, value), rows.seen(cotangent), (1, len(tangents))
+    u, c = norm.u, norm.seen(tangents)
+    given = norm.seen(rows.about_mean(rows.weighted(raw, weight)))
+    other = norm.seen(rows.about_mean(rows.seen(again)))
+    (_, b), (p, _) = given.split(*sizes), other.split(*sizes)
+    pb, pc, bc = norm.product(p, b), norm.product(p, c), norm.product(b, c)
+    # bent(p, a), bent(q_l, b_l) and third(p, b_l, c_l) in one term for each stack.
+    of_given, of_other = other.along.clone(), given.along.clone()
+    of_given[1:].addcmul_(u, pc)
+    of_other[:1].addcmul_(u, summed(bc))
+    along = summed(_third_along(p.along, b.along, c.along, pb, pc, bc))
+    along = torch.addcmul(summed(norm.product(other, given)), u, along, value=-3)
+    terms = [(of_given, given.z), (of_other, other.z), (u * pb, c.z)]
+    of_value = _added(norm.e * along, terms, 1)
+    of_firsts = _added(b.z * p.along, [(b.along, p.z), (pb, norm.e)], 1)
+    of_stack = torch.cat([of_value, of_firsts]).mul_(-norm.rho * u)
+    of_outputs = norm.turned(other)
+    _added(of_outputs[1:], norm.bent(p, c, pc), -1)
+    of_outputs.mul_(norm.rho)
     of_weight = rows.of_weight(raw * of_outputs, weight) if needed[1] else None
     of_cotangent = rows.weighted(of_outputs, weight)
     of_bias = None if bias is None else torch.zeros_like(bias)
@@ -280,6 +249,4 @@ def pull_back_again(
 
 
 def _as(x: Tensor, like: Tensor) -> Tensor:
-    """A stack with values in the shape of those of another, and in its type."""
-    found = x.reshape(x.shape[0], *like.shape[1:])
-    return found if found.dtype == like.dtype else found.to(like.dtype)
+    return x.reshape(like.shape).to(like.dtype)
