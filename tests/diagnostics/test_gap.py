@@ -12,7 +12,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.diagnostics import gap
-from tests.oracles import MLP, OfX, mixture_noise, paper_mixture
+from tests.oracles import MLP, OfX, default_dtype, mixture_noise, paper_mixture
 
 SCHEDULES = {"vp": hosm.VPSchedule(), "ve": hosm.VESchedule(sigma_max=20.0)}
 STD, OTHER = 0.6, 0.9
@@ -298,13 +298,9 @@ def test_the_derivatives_of_a_schedule_are_its_own():
 
 
 def test_the_schedule_of_a_truth_is_compared_under_any_default_dtype():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         truth = hosm.ScoreModel(torch.nn.Identity(), hosm.DiscreteSchedule.linear(1000))
         assert gap._reference(truth, truth.schedule, torch.zeros(1, 2)) is truth
-    finally:
-        torch.set_default_dtype(before)
 
 
 @pytest.mark.filterwarnings("ignore:schedule. expected one that ends in its prior")

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from tests.integration.measure import ENGINES, ORDERS, Outcome, outcome
-from tests.integration.networks import NETWORKS, default_dtype
+from tests.integration.networks import NETWORKS
+from tests.oracles import default_dtype
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 ALONE = "PyTorch alone, {}"

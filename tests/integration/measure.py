@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hosm_losses as hosm
 from tests.integration.builders import SHAPE
-from tests.integration.networks import BATCH, NETWORKS, default_dtype
+from tests.integration.networks import BATCH, NETWORKS
 from tests.integration.reference import Reference, reference, relative_error
+from tests.oracles import default_dtype
 
 ENGINES = ("auto", "taylor", "reverse", "forward")
 ORDERS = (2, 3)

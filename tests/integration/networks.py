@@ -2,8 +2,7 @@
 
 import importlib.metadata
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,19 +11,9 @@ from torch import Tensor, nn
 
 import hosm_losses as hosm
 from tests.integration import builders
+from tests.oracles import default_dtype
 
 BATCH = 2
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Networks make tensors of their own, in the default dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 Refusal = tuple[type[Exception], str]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from tests.integration.measure import arguments, default_dtype
+from tests.integration.measure import arguments
 from tests.integration.networks import FLOW, NETWORKS
+from tests.oracles import default_dtype
 
 # It is meant for a network before its training, in the dtype of the training.
 NEAR = 0.1

@@ -14,6 +14,7 @@ from torch import nn
 import hosm_losses as hosm
 from hosm_losses.interop import from_edm, from_guided_diffusion
 from tests.interop.checks import check_all_from_one_line, noised
+from tests.oracles import default_dtype
 
 
 class Net(nn.Module):
@@ -155,12 +156,8 @@ def test_guided_diffusion(variance, mean, spaced, rescale):
 def test_a_table_of_python_numbers_keeps_its_digits():
     diffusion = GaussianDiffusion(variance="FIXED_SMALL")
     diffusion.alphas_cumprod = [0.9999, 0.5, 0.1]
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
+    with default_dtype(torch.float32):
         model = from_guided_diffusion(nn.Identity(), diffusion)
-    finally:
-        torch.set_default_dtype(before)
     assert model.schedule.alphas_cumprod == (0.9999, 0.5, 0.1)
 
 

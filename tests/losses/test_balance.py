@@ -7,7 +7,7 @@ import torch
 
 import hosm_losses as hosm
 from hosm_losses.losses.balance import BINS, DECAY, PRIOR, Balance
-from tests.oracles import MLP
+from tests.oracles import MLP, default_dtype
 from tests.versions import tells_hooks
 
 D = 3
@@ -98,12 +98,8 @@ def test_the_means_stay_in_float32():
 
 def test_the_means_are_in_float32_whatever_the_default_is():
     """As where a trainer makes its modules in bfloat16."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         balance = Balance(2)
-    finally:
-        torch.set_default_dtype(before)
     assert balance.sums.dtype == balance.counts.dtype == torch.float32
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import hosm_losses as hosm
 from hosm_losses.schedules.base import as_time, time_derivative
-from tests.oracles import networks
+from tests.oracles import default_dtype, networks
 from tests.schedules.test_continuous import SCHEDULES
 
 TABLE = hosm.DiscreteSchedule(torch.linspace(0.99, 0.01, 20))
@@ -141,12 +141,8 @@ def test_every_method_takes_integers_halves_and_arrays(schedule, method):
 def test_a_half_default_dtype_rounds_no_time(t):
     table = hosm.DiscreteSchedule.linear(1000)
     expected = table(torch.as_tensor(t).to(torch.float32))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         found = table(t)
-    finally:
-        torch.set_default_dtype(before)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 

@@ -40,8 +40,8 @@ def recomputed(
             in all of them, None for one that is None. It is told before them of which gradients
             are asked for, and may return None for the others. The second is that of the first
             result of the first, and so on. Where there is none, autograd finds the gradients.
-        again: the same function, for where it is differentiated more than once; `function`
-            if None.
+        again: the same function, for where it is differentiated more than once, as a transform
+            may do; `function` if None.
 
     Example:
         >>> x = torch.ones(3, requires_grad=True)
@@ -49,9 +49,10 @@ def recomputed(
         >>> x.grad.shape
         torch.Size([3])
     """
+    again = again or function
     if traced():
-        return function(*tensors)
-    found: Any = _Recomputed.apply((function, again or function, pullbacks), *tensors)
+        return again(*tensors)
+    found: Any = _Recomputed.apply((function, again, pullbacks), *tensors)
     return found[0]
 
 
@@ -114,14 +115,6 @@ class _Recomputed(torch.autograd.Function):
             found = gradients(*everything)
         values = iter(found)
         return None, *(next(values) if need else None for need in needed)
-
-
-def unseen() -> bool:
-    """Whether what is computed now is not differentiated as it stands.
-
-    Then an operator of PyTorch will do whose own derivatives are wrong, or that has none.
-    """
-    return not (torch.is_grad_enabled() or traced())
 
 
 def asked_for(ctx: Any, tensors: Sequence[Some]) -> list[bool]:

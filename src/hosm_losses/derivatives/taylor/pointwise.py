@@ -20,10 +20,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
-from hosm_losses.derivatives.recompute import Needed, recomputed, unseen
+from hosm_losses.derivatives.recompute import Needed, recomputed
 from hosm_losses.derivatives.taylor.along import Pairs
 from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves
-from hosm_losses.derivatives.taylor.table import NoRule, every, rule
+from hosm_losses.derivatives.taylor.table import Function, NoRule, every, rule
 
 Series = Callable[[Tensor], Iterator[Tensor]]
 First = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -35,20 +35,18 @@ def apply(series: Series, jet: Jet, first: First | None = None) -> Jet:
     `first` is of x and directions, and returns the function and its derivatives along them.
     """
     function, pullback = (
-        partial(each, jet.firsts, jet.pairs)
-        for each in (partial(_evaluate, series, first), partial(_pull_back, series))
+        partial(each, series, jet.firsts, jet.pairs) for each in (_evaluate, _pull_back)
     )
-    again = [partial(_pull_back_again, series)] if jet.pairs == "none" else []
-    return jet.like(recomputed(function, jet.stack, pullbacks=[pullback, *again]))
+    once: Function = function
+    further = [partial(_pull_back_again, series)] if jet.pairs == "none" else []
+    if jet.pairs == "none" and first is not None:
+        once = partial(_evaluate_first, first, jet.firsts)
+    return jet.like(recomputed(once, jet.stack, pullbacks=[pullback, *further], again=function))
 
 
-def _evaluate(
-    series: Series, first: First | None, firsts: int, pairs: Pairs, stack: Tensor
-) -> Tensor:
+def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
     dtype = stack.dtype
     point, tangents, seconds = components(at_least_float32(stack), firsts)
-    if first is not None and pairs == "none" and unseen():
-        return torch.cat(first(point, tangents)).to(dtype)
     numbers = series(point)
     value, slope = islice(numbers, 2)
     parts = [value, tangents * slope]
@@ -57,6 +55,11 @@ def _evaluate(
         bent = gathered(left * right, pairs) * next(numbers)
         parts.append(torch.addcmul(bent, seconds, slope) if len(seconds) else bent)
     return torch.cat(parts).to(dtype)
+
+
+def _evaluate_first(first: First, firsts: int, stack: Tensor) -> Tensor:
+    point, tangents, _ = components(at_least_float32(stack), firsts)
+    return torch.cat(first(point, tangents)).to(stack.dtype)
 
 
 def _over(a: Tensor, b: Tensor) -> Tensor:
