@@ -30,6 +30,7 @@ def recomputed(
     *tensors: Some,
     pullbacks: Sequence[Function] = (),
     again: Function | None = None,
+    keeps: bool = False,
 ) -> Tensor:
     """The value of a function, of which only the arguments are kept for the backward passes.
 
@@ -42,6 +43,8 @@ def recomputed(
             result of the first, and so on. Where there is none, autograd finds the gradients.
         again: the same function, for where it is differentiated more than once, as a transform
             may do; `function` if None.
+        keeps: whether `function` returns after its value what is kept too, for the pullbacks: they
+            are given it after the tensors. It has no gradient.
 
     Example:
         >>> x = torch.ones(3, requires_grad=True)
@@ -51,8 +54,8 @@ def recomputed(
     """
     again = again or function
     if traced():
-        return again(*tensors)
-    found: Any = _Recomputed.apply((function, again, pullbacks), *tensors)
+        return _as_tuple(again(*tensors))[0]
+    found: Any = _Recomputed.apply((function, again, pullbacks), keeps, *tensors)
     return found[0]
 
 
@@ -90,16 +93,21 @@ class _FromResult(torch.autograd.Function):
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, functions: Sequence[Any], *tensors: Some) -> tuple[Tensor, ...]:
-        ctx.functions = functions
-        ctx.save_for_backward(*tensors)
+    def forward(
+        ctx: Any, functions: Sequence[Any], keeps: bool, *tensors: Some
+    ) -> tuple[Tensor, ...]:
+        found, kept = _as_tuple(functions[0](*tensors)), ()
+        if keeps:
+            found, kept = found[:1], found[1:]
+        ctx.functions, ctx.count = functions, len(tensors)
+        ctx.save_for_backward(*tensors, *kept)
         ctx.set_materialize_grads(False)
-        return _as_tuple(functions[0](*tensors))
+        return found
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Some) -> tuple[Some, ...]:
-        tensors = ctx.saved_tensors  # once, as a checkpoint allows
-        needed = asked_for(ctx, tensors)
+        saved = ctx.saved_tensors  # once, as a checkpoint allows
+        needed = asked_for(ctx, saved[: ctx.count])
         results = [place for place, each in enumerate(cotangents) if each is not None]
         function, again, pullbacks = ctx.functions
         further: Sequence[Function] = ()
@@ -108,13 +116,13 @@ class _Recomputed(torch.autograd.Function):
             further = pullbacks[1:] if needed[0] else ()
         else:
             gradients = partial(_by_autograd, function, again, needed, results)
-        everything = (*tensors, *(cotangents[place] for place in results))
+        everything = (*saved, *(cotangents[place] for place in results))
         if torch.is_grad_enabled():
-            found: Any = _Recomputed.apply((gradients, gradients, further), *everything)
+            found: Any = _Recomputed.apply((gradients, gradients, further), False, *everything)
         else:
             found = gradients(*everything)
         values = iter(found)
-        return None, *(next(values) if need else None for need in needed)
+        return None, None, *(next(values) if need else None for need in needed)
 
 
 def asked_for(ctx: Any, tensors: Sequence[Some]) -> list[bool]:

@@ -68,8 +68,10 @@ def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> _Terms:
     )
 
 
-def _gathered(count: int, terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
-    """The stack of sums of products of two stacks of batches of matrices."""
+def _gathered(
+    count: int, terms: Iterable[_Term], left: Tensor, right: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """The stack of sums of products of two stacks of batches of matrices, in `out` if given."""
     lefts, rights = left.unbind(), right.unbind()
     if batched((left, right)):
         sums: dict[int, Tensor] = {}
@@ -77,7 +79,7 @@ def _gathered(count: int, terms: Iterable[_Term], left: Tensor, right: Tensor) -
             one = factor * torch.bmm(lefts[i], rights[j])
             sums[k] = sums[k] + one if k in sums else one
         return torch.stack([sums[k] for k in range(count)])
-    found = left.new_empty(count, *left.shape[1:-1], right.shape[-1])
+    found = left.new_empty(count, *left.shape[1:-1], right.shape[-1]) if out is None else out
     parts, started = found.unbind(), set[int]()
     for i, j, k, factor in terms:
         part, beta = parts[k], int(k in started)  # of zero what is there is not looked at
@@ -93,8 +95,15 @@ def _as_laid_out(
     """The same stack, of matrices that are stored column by column if it is transposed."""
     if not transposed:
         return _gathered(count, terms, left, right)
-    turned = (_Term(j, i, k, factor) for i, j, k, factor in terms)
-    return _gathered(count, turned, right.mT, left.mT).mT
+    turned = [_Term(j, i, k, factor) for i, j, k, factor in terms]
+    if batched((left, right)):
+        return _gathered(count, turned, right.mT, left.mT).mT
+    # Not a view, to which autograd could not add another gradient in place.
+    n, rows, columns = left.shape[1], left.shape[2], right.shape[3]
+    strides = n * rows * columns, rows * columns, 1, rows
+    found = left.new_empty_strided((count, n, rows, columns), strides)
+    _gathered(count, turned, right.mT, left.mT, found.mT)
+    return found
 
 
 def _form(terms: _Terms, left: Tensor, right: Tensor) -> Form:

@@ -1,14 +1,13 @@
 r"""The formula of norms over rows, and its gradients.
 
 Formula over a row of N elements, with c = x − ⟨x⟩ and ⟨·⟩ the mean over the row (RMS norm: c = x),
-z·w the sum of products over the row, u = (c·c + N eps)^(−1/2), e = u c, ρ = √N u, and capitals for
-what lies along e, Z = e·z:
-    y = √N e        y_l = J c_l        y_lr = J c_lr + bent(c_l, c_r)
-    The first three derivatives of y, with {z w} = z·w − 3 Z W:
-    J z = ρ (z − e Z)
-    bent(z, w) = −ρ u (Z w + W z + e {z w})
-    third(z, w, v) = −ρ u² (z {w v} + w {z v} + v {z w}
-                            − 3 e (Z {w v} + W {z v} + V {z w} + 4 Z W V))
+z·w the sum of products over the row, u = (c·c + N eps)^(−1/2), ρ = √N u, and capitals for what lies
+along c, Z = u² c·z:
+    y = ρ c        y_l = J c_l        y_lr = J c_lr + bent(c_l, c_r)
+    The first three derivatives of y, with {z w} = u² z·w − 3 Z W:
+    J z = ρ (z − c Z)
+    bent(z, w) = −ρ (Z w + W z + c {z w})
+    third(z, w, v) = −ρ (z {w v} + w {z v} + v {z w} − 3 c (Z {w v} + W {z v} + V {z w} + 4 Z W V))
 
 Gradients, for cotangents a of y, b_l of y_l and d of y_lr, all of them centred as c is:
     A derivative is symmetric in its directions and its result, and so pulls back as it is:
@@ -22,17 +21,20 @@ Gradients, for cotangents a of y, b_l of y_l and d of y_lr, all of them centred 
     in x      bent(p, a) + Σ_l [bent(q_l, b_l) + third(p, b_l, c_l)]
 
 Autograd, with the formula evaluated again, reads and writes the activations 1.6 times as often.
+Of every row a few numbers are kept beside the stack: means, u and C_l. They are functions of the
+stack, as the formulas take them to be; where autograd differentiates a formula they are found again.
 """
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
-from hosm_losses.derivatives.recompute import Needed
+from hosm_losses.derivatives.recompute import Needed, recomputed
 from hosm_losses.derivatives.taylor.along import Pairs, add_products, summed
 from hosm_losses.derivatives.taylor.jet import components, gathered, halves
 from hosm_losses.derivatives.taylor.layers import with_bias
@@ -63,18 +65,28 @@ class Rows(NamedTuple):
         """The sum over each row."""
         return x.sum(self.dims, keepdim=True)
 
-    def about_mean(self, x: Tensor) -> Tensor:
-        """A stack, less its mean where the norm subtracts that."""
-        # Not times 1/N, which is rounded: of equal numbers nothing may be left.
-        return x - self.total(x) / self.length if self.centred else x
-
-    def inverse_length(self, c: Tensor) -> Tensor:
-        """The u of each row."""
-        return torch.rsqrt(self.total(c * c) + self.length * self.eps)
+    def measured(self, stack: Tensor, firsts: int) -> "Measured":
+        """A stack without its means, and what is kept of each row."""
+        centred, mean = self.seen(stack), None
+        if self.centred:
+            # Not times 1/N, which is rounded: of equal numbers nothing may be left.
+            mean = self.total(centred) / self.length
+            centred = centred - mean
+        value, tangents, _ = components(centred, firsts)
+        u = torch.rsqrt(self.total(value * value) + self.length * self.eps)
+        return Measured(centred, mean, u, u * u * self.total(value * tangents))
 
     def weighted(self, x: Tensor, weight: Some) -> Tensor:
         """A stack times the weight."""
         return x if weight is None else x * weight.reshape(self.weights)
+
+    def cotangents(self, raw: Tensor, weight: Some = None) -> Tensor:
+        """A stack times the weight, less its mean where the norm subtracts that."""
+        weighted = self.weighted(raw, weight)
+        if not self.centred:
+            return weighted
+        mean = weighted.mean(self.dims, keepdim=True)
+        return weighted - mean if weight is None else weighted.sub_(mean)
 
     def of_weight(self, x: Tensor, weight: Some) -> Some:
         """The gradient in a weight or bias, of that in its product with ones."""
@@ -83,18 +95,46 @@ class Rows(NamedTuple):
         return x.sum_to_size(self.weights).reshape(weight.shape).to(weight.dtype)
 
 
-def normalised(
+class Measured(NamedTuple):
+    """A stack without its means, and what is kept of each row."""
+
+    centred: Tensor
+    mean: Some  # of each component
+    u: Tensor
+    along: Tensor  # C_l
+
+
+def _measured(rows: Rows, stack: Tensor, firsts: int, kept: Sequence[Some]) -> Measured:
+    """A stack without its means, with what was kept of it."""
+    if torch.is_grad_enabled():
+        return rows.measured(stack, firsts)
+    mean, u, along = kept
+    seen = rows.seen(stack)
+    return Measured(seen if mean is None else seen - mean, mean, u, along)
+
+
+def norm(
     rows: Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Some, bias: Some
 ) -> Tensor:
     """The stack of a norm, with weight and bias; computed in float32 at least."""
-    value, tangents, seconds = components(rows.about_mean(rows.seen(stack)), firsts)
-    u = rows.inverse_length(value)
+    pullbacks: list[Any] = [partial(pull_back, rows, firsts, pairs)]
+    if pairs == "none":
+        pullbacks.append(partial(pull_back_again, rows))
+    function = partial(normalised, rows, firsts, pairs)
+    return recomputed(function, stack, weight, bias, pullbacks=pullbacks, keeps=True)
+
+
+def normalised(
+    rows: Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Some, bias: Some
+) -> tuple[Some, ...]:
+    """The stack of a norm, and what is kept of it."""
+    centred, *kept = rows.measured(stack, firsts)
+    _, u, along = kept
+    value, tangents, seconds = components(centred, firsts)
     scale = rows.weighted(math.sqrt(rows.length) * u, weight)
-    # e is not made: it would be one more tensor as large as the value.
-    slopes = u * u * rows.total(value * tangents)
-    parts = [value, torch.addcmul(tangents, value, slopes, value=-1)]
+    parts = [value, torch.addcmul(tangents, value, along, value=-1)]
     if pairs != "none":
-        (left, right), (to_left, to_right) = halves(tangents, pairs), halves(slopes, pairs)
+        (left, right), (to_left, to_right) = halves(tangents, pairs), halves(along, pairs)
         products = gathered(left * right, pairs)
         products = torch.addcmul(products, value, seconds) if len(seconds) else products
         bend = 3 * gathered(to_left * to_right, pairs) - u * u * rows.total(products)
@@ -103,11 +143,11 @@ def normalised(
         parts.append(bent + seconds if len(seconds) else bent)
     bias = None if bias is None else bias.reshape(rows.weights)
     found = with_bias(torch.cat(parts) * scale, bias, 1)
-    return found.reshape(-1, *stack.shape[1:]).to(stack.dtype)
+    return found.reshape(-1, *stack.shape[1:]).to(stack.dtype), *kept
 
 
 class _Seen(NamedTuple):
-    """A stack of centred rows z, and Z = e·z."""
+    """A stack of centred rows z, and Z = u² c·z."""
 
     z: Tensor
     along: Tensor
@@ -120,36 +160,34 @@ class _Seen(NamedTuple):
 class _Norm:
     """J, −bent and −third of some rows, divided by ρ; the last two as lists of terms."""
 
-    def __init__(self, rows: Rows, value: Tensor) -> None:
-        self.rows = rows
-        self.u = rows.inverse_length(value)
-        self.e = value * self.u
-        self.rho = math.sqrt(rows.length) * self.u
+    def __init__(self, rows: Rows, value: Tensor, u: Tensor) -> None:
+        self.rows, self.value = rows, value
+        self.square, self.rho = u * u, math.sqrt(rows.length) * u
 
     def seen(self, z: Tensor) -> _Seen:
         """A stack of centred rows."""
-        return _Seen(z, self.rows.total(self.e * z))
+        return _Seen(z, self.square * self.rows.total(self.value * z))
 
     def product(self, x: _Seen, y: _Seen) -> Tensor:
         """The {z w} of each component."""
-        return torch.addcmul(self.rows.total(x.z * y.z), x.along, y.along, value=-3)
+        product = self.square * self.rows.total(x.z * y.z)
+        return torch.addcmul(product, x.along, y.along, value=-3)
 
     def turned(self, x: _Seen) -> Tensor:
         """The stack of J z."""
-        return torch.addcmul(x.z, self.e, x.along, value=-1)
+        return torch.addcmul(x.z, self.value, x.along, value=-1)
 
     def bent(self, x: _Seen, y: _Seen, product: Some = None) -> list[Term]:
         """The terms of −bent(z, w) / ρ."""
         product = self.product(x, y) if product is None else product
-        return [(self.u * x.along, y.z), (self.u * y.along, x.z), (self.u * product, self.e)]
+        return [(x.along, y.z), (y.along, x.z), (product, self.value)]
 
     def third(self, x: _Seen, y: _Seen, z: _Seen) -> list[Term]:
         """The terms of −third(z, w, v) / ρ."""
         xy, yz = self.product(x, y), self.product(y, z)
         xz = xy if z is y else self.product(x, z)
-        square = self.u * self.u
-        along = -3 * square * _third_along(x.along, y.along, z.along, xy, xz, yz)
-        return [(square * yz, x.z), (square * xz, y.z), (square * xy, z.z), (along, self.e)]
+        along = -3 * _third_along(x.along, y.along, z.along, xy, xz, yz)
+        return [(yz, x.z), (xz, y.z), (xy, z.z), (along, self.value)]
 
 
 def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Tensor) -> Tensor:
@@ -172,14 +210,19 @@ def pull_back(
     stack: Tensor,
     weight: Some,
     bias: Some,
-    cotangent: Tensor,
+    *further: Some,
 ) -> tuple[Some, ...]:
-    """The gradients of `normalised` in the stack, the weight and the bias."""
-    value, tangents, seconds = components(rows.about_mean(rows.seen(stack)), firsts)
-    norm, raw = _Norm(rows, value), rows.seen(cotangent)
-    every = norm.seen(rows.about_mean(rows.weighted(raw, weight)))
+    """The gradients of a norm in the stack, the weight and the bias.
+
+    `further` is what was kept of the stack, and the cotangent.
+    """
+    *kept, cotangent = further
+    centred, _, u, along = _measured(rows, stack, firsts, kept)
+    value, tangents, seconds = components(centred, firsts)
+    norm, raw = _Norm(rows, value, u), rows.seen(cotangent)
+    every = norm.seen(rows.cotangents(raw, weight))
     _, b, d = every.split(1, firsts, len(raw) - 1 - firsts)
-    c, curved = norm.seen(tangents), None
+    c, curved = _Seen(tangents, along), None
     if len(stack) < len(raw):  # where second derivatives are zero, of which there is no gradient
         every = _Seen(every.z[: len(stack)], every.along[: len(stack)])
     of_stack = norm.turned(every)
@@ -196,17 +239,17 @@ def pull_back(
             _added(of_stack[1 + firsts - len(right.z) : 1 + firsts], norm.bent(d, left), -1)
         _added(of_value, norm.third(d, left, right), -1)
         if needed[1]:
-            *terms, (along, _) = norm.bent(left, right)
-            curved = _added(norm.e * gathered(-along, pairs), terms, -1)
+            *terms, (product, _) = norm.bent(left, right)
+            curved = _added(value * gathered(-product, pairs), terms, -1)
         if len(seconds):
             s = norm.seen(seconds)
             _added(of_value, norm.bent(d, s), -1)
             curved = curved if curved is None else curved.add_(norm.turned(s))
     of_weight = None
     if needed[1]:
-        terms = [(norm.u * raw[1 : 1 + firsts], norm.turned(c))]
-        terms += [] if curved is None else [(norm.u * raw[1 + firsts :], curved)]
-        of_weight = _added(raw[:1] * norm.e, terms, 1).mul_(math.sqrt(rows.length))
+        terms = [(raw[1 : 1 + firsts], norm.turned(c))]
+        terms += [] if curved is None else [(raw[1 + firsts :], curved)]
+        of_weight = _added(raw[:1] * value, terms, 1).mul_(norm.rho)
         of_weight = rows.of_weight(of_weight, weight)
     of_bias = rows.of_weight(raw[:1], bias) if needed[2] else None
     return _as(of_stack.mul_(norm.rho), stack), of_weight, of_bias
@@ -218,34 +261,36 @@ def pull_back_again(
     stack: Tensor,
     weight: Some,
     bias: Some,
-    cotangent: Tensor,
-    again: Tensor,
+    *further: Some,
 ) -> tuple[Some, ...]:
     """The gradients in the arguments of `pull_back` of what it returns first, for no pairs."""
-    value, tangents, _ = components(rows.about_mean(rows.seen(stack)), len(stack) - 1)
-    norm, raw, sizes = _Norm(rows, value), rows.seen(cotangent), (1, len(tangents))
-    u, c = norm.u, norm.seen(tangents)
-    given = norm.seen(rows.about_mean(rows.weighted(raw, weight)))
-    other = norm.seen(rows.about_mean(rows.seen(again)))
+    *kept, cotangent, again = further
+    centred, _, u, along = _measured(rows, stack, len(stack) - 1, kept)
+    value, tangents, _ = components(centred, len(stack) - 1)
+    norm, raw, sizes = _Norm(rows, value, u), rows.seen(cotangent), (1, len(tangents))
+    c = _Seen(tangents, along)
+    given = norm.seen(rows.cotangents(raw, weight))
+    other = norm.seen(rows.cotangents(rows.seen(again)))
     (_, b), (p, _) = given.split(*sizes), other.split(*sizes)
     pb, pc, bc = norm.product(p, b), norm.product(p, c), norm.product(b, c)
     # bent(p, a), bent(q_l, b_l) and third(p, b_l, c_l) in one term for each stack.
     of_given, of_other = other.along.clone(), given.along.clone()
-    of_given[1:].addcmul_(u, pc)
-    of_other[:1].addcmul_(u, summed(bc))
+    of_given[1:].add_(pc)
+    of_other[:1].add_(summed(bc))
     along = summed(_third_along(p.along, b.along, c.along, pb, pc, bc))
-    along = torch.addcmul(summed(norm.product(other, given)), u, along, value=-3)
-    terms = [(of_given, given.z), (of_other, other.z), (u * pb, c.z)]
-    of_value = _added(norm.e * along, terms, 1)
-    of_firsts = _added(b.z * p.along, [(b.along, p.z), (pb, norm.e)], 1)
-    of_stack = torch.cat([of_value, of_firsts]).mul_(-norm.rho * u)
+    along = torch.add(summed(norm.product(other, given)), along, alpha=-3)
+    terms = [(of_given, given.z), (of_other, other.z), (pb, c.z)]
+    of_value = _added(value * along, terms, 1)
+    of_firsts = _added(b.z * p.along, [(b.along, p.z), (pb, value)], 1)
+    of_stack = torch.cat([of_value, of_firsts]).mul_(-norm.rho)
     of_outputs = norm.turned(other)
     _added(of_outputs[1:], norm.bent(p, c, pc), -1)
     of_outputs.mul_(norm.rho)
     of_weight = rows.of_weight(raw * of_outputs, weight) if needed[1] else None
     of_cotangent = rows.weighted(of_outputs, weight)
     of_bias = None if bias is None else torch.zeros_like(bias)
-    return _as(of_stack, stack), of_weight, of_bias, _as(of_cotangent, cotangent)
+    of_kept = (None,) * len(kept)  # functions of the stack
+    return _as(of_stack, stack), of_weight, of_bias, *of_kept, _as(of_cotangent, cotangent)
 
 
 def _as(x: Tensor, like: Tensor) -> Tensor:
