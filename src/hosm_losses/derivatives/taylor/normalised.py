@@ -1,8 +1,8 @@
 r"""The formula of norms over rows, and its gradients.
 
 Formula over a row of N elements, with c = x − ⟨x⟩ and ⟨·⟩ the mean over the row (RMS norm: c = x),
-z·w the sum of products over the row, u = (c·c + N eps)^(−1/2), ρ = √N u, and capitals for what lies
-along c, Z = u² c·z:
+z·w the sum of products over the row, u = (c·c + N eps)^(−1/2), ρ = √N u, and capitals for what
+lies along c, Z = u² c·z:
     y = ρ c        y_l = J c_l        y_lr = J c_lr + bent(c_l, c_r)
     The first three derivatives of y, with {z w} = u² z·w − 3 Z W:
     J z = ρ (z − c Z)
@@ -21,8 +21,8 @@ Gradients, for cotangents a of y, b_l of y_l and d of y_lr, all of them centred 
     in x      bent(p, a) + Σ_l [bent(q_l, b_l) + third(p, b_l, c_l)]
 
 Autograd, with the formula evaluated again, reads and writes the activations 1.6 times as often.
-Of every row a few numbers are kept beside the stack: means, u and C_l. They are functions of the
-stack, as the formulas take them to be; where autograd differentiates a formula they are found again.
+Of every row a few numbers are kept beside the stack: means, u and C_l. They are functions of it,
+as the formulas take them to be; where autograd differentiates a formula they are found again.
 """
 
 import math
@@ -104,7 +104,7 @@ class Measured(NamedTuple):
     along: Tensor  # C_l
 
 
-def _measured(rows: Rows, stack: Tensor, firsts: int, kept: Sequence[Some]) -> Measured:
+def _measured(rows: Rows, stack: Tensor, firsts: int, kept: Sequence[Any]) -> Measured:
     """A stack without its means, with what was kept of it."""
     if torch.is_grad_enabled():
         return rows.measured(stack, firsts)
@@ -113,9 +113,7 @@ def _measured(rows: Rows, stack: Tensor, firsts: int, kept: Sequence[Some]) -> M
     return Measured(seen if mean is None else seen - mean, mean, u, along)
 
 
-def norm(
-    rows: Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Some, bias: Some
-) -> Tensor:
+def norm(rows: Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Some, bias: Some) -> Tensor:
     """The stack of a norm, with weight and bias; computed in float32 at least."""
     pullbacks: list[Any] = [partial(pull_back, rows, firsts, pairs)]
     if pairs == "none":
@@ -128,8 +126,7 @@ def normalised(
     rows: Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Some, bias: Some
 ) -> tuple[Some, ...]:
     """The stack of a norm, and what is kept of it."""
-    centred, *kept = rows.measured(stack, firsts)
-    _, u, along = kept
+    centred, mean, u, along = rows.measured(stack, firsts)
     value, tangents, seconds = components(centred, firsts)
     scale = rows.weighted(math.sqrt(rows.length) * u, weight)
     parts = [value, torch.addcmul(tangents, value, along, value=-1)]
@@ -143,7 +140,7 @@ def normalised(
         parts.append(bent + seconds if len(seconds) else bent)
     bias = None if bias is None else bias.reshape(rows.weights)
     found = with_bias(torch.cat(parts) * scale, bias, 1)
-    return found.reshape(-1, *stack.shape[1:]).to(stack.dtype), *kept
+    return found.reshape(-1, *stack.shape[1:]).to(stack.dtype), mean, u, along
 
 
 class _Seen(NamedTuple):
@@ -210,7 +207,7 @@ def pull_back(
     stack: Tensor,
     weight: Some,
     bias: Some,
-    *further: Some,
+    *further: Any,
 ) -> tuple[Some, ...]:
     """The gradients of a norm in the stack, the weight and the bias.
 
@@ -261,7 +258,7 @@ def pull_back_again(
     stack: Tensor,
     weight: Some,
     bias: Some,
-    *further: Some,
+    *further: Any,
 ) -> tuple[Some, ...]:
     """The gradients in the arguments of `pull_back` of what it returns first, for no pairs."""
     *kept, cotangent, again = further

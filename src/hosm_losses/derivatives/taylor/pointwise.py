@@ -5,15 +5,15 @@ Formula, for y = a(x):
 
 A new activation is a generator of a and its first three derivatives at x, registered under every
 name by which networks call it; see `_tanh`. Gradients follow from the same four numbers, and only
-the stack is kept for them. Where PyTorch has an operator for a'(x) x_l, the activation can name
-it; see `_silu`.
+the stack is kept for them. Where PyTorch has operators for a and a'(x) x_l, the activation can
+name them; see `_silu`.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from itertools import islice, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -26,22 +26,40 @@ from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves
 from hosm_losses.derivatives.taylor.table import Function, NoRule, every, rule
 
 Series = Callable[[Tensor], Iterator[Tensor]]
-First = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def apply(series: Series, jet: Jet, first: First | None = None) -> Jet:
+class Operators(NamedTuple):
+    """PyTorch's own for a function and for its first derivative."""
+
+    value: Function  # of x
+    slope: Function  # of a tensor and x: the derivative at x times that
+
+
+def apply(series: Series, jet: Jet, operators: Operators | None = None) -> Jet:
     """The function of a Jet whose `series` yields it and its first three derivatives at x.
 
-    `first` is of x and directions, and returns the function and its derivatives along them.
+    With `operators` it yields the derivatives alone.
     """
-    function, pullback = (
-        partial(each, series, jet.firsts, jet.pairs) for each in (_evaluate, _pull_back)
-    )
-    once: Function = function
-    further = [partial(_pull_back_again, series)] if jet.pairs == "none" else []
-    if jet.pairs == "none" and first is not None:
-        once = partial(_evaluate_first, first, jet.firsts)
-    return jet.like(recomputed(once, jet.stack, pullbacks=[pullback, *further], again=function))
+    whole, derivatives = series, partial(_without_value, series)
+    if operators is not None:
+        whole, derivatives = partial(_with_value, operators.value, series), series
+    once: Function = partial(_evaluate, whole, jet.firsts, jet.pairs)
+    again = once
+    pullbacks: list[Function] = [partial(_pull_back, derivatives, jet.firsts, jet.pairs)]
+    if jet.pairs == "none":
+        pullbacks.append(partial(_pull_back_again, derivatives))
+        if operators is not None:
+            once = partial(_evaluate_by, operators, jet.firsts)
+    return jet.like(recomputed(once, jet.stack, pullbacks=pullbacks, again=again))
+
+
+def _without_value(series: Series, x: Tensor) -> Iterator[Tensor]:
+    return islice(series(x), 1, None)
+
+
+def _with_value(value: Function, series: Series, x: Tensor) -> Iterator[Tensor]:
+    yield value(x)
+    yield from series(x)
 
 
 def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
@@ -57,9 +75,9 @@ def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tenso
     return torch.cat(parts).to(dtype)
 
 
-def _evaluate_first(first: First, firsts: int, stack: Tensor) -> Tensor:
+def _evaluate_by(operators: Operators, firsts: int, stack: Tensor) -> Tensor:
     point, tangents, _ = components(at_least_float32(stack), firsts)
-    return torch.cat(first(point, tangents)).to(stack.dtype)
+    return torch.cat([operators.value(point), operators.slope(tangents, point)]).to(stack.dtype)
 
 
 def _over(a: Tensor, b: Tensor) -> Tensor:
@@ -68,13 +86,18 @@ def _over(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _pull_back(
-    series: Series, firsts: int, pairs: Pairs, _needed: Needed, stack: Tensor, cotangent: Tensor
+    derivatives: Series,
+    firsts: int,
+    pairs: Pairs,
+    _needed: Needed,
+    stack: Tensor,
+    cotangent: Tensor,
 ) -> Tensor:
     """The first derivative times the cotangents, and what the second and third add."""
     dtype = stack.dtype
     stack, cotangent = at_least_float32(stack), at_least_float32(cotangent)
-    numbers = series(stack[0])
-    _, slope, bend = islice(numbers, 3)
+    numbers = derivatives(stack[0])
+    slope, bend = islice(numbers, 2)
     gradient = cotangent[: len(stack)] * slope
     gradient[0].addcmul_(bend, _over(stack[1:], cotangent[1 : len(stack)]))
     if pairs != "none":
@@ -91,12 +114,12 @@ def _pull_back(
 
 
 def _pull_back_again(
-    series: Series, _needed: Needed, stack: Tensor, cotangent: Tensor, again: Tensor
+    derivatives: Series, _needed: Needed, stack: Tensor, cotangent: Tensor, again: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients, in the stack and in the cotangent, of what `_pull_back` returns."""
     dtype = stack.dtype
     stack, cotangent, again = map(at_least_float32, (stack, cotangent, again))
-    _, slope, bend, third = islice(series(stack[0]), 4)
+    slope, bend, third = islice(derivatives(stack[0]), 3)
     bent = bend * again[0]
     of_cotangent = again * slope
     of_cotangent[1:].addcmul_(stack[1:], bent)
@@ -115,11 +138,11 @@ def _given(
 
 
 def pointwise(
-    *functions: Callable[..., Any], first: Callable[..., tuple[Tensor, Tensor]] | None = None
+    *functions: Callable[..., Any], operators: Operators | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the generator of a function and its derivatives, with that function's arguments.
 
-    `first` takes x, directions and those arguments; see `apply`.
+    The `operators` take those arguments too; see `apply`.
     """
 
     def register(series: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,23 +150,19 @@ def pointwise(
         @wraps(series)
         def evaluated(x: Jet, *args: Any, **named: Any) -> Jet:
             if not args and not named:
-                return apply(series, x, first)
+                return apply(series, x, operators)
             given = partial(_given, args, named)
-            return apply(given(series), x, None if first is None else given(first))
+            known = None if operators is None else Operators(*map(given, operators))
+            return apply(given(series), x, known)
 
         return series
 
     return register
 
 
-def _first_of_silu(x: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
-    return F.silu(x), torch.ops.aten.silu_backward.default(along, x)
-
-
-@pointwise(*every("silu"), first=_first_of_silu)
+@pointwise(*every("silu"), operators=Operators(F.silu, torch.ops.aten.silu_backward.default))
 def _silu(x: Tensor) -> Iterator[Tensor]:
     s = torch.sigmoid(x)
-    yield x * s
     q = torch.addcmul(s, s, s, value=-1)
     yield torch.addcmul(s, x, q)
     bent = torch.addcmul(q, q, s, value=-2)
@@ -172,18 +191,16 @@ def _tanh(x: Tensor) -> Iterator[Tensor]:
     yield slope * (4 - 6 * slope)
 
 
-def _first_of_gelu(x: Tensor, along: Tensor, approximate: str = "none") -> tuple[Tensor, Tensor]:
-    slope = torch.ops.aten.gelu_backward.default(along, x, approximate=approximate)
-    return F.gelu(x, approximate=approximate), slope
+def _slope_of_gelu(along: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
+    return torch.ops.aten.gelu_backward.default(along, x, approximate=approximate)
 
 
-@pointwise(*every("gelu"), first=_first_of_gelu)
+@pointwise(*every("gelu"), operators=Operators(F.gelu, _slope_of_gelu))
 def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
     # x S(x), of a share S between 0 and 1.
     square = x * x
     if approximate == "none":
         share = 0.5 + 0.5 * torch.erf(x * math.sqrt(0.5))
-        yield x * share
         density = torch.exp(-0.5 * square) * (1 / math.sqrt(2 * math.pi))
         yield torch.addcmul(share, x, density)
         yield density * (2 - square)
@@ -195,7 +212,6 @@ def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
     scale, cube = 2 * math.sqrt(2 / math.pi), 0.044715
     w = x * (scale * cube * square + scale)
     share = torch.sigmoid(w)
-    yield x * share
     w1 = 3 * scale * cube * square + scale  # derivatives of w
     other = torch.sigmoid(-w)  # 1 − S, exact where S is nearly 1
     q = share * other
