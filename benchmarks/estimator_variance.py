@@ -43,7 +43,7 @@ import hosm_losses as hosm
 from benchmarks.experiment import Choose
 from benchmarks.intervals import Array, Estimate, mean_variance, ratio_of_variances
 from benchmarks.trained import trained
-from hosm_losses.losses.terms import third_residual
+from hosm_losses.losses.terms import common, third_target
 from hosm_losses.model import noise_field
 from hosm_losses.probes import DISTRIBUTIONS, draw_probes
 
@@ -137,7 +137,7 @@ def network_point(
     def residual(v: Tensor) -> Tensor:
         value, directional, gradient = derive(v, 3)
         probes = v.to(x.dtype).reshape(directional.shape)
-        return third_residual(value, directional, gradient, noise, probes)
+        return gradient - third_target(common(value + noise, directional, probes))
 
     jacobian = in_chunks(lambda v: derive(v, 2)[1], torch.eye(d)).T.double()
     with torch.no_grad():

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from hosm_losses import VPSchedule
 from hosm_losses.losses.terms import (
+    common,
     first_residual,
     second_residual,
-    third_residual,
+    third_target,
     trace_residual,
 )
 from tests.oracles import atoms_posterior, sign_vectors
@@ -43,12 +44,10 @@ def residuals(noise, f, along, gradient, v):
     """All four residuals, for every atom in turn as a batch."""
     count = len(noise)
     f, along, gradient, v = (part.expand(1, count, -1) for part in (f, along, gradient, v))
-    return (
-        first_residual(f, noise)[0],
-        second_residual(f, along, noise, v)[0],
-        trace_residual(f, along, noise, v)[0],
-        third_residual(f, along, gradient, noise, v)[0],
-    )
+    first = first_residual(f, noise)
+    shared = common(first, along, v)
+    second, trace = second_residual(shared), trace_residual(shared)
+    return first[0], second[0], trace[0], (gradient - third_target(shared))[0]
 
 
 cases = given(
@@ -103,10 +102,9 @@ def test_all_sign_vectors_average_to_the_exact_terms(d):
     count = len(signs)
     along = sigma * signs @ jacobian.T
     gradient = sigma**2 * torch.einsum("ijk,ni,nj->nk", second, signs, signs)
-    parts = (f.expand(1, 1, d), along[:, None], noise.expand(1, d), signs[:, None])
-    r2 = second_residual(*parts)[:, 0]
-    rt = trace_residual(*parts)[:, 0]
-    r3 = third_residual(parts[0], parts[1], gradient[:, None], parts[2], parts[3])[:, 0]
+    shared = common((f + noise).expand(1, 1, d), along[:, None], signs[:, None])
+    r2, rt = second_residual(shared)[:, 0], trace_residual(shared)[:, 0]
+    r3 = gradient - third_target(shared)[:, 0]
 
     ell = f + noise
     m2 = sigma * jacobian + torch.eye(d) - torch.outer(ell, ell)
@@ -131,12 +129,12 @@ def test_the_unit_vectors_sum_to_the_exact_terms(d):
     units = torch.eye(d)[:, None]
     along = sigma * jacobian.T[:, None]
     gradient = sigma**2 * torch.einsum("iik->ik", second)[:, None]
-    parts = (f.expand(1, 1, d), along, noise.expand(1, d), units)
+    shared = common((f + noise).expand(1, 1, d), along, units)
     ell = f + noise
     m2 = sigma * jacobian + torch.eye(d) - torch.outer(ell, ell)
-    torch.testing.assert_close((second_residual(*parts) ** 2).sum(), (m2**2).sum())
-    torch.testing.assert_close(trace_residual(*parts).sum(), m2.trace())
-    r3 = third_residual(parts[0], parts[1], gradient, parts[2], parts[3]).sum((0, 1))
+    torch.testing.assert_close((second_residual(shared) ** 2).sum(), (m2**2).sum())
+    torch.testing.assert_close(trace_residual(shared).sum(), m2.trace())
+    r3 = (gradient - third_target(shared)).sum((0, 1))
     exact = (
         sigma**2 * torch.einsum("iik->k", second)
         + ell.dot(ell) * ell
@@ -155,10 +153,12 @@ def test_what_is_detached_and_what_is_not():
         grads = torch.autograd.grad(residual.square().sum(), parts, allow_unused=True)
         return tuple(grad is not None for grad in grads)
 
-    assert sources(first_residual(f, noise)) == (True, False, False)
-    assert sources(second_residual(f, along, noise, v)) == (False, True, False)
-    assert sources(trace_residual(f, along, noise, v)) == (False, True, False)
-    assert sources(third_residual(f, along, gradient, noise, v)) == (False, False, True)
+    first = first_residual(f, noise)
+    shared = common(first, along, v)
+    assert sources(first) == (True, False, False)
+    assert sources(second_residual(shared)) == (False, True, False)
+    assert sources(trace_residual(shared)) == (False, True, False)
+    assert sources(gradient - third_target(shared)) == (False, False, True)
 
 
 @cases

@@ -289,12 +289,14 @@ def _reduce(
     of_first, of_higher = factors
     if of_higher is not None and rows is not None:
         of_higher = of_higher[rows]
-    products: list[Tensor] = [
-        weight * term if factor is None else weight * term * factor
-        for weight, term, factor in zip(weights, terms, (of_first, *[of_higher] * 3), strict=False)
-        if term is not None and counts(weight)
-    ]
-    if options.reduction == "none":
+    apart = options.reduction == "none"  # from the terms, of which the loss may be one then
+    products: list[Tensor] = []
+    for weight, term, factor in zip(weights, terms, (of_first, *[of_higher] * 3), strict=False):
+        if term is not None and counts(weight):
+            is_one = not isinstance(weight, Tensor) and weight == 1
+            product = term if is_one and not apart else weight * term
+            products.append(product if factor is None else product * factor)
+    if apart:
         return sum(products[1:], products[0])
     # The mean over a random fraction estimates the mean over the batch, so the sum is B times it.
     means = [product.mean() for product in products]

@@ -40,6 +40,7 @@ from hosm_losses.losses.terms import (
     first_term,
     inner,
     only_first,
+    over_probes,
     scaled,
 )
 from hosm_losses.model import NoiseField
@@ -48,7 +49,7 @@ from hosm_losses.model import NoiseField
 def halves(estimates: Tensor) -> tuple[Tensor, Tensor]:
     """Means of K estimates over the first half of them and over the others."""
     half = len(estimates) // 2
-    return estimates[:half].mean(0), estimates[half:].mean(0)
+    return over_probes(estimates[:half]), over_probes(estimates[half:])
 
 
 def paired_terms(

@@ -141,30 +141,38 @@ def first_residual(value: Tensor, noise: Tensor) -> Tensor:
     return value + noise
 
 
-def second_residual(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
-    """r2 = D + v − (ℓ·v) ℓ with ℓ = (ε + f) detached; its mean square is the Jacobian's error."""
-    ell = first_residual(value, noise).detach()
-    return directional + probe - scaled(inner(ell, probe), ell)
+class Common(NamedTuple):
+    """What the residuals of higher order along v have in common, with ℓ = (ε + f) detached."""
+
+    ell: Tensor  # ℓ, of shape (1, B, *)
+    slope: Tensor  # ℓ·v, (K, B)
+    shifted: Tensor  # D + v, (K, B, *)
+    curvature: Tensor  # v·(D + v), (K, B)
 
 
-def trace_residual(value: Tensor, directional: Tensor, noise: Tensor, probe: Tensor) -> Tensor:
-    """rt = v·D + ‖v‖² − (ℓ·v)² with ℓ = (ε + f) detached: the error of the trace."""
-    ell = first_residual(value, noise).detach()
-    return inner(probe, directional + probe) - inner(ell, probe).square()
+def common(residual: Tensor, directional: Tensor, probe: Tensor) -> Common:
+    """That, from r1, D and v."""
+    ell, shifted = residual.detach(), directional + probe
+    return Common(ell, inner(ell, probe), shifted, inner(probe, shifted))
 
 
-def third_residual(
-    value: Tensor, directional: Tensor, gradient: Tensor, noise: Tensor, probe: Tensor
-) -> Tensor:
-    """r3 = G + (ℓ·v)² ℓ − (v·D + ‖v‖²) ℓ − 2 (ℓ·v) (D + v), everything but G detached.
+def second_residual(shared: Common) -> Tensor:
+    """r2 = D + v − (ℓ·v) ℓ; its mean square is the Jacobian's error."""
+    return shared.shifted - scaled(shared.slope, shared.ell)
+
+
+def trace_residual(shared: Common) -> Tensor:
+    """rt = v·D + ‖v‖² − (ℓ·v)²: the error of the trace."""
+    return shared.curvature - shared.slope.square()
+
+
+def third_target(shared: Common) -> Tensor:
+    """The G at which r3 = G + (ℓ·v)² ℓ − (v·D + ‖v‖²) ℓ − 2 (ℓ·v) (D + v) is zero, detached.
 
     For G the Laplacian form σ² ∂²f[v, v] may stand, which is the same where ∂f/∂x is symmetric.
     """
-    ell = first_residual(value, noise).detach()
-    shifted = directional.detach() + probe
-    slope = inner(ell, probe)
-    rest = scaled(slope.square() - inner(probe, shifted), ell) - scaled(2 * slope, shifted)
-    return gradient + rest
+    slope, excess = shared.slope, shared.curvature.detach() - shared.slope.square()
+    return scaled(excess, shared.ell) + scaled(2 * slope, shared.shifted.detach())
 
 
 def first_residual_of(field: NoiseField, inputs: Inputs) -> Tensor:
@@ -173,9 +181,14 @@ def first_residual_of(field: NoiseField, inputs: Inputs) -> Tensor:
     return first_residual(value, at_least_float32(inputs.noise))
 
 
+def over_probes(estimates: Tensor) -> Tensor:
+    """The mean over the first of all dimensions."""
+    return estimates.squeeze(0) if len(estimates) == 1 else estimates.mean(0)
+
+
 def _mean_square(residual: Tensor) -> Tensor:
     """‖r‖² of (K, B, *) averaged over probes: (B,)."""
-    return over_elements(residual.square()).mean(0)
+    return over_probes(over_elements(residual.square()))
 
 
 def first_term(residual: Tensor) -> Tensor:
@@ -213,22 +226,22 @@ def terms_along(
     value, directional, last = derived
     value, directional, noise, probe = map(at_least_float32, (value, directional, noise, probe))
     elements = float(x[0].numel())  # the cube may be no integer of 64 bits
-    first = first_term(first_residual(value, noise))
-    second = _mean_square(second_residual(value, directional, noise, probe)) / elements**2
+    residual = first_residual(value, noise)
+    first, shared = first_term(residual), common(residual, directional, probe)
+    second = _mean_square(second_residual(shared)) / elements**2
     # Over all unit vectors ‖r2‖² is summed, but rt and r3 are summed before they are squared.
     second = second * len(probe) if exact else second
-    trace = trace_residual(value, directional, noise, probe)
+    trace = trace_residual(shared)
     trace = trace.sum(0, keepdim=True) if exact else trace
     trace = _mean_square(trace) / elements**2
     if last is None:
         return DSMTerms(first, second, trace)
-    last = at_least_float32(last)
-    rest = third_residual(value, directional, torch.zeros_like(last), noise, probe)
+    last, target = at_least_float32(last), third_target(shared)
     if other is not None and isinstance(derived, Curved):
-        last, rest = inner(probe, last), inner(at_least_float32(other), rest)
+        last, target = inner(probe, last), inner(at_least_float32(other), target)
     if exact:
-        last, rest = last.sum(0, keepdim=True), rest.sum(0, keepdim=True)
-    return DSMTerms(first, second, trace, _mean_square(last + rest) / elements**3)
+        last, target = last.sum(0, keepdim=True), target.sum(0, keepdim=True)
+    return DSMTerms(first, second, trace, _mean_square(last - target) / elements**3)
 
 
 def check_result(loss: Tensor, terms: Any, t: Tensor) -> None:
