@@ -2,9 +2,6 @@
 
 Each function is for one project. It reads the attributes that it needs, and an error names the one
 that is missing.
-
-Example:
-    >>> from hosm_losses.interop import from_edm, from_score_sde
 """
 
 from collections.abc import Mapping
@@ -22,9 +19,9 @@ from hosm_losses.schedules import (
     EDMSchedule,
     LinearFlowSchedule,
     SubVPSchedule,
-    Table,
     VESchedule,
     VPSchedule,
+    step_labels,
 )
 
 # Each project's names of what its networks predict, and ours.
@@ -248,10 +245,10 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     """Return the ScoreModel of a model and its GaussianDiffusion or SpacedDiffusion.
 
     t is an index of the diffusion's own table, and the model is given what the project gives it:
-    the index before respacing, times 1000 over its number of steps with rescale_timesteps.
-    Class labels go into `model_kwargs` as y. Of a model that learns its variance the first half of
-    the channels is used. The project's own checkpoint, which its attention calls as well, has to
-    be replaced above order one.
+    the step before respacing, between two indices the one with that noise; times 1000 over its
+    number of steps with rescale_timesteps. Class labels go into `model_kwargs` as y. Of a model
+    that learns its variance the first half of the channels is used. The project's own checkpoint,
+    which its attention calls as well, has to be replaced above order one.
 
     Raises:
         TypeError: for a diffusion that is neither.
@@ -277,7 +274,7 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     indices = getattr(diffusion, "timestep_map", range(steps))
     rescaled = 1000.0 / getattr(diffusion, "original_num_steps", steps)
     factor = rescaled if getattr(diffusion, "rescale_timesteps", False) else 1.0
-    time = Table(tuple(factor * float(index) for index in indices))
+    time = step_labels(schedule, indices, factor)
     return ScoreModel(model, schedule, prediction, time=time, output=output)
 
 

@@ -40,6 +40,11 @@ def check_all_from_one_line(model, x0, model_kwargs=None, pickles=True):
         torch.testing.assert_close(same.noise(x0, t, **kwargs).detach(), expected)
 
 
+def column(t):
+    """(B,) beside images."""
+    return t.reshape(-1, 1, 1, 1)
+
+
 def noised(model, x0, t, noise):
     """Our x_t."""
     alpha, sigma = (part.reshape(-1, *(1,) * (x0.ndim - 1)) for part in model.schedule(t))

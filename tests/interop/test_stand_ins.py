@@ -146,10 +146,15 @@ def test_guided_diffusion(variance, mean, spaced, rescale):
     ours = hosm.first_order_dsm(model, x0, t=t, noise=noise, weighting="native", model_kwargs=y)
     torch.testing.assert_close(ours, own, rtol=1e-5, atol=0)
     torch.testing.assert_close(net.seen.double(), labels.double())
-    # Between two indices the label lies between theirs.
-    model.noise(x0, torch.full((4,), 5.25), **y)
-    around = model.time(torch.tensor([5, 6]))
-    torch.testing.assert_close(net.seen[0], around[0] + 0.25 * (around[1] - around[0]))
+    # Between two indices the label is that of their noise in the table of all steps.
+    between = torch.full((4,), 5.25)
+    model.noise(x0, between, **y)
+    every = hosm.DiscreteSchedule(GaussianDiffusion(**options).alphas_cumprod)
+    levels = [
+        every.log_sigma_hat(net.seen * (0.5 if rescale else 1)),
+        model.schedule.log_sigma_hat(between),
+    ]
+    torch.testing.assert_close(*levels, rtol=0, atol=1e-4 if spaced else 1e-9)
     check_all_from_one_line(model, x0, y)
 
 

@@ -18,4 +18,4 @@ from hosm_losses.schedules.continuous import SubVPSchedule as SubVPSchedule
 from hosm_losses.schedules.continuous import VESchedule as VESchedule
 from hosm_losses.schedules.continuous import VPSchedule as VPSchedule
 from hosm_losses.schedules.discrete import DiscreteSchedule as DiscreteSchedule
-from hosm_losses.schedules.discrete import Table as Table
+from hosm_losses.schedules.discrete import step_labels as step_labels

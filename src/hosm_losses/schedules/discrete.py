@@ -6,8 +6,9 @@ Source:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -68,6 +69,14 @@ class Table:
         left = t.detach().floor().clamp(0, len(table) - 2).long()
         low, high = _entries(table, left), _entries(table, left + 1)
         return low + (t - left) * (high - low)
+
+    def inverse(self, value: Tensor) -> Tensor:
+        """The index, with its fraction, of a number in a table that rises."""
+        table = self.beside(value)
+        right = torch.searchsorted(table, value.detach().contiguous(), right=True)
+        left = (right - 1).clamp(0, len(table) - 2)
+        low, high = _entries(table, left), _entries(table, left + 1)
+        return left + (value - low) / (high - low)
 
 
 @dataclass(frozen=True, repr=False)
@@ -199,12 +208,7 @@ class DiscreteSchedule(Schedule):
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
         """Return the index, with its fraction, of this log σ̂, clipped to the table's ends."""
-        target = as_time(log_sigma_hat)
-        table = self._log_sigma_hat.beside(target)
-        right = torch.searchsorted(table, target.detach().contiguous(), right=True)
-        left = (right - 1).clamp(0, len(table) - 2)
-        low, high = _entries(table, left), _entries(table, left + 1)
-        return self.clip(left + (target - low) / (high - low))
+        return self.clip(self._log_sigma_hat.inverse(as_time(log_sigma_hat)))
 
     def time_density(self, t: Tensor | float) -> Tensor:
         """Probability with which `sample_time` draws an index, 1/N."""
@@ -213,6 +217,34 @@ class DiscreteSchedule(Schedule):
     def _draw(self, shape: tuple[int], **options: Any) -> Tensor:
         options["dtype"] = torch.int64
         return torch.randint(len(self.alphas_cumprod), shape, **options)
+
+
+def step_labels(
+    schedule: DiscreteSchedule, kept: Sequence[int], factor: float
+) -> Callable[[Tensor], Tensor]:
+    """What a network of all steps is given at an index of a table of those kept: factor · step.
+
+    Between two of them it is the step with the noise of the index, as far as is known: α falls
+    smoothly from 1, so its slope is taken to be the mean one between two kept steps at their
+    middle, and linear from there to the next.
+    """
+    steps, alpha = np.asarray(kept), np.sqrt(schedule.alphas_cumprod)
+    ends = np.append(-1, steps)
+    slopes = -np.diff(alpha, prepend=1.0) / np.diff(ends)
+    middles = (ends[:-1] + 1 + ends[1:]) / 2
+    fall = np.cumsum(np.interp(np.arange(steps[-1] + 1), middles, slopes))
+    log_alpha = np.log1p(-np.interp(fall[steps[0] :], fall[steps], 1 - alpha))
+    log_sigma_hat = 0.5 * np.log(np.expm1(-2 * log_alpha))
+    places = np.interp(log_sigma_hat, schedule._log_sigma_hat.values, np.arange(len(steps)))
+    places[steps - steps[0]] = np.arange(len(steps))
+    return partial(_label, Table(tuple(places.tolist())), int(steps[0]), factor)
+
+
+def _label(places: Table, first: int, factor: float, t: Tensor) -> Tensor:
+    """factor · step at the index t, for the places among the indices of the steps from `first`."""
+    t = as_time(t)
+    check_range("t", t, places.values[0], places.values[-1])
+    return factor * (first + places.inverse(t))
 
 
 def _entries(table: Tensor, index: Tensor) -> Tensor:
