@@ -18,6 +18,7 @@ from hosm_losses.schedules import (
     DiscreteSchedule,
     EDMSchedule,
     LinearFlowSchedule,
+    Schedule,
     SubVPSchedule,
     VESchedule,
     VPSchedule,
@@ -25,16 +26,10 @@ from hosm_losses.schedules import (
 )
 
 # Each project's names of what its networks predict, and ours.
-DIFFUSERS: dict[str, Prediction] = {
-    "epsilon": "epsilon",
-    "sample": "sample",
-    "v_prediction": "v_prediction",
-}
-DENOISING_DIFFUSION: dict[str, Prediction] = {
-    "pred_noise": "epsilon",
-    "pred_x0": "sample",
-    "pred_v": "v_prediction",
-}
+DIFFUSERS = dict[str, Prediction](epsilon="epsilon", sample="sample", v_prediction="v_prediction")
+DENOISING_DIFFUSION = dict[str, Prediction](
+    pred_noise="epsilon", pred_x0="sample", pred_v="v_prediction"
+)
 GUIDED_DIFFUSION: dict[str, Prediction] = {"EPSILON": "epsilon", "START_X": "sample"}
 # Models of diffusers under flow matching that multiply by the number of timesteps themselves.
 TAKE_FRACTIONS = ("Flux", "Chroma", "QwenImage", "AuraFlow", "LongCatImage", "OvisImage", "Krea2")
@@ -44,6 +39,8 @@ REVERSED = ("Lumina", "ZImage", "NucleusMoE", "HiDream", "Ideogram4")
 TURNED = "model: expected one that is given the noise level and predicts noise less data; got {}, "
 TURNED += "which turns one. Write ScoreModel(model, LinearFlowSchedule(), 'flow_prediction', ...)."
 ZERO = (0.0, 2.0**-24)  # the second is what diffusers writes in the place of the first
+DISCRETE = "continuous: expected True, for a network trained in continuous time; got False. One "
+DISCRETE += "trained on sde.N discrete steps is given their numbers as labels: "
 DISCRETE_VP = "ScoreModel(model, DiscreteSchedule(sde.alphas_cumprod)), whose t is the label."
 DISCRETE_VE = (
     "ScoreModel(model, VESchedule(sigma_min=sde.sigma_min, sigma_max=sde.sigma_max), 'score', "
@@ -201,18 +198,17 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
     """Return the ScoreModel of a network trained in continuous time; t runs from 1e-5 to 1.
 
     Under VPSDE and subVPSDE the network predicts the noise and is given 999 t. Under VESDE it
-    predicts the score and is given σ(t). The project's `create_model` returns a DataParallel, with
-    which order one and `ode_nll` work; orders two and three take the network inside,
-    `model.module`, whose parameters are the same.
+    predicts the score and is given σ(t). Of the DataParallel that `create_model` returns
+    orders two and three take the network inside, `model.module`.
 
     Args:
         model: the network, model(x, labels).
         sde: a VPSDE, subVPSDE or VESDE, told apart by their attributes.
-        continuous: what `config.training.continuous` says. A network trained with False is given
-            the numbers of discrete steps, and is refused with what to write in place of this.
+        continuous: what `config.training.continuous` says. A network trained with False, but of
+            subVPSDE, is given the numbers of steps, and is refused with what to write instead.
 
     Raises:
-        TypeError: for another SDE.
+        TypeError: for another SDE, by its attributes or its `marginal_prob`.
         ValueError: for continuous=False.
 
     Example:
@@ -223,22 +219,29 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
     """
     check_flag("continuous", continuous)
     explodes = hasattr(sde, "sigma_min") and hasattr(sde, "sigma_max")
-    if not explodes:
-        expected = "sde: expected a VPSDE or subVPSDE with {}, a VESDE with sigma_min, sigma_max"
-        _check_has(sde, expected, "beta_0", "beta_1")
-    if not continuous:
-        raise ValueError(
-            "continuous: expected True, for a network trained in continuous time; got False. One "
-            "trained on sde.N discrete steps is given their numbers as labels: "
-            + (DISCRETE_VE if explodes else DISCRETE_VP)
-        )
-    if explodes:
-        schedule = VESchedule(sigma_min=float(sde.sigma_min), sigma_max=float(sde.sigma_max))
-        return ScoreModel(model, schedule, "score", time=schedule.sigma)
+    expected = "sde: expected a VPSDE or subVPSDE with {}, a VESDE with sigma_min, sigma_max"
+    _check_has(sde, expected, *(() if explodes else ("beta_0", "beta_1")))
     # VPSDE has the discrete betas of DDPM beside the continuous ones; subVPSDE has not.
     kind = VPSchedule if hasattr(sde, "discrete_betas") else SubVPSchedule
+    if not continuous and (explodes or kind is VPSchedule):
+        raise ValueError(DISCRETE + (DISCRETE_VE if explodes else DISCRETE_VP))
+    if explodes:
+        schedule = VESchedule(sigma_min=float(sde.sigma_min), sigma_max=float(sde.sigma_max))
+        return ScoreModel(model, _confirmed(schedule, sde), "score", time=schedule.sigma)
     schedule = kind(beta_min=float(sde.beta_0), beta_max=float(sde.beta_1))
-    return ScoreModel(model, schedule, "epsilon", time=999.0)
+    return ScoreModel(model, _confirmed(schedule, sde), "epsilon", time=999.0)
+
+
+def _confirmed(schedule: Schedule, sde: Any) -> Schedule:
+    """The schedule; TypeError if the SDE says another α and σ than those of its attributes."""
+    if marginal := getattr(sde, "marginal_prob", None):
+        t = torch.linspace(0.1, 1, 5, dtype=torch.float64, device="cpu")
+        alpha, sigma = schedule(t)
+        own = torch.cat([part.flatten().to(t) for part in marginal(t.reshape(5, 1, 1, 1), t)])
+        if not torch.allclose(own, torch.cat([alpha * t, sigma]), rtol=1e-3):
+            expected = f"sde: expected the marginal_prob(x, t) of {schedule}"
+            raise TypeError(f"{expected}; got {describe(sde)}, with another. {OWN}")
+    return schedule
 
 
 def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:

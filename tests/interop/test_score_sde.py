@@ -8,7 +8,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.interop import from_score_sde
-from tests.interop.checks import check_all_from_one_line, noised
+from tests.interop.checks import check_all_from_one_line, column, noised
 from tests.interop.test_stand_ins import Net, batch
 
 
@@ -155,6 +155,24 @@ def test_score_sde_refuses_networks_of_discrete_steps():
         from_score_sde(net, sde, continuous="no")
 
 
+def test_a_network_under_sub_vp_is_given_999_t_whatever_the_flag():
+    model, sde = from_score_sde(Net(), SubVPSDE(), continuous=False), SubVPSDE()
+    assert (model.schedule, model.time) == (from_score_sde(Net(), sde).schedule, 999.0)
+
+
 def test_score_sde_refuses_another_sde():
     with pytest.raises(TypeError, match="sde: expected a VPSDE or subVPSDE with beta_0"):
         from_score_sde(Net(), object())
+    sde = VESDE()
+    # Of an SDE that draws x to another point, as for speech, and one that wants this point too.
+    sde.marginal_prob = lambda x, t: (column(torch.exp(-1.5 * t)) * x, sde.marginal(t)[1])
+    with pytest.raises(TypeError, match=r"the marginal_prob\(x, t\) of VESchedule.*with another"):
+        from_score_sde(Net(), sde)
+    sde.marginal_prob = lambda x, t, y: (x, t)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'y'"):
+        from_score_sde(Net(), sde)
+    sde = VPSDE()
+    del sde.discrete_betas
+    sde.marginal_prob = lambda x, t: (column(sde.marginal(t)[0]) * x, sde.marginal(t)[1])
+    with pytest.raises(TypeError, match=r"the marginal_prob\(x, t\) of SubVPSchedule"):
+        from_score_sde(Net(), sde)
