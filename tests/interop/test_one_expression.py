@@ -15,10 +15,17 @@ def batch():
     return [torch.randn(3, *builders.SHAPE, generator=generator) for _ in range(2)]
 
 
-def test_torchcfm():
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [
+        ("ConditionalFlowMatcher", hosm.LinearFlowSchedule()),
+        ("TargetConditionalFlowMatcher", hosm.LinearFlowSchedule()),
+        ("VariancePreservingConditionalFlowMatcher", hosm.CosineSchedule(offset=0)),
+    ],
+)
+def test_torchcfm(kind, schedule):
     """Time runs from noise to data, and comes first among the arguments."""
-    pytest.importorskip("torchcfm")
-    from torchcfm import ConditionalFlowMatcher
+    matchers = pytest.importorskip("torchcfm.conditional_flow_matching")
 
     torch.manual_seed(0)
     net = builders.torchcfm().network.float()
@@ -27,15 +34,17 @@ def test_torchcfm():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model = hosm.ScoreModel(
         net,
-        hosm.LinearFlowSchedule(),
+        schedule,
         "flow_prediction",
         call=lambda net, x, t, **kwargs: net(1 - t, x, **kwargs),
         output=torch.neg,
     )
     data, noise = (part.float() for part in batch())
     s = torch.tensor([0.01, 0.5, 0.99], dtype=torch.float32)
-    matcher = ConditionalFlowMatcher(sigma=0.0)
-    _, x_s, target = matcher.sample_location_and_conditional_flow(noise, data, t=s)
+    matcher = getattr(matchers, kind)(sigma=0.0)
+    drawn = matcher.sample_location_and_conditional_flow(noise, data, t=s, return_noise=True)
+    _, x_s, target, eps = drawn
+    noise = eps if kind.startswith("Target") else noise
     torch.testing.assert_close(noised(model, data, 1 - s, noise), x_s, rtol=0, atol=1e-6)
     own = (net(s, x_s) - target).square().mean()
     ours = hosm.first_order_dsm(model, data, t=1 - s, noise=noise, weighting="native")
