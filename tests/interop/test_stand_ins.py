@@ -155,6 +155,8 @@ def test_guided_diffusion(variance, mean, spaced, rescale):
         model.schedule.log_sigma_hat(between),
     ]
     torch.testing.assert_close(*levels, rtol=0, atol=1e-4 if spaced else 1e-9)
+    with pytest.raises(ValueError, match="t: expected values in"):
+        model.noise(x0, -between, **y)
     check_all_from_one_line(model, x0, y)
 
 

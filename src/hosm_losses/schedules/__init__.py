@@ -2,7 +2,8 @@
 
 - `base`: `Schedule`; subclass it with alpha and sigma alone.
 - `continuous`: VP, VE, sub-VP, cosine, EDM and linear flow.
-- `discrete`: `DiscreteSchedule`, a table of ᾱ, given or known, whose t is the index.
+- `discrete`: `DiscreteSchedule`, a table of ᾱ, given or known, whose t is the index; the steps
+  of a longer table that its indices stand for.
 - `check`: what has to hold of a schedule, checked where a ScoreModel is built.
 
 A schedule more is one class in `continuous` and its export here; a public one is exported from
