@@ -59,6 +59,27 @@ def test_derivatives_are_slopes_of_the_pieces():
     torch.testing.assert_close(SCHEDULE.drift(t), drift, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("steps", [2, 1000, 4000])
+def test_derivatives_keep_the_digits_of_float32(steps):
+    schedule = hosm.DiscreteSchedule.linear(steps)
+    index = torch.arange(steps, dtype=torch.float64)
+    entries = np.asarray(schedule.alphas_cumprod)
+    u = 0.5 * (np.log1p(-entries) - np.log(entries))
+    slope = torch.from_numpy(np.append(np.diff(u), u[-1] - u[-2]))
+    alpha, sigma = torch.from_numpy(entries).sqrt(), torch.from_numpy(1 - entries).sqrt()
+    expected = {
+        "drift": -sigma.square() * slope,
+        "squared_diffusion": 2 * sigma.square() * slope,
+        "rates": torch.stack([-alpha * sigma.square() * slope, sigma * alpha.square() * slope]),
+    }
+    for name, wanted in expected.items():
+        for dtype, bound in ((torch.float32, 4e-6), (torch.float64, 1e-12)):
+            found = getattr(schedule, name)(index.to(dtype))
+            found = torch.stack(found) if isinstance(found, tuple) else found
+            assert found.dtype == dtype
+            assert float((found.double() / wanted - 1).abs().max()) < bound, name
+
+
 def test_draws_are_indices():
     t = SCHEDULE.sample_time(20_000, torch.Generator().manual_seed(0))
     assert t.dtype == SCHEDULE.sample_time(2, dtype=torch.float32).dtype == torch.int64

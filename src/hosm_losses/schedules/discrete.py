@@ -50,13 +50,15 @@ class Table:
         return {"values": self.values, "_copies": {}}
 
     def beside(self, like: Tensor) -> Tensor:
-        """The numbers (N,), on the device and in the dtype of `like`."""
+        """The numbers and the slopes after them, (2, N), on the device of `like`, in its dtype."""
         key = (like.device, like.dtype)
         if key in self._copies:
             return self._copies[key]
+        # Rounded as differences: those of rounded entries have lost digits.
+        both = self.values, (*np.diff(self.values).tolist(), 0.0)
         with outside_inference_mode():
             # By way of the CPU: elsewhere torch.tensor fails under forward-mode differentiation.
-            copy = torch.tensor(self.values, dtype=like.dtype, device="cpu").to(like.device)
+            copy = torch.tensor(both, dtype=like.dtype, device="cpu").to(like.device)
         if torch.compiler.is_compiling() or owns_values(copy):
             self._copies[key] = copy
         return copy
@@ -65,18 +67,24 @@ class Table:
         """The number at the index t, an integer or between two; ValueError for one outside."""
         t = as_time(t)
         check_range("t", t, 0, len(self.values) - 1)
-        table = self.beside(t)
-        left = t.detach().floor().clamp(0, len(table) - 2).long()
+        table, left = self.beside(t)[0], self._left(t)
         low, high = _entries(table, left), _entries(table, left + 1)
         return low + (t - left) * (high - low)
 
     def inverse(self, value: Tensor) -> Tensor:
         """The index, with its fraction, of a number in a table that rises."""
-        table = self.beside(value)
+        table = self.beside(value)[0]
         right = torch.searchsorted(table, value.detach().contiguous(), right=True)
         left = (right - 1).clamp(0, len(table) - 2)
         low, high = _entries(table, left), _entries(table, left + 1)
         return left + (value - low) / (high - low)
+
+    def slope(self, t: Tensor) -> Tensor:
+        """The slope from the entry at or before the index t, at the end from the one before."""
+        return _entries(self.beside(t)[1], self._left(t))
+
+    def _left(self, t: Tensor) -> Tensor:
+        return t.detach().floor().clamp(0, len(self.values) - 2).long()
 
 
 @dataclass(frozen=True, repr=False)
@@ -205,6 +213,21 @@ class DiscreteSchedule(Schedule):
     def sigma(self, t: Tensor | float) -> Tensor:
         """σ = σ̂ (1 + σ̂²)^−½."""
         return torch.sqrt(torch.sigmoid(2 * self.log_sigma_hat(t)))
+
+    def drift(self, t: Tensor | float) -> Tensor:
+        """d log α/dt = −½ g², as α² + σ² = 1."""
+        return -0.5 * self.squared_diffusion(t)
+
+    def squared_diffusion(self, t: Tensor | float) -> Tensor:
+        """g² = 2 σ² d log σ̂/dt, with the slope from the entry before t to the next."""
+        t = as_time(t)
+        return 2 * torch.sigmoid(2 * self.log_sigma_hat(t)) * self._log_sigma_hat.slope(t)
+
+    def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Return (dα/dt, dσ/dt), α f and −(α²/σ) f."""
+        t = as_time(t)
+        (alpha, sigma), slope = self(t), self._log_sigma_hat.slope(t)
+        return -alpha * sigma.square() * slope, sigma * alpha.square() * slope
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
         """Return the index, with its fraction, of this log σ̂, clipped to the table's ends."""
