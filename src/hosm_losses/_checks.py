@@ -193,6 +193,38 @@ def check_like(
     return value
 
 
+def check_prediction(predicted: object, x: Tensor) -> None:
+    """Raise unless this, which a network returned, is a real tensor like x."""
+    kind, remedy = TypeError, ""
+    if not isinstance(predicted, Tensor):
+        expected = "it to return a tensor"
+        remedy = (
+            "Pick the prediction out with ScoreModel(..., output=...), for example output=lambda "
+            "out: out[0] or operator.attrgetter('sample')."
+        )
+    elif predicted.dtype.is_complex:
+        expected = "a real output"
+        remedy = (
+            "Pick what it predicts with ScoreModel(..., output=...), for example "
+            "output=torch.real."
+        )
+    elif predicted.shape != x.shape:
+        kind, expected = ValueError, f"an output of the shape of x, {tuple(x.shape)}"
+        remedy = "The first dimension of x is that of the batch: of one sample give x[None]."
+        if predicted.ndim == x.ndim > 1 and predicted.shape[1] == 2 * x.shape[1]:
+            remedy = (
+                "If it predicts a variance too, keep the first channels: ScoreModel(..., "
+                "output=lambda out: out[:, :C])."
+            )
+    elif not predicted.is_floating_point():
+        expected, remedy = "a floating-point output", "Integers have no derivatives."
+    elif predicted.device != x.device:
+        kind, expected = ValueError, f"an output on {x.device}, the device of x"
+    else:
+        return
+    raise kind(complaint("network", expected, predicted, remedy))
+
+
 def check_finite(name: str, value: Tensor) -> None:
     """Raise ValueError if a CPU tensor holds a NaN or an infinity."""
     if not may_look(value):

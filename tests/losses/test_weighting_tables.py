@@ -83,3 +83,22 @@ def test_a_network_that_looks_its_time_up_is_trained_by_the_likelihood():
     model = hosm.ScoreModel(lambda x, t: x * embedding(t), TABLES["ten"])
     loss = hosm.second_order_dsm(model, torch.randn(8, 3), weighting="likelihood")
     assert bool(loss.isfinite())
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("estimator", ["hutchinson", "paired"])
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction", "flow_prediction"])
+def test_native_keeps_its_digits_where_alpha_is_near_0(prediction, estimator, order):
+    """At α = 2e-9 ε̂ − ε is that of the rounding of ε̂ ~ 1, if it is taken as a difference."""
+    schedule = hosm.DiscreteSchedule.linear(4000)
+    options = {} if order == 1 else {"estimator": estimator, "weights": (1, 0, 0, 0)[: order + 1]}
+    loss_of = (hosm.first_order_dsm, hosm.second_order_dsm, hosm.third_order_dsm)[order - 1]
+    x0, noise, network, found = torch.randn(8, 3), torch.randn(8, 3), MLP(3), []
+    for dtype in (torch.float32, torch.float64):
+        model = hosm.ScoreModel(network.to(dtype), schedule, prediction, time=1e-3)
+        t = torch.linspace(0, 3999, 8).round().to(dtype)
+        inputs = {"t": t, "noise": noise.to(dtype), "weighting": ("native", "noise")}
+        loss = loss_of(model, x0.to(dtype), **inputs, **options)
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        found.append([loss.double(), torch.cat([each.flatten() for each in gradients]).double()])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)

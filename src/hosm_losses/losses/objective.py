@@ -90,6 +90,7 @@ def evaluate(
             refuse_wrapped(score_model.network)
         primitives = score_model.primitives and higher
         field = noise_field(score_model, inputs.t, kwargs, primitives=primitives)
+        field = field if isinstance(options, SteinOptions) else field.apart_from_x()
         rows = None
         if higher:
             rows, rest = _fraction(inputs.x, options, generator)
@@ -128,7 +129,8 @@ def perturbed(
 ) -> tuple[ScoreModel, Inputs]:
     """Check the arguments of a loss, draw t and ε where they are missing, and perturb the data.
 
-    x = α(t) x₀ + σ(t) ε. What is missing is drawn on the device of x₀, in the order t, ε, v.
+    x = α(t) x₀ + σ(t) ε. What is missing is drawn on the device of x₀, in the order t, ε, v. The
+    noise is ε − q x, to go with `NoiseField.apart_from_x`; that of `stein_dsm` is ε.
     """
     score_model = check_model(model)
     batch = normal(check_sample_batch("x0", x0))
@@ -146,14 +148,10 @@ def perturbed(
         check_finite("noise", eps)
     alpha, sigma = score_model.coefficients(times, batch)
     exact = expand_right(alpha, batch) * batch + expand_right(sigma, batch) * eps
-    x = exact.to(batch.dtype)
     # Stein's rate multiplies by the noise that was drawn.
-    if x.dtype != exact.dtype and not isinstance(options, SteinOptions):
-        # The rounding of x is in q x of ε̂ = p · prediction + q x as well, where "native" divides
-        # it by p, which is near 0 at t_max. Without it r1 is p times the prediction's error.
-        q = score_model.affine(times, batch)[1]
-        eps = eps if q is None else eps - q * (exact - x)
-    return score_model, Inputs(x, times, eps, sigma)
+    if not isinstance(options, SteinOptions):
+        eps = score_model.noise_without_x(times, batch, eps)
+    return score_model, Inputs(exact.to(batch.dtype), times, eps, sigma)
 
 
 def _terms(

@@ -39,6 +39,10 @@ Precision:
     Residuals and terms are float32 at least: a sum over a few thousand squares leaves the range
     of float16. The network and its derivatives keep the precision of x.
 
+    f = −(p · prediction + q x) and ε count by their sum alone, so both come without q x. Where α
+    is near 0 that of "sample" and "v_prediction" is all of f but α, and r1, which
+    weighting="native" divides by p ~ α, would be the rounding of a difference.
+
 Source:
     Lu et al., "Maximum Likelihood Training for Score-Based Diffusion ODEs by High-Order
     Denoising Score Matching", ICML 2022, arXiv 2206.08265, equations 10 to 15 and appendix.
@@ -111,7 +115,7 @@ class Inputs(NamedTuple):
 
     x: Tensor  # α x₀ + σ ε, of shape (B, *)
     t: Tensor  # (B,), as the caller gave them
-    noise: Tensor  # ε, of shape (B, *)
+    noise: Tensor  # ε, or ε − q x where the values of the field are f + q x, of shape (B, *)
     sigma: Tensor  # σ(t), of shape (B,)
 
     def at(self, index: Tensor | slice) -> "Inputs":

@@ -59,18 +59,36 @@ class NoiseField(ConditionedModel):
     Attributes:
         t: the times.
         at_first: whether it is for its value alone, which is not differentiated in x.
+        x_apart: whether values are those of f + q x; derivatives are those of f.
     """
 
     t: Tensor
     at_first: bool = False
+    x_apart: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate f at x (B, *)."""
-        return -to_noise(NetworkField(self)(x), x, *self.model.affine(self.t, x))
+        return self._of_value(NetworkField(self)(x), x, *self.model.affine(self.t, x))
 
+    def _of_value(self, value: Tensor, x: Tensor, p: Tensor | None, q: Tensor | None) -> Tensor:
+        return -to_noise(value, None if self.x_apart else x, p, q)
+
+    # Not by replace, for torch.compile of 2.6.
     def for_its_value(self) -> "NoiseField":
-        """Return the field for its value alone; not by replace, for torch.compile of 2.6."""
-        return NoiseField(self.model, self.kwargs, self.primitives, self.t, at_first=True)
+        """Return the field for its value alone."""
+        return NoiseField(
+            self.model, self.kwargs, self.primitives, self.t, at_first=True, x_apart=self.x_apart
+        )
+
+    def apart_from_x(self) -> "NoiseField":
+        """Return the field whose values leave q x out, which cancels in a residual."""
+        return NoiseField(self.model, self.kwargs, self.primitives, self.t, x_apart=True)
+
+    def at(self, t: Tensor) -> "NoiseField":
+        """Return the field at other times (B,)."""
+        return NoiseField(
+            self.model, self.kwargs, self.primitives, normal(t), x_apart=self.x_apart
+        )
 
     def derive(
         self,
@@ -109,7 +127,7 @@ class NoiseField(ConditionedModel):
         p, q = self.model.affine(self.t, x)
 
         def of_network(value: Tensor) -> Tensor:
-            return cotangent(-to_noise(value, x, p, q)).to(value.dtype)
+            return cotangent(self._of_value(value, x, p, q)).to(value.dtype)
 
         found = derive_with_products(NetworkField(self), x, direction, of_network, **options)
         derived, c, pulled, pushed = found
@@ -125,7 +143,7 @@ class NoiseField(ConditionedModel):
         value, directional, third = derived
         p, q = self.model.affine(self.t, x)
         return type(derived)(
-            -to_noise(value, x, p, q),
+            self._of_value(value, x, p, q),
             -to_noise(directional, direction, p, q),
             None if third is None else -to_noise(third, None, p, q),
         )

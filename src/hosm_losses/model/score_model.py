@@ -32,6 +32,7 @@ from hosm_losses._checks import (
     check_flag,
     check_like,
     check_number,
+    check_prediction,
     check_range,
     complaint,
     expand_right,
@@ -173,6 +174,21 @@ class ScoreModel(nn.Module):
             return alpha / wronskian, -alpha_rate / wronskian
         raise ValueError(complaint("prediction", "one with a formula here", self.prediction))
 
+    def noise_without_x(self, t: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+        """ε − q x at x = α x₀ + σ ε, which is p times what the network should predict."""
+        if self.prediction in ("epsilon", "score"):
+            return noise
+        # Not by affine, for derivatives of a schedule may cost more than a small network.
+        alpha, sigma = (expand_right(each, x0) for each in self.coefficients(t, x0))
+        if self.prediction == "sample":
+            return -alpha / sigma * x0
+        if self.prediction == "v_prediction":
+            return alpha / (alpha.square() + sigma.square()) * (alpha * noise - sigma * x0)
+        rates = self.schedule.rates(self.time_in(t, x0))
+        alpha_rate, sigma_rate = (expand_right(each, x0) for each in rates)
+        wronskian = alpha * sigma_rate - alpha_rate * sigma
+        return alpha / wronskian * (alpha_rate * x0 + sigma_rate * noise)
+
     def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
         """Squared error of the network's own prediction for a unit squared error of ε̂, (B,)."""
         p, _ = self.affine(t, like)
@@ -209,7 +225,7 @@ class ScoreModel(nn.Module):
         kwargs = unwrapped(kwargs) if kwargs else kwargs
         returned = self._called(x, network_time, kwargs)
         predicted = returned if self.output is None else self.output(returned)
-        _check_prediction(predicted, x)
+        check_prediction(predicted, x)
         return predicted
 
     def _called(self, x: Tensor, network_time: Tensor, kwargs: Mapping[str, Any]) -> Any:
@@ -244,37 +260,6 @@ def to_noise(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | No
     """p · part + q x for what `ScoreModel.affine` returns; None stands for 1 and for 0."""
     scaled = part if p is None else p * part
     return scaled if q is None or of_x is None else scaled + q * of_x
-
-
-def _check_prediction(predicted: object, x: Tensor) -> None:
-    kind, remedy = TypeError, ""
-    if not isinstance(predicted, Tensor):
-        expected = "it to return a tensor"
-        remedy = (
-            "Pick the prediction out with ScoreModel(..., output=...), for example output=lambda "
-            "out: out[0] or operator.attrgetter('sample')."
-        )
-    elif predicted.dtype.is_complex:
-        expected = "a real output"
-        remedy = (
-            "Pick what it predicts with ScoreModel(..., output=...), for example "
-            "output=torch.real."
-        )
-    elif predicted.shape != x.shape:
-        kind, expected = ValueError, f"an output of the shape of x, {tuple(x.shape)}"
-        remedy = "The first dimension of x is that of the batch: of one sample give x[None]."
-        if predicted.ndim == x.ndim > 1 and predicted.shape[1] == 2 * x.shape[1]:
-            remedy = (
-                "If it predicts a variance too, keep the first channels: ScoreModel(..., "
-                "output=lambda out: out[:, :C])."
-            )
-    elif not predicted.is_floating_point():
-        expected, remedy = "a floating-point output", "Integers have no derivatives."
-    elif predicted.device != x.device:
-        kind, expected = ValueError, f"an output on {x.device}, the device of x"
-    else:
-        return
-    raise kind(complaint("network", expected, predicted, remedy))
 
 
 def check_model(value: object) -> ScoreModel:
