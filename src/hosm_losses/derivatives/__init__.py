@@ -4,7 +4,7 @@
 - `engines`: the three engines, "taylor", "reverse" and "forward".
 - `products`: products of the Jacobian with a vector that depends on the value.
 - `taylor`: the tensor that carries derivatives, and its rules by kind of operator.
-- `backward`: passes back, graphs that were lost, and what to do about known errors.
+- `backward`: passes back, graphs that are lost or lead nowhere, and what to do about known errors.
 - `hooks`: hooks of the network, which may look at gradients and not change them.
 - `primitives`, `primitive_mode`: operators whose double backward is right, and the mode that puts
   them in place.
@@ -14,6 +14,7 @@
 """
 
 from hosm_losses.derivatives.backward import gradients as gradients
+from hosm_losses.derivatives.backward import has_other_leaves as has_other_leaves
 from hosm_losses.derivatives.checkpointing import checkpoint as checkpoint
 from hosm_losses.derivatives.engines import Curved as Curved
 from hosm_losses.derivatives.engines import Derivatives as Derivatives

@@ -4,9 +4,12 @@ What:
     A network may cut the graph: by .detach(), or by a custom autograd.Function whose backward
     returns gradients without one. A second pass back would then give wrong values, so every cut
     is noticed when it happens and is an error with its remedy.
+
+    A derivative in x has a graph that ends at the engine's own copy of x. If it ends nowhere else,
+    as of a network all of whose parameters are frozen, there is nothing to train.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,6 +63,7 @@ REMEDIES = {
     internals.DONATED_BY_COMPILED: GIVES_AWAY,
     internals.CHANGED_SINCE: CHANGED,
 }
+OWN = "_of_an_engine"  # the mark of a leaf that an engine made, kept with it by the graph
 
 
 class DroppedGraphError(DerivativeError):
@@ -77,6 +81,14 @@ def remedied(error: Exception) -> DerivativeError | None:
         return DerivativeError(CHECKPOINT_ADVICE)
     known = [advice for words, advice in REMEDIES.items() if words in text]
     return DerivativeError(known[0]) if known else None
+
+
+def has_other_leaves(tensors: Iterable[Tensor]) -> bool:
+    """Whether a gradient of the tensors goes to something that no engine made."""
+    return any(
+        hasattr(node, "variable") and not hasattr(node.variable, OWN)
+        for node in internals.graph_nodes(tensors)
+    )
 
 
 def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = None) -> None:

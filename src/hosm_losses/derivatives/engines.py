@@ -27,17 +27,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError, over_elements
-from hosm_losses._torch_internals import (
-    MODULE_HOOK,
-    custom_function,
-    forward_mode,
-    graph_nodes,
-    nodes_from,
-    traced,
-    transformed,
-)
-from hosm_losses.derivatives.backward import LOST_TWICE, pull_back, refuse_dropped, remedied
+from hosm_losses.derivatives.backward import LOST_TWICE, OWN, pull_back, refuse_dropped, remedied
 from hosm_losses.derivatives.primitive_mode import without_recomputation
 from hosm_losses.derivatives.taylor import carried
 
@@ -100,7 +92,11 @@ def explained() -> Iterator[None]:
 
 def leaf(x: Tensor, wanted: bool) -> Tensor:
     """A point to differentiate at: x itself where a gradient of the result may go to it."""
-    return x if wanted and x.requires_grad else x.detach().requires_grad_()
+    if wanted and x.requires_grad:
+        return x
+    point = x.detach().requires_grad_()
+    setattr(point, OWN, True)
+    return point
 
 
 def folded(field: Field, x: Tensor, direction: Tensor) -> tuple[Field, Tensor, Tensor]:
@@ -157,7 +153,7 @@ def _taylor_gradient(
         stack = carried(field, rows, w)
         return (w * stack[1:]).sum(), (stack[:1], stack[1:])
 
-    if traced():
+    if internals.traced():
         gradient, parts = torch.func.grad(form, has_aux=True)(rows)
     else:
         with torch.enable_grad(), explained():
@@ -208,9 +204,9 @@ def forward(
     directions, wanted, graph = (direction,), torch.is_grad_enabled(), nullcontext()
     if second_direction is not None:
         directions = direction, second_direction.expand_as(direction)
-        if not traced():  # custom Functions are found in a graph, from x on
+        if not internals.traced():  # custom Functions are found in a graph, from x on
             x, graph = leaf(x, wanted), torch.enable_grad()
-    with explained(), without_recomputation(), forward_mode(), graph:
+    with explained(), without_recomputation(), internals.forward_mode(), graph:
         if len(direction) == 1:
             value, *rest = [part.unsqueeze(0) for part in one(*(each[0] for each in directions))]
         else:
@@ -222,11 +218,11 @@ def forward(
         return Derivatives(value, *rest)
     custom = {
         node: kind.__name__
-        for node in (() if traced() else graph_nodes([value]))
-        if (kind := custom_function(node)) not in (None, MODULE_HOOK)
+        for node in (() if internals.traced() else internals.graph_nodes([value]))
+        if (kind := internals.custom_function(node)) not in (None, internals.MODULE_HOOK)
     }
     # Only where there is one, for the way from x takes longer to find than the nodes.
-    for node in nodes_from(x, [value]) if custom else ():
+    for node in internals.nodes_from(x, [value]) if custom else ():
         if node in custom:
             raise DerivativeError(
                 "network: expected no custom autograd.Function in nested forward mode, where "
@@ -238,7 +234,7 @@ def forward(
 
 def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) -> Derivatives:
     """Two passes back, for G and never for C; DerivativeError where autograd cannot follow."""
-    if transformed():
+    if internals.transformed():
         with explained():
             return _reverse_in_transform(field, x, direction, order)
     wanted = torch.is_grad_enabled()
@@ -253,7 +249,7 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) 
         value = field(point)
         refuse_dropped(value)
         # Any cotangent will do: the pulled one is linear in it.
-        cotangent = torch.zeros_like(value).requires_grad_()
+        cotangent = leaf(torch.zeros_like(value), False)
         pulled = pull_back(value, point, cotangent.unsqueeze(0))[0]
         refuse_dropped(pulled, wanted)
         directional = pull_back(pulled, cotangent, direction, wanted, LOST_TWICE)
@@ -305,7 +301,7 @@ def quadratic_forms(
     One forward pass, and one pass back for each chunk (k, B, *) of directions. A DerivativeError
     where autograd cannot follow the output to x, or the graph of the result is dropped.
     """
-    if transformed():
+    if internals.transformed():
         pulled: Any = torch.func.vjp(field, x)
         value, back = pulled
         found = [over_elements(torch.stack([back(each)[0] for each in w]) * w) for w in directions]

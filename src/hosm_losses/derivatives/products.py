@@ -61,7 +61,7 @@ def reverse_products(
         value = field(point)
         refuse_dropped(value)
         c = cotangent(value.unsqueeze(0)).detach()
-        variable = c[0].clone().requires_grad_()
+        variable = leaf(c[0].clone(), False)
         pulled = pull_back(value, point, variable.unsqueeze(0))[0]
         refuse_dropped(pulled, wanted)
         pushed = pull_back(pulled, variable, c, False, LOST_TWICE) if push else None
@@ -121,7 +121,7 @@ def products_beside(
             value, kind = derived.value[0], type(derived)
             refuse_dropped(value)
             # Where it requires a gradient a Function that drops the graph is noticed.
-            c = chosen(value).requires_grad_(push or wanted)
+            c = leaf(chosen(value), False) if push or wanted else chosen(value)
             # Zero where the value does not depend on x.
             options: Any = {"retain_graph": True, "materialize_grads": True}
             (pulled,) = torch.autograd.grad(

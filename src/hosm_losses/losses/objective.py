@@ -21,7 +21,8 @@ from hosm_losses._checks import (
     expand_right,
     source,
 )
-from hosm_losses._torch_internals import normal, outside_inference_mode
+from hosm_losses._torch_internals import normal, outside_inference_mode, traced
+from hosm_losses.derivatives import has_other_leaves
 from hosm_losses.losses.balance import Balance
 from hosm_losses.losses.options import (
     LossOptions,
@@ -96,6 +97,7 @@ def evaluate(
             rows, rest = _fraction(inputs.x, options, generator)
             directions = _directions(inputs.x, probe, rows, options, generator)
             terms = _terms(field, inputs, directions, options, checked, rows, rest)
+            terms = _without_idle_graph(terms, score_model)
             if isinstance(options, SteinOptions) and factors[0] is not None:
                 nats = factors[0] / inputs.x[0].numel()  # of whole samples, not of their elements
                 factors = nats, nats
@@ -183,6 +185,19 @@ def _terms(
     return terms._replace(
         first=torch.empty_like(first).index_copy(0, torch.cat([rows, rest]), first)
     )
+
+
+def _without_idle_graph(terms: Any, model: ScoreModel) -> Any:
+    """The terms, without a graph that leads to nothing but the copies of x of the engines.
+
+    As at order one the loss of a frozen network requires no gradient, and .backward() is an error.
+    """
+    # A graph is looked through only where no parameter is trained that is known.
+    if traced() or any(each.requires_grad for each in model.parameters()):
+        return terms
+    if has_other_leaves([term for term in terms if term is not None]):
+        return terms
+    return terms._make(None if term is None else term.detach() for term in terms)
 
 
 def _in_parts(

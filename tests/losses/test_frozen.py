@@ -1,0 +1,129 @@
+"""A frozen network: its loss requires a gradient where that of order one does, and only there."""
+
+import pytest
+import torch
+from torch import nn
+
+import hosm_losses as hosm
+
+CHOICES = {
+    "one": {},
+    "two": {},
+    "three": {},
+    "two, paired": {"estimator": "paired"},
+    "three, paired": {"estimator": "paired"},
+    "three, paired, laplacian": {"estimator": "paired", "third": "laplacian"},
+    "laplacian": {"third": "laplacian"},
+    "sliced": {"third": "sliced"},
+    "exact": {"probes": "exact"},
+    "two, reverse": {"derivative": "reverse"},
+    "three, reverse": {"derivative": "reverse"},
+    "two, forward": {"derivative": "forward"},
+    "three, forward": {"derivative": "forward"},
+    "laplacian, forward": {"third": "laplacian", "derivative": "forward"},
+    "chunks": {"chunks": 2},
+    "fraction": {"fraction": 0.5},
+    "fraction and chunks": {"fraction": 0.5, "chunks": 2},
+}
+LOSSES = {"one": hosm.first_order_dsm, "two": hosm.second_order_dsm}
+SIDES = {"x0", "noise", "t", "weights", "condition"}
+
+
+class Network(nn.Module):
+    """With a norm, which is a function of its own, and a place for what is not registered."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.SiLU(), nn.Linear(6, 3))
+        self.adapter = nn.Linear(3, 3)
+        self.unregistered = [torch.zeros(())]
+
+    def forward(self, x, t, condition):
+        h = self.layers(torch.cat([x, t[:, None]], 1))
+        return h + self.adapter(x * condition[:, None]).tanh() + self.unregistered[0] * x.sin()
+
+
+def loss_of(name, network, **given):
+    """The loss, and the tensors that went into it, by name."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "x0": torch.randn(4, 3, generator=generator),
+        "noise": torch.randn(4, 3, generator=generator),
+        "t": torch.rand(4, generator=generator),
+        "condition": torch.randn(4, generator=generator),
+        "weights": torch.ones(()),
+    }
+    tensors |= {side: tensors[side].requires_grad_() for side in given}
+    loss = LOSSES.get(name.partition(",")[0], hosm.third_order_dsm)
+    inputs = {key: tensors[key] for key in ("noise", "t")}
+    inputs["model_kwargs"] = {"condition": tensors["condition"]}
+    if name != "one":
+        count = 3 if loss is hosm.second_order_dsm else 4
+        inputs["weights"] = [tensors["weights"]] * count
+    model = hosm.ScoreModel(network, hosm.VPSchedule())
+    return loss(model, tensors["x0"], generator=generator, **inputs, **CHOICES[name]), tensors
+
+
+def frozen():
+    torch.manual_seed(0)
+    return Network().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_it_requires_no_gradient_and_is_the_same_number(name):
+    network = frozen()
+    loss, _ = loss_of(name, network)
+    assert not loss.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        loss.backward()
+    trained, _ = loss_of(name, network.requires_grad_())
+    assert trained.requires_grad
+    torch.testing.assert_close(loss, trained.detach())
+
+
+@pytest.mark.parametrize("side", sorted(SIDES))
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_requires_a_gradient_beside_it_has_the_same(name, side):
+    if side == "weights" and name == "one":
+        return
+    network, found = frozen(), []
+    for train in (False, True):
+        loss, tensors = loss_of(name, network.requires_grad_(train), **{side: True})
+        assert loss.requires_grad
+        found.append(torch.autograd.grad(loss, tensors[side])[0])
+    assert bool(found[0].any())
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_an_adapter_is_trained_and_so_is_what_no_module_knows(name):
+    network = frozen()
+    network.adapter.requires_grad_()
+    network.unregistered[0].requires_grad_()
+    both = [network.adapter.weight, network.unregistered[0]]
+    found = torch.autograd.grad(loss_of(name, network)[0], both)
+    network.adapter.requires_grad_(False)
+    alone = torch.autograd.grad(loss_of(name, network)[0], network.unregistered[0])
+    assert all(bool(each.any()) for each in (*found, *alone))
+    torch.testing.assert_close(found[1], alone[0])
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 4, 3)])
+def test_a_probe_that_requires_a_gradient_has_one(shape):
+    network = frozen()
+    probe = torch.randn(shape).requires_grad_()
+    given = {"probe": probe, "model_kwargs": {"condition": torch.ones(4)}}
+    loss = hosm.third_order_dsm(
+        hosm.ScoreModel(network, hosm.VPSchedule()), torch.randn(4, 3), **given
+    )
+    assert bool(torch.autograd.grad(loss, probe)[0].any())
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_terms_and_functions_are_as_networks(order):
+    number = torch.tensor(0.5)
+    model = hosm.ScoreModel(lambda x, t: number * x.sin(), hosm.VPSchedule())
+    for required in (False, True):
+        number.requires_grad_(required)
+        terms = hosm.dsm_terms(model, torch.randn(4, 3), order=order)
+        assert all(each.requires_grad == required for each in terms if each is not None)
