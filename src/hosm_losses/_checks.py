@@ -85,6 +85,13 @@ def check_whole(name: str, value: object, minimum: int) -> int:
     return int(value)
 
 
+def check_idle(name: str, value: object, default: object, where: str) -> None:
+    """Raise ValueError where an option of random draws is not the default, and none are drawn."""
+    if value != default:
+        expected = f"{default!r} with {where}, which draws none"
+        raise ValueError(complaint(name, expected, value, "Leave it out."))
+
+
 def check_number(
     name: str, value: object, what: str, *, above: float = -math.inf, at_most: float = math.inf
 ) -> float:

@@ -35,6 +35,11 @@ X = torch.zeros(2, 3, dtype=torch.float64)
         ({"probes": 0}, ValueError, "probes: expected a whole number of at least 1; got 0"),
         ({"probes": "exact"}, ValueError, "All unit vectors are divergence='exact'"),
         ({"probes": 2, "divergence": "exact"}, ValueError, "which draws none; got 2"),
+        (
+            {"distribution": "gaussian", "divergence": "exact"},
+            ValueError,
+            "distribution: expected 'rademacher' with divergence='exact', which draws none; got",
+        ),
         ({"tolerance": 0.0}, ValueError, "tolerance: expected a positive number of nats"),
         ({"tolerance": "1e-3"}, ValueError, "tolerance: expected a positive number.*got '1e-3'"),
         ({"tolerance": math.inf}, ValueError, "tolerance: expected a positive number.*got inf"),

@@ -175,6 +175,18 @@ def test_a_failed_sample_is_marked_and_says_why(divergence):
         ((5, 3), {"divergence": "none"}, ValueError, r"divergence \(or None\)"),
         ((5, 3), {"steps": 3}, ValueError, "steps: expected a whole number of at least 4"),
         ((5, 3), {"log_prior": torch.sum}, ValueError, "drawn from the prior of log_prior"),
+        (
+            (5, 3),
+            {"probes": 2, "divergence": None},
+            ValueError,
+            "probes: expected 1 with dive.*None",
+        ),
+        (
+            (5, 3),
+            {"distribution": "dct", "divergence": None},
+            ValueError,
+            "distribution: expected",
+        ),
         ((5, 3), {"probes": 0}, ValueError, "probes: expected a whole number of at least 1"),
         (torch.ones(5, 3, dtype=torch.int64), {}, TypeError, "latent: expected"),
     ],

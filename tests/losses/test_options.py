@@ -37,6 +37,10 @@ OPTIONS = [
     ({"fraction": 0.5, "reduction": "none"}, "fraction: expected 1 with reduction='none'"),
     ({"distribution": "cauchy"}, "distribution: expected one of 'rademacher', 'gaussian'"),
     ({"distribution": ["dct"]}, "distribution: expected one of.*an object of type list"),
+    (
+        {"distribution": "dct", "probes": "exact"},
+        "distribution: expected 'rademacher' with probes='exact', which draws none; got 'dct'",
+    ),
     ({"weighting": "snr"}, r"weighting \(or a callable of t\): expected one of 'noise'"),
     ({"derivative": "jvp"}, "derivative: expected one of 'auto', 'taylor', 'reverse', 'forward'"),
     ({"derivative": None}, "derivative: expected one of 'auto'.*got None"),

@@ -74,6 +74,8 @@ def drawn_options(pick, loss):
         options["third"] = pick.choice(["exact", "laplacian", "exact" if paired else "sliced"])
         if options["third"] != "exact" and options["derivative"] == "reverse":
             options["derivative"] = "taylor"
+    if options["probes"] == "exact" and options.get("third") != "sliced":
+        options["distribution"] = "rademacher"
     if loss != "terms":
         options["chunks"] = pick.choice([1, 1, 2, 3])
         part = 1 if options["reduction"] == "none" else pick.choice([1, 0.34, 0.67])

@@ -249,18 +249,6 @@ def mark_failed(result: NLLResult) -> NLLResult:
     return replace(result, nll=result.nll.masked_fill(failed, math.nan), failed=failed)
 
 
-def check_probes(probes: object, divergence: str | None) -> int | None:
-    """Return what `Paths` takes: K random probes, 0 for the exact divergence, None for none."""
-    if probes == "exact":
-        remedy = "All unit vectors are divergence='exact'."
-        raise ValueError(complaint("probes", "a whole number", probes, remedy))
-    count = check_whole("probes", probes, 1)
-    if divergence == "exact" and count != 1:
-        expected = "1 with divergence='exact', which draws none"
-        raise ValueError(complaint("probes", expected, count))
-    return {"exact": 0, None: None}.get(divergence, count)
-
-
 def check_draws(draws: int, dequantization: str | None, divergence: str) -> None:
     """Raise ValueError for several draws of u where there is none, or where they would flatter.
 

@@ -13,12 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_flag, check_number, check_whole, complaint
+from hosm_losses._checks import (
+    check_choice,
+    check_flag,
+    check_idle,
+    check_number,
+    check_whole,
+    complaint,
+)
 from hosm_losses.likelihood.adaptive import solve_adaptive
 from hosm_losses.likelihood.inputs import (
     Dequantization,
     check_draws,
-    check_probes,
     evaluate,
     noised,
 )
@@ -68,13 +74,14 @@ def ode_nll(
             dequantization.
         method: "fixed", a uniform grid in log σ̂ with steps + 10 evaluations, one more with
             `clean`; or "adaptive", steps of each sample's own.
-        steps: of the fixed grid, 4 or more. None takes the fewest of 32, 64, …, 1024 with which
-            `solver_error` is within `tolerance` on the first batch, and keeps them; the trials
-            take no probe and are not in `nfe`.
+        steps: of the fixed grid, 4 or more; the other has no use for them. None takes the fewest
+            of 32, 64, …, 1024 with which `solver_error` is within `tolerance` on the first batch,
+            and keeps them; the trials take no probe and are not in `nfe`.
         divergence: "hutchinson", one vector-Jacobian product a probe; or "exact", d of them.
         probes: K, the number of probes a sample. Two or more give a standard error on the fixed
             grid, four or more with the adaptive method.
-        distribution: "rademacher", "gaussian", "sphere", or "dct", often best on images.
+        distribution: "rademacher", "gaussian", "sphere", or "dct", often best on images. It and
+            `probes` are errors where none are drawn.
         tolerance: of the adaptive method, nats a step, 3e-4 if None; with steps=None, nats of the
             `solver_error` of every sample, 0.01 if None. Given steps have no use for it.
         group: with steps=None, the processes that have to take the same steps; None where each
@@ -126,8 +133,8 @@ def ode_nll(
         1.838 nats, 74 evaluations
     """
     check_choice("divergence", divergence, get_args(Divergence))
-    solve = solver(method, steps, distribution, tolerance, group, companion)
-    kind = check_probes(probes, divergence)
+    solve = solver(method, steps, tolerance, group, companion)
+    kind = check_probes(probes, distribution, divergence)
     check_flag("enable_grad", enable_grad)
     check_flag("clean", clean)
     draws = check_whole("dequantization_draws", dequantization_draws, 1)
@@ -144,10 +151,23 @@ def ode_nll(
     return evaluate(likelihood, model, x, *shared, model_kwargs, draws, **given)
 
 
+def check_probes(probes: object, distribution: str, divergence: str | None) -> int | None:
+    """Return what `Paths` takes: K random probes, 0 for the exact divergence, None for none."""
+    check_choice("distribution", distribution, DISTRIBUTIONS)
+    if isinstance(probes, str) and probes == "exact":
+        remedy = "All unit vectors are divergence='exact'."
+        raise ValueError(complaint("probes", "a whole number", probes, remedy))
+    count = check_whole("probes", probes, 1)
+    if divergence != "hutchinson":
+        where = f"divergence={divergence!r}"
+        check_idle("probes", count, 1, where)
+        check_idle("distribution", distribution, "rademacher", where)
+    return {"exact": 0, None: None}.get(divergence, count)
+
+
 def solver(
     method: Method,
     steps: int | None,
-    distribution: str,
     tolerance: float | None,
     group: "dist.ProcessGroup | None",
     companion: bool = False,
@@ -155,7 +175,6 @@ def solver(
     """The solver that checked options choose."""
     check_flag("companion", companion)
     check_choice("method", method, get_args(Method))
-    check_choice("distribution", distribution, DISTRIBUTIONS)
     if steps is not None:
         steps = check_whole("steps", steps, MINIMUM_STEPS)
     if tolerance is None:

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hosm_losses._checks import check_choice, check_flag, check_generator, check_whole, complaint
-from hosm_losses.likelihood.inputs import check_probes, evaluate
-from hosm_losses.likelihood.ode import Divergence, Method, solver
+from hosm_losses.likelihood.inputs import evaluate
+from hosm_losses.likelihood.ode import Divergence, Method, check_probes, solver
 from hosm_losses.likelihood.paths import Batch, Paths, followed
 from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.model import ScoreModel, check_model
@@ -135,8 +135,8 @@ def ode_sample(
     """
     if divergence is not None:
         check_choice("divergence (or None)", divergence, get_args(Divergence))
-    solve = solver(method, steps, distribution, tolerance, group)
-    kind = check_probes(probes, divergence)
+    solve = solver(method, steps, tolerance, group)
+    kind = check_probes(probes, distribution, divergence)
     check_flag("enable_grad", enable_grad)
     given = isinstance(latent, Tensor)
     if not given and log_prior is not None:

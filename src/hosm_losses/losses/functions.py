@@ -104,7 +104,8 @@ def third_order_dsm(
             other. Its mean is that of probes="exact", almost without the noise of the probes, for
             about twice the cost of a step with one. Terms of single samples may then be
             negative. Not with third="sliced".
-        distribution: "rademacher", "gaussian", "sphere" or "dct".
+        distribution: "rademacher", "gaussian", "sphere" or "dct". Not with probes="exact", but for
+            third="sliced".
         weights: (first, second, trace, third), numbers of at least 0 or tensors of one element, in
             a list, a tuple, an array or a tensor; all 1 if None or "paper". The modules take
             "balanced" as well: the first term's weighting then multiplies every term, and a pair
@@ -208,7 +209,7 @@ def dsm_terms(
     Args:
         model: the score model.
         x0: data (B, *).
-        order: 1, 2 or 3.
+        order: 1, 2 or 3. What belongs to a higher order is not used.
         **arguments: those shown, as in `third_order_dsm`, which also says what is raised.
 
     Returns:

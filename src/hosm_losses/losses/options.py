@@ -13,6 +13,7 @@ from torch import Tensor
 from hosm_losses._checks import (
     check_choice,
     check_finite,
+    check_idle,
     check_number,
     check_whole,
     complaint,
@@ -175,6 +176,8 @@ class LossOptions:
             self._keep("probes", self.default_probes)
         if not (isinstance(self.probes, str) and self.probes == "exact"):
             self._keep("probes", check_whole("probes (or 'exact')", self.probes, 1))
+        elif self.order > 1 and self.third != "sliced":
+            check_idle("distribution", self.distribution, "rademacher", "probes='exact'")
         if self.default_probes == 1:
             return
         if self.probes in (1, "exact"):
@@ -244,15 +247,10 @@ def spelled_out(function: Function, defaults: Mapping[str, Any] = DEFAULTS) -> F
     signature = inspect.signature(function)
     *shown, rest = signature.parameters.values()
     (arguments,) = get_args(rest.annotation)
+    kind = inspect.Parameter.KEYWORD_ONLY
     for name, hint in get_type_hints(arguments).items():
-        shown.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=defaults.get(name),
-                annotation=hint,
-            )
-        )
+        default = defaults.get(name)
+        shown.append(inspect.Parameter(name, kind, default=default, annotation=hint))
     function.__signature__ = signature.replace(parameters=shown)  # pyright: ignore[reportFunctionMemberAccess]
     return function
 

@@ -133,7 +133,7 @@ def loss_report(
     Args:
         model: the score model.
         x0: data (B, *).
-        order: 1, 2 or 3.
+        order: 1, 2 or 3. Options of a higher order are not used.
         draws: N, 2 or more. The cost is that of as many steps for each term.
         generator: the source of randomness, on the device of x0; a new one of seed 0 if None.
         progress: whether a progress bar is shown.
