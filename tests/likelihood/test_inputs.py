@@ -180,17 +180,39 @@ def test_a_network_that_writes_to_its_conditions_does_not_write_to_the_callers(
     assert torch.equal(label, torch.zeros(3))
 
 
-def test_one_sample_in_channels_last_has_the_right_gradient_of_an_instance_norm():
+class Normed(nn.Module):
+    """A norm that is called as a function, which no module tells of."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+NORMS = {
+    "module": nn.InstanceNorm2d(4),
+    "function": Normed(nn.functional.instance_norm),
+    "of torch": Normed(lambda x: torch.instance_norm(x, *[None] * 4, True, 0.1, 1e-5, False)),
+    "of aten": Normed(
+        lambda x: torch.ops.aten.instance_norm(x, *[None] * 4, True, 0.1, 1e-5, False)
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 1}, {"divergence": "exact"}], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_sample_in_channels_last_has_the_right_gradient_of_an_instance_norm(norm, options):
     """PyTorch's own is off by more than its size there, at first order already."""
     torch.manual_seed(0)
-    layers = nn.Conv2d(2, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.SiLU(), nn.Conv2d(4, 2, 1)
+    layers = nn.Conv2d(2, 4, 3, padding=1), NORMS[norm], nn.SiLU(), nn.Conv2d(4, 2, 1)
     network = nn.Sequential(*layers).double()
     model = hosm.ScoreModel(network, hosm.VPSchedule(), call=lambda network, x, t: network(x))
-    x = torch.randn(1, 2, 4, 3, dtype=torch.float64)
+    x = torch.randn(2 if "batch_size" in options else 1, 2, 4, 3, dtype=torch.float64)
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
         network.to(memory_format=layout)
-        found.append(
-            hosm.ode_nll(model, x, steps=8, generator=torch.Generator().manual_seed(1)).nll
-        )
+        generator = torch.Generator().manual_seed(1)
+        found.append(hosm.ode_nll(model, x, steps=8, generator=generator, **options).nll)
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=0)

@@ -21,6 +21,7 @@ from hosm_losses.derivatives.engines import Derivatives as Derivatives
 from hosm_losses.derivatives.engines import Field as Field
 from hosm_losses.derivatives.engines import quadratic_forms as quadratic_forms
 from hosm_losses.derivatives.hooks import GIVE_THE_SOURCE as GIVE_THE_SOURCE
+from hosm_losses.derivatives.primitive_mode import safe_of_one as safe_of_one
 from hosm_losses.derivatives.primitive_mode import safe_primitives as safe_primitives
 from hosm_losses.derivatives.products import Products as Products
 from hosm_losses.derivatives.select import ASK_THE_CHECK as ASK_THE_CHECK

@@ -24,7 +24,7 @@ from hosm_losses._checks import DerivativeError
 from hosm_losses._torch_internals import changes_in_place, checkpoint_hook, selective_checkpoint
 from hosm_losses.derivatives.forward_mode import WRONG, wrong_in_forward_mode
 from hosm_losses.derivatives.hooks import looking
-from hosm_losses.derivatives.primitives import AT_FIRST, PRIMITIVES
+from hosm_losses.derivatives.primitives import AT_FIRST, OF_ONE, PRIMITIVES
 
 CHECKPOINT_ADVICE = (
     "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order two "
@@ -153,6 +153,11 @@ def safe_primitives(
     `at_first` is for what is not differentiated in x: see `primitives`.
     """
     return _SafePrimitives(AT_FIRST if at_first else PRIMITIVES) if enabled else nullcontext()
+
+
+def safe_of_one() -> AbstractContextManager[Any]:
+    """A block with the primitives that a first derivative of one image on the CPU needs."""
+    return _SafePrimitives(OF_ONE)
 
 
 def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

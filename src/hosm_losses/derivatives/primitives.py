@@ -313,4 +313,7 @@ SDPA = F.scaled_dot_product_attention
 # Elements of what is called small: the composition takes less time than one more Function.
 SMALL = 2**16
 NORMS = (F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm)
+# What PyTorch gets wrong once already: of one sample, in channels_last on the CPU.
+NORMS_OF_ONE = (F.instance_norm, torch.instance_norm, *operators("instance_norm"))
+OF_ONE = {each: PRIMITIVES[each] for each in NORMS_OF_ONE}
 AT_FIRST = {**PRIMITIVES, **{each: _at_first(each) for each in (*NORMS, SDPA)}}

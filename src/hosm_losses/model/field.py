@@ -23,6 +23,7 @@ from hosm_losses.derivatives import (
     derive,
     derive_with_products,
     quadratic_forms,
+    safe_of_one,
     safe_primitives,
 )
 from hosm_losses.model.conditions import bound, map_tensors, per_sample, tensors_in
@@ -159,7 +160,9 @@ class NoiseField(ConditionedModel):
                     squares.append(over_elements(w.square()))
                 yield w
 
-        value, forms = quadratic_forms(NetworkField(self), x, watched())
+        safe = self.model.primitives and not self.primitives
+        of_one = safe and len(x) == 1 and x.ndim > 3 and x.device.type == "cpu"
+        value, forms = quadratic_forms(NetworkField(self, of_one=of_one), x, watched())
         of_x = torch.cat(squares) if squares else None
         flat = (None if each is None else each.flatten() for each in (p, q))
         return -to_noise(value, x, p, q), -to_noise(forms, of_x, *flat)
@@ -216,17 +219,23 @@ def noise_field(
 
 @dataclass(frozen=True, eq=False)
 class NetworkField:
-    """What the network predicts at x, with its conditions bound."""
+    """What the network predicts at x, with its conditions bound.
+
+    Attributes:
+        field: the field f.
+        of_one: whether it is one image on the CPU, of which a first derivative may be wrong.
+    """
 
     field: NoiseField
+    of_one: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate the network at x (B, *)."""
         field = self.field
         # A Jet has rules of its own, and what does not depend on x needs no primitives.
-        if isinstance(x, Jet) or not field.primitives:
+        if isinstance(x, Jet) or not (field.primitives or self.of_one):
             return field.model.predict(x, field.t, **field.kwargs)
-        with safe_primitives(at_first=field.at_first):
+        with safe_of_one() if self.of_one else safe_primitives(at_first=field.at_first):
             return field.model.predict(x, field.t, **field.kwargs)
 
     @property
