@@ -32,6 +32,23 @@ def test_a_network_that_returns_nan_is_named_with_the_samples_and_times(value, o
         hosm.dsm_terms(model, x0, order=order, t=T)
 
 
+class Holed(hosm.VPSchedule):
+    """Not finite where no check looks when a model is built."""
+
+    def sigma(self, t):
+        return torch.where((t > 0.535) & (t < 0.54), float("nan"), super().sigma(t))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_schedule_and_a_short_type_are_told_from_the_network(order):
+    t, message = torch.tensor([0.1, 0.537, 0.9, 0.538]), r"schedule: expected a finite x = α.*"
+    with pytest.raises(ValueError, match=rf"{message}for 2 of 4.*from 0\.537 to 0\.538\. Look"):
+        FUNCTIONS[order](hosm.ScoreModel(lambda x, t: x.sin(), Holed()), torch.randn(4, 3), t=t)
+    wide = hosm.ScoreModel(lambda x, t: x.sin(), hosm.VESchedule(sigma_max=1e6))
+    with pytest.raises(ValueError, match=rf"{message}at t from 1 to 1.*range of torch\.float16"):
+        FUNCTIONS[order](wide, torch.zeros(4, 3).half(), t=torch.ones(4).float())
+
+
 @pytest.mark.parametrize("options", [{"chunks": 2}, {"fraction": 0.5}, {"weighting": "native"}])
 def test_with_every_option(options):
     class Network(nn.Module):

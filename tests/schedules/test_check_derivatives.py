@@ -121,3 +121,17 @@ def test_what_it_can_follow_or_need_not_is_taken(name):
 def test_a_table_of_the_package_may_have_slopes_that_change_at_every_entry():
     betas = 0.2 * torch.rand(11, generator=torch.Generator().manual_seed(0)) + 1e-3
     build(hosm.DiscreteSchedule.from_betas(betas))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, 0.0])
+@pytest.mark.parametrize("part", ["alpha", "sigma"])
+def test_a_hole_where_derivatives_are_looked_at_is_told_as_one(part, bad):
+    """It was PyTorch's error about a tolerance, or said of the diffusion."""
+    whole = {"alpha": torch.ones_like, "sigma": lambda t: 1 * t}
+
+    def holed(t):
+        return torch.where((t > 0.517) & (t < 0.53), bad, whole[part](t))
+
+    schedule = own(**{**whole, part: holed}, ends=(1e-3, 1.0))
+    with pytest.raises(ValueError, match=rf"positive and finite {part}.*at t = 0\.524.*Correct"):
+        build(schedule)

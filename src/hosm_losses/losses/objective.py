@@ -117,7 +117,7 @@ def evaluate(
                 loss = residual.square().mean()
             else:
                 loss = _reduce(terms, checked, factors, None, options)
-        check_result(loss, terms, inputs.t)
+        check_result(loss, terms, inputs)
         return Evaluated(loss, terms, inputs.t, rows)
 
 

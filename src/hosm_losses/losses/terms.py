@@ -248,7 +248,7 @@ def terms_along(
     return DSMTerms(first, second, trace, _mean_square(last - target) / elements**3)
 
 
-def check_result(loss: Tensor, terms: Any, t: Tensor) -> None:
+def check_result(loss: Tensor, terms: Any, inputs: Inputs) -> None:
     """Raise where a loss on the CPU is not finite: one number is looked at, and then why."""
     if not may_look(loss):
         return
@@ -256,12 +256,19 @@ def check_result(loss: Tensor, terms: Any, t: Tensor) -> None:
         return
     bad = ~torch.isfinite(terms.first)
     if bool(bad.any()):
-        times = t[bad]
+        what = "network: expected finite outputs"
+        remedy = (
+            "Look for parameters that are not finite, after a step that was too large, and for a "
+            "division by zero or a logarithm in the network."
+        )
+        lost = ~torch.isfinite(inputs.x).reshape(len(bad), -1).all(1)
+        if bool(lost.any()):
+            bad, what = lost, "schedule: expected a finite x = α(t) x0 + σ(t) noise"
+            remedy = f"Look at its alpha and sigma there, and at the range of {inputs.x.dtype}."
+        times = inputs.t[bad]
         raise ValueError(
-            "network: expected finite outputs; got NaN or infinite ones for "
-            f"{int(bad.sum())} of {len(bad)} samples, at t from {float(times.min()):g} to "
-            f"{float(times.max()):g}. Look for parameters that are not finite, after a step that "
-            "was too large, and for a division by zero or a logarithm in the network."
+            f"{what}; got NaN or infinite ones for {int(bad.sum())} of {len(bad)} samples, at t "
+            f"from {float(times.min()):g} to {float(times.max()):g}. {remedy}"
         )
     names = [
         name

@@ -122,6 +122,8 @@ def _check_derivatives(
 ) -> None:
     """Raise ValueError for a derivative that disagrees with differences of α and σ."""
     t = start + span * torch.tensor(INNER, dtype=torch.float64, device="cpu")
+    for part in ("alpha", "sigma"):
+        _positive(schedule, part, t)
     found = {part: _values(schedule, part, t) for part in parts}
     for diffusion in found.get("squared_diffusion", ()):
         # Of a nearest entry looked up in a table short differences are zero too.
@@ -201,8 +203,8 @@ def _positive(schedule: Schedule, part: str, t: Tensor) -> Tensor:
     (got,) = _values(schedule, part, t)
     if (i := _broken((got > 0) & got.isfinite())) is not None:
         at_start, at_end = ADVICE[part]
-        ends = {0: ("t_min", at_start), len(t) - 1: ("t_max", at_end)}
-        place, advice = ends.get(i, ("t", "Correct the formula, or the range."))
+        ends = {schedule.t_min: ("t_min", at_start), schedule.t_max: ("t_max", at_end)}
+        place, advice = ends.get(float(t[i]), ("t", "Correct the formula, or the range."))
         raise ValueError(
             f"schedule: expected {type(schedule).__name__} to have a positive and finite {part}, "
             f"for a finite log(sigma/alpha); got {part} = {got[i]:g} at {place} = {t[i]:g}. "
