@@ -1,5 +1,6 @@
 """The recipes of docs/examples run as their first lines say, on two processes where they say so."""
 
+import dataclasses
 import importlib
 import math
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import hosm_losses
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -56,6 +59,28 @@ def test_the_metric_of_two_processes_is_that_of_one():
     packages("torchmetrics")
     script = EXAMPLES / "nll_metric.py"
     assert numbers(run(*LAUNCH, script)) == numbers(run(script))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"divergence": "exact", "dequantization": "uniform"},  # whose bits are those of integers
+        {"probes": 1, "dequantization": "uniform"},  # of which no standard error is known
+        {"method": "adaptive", "probes": 4, "dequantization": "uniform"},  # with Student's factor
+    ],
+)
+def test_the_metric_says_what_the_summary_says(options, monkeypatch):
+    packages("torchmetrics")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("nll_metric")
+    model = hosm_losses.ScoreModel(lambda x, t: torch.tanh(x), hosm_losses.VPSchedule())
+    images = torch.randint(0, 256, (6, 4), dtype=torch.uint8)
+    torch.manual_seed(0)
+    metric = example.ODELikelihood(model, **options)
+    metric.update(images)
+    torch.manual_seed(0)
+    expected = hosm_losses.ode_nll(model, images, **options).summary()
+    assert metric.compute() == dataclasses.asdict(expected)
 
 
 def test_diffusers_training_loop_brings_every_term_down():

@@ -3,7 +3,7 @@
 torchrun --nproc-per-node 2 docs/examples/nll_metric.py
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from hosm_losses import NLLResult, ScoreModel, VPSchedule, ode_nll
 
 FIELDS = ("nll", "latent", "nfe", "standard_error", "solver_error", "failed")
+OTHERS = ("quantization", "steps", "widening")  # the same for every batch
 
 
 class ODELikelihood(Metric):
@@ -22,21 +23,28 @@ class ODELikelihood(Metric):
     def __init__(self, model: ScoreModel, **options: object) -> None:
         super().__init__()
         self.model, self.options = (model,), options  # the tuple keeps it out of the state_dict
+        self.others: dict[str, object] = {}
         for name in FIELDS:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, x: torch.Tensor) -> None:
         """Add a batch."""
         result = ode_nll(self.model[0], x, **self.options)
-        for name in FIELDS:
-            getattr(self, name).append(getattr(result, name))
+        self.others = {name: getattr(result, name) for name in OTHERS}
+        unknown = torch.full_like(result.nll, torch.nan)
+        for name in FIELDS:  # of which standard_error is None with one random probe
+            value = getattr(result, name)
+            getattr(self, name).append(unknown if value is None else value)
 
     def compute(self) -> dict[str, float | None]:
         """Means and standard errors over all batches of all processes."""
         parts = (getattr(self, name) for name in FIELDS)
         # A list before the processes are joined, a tensor after.
         joined = [torch.cat(part) if isinstance(part, list) else part for part in parts]
-        return asdict(NLLResult(*joined).summary())
+        result = NLLResult(*joined, **self.others)
+        if bool(result.standard_error.isnan().all()):
+            result = replace(result, standard_error=None)
+        return asdict(result.summary())
 
 
 def main() -> None:
