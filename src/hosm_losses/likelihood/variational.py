@@ -53,8 +53,8 @@ def variational_nll(
 ) -> NLLResult:
     """Upper bound on the negative log-likelihood of x under the model's reverse SDE.
 
-    It is an unbiased estimate that starts at clean data, t = 0, as `ode_nll` does with clean=True
-    alone. No gradient is computed. Options and errors are those of `ode_nll`, but for these:
+    It is an unbiased estimate that starts at clean data, t = 0, as `ode_nll` does only with
+    clean=True. No gradient is computed. Options and errors are those of `ode_nll`, but for these:
 
     - `samples` noise levels are drawn for each x, an even number. One eighth as many evaluations,
       two at least, are added at t_min.
