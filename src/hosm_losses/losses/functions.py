@@ -34,7 +34,7 @@ def first_order_dsm(
 ) -> Tensor:
     """Denoising score matching of order one, ‖ε̂ − ε‖²/d: the loss of every diffusion trainer.
 
-    No primitive is installed: with prediction="epsilon" it is the old loss to the last bit, given
+    The safe primitives are not used: with prediction="epsilon" it is the old loss to the last bit, given
     the same α and σ and data in float32 or float64. Half precision is squared in float32.
 
     Args:
@@ -126,7 +126,7 @@ def third_order_dsm(
             cost: equal to "exact" if the Jacobian is symmetric, as the true score's; otherwise
             another objective, leaving ∇tr(∂f) partly unconstrained. With estimator="paired" it
             costs more than "exact", 42 evaluations against 25. "sliced" matches u·r3 for a second
-            random u: its mean is that of "exact", its variance larger, and it needs no pass back.
+            random u: its mean is that of "exact", its variance larger, without a backward pass.
             Where derivative="auto" finds no engine that makes them cheaper, "exact" takes their
             place, with a warning.
         fraction: the part of the batch, chosen at random, on which orders two and three are
