@@ -128,10 +128,10 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
 
     t is the index of the table. x is in the range the network sees: give
     `diffusion.normalize(images)` to the losses and to `ode_nll`. The project's own loss is the
-    first term of the losses here; with min_snr_loss_weight pass that weight as a callable. The
-    network is `diffusion.model`, so the project's Trainer, optimizer and EMA hold its parameters.
-    That of its `classifier_free_guidance` drops classes at every call, as the project's loss does,
-    and none after `.eval()`. Of a LearnedGaussianDiffusion the variance is left out.
+    first term here; with min_snr_loss_weight give the weighting min(SNR, min_snr_gamma)/SNR, for
+    any objective. The network is `diffusion.model`, so the project's Trainer, optimizer and EMA
+    hold its parameters. The one of `classifier_free_guidance` drops classes at every call, as in
+    the project's loss, none after `.eval()`. The variance of a LearnedGaussianDiffusion is unused.
 
     Raises:
         TypeError: for an object that is no GaussianDiffusion.
