@@ -34,8 +34,8 @@ def first_order_dsm(
 ) -> Tensor:
     """Denoising score matching of order one, ‖ε̂ − ε‖²/d: the loss of every diffusion trainer.
 
-    The safe primitives are not used: with prediction="epsilon" it is the old loss to the last bit, given
-    the same α and σ and data in float32 or float64. Half precision is squared in float32.
+    The safe primitives are not used: with prediction="epsilon" it is the old loss to the last bit,
+    given the same α and σ and data in float32 or float64. Half precision is squared in float32.
 
     Args:
         model: the score model.

@@ -58,7 +58,8 @@ class ScoreModel(nn.Module):
         network: `network(x, t, **kwargs)` with x of shape (B, *) and t of shape (B,); an
             nn.Module, or any callable.
         schedule: the noise schedule it was, or is to be, trained with.
-        prediction: "epsilon", "score", "sample", "v_prediction" or "flow_prediction".
+        prediction: "epsilon", "score", "sample" (x₀), "v_prediction" (α ε − σ x₀) or
+            "flow_prediction" (the velocity α′ x₀ + σ′ ε, from data to noise).
         time: what the network is given for t: a factor, or a callable of t. None gives t itself.
         output: picks the prediction out of what the network returns, for example
             `operator.attrgetter("sample")`. None takes what comes.
