@@ -184,8 +184,9 @@ def stein_dsm(model: ScoreModel, x0: Tensor, **arguments: Unpack[SteinArguments]
 
     Returns:
         The integral over log σ̂ of ‖ε̂ − ε‖² + weight · ρ₁ρ₂, averaged over the batch, in nats. The
-        first part has the mean J_SM up to a constant. The gradient of the second is that of
-        weight · a², the value is noisier and may be negative.
+        first part has the mean J_SM up to a constant. ρ₁ and ρ₂ estimate the rate a, each from
+        half of the probes. The gradient of the second part is in the mean that of weight · a²; its
+        value is noisier and may be negative.
 
     Example:
         >>> import torch
