@@ -230,6 +230,14 @@ def test_torchs_own_checkpoint_around_other_operators_is_right():
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_the_checkpoint_takes_the_word_of_torchs():
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4)
+    assert torch.equal(hosm.checkpoint(layer, x, use_reentrant=False), layer(x))
+    for word in ({"use_reentrant": True}, {"context_fn": lambda: None}):
+        with pytest.raises(ValueError, match="expected neither use_reentrant=True"):
+            hosm.checkpoint(layer, x, **word)
+
+
 def test_outside_a_loss_our_checkpoint_is_torchs():
     layer = nn.LayerNorm(4)
     x = torch.randn(2, 4, requires_grad=True)

@@ -28,12 +28,13 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         function: a part of the network.
         args: its arguments.
         kwargs: its keyword arguments, and `preserve_rng_state`, `determinism_check`, `debug` and
-            `early_stop` of torch's checkpoint; not `use_reentrant` or `context_fn`.
+            `early_stop` of torch's checkpoint; `use_reentrant=False` says what is so anyway.
 
     Returns:
         What `function` returns.
 
     Raises:
+        ValueError: for use_reentrant=True, or a context_fn.
         DerivativeError: in forward mode, unless autograd is off; where `function` changes an
             argument in place, and would be evaluated again with the changed one.
 
@@ -43,6 +44,11 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         >>> checkpoint(layer, torch.zeros(2, 3)).shape
         torch.Size([2, 3])
     """
+    if kwargs.pop("use_reentrant", False) or "context_fn" in kwargs:
+        raise ValueError(
+            "checkpoint: expected neither use_reentrant=True, whose graph cannot be differentiated "
+            "twice, nor a context_fn, which the safe primitives take. Leave them out."
+        )
     own = {name: kwargs.pop(name) for name in ITS_OWN if name in kwargs}
     flat, form = pytree.tree_flatten((args, kwargs))
     jets = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]
