@@ -46,7 +46,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     if kwargs.pop("use_reentrant", False) or "context_fn" in kwargs:
         raise ValueError(
-            "checkpoint: expected neither use_reentrant=True, whose graph cannot be differentiated "
+            "checkpoint: expected neither use_reentrant=True, of which nothing is differentiated "
             "twice, nor a context_fn, which the safe primitives take. Leave them out."
         )
     own = {name: kwargs.pop(name) for name in ITS_OWN if name in kwargs}
