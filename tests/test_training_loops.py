@@ -239,6 +239,19 @@ def test_a_checkpoint_around_the_loss_changes_nothing(order, engine, dropout):
 
 
 @pytest.mark.parametrize("derivative", ["auto", "taylor", "reverse"])
+@pytest.mark.parametrize("options", [{"probes": 2}, {"estimator": "paired"}], ids=str)
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_checkpoint_around_a_loss_of_several_probes(order, options, derivative):
+    x0, inputs = data(order)
+    inputs["probe"] = torch.stack([inputs["probe"], inputs["probe"].flip(0)])
+    kind = {2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}[order]
+    module = kind(hosm.ScoreModel(Mixed(), hosm.VPSchedule()), derivative=derivative, **options)
+    expected = gradient(module, x0, inputs)
+    torch.utils.checkpoint.checkpoint(module, x0, use_reentrant=False, **inputs).backward()
+    torch.testing.assert_close(take_gradient(module), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("derivative", ["auto", "taylor", "reverse"])
 @pytest.mark.parametrize("order", [2, 3])
 def test_checkpoints_around_the_loss_and_inside_the_network(order, derivative):
     network = Mixed()

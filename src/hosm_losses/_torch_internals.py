@@ -24,16 +24,15 @@ DOUBLE_BACKWARD_OF_COMPILED = "does not currently support double backward"
 DONATED_BY_COMPILED = "non-empty donated buffers"
 CHANGED_SINCE = "modified by an inplace operation"
 LOST_ATTRIBUTE = "Backward' object has no attribute"  # of a custom Function that dropped it
-# The node that a once_differentiable backward puts behind what it returns, and
-# torch.autograd.grad never meets.
+# The node behind the result of a once_differentiable backward, which autograd.grad never meets.
 DELAYED_ERROR = "torch::autograd::Error"
 # Of devices that fail.
 DEVICE_ERROR_TEXT = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
 OF_DTYPES = ("dtype", "scalar type", "type (")  # of operands whose dtypes do not go together
 # What a module with a full backward hook puts around its inputs and outputs.
 MODULE_HOOK = BackwardHookFunction
-# The attribute of a module that .compile() sets.
-COMPILED_PART = "_compiled_call_impl"
+COMPILED_PART = "_compiled_call_impl"  # the attribute of a module that .compile() sets
+ANY_CHECKPOINT = ("_checkpoint_hook", "_recomputation_hook")  # hooks that save tensors
 
 _C: Any = torch._C
 _autograd: Any = torch.autograd
@@ -75,8 +74,8 @@ def _saving_hooks() -> Any:
     return None if _look is None or torch.compiler.is_compiling() else _look(True)
 
 
-def checkpoint_hook(kind: str = "_checkpoint_hook") -> object:
-    """The innermost hook that saves tensors, if it is one of a checkpoint (or of another kind)."""
+def checkpoint_hook(kind: str | tuple[str, ...] = "_checkpoint_hook") -> object:
+    """The innermost hook that saves tensors, if it is one of a checkpoint (or of other kinds)."""
     hooks = _saving_hooks()
     hook = None if hooks is None else hooks[0]
     return hook if getattr(hook, "__qualname__", "").startswith(kind) else None

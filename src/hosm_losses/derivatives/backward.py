@@ -135,12 +135,14 @@ def pull_back(
 
     if len(cotangents) == 1:
         return back(cotangents[0]).unsqueeze(0)
-    try:
-        return back(cotangents, batched=True)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # what is wrong without vmap as well is raised again
-        pass
+    # What a checkpoint around the loss saves under vmap it does not recompute alike.
+    if internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None:
+        try:
+            return back(cotangents, batched=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # what is wrong without vmap as well is raised again
+            pass
     return torch.stack([back(cotangent) for cotangent in cotangents])
 
 
