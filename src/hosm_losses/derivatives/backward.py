@@ -135,7 +135,7 @@ def pull_back(
 
     if len(cotangents) == 1:
         return back(cotangents[0]).unsqueeze(0)
-    # A checkpoint around the loss recomputes in here, and may not draw under vmap as it did before.
+    # A checkpoint around the loss recomputes it in here; under vmap nothing may be drawn again.
     if internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None:
         try:
             return back(cotangents, batched=True)
