@@ -216,3 +216,34 @@ def test_one_sample_in_channels_last_has_the_right_gradient_of_an_instance_norm(
         generator = torch.Generator().manual_seed(1)
         found.append(hosm.ode_nll(model, x, steps=8, generator=generator, **options).nll)
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=0)
+
+
+def in_rows(network, x, t):
+    """A call that makes images of data of another shape."""
+    return network(x.reshape(len(x), 2, 4, 3)).reshape(x.shape)
+
+
+def one_by_one(network, x, t):
+    """A call that gives the network one sample after the other."""
+    return torch.cat([network(each[None]) for each in x])
+
+
+@pytest.mark.parametrize(
+    ("norm", "call", "shape"),
+    [
+        ("function", in_rows, (1, 24)),
+        ("function", in_rows, (1, 8, 3)),
+        ("module", one_by_one, (2, 2, 4, 3)),
+    ],
+)
+def test_so_it_has_where_the_network_makes_one_image_of_its_data(norm, call, shape):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3, padding=1), NORMS[norm], nn.SiLU(), nn.Conv2d(4, 2, 1)
+    network = nn.Sequential(*layers).double()
+    model = hosm.ScoreModel(network, hosm.VPSchedule(), call=call)
+    x, found = torch.randn(shape, dtype=torch.float64), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        network.to(memory_format=layout)
+        generator = torch.Generator().manual_seed(1)
+        found.append(hosm.ode_nll(model, x, steps=8, generator=generator).nll)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=0)

@@ -156,7 +156,7 @@ def safe_primitives(
 
 
 def safe_of_one() -> AbstractContextManager[Any]:
-    """A block with the primitives that a first derivative of one image on the CPU needs."""
+    """A block with the primitives that a first derivative of one sample on the CPU needs."""
     return _SafePrimitives(OF_ONE)
 
 

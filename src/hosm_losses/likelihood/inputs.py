@@ -55,6 +55,7 @@ EIGHT_BITS = Quantization(256, -1.0, 1.0)
 TRAINING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 TRAINING += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 TRAINING += (nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention)
+INSTANCE_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 MISMATCH = 1e-3  # nats an element
 SCALED = 0.05  # of α(t_min) from 1
 
@@ -106,7 +107,11 @@ def evaluate(
         mean, std = _moment("data_mean", data_mean, x), _moment("data_std", data_std, x)
         if may_look(std) and not bool((std > 0).all()):
             raise ValueError(complaint("data_std", "positive values", data_std))
-        conditions = condition(model, count, kwargs, primitives=None if enable_grad else False)
+        # PyTorch's first gradient of instance norm is wrong for one sample in channels_last, which
+        # a network may make of a batch. Of one sample the field finds it by any name.
+        parts = (part for root in roots for part in root.modules())
+        safe = enable_grad or any(isinstance(part, INSTANCE_NORMS) for part in parts)
+        conditions = condition(model, count, kwargs, primitives=None if safe else False)
         coordinates, dtype = Coordinates(model.schedule, mean, std), _network_dtype(model, x)
         _say_ends(coordinates, start=at_start, prior=log_prior is None and name == "x")
         results = []

@@ -161,7 +161,8 @@ class NoiseField(ConditionedModel):
                 yield w
 
         safe = self.model.primitives and not self.primitives
-        of_one = safe and len(x) == 1 and x.ndim > 3 and x.device.type == "cpu"
+        # Data of any dimension, which a network may see as an image.
+        of_one = safe and len(x) == 1 and x.device.type == "cpu"
         value, forms = quadratic_forms(NetworkField(self, of_one=of_one), x, watched())
         of_x = torch.cat(squares) if squares else None
         flat = (None if each is None else each.flatten() for each in (p, q))
@@ -223,7 +224,7 @@ class NetworkField:
 
     Attributes:
         field: the field f.
-        of_one: whether it is one image on the CPU, of which a first derivative may be wrong.
+        of_one: whether it is one sample on the CPU, of which a first derivative may be wrong.
     """
 
     field: NoiseField
