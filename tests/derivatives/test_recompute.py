@@ -160,3 +160,31 @@ def test_an_argument_that_another_is_made_of(asked):
         found.append(torch.autograd.grad(slope.square().sum(), inputs_of))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+class Drops(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        return None
+
+
+def test_what_is_kept_is_for_the_pullbacks_alone():
+    """Not for autograd, which takes their place where no cotangent comes, or none is given."""
+
+    def doubled(x):
+        return x * x, 2 * x
+
+    def pullback(_, x, slope, cotangent):
+        return slope * cotangent
+
+    x, _ = inputs()
+    value = recomputed(doubled, x, pullbacks=[pullback], keeps=True)
+    (gradient,) = torch.autograd.grad((Drops.apply(value) + x).sum(), x, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.ones_like(x))
+    for given in (value, recomputed(doubled, x, keeps=True)):
+        (gradient,) = torch.autograd.grad(given.sum(), x)
+        torch.testing.assert_close(gradient, 2 * x)

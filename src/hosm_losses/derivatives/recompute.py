@@ -111,12 +111,14 @@ class _Recomputed(torch.autograd.Function):
         results = [place for place, each in enumerate(cotangents) if each is not None]
         function, again, pullbacks = ctx.functions
         further: Sequence[Function] = ()
+        given = saved
         if pullbacks and results == [0]:
             gradients = partial(_chosen, pullbacks[0], needed)
             further = pullbacks[1:] if needed[0] else ()
         else:
             gradients = partial(_by_autograd, function, again, needed, results)
-        everything = (*saved, *(cotangents[place] for place in results))
+            given = saved[: ctx.count]  # what is kept is for the pullbacks
+        everything = (*given, *(cotangents[place] for place in results))
         if torch.is_grad_enabled():
             found: Any = _Recomputed.apply((gradients, gradients, further), False, *everything)
         else:
