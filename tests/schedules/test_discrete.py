@@ -228,6 +228,16 @@ def test_an_index_is_not_looked_at_on_meta_nor_in_a_transform():
     torch.testing.assert_close(compiled(t), SCHEDULE.log_sigma_hat(t))
 
 
+@pytest.mark.parametrize("part", ["log_sigma_hat", "squared_diffusion", "rates", "time"])
+def test_a_table_that_nothing_was_asked_of_is_compiled_whole(part):
+    """What is found in it at the first call holds no numbers of NumPy."""
+    torch._dynamo.reset()
+    function = getattr(hosm.DiscreteSchedule(TABLE.tolist()), part)
+    t = torch.tensor([0.0, 1.5, 3.0])
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(t), getattr(SCHEDULE, part)(t))
+
+
 def test_what_a_mode_makes_is_not_kept_for_the_time_after():
     t = torch.tensor([0.5, 1.0])
     expected = hosm.DiscreteSchedule(ROW).log_sigma_hat(t)

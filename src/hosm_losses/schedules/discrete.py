@@ -38,6 +38,7 @@ class Table:
     """
 
     values: tuple[float, ...]
+    _slopes: tuple[float, ...] = field(init=False, repr=False, compare=False)
     _copies: dict[tuple[torch.device, torch.dtype], Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -45,9 +46,11 @@ class Table:
     def __post_init__(self) -> None:
         if len(self.values) < 2:
             raise ValueError(f"table: expected two entries or more; got {len(self.values)}.")
+        # Here, for torch.compile takes the numbers of NumPy for a tensor's.
+        object.__setattr__(self, "_slopes", (*np.diff(self.values).tolist(), 0.0))
 
     def __getstate__(self) -> dict[str, object]:
-        return {"values": self.values, "_copies": {}}
+        return {**vars(self), "_copies": {}}
 
     def beside(self, like: Tensor) -> Tensor:
         """The numbers and the slopes after them, (2, N), on the device of `like`, in its dtype."""
@@ -55,7 +58,7 @@ class Table:
         if key in self._copies:
             return self._copies[key]
         # Rounded as differences: those of rounded entries have lost digits.
-        both = self.values, (*np.diff(self.values).tolist(), 0.0)
+        both = self.values, self._slopes
         with outside_inference_mode():
             # By way of the CPU: elsewhere torch.tensor fails under forward-mode differentiation.
             copy = torch.tensor(both, dtype=like.dtype, device="cpu").to(like.device)
