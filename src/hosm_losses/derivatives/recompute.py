@@ -55,7 +55,7 @@ def recomputed(
     again = again or function
     if traced():
         return _as_tuple(again(*tensors))[0]
-    found: Any = _Recomputed.apply((function, again, pullbacks), keeps, *tensors)
+    found: Any = _Recomputed.apply((function, again, pullbacks, keeps), *tensors)
     return found[0]
 
 
@@ -93,10 +93,9 @@ class _FromResult(torch.autograd.Function):
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, functions: Sequence[Any], keeps: bool, *tensors: Some
-    ) -> tuple[Tensor, ...]:
-        found, kept = _as_tuple(functions[0](*tensors)), ()
+    def forward(ctx: Any, functions: Sequence[Any], *tensors: Some) -> tuple[Tensor, ...]:
+        function, *_, keeps = functions
+        found, kept = _as_tuple(function(*tensors)), ()
         if keeps:
             found, kept = found[:1], found[1:]
         ctx.functions, ctx.count = functions, len(tensors)
@@ -109,7 +108,7 @@ class _Recomputed(torch.autograd.Function):
         saved = ctx.saved_tensors  # once, as a checkpoint allows
         needed = asked_for(ctx, saved[: ctx.count])
         results = [place for place, each in enumerate(cotangents) if each is not None]
-        function, again, pullbacks = ctx.functions
+        function, again, pullbacks, _ = ctx.functions
         further: Sequence[Function] = ()
         given = saved
         if pullbacks and results == [0]:
@@ -120,11 +119,11 @@ class _Recomputed(torch.autograd.Function):
             given = saved[: ctx.count]  # what is kept is for the pullbacks
         everything = (*given, *(cotangents[place] for place in results))
         if torch.is_grad_enabled():
-            found: Any = _Recomputed.apply((gradients, gradients, further), False, *everything)
+            found: Any = _Recomputed.apply((gradients, gradients, further, False), *everything)
         else:
             found = gradients(*everything)
         values = iter(found)
-        return None, None, *(next(values) if need else None for need in needed)
+        return None, *(next(values) if need else None for need in needed)
 
 
 def asked_for(ctx: Any, tensors: Sequence[Some]) -> list[bool]:

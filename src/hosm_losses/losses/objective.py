@@ -91,7 +91,7 @@ def evaluate(
             refuse_wrapped(score_model.network)
         primitives = score_model.primitives and higher
         field = noise_field(score_model, inputs.t, kwargs, primitives=primitives)
-        field = field if isinstance(options, SteinOptions) else field.apart_from_x()
+        field = field.apart_from_x() if options.x_apart else field
         rows = None
         if higher:
             rows, rest = _fraction(inputs.x, options, generator)
@@ -132,7 +132,7 @@ def perturbed(
     """Check the arguments of a loss, draw t and ε where they are missing, and perturb the data.
 
     x = α(t) x₀ + σ(t) ε. What is missing is drawn on the device of x₀, in the order t, ε, v. The
-    noise is ε − q x, to go with `NoiseField.apart_from_x`; that of `stein_dsm` is ε.
+    noise is ε − q x, to go with `NoiseField.apart_from_x`, where x is apart.
     """
     score_model = check_model(model)
     batch = normal(check_sample_batch("x0", x0))
@@ -150,8 +150,7 @@ def perturbed(
         check_finite("noise", eps)
     alpha, sigma = score_model.coefficients(times, batch)
     exact = expand_right(alpha, batch) * batch + expand_right(sigma, batch) * eps
-    # Stein's rate multiplies by the noise that was drawn.
-    if not isinstance(options, SteinOptions):
+    if options.x_apart:
         eps = score_model.noise_without_x(times, batch, eps)
     return score_model, Inputs(exact.to(batch.dtype), times, eps, sigma)
 

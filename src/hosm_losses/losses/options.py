@@ -132,6 +132,7 @@ class LossOptions:
     """What is chosen once for a loss, checked; numbers of NumPy become Python's."""
 
     weights_name: ClassVar[str] = "weights"
+    x_apart: ClassVar[bool] = True  # whether ε and the field come without q x; see `terms`
     order: int
     probes: Probes | None = None
     estimator: Estimator = "hutchinson"
@@ -216,6 +217,7 @@ class SteinOptions(LossOptions):
     """What is chosen once for `stein_dsm`, checked."""
 
     weights_name: ClassVar[str] = "weight"
+    x_apart: ClassVar[bool] = False  # the rate multiplies by the noise that was drawn
     order: int = 2
     probes: Probes | None = 2
     weighting: Weighting = "likelihood"

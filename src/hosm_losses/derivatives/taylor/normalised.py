@@ -274,10 +274,10 @@ def pull_back_again(
     of_given, of_other = other.along.clone(), given.along.clone()
     of_given[1:].add_(pc)
     of_other[:1].add_(summed(bc))
-    along = summed(_third_along(p.along, b.along, c.along, pb, pc, bc))
-    along = torch.add(summed(norm.product(other, given)), along, alpha=-3)
+    third = summed(_third_along(p.along, b.along, c.along, pb, pc, bc))
+    of_c = torch.add(summed(norm.product(other, given)), third, alpha=-3)
     terms = [(of_given, given.z), (of_other, other.z), (pb, c.z)]
-    of_value = _added(value * along, terms, 1)
+    of_value = _added(value * of_c, terms, 1)
     of_firsts = _added(b.z * p.along, [(b.along, p.z), (pb, value)], 1)
     of_stack = torch.cat([of_value, of_firsts]).mul_(-norm.rho)
     of_outputs = norm.turned(other)
