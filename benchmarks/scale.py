@@ -28,7 +28,7 @@ from benchmarks.networks import DiT, conv, time_layers, waves
 from benchmarks.repositories import SongAttention, SongBlock
 
 FILE = results.DIRECTORY / "scale.json"
-BATCHES, GPUS, ROOM, SHARDS = (4, 8), (8, 64, 512), 80e9, 64  # ROOM is bytes of a GPU
+BATCHES, FEW, GPUS, ROOM, SHARDS = (64, 128), 32, (8, 64, 512), 80e9, 64  # ROOM is bytes of a GPU
 LOSSES = {
     "order 1": hosm.FirstOrderDSM,
     "order 2": hosm.SecondOrderDSM,
@@ -163,9 +163,10 @@ def measure(name: str) -> dict[str, Any]:
         row = rows[loss] = step(name, loss)
         row |= {f"{key}_ratio": row[key] / rows["order 1"][key] for key in ("flops", "memory")}
         fits = {key: (ROOM - each) // row["memory"] for key, each in kept.items()}
-        # A part of a batch holds one sample at least: a few samples take more than the slope says.
+        # A part of a batch holds one sample at least, and copies of the gradients are beside it: a
+        # few samples take more than the slope says.
         unknown = "chunks" in loss or "fraction" in loss
-        row |= {key: None if unknown and each < BATCHES[1] else each for key, each in fits.items()}
+        row |= {key: None if unknown and each < FEW else each for key, each in fits.items()}
     gpus = {str(each): weights(count, each) for each in GPUS}
     return {"parameters": count, "losses": rows, "gpus": gpus}
 

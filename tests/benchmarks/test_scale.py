@@ -23,6 +23,14 @@ def test_counts_are_those_held():
         assert found["memory"] == pytest.approx(row["memory"], rel=0 if exact else 0.1)
 
 
+def test_what_a_sample_adds_does_not_depend_on_the_batch(monkeypatch):
+    # Of few samples most is alive elsewhere: copies of the gradients, or weights of one layer.
+    held = json.loads(scale.FILE.read_text("utf-8"))["networks"][DIT]["losses"]
+    monkeypatch.setattr(scale, "BATCHES", (128, 192))
+    for loss in ("order 3, `fraction=0.25`", f"order 2{scale.CHECKPOINT}"):
+        assert scale.step(DIT, loss)["memory"] == pytest.approx(held[loss]["memory"], rel=0.02)
+
+
 def test_what_is_alive_is_counted_by_hand():
     with scale.Alive() as alive:
         a = torch.zeros(4, device="meta")
