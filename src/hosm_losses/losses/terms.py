@@ -155,7 +155,7 @@ class Common(NamedTuple):
 
 
 def common(residual: Tensor, directional: Tensor, probe: Tensor) -> Common:
-    """That, from r1, D and v."""
+    """What they have in common, from r1, D and v."""
     ell, shifted = residual.detach(), directional + probe
     return Common(ell, inner(ell, probe), shifted, inner(probe, shifted))
 
