@@ -387,6 +387,17 @@ def dense_stein_rate(f, a, noise, probes):
     return term + (one * other - term).detach()
 
 
+class Function(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 class OfX(nn.Module):
     """A network that does not look at t."""
 

@@ -14,6 +14,7 @@ import hosm_losses as hosm
 from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.primitives import PRIMITIVES
 from hosm_losses.model import noise_field
+from tests.oracles import Function
 
 PYTORCHS = ("forward", "reverse")  # the engines that use its own derivatives
 ENGINES = ("auto", *PYTORCHS, "taylor")
@@ -41,17 +42,6 @@ class MultiHead(nn.Module):
 
     def forward(self, x, **options):
         return x + self.attention(x, x, x, need_weights=False, **options)[0]
-
-
-class Function(nn.Module):
-    """A function as a layer."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 class Gated(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 import hosm_losses as hosm
 from hosm_losses.likelihood.inputs import mark_failed
 from tests.likelihood.test_result import full
-from tests.oracles import MLP, networks
+from tests.oracles import MLP, Function, networks
 
 X = torch.zeros(2, 3, dtype=torch.float64)
 
@@ -180,22 +180,12 @@ def test_a_network_that_writes_to_its_conditions_does_not_write_to_the_callers(
     assert torch.equal(label, torch.zeros(3))
 
 
-class Normed(nn.Module):
-    """A norm that is called as a function, which no module tells of."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x):
-        return self.norm(x)
-
-
+# No module tells of a function.
 NORMS = {
     "module": nn.InstanceNorm2d(4),
-    "function": Normed(nn.functional.instance_norm),
-    "of torch": Normed(lambda x: torch.instance_norm(x, *[None] * 4, True, 0.1, 1e-5, False)),
-    "of aten": Normed(
+    "function": Function(nn.functional.instance_norm),
+    "of torch": Function(lambda x: torch.instance_norm(x, *[None] * 4, True, 0.1, 1e-5, False)),
+    "of aten": Function(
         lambda x: torch.ops.aten.instance_norm(x, *[None] * 4, True, 0.1, 1e-5, False)
     ),
 }

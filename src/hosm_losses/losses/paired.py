@@ -83,7 +83,8 @@ def paired_terms(
     else:
         derived = field.derive(x, direction, **chosen)
     value, directional, probe = map(at_least_float32, (*derived[:2], probe))
-    ell = ell_of(value)
+    residual = first_residual(value, noise)
+    ell = residual.detach()
     # D tends to −v at the noisy end: their sum keeps the digits that those of squares lose.
     square, shifted = inner(ell, ell), directional + probe
     beyond = elements - over_elements(probe.square())  # 0 but for rounding and "gaussian"
@@ -94,9 +95,7 @@ def paired_terms(
         of_second = (over_elements(shifted.square()) + beyond).mean(0)
         of_second = (of_second + (square.square() - 2 * cross).mean(0)) / elements**2
     one, other = halves(along - square)
-    terms = DSMTerms(
-        first_term(first_residual(value, noise)), of_second, one * other / elements**2
-    )
+    terms = DSMTerms(first_term(residual), of_second, one * other / elements**2)
     if derived.third is None or pushed is None:
         return terms
     moved = (sigma * at_least_float32(pushed)).detach() + ell

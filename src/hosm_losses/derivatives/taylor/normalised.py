@@ -113,7 +113,9 @@ def _measured(rows: Rows, stack: Tensor, firsts: int, kept: Sequence[Any]) -> Me
     return Measured(seen if mean is None else seen - mean, mean, u, along)
 
 
-def norm(rows: Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Some, bias: Some) -> Tensor:
+def stack_of_norm(
+    rows: Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Some, bias: Some
+) -> Tensor:
     """The stack of a norm, with weight and bias; computed in float32 at least."""
     pullbacks: list[Any] = [partial(pull_back, rows, firsts, pairs)]
     if pairs == "none":

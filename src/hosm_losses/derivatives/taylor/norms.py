@@ -11,12 +11,12 @@ from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.primitives import per_channel
 from hosm_losses.derivatives.taylor.arithmetic import add, multiply
 from hosm_losses.derivatives.taylor.jet import Jet, TaylorError
-from hosm_losses.derivatives.taylor.normalised import Rows, norm
+from hosm_losses.derivatives.taylor.normalised import Rows, stack_of_norm
 from hosm_losses.derivatives.taylor.table import NoRule, axes, rule
 
 
 def _norm(rows: Rows, x: Any, weight: Any = None, bias: Any = None) -> Jet:
-    return x.like(norm(rows, x.firsts, x.pairs, x.stack, weight, bias))
+    return x.like(stack_of_norm(rows, x.firsts, x.pairs, x.stack, weight, bias))
 
 
 @rule(F.layer_norm, torch.layer_norm)
@@ -63,11 +63,11 @@ def _group_norm(
     return _norm(Rows(shape, (-2, -1), (num_groups, each, 1), eps), x, weight, bias)
 
 
-def _move_statistics(function: Callable[..., Tensor], x: Jet, *statistics: Any) -> None:
+def _move_statistics(norm: Callable[..., Tensor], x: Jet, *statistics: Any) -> None:
     """Let the operator update its statistics, and refuse a single value a channel."""
     mean, variance, momentum, eps = statistics
     with torch.no_grad():
-        function(x.stack[0].detach(), mean, variance, None, None, True, momentum, eps)
+        norm(x.stack[0].detach(), mean, variance, None, None, True, momentum, eps)
 
 
 @rule(F.batch_norm)
