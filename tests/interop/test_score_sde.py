@@ -1,6 +1,7 @@
 """score_sde: stand-ins with its attributes, and the losses and labels that it documents."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +154,18 @@ def test_score_sde_refuses_networks_of_discrete_steps():
     assert not torch.allclose(from_score_sde(net, sde).score(x0, t), net(x0, labels))
     with pytest.raises(TypeError, match="continuous: expected True or False; got 'no'"):
         from_score_sde(net, sde, continuous="no")
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel])
+@pytest.mark.parametrize("sde", [VPSDE(), VESDE()])
+def test_score_sde_asks_the_configuration_that_a_network_keeps(sde, wrap):
+    """The argument is easily forgotten, and nothing else tells such a network apart."""
+    net = Net()
+    net.config = SimpleNamespace(training=SimpleNamespace(continuous=False))
+    with pytest.raises(ValueError, match=r"got False in model\.config\.training\. One trained"):
+        from_score_sde(wrap(net), sde)
+    net.config.training.continuous = True
+    assert from_score_sde(wrap(net), sde).prediction in ("epsilon", "score")
 
 
 def test_a_network_under_sub_vp_is_given_999_t_whatever_the_flag():
