@@ -11,6 +11,9 @@ Formula:
     v_prediction       ε̂ = (α v + σ x)/(α² + σ²)     v = α ε − σ x₀
     flow_prediction    ε̂ = (α u − α′ x)/(α σ′ − α′ σ)        u = α′ x₀ + σ′ ε
 
+    A network that should predict a x₀ + b ε has ε̂ = p · prediction + q x with p = α/w and
+    q = −a/w, w = α b − σ a.
+
     "sample" divides a difference by σ: as σ → 0 it loses digits, and so do its derivatives.
 
 Source:
@@ -163,32 +166,31 @@ class ScoreModel(nn.Module):
         alpha, sigma = (expand_right(each, like) for each in self.coefficients(t, like))
         if self.prediction == "score":
             return -sigma, None
-        if self.prediction == "sample":
-            return -alpha / sigma, 1 / sigma
-        if self.prediction == "v_prediction":
-            square = alpha.square() + sigma.square()
-            return alpha / square, sigma / square
-        if self.prediction == "flow_prediction":
-            rates = self.schedule.rates(self.time_in(t, like))
-            alpha_rate, sigma_rate = (expand_right(each, like) for each in rates)
-            wronskian = alpha * sigma_rate - alpha_rate * sigma
-            return alpha / wronskian, -alpha_rate / wronskian
-        raise ValueError(complaint("prediction", "one with a formula here", self.prediction))
+        a, b = self._target(t, like, alpha, sigma)
+        wronskian = alpha * b - sigma * a
+        return alpha / wronskian, -a / wronskian
 
     def noise_without_x(self, t: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
         """ε − q x at x = α x₀ + σ ε, which is p times what the network should predict."""
         if self.prediction in ("epsilon", "score"):
             return noise
-        # Not by affine, for derivatives of a schedule may cost more than a small network.
         alpha, sigma = (expand_right(each, x0) for each in self.coefficients(t, x0))
+        a, b = self._target(t, x0, alpha, sigma)
+        return alpha / (alpha * b - sigma * a) * (a * x0 + b * noise)
+
+    def _target(
+        self, t: Tensor, like: Tensor, alpha: Tensor, sigma: Tensor
+    ) -> tuple[float | Tensor, float | Tensor]:
+        """(a, b) of what the network should predict, a x₀ + b ε."""
         if self.prediction == "sample":
-            return -alpha / sigma * x0
+            return 1.0, 0.0
         if self.prediction == "v_prediction":
-            return alpha / (alpha.square() + sigma.square()) * (alpha * noise - sigma * x0)
-        rates = self.schedule.rates(self.time_in(t, x0))
-        alpha_rate, sigma_rate = (expand_right(each, x0) for each in rates)
-        wronskian = alpha * sigma_rate - alpha_rate * sigma
-        return alpha / wronskian * (alpha_rate * x0 + sigma_rate * noise)
+            return -sigma, alpha
+        if self.prediction == "flow_prediction":
+            rates = self.schedule.rates(self.time_in(t, like))
+            of_data, of_noise = (expand_right(each, like) for each in rates)
+            return of_data, of_noise
+        raise ValueError(complaint("prediction", "one with a formula here", self.prediction))
 
     def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
         """Squared error of the network's own prediction for a unit squared error of ε̂, (B,)."""
