@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hosm_losses as hosm
+from tests.versions import tells_hooks
 
 MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
 ENGINES = [
@@ -238,6 +239,7 @@ def test_a_checkpoint_around_the_loss_changes_nothing(order, engine, dropout):
     torch.testing.assert_close(take_gradient(module), expected, rtol=1e-9, atol=1e-12)
 
 
+@tells_hooks
 @pytest.mark.parametrize("derivative", ["auto", "taylor", "reverse"])
 @pytest.mark.parametrize("options", [{"probes": 2}, {"estimator": "paired"}], ids=str)
 @pytest.mark.parametrize("order", [2, 3])
