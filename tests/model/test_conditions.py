@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
@@ -104,6 +105,95 @@ def test_and_in_a_likelihood(method):
             hosm.ode_nll(model, x, method=method, divergence="exact", steps=8, tolerance=0.1).nll
         )
     same(found[1], found[0])
+
+
+class Changes(nn.Module):
+    """Adds a condition to x after it was doubled, in place or not, where a container holds it."""
+
+    def __init__(self, read, write):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.read, self.write = MLP(3), read, write
+
+    def forward(self, x, t, cond):
+        label = self.read(cond)
+        if self.write is None:
+            return self.inner(x + 2 * label, t)
+        self.write(cond, label)
+        # Complex numbers: the first engine has tried this network when another takes its place.
+        return self.inner(torch.fft.ifft(torch.fft.fft(x + self.read(cond))).real, t)
+
+
+def set_name(cond, label):
+    cond.y = 2 * label
+
+
+def set_entry(cond, label):
+    cond["y"] = 2 * label
+
+
+def in_place(_cond, label):
+    label.mul_(2)
+
+
+KEEPERS = {
+    "tensor": (lambda y: y, lambda c: c, in_place),
+    "deep": (lambda y: {"a": [Pair(y, 1.0)]}, lambda c: c["a"][0].label, in_place),
+    "dict": (lambda y: {"y": y}, lambda c: c["y"], set_entry),
+    "OrderedDict": (lambda y: OrderedDict(y=y), lambda c: c["y"], set_entry),
+    "namespace": (lambda y: SimpleNamespace(y=y), lambda c: c.y, set_name),
+}
+USES = {
+    "order one": hosm.first_order_dsm,
+    "order two": hosm.second_order_dsm,
+    "reverse": partial(hosm.third_order_dsm, derivative="reverse"),
+    "chunks": partial(hosm.third_order_dsm, chunks=2),
+    "paired": partial(hosm.second_order_dsm, estimator="paired"),
+    "stein": hosm.stein_dsm,
+    "fixed": lambda model, x, **given: hosm.ode_nll(model, x, steps=4, **given).nll.sum(),
+    "adaptive": lambda model, x, **given: hosm.ode_nll(
+        model, x, method="adaptive", tolerance=0.1, **given
+    ).nll.sum(),
+    "graph": lambda model, x, **given: hosm.ode_nll(
+        model, x, steps=4, enable_grad=True, **given
+    ).nll.sum(),
+    "sample": lambda model, x, **given: hosm.ode_sample(model, x, steps=4, **given).x.sum(),
+    "bound": lambda model, x, **given: hosm.variational_nll(
+        model, x, samples=2, **given
+    ).nll.sum(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:derivative='auto'")
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_a_network_may_write_to_what_belongs_to_its_samples(keeper, use):
+    """Every evaluation is given its own copy, and the caller's stays as it was."""
+    (hold, read, write), x = KEEPERS[keeper], torch.randn(4, 3)
+    label = torch.randn(4, 3)
+    found = []
+    for changes in (None, write):
+        network, held = Changes(read, changes), hold(label.clone())
+        generator = torch.Generator().manual_seed(0)
+        model, kwargs = hosm.ScoreModel(network, hosm.VPSchedule()), {"cond": held}
+        value = USES[use](model, x, generator=generator, model_kwargs=kwargs)
+        parts = gradients(network, value) if value.requires_grad else ()
+        found.append((value.detach(), *parts))
+        assert torch.equal(read(held), label)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("use", ["order one", "order two", "chunks", "fixed", "sample", "bound"])
+@pytest.mark.parametrize(
+    "keeper", sorted(KEEPERS.keys() - {"dict"})
+)  # a dict is the network's own
+def test_a_network_that_writes_to_what_all_samples_share_is_an_error(keeper, use):
+    hold, read, write = KEEPERS[keeper]
+    model = hosm.ScoreModel(Changes(read, write), hosm.VPSchedule())
+    kwargs = {"cond": hosm.Shared(hold(torch.randn(3)))}
+    named = r"model_kwargs\['cond'\].*: expected a network that leaves what all samples share"
+    with pytest.raises(ValueError, match=named):
+        USES[use](model, torch.randn(4, 3), model_kwargs=kwargs)
 
 
 def test_a_callable_weighting_may_write_to_its_times_too():
@@ -297,3 +387,30 @@ def test_an_object_that_holds_a_tensor_of_the_samples_is_named():
         hosm.second_order_dsm(model, x0, model_kwargs={"c": marked})
         # One sample is not split.
         hosm.second_order_dsm(model, x0[:1], model_kwargs={"c": Held(torch.randn(1, 2))})
+
+
+class Graph(nn.Module):
+    """One whose elements are nodes of a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = MLP(4)
+
+    def forward(self, x, t, graph):
+        return self.inner((graph @ x.T).T, t)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:derivative='auto'")  # no rule for a sparse product
+@pytest.mark.parametrize("options", [{"probes": 2}, {"fraction": 0.5}, {"chunks": 2}], ids=str)
+@pytest.mark.parametrize("to", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+def test_a_sparse_table_as_long_as_the_batch_has_to_be_marked(to, options):
+    """As an adjacency matrix of as many nodes as there are samples: PyTorch would not index it."""
+    model = hosm.ScoreModel(Graph(), hosm.VPSchedule())
+    table, x0 = to(torch.eye(4)), torch.randn(4, 4)
+    with pytest.raises(
+        TypeError, match=r"graph'\]: expected a dense tensor.*layout torch\.sparse"
+    ):
+        hosm.third_order_dsm(model, x0, model_kwargs={"graph": table}, **options)
+    loss = hosm.third_order_dsm(model, x0, model_kwargs={"graph": hosm.Shared(table)}, **options)
+    assert torch.isfinite(loss)

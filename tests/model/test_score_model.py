@@ -86,12 +86,12 @@ def test_time_is_what_the_network_wants(time, expected):
 def test_keyword_arguments_reach_the_network_as_they_are():
     network = Labelled()
     model = hosm.ScoreModel(network, VP)
-    states = torch.randn(4, 7, 5)
-    hosm.first_order_dsm(
-        model, torch.zeros(4, 2), model_kwargs={"states": states, "flag": True, "none": None}
-    )
+    states, table = torch.randn(4, 7, 5), torch.randn(3)
+    given = {"states": states, "table": table, "flag": True, "none": None}
+    hosm.first_order_dsm(model, torch.zeros(4, 2), model_kwargs=given)
     kwargs = network.seen[1]
-    assert kwargs["states"] is states
+    assert torch.equal(kwargs["states"], states)  # a copy, to which it may write
+    assert kwargs["table"] is table
     assert (kwargs["flag"], kwargs["none"]) == (True, None)
 
 

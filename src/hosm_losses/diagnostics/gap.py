@@ -227,8 +227,7 @@ def _orders(
     """f (B, *), σ ∂f/∂x e_i for every unit vector (d, B, *), and σ² ∇∇·f (B, *)."""
     sigma = expand_right(model.coefficients(t, x)[1], x).to(x.dtype)
     with torch.no_grad():
-        # By numbers: a network that writes to its conditions writes to copies.
-        field_of = noise_field(model, t, kwargs).rows(torch.arange(len(x), device=x.device))
+        field_of = noise_field(model, t, kwargs)
         found: Any = field_of.derive(x, sigma * unit_vectors(x), order=3, summed=True)
     value, directional, third = found
     return value[0], directional, third.sum(0)

@@ -95,7 +95,6 @@ def evaluate(
     check_flag("progress", progress)
     count = len(x)
     size = count if batch_size is None else check_whole("batch_size", batch_size, 1)
-    # By numbers and not slices: a network that writes to its conditions writes to copies.
     chunks = torch.arange(count, device=x.device).split(size)
     roots = _roots(model.network)
     _say_what_trains(roots)

@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hosm_losses._checks import describe, users_level
-from hosm_losses._torch_internals import traced
+from hosm_losses._torch_internals import traced, versions
 
 FOLLOWED = (Tensor, Mapping, list, tuple, SimpleNamespace)
 
@@ -154,15 +155,69 @@ def per_sample(kwargs: Mapping[str, Any], function: Callable[[str, Tensor], Any]
     """Apply function(path, tensor) to what belongs to the samples in bound arguments."""
 
     def visit(path: str, found: Any) -> Any:
-        return found if isinstance(found, Shared) else function(path, found)
+        if isinstance(found, Shared):
+            return found
+        if found.is_nested or found.layout != torch.strided:
+            kind = "a nested one" if found.is_nested else f"one of layout {found.layout}"
+            raise TypeError(
+                f"{path}: expected a dense tensor, whose rows go with their samples, as its first "
+                f"dimension is their number; got {kind}. Mark what all samples share: "
+                "hosm_losses.Shared(tensor) in its place."
+            )
+        return function(path, found)
 
     return _walk(kwargs, visit, "model_kwargs")
 
 
 def unwrapped(kwargs: Mapping[str, Any]) -> Any:
-    """The arguments as the network wants them, without marks."""
+    """The arguments as the network wants them, without marks.
+
+    What belongs to the samples is a copy, to which the network may write, unless it is in a
+    container that cannot be copied.
+    """
+
+    def unmarked(path: str, found: Any) -> Any:
+        return _walk(found.value, unmarked, path) if isinstance(found, Shared) else found
 
     def visit(path: str, found: Any) -> Any:
-        return _walk(found.value, visit, path) if isinstance(found, Shared) else found
+        return found.clone() if isinstance(found, Tensor) else unmarked(path, found)
 
-    return _walk(kwargs, visit, "model_kwargs")
+    try:
+        return _walk(kwargs, visit, "model_kwargs")
+    except TypeError:
+        return _walk(kwargs, unmarked, "model_kwargs")
+
+
+class SharedTensors:
+    """The tensors that all samples share in bound arguments, as they are now."""
+
+    def __init__(self, kwargs: Mapping[str, Any]) -> None:
+        self.kwargs, self.found = kwargs, self._look(kwargs)
+
+    def _look(self, kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor, list[int]]]:
+        found: list[tuple[str, Tensor, list[int]]] = []
+
+        def collect(path: str, each: Any) -> Any:
+            if isinstance(each, Shared):
+                _walk(each.value, collect, path)
+            else:
+                found.append((path, each, versions([each])))
+            return each
+
+        def visit(path: str, each: Any) -> Any:
+            return collect(path, each) if isinstance(each, Shared) else each
+
+        _walk(kwargs, visit, "model_kwargs")
+        return found
+
+    def check(self) -> None:
+        """Raise ValueError where one was changed since, or another stands in its place."""
+        pairs = zip(self.found, self._look(self.kwargs), strict=False)
+        for (path, tensor, version), (_, now, version_now) in pairs:
+            if now is not tensor or version_now != version:
+                raise ValueError(
+                    f"{path}: expected a network that leaves what all samples share as it is; got "
+                    "one that changes it, so that the next evaluation would be given something "
+                    "else. Put .clone() before the change in the network, or give a row for each "
+                    "sample, of which it has a copy."
+                )
