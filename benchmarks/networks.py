@@ -94,14 +94,19 @@ class Residual(nn.Module):
         return self.skip(x) + self.conv2(F.silu(hidden))
 
 
-class PixelAttention(nn.Module):
-    """Every pixel attends to every other, after a group norm and beside a residual."""
+class AttentionLayers(nn.Module):
+    """What attention of pixels is made of; `point` is a convolution of one pixel."""
+
+    eps, point = 1e-5, staticmethod(partial(conv, size=1))
 
     def __init__(self, width: int, heads: int = 4) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm = nn.GroupNorm(8, width)
-        self.qkv, self.mix = conv(width, 3 * width, 1), conv(width, width, 1)
+        self.heads, self.norm = heads, nn.GroupNorm(8, width, self.eps)
+        self.qkv, self.mix = self.point(width, 3 * width), self.point(width, width)
+
+
+class PixelAttention(AttentionLayers):
+    """Every pixel attends to every other, after a group norm and beside a residual."""
 
     def forward(self, x: Tensor) -> Tensor:
         # (B, 3 · heads · c, H, W) to three of (B, heads, H · W, c)
@@ -188,15 +193,7 @@ class DiT(nn.Module):
     the last layer alone and its higher derivatives vanish.
     """
 
-    def __init__(
-        self,
-        size: int = 32,
-        patch: int = 4,
-        width: int = 256,
-        heads: int = 4,
-        blocks: int = 4,
-        channels: int = 3,
-    ) -> None:
+    def __init__(self, size=32, patch=4, width=256, heads=4, blocks=4, channels=3) -> None:
         super().__init__()
         self.width, self.grid, self.patch = width, size // patch, patch
         self.checkpointed = False

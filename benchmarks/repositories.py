@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import hosm_losses as hosm
-from benchmarks.networks import conv, time_layers, waves
+from benchmarks.networks import AttentionLayers, conv, time_layers, waves
 
 
 def filtered(x: Tensor, factor: int, grow: bool) -> Tensor:
@@ -56,13 +56,10 @@ class SongBlock(Block):
         return h.div_(math.sqrt(2))
 
 
-class SongAttention(nn.Module):
+class SongAttention(AttentionLayers):
     """Attention of pixels by einsum over both axes of the image, rescaled."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(8, width, 1e-6)
-        self.qkv, self.mix = conv(width, 3 * width, 1), conv(width, width, 1)
+    eps = 1e-6
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).chunk(3, 1)
@@ -92,13 +89,8 @@ class EDMBlock(Block):
         return h.mul_(0.5**0.5)
 
 
-class EDMAttention(nn.Module):
+class EDMAttention(AttentionLayers):
     """Attention of EDM: heads folded into the batch, softmax in float32, added in place."""
-
-    def __init__(self, width: int, heads: int = 4) -> None:
-        super().__init__()
-        self.heads, self.norm = heads, nn.GroupNorm(8, width)
-        self.qkv, self.mix = conv(width, 3 * width, 1), conv(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(x))
@@ -142,13 +134,10 @@ class GuidedBlock(Block):
         return self.skip(x) + self.conv2(F.dropout(F.silu(h), 0.1, self.training))
 
 
-class GuidedAttention(nn.Module):
+class GuidedAttention(AttentionLayers):
     """Attention of guided-diffusion: in one dimension, q and k scaled alike."""
 
-    def __init__(self, width: int, heads: int = 4) -> None:
-        super().__init__()
-        self.heads, self.norm = heads, nn.GroupNorm(8, width)
-        self.qkv, self.mix = nn.Conv1d(width, 3 * width, 1), nn.Conv1d(width, width, 1)
+    point = staticmethod(partial(nn.Conv1d, kernel_size=1))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, width, *spatial = x.shape
