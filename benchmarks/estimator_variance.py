@@ -12,10 +12,8 @@ Formula:
         third       r3(v)             of R₃, r3(v)_k = vᵀ T_k v; order three's
     All three are quadratic forms in v, of A, of Mᵀ M and of every T_k.
 
-    Of a Gaussian mixture all is in closed form,
-        T_kij = σ³ ∂³_kij log q + ℓ_i ℓ_j ℓ_k − (A + I)_ij ℓ_k − (A + I)_ki ℓ_j − (A + I)_kj ℓ_i.
-    Of a network A is D along all unit vectors; where d is small T comes from r3 along the sums of
-    two of them, by polarisation.
+    A is D along all unit vectors; where d is small T comes from r3 along the sums of two of them,
+    by polarisation. Of the exact score of a mixture a test compares both with closed forms.
 
     The variance of vᵀ B v with S = (B + Bᵀ)/2 is
         rademacher   Σ_{i<j} (B_ij + B_ji)²
@@ -30,19 +28,18 @@ Source:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from tests.oracles import GaussianMixture, anisotropic, ring
+from tests.oracles import anisotropic, ring
 from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks.experiment import Choose
 from benchmarks.intervals import Array, Estimate, mean_variance, ratio_of_variances
-from benchmarks.trained import trained
+from benchmarks.trained import exact, trained
 from hosm_losses.losses.terms import common, third_target
 from hosm_losses.model import noise_field
 from hosm_losses.probes import DISTRIBUTIONS, draw_probes
@@ -59,15 +56,48 @@ CHUNK_PROBES = 256  # whose products with all forms are held at once
 DENSE = 64  # up to which d all T_k are built
 
 
-@dataclass(frozen=True)
 class Point:
-    """What is estimated at one point."""
+    """What is estimated of a network at one point, from one row of the data.
 
-    shape: tuple[int, ...]  # of a sample
-    jacobian: Tensor  # A, (d, d)
-    second: Tensor  # M, (d, d)
-    third: Callable[[Tensor], Tensor]  # v (n, d) → r3 (n, d)
-    thirds: Tensor | None  # T symmetrised in its last two, (d, d, d); None where d is too large
+    Attributes:
+        jacobian, second: A and M, (d, d).
+        third: v (n, d) → r3 (n, d).
+        thirds: T symmetrised in its last two, (d, d, d); None where d is too large.
+    """
+
+    def __init__(
+        self, model: hosm.ScoreModel, row: Tensor, sigma_hat: float, generator: torch.Generator
+    ) -> None:
+        self.shape, d = row.shape, row.numel()
+        noise = torch.randn(row.shape, generator=generator, dtype=row.dtype)[None]
+        level = torch.tensor([sigma_hat], dtype=torch.float64).log()
+        t = model.schedule.time(level).to(row.dtype)
+        alpha, sigma = (float(part) for part in model.schedule(t))
+        x, field = alpha * row[None] + sigma * noise, noise_field(model, t)
+
+        def derive(v: Tensor, order: int) -> tuple[Tensor, ...]:
+            """f, D and G along v (n, d)."""
+            with torch.no_grad():
+                return field.derive(x, sigma * v.to(x.dtype).reshape(-1, *x.shape), order=order)
+
+        def in_chunks(function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+            parts = v.split(max(1, CHUNK_ELEMENTS // d))
+            return torch.cat([function(part).flatten(1) for part in parts])
+
+        def residual(v: Tensor) -> Tensor:
+            value, directional, gradient = derive(v, 3)
+            probes = v.to(x.dtype).reshape(directional.shape)
+            return gradient - third_target(common(value + noise, directional, probes))
+
+        self.jacobian = in_chunks(lambda v: derive(v, 2)[1], torch.eye(d)).T.double()
+        with torch.no_grad():
+            ell = (noise + field(x)).flatten().double()
+        eye = torch.eye(d, dtype=torch.float64)
+        self.second = self.jacobian + eye - torch.outer(ell, ell)
+        self.third, self.thirds = partial(in_chunks, residual), None
+        if d <= DENSE:
+            self.thirds = polarised(self.third, d)
+            self.third = along(self.thirds)
 
     def estimates(self, term: str, probes: Tensor) -> Tensor:
         """What each of the probes (n, d) estimates of a term, (n, m)."""
@@ -88,66 +118,6 @@ class Point:
 def symmetric(forms: Tensor) -> Tensor:
     """The part that a quadratic form sees."""
     return (forms + forms.transpose(-1, -2)) / 2
-
-
-def mixture_points(
-    mixture: GaussianMixture, sigma_hat: float, count: int, generator: torch.Generator
-) -> list[Point]:
-    """Points of a mixture's diffusion with α = 1, all in closed form in float64."""
-    x0 = mixture.sample(count, generator)
-    noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
-    sigma = torch.full((count,), sigma_hat, dtype=x0.dtype)
-    given = x0 + sigma_hat * noise, torch.ones_like(sigma), sigma
-    ell = noise + sigma_hat * mixture.score(*given)
-    jacobian = sigma_hat**2 * mixture.hessian(*given)
-    shifted = jacobian + torch.eye(x0.shape[1], dtype=x0.dtype)
-    crossed = torch.einsum("nki,nj->nkij", shifted, ell)
-    forms = (
-        sigma_hat**3 * mixture.third(*given)
-        + torch.einsum("nk,ni,nj->nkij", ell, ell, ell)
-        - torch.einsum("nij,nk->nkij", shifted, ell)
-        - crossed
-        - crossed.transpose(-1, -2)
-    )
-    second = shifted - ell[:, :, None] * ell[:, None, :]
-    each = zip(jacobian, second, symmetric(forms), strict=True)
-    return [Point(x0.shape[1:], a, m, along(t), t) for a, m, t in each]
-
-
-def network_point(
-    model: hosm.ScoreModel, row: Tensor, sigma_hat: float, generator: torch.Generator
-) -> Point:
-    """A point of a trained network, from one row of the data."""
-    x0, d = row[None], row.numel()
-    noise = torch.randn(row.shape, generator=generator, dtype=row.dtype)[None]
-    level = torch.tensor([sigma_hat], dtype=torch.float64).log()
-    t = model.schedule.time(level).to(x0.dtype)
-    alpha, sigma = (float(part) for part in model.schedule(t))
-    x, field = alpha * x0 + sigma * noise, noise_field(model, t)
-
-    def derive(v: Tensor, order: int) -> tuple[Tensor, ...]:
-        """f, D and G along v (n, d)."""
-        with torch.no_grad():
-            return field.derive(x, sigma * v.to(x.dtype).reshape(-1, *x.shape), order=order)
-
-    def in_chunks(function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
-        parts = v.split(max(1, CHUNK_ELEMENTS // d))
-        return torch.cat([function(part).flatten(1) for part in parts])
-
-    def residual(v: Tensor) -> Tensor:
-        value, directional, gradient = derive(v, 3)
-        probes = v.to(x.dtype).reshape(directional.shape)
-        return gradient - third_target(common(value + noise, directional, probes))
-
-    jacobian = in_chunks(lambda v: derive(v, 2)[1], torch.eye(d)).T.double()
-    with torch.no_grad():
-        ell = (noise + field(x)).flatten().double()
-    second = jacobian + torch.eye(d, dtype=torch.float64) - torch.outer(ell, ell)
-    third, forms = partial(in_chunks, residual), None
-    if d <= DENSE:
-        forms = polarised(third, d)
-        third = along(forms)
-    return Point(tuple(row.shape), jacobian, second, third, forms)
 
 
 def polarised(quadratic: Callable[[Tensor], Tensor], d: int) -> Tensor:
@@ -183,12 +153,9 @@ def draw(name: str, count: int, shape: tuple[int, ...], generator: torch.Generat
 
 
 def known_variance(name: str, forms: Tensor, shape: tuple[int, ...]) -> float:
-    """Variance of vᵀ B_k v over probes v of a sampler, summed over k.
+    """Variance of vᵀ B_k v over probes v of a sampler, summed over k; B symmetric, (m, d, d).
 
-    Args:
-        name: of the sampler.
-        forms: B, symmetric, (m, d, d).
-        shape: of a sample, which "dct" knows about.
+    "dct" knows about the shape of a sample.
     """
     if name == "dct":
         return known_variance("rademacher", _rotated(forms, shape), shape)
@@ -261,19 +228,14 @@ def answer(name: str, choose: Choose) -> dict:
     if name in MIXTURES:
         mixture = MIXTURES[name]()
         std = float(mixture.sample(4096, generator).std())
+        problem = exact(mixture)
     else:
         problem = trained(name, choose(5, 300 if name == "images" else None, None))
         mixture, std = None, problem.std
     levels: dict[str, dict[str, dict[str, Measured]]] = {term: {} for term in TERMS}
-    d = 0
     for level in tqdm(LEVELS[:: choose(2, 1, 1)], name, leave=False):
-        if mixture is None:
-            given = level * std, generator
-            rows = problem.data[:count]
-            points = [network_point(problem.model, row, *given) for row in rows]
-        else:
-            points = mixture_points(mixture, level * std, count, generator)
-        d = len(points[0].jacobian)
+        rows = mixture.sample(count, generator) if mixture else problem.data[:count]
+        points = [Point(problem.model, row, level * std, generator) for row in rows]
         for term, times in of_term.items():
             levels[term][f"{level:g} std"] = {
                 sampler: Measured(points, term, sampler, times) for sampler in SAMPLERS
@@ -290,7 +252,7 @@ def answer(name: str, choose: Choose) -> dict:
     }
     return {
         name: {
-            "elements": d,
+            "elements": problem.data[0].numel(),
             "known": {"inside": sum(known), "all": len(known)},
             "over signs": {"rademacher, absolute": signs, **over},
         }

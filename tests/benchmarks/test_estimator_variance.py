@@ -3,9 +3,9 @@
 import pytest
 import torch
 from benchmarks import estimator_variance as fields
+from benchmarks.trained import exact
 
-import hosm_losses as hosm
-from tests.oracles import mixture_noise, ring, sign_vectors
+from tests.oracles import ring, sign_vectors
 from tests.test_probes import dct_matrix
 
 D = 4
@@ -70,18 +70,41 @@ def test_polarisation_finds_the_forms(forms):
     torch.testing.assert_close(found, forms, rtol=1e-6, atol=1e-6)
 
 
-def test_a_network_and_a_closed_form_give_the_same_point():
-    mixture, schedule = ring(), hosm.VESchedule(sigma_max=20.0)
-    model = hosm.ScoreModel(mixture_noise(mixture, schedule), schedule)
-    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
-    (closed,) = fields.mixture_points(mixture, 0.7, 1, generators[0])
-    (row,) = mixture.sample(1, generators[1])
-    network = fields.network_point(model, row, 0.7, generators[1])
+def closed_form(mixture, x0, noise, sigma_hat):
+    """A, M and T of a mixture at α = 1, T symmetrised in its last two, where
+
+    T_kij = σ³ ∂³_kij log q + ℓ_i ℓ_j ℓ_k − (A + I)_ij ℓ_k − (A + I)_ki ℓ_j − (A + I)_kj ℓ_i.
+    """
+    sigma = torch.tensor([sigma_hat], dtype=torch.float64)
+    given = (x0 + sigma * noise)[None], torch.ones_like(sigma), sigma
+    ell = noise + sigma * mixture.score(*given)[0]
+    jacobian = sigma**2 * mixture.hessian(*given)[0]
+    shifted = jacobian + torch.eye(len(x0), dtype=torch.float64)
+    crossed = torch.einsum("ki,j->kij", shifted, ell)
+    forms = (
+        sigma**3 * mixture.third(*given)[0]
+        + torch.einsum("k,i,j->kij", ell, ell, ell)
+        - torch.einsum("ij,k->kij", shifted, ell)
+        - crossed
+        - crossed.transpose(-1, -2)
+    )
+    return jacobian, shifted - torch.outer(ell, ell), fields.symmetric(forms)
+
+
+@pytest.mark.parametrize("level", [0.1, 0.7, 3.0])
+def test_a_network_has_the_derivatives_of_its_closed_form(level):
+    mixture = ring()
+    problem, generator = exact(mixture), torch.Generator().manual_seed(1)
+    (row,) = mixture.sample(1, generator)
+    state = generator.get_state()
+    network = fields.Point(problem.model, row, level, generator)
+    noise = torch.randn(2, generator=generator.set_state(state), dtype=torch.float64)
+    jacobian, second, forms = closed_form(mixture, row, noise, level)
     v = torch.randn(5, 2, dtype=torch.float64)
     for ours, expected in (
-        (network.jacobian, closed.jacobian),
-        (network.second, closed.second),
-        (network.third(v), closed.third(v)),
-        (network.thirds, closed.thirds),
+        (network.jacobian, jacobian),
+        (network.second, second),
+        (network.third(v), fields.along(forms)(v)),
+        (network.thirds, forms),
     ):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
