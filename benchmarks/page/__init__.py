@@ -13,11 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.environment import ROOT
 from benchmarks.page import figures, marks
 from benchmarks.page.numbers import Found, named, table
-from benchmarks.page.tables import TABLES
-from benchmarks.page.worth import PROBLEMS, changes
+from benchmarks.page.tables import DATA, TABLES, changes
 
 
 def tree(file: Path) -> Found:
@@ -42,7 +40,7 @@ def tree(file: Path) -> Found:
     if of_worth := results.read(file.parent / "worth.json"):
         found["worth.json"] = of_worth
         for key, report in (("worth", of_worth), ("longer", of_worth["longer"])):
-            names = [name for name in PROBLEMS if name in report]
+            names = [name for name in DATA if name in report]
             found[key] = {name: changes(report[name]) for name in names}
     found["scale"] = results.read(file.parent / "scale.json").get("networks", {})
     for gpu in sorted(file.parent.glob("gpu*.json")):
@@ -69,7 +67,7 @@ def value(found: Found, name: str) -> str:
     return table(found, name) if " | " in path else named(found, path, int(digits or 2))
 
 
-def pages(root: Path = ROOT) -> dict[str, str]:
+def pages(root: Path = results.ROOT) -> dict[str, str]:
     """README.md and the pages of the documentation that have marks."""
     files = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
     texts = {file.relative_to(root).as_posix(): file.read_text("utf-8") for file in files}

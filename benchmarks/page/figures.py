@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator
 
 from benchmarks.page.numbers import Found, label, walk
-from benchmarks.page.worth import PROBLEMS, change, compared
+from benchmarks.page.tables import DATA, change, compared
 from benchmarks.worth import BASE
 
 DPI, WIDTH, TEXT = 150, 9.3, {"font.size": 11.5, "axes.titlesize": "medium"}
@@ -64,12 +64,11 @@ def panels(
     *,
     least: int = 1,
     styles: Callable[[str], dict[str, str]],
-    sharey: Literal["row", "none"] = "row",
     ticks: Sequence[float] | None = None,
 ) -> Figure:
     """A panel for each problem and quantity, a row for each of several quantities."""
     problems = {name: each for name, each in problems.items() if each["elements"] >= least}
-    columns = len(problems) if len(rows) > 1 else 2
+    columns, sharey = (len(problems), "row") if len(rows) > 1 else (2, "none")
     lines = math.ceil(len(rows) * len(problems) / columns)
     figure, shown = Figure((WIDTH, 3.1 * lines + 1), layout="constrained"), {}
     grid = figure.subplots(lines, columns, sharey=sharey, squeeze=False)
@@ -118,8 +117,7 @@ def against(field: str, unit: float = 1) -> Callable[[Found], dict[str, Points]]
     def curves(found: Found) -> dict[str, Points]:
         points: dict[str, dict[float, Sequence[float]]] = {}
         for (name, _), row in walk(found, "rows > * > *"):
-            x = row[field][0] if isinstance(row[field], list) else row[field]
-            points.setdefault(name, {})[unit * x] = row["error"]
+            points.setdefault(name, {})[unit * np.ravel(row[field])[0]] = row["error"]
         return points
 
     return curves
@@ -138,20 +136,19 @@ def worth(report: Found) -> Figure:
     """KL over that of order one, for each problem and loss."""
     figure = Figure(figsize=(WIDTH, 6.2), layout="constrained")
     axes = figure.subplots()
-    found = [name for name in PROBLEMS if name in report and report[name][BASE]["j_sm"]]
-    names = compared(report[name] for name in found)
+    found = {name: report[name] for name in DATA if name in report and report[name][BASE]["j_sm"]}
+    names = compared(found.values())
     for i, loss in enumerate(names):
-        rows = [
-            (k, report[each].get(loss, {}), report[each][BASE]) for k, each in enumerate(found)
+        points = [
+            (place, *change(rows[loss], rows[BASE]))
+            for place, rows in enumerate(found.values())
+            if "kl" in rows.get(loss, {})
         ]
-        shown = [(k, *change(row, base)) for k, row, base in rows if "kl" in row]
-        if not shown:
-            continue
-        places, moved, errors = zip(*shown, strict=True)
-        x = [k + (i - (len(names) - 1) / 2) / (len(names) + 2) for k in places]
-        y, spread = [1 + each / 100 for each in moved], [each / 100 for each in errors]
-        look = {"fmt": "osDv^<>PX"[i % 9], "markersize": 5, "capsize": 2}
-        axes.errorbar(x, y, spread, label=loss, **look)
+        if points:
+            places, moved, errors = np.transpose(points)
+            x = places + (i - (len(names) - 1) / 2) / (len(names) + 2)
+            look = {"fmt": "osDv^<>PX"[i % 9], "markersize": 5, "capsize": 2}
+            axes.errorbar(x, 1 + moved / 100, errors / 100, label=loss, **look)
     axes.axhline(1, color="0.5", linewidth=1)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.2f}")
@@ -165,9 +162,8 @@ def worth(report: Found) -> Figure:
 
 SIGNS = f"over signs > {' or '.join(PROBES)}"
 OVER_SIGNS = {
-    "trace: variance\n[that of signs]": below(f"{SIGNS} > trace > * std"),
-    "order two: variance\n[that of signs]": below(f"{SIGNS} > Frobenius > * std"),
-    "order three: variance\n[that of signs]": below(f"{SIGNS} > third > * std"),
+    f"{title}: variance\n[that of signs]": below(f"{SIGNS} > {term} > * std")
+    for title, term in (("trace", "trace"), ("order two", "Frobenius"), ("order three", "third"))
 }
 NOISE = {
     "noise of the gradient of a sample\n[first order's, r.m.s. over σ̂]": below(
@@ -175,7 +171,6 @@ NOISE = {
     )
 }
 LEVEL = {"xlabel": "σ̂ [std of the data]", "ticks": (0.1, 0.3, 1, 3, 10)}
-METHOD = {"styles": method_style, "sharey": "none"}
 CALLS = {"rows": {"error [nats]": against("evaluations")}, "xlabel": "network evaluations"}
 TIMES = {"rows": {"error [nats]": against("seconds", 1e3)}, "xlabel": "processor time [ms]"}
 # The question, and what draws it; `least` is a number of dimensions.
@@ -186,9 +181,9 @@ FIGURES: dict[str, tuple[str, Callable[[Found], Figure]]] = {
     ),
     "gradient_variance": (
         "gradient_variance",
-        partial(panels, rows=NOISE, sharey="none", styles=partial(style, TERMS), **LEVEL),
+        partial(panels, rows=NOISE, styles=partial(style, TERMS), **LEVEL),
     ),
-    "likelihood_calls": ("likelihood", partial(panels, **CALLS, **METHOD)),
-    "likelihood_time": ("likelihood", partial(panels, **TIMES, **METHOD)),
+    "likelihood_calls": ("likelihood", partial(panels, **CALLS, styles=method_style)),
+    "likelihood_time": ("likelihood", partial(panels, **TIMES, styles=method_style)),
     "worth": ("worth.json", worth),
 }

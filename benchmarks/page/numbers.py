@@ -91,8 +91,6 @@ def text(value: Any, digits: int) -> str:
     """A value as it stands on the page."""
     if isinstance(value, list):
         return spread(value, digits)
-    if isinstance(value, bool):
-        return "yes" if value else ""
     return value if isinstance(value, str) else number(value, digits)
 
 

@@ -9,8 +9,7 @@ from tests.oracles import mixture_noise, paper_mixture
 pytest.importorskip("matplotlib")
 
 from benchmarks import quadratic, results, worth
-from benchmarks.page import figures
-from benchmarks.page import worth as page
+from benchmarks.page import figures, tables
 from benchmarks.worth_problems import PROBLEMS, Checkerboard, of_density, of_mixture
 
 
@@ -76,7 +75,7 @@ def test_a_second_run_does_what_the_first_left(tmp_path):
     second = again.report[name]
     assert {key: second[key] for key in first} == first
     assert set(second) - set(first) == {"order two, weights 1", "Stein, weight 1"}
-    assert "order two, weights 1" in page.tables(again.report)
+    assert "order two, weights 1" in tables.of_worth(again.report)
     assert figures.worth(again.report).axes
 
 
@@ -89,7 +88,7 @@ def test_a_loss_that_diverges_is_a_row_that_says_so(tmp_path, monkeypatch):
     campaign = worth.Campaign(tmp_path, worth.SMOKE)
     campaign.run(name, "order one|bad")
     assert "failed" in campaign.report[name]["bad"]
-    assert "diverged" in page.tables(campaign.report)
+    assert "diverged" in tables.of_worth(campaign.report)
 
 
 def test_every_quadratic_has_the_gradient_of_its_loss(monkeypatch):
@@ -142,7 +141,7 @@ def test_the_table_of_readme_is_that_of_the_results(label):
     report, name = results.read(worth.FILE), ROWS[label]
 
     def change(problem, source):
-        return page.change(source[problem][name], source[problem][worth.BASE])
+        return tables.change(source[problem][name], source[problem][worth.BASE])
 
     board = "checkerboard, d = 2"
     cells = [told(*change(f"mixture, d = 1, {each}", report)) for each in ("VE", "VP")]
