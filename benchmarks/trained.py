@@ -131,11 +131,11 @@ RECIPES = {
 
 
 def exact(mixture: GaussianMixture) -> Problem:
-    """The exact score of a mixture in float64."""
-    schedule = hosm.VESchedule(sigma_max=20.0)
+    """The exact score of a mixture in float64, as a module, whose calls hooks can count."""
+    schedule, network = hosm.VESchedule(sigma_max=20.0), nn.Module()
+    network.forward = mixture_noise(mixture, schedule)
     data = mixture.sample(HELD_OUT, torch.Generator().manual_seed(0))
-    model = hosm.ScoreModel(mixture_noise(mixture, schedule), schedule)
-    return Problem(model, data, float(data.std()))
+    return Problem(hosm.ScoreModel(network, schedule), data, float(data.std()))
 
 
 @lru_cache
@@ -159,12 +159,11 @@ def trained(name: str, steps: int | None = None) -> Problem:
 
     kept = os.environ.get(KEPT)
     file = Path(kept) / f"{name}-{steps}.pt" if kept else None
-    if file is not None and file.exists():
+    if file and file.exists():
         network.load_state_dict(torch.load(file, weights_only=True))
     else:
-        for _ in tqdm(training(model, loss, steps, 2e-3), name, steps, leave=False):
-            pass
-        if file is not None:
+        list(tqdm(training(model, loss, steps, 2e-3), name, steps, leave=False))
+        if file:
             torch.save(network.state_dict(), file)
     network.eval()
     # Images are drawn anew; of the digits there are no others.

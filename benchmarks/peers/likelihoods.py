@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import torch
+from tests.oracles import default_dtype
 from torch import Tensor
 
 import hosm_losses as hosm
@@ -144,13 +145,8 @@ def by_flow_matching(
     given = {"step_size": None, "method": "dopri5", "atol": tolerance, "rtol": tolerance}
     given |= {"time_grid": x.new_tensor([1.0, 0.0]), "exact_divergence": exact}
     # It draws its probe from the global generator, in the default dtype.
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(x.dtype)
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            solver = ODESolver(velocity)
-            _, found = solver.compute_likelihood(x_1=data * x, log_p0=log_source, **given)
-    finally:
-        torch.set_default_dtype(before)
+    with default_dtype(x.dtype), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        solver = ODESolver(velocity)
+        _, found = solver.compute_likelihood(x_1=data * x, log_p0=log_source, **given)
     return -(found + elements * math.log(data)).detach()

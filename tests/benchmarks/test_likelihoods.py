@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from benchmarks.likelihoods import PEERS, adaptive, peers
+from benchmarks.likelihood import PEERS, adaptive, peers
 from benchmarks.trained import exact
 from torch import Tensor
 

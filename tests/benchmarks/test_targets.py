@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from benchmarks.likelihoods import Method, Runs, at_target, estimates
+from benchmarks.likelihood import Method, Runs, at_target, estimates
 
 SEEDS = 400
 
