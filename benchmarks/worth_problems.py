@@ -6,7 +6,6 @@ variance than the mean of r. In one dimension it is an integral over a grid. Of 
 the mean −log p_ODE of what was held out.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,7 +20,6 @@ import hosm_losses as hosm
 from benchmarks.trained import digits
 
 POOL, NOISED, HELD_OUT = 2**17, 4096, 360
-TURN = math.sqrt(2 * math.pi)
 
 
 class Sizes(NamedTuple):
@@ -41,7 +39,6 @@ class Checkerboard:
     edges = torch.linspace(-1, 1, 5, dtype=torch.float64)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw (count, 2)."""
         row = torch.randint(4, (count,), generator=generator)
         column = 2 * torch.randint(2, (count,), generator=generator) + row % 2
         within = torch.rand((count, 2), generator=generator, dtype=torch.float64)
@@ -49,24 +46,15 @@ class Checkerboard:
 
     def log_density(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """log q_t (B,): a sum over squares of products of differences of Φ."""
-        even, odd = self._strips(torch.special.ndtr, x, alpha, sigma)
-        squares = even[:, 0] * even[:, 1] + odd[:, 0] * odd[:, 1]
-        return torch.log(squares / 2) - 2 * alpha.log()
+        edges = alpha[:, None, None] * self.edges
+        below = torch.special.ndtr((x[..., None] - edges) / sigma[:, None, None])
+        inside = below[..., :-1] - below[..., 1:]
+        # The two even and the two odd strips, along both axes.
+        even, odd = (inside[..., i::2].sum(-1).prod(1) for i in (0, 1))
+        return torch.log((even + odd) / 2) - 2 * alpha.log()
 
     def score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """∇ log q_t (B, 2)."""
-        even, odd = self._strips(torch.special.ndtr, x, alpha, sigma)
-        slopes = self._strips(lambda z: torch.exp(-0.5 * z**2) / TURN, x, alpha, sigma)
-        squares = even[:, 0] * even[:, 1] + odd[:, 0] * odd[:, 1]
-        rise = slopes[0] * even.flip(1) + slopes[1] * odd.flip(1)
-        return rise / (sigma * squares)[:, None]
-
-    def _strips(self, function: Callable[[Tensor], Tensor], x: Tensor, alpha: Tensor, sigma):
-        """Sums over the two even and the two odd strips of the board, (B, 2) for its two axes."""
-        edges = alpha[:, None, None] * self.edges
-        below = function((x[..., None] - edges) / sigma[:, None, None])
-        inside = below[..., :-1] - below[..., 1:]
-        return inside[..., ::2].sum(-1), inside[..., 1::2].sum(-1)
+        return torch.func.grad(lambda x: self.log_density(x, alpha, sigma).sum())(x)
 
 
 Density = GaussianMixture | Checkerboard
@@ -101,7 +89,6 @@ class Ensemble(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predict the noise in x (N·S, d) at t (N·S,)."""
         alpha, sigma = self.schedule(t[:, None])
         size = torch.sqrt((alpha * self.std).square() + sigma.square())
         standard = (x - alpha * self.mean) / size
@@ -150,12 +137,10 @@ class Problem:
     noised: tuple[Tensor, Tensor, Tensor] | None = None
 
     def model(self, seeds: int) -> hosm.ScoreModel:
-        """Networks that are not trained."""
         network = Ensemble(self.schedule, self.train, seeds, self.sizes)
         return hosm.ScoreModel(network, self.schedule)
 
     def rows(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw (count, d) to train on."""
         return self.train[torch.randint(len(self.train), (count,), generator=generator)]
 
     def cut(self, points: int) -> "Problem":
@@ -195,40 +180,33 @@ class Problem:
 
 
 def of_density(
-    density: Density,
-    schedule: hosm.Schedule,
-    sizes: Sizes = FLAT,
-    steps: int = 256,
-    points: int = 4000,
+    density: Density, schedule: hosm.Schedule, sizes: Sizes = FLAT, steps=256, points=4000
 ) -> Problem:
     """Draws of a density that is known, and of what the schedule makes of it."""
     generator = torch.Generator().manual_seed(0)
     train = density.sample(POOL, generator).float()
     clean = density.sample(NOISED, generator)
-    start = schedule(torch.full((len(clean),), schedule.t_min, dtype=torch.float64))
-    test = (start[0][:, None] * clean + start[1][:, None] * noise_like(clean, generator))[:points]
-    alpha, sigma = (each[:points] for each in start)
-    factor = None
+
+    def diffused(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws of q_t, α and σ."""
+        alpha, sigma = schedule(t)
+        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
+        return alpha[:, None] * clean + sigma[:, None] * noise, alpha, sigma
+
+    start = diffused(torch.full((NOISED,), schedule.t_min, dtype=torch.float64))
     if clean.shape[1] == 1:
-        test = example.GRID[:, None]
-        alpha, sigma = (each[:1].expand(len(test)) for each in start)
-    log_q = density.log_density(test, alpha, sigma)
+        start, points = (example.GRID[:, None], *start[1:]), len(example.GRID)
+    start = tuple(each[:points] for each in start)
+    log_q, factor = density.log_density(*start), None
     if clean.shape[1] == 1:
-        spacing = float(example.GRID[1] - example.GRID[0])
-        factor = log_q.exp() * spacing * len(test)
+        factor = log_q.exp() * float(example.GRID[1] - example.GRID[0]) * points
     low, high = schedule.log_sigma_hat_range
     level = low + (high - low) * (torch.arange(NOISED, dtype=torch.float64) + 0.5) / NOISED
     t = schedule.time(level)
-    alpha, sigma = schedule(t)
-    x = alpha[:, None] * clean + sigma[:, None] * noise_like(clean, generator)
-    parts = zip(x.split(256), alpha.split(256), sigma.split(256), strict=True)
-    noise = -sigma[:, None] * torch.cat([density.score(*part) for part in parts])
-    return Problem(schedule, sizes, steps, train, test, log_q, factor, (x, t, noise))
-
-
-def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers of the shape of x."""
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    end = diffused(t)
+    parts = zip(*(each.split(256) for each in end), strict=True)
+    noise = -end[2][:, None] * torch.cat([density.score(*part) for part in parts])
+    return Problem(schedule, sizes, steps, train, start[0], log_q, factor, (end[0], t, noise))
 
 
 def of_digits() -> Problem:
