@@ -73,19 +73,14 @@ def measure() -> Counts:
 
 
 def differences(found: Counts, held: Counts) -> list[str]:
-    """A line for every count that is not the one held, what costs more first."""
-    lines: list[tuple[bool, str]] = []
-    for key in sorted(found.keys() | held.keys()):
-        if key not in found or key not in held:
-            lines.append((True, f"{key}: {'not counted' if key in held else 'not held'}"))
-            continue
+    """A line for every count that is not the one held."""
+    lines = [f"{key}: not counted" for key in held if key not in found]
+    lines += [f"{key}: not held" for key in found if key not in held]
+    for key in found.keys() & held.keys():
         for field, new in found[key].items():
-            old = held[key][field]
-            if new != old:
-                ratio = new / max(old, 1)
-                line = f"{key}: {field} {new:,}, held {old:,} ({ratio:.4f})"
-                lines.append((ratio < 1, line))
-    return [line for _, line in sorted(lines)]
+            if new != (old := held[key][field]):
+                lines.append(f"{key}: {field} {new:,}, held {old:,} ({new / max(old, 1):.4f})")
+    return sorted(lines)
 
 
 def read() -> tuple[Counts, str]:

@@ -24,6 +24,7 @@ Intervals:
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks.estimator_variance import LEVELS
-from benchmarks.experiment import Choose
+from benchmarks.experiment import Choose, Row
 from benchmarks.intervals import Array, Estimate, estimate, weights
 from benchmarks.trained import HELD_OUT, Problem, trained
 from benchmarks.trained import mixture as draw_mixture
@@ -68,20 +69,16 @@ def estimators(elements: int, distributions: Sequence[str] = ()) -> dict[str, Te
     "paired" has two probes, all others one. In one dimension the trace repeats the second, and
     all estimators of the third are the same.
     """
-    third = partial(term_of, "third")
-    found: dict[str, Term] = {"first": partial(term_of, "first", order=1)}
-    found["second"] = second = partial(term_of, "second", order=2)
+    second = {"order": 2}
+    options: dict[str, Row] = {"first": {"order": 1}, "second": second, "third": {}}
     if elements > 1:
-        found["trace"] = partial(term_of, "trace", order=2)
-    found["third"] = third
-    for form in ("laplacian", "sliced") if elements > 1 else ():
-        found[f"third {form}"] = partial(third, third=form)
-    for name in ("second", "trace", "third") if elements > 1 else ():
-        found[f"{name} paired"] = partial(found[name], estimator="paired")
-    for kind in distributions:
-        found[f"second {kind}"] = partial(second, distribution=kind)
-        found[f"third {kind}"] = partial(third, distribution=kind)
-    return found
+        options = {"first": {"order": 1}, "second": second, "trace": second, "third": {}}
+        options |= {f"third {form}": {"third": form} for form in ("laplacian", "sliced")}
+        for name in ("second", "trace", "third"):
+            options[f"{name} paired"] = options[name] | {"estimator": "paired"}
+    for kind, name in product(distributions, ("second", "third")):
+        options[f"{name} {kind}"] = options[name] | {"distribution": kind}
+    return {name: partial(term_of, name.split()[0], **given) for name, given in options.items()}
 
 
 def gradient(value: Tensor, parameters: Sequence[Tensor], retain_graph: bool = False) -> Tensor:
@@ -161,30 +158,28 @@ def summary(found: Mapping[str, Mapping[str, Moments]]) -> dict[str, ByLevel]:
     """
     unit = float(np.mean([level.total[0] for level in found["first"].values()])) ** 0.5
 
-    def each(quantity: Callable[[Moments], Estimate | None]) -> ByLevel:
-        return {
-            name: {level: quantity(m) for level, m in levels.items()}
-            for name, levels in found.items()
-        }
-
     def noise_scale(m: Moments) -> Estimate | None:
         value, low, high = estimate(m.signal)
         return Estimate(*(m.total[0] / each for each in (value, high, low))) if low > 0 else None
 
-    ratios: ByLevel = {}
-    for name in found:
-        term = name.partition(" ")[0]
-        if term != name:
-            ratios[f"{name} / {term}"] = {
-                level: estimate(m.total / found[term][level].total)
-                for level, m in found[name].items()
-            }
-    return {
-        "noise": each(lambda m: estimate(m.total**0.5 / unit)),
-        "probe share": each(lambda m: estimate((m.probes / m.total).clip(max=1))),
-        "noise scale": each(noise_scale),
-        "ratios": ratios,
+    quantities: dict[str, Callable[[Moments], Estimate | None]] = {
+        "noise": lambda m: estimate(m.total**0.5 / unit),
+        "probe share": lambda m: estimate((m.probes / m.total).clip(max=1)),
+        "noise scale": noise_scale,
     }
+    result: dict[str, ByLevel] = {
+        key: {name: {level: of(m) for level, m in each.items()} for name, each in found.items()}
+        for key, of in quantities.items()
+    }
+    result["ratios"] = {
+        f"{name} / {name.split()[0]}": {
+            level: estimate(m.total / found[name.split()[0]][level].total)
+            for level, m in each.items()
+        }
+        for name, each in found.items()
+        if " " in name
+    }
+    return result
 
 
 def mixture(steps: int) -> Problem:
@@ -193,8 +188,7 @@ def mixture(steps: int) -> Problem:
 
     job = example.Job("vp", 3, steps, seed=0)
     model = example.new_model(job)
-    for _ in tqdm(example.training(model, job), "mixture", job.steps, leave=False):
-        pass
+    list(tqdm(example.training(model, job), "mixture", job.steps, leave=False))
     data = draw_mixture(HELD_OUT, torch.Generator().manual_seed(0))
     return Problem(model, data, example.DATA_STD, draw_mixture)
 

@@ -141,7 +141,6 @@ def step(name: str, loss: str) -> dict[str, float]:
 
 
 def parameters(name: str) -> int:
-    """The number of parameters of a network."""
     with torch.device("meta"):
         return sum(each.numel() for each in NETWORKS[name][0]().parameters())
 
@@ -154,7 +153,6 @@ def weights(count: int, gpus: int) -> dict[str, float]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """All that is counted of a network."""
     count = parameters(name)
     kept = {"fit_ddp": 16 * count, "fit_fsdp2": 1e9 * weights(count, SHARDS)["fsdp2"]}
     rows: dict[str, dict[str, float]] = {}

@@ -47,10 +47,9 @@ VARIANTS: dict[str, Row] = {
 # Of the networks without a twin.
 MAIN = (BASE, "order 2, taylor", "order 3 exact, taylor", "order 3 laplacian, taylor")
 MAIN += ("order 3 exact, fraction=1/4",)
-COMPILED: dict[str, Row] = {
-    "order 2, compiled": {"order": 2, "compiled": True},
-    "order 3 exact, compiled": {"order": 3, "compiled": True},
-    "order 3 laplacian, compiled": {"order": 3, "third": "laplacian", "compiled": True},
+COMPILED = {
+    f"{key}, compiled": VARIANTS[f"{key}, taylor"] | {"derivative": "auto", "compiled": True}
+    for key in ("order 2", "order 3 exact", "order 3 laplacian")
 }
 
 
@@ -60,9 +59,7 @@ def model_of(name: str) -> hosm.ScoreModel:
     return hosm.ScoreModel(NETWORKS[name][0](), hosm.VPSchedule())
 
 
-def loss_of(
-    model: hosm.ScoreModel, *, order: int, compiled: bool = False, **options: object
-) -> nn.Module:
+def loss_of(model: hosm.ScoreModel, order: int, compiled=False, **options: object) -> nn.Module:
     """The loss module of a variant."""
     loss = LOSSES[order](model, **options)
     return torch.compile(loss, fullgraph=True) if compiled else loss

@@ -6,7 +6,7 @@ for the shape of its input, and JAX compiles the counterparts anew. `OPERATORS` 
 benchmarks whose name or whose arguments are others than in Python's `operator` and in `jax.numpy`.
 
 A fair comparison has one thread on both sides. XLA reads its number of threads from NPROC when
-JAX starts, so it has to be set for a new process, as `benchmarks.environment.ONE_THREAD` does. The
+JAX starts, so it has to be set for a new process, as `benchmarks.results.ONE_THREAD` does. The
 flags that are often named for it change nothing (jaxlib 0.10).
 """
 
@@ -127,22 +127,13 @@ def _inner(a: Array, b: Array) -> Array:
     return (a * b).sum(range(1, a.ndim), keepdims=True)
 
 
-def loss(
-    network: Network,
-    order: int,
-    third: str,
-    parameters: Parameters,
-    x0: Array,
-    t: Array,
-    noise: Array,
-    probe: Array,
-    other: Array | None = None,
-) -> Array:
+def loss(network: Network, order: int, third: str, parameters: Parameters, *drawn: Array) -> Array:
     """The mean loss of order one, two or three over a batch, all weights 1.
 
     With v = probe and w = σ v, "exact" has G = ∇_x (wᵀ ∂f/∂x w), "laplacian" D²f[w, w] in its
     place, and "sliced" squares (uᵀ r3), with uᵀ G = wᵀ D²f[w, u] and u = other.
     """
+    x0, t, noise, probe, *others = drawn
     alpha, sigma = (part.reshape(-1, *(1,) * (x0.ndim - 1)) for part in vp_schedule(t))
     x, w, d = alpha * x0 + sigma * noise, sigma * probe, float(x0[0].size)
 
@@ -163,7 +154,7 @@ def loss(
     elif third == "exact":
         gradient, (value, directional) = jax.grad(form, has_aux=True)(x)
     else:
-        along = w if third == "laplacian" else other
+        (along,) = others or (w,)
         (value, directional), (_, gradient) = jax.jvp(second, (x,), (along,))
     ell, shifted = stop(value + noise), directional + probe
     slope = _inner(ell, probe)
@@ -175,7 +166,7 @@ def loss(
         held = stop(shifted)
         target = (_inner(probe, held) - slope**2) * ell + 2 * slope * held
         if third == "sliced":
-            square = (_inner(w, gradient) - _inner(other, target)) ** 2
+            square = (_inner(w, gradient) - _inner(along, target)) ** 2
         else:
             square = _inner(gradient - target, gradient - target)
         total = total + square / d**3
