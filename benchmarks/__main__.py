@@ -16,7 +16,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks import page, results
-from benchmarks.environment import ONE_THREAD, ROOT
 from benchmarks.experiment import alone, ask
 from benchmarks.trained import KEPT
 
@@ -43,7 +42,7 @@ def main() -> None:
         with TemporaryDirectory() as directory:
             run(chosen, options, Path(directory), Path(directory))
         return
-    run(chosen, options, results.DIRECTORY, ROOT)
+    run(chosen, options, results.DIRECTORY, results.ROOT)
 
 
 def run(chosen: list[str], options: argparse.Namespace, directory: Path, root: Path) -> None:
@@ -53,8 +52,8 @@ def run(chosen: list[str], options: argparse.Namespace, directory: Path, root: P
     with TemporaryDirectory() as weights:
         for number, question in enumerate(chosen, 1):
             print(f"\n[{number}/{len(chosen)}] {question}", flush=True)
-            given = {**ONE_THREAD, KEPT: weights}
-            kept[question] = alone(ask, question, options.size, environment=given)
+            given = {**results.ONE_THREAD, KEPT: weights}
+            kept[question] = alone(ask, question, options.size, variables=given)
             results.write(file, kept)
     for line in page.write(file, root):
         print(line)

@@ -6,11 +6,10 @@ Seconds of the first step, with an empty cache, and times over an eager step of 
 and compiled in turns in one process. Into results/compiled.json. It takes ten minutes a network.
 """
 
-import tempfile
+from tempfile import TemporaryDirectory
 
 from benchmarks import results
-from benchmarks.environment import ONE_THREAD, environment
-from benchmarks.experiment import alone, parser, show
+from benchmarks.experiment import alone, parser
 from benchmarks.speed import measure
 from benchmarks.steps import BASE, COMPILED, MAIN, NETWORKS, VARIANTS
 
@@ -25,18 +24,13 @@ def main() -> None:
     if options.smoke:
         variants, rounds = {BASE: VARIANTS[BASE]}, 1
     for name in options.networks[: 1 if options.smoke else None]:
-        with tempfile.TemporaryDirectory() as cache:
-            fresh = {**ONE_THREAD, "TORCHINDUCTOR_CACHE_DIR": cache}
+        with TemporaryDirectory() as cache:
+            fresh = {**results.ONE_THREAD, "TORCHINDUCTOR_CACHE_DIR": cache}
             batch = NETWORKS[name][1][0]
-            found = alone(measure, name, variants, rounds, batch, (), environment=fresh)
-        rows = found["variants"]
-        show(
-            name,
-            ("variant", "seconds to compile", "time over order one"),
-            ((key, row.get("compile_seconds"), row["time_ratio"][0]) for key, row in rows.items()),
-        )
+            found = alone(measure, name, variants, rounds, batch, (), variables=fresh)
+        results.show(name, found["variants"])
         if not options.smoke:
-            results.keep(FILE, {name: {**found, "environment": environment()}})
+            results.keep(FILE, {name: {**found, "environment": results.environment()}})
 
 
 if __name__ == "__main__":

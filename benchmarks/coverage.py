@@ -2,26 +2,25 @@
 
     python -m benchmarks.coverage [--data REGEX] [--smoke]
 
-For five schedules, and networks that were trained not at all, briefly and for longer. The truth is
-a grid of 1024 steps with the exact divergence (512 for digits, 256 and 128 for images). With
-random probes the claim is that of the path alone, and has to cover the same error. All of it
-without and with a companion of half the steps. The exact score is that of a mixture of Gaussians,
-of images around eight of them. It takes an hour and a half, an hour of it for
-images of 16×16.
+The truth is a finer grid with the exact divergence. With random probes the claim is that of the
+path alone, and has to cover the same error. All of it without and with a companion of half the
+steps. The exact score is that of eight round Gaussians, on a ring or around images. It takes an
+hour and a half, an hour of it for images of 16×16.
 """
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from tests.oracles import mixture_noise, ring
+from tests.oracles import ring
 from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import parser, show
+from benchmarks.experiment import parser, training
 from benchmarks.trained import Convolutional, Dense, digits, images
 
 SCHEDULES = {
@@ -31,26 +30,15 @@ SCHEDULES = {
     "flow": hosm.LinearFlowSchedule(),
     "cosine": hosm.CosineSchedule(),
 }
-# By data: samples judged, steps of the truth, batch, steps of training (None: the exact score).
+# How data is drawn, samples judged, steps of the truth, batch, steps of training (None: exact).
 DATA = {
-    "ring, d = 2": (100, 1024, 128, (None, 0, 200, 3000)),
-    "digits, d = 64": (8, 512, 128, (0, 200, 2000)),
-    "images, d = 192": (8, 256, 32, (0, 150, 1000)),
-    "images, d = 768": (2, 128, 32, (None, 0, 150)),
+    "ring, d = 2": (lambda *of: ring().sample(*of).float(), 100, 1024, 128, (None, 0, 200, 3000)),
+    "digits, d = 64": (digits, 8, 512, 128, (0, 200, 2000)),
+    "images, d = 192": (partial(images, 8), 8, 256, 32, (0, 150, 1000)),
+    "images, d = 768": (partial(images, 16), 2, 128, 32, (None, 0, 150)),
 }
 EXACT_STD, STEPS = 0.1, 64
 FILE = results.DIRECTORY / "coverage.json"
-HEADER = ("Data", "Training", "Schedule", "Error", "Ratio", "Covered", "by the path's")
-HEADER += ("Companion: ratio", "covered", "by the path's")
-
-
-def draw(name: str, count: int, generator: torch.Generator) -> Tensor:
-    """Data (count, *) in float32."""
-    if "ring" in name:
-        return ring().sample(count, generator).float()
-    if "digits" in name:
-        return digits(count, generator)
-    return images(16 if "768" in name else 8, count, generator)
 
 
 def trained(
@@ -63,13 +51,12 @@ def trained(
     else:
         network = Convolutional(schedule, std, width=16, blocks=2)
     model = hosm.ScoreModel(network, schedule)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    for _ in tqdm(range(steps), "training", leave=False):
+
+    def loss() -> Tensor:
         chosen = torch.randint(len(data), (batch,), generator=generator)
-        loss = hosm.first_order_dsm(model, data[chosen], generator=generator)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        return hosm.first_order_dsm(model, data[chosen], generator=generator)
+
+    list(tqdm(training(model, loss, steps, decays=False), "training", steps, leave=False))
     return model.eval().double()
 
 
@@ -87,37 +74,33 @@ def mixture(means: Tensor, std: float, schedule: hosm.Schedule) -> Callable[...,
     return noise
 
 
-def measure(name: str, schedule: hosm.Schedule, training: int | None) -> dict[str, float]:
+def measure(name: str, schedule: hosm.Schedule, steps: int | None) -> dict[str, float]:
     """What was claimed and what was true of one network."""
-    count, finest, batch, _ = DATA[name]
+    draw, count, finest, batch, _ = DATA[name]
     generator = torch.Generator().manual_seed(1)
-    data = draw(name, 1500 + count, generator)
+    data, held_out = draw(1500 + count, generator).split([1500, count])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if training is None and "ring" in name:
-            model = hosm.ScoreModel(mixture_noise(ring(), schedule), schedule)
-        elif training is None:
-            model = hosm.ScoreModel(mixture(data[:8], EXACT_STD, schedule), schedule)
-            held = data[torch.arange(count) % 8]
-            noise = EXACT_STD * torch.randn(held.shape, generator=generator)
-            data = torch.cat([data[:1500], held + noise])
+        if steps is not None:
+            model = trained(data, schedule, steps, batch, generator)
         else:
-            model = trained(data[:1500], schedule, training, batch, generator)
-    held_out = data[1500:].double()
+            means = ring().means if "ring" in name else data[:8]
+            model = hosm.ScoreModel(mixture(means, EXACT_STD, schedule), schedule)
+            if "ring" not in name:
+                held_out = data[torch.arange(count) % 8]
+                held_out += EXACT_STD * torch.randn(held_out.shape, generator=generator)
+    every = torch.cat([data, held_out])
+    options: dict[str, Any] = {"data_std": float(every.std()), "data_mean": float(every.mean())}
     alpha, sigma = schedule(torch.tensor([schedule.t_min], dtype=torch.float64))
-    x = alpha * held_out + sigma * torch.randn(
-        held_out.shape, generator=generator, dtype=held_out.dtype
-    )
-    options: dict[str, Any] = {"data_std": float(data.std()), "data_mean": float(data.mean())}
+    noise = torch.randn(held_out.shape, generator=generator, dtype=torch.float64)
+    x = alpha * held_out.double() + sigma * noise
     truth = hosm.ode_nll(model, x, divergence="exact", steps=finest, **options)
     found: dict[str, float] = {}
-    for companion in (False, True):
-        options["companion"] = companion
+    for which, options["companion"] in (("", False), (", companion", True)):
         exact = hosm.ode_nll(model, x, divergence="exact", steps=STEPS, **options)
         random = hosm.ode_nll(model, x, steps=STEPS, generator=generator, **options)
         error = (exact.nll - truth.nll).abs()
-        median, which = float(error.median()), ", companion" if companion else ""
-        found["error"] = median
+        found["error"] = median = float(error.median())
         found[f"ratio{which}"] = float(exact.solver_error.median()) / median
         for key, result in (("covered", exact), ("covered by the path", random)):
             covered = (error <= 2 * result.solver_error).double().mean()
@@ -129,18 +112,17 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--data", default="", metavar="REGEX", help="that it is found in")
     options = arguments.parse_args()
-    kept, rows = results.read(FILE), []
-    names = [name for name in DATA if re.search(options.data, name)]
-    for name in names[:1] if options.smoke else names:
-        for training in DATA[name][3][:2] if options.smoke else DATA[name][3]:
-            told = "exact score" if training is None else f"{training} steps"
-            for schedule in list(SCHEDULES)[:1] if options.smoke else SCHEDULES:
-                found = measure(name, SCHEDULES[schedule], training)
-                rows.append([name, told, schedule, *found.values()])
-                kept.setdefault(name, {}).setdefault(told, {})[schedule] = found
-                if not options.smoke:
-                    results.write(FILE, kept)
-    show(f"Medians in nats, and the part of samples covered, {STEPS} steps", HEADER, rows)
+    kept = results.read(FILE)
+    one, two = (1, 2) if options.smoke else (None, None)
+    for name in [name for name in DATA if re.search(options.data, name)][:one]:
+        for steps in DATA[name][-1][:two]:
+            told = "exact score" if steps is None else f"{steps} steps"
+            chosen = list(SCHEDULES.items())[:one]
+            rows = {key: measure(name, schedule, steps) for key, schedule in chosen}
+            kept.setdefault(name, {})[told] = rows
+            results.show(f"{name}, {told}", rows)
+            if not options.smoke:
+                results.write(FILE, kept)
 
 
 if __name__ == "__main__":

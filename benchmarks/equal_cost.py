@@ -3,29 +3,23 @@
     python -m benchmarks.equal_cost [--schedule vp] [--steps N] [--settings REGEX] [--out DIR]
         [--smoke]
 
-Settings:
-    Each loss throughout, and order three also after order one ("order 1, then ..."): half of the
-    cost goes to each; optimizer and decay run through. "1/4 of rows" have their higher orders on
-    a random quarter of the batch. "laplacian" is third="laplacian", in one dimension the same
-    number. Weights are (1, 0.5, 0, 0.1), and all is exact.
+A setting is a loss throughout, or order three after order one ("order 1, then ..."): half of the
+cost goes to each; optimizer and decay run through. "1/4 of rows" have their higher orders on a
+random quarter of the batch. "laplacian" is in one dimension the same number as "exact".
 
-Equal cost:
-    The processor time of --steps steps of order one, timed first: medians over rounds in which
-    all losses take turns in one process. The column "cost" is what the trainings then took, over
-    order one with the same seed. Each has Adam at 1e-3 with a cosine decay over its own steps,
-    batches of 512, and the initial network of its seed.
-
-Data and network are those of docs/examples/mixture_1d.py, whose KL is right to about 1e-5 nats.
+The cost is the processor time of --steps steps of order one, timed first: medians over rounds in
+which all losses take turns in one process. "cost" is what the trainings then took, over order one
+with the same seed. Data, network and batches are those of docs/examples/mixture_1d.py, whose KL is
+right to about 1e-5 nats.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
-from benchmarks import experiment
+from benchmarks import experiment, results
 
 BASE, THEN = "order 1", ", then "
 ROUNDS, SEEDS = 40, 3
@@ -71,13 +65,6 @@ def start(job: Job) -> tuple[hosm.ScoreModel, Iterator[None]]:
     return model, experiment.training(model, loss, sum(steps for _, steps in job.phases))
 
 
-def step_times(schedule: str, names: list[str], rounds: int) -> dict[str, float]:
-    """Median processor time of a step with each loss, over that of order one."""
-    jobs = {name: Job(schedule, ((name, experiment.WARM_UP + rounds),)) for name in names}
-    found = experiment.step_times({name: start(job)[1] for name, job in jobs.items()}, rounds)
-    return {name: seconds / found[BASE] for name, seconds in found.items()}
-
-
 def phases(setting: str, steps: int, times: dict[str, float]) -> tuple[tuple[str, int], ...]:
     """Share the cost of `steps` steps of order one evenly between the losses of a setting."""
     names = setting.split(THEN)
@@ -94,18 +81,6 @@ def train(job: Job) -> tuple[float, float]:
     return example.exact_kl(model)[0], seconds
 
 
-def printed(report: dict[str, Any]) -> None:
-    """Print a row for each setting."""
-    lines, base = [], report["settings"][BASE]["seconds"]
-    for name, row in report["settings"].items():
-        cost = float(np.median(np.divide(row["seconds"], base)))
-        cells = [report["step_time_ratios"][name.split(THEN)[-1]], sum(row["steps"]), cost]
-        lines.append([name, *cells, *row["kl"]])
-    header = ["", "step time", "steps", "cost", "KL [nats]", *[""] * (len(base) - 1)]
-    title = f"{report['schedule'].upper()}, at the cost of {report['steps']} steps of order one"
-    experiment.show(title, header, lines)
-
-
 def main() -> None:
     parser = experiment.parser(__doc__)
     parser.add_argument("--schedule", choices=example.SCHEDULES, default="ve")
@@ -117,7 +92,12 @@ def main() -> None:
     schedule, seeds, steps = options.schedule, SEEDS, options.steps
     chosen = [s for s in SETTINGS if s == BASE or re.search(options.settings, s)]
     names = list(dict.fromkeys(name for setting in chosen for name in setting.split(THEN)))
-    times = step_times(schedule, names, 2 if options.smoke else ROUNDS)
+    seconds = experiment.step_times(
+        lambda name, steps: start(Job(schedule, ((name, steps),)))[1],
+        names,
+        2 if options.smoke else ROUNDS,
+    )
+    times = {name: each / seconds[BASE] for name, each in seconds.items()}
     if options.smoke:
         chosen, steps, seeds = [BASE, *chosen[1:][-2:]], 10, 1
     plans = {setting: phases(setting, steps, times) for setting in chosen}
@@ -125,21 +105,19 @@ def main() -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         outcomes = list(tqdm(pool.map(train, jobs), "trainings", len(jobs)))
     kl, seconds = np.array(outcomes).reshape(seeds, len(chosen), 2).transpose(2, 1, 0)
-    report: dict[str, Any] = {"schedule": schedule, "steps": steps, "step_time_ratios": times}
-    report["settings"] = {
+    rows = {
         setting: {
             "steps": [count for _, count in plans[setting]],
             "kl": kl[i].tolist(),
             "ratio": (kl[i] / kl[0]).tolist(),
             "seconds": seconds[i].tolist(),
+            "cost": float(np.median(seconds[i] / seconds[0])),
         }
         for i, setting in enumerate(chosen)
     }
-    printed(report)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"equal_cost_mixture_{schedule}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\nThe numbers are in {path}.")
+    results.show(f"{schedule.upper()}, at the cost of {steps} steps of order one", rows)
+    report = {"schedule": schedule, "steps": steps, "step_time_ratios": times, "settings": rows}
+    results.write(options.out / f"equal_cost_mixture_{schedule}.json", report)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.environment import ROOT
 
 FILE = results.DIRECTORY / "examples.json"
 COMMANDS = {
@@ -48,7 +47,7 @@ def main() -> None:
         if not all(word in command for word in sys.argv[1:]):
             continue
         script, *options = command.split()
-        run = [sys.executable, ROOT / "docs/examples" / script, *options]
+        run = [sys.executable, results.ROOT / "docs/examples" / script, *options]
         with tempfile.TemporaryDirectory() as out:
             printed = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True, cwd=out)
             found = kept(printed.stdout)

@@ -1,4 +1,4 @@
-"""What the experiments share: command line, tables, training, clocks, new processes, failures."""
+"""What the experiments share: command line, training, clocks, new processes, failures."""
 
 import os
 import re
@@ -6,20 +6,21 @@ import time
 import traceback
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.environment import environment
+from benchmarks import results
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -33,7 +34,7 @@ def ask(question: str, size: str) -> Row:
     """What the file of a question finds, case by case; a warning is an error, as in the tests."""
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "`torch.jit.script`")  # torch.func.jvp, on first use
-    where, module = environment(), import_module(f"benchmarks.{question}")
+    where, module = results.environment(), import_module(f"benchmarks.{question}")
     torch.set_num_threads(1)
     found: Row = {}
     for case in module.CASES:
@@ -52,34 +53,21 @@ def parser(doc: str | None) -> ArgumentParser:
     return found
 
 
-def show(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table, numbers with four digits and "-" for None."""
-
-    def text(cell: object) -> str:
-        return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-
-    lines = [list(header), *([text(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print(f"\n{title}")
-    for first, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *cells]))
-
-
 def training(
-    model: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float = 1e-3
+    model: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float = 1e-3, decays=True
 ) -> Iterator[None]:
-    """Take a step of Adam, with a cosine decay over all steps, each time it is advanced.
+    """Take a step of Adam, by default with a cosine decay over all, each time it is advanced.
 
     The gradients of a step stay in place until the next one.
     """
     optimizer = torch.optim.Adam(model.parameters(), rate)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if decays else None
     for _ in range(steps):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
-        decay.step()
+        if decay is not None:
+            decay.step()
         yield
 
 
@@ -102,28 +90,22 @@ def times(routes: Routes, rounds: int, bar: str | None = None) -> dict[str, list
     return found
 
 
-def step_times(steps: Mapping[str, Iterator[None]], rounds: int) -> dict[str, float]:
-    """Median seconds of a step of each training, which take turns, after some to warm up."""
-    routes = {key: partial(next, each) for key, each in steps.items()}
+def step_times(
+    start: Callable[[str, int], Iterator[None]], names: Iterable[str], rounds: int
+) -> dict[str, float]:
+    """Median seconds of a step of the training that `start` makes of a name and its steps.
+
+    They take turns, after some to warm up.
+    """
+    routes = {name: partial(next, start(name, WARM_UP + rounds)) for name in names}
     times(routes, WARM_UP)
     return {key: float(np.median(each)) for key, each in times(routes, rounds).items()}
 
 
-def alone(
-    function: Callable[..., T],
-    *args: Any,
-    environment: Mapping[str, str] | None = None,
-    **options: Any,
-) -> T:
+def alone(function: Callable[..., T], *args: Any, variables=results.ONE_THREAD, **options) -> T:
     """The result of a function in a new process with these variables in its environment."""
-    before = dict(os.environ)
-    os.environ.update(environment or {})
-    try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            return pool.submit(function, *args, **options).result()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with patch.dict(os.environ, variables), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args, **options).result()
 
 
 def reason(error: BaseException) -> str:

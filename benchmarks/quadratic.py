@@ -203,8 +203,7 @@ def main() -> None:
         found = [divergences(d, seed) for seed in range(seeds)]
         rows = {name: [each[name] for each in found] for name in losses(d)}
         report[f"d = {d}"] = rows
-        header = ["KL [nats], error of the difference", *[""] * (2 * seeds)]
-        experiment.show(f"d = {d}", header, [[k, *sum(v, ())] for k, v in rows.items()])
+        results.show(f"KL [nats] and error of the difference, by seed: d = {d}", rows)
         if not options.smoke:
             results.keep(FILE, {"quadratic": report})
 

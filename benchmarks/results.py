@@ -1,19 +1,27 @@
-"""Files of results, kept by question.
+"""Files of results, kept by question, and what the numbers depend on.
 
 A file holds, for each question, the environment and the commit it was measured in, how much was
 measured ("smoke", "default" or "full"), and what was found. Measuring one question anew leaves
-the others as they are.
+the others as they are. No host names and no paths are kept.
 """
 
 import json
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import ROOT
-
 Report = dict[str, Any]
+ROOT = Path(__file__).parents[1]
 DIRECTORY = ROOT / "benchmarks" / "results"
-DIGITS = 5
+# NPROC is XLA's, see benchmarks.peers.in_jax, which cannot be imported without JAX.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NPROC": "1"}
+# What is measured beside ours, by the name in pip.
+PEERS = ("flow_matching", "jax", "k-diffusion", "scipy", "torchdiffeq")
 
 
 def rounded(found: Any) -> Any:
@@ -22,7 +30,13 @@ def rounded(found: Any) -> Any:
         return {key: rounded(each) for key, each in found.items()}
     if isinstance(found, list | tuple):
         return [rounded(each) for each in found]
-    return float(f"{found:.{DIGITS}g}") if isinstance(found, float) else found
+    return float(f"{found:.5g}") if isinstance(found, float) else found
+
+
+def show(title: str, rows: Report) -> None:
+    print(f"\n{title}")
+    for name, row in rows.items():
+        print(f"{name}: {rounded(row)}")
 
 
 def read(file: Path) -> Report:
@@ -40,3 +54,48 @@ def write(file: Path, questions: Report) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     ordered = rounded(dict(sorted(questions.items())))
     file.write_text(json.dumps(ordered, separators=(",", ":")) + "\n")
+
+
+def installed(name: str) -> str | None:
+    """The version of a package, None where it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """The model of the processor, as Linux names it, with its family where that is given."""
+    file = Path("/proc/cpuinfo")
+    lines = re.findall(r"^(.*\S)\s*: *(.*)$", file.read_text(), re.M) if file.exists() else []
+    told = dict(reversed(lines))
+    if "model name" not in told:
+        return platform.processor() or platform.machine()
+    widest = ", AVX-512" if "avx512f" in told.get("flags", "") else ""
+    return f"{told['model name']}, family {told.get('cpu family', '?')}{widest}"
+
+
+def said(*command: str) -> str | None:
+    """The first line that a program prints; None where it fails or is not there."""
+    try:
+        printed = subprocess.check_output(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return printed.partition("\n")[0].strip()
+
+
+def environment() -> Report:
+    """Processor, threads, versions and commit, with None for a package that is not installed."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "load_before": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "torch": installed("torch"),
+        "numpy": installed("numpy"),
+        "peers": {name: installed(name) for name in PEERS},
+        # "-dirty" where files have changed since; None outside git.
+        "commit": said("git", "describe", "--always", "--dirty", "--exclude", "*"),
+        "date": datetime.now(UTC).date().isoformat(),
+    }

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks import results
 from benchmarks.counts import count_of
 from benchmarks.experiment import Choose, Row, alone, times
 from benchmarks.intervals import ratio_of_medians
@@ -40,11 +41,10 @@ CASES = NAMES
 Step = Callable[[], object]
 # The C library returns freed tensors at once. Setting it also turns off glibc's habit of raising
 # the threshold when something large is freed.
-MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "OMP_NUM_THREADS": "1",
-}
+MEMORY = (
+    dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "65536")
+    | results.ONE_THREAD
+)
 
 
 def resident(field: str) -> int:
@@ -89,8 +89,8 @@ def peer_of(variant: Row) -> str | None:
     """The loss in JAX that a variant is compared with, None where it does other work."""
     if {"fraction", "chunks", "probes"} & variant.keys():
         return None
-    order = f"order {variant['order']}"
-    return f"{order} {variant.get('third', 'exact')}" if variant["order"] == 3 else order
+    third = f" {variant.get('third', 'exact')}" if variant["order"] == 3 else ""
+    return f"JAX, order {variant['order']}{third}"
 
 
 def peer_steps(name: str, batch: int) -> dict[str, Step]:
@@ -106,14 +106,16 @@ def peer_steps(name: str, batch: int) -> dict[str, Step]:
     x0, noise, *probes = drawn
     steps: dict[str, Step] = {}
     for variant in VARIANTS.values():
-        key = peer_of(variant)
-        if key is not None:
+        if key := peer_of(variant):
             third = variant.get("third", "exact")
-            step = training_step(network, variant["order"], third)
-            given = (x0, jax.numpy.linspace(0.01, 1, batch), noise)
-            given += tuple(probes[: 2 if third == "sliced" else 1])
-            run = partial(step, *given)
-            steps[f"JAX, {key}"] = lambda run=run: jax.block_until_ready(run())
+            given = (
+                x0,
+                jax.numpy.linspace(0.01, 1, batch),
+                noise,
+                *probes[: 1 + (third == "sliced")],
+            )
+            run = partial(training_step(network, variant["order"], third), *given)
+            steps[key] = lambda run=run: jax.block_until_ready(run())
     for step in steps.values():
         step()
     return steps
@@ -143,15 +145,13 @@ def measure(
     for key, row in tqdm(rows.items(), f"{name}: memory", leave=False):
         row["seconds"] = statistics.median(found[key])
         row["time_ratio"] = ratio_of_medians(found[key], found[BASE])
-        peer = f"JAX, {peer_of(variants[key])}"
-        if peer in found:
+        if (peer := peer_of(variants[key])) in found:
             row["jax_ratio"] = ratio_of_medians(found[key], found[peer])
         if key in weighed:
-            given = {"environment": MEMORY, **variants[key]}
-            row["memory"] = alone(peak_memory, name, batch, **given)
+            row["memory"] = alone(peak_memory, name, batch, variables=MEMORY, **variants[key])
         for field in {"flops", "memory"} & row.keys() & rows[BASE].keys():
             row[f"{field}_ratio"] = row[field] / rows[BASE][field]
-    parameters = sum(parameter.numel() for parameter in model_of(name).parameters())
+    parameters = sum(each.numel() for each in model_of(name).parameters())
     return {"parameters": parameters, "rounds": rounds, "variants": rows}
 
 

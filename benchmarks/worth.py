@@ -31,9 +31,8 @@ from benchmarks.worth_problems import PROBLEMS, Problem
 FILE = results.DIRECTORY / "worth.json"
 SEEDS, BATCH, RATE = 3, 256, 1e-3
 BEFORE, BASE, SWEEP = "before", "order one", "sweep: "
-# Of the higher terms in nats; chosen by --sweep on the first problem.
-WEIGHTS = {"order two, paired": 0.3, "order three, paired": 0.3, "trace, paired": 0.3}
-CANDIDATES = (0.1, 1.0)
+# Of the higher terms of paired probes in nats; chosen by --sweep on the first problem.
+WEIGHT, CANDIDATES = 0.3, (0.1, 1.0)
 Loss = Callable[[hosm.ScoreModel], Callable[..., Tensor]]
 
 
@@ -60,14 +59,14 @@ def losses(problem: Problem, sweep: bool = False) -> dict[str, Loss]:
 
     second, third = partial(of, hosm.second_order_dsm), partial(of, hosm.third_order_dsm)
 
-    def paired(name: str, weight: float) -> Loss:
+    def paired(weight: float) -> dict[str, Loss]:
         """Second, trace and third are ‖M2‖², (tr M2)² and ‖R3‖², over the d of the first."""
-        each = weight * elements
-        if name == "trace, paired":
-            return second(estimator="paired", weights=(1, 0, each))
-        if name == "order two, paired":
-            return second(estimator="paired", weights=(1, each, each))
-        return third(estimator="paired", weights=(1, each, each, each * elements))
+        each, two = weight * elements, {"estimator": "paired"}
+        return {
+            "order two, paired": second(weights=(1, each, each), **two),
+            "order three, paired": third(weights=(1, each, each, each * elements), **two),
+            "trace, paired": second(weights=(1, 0, each), **two),
+        }
 
     found: dict[str, Loss] = {
         BASE: of(hosm.first_order_dsm),
@@ -75,27 +74,17 @@ def losses(problem: Problem, sweep: bool = False) -> dict[str, Loss]:
         "order two, weights 1": second(),
         "order three, as in the paper": third(weights=(1, 0.5, 0, 0.1 * elements**2)),
         "order three, weights 1": third(),
-        **{name: paired(name, weight) for name, weight in WEIGHTS.items()},
+        **paired(WEIGHT),
         "order two, balanced": balanced,
         "Stein, weight 1": stein(1.0),
         "Stein, weight 0.3": stein(0.3),
     }
     if sweep:
-        found |= {
-            f"{SWEEP}{name}, weight {weight:g}": paired(name, weight)
-            for name in WEIGHTS
-            for weight in CANDIDATES
-        }
+        for weight in CANDIDATES:
+            tried = paired(weight).items()
+            found |= {f"{SWEEP}{name}, weight {weight:g}": loss for name, loss in tried}
         found[f"{SWEEP}Stein, weight 3"] = stein(3.0)
     return found
-
-
-def trained(
-    problem: Problem, model: hosm.ScoreModel, loss: Loss, steps: int, rate: float, bar: str
-) -> float:
-    """Train all members; the seconds of processor time it took."""
-    every = tqdm(turns(problem, model, loss, steps, rate), bar, steps, leave=False)
-    return experiment.clocked(lambda: list(every))[1]
 
 
 def turns(problem: Problem, model: hosm.ScoreModel, loss: Loss, steps: int, rate: float):
@@ -110,11 +99,19 @@ def turns(problem: Problem, model: hosm.ScoreModel, loss: Loss, steps: int, rate
 
 def step_times(problem: Problem, model: hosm.ScoreModel, chosen: dict[str, Loss], rounds: int):
     """Median seconds of a step with each loss; they take turns."""
-    steps = {
-        name: turns(problem, copy.deepcopy(model), loss, experiment.WARM_UP + rounds, RATE)
-        for name, loss in chosen.items()
-    }
-    return experiment.step_times(steps, rounds)
+
+    def start(name: str, steps: int):
+        return turns(problem, copy.deepcopy(model), chosen[name], steps, RATE)
+
+    return experiment.step_times(start, chosen, rounds)
+
+
+def trained(
+    problem: Problem, model: hosm.ScoreModel, loss: Loss, steps: int, rate: float, bar: str
+) -> dict[str, Any]:
+    """Train all members; the steps, and the seconds of processor time they took."""
+    every = tqdm(turns(problem, model, loss, steps, rate), bar, steps, leave=False)
+    return {"steps": steps, "seconds": experiment.clocked(lambda: list(every))[1]}
 
 
 def judged(problem: Problem, model: hosm.ScoreModel, base: Tensor | None) -> dict[str, Any]:
@@ -131,8 +128,7 @@ def judged(problem: Problem, model: hosm.ScoreModel, base: Tensor | None) -> dic
         mean = difference.mean(1)
         row |= {"difference": mean.tolist(), "seeds_error": float(mean.std() / math.sqrt(SEEDS))}
         if problem.factor is None:
-            errors = difference.std(1) / math.sqrt(value.shape[1])
-            row["error"] = errors.tolist()
+            row["error"] = (difference.std(1) / math.sqrt(value.shape[1])).tolist()
     return row
 
 
@@ -162,12 +158,15 @@ class Campaign:
         return self.out / (re.sub(r"\W+", "_", f"{problem} {name}") + ".pt")
 
     def keep(self, problem: str, name: str, row: dict[str, Any], model: hosm.ScoreModel) -> None:
-        """Write a result."""
         kept = {"weights": model.state_dict(), "values": row.pop("values", None)}
         torch.save(kept, self.path(problem, name))
         self.report = results.read(self.file)  # another run may have written since
         self.report.setdefault(problem, {})[name] = row
         results.write(self.file, self.report)
+
+    def kept(self, problem: str, name: str) -> dict[str, Any]:
+        """The weights after a training, and what each point adds to the KL."""
+        return torch.load(self.path(problem, name), weights_only=True)
 
     def run(self, name: str, pattern: str = "", sweep: bool = False) -> None:
         """Train with all losses on one problem, but for those that are done."""
@@ -179,10 +178,9 @@ class Campaign:
         if BEFORE not in done:
             step = step_times(problem, model, {BASE: base}, self.budget.rounds)[BASE]
             steps = max(1, round(self.budget.pretraining / step))
-            spent = trained(problem, model, base, steps, RATE, f"{name}: before")
-            row = {"steps": steps, "seconds": spent} | judged(problem, model, None)
-            self.keep(name, BEFORE, row, model)
-        start = torch.load(self.path(name, BEFORE), weights_only=True)["weights"]
+            row = trained(problem, model, base, steps, RATE, f"{name}: before")
+            self.keep(name, BEFORE, row | judged(problem, model, None), model)
+        start = self.kept(name, BEFORE)["weights"]
         for loss in chosen:
             if loss not in done and re.search(pattern, loss):
                 model.load_state_dict(start)
@@ -199,13 +197,11 @@ class Campaign:
             times = step_times(problem, model, both, self.budget.rounds)
             steps = of_base["steps"] if of_base else self.budget.seconds / times[BASE]
             row["step_time"] = times[loss] / times[BASE]
-            row["steps"] = max(1, round(steps / row["step_time"]))
-            rate, bar = self.budget.rate, f"{name}: {loss}"
-            row["seconds"] = trained(problem, model, both[loss], row["steps"], rate, bar)
+            taken, rate = max(1, round(steps / row["step_time"])), self.budget.rate
+            row |= trained(problem, model, both[loss], taken, rate, f"{name}: {loss}")
         except (ValueError, hosm.DerivativeError) as error:
             return row | {"failed": experiment.reason(error)}
-        base = torch.load(self.path(name, BASE), weights_only=True)["values"] if of_base else None
-        return row | judged(problem, model, base)
+        return row | judged(problem, model, self.kept(name, BASE)["values"] if of_base else None)
 
 
 def main() -> None:

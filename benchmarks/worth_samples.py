@@ -17,18 +17,10 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import experiment, results
-from benchmarks.environment import ROOT
 from benchmarks.worth import FILE, SEEDS, Budget, Campaign
 from benchmarks.worth_problems import PROBLEMS
 
 NAME, FEATURES, COUNT = "digits, d = 64", 32, 1437  # samples of each network
-
-
-def sampled(model: hosm.ScoreModel, count: int) -> Tensor:
-    """Draw (count, S, 64), every member from the same noise."""
-    noise = torch.randn(count, 64, generator=torch.Generator().manual_seed(0))
-    latent = model.schedule.prior_std * noise.repeat_interleave(SEEDS, 0)
-    return hosm.ode_sample(model, latent, divergence=None).x.reshape(count, SEEDS, 64)
 
 
 def classifier_features(data: Tensor, labels: Tensor, steps: int) -> nn.Module:
@@ -57,7 +49,7 @@ def discrepancy(a: Tensor, b: Tensor) -> float:
 
     def within(a: Tensor) -> Tensor:
         square = kernel(a, a)
-        return (square.sum() - square.diagonal().sum()) / (len(a) * (len(a) - 1))
+        return (square.sum() - square.trace()) / (len(a) * (len(a) - 1))
 
     return float(within(a) + within(b) - 2 * kernel(a, b).mean())
 
@@ -87,29 +79,27 @@ def main() -> None:
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
     labels = torch.as_tensor(load_digits().target)[order]
     features = classifier_features(everything, labels, 2 if options.smoke else 2000)
+    # Every member from the same noise.
+    count, model = 16 if options.smoke else COUNT, problem.model(SEEDS)
+    noise = torch.randn(count, 64, generator=torch.Generator().manual_seed(0))
+    latent = model.schedule.prior_std * noise.repeat_interleave(SEEDS, 0)
     with torch.no_grad():
         real = features(everything).double()
         floor = []
         for seed in range(SEEDS):
             mixed = real[torch.randperm(1797, generator=torch.Generator().manual_seed(seed))]
             floor.append(discrepancy(mixed[:898], mixed[898:]))
-        found = {"two halves of the data": floor}
-        shown, model = {"data": problem.test[:24]}, problem.model(SEEDS)
+        found, shown = {"two halves of the data": floor}, {"data": problem.test[:24]}
         for loss in tqdm(campaign.report[NAME]):
-            model.load_state_dict(
-                torch.load(campaign.path(NAME, loss), weights_only=True)["weights"]
-            )
-            samples = sampled(model, 16 if options.smoke else COUNT)
+            model.load_state_dict(campaign.kept(NAME, loss)["weights"])
+            samples = hosm.ode_sample(model, latent, divergence=None).x.reshape(count, SEEDS, 64)
             shown[loss] = samples[:24, 0]
-            found[loss] = [
-                discrepancy(features(samples[:, seed]).double(), real) for seed in range(SEEDS)
-            ]
-    experiment.show(
-        "distance", ["", *map(str, range(SEEDS))], [[name, *row] for name, row in found.items()]
-    )
+            of_members = (features(each).double() for each in samples.unbind(1))
+            found[loss] = [discrepancy(each, real) for each in of_members]
+    results.show("distance, by seed", found)
     if not options.smoke:
         results.keep(FILE, {"samples": found})
-        draw(shown, ROOT / "docs/images/worth_digits.png")
+        draw(shown, results.ROOT / "docs/images/worth_digits.png")
 
 
 if __name__ == "__main__":

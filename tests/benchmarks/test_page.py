@@ -9,7 +9,6 @@ pytest.importorskip("matplotlib")
 
 import benchmarks.__main__
 from benchmarks import examples, page, results
-from benchmarks.environment import environment
 from benchmarks.page import marks, numbers, tables
 
 FILE = results.DIRECTORY / "cpu-2-cores.json"
@@ -94,7 +93,7 @@ def test_every_question_was_measured_in_full():
 
 def test_no_host_and_no_path_is_kept():
     for question in QUESTIONS.values():
-        assert set(question["environment"]) == set(environment())
+        assert set(question["environment"]) == set(results.environment())
     for word in ("node", "hostname", "/home", "/root", "/tmp"):
         assert word not in FILE.read_text()
 
