@@ -10,7 +10,7 @@ loss and backward pass. fp32 is as PyTorch has it, convolutions in TF32; bf16 is
                   mode without chunks, or forward mode for the laplacian and the sliced form.
     step          ms between CUDA events, the median over rounds in which the variants take turns,
                   each after a step of its own so that the host is ahead. memory, peak bytes above
-                  those before.
+                  those before. sync, where PyTorch's debug mode saw the host wait, or null.
     compiled      With --compile: ms and memory of the compiled loss, seconds of its first step.
 
 What fails is recorded as "failed". --smoke takes a tiny network and no TF32, and exits with an
@@ -19,6 +19,7 @@ what needs CUDA is null.
 """
 
 import gc
+import json
 import math
 import re
 import statistics
@@ -33,14 +34,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
-from benchmarks import results
 from benchmarks.experiment import Row, parser, reason
 from benchmarks.networks import UNet
+from benchmarks.results import environment, said
 from benchmarks.steps import BASE, VARIANTS, loss_of
 
 Step = Callable[[], object]
 # Four probes would take four times the memory.
 MEASURED = {key: variant for key, variant in VARIANTS.items() if "probes" not in variant}
+PARTS = ("gradient", "step", "compiled")
+COLUMNS = {
+    "GiB": ("step", "memory", 2**30),
+    "step ms": ("step", "ms", 1),
+    "compiled ms": ("compiled", "ms", 1),
+    "gradient": ("gradient", "error", 1),
+}
 WARM_UP, ROUNDS = 3, 7
 LARGE, SMALL = (128, (1, 2, 2, 2), 5), (8, (1, 2), 1)
 
@@ -58,6 +66,7 @@ class Job:
         self.x0 = torch.randn(setting.batch, 3, size, size, device=self.device)
 
     def step(self, variant: Row) -> Step:
+        """A training step of a variant."""
         loss = loss_of(self.model, **variant)
 
         def step() -> None:
@@ -112,11 +121,22 @@ def checked(job: Job, variant: Row) -> Row:
     return found
 
 
-def remembered(job: Job, variant: Row) -> Row:
-    return {"memory": job.peak(job.step(variant))}
+def measured(job: Job, variant: Row) -> Row:
+    """Memory and waits of a step."""
+    step = job.step(variant)
+    found: Row = {"memory": job.peak(step), "sync": None}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        found["sync"] = reason(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return found
 
 
 def timed(steps: Mapping[str, Step]) -> dict[str, float]:
+    """Median milliseconds of every step."""
     times: dict[str, list[float]] = {key: [] for key in steps}
     for _, key in tqdm(list(product(range(ROUNDS), steps)), "time", leave=False):
         torch.cuda.empty_cache()  # its blocks have the sizes of another variant
@@ -140,7 +160,8 @@ def compiled(job: Job, variant: Row) -> Row:
 
 
 def measure_all(setting: Namespace, variants: dict[str, Row]) -> dict[str, Row]:
-    rows = {key: dict.fromkeys(("gradient", "step", "compiled")) for key in variants}
+    """Everything about every variant."""
+    rows = {key: dict.fromkeys(PARTS) for key in variants}
     small = Job(Namespace(**vars(setting) | {"batch": min(8, setting.batch)}))
     for key, variant in tqdm(variants.items(), "gradients", leave=False):
         rows[key]["gradient"] = small.attempt(checked, variant)
@@ -148,7 +169,7 @@ def measure_all(setting: Namespace, variants: dict[str, Row]) -> dict[str, Row]:
         return rows
     job = Job(setting)
     for key, variant in tqdm(variants.items(), "memory", leave=False):
-        rows[key]["step"] = job.attempt(remembered, variant)
+        rows[key]["step"] = job.attempt(measured, variant)
     steps = {key: job.step(v) for key, v in variants.items() if "memory" in rows[key]["step"]}
     found = job.attempt(lambda _: timed(steps))
     for key in steps:
@@ -156,6 +177,26 @@ def measure_all(setting: Namespace, variants: dict[str, Row]) -> dict[str, Row]:
     for key, variant in tqdm(variants.items(), "compiled") if setting.compile else ():
         rows[key]["compiled"] = job.attempt(compiled, variant)
     return rows
+
+
+def printed(title: str, rows: dict[str, Row]) -> None:
+    """Print a table, in brackets the ratios to order one, and what failed."""
+    lines = []
+    for key, row in rows.items():
+        lines.append([key])
+        for part, name, unit in COLUMNS.values():
+            number, base = ((each[part] or {}).get(name) for each in (row, rows[BASE]))
+            ratio = f" ({number / base:.2f})" if number and base else ""
+            lines[-1].append(None if number is None else f"{number / unit:.4g}{ratio}")
+    shown = [["", *COLUMNS], *([cell or "-" for cell in line] for line in lines)]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    print(f"\n{title}")
+    for first, *cells in shown:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+    for (key, row), part, word in product(rows.items(), PARTS, ("failed", "sync")):
+        if (row[part] or {}).get(word):
+            print(f"{key}, {part}: {word}: {row[part][word]}")
 
 
 def main() -> None:
@@ -168,22 +209,20 @@ def main() -> None:
     cpu = options.smoke and not torch.cuda.is_available()
     device = options.device = "cpu" if cpu else "cuda"
     chosen = {k: v for k, v in MEASURED.items() if k == BASE or re.search(options.variants, k)}
-    where = results.environment() | {
+    where = environment() | {
         "card": torch.cuda.get_device_name(device) if device == "cuda" else None,
-        "driver": results.said(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        ),
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
     }
-    tables: list[Row] = []
+    report: Row = {"environment": where, "tables": []}
     batches = options.batch or ([4] if options.smoke else [128, 48])
     for batch, precision in product(batches, ("fp32", "bf16")):
         shared = {"batch": batch, "precision": precision}
         rows = measure_all(Namespace(**vars(options) | shared), chosen)
-        results.show(f"batch {batch}, {precision}", rows)
-        tables.append(shared | {"smoke": options.smoke, "variants": rows})
+        printed(f"batch {batch}, {precision}", rows)
+        report["tables"].append(shared | {"smoke": options.smoke, "variants": rows})
         if options.out:
-            results.write(options.out, {"environment": where, "tables": tables})
+            options.out.write_text(json.dumps(report, indent=2))
         limit = 1e-4 if precision == "fp32" else math.inf
         for key, found in ((key, row["gradient"]) for key, row in rows.items()):
             right = math.isfinite(found.get("loss", math.nan)) and found.get("error", 0) <= limit
