@@ -1,5 +1,7 @@
 """The generators of `tests.derivatives.taylor.table` for what computes: arithmetic, activations, layers."""
 
+import math
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -128,6 +130,9 @@ def _(r, f):
         *(("bi,bi,i->b", lambda x: (x, x.sin(), ROWS)), ("bi->", lambda x: (x,))),
         *(("Bi,Bj->ij", lambda x: (x, x)), ("b...,b...->...", lambda x: (cube(x), cube(x)))),
         *(("ij,bi->bj", lambda x: (PARAMETER, x)), ("bi,jk->bijk", lambda x: (x, x[:, :2]))),
+        *(("...ij,...kj->...ik", lambda x: (cube(x), OTHER)), ("b...->b", lambda x: (cube(x),))),
+        *(("...i,ij->...j", lambda x: (cube(x), PARAMETER[:4])),),
+        *(("...i,...j->...ij", lambda x: (cube(x), OTHER[0])),),
     ]
     equation, operands = r.choice(forms)
     if r.random() < 0.2:
@@ -232,6 +237,55 @@ def _(r, f):
         ]
     )
     return lambda x: f(*form(x), **named)
+
+
+@of(F.multi_head_attention_forward)
+def _(r, f):
+    # x (3, 8) as 2 places of 3 samples with 4 channels, in 2 heads; plain tensors beside it.
+    draw = torch.randn(12, 4, generator=torch.Generator().manual_seed(r.randint(0, 9)))
+    weight, bias, context = draw.double(), OTHER.reshape(-1)[:12], OTHER[:, 0].expand(2, 3, 4)
+    out = OTHER[:2].reshape(4, 4), bias[:4]
+
+    def places(x):
+        return cube(x).transpose(0, 1)
+
+    form = r.choice(
+        [
+            lambda x: (places(x),) * 3,
+            lambda x: (places(x), places(x).cos(), places(x).sin()),
+            lambda x: (places(x), context, context),
+            lambda x: (context, places(x), places(x)),
+            lambda x: (context, context, places(x)),
+        ]
+    )
+    blocked = torch.tensor([[False, True], [False, False]])
+    floating = torch.zeros(2, 2).masked_fill(blocked, -math.inf)
+    padding = torch.tensor([[False, False], [False, True], [False, False]])
+    named = {
+        "need_weights": r.random() < 0.5,
+        "average_attn_weights": r.random() < 0.5,
+        "attn_mask": r.choice([None, blocked, floating, blocked.expand(6, 2, 2)]),
+        "key_padding_mask": r.choice([None, padding]),
+        "training": r.random() < 0.5,
+    }
+    packed = weight, r.choice([bias, None])
+    if r.random() < 0.3:
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        named |= {
+            "use_separate_proj_weight": True,
+            **dict(zip(names, weight.chunk(3), strict=True)),
+        }
+        packed = None, packed[1]
+    if named["attn_mask"] is blocked and r.random() < 0.3:
+        named["is_causal"] = True
+
+    def called(x):
+        mixed, weights = f(*form(x), 4, 2, *packed, None, None, False, 0.0, *out, **named)
+        if weights is None:
+            return mixed
+        return torch.cat([mixed.flatten(), weights.flatten()])
+
+    return called
 
 
 @of(F.glu)

@@ -1,9 +1,7 @@
-r"""Rules for layers: weights, attention and gates.
+r"""Rules for layers of weights, and for gates.
 
 A layer of weights is one call on the value and its derivatives as one larger batch; the bias
 belongs to the value alone.
-
-Attention is two products of matrices and a softmax; its matrix of weights is kept.
 """
 
 from typing import Any
@@ -13,13 +11,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._torch_internals import traced
-from hosm_losses.derivatives.primitives import attention_weights, causal_mask
-from hosm_losses.derivatives.taylor.arithmetic import add, multiply
+from hosm_losses.derivatives.taylor.arithmetic import multiply
 from hosm_losses.derivatives.taylor.jet import Jet
-from hosm_losses.derivatives.taylor.matrices import matmul
 from hosm_losses.derivatives.taylor.pointwise import apply, sigmoid
-from hosm_losses.derivatives.taylor.selection import masked_fill
-from hosm_losses.derivatives.taylor.softmax import softmax
 from hosm_losses.derivatives.taylor.table import NoRule, axis, rule
 
 
@@ -49,47 +43,11 @@ def with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
 
 
 @rule(F.linear)
-def _linear(x: Any, weight: Any, bias: Any = None) -> Jet:
+def linear(x: Any, weight: Any, bias: Any = None) -> Jet:
+    """The layer of a weight and a bias."""
     if weight.ndim != 2 or x.ndim == 0:
         raise NoRule
     return x.like(with_bias(F.linear(x.stack, weight), bias, 1))
-
-
-@rule(F.scaled_dot_product_attention, several=True)
-def _attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    if is_causal and attn_mask is not None:
-        raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both.")
-    if isinstance(attn_mask, Jet) or enable_gqa or query.ndim < 3:
-        raise NoRule
-    if not isinstance(query, Jet) and not isinstance(key, Jet):
-        weights = attention_weights(query, key, attn_mask, is_causal, scale)
-        return matmul(F.dropout(weights.to(value.dtype), dropout_p), value)
-    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
-    query = multiply(query, factor) if isinstance(query, Jet) else query * factor
-    key = key.like(key.stack.mT) if isinstance(key, Jet) else key.mT
-    logits = matmul(query, key)
-    logits = logits.typed(torch.promote_types(logits.dtype, torch.float32))
-    if is_causal:
-        attn_mask = causal_mask(logits)
-    if attn_mask is None:
-        weights = softmax(logits, -1)
-    elif attn_mask.dtype == torch.bool:
-        masked = masked_fill(logits, ~attn_mask, torch.finfo(logits.dtype).min)
-        weights = multiply(softmax(masked, -1), attn_mask.any(-1, keepdim=True))
-    else:
-        weights = softmax(add(logits, attn_mask), -1)
-    if dropout_p:
-        weights = multiply(weights, F.dropout(torch.ones_like(weights.stack[0]), dropout_p))
-    return matmul(weights.typed(value.dtype), value)
 
 
 @rule(F.glu)

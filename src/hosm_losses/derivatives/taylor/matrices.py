@@ -212,14 +212,28 @@ def _of_matrices(a: Any, b: Any) -> Jet:
 rule(*every("__rmatmul__"), several=True)(swapped(matmul))
 
 
+def _without_dots(equation: str, factors: Iterable[Any]) -> str:
+    """An equation with letters for the axes that "..." stands for, as many in every factor."""
+    terms = equation.partition("->")[0].replace(" ", "").split(",")
+    counts = {
+        ndim_of(factor) - len(term) + 3
+        for term, factor in zip(terms, factors, strict=True)
+        if "..." in term
+    }
+    if len(counts) > 1:
+        raise NoRule
+    free = [letter for letter in ascii_letters if letter not in equation]
+    return equation.replace("...", "".join(free[: max(counts, default=0)]))
+
+
 @rule(torch.einsum, several=True)
 def _einsum(equation: Any, *operands: Any) -> Jet:
     listed = len(operands) == 1 and isinstance(operands[0], list | tuple)
     factors: Any = operands[0] if listed else operands
     # Not the form without a string, nor one whose result is implied.
-    written = isinstance(equation, str) and "..." not in equation and "->" in equation
-    if not written or len(factors) > 2:
+    if not isinstance(equation, str) or "->" not in equation or len(factors) > 2:
         raise NoRule
+    equation = _without_dots(equation, factors)
     new = next(letter for letter in ascii_letters if letter not in equation)
     given, _, result = equation.replace(" ", "").partition("->")
     terms = [

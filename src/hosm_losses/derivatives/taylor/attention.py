@@ -1,0 +1,153 @@
+r"""Rules for attention: two products of matrices and a softmax, whose result is kept."""
+
+import math
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from hosm_losses.derivatives.primitives import attention_weights, causal_mask
+from hosm_losses.derivatives.taylor.arithmetic import add, multiply
+from hosm_losses.derivatives.taylor.jet import Jet
+from hosm_losses.derivatives.taylor.layers import linear
+from hosm_losses.derivatives.taylor.matrices import matmul
+from hosm_losses.derivatives.taylor.selection import masked_fill
+from hosm_losses.derivatives.taylor.softmax import softmax
+from hosm_losses.derivatives.taylor.table import NoRule, rule
+
+
+@rule(F.scaled_dot_product_attention, several=True)
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    if is_causal and attn_mask is not None:
+        raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both.")
+    if isinstance(attn_mask, Jet) or enable_gqa or query.ndim < 3:
+        raise NoRule
+    weights = _weights(query, key, attn_mask, is_causal, scale)
+    return _mixed(_dropped(weights, dropout_p), value)
+
+
+def _weights(
+    query: Any, key: Any, attn_mask: Any, is_causal: bool = False, scale: float | None = None
+) -> Any:
+    """The weights of attention, in float32 at least; a Jet if query or key is one."""
+    if not isinstance(query, Jet) and not isinstance(key, Jet):
+        return attention_weights(query, key, attn_mask, is_causal, scale)
+    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
+    query = multiply(query, factor) if isinstance(query, Jet) else query * factor
+    key = key.like(key.stack.mT) if isinstance(key, Jet) else key.mT
+    logits = matmul(query, key)
+    logits = logits.typed(torch.promote_types(logits.dtype, torch.float32))
+    if is_causal:
+        attn_mask = causal_mask(logits)
+    if attn_mask is None:
+        return softmax(logits, -1)
+    if attn_mask.dtype == torch.bool:
+        masked = masked_fill(logits, ~attn_mask, torch.finfo(logits.dtype).min)
+        return multiply(softmax(masked, -1), attn_mask.any(-1, keepdim=True))
+    return softmax(add(logits, attn_mask), -1)
+
+
+def _dropped(weights: Any, dropout_p: float) -> Any:
+    if not dropout_p:
+        return weights
+    if not isinstance(weights, Jet):
+        return F.dropout(weights, dropout_p)
+    return multiply(weights, F.dropout(torch.ones_like(weights.stack[0]), dropout_p))
+
+
+def _mixed(weights: Any, value: Any) -> Jet:
+    if isinstance(weights, Jet):
+        return matmul(weights.typed(value.dtype), value)
+    return matmul(weights.to(value.dtype), value)
+
+
+def _projected(x: Any, weight: Any, bias: Any) -> Any:
+    return linear(x, weight, bias) if isinstance(x, Jet) else F.linear(x, weight, bias)
+
+
+def _in_heads(x: Any, heads: int) -> Any:
+    """(L, N, E) as (N, heads, L, E/heads)."""
+    if isinstance(x, Jet):
+        return x.like(x.stack.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4))
+    return x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+
+
+def _allowed(attn_mask: Any, padding: Any, heads: int) -> Any:
+    """Both masks of nn.MultiheadAttention, in which True blocks, as one of `_weights`."""
+    masks = []
+    if attn_mask is not None:
+        masks.append(attn_mask.unflatten(0, (-1, heads)) if attn_mask.ndim == 3 else attn_mask)
+    if padding is not None:
+        masks.append(padding[:, None, None, :])
+    added = [mask for mask in masks if mask.is_floating_point()]
+    blocked = [mask for mask in masks if mask.dtype == torch.bool]
+    if not added:
+        return ~reduce(torch.logical_or, blocked) if blocked else None
+    total = sum(added[1:], added[0])
+    return torch.where(blocked[0], -math.inf, total) if blocked else total
+
+
+@rule(F.multi_head_attention_forward, several=True)
+def _multi_head_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    embed_dim_to_check: int,  # noqa: ARG001
+    num_heads: int,
+    in_proj_weight: Any,
+    in_proj_bias: Any,
+    bias_k: Any,
+    bias_v: Any,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Any,
+    out_proj_bias: Any,
+    training: bool = True,
+    key_padding_mask: Any = None,
+    need_weights: bool = True,
+    attn_mask: Any = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Any = None,
+    k_proj_weight: Any = None,
+    v_proj_weight: Any = None,
+    static_k: Any = None,
+    static_v: Any = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Jet, Any]:
+    added = (bias_k, bias_v, static_k, static_v)
+    masks = (attn_mask, key_padding_mask)
+    if any(each is not None for each in added) or add_zero_attn or query.ndim != 3:
+        raise NoRule
+    if any(isinstance(each, Jet) for each in masks) or (is_causal and attn_mask is None):
+        raise NoRule
+    separate = q_proj_weight, k_proj_weight, v_proj_weight
+    biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+    if query is key is value and not use_separate_proj_weight:
+        joined = _projected(query, in_proj_weight, in_proj_bias)
+        parts = [query.like(part) for part in joined.stack.chunk(3, -1)]
+    else:
+        weights = separate if use_separate_proj_weight else in_proj_weight.chunk(3)
+        given = zip((query, key, value), weights, biases, strict=True)
+        parts = [_projected(*each) for each in given]
+    q, k, v = (_in_heads(part, num_heads) for part in parts)
+    weights = _weights(q, k, _allowed(attn_mask, key_padding_mask, num_heads))
+    weights = _dropped(weights, dropout_p if training else 0.0)
+    mixed = _mixed(weights, v)
+    joined = mixed.like(mixed.stack.permute(0, 3, 1, 2, 4).flatten(-2))
+    output = linear(joined, out_proj_weight, out_proj_bias)
+    if not need_weights:
+        return output, None
+    if not isinstance(weights, Jet):
+        return output, weights.mean(1) if average_attn_weights else weights
+    return output, weights.like(weights.stack.mean(2)) if average_attn_weights else weights
