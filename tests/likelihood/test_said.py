@@ -54,6 +54,20 @@ def test_a_schedule_that_does_not_end_in_its_prior(name, function):
         function(normal(FAR[name], 1.0), x, data_std=1.0)
 
 
+def test_latents_that_are_drawn_from_a_prior_where_the_schedule_does_not_end():
+    """Not where they are given: those who give them know of which law they are."""
+    model = normal(FAR["a tenth of the steps"])
+    said = r"schedule: expected one that ends in its prior.* nats .*samples from the prior are off"
+    with pytest.warns(UserWarning, match=said):
+        hosm.ode_sample(model, (4, 3), steps=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hosm.ode_sample(model, torch.randn(4, 3), steps=8)
+        hosm.ode_sample(model, (4, 3), steps=8, data_std=1.0)
+        for schedule in NEAR:
+            hosm.ode_sample(normal(schedule), (4, 3), steps=8)
+
+
 def test_by_how_much_in_nats():
     """That of Gaussian data is the divergence of what it ends in from the prior."""
     schedule = FAR["half of the time"]

@@ -76,11 +76,13 @@ def evaluate(
     enable_grad: bool = False,
     name: str = "x",
     at_start: bool = True,
+    of_prior: bool = True,
 ) -> NLLResult:
     """Put together what `likelihood` gives for chunks of x, and for draws of u, after checks.
 
-    `name` is that of x in errors; `at_start` says whether it is, or leads to, a point at t_min.
-    The other arguments are those of `ode_nll`.
+    `name` is that of x in errors; `at_start` says whether it is, or leads to, a point at t_min,
+    `of_prior` whether it leads to, or was drawn at, latents of the prior. The other arguments are
+    those of `ode_nll`.
     """
     check_model(model)
     if dequantization is None:
@@ -112,7 +114,7 @@ def evaluate(
         safe = enable_grad or any(isinstance(part, INSTANCE_NORMS) for part in parts)
         conditions = condition(model, count, kwargs, primitives=None if safe else False)
         coordinates, dtype = Coordinates(model.schedule, mean, std), _network_dtype(model, x)
-        _say_ends(coordinates, start=at_start, prior=log_prior is None and name == "x")
+        _say_ends(coordinates, start=at_start, prior=log_prior is None and of_prior)
         results = []
         with progress_bar(progress, count * draws, "sample") as advance:
             whole = Batch(normal(x), conditions, coordinates, dtype, log_prior, generator, advance)
@@ -185,8 +187,9 @@ def _say_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None:
         warnings.warn(
             f"schedule: expected one that ends in its prior, N(0, {spread:g}²); got "
             f"{schedule!r}, which ends {apart:.2g} nats a sample from it for data of this "
-            "data_mean and data_std. They are part of the likelihood. Look at the numbers of the "
-            "schedule, or give log_prior.",
+            "data_mean and data_std. Likelihoods have them as a part, and samples from the prior "
+            "are off by them. Look at the numbers of the schedule, or give log_prior, and to "
+            "ode_sample latents of it.",
             stacklevel=users_level(),
         )
 

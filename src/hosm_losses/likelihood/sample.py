@@ -150,8 +150,9 @@ def ode_sample(
         return followed(Paths(batch, kind, distribution), solve, backwards=True)
 
     shared = (data_mean, data_std, log_prior, None, batch_size, progress, generator)
+    options: dict[str, Any] = {"name": "latent", "of_prior": not given}
     found = evaluate(
-        sampled, model, start, *shared, model_kwargs, enable_grad=enable_grad, name="latent"
+        sampled, model, start, *shared, model_kwargs, enable_grad=enable_grad, **options
     )
     return SampleResult(
         x=found.latent,
