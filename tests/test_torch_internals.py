@@ -38,6 +38,53 @@ def test_a_transform_is_seen():
     assert seen == [(False, False, True)] + [(True, True, False)] * 4
 
 
+def test_which_transforms_surround_a_call_is_seen():
+    """torch._C._functorch.get_interpreter_stack and TransformType: 2.13."""
+    seen = []
+
+    def look(x):
+        seen.append((internals.vmapped(), internals.differentiated()))
+        return x.sum()
+
+    def unasked(x):
+        with torch.no_grad():
+            return look(x)
+
+    x = torch.ones(2)
+    look(x)
+    torch.func.vmap(look)(x[None])
+    torch.func.jvp(look, (x,), (x,))
+    with torch.no_grad():
+        torch.func.grad(look)(x)
+    torch.func.vjp(look, x)
+    torch.func.vmap(torch.func.grad(look))(x[None])
+    torch.func.grad(unasked)(x)
+    plain, inside_both = (False, False), (True, True)
+    grads = [(False, True)] * 2
+    assert seen == [plain, (True, False), plain, *grads, inside_both, plain]
+
+
+@pytest.mark.parametrize(
+    "look_up",
+    [
+        nn.Embedding(5, 3),
+        lambda t: torch.ones(5, 3)[t],
+        lambda t: torch.ones(5, 3).gather(0, t[:, None]),
+        lambda t: torch.ones(5).index_select(0, t),
+        lambda t: torch.ones(5).take(t),
+        lambda t: torch.take_along_dim(torch.ones(5), t),
+        lambda t: nn.functional.one_hot(t, 5),
+        lambda t: [torch.ones(5)[each] for each in t.tolist()],
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_for_indices_are_told(dtype, look_up):
+    """2.13."""
+    with pytest.raises((RuntimeError, IndexError)) as error:
+        look_up(torch.tensor([1.5, 2.0], dtype=dtype))
+    assert any(words in str(error.value) for words in internals.OF_INDICES)
+
+
 def test_operators_are_found_by_name_and_those_of_packages_told_apart():
     """torch.ops.aten, OpOverload.name, and _dispatch_has_kernel_for_dispatch_key: 2.13."""
     aten = torch.ops.aten

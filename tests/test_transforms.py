@@ -323,6 +323,24 @@ def test_the_gradient_of_a_likelihood(name, divergence, method):
     close([*got[0].values(), got[1]], list(expected))
 
 
+@pytest.mark.parametrize("transform", [grad, torch.func.jacrev, torch.func.hessian])
+@pytest.mark.parametrize("function", [hosm.ode_nll, hosm.ode_sample, hosm.variational_nll])
+def test_a_likelihood_without_a_graph_has_no_gradient_in_silence(function, transform):
+    """It was zero."""
+    network, x0, _ = setting("mlp", 2)
+    model = hosm.ScoreModel(network, hosm.VPSchedule())
+    with pytest.raises(ValueError, match=r"enable_grad: expected True under torch\.func\.grad"):
+        transform(lambda x: function(model, x).nll.sum())(x0)
+
+    def looked_at(x):
+        with torch.no_grad():
+            number = function(model, x).nll.sum()
+        return x.square().sum(), number
+
+    got, _ = grad(looked_at, has_aux=True)(x0)
+    close(got, 2 * x0)
+
+
 @pytest.mark.parametrize("order", [2, 3])
 def test_a_loss_module_by_functional_call(order):
     network, x0, given = setting("attention")

@@ -26,11 +26,10 @@ CHANGED_SINCE = "modified by an inplace operation"
 LOST_ATTRIBUTE = "Backward' object has no attribute"  # of a custom Function that dropped it
 # The node behind the result of a once_differentiable backward, which autograd.grad never meets.
 DELAYED_ERROR = "torch::autograd::Error"
-# Of devices that fail.
-DEVICE_ERROR_TEXT = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
+DEVICE_ERROR_TEXT = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")  # failed
 OF_DTYPES = ("dtype", "scalar type", "type (")  # of operands whose dtypes do not go together
-# What a module with a full backward hook puts around its inputs and outputs.
-MODULE_HOOK = BackwardHookFunction
+OF_INDICES = ("indices", "for index", "index tensor")  # of floating-point numbers for indices
+MODULE_HOOK = BackwardHookFunction  # around the inputs and outputs of a module with such a hook
 COMPILED_PART = "_compiled_call_impl"  # the attribute of a module that .compile() sets
 ANY_CHECKPOINT = ("_checkpoint_hook", "_recomputation_hook")  # hooks that save tensors
 
@@ -49,8 +48,18 @@ def transformed() -> bool:
 
 def vmapped() -> bool:
     """Whether a vmap of torch.func surrounds this call: a tensor may stand for many."""
+    return _C._functorch.TransformType.Vmap in _transforms()
+
+
+def differentiated() -> bool:
+    """Whether a grad, vjp or jacrev of torch.func surrounds this call, with gradients on."""
+    return torch.is_grad_enabled() and _C._functorch.TransformType.Grad in _transforms()
+
+
+def _transforms() -> list[Any]:
+    """The types of the transforms of torch.func around this call."""
     stack = _C._functorch.get_interpreter_stack() if transformed() else None
-    return any(each.key() == _C._functorch.TransformType.Vmap for each in stack or ())
+    return [each.key() for each in stack or ()]
 
 
 def traced() -> bool:
@@ -175,12 +184,9 @@ def nodes_from(point: Tensor, tensors: Iterable[Tensor]) -> Iterator[Any]:
 
 
 def in_custom_function() -> bool:
-    """Whether the forward of a torch.autograd.Function surrounds this call.
-
-    It turns off forward mode as well, which torch.no_grad leaves on.
-    """
+    """Whether the forward of a torch.autograd.Function surrounds this call."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
+        return False  # it turns off forward mode as well, which torch.no_grad leaves on
     return not (_C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
@@ -294,19 +300,13 @@ def share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def swapped(one: Tensor, other: Tensor) -> None:
-    """Let two tensors change places in all that refers to them; RuntimeError where one is shared.
-
-    That is one with views, one that autograd saved, or one with weak references.
-    """
+    """Let two tensors change places; RuntimeError if one has views, weak references or a graph."""
     with without_subclasses():
         torch.utils.swap_tensors(one, other)
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often each tensor was changed in place; nothing under torch.compile, which has none.
-
-    Nor is it known of tensors that were made in inference mode.
-    """
+    """How often tensors were changed in place, those that know: none under torch.compile."""
     if torch.compiler.is_compiling():
         return []
     return [tensor._version for tensor in tensors if not tensor.is_inference()]

@@ -128,6 +128,14 @@ def test_vmap_is_told_to_find_the_steps_outside():
         torch.func.vmap(lambda x: hosm.ode_nll(model, x[None], steps=None).nll)(points())
 
 
+def test_vmap_is_told_of_the_adaptive_method():
+    model = exact_model()
+    with pytest.raises(
+        ValueError, match=r"method: expected 'fixed' .* torch\.func\.vmap; got 'ad"
+    ):
+        torch.func.vmap(lambda x: hosm.ode_nll(model, x[None], method="adaptive").nll)(points())
+
+
 def test_the_gradient_of_torch_func_is_that_of_the_steps_that_are_found():
     model, x = exact_model(), points()
     options = {"divergence": "exact", "enable_grad": True, "tolerance": 0.05}

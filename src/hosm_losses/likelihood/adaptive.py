@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hosm_losses._torch_internals import vmapped
 from hosm_losses.likelihood.multistep import combine
 from hosm_losses.likelihood.paths import Paths, Solved
 
@@ -121,6 +122,12 @@ def solve_adaptive(paths: Paths, z: Tensor, span: tuple[float, float], tolerance
     end is at infinity, and the noise end is no farther than the data end. A step may err by
     `tolerance` nats in the log-density, and in the state by 0.03 of it in root mean square.
     """
+    if vmapped():
+        raise ValueError(
+            "method: expected 'fixed' with a number of steps under torch.func.vmap; got "
+            "'adaptive', whose steps are found by looking at errors. Call it on a batch, each "
+            "sample of which has steps of its own as well."
+        )
     batch, coordinates = paths.batch, paths.batch.coordinates
     count, elements = len(z), z[0].numel()
     probes = paths.draw(z)

@@ -44,7 +44,7 @@ from hosm_losses._checks import (
 )
 from hosm_losses._progress import progress_bar
 from hosm_losses._references import modules_of
-from hosm_losses._torch_internals import normal, outside_inference_mode, traced
+from hosm_losses._torch_internals import differentiated, normal, outside_inference_mode, traced
 from hosm_losses.derivatives import Snapshot
 from hosm_losses.likelihood.paths import Batch, Coordinates, accumulator, solver_limit
 from hosm_losses.likelihood.result import NLLResult, Quantization
@@ -95,6 +95,12 @@ def evaluate(
     generator = check_generator(generator, x.device)
     kwargs = check_model_kwargs(model_kwargs)
     check_flag("progress", progress)
+    if differentiated() and not enable_grad:
+        raise ValueError(
+            "enable_grad: expected True under torch.func.grad, vjp or jacrev; got False, by which "
+            "the gradient would be zero. Give enable_grad=True, which variational_nll does not "
+            "have, nor a gradient; or call under torch.no_grad() for the number alone."
+        )
     count = len(x)
     size = count if batch_size is None else check_whole("batch_size", batch_size, 1)
     chunks = torch.arange(count, device=x.device).split(size)
