@@ -83,6 +83,34 @@ def test_the_metric_says_what_the_summary_says(options, monkeypatch):
     assert metric.compute() == dataclasses.asdict(expected)
 
 
+ONE_BATCH = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from hosm_losses import ScoreModel, VPSchedule
+from nll_metric import ODELikelihood, dist
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = ScoreModel(lambda x, t: torch.tanh(x), VPSchedule())
+metric = ODELikelihood(model, divergence="exact", dequantization="uniform", steps=16)
+if dist.get_rank() == 0:
+    metric.update(torch.randint(0, 256, (6, 4), dtype=torch.uint8))
+print(f"bits {metric.compute()['bits_per_dim']}\\n", end="", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_the_metric_of_a_process_without_a_batch(tmp_path):
+    """It ended in an error, and would not have known of the integers: 7 bits too few."""
+    packages("torchmetrics")
+    script = tmp_path / "one_batch.py"
+    script.write_text(ONE_BATCH, encoding="utf-8")
+    found = re.findall(r"bits ([\d.]+)", run(*LAUNCH, script, EXAMPLES))
+    assert len(found) == 2
+    assert found[0] == found[1]
+    assert 7 < float(found[0]) < 20
+
+
 def test_diffusers_training_loop_brings_every_term_down():
     packages("accelerate", "diffusers")
     lines = run(EXAMPLES / "diffusers_accelerate.py", "--cpu").splitlines()

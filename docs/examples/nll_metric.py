@@ -3,7 +3,7 @@
 torchrun --nproc-per-node 2 docs/examples/nll_metric.py
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -11,8 +11,8 @@ from torchmetrics import Metric
 
 from hosm_losses import NLLResult, ScoreModel, VPSchedule, ode_nll
 
-FIELDS = ("nll", "latent", "nfe", "standard_error", "solver_error", "failed")
-OTHERS = ("quantization", "steps", "widening")  # the same for every batch
+FIELDS = ("nll", "nfe", "standard_error", "solver_error", "failed")
+OTHERS = ("levels", "low", "high", "widening", "elements")  # the same for every batch
 
 
 class ODELikelihood(Metric):
@@ -23,36 +23,40 @@ class ODELikelihood(Metric):
     def __init__(self, model: ScoreModel, **options: object) -> None:
         super().__init__()
         self.model, self.options = (model,), options  # the tuple keeps it out of the state_dict
-        self.others: dict[str, object] = {}
-        for name in FIELDS:
+        # (B,) in float64 each, as is the empty one of a process that has no batch.
+        self.set_dtype(torch.float64)
+        for name in FIELDS + OTHERS:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, x: torch.Tensor) -> None:
         """Add a batch."""
         result = ode_nll(self.model[0], x, **self.options)
-        self.others = {name: getattr(result, name) for name in OTHERS}
-        unknown = torch.full_like(result.nll, torch.nan)
-        for name in FIELDS:  # of which standard_error is None with one random probe
-            value = getattr(result, name)
-            getattr(self, name).append(unknown if value is None else value)
+        known = {"elements": result.latent[0].numel()}
+        known |= {} if result.quantization is None else result.quantization._asdict()
+        for name in FIELDS + OTHERS:  # of which some are not known
+            value = getattr(result, name, known.get(name))
+            value = torch.as_tensor(torch.nan if value is None else value).to(x.device).double()
+            getattr(self, name).append(value.expand(len(x)))
 
     def compute(self) -> dict[str, float | None]:
         """Means and standard errors over all batches of all processes."""
-        parts = (getattr(self, name) for name in FIELDS)
+        parts = (getattr(self, name) for name in FIELDS + OTHERS)
         # A list before the processes are joined, a tensor after.
         joined = [torch.cat(part) if isinstance(part, list) else part for part in parts]
-        result = NLLResult(*joined, **self.others)
-        if bool(result.standard_error.isnan().all()):
-            result = replace(result, standard_error=None)
-        return asdict(result.summary())
+        nll, nfe, error, solver_error, failed, *others = joined
+        levels, low, high, widening, elements = (each[0].item() for each in others)
+        latent = nll.new_zeros(len(nll), int(elements))  # of which the size alone counts
+        error = None if bool(error.isnan().all()) else error
+        rest = (solver_error, failed > 0, None, None, widening)
+        result = NLLResult(nll, latent, nfe, error, *rest)
+        return asdict(result.summary(*([int(levels), low, high] if levels > 0 else [])))
 
 
 def main() -> None:
     """Every process evaluates its share of the same points."""
-    rank, world = 0, 1
-    if dist.is_torchelastic_launched():  # by torchrun
+    if launched := dist.is_torchelastic_launched():  # by torchrun
         dist.init_process_group("gloo")
-        rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if launched else (0, 1)
     torch.manual_seed(0)
     layer = torch.nn.Linear(2, 2)
     model = ScoreModel(lambda x, _t: torch.tanh(layer(x)), VPSchedule())
@@ -62,7 +66,7 @@ def main() -> None:
     found = metric.compute()
     if rank == 0:
         print(*(f"{name} {found[name]:.6f}" for name in ("samples", "nll", "standard_error")))
-    if world > 1:
+    if launched:
         dist.destroy_process_group()
 
 
