@@ -65,10 +65,16 @@ def modules_of(function: object) -> list[Referred]:
     ]
 
 
+def roots_of(network: object) -> list[nn.Module]:
+    """A network that is a module, or the modules with parameters to which it refers."""
+    if isinstance(network, nn.Module):
+        return [network]
+    return [each.module for each in modules_of(network)]
+
+
 def class_names(network: object) -> list[str]:
     """The names of the classes of a network, and of those in a wrapper or a function around it."""
-    names, modules = list[str](), [each.module for each in modules_of(network)]
-    modules += [network] if isinstance(network, nn.Module) else []
+    names, modules = list[str](), roots_of(network)
     for module in modules:  # which grows
         names += [kind.__name__ for kind in type(module).__mro__]
         # As of torch.compile, DistributedDataParallel and PEFT.

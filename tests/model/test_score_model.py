@@ -243,6 +243,50 @@ def test_data_of_a_dtype_that_the_network_cannot_take_are_explained(order, engin
     function(model, torch.zeros(4, 2).float(), **options)
 
 
+@pytest.mark.parametrize("function", [hosm.first_order_dsm, hosm.ode_nll])
+def test_a_function_around_a_network_of_another_dtype_is_explained(function):
+    half = torch.nn.Linear(2, 2).bfloat16()
+    model = hosm.ScoreModel(lambda x, t: half(x), VP)
+    with pytest.raises(TypeError, match=r"The data are torch.float64 and its parameters torch.bf"):
+        function(model, torch.zeros(4, 2))
+
+
+class LooksUp(torch.nn.Module):
+    """A table of what t is added to x, and the way it is read."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.table = kind, torch.nn.Embedding(10, 2)
+
+    def forward(self, x, t):
+        table = self.table.weight
+        if self.kind == "embedding":
+            return x + self.table(t)
+        if self.kind == "gather":
+            return x + table.gather(0, t[:, None].expand(-1, 2))
+        return x + table[t]
+
+
+@pytest.mark.parametrize("kind", ["embedding", "indices", "gather"])
+@pytest.mark.parametrize("function", [hosm.ode_nll, hosm.variational_nll, hosm.ode_sample])
+def test_a_network_that_looks_t_up_is_told_of_what_is_between(function, kind):
+    network, schedule = LooksUp(kind), hosm.DiscreteSchedule.linear(10, 0.01, 0.9)
+    model, x = hosm.ScoreModel(network, schedule), torch.randn(4, 2)
+    hosm.third_order_dsm(model, x)
+    with pytest.raises(TypeError, match=r"network: its call failed \(.*ask between.*interpolate"):
+        function(model, x)
+    # The remedy.
+    nearest = hosm.ScoreModel(network, schedule, time=lambda t: t.round().long())
+    assert not bool(function(nearest, x).failed.any())
+    hosm.third_order_dsm(nearest, x)
+
+
+def test_an_index_that_is_wrong_for_another_reason_is_passed_on():
+    model = hosm.ScoreModel(lambda x, t: torch.ones(3)[torch.tensor(9)] * x, hosm.VPSchedule())
+    with pytest.raises(IndexError, match="out of bounds"):
+        hosm.ode_nll(model, torch.randn(4, 2))
+
+
 def test_times_of_a_dtype_that_the_network_cannot_take_are_explained():
     x0 = torch.zeros(4, 2, dtype=torch.bfloat16)
     network = OfTime(torch.bfloat16)

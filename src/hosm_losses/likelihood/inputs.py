@@ -43,7 +43,7 @@ from hosm_losses._checks import (
     users_level,
 )
 from hosm_losses._progress import progress_bar
-from hosm_losses._references import modules_of
+from hosm_losses._references import roots_of
 from hosm_losses._torch_internals import differentiated, normal, outside_inference_mode, traced
 from hosm_losses.derivatives import Snapshot
 from hosm_losses.likelihood.paths import Batch, Coordinates, accumulator, solver_limit
@@ -104,7 +104,7 @@ def evaluate(
     count = len(x)
     size = count if batch_size is None else check_whole("batch_size", batch_size, 1)
     chunks = torch.arange(count, device=x.device).split(size)
-    roots = _roots(model.network)
+    roots = roots_of(model.network)
     _say_what_trains(roots)
     with (
         _kept(roots, x),
@@ -146,13 +146,6 @@ def _say_what_trains(roots: Sequence[nn.Module]) -> None:
                 stacklevel=users_level(),
             )
             return
-
-
-def _roots(network: object) -> list[nn.Module]:
-    """A network that is a module, or the modules to which it refers."""
-    if isinstance(network, nn.Module):
-        return [network]
-    return [each.module for each in modules_of(network)]
 
 
 @contextmanager

@@ -42,8 +42,8 @@ from hosm_losses._checks import (
     may_look,
     users_level,
 )
-from hosm_losses._references import refuse_shared, say_unreached
-from hosm_losses._torch_internals import OF_DTYPES, normal
+from hosm_losses._references import refuse_shared, roots_of, say_unreached
+from hosm_losses._torch_internals import OF_DTYPES, OF_INDICES, normal
 from hosm_losses.derivatives import Jet
 from hosm_losses.model.conditions import SharedTensors, unwrapped
 from hosm_losses.schedules import Schedule, check_schedule
@@ -239,16 +239,25 @@ class ScoreModel(nn.Module):
             return call(x, network_time, **kwargs)
         try:
             return call(x, network_time, **kwargs)
-        except RuntimeError as error:
-            if any(words in str(error) for words in OF_DTYPES):
-                self._explain_dtypes(x, network_time, error)
+        except (RuntimeError, IndexError) as error:
+            self._explain(x, network_time, error)
             raise
 
-    def _explain_dtypes(self, x: Tensor, network_time: Tensor, error: RuntimeError) -> None:
-        """Raise in place of an error where the dtypes of x, t and the parameters differ."""
-        parameters = self.network.parameters() if isinstance(self.network, nn.Module) else ()
+    def _explain(self, x: Tensor, network_time: Tensor, error: Exception) -> None:
+        """Raise in place of an error where dtypes differ, or t is looked up in a table."""
+        text, of_table = str(error), self.schedule.integer_time
+        failed = f"its call failed ({text.partition(chr(10))[0]})"
+        if of_table and network_time.is_floating_point() and any(w in text for w in OF_INDICES):
+            raise TypeError(
+                f"network: {failed}. t is {network_time.dtype}: likelihoods and samples ask "
+                "between the indices of a table, and a network that looks t up in a table of its "
+                "own takes whole ones. Let it interpolate between its two entries next to t, or "
+                "give it the nearest: ScoreModel(..., time=lambda t: t.round().long())."
+            ) from error
+        if not any(words in text for words in OF_DTYPES):
+            return
+        parameters = (each for root in roots_of(self.network) for each in root.parameters())
         own = next((p.dtype for p in parameters if p.is_floating_point()), x.dtype)
-        failed = f"its call failed ({str(error).splitlines()[0]})"
         if own != x.dtype:
             raise TypeError(
                 f"network: {failed}. The data are {x.dtype} and its parameters {own}: convert the "
