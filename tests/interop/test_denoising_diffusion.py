@@ -118,3 +118,17 @@ def test_the_variance_of_a_learned_one_is_left_out():
     model = from_denoising_diffusion(learned.LearnedGaussianDiffusion(network, image_size=8))
     x, t = torch.randn(3, 2, 8, 8), torch.tensor([20, 90, 195])
     assert torch.equal(model.predict(x, t), network(x, t)[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("betas", "dtype"),
+    [("cosine", torch.float16), ("cosine", torch.bfloat16), ("linear", torch.bfloat16)],
+)
+def test_a_table_that_a_half_type_has_rounded_is_told_as_such(betas, dtype):
+    """Not as zero terminal SNR, with a cut that would not help."""
+    network = builders.lucidrains(flash=False)
+    diffusion = package.GaussianDiffusion(network, image_size=8, beta_schedule=betas)
+    schedule = from_denoising_diffusion(diffusion).schedule
+    assert schedule.alphas_cumprod[-1] > 0
+    with pytest.raises(ValueError, match=rf"falls to above 0; got one in {dtype}, .*before"):
+        from_denoising_diffusion(diffusion.to(dtype))

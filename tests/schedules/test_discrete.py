@@ -113,6 +113,27 @@ def test_a_table_that_does_not_fall_inside_0_and_1_is_refused(table):
         hosm.DiscreteSchedule(table)
 
 
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ([0.9, 0.5, 0.6, 0.1], r"0\.5 at index 1 is followed by 0\.6\. A table"),
+        ([0.9, 0.5, 0.5, 0.1], r"0\.5 at index 1 is followed by 0\.5\. A table"),
+        ([0.9, 0.8, float("nan"), 0.1], r"0\.8 at index 1 is followed by nan\. A table"),
+        (
+            TABLE.half(),
+            r"1 at index 0 is followed by 1\. Its type rounds .* in float32 or float64",
+        ),
+        (TABLE.bfloat16()[50:], r"is followed by .*\. Its type rounds neighbours to one number"),
+        (TABLE.numpy().astype(np.float16), r"is followed by .*\. Its type rounds neighbours"),
+        ([1.0, 0.5, 0.1], r"got 3 entries from 1 to 0\.1\. A table"),
+    ],
+    ids=["bump", "repeat", "nan", "float16", "bfloat16", "array", "one"],
+)
+def test_where_a_table_does_not_fall_is_told(table, told):
+    with pytest.raises(ValueError, match=told):
+        hosm.DiscreteSchedule(table)
+
+
 def test_integer_and_float_times_give_one_loss():
     model = hosm.ScoreModel(lambda x, t: x * t[:, None], SCHEDULE, time=0.001)
     x0, noise = torch.randn(3, 2), torch.randn(3, 2)

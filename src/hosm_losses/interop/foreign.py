@@ -23,18 +23,25 @@ def check_has(value: object, expected: str, *names: str, advice: str = OWN) -> N
 
 def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
     """The schedule of the table ᾱ of a foreign object of this name; ValueError if it ends at 0."""
+    where, kind = f"{name}.alphas_cumprod", getattr(owner.alphas_cumprod, "dtype", None)
     table = torch.as_tensor(owner.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
-    if table.ndim == 1 and len(table) and float(table[-1]) in ZERO:
-        where = f"{name}.alphas_cumprod"
-        raise ValueError(
-            f"{where}: expected a table that ends above 0; got one that ends at "
-            f"{float(table[-1]):g} (zero terminal SNR), where sigma/alpha has no finite value. "
-            "Cut it and say the rest yourself: ScoreModel(network, "
-            f"DiscreteSchedule({where}[:-1]), prediction=..., ...)."
-        )
+    zero = table.ndim == 1 and len(table) > 0 and float(table[-1]) in ZERO
     if (sigma := getattr(owner, "sqrt_one_minus_alphas_cumprod", None)) is not None:
         # Where both are kept in float32 it has the digits that 1 − ᾱ has lost at the first steps.
         table = table / (table + torch.as_tensor(sigma).detach().to(table).square())
+    if getattr(kind, "itemsize", 8) < 4 and (zero or bool((table.diff() >= 0).any())):
+        raise ValueError(
+            f"{where}: expected a table that falls to above 0; got one in {kind}, which rounds "
+            "neighbours to one number and the smallest to 0. Make the ScoreModel before .half() "
+            f"or .to({kind}) of what has the table, or convert its network alone."
+        )
+    if zero:
+        raise ValueError(
+            f"{where}: expected a table that ends above 0; got one that ends at "
+            f"{float(owner.alphas_cumprod[-1]):g} (zero terminal SNR), where sigma/alpha has no "
+            "finite value. Cut it and say the rest yourself: ScoreModel(network, "
+            f"DiscreteSchedule({where}[:-1]), prediction=..., ...)."
+        )
     return DiscreteSchedule(table)
 
 

@@ -124,13 +124,21 @@ class DiscreteSchedule(Schedule):
     def __post_init__(self) -> None:
         """Keep the table as a tuple of floats: hashable, comparable, picklable, on no device."""
         table = _numbers("alphas_cumprod", self.alphas_cumprod)
-        falls = len(table) >= 2 and bool((np.diff(table) < 0).all())  # NaN does not
-        if not (falls and table[-1] > 0 and table[0] < 1):
+        stays = np.flatnonzero(~(np.diff(table) < 0))  # NaN does not fall
+        if len(table) < 2 or len(stays) or not (table[-1] > 0 and table[0] < 1):
+            where = advice = ""
+            for i in stays[:1] if len(table) and table[-1] < table[0] else ():
+                where = f", where {table[i]:.9g} at index {i} is followed by {table[i + 1]:.9g}"
+            if getattr(getattr(self.alphas_cumprod, "dtype", None), "itemsize", 8) < 4:
+                advice = (
+                    "Its type rounds neighbours to one number: give it in float32 or float64. "
+                )
             raise ValueError(
                 "alphas_cumprod: expected two entries or more that fall from below 1 to above 0; "
-                f"got {_ends(table)}. A table that ends at 0 (zero terminal SNR) has an infinite "
-                "sigma/alpha there: leave its last entry out. One that rises has its data at the "
-                "last index: reverse it. Betas, which rise too, go to DiscreteSchedule.from_betas."
+                f"got {_ends(table)}{where}. {advice}A table that ends at 0 (zero "
+                "terminal SNR) has an infinite sigma/alpha there: leave its last entry out. One "
+                "that rises has its data at the last index: reverse it. Betas, which rise too, go "
+                "to DiscreteSchedule.from_betas."
             )
         log_sigma_hat = 0.5 * (np.log1p(-table) - np.log(table))
         object.__setattr__(self, "alphas_cumprod", tuple(table.tolist()))
