@@ -192,6 +192,40 @@ def test_flow_matching_is_a_linear_flow_with_times_up_to_a_thousand():
     torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
 
 
+WITH_FLOW_SIGMAS = [
+    "UniPCMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
+]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # in diffusers
+@pytest.mark.parametrize("kind", WITH_FLOW_SIGMAS)
+def test_a_scheduler_with_flow_sigmas_is_a_linear_flow(kind):
+    """Its timesteps are 1000 sigma, rounded down, and it samples along alpha = 1 - sigma."""
+    options = {"use_flow_sigmas": True, "flow_shift": 3.0}
+    scheduler = getattr(diffusers, kind)(prediction_type="flow_prediction", **options)
+    scheduler.set_timesteps(100)
+    network = unet()
+    model = from_diffusers(network, scheduler)
+    x0, _, noise = batch()
+    places = torch.tensor([10, 40, 90])
+    steps, t = scheduler.timesteps[places], scheduler.sigmas[places].double()
+    assert bool(((1000 * t - steps).abs() < 1).all())
+    alpha, sigma = (p[:, None, None, None] for p in scheduler._sigma_to_alpha_sigma_t(t))
+    x_t = alpha * x0 + sigma * noise  # by add_noise as well, but of SASolver, which has the table
+    torch.testing.assert_close(noised(model, x0, t, noise), x_t, rtol=0, atol=1e-5)
+    own = F.mse_loss(network(x_t, 1000 * t).sample, noise - x0)
+    ours = hosm.first_order_dsm(model, x0, t=t, noise=noise, weighting="native")
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-5)
+    for other in ("epsilon", "sample", "v_prediction"):
+        scheduler = getattr(diffusers, kind)(prediction_type=other, **options)
+        with pytest.raises(ValueError, match=f"use_flow_sigmas=True; got '{other}'"):
+            from_diffusers(network, scheduler)
+
+
 @pytest.mark.parametrize("scheduler", ["DDPMScheduler", "FlowMatchEulerDiscreteScheduler"])
 def test_one_line_is_enough_for_a_unet(scheduler):
     model = from_diffusers(unet(), getattr(diffusers, scheduler)())

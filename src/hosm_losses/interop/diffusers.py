@@ -32,7 +32,8 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     Schedulers with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) become a
     DiscreteSchedule: t is the timestep, integer in training, between two of them in the
     likelihood. x is what the model is given: for Euler that is `scheduler.scale_model_input` of
-    its sample. A flow-matching scheduler becomes a LinearFlowSchedule: t is its sigma, and the
+    its sample. A flow-matching scheduler, or one with `use_flow_sigmas` and "flow_prediction" as
+    UniPC may be, becomes a LinearFlowSchedule: t is its sigma, and the
     model is given t · num_train_timesteps; Flux, QwenImage, AuraFlow and others are given t, as by
     their pipelines. A scheduler's shift only says which times are drawn: draw them yourself and
     pass t. With timestep_type="continuous" and "v_prediction" the model is given ¼ log(σ/α). Class
@@ -46,8 +47,9 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
     Raises:
         TypeError: for a pipeline, or a scheduler that is neither of the two.
-        ValueError: for zero terminal SNR, an unknown prediction type, or a model as Lumina2 and
-            ZImage, which are given 1 - t and predict data less noise.
+        ValueError: for zero terminal SNR, an unknown prediction type, one other than
+            "flow_prediction" with `use_flow_sigmas`, or a model as Lumina2 and ZImage, which are
+            given 1 - t and predict data less noise.
 
     Example:
         >>> from types import SimpleNamespace
@@ -64,7 +66,7 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     learned = inputs is not None and outputs == 2 * inputs
     options = dict[str, Any](output=_half_of_sample if learned else _sample, call=_by_name)
     config = getattr(scheduler, "config", None)
-    if "FlowMatch" in type(scheduler).__name__:
+    if "FlowMatch" in type(scheduler).__name__ or _samples_a_flow(scheduler, config):
         where = "scheduler.config.num_train_timesteps"
         factor = getattr(config, "num_train_timesteps", None)
         factor = check_number(where, factor, "a number above 0", above=0)
@@ -81,6 +83,20 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     if prediction == "v_prediction" and getattr(config, "timestep_type", None) == "continuous":
         options["time"] = partial(_quarter_of_log_sigma_hat, schedule)
     return ScoreModel(model, schedule, prediction, **options)
+
+
+def _samples_a_flow(scheduler: Any, config: Any) -> bool:
+    """Whether a scheduler with a table goes along alpha = 1 - sigma, and not along the table."""
+    if not (getattr(config, "use_flow_sigmas", False) and hasattr(scheduler, "alphas_cumprod")):
+        return False
+    if (kind := getattr(config, "prediction_type", None)) == "flow_prediction":
+        return True
+    raise ValueError(
+        "scheduler.config: expected prediction_type='flow_prediction' with use_flow_sigmas=True; "
+        f"got {kind!r}. It samples along alpha = 1 - sigma, not by its table "
+        "alphas_cumprod. Set use_flow_sigmas=False for a model trained with the table, or write "
+        "ScoreModel(model, LinearFlowSchedule(), ...) for one trained with the flow."
+    )
 
 
 def _quarter_of_log_sigma_hat(schedule: DiscreteSchedule, t: Tensor) -> Tensor:
