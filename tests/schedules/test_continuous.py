@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hosm_losses as hosm
+from hosm_losses.schedules.base import time_derivative
 from tests.oracles import CountCalls
 
 SCHEDULES = {
@@ -123,6 +124,40 @@ def test_the_drift_keeps_its_digits(name, dtype):
     torch.testing.assert_close(got.double(), expected, rtol=bound, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_rates_and_drift_are_the_derivatives_in_all_digits(name, dtype):
+    schedule = SCHEDULES[name]
+    t = times(schedule, dtype)
+    expected = [time_derivative(part, t.double()) for part in (schedule.alpha, schedule.sigma)]
+    bound = 2e-6 if dtype == torch.float32 else 1e-12
+    # PyTorch's derivative of expm1(-B) is its value + 1, which has lost digits where B is large.
+    bound *= 4 if name in ("vp", "subvp") else 1
+    for got, wanted in zip(schedule.rates(t), expected, strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), wanted, rtol=bound, atol=0)
+    drift = expected[0] / schedule.alpha(t.double())
+    bound *= 10 if name == "cosine" else 1  # whose tangent loses one digit next to 0
+    torch.testing.assert_close(schedule.drift(t).double(), drift, rtol=bound, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 0.3])
+def test_the_rates_of_any_cosine_keep_their_digits(offset, dtype):
+    t = torch.tensor([1e-5, 0.01, 0.5, 0.99], dtype=dtype)
+    found = torch.stack(hosm.CosineSchedule(offset=offset).rates(t), 1)
+    with mpmath.workdps(40):
+        rate = mpmath.pi / 2 / (1 + mpmath.mpf(offset))
+        start = rate * mpmath.mpf(offset)
+        for time, got in zip(t.tolist(), found.tolist(), strict=True):
+            angle = start + rate * mpmath.mpf(time)
+            alpha = mpmath.cos(angle) / mpmath.cos(start)
+            slope = -rate * mpmath.sin(angle) / mpmath.cos(start)
+            exact = slope, -alpha * slope / mpmath.sqrt(1 - alpha**2)
+            for one, wanted in zip(got, exact, strict=True):
+                assert abs(one / wanted - 1) < 16 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_range_and_prior(name):
     schedule = SCHEDULES[name]
@@ -199,7 +234,7 @@ def test_the_cosines_inverse_keeps_its_digits(offset, dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_schedule_makes_a_likelihood_dear(name):
-    """VP's is the measure; a bisection would call 10 to 20 times as many operators."""
+    """VP's is the measure; a search would call several times as many operators."""
     counts = []
     for schedule in (SCHEDULES[name], SCHEDULES["vp"]):
         model = hosm.ScoreModel(lambda x, t: x, schedule)
@@ -209,7 +244,7 @@ def test_no_schedule_makes_a_likelihood_dear(name):
     assert counts[0] < 1.2 * counts[1]
 
 
-@pytest.mark.parametrize("method", ["time", "squared_diffusion"])
+@pytest.mark.parametrize("method", ["time", "squared_diffusion", "drift", "rates"])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_losses_and_likelihoods_call_is_in_closed_form(name, method):
     assert getattr(type(SCHEDULES[name]), method) is not getattr(hosm.Schedule, method)

@@ -2,12 +2,11 @@ r"""The noise schedules of the field, in closed form.
 
 Source:
     VP, VE and sub-VP: Song et al., arXiv 2011.13456, appendix B. Cosine: Nichol and Dhariwal,
-    arXiv 2102.09672, equation 17. EDM: Karras et al., arXiv 2206.00364, table 1. Linear flow:
-    Lipman et al., arXiv 2210.02747.
+    arXiv 2102.09672, equation 17. Linear flow: Lipman et al., arXiv 2210.02747.
 
 Precision:
     1 − α² loses every digit near t_min; σ is written with expm1 or a product of sines, and is
-    right to 1e-6 in float32.
+    right to 1e-6 in float32. Where α² + σ² = 1, σ′ = −(α/σ) α′, in which no digits cancel.
 """
 
 # ruff: noqa: D102  (Schedule says what each method returns, and each class its formulas)
@@ -25,13 +24,10 @@ from torch import Tensor
 from hosm_losses._checks import check_number, describe
 from hosm_losses.schedules.base import Schedule, as_time
 
-SQRT_2 = math.sqrt(2)
-# Of a normal distribution, what draws in double precision can still be told apart in.
-LEAST_MASS = 1e-9
 ORDERS = {"<": operator.lt, "<=": operator.le}
 
 
-class _Parametric(Schedule):
+class Parametric(Schedule):
     """A few numbers that keep their `_rules`."""
 
     _rules: tuple[str, ...] = ()
@@ -68,7 +64,7 @@ class _Parametric(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LinearBeta(_Parametric):
+class _LinearBeta(Parametric):
     """What VP and sub-VP share: β, its integral B, α, and t from B."""
 
     beta_min: float = 0.1
@@ -90,6 +86,9 @@ class _LinearBeta(_Parametric):
 
     def alpha(self, t: Tensor | float) -> Tensor:
         return torch.exp(-0.5 * self.integrated_beta(t))
+
+    def drift(self, t: Tensor | float) -> Tensor:
+        return -0.5 * self.beta(t)
 
     def _time_at(self, b: Tensor) -> Tensor:
         # Between bounds at which no quotient is 0/0 or inf/inf; they lie outside every range.
@@ -120,6 +119,11 @@ class VPSchedule(_LinearBeta):
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
         return self.beta(t)
 
+    def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self(t)
+        slope = alpha * self.drift(t)
+        return slope, -(alpha / sigma) * slope
+
 
 @dataclass(frozen=True, kw_only=True)
 class SubVPSchedule(_LinearBeta):
@@ -137,9 +141,14 @@ class SubVPSchedule(_LinearBeta):
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
         return -self.beta(t) * torch.expm1(-2 * self.integrated_beta(t))
 
+    def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        alpha = self.alpha(t)
+        slope = alpha * self.drift(t)
+        return slope, -2 * alpha * slope
+
 
 @dataclass(frozen=True, kw_only=True)
-class VESchedule(_Parametric):
+class VESchedule(Parametric):
     """Variance exploding, geometric: α = 1, σ = σ_min (σ_max/σ_min)^t; log σ̂ is linear in t.
 
     Its drift is 0, its squared diffusion g² = 2 σ² log(σ_max/σ_min).
@@ -169,9 +178,15 @@ class VESchedule(_Parametric):
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
         return 2 * self._log_ratio * self.sigma(t).square()
 
+    def drift(self, t: Tensor | float) -> Tensor:
+        return torch.zeros_like(as_time(t))
+
+    def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        return self.drift(t), self._log_ratio * self.sigma(t)
+
 
 @dataclass(frozen=True, kw_only=True)
-class CosineSchedule(_Parametric):
+class CosineSchedule(Parametric):
     """Cosine: α = cos(φ(t))/cos(φ(0)) with φ(t) = π/2 (t + s)/(1 + s), σ² = 1 − α².
 
     Its drift is f = −φ′ tan φ, its squared diffusion −2 f. It ends at t_max = 0.9946, before α
@@ -213,82 +228,19 @@ class CosineSchedule(_Parametric):
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
         return 2 * self._rate / torch.tan(self._rate * (1 - as_time(t)))
 
+    def drift(self, t: Tensor | float) -> Tensor:
+        return -0.5 * self.squared_diffusion(t)
 
-@dataclass(frozen=True, kw_only=True)
-class EDMSchedule(_Parametric):
-    """Karras et al.: α = 1, σ = t; training draws log σ from N(−1.2, 1.2²), t in the range.
-
-    Its drift is 0, its squared diffusion 2 t. A draw outside [t_min, t_max], 2e-5 of all in the
-    default range, becomes another one inside, so that the draws have a density.
-    """
-
-    t_min: float = 0.002
-    t_max: float = 80.0
-    log_mean: float = -1.2
-    log_std: float = 1.2
-
-    _rules = ("log_mean < inf", "0 < log_std")
-
-    def alpha(self, t: Tensor | float) -> Tensor:
-        return torch.ones_like(as_time(t))
-
-    def sigma(self, t: Tensor | float) -> Tensor:
-        return as_time(t).clone()
-
-    def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        return self.clip(as_time(log_sigma_hat).exp())
-
-    def squared_diffusion(self, t: Tensor | float) -> Tensor:
-        return 2 * as_time(t)
-
-    def _draw(self, shape: tuple[int], **options: Any) -> Tensor:
-        normal = torch.randn(shape, **options)
-        sign, low, high, inside = self._standard
-        z = sign * normal.to(torch.float32 if normal.device.type == "mps" else torch.float64)
-        # A draw in a tail is uniform in the tail's mass, and becomes what is so in that inside.
-        below = 0.5 * (1 + torch.erf(z / SQRT_2)) / _mass_below(low)
-        above = 0.5 * (1 - torch.erf(z / SQRT_2)) / _mass_below(-high)
-        mass = _mass_below(low) + inside * torch.where(z < low, below, above)
-        again = (SQRT_2 * torch.erfinv(2 * mass - 1)).clamp(low, high)
-        kept = torch.where((z < low) | (z > high), sign * again.to(normal.dtype), normal)
-        return self.clip((self.log_mean + self.log_std * kept).exp())
-
-    def time_density(self, t: Tensor | float) -> Tensor:
+    def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        # By the sine of φ(t), which has its digits where the cosine of what is left has none.
         t = as_time(t)
-        standard = (t.log() - self.log_mean) / self.log_std
-        unit = self.log_std * math.sqrt(2 * math.pi) * self._standard[-1]
-        return torch.exp(-0.5 * standard.square()) / (t * unit)
-
-    @property
-    def _standard(self) -> tuple[int, float, float, float]:
-        """A sign, the range of sign · z for standard normal z, and the mass inside.
-
-        The sign puts most of the range below 0, where a mass keeps its digits.
-        """
-        low, high = (
-            (math.log(t) - self.log_mean) / self.log_std if t > 0 else -math.inf
-            for t in (self.t_min, self.t_max)
-        )
-        sign = 1 if low + high <= 0 else -1
-        low, high = (low, high) if sign == 1 else (-high, -low)
-        inside = _mass_below(high) - _mass_below(low)
-        if inside < LEAST_MASS:
-            raise ValueError(
-                "EDMSchedule: expected log_mean and log_std by which some draws fall between "
-                f"t_min = {self.t_min:g} and t_max = {self.t_max:g}; got log_mean = "
-                f"{self.log_mean:g} and log_std = {self.log_std:g}, by which none do. Set them "
-                "for this range, or give t, or a time_sampler, to the loss."
-            )
-        return sign, low, high, inside
-
-
-def _mass_below(z: float) -> float:
-    """Mass of the standard normal distribution below z."""
-    return 0.5 * math.erfc(-z / SQRT_2)
+        (alpha, sigma), factor = self(t), self._rate / math.cos(self._rate * self.offset)
+        slope = -factor * torch.sin(self._rate * (t + self.offset))
+        return slope, -(alpha / sigma) * slope
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearFlowSchedule(_Parametric):
+class LinearFlowSchedule(Parametric):
     """Linear flow (rectified flow, flow matching): α = 1 − t, σ = t, up to t_max = 0.999.
 
     Its drift is f = −1/(1 − t), its squared diffusion g² = 2 t/(1 − t), and t = σ̂/(1 + σ̂).
@@ -311,6 +263,9 @@ class LinearFlowSchedule(_Parametric):
     def squared_diffusion(self, t: Tensor | float) -> Tensor:
         t = as_time(t)
         return 2 * t / (1 - t)
+
+    def drift(self, t: Tensor | float) -> Tensor:
+        return -1 / (1 - as_time(t))
 
     def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         ones = torch.ones_like(as_time(t))
