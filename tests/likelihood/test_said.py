@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import hosm_losses as hosm
 from tests.oracles import Learned
@@ -163,6 +164,36 @@ def test_the_gap_tells_the_solver_error():
     name = "solver error of ode nll"
     assert many[name].value < 0.01 < few[name].value
     assert abs(few["ode nll"].value - many["ode nll"].value) < 30 * few[name].value
+
+
+def energy(x, t):
+    with torch.enable_grad():
+        x = x if x.requires_grad else x.requires_grad_()
+        return torch.autograd.grad(x.square().sum(), x)[0]
+
+
+def checkpointed(layer, reentrant):
+    return lambda x, t: checkpoint(layer, x, use_reentrant=reentrant)
+
+
+def test_what_to_do_about_a_network_is_told():
+    layer, x = nn.Linear(2, 2), torch.randn(4, 2)
+    with pytest.raises(
+        hosm.DerivativeError, match="create_graph=True to a gradient that it takes"
+    ):
+        hosm.ode_nll(hosm.ScoreModel(energy, VP), x)
+    with pytest.raises(hosm.DerivativeError, match=r"In a likelihood .* use_reentrant=False"):
+        hosm.ode_nll(hosm.ScoreModel(checkpointed(layer, True), VP), x)
+    assert not hosm.ode_nll(hosm.ScoreModel(checkpointed(layer, False), VP), x).failed.any()
+
+
+def test_a_prior_without_mass_is_named():
+    def box(latent):
+        return torch.where(latent.abs().amax(1) < 1e-9, 0.0, -torch.inf).to(latent)
+
+    found = hosm.ode_nll(normal(VP), torch.ones(2, 3), divergence="exact", log_prior=box)
+    assert found.failed.all()
+    assert all("log_prior" in text for text in found.failures().values())
 
 
 class Scaled(hosm.Schedule):

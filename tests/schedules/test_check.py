@@ -273,3 +273,18 @@ def test_it_is_looked_at_only_outside_of_compilation():
 
     compiled = torch.compile(make, backend="eager", fullgraph=True)
     assert float(compiled(torch.zeros(()))) == 1.0
+
+
+class Branches(hosm.Schedule):
+    t_min, t_max = 1e-3, 0.99
+
+    def alpha(self, t):
+        return 1 - t if t < 0.5 else 1.0 - t
+
+    def sigma(self, t):
+        return t
+
+
+def test_a_branch_of_python_is_told_of_where():
+    with pytest.raises(ValueError, match=r"Branches\.alpha .*torch\.where and not if"):
+        hosm.ScoreModel(lambda x, t: x, Branches())

@@ -24,7 +24,8 @@ from hosm_losses.derivatives.primitive_mode import CHECKPOINT_ADVICE, FORWARD_AD
 
 LOST_ONCE = (
     "network: expected an output that autograd can differentiate in x; got one whose graph does "
-    "not lead to x. Remove .detach(), .data or torch.no_grad() from its forward."
+    "not lead to x. Remove .detach(), .data or torch.no_grad() from its forward, and give "
+    "create_graph=True to a gradient that it takes inside, as that of an energy."
 )
 LOST_TWICE = (
     "network: expected a derivative that autograd can differentiate again; got one without "
@@ -56,8 +57,9 @@ CHANGED = (
     "before the network's next call; got a change in place, as of a buffer that is read and then "
     "updated. Assign a new tensor to the buffer, or read a .clone() of it."
 )
+REENTRANT = f"{CHECKPOINT_ADVICE} In a likelihood torch's own does with use_reentrant=False."
 REMEDIES = {
-    internals.REENTRANT_CHECKPOINT: CHECKPOINT_ADVICE,
+    internals.REENTRANT_CHECKPOINT: REENTRANT,
     internals.HOOKS_IN_TRANSFORM: FORWARD_ADVICE,
     internals.DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
     internals.DONATED_BY_COMPILED: GIVES_AWAY,

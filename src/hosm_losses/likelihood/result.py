@@ -186,7 +186,8 @@ class NLLResult:
                 "lower tolerance, or give data_mean and data_std"
                 if limit < error < math.inf
                 else "its number is not finite or beyond the range of "
-                f"{self.latent.dtype}, or its path did not arrive: look at x, nfe and the network"
+                f"{self.latent.dtype}, or its path did not arrive: look at x, nfe, the "
+                "network, and what log_prior returns if you gave one"
                 if finite
                 else "a value on its path is not finite: look at x and at the network's outputs "
                 "from t_min to t_max, or take smaller steps"
@@ -203,7 +204,8 @@ class NLLResult:
             TypeError: if something else is among them.
             ValueError: for no result at all, samples of different shapes, or results of which some
                 have a standard error, a quantization or steps that others lack, or another
-                widening: a bound is not joined with a likelihood of the fixed grid.
+                widening: a bound is not joined with a likelihood of the fixed grid. With one of
+                the adaptive method and the exact divergence it is: no field tells them apart.
 
         Example:
             >>> zero = torch.zeros(2)

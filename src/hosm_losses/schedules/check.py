@@ -271,8 +271,8 @@ def _values(schedule: Schedule, method: str, t: Tensor) -> tuple[Tensor, ...]:
         raise ValueError(
             f"{where} to take a CPU tensor, which this check gives it; got "
             f"{type(error).__name__}: {_first_line(error)}. Write it with operators "
-            "of PyTorch on that tensor, torch.exp and not math.exp, and move tensors that it "
-            "holds to the tensor's device."
+            "of PyTorch on that tensor, torch.exp and not math.exp, torch.where and not if, and "
+            "move tensors that it holds to the tensor's device."
         ) from error
     if not torch.equal(t, before):
         raise ValueError(
