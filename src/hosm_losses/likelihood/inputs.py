@@ -104,7 +104,8 @@ def evaluate(
     count = len(x)
     size = count if batch_size is None else check_whole("batch_size", batch_size, 1)
     chunks = torch.arange(count, device=x.device).split(size)
-    roots = roots_of(model.network)
+    network = model.network
+    roots = [network] if isinstance(network, nn.Module) else roots_of(network)
     _say_what_trains(roots)
     with (
         _kept(roots, x),
