@@ -71,38 +71,6 @@ def test_bisection_finds_the_last_digits(dtype):
     torch.testing.assert_close(found, t, rtol=0, atol=30 * torch.finfo(dtype).eps)
 
 
-class InOneDimension(hosm.Schedule):
-    """What takes times (n,) alone, as a network of them does, and counts its calls."""
-
-    t_min, t_max, prior_std = 1e-5, 1.0, 50.0
-    calls = 0
-
-    def alpha(self, t):
-        assert t.ndim == 1
-        return torch.ones_like(t)
-
-    def sigma(self, t):
-        self.calls += 1
-        return hosm.VESchedule().sigma(t[:, None])[:, 0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("count", [1, 9, 2000])
-def test_few_times_are_found_four_bits_at_once(count, dtype):
-    own, closed = InOneDimension(), hosm.VESchedule()
-    t = torch.linspace(1e-5, 1, count, dtype=dtype)
-    u = closed.log_sigma_hat(t)
-    u[-1] = float("nan")
-    found = own.time(u)
-    bits = {torch.float32: 46, torch.float64: 104}[dtype]
-    assert own.calls == (-(-bits // 4) if count < 100 else bits)
-    assert found.dtype == dtype
-    assert found.isnan().tolist() == u.isnan().tolist()
-    torch.testing.assert_close(found[:-1], t[:-1], rtol=0, atol=30 * torch.finfo(dtype).eps)
-    assert own.time(u.reshape(count, 1, 1)).shape == (count, 1, 1)
-    torch.testing.assert_close(own.time(u[:0]), u[:0])
-
-
 def test_a_search_under_vmap_and_compile_finds_the_same():
     own = bare(hosm.VPSchedule())
     u = torch.linspace(-6, 3, 40)

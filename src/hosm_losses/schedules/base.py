@@ -20,7 +20,6 @@ from torch import Tensor
 from hosm_losses._checks import at_least_float32, complaint, describe, source
 from hosm_losses._torch_internals import forward_mode
 
-FEW = 512  # numbers whose search costs the CPU calls rather than arithmetic
 UNDEFINED = "{}: a schedule defines alpha(t) and sigma(t)."
 
 
@@ -113,26 +112,16 @@ class Schedule:
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
         """Return the t of this log σ̂, clipped to [t_min, t_max].
 
-        It is found by bisection and has no derivative; the closed forms have one. Where a call
-        costs more than the arithmetic in it, a round has 15 points, and four bits, in the place of
-        one.
+        It is found by bisection and has no derivative; the closed forms have one.
         """
-        target = as_time(log_sigma_hat).unsqueeze(-1)
-        low, high = (torch.full_like(target, end) for end in (self.t_min, self.t_max))
-        at_once = 4 if target.numel() <= FEW or target.device.type != "cpu" else 1
-        parts, bits = 2**at_once, 2 * -math.log2(torch.finfo(target.dtype).eps)
-        inner = torch.arange(1, parts, dtype=target.dtype, device=target.device) / parts
-        for _ in range(math.ceil(bits / at_once)):
-            points = low + inner * (high - low)
-            # In one dimension, as every schedule is given its times.
-            found = self.log_sigma_hat(points.flatten()).reshape(points.shape)
-            below = found < target
-            if parts == 2:
-                low, high = torch.where(below, points, low), torch.where(below, high, points)
-                continue
-            place, ends = below.sum(-1, keepdim=True), torch.cat([low, points, high], -1)
-            low, high = ends.gather(-1, place), ends.gather(-1, place + 1)
-        return torch.where(target.isnan(), target, (low + high) / 2).squeeze(-1)
+        target = as_time(log_sigma_hat)
+        low = torch.full_like(target, self.t_min)
+        high = torch.full_like(target, self.t_max)
+        for _ in range(2 * -int(math.log2(torch.finfo(target.dtype).eps))):
+            middle = (low + high) / 2
+            below = self.log_sigma_hat(middle) < target
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return torch.where(target.isnan(), target, (low + high) / 2)
 
     def drift(self, t: Tensor | float) -> Tensor:
         """f(t) = d log α/dt."""
