@@ -349,9 +349,31 @@ AMBIGUOUS = {
     "elsewhere": lambda y: torch.sin(y, out=torch.empty(3, 8)),
     "data": lambda y: setattr(y, "data", X),
     "a detach by name": lambda y: (torch.detach(input=y), y.add_(1))[0] + y,
+    "a change of the data before": lambda y: _changed(y, lambda y: y.data),
     "a cut": lambda y: y.requires_grad_(False),
     "expanded": lambda y: y[:, :1].expand(3, 8).add_(y),
 }
+
+
+def _changed(y, detached, view=lambda y: y.movedim(1, 0)):
+    before, found = detached(y), view(y)
+    before.clamp_(-0.2, 0.2)
+    return found
+
+
+# What PyTorch returns as views, and the engine by a function without a rule.
+VIEWS = {
+    "movedim": lambda y: y.movedim(1, 0),
+    "diagonal": Tensor.diagonal,
+    "unfold": lambda y: y.unfold(1, 4, 1),
+    "tensor_split": lambda y: y.tensor_split(2, 1)[0],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_change_of_what_was_detached_before_a_view_is_refused(view):
+    with pytest.raises(TaylorError, match="what was detached"):
+        carried(lambda x: _changed(x.sin(), Tensor.detach, VIEWS[view]), X, V.unsqueeze(0))
 
 
 @pytest.mark.parametrize("name", AMBIGUOUS)

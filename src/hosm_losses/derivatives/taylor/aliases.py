@@ -15,7 +15,7 @@ What:
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ class Carrying(NamedTuple):
     firsts: int
     pairs: Pairs
     jets: "list[weakref.ref[Any]]"  # all that were made
-    # What was detached, as a copy, from what may share memory with other Jets, and its version.
+    # What was detached from what may share memory with other Jets, and its version.
     copies: list[tuple[Tensor, int]]
     changed: list[tuple[int, ...]]  # under torch.compile, the shapes of rows of what was changed
 
@@ -99,7 +99,10 @@ def share(source: Any, result: Any, move: Move | None = None) -> Any:
     """Note that the Jet `result` is a view of the Jet `source`; without `move` that it may be."""
     share_value(source, result)
     result.memory = source.memory
-    if move is not None:
+    if move is None:
+        # What was detached before, a change of which may be one of the result or not.
+        _watch(each for each in living(source.memory) if not hasattr(each, "root"))
+    else:
         before = source.move
         result.root = source if source.root is None else source.root
         result.move = move if before is None else lambda stack: move(before(stack))
@@ -123,10 +126,16 @@ def detached(source: Any, value: Tensor) -> Tensor:
     roots = {id(each if each.root is None else each.root) for each in jets}
     if len(roots) > 1:
         value = value.clone()
-        for carrying in THREAD.carrying[-1:]:
-            carrying.copies.extend((value, version) for version in versions([value]))
+        _watch([value])
     share_value(source, value)
     return value
+
+
+def _watch(plain: Iterable[Tensor]) -> None:
+    """Remember the versions of plain tensors, which show `end` a change in place."""
+    for carrying in THREAD.carrying[-1:]:
+        for each in plain:
+            carrying.copies.extend((each, version) for version in versions([each]))
 
 
 def write(jet: Any, stack: Tensor) -> Any:
