@@ -7,6 +7,7 @@ from benchmarks.networks import DiT, UNet
 from torch import nn
 
 import hosm_losses as hosm
+from hosm_losses.derivatives.select import _choice
 from tests.oracles import networks
 from tests.versions import OLD, compiles_higher_orders
 
@@ -226,3 +227,183 @@ def test_the_reverse_engine_does_not_compile_and_says_so(order):
     compiled = torch.compile(module, backend="aot_eager")
     with pytest.raises(hosm.DerivativeError, match="derivative='auto' or 'forward'"):
         compiled(torch.randn(2, *shape))
+
+
+class Around(nn.Module):
+    """Two layers, and a function between them; see `inputs_of`."""
+
+    def __init__(self, function, norm=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 4)
+        self.function, self.norm = function, nn.Identity() if norm is None else norm
+
+    def forward(self, x, t):
+        hidden = self.first(torch.cat([x, t[:, None]], 1)).tanh()
+        return self.last(self.function(self.norm(hidden)))
+
+
+def around(function, order, norm=None):
+    """The loss module of such a network, and its inputs."""
+    module = MODULES[order](hosm.ScoreModel(Around(function, norm), hosm.VPSchedule()))
+    inputs = {"t": torch.rand(4) * 0.8 + 0.1, "noise": torch.randn(4, 4)}
+    return module, torch.randn(4, 4), inputs | {"probe": torch.randn(4, 4)}
+
+
+def compiled_and_eager(module, x0, inputs, **options):
+    """The loss and its gradients, of the compiled module first."""
+    torch._dynamo.reset()
+    found = []
+    for each in (torch.compile(module, backend="aot_eager", **options), module):
+        loss = each(x0, **inputs)
+        found.append((loss, *torch.autograd.grad(loss, list(module.parameters()))))
+    return found
+
+
+def cut_by_a_block(h):
+    with torch.no_grad():
+        gate = h.sin()
+    return h * gate + h
+
+
+def cut_by_a_switch(h):
+    torch.set_grad_enabled(False)
+    gate = h.sin()
+    torch.set_grad_enabled(True)
+    return h * gate + h
+
+
+class Straight(torch.autograd.Function):
+    """Rounded, with the gradient of what was not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (4 * x).round() / 4
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 1
+
+
+CUTS = {
+    "no_grad": cut_by_a_block,
+    "a switch": cut_by_a_switch,
+    "detach_": lambda h: h * (h * 2).detach_().sin(),
+    "a custom Function": lambda h: h * Straight.apply(h),
+}
+
+
+@compiles_higher_orders
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_cut_that_forward_mode_does_not_see_is_refused(cut, order):
+    """Without fullgraph=True the loss is evaluated in eager mode, by the reverse engine."""
+    module, x0, inputs = around(CUTS[cut], order)
+    torch.testing.assert_close(*compiled_and_eager(module, x0, inputs), rtol=1e-9, atol=1e-12)
+    torch._dynamo.reset()
+    whole = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"Compute on x\.detach"):
+        whole(x0, **inputs)
+
+
+@compiles_higher_orders
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: h * h.data.sin() + h,
+        lambda h: (lambda z: (z.data.mul_(0.5), z.sin())[1])(h.clone()),
+    ],
+    ids=["read", "changed"],
+)
+def test_the_data_of_a_tensor_are_detached_in_one_graph(function, order):
+    module, x0, inputs = around(function, order)
+    assert_one_graph(module, module.model.network, x0, inputs)
+
+
+def mixed(h):
+    """Masks, integers and tensors without axes among what depends on x."""
+    h = torch.where(h > 0, h**2, torch.expm1(h)) + torch.where(h > 0.1, h.sin(), 0.0)
+    h = h * (h > 0) + h * (torch.arange(6) > 2) + h * torch.arange(6)
+    return (h + torch.arange(6)) / torch.tensor(3) * torch.tensor(3.0, dtype=torch.float32)
+
+
+@compiles_higher_orders
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("order", [2, 3])
+def test_operands_of_several_types_are_one_graph(order):
+    module, x0, inputs = around(mixed, order)
+    assert_one_graph(module, module.model.network, x0, inputs)
+
+
+@compiles_higher_orders
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_residual_under_autocast_is_one_graph(order):
+    layer, norm = nn.Linear(6, 6), nn.LayerNorm(6)
+    module, x0, inputs = around(lambda h: h + layer(F.silu(norm(h))), order)
+    module, layer, norm = module.float(), layer.float(), norm.float()
+    inputs = {name: each.float() for name, each in inputs.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = compiled_and_eager(module, x0.float(), inputs, fullgraph=True)
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
+    gradients = [torch.cat([each.flatten() for each in one[1:]]) for one in found]
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[1].norm()
+
+
+def broken(h):
+    torch._dynamo.graph_break()
+    return h**2 + h.sin()
+
+
+@compiles_higher_orders
+@pytest.mark.filterwarnings("ignore", "error:derivative='auto'")
+@pytest.mark.parametrize("options", [{}, {"estimator": "paired"}], ids=str)
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("derivative", ["auto", "taylor"])
+def test_a_network_that_breaks_the_graph_keeps_its_engine(derivative, order, options):
+    """The engines run in eager mode; torch.compile is kept from what they call there."""
+    module, x0, inputs = around(broken, order)
+    module = MODULES[order](module.model, derivative=derivative, **options)
+    if options:
+        inputs["probe"] = torch.randn(2, 4, 4)
+    torch.testing.assert_close(*compiled_and_eager(module, x0, inputs), rtol=1e-9, atol=1e-12)
+    assert _choice(module.model.network).refused == {}
+
+
+@compiles_higher_orders
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("order", [2, 3])
+def test_an_operator_for_reverse_mode_alone_is_evaluated_in_eager_mode(order):
+    def function(h):
+        matrices = torch.eye(2) * 2 + h[:, :4].reshape(-1, 2, 2)
+        return h * torch.linalg.det(matrices)[:, None]
+
+    module, x0, inputs = around(function, order)
+    torch.testing.assert_close(*compiled_and_eager(module, x0, inputs), rtol=1e-9, atol=1e-12)
+    torch._dynamo.reset()
+    whole = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="and the loss uncompiled"):
+        whole(x0, **inputs)
+
+
+@compiles_higher_orders
+@pytest.mark.filterwarnings("ignore")
+def test_running_statistics_compile_but_at_exact_order_three():
+    for options in ({}, {"third": "laplacian"}):
+        module, x0, inputs = around(torch.sin, 3 if options else 2, nn.BatchNorm1d(6))
+        module = type(module)(module.model, **options)
+        assert_one_graph(module, module.model.network, x0, inputs)
+    module, x0, inputs = around(torch.sin, 3, nn.BatchNorm1d(6))
+    torch.testing.assert_close(*compiled_and_eager(module, x0, inputs), rtol=1e-9, atol=1e-12)
+    assert module.model.network.norm.num_batches_tracked == 2
+    for derivative in ("auto", "taylor"):
+        torch._dynamo.reset()
+        exact = hosm.ThirdOrderDSM(module.model, derivative=derivative)
+        whole = torch.compile(exact, backend="aot_eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="got BatchNorm1d"):
+            whole(x0, **inputs)
+    module.model.network.norm.eval()
+    assert_one_graph(module, module.model.network, x0, inputs)

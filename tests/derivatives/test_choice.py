@@ -244,6 +244,20 @@ def test_what_the_network_cannot_do_is_remembered():
     assert list(_choice(network).refused) == ["taylor"]
 
 
+def test_how_deep_calls_may_go_is_not_remembered():
+    network = works()
+
+    def deep(module, args):
+        if type(args[0]) is not torch.Tensor:
+            raise RecursionError
+
+    handle = network.register_forward_pre_hook(deep)
+    with quiet():
+        loss_of(network)
+    assert _choice(network).refused == {}
+    handle.remove()
+
+
 class Interrupted(nn.Module):
     def __init__(self):
         super().__init__()

@@ -11,25 +11,21 @@ Cost, in network evaluations with the parameter gradient (a first-order step is 
     "forward" fold them into the batch.
 """
 
-import contextlib
 import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import get_device_states, set_device_states
+from torch import Tensor
 
 from hosm_losses._checks import DerivativeError, users_level
 from hosm_losses._torch_internals import (
     DEVICE_ERROR_TEXT,
     NOT_TWICE,
-    in_transform,
     surrounded,
     traced,
-    versions,
 )
 from hosm_losses.derivatives import engines, products
 from hosm_losses.derivatives.backward import DroppedGraphError
@@ -37,7 +33,9 @@ from hosm_losses.derivatives.engines import Derivatives, Field
 from hosm_losses.derivatives.hooks import FINAL
 from hosm_losses.derivatives.primitive_mode import ForeignCheckpointError
 from hosm_losses.derivatives.products import Cotangent, Products
-from hosm_losses.derivatives.taylor import TaylorError
+from hosm_losses.derivatives.snapshot import Snapshot
+from hosm_losses.derivatives.taylor import CutError, TaylorError
+from hosm_losses.derivatives.under_compile import CUT, compiled, refuse_statistics, whole
 
 Engine = Literal["auto", "taylor", "reverse", "forward"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -71,73 +69,6 @@ def _choice(owner: object) -> _Choice:
         return _Choice()
 
 
-class _Kept(NamedTuple):
-    """A buffer, and what it was."""
-
-    module: nn.Module
-    name: str
-    buffer: Tensor
-    value: Tensor
-    version: list[int]
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether it was changed in place, or may have been: in inference mode none is told."""
-        return not self.version or versions([self.buffer]) != self.version
-
-
-class Snapshot:
-    """The buffers of a network and the state of torch's generators, to be restored.
-
-    Of a network that is no Module, nor a method of one, no buffers are seen. `x` are its inputs,
-    for the devices.
-    """
-
-    def __init__(self, network: object, *x: Tensor) -> None:
-        owner = network if isinstance(network, nn.Module) else getattr(network, "__self__", None)
-        modules = owner.modules() if isinstance(owner, nn.Module) else ()
-        with torch.no_grad():
-            self.buffers = [
-                _Kept(module, name, buffer, buffer.clone(), versions([buffer]))
-                for module in modules
-                for name, buffer in module.named_buffers(recurse=False)
-            ]
-        self.device_type = x[0].device.type
-        # Inside a CUDA graph the state cannot be asked for.
-        captured = x[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        self.generators = None if captured else (torch.get_rng_state(), get_device_states(*x))
-
-    def changed(self) -> "Snapshot":
-        """Keep of the buffers those that are others now, or have been changed."""
-        self.buffers = [
-            k for k in self.buffers if k.is_changed or getattr(k.module, k.name) is not k.buffer
-        ]
-        return self
-
-    def refuse_escaped(self) -> None:
-        """Raise where forward mode left a tensor of its own in a buffer, which is put back."""
-        for each in self.buffers:
-            if in_transform(getattr(each.module, each.name)):
-                self.restore(generators=False)
-                raise DerivativeError(
-                    f"network: expected buffers that do not depend on x; got {each.name} of "
-                    f"{type(each.module).__name__}, which is given a tensor that may, and forward "
-                    "mode lets none out. Leave derivative at 'auto', or take 'reverse'."
-                )
-
-    def restore(self, *, generators: bool = True) -> None:
-        """Put the buffers back, and the generators unless they are to stay where they are."""
-        with torch.no_grad():
-            for each in self.buffers:
-                setattr(each.module, each.name, each.buffer)
-                # A graph may have kept one that counts no change, as batch norm does of its own.
-                (each.buffer if each.is_changed else each.buffer.data).copy_(each.value)
-        if generators and self.generators is not None:
-            state, (devices, states) = self.generators
-            torch.set_rng_state(state)
-            set_device_states(devices, states, device_type=self.device_type)
-
-
 def derive(
     field: Field,
     x: Tensor,
@@ -156,20 +87,28 @@ def derive(
     Under `torch.no_grad` there is no graph. A DerivativeError where the engine, or with "auto"
     any engine, cannot differentiate the network.
     """
+    compiling = torch.compiler.is_compiling()
     if derivative == "auto":
-        return _auto(field, x, direction, order, second_direction, summed)
+        return whole(_auto, field, x, direction, order, second_direction, summed)
     dearer = derivative == "forward" and second_direction is not None
-    if dearer and not torch.compiler.is_compiling():
+    if dearer and not compiling:
         kind = _kind(direction, order, second_direction)
         _warn_once(_choice(field.owner), f"forward, {kind}", _price_of_forward, kind)
     # A transform around may have put its own tensors in the place of buffers.
     before = Snapshot(field.owner, x) if derivative == "forward" and not traced() else None
+    given = (field, x, direction, order, second_direction, summed)
     try:
-        found = getattr(engines, derivative)(field, x, direction, order, second_direction, summed)
+        if derivative == "reverse":
+            return engines.reverse(*given)
+        if compiling:
+            refuse_statistics(field.owner, order, second_direction)
+        found = whole(getattr(engines, derivative), *given)
         if before is not None:
             before.refuse_escaped()
         return found
     except TaylorError as error:
+        if compiling and isinstance(error, CutError):
+            raise DerivativeError(CUT.format(error.args[0])) from error
         raise DerivativeError(
             f"network: expected operators that the engine 'taylor' knows; got {error} Leave "
             "derivative at 'auto', which finds another engine."
@@ -199,7 +138,7 @@ def derive_with_products(
         if "reverse" not in _choice(field.owner).refused:
             before = Snapshot(field.owner, x)
             try:
-                return products.reverse_products(*given)
+                return whole(products.reverse_products, *given)
             except Exception as error:
                 if not _another_may_do("reverse", error):
                     raise
@@ -210,7 +149,7 @@ def derive_with_products(
         u = direction if second else None
         return derive(field, x, direction, order=order, derivative=derivative, second_direction=u)
 
-    return products.products_beside(derived, *given)
+    return whole(products.products_beside, derived, *given)
 
 
 def _auto(
@@ -222,12 +161,10 @@ def _auto(
     summed: bool,
 ) -> Derivatives:
     if torch.compiler.is_compiling():
-        with contextlib.suppress(TaylorError):
-            return engines.taylor(field, x, direction, order, second_direction, summed)
-        return engines.forward(field, x, direction, order, second_direction, summed)
+        return compiled(field, x, direction, order, second_direction, summed)
     owner = field.owner
     choice = _choice(owner)
-    reasons = dict(choice.refused)
+    reasons, deep = dict(choice.refused), False
     for engine in ENGINES[1:]:
         if engine in choice.refused:
             continue
@@ -241,9 +178,11 @@ def _auto(
                 raise
             before.restore()
             reasons[engine] = (str(error) or repr(error)).splitlines()[0]
+            deep |= isinstance(error, RecursionError)
             continue
         if engine != "taylor":
-            if not surrounded():
+            # How deep calls go depends on who calls, and not on the network alone.
+            if not deep and not surrounded():
                 choice.refused.update(reasons)
             kind = _kind(direction, order, second_direction)
             _warn_once(choice, kind, _price_of_another, owner, reasons["taylor"], engine, kind)

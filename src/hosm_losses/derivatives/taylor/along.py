@@ -88,6 +88,15 @@ def along(
     return [torch.cat([one.unsqueeze(0), *rest]) for one, *rest in stacks]
 
 
+def aligned(stack: Tensor, ndim: int) -> Tensor:
+    """A stack with axes of size one after its first, for a value of `ndim` axes at least."""
+    missing = ndim + 1 - stack.ndim
+    if missing <= 0:
+        return stack
+    count, *shape = stack.shape
+    return stack.reshape(count, *(1,) * missing, *shape)
+
+
 def _mapped(function: Callable[..., Any], *args: Tensors) -> Any:
     """(value, *derivatives) of a function for several directions.
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.recompute import recomputed
-from hosm_losses.derivatives.taylor.along import Pairs
+from hosm_losses.derivatives.taylor.along import Pairs, aligned
 from hosm_losses.derivatives.taylor.arguments import result_type, stacks_of
-from hosm_losses.derivatives.taylor.jet import Jet, aligned, components, gathered, halves
+from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves
 from hosm_losses.derivatives.taylor.pointwise import apply, power, powers
 from hosm_losses.derivatives.taylor.table import Function, NoRule, every, rule
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.derivatives.forward_mode import WRONG, wrong_in_forward_mode
-from hosm_losses.derivatives.taylor.along import lengthened
+from hosm_losses.derivatives.taylor.along import aligned, lengthened
 from hosm_losses.derivatives.taylor.arguments import jet_among
 from hosm_losses.derivatives.taylor.derived import differentiated
-from hosm_losses.derivatives.taylor.jet import Jet, aligned, call, written
+from hosm_losses.derivatives.taylor.jet import Jet, call, written
 from hosm_losses.derivatives.taylor.selection import picked, picks
-from hosm_losses.derivatives.taylor.table import RULES, Function, TaylorError, rule
+from hosm_losses.derivatives.taylor.table import RULES, CutError, Function, TaylorError, rule
 
 # What changes more than the values of its object.
 REFUSED = """
@@ -65,7 +65,8 @@ def _on_a_copy(change: Function) -> Callable[..., Tensor]:
 
 def _refused(change: Function) -> Callable[..., Any]:
     def refused(*_args: Any, **_named: Any) -> Any:
-        raise TaylorError(f"{change.__name__}: changes more in place than the values of a tensor.")
+        kind = CutError if change.__name__ == "detach_" else TaylorError
+        raise kind(f"{change.__name__}: changes more in place than the values of a tensor.")
 
     return refused
 

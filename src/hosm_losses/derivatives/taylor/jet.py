@@ -39,6 +39,7 @@ from hosm_losses._torch_internals import (
     in_custom_function,
     pytree,
     shell,
+    traced,
     without_subclasses,
 )
 from hosm_losses.derivatives.primitive_mode import refuse_selective_checkpoint
@@ -49,6 +50,7 @@ from hosm_losses.derivatives.taylor.table import (
     IN_PYTHON,
     RULES,
     WITHOUT_RULE,
+    CutError,
     NoRule,
     Rule,
     TaylorError,
@@ -180,15 +182,6 @@ def gathered(products: Tensor, pairs: Pairs) -> Tensor:
     return products.sum(0, keepdim=True) if pairs == "sum" else products
 
 
-def aligned(stack: Tensor, ndim: int) -> Tensor:
-    """A stack with axes of size one after its first, for a value of `ndim` axes at least."""
-    missing = ndim + 1 - stack.ndim
-    if missing <= 0:
-        return stack
-    count, *shape = stack.shape
-    return stack.reshape(count, *(1,) * missing, *shape)
-
-
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Evaluate a function of PyTorch on arguments with Jets among them."""
     compiling = torch.compiler.is_compiling()
@@ -199,10 +192,12 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         refuse_selective_checkpoint()
     constant = CONSTANT.get(func)
     if constant:
-        answer = on_values(func, args, kwargs)
+        # Where levels of torch.func are nested, .data is detached from the innermost alone.
+        data = constant == "data" and traced()
+        answer = on_values(Tensor.detach if data else func, args, kwargs)
         if isinstance(answer, Tensor) and in_custom_function():
             raise TaylorError(f"{name_of(func)}: {CUSTOM}")
-        if constant == "shares":
+        if constant in ("shares", "data"):
             return aliases.detached(args[0] if args else kwargs["input"], answer)
         return answer
     if kwargs.get("out") is not None:
@@ -226,7 +221,9 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
-        raise TaylorError(f"{name_of(func)}: {CUSTOM if in_custom_function() else NO_GRAD}")
+        if in_custom_function():
+            raise TaylorError(f"{name_of(func)}: {CUSTOM}")
+        raise CutError(f"{name_of(func)}: {NO_GRAD}")
     taken = None if found is None else _taken(found, args, kwargs)
     if found is not None and taken is not None and (found.several or _is_first(*taken)):
         try:

@@ -15,8 +15,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32
+from hosm_losses.derivatives.taylor.along import aligned
 from hosm_losses.derivatives.taylor.arithmetic import add, multiply
-from hosm_losses.derivatives.taylor.jet import Jet, aligned
+from hosm_losses.derivatives.taylor.jet import Jet
 from hosm_losses.derivatives.taylor.pointwise import absolute, apply, power
 from hosm_losses.derivatives.taylor.selection import masked_fill
 from hosm_losses.derivatives.taylor.table import NoRule, axes, every, rule

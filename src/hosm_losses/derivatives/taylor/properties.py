@@ -44,8 +44,8 @@ _CASTS = """
     cpu cuda
 """
 CONSTANT.update(dict.fromkeys(every(*(_PROPERTIES + _WITHOUT_SLOPE).split()), True))
-_SHARED = (*every("detach"), Tensor.data.__get__)  # pyright: ignore[reportAttributeAccessIssue]
-CONSTANT.update(dict.fromkeys(_SHARED, "shares"))
+CONSTANT.update(dict.fromkeys(every("detach"), "shares"))
+CONSTANT[Tensor.data.__get__] = "data"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @rule(Tensor.requires_grad.__get__)  # pyright: ignore[reportAttributeAccessIssue]

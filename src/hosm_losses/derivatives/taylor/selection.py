@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hosm_losses.derivatives.taylor.aliases import share
+from hosm_losses.derivatives.taylor.along import aligned
 from hosm_losses.derivatives.taylor.arguments import jet_among, result_type, stacks_of
-from hosm_losses.derivatives.taylor.jet import Jet, aligned
+from hosm_losses.derivatives.taylor.jet import Jet
 from hosm_losses.derivatives.taylor.table import NoRule, axis, every, rule
 
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.derivatives.taylor.aliases import share
+from hosm_losses.derivatives.taylor.along import aligned
 from hosm_losses.derivatives.taylor.arguments import like_samples
-from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, aligned, written
+from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, written
 from hosm_losses.derivatives.taylor.table import (
     Function,
     NoRule,

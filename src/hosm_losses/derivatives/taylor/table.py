@@ -24,6 +24,10 @@ class TaylorError(RuntimeError):
     """A network the Taylor engine cannot differentiate; another engine may."""
 
 
+class CutError(TaylorError):
+    """A cut of the graph that reverse mode sees and forward mode does not, as by torch.no_grad."""
+
+
 class NoRule(Exception):  # noqa: N818 - it never reaches a user
     """A call that a rule does not know; PyTorch's own function is differentiated in its place."""
 
@@ -69,7 +73,7 @@ def WITHOUT_RULE(*_: Any) -> None:  # noqa: N802
 RULES: dict[Function, Rule] = {}
 # Functions that are constant in x, or ask for a property: evaluated on the value. A dictionary,
 # for torch.compile does not find functions in a set. "shares" is of those whose result shares the
-# memory of the value.
+# memory of the value, and "data" of the property that does.
 CONSTANT: dict[Function, Any] = {}
 # The methods that Tensor has in Python, with their rules: torch.compile does not find them in a
 # dictionary.

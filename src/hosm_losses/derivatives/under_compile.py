@@ -1,0 +1,70 @@
+"""The engine "auto" under torch.compile, which cannot trace reverse mode.
+
+Where the graph breaks in the network, the engines run in eager mode. torch.compile would then look
+into every function that they call, and neither Jets nor double passes back are for it: `whole`.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hosm_losses._checks import DerivativeError
+from hosm_losses.derivatives import engines
+from hosm_losses.derivatives.engines import Derivatives, Field
+from hosm_losses.derivatives.taylor import CutError, TaylorError
+
+CUT = (
+    "network: expected no torch.no_grad(), .detach_() or custom autograd.Function around what "
+    "depends on x in a loss that torch.compile traces above order one; got {} Forward mode would "
+    "differentiate through it, and reverse mode does not compile. Compute on x.detach() in place "
+    "of torch.no_grad(), write .detach() in place of .detach_(), or leave the loss uncompiled."
+)
+STATISTICS = (
+    "network: expected no running statistics in training, as of batch norm, in a loss of exact "
+    "order three that torch.compile traces, for PyTorch lets no buffer change there; got {}. Call "
+    ".eval() on it, take third='laplacian', or leave the loss uncompiled."
+)
+
+
+def compiled(
+    field: Field,
+    x: Tensor,
+    direction: Tensor,
+    order: int,
+    second_direction: Tensor | None,
+    summed: bool,
+) -> Derivatives:
+    """The taylor engine, and forward mode where that is right; DerivativeError where it is not."""
+    refuse_statistics(field.owner, order, second_direction)
+    given = (field, x, direction, order, second_direction, summed)
+    try:
+        return engines.taylor(*given)
+    except CutError as error:
+        raise DerivativeError(CUT.format(error.args[0])) from error
+    except TaylorError:
+        pass
+    return engines.forward(*given)
+
+
+def refuse_statistics(owner: object, order: int, second_direction: Tensor | None) -> None:
+    """Raise where a network changes running statistics, which PyTorch refuses without a remedy."""
+    if order == 2 or second_direction is not None or not isinstance(owner, nn.Module):
+        return
+    for part in owner.modules():
+        if part.training and getattr(part, "track_running_stats", False):
+            raise DerivativeError(STATISTICS.format(type(part).__name__))
+
+
+def whole(function: Callable[..., Any], *given: Any) -> Any:
+    """Call a function that torch.compile traces as a whole, or no part of."""
+    if torch.compiler.is_compiling():
+        # Where the graph breaks in such a block, all of this call is made again in eager mode.
+        with contextlib.suppress():  # noqa: B022
+            return function(*given)
+    if "torch._dynamo" in sys.modules:
+        function = torch.compiler.disable(function)
+    return function(*given)
