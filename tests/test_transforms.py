@@ -353,6 +353,76 @@ def test_a_loss_module_by_functional_call(order):
     close(list(found.values()), list(expected))
 
 
+DETACHED = {
+    "data": lambda h: h * h.data.sin() + h,
+    "the data of a view": lambda h: h * h[:, :3].repeat(1, 2).data.cos() + h,
+    "changed data": lambda h: (lambda z: (z.data.mul_(0.5), z.sin())[1])(h.clone()),
+    "detach": lambda h: h * h.detach().sin() + h,
+    "no_grad": lambda h: h * torch.no_grad()(torch.sin)(h) + h,
+}
+
+
+def with_a_part(function):
+    """A network, and what `grad_and_value` and plain autograd find of its losses."""
+    torch.manual_seed(0)
+    first, last = nn.Linear(4, 6), nn.Linear(6, 3)
+    network = nn.ModuleList([first, last])
+    network.forward = lambda x, t: last(function(first(torch.cat([x, t[:, None]], 1)).tanh()))
+    given = {"t": torch.rand(4) * 0.8 + 0.1, "noise": torch.randn(4, 3)}
+    return network, torch.randn(4, 3), given
+
+
+def both_gradients(function, order, **options):
+    """The gradient of a loss by torch.func and by plain autograd."""
+    network, x0, given = with_a_part(function)
+    if order > 1:
+        given["probe"] = torch.randn(4, 3)
+    model = hosm.ScoreModel(network, hosm.VPSchedule())
+    modules = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
+    objective = modules[order](model, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the engine
+        return _both(objective, x0, given)
+
+
+def _both(objective, x0, given):
+    plain = torch.autograd.grad(objective(x0, **given), list(objective.parameters()))
+    parameters = {n: p.detach() for n, p in objective.named_parameters()}
+    found = grad(lambda p: functional_call(objective, p, (x0,), given))(parameters)
+    return list(found.values()), list(plain)
+
+
+@pytest.mark.parametrize("name", DETACHED)
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("derivative", ["auto", "reverse"])
+def test_what_a_network_detaches(name, order, derivative):
+    close(*both_gradients(DETACHED[name], order, derivative=derivative))
+
+
+@pytest.mark.parametrize("name", ["data", "the data of a view", "changed data", "detach"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_what_a_network_detaches_in_forward_mode(name, order):
+    """But for torch.no_grad, of which the page says that it differentiates through it."""
+    found, plain = both_gradients(DETACHED[name], order, derivative="forward")
+    close(found, plain)
+    close(found, both_gradients(DETACHED[name], order, derivative="reverse")[1])
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_change_that_detaches_says_what_to_write(order):
+    """PyTorch's own detaches from one level alone; at order one there is but one."""
+
+    def detached(h):
+        return h * (h * 2).detach_().sin() + h
+
+    if order == 1:
+        close(*both_gradients(detached, 1))
+        return
+    for derivative in ("auto", "reverse"):
+        with pytest.raises(hosm.DerivativeError, match=r"Write x = x\.detach\(\)"):
+            both_gradients(detached, order, derivative=derivative)
+
+
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
 def test_a_likelihood_under_vmap_is_that_of_every_sample(divergence):
     network, x0, _ = setting("attention")

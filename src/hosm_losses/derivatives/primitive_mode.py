@@ -21,7 +21,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
-from hosm_losses._torch_internals import changes_in_place, checkpoint_hook, selective_checkpoint
+from hosm_losses._torch_internals import (
+    changes_in_place,
+    checkpoint_hook,
+    selective_checkpoint,
+    traced,
+)
 from hosm_losses.derivatives.forward_mode import WRONG, wrong_in_forward_mode
 from hosm_losses.derivatives.hooks import looking
 from hosm_losses.derivatives.primitives import AT_FIRST, OF_ONE, PRIMITIVES
@@ -47,6 +52,13 @@ SELECTIVE_ADVICE = (
     "change and need more than once. Use hosm_losses.checkpoint inside the network, or leave out "
     "context_fn around the loss."
 )
+
+
+DETACH_ADVICE = (
+    "network: expected .detach() under a transform of torch.func; got .detach_(), which detaches "
+    "from the innermost of its levels alone, so that gradients are wrong. Write x = x.detach()."
+)
+_DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ForeignCheckpointError(DerivativeError):
@@ -88,6 +100,10 @@ class _SafePrimitives(TorchFunctionMode):
         if func is Tensor.register_hook:
             tensor, hook = *args, *(kwargs or {}).values()
             return tensor.register_hook(looking(hook))
+        if func == _DATA and traced():  # which is shallow, as .detach_() is
+            return args[0].detach()
+        if func in (Tensor.detach_, torch.detach_) and self.table is not AT_FIRST:
+            _refuse_shallow()
         refuse_selective_checkpoint()
         primitive = self.table.get(func)
         if primitive is not None or _thread.forward:
@@ -115,6 +131,12 @@ def _refuse_foreign_checkpoint() -> None:
     hook = checkpoint_hook()
     if hook not in (None, _thread.modes[-1].around) and not _thread.recomputed_safely:
         raise ForeignCheckpointError(FORWARD_ADVICE if _thread.forward else CHECKPOINT_ADVICE)
+
+
+def _refuse_shallow() -> None:
+    """Raise for .detach_() under a transform, but for forward mode, which is known to pass it."""
+    if traced() and not _thread.forward:
+        raise DerivativeError(DETACH_ADVICE)
 
 
 def refuse_selective_checkpoint() -> None:
