@@ -343,7 +343,7 @@ def test_operands_of_several_types_are_one_graph(order):
 @pytest.mark.parametrize("order", [2, 3])
 def test_a_residual_under_autocast_is_one_graph(order):
     layer, norm = nn.Linear(6, 6), nn.LayerNorm(6)
-    module, x0, inputs = around(lambda h: h + layer(F.silu(norm(h))), order)
+    module, x0, inputs = around(lambda h: h.float() + layer(F.silu(norm(h))), order)
     module, layer, norm = module.float(), layer.float(), norm.float()
     inputs = {name: each.float() for name, each in inputs.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
