@@ -11,6 +11,8 @@ Cost, in network evaluations with the parameter gradient (a first-order step is 
     "forward" fold them into the batch.
 """
 
+import contextlib
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -35,7 +37,7 @@ from hosm_losses.derivatives.primitive_mode import ForeignCheckpointError
 from hosm_losses.derivatives.products import Cotangent, Products
 from hosm_losses.derivatives.snapshot import Snapshot
 from hosm_losses.derivatives.taylor import CutError, TaylorError
-from hosm_losses.derivatives.under_compile import CUT, compiled, refuse_statistics, whole
+from hosm_losses.derivatives.under_compile import CUT, compiled, refuse_statistics
 
 Engine = Literal["auto", "taylor", "reverse", "forward"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
@@ -150,6 +152,18 @@ def derive_with_products(
         return derive(field, x, direction, order=order, derivative=derivative, second_direction=u)
 
     return whole(products.products_beside, derived, *given)
+
+
+def whole(function: Callable[..., Any], *given: Any) -> Any:
+    """Call a function that torch.compile traces as a whole, or no part of."""
+    if torch.compiler.is_compiling():
+        # Where the graph breaks in such a block, all of this call is made again in eager mode.
+        # torch.compile cannot look into what the engines call there, Jets and double passes back.
+        with contextlib.suppress():  # noqa: B022
+            return function(*given)
+    if "torch._dynamo" in sys.modules:
+        function = torch.compiler.disable(function)
+    return function(*given)
 
 
 def _auto(

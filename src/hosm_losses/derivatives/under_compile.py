@@ -1,15 +1,5 @@
-"""The engine "auto" under torch.compile, which cannot trace reverse mode.
+"""The engine "auto" under torch.compile, which cannot trace reverse mode."""
 
-Where the graph breaks in the network, the engines run in eager mode. torch.compile would then look
-into every function that they call, and neither Jets nor double passes back are for it: `whole`.
-"""
-
-import contextlib
-import sys
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from hosm_losses._checks import DerivativeError
@@ -57,14 +47,3 @@ def refuse_statistics(owner: object, order: int, second_direction: Tensor | None
     for part in owner.modules():
         if part.training and getattr(part, "track_running_stats", False):
             raise DerivativeError(STATISTICS.format(type(part).__name__))
-
-
-def whole(function: Callable[..., Any], *given: Any) -> Any:
-    """Call a function that torch.compile traces as a whole, or no part of."""
-    if torch.compiler.is_compiling():
-        # Where the graph breaks in such a block, all of this call is made again in eager mode.
-        with contextlib.suppress():  # noqa: B022
-            return function(*given)
-    if "torch._dynamo" in sys.modules:
-        function = torch.compiler.disable(function)
-    return function(*given)
