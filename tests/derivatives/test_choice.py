@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import hosm_losses as hosm
-from hosm_losses.derivatives.select import ENGINES, EVALUATIONS, _choice
+from hosm_losses.derivatives.prices import EVALUATIONS
+from hosm_losses.derivatives.select import ENGINES, _choice
 from tests.oracles import MLP, WithoutForward, networks
 from tests.versions import tells_hooks
 

@@ -1,7 +1,7 @@
 """Derivatives of a network along probes, and their gradients in the parameters.
 
-- `select`: which engine runs, and what "auto" remembers of a network.
-- `snapshot`: the buffers and generators before an attempt.
+- `select`: which engine runs; what "auto" remembers of a network, and puts back after an attempt.
+- `prices`: what a step costs with each engine.
 - `under_compile`: "auto" where torch.compile is around, and what is kept from it.
 - `engines`: the three engines, "taylor", "reverse" and "forward".
 - `products`: products of the Jacobian with a vector that depends on the value.
@@ -29,8 +29,8 @@ from hosm_losses.derivatives.products import Products as Products
 from hosm_losses.derivatives.select import ASK_THE_CHECK as ASK_THE_CHECK
 from hosm_losses.derivatives.select import ENGINES as ENGINES
 from hosm_losses.derivatives.select import Engine as Engine
+from hosm_losses.derivatives.select import Snapshot as Snapshot
 from hosm_losses.derivatives.select import derive as derive
 from hosm_losses.derivatives.select import derive_with_products as derive_with_products
 from hosm_losses.derivatives.select import say_no_price as say_no_price
-from hosm_losses.derivatives.snapshot import Snapshot as Snapshot
 from hosm_losses.derivatives.taylor import Jet as Jet

@@ -5,10 +5,6 @@ What:
     reverse mode (which torch.compile cannot trace), and one that PyTorch cannot differentiate
     twice to forward mode. A failed attempt leaves no trace in buffers and generators. It is
     remembered, and said once with its price. `check_derivatives` finds what a pass back would.
-
-Cost, in network evaluations with the parameter gradient (a first-order step is 3):
-    `EVALUATIONS`. K directions share the value at order two and with C; for G all engines but
-    "forward" fold them into the batch.
 """
 
 import contextlib
@@ -17,25 +13,33 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hosm_losses._checks import DerivativeError, users_level
 from hosm_losses._torch_internals import (
     DEVICE_ERROR_TEXT,
     NOT_TWICE,
+    in_transform,
     surrounded,
     traced,
+    versions,
 )
 from hosm_losses.derivatives import engines, products
 from hosm_losses.derivatives.backward import DroppedGraphError
 from hosm_losses.derivatives.engines import Derivatives, Field
 from hosm_losses.derivatives.hooks import FINAL
+from hosm_losses.derivatives.prices import (
+    EVALUATIONS,
+    kind_of,
+    price_of_another,
+    price_of_forward,
+)
 from hosm_losses.derivatives.primitive_mode import ForeignCheckpointError
 from hosm_losses.derivatives.products import Cotangent, Products
-from hosm_losses.derivatives.snapshot import Snapshot
 from hosm_losses.derivatives.taylor import CutError, TaylorError
 from hosm_losses.derivatives.under_compile import CUT, compiled, refuse_statistics
 
@@ -44,13 +48,6 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 ASK_THE_CHECK = "check_derivatives(model, x0) names the module and what to do."
 # What code raises that meets a Jet and expected an ordinary tensor.
 JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
-# Network evaluations of a training step.
-EVALUATIONS = {
-    "order two": {"taylor": 6, "reverse": 7, "forward": 8},
-    "third='exact'": {"taylor": 12, "reverse": 12, "forward": 16},
-    "third='laplacian'": {"taylor": 9, "forward": 22},
-    "third='sliced'": {"taylor": 12, "forward": 22},
-}
 
 
 @dataclass
@@ -69,6 +66,73 @@ def _choice(owner: object) -> _Choice:
         return _CHOICES.setdefault(owner, _Choice())
     except TypeError:  # a callable that cannot be referred to weakly, or not hashed
         return _Choice()
+
+
+class _Kept(NamedTuple):
+    """A buffer, and what it was."""
+
+    module: nn.Module
+    name: str
+    buffer: Tensor
+    value: Tensor
+    version: list[int]
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it was changed in place, or may have been: in inference mode none is told."""
+        return not self.version or versions([self.buffer]) != self.version
+
+
+class Snapshot:
+    """The buffers of a network and the state of torch's generators, to be restored.
+
+    Of a network that is no Module, nor a method of one, no buffers are seen. `x` are its inputs,
+    for the devices.
+    """
+
+    def __init__(self, network: object, *x: Tensor) -> None:
+        owner = network if isinstance(network, nn.Module) else getattr(network, "__self__", None)
+        modules = owner.modules() if isinstance(owner, nn.Module) else ()
+        with torch.no_grad():
+            self.buffers = [
+                _Kept(module, name, buffer, buffer.clone(), versions([buffer]))
+                for module in modules
+                for name, buffer in module.named_buffers(recurse=False)
+            ]
+        self.device_type = x[0].device.type
+        # Inside a CUDA graph the state cannot be asked for.
+        captured = x[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        self.generators = None if captured else (torch.get_rng_state(), get_device_states(*x))
+
+    def changed(self) -> "Snapshot":
+        """Keep of the buffers those that are others now, or have been changed."""
+        self.buffers = [
+            k for k in self.buffers if k.is_changed or getattr(k.module, k.name) is not k.buffer
+        ]
+        return self
+
+    def refuse_escaped(self) -> None:
+        """Raise where forward mode left a tensor of its own in a buffer, which is put back."""
+        for each in self.buffers:
+            if in_transform(getattr(each.module, each.name)):
+                self.restore(generators=False)
+                raise DerivativeError(
+                    f"network: expected buffers that do not depend on x; got {each.name} of "
+                    f"{type(each.module).__name__}, which is given a tensor that may, and forward "
+                    "mode lets none out. Leave derivative at 'auto', or take 'reverse'."
+                )
+
+    def restore(self, *, generators: bool = True) -> None:
+        """Put the buffers back, and the generators unless they are to stay where they are."""
+        with torch.no_grad():
+            for each in self.buffers:
+                setattr(each.module, each.name, each.buffer)
+                # A graph may have kept one that counts no change, as batch norm does of its own.
+                (each.buffer if each.is_changed else each.buffer.data).copy_(each.value)
+        if generators and self.generators is not None:
+            state, (devices, states) = self.generators
+            torch.set_rng_state(state)
+            set_device_states(devices, states, device_type=self.device_type)
 
 
 def derive(
@@ -94,8 +158,8 @@ def derive(
         return whole(_auto, field, x, direction, order, second_direction, summed)
     dearer = derivative == "forward" and second_direction is not None
     if dearer and not compiling:
-        kind = _kind(direction, order, second_direction)
-        _warn_once(_choice(field.owner), f"forward, {kind}", _price_of_forward, kind)
+        kind = kind_of(direction, order, second_direction)
+        _warn_once(_choice(field.owner), f"forward, {kind}", price_of_forward, kind)
     # A transform around may have put its own tensors in the place of buffers.
     before = Snapshot(field.owner, x) if derivative == "forward" and not traced() else None
     given = (field, x, direction, order, second_direction, summed)
@@ -198,8 +262,8 @@ def _auto(
             # How deep calls go depends on who calls, and not on the network alone.
             if not deep and not surrounded():
                 choice.refused.update(reasons)
-            kind = _kind(direction, order, second_direction)
-            _warn_once(choice, kind, _price_of_another, owner, reasons["taylor"], engine, kind)
+            kind = kind_of(direction, order, second_direction)
+            _warn_once(choice, kind, price_of_another, owner, reasons["taylor"], engine, kind)
         return derived
     told = "; ".join(f"{engine}: {why}" for engine, why in reasons.items())
     raise DerivativeError(
@@ -222,43 +286,6 @@ def _another_may_do(engine: str, error: Exception) -> bool:
         failed = failed or any(words in text for words in DEVICE_ERROR_TEXT)
         return isinstance(error, JET_ERRORS) and not failed
     return isinstance(error, RuntimeError)
-
-
-def _kind(direction: Tensor, order: int, second_direction: Tensor | None) -> str:
-    """The row of `EVALUATIONS` that was asked for."""
-    if order == 2:
-        return "order two"
-    if second_direction is None:
-        return "third='exact'"
-    return "third='laplacian'" if second_direction is direction else "third='sliced'"
-
-
-def _price_of_another(owner: object, why: str, engine: str, kind: str) -> str:
-    """What is said where an engine other than "taylor" gives D and G."""
-    costs = EVALUATIONS[kind]
-    price = EVALUATIONS[kind if "reverse" in costs else "third='exact'"][engine]
-    before = f" instead of {costs['taylor']}" if price != costs["taylor"] else ""
-    told = (
-        f"derivative='auto': the engine 'taylor' cannot differentiate {type(owner).__name__} "
-        f"({why}) The engine {engine!r} takes its place: for {kind} a training step takes "
-        f"{price} evaluations of the network{before}, and more time for each."
-    )
-    if "reverse" not in costs:  # G takes the place of C
-        told += (
-            f" {kind} in forward mode costs more than 'exact', {costs['forward']} "
-            f"evaluations, so 'exact' is taken; derivative='forward' keeps {kind}."
-        )
-    return told
-
-
-def _price_of_forward(kind: str) -> str:
-    """What is said where forward mode was asked for, and the exact third order costs less."""
-    costs, exact = EVALUATIONS[kind], EVALUATIONS["third='exact'"]
-    return (
-        f"derivative='forward': for {kind} a training step takes {costs['forward']} evaluations "
-        f"of the network, for third='exact' {exact['forward']}; the engine 'taylor' takes "
-        f"{costs['taylor']}."
-    )
 
 
 def _warn_once(choice: _Choice, kind: str, text: Callable[..., str], *args: object) -> None:
