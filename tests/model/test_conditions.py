@@ -144,7 +144,6 @@ KEEPERS = {
     "namespace": (lambda y: SimpleNamespace(y=y), lambda c: c.y, set_name),
 }
 USES = {
-    "order one": hosm.first_order_dsm,
     "order two": hosm.second_order_dsm,
     "reverse": partial(hosm.third_order_dsm, derivative="reverse"),
     "chunks": partial(hosm.third_order_dsm, chunks=2),
@@ -183,7 +182,7 @@ def test_a_network_may_write_to_what_belongs_to_its_samples(keeper, use):
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("use", ["order one", "order two", "chunks", "fixed", "sample", "bound"])
+@pytest.mark.parametrize("use", ["order two", "chunks", "fixed", "sample", "bound"])
 @pytest.mark.parametrize(
     "keeper", sorted(KEEPERS.keys() - {"dict"})
 )  # a dict is the network's own

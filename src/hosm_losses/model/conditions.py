@@ -169,30 +169,35 @@ def per_sample(kwargs: Mapping[str, Any], function: Callable[[str, Tensor], Any]
     return _walk(kwargs, visit, "model_kwargs")
 
 
-def unwrapped(kwargs: Mapping[str, Any]) -> Any:
-    """The arguments as the network wants them, without marks.
+def copied(kwargs: Mapping[str, Any]) -> Any:
+    """Bound arguments with copies of what belongs to the samples, to which a network may write.
 
-    What belongs to the samples is a copy, to which the network may write, unless it is in a
-    container that cannot be copied.
+    They are as they were where a container cannot be copied.
     """
+    try:
+        return per_sample(kwargs, lambda _, tensor: tensor.clone())
+    except TypeError:
+        return kwargs
 
-    def unmarked(path: str, found: Any) -> Any:
-        return _walk(found.value, unmarked, path) if isinstance(found, Shared) else found
+
+def unwrapped(kwargs: Mapping[str, Any]) -> Any:
+    """The arguments as the network wants them, without marks."""
 
     def visit(path: str, found: Any) -> Any:
-        return found.clone() if isinstance(found, Tensor) else unmarked(path, found)
+        return _walk(found.value, visit, path) if isinstance(found, Shared) else found
 
-    try:
-        return _walk(kwargs, visit, "model_kwargs")
-    except TypeError:
-        return _walk(kwargs, unmarked, "model_kwargs")
+    return _walk(kwargs, visit, "model_kwargs")
 
 
 class SharedTensors:
-    """The tensors that all samples share in bound arguments, as they are now."""
+    """The tensors that all samples share in bound arguments, as they are now.
+
+    Under torch.compile, where no change is counted, none are looked at.
+    """
 
     def __init__(self, kwargs: Mapping[str, Any]) -> None:
-        self.kwargs, self.found = kwargs, self._look(kwargs)
+        self.kwargs = kwargs
+        self.found = [] if torch.compiler.is_compiling() else self._look(kwargs)
 
     def _look(self, kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor, list[int]]]:
         found: list[tuple[str, Tensor, list[int]]] = []
@@ -212,9 +217,9 @@ class SharedTensors:
 
     def check(self) -> None:
         """Raise ValueError where one was changed since, or another stands in its place."""
-        pairs = zip(self.found, self._look(self.kwargs), strict=False)
-        for (path, tensor, version), (_, now, version_now) in pairs:
-            if now is not tensor or version_now != version:
+        now = self._look(self.kwargs) if self.found else []
+        for (path, tensor, version), (_, other, later) in zip(self.found, now, strict=False):
+            if other is not tensor or later != version:
                 raise ValueError(
                     f"{path}: expected a network that leaves what all samples share as it is; got "
                     "one that changes it, so that the next evaluation would be given something "

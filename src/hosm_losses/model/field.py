@@ -26,7 +26,14 @@ from hosm_losses.derivatives import (
     safe_of_one,
     safe_primitives,
 )
-from hosm_losses.model.conditions import bound, map_tensors, per_sample, tensors_in
+from hosm_losses.model.conditions import (
+    SharedTensors,
+    bound,
+    copied,
+    map_tensors,
+    per_sample,
+    tensors_in,
+)
 from hosm_losses.model.score_model import ScoreModel, to_noise
 
 
@@ -233,11 +240,21 @@ class NetworkField:
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate the network at x (B, *)."""
         field = self.field
+        # At order one the network is given what it was given by the trainer, once.
+        if not field.kwargs or field.at_first:
+            return self._predicted(x, field.kwargs)
+        shared = SharedTensors(field.kwargs)
+        value = self._predicted(x, copied(field.kwargs))
+        shared.check()
+        return value
+
+    def _predicted(self, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        field = self.field
         # A Jet has rules of its own, and what does not depend on x needs no primitives.
         if isinstance(x, Jet) or not (field.primitives or self.of_one):
-            return field.model.predict(x, field.t, **field.kwargs)
+            return field.model.predict(x, field.t, **kwargs)
         with safe_of_one() if self.of_one else safe_primitives(at_first=field.at_first):
-            return field.model.predict(x, field.t, **field.kwargs)
+            return field.model.predict(x, field.t, **kwargs)
 
     @property
     def owner(self) -> object:

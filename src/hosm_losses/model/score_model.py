@@ -45,7 +45,7 @@ from hosm_losses._checks import (
 from hosm_losses._references import refuse_shared, roots_of, say_unreached
 from hosm_losses._torch_internals import OF_DTYPES, OF_INDICES, normal
 from hosm_losses.derivatives import Jet
-from hosm_losses.model.conditions import SharedTensors, unwrapped
+from hosm_losses.model.conditions import unwrapped
 from hosm_losses.schedules import Schedule, check_schedule
 
 Prediction = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
@@ -219,16 +219,14 @@ class ScoreModel(nn.Module):
 
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """What the network predicts, of the shape of x."""
-        # Its own x, times and conditions: a network may write to them. A Jet is its own anyway.
+        # Its own times and x: a network may write to them. A Jet is made for it anyway.
         x, network_time = x if isinstance(x, Jet) else x.clone(), t.clone()
         if callable(self.time):
             network_time = self.time(network_time)
         elif self.time is not None:
             network_time = network_time * self.time
-        shared = SharedTensors(kwargs) if kwargs and not torch.compiler.is_compiling() else None
-        returned = self._called(x, network_time, unwrapped(kwargs) if kwargs else kwargs)
-        if shared is not None:
-            shared.check()
+        kwargs = unwrapped(kwargs) if kwargs else kwargs
+        returned = self._called(x, network_time, kwargs)
         predicted = returned if self.output is None else self.output(returned)
         check_prediction(predicted, x)
         return predicted
