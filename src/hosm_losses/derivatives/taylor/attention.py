@@ -13,6 +13,7 @@ from hosm_losses.derivatives.taylor.jet import Jet
 from hosm_losses.derivatives.taylor.layers import linear
 from hosm_losses.derivatives.taylor.matrices import matmul
 from hosm_losses.derivatives.taylor.selection import masked_fill
+from hosm_losses.derivatives.taylor.shapes import dropped
 from hosm_losses.derivatives.taylor.softmax import softmax
 from hosm_losses.derivatives.taylor.table import NoRule, rule
 
@@ -57,12 +58,8 @@ def _weights(
     return softmax(add(logits, attn_mask), -1)
 
 
-def _dropped(weights: Any, dropout_p: float) -> Any:
-    if not dropout_p:
-        return weights
-    if not isinstance(weights, Jet):
-        return F.dropout(weights, dropout_p)
-    return multiply(weights, F.dropout(torch.ones_like(weights.stack[0]), dropout_p))
+def _dropped(weights: Any, p: float) -> Any:
+    return dropped(F.dropout, weights, p) if isinstance(weights, Jet) else F.dropout(weights, p)
 
 
 def _mixed(weights: Any, value: Any) -> Jet:

@@ -216,9 +216,10 @@ def _pad(x: Jet, pad: Any, mode: str = "constant", value: float | None = None) -
 
 
 @rule_of_each(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
-def _dropped(
+def dropped(
     function: Function, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Any:
+    """x by one of PyTorch's dropouts."""
     if not training or p == 0:
         return x
     # One mask for the value and its derivatives.
