@@ -70,14 +70,39 @@ LARGE = {
 
 
 @pytest.mark.parametrize("what", LARGE)
-def test_next_to_what_is_large_rounding_is_told_from_a_fault(what):
+def test_next_to_what_is_large_a_right_network_is_not_accused(what):
     """The float32 derivatives are right, and the differences they are held against are not."""
     network, size = LARGE[what]
     model = hosm.ScoreModel(network, hosm.VPSchedule())
     x = size * torch.randn(2, 4, dtype=torch.float32)
-    with pytest.raises(hosm.DerivativeError, match=r"A float64 copy has no such fault"):
-        hosm.check_derivatives(model, x)
+    hosm.check_derivatives(model, x)
     hosm.check_derivatives(model, x.double())
+
+
+def test_derivatives_that_float32_alone_has_wrong_are_told_from_other_faults():
+    def network(x, t):
+        return x.sin() if x.dtype == torch.float64 else 0.9 * x.sin() + 0.1 * x.detach().sin()
+
+    model = hosm.ScoreModel(network, hosm.VPSchedule())
+    with pytest.raises(hosm.DerivativeError, match=r"A float64 copy has no such fault"):
+        hosm.check_derivatives(model, torch.randn(2, 4, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("activation", "order"), [(nn.ReLU(), 2), (nn.ELU(), 3)])
+def test_many_kinks_are_none_for_the_order_that_may_have_them(activation, order, dtype):
+    """With as many units as a small image has, some kink is between the points of every step."""
+
+    def convolution(before, after):
+        return nn.Conv2d(before, after, 3, padding=1)
+
+    layers = (convolution(3, 16), activation, convolution(16, 16), activation, convolution(16, 3))
+    network = nn.Sequential(*layers).to(dtype)
+    model = hosm.ScoreModel(network, hosm.VPSchedule(), call=lambda network, x, t: network(x))
+    hosm.check_derivatives(model, torch.randn(2, 3, 8, 8, dtype=dtype), order)
+    layers[-1].register_forward_hook(lambda module, args, out: out + 0.1 * out.detach().sin())
+    with pytest.raises(hosm.DerivativeError, match=r"agree with differences; got .* off by"):
+        hosm.check_derivatives(model, torch.randn(2, 3, 8, 8, dtype=dtype), order)
 
 
 def test_a_fault_next_to_what_is_large_is_not_called_rounding():
