@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from hosm_losses.likelihood.inputs import dequantize, importance_weighted
+from hosm_losses.likelihood.integers import dequantize, importance_weighted
 from tests.oracles import GaussianMixture, mixture_noise, networks
 
 D = 2

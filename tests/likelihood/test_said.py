@@ -112,6 +112,46 @@ def test_other_layers_in_training_mode(layer):
         hosm.variational_nll(model, torch.randn(8, 2))
 
 
+class Labelled(nn.Module):
+    """Drops the labels of samples in training, by code of its own, as DiT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Linear(1, 2)
+
+    def forward(self, x, t, y):
+        if self.training:
+            y = torch.where(torch.rand(y.shape) < 0.5, 9.0, y)
+        return x * self.table(y[:, None])
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "adaptive"}, {"enable_grad": True}])
+@pytest.mark.parametrize("function", [hosm.ode_nll, hosm.variational_nll, hosm.ode_sample])
+def test_a_network_that_draws_by_code_of_its_own(function, options):
+    """The warning is of the user's line, and the generators are where they would be."""
+    model, x = hosm.ScoreModel(Labelled(), VP), torch.randn(8, 2)
+    given = {"model_kwargs": {"y": torch.arange(8.0)}}
+    given |= {} if function is hosm.variational_nll else options
+    with pytest.warns(UserWarning, match=r"network: .*draws random numbers") as told:
+        function(model, x, **given)
+    assert [each.filename for each in told] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        function(model.eval(), x, **given)
+
+
+def test_a_network_that_draws_and_does_not_use_it():
+    """As a dropout of zero, or a layer that starts the generator by itself."""
+
+    def network(x, t):
+        torch.manual_seed(3)
+        return x + torch.randn(2) + 0 * torch.rand(())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hosm.ode_nll(hosm.ScoreModel(network, VP), torch.randn(8, 2), steps=8)
+
+
 @pytest.mark.parametrize("method", [False, True])
 def test_a_function_around_a_network_in_training_mode(method):
     norm = nn.BatchNorm1d(2)

@@ -1,19 +1,10 @@
 r"""What the likelihoods share: checked options, batches with their conditions, and one result.
 
-Integers:
-    Uniform noise u in [0, 1) spreads each integer k over its cell. With K draws of it
-    x = low + (high − low)(k + u)/levels;    −log P(k) ≤ E[−log (1/K) Σ_j p(k + u_j)]
-    Here −log p is that of x; `bits_per_dim` accounts for the width of a cell.
-
 Failures:
     A sample fails where its number says nothing: one that is not finite in the network's own range
     (float32's at least), a path that did not arrive, or a solver error above 1000 nats and above
     0.1 nats an element, 0.14 bits per dimension, where the first-order estimate has lost its
     meaning.
-
-Source:
-    Theis et al., arXiv 1511.01844, for the uniform dequantization; Burda et al.,
-    arXiv 1509.00519, and Ho et al., arXiv 1902.00275, for the importance-weighted bound.
 """
 
 import math
@@ -22,19 +13,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states
 
 from hosm_losses._checks import (
-    check_choice,
     check_dense,
     check_finite,
     check_flag,
     check_generator,
     check_model_kwargs,
-    check_not_empty,
     check_sample_batch,
     check_whole,
     complaint,
@@ -46,18 +36,18 @@ from hosm_losses._progress import progress_bar
 from hosm_losses._references import roots_of
 from hosm_losses._torch_internals import differentiated, normal, outside_inference_mode, traced
 from hosm_losses.derivatives import Snapshot
+from hosm_losses.likelihood.integers import check_images, dequantize, importance_weighted
 from hosm_losses.likelihood.paths import Batch, Coordinates, accumulator, solver_limit
-from hosm_losses.likelihood.result import NLLResult, Quantization
+from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.model import ScoreModel, check_model, condition
 
-Dequantization = Literal["uniform"]
-EIGHT_BITS = Quantization(256, -1.0, 1.0)
+Values = tuple[Tensor, ...]
 TRAINING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 TRAINING += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 TRAINING += (nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention)
-INSTANCE_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 MISMATCH = 1e-3  # nats an element
 SCALED = 0.05  # of α(t_min) from 1
+INSTANCE_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def evaluate(
@@ -88,7 +78,7 @@ def evaluate(
     if dequantization is None:
         check_sample_batch(name, x)
     else:
-        _check_images(x, dequantization)
+        check_images(x, dequantization)
     if not (log_prior is None or callable(log_prior)):
         expected = "a callable of latents (n, *) that returns their log-densities (n,), or None"
         raise TypeError(complaint("log_prior", expected, log_prior))
@@ -106,7 +96,7 @@ def evaluate(
     chunks = torch.arange(count, device=x.device).split(size)
     network = model.network
     roots = [network] if isinstance(network, nn.Module) else roots_of(network)
-    _say_what_trains(roots)
+    training = _say_what_trains(roots)
     with (
         _kept(roots, x),
         outside_inference_mode(),
@@ -124,29 +114,14 @@ def evaluate(
         _say_ends(coordinates, start=at_start, prior=log_prior is None and of_prior)
         results = []
         with progress_bar(progress, count * draws, "sample") as advance:
-            whole = Batch(normal(x), conditions, coordinates, dtype, log_prior, generator, advance)
+            given = (log_prior, generator, advance, Watch(not training and not traced()))
+            whole = Batch(normal(x), conditions, coordinates, dtype, *given)
             for _ in range(draws):
                 points = dequantize(whole.x, generator) if dequantization else whole.x
                 parts = [likelihood(whole.rows(points, rows)) for rows in chunks]
                 result = parts[0] if len(parts) == 1 else NLLResult.cat(parts)
                 results.append(mark_failed(result))
     return importance_weighted(results) if dequantization else results[0]
-
-
-def _say_what_trains(roots: Sequence[nn.Module]) -> None:
-    """Warn of parts whose training mode makes a likelihood another number."""
-    for name, part in (each for root in roots for each in root.named_modules()):
-        if not part.training or not isinstance(part, TRAINING):
-            continue
-        # The probability of a dropout, or of that inside an attention.
-        if getattr(part, "p", getattr(part, "dropout", 1)) > 0:
-            warnings.warn(
-                f"network: expected evaluation mode, as after model.eval(); got {name or 'it'}, a "
-                f"{type(part).__name__} in training mode. The numbers are random, or depend on "
-                "what else is in the batch.",
-                stacklevel=users_level(),
-            )
-            return
 
 
 @contextmanager
@@ -162,6 +137,65 @@ def _kept(roots: Sequence[nn.Module], x: Tensor) -> Iterator[None]:
     finally:
         for each in before:
             each.restore(generators=False)
+
+
+def _say_what_trains(roots: Sequence[nn.Module]) -> bool:
+    """Warn of a part whose training mode makes a likelihood another number, if there is one."""
+    for name, part in (each for root in roots for each in root.named_modules()):
+        if not part.training or not isinstance(part, TRAINING):
+            continue
+        # The probability of a dropout, or of that inside an attention.
+        if getattr(part, "p", getattr(part, "dropout", 1)) > 0:
+            warnings.warn(
+                f"network: expected evaluation mode, as after model.eval(); got {name or 'it'}, a "
+                f"{type(part).__name__} in training mode. The numbers are random, or depend on "
+                "what else is in the batch.",
+                stacklevel=users_level(),
+            )
+            return True
+    return False
+
+
+class Watch:
+    """Looks at the first evaluation of a network, and warns if its output is random.
+
+    No list of layers is complete: a network may drop labels, layers or words by code of its own.
+    What draws leaves torch's generators elsewhere, and then two values are compared.
+    """
+
+    def __init__(self, due: bool) -> None:
+        self.due = due
+
+    def __call__(
+        self, value: Callable[[Tensor], Tensor], x: Tensor, evaluate: Callable[[], Values]
+    ) -> Values:
+        """What `evaluate` returns, which evaluates at x (B, *) what `value` is the value of."""
+        if not self.due:
+            return evaluate()
+        self.due, before = False, _generators(x)
+        found = evaluate()
+        if all(map(torch.equal, before, _generators(x))):
+            return found
+        after = Snapshot(None, x)
+        with torch.no_grad():
+            one, other = value(x), value(x)
+        after.restore()
+        if torch.allclose(one, other, rtol=1e-3, atol=0, equal_nan=True):
+            return found
+        warnings.warn(
+            "network: expected the same output for the same input; got one that draws random "
+            "numbers, as dropout does in training mode. The likelihood is another one in every "
+            "call. Call model.eval() first, and look for what draws where its mode is not asked.",
+            stacklevel=users_level(),
+        )
+        return found
+
+
+def _generators(x: Tensor) -> list[Tensor]:
+    """The states of torch's generators on the devices of x; none inside a CUDA graph."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return []
+    return [torch.get_rng_state(), *get_device_states(x)[1]]
 
 
 def _say_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None:
@@ -212,36 +246,6 @@ def noised(batch: Batch) -> tuple[Batch, Tensor]:
     return replace(batch, x=points), correction
 
 
-def dequantize(levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """x = −1 + 2 (k + u)/256 for uint8 levels k, in the precision of sums."""
-    dtype, device = accumulator(levels), levels.device
-    u = torch.rand(levels.shape, generator=generator, dtype=dtype, device=device)
-    return EIGHT_BITS.low + (EIGHT_BITS.high - EIGHT_BITS.low) * (levels + u) / EIGHT_BITS.levels
-
-
-def importance_weighted(draws: Sequence[NLLResult]) -> NLLResult:
-    """−log of the mean density over K draws of u, from one result for each.
-
-    `latent` is the first draw's, nfe is the sum, errors are averaged as the densities weigh them.
-    """
-    first = replace(draws[0], quantization=EIGHT_BITS)
-    if len(draws) == 1:
-        return first
-
-    def stacked(name: str) -> Tensor:
-        return torch.stack([getattr(draw, name) for draw in draws])
-
-    log_density = -stacked("nll")
-    weight = torch.softmax(log_density.detach(), 0)
-    return replace(
-        first,
-        nll=math.log(len(draws)) - log_density.logsumexp(0),
-        nfe=stacked("nfe").sum(0),
-        solver_error=(weight * stacked("solver_error")).sum(0),
-        failed=stacked("failed").any(0),
-    )
-
-
 def mark_failed(result: NLLResult) -> NLLResult:
     """Put NaN where the number says nothing, judged in the dtype of the latent, the network's."""
     latent = result.latent
@@ -250,37 +254,6 @@ def mark_failed(result: NLLResult) -> NLLResult:
     good = torch.isfinite(in_range) & (result.solver_error.detach() <= limit)
     failed = result.failed | ~good
     return replace(result, nll=result.nll.masked_fill(failed, math.nan), failed=failed)
-
-
-def check_draws(draws: int, dequantization: str | None, divergence: str) -> None:
-    """Raise ValueError for several draws of u where there is none, or where they would flatter.
-
-    With 7 nats of noise in log p, as of Hutchinson's estimator, 20 draws seem to gain 11 nats.
-    """
-    if dequantization is None:
-        remedy = "Give integer images and dequantization='uniform'."
-        raise ValueError(complaint("dequantization_draws", "1 for continuous data", draws, remedy))
-    if divergence != "exact":
-        remedy = (
-            "The mean of exp(log p) turns the noise of log p into a gain, which flatters the "
-            "model: use divergence='exact'."
-        )
-        expected = f"1 with divergence={divergence!r}"
-        raise ValueError(complaint("dequantization_draws", expected, draws, remedy))
-
-
-def _check_images(x: object, dequantization: str) -> None:
-    """Raise unless x is uint8 (B, *) and the dequantization one that there is."""
-    check_choice("dequantization (or None)", dequantization, ("uniform",))
-    if not isinstance(x, Tensor) or x.dtype != torch.uint8:
-        expected = "a uint8 tensor (B, *) of levels 0 to 255 with dequantization='uniform'"
-        remedy = (
-            "Leave dequantization=None for continuous data, or dequantize it yourself and give "
-            "levels, low and high to bits_per_dim."
-        )
-        raise TypeError(complaint("x", expected, x, remedy))
-    check_dense("x", x)
-    check_not_empty("x", x)
 
 
 def _moment(name: str, value: float | Tensor, x: Tensor) -> Tensor:

@@ -22,12 +22,8 @@ from hosm_losses._checks import (
     complaint,
 )
 from hosm_losses.likelihood.adaptive import solve_adaptive
-from hosm_losses.likelihood.inputs import (
-    Dequantization,
-    check_draws,
-    evaluate,
-    noised,
-)
+from hosm_losses.likelihood.inputs import evaluate, noised
+from hosm_losses.likelihood.integers import Dequantization, check_draws
 from hosm_losses.likelihood.multistep import MINIMUM_STEPS, ToTolerance, solve_fixed
 from hosm_losses.likelihood.paths import Batch, Paths, Solver, followed
 from hosm_losses.likelihood.result import NLLResult

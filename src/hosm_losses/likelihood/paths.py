@@ -30,6 +30,7 @@ Source:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -140,6 +141,8 @@ class Batch:
     log_prior: Callable[[Tensor], Tensor] | None = None
     generator: torch.Generator | None = None
     advance: Callable[[float], object] = lambda _: None  # told the samples' worth of work done
+    # What evaluates, given the value alone as a function of x, x, and what is to be called.
+    watch: Callable[..., tuple[Tensor, ...]] = lambda _value, _x, evaluate: evaluate()
 
     def rows(self, x: Tensor, rows: Tensor) -> "Batch":
         """Return the rows alone, at the points x of the whole batch."""
@@ -158,7 +161,9 @@ class Batch:
         def evaluated(x: Tensor) -> Tensor:
             return self.field(level)(x)
 
-        (value,) = apart(evaluated, lambda points: (evaluated(points),), x.to(self.dtype))
+        given = x.to(self.dtype)
+        one = partial(apart, evaluated, lambda points: (evaluated(points),), given)
+        (value,) = self.watch(evaluated, given, one)
         return -value.to(x.dtype)
 
     def log_prior_at(self, latent: Tensor) -> Tensor:
@@ -229,7 +234,8 @@ class Paths:
             value, divergence = with_divergence(self.batch.field(level, rows), x, probes)
             return value, divergence.T  # samples first
 
-        value, *divergences = apart(value_at, evaluated, x)
+        all_parts = partial(apart, value_at, evaluated, x)
+        value, *divergences = self.batch.watch(value_at, x, all_parts)
         noise = -value.to(z.dtype)
         slope = coordinates.slope(z, noise, level)
         if not divergences:

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_whole, complaint, over_elements
-from hosm_losses.likelihood.inputs import Dequantization, evaluate
+from hosm_losses.likelihood.inputs import evaluate
+from hosm_losses.likelihood.integers import Dequantization
 from hosm_losses.likelihood.paths import Batch, NoiseLevel
 from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.model import ScoreModel
