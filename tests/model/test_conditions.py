@@ -2,11 +2,12 @@
 
 import copy
 import warnings
-from collections import OrderedDict, UserDict, namedtuple
+from collections import OrderedDict, UserDict, deque, namedtuple
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -386,6 +387,37 @@ def test_an_object_that_holds_a_tensor_of_the_samples_is_named():
         hosm.second_order_dsm(model, x0, model_kwargs={"c": marked})
         # One sample is not split.
         hosm.second_order_dsm(model, x0[:1], model_kwargs={"c": Held(torch.randn(1, 2))})
+
+
+WORDS = ("one", "two", "three", "four")
+LABELS = {
+    "words": list(WORDS),
+    "a tuple of words": WORDS,
+    "numbers": [0, 1, 2, 3],
+    "an array": np.arange(4),
+    "an array in a dict": {"y": [np.arange(4)]},
+    "a deque": deque([torch.randn(4, 2)]),
+}
+OTHERS = {"a size": (8, 8, 8, 8), "three words": list(WORDS[:3]), "an array": np.arange(5)}
+
+
+@pytest.mark.parametrize("what", LABELS)
+def test_labels_that_are_not_split_are_named(what):
+    """A network that pairs them with its rows gives others to the samples of a later part."""
+    model, x = hosm.ScoreModel(lambda x, t, c: x, hosm.VPSchedule()), torch.randn(4, 3)
+    with pytest.warns(UserWarning, match=r"model_kwargs\['c'\].* as long as the batch"):
+        hosm.ode_nll(model, x, batch_size=2, model_kwargs={"c": LABELS[what]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hosm.ode_nll(model, x, model_kwargs={"c": hosm.Shared(LABELS[what])})
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_nothing_is_said_of_what_goes_with_no_sample(what):
+    model = hosm.ScoreModel(lambda x, t, c: x, hosm.VPSchedule())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hosm.ode_nll(model, torch.randn(4, 3), batch_size=2, model_kwargs={"c": OTHERS[what]})
 
 
 class Graph(nn.Module):

@@ -12,10 +12,13 @@ What:
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from numbers import Number
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -136,19 +139,48 @@ def bound(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
 
 
 def _say_what_is_not_split(kwargs: Mapping[str, Any], batch: int) -> None:
-    """Warn of objects that hold tensors as long as the batch, and are no containers here."""
+    """Warn of what seems to belong to the samples, and is no tensor in a container here."""
     for name, value in kwargs.items():
-        if isinstance(value, (*FOLLOWED, Shared, nn.Module)) or dataclasses.is_dataclass(value):
-            continue
-        held = getattr(value, "__dict__", {}).values()
-        if any(isinstance(each, Tensor) and each.shape[:1] == (batch,) for each in held):
+        for path, found, holds in _unsplit(value, batch, f"model_kwargs[{name!r}]"):
             warnings.warn(
-                f"model_kwargs[{name!r}]: expected tensors in dicts, lists, dataclasses and their "
-                f"like; got {describe(value)}, which holds a tensor as long as the batch. The "
-                "network is given it as it is, also with some of the samples alone. Give its "
-                f"tensors in a dict, or say Shared({name}).",
+                f"{path}: expected tensors in dicts, lists, dataclasses and their like; got "
+                f"{describe(found)}, which holds {holds} as long as the batch. The network is "
+                "given it as it is, also with some of the samples alone. Give its tensors in a "
+                f"dict, or numbers of the samples as a tensor, or say Shared({name}).",
                 stacklevel=users_level(),
             )
+
+
+def _unsplit(value: Any, batch: int, path: str) -> Iterator[tuple[str, Any, str]]:
+    """Where something seems to belong to the samples and is not split, that, and what it holds."""
+    if isinstance(value, (Tensor, Shared, nn.Module, type)):
+        return
+    if isinstance(value, np.ndarray):
+        if value.shape[:1] == (batch,):
+            yield path, value, "an array"
+    elif isinstance(value, list | tuple) and len(value) == batch and _are_labels(value):
+        yield path, value, "labels"
+    elif isinstance(value, FOLLOWED) or dataclasses.is_dataclass(value):
+        pairs = (
+            value.items()
+            if isinstance(value, Mapping)
+            else enumerate(value)
+            if isinstance(value, list | tuple)
+            else getattr(value, "__dict__", {}).items()
+        )
+        for key, each in pairs:
+            yield from _unsplit(each, batch, f"{path}[{key!r}]")
+    else:
+        collected = value if isinstance(value, deque | set | frozenset) else ()
+        held = (*getattr(value, "__dict__", {}).values(), *collected)
+        if any(isinstance(each, Tensor) and each.shape[:1] == (batch,) for each in held):
+            yield path, value, "a tensor"
+
+
+def _are_labels(values: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether these are words, or in a list numbers; in a tuple those are often a size."""
+    kinds = str if isinstance(values, tuple) else (str, Number)
+    return all(isinstance(each, kinds) for each in values)
 
 
 def per_sample(kwargs: Mapping[str, Any], function: Callable[[str, Tensor], Any]) -> Any:
