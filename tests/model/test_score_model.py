@@ -496,3 +496,16 @@ def test_a_network_taken_from_a_pipeline_is_not_the_pipeline():
     called = hosm.ScoreModel(lambda x, t: pipeline(x), hosm.VPSchedule())
     with pytest.warns(UserWarning, match=r"eval\(\) does not reach decoder"):
         called.eval()
+
+
+def test_a_network_that_was_made_in_inference_mode():
+    with torch.inference_mode():
+        layer = nn.Linear(3, 3)
+
+    def call(network, x, t):
+        return network(x)
+
+    model, x = hosm.ScoreModel(layer, hosm.VPSchedule(), call=call), torch.randn(4, 3)
+    with pytest.raises(TypeError, match=r"made in inference mode\. .*copy\.deepcopy\(network\)"):
+        hosm.ode_nll(model, x)
+    hosm.ode_nll(hosm.ScoreModel(copy.deepcopy(layer), hosm.VPSchedule(), call=call), x)

@@ -252,6 +252,12 @@ class ScoreModel(nn.Module):
                 "own takes whole ones. Let it interpolate between its two entries next to t, or "
                 "give it the nearest: ScoreModel(..., time=lambda t: t.round().long())."
             ) from error
+        if "Inference tensors" in text:
+            raise TypeError(
+                f"network: {failed}. Its parameters, or others of its tensors, were made in "
+                "inference mode. Build or load it outside of torch.inference_mode(), or take "
+                "copy.deepcopy(network) there."
+            ) from error
         if not any(words in text for words in OF_DTYPES):
             return
         parameters = (each for root in roots_of(self.network) for each in root.parameters())
