@@ -25,8 +25,6 @@ from torch import Tensor, nn
 from hosm_losses._checks import describe, users_level
 from hosm_losses._torch_internals import traced, versions
 
-FOLLOWED = (Tensor, Mapping, list, tuple, SimpleNamespace)
-
 
 class Shared:
     """Marks what belongs to no sample, in `model_kwargs`; the network is given what it holds.
@@ -71,17 +69,24 @@ def _walk(value: Any, visit: Visit, path: str) -> Any:
         return type(value)(
             [_walk(each, visit, f"{path}[{place}]") for place, each in enumerate(value)]
         )
-    if isinstance(value, Mapping | list | tuple):
-        before, step = dict(value if isinstance(value, Mapping) else enumerate(value)), "[{!r}]"
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [each.name for each in dataclasses.fields(value) if hasattr(value, each.name)]
-        before, step = {name: getattr(value, name) for name in names}, ".{}"
-    elif isinstance(value, SimpleNamespace):
-        before, step = dict(vars(value)), ".{}"
-    else:
+    entries = _entries(value)
+    if entries is None:
         return value
+    before, step = entries
     found = {key: _walk(each, visit, path + step.format(key)) for key, each in before.items()}
     return _rebuilt(value, found, before, path)
+
+
+def _entries(value: Any) -> tuple[dict[Any, Any], str] | None:
+    """What a container holds, and how a path goes on to it; None for what is none here."""
+    if isinstance(value, Mapping):
+        return dict(value), "[{!r}]"
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value)), "[{!r}]"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [each.name for each in dataclasses.fields(value) if hasattr(value, each.name)]
+        return {name: getattr(value, name) for name in names}, ".{}"
+    return (dict(vars(value)), ".{}") if isinstance(value, SimpleNamespace) else None
 
 
 def _rebuilt(value: Any, found: dict[Any, Any], before: dict[Any, Any], path: str) -> Any:
@@ -155,21 +160,15 @@ def _unsplit(value: Any, batch: int, path: str) -> Iterator[tuple[str, Any, str]
     """Where something seems to belong to the samples and is not split, that, and what it holds."""
     if isinstance(value, (Tensor, Shared, nn.Module, type)):
         return
+    entries = _entries(value)
     if isinstance(value, np.ndarray):
         if value.shape[:1] == (batch,):
             yield path, value, "an array"
     elif isinstance(value, list | tuple) and len(value) == batch and _are_labels(value):
         yield path, value, "labels"
-    elif isinstance(value, FOLLOWED) or dataclasses.is_dataclass(value):
-        pairs = (
-            value.items()
-            if isinstance(value, Mapping)
-            else enumerate(value)
-            if isinstance(value, list | tuple)
-            else getattr(value, "__dict__", {}).items()
-        )
-        for key, each in pairs:
-            yield from _unsplit(each, batch, f"{path}[{key!r}]")
+    elif entries is not None:
+        for key, each in entries[0].items():
+            yield from _unsplit(each, batch, path + entries[1].format(key))
     else:
         collected = value if isinstance(value, deque | set | frozenset) else ()
         held = (*getattr(value, "__dict__", {}).values(), *collected)
