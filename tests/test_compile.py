@@ -323,6 +323,16 @@ def test_the_data_of_a_tensor_are_detached_in_one_graph(function, order):
     assert_one_graph(module, module.model.network, x0, inputs)
 
 
+def resampled(h):
+    """Of a network in one dimension."""
+    rows = h[:, None]
+    small = F.avg_pool1d(rows, 2)
+    up = F.interpolate(small, size=6) * F.interpolate(small, scale_factor=2.0, mode="linear")
+    return (up + F.pixel_shuffle(h.reshape(-1, 6, 1, 1).repeat(1, 4, 1, 1), 2)[:, :, 0, :1].mT)[
+        :, 0
+    ]
+
+
 def mixed(h):
     """Masks, integers and tensors without axes among what depends on x."""
     h = torch.where(h > 0, h**2, torch.expm1(h)) + torch.where(h > 0.1, h.sin(), 0.0)
@@ -333,8 +343,9 @@ def mixed(h):
 @compiles_higher_orders
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("order", [2, 3])
-def test_operands_of_several_types_are_one_graph(order):
-    module, x0, inputs = around(mixed, order)
+@pytest.mark.parametrize("function", [mixed, resampled])
+def test_operands_of_several_types_and_sequences_are_one_graph(function, order):
+    module, x0, inputs = around(function, order)
     assert_one_graph(module, module.model.network, x0, inputs)
 
 
@@ -386,6 +397,30 @@ def test_an_operator_for_reverse_mode_alone_is_evaluated_in_eager_mode(order):
     torch._dynamo.reset()
     whole = torch.compile(module, backend="aot_eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="and the loss uncompiled"):
+        whole(x0, **inputs)
+
+
+def filled(h):
+    out = torch.zeros_like(h)
+    out[:, :3] = h[:, 3:].sin()
+    return out * h
+
+
+@compiles_higher_orders
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "function", [filled, lambda h: torch.fft.irfft(torch.fft.rfft(h).square(), n=6)]
+)
+def test_the_laplacian_without_the_taylor_engine_is_evaluated_in_eager_mode(function):
+    """By the engine of eager mode, which may be another: exact for complex numbers."""
+    module, x0, inputs = around(function, 3)
+    module = hosm.ThirdOrderDSM(module.model, third="laplacian")
+    torch.testing.assert_close(*compiled_and_eager(module, x0, inputs), rtol=1e-9, atol=1e-12)
+    torch._dynamo.reset()
+    whole = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="Nested forward mode does not compile"
+    ):
         whole(x0, **inputs)
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
+from tests.oracles import Function
 from tests.versions import compiles_higher_orders
 
 pytestmark = [compiles_higher_orders, pytest.mark.filterwarnings("ignore")]
@@ -46,11 +47,38 @@ def test_dropout_in_batches_of_two_sizes(inplace):
         step(torch.randn(batch, 2)).backward()
 
 
-@pytest.mark.parametrize("layer", [nn.Softplus(), nn.LayerNorm(8)])
-def test_an_operator_without_a_rule_in_batches_of_fixed_sizes(layer):
-    step = compiled(built(2, layer), dynamic=False)
-    for batch in (8, 5):
-        assert torch.isfinite(step(torch.randn(batch, 2)))
+def gradients(loss, module):
+    """The loss, and its gradients."""
+    return loss, *torch.autograd.grad(loss, list(module.parameters()))
+
+
+def assert_same_in_every_batch(module, step, sizes=(4, 3)):
+    """The compiled loss and its gradients are those of eager mode, with one probe drawn for each."""
+    for batch in sizes:
+        x0, noise = torch.randn(2, batch, 2).unbind()
+        given = {"t": torch.rand(batch) * 0.8 + 0.1, "noise": noise}
+        found = []
+        for each in (step, module):
+            torch.manual_seed(0)
+            found.append(gradients(each(x0, **given), module))
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("order", "options"),
+    [(2, {}), (2, {"probes": 2}), (3, {}), (3, {"third": "laplacian"})],
+    ids=str,
+)
+def test_an_operator_without_a_rule_in_batches_of_two_sizes(order, options):
+    module = built(order, Function(lambda x: x.sort(1).values * x), **options)
+    assert_same_in_every_batch(module, compiled(module, dynamic=True))
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_network_for_forward_mode_in_batches_of_two_sizes(order):
+    """What the Taylor engine refuses there, as complex numbers."""
+    module = built(order, Function(lambda x: torch.fft.irfft(torch.fft.rfft(x).square(), n=8)))
+    assert_same_in_every_batch(module, compiled(module, dynamic=True))
 
 
 def test_weights_that_follow_a_rule():

@@ -200,6 +200,8 @@ def forward(
         parts, (_, curvature) = found
         return *parts, curvature
 
+    if torch.compiler.is_compiling():
+        direction = direction.clone()  # no view, as in `along` of the taylor engine
     one: Any = second if order == 2 else third if second_direction is None else curved
     directions, wanted, graph = (direction,), torch.is_grad_enabled(), nullcontext()
     if second_direction is not None:

@@ -18,6 +18,11 @@ STATISTICS = (
     "order three that torch.compile traces, for PyTorch lets no buffer change there; got {}. Call "
     ".eval() on it, take third='laplacian', or leave the loss uncompiled."
 )
+CURVED = (
+    "network: expected operators that the engine 'taylor' follows, in a loss of third='laplacian' "
+    "or 'sliced' that torch.compile traces; got {} Nested forward mode does not compile. Write it "
+    "with other operators, take third='exact', or leave the loss uncompiled."
+)
 
 
 def compiled(
@@ -35,8 +40,9 @@ def compiled(
         return engines.taylor(*given)
     except CutError as error:
         raise DerivativeError(CUT.format(error.args[0])) from error
-    except TaylorError:
-        pass
+    except TaylorError as error:
+        if second_direction is not None:
+            raise DerivativeError(CURVED.format(error.args[0])) from error
     return engines.forward(*given)
 
 

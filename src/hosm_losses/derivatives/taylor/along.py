@@ -103,6 +103,9 @@ def _mapped(function: Callable[..., Any], *args: Tensors) -> Any:
     Under vmap where there are several: one mask of a dropout then serves all of them.
     """
     with forward_mode():
+        if torch.compiler.is_compiling():
+            # PyTorch asks for the offset of a view, which it does not know for all sizes.
+            args = pytree.tree_map(torch.clone, args)
         if len(args[0][0]) > 1:
             outs: Any = (None, *(0,) * (1 if len(args) == 1 else 3))
             return torch.func.vmap(function, out_dims=outs, randomness="same")(*args)

@@ -194,15 +194,18 @@ _register((Tensor.T.__get__,), _reversed)  # pyright: ignore[reportAttributeAcce
 _register((Tensor.mT.__get__, *every("adjoint")), _transposed)  # pyright: ignore
 
 
+_PIXELS = every("pixel_shuffle", "pixel_unshuffle")
+
+
 @rule_of_each(
     *every("avg_pool1d", "avg_pool2d", "avg_pool3d", "interpolate", "upsample"),
     *every("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
-    *every("pixel_shuffle", "pixel_unshuffle"),
+    *_PIXELS,
 )
 def _of_samples(function: Function, x: Jet, *args: Any, **named: Any) -> Jet:
     """A linear function that treats every sample alone."""
     # Of one sample, the components would be more channels.
-    if x.ndim < 4 and "pixel" in function.__name__:
+    if x.ndim < 4 and function in _PIXELS:
         raise NoRule
     return like_samples(lambda samples: function(samples, *args, **named), x)
 
