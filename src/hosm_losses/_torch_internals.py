@@ -17,7 +17,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree  # noqa: F401
 
 # What PyTorch says of an operator without a second derivative in reverse mode.
-NOT_TWICE = ("derivative for aten::", "the derivative for '", "once_differentiable")
+NOT_TWICE = ("derivative for aten::", "derivative for '", "@once_diff", "not differentiable with")
+NO_FORWARD = "use forward AD with"  # of an operator without a forward derivative
 REENTRANT_CHECKPOINT = "compatible with .grad()"
 HOOKS_IN_TRANSFORM = "saved tensor hooks"  # as of a checkpoint, under torch.func
 DOUBLE_BACKWARD_OF_COMPILED = "does not currently support double backward"

@@ -110,6 +110,26 @@ def test_no_engine_leaves_no_trace_either():
     assert torch.equal(torch.rand(1), drawn)
 
 
+def by_distances(x, t):
+    return x * torch.cdist(x[:, None], torch.eye(3)[None]).squeeze(1) + t[:, None]
+
+
+def of_two_lengths(x, t):
+    """By a nested tensor, which PyTorch differentiates once."""
+    nested = torch.nested.as_nested_tensor([x[0, :2], x[1]], layout=torch.jagged)
+    return torch.nested.to_padded_tensor(nested.sin(), 0.0, (2, 3)) + t[:, None]
+
+
+@pytest.mark.parametrize("derivative", ENGINES)
+@pytest.mark.parametrize("function", [by_distances, of_two_lengths])
+def test_what_an_engine_cannot_differentiate_is_told_in_words(function, derivative):
+    layer = nn.Linear(3, 3)
+    model = hosm.ScoreModel(lambda x, t: layer(function(x, t)), hosm.VPSchedule())
+    words = "by any engine" if derivative == "auto" else rf"engine '{derivative}'.*at 'auto'"
+    with pytest.raises(hosm.DerivativeError, match=words):
+        hosm.second_order_dsm(model, torch.randn(2, 3), derivative=derivative)
+
+
 def refused(x, t):
     return by_frequency(x.sin() + t[:, None])
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from hosm_losses._checks import DerivativeError, users_level
 from hosm_losses._torch_internals import (
     DEVICE_ERROR_TEXT,
+    NO_FORWARD,
     NOT_TWICE,
     in_transform,
     surrounded,
@@ -178,6 +179,15 @@ def derive(
         raise DerivativeError(
             f"network: expected operators that the engine 'taylor' knows; got {error} Leave "
             "derivative at 'auto', which finds another engine."
+        ) from error
+    except RuntimeError as error:
+        why = str(error)
+        missing = any(words in why for words in (NO_FORWARD, *NOT_TWICE))
+        if isinstance(error, DerivativeError) or not missing:
+            raise
+        raise DerivativeError(
+            f"network: expected operators that the engine {derivative!r} can differentiate; got: "
+            f"{why.splitlines()[0]} Leave derivative at 'auto', which tries the other engines."
         ) from error
 
 
