@@ -163,3 +163,15 @@ def test_changes_in_place_of_what_was_unpacked_are_refused(change):
 def test_changes_in_place_of_others_are_not():
     network = Heads(of_another)
     torch.testing.assert_close(compiled(network), eager(network), rtol=1e-9, atol=1e-12)
+
+
+def by_vmap(qkv):
+    q, k, v = qkv
+    return q * torch.func.vmap(lambda row: row.square().sum())(k)[:, None] + v
+
+
+def test_what_takes_the_data_past_the_engine_is_nan():
+    """vmap computes with derivatives as if they were elements: another number, and in silence."""
+    network = Heads(by_vmap)
+    assert eager(network)[0].isfinite()
+    assert compiled(network)[0].isnan()

@@ -25,6 +25,7 @@ Source:
     Duvenaud, "Taylor-mode automatic differentiation for higher-order derivatives in JAX" (2019).
 """
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +81,8 @@ class Jet(Tensor):
         if stack.is_complex():
             raise TaylorError(f"an operator {COMPLEX}")
         if torch.compiler.is_compiling():
-            jet = stack.movedim(0, -1).as_subclass(_Traced)
+            marked = torch.cat([stack, torch.full_like(stack[:1], math.nan)])
+            jet = marked.movedim(0, -1).as_subclass(_Traced)
         else:
             jet = shell(_Opaque, stack)
             calls = aliases.THREAD.carrying
@@ -126,10 +128,11 @@ class _Opaque(Jet):
 
 
 class _Traced(Jet):
-    """A Jet under torch.compile, whose data are its stack with the components last.
+    """A Jet under torch.compile, whose data are its stack with the components last, and NaN.
 
     `q, k, v = qkv` passes by `__torch_function__` there, and takes rows of the data. So a row has
-    all components, if no attributes: see `unpacked`.
+    all components, if no attributes: see `unpacked`. So does torch.func.vmap inside a network,
+    which would compute with the components as if they were elements: that becomes NaN.
     """
 
 
@@ -153,7 +156,7 @@ def unpacked(x: Any) -> Any:
         return x
     carrying = aliases.THREAD.carrying[-1]
     with without_subclasses():
-        stack = x.movedim(-1, 0)
+        stack = x.movedim(-1, 0)[:-1]
     if tuple(stack.shape[1:]) in carrying.changed:
         raise TaylorError(aliases.UNPACKED)
     row = Jet.make(stack, carrying.firsts, carrying.pairs)
