@@ -83,6 +83,29 @@ def _(r, f):
     return spelled(r, f, lambda x: x, *named)
 
 
+@of("softplus")
+def _(r, f):
+    # Some elements are beyond the threshold, where it is a straight line.
+    return spelled(r, f, lambda x: x, *some(r, ("beta", r.choice([2, 0.7])), ("threshold", 1.0)))
+
+
+@of("mish")
+def _(r, f):
+    return spelled(r, f, lambda x: 3 * x, *some(r, ("inplace", False)))
+
+
+@of("clamp", "clip", "clamp_min", "clamp_max")
+def _(r, f):
+    if f.__name__ in ("clamp_min", "clamp_max"):
+        return spelled(r, f, lambda x: x, (f.__name__[-3:], r.choice([0.3, -1, ROWS])))
+    low, high = r.choice(
+        [(-0.3, 0.5), (None, 0.5), (-0.3, None), (0.5, -0.3), (-ROWS.abs(), None)]
+    )
+    named = {} if low is None else {"min": low}
+    named |= {} if high is None else {"max": high}
+    return r.choice([lambda x: f(x, **named), lambda x: f(x, low, high)])
+
+
 @of("pow", "__pow__", "float_power")
 def _(r, f):
     exponent = r.choice([2, 3, 0, 1, -1, 0.5, -1.5, 2.0, True, torch.tensor(3), ROWS])
@@ -156,6 +179,20 @@ def _(r, f):
     if is_method(f) or r.random() < 0.5:
         return lambda x: f(*form(x), **named)
     return lambda x: f(form(x)[0], batch1=form(x)[1], batch2=form(x)[2], **named)
+
+
+@of("addmm")
+def _(r, f):
+    named = r.choice([{}, {"beta": 0.5}, {"alpha": 2, "beta": 0}, {"alpha": -1}])
+    forms = [
+        lambda x: (ROWS, x, PARAMETER),  # as the layer of a transposed weight
+        lambda x: (x, OTHER[:, 0], PARAMETER[:4]),
+        lambda x: (x[0], PARAMETER[:3], x.mT @ x),
+    ]
+    form = r.choice(forms)
+    if is_method(f) or r.random() < 0.5:
+        return lambda x: f(*form(x), **named)
+    return lambda x: f(form(x)[0], mat1=form(x)[1], mat2=form(x)[2], **named)
 
 
 # --------------------------------------------------------------------------- joins
@@ -236,6 +273,11 @@ def _(r, f):
             lambda x: (cube(x)[0], cube(x)[1], cube(x)[2]),
         ]
     )
+    if r.random() < 0.3:  # several heads with the same keys and values
+        named = {"enable_gqa": True}
+        q, k = (lambda x: x.reshape(3, 4, 2, 1)), (lambda x: x.reshape(3, 4, 2, 1)[:, :2].cos())
+        plain = OTHER.reshape(3, 4, 2, 1)[:, 1:2]
+        form = r.choice([lambda x: (q(x), k(x), k(x)), lambda x: (q(x), plain, k(x))])
     return lambda x: f(*form(x), **named)
 
 

@@ -73,6 +73,8 @@ def _(r, f):
 @of("view_as", "reshape_as", "expand_as")
 def _(r, f):
     shape = r.choice([(3, 8), (3, 8)] if f is Tensor.expand_as else [(3, 2, 4), (24,)])
+    if r.random() < 0.3:  # a plain tensor, of the shape of what depends on x
+        return lambda x: x * f(OTHER.reshape(-1)[:24].reshape(3, 8), x).cos()
     return spelled(r, f, lambda x: x, ("other", lambda x: torch.ones(shape) * x.mean()))
 
 
@@ -122,6 +124,57 @@ def _(r, f):
     return joined(spelled(r, f, cube, *some(r, ("dim", dim(r, 3)))))
 
 
+@of("split_with_sizes")
+def _(r, f):
+    place = ("dim", r.choice([2, -1]))
+    return joined(spelled(r, f, cube, ("split_sizes", r.choice([[1, 3], (2, 2)])), place))
+
+
+@of("roll")
+def _(r, f):
+    shifts, where = r.choice([(1, -1), ((1,), (0,)), ((1, -2), (1, 2)), ([2], [1]), (3, None)])
+    given = (("shifts", shifts), *(() if where is None else (("dims", where),)))
+    return spelled(r, f, cube, *given)
+
+
+@of("flip")
+def _(r, f):
+    where = r.choice([(0,), [1, -1], (-1,), (0, 1, 2), ()])
+    return with_sizes(r, f, cube, where, "dims")
+
+
+@of("cumsum")
+def _(r, f):
+    kinds = [{}, {"dtype": torch.float64}, {"dtype": torch.float32}]
+    first = r.choice([cube, cube, lambda x: x.mean()])
+    return spelled(r, f, first, ("dim", dim(r, 3)), only=r.choice(kinds[:2]))
+
+
+@of("index_select")
+def _(r, f):
+    index = torch.tensor(
+        r.choice([[1, 0, 1], [0], []]), dtype=r.choice([torch.int64, torch.int32])
+    )
+    return spelled(r, f, cube, ("dim", dim(r, 3)), ("index", index))
+
+
+@of("topk", "sort")
+def _(r, f):
+    place, both = ("dim", r.choice([1, 2, -1])), r.random() < 0.5
+    if f in every("topk"):
+        given = (("k", r.choice([1, 2])), *some(r, place, ("largest", both)))
+    else:
+        given = some(r, place, ("descending", both))
+    called = spelled(r, f, cube, *given)
+    return r.choice([lambda x: called(x).values, lambda x: called(x)[0] * called(x).indices])
+
+
+@of(torch.broadcast_tensors)
+def _(r, f):
+    tensors = r.choice([lambda x: (x[:, None], OTHER.reshape(3, 8)), lambda x: (x, x.mean(0))])
+    return joined(lambda x: f(*tensors(x)))
+
+
 @of("narrow")
 def _(r, f):
     return spelled(
@@ -139,7 +192,8 @@ def _(r, f):
     where = r.choice([2, -1, None])
     each = torch.tensor([1, 0, 2, 1]) if where else 2
     given = () if where is None and r.random() < 0.5 else (("dim", where),)
-    return spelled(r, f, cube, ("repeats", each), *given)
+    only = {"output_size": 4} if where and r.random() < 0.3 else {}
+    return spelled(r, f, cube, ("repeats", each), *given, only=only)
 
 
 @of("clone", "contiguous")
@@ -209,6 +263,7 @@ def _(r, f):
     if r.random() < 0.4:  # of the batch as well
         pad = (0, 1) * len(shape)
     mode = r.choice([(), (("mode", "constant"),), (("mode", "constant"), ("value", 2.0))])
+    shape = r.choice([shape, (24,)]) if len(pad) == 2 else shape
     if len(pad) == 2 and shape == (3, 2, 4) and r.random() < 0.5:
         pad, mode = (1, 2), (("mode", r.choice(["reflect", "replicate", "circular"])),)
     return spelled(r, f, lambda x: x.reshape(shape), ("pad", r.choice([pad, list(pad)])), *mode)
@@ -309,3 +364,22 @@ def _(r, f):
     ]
     index = torch.arange(120)[: sizes[0] * sizes[1] * sizes[2]].reshape(sizes) % (3, 2, 4)[place]
     return spelled(r, f, cube, ("dim", place - r.choice((0, 3))), ("index", index))
+
+
+@of("scatter_add", "index_add")
+def _(r, f):
+    place, tall = r.choice([0, -2]), OTHER.reshape(-1)[:16].reshape(2, 8)
+    index = torch.tensor([1, 0, 1])
+    first, added = r.choice(
+        [
+            (lambda x: x[:2], lambda x: x.cos()),
+            (lambda x: tall, lambda x: x),
+            (lambda x: x[1:], lambda x: OTHER.reshape(3, 8)),
+        ]
+    )
+    if f in every("scatter_add"):
+        index = index[:, None].expand(3, 8)
+        given = (("dim", place), ("index", index), ("src", added))
+        return spelled(r, f, first, *given)
+    given = (("dim", place), ("index", index), ("source", added))
+    return spelled(r, f, first, *given, only=r.choice([{}, {"alpha": -0.5}]))

@@ -16,6 +16,10 @@ FUNCTIONS = {
     "tanh": torch.tanh,
     "gelu": F.gelu,
     "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "softplus": F.softplus,
+    "softplus, steep": lambda x: F.softplus(x, beta=3.0),
+    "mish": F.mish,
+    "clamp": lambda x: x.clamp(-0.3, 0.5) * x.sin(),
     "relu": F.relu,
     "leaky relu": lambda x: F.leaky_relu(x, 0.2),
     "exp": torch.exp,
@@ -37,7 +41,7 @@ POSITIVE = {
 
 
 @pytest.mark.parametrize("pairs", ["none", "squares"])
-@pytest.mark.parametrize("name", ["silu", "gelu", "gelu tanh", "tanh"])
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu tanh", "tanh", "mish"])
 def test_float32_keeps_its_digits(name, pairs):
     """Also where the function is nearly straight, as at 5."""
 
@@ -59,6 +63,25 @@ def test_anywhere(name):
 
 def test_a_hardsigmoid_of_which_pytorch_has_one_derivative():
     check(lambda x: F.hardsigmoid(4 * x), (2, 3), reference=lambda x: F.relu6(4 * x + 3) / 6)
+
+
+def test_softplus_is_straight_where_pytorch_takes_it_for_x():
+    x = torch.tensor([[3.0, 5.0]])
+    stack = carried(lambda x: F.softplus(x, 2, threshold=8), x, torch.ones(1, 1, 2), "squares")
+    slope = torch.sigmoid(2 * x)
+    expected = [F.softplus(x, 2, threshold=8), slope, 2 * slope * (1 - slope)]
+    assert torch.equal(stack[:, 0, 1], torch.tensor([5.0, 1.0, 0.0]))
+    torch.testing.assert_close(stack[:, 0, 0], torch.cat(expected)[:, 0])
+
+
+def test_mish_far_from_zero_is_finite():
+    """Where the second derivative of PyTorch's own is NaN."""
+    x = torch.tensor([[-200.0, 200.0]], dtype=torch.float32).requires_grad_()
+    stack = carried(F.mish, x, torch.ones(1, 1, 2, dtype=torch.float32), "squares")
+    (gradient,) = torch.autograd.grad(stack.sum(), x)
+    assert torch.equal(stack[:2, 0], torch.tensor([[0.0, 200.0], [0.0, 1.0]]).float())
+    assert torch.equal(torch.stack([stack[2, 0], gradient[0]]).detach()[0], torch.zeros(2).float())
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("name", POSITIVE)

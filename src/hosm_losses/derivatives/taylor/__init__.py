@@ -2,8 +2,9 @@ r"""Value and derivatives of a function along directions, carried through it in 
 
 - `jet`: the tensor that carries them; what happens to a function that is called on one.
 - `table`: by which function of PyTorch a rule is found, and which calls it takes.
-- `arithmetic`, `attention`, `convolution`, `layers`, `lengths`, `matrices`, `norms`, `pointwise`,
-  `properties`, `selection`, `shapes`, `softmax`: the rules, by kind, registered on import.
+- `activations`, `arithmetic`, `attention`, `convolution`, `layers`, `lengths`, `matrices`,
+  `norms`, `pointwise`, `properties`, `selection`, `shapes`, `softmax`: the rules, by kind,
+  registered on import.
 - `bilinear`: products linear in both factors, and their gradients; `normalised`: those of norms.
 - `aliases`, `in_place`: which Jets share memory; rules for what changes a tensor in place.
 - `methods`: methods of Tensor that are written in Python.
@@ -12,6 +13,7 @@ r"""Value and derivatives of a function along directions, carried through it in 
 """
 
 from hosm_losses.derivatives.taylor import (  # noqa: F401
+    activations,
     arithmetic,
     attention,
     convolution,

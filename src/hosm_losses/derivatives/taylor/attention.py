@@ -31,8 +31,10 @@ def _attention(
 ) -> Any:
     if is_causal and attn_mask is not None:
         raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both.")
-    if isinstance(attn_mask, Jet) or enable_gqa or query.ndim < 3:
+    if isinstance(attn_mask, Jet) or query.ndim < 3:
         raise NoRule
+    if enable_gqa:
+        key, value = (_for_every_head(each, query) for each in (key, value))
     weights = _weights(query, key, attn_mask, is_causal, scale)
     return _mixed(_dropped(weights, dropout_p), value)
 
@@ -56,6 +58,16 @@ def _weights(
         masked = masked_fill(logits, ~attn_mask, torch.finfo(logits.dtype).min)
         return multiply(softmax(masked, -1), attn_mask.any(-1, keepdim=True))
     return softmax(add(logits, attn_mask), -1)
+
+
+def _for_every_head(x: Any, query: Any) -> Any:
+    """Keys or values (…, heads, L, E), each repeated for the heads of the query that share it."""
+    heads = x.shape[-3]
+    if query.ndim != x.ndim or x.ndim < 4 or query.shape[-3] % heads:
+        raise NoRule
+    stack = x.stack if isinstance(x, Jet) else x
+    stack = stack.repeat_interleave(query.shape[-3] // heads, -3)
+    return x.like(stack) if isinstance(x, Jet) else stack
 
 
 def _dropped(weights: Any, p: float) -> Any:

@@ -33,9 +33,11 @@ def _register(change: Function, plain: Function | None) -> None:
 
     @rule(change, several=True)
     def changed(x: Any, *args: Any, **named: Any) -> Tensor:
-        if plain is None or not isinstance(x, Jet):
+        start = _started(x, *args, *named.values())
+        # Of another type, what the copy says decides.
+        if plain is None or start.dtype != x.dtype:
             return _by_a_copy(change, x, *args, **named)
-        return written(x, call(plain, (x, *args), named))
+        return written(x, call(plain, (start, *args), named))
 
 
 def _by_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Tensor:

@@ -248,8 +248,8 @@ def _einsum(equation: Any, *operands: Any) -> Jet:
     return product_rule(factors[0], factors[1], summed, 0) if found is None else found
 
 
-@rule(*every("baddbmm"), several=True)
-def _baddbmm(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
+@rule(*every("baddbmm", "addmm"), several=True)
+def _added(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
     if not isinstance(a, Jet) and not isinstance(b, Jet):
         raise NoRule
     found = multiply(_of_matrices(a, b), alpha)

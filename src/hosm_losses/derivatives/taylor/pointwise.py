@@ -226,7 +226,7 @@ def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
     yield torch.addcmul(3 * s2, x, s3)
 
 
-def _straight(value: Tensor, slope: Tensor) -> Iterator[Tensor]:
+def straight(value: Tensor, slope: Tensor) -> Iterator[Tensor]:
     """A function of straight pieces, whose further derivatives are zero."""
     yield value
     yield slope
@@ -236,26 +236,26 @@ def _straight(value: Tensor, slope: Tensor) -> Iterator[Tensor]:
 
 @pointwise(*every("relu"))
 def _relu(x: Tensor) -> Iterator[Tensor]:
-    return _straight(torch.relu(x), (x > 0).to(x.dtype))
+    return straight(torch.relu(x), (x > 0).to(x.dtype))
 
 
 @pointwise(*every("leaky_relu"))
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
     slope = torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
-    return _straight(x * slope, slope)
+    return straight(x * slope, slope)
 
 
 @pointwise(*every("hardsigmoid"))
 def _hardsigmoid(x: Tensor) -> Iterator[Tensor]:
     """PyTorch's has no second derivative, not even the one of zero."""
     inside = (x > -3) & (x < 3)
-    return _straight(F.relu6(x + 3) / 6, inside.to(x.dtype) / 6)
+    return straight(F.relu6(x + 3) / 6, inside.to(x.dtype) / 6)
 
 
 @pointwise(*every("abs", "__abs__", "absolute"))
 def absolute(x: Tensor) -> Iterator[Tensor]:
     """|x|, and its derivatives, which are zero at zero."""
-    return _straight(torch.abs(x), torch.sign(x))
+    return straight(torch.abs(x), torch.sign(x))
 
 
 @pointwise(*every("exp"))

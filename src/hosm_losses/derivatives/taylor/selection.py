@@ -17,13 +17,15 @@ from hosm_losses.derivatives.taylor.aliases import share
 from hosm_losses.derivatives.taylor.along import aligned
 from hosm_losses.derivatives.taylor.arguments import jet_among, result_type, stacks_of
 from hosm_losses.derivatives.taylor.jet import Jet
-from hosm_losses.derivatives.taylor.table import NoRule, axis, every, rule
+from hosm_losses.derivatives.taylor.table import Function, NoRule, axis, every, rule, rule_of_each
 
 
 @rule(*every("cat", "concat", "concatenate"), several=True)
 def _cat(tensors: Any, dim: int = 0) -> Jet:
+    # PyTorch passes over an empty tensor of one axis, of which caches of keys make use.
+    kind = jet_among(tensors).dtype
+    tensors = [each for each in tensors if each.shape != (0,) or each.dtype != kind]
     ndim = tensors[0].ndim
-    # PyTorch passes over an empty tensor of one axis among others.
     if any(each.ndim != ndim for each in tensors):
         raise NoRule
     return jet_among(tensors).like(torch.cat(stacks_of(tensors), axis(dim, ndim)))
@@ -108,3 +110,31 @@ def _gather(x: Any, dim: Any, index: Any) -> Jet:
     if isinstance(index, Jet) or index.ndim != x.ndim or not x.ndim:
         raise NoRule
     return x.like(x.stack.gather(axis(dim, x.ndim), index.expand(len(x.stack), *index.shape)))
+
+
+@rule_of_each(*every("topk", "sort"))
+def _ordered(function: Function, x: Jet, *args: Any, **named: Any) -> Any:
+    found = function(x.stack[0], *args, **named)
+    places = 1 if function in every("topk") else 0  # of the arguments before the dimension
+    dim = named.get("dim", named.get("axis", args[places] if len(args) > places else -1))
+    stack = x.stack.gather(
+        axis(dim, x.ndim), found.indices.expand(len(x.stack), *found.indices.shape)
+    )
+    return type(found)((x.like(stack), found.indices))
+
+
+@rule(*every("scatter_add"), several=True)
+def _scatter_add(x: Any, dim: Any, index: Tensor, src: Any) -> Jet:
+    if index.shape != src.shape:  # of which PyTorch finds no gradient
+        raise NoRule
+    stack, added = stacks_of((x, src))
+    place = axis(dim, x.ndim)
+    index = index.expand(len(stack), *index.shape)
+    return jet_among((x, src)).like(stack.scatter_add(place, index, added))
+
+
+@rule(*every("index_add"), several=True)
+def _index_add(x: Any, dim: Any, index: Any, source: Any, *, alpha: float = 1) -> Jet:
+    stack, added = stacks_of((x, source))
+    found = stack.index_add(axis(dim, x.ndim), index, added, alpha=alpha)
+    return jet_among((x, source)).like(found)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hosm_losses.derivatives.taylor.aliases import share
 from hosm_losses.derivatives.taylor.along import aligned
 from hosm_losses.derivatives.taylor.arguments import like_samples
-from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, written
+from hosm_losses.derivatives.taylor.jet import Jet, TaylorError, call, on_values, written
 from hosm_losses.derivatives.taylor.table import (
     Function,
     NoRule,
@@ -35,8 +35,13 @@ def _numbers(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
 
 # Of the functions below, those that copy, and those that copy where they have to; all other
 # results are views.
-COPIES = ("repeat", "tile", "sum", "mean", "clone", "neg", "repeat_interleave")
+COPIES = (
+    *("repeat", "tile", "sum", "mean", "clone", "neg", "repeat_interleave"),
+    *("roll", "flip", "cumsum", "index_select"),
+)
 PERHAPS_COPIES = ("reshape", "reshape_as", "flatten", "contiguous")
+# Those that ask another tensor, which may be the Jet, for its shape alone.
+AS_ANOTHER = ("expand_as", "view_as", "reshape_as")
 
 
 def _register(
@@ -51,7 +56,9 @@ def _register(
     @wraps(move)
     def moved(x: Any, *args: Any, **named: Any) -> Any:
         if not isinstance(x, Jet):
-            raise NoRule
+            if functions[0].__name__ not in AS_ANOTHER:
+                raise NoRule
+            return on_values(functions[0], (x, *args), named)
         found = move(x.stack, *args, **named)
         if isinstance(found, tuple):
             parts = [x.like(part) for part in found]
@@ -72,8 +79,8 @@ def _axes(stack: Tensor, dims: Any) -> tuple[int, ...]:
     return axes(dims, stack.ndim - 1)
 
 
-def _shaped(stack: Tensor, *shape: Any) -> Tensor:
-    return stack.reshape(len(stack), *_numbers(shape))
+def _shaped(stack: Tensor, *sizes: Any, shape: Any = None) -> Tensor:
+    return stack.reshape(len(stack), *_numbers(sizes or (shape,)))
 
 
 def _viewed(stack: Tensor, *shape: Any, size: Any = None, dtype: Any = None) -> Tensor:
@@ -127,6 +134,18 @@ def _tiled(stack: Tensor, *sizes: Any) -> Tensor:
     """As `_repeated`, but the first axes may be left out."""
     sizes = _numbers(sizes)
     return _repeated(stack, *(1,) * (stack.ndim - 1 - len(sizes)), *sizes)
+
+
+def _rolled(stack: Tensor, shifts: Any, dims: Any) -> Tensor:
+    if dims is None or dims == ():  # of all elements in a row
+        raise NoRule
+    return stack.roll(shifts, _axes(stack, dims))
+
+
+def _summed_up(stack: Tensor, dim: Any, *, dtype: Any = None) -> Tensor:
+    if not (dtype is None or dtype.is_floating_point):  # integers have no derivatives
+        raise NoRule
+    return stack.cumsum(_axis(stack, dim), dtype=dtype)
 
 
 def _squeezed(stack: Tensor, dim: Any = None) -> Tensor:
@@ -185,9 +204,18 @@ for _names, _move in {
     ("unbind",): lambda stack, dim=0: tuple(stack.unbind(_axis(stack, dim))),
     ("narrow",): lambda stack, dim, start, length: stack.narrow(_axis(stack, dim), start, length),
     ("select",): lambda stack, dim, index: stack.select(_axis(stack, dim), index),
-    ("repeat_interleave",): lambda stack, repeats, dim: stack.repeat_interleave(
-        repeats, _axis(stack, dim)
+    ("split_with_sizes",): lambda stack, split_sizes, dim=0: tuple(
+        stack.split_with_sizes(split_sizes, _axis(stack, dim))
     ),
+    ("repeat_interleave",): lambda stack, repeats, dim, *, output_size=None: (
+        stack.repeat_interleave(repeats, _axis(stack, dim), output_size=output_size)
+    ),
+    ("roll",): _rolled,
+    ("flip",): lambda stack, *places, dims=None: stack.flip(
+        _axes(stack, _numbers(places or (dims,)))
+    ),
+    ("cumsum",): _summed_up,
+    ("index_select",): lambda stack, dim, index: stack.index_select(_axis(stack, dim), index),
 }.items():
     _register(every(*_names), _move, _names[0] in COPIES, _names[0] in PERHAPS_COPIES)
 _register((Tensor.T.__get__,), _reversed)  # pyright: ignore[reportAttributeAccessIssue]
@@ -212,10 +240,27 @@ def _of_samples(function: Function, x: Jet, *args: Any, **named: Any) -> Jet:
 
 @rule(F.pad)
 def _pad(x: Jet, pad: Any, mode: str = "constant", value: float | None = None) -> Jet:
-    # A pad of the first axis would be one of the components, who are samples here.
-    if value or x.ndim < 3 or len(pad) > 2 * (x.ndim - 1):
+    if len(pad) > 2 * x.ndim:
+        raise NoRule
+    if mode == "constant":
+        if not value:
+            return x.like(F.pad(x.stack, pad))
+        # The derivatives of a number are zero.
+        first = F.pad(x.stack[:1], pad, value=value)
+        return x.like(torch.cat([first, F.pad(x.stack[1:], pad)]))
+    # These know a batch, and none of the components.
+    if x.ndim < 3 or len(pad) > 2 * (x.ndim - 1):
         raise NoRule
     return like_samples(lambda samples: F.pad(samples, pad, mode), x)
+
+
+@rule(torch.broadcast_tensors, several=True)
+def _broadcast(*tensors: Any) -> tuple[Any, ...]:
+    shape = torch.broadcast_shapes(*(each.shape for each in tensors))
+    return tuple(
+        call(Tensor.expand, (each, shape), {}) if isinstance(each, Jet) else each.expand(shape)
+        for each in tensors
+    )
 
 
 @rule_of_each(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
