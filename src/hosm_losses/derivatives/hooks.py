@@ -20,15 +20,28 @@ class ChangedGradientError(DerivativeError):
 
 
 class ScriptedError(DerivativeError):
-    """A module of torch.jit; another engine would not see the norms inside it either."""
+    """A part of torch.jit; another engine would not see the norms inside it either."""
 
 
 GIVE_THE_SOURCE = (
     "PyTorch's own higher derivatives of norms are taken inside it, which are wrong without an "
     "error. Use the module that it was made of."
 )
+IN_SCRIPT = "TorchScript interpreter"  # in the text of errors out of a function of torch.jit
+SCRIPTED_FUNCTION = (
+    "network: expected functions that Python calls; got one of torch.jit. "
+    "PyTorch's own higher derivatives of norms and attention inside it would be wrong without an "
+    "error. Use the function that it was made of, as the environment variable PYTORCH_JIT=0 does "
+    "for all; or, where it has no norm, derivative='reverse'."
+)
 # What no other engine does better.
 FINAL = (ChangedGradientError, ScriptedError)
+
+
+def refuse_scripted(engine: str, error: Exception) -> None:
+    """Raise in the place of an error of the taylor engine if a function of torch.jit raised it."""
+    if engine == "taylor" and IN_SCRIPT in str(error):
+        raise ScriptedError(SCRIPTED_FUNCTION) from error
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

@@ -32,7 +32,7 @@ from hosm_losses._torch_internals import (
 from hosm_losses.derivatives import engines, products
 from hosm_losses.derivatives.backward import DroppedGraphError
 from hosm_losses.derivatives.engines import Derivatives, Field
-from hosm_losses.derivatives.hooks import FINAL
+from hosm_losses.derivatives.hooks import FINAL, refuse_scripted
 from hosm_losses.derivatives.prices import (
     EVALUATIONS,
     kind_of,
@@ -181,6 +181,7 @@ def derive(
             "derivative at 'auto', which finds another engine."
         ) from error
     except RuntimeError as error:
+        refuse_scripted(derivative, error)
         why = str(error)
         missing = any(words in why for words in (NO_FORWARD, *NOT_TWICE))
         if isinstance(error, DerivativeError) or not missing:
@@ -262,6 +263,7 @@ def _auto(
         try:
             derived = getattr(engines, engine)(field, x, direction, order, given, summed)
         except Exception as error:
+            refuse_scripted(engine, error)
             if not _another_may_do(engine, error):
                 raise
             before.restore()
