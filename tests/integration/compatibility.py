@@ -1,6 +1,8 @@
 """Generates docs/compatibility.md from what the networks do here: never written by hand.
 
 python -m tests.integration.compatibility
+
+It takes the packages of the extra `integration`, and those of the networks that are optional.
 """
 
 import platform

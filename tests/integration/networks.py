@@ -34,6 +34,7 @@ class Network:
         dtype: float32 where it cannot be run in float64.
         training: whether it is in training mode.
         refused: the error of an engine at an order, by type and by words of the message.
+        optional: whether its package is not in the extra `integration`, and may be missing.
     """
 
     package: str
@@ -45,6 +46,7 @@ class Network:
     dtype: torch.dtype = torch.float64
     training: bool = True
     refused: Mapping[tuple[str, int], Refusal] = field(default_factory=dict)
+    optional: bool = False
 
     @property
     def module(self) -> str:
@@ -144,6 +146,28 @@ NETWORKS: Mapping[str, Network] = {
             "pooled_projections": torch.randn(BATCH, 5, dtype=torch.float64),
         },
     ),
+    "diffusers UNet1DModel, mish": Network("diffusers", builders.unet_1d, model={"time": 1000.0}),
+    "diffusers PixArtTransformer2DModel": Network(
+        "diffusers",
+        builders.pixart,
+        model=_DIFFUSERS,
+        kwargs=lambda: {"encoder_hidden_states": _text()},
+    ),
+    "diffusers FluxTransformer2DModel": Network(
+        "diffusers",
+        builders.flux,
+        model=FLOW,
+        kwargs=lambda: {
+            "encoder_hidden_states": _text(),
+            "pooled_projections": torch.randn(BATCH, 5, dtype=torch.float64),
+        },
+    ),
+    "diffusers WanTransformer3DModel": Network(
+        "diffusers",
+        builders.wan,
+        model={"time": 1000.0, **FLOW},
+        kwargs=lambda: {"encoder_hidden_states": _text()},
+    ),
     "denoising_diffusion_pytorch Unet": Network(
         build=lambda: builders.lucidrains(False), **_LUCIDRAINS
     ),
@@ -179,4 +203,15 @@ NETWORKS: Mapping[str, Network] = {
     ),
     "azula UNet": Network("azula", lambda: builders.azula_unet("layer")),
     "azula UNet, group norm": Network("azula", lambda: builders.azula_unet("group")),
+    "monai DiffusionModelUNet": Network(
+        "monai",
+        builders.monai_unet,
+        model={"time": 1000.0},
+        kwargs=lambda: {"context": _text()},
+        optional=True,
+    ),
+    "x_transformers ContinuousTransformerWrapper": Network(
+        "x-transformers", builders.x_transformer, imports="x_transformers", optional=True
+    ),
+    "transformers LlamaModel": Network("transformers", builders.llama, optional=True),
 }
