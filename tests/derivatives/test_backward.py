@@ -318,3 +318,31 @@ def test_forward_mode_names_the_hooks_of_saved_tensors_that_it_refuses():
         pytest.raises(hosm.DerivativeError, match="save_on_cpu"),
     ):
         hosm.third_order_dsm(model, torch.randn(4, 2), derivative="forward")
+
+
+class ChangesInBackward(torch.autograd.Function):
+    """As the parallel scan of mambapy: its backward changes what its own graph needs."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return x * y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, y = ctx.saved_tensors
+        changed = gradient.clone()
+        of_x = changed * y
+        changed.mul_(x)
+        return of_x, changed
+
+
+@pytest.mark.parametrize("engine", ["auto", "reverse"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_backward_that_changes_in_place_is_named(engine, order):
+    layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = hosm.ScoreModel(
+        lambda x, t: ChangesInBackward.apply(layer(x), other(x)), hosm.VPSchedule()
+    )
+    with pytest.raises(hosm.DerivativeError, match=r"in the backward of a custom autograd\.Func"):
+        LOSSES[order](model, torch.randn(3, 2), derivative=engine).backward()

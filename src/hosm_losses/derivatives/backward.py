@@ -55,7 +55,9 @@ GIVES_AWAY = (
 CHANGED = (
     "network: expected what its forward reads to stay as it was until the pass back, which comes "
     "before the network's next call; got a change in place, as of a buffer that is read and then "
-    "updated. Assign a new tensor to the buffer, or read a .clone() of it."
+    "updated, or in the backward of a custom autograd.Function. Assign a new tensor to the "
+    "buffer, or read a .clone() of it; turn off a fast scan or kernel that is such a Function, or "
+    "write its backward without changes in place."
 )
 REENTRANT = f"{CHECKPOINT_ADVICE} In a likelihood torch's own does with use_reentrant=False."
 REMEDIES = {
