@@ -7,6 +7,7 @@ import torch
 
 from hosm_losses.derivatives.recompute import from_result, recomputed
 from hosm_losses.derivatives.taylor import normalised, softmax
+from hosm_losses.derivatives.taylor.jet import Jet
 from hosm_losses.derivatives.taylor.normalised import Rows
 
 # Pairs, first derivatives, and second derivatives that the argument has itself.
@@ -79,6 +80,30 @@ def test_softmax(dim, pairs, firsts, seconds):
     first = partial(softmax._pull_back, dim, firsts, pairs, len(stack))
     again = [partial(softmax._pull_back_again, dim)] if pairs == "none" else []
     agree(function, [first, *again], [stack], through=from_result)
+
+
+@pytest.mark.parametrize(("samples", "blocks"), [(4, 2), (5, 3)])
+@pytest.mark.parametrize(("pairs", "firsts", "seconds"), KINDS)
+def test_large_weights_are_taken_in_blocks(monkeypatch, pairs, firsts, seconds, samples, blocks):
+    stack = numbers(1 + firsts + seconds, samples, 3, 4).requires_grad_()
+    names, calls = ("_softened", "_pull_back", "_pull_back_again"), []
+    parts = [getattr(softmax, name) for name in names]
+
+    def found():
+        return gradients(
+            lambda x: softmax.softmax(Jet.make(x, firsts, pairs), -1).stack, [stack], 3
+        )
+
+    whole = found()
+    monkeypatch.setattr(softmax, "LARGE", samples * 12)
+    monkeypatch.setattr(softmax, "BLOCK", 2 * 12)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for name, part in zip(names, parts, strict=True):
+        monkeypatch.setattr(softmax, name, counted(part, calls))
+    assert all(map(torch.equal, found(), whole))
+    assert calls[: blocks + 1] == [parts[0]] * blocks + [parts[1]]
+    assert calls.count(parts[1]) >= blocks
+    assert (calls.count(parts[2]) >= blocks) == (pairs == "none")
 
 
 @pytest.mark.parametrize("parameters", [("weight",), ("bias",), ("weight", "bias")])

@@ -18,8 +18,9 @@ cotangents A of that in x and B_l of that in x_l, with Ã = A − Σ p A and h_l
     in p_l    Ã (b_l − β_l)
     in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
 
-Weights of attention are larger than all other activations, and every pass over them is felt. The
-product with the values of attention keeps the result too, if it is not rounded or dropped before.
+Weights of attention are larger than all other activations, and every pass over them is felt. On
+the CPU those that no cache holds are taken a few samples at a time, with all that is made of them.
+The product with the values of attention keeps the result too, if it is not rounded or dropped.
 In a short type gradients are as exact as PyTorch's, which come from a rounded result as well.
 """
 
@@ -34,7 +35,10 @@ from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.recompute import Needed, from_result
 from hosm_losses.derivatives.taylor.along import Pairs, add_products
 from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves
-from hosm_losses.derivatives.taylor.table import NoRule, axis, rule
+from hosm_losses.derivatives.taylor.table import Function, NoRule, axis, rule
+
+# Elements: of a value that is taken in blocks, at least, and of a block for each thread.
+LARGE, BLOCK = 2**21, 2**17
 
 
 @rule(torch.softmax, Tensor.softmax, F.softmax)
@@ -44,11 +48,35 @@ def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3)
         raise NoRule
     stack = x.stack if dtype is None else x.stack.to(dtype)
     dim = axis(dim, x.ndim)
-    function = partial(_softened, dim, x.firsts, x.pairs)
-    pullbacks: list[Any] = [partial(_pull_back, dim, x.firsts, x.pairs, len(stack))]
+    parts: list[Any] = [
+        partial(_softened, dim, x.firsts, x.pairs),
+        partial(_pull_back, dim, x.firsts, x.pairs, len(stack)),
+    ]
     if x.pairs == "none":
-        pullbacks.append(partial(_pull_back_again, dim))
-    return x.like(from_result(function, stack, pullbacks))
+        parts.append(partial(_pull_back_again, dim))
+    if dim > -x.ndim:
+        parts = [partial(_in_blocks, part) for part in parts]
+    return x.like(from_result(parts[0], stack, parts[1:]))
+
+
+def _in_blocks(function: Function, *given: Any) -> Any:
+    """A function of stacks, each as (C, B, *), that treats the B samples alone.
+
+    The stacks come last, and so do the results, one or several of them.
+    """
+    one = given[-1][0]
+    if one.device.type != "cpu" or one.numel() < LARGE or torch.is_grad_enabled():
+        return function(*given)
+    rows = max(1, BLOCK * torch.get_num_threads() * len(one) // one.numel())
+    found: list[Tensor] = []
+    for start in range(0, len(one), rows):
+        block = slice(start, start + rows)
+        parts = function(*[x[:, block] if isinstance(x, Tensor) else x for x in given])
+        parts = parts if isinstance(parts, tuple) else (parts,)
+        found = found or [part.new_empty(len(part), *one.shape) for part in parts]
+        for whole, part in zip(found, parts, strict=True):
+            whole[:, block] = part
+    return tuple(found) if len(found) > 1 else found[0]
 
 
 def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
