@@ -1,6 +1,6 @@
 """Each private name and matched text of PyTorch, with the versions in which it was seen to hold.
 
-A test that fails after an upgrade of PyTorch names what to change in `_torch_internals`.
+A test that fails after an upgrade of PyTorch names what to change in `_torch_internals` or `_torch_errors`.
 """
 
 import threading
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
+from hosm_losses import _torch_errors
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import may_look
 from tests.oracles import WithoutForward
@@ -82,7 +83,7 @@ def test_numbers_for_indices_are_told(dtype, look_up):
     """2.13."""
     with pytest.raises((RuntimeError, IndexError)) as error:
         look_up(torch.tensor([1.5, 2.0], dtype=dtype))
-    assert any(words in str(error.value) for words in internals.OF_INDICES)
+    assert any(words in str(error.value) for words in _torch_errors.OF_INDICES)
 
 
 def test_operators_are_found_by_name_and_those_of_packages_told_apart():
@@ -209,7 +210,42 @@ def test_what_cannot_be_differentiated_twice_says_so():
     ):
         with pytest.raises(RuntimeError) as error:
             twice(function)
-        assert any(words in str(error.value) for words in internals.NOT_TWICE)
+        assert any(words in str(error.value) for words in _torch_errors.NOT_TWICE)
+
+
+def test_what_has_no_forward_derivative_says_so():
+    """2.6 to 2.13."""
+    x = torch.randn(2, 1, 4, 2)
+    with pytest.raises(NotImplementedError) as error:
+        torch.func.jvp(lambda x: nn.functional.scaled_dot_product_attention(x, x, x), (x,), (x,))
+    assert _torch_errors.NO_FORWARD in str(error.value)
+
+
+def _doubled(x):
+    return x * 2
+
+
+def test_what_a_function_of_torch_jit_raises_says_so():
+    """2.6 to 2.13."""
+
+    class Refusing(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise ValueError("refused")
+
+    x = torch.Tensor._make_wrapper_subclass(Refusing, (2,))
+    with pytest.raises(RuntimeError) as error:
+        torch.jit.script(_doubled)(x)
+    assert _torch_errors.IN_SCRIPT in str(error.value)
+
+
+def test_what_was_made_in_inference_mode_says_so():
+    """2.6 to 2.13."""
+    with torch.inference_mode():
+        x = torch.ones(2)
+    with pytest.raises(RuntimeError) as error:
+        (x * torch.ones(2, requires_grad=True)).sum()
+    assert _torch_errors.MADE_IN_INFERENCE in str(error.value)
 
 
 def test_a_backward_marked_once_differentiable_is_passed_by():
@@ -232,7 +268,7 @@ def test_a_function_that_forgets_says_so():
     x = torch.ones(2, requires_grad=True)
     number = Forgets.apply(x).sum()
     torch.autograd.grad(number, x, retain_graph=True)
-    with pytest.raises(AttributeError, match=internals.LOST_ATTRIBUTE):
+    with pytest.raises(AttributeError, match=_torch_errors.LOST_ATTRIBUTE):
         torch.autograd.grad(number, x)
 
 
@@ -243,7 +279,7 @@ def test_a_reentrant_checkpoint_says_so():
     value = checkpoint(torch.sin, x, use_reentrant=True)
     with pytest.raises(RuntimeError) as error:
         torch.autograd.grad(value.sum(), x)
-    assert internals.REENTRANT_CHECKPOINT in str(error.value)
+    assert _torch_errors.REENTRANT_CHECKPOINT in str(error.value)
 
 
 def test_a_checkpoint_under_a_transform_says_so():
@@ -252,7 +288,7 @@ def test_a_checkpoint_under_a_transform_says_so():
         torch.func.grad(lambda x: checkpoint(torch.sin, x, use_reentrant=False).sum())(
             torch.ones(2)
         )
-    assert internals.HOOKS_IN_TRANSFORM in str(error.value)
+    assert _torch_errors.HOOKS_IN_TRANSFORM in str(error.value)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -269,7 +305,7 @@ def test_a_part_compiled_by_itself_says_so():
     assert getattr(layer, internals.COMPILED_PART) is not None
     with pytest.raises(RuntimeError) as error:
         twice(lambda x: layer(x * torch.ones(1, 2)))
-    assert internals.DOUBLE_BACKWARD_OF_COMPILED in str(error.value)
+    assert _torch_errors.DOUBLE_BACKWARD_OF_COMPILED in str(error.value)
 
 
 def test_what_was_changed_since_says_so():
@@ -278,7 +314,7 @@ def test_what_was_changed_since_says_so():
     kept = torch.ones(2)
     value = (x * kept).sum()
     kept += 1
-    with pytest.raises(RuntimeError, match=internals.CHANGED_SINCE):
+    with pytest.raises(RuntimeError, match=_torch_errors.CHANGED_SINCE):
         torch.autograd.grad(value, x)
 
 
@@ -289,7 +325,7 @@ def test_a_compiled_part_that_gives_its_memory_away_says_so():
     x = torch.ones(3, requires_grad=True)
     with functorch_config.patch(donated_buffer=True), pytest.raises(RuntimeError) as error:
         torch.autograd.grad(compiled(x).sum(), x, retain_graph=True)
-    assert internals.DONATED_BY_COMPILED in str(error.value)
+    assert _torch_errors.DONATED_BY_COMPILED in str(error.value)
 
 
 def test_forward_mode_is_one_threads_at_a_time_and_can_be_entered_again():
@@ -402,7 +438,7 @@ def test_dtypes_that_do_not_go_together_are_told(function):
     """2.6 to 2.13."""
     with pytest.raises(RuntimeError) as error:
         function(torch.ones(2, 2))
-    assert any(words in str(error.value) for words in internals.OF_DTYPES)
+    assert any(words in str(error.value) for words in _torch_errors.OF_DTYPES)
 
 
 def test_the_forward_of_a_custom_function_is_told_from_no_grad():

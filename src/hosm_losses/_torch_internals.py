@@ -1,7 +1,7 @@
-"""Private names of PyTorch, error texts of its that are matched, and what surrounds a call.
+"""Private names of PyTorch, and what surrounds a call.
 
-PyTorch keeps no private name or text stable. `tests/test_torch_internals.py` has a test for each,
-which says in which versions it was seen to hold; where one fails, this file is what to change.
+PyTorch keeps no private name stable. `tests/test_torch_internals.py` has a test for each, which
+says in which versions it was seen to hold; where one fails, this file is what to change.
 """
 
 import threading
@@ -16,20 +16,8 @@ from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree  # noqa: F401
 
-# What PyTorch says of an operator without a second derivative in reverse mode.
-NOT_TWICE = ("derivative for aten::", "derivative for '", "@once_diff", "not differentiable with")
-NO_FORWARD = "use forward AD with"  # of an operator without a forward derivative
-REENTRANT_CHECKPOINT = "compatible with .grad()"
-HOOKS_IN_TRANSFORM = "saved tensor hooks"  # as of a checkpoint, under torch.func
-DOUBLE_BACKWARD_OF_COMPILED = "does not currently support double backward"
-DONATED_BY_COMPILED = "non-empty donated buffers"
-CHANGED_SINCE = "modified by an inplace operation"
-LOST_ATTRIBUTE = "Backward' object has no attribute"  # of a custom Function that dropped it
 # The node behind the result of a once_differentiable backward, which autograd.grad never meets.
 DELAYED_ERROR = "torch::autograd::Error"
-DEVICE_ERROR_TEXT = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")  # failed
-OF_DTYPES = ("dtype", "scalar type", "type (")  # of operands whose dtypes do not go together
-OF_INDICES = ("indices", "for index", "index tensor")  # of floating-point numbers for indices
 MODULE_HOOK = BackwardHookFunction  # around the inputs and outputs of a module with such a hook
 COMPILED_PART = "_compiled_call_impl"  # the attribute of a module that .compile() sets
 ANY_CHECKPOINT = ("_checkpoint_hook", "_recomputation_hook")  # hooks that save tensors

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
+from hosm_losses import _torch_errors
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError
 from hosm_losses.derivatives.hooks import check_unchanged
@@ -61,11 +62,11 @@ CHANGED = (
 )
 REENTRANT = f"{CHECKPOINT_ADVICE} In a likelihood torch's own does with use_reentrant=False."
 REMEDIES = {
-    internals.REENTRANT_CHECKPOINT: REENTRANT,
-    internals.HOOKS_IN_TRANSFORM: FORWARD_ADVICE,
-    internals.DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
-    internals.DONATED_BY_COMPILED: GIVES_AWAY,
-    internals.CHANGED_SINCE: CHANGED,
+    _torch_errors.REENTRANT_CHECKPOINT: REENTRANT,
+    _torch_errors.HOOKS_IN_TRANSFORM: FORWARD_ADVICE,
+    _torch_errors.DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
+    _torch_errors.DONATED_BY_COMPILED: GIVES_AWAY,
+    _torch_errors.CHANGED_SINCE: CHANGED,
 }
 OWN = "_of_an_engine"  # the mark of a leaf that an engine made, kept with it by the graph
 
@@ -79,7 +80,7 @@ def remedied(error: Exception) -> DerivativeError | None:
     text = str(error)
     if isinstance(error, AttributeError):
         # Of a custom Function that drops what it saved after its first backward.
-        known = internals.LOST_ATTRIBUTE in text
+        known = _torch_errors.LOST_ATTRIBUTE in text
         return DerivativeError(f"{LOST_TWICE} ({text})") if known else None
     if isinstance(error, CheckpointError):
         return DerivativeError(CHECKPOINT_ADVICE)

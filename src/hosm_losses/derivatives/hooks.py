@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from hosm_losses._checks import DerivativeError
+from hosm_losses._torch_errors import IN_SCRIPT
 from hosm_losses._torch_internals import share_memory, versions
 
 CHANGING_HOOK = (
@@ -27,7 +28,6 @@ GIVE_THE_SOURCE = (
     "PyTorch's own higher derivatives of norms are taken inside it, which are wrong without an "
     "error. Use the module that it was made of."
 )
-IN_SCRIPT = "TorchScript interpreter"  # in the text of errors out of a function of torch.jit
 SCRIPTED_FUNCTION = (
     "network: expected functions that Python calls; got one of torch.jit. "
     "PyTorch's own higher derivatives of norms and attention inside it would be wrong without an "

@@ -20,10 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hosm_losses._checks import DerivativeError, users_level
+from hosm_losses._torch_errors import DEVICE_ERROR_TEXT, NO_FORWARD, NOT_TWICE
 from hosm_losses._torch_internals import (
-    DEVICE_ERROR_TEXT,
-    NO_FORWARD,
-    NOT_TWICE,
     in_transform,
     surrounded,
     traced,

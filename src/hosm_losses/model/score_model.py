@@ -43,7 +43,8 @@ from hosm_losses._checks import (
     users_level,
 )
 from hosm_losses._references import refuse_shared, roots_of, say_unreached
-from hosm_losses._torch_internals import OF_DTYPES, OF_INDICES, normal
+from hosm_losses._torch_errors import MADE_IN_INFERENCE, OF_DTYPES, OF_INDICES
+from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import Jet
 from hosm_losses.model.conditions import unwrapped
 from hosm_losses.schedules import Schedule, check_schedule
@@ -252,7 +253,7 @@ class ScoreModel(nn.Module):
                 "own takes whole ones. Let it interpolate between its two entries next to t, or "
                 "give it the nearest: ScoreModel(..., time=lambda t: t.round().long())."
             ) from error
-        if "Inference tensors" in text:
+        if MADE_IN_INFERENCE in text:
             raise TypeError(
                 f"network: {failed}. Its parameters, or others of its tensors, were made in "
                 "inference mode. Build or load it outside of torch.inference_mode(), or take "

@@ -1,0 +1,20 @@
+"""Words of PyTorch's errors by which one is told from another.
+
+PyTorch keeps no text stable. `tests/test_torch_internals.py` has a test for each, which says in
+which versions it was seen to hold; where one fails, this file is what to change.
+"""
+
+# Of an operator without a second derivative in reverse mode.
+NOT_TWICE = ("derivative for aten::", "derivative for '", "@once_diff", "not differentiable with")
+NO_FORWARD = "use forward AD with"  # of an operator without a forward derivative
+REENTRANT_CHECKPOINT = "compatible with .grad()"
+HOOKS_IN_TRANSFORM = "saved tensor hooks"  # as of a checkpoint, under torch.func
+DOUBLE_BACKWARD_OF_COMPILED = "does not currently support double backward"
+DONATED_BY_COMPILED = "non-empty donated buffers"
+CHANGED_SINCE = "modified by an inplace operation"
+LOST_ATTRIBUTE = "Backward' object has no attribute"  # of a custom Function that dropped it
+IN_SCRIPT = "TorchScript interpreter"  # out of a function of torch.jit
+MADE_IN_INFERENCE = "Inference tensors"
+DEVICE_ERROR_TEXT = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")  # failed
+OF_DTYPES = ("dtype", "scalar type", "type (")  # of operands whose dtypes do not go together
+OF_INDICES = ("indices", "for index", "index tensor")  # of floating-point numbers for indices
