@@ -162,7 +162,8 @@ def test_without_the_primitive_pytorch_is_silently_wrong(name, engine, order):
 )
 def test_without_the_primitive_pytorch_fails(name, engine):
     network, shape = network_of(name)
-    with pytest.raises(RuntimeError, match=r"not implemented|not been implemented|not support"):
+    refused = rf"engine '{engine}' can differentiate; got: .*(not implemented|not support)"
+    with pytest.raises(hosm.DerivativeError, match=refused):
         loss_and_check(network, shape, 3, engine, primitives=False)
 
 
