@@ -140,6 +140,8 @@ def test_cat_refuses_what_is_no_result():
         NLLResult.cat([])
     with pytest.raises(TypeError, match="cat: expected NLLResults; got a"):
         NLLResult.cat([torch.zeros(2)])
+    with pytest.raises(TypeError, match=r"expected a list of NLLResults; got .* alone"):
+        NLLResult.cat(full())
 
 
 def test_summary_leaves_out_what_failed_and_separates_the_estimators_part():

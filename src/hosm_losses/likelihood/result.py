@@ -213,6 +213,8 @@ class NLLResult:
             >>> NLLResult.cat([one, one]).nll.shape
             torch.Size([4])
         """
+        if isinstance(results, NLLResult):
+            raise TypeError(f"cat: expected a list of NLLResults; got {describe(results)} alone.")
         results = list(results)
         for result in results:
             if not isinstance(result, NLLResult):
