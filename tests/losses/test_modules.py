@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import pickle
+import sys
 
 import pytest
 import torch
@@ -109,12 +110,18 @@ def test_a_network_in_place_of_a_score_model_is_an_error_at_construction(module,
         (lambda _: torch.jit.script(nn.LayerNorm(2)), "ScriptModule"),
     ],
 )
-def test_a_wrapped_network_is_an_error_at_construction(wrap, name, module, inside):
+def test_a_wrapped_network_is_an_error(wrap, name, module, inside, monkeypatch):
     network = wrap(MLP(2))
     network = nn.Sequential(network) if inside else network
     model = hosm.ScoreModel(network, VP)
-    with pytest.raises(TypeError, match=f"expected a bare network.*got {name}"):
+    # As in a process where nothing was compiled or sharded.
+    for package in ("torch._dynamo", "torch.distributed.fsdp"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    refused = f"expected a bare network.*got {name}"
+    with pytest.raises(TypeError, match=refused):
         module(model)
+    with pytest.raises(TypeError, match=refused):
+        hosm.second_order_dsm(model, torch.randn(3, 2), derivative="reverse")
     hosm.FirstOrderDSM(model)
 
 

@@ -50,7 +50,7 @@ class _Objective(nn.Module):
         self.options = LossOptions(order=self.order, **options)
         self.model = check_model(model)
         if self.order > 1:
-            refuse_wrapped(model.network, thoroughly=True)
+            refuse_wrapped(model.network)
         if self.order > 1 and isinstance(self.weights, str) and self.weights == "balanced":
             if isinstance(self.options.weighting, tuple):
                 raise ValueError(
@@ -229,7 +229,7 @@ class SteinDSM(nn.Module):
         self.weight: float | Tensor | None = _untrained("weight", chosen.pop("weight", 1.0))
         self.options = SteinOptions(**chosen)
         self.model = check_model(model)
-        refuse_wrapped(model.network, thoroughly=True)
+        refuse_wrapped(model.network)
         self.options.checked(self.weight)
 
     def extra_repr(self) -> str:

@@ -5,7 +5,6 @@ Formula:
     D_f = −(p D + q w), G_f = −p G and C_f = −p C, with D, G and C of the network alone.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -296,18 +295,12 @@ WRAPPERS = {
     "ScriptModule": GIVE_THE_SOURCE,  # of torch.jit, traced or scripted
 }
 
-WRAPPER_MODULES = {"torch.distributed.fsdp", "torch._dynamo"}
 
-
-def refuse_wrapped(network: object, *, thoroughly: bool = False) -> None:
-    """Raise TypeError for a network in DDP, or with parts that are compiled or sharded alone.
-
-    `thoroughly` looks at every part also where nothing suggests a wrapper: once, not every step.
-    """
+def refuse_wrapped(network: object) -> None:
+    """Raise TypeError for a network in DDP, or with compiled, scripted or sharded parts."""
     types = {type(network)}
     found = set()
-    # Nothing is sharded or compiled where the package that does it was never imported.
-    if isinstance(network, nn.Module) and (thoroughly or sys.modules.keys() & WRAPPER_MODULES):
+    if isinstance(network, nn.Module):
         for part in network.modules():
             types.add(type(part))
             if getattr(part, COMPILED_PART, None) is not None:
