@@ -168,9 +168,9 @@ def third_order_dsm(
 def stein_dsm(model: ScoreModel, x0: Tensor, **arguments: Unpack[SteinArguments]) -> Tensor:
     """Order one with the rate at which the log-density of the model's ODE goes wrong, in nats.
 
-    It trades the likelihood of the SDE for that of the ODE: J_SM, which order one alone makes as
-    small as it can, rises a little. The formula is on the page on theory, under "What the
-    likelihood feels". A step costs what one of order two with as many probes costs.
+    It trades the bound of the SDE for the likelihood of the ODE: J_SM, which order one alone
+    minimises, rises. The formula is on the page on theory, under "The likelihood to first order".
+    A step costs what one of order two with as many probes costs.
 
     Args:
         model: the score model.
