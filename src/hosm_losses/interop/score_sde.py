@@ -32,9 +32,9 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
     Args:
         model: the network, model(x, labels).
         sde: a VPSDE, subVPSDE or VESDE, told apart by their attributes.
-        continuous: what `config.training.continuous` says. A network trained with False, but of
-            subVPSDE, is given the numbers of steps, and is refused with what to write instead. A
-            network that keeps its configuration, as NCSN++ does, is asked as well.
+        continuous: what `config.training.continuous` says. A network trained with False, except
+            under subVPSDE, is given step numbers: it is refused, and the error says what to write
+            instead. The configuration that a network keeps, as NCSN++ does, is checked as well.
 
     Raises:
         TypeError: for another SDE, by its attributes or its `marginal_prob`.

@@ -70,16 +70,16 @@ def ode_nll(
             dequantization.
         method: "fixed", a uniform grid in log σ̂ with steps + 10 evaluations, one more with
             `clean`; or "adaptive", steps of each sample's own.
-        steps: of the fixed grid, 4 or more; the other has no use for them. None takes the fewest
-            of 32, 64, …, 1024 with which `solver_error` is within `tolerance` on the first batch,
-            and keeps them; the trials take no probe and are not in `nfe`.
+        steps: of the fixed grid, 4 or more; the adaptive method ignores them. None takes the
+            fewest of 32, 64, …, 1024 with which `solver_error` is within `tolerance` on the first
+            batch, and keeps them; the trials take no probe and are not in `nfe`.
         divergence: "hutchinson", one vector-Jacobian product a probe; or "exact", d of them.
         probes: K, the number of probes a sample. Two or more give a standard error on the fixed
             grid, four or more with the adaptive method.
         distribution: "rademacher", "gaussian", "sphere", or "dct", often best on images. It and
             `probes` are errors where none are drawn.
         tolerance: of the adaptive method, nats a step, 3e-4 if None; with steps=None, nats of the
-            `solver_error` of every sample, 0.01 if None. Given steps have no use for it.
+            `solver_error` of every sample, 0.01 if None. Ignored by a fixed grid of given steps.
         group: with steps=None, the processes that have to take the same steps; None where each
             may take its own.
         companion: whether to solve with half the steps as well, for a `solver_error` that covers
@@ -93,8 +93,8 @@ def ode_nll(
             given latents in the network's dtype, float32 at least, and may return that or more.
         clean: whether x is data without noise. One draw of noise then brings it to t_min, and nll
             bounds that of x from above in its mean, as in `variational_nll`, with which it
-            compares. What the draw changes is not in `standard_error`; for a good model it is
-            small.
+            compares. The noise of this draw is not in `standard_error`; it is small for a good
+            model.
         dequantization: "uniform" for uint8 images: x becomes −1 + 2 (x + u)/256 with u uniform,
             and `bits_per_dim` counts the bits of the integers. None for continuous data.
         dequantization_draws: K draws of u, and of the noise if `clean`, whose densities are

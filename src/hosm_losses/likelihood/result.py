@@ -42,8 +42,8 @@ class NLLResult:
 
     Attributes:
         nll: −log p(x) in nats, (B,), or an upper bound on it: variational, or of integers.
-        latent: the image of x at t_max, in the coordinates of x, (B, *).
-        nfe: network evaluations, one a value with its divergence, (B,).
+        latent: the end of x's path, at t_max, in the coordinates of x, (B, *).
+        nfe: network evaluations, (B,); a value with its divergence counts as one.
         standard_error: of nll, from the random probes, or from the draws of the bound of the SDE,
             (B,); None where it is not known. The draws of dequantization and of clean=True are
             not in it.

@@ -52,8 +52,9 @@ class SteinTerms(NamedTuple):
 
     Attributes:
         first: ‖r1‖², of shape (B,).
-        rate: ρ₁ρ₂, of shape (B,), or of the rows a fraction chose: in the mean a² and the variance
-            of ε·(ε + f) given x. Negative for some samples. None where its weight is the number 0.
+        rate: ρ₁ρ₂, of shape (B,), or of the rows a fraction chose. Its mean is a² plus the
+            variance of ε·(ε + f) given x. Negative for some samples. None where its weight is the
+            number 0.
     """
 
     first: Tensor

@@ -27,7 +27,7 @@ from hosm_losses._torch_internals import traced, versions
 
 
 class Shared:
-    """Marks what belongs to no sample, in `model_kwargs`; the network is given what it holds.
+    """Marks a value in `model_kwargs` that all samples share; the network is given the value.
 
     Needed only for a tensor whose first dimension may equal the batch size, such as a table of
     positions. `check_derivatives` names those that need it.

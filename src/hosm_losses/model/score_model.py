@@ -72,8 +72,8 @@ class ScoreModel(nn.Module):
         primitives: whether the losses of order two and three put the safe primitives in.
 
     Raises:
-        TypeError: if the schedule is none or returns no tensors like t, or the network, `time`,
-            `output` or `call` cannot be called, or `primitives` is neither True nor False.
+        TypeError: if the schedule is no `Schedule` or returns no tensors like t, or the network,
+            `time`, `output` or `call` cannot be called, or `primitives` is no bool.
         ValueError: for a prediction of another name, a factor that is not finite, or a schedule
             under which the noise in units of the data, σ/α, is not finite or does not grow with t.
 

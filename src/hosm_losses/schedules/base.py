@@ -47,8 +47,8 @@ class Schedule:
     tensor like t and hold no tensor of another device. A ScoreModel checks all this when it is
     built.
 
-    They are looked at in float64, and losses call them in float32, where 1 − α² has few digits
-    left near t_min: with α = exp(−B/2) write σ as torch.sqrt(-torch.expm1(-B)).
+    The check is in float64, but losses call them in float32, where 1 − α² has few digits left near
+    t_min: with α = exp(−B/2) write σ as torch.sqrt(-torch.expm1(-B)).
 
     Example:
         >>> class Linear(Schedule):
@@ -112,7 +112,8 @@ class Schedule:
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
         """Return the t of this log σ̂, clipped to [t_min, t_max].
 
-        It is found by bisection and has no derivative; the closed forms have one.
+        A subclass with a closed form returns that, and it can be differentiated. Without one
+        bisection finds t, which then has no derivative.
         """
         target = as_time(log_sigma_hat)
         low = torch.full_like(target, self.t_min)
@@ -146,7 +147,7 @@ class Schedule:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Draw (batch,) times as training does: uniform in [t_min, t_max] but for EDM.
+        """Draw (batch,) times for training: uniform in [t_min, t_max], but for `EDMSchedule`.
 
         Without a device they are on the generator's, or the default one.
         """
@@ -168,7 +169,7 @@ class Schedule:
         return t.round().long() if self.integer_time else t
 
     def time_density(self, t: Tensor | float) -> Tensor:
-        """Density of `sample_time` at t, per unit of t: override both, or neither."""
+        """Density of `sample_time` at t, per unit of t. A subclass overrides both or neither."""
         return torch.full_like(as_time(t), 1 / (self.t_max - self.t_min))
 
 
