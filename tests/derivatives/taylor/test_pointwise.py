@@ -18,6 +18,7 @@ FUNCTIONS = {
     "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
     "softplus": F.softplus,
     "softplus, steep": lambda x: F.softplus(x, beta=3.0),
+    "softplus, of a tensor": lambda x: F.softplus(x, torch.tensor(2.0), torch.tensor(9)),
     "mish": F.mish,
     "clamp": lambda x: x.clamp(-0.3, 0.5) * x.sin(),
     "relu": F.relu,

@@ -10,6 +10,8 @@ OTHER = torch.randn(3, 4, generator=torch.Generator().manual_seed(3)).double()
 MASK = OTHER > 0
 JOINS = {
     "an empty tensor": lambda x: torch.cat([torch.empty(0), x, x.sin()], 1),
+    "an empty tensor that depends on x": lambda x: x * torch.cat([x[0, :0], OTHER[0]]),
+    "empty tensors alone": lambda x: x + torch.cat([x[0, :0], x[0, :0]]).sum(),
     "integers": lambda x: torch.cat([x.sin(), MASK.long()]),
     "concat along an axis": lambda x: torch.concat([x.sin(), x], axis=1),
     "by name": lambda x: torch.cat(tensors=(x.sin(), OTHER), dim=-1),

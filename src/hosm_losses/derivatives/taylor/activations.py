@@ -20,7 +20,8 @@ from hosm_losses.derivatives.taylor.table import NoRule, every
 
 
 def _slope_of_softplus(along: Tensor, x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
-    return torch.ops.aten.softplus_backward.default(along, x, beta, threshold)
+    # Either may be a tensor of one number.
+    return torch.ops.aten.softplus_backward.default(along, x, float(beta), float(threshold))
 
 
 @pointwise(*every("softplus"), operators=Operators(F.softplus, _slope_of_softplus))

@@ -25,6 +25,8 @@ def _cat(tensors: Any, dim: int = 0) -> Jet:
     # PyTorch passes over an empty tensor of one axis, of which caches of keys make use.
     kind = jet_among(tensors).dtype
     tensors = [each for each in tensors if each.shape != (0,) or each.dtype != kind]
+    if not any(isinstance(each, Jet) for each in tensors):  # as where the only one is empty
+        raise NoRule
     ndim = tensors[0].ndim
     if any(each.ndim != ndim for each in tensors):
         raise NoRule
