@@ -115,13 +115,13 @@ def test_other_layers_in_training_mode(layer):
 class Labelled(nn.Module):
     """Drops the labels of samples in training, by code of its own, as DiT does."""
 
-    def __init__(self):
+    def __init__(self, share=0.5):
         super().__init__()
-        self.table = nn.Linear(1, 2)
+        self.table, self.share = nn.Linear(1, 2), share
 
     def forward(self, x, t, y):
         if self.training:
-            y = torch.where(torch.rand(y.shape) < 0.5, 9.0, y)
+            y = torch.where(torch.rand(y.shape) < self.share, 9.0, y)
         return x * self.table(y[:, None])
 
 
@@ -138,6 +138,18 @@ def test_a_network_that_draws_by_code_of_its_own(function, options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         function(model.eval(), x, **given)
+
+
+def test_labels_that_are_dropped_now_and_then():
+    """Of two samples a tenth of the labels, as for guidance: often none in several calls."""
+    network = Labelled(0.1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for seed in range(20):
+            torch.manual_seed(seed)
+            given = {"steps": 6, "model_kwargs": {"y": torch.arange(2.0)}}
+            hosm.ode_nll(hosm.ScoreModel(network, VP), torch.randn(2, 2), **given)
+    assert sum("draws random numbers" in str(each.message) for each in told) > 15
 
 
 def test_a_network_that_draws_and_does_not_use_it():
