@@ -412,6 +412,20 @@ def test_labels_that_are_not_split_are_named(what):
         hosm.ode_nll(model, x, model_kwargs={"c": hosm.Shared(LABELS[what])})
 
 
+def test_the_advice_for_labels_leaves_tensors_next_to_them_split():
+    """Shared(...) around the whole dict would give y of others to samples of a later part."""
+    model = hosm.ScoreModel(lambda x, t, c: x * c["y"][:, None], hosm.VPSchedule())
+    c, options = {"y": torch.linspace(0, 1, 4), "w": list(WORDS)}, {"divergence": "exact"}
+    with pytest.warns(UserWarning, match=r"\['c'\]\['w'\]: .* Shared\(\.{3}\) around this alone"):
+        whole = hosm.ode_nll(model, torch.ones(4, 2), model_kwargs={"c": c}, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given = {"c": {**c, "w": hosm.Shared(c["w"])}}
+        options["batch_size"] = 2
+        parts = hosm.ode_nll(model, torch.ones(4, 2), model_kwargs=given, **options)
+    torch.testing.assert_close(parts.nll, whole.nll)
+
+
 @pytest.mark.parametrize("what", OTHERS)
 def test_nothing_is_said_of_what_goes_with_no_sample(what):
     model = hosm.ScoreModel(lambda x, t, c: x, hosm.VPSchedule())

@@ -151,7 +151,7 @@ def _say_what_is_not_split(kwargs: Mapping[str, Any], batch: int) -> None:
                 f"{path}: expected tensors in dicts, lists, dataclasses and their like; got "
                 f"{describe(found)}, which holds {holds} as long as the batch. The network is "
                 "given it as it is, also with some of the samples alone. Give its tensors in a "
-                f"dict, or numbers of the samples as a tensor, or say Shared({name}).",
+                "dict, numbers of the samples as a tensor, or put Shared(...) around this alone.",
                 stacklevel=users_level(),
             )
 
