@@ -384,6 +384,16 @@ def test_what_would_be_unsure_is_refused(name):
     assert any(each in str(error.value) for each in words), error.value
 
 
+def test_a_plain_tensor_under_a_transform_is_refused_in_words():
+    """Whether another tensor shares its memory is not known there."""
+
+    def value(x):
+        return carried(lambda x: torch.ones(3, 8).mul_(x), x, torch.ones(1, 3, 8)).sum()
+
+    with pytest.raises(TaylorError, match="in place"):
+        torch.func.grad(value)(torch.ones(3, 8))
+
+
 def program(r, length=8):
     """A random function of x (3, 8) that makes tensors of that shape, views of them, and changes."""
     steps = [

@@ -225,11 +225,13 @@ def promote(tensor: Tensor, jet: Any) -> None:
     """Make a plain tensor the Jet that is given, in place."""
     refused = "a plain tensor that shares memory is given values that depend on x in place."
     leaf = tensor.requires_grad and tensor.is_leaf
-    if torch.compiler.is_compiling() or leaf or tensor._base is not None or has_alias(tensor):
+    if torch.compiler.is_compiling() or leaf or tensor._base is not None:
         raise TaylorError(refused)
     for carrying in THREAD.carrying[-1:]:
         carrying.jets[:] = [each for each in carrying.jets if each() is not jet]
     try:
+        if has_alias(tensor):  # which is not known under torch.func
+            raise TaylorError(refused)
         swapped(tensor, jet)
     except RuntimeError as error:
         raise TaylorError(refused) from error
