@@ -19,8 +19,9 @@ cotangents A of that in x and B_l of that in x_l, with Ã = A − Σ p A and h_l
     in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
 
 Weights of attention are larger than all other activations, and every pass over them is felt. On
-the CPU those that no cache holds are taken a few samples at a time, with all that is made of them.
-The product with the values of attention keeps the result too, if it is not rounded or dropped.
+the CPU large ones are taken a few samples at a time: what is made of them on the way stays in a
+cache, and is not asked of the system anew, which may cost more than the passes. The product with
+the values of attention keeps the result too, if it is not rounded or dropped before.
 In a short type gradients are as exact as PyTorch's, which come from a rounded result as well.
 """
 
