@@ -29,7 +29,534 @@ class Mutant(NamedTuple):
     tests: str
 
 
-MUTANTS: list[Mutant] = []
+MUTANTS = [
+    # derivatives/taylor/
+    Mutant(
+        "derivatives/taylor/arithmetic.py",
+        "gathered(left * b_right + right * b_left, pairs)",
+        "gathered(left * b_right + left * b_right, pairs)",
+        "tests/derivatives/taylor/test_arithmetic.py",
+    ),
+    Mutant(
+        "derivatives/taylor/pointwise.py",
+        "        yield density * x * (square - 4)\n",
+        "        yield density * (square - 4)\n",
+        "tests/derivatives/taylor/test_pointwise.py",
+    ),
+    Mutant(
+        "derivatives/taylor/activations.py",
+        "straight_on = scaled > threshold",
+        "straight_on = x > threshold",
+        "tests/derivatives/taylor/test_pointwise.py",
+    ),
+    Mutant(
+        "derivatives/taylor/attention.py",
+        "weights = _dropped(weights, dropout_p if training else 0.0)",
+        "weights = _dropped(weights, dropout_p)",
+        "tests/derivatives/taylor/test_layers.py",
+    ),
+    Mutant(
+        "derivatives/taylor/attention.py",
+        "return multiply(softmax(masked, -1), attn_mask.any(-1, keepdim=True))",
+        "return softmax(masked, -1)",
+        "tests/derivatives/taylor/test_layers.py",
+    ),
+    Mutant(
+        "derivatives/taylor/attention.py",
+        "stack = stack.repeat_interleave(query.shape[-3] // heads, -3)",
+        "stack = torch.cat([stack] * (query.shape[-3] // heads), -3)",
+        "tests/derivatives/taylor/test_layers.py tests/derivatives/taylor/test_calls.py",
+    ),
+    Mutant(
+        "derivatives/taylor/bilinear.py",
+        "    with without_autocast(others[0].device.type):\n        return form[place](*others)",
+        "    return form[place](*others)",
+        "tests/derivatives/taylor/test_bilinear.py",
+    ),
+    Mutant(
+        "derivatives/taylor/convolution.py",
+        "return with_bias(convolved, bias, x.shape[0])",
+        "return with_bias(convolved, bias, len(samples))",
+        "tests/derivatives/taylor/test_layers.py",
+    ),
+    Mutant(
+        "derivatives/taylor/matrices.py",
+        "tuple(_Term(k, j, i, factor) for i, j, k, factor in terms)",
+        "tuple(_Term(k, j, i) for i, j, k, _ in terms)",
+        "tests/derivatives/taylor/test_bilinear.py",
+    ),
+    Mutant(
+        "derivatives/taylor/normalised.py",
+        "xz = xy if z is y else self.product(x, z)",
+        "xz = xy",
+        "tests/derivatives/taylor/test_pullbacks.py",
+    ),
+    Mutant(
+        "derivatives/taylor/norms.py",
+        "norm(x.stack[0].detach(), mean, variance, None, None, True, momentum, eps)",
+        "norm(x.stack.detach().flatten(0, 1), mean, variance, None, None, True, momentum, eps)",
+        "tests/derivatives/taylor/test_norms.py",
+    ),
+    Mutant(
+        "derivatives/taylor/norms.py",
+        "return _batch_norm(x, running_mean, running_var, weight, bias, eps=eps)",
+        "return _batch_norm(x, running_mean, running_var, weight, bias)",
+        "tests/derivatives/taylor/test_norms.py",
+    ),
+    Mutant(
+        "derivatives/taylor/shapes.py",
+        "found = x.like(x.stack * function(torch.ones_like(x.stack[0]), p))",
+        "found = x.like(function(x.stack, p))",
+        "tests/derivatives/taylor/test_shapes.py",
+    ),
+    Mutant(
+        "derivatives/taylor/shapes.py",
+        "return x.like(torch.cat([first, F.pad(x.stack[1:], pad)]))",
+        "return x.like(torch.cat([first, F.pad(x.stack[1:], pad, value=value)]))",
+        "tests/derivatives/taylor/test_shapes.py",
+    ),
+    Mutant(
+        "derivatives/taylor/selection.py",
+        "len(gathers) <= 1 and all",
+        "len(gathers) <= 2 and all",
+        "tests/derivatives/taylor/test_selection.py",
+    ),
+    Mutant(
+        "derivatives/taylor/softmax.py",
+        "add_products(of_weights, again[:1], total(value), -1)",
+        "add_products(of_weights, again[:1], total(weights * a), -1)",
+        "tests/derivatives/taylor/test_pullbacks.py",
+    ),
+    Mutant(
+        "derivatives/taylor/softmax.py",
+        "    return torch.cat([d * right, to_right])\n",
+        "    return torch.cat([d * right, d * left])\n",
+        "tests/derivatives/taylor/test_pullbacks.py",
+    ),
+    Mutant(
+        "derivatives/taylor/in_place.py",
+        "        whole[0][parts] = value\n        whole[1:][several] = 0\n",
+        "        whole[0][parts] = value\n",
+        "tests/derivatives/taylor/test_in_place.py",
+    ),
+    Mutant(
+        "derivatives/taylor/aliases.py",
+        '        _watch(each for each in living(source.memory) if not hasattr(each, "root"))\n',
+        "        pass\n",
+        "tests/derivatives/taylor/test_in_place.py",
+    ),
+    Mutant(
+        "derivatives/taylor/aliases.py",
+        "        _watch([value])\n",
+        "",
+        "tests/derivatives/taylor/test_in_place.py",
+    ),
+    Mutant(
+        "derivatives/taylor/along.py",
+        "right = tuple(each[-1:].expand_as(each) for each in right)",
+        "right = tuple(each[:1].expand_as(each) for each in right)",
+        "tests/derivatives/taylor/test_jet.py",
+    ),
+    Mutant(
+        "derivatives/taylor/jet.py",
+        '            raise TaylorError(f"{name_of(func)}: {CUSTOM}")\n        raise CutError',
+        '            raise TaylorError(f"{name_of(func)}: {CUSTOM}")\n        CutError',
+        "tests/derivatives/taylor/test_jet.py",
+    ),
+    Mutant(
+        "derivatives/taylor/jet.py",
+        "        if left or carrying.copies:\n",
+        "        if left:\n",
+        "tests/derivatives/taylor/test_in_place.py",
+    ),
+    Mutant(
+        "derivatives/taylor/table.py",
+        "not -ndim <= dim < ndim",
+        "not -ndim <= dim <= ndim",
+        "tests/derivatives/taylor/test_spellings.py",
+    ),
+    Mutant(
+        "derivatives/taylor/lengths.py",
+        "short = length.stack[0] * largest <= eps",
+        "short = length.stack[0] <= eps",
+        "tests/derivatives/taylor/test_norms.py",
+    ),
+    Mutant(
+        "derivatives/taylor/properties.py",
+        "any is_nonzero floor ceil round\n",
+        "any is_nonzero floor ceil round frac\n",
+        "tests/derivatives/taylor/test_in_place.py",
+    ),
+    Mutant(
+        "derivatives/taylor/properties.py",
+        "lambda cotangent: looked(cotangent[0])",
+        "lambda cotangent: looked(cotangent.sum(0))",
+        "tests/derivatives/taylor/test_properties.py",
+    ),
+    # derivatives/
+    Mutant(
+        "derivatives/engines.py",
+        "    if wanted and x.requires_grad:\n        return x\n",
+        "",
+        "tests/derivatives/test_select.py",
+    ),
+    Mutant(
+        "derivatives/engines.py",
+        "    cotangent = leaf(w, wanted)\n"
+        "    pulled = pull_back(value, x, cotangent.unsqueeze(0))[0]\n"
+        "    refuse_dropped(pulled, wanted)\n",
+        "    cotangent = leaf(w, wanted)\n"
+        "    pulled = pull_back(value, x, cotangent.unsqueeze(0))[0]\n",
+        "tests/derivatives/test_backward.py",
+    ),
+    Mutant(
+        "derivatives/backward.py",
+        'hasattr(node, "variable") and not hasattr(node.variable, OWN)',
+        'hasattr(node, "variable")',
+        "tests/losses/test_frozen.py",
+    ),
+    Mutant(
+        "derivatives/backward.py",
+        "if internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None:",
+        "if not torch.compiler.is_compiling():",
+        "tests/derivatives/test_backward.py tests/derivatives/test_primitive_mode.py",
+    ),
+    Mutant(
+        "derivatives/hooks.py",
+        "if not same or versions([gradient]) != before:",
+        "if not same:",
+        "tests/derivatives/test_engines_agree.py",
+    ),
+    Mutant(
+        "derivatives/primitive_mode.py",
+        "_SafePrimitives(tables[-1]) if tables else nullcontext()",
+        "_SafePrimitives(PRIMITIVES) if tables else nullcontext()",
+        "tests/derivatives/test_at_first.py",
+    ),
+    Mutant(
+        "derivatives/primitive_mode.py",
+        "        if func == _DATA and traced():  # which is shallow, as .detach_() is\n"
+        "            return args[0].detach()\n",
+        "",
+        "tests/test_transforms.py",
+    ),
+    Mutant(
+        "derivatives/primitives.py",
+        "value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)",
+        "value = torch.cat([value] * (query.shape[-3] // value.shape[-3]), -3)",
+        "tests/derivatives/test_primitives.py",
+    ),
+    Mutant(
+        "derivatives/primitives.py",
+        "if small or traced() or dropout:",
+        "if small or traced():",
+        "tests/derivatives/test_at_first.py",
+    ),
+    Mutant(
+        "derivatives/products.py",
+        "value, point, c, create_graph=wanted or push, **options",
+        "value, point, c, create_graph=push, **options",
+        "tests/losses/test_random_options.py",
+    ),
+    Mutant(
+        "derivatives/products.py",
+        "        refuse_dropped(pulled, wanted)\n",
+        "",
+        "tests/derivatives/test_backward.py",
+    ),
+    Mutant(
+        "derivatives/recompute.py",
+        "further = pullbacks[1:] if needed[0] else ()",
+        "further = pullbacks[1:]",
+        "tests/derivatives/test_recompute.py",
+    ),
+    Mutant(
+        "derivatives/select.py",
+        "                before.restore()\n",
+        "",
+        "tests/derivatives/test_choice.py",
+    ),
+    Mutant(
+        "derivatives/select.py",
+        "if not deep and not surrounded():",
+        "if not deep:",
+        "tests/derivatives/test_choice.py",
+    ),
+    Mutant(
+        "derivatives/select.py",
+        "return not self.version or versions([self.buffer]) != self.version",
+        "return versions([self.buffer]) != self.version",
+        "tests/derivatives/test_choice.py",
+    ),
+    Mutant(
+        "derivatives/checkpointing.py",
+        "        if any(given[place].stack is not entries[place] for place in jets):\n"
+        "            raise DerivativeError(CHANGED_ARGUMENT)\n",
+        "",
+        "tests/derivatives/taylor/test_in_place.py",
+    ),
+    # losses: the balanced weights at the noisy end, log σ̂ at its last place.
+    Mutant(
+        "losses/balance.py",
+        "(level.detach() * BINS).long().clamp(0, BINS - 1)",
+        "(level.detach() * BINS).long()",
+        "tests/losses/test_balance.py",
+    ),
+    Mutant(
+        "losses/balance.py",
+        "(level.detach() * BINS).long().clamp(0, BINS - 1)",
+        "(level.detach() * BINS).long() % BINS",
+        "tests/losses/test_balance.py",
+    ),
+    # From four probes on, the two estimates that are multiplied have probes in common.
+    Mutant(
+        "losses/paired.py",
+        "over_probes(estimates[half:])",
+        "over_probes(estimates[1:])",
+        "tests/losses/test_paired.py",
+    ),
+    # The value of order three stays, its gradient goes into the lower orders.
+    Mutant(
+        "losses/terms.py",
+        "scaled(2 * slope, shared.shifted.detach())",
+        "scaled(2 * slope, shared.shifted)",
+        "tests/losses/test_terms.py tests/losses/test_objective.py",
+    ),
+    # Indices that the caller gives stand for N - 1 times in place of N.
+    Mutant(
+        "losses/weighting.py",
+        "(schedule.t_max - schedule.t_min + indices) * rate()",
+        "(schedule.t_max - schedule.t_min) * rate()",
+        "tests/losses/test_weighting_tables.py",
+    ),
+    # A fraction's higher terms take the factors of other samples.
+    Mutant(
+        "losses/objective.py",
+        "of_higher = of_higher[rows]",
+        "of_higher = of_higher[: len(rows)]",
+        "tests/losses/test_functions.py",
+    ),
+    # The rows of a fraction come from the global generator.
+    Mutant(
+        "losses/objective.py",
+        "torch.randperm(len(x), device=x.device, **source(generator))",
+        "torch.randperm(len(x), device=x.device)",
+        "tests/losses/test_functions.py",
+    ),
+    # The gradient of the rate has f twice where it has it once.
+    Mutant(
+        "losses/stein.py",
+        "inner(value.detach(), value)",
+        "inner(value, value)",
+        "tests/losses/test_stein.py",
+    ),
+    # model: copies of a batch with the conditions and times of other samples.
+    Mutant(
+        "model/field.py",
+        "return tensor.repeat(count, *(1,) * (tensor.ndim - 1))",
+        "return tensor.repeat_interleave(count, 0)",
+        "tests/model/test_conditions.py",
+    ),
+    # The field of some rows counts q x, which their noise leaves out.
+    Mutant(
+        "model/field.py",
+        "self.model, self.kwargs, self.primitives, normal(t), x_apart=self.x_apart",
+        "self.model, self.kwargs, self.primitives, normal(t)",
+        "tests/losses/test_random_options.py",
+    ),
+    # Indices of a table rounded to the precision of half data.
+    Mutant(
+        "model/score_model.py",
+        "t.to(torch.promote_types(like.dtype, torch.float32))",
+        "t.to(like.dtype)",
+        "tests/test_half_precision.py tests/model/test_score_model.py",
+    ),
+    # A network that changes in place what all samples share is no longer found.
+    Mutant(
+        "model/conditions.py",
+        "if other is not tensor or later != version:",
+        "if other is not tensor:",
+        "tests/model/test_conditions.py",
+    ),
+    # schedules: a table whose last index is never drawn.
+    Mutant(
+        "schedules/discrete.py",
+        "torch.randint(len(self.alphas_cumprod), shape, **options)",
+        "torch.randint(len(self.alphas_cumprod) - 1, shape, **options)",
+        "tests/schedules/test_discrete.py",
+    ),
+    # Indices drawn by log σ̂ are rounded down.
+    Mutant(
+        "schedules/base.py",
+        "return t.round().long() if self.integer_time else t",
+        "return t.long() if self.integer_time else t",
+        "tests/losses/test_weighting_tables.py",
+    ),
+    # Bisection stops at half of the digits next to t_min.
+    Mutant(
+        "schedules/base.py",
+        "range(2 * -int(math.log2(torch.finfo(target.dtype).eps)))",
+        "range(-int(math.log2(torch.finfo(target.dtype).eps)))",
+        "tests/schedules/test_base.py",
+    ),
+    # The density of times has no account of the tails that were cut off.
+    Mutant(
+        "schedules/edm.py",
+        "unit = self.log_std * math.sqrt(2 * math.pi) * self._standard[-1]",
+        "unit = self.log_std * math.sqrt(2 * math.pi)",
+        "tests/schedules/test_edm_draws.py",
+    ),
+    # 1 - α² by a difference has no digits left near the data.
+    Mutant(
+        "schedules/continuous.py",
+        "return torch.sqrt(-torch.expm1(-self.integrated_beta(t)))",
+        "return torch.sqrt(1 - torch.exp(-self.integrated_beta(t)))",
+        "tests/schedules/test_continuous.py",
+    ),
+    # Building a model seeds the user's global generator.
+    Mutant(
+        "schedules/check.py",
+        "with torch.random.fork_rng(devices=[]):",
+        "with torch.no_grad():",
+        "tests/schedules/test_check_draws.py",
+    ),
+    # probes: one sphere for the whole batch, of radius √(B d).
+    Mutant(
+        "probes.py",
+        "flat = _gaussian(shape, like, generator).reshape(*shape[:2], -1)",
+        "flat = _gaussian(shape, like, generator).reshape(shape[0], -1)",
+        "tests/test_probes.py",
+    ),
+    # The constant of the cosine transform has half of its variance.
+    Mutant(
+        "probes.py",
+        "torch.where(index == 0, 2.0, 1.0)",
+        "torch.where(index == 0, 1.0, 1.0)",
+        "tests/test_probes.py",
+    ),
+    # A time that is NaN counts as inside the range.
+    Mutant(
+        "_checks.py",
+        "not bool(((value >= low) & (value <= high)).all())",
+        "bool(((value < low) | (value > high)).any())",
+        "tests/schedules/test_discrete.py",
+    ),
+    # Under inference_mode a loss keeps a graph.
+    Mutant(
+        "_torch_internals.py",
+        "with torch.inference_mode(False), torch.no_grad():",
+        "with torch.inference_mode(False):",
+        "tests/losses/test_functions.py tests/test_check_arguments.py",
+    ),
+    Mutant(
+        "likelihood/multistep.py",
+        "RICHARDSON = 1 / 15",
+        "RICHARDSON = 1 / 7",
+        "tests/likelihood/test_multistep.py",
+    ),
+    Mutant(
+        "likelihood/multistep.py",
+        "dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)",
+        "dist.all_reduce(largest, dist.ReduceOp.SUM, self.group)",
+        "tests/likelihood/test_tolerance.py",
+    ),
+    Mutant(
+        "likelihood/inputs.py",
+        "        after.restore()\n",
+        "        after.restore(generators=False)\n",
+        "tests/likelihood/test_said.py",
+    ),
+    Mutant(
+        "likelihood/inputs.py",
+        "points = dequantize(whole.x, generator) if dequantization else whole.x",
+        "points = dequantize(whole.x) if dequantization else whole.x",
+        "tests/likelihood/test_dequantize.py",
+    ),
+    Mutant(
+        "likelihood/paths.py",
+        "latent, integral = (batch.x, -solved.integral) if backwards else (end, solved.integral)",
+        "latent, integral = (batch.x if backwards else end), solved.integral",
+        "tests/likelihood/test_sample.py",
+    ),
+    Mutant(
+        "likelihood/paths.py",
+        "        found = evaluate(torch.where(expand_right(lost, x), 1.0, x))\n",
+        "        found = evaluate(points)\n",
+        "tests/likelihood/test_graph.py",
+    ),
+    Mutant(
+        "likelihood/adaptive.py",
+        "chosen = None if probes is None else probes[:, rows]",
+        "chosen = None if probes is None else probes[:, : len(rows)]",
+        "tests/likelihood/test_paths.py",
+    ),
+    Mutant(
+        "likelihood/result.py",
+        "float(self.nll.detach()[good].double().std()) / count**0.5",
+        "float(self.nll.detach()[good].double().std()) / len(good) ** 0.5",
+        "tests/likelihood/test_result.py",
+    ),
+    Mutant(
+        "likelihood/variational.py",
+        "spread + found.var(0) / at_start",
+        "spread + found.var(0) / samples",
+        "tests/likelihood/test_variational.py",
+    ),
+    Mutant(
+        "diagnostics/gap.py",
+        "widths = (high - low) / 2 * weights",
+        "widths = (high - low) * weights",
+        "tests/diagnostics/test_gap.py",
+    ),
+    Mutant(
+        "diagnostics/gap.py",
+        'found["ode"] = over_elements(wrong * (score - true), 1)',
+        'found["ode"] = over_elements(wrong * (score - f), 1)',
+        "tests/diagnostics/test_gap.py",
+    ),
+    Mutant(
+        "diagnostics/differences.py",
+        "if not error <= TOLERANCE[self.precision]:",
+        "if error > TOLERANCE[self.precision]:",
+        "tests/diagnostics/test_differences.py",
+    ),
+    Mutant(
+        "diagnostics/values.py",
+        "moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)",
+        "moves = (places.roll(1),)",
+        "tests/diagnostics/test_shared.py",
+    ),
+    Mutant(
+        "diagnostics/check.py",
+        "torch.random.fork_rng(devices, device_type=",
+        "torch.random.fork_rng(devices, False, device_type=",
+        "tests/diagnostics/test_check.py",
+    ),
+    Mutant(
+        "interop/foreign.py",
+        'owner.alphas_cumprod, dtype=torch.float64, device="cpu").detach()',
+        'owner.alphas_cumprod, device="cpu").detach().double()',
+        "tests/interop/test_stand_ins.py",
+    ),
+    Mutant(
+        "interop/guided_diffusion.py",
+        'rescaled = 1000.0 / getattr(diffusion, "original_num_steps", steps)',
+        "rescaled = 1000.0 / steps",
+        "tests/interop/test_stand_ins.py",
+    ),
+    Mutant(
+        "interop/score_sde.py",
+        "    if not (continuous and kept):\n",
+        "    if not continuous:\n",
+        "tests/interop/test_score_sde.py",
+    ),
+    Mutant(
+        "interop/edm.py",
+        "EDMSchedule(t_min=low, t_max=high)",
+        "EDMSchedule(t_min=low)",
+        "tests/interop/test_stand_ins.py",
+    ),
+]
 
 
 def plant(mutant: Mutant, folder: Path) -> None:
