@@ -6,5 +6,6 @@ from tests.mutants import MUTANTS, PACKAGE, ROOT
 def test_what_a_mutant_replaces_occurs_once():
     for mutant in MUTANTS:
         source = (PACKAGE / mutant.file).read_text(encoding="utf-8")
-        assert source.count(mutant.old) == 1 and mutant.new != mutant.old, mutant
+        assert source.count(mutant.old) == 1, mutant
+        assert mutant.new != mutant.old, mutant
         assert all((ROOT / test).is_file() for test in mutant.tests.split()), mutant
