@@ -11,6 +11,7 @@ import hosm_losses as hosm
 from hosm_losses.schedules.base import as_time
 from hosm_losses.schedules.check import check_schedule
 from tests.oracles import CountCalls
+from tests.schedules.checks import own
 from tests.schedules.test_continuous import SCHEDULES
 
 TABLE = hosm.DiscreteSchedule(torch.linspace(0.99, 0.01, 20))
@@ -19,18 +20,6 @@ RIGHT = {**SCHEDULES, "discrete": TABLE}
 
 def build(schedule):
     return hosm.ScoreModel(lambda x, t: x, schedule)
-
-
-def own(alpha=torch.ones_like, sigma=torch.clone, ends=(1e-3, 1.0), base=hosm.Schedule, **methods):
-    """A schedule of a user's class: α, σ and other methods as functions of t."""
-    members = {name: staticmethod(f) for name, f in methods.items()}
-    if alpha is not None:
-        members["alpha"] = staticmethod(alpha)
-    if sigma is not None:
-        members["sigma"] = staticmethod(sigma)
-    if ends is not None:
-        members["t_min"], members["t_max"] = ends
-    return type("Own", (base,), members)()
 
 
 def writes(t):

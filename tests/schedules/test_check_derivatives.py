@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from tests.schedules.test_check import build, own
+from tests.schedules.checks import own
+from tests.schedules.test_check import build
 from tests.versions import OLD
 
 

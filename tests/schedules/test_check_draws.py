@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from tests.schedules.checks import assert_that_a_sampler_changes_no_mean
-from tests.schedules.test_check import build, own
+from tests.schedules.checks import assert_that_a_sampler_changes_no_mean, own
+from tests.schedules.test_check import build
 
 
 class Mine(hosm.Schedule):

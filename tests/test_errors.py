@@ -1,0 +1,552 @@
+"""One table of errors: every public call, each of its arguments, what is refused, and as what.
+
+An argument of one name means the same in every call, so its bad values are written once, in `BAD`;
+`MORE` has those of single calls. What is asserted is the class of the error and the name at the
+start of its message, not the wording, but for the messages in `TOLD` by which users act.
+"""
+
+import inspect
+import math
+import re
+import warnings
+from operator import attrgetter
+from types import MappingProxyType, SimpleNamespace
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hosm_losses as hosm
+from hosm_losses import interop
+from hosm_losses.likelihood.result import Quantization
+from tests.oracles import MLP
+from tests.schedules.checks import own
+
+NAN, INF = math.nan, math.inf
+X = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
+T = torch.full((4,), 0.5, dtype=torch.float64)
+PROBES = torch.stack([X, -X])
+VP, TABLE = hosm.VPSchedule(), hosm.DiscreteSchedule([0.9, 0.5, 0.1])
+NETWORK = MLP(2).double()
+MODEL = hosm.ScoreModel(NETWORK, VP)
+WRAPPED = hosm.ScoreModel(nn.DataParallel(NETWORK), VP)
+
+
+def bad(error, *values, named=None):
+    """Rows of bad values, the class of the error, and what it names if not the argument."""
+    return [(value, error, named) for value in values]
+
+
+class Elsewhere(torch.Generator):
+    """Stands for one on an accelerator, which this machine may lack."""
+
+    device = torch.device("cuda", 0)
+
+
+def result(**changes):
+    zero = torch.zeros(2)
+    parts = {"nll": zero, "latent": torch.zeros(2, 3), "nfe": zero, "standard_error": zero}
+    return hosm.NLLResult(**parts | {"solver_error": zero, "failed": zero > 0} | changes)
+
+
+# Objects of other projects, by their attributes.
+def scheduler(kind="epsilon", table=(0.9, 0.5, 0.1), **config):
+    config = SimpleNamespace(prediction_type=kind, **config)
+    return SimpleNamespace(alphas_cumprod=torch.tensor(table), config=config)
+
+
+def flow(steps=1000, **config):
+    config = SimpleNamespace(num_train_timesteps=steps, **config)
+    return type("FlowMatchEulerDiscreteScheduler", (), {"config": config})()
+
+
+def diffusion(table=(0.9, 0.5, 0.1), mean="EPSILON", objective="pred_noise", **more):
+    kinds = {"model_mean_type": SimpleNamespace(name=mean), "model_var_type": "FIXED"}
+    parts = {"alphas_cumprod": torch.tensor(table), "model": NETWORK, "objective": objective}
+    return SimpleNamespace(**parts, **kinds, **more)
+
+
+def module(name, **attributes):
+    """A network of a class of this name."""
+    return type(name, (nn.Module,), {"forward": NETWORK.forward, **attributes})()
+
+
+STEPS = module("Net", config=SimpleNamespace(training=SimpleNamespace(continuous=False)))
+EIGHT_BITS = result(quantization=Quantization(256, -1.0, 1.0))
+OTHERS = [EIGHT_BITS, result(latent=torch.zeros(2, 4)), result(standard_error=None)]
+OTHERS += [result(widening=2.0), result(steps=64)]
+SDE = SimpleNamespace(beta_0=0.1, beta_1=20.0, discrete_betas=0)
+OTHER_SDE = SimpleNamespace(beta_0=0.1, beta_1=20.0, marginal_prob=lambda x, t: (x, t))
+VALUES, ZERO = result().to_dict(), (0.9, 0.5, 0.0)
+
+# Kinds of arguments.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # nested tensors are a prototype
+    NOT_DENSE = [torch.nested.nested_tensor(list(X), layout=torch.jagged), X.to_sparse()]
+    NOT_DENSE.append(torch.nested.nested_tensor(list(X)))
+TENSORS = [
+    *bad(TypeError, X.byte(), X.long(), X + 0j, X.numpy(), None, *NOT_DENSE),
+    *bad(ValueError, X[:0], X[:, :0], X.sum(), X * NAN, X / 0),
+]
+WHOLE = bad(ValueError, 0, -1, True, 2.0, "2", np.array([1, 2]))
+NUMBER = bad(TypeError, None, "1", True, torch.tensor(0.5)) + bad(ValueError, NAN, INF, -INF)
+BETA = bad(ValueError, None, "0.1", True, NAN, 0.0, 1.0, -0.1)
+NAME = bad(ValueError, "other", 1, ["exact"])
+FLAG = bad(TypeError, None, 1, "yes", torch.ones(2))
+MOMENT = [
+    *bad(TypeError, None, "0", True, X[0] * 1j, X[0] > 0, X[0].to_sparse()),
+    *bad(ValueError, torch.ones(3), NAN, X / 0),
+]
+NUMBERS = [
+    *bad(TypeError, torch.tensor([0.9j, 0.5]), ["a", "b"], object(), [[0.9], 0.5]),
+    *bad(TypeError, torch.ones(3, device="meta")),
+    *bad(ValueError, 0.5, [[0.9, 0.5], [0.4, 0.1]], torch.ones(2, 2), np.ones((2, 2))),
+    *bad(ValueError, [], [0.9], [0.5, NAN], [NAN, 0.5], [INF, 0.5], [0.5, -INF]),
+]
+BAD = {
+    "chunks": WHOLE,
+    **dict.fromkeys(("return_terms", "companion", "clean", "progress", "enable_grad"), FLAG),
+    **dict.fromkeys(("ode_score", "primitives", "scaled"), FLAG),
+    # Of the losses.
+    "model": bad(TypeError, None, NETWORK, lambda x, t: x),
+    **dict.fromkeys(("x0", "x"), TENSORS + bad(TypeError, [1.0])),
+    "noise": [
+        *bad(TypeError, 0.0, X.numpy(), X.float(), X.long(), X + 0j, *NOT_DENSE),
+        *bad(ValueError, X[:3], X[:1], X[:, :1], X[None], X * NAN, X * INF, X.to("meta")),
+    ],
+    "probe": [
+        *bad(TypeError, 0.0, "rademacher", PROBES.numpy(), PROBES.float(), PROBES + 0j),
+        *bad(TypeError, *NOT_DENSE),
+        *bad(ValueError, PROBES[:, :3], PROBES[..., :1], PROBES[:0], PROBES[:, :, None]),
+        *bad(ValueError, PROBES * NAN, PROBES.to("meta")),
+    ],
+    "t": [
+        *bad(TypeError, 0.5, T.numpy(), T.float(), T.half(), T.long(), T > 0),
+        *bad(ValueError, T[:, None], T[:1], T * 0, T + 0.500001, T * NAN, T.to("meta")),
+    ],
+    "generator": bad(TypeError, 0, torch.manual_seed) + bad(ValueError, Elsewhere()),
+    "model_kwargs": [
+        *bad(TypeError, [1], "y", {1: X}),
+        *bad(ValueError, {"x": X}, {"t": T}, {"self": T}),
+    ],
+    "order": bad(ValueError, 0, 4, True, 2.0, "3", None),
+    "weights": [
+        *bad(TypeError, "1111", b"1111", 1.0, torch.tensor(1.0), np.array(1.0), iter([1] * 4)),
+        *bad(TypeError, dict.fromkeys(range(4), 1), MappingProxyType({0: 1}), {1.0, 0.5, 0.1, 2}),
+        *bad(TypeError, (1, 1, 1, torch.tensor(1j)), (1, 1, torch.tensor(True), 1)),
+        *bad(ValueError, (1, 1), (1,) * 5, np.ones(5), torch.ones(5), torch.ones(4, 2)),
+        *bad(ValueError, (0, 0.0, 0, 0), (1, 1, 1, NAN), (1, INF, 1, 1), (1, 1, 1j, 1)),
+        *bad(ValueError, (1, 1, "1", 1), (1, None, 1, 1), (True, 1, 1, 1), (1, -0.5, 1, 1)),
+        *bad(ValueError, np.array([1, NAN, 1, 1]), np.array([1, 1j, 1, 1]), np.ones((4, 1))),
+        *bad(ValueError, torch.tensor([1, NAN, 1, 1]), (1, 1, 1, torch.tensor(-2.0))),
+    ],
+    "weight": [
+        *bad(ValueError, -1.0, "paper", True, NAN, torch.tensor(-2.0), torch.tensor(NAN)),
+        *bad(ValueError, torch.ones(3)) + bad(TypeError, torch.tensor(1j), torch.tensor(True)),
+    ],
+    "weighting": [
+        *bad(ValueError, None, "snr", (), ("noise", "native"), ("noise", "likelihood")),
+        *bad(ValueError, ("noise", "snr"), ("noise",) * 3),
+    ],
+    "time_sampler": bad(ValueError, "uniform", 1),
+    "probes": WHOLE + bad(ValueError, "all"),
+    "fraction": bad(ValueError, None, "half", True, NAN, 0.0, 1.5, -0.5),
+    **dict.fromkeys(("estimator", "distribution", "derivative"), NAME + bad(ValueError, None)),
+    **dict.fromkeys(("third", "reduction", "method"), NAME + bad(ValueError, None)),
+    # Of the likelihoods.
+    "latent": TENSORS + bad(TypeError, "noise", ()) + bad(ValueError, (5, 0), [1.0], (True, 2)),
+    "steps": WHOLE + bad(ValueError, 1),
+    "samples": WHOLE + bad(ValueError, 7),
+    "divergence": NAME,
+    "tolerance": bad(ValueError, 0.0, -1.0, "1e-3", True, NAN, INF),
+    "group": bad(ValueError, "world", 1),
+    "data_mean": MOMENT,
+    "data_std": MOMENT + bad(ValueError, 0.0, -1.0, X[0] * 0),
+    "log_prior": bad(TypeError, 5, "normal", X),
+    "dequantization": bad(ValueError, "normal", 1, ["uniform"]),
+    "dequantization_draws": WHOLE + bad(ValueError, 2),
+    "nodes": WHOLE + bad(ValueError, 1),
+    "reference": [
+        *bad(TypeError, "truth", X.byte(), X + 0j, X.to_sparse()),
+        *bad(ValueError, torch.ones(3, 5), torch.tensor(1.0), X[:0], X * NAN),
+        *bad(ValueError, *(hosm.ScoreModel(NETWORK, each) for each in (TABLE, hosm.VESchedule()))),
+    ],
+    "results": [
+        *bad(TypeError, result(), [torch.zeros(2)], named="cat"),
+        *bad(ValueError, [], *([result(), other] for other in OTHERS), named="cat"),
+    ],
+    "values": [
+        *bad(TypeError, [VALUES], VALUES | {"nll": [1.0]}, named="from_dict"),
+        *bad(TypeError, VALUES | {"steps": "many"}, named="from_dict"),
+        *bad(ValueError, VALUES | {"calls": 1}, {"nll": VALUES["nll"]}, named="from_dict"),
+    ],
+    **dict.fromkeys(("batch_size", "levels"), WHOLE),
+    **dict.fromkeys(("low", "high"), bad(ValueError, -1.0, np.float64(1), named="bits_per_dim")),
+    # Of models and schedules.
+    "network": bad(TypeError, None, 3, X),
+    "schedule": bad(TypeError, None, "vp", object(), hosm.VPSchedule),
+    "prediction": bad(ValueError, None, "noise", 1),
+    "time": bad(TypeError, "t", True, X) + bad(ValueError, NAN, INF),
+    **dict.fromkeys(("output", "call"), bad(TypeError, 0, "forward")),
+    "alphas_cumprod": NUMBERS + bad(ValueError, [0.5, 0.6], [1.0, 0.5], ZERO, [0.9, 0.5, 0.5]),
+    "betas": NUMBERS + bad(ValueError, [0.1, -0.1], [0.0, 0.1], [0.1, 1.0], np.array([0.1, 2])),
+    "beta_start": BETA + bad(ValueError, 0.021),
+    **dict.fromkeys(("beta_end", "max_beta"), BETA),
+    "offset": bad(ValueError, NAN, INF, -0.1),
+    **dict.fromkeys(("t_min", "t_max", "beta_min", "beta_max", "sigma_min", "sigma_max"), NUMBER),
+    **dict.fromkeys(("log_mean", "log_std"), NUMBER),
+}
+
+# The calls, with the arguments that they need.
+LOSSES = FIRST, SECOND, THIRD = hosm.first_order_dsm, hosm.second_order_dsm, hosm.third_order_dsm
+MODULES = hosm.FirstOrderDSM, hosm.SecondOrderDSM, hosm.ThirdOrderDSM
+FORWARD = hosm.ThirdOrderDSM.forward  # of all three
+STEIN = hosm.stein_dsm, hosm.SteinDSM
+SOLVERS = hosm.ode_nll, hosm.ode_sample
+PARAMETRIC = (hosm.VPSchedule, hosm.SubVPSchedule, hosm.VESchedule)
+PARAMETRIC += (hosm.CosineSchedule, hosm.LinearFlowSchedule, hosm.EDMSchedule)
+CALLS = {
+    **{call: {"model": MODEL, "x0": X} for call in (*LOSSES, hosm.stein_dsm, hosm.dsm_terms)},
+    **{call: {"model": MODEL} for call in (*MODULES, hosm.SteinDSM)},
+    FORWARD: {"self": hosm.ThirdOrderDSM(MODEL), "x0": X},
+    hosm.SteinDSM.forward: {"self": hosm.SteinDSM(MODEL), "x0": X},
+    hosm.ode_nll: {"model": MODEL, "x": X, "steps": 4},
+    hosm.ode_sample: {"model": MODEL, "latent": X, "steps": 4},
+    hosm.variational_nll: {"model": MODEL, "x": X, "samples": 2},
+    hosm.likelihood_gap: {"model": MODEL, "x0": X, "nodes": 2, "steps": 4},
+    hosm.check_derivatives: {"model": MODEL, "x0": X},
+    hosm.NLLResult.cat: {"results": [result(), result()]},
+    hosm.NLLResult.from_dict: {"values": VALUES},
+    **{getattr(hosm.NLLResult, name): {"self": result()} for name in ("bits_per_dim", "summary")},
+    hosm.ScoreModel: {"network": NETWORK, "schedule": VP},
+    hosm.DiscreteSchedule: {"alphas_cumprod": [0.9, 0.1]},
+    hosm.DiscreteSchedule.from_betas: {"betas": [0.1, 0.5]},
+    **{call: {} for call in (*PARAMETRIC, TABLE.linear, TABLE.cosine)},
+    interop.from_diffusers: {"model": NETWORK, "scheduler": scheduler()},
+    interop.from_guided_diffusion: {"model": NETWORK, "diffusion": diffusion()},
+    interop.from_denoising_diffusion: {"diffusion": diffusion()},
+    interop.from_score_sde: {"model": NETWORK, "sde": SDE},
+    interop.from_edm: {"net": module("EDMPrecond", sigma_min=0.0, sigma_max=INF)},
+}
+# The bad values of an argument in one call, which for other projects are all.
+MORE = {
+    **{(call, "probes"): bad(ValueError, 1, "exact") for call in STEIN},
+    **{(call, "probes"): bad(ValueError, None, "exact") for call in SOLVERS},
+    **{(call, "steps"): bad(ValueError, 3) for call in SOLVERS},
+    **{(call, "weights"): bad(ValueError, nn.Parameter(torch.ones(4))) for call in MODULES},
+    (hosm.SteinDSM, "weight"): bad(ValueError, nn.Parameter(torch.ones(()))),
+    (hosm.stein_dsm, "weight"): bad(ValueError, torch.ones((), device="meta")),
+    (SECOND, "weights"): bad(ValueError, "balanced", (0, 0, 0, 1)),
+    (THIRD, "weights"): bad(ValueError, "balanced", (1, 1, 1, torch.ones((), device="meta"))),
+    (hosm.ode_nll, "divergence"): bad(ValueError, None),
+    (hosm.likelihood_gap, "steps"): bad(ValueError, None, 3),
+    (hosm.check_derivatives, "x0"): bad(TypeError, X.bfloat16(), X.half()),
+    (hosm.check_derivatives, "order"): bad(ValueError, 1),
+    (TABLE.linear, "steps"): bad(ValueError, None),
+    (TABLE.cosine, "offset"): bad(ValueError, None, "0", True),
+    (hosm.CosineSchedule, "offset"): NUMBER,
+    **{(kind, "beta_min"): bad(ValueError, -0.1, 21.0) for kind in PARAMETRIC[:2]},
+    (hosm.VPSchedule, "beta_max"): bad(ValueError, 0.0, 0.05),
+    (hosm.VESchedule, "sigma_min"): bad(ValueError, 0.0, -1.0, 50.0),
+    (hosm.EDMSchedule, "log_std"): bad(ValueError, 0.0, -1.0),
+    **{(kind, "t_min"): bad(ValueError, 100.0) for kind in PARAMETRIC},
+    (interop.from_diffusers, "model"): bad(TypeError, SimpleNamespace(scheduler=0)),
+    (interop.from_diffusers, "scheduler"): [
+        *bad(TypeError, object()),
+        *bad(ValueError, scheduler("other"), scheduler(None), scheduler(use_flow_sigmas=True)),
+        *bad(ValueError, scheduler(table=ZERO), flow(steps=0)),
+        *bad(ValueError, flow(invert_sigmas=True), named="model"),
+    ],
+    (interop.from_guided_diffusion, "model"): bad(TypeError, None, named="network"),
+    (interop.from_guided_diffusion, "diffusion"): [
+        *bad(TypeError, object()) + bad(ValueError, diffusion(ZERO), diffusion(mean="PREVIOUS_X")),
+    ],
+    (interop.from_denoising_diffusion, "diffusion"): [
+        *bad(TypeError, object()) + bad(ValueError, diffusion(ZERO), diffusion(objective="other")),
+        *bad(ValueError, diffusion(self_condition=True)),
+    ],
+    (interop.from_score_sde, "model"): bad(ValueError, STEPS, named="continuous"),
+    (interop.from_score_sde, "sde"): bad(TypeError, object(), OTHER_SDE),
+    (interop.from_score_sde, "continuous"): FLAG + bad(ValueError, False),
+    (interop.from_edm, "net"): bad(TypeError, object()),
+}
+BOTH = (*MODULES[1:], SECOND, THIRD, hosm.dsm_terms)
+IMAGES = {"x": X.byte(), "dequantization": "uniform", "divergence": "exact"}
+NOISY = {"dequantization_draws": 2, "divergence": "hutchinson"}
+PAIRED = {"estimator": "paired"}
+TURNED = {"model": module("Lumina2"), "scheduler": flow()}
+DISCRETE = {"sde": SimpleNamespace(sigma_min=0.01, sigma_max=50.0), "continuous": False}
+NLL, SAMPLE = SOLVERS
+BITS = hosm.NLLResult.bits_per_dim
+# Arguments of which one is bad beside the others.
+TOGETHER = [
+    (BOTH[:-1], ValueError, "fraction", {"fraction": 0.5, "reduction": "none"}),
+    (BOTH, ValueError, "distribution", {"probes": "exact", "distribution": "dct"}),
+    *((BOTH, ValueError, "probes", {**PAIRED, "probes": each}) for each in (1, "exact")),
+    *((BOTH[2:], ValueError, "probe", {**PAIRED, "probe": each}) for each in (X, X[None])),
+    *((BOTH[2:], ValueError, "probe", {"probe": X, "probes": each}) for each in (2, "exact")),
+    ([hosm.stein_dsm], ValueError, "probe", {"probe": X}),
+    ([THIRD], ValueError, "derivative", {"third": "laplacian", "derivative": "reverse"}),
+    (MODULES[1:], ValueError, "weighting", {"weights": "balanced", "weighting": ("noise",) * 2}),
+    ((*BOTH, *STEIN, hosm.check_derivatives), TypeError, "network", {"model": WRAPPED}),
+    (LOSSES, TypeError, "t", {"model": hosm.ScoreModel(NETWORK, TABLE), "t": T > 0}),
+    (LOSSES, ValueError, "t", {"model": hosm.ScoreModel(NETWORK, TABLE), "t": T.long() + 3}),
+    (LOSSES, TypeError, "t", {"x0": X.bfloat16(), "t": T.bfloat16()}),
+    (SOLVERS, ValueError, "probes", {"divergence": "exact", "probes": 2}),
+    (SOLVERS, ValueError, "distribution", {"divergence": "exact", "distribution": "dct"}),
+    ([SAMPLE], ValueError, "probes", {"divergence": None, "probes": 2}),
+    ([SAMPLE], ValueError, "distribution", {"divergence": None, "distribution": "dct"}),
+    ([SAMPLE], ValueError, "latent", {"latent": (4, 2), "log_prior": torch.sum}),
+    *[([NLL], ValueError, "companion", {"companion": True, "steps": n}) for n in (6, 63, None)],
+    ([NLL], ValueError, "companion", {"companion": True, "method": "adaptive"}),
+    ([NLL, hosm.variational_nll], TypeError, "x", {"dequantization": "uniform"}),
+    ([NLL], TypeError, "x", IMAGES | {"x": X.long()}),
+    ([NLL], TypeError, "x", IMAGES | {"x": X.byte().to_sparse()}),
+    ([NLL], ValueError, "x", IMAGES | {"x": X[:0].byte()}),
+    ([NLL], ValueError, "dequantization_draws", IMAGES | NOISY),
+    ([FIRST], TypeError, "first_order_dsm", {"probe": X}),
+    ([SECOND], TypeError, "second_order_dsm", {"third": "exact"}),
+    ([THIRD], TypeError, "third_order_dsm", {"n_probes": 2}),
+    ([hosm.dsm_terms], TypeError, "dsm_terms", {"weights": (1, 1, 1, 1)}),
+    (MODULES[:1], TypeError, "FirstOrderDSM", {"weights": (1,)}),
+    (MODULES[1:2], TypeError, "SecondOrderDSM", {"third": "exact"}),
+    ([FORWARD], TypeError, "FirstOrderDSM.forward", {"self": MODULES[0](MODEL), "probe": X}),
+    ([FORWARD], TypeError, "ThirdOrderDSM.forward", {"order": 2}),
+    (STEIN[:1], TypeError, "stein_dsm", {"weighting": "noise"}),
+    (STEIN[1:], TypeError, "SteinDSM", {"estimator": "paired"}),
+    ([BITS], ValueError, "low", {"levels": 256, "low": "0"}),
+    ([BITS], ValueError, "high", {"levels": 256, "high": INF}),
+    ([BITS], ValueError, "bits_per_dim", {"levels": 256, "low": 1}),
+    ([BITS], ValueError, "bits_per_dim", {"levels": 256, "high": -2}),
+    ([BITS], ValueError, "bits_per_dim", {"self": EIGHT_BITS, "levels": 16}),
+    ([BITS], ValueError, "bits_per_dim", {"self": EIGHT_BITS, "levels": 256, "high": 255}),
+    ([interop.from_diffusers], ValueError, "model", TURNED),
+    ([interop.from_score_sde], ValueError, "continuous", DISCRETE),
+]
+CALLING = [*LOSSES, *SOLVERS, hosm.variational_nll, hosm.check_derivatives]
+CALL = attrgetter("__qualname__")
+
+
+def arguments(call):
+    """The names of a call's arguments, those of an unpacked TypedDict among them."""
+    for name, each in inspect.signature(call).parameters.items():
+        if each.kind is each.VAR_KEYWORD:
+            yield from sorted(get_args(each.annotation)[0].__optional_keys__)
+        elif name != "self":
+            yield name
+
+
+def wrong(call, given, error, named):
+    """What came in place of the error that is expected of a call, None if nothing did."""
+    try:
+        call(**given)
+    except Exception as found:
+        start = rf"({call.__name__}: expected .*)?{named}\b"  # a schedule names itself first
+        named_first = re.match(start, str(found).partition("; got")[0])
+        return None if type(found) is error and named_first else found
+    return "no error"
+
+
+@pytest.fixture
+def _unreached(monkeypatch):
+    """A network that fails: what is bad is refused before any work."""
+
+    def unreached(x, t, **kwargs):
+        raise AssertionError("the network was called")
+
+    monkeypatch.setattr(NETWORK, "forward", unreached)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=CALL)
+def test_the_call_without_a_bad_argument_passes(call):
+    call(**CALLS[call])
+
+
+@pytest.mark.usefixtures("_unreached")
+@pytest.mark.parametrize("call", CALLS, ids=CALL)
+def test_every_bad_argument_is_named(call):
+    found = []
+    for name in arguments(call):
+        rows = MORE.get((call, name), []) + (BAD[name] if CALL(call) not in vars(interop) else [])
+        for value, error, named in rows:
+            got = wrong(call, {**CALLS[call], name: value}, error, named or name)
+            found += [] if got is None else [(name, value, error, got)]
+        assert rows, name
+    assert not found
+
+
+@pytest.mark.usefixtures("_unreached")
+def test_of_arguments_that_do_not_go_together_one_is_named():
+    for calls, error, named, changes in TOGETHER:
+        for call in calls:
+            assert wrong(call, {**CALLS[call], **changes}, error, named) is None, (call, changes)
+
+
+RETURNED = [
+    ("weighting", TypeError, lambda t: 1.0, lambda t: t.float()),
+    ("weighting", ValueError, lambda t: t[:, None], lambda t: -t, lambda t: t * NAN),
+    ("time_sampler", TypeError, lambda *_: 0.5, lambda *_: T.float()),
+    ("time_sampler", ValueError, lambda *_: T[:2], lambda *_: 2 + T),
+    ("log_prior", TypeError, lambda z: 0.0, lambda z: torch.zeros(4, dtype=torch.float32)),
+    ("log_prior", ValueError, lambda z: z, lambda z: z[:2, 0]),
+    ("network", TypeError, lambda x, t: (x, x), lambda x, t: {"sample": x}, lambda x, t: x + 0j),
+    ("network", TypeError, lambda x, t: x.long()),
+    ("network", ValueError, lambda x, t: x.repeat(1, 2), lambda x, t: x.sum(1)),
+    ("network", ValueError, lambda x, t: x.to("meta")),
+]
+
+
+@pytest.mark.parametrize("call", CALLING, ids=CALL)
+def test_what_a_function_of_the_users_returns_is_checked(call):
+    for name, error, *functions in RETURNED:
+        for each in functions if name in ("network", *arguments(call)) else ():
+            changes = {name: each} if name != "network" else {"model": hosm.ScoreModel(each, VP)}
+            named = "t" if name == "time_sampler" else name
+            assert wrong(call, {**CALLS[call], **changes}, error, named) is None
+
+
+# Schedules of a user's class, and the package's in a range that is wrong, by the rule they break.
+def holed(value):
+    """t, but for a hole where derivatives alone are looked at."""
+    return lambda t: torch.where((t > 0.517) & (t < 0.53), value, t)
+
+
+def prior(value):
+    return type("Own", (type(own()),), {"prior_std": value})()
+
+
+def drawing(function):
+    return own(sample_time=lambda batch, generator, *, device, dtype: function(batch))
+
+
+SCHEDULES = {
+    ValueError: [
+        ("alpha, for", hosm.LinearFlowSchedule(t_max=1.0), hosm.CosineSchedule(t_max=1.0)),
+        ("alpha, for", hosm.CosineSchedule(t_max=1.2), hosm.VPSchedule(t_max=999.0)),
+        (
+            "alpha, for",
+            own(torch.clone, lambda t: 1 - t, (0, 1)),
+            own(lambda t: holed(NAN)(t) / t),
+        ),
+        ("sigma, for", hosm.LinearFlowSchedule(t_min=0.0), hosm.VPSchedule(t_min=0.0)),
+        ("sigma, for", own(sigma=lambda t: (t - 0.5).square() - 0.01), own(sigma=holed(0.0))),
+        ("sigma, for", own(sigma=lambda t: t / (1 - t)), own(sigma=lambda t: t + (t > 0.4) * NAN)),
+        ("to grow", own(torch.clone, lambda t: 1 - t, (1e-3, 0.999)), own(sigma=torch.ones_like)),
+        ("to grow", own(sigma=lambda t: t + 0.2 * torch.sin(6 * np.pi * t) + 0.3)),
+        ("to grow", own(sigma=lambda t: (t - 2e-3).abs() + 1e-4)),
+        ("to grow", own(sigma=lambda t: torch.where((t > 0.4) & (t < 0.6), 0.4, t))),
+        ("t_min < t_max", own(ends=(1.0, 0.001)), own(ends=(1, 1))),
+        ("t_min of", own(ends=(torch.tensor(0.1), 1.0))),
+        ("t_max of", own(ends=(0.1, INF)), own(ends=(0.1, True))),
+        ("alpha to take", own(math.exp), own(lambda t: 1 - t if t < 0.5 else 1.0 - t)),
+        ("sigma to leave", own(sigma=lambda t: t.mul_(2))),
+        ("log_sigma_hat of", own(sigma=torch.square, log_sigma_hat=torch.log)),
+        ("time of", own(sigma=torch.square, ends=None, base=hosm.EDMSchedule)),
+        ("time to return", own(time=torch.exp)),
+        ("squared_diffusion of", own(squared_diffusion=torch.clone)),
+        ("squared_diffusion of", own(sigma=lambda t: (20_000 * t).round() / 20_000)),
+        ("squared_diffusion of", own(lambda t: (1 - t).detach(), ends=(1e-3, 0.99))),
+        ("squared_diffusion to follow", own(sigma=lambda t: torch.from_numpy(t.numpy() * 2))),
+        ("drift of", own(drift=torch.neg)),
+        ("rates of", own(rates=lambda t: (0 * t, 2 + 0 * t))),
+        ("prior_std of", *map(prior, (None, 0.0, -1.0, NAN, INF, True, "1"))),
+        ("sample_time of Own to draw", drawing(lambda batch: 5 * torch.rand(batch))),
+        ("sample_time of Own to draw", drawing(lambda batch: torch.zeros(batch) * NAN)),
+    ],
+    TypeError: [
+        ("to have t_min", own(ends=None)),
+        ("a schedule defines alpha", own(alpha=None), own(sigma=None)),
+        ("alpha to return", own(lambda t: 1.0), own(lambda t: torch.tensor(1.0))),
+        ("sigma to return", own(sigma=torch.Tensor.float), own(sigma=lambda t: t.to("meta"))),
+        ("sample_time of Own to take", own(sample_time=lambda batch: torch.rand(batch))),
+        ("sample_time of Own to return", drawing(float), drawing(lambda n: torch.rand(n, 1))),
+        ("sample_time of Own to return", drawing(lambda n: torch.ones(n).int())),
+        ("sample_time of Own to return", drawing(lambda n: torch.rand(n).to("meta"))),
+    ],
+}
+
+
+@pytest.mark.parametrize("error", SCHEDULES)
+def test_a_schedule_that_breaks_a_rule_is_refused_where_a_model_is_built(error):
+    for rule, *schedules in SCHEDULES[error]:
+        for schedule in schedules:
+            given = {"network": NETWORK, "schedule": schedule}
+            assert wrong(hosm.ScoreModel, given, error, f"schedule: .*{rule}") is None, rule
+
+
+def test_times_are_checked_by_models_and_schedules():
+    for name in ("noise", "score", "denoise"):
+        for t, error in ((T.long(), TypeError), (500 * T, ValueError)):
+            assert wrong(getattr(MODEL, name), {"x": X, "t": t}, error, "t") is None
+    for name in ("__call__", "alpha", "sigma", "log_sigma_hat"):
+        for t in (-1, 3, 2.5, NAN, torch.tensor([0, 3]), torch.tensor([-1.0, 1.0])):
+            assert wrong(getattr(TABLE, name), {"t": t}, ValueError, "t") is None
+    for schedule in (VP, TABLE):
+        for name in ("__call__", "alpha", "squared_diffusion", "time_density"):
+            for t in (None, "0.5", object(), {0.5}, 1j, torch.tensor(1j)):
+                assert wrong(getattr(schedule, name), {"t": t}, TypeError, "t") is None
+
+
+# Public names that refuse nothing themselves, or are in tables of their own.
+WITHOUT_ROWS = {
+    *("DerivativeError", "DSMTerms", "SteinTerms", "LoggedTerms", "LoggedSteinTerms", "Schedule"),
+    *(
+        "NLLSummary",
+        "SampleResult",
+        "GapEstimate",
+        "GapReport",
+        "Shared",
+        "checkpoint",
+        "LossReport",
+        "TermReport",
+        "loss_report",
+    ),
+}
+
+
+def test_every_public_name_has_its_rows():
+    public = {name for name, each in vars(hosm).items() if callable(each)}
+    public |= {name for name in vars(interop) if name.startswith("from_")}
+    assert public - {CALL(call).partition(".")[0] for call in CALLS} <= WITHOUT_ROWS
+
+
+def loss(network, **options):
+    return hosm.third_order_dsm(hosm.ScoreModel(network, VP), X, **options)
+
+
+def traced():
+    norm = torch.jit.trace(nn.LayerNorm(2).double(), X)
+    return loss(lambda x, t: norm(NETWORK(x, t)))
+
+
+def checkpointed(x, t):
+    return torch.utils.checkpoint.checkpoint(nn.LayerNorm(2).double(), x, use_reentrant=False)
+
+
+# Messages that tell users what to write in place of what they wrote.
+TOLD = [
+    (lambda: hosm.ode_nll(MODEL, X.byte()), r"/ 127\.5 - 1; .*dequantization='uniform'"),
+    (lambda: hosm.FirstOrderDSM(NETWORK), r"Wrap your network first: ScoreModel\(network, "),
+    (lambda: hosm.ScoreModel(NETWORK, scheduler()), r"a schedule such as VPSchedule\(\)"),
+    (lambda: hosm.second_order_dsm(WRAPPED, X), r"Give model\.module"),
+    (lambda: loss(module("OptimizedModule")), r"torch\.compile\(ThirdOrderDSM"),
+    (lambda: loss(module("FSDPModule")), r"fully_shard\(ThirdOrderDSM"),
+    (traced, "Use the module that it was made of"),
+    (lambda: loss(checkpointed, derivative="reverse"), r"expected hosm_losses\.checkpoint inside"),
+    (lambda: hosm.checkpoint(NETWORK, X, T, use_reentrant=True), "neither use_reentrant=True"),
+    (lambda: loss(NETWORK, weights="balanced"), "constructor of SecondOrderDSM or ThirdOrderDSM"),
+    (lambda: loss(lambda x, t: (x, t)), r"ScoreModel\(\.\.\., output="),
+    (lambda: loss(lambda x, t: x.repeat(1, 2)), "keep the first channels"),
+    (lambda: loss(MLP(2).float()), r"data are torch\.float64 and its parameters torch\.float32"),
+    (lambda: loss(NETWORK, t=500 * T), r"convert it with ScoreModel\(\.\.\., time="),
+    (lambda: hosm.DiscreteSchedule(torch.linspace(1e-4, 0.02, 9)), "Betas.*go to .*from_betas"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize(("call", "told"), TOLD)
+def test_what_to_write_instead_is_told(call, told):
+    with pytest.raises((TypeError, ValueError), match=told):
+        call()
