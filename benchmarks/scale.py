@@ -36,7 +36,6 @@ LOSSES = {
     "order 3": hosm.ThirdOrderDSM,
     'order 3, `third="laplacian"`': partial(hosm.ThirdOrderDSM, third="laplacian"),
     "order 3, `fraction=0.25`": partial(hosm.ThirdOrderDSM, fraction=0.25),
-    "order 3, `chunks=4`": partial(hosm.ThirdOrderDSM, chunks=4),
     'order 3, `estimator="paired"`': partial(hosm.ThirdOrderDSM, estimator="paired"),
 }
 CHECKPOINT = ", blocks in `checkpoint`"
@@ -161,9 +160,9 @@ def measure(name: str) -> dict[str, Any]:
         row = rows[loss] = step(name, loss)
         row |= {f"{key}_ratio": row[key] / rows["order 1"][key] for key in ("flops", "memory")}
         fits = {key: (ROOM - each) // row["memory"] for key, each in kept.items()}
-        # A part of a batch holds one sample at least, and copies of the gradients are beside it: a
-        # few samples take more than the slope says.
-        unknown = "chunks" in loss or "fraction" in loss
+        # A fraction holds one sample at least, and copies of the gradients are beside it: a few
+        # samples take more than the slope says.
+        unknown = "fraction" in loss
         row |= {key: None if unknown and each < FEW else each for key, each in fits.items()}
     gpus = {str(each): weights(count, each) for each in GPUS}
     return {"parameters": count, "losses": rows, "gpus": gpus}

@@ -87,7 +87,7 @@ def peak_memory(name: str, batch: int, **variant: Any) -> int:
 
 def peer_of(variant: Row) -> str | None:
     """The loss in JAX that a variant is compared with, None where it does other work."""
-    if {"fraction", "chunks", "probes"} & variant.keys():
+    if {"fraction", "probes"} & variant.keys():
         return None
     third = f" {variant.get('third', 'exact')}" if variant["order"] == 3 else ""
     return f"JAX, order {variant['order']}{third}"

@@ -40,7 +40,6 @@ VARIANTS: dict[str, Row] = {
         for engine in ("taylor", "forward")
     },
     "order 3 exact, fraction=1/4": {**EXACT, "fraction": 0.25},
-    "order 3 exact, chunks=4": {**EXACT, "chunks": 4},
     "order 2, probes=4": {"order": 2, "derivative": "taylor", "probes": 4},
     "order 3 laplacian, probes=4": {**EXACT, "third": "laplacian", "probes": 4},
 }

@@ -165,9 +165,9 @@ THIRD = (*SECOND, "third")
     [
         ("first", ("first",), ["--sde", "ve"]),
         ("second", SECOND, ["--times", "schedule"]),
-        ("third", THIRD, ["--fraction", "0.5", "--chunks", "2", "--sde", "ve"]),
+        ("third", THIRD, ["--fraction", "0.5", "--parts", "2", "--sde", "ve"]),
         ("paired2", SECOND, ["--bf16"]),
-        ("paired3", THIRD, ["--chunks", "2", "--dropout", "0.1"]),
+        ("paired3", THIRD, ["--parts", "2", "--dropout", "0.1"]),
         ("stein", ("first", "rate"), ["--probes", "2"]),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from tests.oracles import CountFlops, Largest, OfX
+from tests.oracles import CountFlops, OfX
 
 
 class Residual(nn.Module):
@@ -90,19 +90,6 @@ def test_stein_costs_what_order_two_costs_with_two_probes():
     assert network.calls == [2, 2]
 
 
-def test_chunks_bound_what_exact_probes_hold():
-    """Of value and eight derivatives of a batch, those of one part at a time."""
-    network, x0 = nn.Sequential(nn.Linear(8, 64), nn.SiLU(), nn.Linear(64, 8)), torch.randn(32, 8)
-    model = hosm.ScoreModel(OfX(network), hosm.VPSchedule())
-    found = []
-    for chunks in (1, 4):
-        with Largest() as largest:
-            hosm.third_order_dsm(model, x0, probes="exact", chunks=chunks).backward()
-        found.append(largest.elements)
-    assert found[0] == 9 * 32 * 64
-    assert found[1] == found[0] / 4
-
-
 @pytest.mark.parametrize(
     ("order", "options", "most"),
     [
@@ -147,14 +134,6 @@ def test_a_quarter_of_the_batch():
     found, calls = ratio(3, torch.randn(8, 1, 6, 6), fraction=0.25)
     assert found < 1.8
     assert calls == [2, 6]
-
-
-def test_chunks_cost_one_more_evaluation_of_the_loss():
-    whole, _ = ratio(3, torch.randn(8, 1, 6, 6))
-    chunked, calls = ratio(3, torch.randn(8, 1, 6, 6), chunks=4)
-    # A third of the step before its gradient: two passes out of six.
-    assert chunked == pytest.approx(whole * 4 / 3, rel=0.02)
-    assert calls == [2] * 8
 
 
 def test_a_fraction_costs_its_part():

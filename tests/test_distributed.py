@@ -17,7 +17,7 @@ import hosm_losses as hosm
 from tests.versions import shards_on_cpu
 
 MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
-KINDS = ("auto", "taylor", "reverse", "forward", "chunks")
+KINDS = ("auto", "taylor", "reverse", "forward")
 PAIRED = ("paired", "paired in taylor")
 CASES = [(1, "auto"), *[(order, kind) for order in (2, 3) for kind in KINDS + PAIRED]]
 CASES.append((2, "stein"))
@@ -49,7 +49,6 @@ def setting(order, engine, checkpoint=False):
     torch.manual_seed(0)
     network = Network(checkpoint and engine != "forward")
     options = {
-        "chunks": {"chunks": 2},
         "paired": {"estimator": "paired"},
         "paired in taylor": {"estimator": "paired", "derivative": "taylor"},
         "stein": {},

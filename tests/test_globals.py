@@ -64,7 +64,6 @@ def calls(model):
         yield lambda o=options: hosm.third_order_dsm(model, x0, generator=generator, **o)
         yield lambda e=engine: hosm.stein_dsm(model, x0, generator=generator, derivative=e)
     yield lambda: hosm.first_order_dsm(model, x0, generator=generator)
-    yield lambda: hosm.loss_report(model, x0, draws=2, order=2)
     yield lambda: hosm.ThirdOrderDSM(model)(x0, generator=generator)
     for method in ("fixed", "adaptive"):
         for divergence in ("exact", "hutchinson"):

@@ -49,7 +49,7 @@ def test_a_schedule_and_a_short_type_are_told_from_the_network(order):
         FUNCTIONS[order](wide, torch.zeros(4, 3).half(), t=torch.ones(4).float())
 
 
-@pytest.mark.parametrize("options", [{"chunks": 2}, {"fraction": 0.5}, {"weighting": "native"}])
+@pytest.mark.parametrize("options", [{"fraction": 0.5}, {"weighting": "native"}])
 def test_with_every_option(options):
     class Network(nn.Module):
         def forward(self, x, t):

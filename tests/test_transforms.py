@@ -279,20 +279,6 @@ def test_a_fraction_under_a_transform(fraction):
     close(list(grad(loss)(detached(network)).values()), list(expected))
 
 
-@pytest.mark.parametrize("transform", [grad, vmap], ids=["grad", "vmap"])
-def test_chunks_are_an_error_that_says_so(transform):
-    network, x0, _ = setting("mlp", 4)
-    model = hosm.ScoreModel(network, hosm.VPSchedule())
-
-    def loss(x0):
-        return hosm.third_order_dsm(model, x0, chunks=2)
-
-    given = x0 if transform is grad else x0[None]
-    options = {} if transform is grad else {"randomness": "different"}
-    with pytest.raises(ValueError, match=r"chunks: expected 1 under .*torch\.func"):
-        transform(loss, **options)(given)
-
-
 @pytest.mark.parametrize("method", ["fixed", "adaptive"])
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
 @pytest.mark.parametrize("name", ["mlp", "everything"])

@@ -24,7 +24,6 @@ COSTS = {
     "order 3": "order 3 exact, taylor",
     'order 3, `third="laplacian"`': "order 3 laplacian, taylor",
     "order 3, `fraction=0.25`": "order 3 exact, fraction=1/4",
-    "order 3, `chunks=4`": "order 3 exact, chunks=4",
 }
 
 

@@ -16,15 +16,12 @@ from hosm_losses.losses import DSMTerms as DSMTerms
 from hosm_losses.losses import FirstOrderDSM as FirstOrderDSM
 from hosm_losses.losses import LoggedSteinTerms as LoggedSteinTerms
 from hosm_losses.losses import LoggedTerms as LoggedTerms
-from hosm_losses.losses import LossReport as LossReport
 from hosm_losses.losses import SecondOrderDSM as SecondOrderDSM
 from hosm_losses.losses import SteinDSM as SteinDSM
 from hosm_losses.losses import SteinTerms as SteinTerms
-from hosm_losses.losses import TermReport as TermReport
 from hosm_losses.losses import ThirdOrderDSM as ThirdOrderDSM
 from hosm_losses.losses import dsm_terms as dsm_terms
 from hosm_losses.losses import first_order_dsm as first_order_dsm
-from hosm_losses.losses import loss_report as loss_report
 from hosm_losses.losses import second_order_dsm as second_order_dsm
 from hosm_losses.losses import stein_dsm as stein_dsm
 from hosm_losses.losses import third_order_dsm as third_order_dsm

@@ -186,20 +186,6 @@ def forward_mode_on() -> AbstractContextManager[object]:
     return _autograd.forward_ad._set_fwd_grad_enabled(True)
 
 
-@contextmanager
-def without_hooks(leaves: Iterable[Tensor]) -> Iterator[None]:
-    """A block in which the gradients of leaves are found as they are, without their hooks."""
-    tables = [leaf._backward_hooks for leaf in leaves if leaf._backward_hooks]
-    kept = [dict(table) for table in tables]
-    try:
-        for table in tables:
-            table.clear()
-        yield
-    finally:
-        for table, hooks in zip(tables, kept, strict=True):
-            table.update(hooks)
-
-
 def operators(name: str) -> list[Any]:
     """The operators of torch.ops.aten below a function with this name, and each of their kinds."""
     names = name, f"linalg_{name}", f"_linalg_{name}"

@@ -111,7 +111,7 @@ def test_a_likelihood_with_a_gradient_refuses_it_and_one_without_does_not():
         hosm.ode_nll(model, x, steps=4, enable_grad=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"third": "laplacian"}, {"probes": 2}, {"chunks": 2}])
+@pytest.mark.parametrize("options", [{}, {"third": "laplacian"}, {"probes": 2}])
 @pytest.mark.parametrize("order", [2, 3])
 def test_the_remedy_works(order, options):
     """The replacement that the message names, in training and without gradients."""

@@ -670,40 +670,6 @@ def test_hooks_that_look_are_not(kind, order, engine):
     torch.testing.assert_close(found(hooked(kind), order, engine), expected)
 
 
-class Moves(nn.Module):
-    """Divides by a running standard deviation that every call moves on."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(3, 2)
-        self.register_buffer("std", torch.ones(()))
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x, t):
-        self.calls += 1
-        h = self.layer(torch.cat([x, t[:, None]], 1))
-        self.std = 0.9 * self.std + 0.1 * h.detach().std()
-        return torch.sin(h / self.std) * self.calls
-
-
-def test_chunks_are_evaluated_again_with_the_buffers_they_had():
-    network, other = Moves(), Moves()
-    torch.manual_seed(1)
-    x0, noise, probe = torch.randn(3, 4, 2).unbind()
-    given = {"t": torch.tensor([0.2, 0.4, 0.6, 0.8]), "noise": noise, "probe": probe}
-    loss = hosm.third_order_dsm(hosm.ScoreModel(network, VP), x0, chunks=2, **given)
-    loss.backward()
-    for rows in (slice(0, 2), slice(2, 4)):
-        model = hosm.ScoreModel(other, VP)
-        part = {name: value[rows] for name, value in given.items()}
-        (hosm.third_order_dsm(model, x0[rows], **part) / 2).backward()
-    for mine, theirs in zip(network.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-11, atol=1e-13)
-    torch.testing.assert_close(network.std, other.std)
-    assert network.calls == other.calls
-
-
 class Ema(nn.Module):
     """A running mean that is moved on under no_grad, and a table that is read."""
 
@@ -721,31 +687,10 @@ class Ema(nn.Module):
         return h * self.table
 
 
-@pytest.mark.parametrize("order", [2, 3])
-def test_a_part_of_a_batch_is_no_custom_function_of_the_networks(order):
-    losses = [found(Ema(), order, "taylor", chunks=chunks) for chunks in (1, 2)]
-    torch.testing.assert_close(*losses, rtol=1e-11, atol=1e-13)
-
-
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_another_loss_may_have_kept_the_buffers(chunks):
+def test_another_loss_may_have_kept_the_buffers():
     network = Ema()
     x0, t = torch.randn(4, 2), torch.full((4,), 0.5)
     other = network(x0, t).square().mean()
-    loss = hosm.third_order_dsm(hosm.ScoreModel(network, VP), x0, chunks=chunks)
+    loss = hosm.third_order_dsm(hosm.ScoreModel(network, VP), x0)
     (other + loss).backward()
     assert network.layer.weight.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("loss", [hosm.third_order_dsm, hosm.stein_dsm])
-def test_chunks_have_the_gradient_in_t(loss):
-    found = []
-    for chunks in (1, 2):
-        torch.manual_seed(1)
-        x0, noise, one, other = torch.randn(4, 4, 2).unbind()
-        t = torch.tensor([0.2, 0.4, 0.6, 0.8], requires_grad=True)
-        model = hosm.ScoreModel(Around(torch.cos), VP)
-        probe = torch.stack([one, other])
-        value = loss(model, x0, t=t, noise=noise, probe=probe, chunks=chunks)
-        found.append(torch.autograd.grad(value, t)[0])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-13)

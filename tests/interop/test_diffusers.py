@@ -155,10 +155,13 @@ def test_fractions_of_a_subclass_and_through_wrappers():
     network, t = type("Tuned", (flux,), {})(), torch.tensor([0.3, 0.6])
     network.layer = torch.nn.Linear(1, 1)
     wrapped = torch.compile(network, backend="eager")
-    for given in (network, wrapped, lambda x, timestep: network(x, timestep)):
-        model = from_diffusers(given, diffusers.FlowMatchEulerDiscreteScheduler())
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    for given in (network, wrapped):
+        model = from_diffusers(given, scheduler)
         model.noise(torch.ones(2, 3), t)
         torch.testing.assert_close(network.seen, t)
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module.*got .*type function"):
+        from_diffusers(lambda x, timestep: network(x, timestep), scheduler)
 
 
 @pytest.mark.parametrize("name", ["Lumina2Transformer2DModel", "ZImageTransformer2DModel"])

@@ -21,9 +21,7 @@ CHOICES = {
     "two, forward": {"derivative": "forward"},
     "three, forward": {"derivative": "forward"},
     "laplacian, forward": {"third": "laplacian", "derivative": "forward"},
-    "chunks": {"chunks": 2},
     "fraction": {"fraction": 0.5},
-    "fraction and chunks": {"fraction": 0.5, "chunks": 2},
 }
 LOSSES = {"one": hosm.first_order_dsm, "two": hosm.second_order_dsm}
 SIDES = {"x0", "noise", "t", "weights", "condition"}

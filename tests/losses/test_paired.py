@@ -202,12 +202,11 @@ def test_every_kind_of_network_and_no_grad(name):
 
 
 @pytest.mark.parametrize("order", [2, 3])
-def test_chunks_fractions_and_transforms(order):
+def test_fractions_and_transforms(order):
     model, given = setting()
     rows = {name: part.repeat_interleave(3, 0) for name, part in given.items()}
     rows |= {"probe": torch.randn(2, 6, D), "estimator": "paired"}
     whole = ORDERS[order](model, **rows)
-    assert_same_objective(model, ORDERS[order](model, **rows, chunks=4), whole)
     quarter = ORDERS[order](
         model, **rows, fraction=0.5, generator=torch.Generator().manual_seed(0)
     )
@@ -236,18 +235,6 @@ class _Loss(nn.Module):
 
 def _named(parameters):
     return {f"model.{name}": value for name, value in parameters.items()}
-
-
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("third", ["exact", "laplacian"])
-@pytest.mark.parametrize("engine", ["taylor", "forward"])
-def test_one_sample_or_a_last_chunk_of_one(engine, third, count):
-    model, given = setting()
-    given = {name: part[[0] * count] for name, part in given.items()}
-    given |= {"probe": torch.randn(2, count, D), "estimator": "paired", "third": third}
-    whole = hosm.third_order_dsm(model, **given, derivative=engine)
-    parts = hosm.third_order_dsm(model, **given, derivative=engine, chunks=2)
-    assert_same_objective(model, parts, whole)
 
 
 @pytest.mark.filterwarnings("ignore:derivative='auto'")
@@ -279,8 +266,6 @@ def test_what_has_no_weight_is_not_taken():
     assert terms.second is None
     whole = hosm.dsm_terms(model, **given, probe=probe, order=2, estimator="paired")
     torch.testing.assert_close(loss, whole.first.mean() + 0.3 * whole.trace.mean())
-    chunked = hosm.SecondOrderDSM(model, estimator="paired", weights=(1, 0, 0.3), chunks=2)
-    torch.testing.assert_close(chunked(**given, probe=probe), loss)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,6 @@ def drawn_options(pick, loss):
     if options["probes"] == "exact" and options.get("third") != "sliced":
         options["distribution"] = "rademacher"
     if loss != "terms":
-        options["chunks"] = pick.choice([1, 1, 2, 3])
         part = 1 if options["reduction"] == "none" else pick.choice([1, 0.34, 0.67])
         options["fraction"] = part
     return options

@@ -64,7 +64,6 @@ def gradients(network, loss):
     [
         (1, {}),
         *((order, {"derivative": d}) for order in (2, 3) for d in ("auto", "reverse", "forward")),
-        *((order, {"chunks": 2}) for order in (2, 3)),
         (3, {"third": "laplacian", "probes": 2}),
         (3, {"fraction": 0.5, "probes": 2}),
     ],
@@ -147,7 +146,6 @@ KEEPERS = {
 USES = {
     "order two": hosm.second_order_dsm,
     "reverse": partial(hosm.third_order_dsm, derivative="reverse"),
-    "chunks": partial(hosm.third_order_dsm, chunks=2),
     "paired": partial(hosm.second_order_dsm, estimator="paired"),
     "stein": hosm.stein_dsm,
     "fixed": lambda model, x, **given: hosm.ode_nll(model, x, steps=4, **given).nll.sum(),
@@ -183,7 +181,7 @@ def test_a_network_may_write_to_what_belongs_to_its_samples(keeper, use):
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("use", ["order two", "chunks", "fixed", "sample", "bound"])
+@pytest.mark.parametrize("use", ["order two", "fixed", "sample", "bound"])
 @pytest.mark.parametrize(
     "keeper", sorted(KEEPERS.keys() - {"dict"})
 )  # a dict is the network's own
@@ -230,7 +228,7 @@ CONTAINERS = {
 CONTAINERS["nested"] = (CONTAINERS["nested"][0], lambda c: c["a"][0]["b"].label.label)
 
 
-@pytest.mark.parametrize("options", [{"probes": 3}, {"fraction": 0.5}, {"chunks": 2}], ids=str)
+@pytest.mark.parametrize("options", [{"probes": 3}, {"fraction": 0.5}], ids=str)
 @pytest.mark.parametrize("name", CONTAINERS)
 @pytest.mark.parametrize("order", [2, 3])
 def test_conditions_follow_their_samples_out_of_any_container(order, name, options):
@@ -262,7 +260,7 @@ class Positions(nn.Module):
 
 @pytest.mark.parametrize(
     "options",
-    [{"probes": 2}, {"fraction": 0.5}, {"chunks": 2}, {"fraction": 0.5, "probes": 3, "chunks": 2}],
+    [{"probes": 2}, {"fraction": 0.5}, {"fraction": 0.5, "probes": 3}],
     ids=str,
 )
 @pytest.mark.parametrize("order", [2, 3])
@@ -292,22 +290,22 @@ def test_what_is_shared_stays_so_when_rows_become_as_many():
     """Of 8 samples a half is evaluated twice: a table of 4 rows is nobody's."""
     model = hosm.ScoreModel(Positions(), hosm.VPSchedule())
     kwargs = {"table": torch.randn(4, 2)}
-    for options in ({"fraction": 0.5, "probes": 2}, {"chunks": 2, "probes": 2}):
-        loss = hosm.third_order_dsm(model, torch.randn(8, 4), model_kwargs=kwargs, **options)
-        assert torch.isfinite(loss)
+    options = {"fraction": 0.5, "probes": 2}
+    loss = hosm.third_order_dsm(model, torch.randn(8, 4), model_kwargs=kwargs, **options)
+    assert torch.isfinite(loss)
 
 
 def test_a_shared_tensor_keeps_its_gradient_and_a_likelihood_takes_it():
-    model = hosm.ScoreModel(Positions(), hosm.VPSchedule())
     table, x = torch.randn(4, 2, requires_grad=True), torch.randn(4, 4)
-    kwargs = {"table": hosm.Shared(table)}
-    expected = None
-    for chunks in (1, 2):
+    label, found = torch.rand(4), []
+    kwargs = {"label": label, "table": hosm.Shared(table)}
+    model = hosm.ScoreModel(Positions(), hosm.VPSchedule())
+    holder = hosm.ScoreModel(_Module(Positions(), table), hosm.VPSchedule())
+    for each, given in ((model, kwargs), (holder, {"label": label})):
         torch.manual_seed(1)
-        loss = hosm.second_order_dsm(model, x, probes=2, chunks=chunks, model_kwargs=kwargs)
-        (found,) = torch.autograd.grad(loss, table)
-        expected = found if expected is None else expected
-        same(found, expected)
+        loss = hosm.second_order_dsm(each, x, probes=2, model_kwargs=given)
+        found.append(torch.autograd.grad(loss, table))
+    same(*found)
     whole = hosm.ode_nll(model, x, divergence="exact", steps=4, model_kwargs=kwargs).nll
     parts = hosm.ode_nll(
         model, x, divergence="exact", steps=4, batch_size=1, model_kwargs=kwargs
@@ -447,7 +445,7 @@ class Graph(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.filterwarnings("ignore:derivative='auto'")  # no rule for a sparse product
-@pytest.mark.parametrize("options", [{"probes": 2}, {"fraction": 0.5}, {"chunks": 2}], ids=str)
+@pytest.mark.parametrize("options", [{"probes": 2}, {"fraction": 0.5}], ids=str)
 @pytest.mark.parametrize("to", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
 def test_a_sparse_table_as_long_as_the_batch_has_to_be_marked(to, options):
     """As an adjacency matrix of as many nodes as there are samples: PyTorch would not index it."""

@@ -5,8 +5,6 @@ import functools
 import operator
 import pickle
 import sys
-import types
-import warnings
 from typing import get_args
 
 import pytest
@@ -16,7 +14,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.model import Prediction
-from tests.oracles import MLP, networks, noise_by_solving
+from tests.oracles import MLP, OfX, networks, noise_by_solving
 
 VP = hosm.VPSchedule()
 PREDICTIONS = get_args(Prediction)
@@ -243,14 +241,6 @@ def test_data_of_a_dtype_that_the_network_cannot_take_are_explained(order, engin
     function(model, torch.zeros(4, 2).float(), **options)
 
 
-@pytest.mark.parametrize("function", [hosm.first_order_dsm, hosm.ode_nll])
-def test_a_function_around_a_network_of_another_dtype_is_explained(function):
-    half = torch.nn.Linear(2, 2).bfloat16()
-    model = hosm.ScoreModel(lambda x, t: half(x), VP)
-    with pytest.raises(TypeError, match=r"The data are torch.float64 and its parameters torch.bf"):
-        function(model, torch.zeros(4, 2))
-
-
 class LooksUp(torch.nn.Module):
     """A table of what t is added to x, and the way it is read."""
 
@@ -322,15 +312,27 @@ def test_a_network_that_casts_by_itself_may_return_another_dtype():
     assert inner.outer.weight.grad is not None
 
 
-def test_a_function_that_refers_to_modules_is_no_copy_and_not_in_evaluation_mode():
-    layers = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-    model = hosm.ScoreModel(lambda x, t: layers(x), hosm.VPSchedule())
-    with pytest.warns(UserWarning, match=r"eval\(\) does not reach layers.*call=lambda"):
-        model.eval()
-    with pytest.raises(TypeError, match=r"would share the weights of layers.*call=lambda"):
-        copy.deepcopy(hosm.ThirdOrderDSM(model))
-    layers.eval()
+@pytest.mark.parametrize("kind", ["function", "partial", "method"])
+def test_a_model_around_a_function_works_and_is_not_copied(kind):
+    layers = OfX(nn.Linear(2, 2))
+    network = {
+        "function": lambda x, t: layers(x, t),
+        "partial": functools.partial(layers),
+        "method": layers.forward,
+    }[kind]
+    model, x0 = hosm.ScoreModel(network, hosm.VPSchedule()), torch.randn(4, 2)
+    hosm.third_order_dsm(model, x0).backward()
+    assert all(each.grad is not None for each in layers.parameters())
+    hosm.check_derivatives(model, x0)
+    for each in (model, hosm.ThirdOrderDSM(model)):
+        with pytest.raises(TypeError, match=r"network: .*ScoreModel\(module, .*call=lambda"):
+            copy.deepcopy(each)
     model.eval()
+    assert layers.training
+
+
+def test_a_copy_has_weights_of_its_own():
+    layers = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     given = hosm.ScoreModel(layers, hosm.VPSchedule(), call=lambda layers, x, t: layers(x))
     copied = copy.deepcopy(given.train())
     assert layers.training
@@ -342,77 +344,6 @@ def test_a_function_that_refers_to_modules_is_no_copy_and_not_in_evaluation_mode
     assert layers.training
 
 
-class Owner:
-    """No module, with one."""
-
-    def __init__(self, network):
-        self.network = network
-
-    def predict(self, x, t):
-        return self.network(x)
-
-
-def referring(network):
-    """Functions that refer to a module, and whether a copy shares it."""
-
-    def inner(x, t):
-        return network(x)
-
-    kept, owner = [network], Owner(network)
-    return {
-        "another function": (lambda x, t: inner(x, t), True),
-        "partial": (functools.partial(inner), True),
-        "default": (lambda x, t, network=network: network(x), True),
-        "list": (lambda x, t: kept[0](x), True),
-        "attribute": (lambda x, t: owner.network(x), True),
-        "decorator": (torch.enable_grad()(inner), True),
-        "method": (owner.predict, False),
-        "partial of a method": (functools.partial(owner.predict), False),
-    }
-
-
-@pytest.mark.parametrize("name", sorted(referring(nn.Identity())))
-def test_however_a_function_refers_to_a_module(name):
-    layer = nn.Linear(2, 2)
-    network, shared = referring(layer)[name]
-    model = hosm.ScoreModel(network, hosm.VPSchedule())
-    with pytest.warns(UserWarning, match=r"eval\(\) does not reach"):
-        model.eval()
-    if shared:
-        with pytest.raises(TypeError, match="would share the weights"):
-            copy.deepcopy(model)
-        return
-    copied, x, t = copy.deepcopy(model), torch.randn(3, 2), torch.full((3,), 0.5)
-    before = model.noise(x, t)
-    with torch.no_grad():
-        layer.weight.add_(1)
-    torch.testing.assert_close(copied.noise(x, t), before)
-
-
-def test_a_trained_module_in_a_call_is_shared_by_a_copy():
-    head = nn.Linear(2, 2)
-    model = hosm.ScoreModel(nn.Linear(2, 2), hosm.VPSchedule(), call=lambda n, x, t: head(n(x)))
-    with pytest.raises(TypeError, match=r"call: .*would share the weights of head"):
-        copy.deepcopy(model)
-    head.requires_grad_(False)
-    copy.deepcopy(model.train())
-
-
-weights = nn.Linear(2, 2)  # a global with the name of an attribute
-
-
-def test_the_name_of_an_attribute_is_no_reference():
-    own = types.SimpleNamespace(weights=lambda x: x)
-    model = hosm.ScoreModel(lambda x, t: own.weights(x), hosm.VPSchedule())
-    copy.deepcopy(model.eval())
-
-    def early(x, t):
-        return late(x)
-
-    hosm.ScoreModel(early, hosm.VPSchedule()).eval()
-    late = torch.sin
-
-
 def test_a_copy_of_a_model_compiled_in_place_is_its_own():
     layer = nn.Linear(2, 2)
     model = hosm.ScoreModel(layer, hosm.VPSchedule(), call=lambda layer, x, t: layer(x))
@@ -422,12 +353,6 @@ def test_a_copy_of_a_model_compiled_in_place_is_its_own():
     with torch.no_grad():
         layer.weight.add_(1)
     torch.testing.assert_close(copied(x, t), before)
-
-
-def test_a_function_without_weights_can_be_copied():
-    identity = nn.Identity()
-    model = hosm.ScoreModel(lambda x, t: identity(x), hosm.VPSchedule())
-    assert copy.deepcopy(model.eval()).schedule == model.schedule
 
 
 @pytest.mark.parametrize("name", ["noise", "score", "denoise"])
@@ -472,30 +397,6 @@ def test_an_object_of_a_class_that_was_loaded_again(monkeypatch):
     monkeypatch.setattr(sys.modules[new.__module__], "ScoreModel", new)
     with pytest.raises(TypeError, match=r"of type ScoreModel, loaded again since: make it anew"):
         hosm.first_order_dsm(old, torch.zeros(2, 3))
-
-
-class Pipeline:
-    """Its call uses two networks, of which a model uses one."""
-
-    def __init__(self):
-        self.unet, self.decoder = nn.Linear(2, 2).eval(), nn.Linear(2, 2)
-
-    def __call__(self, x):
-        return self.decoder(self.unet(x))
-
-    def predict(self, x, t):
-        return self.unet(x)
-
-
-def test_a_network_taken_from_a_pipeline_is_not_the_pipeline():
-    pipeline = Pipeline()
-    for network in (pipeline.predict, lambda x, t: pipeline.unet(x)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            hosm.ScoreModel(network, hosm.VPSchedule()).eval()
-    called = hosm.ScoreModel(lambda x, t: pipeline(x), hosm.VPSchedule())
-    with pytest.warns(UserWarning, match=r"eval\(\) does not reach decoder"):
-        called.eval()
 
 
 def test_a_network_that_was_made_in_inference_mode():

@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 # What may not change when a run goes on. The others only say how it is computed or reported.
 FIXED = (
     *("sde", "size", "dropout", "loss", "weights", "probes", "fraction", "times", "batch", "lr"),
-    *("warmup", "clip", "ema", "flip", "seed"),
+    *("warmup", "clip", "ema", "flip", "seed", "parts"),
 )
 
 
@@ -55,7 +56,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--weights", nargs="+", default=None, help="one a term, 'balanced', or stein's weight")
     add("--probes", type=int, default=None, help="random probes a sample; the loss's own if None")
     add("--fraction", type=float, default=1.0, help="part of a batch with higher terms")
-    add("--chunks", type=int, default=1, help="parts of a batch, one after the other")
+    add("--parts", type=int, default=1, help="of a batch, one after the other, to save memory")
     add("--times", choices=TIMES, default="log_sigma_hat", help="what is uniform")
     add("--steps", type=int, default=500_000, help="of the whole run")
     add("--batch", type=int, default=128, help="images a step, of all processes together")
@@ -72,13 +73,21 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.make_stand_in is None and args.data is None:
         parser.error("expected --data FOLDER, or --make-stand-in FOLDER to make one")
-    least = {"steps": 0, "batch": 1, "warmup": 0, "log_every": 1, "save_every": 1, "keep_every": 0}
+    least = {
+        "steps": 0,
+        "batch": 1,
+        "parts": 1,
+        "warmup": 0,
+        "log_every": 1,
+        "save_every": 1,
+        "keep_every": 0,
+    }
     for name, smallest in least.items():
         if getattr(args, name) < smallest:
             shown = name.replace("_", "-")
             parser.error(f"--{shown}: expected {smallest} or more; got {getattr(args, name)}")
     if args.loss == "first":
-        for name, default in (("weights", None), ("probes", None), ("fraction", 1), ("chunks", 1)):
+        for name, default in (("weights", None), ("probes", None), ("fraction", 1)):
             if getattr(args, name) != default:
                 parser.error(f"--{name}: expected none with --loss first, which has one term")
     args.weights = _weights(parser, args)
@@ -158,7 +167,7 @@ class Run:
             self.model.network.load_state_dict(first["ema"])
         chosen = {name: getattr(args, name) for name in ("weights", "probes")}
         if args.loss != "first":
-            chosen |= {"fraction": args.fraction, "chunks": args.chunks}
+            chosen["fraction"] = args.fraction
         self.objective = objective(self.model, args.loss, times=args.times, **chosen).to(device)
         self.average = copy.deepcopy(self.model.network).eval().requires_grad_(False)
         parameters = [each for each in self.model.parameters() if each.requires_grad]
@@ -224,9 +233,7 @@ def train(run: Run, images: torch.Tensor, processes: Processes) -> None:
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
         x0 = prepared(images[torch.from_numpy(rows).to(device)], flip=args.flip)
         run.optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            loss, terms = loss_of(x0, return_terms=True)
-        (scale * loss).backward()
+        means = _add_gradients(loss_of, x0, args, scale)
         norm, rate = run.update().detach(), run.optimizer.param_groups[0]["lr"]
         worst = torch.maximum(worst, norm)  # not a number, once it was
         last = run.step == args.steps
@@ -239,9 +246,8 @@ def train(run: Run, images: torch.Tensor, processes: Processes) -> None:
                 "leave out --bf16."
             )
         if logs:
-            named = {"loss": loss, **{n: t for n, t in terms._asdict().items() if t is not None}}
-            means = torch.stack([each.detach().mean().double() for each in named.values()])
-            entry = {"step": run.step, **dict(zip(named, processes.mean(means), strict=True))}
+            every = processes.mean(torch.stack([*means.values()]))
+            entry = {"step": run.step, **dict(zip(means, every, strict=True))}
             count, now = (run.step - logged) * args.batch, time.perf_counter()
             entry |= {"grad_norm": float(norm), "lr": rate}
             entry |= {"images_per_second": count / (now - since)}
@@ -255,6 +261,27 @@ def train(run: Run, images: torch.Tensor, processes: Processes) -> None:
                 run.save()
         if bar is not None:
             bar.update()
+
+
+def _add_gradients(
+    loss_of: nn.Module, x0: torch.Tensor, args: argparse.Namespace, scale: float
+) -> dict[str, torch.Tensor]:
+    """Accumulate the gradient of a batch in parts; return its loss and terms, averaged."""
+    means: dict[str, torch.Tensor] = {}
+    parts = x0.chunk(args.parts)
+    for place, part in enumerate(parts, 1):
+        share = len(part) / len(x0)
+        # The processes exchange their gradients in the last part.
+        waits = isinstance(loss_of, DistributedDataParallel) and place < len(parts)
+        with loss_of.no_sync() if waits else nullcontext():
+            with torch.autocast(x0.device.type, torch.bfloat16, enabled=args.bf16):
+                loss, terms = loss_of(part, return_terms=True)
+            (scale * share * loss).backward()
+        for name, value in {"loss": loss, **terms._asdict()}.items():
+            if value is not None:
+                mean = share * value.detach().mean().double()
+                means[name] = means.get(name, 0) + mean
+    return means
 
 
 def _progress(done: int, steps: int, *, shown: bool) -> Any:

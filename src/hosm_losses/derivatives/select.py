@@ -85,11 +85,11 @@ class _Kept(NamedTuple):
 class Snapshot:
     """The buffers of a network and the state of torch's generators, to be restored.
 
-    Of a network that is no Module, nor a method of one, no buffers are seen. `x` are its inputs,
-    for the devices.
+    Of a network that is no Module, nor a method of one, no buffers are seen. `x` is its input, for
+    the devices.
     """
 
-    def __init__(self, network: object, *x: Tensor) -> None:
+    def __init__(self, network: object, x: Tensor) -> None:
         owner = network if isinstance(network, nn.Module) else getattr(network, "__self__", None)
         modules = owner.modules() if isinstance(owner, nn.Module) else ()
         with torch.no_grad():
@@ -98,17 +98,10 @@ class Snapshot:
                 for module in modules
                 for name, buffer in module.named_buffers(recurse=False)
             ]
-        self.device_type = x[0].device.type
+        self.device_type = x.device.type
         # Inside a CUDA graph the state cannot be asked for.
-        captured = x[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        self.generators = None if captured else (torch.get_rng_state(), get_device_states(*x))
-
-    def changed(self) -> "Snapshot":
-        """Keep of the buffers those that are others now, or have been changed."""
-        self.buffers = [
-            k for k in self.buffers if k.is_changed or getattr(k.module, k.name) is not k.buffer
-        ]
-        return self
+        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        self.generators = None if captured else (torch.get_rng_state(), get_device_states(x))
 
     def refuse_escaped(self) -> None:
         """Raise where forward mode left a tensor of its own in a buffer, which is put back."""

@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from hosm_losses._checks import check_number, describe
-from hosm_losses._references import class_names
 from hosm_losses.interop.foreign import check_has, first_half, predicted, table_schedule
 from hosm_losses.model import Prediction, ScoreModel
 from hosm_losses.schedules import DiscreteSchedule, LinearFlowSchedule
@@ -22,6 +21,7 @@ TAKE_FRACTIONS = ("Flux", "Chroma", "QwenImage", "AuraFlow", "LongCatImage", "Ov
 TAKE_FRACTIONS += ("BriaFibo2", "PRX")
 # And those whose pipelines turn the sign of the velocity, or the time.
 REVERSED = ("Lumina", "ZImage", "NucleusMoE", "HiDream", "Ideogram4")
+WRAPPED = ("_orig_mod", "module", "base_model", "model")  # in torch.compile, DDP and PEFT
 TURNED = "model: expected one that is given the noise level and predicts noise less data; got {}, "
 TURNED += "which turns one. Write ScoreModel(model, LinearFlowSchedule(), 'flow_prediction', ...)."
 
@@ -46,7 +46,8 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
         scheduler: one with a table, or for flow matching.
 
     Raises:
-        TypeError: for a pipeline, or a scheduler that is neither of the two.
+        TypeError: for a pipeline, a scheduler that is neither of the two, or under flow matching a
+            model that is no nn.Module.
         ValueError: for zero terminal SNR, an unknown prediction type, one other than
             "flow_prediction" with `use_flow_sigmas`, or a model as Lumina2 and ZImage, which are
             given 1 - t and predict data less noise.
@@ -67,10 +68,13 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     options = dict[str, Any](output=_half_of_sample if learned else _sample, call=_by_name)
     config = getattr(scheduler, "config", None)
     if "FlowMatch" in type(scheduler).__name__ or _samples_a_flow(scheduler, config):
+        if not isinstance(model, nn.Module):
+            expected = "model: expected an nn.Module, whose class says which time it is given"
+            raise TypeError(f"{expected}; got {describe(model)}.")
         where = "scheduler.config.num_train_timesteps"
         factor = getattr(config, "num_train_timesteps", None)
         factor = check_number(where, factor, "a number above 0", above=0)
-        turned, names = getattr(config, "invert_sigmas", False), class_names(model)
+        turned, names = getattr(config, "invert_sigmas", False), _class_names(model)
         for name in ["invert_sigmas=True"] * turned + [n for n in names if n.startswith(REVERSED)]:
             raise ValueError(TURNED.format(name))
         factor = 1.0 if any(each.startswith(TAKE_FRACTIONS) for each in names) else factor
@@ -83,6 +87,16 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     if prediction == "v_prediction" and getattr(config, "timestep_type", None) == "continuous":
         options["time"] = partial(_quarter_of_log_sigma_hat, schedule)
     return ScoreModel(model, schedule, prediction, **options)
+
+
+def _class_names(model: nn.Module) -> list[str]:
+    """The names of the classes of a module, and of one in a wrapper."""
+    names, modules = list[str](), [model]
+    for module in modules:  # which grows
+        names += [kind.__name__ for kind in type(module).__mro__]
+        inside = (module._modules.get(name) for name in WRAPPED)
+        modules += [each for each in inside if each is not None]
+    return names
 
 
 def _samples_a_flow(scheduler: Any, config: Any) -> bool:

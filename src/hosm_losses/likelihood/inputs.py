@@ -9,7 +9,7 @@ Failures:
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -34,7 +34,6 @@ from hosm_losses._checks import (
     users_level,
 )
 from hosm_losses._progress import progress_bar
-from hosm_losses._references import roots_of
 from hosm_losses._torch_internals import differentiated, normal, outside_inference_mode, traced
 from hosm_losses.derivatives import Snapshot
 from hosm_losses.likelihood.integers import check_images, dequantize, importance_weighted
@@ -97,10 +96,10 @@ def evaluate(
     size = count if batch_size is None else check_whole("batch_size", batch_size, 1)
     chunks = torch.arange(count, device=x.device).split(size)
     network = model.network
-    roots = [network] if isinstance(network, nn.Module) else roots_of(network)
-    training = _say_what_trains(roots)
+    modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
+    training = _say_what_trains(modules)
     with (
-        _kept(roots, x),
+        _kept(modules, x),
         outside_inference_mode(),
         torch.set_grad_enabled(enable_grad),
     ):
@@ -109,8 +108,7 @@ def evaluate(
             raise ValueError(complaint("data_std", "positive values", data_std))
         # PyTorch's first gradient of instance norm is wrong for one sample in channels_last, which
         # a network may make of a batch. Of one sample the field finds it by any name.
-        parts = (part for root in roots for part in root.modules())
-        safe = enable_grad or any(isinstance(part, INSTANCE_NORMS) for part in parts)
+        safe = enable_grad or any(isinstance(each, INSTANCE_NORMS) for each in modules.values())
         conditions = condition(model, count, kwargs, primitives=None if safe else False)
         coordinates, dtype = Coordinates(model.schedule, mean, std), _network_dtype(model, x)
         _say_ends(coordinates, start=at_start, prior=log_prior is None and of_prior)
@@ -127,23 +125,20 @@ def evaluate(
 
 
 @contextmanager
-def _kept(roots: Sequence[nn.Module], x: Tensor) -> Iterator[None]:
-    """A block after which the buffers of modules are what they were, as running statistics."""
-    before = [
-        Snapshot(root, x)
-        for root in (() if traced() else roots)
-        if any(part.training and part._buffers for part in root.modules())
-    ]
+def _kept(modules: Mapping[str, nn.Module], x: Tensor) -> Iterator[None]:
+    """A block after which the buffers of a network are what they were, as running statistics."""
+    may_change = any(part.training and part._buffers for part in modules.values())
+    before = Snapshot(modules[""], x) if may_change and not traced() else None
     try:
         yield
     finally:
-        for each in before:
-            each.restore(generators=False)
+        if before is not None:
+            before.restore(generators=False)
 
 
-def _say_what_trains(roots: Sequence[nn.Module]) -> bool:
+def _say_what_trains(modules: Mapping[str, nn.Module]) -> bool:
     """Warn of a part whose training mode makes a likelihood another number, if there is one."""
-    for name, part in (each for root in roots for each in root.named_modules()):
+    for name, part in modules.items():
         if not part.training or not isinstance(part, TRAINING):
             continue
         # The probability of a dropout, or of that inside an attention.

@@ -8,8 +8,6 @@
 - `stein`: the rate at which the log-density of the ODE goes wrong.
 - `balance`: weights that follow the sizes of the terms.
 - `weighting`: weights over noise levels, and the draw of t.
-- `report`: what each term does to the gradient of a network.
-- `recompute`: the batch in chunks, evaluated again in the backward pass.
 """
 
 from hosm_losses.losses.functions import dsm_terms as dsm_terms
@@ -21,9 +19,6 @@ from hosm_losses.losses.modules import FirstOrderDSM as FirstOrderDSM
 from hosm_losses.losses.modules import SecondOrderDSM as SecondOrderDSM
 from hosm_losses.losses.modules import SteinDSM as SteinDSM
 from hosm_losses.losses.modules import ThirdOrderDSM as ThirdOrderDSM
-from hosm_losses.losses.report import LossReport as LossReport
-from hosm_losses.losses.report import TermReport as TermReport
-from hosm_losses.losses.report import loss_report as loss_report
 from hosm_losses.losses.stein import LoggedSteinTerms as LoggedSteinTerms
 from hosm_losses.losses.stein import SteinTerms as SteinTerms
 from hosm_losses.losses.terms import DSMTerms as DSMTerms

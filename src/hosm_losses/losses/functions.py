@@ -131,8 +131,6 @@ def third_order_dsm(
             place, with a warning.
         fraction: the part of the batch, chosen at random, on which orders two and three are
             evaluated: max(1, round(fraction · B)) rows. Unbiased.
-        chunks: the number of parts of the batch that are evaluated one after the other, and again
-            in the backward pass, to save memory.
         generator: the source of randomness, on the device of x0; the global one if None.
         reduction: "mean", "sum" over the batch, or "none" for (B,).
         model_kwargs: keyword arguments of the network. Tensors whose first dimension is B are per

@@ -122,8 +122,8 @@ def _check_kept_once() -> None:
     if what is not None:
         raise ValueError(
             f"weights: expected numbers under {what}; got 'balanced', whose running means a "
-            "training step changes once. Use chunks in place of a checkpoint around the loss, or "
-            "call .eval() on the loss's `balance` for means that stay."
+            "training step changes once. Split the batch and accumulate gradients in place of a "
+            "checkpoint, or call .eval() on the loss's `balance` for means that stay."
         )
 
 

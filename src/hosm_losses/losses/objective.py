@@ -5,7 +5,7 @@ Formula, with the terms of `terms` or `paired`, or of `stein`:
     loss = first + weight · rate, the integral over log σ̂, averaged over the batch
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +31,6 @@ from hosm_losses.losses.options import (
     counts,
 )
 from hosm_losses.losses.paired import paired_terms
-from hosm_losses.losses.recompute import in_chunks
 from hosm_losses.losses.stein import stein_terms
 from hosm_losses.losses.terms import (
     Directions,
@@ -175,11 +174,11 @@ def _terms(
     elif options.estimator == "paired":
         along = partial(paired_terms, second=counts(weights[1]))
     if rows is None or rest is None:
-        return _in_parts(along, field, inputs, directions, options)
-    terms = _in_parts(along, field.rows(rows), inputs.at(rows), directions, options)
+        return along(field, inputs, directions, options)
+    terms = along(field.rows(rows), inputs.at(rows), directions, options)
     first = terms.first
     if len(rest):
-        others = _in_parts(along, field.rows(rest), inputs.at(rest), Directions(), options)
+        others = along(field.rows(rest), inputs.at(rest), Directions(), options)
         first = torch.cat([first, others.first])
     return terms._replace(
         first=torch.empty_like(first).index_copy(0, torch.cat([rows, rest]), first)
@@ -197,34 +196,6 @@ def _without_idle_graph(terms: Any, model: ScoreModel) -> Any:
     if has_other_leaves([term for term in terms if term is not None]):
         return terms
     return terms._make(None if term is None else term.detach() for term in terms)
-
-
-def _in_parts(
-    terms_of: Callable[..., Any],
-    field: NoiseField,
-    inputs: Inputs,
-    directions: Directions,
-    options: LossOptions,
-) -> Any:
-    """The terms of a batch that is evaluated in `options.chunks` parts."""
-    if options.chunks == 1:
-        return terms_of(field, inputs, directions, options)
-    given = [each for each in directions if each is not None]
-    first, last = len(inputs), len(inputs) + len(given)
-    kinds: list[Any] = []
-
-    def of_rows(rows: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
-        part = Inputs(*tensors[:first]).at(rows)
-        bound = field.with_conditions(tensors[last:]).rows(rows).at(part.t)
-        along = Directions(*[each[:, rows] for each in tensors[first:last]])
-        terms = terms_of(bound, part, along, options)
-        kinds[:] = [terms._make(each is not None for each in terms)]
-        return tuple(term for term in terms if term is not None)
-
-    tensors = (*inputs, *given, *field.conditions())
-    parts = iter(in_chunks(of_rows, options.chunks, field.model.network, tensors, len(inputs.x)))
-    (kind,) = kinds
-    return kind._make(next(parts) if there else None for there in kind)
 
 
 def _fraction(

@@ -57,16 +57,10 @@ class TermsOptions(_Second, total=False):
     third: Third
 
 
-class PartsOptions(TypedDict, total=False):
-    """How much of a batch has higher terms, and in how many parts it is evaluated."""
-
-    fraction: float
-    chunks: int
-
-
-class SecondOrderOptions(FirstOrderOptions, _Second, PartsOptions, total=False):
+class SecondOrderOptions(FirstOrderOptions, _Second, total=False):
     """Options of a loss of order two."""
 
+    fraction: float
     weights: Weights | Recipe | None
 
 
@@ -93,9 +87,10 @@ class HigherOrderInputs(_Probed, total=False):
     weights: Weights | Recipe | None
 
 
-class SteinChoices(_Engine, PartsOptions, total=False):
+class SteinChoices(_Engine, total=False):
     """Options of `SteinDSM`."""
 
+    fraction: float
     weight: float | Tensor | None
     probes: int
     reduction: Reduction
@@ -142,7 +137,6 @@ class LossOptions:
     derivative: Engine = "auto"
     third: Third = "exact"
     fraction: float = 1.0
-    chunks: int = 1
     reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
@@ -162,7 +156,6 @@ class LossOptions:
                 f"derivative forward, with third={self.third!r}; got 'reverse'."
             )
         check_choice("reduction", self.reduction, get_args(Reduction))
-        self._keep("chunks", check_whole("chunks", self.chunks, 1))
         part = "a number in (0, 1]"
         self._keep("fraction", check_number("fraction", self.fraction, part, above=0, at_most=1))
         if self.fraction < 1 and self.reduction == "none":

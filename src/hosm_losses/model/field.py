@@ -31,7 +31,6 @@ from hosm_losses.model.conditions import (
     copied,
     map_tensors,
     per_sample,
-    tensors_in,
 )
 from hosm_losses.model.score_model import ScoreModel, to_noise
 
@@ -185,15 +184,6 @@ class NoiseField(ConditionedModel):
     def rows(self, index: Tensor | slice) -> "NoiseField":
         """Return the field of the samples at `index`."""
         return super().rows(index).at(self.t[index])
-
-    def conditions(self) -> list[Tensor]:
-        """The tensors among the network's keyword arguments."""
-        return tensors_in(self.kwargs)
-
-    def with_conditions(self, tensors: Iterable[Tensor]) -> "NoiseField":
-        """Return the field with other tensors in the places of `conditions`."""
-        given = iter(tensors)
-        return replace(self, kwargs=map_tensors(self.kwargs, lambda _: next(given)))
 
 
 def _select(kwargs: dict[str, Any], select: Callable[[Tensor], Tensor]) -> dict[str, Any]:

@@ -42,7 +42,6 @@ from hosm_losses._checks import (
     may_look,
     users_level,
 )
-from hosm_losses._references import refuse_shared, roots_of, say_unreached
 from hosm_losses._torch_errors import MADE_IN_INFERENCE, OF_DTYPES, OF_INDICES
 from hosm_losses._torch_internals import normal
 from hosm_losses.derivatives import Jet
@@ -60,7 +59,9 @@ class ScoreModel(nn.Module):
 
     Args:
         network: `network(x, t, **kwargs)` with x of shape (B, *) and t of shape (B,); an
-            nn.Module, or any callable.
+            nn.Module, or any callable. A module that a function calls is not part of the model:
+            `train()`, `eval()`, `to()` and `parameters()` do not reach it, and copy.deepcopy of
+            the model raises TypeError.
         schedule: the noise schedule it was, or is to be, trained with.
         prediction: "epsilon", "score", "sample" (x₀), "v_prediction" (α ε − σ x₀) or
             "flow_prediction" (the velocity α′ x₀ + σ′ ε, from data to noise).
@@ -113,18 +114,17 @@ class ScoreModel(nn.Module):
         self.time, self.output, self.call = time, output, call
         self.primitives = primitives
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the training mode; warns of modules that it does not reach."""
-        say_unreached(self.network, mode)
-        return super().train(mode)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Raise TypeError where the copy would share its weights, as one for an EMA must not."""
-        refuse_shared(network=self.network, call=self.call, output=self.output, time=self.time)
+        """Raise TypeError for a function, whose weights a copy, as one for an EMA, would share."""
+        if not isinstance(self.network, nn.Module):
+            remedy = "Give it: ScoreModel(module, schedule, call=lambda module, x, t: ...)."
+            raise TypeError(
+                complaint("network", "an nn.Module in a model to copy", self.network, remedy)
+            )
         return self._copied(memo)
 
     def _copied(self, memo: dict[int, Any]) -> Self:
-        """A deep copy, with functions as they are."""
+        """A deep copy; functions, and the modules that they refer to, are not copied."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         # Not its __dict__: what .compile() has put there calls the original.
@@ -261,8 +261,7 @@ class ScoreModel(nn.Module):
             ) from error
         if not any(words in text for words in OF_DTYPES):
             return
-        parameters = (each for root in roots_of(self.network) for each in root.parameters())
-        own = next((p.dtype for p in parameters if p.is_floating_point()), x.dtype)
+        own = next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
         if own != x.dtype:
             raise TypeError(
                 f"network: {failed}. The data are {x.dtype} and its parameters {own}: convert the "
