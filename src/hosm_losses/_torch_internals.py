@@ -156,22 +156,6 @@ def gradient_node(tensor: Tensor) -> Any:
     return _autograd.graph.get_gradient_edge(tensor).node
 
 
-def nodes_from(point: Tensor, tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """The nodes of the graphs of tensors through which they depend on a point, without its own."""
-    users: dict[Any, list[Any]] = {}
-    for node in graph_nodes(tensors):
-        for parent, _ in node.next_functions:
-            users.setdefault(parent, []).append(node)
-    start = gradient_node(point)
-    nodes, seen = [start], {start}
-    while nodes:
-        for node in users.get(nodes.pop(), ()):
-            if node not in seen:
-                seen.add(node)
-                yield node
-                nodes.append(node)
-
-
 def in_custom_function() -> bool:
     """Whether the forward of a torch.autograd.Function surrounds this call."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -204,15 +188,8 @@ def of_a_package(function: object) -> bool:
     return not _C._dispatch_has_kernel_for_dispatch_key(function.name(), composed)
 
 
-def changes_in_place(function: Any) -> bool:
-    """Whether a function of PyTorch has the name of one that changes its first argument."""
-    name = function.__name__.partition(".")[0]  # of torch.ops.aten.add_.Tensor
-    return name.endswith("_") and not name.endswith("__")
-
-
 # As torch.compiler.assume_constant_result does, which imports all of torch.compile.
-for _asked in (of_a_package, changes_in_place):
-    _asked._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+of_a_package._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def custom_function(node: object) -> type | None:

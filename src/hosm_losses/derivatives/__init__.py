@@ -1,9 +1,8 @@
 """Derivatives of a network along probes, and their gradients in the parameters.
 
 - `select`: which engine runs; what "auto" remembers of a network, and puts back after an attempt.
-- `prices`: what a step costs with each engine.
 - `under_compile`: "auto" where torch.compile is around, and what is kept from it.
-- `engines`: the three engines, "taylor", "reverse" and "forward".
+- `engines`: the two engines, "taylor" and "reverse".
 - `products`: products of the Jacobian with a vector that depends on the value.
 - `taylor`: the tensor that carries derivatives, and its rules by kind of operator.
 - `backward`: passes back, graphs that are lost or lead nowhere, and what to do about known errors.
@@ -18,7 +17,6 @@
 from hosm_losses.derivatives.backward import gradients as gradients
 from hosm_losses.derivatives.backward import has_other_leaves as has_other_leaves
 from hosm_losses.derivatives.checkpointing import checkpoint as checkpoint
-from hosm_losses.derivatives.engines import Curved as Curved
 from hosm_losses.derivatives.engines import Derivatives as Derivatives
 from hosm_losses.derivatives.engines import Field as Field
 from hosm_losses.derivatives.engines import quadratic_forms as quadratic_forms
@@ -32,5 +30,5 @@ from hosm_losses.derivatives.select import Engine as Engine
 from hosm_losses.derivatives.select import Snapshot as Snapshot
 from hosm_losses.derivatives.select import derive as derive
 from hosm_losses.derivatives.select import derive_with_products as derive_with_products
-from hosm_losses.derivatives.select import say_no_price as say_no_price
+from hosm_losses.derivatives.select import never_warn as never_warn
 from hosm_losses.derivatives.taylor import Jet as Jet

@@ -21,7 +21,7 @@ from hosm_losses import _torch_errors
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError
 from hosm_losses.derivatives.hooks import check_unchanged
-from hosm_losses.derivatives.primitive_mode import CHECKPOINT_ADVICE, FORWARD_ADVICE
+from hosm_losses.derivatives.primitive_mode import CHECKPOINT_ADVICE
 
 LOST_ONCE = (
     "network: expected an output that autograd can differentiate in x; got one whose graph does "
@@ -31,13 +31,12 @@ LOST_ONCE = (
 LOST_TWICE = (
     "network: expected a derivative that autograd can differentiate again; got one without "
     "a graph. A custom autograd.Function in it has a backward that is once_differentiable or "
-    "detaches: write it with differentiable operators, or use derivative='forward' if it has a "
-    "jvp."
+    "detaches: write it with differentiable operators."
 )
 COMPILED = (
     "network: expected one that is not compiled by itself; got a compiled part, which cannot be "
     "differentiated twice. Compile the loss module as a whole in its place, with "
-    "derivative='auto' or 'forward': torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
+    "derivative='auto': torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
 )
 DROPPED = (
     "network: expected an autograd.Function whose backward keeps the graph; got {}, whose "
@@ -60,10 +59,15 @@ CHANGED = (
     "buffer, or read a .clone() of it; turn off a fast scan or kernel that is such a Function, or "
     "write its backward without changes in place."
 )
+HOOKED = (
+    "checkpoint: expected no hooks that save tensors under a transform of torch.func, which "
+    "refuses them; got some, as of an activation checkpoint inside the network or of save_on_cpu. "
+    "Turn them off, or take the gradient with loss.backward() in place of torch.func."
+)
 REENTRANT = f"{CHECKPOINT_ADVICE} In a likelihood torch's own does with use_reentrant=False."
 REMEDIES = {
     _torch_errors.REENTRANT_CHECKPOINT: REENTRANT,
-    _torch_errors.HOOKS_IN_TRANSFORM: FORWARD_ADVICE,
+    _torch_errors.HOOKS_IN_TRANSFORM: HOOKED,
     _torch_errors.DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
     _torch_errors.DONATED_BY_COMPILED: GIVES_AWAY,
     _torch_errors.CHANGED_SINCE: CHANGED,
@@ -72,7 +76,7 @@ OWN = "_of_an_engine"  # the mark of a leaf that an engine made, kept with it by
 
 
 class DroppedGraphError(DerivativeError):
-    """A custom autograd.Function whose backward drops the graph; forward mode may not call it."""
+    """A custom autograd.Function whose backward drops the graph: no fault of the taylor engine."""
 
 
 def remedied(error: Exception) -> DerivativeError | None:

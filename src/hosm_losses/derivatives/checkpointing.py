@@ -19,10 +19,9 @@ ITS_OWN = ("preserve_rng_state", "determinism_check", "debug", "early_stop")
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Activation checkpointing for use inside a network that is trained with order two or three.
 
-    It is torch's non-reentrant `torch.utils.checkpoint.checkpoint`, made to work with every engine
-    but forward mode, which cannot recompute anything: the recomputation uses the safe primitives
-    if the first computation did. With torch's own checkpoint a network that needs a primitive ends
-    in a CheckpointError in the reverse engine.
+    It is torch's non-reentrant `torch.utils.checkpoint.checkpoint`, made to work with both
+    engines: the recomputation uses the safe primitives if the first computation did. With torch's
+    own checkpoint a network that needs a primitive ends in an error in the reverse engine.
 
     Args:
         function: a part of the network.
@@ -35,8 +34,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         ValueError: for use_reentrant=True, or a context_fn.
-        DerivativeError: in forward mode, unless autograd is off; where `function` changes an
-            argument in place, and would be evaluated again with the changed one.
+        DerivativeError: where `function` changes an argument in place, and would be evaluated
+            again with the changed one.
 
     Example:
         >>> import torch

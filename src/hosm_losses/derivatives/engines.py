@@ -1,16 +1,13 @@
-r"""The three engines: value, directional derivative and third-order part of a field.
+r"""The two engines: value, directional derivative and third-order part of a field.
 
 Formula, along w = σ v:
     taylor    the network is given a `Jet` of x; G is the gradient of w·D, reverse over that.
     reverse   g = (∂f/∂x)ᵀ c for a leaf c is linear in c, so ∂(w·g)/∂c = ∂f/∂x w = D, the Jacobian
               itself and not its transpose; at c = w the same pass gives ∂(w·g)/∂x = G.
-    forward   D is `torch.func.jvp`; G is the gradient of w·D, reverse over forward mode.
 
-    In place of G there may be C = ∂²f[w, u] for another direction u, its own for each w or one for
-    all, by the engines that go forward. It is nested forward mode, without a pass back.
-
-    Where the sum of G, or of C with u = w, over the directions is enough, the taylor engine takes
-    one pass back, or carries one second derivative: the directions share the value.
+    In place of G the taylor engine can carry C = ∂²f[w, w], the Laplacian form, without a pass
+    back. Where the sum of G, or of C, over the directions is enough, it takes one pass back, or
+    carries one second derivative: the directions share the value.
 
 Under a transform of torch.func everything is taken by torch.func, which knows what surrounds it.
 
@@ -20,8 +17,7 @@ Source:
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,7 +26,6 @@ from torch import Tensor
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError, over_elements
 from hosm_losses.derivatives.backward import LOST_TWICE, OWN, pull_back, refuse_dropped, remedied
-from hosm_losses.derivatives.primitive_mode import without_recomputation
 from hosm_losses.derivatives.taylor import carried
 
 
@@ -63,19 +58,14 @@ class Derivatives(NamedTuple):
         value: f, of shape (1, B, *) where the directions share it, (K, B, *) where each has its
             own.
         directional: D = ∂f/∂x w, of shape (K, B, *).
-        third: G = ∇_x (wᵀ ∂f/∂x w), of shape (K, B, *), or where the sum is enough perhaps that,
-            (1, B, *); None at order 2.
+        third: G = ∇_x (wᵀ ∂f/∂x w), or C = ∂²f[w, w] where that was asked for and the engine can
+            take it, of shape (K, B, *), or where the sum is enough perhaps that, (1, B, *); None
+            at order 2.
     """
 
     value: Tensor
     directional: Tensor
     third: Tensor | None = None
-
-
-class Curved(Derivatives):
-    """Derivatives of which the third is C = ∂²f[w, u] in place of G."""
-
-    __slots__ = ()
 
 
 @contextmanager
@@ -121,23 +111,19 @@ def taylor(
     x: Tensor,
     direction: Tensor,
     order: int,
-    second_direction: Tensor | None = None,
+    laplacian: bool = False,
     summed: bool = False,
 ) -> Derivatives:
     """The value and its derivatives in one batch; TaylorError where they cannot be carried."""
-    wanted = torch.is_grad_enabled()
-    if order == 3 and second_direction is None:
-        return Derivatives(*kept(_taylor_gradient(field, x, direction, wanted, summed), wanted))
-    if second_direction is None:
+    wanted, count = torch.is_grad_enabled(), len(direction)
+    if order == 2:
         stack = carried(field, x, direction)
         return Derivatives(*kept((stack[:1], stack[1:]), wanted))
-    same, count = second_direction is direction, len(direction)
-    directions = direction if same else torch.cat([direction, second_direction])
-    shared = len(second_direction) < count
-    pairs = ("sum" if summed else "squares") if same else "last" if shared else "halves"
-    stack = carried(field, x, directions, pairs)
-    seconds = stack[1 + len(directions) :]
-    return Curved(*kept((stack[:1], stack[1 : 1 + count], seconds), wanted))
+    if not laplacian:
+        return Derivatives(*kept(_taylor_gradient(field, x, direction, wanted, summed), wanted))
+    stack = carried(field, x, direction, "sum" if summed else "squares")
+    parts = stack[:1], stack[1 : 1 + count], stack[1 + count :]
+    return Derivatives(*kept(parts, wanted))
 
 
 def _taylor_gradient(
@@ -166,72 +152,6 @@ def _taylor_gradient(
     if summed:
         return [*parts, gradient.unsqueeze(0)]
     return unfolded((*[part.squeeze(0) for part in parts], gradient), direction.shape)
-
-
-def forward(
-    field: Field,
-    x: Tensor,
-    direction: Tensor,
-    order: int,
-    second_direction: Tensor | None = None,
-    *_: object,
-) -> Derivatives:
-    """Forward mode of torch.func, one direction at a time or all under vmap."""
-    if second_direction is not None and torch.compiler.is_compiling():
-        # PyTorch cannot compile it nested, through a product with what does not depend on x.
-        as_it_stands: Any = torch.compiler.disable(forward)
-        return as_it_stands(field, x, direction, order, second_direction)
-
-    def second(w: Tensor, point: Tensor = x) -> Any:
-        return torch.func.jvp(field, (point,), (w,))
-
-    def third(w: Tensor) -> tuple[Tensor, ...]:
-        def form(point: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            value, directional = second(w, point)
-            number = (w * directional).sum()
-            refuse_dropped(number)
-            return number, (value, directional)
-
-        gradient, parts = torch.func.grad(form, has_aux=True)(x)
-        return *parts, gradient
-
-    def curved(w: Tensor, u: Tensor) -> tuple[Tensor, ...]:
-        found: Any = torch.func.jvp(partial(second, w), (x,), (u,))
-        parts, (_, curvature) = found
-        return *parts, curvature
-
-    if torch.compiler.is_compiling():
-        direction = direction.clone()  # no view, as in `along` of the taylor engine
-    one: Any = second if order == 2 else third if second_direction is None else curved
-    directions, wanted, graph = (direction,), torch.is_grad_enabled(), nullcontext()
-    if second_direction is not None:
-        directions = direction, second_direction.expand_as(direction)
-        if not internals.traced():  # custom Functions are found in a graph, from x on
-            x, graph = leaf(x, wanted), torch.enable_grad()
-    with explained(), without_recomputation(), internals.forward_mode(), graph:
-        if len(direction) == 1:
-            value, *rest = [part.unsqueeze(0) for part in one(*(each[0] for each in directions))]
-        else:
-            out_dims: Any = (None, *(0,) * (order - 1))
-            # One dropout mask for the value and for every probe.
-            value, *rest = torch.func.vmap(one, out_dims=out_dims, randomness="same")(*directions)
-            value = value.unsqueeze(0)
-    if second_direction is None:
-        return Derivatives(value, *rest)
-    custom = {
-        node: kind.__name__
-        for node in (() if internals.traced() else internals.graph_nodes([value]))
-        if (kind := internals.custom_function(node)) not in (None, internals.MODULE_HOOK)
-    }
-    # Only where there is one, for the way from x takes longer to find than the nodes.
-    for node in internals.nodes_from(x, [value]) if custom else ():
-        if node in custom:
-            raise DerivativeError(
-                "network: expected no custom autograd.Function in nested forward mode, where "
-                f"PyTorch takes its jvp for linear; got {custom[node]}. Leave "
-                "derivative at 'auto', or take third='exact'."
-            )
-    return Curved(*kept((value, *rest), wanted))
 
 
 def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) -> Derivatives:

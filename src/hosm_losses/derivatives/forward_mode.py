@@ -28,8 +28,7 @@ _FORWARD = _every(
 _PRODUCTS = _every("scatter_reduce index_reduce scatter_reduce_ index_reduce_")
 WRONG = (
     "PyTorch's derivative of it in forward mode is not differentiated rightly. Write it with "
-    "other operators, or leave derivative at 'auto', which takes the engine 'reverse', and the "
-    "loss uncompiled."
+    "other operators, or leave derivative at 'auto', which takes the engine 'reverse'."
 )
 
 

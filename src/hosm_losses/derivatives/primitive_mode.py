@@ -22,12 +22,10 @@ from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
 from hosm_losses._torch_internals import (
-    changes_in_place,
     checkpoint_hook,
     selective_checkpoint,
     traced,
 )
-from hosm_losses.derivatives.forward_mode import WRONG, wrong_in_forward_mode
 from hosm_losses.derivatives.hooks import looking
 from hosm_losses.derivatives.primitives import AT_FIRST, OF_ONE, PRIMITIVES
 
@@ -38,14 +36,6 @@ CHECKPOINT_ADVICE = (
     "model.enable_gradient_checkpointing(gradient_checkpointing_func=hosm_losses.checkpoint)), "
     "or checkpoint around the loss module."
 )
-FORWARD_ADVICE = (
-    "checkpoint: expected derivative='reverse' or 'taylor' for a network with activation "
-    "checkpoints inside; got forward mode, which refuses these and other hooks of saved tensors, "
-    "such as save_on_cpu. Leave derivative at 'auto' outside torch.compile, turn the checkpoints "
-    "or hooks off, or checkpoint around the loss module."
-)
-
-
 SELECTIVE_ADVICE = (
     "checkpoint: expected one that computes all of its part again; got a selective one, of "
     "torch.utils.checkpoint.create_selective_checkpoint_contexts, whose kept results the engines "
@@ -71,7 +61,6 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         # Not of the class: torch.compile guards what there is, and none is to be added later.
         self.modes: tuple[_SafePrimitives, ...] = ()
-        self.forward = False  # forward mode
         self.recomputed_safely = False  # our checkpoint, whose recomputation will have the mode
 
 
@@ -102,41 +91,25 @@ class _SafePrimitives(TorchFunctionMode):
             return tensor.register_hook(looking(hook))
         if func == _DATA and traced():  # which is shallow, as .detach_() is
             return args[0].detach()
-        if func in (Tensor.detach_, torch.detach_) and self.table is not AT_FIRST:
-            _refuse_shallow()
+        shallow = func in (Tensor.detach_, torch.detach_) and self.table is not AT_FIRST
+        if shallow and traced():
+            raise DerivativeError(DETACH_ADVICE)
         refuse_selective_checkpoint()
         primitive = self.table.get(func)
-        if primitive is not None or _thread.forward:
+        if primitive is not None:
             _refuse_foreign_checkpoint()
-        kwargs = kwargs or {}
-        if _thread.forward and wrong_in_forward_mode(func, args, kwargs):
-            raise DerivativeError(f"network: {func.__name__}: {WRONG}")
-        if _thread.forward and changes_in_place(func):
-            # Forward mode is wrong, in silence, where a tensor changes by a view of itself.
-            args = (*args[:1], *map(_copied, args[1:]))
-            kwargs = {name: _copied(value) for name, value in kwargs.items()}
-        return (primitive or func)(*args, **kwargs)
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+        return (primitive or func)(*args, **(kwargs or {}))
 
 
 def _refuse_foreign_checkpoint() -> None:
     """Raise where torch's own checkpoint surrounds what it cannot recompute as the loss did.
 
-    That is a primitive, and in forward mode everything. One that was on before the mode surrounds
-    the loss, enters the mode again and is right.
+    That is a primitive. One that was on before the mode surrounds the loss, enters the mode again
+    and is right.
     """
     hook = checkpoint_hook()
     if hook not in (None, _thread.modes[-1].around) and not _thread.recomputed_safely:
-        raise ForeignCheckpointError(FORWARD_ADVICE if _thread.forward else CHECKPOINT_ADVICE)
-
-
-def _refuse_shallow() -> None:
-    """Raise for .detach_() under a transform, but for forward mode, which is known to pass it."""
-    if traced() and not _thread.forward:
-        raise DerivativeError(DETACH_ADVICE)
+        raise ForeignCheckpointError(CHECKPOINT_ADVICE)
 
 
 def refuse_selective_checkpoint() -> None:
@@ -148,23 +121,15 @@ def refuse_selective_checkpoint() -> None:
         raise DerivativeError(SELECTIVE_ADVICE)
 
 
-class _Mark:
-    """A block in which something is on in this thread."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
+class _OurCheckpoint:
+    """The first computation of our checkpoint, whose recomputation will have the primitives."""
 
     def __enter__(self) -> None:
-        self.before = getattr(_thread, self.name)
-        setattr(_thread, self.name, True)
+        self.before = _thread.recomputed_safely
+        _thread.recomputed_safely = True
 
     def __exit__(self, *exception: object) -> None:
-        setattr(_thread, self.name, self.before)
-
-
-def without_recomputation() -> AbstractContextManager[None]:
-    """A block of forward mode, in which our checkpoint refuses to work."""
-    return _Mark("forward")
+        _thread.recomputed_safely = self.before
 
 
 def safe_primitives(
@@ -183,19 +148,12 @@ def safe_of_one() -> AbstractContextManager[Any]:
 
 
 def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """torch's non-reentrant checkpoint, whose recomputation has the primitives if this call has.
-
-    A DerivativeError in forward mode, unless autograd is off.
-    """
-    if _thread.forward:
-        if torch.is_grad_enabled():
-            raise DerivativeError(FORWARD_ADVICE)
-        return function(*args, **kwargs)  # nothing is saved; torch's of 2.6 has no jvp
+    """torch's non-reentrant checkpoint; its recomputation has the primitives if this call has."""
     tables = [mode.table for mode in _thread.modes]
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         mode = _SafePrimitives(tables[-1]) if tables else nullcontext()
-        return _Mark("recomputed_safely"), mode
+        return _OurCheckpoint(), mode
 
     return torch.utils.checkpoint.checkpoint(
         function, *args, use_reentrant=False, context_fn=contexts, **kwargs

@@ -96,11 +96,9 @@ def products_beside(
         return cotangent(value.reshape(shape)).detach().reshape(value.shape)
 
     if traced():
-        kinds: list[Any] = []
 
         def parted(point: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             derived = derive(field, point, direction)
-            kinds[:] = [type(derived)]
             return derived.value[0], tuple(part for part in derived if part is not None)
 
         found: Any = torch.func.vjp(parted, x, has_aux=True)
@@ -112,13 +110,12 @@ def products_beside(
             pushed = again(c)[0].detach()
         else:
             pulled, pushed = back(c)[0], None
-        (kind,) = kinds
     else:
         wanted = torch.is_grad_enabled()
         with torch.enable_grad(), explained():
             point = leaf(x, wanted)
             derived = derive(field, point, direction)
-            value, kind = derived.value[0], type(derived)
+            value = derived.value[0]
             refuse_dropped(value)
             # Where it requires a gradient a Function that drops the graph is noticed.
             c = leaf(chosen(value), False) if push or wanted else chosen(value)
@@ -134,4 +131,6 @@ def products_beside(
     if order == 3:
         parts = unfolded([part.squeeze(0) for part in parts], shape)
     pulled, c = pulled.reshape(shape), c.detach().reshape(shape)
-    return Products(kind(*parts), c, pulled, None if pushed is None else pushed.reshape(shape))
+    return Products(
+        Derivatives(*parts), c, pulled, None if pushed is None else pushed.reshape(shape)
+    )

@@ -2,9 +2,8 @@ r"""The choice of the engine that differentiates a field, and what "auto" rememb
 
 What:
     "auto" is the taylor engine. A network that it cannot carry derivatives through is given to
-    reverse mode (which torch.compile cannot trace), and one that PyTorch cannot differentiate
-    twice to forward mode. A failed attempt leaves no trace in buffers and generators. It is
-    remembered, and said once with its price. `check_derivatives` finds what a pass back would.
+    reverse mode, which torch.compile cannot trace. A failed attempt leaves no trace in buffers and
+    generators. It is remembered, and said once. `check_derivatives` finds what a pass back would.
 """
 
 import contextlib
@@ -21,28 +20,17 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hosm_losses._checks import DerivativeError, users_level
 from hosm_losses._torch_errors import DEVICE_ERROR_TEXT, NO_FORWARD, NOT_TWICE
-from hosm_losses._torch_internals import (
-    in_transform,
-    surrounded,
-    traced,
-    versions,
-)
+from hosm_losses._torch_internals import surrounded, traced, versions
 from hosm_losses.derivatives import engines, products
 from hosm_losses.derivatives.backward import DroppedGraphError
 from hosm_losses.derivatives.engines import Derivatives, Field
 from hosm_losses.derivatives.hooks import FINAL, refuse_scripted
-from hosm_losses.derivatives.prices import (
-    EVALUATIONS,
-    kind_of,
-    price_of_another,
-    price_of_forward,
-)
 from hosm_losses.derivatives.primitive_mode import ForeignCheckpointError
 from hosm_losses.derivatives.products import Cotangent, Products
-from hosm_losses.derivatives.taylor import CutError, TaylorError
-from hosm_losses.derivatives.under_compile import CUT, compiled, refuse_statistics
+from hosm_losses.derivatives.taylor import TaylorError
+from hosm_losses.derivatives.under_compile import compiled, refuse_statistics
 
-Engine = Literal["auto", "taylor", "reverse", "forward"]
+Engine = Literal["auto", "taylor", "reverse"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 ASK_THE_CHECK = "check_derivatives(model, x0) names the module and what to do."
 # What code raises that meets a Jet and expected an ordinary tensor.
@@ -51,10 +39,13 @@ JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, 
 
 @dataclass
 class _Choice:
-    """What is remembered of a network: the engines that do not work, why, and what was said."""
+    """What is remembered of a network: the engines that do not work, why, and what was said.
+
+    `said` has whether third="laplacian" was asked for, of each warning that was given.
+    """
 
     refused: dict[str, str] = field(default_factory=dict)
-    said: set[str] = field(default_factory=set)
+    said: set[bool] = field(default_factory=set)
 
 
 _CHOICES: "weakref.WeakKeyDictionary[Any, _Choice]" = weakref.WeakKeyDictionary()
@@ -103,17 +94,6 @@ class Snapshot:
         captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
         self.generators = None if captured else (torch.get_rng_state(), get_device_states(x))
 
-    def refuse_escaped(self) -> None:
-        """Raise where forward mode left a tensor of its own in a buffer, which is put back."""
-        for each in self.buffers:
-            if in_transform(getattr(each.module, each.name)):
-                self.restore(generators=False)
-                raise DerivativeError(
-                    f"network: expected buffers that do not depend on x; got {each.name} of "
-                    f"{type(each.module).__name__}, which is given a tensor that may, and forward "
-                    "mode lets none out. Leave derivative at 'auto', or take 'reverse'."
-                )
-
     def restore(self, *, generators: bool = True) -> None:
         """Put the buffers back, and the generators unless they are to stay where they are."""
         with torch.no_grad():
@@ -134,39 +114,27 @@ def derive(
     *,
     order: int,
     derivative: str = "auto",
-    second_direction: Tensor | None = None,
+    laplacian: bool = False,
     summed: bool = False,
 ) -> Derivatives:
     """The value of a field at x (B, *) and its derivatives along w = `direction` (K, B, *).
 
-    Order 2 gives D; order 3 gives G as well, or C for u = `second_direction`, as `Curved`: not by
-    the reverse engine, and with "auto" only where C costs less than G. If `summed` the sum over
-    the directions is enough, of G, or of C with the direction itself; an engine may give either.
-    Under `torch.no_grad` there is no graph. A DerivativeError where the engine, or with "auto"
-    any engine, cannot differentiate the network.
+    Order 2 gives D; order 3 gives G as well, or in its place C = ∂²f[w, w] if `laplacian` is asked
+    for: by the taylor engine alone, so that with "auto" it may be G. If `summed` the sum of either
+    over the directions is enough; an engine may give that. Under `torch.no_grad` there is no
+    graph. A DerivativeError where the engine, or with "auto" either engine, cannot differentiate
+    the network.
     """
-    compiling = torch.compiler.is_compiling()
+    given = (field, x, direction, order, laplacian, summed)
     if derivative == "auto":
-        return whole(_auto, field, x, direction, order, second_direction, summed)
-    dearer = derivative == "forward" and second_direction is not None
-    if dearer and not compiling:
-        kind = kind_of(direction, order, second_direction)
-        _warn_once(_choice(field.owner), f"forward, {kind}", price_of_forward, kind)
-    # A transform around may have put its own tensors in the place of buffers.
-    before = Snapshot(field.owner, x) if derivative == "forward" and not traced() else None
-    given = (field, x, direction, order, second_direction, summed)
+        return whole(_auto, *given)
     try:
         if derivative == "reverse":
             return engines.reverse(*given)
-        if compiling:
-            refuse_statistics(field.owner, order, second_direction)
-        found = whole(getattr(engines, derivative), *given)
-        if before is not None:
-            before.refuse_escaped()
-        return found
+        if torch.compiler.is_compiling():
+            refuse_statistics(field.owner, order, laplacian)
+        return whole(engines.taylor, *given)
     except TaylorError as error:
-        if compiling and isinstance(error, CutError):
-            raise DerivativeError(CUT.format(error.args[0])) from error
         raise DerivativeError(
             f"network: expected operators that the engine 'taylor' knows; got {error} Leave "
             "derivative at 'auto', which finds another engine."
@@ -179,7 +147,7 @@ def derive(
             raise
         raise DerivativeError(
             f"network: expected operators that the engine {derivative!r} can differentiate; got: "
-            f"{why.splitlines()[0]} Leave derivative at 'auto', which tries the other engines."
+            f"{why.splitlines()[0]} Leave derivative at 'auto', which tries the other engine."
         ) from error
 
 
@@ -191,16 +159,15 @@ def derive_with_products(
     *,
     order: int,
     derivative: str = "auto",
-    second: bool = False,
+    laplacian: bool = False,
     push: bool = False,
 ) -> Products:
     """The same as `derive` with (∂f/∂x)ᵀ c, and if `push` ∂f/∂x c; c = cotangent(f) (C, B, *).
 
-    "auto" is reverse mode, which costs least here, where it can be; then as in `derive`. With
-    `second` the third is ∂²f[w, w], if an engine can.
+    "auto" is reverse mode, which costs least here, where it can be; then as in `derive`.
     """
     given = (field, x, direction, order, cotangent, push)
-    if derivative in ("auto", "reverse") and not second and not traced():
+    if derivative in ("auto", "reverse") and not laplacian and not traced():
         if derivative == "reverse":
             return products.reverse_products(*given)
         if "reverse" not in _choice(field.owner).refused:
@@ -214,8 +181,7 @@ def derive_with_products(
                 _choice(field.owner).refused["reverse"] = str(error)
 
     def derived(field: Field, x: Tensor, direction: Tensor) -> Derivatives:
-        u = direction if second else None
-        return derive(field, x, direction, order=order, derivative=derivative, second_direction=u)
+        return derive(field, x, direction, order=order, derivative=derivative, laplacian=laplacian)
 
     return whole(products.products_beside, derived, *given)
 
@@ -237,22 +203,21 @@ def _auto(
     x: Tensor,
     direction: Tensor,
     order: int,
-    second_direction: Tensor | None,
+    laplacian: bool,
     summed: bool,
 ) -> Derivatives:
+    given = (field, x, direction, order, laplacian, summed)
     if torch.compiler.is_compiling():
-        return compiled(field, x, direction, order, second_direction, summed)
+        return compiled(*given)
     owner = field.owner
     choice = _choice(owner)
     reasons, deep = dict(choice.refused), False
     for engine in ENGINES[1:]:
         if engine in choice.refused:
             continue
-        # C costs less than G by the taylor engine alone.
-        given = second_direction if engine == "taylor" else None
         before = Snapshot(owner, x)
         try:
-            derived = getattr(engines, engine)(field, x, direction, order, given, summed)
+            derived = getattr(engines, engine)(*given)
         except Exception as error:
             refuse_scripted(engine, error)
             if not _another_may_do(engine, error):
@@ -265,8 +230,7 @@ def _auto(
             # How deep calls go depends on who calls, and not on the network alone.
             if not deep and not surrounded():
                 choice.refused.update(reasons)
-            kind = kind_of(direction, order, second_direction)
-            _warn_once(choice, kind, price_of_another, owner, reasons["taylor"], engine, kind)
+            _warn_once(owner, reasons["taylor"], laplacian)
         return derived
     told = "; ".join(f"{engine}: {why}" for engine, why in reasons.items())
     raise DerivativeError(
@@ -276,28 +240,32 @@ def _auto(
 
 
 def _another_may_do(engine: str, error: Exception) -> bool:
-    """Whether another engine may do better; what is wrong with the network is raised by all."""
+    """Whether the other engine may do better; what is wrong with the network is raised by both."""
     text, kinds = str(error), DroppedGraphError | ForeignCheckpointError
     if engine == "reverse":
         return isinstance(error, kinds) or any(words in text for words in NOT_TWICE)
     if isinstance(error, FINAL):
         return False
-    if engine == "taylor":
-        # A device that failed says nothing about the network. What a checkpoint around the loss
-        # raises to end its recomputation is none of these errors.
-        failed = isinstance(error, torch.OutOfMemoryError)
-        failed = failed or any(words in text for words in DEVICE_ERROR_TEXT)
-        return isinstance(error, JET_ERRORS) and not failed
-    return isinstance(error, RuntimeError)
+    # A device that failed says nothing about the network. What a checkpoint around the loss
+    # raises to end its recomputation is none of these errors.
+    failed = isinstance(error, torch.OutOfMemoryError)
+    failed = failed or any(words in text for words in DEVICE_ERROR_TEXT)
+    return isinstance(error, JET_ERRORS) and not failed
 
 
-def _warn_once(choice: _Choice, kind: str, text: Callable[..., str], *args: object) -> None:
-    """Warn, once for a network and a kind of loss."""
-    if kind not in choice.said:
-        choice.said.add(kind)
-        warnings.warn(text(*args), stacklevel=users_level())
+def _warn_once(owner: object, why: str, laplacian: bool) -> None:
+    """Say that reverse mode takes over, once for a network; where it takes G for C once more."""
+    said = _choice(owner).said
+    if laplacian not in said:
+        said.add(laplacian)
+        exact = ", and third='exact' that of 'laplacian'" if laplacian else ""
+        warnings.warn(
+            f"derivative='auto': the engine 'taylor' cannot differentiate {type(owner).__name__} "
+            f"({why.rstrip('.')}), so reverse mode, which is slower, takes its place{exact}.",
+            stacklevel=users_level(),
+        )
 
 
-def say_no_price(owner: object) -> None:
+def never_warn(owner: object) -> None:
     """Give no warning about this network: it is a copy, and no training step is taken."""
-    _choice(owner).said.update(EVALUATIONS, [f"forward, {kind}" for kind in EVALUATIONS])
+    _choice(owner).said.update((False, True))

@@ -67,8 +67,8 @@ SMOOTH = (
     "does."
 )
 CUSTOM = (
-    "A custom autograd.Function needs a backward, and a jvp, that can be differentiated again: "
-    "write them with differentiable operators, or use the package's plain implementation."
+    "A custom autograd.Function needs a backward that can be differentiated again: write it with "
+    "differentiable operators, or use the package's plain implementation."
 )
 FUSED = (
     "Fused attention kernels have no second derivative: switch to the package's plain attention, "
@@ -85,10 +85,9 @@ REMEDIES = {
     ),
     "attentionop": (
         "EDM's attention operator is right in reverse mode at orders two and three, with "
-        "derivative='auto' or 'reverse' and third='exact'. What goes forward cannot follow it: "
-        "derivative='taylor' and 'forward', and third='laplacian' and 'sliced' (which 'auto' "
-        "replaces by 'exact'). For these, and for ode_nll to take several probes at once, compute "
-        "the same weights with torch.softmax in its place."
+        "derivative='auto' or 'reverse' and third='exact'. The engine 'taylor' cannot follow it, "
+        "nor third='laplacian', which 'auto' replaces by 'exact'. For these, and for ode_nll to "
+        "take several probes at once, compute the same weights with torch.softmax in its place."
     ),
     "upfirdn2d": (
         "The compiled upfirdn2d drops higher derivatives: choose its reference implementation "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hosm_losses._torch_internals import custom_function, graph_nodes
-from hosm_losses.derivatives import ASK_THE_CHECK, Field, safe_primitives, say_no_price
+from hosm_losses.derivatives import ASK_THE_CHECK, Field, never_warn, safe_primitives
 from hosm_losses.diagnostics.differences import Check, Smoothness, random_like, reseed
 from hosm_losses.model import NetworkField, NoiseField, map_tensors, tensors_in
 
@@ -86,7 +86,7 @@ def floats_in(value: Any) -> list[Tensor]:
 
 def attempt(check: Check, field: Field, x: Tensor) -> str | None:
     """Say what is wrong with a field, or that a derivative cannot be taken."""
-    say_no_price(field.owner)
+    never_warn(field.owner)
     try:
         return check.find(field, x)
     except (torch.OutOfMemoryError, Warning):

@@ -12,8 +12,8 @@ def from_edm(net: Any) -> ScoreModel:
 
     The noise runs over the network's sigma_min and sigma_max, within [0.002, 80], the range of
     EDM's sampler. One-hot labels go into `model_kwargs` as class_labels. EDM's own loss is
-    the weighting `lambda t: (t**2 + sigma_data**2) / sigma_data**2`. The estimators "laplacian"
-    and "sliced" need a plain attention in the place of EDM's.
+    the weighting `lambda t: (t**2 + sigma_data**2) / sigma_data**2`. third="laplacian" needs a
+    plain attention in the place of EDM's.
 
     Raises:
         TypeError: for a network without sigma_min and sigma_max.

@@ -103,9 +103,8 @@ def third_order_dsm(
             multiplies the estimates of two independent probes, or halves of the probes, with each
             other. Its mean is that of probes="exact", almost without the noise of the probes, for
             about twice the cost of a step with one. Terms of single samples may then be
-            negative. Not with third="sliced".
-        distribution: "rademacher", "gaussian", "sphere" or "dct". Not with probes="exact", but for
-            third="sliced".
+            negative.
+        distribution: "rademacher", "gaussian", "sphere" or "dct". Not with probes="exact".
         weights: (first, second, trace, third), numbers of at least 0 or tensors of one element, in
             a list, a tuple, an array or a tensor; all 1, the paper's for images, if None or
             "paper". For few dimensions the paper has (1, 0.5, 0, 0.1 * d**2). The modules take
@@ -120,15 +119,13 @@ def third_order_dsm(
             in log σ̂, and reweights, so that the mean of every term stays what it was; of a table
             it draws whole indices. A callable (batch size, generator) → t (B,) is used as if its t
             had been given. None is "log_sigma_hat" with weighting="likelihood", else "schedule".
-        derivative: "auto", "taylor", "reverse" or "forward"; see the page on derivatives.
+        derivative: "auto", "taylor" or "reverse"; see the page on derivatives.
         third: how the third order is estimated. "exact" matches G = σ² ∇(vᵀ ∂f v), as in the
             paper. "laplacian" matches σ² ∂²f[v, v] to the same target for three quarters of the
             cost: equal to "exact" if the Jacobian is symmetric, as the true score's; otherwise
             another objective, leaving ∇tr(∂f) partly unconstrained. With estimator="paired" it
-            costs more than "exact", 42 evaluations against 25. "sliced" matches u·r3 for a second
-            random u: its mean is that of "exact", its variance larger, without a backward pass.
-            Where derivative="auto" finds no engine that makes them cheaper, "exact" takes their
-            place, with a warning.
+            costs more than "exact", 42 evaluations against 25. Where derivative="auto" takes
+            reverse mode, "exact" takes its place, with a warning.
         fraction: the part of the batch, chosen at random, on which orders two and three are
             evaluated: max(1, round(fraction · B)) rows. Unbiased.
         generator: the source of randomness, on the device of x0; the global one if None.

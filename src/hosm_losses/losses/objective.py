@@ -216,7 +216,7 @@ def _directions(
     options: LossOptions,
     generator: torch.Generator | None,
 ) -> Directions:
-    """For the rows: v as given, all unit vectors, or drawn; and u, drawn."""
+    """For the rows: v as given, all unit vectors, or drawn."""
     chosen = x if rows is None else x[rows]
     if probe is not None:
         v = _given_probe(x, probe, options)
@@ -227,12 +227,7 @@ def _directions(
         v = draw_probes(
             chosen, options.probes or options.default_probes, options.distribution, generator
         )
-    if options.order < 3 or options.third != "sliced":
-        return Directions(v)
-    # r3 is summed over all unit vectors before it is squared: one u for all of them.
-    count = 1 if options.probes == "exact" else len(v)
-    u = draw_probes(chosen, count, options.distribution, generator)
-    return Directions(v, u)
+    return Directions(v)
 
 
 def _given_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:

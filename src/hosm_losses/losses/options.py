@@ -24,7 +24,7 @@ from hosm_losses.losses.weighting import TimeSampler, Weighting, check_weighting
 from hosm_losses.probes import DISTRIBUTIONS, Distribution
 
 Reduction = Literal["mean", "sum", "none"]
-Third = Literal["exact", "laplacian", "sliced"]
+Third = Literal["exact", "laplacian"]
 Estimator = Literal["hutchinson", "paired"]
 Probes = int | Literal["exact"]
 Weights = Sequence[float | Tensor] | np.ndarray | Tensor
@@ -152,8 +152,8 @@ class LossOptions:
         check_choice("third", self.third, get_args(Third))
         if self.third != "exact" and self.derivative == "reverse":
             raise ValueError(
-                "derivative: expected 'auto', 'taylor' or 'forward', which can take a second "
-                f"derivative forward, with third={self.third!r}; got 'reverse'."
+                "derivative: expected 'auto' or 'taylor', which can carry a second derivative, "
+                f"with third={self.third!r}; got 'reverse'. Take third='exact' with it."
             )
         check_choice("reduction", self.reduction, get_args(Reduction))
         part = "a number in (0, 1]"
@@ -170,7 +170,7 @@ class LossOptions:
             self._keep("probes", self.default_probes)
         if not (isinstance(self.probes, str) and self.probes == "exact"):
             self._keep("probes", check_whole("probes (or 'exact')", self.probes, 1))
-        elif self.order > 1 and self.third != "sliced":
+        elif self.order > 1:
             check_idle("distribution", self.distribution, "rademacher", "probes='exact'")
         if self.default_probes == 1:
             return
@@ -183,11 +183,6 @@ class LossOptions:
             raise ValueError(
                 "probes: expected 2 or more random ones, the estimates of which are multiplied "
                 f"with each other; got {self.probes!r}, {why}."
-            )
-        if self.third == "sliced":
-            raise ValueError(
-                "third: expected 'exact' or 'laplacian' with estimator='paired', which multiplies "
-                "two vectors; got 'sliced', which has one number of each."
             )
 
     @property

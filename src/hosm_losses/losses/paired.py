@@ -77,7 +77,7 @@ def paired_terms(
     if second or options.order == 3:
         laplacian = options.order == 3 and options.third == "laplacian"
         found = field.derive_with_products(
-            x, direction, ell_of, second=laplacian, push=options.order == 3, **chosen
+            x, direction, ell_of, laplacian=laplacian, push=options.order == 3, **chosen
         )
         derived, pulled, pushed = found.derived, found.pulled, found.pushed
     else:

@@ -27,9 +27,7 @@ Why the detach:
 Terms of a sample, d the number of its elements, averaged over probes:
     first = ‖r1‖²/d      second = ‖r2‖²/d²      trace = rt²/d²      third = ‖r3‖²/d³
 
-    With the sliced estimator third = (u·r3)²/d³ for another random u, in which u·G = v·C with the
-    curvature C = σ² ∂²f[v, u]: of covariance one, u leaves the mean as it was. With
-    probes="exact" the terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖² of the whole Jacobian and of the
+    With probes="exact" the terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖² of the whole Jacobian and of the
     gradient of its trace. With random probes the second term has the same mean; the trace and
     third terms have a mean that is larger by the spread over probes, which is zero at the true
     score. For a field free to take any value the minimiser is the same; for a restricted family
@@ -61,7 +59,6 @@ from hosm_losses._checks import (
     may_look,
     over_elements,
 )
-from hosm_losses.derivatives import Curved
 from hosm_losses.losses.options import LossOptions
 from hosm_losses.model import NoiseField
 
@@ -124,10 +121,9 @@ class Inputs(NamedTuple):
 
 
 class Directions(NamedTuple):
-    """The probes v (K, B, *), without which there is the first term alone, and u of "sliced"."""
+    """The probes v (K, B, *), without which there is the first term alone."""
 
     probe: Tensor | None = None
-    other: Tensor | None = None
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -209,25 +205,21 @@ def terms_along(
     field: NoiseField, inputs: Inputs, directions: Directions, options: LossOptions
 ) -> DSMTerms:
     """The terms of every sample, along given directions."""
-    probe, other = directions
+    probe = directions.probe
     if probe is None:
         return only_first(field, inputs)
     x, noise = inputs.x, inputs.noise
     sigma = expand_right(inputs.sigma, x)
     direction = (sigma * probe).to(x.dtype)
-    second_direction = None
-    if options.order == 3 and options.third != "exact":
-        second_direction = direction if other is None else (sigma * other).to(x.dtype)
     exact = options.probes == "exact"
-    derived = field.derive(
+    value, directional, last = field.derive(
         x,
         direction,
         order=options.order,
         derivative=options.derivative,
-        second_direction=second_direction,
+        laplacian=options.order == 3 and options.third == "laplacian",
         summed=exact,
     )
-    value, directional, last = derived
     value, directional, noise, probe = map(at_least_float32, (value, directional, noise, probe))
     elements = float(x[0].numel())  # the cube may be no integer of 64 bits
     residual = first_residual(value, noise)
@@ -241,8 +233,6 @@ def terms_along(
     if last is None:
         return DSMTerms(first, second, trace)
     last, target = at_least_float32(last), third_target(shared)
-    if other is not None and isinstance(derived, Curved):
-        last, target = inner(probe, last), inner(at_least_float32(other), target)
     if exact:
         last, target = last.sum(0, keepdim=True), target.sum(0, keepdim=True)
     return DSMTerms(first, second, trace, _mean_square(last - target) / elements**3)

@@ -103,7 +103,7 @@ class NoiseField(ConditionedModel):
         *,
         order: int,
         derivative: str = "auto",
-        second_direction: Tensor | None = None,
+        laplacian: bool = False,
         summed: bool = False,
     ) -> Derivatives:
         """f, D and G or C at x along directions (K, B, *): those of the network, put together.
@@ -117,7 +117,7 @@ class NoiseField(ConditionedModel):
             direction,
             order=order,
             derivative=derivative,
-            second_direction=second_direction,
+            laplacian=laplacian,
             summed=summed,
         )
         return self._of_field(derived, x, direction)
@@ -148,7 +148,7 @@ class NoiseField(ConditionedModel):
         """The derivatives of f, from those of the network."""
         value, directional, third = derived
         p, q = self.model.affine(self.t, x)
-        return type(derived)(
+        return Derivatives(
             self._of_value(value, x, p, q),
             -to_noise(directional, direction, p, q),
             None if third is None else -to_noise(third, None, p, q),

@@ -33,6 +33,5 @@ from hosm_losses.derivatives.taylor import (  # noqa: F401
 from hosm_losses.derivatives.taylor.jet import Jet as Jet
 from hosm_losses.derivatives.taylor.jet import TaylorError as TaylorError
 from hosm_losses.derivatives.taylor.jet import carried as carried
-from hosm_losses.derivatives.taylor.table import CutError as CutError
 
 methods.define()

@@ -18,7 +18,7 @@ from hosm_losses.derivatives.taylor.arguments import jet_among
 from hosm_losses.derivatives.taylor.derived import differentiated
 from hosm_losses.derivatives.taylor.jet import Jet, call, written
 from hosm_losses.derivatives.taylor.selection import picked, picks
-from hosm_losses.derivatives.taylor.table import RULES, CutError, Function, TaylorError, rule
+from hosm_losses.derivatives.taylor.table import RULES, Function, TaylorError, rule
 
 # What changes more than the values of its object.
 REFUSED = """
@@ -67,8 +67,7 @@ def _on_a_copy(change: Function) -> Callable[..., Tensor]:
 
 def _refused(change: Function) -> Callable[..., Any]:
     def refused(*_args: Any, **_named: Any) -> Any:
-        kind = CutError if change.__name__ == "detach_" else TaylorError
-        raise kind(f"{change.__name__}: changes more in place than the values of a tensor.")
+        raise TaylorError(f"{change.__name__}: changes more in place than the values of a tensor.")
 
     return refused
 

@@ -24,10 +24,6 @@ class TaylorError(RuntimeError):
     """A network the Taylor engine cannot differentiate; another engine may."""
 
 
-class CutError(TaylorError):
-    """A cut of the graph that reverse mode sees and forward mode does not, as by torch.no_grad."""
-
-
 class NoRule(Exception):  # noqa: N818 - it never reaches a user
     """A call that a rule does not know; PyTorch's own function is differentiated in its place."""
 
