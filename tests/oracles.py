@@ -215,29 +215,20 @@ class AttentionNet(nn.Module):
         return self.outer(torch.tanh(hidden + mixed))
 
 
-class SavesItsInput(torch.autograd.Function):
-    """What a custom Function needs that has a forward derivative too: its input, for both ways."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-
-class Detaches(SavesItsInput):
-    """Cubes, right by forward mode, with a backward that loses its graph."""
+class Detaches(torch.autograd.Function):
+    """Cubes, with a backward that loses its graph."""
 
     @staticmethod
     def forward(x):
         return x**3
 
     @staticmethod
-    def backward(ctx, grad):
-        return (3 * ctx.saved_tensors[0] ** 2 * grad).detach()
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def jvp(ctx, tangent):
-        return 3 * ctx.saved_tensors[0] ** 2 * tangent
+    def backward(ctx, grad):
+        return (3 * ctx.saved_tensors[0] ** 2 * grad).detach()
 
 
 class OnceDifferentiable(Detaches):
@@ -246,16 +237,8 @@ class OnceDifferentiable(Detaches):
     backward = staticmethod(once_differentiable(Detaches.backward))
 
 
-class WithoutForward(torch.autograd.Function):
-    """Cubes that can be differentiated once, and by no engine."""
-
-    forward = staticmethod(Detaches.forward)
-    setup_context = staticmethod(Detaches.setup_context)
-    backward = staticmethod(OnceDifferentiable.backward)
-
-
 class Cubes(nn.Module):
-    """A network for forward mode alone."""
+    """A network that no engine can differentiate twice."""
 
     def __init__(self):
         super().__init__()
@@ -263,6 +246,17 @@ class Cubes(nn.Module):
 
     def forward(self, x, t):
         return OnceDifferentiable.apply(self.layer(x))
+
+
+class Spectral(nn.Module):
+    """A network for reverse mode alone: its layer is seen through complex numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x, t):
+        return torch.fft.ifft(torch.fft.fft(self.layer(x).sin())).real
 
 
 def randomise(module: nn.Module) -> None:
@@ -320,12 +314,10 @@ def dense_terms(
     exact=False,
     frozen=None,
     third="ijk,i,j->k",
-    others=None,
 ):
     """The four terms of one sample from dense arrays; `frozen` holds (ℓ, ∂f/∂x) of the detach.
 
-    `third` contracts ∂²f with a probe twice: by default it is the gradient of vᵀ ∂f v. With
-    `others`, a u for each probe or one for "exact", the third term is that of u·r3.
+    `third` contracts ∂²f with a probe twice: by default it is the gradient of vᵀ ∂f v.
     """
     d = f.numel()
     noise, probes = noise.reshape(-1), probes.reshape(len(probes), -1)
@@ -339,10 +331,9 @@ def dense_terms(
             - (sigma * held.trace() + d) * ell
             - 2 * (sigma * held + torch.eye(d)) @ ell
         )
-        r3 = r3 if others is None else others[0].dot(r3)
         return first, (m2**2).sum() / d**2, m2.trace() ** 2 / d**2, (r3**2).sum() / d**3
     squares = []
-    for number, v in enumerate(probes):
+    for v in probes:
         along, along_held = sigma * jacobian @ v, sigma * held @ v
         slope = ell.dot(v)
         r2 = along + v - slope * ell
@@ -353,7 +344,6 @@ def dense_terms(
             - (v.dot(along_held) + v.dot(v)) * ell
             - 2 * slope * (along_held + v)
         )
-        r3 = r3 if others is None else others[number].dot(r3)
         squares.append(torch.stack([(r2**2).sum() / d**2, rt**2 / d**2, (r3**2).sum() / d**3]))
     return first, *torch.stack(squares).mean(0)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.derivatives.select import _CHOICES
-from tests.oracles import MLP, Cubes, WithoutForward
+from tests.oracles import MLP, OnceDifferentiable, Spectral
 
 VP = hosm.VPSchedule()
 TABLE = hosm.DiscreteSchedule([0.9, 0.5, 0.1])
@@ -105,9 +105,9 @@ def test_what_the_network_writes_to_is_its_own():
         assert torch.equal(value, state[name])
 
 
-def test_nothing_is_said_of_prices_and_nothing_remembered():
-    """Cubes are differentiated in forward mode, of whose price a training step would warn."""
-    network = Cubes().double()
+def test_nothing_is_said_of_engines_and_nothing_remembered():
+    """It is differentiated in reverse mode, of which a training step would warn."""
+    network = Spectral().double()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         hosm.check_derivatives(hosm.ScoreModel(network, VP), X0)
@@ -137,9 +137,9 @@ def test_nothing_is_remembered_of_a_function():
     layer = nn.Linear(3, 3).double()
 
     def network(x, t):
-        return Cubes.forward(cubes, layer(x), t)
+        return Spectral.forward(inner, layer(x), t)
 
-    cubes = Cubes().double()
+    inner = Spectral().double()
     hosm.check_derivatives(hosm.ScoreModel(network, VP), X0)
     assert network not in set(_CHOICES)
 
@@ -152,7 +152,7 @@ def test_it_never_advises_to_call_itself(order):
             self.layer = nn.Linear(3, 3).double()
 
         def forward(self, x, t):
-            return WithoutForward.apply(self.layer(x))
+            return OnceDifferentiable.apply(self.layer(x))
 
     with pytest.raises(hosm.DerivativeError, match="by any engine") as caught:
         hosm.check_derivatives(hosm.ScoreModel(Network(), VP), X0, order)

@@ -75,8 +75,8 @@ def test_an_operator_without_a_rule_in_batches_of_two_sizes(order, options):
 
 
 @pytest.mark.parametrize("order", [2, 3])
-def test_a_network_for_forward_mode_in_batches_of_two_sizes(order):
-    """What the Taylor engine refuses there, as complex numbers."""
+def test_a_network_for_reverse_mode_in_batches_of_two_sizes(order):
+    """The Taylor engine refuses complex numbers: the loss runs in eager mode."""
     module = built(order, Function(lambda x: torch.fft.irfft(torch.fft.rfft(x).square(), n=8)))
     assert_same_in_every_batch(module, compiled(module, dynamic=True))
 

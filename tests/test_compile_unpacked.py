@@ -72,7 +72,6 @@ LOSSES = {
     "order two": hosm.SecondOrderDSM,
     "order three": hosm.ThirdOrderDSM,
     "laplacian": lambda model: hosm.ThirdOrderDSM(model, third="laplacian"),
-    "sliced": lambda model: hosm.ThirdOrderDSM(model, third="sliced"),
     "exact": lambda model: hosm.ThirdOrderDSM(model, probes="exact"),
     "paired": lambda model: hosm.ThirdOrderDSM(model, estimator="paired"),
 }

@@ -14,7 +14,7 @@ from hosm_losses.model import noise_field
 D = 3072  # an image of 32 by 32: ‖v‖⁴ is far outside float16
 HALVES = [torch.float16, torch.bfloat16]
 FUNCTIONS = {1: hosm.first_order_dsm, 2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
-THIRDS = ("exact", "laplacian", "sliced")
+THIRDS = ("exact", "laplacian")
 
 
 class Elementwise(nn.Module):
@@ -138,7 +138,7 @@ def test_the_rate_of_stein_is_made_of_the_noise_that_was_drawn():
     torch.testing.assert_close(*found, rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("derivative", ["auto", "taylor", "reverse", "forward"])
+@pytest.mark.parametrize("derivative", ["auto", "taylor", "reverse"])
 @pytest.mark.parametrize("third", THIRDS)
 @pytest.mark.parametrize("half", HALVES)
 def test_the_terms_of_every_engine_equal_float64(half, third, derivative):
@@ -156,7 +156,7 @@ def test_the_terms_of_every_engine_equal_float64(half, third, derivative):
         close(got.detach(), expected.detach(), half)
 
 
-@pytest.mark.parametrize("derivative", ["auto", "taylor", "forward"])
+@pytest.mark.parametrize("derivative", ["auto", "taylor"])
 @pytest.mark.parametrize("half", HALVES)
 def test_the_terms_of_two_probes_equal_float64(half, derivative):
     """Relative to the sums that cancel in them, of which each term is a small difference."""

@@ -10,7 +10,7 @@ from tests.oracles import networks
 
 VP = hosm.VPSchedule()
 MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
-ENGINES = ("auto", "taylor", "reverse", "forward")
+ENGINES = ("auto", "taylor", "reverse")
 SCHEDULES = {
     "vp": VP,
     "ve": hosm.VESchedule(),
@@ -113,21 +113,20 @@ def test_engines_and_probes(order, engine, probes, name):
 
 
 @pytest.mark.parametrize("probes", [1, 2, "exact"])
-@pytest.mark.parametrize("engine", ["auto", "taylor", "forward"])
-@pytest.mark.parametrize("third", ["laplacian", "sliced"])
-def test_third_orders_that_go_forward(third, engine, probes):
-    passes(3, {"derivative": engine, "probes": probes, "third": third}, "attention")
+@pytest.mark.parametrize("engine", ["auto", "taylor"])
+def test_the_laplacian(engine, probes):
+    passes(3, {"derivative": engine, "probes": probes, "third": "laplacian"}, "attention")
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv"])
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian", "sphere", "dct"])
-@pytest.mark.parametrize("third", ["exact", "laplacian", "sliced"])
+@pytest.mark.parametrize("third", ["exact", "laplacian"])
 def test_distributions(third, distribution, name):
     passes(3, {"distribution": distribution, "third": third, "probes": 2}, name)
 
 
-@pytest.mark.parametrize("third", ["exact", "laplacian", "sliced"])
-@pytest.mark.parametrize("engine", ["auto", "taylor", "forward", "reverse"])
+@pytest.mark.parametrize("third", ["exact", "laplacian"])
+@pytest.mark.parametrize("engine", ["auto", "taylor", "reverse"])
 def test_fractions(engine, third):
     if third != "exact" and engine == "reverse":
         third = "exact"

@@ -40,13 +40,6 @@ def test_the_default_engine_has_the_gradients_of_reverse_mode(name, order):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("third", ["laplacian", "sliced"])
-@pytest.mark.parametrize("name", list(NETWORKS)[:3])
-def test_and_those_of_forward_mode(name, third):
-    found = [gradients(name, 3, third=third, derivative=each) for each in ("auto", "forward")]
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
-
-
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_paired_probes_in_reverse_mode_have_the_gradients_of_the_taylor_engine(name, order):

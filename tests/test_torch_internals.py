@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hosm_losses import _torch_errors
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import may_look
-from tests.oracles import WithoutForward
+from tests.oracles import OnceDifferentiable
 from tests.versions import tells_hooks
 
 
@@ -197,7 +197,7 @@ def twice(function):
 def test_a_custom_function_is_told_from_an_operator():
     """_forward_cls: 2.6 to 2.13."""
     x = torch.ones(2, requires_grad=True)
-    assert internals.custom_function(WithoutForward.apply(x).grad_fn) is WithoutForward
+    assert internals.custom_function(OnceDifferentiable.apply(x).grad_fn) is OnceDifferentiable
     assert internals.custom_function(x.sin().grad_fn) is None
 
 
@@ -251,12 +251,12 @@ def test_what_was_made_in_inference_mode_says_so():
 def test_a_backward_marked_once_differentiable_is_passed_by():
     """torch::autograd::Error: 2.6 to 2.13."""
     x = torch.ones(2, requires_grad=True)
-    twice(lambda x: WithoutForward.apply(x.sin()).sin())
+    twice(lambda x: OnceDifferentiable.apply(x.sin()).sin())
     kept, (lost,) = (
         x * 2,
-        torch.autograd.grad(WithoutForward.apply(x.sin()).sum(), x, create_graph=True),
+        torch.autograd.grad(OnceDifferentiable.apply(x.sin()).sum(), x, create_graph=True),
     )
-    (once,) = torch.autograd.grad(WithoutForward.apply(x).sin().sum(), x, create_graph=True)
+    (once,) = torch.autograd.grad(OnceDifferentiable.apply(x).sin().sum(), x, create_graph=True)
     assert internals.has_graph(kept)
     assert internals.has_graph(lost)
     assert not internals.has_graph(once)

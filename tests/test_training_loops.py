@@ -19,7 +19,7 @@ from tests.versions import tells_hooks
 MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}
 ENGINES = [
     (1, None),
-    *((order, engine) for order in (2, 3) for engine in ("auto", "reverse", "forward", "taylor")),
+    *((order, engine) for order in (2, 3) for engine in ("auto", "reverse", "taylor")),
 ]
 HIGHER = ENGINES[1:]
 engines = pytest.mark.parametrize(("order", "engine"), ENGINES)
@@ -131,7 +131,7 @@ def test_a_scale_that_overflows_skips_the_step_and_falls(order, engine):
     ("order", "weights"),
     [(2, None), (2, (0, 1, 0)), (2, (0, 0, 1)), (3, None), (3, (0, 0, 0, 1))],
 )
-@pytest.mark.parametrize("engine", ["auto", "taylor", "reverse", "forward"])
+@pytest.mark.parametrize("engine", ["auto", "taylor", "reverse"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gradient_under_autocast_is_near_that_of_float32(order, weights, engine, dtype):
     module = loss_module(order, engine, Mixed(width=16).float(), weights=weights)
@@ -221,12 +221,7 @@ def test_a_deep_copy_keeps_its_weights_while_the_original_trains(order, engine):
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-# The third order in forward mode is of no use here: torch.func.grad refuses what saves tensors
-# for a checkpoint, with an error.
-@pytest.mark.parametrize(
-    ("order", "engine"),
-    [case for case in ENGINES if case != (3, "forward")],
-)
+@engines
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_checkpoint_around_the_loss_changes_nothing(order, engine, dropout):
     module = loss_module(order, engine, Mixed(dropout=dropout))

@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import hosm_losses as hosm
-from hosm_losses.derivatives.prices import EVALUATIONS
 from hosm_losses.derivatives.select import ENGINES, _choice
-from tests.oracles import MLP, WithoutForward, networks
+from tests.oracles import MLP, OnceDifferentiable, networks
 from tests.versions import tells_hooks
 
 LOSSES = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
@@ -77,7 +76,7 @@ def test_a_refused_attempt_leaves_no_trace(order):
 
 class Never(Late):
     def forward(self, x, t):
-        return WithoutForward.apply(super().forward(x, t))
+        return OnceDifferentiable.apply(super().forward(x, t))
 
 
 def test_no_engine_leaves_no_trace_either():
@@ -118,10 +117,9 @@ def refused(x, t):
     return by_frequency(x.sin() + t[:, None])
 
 
-@pytest.mark.parametrize("kind", list(EVALUATIONS))
-def test_a_dearer_engine_is_a_warning_with_its_price_once(kind):
-    order = 2 if kind == "order two" else 3
-    options = {} if order == 2 else {"third": kind.split("'")[1]}
+@pytest.mark.parametrize("options", [{}, {"third": "exact"}, {"third": "laplacian"}], ids=str)
+def test_a_slower_engine_is_a_warning_once(options):
+    order = 3 if options else 2
     layer = nn.Linear(3, 3)
     model = hosm.ScoreModel(lambda x, t: layer(refused(x, t)), hosm.VPSchedule())
     with warnings.catch_warnings(record=True) as said:
@@ -130,45 +128,30 @@ def test_a_dearer_engine_is_a_warning_with_its_price_once(kind):
             LOSSES[order](model, torch.randn(4, 3), **options)
     (told,) = [str(each.message) for each in said]
     assert said[0].filename == __file__  # the user's line, not one of the library
-    costs = EVALUATIONS["order two" if order == 2 else "third='exact'"]
     assert f"{REFUSED} function" in told
     assert "makes complex numbers" in told
-    assert f"'reverse' takes its place: for {kind} a training step takes" in told
-    assert f"takes {costs['reverse']} evaluations of the network" in told
-    own = EVALUATIONS[kind]["taylor"]
-    assert (f"network instead of {own}, and more" in told) == (own != costs["reverse"])
-    dearer = "costs more than 'exact', 22 evaluations" in told
-    assert dearer == (kind in ("third='laplacian'", "third='sliced'"))
+    replaced = "third='exact' that of 'laplacian'" in told
+    assert replaced == (options == {"third": "laplacian"})
 
 
-@pytest.mark.parametrize("third", ["laplacian", "sliced"])
-def test_forward_mode_says_where_it_costs_more_than_the_exact_form(third):
-    model, x0 = hosm.ScoreModel(works(), hosm.VPSchedule()), torch.randn(4, 3)
-    with pytest.warns(UserWarning, match="takes 22 .* for third='exact' 16; the engine 'taylor'"):
-        hosm.third_order_dsm(model, x0, third=third, derivative="forward")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once
-        hosm.third_order_dsm(model, x0, third=third, derivative="forward")
-        hosm.third_order_dsm(model, x0, derivative="forward")
+def test_a_replaced_objective_is_said_after_a_slower_engine_was():
+    layer = nn.Linear(3, 3)
+    model = hosm.ScoreModel(lambda x, t: layer(refused(x, t)), hosm.VPSchedule())
+    with pytest.warns(UserWarning, match="takes its place.$"):
+        hosm.dsm_terms(model, torch.randn(4, 3), order=2, third="laplacian")
+    with pytest.warns(UserWarning, match="that of 'laplacian'.$"):
+        hosm.third_order_dsm(model, torch.randn(4, 3), third="laplacian")
 
 
-@pytest.mark.parametrize("third", ["laplacian", "sliced"])
-def test_auto_takes_the_cheaper_objective_where_the_other_costs_more(third):
+def test_where_taylor_is_refused_exact_takes_the_place_of_laplacian():
     layer = nn.Linear(3, 3)
     model = hosm.ScoreModel(lambda x, t: layer(refused(x, t)), hosm.VPSchedule())
     x0, noise, probe = torch.randn(3, 4, 3).unbind()
     given = {"t": torch.linspace(0.2, 0.7, 4), "noise": noise, "probe": probe}
     with quiet():
-        got = hosm.dsm_terms(model, x0, third=third, **given)
+        got = hosm.dsm_terms(model, x0, third="laplacian", **given)
     exact = hosm.dsm_terms(model, x0, derivative="reverse", **given)
-    kept = hosm.dsm_terms(model, x0, third=third, derivative="forward", **given)
     torch.testing.assert_close(got, exact, rtol=0, atol=0)
-    assert not torch.allclose(kept.third, exact.third)
-
-
-def test_the_evaluations_of_the_table_are_those_of_the_documentation():
-    assert EVALUATIONS["order two"] == {"taylor": 6, "reverse": 7, "forward": 8}
-    assert EVALUATIONS["third='exact'"] == {"taylor": 12, "reverse": 12, "forward": 16}
 
 
 def works():
@@ -291,7 +274,7 @@ def test_a_checkpoint_around_the_loss_keeps_the_engine():
 
 
 class Mixed(nn.Module):
-    """An operator without a rule, which the Taylor engine differentiates in forward mode."""
+    """An operator without a rule, which the Taylor engine gives to torch.func.jvp."""
 
     def __init__(self):
         super().__init__()
@@ -335,7 +318,7 @@ def wrong_in_two_threads(times, once, expected):
     ids=str,
 )
 def test_two_threads_do_not_disturb_each_other(order, options):
-    """Levels of forward mode are the process's: of 400 losses every one is what it is alone."""
+    """Levels of torch.func.jvp are the process's: 400 losses are what they are alone."""
     model = hosm.ScoreModel(Mixed(), hosm.VPSchedule())
     x0, noise, probe = torch.randn(3, 2, 3).unbind()
     given = {"t": torch.tensor([0.3, 0.6]), "noise": noise, "probe": probe}
@@ -348,7 +331,7 @@ def test_two_threads_do_not_disturb_each_other(order, options):
 
 
 def test_threads_that_take_derivatives_in_time():
-    """Rates of a schedule are taken in forward mode as well."""
+    """Rates of a schedule are taken by torch.func.jvp as well."""
     schedule = hosm.CosineSchedule()
     t = torch.linspace(0.1, 0.9, 5)
     expected = torch.stack(schedule.rates(t))

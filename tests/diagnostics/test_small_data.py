@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from tests.diagnostics.test_check import Around, Custom, Detached, DropsGraph, DropsTangent
+from tests.diagnostics.test_check import Around, Custom, Detached, DropsGraph, DropsPart
 
 VP = hosm.VPSchedule()
 SIZES = [1e-1, 1e-2, 3e-3, 1e-3, 1e-5]
@@ -47,7 +47,7 @@ def test_nor_is_a_function_that_has_no_parameters():
 FAULTS = {
     "a detach": (Detached, "auto"),
     "a lost graph": (lambda: Custom(DropsGraph), "reverse"),
-    "a lost tangent": (lambda: Custom(DropsTangent), "forward"),
+    "a part of a graph lost": (lambda: Custom(DropsPart), "reverse"),
 }
 
 

@@ -87,9 +87,9 @@ def _both(engine: str, kind: type[Exception], words: str) -> dict[tuple[str, int
     return {(engine, order): (kind, words) for order in (2, 3)}
 
 
-CHECKPOINT_FORWARD = (hosm.DerivativeError, "checkpoint: expected derivative='reverse'")
 FOREIGN_CHECKPOINT = (hosm.DerivativeError, "checkpoint: expected hosm_losses.checkpoint inside")
 BY_A_FUNCTION = (hosm.DerivativeError, r"expected operators that the engine 'taylor' knows")
+BY_NONE = (hosm.DerivativeError, "expected operators that can be differentiated")
 NOT_AGAIN = (hosm.DerivativeError, "whose backward is once_differentiable or detaches")
 
 _DIFFUSERS = {"time": 1000.0, "output": operator.attrgetter("sample")}
@@ -112,17 +112,13 @@ NETWORKS: Mapping[str, Network] = {
         lambda: builders.unet_2d(by=hosm.checkpoint),
         model=_DIFFUSERS,
         plain=builders.unet_2d,
-        refused=_both("forward", *CHECKPOINT_FORWARD),
     ),
     "diffusers UNet2DModel, its own checkpoint": Network(
         "diffusers",
         lambda: builders.unet_2d(by=None),
         model=_DIFFUSERS,
         plain=builders.unet_2d,
-        refused={
-            **_both("reverse", *FOREIGN_CHECKPOINT),
-            **_both("forward", *CHECKPOINT_FORWARD),
-        },
+        refused=_both("reverse", *FOREIGN_CHECKPOINT),
     ),
     "diffusers UNet2DConditionModel": Network(
         "diffusers",
@@ -183,8 +179,7 @@ NETWORKS: Mapping[str, Network] = {
         refused={
             **_both("taylor", *BY_A_FUNCTION),
             **_both("reverse", *NOT_AGAIN),
-            **_both("forward", RuntimeError, "must override the setup_context staticmethod"),
-            **_both("auto", hosm.DerivativeError, "expected operators that can be differentiated"),
+            **_both("auto", *BY_NONE),
         },
     ),
     "azula ViT": Network("azula", builders.azula_vit),
@@ -199,7 +194,11 @@ NETWORKS: Mapping[str, Network] = {
         lambda: builders.azula_vit(checkpointing=True),
         plain=builders.azula_vit,
         training=False,
-        refused={**_both("taylor", *BY_A_FUNCTION), **_both("reverse", *NOT_AGAIN)},
+        refused={
+            **_both("taylor", *BY_A_FUNCTION),
+            **_both("reverse", *NOT_AGAIN),
+            **_both("auto", *BY_NONE),
+        },
     ),
     "azula UNet": Network("azula", lambda: builders.azula_unet("layer")),
     "azula UNet, group norm": Network("azula", lambda: builders.azula_unet("group")),

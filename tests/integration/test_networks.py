@@ -76,7 +76,7 @@ def test_terms_are_right(need, name, engine, order):
 
 @taken(orders=[3])
 def test_several_probes_are_the_mean_of_single_ones(need, name, engine, order):
-    """With conditions that follow their samples, and in forward mode under vmap."""
+    """With conditions that follow their samples."""
     need(NETWORKS[name].module)
     model = NETWORKS[name].score_model()
     weights = reference_of(name).weights

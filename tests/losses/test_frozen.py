@@ -14,13 +14,9 @@ CHOICES = {
     "three, paired": {"estimator": "paired"},
     "three, paired, laplacian": {"estimator": "paired", "third": "laplacian"},
     "laplacian": {"third": "laplacian"},
-    "sliced": {"third": "sliced"},
     "exact": {"probes": "exact"},
     "two, reverse": {"derivative": "reverse"},
     "three, reverse": {"derivative": "reverse"},
-    "two, forward": {"derivative": "forward"},
-    "three, forward": {"derivative": "forward"},
-    "laplacian, forward": {"third": "laplacian", "derivative": "forward"},
     "fraction": {"fraction": 0.5},
 }
 LOSSES = {"one": hosm.first_order_dsm, "two": hosm.second_order_dsm}

@@ -90,7 +90,7 @@ def test_a_probe_of_the_shape_of_the_data_is_one_probe():
     torch.testing.assert_close(one, same, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("engine", ["auto", "taylor", "forward", "reverse"])
+@pytest.mark.parametrize("engine", ["auto", "taylor", "reverse"])
 def test_all_signs_average_to_the_exact_second_term(engine):
     """E‖r2‖² = ‖M2‖²_F; the trace and third terms exceed theirs by the spread over probes."""
     model, x0, t, noise = setting(size=2)
@@ -136,7 +136,7 @@ def test_a_generator_decides_everything_and_the_global_one_is_left_alone(order):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("derivative", ["auto", "taylor", "forward", "reverse"])
+@pytest.mark.parametrize("derivative", ["auto", "taylor", "reverse"])
 @pytest.mark.parametrize("probes", [1, 2, "exact"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_value_is_the_same_without_gradients(mode, probes, derivative, order):
@@ -161,7 +161,7 @@ def test_the_value_is_the_same_without_gradients(mode, probes, derivative, order
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("derivative", ["auto", "taylor", "forward", "reverse"])
+@pytest.mark.parametrize("derivative", ["auto", "taylor", "reverse"])
 def test_tensors_made_in_inference_mode_can_be_trained_on(derivative):
     model, x0, t, noise = setting()
     expected = hosm.third_order_dsm(model, x0, t=t, noise=noise, probe=noise)
@@ -256,7 +256,7 @@ def test_dropout_has_one_mask_for_value_and_derivatives():
     x0, noise, t = torch.randn(3, 3), torch.randn(3, 3), torch.tensor([0.2, 0.5, 0.8])
     probe = torch.randn(2, 3, 3)
     values = {}
-    for engine in ("auto", "taylor", "forward", "reverse"):
+    for engine in ("auto", "taylor", "reverse"):
         torch.manual_seed(7)
         values[engine] = hosm.dsm_terms(
             model, x0, t=t, noise=noise, probe=probe[:1], derivative=engine
@@ -265,11 +265,11 @@ def test_dropout_has_one_mask_for_value_and_derivatives():
         for one, other in zip(values["reverse"], values[engine], strict=True):
             torch.testing.assert_close(one, other)
     torch.manual_seed(7)
-    both = hosm.dsm_terms(model, x0, t=t, noise=noise, probe=probe, derivative="forward")
-    torch.testing.assert_close(both.first, values["forward"].first)
+    both = hosm.dsm_terms(model, x0, t=t, noise=noise, probe=probe, derivative="taylor")
+    torch.testing.assert_close(both.first, values["taylor"].first)
 
 
-@pytest.mark.parametrize("engine", ["auto", "taylor", "reverse", "forward"])
+@pytest.mark.parametrize("engine", ["auto", "taylor", "reverse"])
 @pytest.mark.parametrize("order", [2, 3])
 def test_without_the_first_term_the_last_bias_has_a_gradient_of_zero_or_none(order, engine):
     model, x0, t, noise = setting()

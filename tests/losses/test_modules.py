@@ -35,7 +35,7 @@ def test_module_equals_function(module, function, order):
             "probes": 2,
             "distribution": "sphere",
             "weights": (0.1, 0.2, 0.3, 0.4),
-            "derivative": "forward",
+            "derivative": "taylor",
             "fraction": 0.5,
         }
     expected = function(model, x0, generator=torch.Generator().manual_seed(0), **options)

@@ -71,10 +71,10 @@ def drawn_options(pick, loss):
     options["distribution"] = pick.choice(["rademacher", "gaussian", "sphere"])
     options["derivative"] = pick.choice(ENGINES)
     if loss in ("third", "terms"):
-        options["third"] = pick.choice(["exact", "laplacian", "exact" if paired else "sliced"])
+        options["third"] = pick.choice(["exact", "laplacian"])
         if options["third"] != "exact" and options["derivative"] == "reverse":
             options["derivative"] = "taylor"
-    if options["probes"] == "exact" and options.get("third") != "sliced":
+    if options["probes"] == "exact":
         options["distribution"] = "rademacher"
     if loss != "terms":
         part = 1 if options["reduction"] == "none" else pick.choice([1, 0.34, 0.67])
@@ -143,24 +143,20 @@ def evaluated(case):
 
 
 def drawn_directions(case):
-    """The rows of the higher terms, with the probes v of each and the u of "sliced"."""
+    """The rows of the higher terms, with the probes of each."""
     generator = torch.Generator().manual_seed(case.seed)
     rows, part = torch.arange(case.size), case.options.get("fraction", 1)
     if part < 1:
         rows = torch.randperm(case.size, generator=generator)[: max(1, round(part * case.size))]
-
-    def drawn(count):
-        like, distribution = case.x0.detach()[rows], case.options["distribution"]
-        return draw_probes(like, count, distribution, generator).flatten(2)
 
     probes = case.options.get("probes", "exact")
     v = torch.empty(1, len(rows), 0)  # of "exact", whose dense form needs none
     if case.probe is not None:
         v = case.probe[:, rows].flatten(2)
     elif probes != "exact":
-        v = drawn(probes)
-    u = drawn(len(v)) if case.order == 3 and case.options.get("third") == "sliced" else None
-    return rows, v, u
+        like, distribution = case.x0.detach()[rows], case.options["distribution"]
+        v = draw_probes(like, probes, distribution, generator).flatten(2)
+    return rows, v
 
 
 def dense_sample(case, row):
@@ -204,7 +200,7 @@ def dense_sample(case, row):
     return field, alpha * case.x0[row] + sigma * case.noise[row], sigma, case.noise[row], factors
 
 
-def higher_terms(case, field, x, sigma, noise, probes, others):
+def higher_terms(case, field, x, sigma, noise, probes):
     """The terms of one sample above the first."""
     f, jacobian, second = dense_derivatives(field, x)
     # With σ inside, what is held fixed of them is so whole.
@@ -214,14 +210,14 @@ def higher_terms(case, field, x, sigma, noise, probes, others):
         return (dense_stein_rate(f, a, noise, probes),)
     if case.options["estimator"] == "paired":
         return dense_paired_terms(f, a, second, noise, probes, third)[: case.order]
-    options = {"exact": case.options.get("probes") == "exact", "third": third, "others": others}
+    options = {"exact": case.options.get("probes") == "exact", "third": third}
     held = (f + noise).detach(), a.detach()
     return dense_terms(f, a, second, 1.0, noise, probes, frozen=held, **options)[
         1 : case.order + 1
     ]
 
 
-def dense_loss(case, rows, probes, others):
+def dense_loss(case, rows, probes):
     """The loss, and its terms: (B,), or of the rows."""
     case.network.by_hand = True
     samples = [dense_sample(case, row) for row in range(case.size)]
@@ -230,8 +226,7 @@ def dense_loss(case, rows, probes, others):
     if case.order > 1:
         higher = []
         for place, row in enumerate(rows):
-            u = None if others is None else others[:, place]
-            higher.append(higher_terms(case, *samples[row][:4], probes[:, place], u))
+            higher.append(higher_terms(case, *samples[row][:4], probes[:, place]))
         terms += [torch.stack(column) for column in zip(*higher, strict=True)]
     case.network.by_hand = False
     if case.loss == "terms":
@@ -256,8 +251,8 @@ def assert_near(found, wanted, tolerance, least=0.0):
 def test_the_loss_its_terms_and_gradients_are_those_of_dense_arrays(seed):
     case = drawn_case(seed)
     found, logged = evaluated(case)
-    rows, *directions = drawn_directions(case)
-    wanted, terms = dense_loss(case, rows, *directions)
+    rows, probes = drawn_directions(case)
+    wanted, terms = dense_loss(case, rows, probes)
     assert_near(found, wanted, 1e-9)
     if logged is not None:
         assert logged.rows is None or torch.equal(logged.rows, rows)

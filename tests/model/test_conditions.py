@@ -63,7 +63,7 @@ def gradients(network, loss):
     ("order", "options"),
     [
         (1, {}),
-        *((order, {"derivative": d}) for order in (2, 3) for d in ("auto", "reverse", "forward")),
+        *((order, {"derivative": d}) for order in (2, 3) for d in ("auto", "reverse")),
         (3, {"third": "laplacian", "probes": 2}),
         (3, {"fraction": 0.5, "probes": 2}),
     ],
