@@ -73,7 +73,7 @@ def estimators(elements: int, distributions: Sequence[str] = ()) -> dict[str, Te
     options: dict[str, Row] = {"first": {"order": 1}, "second": second, "third": {}}
     if elements > 1:
         options = {"first": {"order": 1}, "second": second, "trace": second, "third": {}}
-        options |= {f"third {form}": {"third": form} for form in ("laplacian", "sliced")}
+        options["third laplacian"] = {"third": "laplacian"}
         for name in ("second", "trace", "third"):
             options[f"{name} paired"] = options[name] | {"estimator": "paired"}
     for kind, name in product(distributions, ("second", "third")):

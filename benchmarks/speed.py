@@ -102,18 +102,13 @@ def peer_steps(name: str, batch: int) -> dict[str, Step]:
     from benchmarks.peers.in_jax import training_step
 
     network, shape = model_of(name).network, NETWORKS[name][1]
-    drawn = [jax.numpy.asarray(torch.randn(batch, *shape[1:]).numpy()) for _ in range(4)]
-    x0, noise, *probes = drawn
+    drawn = [jax.numpy.asarray(torch.randn(batch, *shape[1:]).numpy()) for _ in range(3)]
+    x0, noise, probe = drawn
     steps: dict[str, Step] = {}
     for variant in VARIANTS.values():
         if key := peer_of(variant):
             third = variant.get("third", "exact")
-            given = (
-                x0,
-                jax.numpy.linspace(0.01, 1, batch),
-                noise,
-                *probes[: 1 + (third == "sliced")],
-            )
+            given = (x0, jax.numpy.linspace(0.01, 1, batch), noise, probe)
             run = partial(training_step(network, variant["order"], third), *given)
             steps[key] = lambda run=run: jax.block_until_ready(run())
     for step in steps.values():

@@ -109,7 +109,7 @@ def test_the_formulas_of_evaluations(formula):
     assert evaluations(loss, **options) == near(said)
 
 
-@pytest.mark.parametrize(("place", "engine"), enumerate(("taylor", "reverse")))
+@pytest.mark.parametrize(("place", "engine"), [(0, "taylor"), (1, "reverse")])
 def test_the_evaluations_of_each_engine(place, engine):
     row = "Evaluations of the network in a step, order "
     for loss, order in ((TWO, "two"), (THREE, "three")):

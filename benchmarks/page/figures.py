@@ -20,7 +20,7 @@ from benchmarks.worth import BASE
 
 DPI, WIDTH, TEXT = 150, 9.3, {"font.size": 11.5, "axes.titlesize": "medium"}
 PROBES = ("rademacher", "gaussian", "sphere", "dct", "unit vectors")
-TERMS = ("first", "second", "trace", "third", "third laplacian", "third sliced")
+TERMS = ("first", "second", "trace", "third", "third laplacian")
 # In the likelihood ours are in colour and others grey, by a part of their names.
 OURS = ("fresh signs", "fresh dct", "one probe kept", "grid, exact", "adaptive")
 PEERS = ("score_sde", "torchdiffeq", "k-diffusion", "flow_matching")

@@ -130,10 +130,10 @@ def _inner(a: Array, b: Array) -> Array:
 def loss(network: Network, order: int, third: str, parameters: Parameters, *drawn: Array) -> Array:
     """The mean loss of order one, two or three over a batch, all weights 1.
 
-    With v = probe and w = σ v, "exact" has G = ∇_x (wᵀ ∂f/∂x w), "laplacian" D²f[w, w] in its
-    place, and "sliced" squares (uᵀ r3), with uᵀ G = wᵀ D²f[w, u] and u = other.
+    With v = probe and w = σ v, "exact" has G = ∇_x (wᵀ ∂f/∂x w), and "laplacian" D²f[w, w] in its
+    place.
     """
-    x0, t, noise, probe, *others = drawn
+    x0, t, noise, probe = drawn
     alpha, sigma = (part.reshape(-1, *(1,) * (x0.ndim - 1)) for part in vp_schedule(t))
     x, w, d = alpha * x0 + sigma * noise, sigma * probe, float(x0[0].size)
 
@@ -154,8 +154,7 @@ def loss(network: Network, order: int, third: str, parameters: Parameters, *draw
     elif third == "exact":
         gradient, (value, directional) = jax.grad(form, has_aux=True)(x)
     else:
-        (along,) = others or (w,)
-        (value, directional), (_, gradient) = jax.jvp(second, (x,), (along,))
+        (value, directional), (_, gradient) = jax.jvp(second, (x,), (w,))
     ell, shifted = stop(value + noise), directional + probe
     slope = _inner(ell, probe)
     first = _inner(value + noise, value + noise) / d
@@ -165,18 +164,14 @@ def loss(network: Network, order: int, third: str, parameters: Parameters, *draw
     if order == 3:
         held = stop(shifted)
         target = (_inner(probe, held) - slope**2) * ell + 2 * slope * held
-        if third == "sliced":
-            square = (_inner(w, gradient) - _inner(along, target)) ** 2
-        else:
-            square = _inner(gradient - target, gradient - target)
-        total = total + square / d**3
+        total = total + _inner(gradient - target, gradient - target) / d**3
     return total.mean()
 
 
 def training_step(
     network: nn.Module, order: int, third: str = "exact"
 ) -> Callable[..., tuple[Array, Parameters]]:
-    """A compiled function (x0, t, noise, probe[, other]) → (loss, gradients in the parameters).
+    """A compiled function (x0, t, noise, probe) → (loss, gradients in the parameters).
 
     The parameters are an argument of what is compiled, as in training, and not a constant of it.
     """

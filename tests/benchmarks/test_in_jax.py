@@ -20,8 +20,8 @@ class Case:
 
     def __init__(self, name):
         self.model = model_of(name).double()
-        drawn = torch.randn(4, BATCH, *NETWORKS[name][1][1:], dtype=torch.float64)
-        self.x0, self.noise, self.probe, _ = drawn
+        drawn = torch.randn(3, BATCH, *NETWORKS[name][1][1:], dtype=torch.float64)
+        self.x0, self.noise, self.probe = drawn
         self.t = torch.linspace(0.05, 0.9, BATCH, dtype=torch.float64)
 
     def loss(self, order):

@@ -210,13 +210,14 @@ def test_networks(seed):
         number = sum((weight * part).sum() for part in found)
         return (*found, *torch.autograd.grad(number, (point, scale)))
 
-    mine = derivatives(engines.taylor, network)
-    for engine in (engines.reverse, engines.forward):
-        for got, expected in zip(mine, derivatives(engine, right(network)), strict=True):
+    def nested(field, x, w, _):
+        value, by_w, _, by_ww, _ = along(field, x, w[0], w[0])
+        return [part.unsqueeze(0) for part in (value, by_w, by_ww)]
+
+    pairs = (
+        (derivatives(engines.taylor, network), derivatives(engines.reverse, right(network))),
+        (derivatives(engines.taylor, network, True), derivatives(nested, right(network))),
+    )
+    for mine, theirs in pairs:
+        for got, expected in zip(mine, theirs, strict=True):
             close(got, expected)
-    others = U.unsqueeze(0)
-    curved = derivatives(engines.taylor, network, others)
-    for got, expected in zip(
-        curved, derivatives(engines.forward, right(network), others), strict=True
-    ):
-        close(got, expected)
