@@ -284,6 +284,18 @@ def test_a_compiled_network_that_gives_its_memory_away_says_what_to_set():
         hosm.ode_nll(hosm.ScoreModel(compiled, hosm.VPSchedule()), torch.randn(4, 2))
 
 
+def test_a_checkpoint_under_a_transform_is_named():
+    model = hosm.ScoreModel(
+        nn.Linear(2, 2), hosm.VPSchedule(), call=lambda net, x, t: hosm.checkpoint(net, x).sin()
+    )
+
+    def loss(x0):
+        return hosm.third_order_dsm(model, x0, derivative="reverse")
+
+    with pytest.raises(hosm.DerivativeError, match="activation checkpoint inside the network"):
+        torch.func.grad(loss)(torch.randn(4, 2))
+
+
 class ChangesInBackward(torch.autograd.Function):
     """As the parallel scan of mambapy: its backward changes what its own graph needs."""
 

@@ -21,7 +21,7 @@ SPELLINGS = {"axis": "dim", "keepdims": "keepdim"}
 
 
 class TaylorError(RuntimeError):
-    """A network the Taylor engine cannot differentiate; another engine may."""
+    """A network the Taylor engine cannot differentiate; reverse mode may."""
 
 
 class NoRule(Exception):  # noqa: N818 - it never reaches a user
