@@ -17,7 +17,6 @@ from tests.oracles import (
     sign_vectors,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:derivative='forward'")
 ORDERS = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
 WEIGHTS = (1.0, 0.7, 0.3, 0.9)
 D = 3
