@@ -9,13 +9,13 @@ BATCH = 3
 
 
 def along(function, x, v, u):
-    """f, ∂f v, ∂f u, ∂²f[v, v] and ∂²f[u, u], by nested torch.func.jvp."""
+    """f, ∂f v, ∂f u, ∂²f[v, v] and ∂²f[v, u], by nested torch.func.jvp."""
 
     def first(point, w):
         return jvp(function, (point,), (w,))[1]
 
     def second(w):
-        return jvp(lambda point: first(point, w), (x,), (w,))[1]
+        return jvp(lambda point: first(point, v), (x,), (w,))[1]
 
     return function(x), first(x, v), first(x, u), second(v), second(u)
 
@@ -63,21 +63,26 @@ def check(function, shape, *parameters, reference=None, positive=False, rounding
     x, v, u = torch.randn(3, BATCH, *shape, generator=generator)
     x = (x.abs() + 0.5 if positive else x).requires_grad_()
     leaves = (x, *parameters)
-    value, by_v, by_u, by_vv, by_uu = along(reference, x, v, u)
+    value, by_v, by_u, squared, mixed = along(reference, x, v, u)
     one, two = v.unsqueeze(0), torch.stack([v, u])
     single = carried(function, x, one)
     for got, expected in (
         (single, (value, by_v)),
         (carried(function, x, two), (value, by_v, by_u)),
-        (carried(function, x, one, "squares"), (value, by_v, by_vv)),
-        (carried(function, x, two, "squares"), (value, by_v, by_u, by_vv, by_uu)),
+        (carried(function, x, one, "squares"), (value, by_v, squared)),
+        (carried(function, x, two, "halves"), (value, by_v, by_u, mixed)),
+        (carried(function, x, two, "last"), (value, by_v, by_u, mixed)),
     ):
         close(got, torch.stack(expected))
         for mine, theirs in zip(got, expected, strict=True):
             same_gradients(mine, theirs, leaves)
     several = carried(function, x, two, "squares")
+    close(several[3], squared)
     summed = carried(function, x, two, "sum")
     assert len(summed) == 4
+    three = torch.stack([v, 2 * v, u])
+    last = torch.stack([value, by_v, 2 * by_v, by_u, mixed, 2 * mixed])
+    torch.testing.assert_close(carried(function, x, three, "last"), last, rtol=1e-9, atol=rounding)
     # A function that casts to float32 rounds a sum, and not the sum of what it rounded.
     torch.testing.assert_close(summed[3], several[3] + several[4], rtol=1e-9, atol=rounding)
     if rounding < 1e-9:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hosm_losses.derivatives.taylor import carried, convolution, matrices
 from hosm_losses.derivatives.taylor.bilinear import product
-from hosm_losses.derivatives.taylor.jet import gathered
+from hosm_losses.derivatives.taylor.jet import gathered, halves
 from tests.derivatives.taylor.test_pullbacks import KINDS, numbers, same_gradients
 
 # By name: the function, shapes of the samples and the weight, options.
@@ -65,7 +65,8 @@ def of_matrices(firsts, pairs, a, b):
     )
     parts = [a0 @ b0, a1 @ b0 + a0 @ b1]
     if pairs != "none":
-        second = gathered(2 * a1 @ b1, pairs)
+        (al, ar), (bl, br) = halves(a1, pairs), halves(b1, pairs)
+        second = gathered(al @ br + ar @ bl, pairs)
         second = second + a2 @ b0 if len(a2) else second
         parts.append(second + a0 @ b2 if len(b2) else second)
     return torch.cat(parts)

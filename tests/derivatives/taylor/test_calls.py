@@ -116,15 +116,15 @@ def same(function):
         with pytest.raises(Exception):  # noqa: B017
             carried(function, X, V.unsqueeze(0))
         return
-    _, by_v, _, by_vv, _ = expected = along(right(function), X, V, U)
-    got = carried(function, X, torch.stack([V, U]), "squares")
+    value, by_v, by_u, squared, mixed = along(right(function), X, V, U)
+    got = carried(function, X, torch.stack([V, U]), "halves")
     assert got.dtype == plain.dtype
     assert got.shape[1:] == plain.shape
-    close(got, torch.stack(expected))
+    close(got, torch.stack([value, by_v, by_u, mixed]))
     x = X.clone().requires_grad_()
     single = carried(function, x, V.unsqueeze(0))
     close(single[1], by_v)
-    close(carried(function, X, V.unsqueeze(0), "squares")[2], by_vv)
+    close(carried(function, X, V.unsqueeze(0), "squares")[2], squared)
     weight = torch.ones_like(by_v).cumsum(0)
 
     def form(point):

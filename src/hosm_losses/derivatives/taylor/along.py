@@ -12,8 +12,10 @@ from torch import Tensor
 
 from hosm_losses._torch_internals import forward_mode, pytree
 
-# Which second derivatives there are: none, that along each direction twice, or the sum of those.
-Pairs = Literal["none", "squares", "sum"]
+# Which products of two first derivatives have a second one: none; that of each direction with
+# itself; the sum of those; that of each of the first half with its fellow in the second half; that
+# of each but the last with the last.
+Pairs = Literal["none", "squares", "sum", "halves", "last"]
 Tensors = tuple[Tensor, ...]
 
 
@@ -56,19 +58,30 @@ def along(
     def first(tangents: Tensors) -> Any:
         return torch.func.jvp(function, values, tangents)
 
-    def second(tangents: Tensors, seconds: Tensors) -> Any:
+    def second(left: Tensors, right: Tensors, both: Tensors) -> Any:
         inner = partial(torch.func.jvp, function)
-        found: Any = torch.func.jvp(inner, (values, tangents), (tangents, seconds))
-        (value, along_once), (_, along_twice) = found
-        return value, along_once, along_twice
+        found: Any = torch.func.jvp(inner, (values, left), (right, both))
+        (value, to_left), (to_right, to_both) = found
+        return value, to_left, to_right, to_both
 
     if pairs == "none":
         value, *parts = _mapped(first, derivatives)
     else:
-        tangents = tuple(each[:firsts] for each in derivatives)
-        # Of a sum the first direction has it all.
-        seconds = tuple(lengthened(each[firsts:], firsts) for each in derivatives)
-        value, *parts = _mapped(second, tangents, seconds)
+        count = {"halves": firsts // 2, "last": firsts - 1}.get(pairs, firsts)
+        left = tuple(each[:count] for each in derivatives)
+        right = tuple(each[firsts - count : firsts] for each in derivatives)
+        if pairs == "last":
+            right = tuple(each[-1:].expand_as(each) for each in right)
+        both = tuple(
+            # Of a sum the first direction has it all.
+            lengthened(each[firsts:], count)
+            for each in derivatives
+        )
+        value, *parts = _mapped(second, left, right, both)
+        if pairs in ("squares", "sum"):
+            del parts[1]
+        if pairs == "last":
+            parts[1] = pytree.tree_map(lambda part: part[:1], parts[1])
         if pairs == "sum":
             parts[1] = pytree.tree_map(lambda part: part.sum(0, keepdim=True), parts[1])
     stacks = zip(value, *parts, strict=True)
@@ -94,7 +107,7 @@ def _mapped(function: Callable[..., Any], *args: Tensors) -> Any:
             # PyTorch asks for the offset of a view, which it does not know for all sizes.
             args = pytree.tree_map(torch.clone, args)
         if len(args[0][0]) > 1:
-            outs: Any = (None, *(0,) * len(args))
+            outs: Any = (None, *(0,) * (1 if len(args) == 1 else 3))
             return torch.func.vmap(function, out_dims=outs, randomness="same")(*args)
         value, *parts = function(*pytree.tree_map(lambda stack: stack[0], args))
     return value, *pytree.tree_map(lambda part: part.unsqueeze(0), parts)

@@ -1,7 +1,7 @@
 r"""Rules for sums and products.
 
 Formula, for a product y = a · b that is linear in a and in b:
-    y_l = a_l · b + a · b_l        y_ll = a_ll · b + a · b_ll + 2 a_l · b_l
+    y_l = a_l · b + a · b_l        y_lr = a_lr · b + a · b_lr + a_l · b_r + a_r · b_l
 
 A plain tensor has no derivatives: the product with one is the product of the whole stack.
 
@@ -20,7 +20,7 @@ from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.recompute import recomputed
 from hosm_losses.derivatives.taylor.along import Pairs, aligned
 from hosm_losses.derivatives.taylor.arguments import result_type, stacks_of
-from hosm_losses.derivatives.taylor.jet import Jet, components, gathered
+from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves
 from hosm_losses.derivatives.taylor.pointwise import apply, power, powers
 from hosm_losses.derivatives.taylor.table import Function, NoRule, every, rule
 
@@ -80,7 +80,10 @@ def product_rule(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], nd
     tangents = tangents + added[:firsts]
     if pairs == "none":
         return a.like(torch.cat([value, tangents]))
-    both = 2 * gathered(product(a_tangents, b_tangents), pairs)
+    (a_left, a_right), (b_left, b_right) = halves(a_tangents, pairs), halves(b_tangents, pairs)
+    both = gathered(product(a_left, b_right), pairs)
+    symmetric = pairs in ("squares", "sum")
+    both = 2 * both if symmetric else both + product(a_right, b_left)
     for part in (seconds, added[firsts:]):
         both = both + part if len(part) else both
     return a.like(torch.cat([value, tangents, both]))
@@ -136,7 +139,8 @@ def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
     tangents = (a_tangents - rest if len(a_tangents) else -rest) / b_value
     if pairs == "none":
         return torch.cat([value, tangents])
-    rest = 2 * gathered(tangents * b_tangents, pairs)
+    (left, right), (b_left, b_right) = halves(tangents, pairs), halves(b_tangents, pairs)
+    rest = gathered(left * b_right + right * b_left, pairs)
     rest = rest + value * b_seconds if len(b_seconds) else rest
     seconds = (a_seconds - rest if len(a_seconds) else -rest) / b_value
     return torch.cat([value, tangents, seconds])

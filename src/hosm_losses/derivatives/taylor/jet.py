@@ -2,12 +2,12 @@ r"""A tensor with its derivatives along directions: what the Taylor engine feeds
 
 What:
     A Jet stands for x and carries a stack (C, B, *): the value; `firsts` first derivatives, one
-    for each direction; then, if `pairs` says so, second ones. PyTorch hands every function
+    for each direction; then, if `pairs` says so, second derivatives. PyTorch hands every function
     that is called on a Jet to `Jet.__torch_function__`, which looks up a rule. A rule computes all
     the components at once: a linear layer is one call on the whole stack.
 
-Formula, for y = f(x) along l, and twice along l:
-    y_l = ∂f x_l        y_ll = ∂f x_ll + ∂²f[x_l, x_l]
+Formula, for y = f(x) along l, and along the pair (l, r):
+    y_l = ∂f x_l        y_lr = ∂f x_lr + ∂²f[x_l, x_r]
 
     Second derivatives that are zero everywhere, as those of the input are, are not stored.
 
@@ -171,8 +171,16 @@ def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
     return value, tangents, seconds
 
 
+def halves(firsts: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """The first derivatives on the left and on the right of the second ones."""
+    if pairs == "last":
+        return firsts[:-1], firsts[-1:]
+    left, right = firsts.chunk(2) if pairs == "halves" else (firsts, firsts)
+    return left, right
+
+
 def gathered(products: Tensor, pairs: Pairs) -> Tensor:
-    """What squares of first derivatives add to the second ones."""
+    """What products of first derivatives add to the second ones."""
     return products.sum(0, keepdim=True) if pairs == "sum" else products
 
 
@@ -265,8 +273,9 @@ def carried(
 ) -> Tensor:
     """The stack (C, B, *) of a function at x (B, *): f, ∂f w for the K directions, and pairs.
 
-    `pairs` is "none"; "squares" for ∂²f[w, w] of every direction; or "sum" for the sum of those,
-    carried as one. TaylorError says what cannot be carried.
+    `pairs` is "none"; "squares" for ∂²f[w, w] of every direction; "sum" for the sum of those,
+    carried as one; "halves" for ∂²f[v, u] of each v of the first half and its u of the second;
+    "last" for that of each v and the last u. TaylorError says what cannot be carried.
 
     Example:
         >>> x = torch.tensor([[0.5]])
@@ -294,8 +303,9 @@ def carried(
             aliases.demote(before, finished)
     if not issubclass(kind, Jet):
         raise TaylorError(f"its output does not carry derivatives in x; got {kind.__name__}.")
+    seconds = {"none": 0, "sum": 1, "halves": count // 2, "last": count - 1}.get(pairs, count)
     # Second derivatives that are zero everywhere, as of a linear network.
-    length = 1 + count + {"none": 0, "squares": count, "sum": 1}[pairs]
+    length = 1 + count + seconds
     return stack if len(stack) == length else lengthened(stack, length)
 
 

@@ -53,9 +53,14 @@ def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> _Terms:
     for k in range(1, max(left, right)):
         terms += [_Term(k, 0, k)] if k < left else []
         terms += [_Term(0, k, k)] if k < right else []
-    if pairs != "none":
+    if pairs in ("squares", "sum"):
         places = range(1, 1 + firsts)
         terms += [_Term(i, i, firsts + (i if pairs == "squares" else 1), 2) for i in places]
+    elif pairs != "none":
+        one = pairs == "last"
+        for i in range(1, firsts if one else 1 + firsts // 2):
+            j = firsts if one else i + firsts // 2
+            terms += [_Term(i, j, i + firsts), _Term(j, i, i + firsts)]
     return _Terms(
         tuple(terms),
         tuple(_Term(k, j, i, factor) for i, j, k, factor in terms),

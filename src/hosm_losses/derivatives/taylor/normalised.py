@@ -3,17 +3,17 @@ r"""The formula of norms over rows, and its gradients.
 Formula over a row of N elements, with c = x − ⟨x⟩ and ⟨·⟩ the mean over the row (RMS norm: c = x),
 z·w the sum of products over the row, u = (c·c + N eps)^(−1/2), ρ = √N u, and capitals for what
 lies along c, Z = u² c·z:
-    y = ρ c        y_l = J c_l        y_ll = J c_ll + bent(c_l, c_l)
+    y = ρ c        y_l = J c_l        y_lr = J c_lr + bent(c_l, c_r)
     The first three derivatives of y, with {z w} = u² z·w − 3 Z W:
     J z = ρ (z − c Z)
     bent(z, w) = −ρ (Z w + W z + c {z w})
     third(z, w, v) = −ρ (z {w v} + w {z v} + v {z w} − 3 c (Z {w v} + W {z v} + V {z w} + 4 Z W V))
 
-Gradients, for cotangents a of y, b_l of y_l and d of y_ll, all of them centred as c is:
+Gradients, for cotangents a of y, b_l of y_l and d of y_lr, all of them centred as c is:
     A derivative is symmetric in its directions and its result, and so pulls back as it is:
-    in x_ll   J d
-    in x_l    J b_l + 2 bent(d, c_l)
-    in x      J a + Σ_l bent(b_l, c_l) + Σ [bent(d, c_ll) + third(d, c_l, c_l)]
+    in x_lr   J d
+    in x_l    J b_l + bent(d, c_r) , and so for x_r
+    in x      J a + Σ_l bent(b_l, c_l) + Σ [bent(d, c_lr) + third(d, c_l, c_r)]
     Gradients of those in x and x_l, for cotangents p and q_l of them, where there is no d:
     in a      J p
     in b_l    J q_l + bent(p, c_l)
@@ -36,7 +36,7 @@ from torch import Tensor
 from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.recompute import Needed, recomputed
 from hosm_losses.derivatives.taylor.along import Pairs, add_products, summed
-from hosm_losses.derivatives.taylor.jet import components, gathered
+from hosm_losses.derivatives.taylor.jet import components, gathered, halves
 from hosm_losses.derivatives.taylor.layers import with_bias
 
 Some = Tensor | None
@@ -133,10 +133,12 @@ def normalised(
     scale = rows.weighted(math.sqrt(rows.length) * u, weight)
     parts = [value, torch.addcmul(tangents, value, along, value=-1)]
     if pairs != "none":
-        products = gathered(tangents * tangents, pairs)
+        (left, right), (to_left, to_right) = halves(tangents, pairs), halves(along, pairs)
+        products = gathered(left * right, pairs)
         products = torch.addcmul(products, value, seconds) if len(seconds) else products
-        bend = 3 * gathered(along * along, pairs) - u * u * rows.total(products)
-        bent = torch.addcmul(gathered(-2 * along * tangents, pairs), value, bend)
+        bend = 3 * gathered(to_left * to_right, pairs) - u * u * rows.total(products)
+        sides = torch.addcmul(left * to_right, right, to_left)
+        bent = torch.addcmul(-gathered(sides, pairs), value, bend)
         parts.append(bent + seconds if len(seconds) else bent)
     bias = None if bias is None else bias.reshape(rows.weights)
     found = with_bias(torch.cat(parts) * scale, bias, 1)
@@ -179,11 +181,12 @@ class _Norm:
         product = self.product(x, y) if product is None else product
         return [(x.along, y.z), (y.along, x.z), (product, self.value)]
 
-    def third(self, x: _Seen, y: _Seen) -> list[Term]:
-        """The terms of −third(z, w, w) / ρ."""
-        xy, yy = self.product(x, y), self.product(y, y)
-        along = -3 * _third_along(x.along, y.along, y.along, xy, xy, yy)
-        return [(yy, x.z), (2 * xy, y.z), (along, self.value)]
+    def third(self, x: _Seen, y: _Seen, z: _Seen) -> list[Term]:
+        """The terms of −third(z, w, v) / ρ."""
+        xy, yz = self.product(x, y), self.product(y, z)
+        xz = xy if z is y else self.product(x, z)
+        along = -3 * _third_along(x.along, y.along, z.along, xy, xz, yz)
+        return [(yz, x.z), (xz, y.z), (xy, z.z), (along, self.value)]
 
 
 def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Tensor) -> Tensor:
@@ -225,10 +228,17 @@ def pull_back(
     of_value = of_stack[:1]
     _added(of_value, norm.bent(b, c), -1)
     if pairs != "none":
-        _added(of_stack[1 : 1 + firsts], norm.bent(d, c), -2)
-        _added(of_value, norm.third(d, c), -1)
+        left, right = c, c
+        if pairs in ("squares", "sum"):
+            _added(of_stack[1 : 1 + firsts], norm.bent(d, c), -2)
+        else:
+            sides = zip(halves(c.z, pairs), halves(c.along, pairs), strict=True)
+            left, right = (_Seen(*side) for side in sides)
+            _added(of_stack[1 : 1 + len(left.z)], norm.bent(d, right), -1)
+            _added(of_stack[1 + firsts - len(right.z) : 1 + firsts], norm.bent(d, left), -1)
+        _added(of_value, norm.third(d, left, right), -1)
         if needed[1]:
-            *terms, (product, _) = norm.bent(c, c)
+            *terms, (product, _) = norm.bent(left, right)
             curved = _added(value * gathered(-product, pairs), terms, -1)
         if len(seconds):
             s = norm.seen(seconds)

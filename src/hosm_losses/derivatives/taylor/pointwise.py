@@ -1,7 +1,7 @@
 r"""Rules for functions of one number: activations and their like.
 
 Formula, for y = a(x):
-    y_l = a'(x) x_l        y_ll = a'(x) x_ll + a''(x) x_l²
+    y_l = a'(x) x_l        y_lr = a'(x) x_lr + a''(x) x_l x_r
 
 A new activation is a generator of a and its first three derivatives at x, registered under every
 name by which networks call it; see `_tanh`. Gradients follow from the same four numbers, and only
@@ -22,7 +22,7 @@ from torch import Tensor
 from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.recompute import Needed, recomputed
 from hosm_losses.derivatives.taylor.along import Pairs
-from hosm_losses.derivatives.taylor.jet import Jet, components, gathered
+from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves
 from hosm_losses.derivatives.taylor.table import Function, NoRule, every, rule
 
 Series = Callable[[Tensor], Iterator[Tensor]]
@@ -69,7 +69,8 @@ def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tenso
     value, slope = islice(numbers, 2)
     parts = [value, tangents * slope]
     if pairs != "none":
-        bent = gathered(tangents * tangents, pairs) * next(numbers)
+        left, right = halves(tangents, pairs)
+        bent = gathered(left * right, pairs) * next(numbers)
         parts.append(torch.addcmul(bent, seconds, slope) if len(seconds) else bent)
     return torch.cat(parts).to(dtype)
 
@@ -100,9 +101,15 @@ def _pull_back(
     gradient = cotangent[: len(stack)] * slope
     gradient[0].addcmul_(bend, _over(stack[1:], cotangent[1 : len(stack)]))
     if pairs != "none":
-        tangents, bent = stack[1 : 1 + firsts], cotangent[1 + firsts :]
-        gradient[0].addcmul_(next(numbers), _over(bent, gathered(tangents * tangents, pairs)))
-        gradient[1 : 1 + firsts].addcmul_(bent * bend, tangents, value=2)
+        left, right = halves(stack[1 : 1 + firsts], pairs)
+        bent = cotangent[1 + firsts :]
+        gradient[0].addcmul_(next(numbers), _over(bent, gathered(left * right, pairs)))
+        bent = bent * bend
+        gradient[1 : 1 + len(left)].addcmul_(bent, right)
+        if pairs == "last":
+            gradient[firsts].add_(_over(bent, left))
+        else:
+            gradient[1 + firsts - len(left) : 1 + firsts].addcmul_(bent, left)
     return gradient.to(dtype)
 
 

@@ -1,13 +1,13 @@
 r"""The rule for softmax, and its gradients.
 
 Formula of p = softmax(x), with ⟨z⟩ the mean under p, z̃ = z − ⟨z⟩ and u_l = x̃_l:
-    p_l = p u_l        p_ll = p c̃ of c = u_l² + x_ll
+    p_l = p u_l        p_lr = p c̃ of c = u_l u_r + x_lr
 
-Gradients, for cotangents a of p, b_l of p_l and d of p_ll, where Σ without an index is over the
+Gradients, for cotangents a of p, b_l of p_l and d of p_lr, where Σ without an index is over the
 axis. With β_l = Σ p b_l, δ = Σ p d, σ_l = Σ p_l (d − δ) and
-w = p a + Σ_l p_l (b_l − β_l) + Σ_ll [p_ll (d − δ) − 2 p_l σ_l]:
-    in x_ll   p (d − δ)
-    in x_l    p (b_l − β_l − 2 σ_l) + 2 p_l (d − δ)
+w = p a + Σ_l p_l (b_l − β_l) + Σ_lr [p_lr (d − δ) − p_l σ_r − p_r σ_l]:
+    in x_lr   p (d − δ)
+    in x_l    p (b_l − β_l − σ_r) + p_r (d − δ) , and so for x_r
     in x      w − p Σ w
     Nothing but the result is needed for them, so it is kept, and x is not.
 
@@ -35,7 +35,7 @@ from torch import Tensor
 from hosm_losses._checks import at_least_float32
 from hosm_losses.derivatives.recompute import Needed, from_result
 from hosm_losses.derivatives.taylor.along import Pairs, add_products
-from hosm_losses.derivatives.taylor.jet import Jet, components, gathered
+from hosm_losses.derivatives.taylor.jet import Jet, components, gathered, halves
 from hosm_losses.derivatives.taylor.table import Function, NoRule, axis, rule
 
 # Elements: of a value that is taken in blocks, at least, and of a block for each thread.
@@ -90,7 +90,8 @@ def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
     u = about_mean(tangents)
     parts = [weights, weights * u]
     if pairs != "none":
-        bent = gathered(u * u, pairs)
+        left, right = halves(u, pairs)
+        bent = gathered(left * right, pairs)
         parts.append(weights * about_mean(bent + seconds if len(seconds) else bent))
     return torch.cat(parts).to(stack.dtype)
 
@@ -115,7 +116,7 @@ def _pull_back(
     add_products(of_value, tangents, b)
     if pairs != "none":
         add_products(of_value, seconds, d)
-        bent = 2 * d * tangents
+        bent = _on_sides(d, *halves(tangents, pairs), pairs)
         found[1 : 1 + firsts].add_(bent)
         bent = bent.sum(dim, keepdim=True)
         add_products(of_value, tangents, bent, -1)
@@ -123,6 +124,15 @@ def _pull_back(
     sums = torch.cat([of_value.sum(dim, keepdim=True), of_firsts, of_seconds])
     # Of second derivatives that are zero everywhere there is no gradient.
     return found[:count].addcmul_(weights, sums[:count], value=-1).to(dtype)
+
+
+def _on_sides(d: Tensor, left: Tensor, right: Tensor, pairs: Pairs) -> Tensor:
+    """What d adds to the gradients in the first derivatives: its products with the other side."""
+    if right is left:
+        return 2 * d * left
+    to_right = d * left
+    to_right = to_right.sum(0, keepdim=True) if pairs == "last" else to_right
+    return torch.cat([d * right, to_right])
 
 
 def _pull_back_again(
