@@ -439,7 +439,7 @@ MUTANTS = [
         "_checks.py",
         "not bool(((value >= low) & (value <= high)).all())",
         "bool(((value < low) | (value > high)).any())",
-        "tests/schedules/test_discrete.py",
+        "tests/test_errors.py",
     ),
     # Under inference_mode a loss keeps a graph.
     Mutant(

@@ -326,26 +326,3 @@ def test_odd_models_and_modes(kind):
         )
     assert report.numbers["ode nll"].samples == 4
     assert int(network.get_buffer("network.0.num_batches_tracked")) == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "told"),
-    [
-        ({"nodes": 1}, ValueError, "nodes: expected a whole number of at least 2"),
-        ({"reference": torch.ones(3, 5)}, ValueError, "reference: expected a ScoreModel, atoms"),
-        ({"reference": torch.tensor(1.0)}, ValueError, "reference: expected a ScoreModel, atoms"),
-        ({"reference": torch.ones(0, 2)}, ValueError, "reference: expected a ScoreModel, atoms"),
-        ({"reference": torch.full((3, 2), math.nan)}, ValueError, "reference"),
-        ({"reference": torch.ones(3, 2).to_sparse()}, TypeError, "reference: expected"),
-        ({"reference": torch.ones(3, 2) * 1j}, TypeError, "reference: expected a real"),
-        ({"reference": torch.ones(3, 2, dtype=torch.uint8)}, TypeError, "Scale integer images"),
-        ({"reference": gaussian(SCHEDULES["ve"], STD)}, ValueError, "of the model's schedule"),
-        ({"reference": "truth"}, TypeError, "reference: expected"),
-        ({"ode_score": 1}, TypeError, "ode_score: expected True or False"),
-        ({"steps": 2}, ValueError, "steps: expected"),
-    ],
-)
-def test_what_is_refused(options, error, told):
-    model = hosm.ScoreModel(MLP(2), SCHEDULES["vp"])
-    with pytest.raises(error, match=told):
-        hosm.likelihood_gap(model, torch.randn(4, 2), **options)

@@ -121,20 +121,3 @@ def test_a_companion_that_is_lost_says_nothing():
     quadrature = both.solver_error[0] - alone.solver_error[0]
     assert float(quadrature) == 0.0  # what it is alone, of the sample whose companion is lost
     assert both.solver_error[1] != alone.solver_error[1]
-
-
-@pytest.mark.parametrize(
-    ("options", "got"),
-    [
-        ({"steps": None}, "steps=None"),
-        ({"steps": 63}, "steps=63"),
-        ({"steps": 6}, "steps=6"),
-        ({"method": "adaptive"}, "method='adaptive'"),
-    ],
-)
-def test_where_there_can_be_none(options, got):
-    model, x = model_and_points()
-    with pytest.raises(ValueError, match=f"companion: expected False, or method='fixed'.*{got}"):
-        nll(model, x, companion=True, **options)
-    with pytest.raises(TypeError, match="companion: expected True or False"):
-        nll(model, x, companion=1)

@@ -1,4 +1,4 @@
-"""What both likelihoods refuse before any work, which numbers they take, and what has failed."""
+"""Which numbers both likelihoods take, what has failed, and what stays as it was."""
 
 import math
 
@@ -10,90 +10,7 @@ from torch import nn
 import hosm_losses as hosm
 from hosm_losses.likelihood.inputs import mark_failed
 from tests.likelihood.test_result import full
-from tests.oracles import MLP, Function, networks
-
-X = torch.zeros(2, 3, dtype=torch.float64)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"model": MLP(3)}, TypeError, "model: expected a ScoreModel; got an object of type MLP"),
-        ({"x": X.to(torch.uint8)}, TypeError, "x: expected a floating-point.*Scale integer"),
-        ({"x": X[:0]}, ValueError, "x: expected a batch"),
-        ({"x": X / 0}, ValueError, "x: expected finite values"),
-        ({"x": X.to(torch.complex128)}, TypeError, "x: expected a real floating-point tensor"),
-        ({"x": X.to_sparse()}, TypeError, r"x: expected a dense tensor.*x\.to_dense\(\)"),
-        ({"x": X.numpy()}, TypeError, "x: expected a floating-point tensor.*type ndarray"),
-        ({"method": "rk45"}, ValueError, "method: expected one of 'fixed', 'adaptive'"),
-        ({"divergence": "skilling"}, ValueError, "divergence: expected one of 'exact'"),
-        ({"distribution": "cauchy"}, ValueError, "distribution: expected one of 'rademacher'"),
-        ({"steps": 3}, ValueError, "steps: expected a whole number of at least 4; got 3"),
-        ({"steps": 8.0}, ValueError, "steps: expected a whole number"),
-        ({"steps": True}, ValueError, "steps: expected a whole number.*got True"),
-        ({"probes": True}, ValueError, "probes: expected a whole number.*got True"),
-        ({"probes": 0}, ValueError, "probes: expected a whole number of at least 1; got 0"),
-        ({"probes": "exact"}, ValueError, "All unit vectors are divergence='exact'"),
-        ({"probes": 2, "divergence": "exact"}, ValueError, "which draws none; got 2"),
-        (
-            {"distribution": "gaussian", "divergence": "exact"},
-            ValueError,
-            "distribution: expected 'rademacher' with divergence='exact', which draws none; got",
-        ),
-        ({"tolerance": 0.0}, ValueError, "tolerance: expected a positive number of nats"),
-        ({"tolerance": "1e-3"}, ValueError, "tolerance: expected a positive number.*got '1e-3'"),
-        ({"tolerance": math.inf}, ValueError, "tolerance: expected a positive number.*got inf"),
-        ({"batch_size": True}, ValueError, "batch_size: expected a whole number.*got True"),
-        ({"batch_size": 0}, ValueError, "batch_size: expected a whole number of at least 1"),
-        ({"progress": 1}, TypeError, "progress: expected True or False; got 1"),
-        ({"enable_grad": None}, TypeError, "enable_grad: expected True or False; got None"),
-        ({"generator": 7}, TypeError, "generator: expected a torch.Generator or None; got 7"),
-        ({"model_kwargs": [1]}, TypeError, "model_kwargs: expected a mapping.*type list"),
-        ({"model_kwargs": {1: X}}, TypeError, "model_kwargs: expected names.*got 1"),
-        ({"model_kwargs": {"x": X}}, ValueError, "model_kwargs: expected none of.*got 'x'"),
-        ({"model_kwargs": {"t": X}}, ValueError, "model_kwargs: expected none of.*got 't'"),
-        ({"method": ["fixed"]}, ValueError, "method: expected one of.*type list"),
-        ({"data_mean": None}, TypeError, "data_mean: expected a number or a tensor.*got None"),
-        ({"data_mean": "0"}, TypeError, "data_mean: expected a number or a tensor.*got '0'"),
-        ({"data_std": True}, TypeError, "data_std: expected a number or a tensor.*got True"),
-        ({"data_std": X[0] * 1j}, TypeError, "data_std: expected a number or a tensor.*complex"),
-        ({"log_prior": 5}, TypeError, "log_prior: expected a callable.*got 5"),
-        ({"data_std": torch.ones(2)}, ValueError, r"data_std: expected a number or a tensor tha"),
-        ({"data_std": 0.0}, ValueError, "data_std: expected positive values"),
-        ({"data_mean": math.nan}, ValueError, "data_mean: expected finite values"),
-        ({"log_prior": lambda z: z}, ValueError, r"log_prior\(latent\): expected shape \(2,\)"),
-    ],
-)
-def test_bad_input_is_a_clear_error(change, error, message):
-    calls = []
-
-    def network(x, t):
-        calls.append(len(x))
-        return 0 * x
-
-    arguments = {"model": hosm.ScoreModel(network, hosm.VPSchedule()), "x": X, "steps": 4}
-    arguments |= change
-    with pytest.raises(error, match=message):
-        hosm.ode_nll(arguments.pop("model"), arguments.pop("x"), **arguments)
-    # What the user's own function returns is seen when it is called.
-    assert not calls or "log_prior" in change
-
-
-def test_a_generator_of_another_device_is_refused():
-    class Elsewhere(torch.Generator):
-        device = torch.device("cuda", 0)
-
-    model = hosm.ScoreModel(lambda x, t: x, hosm.VPSchedule())
-    for function in (hosm.ode_nll, hosm.variational_nll):
-        with pytest.raises(ValueError, match=r"generator: expected one on cpu.*got one on cuda:0"):
-            function(model, X, generator=Elsewhere())
-
-
-def test_a_complex_output_is_refused():
-    model = hosm.ScoreModel(lambda x, t: x * (1 + 0j), hosm.VPSchedule())
-    for function in (hosm.ode_nll, hosm.variational_nll, hosm.first_order_dsm):
-        with pytest.raises(TypeError, match="network: expected a real output; got a torch"):
-            function(model, X)
+from tests.oracles import Function, networks
 
 
 def test_numbers_and_arrays_of_numpy_are_taken():

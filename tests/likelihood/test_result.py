@@ -34,34 +34,6 @@ def test_levels_add_the_width_of_a_level(low, high, offset):
     torch.testing.assert_close(zero, torch.tensor([offset]))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"levels": 0}, "levels: expected a whole number of at least 1; got 0"),
-        ({"levels": 2.5}, "levels: expected a whole number"),
-        ({"levels": True}, "levels: expected a whole number"),
-        ({"levels": 256, "low": 1}, "bits_per_dim: expected low < high; got 1.0, 1.0"),
-        ({"levels": 256, "high": -2}, "bits_per_dim: expected low < high; got -1.0, -2.0"),
-        ({"levels": 256, "low": "0"}, "low: expected a number; got '0'"),
-        ({"levels": 256, "high": math.inf}, "high: expected a number; got inf"),
-        ({"low": 0, "high": 1}, r"expected levels with a range.*got low=0, high=1 alone"),
-        ({"low": -1.0}, r"expected levels with a range.*got low=-1.0 alone"),
-        ({"high": np.float64(1)}, "expected levels with a range.*alone"),
-    ],
-)
-@pytest.mark.parametrize("method", ["bits_per_dim", "summary"])
-def test_a_range_without_levels_and_impossible_levels_are_refused(method, options, message):
-    with pytest.raises(ValueError, match=message):
-        getattr(result(torch.zeros(1), (3,)), method)(**options)
-
-
-@pytest.mark.parametrize("options", [{"levels": 16}, {"low": 0.0}, {"levels": 256, "high": 255}])
-@pytest.mark.parametrize("method", ["bits_per_dim", "summary"])
-def test_what_contradicts_the_dequantization_is_refused(method, options):
-    with pytest.raises(ValueError, match=r"or those of the call's dequantization.*got .*=.*knows"):
-        getattr(full(), method)(**options)
-
-
 @pytest.mark.parametrize("options", [{"levels": np.int64(256)}, {"low": -1}, {"high": 1.0}])
 def test_what_agrees_with_the_dequantization_changes_nothing(options):
     assert torch.equal(full().bits_per_dim(**options), full().bits_per_dim())
@@ -97,21 +69,6 @@ def test_cat_joins_every_field_in_order():
     assert torch.equal(NLLResult.cat(iter([full()])).nll, full().nll)
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        full(d=5),
-        full(standard_error=None),
-        full(quantization=None),
-        full(widening=2.0),
-        full(steps=64),  # of the fixed grid, which a bound has not
-    ],
-)
-def test_cat_refuses_results_of_different_calls(other):
-    with pytest.raises(ValueError, match="cat: expected results of the same options; got samples"):
-        NLLResult.cat([full(), other])
-
-
 def test_what_failed_says_why():
     """Of five samples one did not fail; an error above the limit, NaN, and two late ones did."""
     latent = torch.zeros(5, 2)
@@ -131,17 +88,10 @@ def test_what_failed_says_why():
 def test_no_sample_left_says_why_the_first_one_failed():
     nll = torch.tensor([math.nan, math.nan])
     failed, error = torch.tensor([True, True]), torch.tensor([5000.0, 0.0])
-    with pytest.raises(ValueError, match=r"got none of 2\. The first one: its solver_error of 5e"):
-        full(n=2, nll=nll, failed=failed, solver_error=error).summary()
-
-
-def test_cat_refuses_what_is_no_result():
-    with pytest.raises(ValueError, match="cat: expected at least one result"):
-        NLLResult.cat([])
-    with pytest.raises(TypeError, match="cat: expected NLLResults; got a"):
-        NLLResult.cat([torch.zeros(2)])
-    with pytest.raises(TypeError, match=r"expected a list of NLLResults; got .* alone"):
-        NLLResult.cat(full())
+    result = full(n=2, nll=nll, failed=failed, solver_error=error)
+    with pytest.raises(ValueError) as refused:
+        result.summary()
+    assert result.failures()[0] in str(refused.value)
 
 
 def test_summary_leaves_out_what_failed_and_separates_the_estimators_part():
@@ -169,7 +119,7 @@ def test_summary_counts_nan_as_failed_whatever_the_flag_says():
         summary = made.summary()
         assert (summary.samples, summary.failed, summary.nll) == (2, 1, 2.0)
         assert summary.bits_per_dim == pytest.approx(2 / (4 * math.log(2)) + 7)
-    with pytest.raises(ValueError, match="summary: expected a sample that did not fail; got none"):
+    with pytest.raises(ValueError):
         full(nll=nll * math.nan).summary()
 
 
@@ -180,7 +130,7 @@ def test_summary_says_no_more_than_it_knows():
     assert summary.estimator_error is None
     assert summary.bits_per_dim == pytest.approx(1 / (4 * math.log(2)) + 7)
     assert "±" not in str(summary)
-    with pytest.raises(ValueError, match="summary: expected a sample that did not fail; got none"):
+    with pytest.raises(ValueError):
         full(failed=torch.ones(3, dtype=torch.bool)).summary()
 
 
@@ -259,25 +209,6 @@ def test_the_dict_has_every_field_and_no_graph():
     assert list(values) == [field.name for field in dataclasses.fields(NLLResult)]
     assert not values["nll"].requires_grad
     assert values["quantization"] == {"levels": 256, "low": -1.0, "high": 1.0}
-
-
-def test_from_dict_refuses_what_to_dict_does_not_give():
-    values = full().to_dict()
-    without = {name: value for name, value in values.items() if name != "nfe"}
-    with pytest.raises(
-        ValueError, match=r"expected the keys .*'nll'.*; got missing: \['nfe'\]\. "
-    ):
-        NLLResult.from_dict(without)
-    with pytest.raises(
-        ValueError, match=r"got missing: \['nfe'\]; unknown: \['calls'\]\. Give it"
-    ):
-        NLLResult.from_dict(without | {"calls": values["nfe"]})
-    with pytest.raises(TypeError, match="expected what to_dict returned; got a"):
-        NLLResult.from_dict([values])
-    with pytest.raises(TypeError, match="expected a tensor for 'nll'; got a"):
-        NLLResult.from_dict(values | {"nll": [1.0, 2.0, 3.0]})
-    with pytest.raises(TypeError, match="for 'steps'; got 'many'"):
-        NLLResult.from_dict(values | {"steps": "many"})
 
 
 def test_a_result_kept_by_an_earlier_version_is_read():

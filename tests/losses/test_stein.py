@@ -180,28 +180,3 @@ def test_a_weight_given_to_forward_stands_first():
     torch.testing.assert_close(
         loss(**given, weight=torch.tensor(2.0)), hosm.stein_dsm(model, **given, weight=2.0)
     )
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ({"probes": 1}, "probes: expected 2 or more"),
-        ({"probes": "exact"}, "probes: expected 2 or more"),
-        ({"weight": -1.0}, "weight: expected"),
-        ({"weight": "paper"}, "weight: expected"),
-        ({"probe": torch.ones(6, D, dtype=torch.float64)}, r"probe: expected shape \(2, 6, 2\)"),
-    ],
-)
-def test_what_is_refused(options, told):
-    model, given = setting()
-    with pytest.raises(ValueError, match=told):
-        hosm.stein_dsm(model, **(given | options))
-
-
-@pytest.mark.parametrize("name", ["weighting", "third", "estimator", "weights"])
-def test_other_options_are_unknown(name):
-    model, given = setting()
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        hosm.stein_dsm(model, **given, **{name: None})
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        hosm.SteinDSM(model, **{name: None})

@@ -48,12 +48,6 @@ def test_a_callable_multiplies_every_term():
     plain = hosm.third_order_dsm(model, x0, reduction="none", **inputs)
     got = hosm.third_order_dsm(model, x0, reduction="none", weighting=torch.exp, **inputs)
     torch.testing.assert_close(got, t.exp() * plain)
-    with pytest.raises(ValueError, match=r"weighting\(t\): expected shape \(4,\), that of t"):
-        hosm.third_order_dsm(model, x0, weighting=lambda t: t[:, None])
-    with pytest.raises(TypeError, match=r"weighting\(t\): expected a tensor of shape"):
-        hosm.third_order_dsm(model, x0, weighting=lambda t: 1.0)
-    with pytest.raises(ValueError, match=r"expected factors of 0 or more; got -0\.5"):
-        hosm.third_order_dsm(model, x0, weighting=lambda t: t * 0 - 0.5)
 
 
 def towards_the_ends(schedule, count):
@@ -205,10 +199,6 @@ def test_a_callable_sampler_stands_for_given_times():
     got = hosm.third_order_dsm(model, x0, time_sampler=sampler, **given)
     assert asked == [(4, None)]
     assert torch.equal(got, hosm.third_order_dsm(model, x0, t=t, **given))
-    with pytest.raises(ValueError, match=r"t: expected shape \(4,\)"):
-        hosm.first_order_dsm(model, x0, time_sampler=lambda batch, generator: torch.rand(2))
-    with pytest.raises(ValueError, match=r"t: expected values in"):
-        hosm.first_order_dsm(model, x0, time_sampler=lambda batch, generator: 2 + torch.rand(4))
 
 
 def test_a_pair_weights_the_first_term_and_the_higher_ones_apart():
@@ -225,23 +215,3 @@ def test_a_pair_weights_the_first_term_and_the_higher_ones_apart():
     pair = (torch.exp, "noise")
     got = hosm.third_order_dsm(model, x0, weighting=pair, reduction="none", **given)
     torch.testing.assert_close(got, t.exp() * terms.first + sum(terms[1:]))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"weighting": ("noise", "native")}, "for the higher terms.*got 'native'"),
-        ({"weighting": ("noise", "likelihood")}, "for the higher terms.*got 'likelihood'"),
-        ({"weighting": ("noise", "snr")}, "weighting .*expected one of 'noise'.*got 'snr'"),
-        ({"weighting": ("noise",) * 3}, "one weighting or a pair.*got 3"),
-        ({"weighting": ()}, "one weighting or a pair.*got 0"),
-        ({"time_sampler": "uniform"}, "time_sampler .*expected one of 'schedule'.*got 'uniform'"),
-        ({"time_sampler": 1}, "time_sampler .*expected one of 'schedule'.*got 1"),
-    ],
-)
-def test_what_is_no_weighting_is_an_error(options, message):
-    model = hosm.ScoreModel(MLP(3), hosm.VPSchedule())
-    with pytest.raises(ValueError, match=message):
-        hosm.ThirdOrderDSM(model, **options)
-    with pytest.raises(ValueError, match=message):
-        hosm.second_order_dsm(model, torch.zeros(2, 3), **options)

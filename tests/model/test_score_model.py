@@ -55,9 +55,9 @@ def test_a_prediction_without_a_formula_is_an_error_and_not_another_formula(orde
     model = hosm.ScoreModel(MLP(3), VP)
     model.prediction = "x0"
     loss = (hosm.first_order_dsm, hosm.second_order_dsm, hosm.third_order_dsm)[order - 1]
-    with pytest.raises(ValueError, match=r"prediction: expected one with a formula.*got 'x0'"):
+    with pytest.raises(ValueError):
         loss(model, torch.randn(2, 3))
-    with pytest.raises(ValueError, match="prediction: expected one with a formula"):
+    with pytest.raises(ValueError):
         model.native_weight(torch.tensor([0.5]), torch.zeros(1, 3))
 
 
@@ -173,46 +173,6 @@ def test_pickle_and_safetensors(tmp_path):
     other = hosm.ScoreModel(MLP(2), VP, "v_prediction", time=999.0)
     load_model(other, tmp_path / "model.safetensors")
     torch.testing.assert_close(other(x, t), model(x, t), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
-    [
-        ((3, VP), {}, TypeError, "network: expected an nn.Module or a callable; got 3"),
-        ((MLP(2), "vp"), {}, TypeError, "schedule: expected a schedule such as VPSchedule"),
-        ((MLP(2), VP, "x0"), {}, ValueError, "prediction: expected one of 'epsilon', 'score'"),
-        ((MLP(2), VP), {"time": "t"}, TypeError, "time: expected a factor, a callable or None"),
-        ((MLP(2), VP), {"time": True}, TypeError, "time: expected a factor.*; got True"),
-        ((MLP(2), VP), {"time": float("nan")}, ValueError, "time: expected a finite.*; got nan"),
-        ((MLP(2), VP), {"time": float("inf")}, ValueError, "time: expected a finite.*; got inf"),
-        ((MLP(2), VP), {"primitives": "no"}, TypeError, "primitives: expected True or False; got"),
-        ((MLP(2), VP), {"primitives": None}, TypeError, "primitives: expected True or False; got"),
-        ((MLP(2), VP), {"output": 0}, TypeError, "output: expected a callable or None; got 0"),
-    ],
-)
-def test_bad_construction_is_an_error(arguments, options, error, message):
-    with pytest.raises(error, match=message):
-        hosm.ScoreModel(*arguments, **options)
-
-
-@pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize(
-    ("network", "error", "message"),
-    [
-        (lambda x, t: (x, x), TypeError, r"network: expected it to return a tensor; got an obj"),
-        (lambda x, t: {"sample": x}, TypeError, r"type dict\. Pick the prediction out with"),
-        (lambda x, t: x.repeat(1, 2), ValueError, r"shape of x, \(4, 2\).*predicts a variance"),
-        (lambda x, t: x + 0j, TypeError, r"expected a real output; got.*complex.*torch\.real"),
-        (lambda x, t: x.long(), TypeError, r"expected a floating-point output; got.*int64"),
-        (lambda x, t: x.to("meta"), ValueError, r"output on cpu, the device of x; got.*on meta"),
-        (lambda x, t: x.sum(1), ValueError, r"network: expected an output of the shape of x"),
-    ],
-)
-def test_a_network_that_returns_something_else_is_an_error(network, error, message, order):
-    model = hosm.ScoreModel(network, VP)
-    function = (hosm.first_order_dsm, hosm.second_order_dsm, hosm.third_order_dsm)[order - 1]
-    with pytest.raises(error, match=message):
-        function(model, torch.zeros(4, 2))
 
 
 class OfTime(nn.Module):
@@ -355,20 +315,6 @@ def test_a_copy_of_a_model_compiled_in_place_is_its_own():
     torch.testing.assert_close(copied(x, t), before)
 
 
-@pytest.mark.parametrize("name", ["noise", "score", "denoise"])
-def test_times_that_a_schedule_does_not_have(name):
-    model = hosm.ScoreModel(lambda x, t: x, hosm.VPSchedule())
-    x = torch.randn(2, 3)
-    with pytest.raises(
-        ValueError, match=r"t: expected values in \[1e-05, 1\].*got values in \[500"
-    ):
-        getattr(model, name)(x, torch.full((2,), 500.0))
-    with pytest.raises(TypeError, match="Only a DiscreteSchedule takes integer times"):
-        getattr(model, name)(x, torch.ones(2, dtype=torch.int64))
-    for t in (1e-6, 1.01):  # as a solver that oversteps asks for
-        assert getattr(model, name)(x, torch.full((2,), t)).shape == x.shape
-
-
 def test_fractions_of_the_first_step_of_a_table():
     model = hosm.ScoreModel(lambda x, t: 0.1 * x, hosm.DiscreteSchedule.linear(1000))
     x0 = torch.randn(8, 3)
@@ -378,16 +324,6 @@ def test_fractions_of_the_first_step_of_a_table():
         hosm.second_order_dsm(model, x0, time_sampler=lambda n, _: torch.rand(n))
     for t in (999 * torch.rand(8) + 2, torch.zeros(8), torch.ones(8, dtype=torch.int64)):
         hosm.first_order_dsm(model, x0, t=t.clamp(max=999))
-
-
-def test_one_sample_without_its_batch():
-    layer = nn.Conv2d(3, 3, 3, padding=1)
-    model = hosm.ScoreModel(lambda x, t: layer(x).sum(0, keepdim=True), hosm.VPSchedule())
-    with pytest.raises(ValueError, match=r"of one sample give x\[None\]"):
-        model.noise(torch.randn(3, 8, 8), torch.full((3,), 0.5))
-    wide = hosm.ScoreModel(lambda x, t: torch.cat([x, x], 1), hosm.VPSchedule())
-    with pytest.raises(ValueError, match="keep the first channels"):
-        wide.noise(torch.randn(2, 3, 8, 8), torch.full((2,), 0.5))
 
 
 def test_an_object_of_a_class_that_was_loaded_again(monkeypatch):

