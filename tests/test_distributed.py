@@ -173,15 +173,6 @@ def test_a_group_takes_the_steps_of_its_most_demanding_rank(tmp_path):
     assert drawn > 10
 
 
-def test_data_parallel_around_the_network_is_refused_above_order_one():
-    model = hosm.ScoreModel(nn.DataParallel(Network()), hosm.VPSchedule())
-    x0 = torch.randn(2, 5, 3)
-    hosm.first_order_dsm(model, x0)
-    for function in (hosm.second_order_dsm, hosm.third_order_dsm):
-        with pytest.raises(TypeError, match=r"got DataParallel.*DistributedDataParallel\(Third"):
-            function(model, x0)
-
-
 @pytest.fixture
 def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
