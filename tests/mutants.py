@@ -383,7 +383,7 @@ MUTANTS = [
         "schedules/discrete.py",
         "torch.randint(len(self.alphas_cumprod), shape, **options)",
         "torch.randint(len(self.alphas_cumprod) - 1, shape, **options)",
-        "tests/schedules/test_discrete.py",
+        "tests/schedules/test_base.py",
     ),
     # Indices drawn by log σ̂ are rounded down.
     Mutant(
@@ -404,21 +404,21 @@ MUTANTS = [
         "schedules/edm.py",
         "unit = self.log_std * math.sqrt(2 * math.pi) * self._standard[-1]",
         "unit = self.log_std * math.sqrt(2 * math.pi)",
-        "tests/schedules/test_edm_draws.py",
+        "tests/schedules/test_base.py",
     ),
     # 1 - α² by a difference has no digits left near the data.
     Mutant(
         "schedules/continuous.py",
         "return torch.sqrt(-torch.expm1(-self.integrated_beta(t)))",
         "return torch.sqrt(1 - torch.exp(-self.integrated_beta(t)))",
-        "tests/schedules/test_continuous.py",
+        "tests/schedules/test_base.py",
     ),
     # Building a model seeds the user's global generator.
     Mutant(
         "schedules/check.py",
         "with torch.random.fork_rng(devices=[]):",
         "with torch.no_grad():",
-        "tests/schedules/test_check_draws.py",
+        "tests/schedules/test_check.py",
     ),
     # probes: one sphere for the whole batch, of radius √(B d).
     Mutant(

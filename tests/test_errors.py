@@ -420,6 +420,10 @@ def drawing(function):
     return own(sample_time=lambda batch, generator, *, device, dtype: function(batch))
 
 
+HELD = own()
+HELD.sigma = torch.detach  # of the instance
+FLOW = {"drift": lambda t: -1 / (1 - t), "squared_diffusion": lambda t: 2 * t / (1 - t)}
+INHERITS_RATES = own(lambda t: 1 - t, torch.detach, (1e-3, 0.99), **FLOW)
 SCHEDULES = {
     ValueError: [
         ("alpha, for", hosm.LinearFlowSchedule(t_max=1.0), hosm.CosineSchedule(t_max=1.0)),
@@ -447,9 +451,10 @@ SCHEDULES = {
         ("squared_diffusion of", own(squared_diffusion=torch.clone)),
         ("squared_diffusion of", own(sigma=lambda t: (20_000 * t).round() / 20_000)),
         ("squared_diffusion of", own(lambda t: (1 - t).detach(), ends=(1e-3, 0.99))),
+        ("squared_diffusion of", own(sigma=torch.inference_mode()(lambda t: 1 * t)), HELD),
         ("squared_diffusion to follow", own(sigma=lambda t: torch.from_numpy(t.numpy() * 2))),
         ("drift of", own(drift=torch.neg)),
-        ("rates of", own(rates=lambda t: (0 * t, 2 + 0 * t))),
+        ("rates of", own(rates=lambda t: (0 * t, 2 + 0 * t)), INHERITS_RATES),
         ("prior_std of", *map(prior, (None, 0.0, -1.0, NAN, INF, True, "1"))),
         ("sample_time of Own to draw", drawing(lambda batch: 5 * torch.rand(batch))),
         ("sample_time of Own to draw", drawing(lambda batch: torch.zeros(batch) * NAN)),

@@ -1,223 +1,242 @@
-"""What follows from α and σ alone: a user's subclass against the closed forms."""
+"""What holds of every schedule, and of a user's own with the same α and σ: digits, types, draws."""
 
+import copy
+
+import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from mpmath import mpf
 
 import hosm_losses as hosm
-from hosm_losses.schedules.base import as_time, time_derivative
+from tests.cases import SCHEDULES
 from tests.oracles import default_dtype, networks
-from tests.schedules.test_continuous import SCHEDULES
+from tests.schedules.checks import own
 
-TABLE = hosm.DiscreteSchedule(torch.linspace(0.99, 0.01, 20))
-EVERY = {**SCHEDULES, "discrete": TABLE}
-ENDS = [pytest.param(schedule, id=name) for name, schedule in sorted(EVERY.items())]
-
-
-def bare(schedule):
-    """The same α and σ in a user's own subclass, and nothing else."""
-
-    class Bare(hosm.Schedule):
-        t_min, t_max = schedule.t_min, schedule.t_max
-
-        def alpha(self, t):
-            return schedule.alpha(t)
-
-        def sigma(self, t):
-            return schedule.sigma(t)
-
-    return Bare()
-
-
-BARE = pytest.param(bare(hosm.VPSchedule()), id="bare")
-
-
-@given(name=st.sampled_from(sorted(SCHEDULES)), place=st.floats(0, 1))
-def test_a_subclass_with_alpha_and_sigma_alone_knows_the_rest(name, place):
-    schedule = SCHEDULES[name]
-    t = torch.tensor([schedule.t_min + place * (schedule.t_max - schedule.t_min)])
-    own = bare(schedule)
-    torch.testing.assert_close(
-        own.log_sigma_hat(t), schedule.log_sigma_hat(t), rtol=1e-9, atol=1e-9
-    )
-    torch.testing.assert_close(own.drift(t), schedule.drift(t), rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(
-        own.squared_diffusion(t), schedule.squared_diffusion(t), rtol=1e-7, atol=0
-    )
-    for rate, expected in zip(own.rates(t), schedule.rates(t), strict=True):
-        torch.testing.assert_close(rate, expected, rtol=1e-7, atol=1e-9)
-    found = own.time(schedule.log_sigma_hat(t))
-    # α is flat where VP-like schedules end, so t is found as well as log σ̂ allows.
-    torch.testing.assert_close(
-        own.log_sigma_hat(found), schedule.log_sigma_hat(t), atol=1e-9, rtol=0
-    )
-    torch.testing.assert_close(found, t, rtol=1e-6, atol=1e-9)
+RANGES = {
+    "default range": {},
+    "narrow": {"t_min": 0.1, "t_max": 1.0},
+    "from within": {"t_min": 0.3, "t_max": 200.0},
+    "far above": {"t_min": 20.0, "t_max": 80.0},
+    "far below": {"t_min": 1e-4, "t_max": 3e-3},
+    "moved": {"t_min": 0.5, "log_mean": 1.0, "log_std": 0.5},
+}
+CLOSED = {
+    **SCHEDULES,
+    "no noise at 0": hosm.VPSchedule(beta_min=0.0, beta_max=5.0),
+    "wide": hosm.VESchedule(sigma_min=1e-3, sigma_max=1e4),
+    "no offset": hosm.CosineSchedule(offset=0.0),
+    "large offset": hosm.CosineSchedule(offset=0.3),
+    "two": hosm.DiscreteSchedule([0.9, 0.2]),
+    "ddpm": hosm.DiscreteSchedule.linear(1000),
+}
+BARE = {
+    f"own {name}": own(each.alpha, each.sigma, (each.t_min, each.t_max))
+    for name, each in SCHEDULES.items()
+}
+EVERY = CLOSED | BARE
+VALUES = ("alpha", "sigma", "log_sigma_hat", "__call__")
+METHODS = (*VALUES, "drift", "squared_diffusion", "rates")
 
 
-def test_bisection_clips_to_the_ends():
-    own = bare(hosm.VPSchedule())
-    ends = own.time(torch.tensor([-50.0, 50.0]))
-    torch.testing.assert_close(ends, torch.tensor([1e-5, 1.0]))
+def textbook(schedule, place):
+    """α and σ as the papers write them; of a table they are those of the piece at `place`."""
+    s, one = schedule, mpf(1)
+
+    def linear_beta(t):
+        b = s.beta_min * t + (mpf(s.beta_max) - s.beta_min) * t**2 / 2
+        variance = one - mpmath.exp(-b)
+        sub = isinstance(s, hosm.SubVPSchedule)
+        return mpmath.exp(-b / 2), variance if sub else mpmath.sqrt(variance)
+
+    def cosine(t):
+        start, angle = (mpmath.pi / 2 * (each + s.offset) / (one + s.offset) for each in (0, t))
+        alpha = mpmath.cos(angle) / mpmath.cos(start)
+        return alpha, mpmath.sqrt(one - alpha**2)
+
+    def table(t):
+        left = min(int(place), len(s.alphas_cumprod) - 2)
+        low, high = (mpmath.log(one / each - 1) / 2 for each in s.alphas_cumprod[left : left + 2])
+        sigma_hat = mpmath.exp(low + (t - left) * (high - low))
+        alpha = one / mpmath.sqrt(one + sigma_hat**2)
+        return alpha, sigma_hat * alpha
+
+    return {
+        hosm.VPSchedule: linear_beta,
+        hosm.SubVPSchedule: linear_beta,
+        hosm.VESchedule: lambda t: (one, s.sigma_min * (mpf(s.sigma_max) / s.sigma_min) ** t),
+        hosm.CosineSchedule: cosine,
+        hosm.EDMSchedule: lambda t: (one, t),
+        hosm.LinearFlowSchedule: lambda t: (one - t, t),
+        hosm.DiscreteSchedule: table,
+    }[type(schedule)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bisection_finds_the_last_digits(dtype):
-    own, closed = bare(hosm.VESchedule()), hosm.VESchedule()
-    t = torch.linspace(1e-5, 1, 9, dtype=dtype)
-    found = own.time(closed.log_sigma_hat(t))
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, t, rtol=0, atol=30 * torch.finfo(dtype).eps)
+def exact(schedule, place):
+    """What the methods return at a time, in 40 digits, and the slope of log σ̂."""
+    with mpmath.workdps(40):
+        path, t = textbook(schedule, place), mpf(place)
+        alpha, sigma = path(t)
+        rates = [mpmath.diff(lambda t, part=part: path(t)[part], t) for part in (0, 1)]
+        slope = rates[1] / sigma - rates[0] / alpha
+        drift, diffusion = rates[0] / alpha, 2 * sigma**2 * slope
+        methods = alpha, sigma, mpmath.log(sigma / alpha), (alpha, sigma), drift, diffusion, rates
+        return dict(zip(METHODS, methods, strict=True)) | {"slope": slope}
 
 
-def test_a_search_under_vmap_and_compile_finds_the_same():
-    own = bare(hosm.VPSchedule())
-    u = torch.linspace(-6, 3, 40)
-    expected = own.time(u)
-    torch.testing.assert_close(torch.func.vmap(own.time)(u), expected, rtol=0, atol=1e-13)
-    compiled = torch.compile(own.time, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(u), expected, rtol=0, atol=0)
-
-
-def test_a_subclass_works_in_every_loss_and_in_the_likelihood():
-    network, shape = networks()["mlp"]
-    x0 = torch.randn(4, *shape)
-    own, closed = bare(hosm.VPSchedule()), hosm.VPSchedule()
-    for weighting in ("noise", "native", "likelihood"):
-        losses = []
-        for schedule in (own, closed):
-            model = hosm.ScoreModel(network, schedule, "v_prediction")
-            generator = torch.Generator().manual_seed(0)
-            losses.append(
-                hosm.third_order_dsm(model, x0, weighting=weighting, generator=generator)
-            )
-        torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
-    # The prior of a schedule that says nothing is N(0, σ(t_max)²); VP says 1.
-    results = [
-        hosm.ode_nll(hosm.ScoreModel(network, s), x0, divergence="exact", steps=16)
-        for s in (own, closed)
-    ]
-    torch.testing.assert_close(results[0].nll, results[1].nll, rtol=1e-3, atol=1e-3)
-    assert own.prior_std == pytest.approx(float(closed.sigma(torch.tensor(1.0))))
-
-
-def test_the_base_class_asks_for_alpha_and_sigma():
-    for method in ("alpha", "sigma"):
-        with pytest.raises(NotImplementedError):
-            getattr(hosm.Schedule(), method)(torch.tensor(0.5))
-
-
-METHODS = (
-    *("alpha", "sigma", "log_sigma_hat", "time", "drift", "squared_diffusion", "time_density"),
-    *("rates", "__call__"),
-)
-
-
-def values(schedule, method, t):
+def at(schedule, method, t):
     """What a method returns, as one tensor."""
     returned = getattr(schedule, method)(t)
     return torch.stack(returned) if isinstance(returned, tuple) else returned
 
 
-@pytest.mark.parametrize("number", [0.25, 1, np.float64(0.25), np.float32(0.25), np.int64(1)])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("schedule", ENDS)
-def test_every_method_takes_numbers(schedule, method, number):
-    expected = values(schedule, method, torch.tensor(float(number), dtype=torch.float64))
-    got = values(schedule, method, number)
-    assert got.device.type == "cpu"
-    rough = isinstance(number, np.float32)
-    assert got.dtype == (torch.float32 if rough else torch.float64)
-    close = {"rtol": 1e-5, "atol": 1e-6} if rough else {"rtol": 1e-12, "atol": 0}
-    torch.testing.assert_close(got.double(), expected, equal_nan=True, **close)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("schedule", ENDS)
-def test_every_method_takes_integers_halves_and_arrays(schedule, method):
-    # 1 is past the end of some, where a logarithm is infinite.
-    one = values(schedule, method, torch.ones(2))
-    for t in (torch.ones(2, dtype=torch.int64), np.ones(2), np.ones(2, dtype=int), [1.0, 1.0]):
-        got = values(schedule, method, t)
-        assert got.dtype == torch.get_default_dtype()
-        torch.testing.assert_close(got, one, rtol=0, atol=0, equal_nan=True)
-    half = values(schedule, method, torch.tensor(0.5, dtype=torch.bfloat16))
-    assert half.dtype == torch.float32
-
-
-@pytest.mark.parametrize("t", [torch.arange(300, 1000), 999, 300.3, [300.3]])
-def test_a_half_default_dtype_rounds_no_time(t):
-    table = hosm.DiscreteSchedule.linear(1000)
-    expected = table(torch.as_tensor(t).to(torch.float32))
-    with default_dtype(torch.bfloat16):
-        found = table(t)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("schedule", [*ENDS, BARE])
-def test_tensors_follow_t_and_not_the_default_device(schedule, method):
-    t = torch.tensor([0.25, 0.5])
-    before = values(schedule, method, t)
-    copy = hosm.DiscreteSchedule(TABLE.alphas_cumprod) if schedule is TABLE else schedule
-    with torch.device("meta"):
-        got = values(copy, method, t)
-        number = copy(0.25) if method == "__call__" else [values(copy, method, t[0])]
-    torch.testing.assert_close(got, before, rtol=0, atol=0)
-    assert {part.device.type for part in number} == {"cpu"}
-    elsewhere = values(copy, method, t.to("meta"))
-    assert elsewhere.device.type == "meta"
-    assert elsewhere.shape == before.shape
-
-
-@pytest.mark.parametrize("schedule", [*ENDS, BARE])
-def test_what_is_a_number_comes_from_the_cpu_under_any_default_device(schedule):
-    before = (schedule.prior_std, schedule.log_sigma_hat_range)
-    with torch.device("meta"):
-        assert (schedule.prior_std, schedule.log_sigma_hat_range) == before
-
-
-@pytest.mark.parametrize("schedule", [*ENDS, BARE])
-def test_draws_are_on_the_device_asked_for_then_the_generators_then_the_default(schedule):
-    generator = torch.Generator().manual_seed(0)
-    with torch.device("meta"):
-        assert schedule.sample_time(3).device.type == "meta"
-        assert schedule.sample_time(3, generator).device.type == "cpu"
-        assert schedule.sample_time(3, device="cpu").device.type == "cpu"
-    assert schedule.sample_time(3, device="meta").device.type == "meta"
+def times(schedule, dtype):
+    """From t_min to t_max, close to both ends and between them; of a table also its indices."""
+    near = (schedule.t_max - schedule.t_min) * torch.logspace(-7, 0, 12)
+    t = torch.cat([schedule.t_min + near, schedule.t_max - near])
+    t = torch.cat([t, t.round()]) if schedule.t_max > 10 else t
+    return t.clamp(schedule.t_min, schedule.t_max).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("schedule", [*ENDS, BARE])
-def test_time_is_clipped_to_the_ends_as_the_losses_see_them(schedule, dtype):
+@pytest.mark.parametrize("name", EVERY)
+def test_every_method_has_the_digits_of_the_textbook(name, dtype):
+    schedule, formula = EVERY[name], CLOSED[name.removeprefix("own ")]
+    t = times(schedule, dtype)
+    rows = [exact(formula, float(each)) for each in t]
+    columns = {key: np.array([row[key] for row in rows], dtype=float).T for key in rows[0]}
+    expected = {key: torch.from_numpy(column) for key, column in columns.items()}
+    eps, cosine = torch.finfo(dtype).eps, isinstance(formula, hosm.CosineSchedule)
+    # What PyTorch differentiates, and differences of entries in float64, have fewer digits.
+    rough = name in BARE or (schedule.integer_time and dtype == torch.float64)
+    for method in METHODS:
+        found, wanted = at(schedule, method, t), expected[method]
+        assert found.dtype == dtype
+        assert found.data_ptr() != t.data_ptr()
+        # Next to 0 the tangent of the cosine's angle has the rounding of the angle.
+        floor = {"log_sigma_hat": 1.0, "drift": 0.15 * cosine, "squared_diffusion": 0.3 * cosine}
+        bound = 8 if method in VALUES else 6400 if rough else 16
+        size = wanted.abs() + floor.get(method, 0.0)
+        assert bool(((found.double() - wanted).abs() <= bound * eps * size).all()), method
+    # `time` is the inverse at the rounded log σ̂, which is a step of Newton's away from t.
+    u, slope = expected["log_sigma_hat"], expected["slope"]
+    inverse = t.double() + (u.to(dtype).double() - u) / slope
+    error = schedule.time(u.to(dtype)).double() - inverse.clamp(schedule.t_min, schedule.t_max)
+    assert bool((error.abs() <= 2 * eps * (t.double() + (1 + u.abs()) / slope)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", EVERY)
+def test_time_is_clipped_to_the_ends(name, dtype):
+    schedule = EVERY[name]
     low, high = schedule.log_sigma_hat_range
-    far = torch.tensor([-float("inf"), -1e3, -60.0, low - 1, low - 1e-3], dtype=dtype)
-    edge = torch.linspace(low, high, 101, dtype=torch.float64).to(dtype)
-    u = torch.cat(
-        [far, edge, torch.tensor([high + 1e-3, high + 1, 60.0, 1e3, float("inf")], dtype=dtype)]
-    )
-    t = schedule.time(u)
+    away = torch.tensor([1e-3, 1.0, 60.0, 1e3, torch.inf], dtype=dtype)
+    inside = torch.linspace(low, high, 101, dtype=torch.float64).to(dtype)
+    t = schedule.time(torch.cat([low - away, high + away, inside]))
     assert t.dtype == dtype
-    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=dtype)
-    torch.testing.assert_close(t[:5], ends[:1].expand(5), rtol=1e-6, atol=0)
-    torch.testing.assert_close(t[-5:], ends[1:].expand(5), rtol=1e-6, atol=0)
+    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=dtype).repeat_interleave(5)
+    torch.testing.assert_close(t[:10], ends, rtol=1e-6, atol=1e-12)
     model = hosm.ScoreModel(lambda x, t: x, schedule)
-    hosm.first_order_dsm(model, torch.zeros(len(t), 1, dtype=dtype), t=t)  # its own range check
-    numbers = [schedule.time(float(value)) for value in (-1e3, 1e3)]
-    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
-    torch.testing.assert_close(torch.stack(numbers), ends, rtol=1e-9, atol=0)
-    assert bool(schedule.time(torch.tensor(float("nan"))).isnan())
+    hosm.first_order_dsm(model, torch.zeros(len(t), 1, dtype=dtype), t=t)  # checks the range
+    assert bool(schedule.time(torch.tensor(torch.nan)).isnan())
 
 
-@pytest.mark.parametrize("schedule", ENDS)
-def test_clipped_times_keep_their_derivatives_inside(schedule):
+@pytest.mark.parametrize("name", CLOSED)
+def test_the_inverse_can_be_differentiated(name):
+    schedule = CLOSED[name]
     low, high = schedule.log_sigma_hat_range
     u = (low + (high - low) * torch.linspace(0.05, 0.95, 7)).requires_grad_()
     t = schedule.time(u)
     (slope,) = torch.autograd.grad(t.sum(), u)
     rate = schedule.squared_diffusion(t) / (2 * schedule.sigma(t).square())
     torch.testing.assert_close(slope, 1 / rate.detach(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", [*CLOSED, "own vp"])
+def test_times_are_tensors_of_any_device_numbers_or_arrays(name):
+    schedule, ones = EVERY[name], torch.ones(2)
+    alike = [
+        (ones, ones.long(), torch.ones(1).expand(2), [1, 1.0], np.ones(2, int), np.ones(2)),
+        (torch.tensor(0.25), 0.25, np.float64(0.25)),
+        (torch.tensor(1.0), 1, np.int64(1)),
+        (torch.tensor(0.25).float(), torch.tensor(0.25).bfloat16(), np.float32(0.25)),
+    ]
+    # α and σ of a user's class are called with floating-point tensors alone.
+    methods = METHODS[2:] if name in BARE else METHODS
+    for method in (*methods, "time", "time_density"):
+        for like, *others in alike:
+            expected = at(schedule, method, like)
+            assert expected.dtype == like.dtype
+            # 1 is past the end of some, where a logarithm is infinite.
+            same = {"rtol": 0, "atol": 0, "equal_nan": True}
+            for t in others:
+                torch.testing.assert_close(at(schedule, method, t), expected, **same)
+            with torch.device("meta"):
+                found = at(copy.deepcopy(schedule), method, others[-1])
+            torch.testing.assert_close(found, expected, **same)
+            elsewhere = at(schedule, method, like.to("meta"))
+            assert elsewhere.device.type == "meta"
+            assert elsewhere.shape == expected.shape
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_prior_and_the_range_of_log_sigma_hat_are_numbers_of_the_ends(name):
+    schedule = EVERY[name]
+    with torch.device("meta"):
+        prior, found = schedule.prior_std, schedule.log_sigma_hat_range
+    ends = torch.tensor([schedule.t_min, schedule.t_max])
+    assert found == tuple(schedule.log_sigma_hat(ends).tolist())
+    designed = not isinstance(schedule, hosm.VESchedule | hosm.EDMSchedule) and name in CLOSED
+    assert prior == (1.0 if designed else float(schedule.sigma(ends)[1]))
+
+
+def test_a_half_default_dtype_rounds_no_time():
+    for t in (torch.arange(300, 1000), 999, 300.3, [300.3]):
+        expected = CLOSED["ddpm"](torch.as_tensor(t).to(torch.float32))
+        with default_dtype(torch.bfloat16):
+            found = CLOSED["ddpm"](t)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+DRAWN = {**EVERY, **{f"edm {key}": hosm.EDMSchedule(**each) for key, each in RANGES.items()}}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_draws_follow_the_density_which_integrates_to_one(name):
+    schedule, count, before = DRAWN[name], 40_000, torch.get_rng_state()
+    for dtype in (torch.float32, torch.float64):
+        drawn, again = (
+            schedule.sample_time(count, torch.Generator().manual_seed(0), dtype=dtype)
+            for _ in range(2)
+        )
+        assert torch.equal(drawn, again)
+        if schedule.integer_time:
+            assert drawn.dtype == torch.int64
+            expected = count * schedule.time_density(torch.arange(schedule.t_max + 1))
+            assert float(expected.sum()) == pytest.approx(count)
+            # Of all indices, the first and the last among them.
+            squares = (drawn.bincount() - expected).square() / expected
+            assert float(squares.sum()) < len(squares) + 5 * (2 * len(squares)) ** 0.5
+            continue
+        assert drawn.dtype == dtype
+        assert bool(((drawn >= schedule.t_min) & (drawn <= schedule.t_max)).all())
+        ends = torch.tensor([schedule.t_min, schedule.t_max])
+        t = torch.linspace(*(ends + 1e-6).log().tolist(), 20_001).exp() - 1e-6
+        steps = torch.cumulative_trapezoid(schedule.time_density(t), t)
+        assert float(steps[-1]) == pytest.approx(1, rel=1e-6)
+        below = torch.searchsorted(drawn.double().sort().values, t[1:]) / count
+        assert float((below - steps).abs().max()) < 2 / count**0.5  # by Kolmogorov, of 1 in 1500
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_draws_are_on_the_device_asked_for_the_generators_or_the_default():
+    generator = torch.Generator().manual_seed(0)
+    for schedule in EVERY.values():
+        assert schedule.sample_time(3, device="meta").device.type == "meta"
+        with torch.device("meta"):
+            assert schedule.sample_time(3).device.type == "meta"
+            assert schedule.sample_time(3, generator).device.type == "cpu"
+            assert schedule.sample_time(3, device="cpu").device.type == "cpu"
 
 
 def test_the_largest_draw_stays_in_range_where_rounding_would_leave_it(monkeypatch):
@@ -228,11 +247,50 @@ def test_the_largest_draw_stays_in_range_where_rounding_would_leave_it(monkeypat
     assert float(hosm.VESchedule(t_min=0.66, t_max=0.71).sample_time(1)) == float(end)
 
 
-def test_a_tensor_is_taken_as_it_is():
-    t = torch.tensor([0.5])
-    assert as_time(t) is t
+def test_what_edm_draws_in_the_range_is_the_normal_number_to_the_last_bit():
+    for dtype in (torch.float32, torch.float64):
+        schedule, generators = hosm.EDMSchedule(), [torch.Generator().manual_seed(0)] * 2
+        t = schedule.sample_time(1000, generators[0].manual_seed(0), dtype=dtype)
+        normal = torch.randn(1000, generator=generators[1].manual_seed(0), dtype=dtype)
+        assert torch.equal(t, (-1.2 + 1.2 * normal).exp())
 
 
-def test_time_derivative_is_elementwise():
-    t = torch.tensor([0.1, 0.5])
-    torch.testing.assert_close(time_derivative(torch.sin, t), t.cos())
+@pytest.mark.parametrize("ends", [(1e6, 1e7), (1e-9, 1e-8)])
+def test_edm_draws_nothing_from_a_range_that_is_too_far_away(ends):
+    model = hosm.ScoreModel(lambda x, t: x, hosm.EDMSchedule(t_min=ends[0], t_max=ends[1]))
+    with pytest.raises(ValueError):
+        hosm.first_order_dsm(model, torch.zeros(2, 1))
+    hosm.first_order_dsm(model, torch.zeros(2, 1), t=torch.full((2,), ends[1]))
+
+
+def test_a_search_under_vmap_finds_the_same():
+    schedule, u = BARE["own vp"], torch.linspace(-6, 3, 40)
+    found = torch.func.vmap(schedule.time)(u)
+    torch.testing.assert_close(found, schedule.time(u), rtol=0, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_a_search_is_compiled():
+    schedule, u = BARE["own vp"], torch.linspace(-6, 3, 40, dtype=torch.float32)
+    compiled = torch.compile(schedule.time, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(u), schedule.time(u), rtol=0, atol=0)
+
+
+def test_a_schedule_of_ones_own_works_in_losses_and_likelihoods():
+    network, shape = networks()["mlp"]
+    x0, found = torch.randn(4, *shape), []
+    for schedule in (CLOSED["vp"], BARE["own vp"]):
+        model = hosm.ScoreModel(network, schedule, "flow_prediction")
+        for weighting in ("native", "likelihood"):
+            options = {"weighting": weighting, "generator": torch.Generator().manual_seed(0)}
+            found.append(hosm.third_order_dsm(model, x0, **options))
+        # Its prior is N(0, σ(t_max)²), for which VP says 1.
+        found.append(hosm.ode_nll(model, x0, divergence="exact", steps=8).nll.mean())
+    torch.testing.assert_close(found[3:5], found[:2], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[5], found[2], rtol=1e-3, atol=1e-3)
+
+
+def test_what_losses_and_likelihoods_call_is_in_closed_form():
+    for schedule in SCHEDULES.values():
+        for method in ("time", *METHODS[4:]):
+            assert getattr(type(schedule), method) is not getattr(hosm.Schedule, method)

@@ -1,4 +1,7 @@
-"""What the check of a schedule takes, and when it looks; what it refuses is in test_errors."""
+"""What the check of a schedule takes, and where the density of its own draws is needed.
+
+What it refuses is in `tests/test_errors.py`.
+"""
 
 import warnings
 
@@ -8,50 +11,72 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hosm_losses as hosm
-from hosm_losses.schedules.check import check_schedule
-from tests.oracles import CountCalls
+from tests.cases import SCHEDULES
 from tests.schedules.checks import own
-from tests.schedules.test_continuous import SCHEDULES
-
-TABLE = hosm.DiscreteSchedule(torch.linspace(0.99, 0.01, 20))
-RIGHT = {**SCHEDULES, "discrete": TABLE, "own": own()}
-RIGHT["NumPy numbers"] = own(ends=(np.float32(0.01), np.int64(2)))
 
 
 def build(schedule):
-    return hosm.ScoreModel(lambda x, t: x, schedule)
+    return hosm.ScoreModel(lambda x, t: x.sin(), schedule)
+
+
+TABLE = np.array([0.01, 0.04, 0.05, 0.2, 0.25, 0.3, 0.5, 0.55, 0.7, 0.9, 1.0])
+
+
+def between(t):
+    """A table at each of whose entries the slope changes."""
+    table, left = torch.from_numpy(TABLE), (10 * t).long().clamp(0, 9)
+    return table[left] + (10 * t - left) * (table[left + 1] - table[left])
+
+
+class Held(hosm.Schedule):
+    """One whose functions are those of the instance."""
+
+    t_min, t_max = 1e-3, 0.99
+
+    def __init__(self, sigma):
+        self.alpha, self.sigma = torch.ones_like, sigma
+
+
+RIGHT = {
+    **SCHEDULES,
+    "own": own(),
+    "NumPy numbers": own(ends=(np.float32(0.01), np.int64(2))),
+    "kinks": own(sigma=between, ends=(0.0, 1.0)),
+    "kinks in a table": hosm.DiscreteSchedule.from_betas(0.2 * torch.rand(11) + 1e-3),
+    "single precision": own(sigma=lambda t: (0.01 + t.float()).to(t.dtype)),
+    "held": Held(torch.clone),
+    "own derivatives": own(
+        lambda t: 1 - t,
+        torch.detach,
+        (1e-3, 0.99),
+        drift=lambda t: -1 / (1 - t),
+        squared_diffusion=lambda t: 2 * t / (1 - t),
+        rates=lambda t: (-torch.ones_like(t), torch.ones_like(t)),
+    ),
+    **{
+        f"prior {value}": type("Own", (type(own()),), {"prior_std": value})()
+        for value in (2, np.float32(0.5), property(lambda self: 3.0))
+    },
+}
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_what_is_right_is_taken_anywhere_and_costs_no_millisecond(name):
-    schedule = RIGHT[name]
-    for context in (
-        torch.device("meta"),
-        FakeTensorMode(),
-        torch.inference_mode(),
-        torch.no_grad(),
-    ):
-        with context:
-            build(schedule)
-    x = torch.randn(3, 2)
+def test_what_is_right_is_taken_anywhere(name):
+    modes = torch.device("meta"), FakeTensorMode(), torch.inference_mode(), torch.no_grad()
+    for mode in modes:
+        with mode:
+            build(RIGHT[name])
 
     def loss(x):
-        model = hosm.ScoreModel(lambda x, t: x.sin(), schedule)
-        noise, t = torch.ones_like(x), torch.full((len(x),), float(schedule.t_max))
-        return hosm.first_order_dsm(model, x, t=t, noise=noise)
+        t = torch.full((len(x),), float(RIGHT[name].t_max))
+        return hosm.first_order_dsm(build(RIGHT[name]), x, t=t, noise=torch.ones_like(x))
 
-    expected = torch.autograd.grad(loss(x.requires_grad_()), x)[0]
+    x = torch.randn(3, 2, requires_grad=True)
+    expected = torch.autograd.grad(loss(x), x)[0]
     torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
-    with CountCalls() as calls:
-        check_schedule(schedule)
-    assert calls.number <= 300  # of operators on a few numbers
 
 
-def test_a_schedule_computed_in_single_precision_and_one_that_learns_are_taken():
-    def sigma(t):
-        return (0.01 + t.float()).to(t.dtype)
-
-    build(own(sigma=sigma))
+def test_a_schedule_may_learn():
     scale = torch.nn.Parameter(torch.tensor(2.0))
     model = build(own(sigma=lambda t: scale * t))
     hosm.first_order_dsm(model, torch.zeros(2, 2)).backward()
@@ -63,17 +88,110 @@ def test_a_warning_that_a_filter_makes_an_error_is_no_fault_of_the_schedule():
         warnings.warn("old", FutureWarning, stacklevel=1)
         return torch.ones_like(t)
 
-    schedule = own(alpha=alpha)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(FutureWarning):
-            check_schedule(schedule)
+            build(own(alpha))
 
 
 def test_it_is_looked_at_only_outside_of_compilation():
     def make(x):
-        check_schedule(hosm.LinearFlowSchedule(t_max=1.0))
-        return x + 1
+        return build(hosm.LinearFlowSchedule(t_max=1.0)).predict(x, x)
 
     compiled = torch.compile(make, backend="eager", fullgraph=True)
-    assert float(compiled(torch.zeros(()))) == 1.0
+    assert float(compiled(torch.zeros(()))) == 0.0
+
+
+class Cubes(type(own())):
+    """t = s³ for a uniform s in [0.2, 1], with the density 1/(2.4 t^⅔)."""
+
+    t_min = 0.008
+
+    def sample_time(self, batch, generator=None, *, device=None, dtype=None):
+        unit = torch.rand(batch, generator=generator, device=device, dtype=dtype)
+        return self.clip((0.2 + 0.8 * unit) ** 3)
+
+
+class WithDensity(Cubes):
+    def time_density(self, t):
+        return 1 / (3 * 0.8 * t ** (2 / 3))
+
+
+class Inherits(WithDensity):
+    pass
+
+
+class DrawsAgain(WithDensity):
+    sample_time = Cubes.sample_time
+
+
+class Draws:
+    sample_time = Cubes.sample_time
+
+
+class Mixed(Draws, type(own())):
+    pass
+
+
+class EDM(hosm.EDMSchedule):
+    sample_time = Cubes.sample_time
+
+
+BY_U = {"time_sampler": "log_sigma_hat"}
+NEEDED = [{"weighting": "likelihood", "time_sampler": "schedule"}, BY_U]
+NEEDED.append({**BY_U, "weighting": torch.exp})
+T = torch.full((4,), 0.5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", [Cubes, DrawsAgain, Mixed, EDM])
+def test_times_of_its_own_without_their_density_are_refused_where_it_is_needed(kind):
+    model, x0 = build(kind()), torch.zeros(4, 2)
+    for options in NEEDED:
+        with pytest.raises(ValueError):
+            hosm.first_order_dsm(model, x0, **options)
+    for options in (
+        {},
+        {"weighting": "native"},
+        {"weighting": "likelihood"},
+        {**NEEDED[0], "t": T},
+    ):
+        hosm.first_order_dsm(model, x0, **options)
+    # The higher terms need it under this weighting.
+    for weighting in ("likelihood", ("likelihood", torch.exp)):
+        hosm.first_order_dsm(model, x0, weighting=weighting)
+        with pytest.raises(ValueError):
+            hosm.second_order_dsm(model, x0, weighting=weighting)
+
+
+@pytest.mark.parametrize("kind", [lambda: own(ends=(0.008, 1.0)), WithDensity, Inherits])
+def test_with_their_density_a_sampler_changes_no_mean(kind):
+    model, count = build(kind()), 40_000
+    x0 = torch.zeros(count, 1)
+    for weighting in ("noise", "likelihood"):
+        losses = [
+            hosm.first_order_dsm(
+                model,
+                x0,
+                weighting=weighting,
+                time_sampler=sampler,
+                reduction="none",
+                generator=torch.Generator().manual_seed(0),
+            )
+            for sampler in ("schedule", "log_sigma_hat")
+        ]
+        error = sum(loss.var() / count for loss in losses) ** 0.5
+        assert abs(losses[0].mean() - losses[1].mean()) < 5 * error
+
+
+def test_what_the_check_draws_leaves_the_global_generator_as_it_was():
+    before = torch.get_rng_state()
+    drawn = []
+
+    class Own(Cubes):
+        def sample_time(self, batch, generator=None, *, device=None, dtype=None):
+            drawn.append(batch)
+            return super().sample_time(batch, device=device, dtype=dtype)
+
+    build(Own())
+    assert drawn
+    assert torch.equal(torch.get_rng_state(), before)
