@@ -50,10 +50,10 @@ def with_gradients(loss: Tensor, leaves: nn.Module | Iterable[Tensor]) -> list[T
     return [loss, *gradients(loss, leaves)]
 
 
-def assert_same(found, expected, tolerance: float = 1e-9):
-    """Tensors, or sequences of tensors, agree to `tolerance` of the largest element of each."""
+def assert_same(found, expected, tolerance: float = 1e-9, least: float = 1e-3):
+    """Tensors, or sequences of them, agree to `tolerance` of the largest element, or of `least`."""
     if isinstance(expected, Tensor):
         found, expected = [found], [expected]
     for one, other in zip(found, expected, strict=True):
         largest = float(other.detach().abs().max()) if other.numel() else 0.0
-        torch.testing.assert_close(one, other, rtol=0, atol=tolerance * max(largest, 1e-3))
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance * max(largest, least))

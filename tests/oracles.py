@@ -291,6 +291,27 @@ def noise_by_solving(prediction: str, raw: Tensor, x: Tensor, alpha, sigma, rate
     return torch.linalg.solve(matrix.double(), sides)[1].reshape(x.shape)
 
 
+PREDICTIONS_OF_ORACLE = {
+    "epsilon": lambda noise, x, alpha, sigma, rates: noise,
+    "score": lambda noise, x, alpha, sigma, rates: -noise / sigma,
+    "sample": lambda noise, x, alpha, sigma, rates: (x - sigma * noise) / alpha,
+    "v_prediction": lambda noise, x, alpha, sigma, rates: (
+        alpha * noise - sigma * (x - sigma * noise) / alpha
+    ),
+    "flow_prediction": lambda noise, x, alpha, sigma, rates: (
+        rates[0] * (x - sigma * noise) / alpha + rates[1] * noise
+    ),
+}
+LAPLACIAN = "ijk,j,k->i"  # ∂²f[v, v], in place of the gradient of vᵀ ∂f v
+
+
+def rates_of(schedule, t):
+    """(α′, σ′) by reverse mode, which the library does not use for it."""
+    return tuple(
+        torch.func.grad(function)(t.clone()) for function in (schedule.alpha, schedule.sigma)
+    )
+
+
 def dense_derivatives(function, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """f (d,), ∂f/∂x (d, d) and ∂²f/∂x² (d, d, d) of one sample x (*), reverse over reverse."""
     d = x.numel()

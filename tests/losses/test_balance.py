@@ -87,19 +87,15 @@ def test_before_any_step_every_weight_is_one():
     assert float(loss.balance.counts.sum()) == 0
 
 
-def test_the_means_stay_in_float32():
+def test_the_means_are_in_float32():
     """In bfloat16 a count of 256 would not grow by one, nor shrink by a thousandth."""
-    balance = Balance(2).to(torch.bfloat16).half()
-    assert balance.sums.dtype == balance.counts.dtype == torch.float32
-    for _ in range(3):
-        balance((torch.ones(200), torch.ones(200)), torch.zeros(200), None)
-    assert float(balance.counts[0, 0]) == pytest.approx(200 * (1 + DECAY + DECAY**2))
-
-
-def test_the_means_are_in_float32_whatever_the_default_is():
-    """As where a trainer makes its modules in bfloat16."""
-    with default_dtype(torch.bfloat16):
+    with default_dtype(torch.bfloat16):  # as where a trainer makes its modules
         balance = Balance(2)
+    for _ in range(3):
+        balance((torch.full((200,), 1e6), torch.ones(200)), torch.zeros(200), None)
+    assert float(balance.counts[0, 0]) == pytest.approx(200 * (1 + DECAY + DECAY**2))
+    before = balance.sums.clone()
+    assert torch.equal(balance.half().bfloat16().sums, before)
     assert balance.sums.dtype == balance.counts.dtype == torch.float32
 
 
@@ -121,20 +117,26 @@ def test_what_was_made_without_data_starts_without_means():
 
     with torch.device("meta"):
         filled, assigned = Balance(2), Balance(2)
-    assert filled.sums.is_meta
     for balance in (filled._apply(fill), assigned):
         balance.load_state_dict({}, assign=balance is assigned)
-        assert balance.sums.dtype == torch.float32
-        assert not balance.sums.is_meta
-        assert not balance.sums.any()
-        assert not balance.counts.any()
+        for mean in (balance.sums, balance.counts):
+            assert (mean.dtype, mean.is_meta) == (torch.float32, False)
+            assert not mean.any()
 
 
-def test_a_conversion_to_half_precision_leaves_the_means():
+def test_the_ends_of_the_range_have_bins_of_their_own():
+    """Also a level that rounding puts outside."""
     balance = Balance(2)
-    balance((torch.full((200,), 1e6), torch.ones(200)), torch.zeros(200), None)
-    before = balance.sums.clone()
-    assert torch.equal(balance.half().bfloat16().sums, before)
+    terms = torch.ones(4), torch.full((4,), 4.0)
+    balance(terms, torch.tensor([-0.1, 0.0, 1.0, 1.1]), None)
+    expected = torch.zeros(BINS)
+    expected[0] = expected[-1] = 2
+    assert torch.equal(balance.counts[1], expected)
+    loss = hosm.SecondOrderDSM(
+        hosm.ScoreModel(MLP(D), hosm.DiscreteSchedule.linear(50)), weights="balanced"
+    )
+    loss(torch.randn(8, D), t=torch.full((8,), 49))  # of level 1 exactly
+    assert float(loss.balance.counts[0, -1]) == 8
 
 
 @tells_hooks
@@ -175,14 +177,6 @@ def test_numbers_given_to_forward_multiply_them():
     first = loss(x0, generator=draws(1), weights=(1, 0, 0, 0))
     half = loss(x0, generator=draws(1), weights=(1, 0.5, 0.5, torch.tensor(0.5)))
     torch.testing.assert_close(half, (value + first) / 2)
-
-
-def test_the_paper_is_the_default():
-    loss, x0 = setting(weights="paper")
-    assert loss.balance is None
-    plain, _ = setting(weights=None)
-    plain.model = loss.model
-    assert torch.equal(loss(x0, generator=draws(0)), plain(x0, generator=draws(0)))
 
 
 def test_a_checkpoint_of_a_loss_without_means_is_loaded():

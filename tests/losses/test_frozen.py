@@ -1,5 +1,7 @@
 """A frozen network: its loss requires a gradient where that of order one does, and only there."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -10,17 +12,13 @@ CHOICES = {
     "one": {},
     "two": {},
     "three": {},
-    "two, paired": {"estimator": "paired"},
     "three, paired": {"estimator": "paired"},
-    "three, paired, laplacian": {"estimator": "paired", "third": "laplacian"},
     "laplacian": {"third": "laplacian"},
     "exact": {"probes": "exact"},
-    "two, reverse": {"derivative": "reverse"},
     "three, reverse": {"derivative": "reverse"},
     "fraction": {"fraction": 0.5},
 }
 LOSSES = {"one": hosm.first_order_dsm, "two": hosm.second_order_dsm}
-SIDES = {"x0", "noise", "t", "weights", "condition"}
 
 
 class Network(nn.Module):
@@ -68,18 +66,23 @@ def test_it_requires_no_gradient_and_is_the_same_number(name):
     network = frozen()
     loss, _ = loss_of(name, network)
     assert not loss.requires_grad
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        loss.backward()
     trained, _ = loss_of(name, network.requires_grad_())
     assert trained.requires_grad
     torch.testing.assert_close(loss, trained.detach())
 
 
-@pytest.mark.parametrize("side", sorted(SIDES))
-@pytest.mark.parametrize("name", CHOICES)
-def test_what_requires_a_gradient_beside_it_has_the_same(name, side):
-    if side == "weights" and name == "one":
-        return
+@pytest.mark.parametrize(
+    ("side", "name"),
+    [
+        ("x0", "exact"),
+        ("noise", "three, paired"),
+        ("t", "laplacian"),
+        ("condition", "fraction"),
+        ("weights", "three, reverse"),
+        *itertools.product(("x0", "noise", "t", "condition", "weights"), ("two", "three")),
+    ],
+)
+def test_what_requires_a_gradient_beside_it_has_the_same(side, name):
     network, found = frozen(), []
     for train in (False, True):
         loss, tensors = loss_of(name, network.requires_grad_(train), **{side: True})
@@ -89,7 +92,7 @@ def test_what_requires_a_gradient_beside_it_has_the_same(name, side):
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", ["one", "two", "three, paired", "laplacian", "three, reverse"])
 def test_an_adapter_is_trained_and_so_is_what_no_module_knows(name):
     network = frozen()
     network.adapter.requires_grad_()

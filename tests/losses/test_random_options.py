@@ -1,19 +1,17 @@
-"""Every loss against dense Jacobians, under options that are drawn together.
+"""Every loss against dense Jacobians, under options that are drawn together."""
 
-The other files of this room vary one option at a time; here they meet.
-"""
-
-import random
 from types import SimpleNamespace
 
-import pytest
 import torch
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.probes import draw_probes
-from tests.losses.test_objective import ENGINES, LAPLACIAN, PREDICTIONS, SCHEDULES, rates_of
+from tests.cases import ENGINES, FUNCTIONS, MODULES, PREDICTIONS, SCHEDULES, assert_same, gradients
 from tests.oracles import (
+    LAPLACIAN,
     MLP,
     AttentionNet,
     ConvNet,
@@ -22,12 +20,13 @@ from tests.oracles import (
     dense_paired_terms,
     dense_stein_rate,
     dense_terms,
+    rates_of,
 )
 
 LOSSES = {
-    "first": (hosm.first_order_dsm, hosm.FirstOrderDSM, 1),
-    "second": (hosm.second_order_dsm, hosm.SecondOrderDSM, 2),
-    "third": (hosm.third_order_dsm, hosm.ThirdOrderDSM, 3),
+    "first": (FUNCTIONS[1], MODULES[1], 1),
+    "second": (FUNCTIONS[2], MODULES[2], 2),
+    "third": (FUNCTIONS[3], MODULES[3], 3),
     "stein": (hosm.stein_dsm, hosm.SteinDSM, 2),
     "terms": (hosm.dsm_terms, None, None),
 }
@@ -53,6 +52,19 @@ class Conditioned(nn.Module):
         return gain * self.network(x + shift, t) + table.mean()
 
 
+class Pick:
+    """Draws by hypothesis, which shrinks them towards the first of what is offered."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def choice(self, offered):
+        return self.data.draw(st.sampled_from(offered))
+
+    def now_and_then(self):
+        return self.data.draw(st.integers(0, 2)) == 2
+
+
 def drawn_options(pick, loss):
     """Options that go together; what the library refuses is not among them."""
     options = {"order": pick.choice([1, 2, 3])} if loss == "terms" else {}
@@ -64,11 +76,11 @@ def drawn_options(pick, loss):
         options["reduction"] = pick.choice(["mean", "sum", "none"])
     if loss == "first":
         return options
-    paired = loss == "stein" or pick.random() < 0.4
+    paired = loss == "stein" or pick.now_and_then()
     if loss != "stein":
         options["estimator"] = "paired" if paired else "hutchinson"
-    options["probes"] = pick.choice([2, 3, 4] if paired else [1, 2, 3, "exact", "exact"])
-    options["distribution"] = pick.choice(["rademacher", "gaussian", "sphere"])
+    options["probes"] = pick.choice([2, 3, 4] if paired else [1, 2, 3, "exact"])
+    options["distribution"] = pick.choice(["rademacher", "gaussian", "sphere", "dct"])
     options["derivative"] = pick.choice(ENGINES)
     if loss in ("third", "terms"):
         options["third"] = pick.choice(["exact", "laplacian"])
@@ -88,17 +100,20 @@ def drawn_weights(pick, loss):
         return pick.choice([None, 0, 0.7, torch.tensor(0.7, requires_grad=True)])
     if loss not in ("second", "third"):
         return None
-    values = [pick.choice([0, 0.3, 2.0]) for _ in range(3)] + [1.5]
-    values[pick.randrange(3)] = 0.6
+    values = [0.6, *(pick.choice([0, 0.3, 2.0]) for _ in range(2)), 1.5]
+    values = pick.choice([values, [*values[1:3], 0.6, 1.5]])
     tensor = torch.tensor(values, requires_grad=True)
-    return pick.choice([None, "paper", values, tensor, list(tensor.detach()), tuple(tensor)])
+    array = tensor.detach().numpy()
+    return pick.choice(
+        [None, "paper", values, tensor, array, list(tensor.detach()), tuple(tensor)]
+    )
 
 
-def drawn_case(seed):
+def drawn_case(data):
     """A model, what its loss is given, and all that may have a gradient."""
-    pick = random.Random(seed)
+    pick, seed = Pick(data), data.draw(st.integers(0, 10_000))
     torch.manual_seed(seed)
-    loss = pick.choice(["first", "second", "second", "third", "third", "third", "stein", "terms"])
+    loss = pick.choice(["first", "second", "third", "third", "stein", "terms"])
     options, weights = drawn_options(pick, loss), drawn_weights(pick, loss)
     networks = [(MLP(3), (3,)), (ConvNet(), (2, 2, 1)), (AttentionNet(2), (2, 2))]
     network, shape = pick.choice(networks)
@@ -110,17 +125,17 @@ def drawn_case(seed):
     gain, table = torch.rand(2, size).unbind()
     leaves = [x0, t, noise, gain, shift]
     for leaf in leaves:
-        leaf.requires_grad_(pick.random() < 0.3)
-    if schedule is SCHEDULES["discrete"] and pick.random() < 0.5:
+        leaf.requires_grad_(pick.now_and_then())
+    if schedule is SCHEDULES["discrete"] and pick.now_and_then():
         t = t.detach().long()
     leaves += [*model.parameters(), getattr(schedule, "rate", None)]
     leaves += weights if isinstance(weights, tuple) else [weights]
     leaves = [each for each in leaves if isinstance(each, torch.Tensor) and each.requires_grad]
     probe = None
-    if options.get("probes", "exact") != "exact" and pick.random() < 0.5:
+    if options.get("probes", "exact") != "exact" and pick.now_and_then():
         probe = torch.randn(options.pop("probes"), size, *shape)
     order = options.get("order", LOSSES[loss][2])
-    as_module = loss != "terms" and pick.random() < 0.6
+    as_module = loss != "terms" and pick.choice([False, True])
     return SimpleNamespace(**locals())
 
 
@@ -231,7 +246,8 @@ def dense_loss(case, rows, probes):
     case.network.by_hand = False
     if case.loss == "terms":
         return torch.stack(terms), terms
-    weights = [1.0] * 4 if case.weights in (None, "paper") else case.weights
+    plain = case.weights is None or isinstance(case.weights, str)
+    weights = [1.0] * 4 if plain else case.weights
     weights = [1.0, weights] if case.loss == "stein" and case.weights is not None else weights
     of_first, of_higher = torch.stack([sample[-1] for sample in samples], 1)
     factors = [of_first, *[of_higher[rows]] * 3]
@@ -242,28 +258,23 @@ def dense_loss(case, rows, probes):
     return mean if case.options["reduction"] == "mean" else mean * case.size, terms
 
 
-def assert_near(found, wanted, tolerance, least=0.0):
-    atol = tolerance * max(float(wanted.detach().abs().max()), least)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
-
-
-@pytest.mark.parametrize("seed", range(120))
-def test_the_loss_its_terms_and_gradients_are_those_of_dense_arrays(seed):
-    case = drawn_case(seed)
+@settings(max_examples=150)
+@given(st.data())
+def test_the_loss_its_terms_and_gradients_are_those_of_dense_arrays(data):
+    case = drawn_case(data)
+    note(f"{case.loss}: {case.model.prediction}, {case.schedule}, {case.options}")
     found, logged = evaluated(case)
     rows, probes = drawn_directions(case)
     wanted, terms = dense_loss(case, rows, probes)
-    assert_near(found, wanted, 1e-9)
+    assert_same(found, wanted, 1e-9)
     if logged is not None:
+        assert torch.equal(logged.t, case.t)
+        assert not any(term.requires_grad for term in (*logged, logged.t) if term is not None)
         assert logged.rows is None or torch.equal(logged.rows, rows)
         for mine, other in zip(logged, terms, strict=False):
             if mine is not None:  # as it may be with a weight of 0
-                assert_near(mine, other.detach(), 1e-9)
+                assert_same(mine, other.detach(), 1e-9)
     cotangent = torch.randn_like(wanted)
-    mine, others = (
-        torch.autograd.grad(loss, case.leaves, cotangent, materialize_grads=True)
-        for loss in (found, wanted)
-    )
+    mine, others = (gradients((loss * cotangent).sum(), case.leaves) for loss in (found, wanted))
     largest = max(float(each.abs().max()) for each in others)
-    for one, other in zip(mine, others, strict=True):
-        assert_near(one, other, 1e-8, 1e-3 * largest)
+    assert_same(mine, others, 1e-8, least=1e-3 * largest)

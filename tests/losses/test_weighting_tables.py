@@ -78,16 +78,16 @@ def test_the_mean_is_one_by_either_sampler_and_for_given_indices(name, weighting
         assert by_index[0] == pytest.approx(3 * float(torch.trapezoid(value, u)), rel=1e-9)
 
 
-def test_a_network_that_looks_its_time_up_is_trained_by_the_likelihood():
-    embedding = torch.nn.Embedding(10, 3)
-    model = hosm.ScoreModel(lambda x, t: x * embedding(t), TABLES["ten"])
-    loss = hosm.second_order_dsm(model, torch.randn(8, 3), weighting="likelihood")
-    assert bool(loss.isfinite())
-
-
-@pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("estimator", ["hutchinson", "paired"])
-@pytest.mark.parametrize("prediction", ["sample", "v_prediction", "flow_prediction"])
+@pytest.mark.parametrize(
+    ("order", "estimator", "prediction"),
+    [
+        (1, None, "sample"),
+        (2, "hutchinson", "v_prediction"),
+        (3, "hutchinson", "flow_prediction"),
+        (2, "paired", "sample"),
+        (3, "paired", "v_prediction"),
+    ],
+)
 def test_native_keeps_its_digits_where_alpha_is_near_0(prediction, estimator, order):
     """At α = 2e-9 ε̂ − ε is that of the rounding of ε̂ ~ 1, if it is taken as a difference."""
     schedule = hosm.DiscreteSchedule.linear(4000)
