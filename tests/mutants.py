@@ -313,14 +313,14 @@ MUTANTS = [
         "losses/paired.py",
         "over_probes(estimates[half:])",
         "over_probes(estimates[1:])",
-        "tests/losses/test_paired.py",
+        "tests/losses/test_random_options.py",
     ),
     # The value of order three stays, its gradient goes into the lower orders.
     Mutant(
         "losses/terms.py",
         "scaled(2 * slope, shared.shifted.detach())",
         "scaled(2 * slope, shared.shifted)",
-        "tests/losses/test_terms.py tests/losses/test_objective.py",
+        "tests/losses/test_objective.py",
     ),
     # Indices that the caller gives stand for N - 1 times in place of N.
     Mutant(
@@ -334,14 +334,14 @@ MUTANTS = [
         "losses/objective.py",
         "of_higher = of_higher[rows]",
         "of_higher = of_higher[: len(rows)]",
-        "tests/losses/test_functions.py",
+        "tests/losses/test_random_options.py",
     ),
     # The rows of a fraction come from the global generator.
     Mutant(
         "losses/objective.py",
         "torch.randperm(len(x), device=x.device, **source(generator))",
         "torch.randperm(len(x), device=x.device)",
-        "tests/losses/test_functions.py",
+        "tests/losses/test_random_options.py",
     ),
     # The gradient of the rate has f twice where it has it once.
     Mutant(
@@ -355,7 +355,7 @@ MUTANTS = [
         "model/field.py",
         "return tensor.repeat(count, *(1,) * (tensor.ndim - 1))",
         "return tensor.repeat_interleave(count, 0)",
-        "tests/model/test_conditions.py",
+        "tests/losses/test_random_options.py",
     ),
     # The field of some rows counts q x, which their noise leaves out.
     Mutant(
@@ -446,7 +446,7 @@ MUTANTS = [
         "_torch_internals.py",
         "with torch.inference_mode(False), torch.no_grad():",
         "with torch.inference_mode(False):",
-        "tests/losses/test_functions.py tests/test_check_arguments.py",
+        "tests/losses/test_functions.py",
     ),
     Mutant(
         "likelihood/multistep.py",

@@ -12,9 +12,9 @@ from torch import nn
 
 import hosm_losses as hosm
 from tests.likelihood.test_ode import problem
-from tests.losses.test_objective import PREDICTIONS_OF_ORACLE
 from tests.oracles import (
     MLP,
+    PREDICTIONS_OF_ORACLE,
     GaussianMixture,
     anisotropic,
     mixture_noise,

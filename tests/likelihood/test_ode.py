@@ -9,8 +9,15 @@ from torch import nn
 import hosm_losses as hosm
 from hosm_losses.likelihood import adaptive as adaptive_of
 from hosm_losses.likelihood.adaptive import student_factor
-from tests.losses.test_objective import PREDICTIONS_OF_ORACLE
-from tests.oracles import MLP, GaussianMixture, mixture_noise, networks, paper_mixture, ring
+from tests.oracles import (
+    MLP,
+    PREDICTIONS_OF_ORACLE,
+    GaussianMixture,
+    mixture_noise,
+    networks,
+    paper_mixture,
+    ring,
+)
 from tests.schedules.test_continuous import SCHEDULES
 
 POINTS = 400
