@@ -33,7 +33,6 @@ from hosm_losses.losses.options import (
 from hosm_losses.losses.paired import paired_terms
 from hosm_losses.losses.stein import stein_terms
 from hosm_losses.losses.terms import (
-    Directions,
     DSMTerms,
     Inputs,
     check_result,
@@ -94,8 +93,8 @@ def evaluate(
         rows = None
         if higher:
             rows, rest = _fraction(inputs.x, options, generator)
-            directions = _directions(inputs.x, probe, rows, options, generator)
-            terms = _terms(field, inputs, directions, options, checked, rows, rest)
+            probes = _probes(inputs.x, probe, rows, options, generator)
+            terms = _terms(field, inputs, probes, options, checked, rows, rest)
             terms = _without_idle_graph(terms, score_model)
             if isinstance(options, SteinOptions) and factors[0] is not None:
                 nats = factors[0] / inputs.x[0].numel()  # of whole samples, not of their elements
@@ -157,7 +156,7 @@ def perturbed(
 def _terms(
     field: NoiseField,
     inputs: Inputs,
-    directions: Directions,
+    probes: Tensor,
     options: LossOptions,
     weights: Weights,
     rows: Tensor | None,
@@ -165,20 +164,19 @@ def _terms(
 ) -> Any:
     """The terms of a loss, the higher ones of `rows` alone, all if None.
 
-    `directions` are those of `rows`. The `rest` of the batch has the first term only.
+    `probes` are those of `rows`. The `rest` of the batch has the first term only.
     """
-    along = terms_along
+    along, given = terms_along, probes
     if isinstance(options, SteinOptions):
-        along = stein_terms
-        directions = directions if counts(weights[1]) else Directions()
+        along, given = stein_terms, probes if counts(weights[1]) else None
     elif options.estimator == "paired":
         along = partial(paired_terms, second=counts(weights[1]))
     if rows is None or rest is None:
-        return along(field, inputs, directions, options)
-    terms = along(field.rows(rows), inputs.at(rows), directions, options)
+        return along(field, inputs, given, options)
+    terms = along(field.rows(rows), inputs.at(rows), given, options)
     first = terms.first
     if len(rest):
-        others = along(field.rows(rest), inputs.at(rest), Directions(), options)
+        others = along(field.rows(rest), inputs.at(rest), None, options)
         first = torch.cat([first, others.first])
     return terms._replace(
         first=torch.empty_like(first).index_copy(0, torch.cat([rows, rest]), first)
@@ -209,25 +207,22 @@ def _fraction(
     return order[:count], order[count:]
 
 
-def _directions(
+def _probes(
     x: Tensor,
     probe: object,
     rows: Tensor | None,
     options: LossOptions,
     generator: torch.Generator | None,
-) -> Directions:
-    """For the rows: v as given, all unit vectors, or drawn."""
-    chosen = x if rows is None else x[rows]
+) -> Tensor:
+    """The probes of the rows: as given, all unit vectors, or drawn."""
     if probe is not None:
         v = _given_probe(x, probe, options)
-        v = v if rows is None else v[:, rows]
-    elif options.probes == "exact":
-        v = unit_vectors(chosen)
-    else:
-        v = draw_probes(
-            chosen, options.probes or options.default_probes, options.distribution, generator
-        )
-    return Directions(v)
+        return v if rows is None else v[:, rows]
+    chosen = x if rows is None else x[rows]
+    if options.probes == "exact":
+        return unit_vectors(chosen)
+    count = options.probes or options.default_probes
+    return draw_probes(chosen, count, options.distribution, generator)
 
 
 def _given_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:

@@ -33,7 +33,6 @@ from torch import Tensor
 from hosm_losses._checks import at_least_float32, expand_right, over_elements
 from hosm_losses.losses.options import LossOptions
 from hosm_losses.losses.terms import (
-    Directions,
     DSMTerms,
     Inputs,
     first_residual,
@@ -55,13 +54,12 @@ def halves(estimates: Tensor) -> tuple[Tensor, Tensor]:
 def paired_terms(
     field: NoiseField,
     inputs: Inputs,
-    directions: Directions,
+    probe: Tensor | None,
     options: LossOptions,
     *,
     second: bool = True,
 ) -> DSMTerms:
-    """The terms of every sample, along given directions; `second` only if it is wanted."""
-    probe = directions.probe
+    """The terms of every sample, as `terms_along` has them; `second` only if it is wanted."""
     if probe is None:
         return only_first(field, inputs)
     x, noise = inputs.x, at_least_float32(inputs.noise)

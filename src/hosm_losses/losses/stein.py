@@ -37,7 +37,6 @@ from hosm_losses._checks import at_least_float32, expand_right, over_elements
 from hosm_losses.losses.options import LossOptions
 from hosm_losses.losses.paired import halves
 from hosm_losses.losses.terms import (
-    Directions,
     Inputs,
     Logged,
     first_residual,
@@ -74,10 +73,10 @@ class LoggedSteinTerms(Logged, SteinTerms):
 
 
 def stein_terms(
-    field: NoiseField, inputs: Inputs, directions: Directions, options: LossOptions
+    field: NoiseField, inputs: Inputs, probe: Tensor | None, options: LossOptions
 ) -> SteinTerms:
-    """The terms of every sample, along given directions."""
-    probe, x = directions.probe, inputs.x
+    """The terms of every sample, along probes (K, B, *); without these the first alone."""
+    x = inputs.x
     if probe is None:
         return SteinTerms(over_elements(first_residual_of(field, inputs).square())[0])
     direction = (expand_right(inputs.sigma, x) * probe).to(x.dtype)

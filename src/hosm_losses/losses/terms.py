@@ -120,12 +120,6 @@ class Inputs(NamedTuple):
         return Inputs(*[tensor[index] for tensor in self])
 
 
-class Directions(NamedTuple):
-    """The probes v (K, B, *), without which there is the first term alone."""
-
-    probe: Tensor | None = None
-
-
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over the elements of a sample: (K, B, *) and (K, B, *) to (K, B)."""
     return over_elements(a * b)
@@ -202,10 +196,9 @@ def only_first(field: NoiseField, inputs: Inputs) -> DSMTerms:
 
 
 def terms_along(
-    field: NoiseField, inputs: Inputs, directions: Directions, options: LossOptions
+    field: NoiseField, inputs: Inputs, probe: Tensor | None, options: LossOptions
 ) -> DSMTerms:
-    """The terms of every sample, along given directions."""
-    probe = directions.probe
+    """The terms of every sample, along probes (K, B, *); without these the first alone."""
     if probe is None:
         return only_first(field, inputs)
     x, noise = inputs.x, inputs.noise
