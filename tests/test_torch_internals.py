@@ -100,9 +100,6 @@ def test_operators_are_found_by_name_and_those_of_packages_told_apart():
     assert internals.of_a_package(own)
     for other in (composed.default, aten.add.Tensor, aten.add, torch.sin, torch.Tensor.sin):
         assert not internals.of_a_package(other)
-    for function in (torch.Tensor.add_, aten.add_.Tensor):
-        assert internals.changes_in_place(function)
-    assert not internals.changes_in_place(torch.Tensor.__add__)
 
 
 class Functions(TorchFunctionMode):
