@@ -1,11 +1,19 @@
 """Settings for every test: reproducible examples, one thread, float64, a fixed seed."""
 
+import os
+
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=25)
-settings.load_profile("reproducible")
+# Explores: other draws at each run, and more of them.
+settings.register_profile("nightly", deadline=None, max_examples=1000)
+# For planted faults, where it is enough that a test fails.
+settings.register_profile(
+    "unshrunk", settings.get_profile("reproducible"), phases=[Phase.explicit, Phase.generate]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 torch.set_num_threads(1)
 
 

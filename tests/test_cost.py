@@ -1,10 +1,14 @@
-"""What a training step costs, counted: matrix and convolution FLOPs, and network calls."""
+"""What a training step costs, counted: FLOPs of products and convolutions, calls, peak memory."""
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import hosm_losses as hosm
+from tests.cases import FUNCTIONS, VP
 from tests.oracles import CountFlops, OfX
 
 
@@ -29,84 +33,96 @@ class Residual(nn.Module):
         return self.outer(hidden)
 
 
-def step(loss):
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside of it take at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.live = {key: each for key, each in self.live.items() if not each[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.live.values()))
+        return out
+
+
+def flops(loss):
     with CountFlops() as count:
         loss().backward()
     return count.total
 
 
-def ratio(order, x0=None, **options):
-    """FLOPs of a step over those of order one, and the batches the network was called with."""
+def peak(loss):
+    with Peak() as memory:
+        loss().backward()
+    return memory.most
+
+
+def ratio(order, x0=None, measure=flops, loss=None, **options):
+    """What a step takes over one of order one, and the batches the network was called with."""
     network, x0 = Residual(), torch.randn(2, 1, 6, 6) if x0 is None else x0
-    model = hosm.ScoreModel(network, hosm.VPSchedule())
-    first = step(lambda: hosm.first_order_dsm(model, x0))
-    function = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}[order]
+    model, loss = hosm.ScoreModel(network, VP), loss or FUNCTIONS[order]
+    first = measure(lambda: hosm.first_order_dsm(model, x0))
     network.calls.clear()
-    higher = step(lambda: function(model, x0, **options))
+    higher = measure(lambda: loss(model, x0, **options))
     return higher / first, network.calls
 
 
-@pytest.mark.parametrize(
-    ("options", "most"),
-    [({}, 18.6), ({"third": "laplacian"}, 10.4)],
-    ids=str,
-)
-def test_exact_probes_share_the_value_and_one_pass_back(options, most):
-    """Eight dimensions: 6 (1 + 8) evaluations of 3, and 3 (2 + 8)."""
+def evaluations(loss, **options):
+    """FLOPs of a step on an MLP of eight dimensions, in units where order one has three."""
     layers = [nn.Linear(8, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 8)]
-    network, x0 = nn.Sequential(*layers), torch.randn(4, 8)
-    model = hosm.ScoreModel(OfX(network), hosm.VPSchedule())
-    first = step(lambda: hosm.first_order_dsm(model, x0))
-    assert step(lambda: hosm.third_order_dsm(model, x0, probes="exact", **options)) / first < most
+    model, x0 = hosm.ScoreModel(OfX(nn.Sequential(*layers)), VP), torch.randn(8, 8)
+    first = flops(lambda: hosm.first_order_dsm(model, x0))
+    return 3 * flops(lambda: loss(model, x0, **options)) / first
 
 
 @pytest.mark.parametrize(
-    ("order", "options", "evaluations"),
+    ("order", "options", "expected"),
     [
-        (2, {}, 12),
-        (2, {"weights": (1, 0, 1)}, 9),
-        (3, {}, 25),
-        (2, {"derivative": "taylor"}, 18),
-        (3, {"derivative": "taylor"}, 40),
-        (3, {"third": "laplacian"}, 42),
+        (3, {"probes": "exact"}, 54),
+        (3, {"probes": "exact", "third": "laplacian"}, 30),
+        (2, {"estimator": "paired"}, 12),
+        (2, {"estimator": "paired", "weights": (1, 0, 1)}, 9),
+        (3, {"estimator": "paired"}, 25),
+        (2, {"estimator": "paired", "derivative": "taylor"}, 18),
+        (3, {"estimator": "paired", "derivative": "taylor"}, 40),
+        (3, {"estimator": "paired", "third": "laplacian"}, 42),
     ],
 )
-def test_two_paired_probes_share_the_value(order, options, evaluations):
-    """Where one of order one is 3: see `derivatives.products`."""
-    layers = [nn.Linear(8, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 8)]
-    network, x0 = nn.Sequential(*layers), torch.randn(4, 8)
-    model = hosm.ScoreModel(OfX(network), hosm.VPSchedule())
-    first = step(lambda: hosm.first_order_dsm(model, x0))
-    function = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}[order]
-    found = step(lambda: function(model, x0, estimator="paired", **options))
-    assert found / first == pytest.approx(evaluations / 3, rel=0.03)
+def test_several_probes_share_the_value(order, options, expected):
+    """Eight dimensions: 6 (1 + 8), 3 (2 + 8), and what `derivatives.products` says of two."""
+    assert evaluations(FUNCTIONS[order], **options) == pytest.approx(expected, rel=0.03)
 
 
 def test_stein_costs_what_order_two_costs_with_two_probes():
-    network, x0 = Residual(), torch.randn(2, 1, 6, 6)
-    model = hosm.ScoreModel(network, hosm.VPSchedule())
-    found = step(lambda: hosm.stein_dsm(model, x0))
-    assert found == step(lambda: hosm.second_order_dsm(model, x0, probes=2))
-    assert network.calls == [2, 2]
-
-
-@pytest.mark.parametrize(
-    ("order", "options", "most"),
-    [
-        (2, {}, 2.05),
-        (3, {}, 4.10),
-        (3, {"third": "laplacian"}, 3.10),
-        (2, {"derivative": "reverse"}, 2.7),
-        (3, {"derivative": "reverse"}, 4.24),
-    ],
-)
-def test_flops_of_a_training_step(order, options, most):
-    found, calls = ratio(order, **options)
-    assert found < most
+    found, calls = ratio(2, loss=hosm.stein_dsm)
+    assert found == ratio(2, probes=2)[0]
     assert calls == [2]
 
 
-@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("order", "options", "flops_at_most", "memory_at_most"),
+    [
+        (2, {}, 2.05, 2.2),
+        (3, {}, 4.10, 4.5),
+        (3, {"third": "laplacian"}, 3.10, 3.4),
+        (2, {"derivative": "reverse"}, 2.7, 6.0),
+        (3, {"derivative": "reverse"}, 4.24, 9.0),
+    ],
+)
+def test_flops_and_peak_memory_of_a_training_step(order, options, flops_at_most, memory_at_most):
+    found, calls = ratio(order, **options)
+    assert found < flops_at_most
+    assert calls == [2]
+    memory, _ = ratio(order, measure=peak, **options)
+    assert memory < memory_at_most
+
+
 @pytest.mark.parametrize(
     ("order", "options", "most"),
     [
@@ -116,35 +132,27 @@ def test_flops_of_a_training_step(order, options, most):
         (2, {"derivative": "reverse"}, 1.02),
     ],
 )
-def test_probes_share_the_value(order, options, most, count):
+def test_probes_share_the_value(order, options, most):
     one, _ = ratio(order, **options)
-    several, calls = ratio(order, probes=count, **options)
-    assert several < most * (1 + count * (one - 1))
+    several, calls = ratio(order, probes=4, **options)
+    assert several < most * (1 + 4 * (one - 1))
     folded = order == 3 and not options
-    assert calls == [2 * count if folded else 2]
-
-
-def test_a_quarter_of_the_batch():
-    found, calls = ratio(3, torch.randn(8, 1, 6, 6), fraction=0.25)
-    assert found < 1.8
-    assert calls == [2, 6]
+    assert calls == [8 if folded else 2]
 
 
 def test_a_fraction_costs_its_part():
-    network, x0 = Residual(), torch.randn(8, 1, 6, 6)
-    model = hosm.ScoreModel(network, hosm.VPSchedule())
-    first = step(lambda: hosm.first_order_dsm(model, x0))
-    whole = step(lambda: hosm.third_order_dsm(model, x0))
-    quarter = step(lambda: hosm.third_order_dsm(model, x0, fraction=0.25))
-    assert quarter == pytest.approx(first + 0.25 * (whole - first), rel=1e-9)
+    x0 = torch.randn(8, 1, 6, 6)
+    whole, _ = ratio(3, x0)
+    quarter, calls = ratio(3, x0, fraction=0.25)
+    assert quarter == pytest.approx(1 + 0.25 * (whole - 1), rel=1e-9)
+    assert calls == [2, 6]
 
 
 def test_a_node_of_the_likelihood_is_one_call_and_a_pass_back():
     network, x = Residual(), torch.randn(2, 1, 6, 6)
-    model = hosm.ScoreModel(network, hosm.VPSchedule())
     with torch.no_grad(), CountFlops() as forward:
         network(x, torch.ones(2))
     with CountFlops() as count:
-        hosm.ode_nll(model, x, steps=20)
+        hosm.ode_nll(hosm.ScoreModel(network, VP), x, steps=20)
     nodes, stages = 21, 9
     assert count.total == pytest.approx((2 * nodes + stages) * forward.total, rel=0.01)

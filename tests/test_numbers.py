@@ -1,17 +1,14 @@
 """Numbers on the pages that are counted or worked out: each is read from its page."""
 
 import re
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.likelihood.adaptive import student_factor
-from tests.oracles import CountFlops, OfX
+from tests.test_cost import evaluations
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -27,18 +24,6 @@ def cells(page, row):
     """The cells of the line of a table whose first cell is `row`."""
     (line,) = [each for each in PAGES[page].splitlines() if each.startswith(f"| {row} |")]
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
-
-
-def evaluations(loss, **options):
-    """FLOPs of a step on an MLP of eight dimensions, in units where order one has three."""
-    layers = [nn.Linear(8, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 8)]
-    model = hosm.ScoreModel(OfX(nn.Sequential(*layers)), hosm.VPSchedule())
-    x0, found = torch.randn(8, 8), []
-    for each in (hosm.first_order_dsm, partial(loss, **options)):
-        with CountFlops() as count:
-            each(model, x0).backward()
-        found.append(count.total)
-    return 3 * found[1] / found[0]
 
 
 def near(said):

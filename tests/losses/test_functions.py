@@ -136,6 +136,19 @@ def test_a_fraction_takes_at_least_one_row(fraction, rows):
     assert [len(term) for term in terms] == [4, rows, rows, rows]
 
 
+def test_a_fraction_keeps_the_factors_of_its_rows():
+    model, x0, given = setting()
+    given |= {"probe": torch.randn_like(x0), "weighting": lambda t: t**2}
+    whole = hosm.third_order_dsm(model, x0, reduction="none", **given)
+    only_first = {"weights": (1, 0, 0, 0), "reduction": "none"}
+    first = hosm.third_order_dsm(model, x0, **only_first, **given)
+    generator = torch.Generator().manual_seed(1)
+    got = hosm.third_order_dsm(model, x0, fraction=0.5, generator=generator, **given)
+    rows = torch.randperm(4, generator=torch.Generator().manual_seed(1))[:2]
+    assert set(rows.tolist()) != {0, 1}
+    assert_same(got, first.mean() + (whole - first)[rows].mean())
+
+
 def test_dropout_has_one_mask_for_value_and_derivatives():
     inner, outer = MLP(3), nn.Linear(3, 3)
     model = hosm.ScoreModel(lambda x, t: outer(F.dropout(inner(x, t), 0.5)), VP)
