@@ -1,6 +1,10 @@
-"""Nothing global is changed: after success, after an exception, and with an abandoned graph."""
+"""Random numbers come from where the caller says, and nothing global is changed.
+
+After success, after an exception, and with an abandoned graph.
+"""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +13,83 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import hosm_losses as hosm
+from tests.cases import ENGINES, FUNCTIONS, MODULES, SCHEDULES, VP
+from tests.oracles import MLP
+
+X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+IMAGES = (X.abs() * 100).to(torch.uint8)
+NLL = {"steps": 4}
+
+
+def from_prior(model, **options):
+    return hosm.ode_sample(model, (4, 3), divergence=None, steps=4, **options).x
+
+
+def density(function, x=X, **fixed):
+    return lambda model, **options: function(model, x, **NLL, **fixed, **options).nll
+
+
+def loss(function, **fixed):
+    return lambda model, **options: function(model, X, **fixed, **options)
+
+
+# Everything public that draws, as a function of the model and a generator.
+DRAWS = {
+    **{f"order {order}": loss(FUNCTIONS[order]) for order in (1, 2, 3)},
+    **{
+        f"module {order}": lambda m, order=order, **o: MODULES[order](m)(X, **o)
+        for order in (1, 3)
+    },
+    "fraction": loss(FUNCTIONS[2], fraction=0.5, probes="exact", t=X[:, 0] * 0 + 0.5, noise=X),
+    "paired": loss(FUNCTIONS[3], estimator="paired"),
+    "likelihood weighting": loss(FUNCTIONS[1], weighting="likelihood"),
+    "stein": loss(hosm.stein_dsm),
+    "stein module": lambda model, **options: hosm.SteinDSM(model)(X, **options),
+    "terms": lambda model, **options: hosm.dsm_terms(model, X, **options).third,
+    "nll": density(hosm.ode_nll),
+    "nll, adaptive": lambda model, **options: (
+        hosm.ode_nll(
+            model, X, method="adaptive", divergence="hutchinson", tolerance=1e3, **options
+        ).nll
+    ),
+    "nll, clean": density(hosm.ode_nll, divergence="exact", clean=True),
+    "nll, dequantized": density(
+        hosm.ode_nll, IMAGES, divergence="exact", dequantization="uniform"
+    ),
+    "sample": from_prior,
+    "bound": lambda model, **options: hosm.variational_nll(model, X, samples=2, **options).nll,
+    "gap": lambda model, **options: next(
+        each.value
+        for each in hosm.likelihood_gap(model, X, steps=4, nodes=1, **options).numbers.values()
+        if each is not None
+    ),
+    **{
+        f"times of {name}": lambda _, schedule=schedule, **o: schedule.sample_time(50, **o)
+        for name, schedule in SCHEDULES.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_generator_decides_everything_and_the_global_one_is_left_alone(name):
+    draw = partial(DRAWS[name], hosm.ScoreModel(MLP(3), VP))
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(1)
+    one, two, three = (
+        torch.as_tensor(draw(generator=each)).detach()
+        for each in (generator, torch.Generator().manual_seed(1), torch.Generator().manual_seed(2))
+    )
+    assert torch.equal(one, two)
+    assert not torch.equal(one, three)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(generator.get_state(), torch.Generator().manual_seed(1).get_state())
+    # Without one the global one is used.
+    found = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        found.append(torch.as_tensor(draw()).detach())
+    assert torch.equal(*found)
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 class Network(nn.Module):
@@ -16,7 +97,7 @@ class Network(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Dropout(0.2))
+        self.inner = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Dropout(0.2).eval())
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
         self.outer = nn.Linear(4, 3)
         self.frozen.eval()
@@ -37,10 +118,13 @@ def world(model):
         for name, p in model.named_parameters()
     }
     return (
-        {name: id(function) for name, function in vars(F).items()},
-        {name: id(function) for name, function in vars(torch).items() if callable(function)},
         modules,
         parameters,
+        {
+            name: id(each)
+            for each in (F, torch)
+            for name in ("relu", "softmax", "layer_norm", "sin")
+        },
         torch.get_default_dtype(),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -52,68 +136,51 @@ def world(model):
     )
 
 
-def calls(model):
-    x0 = torch.randn(4, 3)
-    generator = torch.Generator()
-    for engine in ("auto", "taylor", "reverse"):
-        for probes in (1, 2, "exact"):
-            options = {"derivative": engine, "probes": probes}
-            yield lambda o=options: hosm.second_order_dsm(model, x0, generator=generator, **o)
-            yield lambda o=options: hosm.third_order_dsm(model, x0, generator=generator, **o)
-        options = {"derivative": engine, "estimator": "paired"}
-        yield lambda o=options: hosm.third_order_dsm(model, x0, generator=generator, **o)
-        yield lambda e=engine: hosm.stein_dsm(model, x0, generator=generator, derivative=e)
-    yield lambda: hosm.first_order_dsm(model, x0, generator=generator)
-    yield lambda: hosm.ThirdOrderDSM(model)(x0, generator=generator)
-    for method in ("fixed", "adaptive"):
-        for divergence in ("exact", "hutchinson"):
-            options = {"method": method, "divergence": divergence, "steps": 4}
-            yield lambda o=options: hosm.ode_nll(
-                model, x0, generator=generator, tolerance=1e3, **o
-            )
+CALLS = [
+    *(
+        loss(FUNCTIONS[order], derivative=engine, **options)
+        for engine in ENGINES
+        for order, options in ((2, {"probes": 2}), (3, {}), (3, {"estimator": "paired"}))
+    ),
+    *(DRAWS[name] for name in ("order 1", "module 3", "stein", "nll", "nll, adaptive", "bound")),
+    *(DRAWS[name] for name in ("sample", "nll, dequantized")),
+]
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_world_is_as_it_was(fails, mode):
-    model = hosm.ScoreModel(Network(), hosm.VPSchedule())
-    # Dropout draws from the global generator, so it is off where that one is watched.
-    model.network.inner[2].eval()
+    model = hosm.ScoreModel(Network(), VP)
     model.network.fails = fails
-    for call in calls(model):
+    for call in CALLS:
         with mode():
             before = world(model)
+            generator = torch.Generator()
             if fails:
-                with pytest.raises(ArithmeticError, match="half-way"):
-                    call()
+                with pytest.raises(ArithmeticError):
+                    call(model, generator=generator)
             else:
-                abandoned = call()
+                abandoned = call(model, generator=generator)
                 assert world(model) == before
                 del abandoned
                 gc.collect()
             assert world(model) == before
 
 
-def test_backward_touches_gradients_and_nothing_else():
-    model = hosm.ScoreModel(Network(), hosm.VPSchedule())
-    loss = hosm.third_order_dsm(model, torch.randn(4, 3))
-    before = world(model)
-    loss.backward()
-    after = world(model)
-    assert after[:3] == before[:3]
-    assert after[4:] == before[4:]
-    assert model.network.frozen.weight.grad is None
-    assert model.network.inner[0].weight.grad is not None
-
-
-def test_the_callers_tensors_are_not_written_to():
-    model = hosm.ScoreModel(Network(), hosm.VPSchedule())
+def test_backward_touches_gradients_and_nothing_else_and_no_tensor_of_the_callers_is_written_to():
+    model = hosm.ScoreModel(Network(), VP)
     tensors = [torch.randn(4, 3), torch.full((4,), 0.5), torch.randn(4, 3), torch.randn(4, 3)]
     copies = [tensor.clone() for tensor in tensors]
     x0, t, noise, probe = tensors
-    for engine in ("auto", "taylor", "reverse"):
-        loss = hosm.third_order_dsm(model, x0, t=t, noise=noise, probe=probe, derivative=engine)
-        loss.backward()
+    for engine in ENGINES:
+        value = hosm.third_order_dsm(model, x0, t=t, noise=noise, probe=probe, derivative=engine)
+        before = world(model)
+        value.backward()
+        after = world(model)
+        assert after[0] == before[0]
+        assert after[2:] == before[2:]
+    assert model.network.frozen.weight.grad is None
+    assert model.network.inner[0].weight.grad is not None
     hosm.ode_nll(model.eval(), x0, steps=4)
     for tensor, copy in zip(tensors, copies, strict=True):
         assert torch.equal(tensor, copy)
