@@ -60,7 +60,7 @@ DRAWS = {
     "bound": lambda model, **options: hosm.variational_nll(model, X, samples=2, **options).nll,
     "gap": lambda model, **options: next(
         each.value
-        for each in hosm.likelihood_gap(model, X, steps=4, nodes=1, **options).numbers.values()
+        for each in hosm.likelihood_gap(model, X, steps=4, nodes=2, **options).numbers.values()
         if each is not None
     ),
     **{
