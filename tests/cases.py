@@ -50,6 +50,28 @@ def with_gradients(loss: Tensor, leaves: nn.Module | Iterable[Tensor]) -> list[T
     return [loss, *gradients(loss, leaves)]
 
 
+def loss_and_gradients(
+    network: nn.Module, shape: tuple[int, ...], order: int = 3, seed: int = 1, **options
+) -> list[Tensor]:
+    """The loss of a network on data and inputs that the seed alone decides, and its gradients."""
+    model = network if isinstance(network, hosm.ScoreModel) else hosm.ScoreModel(network, VP)
+    torch.manual_seed(seed)
+    x0, inputs = given(shape, order)
+    return with_gradients(FUNCTIONS[order](model, x0, **inputs | options), model)
+
+
+class Around(nn.Module):
+    """A function of (B, 9) between two layers, as a network of x (B, 2)."""
+
+    def __init__(self, function, width: int = 9):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function, self.inner, self.outer = function, nn.Linear(2, width), nn.Linear(width, 2)
+
+    def forward(self, x, t):
+        return self.outer(self.function(torch.sin(self.inner(x)) + t[:, None]))
+
+
 def assert_same(found, expected, tolerance: float = 1e-9, least: float = 1e-3):
     """Tensors, or sequences of them, agree to `tolerance` of the largest element, or of `least`."""
     if isinstance(expected, Tensor):
