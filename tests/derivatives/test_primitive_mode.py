@@ -1,6 +1,5 @@
 """The mode: where it is on, and the checkpoints that carry it or do not."""
 
-import gc
 import threading
 from functools import partial
 
@@ -70,14 +69,6 @@ def test_the_mode_is_on_only_in_its_block_and_its_thread():
         assert not active()
     with pytest.raises(KeyError), safe_primitives():
         raise KeyError
-    assert not active()
-
-
-def test_nothing_is_left_behind_by_a_graph_that_is_abandoned():
-    loss, *_ = losses(Network(hosm.checkpoint), "reverse")
-    assert not active()
-    del loss
-    gc.collect()
     assert not active()
 
 
