@@ -198,7 +198,7 @@ MUTANTS = [
         "derivatives/engines.py",
         "    if wanted and x.requires_grad:\n        return x\n",
         "",
-        "tests/derivatives/test_select.py",
+        "tests/derivatives/test_engines_agree.py",
     ),
     Mutant(
         "derivatives/engines.py",
@@ -280,6 +280,12 @@ MUTANTS = [
         "derivatives/select.py",
         "if not deep and not surrounded():",
         "if not deep:",
+        "tests/derivatives/test_choice.py",
+    ),
+    Mutant(
+        "derivatives/select.py",
+        "return versions([self.buffer]) != self.version",
+        "return True",
         "tests/derivatives/test_choice.py",
     ),
     Mutant(

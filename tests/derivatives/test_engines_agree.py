@@ -12,7 +12,7 @@ from torch import nn
 import hosm_losses as hosm
 from hosm_losses.derivatives.hooks import ChangedGradientError
 from hosm_losses.model import noise_field
-from tests.cases import ENGINES, VP, Around, assert_same, loss_and_gradients
+from tests.cases import ENGINES, VP, Around, assert_same, gradients, loss_and_gradients
 from tests.oracles import OfX, dense_derivatives, networks
 from tests.versions import tells_hooks
 
@@ -21,10 +21,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:derivative='auto'")
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["mlp", "conv", "attention"])
-def test_value_and_derivatives_are_the_dense_ones(name, engine):
+def test_derivatives_and_their_gradients_are_the_dense_ones(name, engine):
     network, shape = networks()[name]
     t, x, w = torch.tensor([0.2, 0.7]), torch.randn(2, *shape), torch.randn(3, 2, *shape)
     field = noise_field(hosm.ScoreModel(network, VP), t)
+    leaves = [x.requires_grad_(), *network.parameters()]
     found = [field.derive(x, w, order=order, derivative=engine) for order in (2, 3)]
     value, forms = field.quadratic_forms(x, w.split([1, 2]))
     assert found[0].third is None
@@ -42,12 +43,15 @@ def test_value_and_derivatives_are_the_dense_ones(name, engine):
         f, jacobian, second = dense_derivatives(function, x[row])
         v = w[:, row].flatten(1)
         slopes, bends = v @ jacobian.mT, torch.einsum("ijk,ni,nj->nk", second, v, v)
+        parts = [(value[row].flatten(), f), (forms[:, row], (slopes * v).sum(1))]
         for derived in found:
-            of_row = derived.value[:, row].flatten(1)
-            assert_same(of_row, f.expand_as(of_row), 1e-10)
-            assert_same(derived.directional[:, row].flatten(1), slopes, 1e-10)
-        assert_same(found[1].third[:, row].flatten(1), bends, 1e-10)
-        assert_same([value[row].flatten(), forms[:, row]], [f, (slopes * v).sum(1)], 1e-10)
+            parts += [(each[row].flatten(), f) for each in derived.value]
+            parts.append((derived.directional[:, row].flatten(1), slopes))
+        parts.append((found[1].third[:, row].flatten(1), bends))
+        for mine, dense in parts:
+            assert_same(mine, dense, 1e-10)
+            one, other = (gradients(each.sin().sum(), leaves) for each in (mine, dense))
+            assert_same(one, other)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

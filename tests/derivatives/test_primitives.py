@@ -61,7 +61,7 @@ LAYERS = {
     "multihead": (lambda: MultiHead(4), (3, 4)),
     "transformer": (transformer, (3, 4)),
     "glu": (lambda: Function(lambda x: F.glu(torch.cat([x, 0.5 * x * x], -1))), (3, 4)),
-    "glu along another": (lambda: Function(lambda x: F.glu(torch.cat([x, x * x], 1), 1)), (3, 4)),
+    "glu_rows": (lambda: Function(lambda x: F.glu(torch.cat([x, x * x], 1), 1)), (3, 4)),
     "logcumsumexp": (lambda: Function(lambda x: torch.logcumsumexp(x, 1)), (5, 4)),
 }
 

@@ -69,8 +69,8 @@ class _Kept(NamedTuple):
 
     @property
     def is_changed(self) -> bool:
-        """Whether it was changed in place, or may have been: in inference mode none is told."""
-        return not self.version or versions([self.buffer]) != self.version
+        """Whether it was changed in place; one made in inference mode does not tell."""
+        return versions([self.buffer]) != self.version
 
 
 class Snapshot:
