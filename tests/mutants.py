@@ -274,7 +274,7 @@ MUTANTS = [
         "derivatives/select.py",
         "                before.restore()\n",
         "",
-        "tests/derivatives/test_silent_faults.py",
+        "tests/derivatives/test_primitive_mode.py",
     ),
     Mutant(
         "derivatives/select.py",
