@@ -262,7 +262,7 @@ MUTANTS = [
         "derivatives/products.py",
         "        refuse_dropped(pulled, wanted)\n",
         "",
-        "tests/derivatives/test_silent_faults.py",
+        "tests/derivatives/test_backward.py",
     ),
     Mutant(
         "derivatives/recompute.py",

@@ -48,7 +48,7 @@ class Late(nn.Module):
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_a_refused_attempt_leaves_no_trace(order):
-    """One loss, one step of statistics, one draw: those of the engine that runs, called by name."""
+    """One loss, one step of statistics, one draw: those of the engine that runs, by its name."""
     found = []
     for engine in ("reverse", "auto"):
         network = Late()
