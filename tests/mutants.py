@@ -369,7 +369,7 @@ MUTANTS = [
         "model/score_model.py",
         "t.to(torch.promote_types(like.dtype, torch.float32))",
         "t.to(like.dtype)",
-        "tests/test_half_precision.py tests/model/test_score_model.py",
+        "tests/schedules/test_discrete.py tests/test_half_precision.py",
     ),
     # A network that changes in place what all samples share is no longer found.
     Mutant(

@@ -420,8 +420,8 @@ def drawing(function):
     return own(sample_time=lambda batch, generator, *, device, dtype: function(batch))
 
 
-HELD = own()
-HELD.sigma = torch.detach  # of the instance
+HELD = own(alpha=None, sigma=None)
+HELD.alpha, HELD.sigma = torch.ones_like, torch.detach  # of the instance
 FLOW = {"drift": lambda t: -1 / (1 - t), "squared_diffusion": lambda t: 2 * t / (1 - t)}
 INHERITS_RATES = own(lambda t: 1 - t, torch.detach, (1e-3, 0.99), **FLOW)
 SCHEDULES = {

@@ -1,71 +1,49 @@
 """The bar: what it is told, and what it says when it cannot be shown."""
 
 import sys
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import hosm_losses as hosm
 from hosm_losses._progress import progress_bar
-from tests.oracles import networks
+from tests.cases import VP
+from tests.oracles import MLP
+
+MODEL, X = hosm.ScoreModel(MLP(3).double(), VP), torch.linspace(-1, 1, 15).double().reshape(5, 3)
+IMAGES = {"dequantization": "uniform", "dequantization_draws": 3, "steps": 8}
+USES = [
+    partial(hosm.ode_nll, x=X, steps=8),
+    partial(hosm.ode_nll, x=X, method="adaptive"),
+    partial(hosm.ode_nll, x=X, steps=None, tolerance=1.0, divergence="exact"),
+    partial(hosm.variational_nll, x=X, samples=4),
+    partial(hosm.ode_nll, x=(127 * X).byte(), divergence="exact", **IMAGES),
+]
 
 
-def test_nothing_is_shown_and_nothing_imported_unless_asked_for(monkeypatch, capsys):
+def test_tqdm_is_imported_where_a_bar_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    with progress_bar(False, 3, "sample") as advance:
-        advance(3)
-    assert capsys.readouterr().err == ""
-
-
-def test_without_tqdm_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    model = hosm.ScoreModel(lambda x, t: x, hosm.VPSchedule())
+    hosm.ode_nll(MODEL, X, steps=4)
     with pytest.raises(ImportError, match=r"hosm-losses\[progress\]"):
-        hosm.ode_nll(model, torch.zeros(2, 3), steps=4, progress=True)
+        hosm.ode_nll(MODEL, X, steps=4, progress=True)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda model, x: hosm.ode_nll(model, x, steps=8, progress=True, batch_size=2),
-        lambda model, x: hosm.ode_nll(model, x, method="adaptive", progress=True, batch_size=2),
-        lambda model, x: hosm.ode_nll(
-            model, x, steps=None, tolerance=1.0, divergence="exact", progress=True, batch_size=2
-        ),
-        lambda model, x: hosm.variational_nll(model, x, samples=4, progress=True, batch_size=2),
-        lambda model, x: hosm.ode_nll(
-            model,
-            ((x + 4) * 30).to(torch.uint8),
-            steps=8,
-            progress=True,
-            divergence="exact",
-            dequantization="uniform",
-            dequantization_draws=3,
-        ),
-    ],
-    ids=["fixed", "adaptive", "found", "variational", "draws"],
-)
-def test_the_bar_arrives_at_its_total_and_not_beyond(function, monkeypatch):
+@pytest.mark.parametrize("use", USES)
+def test_the_bar_arrives_at_its_total_and_not_beyond(use, monkeypatch):
     told = []
 
-    class Bar:
-        def __init__(self, total, unit, bar_format):
-            self.total = total
+    @contextmanager
+    def bar(total, unit, bar_format):
+        yield SimpleNamespace(update=told.append)
+        told.append(total)
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            told.append(self.total)
-
-        def update(self, amount):
-            assert amount >= 0
-            told.append(amount)
-
-    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
-    network, shape = networks()["mlp"]
-    function(hosm.ScoreModel(network, hosm.VPSchedule()), torch.randn(5, *shape))
+    monkeypatch.setattr("tqdm.auto.tqdm", bar)
+    use(MODEL, progress=True, batch_size=2)
     assert len(told) > 3
+    assert min(told) >= 0
     assert sum(told[:-1]) == pytest.approx(told[-1])
 
 

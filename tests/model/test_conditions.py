@@ -244,6 +244,7 @@ def test_a_container_that_cannot_be_copied_is_named():
     kwargs = {"cond": Closed(y=torch.rand(4, 3))}
     with pytest.raises(TypeError):
         hosm.third_order_dsm(model, torch.randn(4, 3), probes=2, model_kwargs=kwargs)
+    hosm.third_order_dsm(model, torch.randn(4, 3), model_kwargs=kwargs)
 
 
 class Held:
@@ -259,7 +260,7 @@ UNSPLIT = [
     *(deque([torch.randn(4, 2)]), Held(torch.randn(4, 2))),
 ]
 OF_NONE = [(8, 8, 8, 8), WORDS[:3], np.arange(5), Held(torch.randn(5, 2)), torch.zeros(4)]
-OF_NONE += [nn.Linear(2, 4), *map(hosm.Shared, UNSPLIT)]
+OF_NONE += [torch.tensor(1.0), nn.Linear(2, 4), *map(hosm.Shared, UNSPLIT)]
 
 
 def test_what_seems_to_be_of_the_samples_and_is_not_split_is_named():

@@ -203,6 +203,9 @@ def test_other_errors_of_a_network_come_as_they_are():
             with pytest.raises(type(error)) as caught:
                 function(model, torch.zeros(4, 2))
             assert caught.value is error
+    # Only a table has indices.
+    with pytest.raises((IndexError, RuntimeError)):
+        hosm.ode_nll(hosm.ScoreModel(LooksUp("indices"), VP), torch.zeros(4, 2))
 
 
 def test_a_network_that_casts_by_itself_may_return_another_dtype():
@@ -218,8 +221,9 @@ def test_fractions_of_the_first_step_of_a_table_are_told_of():
     for given in ({"t": torch.rand(8)}, {"time_sampler": lambda n, _: torch.rand(n)}):
         with pytest.warns(UserWarning, match="t: expected indices from 0 to 999"):
             hosm.first_order_dsm(model, x0, **given)
-    for t in (999 * torch.rand(8) + 2, torch.zeros(8), torch.ones(8, dtype=torch.int64)):
-        hosm.first_order_dsm(model, x0, t=t.clamp(max=999))
+    several = torch.linspace(0.5, 999, 8)
+    for t in (several, torch.zeros(8), torch.ones(8), torch.ones(8, dtype=torch.int64)):
+        hosm.first_order_dsm(model, x0, t=t)
 
 
 def test_an_object_of_a_class_that_was_loaded_again_is_told_of(monkeypatch):

@@ -19,13 +19,13 @@ def build(schedule):
     return hosm.ScoreModel(lambda x, t: x.sin(), schedule)
 
 
-TABLE = np.array([0.01, 0.04, 0.05, 0.2, 0.25, 0.3, 0.5, 0.55, 0.7, 0.9, 1.0])
+ENTRIES = 0.01 + np.cumsum(np.tile([0.5e-3, 1.5e-3], 501))
 
 
 def between(t):
-    """A table at each of whose entries the slope changes."""
-    table, left = torch.from_numpy(TABLE), (10 * t).long().clamp(0, 9)
-    return table[left] + (10 * t - left) * (table[left + 1] - table[left])
+    """A table of 1001 entries, at each of which the slope changes."""
+    table, left = torch.from_numpy(ENTRIES), (1000 * t).long().clamp(0, 999)
+    return table[left] + (1000 * t - left) * (table[left + 1] - table[left])
 
 
 class Held(hosm.Schedule):
@@ -43,7 +43,8 @@ RIGHT = {
     "NumPy numbers": own(ends=(np.float32(0.01), np.int64(2))),
     "kinks": own(sigma=between, ends=(0.0, 1.0)),
     "kinks in a table": hosm.DiscreteSchedule.from_betas(0.2 * torch.rand(11) + 1e-3),
-    "single precision": own(sigma=lambda t: (0.01 + t.float()).to(t.dtype)),
+    "single precision": own(sigma=lambda t: (100 + t.float()).to(t.dtype)),
+    "rounding": own(lambda t: (7 * t).exp() * (-7 * t).exp()),
     "held": Held(torch.clone),
     "own derivatives": own(
         lambda t: 1 - t,

@@ -126,9 +126,12 @@ def test_what_a_mode_makes_is_not_kept_for_the_time_after():
         torch.autograd.grad(found.sum(), own)
 
 
-def test_integer_and_float_times_give_one_loss():
-    model = hosm.ScoreModel(lambda x, t: x * t[:, None], SCHEDULE, time=0.001)
-    x0, noise = torch.randn(3, 2), torch.randn(3, 2)
-    index = torch.tensor([0, 500, 999])
-    losses = [hosm.first_order_dsm(model, x0, t=t, noise=noise) for t in (index, index.double())]
-    torch.testing.assert_close(*losses)
+def test_indices_are_as_precise_as_float_times():
+    """Of data in half precision too, in which 999 is 1000."""
+    model = hosm.ScoreModel(lambda x, t: 0.5 * x, SCHEDULE, "v_prediction")
+    index = torch.tensor([0, 501, 999])
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x0, noise = torch.randn(2, 3, 2).to(dtype)
+        t = index.to(torch.promote_types(dtype, torch.float32))
+        losses = [hosm.first_order_dsm(model, x0, t=each, noise=noise) for each in (index, t)]
+        torch.testing.assert_close(*losses, rtol=0, atol=0)
