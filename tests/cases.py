@@ -73,7 +73,7 @@ class Around(nn.Module):
 
 
 def assert_same(found, expected, tolerance: float = 1e-9, least: float = 1e-3):
-    """Tensors, or sequences of them, agree to `tolerance` of the largest element, or of `least`."""
+    """Tensors, or sequences of them, agree to `tolerance` of their largest element or of `least`."""
     if isinstance(expected, Tensor):
         found, expected = [found], [expected]
     for one, other in zip(found, expected, strict=True):

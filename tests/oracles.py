@@ -28,7 +28,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 class GaussianMixture:
-    """A mixture of Gaussians with any covariances, and its diffusions: log q_t and three derivatives.
+    """A mixture of Gaussians of any covariances, diffused: log q_t and three derivatives.
 
     Everything is in float64. log q_t, the score and its derivatives come from the posterior of the
     component, not from autograd.
@@ -107,7 +107,7 @@ def ring(count: int = 8, std: float = 0.1) -> GaussianMixture:
 
 
 def anisotropic(d: int = 64, count: int = 5) -> GaussianMixture:
-    """Gaussians of random axes with standard deviations from 0.05 to 0.5, apart from each other."""
+    """Gaussians of random axes with standard deviations from 0.05 to 0.5, each at its own place."""
     generator = torch.Generator().manual_seed(0)
     square = torch.randn((count, d, d), generator=generator, dtype=torch.float64)
     axes = torch.linalg.qr(square).Q

@@ -1,4 +1,4 @@
-"""Networks that behave like those of repositories people train: every engine, without a warning."""
+"""Networks like those of repositories people train: every engine, without a warning."""
 
 import warnings
 

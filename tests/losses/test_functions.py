@@ -1,4 +1,4 @@
-"""The functions: the old loss, exact sums over probes and fractions, and what is not drawn twice."""
+"""The functions: the old loss, exact sums over probes and fractions, one dropout mask."""
 
 import itertools
 

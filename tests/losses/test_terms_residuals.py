@@ -17,7 +17,7 @@ from tests.oracles import atoms_posterior, dense_terms, sign_vectors
 
 
 def posterior(seed: int, atoms: int, d: int, t: float):
-    """The noises that may have led to an x, their probabilities, and the cumulants of ε given x."""
+    """The noises that may have led to an x, their probabilities, and cumulants of ε given x."""
     generator = torch.Generator().manual_seed(seed)
     alpha, sigma = (float(part) for part in VP(torch.tensor(t)))
     points = torch.randn((atoms, d), generator=generator)

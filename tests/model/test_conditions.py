@@ -1,4 +1,4 @@
-"""What belongs to a sample goes with it; what a network writes to what it is given stays its own."""
+"""What belongs to a sample goes with it; what a network writes to its arguments stays its own."""
 
 import warnings
 from collections import OrderedDict, UserDict, deque, namedtuple

@@ -1,4 +1,4 @@
-"""What holds of every schedule, and of a user's own with the same α and σ: digits, types, draws."""
+"""What holds of every schedule, and of a user's own with its α and σ: digits, types, draws."""
 
 import copy
 
