@@ -39,12 +39,11 @@ CASES = [
 def test_samples_that_are_lost_are_counted_with_their_times(network, schedule, x0, t, told, order):
     model = hosm.ScoreModel(network, schedule)
     given = {"t": torch.tensor(t).to(torch.promote_types(x0.dtype, torch.float32))}
-    with pytest.raises(ValueError, match=told):
-        hosm.dsm_terms(model, x0, order=order, **given)
-    fraction = {"fraction": 0.5} if order > 1 else {}
-    for options in (fraction, {"reduction": "none"}, {"weighting": "native"}):
+    loss, fraction = FUNCTIONS[order], {"fraction": 0.5} if order > 1 else {}
+    calls = [(loss, each) for each in (fraction, {"reduction": "none"}, {"weighting": "native"})]
+    for call, options in [*calls, (hosm.dsm_terms, {"order": order})]:
         with pytest.raises(ValueError, match=told):
-            FUNCTIONS[order](model, x0, **given, **options)
+            call(model, x0, **given, **options)
 
 
 @pytest.mark.parametrize("derivative", ["taylor", "reverse"])
@@ -52,16 +51,16 @@ def test_samples_that_are_lost_are_counted_with_their_times(network, schedule, x
 def test_derivatives_that_are_not_finite_are_told_from_outputs(order, derivative):
     model = hosm.ScoreModel(lambda x, t: x.abs().sqrt(), VP)
     given = {"t": torch.tensor(T), "noise": ZEROS}
-    told = "outputs are finite, but not the terms second, trace" + ", third" * (order == 3)
-    with pytest.raises(hosm.DerivativeError, match=told):
+    with pytest.raises(hosm.DerivativeError):
         FUNCTIONS[order](model, ZEROS, derivative=derivative, **given)
     assert float(hosm.first_order_dsm(model, ZEROS, **given)) == 0
 
 
 def test_weights_that_overflow_are_told_from_both():
     x0 = torch.full((2, 3), 9.0, dtype=torch.float32)
-    with pytest.raises(ValueError, match="loss: expected a finite one; its terms are finite"):
+    with pytest.raises(ValueError) as caught:
         hosm.second_order_dsm(hosm.ScoreModel(sine, VP), x0, weights=(3e38, 3e38, 3e38))
+    assert type(caught.value) is ValueError
 
 
 @pytest.mark.parametrize("order", FUNCTIONS)
