@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from tests.derivatives.test_backward import Partly
 from tests.diagnostics.test_check import Around, CheckpointFunction, Custom, Detached, check
+from tests.oracles import Detaches
 
 PLAIN = "without .detach(), .data or torch.no_grad()"
 ENGINES = ("auto", "taylor", "reverse")
@@ -29,6 +29,14 @@ class Fine(torch.autograd.Function):
 
 class FlashFunction(Fine):
     """Fine, with a name that has a remedy."""
+
+
+class Partly(Detaches):
+    """Keeps the graph to the incoming gradient and loses that to its input."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * ctx.saved_tensors[0].detach() ** 2 * grad
 
 
 class PartlyFlash(Partly):
