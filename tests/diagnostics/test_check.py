@@ -65,13 +65,6 @@ def test_no_false_alarm_on_attention_in_float32(seed):
     check(Transformer(), (5, 3))
 
 
-@pytest.mark.parametrize("order", [2, 3])
-def test_without_primitives_the_layer_norm_is_named(order):
-    network = Around(nn.LayerNorm(4))
-    with pytest.raises(hosm.DerivativeError, match=r"'blocks\.1' \(LayerNorm\).*primitives=True"):
-        check(network, derivative="reverse", order=order, primitives=False)
-
-
 class Detached(nn.Module):
     def forward(self, x):
         return x.sin() * x.detach().cos()

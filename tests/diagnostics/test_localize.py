@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
+from hosm_losses.derivatives.primitives import PRIMITIVES
 from tests.diagnostics.test_check import Around, CheckpointFunction, Custom, Detached, check
 from tests.oracles import Detaches
 
@@ -170,8 +171,25 @@ def test_a_partial_drop_is_found_with_every_engine(engine, order):
     assert "Partly" in message
 
 
-def test_primitives_are_advised_where_they_mend_it():
-    message = fault(Around(nn.LayerNorm(4)), derivative="reverse", primitives=False)
+@torch.library.custom_op("hosm_tests::misdifferentiated", mutates_args=())
+def misdifferentiated(x: torch.Tensor) -> torch.Tensor:
+    """Stands for an operator whose second derivative PyTorch has wrong, as it has of norms."""
+    return torch.sin(x)
+
+
+misdifferentiated.register_autograd(
+    lambda ctx, cotangent: cotangent * ctx.saved_tensors[0].detach().cos(),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_primitives_are_advised_where_they_mend_it(order, monkeypatch):
+    operator, options = torch.ops.hosm_tests.misdifferentiated, {"derivative": "reverse"}
+    monkeypatch.setitem(PRIMITIVES, operator, torch.sin)
+    check(Around(Calls(operator)), order=order, **options)
+    message = fault(Around(Calls(operator)), order=order, primitives=False, **options)
+    assert "in the module 'blocks.1' (Calls)" in message
     assert message.endswith("Leave primitives=True in ScoreModel, which replaces such operators.")
     message = fault(Around(Detached()), derivative="reverse", primitives=False)
     general(message)

@@ -8,7 +8,7 @@ What:
     of means, products and softmax, each is right by every route. `primitive_mode` puts them in.
 
 Source:
-    PyTorch issues 175754, 186256, 196699 and 196700.
+    PyTorch issues 175754, 186256, 196699 and 196700; pull request 176234.
 """
 
 import math
