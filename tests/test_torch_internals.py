@@ -37,14 +37,11 @@ def leaf(*shape):
 class Forgets(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        ctx.kept = x
-        return x**2
+        return x * 1
 
     @staticmethod
     def backward(ctx, cotangent):
-        kept = ctx.kept
-        del ctx.kept
-        return 2 * kept * cotangent
+        return ctx.kept * cotangent
 
 
 class Asked(torch.autograd.Function):
