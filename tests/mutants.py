@@ -542,19 +542,19 @@ MUTANTS = [
         "interop/guided_diffusion.py",
         'rescaled = 1000.0 / getattr(diffusion, "original_num_steps", steps)',
         "rescaled = 1000.0 / steps",
-        "tests/interop/test_stand_ins.py",
+        "tests/interop/test_references.py",
     ),
     Mutant(
         "interop/score_sde.py",
         "    if not (continuous and kept):\n",
         "    if not continuous:\n",
-        "tests/interop/test_score_sde.py",
+        "tests/interop/test_stand_ins.py",
     ),
     Mutant(
         "interop/edm.py",
         "EDMSchedule(t_min=low, t_max=high)",
         "EDMSchedule(t_min=low)",
-        "tests/interop/test_stand_ins.py",
+        "tests/interop/test_references.py",
     ),
 ]
 

@@ -322,6 +322,7 @@ TOGETHER = [
     ([BITS], ValueError, "bits_per_dim", {"self": EIGHT_BITS, "levels": 16}),
     ([BITS], ValueError, "bits_per_dim", {"self": EIGHT_BITS, "levels": 256, "high": 255}),
     ([interop.from_diffusers], ValueError, "model", TURNED),
+    ([interop.from_diffusers], TypeError, "model", {**TURNED, "model": lambda x, timestep: x}),
     ([interop.from_score_sde], ValueError, "continuous", DISCRETE),
 ]
 CALLING = [*LOSSES, *SOLVERS, hosm.variational_nll, hosm.check_derivatives]

@@ -8,18 +8,19 @@ It takes the packages of the extra `integration`, and those of the networks that
 import platform
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from tests.integration.measure import ENGINES, ORDERS, Outcome, outcome
+from tests.cases import ENGINES
+from tests.integration.measure import ORDERS, Outcome, outcome
 from tests.integration.networks import NETWORKS
 from tests.oracles import default_dtype
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 # The taylor engine does not use PyTorch's own derivatives of norms and attention.
 COLUMNS = (*ENGINES, "PyTorch alone, reverse")
-ROW = re.compile(r"^\| (?P<name>[^|]+?) \| (?P<cells>.+) \|$", re.MULTILINE)
 TITLES = {2: "Order two", 3: "Order three"}
 
 HEAD = """\
@@ -49,13 +50,10 @@ def cells(name: str, order: int) -> dict[str, tuple[str, Outcome]]:
     """Verdict and outcome for each column of a network's row."""
     row = {}
     for column in COLUMNS:
-        engine = column.split()[-1]
-        found = outcome(name, engine, order, primitives=column in ENGINES)
-        verdict = found.verdict
-        if column == "auto" and verdict == "right":
-            first = outcome(name, "taylor", order).verdict
-            verdict = "falls back" if first == "refused" else verdict
-        row[column] = (verdict, found)
+        found = outcome(name, column.split()[-1], order, primitives=column in ENGINES)
+        row[column] = (found.verdict, found)
+    if row["auto"][0] == "right" and row["taylor"][0] == "refused":
+        row["auto"] = ("falls back", row["auto"][1])
     return row
 
 
@@ -72,18 +70,9 @@ def render() -> str:
     parts.append("\n## Why refused\n\n")
     parts += [f"{number}. {reason}\n" for number, reason in enumerate(reasons, 1)]
     parts.append("\n## Versions\n\n")
-    parts += [f"- {entry}\n" for entry in versions()]
-    return "".join(parts)
-
-
-def versions() -> list[str]:
-    """What the table was made with."""
-    packages = {network.package: network.version for network in NETWORKS.values()}
-    return [
-        f"Python {platform.python_version()}",
-        f"torch {torch.__version__}",
-        *(f"{package} {version}" for package, version in packages.items()),
-    ]
+    parts += [f"- Python {platform.python_version()}\n", f"- torch {torch.__version__}\n"]
+    packages = dict.fromkeys(network.package for network in NETWORKS.values())
+    return "".join(parts + [f"- {package} {version(package)}\n" for package in packages])
 
 
 def _cell(verdict: str, found: Outcome, reasons: list[str]) -> str:
@@ -102,15 +91,15 @@ def _reason(error: Exception) -> str:
     return f"`{type(error).__name__}`: {sentence.replace('<', '&lt;').replace('*', '&#42;')}."
 
 
-def verdicts(page: str) -> dict[tuple[str, str, str], str]:
-    """The verdict words of a page by section, network and column."""
+def verdicts(page: str) -> dict[tuple[str, str], dict[str, str]]:
+    """The verdict words of a page, by column, of each section's networks."""
     found = {}
     for section in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
-        title = section.splitlines()[0]
-        rows = [(row["name"], row["cells"].split(" | ")) for row in ROW.finditer(section)]
+        rows = re.findall(r"^\| ([^|]+?) \| (.+) \|$", section, re.MULTILINE)
         for name, written in rows[2:]:
-            for column, cell in zip(rows[0][1], written, strict=True):
-                found[title, name, column] = cell.partition(" (")[0]
+            words = [cell.partition(" (")[0] for cell in written.split(" | ")]
+            columns = rows[0][1].split(" | ")
+            found[section.partition("\n")[0], name] = dict(zip(columns, words, strict=True))
     return found
 
 

@@ -2,22 +2,18 @@
 
 import importlib
 import os
-from types import ModuleType
 
 import pytest
 
 from tests.integration.networks import NETWORKS
 
-OPTIONAL = {network.module for network in NETWORKS.values() if network.optional}
 
-
-@pytest.fixture(scope="session")
-def need():
-    """Import a package; without it skip, but not in CI, where no other than these may be missing."""
-
-    def imported(module: str) -> ModuleType:
-        if os.environ.get("CI") and module not in OPTIONAL:
-            return importlib.import_module(module)
-        return pytest.importorskip(module)
-
-    return imported
+@pytest.fixture(params=NETWORKS)
+def name(request):
+    """A network's name; skipped without its package, but in CI only if that may be missing."""
+    network = NETWORKS[request.param]
+    if os.environ.get("CI") and not network.optional:
+        importlib.import_module(network.module)
+    else:
+        pytest.importorskip(network.module)
+    return request.param

@@ -10,15 +10,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hosm_losses as hosm
-from tests.integration.builders import SHAPE
-from tests.integration.networks import BATCH, NETWORKS
+from tests.cases import gradients
+from tests.integration.networks import BATCH, NETWORKS, SHAPE
 from tests.integration.reference import Reference, reference, relative_error
 from tests.oracles import default_dtype
 
-ENGINES = ("auto", "taylor", "reverse")
 ORDERS = (2, 3)
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-LOSSES = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
 
 
 def arguments(name: str, dtype: torch.dtype, probes: int = 1) -> dict[str, Any]:
@@ -28,21 +26,16 @@ def arguments(name: str, dtype: torch.dtype, probes: int = 1) -> dict[str, Any]:
         x0, noise = torch.randn(2, BATCH, *SHAPE, dtype=torch.float64)
         probe = torch.randint(0, 2, (3, BATCH, *SHAPE), dtype=torch.float64) * 2 - 1
         kwargs = NETWORKS[name].kwargs()
+    given = {"x0": x0, "t": torch.tensor([0.3, 0.6]), "noise": noise, "probe": probe[:probes]}
 
-    def cast(value: Tensor) -> Tensor:
-        return value.to(dtype) if value.is_floating_point() else value
+    def cast(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in values.items()}
 
-    return {
-        "x0": cast(x0),
-        "t": torch.tensor([0.3, 0.6], dtype=dtype),
-        "noise": cast(noise),
-        "probe": cast(probe[:probes]),
-        "model_kwargs": {key: cast(value) for key, value in kwargs.items()},
-    }
+    return {**cast(given), "model_kwargs": cast(kwargs)}
 
 
 @functools.cache
-def reference_of(name: str, step: float | None = None) -> Reference:
+def reference_of(name: str, **step: float) -> Reference:
     """The reference of a network, in float64 and on the plain network."""
     with default_dtype(torch.float64):
         model = NETWORKS[name].score_model(torch.float64, plain=True)
@@ -55,41 +48,36 @@ def reference_of(name: str, step: float | None = None) -> Reference:
             given["noise"],
             given["probe"][0],
             sigma.flatten(),
-            **({} if step is None else {"step": step}),
+            **step,
         )
 
 
-def gradient(
-    model: hosm.ScoreModel,
-    given: dict[str, Any],
-    order: int,
-    engine: str,
-    weights: tuple[float, ...],
-) -> Tensor:
-    """The parameter gradient of a loss as one vector."""
-    loss = LOSSES[order](model, derivative=engine, weights=weights[: order + 1], **given)
-    return torch.cat([part.flatten() for part in parameter_gradients(loss, model)])
-
-
-def parameter_gradients(loss: Tensor, model: hosm.ScoreModel) -> tuple[Tensor, ...]:
-    """The gradient in every parameter, zero where the loss does not depend on it."""
-    return torch.autograd.grad(
-        loss, list(model.parameters()), allow_unused=True, materialize_grads=True
-    )
+def measured(
+    model: hosm.ScoreModel, given: dict[str, Any], order: int, engine: str, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The terms per sample, (order + 1, B), and the parameter gradient of their weighted means."""
+    terms = hosm.dsm_terms(model, order=order, derivative=engine, **given)
+    rows = torch.stack(terms[: order + 1])
+    loss = weights[: order + 1].to(rows) @ rows.mean(1)
+    return rows.detach(), torch.cat([part.flatten() for part in gradients(loss, model)])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one gradient: its relative error, or what was raised in its place."""
+    """What became of one gradient: its relative error, or what was raised in its place.
+
+    `of_terms` is the largest relative error of a term.
+    """
 
     dtype: torch.dtype
-    error: float | None = None
+    error: float = 0.0
+    of_terms: float = 0.0
     raised: Exception | None = None
 
     @property
     def verdict(self) -> str:
         """right, wrong or refused."""
-        if self.error is None:
+        if self.raised is not None:
             return "refused"
         return "right" if self.error < TOLERANCE[self.dtype] else "wrong"
 
@@ -107,14 +95,14 @@ def outcome(
 
     Without primitives PyTorch's math kernel is used for attention, as its others refuse.
     """
-    network = NETWORKS[name]
+    network, expected = NETWORKS[name], reference_of(name)
     kind = dtype or network.dtype
-    weights = reference_of(name).weights
     kernel = nullcontext() if primitives else sdpa_kernel(SDPBackend.MATH)
     with default_dtype(kind), kernel:
         model = network.score_model(kind, primitives=primitives)
         try:
-            got = gradient(model, arguments(name, kind), order, engine, weights)
+            terms, got = measured(model, arguments(name, kind), order, engine, expected.weights)
         except (RuntimeError, AttributeError, hosm.DerivativeError) as error:
             return Outcome(kind, raised=error.with_traceback(None))
-    return Outcome(kind, relative_error(got, reference_of(name).gradient(order, weights)))
+    of_terms = max(map(relative_error, terms, expected.terms))
+    return Outcome(kind, relative_error(got, expected.gradient(order)), of_terms)

@@ -25,8 +25,6 @@ FIRST = ((1, 4 / 5), (2, -1 / 5), (3, 4 / 105), (4, -1 / 280))
 SECOND = ((1, 8 / 5), (2, -1 / 5), (3, 8 / 315), (4, -1 / 560))
 STEP = 1 / 2048
 
-Vector = Tensor | tuple[Tensor, ...]
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -41,14 +39,13 @@ class Reference:
     gradients: Tensor
 
     @property
-    def weights(self) -> tuple[float, ...]:
+    def weights(self) -> Tensor:
         """Weights with which every term has a gradient of norm one: no term hides another."""
-        return tuple(1 / float(gradient.norm()) for gradient in self.gradients)
+        return 1 / self.gradients.norm(dim=1)
 
-    def gradient(self, order: int, weights: Sequence[float]) -> Tensor:
+    def gradient(self, order: int) -> Tensor:
         """The gradient of the weighted loss of an order."""
-        count = order + 1
-        return torch.tensor(weights[:count], dtype=torch.float64) @ self.gradients[:count]
+        return self.weights[: order + 1] @ self.gradients[: order + 1]
 
 
 def reference(
