@@ -9,7 +9,7 @@ regression. One below it is a gain, which has to be written down or it could be 
 
 import json
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -56,10 +56,10 @@ def counted(network: torch.nn.Module, work: Callable[[], object]) -> dict[str, i
     return {"flops": flops, "calls": len(batches), "samples": sum(batches)}
 
 
-def measure() -> Counts:
-    """Everything that is held: training steps, and likelihoods on the two smallest networks."""
+def measure(names: Iterable[str] = NAMES) -> Counts:
+    """What is held of networks: training steps, and likelihoods on the two smallest."""
     found: Counts = {}
-    for name in tqdm(NAMES, "counting", leave=False):
+    for name in tqdm(names, "counting", leave=False):
         model, shape = model_of(name), NETWORKS[name][1][1:]
         for key in VARIANTS if name in TWINS else MAIN:
             variant = VARIANTS[key]

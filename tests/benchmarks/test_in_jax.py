@@ -2,75 +2,36 @@
 
 import pytest
 import torch
-from benchmarks.steps import LOSSES, NETWORKS, TWINS, model_of
+from benchmarks.steps import NETWORKS, TWINS, model_of
 
-import hosm_losses as hosm
-from hosm_losses.losses.terms import common, third_target
-from hosm_losses.model import noise_field
+from tests.cases import FUNCTIONS, given, gradients
 
 jax = pytest.importorskip("jax")
 
 from benchmarks.peers.in_jax import training_step  # noqa: E402
 
-BATCH = 3
+
+def batch(name):
+    """x0, what a loss draws, and all of it as the twin takes it."""
+    x0, drawn = given((3, *NETWORKS[name][1][1:]), order=3)
+    every = x0, drawn["t"], drawn["noise"], drawn["probe"][0]
+    return x0, drawn, [each.numpy() for each in every]
 
 
-class Case:
-    """A network in float64, and a batch of everything that a loss draws."""
-
-    def __init__(self, name):
-        self.model = model_of(name).double()
-        drawn = torch.randn(3, BATCH, *NETWORKS[name][1][1:], dtype=torch.float64)
-        self.x0, self.noise, self.probe = drawn
-        self.t = torch.linspace(0.05, 0.9, BATCH, dtype=torch.float64)
-
-    def loss(self, order):
-        probe = {} if order == 1 else {"probe": self.probe}
-        return LOSSES[order](self.model)(self.x0, t=self.t, noise=self.noise, **probe)
-
-    def compare(self, loss, order, third="exact"):
-        """`loss` is PyTorch's; its gradients are compared relative to the largest."""
-        names, parameters = zip(*self.model.network.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(loss, parameters)
-        with jax.enable_x64(True):
-            step = training_step(self.model.network, order, third)
-            value, twins = step(
-                *(each.numpy() for each in (self.x0, self.t, self.noise, self.probe))
-            )
-            assert float(value) == pytest.approx(loss.item(), rel=1e-10)
-            for name, gradient in zip(names, gradients, strict=True):
-                difference = abs(gradient.numpy() - jax.device_get(twins[name])).max()
-                assert difference < 1e-9 * gradient.abs().max(), name
-
-
-@pytest.mark.parametrize("order", LOSSES)
+@pytest.mark.parametrize(
+    ("order", "options"), [(1, {}), (2, {}), (3, {}), (3, {"third": "laplacian"})], ids=str
+)
 @pytest.mark.parametrize("name", TWINS)
-def test_orders(name, order):
-    case = Case(name)
-    case.compare(case.loss(order), order)
-
-
-def test_single_precision():
-    case = Case("dit")  # whose d³ is no 32-bit integer
-    case.model.float()
-    x0, t, noise, probe = (draw.float() for draw in (case.x0, case.t, case.noise, case.probe))
-    loss = hosm.third_order_dsm(case.model, x0, t=t, noise=noise, probe=probe)
-    step = training_step(case.model.network, 3)
-    value, _ = step(*(tensor.numpy() for tensor in (x0, t, noise, probe)))
-    assert float(value) == pytest.approx(loss.item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_the_laplacian(name):
-    case = Case(name)
-    alpha, sigma = (c.reshape(-1, *(1,) * (case.x0.ndim - 1)) for c in case.model.schedule(case.t))
-    x, w = alpha * case.x0 + sigma * case.noise, sigma * case.probe
-    field, probe = noise_field(case.model, case.t), case.probe[None]
-
-    def second(x):
-        return torch.func.jvp(field, (x,), (w,))
-
-    (value, directional), (_, twice) = torch.func.jvp(second, (x,), (w,))
-    target = third_target(common(value[None] + case.noise, directional[None], probe))[0]
-    square = (twice - target).square().sum()
-    case.compare(case.loss(2) + square / BATCH / case.x0[0].numel() ** 3, 3, "laplacian")
+def test_a_step_in_double_precision(name, order, options):
+    torch.set_default_dtype(torch.float64)
+    model, (x0, drawn, arrays) = model_of(name), batch(name)
+    if order == 1:
+        del drawn["probe"]
+    loss = FUNCTIONS[order](model, x0, **drawn, **options)
+    with jax.enable_x64(True):
+        value, twins = training_step(model.network, order, **options)(*arrays)
+        assert float(value) == pytest.approx(loss.item(), rel=1e-10)
+        names = [key for key, _ in model.network.named_parameters()]
+        for key, ours in zip(names, gradients(loss, model), strict=True):
+            difference = abs(ours.numpy() - jax.device_get(twins[key])).max()
+            assert difference < 1e-9 * ours.abs().max(), key

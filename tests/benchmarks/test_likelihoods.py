@@ -1,13 +1,14 @@
-"""Every peer, and the reference, give the likelihood that is known."""
+"""Every peer gives the likelihood that is known, and what it costs at a target error."""
 
+import numpy as np
 import pytest
 import torch
-from benchmarks.likelihood import PEERS, adaptive, peers
+from benchmarks.likelihood import PEERS, Method, Runs, adaptive, at_target, estimates, peers
 from benchmarks.trained import exact
-from torch import Tensor
 
-import hosm_losses as hosm
 from tests.oracles import paper_mixture, ring
+
+SEEDS = 400
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -25,16 +26,37 @@ def test_every_peer_is_right(name):
             torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
 
 
-def test_the_reference_is_the_density():
-    """The model of the ring is exact, so that its likelihood is known but for the prior."""
-    problem = exact(ring())
-    x, schedule = problem.data[:4], problem.model.schedule
+def runs(name, seconds, *, noise=0.0, bias=0.0, evaluations=10.0, random=True):
+    """Runs of two samples with a noise and a solver's error."""
+    of_ours = {"ours": name == "we", "random": random}
+    found = Runs(Method(name, "tolerance", (1e-3,), lambda *_: None, **of_ours), 1e-3)
+    drawn = torch.randn(SEEDS, 2, generator=torch.Generator().manual_seed(0)).double()
+    found.nll = list(noise * drawn + bias)
+    found.seconds, found.evaluations, found.bias = [seconds] * SEEDS, [evaluations] * SEEDS, bias
+    return found, found.errors(torch.zeros(2).double())
 
-    def log_density(x: Tensor, t: float) -> Tensor:
-        return ring().log_density(x, *schedule(x.new_full((4,), t)))
 
-    options = {"method": "adaptive", "divergence": "exact", "tolerance": 1e-7}
-    found = hosm.ode_nll(
-        problem.model, x, **options, log_prior=lambda x: log_density(x, schedule.t_max)
-    )
-    torch.testing.assert_close(-found.nll, log_density(x, schedule.t_min), rtol=0, atol=1e-5)
+def test_noise_is_averaged_and_bias_is_not():
+    assert estimates(np.full((2, 5), 3.0), 0.0, 1.0) == pytest.approx(9.0)
+    assert estimates(np.full((2, 5), 3.0), 0.6, 1.0) == pytest.approx(9 / 0.64)
+    assert estimates(np.full((2, 5), 0.1), 0.0, 1.0) == 1.0
+
+
+def test_a_noisy_peer_pays_for_its_noise_and_a_biased_one_is_out_of_reach():
+    noisy, biased = runs("they", 0.5, noise=4.0), runs("biased", 0.1, noise=0.1, bias=0.5)
+    found = at_target([runs("we", 1.0, noise=1.0), noisy, biased], 0.5, random=True)
+    assert found.keys() == {"we", "they"}
+    assert found["we"]["over_ours"][0] == 1.0
+    assert found["we"]["seconds"] == pytest.approx(4.0, rel=0.1)
+    assert found["they"]["over_ours"][0] == pytest.approx(8.0, rel=0.1)
+    assert found["they"]["evaluations"] == pytest.approx(640, rel=0.1)
+    assert not found["they"]["ahead"]
+
+
+def test_an_exact_result_reaches_the_target_or_does_not():
+    errors = {"we": (1.0, 0.01), "they": (0.2, 0.2), "others": (0.3, 0.09)}
+    every = [runs(name, s, bias=bias, random=False) for name, (s, bias) in errors.items()]
+    found = at_target(every, 0.1, random=False)
+    assert found.keys() == {"we", "others"}
+    assert found["others"]["ahead"]
+    assert found["others"]["over_ours"][0] == pytest.approx(0.3)
