@@ -1,4 +1,4 @@
-"""What every test here needs: the packages of the extra `integration`, and some that may be there."""
+"""The networks of the table by name, those whose package is installed."""
 
 import importlib
 import os
