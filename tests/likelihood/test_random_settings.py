@@ -1,0 +1,270 @@
+"""Likelihoods under settings that are drawn together, against what is exactly known of them."""
+
+import dataclasses
+import io
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributions import Normal
+
+import hosm_losses as hosm
+from hosm_losses._checks import expand_right
+from hosm_losses.likelihood import multistep
+from hosm_losses.probes import DISTRIBUTIONS, draw_probes
+from tests.cases import PREDICTIONS, SCHEDULES, assert_same, gradients
+from tests.likelihood.problems import gaussian, marginals, total
+from tests.oracles import MLP, AttentionNet, ConvNet
+
+pytestmark = pytest.mark.filterwarnings("ignore:schedule. expected")
+MORE = settings(max_examples=max(40, settings().max_examples))
+PROBES = st.fixed_dictionaries(
+    {"probes": st.integers(1, 5), "distribution": st.sampled_from(list(DISTRIBUTIONS))}
+)
+EXACT = {"divergence": "exact"}
+NETWORKS = {
+    "mlp": (lambda: MLP(3), (3,)),
+    "conv": (ConvNet, (2, 2, 1)),
+    "attention": (lambda: AttentionNet(2), (2, 2)),
+}
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise_of_probes(span, std, steps, options, generator):
+    """What random probes add to the log-density of a Gaussian, and its standard error, by hand.
+
+    The Jacobian of the noise is diagonal: a probe's form is a sum of squares times known shares.
+    """
+    count, means, variances = options["probes"], [], []
+    for rows in std.split(options["batch_size"] or len(std)):
+
+        def forms(share, rows=rows):
+            """Those of fresh probes (K, n), less what they are in the mean."""
+            v = draw_probes(rows, count, options["distribution"], generator)
+            return torch.stack([total(each.square() * share - share) for each in v])
+
+        if steps is None:  # the same probes along the whole path
+            low, high = (rows.square() + math.exp(2 * u) for u in sorted(span))
+            weights, seen = torch.ones(1, 1), forms((high / low).log() / 2)[None]
+        else:
+            ends = [3 / 8, 7 / 6, 23 / 24]
+            weights = torch.tensor([*ends, *[1.0] * (steps - 5), *ends[::-1]])[:, None]
+            weights = weights * abs(span[1] - span[0]) / steps
+            squares = (2 * torch.linspace(*span, steps + 1)).exp()
+            seen = torch.stack([forms(w / (rows.square() + w)) for w in squares])
+        means.append((weights * seen.mean(1)).sum(0))
+        spread = seen.var(1, correction=min(1, count - 1))
+        variances.append((weights**2 * spread).sum(0) / count)
+    return torch.cat(means), torch.cat(variances).sqrt()
+
+
+@MORE
+@given(
+    name=st.sampled_from(list(SCHEDULES)),
+    prediction=st.sampled_from(PREDICTIONS),
+    shape=st.sampled_from([(3,), (), (2, 2)]),
+    steps=st.sampled_from([24, 25, None]),
+    divergence=st.just(EXACT) | PROBES,
+    batch_size=st.sampled_from([None, 2]),
+    known=st.booleans(),
+    own_prior=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_gaussian_has_its_closed_form_to_its_latent_and_back(
+    name, prediction, shape, steps, divergence, batch_size, known, own_prior, seed
+):
+    torch.manual_seed(seed)
+    schedule, (mean, spread) = SCHEDULES[name], torch.rand(2, *shape) + 0.2
+    model = gaussian(schedule, mean, spread, prediction)
+    gain = torch.ones(3) if known else 0.5 + torch.rand(3)
+    std = spread * gain.reshape(3, *[1] * len(shape))
+    start, end = marginals(schedule, mean, std)
+    x = start.sample()
+    latent = end.mean + end.stddev / start.stddev * (x - start.mean)
+    law = Normal(0.3, 1.7) if own_prior else Normal(0.0, schedule.prior_std)
+    exact = total(start.log_prob(x) - end.log_prob(latent) + law.log_prob(latent))
+    # In coordinates of its own moments Gaussian data does not move: any steps will do.
+    moments = {"data_mean": mean, "data_std": spread} if known else {"data_std": 0.4}
+    tolerance = 1e-9 if known and steps else 2e-3
+    options = {"method": "adaptive", "tolerance": 1e-4}
+    if steps is not None:
+        options = {"steps": steps if known else 3 * steps}
+    options |= {"batch_size": batch_size, **divergence}
+    prior = (lambda latent: total(law.log_prob(latent))) if own_prior else None
+    given = {**options, **moments, "log_prior": prior, "model_kwargs": {"gain": gain}}
+
+    def check(found, span, widening):
+        noise = error = torch.zeros(3)
+        if divergence != EXACT:
+            noise, error = noise_of_probes(span, std, found.steps, options, seeded(seed))
+        assert_same(found.nll, -exact - noise, tolerance)
+        assert not bool(found.failed.any())
+        if divergence != EXACT and options["probes"] < (2 if steps else 4):
+            assert found.standard_error is None
+        else:
+            assert_same(found.standard_error, widening * error, tolerance)
+
+    span = schedule.log_sigma_hat_range
+    found = hosm.ode_nll(model, x, generator=seeded(seed), **given)
+    assert_same(found.latent, latent, tolerance)
+    check(found, span, found.widening)
+    if divergence == EXACT and not own_prior:
+        assert bool(((found.nll + exact).abs() <= found.solver_error + 1e-9).all())
+    drawn = hosm.ode_sample(model, latent, generator=seeded(seed), **given)
+    assert_same(drawn.x, x, tolerance)
+    check(drawn, span[::-1], found.widening)
+
+
+@pytest.fixture(autouse=True)
+def _coarse_grids(monkeypatch):
+    monkeypatch.setattr(multistep, "GRIDS", (8, 16))
+
+
+@st.composite
+def combined(draw):
+    """A likelihood, and options that go together; what it refuses is not among them."""
+    kind = draw(st.sampled_from(["fixed", "adaptive", "found", "bound"]))
+    images = draw(st.booleans())
+    options = {"dequantization": "uniform"} if images else {}
+    options["batch_size"] = draw(st.sampled_from([None, 2]))
+    options["data_mean"] = draw(st.sampled_from([0.0, 0.2, None]))  # a tensor
+    options["log_prior"] = draw(st.sampled_from([None, lambda z: -total(z.abs())]))
+    if kind == "bound":
+        return hosm.variational_nll, options | {"samples": draw(st.sampled_from([2, 24]))}
+    options |= {
+        "fixed": {"steps": draw(st.sampled_from([8, 9, 4]))},
+        "adaptive": {"method": "adaptive", "tolerance": 10.0},
+        "found": {"steps": None, "tolerance": 100.0},
+    }[kind]
+    options |= draw(st.just(EXACT) | PROBES)
+    options |= {name: draw(st.booleans()) for name in ("clean", "enable_grad")}
+    options["companion"] = options.get("steps") == 8 and draw(st.booleans())
+    if images and "probes" not in options:
+        options["dequantization_draws"] = draw(st.sampled_from([1, 2]))
+    return hosm.ode_nll, options
+
+
+def one_after_the_other(function, model, x, label, options, generator):
+    """The same from calls without batch_size, dequantization, clean and companion."""
+    options, draws = {**options, "companion": False}, []
+    size = options.pop("batch_size") or len(x)
+    images, count = options.pop("dequantization", None), options.pop("dequantization_draws", 1)
+    clean = options.pop("clean", False)
+    if function is hosm.variational_nll:
+        del options["companion"]
+    for _ in range(count):
+        points, parts = x, []
+        if images is not None:
+            points = -1 + (x + torch.rand(x.shape, generator=generator)) / 128
+        for part, labels in zip(points.split(size), label.split(size), strict=True):
+            correction = 0
+            if clean:
+                t = torch.full((len(part),), model.schedule.t_min)
+                alpha, sigma = model.schedule(t[0])
+                noise = torch.randn(part.shape, generator=generator)
+                part = alpha * part + sigma * noise
+                error = model.noise(part, t, label=labels) - noise
+                correction = total(error.square() - noise.square()) / 2
+                correction = correction - part[0].numel() * alpha.log()
+            found = function(
+                model, part, model_kwargs={"label": labels}, generator=generator, **options
+            )
+            if options.get("steps", 0) is None:
+                options["steps"] = found.steps
+            nll, nfe = found.nll + correction, found.nfe + clean
+            parts.append(dataclasses.replace(found, nll=nll, nfe=nfe))
+        draws.append(hosm.NLLResult.cat(parts))
+    densities = torch.stack([-each.nll for each in draws])
+    weights = densities.detach().softmax(0) if count > 1 else 1
+    errors = weights * torch.stack([each.solver_error for each in draws])
+    return dataclasses.replace(
+        draws[0],
+        nll=math.log(count) - densities.logsumexp(0),
+        nfe=sum(each.nfe for each in draws),
+        solver_error=errors.sum(0),
+        quantization=None if images is None else (256, -1.0, 1.0),
+    )
+
+
+class Watched(nn.Module):
+    """A network times a number of each sample, and the times that it is asked for."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.times = network, []
+
+    def forward(self, x, t, label):
+        self.times.append(t)
+        return expand_right(label, x) * self.network(x, t)
+
+
+def through_a_file(result):
+    file = io.BytesIO()
+    torch.save(result.to_dict(), file)
+    file.seek(0)
+    return hosm.NLLResult.from_dict(torch.load(file, weights_only=True))
+
+
+def assert_fields(found, expected, **tolerances):
+    for name, mine in vars(found).items():
+        theirs = getattr(expected, name)
+        if isinstance(mine, torch.Tensor):
+            torch.testing.assert_close(mine, theirs, equal_nan=True, **tolerances)
+        else:
+            assert mine == theirs
+
+
+@MORE
+@given(
+    case=combined(),
+    network=st.sampled_from(list(NETWORKS)),
+    schedule=st.sampled_from(list(SCHEDULES)),
+    mode=st.sampled_from([torch.enable_grad, torch.no_grad, torch.inference_mode]),
+    seed=st.integers(0, 99),
+)
+def test_a_call_is_put_together_from_simpler_ones(case, network, schedule, mode, seed):
+    (function, options), schedule = case, SCHEDULES[schedule]
+    torch.manual_seed(seed)
+    make, shape = NETWORKS[network]
+    network = make()
+    model = hosm.ScoreModel(Watched(network), schedule)
+    x, label = torch.randn(3, *shape), torch.rand(3, requires_grad=True)
+    leaves, images = [label, *network.parameters()], "dequantization" in options
+    if images:
+        x = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+    else:
+        leaves.append(x.requires_grad_())
+    if options["data_mean"] is None:
+        options["data_mean"] = torch.randn(shape)
+    state, copy = torch.get_rng_state(), x.detach().clone()
+    with torch.enable_grad() if options.get("enable_grad") else mode():
+        given = {"model_kwargs": {"label": label}, "generator": seeded(seed)}
+        found = function(model, x, **given, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(x, copy)
+    times = torch.cat(model.network.times)
+    assert bool(((times >= schedule.t_min) & (times <= schedule.t_max)).all())
+    if options.get("steps", 0) is not None:  # the trials of steps=None are not counted
+        assert len(times) == int(found.nfe.sum())
+    expected = one_after_the_other(function, model, x, label, options, seeded(seed))
+    if options.get("companion"):
+        extra = 14 * options.get("dequantization_draws", 1)
+        changes = {"nfe": expected.nfe + extra, "solver_error": found.solver_error}
+        expected = dataclasses.replace(expected, **changes)
+    assert_fields(found, expected, rtol=1e-8, atol=1e-8)
+    if options.get("enable_grad"):
+        mine, theirs = (
+            gradients(each.nll[~found.failed].sum(), leaves) for each in (found, expected)
+        )
+        assert_same(mine, theirs, 1e-7)
+    else:
+        assert not found.nll.requires_grad
+    bits = found.nll / (x[0].numel() * math.log(2)) + 7 * images
+    torch.testing.assert_close(found.bits_per_dim(), bits, equal_nan=True)
+    assert_fields(through_a_file(found), found, rtol=0, atol=0)
