@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,16 +21,11 @@ from tests.likelihood.problems import gaussian, marginals, total
 from tests.oracles import MLP, AttentionNet, ConvNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule. expected")
-MORE = settings(max_examples=max(40, settings().max_examples))
+MORE = settings(max_examples=max(30, settings().max_examples))
 PROBES = st.fixed_dictionaries(
     {"probes": st.integers(1, 5), "distribution": st.sampled_from(list(DISTRIBUTIONS))}
 )
 EXACT = {"divergence": "exact"}
-NETWORKS = {
-    "mlp": (lambda: MLP(3), (3,)),
-    "conv": (ConvNet, (2, 2, 1)),
-    "attention": (lambda: AttentionNet(2), (2, 2)),
-}
 
 
 def seeded(seed):
@@ -74,10 +70,11 @@ def noise_of_probes(span, std, steps, options, generator):
     batch_size=st.sampled_from([None, 2]),
     known=st.booleans(),
     own_prior=st.booleans(),
+    enable_grad=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_a_gaussian_has_its_closed_form_to_its_latent_and_back(
-    name, prediction, shape, steps, divergence, batch_size, known, own_prior, seed
+    name, prediction, shape, steps, divergence, batch_size, known, own_prior, enable_grad, seed
 ):
     torch.manual_seed(seed)
     schedule, (mean, spread) = SCHEDULES[name], torch.rand(2, *shape) + 0.2
@@ -85,17 +82,17 @@ def test_a_gaussian_has_its_closed_form_to_its_latent_and_back(
     gain = torch.ones(3) if known else 0.5 + torch.rand(3)
     std = spread * gain.reshape(3, *[1] * len(shape))
     start, end = marginals(schedule, mean, std)
-    x = start.sample()
+    x = start.sample().requires_grad_(enable_grad)
     latent = end.mean + end.stddev / start.stddev * (x - start.mean)
     law = Normal(0.3, 1.7) if own_prior else Normal(0.0, schedule.prior_std)
     exact = total(start.log_prob(x) - end.log_prob(latent) + law.log_prob(latent))
     # In coordinates of its own moments Gaussian data does not move: any steps will do.
-    moments = {"data_mean": mean, "data_std": spread} if known else {"data_std": 0.4}
+    moments = {"data_mean": mean.numpy(), "data_std": spread} if known else {"data_std": 0.4}
     tolerance = 1e-9 if known and steps else 2e-3
     options = {"method": "adaptive", "tolerance": 1e-4}
     if steps is not None:
         options = {"steps": steps if known else 3 * steps}
-    options |= {"batch_size": batch_size, **divergence}
+    options |= {"batch_size": batch_size, "enable_grad": enable_grad, **divergence}
     prior = (lambda latent: total(law.log_prob(latent))) if own_prior else None
     given = {**options, **moments, "log_prior": prior, "model_kwargs": {"gain": gain}}
 
@@ -116,9 +113,14 @@ def test_a_gaussian_has_its_closed_form_to_its_latent_and_back(
     check(found, span, found.widening)
     if divergence == EXACT and not own_prior:
         assert bool(((found.nll + exact).abs() <= found.solver_error + 1e-9).all())
+    if enable_grad:
+        assert_same(gradients(found.nll.sum(), [x]), gradients(-exact.sum(), [x]), tolerance)
     drawn = hosm.ode_sample(model, latent, generator=seeded(seed), **given)
     assert_same(drawn.x, x, tolerance)
     check(drawn, span[::-1], found.widening)
+    if enable_grad:
+        slopes = gradients(drawn.nll.sum(), [x])  # through the latent, which was made of x
+        assert_same(slopes, gradients(-exact.sum(), [x]), tolerance)
 
 
 @pytest.fixture(autouse=True)
@@ -126,68 +128,75 @@ def _coarse_grids(monkeypatch):
     monkeypatch.setattr(multistep, "GRIDS", (8, 16))
 
 
+NETWORKS = {
+    "mlp": (lambda: MLP(3), (3,)),
+    "conv": (ConvNet, (2, 2, 1)),
+    "attention": (lambda: AttentionNet(2), (2, 2)),
+}
+SOLVERS = [
+    {"steps": 16, "companion": True},
+    {"steps": np.int64(9)},
+    {"steps": 4},
+    {"method": "adaptive", "tolerance": np.float32(10)},
+    {"steps": None, "tolerance": 100.0},
+    {"samples": 2},
+    {"samples": np.int64(24)},
+]
+
+
 @st.composite
 def combined(draw):
-    """A likelihood, and options that go together; what it refuses is not among them."""
-    kind = draw(st.sampled_from(["fixed", "adaptive", "found", "bound"]))
-    images = draw(st.booleans())
-    options = {"dequantization": "uniform"} if images else {}
-    options["batch_size"] = draw(st.sampled_from([None, 2]))
-    options["data_mean"] = draw(st.sampled_from([0.0, 0.2, None]))  # a tensor
+    """Options of a likelihood that go together; what it refuses is not among them."""
+    options = dict(draw(st.sampled_from(SOLVERS)))
+    images = {"dequantization": "uniform"} if draw(st.booleans()) else {}
+    options |= images | {"batch_size": draw(st.sampled_from([None, np.int64(2)]))}
+    options["data_mean"] = draw(st.sampled_from([0.0, None]))  # a tensor
     options["log_prior"] = draw(st.sampled_from([None, lambda z: -total(z.abs())]))
-    if kind == "bound":
-        return hosm.variational_nll, options | {"samples": draw(st.sampled_from([2, 24]))}
-    options |= {
-        "fixed": {"steps": draw(st.sampled_from([8, 9, 4]))},
-        "adaptive": {"method": "adaptive", "tolerance": 10.0},
-        "found": {"steps": None, "tolerance": 100.0},
-    }[kind]
+    if "samples" in options:
+        return options
     options |= draw(st.just(EXACT) | PROBES)
     options |= {name: draw(st.booleans()) for name in ("clean", "enable_grad")}
-    options["companion"] = options.get("steps") == 8 and draw(st.booleans())
     if images and "probes" not in options:
         options["dequantization_draws"] = draw(st.sampled_from([1, 2]))
-    return hosm.ode_nll, options
+    return options
+
+
+def noised(model, x, labels, generator):
+    """Points at t_min, and what the bound for clean data adds to their nll."""
+    t = torch.full((len(x),), model.schedule.t_min)
+    alpha, sigma = model.schedule(t[0])
+    noise = torch.randn(x.shape, generator=generator)
+    points = alpha * x + sigma * noise
+    error = model.noise(points, t, label=labels) - noise
+    return points, total(error**2 - noise**2) / 2 - x[0].numel() * alpha.log()
 
 
 def one_after_the_other(function, model, x, label, options, generator):
     """The same from calls without batch_size, dequantization, clean and companion."""
-    options, draws = {**options, "companion": False}, []
-    size = options.pop("batch_size") or len(x)
-    images, count = options.pop("dequantization", None), options.pop("dequantization_draws", 1)
-    clean = options.pop("clean", False)
-    if function is hosm.variational_nll:
-        del options["companion"]
+    options, draws = dict(options), []
+    names = ("batch_size", "dequantization", "dequantization_draws", "clean", "companion")
+    size, images, count, clean, _ = (options.pop(name, None) for name in names)
+    size, count = int(size or len(x)), count or 1
     for _ in range(count):
         points, parts = x, []
         if images is not None:
             points = -1 + (x + torch.rand(x.shape, generator=generator)) / 128
         for part, labels in zip(points.split(size), label.split(size), strict=True):
-            correction = 0
-            if clean:
-                t = torch.full((len(part),), model.schedule.t_min)
-                alpha, sigma = model.schedule(t[0])
-                noise = torch.randn(part.shape, generator=generator)
-                part = alpha * part + sigma * noise
-                error = model.noise(part, t, label=labels) - noise
-                correction = total(error.square() - noise.square()) / 2
-                correction = correction - part[0].numel() * alpha.log()
-            found = function(
-                model, part, model_kwargs={"label": labels}, generator=generator, **options
-            )
+            part, correction = noised(model, part, labels, generator) if clean else (part, 0)
+            options |= {"model_kwargs": {"label": labels}, "generator": generator}
+            found = function(model, part, **options)
             if options.get("steps", 0) is None:
                 options["steps"] = found.steps
-            nll, nfe = found.nll + correction, found.nfe + clean
+            nll, nfe = found.nll + correction, found.nfe + bool(clean)
             parts.append(dataclasses.replace(found, nll=nll, nfe=nfe))
         draws.append(hosm.NLLResult.cat(parts))
     densities = torch.stack([-each.nll for each in draws])
     weights = densities.detach().softmax(0) if count > 1 else 1
-    errors = weights * torch.stack([each.solver_error for each in draws])
     return dataclasses.replace(
         draws[0],
         nll=math.log(count) - densities.logsumexp(0),
         nfe=sum(each.nfe for each in draws),
-        solver_error=errors.sum(0),
+        solver_error=(weights * torch.stack([each.solver_error for each in draws])).sum(0),
         quantization=None if images is None else (256, -1.0, 1.0),
     )
 
@@ -222,26 +231,26 @@ def assert_fields(found, expected, **tolerances):
 
 @MORE
 @given(
-    case=combined(),
+    options=combined(),
     network=st.sampled_from(list(NETWORKS)),
     schedule=st.sampled_from(list(SCHEDULES)),
     mode=st.sampled_from([torch.enable_grad, torch.no_grad, torch.inference_mode]),
     seed=st.integers(0, 99),
 )
-def test_a_call_is_put_together_from_simpler_ones(case, network, schedule, mode, seed):
-    (function, options), schedule = case, SCHEDULES[schedule]
+def test_a_call_is_put_together_from_simpler_ones(options, network, schedule, mode, seed):
     torch.manual_seed(seed)
-    make, shape = NETWORKS[network]
-    network = make()
-    model = hosm.ScoreModel(Watched(network), schedule)
-    x, label = torch.randn(3, *shape), torch.rand(3, requires_grad=True)
-    leaves, images = [label, *network.parameters()], "dequantization" in options
+    schedule, (make, shape) = SCHEDULES[schedule], NETWORKS[network]
+    model, function = hosm.ScoreModel(Watched(make()), schedule), hosm.ode_nll
+    if "samples" in options:
+        function = hosm.variational_nll
+    x, label = torch.randn(3, *shape), (0.4 * torch.rand(3)).requires_grad_()
+    leaves, images = [label, *model.parameters()], "dequantization" in options
     if images:
         x = torch.randint(0, 256, x.shape, dtype=torch.uint8)
     else:
         leaves.append(x.requires_grad_())
-    if options["data_mean"] is None:
-        options["data_mean"] = torch.randn(shape)
+    with mode():
+        options |= {"data_mean": options["data_mean"] or torch.randn(shape)}
     state, copy = torch.get_rng_state(), x.detach().clone()
     with torch.enable_grad() if options.get("enable_grad") else mode():
         given = {"model_kwargs": {"label": label}, "generator": seeded(seed)}
@@ -253,18 +262,17 @@ def test_a_call_is_put_together_from_simpler_ones(case, network, schedule, mode,
     if options.get("steps", 0) is not None:  # the trials of steps=None are not counted
         assert len(times) == int(found.nfe.sum())
     expected = one_after_the_other(function, model, x, label, options, seeded(seed))
-    if options.get("companion"):
-        extra = 14 * options.get("dequantization_draws", 1)
+    if "companion" in options:
+        extra = 18 * options.get("dequantization_draws", 1)
         changes = {"nfe": expected.nfe + extra, "solver_error": found.solver_error}
         expected = dataclasses.replace(expected, **changes)
     assert_fields(found, expected, rtol=1e-8, atol=1e-8)
-    if options.get("enable_grad"):
-        mine, theirs = (
-            gradients(each.nll[~found.failed].sum(), leaves) for each in (found, expected)
-        )
+    assert not found.solver_error.requires_grad
+    assert found.nll.requires_grad == options.get("enable_grad", False)
+    if found.nll.requires_grad:
+        good = ~found.failed
+        mine, theirs = (gradients(each.nll[good].sum(), leaves) for each in (found, expected))
         assert_same(mine, theirs, 1e-7)
-    else:
-        assert not found.nll.requires_grad
     bits = found.nll / (x[0].numel() * math.log(2)) + 7 * images
     torch.testing.assert_close(found.bits_per_dim(), bits, equal_nan=True)
     assert_fields(through_a_file(found), found, rtol=0, atol=0)
