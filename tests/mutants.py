@@ -470,13 +470,13 @@ MUTANTS = [
         "likelihood/inputs.py",
         "points = dequantize(whole.x, generator) if dequantization else whole.x",
         "points = dequantize(whole.x) if dequantization else whole.x",
-        "tests/likelihood/test_dequantize.py",
+        "tests/likelihood/test_random_settings.py",
     ),
     Mutant(
         "likelihood/paths.py",
         "latent, integral = (batch.x, -solved.integral) if backwards else (end, solved.integral)",
         "latent, integral = (batch.x if backwards else end), solved.integral",
-        "tests/likelihood/test_sample.py",
+        "tests/likelihood/test_random_settings.py",
     ),
     Mutant(
         "likelihood/paths.py",
@@ -488,7 +488,7 @@ MUTANTS = [
         "likelihood/adaptive.py",
         "chosen = None if probes is None else probes[:, rows]",
         "chosen = None if probes is None else probes[:, : len(rows)]",
-        "tests/likelihood/test_paths.py",
+        "tests/likelihood/test_random_settings.py",
     ),
     Mutant(
         "likelihood/result.py",

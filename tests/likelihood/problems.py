@@ -5,7 +5,7 @@ from torch.distributions import Normal
 
 import hosm_losses as hosm
 from hosm_losses._checks import expand_right
-from tests.oracles import mixture_noise
+from tests.oracles import PREDICTIONS_OF_ORACLE, mixture_noise
 
 
 def total(values):
@@ -18,18 +18,10 @@ def gaussian(schedule, mean=0.0, std=0.5, prediction="epsilon"):
 
     def network(x, t, gain=None):
         widths = std if gain is None else std * expand_right(gain, x)
-        parts = *schedule(t.double()), *schedule.rates(t.double())
-        alpha, sigma, alpha_rate, sigma_rate = (expand_right(part, x) for part in parts)
+        alpha, sigma = (expand_right(each, x) for each in schedule(t.double()))
+        rates = [expand_right(each, x) for each in schedule.rates(t.double())]
         noise = sigma * (x - alpha * mean) / ((alpha * widths) ** 2 + sigma**2)
-        data = (x - sigma * noise) / alpha
-        said = {
-            "epsilon": noise,
-            "score": -noise / sigma,
-            "sample": data,
-            "v_prediction": alpha * noise - sigma * data,
-            "flow_prediction": alpha_rate * data + sigma_rate * noise,
-        }
-        return said[prediction].to(x.dtype)
+        return PREDICTIONS_OF_ORACLE[prediction](noise, x, alpha, sigma, rates).to(x.dtype)
 
     return hosm.ScoreModel(network, schedule, prediction)
 

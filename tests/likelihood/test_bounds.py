@@ -54,7 +54,7 @@ def test_the_draw_of_noise_is_hardly_felt_by_an_exact_model():
 
 
 def test_the_bound_of_many_draws_approaches_the_probability_of_the_cell():
-    """Narrow against the cell of 2/256: one draw is far from it, many are near, both are bounds."""
+    """Narrow against the cell of 2/256: one draw is far from it and many are near."""
     schedule, std, d = hosm.VESchedule(sigma_min=1e-4, sigma_max=20.0), 0.004, 2
     cell = torch.tensor(2 / 256)
     exact = -d * float((Normal(0.0, math.hypot(std, 1e-4)).cdf(cell) - 0.5).log())

@@ -1,6 +1,5 @@
 """ode_nll on mixtures, its gradients, its dtypes, and the samples that fail."""
 
-
 import pytest
 import torch
 

@@ -14,6 +14,7 @@ import hosm_losses as hosm
 from tests.cases import VP
 from tests.likelihood.problems import gaussian, total
 from tests.oracles import Learned, OfX
+from tests.schedules.checks import own
 
 FAR = {
     "alphas for alphas_cumprod": hosm.DiscreteSchedule(1 - torch.linspace(1e-4, 0.02, 1000)),
@@ -78,21 +79,10 @@ def test_by_how_much_in_nats():
         hosm.ode_nll(gaussian(schedule), torch.zeros(2, 3), **moments)
 
 
-class Scaled(hosm.Schedule):
-    """Data times three, at both ends of the noise as the flow's."""
-
-    t_min, t_max = 1e-3, 1 - 1e-3
-
-    def alpha(self, t):
-        return 3 * (1 - t)
-
-    def sigma(self, t):
-        return 1.0 * t
-
-
 def test_a_schedule_that_scales_the_data():
     """The point at t_min is not the data then, and its density another."""
-    x, model = 0.5 * torch.randn(4, 3), gaussian(Scaled())
+    x = 0.5 * torch.randn(4, 3)
+    model = gaussian(own(lambda t: 3 * (1 - t), lambda t: 1.0 * t, (1e-3, 1 - 1e-3)))
     with told(r"schedule: expected α\(t_min\) near 1"):
         found = hosm.ode_nll(model, 3 * x).nll - 3 * math.log(3)
     with told(r"schedule: expected α\(t_min\) near 1"):

@@ -1,7 +1,5 @@
 """ode_sample: what it has beside the paths of ode_nll backwards, which are tested with them."""
 
-import inspect
-
 import pytest
 import torch
 
@@ -43,12 +41,6 @@ def test_a_shape_draws_latents_of_the_prior(dtype):
     noise = torch.randn((5, 3), generator=seed(0), dtype=dtype)
     torch.testing.assert_close(drawn.latent, VE.prior_std * noise)
     assert (drawn.x.dtype, drawn.x.shape) == (dtype, (5, 3))
-
-
-def test_its_options_are_those_of_ode_nll_but_for_four():
-    names = [set(inspect.signature(each).parameters) for each in (hosm.ode_nll, hosm.ode_sample)]
-    lacking = {"clean", "companion", "dequantization", "dequantization_draws"}
-    assert names[0] ^ names[1] == {"x", "latent", *lacking}
 
 
 @pytest.mark.parametrize("divergence", ["exact", None])

@@ -1,7 +1,7 @@
 """The claimed error of the fixed grid covers the true one, at no further call of the network.
 
 Networks here differ from the score of their own density, as users' do: the first-order estimate
-of what an error does to the log-density is then wrong, and local errors that seem to cancel do not.
+of what an error does to the log-density is then wrong, and local errors need not cancel.
 """
 
 import re
@@ -38,7 +38,7 @@ class Network(nn.Module):
 
 @cache
 def setting(schedule, steps):
-    """The exact score if None, else a network after so many steps of training, points and truth."""
+    """The exact score if None, else a network of so many steps of training, points and truth."""
     model, x, *_ = problem(schedule, ring(), 60)
     if steps is not None:
         torch.manual_seed(0)
