@@ -104,10 +104,12 @@ def test_torchs_own_checkpoint_is_right_or_an_error():
 def test_paired_probes_leave_torchs_own_checkpoint_to_the_taylor_engine(order):
     """They take reverse mode where they can; the attempt leaves no trace."""
     network, options = Network(torchs_own), {"order": order, "estimator": "paired"}
-    expected = [*losses(Network(), **options), torch.rand(1)]
-    for calls in (1, 2):  # the second time without an attempt
+    expected, attempts = [*losses(Network(), **options), torch.rand(1)], []
+    network.register_forward_pre_hook(lambda *_: attempts.append(1))
+    for calls in (1, 2):
         assert_same([*losses(network, **options), torch.rand(1)], expected, 1e-10)
         assert network.calls == calls
+    assert len(attempts) == 3  # the second time without one that fails
 
 
 @pytest.mark.parametrize(
