@@ -80,7 +80,7 @@ class GaussianMixture:
         c = a - s[:, None]
         third = torch.einsum("bk,bki,bkj,bkl->bijl", p, c, c, c)
         mixed = torch.einsum("bk,bki,bkjl->bijl", p, c, -precision)
-        return third + mixed + mixed.permute(0, 2, 1, 3) + mixed.permute(0, 3, 1, 2)
+        return third + mixed + mixed.permute(0, 2, 1, 3) + mixed.permute(0, 2, 3, 1)
 
     def sample(self, count, generator):
         which = torch.multinomial(self.weights, count, replacement=True, generator=generator)
