@@ -104,12 +104,7 @@ def test_every_curve_of_a_mixture_is_a_closed_form(truth, name):
         mixture, reference = GaussianMixture(ATOMS, 0 * covariances, torch.ones(3) / 3), ATOMS
     x0, generator = ATOMS.repeat(4, 1), seeded()
     report = hosm.likelihood_gap(
-        gaussian(schedule, TAKEN),
-        x0,
-        reference=reference,
-        nodes=4,
-        steps=64,
-        generator=seeded(),
+        gaussian(schedule, TAKEN), x0, reference=reference, nodes=4, steps=64, generator=seeded()
     )
     for row, level in enumerate(report.log_sigma_hat):
         t = schedule.time(torch.tensor(level)).expand(12)
