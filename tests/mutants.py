@@ -518,13 +518,13 @@ MUTANTS = [
         "diagnostics/differences.py",
         "if not error <= TOLERANCE[self.precision]:",
         "if error > TOLERANCE[self.precision]:",
-        "tests/diagnostics/test_differences.py",
+        "tests/diagnostics/test_check.py",
     ),
     Mutant(
         "diagnostics/values.py",
         "moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)",
         "moves = (places.roll(1),)",
-        "tests/diagnostics/test_shared.py",
+        "tests/diagnostics/test_check.py",
     ),
     Mutant(
         "diagnostics/check.py",
