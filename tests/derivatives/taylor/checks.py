@@ -1,98 +1,91 @@
-"""A function of a Jet against nested torch.func.jvp in float64, with every gradient a loss takes."""
+"""A function of a Jet against reverse mode taken again and again, with every gradient of a loss."""
 
 import torch
-from torch.func import jvp
+from torch import nn
 
+from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.taylor import carried
+from tests.cases import gradients
 
 BATCH = 3
-
-
-def along(function, x, v, u):
-    """f, ∂f v, ∂f u, ∂²f[v, v] and ∂²f[v, u], by nested torch.func.jvp."""
-
-    def first(point, w):
-        return jvp(function, (point,), (w,))[1]
-
-    def second(w):
-        return jvp(lambda point: first(point, v), (x,), (w,))[1]
-
-    return function(x), first(x, v), first(x, u), second(v), second(u)
+# Kinds of stacks: their pairs, and the number of directions.
+KINDS = [("none", 1), ("none", 2), ("squares", 1), ("sum", 2), ("halves", 2), ("last", 2)]
+KINDS += [("last", 3)]
 
 
 def name(function):
-    """Of a function of PyTorch and of what it belongs to."""
+    """The name of a function of PyTorch with that of what it belongs to."""
     owner = getattr(function, "__objclass__", getattr(function, "__module__", None))
     return f"{getattr(owner, '__name__', owner)}.{getattr(function, '__name__', function)}"
+
+
+def slope(function, x, v):
+    """∂f v, the derivative in its cotangent of a pass back, which is linear in that."""
+    value = function(x)
+    cotangent = torch.zeros_like(value, requires_grad=True)
+    (pulled,) = gradients(value, [x], grad_outputs=cotangent, create_graph=True)
+    return gradients(pulled, [cotangent], grad_outputs=v, create_graph=True)[0]
+
+
+def expected(function, x, directions, pairs):
+    """The stack that `carried` returns, by reverse mode, with the safe primitives."""
+
+    def safe(point):
+        with safe_primitives():
+            return function(point)
+
+    w, half = list(directions), len(directions) // 2
+    ends = [(v, v) for v in w]
+    if pairs not in ("squares", "sum"):
+        last, pairwise = [(v, w[-1]) for v in w[:-1]], zip(w[:half], w[half:], strict=False)
+        ends = {"none": [], "halves": list(pairwise), "last": last}[pairs]
+    seconds = [slope(lambda point, v=v: slope(safe, point, v), x, u) for v, u in ends]
+    seconds = [sum(seconds)] if pairs == "sum" else seconds
+    return torch.stack([safe(x), *(slope(safe, x, v) for v in w), *seconds])
 
 
 def close(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
-def gradients(number, leaves, create_graph=False):
-    """Zero where a number does not depend on a leaf, or on anything."""
-    if not number.requires_grad:
-        return tuple(torch.zeros_like(leaf) for leaf in leaves)
-    return torch.autograd.grad(
-        number, leaves, retain_graph=True, create_graph=create_graph, materialize_grads=True
-    )
-
-
 def same_gradients(got, expected, leaves):
-    """Of a random combination."""
+    """Compare the gradients of a random combination."""
     weight = torch.randn_like(expected)
     mine, theirs = (gradients((each * weight).sum(), leaves) for each in (got, expected))
     for one, other in zip(mine, theirs, strict=True):
         close(one, other)
 
 
-def check(function, shape, *parameters, reference=None, positive=False, rounding=1e-11):
-    """Values and gradients of every kind of stack.
+def check(function, shape, *parameters, reference=None, kinds=KINDS):
+    """Compare values and gradients of every kind of stack.
 
     Args:
-        function: of x (B, *).
+        function: of x (3, *), or a module, whose parameters are among those compared.
         shape: of a sample.
         parameters: tensors of `function` whose gradients are compared.
         reference: the same function in operators that PyTorch differentiates rightly.
-        positive: whether x has to be.
-        rounding: that of the type in which `function` computes.
+        kinds: those of `KINDS` to compare.
     """
-    reference = reference or function
+    if isinstance(function, nn.Module):
+        parameters = (*parameters, *function.parameters())
     generator = torch.Generator().manual_seed(0)
-    x, v, u = torch.randn(3, BATCH, *shape, generator=generator)
-    x = (x.abs() + 0.5 if positive else x).requires_grad_()
-    leaves = (x, *parameters)
-    value, by_v, by_u, squared, mixed = along(reference, x, v, u)
-    one, two = v.unsqueeze(0), torch.stack([v, u])
-    single = carried(function, x, one)
-    for got, expected in (
-        (single, (value, by_v)),
-        (carried(function, x, two), (value, by_v, by_u)),
-        (carried(function, x, one, "squares"), (value, by_v, squared)),
-        (carried(function, x, two, "halves"), (value, by_v, by_u, mixed)),
-        (carried(function, x, two, "last"), (value, by_v, by_u, mixed)),
-    ):
-        close(got, torch.stack(expected))
-        for mine, theirs in zip(got, expected, strict=True):
-            same_gradients(mine, theirs, leaves)
-    several = carried(function, x, two, "squares")
-    close(several[3], squared)
-    summed = carried(function, x, two, "sum")
-    assert len(summed) == 4
-    three = torch.stack([v, 2 * v, u])
-    last = torch.stack([value, by_v, 2 * by_v, by_u, mixed, 2 * mixed])
-    torch.testing.assert_close(carried(function, x, three, "last"), last, rtol=1e-9, atol=rounding)
-    # A function that casts to float32 rounds a sum, and not the sum of what it rounded.
-    torch.testing.assert_close(summed[3], several[3] + several[4], rtol=1e-9, atol=rounding)
-    if rounding < 1e-9:
-        same_gradients(summed[3], several[3] + several[4], leaves)
-    # Third order: the gradient of a form, and its own gradients; of what follows the function
-    # also alone, as where it is given the data themselves, which no training step varies.
-    weight = torch.randn_like(value).requires_grad_()
-    mine, theirs = (
-        gradients((weight * each).sum(), (x,), create_graph=True)[0] for each in (single[1], by_v)
-    )
-    close(mine, theirs)
-    same_gradients(mine, theirs, leaves)
-    same_gradients(mine, theirs, (weight,))
+    x, *w = torch.randn(4, BATCH, *shape, generator=generator)
+    leaves = (x.requires_grad_(), *parameters)
+    for pairs, count in kinds:
+        directions = torch.stack(w[:count])
+        got = carried(function, x, directions, pairs)
+        theirs = expected(reference or function, x, directions, pairs)
+        close(got, theirs)
+        same_gradients(got, theirs, leaves)
+        if pairs != "none":
+            continue
+        # Third order: the gradient of a form, and its own gradients; of what follows the function
+        # also alone, as where it is given the data themselves, which no training step varies.
+        weight = torch.randn_like(theirs[-1], requires_grad=True)
+        mine, right = (
+            gradients((weight * each[-1]).sum(), [x], create_graph=True)[0]
+            for each in (got, theirs)
+        )
+        close(mine, right)
+        same_gradients(mine, right, (*leaves, weight))
+        same_gradients(mine, right, (weight,))

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hosm_losses.derivatives.taylor import carried, convolution, matrices
 from hosm_losses.derivatives.taylor.bilinear import product
@@ -97,80 +96,6 @@ def test_a_gradient_lies_in_memory_as_its_factor_does(layouts):
     assert [each.stride() for each in gradients] == [each.stride() for each in factors]
 
 
-EQUATIONS = [
-    "bij,bjk->bik",
-    "bij,bjk->bki",
-    "bji,bkj->bik",
-    "bhqc,bhkc->bhqk",
-    "bqhc,bkhc->bhqk",
-    "bchw,bcij->bhwij",
-    "bhwij,bcij->bchw",
-    "bij,bij->b",
-    "bij,bij->",
-]
-
-
-@pytest.mark.parametrize("equation", EQUATIONS)
-def test_sums_over_indices(equation, monkeypatch):
-    left, right, result = equation.replace("->", ",").split(",")
-    sizes = dict(zip("bijkhqcw", (2, 3, 4, 5, 2, 3, 4, 3), strict=True))
-    calls = []
-    watched = matrices.product
-    monkeypatch.setattr(matrices, "product", lambda *given: calls.append(1) or watched(*given))
-    x = numbers(3, *(sizes[each] for each in left)), numbers(3, *(sizes[each] for each in right))
-    # One argument of both, so that it depends on the direction as well.
-    joined = torch.cat([each.flatten(2) if each.ndim > 2 else each for each in map(flat, x)], 1)
-    count = x[0][0].numel()
-
-    def function(point):
-        a = point[0, :count].reshape(x[0].shape[1:])
-        b = point[0, count:].reshape(x[1].shape[1:])
-        return torch.einsum(equation, a.sin(), b.cos()).unsqueeze(0)
-
-    found = carried(function, joined[:1], joined[1:].unsqueeze(1), "squares")
-    assert calls
-    assert found.shape[2:] == tuple(sizes[each] for each in result)
-    value, slope = torch.func.jvp(function, (joined[:1],), (joined[1:2],))
-    torch.testing.assert_close(found[0], value, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(found[1], slope, rtol=1e-12, atol=1e-13)
-
-
-@pytest.mark.parametrize("equation", ["bij,bjk->bik", "bij,bjk->bki"])
-def test_a_sum_is_in_order_in_memory(equation):
-    x, w = numbers(2, 3, 3), numbers(1, 2, 3, 3, seed=2)
-    found = carried(lambda x: torch.einsum(equation, x.sin(), x.cos()), x, w)
-    assert found.is_contiguous()
-
-
-def flat(x):
-    return x.flatten(1)
-
-
-class Masks(TorchDispatchMode):
-    """Which gradients of convolutions were computed."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.convolution_backward.default:
-            self.seen.append(tuple(args[-1]))
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_pass_back_to_x_computes_no_gradient_of_a_weight():
-    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.SiLU(), nn.Conv2d(2, 1, 3))
-    x = numbers(2, 1, 6, 6).requires_grad_()
-    found = carried(network, x, numbers(1, 2, 1, 6, 6, seed=2))
-    with Masks() as masks:
-        (slope,) = torch.autograd.grad(found[1].sum(), x, create_graph=True)
-    assert masks.seen == [(True, False, False)] * 2
-    with Masks() as masks:
-        (slope.square().sum() + found.square().sum()).backward()
-    assert masks.seen.count((False, True, False)) == 4  # of each weight in each of two passes
-
-
 def network_and_stack(pairs="none"):
     """A convolution and a product of two factors that depend on x, between curved functions."""
     torch.manual_seed(0)
@@ -227,41 +152,6 @@ def test_a_weight_of_a_subclass_is_left_to_pytorch():
         for kernel in (weight, weight.as_subclass(Own))
     ]
     torch.testing.assert_close(stacks[1].as_subclass(torch.Tensor), stacks[0])
-
-
-@pytest.mark.parametrize(
-    "sizes", [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2), (2, 3, 4, 0)], ids=str
-)
-def test_empty_matrices(sizes):
-    batch, m, k, n = sizes
-
-    def function(x):
-        h = x.sin().sum(-1)[..., None, None]
-        return (h.expand(-1, m, k) @ h.cos().expand(-1, k, n)).flatten(1)
-
-    x = numbers(batch, 3)
-    found = carried(function, x, numbers(1, batch, 3))
-    assert found.shape == (2, batch, m * n)
-    assert not found.any() or k
-
-
-def test_a_product_without_a_sum_stays_in_its_type_under_autocast():
-    x, w = (numbers(*shape).float() for shape in ((2, 3), (1, 2, 3)))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        for equation, dtype in (("bi,bj->bij", torch.float32), ("bi,bi->b", torch.bfloat16)):
-            found = carried(lambda x, e=equation: torch.einsum(e, x.sin(), x.cos()), x, w)
-            assert found.dtype == dtype == torch.einsum(equation, x.sin(), x.cos()).dtype
-
-
-@pytest.mark.parametrize(
-    "options", [{"padding": "same", "stride": 2}, {"padding": "full"}], ids=str
-)
-def test_options_that_pytorch_refuses_are_refused(options):
-    weight, x = numbers(1, 1, 3), numbers(2, 1, 5)
-    with pytest.raises(RuntimeError) as raised:
-        F.conv1d(x, weight, **options)
-    with pytest.raises(raised.type, match=str(raised.value)[:30]):
-        carried(lambda x: F.conv1d(x.sin(), weight, **options), x, numbers(1, 2, 1, 5))
 
 
 def test_autocast_keeps_the_short_type_alone():
