@@ -1,7 +1,6 @@
 """A function of a Jet against reverse mode taken again and again, with every gradient of a loss."""
 
 import torch
-from torch import nn
 
 from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.taylor import carried
@@ -60,14 +59,12 @@ def check(function, shape, *parameters, reference=None, kinds=KINDS):
     """Compare values and gradients of every kind of stack.
 
     Args:
-        function: of x (3, *), or a module, whose parameters are among those compared.
+        function: of x (3, *).
         shape: of a sample.
         parameters: tensors of `function` whose gradients are compared.
         reference: the same function in operators that PyTorch differentiates rightly.
         kinds: those of `KINDS` to compare.
     """
-    if isinstance(function, nn.Module):
-        parameters = (*parameters, *function.parameters())
     generator = torch.Generator().manual_seed(0)
     x, *w = torch.randn(4, BATCH, *shape, generator=generator)
     leaves = (x.requires_grad_(), *parameters)

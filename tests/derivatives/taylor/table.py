@@ -82,13 +82,13 @@ def pointwise(f, x, c):
     return f(c(x, 4 * x, x.mean()))
 
 
-def places(x):
+def tokens(x):
     return cube(x).transpose(0, 1)
 
 
 def multi_head(f, x, c):
     """x as 2 places of 3 samples with 4 channels, in 2 heads; plain tensors beside it."""
-    q, k, context = places(x), places(x).cos(), OTHER[:, 0].expand(2, 3, 4)
+    q, k, context = tokens(x), tokens(x).cos(), OTHER[:, 0].expand(2, 3, 4)
     given = c(
         (q, q, q), (q, k, q.sin()), (q, context, context), (context, q, q), (context, context, q)
     )
@@ -190,6 +190,7 @@ def running(f, x, c):
 def last_norm(f, x, c):
     shape = c((4,), [2, 4], (3, 2, 4))
     weight = c(None, WEIGHT.reshape(-1)[: math.prod(shape)].reshape(shape))
+    weight = c(weight, weight, cube(x)[0, 0].cos() if shape == (4,) else weight)
     weights = (weight,) if "rms" in f.__name__ else (weight, c(None, weight))
     return f(cube(x), shape, *c((*weights, 0.3), weights, ()))
 

@@ -96,17 +96,17 @@ def test_a_gradient_lies_in_memory_as_its_factor_does(layouts):
     assert [each.stride() for each in gradients] == [each.stride() for each in factors]
 
 
-def network_and_stack(pairs="none"):
+def network_and_stack(pairs="none", dtype=torch.float64):
     """A convolution and a product of two factors that depend on x, between curved functions."""
     torch.manual_seed(0)
-    layer = nn.Conv2d(1, 2, 3, padding=1)
+    layer = nn.Conv2d(1, 2, 3, padding=1, dtype=dtype)
 
     def function(x):
         h = layer(x.sin()).sin().flatten(2)
         return (h @ h.mT.cos() @ h).sin()
 
-    x = numbers(2, 1, 3, 3)
-    return layer, carried(function, x, numbers(1, *x.shape, seed=2), pairs)
+    x, direction = numbers(2, 1, 3, 3).to(dtype), numbers(1, 2, 1, 3, 3, seed=2).to(dtype)
+    return layer, carried(function, x, direction, pairs)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -132,7 +132,7 @@ def test_several_gradients_in_one_pass(pairs):
 def test_autocast_around_a_backward_pass_changes_nothing():
     found = []
     for around in (False, True):
-        layer, stack = network_and_stack()
+        layer, stack = network_and_stack(dtype=torch.float32)  # which autocast rounds
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
             (weight,) = torch.autograd.grad(stack.sum(), [layer.weight], create_graph=True)
             found.append(torch.autograd.grad(weight.square().sum(), layer.weight)[0])

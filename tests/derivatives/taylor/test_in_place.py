@@ -200,6 +200,7 @@ UNSURE = {
     "diagonal": lambda y: changed(y, Tensor.detach, Tensor.diagonal),
     "unfold": lambda y: changed(y, Tensor.detach, lambda y: y.unfold(1, 4, 1)),
     "tensor_split": lambda y: changed(y, Tensor.detach, lambda y: y.tensor_split(2, 1)[0]),
+    "after such a view": lambda y: (y.movedim(1, 0), y.detach().clamp_(-0.2, 0.2))[0],
     "a change of the data": lambda y: changed(y, lambda y: y.data, lambda y: y.movedim(1, 0)),
 }
 

@@ -16,7 +16,7 @@ import hosm_losses as hosm
 from hosm_losses.derivatives.taylor import TaylorError, carried
 from tests.cases import assert_same, gradients
 from tests.derivatives.taylor.checks import KINDS, check
-from tests.oracles import OfX, OnceDifferentiable
+from tests.oracles import OfX, OnceDifferentiable, randomise
 
 X = torch.rand(3, 4, dtype=torch.float64) + 0.5
 W = torch.ones(1, 3, 4, dtype=torch.float64)
@@ -30,6 +30,22 @@ def test_several_results_of_which_some_have_no_derivative():
         return torch.stack([values * (1 + places), low * high, torch.logsumexp(x, -1)], -1)
 
     check(lambda x: function(x.sin() + 2).sin(), (4,))
+
+
+MODULES = [
+    (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), (3, 4)),
+    (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 4, 4)),
+    (lambda: nn.Conv1d(2, 3, 2, padding="same", dilation=2), (2, 5)),
+    (lambda: nn.BatchNorm2d(2).eval(), (2, 3, 2)),
+]
+
+
+@pytest.mark.parametrize(("make", "shape"), MODULES)
+def test_modules(make, shape):
+    torch.manual_seed(0)
+    module = make()
+    randomise(module)
+    check(lambda x: module(x + x.sin() / 2).sin(), shape, *module.parameters(), kinds=KINDS[1:3])
 
 
 @pytest.mark.parametrize(
@@ -224,8 +240,9 @@ def test_a_hook_sees_the_gradient_in_the_value_and_may_not_change_it():
         inner.register_hook(hook)
         return inner * inner
 
-    carried(observed, x, torch.ones(1, 2, 3))[0].sum().backward()
-    torch.testing.assert_close(shown[0], 2 * x.sin())
+    # Of the square and of its derivative, twice the product.
+    carried(observed, x, torch.ones(1, 2, 3)).sum().backward()
+    torch.testing.assert_close(shown[0], 2 * x.sin() + 2 * x.cos())
     with pytest.raises(hosm.DerivativeError, match="hooks that look at gradients"):
         carried(lambda x: observed(x, lambda g: 2 * g), x, torch.ones(1, 2, 3)).sum().backward()
     assert not carried(observed, x.detach(), torch.ones(1, 2, 3)).requires_grad
