@@ -62,15 +62,15 @@ class Nested(Detaches):
 
 
 class Without(torch.autograd.Function):
-    """A gradient of None is no gradient lost."""
+    """A gradient of None or zero is no gradient lost."""
 
     @staticmethod
-    def forward(ctx, x, y):
+    def forward(ctx, x, y, z):
         return x * 1
 
     @staticmethod
     def backward(ctx, grad):
-        return grad * 1, None
+        return grad * 1, None, torch.zeros_like(grad)
 
 
 class ChangesInBackward(torch.autograd.Function):
@@ -143,8 +143,8 @@ def test_a_graph_dropped_in_the_second_pass_back_is_refused_where_it_is_wanted(o
 
 
 @pytest.mark.parametrize("order", [2, 3])
-def test_a_gradient_of_none_is_nothing_lost(order):
-    assert_same(losses(lambda h: Without.apply(h**3, h), order), losses(cube, order))
+def test_a_gradient_of_none_or_zero_is_nothing_lost(order):
+    assert_same(losses(lambda h: Without.apply(h**3, h, h), order), losses(cube, order))
 
 
 @pytest.mark.parametrize("order", [2, 3])
