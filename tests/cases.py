@@ -45,9 +45,9 @@ def gradients(value: Tensor, leaves: nn.Module | Iterable[Tensor], **options) ->
     return list(torch.autograd.grad(value, leaves, **options))
 
 
-def with_gradients(loss: Tensor, leaves: nn.Module | Iterable[Tensor]) -> list[Tensor]:
+def with_gradients(loss: Tensor, leaves: nn.Module | Iterable[Tensor], **options) -> list[Tensor]:
     """A loss, and its gradients."""
-    return [loss, *gradients(loss, leaves)]
+    return [loss, *gradients(loss, leaves, **options)]
 
 
 def loss_and_gradients(
@@ -73,7 +73,7 @@ class Around(nn.Module):
 
 
 def assert_same(found, expected, tolerance: float = 1e-9, least: float = 1e-3):
-    """Tensors, or sequences of them, agree to `tolerance` of their largest element or of `least`."""
+    """Tensors, or sequences of them, agree to `tolerance` of the largest element (or `least`)."""
     if isinstance(expected, Tensor):
         found, expected = [found], [expected]
     for one, other in zip(found, expected, strict=True):

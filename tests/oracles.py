@@ -107,7 +107,7 @@ def ring(count: int = 8, std: float = 0.1) -> GaussianMixture:
 
 
 def anisotropic(d: int = 64, count: int = 5) -> GaussianMixture:
-    """Gaussians of random axes with standard deviations from 0.05 to 0.5, each at its own place."""
+    """Gaussians of random axes and means, with standard deviations from 0.05 to 0.5."""
     generator = torch.Generator().manual_seed(0)
     square = torch.randn((count, d, d), generator=generator, dtype=torch.float64)
     axes = torch.linalg.qr(square).Q

@@ -1,4 +1,4 @@
-"""The recipes of docs/examples run as their first lines say, on two processes where they say so."""
+"""The recipes of docs/examples run as their first lines say, on two processes where they do."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""check_derivatives: silent on what is right; of what is wrong it names the module and the remedy."""
+"""check_derivatives is silent on what is right, and names a module at fault with its remedy."""
 
 import contextlib
 import copy

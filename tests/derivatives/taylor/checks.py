@@ -1,4 +1,4 @@
-"""A function of a Jet against reverse mode taken again and again, with every gradient of a loss."""
+"""A function of a Jet against nested reverse mode, with every gradient of a loss."""
 
 import torch
 

@@ -1,7 +1,7 @@
 """For every operator with a rule, random calls of it, as functions of x (3, 8).
 
-An entry is named after the operators it is for, and is given one of them, x, and `c`, which chooses among
-its arguments. A new rule needs an entry here: `test_calls.py` asks for one.
+An entry is named after the operators it is for, and is given one of them, x, and `c`, which
+chooses among its arguments. A new rule needs an entry here: `test_calls.py` asks for one.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Products that are linear in both factors: their gradients are those of autograd, to any order."""
+"""Products that are linear in both factors: their gradients are those of autograd."""
 
 from functools import partial
 

@@ -1,6 +1,7 @@
 """Calls of every operator with a rule, and of some without.
 
-Values, types and shapes are PyTorch's, and so is what is refused; derivatives are those of reverse mode.
+Values, types and shapes are PyTorch's, and so is what is refused; derivatives are those of
+reverse mode.
 """
 
 from random import Random
@@ -34,7 +35,7 @@ def test_every_rule_has_an_entry():
 
 
 def right(function, pick, *, curved=True, kinds=KINDS[2:3]):
-    """Whether PyTorch takes a call, of which everything is compared; what it refuses is refused."""
+    """Whether PyTorch takes a call; all of it is compared, and what it refuses is refused."""
     called = call(ENTRIES[function], function, pick)
 
     def of_x(x):  # without second derivatives of its own, or with
