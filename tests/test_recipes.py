@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,45 +21,111 @@ LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
 
 def run(*command):
     """Standard output of a Python process of its own."""
+    options = {"capture_output": True, "text": True, "check": False, "timeout": 300}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        timeout=300,
-    )
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def packages(*names):
-    for name in names:
+NUMBER = r"-?\d+\.\d+"
+
+
+def numbers(text, pattern=NUMBER):
+    return [float(found) for found in re.findall(pattern, text)]
+
+
+def falls(text, pattern=NUMBER):
+    """The first number is the largest."""
+    first, *others = numbers(text, pattern)
+    return len(others) > 0 and max(others) < first
+
+
+def gains_by_order_two(text):
+    one, two, stein, data = numbers(text)
+    return data < two < one and data < stein
+
+
+def trains_every_member(text):
+    first, *members = text.splitlines()
+    smallest, largest, mean = numbers(first)
+    return 0 < smallest < largest > mean > 0 and len(members) == 4 and all(map(falls, members))
+
+
+def takes_few_bits(text):
+    """Without a model a level of 17 takes log₂ 17 bits."""
+    bits = numbers(text, r": ([\d.]+) ± [\d.]+ bits/dim, ")
+    return len(bits) == 2 and all(1 < each < math.log2(17) for each in bits)
+
+
+def first_and_last_fall(text):
+    lines = text.splitlines()
+    return numbers(lines[-1])[0] < numbers(lines[0])[0]
+
+
+nats_fall = partial(falls, pattern=r"(\S+) ± \S+ nats")
+fisher_falls = partial(falls, pattern=r"j_fisher: ([\d.]+)")  # what order one leaves
+# A command, the packages that it needs, and what is true of what it prints.
+RECIPES = [
+    ("diffusers_accelerate.py --cpu", "accelerate diffusers", first_and_last_fall),
+    ("lightning_module.py", "pytorch_lightning", lambda text: falls(text.splitlines()[-1])),
+    ("lucidrains_trainer.py", "denoising_diffusion_pytorch", lambda text: "20 steps with" in text),
+    ("fine_tuning.py", "", falls),
+    ("velocity_2d.py --steps 600", "", gains_by_order_two),
+    ("mixed_precision.py", "", falls),
+    ("latents_and_text.py", "diffusers", lambda text: "bits/dim" in text),
+    ("fine_tune_unet.py --steps 20 --tuning 4 --held-out 8", "diffusers", nats_fall),
+    ("gap_1d.py --steps 150 --out {out}", "matplotlib", fisher_falls),
+    ("digits.py --seconds 1 --held-out 8 --out {out}", "matplotlib sklearn tqdm", takes_few_bits),
+    ("torch_func.py --steps 20", "", trains_every_member),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "packages", "holds"), RECIPES, ids=lambda each: str(each)[:16]
+)
+def test_a_recipe(command, packages, holds, tmp_path):
+    for name in packages.split():
         pytest.importorskip(name)
+    script, *options = command.format(out=tmp_path).split()
+    text = run(EXAMPLES / script, *options)
+    assert holds(text), text
+    assert "{out}" not in command or [*tmp_path.glob("*.png")]
 
 
-def numbers(text):
-    return [float(found) for found in re.findall(r"-?\d+\.\d+", text)]
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [
+        ("nll_metric.py", "torchmetrics"),
+        # 37 images in batches of 8: the second process pads its last batch, which must not count.
+        ("likelihood_many_gpus.py --cpu --divergence exact", "accelerate"),
+    ],
+)
+def test_the_numbers_of_two_processes_are_those_of_one(command, package):
+    pytest.importorskip(package)
+    script = [EXAMPLES / command.split()[0], *command.split()[1:]]
+    alone = run(*script)
+    assert numbers(run(*LAUNCH, *script)) == numbers(alone)
+    assert "over 37 samples" in alone or "--cpu" not in script
 
 
-def test_the_likelihood_of_two_processes_is_that_of_one():
-    """37 images in batches of 8: the second process pads its last batch, which must not count."""
-    packages("accelerate")
-    script = [EXAMPLES / "likelihood_many_gpus.py", "--cpu", "--divergence", "exact"]
-    alone, together = run(*script), run(*LAUNCH, *script)
-    assert "over 37 samples" in alone
-    assert re.findall(r"[-\d.]+", together) == re.findall(r"[-\d.]+", alone)
-
-
+@pytest.mark.slow
 def test_ddp_keeps_one_network():
     assert "2 processes, the same weights: True" in run(*LAUNCH, EXAMPLES / "ddp.py")
 
 
-def test_the_metric_of_two_processes_is_that_of_one():
-    packages("torchmetrics")
-    script = EXAMPLES / "nll_metric.py"
-    assert numbers(run(*LAUNCH, script)) == numbers(run(script))
+@pytest.mark.slow
+def test_the_checkerboard_is_learned(tmp_path):
+    """Few steps suffice to beat one step, at every order."""
+    for name in ("matplotlib", "tqdm"):
+        pytest.importorskip(name)
+    script = [EXAMPLES / "checkerboard.py", "--side", "12", "--out", tmp_path]
+    one, many = (run(*script, "--steps", steps).splitlines() for steps in ("1", "40"))
+    for order, (before, after) in enumerate(zip(one, many, strict=True), 1):
+        assert after.startswith(f"order {order}: KL ")
+        assert 0 < numbers(after)[0] < numbers(before)[0] - 0.1
 
 
 @pytest.mark.parametrize(
@@ -70,7 +137,8 @@ def test_the_metric_of_two_processes_is_that_of_one():
     ],
 )
 def test_the_metric_says_what_the_summary_says(options, monkeypatch):
-    packages("torchmetrics")
+    """In a process beside one without a batch as well."""
+    pytest.importorskip("torchmetrics")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     example = importlib.import_module("nll_metric")
     model = hosm_losses.ScoreModel(lambda x, t: torch.tanh(x), hosm_losses.VPSchedule())
@@ -80,150 +148,18 @@ def test_the_metric_says_what_the_summary_says(options, monkeypatch):
     metric.update(images)
     torch.manual_seed(0)
     expected = hosm_losses.ode_nll(model, images, **options).summary()
-    assert metric.compute() == dataclasses.asdict(expected)
+    metric.compute_with_cache = False
+    metric.dist_sync_fn = lambda part, group: [part[:0], part]
+    for together in (False, True):
+        metric.distributed_available_fn = lambda together=together: together
+        assert metric.compute() == dataclasses.asdict(expected)
 
 
-ONE_BATCH = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from hosm_losses import ScoreModel, VPSchedule
-from nll_metric import ODELikelihood, dist
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = ScoreModel(lambda x, t: torch.tanh(x), VPSchedule())
-metric = ODELikelihood(model, divergence="exact", dequantization="uniform", steps=16)
-if dist.get_rank() == 0:
-    metric.update(torch.randint(0, 256, (6, 4), dtype=torch.uint8))
-print(f"bits {metric.compute()['bits_per_dim']}\\n", end="", flush=True)
-dist.destroy_process_group()
-"""
-
-
-def test_the_metric_of_a_process_without_a_batch(tmp_path):
-    """It ended in an error, and would not have known of the integers: 7 bits too few."""
-    packages("torchmetrics")
-    script = tmp_path / "one_batch.py"
-    script.write_text(ONE_BATCH, encoding="utf-8")
-    found = re.findall(r"bits ([\d.]+)", run(*LAUNCH, script, EXAMPLES))
-    assert len(found) == 2
-    assert found[0] == found[1]
-    assert 7 < float(found[0]) < 20
-
-
-def test_diffusers_training_loop_brings_every_term_down():
-    packages("accelerate", "diffusers")
-    lines = run(EXAMPLES / "diffusers_accelerate.py", "--cpu").splitlines()
-    assert lines[-1].startswith("40 ")
-    assert numbers(lines[-1])[0] < numbers(lines[0])[0]
-
-
-def test_lightning_trains_and_validates_in_inference_mode():
-    packages("pytorch_lightning")
-    before, after = numbers(run(EXAMPLES / "lightning_module.py").splitlines()[-1])
-    assert after < before - 1
-
-
-def test_the_trainer_of_lucidrains():
-    packages("denoising_diffusion_pytorch")
-    assert "20 steps with a last loss of" in run(EXAMPLES / "lucidrains_trainer.py")
-
-
-def test_fine_tuning_lowers_the_nats_of_the_ode():
-    first, fine_tuned = numbers(run(EXAMPLES / "fine_tuning.py"))
-    assert fine_tuned < first
-
-
-def test_a_velocity_network_gains_by_order_two():
-    text = run(EXAMPLES / "velocity_2d.py", "--steps", "600")
-    one, two, stein, data = numbers(text)
-    assert data < two < one
-    assert data < stein
-
-
-def test_mixed_precision_trains():
-    first, last = numbers(run(EXAMPLES / "mixed_precision.py"))
-    assert last < first
-
-
-def test_latents_with_text():
-    packages("diffusers")
-    assert "bits/dim" in run(EXAMPLES / "latents_and_text.py")
-
-
-def test_the_gap_is_smaller_at_order_three(tmp_path):
-    """Few steps suffice: J_Fisher, of the ODE's own score, is what order one leaves."""
-    packages("matplotlib")
-    text = run(EXAMPLES / "gap_1d.py", "--steps", "150", "--out", tmp_path)
-    fisher = [float(found) for found in re.findall(r"j_fisher: ([\d.]+)", text)]
-    assert fisher[1] < fisher[0]
-    assert (tmp_path / "gap_1d_ve.png").exists()
-
-
-def test_the_checkerboard_is_learned_and_drawn(tmp_path):
-    """Few steps suffice to beat one step, at every order."""
-    packages("matplotlib", "tqdm")
-    script = [EXAMPLES / "checkerboard.py", "--side", "12", "--out", tmp_path]
-    one, many = (run(*script, "--steps", steps).splitlines() for steps in ("1", "40"))
-    for order, (before, after) in enumerate(zip(one, many, strict=True), 1):
-        assert after.startswith(f"order {order}: KL ")
-        assert 0 < numbers(after)[0] < numbers(before)[0] - 0.1
-    assert (tmp_path / "checkerboard.png").exists()
-
-
-def test_the_density_of_the_checkerboard(monkeypatch):
-    """It is 1/2 inside the 8 squares that draw() fills, and integrates to one."""
-    packages("matplotlib", "tqdm")
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    board = importlib.import_module("checkerboard")
-    centres = (torch.floor(board.draw(1000) * 2) + 0.5) / 2
-    filled, times = centres.unique(dim=0, return_counts=True)
-    assert len(filled) == 8
-    assert times.min() > 80
-    half = torch.full((8,), math.log(0.5))
-    torch.testing.assert_close(board.log_density(filled), half)
-    axis = torch.linspace(-1.1, 1.1, 441)
-    mass = board.log_density(torch.cartesian_prod(axis, axis)).exp().sum() * 0.005**2
-    torch.testing.assert_close(mass, torch.tensor(1.0), rtol=0, atol=1e-6)
-
-
-def test_digits_take_fewer_bits_than_their_levels_do(tmp_path):
-    """Without a model a level of 17 takes log₂ 17 bits."""
-    packages("matplotlib", "sklearn", "tqdm")
-    options = ["--seconds", "1", "--held-out", "8", "--out", tmp_path]
-    text = run(EXAMPLES / "digits.py", *options)
-    bits = [float(found) for found in re.findall(r": ([\d.]+) ± [\d.]+ bits/dim, ", text)]
-    assert len(bits) == 2
-    assert all(1 < each < math.log2(17) for each in bits)
-    assert "order two − order one: " in text
-    assert (tmp_path / "digits_samples.png").exists()
-
-
-def test_every_member_of_the_ensemble_is_trained():
-    first, *members = run(EXAMPLES / "torch_func.py", "--steps", "20").splitlines()
-    smallest, largest, mean = numbers(first)
-    assert 0 < smallest < largest
-    assert 0 < mean < largest
-    assert len(members) == 4
-    for before, after in map(numbers, members):
-        assert after < before
-
-
-def test_a_unet_of_diffusers_is_fine_tuned():
-    packages("diffusers")
-    text = run(EXAMPLES / "fine_tune_unet.py", "--steps", "20", "--tuning", "4", "--held-out", "8")
-    first, *tuned = re.findall(r"(\S+) ± \S+ nats", text)
-    assert len(tuned) == 2
-    assert all(float(each) < float(first) for each in tuned)
-
-
-def test_recipes_are_short_and_on_the_page():
-    page = (EXAMPLES.parent / "recipes.md").read_text(encoding="utf-8")
-    page += (EXAMPLES.parent / "likelihood.md").read_text(encoding="utf-8")
-    for path in EXAMPLES.glob("*.py"):
-        if path.name == "mixture_1d.py":
-            continue
+def test_recipes_are_short_and_on_a_page():
+    pages = ("recipes.md", "likelihood.md")
+    text = "".join((EXAMPLES.parent / page).read_text(encoding="utf-8") for page in pages)
+    for path in {*EXAMPLES.glob("*.py")} - {EXAMPLES / "mixture_1d.py"}:
         lines = path.read_text(encoding="utf-8").splitlines()
         longest = 125 if path.name == "checkerboard.py" else 60
         assert sum(bool(line.strip()) for line in lines) < longest
-        assert f"examples/{path.name}" in page
+        assert f"examples/{path.name}" in text

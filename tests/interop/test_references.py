@@ -106,7 +106,8 @@ def from_guided_diffusion(network, table, kept, kind, variant):
 
 
 def from_diffusers(network, table, kept, kind, variant):
-    config = Is(prediction_type=kind, timestep_type=variant)
+    # A continuous time is that of v_prediction alone.
+    config = Is(prediction_type=kind, timestep_type=variant or "continuous")
     scheduler = Is(alphas_cumprod=torch.as_tensor(table), config=config)
     model = Diffusers(network, 4 if variant == "learned" else 2)
     return interop.from_diffusers(model, scheduler)
@@ -127,7 +128,7 @@ def from_denoising_diffusion(network, table, kept, kind, variant):
         (from_guided_diffusion, "sample", "linear", 25, "learned"),
         (from_guided_diffusion, "sample", "cosine", 25, ""),
         (from_guided_diffusion, "epsilon", "cosine", 250, "rescaled"),
-        (from_diffusers, "epsilon", "linear", STEPS, "discrete"),
+        (from_diffusers, "epsilon", "linear", STEPS, ""),
         (from_diffusers, "sample", "cosine", STEPS, "learned"),
         (from_diffusers, "v_prediction", "linear", STEPS, "discrete"),
         (from_diffusers, "v_prediction", "cosine", STEPS, "continuous"),
