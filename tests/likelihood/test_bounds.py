@@ -7,6 +7,7 @@ import torch
 from torch.distributions import Normal
 
 import hosm_losses as hosm
+from hosm_losses.likelihood.integers import importance_weighted
 from tests.cases import VP
 from tests.likelihood.problems import gaussian, marginals, total
 from tests.oracles import networks
@@ -78,3 +79,18 @@ def test_a_network_of_images_gets_its_own_dtype(dtype):
     model = hosm.ScoreModel(network.to(dtype), VP)
     result = hosm.ode_nll(model, x, steps=8, dequantization="uniform")
     assert (result.latent.dtype, result.nll.dtype) == (dtype, torch.float64)
+
+
+def test_draws_are_weighed_by_their_density():
+    """By hand: densities 1/4 and 3/4 of their sum."""
+
+    def draw(density, error, failed):
+        zero = torch.zeros(1)
+        parts = {"latent": zero[:, None], "nfe": zero + 9, "standard_error": zero}
+        nll, failed = -torch.tensor([density]).log(), torch.tensor([failed])
+        return hosm.NLLResult(nll, solver_error=zero + error, failed=failed, **parts)
+
+    result = importance_weighted([draw(0.1, 4.0, False), draw(0.3, 8.0, True)])
+    assert float(result.nll) == pytest.approx(-math.log(0.2))
+    assert float(result.solver_error) == pytest.approx(7.0)
+    assert (float(result.nfe), bool(result.failed)) == (18, True)
