@@ -118,7 +118,7 @@ def one_by_one(network, x, t):
         (nn.InstanceNorm2d(4), one_by_one, (2, 2, 4, 3)),
         (Function(by_aten), in_rows, (1, 24)),  # of which no module tells
     ],
-    ids=str,
+    ids=["module", "operator"],
 )
 def test_one_sample_in_channels_last_has_the_right_gradient_of_an_instance_norm(norm, call, shape):
     """PyTorch's own is off by more than its size there, at first order already."""

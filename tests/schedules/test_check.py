@@ -55,8 +55,12 @@ RIGHT = {
         rates=lambda t: (-torch.ones_like(t), torch.ones_like(t)),
     ),
     **{
-        f"prior {value}": type("Own", (type(own()),), {"prior_std": value})()
-        for value in (2, np.float32(0.5), property(lambda self: 3.0))
+        f"prior {name}": type("Own", (type(own()),), {"prior_std": value})()
+        for name, value in (
+            ("whole", 2),
+            ("of NumPy", np.float32(0.5)),
+            ("property", property(lambda self: 3.0)),
+        )
     },
 }
 
