@@ -18,10 +18,13 @@ def batch(name):
     return x0, drawn, [each.numpy() for each in every]
 
 
+STEPS = [(1, {}), (3, {}), (3, {"third": "laplacian"})]
+
+
 @pytest.mark.parametrize(
-    ("order", "options"), [(1, {}), (2, {}), (3, {}), (3, {"third": "laplacian"})], ids=str
+    ("name", "order", "options"),
+    [*((name, *step) for name in TWINS if name != "unet" for step in STEPS), ("unet", 2, {})],
 )
-@pytest.mark.parametrize("name", TWINS)
 def test_a_step_in_double_precision(name, order, options):
     torch.set_default_dtype(torch.float64)
     model, (x0, drawn, arrays) = model_of(name), batch(name)
