@@ -172,7 +172,7 @@ def test_a_deep_copy_keeps_its_weights_while_the_original_trains(order, engine):
     ("order", "engine", "options"),
     [
         *((*each, {}) for each in ENGINES),
-        (2, "taylor", {"probes": 2}),
+        (2, "reverse", {"probes": 2}),
         (3, "reverse", {"probes": 2}),
         (3, None, {"estimator": "paired"}),
     ],
