@@ -1,7 +1,7 @@
 """Private names of PyTorch, and what surrounds a call.
 
-PyTorch keeps no private name stable. `tests/test_torch_internals.py` has a test for each, which
-says in which versions it was seen to hold; where one fails, this file is what to change.
+PyTorch keeps no private name stable. `tests/test_torch_internals.py` has tests of those that could
+change in silence, with the versions that have them; where one fails, this file is what to change.
 """
 
 import threading
