@@ -51,20 +51,8 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/taylor/attention.py",
-        "weights = _dropped(weights, dropout_p if training else 0.0)",
-        "weights = _dropped(weights, dropout_p)",
-        "tests/derivatives/taylor/test_calls.py",
-    ),
-    Mutant(
-        "derivatives/taylor/attention.py",
         "return multiply(softmax(masked, -1), attn_mask.any(-1, keepdim=True))",
         "return softmax(masked, -1)",
-        "tests/derivatives/taylor/test_calls.py",
-    ),
-    Mutant(
-        "derivatives/taylor/attention.py",
-        "stack = stack.repeat_interleave(query.shape[-3] // heads, -3)",
-        "stack = torch.cat([stack] * (query.shape[-3] // heads), -3)",
         "tests/derivatives/taylor/test_calls.py",
     ),
     Mutant(
@@ -80,12 +68,6 @@ MUTANTS = [
         "tests/derivatives/taylor/test_calls.py",
     ),
     Mutant(
-        "derivatives/taylor/matrices.py",
-        "tuple(_Term(k, j, i, factor) for i, j, k, factor in terms)",
-        "tuple(_Term(k, j, i) for i, j, k, _ in terms)",
-        "tests/derivatives/taylor/test_bilinear.py",
-    ),
-    Mutant(
         "derivatives/taylor/normalised.py",
         "xz = xy if z is y else self.product(x, z)",
         "xz = xy",
@@ -98,22 +80,10 @@ MUTANTS = [
         "tests/derivatives/taylor/test_edges.py",
     ),
     Mutant(
-        "derivatives/taylor/norms.py",
-        "return _batch_norm(x, running_mean, running_var, weight, bias, eps=eps)",
-        "return _batch_norm(x, running_mean, running_var, weight, bias)",
-        "tests/derivatives/taylor/test_calls.py",
-    ),
-    Mutant(
         "derivatives/taylor/shapes.py",
         "found = x.like(x.stack * function(torch.ones_like(x.stack[0]), p))",
         "found = x.like(function(x.stack, p))",
         "tests/derivatives/taylor/test_edges.py",
-    ),
-    Mutant(
-        "derivatives/taylor/shapes.py",
-        "return x.like(torch.cat([first, F.pad(x.stack[1:], pad)]))",
-        "return x.like(torch.cat([first, F.pad(x.stack[1:], pad, value=value)]))",
-        "tests/derivatives/taylor/test_calls.py",
     ),
     Mutant(
         "derivatives/taylor/selection.py",
@@ -128,21 +98,9 @@ MUTANTS = [
         "tests/derivatives/taylor/test_pullbacks.py",
     ),
     Mutant(
-        "derivatives/taylor/softmax.py",
-        "    return torch.cat([d * right, to_right])\n",
-        "    return torch.cat([d * right, d * left])\n",
-        "tests/derivatives/taylor/test_pullbacks.py",
-    ),
-    Mutant(
         "derivatives/taylor/in_place.py",
         "        whole[0][parts] = value\n        whole[1:][several] = 0\n",
         "        whole[0][parts] = value\n",
-        "tests/derivatives/taylor/test_in_place.py",
-    ),
-    Mutant(
-        "derivatives/taylor/aliases.py",
-        '        _watch(each for each in living(source.memory) if not hasattr(each, "root"))\n',
-        "        pass\n",
         "tests/derivatives/taylor/test_in_place.py",
     ),
     Mutant(
@@ -156,24 +114,6 @@ MUTANTS = [
         "right = tuple(each[-1:].expand_as(each) for each in right)",
         "right = tuple(each[:1].expand_as(each) for each in right)",
         "tests/derivatives/taylor/test_calls.py",
-    ),
-    Mutant(
-        "derivatives/taylor/jet.py",
-        "    if not torch.is_grad_enabled():\n        raise TaylorError",
-        "    if in_custom_function():\n        raise TaylorError",
-        "tests/derivatives/taylor/test_jet.py",
-    ),
-    Mutant(
-        "derivatives/taylor/jet.py",
-        "        if left or carrying.copies:\n",
-        "        if left:\n",
-        "tests/derivatives/taylor/test_in_place.py",
-    ),
-    Mutant(
-        "derivatives/taylor/table.py",
-        "not -ndim <= dim < ndim",
-        "not -ndim <= dim <= ndim",
-        "tests/derivatives/taylor/test_calls.py tests/derivatives/taylor/test_jet.py",
     ),
     Mutant(
         "derivatives/taylor/lengths.py",
@@ -194,12 +134,6 @@ MUTANTS = [
         "tests/derivatives/taylor/test_jet.py",
     ),
     # derivatives/
-    Mutant(
-        "derivatives/engines.py",
-        "    if wanted and x.requires_grad:\n        return x\n",
-        "",
-        "tests/derivatives/test_engines_agree.py",
-    ),
     Mutant(
         "derivatives/engines.py",
         "    cotangent = leaf(w, wanted)\n"
@@ -247,22 +181,10 @@ MUTANTS = [
         "tests/derivatives/test_primitives.py",
     ),
     Mutant(
-        "derivatives/primitives.py",
-        "if small or traced() or dropout:",
-        "if small or traced():",
-        "tests/derivatives/test_at_first.py",
-    ),
-    Mutant(
         "derivatives/products.py",
         "value, point, c, create_graph=wanted or push, **options",
         "value, point, c, create_graph=push, **options",
         "tests/losses/test_random_options.py",
-    ),
-    Mutant(
-        "derivatives/products.py",
-        "        refuse_dropped(pulled, wanted)\n",
-        "",
-        "tests/derivatives/test_backward.py",
     ),
     Mutant(
         "derivatives/recompute.py",
@@ -280,12 +202,6 @@ MUTANTS = [
         "derivatives/select.py",
         "if not deep and not surrounded():",
         "if not deep:",
-        "tests/derivatives/test_choice.py",
-    ),
-    Mutant(
-        "derivatives/select.py",
-        "return versions([self.buffer]) != self.version",
-        "return True",
         "tests/derivatives/test_choice.py",
     ),
     Mutant(
@@ -399,13 +315,6 @@ MUTANTS = [
         "range(-int(math.log2(torch.finfo(target.dtype).eps)))",
         "tests/schedules/test_base.py",
     ),
-    # The density of times has no account of the tails that were cut off.
-    Mutant(
-        "schedules/edm.py",
-        "unit = self.log_std * math.sqrt(2 * math.pi) * self._standard[-1]",
-        "unit = self.log_std * math.sqrt(2 * math.pi)",
-        "tests/schedules/test_base.py",
-    ),
     # 1 - α² by a difference has no digits left near the data.
     Mutant(
         "schedules/continuous.py",
@@ -479,12 +388,6 @@ MUTANTS = [
         "tests/likelihood/test_random_settings.py",
     ),
     Mutant(
-        "likelihood/paths.py",
-        "        found = evaluate(torch.where(expand_right(lost, x), 1.0, x))\n",
-        "        found = evaluate(points)\n",
-        "tests/likelihood/test_graph.py",
-    ),
-    Mutant(
         "likelihood/adaptive.py",
         "chosen = None if probes is None else probes[:, rows]",
         "chosen = None if probes is None else probes[:, : len(rows)]",
@@ -549,12 +452,6 @@ MUTANTS = [
         "    if not (continuous and kept):\n",
         "    if not continuous:\n",
         "tests/interop/test_stand_ins.py",
-    ),
-    Mutant(
-        "interop/edm.py",
-        "EDMSchedule(t_min=low, t_max=high)",
-        "EDMSchedule(t_min=low)",
-        "tests/interop/test_references.py",
     ),
 ]
 

@@ -3,7 +3,6 @@
 After success, after an exception, and with an abandoned graph.
 """
 
-import gc
 from functools import partial
 
 import pytest
@@ -163,7 +162,6 @@ def test_the_world_is_as_it_was(fails, mode):
                 abandoned = call(model, generator=generator)
                 assert world(model) == before
                 del abandoned
-                gc.collect()
             assert world(model) == before
 
 

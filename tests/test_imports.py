@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 LOADED = """
 import sys
 import numpy, torch, torch.utils.checkpoint  # with which PyTorch 2.6 loads sympy
@@ -13,6 +15,7 @@ print(" ".join(sorted(own - set(sys.stdlib_module_names))))
 """
 
 
+@pytest.mark.slow
 def test_nothing_beyond_torch_numpy_and_the_standard_library():
     done = subprocess.run(
         [sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, timeout=120

@@ -44,14 +44,14 @@ def test_the_mode_stops_where_two_devices_meet():
         torch.zeros(2, device="meta").sum().item()
 
 
-@settings(max_examples=80)
+@settings(max_examples=30)
 @given(st.data())
 def test_a_loss_reads_no_value(data):
     pick = Pick(data)
     loss = pick.choice(["first", "second", "third", "stein"])
     options, weights = drawn_options(pick, loss), drawn_weights(pick, loss)
     schedule = pick.choice(list(SCHEDULES.values()))
-    network, x0 = setting(pick.choice(["mlp", "conv", "attention"]))
+    network, x0 = setting(pick.choice(["mlp", "attention"]))
     model = hosm.ScoreModel(network, seen(schedule), pick.choice(PREDICTIONS))
     # A gradient for them would be copied from meta.
     weights = tree_map(lambda each: each.detach() if torch.is_tensor(each) else each, weights)
@@ -88,13 +88,12 @@ def test_shorter_dtypes(dtype):
     assert (loss.dtype, loss.device.type) == (torch.float32, "meta")
 
 
-@pytest.mark.parametrize("divergence", ["hutchinson", "exact"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_likelihood_on_a_fixed_grid(divergence, schedule):
+@pytest.mark.parametrize(("schedule", "divergence"), [("vp", "exact"), ("discrete", "hutchinson")])
+def test_the_likelihood_on_a_fixed_grid(schedule, divergence):
     network, x = setting()
     model = hosm.ScoreModel(network, seen(SCHEDULES[schedule]))
     with OneDevice():
-        result = hosm.ode_nll(model, x, divergence=divergence, steps=8, enable_grad=True)
+        result = hosm.ode_nll(model, x, divergence=divergence, steps=4, enable_grad=True)
     assert result.nll.is_meta
     result.nll.sum().backward()
     assert network.inner.weight.grad.is_meta
