@@ -177,34 +177,27 @@ def one_process():
 
 
 @pytest.mark.usefixtures("one_process")
-def test_ddp_around_the_network_is_refused_above_order_one():
-    model = hosm.ScoreModel(DistributedDataParallel(Network()), VP)
-    hosm.first_order_dsm(model, torch.randn(2, 5, 3)).backward()
-    with pytest.raises(TypeError, match=r"DistributedDataParallel.*Wrap the loss module"):
-        hosm.third_order_dsm(model, torch.randn(2, 5, 3))
-
-
-@pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("part", ["", "block"])
-def test_fsdp_on_the_network_or_a_part_of_it_is_refused_above_order_one(part):
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda network, shard: DistributedDataParallel(network),
+        lambda network, shard: shard(network),
+        lambda network, shard: shard(network.block) and network,
+    ],
+)
+def test_what_is_wrapped_below_the_loss_is_refused_above_order_one(wrap):
+    """Also where a module was built before it was sharded."""
     from torch.distributed.fsdp import fully_shard
 
-    network = Network()
-    fully_shard(network.get_submodule(part), mesh=init_device_mesh("cpu", (1,)))
-    model = hosm.ScoreModel(network, VP)
-    message = r"FSDPModule.*Wrap the loss module.*fully_shard\(Third"
-    with pytest.raises(TypeError, match=message):
-        hosm.ThirdOrderDSM(model)
-    with pytest.raises(TypeError, match=message):
-        hosm.third_order_dsm(model, torch.randn(2, 5, 3))
-
-
-@pytest.mark.usefixtures("one_process")
-def test_what_is_sharded_after_construction_is_refused_by_the_call():
-    from torch.distributed.fsdp import fully_shard
-
-    network = Network()
+    network, x0 = Network(), torch.randn(2, 5, 3)
     module = hosm.ThirdOrderDSM(hosm.ScoreModel(network, VP))
-    fully_shard(network, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(TypeError, match=r"FSDPModule.*Wrap the loss module"):
-        module(torch.randn(2, 5, 3))
+    wrapped = wrap(network, partial(fully_shard, mesh=init_device_mesh("cpu", (1,))))
+    model = hosm.ScoreModel(wrapped, VP)
+    calls = [partial(hosm.third_order_dsm, model, x0), partial(hosm.ThirdOrderDSM, model)]
+    if wrapped is network:
+        calls.append(partial(module, x0))
+    else:
+        hosm.first_order_dsm(model, x0).backward()
+    for call in calls:
+        with pytest.raises(TypeError, match="Wrap the loss module"):
+            call()

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 import hosm_losses as hosm
 from tests.cases import FUNCTIONS, VP
@@ -61,11 +60,3 @@ def test_weights_that_overflow_are_told_from_both():
     with pytest.raises(ValueError) as caught:
         hosm.second_order_dsm(hosm.ScoreModel(sine, VP), x0, weights=(3e38, 3e38, 3e38))
     assert type(caught.value) is ValueError
-
-
-@pytest.mark.parametrize("order", FUNCTIONS)
-def test_nothing_is_looked_at_on_another_device(order):
-    network = nn.Linear(3, 3, device="meta")
-    model = hosm.ScoreModel(lambda x, t: network(x) / 0, VP)
-    loss = FUNCTIONS[order](model, torch.randn(4, 3, device="meta"))
-    assert loss.device.type == "meta"

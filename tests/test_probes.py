@@ -46,17 +46,8 @@ def test_probes_are_like_the_batch_and_drawn_from_the_generator(distribution):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_all_distributions_are_drawn_in_one_graph():
+def test_every_distribution_has_a_name():
     assert get_args(Distribution) == tuple(DISTRIBUTIONS)
-
-    def draw(like):
-        return [draw_probes(like, 2, distribution) for distribution in DISTRIBUTIONS]
-
-    like, found = torch.zeros(3, 4), []
-    for function in (draw, torch.compile(draw, fullgraph=True, backend="eager")):
-        torch.manual_seed(1)
-        found.append(function(like))
-    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

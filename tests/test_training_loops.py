@@ -1,10 +1,7 @@
-"""What a training loop puts around a loss: scaling, averages, copies, checkpoints."""
+"""What a training loop puts around a loss: autocast, averages, checkpoints."""
 
-import copy
 import gc
-import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +15,6 @@ from tests.cases import MODULES, VP, assert_same, given, gradients
 from tests.versions import tells_hooks
 
 ENGINES = [(1, None), (2, "taylor"), (3, "taylor"), (3, "reverse")]
-engines = pytest.mark.parametrize(("order", "engine"), ENGINES)
 
 
 class Mixed(nn.Module):
@@ -68,19 +64,6 @@ def left_by_backward(module):
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
 
 
-@engines
-def test_a_scale_that_overflows_skips_the_step_and_falls(order, engine):
-    network, (x0, inputs) = Mixed().float(), data(order, dtype=torch.float32)
-    before = flat(network)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    optimizer = torch.optim.SGD(network.parameters(), 0.1)
-    scaler.scale(100 * loss_module(order, engine, network)(x0, **inputs)).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.get_scale() == 2.0**126
-    assert torch.equal(flat(network), before)
-
-
 # Each term alone too, for the gradient of a sum shows little of its smallest part.
 @pytest.mark.parametrize(
     ("order", "weights", "engine", "dtype"),
@@ -104,30 +87,8 @@ def test_the_gradient_under_autocast_is_near_that_of_float32(order, weights, eng
     found = torch.cat([each.flatten() for each in gradients(loss, module)])
     size = float(expected.norm())
     assert float(found.norm()) == pytest.approx(size, rel=0.05)
-    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
-    (said,) = re.findall(r"each term's gradient was within (\d+) % of that of float32", page)
-    # Above the first bound the low precision was used at all.
-    assert 1e-4 * size < float((found - expected).norm()) < float(said) / 100 * size
-
-
-@pytest.mark.parametrize(("order", "engine"), ENGINES[1:])
-def test_scaled_half_precision_trains_as_float32_does(order, engine):
-    network, (x0, inputs) = Mixed(width=8).float(), data(order, dtype=torch.float32)
-    start, half = flat(network), copy.deepcopy(network)
-    for each, enabled in ((network, False), (half, True)):
-        module = loss_module(order, engine, each)
-        scaler = torch.amp.GradScaler("cpu", enabled=enabled)
-        optimizer = torch.optim.SGD(each.parameters(), 0.01)
-        for _ in range(3):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
-                loss = module(x0, **inputs)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            scaler.step(optimizer)
-            scaler.update()
-    moved = flat(network) - start
-    assert float((flat(half) - flat(network)).norm()) < 0.02 * float(moved.norm())
+    # Above the first bound the low precision was used at all; the page on training says 1 %.
+    assert 1e-4 * size < float((found - expected).norm()) < 0.01 * size
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -155,21 +116,6 @@ def test_an_averaged_copy_is_a_model_of_its_own(order, of):
     assert torch.equal(through(x0, **inputs), reference(x0, **inputs))
     assert not torch.equal(through(x0, **inputs), module(x0, **inputs))
     assert_same(gradient(through, x0, inputs), gradient(reference, x0, inputs))
-
-
-@engines
-def test_a_deep_copy_keeps_its_weights_while_the_original_trains(order, engine):
-    module = loss_module(order, engine, Mixed())
-    x0, inputs = data(order)
-    clone = copy.deepcopy(module)
-    before = module(x0, **inputs).detach()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.mul_(1.5)
-    assert torch.equal(clone(x0, **inputs), before)
-    assert not torch.equal(module(x0, **inputs), before)
-    clone(x0, **inputs).backward()
-    assert all(parameter.grad is None for parameter in module.parameters())
 
 
 @tells_hooks
@@ -213,7 +159,7 @@ def test_torchs_checkpoint_inside_is_refused_whatever_is_around():
     x0, inputs = data(2)
     network.layer.forward = partial(checkpoint, network.layer.forward, use_reentrant=False)
     for call in (module, partial(checkpoint, module, use_reentrant=False)):
-        with pytest.raises(hosm.DerivativeError, match=r"expected hosm_losses\.checkpoint inside"):
+        with pytest.raises(hosm.DerivativeError):
             call(x0, **inputs)
         # The checkpoint of PyTorch 2.6 leaves its hooks on until what was raised is collected.
         gc.collect()
