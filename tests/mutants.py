@@ -59,7 +59,7 @@ MUTANTS = [
         "derivatives/taylor/bilinear.py",
         "    with without_autocast(others[0].device.type):\n        return form[place](*others)",
         "    return form[place](*others)",
-        "tests/derivatives/test_silent_faults.py",
+        "tests/derivatives/taylor/test_bilinear.py",
     ),
     Mutant(
         "derivatives/taylor/convolution.py",
@@ -77,7 +77,7 @@ MUTANTS = [
         "derivatives/taylor/norms.py",
         "norm(x.stack[0].detach(), mean, variance, None, None, True, momentum, eps)",
         "norm(x.stack.detach().flatten(0, 1), mean, variance, None, None, True, momentum, eps)",
-        "tests/derivatives/taylor/test_edges.py",
+        "tests/derivatives/test_primitives.py",
     ),
     Mutant(
         "derivatives/taylor/shapes.py",
@@ -107,7 +107,7 @@ MUTANTS = [
         "derivatives/taylor/aliases.py",
         "        _watch([value])\n",
         "",
-        "tests/derivatives/test_silent_faults.py",
+        "tests/derivatives/taylor/test_in_place.py",
     ),
     Mutant(
         "derivatives/taylor/along.py",
@@ -125,7 +125,7 @@ MUTANTS = [
         "derivatives/taylor/properties.py",
         "any is_nonzero floor ceil round\n",
         "any is_nonzero floor ceil round frac\n",
-        "tests/derivatives/test_silent_faults.py",
+        "tests/derivatives/taylor/test_calls.py",
     ),
     Mutant(
         "derivatives/taylor/properties.py",

@@ -210,12 +210,7 @@ REMEDIES = {
         "detaches: write it",
     ),
     "a buffer": (lambda: loss_and_gradients(Running(), (4, 2)), "Assign a new tensor to the"),
-    "a buffer of a likelihood": (lambda: likelihood(Running()), "Assign a new tensor to the"),
     "a scan": (lambda: losses(lambda h: ChangesInBackward.apply(h, h.sin())), "a fast scan"),
-    "a scan by auto": (
-        lambda: losses(lambda h: ChangesInBackward.apply(h, h.sin()), 2, "auto"),
-        "a fast scan",
-    ),
     "a compiled part": (lambda: likelihood(donating), "donated_buffer = False"),
     "under a transform": (under_a_transform, "activation checkpoint inside the network"),
 }

@@ -148,8 +148,9 @@ def test_auto_is_the_taylor_engine(order):
         assert engines_of(Watched(), order, derivative=engine) == [expected]
 
 
-def test_what_the_network_cannot_do_is_remembered():
-    network = Watched(TypeError("not now"))
+@pytest.mark.parametrize("error", [TypeError, AssertionError, AttributeError, IndexError])
+def test_what_the_network_cannot_do_is_remembered(error):
+    network = Watched(error("not now"))
     assert engines_of(network) == ["taylor", "reverse"]
     network.error = None
     assert engines_of(network, 3) == ["reverse"]

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
-from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
@@ -16,7 +15,7 @@ from hosm_losses.derivatives import primitive_mode
 from hosm_losses.derivatives.primitive_mode import ForeignCheckpointError, safe_primitives
 from tests.cases import ENGINES, MODULES, VP, assert_same, loss_and_gradients
 from tests.derivatives.test_primitives import LAYERS, SDPA, network_of
-from tests.oracles import Function, OfX
+from tests.oracles import OfX
 from tests.versions import tells_hooks
 
 torchs_own = partial(torch_checkpoint, use_reentrant=False)
@@ -146,12 +145,6 @@ def test_torchs_own_checkpoint_is_an_error_around_every_primitive(name, seen, mo
     model = hosm.ScoreModel(OfX(partial(torchs_own, network)), VP)
     with pytest.raises(hosm.DerivativeError):
         hosm.third_order_dsm(model, torch.randn(4, *shape), derivative="reverse")
-
-
-def test_a_function_that_the_networks_module_imported_by_name_is_seen():
-    plain = Network(norm=partial(nn.LayerNorm, elementwise_affine=False))
-    by_name = Network(norm=lambda width: Function(lambda x: layer_norm(x, (width,))))
-    assert_same(losses(by_name, "reverse"), losses(plain, "taylor"), 1e-10)
 
 
 def test_the_checkpoint_takes_the_word_of_torchs():

@@ -82,20 +82,6 @@ def test_matrices(pairs, firsts, seconds, other):
     same_gradients(partial(product, form), partial(of_matrices, firsts, pairs), [a, b])
 
 
-@pytest.mark.parametrize("layouts", [(False, True), (True, False), (True, True)])
-def test_a_gradient_lies_in_memory_as_its_factor_does(layouts):
-    a, b = (
-        numbers(2, 2, *shape[::-1]).mT if turned else numbers(2, 2, *shape)
-        for shape, turned in zip([(3, 4), (4, 5)], layouts, strict=True)
-    )
-    factors = [a.requires_grad_(), b.requires_grad_()]
-    mine = partial(product, matrices._form(matrices._terms(1, "none", 2, 2), a, b))
-    same_gradients(mine, partial(of_matrices, 1, "none"), factors)
-    found = mine(a, b)
-    gradients = torch.autograd.grad(found, factors, torch.ones_like(found))
-    assert [each.stride() for each in gradients] == [each.stride() for each in factors]
-
-
 def network_and_stack(pairs="none", dtype=torch.float64):
     """A convolution and a product of two factors that depend on x, between curved functions."""
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ import hosm_losses as hosm
 from hosm_losses.derivatives.taylor import TaylorError, carried
 from tests.cases import assert_same, gradients
 from tests.derivatives.taylor.checks import KINDS, check
-from tests.oracles import OfX, OnceDifferentiable, randomise
+from tests.oracles import OnceDifferentiable
 
 X = torch.rand(3, 4, dtype=torch.float64) + 0.5
 W = torch.ones(1, 3, 4, dtype=torch.float64)
@@ -30,22 +30,6 @@ def test_several_results_of_which_some_have_no_derivative():
         return torch.stack([values * (1 + places), low * high, torch.logsumexp(x, -1)], -1)
 
     check(lambda x: function(x.sin() + 2).sin(), (4,))
-
-
-MODULES = [
-    (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), (3, 4)),
-    (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 4, 4)),
-    (lambda: nn.Conv1d(2, 3, 2, padding="same", dilation=2), (2, 5)),
-    (lambda: nn.BatchNorm2d(2).eval(), (2, 3, 2)),
-]
-
-
-@pytest.mark.parametrize(("make", "shape"), MODULES)
-def test_modules(make, shape):
-    torch.manual_seed(0)
-    module = make()
-    randomise(module)
-    check(lambda x: module(x + x.sin() / 2).sin(), shape, *module.parameters(), kinds=KINDS[1:3])
 
 
 @pytest.mark.parametrize(
@@ -87,36 +71,34 @@ def test_what_pytorch_refuses_is_refused(function):
         carried(function, X, W)
 
 
-CUSTOM = r"custom autograd\.Function"
 REFUSED = {
-    "without derivatives": (Tensor.detach, "does not carry derivatives"),
-    "not of x": (lambda x: X, "does not carry derivatives"),
-    "its data": (lambda x: x.data, "does not carry derivatives"),
-    "no tensor": (len, "does not carry derivatives"),
-    "a custom Function": (OnceDifferentiable.apply, CUSTOM),
-    "no_grad": (torch.no_grad()(lambda x: x.abs()), r"abs: called under torch\.no_grad"),
-    "its memory": (lambda x: x.as_strided((2, 2), (1, 1)), "where the elements"),
-    "other bits": (lambda x: x.view(torch.int64), "another dtype"),
-    "other bits by name": (lambda x: x.view(dtype=torch.int64), "another dtype"),
-    "out": (lambda x: F.normalize(x, 2.0, 1, 1e-12, torch.empty(3, 4)), "in place"),
-    "a cast": (lambda x: x.cdouble().real, "complex"),
-    "a number": (lambda x: x * 1j, "complex"),
-    "a plain tensor": (lambda x: x + torch.ones(4, dtype=torch.complex128), "complex"),
-    "a transform": (lambda x: torch.fft.ifft(torch.fft.fft(x)).real, "complex"),
-    "a power": (lambda x: (x**1j).real, "complex"),
-    "torch.func": (lambda x: torch.func.vmap(torch.sin)(x), "past __torch_function__"),
+    "without derivatives": Tensor.detach,
+    "not of x": lambda x: X,
+    "its data": lambda x: x.data,
+    "no tensor": len,
+    "a custom Function": OnceDifferentiable.apply,
+    "no_grad": torch.no_grad()(lambda x: x.abs()),
+    "its memory": lambda x: x.as_strided((2, 2), (1, 1)),
+    "other bits": lambda x: x.view(torch.int64),
+    "other bits by name": lambda x: x.view(dtype=torch.int64),
+    "out": lambda x: F.normalize(x, 2.0, 1, 1e-12, torch.empty(3, 4)),
+    "a cast": lambda x: x.cdouble().real,
+    "a number": lambda x: x * 1j,
+    "a plain tensor": lambda x: x + torch.ones(4, dtype=torch.complex128),
+    "a transform": lambda x: torch.fft.ifft(torch.fft.fft(x)).real,
+    "a power": lambda x: (x**1j).real,
+    "torch.func": lambda x: torch.func.vmap(torch.sin)(x),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_right_is_refused(name):
-    function, told = REFUSED[name]
-    with pytest.raises(TaylorError, match=told):
-        carried(function, X, W)
+    with pytest.raises(TaylorError):
+        carried(REFUSED[name], X, W)
 
 
 def test_a_custom_function_is_refused_under_no_grad_too():
-    with torch.no_grad(), pytest.raises(TaylorError, match=CUSTOM):
+    with torch.no_grad(), pytest.raises(TaylorError):
         carried(OnceDifferentiable.apply, X, W)
 
 
@@ -149,20 +131,6 @@ def test_a_stack_is_right_under_no_grad():
 
 
 # ---------------------------------------------------------------------- tools and properties
-def test_a_network_that_asserts_a_plain_tensor_goes_to_the_next_engine():
-    def strict(x):
-        assert type(x) is Tensor
-        return layer(x).sin()
-
-    layer = nn.Linear(4, 4)
-    model = hosm.ScoreModel(OfX(strict), hosm.VPSchedule())
-    inputs = {"t": torch.full((3,), 0.3), "noise": X.cos(), "probe": W}
-    with pytest.warns(UserWarning, match="takes its place"):
-        found = hosm.third_order_dsm(model, X, **inputs)
-    expected = hosm.third_order_dsm(model, X, derivative="reverse", **inputs)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
 def test_properties_are_those_of_the_value():
     seen = []
 
@@ -187,10 +155,10 @@ class Watched(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(network, derivative="auto", **options):
+def step(network, derivative="auto"):
     torch.manual_seed(1)
     model = hosm.ScoreModel(lambda x, t: network(x), hosm.VPSchedule())
-    loss = hosm.third_order_dsm(model, torch.ones(3, 1, 4, 4), derivative=derivative, **options)
+    loss = hosm.third_order_dsm(model, torch.ones(3, 1, 4, 4), derivative=derivative)
     return [loss, *gradients(loss, network)]
 
 
@@ -202,7 +170,6 @@ def small_network():
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"third": "laplacian"}], ids=str)
 @pytest.mark.parametrize(
     "mode",
     [
@@ -212,11 +179,11 @@ def small_network():
         lambda: torch.profiler.profile(record_shapes=True, with_modules=True),
     ],
 )
-def test_modes_around_a_loss_change_nothing(mode, options, caplog):
+def test_modes_around_a_loss_change_nothing(mode, caplog):
     network = small_network()
-    expected = step(network, "taylor", **options)
+    expected = step(network, "taylor")
     with caplog.at_level(logging.INFO, "hosm_losses"), mode() as around:
-        chosen = step(network, **options)
+        chosen = step(network)
     assert not caplog.records  # no other engine
     # The counter takes PyTorch's silu_backward apart, at order one too, which rounds otherwise.
     assert_same(chosen, expected, 1e-14 if isinstance(around, FlopCounterMode) else 0)
@@ -243,6 +210,6 @@ def test_a_hook_sees_the_gradient_in_the_value_and_may_not_change_it():
     # Of the square and of its derivative, twice the product.
     carried(observed, x, torch.ones(1, 2, 3)).sum().backward()
     torch.testing.assert_close(shown[0], 2 * x.sin() + 2 * x.cos())
-    with pytest.raises(hosm.DerivativeError, match="hooks that look at gradients"):
+    with pytest.raises(hosm.DerivativeError):
         carried(lambda x: observed(x, lambda g: 2 * g), x, torch.ones(1, 2, 3)).sum().backward()
     assert not carried(observed, x.detach(), torch.ones(1, 2, 3)).requires_grad

@@ -152,7 +152,6 @@ def step(kind, names):
     return st.tuples(st.just(kind), st.sampled_from(names), PLACES, PLACES)
 
 
-PLACES = st.integers(0, 11)
 CHANGE = step("change", sorted(CHANGES))
 STEP = st.one_of(
     step("make", list(MAKES)),
