@@ -297,12 +297,14 @@ def convolution(f, x, c):
     shape = {1: (3, 2, 4), 2: (3, 2, 2, 2), 3: (3, 2, 2, 2, 1)}[axes]
     x = c(x.reshape(shape), x.reshape(shape), x.reshape(shape)[0])
     weight = WEIGHT.reshape(-1)[: 4 * 2**axes].reshape(2, 2, *(2,) * axes)[:, : 2 - grouped]
-    weight, padding = c(weight, weight, weight * x.mean()), c(1, (1,) * axes, 0)
-    groups, dilation = 1 + grouped, c(1, (2,) * axes)
+    weight, padding = c(weight, weight, weight * x.mean()), c(1, (1, 2, 0)[:axes], 0)
+    groups, stride, dilation = 1 + grouped, c(1, 2, (2, 1, 1)[:axes]), c(1, [2, 1, 1][:axes])
     rest = (dilation, groups)
     if "transpose" in f.__name__:
         padding, rest = c(0, 1), (c(0, 1), groups, dilation)
-    return f(x, weight, c(None, WEIGHT[0, :2]), c(1, 2, (2,) * axes), padding, *c((), rest, rest))
+    elif c(False, False, True):
+        stride, padding, rest = 1, c("same", "valid"), (c(1, 2), groups)
+    return f(x, weight, c(None, WEIGHT[0, :2]), stride, padding, *c((), rest, rest))
 
 
 def product(f, x, c):
@@ -380,7 +382,7 @@ TABLE = {
     "linear": lambda f, x, c: f(
         c(x, x[:, None], x[0]), *c((WEIGHT, WEIGHT[0]), (WEIGHT,), (ROW,), (x.sin(), x[:, 0]))
     ),
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": convolution,
+    "conv2d conv1d conv3d conv_transpose2d conv_transpose1d conv_transpose3d": convolution,
     "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d": pooled,
     "adaptive_avg_pool2d adaptive_avg_pool3d": pooled,
     "interpolate upsample": resized,

@@ -1,85 +1,12 @@
-"""Products that are linear in both factors: their gradients are those of autograd."""
-
-from functools import partial
+"""Products that are linear in both factors: batches of gradients, types, subclasses."""
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from hosm_losses.derivatives.taylor import carried, convolution, matrices
-from hosm_losses.derivatives.taylor.bilinear import product
-from hosm_losses.derivatives.taylor.jet import gathered, halves
-from tests.derivatives.taylor.test_pullbacks import KINDS, numbers, same_gradients
-
-# By name: the function, shapes of the samples and the weight, options.
-CONVOLUTIONS = {
-    "plain": (F.conv2d, (2, 3, 5, 4), (4, 3, 3, 3), {}),
-    "every option": (
-        F.conv2d,
-        (2, 4, 6, 5),
-        (6, 2, 2, 3),
-        {"stride": (2, 1), "padding": (1, 2), "dilation": [1, 2], "groups": 2},
-    ),
-    "same": (F.conv1d, (2, 2, 5), (3, 2, 3), {"padding": "same", "dilation": 2}),
-    "valid": (F.conv1d, (2, 2, 5), (3, 2, 3), {"padding": "valid"}),
-    "three axes": (F.conv3d, (1, 2, 3, 3, 4), (2, 2, 2, 2, 2), {"stride": (1,)}),
-    "transposed": (
-        F.conv_transpose2d,
-        (2, 4, 3, 3),
-        (4, 2, 3, 3),
-        {"stride": 2, "padding": 1, "groups": 2},
-    ),
-    "output padding": (
-        F.conv_transpose1d,
-        (2, 2, 3),
-        (2, 3, 3),
-        {"stride": 2, "output_padding": 1},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions(name):
-    function, samples, weight, options = CONVOLUTIONS[name]
-    given = [numbers(*shape, seed=3).requires_grad_() for shape in (samples, weight)]
-    form = convolution._form(function, *given, **options)
-    reference = partial(function, **options)
-    torch.testing.assert_close(product(form, *given), reference(*given), rtol=0, atol=0)
-    # Of the third derivative with output_padding PyTorch's own formula fails.
-    same_gradients(
-        partial(product, form), reference, given, 2 if "output_padding" in options else 3
-    )
-
-
-def test_padding_that_differs_from_side_to_side_is_left_to_pytorch():
-    given = numbers(2, 2, 5), numbers(3, 2, 2)
-    assert convolution._form(F.conv1d, *given, padding="same") is None
-
-
-def of_matrices(firsts, pairs, a, b):
-    """The product by its definition, with second derivatives of zero where there are none."""
-    (a0, a1, a2), (b0, b1, b2) = (
-        each.split((1, firsts, len(each) - 1 - firsts)) for each in (a, b)
-    )
-    parts = [a0 @ b0, a1 @ b0 + a0 @ b1]
-    if pairs != "none":
-        (al, ar), (bl, br) = halves(a1, pairs), halves(b1, pairs)
-        second = gathered(al @ br + ar @ bl, pairs)
-        second = second + a2 @ b0 if len(a2) else second
-        parts.append(second + a0 @ b2 if len(b2) else second)
-    return torch.cat(parts)
-
-
-@pytest.mark.parametrize("other", [True, False])
-@pytest.mark.parametrize(("pairs", "firsts", "seconds"), KINDS)
-def test_matrices(pairs, firsts, seconds, other):
-    """With the second derivatives of one factor, of both and of none."""
-    lengths = 1 + firsts + seconds, 1 + firsts + (seconds if other else 0)
-    a = numbers(lengths[0], 2, 3, 4, seed=3).requires_grad_()
-    b = numbers(lengths[1], 2, 4, 2, seed=4).requires_grad_()
-    form = matrices._form(matrices._terms(firsts, pairs, *lengths), a, b)
-    same_gradients(partial(product, form), partial(of_matrices, firsts, pairs), [a, b])
+from hosm_losses.derivatives.taylor import carried
+from tests.derivatives.taylor.test_pullbacks import numbers
 
 
 def network_and_stack(pairs="none", dtype=torch.float64):

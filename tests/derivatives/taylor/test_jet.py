@@ -39,6 +39,7 @@ def test_several_results_of_which_some_have_no_derivative():
         lambda x: torch.flatten(input=x, start_dim=0),
         lambda x: torch.softmax(x, dim=1, dtype=torch.float64),
         lambda x: F.linear(x, bias=torch.ones(4), weight=torch.eye(4)),
+        lambda x: F.conv1d(x[:, None], torch.ones(1, 1, 2), padding="same", dilation=2),
         lambda x: torch.cat(tensors=(x, x.cos()), axis=-1),
         lambda x: torch.where(condition=x > 0, input=x, other=x.cos()),
         lambda x: F.silu(x, inplace=False) + F.leaky_relu(x, 0.3, False),
