@@ -238,6 +238,32 @@ MUTANTS = [
         "scaled(2 * slope, shared.shifted)",
         "tests/losses/test_objective.py",
     ),
+    # Averaged targets: each sample counts itself twice in a batch, the moments are not
+    # about the mean, and float32 loses close neighbours.
+    Mutant(
+        "losses/targets.py",
+        "logits = logits.masked_fill(own, -torch.inf)",
+        "logits = logits.masked_fill(own, 0.0)",
+        "tests/losses/test_random_options.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        "slope = slope - (v * mean).sum(-1, keepdim=True)",
+        "slope = slope + 0 * mean.sum(-1, keepdim=True)",
+        "tests/losses/test_averaged_targets.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        " - (v * second).sum(-1, keepdim=True) * mean",
+        "",
+        "tests/losses/test_averaged_targets.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        'torch.float32 if x0.device.type == "mps" else torch.float64',
+        "torch.float32",
+        "tests/losses/test_averaged_targets.py",
+    ),
     # Indices that the caller gives stand for N - 1 times in place of N.
     Mutant(
         "losses/weighting.py",

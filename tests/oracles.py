@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -335,36 +336,49 @@ def dense_terms(
     exact=False,
     frozen=None,
     third="ijk,i,j->k",
+    others=None,
 ):
     """The four terms of one sample from dense arrays; `frozen` holds (ℓ, ∂f/∂x) of the detach.
 
-    `third` contracts ∂²f with a probe twice: by default it is the gradient of vᵀ ∂f v.
+    `third` contracts ∂²f with a probe twice: by default it is the gradient of vᵀ ∂f v. `others`
+    are (w_j, ℓ_j), over which the higher residuals are averaged in place of ℓ alone.
     """
     d = f.numel()
     noise, probes = noise.reshape(-1), probes.reshape(len(probes), -1)
     ell, held = (f + noise, jacobian) if frozen is None else frozen
+    others = [(1.0, ell)] if others is None else others
     first = ((f + noise) ** 2).sum() / d
-    if exact:
-        m2 = sigma * jacobian + torch.eye(d) - torch.outer(ell, ell)
+
+    def whole(ell):
         r3 = (
             sigma**2 * sum(torch.einsum(third, second, v, v) for v in torch.eye(d))
             + ell.dot(ell) * ell
             - (sigma * held.trace() + d) * ell
             - 2 * (sigma * held + torch.eye(d)) @ ell
         )
-        return first, (m2**2).sum() / d**2, m2.trace() ** 2 / d**2, (r3**2).sum() / d**3
-    squares = []
-    for v in probes:
-        along, along_held = sigma * jacobian @ v, sigma * held @ v
-        slope = ell.dot(v)
-        r2 = along + v - slope * ell
-        rt = v.dot(along) + v.dot(v) - slope**2
+        return sigma * jacobian + torch.eye(d) - torch.outer(ell, ell), r3
+
+    def along(v, ell):
+        moved, fixed, slope = sigma * jacobian @ v, sigma * held @ v, ell.dot(v)
         r3 = (
             sigma**2 * torch.einsum(third, second, v, v)
             + slope**2 * ell
-            - (v.dot(along_held) + v.dot(v)) * ell
-            - 2 * slope * (along_held + v)
+            - (v.dot(fixed) + v.dot(v)) * ell
+            - 2 * slope * (fixed + v)
         )
+        return moved + v - slope * ell, v.dot(moved) + v.dot(v) - slope**2, r3
+
+    def averaged(residuals):
+        parts = zip(*(residuals(each) for _, each in others), strict=True)
+        weights = [weight for weight, _ in others]
+        return [sum(w * each for w, each in zip(weights, part, strict=True)) for part in parts]
+
+    if exact:
+        m2, r3 = averaged(whole)
+        return first, (m2**2).sum() / d**2, m2.trace() ** 2 / d**2, (r3**2).sum() / d**3
+    squares = []
+    for v in probes:
+        r2, rt, r3 = averaged(partial(along, v))
         squares.append(torch.stack([(r2**2).sum() / d**2, rt**2 / d**2, (r3**2).sum() / d**3]))
     return first, *torch.stack(squares).mean(0)
 
@@ -375,23 +389,30 @@ def dense_halves(estimates):
     return sum(estimates[:half]) / half, sum(estimates[half:]) / (len(estimates) - half)
 
 
-def dense_paired_terms(f, a, second, noise, probes, third="ijk,i,j->k"):
-    """The terms of one sample by two halves of the probes, a = σ ∂f/∂x, second = σ² ∂²f."""
+def dense_paired_terms(f, a, second, noise, probes, third="ijk,i,j->k", others=None):
+    """The terms of one sample by two halves of the probes, a = σ ∂f/∂x, second = σ² ∂²f.
+
+    `others` are (w_j, ℓ_j) of averaged targets, whose covariance is taken from a.
+    """
     d, ell = len(f), (f + noise).detach()
+    centred = [(weight, each - ell) for weight, each in others or []]
+    a = a - sum(weight * torch.outer(each, each) for weight, each in centred)
     square, held, squares, traces, vectors = ell.dot(ell), a.detach(), [], [], []
     for v in probes:
         squares.append((a @ v).dot(a @ v) + 2 * v.dot(a @ v))
         traces.append(v.dot(a @ v) + d - square)
         rest = (square - v.dot(held @ v) - d) * ell - 2 * (held @ ell + ell)
+        rest = rest + sum(weight * each.dot(v) ** 2 * each for weight, each in centred)
         vectors.append(torch.einsum(third, second, v, v) + rest)
     of_second = sum(squares) / len(probes) - 2 * ell.dot(a @ ell) + d - 2 * square + square**2
     (one, other), (left, right) = dense_halves(traces), dense_halves(vectors)
     return of_second / d**2, one * other / d**2, left.dot(right) / d**3
 
 
-def dense_stein_rate(f, a, noise, probes):
+def dense_stein_rate(f, a, noise, probes, others=None):
     """ρ₁ρ₂ of one sample; its gradient is that of ρ₁ (v₂·D₂ + f̄·f) + ρ₂ (v₁·D₁ + f̄·f)."""
-    along = [v.dot(a @ v) for v in probes]
+    centred = [(weight, each - (f + noise).detach()) for weight, each in others or []]
+    along = [v.dot(a @ v) - sum(w * each.dot(v) ** 2 for w, each in centred) for v in probes]
     one, other = dense_halves([(each + len(f) - noise.dot(noise + f)).detach() for each in along])
     moved, other_moved = dense_halves([each + f.detach().dot(f) for each in along])
     term = one * other_moved + other * moved

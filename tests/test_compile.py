@@ -147,6 +147,17 @@ def test_what_has_no_rule_in_batches_of_two_sizes(order, function, options):
 
 
 @compiles_higher_orders
+def test_averaged_targets_are_part_of_the_graph_and_may_be_given_to_a_call():
+    network, shape = networks()["mlp"]
+    targets = hosm.AveragedTargets(torch.randn(5, *shape))
+    module = hosm.ThirdOrderDSM(hosm.ScoreModel(network, VP), targets=hosm.AveragedTargets())
+    x0, inputs = given((4, *shape), 3)
+    step = compiled(module)
+    for each in ({}, {"targets": targets}):
+        assert_agrees(module, x0, inputs | each, step)
+
+
+@compiles_higher_orders
 def test_weights_that_follow_a_rule_and_terms_beside_the_loss():
     module, x0, inputs = around(torch.sin, 2)
     step = compiled(module)

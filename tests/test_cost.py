@@ -136,6 +136,16 @@ def test_probes_share_the_value(order, options, most):
     assert calls == [8 if folded else 2]
 
 
+@pytest.mark.parametrize(("order", "products"), [(1, 2), (2, 4), (3, 5)])
+def test_averaged_targets_are_a_few_products_with_the_reference(order, products):
+    """Weights and mean, the references along a probe, and a sum over them for each cumulant."""
+    model, x0 = hosm.ScoreModel(Residual(), VP), torch.randn(64, 1, 6, 6)
+    plain = flops(lambda: FUNCTIONS[order](model, x0))
+    found = flops(lambda: FUNCTIONS[order](model, x0, targets=hosm.AveragedTargets()))
+    assert found - plain == products * 2 * 64 * 64 * 36
+    assert found < 1.02 * plain
+
+
 def test_a_fraction_costs_its_part():
     x0 = torch.randn(8, 1, 6, 6)
     whole, _ = ratio(3, x0)

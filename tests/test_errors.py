@@ -150,6 +150,9 @@ BAD = {
         *bad(ValueError, ("noise", "snr"), ("noise",) * 3),
     ],
     "time_sampler": bad(ValueError, "uniform", 1),
+    "targets": bad(TypeError, "averaged", True, hosm.AveragedTargets),
+    "own": FLAG,
+    "same": bad(TypeError, 1, "y"),
     "probes": WHOLE + bad(ValueError, "all"),
     "fraction": bad(ValueError, None, "half", True, NAN, 0.0, 1.5, -0.5),
     **dict.fromkeys(("estimator", "distribution", "derivative"), NAME + bad(ValueError, None)),
@@ -169,8 +172,7 @@ BAD = {
     "nodes": WHOLE + bad(ValueError, 1),
     "reference": [
         *bad(TypeError, "truth", X.byte(), X + 0j, X.to_sparse()),
-        *bad(ValueError, torch.ones(3, 5), torch.tensor(1.0), X[:0], X * NAN),
-        *bad(ValueError, *(hosm.ScoreModel(NETWORK, each) for each in (TABLE, hosm.VESchedule()))),
+        *bad(ValueError, torch.tensor(1.0), X[:0], X * NAN),
     ],
     "results": [
         *bad(TypeError, result(), [torch.zeros(2)], named="cat"),
@@ -219,6 +221,7 @@ CALLS = {
     hosm.NLLResult.cat: {"results": [result(), result()]},
     hosm.NLLResult.from_dict: {"values": VALUES},
     **{getattr(hosm.NLLResult, name): {"self": result()} for name in ("bits_per_dim", "summary")},
+    hosm.AveragedTargets: {},
     hosm.ScoreModel: {"network": NETWORK, "schedule": VP},
     hosm.DiscreteSchedule: {"alphas_cumprod": [0.9, 0.1]},
     hosm.DiscreteSchedule.from_betas: {"betas": [0.1, 0.5]},
@@ -229,8 +232,20 @@ CALLS = {
     interop.from_score_sde: {"model": NETWORK, "sde": SDE},
     interop.from_edm: {"net": module("EDMPrecond", sigma_min=0.0, sigma_max=INF)},
 }
+TO_AVERAGE = [
+    *bad(TypeError, hosm.AveragedTargets(X.float()), hosm.AveragedTargets(same=lambda _: X @ X.T)),
+    *bad(ValueError, hosm.AveragedTargets(X[:, :1]), hosm.AveragedTargets(X.to("meta"))),
+    *bad(ValueError, hosm.AveragedTargets(same=lambda _: T > 0)),
+]
+FORWARDS = FORWARD, hosm.SteinDSM.forward
 # The bad values of an argument in one call, which for other projects are all.
 MORE = {
+    (FIRST, "targets"): TO_AVERAGE + BAD["noise"][1:],
+    **{
+        (call, "targets"): TO_AVERAGE + bad(ValueError, X)
+        for call in (SECOND, THIRD, STEIN[0], hosm.dsm_terms, *FORWARDS)
+    },
+    **{(call, "targets"): bad(ValueError, X) for call in (*MODULES, STEIN[1])},
     **{(call, "probes"): bad(ValueError, 1, "exact") for call in STEIN},
     **{(call, "probes"): bad(ValueError, None, "exact") for call in SOLVERS},
     **{(call, "steps"): bad(ValueError, 3) for call in SOLVERS},
@@ -241,6 +256,10 @@ MORE = {
     (THIRD, "weights"): bad(ValueError, "balanced", (1, 1, 1, torch.ones((), device="meta"))),
     (hosm.ode_nll, "divergence"): bad(ValueError, None),
     (hosm.likelihood_gap, "steps"): bad(ValueError, None, 3),
+    (hosm.likelihood_gap, "reference"): [
+        *bad(ValueError, torch.ones(3, 5)),
+        *bad(ValueError, *(hosm.ScoreModel(NETWORK, each) for each in (TABLE, hosm.VESchedule()))),
+    ],
     (hosm.check_derivatives, "x0"): bad(TypeError, X.bfloat16(), X.half()),
     (hosm.check_derivatives, "order"): bad(ValueError, 1),
     (TABLE.linear, "steps"): bad(ValueError, None),
@@ -274,7 +293,7 @@ MORE = {
 BOTH = (*MODULES[1:], SECOND, THIRD, hosm.dsm_terms)
 IMAGES = {"x": X.byte(), "dequantization": "uniform", "divergence": "exact"}
 NOISY = {"dequantization_draws": 2, "divergence": "hutchinson"}
-PAIRED = {"estimator": "paired"}
+PAIRED, AVERAGED = {"estimator": "paired"}, hosm.AveragedTargets()
 TURNED = {"model": module("Lumina2"), "scheduler": flow()}
 DISCRETE = {"sde": SimpleNamespace(sigma_min=0.01, sigma_max=50.0), "continuous": False}
 NLL, SAMPLE = SOLVERS
@@ -293,6 +312,7 @@ TOGETHER = [
     (LOSSES, TypeError, "t", {"model": hosm.ScoreModel(NETWORK, TABLE), "t": T > 0}),
     (LOSSES, ValueError, "t", {"model": hosm.ScoreModel(NETWORK, TABLE), "t": T.long() + 3}),
     (LOSSES, TypeError, "t", {"x0": X.bfloat16(), "t": T.bfloat16()}),
+    (LOSSES, ValueError, "targets", {"targets": AVERAGED, "model_kwargs": {"y": T}}),
     (SOLVERS, ValueError, "probes", {"divergence": "exact", "probes": 2}),
     (SOLVERS, ValueError, "distribution", {"divergence": "exact", "distribution": "dct"}),
     ([SAMPLE], ValueError, "probes", {"divergence": None, "probes": 2}),

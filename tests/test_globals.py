@@ -41,6 +41,7 @@ DRAWS = {
     },
     "fraction": loss(FUNCTIONS[2], fraction=0.5, probes="exact", t=X[:, 0] * 0 + 0.5, noise=X),
     "paired": loss(FUNCTIONS[3], estimator="paired"),
+    "averaged": loss(FUNCTIONS[3], targets=hosm.AveragedTargets()),
     "likelihood weighting": loss(FUNCTIONS[1], weighting="likelihood"),
     "stein": loss(hosm.stein_dsm),
     "stein module": lambda model, **options: hosm.SteinDSM(model)(X, **options),

@@ -57,6 +57,8 @@ def test_a_loss_reads_no_value(data):
     weights = tree_map(lambda each: each.detach() if torch.is_tensor(each) else each, weights)
     inputs = {} if weights is None else {"weight" if loss == "stein" else "weights": weights}
     if pick.now_and_then():
+        inputs |= {"targets": hosm.AveragedTargets(pick.choice([None, x0]))}
+    if pick.now_and_then():
         inputs |= {"noise": x0.clone()}
         whole = schedule is SCHEDULES["discrete"] and pick.now_and_then()
         dtype = torch.int64 if whole else torch.float64

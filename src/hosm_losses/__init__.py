@@ -12,6 +12,7 @@ from hosm_losses.likelihood import SampleResult as SampleResult
 from hosm_losses.likelihood import ode_nll as ode_nll
 from hosm_losses.likelihood import ode_sample as ode_sample
 from hosm_losses.likelihood import variational_nll as variational_nll
+from hosm_losses.losses import AveragedTargets as AveragedTargets
 from hosm_losses.losses import DSMTerms as DSMTerms
 from hosm_losses.losses import FirstOrderDSM as FirstOrderDSM
 from hosm_losses.losses import LoggedSteinTerms as LoggedSteinTerms

@@ -109,6 +109,18 @@ def drawn_weights(pick, loss):
     )
 
 
+def drawn_targets(pick, x0, order):
+    """Averaged targets whose references any sample may miss, or at order one a tensor."""
+    kind = pick.choice([None, None, "batch", "reference", "all", "tensor"])
+    if kind == "tensor":
+        return torch.randn_like(x0) if order == 1 else None
+    if kind is None:
+        return None
+    reference = None if kind == "batch" else torch.cat([x0.detach(), torch.randn_like(x0)])
+    mask = torch.rand(len(x0), len(x0) if reference is None else len(reference)) < 0.7
+    return hosm.AveragedTargets(reference, own=kind != "all", same=lambda kwargs: mask)
+
+
 def drawn_case(data):
     """A model, what its loss is given, and all that may have a gradient."""
     pick, seed = Pick(data), data.draw(st.integers(0, 10_000))
@@ -135,6 +147,7 @@ def drawn_case(data):
     if options.get("probes", "exact") != "exact" and pick.now_and_then():
         probe = torch.randn(options.pop("probes"), size, *shape)
     order = options.get("order", LOSSES[loss][2])
+    targets = drawn_targets(pick, x0, order)
     as_module = loss != "terms" and pick.choice([False, True])
     return SimpleNamespace(**locals())
 
@@ -147,6 +160,8 @@ def evaluated(case):
     inputs["generator"] = torch.Generator().manual_seed(case.seed)
     if case.probe is not None:
         inputs["probe"] = case.probe
+    if case.targets is not None:
+        inputs["targets"] = case.targets
     if case.weights is not None:
         inputs["weight" if case.loss == "stein" else "weights"] = case.weights
     if case.as_module:
@@ -212,20 +227,39 @@ def dense_sample(case, row):
         weighting = (weighting, weighting if callable(weighting) else "noise")
     factors = [one(t) if callable(one) else named[one] for one in weighting]
     factors = torch.stack([nats, nats] if case.loss == "stein" else factors)
-    return field, alpha * case.x0[row] + sigma * case.noise[row], sigma, case.noise[row], factors
+    x = alpha * case.x0[row] + sigma * case.noise[row]
+    return field, x, sigma, *noises(case, row, x.detach(), alpha, sigma), factors
 
 
-def higher_terms(case, field, x, sigma, noise, probes):
+def noises(case, row, x, alpha, sigma):
+    """The target of order one, and (w_j, ε_j) of averaged targets."""
+    targets, own = case.targets, case.noise[row]
+    if not isinstance(targets, hosm.AveragedTargets):
+        return own if targets is None else targets[row], None
+    mask = targets.same({})[row].clone()
+    if targets.reference is None:
+        mask[row] = False
+    reference = case.x0 if targets.reference is None else targets.reference
+    found = [((x - alpha * each) / sigma).detach() for each in reference[mask]]
+    if targets.own or not found:
+        found.append(own.detach())
+    weights = torch.stack([-0.5 * each.square().sum() for each in found]).softmax(0)
+    pairs = list(zip(weights, found, strict=True))
+    return sum(weight * each for weight, each in pairs), pairs
+
+
+def higher_terms(case, field, x, sigma, noise, pairs, probes):
     """The terms of one sample above the first."""
     f, jacobian, second = dense_derivatives(field, x)
     # With σ inside, what is held fixed of them is so whole.
     a, second, noise = sigma * jacobian, sigma**2 * second, noise.flatten()
+    others = pairs and [(weight, (f + each.flatten()).detach()) for weight, each in pairs]
     third = LAPLACIAN if case.options.get("third") == "laplacian" else "ijk,i,j->k"
     if case.loss == "stein":
-        return (dense_stein_rate(f, a, noise, probes),)
+        return (dense_stein_rate(f, a, noise, probes, others),)
     if case.options["estimator"] == "paired":
-        return dense_paired_terms(f, a, second, noise, probes, third)[: case.order]
-    options = {"exact": case.options.get("probes") == "exact", "third": third}
+        return dense_paired_terms(f, a, second, noise, probes, third, others)[: case.order]
+    options = {"exact": case.options.get("probes") == "exact", "third": third, "others": others}
     held = (f + noise).detach(), a.detach()
     return dense_terms(f, a, second, 1.0, noise, probes, frozen=held, **options)[
         1 : case.order + 1
@@ -236,12 +270,12 @@ def dense_loss(case, rows, probes):
     """The loss, and its terms: (B,), or of the rows."""
     case.network.by_hand = True
     samples = [dense_sample(case, row) for row in range(case.size)]
-    first = torch.stack([(f(x) + noise).square().sum() for f, x, _, noise, _ in samples])
+    first = torch.stack([(f(x) + noise).square().sum() for f, x, _, noise, *_ in samples])
     terms = [first if case.loss == "stein" else first / case.x0[0].numel()]
     if case.order > 1:
         higher = []
         for place, row in enumerate(rows):
-            higher.append(higher_terms(case, *samples[row][:4], probes[:, place]))
+            higher.append(higher_terms(case, *samples[row][:-1], probes[:, place]))
         terms += [torch.stack(column) for column in zip(*higher, strict=True)]
     case.network.by_hand = False
     if case.loss == "terms":

@@ -43,7 +43,7 @@ def residuals(noise, f, along, gradient, v):
     count = len(noise)
     f, along, gradient, v = (part.expand(1, count, -1) for part in (f, along, gradient, v))
     first = first_residual(f, noise)
-    shared = common(first, along, v)
+    shared = common(first, along + v, v)
     second, trace = second_residual(shared), trace_residual(shared)
     return first[0], second[0], trace[0], (gradient - third_target(shared))[0]
 
@@ -106,8 +106,8 @@ def test_all_sign_vectors_average_and_the_unit_vectors_sum_to_the_exact_terms(d)
     )
 
     def along(v):
-        given = ell.expand(1, 1, d), (sigma * v @ jacobian.T)[:, None], v[:, None]
-        shared = common(*given)
+        along = sigma * v @ jacobian.T + v
+        shared = common(ell.expand(1, 1, d), along[:, None], v[:, None])
         gradient = sigma**2 * torch.einsum("ijk,ni,nj->nk", second, v, v)
         r2, rt = second_residual(shared)[:, 0], trace_residual(shared)[:, 0]
         return r2, rt, gradient - third_target(shared)[:, 0]
@@ -134,7 +134,7 @@ def test_what_is_detached_and_what_is_not():
         return tuple(grad is not None for grad in grads)
 
     first = first_residual(f, noise)
-    shared = common(first, along, v)
+    shared = common(first, along + v, v)
     assert sources(first) == (True, False, False)
     assert sources(second_residual(shared)) == (False, True, False)
     assert sources(trace_residual(shared)) == (False, True, False)

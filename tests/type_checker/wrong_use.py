@@ -13,6 +13,7 @@ def misspelled(model: hosm.ScoreModel, x0: torch.Tensor) -> None:
     hosm.SecondOrderDSM(model, weights="equal")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, derivative="jvp")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, distribution="normal")  # pyright: ignore[reportArgumentType]
+    hosm.third_order_dsm(model, x0, targets="all")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, probes="all")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, weighting="snr")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, time_sampler="uniform")  # pyright: ignore[reportArgumentType]

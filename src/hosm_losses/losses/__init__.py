@@ -3,6 +3,7 @@
 - `functions`, `modules`: the public face.
 - `options`: what the public face takes, written once; defaults and checks.
 - `objective`: from arguments to a loss: perturbs the data, sums the terms, checks the result.
+- `targets`: what stands for the noise in the residuals, averaged over data.
 - `terms`: the residuals with their detach, and the terms for each sample along its probes.
 - `paired`: the same terms by products of two probes' estimates.
 - `stein`: the rate at which the log-density of the ODE goes wrong.
@@ -21,5 +22,6 @@ from hosm_losses.losses.modules import SteinDSM as SteinDSM
 from hosm_losses.losses.modules import ThirdOrderDSM as ThirdOrderDSM
 from hosm_losses.losses.stein import LoggedSteinTerms as LoggedSteinTerms
 from hosm_losses.losses.stein import SteinTerms as SteinTerms
+from hosm_losses.losses.targets import AveragedTargets as AveragedTargets
 from hosm_losses.losses.terms import DSMTerms as DSMTerms
 from hosm_losses.losses.terms import LoggedTerms as LoggedTerms

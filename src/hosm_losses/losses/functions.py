@@ -95,6 +95,10 @@ def third_order_dsm(
         x0: data (B, *).
         t: times (B,) in the schedule's units; drawn as `time_sampler` says if None.
         noise: ε (B, *); drawn if None.
+        targets: what the residuals compare with. None is ε, as in the paper. `AveragedTargets()`
+            averages over all data that may have led to x, which takes the noise of the data out
+            of every order. A tensor (B, *), in a call of order one, stands in the place of ε in
+            the residual and not in x: the prediction of a teacher, for example.
         probe: v, of shape (B, *) or (K, B, *), with K of 2 or more for "paired", used as it is;
             drawn if None.
         probes: K, the number of probes a sample, or "exact" for all d unit vectors. None is 1, and
@@ -181,7 +185,8 @@ def stein_dsm(model: ScoreModel, x0: Tensor, **arguments: Unpack[SteinArguments]
         The integral over log σ̂ of ‖ε̂ − ε‖² + weight · ρ₁ρ₂, averaged over the batch, in nats. The
         first part has the mean J_SM up to a constant. ρ₁ and ρ₂ estimate the rate a, each from
         half of the probes. The gradient of the second part is in the mean that of weight · a²; its
-        value is noisier and may be negative.
+        value is noisier and may be negative. With averaged `targets` the mean is the same where
+        their reference is dense, with less noise.
 
     Example:
         >>> import torch

@@ -4,6 +4,7 @@ Each holds the ScoreModel as `model` and the options of the function of the same
 computes the loss in its forward, so that a wrapper around it sees every use of a parameter.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack, overload
 
@@ -31,6 +32,7 @@ from hosm_losses.losses.options import (
     spelled_out,
 )
 from hosm_losses.losses.stein import LoggedSteinTerms
+from hosm_losses.losses.targets import check_targets
 from hosm_losses.losses.terms import LoggedTerms
 from hosm_losses.model import ScoreModel, check_model, refuse_wrapped
 
@@ -47,6 +49,7 @@ class _Objective(nn.Module):
         super().__init__()
         refuse_unknown(type(self).__name__, self.choices, options)
         self.weights, self.balance = _untrained("weights", options.pop("weights", None)), None
+        self.targets = check_targets(options.pop("targets", None), tensor=False)
         self.options = LossOptions(order=self.order, **options)
         self.model = check_model(model)
         if self.order > 1:
@@ -64,7 +67,7 @@ class _Objective(nn.Module):
 
     def extra_repr(self) -> str:
         """The options and the weights, for print."""
-        shown = {**vars(self.options), "weights": self.weights}
+        shown = {**vars(self.options), "weights": self.weights, "targets": self.targets}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     def forward(
@@ -73,11 +76,11 @@ class _Objective(nn.Module):
         """Return the loss, or (loss, detached terms); inputs as in `third_order_dsm`.
 
         `weights` given here, for a ramp, stands before those of the constructor. Numbers multiply
-        the balanced ones.
+        the balanced ones. So does `targets`, as for a reference that changes.
         """
         refuse_unknown(f"{type(self).__name__}.forward", self.inputs, inputs)
         check_flag("return_terms", return_terms)
-        given: dict[str, Any] = {"weights": None, **inputs}
+        given = {"weights": None, "targets": self.targets} | _given(inputs)
         weights, balance = given["weights"], self.balance
         if balance is None:
             given["weights"] = self.weights if weights is None else weights
@@ -114,6 +117,11 @@ def _untrained(name: str, weight: Any) -> Any:
             "the optimizer would drive to zero. Give weights that follow a rule to each call."
         )
     return weight
+
+
+def _given(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a call without those that are None, as if they were left out."""
+    return {name: each for name, each in inputs.items() if each is not None}
 
 
 def _check_kept_once() -> None:
@@ -227,6 +235,7 @@ class SteinDSM(nn.Module):
         refuse_unknown("SteinDSM", SteinChoices, options)
         chosen: dict[str, Any] = dict(options)
         self.weight: float | Tensor | None = _untrained("weight", chosen.pop("weight", 1.0))
+        self.targets = check_targets(chosen.pop("targets", None), tensor=False)
         self.options = SteinOptions(**chosen)
         self.model = check_model(model)
         refuse_wrapped(model.network)
@@ -234,22 +243,20 @@ class SteinDSM(nn.Module):
 
     def extra_repr(self) -> str:
         """The options and the weight, for print."""
-        names = sorted(SteinChoices.__optional_keys__ - {"weight"})
-        shown = {"weight": self.weight} | {name: getattr(self.options, name) for name in names}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        shown, names = vars(self.options) | vars(self), sorted(SteinChoices.__optional_keys__)
+        return ", ".join(f"{name}={shown[name]!r}" for name in names)
 
     def forward(
         self, x0: Tensor, *, return_terms: bool = False, **inputs: Unpack[SteinInputs]
     ) -> Tensor | tuple[Tensor, LoggedSteinTerms]:
         """Return the loss, or (loss, detached terms); inputs as in `stein_dsm`.
 
-        `weight` given here, for a ramp, stands before that of the constructor.
+        `weight` and `targets` given here stand before those of the constructor.
         """
         refuse_unknown("SteinDSM.forward", SteinInputs, inputs)
         check_flag("return_terms", return_terms)
-        given: dict[str, Any] = dict(inputs)
-        weight = given.pop("weight", None)
-        weight = self.weight if weight is None else weight
+        given = {"weight": self.weight, "targets": self.targets} | _given(inputs)
+        weight = given.pop("weight")
         found = evaluate(self.model, x0, self.options, weights=weight, **given)
         return _returned(found, LoggedSteinTerms, return_terms)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import (
+    at_least_float32,
     check_finite,
     check_generator,
     check_like,
@@ -24,14 +25,10 @@ from hosm_losses._checks import (
 from hosm_losses._torch_internals import normal, outside_inference_mode, traced
 from hosm_losses.derivatives import has_other_leaves
 from hosm_losses.losses.balance import Balance
-from hosm_losses.losses.options import (
-    LossOptions,
-    SteinOptions,
-    Weights,
-    counts,
-)
+from hosm_losses.losses.options import LossOptions, SteinOptions, Weights, counts
 from hosm_losses.losses.paired import paired_terms
 from hosm_losses.losses.stein import stein_terms
+from hosm_losses.losses.targets import Targets, check_conditions, check_targets
 from hosm_losses.losses.terms import (
     DSMTerms,
     Inputs,
@@ -68,6 +65,7 @@ def evaluate(
     *,
     t: object = None,
     noise: object = None,
+    targets: object = None,
     probe: object = None,
     weights: object = None,
     generator: torch.Generator | None = None,
@@ -77,8 +75,9 @@ def evaluate(
     """The loss and its terms, from arguments that are checked here."""
     checked: Weights = options.checked(weights)
     kwargs = check_model_kwargs(model_kwargs)
+    targets = check_targets(targets, tensor=options.order == 1)
     with outside_inference_mode():
-        score_model, inputs = perturbed(model, x0, t, noise, options, generator)
+        score_model, inputs = perturbed(model, x0, t, noise, options, generator, targets, kwargs)
         _check_device(checked, inputs.x, options.weights_name)
         weighting, sampler, drawn = options.weighting, options.time_sampler, t is None
         factors = time_factors(
@@ -89,6 +88,7 @@ def evaluate(
             refuse_wrapped(score_model.network)
         primitives = score_model.primitives and higher
         field = noise_field(score_model, inputs.t, kwargs, primitives=primitives)
+        check_conditions(targets, field.kwargs)
         field = field.apart_from_x() if options.x_apart else field
         rows = None
         if higher:
@@ -126,11 +126,14 @@ def perturbed(
     noise: object,
     options: LossOptions,
     generator: torch.Generator | None,
+    targets: Targets,
+    kwargs: dict[str, Any],
 ) -> tuple[ScoreModel, Inputs]:
     """Check the arguments of a loss, draw t and ε where they are missing, and perturb the data.
 
     x = α(t) x₀ + σ(t) ε. What is missing is drawn on the device of x₀, in the order t, ε, v. The
-    noise is ε − q x, to go with `NoiseField.apart_from_x`, where x is apart.
+    noise is ε − q x, to go with `NoiseField.apart_from_x`, where x is apart. Of `targets` it has
+    the mean in the place of ε, without a gradient.
     """
     score_model = check_model(model)
     batch = normal(check_sample_batch("x0", x0))
@@ -143,14 +146,25 @@ def perturbed(
     if noise is None:
         eps = torch.randn(batch.shape, device=batch.device, dtype=batch.dtype, **source(generator))
     else:
-        shape = tuple(batch.shape)
-        eps = normal(check_like("noise", noise, shape, batch.dtype, batch.device, "x0"))
-        check_finite("noise", eps)
+        eps = _like_data("noise", noise, batch)
     alpha, sigma = score_model.coefficients(times, batch)
     exact = expand_right(alpha, batch) * batch + expand_right(sigma, batch) * eps
-    if options.x_apart:
-        eps = score_model.noise_without_x(times, batch, eps)
-    return score_model, Inputs(exact.to(batch.dtype), times, eps, sigma)
+    target = score_model.noise_without_x(times, batch, eps) if options.x_apart else eps
+    posterior = None
+    if isinstance(targets, Tensor):
+        target = target + (at_least_float32(_like_data("targets", targets, batch).detach()) - eps)
+    elif targets is not None:
+        posterior = targets.posterior(batch, eps, alpha, sigma, kwargs)
+        shift = posterior.mean.reshape(eps.shape).to(at_least_float32(eps).dtype)
+        target = target + (shift + (eps.detach() - eps))
+    return score_model, Inputs(exact.to(batch.dtype), times, target, sigma, posterior)
+
+
+def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
+    """The caller's tensor, if it is a finite one like the data."""
+    given = normal(check_like(name, value, tuple(x0.shape), x0.dtype, x0.device, "x0"))
+    check_finite(name, given)
+    return given
 
 
 def _terms(

@@ -20,6 +20,7 @@ from hosm_losses._checks import (
     may_look,
 )
 from hosm_losses.derivatives import ENGINES, Engine
+from hosm_losses.losses.targets import Targets
 from hosm_losses.losses.weighting import TimeSampler, Weighting, check_weighting
 from hosm_losses.probes import DISTRIBUTIONS, Distribution
 
@@ -38,6 +39,7 @@ class FirstOrderOptions(TypedDict, total=False):
 
     weighting: Weighting
     time_sampler: TimeSampler
+    targets: Targets
     reduction: Reduction
 
 
@@ -73,6 +75,7 @@ class FirstOrderInputs(TypedDict, total=False):
 
     t: Tensor | None
     noise: Tensor | None
+    targets: Targets
     generator: torch.Generator | None
     model_kwargs: Mapping[str, Any] | None
 
@@ -93,6 +96,7 @@ class SteinChoices(_Engine, total=False):
     fraction: float
     weight: float | Tensor | None
     probes: int
+    targets: Targets
     reduction: Reduction
 
 

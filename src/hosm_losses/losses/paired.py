@@ -15,6 +15,10 @@ or σ² ∂²f[v_k, v_k] for the Laplacian form:
     over independent v_k with E[v vᵀ] = I are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖²: each term, and its
     gradient, has the mean of probes="exact". A product is negative for some samples.
 
+    With averaged targets v − C₂v stands for each vector v that is added to Av, and C₃(v_k, v_k, ·)
+    beside C_k. They share the probe of what they are compared with, so that its noise, too, is
+    gone where the two are equal.
+
     ℓ·(Aℓ) is taken by a pass back from the value, Aℓ without a graph: the network is called once.
 
 Cost of a step, in network evaluations with two probes, where one of order one is 3:
@@ -84,19 +88,21 @@ def paired_terms(
     residual = first_residual(value, noise)
     ell = residual.detach()
     # D tends to −v at the noisy end: their sum keeps the digits that those of squares lose.
-    square, shifted = inner(ell, ell), directional + probe
+    held, skew = inputs.spread(probe, third=options.order == 3)
+    square, shifted, (held, _) = inner(ell, ell), directional + held, inputs.spread(ell)
     beyond = elements - over_elements(probe.square())  # 0 but for rounding and "gaussian"
     along = inner(probe, shifted) + beyond  # v·D + d
     of_second = None
     if second and pulled is not None:
-        cross = inner(ell, sigma * at_least_float32(pulled) + ell)
+        cross = inner(ell, sigma * at_least_float32(pulled) + held)
         of_second = (over_elements(shifted.square()) + beyond).mean(0)
         of_second = (of_second + (square.square() - 2 * cross).mean(0)) / elements**2
     one, other = halves(along - square)
     terms = DSMTerms(first_term(residual), of_second, one * other / elements**2)
     if derived.third is None or pushed is None:
         return terms
-    moved = (sigma * at_least_float32(pushed)).detach() + ell
+    moved = (sigma * at_least_float32(pushed)).detach() + held
     rest = scaled((square - along).detach(), ell) - 2 * moved
+    rest = rest if skew is None else rest + skew
     one, other = halves(at_least_float32(derived.third) + rest)
     return terms._replace(third=over_elements(one * other, 1) / elements**3)

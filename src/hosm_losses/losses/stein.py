@@ -18,6 +18,9 @@ Formula, with δf = f − f*, f* = σ ∇log q_t and δtr = σ ∇·δf:
     have the same ε, and the variance depends on f. A loss that squares ρ has another minimiser.
     So the value is for a look at its noise, and falls with a only as far as that allows.
 
+    With averaged targets ε is the mean ε̄, and ρ_k = v_k·(D_k − C₂v_k) + d − ε̄·(ε̄ + f): the second
+    moment of ε given x is ε̄ ε̄ᵀ + C₂. It has the mean a where the reference is dense.
+
 Terms of a sample:
     first = ‖r1‖², of which the integral over u has the mean J_SM, up to a constant, in nats
     rate = ρ₁ρ₂, negative for some samples
@@ -36,13 +39,7 @@ from torch import Tensor
 from hosm_losses._checks import at_least_float32, expand_right, over_elements
 from hosm_losses.losses.options import LossOptions
 from hosm_losses.losses.paired import halves
-from hosm_losses.losses.terms import (
-    Inputs,
-    Logged,
-    first_residual,
-    first_residual_of,
-    inner,
-)
+from hosm_losses.losses.terms import Inputs, Logged, first_residual, first_residual_of, inner
 from hosm_losses.model import NoiseField
 
 
@@ -83,6 +80,8 @@ def stein_terms(
     derived = field.derive(x, direction, order=2, derivative=options.derivative)
     parts = (derived.value, derived.directional, inputs.noise, probe)
     value, directional, noise, probe = map(at_least_float32, parts)
+    if inputs.posterior is not None:
+        directional = directional + (inputs.spread(probe)[0] - probe)
     residual, along = first_residual(value, noise), inner(probe, directional)
     rate = along + x[0].numel() - inner(noise.unsqueeze(0), residual)
     one, other = halves(rate.detach())

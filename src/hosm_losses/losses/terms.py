@@ -16,7 +16,8 @@ Formula, with ℓ = ε + f held fixed, and D held fixed inside r3 as well:
     rest (K, B, *). Residuals have the shape of D, and rt and u·r3 have (K, B).
 
     The targets are conditional cumulants of ε given x: f = −κ₁, σ ∂f/∂x + I = κ₂, G = −κ₃(v, v,
-    ·).
+    ·). With `targets` averaged over data, ε is a mean, and the covariance C₂ and third cumulant
+    C₃ about it go to their side: D + v − C₂v for D + v, and G + C₃(v, v, ·) for G.
 
 Why the detach:
     It is part of the method, not an optimisation. Held fixed, the lower orders enter the targets
@@ -60,6 +61,7 @@ from hosm_losses._checks import (
     over_elements,
 )
 from hosm_losses.losses.options import LossOptions
+from hosm_losses.losses.targets import Posterior
 from hosm_losses.model import NoiseField
 
 
@@ -114,10 +116,16 @@ class Inputs(NamedTuple):
     t: Tensor  # (B,), as the caller gave them
     noise: Tensor  # ε, or ε − q x where the values of the field are f + q x, of shape (B, *)
     sigma: Tensor  # σ(t), of shape (B,)
+    posterior: Posterior | None = None  # of averaged targets, whose mean ε is
 
     def at(self, index: Tensor | slice) -> "Inputs":
         """Return the rows at `index`."""
-        return Inputs(*[tensor[index] for tensor in self])
+        x, t, noise, sigma = (tensor[index] for tensor in self[:4])
+        return Inputs(x, t, noise, sigma, self.posterior and self.posterior.at(index))
+
+    def spread(self, probe: Tensor, *, third: bool = False) -> tuple[Tensor, Tensor | None]:
+        """v − C₂v and C₃(v, v, ·) of averaged targets; of one noise v, and None for zero."""
+        return self.posterior.cumulants(probe, third=third) if self.posterior else (probe, None)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -140,13 +148,13 @@ class Common(NamedTuple):
 
     ell: Tensor  # ℓ, of shape (1, B, *)
     slope: Tensor  # ℓ·v, (K, B)
-    shifted: Tensor  # D + v, (K, B, *)
-    curvature: Tensor  # v·(D + v), (K, B)
+    shifted: Tensor  # D + v, or D + v − C₂v, (K, B, *)
+    curvature: Tensor  # its product with v, (K, B)
 
 
-def common(residual: Tensor, directional: Tensor, probe: Tensor) -> Common:
-    """What they have in common, from r1, D and v."""
-    ell, shifted = residual.detach(), directional + probe
+def common(residual: Tensor, shifted: Tensor, probe: Tensor) -> Common:
+    """What they have in common, from r1, D + v, or D + v − C₂v, and v."""
+    ell = residual.detach()
     return Common(ell, inner(ell, probe), shifted, inner(probe, shifted))
 
 
@@ -216,7 +224,8 @@ def terms_along(
     value, directional, noise, probe = map(at_least_float32, (value, directional, noise, probe))
     elements = float(x[0].numel())  # the cube may be no integer of 64 bits
     residual = first_residual(value, noise)
-    first, shared = first_term(residual), common(residual, directional, probe)
+    held, skew = inputs.spread(probe, third=last is not None)
+    first, shared = first_term(residual), common(residual, directional + held, probe)
     second = _mean_square(second_residual(shared)) / elements**2
     # Over all unit vectors ‖r2‖² is summed, but rt and r3 are summed before they are squared.
     second = second * len(probe) if exact else second
@@ -226,6 +235,7 @@ def terms_along(
     if last is None:
         return DSMTerms(first, second, trace)
     last, target = at_least_float32(last), third_target(shared)
+    target = target if skew is None else target - skew
     if exact:
         last, target = last.sum(0, keepdim=True), target.sum(0, keepdim=True)
     return DSMTerms(first, second, trace, _mean_square(last - target) / elements**3)

@@ -1,0 +1,200 @@
+r"""Targets other than the noise that was drawn: its moments over a reference, or a tensor.
+
+What:
+    A batch fixes one noise ε for every x = α x₀ + σ ε. But x may have come from other data x_j as
+    well, with the noises ε_j = (x − α x_j)/σ. Averaging over these, in place of ε alone, takes the
+    noise of the data out of the targets of every order, at no call of the network.
+
+Formula, with ε_j of a reference and the own sample, whose ε_j is ε:
+    w_j ∝ exp(−‖ε_j‖²/2), Σ w_j = 1
+    ε̄ = Σ w_j ε_j      C₂ = Σ w_j (ε_j − ε̄)(ε_j − ε̄)ᵀ
+    C₃(v, v, ·) = Σ w_j ((ε_j − ε̄)·v)² (ε_j − ε̄)
+
+    The residuals of `terms`, averaged over w, are those of ε̄ with C₂ and C₃ added. With
+    ℓ = ε̄ + f and D as held fixed there:
+        r1 = f + ε̄
+        r2 = D + v − C₂v − (ℓ·v) ℓ
+        rt = v·(D + v − C₂v) − (ℓ·v)²
+        r3 = G + C₃(v, v, ·) + (ℓ·v)² ℓ − v·(D + v − C₂v) ℓ − 2 (ℓ·v) (D + v − C₂v)
+
+    Where all weight is on the own sample C₂ and C₃ are zero, and these are the paper's residuals.
+    Where the reference has every point of the data they are zero at the true score, without noise.
+    The weights normalise themselves, which is biased by O(1/R) for R references.
+
+    Shapes: weights (B, R), ε̄ (B, *); C₂v and C₃(v, v, ·) as the probes, (K, B, *).
+
+Precision:
+    Everything is written in δ_j = ε_j − ε = α/σ (x₀ − x_j), which is zero for the own sample: what
+    has no weight beside it adds exact zeros. Sums over j of differences are differences of sums,
+    products of matrices that cancel as σ/α → 0. So they are in float64, where α/σ = 1e4 leaves
+    eight digits, and which neither autocast nor TF32 shortens; in float32 on a device without it.
+
+Source:
+    Xu, Tong and Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion
+    Models", ICLR 2023, for order one. Orders two and three were derived for this library.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hosm_losses._checks import check_flag, check_like, check_sample_batch, complaint
+from hosm_losses._torch_internals import normal
+from hosm_losses.model import per_sample
+
+LARGEST = 2**22  # elements of a tensor over probes, samples and references; more are split
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AveragedTargets:
+    """Targets averaged over all data that may have led to x, weighted by their likelihood.
+
+    They take the noise of the data out of the targets, for a few products of matrices and no call
+    of the network. Order one has ε̄ = Σ w_j ε_j in place of ε, with ε_j = (x − α x_j)/σ and
+    w_j ∝ exp(−‖ε_j‖²/2) over the reference and the sample's own x₀: the stable targets of Xu, Tong
+    and Jaakkola (ICLR 2023). Orders two and three have the second and third moments, which is new
+    here. A reference that is dense at the scale of the noise leaves no noise in them. One that is
+    sparse gives the paper's targets. In between they have a bias that falls as 1/R.
+
+    Nothing of a target carries a gradient.
+
+    Args:
+        reference: data (R, *) of the type and device of x₀. None is the batch itself: under DDP
+            that of each process, unless it gives each call a gathered one by
+            `dataclasses.replace(targets, reference=gathered)`.
+        own: whether x₀ is to be added to the reference for its own sample. False says that the
+            reference contains it, as where it is all data.
+        same: model_kwargs → a mask (B, R) of the references that may stand for a sample, those
+            with its condition. Required where `model_kwargs` holds a tensor per sample. A sample
+            that finds none has its own x₀.
+
+    Raises:
+        TypeError: for a reference that is no floating-point tensor, an `own` that is no bool, or a
+            `same` that cannot be called.
+        ValueError: for an empty reference, or one that is not finite.
+
+    Example:
+        >>> import torch
+        >>> from hosm_losses import ScoreModel, VPSchedule, third_order_dsm
+        >>> model = ScoreModel(lambda x, t: 0.5 * x, VPSchedule())
+        >>> x0 = torch.randn(8, 2)
+        >>> third_order_dsm(model, x0, targets=AveragedTargets()).shape
+        torch.Size([])
+        >>> AveragedTargets(torch.randn(100, 2))
+        AveragedTargets(reference=<(100, 2)>, own=True, same=None)
+    """
+
+    reference: Tensor | None = None
+    own: bool = True
+    same: Callable[[dict[str, Any]], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        """Check every argument."""
+        if self.reference is not None:
+            check_sample_batch("reference", self.reference)
+        check_flag("own", self.own)
+        if not (self.same is None or callable(self.same)):
+            raise TypeError(complaint("same", "a callable of model_kwargs or None", self.same))
+
+    def __repr__(self) -> str:
+        """The call that makes it, with the shape of its reference."""
+        shape = None if self.reference is None else f"<{tuple(self.reference.shape)}>"
+        return f"AveragedTargets(reference={shape}, own={self.own}, same={self.same!r})"
+
+    def posterior(
+        self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, kwargs: dict[str, Any]
+    ) -> "Posterior":
+        """What may have led to x = α x₀ + σ ε, for α and σ (B,)."""
+        dtype = torch.float32 if x0.device.type == "mps" else torch.float64
+        data, eps, alpha, sigma = (
+            part.detach().reshape(len(x0), -1).to(dtype) for part in (x0, noise, alpha, sigma)
+        )
+        reference, scale = data, alpha / sigma
+        if self.reference is not None:
+            shape, given = (len(self.reference), *x0.shape[1:]), self.reference
+            given = check_like("targets.reference", given, shape, x0.dtype, x0.device, "x0")
+            reference = normal(given).detach().reshape(len(given), -1).to(dtype)
+        scaled, half = scale * (eps + scale * data), scale.square() / 2  # α/σ times x/σ
+        # −‖ε_j‖²/2, less that of the own sample.
+        logits = scaled @ reference.T - half * reference.square().sum(1)
+        logits = logits - (scaled * data - half * data.square()).sum(1, keepdim=True)
+        if self.same is not None:
+            like = tuple(logits.shape), torch.bool, x0.device, "batch and reference"
+            mask = check_like("targets.same(model_kwargs)", self.same(kwargs), *like)
+            logits = logits.masked_fill(~mask, -torch.inf)
+        if self.reference is None:
+            own = torch.eye(len(x0), device=x0.device).bool()
+            logits = logits.masked_fill(own, -torch.inf)
+        total = logits.logsumexp(1, keepdim=True)
+        if self.own or self.reference is None:
+            total = torch.logaddexp(total, torch.zeros_like(total))
+        # A sample without any reference has the weights 0, and no −∞ + ∞.
+        weights = (logits - total.clamp_min(torch.finfo(dtype).min)).exp()
+        return Posterior(weights, scale, data, reference, _sum(weights, scale, data, reference))
+
+
+class Posterior(NamedTuple):
+    """What may have led to each x: moments of δ_j = ε_j − ε, which is 0 for the own sample."""
+
+    weights: Tensor  # of the references without the own sample, (B, R)
+    scale: Tensor  # α/σ, (B, 1)
+    data: Tensor  # x₀, (B, d)
+    reference: Tensor  # (R, d)
+    mean: Tensor  # ε̄ − ε, (B, d)
+
+    def at(self, index: Tensor | slice) -> "Posterior":
+        """Return the rows at `index`."""
+        weights, scale, data, mean = (part[index] for part in (*self[:3], self.mean))
+        return Posterior(weights, scale, data, self.reference, mean)
+
+    def cumulants(self, probe: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
+        """v − C₂v and, if it is wanted, C₃(v, v, ·), along probes (K, B, *) and like them."""
+        half = len(self.weights) // 2
+        if half and len(probe) * self.weights.numel() > LARGEST:
+            parts = slice(None, half), slice(half, None)
+            found = [self.at(part).cumulants(probe[:, part], third=third) for part in parts]
+            held, skews = zip(*found, strict=True)
+            return torch.cat(held, 1), torch.cat(skews, 1) if third else None
+        weights, *points, mean = self
+        v = probe.detach().reshape(*probe.shape[:2], -1).to(mean.dtype)
+        slope = self.scale * ((v * self.data).sum(-1, keepdim=True) - v @ self.reference.T)
+        slope = slope - (v * mean).sum(-1, keepdim=True)  # (ε_j − ε̄)·v, (K, B, R)
+        second = _sum(weights * slope, *points)
+        held = probe - second.reshape(probe.shape).to(probe.dtype)
+        if not third:
+            return held, None
+        skew = _sum(weights * slope.square(), *points) - (v * second).sum(-1, keepdim=True) * mean
+        return held, skew.reshape(probe.shape).to(probe.dtype)
+
+
+def _sum(weights: Tensor, scale: Tensor, data: Tensor, reference: Tensor) -> Tensor:
+    """Σ_j of weights (*, B, R) times δ_j, (*, B, d)."""
+    return scale * (weights.sum(-1, keepdim=True) * data - weights @ reference)
+
+
+Targets = AveragedTargets | Tensor | None
+
+
+def check_targets(targets: object, *, tensor: bool) -> Targets:
+    """Return these if they are AveragedTargets, None or, where it may be one, a tensor."""
+    is_tensor = isinstance(targets, Tensor)
+    if targets is None or isinstance(targets, AveragedTargets) or (is_tensor and tensor):
+        return targets
+    expected = "AveragedTargets(...) or None; in a call of a loss of order one a tensor as well"
+    raise (ValueError if is_tensor else TypeError)(complaint("targets", expected, targets))
+
+
+def check_conditions(targets: Targets, kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError where averaged targets would mix samples of different conditions."""
+    paths: list[str] = []
+    if isinstance(targets, AveragedTargets) and targets.same is None:
+        per_sample(kwargs, lambda path, _: paths.append(path))
+    if paths:
+        raise ValueError(
+            f"targets: expected AveragedTargets(same=...), as {paths[0]} belongs to the samples; "
+            "got none. It says which references share their condition, (B, R), for example lambda "
+            "kwargs: kwargs['y'][:, None] == labels. Mark what all share: hosm_losses.Shared(...)."
+        )

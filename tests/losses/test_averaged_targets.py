@@ -1,0 +1,142 @@
+"""Averaged targets: the paper's with the own sample alone, and without noise with all of the data.
+
+In between `test_random_options` compares them with sums over the reference, one by one.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hosm_losses as hosm
+from hosm_losses.losses import targets as source
+from tests.cases import FUNCTIONS, MODULES, VP, assert_same, given, with_gradients
+from tests.losses.test_stein import ATOMS, CASES, SCHEDULES, SHARES, Perturbed
+from tests.oracles import MLP, randomise, sign_vectors
+
+D = 2
+PAIRED, EXACT = {"estimator": "paired"}, {"probes": "exact"}
+LOSSES = [
+    (FUNCTIONS[1], {}),
+    (FUNCTIONS[2], {"probes": 3, "derivative": "reverse"}),
+    *((FUNCTIONS[2], each) for each in (PAIRED, EXACT)),
+    *((FUNCTIONS[3], {"third": third}) for third in ("exact", "laplacian")),
+    *((FUNCTIONS[3], each) for each in (PAIRED, PAIRED | {"third": "laplacian"}, EXACT)),
+    (hosm.stein_dsm, {}),
+]
+
+
+def setting(batch=5):
+    """A model, and x0, t and noise where the weights of a batch are neither 1 nor equal."""
+    network = MLP(D)
+    randomise(network)
+    x0, inputs = given((batch, D))
+    return hosm.ScoreModel(network, VP), x0, inputs | {"t": torch.linspace(0.2, 0.6, batch)}
+
+
+def draws(seed=3):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("loss", "options"), LOSSES)
+def test_the_own_sample_alone_gives_the_papers_loss(loss, options):
+    model, x0, inputs = setting()
+    far = hosm.AveragedTargets(torch.full((3, D), 1e3))
+    others = hosm.AveragedTargets(x0.flip(0), own=False, same=lambda _: torch.zeros(5, 5) > 0)
+    found = [
+        with_gradients(loss(model, x0, **inputs, **options, generator=draws(), **chosen), model)
+        for chosen in ({}, {"targets": far}, {"targets": others})
+    ]
+    for each in found[1:]:
+        assert all(map(torch.equal, each, found[0]))
+
+
+@pytest.mark.parametrize(("loss", "options"), LOSSES)
+@pytest.mark.parametrize(("name", "prediction"), CASES[:4])
+def test_with_all_data_the_true_score_has_no_residual_and_is_stationary(
+    name, prediction, loss, options
+):
+    """At every x and for every probe, where one noise has residuals that vanish in the mean."""
+    schedule = SCHEDULES[name]
+    model = hosm.ScoreModel(Perturbed(schedule, prediction, 0.0), schedule, prediction)
+    reference = ATOMS.repeat_interleave((10 * SHARES).round().long(), 0)
+    span = min(schedule.t_max, 1.0) - schedule.t_min
+    inputs = {"t": schedule.t_min + span * torch.tensor([0.3, 0.5, 0.7]), "generator": draws()}
+    targets = hosm.AveragedTargets(reference, own=False)
+    value = loss(model, ATOMS, **inputs, **options, targets=targets, reduction="none")
+    plain = loss(model, ATOMS, **inputs, **options)
+    assert float(value.detach().abs().max()) < 1e-12
+    assert float(plain.detach()) > 1e-4
+    (gradient,) = torch.autograd.grad(value.sum(), model.network.size)
+    assert abs(float(gradient)) < 1e-12
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_the_mean_over_all_pairs_of_sign_vectors_is_the_exact_form(order):
+    model, x0, inputs = setting(2)
+    signs = sign_vectors(D)
+    pairs = torch.cartesian_prod(*[torch.arange(len(signs))] * 2)
+    targets = {"targets": hosm.AveragedTargets(torch.randn(4, D))}
+    every = {"probe": signs[pairs].transpose(0, 1).repeat(1, 2, 1)}
+    every |= {name: each.repeat_interleave(len(pairs), 0) for name, each in inputs.items()}
+    x0s = x0.repeat_interleave(len(pairs), 0)
+    found = FUNCTIONS[order](model, x0s, **every, **PAIRED, **targets)
+    exact = FUNCTIONS[order](model, x0, **inputs, **EXACT, **targets)
+    assert_same(with_gradients(found, model), with_gradients(exact, model), 1e-10)
+
+
+@pytest.mark.parametrize(("loss", "options"), LOSSES)
+def test_pieces_are_the_whole(loss, options, monkeypatch):
+    model, x0, inputs = setting()
+    options = options | inputs | {"targets": hosm.AveragedTargets()}
+    whole = loss(model, x0, **options, generator=draws())
+    monkeypatch.setattr(source, "LARGEST", 12)
+    assert_same(loss(model, x0, **options, generator=draws()), whole, 1e-14)
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_a_batch_is_a_reference_that_contains_each_sample(order):
+    """As of the samples of all processes, gathered and given to each call."""
+    model, x0, inputs = setting()
+    module = MODULES[order](model, targets=hosm.AveragedTargets(), reduction="none")
+    inputs |= {"probe": torch.randn(5, D)} if order > 1 else {}
+    gathered = replace(module.targets, reference=x0, own=False)
+    part = {name: each[:2] for name, each in inputs.items()}
+    assert_same(module(x0[:2], **part, targets=gathered), module(x0, **inputs)[:2], 1e-12)
+    assert "targets=AveragedTargets(reference=None, own=True, same=None)" in repr(module)
+
+
+def test_samples_of_other_conditions_are_left_out():
+    model, x0, inputs = setting(6)
+    labels = torch.tensor([0, 1, 0, 1, 1, 0])
+    model.call = lambda network, x, t, y: network(x + y[:, None], t)
+    kwargs = {"model_kwargs": {"y": labels}}
+    with pytest.raises(ValueError, match=r"targets: .*same=.*model_kwargs\['y'\].*Shared"):
+        hosm.third_order_dsm(model, x0, **inputs, **kwargs, targets=hosm.AveragedTargets())
+    same = hosm.AveragedTargets(same=lambda kwargs: kwargs["y"][:, None] == kwargs["y"])
+    inputs |= {"probe": torch.randn(6, D), "reduction": "none"}
+    found = hosm.third_order_dsm(model, x0, **inputs, **kwargs, targets=same)
+    for label in (0, 1):
+        rows = labels == label
+        part = {k: each[rows] for k, each in inputs.items() if k != "reduction"}
+        part |= {"model_kwargs": {"y": hosm.Shared(labels[rows])}, "reduction": "none"}
+        alone = hosm.third_order_dsm(model, x0[rows], **part, targets=hosm.AveragedTargets())
+        assert_same(alone, found[rows], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_short_types_lose_no_digits_where_neighbours_are_close(dtype):
+    """A network that is zero leaves the targets alone; these data differ in their last digits."""
+    model, place = hosm.ScoreModel(lambda x, t: 0 * x, hosm.VESchedule()), 1 + torch.arange(2)
+    x0 = (place + 0.02 * torch.randn(40, D)).to(dtype)
+    noise, probe = torch.randn(40, D).to(dtype), torch.randn(2, 40, D).to(dtype)
+    found = []
+    for wide, autocast in ((dtype, dtype == torch.float32), (torch.float64, False)):
+        t = torch.full((40,), 0.1, dtype=torch.promote_types(wide, torch.float32))
+        inputs = {"t": t, "noise": noise.to(wide), "targets": hosm.AveragedTargets()}
+        probes = {"probe": probe.to(wide)}
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            terms = [*hosm.dsm_terms(model, x0.to(wide), **inputs, **probes)]
+            terms += hosm.dsm_terms(model, x0.to(wide), **inputs, **probes, **PAIRED)
+        found.append([each.double() for each in terms])
+    assert_same(*found, 1e-5)
