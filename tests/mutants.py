@@ -276,7 +276,7 @@ MUTANTS = [
         "losses/objective.py",
         "of_higher = of_higher[rows]",
         "of_higher = of_higher[: len(rows)]",
-        "tests/losses/test_functions.py",
+        "tests/losses/test_random_options.py",
     ),
     # The rows of a fraction come from the global generator.
     Mutant(

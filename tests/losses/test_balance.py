@@ -50,8 +50,7 @@ def test_the_loss_is_the_sum_with_these_weights():
     loss.eval()
     again = loss(x0, generator=draws(0))
     torch.testing.assert_close(again, value)  # the same sizes, taken up once
-    low, high = loss.model.schedule.log_sigma_hat(torch.tensor([1e-5, 1.0]).clamp(1e-3)).unbind()
-    low = loss.model.schedule.log_sigma_hat(torch.tensor(loss.model.schedule.t_min))
+    low, high = loss.model.schedule.log_sigma_hat_range
     level = (loss.model.schedule.log_sigma_hat(terms.t) - low) / (high - low)
     weights = loss.balance(terms, level, terms.rows)
     nats = (high - low) * D
@@ -59,15 +58,6 @@ def test_the_loss_is_the_sum_with_these_weights():
         nats * (weight * term).mean() for weight, term in zip(weights[1:], terms[1:], strict=True)
     )
     torch.testing.assert_close(value, expected)
-
-
-def test_the_root_of_a_term_has_the_size_of_that_of_the_first():
-    """Of a term that is the first one times a number the weight is one over that number's root."""
-    level, first = torch.rand(64), torch.rand(64)
-    one, other = Balance(2), Balance(2)
-    torch.testing.assert_close(one((first, -first), level, None)[1], torch.ones(64))
-    weights = other((first, 1e4 * first), level, None)[1]
-    torch.testing.assert_close(weights, torch.full((64,), 1e-2), rtol=1e-5, atol=0)
 
 
 def test_a_term_that_is_not_finite_is_left_out():
@@ -96,17 +86,12 @@ def test_the_means_are_in_float32():
     assert float(balance.counts[0, 0]) == pytest.approx(200 * (1 + DECAY + DECAY**2))
     before = balance.sums.clone()
     assert torch.equal(balance.half().bfloat16().sums, before)
-    assert balance.sums.dtype == balance.counts.dtype == torch.float32
-
-
-@pytest.mark.parametrize("assign", [True, False])
-def test_a_checkpoint_in_half_precision_gives_means_in_float32(assign):
-    balance, kept = Balance(2), Balance(2)
-    kept((torch.ones(8), torch.ones(8)), torch.zeros(8), None)
-    halves = {name: value.bfloat16() for name, value in kept.state_dict().items()}
-    balance.load_state_dict(halves, assign=assign)
-    assert balance.sums.dtype == balance.counts.dtype == torch.float32
-    assert torch.equal(balance.counts, kept.counts)
+    halves = {name: value.bfloat16() for name, value in balance.state_dict().items()}
+    for assign in (True, False):
+        loaded = Balance(2)
+        loaded.load_state_dict(halves, assign=assign)
+        assert loaded.sums.dtype == loaded.counts.dtype == torch.float32
+        assert torch.equal(loaded.sums, halves["sums"].float())
 
 
 def test_what_was_made_without_data_starts_without_means():

@@ -48,20 +48,6 @@ def test_numbers_of_numpy_are_numbers():
     assert repr(taken) == repr(hosm.ThirdOrderDSM(model, probes=2, fraction=0.5))
 
 
-def test_weights_in_any_container():
-    model, x0 = setting()
-    inputs = {"t": torch.full((4,), 0.5), "noise": torch.ones(4, 2), "probe": torch.ones(4, 2)}
-    expected = hosm.third_order_dsm(model, x0, weights=(0.5, 1.0, 2.0, 0.25), **inputs)
-    for weights in (
-        torch.tensor([[0.5], [1.0], [2.0], [0.25]]),
-        [np.float32(0.5), np.int64(1), torch.tensor([2]), torch.tensor([[0.25]])],
-    ):
-        for reduction in ("mean", "none"):
-            loss = hosm.third_order_dsm(model, x0, weights=weights, reduction=reduction, **inputs)
-            assert loss.shape == (() if reduction == "mean" else (4,))
-            torch.testing.assert_close(loss.mean(), expected, rtol=1e-14, atol=0)
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "wrap",
@@ -82,18 +68,6 @@ def test_a_wrapped_part_of_a_network_is_an_error_above_order_one(wrap, monkeypat
     with pytest.raises(TypeError):
         hosm.second_order_dsm(model, torch.randn(3, 2), derivative="reverse")
     hosm.FirstOrderDSM(model)
-
-
-@pytest.mark.parametrize("module", [hosm.FirstOrderDSM, hosm.ThirdOrderDSM, hosm.SteinDSM])
-def test_times_with_a_gradient_come_detached_too(module):
-    """As those of a time_sampler that is learned."""
-    model, x0 = setting()
-    t = torch.tensor([0.1, 0.4, 0.6, 0.9], requires_grad=True)
-    loss, terms = module(model)(x0, t=t, return_terms=True)
-    assert not terms.t.requires_grad
-    assert torch.equal(terms.t, t)
-    loss.backward()
-    assert t.grad is not None
 
 
 def test_terms_keep_their_times_where_a_wrapper_makes_the_tuple_again():

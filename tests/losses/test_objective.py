@@ -1,4 +1,4 @@
-"""The objective: gradients against central differences, and what holds for any shape and time."""
+"""Gradients against central differences of dense terms, and any shape, dtype and time."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def difference(function, network, direction, h=1e-5):
 @pytest.mark.parametrize(
     ("name", "order", "options"),
     [
-        *(("attention", order, {"derivative": name}) for order in (2, 3) for name in ENGINES),
+        *(("attention", 3, {"derivative": name}) for name in ENGINES[1:]),
         ("conv", 3, {}),
         ("conv", 2, {"probes": "exact"}),
         ("mlp", 3, {"probes": "exact"}),
@@ -75,27 +75,6 @@ def test_parameter_gradients_are_differences_with_the_detached_parts_held(name, 
     # The value of the loss itself moves otherwise: that is the detach at work.
     plain = difference(lambda: total(None), network, direction)
     assert abs(found - plain) > 1e-3 * abs(plain)
-
-
-@pytest.mark.parametrize("schedule", [VP, SCHEDULES["flow"]])
-def test_a_schedule_seen_in_its_ve_coordinates_gives_the_same_loss(schedule):
-    class Exploding(hosm.Schedule):
-        t_min, t_max = schedule.t_min, schedule.t_max
-
-        def alpha(self, t):
-            return torch.ones_like(t)
-
-        def sigma(self, t):
-            return schedule.sigma(t) / schedule.alpha(t)
-
-    network, (x0, noise, probe) = MLP(3), torch.randn(3, 4, 3)
-    inputs = {"t": torch.linspace(0.3, 0.8, 4), "noise": noise, "probe": probe}
-    expected = hosm.dsm_terms(hosm.ScoreModel(network, schedule), x0, **inputs)
-
-    def stretched(y, t):
-        return network(schedule.alpha(t)[:, None] * y, t)
-
-    assert_same(hosm.dsm_terms(hosm.ScoreModel(stretched, Exploding()), x0, **inputs), expected)
 
 
 @given(

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
@@ -104,9 +105,9 @@ def drawn_weights(pick, loss):
     values = pick.choice([values, [*values[1:3], 0.6, 1.5]])
     tensor = torch.tensor(values, requires_grad=True)
     array = tensor.detach().numpy()
-    return pick.choice(
-        [None, "paper", values, tensor, array, list(tensor.detach()), tuple(tensor)]
-    )
+    odd = [np.float32(values[0]), np.int64(2), *tensor.detach()[2:, None]]
+    plain = tensor.detach()
+    return pick.choice([None, "paper", values, tensor, array, plain[:, None], odd, tuple(tensor)])
 
 
 def drawn_targets(pick, x0, order):

@@ -7,19 +7,12 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from tests.cases import assert_same, gradients
-from tests.oracles import MLP, atoms_posterior, randomise, sign_vectors
+from tests.cases import SCHEDULES, VP, assert_same, gradients
+from tests.oracles import MLP, PREDICTIONS_OF_ORACLE, atoms_posterior, randomise, sign_vectors
 
 D, WEIGHT = 2, 0.7
 ATOMS = torch.tensor([[0.3, -1.0], [1.1, 0.4], [-0.8, 0.2]], dtype=torch.float64)
 SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-SCHEDULES = {
-    "vp": hosm.VPSchedule(),
-    "ve": hosm.VESchedule(sigma_max=5.0),
-    "edm": hosm.EDMSchedule(),
-    "flow": hosm.LinearFlowSchedule(),
-    "cosine": hosm.CosineSchedule(),
-}
 CASES = [
     ("vp", "epsilon"),
     ("ve", "score"),
@@ -36,8 +29,7 @@ class Perturbed(nn.Module):
     def __init__(self, schedule, prediction, size):
         super().__init__()
         self.schedule, self.prediction = schedule, prediction
-        self.size = nn.Parameter(torch.tensor(float(size)))
-        self.network = MLP(D)
+        self.size, self.network = size, MLP(D)
         randomise(self.network)
 
     def forward(self, x, t):
@@ -45,15 +37,8 @@ class Perturbed(nn.Module):
         noise = (x[:, None] - alpha[:, None] * ATOMS) / sigma[:, None]
         p = (SHARES.log() - 0.5 * noise.square().sum(-1)).softmax(1)
         eps = (p[..., None] * noise).sum(1) + self.size * self.network(x, t)
-        data = (x - sigma * eps) / alpha
-        if self.prediction == "flow_prediction":
-            return eps - data
-        return {
-            "epsilon": eps,
-            "score": -eps / sigma,
-            "sample": data,
-            "v_prediction": alpha * eps - sigma * data,
-        }[self.prediction]
+        rates = [part[:, None] for part in self.schedule.rates(t)]
+        return PREDICTIONS_OF_ORACLE[self.prediction](eps, x, alpha, sigma, rates)
 
 
 def posterior_rows(schedule, t, x):
@@ -79,30 +64,19 @@ def nats(schedule, t):
     return (schedule.t_max - schedule.t_min) * rate
 
 
-def gradient_given(x, name, prediction, size):
-    """The network, and the mean of the loss over what may have led to x."""
-    schedule = SCHEDULES[name]
+@pytest.mark.parametrize("size", [0.0, 0.3])
+@pytest.mark.parametrize(("name", "prediction"), CASES)
+def test_the_mean_gradient_is_that_of_the_objective(name, prediction, size):
+    """‖δf‖² + weight · a² with f in the place of f* in the gradient, and its value.
+
+    At the true score it is zero, whatever is added to it.
+    """
+    x, schedule = torch.tensor([0.4, -0.2]), SCHEDULES[name]
     t = 0.4 * schedule.t_min + 0.6 * schedule.t_max if schedule.t_max <= 1 else 0.7
-    network = Perturbed(schedule, prediction, size)
-    model = hosm.ScoreModel(network, schedule, prediction=prediction)
+    model = hosm.ScoreModel(Perturbed(schedule, prediction, size), schedule, prediction)
     given, p = posterior_rows(schedule, t, x)
-    return model, t, hosm.stein_dsm(model, **given, weight=WEIGHT, reduction="none") @ p
-
-
-@pytest.mark.parametrize(("name", "prediction"), CASES)
-def test_the_true_score_is_stationary(name, prediction):
-    """The mean gradient given x is zero where the field is right, whatever may be added to it."""
-    model, t, loss = gradient_given(torch.tensor([0.4, -0.2]), name, prediction, 0.0)
-    (gradient,) = torch.autograd.grad(loss, model.network.size)
-    assert abs(float(gradient)) < 1e-10 * float(nats(model.schedule, t))
-
-
-@pytest.mark.parametrize(("name", "prediction"), CASES)
-def test_the_mean_gradient_is_that_of_the_objective(name, prediction):
-    """‖δf‖² + weight · a² with f in the place of f* in the gradient, and its value."""
-    x = torch.tensor([0.4, -0.2])
-    model, t, loss = gradient_given(x, name, prediction, 0.3)
-    alpha, sigma = (float(part) for part in model.schedule(torch.tensor(t)))
+    loss = hosm.stein_dsm(model, **given, weight=WEIGHT, reduction="none") @ p
+    alpha, sigma = (float(part) for part in schedule(torch.tensor(t)))
     noise, q = atoms_posterior(ATOMS, SHARES, x[None], alpha, sigma)
     noise, q = noise[0], q[0]
     mean = q @ noise
@@ -114,42 +88,21 @@ def test_the_mean_gradient_is_that_of_the_objective(name, prediction):
     f, trace = field(x), sigma * torch.func.jacrev(field)(x).trace()
     wrong = (trace - (covariance.trace() - D)).detach() + (f - -mean).detach() @ -mean
     moved = trace + f.detach() @ f
-    factor = nats(model.schedule, t)
+    factor = nats(schedule, t)
     objective = factor * ((f + mean).square().sum() + WEIGHT * 2 * wrong * moved)
-    assert_same(gradients(loss, model), gradients(objective, model), least=float(factor))
+    expected = gradients(objective, model)
+    assert_same(gradients(loss, model), expected, least=float(factor))
+    assert size or max(float(each.abs().max()) for each in expected) < 1e-10 * float(factor)
     # Both factors of a row have one ε, so the variance of ε·(ε + f) is in the mean of the product.
     spread = q @ ((noise * (noise + f)).sum(1) - q @ (noise * (noise + f)).sum(1)).square()
     value = (f + mean).square().sum() + covariance.trace() + WEIGHT * (wrong**2 + spread)
     torch.testing.assert_close(loss, factor * value)
 
 
-def setting():
-    network = MLP(D)
-    randomise(network)
-    x0, noise, probe = torch.randn(6, D), torch.randn(6, D), torch.randn(2, 6, D)
-    given = {"x0": x0, "t": torch.linspace(0.1, 0.9, 6), "noise": noise, "probe": probe}
-    return hosm.ScoreModel(network, hosm.VPSchedule()), given
-
-
-def test_the_first_part_is_the_likelihood_weighted_loss():
-    model, given = setting()
-    without = hosm.stein_dsm(model, **given, weight=0)
-    del given["probe"]
-    torch.testing.assert_close(
-        without, hosm.first_order_dsm(model, **given, weighting="likelihood")
-    )
-    _, terms = hosm.SteinDSM(model, weight=0, fraction=0.5)(**given, return_terms=True)
-    assert terms.rate is None
-    assert terms.first.shape == (6,)
-
-
 def test_its_own_times_are_uniform_in_log_sigma_hat():
-    model, given = setting()
-    loss = hosm.SteinDSM(model, weight=0.5)
-    value, terms = loss(given["x0"], generator=torch.Generator().manual_seed(0), return_terms=True)
-    low, high = model.schedule.log_sigma_hat(
-        torch.tensor([model.schedule.t_min, model.schedule.t_max])
-    )
+    loss, x0 = hosm.SteinDSM(hosm.ScoreModel(MLP(D), VP), weight=0.5), torch.randn(6, D)
+    value, terms = loss(x0, generator=torch.Generator().manual_seed(0), return_terms=True)
+    low, high = VP.log_sigma_hat_range
     torch.testing.assert_close(value, (high - low) * (terms.first + 0.5 * terms.rate).mean())
     unit = torch.rand(6, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model.schedule.log_sigma_hat(terms.t), low + (high - low) * unit)
+    torch.testing.assert_close(VP.log_sigma_hat(terms.t), low + (high - low) * unit)

@@ -122,20 +122,3 @@ def test_all_sign_vectors_average_and_the_unit_vectors_sum_to_the_exact_terms(d)
     torch.testing.assert_close((r2**2).sum(), frobenius)
     torch.testing.assert_close(rt.sum() ** 2, trace)
     torch.testing.assert_close((r3.sum(0) ** 2).sum(), third)
-
-
-def test_what_is_detached_and_what_is_not():
-    f, along, gradient = (torch.randn(2, 3, 4, requires_grad=True) for _ in range(3))
-    noise, v = torch.randn(3, 4), torch.randn(2, 3, 4)
-
-    def sources(residual):
-        parts = (f, along, gradient)
-        grads = torch.autograd.grad(residual.square().sum(), parts, allow_unused=True)
-        return tuple(grad is not None for grad in grads)
-
-    first = first_residual(f, noise)
-    shared = common(first, along + v, v)
-    assert sources(first) == (True, False, False)
-    assert sources(second_residual(shared)) == (False, True, False)
-    assert sources(trace_residual(shared)) == (False, True, False)
-    assert sources(gradient - third_target(shared)) == (False, False, True)

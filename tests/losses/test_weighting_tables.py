@@ -6,6 +6,7 @@ import torch
 
 import hosm_losses as hosm
 from hosm_losses.losses.weighting import draw_time, time_factors
+from tests.cases import FUNCTIONS, with_gradients
 from tests.oracles import MLP
 
 TABLES = {
@@ -92,13 +93,12 @@ def test_native_keeps_its_digits_where_alpha_is_near_0(prediction, estimator, or
     """At α = 2e-9 ε̂ − ε is that of the rounding of ε̂ ~ 1, if it is taken as a difference."""
     schedule = hosm.DiscreteSchedule.linear(4000)
     options = {} if order == 1 else {"estimator": estimator, "weights": (1, 0, 0, 0)[: order + 1]}
-    loss_of = (hosm.first_order_dsm, hosm.second_order_dsm, hosm.third_order_dsm)[order - 1]
     x0, noise, network, found = torch.randn(8, 3), torch.randn(8, 3), MLP(3), []
     for dtype in (torch.float32, torch.float64):
         model = hosm.ScoreModel(network.to(dtype), schedule, prediction, time=1e-3)
         t = torch.linspace(0, 3999, 8).round().to(dtype)
         inputs = {"t": t, "noise": noise.to(dtype), "weighting": ("native", "noise")}
-        loss = loss_of(model, x0.to(dtype), **inputs, **options)
-        gradients = torch.autograd.grad(loss, list(network.parameters()))
-        found.append([loss.double(), torch.cat([each.flatten() for each in gradients]).double()])
+        loss = FUNCTIONS[order](model, x0.to(dtype), **inputs, **options)
+        parts = with_gradients(loss, network)
+        found.append(torch.cat([each.flatten() for each in parts]).double())
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
