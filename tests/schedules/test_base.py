@@ -10,7 +10,7 @@ from mpmath import mpf
 
 import hosm_losses as hosm
 from tests.cases import SCHEDULES
-from tests.oracles import default_dtype, networks
+from tests.oracles import default_dtype
 from tests.schedules.checks import own
 
 RANGES = {
@@ -274,23 +274,3 @@ def test_a_search_is_compiled():
     schedule, u = BARE["own vp"], torch.linspace(-6, 3, 40, dtype=torch.float32)
     compiled = torch.compile(schedule.time, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(u), schedule.time(u), rtol=0, atol=0)
-
-
-def test_a_schedule_of_ones_own_works_in_losses_and_likelihoods():
-    network, shape = networks()["mlp"]
-    x0, found = torch.randn(4, *shape), []
-    for schedule in (CLOSED["vp"], BARE["own vp"]):
-        model = hosm.ScoreModel(network, schedule, "flow_prediction")
-        for weighting in ("native", "likelihood"):
-            options = {"weighting": weighting, "generator": torch.Generator().manual_seed(0)}
-            found.append(hosm.third_order_dsm(model, x0, **options))
-        # Its prior is N(0, σ(t_max)²), for which VP says 1.
-        found.append(hosm.ode_nll(model, x0, divergence="exact", steps=8).nll.mean())
-    torch.testing.assert_close(found[3:5], found[:2], rtol=1e-6, atol=0)
-    torch.testing.assert_close(found[5], found[2], rtol=1e-3, atol=1e-3)
-
-
-def test_what_losses_and_likelihoods_call_is_in_closed_form():
-    for schedule in SCHEDULES.values():
-        for method in ("time", *METHODS[4:]):
-            assert getattr(type(schedule), method) is not getattr(hosm.Schedule, method)

@@ -7,25 +7,21 @@ import numpy as np
 import pytest
 
 import hosm_losses as hosm
-from tests.cases import SCHEDULES as ALL
 
-# For tests that take no table yet.
-SCHEDULES = {name: each for name, each in ALL.items() if name != "discrete"}
-SCHEDULES["edm"] = hosm.EDMSchedule()
 DEFAULTS = {
-    "vp": (0.1, 20.0, 1e-5, 1.0),
-    "subvp": (0.1, 20.0, 1e-5, 1.0),
-    "ve": (0.01, 50.0, 1e-5, 1.0),
-    "cosine": (0.008, 1e-5, 0.9946),
-    "edm": (0.002, 80.0, -1.2, 1.2),
-    "flow": (1e-4, 0.999),
+    hosm.VPSchedule: (0.1, 20.0, 1e-5, 1.0),
+    hosm.SubVPSchedule: (0.1, 20.0, 1e-5, 1.0),
+    hosm.VESchedule: (0.01, 50.0, 1e-5, 1.0),
+    hosm.CosineSchedule: (0.008, 1e-5, 0.9946),
+    hosm.EDMSchedule: (0.002, 80.0, -1.2, 1.2),
+    hosm.LinearFlowSchedule: (1e-4, 0.999),
 }
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_schedules_are_frozen_values(name):
-    schedule = SCHEDULES[name]
-    assert dataclasses.astuple(schedule) == DEFAULTS[name]
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_schedules_are_frozen_values(kind):
+    schedule = kind()
+    assert dataclasses.astuple(schedule) == DEFAULTS[kind]
     assert pickle.loads(pickle.dumps(schedule)) == schedule
     assert hash(dataclasses.replace(schedule)) == hash(schedule)
     with pytest.raises(dataclasses.FrozenInstanceError):
