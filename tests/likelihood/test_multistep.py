@@ -1,4 +1,4 @@
-"""The fixed grid: where it evaluates, and errors that are what they say, by a companion too."""
+"""The fixed grid: its rule, and errors that are what they say, with a companion too."""
 
 import math
 
@@ -19,12 +19,11 @@ START = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
 STATE = START * math.exp(math.sin(2.0))
 
 
-def solve(steps, companion=False, asked=None):
+def solve(steps, companion=False):
     """dy/ds = y cos s over [0, 2], so y = y₀ e^{sin s}; q = y₀ e^{sin s} sin s."""
-    h, asked = 2.0 / steps, [] if asked is None else asked
+    h = 2.0 / steps
 
     def slope(place, y):
-        asked.append(place)
         return y * math.cos(place * h / 2)
 
     def node(place, y):
@@ -32,7 +31,6 @@ def solve(steps, companion=False, asked=None):
         integrand = START[:, 0] * math.exp(math.sin(s)) * math.sin(s)
         # An error δ made at s grows to δ e^{sin 2 − sin s} at the end.
         covector = torch.full_like(y, math.exp(math.sin(2.0) - math.sin(s)))
-        asked.append("node")
         return Node(slope(place, y), integrand, 0 * integrand, covector)
 
     return multistep(slope, node, START, h, steps, companion)
@@ -42,15 +40,6 @@ def exact_integral():
     """∫₀² q ds by many midpoints."""
     s = (torch.arange(200_000) + 0.5) / 100_000
     return 2 * (s.sin().exp() * s.sin()).mean() * START[:, 0]
-
-
-@pytest.mark.parametrize("steps", [4, 5, 9])
-def test_places_are_nodes_and_the_midpoints_of_the_start(steps):
-    asked = []
-    solve(steps, asked=asked)
-    text = "".join(str(each) for each in asked)
-    start = "".join(f"node{2 * i}{2 * i + 1}{2 * i + 1}{2 * i + 2}" for i in range(3))
-    assert text == start + "".join(f"node{2 * i}" for i in range(3, steps + 1))
 
 
 @pytest.mark.parametrize("steps", range(4, 10))
@@ -81,7 +70,7 @@ def test_errors_that_cancel_are_claimed_by_the_largest_stretch(sign):
     torch.testing.assert_close(found.spread, torch.full((1,), 17**0.5 * local))
 
 
-@pytest.mark.parametrize("steps", [32, 33, 64, 65])
+@pytest.mark.parametrize("steps", [32, 65])
 def test_errors_are_estimated_from_the_same_calls(steps):
     solution = solve(steps)
     true = (solution.state - STATE).abs()[:, 0]
@@ -130,12 +119,14 @@ def kicked(x, t):
     return ratio * z + moved / ratio
 
 
-@pytest.mark.parametrize("options", [{"divergence": "exact"}, {}], ids=str)
-def test_a_kick_that_is_stretched_later_is_covered(options):
+def test_a_kick_that_is_stretched_later_is_covered():
     model = hosm.ScoreModel(kicked, VP)
     x = 1e-4 * torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     few, many = (hosm.ode_nll(model, x, divergence="exact", steps=n).nll for n in (64, 1024))
     error = (few - many).abs()
-    alone, both = (hosm.ode_nll(model, x, companion=each, **options) for each in (False, True))
-    assert not (error <= 2 * alone.solver_error).any()
-    assert (error <= 2 * both.solver_error).all()
+    for divergence in ("exact", "hutchinson"):
+        alone, both = (
+            hosm.ode_nll(model, x, companion=each, divergence=divergence) for each in (False, True)
+        )
+        assert not (error <= 2 * alone.solver_error).any()
+        assert (error <= 2 * both.solver_error).all()

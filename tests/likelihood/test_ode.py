@@ -92,11 +92,11 @@ def test_a_path_that_does_not_arrive_has_no_number(monkeypatch):
     assert result.latent.isfinite().all()
 
 
-@pytest.mark.parametrize("value", [3e38, -torch.finfo(torch.float32).max])
-def test_finite_data_beyond_reason_fails(value):
-    network, x = MLP(2).float(), torch.tensor([[value, 0.5], [0.1, 0.5]]).float()
+def test_finite_data_beyond_reason_fails():
+    largest = torch.finfo(torch.float32).max
+    network, x = MLP(2).float(), torch.tensor([[3e38, 0.5], [-largest, 0.5], [0.1, 0.5]]).float()
     for function in (network, lambda x, t: 0 * x, lambda x, t: network(x, t).tanh()):
         model = hosm.ScoreModel(function, SCHEDULES["ve"])
         exact = hosm.ode_nll(model, x, method="adaptive", divergence="exact")
         for result in (exact, hosm.ode_nll(model, x), hosm.variational_nll(model, x, samples=4)):
-            assert result.failed.tolist() == result.nll.isnan().tolist() == [True, False]
+            assert result.failed.tolist() == result.nll.isnan().tolist() == [True, True, False]

@@ -73,7 +73,7 @@ def test_sums_are_kept_in_double_precision():
 
 def test_exact_makes_its_unit_vectors_when_they_are_due(monkeypatch):
     """Nothing is larger than a chunk; with x² for x₀ the trace of σ ε̂ is d − 2 α Σ x."""
-    d, chunk = 3000, 4
+    d, chunk = 1000, 4
     monkeypatch.setattr(paths, "CHUNK_ELEMENTS", chunk * d)
     model, x, t = hosm.ScoreModel(lambda x, t: x**2, VP, "sample"), torch.randn(1, d), T[:1]
     with Largest() as largest, torch.no_grad():

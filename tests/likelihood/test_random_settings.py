@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Normal
@@ -22,7 +22,6 @@ from tests.likelihood.problems import gaussian, marginals, total
 from tests.oracles import MLP, AttentionNet, ConvNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule. expected")
-MORE = settings(max_examples=max(30, settings().max_examples))
 PROBES = st.fixed_dictionaries(
     {"probes": st.integers(1, 5), "distribution": st.sampled_from(list(DISTRIBUTIONS))}
 )
@@ -61,7 +60,6 @@ def noise_of_probes(span, std, steps, options, generator):
     return torch.cat(means), torch.cat(variances).sqrt()
 
 
-@MORE
 @given(
     name=st.sampled_from(list(SCHEDULES)),
     prediction=st.sampled_from(PREDICTIONS),
@@ -222,7 +220,6 @@ def through_a_file(result):
     return hosm.NLLResult.from_dict(torch.load(file, weights_only=True))
 
 
-@MORE
 @given(
     options=combined(),
     network=st.sampled_from(list(NETWORKS)),

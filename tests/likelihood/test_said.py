@@ -27,7 +27,7 @@ CALLS = {
     "nll": partial(hosm.ode_nll, steps=8),
     "adaptive": partial(hosm.ode_nll, method="adaptive", tolerance=1e9),
     "graph": partial(hosm.ode_nll, steps=8, enable_grad=True),
-    "bound": hosm.variational_nll,
+    "bound": partial(hosm.variational_nll, samples=8),
     "sample": lambda model, x, **given: hosm.ode_sample(model, tuple(x.shape), steps=8, **given),
 }
 PRIOR = "schedule: expected one that ends in its prior"

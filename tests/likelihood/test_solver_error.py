@@ -50,7 +50,7 @@ def setting(schedule, steps):
             optimizer.zero_grad()
             hosm.first_order_dsm(model, x0, generator=generator).backward()
             optimizer.step()
-    return model, x, hosm.ode_nll(model, x, divergence="exact", steps=1024).nll
+    return model, x, hosm.ode_nll(model, x, divergence="exact", steps=512).nll
 
 
 @pytest.mark.parametrize(
