@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from benchmarks.steps import NETWORKS, TWINS, model_of
+from benchmarks.steps import NETWORKS, model_of
 
 from tests.cases import FUNCTIONS, given, gradients
 
@@ -18,12 +18,16 @@ def batch(name):
     return x0, drawn, [each.numpy() for each in every]
 
 
-STEPS = [(1, {}), (3, {}), (3, {"third": "laplacian"})]
-
-
 @pytest.mark.parametrize(
     ("name", "order", "options"),
-    [*((name, *step) for name in TWINS if name != "unet" for step in STEPS), ("unet", 2, {})],
+    [
+        ("mlp", 1, {}),
+        ("mlp", 3, {}),
+        ("mlp", 3, {"third": "laplacian"}),
+        ("convolutional", 3, {}),
+        ("unet", 2, {}),
+        ("dit", 3, {}),
+    ],
 )
 def test_a_step_in_double_precision(name, order, options):
     torch.set_default_dtype(torch.float64)

@@ -8,6 +8,7 @@ It takes the packages of the extra `integration`, and those of the networks that
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,13 +47,15 @@ The last column is the same loss with `ScoreModel(..., primitives=False)`, under
 """
 
 
-def cells(name: str, order: int) -> dict[str, tuple[str, Outcome]]:
-    """Verdict and outcome for each column of a network's row."""
+def cells(
+    name: str, order: int, columns: Sequence[str] = COLUMNS
+) -> dict[str, tuple[str, Outcome]]:
+    """Verdict and outcome for columns of a network's row."""
     row = {}
-    for column in COLUMNS:
+    for column in columns:
         found = outcome(name, column.split()[-1], order, primitives=column in ENGINES)
         row[column] = (found.verdict, found)
-    if row["auto"][0] == "right" and row["taylor"][0] == "refused":
+    if "auto" in row and row["auto"][0] == "right" and row["taylor"][0] == "refused":
         row["auto"] = ("falls back", row["auto"][1])
     return row
 

@@ -55,8 +55,6 @@ def reference(
     noise: Tensor,
     probe: Tensor,
     sigma: Tensor,
-    *,
-    step: float = STEP,
 ) -> Reference:
     """Terms and gradients of f = −ε̂ at x (B, *), for one probe (B, *) and σ (B,)."""
     batch, d = len(x), x[0].numel()
@@ -88,8 +86,8 @@ def reference(
     w = along(probe, sigma)
     f = value(x)
     ell = f + noise
-    big_d = first_difference(lambda s: value(x + s * w), step)
-    big_g = first_difference(lambda s: pulled(x + s * w), step)
+    big_d = first_difference(lambda s: value(x + s * w))
+    big_g = first_difference(lambda s: pulled(x + s * w))
 
     shifted, dot = big_d + probe, inner(ell, probe)
     r2 = shifted - along(ell, dot)
@@ -100,14 +98,13 @@ def reference(
     )
 
     def slope_of_d(c: Tensor) -> Tensor:
-        return first_difference(lambda s: slope(x + s * w, c), step)
+        return first_difference(lambda s: slope(x + s * w, c))
 
     def slope_of_g(c: Tensor) -> Tensor:
         size = float(c.norm()) / math.sqrt(c.numel())
         c = c / size
         both = [
-            second_difference(lambda s, u=w + sign * c: slope(x + s * u, w), step)
-            for sign in (1, -1)
+            second_difference(lambda s, u=w + sign * c: slope(x + s * u, w)) for sign in (1, -1)
         ]
         return size * (both[0] - both[1]) / 4
 
@@ -123,18 +120,18 @@ def reference(
     return Reference(terms, gradients)
 
 
-def first_difference(function: Callable[[float], Tensor], step: float) -> Tensor:
+def first_difference(function: Callable[[float], Tensor]) -> Tensor:
     """The derivative at 0, to eighth order."""
     return sum(
-        weight / step * (function(count * step) - function(-count * step))
+        weight / STEP * (function(count * STEP) - function(-count * STEP))
         for count, weight in FIRST
     )
 
 
-def second_difference(function: Callable[[float], Tensor], step: float) -> Tensor:
+def second_difference(function: Callable[[float], Tensor]) -> Tensor:
     """The second derivative at 0, to eighth order and up to a multiple of the value there."""
     return sum(
-        weight / step**2 * (function(count * step) + function(-count * step))
+        weight / STEP**2 * (function(count * STEP) + function(-count * STEP))
         for count, weight in SECOND
     )
 

@@ -1,12 +1,10 @@
-"""The reference itself: against closed forms, and against its own step."""
+"""The reference itself, against closed forms."""
 
 import pytest
 import torch
 
 from tests.cases import gradients
-from tests.integration.measure import reference_of
-from tests.integration.networks import NETWORKS
-from tests.integration.reference import STEP, reference, relative_error
+from tests.integration.reference import reference, relative_error
 from tests.oracles import dense_derivatives, dense_terms, networks
 
 
@@ -29,12 +27,3 @@ def test_terms_and_gradients_are_those_of_whole_jacobians(kind):
     for row, got in zip(terms, found.gradients, strict=True):
         exact = torch.cat([part.flatten() for part in gradients(row.mean(), network)])
         assert relative_error(got, exact) < 1e-8
-
-
-def test_another_step_finds_the_same(name):
-    if NETWORKS[name].plain:
-        return
-    half, whole = reference_of(name), reference_of(name, step=2 * STEP)
-    assert relative_error(half.terms, whole.terms) < 1e-9
-    for finer, coarser in zip(half.gradients, whole.gradients, strict=True):
-        assert relative_error(finer, coarser) < 2e-7

@@ -112,8 +112,6 @@ def test_flows_are_linear_with_times_up_to_a_thousand(kind):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("diffusers UNet2DModel", "DDPM"),
-        ("diffusers UNet2DModel", "FlowMatchEulerDiscrete"),
         ("diffusers UNet2DConditionModel", "DDIM"),
         ("diffusers DiTTransformer2DModel", "DDPM"),  # it learns its variance
         ("diffusers SD3Transformer2DModel", "FlowMatchEulerDiscrete"),  # takes its time by name

@@ -40,7 +40,8 @@ def test_torchcfm(kind, schedule):
     own = (net(s, x_s) - target).square().mean()
     ours = hosm.first_order_dsm(model, data, t=1 - s, noise=noise, weighting="native")
     close(ours, own)
-    check_one_line(model, data, pickles=False)
+    if kind == "ConditionalFlowMatcher":
+        check_one_line(model, data, pickles=False)
 
 
 def test_azula():
