@@ -10,8 +10,8 @@ import torch
 
 import hosm_losses as hosm
 from hosm_losses.losses import targets as source
-from tests.cases import FUNCTIONS, MODULES, VP, assert_same, given, with_gradients
-from tests.losses.test_stein import ATOMS, CASES, SCHEDULES, SHARES, Perturbed
+from tests.cases import FUNCTIONS, MODULES, SCHEDULES, VP, assert_same, given, with_gradients
+from tests.losses.test_stein import ATOMS, CASES, SHARES, Perturbed
 from tests.oracles import MLP, randomise, sign_vectors
 
 D = 2

@@ -29,7 +29,7 @@ class Perturbed(nn.Module):
     def __init__(self, schedule, prediction, size):
         super().__init__()
         self.schedule, self.prediction = schedule, prediction
-        self.size, self.network = size, MLP(D)
+        self.size, self.network = nn.Parameter(torch.tensor(size)), MLP(D)
         randomise(self.network)
 
     def forward(self, x, t):
