@@ -225,7 +225,7 @@ def test_two_processes_hold_one_network_and_go_on(scripts, data, run, tmp_path):
     def launch(out, *more):
         script = [
             FOLDER / "train.py",
-            *command(data, out, "--loss", "second", "--steps", 4, *more),
+            *command(data, out, "--loss", "second", "--steps", 2, *more),
         ]
         full = [sys.executable, *map(str, [*TORCHRUN, *script])]
         options = {"capture_output": True, "text": True, "env": ENVIRONMENT, "timeout": 300}
@@ -233,9 +233,9 @@ def test_two_processes_hold_one_network_and_go_on(scripts, data, run, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    assert "2 process(es) with one network at step 4" in launch(one, "--keep-every", 2)
-    go_on(one, other, 2)
-    assert "from step 2" in launch(other)
+    assert "2 process(es) with one network at step 2" in launch(one, "--keep-every", 1)
+    go_on(one, other, 1)
+    assert "from step 1" in launch(other)
     assert_same_curve(log(other), log(one))
     # Each process has images and noise of its own: the mean is not the loss of one of them.
     _, alone = run("--loss", "second", "--steps", 1)

@@ -1,10 +1,12 @@
 """The paper's regime: a first-order checkpoint, fine-tuned with orders two and three.
 
 With a ramp of the higher orders' weights, gradient clipping and an exponential average:
-python docs/examples/fine_tuning.py
+
+    python docs/examples/fine_tuning.py [--steps 1500]
 """
 
 import math
+from argparse import ArgumentParser
 
 import torch
 from torch import nn
@@ -35,8 +37,11 @@ def draw(count: int) -> torch.Tensor:
     return torch.stack([angle.cos(), angle.sin()], 1) + 0.15 * torch.randn(count, 2)
 
 
-def main(steps: int = 1500) -> None:
+def main() -> None:
     """Train, fine-tune, and print the nats of the ODE after each."""
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1500, help="of each of the two phases")
+    steps = parser.parse_args().steps
     torch.manual_seed(0)
     model = ScoreModel(Network(VPSchedule()), VPSchedule())
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))

@@ -3,7 +3,7 @@
 One network is trained with each order. `likelihood_gap` compares its score, and the score of its
 ODE's own density, with the truth: the synthetic experiment of Lu et al. (ICML 2022, 2206.08265).
 
-    python docs/examples/gap_1d.py [--schedule ve] [--steps 2000] [--out DIR]
+    python docs/examples/gap_1d.py [--schedule ve] [--steps 2000] [--nodes 24] [--out DIR]
 """
 
 import argparse
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--schedule", choices=mixture.SCHEDULES, default="ve")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--nodes", type=int, default=24, help="noise levels of each curve")
     parser.add_argument("--out", type=Path, default=Path("gap_1d_out"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -50,7 +51,7 @@ def main() -> None:
             pass
         model.double()
         given = {"reference": truth(schedule), "generator": torch.Generator().manual_seed(2)}
-        report = hosm.likelihood_gap(model, x0, nodes=24, progress=True, **given)
+        report = hosm.likelihood_gap(model, x0, nodes=options.nodes, progress=True, **given)
         print(f"\norder {order}\n{report}")
         for curve, color in zip(CURVES, ("#0072b2", "#d55e00"), strict=True):
             values = [each.value for each in report.curves[curve] or ()]
