@@ -1,17 +1,15 @@
 """Half-precision data: what is summed over the elements is summed in float32 at least."""
 
-import re
-from itertools import product
-from pathlib import Path
+from itertools import pairwise, product
 
 import pytest
 import torch
-from benchmarks.repositories import Guided
 from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.model import noise_field
-from tests.cases import FUNCTIONS, VP, gradients
+from tests.cases import FUNCTIONS, VP, given, gradients
+from tests.oracles import OfX
 
 D = 3072  # an image of 32 by 32: ‖v‖⁴ is far outside float16
 HALVES = [torch.float16, torch.bfloat16]
@@ -151,26 +149,24 @@ def test_a_divergence_of_half_precision_is_summed_in_float32(dtype):
     assert forms.item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.slow
-def test_float16_needs_a_scale_on_the_loss_as_the_page_says():
+def test_float16_needs_a_scale_on_the_loss():
     """Of images the higher terms have gradients below its range, as no value of a loss shows."""
-    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
-    said = r"(\d+) % off and that of the third (\d+) %\. With .* both are (0\.\d) % off"
-    second, third, scaled = map(float, re.search(said, page).groups())
     torch.set_default_dtype(torch.float32)  # as a user has it; tests/conftest.py sets it back
-    model = hosm.ScoreModel(Guided().eval(), hosm.DiscreteSchedule.linear())
-    x0 = 0.5 * torch.randn(2, 3, 32, 32)
-    inputs = {"t": torch.tensor([200, 500]), "noise": torch.randn_like(x0)}
-    inputs["probe"] = torch.randint(0, 2, x0.shape) * 2.0 - 1
+    widths = D, 128, 128, D
+    layers = [nn.Sequential(nn.Linear(*each), nn.SiLU()) for each in pairwise(widths)]
+    network = OfX(nn.Sequential(*layers))
+    model = hosm.ScoreModel(network, hosm.DiscreteSchedule.linear())
+    x0, inputs = given((2, D), 2)
+    x0, inputs = x0.float() / 2, {name: each.float() for name, each in inputs.items()}
+    inputs["t"] = torch.tensor([200, 500])
 
     def of_terms(half, scale):
         with torch.autocast("cpu", torch.float16, enabled=half):
             _, second, _, third = hosm.dsm_terms(model, x0, **inputs)
         for term in (second, third):
-            yield [each / scale for each in gradients(scale * term.mean(), model)]
+            yield [each / scale for each in gradients(scale * term.mean(), network)]
 
     expected = [*of_terms(False, 1.0)]
-    # Kernels of other processors round otherwise.
-    for scale, wanted in ((1.0, [second, third]), (2.0**16, [scaled, scaled])):
-        found = [100 * off(*each) for each in zip(of_terms(True, scale), expected, strict=True)]
-        assert found == pytest.approx(wanted, rel=0.4)
+    for scale, least, most in ((1.0, 0.01, 1.5), (2.0**16, 0.0, 0.003)):
+        found = [off(*each) for each in zip(of_terms(True, scale), expected, strict=True)]
+        assert all(least < each < most for each in found)

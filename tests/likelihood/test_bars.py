@@ -12,15 +12,17 @@ from tests.likelihood.problems import problem
 from tests.oracles import MLP, anisotropic, paper_mixture, ring
 
 PAGE = (Path(__file__).parents[2] / "docs" / "likelihood.md").read_text(encoding="utf-8")
-# A mixture, and the mean number of evaluations that the default tolerance may take.
-MIXTURES = {"1-D": (paper_mixture, 80), "2-D": (ring, 80), "64-D": (anisotropic, 125)}
+# A mixture, how many of the page's 32 points are taken (of 64-D those with the largest error), and
+# the mean number of evaluations that the default tolerance may take.
+MIXTURES = {"1-D": (paper_mixture, 32, 80), "2-D": (ring, 32, 80), "64-D": (anisotropic, 6, 125)}
 
 
 @pytest.mark.parametrize("name", ["vp", "ve"])
 @pytest.mark.parametrize("mixture", ["1-D", "2-D", pytest.param("64-D", marks=pytest.mark.slow)])
 def test_adaptive_at_its_default_tolerance(name, mixture):
-    make, most = MIXTURES[mixture]
+    make, points, most = MIXTURES[mixture]
     model, x, log_density, log_prior = problem(SCHEDULES[name], make(), 32)
+    x, log_density = x[:points], log_density[:points]
     result = hosm.ode_nll(model, x, method="adaptive", divergence="exact", log_prior=log_prior)
     error = float((result.nll + log_density).abs().max())
     evaluations = float(result.nfe.double().mean())
@@ -32,7 +34,7 @@ def test_adaptive_at_its_default_tolerance(name, mixture):
     )
     nats, calls = vp if name == "vp" else (nats, calls)
     assert error == pytest.approx(float(nats), abs=1e-4)
-    assert evaluations == pytest.approx(float(calls), abs=1)
+    assert evaluations == pytest.approx(float(calls), abs=1 if points == 32 else 8)
 
 
 def test_the_steps_of_the_fixed_grid_at_default_tolerance():

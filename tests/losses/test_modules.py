@@ -27,6 +27,7 @@ def test_weights_of_a_call_stand_before_those_of_the_module():
     loss = hosm.SteinDSM(model, weight=0.5)
     expected = hosm.stein_dsm(model, x0, weight=2.0, **given)
     torch.testing.assert_close(loss(x0, weight=torch.tensor(2.0), **given), expected)
+    assert "weight=0.5" in repr(loss)
 
 
 def test_it_holds_the_model_and_nothing_else_can_be_copied_and_prints_its_options():

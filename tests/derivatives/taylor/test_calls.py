@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,9 +35,8 @@ def test_every_rule_has_an_entry():
     assert [name(each) for each in RULES if each not in known and not in_place(each)] == []
 
 
-def right(function, pick, *, curved=True, kinds=KINDS[2:3]):
+def compared(called, *, curved=True, kinds=KINDS[2:3]):
     """Whether PyTorch takes a call; all of it is compared, and what it refuses is refused."""
-    called = call(ENTRIES[function], function, pick)
 
     def of_x(x):  # without second derivatives of its own, or with
         return called(x + x.sin() / 2 if curved else x)
@@ -52,6 +52,11 @@ def right(function, pick, *, curved=True, kinds=KINDS[2:3]):
     close(got[0], value)
     check(of_x, (8,), WEIGHT, kinds=kinds)
     return True
+
+
+def right(function, pick, **options):
+    """Compare one call of a function, drawn by `pick`."""
+    return compared(call(ENTRIES[function], function, pick), **options)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -84,3 +89,38 @@ def test_random_calls(function):
         right(function, pick, curved=curved, kinds=[kind])
 
     random_calls()
+
+
+# What a rule does not take: PyTorch refuses it, or the rule for all functions does it.
+LEFT = {
+    "a power that depends on x": lambda x: x.abs() ** x.sin(),
+    "a power by truth": lambda x: x ** (WEIGHT > 0),
+    "the largest divides": lambda x: F.normalize(x, float("inf")),
+    "the length by the largest": lambda x: torch.linalg.vector_norm(x, float("inf"), 1),
+    "cat of several ndim": lambda x: torch.cat([x, x[0]]),
+    "where between integers": lambda x: torch.where((WEIGHT > 0).long(), x, 0.0),
+    "masked_fill with an axis": lambda x: x.masked_fill(WEIGHT > 0, x.new_ones(1)),
+    "gather of fewer axes": lambda x: x.gather(0, torch.tensor([0])),
+    "repeat of fewer axes": lambda x: x.repeat(2),
+    "roll of all elements": lambda x: x.roll(3),
+    "a sum of integers": lambda x: x.sum(1, dtype=torch.long),
+    "softmax of integers": lambda x: x.softmax(1, dtype=torch.long),
+    "pad of more axes": lambda x: F.pad(x, (1, 1, 1, 1, 1, 1)),
+    "a number has no rows": lambda x: torch.stack([*x.sum()]),
+    "t of one axis": lambda x: x[0].t() * x,
+    "bmm of several ndim": lambda x: x[None].bmm(x),
+    "einsum of several batches": lambda x: torch.einsum("...i,...i->...", x[None], x),
+    "a GELU that is not known": lambda x: F.gelu(x, approximate="erf"),
+    "heads that divide no query": lambda x: F.scaled_dot_product_attention(
+        x[None, :, None], x[None, :2, None], x[None, :2, None], enable_gqa=True
+    ),
+    "batch norm of one axis": lambda x: F.batch_norm(x[0], WEIGHT[0, :3], WEIGHT[0, :3].exp()),
+    "batch norm without statistics": lambda x: F.batch_norm(x, None, None),
+    "group norm of one axis": lambda x: F.group_norm(x[0], 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LEFT)
+def test_what_a_rule_leaves(name):
+    compared(LEFT[name])
