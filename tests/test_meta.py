@@ -73,6 +73,15 @@ def test_a_loss_reads_no_value(data):
     assert next(network.parameters()).grad.is_meta
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_times_are_drawn_on_the_device(schedule):
+    network, x0 = setting()
+    model = hosm.ScoreModel(network, seen(schedule))
+    for sampler in ("schedule", "log_sigma_hat"):
+        with OneDevice():
+            assert hosm.first_order_dsm(model, x0, time_sampler=sampler).is_meta
+
+
 def test_conditions_and_balanced_weights():
     network, x0 = setting("attention")
     kwargs = {"label": torch.empty(4, device="meta", dtype=torch.float64)}
