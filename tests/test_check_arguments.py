@@ -29,7 +29,7 @@ class Writing(MLP):
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode, torch.no_grad])
-def test_what_the_network_writes_to_is_its_own(mode):
+def test_a_network_that_writes_to_its_inputs_changes_no_tensor_of_the_caller(mode):
     own = hosm.ScoreModel(Writing(), VP)
     with mode():
         x0, t, y = 1 * X0, 1 * T, 2 * X0

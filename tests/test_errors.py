@@ -398,7 +398,7 @@ def test_every_bad_argument_is_named(call):
 
 
 @pytest.mark.usefixtures("_unreached")
-def test_of_arguments_that_do_not_go_together_one_is_named():
+def test_arguments_that_do_not_go_together_are_refused():
     for calls, error, named, changes in TOGETHER:
         for call in calls:
             assert wrong(call, {**CALLS[call], **changes}, error, named) is None, (call, changes)
@@ -419,7 +419,7 @@ RETURNED = [
 
 
 @pytest.mark.parametrize("call", CALLING, ids=CALL)
-def test_what_a_function_of_the_users_returns_is_checked(call):
+def test_results_of_the_users_functions_are_checked(call):
     for name, error, *functions in RETURNED:
         for each in functions if name in ("network", *arguments(call)) else ():
             changes = {name: each} if name != "network" else {"model": hosm.ScoreModel(each, VP)}
@@ -562,6 +562,6 @@ TOLD = [
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 @pytest.mark.parametrize(("call", "told"), TOLD)
-def test_what_to_write_instead_is_told(call, told):
+def test_messages_say_what_to_write_instead(call, told):
     with pytest.raises((TypeError, ValueError), match=told):
         call()

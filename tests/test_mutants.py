@@ -3,7 +3,7 @@
 from tests.mutants import MUTANTS, PACKAGE, ROOT
 
 
-def test_what_a_mutant_replaces_occurs_once():
+def test_every_mutant_can_be_planted():
     for mutant in MUTANTS:
         source = (PACKAGE / mutant.file).read_text(encoding="utf-8")
         assert source.count(mutant.old) == 1, mutant

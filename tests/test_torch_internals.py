@@ -145,7 +145,7 @@ SAID = {
     "name",
     [pytest.param(each, marks=pytest.mark.slow) if "COMPILED" in each else each for each in SAID],
 )
-def test_what_pytorch_says_is_known(name):
+def test_texts_of_errors(name):
     words = getattr(_torch_errors, name)
     words = (words,) if isinstance(words, str) else words
     for function in SAID[name]:

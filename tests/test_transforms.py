@@ -240,7 +240,7 @@ DETACHED = {
 
 @pytest.mark.parametrize("engine", ["auto", "reverse"])
 @pytest.mark.parametrize("name", DETACHED)
-def test_what_a_network_detaches(name, engine):
+def test_networks_that_detach(name, engine):
     for order in (2, 3):
         assert_same(*both_gradients(DETACHED[name], order, engine), 1e-8)
 

@@ -85,7 +85,7 @@ def test_another_loss_may_have_kept_the_buffers():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_what_pytorch_differentiates_once_is_an_error_of_the_library(engine):
+def test_an_operator_without_a_second_derivative_is_an_error_of_the_library(engine):
     def by_distances(x, t):
         return x * torch.cdist(x[:, None], torch.eye(3)[None]).squeeze(1) + t[:, None]
 
@@ -149,7 +149,7 @@ def test_auto_is_the_taylor_engine(order):
 
 
 @pytest.mark.parametrize("error", [TypeError, AssertionError, AttributeError, IndexError])
-def test_what_the_network_cannot_do_is_remembered(error):
+def test_an_engine_that_fails_is_not_tried_again(error):
     network = Watched(error("not now"))
     assert engines_of(network) == ["taylor", "reverse"]
     network.error = None
@@ -174,7 +174,7 @@ def profiler():
         (nullcontext, RecursionError()),
     ],
 )
-def test_what_may_be_due_to_what_surrounds_a_call_is_not_remembered(around, error):
+def test_a_failure_that_the_surroundings_may_cause_is_not_remembered(around, error):
     network = Watched(error)
     with around():
         assert engines_of(network) == ["taylor", "reverse"]

@@ -132,12 +132,12 @@ SHARED = {
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_what_shares_memory(name):
+def test_shared_memory(name):
     agree(SHARED[name])
 
 
 @pytest.mark.parametrize("name", ["unsafe_chunk", "unsafe_split"])
-def test_what_autograd_does_not_take_for_a_view_follows_pytorchs_values(name):
+def test_parts_that_autograd_takes_for_no_views_have_pytorchs_values(name):
     def function(h):
         getattr(torch, name)(h, 3, 1)[0].mul_(2)
         return h.cos()
@@ -245,7 +245,7 @@ LEFT_TO_REVERSE = WRONG_FORWARD | {"own": sine, "own by its name": torch.ops.hos
 
 
 @pytest.mark.parametrize("name", LEFT_TO_REVERSE)
-def test_what_forward_mode_may_get_wrong_is_left_to_the_reverse_engine(name):
+def test_operators_with_a_wrong_forward_mode_go_to_the_reverse_engine(name):
     """Of a package's own operator it takes the derivative for zero."""
     function = LEFT_TO_REVERSE[name]
     agree(function)
@@ -277,7 +277,7 @@ def test_norms_of_exported_programs(name, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_what_is_below_norms_is_refused(engine):
+def test_native_norms_are_refused(engine):
     for below in (torch.native_layer_norm, ATEN.native_layer_norm, ATEN.native_layer_norm.default):
         with pytest.raises(hosm.DerivativeError, match=r"F\.layer_norm"):
             losses(lambda h, below=below: below(h, [9], None, None, 1e-5)[0], engine)
@@ -348,7 +348,7 @@ class Keeps(nn.Module):
 
 
 @tells_hooks
-def test_what_a_network_keeps_are_ordinary_tensors_afterwards(tmp_path):
+def test_tensors_that_a_network_keeps_are_ordinary_afterwards(tmp_path):
     network, other = Keeps(), Keeps()
     for order in (2, 3):
         assert_same(losses(network, "taylor", order), losses(other, "reverse", order))
@@ -364,7 +364,7 @@ def test_what_a_network_keeps_are_ordinary_tensors_afterwards(tmp_path):
 
 
 @tells_hooks
-def test_what_is_kept_by_a_call_that_fails_is_ordinary_too():
+def test_so_are_those_of_a_call_that_fails():
     network = Keeps()
     network.layer.register_forward_hook(lambda module, args, output: network.kept.update(a=output))
 

@@ -253,7 +253,7 @@ def test_evaluation_mode_uses_the_running_statistics():
         same_as_native(lambda norm=norm, x=x: norm(x))
 
 
-def test_what_the_native_operator_refuses_is_refused():
+def test_inputs_that_the_native_operator_refuses_are_refused():
     ones = torch.ones(2, 3)
     for call in (
         lambda: F.layer_norm(ones, (4,)),

@@ -142,7 +142,7 @@ class Drops(torch.autograd.Function):
         return None
 
 
-def test_what_is_kept_is_for_the_pullbacks_alone():
+def test_extra_results_are_kept_for_the_pullbacks_alone():
     """Not for autograd, which takes their place where no cotangent comes, or none is given."""
 
     def doubled(x):

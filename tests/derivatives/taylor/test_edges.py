@@ -105,7 +105,7 @@ def test_softplus_is_straight_where_pytorch_takes_it_for_x():
     torch.testing.assert_close(stack[:, 0, 0], by_hand[:, 0])
 
 
-def test_hardsigmoid_of_which_pytorch_has_one_derivative():
+def test_hardsigmoid_whose_second_derivative_pytorch_lacks():
     check(lambda x: F.hardsigmoid(4 * x), (5,), reference=lambda x: F.relu6(4 * x + 3) / 6)
 
 

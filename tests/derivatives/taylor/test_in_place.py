@@ -67,7 +67,7 @@ def right(function):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_every_method_and_the_one_that_is_not_in_place():
+def test_every_method_and_its_twin_that_is_not_in_place():
     compared, refused = set(), set()
     for name in sorted(METHODS):
         for one in {name, name.removesuffix("_")} if name[0] != "_" else {name}:
@@ -207,7 +207,7 @@ UNSURE = {
 
 
 @pytest.mark.parametrize("name", UNSURE)
-def test_what_would_be_unsure_is_refused(name):
+def test_unsure_changes_are_refused(name):
     with pytest.raises((TaylorError, RuntimeError)):
         carried(lambda x: UNSURE[name](x.sin()), X, ONE)
 

@@ -22,7 +22,7 @@ X = torch.rand(3, 4, dtype=torch.float64) + 0.5
 W = torch.ones(1, 3, 4, dtype=torch.float64)
 
 
-def test_several_results_of_which_some_have_no_derivative():
+def test_several_results_some_without_a_derivative():
     def function(x):
         values, places = torch.kthvalue(x, 2, -1)
         assert type(places) is torch.Tensor
@@ -65,7 +65,7 @@ def test_keywords(function):
         lambda x: F.conv1d(x[:, None], torch.ones(1, 1, 3), padding="full"),
     ],
 )
-def test_what_pytorch_refuses_is_refused(function):
+def test_calls_that_pytorch_refuses_are_refused(function):
     with pytest.raises((RuntimeError, TypeError, IndexError, ValueError)):
         function(X)
     with pytest.raises((RuntimeError, TypeError, IndexError, ValueError)):
@@ -93,7 +93,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_right_is_refused(name):
+def test_functions_without_right_derivatives_are_refused(name):
     with pytest.raises(TaylorError):
         carried(REFUSED[name], X, W)
 
