@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tests.oracles import CountFlops
+from tests.cases import CountFlops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from tests.oracles import CountFlops
+from tests.cases import CountFlops
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from tests.cases import VP
-from tests.oracles import MLP, Spectral
+from tests.cases import MLP, VP, Spectral
 
 X0 = torch.randn(2, 3, dtype=torch.float64)
 T = torch.full((2,), 0.5, dtype=torch.float64)

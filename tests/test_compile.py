@@ -12,8 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import hosm_losses as hosm
 from hosm_losses.derivatives.select import _choice
-from tests.cases import FUNCTIONS, MODULES, VP, assert_same, given, with_gradients
-from tests.oracles import networks
+from tests.cases import FUNCTIONS, MODULES, VP, assert_same, given, networks, with_gradients
 from tests.versions import OLD, compiles_higher_orders
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

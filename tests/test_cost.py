@@ -8,8 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hosm_losses as hosm
-from tests.cases import FUNCTIONS, VP
-from tests.oracles import CountFlops, OfX
+from tests.cases import FUNCTIONS, VP, CountFlops, OfX
 
 
 class Residual(nn.Module):

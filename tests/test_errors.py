@@ -21,7 +21,7 @@ from torch import nn
 import hosm_losses as hosm
 from hosm_losses import interop
 from hosm_losses.likelihood.result import Quantization
-from tests.oracles import MLP
+from tests.cases import MLP
 from tests.schedules.checks import own
 
 NAN, INF = math.nan, math.inf

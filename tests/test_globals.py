@@ -12,8 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import hosm_losses as hosm
-from tests.cases import ENGINES, FUNCTIONS, MODULES, SCHEDULES, VP
-from tests.oracles import MLP
+from tests.cases import ENGINES, FUNCTIONS, MLP, MODULES, SCHEDULES, VP
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 IMAGES = (X.abs() * 100).to(torch.uint8)

@@ -8,8 +8,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.model import noise_field
-from tests.cases import FUNCTIONS, VP, given, gradients
-from tests.oracles import OfX
+from tests.cases import FUNCTIONS, VP, OfX, given, gradients
 
 D = 3072  # an image of 32 by 32: ‖v‖⁴ is far outside float16
 HALVES = [torch.float16, torch.bfloat16]

@@ -8,9 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import hosm_losses as hosm
-from tests.cases import PREDICTIONS, SCHEDULES, VP
+from tests.cases import PREDICTIONS, SCHEDULES, VP, networks
 from tests.losses.test_random_options import LOSSES, Pick, drawn_options, drawn_weights
-from tests.oracles import networks
 
 
 class OneDevice(TorchDispatchMode):

@@ -13,7 +13,7 @@ from hosm_losses.probes import (
     unit_vector_chunks,
     unit_vectors,
 )
-from tests.oracles import Largest
+from tests.cases import Largest
 
 COUNT = 20_000
 

@@ -10,8 +10,7 @@ import torch
 
 import hosm_losses as hosm
 from hosm_losses._progress import progress_bar
-from tests.cases import VP
-from tests.oracles import MLP
+from tests.cases import MLP, VP
 
 MODEL, X = hosm.ScoreModel(MLP(3).double(), VP), torch.linspace(-1, 1, 15).double().reshape(5, 3)
 IMAGES = {"dequantization": "uniform", "dequantization_draws": 3, "steps": 8}

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hosm_losses import _torch_errors
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import may_look
-from tests.oracles import OnceDifferentiable
+from tests.cases import OnceDifferentiable
 from tests.versions import tells_hooks
 
 ONES = torch.ones(2)

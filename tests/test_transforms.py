@@ -9,8 +9,18 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vjp, vmap
 
 import hosm_losses as hosm
-from tests.cases import FUNCTIONS, MODULES, VP, Around, assert_same, given, gradients
-from tests.oracles import MLP, ConvNet, randomise
+from tests.cases import (
+    FUNCTIONS,
+    MLP,
+    MODULES,
+    VP,
+    Around,
+    ConvNet,
+    assert_same,
+    given,
+    gradients,
+    randomise,
+)
 
 OPTIONS = [
     (1, {}),

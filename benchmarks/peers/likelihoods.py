@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 import torch
-from tests.oracles import default_dtype
+from tests.cases import default_dtype
 from torch import Tensor
 
 import hosm_losses as hosm

@@ -8,7 +8,8 @@ import torch
 from benchmarks.gradient_variance import estimators, gradient, moments
 
 import hosm_losses as hosm
-from tests.oracles import MLP, sign_vectors
+from tests.cases import MLP
+from tests.oracles import sign_vectors
 
 
 def test_the_estimates_are_unbiased():

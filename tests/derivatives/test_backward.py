@@ -7,8 +7,15 @@ from torch import nn
 import hosm_losses as hosm
 from hosm_losses.derivatives.backward import DroppedGraphError
 from hosm_losses.model import noise_field
-from tests.cases import VP, Around, assert_same, loss_and_gradients
-from tests.oracles import Cubes, Detaches, OnceDifferentiable
+from tests.cases import (
+    VP,
+    Around,
+    Cubes,
+    Detaches,
+    OnceDifferentiable,
+    assert_same,
+    loss_and_gradients,
+)
 
 
 class GuidedCheckpoint(torch.autograd.Function):

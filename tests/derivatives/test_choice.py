@@ -16,8 +16,18 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import hosm_losses as hosm
 from tests import cases
-from tests.cases import ENGINES, FUNCTIONS, VP, Around, assert_same, loss_and_gradients
-from tests.oracles import MLP, CountCalls, OnceDifferentiable, Spectral
+from tests.cases import (
+    ENGINES,
+    FUNCTIONS,
+    MLP,
+    VP,
+    Around,
+    CountCalls,
+    OnceDifferentiable,
+    Spectral,
+    assert_same,
+    loss_and_gradients,
+)
 from tests.versions import tells_hooks
 
 SHAPE = (4, 3)

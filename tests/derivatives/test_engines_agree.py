@@ -12,8 +12,17 @@ from torch import nn
 import hosm_losses as hosm
 from hosm_losses.derivatives.hooks import ChangedGradientError
 from hosm_losses.model import noise_field
-from tests.cases import ENGINES, VP, Around, assert_same, gradients, loss_and_gradients
-from tests.oracles import OfX, dense_derivatives, networks
+from tests.cases import (
+    ENGINES,
+    VP,
+    Around,
+    OfX,
+    assert_same,
+    gradients,
+    loss_and_gradients,
+    networks,
+)
+from tests.oracles import dense_derivatives
 from tests.versions import tells_hooks
 
 pytestmark = pytest.mark.filterwarnings("ignore:derivative='auto'")

@@ -13,9 +13,8 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 import hosm_losses as hosm
 from hosm_losses.derivatives import primitive_mode
 from hosm_losses.derivatives.primitive_mode import ForeignCheckpointError, safe_primitives
-from tests.cases import ENGINES, MODULES, VP, assert_same, loss_and_gradients
+from tests.cases import ENGINES, MODULES, VP, OfX, assert_same, loss_and_gradients
 from tests.derivatives.test_primitives import LAYERS, SDPA, network_of
-from tests.oracles import OfX
 from tests.versions import tells_hooks
 
 torchs_own = partial(torch_checkpoint, use_reentrant=False)

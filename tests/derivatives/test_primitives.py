@@ -17,8 +17,7 @@ import hosm_losses as hosm
 from hosm_losses.derivatives.primitive_mode import safe_primitives
 from hosm_losses.derivatives.primitives import PRIMITIVES
 from hosm_losses.model import noise_field
-from tests.cases import VP, assert_same, gradients
-from tests.oracles import Function, OfX, randomise
+from tests.cases import VP, Function, OfX, assert_same, gradients, randomise
 
 ENGINES = ("taylor", "reverse")
 SDPA = F.scaled_dot_product_attention

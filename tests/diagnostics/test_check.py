@@ -11,8 +11,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import hosm_losses as hosm
-from tests.cases import ENGINES, VP
-from tests.oracles import Function, OfX, OnceDifferentiable, Spectral, default_dtype, networks
+from tests.cases import (
+    ENGINES,
+    VP,
+    Function,
+    OfX,
+    OnceDifferentiable,
+    Spectral,
+    default_dtype,
+    networks,
+)
 from tests.versions import layer_norm_is_wrong
 
 

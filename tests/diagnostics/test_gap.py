@@ -8,8 +8,8 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.diagnostics import gap
-from tests.cases import VP
-from tests.oracles import MLP, GaussianMixture, OfX, default_dtype, mixture_noise
+from tests.cases import MLP, VP, OfX, default_dtype
+from tests.oracles import GaussianMixture, mixture_noise
 
 # They end early: a model's prior is then another density than its data have come to be.
 EARLY = {"vp": hosm.VPSchedule(beta_max=2.0), "ve": hosm.VESchedule(sigma_max=1.5)}

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from tests.cases import ENGINES
+from tests.cases import ENGINES, default_dtype
 from tests.integration.measure import ORDERS, Outcome, outcome
 from tests.integration.networks import NETWORKS
-from tests.oracles import default_dtype
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 # The taylor engine does not use PyTorch's own derivatives of norms and attention.

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hosm_losses as hosm
-from tests.cases import gradients
+from tests.cases import default_dtype, gradients
 from tests.integration.networks import BATCH, NETWORKS, SHAPE
 from tests.integration.reference import Reference, reference, relative_error
-from tests.oracles import default_dtype
 
 ORDERS = (2, 3)
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}

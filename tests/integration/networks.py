@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import hosm_losses as hosm
-from tests.oracles import default_dtype
+from tests.cases import default_dtype
 
 BATCH, SIZE = 2, 4
 SHAPE = (2, SIZE, SIZE)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from tests.cases import ENGINES
+from tests.cases import ENGINES, default_dtype
 from tests.integration.compatibility import COLUMNS, PAGE, TITLES, cells, verdicts
 from tests.integration.measure import (
     ORDERS,
@@ -16,7 +16,6 @@ from tests.integration.measure import (
 )
 from tests.integration.networks import FLOW, NETWORKS
 from tests.integration.reference import relative_error
-from tests.oracles import default_dtype
 from tests.versions import layer_norm_is_wrong
 
 # That another engine runs is one of the verdicts.

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.cases import gradients
+from tests.cases import gradients, networks
 from tests.integration.reference import reference, relative_error
-from tests.oracles import dense_derivatives, dense_terms, networks
+from tests.oracles import dense_derivatives, dense_terms
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv", "attention"])

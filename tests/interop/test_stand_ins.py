@@ -12,9 +12,8 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses import interop
-from tests.cases import assert_same, with_gradients
+from tests.cases import assert_same, default_dtype, with_gradients
 from tests.interop.checks import Diffusers, Net, check_one_line
-from tests.oracles import default_dtype
 
 TABLE = np.cumprod(1 - np.linspace(1e-3, 0.2, 100))
 VE, KINDS = Is(sigma_min=0.02, sigma_max=40.0), Is(name="EPSILON")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from tests.cases import SCHEDULES, VP
+from tests.cases import MLP, SCHEDULES, VP
 from tests.likelihood.problems import problem
-from tests.oracles import MLP, anisotropic, paper_mixture, ring
+from tests.oracles import anisotropic, paper_mixture, ring
 
 PAGE = (Path(__file__).parents[2] / "docs" / "likelihood.md").read_text(encoding="utf-8")
 # A mixture, how many of the page's 32 points are taken (of 64-D those with the largest error), and

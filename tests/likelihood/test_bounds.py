@@ -8,9 +8,8 @@ from torch.distributions import Normal
 
 import hosm_losses as hosm
 from hosm_losses.likelihood.integers import importance_weighted
-from tests.cases import VP
+from tests.cases import VP, networks
 from tests.likelihood.problems import gaussian, marginals, total
-from tests.oracles import networks
 
 
 def solved(schedule, std, x, repeats, **options):

@@ -8,10 +8,9 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.likelihood.inputs import mark_failed
-from tests.cases import VP
+from tests.cases import VP, Function
 from tests.likelihood.problems import gaussian, total
 from tests.likelihood.test_result import full
-from tests.oracles import Function
 
 
 def poisoned(x, t):

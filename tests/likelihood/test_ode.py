@@ -5,9 +5,9 @@ import torch
 
 import hosm_losses as hosm
 from hosm_losses.likelihood import adaptive as adaptive_of
-from tests.cases import SCHEDULES, VP, gradients
+from tests.cases import MLP, SCHEDULES, VP, gradients, networks
 from tests.likelihood.problems import problem
-from tests.oracles import MLP, networks, paper_mixture, ring
+from tests.oracles import paper_mixture, ring
 
 METHODS = ["fixed", "adaptive"]
 

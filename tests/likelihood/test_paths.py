@@ -11,8 +11,8 @@ from hosm_losses.likelihood import paths
 from hosm_losses.likelihood.adaptive import student_factor
 from hosm_losses.likelihood.paths import with_divergence
 from hosm_losses.model import noise_field
-from tests.cases import VP
-from tests.oracles import Largest, dense_derivatives, networks, sign_vectors
+from tests.cases import VP, Largest, networks
+from tests.oracles import dense_derivatives, sign_vectors
 
 
 @pytest.mark.parametrize("freedom", [3, 4, 7, 15, 63])

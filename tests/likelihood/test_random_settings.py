@@ -17,9 +17,8 @@ import hosm_losses as hosm
 from hosm_losses._checks import expand_right
 from hosm_losses.likelihood import multistep
 from hosm_losses.probes import DISTRIBUTIONS, draw_probes
-from tests.cases import PREDICTIONS, SCHEDULES, assert_same, gradients
+from tests.cases import MLP, PREDICTIONS, SCHEDULES, AttentionNet, ConvNet, assert_same, gradients
 from tests.likelihood.problems import gaussian, marginals, total
-from tests.oracles import MLP, AttentionNet, ConvNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule. expected")
 PROBES = st.fixed_dictionaries(

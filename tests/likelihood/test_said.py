@@ -11,9 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hosm_losses as hosm
-from tests.cases import VP
+from tests.cases import VP, Learned, OfX
 from tests.likelihood.problems import gaussian, total
-from tests.oracles import Learned, OfX
 from tests.schedules.checks import own
 
 FAR = {

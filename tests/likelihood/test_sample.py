@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from tests.cases import VP
-from tests.oracles import MLP
+from tests.cases import MLP, VP
 
 VE = hosm.VESchedule(sigma_max=20.0)
 

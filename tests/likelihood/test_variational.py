@@ -7,9 +7,8 @@ import torch
 from torch.distributions import Normal
 
 import hosm_losses as hosm
-from tests.cases import SCHEDULES, VP
+from tests.cases import MLP, SCHEDULES, VP
 from tests.likelihood.problems import gaussian, marginals, total
-from tests.oracles import MLP
 
 
 def seeded(seed=0):

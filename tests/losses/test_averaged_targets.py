@@ -10,9 +10,19 @@ import torch
 
 import hosm_losses as hosm
 from hosm_losses.losses import targets as source
-from tests.cases import FUNCTIONS, MODULES, SCHEDULES, VP, assert_same, given, with_gradients
+from tests.cases import (
+    FUNCTIONS,
+    MLP,
+    MODULES,
+    SCHEDULES,
+    VP,
+    assert_same,
+    given,
+    randomise,
+    with_gradients,
+)
 from tests.losses.test_stein import ATOMS, CASES, SHARES, Perturbed
-from tests.oracles import MLP, randomise, sign_vectors
+from tests.oracles import sign_vectors
 
 D = 2
 PAIRED, EXACT = {"estimator": "paired"}, {"probes": "exact"}

@@ -7,7 +7,7 @@ import torch
 
 import hosm_losses as hosm
 from hosm_losses.losses.balance import BINS, DECAY, PRIOR, Balance
-from tests.oracles import MLP, default_dtype
+from tests.cases import MLP, default_dtype
 from tests.versions import tells_hooks
 
 D = 3

@@ -6,15 +6,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import hosm_losses as hosm
-from tests.cases import ENGINES, FUNCTIONS, VP, assert_same, gradients
-from tests.oracles import (
-    MLP,
-    AttentionNet,
-    anisotropic,
-    mixture_noise,
-    networks,
-    ring,
-)
+from tests.cases import ENGINES, FUNCTIONS, MLP, VP, AttentionNet, assert_same, gradients, networks
+from tests.oracles import anisotropic, mixture_noise, ring
 
 
 def setting(size=4):

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from tests.cases import FUNCTIONS, MODULES, VP
-from tests.oracles import MLP
+from tests.cases import FUNCTIONS, MLP, MODULES, VP
 
 
 def setting():

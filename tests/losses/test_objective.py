@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import hosm_losses as hosm
-from tests.cases import ENGINES, FUNCTIONS, SCHEDULES, VP, assert_same, gradients
-from tests.oracles import LAPLACIAN, MLP, dense_derivatives, dense_terms, networks
+from tests.cases import ENGINES, FUNCTIONS, MLP, SCHEDULES, VP, assert_same, gradients, networks
+from tests.oracles import LAPLACIAN, dense_derivatives, dense_terms
 
 
 def dense(model, x0, t, noise, probe, frozen=None, **options):

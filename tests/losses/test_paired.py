@@ -6,8 +6,19 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from tests.cases import FUNCTIONS, MODULES, VP, assert_same, gradients
-from tests.oracles import MLP, Detaches, OfX, OnceDifferentiable, randomise, sign_vectors
+from tests.cases import (
+    FUNCTIONS,
+    MLP,
+    MODULES,
+    VP,
+    Detaches,
+    OfX,
+    OnceDifferentiable,
+    assert_same,
+    gradients,
+    randomise,
+)
+from tests.oracles import sign_vectors
 
 WEIGHTS = (1.0, 0.7, 0.3, 0.9)
 D = 3

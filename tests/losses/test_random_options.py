@@ -10,13 +10,21 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.probes import draw_probes
-from tests.cases import ENGINES, FUNCTIONS, MODULES, PREDICTIONS, SCHEDULES, assert_same, gradients
-from tests.oracles import (
-    LAPLACIAN,
+from tests.cases import (
+    ENGINES,
+    FUNCTIONS,
     MLP,
+    MODULES,
+    PREDICTIONS,
+    SCHEDULES,
     AttentionNet,
     ConvNet,
     Learned,
+    assert_same,
+    gradients,
+)
+from tests.oracles import (
+    LAPLACIAN,
     dense_derivatives,
     dense_paired_terms,
     dense_stein_rate,

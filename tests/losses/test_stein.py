@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from tests.cases import SCHEDULES, VP, assert_same, gradients
-from tests.oracles import MLP, PREDICTIONS_OF_ORACLE, atoms_posterior, randomise, sign_vectors
+from tests.cases import MLP, SCHEDULES, VP, assert_same, gradients, randomise
+from tests.oracles import PREDICTIONS_OF_ORACLE, atoms_posterior, sign_vectors
 
 D, WEIGHT = 2, 0.7
 ATOMS = torch.tensor([[0.3, -1.0], [1.1, 0.4], [-0.8, 0.2]], dtype=torch.float64)

@@ -6,8 +6,7 @@ import torch
 import hosm_losses as hosm
 from hosm_losses.losses.weighting import draw_time, time_factors
 from hosm_losses.probes import draw_probes
-from tests.cases import SCHEDULES
-from tests.oracles import MLP
+from tests.cases import MLP, SCHEDULES
 
 CONTINUOUS = [name for name in SCHEDULES if name != "discrete"]
 

@@ -6,8 +6,7 @@ import torch
 
 import hosm_losses as hosm
 from hosm_losses.losses.weighting import draw_time, time_factors
-from tests.cases import FUNCTIONS, with_gradients
-from tests.oracles import MLP
+from tests.cases import FUNCTIONS, MLP, with_gradients
 
 TABLES = {
     "two": hosm.DiscreteSchedule([0.9, 0.2]),

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from tests.cases import VP, assert_same, with_gradients
-from tests.oracles import MLP
+from tests.cases import MLP, VP, assert_same, with_gradients
 
 Pair = namedtuple("Pair", ["label", "scale"])  # noqa: PYI024
 SHARED_IS_CHANGED = "expected a network that leaves what all samples share"

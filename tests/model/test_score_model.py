@@ -12,8 +12,8 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 import hosm_losses as hosm
-from tests.cases import PREDICTIONS, SCHEDULES, VP
-from tests.oracles import MLP, OfX, networks, noise_by_solving
+from tests.cases import MLP, PREDICTIONS, SCHEDULES, VP, OfX, networks
+from tests.oracles import noise_by_solving
 
 TABLE = hosm.DiscreteSchedule.linear(10, 0.01, 0.9)
 LIKELIHOODS = [hosm.ode_nll, hosm.variational_nll, hosm.ode_sample]

@@ -9,8 +9,7 @@ import torch
 from mpmath import mpf
 
 import hosm_losses as hosm
-from tests.cases import SCHEDULES
-from tests.oracles import default_dtype
+from tests.cases import SCHEDULES, default_dtype
 from tests.schedules.checks import own
 
 RANGES = {

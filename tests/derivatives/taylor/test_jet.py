@@ -14,9 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hosm_losses as hosm
 from hosm_losses.derivatives.taylor import TaylorError, carried
-from tests.cases import assert_same, gradients
+from tests.cases import OnceDifferentiable, assert_same, gradients
 from tests.derivatives.taylor.checks import KINDS, check
-from tests.oracles import OnceDifferentiable
 
 X = torch.rand(3, 4, dtype=torch.float64) + 0.5
 W = torch.ones(1, 3, 4, dtype=torch.float64)
