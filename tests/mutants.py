@@ -242,19 +242,19 @@ MUTANTS = [
     # about the mean, and float32 loses close neighbours.
     Mutant(
         "losses/targets.py",
-        "logits = logits.masked_fill(own, -torch.inf)",
-        "logits = logits.masked_fill(own, 0.0)",
+        "logits.diagonal().fill_(-torch.inf)",
+        "logits.diagonal().fill_(0.0)",
         "tests/losses/test_random_options.py",
     ),
     Mutant(
         "losses/targets.py",
-        "slope = slope - (v * mean).sum(-1, keepdim=True)",
-        "slope = slope + 0 * mean.sum(-1, keepdim=True)",
+        "(v * (self.scale * self.data - self.mean))",
+        "(v * self.scale * self.data)",
         "tests/losses/test_averaged_targets.py",
     ),
     Mutant(
         "losses/targets.py",
-        " - (v * second).sum(-1, keepdim=True) * mean",
+        " - (v * second).sum(-1, keepdim=True) * self.mean",
         "",
         "tests/losses/test_averaged_targets.py",
     ),

@@ -137,11 +137,15 @@ def test_probes_share_the_value(order, options, most):
 
 @pytest.mark.parametrize(("order", "products"), [(1, 2), (2, 4), (3, 5)])
 def test_averaged_targets_are_a_few_products_with_the_reference(order, products):
-    """Weights and mean, the references along a probe, and a sum over them for each cumulant."""
+    """Weights and mean, the references along a probe, and a sum over them for each cumulant.
+
+    The references have the own sample and two more columns beside them in the first product, one
+    in the others.
+    """
     model, x0 = hosm.ScoreModel(Residual(), VP), torch.randn(64, 1, 6, 6)
     plain = flops(lambda: FUNCTIONS[order](model, x0))
     found = flops(lambda: FUNCTIONS[order](model, x0, targets=hosm.AveragedTargets()))
-    assert found - plain == products * 2 * 64 * 64 * 36
+    assert found - plain == 2 * 64 * 65 * (38 + 37 * (products - 1))
     assert found < 1.02 * plain
 
 

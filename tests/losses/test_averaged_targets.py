@@ -100,7 +100,7 @@ def test_pieces_are_the_whole(loss, options, monkeypatch):
     model, x0, inputs = setting()
     options = options | inputs | {"targets": hosm.AveragedTargets()}
     whole = loss(model, x0, **options, generator=draws())
-    monkeypatch.setattr(source, "LARGEST", 12)
+    monkeypatch.setitem(source.LARGEST, "cpu", 12)
     assert_same(loss(model, x0, **options, generator=draws()), whole, 1e-14)
 
 

@@ -39,13 +39,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses._checks import check_flag, check_like, check_sample_batch, complaint
 from hosm_losses._torch_internals import normal
 from hosm_losses.model import per_sample
 
-LARGEST = 2**22  # elements of a tensor over probes, samples and references; more are split
+# Elements of a tensor over probes, samples and references, above which it is split. On the CPU
+# small tensors are faster, since they take memory that was in use before.
+LARGEST = {"cpu": 2**18}
+ELSEWHERE = 2**24
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,10 +67,10 @@ class AveragedTargets:
 
     Args:
         reference: data (R, *) of the type and device of x₀. None is the batch itself: under DDP
-            that of each process, unless it gives each call a gathered one by
-            `dataclasses.replace(targets, reference=gathered)`.
-        own: whether x₀ is to be added to the reference for its own sample. False says that the
-            reference contains it, as where it is all data.
+            that of each process, unless it gives each call a gathered one, as
+            `dataclasses.replace(targets, reference=gathered, own=False)`.
+        own: whether x₀ is added to a given reference for its own sample. False says that the
+            reference contains it already, as all of the data do. Added again, it counts twice.
         same: model_kwargs → a mask (B, R) of the references that may stand for a sample, those
             with its condition. Required where `model_kwargs` holds a tensor per sample. A sample
             that finds none has its own x₀.
@@ -117,62 +121,63 @@ class AveragedTargets:
             shape, given = (len(self.reference), *x0.shape[1:]), self.reference
             given = check_like("targets.reference", given, shape, x0.dtype, x0.device, "x0")
             reference = normal(given).detach().reshape(len(given), -1).to(dtype)
+        # One product has −‖ε_j‖²/2 less that of the own sample, which has a row of zeros.
         scaled, half = scale * (eps + scale * data), scale.square() / 2  # α/σ times x/σ
-        # −‖ε_j‖²/2, less that of the own sample.
-        logits = scaled @ reference.T - half * reference.square().sum(1)
-        logits = logits - (scaled * data - half * data.square()).sum(1, keepdim=True)
+        itself = (half * data.square() - scaled * data).sum(1, keepdim=True)
+        squares = reference.square().sum(1, keepdim=True)
+        points = F.pad(torch.cat([squares, reference, torch.ones_like(squares)], 1), (0, 0, 0, 1))
+        logits = torch.cat([-half, scaled, itself], 1) @ points.T
         if self.same is not None:
-            like = tuple(logits.shape), torch.bool, x0.device, "batch and reference"
+            like = (len(x0), len(reference)), torch.bool, x0.device, "batch and reference"
             mask = check_like("targets.same(model_kwargs)", self.same(kwargs), *like)
-            logits = logits.masked_fill(~mask, -torch.inf)
+            logits[:, :-1].masked_fill_(~mask, -torch.inf)
         if self.reference is None:
-            own = torch.eye(len(x0), device=x0.device).bool()
-            logits = logits.masked_fill(own, -torch.inf)
-        total = logits.logsumexp(1, keepdim=True)
-        if self.own or self.reference is None:
-            total = torch.logaddexp(total, torch.zeros_like(total))
-        # A sample without any reference has the weights 0, and no −∞ + ∞.
-        weights = (logits - total.clamp_min(torch.finfo(dtype).min)).exp()
-        return Posterior(weights, scale, data, reference, _sum(weights, scale, data, reference))
+            logits.diagonal().fill_(-torch.inf)
+        elif not self.own:  # but where there is no other
+            logits[:, -1] = torch.finfo(dtype).min
+        weights = logits.sub_(logits.amax(1, keepdim=True)).exp_()
+        weights.div_(weights.sum(1, keepdim=True))
+        found = Posterior(weights, scale, data, data, points[:, 1:])
+        return found._replace(mean=found.sum_of(found.weights))
 
 
 class Posterior(NamedTuple):
     """What may have led to each x: moments of δ_j = ε_j − ε, which is 0 for the own sample."""
 
-    weights: Tensor  # of the references without the own sample, (B, R)
+    weights: Tensor  # of the references, and the own sample, (B, R + 1)
     scale: Tensor  # α/σ, (B, 1)
     data: Tensor  # x₀, (B, d)
-    reference: Tensor  # (R, d)
     mean: Tensor  # ε̄ − ε, (B, d)
+    points: Tensor  # the references, with a column of ones, and a row of zeros, (R + 1, d + 1)
 
     def at(self, index: Tensor | slice) -> "Posterior":
         """Return the rows at `index`."""
-        weights, scale, data, mean = (part[index] for part in (*self[:3], self.mean))
-        return Posterior(weights, scale, data, self.reference, mean)
+        return self._make([*(part[index] for part in self[:4]), self.points])
+
+    def sum_of(self, weights: Tensor) -> Tensor:
+        """Σ_j of weights (*, B, R + 1) times δ_j, (*, B, d)."""
+        sums = weights @ self.points
+        return self.scale * (sums[..., -1:] * self.data - sums[..., :-1])
 
     def cumulants(self, probe: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
         """v − C₂v and, if it is wanted, C₃(v, v, ·), along probes (K, B, *) and like them."""
         half = len(self.weights) // 2
-        if half and len(probe) * self.weights.numel() > LARGEST:
+        if half and len(probe) * self.weights.numel() > LARGEST.get(probe.device.type, ELSEWHERE):
             parts = slice(None, half), slice(half, None)
             found = [self.at(part).cumulants(probe[:, part], third=third) for part in parts]
             held, skews = zip(*found, strict=True)
             return torch.cat(held, 1), torch.cat(skews, 1) if third else None
-        weights, *points, mean = self
-        v = probe.detach().reshape(*probe.shape[:2], -1).to(mean.dtype)
-        slope = self.scale * ((v * self.data).sum(-1, keepdim=True) - v @ self.reference.T)
-        slope = slope - (v * mean).sum(-1, keepdim=True)  # (ε_j − ε̄)·v, (K, B, R)
-        second = _sum(weights * slope, *points)
+        v = probe.detach().reshape(*probe.shape[:2], -1).to(self.data.dtype)
+        along = (v * (self.scale * self.data - self.mean)).sum(-1, keepdim=True)
+        # (ε_j − ε̄)·v, (K, B, R + 1); that of the own sample is not needed.
+        slope = torch.cat([-self.scale * v, along], -1) @ self.points.T
+        weighted = self.weights * slope
+        second = self.sum_of(weighted)
         held = probe - second.reshape(probe.shape).to(probe.dtype)
         if not third:
             return held, None
-        skew = _sum(weights * slope.square(), *points) - (v * second).sum(-1, keepdim=True) * mean
+        skew = self.sum_of(weighted.mul_(slope)) - (v * second).sum(-1, keepdim=True) * self.mean
         return held, skew.reshape(probe.shape).to(probe.dtype)
-
-
-def _sum(weights: Tensor, scale: Tensor, data: Tensor, reference: Tensor) -> Tensor:
-    """Σ_j of weights (*, B, R) times δ_j, (*, B, d)."""
-    return scale * (weights.sum(-1, keepdim=True) * data - weights @ reference)
 
 
 Targets = AveragedTargets | Tensor | None

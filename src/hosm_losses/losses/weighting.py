@@ -30,14 +30,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import (
-    check_choice,
-    check_finite,
-    check_like,
-    complaint,
-    may_look,
-    source,
-)
+from hosm_losses._checks import check_choice, check_finite, check_like, complaint, may_look, source
 from hosm_losses.model import ScoreModel, check_time
 from hosm_losses.schedules import Schedule
 
