@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from benchmarks.networks import DiT, UNet
+from benchmarks.networks import DiT
 from torch import nn
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -63,23 +63,15 @@ KINDS = {
 def test_products_of_two_probes_are_one_graph(loss):
     network, shape = networks()["attention"]
     module = KINDS[loss](hosm.ScoreModel(network, VP)).eval()
-    assert_agrees(module, *given((2, *shape), 2, 2), **TRACED)
+    assert_agrees(module, *given((2, *shape), 2, 2))
 
 
 @compiles_higher_orders
-@pytest.mark.parametrize(
-    ("make", "loss"),
-    [
-        (lambda: UNet(width=8), hosm.SecondOrderDSM),
-        (
-            lambda: DiT(size=16, width=16, heads=2),
-            partial(hosm.ThirdOrderDSM, third="laplacian"),
-        ),
-    ],
-)
-def test_a_unet_and_a_transformer_of_images_are_one_graph(make, loss):
-    """With time embeddings, skips, resampling, attention at 8 × 8 and modulated norms."""
-    assert_agrees(loss(hosm.ScoreModel(make(), VP)), *given((2, 3, 16, 16)), **TRACED)
+def test_a_transformer_of_images_is_one_graph():
+    """With time embeddings, attention at 4 × 4 and modulated norms."""
+    network = DiT(size=16, width=16, heads=2)
+    module = hosm.ThirdOrderDSM(hosm.ScoreModel(network, VP), third="laplacian")
+    assert_agrees(module, *given((2, 3, 16, 16)), **TRACED)
 
 
 @compiles_higher_orders
@@ -268,13 +260,6 @@ def cut_by_a_block(h):
     return h * gate + h
 
 
-def cut_by_a_switch(h):
-    torch.set_grad_enabled(False)
-    gate = h.sin()
-    torch.set_grad_enabled(True)
-    return h * gate + h
-
-
 class Straight(torch.autograd.Function):
     """Rounded, with the gradient of what was not."""
 
@@ -293,17 +278,10 @@ def filled(h):
     return out * h
 
 
-def by_determinants(h):
-    matrices = torch.eye(2) * 2 + h[:, :4].reshape(-1, 2, 2)
-    return h * torch.linalg.det(matrices)[:, None]
-
-
 CUTS = {
     "no_grad": (cut_by_a_block, 2, {}, "Write .detach"),
-    "a switch": (cut_by_a_switch, 2, {}, "Write .detach"),
     "detach_": (lambda h: h * (h * 2).detach_().sin(), 2, {}, "Write .detach"),
     "a custom Function": (lambda h: h * Straight.apply(h), 2, {}, "Write .detach"),
-    "determinants": (by_determinants, 2, {}, "is not differentiated rightly"),
     "filled": (filled, 3, {"third": "laplacian"}, "leave out fullgraph=True"),
 }
 
@@ -328,7 +306,7 @@ def broken(h):
 @pytest.mark.filterwarnings("error:derivative='auto'")
 @pytest.mark.parametrize(
     ("order", "options"),
-    [(2, {"derivative": "taylor"}), (3, {}), (2, {"estimator": "paired"})],
+    [(3, {}), (2, {"estimator": "paired"})],
     ids=str,
 )
 def test_a_network_that_breaks_the_graph_keeps_its_engine(order, options):
@@ -356,7 +334,7 @@ def test_running_statistics_compile_but_at_exact_order_three():
 def test_the_reverse_engine_does_not_compile_and_says_so():
     module, x0, inputs = around(torch.sin, 3, derivative="reverse")
     with pytest.raises(hosm.DerivativeError):
-        compiled(module, fullgraph=False)(x0, **inputs)
+        compiled(module, fullgraph=False, **TRACED)(x0, **inputs)
 
 
 @pytest.mark.parametrize("name", ["whole", "block", "in place", "function"])

@@ -112,14 +112,13 @@ def test_ddp_keeps_one_network():
 
 @pytest.mark.slow
 def test_the_checkerboard_is_learned(tmp_path):
-    """Few steps suffice to beat one step, at every order."""
+    """Few steps lower the KL divergence from the 0.72 nats of one step, at every order."""
     for name in ("matplotlib", "tqdm"):
         pytest.importorskip(name)
     script = [EXAMPLES / "checkerboard.py", "--side", "12", "--out", tmp_path]
-    one, many = (run(*script, "--steps", steps).splitlines() for steps in ("1", "40"))
-    for order, (before, after) in enumerate(zip(one, many, strict=True), 1):
-        assert after.startswith(f"order {order}: KL ")
-        assert 0 < numbers(after)[0] < numbers(before)[0] - 0.1
+    for order, line in enumerate(run(*script, "--steps", "40").splitlines(), 1):
+        assert line.startswith(f"order {order}: KL ")
+        assert 0 < numbers(line)[0] < 0.59
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hosm_losses import ThirdOrderDSM
 from hosm_losses.interop import from_diffusers
 
-STEPS = 40
+STEPS = 20
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         ema.step(unet.parameters())
-        if step % 10 == 9:
+        if step % 5 == 4:
             accelerator.print(step + 1, *(f"{term.mean():.4f}" for term in terms))
     accelerator.end_training()
 

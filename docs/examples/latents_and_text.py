@@ -12,7 +12,7 @@ from hosm_losses import ThirdOrderDSM, checkpoint, ode_nll
 from hosm_losses.interop import from_diffusers
 
 
-def main(steps: int = 6) -> None:
+def main(steps: int = 3) -> None:
     """Fine-tune, then evaluate the likelihood of latents given their texts."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
