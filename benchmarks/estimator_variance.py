@@ -87,7 +87,7 @@ class Point:
         def residual(v: Tensor) -> Tensor:
             value, directional, gradient = derive(v, 3)
             probes = v.to(x.dtype).reshape(directional.shape)
-            return gradient - third_target(common(value + noise, directional, probes))
+            return gradient - third_target(common(value + noise, directional + probes, probes))
 
         self.jacobian = in_chunks(lambda v: derive(v, 2)[1], torch.eye(d)).T.double()
         with torch.no_grad():
