@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import experiment, results
-from benchmarks.worth import FILE
 
+FILE = results.DIRECTORY / "worth.json"
 FEATURES, LEVELS, DRAWS, POINTS, ROUNDS, RIDGE = 64, 33, 4096, 4000, 3, 1e-8
 SCHEDULE = hosm.VESchedule(sigma_max=20.0)
 TRIED = (0.1, 0.3, 1.0, 3.0)

@@ -1,230 +1,315 @@
-"""At equal processor time, which loss gives the best likelihood of the ODE? See docs/worth.md.
+"""Which loss gives the best likelihood and score of the ODE, after order one has converged?
 
-    python -m benchmarks.worth [--problems REGEX] [--losses REGEX] [--out DIR] [--smoke]
-        [--pretraining SECONDS] [--seconds SECONDS] [--rate RATE] [--sweep]
+    python -m benchmarks.worth [--cells REGEX] [--losses REGEX] [--levels N] [--out DIR] [--smoke]
 
-Networks that order one has trained are trained on with each loss: three seeds at a time, from the
-same weights, with a fresh Adam at a quarter of the rate and a cosine decay. Each loss has the
-processor time of order one's steps; its step is timed first, in turns with a step of order one.
+For each cell of worth_problems:
+    1. Order one chooses between two networks, plain and averaged targets, and three rates, by the
+       KL divergence of a seed that is not reported.
+    2. It trains with that choice, and again from scratch with three times the steps, until three
+       times lowers the KL divergence by less than GATE, or --levels times. `converged` says which:
+       no loss is recommended from a cell where order one has not converged.
+    3. Every loss goes on from the weights of the longest training, with a fresh Adam and a cosine
+       decay, for as many steps as cost what the cell's budget of order one costs. Step times are
+       measured once, in turns. The rate is chosen on the seed that is not reported.
 
-Every result is written to the directory at once, so that a second run goes on where the first one
-stopped. All of them end in results/worth.json, those of another rate under "longer". --sweep also
-tries other weights, on the first problem.
+Five seeds and the one that is not reported train as one ensemble. Each row is written to
+results/worth/CELL.json at once, with its environment, and a second run goes on where the first one
+stopped. Two runs may share the work by cells. The weights that the losses start from are in --out;
+without that file they are trained again, and so are the losses if other weights come out of it.
 """
 
-import copy
-import math
+import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import experiment, results
-from benchmarks.worth_problems import PROBLEMS, Problem
+from benchmarks.worth_problems import CELLS, KINDS, Cell, MemberTargets
+from benchmarks.worth_quantities import Row, compare, judge, judge_briefly
 
-FILE = results.DIRECTORY / "worth.json"
-SEEDS, BATCH, RATE = 3, 256, 1e-3
-BEFORE, BASE, SWEEP = "before", "order one", "sweep: "
-# Of the higher terms of paired probes in nats; chosen by --sweep on the first problem.
-WEIGHT, CANDIDATES = 0.3, (0.1, 1.0)
+DIRECTORY = results.DIRECTORY / "worth"
+SEEDS, SPARE = (0, 1, 2, 3, 4), 5  # the spare seed chooses and is not reported
+BASELINE_RATES, RATES = (3e-3, 1e-3, 3e-4), (1e-3, 3e-4, 1e-4)
+GATE, LEVELS, SELECTION, ROUNDS = 0.02, 3, 3, 20
+ONE, AVERAGED = TARGETS = ("order one", "order one, averaged")
+LIKELIHOOD_ROWS, LIKELIHOOD_STEPS, LIKELIHOOD_ELEMENTS = 32, 32, 8
 Loss = Callable[[hosm.ScoreModel], Callable[..., Tensor]]
 
 
-def losses(problem: Problem, sweep: bool = False) -> dict[str, Loss]:
-    """Every loss that is compared: given a model, a function of data and a generator.
+def losses(cell: Cell, members: int, baseline: str = "") -> dict[str, Loss]:
+    """Every loss, as a function of a model that gives one of data and a generator.
 
-    Times are uniform in log σ̂ for all of them, which makes the first term J_SM but for factors.
+    Times are uniform in log σ̂ for all of them unless their name says otherwise.
     """
-    elements, schedule = problem.train.shape[1], problem.schedule
-    low, high = schedule.log_sigma_hat_range
+    elements = cell.density.elements
+    low, high = cell.schedule.log_sigma_hat_range
+    averaged = {"targets": MemberTargets(members=members)}
 
-    def times(count: int, generator: torch.Generator | None) -> Tensor:
-        return schedule.time(low + (high - low) * torch.rand(count, generator=generator))
+    def times(power: int, count: int, generator: torch.Generator | None) -> Tensor:
+        return cell.schedule.time(
+            low + (high - low) * torch.rand(count, generator=generator) ** power
+        )
 
-    def of(function: Callable[..., Any], **options: Any) -> Loss:
-        return lambda model: partial(function, model, time_sampler=times, **options)
+    def of(function: Callable[..., Any], power: int = 1, **options: Any) -> Loss:
+        sampler = partial(times, power)
+        return lambda model: partial(function, model, time_sampler=sampler, **options)
 
-    def stein(weight: float) -> Loss:
-        return lambda model: partial(hosm.stein_dsm, model, weight=weight)
+    def balanced(**options: Any) -> Loss:
+        given: Any = {"estimator": "paired", "weights": "balanced", **options}
+        return lambda model: hosm.SecondOrderDSM(model, time_sampler=partial(times, 1), **given)
 
-    def balanced(model: hosm.ScoreModel) -> hosm.SecondOrderDSM:
-        given: Any = {"estimator": "paired", "weights": "balanced", "time_sampler": times}
-        return hosm.SecondOrderDSM(model, **given)
+    def likelihood(model: hosm.ScoreModel) -> Callable[..., Tensor]:
+        alpha, sigma = cell.schedule(torch.tensor(cell.schedule.t_min))
 
-    second, third = partial(of, hosm.second_order_dsm), partial(of, hosm.third_order_dsm)
+        def loss(x0: Tensor, generator: torch.Generator) -> Tensor:
+            x0 = x0[: LIKELIHOOD_ROWS * members]
+            x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator)
+            given: Any = {"steps": min(LIKELIHOOD_STEPS, cell.solver), **cell.ode}
+            return hosm.ode_nll(model, x, enable_grad=True, **given).nll.nanmean()
 
-    def paired(weight: float) -> dict[str, Loss]:
-        """Second, trace and third are ‖M2‖², (tr M2)² and ‖R3‖², over the d of the first."""
-        each, two = weight * elements, {"estimator": "paired"}
-        return {
-            "order two, paired": second(weights=(1, each, each), **two),
-            "order three, paired": third(weights=(1, each, each, each * elements), **two),
-            "trace, paired": second(weights=(1, 0, each), **two),
-        }
+        return loss
 
+    second = partial(of, hosm.second_order_dsm, weights=(1, 0.5, 0))
+    third = partial(of, hosm.third_order_dsm, weights=(1, 0.5, 0, 0.1 * elements**2))
     found: dict[str, Loss] = {
-        BASE: of(hosm.first_order_dsm),
-        "order two, as in the paper": second(weights=(1, 0.5, 0)),
-        "order two, weights 1": second(),
-        "order three, as in the paper": third(weights=(1, 0.5, 0, 0.1 * elements**2)),
-        "order three, weights 1": third(),
-        **paired(WEIGHT),
-        "order two, balanced": balanced,
-        "Stein, weight 1": stein(1.0),
-        "Stein, weight 0.3": stein(0.3),
+        ONE: of(hosm.first_order_dsm),
+        AVERAGED: of(hosm.first_order_dsm, **averaged),
+        # Half of the times in the lowest quarter.
+        "order one, small σ": of(
+            hosm.first_order_dsm, 2, **(averaged if baseline == AVERAGED else {})
+        ),
+        "order two": second(),
+        "order two, averaged": second(**averaged),
+        "order three": third(),
+        "order three, averaged": third(**averaged),
+        "balanced": balanced(),
+        "balanced, averaged": balanced(**averaged),
+        "Stein, weight 0.3": lambda model: partial(hosm.stein_dsm, model, weight=0.3),
     }
-    if sweep:
-        for weight in CANDIDATES:
-            tried = paired(weight).items()
-            found |= {f"{SWEEP}{name}, weight {weight:g}": loss for name, loss in tried}
-        found[f"{SWEEP}Stein, weight 3"] = stein(3.0)
+    if elements <= LIKELIHOOD_ELEMENTS:
+        found["likelihood"] = likelihood
     return found
 
 
-def turns(problem: Problem, model: hosm.ScoreModel, loss: Loss, steps: int, rate: float):
-    """A training of all members, a step each time it is advanced."""
+def training(
+    cell: Cell, model: hosm.ScoreModel, loss: Loss, steps: int, rates: Sequence[float]
+) -> Iterator[None]:
+    """A training of all members, each at its own rate, a step each time it is advanced."""
     generator, objective = torch.Generator().manual_seed(1), loss(model)
 
     def value() -> Tensor:
-        return objective(problem.rows(BATCH * SEEDS, generator), generator=generator)
+        return objective(cell.draw(cell.batch * len(rates), generator), generator=generator)
 
-    return experiment.training(model, value, steps, rate)
-
-
-def step_times(problem: Problem, model: hosm.ScoreModel, chosen: dict[str, Loss], rounds: int):
-    """Median seconds of a step with each loss; they take turns."""
-
-    def start(name: str, steps: int):
-        return turns(problem, copy.deepcopy(model), chosen[name], steps, RATE)
-
-    return experiment.step_times(start, chosen, rounds)
-
-
-def trained(
-    problem: Problem, model: hosm.ScoreModel, loss: Loss, steps: int, rate: float, bar: str
-) -> dict[str, Any]:
-    """Train all members; the steps, and the seconds of processor time they took."""
-    every = tqdm(turns(problem, model, loss, steps, rate), bar, steps, leave=False)
-    return {"steps": steps, "seconds": experiment.clocked(lambda: list(every))[1]}
+    share = torch.tensor(rates)[:, None, None] / max(rates)
+    before = [each.detach().clone() for each in model.parameters()]
+    for _ in experiment.training(model, value, steps, max(rates)):
+        if min(rates) < max(rates):  # a step of Adam is proportional to its rate
+            with torch.no_grad():
+                for now, start in zip(model.parameters(), before, strict=True):
+                    now.copy_(torch.lerp(start, now, share))
+                    start.copy_(now)
+        yield
 
 
-def judged(problem: Problem, model: hosm.ScoreModel, base: Tensor | None) -> dict[str, Any]:
-    """KL of each member, its difference to that of `base`, and their standard errors.
-
-    `error` is that over points, `seeds_error` that over members, of the mean difference.
-    """
-    value, j_sm = problem.judged(model, SEEDS)
-    if not value.isfinite().all():
-        return {"failed": "the KL divergence is not finite"}
-    row: dict[str, Any] = {"kl": value.mean(1).tolist(), "j_sm": j_sm, "values": value}
-    if base is not None:
-        difference = value - base
-        mean = difference.mean(1)
-        row |= {"difference": mean.tolist(), "seeds_error": float(mean.std() / math.sqrt(SEEDS))}
-        if problem.factor is None:
-            row["error"] = (difference.std(1) / math.sqrt(value.shape[1])).tolist()
-    return row
+def converged(rows: Row) -> bool:
+    """Whether three times the budget of order one lowered its KL divergence by less than GATE."""
+    budgets = sorted(int(name.split()[1]) for name in rows if name.startswith("budget"))
+    before, after = (rows[f"budget {times}"] for times in budgets[-2:])
+    return compare(after, before)["kl"].value > 1 - GATE
 
 
-class Budget(NamedTuple):
-    """Seconds of order one before and after, the rate after, and the rounds of a timing."""
+class Study:
+    """The rows of a cell, in a file, and the weights that its losses start from."""
 
-    pretraining: float = 240.0
-    seconds: float = 25.0
-    rate: float = RATE / 4
-    rounds: int = 30
-
-
-SMOKE = Budget(0.02, 0.02, rounds=2)
-
-
-class Campaign:
-    """The results and checkpoints in a directory."""
-
-    def __init__(self, out: Path, budget: Budget) -> None:
-        self.out, self.budget = out, budget
-        self.file = out / "worth.json"
+    def __init__(self, name: str, cell: Cell, directory: Path, out: Path) -> None:
+        slug = re.sub(r"\W+", "_", name)
+        self.name, self.cell = name, cell
+        self.file, self.out = directory / f"{slug}.json", out / slug
         self.report = results.read(self.file)
-        out.mkdir(parents=True, exist_ok=True)
+        sizes = ("budget", "solver", "batch", "points", "scored")
+        told = cell.sizes._asdict() | {key: getattr(cell, key) for key in sizes}
+        if self.report.setdefault("cell", told) != told:
+            raise ValueError(f"{self.file}: expected rows of {told}; got {self.report['cell']}.")
+        self.environments: list[Row] = self.report.setdefault("environments", [])
+        self.here: Row | None = None  # written with the first row that is made
+        self.rows: Row = self.report.setdefault("rows", {})
 
-    def path(self, problem: str, name: str) -> Path:
-        """Where the weights after a training and what each point adds to the KL are kept."""
-        return self.out / (re.sub(r"\W+", "_", f"{problem} {name}") + ".pt")
+    def row(self, name: str, make: Callable[[], Row], start: str | None = None) -> Row:
+        """The row of a name, made now if there is none of these starting weights."""
+        if name not in self.rows or self.rows[name].get("start") != start:
+            try:
+                made = make()
+            except (ValueError, hosm.DerivativeError) as error:
+                made = {"failed": experiment.reason(error)}
+            if self.here is None:
+                self.here = results.environment()
+                self.environments.append(self.here)
+            self.rows[name] = made | {"environment": len(self.environments) - 1}
+            if start is not None:
+                self.rows[name]["start"] = start
+            results.write(self.file, self.report)
+        return self.rows[name]
 
-    def keep(self, problem: str, name: str, row: dict[str, Any], model: hosm.ScoreModel) -> None:
-        kept = {"weights": model.state_dict(), "values": row.pop("values", None)}
-        torch.save(kept, self.path(problem, name))
-        self.report = results.read(self.file)  # another run may have written since
-        self.report.setdefault(problem, {})[name] = row
-        results.write(self.file, self.report)
+    def train(
+        self, model: hosm.ScoreModel, loss: Loss, steps: int, rates: Sequence[float], bar: str
+    ) -> Row:
+        every = training(self.cell, model, loss, steps, rates)
+        every = tqdm(every, f"{self.name}: {bar}", steps, leave=False, mininterval=10)
+        return {"steps": steps, "seconds": experiment.clocked(lambda: list(every))[1]}
 
-    def kept(self, problem: str, name: str) -> dict[str, Any]:
-        """The weights after a training, and what each point adds to the KL."""
-        return torch.load(self.path(problem, name), weights_only=True)
+    def choose(self) -> tuple[str, str, float]:
+        """Network, targets and rate of order one, by the KL divergence of the spare seed."""
+        found: dict[tuple[str, str, float], float] = {}
+        for kind, name in product(KINDS, TARGETS):
+            row = self.row(f"choice: {kind}, {name}", partial(self.try_out, kind, name))
+            pairs = zip(BASELINE_RATES, row.get("kl", ()), strict=False)
+            found |= {(kind, name, rate): kl for rate, kl in pairs if kl is not None}
+        return min(found, key=lambda each: found[each])
 
-    def run(self, name: str, pattern: str = "", sweep: bool = False) -> None:
-        """Train with all losses on one problem, but for those that are done."""
-        problem = PROBLEMS[name]()
-        if self.budget is SMOKE:
-            problem = problem.cut(8)
-        chosen, done = losses(problem, sweep), self.report.get(name, {})
-        base, model = chosen[BASE], problem.model(SEEDS)
-        if BEFORE not in done:
-            step = step_times(problem, model, {BASE: base}, self.budget.rounds)[BASE]
-            steps = max(1, round(self.budget.pretraining / step))
-            row = trained(problem, model, base, steps, RATE, f"{name}: before")
-            self.keep(name, BEFORE, row | judged(problem, model, None), model)
-        start = self.kept(name, BEFORE)["weights"]
-        for loss in chosen:
-            if loss not in done and re.search(pattern, loss):
-                model.load_state_dict(start)
-                both = {BASE: base, loss: chosen[loss]}
-                self.keep(name, loss, self.restarted(name, problem, model, both), model)
+    def try_out(self, kind: str, name: str) -> Row:
+        """The KL divergence of the spare seed, briefly trained by order one at every rate."""
+        count, steps = len(BASELINE_RATES), max(1, self.cell.budget // SELECTION)
+        model = self.cell.model([SPARE] * count, kind)
+        loss = losses(self.cell, count)[name]
+        row = self.train(model, loss, steps, BASELINE_RATES, f"choice, {kind}, {name}")
+        return row | judge_briefly(self.cell, model, count)
 
-    def restarted(
-        self, name: str, problem: Problem, model: hosm.ScoreModel, both: dict[str, Loss]
-    ) -> dict[str, Any]:
-        """Train on with the last of two losses, the first order one; or say why it cannot be."""
-        loss, of_base = list(both)[-1], self.report[name].get(BASE)
-        row: dict[str, Any] = {}
-        try:
-            times = step_times(problem, model, both, self.budget.rounds)
-            steps = of_base["steps"] if of_base else self.budget.seconds / times[BASE]
-            row["step_time"] = times[loss] / times[BASE]
-            taken, rate = max(1, round(steps / row["step_time"])), self.budget.rate
-            row |= trained(problem, model, both[loss], taken, rate, f"{name}: {loss}")
-        except (ValueError, hosm.DerivativeError) as error:
-            return row | {"failed": experiment.reason(error)}
-        return row | judged(problem, model, self.kept(name, BASE)["values"] if of_base else None)
+    def baseline(self, levels: int) -> "Start":
+        """The longest training of order one."""
+        kind, name, rate = self.choose()
+        times = 1
+        for level in range(levels):
+            times = 3**level
+            make = partial(self.from_scratch, kind, name, rate, times)
+            self.row(f"budget {times}", make)
+            if level and converged(self.rows):
+                break
+        file = self.weights_file(times)
+        if not file.exists():
+            self.from_scratch(kind, name, rate, times)
+        self.report["converged"] = levels > 1 and converged(self.rows)
+        return Start(self.cell, kind, name, torch.load(file, weights_only=True))
+
+    def weights_file(self, times: int) -> Path:
+        return self.out / f"{times}.pt"
+
+    def from_scratch(self, kind: str, name: str, rate: float, times: int) -> Row:
+        """All seeds, trained by order one for so many budgets; the weights go to a file."""
+        model = self.cell.model((*SEEDS, SPARE), kind)
+        count, steps = len(SEEDS) + 1, times * self.cell.budget
+        loss = losses(self.cell, count)[name]
+        row = self.train(model, loss, steps, [rate] * count, f"budget {times}")
+        weights = {key: each.detach().clone() for key, each in model.named_parameters()}
+        self.out.mkdir(parents=True, exist_ok=True)
+        torch.save(weights, self.weights_file(times))
+        reported = Start(self.cell, kind, name, weights).model(range(len(SEEDS)))
+        row |= {"network": kind, "targets": name, "rate": rate}
+        return row | judge(self.cell, reported, len(SEEDS))
+
+    def run(self, pattern: str = "", levels: int = LEVELS, rounds: int = ROUNDS) -> None:
+        """Do all that is not done."""
+        start = self.baseline(levels)
+        every = losses(self.cell, len(SEEDS), start.targets)
+        ratios = self.row("step times", partial(self.step_times, start, every, rounds))["ratios"]
+        for name, loss in every.items():
+            if re.search(pattern, name):
+                steps = max(1, round(self.cell.budget / ratios[name]))
+                tuned = self.row(
+                    f"rates: {name}", partial(self.tune, start, name, steps), start.digest
+                )
+                found = [inf if kl is None else kl for kl in tuned.get("kl", ())]
+                if found:
+                    rate = RATES[found.index(min(found))]
+                    make = partial(self.go_on, start, name, loss, steps, rate)
+                    self.row(name, make, start.digest)
+
+    def step_times(self, start: "Start", every: Mapping[str, Loss], rounds: int) -> Row:
+        """Median times of a step over that of order one."""
+
+        def begin(name: str, steps: int) -> Iterator[None]:
+            model = start.model(range(len(SEEDS)))
+            return training(self.cell, model, every[name], steps, [RATES[0]] * len(SEEDS))
+
+        seconds = experiment.step_times(begin, every, rounds)
+        ratios = {name: each / seconds[ONE] for name, each in seconds.items()}
+        return {"seconds": seconds[ONE], "ratios": ratios, "rounds": rounds}
+
+    def tune(self, start: "Start", name: str, steps: int) -> Row:
+        """The KL divergence of the spare seed at every rate."""
+        model = start.model([len(SEEDS)] * len(RATES))
+        loss = losses(self.cell, len(RATES), start.targets)[name]
+        row = self.train(model, loss, steps, RATES, f"rates of {name}")
+        return row | judge_briefly(self.cell, model, len(RATES))
+
+    def go_on(self, start: "Start", name: str, loss: Loss, steps: int, rate: float) -> Row:
+        """The reported seeds, trained on with a loss."""
+        model = start.model(range(len(SEEDS)))
+        row = self.train(model, loss, steps, [rate] * len(SEEDS), name) | {"rate": rate}
+        return row | judge(self.cell, model, len(SEEDS))
+
+    def summary(self) -> Row:
+        """Each loss over the better order one: KL divergence and score error, with intervals."""
+        done = {name: row for name, row in self.rows.items() if "log_score" in row}
+        base = min((done[name] for name in TARGETS if name in done), key=kl_of, default=None)
+        if base is None:
+            return {
+                name: {"kl": kl_of(row), "score": row["score_mean"]} for name, row in done.items()
+            }
+        return {name: {"KL": kl_of(row), **compare(row, base)} for name, row in done.items()}
+
+
+class Start(NamedTuple):
+    """What the losses go on from."""
+
+    cell: Cell
+    kind: str
+    targets: str
+    weights: dict[str, Tensor]  # of all seeds, the spare one last
+
+    def model(self, members: Sequence[int]) -> hosm.ScoreModel:
+        """A model of these members."""
+        model = self.cell.model([0] * len(members), self.kind)
+        with torch.no_grad():
+            for name, each in model.named_parameters():
+                each.copy_(self.weights[name][list(members)])
+        return model
+
+    @property
+    def digest(self) -> str:
+        joined = torch.cat([each.flatten() for each in self.weights.values()])
+        return hashlib.sha256(joined.numpy().tobytes()).hexdigest()[:12]
+
+
+def kl_of(row: Row) -> float:
+    return float(np.mean(row["kl"]))
 
 
 def main() -> None:
     parser = experiment.parser(__doc__)
-    parser.add_argument("--problems", default="", metavar="REGEX", help="those it is found in")
+    parser.add_argument("--cells", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--losses", default="", metavar="REGEX", help="those it is found in")
-    parser.add_argument("--out", type=Path, default=Path("worth_out"))
-    usual = Budget()
-    add = partial(parser.add_argument, type=float)
-    add("--pretraining", default=usual.pretraining, help="seconds of order one before")
-    add("--seconds", default=usual.seconds, help="of order one after that")
-    add("--rate", default=usual.rate, help="of Adam after that")
-    parser.add_argument("--sweep", action="store_true", help="try weights on the first problem")
+    parser.add_argument("--levels", type=int, default=LEVELS, help="of order one, 1, 3, 9")
+    parser.add_argument("--out", type=Path, default=Path("worth_out"), help="for weights")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    budget = Budget(options.pretraining, options.seconds, options.rate)
-    campaign = Campaign(options.out, SMOKE if options.smoke else budget)
-    names = [name for name in PROBLEMS if re.search(options.problems, name)]
-    for name in tqdm(names, "problems"):
-        campaign.run(name, options.losses, options.sweep and name == next(iter(PROBLEMS)))
-    if not options.smoke:
-        longer = budget.rate != usual.rate
-        results.keep(FILE, {"longer": campaign.report} if longer else campaign.report)
+    for name in CELLS:
+        if re.search(options.cells, name):
+            cell, directory, rounds = CELLS[name](), DIRECTORY, ROUNDS
+            if options.smoke:
+                cell, directory, rounds = cell.small(), options.out, 1
+            study = Study(name, cell, directory, options.out)
+            study.run(options.losses, options.levels, rounds)
+            results.show(name, study.summary())
 
 
 if __name__ == "__main__":

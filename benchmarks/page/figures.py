@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator
 
 from benchmarks.page.numbers import Found, label, walk
-from benchmarks.page.tables import DATA, change, compared
-from benchmarks.worth import BASE
+from benchmarks.page.tables import BASE, DATA, change, compared
 
 DPI, WIDTH, TEXT = 150, 9.3, {"font.size": 11.5, "axes.titlesize": "medium"}
 PROBES = ("rademacher", "gaussian", "sphere", "dct", "unit vectors")

@@ -1,8 +1,8 @@
 """The tables that are worked out.
 
-Those of docs/worth.md are from results/worth.json. It holds what benchmarks.worth wrote, under
-"longer" what a longer run of it did, and under "quadratic" and "samples" what benchmarks.quadratic
-and benchmarks.worth_samples did.
+Those of docs/worth.md are from results/worth.json: an experiment on ten problems, "longer" and
+"samples" of the same networks, and "quadratic" from benchmarks.quadratic. What benchmarks.worth
+finds now, in results/worth/, stands on no page yet.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,10 +12,22 @@ from typing import Any
 import numpy as np
 
 from benchmarks.page.numbers import NOTHING, PROBLEMS, Found, markdown, named, number, spread, walk
-from benchmarks.worth import BASE, BEFORE, SEEDS, SWEEP
-from benchmarks.worth_problems import PROBLEMS as DATA
 
 KL = "KL, per cent"
+# Rows, seeds and problems of results/worth.json, in the order of the page.
+BEFORE, BASE, SWEEP, SEEDS = "before", "order one", "sweep: ", 3
+DATA = (
+    "mixture, d = 8, width 24",
+    "mixture, d = 8, width 128",
+    "mixture, d = 1, VE",
+    "mixture, d = 1, VP",
+    "checkerboard, d = 2",
+    "mixture, d = 16, width 24",
+    "mixture, d = 16, width 128",
+    "mixture, d = 32, width 24",
+    "mixture, d = 32, width 128",
+    "digits, d = 64",
+)
 Rows = dict[str, dict[str, Any]]  # by loss
 JAX = "speed > * > variants > order 1 or order *, taylor > jax_ratio"
 # A variant as README.md calls it.
