@@ -7,4 +7,7 @@ import torch
 @pytest.fixture(autouse=True)
 def _double_precision():
     """In place of that of all other tests."""
+    before = torch.get_default_dtype()
     torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)  # a comparison with JAX is made in float64
