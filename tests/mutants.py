@@ -417,7 +417,7 @@ MUTANTS = [
         "likelihood/adaptive.py",
         "chosen = None if probes is None else probes[:, rows]",
         "chosen = None if probes is None else probes[:, : len(rows)]",
-        "tests/likelihood/test_random_settings.py",
+        "tests/likelihood/test_adaptive.py",
     ),
     Mutant(
         "likelihood/result.py",

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+import hosm_losses as hosm
 from hosm_losses.likelihood.adaptive import ERROR, NODES, STAGES, adaptive
+from tests.cases import VP
 
 TOLERANCE = 1e-8
 
@@ -43,6 +45,18 @@ def test_the_table_meets_its_order_conditions():
         (b, matrix @ nodes**3, 1 / 20),
     ]:
         assert float((left * right).sum()) == pytest.approx(value, abs=1e-14)
+
+
+def test_each_sample_keeps_its_probe_when_others_have_arrived():
+    """The Jacobian [[0, c], [c, 0]] has the divergence ±2c by the probe, where it should be 0."""
+    model = hosm.ScoreModel(lambda x, t: x.flip(1) / 2, VP)
+    x = torch.randn(16, 2) * torch.logspace(-3, 1, 16)[:, None]
+    exact = hosm.ode_nll(model, x, method="adaptive", divergence="exact")
+    assert len(exact.nfe.unique()) > 2
+    generator = torch.Generator().manual_seed(0)
+    error = hosm.ode_nll(model, x, method="adaptive", generator=generator).nll - exact.nll
+    assert float(error.min()) < -1 < 1 < float(error.max())
+    torch.testing.assert_close(error.abs(), error.abs().max().expand(16), rtol=1e-3, atol=0)
 
 
 def test_each_sample_is_solved_to_the_tolerance_as_if_alone():
