@@ -263,9 +263,10 @@ class Study:
         base = min((done[name] for name in TARGETS if name in done), key=kl_of, default=None)
         if base is None:
             return {
-                name: {"kl": kl_of(row), "score": row["score_mean"]} for name, row in done.items()
+                name: {"nats": kl_of(row), "score": row["score_mean"]}
+                for name, row in done.items()
             }
-        return {name: {"KL": kl_of(row), **compare(row, base)} for name, row in done.items()}
+        return {name: {"nats": kl_of(row), **compare(row, base)} for name, row in done.items()}
 
 
 class Start(NamedTuple):
