@@ -204,15 +204,18 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
         return original(self, *given)
 
     monkeypatch.setattr(worth.Study, "train", train)
+    names = [*worth.losses(small(), 1)]
 
     def run(pattern=""):
         trained.clear()
         study = worth.Study("cell", small(), tmp_path, tmp_path / "weights")
         study.run(pattern, levels=2, rounds=1)
+        summary = study.summary()
+        assert {*summary} == {"budget 1", "budget 3", *names}
+        assert min(1.0, *(summary[name]["kl"].value for name in worth.TARGETS)) == 1
         return json.loads(study.file.read_text())
 
     first = run()
-    names = [*worth.losses(small(), 1)]
     assert len(trained) == 4 + 2 + 2 * len(names)
     for name in names:
         row = first["rows"][name]
