@@ -51,8 +51,8 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/taylor/attention.py",
-        "return multiply(softmax(masked, -1), attn_mask.any(-1, keepdim=True))",
-        "return softmax(masked, -1)",
+        "return mixed if attn_mask is None else multiply(mixed, attends(attn_mask))",
+        "return mixed",
         "tests/derivatives/taylor/test_calls.py",
     ),
     Mutant(
@@ -179,6 +179,24 @@ MUTANTS = [
         "value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)",
         "value = torch.cat([value] * (query.shape[-3] // value.shape[-3]), -3)",
         "tests/derivatives/test_primitives.py",
+    ),
+    Mutant(
+        "derivatives/primitives.py",
+        "return mixed if attn_mask is None else mixed * attends(attn_mask)",
+        "return mixed",
+        "tests/derivatives/test_primitives.py",
+    ),
+    Mutant(
+        "derivatives/primitives.py",
+        "output = torch.where(some, output, 0.0 if args[12] is None else args[12])",
+        "output = torch.where(some, output, 0.0)",
+        "tests/derivatives/test_attention_masks.py",
+    ),
+    Mutant(
+        "derivatives/primitives.py",
+        "return attn_mask.masked_fill(~rows, 0.0).to(dtype)",
+        "return attn_mask.to(dtype)",
+        "tests/derivatives/test_attention_masks.py",
     ),
     Mutant(
         "derivatives/products.py",

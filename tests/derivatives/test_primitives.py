@@ -193,7 +193,8 @@ MASK = torch.tensor([[True, False, True], [True, True, False], [False, False, Fa
 
 def test_every_form_of_attention():
     q, k, v = torch.randn(3, 2, 4, 3, 5).unbind(0)
-    masks = {"attn_mask": MASK}, {"attn_mask": MASK.double()}, {"is_causal": True}
+    numbers = MASK.double(), torch.where(MASK, 0.5, -torch.inf)
+    masks = *({"attn_mask": mask} for mask in (MASK, *numbers)), {"is_causal": True}
     for options in ({}, *masks, {"scale": 0.3}, {"scale": -0.3}):
         same_as_native(lambda options=options: SDPA(q, k, v, **options))
     same_as_native(lambda: SDPA(q, k[:, :2], v[:, :2], enable_gqa=True))

@@ -13,7 +13,7 @@ Source:
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -133,7 +133,8 @@ def _attention(
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     weights = attention_weights(query, key, attn_mask, is_causal, scale)
-    return F.dropout(weights.to(value.dtype), dropout_p) @ value
+    mixed = F.dropout(weights.to(value.dtype), dropout_p) @ value
+    return mixed if attn_mask is None else mixed * attends(attn_mask)
 
 
 def attention_weights(
@@ -143,7 +144,10 @@ def attention_weights(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """The weights of scaled_dot_product_attention, in float32 at least."""
+    """The weights of scaled_dot_product_attention, in float32 at least.
+
+    Where a row may attend to nothing they are finite: see `attends`.
+    """
     if is_causal and attn_mask is not None:
         raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both.")
     # A vector where a number would do: autograd saves it, and the native kernel saves nothing like
@@ -152,13 +156,38 @@ def attention_weights(
     logits = at_least_float32((query * factor) @ key.transpose(-2, -1))
     if is_causal:
         attn_mask = causal_mask(logits)
-    if attn_mask is None:
-        return torch.softmax(logits, -1)
+    if attn_mask is not None:
+        logits = logits + added_to_logits(attn_mask, logits.dtype)
+    return torch.softmax(logits, -1)
+
+
+def attends(attn_mask: Tensor) -> Tensor:
+    """Whether each row of a mask allows anything: the others are zeros in PyTorch's attention."""
+    allowed = attn_mask if attn_mask.dtype == torch.bool else ~attn_mask.isneginf()
+    return allowed.any(-1, keepdim=True)
+
+
+def added_to_logits(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask of attention adds to logits: nothing in a row of -inf alone, which makes NaN."""
+    rows = attends(attn_mask)
     if attn_mask.dtype == torch.bool:
-        # A row with nothing to attend to is 0; an infinity there would make its derivatives NaN.
-        logits = logits.masked_fill(~attn_mask, torch.finfo(logits.dtype).min)
-        return torch.softmax(logits, -1) * attn_mask.any(-1, keepdim=True)
-    return torch.softmax(logits + attn_mask, -1)
+        attn_mask = torch.where(attn_mask, 0.0, -math.inf)
+    return attn_mask.masked_fill(~rows, 0.0).to(dtype)
+
+
+def merged_masks(attn_mask: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:
+    """Both masks of nn.MultiheadAttention, in which True blocks, as one in which it allows."""
+    masks = []
+    if attn_mask is not None:
+        masks.append(attn_mask.unflatten(0, (-1, heads)) if attn_mask.ndim == 3 else attn_mask)
+    if padding is not None:
+        masks.append(padding.reshape(-1, 1, 1, padding.shape[-1]))
+    added = [mask for mask in masks if mask.is_floating_point()]
+    blocked = [mask for mask in masks if mask.dtype == torch.bool]
+    if not added:
+        return ~reduce(torch.logical_or, blocked) if blocked else None
+    total = sum(added[1:], added[0])
+    return torch.where(blocked[0], -math.inf, total) if blocked else total
 
 
 def causal_mask(logits: Tensor) -> Tensor:
@@ -167,10 +196,31 @@ def causal_mask(logits: Tensor) -> Tensor:
 
 
 def _multi_head_attention(
-    *args: Any, need_weights: bool = True, **named: Any
+    *args: Any,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    **named: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Its own path that returns the weights, which does not call a fused kernel."""
+    query, key, heads, rows = args[0], args[1], args[4], None
+    longer = args[7] is not None or args[9]  # keys that no mask blocks
+    mask = None if need_weights or longer else merged_masks(attn_mask, key_padding_mask, heads)
+    if mask is not None:
+        batch, length = query.shape[1:-1] or (1,), len(query)
+        rows = attends(mask).expand(*batch, heads, length, 1)
+        mask = added_to_logits(mask, query.dtype).expand(*batch, heads, length, len(key))
+        attn_mask, key_padding_mask = mask.flatten(0, 1), None
+    named |= {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
     output, weights = F.multi_head_attention_forward(*args, need_weights=True, **named)
+    if rows is not None:
+        # What its other path makes of a row that attends to nothing; refused if one head does.
+        some, every = (
+            each.transpose(0, 1).reshape(*output.shape[:-1], 1)
+            for each in (rows.any(1), rows.all(1))
+        )
+        output = torch.where(some, output, 0.0 if args[12] is None else args[12])
+        output = output.masked_fill(some & ~every, math.nan)
     return output, weights if need_weights else None
 
 

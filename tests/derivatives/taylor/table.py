@@ -117,10 +117,9 @@ def multi_head(f, x, c):
 
 def attention(f, x, c):
     q, mask = cube(x), torch.tensor([[True, False], [False, False]])
-    plain = {"attn_mask": OTHER[0, :, :2]}
-    named = c(
-        {}, {"scale": 0.3}, {"is_causal": True}, {"attn_mask": mask}, plain, {"dropout_p": 0.0}
-    )
+    plain = OTHER[0, :, :2]
+    masks = c(mask, plain, plain.masked_fill(~mask, -torch.inf))
+    named = c({}, {"scale": 0.3}, {"is_causal": True}, {"dropout_p": 0.0}, {"attn_mask": masks})
     named = c(named, named, {"attn_mask": q[..., :2].cos()})
     given = c((q, q.cos(), q.sin()), (q, OTHER, OTHER), (OTHER, q, OTHER), (OTHER, OTHER, q), q)
     heads, groups = x.reshape(3, 4, 2, 1), OTHER.reshape(3, 4, 2, 1)[:, :2]

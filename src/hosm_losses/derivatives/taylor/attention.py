@@ -1,18 +1,22 @@
 r"""Rules for attention: two products of matrices and a softmax, whose result is kept."""
 
 import math
-from functools import reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from hosm_losses.derivatives.primitives import attention_weights, causal_mask
+from hosm_losses.derivatives.primitives import (
+    added_to_logits,
+    attends,
+    attention_weights,
+    causal_mask,
+    merged_masks,
+)
 from hosm_losses.derivatives.taylor.arithmetic import add, multiply
 from hosm_losses.derivatives.taylor.jet import Jet
 from hosm_losses.derivatives.taylor.layers import linear
 from hosm_losses.derivatives.taylor.matrices import matmul
-from hosm_losses.derivatives.taylor.selection import masked_fill
 from hosm_losses.derivatives.taylor.shapes import dropped
 from hosm_losses.derivatives.taylor.softmax import softmax
 from hosm_losses.derivatives.taylor.table import NoRule, rule
@@ -36,7 +40,7 @@ def _attention(
     if enable_gqa:
         key, value = (_for_every_head(each, query) for each in (key, value))
     weights = _weights(query, key, attn_mask, is_causal, scale)
-    return _mixed(_dropped(weights, dropout_p), value)
+    return _mixed(_dropped(weights, dropout_p), value, attn_mask)
 
 
 def _weights(
@@ -52,12 +56,9 @@ def _weights(
     logits = logits.typed(torch.promote_types(logits.dtype, torch.float32))
     if is_causal:
         attn_mask = causal_mask(logits)
-    if attn_mask is None:
-        return softmax(logits, -1)
-    if attn_mask.dtype == torch.bool:
-        masked = masked_fill(logits, ~attn_mask, torch.finfo(logits.dtype).min)
-        return multiply(softmax(masked, -1), attn_mask.any(-1, keepdim=True))
-    return softmax(add(logits, attn_mask), -1)
+    if attn_mask is not None:
+        logits = add(logits, added_to_logits(attn_mask, logits.dtype))
+    return softmax(logits, -1)
 
 
 def _for_every_head(x: Any, query: Any) -> Any:
@@ -74,10 +75,11 @@ def _dropped(weights: Any, p: float) -> Any:
     return dropped(F.dropout, weights, p) if isinstance(weights, Jet) else F.dropout(weights, p)
 
 
-def _mixed(weights: Any, value: Any) -> Jet:
-    if isinstance(weights, Jet):
-        return matmul(weights.typed(value.dtype), value)
-    return matmul(weights.to(value.dtype), value)
+def _mixed(weights: Any, value: Any, attn_mask: Any) -> Jet:
+    dtype = value.dtype
+    weights = weights.typed(dtype) if isinstance(weights, Jet) else weights.to(dtype)
+    mixed = matmul(weights, value)
+    return mixed if attn_mask is None else multiply(mixed, attends(attn_mask))
 
 
 def _projected(x: Any, weight: Any, bias: Any) -> Any:
@@ -89,21 +91,6 @@ def _in_heads(x: Any, heads: int) -> Any:
     if isinstance(x, Jet):
         return x.like(x.stack.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4))
     return x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
-
-
-def _allowed(attn_mask: Any, padding: Any, heads: int) -> Any:
-    """Both masks of nn.MultiheadAttention, in which True blocks, as one of `_weights`."""
-    masks = []
-    if attn_mask is not None:
-        masks.append(attn_mask.unflatten(0, (-1, heads)) if attn_mask.ndim == 3 else attn_mask)
-    if padding is not None:
-        masks.append(padding[:, None, None, :])
-    added = [mask for mask in masks if mask.is_floating_point()]
-    blocked = [mask for mask in masks if mask.dtype == torch.bool]
-    if not added:
-        return ~reduce(torch.logical_or, blocked) if blocked else None
-    total = sum(added[1:], added[0])
-    return torch.where(blocked[0], -math.inf, total) if blocked else total
 
 
 @rule(F.multi_head_attention_forward, several=True)
@@ -150,9 +137,12 @@ def _multi_head_attention(
         given = zip((query, key, value), weights, biases, strict=True)
         parts = [_projected(*each) for each in given]
     q, k, v = (_in_heads(part, num_heads) for part in parts)
-    weights = _weights(q, k, _allowed(attn_mask, key_padding_mask, num_heads))
+    mask = merged_masks(attn_mask, key_padding_mask, num_heads)
+    if need_weights and mask is not None:  # where PyTorch makes NaN of a row without weights
+        mask = added_to_logits(mask, q.dtype).masked_fill(~attends(mask), math.nan)
+    weights = _weights(q, k, mask)
     weights = _dropped(weights, dropout_p if training else 0.0)
-    mixed = _mixed(weights, v)
+    mixed = _mixed(weights, v, mask)
     joined = mixed.like(mixed.stack.permute(0, 3, 1, 2, 4).flatten(-2))
     output = linear(joined, out_proj_weight, out_proj_bias)
     if not need_weights:
