@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from hosm_losses.derivatives.taylor import carried, derived
 from hosm_losses.derivatives.taylor.table import RULES, WITHOUT_RULE
+from tests.cases import assert_same, gradients
+from tests.derivatives.taylor import table
 from tests.derivatives.taylor.checks import KINDS, check, close, name
 from tests.derivatives.taylor.table import TABLE, WEIGHT, call, functions
 
@@ -89,6 +91,26 @@ def test_random_calls(function):
         right(function, pick, curved=curved, kinds=[kind])
 
     random_calls()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("function", ONE_NAME.values(), ids=name)
+def test_three_directions_at_once_in_float32_and_autocast(function, monkeypatch):
+    """Kernels of the CPU may refuse shapes that broadcast in these types alone."""
+    plain = {each: getattr(table, each) for each in ("WEIGHT", "OTHER", "ROW")}
+    found = []
+    for dtype, autocast in ((torch.float32, True), (torch.float32, False), (X.dtype, False)):
+        for each, tensor in plain.items():
+            monkeypatch.setattr(table, each, tensor.to(dtype))
+        torch.set_default_dtype(dtype)
+        x = X.detach().to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            called = call(ENTRIES[function], function, lambda _: 0)
+            stack = carried(called, x, torch.stack([V, X.detach(), X.cos().detach()]).to(dtype))
+        gradient = gradients(stack.square().sum(), [x], create_graph=True)[0]
+        found.append([stack, gradient, gradients(gradient.square().sum(), [x])[0]])
+    for one, near in zip(found, (0.2, 1e-3), strict=False):
+        assert_same([each.double() for each in one], [each.double() for each in found[-1]], near)
 
 
 # What a rule does not take: PyTorch refuses it, or the rule for all functions does it.

@@ -77,7 +77,9 @@ def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tenso
 
 def _evaluate_by(operators: Operators, firsts: int, stack: Tensor) -> Tensor:
     point, tangents, _ = components(at_least_float32(stack), firsts)
-    return torch.cat([operators.value(point), operators.slope(tangents, point)]).to(stack.dtype)
+    # Expanded, for gelu_backward of oneDNN takes no shapes that broadcast.
+    slopes = operators.slope(tangents, point.expand_as(tangents))
+    return torch.cat([operators.value(point), slopes]).to(stack.dtype)
 
 
 def _over(a: Tensor, b: Tensor) -> Tensor:
