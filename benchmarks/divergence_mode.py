@@ -14,11 +14,10 @@ import hosm_losses as hosm
 from benchmarks.experiment import Choose, times
 from benchmarks.intervals import ratio_of_medians
 from benchmarks.steps import NETWORKS, TWINS, model_of
-from hosm_losses.derivatives import safe_primitives
-from hosm_losses.derivatives.taylor import carried
 from hosm_losses.likelihood.paths import with_divergence
 from hosm_losses.model import noise_field
 from hosm_losses.probes import draw_probes
+from hosm_losses.taylor import propagate, safe_primitives
 
 CASES = ("all networks",)
 
@@ -50,7 +49,7 @@ def routes(model: hosm.ScoreModel, x: Tensor, probes: int) -> Mapping[str, Calla
         "ours: one pass forward, one back for each probe": lambda: with_divergence(field, x, v),
         "a pass forward, and both passes for each probe": separate,
         "forward mode": forward_mode,
-        "the losses' Taylor engine": lambda: carried(evaluate, x, v),
+        "the losses' Taylor engine": lambda: propagate(evaluate, x, v),
     }
 
 

@@ -8,7 +8,7 @@ would make the host wait for the device.
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Number, Real
 from typing import Any
 
@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from hosm_losses._torch_internals import traced
-
-
-class DerivativeError(ValueError):
-    """A derivative that cannot be taken, or would be wrong, with the remedy in its message."""
+from hosm_losses.taylor import DerivativeError as DerivativeError
+from hosm_losses.taylor import at_least_float32 as at_least_float32
 
 
 def complaint(
@@ -275,13 +273,3 @@ def source(generator: torch.Generator | None) -> dict[str, Any]:
     It does where a size may differ from call to call.
     """
     return {} if generator is None else {"generator": generator}
-
-
-def living(references: Iterable[Callable[[], Any]]) -> list[Any]:
-    """What weak references still refer to."""
-    return [each for each in (reference() for reference in references) if each is not None]
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32 where its type is shorter, else as it is."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -10,8 +10,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import hosm_losses as hosm
-from hosm_losses.derivatives.hooks import ChangedGradientError
 from hosm_losses.model import noise_field
+from hosm_losses.taylor.hooks import ChangedGradientError
 from tests.cases import (
     ENGINES,
     VP,

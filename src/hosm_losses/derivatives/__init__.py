@@ -4,13 +4,7 @@
 - `under_compile`: "auto" where torch.compile is around, and what is kept from it.
 - `engines`: the two engines, "taylor" and "reverse".
 - `products`: products of the Jacobian with a vector that depends on the value.
-- `taylor`: the tensor that carries derivatives, and its rules by kind of operator.
 - `backward`: passes back, graphs that are lost or lead nowhere, and what to do about known errors.
-- `hooks`: hooks of the network, which may look at gradients and not change them.
-- `primitives`, `primitive_mode`: operators whose double backward is right, and the mode that puts
-  them in place.
-- `forward_mode`: operators of which PyTorch's forward derivative is wrong.
-- `recompute`: functions of which only the arguments are kept for the backward passes.
 - `checkpointing`: checkpoints inside a network.
 """
 
@@ -20,9 +14,6 @@ from hosm_losses.derivatives.checkpointing import checkpoint as checkpoint
 from hosm_losses.derivatives.engines import Derivatives as Derivatives
 from hosm_losses.derivatives.engines import Field as Field
 from hosm_losses.derivatives.engines import quadratic_forms as quadratic_forms
-from hosm_losses.derivatives.hooks import GIVE_THE_SOURCE as GIVE_THE_SOURCE
-from hosm_losses.derivatives.primitive_mode import safe_of_one as safe_of_one
-from hosm_losses.derivatives.primitive_mode import safe_primitives as safe_primitives
 from hosm_losses.derivatives.products import Products as Products
 from hosm_losses.derivatives.select import ASK_THE_CHECK as ASK_THE_CHECK
 from hosm_losses.derivatives.select import ENGINES as ENGINES
@@ -31,4 +22,3 @@ from hosm_losses.derivatives.select import Snapshot as Snapshot
 from hosm_losses.derivatives.select import derive as derive
 from hosm_losses.derivatives.select import derive_with_products as derive_with_products
 from hosm_losses.derivatives.select import never_warn as never_warn
-from hosm_losses.derivatives.taylor import Jet as Jet

@@ -20,8 +20,7 @@ from torch.utils.checkpoint import CheckpointError
 from hosm_losses import _torch_errors
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError
-from hosm_losses.derivatives.hooks import check_unchanged
-from hosm_losses.derivatives.primitive_mode import CHECKPOINT_ADVICE
+from hosm_losses.taylor import CHECKPOINT_ADVICE, ScriptedError, check_unchanged
 
 LOST_ONCE = (
     "network: expected an output that autograd can differentiate in x; got one whose graph does "
@@ -65,6 +64,12 @@ HOOKED = (
     "Turn them off, or take the gradient with loss.backward() in place of torch.func."
 )
 REENTRANT = f"{CHECKPOINT_ADVICE} In a likelihood torch's own does with use_reentrant=False."
+SCRIPTED_FUNCTION = (
+    "network: expected functions that Python calls; got one of torch.jit. "
+    "PyTorch's own higher derivatives of norms and attention inside it would be wrong without an "
+    "error. Use the function that it was made of, as the environment variable PYTORCH_JIT=0 does "
+    "for all; or, where it has no norm, derivative='reverse'."
+)
 REMEDIES = {
     _torch_errors.REENTRANT_CHECKPOINT: REENTRANT,
     _torch_errors.HOOKS_IN_TRANSFORM: HOOKED,
@@ -90,6 +95,12 @@ def remedied(error: Exception) -> DerivativeError | None:
         return DerivativeError(CHECKPOINT_ADVICE)
     known = [advice for words, advice in REMEDIES.items() if words in text]
     return DerivativeError(known[0]) if known else None
+
+
+def refuse_scripted(engine: str, error: Exception) -> None:
+    """Raise in the place of an error of the taylor engine if a function of torch.jit raised it."""
+    if engine == "taylor" and _torch_errors.IN_SCRIPT in str(error):
+        raise ScriptedError(SCRIPTED_FUNCTION) from error
 
 
 def has_other_leaves(tensors: Iterable[Tensor]) -> bool:

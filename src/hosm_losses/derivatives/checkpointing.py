@@ -8,9 +8,7 @@ from torch import Tensor
 
 from hosm_losses._checks import DerivativeError
 from hosm_losses._torch_internals import pytree, versions
-from hosm_losses.derivatives.primitive_mode import recomputable
-from hosm_losses.derivatives.taylor import Jet
-from hosm_losses.derivatives.taylor.aliases import CHANGED_ARGUMENT
+from hosm_losses.taylor import CHANGED_ARGUMENT, Jet, recomputable
 
 # What torch's checkpoint takes for itself.
 ITS_OWN = ("preserve_rng_state", "determinism_check", "debug", "early_stop")

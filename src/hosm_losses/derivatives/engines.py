@@ -26,7 +26,7 @@ from torch import Tensor
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError, over_elements
 from hosm_losses.derivatives.backward import LOST_TWICE, OWN, pull_back, refuse_dropped, remedied
-from hosm_losses.derivatives.taylor import carried
+from hosm_losses.taylor import propagate
 
 
 class Field(Protocol):
@@ -117,11 +117,11 @@ def taylor(
     """The value and its derivatives in one batch; TaylorError where they cannot be carried."""
     wanted, count = torch.is_grad_enabled(), len(direction)
     if order == 2:
-        stack = carried(field, x, direction)
+        stack = propagate(field, x, direction)
         return Derivatives(*kept((stack[:1], stack[1:]), wanted))
     if not laplacian:
         return Derivatives(*kept(_taylor_gradient(field, x, direction, wanted, summed), wanted))
-    stack = carried(field, x, direction, "sum" if summed else "squares")
+    stack = propagate(field, x, direction, "sum" if summed else "squares")
     parts = stack[:1], stack[1 : 1 + count], stack[1 + count :]
     return Derivatives(*kept(parts, wanted))
 
@@ -136,7 +136,7 @@ def _taylor_gradient(
         w = w.unsqueeze(0)
 
     def form(rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        stack = carried(field, rows, w)
+        stack = propagate(field, rows, w)
         return (w * stack[1:]).sum(), (stack[:1], stack[1:])
 
     if internals.traced():

@@ -22,13 +22,11 @@ from hosm_losses._checks import DerivativeError, users_level
 from hosm_losses._torch_errors import DEVICE_ERROR_TEXT, NO_FORWARD, NOT_TWICE
 from hosm_losses._torch_internals import surrounded, traced, versions
 from hosm_losses.derivatives import engines, products
-from hosm_losses.derivatives.backward import DroppedGraphError
+from hosm_losses.derivatives.backward import DroppedGraphError, refuse_scripted
 from hosm_losses.derivatives.engines import Derivatives, Field
-from hosm_losses.derivatives.hooks import FINAL, refuse_scripted
-from hosm_losses.derivatives.primitive_mode import ForeignCheckpointError
 from hosm_losses.derivatives.products import Cotangent, Products
-from hosm_losses.derivatives.taylor import TaylorError
 from hosm_losses.derivatives.under_compile import compiled, refuse_statistics
+from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 
 Engine = Literal["auto", "taylor", "reverse"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hosm_losses._checks import DerivativeError
 from hosm_losses.derivatives import engines
 from hosm_losses.derivatives.engines import Derivatives, Field
-from hosm_losses.derivatives.taylor import TaylorError
+from hosm_losses.taylor import TaylorError
 
 UNKNOWN = (
     "network: expected operators that the engine 'taylor' knows, in a loss of order two or three "

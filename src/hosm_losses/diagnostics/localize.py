@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hosm_losses._torch_internals import custom_function, graph_nodes
-from hosm_losses.derivatives import ASK_THE_CHECK, Field, never_warn, safe_primitives
+from hosm_losses.derivatives import ASK_THE_CHECK, Field, never_warn
 from hosm_losses.diagnostics.differences import Check, Smoothness, random_like, reseed
 from hosm_losses.model import NetworkField, NoiseField, map_tensors, tensors_in
+from hosm_losses.taylor import safe_primitives
 
 NO_DERIVATIVE = "no derivative at all"
 

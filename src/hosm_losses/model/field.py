@@ -15,15 +15,11 @@ from torch import Tensor, nn
 from hosm_losses._checks import over_elements
 from hosm_losses._torch_internals import COMPILED_PART, normal
 from hosm_losses.derivatives import (
-    GIVE_THE_SOURCE,
     Derivatives,
-    Jet,
     Products,
     derive,
     derive_with_products,
     quadratic_forms,
-    safe_of_one,
-    safe_primitives,
 )
 from hosm_losses.model.conditions import (
     SharedTensors,
@@ -33,6 +29,7 @@ from hosm_losses.model.conditions import (
     per_sample,
 )
 from hosm_losses.model.score_model import ScoreModel, to_noise
+from hosm_losses.taylor import GIVE_THE_SOURCE, Jet, safe_of_one, safe_primitives
 
 
 @dataclass(frozen=True, eq=False)  # torch.compile of PyTorch 2.6 hashes it before it is made

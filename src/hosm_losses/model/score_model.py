@@ -44,9 +44,9 @@ from hosm_losses._checks import (
 )
 from hosm_losses._torch_errors import MADE_IN_INFERENCE, OF_DTYPES, OF_INDICES
 from hosm_losses._torch_internals import normal
-from hosm_losses.derivatives import Jet
 from hosm_losses.model.conditions import unwrapped
 from hosm_losses.schedules import Schedule, check_schedule
+from hosm_losses.taylor import Jet
 
 Prediction = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
 

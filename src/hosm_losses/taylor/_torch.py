@@ -1,0 +1,187 @@
+"""Private names of PyTorch that the engine needs, and what surrounds a call.
+
+PyTorch keeps no private name stable. `tests/taylor/test_torch.py` has tests of those that could
+change in silence, with the versions that have them; where one fails, this file is what to change.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree  # noqa: F401
+
+_C: Any = torch._C
+_lock = threading.RLock()
+_look: Any = getattr(getattr(_C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
+TELLS_HOOKS = _look is not None
+dispatch_depth: Any = _C._len_torch_dispatch_stack  # how many dispatch modes surround a call
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, …) surrounds this call."""
+    return not torch.compiler.is_compiling() and _C._functorch.peek_interpreter_stack() is not None
+
+
+def traced() -> bool:
+    """Whether torch.compile or a transform of torch.func is around: no value can be read."""
+    return torch.compiler.is_compiling() or _C._functorch.peek_interpreter_stack() is not None
+
+
+def saving_hooks() -> Any:
+    """The innermost saved-tensor hooks, if there are any and this PyTorch can tell."""
+    return None if _look is None or torch.compiler.is_compiling() else _look(True)
+
+
+def checkpoint_hook(kind: str | tuple[str, ...] = "_checkpoint_hook") -> object:
+    """The innermost hook that saves tensors, if it is one of a checkpoint (or of other kinds)."""
+    hooks = saving_hooks()
+    hook = None if hooks is None else hooks[0]
+    return hook if getattr(hook, "__qualname__", "").startswith(kind) else None
+
+
+def selective_checkpoint() -> bool:
+    """Whether a checkpoint that keeps what some operators return surrounds this call."""
+    modes = map(_C._get_dispatch_stack_at, range(dispatch_depth()))
+    return any(type(mode).__name__ == "_CachingTorchDispatchMode" for mode in modes)
+
+
+def autocast_type(x: Tensor) -> torch.dtype:
+    """The type in which autocast multiplies a tensor; its own where it is off, or float64."""
+    kind = x.device.type
+    short = x.dtype != torch.float64 and _autocast(kind)
+    return torch.get_autocast_dtype(kind) if short else x.dtype
+
+
+def in_autocast(x: Tensor) -> Tensor:
+    """A tensor in that type."""
+    return x.to(autocast_type(x))
+
+
+def _autocast(kind: str) -> bool:
+    """Whether autocast is on; it is not available on meta, for one."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(kind: str) -> AbstractContextManager[object]:
+    """Compute in the types that are given."""
+    return torch.autocast(kind, enabled=False) if _autocast(kind) else nullcontext()
+
+
+def autocast_of_now(kind: str) -> Callable[[], AbstractContextManager[object]]:
+    """What puts autocast of a kind of device in its present state, at another time."""
+    if not _autocast(kind):
+        return partial(without_autocast, kind)
+    return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=True)
+
+
+def batched(tensors: Iterable[Tensor]) -> bool:
+    """Whether a transform is around, or a pass back with is_grads_batched=True."""
+    return transformed() or any(map(_C._functorch.is_legacy_batchedtensor, tensors))
+
+
+def in_custom_function() -> bool:
+    """Whether the forward of a torch.autograd.Function surrounds this call."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False  # it turns off forward mode as well, which torch.no_grad leaves on
+    return not (_C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+
+
+def forward_mode_on() -> AbstractContextManager[object]:
+    """A block in which `in_custom_function` looks at what is inside of it alone."""
+    if torch.compiler.is_compiling() or _C._is_fwd_grad_enabled():
+        return nullcontext()
+    return torch.autograd.forward_ad._set_fwd_grad_enabled(True)
+
+
+def operators(name: str) -> list[Any]:
+    """The operators of torch.ops.aten below a function with this name, and each of their kinds."""
+    names = name, f"linalg_{name}", f"_linalg_{name}"
+    packets = [getattr(torch.ops.aten, each, None) for each in names]
+    found = [packet for packet in packets if packet is not None]
+    return [each for p in found for each in (p, *(getattr(p, kind) for kind in p.overloads()))]
+
+
+def of_a_package(function: object) -> bool:
+    """Whether this is an operator of torch.library, that is not made of those of PyTorch."""
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        function = getattr(function, function.overloads()[0])
+    if not isinstance(function, torch._ops.OpOverload) or function.namespace == "aten":
+        return False
+    composed = "CompositeImplicitAutograd"
+    return not _C._dispatch_has_kernel_for_dispatch_key(function.name(), composed)
+
+
+# As torch.compiler.assume_constant_result does, which imports all of torch.compile.
+of_a_package._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def will_run(node: object) -> bool:
+    """Whether the backward pass under way needs what it would give a node, None for no node."""
+    if node is None:
+        return False
+    try:
+        return _C._will_engine_execute_node(node)
+    except RuntimeError:  # as for a parameter that was passed to torch.autograd.grad
+        return True
+
+
+def shell(kind: type[Tensor], stack: Tensor) -> Any:
+    """A tensor of a subclass without data, like the first entry of a stack."""
+    make: Any = Tensor._make_wrapper_subclass
+    shape, strides = stack.shape[1:], stack.stride()[1:]
+    return make(kind, shape, strides, dtype=stack.dtype, device=stack.device)
+
+
+def without_subclasses() -> AbstractContextManager[None]:
+    """A block in which no __torch_function__ of a subclass is asked."""
+    return _C.DisableTorchFunctionSubclass()
+
+
+def in_transform(x: object) -> bool:
+    """Whether this is a tensor of a transform of torch.func, under way or over."""
+    return isinstance(x, Tensor) and _C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def has_alias(x: Tensor) -> bool:
+    """Whether another tensor has the memory of one, such as what .detach() made of it."""
+    uses, fresh = (
+        _C._storage_Use_Count(each.untyped_storage()._cdata)
+        for each in (x, torch.empty(0, device=x.device))
+    )
+    return uses > fresh
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have one storage, below all transforms of torch.func around them."""
+    if torch.compiler.is_compiling():
+        return False
+    storages = []
+    for tensor in (one, other):
+        while in_transform(tensor):
+            tensor = _C._functorch.get_unwrapped(tensor)
+        storages.append(tensor.untyped_storage()._cdata)
+    return storages[0] == storages[1]
+
+
+def swapped(one: Tensor, other: Tensor) -> None:
+    """Let two tensors change places; RuntimeError if one has views, weak references or a graph."""
+    with without_subclasses():
+        torch.utils.swap_tensors(one, other)
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often tensors were changed in place, those that know: none under torch.compile."""
+    if torch.compiler.is_compiling():
+        return []
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Keep other threads out of torch.func.jvp: its levels are those of the whole process."""
+    with nullcontext() if torch.compiler.is_compiling() else _lock:
+        yield

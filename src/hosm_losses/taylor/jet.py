@@ -1,0 +1,307 @@
+r"""A tensor with its derivatives along directions: what the Taylor engine feeds to a network.
+
+What:
+    A Jet stands for x and carries a stack (C, B, *): the value; `firsts` first derivatives, one
+    for each direction; then, if `pairs` says so, second derivatives. PyTorch hands every function
+    that is called on a Jet to `Jet.__torch_function__`, which looks up a rule. A rule computes all
+    the components at once: a linear layer is one call on the whole stack.
+
+Formula, for y = f(x) along l, and along the pair (l, r):
+    y_l = ∂f x_l        y_lr = ∂f x_lr + ∂²f[x_l, x_r]
+
+    Second derivatives that are zero everywhere, as those of the input are, are not stored.
+
+Without a rule:
+    The function is differentiated by `torch.func.jvp`, by itself and with the user's own
+    arguments, with the safe primitives in place: right, but not as fast. What cannot be right
+    raises TaylorError: complex numbers, and anything under torch.no_grad, where a custom
+    autograd.Function computes. Changes in place are those of `aliases` and `in_place`.
+
+A rule calls other rules, and PyTorch on stacks; it does not call PyTorch on Jets, which
+torch.compile would take for plain tensors there.
+
+Source:
+    Griewank and Walther, "Evaluating derivatives" (2008), chapter 13; Bettencourt, Johnson and
+    Duvenaud, "Taylor-mode automatic differentiation for higher-order derivatives in JAX" (2019).
+"""
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hosm_losses.taylor import aliases
+from hosm_losses.taylor._torch import (
+    dispatch_depth,
+    forward_mode_on,
+    in_custom_function,
+    pytree,
+    shell,
+    traced,
+    without_subclasses,
+)
+from hosm_losses.taylor.aliases import living
+from hosm_losses.taylor.along import Pairs, lengthened
+from hosm_losses.taylor.errors import NoRule, TaylorError
+from hosm_losses.taylor.primitive_mode import refuse_selective_checkpoint
+from hosm_losses.taylor.table import CONSTANT, IN_PYTHON, RULES, WITHOUT_RULE, Rule, name_of
+
+CHANGES = "changes in place what depends on x."
+CUSTOM = "called by a custom autograd.Function, as a full backward hook is, on what depends on x."
+NO_GRAD = "called under torch.no_grad on what depends on x."
+COMPLEX = "makes complex numbers of what depends on x."
+
+
+class Jet(Tensor):
+    """A tensor that carries derivatives of its value."""
+
+    stack: Tensor  # value, first and second derivatives, of shape (C, B, *)
+    firsts: int  # the number of first derivatives
+    pairs: Pairs  # which second derivatives there are
+    memory: "list[Any] | None"  # references to all that may share memory, itself among them
+    root: "Jet | None"  # of what it is a view
+    move: "aliases.Move | None"  # and how: from the stack of the root to its own
+    changed = False  # whether in place inside one of torch's checkpoints
+
+    @staticmethod
+    def make(stack: Tensor, firsts: int, pairs: Pairs = "none") -> "Jet":
+        """Return the Jet of a stack."""
+        if stack.is_complex():
+            raise TaylorError(f"an operator {COMPLEX}")
+        if torch.compiler.is_compiling():
+            marked = torch.cat([stack, torch.full_like(stack[:1], math.nan)])
+            jet = marked.movedim(0, -1).as_subclass(_Traced)
+        else:
+            jet = shell(_Opaque, stack)
+            calls = aliases.THREAD.carrying
+            if calls:
+                calls[-1].jets.append(weakref.ref(jet))
+        jet.stack, jet.firsts, jet.pairs = stack, firsts, pairs
+        jet.memory = jet.root = jet.move = None
+        return jet
+
+    def like(self, stack: Tensor) -> "Jet":
+        """Return the Jet of another stack along the same directions."""
+        return Jet.make(stack, self.firsts, self.pairs)
+
+    def typed(self, dtype: torch.dtype) -> "Jet":
+        """Return the Jet in a floating type, itself if it is in that."""
+        return self if self.stack.dtype == dtype else self.like(self.stack.to(dtype))
+
+    def of(self, stack: Tensor) -> Tensor:
+        """Return the Jet of a stack, or the plain value of one of integers or masks."""
+        differentiable = stack.is_floating_point() or stack.is_complex()
+        return self.like(stack) if differentiable else stack[0]
+
+    def constant(self, value: Tensor) -> "Jet":
+        """Return the Jet of a value without derivatives."""
+        stack = value.to(self.stack.dtype).unsqueeze(0)
+        return self.like(lengthened(stack, 1 + self.firsts))
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return call(func, args, kwargs or {})
+
+
+class _Opaque(Jet):
+    """A Jet without data, so that code which passes by `__torch_function__` finds none."""
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        raise TaylorError(f"{func}: called past __torch_function__, as by torch.func or C++ code.")
+
+
+class _Traced(Jet):
+    """A Jet under torch.compile, whose data are its stack with the components last, and NaN.
+
+    `q, k, v = qkv` passes by `__torch_function__` there, and takes rows of the data. So a row has
+    all components, if no attributes: see `unpacked`. So does torch.func.vmap inside a network,
+    which would compute with the components as if they were elements: that becomes NaN.
+    """
+
+
+# What rules and networks ask all the time, in a tenth of the time of __torch_function__.
+_ASKED: dict[str, Callable[[Jet], Any]] = {
+    "shape": lambda jet: jet.stack.shape[1:],
+    "ndim": lambda jet: jet.stack.ndim - 1,
+    "dtype": lambda jet: jet.stack.dtype,
+    "device": lambda jet: jet.stack.device,
+}
+for _entry, _answer in _ASKED.items():
+    setattr(_Opaque, _entry, property(_answer))
+    setattr(_Traced, _entry, property(lambda jet, of=_answer: of(unpacked(jet))))
+
+
+def unpacked(x: Any) -> Any:
+    """An argument, which may be a row that torch.compile unpacked, or several of them."""
+    if type(x) in (list, tuple):
+        return type(x)(map(unpacked, x))
+    if not isinstance(x, Jet) or hasattr(x, "stack"):
+        return x
+    carrying = aliases.THREAD.carrying[-1]
+    with without_subclasses():
+        stack = x.movedim(-1, 0)[:-1]
+    if tuple(stack.shape[1:]) in carrying.changed:
+        raise TaylorError(aliases.UNPACKED)
+    row = Jet.make(stack, carrying.firsts, carrying.pairs)
+    aliases.share_value(row, stack)  # and is not changed in place
+    return row
+
+
+def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The value, first and second derivatives of a stack; of the last there may be none."""
+    # Split, whose gradient is one stack: that of a slice is a stack for each, most of it zero.
+    sizes = 1, firsts, stack.shape[0] - 1 - firsts
+    value, tangents, seconds = stack.split_with_sizes(sizes)
+    return value, tangents, seconds
+
+
+def halves(firsts: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """The first derivatives on the left and on the right of the second ones."""
+    if pairs == "last":
+        return firsts[:-1], firsts[-1:]
+    left, right = firsts.chunk(2) if pairs == "halves" else (firsts, firsts)
+    return left, right
+
+
+def gathered(products: Tensor, pairs: Pairs) -> Tensor:
+    """What products of first derivatives add to the second ones."""
+    return products.sum(0, keepdim=True) if pairs == "sum" else products
+
+
+def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Evaluate a function of PyTorch on arguments with Jets among them."""
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        args = tuple(map(unpacked, args))
+        kwargs = {name: unpacked(value) for name, value in kwargs.items()}
+    elif dispatch_depth():
+        refuse_selective_checkpoint()
+    constant = CONSTANT.get(func)
+    if constant:
+        # Where levels of torch.func are nested, .data is detached from the innermost alone.
+        data = constant == "data" and traced()
+        answer = on_values(Tensor.detach if data else func, args, kwargs)
+        if isinstance(answer, Tensor) and in_custom_function():
+            raise TaylorError(f"{name_of(func)}: {CUSTOM}")
+        if constant in ("shares", "data"):
+            return aliases.detached(args[0] if args else kwargs["input"], answer)
+        return answer
+    if kwargs.get("out") is not None:
+        raise TaylorError(f"{name_of(func)}: out= {CHANGES}")
+    if kwargs.get("inplace"):
+        target = args[0] if args else kwargs["input"]
+        return written(target, call(func, args, {**kwargs, "inplace": False}))
+    if compiling:
+        for method, found in IN_PYTHON:
+            if func is method:
+                return _run(found, func, args, kwargs)
+    found = RULES.get(func)
+    if found is None and name_of(func) == "__get__":
+        answer = on_values(func, args, kwargs)
+        # A property that is a tensor, such as .real, is a function like any other.
+        return _without_rule(func, args, kwargs) if isinstance(answer, Tensor) else answer
+    if found is None and name_of(func) == "__set__":
+        raise TaylorError(f"a property {CHANGES}")
+    return _run(found, func, args, kwargs)
+
+
+def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not torch.is_grad_enabled():
+        raise TaylorError(f"{name_of(func)}: {CUSTOM if in_custom_function() else NO_GRAD}")
+    taken = None if found is None else _taken(found, args, kwargs)
+    if found is not None and taken is not None and (found.several or _is_first(*taken)):
+        try:
+            return found.function(*taken[0], **taken[1])
+        except NoRule:
+            pass
+    return _without_rule(func, args, kwargs)
+
+
+def _without_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return RULES[WITHOUT_RULE].function(func, args, kwargs)
+
+
+def written(x: Tensor, result: Any) -> Tensor:
+    """Give a Jet or a plain tensor, in place and in its type, what a Jet carries; return it."""
+    if result.shape != x.shape:
+        raise TaylorError(
+            f"a change in place of what has shape {tuple(x.shape)} into {tuple(result.shape)}."
+        )
+    if not isinstance(x, Jet):
+        # A Jet of its own, for it changes places with x.
+        aliases.promote(x, result.like(result.stack.to(x.dtype)))
+        return x
+    if not isinstance(result, Jet):
+        result = x.constant(result)
+    return aliases.write(x, result.stack if result.dtype == x.dtype else result.stack.to(x.dtype))
+
+
+def _taken(
+    found: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments as the rule is called with them; None if it does not take them."""
+    named = kwargs and {k: v for k, v in kwargs.items() if k not in ("inplace", "out")}
+    if named or len(args) < len(found.needed) or (found.most or len(args)) < len(args):
+        return found.bound(args, named)
+    return args, named
+
+
+def _is_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the first argument is a Jet and no other is."""
+    jets = [isinstance(each, Jet) for each in (*args, *kwargs.values())]
+    return jets[0] and sum(jets) == 1
+
+
+def propagate(
+    function: Callable[[Tensor], object], x: Tensor, directions: Tensor, pairs: Pairs = "none"
+) -> Tensor:
+    """The stack (C, B, *) of a function at x (B, *): f, ∂f w for the K directions, and pairs.
+
+    `pairs` is "none"; "squares" for ∂²f[w, w] of every direction; "sum" for the sum of those,
+    carried as one; "halves" for ∂²f[v, u] of each v of the first half and its u of the second;
+    "last" for that of each v and the last u. TaylorError says what cannot be carried.
+
+    Example:
+        >>> x = torch.tensor([[0.5]])
+        >>> propagate(torch.square, x, torch.ones(1, 1, 1), "squares").flatten()
+        tensor([0.2500, 1.0000, 2.0000])
+    """
+    count = len(directions)
+    # Joined along the batch, which keeps a channels-last layout.
+    stack = torch.cat([x, *directions]).unflatten(0, (1 + count, len(x)))
+    before, finished = len(aliases.THREAD.promoted), False
+    carrying = aliases.Carrying(count, pairs, [], [], [])
+    aliases.THREAD.carrying.append(carrying)
+    try:
+        # Gradients are off in the forward of a custom Function, which is how one is found.
+        with torch.enable_grad(), forward_mode_on():
+            result: Any = unpacked(function(Jet.make(stack, count, pairs)))
+        stack, kind, finished = getattr(result, "stack", stack), type(result), True
+        del result
+    finally:
+        aliases.THREAD.carrying.pop()
+        left = living(carrying.jets)
+        if left or carrying.copies:
+            aliases.end(carrying, left)
+        if len(aliases.THREAD.promoted) > before:
+            aliases.demote(before, finished)
+    if not issubclass(kind, Jet):
+        raise TaylorError(f"its output does not carry derivatives in x; got {kind.__name__}.")
+    seconds = {"none": 0, "sum": 1, "halves": count // 2, "last": count - 1}.get(pairs, count)
+    # Second derivatives that are zero everywhere, as of a linear network.
+    length = 1 + count + seconds
+    return stack if len(stack) == length else lengthened(stack, length)
+
+
+def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a function on the values of Jets: what it returns has no derivative."""
+    args, kwargs = pytree.tree_map_only(Jet, lambda jet: jet.stack[0], (args, kwargs))
+    return func(*args, **kwargs)

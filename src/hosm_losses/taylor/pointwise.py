@@ -1,0 +1,316 @@
+r"""Rules for functions of one number: activations and their like.
+
+Formula, for y = a(x):
+    y_l = a'(x) x_l        y_lr = a'(x) x_lr + a''(x) x_l x_r
+
+A new activation is a generator of a and its first three derivatives at x, registered under every
+name by which networks call it; see `_tanh`. Gradients follow from the same four numbers, and only
+the stack is kept for them. Where PyTorch has operators for a and a'(x) x_l, the activation can
+name them; see `_silu`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
+from itertools import islice, repeat
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from hosm_losses.taylor.along import Pairs, at_least_float32
+from hosm_losses.taylor.errors import NoRule
+from hosm_losses.taylor.jet import Jet, components, gathered, halves
+from hosm_losses.taylor.recompute import Needed, recomputed
+from hosm_losses.taylor.table import Function, every, rule
+
+Series = Callable[[Tensor], Iterator[Tensor]]
+
+
+class Operators(NamedTuple):
+    """PyTorch's own for a function and for its first derivative."""
+
+    value: Function  # of x
+    slope: Function  # of a tensor and x: the derivative at x times that
+
+
+def apply(series: Series, jet: Jet, operators: Operators | None = None) -> Jet:
+    """The function of a Jet whose `series` yields it and its first three derivatives at x.
+
+    With `operators` it yields the derivatives alone.
+    """
+    whole, derivatives = series, partial(_without_value, series)
+    if operators is not None:
+        whole, derivatives = partial(_with_value, operators.value, series), series
+    once: Function = partial(_evaluate, whole, jet.firsts, jet.pairs)
+    again = once
+    pullbacks: list[Function] = [partial(_pull_back, derivatives, jet.firsts, jet.pairs)]
+    if jet.pairs == "none":
+        pullbacks.append(partial(_pull_back_again, derivatives))
+        if operators is not None:
+            once = partial(_evaluate_by, operators, jet.firsts)
+    return jet.like(recomputed(once, jet.stack, pullbacks=pullbacks, again=again))
+
+
+def _without_value(series: Series, x: Tensor) -> Iterator[Tensor]:
+    return islice(series(x), 1, None)
+
+
+def _with_value(value: Function, series: Series, x: Tensor) -> Iterator[Tensor]:
+    yield value(x)
+    yield from series(x)
+
+
+def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
+    dtype = stack.dtype
+    point, tangents, seconds = components(at_least_float32(stack), firsts)
+    numbers = series(point)
+    value, slope = islice(numbers, 2)
+    parts = [value, tangents * slope]
+    if pairs != "none":
+        left, right = halves(tangents, pairs)
+        bent = gathered(left * right, pairs) * next(numbers)
+        parts.append(torch.addcmul(bent, seconds, slope) if len(seconds) else bent)
+    return torch.cat(parts).to(dtype)
+
+
+def _evaluate_by(operators: Operators, firsts: int, stack: Tensor) -> Tensor:
+    point, tangents, _ = components(at_least_float32(stack), firsts)
+    # Expanded, for gelu_backward of oneDNN takes no shapes that broadcast.
+    slopes = operators.slope(tangents, point.expand_as(tangents))
+    return torch.cat([operators.value(point), slopes]).to(stack.dtype)
+
+
+def _over(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_l a_l b_l."""
+    return a[0] * b[0] if len(a) == 1 else (a * b).sum(0)
+
+
+def _pull_back(
+    derivatives: Series,
+    firsts: int,
+    pairs: Pairs,
+    _needed: Needed,
+    stack: Tensor,
+    cotangent: Tensor,
+) -> Tensor:
+    """The first derivative times the cotangents, and what the second and third add."""
+    dtype = stack.dtype
+    stack, cotangent = at_least_float32(stack), at_least_float32(cotangent)
+    numbers = derivatives(stack[0])
+    slope, bend = islice(numbers, 2)
+    gradient = cotangent[: len(stack)] * slope
+    gradient[0].addcmul_(bend, _over(stack[1:], cotangent[1 : len(stack)]))
+    if pairs != "none":
+        left, right = halves(stack[1 : 1 + firsts], pairs)
+        bent = cotangent[1 + firsts :]
+        gradient[0].addcmul_(next(numbers), _over(bent, gathered(left * right, pairs)))
+        bent = bent * bend
+        gradient[1 : 1 + len(left)].addcmul_(bent, right)
+        if pairs == "last":
+            gradient[firsts].add_(_over(bent, left))
+        else:
+            gradient[1 + firsts - len(left) : 1 + firsts].addcmul_(bent, left)
+    return gradient.to(dtype)
+
+
+def _pull_back_again(
+    derivatives: Series, _needed: Needed, stack: Tensor, cotangent: Tensor, again: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients, in the stack and in the cotangent, of what `_pull_back` returns."""
+    dtype = stack.dtype
+    stack, cotangent, again = map(at_least_float32, (stack, cotangent, again))
+    slope, bend, third = islice(derivatives(stack[0]), 3)
+    bent = bend * again[0]
+    of_cotangent = again * slope
+    of_cotangent[1:].addcmul_(stack[1:], bent)
+    of_value = cotangent[0] * bent
+    of_value.addcmul_(bend, _over(cotangent[1:], again[1:]))
+    of_value.addcmul_(third * again[0], _over(stack[1:], cotangent[1:]))
+    of_stack = torch.cat([of_value.unsqueeze(0), cotangent[1:] * bent])
+    return of_stack.to(dtype), of_cotangent.to(dtype)
+
+
+def _given(
+    args: tuple[Any, ...], named: dict[str, Any], function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function of tensors, with other arguments after them."""
+    return lambda *tensors: function(*tensors, *args, **named)
+
+
+def pointwise(
+    *functions: Callable[..., Any], operators: Operators | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the generator of a function and its derivatives, with that function's arguments.
+
+    The `operators` take those arguments too; see `apply`.
+    """
+
+    def register(series: Callable[..., Any]) -> Callable[..., Any]:
+        @rule(*functions)
+        @wraps(series)
+        def evaluated(x: Jet, *args: Any, **named: Any) -> Jet:
+            if not args and not named:
+                return apply(series, x, operators)
+            given = partial(_given, args, named)
+            known = None if operators is None else Operators(*map(given, operators))
+            return apply(given(series), x, known)
+
+        return series
+
+    return register
+
+
+@pointwise(*every("silu"), operators=Operators(F.silu, torch.ops.aten.silu_backward.default))
+def _silu(x: Tensor) -> Iterator[Tensor]:
+    s = torch.sigmoid(x)
+    q = torch.addcmul(s, s, s, value=-1)
+    yield torch.addcmul(s, x, q)
+    bent = torch.addcmul(q, q, s, value=-2)
+    yield torch.addcmul(2 * q, x, bent)
+    yield torch.addcmul(3 * bent, x, torch.addcmul(q, q, q, value=-6))
+
+
+@pointwise(*every("sigmoid"))
+def sigmoid(x: Tensor) -> Iterator[Tensor]:
+    """The logistic function, and its derivatives."""
+    s = torch.sigmoid(x)
+    yield s
+    q = s * (1 - s)
+    yield q
+    yield q * (1 - 2 * s)
+    yield q * (1 - 6 * q)
+
+
+@pointwise(*every("tanh"))
+def _tanh(x: Tensor) -> Iterator[Tensor]:
+    value = torch.tanh(x)
+    yield value
+    slope = 1 - value * value
+    yield slope
+    yield -2 * value * slope
+    yield slope * (4 - 6 * slope)
+
+
+def _slope_of_gelu(along: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
+    return torch.ops.aten.gelu_backward.default(along, x, approximate=approximate)
+
+
+@pointwise(*every("gelu"), operators=Operators(F.gelu, _slope_of_gelu))
+def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
+    # x S(x), of a share S between 0 and 1.
+    square = x * x
+    if approximate == "none":
+        share = 0.5 + 0.5 * torch.erf(x * math.sqrt(0.5))
+        density = torch.exp(-0.5 * square) * (1 / math.sqrt(2 * math.pi))
+        yield torch.addcmul(share, x, density)
+        yield density * (2 - square)
+        yield density * x * (square - 4)
+        return
+    if approximate != "tanh":
+        raise NoRule
+    # S is the logistic function of w, twice what the tanh is taken of.
+    scale, cube = 2 * math.sqrt(2 / math.pi), 0.044715
+    w = x * (scale * cube * square + scale)
+    share = torch.sigmoid(w)
+    w1 = 3 * scale * cube * square + scale  # derivatives of w
+    other = torch.sigmoid(-w)  # 1 − S, exact where S is nearly 1
+    q = share * other
+    s1 = q * w1
+    yield torch.addcmul(share, x, s1)
+    w2 = 6 * scale * cube * x
+    bent = q * (other - share)
+    s2 = torch.addcmul(q * w2, bent * w1, w1)
+    yield torch.addcmul(2 * s1, x, s2)
+    inner = torch.addcmul(torch.addcmul(q, q, q, value=-6) * w1 * w1, bent, w2, value=3)
+    s3 = torch.addcmul(6 * scale * cube * q, w1, inner)
+    yield torch.addcmul(3 * s2, x, s3)
+
+
+def straight(value: Tensor, slope: Tensor) -> Iterator[Tensor]:
+    """A function of straight pieces, whose further derivatives are zero."""
+    yield value
+    yield slope
+    yield torch.zeros_like(value)
+    yield torch.zeros_like(value)
+
+
+@pointwise(*every("relu"))
+def _relu(x: Tensor) -> Iterator[Tensor]:
+    return straight(torch.relu(x), (x > 0).to(x.dtype))
+
+
+@pointwise(*every("leaky_relu"))
+def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
+    slope = torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
+    return straight(x * slope, slope)
+
+
+@pointwise(*every("hardsigmoid"))
+def _hardsigmoid(x: Tensor) -> Iterator[Tensor]:
+    """PyTorch's has no second derivative, not even the one of zero."""
+    inside = (x > -3) & (x < 3)
+    return straight(F.relu6(x + 3) / 6, inside.to(x.dtype) / 6)
+
+
+@pointwise(*every("abs", "__abs__", "absolute"))
+def absolute(x: Tensor) -> Iterator[Tensor]:
+    """|x|, and its derivatives, which are zero at zero."""
+    return straight(torch.abs(x), torch.sign(x))
+
+
+@pointwise(*every("exp"))
+def _exp(x: Tensor) -> Iterator[Tensor]:
+    return repeat(torch.exp(x), 4)
+
+
+@pointwise(*every("sin"))
+def _sin(x: Tensor) -> Iterator[Tensor]:
+    sin, cos = torch.sin(x), torch.cos(x)
+    yield from (sin, cos, -sin, -cos)
+
+
+@pointwise(*every("cos"))
+def _cos(x: Tensor) -> Iterator[Tensor]:
+    sin, cos = torch.sin(x), torch.cos(x)
+    yield from (cos, -sin, -cos, sin)
+
+
+def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
+    """x to a number, and its derivatives."""
+    factor, largest = 1.0, torch.finfo(x.dtype).max
+    for order in range(4):
+        # Not 0 · x^-1, which is NaN at 0.
+        found = factor * x.pow(exponent - order) if factor else torch.zeros_like(x)
+        if factor and order > max(exponent, 0):
+            # Near zero it may be out of range, and is multiplied by what may be zero.
+            found = torch.where(x == 0, found, found.clamp(-largest, largest))
+        yield found
+        factor *= exponent - order
+
+
+def powers(x: Tensor, exponents: Tensor) -> Iterator[Tensor]:
+    """x to a tensor of its shape, or that is broadcast to it, and its derivatives."""
+    exponents = exponents.to(x)
+    factor, largest = torch.ones_like(exponents), torch.finfo(x.dtype).max
+    for order in range(4):
+        # As for a number: no x^-1 where it is multiplied by zero, and none out of range near zero.
+        found = factor * x.pow(torch.where(factor == 0, 0.0, exponents - order))
+        near = (x != 0) & (order > exponents.clamp(min=0))
+        yield torch.where(near, found.clamp(-largest, largest), found)
+        factor = factor * (exponents - order)
+
+
+@pointwise(*every("log"))
+def _log(x: Tensor) -> Iterator[Tensor]:
+    yield torch.log(x)
+    yield from power(x, -1)
+
+
+def _to_the(exponent: float) -> Callable[[Tensor], Iterator[Tensor]]:
+    return lambda x: power(x, exponent)
+
+
+for _name, _exponent in {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1}.items():
+    pointwise(*every(_name))(_to_the(_exponent))

@@ -1,0 +1,160 @@
+r"""The mode that puts the safe primitives in, and the checkpoint that carries it.
+
+What:
+    A `TorchFunctionMode` replaces the operators of `primitives` where a network calls them, while
+    a loss evaluates the network and in its thread alone. Nothing is patched. An activation
+    checkpoint evaluates its part of the network again in the backward pass, when the mode is off:
+    `recomputable` puts it on there.
+
+Source:
+    The documentation of `torch.overrides`; that of `torch.utils.checkpoint` for `context_fn`.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from hosm_losses.taylor._torch import (
+    checkpoint_hook,
+    selective_checkpoint,
+    traced,
+)
+from hosm_losses.taylor.errors import DerivativeError
+from hosm_losses.taylor.hooks import looking
+from hosm_losses.taylor.primitives import AT_FIRST, OF_ONE, PRIMITIVES
+
+CHECKPOINT_ADVICE = (
+    "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order two "
+    "or three; got torch's own, which recomputes with other operators than the loss used. Hand "
+    "hosm_losses.checkpoint to the network in its place (diffusers: "
+    "model.enable_gradient_checkpointing(gradient_checkpointing_func=hosm_losses.checkpoint)), "
+    "or checkpoint around the loss module."
+)
+SELECTIVE_ADVICE = (
+    "checkpoint: expected one that computes all of its part again; got a selective one, of "
+    "torch.utils.checkpoint.create_selective_checkpoint_contexts, whose kept results the engines "
+    "change and need more than once. Use hosm_losses.checkpoint inside the network, or leave out "
+    "context_fn around the loss."
+)
+
+
+DETACH_ADVICE = (
+    "network: expected .detach() under a transform of torch.func; got .detach_(), which detaches "
+    "from the innermost of its levels alone, so that gradients are wrong. Write x = x.detach()."
+)
+_DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class ForeignCheckpointError(DerivativeError):
+    """Torch's own checkpoint is inside the network, around what it cannot recompute."""
+
+
+class _Thread(threading.local):
+    """What is on in a thread."""
+
+    def __init__(self) -> None:
+        # Not of the class: torch.compile guards what there is, and none is to be added later.
+        self.modes: tuple[_SafePrimitives, ...] = ()
+        self.recomputed_safely = False  # our checkpoint, whose recomputation will have the mode
+
+
+_thread = _Thread()
+
+
+class _SafePrimitives(TorchFunctionMode):
+    def __init__(self, table: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.table = table
+        self.around: object = None  # the checkpoint's hook that surrounds the mode
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.around = checkpoint_hook()
+        _thread.modes = (*_thread.modes, self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _thread.modes = _thread.modes[:-1]
+        super().__exit__(*exception)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.register_hook:
+            tensor, hook = *args, *(kwargs or {}).values()
+            return tensor.register_hook(looking(hook))
+        if func == _DATA and traced():  # which is shallow, as .detach_() is
+            return args[0].detach()
+        shallow = func in (Tensor.detach_, torch.detach_) and self.table is not AT_FIRST
+        if shallow and traced():
+            raise DerivativeError(DETACH_ADVICE)
+        refuse_selective_checkpoint()
+        primitive = self.table.get(func)
+        if primitive is not None:
+            _refuse_foreign_checkpoint()
+        return (primitive or func)(*args, **(kwargs or {}))
+
+
+def _refuse_foreign_checkpoint() -> None:
+    """Raise where torch's own checkpoint surrounds what it cannot recompute as the loss did.
+
+    That is a primitive. One that was on before the mode surrounds the loss, enters the mode again
+    and is right.
+    """
+    hook = checkpoint_hook()
+    if hook not in (None, _thread.modes[-1].around) and not _thread.recomputed_safely:
+        raise ForeignCheckpointError(CHECKPOINT_ADVICE)
+
+
+def refuse_selective_checkpoint() -> None:
+    """Raise where what an operator returns is kept for the recomputation.
+
+    A layer's bias is added to it in place, and would be added again.
+    """
+    if not torch.compiler.is_compiling() and selective_checkpoint():
+        raise DerivativeError(SELECTIVE_ADVICE)
+
+
+class _OurCheckpoint:
+    """The first computation of our checkpoint, whose recomputation will have the primitives."""
+
+    def __enter__(self) -> None:
+        self.before = _thread.recomputed_safely
+        _thread.recomputed_safely = True
+
+    def __exit__(self, *exception: object) -> None:
+        _thread.recomputed_safely = self.before
+
+
+def safe_primitives(
+    enabled: bool = True, *, at_first: bool = False
+) -> AbstractContextManager[Any]:
+    """A block in which this thread has the primitives in place of the operators, if `enabled`.
+
+    `at_first` is for what is not differentiated in x: see `primitives`.
+    """
+    return _SafePrimitives(AT_FIRST if at_first else PRIMITIVES) if enabled else nullcontext()
+
+
+def safe_of_one() -> AbstractContextManager[Any]:
+    """A block with the primitives that a first derivative of one sample on the CPU needs."""
+    return _SafePrimitives(OF_ONE)
+
+
+def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """torch's non-reentrant checkpoint; its recomputation has the primitives if this call has."""
+    tables = [mode.table for mode in _thread.modes]
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        mode = _SafePrimitives(tables[-1]) if tables else nullcontext()
+        return _OurCheckpoint(), mode
+
+    return torch.utils.checkpoint.checkpoint(
+        function, *args, use_reentrant=False, context_fn=contexts, **kwargs
+    )

@@ -1,0 +1,148 @@
+"""Calls of every operator with a rule, and of some without.
+
+Values, types and shapes are PyTorch's, and so is what is refused; derivatives are those of
+reverse mode.
+"""
+
+from random import Random
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hosm_losses.taylor import derived, propagate
+from hosm_losses.taylor.table import RULES, WITHOUT_RULE
+from tests.cases import assert_same, gradients
+from tests.taylor import table
+from tests.taylor.checks import KINDS, check, close, name
+from tests.taylor.table import TABLE, WEIGHT, call, functions
+
+# In files of their own: changes in place, casts that round, and what is refused.
+ELSEWHERE = "hardsigmoid float half bfloat16 cfloat cdouble chalf cuda __setitem__ retain_grad"
+ELSEWHERE += " as_strided as_strided_copy as_strided_scatter"
+ENTRIES = {function: entry for names, entry in TABLE.items() for function in functions(names)}
+X, V = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+X.requires_grad_()
+
+
+def in_place(function):
+    name = function.__name__
+    return name.startswith("__i") if name.endswith("__") else name.endswith("_")
+
+
+def test_every_rule_has_an_entry():
+    known = {WITHOUT_RULE, *functions(ELSEWHERE), *ENTRIES}
+    assert [name(each) for each in RULES if each not in known and not in_place(each)] == []
+
+
+def compared(called, *, curved=True, kinds=KINDS[2:3]):
+    """Whether PyTorch takes a call; all of it is compared, and what it refuses is refused."""
+
+    def of_x(x):  # without second derivatives of its own, or with
+        return called(x + x.sin() / 2 if curved else x)
+
+    try:
+        value = of_x(X)
+    except Exception:
+        with pytest.raises(Exception):  # noqa: B017
+            propagate(of_x, X, V.unsqueeze(0))
+        return False
+    got = propagate(of_x, X, V.unsqueeze(0))
+    assert got.dtype == value.dtype
+    close(got[0], value)
+    check(of_x, (8,), WEIGHT, kinds=kinds)
+    return True
+
+
+def right(function, pick, **options):
+    """Compare one call of a function, drawn by `pick`."""
+    return compared(call(ENTRIES[function], function, pick), **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("function", ENTRIES, ids=name)
+def test_every_name(function, monkeypatch):
+    """The first choices go by the rule, and not by that for all functions; others are random."""
+    along, calls = derived.along, []
+    monkeypatch.setattr(derived, "along", lambda *given: calls.append(1) or along(*given))
+    assert (right(function, lambda _: 0) and not calls) or function not in RULES
+    right(function, Random(0).randrange, curved=False, kinds=KINDS[4:5])
+
+
+# One name for each rule, with the number of its calls where it takes many kinds.
+MANY = {"__getitem__": 60, "einsum": 40, "multi_head_attention_forward": 30, "conv2d": 40}
+MANY |= {"scaled_dot_product_attention": 30, "conv_transpose2d": 30, "matmul": 20, "add": 20}
+ONE_NAME = {}
+for function, entry in ENTRIES.items():
+    if function in RULES:
+        found = RULES[function].function
+        ONE_NAME.setdefault((entry, getattr(found, "func", found)), function)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("function", ONE_NAME.values(), ids=name)
+def test_random_calls(function):
+    @settings(max_examples=MANY.get(function.__name__, 8))
+    @given(st.data(), st.booleans(), st.sampled_from(KINDS))
+    def random_calls(data, curved, kind):
+        pick = lambda count: data.draw(st.integers(0, count - 1))  # noqa: E731
+        right(function, pick, curved=curved, kinds=[kind])
+
+    random_calls()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("function", ONE_NAME.values(), ids=name)
+def test_three_directions_at_once_in_float32_and_autocast(function, monkeypatch):
+    """Kernels of the CPU may refuse shapes that broadcast in these types alone."""
+    plain = {each: getattr(table, each) for each in ("WEIGHT", "OTHER", "ROW")}
+    found = []
+    for dtype, autocast in ((torch.float32, True), (torch.float32, False), (X.dtype, False)):
+        for each, tensor in plain.items():
+            monkeypatch.setattr(table, each, tensor.to(dtype))
+        torch.set_default_dtype(dtype)
+        x = X.detach().to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            called = call(ENTRIES[function], function, lambda _: 0)
+            stack = propagate(called, x, torch.stack([V, X.detach(), X.cos().detach()]).to(dtype))
+        gradient = gradients(stack.square().sum(), [x], create_graph=True)[0]
+        found.append([stack, gradient, gradients(gradient.square().sum(), [x])[0]])
+    for one, near in zip(found, (0.2, 1e-3), strict=False):
+        assert_same([each.double() for each in one], [each.double() for each in found[-1]], near)
+
+
+# What a rule does not take: PyTorch refuses it, or the rule for all functions does it.
+LEFT = {
+    "a power that depends on x": lambda x: x.abs() ** x.sin(),
+    "a power by truth": lambda x: x ** (WEIGHT > 0),
+    "the largest divides": lambda x: F.normalize(x, float("inf")),
+    "the length by the largest": lambda x: torch.linalg.vector_norm(x, float("inf"), 1),
+    "cat of several ndim": lambda x: torch.cat([x, x[0]]),
+    "where between integers": lambda x: torch.where((WEIGHT > 0).long(), x, 0.0),
+    "masked_fill with an axis": lambda x: x.masked_fill(WEIGHT > 0, x.new_ones(1)),
+    "gather of fewer axes": lambda x: x.gather(0, torch.tensor([0])),
+    "repeat of fewer axes": lambda x: x.repeat(2),
+    "roll of all elements": lambda x: x.roll(3),
+    "a sum of integers": lambda x: x.sum(1, dtype=torch.long),
+    "softmax of integers": lambda x: x.softmax(1, dtype=torch.long),
+    "pad of more axes": lambda x: F.pad(x, (1, 1, 1, 1, 1, 1)),
+    "a number has no rows": lambda x: torch.stack([*x.sum()]),
+    "t of one axis": lambda x: x[0].t() * x,
+    "bmm of several ndim": lambda x: x[None].bmm(x),
+    "einsum of several batches": lambda x: torch.einsum("...i,...i->...", x[None], x),
+    "a GELU that is not known": lambda x: F.gelu(x, approximate="erf"),
+    "heads that divide no query": lambda x: F.scaled_dot_product_attention(
+        x[None, :, None], x[None, :2, None], x[None, :2, None], enable_gqa=True
+    ),
+    "batch norm of one axis": lambda x: F.batch_norm(x[0], WEIGHT[0, :3], WEIGHT[0, :3].exp()),
+    "batch norm without statistics": lambda x: F.batch_norm(x, None, None),
+    "group norm of one axis": lambda x: F.group_norm(x[0], 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LEFT)
+def test_what_a_rule_leaves(name):
+    compared(LEFT[name])

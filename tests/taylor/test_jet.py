@@ -1,0 +1,215 @@
+"""The rule for functions without one, spellings, tools around a loss, and what is refused.
+
+Never is a derivative wrong in silence, nor is the engine given up for tools and properties.
+"""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import hosm_losses as hosm
+from hosm_losses.taylor import TaylorError, propagate
+from tests.cases import OnceDifferentiable, assert_same, gradients
+from tests.taylor.checks import KINDS, check
+
+X = torch.rand(3, 4, dtype=torch.float64) + 0.5
+W = torch.ones(1, 3, 4, dtype=torch.float64)
+
+
+def test_several_results_some_without_a_derivative():
+    def function(x):
+        values, places = torch.kthvalue(x, 2, -1)
+        assert type(places) is torch.Tensor
+        low, high = torch.aminmax(x, dim=-1)
+        return torch.stack([values * (1 + places), low * high, torch.logsumexp(x, -1)], -1)
+
+    check(lambda x: function(x.sin() + 2).sin(), (4,))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.sum(input=x, axis=1, keepdims=True),
+        lambda x: torch.flatten(input=x, start_dim=0),
+        lambda x: torch.softmax(x, dim=1, dtype=torch.float64),
+        lambda x: F.linear(x, bias=torch.ones(4), weight=torch.eye(4)),
+        lambda x: F.conv1d(x[:, None], torch.ones(1, 1, 2), padding="same", dilation=2),
+        lambda x: torch.cat(tensors=(x, x.cos()), axis=-1),
+        lambda x: torch.where(condition=x > 0, input=x, other=x.cos()),
+        lambda x: F.silu(x, inplace=False) + F.leaky_relu(x, 0.3, False),
+        lambda x: torch.dropout(x, 0.5, False) + torch.alpha_dropout(x, 0.5, False),
+    ],
+)
+def test_keywords(function):
+    check(lambda x: function(x.sin()).sin(), (4,), kinds=KINDS[2:3])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.sum(1, dim=1),
+        lambda x: x.sum(2),
+        lambda x: F.gelu(x, approximate="other"),
+        lambda x: x - (x > 0),
+        lambda x: True - x,
+        lambda x: F.layer_norm(x, (3,)),
+        lambda x: F.group_norm(x, 3),
+        lambda x: F.glu(x[:, :3]),
+        lambda x: F.conv1d(x[:, None], torch.ones(1, 1, 3), stride=2, padding="same"),
+        lambda x: F.conv1d(x[:, None], torch.ones(1, 1, 3), padding="full"),
+    ],
+)
+def test_calls_that_pytorch_refuses_are_refused(function):
+    with pytest.raises((RuntimeError, TypeError, IndexError, ValueError)):
+        function(X)
+    with pytest.raises((RuntimeError, TypeError, IndexError, ValueError)):
+        propagate(function, X, W)
+
+
+REFUSED = {
+    "without derivatives": Tensor.detach,
+    "not of x": lambda x: X,
+    "its data": lambda x: x.data,
+    "no tensor": len,
+    "a custom Function": OnceDifferentiable.apply,
+    "no_grad": torch.no_grad()(lambda x: x.abs()),
+    "its memory": lambda x: x.as_strided((2, 2), (1, 1)),
+    "other bits": lambda x: x.view(torch.int64),
+    "other bits by name": lambda x: x.view(dtype=torch.int64),
+    "out": lambda x: F.normalize(x, 2.0, 1, 1e-12, torch.empty(3, 4)),
+    "a cast": lambda x: x.cdouble().real,
+    "a number": lambda x: x * 1j,
+    "a plain tensor": lambda x: x + torch.ones(4, dtype=torch.complex128),
+    "a transform": lambda x: torch.fft.ifft(torch.fft.fft(x)).real,
+    "a power": lambda x: (x**1j).real,
+    "torch.func": lambda x: torch.func.vmap(torch.sin)(x),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_functions_without_right_derivatives_are_refused(name):
+    with pytest.raises(TaylorError):
+        propagate(REFUSED[name], X, W)
+
+
+def test_a_custom_function_is_refused_under_no_grad_too():
+    with torch.no_grad(), pytest.raises(TaylorError):
+        propagate(OnceDifferentiable.apply, X, W)
+
+
+def normed(x: Tensor) -> Tensor:
+    return nn.functional.layer_norm(x, [4]).tanh()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "make", [lambda: torch.jit.script(normed), lambda: torch.jit.script(nn.LayerNorm(4).double())]
+)
+def test_torchscript_is_left_to_who_knows_it(make):
+    """A norm inside has PyTorch's gradient, which no engine would notice to be wrong."""
+    layer, scripted = nn.Linear(4, 4).double(), make()
+    model = hosm.ScoreModel(lambda x, t: scripted(layer(x)), hosm.VPSchedule())
+    for engine in ("auto", "taylor"):
+        for loss in (hosm.second_order_dsm, hosm.third_order_dsm):
+            with pytest.raises(hosm.DerivativeError):
+                loss(model, X, derivative=engine)
+    if not isinstance(scripted, nn.Module):
+        assert hosm.first_order_dsm(model, X).isfinite()
+        assert hosm.second_order_dsm(model, X, derivative="reverse").isfinite()
+
+
+def test_a_stack_is_right_under_no_grad():
+    layer = nn.Linear(4, 4)
+    with torch.no_grad():
+        found = propagate(layer, X, W)
+    torch.testing.assert_close(found[1], W[0] @ layer.weight.T)
+
+
+# ---------------------------------------------------------------------- tools and properties
+def test_properties_are_those_of_the_value():
+    seen = []
+
+    def function(x):
+        seen.append((x.shape, x.size(), x.size(0), x.dim(), x.ndim, x.numel(), len(x), x.stride()))
+        seen.append((x.dtype, x.device, x.is_floating_point(), x.is_contiguous(), x.is_cuda))
+        seen.append((x.requires_grad, bool((x > 0).all()), x.argmax(-1).shape, x.layout, x.type()))
+        seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return x
+
+    x = torch.rand(3, 2, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
+    propagate(function, x, torch.ones_like(x).unsqueeze(0))
+    got, seen[:] = list(seen), []
+    function(x)
+    assert got == seen
+
+
+class Watched(TorchFunctionMode):
+    """Somebody's own mode."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def step(network, derivative="auto"):
+    torch.manual_seed(1)
+    model = hosm.ScoreModel(lambda x, t: network(x), hosm.VPSchedule())
+    loss = hosm.third_order_dsm(model, torch.ones(3, 1, 4, 4), derivative=derivative)
+    return [loss, *gradients(loss, network)]
+
+
+def small_network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Softplus()),
+        *(nn.Flatten(), nn.Linear(64, 16), nn.Unflatten(1, (1, 4, 4))),
+    )
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        lambda: FlopCounterMode(display=False),
+        Watched,
+        lambda: torch.device("cpu"),
+        lambda: torch.profiler.profile(record_shapes=True, with_modules=True),
+    ],
+)
+def test_modes_around_a_loss_change_nothing(mode, caplog):
+    network = small_network()
+    expected = step(network, "taylor")
+    with caplog.at_level(logging.INFO, "hosm_losses"), mode() as around:
+        chosen = step(network)
+    assert not caplog.records  # no other engine
+    # The counter takes PyTorch's silu_backward apart, at order one too, which rounds otherwise.
+    assert_same(chosen, expected, 1e-14 if isinstance(around, FlopCounterMode) else 0)
+
+
+def test_the_operations_of_each_module_are_counted():
+    with FlopCounterMode(display=False) as counter:
+        step(small_network())
+    parts = counter.get_flop_counts()
+    # A stack of two at least, of the value and its derivatives.
+    assert parts["Sequential.0"][torch.ops.aten.convolution] >= 2 * (2 * 3 * 16 * 4 * 9)
+    assert parts["Sequential.5"][torch.ops.aten.mm] >= 2 * (2 * 3 * 64 * 16)
+    assert counter.get_total_flops() == sum(parts["Global"].values())
+
+
+def test_a_hook_sees_the_gradient_in_the_value_and_may_not_change_it():
+    x, shown = torch.rand(2, 3, requires_grad=True), []
+
+    def observed(point, hook=shown.append):
+        inner = point.sin()
+        inner.register_hook(hook)
+        return inner * inner
+
+    # Of the square and of its derivative, twice the product.
+    propagate(observed, x, torch.ones(1, 2, 3)).sum().backward()
+    torch.testing.assert_close(shown[0], 2 * x.sin() + 2 * x.cos())
+    with pytest.raises(hosm.DerivativeError):
+        propagate(lambda x: observed(x, lambda g: 2 * g), x, torch.ones(1, 2, 3)).sum().backward()
+    assert not propagate(observed, x.detach(), torch.ones(1, 2, 3)).requires_grad

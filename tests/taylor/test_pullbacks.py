@@ -1,0 +1,166 @@
+"""Gradients of norms and of softmax that are written out: those of autograd, to any order."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from hosm_losses.taylor import normalised, softmax
+from hosm_losses.taylor.jet import Jet
+from hosm_losses.taylor.normalised import Rows
+from hosm_losses.taylor.recompute import from_result, recomputed
+
+# Pairs, first derivatives, and second derivatives that the argument has itself.
+KINDS = [
+    *(("none", firsts, 0) for firsts in (1, 3)),
+    *(("squares", 2, seconds) for seconds in (0, 2)),
+    *(("sum", firsts, seconds) for firsts in (1, 3) for seconds in (0, 1)),
+    *(("halves", 4, seconds) for seconds in (0, 2)),
+    *(("last", 4, seconds) for seconds in (0, 3)),
+]
+NORMS = {
+    "group": Rows((2, 2, 3, 4), (-2, -1), (2, 3, 1), 0.1),
+    "rms": Rows((2, 6, 4), (-1,), (4,), 0.1, centred=False),
+    "batch": Rows((2, 6, 4), (-3, -1), (6, 1), 0.1),
+}
+
+
+def numbers(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def gradients(function, tensors, order):
+    """All derivatives up to an order: each of a sum over those of the order before."""
+    found = []
+    value = function(*tensors)
+    value = (value * numbers(*value.shape, seed=1)).sum() + value.square().mean()
+    given = [each for each in tensors if each is not None]
+    for _ in range(order):
+        parts = torch.autograd.grad(value, given, create_graph=True, materialize_grads=True)
+        found += parts
+        value = sum((part * numbers(*part.shape, seed=2)).mean() for part in parts)
+        value = value + parts[0].square().mean()
+    return found
+
+
+def same_gradients(mine, theirs, tensors, order=3):
+    """Of two functions, up to an order."""
+    found, expected = (gradients(each, tensors, order) for each in (mine, theirs))
+    for one, other in zip(found, expected, strict=True):
+        largest = float(other.detach().abs().max())
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12 + 1e-10 * largest)
+
+
+def counted(function, calls):
+    def call(*given):
+        calls.append(function)
+        return function(*given)
+
+    return call
+
+
+def first_of(found):
+    return found[0] if isinstance(found, tuple) else found
+
+
+def agree(function, pullbacks, tensors, order=3, through=recomputed):
+    calls = []
+    watched = [counted(each, calls) for each in pullbacks]
+    mine = partial(through, function, pullbacks=watched)
+    same_gradients(mine, lambda *args: first_of(function(*args)), tensors, order)
+    assert all(each in calls for each in pullbacks)
+
+
+@pytest.mark.parametrize(("pairs", "firsts", "seconds"), KINDS)
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_softmax(dim, pairs, firsts, seconds):
+    stack = numbers(1 + firsts + seconds, 2, 3, 5).requires_grad_()
+    function = partial(softmax._softened, dim, firsts, pairs)
+    first = partial(softmax._pull_back, dim, firsts, pairs, len(stack))
+    again = [partial(softmax._pull_back_again, dim)] if pairs == "none" else []
+    agree(function, [first, *again], [stack], through=from_result)
+
+
+@pytest.mark.parametrize(("samples", "blocks"), [(4, 2), (5, 3)])
+@pytest.mark.parametrize(("pairs", "firsts", "seconds"), KINDS)
+def test_large_weights_are_taken_in_blocks(monkeypatch, pairs, firsts, seconds, samples, blocks):
+    stack = numbers(1 + firsts + seconds, samples, 3, 4).requires_grad_()
+    names, calls = ("_softened", "_pull_back", "_pull_back_again"), []
+    parts = [getattr(softmax, name) for name in names]
+
+    def found():
+        return gradients(
+            lambda x: softmax.softmax(Jet.make(x, firsts, pairs), -1).stack, [stack], 3
+        )
+
+    whole = found()
+    monkeypatch.setattr(softmax, "LARGE", samples * 12)
+    monkeypatch.setattr(softmax, "BLOCK", 2 * 12)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for name, part in zip(names, parts, strict=True):
+        monkeypatch.setattr(softmax, name, counted(part, calls))
+    assert all(map(torch.equal, found(), whole))
+    assert calls[: blocks + 1] == [parts[0]] * blocks + [parts[1]]
+    assert calls.count(parts[1]) >= blocks
+    assert (calls.count(parts[2]) >= blocks) == (pairs == "none")
+
+
+@pytest.mark.parametrize("parameters", [("weight",), ("bias",), ("weight", "bias")])
+def test_every_parameter_of_a_norm_has_a_gradient(parameters):
+    # Of a loss in which the bias has no part, as autograd gives it: zeros, not None.
+    rows = NORMS["rms"]
+    stack = numbers(2, 2, 6, 4).requires_grad_()
+    given = {name: numbers(4, seed=3).requires_grad_() for name in parameters}
+    function, first = (
+        partial(each, rows, 1, "none") for each in (normalised.normalised, normalised.pull_back)
+    )
+    pullbacks = [first, partial(normalised.pull_back_again, rows)]
+    found = []
+    for each, strict in (
+        (function, False),
+        (partial(recomputed, function, pullbacks=pullbacks, keeps=True), True),
+    ):
+        value = first_of(each(stack, given.get("weight"), given.get("bias")))
+        (slope,) = torch.autograd.grad(value[1].sum(), stack, create_graph=True)
+        loss = slope.square().sum()
+        found.append(torch.autograd.grad(loss, list(given.values()), materialize_grads=not strict))
+    for theirs, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pairs", ["none", "squares"])
+def test_a_short_type_is_kept_and_gradients_have_it(dtype, pairs):
+    stack = numbers(3, 2, 6, 4).to(dtype).requires_grad_()
+    function = partial(softmax._softened, -1, 2, pairs)
+    first = partial(softmax._pull_back, -1, 2, pairs, len(stack))
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
+        value = from_result(function, stack, [first])
+    assert {each.dtype for each in seen} == {dtype}
+    (mine,) = torch.autograd.grad(value.square().sum(), stack)
+    (theirs,) = torch.autograd.grad(function(stack).square().sum(), stack)
+    assert mine.dtype == dtype
+    # The result is kept in this type, as PyTorch keeps its own.
+    error = torch.finfo(dtype).eps * float(theirs.abs().max())
+    torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=error)
+
+
+@pytest.mark.parametrize(("pairs", "firsts", "seconds"), KINDS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms(norm, weighted, pairs, firsts, seconds):
+    rows = NORMS[norm]
+    stack = numbers(1 + firsts + seconds, 2, 6, 4).requires_grad_()
+    weight, bias = (
+        numbers(torch.Size(rows.weights).numel(), seed=seed).requires_grad_() if weighted else None
+        for seed in (3, 4)
+    )
+    function, first = (
+        partial(each, rows, firsts, pairs)
+        for each in (normalised.normalised, normalised.pull_back)
+    )
+    again = [partial(normalised.pull_back_again, rows)] if pairs == "none" else []
+    through = partial(recomputed, keeps=True)
+    agree(function, [first, *again], [stack, weight, bias], through=through)

@@ -1,0 +1,76 @@
+"""The private names of PyTorch that the engine needs and that could change in silence.
+
+A test that fails after an upgrade of PyTorch names what to change in `taylor/_torch.py`. Names
+that are gone are an AttributeError in many other tests.
+"""
+
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch.func import grad, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from hosm_losses.taylor import _torch
+from tests.versions import tells_hooks
+
+plain_checkpoint = partial(checkpoint, use_reentrant=False)
+contexts = partial(create_selective_checkpoint_contexts, [])
+selective = partial(plain_checkpoint, context_fn=contexts)
+
+
+def leaf():
+    return torch.ones(2, requires_grad=True)
+
+
+def test_transforms_and_shared_memory_are_seen():
+    """torch._C._functorch: peek_interpreter_stack, get_unwrapped, is_functorch_wrapped_tensor.
+
+    storage()._cdata: 2.13.
+    """
+    found, other = [], torch.ones(2)
+
+    def look(x):
+        assert _torch.share_memory(x, x.mT)
+        assert not _torch.share_memory(x, x + 1)
+        assert not _torch.in_transform(other)
+        assert _torch.transformed() == _torch.traced() == _torch.in_transform(x)
+        found.append(_torch.transformed())
+        return x.sum()
+
+    x = torch.ones(2, 2)
+    look(x)
+    jvp(look, (x,), (x,))
+    vmap(look)(x[None])
+    vjp(look, x)
+    vmap(grad(look))(x[None])
+    assert found == [False, True, True, True, True]
+
+
+def hooks():
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+@tells_hooks
+def test_the_hooks_of_a_checkpoint_are_told_from_others():
+    """_top_saved_tensors_default_hooks, _checkpoint_hook and _recomputation_hook: 2.13.
+
+    _CachingTorchDispatchMode and _get_dispatch_stack_at, of a selective one: 2.13.
+    """
+    found = []
+
+    def look(x):
+        kinds = "_checkpoint_hook", ("_checkpoint_hook", "_recomputation_hook")
+        seen = [_torch.checkpoint_hook(kind) is not None for kind in kinds]
+        found.append((*seen, _torch.selective_checkpoint()))
+        return x * x
+
+    plain_checkpoint(look, leaf()).sum().backward()
+    for around in (nullcontext, hooks, partial(FlopCounterMode, display=False)):
+        with around():
+            look(leaf())
+    selective(look, leaf())
+    none = (False, False, False)
+    computed, again = (True, True, False), (False, True, False)
+    assert found == [computed, again, none, none, none, (True, True, True)]
