@@ -105,8 +105,20 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/aliases.py",
-        "        _watch([value])\n",
-        "",
+        "    if jet.memory is not None and len(living(jet.memory)) > 1:\n",
+        "    if False:\n",
+        "tests/taylor/test_in_place.py",
+    ),
+    Mutant(
+        "taylor/aliases.py",
+        "if any(versions([each]) != [version] for each, version in propagation.detached):",
+        "if False:",
+        "tests/taylor/test_in_place.py",
+    ),
+    Mutant(
+        "taylor/selection.py",
+        "    place = isinstance(part, Tensor) and part.ndim == 0 and part.dtype != torch.bool\n",
+        "    place = False\n",
         "tests/taylor/test_in_place.py",
     ),
     Mutant(

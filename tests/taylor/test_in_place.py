@@ -113,7 +113,6 @@ def set_items(x):
     y = x.sin()
     y[0] = 1.0
     y[:, 2:4] = x[:, :2] * x[:, :2]
-    y[1, ::3] += ROW[::3]
     y[MASK] = 0.3
     y[:, [1, 3]] *= 2
     y[:, PLACES] = x[:, :3].cos()
@@ -139,6 +138,24 @@ def filled(x):
 @pytest.mark.parametrize("function", [set_items, filled])
 def test_items_and_fresh_tensors(function):
     check(function, (8,), kinds=[("none", 1), ("last", 2)])
+
+
+def embedded(x):
+    """As a network adds what it knows of places."""
+    h = x.sin().reshape(3, 2, 4)
+    h = h.flatten(2).transpose(1, 2)
+    h += ROW[:2]
+    for row in (ROW[:2], ROW[2:4]):
+        h = h[:, None].expand(3, 1, 4, 2).squeeze(1)
+        h = h.contiguous()
+        h.mul_(row)
+    first = h[:, 0]
+    first = first * 2
+    return h.relu_().flatten(1).add(first.mean())
+
+
+def test_a_change_is_followed_where_no_other_tensor_of_the_memory_is_in_use():
+    check(embedded, (8,), kinds=[("none", 1), ("squares", 1)])
 
 
 def test_a_plain_tensor_is_plain_again_after_the_call():
@@ -188,7 +205,14 @@ UNSURE = {
     "a plain view": lambda y: PART.copy_(y[:, :4]),
     "a tensor with views": lambda y: SHARED.copy_(y),
     "a parameter": lambda y: PARAMETER.copy_(y),
-    "another shape": lambda y: y[0].add_(y),
+    "another shape": lambda y: y.sum(1).add_(y),
+    "a part": lambda y: y[:, :2].add_(1),
+    "a part by name": lambda y: y[..., :4].copy_(y[..., 4:] * 1),
+    "a part by a number that is a tensor": lambda y: y[:, PLACES[0]].mul_(3.0),
+    "by a number of sixteen bits": lambda y: y[:, PLACES[0].to(torch.int16)].mul_(3.0),
+    "a whole with views": lambda y: (y.chunk(2, 1), y.mul_(2))[0],
+    "a view of a view": lambda y: (y.mT, y.mT.reshape(4, 6).add_(1))[0],
+    "by its own view": lambda y: y.sub_(y[:, :1]),
     "a turn": lambda y: y.t_(),
     "a resize": lambda y: y.resize_(2, 2),
     "elsewhere": lambda y: torch.sin(y, out=torch.empty(3, 8)),

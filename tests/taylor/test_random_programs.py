@@ -50,7 +50,6 @@ VIEWS = {
     "contiguous": lambda p: p.contiguous(),
     "by no rule": lambda p: p.movedim(0, -1),
 }
-UNSURE = {"reshape", "contiguous", "by no rule", "detached"}
 # A change in place by a number or a tensor of one element, and what the part becomes by it.
 CHANGES = {
     "mul": (lambda p, s: p.mul_(s), lambda p, s: p * s),
@@ -87,7 +86,8 @@ class Copies:
     """The same with each part as the places of its elements in a whole, which is replaced."""
 
     def __init__(self):
-        self.wholes = []
+        self.wholes, self.shared = [], set()
+        self.refused = False  # whether what shares its memory, or may, was written to
 
     def new(self, tensor):
         self.wholes.append(tensor)
@@ -101,15 +101,19 @@ class Copies:
     def view(self, part, view):
         whole, places, detached = part
         found = view(places)
+        self.shared.add(whole)
         if found.untyped_storage().data_ptr() == places.untyped_storage().data_ptr():
             return whole, found, detached
+        self.shared.add(len(self.wholes))
         return self.new(view(self.read(part)))
 
     def detach(self, part):
+        self.shared.add(part[0])
         return *part[:2], True
 
     def change(self, part, change, by):
         whole, places, _ = part
+        self.refused |= whole in self.shared
         becomes, before = change[1](self.read(part), by), self.wholes[whole]
         flat = before.reshape(-1).index_put((places.reshape(-1),), becomes.reshape(-1))
         self.wholes[whole] = flat.reshape(before.shape)
@@ -163,26 +167,26 @@ STEP = st.one_of(
 
 
 def test_programs():
-    """Right, or refused where whether memory is shared is not known; most are followed."""
+    """Right, or refused where what shares its memory is written to, and nowhere else."""
     followed = []
 
     @settings(max_examples=150)
     @given(st.lists(STEP, min_size=1, max_size=12), st.sampled_from(KINDS))
     def right(steps, kind):
         weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        written, copies = (program(steps, weight, each) for each in (InPlace, Copies))
+        memories = []
+        written = program(steps, weight, InPlace)
+        copies = program(steps, weight, lambda: memories.append(Copies()) or memories[-1])
         with torch.no_grad():
             x = torch.linspace(-1, 1, 18).sin().reshape(3, 6)
             close(written(x), copies(x))
         try:
             check(written, (6,), weight, reference=copies, kinds=[kind])
         except TaylorError:
-            kinds, names = ({each[place] for each in steps} for place in (0, 1))
-            if "change" not in kinds or not names & UNSURE:
+            if not memories[0].refused:
                 raise
-            followed.append(False)
         else:
-            followed.append(True)
+            followed.append(any(each[0] == "change" for each in steps))
 
     right()
-    assert sum(followed) > 0.5 * len(followed)
+    assert sum(followed) > 20

@@ -1,16 +1,19 @@
-r"""Which Jets share memory, and what a change in place of one does to the others.
+r"""Which tensors may share the memory of a Jet, and the changes in place that are refused for it.
 
 What:
     A Jet that is changed in place is given another stack, and no stack is ever written to. So
     autograd keeps what it saved, and a change costs what the function costs that is not in place.
-    Where PyTorch's own result would be a view, the Jets share memory: a view remembers its root
-    and how it is made of it, and a change of one is made in the stack of the root, of which all
-    views are then made again. Whether a reshape or a cast copies depends on how the elements of a
-    tensor lie, which need not be the same in a stack. After a change of one such Jet the others
-    are stale: whoever reads one meets a TaylorError.
+    In PyTorch every tensor of the same memory, such as a view, sees the change; here none would.
+    So it is refused while another tensor that may share the memory is in use: a view, what a
+    reshape made, or what was detached. Under torch.compile, which has no weak references, what
+    was ever taken of a Jet counts as in use.
+
+    What was detached shares the memory of a stack. It is refused that it is changed: a Jet made
+    by a reshape may have a copy of that memory, or not. The versions of all that was detached
+    are looked at when the function returns.
 
     A plain tensor that is given values that depend on x, as by `out[:, :2] = x`, becomes a Jet
-    until the network returns.
+    until the function returns.
 """
 
 import threading
@@ -26,18 +29,20 @@ from hosm_losses.taylor._torch import (
     TELLS_HOOKS,
     checkpoint_hook,
     has_alias,
-    shell,
     swapped,
     versions,
 )
-from hosm_losses.taylor.along import Pairs, lengthened
+from hosm_losses.taylor.along import Pairs
 from hosm_losses.taylor.errors import DerivativeError, TaylorError
 
-Move = Callable[[Tensor], Tensor]  # from a stack to that of a view
 CHANGED_ARGUMENT = (
     "checkpoint: expected a function that leaves its arguments as they are; got one that changes "
     "an argument in place, and would be evaluated again with the changed one. Put .clone() before "
     "the change."
+)
+IN_USE = (
+    "a change in place of what may share its memory with another tensor that is in use, such as "
+    "a view. Put .clone() before the change."
 )
 UNPACKED = (
     "torch.compile unpacks a tensor, as in q, k, v = qkv, and one of such a shape was changed in "
@@ -53,14 +58,13 @@ _VIEWS = """
 PERHAPS_VIEWS = _VIEWS.split()
 
 
-class Carrying(NamedTuple):
-    """What goes on while a function is carried."""
+class Propagation(NamedTuple):
+    """What goes on while derivatives are propagated through a function."""
 
     firsts: int
     pairs: Pairs
     jets: "list[weakref.ref[Any]]"  # all that were made
-    # What was detached from what may share memory with other Jets, and its version.
-    copies: list[tuple[Tensor, int]]
+    detached: list[tuple[Tensor, int]]  # from Jets, with their versions
     changed: list[tuple[int, ...]]  # under torch.compile, the shapes of rows of what was changed
 
 
@@ -68,30 +72,12 @@ class _Thread(threading.local):
     """What goes on in a thread."""
 
     def __init__(self) -> None:
-        self.carrying: list[Carrying] = []
+        self.propagations: list[Propagation] = []
         # Plain tensors that became Jets, by weak references, and what they were.
         self.promoted: list[tuple[weakref.ref[Tensor], Tensor]] = []
 
 
-class _Stale(Tensor):
-    """In the place of a stack that may have been changed through another Jet."""
-
-    @classmethod
-    def __torch_function__(cls, *_args: Any, **_named: Any) -> Any:
-        raise TaylorError(
-            "a tensor that may share memory with one that was changed in place since: whether a "
-            "reshape or a cast copies is not known here. Put .clone() before the change."
-        )
-
-    __torch_dispatch__ = __torch_function__  # pyright: ignore[reportAssignmentType]
-
-
 THREAD = _Thread()
-
-
-def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
-    """Weak, for what a network drops; torch.compile has no weak references."""
-    return (lambda: tensor) if torch.compiler.is_compiling() else weakref.ref(tensor)
 
 
 def living(references: Iterable[Callable[[], Any]]) -> list[Any]:
@@ -99,17 +85,15 @@ def living(references: Iterable[Callable[[], Any]]) -> list[Any]:
     return [each for each in (reference() for reference in references) if each is not None]
 
 
-def share(source: Any, result: Any, move: Move | None = None) -> Any:
-    """Note that the Jet `result` is a view of the Jet `source`; without `move` that it may be."""
+def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
+    """Weak, for what a network drops; torch.compile has no weak references."""
+    return (lambda: tensor) if torch.compiler.is_compiling() else weakref.ref(tensor)
+
+
+def share(source: Any, result: Any) -> Any:
+    """Note that the Jet `result` may share memory with the Jet `source`; return it."""
     share_value(source, result)
     result.memory = source.memory
-    if move is None:
-        # What was detached before, a change of which may be one of the result or not.
-        _watch(each for each in living(source.memory) if not hasattr(each, "root"))
-    else:
-        before = source.move
-        result.root = source if source.root is None else source.root
-        result.move = move if before is None else lambda stack: move(before(stack))
     return result
 
 
@@ -121,89 +105,41 @@ def share_value(source: Any, value: Tensor) -> None:
 
 
 def detached(source: Any, value: Tensor) -> Tensor:
-    """Return the value that was detached from a Jet, which shares memory with both.
-
-    It is a copy where a reshape or a copy that may be none lies between Jets of that memory: what
-    a change of it would do to the others is not known.
-    """
-    jets = [each for each in living(source.memory or ()) if hasattr(each, "root")]
-    roots = {id(each if each.root is None else each.root) for each in jets}
-    if len(roots) > 1:
-        value = value.clone()
-        _watch([value])
+    """Return the value that was detached from a Jet, and remember its version."""
     share_value(source, value)
+    for propagation in THREAD.propagations[-1:]:
+        propagation.detached.extend((value, version) for version in versions([value]))
     return value
 
 
-def _watch(plain: Iterable[Tensor]) -> None:
-    """Remember the versions of plain tensors, which show `end` a change in place."""
-    for carrying in THREAD.carrying[-1:]:
-        for each in plain:
-            carrying.copies.extend((each, version) for version in versions([each]))
-
-
 def write(jet: Any, stack: Tensor) -> Any:
-    """Give a Jet, and all that share memory with it, the stack that a change in place leaves."""
+    """Give a Jet that shares its memory with nothing the stack that a change in place leaves."""
     if checkpoint_hook("_recomputation_hook") is not None and jet.changed:
         raise DerivativeError(CHANGED_ARGUMENT)
     if checkpoint_hook() is not None:
         jet.changed = True
-    others = [jet] if jet.memory is None else living(jet.memory)
+    if jet.memory is not None and len(living(jet.memory)) > 1:
+        raise TaylorError(IN_USE)
     if torch.compiler.is_compiling():
-        THREAD.carrying[-1].changed.extend([tuple(each.shape[1:]) for each in others])
-    if jet.memory is None:
-        jet.stack = stack
-        return jet
-    if any(not isinstance(each, type(jet)) for each in others):
-        raise TaylorError(
-            "a change in place of what shares its memory with a tensor that was detached before, "
-            "or that torch.compile unpacked."
-        )
-    root = jet if jet.root is None else jet.root
-    whole = stack
-    if root is not jet:
-        count = max(len(stack), len(root.stack))
-        # A contiguous copy, of which what is a view in PyTorch is one nearly always.
-        whole = lengthened(root.stack, count).clone(memory_format=torch.contiguous_format)
-        place = jet.move(whole)
-        if place._base is not whole:
-            raise TaylorError("a change in place of a view whose elements lie far apart.")
-        place.copy_(lengthened(stack, count))
-    root.stack = whole
-    for each in others:
-        if each is not root:
-            each.stack = each.move(whole) if each.root is root else _stale(whole)
+        THREAD.propagations[-1].changed.append(tuple(stack.shape[2:]))
+    jet.stack, jet.memory = stack, None
     return jet
 
 
-def _stale(stack: Tensor) -> Any:
-    """What stands for a stack that is out of date; torch.compile says in its own words."""
-    return None if torch.compiler.is_compiling() else shell(_Stale, stack)
+def end(propagation: Propagation, jets: list[Any]) -> None:
+    """Make what is left of Jets plain tensors, for they may be kept by the function.
 
-
-def end(carrying: Carrying, jets: list[Any]) -> None:
-    """Make what is left of Jets plain tensors, for they may be kept by the network.
-
-    TaylorError where a copy of what was detached was changed in place.
+    TaylorError where what was detached was changed in place.
     """
-    # Tensors with weak references do not change places.
-    shared = {id(jet.memory): jet.memory for jet in jets if jet.memory is not None}
-    groups = [(memory, living(memory)) for memory in shared.values()]
-    for memory, _ in groups:
-        memory.clear()
-    carrying.jets.clear()
+    for jet in jets:
+        jet.memory = None  # weak references, with which tensors do not change places
+    propagation.jets.clear()
     # An older PyTorch does not refuse what a checkpoint saved, and crashes in its recomputation.
     for jet in jets if TELLS_HOOKS else ():
-        # One that is stale has no value, and one that a checkpoint saved will be needed as it is.
-        with suppress(TaylorError, RuntimeError):
+        with suppress(RuntimeError):  # one that a checkpoint saved will be needed as it is
             swapped(jet, jet.stack[0])
-    for memory, members in groups:
-        memory.extend(_reference(each) for each in members if hasattr(each, "stack"))
-    if versions([copy for copy, _ in carrying.copies]) != [each for _, each in carrying.copies]:
-        raise TaylorError(
-            "a change in place of what was detached from a tensor that may share memory with "
-            "another: whether a reshape copies is not known here. Put .clone() before the change."
-        )
+    if any(versions([each]) != [version] for each, version in propagation.detached):
+        raise TaylorError("a change in place of what was detached from a tensor. Put .clone().")
 
 
 def demote(count: int, finished: bool) -> None:
@@ -217,8 +153,7 @@ def demote(count: int, finished: bool) -> None:
         if jet is None:
             continue
         del reference
-        if jet.memory is not None:
-            jet.memory.clear()  # weak references, with which tensors do not change places
+        jet.memory = None
         value = jet.stack[0]
         swapped(jet, plain)
         if finished:
@@ -231,8 +166,8 @@ def promote(tensor: Tensor, jet: Any) -> None:
     leaf = tensor.requires_grad and tensor.is_leaf
     if torch.compiler.is_compiling() or leaf or tensor._base is not None:
         raise TaylorError(refused)
-    for carrying in THREAD.carrying[-1:]:
-        carrying.jets[:] = [each for each in carrying.jets if each() is not jet]
+    for propagation in THREAD.propagations[-1:]:
+        propagation.jets[:] = [each for each in propagation.jets if each() is not jet]
     try:
         if has_alias(tensor):  # which is not known under torch.func
             raise TaylorError(refused)

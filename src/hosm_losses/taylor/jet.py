@@ -62,8 +62,6 @@ class Jet(Tensor):
     firsts: int  # the number of first derivatives
     pairs: Pairs  # which second derivatives there are
     memory: "list[Any] | None"  # references to all that may share memory, itself among them
-    root: "Jet | None"  # of what it is a view
-    move: "aliases.Move | None"  # and how: from the stack of the root to its own
     changed = False  # whether in place inside one of torch's checkpoints
 
     @staticmethod
@@ -76,11 +74,10 @@ class Jet(Tensor):
             jet = marked.movedim(0, -1).as_subclass(_Traced)
         else:
             jet = shell(_Opaque, stack)
-            calls = aliases.THREAD.carrying
-            if calls:
-                calls[-1].jets.append(weakref.ref(jet))
+            for propagation in aliases.THREAD.propagations[-1:]:
+                propagation.jets.append(weakref.ref(jet))
         jet.stack, jet.firsts, jet.pairs = stack, firsts, pairs
-        jet.memory = jet.root = jet.move = None
+        jet.memory = None
         return jet
 
     def like(self, stack: Tensor) -> "Jet":
@@ -145,12 +142,12 @@ def unpacked(x: Any) -> Any:
         return type(x)(map(unpacked, x))
     if not isinstance(x, Jet) or hasattr(x, "stack"):
         return x
-    carrying = aliases.THREAD.carrying[-1]
+    propagation = aliases.THREAD.propagations[-1]
     with without_subclasses():
         stack = x.movedim(-1, 0)[:-1]
-    if tuple(stack.shape[1:]) in carrying.changed:
+    if tuple(stack.shape[1:]) in propagation.changed:
         raise TaylorError(aliases.UNPACKED)
-    row = Jet.make(stack, carrying.firsts, carrying.pairs)
+    row = Jet.make(stack, propagation.firsts, propagation.pairs)
     aliases.share_value(row, stack)  # and is not changed in place
     return row
 
@@ -278,8 +275,8 @@ def propagate(
     # Joined along the batch, which keeps a channels-last layout.
     stack = torch.cat([x, *directions]).unflatten(0, (1 + count, len(x)))
     before, finished = len(aliases.THREAD.promoted), False
-    carrying = aliases.Carrying(count, pairs, [], [], [])
-    aliases.THREAD.carrying.append(carrying)
+    propagation = aliases.Propagation(count, pairs, [], [], [])
+    aliases.THREAD.propagations.append(propagation)
     try:
         # Gradients are off in the forward of a custom Function, which is how one is found.
         with torch.enable_grad(), forward_mode_on():
@@ -287,10 +284,10 @@ def propagate(
         stack, kind, finished = getattr(result, "stack", stack), type(result), True
         del result
     finally:
-        aliases.THREAD.carrying.pop()
-        left = living(carrying.jets)
-        if left or carrying.copies:
-            aliases.end(carrying, left)
+        aliases.THREAD.propagations.pop()
+        left = living(propagation.jets)
+        if left or propagation.detached:
+            aliases.end(propagation, left)
         if len(aliases.THREAD.promoted) > before:
             aliases.demote(before, finished)
     if not issubclass(kind, Jet):

@@ -7,7 +7,6 @@ and reads lists and arrays of NumPy in ways of its own. An index with at most on
 place, in a stack as in its value; every other goes to PyTorch as it stands.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +78,7 @@ def _item(x: Any, index: Any) -> Any:
     if parts is None:
         raise NoRule
     found = x.like(picked(x.stack, parts))
-    return share(x, found, partial(picked, parts=parts)) if all(map(_slices, parts)) else found
+    return share(x, found) if all(map(_keeps, parts)) else found
 
 
 def picks(index: Any) -> tuple[Any, ...] | None:
@@ -99,6 +98,12 @@ def _slices(part: Any) -> bool:
     if isinstance(part, bool):  # which makes a new axis, and is read as a mask
         return False
     return part is None or part is Ellipsis or isinstance(part, int | slice)
+
+
+def _keeps(part: Any) -> bool:
+    """Whether a part of an index makes a view: not a tensor of several places."""
+    place = isinstance(part, Tensor) and part.ndim == 0 and part.dtype != torch.bool
+    return place or _slices(part)
 
 
 def _gathers(part: Any) -> bool:

@@ -26,22 +26,17 @@ def _numbers(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
     return sizes
 
 
-# Of the functions below, those that copy, and those that copy where they have to; all other
-# results are views.
+# Of the functions below, those that copy; all other results are views, or may be.
 COPIES = (
     *("repeat", "tile", "sum", "mean", "clone", "neg", "repeat_interleave"),
     *("roll", "flip", "cumsum", "index_select"),
 )
-PERHAPS_COPIES = ("reshape", "reshape_as", "flatten", "contiguous")
 # Those that ask another tensor, which may be the Jet, for its shape alone.
 AS_ANOTHER = ("expand_as", "view_as", "reshape_as")
 
 
 def _register(
-    functions: tuple[Callable[..., Any], ...],
-    move: Callable[..., Any],
-    copies: bool = False,
-    perhaps: bool = False,
+    functions: tuple[Callable[..., Any], ...], move: Callable[..., Any], copies: bool = False
 ) -> None:
     """Register a function of a stack and of arguments of which shapes alone matter."""
 
@@ -54,14 +49,8 @@ def _register(
             return on_values(functions[0], (x, *args), named)
         found = move(x.stack, *args, **named)
         if isinstance(found, tuple):
-            parts = [x.like(part) for part in found]
-            for place, part in enumerate(parts):
-                share(x, part, lambda stack, i=place: move(stack, *args, **named)[i])
-            return tuple(parts)
-        found = x.like(found)
-        if copies:
-            return found
-        return share(x, found, None if perhaps else lambda stack: move(stack, *args, **named))
+            return tuple([share(x, x.like(part)) for part in found])
+        return x.like(found) if copies else share(x, x.like(found))
 
 
 def _axis(stack: Tensor, dim: Any) -> int:
@@ -210,7 +199,7 @@ for _names, _move in {
     ("cumsum",): _summed_up,
     ("index_select",): lambda stack, dim, index: stack.index_select(_axis(stack, dim), index),
 }.items():
-    _register(every(*_names), _move, _names[0] in COPIES, _names[0] in PERHAPS_COPIES)
+    _register(every(*_names), _move, _names[0] in COPIES)
 _register((Tensor.T.__get__,), _reversed)  # pyright: ignore[reportAttributeAccessIssue]
 _register((Tensor.mT.__get__, *every("adjoint")), _transposed)  # pyright: ignore
 
@@ -272,5 +261,4 @@ def dropped(
 def _iterator(x: Jet) -> Any:
     if x.ndim == 0:
         raise NoRule
-    rows = enumerate(x.stack.unbind(1))
-    return iter([share(x, x.like(row), lambda stack, i=i: stack.select(1, i)) for i, row in rows])
+    return iter([share(x, x.like(row)) for row in x.stack.unbind(1)])
