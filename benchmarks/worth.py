@@ -5,9 +5,10 @@
 For each cell of worth_problems:
     1. Order one chooses between two networks, plain and averaged targets, and three rates, by the
        KL divergence of a seed that is not reported.
-    2. It trains with that choice, and again from scratch with three times the steps, until three
-       times lowers the KL divergence by less than GATE, or --levels times. `converged` says which:
-       no loss is recommended from a cell where order one has not converged.
+    2. It trains with that choice, and goes on until it has had three times the steps, with a fresh
+       Adam and a cosine decay. This repeats until three times lower the KL divergence by less than
+       GATE, or --levels times. `converged` says which: no loss is recommended from a cell where
+       order one has not converged.
     3. Every loss goes on from the weights of the longest training, with a fresh Adam and a cosine
        decay, for as many steps as cost what the cell's budget of order one costs. Step times are
        measured once, in turns. The rate is chosen on the seed that is not reported.
@@ -40,7 +41,7 @@ from benchmarks.worth_quantities import Row, compare, judge, judge_briefly
 DIRECTORY = results.DIRECTORY / "worth"
 SEEDS, SPARE = (0, 1, 2, 3, 4), 5  # the spare seed chooses and is not reported
 BASELINE_RATES, RATES = (1e-2, 3e-3, 1e-3), (1e-3, 3e-4, 1e-4)
-GATE, LEVELS, SELECTION, ROUNDS = 0.02, 3, 3, 20
+GATE, LEVELS, ROUNDS = 0.02, 3, 20
 ONE, AVERAGED = TARGETS = ("order one", "order one, averaged")
 LIKELIHOOD_ROWS, LIKELIHOOD_STEPS, LIKELIHOOD_ELEMENTS = 32, 32, 8
 Loss = Callable[[hosm.ScoreModel], Callable[..., Tensor]]
@@ -64,9 +65,9 @@ def losses(cell: Cell, members: int, baseline: str = "") -> dict[str, Loss]:
         sampler = partial(times, power)
         return lambda model: partial(function, model, time_sampler=sampler, **options)
 
-    def balanced(**options: Any) -> Loss:
-        given: Any = {"estimator": "paired", "weights": "balanced", **options}
-        return lambda model: hosm.SecondOrderDSM(model, time_sampler=partial(times, 1), **given)
+    def balanced(model: hosm.ScoreModel) -> Callable[..., Tensor]:
+        given: Any = {"estimator": "paired", "weights": "balanced"}
+        return hosm.SecondOrderDSM(model, time_sampler=partial(times, 1), **given)
 
     def likelihood(model: hosm.ScoreModel) -> Callable[..., Tensor]:
         alpha, sigma = cell.schedule(torch.tensor(cell.schedule.t_min))
@@ -92,8 +93,7 @@ def losses(cell: Cell, members: int, baseline: str = "") -> dict[str, Loss]:
         "order two, averaged": second(**averaged),
         "order three": third(),
         "order three, averaged": third(**averaged),
-        "balanced": balanced(),
-        "balanced, averaged": balanced(**averaged),
+        "balanced": balanced,
         "Stein, weight 0.3": lambda model: partial(hosm.stein_dsm, model, weight=0.3),
     }
     if elements <= LIKELIHOOD_ELEMENTS:
@@ -177,8 +177,8 @@ class Study:
         return min(found, key=lambda each: found[each])
 
     def try_out(self, kind: str, name: str) -> Row:
-        """The KL divergence of the spare seed, briefly trained by order one at every rate."""
-        count, steps = len(BASELINE_RATES), max(1, self.cell.budget // SELECTION)
+        """The KL divergence of the spare seed, trained by order one at every rate."""
+        count, steps = len(BASELINE_RATES), self.cell.budget
         model = self.cell.model([SPARE] * count, kind)
         loss = losses(self.cell, count)[name]
         row = self.train(model, loss, steps, BASELINE_RATES, f"choice, {kind}, {name}")
@@ -190,31 +190,44 @@ class Study:
         times = 1
         for level in range(levels):
             times = 3**level
-            make = partial(self.from_scratch, kind, name, rate, times)
+            make = partial(self.go_further, kind, name, rate, times)
             self.row(f"budget {times}", make)
             if level and converged(self.rows):
                 break
-        file = self.weights_file(times)
-        if not file.exists():
-            self.from_scratch(kind, name, rate, times)
         self.report["converged"] = levels > 1 and converged(self.rows)
-        return Start(self.cell, kind, name, torch.load(file, weights_only=True))
+        return Start(self.cell, kind, name, self.weights(kind, name, rate, times))
+
+    def weights(self, kind: str, name: str, rate: float, times: int) -> dict[str, Tensor]:
+        """All seeds, trained by order one for so many budgets: from a file, or made now."""
+        if not self.weights_file(times).exists():
+            self.train_further(kind, name, rate, times)
+        found: dict[str, Tensor] = torch.load(self.weights_file(times), weights_only=True)
+        return found
 
     def weights_file(self, times: int) -> Path:
         return self.out / f"{times}.pt"
 
-    def from_scratch(self, kind: str, name: str, rate: float, times: int) -> Row:
-        """All seeds, trained by order one for so many budgets; the weights go to a file."""
-        model = self.cell.model((*SEEDS, SPARE), kind)
-        count, steps = len(SEEDS) + 1, times * self.cell.budget
-        loss = losses(self.cell, count)[name]
-        row = self.train(model, loss, steps, [rate] * count, f"budget {times}")
-        weights = {key: each.detach().clone() for key, each in model.named_parameters()}
+    def train_further(self, kind: str, name: str, rate: float, times: int) -> Row:
+        """Train all seeds for so many budgets in all, and write the weights to a file."""
+        members, before = range(len(SEEDS) + 1), times // 3
+        if before:
+            start = Start(self.cell, kind, name, self.weights(kind, name, rate, before))
+            model = start.model(members)
+        else:
+            model = self.cell.model((*SEEDS, SPARE), kind)
+        loss = losses(self.cell, len(members))[name]
+        steps = (times - before) * self.cell.budget
+        row = self.train(model, loss, steps, [rate] * len(members), f"budget {times}")
         self.out.mkdir(parents=True, exist_ok=True)
+        weights = {key: each.detach().clone() for key, each in model.named_parameters()}
         torch.save(weights, self.weights_file(times))
-        reported = Start(self.cell, kind, name, weights).model(range(len(SEEDS)))
-        row |= {"network": kind, "targets": name, "rate": rate}
-        return row | judge(self.cell, reported, len(SEEDS))
+        return row | {"network": kind, "targets": name, "rate": rate}
+
+    def go_further(self, kind: str, name: str, rate: float, times: int) -> Row:
+        """The row of so many budgets of order one."""
+        row = self.train_further(kind, name, rate, times)
+        start = Start(self.cell, kind, name, self.weights(kind, name, rate, times))
+        return row | judge(self.cell, start.model(range(len(SEEDS))), len(SEEDS))
 
     def run(self, pattern: str = "", levels: int = LEVELS, rounds: int = ROUNDS) -> None:
         """Do all that is not done."""
