@@ -82,10 +82,12 @@ def over_seeds(values: ArrayLike) -> Estimate:
 
     Both seeds and points are chance, so their variances add. That of single entries counts twice,
     and the degrees of freedom are those of the fewer: the interval is too wide rather than narrow.
+    With one seed points alone are chance.
     """
     values = np.asarray(values, dtype=np.float64)
-    variance = sum(values.mean(1 - k).var(ddof=1) / values.shape[k] for k in (0, 1))
-    mean, half = values.mean(), STUDENT[min(values.shape) - 2] * variance**0.5
+    sizes = {k: size for k, size in enumerate(values.shape) if size > 1}
+    variance = sum(values.mean(1 - k).var(ddof=1) / size for k, size in sizes.items())
+    mean, half = values.mean(), STUDENT[min(sizes.values()) - 2] * variance**0.5
     return Estimate(float(mean), float(mean - half), float(mean + half))
 
 

@@ -6,9 +6,9 @@ For each cell of worth_problems:
     1. Order one chooses between two networks, plain and averaged targets, and three rates, by the
        KL divergence of a seed that is not reported.
     2. It trains with that choice, and goes on until it has had three times the steps, with a fresh
-       Adam and a cosine decay. This repeats until three times lower the KL divergence by less than
-       GATE, or --levels times. `converged` says which: no loss is recommended from a cell where
-       order one has not converged.
+       Adam and a cosine decay, at the best of its rate, a third and a tenth of it. This repeats
+       until three times lower the KL divergence by less than GATE, or --levels times. `converged`
+       says which: no loss is recommended from a cell where order one has not converged.
     3. Every loss goes on from the weights of the longest training, with a fresh Adam and a cosine
        decay, for as many steps as cost what the cell's budget of order one costs. Step times are
        measured once, in turns. The rate is chosen on the seed that is not reported.
@@ -24,7 +24,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
-from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ from benchmarks.worth_problems import CELLS, KINDS, Cell, MemberTargets
 from benchmarks.worth_quantities import Row, compare, judge, judge_briefly
 
 DIRECTORY = results.DIRECTORY / "worth"
-SEEDS, SPARE = (0, 1, 2, 3, 4), 5  # the spare seed chooses and is not reported
+SEEDS = 5  # and one more, the spare seed, which chooses and is not reported
 BASELINE_RATES, RATES = (1e-2, 3e-3, 1e-3), (1e-3, 3e-4, 1e-4)
 GATE, LEVELS, ROUNDS = 0.02, 3, 20
 ONE, AVERAGED = TARGETS = ("order one", "order one, averaged")
@@ -121,15 +120,11 @@ def training(
         yield
 
 
-def converged(rows: Row) -> bool:
-    """Whether three times the budget of order one lowered its KL divergence by less than GATE."""
-    budgets = sorted(int(name.split()[1]) for name in rows if name.startswith("budget"))
-    before, after = (rows[f"budget {times}"] for times in budgets[-2:])
-    return compare(after, before)["kl"].value > 1 - GATE
-
-
 class Study:
     """The rows of a cell, in a file, and the weights that its losses start from."""
+
+    seeds = SEEDS
+    chooses = "kl"  # of each seed, by which networks, targets and rates are chosen
 
     def __init__(self, name: str, cell: Cell, directory: Path, out: Path) -> None:
         slug = re.sub(r"\W+", "_", name)
@@ -172,103 +167,134 @@ class Study:
         found: dict[tuple[str, str, float], float] = {}
         for kind, name in product(KINDS, TARGETS):
             row = self.row(f"choice: {kind}, {name}", partial(self.try_out, kind, name))
-            pairs = zip(BASELINE_RATES, row.get("kl", ()), strict=False)
+            pairs = zip(BASELINE_RATES, row.get(self.chooses, ()), strict=False)
             found |= {(kind, name, rate): kl for rate, kl in pairs if kl is not None}
         return min(found, key=lambda each: found[each])
 
     def try_out(self, kind: str, name: str) -> Row:
         """The KL divergence of the spare seed, trained by order one at every rate."""
         count, steps = len(BASELINE_RATES), self.cell.budget
-        model = self.cell.model([SPARE] * count, kind)
+        model = self.cell.model([self.seeds] * count, kind)
         loss = losses(self.cell, count)[name]
         row = self.train(model, loss, steps, BASELINE_RATES, f"choice, {kind}, {name}")
-        return row | judge_briefly(self.cell, model, count)
+        return row | self.judge_briefly(model, count)
 
     def baseline(self, levels: int) -> "Start":
         """The longest training of order one."""
         kind, name, rate = self.choose()
-        times = 1
-        for level in range(levels):
-            times = 3**level
-            make = partial(self.go_further, kind, name, rate, times)
-            self.row(f"budget {times}", make)
-            if level and converged(self.rows):
+        for times in (3**level for level in range(levels)):
+            if times > 1:
+                given = self.start(times // 3), name, self.steps(times)
+                rates = [rate, rate / 3, rate / 10]
+                rate = self.best_rate(f"budget {times}", *given, rates) or rate
+            row = self.row(f"budget {times}", partial(self.go_further, kind, name, rate, times))
+            if "failed" in row:
+                raise ValueError(f"{self.name}: budget {times} of order one: {row['failed']}")
+            if times > 1 and self.converged():
                 break
-        self.report["converged"] = levels > 1 and converged(self.rows)
-        return Start(self.cell, kind, name, self.weights(kind, name, rate, times))
+        self.report["converged"] = levels > 1 and self.converged()
+        return self.start(self.chosen_budget())
 
-    def weights(self, kind: str, name: str, rate: float, times: int) -> dict[str, Tensor]:
-        """All seeds, trained by order one for so many budgets: from a file, or made now."""
-        if not self.weights_file(times).exists():
-            self.train_further(kind, name, rate, times)
-        found: dict[str, Tensor] = torch.load(self.weights_file(times), weights_only=True)
-        return found
+    def converged(self) -> bool:
+        """Whether three times the budget lowered order one's KL divergence by less than GATE."""
+        *_, before, after = self.budgets().values()
+        return compare(after, before)["kl"].value > 1 - GATE
 
-    def weights_file(self, times: int) -> Path:
-        return self.out / f"{times}.pt"
+    def budgets(self) -> dict[int, Row]:
+        """The rows of order one, by budget."""
+        found = {int(name.split()[1]): name for name in self.rows if name.startswith("budget")}
+        return {times: self.rows[found[times]] for times in sorted(found)}
 
-    def train_further(self, kind: str, name: str, rate: float, times: int) -> Row:
-        """Train all seeds for so many budgets in all, and write the weights to a file."""
-        members, before = range(len(SEEDS) + 1), times // 3
-        if before:
-            start = Start(self.cell, kind, name, self.weights(kind, name, rate, before))
-            model = start.model(members)
+    def chosen_budget(self) -> int:
+        """The budget of the weights that the losses start from: the longest."""
+        return max(self.budgets())
+
+    def judge(self, model: hosm.ScoreModel) -> Row:
+        return judge(self.cell, model, self.seeds)
+
+    def judge_briefly(self, model: hosm.ScoreModel, members: int) -> Row:
+        return judge_briefly(self.cell, model, members)
+
+    def steps(self, times: int) -> int:
+        """What is left of so many budgets after a third of them."""
+        return (times - times // 3) * self.cell.budget
+
+    def start(self, times: int) -> "Start":
+        """The weights of a row of order one, from a file, or trained again."""
+        row, file = self.rows[f"budget {times}"], self.out / f"{times}.pt"
+        kind, name = row["network"], row["targets"]
+        if file.exists():
+            weights = torch.load(file, weights_only=True)
         else:
-            model = self.cell.model((*SEEDS, SPARE), kind)
+            weights = self.train_further(kind, name, row["rate"], times)[1]
+        return Start(self.cell, kind, name, weights)
+
+    def train_further(
+        self, kind: str, name: str, rate: float, times: int
+    ) -> tuple[Row, dict[str, Tensor]]:
+        """Train all seeds for so many budgets in all; their weights go to a file as well."""
+        members = range(self.seeds + 1)
+        first = times == 1
+        model = self.cell.model(members, kind) if first else self.start(times // 3).model(members)
         loss = losses(self.cell, len(members))[name]
-        steps = (times - before) * self.cell.budget
-        row = self.train(model, loss, steps, [rate] * len(members), f"budget {times}")
-        self.out.mkdir(parents=True, exist_ok=True)
+        row = self.train(model, loss, self.steps(times), [rate] * len(members), f"budget {times}")
         weights = {key: each.detach().clone() for key, each in model.named_parameters()}
-        torch.save(weights, self.weights_file(times))
-        return row | {"network": kind, "targets": name, "rate": rate}
+        self.out.mkdir(parents=True, exist_ok=True)
+        torch.save(weights, self.out / f"{times}.pt")
+        return row | {"network": kind, "targets": name, "rate": rate}, weights
 
     def go_further(self, kind: str, name: str, rate: float, times: int) -> Row:
         """The row of so many budgets of order one."""
-        row = self.train_further(kind, name, rate, times)
-        start = Start(self.cell, kind, name, self.weights(kind, name, rate, times))
-        return row | judge(self.cell, start.model(range(len(SEEDS))), len(SEEDS))
+        row, weights = self.train_further(kind, name, rate, times)
+        return row | self.judge(Start(self.cell, kind, name, weights).model(range(self.seeds)))
 
     def run(self, pattern: str = "", levels: int = LEVELS, rounds: int = ROUNDS) -> None:
         """Do all that is not done."""
         start = self.baseline(levels)
-        every = losses(self.cell, len(SEEDS), start.targets)
+        every = losses(self.cell, self.seeds, start.targets)
         ratios = self.row("step times", partial(self.step_times, start, every, rounds))["ratios"]
         for name, loss in every.items():
             if re.search(pattern, name):
                 steps = max(1, round(self.cell.budget / ratios[name]))
-                tuned = self.row(
-                    f"rates: {name}", partial(self.tune, start, name, steps), start.digest
-                )
-                found = [inf if kl is None else kl for kl in tuned.get("kl", ())]
-                if found:
-                    rate = RATES[found.index(min(found))]
+                rate = self.best_rate(name, start, name, steps, RATES)
+                if rate is not None:
                     make = partial(self.go_on, start, name, loss, steps, rate)
                     self.row(name, make, start.digest)
+
+    def best_rate(
+        self, row: str, start: "Start", name: str, steps: int, rates: Sequence[float]
+    ) -> float | None:
+        """The rate of a loss at which the spare seed goes on best; None where it fails."""
+        make = partial(self.tune, start, name, steps, rates)
+        tuned = self.row(f"rates: {row}", make, start.digest).get(self.chooses, ())
+        found = {
+            rate: value for rate, value in zip(rates, tuned, strict=False) if value is not None
+        }
+        return min(found, key=lambda rate: found[rate], default=None)
 
     def step_times(self, start: "Start", every: Mapping[str, Loss], rounds: int) -> Row:
         """Median times of a step over that of order one."""
 
         def begin(name: str, steps: int) -> Iterator[None]:
-            model = start.model(range(len(SEEDS)))
-            return training(self.cell, model, every[name], steps, [RATES[0]] * len(SEEDS))
+            model = start.model(range(self.seeds))
+            return training(self.cell, model, every[name], steps, [RATES[0]] * self.seeds)
 
         seconds = experiment.step_times(begin, every, rounds)
         ratios = {name: each / seconds[ONE] for name, each in seconds.items()}
         return {"seconds": seconds[ONE], "ratios": ratios, "rounds": rounds}
 
-    def tune(self, start: "Start", name: str, steps: int) -> Row:
-        """The KL divergence of the spare seed at every rate."""
-        model = start.model([len(SEEDS)] * len(RATES))
-        loss = losses(self.cell, len(RATES), start.targets)[name]
-        row = self.train(model, loss, steps, RATES, f"rates of {name}")
-        return row | judge_briefly(self.cell, model, len(RATES))
+    def tune(self, start: "Start", name: str, steps: int, rates: Sequence[float]) -> Row:
+        """The spare seed at every rate."""
+        model = start.model([self.seeds] * len(rates))
+        loss = losses(self.cell, len(rates), start.targets)[name]
+        row = self.train(model, loss, steps, rates, f"rates of {name}")
+        return row | {"rates": list(rates)} | self.judge_briefly(model, len(rates))
 
     def go_on(self, start: "Start", name: str, loss: Loss, steps: int, rate: float) -> Row:
         """The reported seeds, trained on with a loss."""
-        model = start.model(range(len(SEEDS)))
-        row = self.train(model, loss, steps, [rate] * len(SEEDS), name) | {"rate": rate}
-        return row | judge(self.cell, model, len(SEEDS))
+        model = start.model(range(self.seeds))
+        row = self.train(model, loss, steps, [rate] * self.seeds, name) | {"rate": rate}
+        return row | self.judge(model)
 
     def summary(self) -> Row:
         """Each loss over the better order one: KL divergence and score error, with intervals."""

@@ -181,9 +181,11 @@ def test_intervals_over_seeds_are_those_of_student():
     assert found.value == 6
     half = 4.303 * (1 / 3 + (4 / 3) / 4) ** 0.5
     assert (found.low, found.high) == pytest.approx((6 - half, 6 + half))
+    alone = over_seeds(blocks[None])
+    assert (alone.value, alone.high) == pytest.approx((1, 1 + 3.182 * (4 / 3 / 4) ** 0.5))
 
 
-def test_rows_are_compared_by_seed_and_block():
+def test_rows_are_compared_by_seed_and_block(tmp_path):
     kl, log_score = torch.rand(5, 8).double() + 1, torch.randn(5, 8).double()
     base = {"kl": kl.tolist(), "log_score": log_score.tolist()}
     row = {"kl": (kl - 0.3).tolist(), "log_score": (log_score - 2).tolist()}
@@ -192,8 +194,11 @@ def test_rows_are_compared_by_seed_and_block():
     assert found["kl"] == pytest.approx([1 - 0.3 / float(kl.mean())] * 3)
     assert found["score"] == pytest.approx([float(torch.tensor(-2.0).exp())] * 3)
     better = {"kl": (0.97 * kl).tolist(), "log_score": base["log_score"]}
-    assert not worth.converged({"budget 1": base, "budget 3": better, "order one": base})
-    assert worth.converged({"budget 1": base, "budget 3": better, "budget 9": better})
+    study = worth.Study("cell", small(), tmp_path, tmp_path)
+    study.rows |= {"budget 1": base, "budget 3": better, "order one": base}
+    assert not study.converged()
+    study.rows["budget 9"] = better
+    assert study.converged()
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -216,7 +221,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
         return json.loads(study.file.read_text())
 
     first = run()
-    assert len(trained) == 4 + 2 + 2 * len(names)
+    assert len(trained) == 4 + 1 + 2 + 2 * len(names)
     for name in names:
         row = first["rows"][name]
         assert torch.tensor(row["kl"]).shape == torch.tensor(row["log_score"]).shape == (5, 8)
