@@ -6,7 +6,7 @@ For each cell of worth_problems:
     1. Order one chooses between two networks, plain and averaged targets, and three rates, by the
        KL divergence of a seed that is not reported.
     2. It trains with that choice, and goes on until it has had three times the steps, with a fresh
-       Adam and a cosine decay, at the best of its rate, a third and a tenth of it. This repeats
+       Adam and a cosine decay, at its rate or a third of it. This repeats
        until three times lower the KL divergence by less than GATE, or --levels times. `converged`
        says which: no loss is recommended from a cell where order one has not converged.
     3. Every loss goes on from the weights of the longest training, with a fresh Adam and a cosine
@@ -185,7 +185,7 @@ class Study:
         for times in (3**level for level in range(levels)):
             if times > 1:
                 given = self.start(times // 3), name, self.steps(times)
-                rates = [rate, rate / 3, rate / 10]
+                rates = [rate, rate / 3]
                 rate = self.best_rate(f"budget {times}", *given, rates) or rate
             row = self.row(f"budget {times}", partial(self.go_further, kind, name, rate, times))
             if "failed" in row:

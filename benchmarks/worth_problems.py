@@ -351,12 +351,12 @@ def _cells() -> dict[str, Callable[[], Cell]]:
 
     def wells(elements: int, width: int) -> Cell:
         solver, points = (96, 512) if elements < 8 else (64, 256)
-        return Cell(many_well(elements), ve, Sizes(width), 4_000, solver, points=points)
+        return Cell(many_well(elements), ve, Sizes(width), 3_000, solver, points=points)
 
     found: dict[str, Callable[[], Cell]] = {
-        "mixture, d = 1, VE": lambda: Cell(mixture(), hosm.VESchedule(), low, 6_000, 128, 512),
-        "mixture, d = 1, VP": lambda: Cell(mixture(), hosm.VPSchedule(), low, 6_000, 192, 512),
-        "checkerboard, d = 2": lambda: Cell(Checkerboard(), ve, low, 4_000, 128),
+        "mixture, d = 1, VE": lambda: Cell(mixture(), hosm.VESchedule(), low, 3_000, 128, 512),
+        "mixture, d = 1, VP": lambda: Cell(mixture(), hosm.VPSchedule(), low, 3_000, 192, 512),
+        "checkerboard, d = 2": lambda: Cell(Checkerboard(), ve, low, 3_000, 128),
     }
     for elements, width in [(d, w) for d in (2, 4, 8) for w in (32, 128)] + [(16, 128)]:
         name = f"many-well, d = {elements}, width {width}"
