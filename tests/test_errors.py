@@ -365,7 +365,8 @@ def wrong(call, given, error, named):
     except Exception as found:
         start = rf"({call.__name__}: expected .*)?{named}\b"  # a schedule names itself first
         named_first = re.match(start, str(found).partition("; got")[0])
-        return None if type(found) is error and named_first else found
+        whole = "expected None;" not in str(found)  # where nothing was said
+        return None if type(found) is error and named_first and whole else found
     return "no error"
 
 
