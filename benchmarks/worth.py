@@ -130,7 +130,7 @@ class Study:
         slug = re.sub(r"\W+", "_", name)
         self.name, self.cell = name, cell
         self.file, self.out = directory / f"{slug}.json", out / slug
-        self.report = results.read(self.file)
+        self.report = {"name": name} | results.read(self.file)
         sizes = ("budget", "solver", "batch", "points", "scored")
         told = cell.sizes._asdict() | {key: getattr(cell, key) for key in sizes}
         if self.report.setdefault("cell", told) != told:
@@ -193,7 +193,8 @@ class Study:
             if times > 1 and self.converged():
                 break
         self.report["converged"] = levels > 1 and self.converged()
-        return self.start(self.chosen_budget())
+        self.report["start"] = self.chosen_budget()
+        return self.start(self.report["start"])
 
     def converged(self) -> bool:
         """Whether three times the budget lowered order one's KL divergence by less than GATE."""

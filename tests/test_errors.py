@@ -308,6 +308,7 @@ TOGETHER = [
     ([hosm.stein_dsm], ValueError, "probe", {"probe": X}),
     ([THIRD], ValueError, "derivative", {"third": "laplacian", "derivative": "reverse"}),
     (MODULES[1:], ValueError, "weighting", {"weights": "balanced", "weighting": ("noise",) * 2}),
+    ((SECOND, THIRD), ValueError, "weights", {"weights": None, "weighting": "likelihood"}),
     ((*BOTH, *STEIN, hosm.check_derivatives), TypeError, "network", {"model": WRAPPED}),
     (LOSSES, TypeError, "t", {"model": hosm.ScoreModel(NETWORK, TABLE), "t": T > 0}),
     (LOSSES, ValueError, "t", {"model": hosm.ScoreModel(NETWORK, TABLE), "t": T.long() + 3}),

@@ -42,6 +42,8 @@ def tree(file: Path) -> Found:
         for key, report in (("worth", of_worth), ("longer", of_worth["longer"])):
             names = [name for name in DATA if name in report]
             found[key] = {name: changes(report[name]) for name in names}
+    cells = map(results.read, sorted((file.parent / "worth").glob("*.json")))
+    found["study"] = {report["name"]: report for report in cells}
     found["scale"] = results.read(file.parent / "scale.json").get("networks", {})
     for gpu in sorted(file.parent.glob("gpu*.json")):
         report = results.read(gpu)

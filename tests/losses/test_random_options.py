@@ -136,6 +136,8 @@ def drawn_case(data):
     torch.manual_seed(seed)
     loss = pick.choice(["first", "second", "third", "third", "stein", "terms"])
     options, weights = drawn_options(pick, loss), drawn_weights(pick, loss)
+    if weights is None and loss in ("second", "third") and options["weighting"] == "likelihood":
+        weights = "paper"  # required there
     networks = [(MLP(3), (3,)), (ConvNet(), (2, 2, 1)), (AttentionNet(2), (2, 2))]
     network, shape = pick.choice(networks)
     schedule = pick.choice([*SCHEDULES.values(), Learned(torch.tensor(3.0, requires_grad=True))])

@@ -84,7 +84,11 @@ def test_the_function_draws_and_weights_with_one_time(weighting):
     model = hosm.ScoreModel(MLP(3), hosm.VPSchedule(), "v_prediction")
     x0 = torch.randn(6, 3)
     got = hosm.third_order_dsm(
-        model, x0, weighting=weighting, generator=torch.Generator().manual_seed(2)
+        model,
+        x0,
+        weights="paper",
+        weighting=weighting,
+        generator=torch.Generator().manual_seed(2),
     )
     generator = torch.Generator().manual_seed(2)
     t = draw_time(model, x0, weighting, generator)
@@ -141,6 +145,7 @@ def test_the_default_sampler_is_that_of_the_first_terms_weighting():
 def test_a_callable_sampler_stands_for_given_times():
     model, x0 = hosm.ScoreModel(MLP(3), hosm.VPSchedule()), torch.randn(4, 3)
     given = {"noise": torch.randn(4, 3), "probe": torch.randn(4, 3), "weighting": "likelihood"}
+    given["weights"] = "paper"
     t = torch.linspace(0.1, 0.9, 4)
     asked = []
 

@@ -116,9 +116,9 @@ def third_order_dsm(
             of weightings is an error.
         weighting: "noise" takes the terms as they are. "native" makes the first term the squared
             error of the network's own prediction. "likelihood" makes it the likelihood-weighted
-            one. Both leave the meaning of the others. A callable t → (B,) multiplies every term.
-            A pair has a weighting of the first term and one of the higher terms, "noise" or a
-            callable.
+            one, and requires `weights`. Both leave the meaning of the others. A callable t → (B,)
+            multiplies every term. A pair has a weighting of the first term and one of the higher
+            terms, "noise" or a callable.
         time_sampler: "schedule" draws t as the schedule does. "log_sigma_hat" draws it uniformly
             in log σ̂, and reweights, so that the mean of every term stays what it was; of a table
             it draws whole indices. A callable (batch size, generator) → t (B,) is used as if its t

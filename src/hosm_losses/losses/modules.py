@@ -28,6 +28,7 @@ from hosm_losses.losses.options import (
     SteinOptions,
     ThirdOrderOptions,
     Weights,
+    check_weights,
     refuse_unknown,
     spelled_out,
 )
@@ -63,7 +64,7 @@ class _Objective(nn.Module):
             device = next((each.device for each in model.parameters()), None)
             self.balance = Balance(self.order + 1, device)
         else:
-            self.options.checked(self.weights)
+            check_weights(self.weights, self.order)
 
     def extra_repr(self) -> str:
         """The options and the weights, for print."""
@@ -86,7 +87,7 @@ class _Objective(nn.Module):
             given["weights"] = self.weights if weights is None else weights
         elif isinstance(weights, str):
             balance = None if weights == "paper" else balance
-            given["weights"] = None
+            given["weights"] = "paper"
         if balance is not None and balance.training:
             _check_kept_once()
         found = evaluate(self.model, x0, self.options, balance=balance, **given)

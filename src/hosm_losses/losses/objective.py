@@ -25,7 +25,13 @@ from hosm_losses._checks import (
 from hosm_losses._torch_internals import normal, outside_inference_mode, traced
 from hosm_losses.derivatives import has_other_leaves
 from hosm_losses.losses.balance import Balance
-from hosm_losses.losses.options import LossOptions, SteinOptions, Weights, counts
+from hosm_losses.losses.options import (
+    LossOptions,
+    SteinOptions,
+    Weights,
+    check_weights,
+    counts,
+)
 from hosm_losses.losses.paired import paired_terms
 from hosm_losses.losses.stein import stein_terms
 from hosm_losses.losses.targets import Targets, check_conditions, check_targets
@@ -73,7 +79,8 @@ def evaluate(
     balance: Balance | None = None,
 ) -> Evaluated:
     """The loss and its terms, from arguments that are checked here."""
-    checked: Weights = options.checked(weights)
+    # Balanced terms are all in the unit of the first.
+    checked = check_weights(weights, options.order) if balance else options.checked(weights)
     kwargs = check_model_kwargs(model_kwargs)
     targets = check_targets(targets, tensor=options.order == 1)
     with outside_inference_mode():

@@ -196,6 +196,12 @@ class LossOptions:
 
     def checked(self, weights: object) -> Weights:
         """The weights of the terms as numbers and 0-dim tensors."""
+        if weights is None and self.order > 1 and self.weighting == "likelihood":
+            raise ValueError(
+                "weights: expected numbers, 'paper' or, in a module, 'balanced' with "
+                "weighting='likelihood', which puts the first term in nats, often thousands of "
+                "times as large, and leaves the others; got None."
+            )
         return check_weights(weights, self.order)
 
     def _keep(self, name: str, value: object) -> None:

@@ -1,0 +1,155 @@
+"""What the study of the losses puts on the pages: results/worth/*.json, a file for each cell.
+
+Ratios are those of `worth_quantities.compare`, over order one with its plain targets.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks.intervals import Estimate, over_seeds
+from benchmarks.page.numbers import NOTHING, Found, markdown, number
+from benchmarks.worth_quantities import compare
+
+BASE, AVERAGED, RECIPE = "order one", "order one, averaged", "order two, averaged"
+# What the page shows beside order one, and its name there.
+SHOWN = {
+    AVERAGED: "order one, averaged targets",
+    RECIPE: "recipe: order two, averaged targets",
+    "order three, averaged": "order three, averaged targets",
+}
+Row = dict[str, Any]
+
+
+def densities(found: Found) -> dict[str, Row]:
+    """The finished cells whose density is known, by name, in the order of their dimensions."""
+    cells = {name: each for name, each in found.items() if "kl" in each["rows"].get(BASE, {})}
+    return dict(sorted(cells.items(), key=lambda item: _size(item[0])))
+
+
+def digits(found: Found) -> dict[str, Row]:
+    """The finished cells of digits."""
+    cells = {name: each for name, each in found.items() if "test" in each["rows"].get(BASE, {})}
+    return dict(sorted(cells.items(), key=lambda item: _size(item[0])))
+
+
+def _size(name: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in name.replace(",", " ").split() if part.isdigit())
+
+
+def judged(report: Row) -> dict[str, Row]:
+    """The losses that went on from order one, without those that failed."""
+    rows = report["rows"].items()
+    named = {name: row for name, row in rows if ":" not in name and not name.startswith("budget")}
+    return {name: row for name, row in named.items() if "kl" in row or "test" in row}
+
+
+def ratio(report: Row, name: str) -> Mapping[str, Estimate]:
+    """KL divergence and score error of a loss over those of order one."""
+    return compare(report["rows"][name], report["rows"][BASE])
+
+
+def change(report: Row, name: str) -> Estimate:
+    """The nats that a loss changes on the test split against order one."""
+    return over_seeds(np.subtract(report["rows"][name]["test"], report["rows"][BASE]["test"]))
+
+
+def short(estimate: Estimate, better: float = 1.0) -> str:
+    """A number, bold where its whole interval is on the better side."""
+    text = f"{estimate.value:.2f}"
+    return f"**{text}**" if estimate.high < better else text
+
+
+def long(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+
+
+def summary(found: Found) -> str:
+    """The table of the page: a row for each cell."""
+    lines = []
+    for name, report in densities(found).items():
+        every = [ratio(report, loss) if loss in judged(report) else None for loss in SHOWN]
+        cells = [
+            NOTHING if each is None else short(each[key])
+            for key in ("kl", "score")
+            for each in every
+        ]
+        nats = number(float(np.mean(report["rows"][BASE]["kl"])))
+        lines.append([name, "yes" if report["converged"] else "no", nats, *cells])
+    names = ["averaged", "order two", "order three"]
+    head = ["", "converged", "order one, KL in nats", *(f"KL, {name}" for name in names)]
+    return markdown([*head, *(f"score, {name}" for name in names)], lines)
+
+
+def of_digits(found: Found) -> str:
+    """The table of the digits: nats of held-out data."""
+    lines = []
+    for name, report in digits(found).items():
+        every = judged(report)
+        before = report["rows"][f"budget {report['start']}"]
+        shown = {"before": before} | every
+        for loss, row in shown.items():
+            moved = NOTHING if loss in ("before", BASE) else _signed(change(report, loss))
+            nats, own = float(np.mean(row["test"])), float(np.mean(row["self_consistency"]))
+            lines.append([name, loss, f"{nats:.2f}", moved, number(own)])
+    head = ["", "loss", "nats", "change against order one", "self-consistency"]
+    return markdown(head, lines)
+
+
+def _signed(estimate: Estimate) -> str:
+    text = "{:+.2f} ({:+.2f} to {:+.2f})".format(*estimate)
+    return f"**{text}**" if estimate.high < 0 else text
+
+
+def tables(found: Found) -> Iterator[str]:
+    """Two tables for each cell: errors, and samples and costs."""
+    for name, report in densities(found).items():
+        errors, samples = [], []
+        for loss, row in judged(report).items():
+            over = ratio(report, loss)
+            nats, j_sm = (number(float(np.mean(row[key]))) for key in ("kl", "j_sm"))
+            both = [NOTHING] * 2 if loss == BASE else [long(over[key]) for key in ("kl", "score")]
+            mean, median = (
+                number(float(np.mean(row[f"score_{key}"]))) for key in ("mean", "median")
+            )
+            errors.append([loss, nats, *both, mean, median, j_sm])
+            of_samples = [
+                number(float(np.mean(row[key])))
+                for key in ("effective_size", "reverse_kl", "low_share")
+            ]
+            of_z = number(float(np.sqrt(np.mean(np.square(row["log_z_error"])))))
+            step = f"{report['rows']['step times']['ratios'][loss]:.1f}"
+            samples.append([loss, *of_samples, of_z, step, str(row["steps"]), f"{row['rate']:g}"])
+        yield f"### {name}"
+        yield start(report)
+        yield markdown(
+            [
+                "",
+                "KL, nats",
+                "over order one",
+                "score error over order one",
+                "its mean",
+                "median",
+                "J_SM",
+            ],
+            errors,
+        )
+        yield markdown(
+            ["", "ESS", "reverse KL", "log w < −5", "log Z", "step", "steps", "rate"], samples
+        )
+
+
+def start(report: Row) -> str:
+    """A sentence on what the losses start from."""
+    rows = {int(name.split()[1]): row for name, row in report["rows"].items() if "budget" in name}
+    rows = {times: row for times, row in rows.items() if "kl" in row}
+    kls = ", ".join(number(float(np.mean(row["kl"]))) for _, row in sorted(rows.items()))
+    last = rows[max(rows)]
+    targets = "averaged" if last["targets"] == AVERAGED else "plain"
+    told = "converged" if report["converged"] else "not converged"
+    steps = ", ".join(f"{times * report['cell']['budget']:,}" for times in sorted(rows))
+    return (
+        f"Order one chose the {last['network']} network, {targets} targets and in the end a rate "
+        f"of {last['rate']:.1g}. It had {kls} nats after {steps} steps: {told}."
+    )
