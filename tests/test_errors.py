@@ -475,7 +475,7 @@ SCHEDULES = {
         ("squared_diffusion of", own(sigma=lambda t: (20_000 * t).round() / 20_000)),
         ("squared_diffusion of", own(lambda t: (1 - t).detach(), ends=(1e-3, 0.99))),
         ("squared_diffusion of", own(sigma=torch.inference_mode()(lambda t: 1 * t)), HELD),
-        ("squared_diffusion to follow", own(sigma=lambda t: torch.from_numpy(t.numpy() * 2))),
+        ("squared_diffusion to follow", own(sigma=lambda t: in_numpy(t))),
         ("drift of", own(drift=torch.neg)),
         ("rates of", own(rates=lambda t: (0 * t, 2 + 0 * t)), INHERITS_RATES),
         ("prior_std of", *map(prior, (None, 0.0, -1.0, NAN, INF, True, "1"))),
@@ -543,6 +543,10 @@ def checkpointed(x, t):
 
 
 # Messages that tell users what to write in place of what they wrote.
+def in_numpy(t):
+    return torch.from_numpy(2 * t.numpy())
+
+
 TOLD = [
     (lambda: hosm.ode_nll(MODEL, X.byte()), r"/ 127\.5 - 1; .*dequantization='uniform'"),
     (lambda: hosm.FirstOrderDSM(NETWORK), r"Wrap your network first: ScoreModel\(network, "),
@@ -559,6 +563,8 @@ TOLD = [
     (lambda: loss(MLP(2).float()), r"data are torch\.float64 and its parameters torch\.float32"),
     (lambda: loss(NETWORK, t=500 * T), r"convert it with ScoreModel\(\.\.\., time="),
     (lambda: hosm.DiscreteSchedule(torch.linspace(1e-4, 0.02, 9)), "Betas.*go to .*from_betas"),
+    (lambda: hosm.DiscreteSchedule.cosine(max_beta=1.0), r"expected a number in \(0, 1\); got"),
+    (lambda: hosm.ScoreModel(NETWORK, own(sigma=in_numpy)), r"got RuntimeError: \w"),
 ]
 
 

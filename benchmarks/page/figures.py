@@ -14,8 +14,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator
 
+from benchmarks.page import study
 from benchmarks.page.numbers import Found, label, walk
-from benchmarks.page.tables import BASE, DATA, change, compared
 
 DPI, WIDTH, TEXT = 150, 9.3, {"font.size": 11.5, "axes.titlesize": "medium"}
 PROBES = ("rademacher", "gaussian", "sphere", "dct", "unit vectors")
@@ -131,31 +131,35 @@ def method_style(name: str) -> dict[str, str]:
     return look | fill | ({} if ours else {"color": "#7f7f7f", "linestyle": "--"})
 
 
-def worth(report: Found) -> Figure:
-    """KL over that of order one, for each problem and loss."""
-    figure = Figure(figsize=(WIDTH, 6.2), layout="constrained")
-    axes = figure.subplots()
-    found = {name: report[name] for name in DATA if name in report and report[name][BASE]["j_sm"]}
-    names = compared(found.values())
-    for i, loss in enumerate(names):
-        points = [
-            (place, *change(rows[loss], rows[BASE]))
-            for place, rows in enumerate(found.values())
-            if "kl" in rows.get(loss, {})
-        ]
-        if points:
-            places, moved, errors = np.transpose(points)
-            x = places + (i - (len(names) - 1) / 2) / (len(names) + 2)
-            look = {"fmt": "osDv^<>PX"[i % 9], "markersize": 5, "capsize": 2}
-            axes.errorbar(x, 1 + moved / 100, errors / 100, label=loss, **look)
-    axes.axhline(1, color="0.5", linewidth=1)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:.2f}")
-    axes.yaxis.set_minor_formatter("{x:.2f}")
-    axes.set_xticks(range(len(found)), [name.replace(", ", "\n") for name in found])
-    axes.tick_params(axis="x", labelsize="small")
-    axes.set_ylabel("KL over that of order one,\nat equal processor time")
-    figure.legend(loc="outside lower center", ncols=3)
+def worth(found: Found) -> Figure:
+    """KL divergence and score error over those of order one, a line for each problem."""
+    cells = study.densities(found)
+    figure = Figure((WIDTH, 0.55 * len(cells) + 2), layout="constrained")
+    titles = {"kl": "KL divergence", "score": "error of the ODE's score"}
+    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for i, loss in enumerate(study.SHOWN):
+            rows = {
+                place: study.ratio(report, loss)[key]
+                for place, report in enumerate(cells.values())
+                if loss in study.judged(report)
+            }
+            if rows:
+                value, low, high = np.transpose([*rows.values()])
+                reach = np.abs([value - low, high - value])
+                look = {**style([*study.SHOWN], loss), "linestyle": "none", "capsize": 2}
+                places = np.array([*rows]) + (i - 1) / 5
+                axes.errorbar(value, places, xerr=reach, label=study.SHOWN[loss], **look)
+        axes.set(title=title, xscale="log", xlabel="over that of order one, at equal cost")
+        low, _ = axes.get_xlim()
+        axes.axvspan(low, 1, color="0.93", zorder=0)
+        axes.axvline(1, color="0.4", linewidth=1)
+        axes.set_xlim(low)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(Plain())
+    names = [f"{name}{'' if cells[name]['converged'] else '*'}" for name in cells]
+    figure.axes[0].set_yticks(range(len(cells)), names)
+    figure.axes[0].invert_yaxis()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -184,5 +188,5 @@ FIGURES: dict[str, tuple[str, Callable[[Found], Figure]]] = {
     ),
     "likelihood_calls": ("likelihood", partial(panels, **CALLS, styles=method_style)),
     "likelihood_time": ("likelihood", partial(panels, **TIMES, styles=method_style)),
-    "worth": ("worth.json", worth),
+    "worth": ("study", worth),
 }

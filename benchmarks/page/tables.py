@@ -1,8 +1,7 @@
 """The tables that are worked out.
 
-Those of docs/worth.md are from results/worth.json: an experiment on ten problems, "longer" and
-"samples" of the same networks, and "quadratic" from benchmarks.quadratic. What benchmarks.worth
-finds now, in results/worth/, stands on no page yet.
+Those of the losses are in `study`, but for an earlier map: results/worth.json, an experiment on
+ten problems, "longer" of the same networks, and "quadratic" from benchmarks.quadratic.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.page import study
 from benchmarks.page.numbers import NOTHING, PROBLEMS, Found, markdown, named, number, spread, walk
 
 KL = "KL, per cent"
@@ -134,30 +134,12 @@ def cell(rows: Rows, name: str, key: str) -> str:
 
 def grid(report: Found, key: str, first: str) -> str:
     """A table of a quantity, of each loss on each problem."""
-    found = {name: report[name] for name in DATA if BASE in report.get(name, {})}
+    found = {name: rows for name, rows in report.items() if BASE in rows}
     of_one = [rows[BASE][key] for rows in found.values()]
     lines = [[BASE, *(NOTHING if each is None else f"{np.mean(each):.4g}" for each in of_one)]]
     for name in compared(found.values()):
         lines.append([name, *(cell(rows, name, key) for rows in found.values())])
     return markdown([first, *found], lines)
-
-
-def of_worth(report: Found) -> str:
-    """KL, J_SM, step times, how far order one had got, the weights tried."""
-    starts = []
-    for problem in DATA:
-        if BASE in report.get(problem, {}):
-            before, base = (report[problem][each] for each in (BEFORE, BASE))
-            moved, _ = change(base, before)
-            told = f"{moved:+.2f} nats" if base["j_sm"] is None else f"{moved:+.1f} %"
-            kls = [f"{fmean(each['kl']):.4g}" for each in (before, base)]
-            starts.append([problem, f"{before['seconds']:.0f}", *kls, told, str(base["steps"])])
-    head = ["", "seconds before", "KL before", "order one", "change of KL", "its steps"]
-    rows = report.get(next(iter(DATA)), {})
-    tried = [[name.removeprefix(SWEEP), cell(rows, name, "kl")] for name in rows if SWEEP in name]
-    firsts = {"kl": KL, "j_sm": "J_SM, per cent", "step_time": "time of a step"}
-    every = [grid(report, key, first) for key, first in firsts.items()]
-    return "\n\n".join([*every, markdown(head, starts), markdown(["Tried", KL], tried)])
 
 
 def of_quadratic(report: Found) -> str:
@@ -173,18 +155,17 @@ def of_quadratic(report: Found) -> str:
     return markdown([KL, *report], lines)
 
 
-def of_samples(report: Found) -> str:
-    """The distances of samples to data, a column for each seed."""
-    head = ["distance of samples", *(f"seed {i}" for i in range(SEEDS))]
-    return markdown(head, [[name, *(f"{x:.3f}" for x in row)] for name, row in report.items()])
-
-
 TABLES: dict[str, Callable[[Found], str]] = {
     "peers": peers,
     "known": known,
     "cost": cost,
-    "worth, tables": lambda found: of_worth(found["worth.json"]),
+    "worth": lambda found: study.summary(found["study"]),
+    "worth, digits": lambda found: study.of_digits(found["study"]),
+    "worth, cells": lambda found: "\n\n".join(study.tables(found["study"])),
+    "worth, map": lambda found: "\n\n".join(
+        grid({name: found["worth.json"].get(name, {}) for name in half}, "kl", KL)
+        for half in (DATA[:5], DATA[5:])
+    ),
     "worth, longer": lambda found: grid(found["worth.json"]["longer"], "kl", KL),
     "worth, quadratic": lambda found: of_quadratic(found["worth.json"]["quadratic"]),
-    "worth, samples": lambda found: of_samples(found["worth.json"]["samples"]),
 }
