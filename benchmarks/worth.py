@@ -1,4 +1,4 @@
-"""Which loss gives the best likelihood and score of the ODE, after order one has converged?
+"""Which loss gives the best likelihood and score of the ODE, at equal cost?
 
     python -m benchmarks.worth [--cells REGEX] [--losses REGEX] [--levels N] [--out DIR] [--smoke]
 
@@ -6,12 +6,14 @@ For each cell of worth_problems:
     1. Order one chooses between two networks, plain and averaged targets, and three rates, by the
        KL divergence of a seed that is not reported.
     2. It trains with that choice, and goes on until it has had three times the steps, with a fresh
-       Adam and a cosine decay, at its rate or a third of it. This repeats
-       until three times lower the KL divergence by less than GATE, or --levels times. `converged`
-       says which: no loss is recommended from a cell where order one has not converged.
+       Adam and a cosine decay, at its rate or a third of it. This repeats, --levels in all, until
+       three times lower the KL divergence by less than GATE, or by more than HOPELESS.
+       `converged` says whether by less than GATE: no loss is recommended as a second stage from a
+       cell where order one has not converged.
     3. Every loss goes on from the weights of the longest training, with a fresh Adam and a cosine
        decay, for as many steps as cost what the cell's budget of order one costs. Step times are
        measured once, in turns. The rate is chosen on the seed that is not reported.
+    4. The loss of WHOLE trains from scratch, at the cost of order one's three budgets.
 
 Five seeds and the one that is not reported train as one ensemble. Each row is written to
 results/worth/CELL.json at once, with its environment, and a second run goes on where the first one
@@ -40,8 +42,9 @@ from benchmarks.worth_quantities import Row, compare, judge, judge_briefly
 DIRECTORY = results.DIRECTORY / "worth"
 SEEDS = 5  # and one more, the spare seed, which chooses and is not reported
 BASELINE_RATES, RATES = (1e-2, 3e-3, 1e-3), (1e-3, 3e-4, 1e-4)
-GATE, LEVELS, ROUNDS = 0.02, 3, 20
+GATE, HOPELESS, LEVELS, ROUNDS = 0.02, 0.2, 3, 20
 ONE, AVERAGED = TARGETS = ("order one", "order one, averaged")
+WHOLE, COST = ("order three, averaged",), 3  # budgets of order one
 LIKELIHOOD_ROWS, LIKELIHOOD_STEPS, LIKELIHOOD_ELEMENTS = 32, 32, 8
 Loss = Callable[[hosm.ScoreModel], Callable[..., Tensor]]
 
@@ -190,7 +193,7 @@ class Study:
             row = self.row(f"budget {times}", partial(self.go_further, kind, name, rate, times))
             if "failed" in row:
                 raise ValueError(f"{self.name}: budget {times} of order one: {row['failed']}")
-            if times > 1 and self.converged():
+            if times > 1 and (self.converged() or self.gain() > HOPELESS):
                 break
         self.report["converged"] = levels > 1 and self.converged()
         self.report["start"] = self.chosen_budget()
@@ -198,8 +201,12 @@ class Study:
 
     def converged(self) -> bool:
         """Whether three times the budget lowered order one's KL divergence by less than GATE."""
+        return self.gain() < GATE
+
+    def gain(self) -> float:
+        """What three times the budget took off order one's KL divergence, of all."""
         *_, before, after = self.budgets().values()
-        return compare(after, before)["kl"].value > 1 - GATE
+        return 1 - compare(after, before)["kl"].value
 
     def budgets(self) -> dict[int, Row]:
         """The rows of order one, by budget."""
@@ -261,16 +268,40 @@ class Study:
                 if rate is not None:
                     make = partial(self.go_on, start, name, loss, steps, rate)
                     self.row(name, make, start.digest)
+        for name in WHOLE if levels > 1 else ():
+            if re.search(pattern, f"whole: {name}"):
+                self.whole(start, name, ratios[start.targets] / ratios[name])
+
+    def whole(self, start: "Start", name: str, speed: float) -> Row:
+        """The row of a loss from scratch, whose steps take 1/speed of those of order one."""
+        steps = [max(1, round(budgets * self.cell.budget * speed)) for budgets in (1, COST)]
+
+        def tune() -> Row:
+            model = self.cell.model([self.seeds] * len(BASELINE_RATES), start.kind)
+            loss = losses(self.cell, len(BASELINE_RATES), start.targets)[name]
+            row = self.train(model, loss, steps[0], BASELINE_RATES, f"rates of whole: {name}")
+            return row | {"rates": BASELINE_RATES} | self.judge_briefly(model, len(BASELINE_RATES))
+
+        def train() -> Row:
+            model = self.cell.model(range(self.seeds), start.kind)
+            loss = losses(self.cell, self.seeds, start.targets)[name]
+            row = self.train(model, loss, steps[1], [rate] * self.seeds, f"whole: {name}")
+            return row | {"rate": rate} | self.judge(model)
+
+        rate = self.lowest(self.row(f"rates: whole: {name}", tune)) or BASELINE_RATES[-1]
+        return self.row(f"whole: {name}", train)
 
     def best_rate(
         self, row: str, start: "Start", name: str, steps: int, rates: Sequence[float]
     ) -> float | None:
         """The rate of a loss at which the spare seed goes on best; None where it fails."""
         make = partial(self.tune, start, name, steps, rates)
-        tuned = self.row(f"rates: {row}", make, start.digest).get(self.chooses, ())
-        found = {
-            rate: value for rate, value in zip(rates, tuned, strict=False) if value is not None
-        }
+        return self.lowest(self.row(f"rates: {row}", make, start.digest))
+
+    def lowest(self, tuned: Row) -> float | None:
+        """The best rate of a row of several; None where all failed."""
+        pairs = zip(tuned.get("rates", ()), tuned.get(self.chooses, ()), strict=False)
+        found = {rate: value for rate, value in pairs if value is not None}
         return min(found, key=lambda rate: found[rate], default=None)
 
     def step_times(self, start: "Start", every: Mapping[str, Loss], rounds: int) -> Row:

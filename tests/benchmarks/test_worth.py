@@ -197,6 +197,7 @@ def test_rows_are_compared_by_seed_and_block(tmp_path):
     study = worth.Study("cell", small(), tmp_path, tmp_path)
     study.rows |= {"budget 1": base, "budget 3": better, "order one": base}
     assert not study.converged()
+    assert study.gain() == pytest.approx(0.03)
     study.rows["budget 9"] = better
     assert study.converged()
 
@@ -209,19 +210,19 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
         return original(self, *given)
 
     monkeypatch.setattr(worth.Study, "train", train)
-    names = [*worth.losses(small(), 1)]
+    names, whole = [*worth.losses(small(), 1)], [f"whole: {name}" for name in worth.WHOLE]
 
     def run(pattern=""):
         trained.clear()
         study = worth.Study("cell", small(), tmp_path, tmp_path / "weights")
         study.run(pattern, levels=2, rounds=1)
         summary = study.summary()
-        assert {*summary} == {"budget 1", "budget 3", *names}
+        assert {*summary} == {"budget 1", "budget 3", *names, *whole}
         assert min(1.0, *(summary[name]["kl"].value for name in worth.TARGETS)) == 1
         return json.loads(study.file.read_text())
 
     first = run()
-    assert len(trained) == 4 + 1 + 2 + 2 * len(names)
+    assert len(trained) == 4 + 1 + 2 + 2 * len(names + whole)
     for name in names:
         row = first["rows"][name]
         assert torch.tensor(row["kl"]).shape == torch.tensor(row["log_score"]).shape == (5, 8)
