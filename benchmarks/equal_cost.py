@@ -55,7 +55,7 @@ class Job(NamedTuple):
 
 def start(job: Job) -> tuple[hosm.ScoreModel, Iterator[None]]:
     """The model of the job's seed, the same for every setting, and its training."""
-    model = example.new_model(example.Job(job.schedule, 1, 0, job.seed))
+    model = example.new_model(example.Job(job.schedule, "1", 0, job.seed))
     generator = torch.Generator().manual_seed(job.seed)
     turns = iter([name for name, steps in job.phases for _ in range(steps)])
 

@@ -186,7 +186,7 @@ def mixture(steps: int) -> Problem:
     """The example's network, trained with order three under VP."""
     from docs.examples import mixture_1d as example  # needs matplotlib
 
-    job = example.Job("vp", 3, steps, seed=0)
+    job = example.Job("vp", "3", steps, seed=0)
     model = example.new_model(job)
     list(tqdm(example.training(model, job), "mixture", job.steps, leave=False))
     data = draw_mixture(HELD_OUT, torch.Generator().manual_seed(0))

@@ -1,6 +1,7 @@
 """What the study of the losses puts on the pages: results/worth/*.json, a file for each cell.
 
-Ratios are those of `worth_quantities.compare`, over order one with its plain targets.
+Ratios are those of `worth_quantities.compare`, over the better of plain and averaged order one; of
+what trains from scratch, over three budgets of order one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,25 +13,26 @@ from benchmarks.intervals import Estimate, over_seeds
 from benchmarks.page.numbers import NOTHING, Found, markdown, number
 from benchmarks.worth_quantities import compare
 
-BASE, AVERAGED, RECIPE = "order one", "order one, averaged", "order two, averaged"
-# What the page shows beside order one, and its name there.
+ONE, AVERAGED, TWO = "order one", "order one, averaged", "order two, averaged"
+RECIPE = "order three, averaged"
+WHOLE = f"whole: {RECIPE}"
 SHOWN = {
-    AVERAGED: "order one, averaged targets",
-    RECIPE: "recipe: order two, averaged targets",
-    "order three, averaged": "order three, averaged targets",
+    WHOLE: "order three from scratch",
+    RECIPE: "order three after order one",
+    TWO: "order two after order one",
 }
 Row = dict[str, Any]
 
 
 def densities(found: Found) -> dict[str, Row]:
     """The finished cells whose density is known, by name, in the order of their dimensions."""
-    cells = {name: each for name, each in found.items() if "kl" in each["rows"].get(BASE, {})}
+    cells = {name: each for name, each in found.items() if "kl" in each["rows"].get(ONE, {})}
     return dict(sorted(cells.items(), key=lambda item: _size(item[0])))
 
 
 def digits(found: Found) -> dict[str, Row]:
     """The finished cells of digits."""
-    cells = {name: each for name, each in found.items() if "test" in each["rows"].get(BASE, {})}
+    cells = {name: each for name, each in found.items() if "test" in each["rows"].get(ONE, {})}
     return dict(sorted(cells.items(), key=lambda item: _size(item[0])))
 
 
@@ -41,18 +43,26 @@ def _size(name: str) -> tuple[int, ...]:
 def judged(report: Row) -> dict[str, Row]:
     """The losses that went on from order one, without those that failed."""
     rows = report["rows"].items()
-    named = {name: row for name, row in rows if ":" not in name and not name.startswith("budget")}
+    others = ("budget", "choice", "rates", "step")
+    named = {name: row for name, row in rows if not name.startswith(others)}
     return {name: row for name, row in named.items() if "kl" in row or "test" in row}
 
 
 def ratio(report: Row, name: str) -> Mapping[str, Estimate]:
     """KL divergence and score error of a loss over those of order one."""
-    return compare(report["rows"][name], report["rows"][BASE])
+    base = "budget 3" if name == WHOLE else best(report)
+    return compare(report["rows"][name], report["rows"][base])
+
+
+def best(report: Row) -> str:
+    """Order one, plain or averaged, as it goes on better."""
+    rows = judged(report)
+    return min((ONE, AVERAGED), key=lambda name: float(np.mean(rows[name]["kl"])))
 
 
 def change(report: Row, name: str) -> Estimate:
     """The nats that a loss changes on the test split against order one."""
-    return over_seeds(np.subtract(report["rows"][name]["test"], report["rows"][BASE]["test"]))
+    return over_seeds(np.subtract(report["rows"][name]["test"], report["rows"][ONE]["test"]))
 
 
 def short(estimate: Estimate, better: float = 1.0) -> str:
@@ -69,17 +79,19 @@ def summary(found: Found) -> str:
     """The table of the page: a row for each cell."""
     lines = []
     for name, report in densities(found).items():
+        choice, network = report["rows"], report["rows"]["budget 1"]["network"]
+        at_first = [min(choice[f"choice: {network}, {each}"]["kl"]) for each in (ONE, AVERAGED)]
         every = [ratio(report, loss) if loss in judged(report) else None for loss in SHOWN]
         cells = [
             NOTHING if each is None else short(each[key])
-            for key in ("kl", "score")
             for each in every
+            for key in ("kl", "score")
         ]
-        nats = number(float(np.mean(report["rows"][BASE]["kl"])))
-        lines.append([name, "yes" if report["converged"] else "no", nats, *cells])
-    names = ["averaged", "order two", "order three"]
-    head = ["", "converged", "order one, KL in nats", *(f"KL, {name}" for name in names)]
-    return markdown([*head, *(f"score, {name}" for name in names)], lines)
+        told = "yes" if report["converged"] else "no"
+        lines.append([name, *map(number, at_first), told, *cells])
+    head = ["", "order one, nats: plain", "averaged", "converged"]
+    head += ["order three from scratch: KL", "score", "order three after: KL", "score"]
+    return markdown([*head, "order two after: KL", "score"], lines)
 
 
 def of_digits(found: Found) -> str:
@@ -90,7 +102,7 @@ def of_digits(found: Found) -> str:
         before = report["rows"][f"budget {report['start']}"]
         shown = {"before": before} | every
         for loss, row in shown.items():
-            moved = NOTHING if loss in ("before", BASE) else _signed(change(report, loss))
+            moved = NOTHING if loss in ("before", ONE) else _signed(change(report, loss))
             nats, own = float(np.mean(row["test"])), float(np.mean(row["self_consistency"]))
             lines.append([name, loss, f"{nats:.2f}", moved, number(own)])
     head = ["", "loss", "nats", "change against order one", "self-consistency"]
@@ -106,10 +118,12 @@ def tables(found: Found) -> Iterator[str]:
     """Two tables for each cell: errors, and samples and costs."""
     for name, report in densities(found).items():
         errors, samples = [], []
+        ratios = report["rows"]["step times"]["ratios"]
         for loss, row in judged(report).items():
             over = ratio(report, loss)
             nats, j_sm = (number(float(np.mean(row[key]))) for key in ("kl", "j_sm"))
-            both = [NOTHING] * 2 if loss == BASE else [long(over[key]) for key in ("kl", "score")]
+            base = loss == best(report)
+            both = [NOTHING] * 2 if base else [long(over[key]) for key in ("kl", "score")]
             mean, median = (
                 number(float(np.mean(row[f"score_{key}"]))) for key in ("mean", "median")
             )
@@ -119,7 +133,7 @@ def tables(found: Found) -> Iterator[str]:
                 for key in ("effective_size", "reverse_kl", "low_share")
             ]
             of_z = number(float(np.sqrt(np.mean(np.square(row["log_z_error"])))))
-            step = f"{report['rows']['step times']['ratios'][loss]:.1f}"
+            step = f"{ratios[loss.removeprefix('whole: ')]:.1f}"
             samples.append([loss, *of_samples, of_z, step, str(row["steps"]), f"{row['rate']:g}"])
         yield f"### {name}"
         yield start(report)

@@ -45,7 +45,7 @@ def main() -> None:
     x0 = mixture.draw_data(torch.Generator().manual_seed(1))[:128].double()
     axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
     for order, style in ((1, ":"), (3, "-")):
-        job = mixture.Job(options.schedule, order, options.steps, seed=0)
+        job = mixture.Job(options.schedule, str(order), options.steps, seed=0)
         model = mixture.new_model(job)
         for _ in mixture.training(model, job):
             pass

@@ -3,26 +3,29 @@
 What it shows:
     The density that a diffusion model gives data is that of its probability-flow ODE. A small
     score-matching loss does not suffice to make that density a good one. Here a small network is
-    trained with each of the three losses, on the mixture of three Gaussians of Lu et al. (ICML
+    trained with each of the three orders, on the mixture of three Gaussians of Lu et al. (ICML
     2022, arXiv 2206.08265). In one dimension KL(q || p_ODE) is an integral over a grid, without
     sampling error. q is the mixture at t_min, very nearly the data.
 
+    "averaged" is targets=AveragedTargets(): the batch takes the noise of the data out of the
+    targets. docs/worth.md compares the losses on more problems, and recommends the last row here.
+
 How the orders are compared:
     equal steps   N steps each, from the same initial network, with the same data, times and noise.
-    equal cost    the processor time that order three needs for its N steps. Orders one and two
-                  take more steps, as their steps are cheaper, under a cosine decay of that
-                  length. Order three's run is the one above. The cost of a step is measured in
-                  the same run, so these numbers of steps differ a little every time.
+    equal cost    the processor time that order three needs for its N steps. The others take more
+                  steps, as their steps are cheaper, under a cosine decay of that length. Order
+                  three's run is the one above. The cost of a step is measured in the same run, so these
+                  numbers of steps differ a little every time.
 
 How to run, on two cores for two to five minutes (pip install "hosm-losses[examples]"):
-    python docs/examples/mixture_1d.py [--schedule vp] [--steps 3000] [--seed 0] [--out DIR]
+    python docs/examples/mixture_1d.py [--schedule vp] [--steps 1500] [--seed 0] [--out DIR]
 """
 
 import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from functools import partial
 from multiprocessing import get_context
@@ -47,11 +50,14 @@ GRID = torch.linspace(-1.25, 1.55, 801, dtype=torch.float64)
 BATCH, WIDTH, TIMED_STEPS = 512, 128, 40
 # The paper's weights. In one dimension "exact" costs what one random probe costs. It draws no
 # number, so that every order sees the same noise.
-LOSSES = {
-    1: hosm.first_order_dsm,
-    2: partial(hosm.second_order_dsm, weights=(1, 0.5, 0), probes="exact"),
-    3: partial(hosm.third_order_dsm, weights=(1, 0.5, 0, 0.1), probes="exact"),
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "1": hosm.first_order_dsm,
+    "2": partial(hosm.second_order_dsm, weights=(1, 0.5, 0), probes="exact"),
+    "3": partial(hosm.third_order_dsm, weights=(1, 0.5, 0, 0.1), probes="exact"),
 }
+AVERAGED = hosm.AveragedTargets()
+LOSSES |= {f"{order} averaged": partial(LOSSES[order], targets=AVERAGED) for order in "123"}
+SHOWN = ("1", "1 averaged", "2 averaged", "3 averaged")
 
 
 def waves(value: Tensor, count: int) -> Tensor:
@@ -91,7 +97,7 @@ class Job(NamedTuple):
     """A training; `cost` is how far one of its steps moves the progress bar."""
 
     schedule: str
-    order: int
+    loss: str
     steps: int
     seed: int
     cost: float = 1.0
@@ -123,7 +129,7 @@ def true_density(schedule: hosm.Schedule) -> tuple[Tensor, Tensor]:
 
 
 def new_model(job: Job) -> hosm.ScoreModel:
-    """Return the network of the job's seed, the same for every order."""
+    """Return the network of the job's seed, the same for every loss."""
     torch.manual_seed(job.seed)
     schedule = SCHEDULES[job.schedule]
     return hosm.ScoreModel(Network(schedule), schedule)
@@ -132,11 +138,11 @@ def new_model(job: Job) -> hosm.ScoreModel:
 def training(model: hosm.ScoreModel, job: Job) -> Iterator[None]:
     """Take an optimizer step each time it is advanced."""
     generator = torch.Generator().manual_seed(job.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.steps)
     for _ in range(job.steps):
         x = draw_data(generator)
-        loss = LOSSES[job.order](model, x, generator=generator)
+        loss = LOSSES[job.loss](model, x, generator=generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -152,8 +158,8 @@ def start_process(counter: Any) -> None:
 
 
 def measure(schedule: str) -> list[float]:
-    """Median processor seconds of a step of each order; the orders take turns."""
-    jobs = [Job(schedule, order, TIMED_STEPS, seed=0) for order in LOSSES]
+    """Median processor seconds of a step of each loss that is shown; they take turns."""
+    jobs = [Job(schedule, loss, TIMED_STEPS, seed=0) for loss in SHOWN]
     trainings = [training(new_model(job), job) for job in jobs]
     rounds = []
     for _ in range(TIMED_STEPS):
@@ -205,13 +211,13 @@ def run_all(
         # Two at a time, because the trainings will share the machine in this way.
         costs = np.mean(list(pool.map(measure, [schedule] * 2)), axis=0).tolist()
         jobs = {"equal_steps": [], "equal_cost": []}
-        for order, cost in zip(LOSSES, costs, strict=True):
-            jobs["equal_steps"].append(Job(schedule, order, steps, seed, cost))
+        for loss, cost in zip(SHOWN, costs, strict=True):
+            jobs["equal_steps"].append(Job(schedule, loss, steps, seed, cost))
             more = round(steps * costs[-1] / cost)
-            jobs["equal_cost"].append(Job(schedule, order, more, seed, cost))
+            jobs["equal_cost"].append(Job(schedule, loss, more, seed, cost))
         # The longest first, so that both processes end at about the same time.
         distinct = {*jobs["equal_steps"], *jobs["equal_cost"]}
-        queue = sorted(distinct, key=lambda job: (-job.steps * job.cost, job.order))
+        queue = sorted(distinct, key=lambda job: (-job.steps * job.cost, job.loss))
         running = {job: pool.submit(train, job) for job in queue}
         pending = set(running.values())
         form = "training {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -235,16 +241,16 @@ def draw(jobs: list[Job], outcomes: dict[Job, Outcome], path: Path) -> None:
     left.plot(GRID, log_density.exp(), **truth)
     right.plot(GRID, score, **truth)
     # Colours that the colour-blind can tell apart, and dashes for print in grey.
-    styles = [("#d55e00", ":"), ("#0072b2", "--"), ("black", "-")]
-    for job, (color, dashes) in zip(jobs, styles, strict=True):
+    styles = [("#d55e00", ":"), ("#e69f00", "-."), ("#0072b2", "--"), ("black", "-")]
+    for i, (job, (color, dashes)) in enumerate(zip(jobs, styles, strict=True)):
         kl, _, ode = outcomes[job]
-        line: dict[str, Any] = {"color": color, "linestyle": dashes, "zorder": 6 - job.order}
-        left.plot(GRID, np.exp(ode), label=f"ODE, order {job.order}: KL {kl:.4f} nats", **line)
+        line: dict[str, Any] = {"color": color, "linestyle": dashes, "zorder": 6 - i}
+        left.plot(GRID, np.exp(ode), label=f"ODE, order {job.loss}: KL {kl:.5f} nats", **line)
         right.plot(GRID, np.gradient(ode, GRID.numpy()), **line)
     for axes in (left, right):
         axes.set(xlabel="x [unit of the data]", xlim=(-1.1, 1.1))
     name = first.schedule.upper()
-    figure.suptitle(f"{name}, equal steps: {first.steps} for each order, seed {first.seed}")
+    figure.suptitle(f"{name}, equal steps: {first.steps} for each loss, seed {first.seed}")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
 
@@ -252,7 +258,7 @@ def draw(jobs: list[Job], outcomes: dict[Job, Outcome], path: Path) -> None:
 def main() -> None:
     """Read the options, train, print the tables and write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000, help="N, the steps at equal steps")
+    parser.add_argument("--steps", type=int, default=1500, help="N, the steps at equal steps")
     parser.add_argument("--schedule", choices=SCHEDULES, default="ve")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("mixture_1d_out"))
@@ -263,18 +269,19 @@ def main() -> None:
     entropy = -float(torch.trapezoid(log_density.exp() * log_density, GRID))
     report: dict[str, Any] = {"entropy": entropy, "seconds": {}, "steps": {}}
     print(f"\nStep time, order 1: {1000 * costs[0]:.1f} ms", end="")
-    print(f"; ratio of order 2: {costs[1] / costs[0]:.2f}, of order 3: {costs[2] / costs[0]:.2f}")
-    print(f"Entropy of q: {entropy:.4f} nats; NLL = KL + entropy")
+    for loss, cost in zip(SHOWN[1:], costs[1:], strict=True):
+        print(f"; of order {loss}: {cost / costs[0]:.2f} times", end="")
+    print(f"\nEntropy of q: {entropy:.4f} nats; NLL = KL + entropy")
     for kind, of_kind in jobs.items():
         print(f"\n{kind.replace('_', ' ')}")
-        print("order   steps  seconds   KL [nats]  NLL [nats]  NLL [bits/dim]")
+        print("order        steps  seconds   KL [nats]  NLL [nats]  NLL [bits/dim]")
         for job in of_kind:
             kl, nll = outcomes[job].kl, outcomes[job].kl + entropy
-            print(f"{job.order:5}{job.steps:8}{outcomes[job].seconds:9.1f}", end="")
-            print(f"{kl:12.4f}{nll:12.4f}{nll / math.log(2):16.4f}")
-        report[kind] = {job.order: outcomes[job].kl for job in of_kind}
-        report["seconds"][kind] = {job.order: outcomes[job].seconds for job in of_kind}
-        report["steps"][kind] = {job.order: job.steps for job in of_kind}
+            print(f"{job.loss:10}{job.steps:8}{outcomes[job].seconds:9.1f}", end="")
+            print(f"{kl:12.5f}{nll:12.5f}{nll / math.log(2):16.5f}")
+        report[kind] = {job.loss: outcomes[job].kl for job in of_kind}
+        report["seconds"][kind] = {job.loss: outcomes[job].seconds for job in of_kind}
+        report["steps"][kind] = {job.loss: job.steps for job in of_kind}
     report["seconds"]["total"] = time.perf_counter() - start
     report |= {"schedule": options.schedule, "seed": options.seed, "step_seconds": costs}
     options.out.mkdir(parents=True, exist_ok=True)
