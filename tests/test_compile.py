@@ -80,7 +80,8 @@ def test_a_transformer_of_images_is_one_graph():
 )
 def test_a_weighting_draws_its_own_times_in_the_graph(weighting, schedule):
     network, shape = networks()["mlp"]
-    module = hosm.SecondOrderDSM(hosm.ScoreModel(network, schedule), weighting=weighting)
+    model, options = hosm.ScoreModel(network, schedule), {"weighting": weighting}
+    module = hosm.SecondOrderDSM(model, weights="paper", **options)
     assert_agrees(module, torch.ones(3, *shape), {})
 
 

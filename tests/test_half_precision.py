@@ -68,7 +68,7 @@ def test_losses_and_gradients_equal_float64(half, order, weighting, reduction):
     prediction, found = "v_prediction" if weighting == "native" else "epsilon", []
     for model, x0, inputs in both(Elementwise(), half, 4, prediction):
         probe = inputs.pop("probe")[:1]
-        inputs |= {"probe": probe} if order > 1 else {}
+        inputs |= {"probe": probe, "weights": "paper"} if order > 1 else {}
         options = {"weighting": weighting, "reduction": reduction}
         loss = FUNCTIONS[order](model, x0, **inputs, **options)
         found.append((loss.detach(), gradients(loss.sum(), [model.network.weight])))

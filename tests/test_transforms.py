@@ -29,7 +29,7 @@ OPTIONS = [
     (3, {}),
     (3, {"third": "laplacian"}),
     (3, {"derivative": "reverse", "fraction": 0.5}),
-    (3, {"probes": "exact", "weighting": "likelihood"}),
+    (3, {"probes": "exact", "weighting": "likelihood", "weights": "paper"}),
 ]
 
 

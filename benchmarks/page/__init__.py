@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.page import figures, marks
+from benchmarks.page import figures, marks, study
 from benchmarks.page.numbers import Found, named, table
 from benchmarks.page.tables import DATA, TABLES, changes
 
@@ -43,7 +43,7 @@ def tree(file: Path) -> Found:
             names = [name for name in DATA if name in report]
             found[key] = {name: changes(report[name]) for name in names}
     cells = map(results.read, sorted((file.parent / "worth").glob("*.json")))
-    found["study"] = {report["name"]: report for report in cells}
+    found["study"] = {each["name"]: each | study.headlines(each) for each in cells}
     found["scale"] = results.read(file.parent / "scale.json").get("networks", {})
     for gpu in sorted(file.parent.glob("gpu*.json")):
         report = results.read(gpu)

@@ -75,12 +75,27 @@ def long(estimate: Estimate) -> str:
     return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
 
 
+def headlines(report: Row) -> Row:
+    """What the sentences of the page say of a finished cell."""
+    if "kl" not in report["rows"].get(ONE, {}):
+        return {}
+    plain, averaged = at_first(report)
+    found: Row = {"averaged less": 100 * (1 - averaged / plain)}
+    if WHOLE in judged(report):
+        found["from scratch"] = {key: each.value for key, each in ratio(report, WHOLE).items()}
+    return found
+
+
+def at_first(report: Row) -> list[float]:
+    """KL divergence of order one, plain and averaged, after the same steps from scratch."""
+    rows, network = report["rows"], report["rows"]["budget 1"]["network"]
+    return [min(rows[f"choice: {network}, {each}"]["kl"]) for each in (ONE, AVERAGED)]
+
+
 def summary(found: Found) -> str:
     """The table of the page: a row for each cell."""
     lines = []
     for name, report in densities(found).items():
-        choice, network = report["rows"], report["rows"]["budget 1"]["network"]
-        at_first = [min(choice[f"choice: {network}, {each}"]["kl"]) for each in (ONE, AVERAGED)]
         every = [ratio(report, loss) if loss in judged(report) else None for loss in SHOWN]
         cells = [
             NOTHING if each is None else short(each[key])
@@ -88,10 +103,10 @@ def summary(found: Found) -> str:
             for key in ("kl", "score")
         ]
         told = "yes" if report["converged"] else "no"
-        lines.append([name, *map(number, at_first), told, *cells])
-    head = ["", "order one, nats: plain", "averaged", "converged"]
-    head += ["order three from scratch: KL", "score", "order three after: KL", "score"]
-    return markdown([*head, "order two after: KL", "score"], lines)
+        lines.append([name, *map(number, at_first(report)), told, *cells])
+    head = ["", "plain, nats", "averaged, nats", "converged", "from scratch: KL", "score"]
+    head += ["order three after: KL", "score", "order two after: KL", "score"]
+    return markdown(head, lines)
 
 
 def of_digits(found: Found) -> str:
@@ -156,8 +171,8 @@ def tables(found: Found) -> Iterator[str]:
 
 def start(report: Row) -> str:
     """A sentence on what the losses start from."""
-    rows = {int(name.split()[1]): row for name, row in report["rows"].items() if "budget" in name}
-    rows = {times: row for times, row in rows.items() if "kl" in row}
+    budgets = [name for name in report["rows"] if name.startswith("budget")]
+    rows = {int(name.split()[1]): report["rows"][name] for name in budgets}
     kls = ", ".join(number(float(np.mean(row["kl"]))) for _, row in sorted(rows.items()))
     last = rows[max(rows)]
     targets = "averaged" if last["targets"] == AVERAGED else "plain"

@@ -1,4 +1,4 @@
-"""The study of the losses: densities, ensembles, quantities, resumption; the table of README."""
+"""The study of the losses: densities, ensembles, quantities, resumption."""
 
 import json
 import math
@@ -13,9 +13,8 @@ from tests.oracles import mixture_noise, paper_mixture
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import results, worth
+from benchmarks import worth
 from benchmarks.intervals import STUDENT, over_seeds
-from benchmarks.page import tables
 from benchmarks.worth_problems import CELLS, FILM, KINDS, Cell, Checkerboard, many_well, mixture
 from benchmarks.worth_quantities import compare, finite, log_ratio, score, weights
 
@@ -242,35 +241,3 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert trained == ["rates of order two", "order two"]
     with pytest.raises(ValueError, match="'budget': 5"):
         worth.Study("cell", small(budget=5), tmp_path, tmp_path)
-
-
-# Rows of README's table, whose cells say by how much KL moves, in percent.
-ROWS = {
-    "order two, the paper's weights": "order two, as in the paper",
-    "order three, the paper's weights": "order three, as in the paper",
-    'order two, `estimator="paired", weights="balanced"`': "order two, balanced",
-    "`stein_dsm`, weight 0.3": "Stein, weight 0.3",
-    "`stein_dsm`, weight 1": "Stein, weight 1",
-}
-
-
-@pytest.mark.parametrize("label", ROWS)
-def test_the_table_of_readme_is_that_of_the_results(label):
-    report, name = results.read(results.DIRECTORY / "worth.json"), ROWS[label]
-
-    def change(problem, source=report):
-        moved, error = tables.change(source[problem][name], source[problem][tables.BASE])
-        # Whole numbers but near zero, which "+ 0.0" keeps from a sign.
-        return f"{moved:.0f}" if abs(moved) >= 0.95 else f"{round(moved, 1) + 0.0:.1f}", error
-
-    small = [change(f"mixture, d = 1, {each}") for each in ("VE", "VP")]
-    small.append(change("checkerboard, d = 2", report["longer"]))
-    cells = [f"{moved} ± {error:.0f}" for moved, error in small]
-    for width in ("width 24", "width 128"):
-        moved = [change(f"mixture, d = {d}, {width}")[0] for d in (8, 16, 32)]
-        cells.append(" to ".join(sorted(moved, key=float)[::2]))
-    moved, error = change("digits, d = 64")
-    cells.append(f"{moved} ± {error:.1f}")
-    text = (results.ROOT / "README.md").read_text("utf-8")
-    (line,) = [each for each in text.splitlines() if each.startswith(f"| {label} |")]
-    assert line.replace("−", "-").strip("| ").split(" | ")[1:] == cells

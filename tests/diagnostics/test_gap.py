@@ -157,6 +157,11 @@ def test_it_says_what_it_cannot_have_and_draws_what_it_has():
     axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
     report.plot(axes)
     assert axes.get_legend_handles_labels()[1] == ["own score"]
+    (line, _, (bars,)), curve = axes.containers[0], report.curves["own score"]
+    assert line.get_xdata().tolist() == report.log_sigma_hat
+    assert line.get_ydata().tolist() == [each.value for each in curve]
+    ends = [segment[:, 1] for segment in bars.get_segments()]
+    assert [(high - low) / 2 for low, high in ends] == pytest.approx([e.error for e in curve])
     report = small(hosm.ScoreModel(MLP(2), VP), ATOMS, reference=ATOMS, ode_score=False)
     not_asked = dict.fromkeys(("fisher", "own score", "j_ode", "j_fisher"), gap.NOT_ASKED)
     assert report.missing == not_asked

@@ -291,9 +291,11 @@ def dense_loss(case, rows, probes):
     case.network.by_hand = False
     if case.loss == "terms":
         return torch.stack(terms), terms
-    plain = case.weights is None or isinstance(case.weights, str)
-    weights = [1.0] * 4 if plain else case.weights
-    weights = [1.0, weights] if case.loss == "stein" and case.weights is not None else weights
+    weights = [1.0] * 4 if isinstance(case.weights, str) else case.weights
+    if case.loss == "stein":
+        weights = [1.0, 1.0 if weights is None else weights]
+    elif weights is None:
+        weights = [1.0, 0.5, 0.0, min(1.0, 0.1 * case.x0[0].numel() ** 2)]
     of_first, of_higher = torch.stack([sample[-1] for sample in samples], 1)
     factors = [of_first, *[of_higher[rows]] * 3]
     products = [w * term * each for w, term, each in zip(weights, terms, factors, strict=False)]

@@ -110,10 +110,10 @@ def third_order_dsm(
             negative.
         distribution: "rademacher", "gaussian", "sphere" or "dct". Not with probes="exact".
         weights: (first, second, trace, third), numbers of at least 0 or tensors of one element, in
-            a list, a tuple, an array or a tensor; all 1, the paper's for images, if None or
-            "paper". For few dimensions the paper has (1, 0.5, 0, 0.1 * d**2). The modules take
-            "balanced" as well: the first term's weighting then multiplies every term, and a pair
-            of weightings is an error.
+            a list, a tuple, an array or a tensor. None is (1, 0.5, 0, min(1, 0.1 * d**2)), the
+            paper's for few dimensions; "paper" is 1 for each, as it has for images. The modules
+            take "balanced" as well: the first term's weighting then multiplies every term, and a
+            pair of weightings is an error.
         weighting: "noise" takes the terms as they are. "native" makes the first term the squared
             error of the network's own prediction. "likelihood" makes it the likelihood-weighted
             one, and requires `weights`. Both leave the meaning of the others. A callable t → (B,)

@@ -240,7 +240,7 @@ class SteinDSM(nn.Module):
         self.options = SteinOptions(**chosen)
         self.model = check_model(model)
         refuse_wrapped(model.network)
-        self.options.checked(self.weight)
+        self.options.checked(self.weight, 1)
 
     def extra_repr(self) -> str:
         """The options and the weight, for print."""

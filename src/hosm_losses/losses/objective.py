@@ -79,12 +79,14 @@ def evaluate(
     balance: Balance | None = None,
 ) -> Evaluated:
     """The loss and its terms, from arguments that are checked here."""
-    # Balanced terms are all in the unit of the first.
-    checked = check_weights(weights, options.order) if balance else options.checked(weights)
     kwargs = check_model_kwargs(model_kwargs)
     targets = check_targets(targets, tensor=options.order == 1)
     with outside_inference_mode():
         score_model, inputs = perturbed(model, x0, t, noise, options, generator, targets, kwargs)
+        if balance is None:
+            checked = options.checked(weights, inputs.x[0].numel())
+        else:
+            checked = check_weights(weights, options.order)
         _check_device(checked, inputs.x, options.weights_name)
         weighting, sampler, drawn = options.weighting, options.time_sampler, t is None
         factors = time_factors(

@@ -194,14 +194,20 @@ class LossOptions:
         """The fewest probes, which are those of probes=None."""
         return PROBES[self.estimator]
 
-    def checked(self, weights: object) -> Weights:
-        """The weights of the terms as numbers and 0-dim tensors."""
+    def checked(self, weights: object, elements: int) -> Weights:
+        """The weights of the terms as numbers and 0-dim tensors, for samples of so many elements.
+
+        By default they are the paper's for few dimensions. Its 0.1 d² of the third term goes up to
+        1, which the paper has for images: each term is divided by its power of d already.
+        """
         if weights is None and self.order > 1 and self.weighting == "likelihood":
             raise ValueError(
                 "weights: expected numbers, 'paper' or, in a module, 'balanced' with "
                 "weighting='likelihood', which puts the first term in nats, often thousands of "
                 "times as large, and leaves the others; got None."
             )
+        if weights is None:
+            return (1.0, 0.5, 0.0, min(1.0, 0.1 * elements**2))
         return check_weights(weights, self.order)
 
     def _keep(self, name: str, value: object) -> None:
@@ -225,7 +231,7 @@ class SteinOptions(LossOptions):
         """The fewest probes, which are those of probes=None."""
         return 2
 
-    def checked(self, weights: object) -> Weights:
+    def checked(self, weights: object, elements: int) -> Weights:  # noqa: ARG002
         """The weights of the terms, for the weight of the second, 1 for None."""
         return (1.0, 1.0 if weights is None else _weight(weights, "weight"))
 
@@ -266,7 +272,7 @@ def refuse_unknown(name: str, arguments: type, given: Mapping[str, Any]) -> None
 
 
 def check_weights(weights: object, order: int) -> Weights:
-    """The weights (first, second, trace, third) as numbers and 0-dim tensors; all 1 for None.
+    """The weights (first, second, trace, third) as numbers and 0-dim tensors; 1 where not given.
 
     There are as many as the order has terms; at order 2 a fourth may follow. One at least is not
     zero. The values of tensors are looked at on the CPU only.
