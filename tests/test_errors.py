@@ -563,6 +563,8 @@ TOLD = [
     (lambda: loss(MLP(2).float()), r"data are torch\.float64 and its parameters torch\.float32"),
     (lambda: loss(NETWORK, t=500 * T), r"convert it with ScoreModel\(\.\.\., time="),
     (lambda: hosm.DiscreteSchedule(torch.linspace(1e-4, 0.02, 9)), "Betas.*go to .*from_betas"),
+    (lambda: hosm.NLLResult.cat([X]), r"expected NLLResults; got a torch\.float64 tensor"),
+    (lambda: hosm.NLLResult.from_dict(result().to_dict() | {"nll": "x"}), "got 'x'"),
     (lambda: hosm.DiscreteSchedule.cosine(max_beta=1.0), r"expected a number in \(0, 1\); got"),
     (lambda: hosm.ScoreModel(NETWORK, own(sigma=in_numpy)), r"got RuntimeError: \w"),
 ]
