@@ -211,6 +211,24 @@ MUTANTS = [
         "tests/taylor/test_attention_masks.py",
     ),
     Mutant(
+        "derivatives/kinks.py",
+        "found, nodes = set[Any](), [internals.gradient_node(point)]",
+        "found, nodes = set[Any](above), []",
+        "tests/derivatives/test_kinks.py",
+    ),
+    Mutant(
+        "derivatives/kinks.py",
+        "update((2, 3) if told or order == 3 else (2,))",
+        "update((2, 3))",
+        "tests/derivatives/test_kinks.py",
+    ),
+    Mutant(
+        "derivatives/kinks.py",
+        "if node in nodes and (at_work is None or at_work):",
+        "if node in nodes:",
+        "tests/derivatives/test_kinks.py",
+    ),
+    Mutant(
         "derivatives/products.py",
         "value, point, c, create_graph=wanted or push, **options",
         "value, point, c, create_graph=push, **options",

@@ -25,7 +25,7 @@ from tests.cases import (
 from tests.oracles import dense_derivatives
 from tests.versions import tells_hooks
 
-pytestmark = pytest.mark.filterwarnings("ignore:derivative='auto'")
+pytestmark = pytest.mark.filterwarnings("ignore:derivative='auto'", "ignore:network.*jumps")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -221,8 +221,7 @@ RIGHT = {
     "attention": (attention, FLOAT32 | {"shape": (5, 3)}),
     "linear": (lambda: OfX(nn.Linear(4, 4)), {}),
     "linear, float32": (lambda: OfX(nn.Linear(4, 4)), FLOAT32),
-    "first derivatives jump": (lambda: convolutions(nn.ReLU()), IMAGES | TWO | FLOAT32),
-    "second derivatives jump": (lambda: Net(nn.ELU()), {}),
+    "second derivatives jump": (lambda: Net(nn.ELU()), TWO),
     "third derivatives": (around(lambda x: x.sin() + (x - x.detach()) ** 3), TWO),
     "kinks in time": (within(lambda hidden, t: hidden * (t[:, None] - 0.5).relu()), {}),
     "fast waves": (around(lambda x: (40 * x).sin()), {}),
@@ -334,8 +333,16 @@ WRONG = {
     ),
     "EDM's": (around(named("AttentionOp", Sine)), TAYLOR, LAYER, "right in reverse mode"),
     # Jumps.
-    "ReLU": (lambda: Net(nn.ReLU()), FLOAT32 | THREE, JUMPS, "'layer' (ReLU)", "nn.SiLU"),
-    "maximum": (around(lambda x: torch.maximum(x, x.flip(1))), REVERSE | THREE, JUMPS, LAYER),
+    "ReLU": (lambda: Net(nn.ReLU()), FLOAT32, "relu, whose derivative", "(ReLU)", "nn.SiLU"),
+    "convolutions": (lambda: convolutions(nn.ReLU()), IMAGES | FLOAT32, "relu, whose derivative"),
+    "maximum": (
+        around(lambda x: torch.maximum(x, x.flip(1))),
+        REVERSE | THREE,
+        "maximum, whose derivative jumps",
+        LAYER,
+    ),
+    "a ReLU by hand": (around(lambda x: x * (x > 0)), {}, JUMPS, LAYER),
+    "ELU": (lambda: Net(nn.ELU()), THREE, "elu, whose second derivative jumps", "(ELU)"),
     "rounding": (around(jumping), REVERSE | THREE, "values that jump", LAYER),
     # Values.
     "infinite": (
@@ -396,6 +403,7 @@ def test_what_is_wrong_is_named_with_its_remedy(name):
     message = told(make, **options)
     for each in words:
         assert each in message
+    assert "order two" not in message
 
 
 REMEDIES = {

@@ -11,6 +11,8 @@ from hosm_losses.likelihood import adaptive as adaptive_of
 from hosm_losses.likelihood import paths
 from tests.cases import VP, gradients
 
+pytestmark = pytest.mark.filterwarnings("ignore:network.*jumps")
+
 
 class Wild(nn.Module):
     """A network without a value, nor a derivative, where an input is above 50."""

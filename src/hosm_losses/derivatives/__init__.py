@@ -3,6 +3,7 @@
 - `select`: which engine runs; what "auto" remembers of a network, and puts back after an attempt.
 - `under_compile`: "auto" where torch.compile is around, and what is kept from it.
 - `engines`: the two engines, "taylor" and "reverse".
+- `kinks`: operators whose derivative jumps, and the warning about them.
 - `products`: products of the Jacobian with a vector that depends on the value.
 - `backward`: passes back, graphs that are lost or lead nowhere, and what to do about known errors.
 - `checkpointing`: checkpoints inside a network.
@@ -14,6 +15,7 @@ from hosm_losses.derivatives.checkpointing import checkpoint as checkpoint
 from hosm_losses.derivatives.engines import Derivatives as Derivatives
 from hosm_losses.derivatives.engines import Field as Field
 from hosm_losses.derivatives.engines import quadratic_forms as quadratic_forms
+from hosm_losses.derivatives.kinks import find_jumps as find_jumps
 from hosm_losses.derivatives.products import Products as Products
 from hosm_losses.derivatives.select import ASK_THE_CHECK as ASK_THE_CHECK
 from hosm_losses.derivatives.select import ENGINES as ENGINES

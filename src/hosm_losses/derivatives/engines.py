@@ -26,6 +26,7 @@ from torch import Tensor
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError, over_elements
 from hosm_losses.derivatives.backward import LOST_TWICE, OWN, pull_back, refuse_dropped, remedied
+from hosm_losses.derivatives.kinks import watch_once
 from hosm_losses.taylor import propagate
 
 
@@ -117,11 +118,13 @@ def taylor(
     """The value and its derivatives in one batch; TaylorError where they cannot be carried."""
     wanted, count = torch.is_grad_enabled(), len(direction)
     if order == 2:
-        stack = propagate(field, x, direction)
+        stack = propagate(watch_once(field, order, wanted), x, direction)
         return Derivatives(*kept((stack[:1], stack[1:]), wanted))
     if not laplacian:
         return Derivatives(*kept(_taylor_gradient(field, x, direction, wanted, summed), wanted))
-    stack = propagate(field, x, direction, "sum" if summed else "squares")
+    stack = propagate(
+        watch_once(field, order, wanted), x, direction, "sum" if summed else "squares"
+    )
     parts = stack[:1], stack[1 : 1 + count], stack[1 + count :]
     return Derivatives(*kept(parts, wanted))
 
@@ -136,7 +139,7 @@ def _taylor_gradient(
         w = w.unsqueeze(0)
 
     def form(rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        stack = propagate(field, rows, w)
+        stack = propagate(watch_once(field, 3, wanted), rows, w)
         return (w * stack[1:]).sum(), (stack[:1], stack[1:])
 
     if internals.traced():
@@ -164,11 +167,11 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) 
         point = leaf(x, wanted)
         if order == 3:
             copies, rows, w = folded(field, point, direction)
-            value = copies(rows)
+            value = watch_once(copies, order, wanted)(rows)
             refuse_dropped(value)
             parts = unfolded((value, *back_along(value, rows, w, wanted)), direction.shape)
             return Derivatives(*kept(parts, wanted))
-        value = field(point)
+        value = watch_once(field, order, wanted)(point)
         refuse_dropped(value)
         # Any cotangent will do: the pulled one is linear in it.
         cotangent = leaf(torch.zeros_like(value), False)
@@ -197,13 +200,13 @@ def _reverse_in_transform(field: Field, x: Tensor, direction: Tensor, order: int
     copies, rows, w = (field, x, direction) if order == 2 else folded(field, x, direction)
     start = torch.zeros_like(x) if order == 2 else w
 
-    def watched(point: Tensor) -> Tensor:
-        value = copies(point)
+    def evaluated(point: Tensor) -> Tensor:
+        value = watch_once(copies, order, torch.is_grad_enabled())(point)
         refuse_dropped(value)
         return value
 
     def pulled_back(point: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        pulled: Any = torch.func.vjp(watched, point)
+        pulled: Any = torch.func.vjp(evaluated, point)
         value, back = pulled
         return back(cotangent)[0], value
 
@@ -224,14 +227,14 @@ def quadratic_forms(
     where autograd cannot follow the output to x, or the graph of the result is dropped.
     """
     if internals.transformed():
-        pulled: Any = torch.func.vjp(field, x)
+        pulled: Any = torch.func.vjp(watch_once(field, 2, torch.is_grad_enabled()), x)
         value, back = pulled
         found = [over_elements(torch.stack([back(each)[0] for each in w]) * w) for w in directions]
         return value, torch.cat(found)
     wanted = torch.is_grad_enabled()
     with torch.enable_grad(), explained():
         point = leaf(x, wanted)
-        value = field(point)
+        value = watch_once(field, 2, wanted)(point)
         refuse_dropped(value, wanted, point)  # behind it are all earlier evaluations of a path
         found = [over_elements(pull_back(value, point, w, wanted) * w) for w in directions]
     value, forms = kept((value, torch.cat(found)), wanted)

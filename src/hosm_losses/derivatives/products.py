@@ -31,6 +31,7 @@ from hosm_losses.derivatives.engines import (
     leaf,
     unfolded,
 )
+from hosm_losses.derivatives.kinks import watch_once
 
 Cotangent = Callable[[Tensor], Tensor]
 
@@ -58,7 +59,7 @@ def reverse_products(
     wanted = torch.is_grad_enabled()
     with torch.enable_grad(), explained():
         point = leaf(x, wanted)
-        value = field(point)
+        value = watch_once(field, order, wanted)(point)
         refuse_dropped(value)
         c = cotangent(value.unsqueeze(0)).detach()
         variable = leaf(c[0].clone(), False)

@@ -24,6 +24,7 @@ from hosm_losses._torch_internals import surrounded, traced, versions
 from hosm_losses.derivatives import engines, products
 from hosm_losses.derivatives.backward import DroppedGraphError, refuse_scripted
 from hosm_losses.derivatives.engines import Derivatives, Field
+from hosm_losses.derivatives.kinks import orders_seen
 from hosm_losses.derivatives.products import Cotangent, Products
 from hosm_losses.derivatives.under_compile import compiled, refuse_statistics
 from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
@@ -267,3 +268,4 @@ def _warn_once(owner: object, why: str, laplacian: bool) -> None:
 def never_warn(owner: object) -> None:
     """Give no warning about this network: it is a copy, and no training step is taken."""
     _choice(owner).said.update((False, True))
+    orders_seen(owner).update((2, 3))

@@ -63,8 +63,7 @@ ROUNDING = (
 SMOOTH = (
     "Derivatives miss what happens in the jumps, so that a loss trains nothing of it. Use a "
     "smooth activation, such as nn.SiLU, nn.GELU, nn.Softplus or nn.Tanh, and average in place of "
-    "max pooling. Or train with order two, for which a first derivative may jump, as a ReLU's "
-    "does."
+    "max pooling. Or train with order one."
 )
 CUSTOM = (
     "A custom autograd.Function needs a backward that can be differentiated again: write it with "
@@ -115,7 +114,8 @@ def check_derivatives(
     - samples that see each other, as in batch norm in training;
     - tensors of `model_kwargs` that were taken for the samples' and are not (not tried where the
       network draws random numbers);
-    - values that jump, and for order 3 a first derivative that jumps, as in a network of ReLUs;
+    - values or first derivatives that jump, as in a network of ReLUs; for order 3 operators whose
+      second derivative jumps, as that of an ELU;
     - derivatives, in x and in the parameters, that disagree with differences.
 
     In float32 the derivatives of the whole network may be off by 1 %, in float64 by 1e-6; check a

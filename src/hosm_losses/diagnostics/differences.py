@@ -18,14 +18,14 @@ Source:
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hosm_losses.derivatives import Field, derive, gradients
+from hosm_losses.derivatives import Field, derive, find_jumps, gradients
 
 NOT_FINITE = "that is not finite"
 # By the precision in which the network works: the relative error that counts as wrong, and the
@@ -52,7 +52,7 @@ SHARE, SMOOTH, HALF = 0.01, 1e-3, 0.5
 # Of what is tolerated, what rounding can be.
 ROUNDING = 1e-3
 
-# (p₀, p₁) or (p₀, p₁, p₂) at s.
+# (p₀, p₁, p₂) at s.
 Line = Callable[[float], np.ndarray]
 
 
@@ -214,17 +214,20 @@ def _difference(
 
 
 class Smoothness(Check):
-    """A search for jumps: in values, and at order three in first derivatives."""
+    """A search for jumps: in values and in first derivatives, or at order three in second ones."""
 
     def find(self, field: Field, x: Tensor) -> str | None:
         """Say what jumps, or None."""
+        _, told = find_jumps(field, x.detach().clone().requires_grad_(), self.order)
+        if told is not None:
+            return told
         randn = random_like(x, seed=3)
         lines = [self._line(field, x, length * size_of(x) * randn(x)) for length in LENGTHS]
         missing, change, size = np.sum(
             [_missing(line, -0.5, 0.5, WHOLE) for line in lines], axis=0
         )
         lost = missing > np.maximum(SHARE * change, TOLERANCE[self.precision] * size)
-        for level, what in enumerate(JUMPS[: self.order - 1]):
+        for level, what in enumerate(JUMPS):
             # Along one line two jumps may cancel.
             if lost[level] and any(self._ends_at_a_jump(line, level) for line in lines):
                 return what
@@ -234,7 +237,7 @@ class Smoothness(Check):
         @functools.cache
         def line(s: float) -> np.ndarray:
             with torch.no_grad():
-                parts = self.derived(field, x + s * w, w)
+                parts = replace(self, order=3).derived(field, x + s * w, w)
             return np.array([float((part.double() * w).sum()) for part in parts])
 
         return line

@@ -1,0 +1,173 @@
+r"""Operators whose derivative jumps, and the warning about them.
+
+What:
+    Almost everywhere ∂f/∂x of a network of ReLUs does not depend on the bias before one. So a term
+    of order two has no gradient for that bias, and too small a one for other parameters, though
+    its mean over the data does depend on them: by how often the data meet a kink. No derivative of
+    the network shows that, in any engine. The first call of a network is watched, for operators
+    between x and the output.
+"""
+
+import math
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from hosm_losses import _torch_internals as internals
+from hosm_losses._checks import owns_values, users_level
+from hosm_losses.taylor import Jet
+
+JUMPS = """
+    relu relu6 leaky_relu rrelu prelu hardtanh hardswish hardsigmoid softshrink hardshrink
+    threshold selu abs absolute l1_loss maximum minimum fmax fmin max min amax amin aminmax cummax
+    cummin sort msort topk kthvalue median quantile
+"""
+CLAMPS = ("clamp", "clip", "clamp_min", "clamp_max")  # which are perhaps not at work
+# Where the arguments say which norm: those of 1 and ∞ have kinks.
+NORMS = {"norm": 1, "normalize": 1, "linalg_norm": 1, "linalg_vector_norm": 1}
+NORMS |= {"dist": 2, "cdist": 2, "pairwise_distance": 2}
+WARNING = (
+    "network: {} depends on x through {}. Beyond order one a loss, or the gradient of a "
+    "likelihood, then misses how it depends on where that jumps, as on a bias before it: no "
+    "derivative shows it. Take a smooth operator, such as SiLU, GELU or softplus, in its place."
+)
+_ORDERS_SEEN: "weakref.WeakKeyDictionary[Any, set[int]]" = weakref.WeakKeyDictionary()
+
+
+def orders_seen(owner: object) -> set[int]:
+    """The orders, of 2 and 3, at which a network needs no look any more."""
+    try:
+        return _ORDERS_SEEN.setdefault(owner, set())
+    except TypeError:  # a callable that cannot be referred to weakly, or not hashed
+        return set()
+
+
+def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:
+    """The field, which in a first call with gradients warns of derivatives that jump."""
+    if torch.compiler.is_compiling() or not wanted or order in orders_seen(field.owner):
+        return field
+
+    def first(point: Tensor) -> Tensor:
+        value, told = find_jumps(field, point, order)
+        orders_seen(field.owner).update((2, 3) if told or order == 3 else (2,))
+        if told:
+            name = type(field.owner).__name__
+            warnings.warn(WARNING.format(name, told), stacklevel=users_level())
+        return value
+
+    return first
+
+
+def find_jumps(
+    field: Callable[[Tensor], Tensor], point: Tensor, order: int
+) -> tuple[Tensor, str | None]:
+    """A field's value, and the operators that it goes through whose derivatives jump, in words.
+
+    That is the first derivative, or at order three the first or the second.
+    """
+    with _Watch(Jet if isinstance(point, Jet) else Tensor) as watch:
+        value = field(point)
+    found = [*watch.find(_between(point, value))]
+    for at, which in ((1, ""), (2, "second "))[: order - 1]:
+        names = sorted({name for name, jumps in found if jumps == at})
+        if names:
+            return value, f"{' and '.join(names)}, whose {which}derivative jumps"
+    return value, None
+
+
+def _jumps(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> int:
+    """Which derivative of an operator jumps: 1 or 2, or 0 for neither."""
+    if name in ("elu", "celu"):
+        alpha = named.get("alpha", args[1] if len(args) > 1 else 1.0)
+        return 2 if name == "celu" or alpha == 1 else 1
+    if name in NORMS:
+        given = args[NORMS[name]] if len(args) > NORMS[name] else 2
+        return int(named.get("p", named.get("ord", given)) in (1, math.inf))
+    return int(name in JUMPS.split() or "max_pool" in name)
+
+
+class _Noted(NamedTuple):
+    """What an operator returned whose derivative jumps."""
+
+    name: str
+    jumps: int
+    result: Callable[[], Tensor | None]  # a weak reference: who shares memory decides the engine
+    node: Any  # in the graph
+    at_work: Tensor | None  # of a clamp
+    powers: list[float]  # to which it was raised, 1 for another use
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the Jets, or the plain tensors, that operators return whose derivative jumps."""
+
+    def __init__(self, kind: type[Tensor]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.noted: list[_Noted] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        named, name = kwargs or {}, getattr(func, "__name__", "").strip("_")
+        first = args[0] if args else named.get("input")
+        power = 2 if name == "square" else args[-1] if name == "pow" and args else 1
+        for noted in self.noted:
+            if any(noted.result() is each for each in args):
+                noted.powers.append(power if isinstance(power, int | float) else 1)
+        x, before = _stack(first), None
+        jumps = _jumps(name, args, named) if isinstance(x, Tensor) and not x.is_complex() else 0
+        if name in CLAMPS and isinstance(x, Tensor) and _may_read(x):
+            jumps, before = 1, (x[0] if isinstance(first, Jet) else x).detach().clone()
+        result = func(*args, **named)
+        for each in internals.pytree.tree_leaves(result) if jumps else ():
+            if isinstance(each, self.kind):
+                at_work = None if before is None else (_value(each) != before).any()
+                found = weakref.ref(each), _stack(each).grad_fn, at_work, list[float]()
+                self.noted.append(_Noted(name, jumps, *found))
+        return result
+
+    def find(self, nodes: set[Any]) -> Iterator[tuple[str, float]]:
+        """Names, and derivatives that jump, of what is noted among some nodes of the graph."""
+        for name, jumps, _, node, at_work, powers in self.noted:
+            if node in nodes and (at_work is None or at_work):
+                if name == "relu":  # whose square has a derivative that does not jump
+                    jumps = max(jumps, min(powers, default=0))
+                yield name, 0 if name == "abs" and set(powers) == {2} else jumps
+
+
+def _between(point: Tensor, value: Tensor) -> set[Any]:
+    """The nodes of the graph from a point to a value; of a Jet, all below the value, and none."""
+    above: dict[Any, list[Any]] = defaultdict(list)
+    for node in internals.graph_nodes([_stack(value)]):
+        for below, _ in node.next_functions:
+            above[below].append(node)
+    if isinstance(point, Jet):
+        return {None, _stack(value).grad_fn, *above}
+    found, nodes = set[Any](), [internals.gradient_node(point)]
+    while nodes:
+        node = nodes.pop()
+        if node not in found:
+            found.add(node)
+            nodes.extend(above[node])
+    return found
+
+
+def _stack(x: Any) -> Any:
+    """The stack of a Jet; of anything else itself."""
+    return x.stack if isinstance(x, Jet) else x
+
+
+def _value(x: Tensor) -> Tensor:
+    return (x.stack[0] if isinstance(x, Jet) else x).detach()
+
+
+def _may_read(x: Tensor) -> bool:
+    """Whether a value can be read: a network's first call may wait for its device."""
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (captured or x.is_meta or internals.traced()) and owns_values(x)
