@@ -2,7 +2,7 @@
 
     python -m benchmarks.worth [--cells REGEX] [--losses REGEX] [--levels N] [--out DIR] [--smoke]
 
-For each cell of worth_problems:
+For each cell of worth_problems and worth_reserved:
     1. Order one chooses between two networks, plain and averaged targets, and three rates, by the
        KL divergence of a seed that is not reported.
     2. It trains with that choice, and goes on until it has had three times the steps, with a fresh
@@ -37,6 +37,7 @@ from tqdm import tqdm
 import hosm_losses as hosm
 from benchmarks import experiment, results
 from benchmarks.worth_problems import CELLS, KINDS, Cell, MemberTargets
+from benchmarks.worth_reserved import RESERVED
 from benchmarks.worth_quantities import Row, compare, judge, judge_briefly
 
 DIRECTORY = results.DIRECTORY / "worth"
@@ -374,9 +375,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("worth_out"), help="for weights")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for name in CELLS:
+    for name, make in {**CELLS, **RESERVED}.items():
         if re.search(options.cells, name):
-            cell, directory, rounds = CELLS[name](), DIRECTORY, ROUNDS
+            cell, directory, rounds = make(), DIRECTORY, ROUNDS
             if options.smoke:
                 cell, directory, rounds = cell.small(), options.out, 1
             study = Study(name, cell, directory, options.out)
