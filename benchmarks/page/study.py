@@ -83,6 +83,7 @@ def headlines(report: Row) -> Row:
     found: Row = {"averaged less": 100 * (1 - averaged / plain)}
     if WHOLE in judged(report):
         found["from scratch"] = {key: each.value for key, each in ratio(report, WHOLE).items()}
+        found["kl less"] = 100 * (1 - found["from scratch"]["kl"])
     return found
 
 
