@@ -492,6 +492,24 @@ MUTANTS = [
         "tests/diagnostics/test_gap.py",
     ),
     Mutant(
+        "diagnostics/wrapping.py",
+        "level = self.levels[self.place] + math.log(units.scale)",
+        "level = self.levels[self.place]",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "return self._worse(losses) < WORSE * len(self.levels) and gain > 0.2 * whole",
+        "return self._worse(losses) < WORSE * len(self.levels)",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "        before.restore()\n",
+        "        before.restore(generators=False)\n",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
         "diagnostics/differences.py",
         "if not error <= TOLERANCE[self.precision]:",
         "if error > TOLERANCE[self.precision]:",

@@ -4,7 +4,10 @@ from hosm_losses._checks import DerivativeError as DerivativeError
 from hosm_losses.derivatives import checkpoint as checkpoint
 from hosm_losses.diagnostics import GapEstimate as GapEstimate
 from hosm_losses.diagnostics import GapReport as GapReport
+from hosm_losses.diagnostics import WrappingCandidate as WrappingCandidate
+from hosm_losses.diagnostics import WrappingReport as WrappingReport
 from hosm_losses.diagnostics import check_derivatives as check_derivatives
+from hosm_losses.diagnostics import check_wrapping as check_wrapping
 from hosm_losses.diagnostics import likelihood_gap as likelihood_gap
 from hosm_losses.likelihood import NLLResult as NLLResult
 from hosm_losses.likelihood import NLLSummary as NLLSummary

@@ -1,0 +1,336 @@
+r"""Whether a network is wrapped as it was trained: schedule, time, prediction, units of the data.
+
+Formula:
+    Data c x₀ + b under another schedule are x = α (c x₀ + b) + σ ε. With σ/α = c σ̂ that is
+    x₀ + σ̂ ε in other units, so the best prediction of ε is the same: at one noise level
+    u = log σ̂ of x₀, and with one ε, the losses of all wrappings can be compared.
+
+    linear    ε̂ = σ̂ (C + σ̂²)⁻¹ (x₀ − m + σ̂ ε), with the mean m and the covariance C of the data,
+              has the loss ℓ(u) = mean_i λ_i/(λ_i + σ̂²) for the eigenvalues λ of C
+
+    Losses are compared as multiples of ℓ(u), so that every level counts the same. A prediction is
+    p · output + q x, so one call of the network serves every kind of prediction and both signs.
+"""
+
+import copy
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hosm_losses._checks import (
+    at_least_float32,
+    check_generator,
+    check_model_kwargs,
+    check_sample_batch,
+    complaint,
+    expand_right,
+)
+from hosm_losses._torch_internals import normal, outside_inference_mode
+from hosm_losses.derivatives import Snapshot
+from hosm_losses.diagnostics.wrapping_candidates import (
+    KINDS,
+    Inputs,
+    all_inputs,
+    all_units,
+    own_inputs,
+)
+from hosm_losses.diagnostics.wrapping_report import WrappingCandidate, WrappingReport
+from hosm_losses.model import ScoreModel, check_model
+from hosm_losses.schedules import Schedule
+
+LEAST_SAMPLES, LEVELS = 16, 12
+SMALLEST, LARGEST = 0.02, 0.99  # losses of the linear predictor, between which networks differ
+MARGIN, ERRORS = 0.1, 2.0  # a loss is another one beyond this share of it and standard errors
+WORSE = 0.25  # the share of levels at which a trained network is not worse than linear
+CLIP = 10.0  # of a sample's multiple of ℓ: outliers do not make a mean
+SIMILAR = 0.02  # of a loss, within which the candidate that changes least is preferred
+REFINED = 3  # schedules and times that are tried with other units of the data
+
+
+class Read(NamedTuple):
+    """A candidate: what the network is given, and how its output is read."""
+
+    inputs: Inputs
+    kind: str
+    sign: int
+
+    def text(self) -> tuple[str, ...]:
+        """Its parts as they are written, in the order of `WrappingCandidate`."""
+        each = self.inputs
+        return each.schedule_text, self.kind, each.time_text, str(self.sign), each.units.text
+
+
+def check_wrapping(
+    model: ScoreModel,
+    x0: Tensor,
+    *,
+    model_kwargs: Mapping[str, Any] | None = None,
+    generator: torch.Generator | None = None,
+) -> WrappingReport:
+    """Compare the way a trained network is wrapped with others that it may have been trained for.
+
+    Nothing fails where a network is wrapped with another schedule, time, kind or sign of
+    prediction than in its training, or is given data in other units: its losses and likelihoods
+    are wrong numbers. The candidates are the schedules in use with the times that networks are
+    given, every kind of prediction with both signs, and the usual units of data. All are measured
+    at the same noise levels with the same noise. Only a trained network can be checked.
+
+    The network is called at most 150 times without gradients, about 70 as a rule, each time with
+    all of x0. The state of the network and of the global random numbers stays as it was. Call
+    `model.eval()` first if the network has dropout or batch norm.
+
+    Args:
+        model: the score model, with trained weights.
+        x0: clean data (B, *) as the model is given them, 16 samples or more; a few hundred if
+            they have few elements.
+        model_kwargs: keyword arguments of the network.
+        generator: the source of the noise, on the device of x0; the global one if None.
+
+    Returns:
+        The report. `ok` is False where a candidate is better by 10 % and more than two standard
+        errors, which is then `best`, or where the network is worse than the best linear predictor
+        at a quarter of the noise levels.
+
+    Raises:
+        TypeError: for tensors, containers and other objects of a wrong type or dtype.
+        ValueError: for a wrong shape or device, too few samples, or data so small or large that
+            the schedule has no noise level of their size.
+
+    Example:
+        >>> from hosm_losses import VPSchedule
+        >>> data, schedule = torch.tensor([[-1.0], [1.0]]).repeat(200, 1), VPSchedule()
+        >>> def trained(x, t):  # the best prediction of the noise
+        ...     alpha, sigma = (each[:, None] for each in schedule(t))
+        ...     return (x - alpha * torch.tanh(alpha * x / sigma**2)) / sigma
+        >>> check_wrapping(ScoreModel(trained, schedule), data).ok
+        True
+        >>> print(check_wrapping(ScoreModel(trained, schedule, "v_prediction"), data).best)
+        your schedule, prediction='epsilon'
+    """
+    check_model(model)
+    data = normal(check_sample_batch("x0", x0))
+    kwargs = check_model_kwargs(model_kwargs)
+    source = check_generator(generator, data.device)
+    if len(data) < LEAST_SAMPLES:
+        raise ValueError(complaint("x0", f"{LEAST_SAMPLES} samples or more", data))
+    before = Snapshot(model.network, data)
+    try:
+        with outside_inference_mode(), torch.no_grad():
+            return _Search(model, data, source, kwargs).report()
+    finally:
+        before.restore()
+
+
+class _Linear:
+    """The best linear predictor of ε, by the second moments of the data."""
+
+    def __init__(self, data: Tensor) -> None:
+        flat = data.flatten(1).double().cpu()
+        self.centred, self.basis = flat - flat.mean(0), None
+        self.variances = self.centred.square().mean(0)
+        if len(flat) >= 4 * flat.shape[1]:  # fewer samples do not tell how elements vary together
+            covariance = self.centred.T @ self.centred / len(flat)
+            variances, self.basis = torch.linalg.eigh(covariance)
+            self.variances, self.centred = variances.clamp(min=0), self.centred @ self.basis
+
+    def expected(self, levels: Tensor) -> Tensor:
+        """ℓ(u), of the shape of the levels."""
+        share = self.variances / (self.variances + (2 * levels[..., None]).exp())
+        return share.mean(-1)
+
+    def losses(self, noise: Tensor, levels: Tensor) -> Tensor:
+        """Its loss for each sample, (B,)."""
+        noise, sigma = noise.flatten(1).double().cpu(), levels.exp()[:, None]
+        noise = noise if self.basis is None else noise @ self.basis
+        error = self.variances * noise - sigma * self.centred
+        return _mean_square(error / (self.variances + sigma.square()))
+
+    def levels(self, schedule: Schedule, count: int) -> Tensor:
+        """Levels in the range of the schedule at which networks differ, (count,)."""
+        low, high = schedule.log_sigma_hat_range
+        grid = torch.linspace(low, high, 400, dtype=torch.float64, device="cpu")
+        expected = self.expected(grid)
+        inside = grid[(expected > SMALLEST) & (expected < LARGEST)]
+        if not len(inside):
+            size = float(self.variances.mean().sqrt())
+            expected_size = f"data of a size between {math.exp(low):.2g} and {math.exp(high):.2g}"
+            got = f"a standard deviation of {size:.2g}"
+            remedy = "Scale them as in the training of the network."
+            raise ValueError(complaint("x0", expected_size, None, remedy, got=got))
+        return torch.linspace(
+            float(inside[0]), float(inside[-1]), count, dtype=torch.float64, device="cpu"
+        )
+
+
+class _Search:
+    """The losses of all candidates on one batch of data, noise and levels."""
+
+    def __init__(
+        self,
+        model: ScoreModel,
+        data: Tensor,
+        source: torch.Generator | None,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self.model, self.data, self.kwargs = model, data, kwargs
+        linear, count = _Linear(data), min(LEVELS, len(data) // 2)
+        self.levels = linear.levels(model.schedule, count)
+        self.place = torch.arange(len(data), device="cpu") % count
+        self.noise = torch.randn(
+            data.shape, generator=source, dtype=data.dtype, device=data.device
+        )
+        self.expected = linear.expected(self.levels)[self.place]
+        self.linear = linear.losses(self.noise, self.levels[self.place])
+        self.own, self.calls = Read(own_inputs(model), model.prediction, 1), 0
+        self.found: dict[Read, Tensor] = {}
+        self._measure(self.own.inputs)
+        for inputs in all_inputs(model):
+            self._attempt(inputs)
+        scores = self._scores()
+        best = dict.fromkeys(read.inputs for read in sorted(scores, key=scores.__getitem__))
+        for inputs in dict.fromkeys([self.own.inputs, *list(best)[:REFINED]]):
+            for units in all_units(data):
+                self._attempt(replace(inputs, units=units))
+
+    def _attempt(self, inputs: Inputs) -> None:
+        try:
+            self._measure(inputs)
+        except Exception:
+            return  # a network may refuse what it was not made for
+
+    def _measure(self, inputs: Inputs) -> None:
+        """Call the network, and note the loss (B,) of every kind and sign.
+
+        It is NaN at levels outside the schedule. The new wrapping is not checked: what is wrong
+        with it shows in its loss.
+        """
+        schedule, units, data = inputs.schedule, inputs.units, self.data
+        level = self.levels[self.place] + math.log(units.scale)
+        low, high = schedule.log_sigma_hat_range
+        outside = (level < low - 1e-6) | (level > high + 1e-6)
+        t = schedule.time(level).to(data.device, torch.promote_types(data.dtype, torch.float32))
+        t = schedule.clip(t)
+        if schedule.integer_time:
+            t = t.round().long() if self.model.schedule.integer_time else t.round()
+        other = _changed(self.model, schedule=schedule, time=inputs.time)
+        alpha, sigma = (expand_right(each, data) for each in other.coefficients(t, data))
+        x = (alpha * (units.scale * data + units.shift) + sigma * self.noise).to(data.dtype)
+        self.calls += 1
+        output = other.predict(x, t, **self.kwargs)
+        for kind in KINDS:
+            p, q = _changed(other, prediction=kind).affine(t, x)
+            part = output if p is None else p * output
+            rest = -self.noise if q is None else q * x - self.noise
+            for sign in (1, -1):
+                loss = _mean_square(sign * part + rest).nan_to_num(math.inf)
+                self.found[Read(inputs, kind, sign)] = loss.masked_fill(outside, math.nan)
+
+    def _by_level(self, losses: Tensor) -> Tensor:
+        """Means at the levels, (…, B) to (…, L)."""
+        parts = [losses[..., self.place == place].mean(-1) for place in range(len(self.levels))]
+        return torch.stack(parts, -1)
+
+    def _multiples(self, losses: Tensor) -> Tensor:
+        return (losses / self.expected).clamp(max=CLIP)
+
+    def _scores(self) -> dict[Read, float]:
+        """How much worse a candidate is than the best at each of its levels, on average.
+
+        It is infinite for one whose schedule leaves out half of the levels.
+        """
+        means = self._by_level(self._multiples(torch.stack(list(self.found.values()))))
+        scores = (means - means.nan_to_num(math.inf).amin(0)).nanmean(1)
+        scores[means.isnan().double().mean(1) > 0.5] = math.inf
+        return dict(zip(self.found, scores.tolist(), strict=True))
+
+    def _excess(
+        self, one: Tensor, other: Tensor, here: Tensor | None = None
+    ) -> tuple[float, float, float]:
+        """Mean of one loss less the other, its standard error, and the mean of the one."""
+        one, other = self._multiples(one), self._multiples(other)
+        both = ~(one + other).isnan() if here is None else here & ~(one + other).isnan()
+        if int(both.sum()) < 2:
+            return 0.0, math.inf, 1.0
+        difference = (one - other)[both]
+        error = float(difference.std()) / math.sqrt(len(difference))
+        return float(difference.mean()), error, float(one[both].mean())
+
+    def _worse(self, losses: Tensor) -> int:
+        """The number of levels at which this is worse than the linear predictor."""
+        count = 0
+        for place in range(len(self.levels)):
+            excess, error, whole = self._excess(losses, self.linear, self.place == place)
+            count += excess - ERRORS * error > MARGIN * whole
+        return count
+
+    def _is_trained(self, read: Read) -> bool:
+        """Whether this is a good prediction, made by the network and not by q x alone."""
+        losses, negated = self.found[read], self.found[read._replace(sign=-read.sign)]
+        gain, _, whole = self._excess(negated, losses)
+        return self._worse(losses) < WORSE * len(self.levels) and gain > 0.2 * whole
+
+    def _best(self) -> Read | None:
+        """The candidate that fits best, and of those as good the one that changes least."""
+        scores = self._scores()
+        order = sorted(
+            (read for read in scores if scores[read] < math.inf), key=scores.__getitem__
+        )
+        first = next(filter(self._is_trained, order), None)
+        if first is None:
+            return None
+
+        def is_as_good(read: Read) -> bool:
+            excess, error, whole = self._excess(self.found[read], self.found[first])
+            return excess <= max(SIMILAR * whole, error)
+
+        def changes(read: Read) -> int:
+            return sum(map(operator.ne, read.text(), self.own.text()))
+
+        return min(filter(self._is_trained, filter(is_as_good, order)), key=changes)
+
+    def report(self) -> WrappingReport:
+        """The verdict on the wrapping of the model, with the losses by level."""
+        own, best = self.found[self.own], self._best()
+        candidate, best_losses, worse = None, None, self._worse(own)
+        if best is not None:
+            losses = self.found[best]
+            gain, error, whole = self._excess(own, losses)
+            if gain - ERRORS * error > MARGIN * whole:
+                both = ~losses.isnan()
+                best_losses = self._by_level(losses).tolist()
+                candidate = WrappingCandidate(
+                    schedule=best.inputs.schedule_text,
+                    prediction=best.kind,
+                    time=best.inputs.time_text,
+                    negated=best.sign < 0,
+                    units=best.inputs.units.text,
+                    loss=float(losses[both].mean()),
+                    own_loss=float(own[both].mean()),
+                )
+        return WrappingReport(
+            ok=candidate is None and worse < WORSE * len(self.levels),
+            best=candidate,
+            log_sigma_hat=self.levels.tolist(),
+            losses=self._by_level(own).tolist(),
+            linear=self._by_level(self.linear).tolist(),
+            best_losses=best_losses,
+            worse=worse,
+            calls=self.calls,
+        )
+
+
+def _changed(model: ScoreModel, **changes: Any) -> ScoreModel:
+    """The model with other attributes, which may stand before modules of the same name."""
+    other = copy.copy(model)
+    vars(other).update(changes)
+    return other
+
+
+def _mean_square(error: Tensor) -> Tensor:
+    """Over the elements of a sample, (B, *) to (B,), on the CPU."""
+    return at_least_float32(error).flatten(1).square().mean(1).double().cpu()

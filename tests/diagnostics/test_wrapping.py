@@ -1,0 +1,434 @@
+"""check_wrapping on networks that are trained, and wrapped right and wrong.
+
+Six small networks, each of a kind that is in use, are given what their makers give them. Each is
+then wrapped with five mistakes. A remedy is right if it calls the network with nearly the same x
+and time at the same noise level as in training, and reads the output in the same way.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import hosm_losses as hosm
+from hosm_losses.diagnostics import wrapping, wrapping_candidates
+from tests.cases import default_dtype
+
+STEPS, BATCH, SAMPLES = 600, 192, 1024
+VP, VE, EDM = hosm.VPSchedule(), hosm.VESchedule(), hosm.EDMSchedule()
+FLOW, LINEAR = hosm.LinearFlowSchedule(), hosm.DiscreteSchedule.linear()
+SCALED = hosm.DiscreteSchedule.linear(1000, 0.00085, 0.012, scaled=True)
+COSINE = hosm.DiscreteSchedule.cosine()
+
+
+def clusters(count):
+    """Three small clusters in the square from −1 to 1."""
+    centres = torch.tensor([[-0.7, -0.6], [0.8, -0.1], [0.0, 0.7]])
+    return centres[torch.randint(3, (count,))] + 0.08 * torch.randn(count, 2)
+
+
+def bars(count):
+    """Dark images of 8 × 8 from −1 to 1 with a bright bar across or down."""
+    place, along = torch.randint(7, (count,)), torch.arange(8)
+    bright = (
+        ((along - place[:, None] - 0.5).abs() < 1).float()[:, None, :, None].expand(-1, 1, 8, 8)
+    )
+    down = torch.randint(2, (count, 1, 1, 1)) > 0
+    image = torch.where(down, bright.transpose(2, 3), bright)
+    return 1.4 * image - 0.8 + 0.1 * torch.randn(count, 1, 8, 8)
+
+
+class Network(nn.Module):
+    """Residual layers with features of the time that it is given, and a skip past all of them."""
+
+    def __init__(self, elements, features):
+        super().__init__()
+        self.features, width = features, 96
+        self.time = nn.Linear(features(torch.ones(1)).shape[1], width)
+        self.inner = nn.Linear(elements, width)
+        self.middle = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.outer, self.skip = nn.Linear(width, elements), nn.Linear(width, 1)
+
+    def forward(self, x, t):
+        time, silu = self.time(self.features(t)), nn.functional.silu
+        hidden = silu(self.inner(x.flatten(1)) + time)
+        for layer in self.middle:
+            hidden = hidden + silu(layer(hidden) + time)
+        return (self.outer(hidden) + self.skip(silu(time)) * x.flatten(1)).view_as(x)
+
+
+class Preconditioned(Network):
+    """EDM's denoiser, which is given σ."""
+
+    def forward(self, x, t):
+        sigma, size = t.view(-1, *[1] * (x.ndim - 1)), 0.5
+        root = (sigma**2 + size**2).sqrt()
+        inner = super().forward(x / root, t.log() / 4)
+        return (size / root) ** 2 * x + sigma * size / root * inner
+
+
+class Divided(Network):
+    """score_sde's score under VE, which is given σ and divides by it."""
+
+    def forward(self, x, t):
+        sigma = t[:, None]
+        return super().forward(x / (1 + sigma**2).sqrt(), t) / sigma
+
+
+def sines(factor):
+    def features(t):
+        angles = factor * t.float()[:, None] * 1000.0 ** (-torch.arange(8) / 8)
+        return torch.cat([angles.sin(), angles.cos()], 1)
+
+    return features
+
+
+def polynomial(function):
+    def features(t):
+        u = function(t)[:, None]
+        return torch.cat([u, u * u / 3, (2 * u).sin(), (2 * u).cos()], 1)
+
+    return features
+
+
+class Trained(NamedTuple):
+    """A network, how it was trained, and what is wrong in five other wrappings of it."""
+
+    data: Callable[[int], torch.Tensor]
+    network: Callable[[], nn.Module]
+    right: dict[str, Any]
+    units: Callable[[torch.Tensor], torch.Tensor]  # of the training
+    time: Any
+    prediction: str
+    family: dict[str, Any]
+    given: Callable[[torch.Tensor], torch.Tensor]  # data in other units than the training's
+
+
+def same(x):
+    return x
+
+
+def bytes_of(x):
+    return 127.5 * (x + 1)
+
+
+def halved(x):
+    return (x + 1) / 2
+
+
+NETWORKS = {
+    "vp": Trained(
+        clusters,
+        lambda: Network(2, sines(1000.0)),
+        {"schedule": VP, "prediction": "epsilon"},
+        same,
+        999.0,
+        "score",
+        {"schedule": hosm.CosineSchedule()},
+        halved,
+    ),
+    "ve": Trained(
+        clusters,
+        lambda: Divided(2, polynomial(torch.log)),
+        {"schedule": VE, "prediction": "score", "time": VE.sigma},
+        halved,
+        None,
+        "epsilon",
+        {"schedule": VP, "time": VP.sigma},
+        lambda x: 2 * x - 1,
+    ),
+    "edm": Trained(
+        bars,
+        lambda: Preconditioned(64, polynomial(lambda t: 2 * t)),
+        {"schedule": EDM, "prediction": "sample"},
+        same,
+        lambda t: t.log() / 4,
+        "epsilon",
+        {"schedule": VP},
+        bytes_of,
+    ),
+    "flow": Trained(
+        clusters,
+        lambda: Network(2, polynomial(lambda t: 4 * t - 2)),
+        {"schedule": FLOW, "prediction": "flow_prediction"},
+        lambda x: (x - 0.03) / 0.6,
+        1000.0,
+        "epsilon",
+        {"schedule": VP},
+        lambda x: 3 + 0.5 * x,
+    ),
+    "table": Trained(
+        bars,
+        lambda: Network(64, sines(1.0)),
+        {"schedule": LINEAR, "prediction": "epsilon"},
+        same,
+        lambda t: t / 1000,
+        "v_prediction",
+        {"schedule": COSINE},
+        halved,
+    ),
+    "v": Trained(
+        clusters,
+        lambda: Network(2, sines(1.0)),
+        {"schedule": SCALED, "prediction": "v_prediction"},
+        same,
+        lambda t: t / 1000,
+        "epsilon",
+        {"schedule": COSINE},
+        lambda x: x / 0.18215,
+    ),
+}
+FAULTS = ("time", "sign", "prediction", "family", "units")
+
+
+@functools.cache
+def trained(name):
+    """The network, and data in the units of its training."""
+    made = NETWORKS[name]
+    with torch.random.fork_rng(), default_dtype(torch.float32), torch.enable_grad():
+        torch.manual_seed(0)
+        network = made.network()
+        model = hosm.ScoreModel(network, **made.right)
+        optimizer = torch.optim.Adam(network.parameters(), fused=True)
+        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, STEPS)
+        for _ in range(STEPS):
+            loss = hosm.first_order_dsm(model, made.units(made.data(BATCH)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rates.step()
+        return network, made.units(made.data(SAMPLES))
+
+
+def wrapped(name, fault=None):
+    """A model, and the data that it is given."""
+    made, (network, data) = NETWORKS[name], trained(name)
+    options = dict(made.right)
+    if fault in ("time", "prediction"):
+        options[fault] = getattr(made, fault)
+    if fault == "sign":
+        options["output"] = torch.neg
+    if fault == "family":
+        options = {"prediction": options["prediction"], **made.family}
+    return hosm.ScoreModel(network, **options), made.given(data) if fault == "units" else data
+
+
+def check(name, fault=None):
+    with default_dtype(torch.float32):
+        model, data = wrapped(name, fault)
+        return hosm.check_wrapping(model, data, generator=torch.Generator().manual_seed(1))
+
+
+def given(schedule, time, units, levels):
+    """The factor and the shift of clean data, and the time, at levels of log σ̂ of these data."""
+    t = schedule.time(levels + math.log(units.scale))
+    alpha, _ = schedule(t)
+    return torch.stack([alpha * units.scale, alpha * units.shift]), timed(time, t)
+
+
+def timed(time, t):
+    return t if time is None else time(t) if callable(time) else time * t
+
+
+def is_right(name, fault, best):
+    """Whether a remedy gives the network nearly what the training gave it."""
+    made, (model, data) = NETWORKS[name], wrapped(name, fault)
+    if best is None or (best.prediction, best.negated) != (
+        made.right["prediction"],
+        fault == "sign",
+    ):
+        return False
+    inputs = next(
+        each
+        for each in (wrapping_candidates.own_inputs(model), *wrapping_candidates.all_inputs(model))
+        if (each.schedule_text, each.time_text) == (best.schedule, best.time)
+    )
+    units = next(
+        each
+        for each in (wrapping_candidates.Units(), *wrapping_candidates.all_units(data))
+        if each.text == best.units
+    )
+    # What was given is scale · x + shift of the data of the training.
+    one, zero = (made.given(torch.full((1,), each)) for each in (1.0, 0.0))
+    scale, shift = (float(one - zero), float(zero)) if fault == "units" else (1.0, 0.0)
+    total = wrapping_candidates.Units("", units.scale * scale, units.scale * shift + units.shift)
+    levels = torch.linspace(-3, 1, 9, dtype=torch.float64)
+    found, time = given(inputs.schedule, inputs.time, total, levels)
+    expected, true_time = given(
+        made.right["schedule"], made.right.get("time"), wrapping_candidates.Units(), levels
+    )
+    near = (time - true_time).abs() <= 0.1 * true_time.abs() + 0.02 * true_time.abs().max()
+    return bool(near.all()) and bool(((found - expected).abs() < 0.1).all())
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_two_trained_networks_are_told_from_wrong_wrappings(name):
+    assert check(name).ok
+    for fault in ("time", "sign", "prediction", "units"):
+        report = check(name, fault)
+        assert not report.ok, fault
+        assert is_right(name, fault, report.best), (fault, report.best)
+
+
+@pytest.mark.slow
+def test_six_trained_networks_and_thirty_mistakes():
+    accused = [name for name in NETWORKS if not check(name).ok]
+    reports = {(name, fault): check(name, fault) for name in NETWORKS for fault in FAULTS}
+    reported = [case for case, report in reports.items() if not report.ok]
+    right = [case for case in reported if is_right(*case, reports[case].best)]
+    assert not accused
+    assert len(reported) >= 26, reported
+    assert len(right) >= 20, right
+    assert max(report.calls for report in reports.values()) <= 150
+
+
+@pytest.mark.slow
+def test_a_network_of_the_quick_start_that_ddpm_trained():
+    """README's line `ScoreModel(network, VPSchedule())` for a network that wants indices."""
+    with default_dtype(torch.float32):
+        network, data = trained("table")
+        report = hosm.check_wrapping(hosm.ScoreModel(network, VP), data)
+    assert (report.best.schedule, report.best.time) in {
+        ("your schedule", "999"),
+        ("your schedule", "1000"),
+        ("DiscreteSchedule.linear(1000)", ""),
+    }
+    assert report.best.prediction == "epsilon"
+    assert report.best.own_loss > 2 * report.best.loss
+
+
+class Exact(nn.Module):
+    """The best ε̂ for data of ±0.7 under VP; it counts its calls, and may do more."""
+
+    def __init__(self, *more):
+        super().__init__()
+        self.more, self.calls = nn.ModuleList(more), 0
+
+    def forward(self, x, t, sign=1.0):
+        self.calls += 1
+        for module in self.more:
+            module(x)
+        alpha, sigma = (each[:, None].to(x.dtype) for each in VP(t))
+        alpha = 0.7 * alpha
+        return sign * (x - alpha * torch.tanh(alpha * x / sigma**2)) / sigma
+
+
+ATOMS = torch.tensor([[-0.7], [0.7]], dtype=torch.float64).repeat(240, 1)
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def test_the_best_network_is_as_good_as_it_can_be():
+    report = hosm.check_wrapping(hosm.ScoreModel(Exact(), VP), ATOMS, generator=seeded())
+    assert report.ok
+    assert report.best is None
+    assert report.worse == 0
+    assert report.calls == report.to_dict()["calls"] <= 150
+    # For data of variance 0.49 the linear predictor has the loss 0.49/(0.49 + σ̂²).
+    expected = [0.49 / (0.49 + math.exp(2 * level)) for level in report.log_sigma_hat]
+    assert abs(sum(report.linear) - sum(expected)) < 0.1 * sum(expected)
+    assert 0.02 < min(expected) < 0.025
+    assert 0.985 < max(expected) < 0.99
+    pairs = zip(report.losses, report.linear, strict=True)
+    assert all(loss < 1.1 * linear for loss, linear in pairs)
+    assert str(report).splitlines()[0].split() == ["log", "σ/α", "yours", "linear"]
+    assert str(report).endswith(
+        "ok: no candidate fits better; worse than a linear predictor at 0 of 12 noise levels"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "units", "told"),
+    [
+        ({"prediction": "score"}, {}, same, "your schedule, prediction='epsilon'"),
+        (
+            {"output": torch.neg},
+            {"negated": True},
+            same,
+            "prediction='epsilon', the output times -1",
+        ),
+        ({"time": 999.0}, {"time": ""}, same, "your schedule, prediction='epsilon'"),
+        ({}, {"units": "2 * x0 - 1"}, halved, "epsilon', the data as 2 * x0 - 1"),
+        ({}, {"units": "x0 / 127.5 - 1"}, bytes_of, "epsilon', the data as x0 / 127.5 - 1"),
+        (
+            {"schedule": LINEAR},
+            {"schedule": "VPSchedule()"},
+            same,
+            "VPSchedule(), prediction='epsilon'",
+        ),
+        ({"schedule": FLOW}, {"schedule": "VPSchedule()"}, same, "VPSchedule(), prediction='eps"),
+    ],
+)
+def test_a_mistake_with_the_best_network_is_named(options, changes, units, told):
+    model = hosm.ScoreModel(Exact(), **{"schedule": VP} | options)
+    report = hosm.check_wrapping(model, units(ATOMS), generator=seeded())
+    assert not report.ok
+    expected = {"schedule": "your schedule", "prediction": "epsilon", "time": ""}
+    expected |= {"negated": False, "units": "x0"} | changes
+    assert {name: getattr(report.best, name) for name in expected} == expected
+    assert told in str(report.best)
+    last = str(report).splitlines()[-1]
+    assert last.startswith(f"fits best as {report.best}: {report.best.loss:.2g} where you have")
+    assert report.best.loss < 0.9 * report.best.own_loss
+
+
+@pytest.mark.parametrize("prediction", wrapping_candidates.KINDS)
+@pytest.mark.parametrize("size", [0.0, 0.1])
+def test_a_network_without_training_fits_nowhere(prediction, size):
+    """Zeros read as v or as a velocity are a linear predictor, and no candidate is better."""
+    torch.manual_seed(0)
+    layer = nn.Linear(1, 1)
+    model = hosm.ScoreModel(lambda x, t: size * layer(x).sin(), VP, prediction)
+    report = hosm.check_wrapping(model, ATOMS, generator=seeded())
+    assert report.best is None
+    assert report.ok is (report.worse < 3)
+    assert report.ok is (prediction in ("v_prediction", "flow_prediction"))
+    assert ("not trained, or no candidate fits" in str(report)) is not report.ok
+
+
+def test_nothing_is_changed_and_the_generator_decides():
+    network = Exact(nn.BatchNorm1d(1), nn.Dropout(0.5))
+    model = hosm.ScoreModel(network, VP)
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    torch.manual_seed(1)
+    state, keys, attributes = torch.get_rng_state(), set(vars(model)), dict(model._modules)
+    one, two = (hosm.check_wrapping(model, ATOMS, generator=seeded()) for _ in range(2))
+    assert one == two
+    assert network.calls == one.calls + two.calls
+    assert hosm.check_wrapping(model, ATOMS) != one
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in network.named_buffers())
+    assert network.training
+    assert (set(vars(model)), dict(model._modules)) == (keys, attributes)
+    assert (model.schedule, model.prediction, model.time) == (VP, "epsilon", None)
+
+
+def test_conditions_go_to_every_call_and_what_fails_is_left_out():
+    signs = torch.ones(480, 1, dtype=torch.float64)
+    network = Exact()
+
+    def looked_up(x, t, sign):
+        assert t.dtype == torch.int64  # as an embedding wants it
+        return network(x, t / 1000, sign)
+
+    model = hosm.ScoreModel(looked_up, LINEAR)
+    with torch.inference_mode():
+        report = hosm.check_wrapping(model, ATOMS, model_kwargs={"sign": signs})
+    assert report.ok
+    with pytest.raises(AssertionError):  # its own wrapping has to work
+        hosm.check_wrapping(hosm.ScoreModel(looked_up, VP), ATOMS, model_kwargs={"sign": signs})
+
+
+def test_few_samples_of_many_elements_are_compared_with_independent_elements():
+    x0 = torch.randn(16, 40, dtype=torch.float64)
+    model = hosm.ScoreModel(lambda x, t: VP.sigma(t)[:, None] * x, VP)  # best for such data
+    report = hosm.check_wrapping(model, x0, generator=torch.Generator().manual_seed(1))
+    assert report.ok
+    assert len(report.linear) == 8
+    assert wrapping.LEAST_SAMPLES == 16
