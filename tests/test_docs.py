@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hosm_losses
+from hosm_losses.taylor.registry import RULES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,6 +28,16 @@ def test_api_page_lists_exactly_the_public_names():
     assert sorted(listed) == sorted(public)
 
 
+@pytest.fixture
+def rules():
+    """What a page registers is forgotten after it."""
+    before = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(before)
+
+
+@pytest.mark.usefixtures("rules")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_code_runs(page, tmp_path, monkeypatch):
     """All blocks of a page, in order, in one namespace, in the dtype a user has."""

@@ -183,7 +183,10 @@ def running(f, x, c):
     """Batch and instance norms; momentum zero leaves the statistics as they are."""
     statistics = torch.tensor([0.3, -0.2]), torch.tensor([1.5, 0.7])
     weights = c((None, None), (WEIGHT[0, :2], None), (WEIGHT[0, :2], WEIGHT[1, :2]))
-    return f(cube(x), *statistics, *weights, c(True, False), 0.0, c(0.3, 1e-5))
+    options = c(True, False), 0.0, c(0.3, 1e-5)
+    if f in (torch.batch_norm, torch.instance_norm):
+        return f(cube(x), *weights, *statistics, *options, True)
+    return f(cube(x), *statistics, *weights, *options)
 
 
 def last_norm(f, x, c):
@@ -375,6 +378,8 @@ TABLE = {
     "batch_norm instance_norm": running,
     "norm vector_norm matrix_norm normalize": norm,
     "var std var_mean std_mean": spread,
+    "logaddexp": lambda f, x, c: f(*near(x, c)),
+    "logcumsumexp": moves((1,), (-1,), (0,)),
     "dist": lambda f, x, c: f(*near(x, c), *c((), (3,), (1,))),
     "cosine_similarity": lambda f, x, c: f(*near(x, c), *c((), (0,), (-1, 1e-6))),
     "pairwise_distance": lambda f, x, c: f(*near(x, c), *c((), (3.0,), (1.0, 0.01, True))),

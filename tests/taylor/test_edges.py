@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from hosm_losses.taylor import propagate
-from hosm_losses.taylor.arguments import promoted
+from hosm_losses.taylor.tensor import type_of_sum
 from tests.cases import gradients
 from tests.taylor.checks import KINDS, check, expected
 
@@ -257,7 +257,7 @@ def test_the_type_of_a_result_without_torch_result_type(default):
         dtypes = (torch.bool, torch.uint8, torch.int32, torch.int64, *TYPES)
         tensors = [torch.ones(shape, dtype=each) for each in dtypes for shape in ((), (2,))]
         for pair in itertools.product([*tensors, True, 2, 2.5], repeat=2):
-            assert promoted(*pair) == torch.result_type(*pair), pair
+            assert type_of_sum(*pair) == torch.result_type(*pair), pair
     finally:
         torch.set_default_dtype(before)
 

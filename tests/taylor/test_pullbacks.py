@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from hosm_losses.taylor import normalised, softmax
-from hosm_losses.taylor.jet import Jet
-from hosm_losses.taylor.normalised import Rows
+from hosm_losses.taylor import norms, softmax
+from hosm_losses.taylor.norms import Rows
 from hosm_losses.taylor.recompute import from_result, recomputed
+from hosm_losses.taylor.tensor import Jet
 
 # Pairs, first derivatives, and second derivatives that the argument has itself.
 KINDS = [
@@ -113,9 +113,9 @@ def test_every_parameter_of_a_norm_has_a_gradient(parameters):
     stack = numbers(2, 2, 6, 4).requires_grad_()
     given = {name: numbers(4, seed=3).requires_grad_() for name in parameters}
     function, first = (
-        partial(each, rows, 1, "none") for each in (normalised.normalised, normalised.pull_back)
+        partial(each, rows, 1, "none") for each in (norms.normalised, norms.pull_back)
     )
-    pullbacks = [first, partial(normalised.pull_back_again, rows)]
+    pullbacks = [first, partial(norms.pull_back_again, rows)]
     found = []
     for each, strict in (
         (function, False),
@@ -158,9 +158,8 @@ def test_norms(norm, weighted, pairs, firsts, seconds):
         for seed in (3, 4)
     )
     function, first = (
-        partial(each, rows, firsts, pairs)
-        for each in (normalised.normalised, normalised.pull_back)
+        partial(each, rows, firsts, pairs) for each in (norms.normalised, norms.pull_back)
     )
-    again = [partial(normalised.pull_back_again, rows)] if pairs == "none" else []
+    again = [partial(norms.pull_back_again, rows)] if pairs == "none" else []
     through = partial(recomputed, keeps=True)
     agree(function, [first, *again], [stack, weight, bias], through=through)

@@ -1,56 +1,86 @@
-r"""Value and derivatives of a function along directions, carried through it in one batch.
+r"""Derivatives of a function along directions, in one call of it.
 
-- `jet`: the tensor that carries them; what happens to a function that is called on one.
-- `table`: by which function of PyTorch a rule is found, and which calls it takes.
-- `activations`, `arithmetic`, `attention`, `convolution`, `layers`, `lengths`, `matrices`,
-  `norms`, `pointwise`, `properties`, `selection`, `shapes`, `softmax`: the rules, by kind,
-  registered on import.
-- `bilinear`: products linear in both factors, and their gradients; `normalised`: those of norms.
-- `aliases`, `in_place`: which Jets share memory; rules for what changes a tensor in place.
-- `methods`: methods of Tensor that are written in Python.
-- `arguments`: what rules ask of several arguments.
-- `derived`: the rule for functions that have none; `along`: by nested jvp; sums of stacks;
-  `forward_mode`: operators of which PyTorch's forward derivative is wrong.
-- `primitives`, `primitive_mode`: operators whose double backward is right, and the mode that puts
-  them in place.
-- `hooks`: hooks of a function, which may look at gradients and not change them.
+How it works:
+    The function is called once, on a `Jet` in the place of x: a tensor that looks like x, and
+    carries a stack (C, B, *) of its value, its first derivatives along the directions and its
+    second ones, along l and along pairs l, r. PyTorch hands each function that is called on a Jet
+    to `Jet.__torch_function__`, which looks for a rule in the `registry`. A rule makes the stack
+    of y = f(x) from that of x. It is the chain rule, in two lines:
+
+        y_l = ∂f x_l        y_lr = ∂f x_lr + ∂²f[x_l, x_r]
+
+    A function without a rule is differentiated by itself, by `torch.func.jvp`. What cannot be
+    right raises `TaylorError`, such as complex numbers or a custom autograd.Function.
+
+Kinds of rules, with one of each:
+    linear: ∂²f is zero, so it is the function itself, one axis further on.
+
+        linear(lambda stack, dim, index: stack.select(_axis(stack, dim), index), "select")
+
+    bilinear: y_l = a_l · b + a · b_l, and so on: `product_rule` knows the rest.
+
+        @rule("mul", several=True, kind="bilinear")
+        def multiply(a, b):
+            return product_rule(a, b, torch.mul, ndim)
+
+    pointwise: a generator of the function and its first three derivatives at x. The third is for
+    gradients, which are written once for all: see `pointwise`.
+
+        @pointwise("exp")
+        def _exp(x):
+            return repeat(torch.exp(x), 4)
+
+    composite: a few other functions. `ops` are those of torch, or the engine's.
+
+        @composite(F.glu)
+        def _glu(ops, input, dim=-1):
+            value, gate = ops.chunk(input, 2, dim)
+            return ops.mul(value, ops.sigmoid(gate))
+
+    A rule that is none of these, such as that of softmax, computes with stacks by hand.
+
+Source:
+    Griewank and Walther, "Evaluating derivatives" (2008), chapter 13; Bettencourt, Johnson and
+    Duvenaud, "Taylor-mode automatic differentiation for higher-order derivatives in JAX" (2019).
+
+Files:
+- `tensor`: the Jet, and what happens to a function that is called on one; `unknown`: functions
+  without a rule. `stacks`: stacks of components. `registry`: which functions have which rule.
+- `linear`, `products`, `pointwise`, `arithmetic`, `composites`, `attention`, `norms`, `lengths`,
+  `softmax`, `properties`: the rules, registered on import.
 - `recompute`: functions of which only the arguments are kept for the backward passes.
+- `aliases`, `in_place`: which tensors share memory; rules for changes in place.
+- `primitives`, `primitive_mode`: operators whose double backward is right, and the mode that puts
+  them in place of PyTorch's in reverse mode.
+- `hooks`: hooks inside a function, which may look at gradients and not change them.
 - `errors`, `_torch`: the errors; private names of PyTorch.
 """
 
-from hosm_losses.taylor import _torch as _torch
 from hosm_losses.taylor import (  # noqa: F401
-    activations,
     arithmetic,
     attention,
-    convolution,
-    derived,
     in_place,
-    layers,
     lengths,
-    matrices,
-    methods,
     norms,
-    pointwise,
+    primitives,
     properties,
-    selection,
-    shapes,
     softmax,
 )
 from hosm_losses.taylor.aliases import CHANGED_ARGUMENT as CHANGED_ARGUMENT
-from hosm_losses.taylor.along import at_least_float32 as at_least_float32
 from hosm_losses.taylor.errors import DerivativeError as DerivativeError
 from hosm_losses.taylor.errors import TaylorError as TaylorError
 from hosm_losses.taylor.hooks import FINAL as FINAL
 from hosm_losses.taylor.hooks import GIVE_THE_SOURCE as GIVE_THE_SOURCE
 from hosm_losses.taylor.hooks import ScriptedError as ScriptedError
 from hosm_losses.taylor.hooks import check_unchanged as check_unchanged
-from hosm_losses.taylor.jet import Jet as Jet
-from hosm_losses.taylor.jet import propagate as propagate
 from hosm_losses.taylor.primitive_mode import CHECKPOINT_ADVICE as CHECKPOINT_ADVICE
 from hosm_losses.taylor.primitive_mode import ForeignCheckpointError as ForeignCheckpointError
 from hosm_losses.taylor.primitive_mode import recomputable as recomputable
 from hosm_losses.taylor.primitive_mode import safe_of_one as safe_of_one
 from hosm_losses.taylor.primitive_mode import safe_primitives as safe_primitives
+from hosm_losses.taylor.stacks import at_least_float32 as at_least_float32
+from hosm_losses.taylor.tensor import Jet as Jet
+from hosm_losses.taylor.tensor import define_methods
+from hosm_losses.taylor.tensor import propagate as propagate
 
-methods.define()
+define_methods()

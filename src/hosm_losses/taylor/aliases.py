@@ -32,8 +32,8 @@ from hosm_losses.taylor._torch import (
     swapped,
     versions,
 )
-from hosm_losses.taylor.along import Pairs
 from hosm_losses.taylor.errors import DerivativeError, TaylorError
+from hosm_losses.taylor.stacks import Pairs
 
 CHANGED_ARGUMENT = (
     "checkpoint: expected a function that leaves its arguments as they are; got one that changes "

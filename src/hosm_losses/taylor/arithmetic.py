@@ -1,33 +1,29 @@
-r"""Rules for sums and products.
-
-Formula, for a product y = a · b that is linear in a and in b:
-    y_l = a_l · b + a · b_l        y_lr = a_lr · b + a · b_lr + a_l · b_r + a_r · b_l
-
-A plain tensor has no derivatives: the product with one is the product of the whole stack.
+r"""Rules for sums, products and quotients of elements, and for powers.
 
 The type of a result is that of PyTorch for the values: a number without axes does not widen a
 tensor with some, though its stack has an axis.
 """
 
-from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hosm_losses.taylor.along import Pairs, aligned, at_least_float32
-from hosm_losses.taylor.arguments import result_type, stacks_of
 from hosm_losses.taylor.errors import NoRule
-from hosm_losses.taylor.jet import Jet, components, gathered, halves
 from hosm_losses.taylor.pointwise import apply, power, powers
+from hosm_losses.taylor.products import ndim_of, of_matrices, product_rule
 from hosm_losses.taylor.recompute import recomputed
-from hosm_losses.taylor.table import Function, every, rule
-
-
-def ndim_of(x: Any) -> int:
-    """The axes of a tensor; none of a number."""
-    return x.ndim if isinstance(x, Tensor) else 0
+from hosm_losses.taylor.registry import rule
+from hosm_losses.taylor.stacks import (
+    Pairs,
+    align,
+    at_least_float32,
+    collect,
+    components,
+    sides,
+)
+from hosm_losses.taylor.tensor import Jet, result_type, stacks_of
 
 
 def _operands(a: Any, b: Any) -> int:
@@ -44,18 +40,18 @@ def _type(a: Any, b: Any) -> torch.dtype:
     return (a if isinstance(a, Jet) else b).dtype
 
 
-@rule(*every("add", "__add__", "__radd__"), several=True)
+@rule("add __add__ __radd__", several=True, kind="linear")
 def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     """a + alpha · b, of which one at least is a Jet."""
     ndim, dtype = _operands(a, b), _type(a, b)
     jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
     if isinstance(plain, Jet) or ndim_of(plain):
         first, second = stacks_of((a, b))
-        total = torch.add(aligned(first, ndim), aligned(second, ndim), alpha=alpha)
+        total = torch.add(align(first, ndim), align(second, ndim), alpha=alpha)
         return jet.like(total.to(dtype))
     # As a stack a number would be rounded to a type, and a tensor without axes, which may be on
     # another device, would have one.
-    stack = aligned(jet.stack, ndim)
+    stack = align(jet.stack, ndim)
     if alpha != 1:
         stack, plain = (stack, plain * alpha) if jet is a else (stack * alpha, plain)
     value, rest = stack.split((1, len(stack) - 1))
@@ -64,42 +60,14 @@ def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     return jet.like(torch.cat([value.unsqueeze(0), rest]).to(dtype))
 
 
-def product_rule(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
-    """A product linear in both, of stacks that broadcast over their first axis."""
-    if not isinstance(b, Jet):
-        return a.like(product(aligned(a.stack, ndim), b))
-    if not isinstance(a, Jet):
-        return b.like(product(a, aligned(b.stack, ndim)))
-    first, second = aligned(a.stack, ndim), aligned(b.stack, ndim)
-    firsts, pairs = a.firsts, a.pairs
-    a_value, a_tangents, _ = components(first, firsts)
-    b_value, b_tangents, _ = components(second, firsts)
-    # All of a with the value of b; then what the derivatives of b add.
-    value, tangents, seconds = components(product(first, b_value), firsts)
-    added = product(a_value, second[1:])
-    tangents = tangents + added[:firsts]
-    if pairs == "none":
-        return a.like(torch.cat([value, tangents]))
-    (a_left, a_right), (b_left, b_right) = halves(a_tangents, pairs), halves(b_tangents, pairs)
-    both = gathered(product(a_left, b_right), pairs)
-    symmetric = pairs in ("squares", "sum")
-    both = 2 * both if symmetric else both + product(a_right, b_left)
-    for part in (seconds, added[firsts:]):
-        both = both + part if len(part) else both
-    return a.like(torch.cat([value, tangents, both]))
-
-
-@rule(*every("sub", "subtract", "__sub__"), several=True)
+@rule("sub subtract __sub__", several=True, kind="linear")
 def _sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
-    # Of which PyTorch says that masks are not subtracted.
-    if any(
-        isinstance(each, bool) or getattr(each, "dtype", None) == torch.bool for each in (a, b)
-    ):
-        raise NoRule
+    if any(getattr(each, "dtype", type(each)) in (bool, torch.bool) for each in (a, b)):
+        raise NoRule  # of which PyTorch says that masks are not subtracted
     return add(a, b, alpha=-alpha)
 
 
-@rule(*every("mul", "multiply", "__mul__", "__rmul__"), several=True)
+@rule("mul multiply __mul__ __rmul__", several=True, kind="bilinear")
 def multiply(a: Any, b: Any) -> Jet:
     """a b, of which one at least is a Jet."""
     ndim = _operands(a, b)
@@ -108,7 +76,7 @@ def multiply(a: Any, b: Any) -> Jet:
     return product_rule(a, b, torch.mul, ndim).typed(_type(a, b))
 
 
-@rule(*every("div", "divide", "true_divide", "__truediv__"), several=True)
+@rule("div divide true_divide __truediv__", several=True, kind="stack")
 def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
     if rounding_mode is not None:
         raise NoRule
@@ -122,7 +90,7 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
     else:  # a number, or a tensor that may be on another device
         wide = None if isinstance(a, Tensor) else torch.promote_types(dtype, torch.float32)
         above = torch.as_tensor(a, dtype=wide, device=b.device).unsqueeze(0)
-    stacks = (aligned(each, ndim) for each in (above, b.stack))
+    stacks = (align(each, ndim) for each in (above, b.stack))
     return b.like(recomputed(partial(_quotient, b.firsts, b.pairs), *stacks)).typed(dtype)
 
 
@@ -139,14 +107,14 @@ def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
     tangents = (a_tangents - rest if len(a_tangents) else -rest) / b_value
     if pairs == "none":
         return torch.cat([value, tangents])
-    (left, right), (b_left, b_right) = halves(tangents, pairs), halves(b_tangents, pairs)
-    rest = gathered(left * b_right + right * b_left, pairs)
+    (left, right), (b_left, b_right) = sides(tangents, pairs), sides(b_tangents, pairs)
+    rest = collect(left * b_right + right * b_left, pairs)
     rest = rest + value * b_seconds if len(b_seconds) else rest
     seconds = (a_seconds - rest if len(a_seconds) else -rest) / b_value
     return torch.cat([value, tangents, seconds])
 
 
-@rule(*every("pow", "__pow__"))
+@rule("pow __pow__", kind="pointwise")
 def _pow(x: Any, exponent: Any) -> Jet:
     if isinstance(exponent, Tensor):
         return _to_a_tensor(x, exponent)
@@ -155,7 +123,7 @@ def _pow(x: Any, exponent: Any) -> Jet:
     return apply(partial(power, exponent=exponent), x)
 
 
-@rule(*every("float_power"))
+@rule("float_power", kind="pointwise")
 def _float_power(x: Any, exponent: Any) -> Jet:
     return _pow(x.typed(torch.float64), exponent)
 
@@ -170,20 +138,32 @@ def _to_a_tensor(x: Jet, exponent: Tensor) -> Jet:
         raise NoRule
     x = x.typed(result_type(x, exponent))
     shape = torch.broadcast_shapes(x.shape, exponent.shape)
-    stack = aligned(x.stack, len(shape)).expand(-1, *shape)
+    stack = align(x.stack, len(shape)).expand(-1, *shape)
     return apply(partial(powers, exponents=exponent), x.like(stack))
 
 
-@rule(*every("addcmul"), several=True)
+@rule("addcmul", several=True, kind="composite")
 def _addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
     product = multiply(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a * b
     return add(x, product, alpha=value)
 
 
-def swapped(function: Function) -> Function:
-    """A rule for the operator that is called with its arguments in the other order."""
-    return wraps(function)(lambda a, b, **named: function(b, a, **named))
+@rule("baddbmm addmm", several=True, kind="composite")
+def _added(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
+    if not isinstance(a, Jet) and not isinstance(b, Jet):
+        raise NoRule
+    found = multiply(of_matrices(a, b), alpha)
+    if beta == 0:
+        return found
+    # Under autocast x may be in a wider type.
+    return add(found, x, alpha=beta).typed(found.dtype)
 
 
-rule(*every("__rsub__", "rsub"), several=True)(swapped(_sub))
-rule(*every("__rdiv__", "__rtruediv__"), several=True)(swapped(_div))
+@rule("__rsub__ rsub", several=True, kind="linear")
+def _rsub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
+    return _sub(b, a, alpha=alpha)
+
+
+@rule("__rdiv__ __rtruediv__", several=True, kind="stack")
+def _rdiv(a: Any, b: Any) -> Jet:
+    return _div(b, a)

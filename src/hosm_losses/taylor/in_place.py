@@ -2,24 +2,20 @@ r"""Rules for what changes a tensor in place: the function that is not in place,
 
 PyTorch names a method that changes its object by a last underscore. Where the method without it
 has a rule, that is used. Where it has none, or there is no such method, a copy is changed in
-PyTorch's own words and differentiated by torch.func.jvp; see `hosm_losses.taylor.jet`.
+PyTorch's own words and differentiated by torch.func.jvp; see `hosm_losses.taylor.tensor`.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor.along import aligned, lengthened
-from hosm_losses.taylor.arguments import jet_among
-from hosm_losses.taylor.derived import differentiated
 from hosm_losses.taylor.errors import TaylorError
-from hosm_losses.taylor.forward_mode import WRONG, wrong_in_forward_mode
-from hosm_losses.taylor.jet import Jet, call, written
-from hosm_losses.taylor.selection import picked, picks
-from hosm_losses.taylor.table import RULES, Function, rule
+from hosm_losses.taylor.linear import picked, picks
+from hosm_losses.taylor.registry import HOMES, RULES, Function, every, rule
+from hosm_losses.taylor.stacks import align, extend
+from hosm_losses.taylor.tensor import Jet, call, differentiate, jet_among, written
+from hosm_losses.taylor.unknown import WRONG, wrong_in_forward_mode
 
 # What changes more than the values of its object.
 REFUSED = """
@@ -29,24 +25,28 @@ REFUSED = """
 OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
 
 
-def _register(change: Function, plain: Function | None) -> None:
-    """Register the rule for a method in place, of which `plain` is the one that is not."""
-
-    @rule(change, several=True)
-    def changed(x: Any, *args: Any, **named: Any) -> Tensor:
-        start = _started(x, *args, *named.values())
-        # Of another type, what the copy says decides.
-        if plain is None or start.dtype != x.dtype:
-            return _by_a_copy(change, x, *args, **named)
-        return written(x, call(plain, (start, *args), named))
+def _changed(change: Function, plain: Function | None, x: Any, *args: Any, **named: Any) -> Tensor:
+    """Change x by a method in place; `plain` is the function with a rule that is not in place."""
+    start = _started(x, *args, *named.values())
+    # Of another type, what the copy says decides.
+    if plain is None or start.dtype != x.dtype:
+        return _by_a_copy(change, x, *args, **named)
+    return written(x, call(plain, (start, *args), named))
 
 
 def _by_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Tensor:
     """Change x as PyTorch changes a copy of it."""
+
+    def changed(x: Tensor, *args: Any, **named: Any) -> Tensor:
+        copy = x.clone()
+        change(copy, *args, **named)
+        return copy
+
     if wrong_in_forward_mode(change, args, named):
         raise TaylorError(f"{change.__name__}: {WRONG}")
+    changed.__name__ = change.__name__
     start = _started(x, *args, *named.values())
-    return written(x, differentiated(_on_a_copy(change), (start, *args), named))
+    return written(x, differentiate(changed, (start, *args), named))
 
 
 def _started(x: Tensor, *others: Any) -> Jet:
@@ -54,46 +54,24 @@ def _started(x: Tensor, *others: Any) -> Jet:
     return x if isinstance(x, Jet) else jet_among(others).constant(x)
 
 
-def _on_a_copy(change: Function) -> Callable[..., Tensor]:
-    """The method, on a copy of its object that is returned."""
-
-    def changed(x: Tensor, *args: Any, **named: Any) -> Tensor:
-        copy = x.clone()
-        change(copy, *args, **named)
-        return copy
-
-    changed.__name__ = change.__name__
-    return changed
+@rule(REFUSED, several=True, told=True)
+def _refused(change: Function, *_args: Any, **_named: Any) -> Any:
+    raise TaylorError(f"{change.__name__}: changes more in place than the values of a tensor.")
 
 
-def _refused(change: Function) -> Callable[..., Any]:
-    def refused(*_args: Any, **_named: Any) -> Any:
-        raise TaylorError(f"{change.__name__}: changes more in place than the values of a tensor.")
-
-    return refused
-
-
-def _homes(name: str) -> list[Function]:
-    found = [getattr(home, name, None) for home in (Tensor, torch, F)]
-    return [each for each in found if callable(each)]
-
-
-_names = {
+_METHODS = {
     name: name.removesuffix("_")
-    for home in (Tensor, torch, F)
+    for home in HOMES
     for name in dir(home)
-    if name.endswith("_") and not name.startswith("_")
+    if name.endswith("_") and not name.startswith("_") and name not in REFUSED.split()
 } | {f"__i{name}__": f"__{name}__" for name in OPERATORS.split()}
-for _name, _plain in _names.items():
-    _with_rule = next((each for each in _homes(_plain) if each in RULES), None)
-    for _change in _homes(_name):
-        if _name in REFUSED.split():
-            rule(_change, several=True)(_refused(_change))
-        else:
-            _register(_change, _with_rule)
+for _name, _plain in _METHODS.items():
+    _with_rule = next((each for each in every(_plain) if each in RULES), None)
+    for _change in every(_name):
+        rule(_change, several=True)(partial(_changed, _change, _with_rule))
 
 
-@rule(*_homes("requires_grad_"), *_homes("retain_grad"))
+@rule("requires_grad_ retain_grad")
 def _requires_grad(x: Jet, requires_grad: bool = True) -> Jet:
     """Nothing to do, for what depends on x requires a gradient."""
     if not requires_grad:
@@ -104,7 +82,7 @@ def _requires_grad(x: Jet, requires_grad: bool = True) -> Jet:
 @rule(Tensor.copy_, several=True)
 def _copy(x: Any, source: Any, non_blocking: bool = False) -> Tensor:  # noqa: ARG001
     if isinstance(source, Jet):
-        stack = aligned(source.stack, x.ndim)
+        stack = align(source.stack, x.ndim)
         return written(x, source.like(stack.expand(len(stack), *x.shape)))
     return written(x, source.to(x.device).expand(x.shape))
 
@@ -123,8 +101,8 @@ def _set_item(x: Any, index: Any, value: Any) -> None:
     several = (slice(None), *parts)
     if isinstance(value, Jet):
         count = max(len(start.stack), len(value.stack))
-        whole = lengthened(start.stack, count).clone()
-        whole[several] = aligned(lengthened(value.stack, count), ndim).to(whole.dtype)
+        whole = extend(start.stack, count).clone()
+        whole[several] = align(extend(value.stack, count), ndim).to(whole.dtype)
     else:
         whole = start.stack.clone()
         whole[0][parts] = value

@@ -1,12 +1,11 @@
-r"""Rules for lengths of vectors, and for what is made of them: distances, angles and spreads.
+r"""Lengths of vectors, and what is made of them: distances, angles and spreads.
 
 PyTorch's own formulas in forward mode cannot be differentiated again where they fill in a zero.
 
 At zero a length has no derivative; as in PyTorch it is taken to be constant there.
 """
 
-from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -14,37 +13,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor.along import aligned, at_least_float32
-from hosm_losses.taylor.arithmetic import add, multiply
+from hosm_losses.taylor.composites import composite
 from hosm_losses.taylor.errors import NoRule
-from hosm_losses.taylor.jet import Jet
-from hosm_losses.taylor.pointwise import absolute, apply, power
-from hosm_losses.taylor.selection import masked_fill
-from hosm_losses.taylor.table import axes, every, rule
+from hosm_losses.taylor.registry import axes
 
 
-def _wide(x: Jet) -> Jet:
-    return x.like(at_least_float32(x.stack))
+def _wide(ops: Any, x: Any) -> Any:
+    return ops.to(x, torch.promote_types(x.dtype, torch.float32))
 
 
-def _sum_of_powers(x: Jet, p: float, dim: Any, keepdim: bool) -> Jet:
-    """Σ |x|^p."""
-    if p == 2:
-        powers = multiply(x, x)
-    else:
-        powers = apply(absolute, x)
-        powers = powers if p == 1 else apply(partial(power, exponent=p), powers)
-    return x.like(powers.stack.sum(axes(dim, x.ndim), keepdim))
-
-
-def _root(powers: Jet, p: float = 2) -> Jet:
-    """The p-th root of what is zero or more, constant at zero."""
-    zero = powers.stack[0] == 0
-    root = apply(partial(power, exponent=1 / p), masked_fill(powers, zero, 1.0))
-    return masked_fill(root, zero, 0.0)
-
-
-def _over_largest(x: Jet, dim: Any) -> tuple[Jet, Tensor]:
+def _over_largest(ops: Any, x: Any, dim: Any) -> tuple[Any, Tensor]:
     """x in float32 at least over the largest element of each row, and that.
 
     A length is homogeneous, so the divisor counts as constant. Without it the powers that are in
@@ -52,162 +30,146 @@ def _over_largest(x: Jet, dim: Any) -> tuple[Jet, Tensor]:
     """
     if x.ndim == 0:
         raise NoRule
-    wide = _wide(x)
-    largest = wide.stack[0].detach().abs().amax(axes(dim, x.ndim), keepdim=True)
+    wide = _wide(ops, x)
+    largest = ops.value(wide).abs().amax(axes(dim, x.ndim), keepdim=True)
     largest = largest.where((largest > 0) & largest.isfinite(), 1.0)
-    return wide.like(wide.stack / largest), largest
+    return ops.div(wide, largest), largest
 
 
-def _length(x: Jet, p: float, dim: Any, keepdim: bool) -> Jet:
+def _sum_of_powers(ops: Any, x: Any, p: float, dim: Any, keepdim: bool) -> Any:
+    """Σ |x|^p."""
+    powers = x if p == 2 else ops.abs(x)
+    powers = powers if p == 1 else ops.pow(powers, p)
+    return ops.sum(powers, axes(dim, x.ndim), keepdim)
+
+
+def _root(ops: Any, powers: Any, p: float) -> Any:
+    """The p-th root of what is zero or more, constant at zero."""
+    zero = ops.value(powers) == 0
+    root = ops.pow(ops.masked_fill(powers, zero, 1.0), 1 / p)
+    return ops.masked_fill(root, zero, 0.0)
+
+
+def _length(ops: Any, x: Any, p: float, dim: Any, keepdim: bool) -> Any:
     """(Σ |x|^p)^(1/p)."""
-    over, largest = _over_largest(x, dim)
-    powers = _sum_of_powers(over, p, dim, keepdim)
-    root = powers if p == 1 else _root(powers, p)
-    largest = largest if keepdim else largest.squeeze(axes(dim, x.ndim))
-    return root.like(root.stack * largest)
+    over, largest = _over_largest(ops, x, dim)
+    powers = _sum_of_powers(ops, over, p, dim, keepdim)
+    root = powers if p == 1 else _root(ops, powers, p)
+    return ops.mul(root, largest if keepdim else largest.squeeze(axes(dim, x.ndim)))
 
 
-@rule(F.normalize)
-def _normalize(x: Any, p: Any = 2.0, dim: Any = 1, eps: float = 1e-12) -> Jet:
+@composite(F.normalize, several=False)
+def _normalize(ops: Any, x: Any, p: Any = 2.0, dim: Any = 1, eps: float = 1e-12) -> Any:
     if not isinstance(p, float | int) or not 1 <= p < float("inf"):
         raise NoRule
-    over, largest = _over_largest(x, dim)
-    length = _root(_sum_of_powers(over, p, dim, keepdim=True), p)
+    over, largest = _over_largest(ops, x, dim)
+    length = _root(ops, _sum_of_powers(ops, over, p, dim, True), p)
     # A length below eps counts as eps, which does not depend on x.
-    short = length.stack[0] * largest <= eps
-    inverse = apply(partial(power, exponent=-1), masked_fill(length, short, 1.0))
-    factor = torch.where(short, largest / eps, 1.0)
-    return multiply(over, inverse.like(inverse.stack * factor)).typed(x.dtype)
+    short = ops.value(length) * largest <= eps
+    factor = ops.div(torch.where(short, largest / eps, 1.0), ops.masked_fill(length, short, 1.0))
+    return ops.to(ops.mul(over, factor), x.dtype)
 
 
-@rule(torch.linalg.vector_norm)
-def _vector_norm(
-    x: Any,
-    ord: Any = 2,  # noqa: A002
-    dim: Any = None,
-    keepdim: bool = False,
-    *,
-    dtype: Any = None,
-) -> Jet:
-    if not isinstance(ord, float | int) or not 1 <= ord < float("inf"):
+def _norm(
+    ops: Any, x: Any, p: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    """The length of vectors: PyTorch has rules of its own for other norms of matrices."""
+    if p == "fro" and (dim is None or isinstance(dim, int) or len(dim) <= 2):
+        p = 2
+    if not isinstance(p, float | int) or not 1 <= p < float("inf"):
         raise NoRule
     if dtype is not None and not dtype.is_floating_point:
         raise NoRule
-    x = x if dtype is None else x.typed(dtype)
-    return _length(x, ord, dim, keepdim).typed(x.dtype)
+    x = x if dtype is None else ops.to(x, dtype)
+    return ops.to(_length(ops, x, p, dim, keepdim), x.dtype)
 
 
-@rule(Tensor.norm, torch.norm)
+@composite("norm", several=False)
+def _norm_of_torch(ops: Any, x: Any, p: Any = "fro", *rest: Any, **named: Any) -> Any:
+    return _norm(ops, x, p, *rest, **named)
+
+
+@composite(torch.linalg.vector_norm, several=False)
+def _vector_norm(ops: Any, x: Any, ord: Any = 2, *rest: Any, **named: Any) -> Any:  # noqa: A002
+    return _norm(ops, x, None if ord == "fro" else ord, *rest, **named)
+
+
+@composite(torch.linalg.norm, several=False)
 def _vector_or_matrix_norm(
-    x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, *, dtype: Any = None
-) -> Jet:
-    # For a matrix norm, and "fro" of more than two axes, PyTorch has rules of its own.
-    several = isinstance(dim, tuple | list) and len(dim) > 2
-    return _vector_norm(x, 2 if p == "fro" and not several else p, dim, keepdim, dtype=dtype)
-
-
-@rule(torch.linalg.norm)
-def _norm(
+    ops: Any,
     x: Any,
     ord: Any = None,  # noqa: A002
     dim: Any = None,
-    keepdim: bool = False,
-    *,
-    dtype: Any = None,
-) -> Jet:
+    *rest: Any,
+    **named: Any,
+) -> Any:
     count = x.ndim if dim is None else 1 if isinstance(dim, int) else len(dim)
-    if ord is not None and count != 1:
-        if count != 2:
-            raise NoRule
-        return _matrix_norm(x, ord, (-2, -1) if dim is None else dim, keepdim, dtype=dtype)
-    return _vector_norm(x, 2 if ord is None else ord, dim, keepdim, dtype=dtype)
+    if ord is None or count == 1:
+        return _vector_norm(ops, x, 2 if ord is None else ord, dim, *rest, **named)
+    return _matrix_norm(ops, x, ord, tuple(range(x.ndim)) if dim is None else dim, *rest, **named)
 
 
-@rule(torch.linalg.matrix_norm)
+@composite(torch.linalg.matrix_norm, several=False)
 def _matrix_norm(
+    ops: Any,
     x: Any,
     ord: Any = "fro",  # noqa: A002
     dim: Any = (-2, -1),
-    keepdim: bool = False,
-    *,
-    dtype: Any = None,
-) -> Jet:
+    *rest: Any,
+    **named: Any,
+) -> Any:
     if ord != "fro" or not isinstance(dim, tuple | list) or len(dim) != 2:
         raise NoRule
-    return _vector_norm(x, 2, dim, keepdim, dtype=dtype)
+    return _norm(ops, x, 2, dim, *rest, **named)
 
 
-@rule(F.cosine_similarity, several=True)
-def _cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Jet:
+@composite(F.cosine_similarity)
+def _cosine_similarity(ops: Any, x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
     shape = torch.broadcast_shapes(x1.shape, x2.shape)
-    units = [
-        _normalize(x.like(aligned(x.stack, len(shape)).expand(-1, *shape)), 2, dim, eps)
-        if isinstance(x, Jet)
-        else F.normalize(x.expand(shape), 2, dim, eps)
-        for x in (x1, x2)
-    ]
-    product = multiply(*units)
-    return product.like(product.stack.sum(axes(dim, product.ndim)))
+    units = [_normalize(ops, ops.expand(x, shape), 2, dim, eps) for x in (x1, x2)]
+    return ops.sum(ops.mul(*units), dim)
 
 
-@rule(F.pairwise_distance, several=True)
+@composite(F.pairwise_distance)
 def _pairwise_distance(
-    x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
-) -> Jet:
-    return _vector_norm(add(add(x1, x2, alpha=-1), eps), p, -1, keepdim)
+    ops: Any, x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
+) -> Any:
+    return _norm(ops, ops.add(ops.sub(x1, x2), eps), p, -1, keepdim)
 
 
-@rule(torch.dist, Tensor.dist, several=True)
-def _dist(x: Any, other: Any, p: float = 2) -> Jet:
-    return _vector_norm(add(x, other, alpha=-1), p)
+@composite("dist")
+def _dist(ops: Any, x: Any, other: Any, p: float = 2) -> Any:
+    return _norm(ops, ops.sub(x, other), p)
 
 
-def _dims(dim: Any) -> Any:
-    """The dimensions of a spread: a flag in their place is `unbiased`."""
-    return None if isinstance(dim, bool) else dim
-
-
-def _centred(x: Any, dim: Any, unbiased: Any, correction: Any) -> tuple[Jet, float]:
-    """x less its mean, in float32 at least, and by what its sum of squares is divided."""
-    if isinstance(dim, bool):
-        unbiased = dim
+def _spread(
+    root: bool,
+    with_mean: bool,
+    ops: Any,
+    x: Any,
+    dim: Any = None,
+    unbiased: Any = None,
+    keepdim: bool = False,
+    *,
+    correction: Any = None,
+) -> Any:
+    """The variance over some axes, or its root, with the mean if asked for."""
+    if isinstance(dim, bool):  # `unbiased` in its place
+        dim, unbiased = None, dim
     if correction is None:
         correction = 1 if unbiased is None else int(unbiased)
-    wide, dims = _wide(x), axes(_dims(dim), x.ndim)
-    count = prod([x.shape[each] for each in dims])
-    if count <= correction:  # of which PyTorch says what it thinks of that
+    wide, dims = _wide(ops, x), axes(dim, x.ndim)
+    count = prod([x.shape[each] for each in dims]) - correction
+    if count <= 0:  # of which PyTorch says what it thinks of that
         raise NoRule
-    return x.like(wide.stack - wide.stack.mean(dims, keepdim=True)), count - correction
+    centred = ops.sub(wide, ops.mean(wide, dims, True))
+    if root:
+        found = ops.div(_length(ops, centred, 2, dims, keepdim), count**0.5)
+    else:
+        found = ops.div(_sum_of_powers(ops, centred, 2, dims, keepdim), count)
+    found = ops.to(found, x.dtype)
+    return (found, ops.mean(x, dims, keepdim)) if with_mean else found
 
 
-@rule(*every("var"))
-def _var(
-    x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
-) -> Jet:
-    centred, count = _centred(x, dim, unbiased, correction)
-    squares = _sum_of_powers(centred, 2, _dims(dim), keepdim)
-    return x.like(squares.stack / count).typed(x.dtype)
-
-
-@rule(*every("std"))
-def _std(
-    x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
-) -> Jet:
-    centred, count = _centred(x, dim, unbiased, correction)
-    length = _length(centred, 2, _dims(dim), keepdim)
-    return x.like(length.stack / count**0.5).typed(x.dtype)
-
-
-def _with_mean(spread: Callable[..., Jet]) -> Callable[..., tuple[Jet, Jet]]:
-    @wraps(spread)
-    def both(
-        x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, **named: Any
-    ) -> tuple[Jet, Jet]:
-        mean = x.stack.mean(axes(_dims(dim), x.ndim), keepdim)
-        return spread(x, dim, unbiased, keepdim, **named), x.like(mean)
-
-    return both
-
-
-rule(torch.var_mean)(_with_mean(_var))
-rule(torch.std_mean)(_with_mean(_std))
+for _names in ("var", "std", "var_mean", "std_mean"):
+    composite(_names, several=False)(partial(_spread, "std" in _names, "mean" in _names))

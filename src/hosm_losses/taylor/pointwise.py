@@ -7,6 +7,12 @@ A new activation is a generator of a and its first three derivatives at x, regis
 name by which networks call it; see `_tanh`. Gradients follow from the same four numbers, and only
 the stack is kept for them. Where PyTorch has operators for a and a'(x) x_l, the activation can
 name them; see `_silu`.
+
+Formula of softplus and mish, with s = 1/(1 + e⁻ˣ) and c = 1 − s:
+    softplus   log(1 + eᵝˣ)/β, whose first derivative is s(βx)
+    mish       x T, where T = tanh(log(1 + eˣ)) = s (1 + c)/(1 + c²)
+               T' = s U, where U = 1 − T² = (2c/(1 + c²))²
+    Neither T nor U is a difference of numbers that are nearly equal.
 """
 
 import math
@@ -19,11 +25,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor.along import Pairs, at_least_float32
 from hosm_losses.taylor.errors import NoRule
-from hosm_losses.taylor.jet import Jet, components, gathered, halves
 from hosm_losses.taylor.recompute import Needed, recomputed
-from hosm_losses.taylor.table import Function, every, rule
+from hosm_losses.taylor.registry import Function, rule
+from hosm_losses.taylor.stacks import Pairs, at_least_float32, collect, components, sides
+from hosm_losses.taylor.tensor import Jet
 
 Series = Callable[[Tensor], Iterator[Tensor]]
 
@@ -69,8 +75,8 @@ def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tenso
     value, slope = islice(numbers, 2)
     parts = [value, tangents * slope]
     if pairs != "none":
-        left, right = halves(tangents, pairs)
-        bent = gathered(left * right, pairs) * next(numbers)
+        left, right = sides(tangents, pairs)
+        bent = collect(left * right, pairs) * next(numbers)
         parts.append(torch.addcmul(bent, seconds, slope) if len(seconds) else bent)
     return torch.cat(parts).to(dtype)
 
@@ -103,9 +109,9 @@ def _pull_back(
     gradient = cotangent[: len(stack)] * slope
     gradient[0].addcmul_(bend, _over(stack[1:], cotangent[1 : len(stack)]))
     if pairs != "none":
-        left, right = halves(stack[1 : 1 + firsts], pairs)
+        left, right = sides(stack[1 : 1 + firsts], pairs)
         bent = cotangent[1 + firsts :]
-        gradient[0].addcmul_(next(numbers), _over(bent, gathered(left * right, pairs)))
+        gradient[0].addcmul_(next(numbers), _over(bent, collect(left * right, pairs)))
         bent = bent * bend
         gradient[1 : 1 + len(left)].addcmul_(bent, right)
         if pairs == "last":
@@ -140,7 +146,7 @@ def _given(
 
 
 def pointwise(
-    *functions: Callable[..., Any], operators: Operators | None = None
+    *names: str | Function, operators: Operators | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the generator of a function and its derivatives, with that function's arguments.
 
@@ -148,7 +154,7 @@ def pointwise(
     """
 
     def register(series: Callable[..., Any]) -> Callable[..., Any]:
-        @rule(*functions)
+        @rule(*names, kind="pointwise")
         @wraps(series)
         def evaluated(x: Jet, *args: Any, **named: Any) -> Jet:
             if not args and not named:
@@ -162,7 +168,7 @@ def pointwise(
     return register
 
 
-@pointwise(*every("silu"), operators=Operators(F.silu, torch.ops.aten.silu_backward.default))
+@pointwise("silu", operators=Operators(F.silu, torch.ops.aten.silu_backward.default))
 def _silu(x: Tensor) -> Iterator[Tensor]:
     s = torch.sigmoid(x)
     q = torch.addcmul(s, s, s, value=-1)
@@ -172,7 +178,7 @@ def _silu(x: Tensor) -> Iterator[Tensor]:
     yield torch.addcmul(3 * bent, x, torch.addcmul(q, q, q, value=-6))
 
 
-@pointwise(*every("sigmoid"))
+@pointwise("sigmoid")
 def sigmoid(x: Tensor) -> Iterator[Tensor]:
     """The logistic function, and its derivatives."""
     s = torch.sigmoid(x)
@@ -183,7 +189,7 @@ def sigmoid(x: Tensor) -> Iterator[Tensor]:
     yield q * (1 - 6 * q)
 
 
-@pointwise(*every("tanh"))
+@pointwise("tanh")
 def _tanh(x: Tensor) -> Iterator[Tensor]:
     value = torch.tanh(x)
     yield value
@@ -197,7 +203,7 @@ def _slope_of_gelu(along: Tensor, x: Tensor, approximate: str = "none") -> Tenso
     return torch.ops.aten.gelu_backward.default(along, x, approximate=approximate)
 
 
-@pointwise(*every("gelu"), operators=Operators(F.gelu, _slope_of_gelu))
+@pointwise("gelu", operators=Operators(F.gelu, _slope_of_gelu))
 def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
     # x S(x), of a share S between 0 and 1.
     square = x * x
@@ -236,42 +242,42 @@ def straight(value: Tensor, slope: Tensor) -> Iterator[Tensor]:
     yield torch.zeros_like(value)
 
 
-@pointwise(*every("relu"))
+@pointwise("relu")
 def _relu(x: Tensor) -> Iterator[Tensor]:
     return straight(torch.relu(x), (x > 0).to(x.dtype))
 
 
-@pointwise(*every("leaky_relu"))
+@pointwise("leaky_relu")
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
     slope = torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
     return straight(x * slope, slope)
 
 
-@pointwise(*every("hardsigmoid"))
+@pointwise("hardsigmoid")
 def _hardsigmoid(x: Tensor) -> Iterator[Tensor]:
     """PyTorch's has no second derivative, not even the one of zero."""
     inside = (x > -3) & (x < 3)
     return straight(F.relu6(x + 3) / 6, inside.to(x.dtype) / 6)
 
 
-@pointwise(*every("abs", "__abs__", "absolute"))
+@pointwise("abs", "__abs__", "absolute")
 def absolute(x: Tensor) -> Iterator[Tensor]:
     """|x|, and its derivatives, which are zero at zero."""
     return straight(torch.abs(x), torch.sign(x))
 
 
-@pointwise(*every("exp"))
+@pointwise("exp")
 def _exp(x: Tensor) -> Iterator[Tensor]:
     return repeat(torch.exp(x), 4)
 
 
-@pointwise(*every("sin"))
+@pointwise("sin")
 def _sin(x: Tensor) -> Iterator[Tensor]:
     sin, cos = torch.sin(x), torch.cos(x)
     yield from (sin, cos, -sin, -cos)
 
 
-@pointwise(*every("cos"))
+@pointwise("cos")
 def _cos(x: Tensor) -> Iterator[Tensor]:
     sin, cos = torch.sin(x), torch.cos(x)
     yield from (cos, -sin, -cos, sin)
@@ -302,10 +308,63 @@ def powers(x: Tensor, exponents: Tensor) -> Iterator[Tensor]:
         factor = factor * (exponents - order)
 
 
-@pointwise(*every("log"))
+@pointwise("log")
 def _log(x: Tensor) -> Iterator[Tensor]:
     yield torch.log(x)
     yield from power(x, -1)
+
+
+def _slope_of_softplus(along: Tensor, x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    # Either may be a tensor of one number.
+    return torch.ops.aten.softplus_backward.default(along, x, float(beta), float(threshold))
+
+
+@pointwise("softplus", operators=Operators(F.softplus, _slope_of_softplus))
+def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Iterator[Tensor]:
+    scaled = beta * x
+    s = torch.sigmoid(scaled)
+    straight_on = scaled > threshold  # where PyTorch takes x itself
+    yield s.masked_fill(straight_on, 1.0)
+    q = (beta * s * torch.sigmoid(-scaled)).masked_fill(straight_on, 0.0)
+    yield q
+    yield beta * q * (1 - 2 * s)
+
+
+@pointwise("mish")
+def _mish(x: Tensor) -> Iterator[Tensor]:
+    s, c = torch.sigmoid(x), torch.sigmoid(-x)
+    below = 1 + c * c
+    share = s * (1 + c) / below  # T
+    yield x * share
+    u = (2 * c / below).square()
+    t1 = s * u
+    yield torch.addcmul(share, x, t1)
+    bent = torch.addcmul(c, share, s, value=-2)
+    t2 = t1 * bent
+    yield torch.addcmul(2 * t1, x, t2)
+    t3 = t2 * bent - t1 * s * (c * (1 + 2 * share) + 2 * u * s)
+    yield torch.addcmul(3 * t2, x, t3)
+
+
+@pointwise("clamp", "clip")
+def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Iterator[Tensor]:  # noqa: A002
+    inside = torch.ones_like(x, dtype=torch.bool)
+    for bound, holds in ((min, torch.ge), (max, torch.le)):
+        if isinstance(bound, Tensor):
+            raise NoRule
+        if bound is not None:
+            inside = inside & holds(x, bound)
+    return straight(torch.clamp(x, min, max), inside.to(x.dtype))
+
+
+@pointwise("clamp_min")
+def _clamp_min(x: Tensor, min: Any) -> Iterator[Tensor]:  # noqa: A002
+    return _clamp(x, min)
+
+
+@pointwise("clamp_max")
+def _clamp_max(x: Tensor, max: Any) -> Iterator[Tensor]:  # noqa: A002
+    return _clamp(x, None, max)
 
 
 def _to_the(exponent: float) -> Callable[[Tensor], Iterator[Tensor]]:
@@ -313,4 +372,4 @@ def _to_the(exponent: float) -> Callable[[Tensor], Iterator[Tensor]]:
 
 
 for _name, _exponent in {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1}.items():
-    pointwise(*every(_name))(_to_the(_exponent))
+    pointwise(_name)(_to_the(_exponent))

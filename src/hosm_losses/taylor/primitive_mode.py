@@ -27,7 +27,7 @@ from hosm_losses.taylor._torch import (
 )
 from hosm_losses.taylor.errors import DerivativeError
 from hosm_losses.taylor.hooks import looking
-from hosm_losses.taylor.primitives import AT_FIRST, OF_ONE, PRIMITIVES
+from hosm_losses.taylor.registry import AT_FIRST, OF_ONE, PRIMITIVES
 
 CHECKPOINT_ADVICE = (
     "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order two "

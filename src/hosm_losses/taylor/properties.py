@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from hosm_losses.taylor.aliases import share
-from hosm_losses.taylor.arguments import like_samples
 from hosm_losses.taylor.errors import NoRule, TaylorError
 from hosm_losses.taylor.hooks import looking
-from hosm_losses.taylor.jet import Jet, on_values
-from hosm_losses.taylor.table import CONSTANT, Function, every, rule, rule_of_each
+from hosm_losses.taylor.linear import of_samples
+from hosm_losses.taylor.registry import CONSTANT, Function, every, rule
+from hosm_losses.taylor.tensor import Jet, on_values
 
 _PROPERTIES = """
     size dim ndimension numel nelement stride __len__ element_size is_contiguous is_floating_point
@@ -37,7 +37,7 @@ _CASTS = """
     to type type_as float double half bfloat16 int long short char byte bool cfloat cdouble chalf
     cpu cuda
 """
-CONSTANT.update(dict.fromkeys(every(*(_PROPERTIES + _WITHOUT_SLOPE).split()), True))
+CONSTANT.update(dict.fromkeys(every(_PROPERTIES + _WITHOUT_SLOPE), True))
 CONSTANT.update(dict.fromkeys(every("detach"), "shares"))
 CONSTANT[Tensor.data.__get__] = "data"  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -66,12 +66,12 @@ def _register_hook(x: Jet, hook: Callable[[Tensor], Any]) -> RemovableHandle:
     return x.stack.register_hook(lambda cotangent: looked(cotangent[0]))
 
 
-@rule(*every("as_strided", "as_strided_copy", "as_strided_scatter"), several=True)
+@rule("as_strided as_strided_copy as_strided_scatter", several=True)
 def _strided(*_args: Any, **_named: Any) -> Any:
     raise TaylorError("as_strided: its result depends on where the elements of a tensor lie.")
 
 
-@rule_of_each(*every(*_CASTS.split()), several=True)
+@rule(_CASTS, several=True, told=True)
 def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
     if not isinstance(x, Jet):  # a plain tensor in the type of a Jet
         return on_values(function, (x, *args), named)
@@ -84,7 +84,8 @@ def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
         return x.of(found) if isinstance(found, Tensor) else found
     if x.ndim == 0:
         raise NoRule
-    return share(x, like_samples(lambda samples: function(samples, *args, **named), x))
+    stack = of_samples(x.stack, lambda samples: function(samples, *args, **named))
+    return share(x, x.like(stack))
 
 
 @rule(torch.as_tensor, torch.asarray)

@@ -29,20 +29,26 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor.along import Pairs, add_products, at_least_float32
 from hosm_losses.taylor.errors import NoRule
-from hosm_losses.taylor.jet import Jet, components, gathered, halves
 from hosm_losses.taylor.recompute import Needed, from_result
-from hosm_losses.taylor.table import Function, axis, rule
+from hosm_losses.taylor.registry import Function, axis, rule
+from hosm_losses.taylor.stacks import (
+    Pairs,
+    add_products,
+    at_least_float32,
+    collect,
+    components,
+    sides,
+)
+from hosm_losses.taylor.tensor import Jet
 
 # Elements: of a value that is taken in blocks, at least, and of a block for each thread.
 LARGE, BLOCK = 2**21, 2**17
 
 
-@rule(torch.softmax, Tensor.softmax, F.softmax)
+@rule("softmax", kind="stack")
 def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3) -> Jet:
     """exp(x) over its sum along an axis, of x in another type if one is given."""
     if dtype is not None and not dtype.is_floating_point:
@@ -90,8 +96,8 @@ def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
     u = about_mean(tangents)
     parts = [weights, weights * u]
     if pairs != "none":
-        left, right = halves(u, pairs)
-        bent = gathered(left * right, pairs)
+        left, right = sides(u, pairs)
+        bent = collect(left * right, pairs)
         parts.append(weights * about_mean(bent + seconds if len(seconds) else bent))
     return torch.cat(parts).to(stack.dtype)
 
@@ -116,7 +122,7 @@ def _pull_back(
     add_products(of_value, tangents, b)
     if pairs != "none":
         add_products(of_value, seconds, d)
-        bent = _on_sides(d, *halves(tangents, pairs), pairs)
+        bent = _on_sides(d, *sides(tangents, pairs), pairs)
         found[1 : 1 + firsts].add_(bent)
         bent = bent.sum(dim, keepdim=True)
         add_products(of_value, tangents, bent, -1)

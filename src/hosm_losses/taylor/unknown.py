@@ -1,54 +1,55 @@
-r"""Derivatives along directions by nested torch.func.jvp, for functions without a rule.
+r"""Derivatives of functions without a rule, by nested torch.func.jvp.
 
-With the words for second derivatives, and sums of stacks, that rules use too.
+Those of a few operators PyTorch does not differentiate rightly again: they are refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor._torch import forward_mode, pytree
+from hosm_losses.taylor._torch import forward_mode, of_a_package, operators, pytree
+from hosm_losses.taylor.stacks import Pairs, extend
 
-# Which products of two first derivatives have a second one: none; that of each direction with
-# itself; the sum of those; that of each of the first half with its fellow in the second half; that
-# of each but the last with the last.
-Pairs = Literal["none", "squares", "sum", "halves", "last"]
 Tensors = tuple[Tensor, ...]
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32 where its type is shorter, else as it is."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+def _every(names: str) -> set[Any]:
+    """The functions and methods of PyTorch with these names, and the operators below them."""
+    homes = (torch, torch.Tensor, torch.linalg, F)
+    found = [getattr(home, name, None) for home in homes for name in names.split()]
+    below = [each for name in names.split() for each in operators(name)]
+    return {each for each in (*found, *below) if each is not None}
 
 
-def lengthened(stack: Tensor, count: int) -> Tensor:
-    """A stack of `count` components, of which those added are derivatives of zero."""
-    missing = count - stack.shape[0]
-    return torch.cat([stack, stack.new_zeros(missing, *stack.shape[1:])]) if missing else stack
+# What PyTorch derives in forward mode by a formula that it does not differentiate rightly:
+# cumprod where a factor is zero, and those of the second row where it derives them twice.
+_FORWARD = _every(
+    "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_ "
+    "cholesky_inverse linear_cross_entropy "
+    "eigh eigvalsh copysign copysign_ renorm renorm_ cosine_embedding_loss triplet_margin_loss"
+)
+# And these where they multiply.
+_PRODUCTS = _every("scatter_reduce index_reduce scatter_reduce_ index_reduce_")
+WRONG = (
+    "PyTorch's derivative of it in forward mode is not differentiated rightly. Write it with "
+    "other operators, or leave derivative at 'auto', which takes the engine 'reverse'."
+)
 
 
-def summed(stack: Tensor) -> Tensor:
-    """The sum of all components, as a stack of one."""
-    return stack if len(stack) == 1 else stack.sum(0, keepdim=True)
+def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[str, Any]) -> bool:
+    """Whether PyTorch gets a function's forward derivative, or the gradient of it, wrong.
 
-
-def add_products(total: Tensor, left: Tensor, right: Tensor, value: float = 1.0) -> None:
-    """Add the products of two stacks to a third in place, all of them to a stack of one.
-
-    For several components of the left there may be one of the right, and in a stack of several one
-    of either.
+    Of a package's own operator, as `torch.library.custom_op` makes it, it takes it for zero.
     """
-    if len(total) > 1 or len(left) == len(right) == 1:
-        total.addcmul_(left, right, value=value)
-    elif len(right) == 1:
-        total.addcmul_(summed(left), right, value=value)
-    else:
-        whole = total[0]
-        for one, other in zip(left.unbind(), right.unbind(), strict=True):
-            whole.addcmul_(one, other, value=value)
+    if of_a_package(function):
+        return True
+    if function in _PRODUCTS:
+        return any(isinstance(each, str) and each == "prod" for each in (*args, *named.values()))
+    return function in _FORWARD
 
 
 def along(
@@ -79,7 +80,7 @@ def along(
             right = tuple(each[-1:].expand_as(each) for each in right)
         both = tuple(
             # Of a sum the first direction has it all.
-            lengthened(each[firsts:], count)
+            extend(each[firsts:], count)
             for each in derivatives
         )
         value, *parts = _mapped(second, left, right, both)
@@ -91,15 +92,6 @@ def along(
             parts[1] = pytree.tree_map(lambda part: part.sum(0, keepdim=True), parts[1])
     stacks = zip(value, *parts, strict=True)
     return [torch.cat([one.unsqueeze(0), *rest]) for one, *rest in stacks]
-
-
-def aligned(stack: Tensor, ndim: int) -> Tensor:
-    """A stack with axes of size one after its first, for a value of `ndim` axes at least."""
-    missing = ndim + 1 - stack.ndim
-    if missing <= 0:
-        return stack
-    count, *shape = stack.shape
-    return stack.reshape(count, *(1,) * missing, *shape)
 
 
 def _mapped(function: Callable[..., Any], *args: Tensors) -> Any:

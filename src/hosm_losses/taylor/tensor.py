@@ -1,13 +1,10 @@
-r"""A tensor with its derivatives along directions: what the Taylor engine feeds to a network.
+r"""A tensor with its derivatives along directions, and what a function makes of one.
 
 What:
     A Jet stands for x and carries a stack (C, B, *): the value; `firsts` first derivatives, one
     for each direction; then, if `pairs` says so, second derivatives. PyTorch hands every function
     that is called on a Jet to `Jet.__torch_function__`, which looks up a rule. A rule computes all
     the components at once: a linear layer is one call on the whole stack.
-
-Formula, for y = f(x) along l, and along the pair (l, r):
-    y_l = ∂f x_l        y_lr = ∂f x_lr + ∂²f[x_l, x_r]
 
     Second derivatives that are zero everywhere, as those of the input are, are not stored.
 
@@ -19,15 +16,11 @@ Without a rule:
 
 A rule calls other rules, and PyTorch on stacks; it does not call PyTorch on Jets, which
 torch.compile would take for plain tensors there.
-
-Source:
-    Griewank and Walther, "Evaluating derivatives" (2008), chapter 13; Bettencourt, Johnson and
-    Duvenaud, "Taylor-mode automatic differentiation for higher-order derivatives in JAX" (2019).
 """
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,16 +32,25 @@ from hosm_losses.taylor._torch import (
     forward_mode_on,
     in_custom_function,
     pytree,
+    share_memory,
     shell,
     traced,
+    versions,
     without_subclasses,
 )
-from hosm_losses.taylor.aliases import living
-from hosm_losses.taylor.along import Pairs, lengthened
 from hosm_losses.taylor.errors import NoRule, TaylorError
-from hosm_losses.taylor.primitive_mode import refuse_selective_checkpoint
-from hosm_losses.taylor.table import CONSTANT, IN_PYTHON, RULES, WITHOUT_RULE, Rule, name_of
+from hosm_losses.taylor.hooks import GIVE_THE_SOURCE, ScriptedError
+from hosm_losses.taylor.primitive_mode import refuse_selective_checkpoint, safe_primitives
+from hosm_losses.taylor.registry import CONSTANT, PRIMITIVES, RULES, Rule, name_of
+from hosm_losses.taylor.stacks import Pairs, extend
+from hosm_losses.taylor.unknown import WRONG, along, wrong_in_forward_mode
 
+# The methods that Tensor has in Python. torch.compile looks into them in place of asking
+# `__torch_function__`, so Jet has its own; with their rules, which it does not find in a
+# dictionary.
+METHODS = "__iter__ __pow__ __rdiv__ __rsub__ __rtruediv__ norm split unflatten"
+IN_PYTHON: list[tuple[Callable[..., Any], Rule | None]] = []
+SCRIPTED = "network: expected modules that Python calls; got one of torch.jit. " + GIVE_THE_SOURCE
 CHANGES = "changes in place what depends on x."
 CUSTOM = "called by a custom autograd.Function, as a full backward hook is, on what depends on x."
 NO_GRAD = "called under torch.no_grad on what depends on x."
@@ -96,7 +98,7 @@ class Jet(Tensor):
     def constant(self, value: Tensor) -> "Jet":
         """Return the Jet of a value without derivatives."""
         stack = value.to(self.stack.dtype).unsqueeze(0)
-        return self.like(lengthened(stack, 1 + self.firsts))
+        return self.like(extend(stack, 1 + self.firsts))
 
     @classmethod
     def __torch_function__(
@@ -152,27 +154,6 @@ def unpacked(x: Any) -> Any:
     return row
 
 
-def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The value, first and second derivatives of a stack; of the last there may be none."""
-    # Split, whose gradient is one stack: that of a slice is a stack for each, most of it zero.
-    sizes = 1, firsts, stack.shape[0] - 1 - firsts
-    value, tangents, seconds = stack.split_with_sizes(sizes)
-    return value, tangents, seconds
-
-
-def halves(firsts: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """The first derivatives on the left and on the right of the second ones."""
-    if pairs == "last":
-        return firsts[:-1], firsts[-1:]
-    left, right = firsts.chunk(2) if pairs == "halves" else (firsts, firsts)
-    return left, right
-
-
-def gathered(products: Tensor, pairs: Pairs) -> Tensor:
-    """What products of first derivatives add to the second ones."""
-    return products.sum(0, keepdim=True) if pairs == "sum" else products
-
-
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Evaluate a function of PyTorch on arguments with Jets among them."""
     compiling = torch.compiler.is_compiling()
@@ -204,7 +185,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     if found is None and name_of(func) == "__get__":
         answer = on_values(func, args, kwargs)
         # A property that is a tensor, such as .real, is a function like any other.
-        return _without_rule(func, args, kwargs) if isinstance(answer, Tensor) else answer
+        return differentiate(func, args, kwargs) if isinstance(answer, Tensor) else answer
     if found is None and name_of(func) == "__set__":
         raise TaylorError(f"a property {CHANGES}")
     return _run(found, func, args, kwargs)
@@ -213,17 +194,64 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
         raise TaylorError(f"{name_of(func)}: {CUSTOM if in_custom_function() else NO_GRAD}")
-    taken = None if found is None else _taken(found, args, kwargs)
+    taken = None if found is None else found.takes(args, kwargs)
     if found is not None and taken is not None and (found.several or _is_first(*taken)):
         try:
             return found.function(*taken[0], **taken[1])
         except NoRule:
             pass
-    return _without_rule(func, args, kwargs)
+    return differentiate(func, args, kwargs)
 
 
-def _without_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return RULES[WITHOUT_RULE].function(func, args, kwargs)
+def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Differentiate a function without a rule by torch.func.jvp, in one evaluation of it."""
+    if isinstance(func, torch.ScriptMethod):
+        raise ScriptedError(SCRIPTED)
+    flat, form = pytree.tree_flatten((args, kwargs))
+    places = [place for place, entry in enumerate(flat) if isinstance(entry, Jet)]
+    jets: list[Jet] = [flat[place] for place in places]
+    if wrong_in_forward_mode(func, args, kwargs):
+        raise TaylorError(f"{name_of(func)}: {WRONG}")
+    seen: list[Any] = []
+    sources: dict[int, Jet] = {}
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        filled = list(flat)
+        for place, value in zip(places, values, strict=True):
+            filled[place] = value
+        given, named = pytree.tree_unflatten(filled, form)
+        with safe_primitives():
+            seen[:] = pytree.tree_flatten(func(*given, **named))
+        for place, leaf in enumerate(seen[0]):
+            for jet, value in zip(jets, values, strict=True):
+                if isinstance(leaf, Tensor) and share_memory(leaf, value):
+                    sources[place] = jet
+        if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in seen[0]):
+            raise TaylorError(f"{name_of(func)}: {COMPLEX}")
+        # One result at least, where the function returns no tensor.
+        found = tuple(leaf for leaf in seen[0] if isinstance(leaf, Tensor))
+        return found or (values[0].new_zeros(()),)
+
+    # Copies, whose versions show a change in place.
+    values = tuple(jet.stack[0].clone() for jet in jets)
+    # A primitive changes statistics in place.
+    plain = [each for each in flat if isinstance(each, Tensor) and not isinstance(each, Jet)]
+    watched = (*values, *([] if func in PRIMITIVES else plain))
+    before = versions(watched)
+    # torch.func writes to what it is given, which elements in one place do not allow.
+    derivatives = tuple(
+        jet.stack[1:].contiguous() if 0 in jet.stack.stride() else jet.stack[1:] for jet in jets
+    )
+    stacks = iter(along(function, values, derivatives, jets[0].firsts, jets[0].pairs))
+    if versions(watched) != before:
+        raise TaylorError(f"{name_of(func)}: {CHANGES}")
+    leaves, tree = seen
+    found = [jets[0].of(next(stacks)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    if name_of(func) in aliases.PERHAPS_VIEWS:
+        sources = dict.fromkeys(range(len(found)), jets[0])
+    for place, jet in sources.items():
+        aliases.share(jet, found[place])
+    return pytree.tree_unflatten(found, tree)
 
 
 def written(x: Tensor, result: Any) -> Tensor:
@@ -239,16 +267,6 @@ def written(x: Tensor, result: Any) -> Tensor:
     if not isinstance(result, Jet):
         result = x.constant(result)
     return aliases.write(x, result.stack if result.dtype == x.dtype else result.stack.to(x.dtype))
-
-
-def _taken(
-    found: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments as the rule is called with them; None if it does not take them."""
-    named = kwargs and {k: v for k, v in kwargs.items() if k not in ("inplace", "out")}
-    if named or len(args) < len(found.needed) or (found.most or len(args)) < len(args):
-        return found.bound(args, named)
-    return args, named
 
 
 def _is_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -285,7 +303,7 @@ def propagate(
         del result
     finally:
         aliases.THREAD.propagations.pop()
-        left = living(propagation.jets)
+        left = aliases.living(propagation.jets)
         if left or propagation.detached:
             aliases.end(propagation, left)
         if len(aliases.THREAD.promoted) > before:
@@ -295,10 +313,52 @@ def propagate(
     seconds = {"none": 0, "sum": 1, "halves": count // 2, "last": count - 1}.get(pairs, count)
     # Second derivatives that are zero everywhere, as of a linear network.
     length = 1 + count + seconds
-    return stack if len(stack) == length else lengthened(stack, length)
+    return stack if len(stack) == length else extend(stack, length)
 
 
 def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Call a function on the values of Jets: what it returns has no derivative."""
     args, kwargs = pytree.tree_map_only(Jet, lambda jet: jet.stack[0], (args, kwargs))
     return func(*args, **kwargs)
+
+
+def stacks_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Equally long stacks of Jets and plain tensors, which have derivatives of zero."""
+    stacks = [each.stack if isinstance(each, Jet) else each.unsqueeze(0) for each in tensors]
+    count = max([stack.shape[0] for stack in stacks])
+    return [extend(stack, count) for stack in stacks]
+
+
+def jet_among(candidates: Iterable[Any]) -> Jet:
+    """The first Jet of several values, of which one is."""
+    return next(each for each in candidates if isinstance(each, Jet))
+
+
+def result_type(a: Any, b: Any) -> torch.dtype:
+    """The type that PyTorch gives the values of a and b, Jets or not, together."""
+    values = [x.stack[0] if isinstance(x, Jet) else x for x in (a, b)]
+    # torch.compile does not trace torch.result_type.
+    return type_of_sum(*values) if torch.compiler.is_compiling() else torch.result_type(*values)
+
+
+def type_of_sum(a: Any, b: Any) -> torch.dtype:
+    """The type that two tensors or numbers have together, of tensors without elements."""
+    empty = [x.new_empty((0,) * min(x.ndim, 1)) if isinstance(x, Tensor) else x for x in (a, b)]
+    return torch.add(*empty).dtype
+
+
+def define_methods() -> None:
+    """Give Jet the methods that are written in Python, when every rule is registered."""
+    for name in METHODS.split():
+        function = getattr(Tensor, name)
+        IN_PYTHON.append((function, RULES.get(function)))
+        setattr(Jet, name, _method(function))
+
+
+def _method(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Jet, *args: Any, **named: Any) -> Any:
+        # Elsewhere by way of the modes that are on.
+        ask = torch.compiler.is_compiling()
+        return call(function, (self, *args), named) if ask else function(self, *args, **named)
+
+    return method

@@ -1,0 +1,122 @@
+r"""Operators composed of a few others: one body serves Jets and plain tensors.
+
+A body takes `ops` before the arguments of its operator. `ops.softmax(x, -1)` calls a function of
+torch, of torch.nn.functional or a method of Tensor: as it is on plain tensors, by its rule on
+Jets. Written as `torch.softmax(x, -1)` torch.compile would take a Jet for a plain tensor.
+
+With `primitive=True` the body also takes the operator's place where reverse mode differentiates a
+network: see `primitives`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from hosm_losses.taylor.errors import NoRule
+from hosm_losses.taylor.registry import PRIMITIVES, RULES, Function, every, rule
+from hosm_losses.taylor.tensor import Jet, call
+
+
+def _on_jets(function: Function) -> Function:
+    """A function by its rule, where an argument is a Jet or has one in a list."""
+
+    def called(*args: Any, **named: Any) -> Any:
+        for each in args:
+            for one in each if isinstance(each, list) else (each,):
+                if isinstance(one, Jet):
+                    return call(function, args, named)
+        return function(*args, **named)
+
+    return called
+
+
+_FUNCTIONS = {
+    name: function
+    for home in (Tensor, F, torch)
+    for name, function in ((name, getattr(home, name)) for name in dir(home))
+    if callable(function) and not name.startswith("_")
+}
+ON_TENSORS: Any = SimpleNamespace(**_FUNCTIONS)
+ON_JETS: Any = SimpleNamespace(**{name: _on_jets(each) for name, each in _FUNCTIONS.items()})
+ON_TENSORS.value = Tensor.detach  # the plain value of what may be a Jet
+ON_JETS.value = lambda x: (x.stack[0] if isinstance(x, Jet) else x).detach()
+
+
+def composite(
+    *names: str | Function,
+    several: bool = True,
+    primitive: bool = False,
+    otherwise: Function | None = None,
+) -> Callable[[Function], Function]:
+    """Register a body for functions of PyTorch.
+
+    Args:
+        names: of the functions, or these.
+        several: whether other arguments than the first may be Jets.
+        primitive: whether it takes their place in reverse mode as well.
+        otherwise: what does so where the body raises NoRule; the function itself if None.
+    """
+
+    def register(body: Function) -> Function:
+        rule(*names, several=several, kind="composite")(partial(body, ON_JETS))
+        for each in every(*names) if primitive else ():
+            PRIMITIVES[each] = partial(_primitive, each, body, otherwise or each)
+        return body
+
+    return register
+
+
+def _primitive(
+    function: Function, body: Function, otherwise: Function, *args: Any, **named: Any
+) -> Any:
+    taken = RULES[function].takes(args, named)
+    if taken is not None:
+        try:
+            return body(ON_TENSORS, *taken[0], **taken[1])
+        except NoRule:
+            pass
+    return otherwise(*args, **named)
+
+
+def refuse(name: str, expected: str, x: Tensor) -> None:
+    """Raise for an argument whose shape an operator does not take."""
+    raise ValueError(f"{name}: expected {expected}; got {tuple(x.shape)}.")
+
+
+@composite(F.glu, primitive=True)
+def _glu(ops: Any, input: Any, dim: int = -1) -> Any:  # noqa: A002
+    if input.shape[dim] % 2:
+        refuse("glu", f"an even size in dimension {dim}", input)
+    value, gate = ops.chunk(input, 2, dim)
+    return ops.mul(value, ops.sigmoid(gate))
+
+
+@composite("logaddexp", primitive=True)
+def _logaddexp(ops: Any, input: Any, other: Any) -> Any:  # noqa: A002
+    """By softplus: the second derivative of PyTorch's own is NaN 88 apart in float32."""
+    larger = ops.ge(input, other)
+    high, low = ops.where(larger, input, other), ops.where(larger, other, input)
+    infinite = ops.eq(high, low) & ops.isinf(high)
+    return ops.add(high, ops.softplus(ops.masked_fill(ops.sub(low, high), infinite, 0.0)))
+
+
+@composite("logcumsumexp", several=False, primitive=True)
+def _logcumsumexp(ops: Any, input: Any, dim: int) -> Any:  # noqa: A002
+    """Twice as many terms a round: the second derivative of PyTorch's own is NaN."""
+    if not input.ndim and dim not in (0, -1):
+        raise NoRule
+    # Rounded once, at the end; a copy, for of one term there is no round, and a network may write
+    # to what it gets.
+    total = ops.to(ops.clone(input), torch.promote_types(input.dtype, torch.float32))
+    length, reach = (input.shape[dim] if input.ndim else 0), 1
+    while reach < length:
+        kept, later = ops.split(total, [reach, length - reach], dim)
+        joined = _logaddexp(ops, later, ops.narrow(total, dim, 0, length - reach))
+        total = ops.cat([kept, joined], dim)
+        reach *= 2
+    return ops.to(total, input.dtype)

@@ -1,0 +1,476 @@
+r"""Rules for products that are linear in both factors: of matrices, layers and convolutions.
+
+Formula, for a product y = a · b that is linear in a and in b:
+    y_l = a_l · b + a · b_l        y_lr = a_lr · b + a · b_lr + a_l · b_r + a_r · b_l
+    A plain tensor has no derivatives: the product with one is the product of the whole stack.
+    A layer of weights is one call on a larger batch; the bias belongs to the value alone.
+
+Gradients, for a cotangent c:
+    ⟨c, a·b⟩ is linear in each of the three. A gradient in one is linear in the two others, and so
+    are its own gradients: with p in its place, ⟨p, ∂_a⟨c, a·b⟩⟩ = ⟨c, p·b⟩, and so on. So three
+    functions give all derivatives, of any order, and only what they are given is kept.
+
+Formula of Y = A B, for matrices A_i and B_j, derivatives or values, and cotangents C_k of Y:
+    Y_k = Σ f A_i B_j        in A   Σ f C_k B_jᵀ        in B   Σ f A_iᵀ C_k
+    over the same terms (i, j, k, f): f A_i B_j is a part of Y_k.
+    Each sum is added up where it ends. As one of products, the larger matrices, such as the
+    weights of attention, would be read and written three times for each.
+
+PyTorch finds the gradient of a convolution's weight in a gradient by a convolution with the
+cotangent, as large as the image, for a kernel. It costs up to three times the gradient of the
+first pass, which the parts of a form use for both.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from math import prod
+from string import ascii_letters, ascii_lowercase
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from hosm_losses.taylor._torch import (
+    autocast_type,
+    batched,
+    in_autocast,
+    traced,
+    without_autocast,
+)
+from hosm_losses.taylor.aliases import share
+from hosm_losses.taylor.errors import NoRule
+from hosm_losses.taylor.linear import of_samples
+from hosm_losses.taylor.recompute import asked_for
+from hosm_losses.taylor.registry import Function, rule
+from hosm_losses.taylor.stacks import Pairs, align, collect, components, sides
+from hosm_losses.taylor.tensor import Jet
+
+
+def ndim_of(x: Any) -> int:
+    """The axes of a tensor; none of a number."""
+    return x.ndim if isinstance(x, Tensor) else 0
+
+
+def product_rule(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
+    """A product linear in both, of stacks that broadcast over their first axis."""
+    if not isinstance(b, Jet):
+        return a.like(product(align(a.stack, ndim), b))
+    if not isinstance(a, Jet):
+        return b.like(product(a, align(b.stack, ndim)))
+    first, second = align(a.stack, ndim), align(b.stack, ndim)
+    firsts, pairs = a.firsts, a.pairs
+    a_value, a_tangents, _ = components(first, firsts)
+    b_value, b_tangents, _ = components(second, firsts)
+    # All of a with the value of b; then what the derivatives of b add.
+    value, tangents, seconds = components(product(first, b_value), firsts)
+    added = product(a_value, second[1:])
+    tangents = tangents + added[:firsts]
+    if pairs == "none":
+        return a.like(torch.cat([value, tangents]))
+    (a_left, a_right), (b_left, b_right) = sides(a_tangents, pairs), sides(b_tangents, pairs)
+    both = collect(product(a_left, b_right), pairs)
+    symmetric = pairs in ("squares", "sum")
+    both = 2 * both if symmetric else both + product(a_right, b_left)
+    for part in (seconds, added[firsts:]):
+        both = both + part if len(part) else both
+    return a.like(torch.cat([value, tangents, both]))
+
+
+# ----------------------------------------------------------------------------------- the gradients
+Some = Tensor | None
+Part = Callable[[Tensor, Tensor], Tensor]
+
+
+class Form(NamedTuple):
+    """The gradients of ⟨c, a·b⟩."""
+
+    of_a: Part  # from b and c
+    of_b: Part  # from a and c
+    product: Part  # a·b, from a and b
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether these are no subclasses of Tensor with a meaning of their own."""
+    return all(type(each) in (Tensor, torch.nn.Parameter) for each in tensors)
+
+
+def product(form: Form, a: Tensor, b: Tensor) -> Tensor:
+    """The product of a and b, whose derivatives are parts of the form."""
+    found: Any = _Gradient.apply(form, 2, a, b)
+    return found
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient of a form in one of three places, from what is in the others."""
+
+    @staticmethod
+    def forward(ctx: Any, form: Form, place: int, *others: Tensor) -> Tensor:
+        ctx.form, ctx.place = form, place
+        ctx.save_for_backward(*others)
+        return _evaluated(form, place, *others)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Some) -> tuple[Some, ...]:
+        others: list[Any] = list(ctx.saved_tensors)
+        needed = asked_for(ctx, others)
+        others.insert(ctx.place, cotangents[0])
+        needed.insert(ctx.place, False)
+        # Where gradients are off a transform may be around, under which no Function is applied.
+        evaluate: Any = _Gradient.apply if torch.is_grad_enabled() else _evaluated
+        found = [
+            evaluate(ctx.form, place, *others[:place], *others[place + 1 :]) if need else None
+            for place, need in enumerate(needed)
+        ]
+        del found[ctx.place]
+        return None, None, *found
+
+
+def _evaluated(form: Form, place: int, *others: Tensor) -> Tensor:
+    """In the types that the product was given, also in a backward pass under autocast."""
+    with without_autocast(others[0].device.type):
+        return form[place](*others)
+
+
+# ------------------------------------------------------------------------------- layers of weights
+class _AddInPlace(torch.autograd.Function):
+    """Add a bias to the first rows of what a layer has just made, without a copy of the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, bias: Tensor, rows: int) -> Tensor:
+        ctx.rows, ctx.shape, ctx.dtype = rows, bias.shape, bias.dtype
+        output[:rows].add_(bias)  # not +=, which copies the rows onto themselves
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        (cotangent,) = cotangents
+        return cotangent, cotangent[: ctx.rows].sum_to_size(ctx.shape).to(ctx.dtype), None
+
+
+def with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """The output of a layer, changed, with the bias on its first rows."""
+    if bias is None:
+        return output
+    if traced():
+        return torch.cat([(output[:rows] + bias).to(output.dtype), output[rows:]])
+    return _AddInPlace.apply(output, bias, rows)  # pyright: ignore[reportReturnType]
+
+
+@rule(F.linear, kind="bilinear")
+def linear(x: Any, weight: Any, bias: Any = None) -> Jet:
+    """The layer of a weight and a bias."""
+    if weight.ndim != 2 or x.ndim == 0:
+        raise NoRule
+    return x.like(with_bias(F.linear(x.stack, weight), bias, 1))
+
+
+PLAIN = ("stride", "padding", "dilation", "groups")
+TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
+
+
+@rule(
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
+    kind="bilinear",
+    told=True,
+)
+def _convolution(
+    function: Function, x: Any, weight: Any, bias: Any = None, *args: Any, **named: Any
+) -> Jet:
+    if x.ndim != weight.ndim:  # as of one sample
+        raise NoRule
+    bias = None if bias is None else bias.reshape(-1, *(1,) * (x.ndim - 2))
+
+    def biased(samples: Tensor) -> Tensor:
+        form = None
+        if not traced() and plain(samples, weight):
+            names = TRANSPOSED if "transpose" in function.__name__ else PLAIN
+            options = dict(zip(names, args, strict=False)) | named
+            form = _convolution_form(function, samples, weight, **options)
+        if form is None:
+            convolved = function(samples, weight, None, *args, **named)
+        else:
+            convolved = product(form, in_autocast(samples), weight)
+        return with_bias(convolved, bias, x.shape[0])
+
+    return x.like(of_samples(x.stack, biased))
+
+
+def _convolution_form(
+    function: Function,
+    samples: Tensor,
+    weight: Tensor,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    output_padding: Any = 0,
+) -> Form | None:
+    """The gradients of a convolution, None where its padding differs from side to side.
+
+    The weight is kept in its own type, and multiplied in that of autocast, if it is on now.
+    """
+    sizes, transposed = weight.shape[2:], "transpose" in function.__name__
+    each = partial(_for_each, len(sizes))
+    stride, dilation, output_padding = map(each, (stride, dilation, output_padding))
+    if padding == "same" and set(stride) == {1}:
+        total = [reach * (size - 1) for reach, size in zip(dilation, sizes, strict=True)]
+        if any(both % 2 for both in total):
+            return None
+        padding = [both // 2 for both in total]
+    padding = 0 if padding == "valid" else padding
+    if isinstance(padding, str):
+        return None  # about which PyTorch has something to say
+    padding = each(padding)
+    options = stride, padding, dilation, transposed, output_padding, groups
+    backward = torch.ops.aten.convolution_backward
+    shapes, dtype = (samples.shape, weight.shape), weight.dtype
+    cast = autocast_type(weight)
+
+    def of_samples(weight: Tensor, cotangent: Tensor) -> Tensor:
+        # Of what is expanded only the shape is used.
+        samples, weight = cotangent.new_empty(1).expand(shapes[0]), weight.to(cast)
+        return backward(cotangent, samples, weight, None, *options, (True, False, False))[0]
+
+    def of_weight(samples: Tensor, cotangent: Tensor) -> Tensor:
+        weight = cotangent.new_empty(1).expand(shapes[1])
+        found = backward(cotangent, samples, weight, None, *options, (False, True, False))[1]
+        return found.to(dtype)
+
+    named = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    named |= {"output_padding": output_padding} if transposed else {}
+    return Form(of_samples, of_weight, lambda a, b: function(a, b.to(cast), **named))
+
+
+def _for_each(count: int, option: Any) -> list[int]:
+    """An option as a number for each axis."""
+    numbers = list(option) if isinstance(option, Sequence) else [option]
+    return numbers * count if len(numbers) == 1 else numbers
+
+
+# --------------------------------------------------------------------------------------- matrices
+# Directions. Every term of a form is a call, of which many directions have many.
+MOST = 2
+
+
+class _Term(NamedTuple):
+    """A part of a component k of a product: a factor times components i and j of its factors."""
+
+    i: int
+    j: int
+    k: int
+    factor: int = 1
+
+
+class _Terms(NamedTuple):
+    """All parts of a product, and those of its gradients in the left and in the right factor."""
+
+    product: tuple[_Term, ...]  # i of the left factor, j of the right one
+    left: tuple[_Term, ...]  # i of the cotangent, j of the right factor
+    right: tuple[_Term, ...]  # i of the left factor, j of the cotangent
+
+
+@cache
+def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> _Terms:
+    """All terms, of stacks as long as these; second derivatives of zero are not in them."""
+    terms = [_Term(0, 0, 0)]
+    for k in range(1, max(left, right)):
+        terms += [_Term(k, 0, k)] if k < left else []
+        terms += [_Term(0, k, k)] if k < right else []
+    if pairs in ("squares", "sum"):
+        places = range(1, 1 + firsts)
+        terms += [_Term(i, i, firsts + (i if pairs == "squares" else 1), 2) for i in places]
+    elif pairs != "none":
+        one = pairs == "last"
+        for i in range(1, firsts if one else 1 + firsts // 2):
+            j = firsts if one else i + firsts // 2
+            terms += [_Term(i, j, i + firsts), _Term(j, i, i + firsts)]
+    return _Terms(
+        tuple(terms),
+        tuple(_Term(k, j, i, factor) for i, j, k, factor in terms),
+        tuple(_Term(i, k, j, factor) for i, j, k, factor in terms),
+    )
+
+
+def _sums(
+    count: int, terms: Iterable[_Term], left: Tensor, right: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """The stack of sums of products of two stacks of batches of matrices, in `out` if given."""
+    lefts, rights = left.unbind(), right.unbind()
+    if batched((left, right)):
+        sums: dict[int, Tensor] = {}
+        for i, j, k, factor in terms:
+            one = factor * torch.bmm(lefts[i], rights[j])
+            sums[k] = sums[k] + one if k in sums else one
+        return torch.stack([sums[k] for k in range(count)])
+    found = left.new_empty(count, *left.shape[1:-1], right.shape[-1]) if out is None else out
+    parts, started = found.unbind(), set[int]()
+    for i, j, k, factor in terms:
+        part, beta = parts[k], int(k in started)  # of zero what is there is not looked at
+        # Not baddbmm_, which torch.utils.flop_counter does not count.
+        torch.baddbmm(part, lefts[i], rights[j], beta=beta, alpha=factor, out=part)
+        started.add(k)
+    return found
+
+
+def _as_laid_out(
+    transposed: bool, count: int, terms: Iterable[_Term], left: Tensor, right: Tensor
+) -> Tensor:
+    """The same stack, of matrices that are stored column by column if it is transposed."""
+    if not transposed:
+        return _sums(count, terms, left, right)
+    turned = [_Term(j, i, k, factor) for i, j, k, factor in terms]
+    if batched((left, right)):
+        return _sums(count, turned, right.mT, left.mT).mT
+    # Not a view, to which autograd could not add another gradient in place.
+    n, rows, columns = left.shape[1], left.shape[2], right.shape[3]
+    strides = n * rows * columns, rows * columns, 1, rows
+    found = left.new_empty_strided((count, n, rows, columns), strides)
+    _sums(count, turned, right.mT, left.mT, found.mT)
+    return found
+
+
+def _form(terms: _Terms, left: Tensor, right: Tensor) -> Form:
+    """The product of stacks such as (C, N, m, k) and (C, N, k, n).
+
+    A gradient is stored in the order of its factor. In another order the operators that combine it
+    with what comes from there, such as the result of a softmax, take three times as long.
+    """
+    (count, turned), (other_count, other_turned) = (
+        (stack.shape[0], stack.stride(-2) < stack.stride(-1)) for stack in (left, right)
+    )
+    both = 1 + max(term.k for term in terms.product)
+    return Form(
+        lambda b, cotangent: _as_laid_out(turned, count, terms.left, cotangent, b.mT),
+        lambda a, cotangent: _as_laid_out(other_turned, other_count, terms.right, a.mT, cotangent),
+        lambda a, b: _sums(both, terms.product, a, b),
+    )
+
+
+class _Sum(NamedTuple):
+    """How a sum over indices is a product of matrices."""
+
+    swapped: bool  # whether the factors change places
+    batch: str
+    rows: str
+    inner: str
+    columns: str
+    left: str  # the indices of both factors, in the order in which they are given
+    right: str
+
+
+@cache
+def _as_product(left: str, right: str, result: str) -> _Sum | None:
+    """The product of matrices that a sum is; None as where an index is in one factor alone."""
+    swapped = bool(result) and result[-1] in left  # which is the last axis in memory as well, then
+    if swapped:
+        left, right = right, left
+    batch = "".join(index for index in result if index in left and index in right)
+    inner = "".join(index for index in left if index in right and index not in result)
+    rows = "".join(index for index in result if index in left and index not in right)
+    columns = "".join(index for index in result if index in right and index not in left)
+    forms = batch + rows + inner, batch + inner + columns, batch + rows + columns
+    if not inner or [*map(sorted, forms)] != [*map(sorted, (left, right, result))]:
+        return None  # as where an index comes twice
+    return _Sum(swapped, batch, rows, inner, columns, left, right)
+
+
+def _contracted(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
+    """A sum over indices as products of matrices; None where `product_rule` has to do it."""
+    if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MOST or traced():
+        return None
+    if len(left) != a.ndim or len(right) != b.ndim or not plain(a.stack, b.stack):
+        return None
+    plan, sizes = _as_product(left, right, result), dict(zip(left, a.shape, strict=True))
+    for index, size in zip(right, b.shape, strict=True):
+        if sizes.setdefault(index, size) != size:
+            return None
+    if plan is None:
+        return None
+    first, second = in_autocast(a.stack), in_autocast(b.stack)
+    if first.dtype != second.dtype:
+        return None
+    if plan.swapped:
+        first, second = second, first
+    n, m, k, p = (
+        prod([sizes[index] for index in group])
+        for group in (plan.batch, plan.rows, plan.inner, plan.columns)
+    )
+    batch, lengths = plan.batch, (first.shape[0], second.shape[0])
+    first = _ordered(first, plan.left, batch + plan.rows + plan.inner)
+    second = _ordered(second, plan.right, batch + plan.inner + plan.columns)
+    first, second = first.reshape(lengths[0], n, m, k), second.reshape(lengths[1], n, k, p)
+    found = product(_form(_terms(a.firsts, a.pairs, *lengths), first, second), first, second)
+    given = batch + plan.rows + plan.columns
+    found = found.reshape(found.shape[0], *[sizes[index] for index in given])
+    return a.like(_ordered(found, given, result))
+
+
+def _ordered(stack: Tensor, given: str, wanted: str) -> Tensor:
+    """A stack with the axes of its value in another order."""
+    if given == wanted:
+        return stack
+    return stack.permute(0, *(1 + given.index(index) for index in wanted))
+
+
+@rule("matmul __matmul__", several=True, kind="bilinear")
+def matmul(a: Any, b: Any) -> Jet:
+    """The matrix product, of which one factor at least is a Jet."""
+    if min(ndim_of(a), ndim_of(b)) < 2:
+        raise NoRule
+    ndim = max(ndim_of(a), ndim_of(b))
+    batch = ascii_lowercase[: ndim - 2]
+    found = (
+        _contracted(f"{batch}MK", f"{batch}KN", f"{batch}MN", a, b) if a.ndim == b.ndim else None
+    )
+    return product_rule(a, b, torch.matmul, ndim) if found is None else found
+
+
+@rule("mm bmm", several=True, kind="bilinear")
+def of_matrices(a: Any, b: Any) -> Jet:
+    """The product of matrices, or of two batches of as many."""
+    if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2]:
+        raise NoRule
+    return matmul(a, b)
+
+
+@rule("__rmatmul__", several=True, kind="bilinear")
+def _rmatmul(a: Any, b: Any) -> Jet:
+    return matmul(b, a)
+
+
+def _without_dots(equation: str, factors: Iterable[Any]) -> str:
+    """An equation with letters for the axes that "..." stands for, as many in every factor."""
+    terms = equation.partition("->")[0].replace(" ", "").split(",")
+    counts = {
+        ndim_of(factor) - len(term) + 3
+        for term, factor in zip(terms, factors, strict=True)
+        if "..." in term
+    }
+    if len(counts) > 1:
+        raise NoRule
+    free = [letter for letter in ascii_letters if letter not in equation]
+    return equation.replace("...", "".join(free[: max(counts, default=0)]))
+
+
+@rule(torch.einsum, several=True, kind="bilinear")
+def _einsum(equation: Any, *operands: Any) -> Jet:
+    listed = len(operands) == 1 and isinstance(operands[0], list | tuple)
+    factors: Any = operands[0] if listed else operands
+    # Not the form without a string, nor one whose result is implied.
+    if not isinstance(equation, str) or "->" not in equation or len(factors) > 2:
+        raise NoRule
+    equation = _without_dots(equation, factors)
+    new = next(letter for letter in ascii_letters if letter not in equation)
+    given, _, result = equation.replace(" ", "").partition("->")
+    terms = [
+        new + term if isinstance(factor, Jet) else term
+        for term, factor in zip(given.split(","), factors, strict=True)
+    ]
+    summed = partial(torch.einsum, f"{','.join(terms)}->{new}{result}")
+    if len(factors) == 1:
+        return share(factors[0], factors[0].like(summed(factors[0].stack)))
+    left, right = given.split(",")
+    found = _contracted(left, right, result, factors[0], factors[1])
+    return product_rule(factors[0], factors[1], summed, 0) if found is None else found

@@ -1,0 +1,140 @@
+r"""The registry: which function of PyTorch has which rule, by kind.
+
+Kinds:
+    linear      the same function of every component of a stack, `linear(function, name, …)`
+    bilinear    a product of two factors, `bilinear(function, name, …)`
+    pointwise   a function of one number, by its first three derivatives; see `pointwise`
+    composite   a few other functions; one body serves Jets and plain tensors
+    stack       a function of Jets that computes with their stacks
+    other       what is asked of a tensor, a change in place, or an error
+
+A rule is written with the arguments that networks give. A call with others, or one for which it
+raises `NoRule`, goes to PyTorch's own function with exactly those arguments; see
+`hosm_losses.taylor.tensor`.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from hosm_losses.taylor.errors import NoRule
+
+Function = Callable[..., Any]
+Kind = Literal["linear", "bilinear", "pointwise", "composite", "stack", "other"]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+# NumPy's names of arguments, which PyTorch takes too.
+SPELLINGS = {"axis": "dim", "keepdims": "keepdim"}
+HOMES = (torch, Tensor, F)
+
+
+def name_of(func: Function) -> str:
+    """The name of a function of PyTorch, for a message."""
+    return getattr(func, "__name__", str(func))
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """A rule and the arguments it takes."""
+
+    function: Function
+    kind: Kind
+    several: bool  # whether other arguments than the first may be Jets
+    names: tuple[str, ...]  # of its arguments, first of those that may be given in their place
+    most: int | None  # how many may be given in their place; None for any number
+    needed: tuple[str, ...]  # the names of those without a default
+    anything: bool  # whether it takes other names as well
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """The arguments as the rule is called with them; None if it does not take them."""
+        named = kwargs and {k: v for k, v in kwargs.items() if k not in ("inplace", "out")}
+        if named or len(args) < len(self.needed) or (self.most or len(args)) < len(args):
+            return self._bound(args, named)
+        return args, named
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        if not args and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
+        if self.most is not None and len(args) > self.most:
+            return None
+        named: dict[str, Any] = {}
+        for given, value in kwargs.items():
+            name = SPELLINGS.get(given, given)
+            known = self.anything or name in self.names
+            if not known or name in named or name in self.names[: len(args)]:
+                return None
+            named[name] = value
+        return (args, named) if all(name in named for name in self.needed[len(args) :]) else None
+
+
+RULES: dict[Function, Rule] = {}
+# What takes the place of an operator in reverse mode: see `primitives`. For what is differentiated
+# in x; for what is not, PyTorch's own until its gradient is differentiated; and for one sample.
+PRIMITIVES: dict[Function, Function] = {}
+AT_FIRST: dict[Function, Function] = {}
+OF_ONE: dict[Function, Function] = {}
+# Functions that are constant in x, or ask for a property: evaluated on the value. A dictionary,
+# for torch.compile does not find functions in a set. "shares" is of those whose result shares the
+# memory of the value, and "data" of the property that does.
+CONSTANT: dict[Function, Any] = {}
+
+
+def every(*names: str | Function) -> list[Function]:
+    """The functions of PyTorch that are given, and those and the methods with given names."""
+    found = [each for each in names if not isinstance(each, str)]
+    for name in " ".join(each for each in names if isinstance(each, str)).split():
+        found += [getattr(home, name, None) for home in HOMES]
+    # A type such as torch.float is none, and some names are those of one function.
+    return list(dict.fromkeys(each for each in found if callable(each)))
+
+
+def rule(
+    *names: str | Function, several: bool = False, kind: Kind = "other", told: bool = False
+) -> Callable[[Function], Function]:
+    """Register a rule for functions of PyTorch, with arguments as theirs, of which one is a Jet.
+
+    The Jet is the first argument, unless `several` says that any may be one. A rule that is `told`
+    is given the function that was called before its arguments.
+    """
+
+    def register(function: Function) -> Function:
+        for each in every(*names):
+            called = partial(function, each) if told else function
+            parameters = inspect.signature(called).parameters.values()
+            places = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+            named = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
+            kinds = [each.kind for each in parameters]
+            RULES[each] = Rule(
+                called,
+                kind,
+                several,
+                tuple(each.name for each in (*places, *named)),
+                None if inspect.Parameter.VAR_POSITIONAL in kinds else len(places),
+                tuple(each.name for each in places if each.default is each.empty),
+                inspect.Parameter.VAR_KEYWORD in kinds,
+            )
+        return function
+
+    return register
+
+
+def axis(dim: Any, ndim: int) -> int:
+    """A dimension of a value, counted from the back, where it is the stack's too."""
+    if not isinstance(dim, int) or not -ndim <= dim < ndim:
+        raise NoRule
+    return dim - ndim if dim >= 0 else dim
+
+
+def axes(dim: Any, ndim: int) -> tuple[int, ...]:
+    """One or several dimensions of a value, at least one, or all for None; see `axis`."""
+    if dim is None:
+        dim = tuple(range(ndim))
+    dims = tuple(dim) if isinstance(dim, tuple | list) else (dim,)
+    if not dims:  # which PyTorch reads in different ways
+        raise NoRule
+    return tuple(axis(each, ndim) for each in dims)

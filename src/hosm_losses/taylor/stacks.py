@@ -1,0 +1,72 @@
+"""Stacks (C, B, *): a value, its first derivatives along directions, and second ones if any."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# Which products of two first derivatives have a second one: none; that of each direction with
+# itself; the sum of those; that of each of the first half with its fellow in the second half; that
+# of each but the last with the last.
+Pairs = Literal["none", "squares", "sum", "halves", "last"]
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32 where its type is shorter, else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The value, first and second derivatives of a stack; of the last there may be none."""
+    # Split, whose gradient is one stack: that of a slice is a stack for each, most of it zero.
+    sizes = 1, firsts, stack.shape[0] - 1 - firsts
+    value, tangents, seconds = stack.split_with_sizes(sizes)
+    return value, tangents, seconds
+
+
+def sides(firsts: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """The first derivatives on the left and on the right of the second ones."""
+    if pairs == "last":
+        return firsts[:-1], firsts[-1:]
+    left, right = firsts.chunk(2) if pairs == "halves" else (firsts, firsts)
+    return left, right
+
+
+def collect(products: Tensor, pairs: Pairs) -> Tensor:
+    """What products of first derivatives add to the second ones."""
+    return products.sum(0, keepdim=True) if pairs == "sum" else products
+
+
+def extend(stack: Tensor, count: int) -> Tensor:
+    """A stack of `count` components, of which those added are derivatives of zero."""
+    missing = count - stack.shape[0]
+    return torch.cat([stack, stack.new_zeros(missing, *stack.shape[1:])]) if missing else stack
+
+
+def align(stack: Tensor, ndim: int) -> Tensor:
+    """A stack with axes of size one after its first, for a value of `ndim` axes at least."""
+    missing = ndim + 1 - stack.ndim
+    if missing <= 0:
+        return stack
+    count, *shape = stack.shape
+    return stack.reshape(count, *(1,) * missing, *shape)
+
+
+def total(stack: Tensor) -> Tensor:
+    """The sum of all components, as a stack of one."""
+    return stack if len(stack) == 1 else stack.sum(0, keepdim=True)
+
+
+def add_products(whole: Tensor, left: Tensor, right: Tensor, value: float = 1.0) -> None:
+    """Add the products of two stacks to a third in place, all of them to a stack of one.
+
+    For several components of the left there may be one of the right, and in a stack of several one
+    of either.
+    """
+    if len(whole) > 1 or len(left) == len(right) == 1:
+        whole.addcmul_(left, right, value=value)
+    elif len(right) == 1:
+        whole.addcmul_(total(left), right, value=value)
+    else:
+        for one, other in zip(left.unbind(), right.unbind(), strict=True):
+            whole[0].addcmul_(one, other, value=value)

@@ -1,0 +1,34 @@
+"""The registry of rules: the table on the page of derivatives is printed from it."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from hosm_losses.taylor.registry import RULES
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "derivatives.md"
+KINDS = ("linear", "bilinear", "pointwise", "composite", "stack")
+START, END = "<!-- rules: printed by tests/taylor/test_registry.py -->\n", "<!-- /rules -->"
+
+
+def name(function):
+    """As a user writes it: a method of operators, __add__, by none of its names."""
+    found = getattr(function, "__name__", "__").removeprefix("linalg_")
+    homes = [each for each in (torch, F, torch.linalg, Tensor) if hasattr(each, found)]
+    return None if found.startswith("__") or not homes else found
+
+
+def table():
+    lines = ["| Kind | Operators |", "| --- | --- |"]
+    for kind in KINDS:
+        rules = [each for each, found in RULES.items() if found.kind == kind]
+        names = {name(each) for each in rules} - {None}
+        lines.append(f"| {kind} | {', '.join(f'`{each}`' for each in sorted(names))} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_has_the_table():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.partition(START)[2].partition(END)[0] == table(), table()
