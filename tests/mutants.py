@@ -145,6 +145,24 @@ MUTANTS = [
         "lambda cotangent: looked(cotangent.sum(0))",
         "tests/taylor/test_jet.py",
     ),
+    Mutant(
+        "taylor/directional.py",
+        "    stack = stack if torch.is_grad_enabled() else stack.detach()\n",
+        "",
+        "tests/taylor/test_directional.py",
+    ),
+    Mutant(
+        "taylor/directional.py",
+        'return value[0], first, second[0] if pairs == "sum" else second',
+        "return value[0], first, second[0]",
+        "tests/taylor/test_directional.py",
+    ),
+    Mutant(
+        "taylor/linear.py",
+        "linear(_move, _names, view=_table is VIEWS)",
+        "linear(_move, _names)",
+        "tests/taylor/test_in_place.py",
+    ),
     # derivatives/
     Mutant(
         "derivatives/engines.py",

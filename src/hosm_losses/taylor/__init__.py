@@ -1,5 +1,13 @@
 r"""Derivatives of a function along directions, in one call of it.
 
+`jet` and `laplacian` are for users; the engine below them needs PyTorch and nothing else:
+
+    >>> import torch
+    >>> x, directions = torch.zeros(4, 3), torch.ones(2, 4, 3)
+    >>> f, first, second = jet(torch.sin, x, directions, "squares")
+    >>> f.shape, first.shape, second.shape
+    (torch.Size([4, 3]), torch.Size([2, 4, 3]), torch.Size([2, 4, 3]))
+
 How it works:
     The function is called once, on a `Jet` in the place of x: a tensor that looks like x, and
     carries a stack (C, B, *) of its value, its first derivatives along the directions and its
@@ -44,6 +52,7 @@ Source:
     Duvenaud, "Taylor-mode automatic differentiation for higher-order derivatives in JAX" (2019).
 
 Files:
+- `directional`: `jet` and `laplacian`.
 - `tensor`: the Jet, and what happens to a function that is called on one; `unknown`: functions
   without a rule. `stacks`: stacks of components. `registry`: which functions have which rule.
 - `linear`, `products`, `pointwise`, `arithmetic`, `composites`, `attention`, `norms`, `lengths`,
@@ -67,6 +76,8 @@ from hosm_losses.taylor import (  # noqa: F401
     softmax,
 )
 from hosm_losses.taylor.aliases import CHANGED_ARGUMENT as CHANGED_ARGUMENT
+from hosm_losses.taylor.directional import jet as jet
+from hosm_losses.taylor.directional import laplacian as laplacian
 from hosm_losses.taylor.errors import DerivativeError as DerivativeError
 from hosm_losses.taylor.errors import TaylorError as TaylorError
 from hosm_losses.taylor.hooks import FINAL as FINAL

@@ -238,6 +238,9 @@ linear(_reversed, Tensor.T.__get__, view=True)  # pyright: ignore[reportAttribut
 linear(_transposed, Tensor.mT.__get__, view=True)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+_PIXELS, _TOPK = tuple(every("pixel_shuffle pixel_unshuffle")), tuple(every("topk"))
+
+
 @rule(
     "avg_pool1d avg_pool2d avg_pool3d interpolate upsample pixel_shuffle pixel_unshuffle",
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
@@ -246,7 +249,7 @@ linear(_transposed, Tensor.mT.__get__, view=True)  # pyright: ignore[reportAttri
 )
 def _by_samples(function: Function, x: Jet, *args: Any, **named: Any) -> Jet:
     # Of one sample, the components would be more channels.
-    if x.ndim < 4 and "pixel" in function.__name__:
+    if x.ndim < 4 and function in _PIXELS:
         raise NoRule
     return x.like(of_samples(x.stack, lambda samples: function(samples, *args, **named)))
 
@@ -381,7 +384,7 @@ def _gathers(part: Any) -> bool:
 @rule("topk sort", kind="linear", told=True)
 def _ordered(function: Function, x: Jet, *args: Any, **named: Any) -> Any:
     found = function(x.stack[0], *args, **named)
-    places = 1 if "topk" in function.__name__ else 0  # of the arguments before the dimension
+    places = 1 if function in _TOPK else 0  # of the arguments before the dimension
     dim = named.get("dim", named.get("axis", args[places] if len(args) > places else -1))
     stack = x.stack.gather(
         axis(dim, x.ndim), found.indices.expand(len(x.stack), *found.indices.shape)

@@ -70,7 +70,8 @@ _OTHERS: dict[Any, Any] = {
     "native_layer_norm native_group_norm native_batch_norm": _refused,
 }
 for _names, _other in _OTHERS.items():
-    PRIMITIVES.update(dict.fromkeys(every(_names), _other))
+    for _function in every(_names):
+        PRIMITIVES[_function] = _other
 # As programs of torch.export call them, with the arguments of the functions of torch.
 for _function, _primitive in list(PRIMITIVES.items()):
     if not _function.__name__.endswith("_"):

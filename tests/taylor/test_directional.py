@@ -1,0 +1,135 @@
+"""The public face of the engine against torch.func, with gradients in what a function trains."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import hessian, jacrev, vmap
+
+from hosm_losses import taylor
+from tests.cases import gradients
+
+# Second derivatives along v and u, of the hessian h of a sample, for each pair of directions.
+PAIRS = {
+    "squares": lambda w: [(each, each) for each in w],
+    "halves": lambda w: list(zip(w[: len(w) // 2], w[len(w) // 2 :], strict=True)),
+    "last": lambda w: [(each, w[-1]) for each in w[:-1]],
+}
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    # No norm that torch.func gets wrong.
+    parts = nn.Linear(3, 8), nn.SiLU(), nn.RMSNorm(8), nn.Linear(8, 2), nn.GELU("tanh")
+    return nn.Sequential(*parts)
+
+
+@pytest.fixture
+def points():
+    return torch.randn(5, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+
+def directions(count=4):
+    return torch.randn(count, 5, 3, generator=torch.Generator().manual_seed(2))
+
+
+def same(got, expected, leaves):
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    weight = torch.randn_like(expected)
+    mine, theirs = (gradients((each * weight).sum(), leaves) for each in (got, expected))
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
+def by_hessian(network, x, w, pairs):
+    whole = vmap(hessian(network))(x)
+    ends = PAIRS["squares" if pairs == "sum" else pairs](w)
+    found = torch.stack([torch.einsum("bijk,bj,bk->bi", whole, v, u) for v, u in ends])
+    return found.sum(0) if pairs == "sum" else found
+
+
+@pytest.mark.parametrize("pairs", ["none", "squares", "sum", "halves", "last"])
+def test_jet_is_what_torch_func_finds(network, points, pairs):
+    w = directions().requires_grad_()
+    leaves = [points, w, *network.parameters()]
+    value, first, second = taylor.jet(network, points, w, pairs)
+    same(value, network(points), [points, *network.parameters()])
+    same(first, torch.einsum("bij,kbj->kbi", vmap(jacrev(network))(points), w), leaves)
+    if pairs == "none":
+        assert second is None
+    else:
+        same(second, by_hessian(network, points, w, pairs), leaves)
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["a number for each sample", "a vector"])
+def test_laplacian_is_the_trace_of_the_hessian(network, points, flat):
+    function = (lambda x: network(x).prod(-1)) if flat else network
+    found = taylor.laplacian(function, points)
+    assert found.shape == function(points).shape
+    whole = vmap(hessian(function))(points)
+    same(found, torch.einsum("b...ii->b...", whole), [points, *network.parameters()])
+
+
+def test_laplacian_of_images():
+    """Of the sum of cubes of a convolution, whose Laplacian is written out."""
+    layer = nn.Conv2d(1, 2, 3, padding=1, bias=False)
+    x = torch.randn(2, 1, 4, 4)
+    found = taylor.laplacian(lambda x: layer(x) ** 3, x)
+    ones = torch.ones_like(x)
+    squares = nn.functional.conv2d(ones, layer.weight.square(), padding=1)
+    torch.testing.assert_close(found, 6 * layer(x) * squares)
+
+
+def test_under_vmap_and_grad(network, points):
+    parameters = dict(network.named_parameters())
+
+    def loss(parameters, x):
+        called = lambda x: torch.func.functional_call(network, parameters, (x,))  # noqa: E731
+        return taylor.laplacian(called, x[None]).square().sum()
+
+    each = vmap(torch.func.grad(loss), (None, 0))(parameters, points.detach())
+    whole = taylor.laplacian(network, points).square().sum()
+    expected = dict(zip(parameters, gradients(whole, list(parameters.values())), strict=True))
+    summed = {name: gradient.sum(0) for name, gradient in each.items()}
+    torch.testing.assert_close(summed, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.slow
+def test_under_compile(network, points):
+    compiled = torch.compile(taylor.laplacian, fullgraph=True, backend="aot_eager")
+    same(compiled(network, points), taylor.laplacian(network, points), [*network.parameters()])
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
+def test_half_precision_is_near(network, points, dtype, near):
+    short, w = network.to(dtype), directions().to(dtype)
+    x = points.detach().to(dtype)
+    found = taylor.jet(short, x, w, "squares")
+    exact = taylor.jet(short.double(), x.double(), w.double(), "squares")
+    for one, other in zip(found, exact, strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - other).norm() < near * other.norm()
+
+
+def test_without_gradients_there_is_no_graph(network, points):
+    with torch.no_grad():
+        assert not any(
+            each.requires_grad for each in taylor.jet(network, points, directions())[:2]
+        )
+        assert not taylor.laplacian(network, points).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("count", "shape", "pairs"),
+    [
+        *[(2, (5, 4), "none"), (0, (5, 3), "none"), (3, (5, 3), "halves")],
+        *[(1, (5, 3), "last"), (2, (5, 3), "all")],
+    ],
+)
+def test_arguments_that_do_not_go_together(network, points, count, shape, pairs):
+    with pytest.raises(ValueError, match="expected"):
+        taylor.jet(network, points, torch.ones(count, *shape), pairs)
+
+
+def test_what_cannot_be_followed_is_named(points):
+    with pytest.raises(taylor.TaylorError, match="complex"):
+        taylor.jet(lambda x: torch.fft.fft(x).real, points, directions())
