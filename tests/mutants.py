@@ -260,14 +260,26 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/select.py",
-        "                before.restore()\n",
+        "            before.restore()\n",
         "",
         "tests/taylor/test_primitive_mode.py",
     ),
     Mutant(
         "derivatives/select.py",
-        "if not deep and not surrounded():",
-        "if not deep:",
+        "self.kind = (*kind, x.dtype,",
+        "self.kind = (x.dtype,",
+        "tests/derivatives/test_choice.py",
+    ),
+    Mutant(
+        "derivatives/select.py",
+        "cotangent, push, order == 3 and not laplacian)",
+        "cotangent, push, order == 3)",
+        "tests/losses/test_dropout.py",
+    ),
+    Mutant(
+        "derivatives/select.py",
+        "self.lasting = not surrounded()",
+        "self.lasting = True",
         "tests/derivatives/test_choice.py",
     ),
     Mutant(

@@ -11,7 +11,7 @@ from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import hosm_losses as hosm
-from hosm_losses.derivatives.select import _choice
+from hosm_losses.derivatives.memory import memory_of
 from tests.cases import FUNCTIONS, MODULES, VP, assert_same, given, networks, with_gradients
 from tests.versions import OLD, compiles_higher_orders
 
@@ -314,7 +314,7 @@ def test_a_network_that_breaks_the_graph_keeps_its_engine(order, options):
     module, x0, _ = around(broken, order, **options)
     inputs = given((4, 4), order, 2)[1]
     assert_agrees(module, x0, inputs, fullgraph=False)
-    assert _choice(module.model.network).refused == {}
+    assert memory_of(module.model.network).refused == {}
 
 
 @compiles_higher_orders

@@ -87,6 +87,7 @@ def evaluations(loss, **options):
         (3, {"probes": "exact"}, 54),
         (3, {"probes": "exact", "third": "laplacian"}, 30),
         (2, {"estimator": "paired", "derivative": "taylor"}, 18),
+        (3, {"estimator": "paired", "third": "laplacian"}, 35),
     ],
 )
 def test_several_probes_share_the_value(order, options, expected):

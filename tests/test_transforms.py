@@ -22,6 +22,7 @@ from tests.cases import (
     randomise,
 )
 
+PAIRED = {"estimator": "paired"}
 OPTIONS = [
     (1, {}),
     (2, {"probes": 2}),
@@ -75,7 +76,8 @@ def loss_of(network, order, options):
             return functional_call(network, parameters, (x, t))
 
         options["generator"].set_state(state)
-        return FUNCTIONS[order](hosm.ScoreModel(bare, VP), x0, **inputs, **options)
+        function = FUNCTIONS.get(order, hosm.stein_dsm)
+        return function(hosm.ScoreModel(bare, VP), x0, **inputs, **options)
 
     return loss
 
@@ -137,6 +139,27 @@ def test_ensembles_and_gradients_of_every_sample(name, order, options):
         alone = {n: p[row] for n, p in rows.items()}
         _, expected, _ = by_autograd(loss, parameters, x0[row : row + 1], alone)
         same({n: p[row] for n, p in found.items()}, expected)
+
+
+LAPLACIAN = PAIRED | {"third": "laplacian"}
+PAIRS = [(2, PAIRED), (3, PAIRED), (3, LAPLACIAN), ("stein", {})]
+
+
+@pytest.mark.parametrize(("order", "options"), PAIRS, ids=str)
+def test_products_of_two_probes(order, options):
+    """Where one pass back from the value runs beside the engine."""
+    network, (x0, inputs) = MLP(3), given((2, 3))
+    loss, parameters = loss_of(network, order, options), detached(network)
+    _, expected, of_data = by_autograd(loss, parameters, x0, inputs)
+    found = grad(loss, argnums=(0, 1))(parameters, x0, inputs)
+    same(found[0], expected)
+    assert_same(found[1], of_data, 1e-8)
+    rows = {name: each[:, None] for name, each in inputs.items()}
+    found = vmap(grad(loss), (None, 0, 0), randomness="same")(parameters, x0[:, None], rows)
+    for row in range(len(x0)):
+        alone = {name: each[row] for name, each in rows.items()}
+        _, expected, _ = by_autograd(loss, parameters, x0[row : row + 1], alone)
+        same({name: each[row] for name, each in found.items()}, expected)
 
 
 @pytest.mark.parametrize(("order", "options"), OPTIONS[:5], ids=str)

@@ -147,7 +147,7 @@ def engines_of(network, order=2, transform=lambda function: function, **options)
     network.engines.clear()
     model, (x0, inputs) = hosm.ScoreModel(network, VP), cases.given(SHAPE, order)
     with quiet():
-        transform(lambda x0: FUNCTIONS[order](model, x0, **inputs, **options))(x0)
+        transform(lambda x0: FUNCTIONS[order](model, x0, **inputs | options))(x0)
     return list(network.engines)
 
 
@@ -163,7 +163,96 @@ def test_an_engine_that_fails_is_not_tried_again(error):
     network = Watched(error("not now"))
     assert engines_of(network) == ["taylor", "reverse"]
     network.error = None
-    assert engines_of(network, 3) == ["reverse"]
+    assert engines_of(network) == ["reverse"]
+
+
+def test_a_failure_is_remembered_for_calls_of_its_kind():
+    """Of two probes it says nothing about one, nor about another order, mode or dtype."""
+    network, two = Watched(TypeError()), {"probe": torch.randn(2, *SHAPE)}
+    assert engines_of(network, **two) == ["taylor", "reverse"]
+    network.error = None
+    for order, options in ((2, {}), (3, {}), (3, two), (3, {"third": "laplacian"})):
+        assert engines_of(network, order, **options) == ["taylor"]
+    assert engines_of(network, **two) == ["reverse"]
+    assert engines_of(network.eval(), **two) == ["taylor"]
+    network, model = network.train().float(), hosm.ScoreModel(network, VP)
+    network.engines.clear()
+    hosm.second_order_dsm(model, torch.randn(4, 3, dtype=torch.float32), probes=2)
+    assert network.engines == ["taylor"]
+
+
+def test_two_probes_that_fail_do_not_turn_a_laplacian_of_one_into_exact():
+    def network(x, t):
+        if getattr(x, "firsts", 1) > 1:
+            raise TypeError
+        return x.sin().cumsum(1) * t[:, None]
+
+    model, (x0, inputs) = hosm.ScoreModel(network, VP), cases.given(SHAPE, 3)
+    with quiet():
+        hosm.second_order_dsm(model, x0, probes=2)
+    found, laplacian, exact = (
+        hosm.third_order_dsm(model, x0, **inputs, **options)
+        for options in (
+            {"third": "laplacian"},
+            {"third": "laplacian", "derivative": "taylor"},
+            {"derivative": "taylor"},
+        )
+    )
+    assert_same(found, laplacian, 1e-13)
+    assert abs(found - exact) > 1e-3 * exact
+
+
+@torch.no_grad()
+def sine(h):
+    return torch.sin(h)
+
+
+CONSTANTS = {
+    "a function": (lambda h: h * sine(h) + h, lambda h: h * h.sin().detach() + h),
+    "places": (
+        lambda h: h * torch.no_grad()(torch.sort)(h, 1).indices,
+        lambda h: h * h.argsort(1),
+    ),
+}
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_part_under_no_grad_is_the_constant_that_autograd_makes_of_it(name, order):
+    """In eager mode it was once another objective. The taylor engine refuses it."""
+    part, detached = CONSTANTS[name]
+    expected = loss_and_gradients(Around(detached), (4, 2), order, derivative="taylor")
+    assert_same(loss_and_gradients(Around(part), (4, 2), order, derivative="reverse"), expected)
+    with pytest.warns(UserWarning, match="under torch.no_grad"):
+        found = loss_and_gradients(Around(part), (4, 2), order)
+    assert_same(found, expected)
+
+
+def test_what_computes_under_no_grad_by_itself_is_no_constant():
+    """A custom Function, a checkpoint, and integers, after which nothing else is refused."""
+
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * ctx.saved_tensors[0].cos()
+
+    def own(h):
+        with torch.no_grad():
+            places = h.argmax(1), (h > 0).sum(1)
+        return Sine.apply(h) * hosm.checkpoint(torch.cos, h) + h * sum(places)[:, None]
+
+    def plain(h):
+        return h.sin() * h.cos() + h * (h.argmax(1) + (h > 0).sum(1))[:, None]
+
+    for order in (2, 3):
+        expected = loss_and_gradients(Around(plain), (4, 2), order, derivative="taylor")
+        with quiet():
+            assert_same(loss_and_gradients(Around(own), (4, 2), order), expected)
 
 
 def hooks():

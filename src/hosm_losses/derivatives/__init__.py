@@ -1,7 +1,7 @@
 """Derivatives of a network along probes, and their gradients in the parameters.
 
-- `select`: which engine runs; what "auto" remembers of a network, and puts back after an attempt.
-- `under_compile`: "auto" where torch.compile is around, and what is kept from it.
+- `select`: which engine runs, and what is put back after an attempt that failed.
+- `memory`: what is remembered of a network.
 - `engines`: the two engines, "taylor" and "reverse".
 - `kinks`: operators whose derivative jumps, and the warning about them.
 - `products`: products of the Jacobian with a vector that depends on the value.

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import owns_values, users_level
+from hosm_losses.derivatives.memory import memory_of
 from hosm_losses.taylor import Jet
 
 JUMPS = """
@@ -37,25 +38,16 @@ WARNING = (
     "likelihood, then misses how it depends on where that jumps, as on a bias before it: no "
     "derivative shows it. Take a smooth operator, such as SiLU, GELU or softplus, in its place."
 )
-_ORDERS_SEEN: "weakref.WeakKeyDictionary[Any, set[int]]" = weakref.WeakKeyDictionary()
-
-
-def orders_seen(owner: object) -> set[int]:
-    """The orders, of 2 and 3, at which a network needs no look any more."""
-    try:
-        return _ORDERS_SEEN.setdefault(owner, set())
-    except TypeError:  # a callable that cannot be referred to weakly, or not hashed
-        return set()
 
 
 def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:
     """The field, which in a first call with gradients warns of derivatives that jump."""
-    if torch.compiler.is_compiling() or not wanted or order in orders_seen(field.owner):
+    if torch.compiler.is_compiling() or not wanted or order in memory_of(field.owner).orders:
         return field
 
     def first(point: Tensor) -> Tensor:
         value, told = find_jumps(field, point, order)
-        orders_seen(field.owner).update((2, 3) if told or order == 3 else (2,))
+        memory_of(field.owner).orders.update((2, 3) if told or order == 3 else (2,))
         if told:
             name = type(field.owner).__name__
             warnings.warn(WARNING.format(name, told), stacklevel=users_level())

@@ -5,12 +5,13 @@ Formula, with f the value and c = cotangent(f) held fixed:
     pushed = ∂f/∂x c       as the gradient of pulled·c in c, in which pulled is linear
 
     The network is called once. In reverse mode pulled is at hand: D is its gradient in c as well,
-    and f is shared by all directions. Beside another engine each direction of order three has a
-    copy of x, and so a dropout mask, of its own.
+    and f is shared by all directions. Beside another engine each direction has a copy of x, and so
+    a dropout mask, of its own where it has G.
 
 Cost, in network evaluations of a step with K directions, where one of order one is 3:
     order 2    6 + 3 K in reverse mode, 6 + 6 K in the taylor engine
-    order 3    7 + 9 K in reverse mode, 20 K in the taylor engine, each direction with its own f
+    order 3    7 + 9 K in reverse mode, 20 K in the taylor engine, each direction with its own f,
+               or with C in the place of G 7 + 14 K
 """
 
 from collections.abc import Callable
@@ -82,13 +83,16 @@ def products_beside(
     field: Field,
     x: Tensor,
     direction: Tensor,
-    order: int,
     cotangent: Cotangent,
     push: bool,
+    apart: bool,
 ) -> Products:
-    """The products beside what an engine derives, by passes back from its value."""
+    """The products beside what an engine derives, by passes back from its value.
+
+    With `apart` each direction has a copy of x, and so there is one value for each.
+    """
     shape = (1, *x.shape)
-    if order == 3:  # each direction has a copy of x, so that there is one value for each
+    if apart:
         shape = direction.shape
         field, x, direction = folded(field, x, direction)
         direction = direction.unsqueeze(0)
@@ -99,8 +103,8 @@ def products_beside(
     if traced():
 
         def parted(point: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            derived = derive(field, point, direction)
-            return derived.value[0], tuple(part for part in derived if part is not None)
+            value, *parts = derive(field, point, direction)
+            return value[0], (value[:1], *[part for part in parts if part is not None])
 
         found: Any = torch.func.vjp(parted, x, has_aux=True)
         value, back, parts = found
@@ -115,8 +119,8 @@ def products_beside(
         wanted = torch.is_grad_enabled()
         with torch.enable_grad(), explained():
             point = leaf(x, wanted)
-            derived = derive(field, point, direction)
-            value = derived.value[0]
+            value, *parts = derive(field, point, direction)
+            parts, value = [value[:1], *[part for part in parts if part is not None]], value[0]
             refuse_dropped(value)
             # Where it requires a gradient a Function that drops the graph is noticed.
             c = leaf(chosen(value), False) if push or wanted else chosen(value)
@@ -128,8 +132,8 @@ def products_beside(
             pushed = None
             if push:
                 (pushed,) = torch.autograd.grad(pulled, c, c.detach(), **options)
-        *parts, pulled = kept([*(part for part in derived if part is not None), pulled], wanted)
-    if order == 3:
+        *parts, pulled = kept([*parts, pulled], wanted)
+    if apart:
         parts = unfolded([part.squeeze(0) for part in parts], shape)
     pulled, c = pulled.reshape(shape), c.detach().reshape(shape)
     return Products(

@@ -3,15 +3,18 @@ r"""The choice of the engine that differentiates a field, and what "auto" rememb
 What:
     "auto" is the taylor engine. A network that it cannot carry derivatives through is given to
     reverse mode, which torch.compile cannot trace. A failed attempt leaves no trace in buffers and
-    generators. It is remembered, and said once. `check_derivatives` finds what a pass back would.
+    generators. It is remembered for such calls, and said once. `check_derivatives` finds what a
+    pass back would.
+
+    An error that is raised here while torch.compile traces ends the graph, and the call is made
+    again in eager mode. With fullgraph=True it is the user's.
 """
 
 import contextlib
 import sys
 import warnings
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -24,37 +27,30 @@ from hosm_losses._torch_internals import surrounded, traced, versions
 from hosm_losses.derivatives import engines, products
 from hosm_losses.derivatives.backward import DroppedGraphError, refuse_scripted
 from hosm_losses.derivatives.engines import Derivatives, Field
-from hosm_losses.derivatives.kinks import orders_seen
+from hosm_losses.derivatives.memory import memory_of
 from hosm_losses.derivatives.products import Cotangent, Products
-from hosm_losses.derivatives.under_compile import compiled, refuse_statistics
 from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 
 Engine = Literal["auto", "taylor", "reverse"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+KNOWN = (
+    "network: expected operators that the engine 'taylor' knows; got {} Leave derivative at "
+    "'auto', which finds another engine."
+)
+UNKNOWN = (
+    "network: expected operators that the engine 'taylor' knows, in a loss of order two or three "
+    "that torch.compile traces; got {} Write .detach() in place of .detach_() and of what is "
+    "under torch.no_grad(), and the rest with other operators; or leave out fullgraph=True, and "
+    "the loss is evaluated in reverse mode, uncompiled."
+)
+STATISTICS = (
+    "network: expected no running statistics in training, as of batch norm, in a loss of exact "
+    "order three that torch.compile traces, for PyTorch lets no buffer change there; got {}. Call "
+    ".eval() on it, take third='laplacian', or leave the loss uncompiled."
+)
 ASK_THE_CHECK = "check_derivatives(model, x0) names the module and what to do."
 # What code raises that meets a Jet and expected an ordinary tensor.
 JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
-
-
-@dataclass
-class _Choice:
-    """What is remembered of a network: the engines that do not work, why, and what was said.
-
-    `said` has whether third="laplacian" was asked for, of each warning that was given.
-    """
-
-    refused: dict[str, str] = field(default_factory=dict)
-    said: set[bool] = field(default_factory=set)
-
-
-_CHOICES: "weakref.WeakKeyDictionary[Any, _Choice]" = weakref.WeakKeyDictionary()
-
-
-def _choice(owner: object) -> _Choice:
-    try:
-        return _CHOICES.setdefault(owner, _Choice())
-    except TypeError:  # a callable that cannot be referred to weakly, or not hashed
-        return _Choice()
 
 
 class _Kept(NamedTuple):
@@ -130,14 +126,7 @@ def derive(
     try:
         if derivative == "reverse":
             return engines.reverse(*given)
-        if torch.compiler.is_compiling():
-            refuse_statistics(field.owner, order, laplacian)
-        return whole(engines.taylor, *given)
-    except TaylorError as error:
-        raise DerivativeError(
-            f"network: expected operators that the engine 'taylor' knows; got {error} Leave "
-            "derivative at 'auto', which finds another engine."
-        ) from error
+        return whole(_taylor, KNOWN, *given)
     except RuntimeError as error:
         refuse_scripted(derivative, error)
         why = str(error)
@@ -165,24 +154,23 @@ def derive_with_products(
 
     "auto" is reverse mode, which costs least here, where it can be; then as in `derive`.
     """
-    given = (field, x, direction, order, cotangent, push)
+    given, tries = (field, x, direction, order, cotangent, push), None
     if derivative in ("auto", "reverse") and not laplacian and not traced():
         if derivative == "reverse":
             return products.reverse_products(*given)
-        if "reverse" not in _choice(field.owner).refused:
-            before = Snapshot(field.owner, x)
-            try:
-                return whole(products.reverse_products, *given)
-            except Exception as error:
-                if not _another_may_do("reverse", error):
-                    raise
-                before.restore()
-                _choice(field.owner).refused["reverse"] = str(error)
+        tries = _Attempts(field, x, "products", order, push, len(direction) > 1)
+        found = tries.run("reverse", partial(whole, products.reverse_products), *given)
+        if found is not None:
+            return found
 
     def derived(field: Field, x: Tensor, direction: Tensor) -> Derivatives:
         return derive(field, x, direction, order=order, derivative=derivative, laplacian=laplacian)
 
-    return whole(products.products_beside, derived, *given)
+    given = (field, x, direction, cotangent, push, order == 3 and not laplacian)
+    found = whole(products.products_beside, derived, *given)
+    if tries is not None:
+        tries.remember()
+    return found
 
 
 def whole(function: Callable[..., Any], *given: Any) -> Any:
@@ -197,41 +185,74 @@ def whole(function: Callable[..., Any], *given: Any) -> Any:
     return function(*given)
 
 
-def _auto(
-    field: Field,
-    x: Tensor,
-    direction: Tensor,
-    order: int,
-    laplacian: bool,
-    summed: bool,
-) -> Derivatives:
-    given = (field, x, direction, order, laplacian, summed)
+def _taylor(unknown: str, field: Field, *given: Any) -> Derivatives:
+    """The taylor engine; an error of the library where it cannot carry derivatives."""
     if torch.compiler.is_compiling():
-        return compiled(*given)
-    owner = field.owner
-    choice = _choice(owner)
-    reasons, deep = dict(choice.refused), False
-    for engine in ENGINES[1:]:
-        if engine in choice.refused:
-            continue
-        before = Snapshot(owner, x)
+        _refuse_statistics(field.owner, *given[2:4])
+    try:
+        return engines.taylor(field, *given)
+    except TaylorError as error:
+        raise DerivativeError(unknown.format(error)) from error
+
+
+def _refuse_statistics(owner: object, order: int, laplacian: bool) -> None:
+    """Raise where a network changes running statistics, which PyTorch refuses without a remedy."""
+    if order == 2 or laplacian or not isinstance(owner, nn.Module):
+        return
+    for part in owner.modules():
+        if part.training and getattr(part, "track_running_stats", False):
+            raise DerivativeError(STATISTICS.format(type(part).__name__))
+
+
+class _Attempts:
+    """Engines that are tried in turn for one call, each with the network as it was.
+
+    Where one fails and another does not, that is remembered of such calls.
+    """
+
+    def __init__(self, field: Field, x: Tensor, *kind: object) -> None:
+        self.owner, self.x, self.memory = field.owner, x, memory_of(field.owner)
+        self.kind = (*kind, x.dtype, x.device.type, getattr(self.owner, "training", None))
+        self.reasons: dict[str, str] = {}
+        self.lasting = not surrounded()
+
+    def run(self, engine: str, function: Callable[..., Any], *given: Any) -> Any:
+        """What an engine returns; None where it cannot take the call, and another may."""
+        if (engine, self.kind) in self.memory.refused:
+            self.reasons[engine] = self.memory.refused[engine, self.kind]
+            return None
+        before = Snapshot(self.owner, self.x)
         try:
-            derived = getattr(engines, engine)(*given)
+            return function(*given)
         except Exception as error:
             refuse_scripted(engine, error)
             if not _another_may_do(engine, error):
                 raise
             before.restore()
-            reasons[engine] = (str(error) or repr(error)).splitlines()[0]
-            deep |= isinstance(error, RecursionError)
-            continue
-        if engine != "taylor":
+            self.reasons[engine] = (str(error) or repr(error)).splitlines()[0]
             # How deep calls go depends on who calls, and not on the network alone.
-            if not deep and not surrounded():
-                choice.refused.update(reasons)
-            _warn_once(owner, reasons["taylor"], laplacian)
-        return derived
-    told = "; ".join(f"{engine}: {why}" for engine, why in reasons.items())
+            self.lasting = self.lasting and not isinstance(error, RecursionError)
+            return None
+
+    def remember(self) -> None:
+        """Keep why engines failed, unless that may lie in what surrounds the call."""
+        if self.lasting:
+            self.memory.refused |= {(each, self.kind): why for each, why in self.reasons.items()}
+
+
+def _auto(field: Field, x: Tensor, direction: Tensor, *options: Any) -> Derivatives:
+    given = (field, x, direction, *options)
+    if torch.compiler.is_compiling():  # which cannot trace reverse mode
+        return _taylor(UNKNOWN, *given)
+    tries = _Attempts(field, x, *options, len(direction) > 1)
+    for engine in ENGINES[1:]:
+        derived = tries.run(engine, getattr(engines, engine), *given)
+        if derived is not None:
+            if engine == "reverse":
+                tries.remember()
+                _warn_once(tries, laplacian=options[1])
+            return derived
+    told = "; ".join(f"{engine}: {why}" for engine, why in tries.reasons.items())
     raise DerivativeError(
         "network: expected operators that can be differentiated twice; got one that cannot, by "
         f"any engine ({told}). {ASK_THE_CHECK}"
@@ -252,20 +273,22 @@ def _another_may_do(engine: str, error: Exception) -> bool:
     return isinstance(error, JET_ERRORS) and not failed
 
 
-def _warn_once(owner: object, why: str, laplacian: bool) -> None:
+def _warn_once(tries: _Attempts, *, laplacian: bool) -> None:
     """Say that reverse mode takes over, once for a network; where it takes G for C once more."""
-    said = _choice(owner).said
+    said, why = tries.memory.said, tries.reasons["taylor"].rstrip(".")
     if laplacian not in said:
         said.add(laplacian)
         exact = ", and third='exact' that of 'laplacian'" if laplacian else ""
         warnings.warn(
-            f"derivative='auto': the engine 'taylor' cannot differentiate {type(owner).__name__} "
-            f"({why.rstrip('.')}), so reverse mode, which is slower, takes its place{exact}.",
+            f"derivative='auto': the engine 'taylor' cannot differentiate "
+            f"{type(tries.owner).__name__} ({why}), so reverse mode, which is slower, takes its "
+            f"place{exact}.",
             stacklevel=users_level(),
         )
 
 
 def never_warn(owner: object) -> None:
     """Give no warning about this network: it is a copy, and no training step is taken."""
-    _choice(owner).said.update((False, True))
-    orders_seen(owner).update((2, 3))
+    memory = memory_of(owner)
+    memory.said.update((False, True))
+    memory.orders.update((2, 3))

@@ -102,7 +102,8 @@ def third_order_dsm(
         probe: v, of shape (B, *) or (K, B, *), with K of 2 or more for "paired", used as it is;
             drawn if None.
         probes: K, the number of probes a sample, or "exact" for all d unit vectors. None is 1, and
-            2 with estimator="paired".
+            2 with estimator="paired". Dropout draws one mask for all probes of a sample; at exact
+            order three one for each, unless they are paired in reverse mode.
         estimator: "hutchinson" squares the residual along each probe, as in the paper. "paired"
             multiplies the estimates of two independent probes, or halves of the probes, with each
             other. Its mean is that of probes="exact", almost without the noise of the probes, for
@@ -128,7 +129,7 @@ def third_order_dsm(
             paper. "laplacian" matches σ² ∂²f[v, v] to the same target for three quarters of the
             cost: equal to "exact" if the Jacobian is symmetric, as the true score's; otherwise
             another objective, leaving ∇tr(∂f) partly unconstrained. With estimator="paired" it
-            costs more than "exact", 42 evaluations against 25. Where derivative="auto" takes
+            costs more than "exact", 35 evaluations against 25. Where derivative="auto" takes
             reverse mode, "exact" takes its place, with a warning.
         fraction: the part of the batch, chosen at random, on which orders two and three are
             evaluated: max(1, round(fraction · B)) rows. Unbiased.
