@@ -188,7 +188,7 @@ def mixture(steps: int) -> Problem:
 
     job = example.Job("vp", "3", steps, seed=0)
     model = example.new_model(job)
-    list(tqdm(example.training(model, job), "mixture", job.steps, leave=False))
+    list(tqdm(example.training(model, job, 1e-3), "mixture", job.steps, leave=False))
     data = draw_mixture(HELD_OUT, torch.Generator().manual_seed(0))
     return Problem(model, data, example.DATA_STD, draw_mixture)
 

@@ -47,7 +47,7 @@ def main() -> None:
     for order, style in ((1, ":"), (3, "-")):
         job = mixture.Job(options.schedule, str(order), options.steps, seed=0)
         model = mixture.new_model(job)
-        for _ in mixture.training(model, job):
+        for _ in mixture.training(model, job, 1e-3):
             pass
         model.double()
         given = {"reference": truth(schedule), "generator": torch.Generator().manual_seed(2)}

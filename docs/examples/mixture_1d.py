@@ -135,10 +135,10 @@ def new_model(job: Job) -> hosm.ScoreModel:
     return hosm.ScoreModel(Network(schedule), schedule)
 
 
-def training(model: hosm.ScoreModel, job: Job) -> Iterator[None]:
+def training(model: hosm.ScoreModel, job: Job, rate: float = 3e-3) -> Iterator[None]:
     """Take an optimizer step each time it is advanced."""
     generator = torch.Generator().manual_seed(job.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.steps)
     for _ in range(job.steps):
         x = draw_data(generator)
