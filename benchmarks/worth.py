@@ -37,8 +37,8 @@ from tqdm import tqdm
 import hosm_losses as hosm
 from benchmarks import experiment, results
 from benchmarks.worth_problems import CELLS, KINDS, Cell, MemberTargets
-from benchmarks.worth_reserved import RESERVED
 from benchmarks.worth_quantities import Row, compare, judge, judge_briefly
+from benchmarks.worth_reserved import RESERVED
 
 DIRECTORY = results.DIRECTORY / "worth"
 SEEDS = 5  # and one more, the spare seed, which chooses and is not reported

@@ -14,8 +14,8 @@ How the orders are compared:
     equal steps   N steps each, from the same initial network, with the same data, times and noise.
     equal cost    the processor time that order three needs for its N steps. The others take more
                   steps, as their steps are cheaper, under a cosine decay of that length. Order
-                  three's run is the one above. The cost of a step is measured in the same run, so these
-                  numbers of steps differ a little every time.
+                  three's run is the one above. The cost of a step is measured in the same run, so
+                  these numbers of steps differ a little every time.
 
 How to run, on two cores for two to five minutes (pip install "hosm-losses[examples]"):
     python docs/examples/mixture_1d.py [--schedule vp] [--steps 1500] [--seed 0] [--out DIR]
