@@ -69,7 +69,9 @@ def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
         if text == OWN or schedule != own:
             times = plain | times if model.time is None else {"yours": model.time} | plain | times
             for time_text, time in times.items():
-                if text != OWN or time is not model.time:
+                # A network that looks an index up may not be given a negative one on CUDA.
+                negative = own.integer_time and "log" in time_text
+                if not negative and (text != OWN or time is not model.time):
                     yield Inputs(schedule, text, time, time_text)
 
 
