@@ -128,7 +128,9 @@ class DigitsStudy(Study):
     def go_further(self, kind: str, name: str, rate: float, times: int) -> Row:
         """As of any study, with the validation split by which the budget is chosen."""
         row = super().go_further(kind, name, rate, times)
-        start = Start(self.cell, kind, name, torch.load(self.out / f"{times}.pt"))
+        start = Start(
+            self.cell, kind, name, torch.load(self.out / f"{times}.pt", weights_only=True)
+        )
         model = start.model(range(self.seeds))
         return row | {"validation": self.blocks(model, self.cell.density.validation)}
 
