@@ -522,6 +522,7 @@ def test_times_are_checked_by_models_and_schedules():
 WITHOUT_ROWS = {
     *("DerivativeError", "DSMTerms", "SteinTerms", "LoggedTerms", "LoggedSteinTerms", "Schedule"),
     *("NLLSummary", "SampleResult", "GapEstimate", "GapReport", "Shared", "checkpoint"),
+    *("WrappingCandidate", "WrappingReport"),
 }
 
 
