@@ -41,13 +41,13 @@ from benchmarks.worth_quantities import Row, compare, judge, judge_briefly
 from benchmarks.worth_reserved import RESERVED
 
 DIRECTORY = results.DIRECTORY / "worth"
-SEEDS = 5  # and one more, the spare seed, which chooses and is not reported
 BASELINE_RATES, RATES = (1e-2, 3e-3, 1e-3), (1e-3, 3e-4, 1e-4)
 GATE, HOPELESS, LEVELS, ROUNDS = 0.02, 0.2, 3, 20
 ONE, AVERAGED = TARGETS = ("order one", "order one, averaged")
 WHOLE, COST = ("order three, averaged",), 3  # budgets of order one
 LIKELIHOOD_ROWS, LIKELIHOOD_STEPS, LIKELIHOOD_ELEMENTS = 32, 32, 8
 Loss = Callable[[hosm.ScoreModel], Callable[..., Tensor]]
+Models = Callable[[Sequence[int]], hosm.ScoreModel]  # of seeds; from scratch, or to go on from
 
 
 def losses(cell: Cell, members: int, baseline: str = "") -> dict[str, Loss]:
@@ -125,14 +125,16 @@ def training(
 
 
 class Study:
-    """The rows of a cell, in a file, and the weights that its losses start from."""
+    """The rows of a cell, in a file, and the weights that its losses start from.
 
-    seeds = SEEDS
+    The seed after those of the cell is the spare one, which chooses and is not reported.
+    """
+
     chooses = "kl"  # of each seed, by which networks, targets and rates are chosen
 
     def __init__(self, name: str, cell: Cell, directory: Path, out: Path) -> None:
         slug = re.sub(r"\W+", "_", name)
-        self.name, self.cell = name, cell
+        self.name, self.cell, self.seeds = name, cell, cell.seeds
         self.file, self.out = directory / f"{slug}.json", out / slug
         self.report = {"name": name} | results.read(self.file)
         sizes = ("budget", "solver", "batch", "points", "scored")
@@ -170,35 +172,41 @@ class Study:
         """Network, targets and rate of order one, by the KL divergence of the spare seed."""
         found: dict[tuple[str, str, float], float] = {}
         for kind, name in product(KINDS, TARGETS):
-            row = self.row(f"choice: {kind}, {name}", partial(self.try_out, kind, name))
+            make = partial(self.tune, self.fresh(kind), name, self.cell.budget, BASELINE_RATES)
+            row = self.row(f"choice: {kind}, {name}", make)
             pairs = zip(BASELINE_RATES, row.get(self.chooses, ()), strict=False)
             found |= {(kind, name, rate): kl for rate, kl in pairs if kl is not None}
         return min(found, key=lambda each: found[each])
 
-    def try_out(self, kind: str, name: str) -> Row:
-        """The KL divergence of the spare seed, trained by order one at every rate."""
-        count, steps = len(BASELINE_RATES), self.cell.budget
-        model = self.cell.model([self.seeds] * count, kind)
-        loss = losses(self.cell, count)[name]
-        row = self.train(model, loss, steps, BASELINE_RATES, f"choice, {kind}, {name}")
-        return row | self.judge_briefly(model, count)
+    def fresh(self, kind: str) -> Models:
+        """Networks of a kind, with new weights."""
+        return partial(self.cell.model, kind=kind)
+
+    @property
+    def targets(self) -> str:
+        """The targets that order one chose, if it has."""
+        return self.rows.get("budget 1", {}).get("targets", "")
 
     def baseline(self, levels: int) -> "Start":
         """The longest training of order one."""
         kind, name, rate = self.choose()
         for times in (3**level for level in range(levels)):
             if times > 1:
-                given = self.start(times // 3), name, self.steps(times)
-                rates = [rate, rate / 3]
-                rate = self.best_rate(f"budget {times}", *given, rates) or rate
+                start, rates = self.start(times // 3), [rate, rate / 3]
+                given = start.model, name, self.steps(times), rates, start.digest
+                rate = self.best_rate(f"budget {times}", *given) or rate
             row = self.row(f"budget {times}", partial(self.go_further, kind, name, rate, times))
             if "failed" in row:
                 raise ValueError(f"{self.name}: budget {times} of order one: {row['failed']}")
-            if times > 1 and (self.converged() or self.gain() > HOPELESS):
+            if times > 1 and self.is_settled():
                 break
         self.report["converged"] = levels > 1 and self.converged()
         self.report["start"] = self.chosen_budget()
         return self.start(self.report["start"])
+
+    def is_settled(self) -> bool:
+        """Whether three times the budget would tell no more of whether order one converges."""
+        return self.converged() or self.gain() > HOPELESS
 
     def converged(self) -> bool:
         """Whether three times the budget lowered order one's KL divergence by less than GATE."""
@@ -220,6 +228,10 @@ class Study:
 
     def judge(self, model: hosm.ScoreModel) -> Row:
         return judge(self.cell, model, self.seeds)
+
+    def judge_budget(self, model: hosm.ScoreModel) -> Row:
+        """What is kept of a training of order one."""
+        return self.judge(model)
 
     def judge_briefly(self, model: hosm.ScoreModel, members: int) -> Row:
         return judge_briefly(self.cell, model, members)
@@ -243,8 +255,8 @@ class Study:
     ) -> tuple[Row, dict[str, Tensor]]:
         """Train all seeds for so many budgets in all; their weights go to a file as well."""
         members = range(self.seeds + 1)
-        first = times == 1
-        model = self.cell.model(members, kind) if first else self.start(times // 3).model(members)
+        models = self.fresh(kind) if times == 1 else self.start(times // 3).model
+        model = models(members)
         loss = losses(self.cell, len(members))[name]
         row = self.train(model, loss, self.steps(times), [rate] * len(members), f"budget {times}")
         weights = {key: each.detach().clone() for key, each in model.named_parameters()}
@@ -255,54 +267,54 @@ class Study:
     def go_further(self, kind: str, name: str, rate: float, times: int) -> Row:
         """The row of so many budgets of order one."""
         row, weights = self.train_further(kind, name, rate, times)
-        return row | self.judge(Start(self.cell, kind, name, weights).model(range(self.seeds)))
+        start = Start(self.cell, kind, name, weights)
+        return row | self.judge_budget(start.model(range(self.seeds)))
 
     def run(self, pattern: str = "", levels: int = LEVELS, rounds: int = ROUNDS) -> None:
         """Do all that is not done."""
         start = self.baseline(levels)
-        every = losses(self.cell, self.seeds, start.targets)
+        every = losses(self.cell, self.seeds, self.targets)
         ratios = self.row("step times", partial(self.step_times, start, every, rounds))["ratios"]
-        for name, loss in every.items():
+        for name in every:
             if re.search(pattern, name):
-                steps = max(1, round(self.cell.budget / ratios[name]))
-                rate = self.best_rate(name, start, name, steps, RATES)
-                if rate is not None:
-                    make = partial(self.go_on, start, name, loss, steps, rate)
-                    self.row(name, make, start.digest)
+                steps = [max(1, round(self.cell.budget / ratios[name]))] * 2
+                self.tuned(name, name, start.model, steps, RATES, start.digest)
         for name in WHOLE if levels > 1 else ():
             if re.search(pattern, f"whole: {name}"):
-                self.whole(start, name, ratios[start.targets] / ratios[name])
+                budget = self.cell.budget * ratios[self.targets] / ratios[name]
+                steps = [max(1, round(times * budget)) for times in (1, COST)]
+                models = self.fresh(start.kind)
+                self.tuned(f"whole: {name}", name, models, steps, BASELINE_RATES)
 
-    def whole(self, start: "Start", name: str, speed: float) -> Row:
-        """The row of a loss from scratch, whose steps take 1/speed of those of order one."""
-        steps = [max(1, round(budgets * self.cell.budget * speed)) for budgets in (1, COST)]
-
-        def tune() -> Row:
-            model = self.cell.model([self.seeds] * len(BASELINE_RATES), start.kind)
-            loss = losses(self.cell, len(BASELINE_RATES), start.targets)[name]
-            row = self.train(model, loss, steps[0], BASELINE_RATES, f"rates of whole: {name}")
-            return row | {"rates": BASELINE_RATES} | self.judge_briefly(model, len(BASELINE_RATES))
-
-        def train() -> Row:
-            model = self.cell.model(range(self.seeds), start.kind)
-            loss = losses(self.cell, self.seeds, start.targets)[name]
-            row = self.train(model, loss, steps[1], [rate] * self.seeds, f"whole: {name}")
-            return row | {"rate": rate} | self.judge(model)
-
-        rate = self.lowest(self.row(f"rates: whole: {name}", tune)) or BASELINE_RATES[-1]
-        return self.row(f"whole: {name}", train)
+    def tuned(
+        self,
+        row: str,
+        name: str,
+        models: Models,
+        steps: Sequence[int],
+        rates: Sequence[float],
+        digest: str | None = None,
+    ) -> None:
+        """The row of a loss at its best rate; `steps` are those of the choice, and of the row."""
+        rate = self.best_rate(row, models, name, steps[0], rates, digest)
+        if rate is not None:
+            self.row(row, partial(self.finish, models, name, steps[1], rate, row), digest)
 
     def best_rate(
-        self, row: str, start: "Start", name: str, steps: int, rates: Sequence[float]
+        self,
+        row: str,
+        models: Models,
+        name: str,
+        steps: int,
+        rates: Sequence[float],
+        digest: str | None,
     ) -> float | None:
-        """The rate of a loss at which the spare seed goes on best; None where it fails."""
-        make = partial(self.tune, start, name, steps, rates)
-        return self.lowest(self.row(f"rates: {row}", make, start.digest))
-
-    def lowest(self, tuned: Row) -> float | None:
-        """The best rate of a row of several; None where all failed."""
-        pairs = zip(tuned.get("rates", ()), tuned.get(self.chooses, ()), strict=False)
-        found = {rate: value for rate, value in pairs if value is not None}
+        """The rate of a loss at which the spare seed does best; None where all fail."""
+        make = partial(self.tune, models, name, steps, rates)
+        values = self.row(f"rates: {row}", make, digest).get(self.chooses, ())
+        found = {
+            rate: value for rate, value in zip(rates, values, strict=False) if value is not None
+        }
         return min(found, key=lambda rate: found[rate], default=None)
 
     def step_times(self, start: "Start", every: Mapping[str, Loss], rounds: int) -> Row:
@@ -316,17 +328,18 @@ class Study:
         ratios = {name: each / seconds[ONE] for name, each in seconds.items()}
         return {"seconds": seconds[ONE], "ratios": ratios, "rounds": rounds}
 
-    def tune(self, start: "Start", name: str, steps: int, rates: Sequence[float]) -> Row:
+    def tune(self, models: Models, name: str, steps: int, rates: Sequence[float]) -> Row:
         """The spare seed at every rate."""
-        model = start.model([self.seeds] * len(rates))
-        loss = losses(self.cell, len(rates), start.targets)[name]
+        model = models([self.seeds] * len(rates))
+        loss = losses(self.cell, len(rates), self.targets)[name]
         row = self.train(model, loss, steps, rates, f"rates of {name}")
         return row | {"rates": list(rates)} | self.judge_briefly(model, len(rates))
 
-    def go_on(self, start: "Start", name: str, loss: Loss, steps: int, rate: float) -> Row:
-        """The reported seeds, trained on with a loss."""
-        model = start.model(range(self.seeds))
-        row = self.train(model, loss, steps, [rate] * self.seeds, name) | {"rate": rate}
+    def finish(self, models: Models, name: str, steps: int, rate: float, bar: str) -> Row:
+        """The reported seeds, trained with a loss."""
+        model = models(range(self.seeds))
+        loss = losses(self.cell, self.seeds, self.targets)[name]
+        row = self.train(model, loss, steps, [rate] * self.seeds, bar) | {"rate": rate}
         return row | self.judge(model)
 
     def summary(self) -> Row:
@@ -367,23 +380,30 @@ def kl_of(row: Row) -> float:
     return float(np.mean(row["kl"]))
 
 
-def main() -> None:
-    parser = experiment.parser(__doc__)
+def run_all(
+    doc: str | None, cells: Mapping[str, Callable[[], Cell]], study_of: type[Study] = Study
+) -> None:
+    """The command line: run cells, and print what they found."""
+    parser = experiment.parser(doc)
     parser.add_argument("--cells", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--losses", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--levels", type=int, default=LEVELS, help="of order one, 1, 3, 9")
     parser.add_argument("--out", type=Path, default=Path("worth_out"), help="for weights")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for name, make in {**CELLS, **RESERVED}.items():
+    for name, make in cells.items():
         if re.search(options.cells, name):
-            cell, directory, rounds = make(), DIRECTORY, ROUNDS
+            try:
+                cell, directory, rounds = make(), DIRECTORY, ROUNDS
+            except ModuleNotFoundError as error:
+                print(f"{name}: left out, as {error.name} is not installed")
+                continue
             if options.smoke:
                 cell, directory, rounds = cell.small(), options.out, 1
-            study = Study(name, cell, directory, options.out)
+            study = study_of(name, cell, directory, options.out)
             study.run(options.losses, options.levels, rounds)
             results.show(name, study.summary())
 
 
 if __name__ == "__main__":
-    main()
+    run_all(__doc__, {**CELLS, **RESERVED})

