@@ -24,6 +24,7 @@ from tests.cases import (
     Around,
     CountCalls,
     OnceDifferentiable,
+    Sine,
     Spectral,
     assert_same,
     loss_and_gradients,
@@ -230,16 +231,6 @@ def test_a_part_under_no_grad_is_the_constant_that_autograd_makes_of_it(name, or
 
 def test_what_computes_under_no_grad_by_itself_is_no_constant():
     """A custom Function, a checkpoint, and integers, after which nothing else is refused."""
-
-    class Sine(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x.sin()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * ctx.saved_tensors[0].cos()
 
     def own(h):
         with torch.no_grad():

@@ -17,6 +17,7 @@ from tests.cases import (
     Function,
     OfX,
     OnceDifferentiable,
+    Sine,
     Spectral,
     default_dtype,
     networks,
@@ -35,19 +36,6 @@ class Net(nn.Module):
     def forward(self, x, t, **conditions):
         hidden = torch.tanh(self.inner(x) + t[:, None])
         return self.outer(self.own(hidden + self.layer(hidden), t, **conditions))
-
-
-class Sine(torch.autograd.Function):
-    """Right at all orders in reverse mode."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0].cos()
 
 
 class Partly(Sine):

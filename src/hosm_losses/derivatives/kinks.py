@@ -24,11 +24,12 @@ from hosm_losses._checks import owns_values, users_level
 from hosm_losses.derivatives.memory import memory_of
 from hosm_losses.taylor import Jet
 
-JUMPS = """
+_JUMPS = """
     relu relu6 leaky_relu rrelu prelu hardtanh hardswish hardsigmoid softshrink hardshrink
     threshold selu abs absolute l1_loss maximum minimum fmax fmin max min amax amin aminmax cummax
     cummin sort msort topk kthvalue median quantile
 """
+JUMPS = frozenset(_JUMPS.split())
 CLAMPS = ("clamp", "clip", "clamp_min", "clamp_max")  # which are perhaps not at work
 # Where the arguments say which norm: those of 1 and ∞ have kinks.
 NORMS = {"norm": 1, "normalize": 1, "linalg_norm": 1, "linalg_vector_norm": 1}
@@ -81,7 +82,7 @@ def _jumps(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> int:
     if name in NORMS:
         given = args[NORMS[name]] if len(args) > NORMS[name] else 2
         return int(named.get("p", named.get("ord", given)) in (1, math.inf))
-    return int(name in JUMPS.split() or "max_pool" in name)
+    return int(name in JUMPS or "max_pool" in name)
 
 
 class _Noted(NamedTuple):
