@@ -1,14 +1,18 @@
 """Probes: shapes, moments and the known variance of vᵀ A v."""
 
 import math
+import pickle
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
 from hosm_losses.probes import (
     DISTRIBUTIONS,
     Distribution,
+    Hutchinson,
+    Paired,
     draw_probes,
     unit_vector_chunks,
     unit_vectors,
@@ -125,3 +129,20 @@ def test_too_many_unit_vectors_are_refused_before_they_are_made():
         unit_vectors(like)
     assert largest.elements <= like.numel()
     assert unit_vectors(like[:, 1:]).shape == (2**16, 1, 2**16)
+
+
+@pytest.mark.parametrize(("value", "fewest"), [(Hutchinson, 1), (Paired, 2)])
+def test_values_compare_hash_pickle_print_as_written_and_check_themselves(value, fewest):
+    made = value(np.int64(4), "dct")
+    assert type(made.count) is int
+    assert made == value(count=4, distribution="dct") == pickle.loads(pickle.dumps(made))
+    assert len({made, value(4, "dct"), value()}) == 2
+    assert repr(made) == f"{value.__name__}(count=4, distribution='dct')"
+    assert value().count == fewest
+    with pytest.raises(AttributeError):
+        made.count = 1
+    for wrong in (fewest - 1, 2.0, True, "exact", None):
+        with pytest.raises(ValueError, match=f"{value.__name__}.count: expected a whole number"):
+            value(wrong)
+    with pytest.raises(ValueError, match=f"{value.__name__}.distribution: expected one of"):
+        value(distribution="uniform")

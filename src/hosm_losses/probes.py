@@ -22,10 +22,19 @@ Source:
     cosine transform", IEEE Transactions on Computers (1974), for Q.
 """
 
-__all__ = ["DISTRIBUTIONS", "Distribution", "draw_probes", "unit_vector_chunks", "unit_vectors"]
+__all__ = [
+    "DISTRIBUTIONS",
+    "Distribution",
+    "Hutchinson",
+    "Paired",
+    "draw_probes",
+    "unit_vector_chunks",
+    "unit_vectors",
+]
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -77,6 +86,68 @@ DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], Tensor, torch.Generator | No
     "sphere": _sphere,
     "dct": _dct,
 }
+
+
+def _check_drawn(value: "Hutchinson | Paired", fewest: int) -> None:
+    """Check both fields of a value; a whole number of NumPy becomes Python's."""
+    name = type(value).__name__
+    count = check_whole(f"{name}.count", value.count, fewest)
+    if count is not value.count:  # torch.compile need not see what changes nothing
+        object.__setattr__(value, "count", count)
+    check_choice(f"{name}.distribution", value.distribution, DISTRIBUTIONS)
+
+
+@dataclass(frozen=True)
+class Hutchinson:
+    """Random probes v with E[v vᵀ] = I, whose estimates are averaged.
+
+    Args:
+        count: K, the number of independent probes per sample, at least 1.
+        distribution: "rademacher" (random signs), "gaussian", "sphere" (uniform, of radius √d) or
+            "dct" (random signs in the cosine basis, with less variance for images).
+
+    Raises:
+        ValueError: for a count that is no whole number of at least 1, or another distribution.
+
+    Example:
+        >>> Hutchinson(4, "dct")
+        Hutchinson(count=4, distribution='dct')
+    """
+
+    count: int = 1
+    distribution: Distribution = "rademacher"
+
+    def __post_init__(self) -> None:
+        """Check both fields."""
+        _check_drawn(self, 1)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Random probes whose estimates are multiplied in pairs, not squared.
+
+    A square of a noisy estimate is too large by its variance; a product of two independent ones is
+    unbiased. The terms have the mean of `probes="exact"`, and may be negative for single samples.
+
+    Args:
+        count: K, the number of independent probes per sample, at least 2: the estimates of the
+            first half are multiplied with those of the second.
+        distribution: as in `Hutchinson`.
+
+    Raises:
+        ValueError: for a count that is no whole number of at least 2, or another distribution.
+
+    Example:
+        >>> Paired()
+        Paired(count=2, distribution='rademacher')
+    """
+
+    count: int = 2
+    distribution: Distribution = "rademacher"
+
+    def __post_init__(self) -> None:
+        """Check both fields."""
+        _check_drawn(self, 2)
 
 
 def draw_probes(
