@@ -13,7 +13,10 @@ For each cell of worth_problems and worth_reserved:
     3. Every loss goes on from the weights of the longest training, with a fresh Adam and a cosine
        decay, for as many steps as cost what the cell's budget of order one costs. Step times are
        measured once, in turns. The rate is chosen on the seed that is not reported.
-    4. The loss of WHOLE trains from scratch, at the cost of order one's three budgets.
+    4. The losses of WHOLE train from scratch, at the cost of order one's three budgets.
+    5. So does that of SWITCHED, but begins with order one until a rule says that it has done its
+       part: a fifth more steps lower its loss on held-out data by less than PLATEAU. One Adam and
+       one cosine decay serve the whole training. The spare seed tells the step.
 
 Five seeds and the one that is not reported train as one ensemble. Each row is written to
 results/worth/CELL.json at once, with its environment, and a second run goes on where the first one
@@ -22,10 +25,11 @@ without that file they are trained again, and so are the losses if other weights
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +48,10 @@ DIRECTORY = results.DIRECTORY / "worth"
 BASELINE_RATES, RATES = (1e-2, 3e-3, 1e-3), (1e-3, 3e-4, 1e-4)
 GATE, HOPELESS, LEVELS, ROUNDS = 0.02, 0.2, 3, 20
 ONE, AVERAGED = TARGETS = ("order one", "order one, averaged")
-WHOLE, COST = ("order three, averaged",), 3  # budgets of order one
+SWITCHED, EXACT = "order three, averaged", "order three, averaged, exact probes"
+WHOLE, COST = (SWITCHED, EXACT), 3  # budgets of order one
+PLATEAU, LATER, FIRST, HELD_OUT = 0.01, 1.2, 100, 8192  # of the rule for the switch
+FEW = 4  # elements up to which all unit vectors are tried as probes
 LIKELIHOOD_ROWS, LIKELIHOOD_STEPS, LIKELIHOOD_ELEMENTS = 32, 32, 8
 Loss = Callable[[hosm.ScoreModel], Callable[..., Tensor]]
 Models = Callable[[Sequence[int]], hosm.ScoreModel]  # of seeds; from scratch, or to go on from
@@ -59,9 +66,9 @@ def losses(cell: Cell, members: int, baseline: str = "") -> dict[str, Loss]:
     low, high = cell.schedule.log_sigma_hat_range
     averaged = {"targets": MemberTargets(members=members)}
 
-    def times(power: int, count: int, generator: torch.Generator | None) -> Tensor:
+    def times(power: int, rows: int, generator: torch.Generator | None) -> Tensor:
         return cell.schedule.time(
-            low + (high - low) * torch.rand(count, generator=generator) ** power
+            low + (high - low) * torch.rand(rows, generator=generator) ** power
         )
 
     def of(function: Callable[..., Any], power: int = 1, **options: Any) -> Loss:
@@ -95,13 +102,25 @@ def losses(cell: Cell, members: int, baseline: str = "") -> dict[str, Loss]:
         "order two": second(),
         "order two, averaged": second(**averaged),
         "order three": third(),
-        "order three, averaged": third(**averaged),
+        SWITCHED: third(**averaged),
         "balanced": balanced,
         "Stein, weight 0.3": lambda model: partial(hosm.stein_dsm, model, weight=0.3),
     }
+    if 1 < elements <= FEW:
+        found[EXACT] = third(probes="exact", **averaged)
     if elements <= LIKELIHOOD_ELEMENTS:
         found["likelihood"] = likelihood
     return found
+
+
+def in_turn(first: Loss, second: Loss, steps: int) -> Loss:
+    """A loss for so many calls, and another one after them."""
+
+    def of(model: hosm.ScoreModel) -> Callable[..., Tensor]:
+        both, calls = (first(model), second(model)), count()
+        return lambda *given, **options: both[next(calls) >= steps](*given, **options)
+
+    return of
 
 
 def training(
@@ -187,11 +206,11 @@ class Study:
         """The targets that order one chose, if it has."""
         return self.rows.get("budget 1", {}).get("targets", "")
 
-    def baseline(self, levels: int) -> "Start":
-        """The longest training of order one."""
+    def baseline(self, levels: int) -> int:
+        """Train order one, and return after how many budgets the losses go on from it."""
         kind, name, rate = self.choose()
         for times in (3**level for level in range(levels)):
-            if times > 1:
+            if times > 1 and f"budget {times}" not in self.rows:
                 start, rates = self.start(times // 3), [rate, rate / 3]
                 given = start.model, name, self.steps(times), rates, start.digest
                 rate = self.best_rate(f"budget {times}", *given) or rate
@@ -202,7 +221,7 @@ class Study:
                 break
         self.report["converged"] = levels > 1 and self.converged()
         self.report["start"] = self.chosen_budget()
-        return self.start(self.report["start"])
+        return self.report["start"]
 
     def is_settled(self) -> bool:
         """Whether three times the budget would tell no more of whether order one converges."""
@@ -272,19 +291,60 @@ class Study:
 
     def run(self, pattern: str = "", levels: int = LEVELS, rounds: int = ROUNDS) -> None:
         """Do all that is not done."""
-        start = self.baseline(levels)
+        chosen, first = self.baseline(levels), self.rows["budget 1"]
         every = losses(self.cell, self.seeds, self.targets)
-        ratios = self.row("step times", partial(self.step_times, start, every, rounds))["ratios"]
+        fresh, start = self.fresh(first["network"]), None
+        given = every, fresh, rounds
+        self.row("step times", partial(self.step_times, *given))
+        ratios = {name: self.step_ratio(name, *given) for name in every}
         for name in every:
             if re.search(pattern, name):
+                start = self.start(chosen) if start is None else start
                 steps = [max(1, round(self.cell.budget / ratios[name]))] * 2
                 self.tuned(name, name, start.model, steps, RATES, start.digest)
-        for name in WHOLE if levels > 1 else ():
-            if re.search(pattern, f"whole: {name}"):
-                budget = self.cell.budget * ratios[self.targets] / ratios[name]
-                steps = [max(1, round(times * budget)) for times in (1, COST)]
-                models = self.fresh(start.kind)
-                self.tuned(f"whole: {name}", name, models, steps, BASELINE_RATES)
+        if levels > 1:
+            dear = {name: ratio / ratios[self.targets] for name, ratio in ratios.items()}
+            for name in filter(every.__contains__, WHOLE):
+                if re.search(pattern, f"whole: {name}"):
+                    steps = [max(1, round(k * self.cell.budget / dear[name])) for k in (1, COST)]
+                    self.tuned(f"whole: {name}", name, fresh, steps, BASELINE_RATES)
+            if re.search(pattern, f"switch: {SWITCHED}"):
+                found = self.row("plateau", partial(self.plateau, fresh, first["rate"]))
+                if "failed" not in found:
+                    late = (COST * self.cell.budget - found["step"]) / dear[SWITCHED]
+                    name, steps = f"switch: {SWITCHED}", found["step"] + max(1, round(late))
+                    self.tuned(name, name, fresh, [steps] * 2, BASELINE_RATES)
+
+    def step_ratio(self, name: str, *given: Any) -> float:
+        """The time of a step over that of order one; timed now if it was no row of the others."""
+        ratios = self.rows["step times"]["ratios"]
+        if name not in ratios:
+            every, *rest = given
+            both = {key: every[key] for key in (ONE, name)}
+            make = partial(self.step_times, both, *rest)
+            ratios = self.row(f"step times: {name}", make)["ratios"]
+        return ratios[name]
+
+    def plateau(self, models: Models, rate: float) -> Row:
+        """The step at which order one, with its targets, has done its part by the rule.
+
+        The loss is the plain one on data, times and noise that are the same each time.
+        """
+        model, generator = models([self.seeds]), torch.Generator().manual_seed(2)
+        x0 = self.cell.held_out(HELD_OUT, generator)
+        low, high = self.cell.schedule.log_sigma_hat_range
+        t = self.cell.schedule.time(torch.linspace(low, high, HELD_OUT))
+        noise, seen = torch.randn(x0.shape, generator=generator), [math.inf]
+        limit, due = COST * self.cell.budget, FIRST
+        loss = losses(self.cell, 1)[self.targets]
+        for step, _ in enumerate(training(self.cell, model, loss, limit, [rate]), 1):
+            if step >= min(due, limit):
+                with torch.no_grad():
+                    seen.append(float(hosm.first_order_dsm(model, x0, t=t, noise=noise)))
+                if seen[-1] > (1 - PLATEAU) * seen[-2]:
+                    return {"step": step, "losses": seen[1:]}
+                due = math.ceil(LATER * due)
+        raise ValueError(f"order one improved by more than {PLATEAU:.0%} for all {limit} steps")
 
     def tuned(
         self,
@@ -317,11 +377,11 @@ class Study:
         }
         return min(found, key=lambda rate: found[rate], default=None)
 
-    def step_times(self, start: "Start", every: Mapping[str, Loss], rounds: int) -> Row:
+    def step_times(self, every: Mapping[str, Loss], models: Models, rounds: int) -> Row:
         """Median times of a step over that of order one."""
 
         def begin(name: str, steps: int) -> Iterator[None]:
-            model = start.model(range(self.seeds))
+            model = models(range(self.seeds))
             return training(self.cell, model, every[name], steps, [RATES[0]] * self.seeds)
 
         seconds = experiment.step_times(begin, every, rounds)
@@ -331,14 +391,22 @@ class Study:
     def tune(self, models: Models, name: str, steps: int, rates: Sequence[float]) -> Row:
         """The spare seed at every rate."""
         model = models([self.seeds] * len(rates))
-        loss = losses(self.cell, len(rates), self.targets)[name]
+        loss = self.loss(name, len(rates))
         row = self.train(model, loss, steps, rates, f"rates of {name}")
         return row | {"rates": list(rates)} | self.judge_briefly(model, len(rates))
+
+    def loss(self, name: str, members: int) -> Loss:
+        """The loss of a row, that of "switch" after order one."""
+        every = losses(self.cell, members, self.targets)
+        if name in every:
+            return every[name]
+        after = every[name.removeprefix("switch: ")]
+        return in_turn(every[self.targets], after, self.rows["plateau"]["step"])
 
     def finish(self, models: Models, name: str, steps: int, rate: float, bar: str) -> Row:
         """The reported seeds, trained with a loss."""
         model = models(range(self.seeds))
-        loss = losses(self.cell, self.seeds, self.targets)[name]
+        loss = self.loss(name, self.seeds)
         row = self.train(model, loss, steps, [rate] * self.seeds, bar) | {"rate": rate}
         return row | self.judge(model)
 

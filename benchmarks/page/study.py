@@ -4,6 +4,7 @@ Ratios are those of `worth_quantities.compare`, over the better of plain and ave
 what trains from scratch, over three budgets of order one.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -43,14 +44,14 @@ def _size(name: str) -> tuple[int, ...]:
 def judged(report: Row) -> dict[str, Row]:
     """The losses that went on from order one, without those that failed."""
     rows = report["rows"].items()
-    others = ("budget", "choice", "rates", "step")
+    others = ("budget", "choice", "rates", "step", "plateau")
     named = {name: row for name, row in rows if not name.startswith(others)}
     return {name: row for name, row in named.items() if "kl" in row or "test" in row}
 
 
 def ratio(report: Row, name: str) -> Mapping[str, Estimate]:
     """KL divergence and score error of a loss over those of order one."""
-    base = "budget 3" if name == WHOLE else best(report)
+    base = "budget 3" if name.startswith(("whole", "switch")) else best(report)
     return compare(report["rows"][name], report["rows"][base])
 
 
@@ -85,6 +86,13 @@ def headlines(report: Row) -> Row:
         found["from scratch"] = {key: each.value for key, each in ratio(report, WHOLE).items()}
         found["kl less"] = 100 * (1 - found["from scratch"]["kl"])
     return found
+
+
+def ratio_of(report: Row, loss: str) -> float:
+    """The time of a step of a loss over that of order one."""
+    rows = report["rows"]
+    timed = rows.get(f"step times: {loss}", rows["step times"])
+    return timed["ratios"][loss]
 
 
 def at_first(report: Row) -> list[float]:
@@ -134,7 +142,6 @@ def tables(found: Found) -> Iterator[str]:
     """Two tables for each cell: errors, and samples and costs."""
     for name, report in densities(found).items():
         errors, samples = [], []
-        ratios = report["rows"]["step times"]["ratios"]
         for loss, row in judged(report).items():
             over = ratio(report, loss)
             nats, j_sm = (number(float(np.mean(row[key]))) for key in ("kl", "j_sm"))
@@ -149,7 +156,7 @@ def tables(found: Found) -> Iterator[str]:
                 for key in ("effective_size", "reverse_kl", "low_share")
             ]
             of_z = number(float(np.sqrt(np.mean(np.square(row["log_z_error"])))))
-            step = f"{ratios[loss.removeprefix('whole: ')]:.1f}"
+            step = f"{ratio_of(report, re.sub('^(whole|switch): ', '', loss)):.1f}"
             samples.append([loss, *of_samples, of_z, step, str(row["steps"]), f"{row['rate']:g}"])
         yield f"### {name}"
         yield start(report)

@@ -160,6 +160,25 @@ def test_each_member_trains_at_its_own_rate():
             assert torch.allclose(each[i], single[0], atol=1e-7)
 
 
+def test_losses_take_turns():
+    def constant(value):
+        return lambda model: lambda: model + value
+
+    loss = worth.in_turn(constant(1), constant(2), 2)(10)
+    assert [loss() for _ in range(4)] == [11, 11, 12, 12]
+
+
+def test_order_one_has_done_its_part_where_its_loss_stays(tmp_path):
+    study = worth.Study("cell", small(budget=100), tmp_path, tmp_path)
+    study.rows["budget 1"] = {"targets": worth.AVERAGED}
+    found = study.plateau(study.fresh(FILM), 0.0)
+    first, second = found["losses"]
+    assert (found["step"], first) == (120, second)
+    study.cell = small(budget=10)
+    with pytest.raises(ValueError, match="all 30 steps"):
+        study.plateau(study.fresh(FILM), 0.0)
+
+
 def test_importance_weights_by_hand():
     found = weights(torch.tensor([[1.0, 3.0], [2.0, 2.0]]).double().log() - 4.9)
     assert found["effective_size"] == pytest.approx([0.8, 1.0])
@@ -209,7 +228,10 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
         return original(self, *given)
 
     monkeypatch.setattr(worth.Study, "train", train)
+    for name in ("FIRST", "PLATEAU"):  # the rule for the switch is met at once
+        monkeypatch.setattr(worth, name, 1)
     names, whole = [*worth.losses(small(), 1)], [f"whole: {name}" for name in worth.WHOLE]
+    whole.append(f"switch: {worth.SWITCHED}")
 
     def run(pattern=""):
         trained.clear()
