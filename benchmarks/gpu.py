@@ -114,8 +114,8 @@ def checked(job: Job, variant: Row) -> Row:
     """The loss of a variant, and its gradient beside that by the plainest route."""
     gradient = job.gradient(variant)
     found = {"loss": float(job.loss)}
-    if "third" not in variant and variant.get("derivative", "reverse") != "reverse":
-        expected = job.gradient(variant | {"derivative": "reverse"})
+    if "third" not in variant and variant.get("engine", "reverse") != "reverse":
+        expected = job.gradient(variant | {"engine": "reverse"})
         found["error"] = float((gradient - expected).norm() / expected.norm())
     return found
 

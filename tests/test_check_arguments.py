@@ -33,7 +33,7 @@ def test_a_network_that_writes_to_its_inputs_changes_no_tensor_of_the_caller(mod
     with mode():
         x0, t, y = 1 * X0, 1 * T, 2 * X0
         before = copy.deepcopy([own.state_dict(), torch.get_rng_state(), x0, t, y])
-        hosm.check_derivatives(own, x0, t=t, model_kwargs={"y": y}, derivative="reverse")
+        hosm.check_derivatives(own, x0, t=t, model_kwargs={"y": y}, engine="reverse")
     now = [own.state_dict(), torch.get_rng_state(), x0, t, y]
     torch.testing.assert_close(now, before, rtol=0, atol=0)
     assert all(each.grad is None for each in own.parameters())
@@ -54,5 +54,5 @@ def test_a_network_that_cannot_be_copied_is_an_error_that_says_so():
 def test_nothing_is_said_of_engines():
     """It is differentiated in reverse mode, of which a training step would warn."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "derivative='auto'")
+        warnings.filterwarnings("error", "engine='auto'")
         hosm.check_derivatives(hosm.ScoreModel(Spectral(), VP), X0)

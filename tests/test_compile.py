@@ -303,7 +303,7 @@ def broken(h):
 
 
 @compiles_higher_orders
-@pytest.mark.filterwarnings("error:derivative='auto'")
+@pytest.mark.filterwarnings("error:engine='auto'")
 @pytest.mark.parametrize(
     ("order", "options"),
     [(3, {}), (2, {"estimator": "paired"})],
@@ -332,7 +332,7 @@ def test_running_statistics_compile_but_at_exact_order_three():
 
 @compiles_higher_orders
 def test_the_reverse_engine_does_not_compile_and_says_so():
-    module, x0, inputs = around(torch.sin, 3, derivative="reverse")
+    module, x0, inputs = around(torch.sin, 3, engine="reverse")
     with pytest.raises(hosm.DerivativeError):
         compiled(module, fullgraph=False, **TRACED)(x0, **inputs)
 
@@ -355,12 +355,12 @@ def test_what_is_compiled_by_itself_is_refused_above_order_one(name):
     if name != "function":
         for engine in ("auto", "taylor", "reverse"):
             with pytest.raises(TypeError):
-                hosm.third_order_dsm(model, x0, derivative=engine)
+                hosm.third_order_dsm(model, x0, engine=engine)
         return
     # Which only a derivative shows.
     for order in (2, 3):
         with pytest.raises(hosm.DerivativeError):
-            FUNCTIONS[order](model, x0, derivative="reverse")
+            FUNCTIONS[order](model, x0, engine="reverse")
     if not OLD:  # whose reverse mode is not reached
         with pytest.raises(RuntimeError, match="not currently support double backward"):
             hosm.third_order_dsm(model, x0).backward()
@@ -444,7 +444,7 @@ def of_what_it_is_a_view_of(qkv):
 @pytest.mark.parametrize("change", [of_a_row, of_what_it_is_a_view_of])
 def test_changes_in_place_of_what_was_unpacked_are_refused(change):
     """In eager mode PyTorch refuses them too, of what has a gradient."""
-    module = hosm.ThirdOrderDSM(hosm.ScoreModel(Heads(change), VP), derivative="taylor")
+    module = hosm.ThirdOrderDSM(hosm.ScoreModel(Heads(change), VP), engine="taylor")
     x0, inputs = given((4, 4), 3)
     with pytest.raises(Unsupported, match="in place"):
         compiled(module)(x0, **inputs)

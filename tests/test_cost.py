@@ -86,7 +86,7 @@ def evaluations(loss, **options):
         (2, {"probes": 4}, 15),
         (3, {"probes": "exact"}, 54),
         (3, {"probes": "exact", "third": "laplacian"}, 30),
-        (2, {"estimator": "paired", "derivative": "taylor"}, 18),
+        (2, {"estimator": "paired", "engine": "taylor"}, 18),
         (3, {"estimator": "paired", "third": "laplacian"}, 35),
     ],
 )
@@ -107,8 +107,8 @@ def test_stein_costs_what_order_two_costs_with_two_probes():
         (2, {}, 2.05, 2.2),
         (3, {}, 4.10, 4.5),
         (3, {"third": "laplacian"}, 3.10, 3.4),
-        (2, {"derivative": "reverse"}, 2.7, 6.0),
-        (3, {"derivative": "reverse"}, 4.24, 9.0),
+        (2, {"engine": "reverse"}, 2.7, 6.0),
+        (3, {"engine": "reverse"}, 4.24, 9.0),
     ],
 )
 def test_flops_and_peak_memory_of_a_training_step(order, options, flops_at_most, memory_at_most):
@@ -125,7 +125,7 @@ def test_flops_and_peak_memory_of_a_training_step(order, options, flops_at_most,
         (2, {}, 1.02),
         (3, {"third": "laplacian"}, 1.02),
         (3, {}, 1.3),  # which folds the probes into the batch, each with a value of its own
-        (2, {"derivative": "reverse"}, 1.02),
+        (2, {"engine": "reverse"}, 1.02),
     ],
 )
 def test_probes_share_the_value(order, options, most):

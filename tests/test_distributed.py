@@ -20,7 +20,7 @@ from tests.versions import SHARDS_ON_CPU
 
 pytestmark = pytest.mark.slow
 
-CASES = [(1, {}), (2, {}), (3, {}), (3, {"derivative": "reverse"}), (3, {"estimator": "paired"})]
+CASES = [(1, {}), (2, {}), (3, {}), (3, {"engine": "reverse"}), (3, {"estimator": "paired"})]
 CASES += [("stein", {})]
 BATCH = 4
 

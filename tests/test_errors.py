@@ -154,8 +154,9 @@ BAD = {
     "own": FLAG,
     "same": bad(TypeError, 1, "y"),
     "probes": WHOLE + bad(ValueError, "all"),
+    "count": WHOLE + bad(ValueError, "exact", None),
     "fraction": bad(ValueError, None, "half", True, NAN, 0.0, 1.5, -0.5),
-    **dict.fromkeys(("estimator", "distribution", "derivative"), NAME + bad(ValueError, None)),
+    **dict.fromkeys(("estimator", "distribution", "engine"), NAME + bad(ValueError, None)),
     **dict.fromkeys(("third", "reduction", "method"), NAME + bad(ValueError, None)),
     # Of the likelihoods.
     "latent": TENSORS + bad(TypeError, "noise", ()) + bad(ValueError, (5, 0), [1.0], (True, 2)),
@@ -222,7 +223,7 @@ CALLS = {
     hosm.NLLResult.cat: {"results": [result(), result()]},
     hosm.NLLResult.from_dict: {"values": VALUES},
     **{getattr(hosm.NLLResult, name): {"self": result()} for name in ("bits_per_dim", "summary")},
-    hosm.AveragedTargets: {},
+    **{value: {} for value in (hosm.AveragedTargets, hosm.Hutchinson, hosm.Paired)},
     hosm.ScoreModel: {"network": NETWORK, "schedule": VP},
     hosm.DiscreteSchedule: {"alphas_cumprod": [0.9, 0.1]},
     hosm.DiscreteSchedule.from_betas: {"betas": [0.1, 0.5]},
@@ -248,6 +249,7 @@ MORE = {
     },
     **{(call, "targets"): bad(ValueError, X) for call in (*MODULES, STEIN[1])},
     **{(call, "probes"): bad(ValueError, 1, "exact") for call in STEIN},
+    (hosm.Paired, "count"): bad(ValueError, 1),
     **{(call, "probes"): bad(ValueError, None, "exact") for call in SOLVERS},
     **{(call, "steps"): bad(ValueError, 3) for call in SOLVERS},
     **{(call, "weights"): bad(ValueError, nn.Parameter(torch.ones(4))) for call in MODULES},
@@ -308,7 +310,7 @@ TOGETHER = [
     *((BOTH[2:], ValueError, "probe", {**PAIRED, "probe": each}) for each in (X, X[None])),
     *((BOTH[2:], ValueError, "probe", {"probe": X, "probes": each}) for each in (2, "exact")),
     ([hosm.stein_dsm], ValueError, "probe", {"probe": X}),
-    ([THIRD], ValueError, "derivative", {"third": "laplacian", "derivative": "reverse"}),
+    ([THIRD], ValueError, "engine", {"third": "laplacian", "engine": "reverse"}),
     (MODULES[1:], ValueError, "weighting", {"weights": "balanced", "weighting": ("noise",) * 2}),
     ((SECOND, THIRD), ValueError, "weights", {"weights": None, "weighting": "likelihood"}),
     ((*BOTH, *STEIN, hosm.check_derivatives), TypeError, "network", {"model": WRAPPED}),
@@ -366,7 +368,8 @@ def wrong(call, given, error, named):
     try:
         call(**given)
     except Exception as found:
-        start = rf"({call.__name__}: expected .*)?{named}\b"  # a schedule names itself first
+        # Schedules and values name themselves first.
+        start = rf"({call.__name__}(: expected .*|\.))?{named}\b"
         named_first = re.match(start, str(found).partition("; got")[0])
         whole = "expected None;" not in str(found)  # where nothing was said
         return None if type(found) is error and named_first and whole else found
@@ -558,7 +561,7 @@ TOLD = [
     (lambda: loss(module("OptimizedModule")), r"torch\.compile\(ThirdOrderDSM"),
     (lambda: loss(module("FSDPModule")), r"fully_shard\(ThirdOrderDSM"),
     (traced, "Use the module that it was made of"),
-    (lambda: loss(checkpointed, derivative="reverse"), r"expected hosm_losses\.checkpoint inside"),
+    (lambda: loss(checkpointed, engine="reverse"), r"expected hosm_losses\.checkpoint inside"),
     (lambda: hosm.checkpoint(NETWORK, X, T, use_reentrant=True), "neither use_reentrant=True"),
     (lambda: loss(NETWORK, weights="balanced"), "constructor of SecondOrderDSM or ThirdOrderDSM"),
     (lambda: loss(lambda x, t: (x, t)), r"ScoreModel\(\.\.\., output="),

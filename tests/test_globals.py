@@ -137,7 +137,7 @@ def world(model):
 
 CALLS = [
     *(
-        loss(FUNCTIONS[order], derivative=engine, **options)
+        loss(FUNCTIONS[order], engine=engine, **options)
         for engine in ENGINES
         for order, options in ((2, {"probes": 2}), (3, {}), (3, {"estimator": "paired"}))
     ),
@@ -171,7 +171,7 @@ def test_backward_writes_gradients_and_nothing_else():
     copies = [tensor.clone() for tensor in tensors]
     x0, t, noise, probe = tensors
     for engine in ENGINES:
-        value = hosm.third_order_dsm(model, x0, t=t, noise=noise, probe=probe, derivative=engine)
+        value = hosm.third_order_dsm(model, x0, t=t, noise=noise, probe=probe, engine=engine)
         before = world(model)
         value.backward()
         after = world(model)

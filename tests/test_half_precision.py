@@ -114,8 +114,8 @@ def test_the_rate_of_stein_is_made_of_the_noise_that_was_drawn():
     torch.testing.assert_close(*found, rtol=0.05, atol=0)
 
 
-TERMS = [{"derivative": "reverse"}, {"third": "laplacian"}, {}, PAIRED]
-TERMS.append(PAIRED | {"derivative": "taylor"})
+TERMS = [{"engine": "reverse"}, {"third": "laplacian"}, {}, PAIRED]
+TERMS.append(PAIRED | {"engine": "taylor"})
 EXACT_TERMS = [(torch.float16, EXACT), (torch.float16, EXACT | {"third": "laplacian"})]
 
 
@@ -129,7 +129,7 @@ def test_the_terms_equal_float64(half, options):
         with torch.no_grad():
             found.append([*hosm.dsm_terms(model, x0, **inputs, **options)])
             if "estimator" in options:
-                stein = hosm.SteinDSM(model, derivative=options.get("derivative", "auto"))
+                stein = hosm.SteinDSM(model, engine=options.get("engine", "auto"))
                 _, logged = stein(x0, **inputs, return_terms=True)
                 found[-1] += [logged.first / D, logged.rate / D**2]
     for got, expected in zip(*found, strict=True):

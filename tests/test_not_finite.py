@@ -45,13 +45,13 @@ def test_samples_that_are_lost_are_counted_with_their_times(network, schedule, x
             call(model, x0, **given, **options)
 
 
-@pytest.mark.parametrize("derivative", ["taylor", "reverse"])
+@pytest.mark.parametrize("engine", ["taylor", "reverse"])
 @pytest.mark.parametrize("order", [2, 3])
-def test_derivatives_that_are_not_finite_are_told_from_outputs(order, derivative):
+def test_derivatives_that_are_not_finite_are_told_from_outputs(order, engine):
     model = hosm.ScoreModel(lambda x, t: x.square().sqrt(), VP)
     given = {"t": torch.tensor(T), "noise": ZEROS}
     with pytest.raises(hosm.DerivativeError):
-        FUNCTIONS[order](model, ZEROS, derivative=derivative, **given)
+        FUNCTIONS[order](model, ZEROS, engine=engine, **given)
     assert float(hosm.first_order_dsm(model, ZEROS, **given)) == 0
 
 

@@ -16,7 +16,7 @@ PAGES = {
 }
 TWO, THREE = hosm.second_order_dsm, hosm.third_order_dsm
 LAPLACIAN, PAIRED = {"third": "laplacian"}, {"estimator": "paired"}
-TAYLOR, REVERSE = {"derivative": "taylor"}, {"derivative": "reverse"}
+TAYLOR, REVERSE = {"engine": "taylor"}, {"engine": "reverse"}
 # By page: what is found in front of a number of evaluations, and the loss that takes so many.
 EVALUATIONS = [
     ("start", r"\| order one \|", hosm.first_order_dsm, {}),

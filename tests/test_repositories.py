@@ -25,5 +25,5 @@ def test_the_default_engine_has_the_gradients_of_reverse_mode(name, order):
         network = NETWORKS[name]()
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # as of an engine that costs more
-            found.append(loss_and_gradients(network, (2, 3, 8, 8), order, derivative=engine))
+            found.append(loss_and_gradients(network, (2, 3, 8, 8), order, engine=engine))
     assert_same(*found)

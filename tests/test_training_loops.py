@@ -42,7 +42,7 @@ class Mixed(nn.Module):
 
 def loss_module(order, engine, network, **options):
     if order > 1 and engine is not None:
-        options["derivative"] = engine
+        options["engine"] = engine
     return MODULES[order](hosm.ScoreModel(network, VP), **options)
 
 

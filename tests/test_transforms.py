@@ -26,10 +26,10 @@ PAIRED = {"estimator": "paired"}
 OPTIONS = [
     (1, {}),
     (2, {"probes": 2}),
-    (2, {"derivative": "reverse"}),
+    (2, {"engine": "reverse"}),
     (3, {}),
     (3, {"third": "laplacian"}),
-    (3, {"derivative": "reverse", "fraction": 0.5}),
+    (3, {"engine": "reverse", "fraction": 0.5}),
     (3, {"probes": "exact", "weighting": "likelihood", "weights": "paper"}),
 ]
 
@@ -246,7 +246,7 @@ def test_a_likelihood_under_vmap_is_that_of_every_sample(divergence):
 
 def both_gradients(function, order, engine="auto"):
     """The gradients of a loss module by torch.func and by plain autograd."""
-    options = {} if order == 1 else {"derivative": engine}
+    options = {} if order == 1 else {"engine": engine}
     objective = MODULES[order](hosm.ScoreModel(Around(function), VP), **options)
     x0, inputs = given((4, 2), order)
     with warnings.catch_warnings():

@@ -123,7 +123,7 @@ def guided(h):
 def losses(function, order=3, engine="reverse", **options):
     """Of a function on one of two paths: what is lost of it would leave no trace."""
     network = Around(lambda h: h.sin() + function(h))
-    return loss_and_gradients(network, (4, 2), order, derivative=engine, **options)
+    return loss_and_gradients(network, (4, 2), order, engine=engine, **options)
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
@@ -159,7 +159,7 @@ def test_a_function_that_forgets_gradients_is_refused_under_a_transform(order):
     loss = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}[order]
     model = hosm.ScoreModel(Around(lambda h: h.sin() + Detaches.apply(h)), VP)
     with pytest.raises(DroppedGraphError):
-        torch.func.grad(lambda x0: loss(model, x0, derivative="reverse"))(torch.randn(4, 2))
+        torch.func.grad(lambda x0: loss(model, x0, engine="reverse"))(torch.randn(4, 2))
 
 
 def test_a_likelihood_with_a_gradient_refuses_it_and_one_without_does_not():
@@ -182,7 +182,7 @@ def test_the_part_of_x_in_a_prediction_does_not_hide_a_lost_graph(prediction, de
         field = noise_field(hosm.ScoreModel(network, VP, prediction), torch.tensor([0.5]))
         for order in (2, 3):
             with pytest.raises(hosm.DerivativeError):
-                field.derive(torch.randn(1, 3), w, order=order, derivative="reverse")
+                field.derive(torch.randn(1, 3), w, order=order, engine="reverse")
     with pytest.raises(hosm.DerivativeError):
         field.quadratic_forms(torch.randn(1, 3), [w])
 
@@ -196,13 +196,13 @@ def donating(x, t):
 
 def under_a_transform():
     model = hosm.ScoreModel(Around(lambda h: hosm.checkpoint(torch.sin, h)), VP)
-    torch.func.grad(lambda x0: hosm.third_order_dsm(model, x0, derivative="reverse"))(
+    torch.func.grad(lambda x0: hosm.third_order_dsm(model, x0, engine="reverse"))(
         torch.randn(4, 2)
     )
 
 
 def detached():
-    loss_and_gradients(Around(torch.detach), (4, 2), derivative="reverse")
+    loss_and_gradients(Around(torch.detach), (4, 2), engine="reverse")
 
 
 def likelihood(network):
@@ -223,7 +223,7 @@ REMEDIES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:derivative='auto'")
+@pytest.mark.filterwarnings("ignore:engine='auto'")
 @pytest.mark.parametrize("name", REMEDIES)
 def test_the_error_says_what_to_do(name):
     call, words = REMEDIES[name]

@@ -1,4 +1,4 @@
-"""derivative="auto": which engine runs, and that an attempt that failed leaves no trace."""
+"""engine="auto": which engine runs, and that an attempt that failed leaves no trace."""
 
 import gc
 import threading
@@ -67,7 +67,7 @@ def test_a_refused_attempt_leaves_no_trace(order):
             network.eval()(torch.randn(SHAPE), torch.rand(4))
         network.train()
         with quiet():
-            parts = loss_and_gradients(network, SHAPE, order, derivative=engine)
+            parts = loss_and_gradients(network, SHAPE, order, engine=engine)
         found.append([*parts, *network.buffers(), torch.rand(1)])
         assert network.calls == 2
     torch.testing.assert_close(*found, rtol=0, atol=0)
@@ -101,7 +101,7 @@ def test_an_operator_without_a_second_derivative_is_an_error_of_the_library(engi
         return x * torch.cdist(x[:, None], torch.eye(3)[None]).squeeze(1) + t[:, None]
 
     with pytest.raises(hosm.DerivativeError):
-        loss_and_gradients(hosm.ScoreModel(by_distances, VP), SHAPE, 2, derivative=engine)
+        loss_and_gradients(hosm.ScoreModel(by_distances, VP), SHAPE, 2, engine=engine)
 
 
 def test_reverse_mode_is_said_once_and_so_is_exact_in_the_place_of_laplacian():
@@ -111,7 +111,7 @@ def test_reverse_mode_is_said_once_and_so_is_exact_in_the_place_of_laplacian():
         warnings.simplefilter("always")
         for order, options in ((2, {}), (3, {}), (3, laplacian), (3, laplacian), (2, {})):
             got = loss_and_gradients(network, SHAPE, order, **options)
-            expected = loss_and_gradients(network, SHAPE, order, derivative="reverse")
+            expected = loss_and_gradients(network, SHAPE, order, engine="reverse")
             assert_same(got, expected, 1e-13)
     slower, replaced = [str(each.message) for each in said]
     assert said[0].filename == cases.__file__  # the caller's line, not one of the library
@@ -156,7 +156,7 @@ def engines_of(network, order=2, transform=lambda function: function, **options)
 def test_auto_is_the_taylor_engine(order):
     for engine in ENGINES:
         expected = "taylor" if engine == "auto" else engine
-        assert engines_of(Watched(), order, derivative=engine) == [expected]
+        assert engines_of(Watched(), order, engine=engine) == [expected]
 
 
 @pytest.mark.parametrize("error", [TypeError, AssertionError, AttributeError, IndexError])
@@ -195,8 +195,8 @@ def test_two_probes_that_fail_do_not_turn_a_laplacian_of_one_into_exact():
         hosm.third_order_dsm(model, x0, **inputs, **options)
         for options in (
             {"third": "laplacian"},
-            {"third": "laplacian", "derivative": "taylor"},
-            {"derivative": "taylor"},
+            {"third": "laplacian", "engine": "taylor"},
+            {"engine": "taylor"},
         )
     )
     assert_same(found, laplacian, 1e-13)
@@ -222,8 +222,8 @@ CONSTANTS = {
 def test_a_part_under_no_grad_is_the_constant_that_autograd_makes_of_it(name, order):
     """In eager mode it was once another objective. The taylor engine refuses it."""
     part, detached = CONSTANTS[name]
-    expected = loss_and_gradients(Around(detached), (4, 2), order, derivative="taylor")
-    assert_same(loss_and_gradients(Around(part), (4, 2), order, derivative="reverse"), expected)
+    expected = loss_and_gradients(Around(detached), (4, 2), order, engine="taylor")
+    assert_same(loss_and_gradients(Around(part), (4, 2), order, engine="reverse"), expected)
     with pytest.warns(UserWarning, match="under torch.no_grad"):
         found = loss_and_gradients(Around(part), (4, 2), order)
     assert_same(found, expected)
@@ -241,7 +241,7 @@ def test_what_computes_under_no_grad_by_itself_is_no_constant():
         return h.sin() * h.cos() + h * (h.argmax(1) + (h > 0).sum(1))[:, None]
 
     for order in (2, 3):
-        expected = loss_and_gradients(Around(plain), (4, 2), order, derivative="taylor")
+        expected = loss_and_gradients(Around(plain), (4, 2), order, engine="taylor")
         with quiet():
             assert_same(loss_and_gradients(Around(own), (4, 2), order), expected)
 

@@ -25,7 +25,7 @@ from tests.cases import (
 from tests.oracles import dense_derivatives
 from tests.versions import tells_hooks
 
-pytestmark = pytest.mark.filterwarnings("ignore:derivative='auto'", "ignore:network.*jumps")
+pytestmark = pytest.mark.filterwarnings("ignore:engine='auto'", "ignore:network.*jumps")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -35,12 +35,12 @@ def test_derivatives_and_their_gradients_are_the_dense_ones(name, engine):
     t, x, w = torch.tensor([0.2, 0.7]), torch.randn(2, *shape), torch.randn(3, 2, *shape)
     field = noise_field(hosm.ScoreModel(network, VP), t)
     leaves = [x.requires_grad_(), *network.parameters()]
-    found = [field.derive(x, w, order=order, derivative=engine) for order in (2, 3)]
+    found = [field.derive(x, w, order=order, engine=engine) for order in (2, 3)]
     value, forms = field.quadratic_forms(x, w.split([1, 2]))
     assert found[0].third is None
     with torch.no_grad():
         for order, parts in ((2, found[0][:2]), (3, found[1])):
-            again = field.derive(x, w, order=order, derivative=engine)[:order]
+            again = field.derive(x, w, order=order, engine=engine)[:order]
             assert_same(again, parts, 1e-13)
             assert not any(part.requires_grad for part in again)
     network.by_hand = True  # its norms and attention written out
@@ -66,7 +66,7 @@ def test_derivatives_and_their_gradients_are_the_dense_ones(name, engine):
 def losses(function, engine="auto", order=3, **options):
     """The loss and its gradients of a network with a function in its middle."""
     network = function if isinstance(function, nn.Module) else Around(function)
-    return loss_and_gradients(network, (4, 2), order, derivative=engine, **options)
+    return loss_and_gradients(network, (4, 2), order, engine=engine, **options)
 
 
 def agree(function, engine="auto", **options):
@@ -383,7 +383,7 @@ def test_so_are_those_of_a_call_that_fails():
 
     model = hosm.ScoreModel(failing, VP)
     with pytest.raises(KeyError, match="later"):
-        hosm.second_order_dsm(model, torch.randn(4, 2), derivative="taylor")
+        hosm.second_order_dsm(model, torch.randn(4, 2), engine="taylor")
     gc.collect()
     assert type(network.kept["a"]) is torch.Tensor
 

@@ -95,13 +95,13 @@ CASES = {
 def test_what_is_named(jumps, name, engine):
     words = f"through {name}, whose {'second ' * (jumps - 1)}derivative jumps."
     for order in (2, 3):
-        found = told(Around(CASES[jumps][name]), order, derivative=engine)
+        found = told(Around(CASES[jumps][name]), order, engine=engine)
         assert [words in each for each in found] == [True] * (jumps < order)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_relus_of_the_time_alone_are_not_accused(engine):
-    assert told(OfTime(), 2, derivative=engine) == []
+    assert told(OfTime(), 2, engine=engine) == []
 
 
 def test_once_a_network_and_in_its_first_call_with_gradients():
@@ -137,7 +137,7 @@ def test_other_estimators(options):
 @pytest.mark.parametrize(("name", "count"), [("relu", 1), ("clamp", 0)])
 def test_where_no_value_can_be_read_a_clamp_is_not_accused(name, count, engine):
     network, (x0, inputs) = Around(CASES[1][name]), given((4, 2), 2)
-    inputs["derivative"] = engine
+    inputs["engine"] = engine
 
     def loss(parameters):
         model = hosm.ScoreModel(lambda *given: functional_call(network, parameters, given), VP)

@@ -153,7 +153,7 @@ def check(make, order=3, *, dtype=torch.float64, shape=(4,), batch=2, size=1.0, 
 
 FLOAT32, IMAGES = {"dtype": torch.float32}, {"shape": (3, 6, 6)}
 TWO, THREE = {"order": 2}, {"order": 3}
-REVERSE, TAYLOR = ({"derivative": engine} for engine in ("reverse", "taylor"))
+REVERSE, TAYLOR = ({"engine": engine} for engine in ("reverse", "taylor"))
 LATE = {"t": torch.full((2,), 0.99, dtype=torch.float64)}
 TABLE = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4)
 LAYER, GENERAL = "in the module 'layer' (Function)", "without .detach()"
@@ -254,7 +254,7 @@ CASES = list(
 def test_neither_is_it_with_any_engine_and_dtype(case, name):
     engine, dtype = case
     network, shape = networks()[name]
-    check(lambda: network.to(dtype), dtype=dtype, shape=shape, derivative=engine)
+    check(lambda: network.to(dtype), dtype=dtype, shape=shape, engine=engine)
 
 
 JUMPS, ALONE = "a first derivative that jumps", "every sample to be treated alone"

@@ -94,7 +94,7 @@ def test_the_integrals_of_gaussians_are_closed_forms(name):
 
 
 @ends_early
-@pytest.mark.filterwarnings("ignore:derivative='auto'")
+@pytest.mark.filterwarnings("ignore:engine='auto'")
 @pytest.mark.parametrize(("truth", "name"), [("model", "vp"), ("atoms", "ve")])
 def test_every_curve_of_a_mixture_is_a_closed_form(truth, name):
     schedule, turned = EARLY[name], torch.tensor([[0.3, 0.1], [0.1, 0.2]])

@@ -36,7 +36,7 @@ differences. The reference is exact to about 1e-8; *right* is an error below 1e-
 float32, marked f32).
 
 - *right*: the gradient agrees with the reference.
-- *falls back*: right, and `derivative="auto"` found it by another engine because the Taylor engine
+- *falls back*: right, and `engine="auto"` found it by another engine because the Taylor engine
   cannot carry derivatives through the network.
 - *refused*: an error, numbered below, and no gradient.
 - *wrong*: another gradient, without an error.

@@ -58,7 +58,7 @@ def measured(
     model: hosm.ScoreModel, given: dict[str, Any], order: int, engine: str, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The terms per sample, (order + 1, B), and the parameter gradient of their weighted means."""
-    terms = hosm.dsm_terms(model, order=order, derivative=engine, **given)
+    terms = hosm.dsm_terms(model, order=order, engine=engine, **given)
     rows = torch.stack(terms[: order + 1])
     loss = weights[: order + 1].to(rows) @ rows.mean(1)
     return rows.detach(), torch.cat([part.flatten() for part in gradients(loss, model)])

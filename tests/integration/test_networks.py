@@ -19,7 +19,7 @@ from tests.integration.reference import relative_error
 from tests.versions import layer_norm_is_wrong
 
 # That another engine runs is one of the verdicts.
-pytestmark = pytest.mark.filterwarnings("ignore:derivative='auto'")
+pytestmark = pytest.mark.filterwarnings("ignore:engine='auto'")
 TEXT = PAGE.read_text(encoding="utf-8")
 SAID = verdicts(TEXT)
 
@@ -70,13 +70,13 @@ def test_several_probes_are_the_mean_of_single_ones(name, engine):
     assert relative_error(both, sum(singly) / 2) < 1e-9
 
 
-def check(name, derivative="auto", **options):
+def check(name, engine="auto", **options):
     """As a user does before the training, near where parameters start."""
     with default_dtype(torch.float32):
         model = NETWORKS[name].score_model(torch.float32, **options)
         given = arguments(name, torch.float32)
         given = {key: given[key] for key in ("x0", "t", "model_kwargs")}
-        hosm.check_derivatives(model, derivative=derivative, **given)
+        hosm.check_derivatives(model, engine=engine, **given)
 
 
 CHECKED = ["azula ViT, checkpointing", "azula UNet, group norm"]

@@ -136,6 +136,6 @@ def test_what_vmap_cannot_follow_is_called_for_each_probe(options):
         torch.manual_seed(1)
         value = hosm.ode_nll(model, x, steps=4, enable_grad=True, **options).nll.sum()
         if "probes" in options:
-            value = value + hosm.third_order_dsm(model, x, derivative="reverse", **options)
+            value = value + hosm.third_order_dsm(model, x, engine="reverse", **options)
         found.append(with_gradients(value, layer))
     assert_same(*found)

@@ -11,13 +11,13 @@ from tests.cases import VP
 # By order and options, with two probes: whether they share a mask. At exact order three each probe
 # has a copy of the sample; but paired in reverse mode, and all unit vectors in the Taylor engine.
 SHARED = [
-    (2, {"derivative": "taylor"}, True),
-    (2, {"derivative": "reverse"}, True),
-    (3, {"derivative": "taylor"}, False),
-    (3, {"derivative": "reverse"}, False),
-    (3, {"derivative": "taylor", "laplacian": True}, True),
-    (3, {"derivative": "taylor", "summed": True}, True),
-    (3, {"derivative": "reverse", "summed": True}, False),
+    (2, {"engine": "taylor"}, True),
+    (2, {"engine": "reverse"}, True),
+    (3, {"engine": "taylor"}, False),
+    (3, {"engine": "reverse"}, False),
+    (3, {"engine": "taylor", "laplacian": True}, True),
+    (3, {"engine": "taylor", "summed": True}, True),
+    (3, {"engine": "reverse", "summed": True}, False),
 ]
 
 
@@ -61,7 +61,7 @@ def test_and_so_do_products_with_the_whole_jacobian(order, options, shared):
     field, x, w = setting()
     options = options | {"order": order, "push": order == 3}
     found = field.derive_with_products(x, w, torch.ones_like, **options)
-    check(found.derived, x, w, shared or options["derivative"] == "reverse")
+    check(found.derived, x, w, shared or options["engine"] == "reverse")
     expected = (2 * x * masks(found.derived, x, w)[0])[: len(found.pulled)]
     for each in (found.pulled, found.pushed):
         if each is not None:

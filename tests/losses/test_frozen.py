@@ -15,7 +15,7 @@ CHOICES = {
     "three, paired": {"estimator": "paired"},
     "laplacian": {"third": "laplacian"},
     "exact": {"probes": "exact"},
-    "three, reverse": {"derivative": "reverse"},
+    "three, reverse": {"engine": "reverse"},
     "fraction": {"fraction": 0.5},
 }
 LOSSES = {"one": hosm.first_order_dsm, "two": hosm.second_order_dsm}

@@ -49,8 +49,8 @@ def test_laplacian_is_exact_on_a_gradient_field(mixture):
     ("order", "options"),
     [
         (1, {}),
-        *((order, {"derivative": engine}) for order in (2, 3) for engine in ENGINES[1:]),
-        (2, {"probes": 2, "derivative": "reverse"}),
+        *((order, {"engine": engine}) for order in (2, 3) for engine in ENGINES[1:]),
+        (2, {"probes": 2, "engine": "reverse"}),
         (3, {"probes": "exact"}),
         (3, {"third": "laplacian"}),
         (3, {"estimator": "paired"}),
@@ -88,7 +88,7 @@ def test_dropout_has_one_mask_for_value_and_derivatives():
     probe, values = torch.randn(2, 3, 3), {}
     for engine in ENGINES:
         torch.manual_seed(7)
-        values[engine] = hosm.dsm_terms(model, x0, probe=probe[:1], derivative=engine, **given)
+        values[engine] = hosm.dsm_terms(model, x0, probe=probe[:1], engine=engine, **given)
         assert_same(values[engine], values["auto"])
     torch.manual_seed(7)
     both = hosm.dsm_terms(model, x0, order=2, probe=probe, **given)
@@ -99,7 +99,7 @@ def test_dropout_has_one_mask_for_value_and_derivatives():
 def test_without_the_first_term_the_last_bias_has_a_gradient_of_zero_or_none(engine):
     model, x0, given = setting()
     weights = (0, 1, 1, 1)
-    hosm.third_order_dsm(model, x0, weights=weights, derivative=engine, **given).backward()
+    hosm.third_order_dsm(model, x0, weights=weights, engine=engine, **given).backward()
     gradient = model.network.outer.bias.grad
     assert gradient is None if engine == "reverse" else gradient.abs().max() == 0
     assert model.network.outer.weight.grad.abs().max() > 0

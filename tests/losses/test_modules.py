@@ -66,7 +66,7 @@ def test_a_wrapped_part_of_a_network_is_an_error_above_order_one(wrap, monkeypat
         with pytest.raises(TypeError):
             call(model)
     with pytest.raises(TypeError):
-        hosm.second_order_dsm(model, torch.randn(3, 2), derivative="reverse")
+        hosm.second_order_dsm(model, torch.randn(3, 2), engine="reverse")
     hosm.FirstOrderDSM(model)
 
 

@@ -45,7 +45,7 @@ def difference(function, network, direction, h=1e-5):
 @pytest.mark.parametrize(
     ("name", "order", "options"),
     [
-        *(("attention", 3, {"derivative": name}) for name in ENGINES[1:]),
+        *(("attention", 3, {"engine": name}) for name in ENGINES[1:]),
         ("conv", 3, {}),
         ("conv", 2, {"probes": "exact"}),
         ("mlp", 3, {"probes": "exact"}),
@@ -98,7 +98,7 @@ def test_any_shape_dtype_batch_schedule_and_time(shape, dtype, schedule, place, 
     if count != "exact":
         probes = {"probe": torch.randn(count, *shape, dtype=dtype)}
     default, *others = (
-        hosm.dsm_terms(model, x0, **given, derivative=engine, **probes) for engine in ENGINES
+        hosm.dsm_terms(model, x0, **given, engine=engine, **probes) for engine in ENGINES
     )
     tolerance = 1e-10 if dtype == torch.float64 else 1e-3
     assert all((term.shape, term.dtype) == (x0.shape[:1], dtype) for term in default)

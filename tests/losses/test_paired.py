@@ -45,8 +45,8 @@ def over_all_pairs(given):
 @pytest.mark.parametrize(
     ("order", "options"),
     [
-        *[(order, {"derivative": name}) for order in (2, 3) for name in ("taylor", "reverse")],
-        (3, {"derivative": "taylor", "third": "laplacian"}),
+        *[(order, {"engine": name}) for order in (2, 3) for name in ("taylor", "reverse")],
+        (3, {"engine": "taylor", "third": "laplacian"}),
     ],
 )
 def test_the_mean_over_all_pairs_is_the_exact_form(order, options):
@@ -101,7 +101,7 @@ def test_torch_func_finds_the_gradient(order):
     assert_same(list(found.values()), gradients(module(**given), module))
 
 
-@pytest.mark.filterwarnings("ignore:derivative='auto'")
+@pytest.mark.filterwarnings("ignore:engine='auto'")
 @pytest.mark.parametrize("function", [Detaches, OnceDifferentiable])
 @pytest.mark.parametrize("order", [2, 3])
 def test_a_graph_that_is_dropped_is_an_error(function, order):

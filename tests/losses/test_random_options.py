@@ -90,11 +90,11 @@ def drawn_options(pick, loss):
         options["estimator"] = "paired" if paired else "hutchinson"
     options["probes"] = pick.choice([2, 3, 4] if paired else [1, 2, 3, "exact"])
     options["distribution"] = pick.choice(["rademacher", "gaussian", "sphere", "dct"])
-    options["derivative"] = pick.choice(ENGINES)
+    options["engine"] = pick.choice(ENGINES)
     if loss in ("third", "terms"):
         options["third"] = pick.choice(["exact", "laplacian"])
-        if options["third"] != "exact" and options["derivative"] == "reverse":
-            options["derivative"] = "taylor"
+        if options["third"] != "exact" and options["engine"] == "reverse":
+            options["engine"] = "taylor"
     if options["probes"] == "exact":
         options["distribution"] = "rademacher"
     if loss != "terms":

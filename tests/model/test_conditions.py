@@ -82,8 +82,8 @@ def nll(model, x, **options):
 
 
 USES = {
-    "taylor": partial(hosm.third_order_dsm, derivative="taylor"),
-    "reverse": partial(hosm.third_order_dsm, derivative="reverse"),
+    "taylor": partial(hosm.third_order_dsm, engine="taylor"),
+    "reverse": partial(hosm.third_order_dsm, engine="reverse"),
     "falls back": hosm.second_order_dsm,
     "laplacian": partial(hosm.third_order_dsm, third="laplacian", probes=2, fraction=0.5),
     "paired": partial(hosm.second_order_dsm, estimator="paired"),
@@ -108,7 +108,7 @@ def of_complex(x):
     return torch.fft.ifft(torch.fft.fft(x)).real
 
 
-@pytest.mark.filterwarnings("ignore:derivative='auto'")
+@pytest.mark.filterwarnings("ignore:engine='auto'")
 @pytest.mark.parametrize(("use", "container", "write"), WRITES)
 def test_a_network_may_write_to_all_that_it_is_given(use, container, write):
     """Every evaluation is given its own copy, and the caller's stays as it was."""
@@ -133,7 +133,7 @@ def test_so_may_functions_of_time():
     assert torch.equal(t, torch.full((2,), 0.3))
 
 
-@pytest.mark.filterwarnings("ignore:derivative='auto'")
+@pytest.mark.filterwarnings("ignore:engine='auto'")
 @pytest.mark.parametrize(
     ("use", "container", "write"),
     [
@@ -290,7 +290,7 @@ def test_the_advice_for_labels_leaves_tensors_next_to_them_split():
     torch.testing.assert_close(parts.nll, whole.nll)
 
 
-@pytest.mark.filterwarnings("ignore:derivative='auto'")  # no rule for a sparse product
+@pytest.mark.filterwarnings("ignore:engine='auto'")  # no rule for a sparse product
 @pytest.mark.parametrize("options", [{"probes": 2}, {"fraction": 0.5}])
 def test_a_sparse_table_as_long_as_the_batch_has_to_be_marked(options):
     """As an adjacency matrix of as many nodes as there are samples: PyTorch would not index it."""

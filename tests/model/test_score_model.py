@@ -140,7 +140,7 @@ class OfTime(nn.Module):
 
 @pytest.mark.parametrize("engine", ["taylor", "reverse"])
 def test_data_and_times_of_a_dtype_that_the_network_cannot_take_are_explained(engine):
-    options = {"derivative": engine}
+    options = {"engine": engine}
     model = hosm.ScoreModel(OfTime(torch.float32), VP)
     with pytest.raises(TypeError) as caught:
         hosm.third_order_dsm(model, torch.zeros(4, 2), **options)

@@ -99,7 +99,7 @@ def losses(network, order, step=None, **options):
 
 ORDERS = [(1, {})]
 for _engine in ("taylor", "reverse"):
-    ORDERS += [(2, {"derivative": _engine}), (3, {"derivative": _engine})]
+    ORDERS += [(2, {"engine": _engine}), (3, {"engine": _engine})]
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -122,7 +122,7 @@ def test_and_so_it_does_for_each_sample_under_vmap(engine):
     def loss(x0, noise, probe, t, context, dropped):
         alone = {"t": t[None], "noise": noise[None], "probe": probe[None, None]}
         alone["model_kwargs"] = {"context": context[None], "dropped": dropped[None]}
-        return hosm.third_order_dsm(model, x0[None], derivative=engine, **alone)
+        return hosm.third_order_dsm(model, x0[None], engine=engine, **alone)
 
     probe = inputs["probe"][0]
     found = vmap(loss)(x0, inputs["noise"], probe, inputs["t"], context, DROPPED)
@@ -153,4 +153,4 @@ def test_with_the_weights_asked_for_it_is_refused_for_pytorchs_own_value_is_nan(
 
     for engine in ("taylor", "reverse") if order > 1 else (None,):
         with pytest.raises(ValueError, match="expected finite outputs"):
-            losses(Weighted(), order, **({} if engine is None else {"derivative": engine}))
+            losses(Weighted(), order, **({} if engine is None else {"engine": engine}))

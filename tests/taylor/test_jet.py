@@ -117,10 +117,10 @@ def test_torchscript_is_left_to_who_knows_it(make):
     for engine in ("auto", "taylor"):
         for loss in (hosm.second_order_dsm, hosm.third_order_dsm):
             with pytest.raises(hosm.DerivativeError):
-                loss(model, X, derivative=engine)
+                loss(model, X, engine=engine)
     if not isinstance(scripted, nn.Module):
         assert hosm.first_order_dsm(model, X).isfinite()
-        assert hosm.second_order_dsm(model, X, derivative="reverse").isfinite()
+        assert hosm.second_order_dsm(model, X, engine="reverse").isfinite()
 
 
 def test_a_stack_is_right_under_no_grad():
@@ -155,10 +155,10 @@ class Watched(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(network, derivative="auto"):
+def step(network, engine="auto"):
     torch.manual_seed(1)
     model = hosm.ScoreModel(lambda x, t: network(x), hosm.VPSchedule())
-    loss = hosm.third_order_dsm(model, torch.ones(3, 1, 4, 4), derivative=derivative)
+    loss = hosm.third_order_dsm(model, torch.ones(3, 1, 4, 4), engine=engine)
     return [loss, *gradients(loss, network)]
 
 

@@ -46,7 +46,7 @@ class Network(nn.Module):
 def losses(network, engine="auto", order=3, **options):
     """Of three probes; engines draw none."""
     probe = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(0))
-    options = {"probe": probe, "derivative": engine} | options
+    options = {"probe": probe, "engine": engine} | options
     return loss_and_gradients(network, (3, 4), order, **options)
 
 
@@ -143,7 +143,7 @@ def test_torchs_own_checkpoint_is_an_error_around_every_primitive(name, seen, mo
         network[1].forward = lambda x: SDPA(*network[1].qkv(x).chunk(3, -1))
     model = hosm.ScoreModel(OfX(partial(torchs_own, network)), VP)
     with pytest.raises(hosm.DerivativeError):
-        hosm.third_order_dsm(model, torch.randn(4, *shape), derivative="reverse")
+        hosm.third_order_dsm(model, torch.randn(4, *shape), engine="reverse")
 
 
 def test_the_checkpoint_takes_the_word_of_torchs():

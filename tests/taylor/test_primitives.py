@@ -99,7 +99,7 @@ def test_parameter_gradients_through_every_layer_are_differences(name, engine):
     start = parameters_to_vector(network.parameters()).detach()
     direction, h = torch.randn_like(start), 1e-5
     for order, tolerance in ((2, 1e-6), (3, 1e-5)):
-        part = field.derive(x, w[None], order=order, derivative=engine)[order - 1]
+        part = field.derive(x, w[None], order=order, engine=engine)[order - 1]
         gradient = torch.cat([g.flatten() for g in gradients((part * b).sum(), network)])
         ends = []
         for sign in (1, -1):
@@ -148,7 +148,7 @@ def test_far_from_zero_derivatives_are_finite(name, engine):
     field = noise_field(model, torch.full((1,), 0.5))
     for place in (-800.0, -100.0, -20.0, 0.0, 0.3, 1.0, 19.0, 21.0, 100.0, 800.0):
         x = torch.tensor([[place]], requires_grad=True)
-        found = field.derive(x, torch.ones(1, 1, 1), order=3, derivative=engine)
+        found = field.derive(x, torch.ones(1, 1, 1), order=3, engine=engine)
         for each in (*found, *torch.autograd.grad(found.third.sum(), x)):
             assert each.isfinite().all(), (place, each)
         torch.testing.assert_close(-found.value[0], FAR[name](x), rtol=1e-12, atol=1e-300)
@@ -241,7 +241,7 @@ def test_running_statistics_are_updated_as_natively_and_once(norm, engine):
     native = copy.deepcopy(safe)
     x0, noise = torch.randn(2, 5, 4, 3)
     t = torch.full((5,), 0.4)
-    hosm.third_order_dsm(hosm.ScoreModel(OfX(safe), VP), x0, t=t, noise=noise, derivative=engine)
+    hosm.third_order_dsm(hosm.ScoreModel(OfX(safe), VP), x0, t=t, noise=noise, engine=engine)
     alpha, sigma = VP(torch.tensor(0.4))
     native(alpha * x0 + sigma * noise)
     torch.testing.assert_close(dict(safe.named_buffers()), dict(native.named_buffers()))

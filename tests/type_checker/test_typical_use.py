@@ -34,7 +34,7 @@ def test_a_training_step() -> None:
             probe=torch.randn(2, 4, 3),
             weights=torch.ones(4),
             weighting=("likelihood", torch.exp),
-            derivative="reverse",
+            engine="reverse",
             reduction="sum",
             model_kwargs={"scale": 2.0},
         ),
@@ -45,7 +45,7 @@ def test_a_training_step() -> None:
         hosm.third_order_dsm(model, x0, targets=hosm.AveragedTargets(torch.randn(9, 3))),
     ]
     torch.stack(losses).sum().backward()
-    terms: hosm.DSMTerms = hosm.dsm_terms(model, x0, order=2, derivative="taylor")
+    terms: hosm.DSMTerms = hosm.dsm_terms(model, x0, order=2, engine="taylor")
     assert terms.second is not None
     assert terms.third is None
 

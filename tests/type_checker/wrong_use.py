@@ -11,7 +11,7 @@ def misspelled(model: hosm.ScoreModel, x0: torch.Tensor) -> None:
     hosm.third_order_dsm(model, x0, third="hutchinson")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, estimator="pair")  # pyright: ignore[reportArgumentType]
     hosm.SecondOrderDSM(model, weights="equal")  # pyright: ignore[reportArgumentType]
-    hosm.third_order_dsm(model, x0, derivative="jvp")  # pyright: ignore[reportArgumentType]
+    hosm.third_order_dsm(model, x0, engine="jvp")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, distribution="normal")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, targets="all")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, probes="all")  # pyright: ignore[reportArgumentType]

@@ -35,7 +35,7 @@ LOST_TWICE = (
 COMPILED = (
     "network: expected one that is not compiled by itself; got a compiled part, which cannot be "
     "differentiated twice. Compile the loss module as a whole in its place, with "
-    "derivative='auto': torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
+    "engine='auto': torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
 )
 DROPPED = (
     "network: expected an autograd.Function whose backward keeps the graph; got {}, whose "
@@ -68,7 +68,7 @@ SCRIPTED_FUNCTION = (
     "network: expected functions that Python calls; got one of torch.jit. "
     "PyTorch's own higher derivatives of norms and attention inside it would be wrong without an "
     "error. Use the function that it was made of, as the environment variable PYTORCH_JIT=0 does "
-    "for all; or, where it has no norm, derivative='reverse'."
+    "for all; or, where it has no norm, engine='reverse'."
 )
 REMEDIES = {
     _torch_errors.REENTRANT_CHECKPOINT: REENTRANT,

@@ -34,7 +34,7 @@ from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 Engine = Literal["auto", "taylor", "reverse"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 KNOWN = (
-    "network: expected operators that the engine 'taylor' knows; got {} Leave derivative at "
+    "network: expected operators that the engine 'taylor' knows; got {} Leave engine at "
     "'auto', which finds another engine."
 )
 UNKNOWN = (
@@ -108,7 +108,7 @@ def derive(
     direction: Tensor,
     *,
     order: int,
-    derivative: str = "auto",
+    engine: str = "auto",
     laplacian: bool = False,
     summed: bool = False,
 ) -> Derivatives:
@@ -121,21 +121,21 @@ def derive(
     the network.
     """
     given = (field, x, direction, order, laplacian, summed)
-    if derivative == "auto":
+    if engine == "auto":
         return whole(_auto, *given)
     try:
-        if derivative == "reverse":
+        if engine == "reverse":
             return engines.reverse(*given)
         return whole(_taylor, KNOWN, *given)
     except RuntimeError as error:
-        refuse_scripted(derivative, error)
+        refuse_scripted(engine, error)
         why = str(error)
         missing = any(words in why for words in (NO_FORWARD, *NOT_TWICE))
         if isinstance(error, DerivativeError) or not missing:
             raise
         raise DerivativeError(
-            f"network: expected operators that the engine {derivative!r} can differentiate; got: "
-            f"{why.splitlines()[0]} Leave derivative at 'auto', which tries the other engine."
+            f"network: expected operators that the engine {engine!r} can differentiate; got: "
+            f"{why.splitlines()[0]} Leave engine at 'auto', which tries the other engine."
         ) from error
 
 
@@ -146,7 +146,7 @@ def derive_with_products(
     cotangent: Cotangent,
     *,
     order: int,
-    derivative: str = "auto",
+    engine: str = "auto",
     laplacian: bool = False,
     push: bool = False,
 ) -> Products:
@@ -155,8 +155,8 @@ def derive_with_products(
     "auto" is reverse mode, which costs least here, where it can be; then as in `derive`.
     """
     given, tries = (field, x, direction, order, cotangent, push), None
-    if derivative in ("auto", "reverse") and not laplacian and not traced():
-        if derivative == "reverse":
+    if engine in ("auto", "reverse") and not laplacian and not traced():
+        if engine == "reverse":
             return products.reverse_products(*given)
         tries = _Attempts(field, x, "products", order, push, len(direction) > 1)
         found = tries.run("reverse", partial(whole, products.reverse_products), *given)
@@ -164,7 +164,7 @@ def derive_with_products(
             return found
 
     def derived(field: Field, x: Tensor, direction: Tensor) -> Derivatives:
-        return derive(field, x, direction, order=order, derivative=derivative, laplacian=laplacian)
+        return derive(field, x, direction, order=order, engine=engine, laplacian=laplacian)
 
     given = (field, x, direction, cotangent, push, order == 3 and not laplacian)
     found = whole(products.products_beside, derived, *given)
@@ -280,7 +280,7 @@ def _warn_once(tries: _Attempts, *, laplacian: bool) -> None:
         said.add(laplacian)
         exact = ", and third='exact' that of 'laplacian'" if laplacian else ""
         warnings.warn(
-            f"derivative='auto': the engine 'taylor' cannot differentiate "
+            f"engine='auto': the engine 'taylor' cannot differentiate "
             f"{type(tries.owner).__name__} ({why}), so reverse mode, which is slower, takes its "
             f"place{exact}.",
             stacklevel=users_level(),

@@ -53,7 +53,7 @@ FINITE = (
     "A root, a norm or a power has no derivative at zero: add a small number inside it. "
     "torch.where passes back through the branch that it does not take as well: put a number in "
     "the place of what goes into that, as in torch.where(x > 0, x, 1.0).sqrt(). Where all "
-    "derivatives are finite on paper, another `derivative` may be right."
+    "derivatives are finite on paper, another `engine` may be right."
 )
 ROUNDING = (
     "A float64 copy has no such fault: it is the rounding of float32, next to data or values that "
@@ -84,7 +84,7 @@ REMEDIES = {
     ),
     "attentionop": (
         "EDM's attention operator is right in reverse mode at orders two and three, with "
-        "derivative='auto' or 'reverse' and third='exact'. The engine 'taylor' cannot follow it, "
+        "engine='auto' or 'reverse' and third='exact'. The engine 'taylor' cannot follow it, "
         "nor third='laplacian', which 'auto' replaces by 'exact'. For these, and for ode_nll to "
         "take several probes at once, compute the same weights with torch.softmax in its place."
     ),
@@ -103,7 +103,7 @@ def check_derivatives(
     order: int = 3,
     *,
     t: Tensor | None = None,
-    derivative: str = "auto",
+    engine: str = "auto",
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """Raise an error that names the module at fault if a derivative of the network is wrong.
@@ -130,7 +130,7 @@ def check_derivatives(
         x0: a small batch of data (B, *); two samples are enough, and one sees no others.
         order: the order it will be trained with, 2 or 3.
         t: times (B,) as the losses take them; spread over the schedule if None.
-        derivative: the engine it will be trained with.
+        engine: the engine it will be trained with.
         model_kwargs: keyword arguments of the network.
 
     Raises:
@@ -154,7 +154,7 @@ def check_derivatives(
     check_model(model)
     if not isinstance(order, Integral) or order not in (2, 3):
         raise ValueError(complaint("order", "2 or 3", order))
-    check_choice("derivative", derivative, ENGINES)
+    check_choice("engine", engine, ENGINES)
     check_sample_batch("x0", x0)
     if x0.dtype not in TOLERANCE:
         expected = "float32 or float64, in which differences mean something"
@@ -176,7 +176,7 @@ def check_derivatives(
         precision = check_values(field, x)
         check_samples(field, x, precision)
         for kind in (Smoothness, Agreement):
-            _check(kind(int(order), derivative, precision), field, x)
+            _check(kind(int(order), engine, precision), field, x)
 
 
 def _copied(model: ScoreModel) -> ScoreModel:

@@ -61,7 +61,7 @@ class Check:
     """A search for one kind of fault in a field, by the precision in which the network works."""
 
     order: int
-    derivative: str
+    engine: str
     precision: torch.dtype
 
     def find(self, field: Field, x: Tensor) -> str | None:
@@ -71,7 +71,7 @@ class Check:
     def derived(self, field: Field, x: Tensor, w: Tensor) -> list[Tensor]:
         """f, D and at order three G at x along w, each (B, *), with the generators started."""
         reseed(x)
-        parts = derive(field, x, w[None], order=self.order, derivative=self.derivative)
+        parts = derive(field, x, w[None], order=self.order, engine=self.engine)
         return [part[0] for part in parts if part is not None]
 
 

@@ -124,12 +124,12 @@ def third_order_dsm(
             in log σ̂, and reweights, so that the mean of every term stays what it was; of a table
             it draws whole indices. A callable (batch size, generator) → t (B,) is used as if its t
             had been given. None is "log_sigma_hat" with weighting="likelihood", else "schedule".
-        derivative: "auto", "taylor" or "reverse"; see the page on derivatives.
+        engine: "auto", "taylor" or "reverse"; see the page on derivatives.
         third: how the third order is estimated. "exact" matches G = σ² ∇(vᵀ ∂f v), as in the
             paper. "laplacian" matches σ² ∂²f[v, v] to the same target for three quarters of the
             cost: equal to "exact" if the Jacobian is symmetric, as the true score's; otherwise
             another objective, leaving ∇tr(∂f) partly unconstrained. With estimator="paired" it
-            costs more than "exact", 35 evaluations against 25. Where derivative="auto" takes
+            costs more than "exact", 35 evaluations against 25. Where engine="auto" takes
             reverse mode, "exact" takes its place, with a warning.
         fraction: the part of the batch, chosen at random, on which orders two and three are
             evaluated: max(1, round(fraction · B)) rows. Unbiased.

@@ -45,7 +45,7 @@ class FirstOrderOptions(TypedDict, total=False):
 
 class _Engine(TypedDict, total=False):
     distribution: Distribution
-    derivative: Engine
+    engine: Engine
 
 
 class _Second(_Engine, total=False):
@@ -138,7 +138,7 @@ class LossOptions:
     distribution: Distribution = "rademacher"
     weighting: Weighting = "noise"
     time_sampler: TimeSampler = None
-    derivative: Engine = "auto"
+    engine: Engine = "auto"
     third: Third = "exact"
     fraction: float = 1.0
     reduction: Reduction = "mean"
@@ -152,11 +152,11 @@ class LossOptions:
         self._check_estimator()
         check_choice("distribution", self.distribution, DISTRIBUTIONS)
         check_weighting(self.weighting, self.time_sampler)
-        check_choice("derivative", self.derivative, ENGINES)
+        check_choice("engine", self.engine, ENGINES)
         check_choice("third", self.third, get_args(Third))
-        if self.third != "exact" and self.derivative == "reverse":
+        if self.third != "exact" and self.engine == "reverse":
             raise ValueError(
-                "derivative: expected 'auto' or 'taylor', which can carry a second derivative, "
+                "engine: expected 'auto' or 'taylor', which can carry a second derivative, "
                 f"with third={self.third!r}; got 'reverse'. Take third='exact' with it."
             )
         check_choice("reduction", self.reduction, get_args(Reduction))

@@ -74,7 +74,7 @@ def paired_terms(
     def ell_of(value: Tensor) -> Tensor:
         return first_residual(at_least_float32(value), noise).detach()
 
-    chosen: dict[str, Any] = {"order": options.order, "derivative": options.derivative}
+    chosen: dict[str, Any] = {"order": options.order, "engine": options.engine}
     pulled = pushed = None
     if second or options.order == 3:
         laplacian = options.order == 3 and options.third == "laplacian"

@@ -77,7 +77,7 @@ def stein_terms(
     if probe is None:
         return SteinTerms(over_elements(first_residual_of(field, inputs).square())[0])
     direction = (expand_right(inputs.sigma, x) * probe).to(x.dtype)
-    derived = field.derive(x, direction, order=2, derivative=options.derivative)
+    derived = field.derive(x, direction, order=2, engine=options.engine)
     parts = (derived.value, derived.directional, inputs.noise, probe)
     value, directional, noise, probe = map(at_least_float32, parts)
     if inputs.posterior is not None:

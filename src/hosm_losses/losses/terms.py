@@ -217,7 +217,7 @@ def terms_along(
         x,
         direction,
         order=options.order,
-        derivative=options.derivative,
+        engine=options.engine,
         laplacian=options.order == 3 and options.third == "laplacian",
         summed=exact,
     )

@@ -99,7 +99,7 @@ class NoiseField(ConditionedModel):
         direction: Tensor,
         *,
         order: int,
-        derivative: str = "auto",
+        engine: str = "auto",
         laplacian: bool = False,
         summed: bool = False,
     ) -> Derivatives:
@@ -113,7 +113,7 @@ class NoiseField(ConditionedModel):
             x,
             direction,
             order=order,
-            derivative=derivative,
+            engine=engine,
             laplacian=laplacian,
             summed=summed,
         )

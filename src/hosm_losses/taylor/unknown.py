@@ -36,7 +36,7 @@ _FORWARD = _every(
 _PRODUCTS = _every("scatter_reduce index_reduce scatter_reduce_ index_reduce_")
 WRONG = (
     "PyTorch's derivative of it in forward mode is not differentiated rightly. Write it with "
-    "other operators, or leave derivative at 'auto', which takes the engine 'reverse'."
+    "other operators, or leave engine at 'auto', which takes the engine 'reverse'."
 )
 
 
