@@ -50,7 +50,7 @@ GATE, HOPELESS, LEVELS, ROUNDS = 0.02, 0.2, 3, 20
 ONE, AVERAGED = TARGETS = ("order one", "order one, averaged")
 SWITCHED, EXACT = "order three, averaged", "order three, averaged, exact probes"
 WHOLE, COST = (SWITCHED, EXACT), 3  # budgets of order one
-PLATEAU, LATER, FIRST, HELD_OUT = 0.01, 1.2, 100, 8192  # of the rule for the switch
+PLATEAU, LATER, LOOKS, FIRST, HELD_OUT = 0.01, 1.2, 1.05, 100, 2048  # of the rule to switch
 FEW = 4  # elements up to which all unit vectors are tried as probes
 LIKELIHOOD_ROWS, LIKELIHOOD_STEPS, LIKELIHOOD_ELEMENTS = 32, 32, 8
 Loss = Callable[[hosm.ScoreModel], Callable[..., Tensor]]
@@ -111,6 +111,14 @@ def losses(cell: Cell, members: int, baseline: str = "") -> dict[str, Loss]:
     if elements <= LIKELIHOOD_ELEMENTS:
         found["likelihood"] = likelihood
     return found
+
+
+def is_flat(seen: Mapping[int, float]) -> bool:
+    """Whether the last sixth of the steps lowered the best loss by less than PLATEAU."""
+    last = max(seen) / LATER
+    before = [each for step, each in seen.items() if step <= last]
+    after = [each for step, each in seen.items() if step > last]
+    return bool(before) and min(after) > (1 - PLATEAU) * min(before)
 
 
 def in_turn(first: Loss, second: Loss, steps: int) -> Loss:
@@ -326,24 +334,26 @@ class Study:
         return ratios[name]
 
     def plateau(self, models: Models, rate: float) -> Row:
-        """The step at which order one, with its targets, has done its part by the rule.
+        """The step at which order one has done its part by the rule.
 
-        The loss is the plain one on data, times and noise that are the same each time.
+        Its loss has averaged targets whichever it trained with, since the noise of plain ones
+        hides what it still gains, and data, times and noise that are the same each time.
         """
         model, generator = models([self.seeds]), torch.Generator().manual_seed(2)
         x0 = self.cell.held_out(HELD_OUT, generator)
         low, high = self.cell.schedule.log_sigma_hat_range
         t = self.cell.schedule.time(torch.linspace(low, high, HELD_OUT))
-        noise, seen = torch.randn(x0.shape, generator=generator), [math.inf]
-        limit, due = COST * self.cell.budget, FIRST
+        noise = torch.randn(x0.shape, generator=generator)
+        given: Any = {"t": t, "noise": noise, "targets": hosm.AveragedTargets()}
+        limit, seen, due = COST * self.cell.budget, {}, FIRST
         loss = losses(self.cell, 1)[self.targets]
         for step, _ in enumerate(training(self.cell, model, loss, limit, [rate]), 1):
-            if step >= min(due, limit):
+            if step >= due:
                 with torch.no_grad():
-                    seen.append(float(hosm.first_order_dsm(model, x0, t=t, noise=noise)))
-                if seen[-1] > (1 - PLATEAU) * seen[-2]:
-                    return {"step": step, "losses": seen[1:]}
-                due = math.ceil(LATER * due)
+                    seen[step] = float(hosm.first_order_dsm(model, x0, **given))
+                if is_flat(seen):
+                    return {"step": step, "losses": seen}
+                due = math.ceil(LOOKS * step)
         raise ValueError(f"order one improved by more than {PLATEAU:.0%} for all {limit} steps")
 
     def tuned(
