@@ -14,9 +14,8 @@ For each cell of worth_problems and worth_reserved:
        decay, for as many steps as cost what the cell's budget of order one costs. Step times are
        measured once, in turns. The rate is chosen on the seed that is not reported.
     4. The losses of WHOLE train from scratch, at the cost of order one's three budgets.
-    5. So does that of SWITCHED, but begins with order one until a rule says that it has done its
-       part: a fifth more steps lower its loss on held-out data by less than PLATEAU. One Adam and
-       one cosine decay serve the whole training. The spare seed tells the step.
+    5. That of SWITCHED does as well, with order one for the first of the three budgets. One Adam
+       and one cosine decay serve the whole training.
 
 Five seeds and the one that is not reported train as one ensemble. Each row is written to
 results/worth/CELL.json at once, with its environment, and a second run goes on where the first one
@@ -25,7 +24,6 @@ without that file they are trained again, and so are the losses if other weights
 """
 
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -50,7 +48,6 @@ GATE, HOPELESS, LEVELS, ROUNDS = 0.02, 0.2, 3, 20
 ONE, AVERAGED = TARGETS = ("order one", "order one, averaged")
 SWITCHED, EXACT = "order three, averaged", "order three, averaged, exact probes"
 WHOLE, COST = (SWITCHED, EXACT), 3  # budgets of order one
-PLATEAU, LATER, LOOKS, FIRST, HELD_OUT = 0.01, 1.2, 1.05, 100, 2048  # of the rule to switch
 FEW = 4  # elements up to which all unit vectors are tried as probes
 LIKELIHOOD_ROWS, LIKELIHOOD_STEPS, LIKELIHOOD_ELEMENTS = 32, 32, 8
 Loss = Callable[[hosm.ScoreModel], Callable[..., Tensor]]
@@ -111,14 +108,6 @@ def losses(cell: Cell, members: int, baseline: str = "") -> dict[str, Loss]:
     if elements <= LIKELIHOOD_ELEMENTS:
         found["likelihood"] = likelihood
     return found
-
-
-def is_flat(seen: Mapping[int, float]) -> bool:
-    """Whether the last sixth of the steps lowered the best loss by less than PLATEAU."""
-    last = max(seen) / LATER
-    before = [each for step, each in seen.items() if step <= last]
-    after = [each for step, each in seen.items() if step > last]
-    return bool(before) and min(after) > (1 - PLATEAU) * min(before)
 
 
 def in_turn(first: Loss, second: Loss, steps: int) -> Loss:
@@ -317,11 +306,9 @@ class Study:
                     steps = [max(1, round(k * self.cell.budget / dear[name])) for k in (1, COST)]
                     self.tuned(f"whole: {name}", name, fresh, steps, BASELINE_RATES)
             if re.search(pattern, f"switch: {SWITCHED}"):
-                found = self.row("plateau", partial(self.plateau, fresh, first["rate"]))
-                if "failed" not in found:
-                    late = (COST * self.cell.budget - found["step"]) / dear[SWITCHED]
-                    name, steps = f"switch: {SWITCHED}", found["step"] + max(1, round(late))
-                    self.tuned(name, name, fresh, [steps] * 2, BASELINE_RATES)
+                late = max(1, round((COST - 1) * self.cell.budget / dear[SWITCHED]))
+                name, steps = f"switch: {SWITCHED}", self.cell.budget + late
+                self.tuned(name, name, fresh, [steps] * 2, BASELINE_RATES)
 
     def step_ratio(self, name: str, *given: Any) -> float:
         """The time of a step over that of order one; timed now if it was no row of the others."""
@@ -332,29 +319,6 @@ class Study:
             make = partial(self.step_times, both, *rest)
             ratios = self.row(f"step times: {name}", make)["ratios"]
         return ratios[name]
-
-    def plateau(self, models: Models, rate: float) -> Row:
-        """The step at which order one has done its part by the rule.
-
-        Its loss has averaged targets whichever it trained with, since the noise of plain ones
-        hides what it still gains, and data, times and noise that are the same each time.
-        """
-        model, generator = models([self.seeds]), torch.Generator().manual_seed(2)
-        x0 = self.cell.held_out(HELD_OUT, generator)
-        low, high = self.cell.schedule.log_sigma_hat_range
-        t = self.cell.schedule.time(torch.linspace(low, high, HELD_OUT))
-        noise = torch.randn(x0.shape, generator=generator)
-        given: Any = {"t": t, "noise": noise, "targets": hosm.AveragedTargets()}
-        limit, seen, due = COST * self.cell.budget, {}, FIRST
-        loss = losses(self.cell, 1)[self.targets]
-        for step, _ in enumerate(training(self.cell, model, loss, limit, [rate]), 1):
-            if step >= due:
-                with torch.no_grad():
-                    seen[step] = float(hosm.first_order_dsm(model, x0, **given))
-                if is_flat(seen):
-                    return {"step": step, "losses": seen}
-                due = math.ceil(LOOKS * step)
-        raise ValueError(f"order one improved by more than {PLATEAU:.0%} for all {limit} steps")
 
     def tuned(
         self,
@@ -406,12 +370,12 @@ class Study:
         return row | {"rates": list(rates)} | self.judge_briefly(model, len(rates))
 
     def loss(self, name: str, members: int) -> Loss:
-        """The loss of a row, that of "switch" after order one."""
+        """The loss of a row, that of "switch" after a budget of order one."""
         every = losses(self.cell, members, self.targets)
         if name in every:
             return every[name]
         after = every[name.removeprefix("switch: ")]
-        return in_turn(every[self.targets], after, self.rows["plateau"]["step"])
+        return in_turn(every[self.targets], after, self.cell.budget)
 
     def finish(self, models: Models, name: str, steps: int, rate: float, bar: str) -> Row:
         """The reported seeds, trained with a loss."""

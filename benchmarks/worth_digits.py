@@ -64,15 +64,9 @@ class Digits(Cell):
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Data for training (count, d), with replacement and dequantized anew."""
-        return self.drawn(self.density.train, count, generator)
-
-    def held_out(self, count: int, generator: torch.Generator) -> Tensor:
-        """The same of the validation split."""
-        return self.drawn(self.density.validation, count, generator)
-
-    def drawn(self, rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        chosen = rows[torch.randint(len(rows), (count,), generator=generator)]
-        return self.density.uniform(chosen, generator)
+        train = self.density.train
+        rows = train[torch.randint(len(train), (count,), generator=generator)]
+        return self.density.uniform(rows, generator)
 
     @property
     def ode(self) -> dict[str, object]:

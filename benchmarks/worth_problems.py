@@ -273,10 +273,6 @@ class Cell:
         u = torch.rand(shape, generator=generator, dtype=torch.float64)
         return self.density.quantile(u.clamp_min(2**-53)).float()
 
-    def held_out(self, count: int, generator: torch.Generator) -> Tensor:
-        """Data (count, d) that no training has seen."""
-        return self.draw(count, generator)
-
     def noisy(self, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draws of q_t (N, d), with α and σ (N,), from uniform numbers (N, 2d)."""
         alpha, sigma = self.schedule(t)

@@ -44,7 +44,7 @@ def _size(name: str) -> tuple[int, ...]:
 def judged(report: Row) -> dict[str, Row]:
     """The losses that went on from order one, without those that failed."""
     rows = report["rows"].items()
-    others = ("budget", "choice", "rates", "step", "plateau")
+    others = ("budget", "choice", "rates", "step")
     named = {name: row for name, row in rows if not name.startswith(others)}
     return {name: row for name, row in named.items() if "kl" in row or "test" in row}
 

@@ -168,20 +168,6 @@ def test_losses_take_turns():
     assert [loss() for _ in range(4)] == [11, 11, 12, 12]
 
 
-def test_order_one_has_done_its_part_where_its_best_loss_stays(tmp_path):
-    assert not worth.is_flat({100: 1.0, 119: 2.0})  # too early to tell
-    assert not worth.is_flat({100: 1.0, 110: 0.98, 120: 2.0})
-    assert worth.is_flat({100: 1.0, 110: 0.995, 120: 2.0})
-    study = worth.Study("cell", small(budget=100), tmp_path, tmp_path)
-    study.rows["budget 1"] = {"targets": worth.AVERAGED}
-    found = study.plateau(study.fresh(FILM), 0.0)
-    assert found["step"] == 123
-    assert len({*found["losses"].values()}) == 1
-    study.cell = small(budget=10)
-    with pytest.raises(ValueError, match="all 30 steps"):
-        study.plateau(study.fresh(FILM), 0.0)
-
-
 def test_importance_weights_by_hand():
     found = weights(torch.tensor([[1.0, 3.0], [2.0, 2.0]]).double().log() - 4.9)
     assert found["effective_size"] == pytest.approx([0.8, 1.0])
@@ -231,8 +217,6 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
         return original(self, *given)
 
     monkeypatch.setattr(worth.Study, "train", train)
-    for name in ("FIRST", "PLATEAU"):  # the rule to switch is met as soon as it can be
-        monkeypatch.setattr(worth, name, 1)
     names, whole = [*worth.losses(small(), 1)], [f"whole: {name}" for name in worth.WHOLE]
     whole.append(f"switch: {worth.SWITCHED}")
 
