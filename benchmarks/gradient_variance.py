@@ -38,9 +38,10 @@ from benchmarks.experiment import Choose, Row
 from benchmarks.intervals import Array, Estimate, estimate, weights
 from benchmarks.trained import HELD_OUT, Problem, trained
 from benchmarks.trained import mixture as draw_mixture
+from hosm_losses.probes import Distribution
 
 # The size of a minibatch, and the kinds of probes beside signs.
-CASES: dict[str, tuple[int, tuple[str, ...]]] = {
+CASES: dict[str, tuple[int, tuple[Distribution, ...]]] = {
     "mixture": (256, ()),
     "digits": (16, ("gaussian",)),
     "images": (2, ("gaussian", "dct")),
@@ -63,7 +64,7 @@ def term_of(name: str, model: hosm.ScoreModel, x0: Tensor, **options: Any) -> Te
     return getattr(hosm.dsm_terms(model, x0, **options), name)
 
 
-def estimators(elements: int, distributions: Sequence[str] = ()) -> dict[str, Term]:
+def estimators(elements: int, distributions: Sequence[Distribution] = ()) -> dict[str, Term]:
     """Terms and estimators by name, and two with each kind of probe, "second gaussian" say.
 
     "paired" has two probes, all others one. In one dimension the trace repeats the second, and
@@ -75,9 +76,9 @@ def estimators(elements: int, distributions: Sequence[str] = ()) -> dict[str, Te
         options = {"first": {"order": 1}, "second": second, "trace": second, "third": {}}
         options["third laplacian"] = {"third": "laplacian"}
         for name in ("second", "trace", "third"):
-            options[f"{name} paired"] = options[name] | {"estimator": "paired"}
+            options[f"{name} paired"] = options[name] | {"probes": hosm.Paired()}
     for kind, name in product(distributions, ("second", "third")):
-        options[f"{name} {kind}"] = options[name] | {"distribution": kind}
+        options[f"{name} {kind}"] = options[name] | {"probes": hosm.Hutchinson(1, kind)}
     return {name: partial(term_of, name.split()[0], **given) for name, given in options.items()}
 
 

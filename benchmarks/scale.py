@@ -32,11 +32,11 @@ BATCHES, FEW, GPUS, ROOM, SHARDS = (64, 128), 32, (8, 64, 512), 80e9, 64  # ROOM
 LOSSES = {
     "order 1": hosm.FirstOrderDSM,
     "order 2": hosm.SecondOrderDSM,
-    'order 2, `estimator="paired"`': partial(hosm.SecondOrderDSM, estimator="paired"),
+    "order 2, `probes=Paired()`": partial(hosm.SecondOrderDSM, probes=hosm.Paired()),
     "order 3": hosm.ThirdOrderDSM,
     'order 3, `third="laplacian"`': partial(hosm.ThirdOrderDSM, third="laplacian"),
     "order 3, `fraction=0.25`": partial(hosm.ThirdOrderDSM, fraction=0.25),
-    'order 3, `estimator="paired"`': partial(hosm.ThirdOrderDSM, estimator="paired"),
+    "order 3, `probes=Paired()`": partial(hosm.ThirdOrderDSM, probes=hosm.Paired()),
 }
 CHECKPOINT = ", blocks in `checkpoint`"
 CHECKPOINTED = ["order 2", 'order 3, `third="laplacian"`', "order 3"]

@@ -73,7 +73,7 @@ def losses(cell: Cell, members: int, baseline: str = "") -> dict[str, Loss]:
         return lambda model: partial(function, model, time_sampler=sampler, **options)
 
     def balanced(model: hosm.ScoreModel) -> Callable[..., Tensor]:
-        given: Any = {"estimator": "paired", "weights": "balanced"}
+        given: Any = {"probes": hosm.Paired(), "weights": "balanced"}
         return hosm.SecondOrderDSM(model, time_sampler=partial(times, 1), **given)
 
     def likelihood(model: hosm.ScoreModel) -> Callable[..., Tensor]:

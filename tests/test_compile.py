@@ -50,9 +50,9 @@ def test_one_graph_with_the_gradients_of_eager_mode(name, order):
 
 
 KINDS = {
-    "trace": lambda model: hosm.SecondOrderDSM(model, estimator="paired", weights=(1, 0, 0.3)),
+    "trace": lambda model: hosm.SecondOrderDSM(model, probes=hosm.Paired(), weights=(1, 0, 0.3)),
     "laplacian": lambda model: hosm.ThirdOrderDSM(
-        model, estimator="paired", third="laplacian", weights="balanced"
+        model, probes=hosm.Paired(), third="laplacian", weights="balanced"
     ),
     "stein": lambda model: hosm.SteinDSM(model, weight=0.5),
 }
@@ -64,6 +64,25 @@ def test_products_of_two_probes_are_one_graph(loss):
     network, shape = networks()["attention"]
     module = KINDS[loss](hosm.ScoreModel(network, VP)).eval()
     assert_agrees(module, *given((2, *shape), 2, 2))
+
+
+@compiles_higher_orders
+def test_values_are_made_in_the_graph():
+    """As where a user compiles a step that calls the functions."""
+    network, shape = networks()["mlp"]
+    model, x0 = hosm.ScoreModel(network, VP), torch.ones(4, *shape)
+
+    def step(x0):
+        options = {"weights": "paper-toy", "weighting": hosm.EDMWeighting(), "fraction": 0.5}
+        probes = hosm.Paired(2, "gaussian")
+        loss = hosm.third_order_dsm(model, x0, probes=probes, third="laplacian", **options)
+        return loss + hosm.second_order_dsm(model, x0, probes=2) + hosm.stein_dsm(model, x0)
+
+    found = []
+    for each in (compiled(step), step):
+        torch.manual_seed(1)
+        found.append(each(x0))
+    assert_same(*found)
 
 
 @compiles_higher_orders
@@ -306,7 +325,7 @@ def broken(h):
 @pytest.mark.filterwarnings("error:engine='auto'")
 @pytest.mark.parametrize(
     ("order", "options"),
-    [(3, {}), (2, {"estimator": "paired"})],
+    [(3, {}), (2, {"probes": hosm.Paired()})],
     ids=str,
 )
 def test_a_network_that_breaks_the_graph_keeps_its_engine(order, options):

@@ -86,8 +86,8 @@ def evaluations(loss, **options):
         (2, {"probes": 4}, 15),
         (3, {"probes": "exact"}, 54),
         (3, {"probes": "exact", "third": "laplacian"}, 30),
-        (2, {"estimator": "paired", "engine": "taylor"}, 18),
-        (3, {"estimator": "paired", "third": "laplacian"}, 35),
+        (2, {"probes": hosm.Paired(), "engine": "taylor"}, 18),
+        (3, {"probes": hosm.Paired(), "third": "laplacian"}, 35),
     ],
 )
 def test_several_probes_share_the_value(order, options, expected):

@@ -20,7 +20,7 @@ from tests.versions import SHARDS_ON_CPU
 
 pytestmark = pytest.mark.slow
 
-CASES = [(1, {}), (2, {}), (3, {}), (3, {"engine": "reverse"}), (3, {"estimator": "paired"})]
+CASES = [(1, {}), (2, {}), (3, {}), (3, {"engine": "reverse"}), (3, {"probes": hosm.Paired()})]
 CASES += [("stein", {})]
 BATCH = 4
 
@@ -51,7 +51,7 @@ def setting(order, options, checkpoint=False):
     network = Network(checkpoint)
     kind = hosm.SteinDSM if order == "stein" else MODULES[order]
     module = kind(hosm.ScoreModel(network, VP), **options)
-    two = order == "stein" or "estimator" in options
+    two = order == "stein" or "probes" in options
     return network, module, *given((BATCH, 5, 3), 1 if order == 1 else 2, 1 + two)
 
 

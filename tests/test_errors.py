@@ -11,7 +11,6 @@ import re
 import warnings
 from operator import attrgetter
 from types import MappingProxyType, SimpleNamespace
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -149,14 +148,15 @@ BAD = {
         *bad(ValueError, None, "snr", (), ("noise", "native"), ("noise", "likelihood")),
         *bad(ValueError, ("noise", "snr"), ("noise",) * 3),
     ],
+    "sigma_data": bad(ValueError, None, "0.5", True, NAN, INF, 0.0, -1.0),
     "time_sampler": bad(ValueError, "uniform", 1),
     "targets": bad(TypeError, "averaged", True, hosm.AveragedTargets),
     "own": FLAG,
     "same": bad(TypeError, 1, "y"),
-    "probes": WHOLE + bad(ValueError, "all"),
+    "probes": WHOLE + bad(ValueError, "all", None, hosm.Hutchinson),
     "count": WHOLE + bad(ValueError, "exact", None),
     "fraction": bad(ValueError, None, "half", True, NAN, 0.0, 1.5, -0.5),
-    **dict.fromkeys(("estimator", "distribution", "engine"), NAME + bad(ValueError, None)),
+    **dict.fromkeys(("distribution", "engine"), NAME + bad(ValueError, None)),
     **dict.fromkeys(("third", "reduction", "method"), NAME + bad(ValueError, None)),
     # Of the likelihoods.
     "latent": TENSORS + bad(TypeError, "noise", ()) + bad(ValueError, (5, 0), [1.0], (True, 2)),
@@ -204,7 +204,8 @@ BAD = {
 # The calls, with the arguments that they need.
 LOSSES = FIRST, SECOND, THIRD = hosm.first_order_dsm, hosm.second_order_dsm, hosm.third_order_dsm
 MODULES = hosm.FirstOrderDSM, hosm.SecondOrderDSM, hosm.ThirdOrderDSM
-FORWARD = hosm.ThirdOrderDSM.forward  # of all three
+FORWARD = hosm.ThirdOrderDSM.forward  # of order two as well
+OF_FIRST = hosm.FirstOrderDSM.forward
 STEIN = hosm.stein_dsm, hosm.SteinDSM
 SOLVERS = hosm.ode_nll, hosm.ode_sample
 PARAMETRIC = (hosm.VPSchedule, hosm.SubVPSchedule, hosm.VESchedule)
@@ -213,6 +214,7 @@ CALLS = {
     **{call: {"model": MODEL, "x0": X} for call in (*LOSSES, hosm.stein_dsm, hosm.dsm_terms)},
     **{call: {"model": MODEL} for call in (*MODULES, hosm.SteinDSM)},
     FORWARD: {"self": hosm.ThirdOrderDSM(MODEL), "x0": X},
+    OF_FIRST: {"self": hosm.FirstOrderDSM(MODEL), "x0": X},
     hosm.SteinDSM.forward: {"self": hosm.SteinDSM(MODEL), "x0": X},
     hosm.ode_nll: {"model": MODEL, "x": X, "steps": 4},
     hosm.ode_sample: {"model": MODEL, "latent": X, "steps": 4},
@@ -223,7 +225,8 @@ CALLS = {
     hosm.NLLResult.cat: {"results": [result(), result()]},
     hosm.NLLResult.from_dict: {"values": VALUES},
     **{getattr(hosm.NLLResult, name): {"self": result()} for name in ("bits_per_dim", "summary")},
-    **{value: {} for value in (hosm.AveragedTargets, hosm.Hutchinson, hosm.Paired)},
+    **{value: {} for value in (hosm.AveragedTargets, hosm.EDMWeighting)},
+    **{value: {} for value in (hosm.Hutchinson, hosm.Paired)},
     hosm.ScoreModel: {"network": NETWORK, "schedule": VP},
     hosm.DiscreteSchedule: {"alphas_cumprod": [0.9, 0.1]},
     hosm.DiscreteSchedule.from_betas: {"betas": [0.1, 0.5]},
@@ -242,15 +245,18 @@ TO_AVERAGE = [
 FORWARDS = FORWARD, hosm.SteinDSM.forward
 # The bad values of an argument in one call, which for other projects are all.
 MORE = {
-    (FIRST, "targets"): TO_AVERAGE + BAD["noise"][1:],
+    **{(call, "targets"): TO_AVERAGE + BAD["noise"][1:] for call in (FIRST, OF_FIRST)},
     **{
         (call, "targets"): TO_AVERAGE + bad(ValueError, X)
         for call in (SECOND, THIRD, STEIN[0], hosm.dsm_terms, *FORWARDS)
     },
     **{(call, "targets"): bad(ValueError, X) for call in (*MODULES, STEIN[1])},
-    **{(call, "probes"): bad(ValueError, 1, "exact") for call in STEIN},
+    **{
+        (call, "probes"): bad(ValueError, 1, "exact", hosm.Hutchinson(), hosm.Paired())
+        for call in STEIN
+    },
     (hosm.Paired, "count"): bad(ValueError, 1),
-    **{(call, "probes"): bad(ValueError, None, "exact") for call in SOLVERS},
+    **{(call, "probes"): bad(ValueError, "exact") for call in SOLVERS},
     **{(call, "steps"): bad(ValueError, 3) for call in SOLVERS},
     **{(call, "weights"): bad(ValueError, nn.Parameter(torch.ones(4))) for call in MODULES},
     (hosm.SteinDSM, "weight"): bad(ValueError, nn.Parameter(torch.ones(()))),
@@ -297,7 +303,7 @@ MORE = {
 BOTH = (*MODULES[1:], SECOND, THIRD, hosm.dsm_terms)
 IMAGES = {"x": X.byte(), "dequantization": "uniform", "divergence": "exact"}
 NOISY = {"dequantization_draws": 2, "divergence": "hutchinson"}
-PAIRED, AVERAGED = {"estimator": "paired"}, hosm.AveragedTargets()
+PAIRED, AVERAGED = {"probes": hosm.Paired()}, hosm.AveragedTargets()
 TURNED = {"model": module("Lumina2"), "scheduler": flow()}
 DISCRETE = {"sde": SimpleNamespace(sigma_min=0.01, sigma_max=50.0), "continuous": False}
 NLL, SAMPLE = SOLVERS
@@ -305,10 +311,9 @@ BITS = hosm.NLLResult.bits_per_dim
 # Arguments of which one is bad beside the others.
 TOGETHER = [
     (BOTH[:-1], ValueError, "fraction", {"fraction": 0.5, "reduction": "none"}),
-    (BOTH, ValueError, "distribution", {"probes": "exact", "distribution": "dct"}),
-    *((BOTH, ValueError, "probes", {**PAIRED, "probes": each}) for each in (1, "exact")),
     *((BOTH[2:], ValueError, "probe", {**PAIRED, "probe": each}) for each in (X, X[None])),
     *((BOTH[2:], ValueError, "probe", {"probe": X, "probes": each}) for each in (2, "exact")),
+    (BOTH[2:], ValueError, "probe", {"probe": PROBES, "probes": hosm.Paired(3)}),
     ([hosm.stein_dsm], ValueError, "probe", {"probe": X}),
     ([THIRD], ValueError, "engine", {"third": "laplacian", "engine": "reverse"}),
     (MODULES[1:], ValueError, "weighting", {"weights": "balanced", "weighting": ("noise",) * 2}),
@@ -336,10 +341,10 @@ TOGETHER = [
     ([hosm.dsm_terms], TypeError, "dsm_terms", {"weights": (1, 1, 1, 1)}),
     (MODULES[:1], TypeError, "FirstOrderDSM", {"weights": (1,)}),
     (MODULES[1:2], TypeError, "SecondOrderDSM", {"third": "exact"}),
-    ([FORWARD], TypeError, "FirstOrderDSM.forward", {"self": MODULES[0](MODEL), "probe": X}),
-    ([FORWARD], TypeError, "ThirdOrderDSM.forward", {"order": 2}),
+    ([OF_FIRST], TypeError, "FirstOrderDSM.forward", {"probe": X}),
+    ([FORWARD], TypeError, "_HigherOrderDSM.forward", {"order": 2}),
     (STEIN[:1], TypeError, "stein_dsm", {"weighting": "noise"}),
-    (STEIN[1:], TypeError, "SteinDSM", {"estimator": "paired"}),
+    (STEIN[1:], TypeError, "SteinDSM", {"third": "exact"}),
     ([BITS], ValueError, "low", {"levels": 256, "low": "0"}),
     ([BITS], ValueError, "high", {"levels": 256, "high": INF}),
     ([BITS], ValueError, "bits_per_dim", {"levels": 256, "low": 1}),
@@ -355,12 +360,8 @@ CALL = attrgetter("__qualname__")
 
 
 def arguments(call):
-    """The names of a call's arguments, those of an unpacked TypedDict among them."""
-    for name, each in inspect.signature(call).parameters.items():
-        if each.kind is each.VAR_KEYWORD:
-            yield from sorted(get_args(each.annotation)[0].__optional_keys__)
-        elif name != "self":
-            yield name
+    """The names of a call's arguments."""
+    return [name for name in inspect.signature(call).parameters if name != "self"]
 
 
 def wrong(call, given, error, named):

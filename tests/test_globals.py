@@ -39,7 +39,7 @@ DRAWS = {
         for order in (1, 3)
     },
     "fraction": loss(FUNCTIONS[2], fraction=0.5, probes="exact", t=X[:, 0] * 0 + 0.5, noise=X),
-    "paired": loss(FUNCTIONS[3], estimator="paired"),
+    "paired": loss(FUNCTIONS[3], probes=hosm.Paired()),
     "averaged": loss(FUNCTIONS[3], targets=hosm.AveragedTargets()),
     "likelihood weighting": loss(FUNCTIONS[1], weighting="likelihood"),
     "stein": loss(hosm.stein_dsm),
@@ -139,7 +139,7 @@ CALLS = [
     *(
         loss(FUNCTIONS[order], engine=engine, **options)
         for engine in ENGINES
-        for order, options in ((2, {"probes": 2}), (3, {}), (3, {"estimator": "paired"}))
+        for order, options in ((2, {"probes": 2}), (3, {}), (3, {"probes": hosm.Paired()}))
     ),
     *(DRAWS[name] for name in ("order 1", "module 3", "stein", "nll", "nll, adaptive", "bound")),
     *(DRAWS[name] for name in ("sample", "nll, dequantized")),

@@ -12,7 +12,7 @@ from tests.cases import FUNCTIONS, VP, OfX, given, gradients
 
 D = 3072  # an image of 32 by 32: ‖v‖⁴ is far outside float16
 HALVES = [torch.float16, torch.bfloat16]
-PAIRED, EXACT = {"estimator": "paired"}, {"probes": "exact"}
+PAIRED, EXACT = {"probes": hosm.Paired()}, {"probes": "exact"}
 
 
 class Elementwise(nn.Module):
@@ -128,7 +128,7 @@ def test_the_terms_equal_float64(half, options):
         inputs = {"t": inputs["t"], "noise": inputs["noise"], **probe}
         with torch.no_grad():
             found.append([*hosm.dsm_terms(model, x0, **inputs, **options)])
-            if "estimator" in options:
+            if options.get("probes") == hosm.Paired():
                 stein = hosm.SteinDSM(model, engine=options.get("engine", "auto"))
                 _, logged = stein(x0, **inputs, return_terms=True)
                 found[-1] += [logged.first / D, logged.rate / D**2]

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import hosm_losses as hosm
 from tests.cases import PREDICTIONS, SCHEDULES, VP, networks
-from tests.losses.test_random_options import LOSSES, Pick, drawn_options, drawn_weights
+from tests.losses.test_random_options import LOSSES, Pick, drawn_options, drawn_weights, value_of
 
 
 class OneDevice(TorchDispatchMode):
@@ -63,7 +63,8 @@ def test_a_loss_reads_no_value(data):
         dtype = torch.int64 if whole else torch.float64
         inputs["t"] = torch.empty(4, device="meta", dtype=dtype)
         if options.get("probes", "exact") != "exact":
-            inputs["probe"] = x0.expand(options.pop("probes"), *x0.shape)
+            count = value_of(options["probes"]).count
+            inputs["probe"] = x0.expand(count, *x0.shape)
     with OneDevice():
         value, _ = LOSSES[loss][1](model, **options)(x0, return_terms=True, **inputs)
     assert value.is_meta

@@ -15,7 +15,7 @@ PAGES = {
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
 }
 TWO, THREE = hosm.second_order_dsm, hosm.third_order_dsm
-LAPLACIAN, PAIRED = {"third": "laplacian"}, {"estimator": "paired"}
+LAPLACIAN, PAIRED = {"third": "laplacian"}, {"probes": hosm.Paired()}
 TAYLOR, REVERSE = {"engine": "taylor"}, {"engine": "reverse"}
 # By page: what is found in front of a number of evaluations, and the loss that takes so many.
 EVALUATIONS = [
@@ -24,9 +24,9 @@ EVALUATIONS = [
     ("start", r"\| order three \|", THREE, {}),
     ("start", r"\| order three, `third=\"laplacian\"` \|", THREE, LAPLACIAN),
     ("start", r"\| `stein_dsm` \|", hosm.stein_dsm, {}),
-    ("start", r"\| order two, `estimator=\"paired\"` \|", TWO, PAIRED),
-    ("start", r"paired\"` \| 12;", TWO, PAIRED | {"weights": (1, 0, 1)}),
-    ("start", r"\| order three, `estimator=\"paired\"` \|", THREE, PAIRED),
+    ("start", r"\| order two, `probes=Paired\(\)` \|", TWO, PAIRED),
+    ("start", r"Paired\(\)` \| 12;", TWO, PAIRED | {"weights": (1, 0, 1)}),
+    ("start", r"\| order three, `probes=Paired\(\)` \|", THREE, PAIRED),
     ("start", r"`fraction=0.25` at order three costs", THREE, {"fraction": 0.25}),
     ("README", r"log-density of the ODE,\s+takes", hosm.stein_dsm, {}),
     ("README", r"evaluations for order two and", THREE, PAIRED),

@@ -125,7 +125,7 @@ def test_an_averaged_copy_is_a_model_of_its_own(order, of):
         *((*each, {}) for each in ENGINES),
         (2, "reverse", {"probes": 2}),
         (3, "reverse", {"probes": 2}),
-        (3, None, {"estimator": "paired"}),
+        (3, None, {"probes": hosm.Paired()}),
     ],
 )
 def test_a_checkpoint_around_the_loss_changes_nothing(order, engine, options):

@@ -22,7 +22,7 @@ from tests.cases import (
     randomise,
 )
 
-PAIRED = {"estimator": "paired"}
+PAIRED = {"probes": hosm.Paired()}
 OPTIONS = [
     (1, {}),
     (2, {"probes": 2}),
@@ -183,7 +183,7 @@ def test_random_numbers_under_vmap(order):
     """Drawn with randomness="different": for every sample other times, noises and probes."""
     model, x0 = hosm.ScoreModel(MLP(3), VP), torch.randn(1, 3).expand(64, 3)
     for distribution in ("rademacher", "gaussian", "sphere", "dct"):
-        options = {"distribution": distribution} if order > 1 else {}
+        options = {"probes": hosm.Hutchinson(1, distribution)} if order > 1 else {}
         for generator in (None, torch.Generator().manual_seed(7)):
             options["generator"] = generator
 

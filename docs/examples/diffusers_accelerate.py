@@ -11,8 +11,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from hosm_losses import ThirdOrderDSM
-from hosm_losses.interop import from_diffusers
+from hosm_losses import ThirdOrderDSM, from_diffusers
 
 STEPS = 20
 

@@ -45,7 +45,7 @@ def main() -> None:
         model = hosm.ScoreModel(checkerboard.Network(data, 0, 128), checkerboard.SCHEDULE)
         objective = hosm.FirstOrderDSM(model)
         if name == "order two":
-            objective = hosm.SecondOrderDSM(model, estimator="paired", weights="balanced")
+            objective = hosm.SecondOrderDSM(model, probes=hosm.Paired(), weights="balanced")
 
         def loss(objective: torch.nn.Module = objective) -> Tensor:
             return objective(dequantized(levels[torch.randint(len(levels), (128,))]))

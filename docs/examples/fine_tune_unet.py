@@ -15,8 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from hosm_losses import FirstOrderDSM, SecondOrderDSM, ode_nll
-from hosm_losses.interop import from_diffusers
+from hosm_losses import FirstOrderDSM, SecondOrderDSM, from_diffusers, ode_nll
 
 
 def draw(count: int) -> Tensor:

@@ -8,8 +8,7 @@ python docs/examples/latents_and_text.py
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from hosm_losses import ThirdOrderDSM, checkpoint, ode_nll
-from hosm_losses.interop import from_diffusers
+from hosm_losses import ThirdOrderDSM, checkpoint, from_diffusers, ode_nll
 
 
 def main(steps: int = 3) -> None:

@@ -11,8 +11,7 @@ import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 from torchvision.utils import save_image
 
-from hosm_losses import third_order_dsm
-from hosm_losses.interop import from_denoising_diffusion
+from hosm_losses import from_denoising_diffusion, third_order_dsm
 
 
 class HighOrderDiffusion(GaussianDiffusion):

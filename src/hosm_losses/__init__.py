@@ -9,6 +9,11 @@ from hosm_losses.diagnostics import WrappingReport as WrappingReport
 from hosm_losses.diagnostics import check_derivatives as check_derivatives
 from hosm_losses.diagnostics import check_wrapping as check_wrapping
 from hosm_losses.diagnostics import likelihood_gap as likelihood_gap
+from hosm_losses.interop import from_denoising_diffusion as from_denoising_diffusion
+from hosm_losses.interop import from_diffusers as from_diffusers
+from hosm_losses.interop import from_edm as from_edm
+from hosm_losses.interop import from_guided_diffusion as from_guided_diffusion
+from hosm_losses.interop import from_score_sde as from_score_sde
 from hosm_losses.likelihood import NLLResult as NLLResult
 from hosm_losses.likelihood import NLLSummary as NLLSummary
 from hosm_losses.likelihood import SampleResult as SampleResult
@@ -17,6 +22,7 @@ from hosm_losses.likelihood import ode_sample as ode_sample
 from hosm_losses.likelihood import variational_nll as variational_nll
 from hosm_losses.losses import AveragedTargets as AveragedTargets
 from hosm_losses.losses import DSMTerms as DSMTerms
+from hosm_losses.losses import EDMWeighting as EDMWeighting
 from hosm_losses.losses import FirstOrderDSM as FirstOrderDSM
 from hosm_losses.losses import LoggedSteinTerms as LoggedSteinTerms
 from hosm_losses.losses import LoggedTerms as LoggedTerms

@@ -130,7 +130,7 @@ def test_members_of_an_ensemble_have_the_gradients_they_have_alone(name, kind):
     def loss(model, members):
         found = worth.losses(cell, members)[name](model)
         if name.startswith("balanced"):  # by sizes of terms that all members share
-            return hosm.SecondOrderDSM(model, estimator="paired", targets=found.targets)
+            return hosm.SecondOrderDSM(model, probes=hosm.Paired(), targets=found.targets)
         return found
 
     one = name == "order one"

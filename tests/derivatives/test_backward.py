@@ -130,7 +130,7 @@ def losses(function, order=3, engine="reverse", **options):
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("function", [Detaches.apply, OnceDifferentiable.apply, guided])
 def test_a_backward_that_drops_the_graph_is_refused(function, order, mode):
-    for options in ({}, {"probe": torch.ones(2, 4, 2), "estimator": "paired"}):
+    for options in ({}, {"probe": torch.ones(2, 4, 2), "probes": hosm.Paired()}):
         with mode(), pytest.raises(DroppedGraphError):
             losses(function, order, **options)
         for engine in ("auto", "taylor"):
@@ -138,7 +138,7 @@ def test_a_backward_that_drops_the_graph_is_refused(function, order, mode):
                 losses(function, order, engine, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"estimator": "paired"}])
+@pytest.mark.parametrize("options", [{}, {"probes": hosm.Paired()}])
 @pytest.mark.parametrize("order", [2, 3])
 def test_a_graph_dropped_in_the_second_pass_back_is_refused_where_it_is_wanted(order, options):
     options = {"probe": torch.ones(2, 4, 2)} | options

@@ -49,7 +49,8 @@ def test_edm(kind):
     assert (model.schedule.t_min, model.schedule.t_max) == (max(low, 0.002), min(high, 80))
     sigma = torch.tensor([0.03, 0.3, 2.0, 20.0])
     kwargs = {"class_labels": nn.functional.one_hot(CLASSES, 3).double()}
-    options = {"weighting": weight, "model_kwargs": kwargs}
+    weighting = hosm.EDMWeighting() if kind == "EDMPrecond" else "noise"
+    options = {"weighting": weighting, "model_kwargs": kwargs}
     check(model, sigma, (torch.ones(4), sigma), own, CLASSES, **options)
 
 

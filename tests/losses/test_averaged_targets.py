@@ -25,7 +25,7 @@ from tests.losses.test_stein import ATOMS, CASES, SHARES, Perturbed
 from tests.oracles import sign_vectors
 
 D = 2
-PAIRED, EXACT = {"estimator": "paired"}, {"probes": "exact"}
+PAIRED, EXACT = {"probes": hosm.Paired()}, {"probes": "exact"}
 LOSSES = [
     (FUNCTIONS[1], {}),
     (FUNCTIONS[2], {"probes": 3, "engine": "reverse"}),

@@ -15,7 +15,7 @@ D = 3
 
 def setting(**options):
     model = hosm.ScoreModel(MLP(D), hosm.VPSchedule())
-    options = {"estimator": "paired", "weights": "balanced"} | options
+    options = {"probes": hosm.Paired(), "weights": "balanced"} | options
     return hosm.ThirdOrderDSM(model, **options), torch.randn(16, D)
 
 
@@ -70,7 +70,7 @@ def test_a_term_that_is_not_finite_is_left_out():
 
 def test_before_any_step_every_weight_is_one():
     loss, x0 = setting()
-    plain = hosm.ThirdOrderDSM(loss.model, estimator="paired", weights="paper")
+    plain = hosm.ThirdOrderDSM(loss.model, probes=hosm.Paired(), weights="paper")
     expected = plain(x0, generator=draws(0))
     torch.testing.assert_close(loss.eval()(x0, generator=draws(0)), expected)
     torch.testing.assert_close(loss.train()(x0, generator=draws(0), weights="paper"), expected)

@@ -12,7 +12,7 @@ CHOICES = {
     "one": {},
     "two": {},
     "three": {},
-    "three, paired": {"estimator": "paired"},
+    "three, paired": {"probes": hosm.Paired()},
     "laplacian": {"third": "laplacian"},
     "exact": {"probes": "exact"},
     "three, reverse": {"engine": "reverse"},

@@ -53,7 +53,7 @@ def test_laplacian_is_exact_on_a_gradient_field(mixture):
         (2, {"probes": 2, "engine": "reverse"}),
         (3, {"probes": "exact"}),
         (3, {"third": "laplacian"}),
-        (3, {"estimator": "paired"}),
+        (3, {"probes": hosm.Paired()}),
     ],
 )
 def test_the_value_is_the_same_without_gradients(order, options, mode):
@@ -128,8 +128,8 @@ def test_penalties_on_gradients_are_differentiated(fraction):
         assert_same(one, other)
 
 
-@pytest.mark.parametrize("estimator", ["hutchinson", "paired"])
-def test_samples_whose_cubed_size_is_beyond_integers(estimator):
+@pytest.mark.parametrize("probes", [1, hosm.Paired()])
+def test_samples_whose_cubed_size_is_beyond_integers(probes):
     x0 = torch.randn(1, 2_700_000, dtype=torch.float32)
-    terms = hosm.dsm_terms(hosm.ScoreModel(lambda x, t: 0.5 * x, VP), x0, estimator=estimator)
+    terms = hosm.dsm_terms(hosm.ScoreModel(lambda x, t: 0.5 * x, VP), x0, probes=probes)
     assert all(bool(torch.isfinite(term).all()) for term in terms)

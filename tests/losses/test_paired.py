@@ -53,7 +53,7 @@ def test_the_mean_over_all_pairs_is_the_exact_form(order, options):
     model, given = setting()
     given["t"].requires_grad_()  # as a learned schedule: what is held fixed is so whole, with σ
     loss, options["weights"] = FUNCTIONS[order], WEIGHTS
-    paired = loss(model, **over_all_pairs(given), estimator="paired", **options)
+    paired = loss(model, **over_all_pairs(given), probes=hosm.Paired(), **options)
     exact = loss(model, **given, probes="exact", **options)
     assert_same(paired, exact, 1e-12)
     leaves = [*model.parameters(), given["t"]]
@@ -72,7 +72,7 @@ def test_float32_keeps_the_digits_of_small_terms_at_the_noisy_end(distribution):
         model = hosm.ScoreModel(network.to(dtype), schedule, "flow_prediction")
         t = torch.full((4,), 1 - 2**-9, dtype=dtype)
         given = {"t": t, "noise": noise.to(dtype), "probe": probe.to(dtype)}
-        found.append(hosm.dsm_terms(model, x0.to(dtype), **given, estimator="paired"))
+        found.append(hosm.dsm_terms(model, x0.to(dtype), **given, probes=hosm.Paired()))
     for single, double in zip(*found, strict=True):
         error = (single - double).norm() / double.norm()
         assert float(error.detach()) < 2e-3
@@ -83,14 +83,14 @@ def test_the_network_is_called_once(order):
     """As batch norm sees, and dropout would."""
     norm = torch.nn.BatchNorm1d(D)
     model, given = setting(OfX(torch.nn.Sequential(norm, torch.nn.Linear(D, D), torch.nn.Tanh())))
-    FUNCTIONS[order](model, **given, estimator="paired").backward()
+    FUNCTIONS[order](model, **given, probes=hosm.Paired()).backward()
     assert int(norm.num_batches_tracked) == 1
 
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_torch_func_finds_the_gradient(order):
     model, given = setting()
-    module = MODULES[order](model, estimator="paired")
+    module = MODULES[order](model, probes=hosm.Paired())
     given["probe"] = torch.randn(2, 2, D)
     parameters = dict(module.named_parameters())
 
@@ -109,13 +109,13 @@ def test_a_graph_that_is_dropped_is_an_error(function, order):
     layer = torch.nn.Linear(D, D)
     model = hosm.ScoreModel(lambda x, t: layer(function.apply(x)), VP)
     with pytest.raises(hosm.DerivativeError):
-        FUNCTIONS[order](model, torch.randn(2, D), estimator="paired").backward()
+        FUNCTIONS[order](model, torch.randn(2, D), probes=hosm.Paired()).backward()
 
 
 def test_what_has_no_weight_is_not_taken():
     """Without the second term no pass back is taken at order two, and the terms say so."""
     model, given = setting()
-    module = hosm.SecondOrderDSM(model, estimator="paired", weights=(1, 0, 0.3))
+    module = hosm.SecondOrderDSM(model, probes=hosm.Paired(), weights=(1, 0, 0.3))
     _, terms = module(**given, return_terms=True)
     assert terms.second is None
     assert len(terms.trace) == 2

@@ -86,21 +86,28 @@ def drawn_options(pick, loss):
     if loss == "first":
         return options
     paired = loss == "stein" or pick.now_and_then()
-    if loss != "stein":
-        options["estimator"] = "paired" if paired else "hutchinson"
-    options["probes"] = pick.choice([2, 3, 4] if paired else [1, 2, 3, "exact"])
-    options["distribution"] = pick.choice(["rademacher", "gaussian", "sphere", "dct"])
+    count = pick.choice([2, 3, 4] if paired else [1, 2, 3, "exact"])
+    distribution = pick.choice(["rademacher", "gaussian", "sphere", "dct"])
+    if count != "exact" and (distribution != "rademacher" or pick.now_and_then()):
+        count = hosm.Hutchinson(count, distribution)
+    options["probes"] = count
+    if paired and loss != "stein":
+        drawn = getattr(count, "count", count)
+        options["probes"] = hosm.Paired(drawn, distribution)
     options["engine"] = pick.choice(ENGINES)
     if loss in ("third", "terms"):
         options["third"] = pick.choice(["exact", "laplacian"])
         if options["third"] != "exact" and options["engine"] == "reverse":
             options["engine"] = "taylor"
-    if options["probes"] == "exact":
-        options["distribution"] = "rademacher"
     if loss != "terms":
         part = 1 if options["reduction"] == "none" else pick.choice([1, 0.34, 0.67])
         options["fraction"] = part
     return options
+
+
+def value_of(probes):
+    """The value that a whole number stands for."""
+    return hosm.Hutchinson(probes) if isinstance(probes, int) else probes
 
 
 def drawn_weights(pick, loss):
@@ -115,7 +122,9 @@ def drawn_weights(pick, loss):
     array = tensor.detach().numpy()
     odd = [np.float32(values[0]), np.int64(2), *tensor.detach()[2:, None]]
     plain = tensor.detach()
-    return pick.choice([None, "paper", values, tensor, array, plain[:, None], odd, tuple(tensor)])
+    return pick.choice(
+        [None, "paper", "paper-toy", values, tensor, array, plain[:, None], odd, tuple(tensor)]
+    )
 
 
 def drawn_targets(pick, x0, order):
@@ -156,7 +165,7 @@ def drawn_case(data):
     leaves = [each for each in leaves if isinstance(each, torch.Tensor) and each.requires_grad]
     probe = None
     if options.get("probes", "exact") != "exact" and pick.now_and_then():
-        probe = torch.randn(options.pop("probes"), size, *shape)
+        probe = torch.randn(value_of(options["probes"]).count, size, *shape)
     order = options.get("order", LOSSES[loss][2])
     targets = drawn_targets(pick, x0, order)
     as_module = loss != "terms" and pick.choice([False, True])
@@ -195,8 +204,8 @@ def drawn_directions(case):
     if case.probe is not None:
         v = case.probe[:, rows].flatten(2)
     elif probes != "exact":
-        like, distribution = case.x0.detach()[rows], case.options["distribution"]
-        v = draw_probes(like, probes, distribution, generator).flatten(2)
+        like, how = case.x0.detach()[rows], value_of(probes)
+        v = draw_probes(like, how.count, how.distribution, generator).flatten(2)
     return rows, v
 
 
@@ -268,7 +277,7 @@ def higher_terms(case, field, x, sigma, noise, pairs, probes):
     third = LAPLACIAN if case.options.get("third") == "laplacian" else "ijk,i,j->k"
     if case.loss == "stein":
         return (dense_stein_rate(f, a, noise, probes, others),)
-    if case.options["estimator"] == "paired":
+    if isinstance(case.options["probes"], hosm.Paired):
         return dense_paired_terms(f, a, second, noise, probes, third, others)[: case.order]
     options = {"exact": case.options.get("probes") == "exact", "third": third, "others": others}
     held = (f + noise).detach(), a.detach()
@@ -291,11 +300,13 @@ def dense_loss(case, rows, probes):
     case.network.by_hand = False
     if case.loss == "terms":
         return torch.stack(terms), terms
-    weights = [1.0] * 4 if isinstance(case.weights, str) else case.weights
+    squared = 0.1 * case.x0[0].numel() ** 2
+    named = {"paper": [1.0] * 4, "paper-toy": [1.0, 0.5, 0.0, squared]}
+    weights = named[case.weights] if isinstance(case.weights, str) else case.weights
     if case.loss == "stein":
         weights = [1.0, 1.0 if weights is None else weights]
     elif weights is None:
-        weights = [1.0, 0.5, 0.0, min(1.0, 0.1 * case.x0[0].numel() ** 2)]
+        weights = [1.0, 0.5, 0.0, min(1.0, squared)]
     of_first, of_higher = torch.stack([sample[-1] for sample in samples], 1)
     factors = [of_first, *[of_higher[rows]] * 3]
     products = [w * term * each for w, term, each in zip(weights, terms, factors, strict=False)]

@@ -1,12 +1,15 @@
 """Weightings: native errors, the likelihood bound's integral, unbiased importance draws."""
 
+import pickle
+
+import numpy as np
 import pytest
 import torch
 
 import hosm_losses as hosm
 from hosm_losses.losses.weighting import draw_time, time_factors
 from hosm_losses.probes import draw_probes
-from tests.cases import MLP, SCHEDULES
+from tests.cases import FUNCTIONS, MLP, SCHEDULES, VP, assert_same, with_gradients
 
 CONTINUOUS = [name for name in SCHEDULES if name != "discrete"]
 
@@ -156,3 +159,48 @@ def test_a_callable_sampler_stands_for_given_times():
     got = hosm.third_order_dsm(model, x0, time_sampler=sampler, **given)
     assert asked == [(4, None)]
     assert torch.equal(got, hosm.third_order_dsm(model, x0, t=t, **given))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_edm_weighting_is_the_loss_of_edms_trainer(dtype, tolerance):
+    """Its training script: weight * (D_yn - y) ** 2, averaged over elements."""
+    torch.manual_seed(0)
+    denoiser, y = MLP(6).to(dtype), 0.5 * torch.randn(64, 6, dtype=dtype)
+    sigma = (1.2 * torch.randn(64, dtype=dtype) - 1.2).exp().clamp(0.002, 80)
+    n = torch.randn(64, 6, dtype=dtype)
+    weight = (sigma**2 + 0.3**2) / (sigma * 0.3) ** 2
+    squares = (denoiser(y + n * sigma[:, None], sigma) - y) ** 2
+    expected = with_gradients((weight[:, None] * squares).mean(), denoiser)
+    model = hosm.ScoreModel(denoiser, hosm.EDMSchedule(), "sample")
+    given = {"t": sigma, "noise": n, "weighting": hosm.EDMWeighting(0.3)}
+    for order in (1, 3):
+        options = {} if order == 1 else {"weights": (1, 0, 0, 0)}
+        found = with_gradients(FUNCTIONS[order](model, y, **given, **options), denoiser)
+        assert_same(found, expected, tolerance)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_edm_weighting_weighs_the_denoiser_in_units_of_the_data(name):
+    """Under any schedule, and the first term alone."""
+    schedule, x0 = SCHEDULES[name], torch.randn(5, 3)
+    model = hosm.ScoreModel(MLP(3), schedule, "v_prediction")
+    t = schedule.t_min + (schedule.t_max - schedule.t_min) * torch.linspace(0.1, 0.9, 5)
+    noise, (alpha, sigma) = torch.randn(5, 3), schedule(t)
+    x_t = alpha[:, None] * x0 + sigma[:, None] * noise
+    level = sigma / alpha
+    weight = (level**2 + 0.25) / (level * 0.5) ** 2
+    expected = (weight[:, None] * (model.denoise(x_t, t) - x0) ** 2).mean(1)
+    given = {"t": t, "noise": noise, "weighting": hosm.EDMWeighting(), "reduction": "none"}
+    assert_same(hosm.first_order_dsm(model, x0, **given), expected, 1e-9)
+    _, higher = time_factors(model, x0, t, hosm.EDMWeighting(), drawn=True)
+    assert higher is None
+
+
+def test_edm_weighting_is_a_value():
+    made = hosm.EDMWeighting(np.float32(0.25))
+    assert type(made.sigma_data) is float
+    assert made == hosm.EDMWeighting(0.25) == pickle.loads(pickle.dumps(made))
+    assert len({made, hosm.EDMWeighting(0.25), hosm.EDMWeighting()}) == 2
+    assert repr(made) == "EDMWeighting(sigma_data=0.25)"
+    module = hosm.ThirdOrderDSM(hosm.ScoreModel(MLP(3), VP), weighting=made)
+    assert "weighting=EDMWeighting(sigma_data=0.25)" in repr(module)

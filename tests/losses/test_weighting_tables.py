@@ -79,19 +79,19 @@ def test_the_mean_is_one_by_either_sampler_and_for_given_indices(name, weighting
 
 
 @pytest.mark.parametrize(
-    ("order", "estimator", "prediction"),
+    ("order", "probes", "prediction"),
     [
         (1, None, "sample"),
-        (2, "hutchinson", "v_prediction"),
-        (3, "hutchinson", "flow_prediction"),
-        (2, "paired", "sample"),
-        (3, "paired", "v_prediction"),
+        (2, 1, "v_prediction"),
+        (3, 1, "flow_prediction"),
+        (2, hosm.Paired(), "sample"),
+        (3, hosm.Paired(), "v_prediction"),
     ],
 )
-def test_native_keeps_its_digits_where_alpha_is_near_0(prediction, estimator, order):
+def test_native_keeps_its_digits_where_alpha_is_near_0(prediction, probes, order):
     """At α = 2e-9 ε̂ − ε is that of the rounding of ε̂ ~ 1, if it is taken as a difference."""
     schedule = hosm.DiscreteSchedule.linear(4000)
-    options = {} if order == 1 else {"estimator": estimator, "weights": (1, 0, 0, 0)[: order + 1]}
+    options = {} if order == 1 else {"probes": probes, "weights": (1, 0, 0, 0)[: order + 1]}
     x0, noise, network, found = torch.randn(8, 3), torch.randn(8, 3), MLP(3), []
     for dtype in (torch.float32, torch.float64):
         model = hosm.ScoreModel(network.to(dtype), schedule, prediction, time=1e-3)

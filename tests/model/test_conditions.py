@@ -86,7 +86,7 @@ USES = {
     "reverse": partial(hosm.third_order_dsm, engine="reverse"),
     "falls back": hosm.second_order_dsm,
     "laplacian": partial(hosm.third_order_dsm, third="laplacian", probes=2, fraction=0.5),
-    "paired": partial(hosm.second_order_dsm, estimator="paired"),
+    "paired": partial(hosm.second_order_dsm, probes=hosm.Paired()),
     "stein": hosm.stein_dsm,
     "fixed": nll,
     "adaptive": partial(nll, method="adaptive", tolerance=0.1),

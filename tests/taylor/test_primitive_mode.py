@@ -101,7 +101,7 @@ def test_torchs_own_checkpoint_is_right_or_an_error():
 @pytest.mark.parametrize("order", [2, 3])
 def test_paired_probes_leave_torchs_own_checkpoint_to_the_taylor_engine(order):
     """They take reverse mode where they can; the attempt leaves no trace."""
-    network, options = Network(torchs_own), {"order": order, "estimator": "paired"}
+    network, options = Network(torchs_own), {"order": order, "probes": hosm.Paired()}
     expected, attempts = [*losses(Network(), **options), torch.rand(1)], []
     network.register_forward_pre_hook(lambda *_: attempts.append(1))
     for calls in (1, 2):
@@ -111,7 +111,8 @@ def test_paired_probes_leave_torchs_own_checkpoint_to_the_taylor_engine(order):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"engine": "reverse"}, {"fraction": 0.5}, {"order": 2, "estimator": "paired"}]
+    "options",
+    [{}, {"engine": "reverse"}, {"fraction": 0.5}, {"order": 2, "probes": hosm.Paired()}],
 )
 def test_a_selective_checkpoint_is_refused(options):
     """The bias would be added again to the product that it keeps."""

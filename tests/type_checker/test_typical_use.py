@@ -25,7 +25,7 @@ def test_a_training_step() -> None:
     generator = torch.Generator().manual_seed(0)
     losses: list[Tensor] = [
         hosm.first_order_dsm(model, x0, weighting="native", generator=generator),
-        hosm.second_order_dsm(model, x0, probes=2, distribution="dct", weights=[1, 0.1, 0.1]),
+        hosm.second_order_dsm(model, x0, probes=hosm.Hutchinson(2, "dct"), weights=[1, 0.1, 0.1]),
         hosm.third_order_dsm(
             model,
             x0,
@@ -39,7 +39,7 @@ def test_a_training_step() -> None:
             model_kwargs={"scale": 2.0},
         ),
         hosm.third_order_dsm(model, x0, probes="exact", third="laplacian", time_sampler=sampler),
-        hosm.second_order_dsm(model, x0, estimator="paired", weights="paper"),
+        hosm.second_order_dsm(model, x0, probes=hosm.Paired(), weights="paper"),
         hosm.stein_dsm(model, x0, weight=0.3, probes=4, fraction=0.5),
         hosm.first_order_dsm(model, x0, targets=torch.randn(4, 3)),
         hosm.third_order_dsm(model, x0, targets=hosm.AveragedTargets(torch.randn(9, 3))),
@@ -67,7 +67,7 @@ def test_modules_return_what_return_terms_says() -> None:
     stein(x0, weight=0.1).backward()
     _, rates = stein(x0, return_terms=True)
     assert rates.rate is not None
-    hosm.SecondOrderDSM(model, estimator="paired", weights="balanced")(x0).backward()
+    hosm.SecondOrderDSM(model, probes=hosm.Paired(), weights="balanced")(x0).backward()
     several: list[nn.Module] = [hosm.FirstOrderDSM(model), hosm.SecondOrderDSM(model, probes=2)]
     assert len(several) == 2
 

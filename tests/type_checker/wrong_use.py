@@ -9,10 +9,9 @@ import hosm_losses as hosm
 
 def misspelled(model: hosm.ScoreModel, x0: torch.Tensor) -> None:
     hosm.third_order_dsm(model, x0, third="hutchinson")  # pyright: ignore[reportArgumentType]
-    hosm.third_order_dsm(model, x0, estimator="pair")  # pyright: ignore[reportArgumentType]
     hosm.SecondOrderDSM(model, weights="equal")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, engine="jvp")  # pyright: ignore[reportArgumentType]
-    hosm.third_order_dsm(model, x0, distribution="normal")  # pyright: ignore[reportArgumentType]
+    hosm.Hutchinson(4, "normal")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, targets="all")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, probes="all")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, weighting="snr")  # pyright: ignore[reportArgumentType]
@@ -30,6 +29,7 @@ def of_no_use(model: hosm.ScoreModel, x0: torch.Tensor) -> None:
     hosm.first_order_dsm(model, x0, probe=x0)  # pyright: ignore[reportCallIssue]
     hosm.SecondOrderDSM(model, third="exact")  # pyright: ignore[reportCallIssue]
     hosm.FirstOrderDSM(model, probes=2)  # pyright: ignore[reportCallIssue]
+    hosm.stein_dsm(model, x0, probes=hosm.Paired())  # pyright: ignore[reportArgumentType]
     hosm.stein_dsm(model, x0, weighting="noise")  # pyright: ignore[reportCallIssue]
     hosm.dsm_terms(model, x0, weights=(1, 1, 1, 1))  # pyright: ignore[reportCallIssue]
 

@@ -21,6 +21,8 @@ from torch import nn
 
 from hosm_losses import (
     FirstOrderDSM,
+    Hutchinson,
+    Paired,
     ScoreModel,
     SecondOrderDSM,
     SteinDSM,
@@ -37,14 +39,14 @@ SIZES = {
     "paper": ((128, 256, 256, 256), 4, 32),
     "deep": ((128, 256, 256, 256), 8, 32),
 }
-# The module, and what it always takes.
-LOSSES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    "first": (FirstOrderDSM, {}),
-    "second": (SecondOrderDSM, {}),
-    "third": (ThirdOrderDSM, {}),
-    "paired2": (SecondOrderDSM, {"estimator": "paired"}),
-    "paired3": (ThirdOrderDSM, {"estimator": "paired"}),
-    "stein": (SteinDSM, {}),
+# The module, and the kind of its probes.
+LOSSES: dict[str, tuple[type[nn.Module], type[Hutchinson | Paired]]] = {
+    "first": (FirstOrderDSM, Hutchinson),
+    "second": (SecondOrderDSM, Hutchinson),
+    "third": (ThirdOrderDSM, Hutchinson),
+    "paired2": (SecondOrderDSM, Paired),
+    "paired3": (ThirdOrderDSM, Paired),
+    "stein": (SteinDSM, Hutchinson),
 }
 TIMES = ("log_sigma_hat", "schedule")
 
@@ -83,9 +85,13 @@ def objective(model: ScoreModel, loss: str, *, times: str, **options: Any) -> nn
     With times="log_sigma_hat" log σ̂ is uniform for every term and no term is reweighted. The first
     term is then the likelihood-weighted one over the number of pixels and the range of log σ̂.
     """
-    kind, always = LOSSES[loss]
+    kind, probes = LOSSES[loss]
     chosen = {name: value for name, value in options.items() if value is not None}
-    weights = chosen.pop("weights", None)
+    weights, count = chosen.pop("weights", None), chosen.pop("probes", None)
+    if count is not None:
+        chosen["probes"] = probes(count)
+    elif probes is Paired:
+        chosen["probes"] = Paired()
     if loss == "stein":  # whose log σ̂ is uniform by itself
         return kind(model, **chosen, **({} if weights is None else {"weight": weights}))
     if loss != "first" and weights is not None:
@@ -99,7 +105,7 @@ def objective(model: ScoreModel, loss: str, *, times: str, **options: Any) -> nn
             return model.schedule.time(low + (high - low) * unit)
 
         chosen["time_sampler"] = uniform
-    return kind(model, **always, **chosen)
+    return kind(model, **chosen)
 
 
 def loss_scale(model: ScoreModel, loss: str) -> float:

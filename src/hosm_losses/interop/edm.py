@@ -11,9 +11,12 @@ def from_edm(net: Any) -> ScoreModel:
     """Return the ScoreModel of an EDM denoiser D(x, σ, class_labels); t is σ.
 
     The noise runs over the network's sigma_min and sigma_max, within [0.002, 80], the range of
-    EDM's sampler. One-hot labels go into `model_kwargs` as class_labels. EDM's own loss is
-    the weighting `lambda t: (t**2 + sigma_data**2) / sigma_data**2`. third="laplacian" needs a
+    EDM's sampler. One-hot labels go into `model_kwargs` as class_labels. third="laplacian" needs a
     plain attention in the place of EDM's.
+
+    The first term is the loss of EDM's trainer with
+
+        ThirdOrderDSM(from_edm(net), weighting=EDMWeighting(net.sigma_data))
 
     Raises:
         TypeError: for a network without sigma_min and sigma_max.

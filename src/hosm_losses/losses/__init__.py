@@ -1,7 +1,7 @@
 """The losses: first-, second- and third-order denoising score matching.
 
 - `functions`, `modules`: the public face.
-- `options`: what the public face takes, written once; defaults and checks.
+- `arguments`: what the public face takes, checked.
 - `objective`: from arguments to a loss: perturbs the data, sums the terms, checks the result.
 - `targets`: what stands for the noise in the residuals, averaged over data.
 - `terms`: the residuals with their detach, and the terms for each sample along its probes.
@@ -25,3 +25,4 @@ from hosm_losses.losses.stein import SteinTerms as SteinTerms
 from hosm_losses.losses.targets import AveragedTargets as AveragedTargets
 from hosm_losses.losses.terms import DSMTerms as DSMTerms
 from hosm_losses.losses.terms import LoggedTerms as LoggedTerms
+from hosm_losses.losses.weighting import EDMWeighting as EDMWeighting

@@ -4,125 +4,105 @@ Each holds the ScoreModel as `model` and the options of the function of the same
 computes the loss in its forward, so that a wrapper around it sees every use of a parameter.
 """
 
+import inspect
 from collections.abc import Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from hosm_losses._checks import check_flag
 from hosm_losses._torch_internals import checkpoint_hook, transformed
-from hosm_losses.losses.balance import Balance
-from hosm_losses.losses.objective import Evaluated, evaluate
-from hosm_losses.losses.options import (
-    STEIN_DEFAULTS,
-    FirstOrderInputs,
-    FirstOrderOptions,
-    HigherOrderInputs,
-    LossOptions,
-    Recipe,
-    SecondOrderOptions,
-    SteinChoices,
-    SteinInputs,
-    SteinOptions,
-    ThirdOrderOptions,
+from hosm_losses.derivatives import Engine
+from hosm_losses.losses.arguments import (
+    STEIN,
+    Given,
+    ModuleRecipe,
+    Options,
+    Probes,
+    Reduction,
+    Third,
     Weights,
+    check_weight,
     check_weights,
-    refuse_unknown,
-    spelled_out,
+    choose,
 )
+from hosm_losses.losses.balance import Balance
+from hosm_losses.losses.objective import evaluate
 from hosm_losses.losses.stein import LoggedSteinTerms
-from hosm_losses.losses.targets import check_targets
+from hosm_losses.losses.targets import AveragedTargets, Targets, check_targets
 from hosm_losses.losses.terms import LoggedTerms
+from hosm_losses.losses.weighting import TimeSampler, Weighting
 from hosm_losses.model import ScoreModel, check_model, refuse_wrapped
+from hosm_losses.probes import Hutchinson
+
+if TYPE_CHECKING:  # what a call is given, for the two results that it may have
+
+    class _Inputs(TypedDict, total=False):
+        t: Tensor | None
+        noise: Tensor | None
+        targets: Targets
+        generator: torch.Generator | None
+        model_kwargs: Mapping[str, Any] | None
+
+    class _Probed(_Inputs, total=False):
+        probe: Tensor | None
+        weights: Weights | ModuleRecipe | None
+
+    class _Stein(_Inputs, total=False):
+        probe: Tensor | None
+        weight: float | Tensor | None
 
 
-class _Objective(nn.Module):
-    order: ClassVar[int]
-    choices: ClassVar[type]
-    inputs: ClassVar[type] = HigherOrderInputs
-    options: LossOptions
-    weights: Weights | Recipe | None
+class _Loss(nn.Module):
+    """What the modules share: the model, the options, and what a call need not give."""
+
+    logged: ClassVar[type] = LoggedTerms
     balance: Balance | None
 
-    def __init__(self, model: ScoreModel, **options: Any) -> None:
+    def __init__(
+        self, model: ScoreModel, options: Options, targets: Targets, weights: Any = None
+    ) -> None:
         super().__init__()
-        refuse_unknown(type(self).__name__, self.choices, options)
-        self.weights, self.balance = _untrained("weights", options.pop("weights", None)), None
-        self.targets = check_targets(options.pop("targets", None), tensor=False)
-        self.options = LossOptions(order=self.order, **options)
-        self.model = check_model(model)
-        if self.order > 1:
+        if isinstance(weights, nn.Parameter):  # which a module registers as one to be trained
+            raise ValueError(
+                f"{options.weights_name}: expected numbers, or tensors that are not trained; got "
+                "a Parameter, which the optimizer would drive to zero. Give weights that follow a "
+                "rule to each call."
+            )
+        self.options, self.weights = options, weights
+        self.targets = check_targets(targets, tensor=False)
+        self.model, self.balance = check_model(model), None
+        if options.order > 1:
             refuse_wrapped(model.network)
-        if self.order > 1 and isinstance(self.weights, str) and self.weights == "balanced":
-            if isinstance(self.options.weighting, tuple):
-                raise ValueError(
-                    "weighting: expected one for all terms with weights='balanced', which takes "
-                    "the higher terms at the weighting of the first; got a pair."
-                )
-            device = next((each.device for each in model.parameters()), None)
-            self.balance = Balance(self.order + 1, device)
-        else:
-            check_weights(self.weights, self.order)
 
     def extra_repr(self) -> str:
-        """The options and the weights, for print."""
-        shown = {**vars(self.options), "weights": self.weights, "targets": self.targets}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        """The arguments of the constructor, for print."""
+        known = self.options._asdict() | {"targets": self.targets, "weight": self.weights}
+        known["weights"] = self.weights
+        names = list(inspect.signature(type(self).__init__).parameters)[2:]
+        return ", ".join(f"{name}={known[name]!r}" for name in names)
 
-    def forward(
-        self, x0: Tensor, *, return_terms: bool = False, **inputs: Unpack[HigherOrderInputs]
-    ) -> Tensor | tuple[Tensor, LoggedTerms]:
-        """Return the loss, or (loss, detached terms); inputs as in `third_order_dsm`.
-
-        `weights` given here, for a ramp, stands before those of the constructor. Numbers multiply
-        the balanced ones. So does `targets`, as for a reference that changes.
-        """
-        refuse_unknown(f"{type(self).__name__}.forward", self.inputs, inputs)
+    def _evaluated(self, x0: Tensor, given: Given, return_terms: bool) -> Any:
+        """The loss, or (loss, detached terms); what is None is that of the constructor."""
         check_flag("return_terms", return_terms)
-        given = {"weights": None, "targets": self.targets} | _given(inputs)
-        weights, balance = given["weights"], self.balance
-        if balance is None:
-            given["weights"] = self.weights if weights is None else weights
-        elif isinstance(weights, str):
-            balance = None if weights == "paper" else balance
-            given["weights"] = "paper"
+        weights = self.weights if given.weights is None else given.weights
+        targets = self.targets if given.targets is None else given.targets
+        balance = self.balance
+        if balance is not None and isinstance(weights, str):
+            weights, balance = ("paper", balance) if weights == "balanced" else (weights, None)
         if balance is not None and balance.training:
             _check_kept_once()
-        found = evaluate(self.model, x0, self.options, balance=balance, **given)
-        return _returned(found, LoggedTerms, return_terms)
-
-    if TYPE_CHECKING:  # nn.Module gives no type to a call
-
-        @overload
-        def __call__(
-            self,
-            x0: Tensor,
-            *,
-            return_terms: Literal[False] = ...,
-            **inputs: Unpack[HigherOrderInputs],
-        ) -> Tensor: ...
-        @overload
-        def __call__(
-            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[HigherOrderInputs]
-        ) -> tuple[Tensor, LoggedTerms]: ...
-        def __call__(self, x0: Tensor, **inputs: Any) -> Any: ...
-
-
-def _untrained(name: str, weight: Any) -> Any:
-    """The weights of a module, which registers a Parameter as one to be trained."""
-    if isinstance(weight, nn.Parameter):
-        raise ValueError(
-            f"{name}: expected numbers, or tensors that are not trained; got a Parameter, which "
-            "the optimizer would drive to zero. Give weights that follow a rule to each call."
-        )
-    return weight
-
-
-def _given(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a call without those that are None, as if they were left out."""
-    return {name: each for name, each in inputs.items() if each is not None}
+        given = given._replace(weights=weights, targets=targets)
+        found = evaluate(self.model, x0, self.options, given, balance)
+        if not return_terms:
+            return found.loss
+        detached = [None if term is None else term.detach() for term in found.terms]
+        terms = self.logged(*detached)
+        terms.t, terms.rows = found.t.detach(), found.rows
+        if not torch.compiler.is_compiling():
+            terms.first._logged = {"t": terms.t, "rows": terms.rows}
+        return found.loss, terms
 
 
 def _check_kept_once() -> None:
@@ -136,23 +116,8 @@ def _check_kept_once() -> None:
         )
 
 
-def _returned(found: Evaluated, logged: Any, return_terms: bool) -> Any:
-    """The loss, or with it the detached terms."""
-    if not return_terms:
-        return found.loss
-    terms = logged(*[None if term is None else term.detach() for term in found.terms])
-    terms.t, terms.rows = found.t.detach(), found.rows
-    if not torch.compiler.is_compiling():
-        terms.first._logged = {"t": terms.t, "rows": terms.rows}
-    return found.loss, terms
-
-
-class FirstOrderDSM(_Objective):
+class FirstOrderDSM(_Loss):
     """`first_order_dsm` as a module.
-
-    Args:
-        model: the score model.
-        **options: those shown, as in `third_order_dsm`.
 
     Example:
         >>> import torch
@@ -162,64 +127,173 @@ class FirstOrderDSM(_Objective):
         tensor(1.)
     """
 
-    order, choices, inputs = 1, FirstOrderOptions, FirstOrderInputs
+    def __init__(
+        self,
+        model: ScoreModel,
+        *,
+        targets: AveragedTargets | None = None,
+        weighting: Weighting = "noise",
+        time_sampler: TimeSampler = None,
+        reduction: Reduction = "mean",
+    ) -> None:
+        options = choose(1, weighting=weighting, time_sampler=time_sampler, reduction=reduction)
+        super().__init__(model, options, targets)
 
-    @spelled_out
-    def __init__(self, model: ScoreModel, **options: Unpack[FirstOrderOptions]) -> None:
-        super().__init__(model, **options)
+    def forward(
+        self,
+        x0: Tensor,
+        *,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        targets: Targets = None,
+        generator: torch.Generator | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        return_terms: bool = False,
+    ) -> Tensor | tuple[Tensor, LoggedTerms]:
+        """Return the loss, or (loss, detached terms); inputs as in `first_order_dsm`.
+
+        `targets` given here stand before those of the constructor.
+        """
+        given = Given(t, noise, None, targets, None, generator, model_kwargs)
+        return self._evaluated(x0, given, return_terms)
+
+    if TYPE_CHECKING:  # nn.Module gives no type to a call
+
+        @overload
+        def __call__(
+            self, x0: Tensor, *, return_terms: Literal[False] = ..., **inputs: Unpack[_Inputs]
+        ) -> Tensor: ...
+        @overload
+        def __call__(
+            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[_Inputs]
+        ) -> tuple[Tensor, LoggedTerms]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """Call `forward`."""
 
 
-class SecondOrderDSM(_Objective):
-    """`second_order_dsm` as a module.
+class _HigherOrderDSM(_Loss):
+    """Orders two and three: what they are called with, and weights that follow the terms."""
 
-    Args:
-        model: the score model.
-        **options: those shown, as in `second_order_dsm`.
+    def __init__(
+        self,
+        model: ScoreModel,
+        options: Options,
+        targets: AveragedTargets | None,
+        weights: Weights | ModuleRecipe | None,
+    ) -> None:
+        super().__init__(model, options, targets, weights)
+        if not (isinstance(weights, str) and weights == "balanced"):
+            check_weights(weights, options.order)
+            return
+        if isinstance(options.weighting, tuple):
+            raise ValueError(
+                "weighting: expected one for all terms with weights='balanced', which takes the "
+                "higher terms at the weighting of the first; got a pair."
+            )
+        device = next((each.device for each in model.parameters()), None)
+        self.balance = Balance(options.order + 1, device)
+
+    def forward(
+        self,
+        x0: Tensor,
+        *,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        probe: Tensor | None = None,
+        targets: AveragedTargets | None = None,
+        weights: Weights | ModuleRecipe | None = None,
+        generator: torch.Generator | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        return_terms: bool = False,
+    ) -> Tensor | tuple[Tensor, LoggedTerms]:
+        """Return the loss, or (loss, detached terms); inputs as in `third_order_dsm`.
+
+        `weights` and `targets` given here, for a ramp or a reference that changes, stand before
+        those of the constructor. Numbers multiply balanced weights.
+        """
+        given = Given(t, noise, probe, targets, weights, generator, model_kwargs)
+        return self._evaluated(x0, given, return_terms)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            x0: Tensor,
+            *,
+            return_terms: Literal[False] = ...,
+            **inputs: Unpack[_Probed],
+        ) -> Tensor: ...
+        @overload
+        def __call__(
+            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[_Probed]
+        ) -> tuple[Tensor, LoggedTerms]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """Call `forward`."""
+
+
+class SecondOrderDSM(_HigherOrderDSM):
+    """`second_order_dsm` as a module; `weights` may be "balanced", see `third_order_dsm`.
 
     Example:
         >>> import torch
-        >>> from hosm_losses import VPSchedule
-        >>> loss = SecondOrderDSM(ScoreModel(lambda x, t: 0.5 * x, VPSchedule()), probes=2)
+        >>> from hosm_losses import Hutchinson, VPSchedule
+        >>> model = ScoreModel(lambda x, t: 0.5 * x, VPSchedule())
+        >>> loss = SecondOrderDSM(model, probes=Hutchinson(2, "gaussian"))
         >>> loss(torch.zeros(4, 3)).shape
         torch.Size([])
     """
 
-    order, choices = 2, SecondOrderOptions
+    def __init__(
+        self,
+        model: ScoreModel,
+        *,
+        probes: Probes = 1,
+        targets: AveragedTargets | None = None,
+        weights: Weights | ModuleRecipe | None = None,
+        weighting: Weighting = "noise",
+        time_sampler: TimeSampler = None,
+        fraction: float = 1.0,
+        engine: Engine = "auto",
+        reduction: Reduction = "mean",
+    ) -> None:
+        options = choose(2, probes, engine, "exact", fraction, weighting, time_sampler, reduction)
+        super().__init__(model, options, targets, weights)
 
-    @spelled_out
-    def __init__(self, model: ScoreModel, **options: Unpack[SecondOrderOptions]) -> None:
-        super().__init__(model, **options)
 
-
-class ThirdOrderDSM(_Objective):
-    """`third_order_dsm` as a module.
-
-    Args:
-        model: the score model.
-        **options: those shown, as in `third_order_dsm`.
+class ThirdOrderDSM(_HigherOrderDSM):
+    """`third_order_dsm` as a module; `weights` may be "balanced" as well.
 
     Example:
         >>> import torch
-        >>> from hosm_losses import VPSchedule
-        >>> loss = ThirdOrderDSM(ScoreModel(lambda x, t: 0.5 * x, VPSchedule()))
+        >>> from hosm_losses import Paired, VPSchedule
+        >>> model = ScoreModel(lambda x, t: 0.5 * x, VPSchedule())
+        >>> loss = ThirdOrderDSM(model, probes=Paired(), weights="balanced")
         >>> value, terms = loss(torch.zeros(4, 3), return_terms=True)
         >>> terms.third.shape, terms.t.shape
         (torch.Size([4]), torch.Size([4]))
     """
 
-    order, choices = 3, ThirdOrderOptions
+    def __init__(
+        self,
+        model: ScoreModel,
+        *,
+        probes: Probes = 1,
+        targets: AveragedTargets | None = None,
+        weights: Weights | ModuleRecipe | None = None,
+        weighting: Weighting = "noise",
+        time_sampler: TimeSampler = None,
+        third: Third = "exact",
+        fraction: float = 1.0,
+        engine: Engine = "auto",
+        reduction: Reduction = "mean",
+    ) -> None:
+        options = choose(3, probes, engine, third, fraction, weighting, time_sampler, reduction)
+        super().__init__(model, options, targets, weights)
 
-    @spelled_out
-    def __init__(self, model: ScoreModel, **options: Unpack[ThirdOrderOptions]) -> None:
-        super().__init__(model, **options)
 
-
-class SteinDSM(nn.Module):
+class SteinDSM(_Loss):
     """`stein_dsm` as a module.
-
-    Args:
-        model: the score model.
-        **options: those shown, as in `stein_dsm`.
 
     Example:
         >>> import torch
@@ -230,47 +304,52 @@ class SteinDSM(nn.Module):
         torch.Size([4])
     """
 
-    @partial(spelled_out, defaults=STEIN_DEFAULTS)
-    def __init__(self, model: ScoreModel, **options: Unpack[SteinChoices]) -> None:
-        super().__init__()
-        refuse_unknown("SteinDSM", SteinChoices, options)
-        chosen: dict[str, Any] = dict(options)
-        self.weight: float | Tensor | None = _untrained("weight", chosen.pop("weight", 1.0))
-        self.targets = check_targets(chosen.pop("targets", None), tensor=False)
-        self.options = SteinOptions(**chosen)
-        self.model = check_model(model)
-        refuse_wrapped(model.network)
-        self.options.checked(self.weight, 1)
+    logged = LoggedSteinTerms
 
-    def extra_repr(self) -> str:
-        """The options and the weight, for print."""
-        shown, names = vars(self.options) | vars(self), sorted(SteinChoices.__optional_keys__)
-        return ", ".join(f"{name}={shown[name]!r}" for name in names)
+    def __init__(
+        self,
+        model: ScoreModel,
+        *,
+        probes: int | Hutchinson = 2,
+        targets: AveragedTargets | None = None,
+        weight: float | Tensor | None = 1.0,
+        fraction: float = 1.0,
+        engine: Engine = "auto",
+        reduction: Reduction = "mean",
+    ) -> None:
+        options = choose(2, probes, engine, "exact", fraction, *STEIN, reduction, stein=True)
+        super().__init__(model, options, targets, weight)
+        check_weight("weight", 1.0 if weight is None else weight)
 
     def forward(
-        self, x0: Tensor, *, return_terms: bool = False, **inputs: Unpack[SteinInputs]
+        self,
+        x0: Tensor,
+        *,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        probe: Tensor | None = None,
+        targets: AveragedTargets | None = None,
+        weight: float | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        return_terms: bool = False,
     ) -> Tensor | tuple[Tensor, LoggedSteinTerms]:
         """Return the loss, or (loss, detached terms); inputs as in `stein_dsm`.
 
         `weight` and `targets` given here stand before those of the constructor.
         """
-        refuse_unknown("SteinDSM.forward", SteinInputs, inputs)
-        check_flag("return_terms", return_terms)
-        given = {"weight": self.weight, "targets": self.targets} | _given(inputs)
-        weight = given.pop("weight")
-        found = evaluate(self.model, x0, self.options, weights=weight, **given)
-        return _returned(found, LoggedSteinTerms, return_terms)
+        given = Given(t, noise, probe, targets, weight, generator, model_kwargs)
+        return self._evaluated(x0, given, return_terms)
 
-    if TYPE_CHECKING:  # nn.Module gives no type to a call
+    if TYPE_CHECKING:
 
         @overload
         def __call__(
-            self, x0: Tensor, *, return_terms: Literal[False] = ..., **inputs: Unpack[SteinInputs]
+            self, x0: Tensor, *, return_terms: Literal[False] = ..., **inputs: Unpack[_Stein]
         ) -> Tensor: ...
         @overload
         def __call__(
-            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[SteinInputs]
+            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[_Stein]
         ) -> tuple[Tensor, LoggedSteinTerms]: ...
-        def __call__(self, x0: Tensor, **inputs: Any) -> Any:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
             """Call `forward`."""
-            ...

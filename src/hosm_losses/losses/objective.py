@@ -5,7 +5,6 @@ Formula, with the terms of `terms` or `paired`, or of `stein`:
     loss = first + weight · rate, the integral over log σ̂, averaged over the batch
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,17 +23,18 @@ from hosm_losses._checks import (
 )
 from hosm_losses._torch_internals import normal, outside_inference_mode, traced
 from hosm_losses.derivatives import has_other_leaves
-from hosm_losses.losses.balance import Balance
-from hosm_losses.losses.options import (
-    LossOptions,
-    SteinOptions,
+from hosm_losses.losses.arguments import (
+    Given,
+    Options,
     Weights,
+    check_weight,
     check_weights,
     counts,
 )
+from hosm_losses.losses.balance import Balance
 from hosm_losses.losses.paired import paired_terms
 from hosm_losses.losses.stein import stein_terms
-from hosm_losses.losses.targets import Targets, check_conditions, check_targets
+from hosm_losses.losses.targets import check_conditions, check_targets
 from hosm_losses.losses.terms import (
     DSMTerms,
     Inputs,
@@ -52,7 +52,7 @@ from hosm_losses.model import (
     noise_field,
     refuse_wrapped,
 )
-from hosm_losses.probes import draw_probes, unit_vectors
+from hosm_losses.probes import Hutchinson, Paired, draw_probes, unit_vectors
 
 
 class Evaluated(NamedTuple):
@@ -65,57 +65,43 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(
-    model: object,
-    x0: object,
-    options: LossOptions,
-    *,
-    t: object = None,
-    noise: object = None,
-    targets: object = None,
-    probe: object = None,
-    weights: object = None,
-    generator: torch.Generator | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    balance: Balance | None = None,
+    model: object, x0: object, options: Options, given: Given, balance: Balance | None = None
 ) -> Evaluated:
     """The loss and its terms, from arguments that are checked here."""
-    kwargs = check_model_kwargs(model_kwargs)
-    targets = check_targets(targets, tensor=options.order == 1)
+    kwargs = check_model_kwargs(given.model_kwargs)
+    higher = options.order > 1
+    targets = check_targets(given.targets, tensor=not higher)
     with outside_inference_mode():
-        score_model, inputs = perturbed(model, x0, t, noise, options, generator, targets, kwargs)
-        if balance is None:
-            checked = options.checked(weights, inputs.x[0].numel())
-        else:
-            checked = check_weights(weights, options.order)
-        _check_device(checked, inputs.x, options.weights_name)
-        weighting, sampler, drawn = options.weighting, options.time_sampler, t is None
+        score_model, inputs = perturbed(model, x0, options, given, kwargs)
+        x, t = inputs.x, inputs.t
+        weights = _weights(given.weights, options, x)
+        weighting, sampler, drawn = options.weighting, options.time_sampler, given.t is None
         factors = time_factors(
-            score_model, inputs.x, inputs.t, weighting, sampler, drawn=drawn, order=options.order
+            score_model, x, t, weighting, sampler, drawn=drawn, order=options.order
         )
-        higher = options.order > 1
         if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)
         primitives = score_model.primitives and higher
-        field = noise_field(score_model, inputs.t, kwargs, primitives=primitives)
+        field = noise_field(score_model, t, kwargs, primitives=primitives)
         check_conditions(targets, field.kwargs)
-        field = field.apart_from_x() if options.x_apart else field
+        field = field if options.stein else field.apart_from_x()
         rows = None
         if higher:
-            rows, rest = _fraction(inputs.x, options, generator)
-            probes = _probes(inputs.x, probe, rows, options, generator)
-            terms = _terms(field, inputs, probes, options, checked, rows, rest)
+            rows, rest = _fraction(x, options, given.generator)
+            probes = _probes(x, rows, options, given)
+            terms = _terms(field, inputs, probes, options, weights, rows, rest)
             terms = _without_idle_graph(terms, score_model)
-            if isinstance(options, SteinOptions) and factors[0] is not None:
-                nats = factors[0] / inputs.x[0].numel()  # of whole samples, not of their elements
+            if options.stein and factors[0] is not None:
+                nats = factors[0] / x[0].numel()  # of whole samples, not of their elements
                 factors = nats, nats
             if balance is not None:
-                found = balance(terms, noise_level(score_model, inputs.t, inputs.x), rows)
-                checked = [
+                found = balance(terms, noise_level(score_model, t, x), rows)
+                weights = [
                     ratio * weight if counts(weight) and ratio is not None else weight
-                    for weight, ratio in zip(checked, found, strict=False)
+                    for weight, ratio in zip(weights, found, strict=False)
                 ]
                 factors = factors[0], factors[0]
-            loss = _reduce(terms, checked, factors, rows, options)
+            loss = _reduce(terms, weights, factors, rows, options.reduction)
         else:
             residual = first_residual_of(field, inputs)
             terms = DSMTerms(first_term(residual))
@@ -123,42 +109,35 @@ def evaluate(
                 # One mean over all elements, as every trainer has it.
                 loss = residual.square().mean()
             else:
-                loss = _reduce(terms, checked, factors, None, options)
+                loss = _reduce(terms, weights, factors, None, options.reduction)
         check_result(loss, terms, inputs)
-        return Evaluated(loss, terms, inputs.t, rows)
+        return Evaluated(loss, terms, t, rows)
 
 
 def perturbed(
-    model: object,
-    x0: object,
-    t: object,
-    noise: object,
-    options: LossOptions,
-    generator: torch.Generator | None,
-    targets: Targets,
-    kwargs: dict[str, Any],
+    model: object, x0: object, options: Options, given: Given, kwargs: dict[str, Any]
 ) -> tuple[ScoreModel, Inputs]:
     """Check the arguments of a loss, draw t and ε where they are missing, and perturb the data.
 
     x = α(t) x₀ + σ(t) ε. What is missing is drawn on the device of x₀, in the order t, ε, v. The
-    noise is ε − q x, to go with `NoiseField.apart_from_x`, where x is apart. Of `targets` it has
-    the mean in the place of ε, without a gradient.
+    noise is ε − q x, to go with `NoiseField.apart_from_x`, but for `stein_dsm`, whose rate
+    multiplies by ε. Of averaged targets it has the mean in the place of ε, without a gradient.
     """
-    score_model = check_model(model)
+    score_model, targets = check_model(model), given.targets
     batch = normal(check_sample_batch("x0", x0))
-    check_generator(generator, batch.device)
+    generator = check_generator(given.generator, batch.device)
     times = (
         draw_time(score_model, batch, options.weighting, generator, options.time_sampler)
-        if t is None
-        else check_time(score_model, batch, t)
+        if given.t is None
+        else check_time(score_model, batch, given.t)
     )
-    if noise is None:
+    if given.noise is None:
         eps = torch.randn(batch.shape, device=batch.device, dtype=batch.dtype, **source(generator))
     else:
-        eps = _like_data("noise", noise, batch)
+        eps = _like_data("noise", given.noise, batch)
     alpha, sigma = score_model.coefficients(times, batch)
     exact = expand_right(alpha, batch) * batch + expand_right(sigma, batch) * eps
-    target = score_model.noise_without_x(times, batch, eps) if options.x_apart else eps
+    target = eps if options.stein else score_model.noise_without_x(times, batch, eps)
     posterior = None
     if isinstance(targets, Tensor):
         target = target + (at_least_float32(_like_data("targets", targets, batch).detach()) - eps)
@@ -176,11 +155,34 @@ def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
     return given
 
 
+def _weights(given: object, options: Options, x: Tensor) -> Weights:
+    """The weights of the terms, checked."""
+    likelihood = isinstance(options.weighting, str) and options.weighting == "likelihood"
+    if options.stein:
+        weights = (1.0, 1.0 if given is None else check_weight("weight", given))
+    elif given is None and options.order > 1 and likelihood:
+        raise ValueError(
+            "weights: expected numbers, 'paper' or, in a module, 'balanced' with "
+            "weighting='likelihood', which puts the first term in nats, often thousands of times "
+            "as large, and leaves the others; got None."
+        )
+    else:
+        weights = check_weights(given, options.order, x[0].numel())
+    for weight in weights:
+        # A number on the CPU goes with a tensor on any device.
+        if isinstance(weight, Tensor) and weight.device not in (x.device, torch.device("cpu")):
+            raise ValueError(
+                f"{options.weights_name}: expected numbers, or tensors on {x.device} as x0 is, or "
+                f"on the CPU; got one on {weight.device}."
+            )
+    return weights
+
+
 def _terms(
     field: NoiseField,
     inputs: Inputs,
     probes: Tensor,
-    options: LossOptions,
+    options: Options,
     weights: Weights,
     rows: Tensor | None,
     rest: Tensor | None,
@@ -190,9 +192,9 @@ def _terms(
     `probes` are those of `rows`. The `rest` of the batch has the first term only.
     """
     along, given = terms_along, probes
-    if isinstance(options, SteinOptions):
+    if options.stein:
         along, given = stein_terms, probes if counts(weights[1]) else None
-    elif options.estimator == "paired":
+    elif isinstance(options.probes, Paired):
         along = partial(paired_terms, second=counts(weights[1]))
     if rows is None or rest is None:
         return along(field, inputs, given, options)
@@ -220,7 +222,7 @@ def _without_idle_graph(terms: Any, model: ScoreModel) -> Any:
 
 
 def _fraction(
-    x: Tensor, options: LossOptions, generator: torch.Generator | None
+    x: Tensor, options: Options, generator: torch.Generator | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The rows that have the higher terms, and the others; None for all rows."""
     if options.fraction == 1:
@@ -230,48 +232,32 @@ def _fraction(
     return order[:count], order[count:]
 
 
-def _probes(
-    x: Tensor,
-    probe: object,
-    rows: Tensor | None,
-    options: LossOptions,
-    generator: torch.Generator | None,
-) -> Tensor:
+def _probes(x: Tensor, rows: Tensor | None, options: Options, given: Given) -> Tensor:
     """The probes of the rows: as given, all unit vectors, or drawn."""
-    if probe is not None:
-        v = _given_probe(x, probe, options)
+    if given.probe is not None:
+        v = _given_probe(x, given.probe, options)
         return v if rows is None else v[:, rows]
-    chosen = x if rows is None else x[rows]
-    if options.probes == "exact":
+    chosen, how = x if rows is None else x[rows], options.probes
+    if not isinstance(how, Hutchinson | Paired):
         return unit_vectors(chosen)
-    count = options.probes or options.default_probes
-    return draw_probes(chosen, count, options.distribution, generator)
+    return draw_probes(chosen, how.count, how.distribution, given.generator)
 
 
-def _given_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
+def _given_probe(x: Tensor, probe: object, options: Options) -> Tensor:
     """The caller's probe, checked, as (K, B, *)."""
     if isinstance(probe, Tensor) and probe.ndim == x.ndim and not probe.is_nested:
         probe = probe.unsqueeze(0)
     count = len(probe) if isinstance(probe, Tensor) and probe.ndim == x.ndim + 1 else 1
-    shape = (max(count, options.default_probes), *x.shape)
-    given = check_like("probe", probe, shape, x.dtype, x.device, "x0 after one for the probes")
-    if options.probes not in (options.default_probes, count):
+    shape = (max(count, options.fewest), *x.shape)
+    checked = check_like("probe", probe, shape, x.dtype, x.device, "x0 after one for the probes")
+    how = options.probes
+    if isinstance(how, str) or how.count not in (options.fewest, count):
         raise ValueError(
-            f"probe: expected as many as probes={options.probes!r} asks for; got {count}. Leave "
+            f"probe: expected as many as probes={how!r} asks for; got {count}. Leave the count of "
             "probes out when you give the probe."
         )
-    check_finite("probe", given)
-    return normal(given)
-
-
-def _check_device(weights: Weights, x: Tensor, name: str) -> None:
-    for weight in weights:
-        # A number on the CPU goes with a tensor on any device.
-        if isinstance(weight, Tensor) and weight.device not in (x.device, torch.device("cpu")):
-            raise ValueError(
-                f"{name}: expected numbers, or tensors on {x.device} as x0 is, or on the CPU; "
-                f"got one on {weight.device}."
-            )
+    check_finite("probe", checked)
+    return normal(checked)
 
 
 def _reduce(
@@ -279,13 +265,13 @@ def _reduce(
     weights: Weights,
     factors: tuple[Tensor | None, Tensor | None],
     rows: Tensor | None,
-    options: LossOptions,
+    reduction: str,
 ) -> Tensor:
     """The sum of the terms times their weights and factors; what has weight zero is left out."""
     of_first, of_higher = factors
     if of_higher is not None and rows is not None:
         of_higher = of_higher[rows]
-    apart = options.reduction == "none"  # from the terms, of which the loss may be one then
+    apart = reduction == "none"  # from the terms, of which the loss may be one then
     products: list[Tensor] = []
     for weight, term, factor in zip(weights, terms, (of_first, *[of_higher] * 3), strict=False):
         if term is not None and counts(weight):
@@ -297,4 +283,4 @@ def _reduce(
     # The mean over a random fraction estimates the mean over the batch, so the sum is B times it.
     means = [product.mean() for product in products]
     mean = sum(means[1:], means[0])
-    return mean if options.reduction == "mean" else mean * len(terms.first)
+    return mean if reduction == "mean" else mean * len(terms.first)

@@ -35,7 +35,7 @@ from typing import Any
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32, expand_right, over_elements
-from hosm_losses.losses.options import LossOptions
+from hosm_losses.losses.arguments import Options
 from hosm_losses.losses.terms import (
     DSMTerms,
     Inputs,
@@ -59,7 +59,7 @@ def paired_terms(
     field: NoiseField,
     inputs: Inputs,
     probe: Tensor | None,
-    options: LossOptions,
+    options: Options,
     *,
     second: bool = True,
 ) -> DSMTerms:
@@ -77,9 +77,8 @@ def paired_terms(
     chosen: dict[str, Any] = {"order": options.order, "engine": options.engine}
     pulled = pushed = None
     if second or options.order == 3:
-        laplacian = options.order == 3 and options.third == "laplacian"
         found = field.derive_with_products(
-            x, direction, ell_of, laplacian=laplacian, push=options.order == 3, **chosen
+            x, direction, ell_of, laplacian=options.laplacian, push=options.order == 3, **chosen
         )
         derived, pulled, pushed = found.derived, found.pulled, found.pushed
     else:

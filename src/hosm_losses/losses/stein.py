@@ -37,7 +37,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32, expand_right, over_elements
-from hosm_losses.losses.options import LossOptions
+from hosm_losses.losses.arguments import Options
 from hosm_losses.losses.paired import halves
 from hosm_losses.losses.terms import Inputs, Logged, first_residual, first_residual_of, inner
 from hosm_losses.model import NoiseField
@@ -70,7 +70,7 @@ class LoggedSteinTerms(Logged, SteinTerms):
 
 
 def stein_terms(
-    field: NoiseField, inputs: Inputs, probe: Tensor | None, options: LossOptions
+    field: NoiseField, inputs: Inputs, probe: Tensor | None, options: Options
 ) -> SteinTerms:
     """The terms of every sample, along probes (K, B, *); without these the first alone."""
     x = inputs.x

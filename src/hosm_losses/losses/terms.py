@@ -60,7 +60,7 @@ from hosm_losses._checks import (
     may_look,
     over_elements,
 )
-from hosm_losses.losses.options import LossOptions
+from hosm_losses.losses.arguments import Options
 from hosm_losses.losses.targets import Posterior
 from hosm_losses.model import NoiseField
 
@@ -71,7 +71,7 @@ class DSMTerms(NamedTuple):
     Attributes:
         first: ‖r1‖²/d, of shape (B,).
         second: ‖r2‖²/d², of shape (B,), or of the rows a fraction chose; None at order 1, and with
-            estimator="paired" where its weight is the number 0.
+            probes=Paired() where its weight is the number 0.
         trace: rt²/d², likewise; None at order 1.
         third: ‖r3‖²/d³, likewise; None below order 3.
     """
@@ -204,7 +204,7 @@ def only_first(field: NoiseField, inputs: Inputs) -> DSMTerms:
 
 
 def terms_along(
-    field: NoiseField, inputs: Inputs, probe: Tensor | None, options: LossOptions
+    field: NoiseField, inputs: Inputs, probe: Tensor | None, options: Options
 ) -> DSMTerms:
     """The terms of every sample, along probes (K, B, *); without these the first alone."""
     if probe is None:
@@ -212,13 +212,13 @@ def terms_along(
     x, noise = inputs.x, inputs.noise
     sigma = expand_right(inputs.sigma, x)
     direction = (sigma * probe).to(x.dtype)
-    exact = options.probes == "exact"
+    exact = options.exact
     value, directional, last = field.derive(
         x,
         direction,
         order=options.order,
         engine=options.engine,
-        laplacian=options.order == 3 and options.third == "laplacian",
+        laplacian=options.laplacian,
         summed=exact,
     )
     value, directional, noise, probe = map(at_least_float32, (value, directional, noise, probe))

@@ -2,7 +2,10 @@ r"""Which times a loss draws, and how much each counts: all of a weighting stand
 
 Formula, of the factor of the first term; that of the higher terms is 1:
     "noise"        1
-    "native"       turns the squared error of ε̂ into that of the network's own prediction
+    "native"       the squared error of the network's own prediction, 1/p² for ε̂ = p · prediction
+                   + q x: the loss of trainers that weight by nothing else
+    EDMWeighting   1 + (σ̂/σ_d)²: the loss of EDM's trainer, λ(σ) ‖x̂₀ − x₀‖² with
+                   λ(σ) = (σ² + σ_d²)/(σ σ_d)²
     "likelihood"   ½ (g²/σ²) d over the density of t, so that the first term is an unbiased
                    estimate of ½ ∫ g² E‖s − ∇ log q_0t‖² dt. A t given by the caller counts as
                    uniform.
@@ -21,21 +24,59 @@ Formula, of the factor of the first term; that of the higher terms is 1:
 Source:
     Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", arXiv 2101.09258,
     theorem 1 and appendix B; g²/σ² = 2 d log σ̂/dt makes the importance density uniform in log
-    σ̂ for every schedule.
+    σ̂ for every schedule. Karras et al., "Elucidating the Design Space of Diffusion-Based
+    Generative Models", arXiv 2206.00364, table 1, for λ.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_finite, check_like, complaint, may_look, source
+from hosm_losses._checks import (
+    check_choice,
+    check_finite,
+    check_like,
+    check_number,
+    complaint,
+    may_look,
+    source,
+)
 from hosm_losses.model import ScoreModel, check_time
 from hosm_losses.schedules import Schedule
 
+
+@dataclass(frozen=True)
+class EDMWeighting:
+    """The weighting by which the first term is the loss of EDM's trainer, averaged over elements.
+
+    With λ(σ) = (σ² + σ_d²)/(σ σ_d)² that is λ(σ) ‖D(x, σ) − x₀‖²/d for the denoiser D that the
+    network stands for, whatever it predicts, and σ in units of the data, σ̂ = σ/α.
+
+    Args:
+        sigma_data: σ_d, the standard deviation of the data that the trainer assumes.
+
+    Raises:
+        ValueError: for a sigma_data that is no finite number above 0.
+
+    Example:
+        >>> EDMWeighting()
+        EDMWeighting(sigma_data=0.5)
+    """
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check it; a number of NumPy becomes Python's."""
+        what = "a finite number above 0"
+        number = check_number("EDMWeighting.sigma_data", self.sigma_data, what, above=0)
+        object.__setattr__(self, "sigma_data", number)
+
+
 Name = Literal["noise", "native", "likelihood"]
-One = Name | Callable[[Tensor], Tensor]
+One = Name | EDMWeighting | Callable[[Tensor], Tensor]
 Weighting = One | tuple[One, One]
 Sampler = Literal["schedule", "log_sigma_hat"]
 TimeSampler = Sampler | Callable[[int, torch.Generator | None], Tensor] | None
@@ -48,8 +89,8 @@ def check_weighting(weighting: object, time_sampler: object) -> None:
         expected = "one weighting or a pair (of the first term, of the higher terms)"
         raise ValueError(complaint("weighting", expected, pair, got=str(len(pair))))
     for one in pair:
-        if not callable(one):
-            check_choice("weighting (or a callable of t)", one, get_args(Name))
+        if not (callable(one) or isinstance(one, EDMWeighting)):
+            check_choice("weighting (or EDMWeighting(), or a callable of t)", one, get_args(Name))
     if len(pair) == 2 and pair[1] != "noise" and not callable(pair[1]):
         raise ValueError(
             "weighting: expected 'noise' or a callable of t for the higher terms, the second of "
@@ -133,6 +174,8 @@ def time_factors(
             return _called(one, model, x0, t) * ratio
         if one == "noise":
             return ratio if isinstance(ratio, Tensor) else None
+        if isinstance(one, EDMWeighting):
+            return (1 + (schedule.log_sigma_hat(time).exp() / one.sigma_data).square()) * ratio
         if one == "native":
             return model.native_weight(t, x0) * ratio
         if span is not None:

@@ -1,0 +1,194 @@
+"""The arguments of a loss, checked: options, chosen once, and what a call is given.
+
+`third_order_dsm` says what each does.
+"""
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hosm_losses._checks import (
+    check_choice,
+    check_finite,
+    check_number,
+    check_whole,
+    complaint,
+    may_look,
+)
+from hosm_losses.derivatives import ENGINES, Engine
+from hosm_losses.losses.targets import Targets
+from hosm_losses.losses.weighting import TimeSampler, Weighting, check_weighting
+from hosm_losses.probes import Hutchinson, Paired
+
+Reduction = Literal["mean", "sum", "none"]
+Third = Literal["exact", "laplacian"]
+Probes = int | Literal["exact"] | Hutchinson | Paired
+Weights = Sequence[float | Tensor] | np.ndarray | Tensor
+Recipe = Literal["paper", "paper-toy"]
+ModuleRecipe = Recipe | Literal["balanced"]
+STEIN = ("likelihood", None)  # the weighting and the sampler of `stein_dsm`
+COUNTS = {1: (1,), 2: (3, 4), 3: (4,)}  # of weights, by order
+
+
+class Options(NamedTuple):
+    """What is chosen once for a loss, checked; `choose` makes it."""
+
+    order: int
+    probes: Literal["exact"] | Hutchinson | Paired
+    engine: Engine
+    third: Third
+    fraction: float
+    weighting: Weighting
+    time_sampler: TimeSampler
+    reduction: Reduction
+    stein: bool  # whether the terms are those of `stein_dsm`
+
+    @property
+    def weights_name(self) -> str:
+        """What the argument is called that has the weights."""
+        return "weight" if self.stein else "weights"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the probes are all unit vectors, over which is summed."""
+        return isinstance(self.probes, str)
+
+    @property
+    def fewest(self) -> int:
+        """The fewest probes."""
+        return 2 if self.stein or isinstance(self.probes, Paired) else 1
+
+    @property
+    def laplacian(self) -> bool:
+        """Whether the third order is estimated by the Laplacian form."""
+        return self.order == 3 and self.third == "laplacian"
+
+
+class Given(NamedTuple):
+    """What a loss is given with the data."""
+
+    t: Tensor | None
+    noise: Tensor | None
+    probe: Tensor | None
+    targets: Targets
+    weights: Any
+    generator: torch.Generator | None
+    model_kwargs: Mapping[str, Any] | None
+
+
+def choose(
+    order: int,
+    probes: Probes = 1,
+    engine: Engine = "auto",
+    third: Third = "exact",
+    fraction: float = 1.0,
+    weighting: Weighting = "noise",
+    time_sampler: TimeSampler = None,
+    reduction: Reduction = "mean",
+    *,
+    stein: bool = False,
+) -> Options:
+    """Return the options of a loss, checked; numbers of NumPy become Python's."""
+    order = check_whole("order", order, 1)
+    if order not in COUNTS:
+        raise ValueError(f"order: expected 1, 2 or 3; got {order}.")
+    drawn = _check_probes(probes, stein=stein)
+    check_weighting(weighting, time_sampler)
+    check_choice("engine", engine, ENGINES)
+    check_choice("third", third, get_args(Third))
+    if third != "exact" and engine == "reverse":
+        raise ValueError(
+            "engine: expected 'auto' or 'taylor', which can carry a second derivative, with "
+            f"third={third!r}; got 'reverse'. Take third='exact' with it."
+        )
+    check_choice("reduction", reduction, get_args(Reduction))
+    fraction = check_number("fraction", fraction, "a number in (0, 1]", above=0, at_most=1)
+    if fraction < 1 and reduction == "none":
+        raise ValueError(
+            "fraction: expected 1 with reduction='none', as rows outside the fraction have no "
+            f"higher terms; got {fraction!r}. Use reduction='mean' or 'sum'."
+        )
+    return Options(
+        order, drawn, engine, third, fraction, weighting, time_sampler, reduction, stein
+    )
+
+
+def _check_probes(probes: object, *, stein: bool) -> Literal["exact"] | Hutchinson | Paired:
+    """The probes as a value; of `stein_dsm`, which pairs what it draws, two or more."""
+    fewest, kinds = (2, "or Hutchinson(2)") if stein else (1, "'exact', Hutchinson() or Paired()")
+    if isinstance(probes, Integral) and not isinstance(probes, bool) and int(probes) >= fewest:
+        return Hutchinson(int(probes))
+    if isinstance(probes, Hutchinson) and probes.count >= fewest:
+        return probes
+    if not stein and isinstance(probes, Paired):
+        return probes
+    if not stein and isinstance(probes, str) and probes == "exact":
+        return "exact"
+    got = repr(probes) if isinstance(probes, Hutchinson | Paired) else None
+    expected = f"a whole number of at least {fewest}, {kinds}"
+    raise ValueError(complaint("probes", expected, probes, got=got))
+
+
+def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
+    """The weights (first, second, trace, third) as numbers and 0-dim tensors.
+
+    There are as many as the order has terms; at order 2 a fourth may follow. One at least is not
+    zero. The values of tensors are looked at on the CPU only. `elements` is d, on which the fourth
+    of None and of "paper-toy" depend.
+    """
+    toy = 0.1 * elements**2
+    if weights is None:
+        # Each term is divided by its power of d already: above 1, the images', 0.1 d² is too much.
+        return (1.0, 0.5, 0.0, min(1.0, toy))
+    expected = "four numbers (first, second, trace, third), at order 2 three or four"
+    if isinstance(weights, str):
+        if weights == "paper":
+            return (1.0,) * 4
+        if weights == "paper-toy":
+            return (1.0, 0.5, 0.0, toy)
+        if weights == "balanced":
+            raise ValueError(
+                "weights: expected numbers, 'paper' or 'paper-toy' in a function; got 'balanced', "
+                "which follows the sizes of the terms from step to step. Give it to the "
+                "constructor of SecondOrderDSM or ThirdOrderDSM, which keep them."
+            )
+        expected += ", 'paper', 'paper-toy' or, in a module, 'balanced'"
+    entries: Sequence[object] | None = None
+    if isinstance(weights, np.ndarray | Tensor):
+        entries = tuple(weights) if weights.ndim else None
+    elif isinstance(weights, Sequence) and not isinstance(weights, str | bytes):
+        entries = weights
+    if entries is None:
+        raise TypeError(complaint("weights", expected, weights))
+    if len(entries) not in COUNTS[order]:
+        got = f"{len(entries)} at order {order}"
+        raise ValueError(complaint("weights", expected, weights, got=got))
+    given = tuple(check_weight("weights", weight) for weight in entries)
+    if not any(map(counts, given[: order + 1])):
+        raise ValueError(f"weights: expected one at least that is not 0; got {weights!r}.")
+    return given
+
+
+def counts(weight: float | Tensor) -> bool:
+    """Whether a term of this weight is needed: not where it is the number 0."""
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def check_weight(name: str, weight: object) -> float | Tensor:
+    """Return a weight as a number of at least 0, or as a 0-dim tensor."""
+    if isinstance(weight, Tensor):
+        if weight.numel() != 1:
+            raise ValueError(complaint(name, "numbers", weight))
+        if weight.is_complex() or weight.dtype == torch.bool:
+            raise TypeError(complaint(name, "real numbers", weight))
+        check_finite(name, weight)
+        number = weight.reshape(())
+    else:
+        number = check_number(name, weight, "finite numbers of at least 0")
+    if (not isinstance(number, Tensor) or may_look(number)) and number < 0:
+        raise ValueError(f"{name}: expected numbers of at least 0; got {float(number)}.")
+    return number
