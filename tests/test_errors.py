@@ -20,7 +20,7 @@ from torch import nn
 import hosm_losses as hosm
 from hosm_losses import interop
 from hosm_losses.likelihood.result import Quantization
-from tests.cases import MLP
+from tests.cases import MLP, Detaches
 from tests.schedules.checks import own
 
 NAN, INF = math.nan, math.inf
@@ -526,7 +526,7 @@ def test_times_are_checked_by_models_and_schedules():
 WITHOUT_ROWS = {
     *("DerivativeError", "DSMTerms", "SteinTerms", "LoggedTerms", "LoggedSteinTerms", "Schedule"),
     *("NLLSummary", "SampleResult", "GapEstimate", "GapReport", "Shared", "checkpoint"),
-    *("WrappingCandidate", "WrappingReport"),
+    *("WrappingCandidate", "WrappingReport", "DerivativeReport"),
 }
 
 
@@ -549,6 +549,15 @@ def checkpointed(x, t):
     return torch.utils.checkpoint.checkpoint(nn.LayerNorm(2).double(), x, use_reentrant=False)
 
 
+def cubed(x, t):
+    return Detaches.apply(NETWORK(x, t))
+
+
+def energy(x, t):
+    x = x.requires_grad_()
+    return torch.autograd.grad(NETWORK(x, t).square().sum(), x, create_graph=True)[0]
+
+
 # Messages that tell users what to write in place of what they wrote.
 def in_numpy(t):
     return torch.from_numpy(2 * t.numpy())
@@ -558,11 +567,24 @@ TOLD = [
     (lambda: hosm.ode_nll(MODEL, X.byte()), r"/ 127\.5 - 1; .*dequantization='uniform'"),
     (lambda: hosm.FirstOrderDSM(NETWORK), r"Wrap your network first: ScoreModel\(network, "),
     (lambda: hosm.ScoreModel(NETWORK, scheduler()), r"a schedule such as VPSchedule\(\)"),
+    (lambda: hosm.ScoreModel(NETWORK, scheduler()), r"from_diffusers\(network, scheduler\)"),
+    *[
+        (lambda call=call: call(MODEL, X.numpy()), r"NumPy array .*torch\.from_numpy\(x0?\)")
+        for call in (*LOSSES, hosm.dsm_terms, *SOLVERS[:1], hosm.check_derivatives)
+    ],
+    (lambda: loss(NETWORK, noise=X.numpy()), r"torch\.from_numpy\(noise\)"),
+    (lambda: loss(NETWORK, t=T.numpy()), r"torch\.from_numpy\(t\)"),
+    (lambda: hosm.AveragedTargets(X.numpy()), r"torch\.from_numpy\(reference\)"),
     (lambda: hosm.second_order_dsm(WRAPPED, X), r"Give model\.module"),
     (lambda: loss(module("OptimizedModule")), r"torch\.compile\(ThirdOrderDSM"),
     (lambda: loss(module("FSDPModule")), r"fully_shard\(ThirdOrderDSM"),
     (traced, "Use the module that it was made of"),
     (lambda: loss(checkpointed, engine="reverse"), r"expected hosm_losses\.checkpoint inside"),
+    (lambda: loss(energy, engine="taylor"), "a network that takes a gradient itself"),
+    (
+        lambda: loss(cubed, engine="reverse"),
+        r"guided_diffusion.*ldm\.modules\.attention",
+    ),
     (lambda: hosm.checkpoint(NETWORK, X, T, use_reentrant=True), "neither use_reentrant=True"),
     (lambda: loss(NETWORK, weights="balanced"), "constructor of SecondOrderDSM or ThirdOrderDSM"),
     (lambda: loss(lambda x, t: (x, t)), r"ScoreModel\(\.\.\., output="),

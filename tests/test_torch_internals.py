@@ -109,6 +109,7 @@ SAID = {
         lambda: twice(lambda x: attend(x.sin())),
     ],
     "NO_FORWARD": [lambda: jvp(attend, (ONES,), (ONES,))],
+    "NO_GRAPH": [lambda: torch.autograd.grad(ONES.sum(), ONES)],
     "REENTRANT_CHECKPOINT": [
         lambda: once_and_again(lambda x: checkpoint(torch.sin, x, use_reentrant=True))
     ],

@@ -2,6 +2,7 @@
 
 from hosm_losses._checks import DerivativeError as DerivativeError
 from hosm_losses.derivatives import checkpoint as checkpoint
+from hosm_losses.diagnostics import DerivativeReport as DerivativeReport
 from hosm_losses.diagnostics import GapEstimate as GapEstimate
 from hosm_losses.diagnostics import GapReport as GapReport
 from hosm_losses.diagnostics import WrappingCandidate as WrappingCandidate

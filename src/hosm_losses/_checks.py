@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Number, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,15 @@ def complaint(
     """The text of an error: what was expected, what came (`got` or a description), what to do."""
     came = describe(value) if got is None else got
     return f"{name}: expected {expected}; got {came}. {remedy}".rstrip()
+
+
+def not_a_tensor(name: str, expected: str, value: object) -> TypeError:
+    """The error where a tensor was expected; of a NumPy array it says how to make one."""
+    if isinstance(value, np.ndarray):
+        got = f"a NumPy array of {value.dtype}, shape {value.shape}"
+        remedy = f"Convert it with torch.from_numpy({name})."
+        return TypeError(complaint(name, expected, value, remedy, got=got))
+    return TypeError(complaint(name, expected, value))
 
 
 def describe(value: object) -> str:
@@ -158,7 +168,7 @@ def check_sample_batch(name: str, value: object) -> Tensor:
     """Return `value` if it is a non-empty, finite, dense floating-point batch (B, *)."""
     expected = "floating-point tensor (B, *)"
     if not isinstance(value, Tensor):
-        raise TypeError(complaint(name, f"a {expected}", value))
+        raise not_a_tensor(name, f"a {expected}", value)
     check_dense(name, value)
     if value.is_complex():
         remedy = f"Give its parts as channels, for example torch.view_as_real({name})."
@@ -184,7 +194,7 @@ def check_like(
 ) -> Tensor:
     """Return `value` if it is a tensor of exactly this shape, dtype and device, those of `of`."""
     if not isinstance(value, Tensor):
-        raise TypeError(complaint(name, f"a tensor of shape {shape}", value))
+        raise not_a_tensor(name, f"a tensor of shape {shape}", value)
     check_dense(name, value)
     if tuple(value.shape) != shape:
         expected = f"shape {shape}, that of {of}"

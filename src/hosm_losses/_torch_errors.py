@@ -7,6 +7,7 @@ which versions it was seen to hold; where one fails, this file is what to change
 # Of an operator without a second derivative in reverse mode.
 NOT_TWICE = ("derivative for aten::", "derivative for '", "@once_diff", "not differentiable with")
 NO_FORWARD = "use forward AD with"  # of an operator without a forward derivative
+NO_GRAPH = "does not require grad and does not have a grad_fn"  # of a gradient asked for inside
 REENTRANT_CHECKPOINT = "compatible with .grad()"
 HOOKS_IN_TRANSFORM = "saved tensor hooks"  # as of a checkpoint, under torch.func
 DOUBLE_BACKWARD_OF_COMPILED = "does not currently support double backward"

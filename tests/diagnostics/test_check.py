@@ -245,6 +245,25 @@ def test_what_is_right_is_no_alarm(name):
     check(make, **options)
 
 
+def test_what_is_right_is_said_with_the_engine_and_advice():
+    x0, wide = torch.randn(2, 4, dtype=torch.float32), torch.randn(2, 4)
+    net = Net(nn.SiLU())
+    report = hosm.check_derivatives(hosm.ScoreModel(net.double(), VP), wide.double())
+    assert (report.orders, report.engine, report.advice) == ((1, 2, 3), "taylor", ())
+    assert str(report) == "ok: orders 1, 2 and 3, by the engine 'taylor'"
+    report = hosm.check_derivatives(hosm.ScoreModel(net.float(), VP), x0[:1], 2, engine="reverse")
+    assert str(report).startswith("ok: orders 1 and 2, by the engine 'reverse'\n")
+    assert "check two" in str(report)
+    assert "A float64 copy" in str(report)
+    own = hosm.ScoreModel(Spectral().double(), VP)
+    for order in (2, 3):
+        report = hosm.check_derivatives(own, wide[:, :3].double(), order)
+        assert report.engine == "reverse"
+        assert "cannot differentiate it (" in report.advice[0]
+    report = hosm.check_derivatives(hosm.ScoreModel(lambda x, t: x.sin(), VP), wide.double())
+    assert "no nn.Module" in report.advice[0]
+
+
 CASES = list(
     zip(product(ENGINES, (torch.float32, torch.float64)), 2 * list(networks()), strict=True)
 )
@@ -330,6 +349,11 @@ WRONG = {
         LAYER,
     ),
     "a ReLU by hand": (around(lambda x: x * (x > 0)), {}, JUMPS, LAYER),
+    "a factor that oscillates": (
+        around(lambda x: x * (400 * x.abs()).sin().detach()),
+        FLOAT32,
+        ".detach()",
+    ),
     "ELU": (lambda: Net(nn.ELU()), THREE, "elu, whose second derivative jumps", "(ELU)"),
     "rounding": (around(jumping), REVERSE | THREE, "values that jump", LAYER),
     # Values.

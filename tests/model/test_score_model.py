@@ -45,10 +45,19 @@ def test_a_solver_may_overstep_the_range():
             assert bool(getattr(model, name)(x, torch.full((2,), t)).isfinite().all())
 
 
+def test_other_words_for_a_prediction_are_stored_as_the_one():
+    words = {"x0": "sample", "denoiser": "sample", "v": "v_prediction"}
+    words["velocity"] = "flow_prediction"
+    for word, kind in words.items():
+        model, same = (hosm.ScoreModel(MLP(3), VP, each) for each in (word, kind))
+        assert model.prediction == kind
+        assert repr(model) == repr(same)
+
+
 def test_a_prediction_without_a_formula_is_an_error_and_not_another_formula():
     """As one that is set after construction, or added to `Prediction` alone."""
     model = hosm.ScoreModel(MLP(3), VP)
-    model.prediction = "x0"
+    model.prediction = "x1"
     t, x0 = torch.full((2,), 0.5), torch.zeros(2, 3)
     for call in (model.affine, model.native_weight):
         with pytest.raises(ValueError):

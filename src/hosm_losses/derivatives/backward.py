@@ -37,13 +37,18 @@ COMPILED = (
     "differentiated twice. Compile the loss module as a whole in its place, with "
     "engine='auto': torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
 )
+FOREIGN_CHECKPOINTS = (
+    "In guided-diffusion and latent-diffusion attention calls a checkpoint of their own even "
+    "where use_checkpoint is False: set guided_diffusion.nn.checkpoint and "
+    "guided_diffusion.unet.checkpoint, or ldm.modules.diffusionmodules.util.checkpoint, "
+    "ldm.modules.diffusionmodules.openaimodel.checkpoint and ldm.modules.attention.checkpoint, to "
+    "lambda f, i, p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
+)
 DROPPED = (
     "network: expected an autograd.Function whose backward keeps the graph; got {}, whose "
     "backward is once_differentiable or detaches, so that second derivatives through it would be "
     "lost in silence. Write its backward with differentiable operators. If it is a checkpoint, "
-    "put hosm_losses.checkpoint in its place; in guided-diffusion, whose attention always calls "
-    "it, set guided_diffusion.nn.checkpoint and guided_diffusion.unet.checkpoint to "
-    "lambda f, i, p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
+    f"put hosm_losses.checkpoint in its place. {FOREIGN_CHECKPOINTS}"
 )
 GIVES_AWAY = (
     "network: expected one whose graph several passes back can go through; got a part compiled by "

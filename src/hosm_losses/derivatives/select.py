@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hosm_losses._checks import DerivativeError, users_level
-from hosm_losses._torch_errors import DEVICE_ERROR_TEXT, NO_FORWARD, NOT_TWICE
+from hosm_losses._torch_errors import DEVICE_ERROR_TEXT, NO_FORWARD, NO_GRAPH, NOT_TWICE
 from hosm_losses._torch_internals import surrounded, traced, versions
 from hosm_losses.derivatives import engines, products
 from hosm_losses.derivatives.backward import DroppedGraphError, refuse_scripted
@@ -130,12 +130,15 @@ def derive(
     except RuntimeError as error:
         refuse_scripted(engine, error)
         why = str(error)
-        missing = any(words in why for words in (NO_FORWARD, *NOT_TWICE))
+        energy = engine == "taylor" and NO_GRAPH in why
+        missing = energy or any(words in why for words in (NO_FORWARD, *NOT_TWICE))
         if isinstance(error, DerivativeError) or not missing:
             raise
+        after = ", which differentiates a network that takes a gradient itself" if energy else ""
         raise DerivativeError(
             f"network: expected operators that the engine {engine!r} can differentiate; got: "
-            f"{why.splitlines()[0]} Leave engine at 'auto', which tries the other engine."
+            f"{why.splitlines()[0].rstrip('.')}. Leave engine at 'auto', which tries the other "
+            f"engine{after}."
         ) from error
 
 

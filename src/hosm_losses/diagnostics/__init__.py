@@ -10,6 +10,7 @@
 - `localize`: the module at fault.
 """
 
+from hosm_losses.diagnostics.check import DerivativeReport as DerivativeReport
 from hosm_losses.diagnostics.check import check_derivatives as check_derivatives
 from hosm_losses.diagnostics.gap import likelihood_gap as likelihood_gap
 from hosm_losses.diagnostics.gap_report import GapEstimate as GapEstimate

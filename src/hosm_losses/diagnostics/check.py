@@ -8,7 +8,7 @@ gradient another number than its slope.
 
 import functools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -24,7 +24,7 @@ from hosm_losses._checks import (
     describe,
 )
 from hosm_losses._torch_internals import normal
-from hosm_losses.derivatives import ENGINES, Field
+from hosm_losses.derivatives import ENGINES, FOREIGN_CHECKPOINTS, Field, refusal
 from hosm_losses.diagnostics.differences import NOT_FINITE, TOLERANCE, Agreement, Check, Smoothness
 from hosm_losses.diagnostics.localize import (
     NO_DERIVATIVE,
@@ -63,7 +63,8 @@ ROUNDING = (
 SMOOTH = (
     "Derivatives miss what happens in the jumps, so that a loss trains nothing of it. Use a "
     "smooth activation, such as nn.SiLU, nn.GELU, nn.Softplus or nn.Tanh, and average in place of "
-    "max pooling. Or train with order one."
+    "max pooling. Or train with order one. A factor under .detach() that oscillates fast looks "
+    "the same: remove the .detach()."
 )
 CUSTOM = (
     "A custom autograd.Function needs a backward that can be differentiated again: write it with "
@@ -77,10 +78,7 @@ FUSED = (
 REMEDIES = {
     "checkpoint": (
         "This activation checkpoint recomputes outside the graph, so that second derivatives are "
-        "lost. Use hosm_losses.checkpoint in its place. guided-diffusion's attention calls its "
-        "own checkpoint even when use_checkpoint is False: set guided_diffusion.nn.checkpoint and "
-        "guided_diffusion.unet.checkpoint to "
-        "lambda f, i, p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
+        f"lost. Use hosm_losses.checkpoint in its place. {FOREIGN_CHECKPOINTS}"
     ),
     "attentionop": (
         "EDM's attention operator is right in reverse mode at orders two and three, with "
@@ -97,6 +95,27 @@ REMEDIES = {
 }
 
 
+@dataclass(frozen=True)
+class DerivativeReport:
+    """What `check_derivatives` found to be right; it prints as a verdict.
+
+    Attributes:
+        orders: the orders whose values and derivatives are right, (1, 2) or (1, 2, 3).
+        engine: the engine that a loss of the last of them takes, "taylor" or "reverse".
+        advice: sentences about what was not seen, or costs time.
+    """
+
+    orders: tuple[int, ...]
+    engine: str
+    advice: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """The verdict, and one line for each piece of advice."""
+        orders = ", ".join(map(str, self.orders[:-1]))
+        verdict = f"ok: orders {orders} and {self.orders[-1]}, by the engine {self.engine!r}"
+        return "\n".join([verdict, *self.advice])
+
+
 def check_derivatives(
     model: ScoreModel,
     x0: Tensor,
@@ -105,8 +124,10 @@ def check_derivatives(
     t: Tensor | None = None,
     engine: str = "auto",
     model_kwargs: Mapping[str, Any] | None = None,
-) -> None:
+) -> DerivativeReport:
     """Raise an error that names the module at fault if a derivative of the network is wrong.
+
+    Otherwise return a report that prints: the orders that are right, the engine, and advice.
 
     It looks for what a loss cannot notice, in this order:
 
@@ -133,6 +154,9 @@ def check_derivatives(
         engine: the engine it will be trained with.
         model_kwargs: keyword arguments of the network.
 
+    Returns:
+        The report.
+
     Raises:
         DerivativeError: for what is listed above, or where a derivative cannot be taken at all.
         TypeError: for tensors, containers and other objects of a wrong type, a dtype with which
@@ -142,6 +166,9 @@ def check_derivatives(
 
     Example:
         >>> from hosm_losses import VPSchedule
+        >>> model = ScoreModel(torch.nn.Bilinear(3, 1, 3), VPSchedule(), time=lambda t: t[:, None])
+        >>> print(check_derivatives(model.double(), torch.randn(2, 3, dtype=torch.float64)))
+        ok: orders 1, 2 and 3, by the engine 'taylor'
         >>> class Detaching(torch.nn.Module):
         ...     def forward(self, x, t):
         ...         return x * x.detach()
@@ -177,6 +204,28 @@ def check_derivatives(
         check_samples(field, x, precision)
         for kind in (Smoothness, Agreement):
             _check(kind(int(order), engine, precision), field, x)
+        return _report(own.network, int(order), engine, precision, len(x))
+
+
+def _report(
+    network: object, order: int, engine: str, precision: torch.dtype, samples: int
+) -> DerivativeReport:
+    why = refusal(network, order) if engine == "auto" else None
+    advice: list[str] = []
+    if why is not None:
+        told = why.rstrip(".")
+        advice.append(
+            f"The engine 'taylor' cannot differentiate it ({told}): reverse mode takes its place, "
+            "which is slower, and third='exact' that of 'laplacian'."
+        )
+    if samples < 2:
+        advice.append("One sample sees no others: check two.")
+    if not isinstance(network, nn.Module):
+        advice.append("Gradients in parameters were not checked: the network is no nn.Module.")
+    if precision == torch.float32:
+        advice.append("A float64 copy shows faults below 1 %: copy.deepcopy(model).double().")
+    chosen = ("taylor" if why is None else "reverse") if engine == "auto" else engine
+    return DerivativeReport(tuple(range(1, order + 1)), chosen, tuple(advice))
 
 
 def _copied(model: ScoreModel) -> ScoreModel:

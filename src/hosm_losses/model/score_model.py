@@ -48,7 +48,10 @@ from hosm_losses.model.conditions import unwrapped
 from hosm_losses.schedules import Schedule, check_schedule
 from hosm_losses.taylor import Jet
 
-Prediction = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
+Kind = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
+Prediction = Kind | Literal["x0", "denoiser", "v", "velocity"]
+# Other words, and the one by which `ScoreModel.prediction` knows them.
+SAME = {"x0": "sample", "denoiser": "sample", "v": "v_prediction", "velocity": "flow_prediction"}
 
 
 class ScoreModel(nn.Module):
@@ -63,8 +66,9 @@ class ScoreModel(nn.Module):
             `train()`, `eval()`, `to()` and `parameters()` do not reach it, and copy.deepcopy of
             the model raises TypeError.
         schedule: the noise schedule it was, or is to be, trained with.
-        prediction: "epsilon", "score", "sample" (x₀), "v_prediction" (α ε − σ x₀) or
-            "flow_prediction" (the velocity α′ x₀ + σ′ ε, from data to noise).
+        prediction: "epsilon", "score", "sample" (x₀; also "x0" or "denoiser"), "v_prediction"
+            (α ε − σ x₀; also "v") or "flow_prediction" (the velocity α′ x₀ + σ′ ε, from data to
+            noise; also "velocity"). Stored as the first of these words.
         time: what the network is given for t: a factor, or a callable of t. None gives t itself.
         output: picks the prediction out of what the network returns, for example
             `operator.attrgetter("sample")`. None takes what comes.
@@ -100,7 +104,7 @@ class ScoreModel(nn.Module):
         if not callable(network):
             raise TypeError(complaint("network", "an nn.Module or a callable", network))
         check_schedule(schedule)
-        check_choice("prediction", prediction, get_args(Prediction))
+        check_choice("prediction", prediction, [*get_args(Kind), *SAME])
         if not (time is None or callable(time)):
             if isinstance(time, bool) or not isinstance(time, Real):
                 raise TypeError(complaint("time", "a factor, a callable or None", time))
@@ -110,7 +114,7 @@ class ScoreModel(nn.Module):
             if not (given is None or callable(given)):
                 raise TypeError(complaint(name, "a callable or None", given))
         self.network = network
-        self.schedule, self.prediction = schedule, prediction
+        self.schedule, self.prediction = schedule, SAME.get(prediction, prediction)
         self.time, self.output, self.call = time, output, call
         self.primitives = primitives
 

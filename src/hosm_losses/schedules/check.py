@@ -53,9 +53,11 @@ def check_schedule(schedule: object) -> Schedule:
     Values are not looked at while `torch.compile` traces, nor under a fake tensor mode.
     """
     if not isinstance(schedule, Schedule):
+        kin = hasattr(schedule, "config")  # as of every scheduler of diffusers
+        remedy = " Take from_diffusers(network, scheduler)." if kin else ""
         raise TypeError(
             "schedule: expected a schedule such as VPSchedule(), or a subclass of Schedule "
-            f"with alpha and sigma of your own; got {describe(schedule)}."
+            f"with alpha and sigma of your own; got {describe(schedule)}.{remedy}"
         )
     name = type(schedule).__name__
     for end in ("t_min", "t_max"):
