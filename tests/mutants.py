@@ -87,8 +87,8 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/linear.py",
-        "len(gathers) <= 1 and all",
-        "len(gathers) <= 2 and all",
+        "found = torch.stack([each[index] for each in x.stack.unbind()])",
+        "found = x.stack[(slice(None), *parts)]",
         "tests/taylor/test_calls.py",
     ),
     Mutant(
@@ -99,8 +99,8 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/in_place.py",
-        "        whole[0][parts] = value\n        whole[1:][several] = 0\n",
-        "        whole[0][parts] = value\n",
+        "given += [0] * (count - len(given))",
+        "given += given[:1] * (count - len(given))",
         "tests/taylor/test_in_place.py",
     ),
     Mutant(
@@ -117,8 +117,8 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/linear.py",
-        "    place = isinstance(part, Tensor) and part.ndim == 0 and part.dtype != torch.bool\n",
-        "    place = False\n",
+        'isinstance(part, list) or getattr(part, "ndim", 0) for part in parts',
+        "isinstance(part, list | Tensor) for part in parts",
         "tests/taylor/test_in_place.py",
     ),
     Mutant(

@@ -5,7 +5,7 @@ change in silence, with the versions that have them; where one fails, this file 
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -76,11 +76,6 @@ def autocast_of_now(kind: str) -> Callable[[], AbstractContextManager[object]]:
     if not _autocast(kind):
         return partial(without_autocast, kind)
     return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=True)
-
-
-def batched(tensors: Iterable[Tensor]) -> bool:
-    """Whether a transform is around, or a pass back with is_grads_batched=True."""
-    return transformed() or any(map(_C._functorch.is_legacy_batchedtensor, tensors))
 
 
 def in_custom_function() -> bool:

@@ -8,10 +8,10 @@ PyTorch's own words and differentiated by torch.func.jvp; see `hosm_losses.taylo
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hosm_losses.taylor.errors import TaylorError
-from hosm_losses.taylor.linear import picked, picks
 from hosm_losses.taylor.registry import HOMES, RULES, Function, every, rule
 from hosm_losses.taylor.stacks import align, extend
 from hosm_losses.taylor.tensor import Jet, call, differentiate, jet_among, written
@@ -89,22 +89,11 @@ def _copy(x: Any, source: Any, non_blocking: bool = False) -> Tensor:  # noqa: A
 
 @rule(Tensor.__setitem__, several=True)
 def _set_item(x: Any, index: Any, value: Any) -> None:
-    parts = picks(index)
-    if parts is None or not isinstance(value, Tensor | float | int):
-        _by_a_copy(Tensor.__setitem__, x, index, value)
-        return
     start = _started(x, value)
-    ndim = picked(start.stack, parts).ndim - 1
-    if isinstance(value, Jet) and value.ndim > ndim:
-        _by_a_copy(Tensor.__setitem__, x, index, value)
-        return
-    several = (slice(None), *parts)
-    if isinstance(value, Jet):
-        count = max(len(start.stack), len(value.stack))
-        whole = extend(start.stack, count).clone()
-        whole[several] = align(extend(value.stack, count), ndim).to(whole.dtype)
-    else:
-        whole = start.stack.clone()
-        whole[0][parts] = value
-        whole[1:][several] = 0
-    written(x, start.like(whole))
+    given: list[Any] = list(value.stack) if isinstance(value, Jet) else [value]
+    count = max(len(start.stack), len(given))
+    given += [0] * (count - len(given))  # the derivatives of what does not depend on x
+    parts = [each.clone() for each in extend(start.stack, count)]
+    for part, item in zip(parts, given, strict=True):
+        part[index] = item
+    written(x, start.like(torch.stack(parts)))

@@ -2,9 +2,8 @@
 
 All dimensions are counted from the back, where an axis of the value is one of the stack.
 
-PyTorch moves the axes of several index tensors to the front where something stands between them,
-and reads lists and arrays of NumPy in ways of its own. An index with at most one tensor keeps its
-place, in a stack as in its value; every other goes to PyTorch as it stands.
+What a function does to a stack at once is written down for those that networks call most. Others
+are called on one component after the other, with the user's own arguments.
 """
 
 from collections.abc import Callable
@@ -68,14 +67,9 @@ def _axes(stack: Tensor, dims: Any) -> tuple[int, ...]:
 
 # ----------------------------------------------------------------------------- views, or perhaps
 def _shaped(stack: Tensor, *sizes: Any, shape: Any = None) -> Tensor:
-    return stack.reshape(len(stack), *_numbers(sizes or (shape,)))
-
-
-def _viewed(stack: Tensor, *shape: Any, size: Any = None, dtype: Any = None) -> Tensor:
-    given = _numbers(shape or (size if dtype is None else dtype,))
-    if isinstance((*given, None)[0], torch.dtype):
+    if isinstance((*sizes, None)[0], torch.dtype):
         raise TaylorError("view: another dtype for the same bits has no derivative.")
-    return stack.reshape(len(stack), *given)
+    return stack.reshape(len(stack), *_numbers(sizes or (shape,)))
 
 
 def _expanded(stack: Tensor, *sizes: Any) -> Tensor:
@@ -93,14 +87,10 @@ def _transposed(stack: Tensor) -> Tensor:
     return stack.mT
 
 
-def _reversed(stack: Tensor) -> Tensor:
-    return stack.permute(0, *range(stack.ndim - 1, 0, -1))
-
-
 def _turned(stack: Tensor) -> Tensor:
     if stack.ndim > 3:
         raise NoRule
-    return _reversed(stack)
+    return stack.permute(0, *range(stack.ndim - 1, 0, -1))
 
 
 def _squeezed(stack: Tensor, dim: Any = None) -> Tensor:
@@ -109,26 +99,14 @@ def _squeezed(stack: Tensor, dim: Any = None) -> Tensor:
     return stack.squeeze(_axes(stack, dim)) if dim != [] else stack
 
 
-def _copied(stack: Tensor, memory_format: Any = None) -> Tensor:
-    if memory_format is torch.contiguous_format:
-        return stack.clone(memory_format=torch.contiguous_format)
-    return stack.clone()
-
-
-def _contiguous(stack: Tensor, memory_format: Any = None) -> Tensor:
-    return stack if memory_format is None else _copied(stack, memory_format)
-
-
 VIEWS = {
-    "reshape": _shaped,
+    "reshape view": _shaped,
     "reshape_as view_as": lambda stack, other: _shaped(stack, *other.shape),
-    "view": _viewed,
     "expand": _expanded,
     "expand_as": lambda stack, other: _expanded(stack, *other.shape),
-    "contiguous": _contiguous,
+    "contiguous": lambda stack, memory_format=None: stack,  # noqa: ARG005
     "permute": _permuted,
     "t": _turned,
-    "adjoint": _transposed,
     "squeeze": _squeezed,
     "unsqueeze": lambda stack, dim: stack.unsqueeze(axis(dim, stack.ndim)),
     "transpose swapaxes swapdims": lambda stack, dim0, dim1: stack.transpose(
@@ -164,49 +142,6 @@ def _reduced(reduce: Function) -> Function:
     return reduced
 
 
-def _summed_up(stack: Tensor, dim: Any, *, dtype: Any = None) -> Tensor:
-    if not (dtype is None or dtype.is_floating_point):
-        raise NoRule
-    return stack.cumsum(_axis(stack, dim), dtype=dtype)
-
-
-def _repeated(stack: Tensor, *sizes: Any) -> Tensor:
-    sizes = _numbers(sizes)
-    if len(sizes) < stack.ndim - 1:
-        raise NoRule
-    return align(stack, len(sizes)).repeat(1, *sizes)
-
-
-def _tiled(stack: Tensor, *sizes: Any) -> Tensor:
-    """As `_repeated`, but the first axes may be left out."""
-    sizes = _numbers(sizes)
-    return _repeated(stack, *(1,) * (stack.ndim - 1 - len(sizes)), *sizes)
-
-
-def _rolled(stack: Tensor, shifts: Any, dims: Any) -> Tensor:
-    if dims is None or dims == ():  # of all elements in a row
-        raise NoRule
-    return stack.roll(shifts, _axes(stack, dims))
-
-
-def _gathered(stack: Tensor, dim: Any, index: Any) -> Tensor:
-    if isinstance(index, Jet) or index.ndim != stack.ndim - 1 or not index.ndim:
-        raise NoRule
-    return stack.gather(_axis(stack, dim), index.expand(len(stack), *index.shape))
-
-
-def _padded(stack: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
-    ndim = stack.ndim - 1
-    if mode != "constant" and ndim > 2 and len(pad) <= 2 * (ndim - 1):
-        return of_samples(stack, lambda samples: F.pad(samples, pad, mode))
-    if mode != "constant" or len(pad) > 2 * ndim:  # others know a batch, and no components
-        raise NoRule
-    if not value:
-        return F.pad(stack, pad)
-    # The derivatives of a number are zero.
-    return torch.cat([F.pad(stack[:1], pad, value=value), F.pad(stack[1:], pad)])
-
-
 def of_samples(stack: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """A function that treats every sample alone, with the components as more samples."""
     return function(stack.flatten(0, 1)).unflatten(0, stack.shape[:2])
@@ -215,43 +150,41 @@ def of_samples(stack: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 NEW = {
     "sum": _reduced(torch.sum),
     "mean": _reduced(torch.mean),
-    "cumsum": _summed_up,
     "neg negative __neg__": lambda stack: -stack,
-    "clone": _copied,
-    "repeat": _repeated,
-    "tile": _tiled,
-    "repeat_interleave": lambda stack, repeats, dim, *, output_size=None: stack.repeat_interleave(
-        repeats, _axis(stack, dim), output_size=output_size
-    ),
-    "roll": _rolled,
-    "flip": lambda stack, *places, dims=None: stack.flip(
-        _axes(stack, _numbers(places or (dims,)))
-    ),
-    "gather": _gathered,
-    "index_select": lambda stack, dim, index: stack.index_select(_axis(stack, dim), index),
-    "pad": _padded,
+    "clone": lambda stack, memory_format=None: stack.clone(),  # noqa: ARG005
 }
 for _table in (VIEWS, NEW):
     for _names, _move in _table.items():
         linear(_move, _names, view=_table is VIEWS)
-linear(_reversed, Tensor.T.__get__, view=True)  # pyright: ignore[reportAttributeAccessIssue]
+linear(_turned, Tensor.T.__get__, view=True)  # pyright: ignore[reportAttributeAccessIssue]
 linear(_transposed, Tensor.mT.__get__, view=True)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-_PIXELS, _TOPK = tuple(every("pixel_shuffle pixel_unshuffle")), tuple(every("topk"))
-
-
 @rule(
-    "avg_pool1d avg_pool2d avg_pool3d interpolate upsample pixel_shuffle pixel_unshuffle",
+    "avg_pool1d avg_pool2d avg_pool3d interpolate upsample",
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
     kind="linear",
     told=True,
 )
 def _by_samples(function: Function, x: Jet, *args: Any, **named: Any) -> Jet:
-    # Of one sample, the components would be more channels.
-    if x.ndim < 4 and function in _PIXELS:
-        raise NoRule
     return x.like(of_samples(x.stack, lambda samples: function(samples, *args, **named)))
+
+
+@rule(
+    "cumsum flip gather index_select pixel_shuffle pixel_unshuffle repeat repeat_interleave roll",
+    "tile",
+    kind="linear",
+    told=True,
+)
+def _by_components(function: Function, x: Jet, *args: Any, **named: Any) -> Tensor:
+    return x.of(torch.stack([function(each, *args, **named) for each in x.stack.unbind()]))
+
+
+@rule("pad", kind="linear")
+def _padded(x: Jet, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
+    if value:  # of which the derivatives are zero
+        raise NoRule
+    return _by_components(F.pad, x, pad, mode)
 
 
 @rule("dropout dropout1d dropout2d dropout3d", kind="linear", told=True)
@@ -265,30 +198,14 @@ def _dropped(
     return written(x, found) if inplace else found
 
 
-@rule(torch.broadcast_tensors, several=True, kind="linear")
-def _broadcast(*tensors: Any) -> tuple[Any, ...]:
-    shape = torch.broadcast_shapes(*(each.shape for each in tensors))
-    return tuple(
-        call(Tensor.expand, (each, shape), {}) if isinstance(each, Jet) else each.expand(shape)
-        for each in tensors
-    )
-
-
 @rule(Tensor.__iter__, kind="linear")
 def _iterator(x: Jet) -> Any:
-    if x.ndim == 0:
-        raise NoRule
-    return iter([share(x, x.like(row)) for row in x.stack.unbind(1)])
+    return iter(call(Tensor.unbind, (x,), {}))
 
 
 # ------------------------------------------------------------------------------- several tensors
 @rule("cat concat concatenate", several=True, kind="linear")
 def _cat(tensors: Any, dim: int = 0) -> Jet:
-    # PyTorch passes over an empty tensor of one axis, of which caches of keys make use.
-    kind = jet_among(tensors).dtype
-    tensors = [each for each in tensors if each.shape != (0,) or each.dtype != kind]
-    if not any(isinstance(each, Jet) for each in tensors):  # as where the only one is empty
-        raise NoRule
     ndim = tensors[0].ndim
     if any(each.ndim != ndim for each in tensors):
         raise NoRule
@@ -337,28 +254,16 @@ def masked_fill(x: Any, mask: Any, value: Any) -> Jet:
     return _chosen(mask, value, x, x.dtype)
 
 
-_INDICES = (torch.bool, torch.int64, torch.int32)
-
-
 @rule(Tensor.__getitem__, kind="linear")
-def _item(x: Any, index: Any) -> Any:
-    parts = picks(index)
-    if parts is None:
-        raise NoRule
-    found = x.like(picked(x.stack, parts))
-    return share(x, found) if all(map(_keeps, parts)) else found
-
-
-def picks(index: Any) -> tuple[Any, ...] | None:
-    """The parts of an index that picks the same of every component; None where that is unsure."""
+def _item(x: Jet, index: Any) -> Tensor:
     parts = index if isinstance(index, tuple) else (index,)
-    gathers = [part for part in parts if not _slices(part)]
-    return parts if len(gathers) <= 1 and all(map(_gathers, gathers)) else None
-
-
-def picked(stack: Tensor, parts: tuple[Any, ...]) -> Tensor:
-    """What an index with these parts picks of every component."""
-    return stack[(slice(None), *parts)]
+    if all(map(_slices, parts)):
+        found = x.stack[(slice(None), *parts)]
+    else:
+        found = torch.stack([each[index] for each in x.stack.unbind()])
+    # A tensor without axes makes a view too.
+    copied = any(isinstance(part, list) or getattr(part, "ndim", 0) for part in parts)
+    return x.like(found) if copied else share(x, x.like(found))
 
 
 def _slices(part: Any) -> bool:
@@ -366,44 +271,3 @@ def _slices(part: Any) -> bool:
     if isinstance(part, bool):  # which makes a new axis, and is read as a mask
         return False
     return part is None or part is Ellipsis or isinstance(part, int | slice)
-
-
-def _keeps(part: Any) -> bool:
-    """Whether a part of an index makes a view: not a tensor of several places."""
-    place = isinstance(part, Tensor) and part.ndim == 0 and part.dtype != torch.bool
-    return place or _slices(part)
-
-
-def _gathers(part: Any) -> bool:
-    """Whether a part of an index is a tensor, or a list that PyTorch reads as one."""
-    if isinstance(part, list):
-        return all(isinstance(each, int) and not isinstance(each, bool) for each in part)
-    return isinstance(part, Tensor) and not isinstance(part, Jet) and part.dtype in _INDICES
-
-
-@rule("topk sort", kind="linear", told=True)
-def _ordered(function: Function, x: Jet, *args: Any, **named: Any) -> Any:
-    found = function(x.stack[0], *args, **named)
-    places = 1 if function in _TOPK else 0  # of the arguments before the dimension
-    dim = named.get("dim", named.get("axis", args[places] if len(args) > places else -1))
-    stack = x.stack.gather(
-        axis(dim, x.ndim), found.indices.expand(len(x.stack), *found.indices.shape)
-    )
-    return type(found)((x.like(stack), found.indices))
-
-
-@rule("scatter_add", several=True, kind="linear")
-def _scatter_add(x: Any, dim: Any, index: Tensor, src: Any) -> Jet:
-    if index.shape != src.shape:  # of which PyTorch finds no gradient
-        raise NoRule
-    stack, added = stacks_of((x, src))
-    place = axis(dim, x.ndim)
-    index = index.expand(len(stack), *index.shape)
-    return jet_among((x, src)).like(stack.scatter_add(place, index, added))
-
-
-@rule("index_add", several=True, kind="linear")
-def _index_add(x: Any, dim: Any, index: Any, source: Any, *, alpha: float = 1) -> Jet:
-    stack, added = stacks_of((x, source))
-    found = stack.index_add(axis(dim, x.ndim), index, added, alpha=alpha)
-    return jet_among((x, source)).like(found)

@@ -21,7 +21,7 @@ cotangent, as large as the image, for a kernel. It costs up to three times the g
 first pass, which the parts of a form use for both.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from math import prod
 from string import ascii_letters, ascii_lowercase
@@ -33,7 +33,6 @@ from torch import Tensor
 
 from hosm_losses.taylor._torch import (
     autocast_type,
-    batched,
     in_autocast,
     traced,
     without_autocast,
@@ -166,6 +165,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Jet:
     return x.like(with_bias(F.linear(x.stack, weight), bias, 1))
 
 
+OPTIONS = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
 PLAIN = ("stride", "padding", "dilation", "groups")
 TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
 
@@ -181,16 +181,15 @@ def _convolution(
     if x.ndim != weight.ndim:  # as of one sample
         raise NoRule
     bias = None if bias is None else bias.reshape(-1, *(1,) * (x.ndim - 2))
+    transposed = "transpose" in function.__name__
+    given = zip(TRANSPOSED if transposed else PLAIN, args, strict=False)
+    options: dict[str, Any] = OPTIONS | dict(given) | named
 
     def biased(samples: Tensor) -> Tensor:
-        form = None
-        if not traced() and plain(samples, weight):
-            names = TRANSPOSED if "transpose" in function.__name__ else PLAIN
-            options = dict(zip(names, args, strict=False)) | named
-            form = _convolution_form(function, samples, weight, **options)
-        if form is None:
+        if traced() or not plain(samples, weight) or isinstance(options["padding"], str):
             convolved = function(samples, weight, None, *args, **named)
         else:
+            form = _convolution_form(samples, weight, transposed, **options)
             convolved = product(form, in_autocast(samples), weight)
         return with_bias(convolved, bias, x.shape[0])
 
@@ -198,31 +197,24 @@ def _convolution(
 
 
 def _convolution_form(
-    function: Function,
     samples: Tensor,
     weight: Tensor,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    output_padding: Any = 0,
-) -> Form | None:
-    """The gradients of a convolution, None where its padding differs from side to side.
+    transposed: bool,
+    *,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Form:
+    """The gradients of a convolution.
 
     The weight is kept in its own type, and multiplied in that of autocast, if it is on now.
     """
-    sizes, transposed = weight.shape[2:], "transpose" in function.__name__
-    each = partial(_for_each, len(sizes))
-    stride, dilation, output_padding = map(each, (stride, dilation, output_padding))
-    if padding == "same" and set(stride) == {1}:
-        total = [reach * (size - 1) for reach, size in zip(dilation, sizes, strict=True)]
-        if any(both % 2 for both in total):
-            return None
-        padding = [both // 2 for both in total]
-    padding = 0 if padding == "valid" else padding
-    if isinstance(padding, str):
-        return None  # about which PyTorch has something to say
-    padding = each(padding)
+    stride, padding, output_padding, dilation = (
+        [each] * (weight.ndim - 2) if isinstance(each, int) else each
+        for each in (stride, padding, output_padding, dilation)
+    )
     options = stride, padding, dilation, transposed, output_padding, groups
     backward = torch.ops.aten.convolution_backward
     shapes, dtype = (samples.shape, weight.shape), weight.dtype
@@ -238,15 +230,9 @@ def _convolution_form(
         found = backward(cotangent, samples, weight, None, *options, (False, True, False))[1]
         return found.to(dtype)
 
-    named = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    named |= {"output_padding": output_padding} if transposed else {}
-    return Form(of_samples, of_weight, lambda a, b: function(a, b.to(cast), **named))
-
-
-def _for_each(count: int, option: Any) -> list[int]:
-    """An option as a number for each axis."""
-    numbers = list(option) if isinstance(option, Sequence) else [option]
-    return numbers * count if len(numbers) == 1 else numbers
+    return Form(
+        of_samples, of_weight, lambda a, b: torch.convolution(a, b.to(cast), None, *options)
+    )
 
 
 # --------------------------------------------------------------------------------------- matrices
@@ -263,21 +249,11 @@ class _Term(NamedTuple):
     factor: int = 1
 
 
-class _Terms(NamedTuple):
-    """All parts of a product, and those of its gradients in the left and in the right factor."""
-
-    product: tuple[_Term, ...]  # i of the left factor, j of the right one
-    left: tuple[_Term, ...]  # i of the cotangent, j of the right factor
-    right: tuple[_Term, ...]  # i of the left factor, j of the cotangent
-
-
 @cache
-def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> _Terms:
+def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> list[_Term]:
     """All terms, of stacks as long as these; second derivatives of zero are not in them."""
     terms = [_Term(0, 0, 0)]
-    for k in range(1, max(left, right)):
-        terms += [_Term(k, 0, k)] if k < left else []
-        terms += [_Term(0, k, k)] if k < right else []
+    terms += [_Term(k, 0, k) for k in range(1, left)] + [_Term(0, k, k) for k in range(1, right)]
     if pairs in ("squares", "sum"):
         places = range(1, 1 + firsts)
         terms += [_Term(i, i, firsts + (i if pairs == "squares" else 1), 2) for i in places]
@@ -286,124 +262,79 @@ def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> _Terms:
         for i in range(1, firsts if one else 1 + firsts // 2):
             j = firsts if one else i + firsts // 2
             terms += [_Term(i, j, i + firsts), _Term(j, i, i + firsts)]
-    return _Terms(
-        tuple(terms),
-        tuple(_Term(k, j, i, factor) for i, j, k, factor in terms),
-        tuple(_Term(i, k, j, factor) for i, j, k, factor in terms),
-    )
+    return terms
 
 
-def _sums(
-    count: int, terms: Iterable[_Term], left: Tensor, right: Tensor, out: Tensor | None = None
-) -> Tensor:
-    """The stack of sums of products of two stacks of batches of matrices, in `out` if given."""
-    lefts, rights = left.unbind(), right.unbind()
-    if batched((left, right)):
-        sums: dict[int, Tensor] = {}
-        for i, j, k, factor in terms:
-            one = factor * torch.bmm(lefts[i], rights[j])
-            sums[k] = sums[k] + one if k in sums else one
-        return torch.stack([sums[k] for k in range(count)])
-    found = left.new_empty(count, *left.shape[1:-1], right.shape[-1]) if out is None else out
-    parts, started = found.unbind(), set[int]()
+def _sums(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
+    """The stack of sums of products of two stacks of batches of matrices."""
+    lefts, rights, sums = left.unbind(), right.unbind(), dict[int, Tensor]()
     for i, j, k, factor in terms:
-        part, beta = parts[k], int(k in started)  # of zero what is there is not looked at
-        # Not baddbmm_, which torch.utils.flop_counter does not count.
-        torch.baddbmm(part, lefts[i], rights[j], beta=beta, alpha=factor, out=part)
-        started.add(k)
-    return found
+        if k in sums:
+            sums[k] = torch.baddbmm(sums[k], lefts[i], rights[j], alpha=factor)
+        else:
+            sums[k] = torch.bmm(lefts[i], rights[j] if factor == 1 else factor * rights[j])
+    return torch.stack([sums[k] for k in range(len(sums))])
 
 
-def _as_laid_out(
-    transposed: bool, count: int, terms: Iterable[_Term], left: Tensor, right: Tensor
-) -> Tensor:
-    """The same stack, of matrices that are stored column by column if it is transposed."""
-    if not transposed:
-        return _sums(count, terms, left, right)
-    turned = [_Term(j, i, k, factor) for i, j, k, factor in terms]
-    if batched((left, right)):
-        return _sums(count, turned, right.mT, left.mT).mT
-    # Not a view, to which autograd could not add another gradient in place.
-    n, rows, columns = left.shape[1], left.shape[2], right.shape[3]
-    strides = n * rows * columns, rows * columns, 1, rows
-    found = left.new_empty_strided((count, n, rows, columns), strides)
-    _sums(count, turned, right.mT, left.mT, found.mT)
-    return found
+def _by_columns(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
+    """The same stack, of matrices that are stored column by column."""
+    return _sums([_Term(j, i, k, factor) for i, j, k, factor in terms], right.mT, left.mT).mT
 
 
-def _form(terms: _Terms, left: Tensor, right: Tensor) -> Form:
+def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
     """The product of stacks such as (C, N, m, k) and (C, N, k, n).
 
     A gradient is stored in the order of its factor. In another order the operators that combine it
     with what comes from there, such as the result of a softmax, take three times as long.
     """
-    (count, turned), (other_count, other_turned) = (
-        (stack.shape[0], stack.stride(-2) < stack.stride(-1)) for stack in (left, right)
+    of_left = [_Term(k, j, i, factor) for i, j, k, factor in terms]
+    of_right = [_Term(i, k, j, factor) for i, j, k, factor in terms]
+    by_left, by_right = (
+        _by_columns if factor.stride(-2) < factor.stride(-1) else _sums for factor in (left, right)
     )
-    both = 1 + max(term.k for term in terms.product)
     return Form(
-        lambda b, cotangent: _as_laid_out(turned, count, terms.left, cotangent, b.mT),
-        lambda a, cotangent: _as_laid_out(other_turned, other_count, terms.right, a.mT, cotangent),
-        lambda a, b: _sums(both, terms.product, a, b),
+        lambda b, cotangent: by_left(of_left, cotangent, b.mT),
+        lambda a, cotangent: by_right(of_right, a.mT, cotangent),
+        partial(_sums, terms),
     )
-
-
-class _Sum(NamedTuple):
-    """How a sum over indices is a product of matrices."""
-
-    swapped: bool  # whether the factors change places
-    batch: str
-    rows: str
-    inner: str
-    columns: str
-    left: str  # the indices of both factors, in the order in which they are given
-    right: str
 
 
 @cache
-def _as_product(left: str, right: str, result: str) -> _Sum | None:
-    """The product of matrices that a sum is; None as where an index is in one factor alone."""
-    swapped = bool(result) and result[-1] in left  # which is the last axis in memory as well, then
-    if swapped:
-        left, right = right, left
+def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | None:
+    """Indices of batch, rows, sum and columns; None as where one is in one factor alone."""
     batch = "".join(index for index in result if index in left and index in right)
+    rows = "".join(index for index in result if index not in right)
     inner = "".join(index for index in left if index in right and index not in result)
-    rows = "".join(index for index in result if index in left and index not in right)
-    columns = "".join(index for index in result if index in right and index not in left)
+    columns = "".join(index for index in result if index not in left)
     forms = batch + rows + inner, batch + inner + columns, batch + rows + columns
     if not inner or [*map(sorted, forms)] != [*map(sorted, (left, right, result))]:
         return None  # as where an index comes twice
-    return _Sum(swapped, batch, rows, inner, columns, left, right)
+    return batch, rows, inner, columns
 
 
 def _contracted(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
     """A sum over indices as products of matrices; None where `product_rule` has to do it."""
     if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MOST or traced():
         return None
-    if len(left) != a.ndim or len(right) != b.ndim or not plain(a.stack, b.stack):
+    groups, sizes = _groups(left, right, result), dict(zip(left, a.shape, strict=False))
+    if groups is None or len(left) != a.ndim or len(right) != b.ndim:
         return None
-    plan, sizes = _as_product(left, right, result), dict(zip(left, a.shape, strict=True))
-    for index, size in zip(right, b.shape, strict=True):
-        if sizes.setdefault(index, size) != size:
-            return None
-    if plan is None:
+    if any(sizes.setdefault(*each) != each[1] for each in zip(right, b.shape, strict=True)):
         return None
-    first, second = in_autocast(a.stack), in_autocast(b.stack)
-    if first.dtype != second.dtype:
+    batch, rows, inner, columns = groups
+    if (
+        rows and result[-1] == rows[-1]
+    ):  # which is the last axis in memory as well, in the other order
+        return _contracted(right, left, result, b, a)
+    x, y = in_autocast(a.stack), in_autocast(b.stack)
+    if x.dtype != y.dtype or not plain(x, y):
         return None
-    if plan.swapped:
-        first, second = second, first
-    n, m, k, p = (
-        prod([sizes[index] for index in group])
-        for group in (plan.batch, plan.rows, plan.inner, plan.columns)
-    )
-    batch, lengths = plan.batch, (first.shape[0], second.shape[0])
-    first = _ordered(first, plan.left, batch + plan.rows + plan.inner)
-    second = _ordered(second, plan.right, batch + plan.inner + plan.columns)
-    first, second = first.reshape(lengths[0], n, m, k), second.reshape(lengths[1], n, k, p)
-    found = product(_form(_terms(a.firsts, a.pairs, *lengths), first, second), first, second)
-    given = batch + plan.rows + plan.columns
-    found = found.reshape(found.shape[0], *[sizes[index] for index in given])
+    n, m, k, p = (prod([sizes[index] for index in group]) for group in groups)
+    x = _ordered(x, left, batch + rows + inner).reshape(len(x), n, m, k)
+    y = _ordered(y, right, batch + inner + columns).reshape(len(y), n, k, p)
+    found = product(_form(_terms(a.firsts, a.pairs, len(x), len(y)), x, y), x, y)
+    given = batch + rows + columns
+    found = found.reshape(len(found), *[sizes[index] for index in given])
     return a.like(_ordered(found, given, result))
 
 
