@@ -125,8 +125,24 @@ def likelihood():
     return torch.stack(everything)
 
 
+def balanced(whole=False):
+    """Gradients after three steps with balanced weights, and the sizes of the terms."""
+    options = {"probes": hosm.Paired(), "weights": "balanced"}
+    network, module, x0, inputs = setting(3, options)
+    step = module if whole else DistributedDataParallel(module)
+    part = slice(None) if whole else own_half()
+    for _ in range(3):
+        network.zero_grad()
+        step(x0[part], **rows(inputs, x0, part)).backward()
+    found = [parameter.grad for parameter in network.parameters()]
+    return [*found, module.balance.sums, module.balance.counts]
+
+
 WORK = {"ddp": ddp, "static": partial(ddp, static_graph=True), "accumulated": accumulated}
 WORK |= {"fsdp": fsdp} if SHARDS_ON_CPU else {}
+
+
+OTHERS = {"likelihood": likelihood, "balanced": balanced}
 
 
 def work(rank, folder, kind):
@@ -139,8 +155,8 @@ def work(rank, folder, kind):
         world_size=2,
         timeout=datetime.timedelta(seconds=60),
     )
-    if kind == "likelihood":
-        found = likelihood()
+    if kind in OTHERS:
+        found = OTHERS[kind]()
     else:
         found = {name: [WORK[name](case) for case in CASES] for name in kind.split()}
     if rank == 0:
@@ -158,6 +174,14 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
         for case, gradients, right in zip(CASES, found, expected, strict=True):
             print(kind, case)  # noqa: T201
             assert_same(gradients, right, 1e-8)
+
+
+def test_balanced_weights_of_two_processes_are_those_of_one(tmp_path):
+    """The sizes of the terms are reduced over both, whose halves differ."""
+    mp.spawn(work, (str(tmp_path), "balanced"), nprocs=2)
+    found, expected = torch.load(tmp_path / "found.pt"), balanced(whole=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 def test_a_group_takes_the_steps_of_its_most_demanding_rank(tmp_path):

@@ -10,7 +10,8 @@ Formula, with m_j(u) the running mean of |term j| near u = log σ̂:
     m_j is a mean over bins of u, in which a step counts DECAY as much as the next. A mean over all
     bins counts as PRIOR samples in each, so that a bin that is new gives no weight of its own.
     The mean of the size is taken and not that of the term: a term that is mostly noise, of which
-    the paired ones are of either sign, counts the less.
+    the paired ones are of either sign, counts the less. Where torch.distributed is initialised all
+    processes take up the terms of all, so a training step is one of each of them.
 
 Source:
     Kendall, Gal and Cipolla, "Multi-task learning using uncertainty to weigh losses", CVPR 2018;
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 BINS, DECAY, PRIOR = 32, 0.999, 32.0
@@ -85,11 +87,17 @@ class Balance(nn.Module):
 
     @torch.no_grad()
     def _take_up(self, terms: Sequence[Tensor | None], places: Sequence[Tensor]) -> None:
-        self.sums.mul_(DECAY)
-        self.counts.mul_(DECAY)
+        kept = torch.stack([self.sums, self.counts]) * DECAY
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        found = torch.zeros_like(kept) if several else kept
         for row, (term, place) in enumerate(zip(terms, places, strict=False)):
             if term is not None:
                 known = torch.isfinite(term)
-                size = torch.where(known, term.abs(), 0).to(self.sums.dtype)
-                self.sums[row].index_add_(0, place, size)
-                self.counts[row].index_add_(0, place, known.to(self.counts.dtype))
+                size = torch.where(known, term.abs(), 0)
+                for part, each in zip(found, (size, known), strict=True):
+                    part[row].index_add_(0, place, each.to(found.dtype))
+        if several:
+            dist.all_reduce(found)
+            found += kept
+        self.sums.copy_(found[0])
+        self.counts.copy_(found[1])
