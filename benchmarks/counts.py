@@ -25,8 +25,8 @@ PATH = Path(__file__).with_name("counts.json")
 BATCH, SAMPLES = 4, 2  # of a training step, and of a likelihood
 LIKELIHOODS = {
     "ode_nll": hosm.ode_nll,
-    "ode_nll, probes=4": partial(hosm.ode_nll, probes=4),
-    "ode_nll, dct": partial(hosm.ode_nll, distribution="dct"),
+    "ode_nll, probes=4": partial(hosm.ode_nll, divergence=hosm.Hutchinson(4)),
+    "ode_nll, dct": partial(hosm.ode_nll, divergence=hosm.Hutchinson(1, "dct")),
     "ode_nll, exact, 2-D": partial(hosm.ode_nll, divergence="exact"),
     "variational_nll": hosm.variational_nll,
 }

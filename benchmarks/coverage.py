@@ -90,15 +90,17 @@ def measure(name: str, schedule: hosm.Schedule, steps: int | None) -> dict[str, 
                 held_out = data[torch.arange(count) % 8]
                 held_out += EXACT_STD * torch.randn(held_out.shape, generator=generator)
     every = torch.cat([data, held_out])
-    options: dict[str, Any] = {"data_std": float(every.std()), "data_mean": float(every.mean())}
+    moments: dict[str, Any] = {"data_std": float(every.std()), "data_mean": float(every.mean())}
     alpha, sigma = schedule(torch.tensor([schedule.t_min], dtype=torch.float64))
     noise = torch.randn(held_out.shape, generator=generator, dtype=torch.float64)
     x = alpha * held_out.double() + sigma * noise
-    truth = hosm.ode_nll(model, x, divergence="exact", steps=finest, **options)
+    fine = hosm.FixedGrid(finest, **moments)
+    truth = hosm.ode_nll(model, x, solver=fine, divergence="exact")
     found: dict[str, float] = {}
-    for which, options["companion"] in (("", False), (", companion", True)):
-        exact = hosm.ode_nll(model, x, divergence="exact", steps=STEPS, **options)
-        random = hosm.ode_nll(model, x, steps=STEPS, generator=generator, **options)
+    for which, companion in (("", False), (", companion", True)):
+        solver = hosm.FixedGrid(STEPS, companion=companion, **moments)
+        exact = hosm.ode_nll(model, x, solver=solver, divergence="exact")
+        random = hosm.ode_nll(model, x, solver=solver, generator=generator)
         error = (exact.nll - truth.nll).abs()
         found["error"] = median = float(error.median())
         found[f"ratio{which}"] = float(exact.solver_error.median()) / median

@@ -74,8 +74,10 @@ class Method(NamedTuple):
 
 def fixed(problem: Problem, x: Tensor, steps: float, seed: int, **options: Any) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    given = {"data_std": problem.std, "generator": generator, "steps": int(steps)}
-    return hosm.ode_nll(problem.model, x, **given | options).nll
+    solver = hosm.FixedGrid(int(steps), data_std=problem.std)
+    return hosm.ode_nll(
+        problem.model, x, **{"solver": solver, "generator": generator} | options
+    ).nll
 
 
 def kept_probe_nll(problem: Problem, x: Tensor, steps: float, seed: int) -> Tensor:
@@ -94,15 +96,16 @@ def kept_probe_nll(problem: Problem, x: Tensor, steps: float, seed: int) -> Tens
 
 def adaptive(problem: Problem, x: Tensor, tolerance: float, _seed: int) -> Tensor:
     """ode_nll with adaptive steps and the exact divergence."""
-    options = {"method": "adaptive", "divergence": "exact", "data_std": problem.std}
-    return hosm.ode_nll(problem.model, x, tolerance=tolerance, **options).nll
+    solver = hosm.Adaptive(tolerance, data_std=problem.std)
+    return hosm.ode_nll(problem.model, x, solver=solver, divergence="exact").nll
 
 
 def ours(elements: int, *, exact: bool) -> Iterator[Method]:
     """Ours, those with the exact divergence where it can be paid for."""
     yield Method(FRESH, "steps", STEPS if exact else STEPS[1:4], fixed, smooth=kept_probe_nll)
     if elements > 2:
-        dct, several = partial(fixed, distribution="dct"), STEPS if exact else (HEADLINE_STEPS,)
+        dct = partial(fixed, divergence=hosm.Hutchinson(1, "dct"))
+        several = STEPS if exact else (HEADLINE_STEPS,)
         yield Method(DCT, "steps", several, dct, smooth=kept_probe_nll)
     yield Method(KEPT, "steps", (HEADLINE_STEPS,), kept_probe_nll)
     if exact:

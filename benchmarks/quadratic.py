@@ -17,6 +17,7 @@ With A = σ ∂f/∂x, the truth f*, A*, G*, and δ = f − f*, E = A − A* det
 """
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from tests.oracles import GaussianMixture, anisotropic
@@ -181,8 +182,9 @@ def divergences(elements: int, seed: int) -> dict[str, tuple[float, float]]:
     model, values = hosm.ScoreModel(network, SCHEDULE), {}
     for name in tqdm(every, f"d = {elements}, likelihoods", leave=False):
         network.weights = torch.stack([level[name] for level in levels])
-        options = {"data_mean": network.mean, "data_std": network.std, "batch_size": 500}
-        ratio = log_q + hosm.ode_nll(model, test, divergence="exact", **options).nll
+        solver = hosm.FixedGrid(data_mean=network.mean, data_std=network.std)
+        options: dict[str, Any] = {"divergence": "exact", "batch_size": 500}
+        ratio = log_q + hosm.ode_nll(model, test, solver=solver, **options).nll
         values[name] = ratio + torch.expm1(-ratio)
     base = values["order one"]
     return {

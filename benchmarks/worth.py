@@ -82,7 +82,7 @@ def losses(cell: Cell, members: int, baseline: str = "") -> dict[str, Loss]:
         def loss(x0: Tensor, generator: torch.Generator) -> Tensor:
             x0 = x0[: LIKELIHOOD_ROWS * members]
             x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator)
-            given: Any = {"steps": min(LIKELIHOOD_STEPS, cell.solver), **cell.ode}
+            given: Any = cell.ode(min(LIKELIHOOD_STEPS, cell.solver))
             return hosm.ode_nll(model, x, enable_grad=True, **given).nll.nanmean()
 
         return loss

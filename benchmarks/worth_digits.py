@@ -68,13 +68,13 @@ class Digits(Cell):
         rows = train[torch.randint(len(train), (count,), generator=generator)]
         return self.density.uniform(rows, generator)
 
-    @property
-    def ode(self) -> dict[str, object]:
+    def ode(self, steps: int | None = None) -> dict[str, object]:
         """Options of `ode_nll`; with many elements the probes are the same in every call."""
         if self.density.elements <= EXACT:
-            return super().ode
-        probes = {"probes": PROBES, "generator": torch.Generator().manual_seed(0)}
-        return super().ode | {"divergence": "hutchinson"} | probes
+            return super().ode(steps)
+        generator = torch.Generator().manual_seed(0)
+        probes = {"divergence": hosm.Hutchinson(PROBES), "generator": generator}
+        return super().ode(steps) | probes
 
     def small(self) -> "Digits":
         """The same with next to no work, for a try."""

@@ -319,11 +319,11 @@ class Cell:
         value = standard.square() / 2 + std.log() + math.log(2 * math.pi) / 2
         return -value.sum(1)
 
-    @property
-    def ode(self) -> dict[str, object]:
+    def ode(self, steps: int | None = None) -> dict[str, object]:
         """Options of `ode_nll` and `ode_sample`."""
         moments = {"data_mean": self.density.mean, "data_std": self.density.std}
-        return {"divergence": "exact", "log_prior": self.log_prior, **moments}
+        solver = hosm.FixedGrid(steps or self.solver, **moments)
+        return {"solver": solver, "divergence": "exact", "log_prior": self.log_prior}
 
     def small(self) -> "Cell":
         """The same with next to no work, for a try."""

@@ -66,7 +66,7 @@ def finite(values: Tensor) -> Tensor:
 
 def options(cell: Cell, members: int) -> dict[str, Any]:
     size = max(1, ROWS // members // cell.density.elements) * members
-    return {**cell.ode, "steps": cell.solver, "batch_size": size}
+    return {**cell.ode(), "batch_size": size}
 
 
 def log_ratio(cell: Cell, model: hosm.ScoreModel, members: int) -> Tensor:

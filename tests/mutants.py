@@ -474,21 +474,21 @@ MUTANTS = [
         "tests/likelihood/test_tolerance.py",
     ),
     Mutant(
-        "likelihood/inputs.py",
-        "        after.restore()\n",
-        "        after.restore(generators=False)\n",
+        "likelihood/watch.py",
+        "        state.restore()\n",
+        "        state.restore(generators=False)\n",
         "tests/likelihood/test_said.py",
     ),
     Mutant(
         "likelihood/inputs.py",
-        "points = dequantize(whole.x, generator) if dequantization else whole.x",
-        "points = dequantize(whole.x) if dequantization else whole.x",
+        "points = whole.x if self.dequantization is None else dequantize(x, generator)",
+        "points = whole.x if self.dequantization is None else dequantize(x)",
         "tests/likelihood/test_random_settings.py",
     ),
     Mutant(
         "likelihood/paths.py",
-        "latent, integral = (batch.x, -solved.integral) if backwards else (end, solved.integral)",
-        "latent, integral = (batch.x if backwards else end), solved.integral",
+        "latent, integral = (batch.x, -integral) if backwards else (end, integral)",
+        "latent, integral = (batch.x if backwards else end), integral",
         "tests/likelihood/test_random_settings.py",
     ),
     Mutant(
@@ -499,8 +499,8 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/result.py",
-        "float(self.nll.detach()[good].double().std()) / count**0.5",
-        "float(self.nll.detach()[good].double().std()) / len(good) ** 0.5",
+        "float(nll.detach()[good].double().std()) / count**0.5",
+        "float(nll.detach()[good].double().std()) / len(good) ** 0.5",
         "tests/likelihood/test_result.py",
     ),
     Mutant(

@@ -163,6 +163,6 @@ def test_a_node_of_the_likelihood_is_one_call_and_a_pass_back():
     with torch.no_grad(), CountFlops() as forward:
         network(x, torch.ones(2))
     with CountFlops() as count:
-        hosm.ode_nll(hosm.ScoreModel(network, VP), x, steps=20)
+        hosm.ode_nll(hosm.ScoreModel(network, VP), x, solver=hosm.FixedGrid(20))
     nodes, stages = 21, 9
     assert count.total == pytest.approx((2 * nodes + stages) * forward.total, rel=0.01)

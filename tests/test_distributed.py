@@ -114,11 +114,11 @@ def likelihood():
 
     together, model = False, hosm.ScoreModel(network, VP)
     x = torch.ones(2, 3, dtype=torch.float64)
-    options = {"steps": None, "tolerance": 0.05}
-    alone = hosm.ode_nll(model, x, **options).steps
+    alone = hosm.ode_nll(model, x, solver=hosm.ToTolerance(0.05)).steps
     together = True
-    agreed = hosm.ode_nll(model, x, group=dist.group.WORLD, **options)
-    drawn = hosm.ode_sample(model, x, divergence=None, group=dist.group.WORLD, **options)
+    solver = hosm.ToTolerance(0.05, group=dist.group.WORLD)
+    agreed = hosm.ode_nll(model, x, solver=solver)
+    drawn = hosm.ode_sample(model, x, solver=solver, divergence=None)
     found = torch.tensor([alone, agreed.steps, int(agreed.nfe[0]), int(drawn.nfe[0])])
     everything = [torch.zeros_like(found) for _ in range(2)]
     dist.all_gather(everything, found)

@@ -24,6 +24,7 @@ from tests.cases import MLP, Detaches
 from tests.schedules.checks import own
 
 NAN, INF = math.nan, math.inf
+NORMAL = torch.distributions.Normal(0.0, 1.0)  # of numbers
 X = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
 T = torch.full((4,), 0.5, dtype=torch.float64)
 PROBES = torch.stack([X, -X])
@@ -92,11 +93,12 @@ TENSORS = [
 WHOLE = bad(ValueError, 0, -1, True, 2.0, "2", np.array([1, 2]))
 NUMBER = bad(TypeError, None, "1", True, torch.tensor(0.5)) + bad(ValueError, NAN, INF, -INF)
 BETA = bad(ValueError, None, "0.1", True, NAN, 0.0, 1.0, -0.1)
+POSITIVE = bad(ValueError, None, 0.0, -1.0, "1e-3", True, NAN, INF)
 NAME = bad(ValueError, "other", 1, ["exact"])
 FLAG = bad(TypeError, None, 1, "yes", torch.ones(2))
 MOMENT = [
     *bad(TypeError, None, "0", True, X[0] * 1j, X[0] > 0, X[0].to_sparse()),
-    *bad(ValueError, torch.ones(3), NAN, X / 0),
+    *bad(ValueError, NAN, X / 0),
 ]
 NUMBERS = [
     *bad(TypeError, torch.tensor([0.9j, 0.5]), ["a", "b"], object(), [[0.9], 0.5]),
@@ -162,14 +164,15 @@ BAD = {
     "latent": TENSORS + bad(TypeError, "noise", ()) + bad(ValueError, (5, 0), [1.0], (True, 2)),
     "steps": WHOLE + bad(ValueError, 1),
     "samples": WHOLE + bad(ValueError, 7),
-    "divergence": NAME,
-    "tolerance": bad(ValueError, 0.0, -1.0, "1e-3", True, NAN, INF),
+    "solver": bad(TypeError, None, 64, "fixed", hosm.FixedGrid),
+    "divergence": bad(ValueError, "hutchinson", 4, ["exact"], hosm.Hutchinson, hosm.Paired()),
+    "draws": WHOLE,
+    **dict.fromkeys(("tolerance", "step_tolerance"), POSITIVE),
     "group": bad(ValueError, "world", 1),
     "data_mean": MOMENT,
     "data_std": MOMENT + bad(ValueError, 0.0, -1.0, X[0] * 0),
-    "log_prior": bad(TypeError, 5, "normal", X),
-    "dequantization": bad(ValueError, "normal", 1, ["uniform"]),
-    "dequantization_draws": WHOLE + bad(ValueError, 2),
+    "log_prior": bad(TypeError, 5, "normal", X) + bad(ValueError, NORMAL),
+    "dequantization": bad(ValueError, "uniform", 1, hosm.Uniform),
     "nodes": WHOLE + bad(ValueError, 1),
     "reference": [
         *bad(TypeError, "truth", X.byte(), X + 0j, X.to_sparse()),
@@ -208,6 +211,7 @@ FORWARD = hosm.ThirdOrderDSM.forward  # of order two as well
 OF_FIRST = hosm.FirstOrderDSM.forward
 STEIN = hosm.stein_dsm, hosm.SteinDSM
 SOLVERS = hosm.ode_nll, hosm.ode_sample
+FEW = hosm.FixedGrid(4)
 PARAMETRIC = (hosm.VPSchedule, hosm.SubVPSchedule, hosm.VESchedule)
 PARAMETRIC += (hosm.CosineSchedule, hosm.LinearFlowSchedule, hosm.EDMSchedule)
 CALLS = {
@@ -216,8 +220,9 @@ CALLS = {
     FORWARD: {"self": hosm.ThirdOrderDSM(MODEL), "x0": X},
     OF_FIRST: {"self": hosm.FirstOrderDSM(MODEL), "x0": X},
     hosm.SteinDSM.forward: {"self": hosm.SteinDSM(MODEL), "x0": X},
-    hosm.ode_nll: {"model": MODEL, "x": X, "steps": 4},
-    hosm.ode_sample: {"model": MODEL, "latent": X, "steps": 4},
+    hosm.ode_nll: {"model": MODEL, "x": X, "solver": FEW},
+    hosm.ode_sample: {"model": MODEL, "latent": X, "solver": FEW},
+    **{value: {} for value in (hosm.FixedGrid, hosm.ToTolerance, hosm.Adaptive, hosm.Uniform)},
     hosm.variational_nll: {"model": MODEL, "x": X, "samples": 2},
     hosm.likelihood_gap: {"model": MODEL, "x0": X, "nodes": 2, "steps": 4},
     hosm.check_derivatives: {"model": MODEL, "x0": X},
@@ -256,14 +261,18 @@ MORE = {
         for call in STEIN
     },
     (hosm.Paired, "count"): bad(ValueError, 1),
-    **{(call, "probes"): bad(ValueError, "exact") for call in SOLVERS},
-    **{(call, "steps"): bad(ValueError, 3) for call in SOLVERS},
+    (hosm.FixedGrid, "steps"): bad(ValueError, None, 3),
+    (hosm.ode_sample, "solver"): bad(ValueError, hosm.FixedGrid(companion=True)),
     **{(call, "weights"): bad(ValueError, nn.Parameter(torch.ones(4))) for call in MODULES},
     (hosm.SteinDSM, "weight"): bad(ValueError, nn.Parameter(torch.ones(()))),
     (hosm.stein_dsm, "weight"): bad(ValueError, torch.ones((), device="meta")),
     (SECOND, "weights"): bad(ValueError, "balanced", (0, 0, 0, 1)),
     (THIRD, "weights"): bad(ValueError, "balanced", (1, 1, 1, torch.ones((), device="meta"))),
     (hosm.ode_nll, "divergence"): bad(ValueError, None),
+    **{
+        (hosm.variational_nll, name): bad(ValueError, torch.ones(3))
+        for name in ("data_mean", "data_std")
+    },
     (hosm.likelihood_gap, "steps"): bad(ValueError, None, 3),
     (hosm.likelihood_gap, "reference"): [
         *bad(ValueError, torch.ones(3, 5)),
@@ -301,8 +310,7 @@ MORE = {
     (interop.from_edm, "net"): bad(TypeError, object()),
 }
 BOTH = (*MODULES[1:], SECOND, THIRD, hosm.dsm_terms)
-IMAGES = {"x": X.byte(), "dequantization": "uniform", "divergence": "exact"}
-NOISY = {"dequantization_draws": 2, "divergence": "hutchinson"}
+IMAGES = {"x": X.byte(), "dequantization": hosm.Uniform()}
 PAIRED, AVERAGED = {"probes": hosm.Paired()}, hosm.AveragedTargets()
 TURNED = {"model": module("Lumina2"), "scheduler": flow()}
 DISCRETE = {"sde": SimpleNamespace(sigma_min=0.01, sigma_max=50.0), "continuous": False}
@@ -323,18 +331,20 @@ TOGETHER = [
     (LOSSES, ValueError, "t", {"model": hosm.ScoreModel(NETWORK, TABLE), "t": T.long() + 3}),
     (LOSSES, TypeError, "t", {"x0": X.bfloat16(), "t": T.bfloat16()}),
     (LOSSES, ValueError, "targets", {"targets": AVERAGED, "model_kwargs": {"y": T}}),
-    (SOLVERS, ValueError, "probes", {"divergence": "exact", "probes": 2}),
-    (SOLVERS, ValueError, "distribution", {"divergence": "exact", "distribution": "dct"}),
-    ([SAMPLE], ValueError, "probes", {"divergence": None, "probes": 2}),
-    ([SAMPLE], ValueError, "distribution", {"divergence": None, "distribution": "dct"}),
     ([SAMPLE], ValueError, "latent", {"latent": (4, 2), "log_prior": torch.sum}),
-    *[([NLL], ValueError, "companion", {"companion": True, "steps": n}) for n in (6, 63, None)],
-    ([NLL], ValueError, "companion", {"companion": True, "method": "adaptive"}),
-    ([NLL, hosm.variational_nll], TypeError, "x", {"dequantization": "uniform"}),
+    *[
+        ([hosm.FixedGrid], ValueError, "companion", {"companion": True, "steps": n})
+        for n in (6, 63)
+    ],
+    *[
+        (SOLVERS, ValueError, name, {"solver": hosm.FixedGrid(**{name: torch.ones(3)})})
+        for name in ("data_mean", "data_std")
+    ],
+    ([NLL, hosm.variational_nll], TypeError, "x", {"dequantization": hosm.Uniform()}),
     ([NLL], TypeError, "x", IMAGES | {"x": X.long()}),
     ([NLL], TypeError, "x", IMAGES | {"x": X.byte().to_sparse()}),
     ([NLL], ValueError, "x", IMAGES | {"x": X[:0].byte()}),
-    ([NLL], ValueError, "dequantization_draws", IMAGES | NOISY),
+    ([NLL], ValueError, "dequantization", IMAGES | {"dequantization": hosm.Uniform(2)}),
     ([FIRST], TypeError, "first_order_dsm", {"probe": X}),
     ([SECOND], TypeError, "second_order_dsm", {"third": "exact"}),
     ([THIRD], TypeError, "third_order_dsm", {"n_probes": 2}),
@@ -527,6 +537,7 @@ WITHOUT_ROWS = {
     *("DerivativeError", "DSMTerms", "SteinTerms", "LoggedTerms", "LoggedSteinTerms", "Schedule"),
     *("NLLSummary", "SampleResult", "GapEstimate", "GapReport", "Shared", "checkpoint"),
     *("WrappingCandidate", "WrappingReport", "DerivativeReport"),
+    "NLLResult",  # whose methods are those of its base
 }
 
 
@@ -564,7 +575,7 @@ def in_numpy(t):
 
 
 TOLD = [
-    (lambda: hosm.ode_nll(MODEL, X.byte()), r"/ 127\.5 - 1; .*dequantization='uniform'"),
+    (lambda: hosm.ode_nll(MODEL, X.byte()), r"/ 127\.5 - 1; .*dequantization=Uniform\(\)"),
     (lambda: hosm.FirstOrderDSM(NETWORK), r"Wrap your network first: ScoreModel\(network, "),
     (lambda: hosm.ScoreModel(NETWORK, scheduler()), r"a schedule such as VPSchedule\(\)"),
     (lambda: hosm.ScoreModel(NETWORK, scheduler()), r"from_diffusers\(network, scheduler\)"),
@@ -592,7 +603,10 @@ TOLD = [
     (lambda: loss(MLP(2).float()), r"data are torch\.float64 and its parameters torch\.float32"),
     (lambda: loss(NETWORK, t=500 * T), r"convert it with ScoreModel\(\.\.\., time="),
     (lambda: hosm.DiscreteSchedule(torch.linspace(1e-4, 0.02, 9)), "Betas.*go to .*from_betas"),
-    (lambda: hosm.NLLResult.cat([X]), r"expected NLLResults; got a torch\.float64 tensor"),
+    (
+        lambda: hosm.NLLResult.cat([X]),
+        r"expected NLLResults in a list; got a torch\.float64 tensor",
+    ),
     (lambda: hosm.NLLResult.from_dict(result().to_dict() | {"nll": "x"}), "got 'x'"),
     (lambda: hosm.DiscreteSchedule.cosine(max_beta=1.0), r"expected a number in \(0, 1\); got"),
     (lambda: hosm.ScoreModel(NETWORK, own(sigma=in_numpy)), r"got RuntimeError: \w"),

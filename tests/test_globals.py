@@ -16,15 +16,15 @@ from tests.cases import ENGINES, FUNCTIONS, MLP, MODULES, SCHEDULES, VP
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 IMAGES = (X.abs() * 100).to(torch.uint8)
-NLL = {"steps": 4}
+FEW = hosm.FixedGrid(4)
 
 
 def from_prior(model, **options):
-    return hosm.ode_sample(model, (4, 3), divergence=None, steps=4, **options).x
+    return hosm.ode_sample(model, (4, 3), solver=FEW, divergence=None, **options).x
 
 
 def density(function, x=X, **fixed):
-    return lambda model, **options: function(model, x, **NLL, **fixed, **options).nll
+    return lambda model, **options: function(model, x, solver=FEW, **fixed, **options).nll
 
 
 def loss(function, **fixed):
@@ -47,13 +47,11 @@ DRAWS = {
     "terms": lambda model, **options: hosm.dsm_terms(model, X, **options).third,
     "nll": density(hosm.ode_nll),
     "nll, adaptive": lambda model, **options: (
-        hosm.ode_nll(
-            model, X, method="adaptive", divergence="hutchinson", tolerance=1e3, **options
-        ).nll
+        hosm.ode_nll(model, X, solver=hosm.Adaptive(1e3), **options).nll
     ),
     "nll, clean": density(hosm.ode_nll, divergence="exact", clean=True),
     "nll, dequantized": density(
-        hosm.ode_nll, IMAGES, divergence="exact", dequantization="uniform"
+        hosm.ode_nll, IMAGES, divergence="exact", dequantization=hosm.Uniform()
     ),
     "sample": from_prior,
     "bound": lambda model, **options: hosm.variational_nll(model, X, samples=2, **options).nll,
@@ -179,7 +177,7 @@ def test_backward_writes_gradients_and_nothing_else():
         assert after[2:] == before[2:]
     assert model.network.frozen.weight.grad is None
     assert model.network.inner[0].weight.grad is not None
-    hosm.ode_nll(model.eval(), x0, steps=4)
+    hosm.ode_nll(model.eval(), x0, solver=FEW)
     for tensor, copy in zip(tensors, copies, strict=True):
         assert torch.equal(tensor, copy)
         assert not tensor.requires_grad

@@ -13,11 +13,12 @@ from hosm_losses._progress import progress_bar
 from tests.cases import MLP, VP
 
 MODEL, X = hosm.ScoreModel(MLP(3).double(), VP), torch.linspace(-1, 1, 15).double().reshape(5, 3)
-IMAGES = {"dequantization": "uniform", "dequantization_draws": 3, "steps": 8}
+FEW = hosm.FixedGrid(8)
+IMAGES = {"dequantization": hosm.Uniform(3), "solver": FEW}
 USES = [
-    partial(hosm.ode_nll, x=X, steps=8),
-    partial(hosm.ode_nll, x=X, method="adaptive"),
-    partial(hosm.ode_nll, x=X, steps=None, tolerance=1.0, divergence="exact"),
+    partial(hosm.ode_nll, x=X, solver=FEW),
+    partial(hosm.ode_nll, x=X, solver=hosm.Adaptive()),
+    partial(hosm.ode_nll, x=X, solver=hosm.ToTolerance(1.0), divergence="exact"),
     partial(hosm.variational_nll, x=X, samples=4),
     partial(hosm.ode_nll, x=(127 * X).byte(), divergence="exact", **IMAGES),
 ]
@@ -25,9 +26,9 @@ USES = [
 
 def test_tqdm_is_imported_where_a_bar_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    hosm.ode_nll(MODEL, X, steps=4)
+    hosm.ode_nll(MODEL, X, solver=FEW)
     with pytest.raises(ImportError, match=r"hosm-losses\[progress\]"):
-        hosm.ode_nll(MODEL, X, steps=4, progress=True)
+        hosm.ode_nll(MODEL, X, solver=FEW, progress=True)
 
 
 @pytest.mark.parametrize("use", USES)

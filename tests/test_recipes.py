@@ -99,7 +99,7 @@ def test_a_recipe(command, packages, holds, tmp_path):
 def test_the_numbers_of_two_processes_are_those_of_one():
     """37 images in batches of 8: the second process pads its last batch, which must not count."""
     pytest.importorskip("accelerate")
-    script = [EXAMPLES / "likelihood_many_gpus.py", "--cpu", "--divergence", "exact"]
+    script = [EXAMPLES / "likelihood_many_gpus.py", "--cpu", "--exact"]
     alone = run(*script)
     assert "over 37 samples" in alone
     assert numbers(run(*LAUNCH, *script)) == numbers(alone)
@@ -124,13 +124,17 @@ def test_the_checkerboard_is_learned(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"divergence": "exact", "dequantization": "uniform"},  # whose bits are those of integers
-        {"probes": 1, "dequantization": "uniform"},  # of which no standard error is known
-        {"method": "adaptive", "probes": 4, "dequantization": "uniform"},  # with Student's factor
+        {"divergence": "exact"},  # whose standard error is zero
+        {},  # of which no standard error is known
+        {  # with Student's factor
+            "solver": hosm_losses.Adaptive(),
+            "divergence": hosm_losses.Hutchinson(4),
+        },
     ],
 )
 def test_the_metric_says_what_the_summary_says(options, monkeypatch):
-    """In a process beside one without a batch as well."""
+    """In a process beside one without a batch as well; bits are those of integers."""
+    options = {"dequantization": hosm_losses.Uniform(), **options}
     pytest.importorskip("torchmetrics")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     example = importlib.import_module("nll_metric")

@@ -197,12 +197,12 @@ def test_random_numbers_under_vmap(order):
         vmap(loss)(x0)
 
 
-@pytest.mark.parametrize("method", ["fixed", "adaptive"])
-@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
-def test_the_gradient_of_a_likelihood(divergence, method):
-    network, shape = (Everything(), (2, 6, 3)) if method == "fixed" else (MLP(3), (2, 3))
+@pytest.mark.parametrize("solver", [hosm.FixedGrid(4), hosm.Adaptive(1.0)])
+@pytest.mark.parametrize("divergence", ["exact", hosm.Hutchinson()])
+def test_the_gradient_of_a_likelihood(divergence, solver):
+    network, shape = (Everything(), (2, 6, 3)) if solver == hosm.FixedGrid(4) else (MLP(3), (2, 3))
     x0 = torch.randn(shape)
-    options = {"method": method, "divergence": divergence, "steps": 4, "tolerance": 1.0}
+    options = {"solver": solver, "divergence": divergence}
 
     def nll(parameters, x, _):
         model = hosm.ScoreModel(lambda x, t: functional_call(network, parameters, (x, t)), VP)
@@ -232,10 +232,10 @@ def test_a_likelihood_without_a_graph_has_no_gradient_in_silence(function, trans
     assert_same(grad(looked_at, has_aux=True)(x0)[0], 2 * x0)
 
 
-@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+@pytest.mark.parametrize("divergence", ["exact", hosm.Hutchinson()])
 def test_a_likelihood_under_vmap_is_that_of_every_sample(divergence):
     model, x0 = hosm.ScoreModel(ConvNet(), VP), torch.randn(2, 2, 3, 2)
-    options = {"divergence": divergence, "steps": 4, "data_std": 1.0}
+    options = {"divergence": divergence, "solver": hosm.FixedGrid(4, data_std=1.0)}
 
     def nll(x):
         generator = torch.Generator().manual_seed(0)

@@ -93,8 +93,8 @@ def train(
 
 def nll(model: hosm.ScoreModel, x: Tensor) -> Tensor:
     """−log p of the ODE, (B,), with its exact divergence."""
-    told = {"divergence": "exact", "steps": 96, "batch_size": 4096}
-    return hosm.ode_nll(model, x, data_std=3**-0.5, **told).nll
+    solver = hosm.FixedGrid(96, data_std=3**-0.5)
+    return hosm.ode_nll(model, x, solver=solver, divergence="exact", batch_size=4096).nll
 
 
 def main() -> None:

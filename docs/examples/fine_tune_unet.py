@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from hosm_losses import FirstOrderDSM, SecondOrderDSM, from_diffusers, ode_nll
+import hosm_losses as hosm
 
 
 def draw(count: int) -> Tensor:
@@ -40,8 +40,11 @@ def main() -> None:
     scheduler, held_out = DDPMScheduler(), draw(options.held_out)
 
     def report(name: str, unet: UNet2DModel) -> None:
-        given = {"data_std": 0.6, "generator": torch.Generator().manual_seed(1), "probes": 2}
-        print(name, ode_nll(from_diffusers(unet, scheduler), held_out, **given).summary())
+        given = {"solver": hosm.FixedGrid(data_std=0.6), "divergence": hosm.Hutchinson(2)}
+        given["generator"] = torch.Generator().manual_seed(1)
+        print(
+            name, hosm.ode_nll(hosm.from_diffusers(unet, scheduler), held_out, **given).summary()
+        )
 
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
     for _ in range(options.steps):
@@ -52,11 +55,11 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
     report("order one:", unet)
-    for name, loss in {"one": FirstOrderDSM, "one and two": SecondOrderDSM}.items():
+    for name, loss in {"one": hosm.FirstOrderDSM, "one and two": hosm.SecondOrderDSM}.items():
         torch.manual_seed(2)
         tuned, start = copy.deepcopy(unet), time.perf_counter()
         more = {} if name == "one" else {"weights": (1, 1, 0)}
-        objective = loss(from_diffusers(tuned, scheduler), weighting="native", **more)
+        objective = loss(hosm.from_diffusers(tuned, scheduler), weighting="native", **more)
         optimizer = torch.optim.AdamW(tuned.parameters(), lr=2e-4)
         for _ in range(options.tuning):
             objective(draw(32)).backward()

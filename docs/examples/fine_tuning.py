@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import trange
 
-from hosm_losses import FirstOrderDSM, ScoreModel, ThirdOrderDSM, VPSchedule, ode_nll
+from hosm_losses import Adaptive, FirstOrderDSM, ScoreModel, ThirdOrderDSM, VPSchedule, ode_nll
 
 
 class Network(nn.Module):
@@ -57,7 +57,7 @@ def main() -> None:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             average.update_parameters(model)
-        result = ode_nll(average.module, held_out, method="adaptive", divergence="exact")
+        result = ode_nll(average.module, held_out, solver=Adaptive(), divergence="exact")
         print(f"{name}: {result.summary().nll:.4f} nats")
 
 

@@ -8,7 +8,14 @@ python docs/examples/latents_and_text.py
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from hosm_losses import ThirdOrderDSM, checkpoint, from_diffusers, ode_nll
+from hosm_losses import (
+    FixedGrid,
+    Hutchinson,
+    ThirdOrderDSM,
+    checkpoint,
+    from_diffusers,
+    ode_nll,
+)
 
 
 def main(steps: int = 3) -> None:
@@ -41,7 +48,8 @@ def main(steps: int = 3) -> None:
         optimizer.step()
         print(step, *(f"{name} {value.mean():.4f}" for name, value in terms._asdict().items()))
     unet.eval()
-    result = ode_nll(model, latents, steps=12, data_std=0.9, model_kwargs=text, probes=2)
+    options = {"solver": FixedGrid(12, data_std=0.9), "divergence": Hutchinson(2)}
+    result = ode_nll(model, latents, model_kwargs=text, **options)
     print(result.summary())
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hosm_losses import ScoreModel, ThirdOrderDSM, VPSchedule, ode_nll
+from hosm_losses import FixedGrid, ScoreModel, ThirdOrderDSM, VPSchedule, ode_nll
 
 
 class Network(nn.Module):
@@ -39,7 +39,8 @@ class Diffusion(pl.LightningModule):
 
     def validation_step(self, batch: list[torch.Tensor], _index: int) -> None:
         """Log the nats of the ODE. `ode_nll` works in Lightning's inference mode."""
-        result = ode_nll(self.objective.model, batch[0], steps=32, divergence="exact")
+        model, solver = self.objective.model, FixedGrid(32)
+        result = ode_nll(model, batch[0], solver=solver, divergence="exact")
         self.log("nll", result.nll.mean(), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

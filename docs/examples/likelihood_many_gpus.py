@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hosm_losses import NLLResult, ScoreModel, VPSchedule, ode_nll
+from hosm_losses import Hutchinson, NLLResult, ScoreModel, VPSchedule, ode_nll
 
 
 def gathered(accelerator: Accelerator, result: NLLResult) -> NLLResult:
@@ -26,7 +26,7 @@ def main() -> None:
     """Evaluate, and print the summary once."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--divergence", default="hutchinson")
+    parser.add_argument("--exact", action="store_true", help="divergence, without probes")
     args = parser.parse_args()
     accelerator = Accelerator(cpu=args.cpu)
 
@@ -39,10 +39,10 @@ def main() -> None:
 
     # Its own generator in every process, so that probes differ between them.
     generator = torch.Generator(accelerator.device).manual_seed(accelerator.process_index)
-    probes = 2 if args.divergence == "hutchinson" else 1
+    divergence = "exact" if args.exact else Hutchinson(2)
     results = []
     for (x,) in loader:
-        result = ode_nll(model, x, divergence=args.divergence, probes=probes, generator=generator)
+        result = ode_nll(model, x, divergence=divergence, generator=generator)
         results.append(gathered(accelerator, result))
     accelerator.print(NLLResult.cat(results).summary(levels=256))
     accelerator.end_training()

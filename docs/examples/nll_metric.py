@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torchmetrics import Metric
 
-from hosm_losses import NLLResult, ScoreModel, VPSchedule, ode_nll
+from hosm_losses import FixedGrid, NLLResult, ScoreModel, VPSchedule, ode_nll
 
 FIELDS = ("nll", "nfe", "standard_error", "solver_error", "failed")
 OTHERS = ("levels", "low", "high", "widening", "elements")  # the same for every batch
@@ -60,7 +60,7 @@ def main() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(2, 2)
     model = ScoreModel(lambda x, _t: torch.tanh(layer(x)), VPSchedule())
-    metric = ODELikelihood(model, divergence="exact", steps=16)
+    metric = ODELikelihood(model, solver=FixedGrid(16), divergence="exact")
     for x in torch.randn(40, 2)[rank::world].split(8):
         metric.update(x)
     found = metric.compute()

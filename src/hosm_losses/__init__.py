@@ -15,9 +15,13 @@ from hosm_losses.interop import from_diffusers as from_diffusers
 from hosm_losses.interop import from_edm as from_edm
 from hosm_losses.interop import from_guided_diffusion as from_guided_diffusion
 from hosm_losses.interop import from_score_sde as from_score_sde
+from hosm_losses.likelihood import Adaptive as Adaptive
+from hosm_losses.likelihood import FixedGrid as FixedGrid
 from hosm_losses.likelihood import NLLResult as NLLResult
 from hosm_losses.likelihood import NLLSummary as NLLSummary
 from hosm_losses.likelihood import SampleResult as SampleResult
+from hosm_losses.likelihood import ToTolerance as ToTolerance
+from hosm_losses.likelihood import Uniform as Uniform
 from hosm_losses.likelihood import ode_nll as ode_nll
 from hosm_losses.likelihood import ode_sample as ode_sample
 from hosm_losses.likelihood import variational_nll as variational_nll

@@ -93,13 +93,6 @@ def check_whole(name: str, value: object, minimum: int) -> int:
     return int(value)
 
 
-def check_idle(name: str, value: object, default: object, where: str) -> None:
-    """Raise ValueError where an option of random draws is not the default, and none are drawn."""
-    if value != default:
-        expected = f"{default!r} with {where}, which draws none"
-        raise ValueError(complaint(name, expected, value, "Leave it out."))
-
-
 def check_number(
     name: str, value: object, what: str, *, above: float = -math.inf, at_most: float = math.inf
 ) -> float:
@@ -176,7 +169,7 @@ def check_sample_batch(name: str, value: object) -> Tensor:
     if not value.is_floating_point():
         remedy = (
             "Scale integer images to the range the network was trained on first, for example "
-            f"{name}.float() / 127.5 - 1; ode_nll does it with dequantization='uniform'."
+            f"{name}.float() / 127.5 - 1; ode_nll does it with dequantization=Uniform()."
         )
         raise TypeError(complaint(name, f"a {expected}", value, remedy))
     check_not_empty(name, value)

@@ -84,7 +84,7 @@ def test_the_likelihood_of_digits_is_that_of_the_solver_per_seed():
     found = study.nll(model, rows, 2)
     for i, seed in enumerate((0, 1)):
         x = cell.density.uniform(rows)
-        alone = hosm.ode_nll(cell.model([seed], "plain"), x, steps=cell.solver, **cell.ode)
+        alone = hosm.ode_nll(cell.model([seed], "plain"), x, **cell.ode())
         assert torch.allclose(found[i], alone.nll, rtol=1e-5, atol=1e-4)
 
 
@@ -92,9 +92,9 @@ def test_probes_of_many_elements_are_the_same_in_every_call(monkeypatch):
     monkeypatch.setattr(worth_digits, "EXACT", 2)
     cell = tiny()
     model, x = cell.model([0], "plain"), cell.density.uniform(cell.density.test)
-    one, two = (hosm.ode_nll(model, x, steps=16, **cell.ode).nll for _ in range(2))
+    one, two = (hosm.ode_nll(model, x, **cell.ode(16)).nll for _ in range(2))
     assert torch.equal(one, two)
-    assert cell.ode["divergence"] == "hutchinson"
+    assert cell.ode()["divergence"] == hosm.Hutchinson(worth_digits.PROBES)
 
 
 def test_the_losses_of_digits_start_from_the_best_on_the_validation_split(tmp_path, monkeypatch):

@@ -166,11 +166,11 @@ def test_a_likelihood_with_a_gradient_refuses_it_and_one_without_does_not():
     x, found = torch.randn(2, 2), []
     for function in (guided, torch.sin):
         model = hosm.ScoreModel(Around(lambda h, each=function: h.sin() + each(h)), VP)
-        found.append(hosm.ode_nll(model, x, divergence="exact", steps=4).nll)
+        found.append(hosm.ode_nll(model, x, solver=hosm.FixedGrid(4), divergence="exact").nll)
     assert_same(*found, 1e-12)
     model = hosm.ScoreModel(Around(lambda h: h.sin() + guided(h)), VP)
     with pytest.raises(DroppedGraphError):
-        hosm.ode_nll(model, x, steps=4, enable_grad=True)
+        hosm.ode_nll(model, x, solver=hosm.FixedGrid(4), enable_grad=True)
 
 
 @pytest.mark.parametrize("detached", [lambda x: x.detach(), torch.ones_like])

@@ -108,7 +108,7 @@ def test_once_a_network_and_in_its_first_call_with_gradients():
     model, x = hosm.ScoreModel(Around(F.relu), VP), torch.randn(4, 2)
     with torch.no_grad():
         assert said(lambda: hosm.third_order_dsm(model, x)) == []
-    assert said(lambda: hosm.ode_nll(model, x, steps=4)) == []
+    assert said(lambda: hosm.ode_nll(model, x, solver=hosm.FixedGrid(4))) == []
     (one,) = said(lambda: hosm.stein_dsm(model, x))
     assert one.filename == __file__  # the caller's line
     later = (hosm.second_order_dsm, hosm.third_order_dsm, hosm.stein_dsm)
@@ -121,7 +121,7 @@ def test_once_a_network_and_in_its_first_call_with_gradients():
 
 def test_gradients_of_a_likelihood():
     model, x = hosm.ScoreModel(Around(F.relu), VP), torch.randn(2, 2)
-    call = lambda: hosm.ode_nll(model, x, steps=4, enable_grad=True)  # noqa: E731
+    call = lambda: hosm.ode_nll(model, x, solver=hosm.FixedGrid(4), enable_grad=True)  # noqa: E731
     assert [len(said(call)) for _ in range(2)] == [1, 0]
 
 

@@ -116,7 +116,7 @@ def check(model, t, levels, own, classes=None, tolerance=1e-5, **options):
     first, last = (model.schedule(end) for end in (model.schedule.t_min, model.schedule.t_max))
     x = first[0] * x0 + first[1] * noise
     prior = {"log_prior": lambda z: closed_form(z, *last, classes)[0], "model_kwargs": kwargs}
-    result = hosm.ode_nll(model, x, steps=256, divergence="exact", **prior)
+    result = hosm.ode_nll(model, x, solver=hosm.FixedGrid(256), divergence="exact", **prior)
     expected = -closed_form(x, *first, classes)[0]
     torch.testing.assert_close(result.nll, expected, rtol=0, atol=tolerance)
 
@@ -130,7 +130,7 @@ def check_one_line(model, x0, kwargs=None, pickles=True):
         assert all(bool(each.isfinite().all()) for each in grads)
         assert any(bool(each.any()) for each in grads)
     # On six steps the solver error of an untrained network may be thousands of nats.
-    result = hosm.ode_nll(model, x0, steps=6, model_kwargs=kwargs)
+    result = hosm.ode_nll(model, x0, solver=hosm.FixedGrid(6), model_kwargs=kwargs)
     assert bool(result.solver_error.isfinite().all())
     assert {key.partition(".")[0] for key in model.state_dict()} == {"network"}
     t, kwargs = model.schedule.sample_time(len(x0)), kwargs or {}

@@ -39,7 +39,5 @@ def test_its_likelihood():
     denoiser = K.Denoiser(lambda x, sigma: torch.sin(x), sigma_data=0.5)
     x = 0.5 * torch.randn(3, 2, 4, 4)
     theirs, _ = K.sampling.log_likelihood(denoiser, x, 0.02, 50.0, atol=1e-7, rtol=1e-7)
-    ours = hosm.ode_nll(
-        model_of(denoiser), x, method="adaptive", divergence="exact", tolerance=1e-6
-    )
+    ours = hosm.ode_nll(model_of(denoiser), x, solver=hosm.Adaptive(1e-6), divergence="exact")
     torch.testing.assert_close(-ours.nll, theirs, rtol=0, atol=1e-3)

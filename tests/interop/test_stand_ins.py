@@ -128,14 +128,15 @@ class Cubes(torch.autograd.Function):
         return 3 * ctx.saved_tensors[0] ** 2 * gradient
 
 
-@pytest.mark.parametrize("options", [{"probes": 2}, {"divergence": "exact"}], ids=str)
-def test_what_vmap_cannot_follow_is_called_for_each_probe(options):
+@pytest.mark.parametrize("divergence", [hosm.Hutchinson(2), "exact"])
+def test_what_vmap_cannot_follow_is_called_for_each_probe(divergence):
     found, x, layer = [], torch.randn(2, 3), nn.Linear(3, 3)
     for cubes in (Cubes.apply, lambda x: x**3):
         model = hosm.ScoreModel(lambda x, t, cubes=cubes: cubes(layer(x)), hosm.VPSchedule())
         torch.manual_seed(1)
-        value = hosm.ode_nll(model, x, steps=4, enable_grad=True, **options).nll.sum()
-        if "probes" in options:
-            value = value + hosm.third_order_dsm(model, x, engine="reverse", **options)
+        options = {"divergence": divergence, "enable_grad": True}
+        value = hosm.ode_nll(model, x, solver=hosm.FixedGrid(4), **options).nll.sum()
+        if divergence != "exact":
+            value = value + hosm.third_order_dsm(model, x, engine="reverse", probes=2)
         found.append(with_gradients(value, layer))
     assert_same(*found)

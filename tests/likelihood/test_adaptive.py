@@ -51,10 +51,10 @@ def test_each_sample_keeps_its_probe_when_others_have_arrived():
     """The Jacobian [[0, c], [c, 0]] has the divergence ±2c by the probe, where it should be 0."""
     model = hosm.ScoreModel(lambda x, t: x.flip(1) / 2, VP)
     x = torch.randn(16, 2) * torch.logspace(-3, 1, 16)[:, None]
-    exact = hosm.ode_nll(model, x, method="adaptive", divergence="exact")
+    exact = hosm.ode_nll(model, x, solver=hosm.Adaptive(), divergence="exact")
     assert len(exact.nfe.unique()) > 2
     generator = torch.Generator().manual_seed(0)
-    error = hosm.ode_nll(model, x, method="adaptive", generator=generator).nll - exact.nll
+    error = hosm.ode_nll(model, x, solver=hosm.Adaptive(), generator=generator).nll - exact.nll
     assert float(error.min()) < -1 < 1 < float(error.max())
     torch.testing.assert_close(error.abs(), error.abs().max().expand(16), rtol=1e-3, atol=0)
 

@@ -23,7 +23,8 @@ def test_adaptive_at_its_default_tolerance(name, mixture):
     make, points, most = MIXTURES[mixture]
     model, x, log_density, log_prior = problem(SCHEDULES[name], make(), 32)
     x, log_density = x[:points], log_density[:points]
-    result = hosm.ode_nll(model, x, method="adaptive", divergence="exact", log_prior=log_prior)
+    options = {"divergence": "exact", "log_prior": log_prior}
+    result = hosm.ode_nll(model, x, solver=hosm.Adaptive(), **options)
     error = float((result.nll + log_density).abs().max())
     evaluations = float(result.nfe.double().mean())
     print(f"{mixture} {name}: {error:.1e} nats at most, {evaluations:.0f} calls")  # noqa: T201
@@ -43,19 +44,20 @@ def test_the_steps_of_the_fixed_grid_at_default_tolerance():
     said = r"needs (\d+) steps for an error of (\S+) nats, and has one of (\S+) with (\d+)\."
     ((steps, error, coarse, half),) = re.findall(said, PAGE)
     for count, expected in ((steps, error), (half, coarse)):
-        options = {"divergence": "exact", "log_prior": log_prior, "steps": int(count)}
+        solver = hosm.FixedGrid(int(count))
+        options = {"divergence": "exact", "log_prior": log_prior, "solver": solver}
         found = float((hosm.ode_nll(model, x, **options).nll + log_density).abs().max())
         assert found == pytest.approx(float(expected), rel=0.2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"probes": 2}, {"probes": 4, "method": "adaptive"}], ids=str)
-def test_two_standard_errors_cover_what_they_should(options):
+@pytest.mark.parametrize(("count", "solver"), [(2, hosm.FixedGrid()), (4, hosm.Adaptive(1e-2))])
+def test_two_standard_errors_cover_what_they_should(count, solver):
     """Of repeats of one sample: its rows have probes of their own."""
     model = hosm.ScoreModel(MLP(64, 32), VP)
-    x, options = 0.5 * torch.randn(1, 64), options | {"tolerance": 1e-2}
-    exact = hosm.ode_nll(model, x, divergence="exact", **{**options, "probes": 1}).nll
+    x, options = 0.5 * torch.randn(1, 64), {"divergence": hosm.Hutchinson(count)}
+    exact = hosm.ode_nll(model, x, divergence="exact", solver=solver).nll
     generator = torch.Generator().manual_seed(0)
-    result = hosm.ode_nll(model, x.expand(1000, -1), generator=generator, **options)
+    result = hosm.ode_nll(model, x.expand(1000, -1), solver=solver, generator=generator, **options)
     inside = ((result.nll - exact).abs() < 2 * result.standard_error).double().mean()
     assert 0.93 < float(inside) < 0.97

@@ -15,8 +15,9 @@ from tests.likelihood.problems import gaussian, marginals, total
 def solved(schedule, std, x, repeats, **options):
     """Of repeats of x; the path does not move, so four steps will do, and any signs as probes."""
     end, x = marginals(schedule, std=std)[1], x.expand(repeats, *x.shape)
-    options |= {"log_prior": lambda latent: total(end.log_prob(latent)), "data_std": std}
-    return hosm.ode_nll(gaussian(schedule, std=std), x, steps=4, **options)
+    options |= {"log_prior": lambda latent: total(end.log_prob(latent))}
+    solver = hosm.FixedGrid(4, data_std=std)
+    return hosm.ode_nll(gaussian(schedule, std=std), x, solver=solver, **options)
 
 
 SCHEDULES = {
@@ -53,8 +54,8 @@ def test_the_bound_of_many_draws_approaches_the_probability_of_the_cell():
     exact = -d * float((Normal(0.0, math.hypot(std, 1e-4)).cdf(cell) - 0.5).log())
     levels, gaps, errors = torch.full((d,), 128, dtype=torch.uint8), [], []
     for draws in (1, 16):
-        options = {"dequantization": "uniform", "dequantization_draws": draws}
-        result = solved(schedule, std, levels, 400, divergence="exact", **options)
+        options = {"dequantization": hosm.Uniform(draws), "divergence": "exact"}
+        result = solved(schedule, std, levels, 400, **options)
         nats = result.bits_per_dim() * d * math.log(2)
         gaps.append(float(nats.mean()) - exact)
         errors.append(float(nats.std()) / 20)
@@ -69,7 +70,7 @@ def test_a_network_of_images_gets_its_own_dtype(dtype):
     network, shape = networks()["conv"]
     x = torch.randint(0, 256, (2, *shape), dtype=torch.uint8)
     model = hosm.ScoreModel(network.to(dtype), VP)
-    result = hosm.ode_nll(model, x, steps=8, dequantization="uniform")
+    result = hosm.ode_nll(model, x, solver=hosm.FixedGrid(8), dequantization=hosm.Uniform())
     assert (result.latent.dtype, result.nll.dtype) == (dtype, torch.float64)
 
 

@@ -29,6 +29,8 @@ class Wild(nn.Module):
 
 X = [[0.3, -0.2], [0.1, 0.4], [100.0, 0.5]]
 EXACT = {"divergence": "exact"}
+FIXED, ADAPTIVE = hosm.FixedGrid(16), hosm.Adaptive(0.1)
+TWO = {"divergence": hosm.Hutchinson(2)}
 
 
 @pytest.fixture(autouse=True)
@@ -40,37 +42,35 @@ def few_evaluations(monkeypatch):
 def solved(x, until, **options):
     """The result, and gradients in x and the parameters."""
     network, points = Wild(until), torch.tensor(x, requires_grad=True)
-    options = {"steps": 16, "tolerance": 0.1, "enable_grad": True, **options}
+    options = {"solver": FIXED, "enable_grad": True, **options}
     result = hosm.ode_nll(hosm.ScoreModel(network, VP), points, **options)
     total = result.nll[~result.failed].sum()
     return result, gradients(total, [points, *network.parameters()])
 
 
 @pytest.mark.parametrize(
-    ("method", "until", "look"),
+    ("solver", "until", "look"),
     [
-        ("fixed", -1.0, True),
-        ("fixed", 0.3, True),
-        ("fixed", 0.3, False),
-        ("adaptive", -1.0, True),
-        ("adaptive", 0.3, False),
+        (FIXED, -1.0, True),
+        (FIXED, 0.3, True),
+        (FIXED, 0.3, False),
+        (ADAPTIVE, -1.0, True),
+        (ADAPTIVE, 0.3, False),
     ],
 )
-def test_the_gradients_are_those_without_the_sample_that_failed(method, until, look, monkeypatch):
+def test_the_gradients_are_those_without_the_sample_that_failed(solver, until, look, monkeypatch):
     """From its start, or on its way; on an accelerator nothing may be looked at."""
     if not look:
         monkeypatch.setattr(paths, "may_look", lambda _: False)
-    result, (of_x, *found) = solved(X, until, method=method, **EXACT)
-    alone, (wanted, *expected) = solved(X[:2], until, method=method, **EXACT)
+    result, (of_x, *found) = solved(X, until, solver=solver, **EXACT)
+    alone, (wanted, *expected) = solved(X[:2], until, solver=solver, **EXACT)
     assert result.failed.tolist() == [False, False, True]
     torch.testing.assert_close(result.nll[:2], alone.nll)
     torch.testing.assert_close(of_x, torch.cat([wanted, torch.zeros(1, 2)]))
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize(
-    "options", [{"clean": True}, {"probes": 2}, {"probes": 2, "method": "adaptive"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"clean": True}, TWO, {**TWO, "solver": ADAPTIVE}], ids=str)
 def test_nor_are_they_lost_where_something_is_drawn(options):
     result, found = solved(X, -1.0 if "clean" in options else 0.3, **options)
     assert result.failed.tolist() == [False, False, True]
@@ -99,7 +99,7 @@ class Kick(nn.Module):
 
 def test_a_trial_step_that_was_rejected_is_not_in_the_gradient():
     """x_T = α_T (x/α + θ S) with S the area of the kick, of −log p = ½ x_T² + …"""
-    network, options = Kick(), {"method": "adaptive", "enable_grad": True, **EXACT}
+    network, options = Kick(), {"solver": hosm.Adaptive(), "enable_grad": True, **EXACT}
     result = hosm.ode_nll(hosm.ScoreModel(network, VP), torch.full((1, 1), 0.5), **options)
     assert network.left
     assert not result.failed.any()

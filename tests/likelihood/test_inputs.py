@@ -12,19 +12,28 @@ from tests.cases import VP, Function
 from tests.likelihood.problems import gaussian, total
 from tests.likelihood.test_result import full
 
+FEW = hosm.FixedGrid(8)
+
 
 def poisoned(x, t):
     return torch.where(x[:, :1] > 50, float("nan"), x)
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "adaptive"}, {"companion": True}, {"enable_grad": True}], ids=str
+    "options",
+    [
+        {"solver": hosm.Adaptive()},
+        {"solver": hosm.FixedGrid(16, companion=True)},
+        {"enable_grad": True},
+    ],
+    ids=str,
 )
 def test_a_prior_is_not_shown_what_is_not_finite(options):
     """Nor does a gradient go back from there: 0 · NaN would, through the square of a latent."""
     x = torch.tensor([[0.1, 0.2], [1000.0, 0.0], [-0.3, 0.4]], requires_grad=True)
     law = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))  # which checks
-    model, options = hosm.ScoreModel(poisoned, VP), {"divergence": "exact", "steps": 16, **options}
+    model = hosm.ScoreModel(poisoned, VP)
+    options = {"divergence": "exact", "solver": hosm.FixedGrid(16), **options}
     own, default = (hosm.ode_nll(model, x, log_prior=p, **options) for p in (law.log_prob, None))
     assert own.failed.tolist() == own.nll.isnan().tolist() == [False, True, False]
     for name in ("nll", "solver_error"):
@@ -47,7 +56,7 @@ def test_the_prior_of_a_short_type_is_computed_in_float32(dtype):
 
     model, x = gaussian(VP), (0.5 * torch.randn(3, 3072)).to(dtype)
     found, expected = (
-        hosm.ode_nll(model, x, steps=8, generator=torch.Generator(), log_prior=each).nll
+        hosm.ode_nll(model, x, solver=FEW, generator=torch.Generator(), log_prior=each).nll
         for each in (log_prior, None)
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
@@ -60,7 +69,7 @@ def test_a_prior_may_return_any_type_as_wide_as_the_networks():
     for network, kinds in {half: (half, double), single: (single, double)}.items():
         for kind in (*kinds, torch.float16, torch.int64):
             prior = torch.full((2,), -4).to(kind)
-            given = {"log_prior": lambda latent, prior=prior: prior, "steps": 8}
+            given = {"log_prior": lambda latent, prior=prior: prior, "solver": FEW}
             x = torch.ones(2, 3, dtype=network)
             if kind in kinds:
                 assert hosm.ode_nll(gaussian(VP), x, **given).nll.dtype == double
@@ -127,5 +136,5 @@ def test_one_sample_in_channels_last_has_the_right_gradient_of_an_instance_norm(
     for layout in (torch.contiguous_format, torch.channels_last):
         network.to(memory_format=layout)
         generator = torch.Generator().manual_seed(1)
-        found.append(hosm.ode_nll(model, x, steps=8, generator=generator).nll)
+        found.append(hosm.ode_nll(model, x, solver=FEW, generator=generator).nll)
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=0)

@@ -122,11 +122,15 @@ def kicked(x, t):
 def test_a_kick_that_is_stretched_later_is_covered():
     model = hosm.ScoreModel(kicked, VP)
     x = 1e-4 * torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
-    few, many = (hosm.ode_nll(model, x, divergence="exact", steps=n).nll for n in (64, 1024))
+    few, many = (
+        hosm.ode_nll(model, x, solver=hosm.FixedGrid(n), divergence="exact").nll
+        for n in (64, 1024)
+    )
     error = (few - many).abs()
-    for divergence in ("exact", "hutchinson"):
+    for divergence in ("exact", hosm.Hutchinson()):
         alone, both = (
-            hosm.ode_nll(model, x, companion=each, divergence=divergence) for each in (False, True)
+            hosm.ode_nll(model, x, solver=hosm.FixedGrid(companion=each), divergence=divergence)
+            for each in (False, True)
         )
         assert not (error <= 2 * alone.solver_error).any()
         assert (error <= 2 * both.solver_error).all()

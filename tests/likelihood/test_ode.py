@@ -9,15 +9,13 @@ from tests.cases import MLP, SCHEDULES, VP, gradients, networks
 from tests.likelihood.problems import problem
 from tests.oracles import paper_mixture, ring
 
-METHODS = ["fixed", "adaptive"]
-
 
 @pytest.mark.parametrize(("name", "mixture"), [("vp", ring), ("ve", paper_mixture)])
 def test_both_methods_meet_the_density_of_a_mixture(name, mixture):
     model, x, log_density, log_prior = problem(SCHEDULES[name], mixture())
     options, errors = {"divergence": "exact", "log_prior": log_prior}, []
     for steps in (256, 512):
-        result = hosm.ode_nll(model, x, steps=steps, **options)
+        result = hosm.ode_nll(model, x, solver=hosm.FixedGrid(steps), **options)
         error = (result.nll + log_density).abs()
         errors.append(float(error.max()))
         # The estimate covers the error, and is not larger by more than local errors cancel.
@@ -25,11 +23,11 @@ def test_both_methods_meet_the_density_of_a_mixture(name, mixture):
         assert float(result.solver_error.max() / error.max()) < 50
     assert errors[0] < 1e-3
     assert 6 < errors[0] / errors[1] < 30
-    tight = hosm.ode_nll(model, x, method="adaptive", tolerance=1e-7, **options)
+    tight = hosm.ode_nll(model, x, solver=hosm.Adaptive(1e-7), **options)
     assert float((tight.nll + log_density).abs().max()) < 2e-6
 
 
-@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+@pytest.mark.parametrize("divergence", ["exact", hosm.Hutchinson()])
 def test_gradients_through_the_likelihood_are_central_differences(divergence):
     network, shape = networks()["attention"]
     model, x = hosm.ScoreModel(network, VP), torch.randn(2, *shape)
@@ -43,7 +41,8 @@ def test_gradients_through_the_likelihood_are_central_differences(divergence):
             ):
                 parameter.copy_(weight + step * way)
         options = {"generator": torch.Generator().manual_seed(0), "enable_grad": True}
-        return hosm.ode_nll(model, x, steps=6, divergence=divergence, **options).nll.sum()
+        options |= {"solver": hosm.FixedGrid(6), "divergence": divergence}
+        return hosm.ode_nll(model, x, **options).nll.sum()
 
     slopes = gradients(nll(0.0), network)
     along = sum(float((g * w).sum()) for g, w in zip(slopes, directions, strict=True))
@@ -75,7 +74,8 @@ def test_autocast_is_for_the_network_alone():
             return network(x, t)
 
     def nll(network):
-        options = {"probes": 2, "steps": 12, "generator": torch.Generator().manual_seed(0)}
+        options = {"divergence": hosm.Hutchinson(2), "solver": hosm.FixedGrid(12)}
+        options["generator"] = torch.Generator().manual_seed(0)
         return hosm.ode_nll(hosm.ScoreModel(network, VP), x, **options).nll
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -87,7 +87,7 @@ def test_autocast_is_for_the_network_alone():
 def test_a_path_that_does_not_arrive_has_no_number(monkeypatch):
     monkeypatch.setattr(adaptive_of, "MAX_EVALUATIONS", 30)
     model = hosm.ScoreModel(MLP(2), VP)
-    result = hosm.ode_nll(model, torch.randn(3, 2), method="adaptive", divergence="exact")
+    result = hosm.ode_nll(model, torch.randn(3, 2), solver=hosm.Adaptive(), divergence="exact")
     assert bool((result.failed & result.nll.isnan() & result.bits_per_dim().isnan()).all())
     assert result.latent.isfinite().all()
 
@@ -97,6 +97,6 @@ def test_finite_data_beyond_reason_fails():
     network, x = MLP(2).float(), torch.tensor([[3e38, 0.5], [-largest, 0.5], [0.1, 0.5]]).float()
     for function in (network, lambda x, t: 0 * x, lambda x, t: network(x, t).tanh()):
         model = hosm.ScoreModel(function, SCHEDULES["ve"])
-        exact = hosm.ode_nll(model, x, method="adaptive", divergence="exact")
+        exact = hosm.ode_nll(model, x, solver=hosm.Adaptive(), divergence="exact")
         for result in (exact, hosm.ode_nll(model, x), hosm.variational_nll(model, x, samples=4)):
             assert result.failed.tolist() == result.nll.isnan().tolist() == [True, True, False]

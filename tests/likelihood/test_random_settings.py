@@ -21,27 +21,25 @@ from tests.cases import MLP, PREDICTIONS, SCHEDULES, AttentionNet, ConvNet, asse
 from tests.likelihood.problems import gaussian, marginals, total
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule. expected")
-PROBES = st.fixed_dictionaries(
-    {"probes": st.integers(1, 5), "distribution": st.sampled_from(list(DISTRIBUTIONS))}
-)
-EXACT = {"divergence": "exact"}
+PROBES = st.builds(hosm.Hutchinson, st.integers(1, 5), st.sampled_from(list(DISTRIBUTIONS)))
+EXACT = "exact"
 
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def noise_of_probes(span, std, steps, options, generator):
+def noise_of_probes(span, std, steps, batch_size, probes, generator):
     """What random probes add to the log-density of a Gaussian, and its standard error, by hand.
 
     The Jacobian of the noise is diagonal: a probe's form is a sum of squares times known shares.
     """
-    count, means, variances = options["probes"], [], []
-    for rows in std.split(options["batch_size"] or len(std)):
+    count, means, variances = probes.count, [], []
+    for rows in std.split(batch_size or len(std)):
 
         def forms(share, rows=rows):
             """Those of fresh probes (K, n), less what they are in the mean."""
-            v = draw_probes(rows, count, options["distribution"], generator)
+            v = draw_probes(rows, count, probes.distribution, generator)
             return torch.stack([total(each.square() * share - share) for each in v])
 
         if steps is None:  # the same probes along the whole path
@@ -87,20 +85,23 @@ def test_a_gaussian_has_its_closed_form_to_its_latent_and_back(
     # In coordinates of its own moments Gaussian data does not move: any steps will do.
     moments = {"data_mean": mean.numpy(), "data_std": spread} if known else {"data_std": 0.4}
     tolerance = 1e-9 if known and steps else 2e-3
-    options = {"method": "adaptive", "tolerance": 1e-4}
+    solver = hosm.Adaptive(1e-4, **moments)
     if steps is not None:
-        options = {"steps": steps if known else 3 * steps}
-    options |= {"batch_size": batch_size, "enable_grad": enable_grad, **divergence}
+        solver = hosm.FixedGrid(steps if known else 3 * steps, **moments)
+    options = {"solver": solver, "divergence": divergence, "batch_size": batch_size}
     prior = (lambda latent: total(law.log_prob(latent))) if own_prior else None
-    given = {**options, **moments, "log_prior": prior, "model_kwargs": {"gain": gain}}
+    given = {**options, "log_prior": prior, "model_kwargs": {"gain": gain}}
+    given["enable_grad"] = enable_grad
 
     def check(found, span, widening):
         noise = error = torch.zeros(3)
         if divergence != EXACT:
-            noise, error = noise_of_probes(span, std, found.steps, options, seeded(seed))
+            noise, error = noise_of_probes(
+                span, std, found.steps, batch_size, divergence, seeded(seed)
+            )
         assert_same(found.nll, -exact - noise, tolerance)
         assert not bool(found.failed.any())
-        if divergence != EXACT and options["probes"] < (2 if steps else 4):
+        if divergence != EXACT and divergence.count < (2 if steps else 4):
             assert found.standard_error is None
         else:
             assert_same(found.standard_error, widening * error, tolerance)
@@ -132,30 +133,30 @@ NETWORKS = {
     "attention": (lambda: AttentionNet(2), (2, 2)),
 }
 SOLVERS = [
-    {"steps": 16, "companion": True},
-    {"steps": np.int64(9)},
-    {"steps": 4},
-    {"method": "adaptive", "tolerance": np.float32(10)},
-    {"steps": None, "tolerance": 100.0},
-    {"samples": 2},
-    {"samples": np.int64(24)},
+    partial(hosm.FixedGrid, 16, companion=True),
+    partial(hosm.FixedGrid, np.int64(9)),
+    partial(hosm.FixedGrid, 4),
+    partial(hosm.Adaptive, np.float32(10)),
+    partial(hosm.ToTolerance, 100.0),
+    2,  # samples of the bound
+    np.int64(24),
 ]
 
 
 @st.composite
 def combined(draw):
     """Options of a likelihood that go together; what it refuses is not among them."""
-    options = dict(draw(st.sampled_from(SOLVERS)))
-    images = {"dequantization": "uniform"} if draw(st.booleans()) else {}
-    options |= images | {"batch_size": draw(st.sampled_from([None, np.int64(2)]))}
+    solver, images = draw(st.sampled_from(SOLVERS)), draw(st.booleans())
+    options = {"dequantization": hosm.Uniform()} if images else {}
+    options |= {"batch_size": draw(st.sampled_from([None, np.int64(2)]))}
     options["data_mean"] = draw(st.sampled_from([0.0, None]))  # a tensor
     options["log_prior"] = draw(st.sampled_from([None, lambda z: -total(z.abs())]))
-    if "samples" in options:
-        return options
-    options |= draw(st.just(EXACT) | PROBES)
+    if not callable(solver):
+        return options | {"samples": solver}
+    options |= {"solver": solver, "divergence": draw(st.just(EXACT) | PROBES)}
     options |= {name: draw(st.booleans()) for name in ("clean", "enable_grad")}
-    if images and "probes" not in options:
-        options["dequantization_draws"] = draw(st.sampled_from([1, 2]))
+    if images and options["divergence"] == EXACT:
+        options["dequantization"] = hosm.Uniform(draw(st.sampled_from([1, np.int64(2)])))
     return options
 
 
@@ -169,12 +170,18 @@ def noised(model, x, labels, generator):
     return points, total(error**2 - noise**2) / 2 - x[0].numel() * alpha.log()
 
 
+def moments(options):
+    return {"data_mean": options["solver"].data_mean} if "solver" in options else {}
+
+
 def one_after_the_other(function, model, x, label, options, generator):
     """The same from calls without batch_size, dequantization, clean and companion."""
     options, draws = dict(options), []
-    names = ("batch_size", "dequantization", "dequantization_draws", "clean", "companion")
-    size, images, count, clean, _ = (options.pop(name, None) for name in names)
-    size, count = int(size or len(x)), count or 1
+    names = ("batch_size", "dequantization", "clean")
+    size, images, clean = (options.pop(name, None) for name in names)
+    size, count = int(size or len(x)), 1 if images is None else images.draws
+    if options.get("solver") == hosm.FixedGrid(16, companion=True, **moments(options)):
+        options["solver"] = hosm.FixedGrid(16, **moments(options))
     for _ in range(count):
         points, parts = x, []
         if images is not None:
@@ -183,8 +190,8 @@ def one_after_the_other(function, model, x, label, options, generator):
             part, correction = noised(model, part, labels, generator) if clean else (part, 0)
             options |= {"model_kwargs": {"label": labels}, "generator": generator}
             found = function(model, part, **options)
-            if options.get("steps", 0) is None:
-                options["steps"] = found.steps
+            if isinstance(options.get("solver"), hosm.ToTolerance):
+                options["solver"] = hosm.FixedGrid(found.steps, **moments(options))
             nll, nfe = found.nll + correction, found.nfe + bool(clean)
             parts.append(dataclasses.replace(found, nll=nll, nfe=nfe))
         draws.append(hosm.NLLResult.cat(parts))
@@ -239,7 +246,9 @@ def test_a_call_is_put_together_from_simpler_ones(options, network, schedule, mo
     else:
         leaves.append(x.requires_grad_())
     with mode():
-        options |= {"data_mean": options["data_mean"] or torch.randn(shape)}
+        mean = options.pop("data_mean")
+        mean = {"data_mean": torch.randn(shape) if mean is None else mean}
+        options |= {"solver": options["solver"](**mean)} if "solver" in options else mean
     state, copy = torch.get_rng_state(), x.detach().clone()
     with torch.enable_grad() if options.get("enable_grad") else mode():
         given = {"model_kwargs": {"label": label}, "generator": seeded(seed)}
@@ -248,11 +257,11 @@ def test_a_call_is_put_together_from_simpler_ones(options, network, schedule, mo
     assert torch.equal(x, copy)
     times = torch.cat(model.network.times)
     assert bool(((times >= schedule.t_min) & (times <= schedule.t_max)).all())
-    if options.get("steps", 0) is not None:  # the trials of steps=None are not counted
+    if not isinstance(options.get("solver"), hosm.ToTolerance):  # trials are not counted
         assert len(times) == int(found.nfe.sum())
     expected = one_after_the_other(function, model, x, label, options, seeded(seed))
-    if "companion" in options:
-        extra = 18 * options.get("dequantization_draws", 1)
+    if getattr(options.get("solver"), "companion", False):
+        extra = 18 * (options["dequantization"].draws if images else 1)
         # Of its own is the error that it claims, by which a sample may fail.
         changes = {"solver_error": found.solver_error, "failed": found.failed}
         changes["nll"] = expected.nll.masked_fill(found.failed, math.nan)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hosm_losses import NLLResult
+from hosm_losses import NLLResult, SampleResult
 from hosm_losses.likelihood.result import Quantization
 
 
@@ -91,6 +91,7 @@ def test_summary_leaves_out_what_failed_and_separates_the_estimators_part():
     assert summary.bits_per_dim == pytest.approx(1 / math.log(2) + 7)
     assert summary.bits_standard_error == pytest.approx(math.sqrt(13 / 3) / (4 * math.log(2)))
     shown = str(summary)
+    assert repr(full(n=5, nll=nll, failed=failed)) == shown
     assert "8.4427 ± 0.7508 bits/dim, 4.000 ± 2.082 nats over 3 samples" in shown
     assert "1.345 nats from the probes" in shown
     assert "failed and left out: 2" in shown
@@ -118,10 +119,43 @@ def test_the_part_of_the_probes_is_not_widened_and_not_above_the_whole():
     assert single.estimator_error == pytest.approx(2.0)
 
 
-def test_a_dict_has_every_field_and_one_of_an_earlier_version_is_read():
+def test_a_dict_has_every_field():
     values = full(nll=torch.ones(3, requires_grad=True) * 2).to_dict()
     assert list(values) == [field.name for field in dataclasses.fields(NLLResult)]
     assert not values["nll"].requires_grad
     assert values["quantization"] == {"levels": 256, "low": -1.0, "high": 1.0}
-    del values["widening"]
-    assert NLLResult.from_dict(values).widening == 1.0
+    assert NLLResult.from_dict(values).to_dict().keys() == values.keys()
+
+
+def test_results_print_as_their_summaries():
+    """Bits of discrete data alone; without numbers where there is nothing to look at."""
+    continuous = full(quantization=None)
+    assert str(continuous) == repr(continuous) == str(continuous.summary())
+    assert "bits/dim" in str(full())
+    assert "bits/dim" not in str(continuous)
+    assert "bits/dim" in str(continuous.summary(levels=256))
+    failed = full(failed=torch.ones(3, dtype=torch.bool))
+    assert str(failed) == f"3 samples, all failed; the first one: {failed.failures()[0]}"
+    assert str(full(failed=torch.zeros(3, device="meta"))) == "NLLResult of 3 samples, not on hand"
+
+
+def samples(**changes):
+    return SampleResult(**(vars(full(quantization=None)) | {"x": torch.zeros(3, 4)} | changes))
+
+
+def test_samples_have_what_likelihoods_have():
+    drawn = samples()
+    assert str(drawn) == str(full(quantization=None))
+    joined = SampleResult.cat([drawn, SampleResult.from_dict(drawn.to_dict())])
+    assert joined.x.shape == (6, 4)
+    assert joined.summary().nll == drawn.summary().nll
+    bare = samples(nll=None, standard_error=None, solver_error=None)
+    assert str(bare) == "3 samples without their density, 71 evaluations; failed: 0"
+    for call in (bare.bits_per_dim, bare.summary):
+        with pytest.raises(ValueError, match="divergence=None"):
+            call()
+    for wrong in ([drawn, bare], []):
+        with pytest.raises(ValueError):
+            SampleResult.cat(wrong)
+    with pytest.raises(TypeError):
+        NLLResult.cat([drawn])

@@ -22,12 +22,15 @@ FAR = {
 NEAR = [VP, hosm.SubVPSchedule(), hosm.VESchedule(), hosm.CosineSchedule(), hosm.EDMSchedule()]
 NEAR += [hosm.LinearFlowSchedule(), hosm.DiscreteSchedule.linear(1000, scaled=True)]
 NEAR += [hosm.DiscreteSchedule.cosine(1000)]
+FEW = hosm.FixedGrid(8)
 CALLS = {
-    "nll": partial(hosm.ode_nll, steps=8),
-    "adaptive": partial(hosm.ode_nll, method="adaptive", tolerance=1e9),
-    "graph": partial(hosm.ode_nll, steps=8, enable_grad=True),
+    "nll": partial(hosm.ode_nll, solver=FEW),
+    "adaptive": partial(hosm.ode_nll, solver=hosm.Adaptive(1e9)),
+    "graph": partial(hosm.ode_nll, solver=FEW, enable_grad=True),
     "bound": partial(hosm.variational_nll, samples=8),
-    "sample": lambda model, x, **given: hosm.ode_sample(model, tuple(x.shape), steps=8, **given),
+    "sample": lambda model, x, solver=FEW, **given: hosm.ode_sample(
+        model, tuple(x.shape), solver=solver, **given
+    ),
 }
 PRIOR = "schedule: expected one that ends in its prior"
 DRAWS = "network: .*draws random numbers"
@@ -48,6 +51,13 @@ def model_of(network):
     return hosm.ScoreModel(network, VP)
 
 
+def spread(call, std):
+    """The data's standard deviation, as the call takes it."""
+    if call is CALLS["bound"]:
+        return {"data_std": std}
+    return {"solver": hosm.FixedGrid(8, data_std=std)}
+
+
 @pytest.mark.parametrize("call", ["nll", "bound", "sample"])
 def test_a_schedule_that_does_not_end_in_its_prior(call):
     call, x = CALLS[call], 0.5 * torch.randn(4, 3)
@@ -56,14 +66,14 @@ def test_a_schedule_that_does_not_end_in_its_prior(call):
             call(gaussian(schedule), x)
         with silence():
             # Who gives a prior, or latents, knows of it; and data may start as the prior is.
-            call(gaussian(schedule, std=1.0), x, data_std=1.0)
-            hosm.ode_sample(gaussian(schedule), x, steps=8)
+            call(gaussian(schedule, std=1.0), x, **spread(call, 1.0))
+            hosm.ode_sample(gaussian(schedule), x, solver=FEW)
             if call is not CALLS["sample"]:
                 call(gaussian(schedule), x, log_prior=lambda z: -total(z.square()) / 2)
     with silence():
         for schedule in NEAR:
             for std in (0.1, 0.5, 1.0):
-                call(gaussian(schedule, std=std), x, data_std=std)
+                call(gaussian(schedule, std=std), x, **spread(call, std))
 
 
 def test_by_how_much_in_nats():
@@ -75,7 +85,7 @@ def test_by_how_much_in_nats():
     expected = 0.5 * (variance + mean**2 - 1 - variance.log()).sum()
     moments = {"data_mean": torch.tensor([0.3, -1, 0]), "data_std": torch.tensor([0.5, 2, 1])}
     with told(f"ends {float(expected):.2g} nats a sample"):
-        hosm.ode_nll(gaussian(schedule), torch.zeros(2, 3), **moments)
+        hosm.ode_nll(gaussian(schedule), torch.zeros(2, 3), solver=hosm.FixedGrid(**moments))
 
 
 def test_a_schedule_that_scales_the_data():

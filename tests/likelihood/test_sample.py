@@ -10,9 +10,9 @@ VE = hosm.VESchedule(sigma_max=20.0)
 
 
 @pytest.mark.parametrize(
-    "options", [{"steps": 9}, {"method": "adaptive"}, {"steps": None}], ids=str
+    "solver", [hosm.FixedGrid(9), hosm.Adaptive(), hosm.ToTolerance()], ids=str
 )
-def test_without_a_divergence_nothing_is_differentiated(options):
+def test_without_a_divergence_nothing_is_differentiated(solver):
     """Not even what cannot be."""
     model, latent, calls = hosm.ScoreModel(MLP(3), VP), torch.randn(4, 3), []
 
@@ -21,22 +21,23 @@ def test_without_a_divergence_nothing_is_differentiated(options):
         return model.network(x, t).detach()
 
     bare = hosm.ScoreModel(detached, VP)
-    drawn = hosm.ode_sample(bare, latent, divergence=None, **options)
+    drawn = hosm.ode_sample(bare, latent, divergence=None, solver=solver)
     assert drawn.nll is drawn.standard_error is drawn.solver_error is None
-    if options != {"steps": None}:
+    if solver != hosm.ToTolerance():
         assert sum(calls) == int(drawn.nfe.sum())
-    tolerance = 1e-2 if "method" in options else 1e-12  # the density has a part in its steps
-    same = hosm.ode_sample(model, latent, **options)
+    tolerance = 1e-2 if solver == hosm.Adaptive() else 1e-12  # the density has a part in its steps
+    same = hosm.ode_sample(model, latent, solver=solver)
     assert same.steps == drawn.steps
     torch.testing.assert_close(drawn.x, same.x, rtol=0, atol=tolerance)
     with pytest.raises(hosm.DerivativeError):
-        hosm.ode_sample(bare, latent, steps=9)
+        hosm.ode_sample(bare, latent, solver=hosm.FixedGrid(9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_shape_draws_latents_of_the_prior(dtype):
     model, seed = hosm.ScoreModel(MLP(3).to(dtype), VE), torch.Generator().manual_seed
-    drawn = hosm.ode_sample(model, torch.Size((5, 3)), steps=9, generator=seed(0))
+    solver = hosm.FixedGrid(9)
+    drawn = hosm.ode_sample(model, torch.Size((5, 3)), solver=solver, generator=seed(0))
     noise = torch.randn((5, 3), generator=seed(0), dtype=dtype)
     torch.testing.assert_close(drawn.latent, VE.prior_std * noise)
     assert (drawn.x.dtype, drawn.x.shape) == (dtype, (5, 3))

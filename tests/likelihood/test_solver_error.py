@@ -50,7 +50,7 @@ def setting(schedule, steps):
             optimizer.zero_grad()
             hosm.first_order_dsm(model, x0, generator=generator).backward()
             optimizer.step()
-    return model, x, hosm.ode_nll(model, x, divergence="exact", steps=512).nll
+    return model, x, hosm.ode_nll(model, x, solver=hosm.FixedGrid(512), divergence="exact").nll
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,8 @@ def setting(schedule, steps):
 def test_twice_the_claim_covers_the_truth(schedule, steps, companion):
     """For 95 % of samples, and it is no larger than need be, with random probes too."""
     model, x, truth = setting(schedule, steps)
-    options = {"companion": companion, "generator": torch.Generator().manual_seed(0)}
+    options = {"solver": hosm.FixedGrid(companion=companion)}
+    options["generator"] = torch.Generator().manual_seed(0)
     claimed = hosm.ode_nll(model, x, divergence="exact", **options)
     error = (claimed.nll - truth).abs()
     # With random probes the claim is the path's alone, and has to cover that of the same grid.
@@ -92,7 +93,7 @@ def test_where_the_claim_is_too_small():
 
 def test_what_the_page_says_of_few_steps():
     model, x, truth = setting(SCHEDULES["flow"], 0)
-    result = hosm.ode_nll(model, x, divergence="exact", steps=32)
+    result = hosm.ode_nll(model, x, solver=hosm.FixedGrid(32), divergence="exact")
     error = (result.nll - truth).abs()
     ratio, largest = float((error / result.solver_error).max()), float(error.max())
     print(f"{ratio:.1f} times, {largest:.2g} nats")  # noqa: T201

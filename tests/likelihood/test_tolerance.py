@@ -1,5 +1,6 @@
-"""steps=None takes the coarsest grid that is within the tolerance on the first batch."""
+"""ToTolerance takes the coarsest grid that is within the tolerance on the first batch."""
 
+import pickle
 import warnings
 
 import pytest
@@ -31,42 +32,47 @@ def coarse_grids(monkeypatch):
     monkeypatch.setattr(multistep, "GRIDS", (16, 32, 64, 128))
 
 
+@pytest.mark.parametrize("companion", [False, True])
 @pytest.mark.parametrize("options", [EXACT, {}], ids=str)
-@pytest.mark.parametrize("tolerance", [0.1, None])
-def test_the_numbers_are_those_of_the_fewest_steps_within_the_tolerance(tolerance, options):
+@pytest.mark.parametrize("tolerance", [0.1, 0.01])
+def test_the_numbers_are_those_of_the_fewest_steps_within_the_tolerance(
+    tolerance, options, companion
+):
     model, x = exact_model(), points().requires_grad_()
     options = {"enable_grad": True, **options}
 
-    def solve(**more):
+    def solve(solver):
         generator = torch.Generator().manual_seed(1)
-        result = hosm.ode_nll(model, x, generator=generator, **options, **more)
+        result = hosm.ode_nll(model, x, solver=solver, generator=generator, **options)
         (gradient,) = torch.autograd.grad(result.nll.sum(), x)
         return result, [result.nll, gradient, result.nfe, torch.rand(1, generator=generator)]
 
-    found, numbers = solve(steps=None, tolerance=tolerance)
-    _, same = solve(steps=found.steps)
+    found, numbers = solve(hosm.ToTolerance(tolerance, companion=companion))
+    _, same = solve(hosm.FixedGrid(found.steps, companion=companion))
     assert all(map(torch.equal, numbers, same))  # the trials drew nothing, and have no graph
-    fewer, _ = solve(steps=found.steps // 2)
-    least = tolerance or 0.01
-    assert float(found.solver_error.max()) <= least < float(fewer.solver_error.max())
+    fewer, _ = solve(hosm.FixedGrid(found.steps // 2, companion=companion))
+    # A companion's estimate depends on the probes, of which the trials have their own.
+    slack = 1.5 if companion and not options.keys() & EXACT.keys() else 1.0
+    assert float(found.solver_error.max()) <= slack * tolerance
+    assert tolerance < slack * float(fewer.solver_error.max())
 
 
 def test_the_exact_divergence_has_to_be_within_it_with_its_quadrature():
     """A tolerance between the error of the path and that of path and quadrature."""
     model, x = model_of(lambda x, t: x.sin()), points()
-    exact = hosm.ode_nll(model, x, steps=16, **EXACT).solver_error.max()
-    path = hosm.ode_nll(model, x, steps=16).solver_error.max()
+    exact = hosm.ode_nll(model, x, solver=hosm.FixedGrid(16), **EXACT).solver_error.max()
+    path = hosm.ode_nll(model, x, solver=hosm.FixedGrid(16)).solver_error.max()
     assert float(path) < float(exact)
-    options = {"steps": None, "tolerance": float(path + exact) / 2}
-    assert hosm.ode_nll(model, x, **options).steps == 16
-    assert hosm.ode_nll(model, x, **options, **EXACT).steps > 16
+    solver = hosm.ToTolerance(float(path + exact) / 2)
+    assert hosm.ode_nll(model, x, solver=solver).steps == 16
+    assert hosm.ode_nll(model, x, solver=solver, **EXACT).steps > 16
 
 
 def test_what_the_first_batch_found_is_kept():
     """The network is harder for the samples of a larger rate."""
     rates, x = torch.tensor([2.0, 2.0, 4.0, 4.0]), points(4)
     model = model_of(lambda x, t, rate: rate[:, None] * x.tanh())
-    options = {"steps": None, "tolerance": 0.06, **EXACT}
+    options = {"solver": hosm.ToTolerance(0.06), **EXACT}
 
     def taken(*rows, **more):
         kwargs, rows = {"rate": rates[list(rows)]}, list(rows)
@@ -81,13 +87,13 @@ def test_what_the_first_batch_found_is_kept():
 
 
 def test_a_tolerance_out_of_reach_is_said_of_the_users_line():
-    with pytest.warns(UserWarning, match="at most tolerance=1e-12 nats on a grid of") as told:
-        result = hosm.ode_nll(exact_model(), points(), steps=None, tolerance=1e-12)
+    with pytest.warns(UserWarning, match="at most 1e-12 nats on a grid of") as told:
+        result = hosm.ode_nll(exact_model(), points(), solver=hosm.ToTolerance(1e-12))
     assert result.steps == 128
     assert told[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hosm.ode_nll(exact_model(), points(), steps=None, tolerance=1.0)
+        hosm.ode_nll(exact_model(), points(), solver=hosm.ToTolerance(1.0))
 
 
 def test_a_sample_that_fails_on_two_grids_does_not_decide():
@@ -96,7 +102,7 @@ def test_a_sample_that_fails_on_two_grids_does_not_decide():
     model = model_of(lambda x, t, rate: rate[:, None] * x.tanh())
 
     def solved(rows):
-        options = {"steps": None, "tolerance": 0.5, "model_kwargs": {"rate": rates[rows]}}
+        options = {"solver": hosm.ToTolerance(0.5), "model_kwargs": {"rate": rates[rows]}}
         return hosm.ode_nll(model, x[rows], **options, **EXACT)
 
     found = solved([0, 1, 2, 3])
@@ -107,10 +113,12 @@ def test_a_sample_that_fails_on_two_grids_does_not_decide():
     assert lost.failed.all()
 
 
-@pytest.mark.parametrize("options", [{"steps": None}, {"method": "adaptive"}], ids=str)
-def test_vmap_is_told_to_find_steps_outside(options):
+@pytest.mark.parametrize("solver", [hosm.ToTolerance(), hosm.Adaptive()])
+def test_vmap_is_told_to_find_steps_outside(solver):
     with pytest.raises(ValueError):
-        torch.func.vmap(lambda x: hosm.ode_nll(exact_model(), x[None], **options).nll)(points())
+        torch.func.vmap(lambda x: hosm.ode_nll(exact_model(), x[None], solver=solver).nll)(
+            points()
+        )
 
 
 @pytest.fixture
@@ -134,25 +142,27 @@ def with_another(other, monkeypatch):
 
 @pytest.mark.parametrize("solve", [hosm.ode_nll, hosm.ode_sample])
 def test_the_steps_of_a_group_are_those_of_its_largest_error(solve, group, monkeypatch):
-    model, x, options = exact_model(), points(), {"steps": None, "group": group}
-    error = float(solve(model, x, steps=32).solver_error.max())
+    model, x = exact_model(), points()
+    error = float(solve(model, x, solver=hosm.FixedGrid(32)).solver_error.max())
     for other, steps in ((0.0, 32), (error, 32), (3 * error, 128)):
         with_another(other, monkeypatch)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the other one stays above the tolerance
-            assert solve(model, x, tolerance=1.5 * error, **options).steps == steps
+            solver = hosm.ToTolerance(1.5 * error, group=group)
+            assert solve(model, x, solver=solver).steps == steps
 
 
 def test_a_process_of_which_all_samples_fail_leaves_the_steps_to_the_others(group, monkeypatch):
     with_another(1e-9, monkeypatch)
     model = model_of(lambda x, t: x * torch.nan)
-    found = hosm.ode_nll(model, points(2), steps=None, group=group)
+    found = hosm.ode_nll(model, points(2), solver=hosm.ToTolerance(group=group))
     assert found.steps == multistep.GRIDS[1]
     assert bool(found.failed.all())
 
 
-@pytest.mark.parametrize("solve", [hosm.ode_nll, hosm.ode_sample])
-def test_a_group_has_no_use_but_for_steps_none(solve, group):
-    for options in ({}, {"method": "adaptive", "steps": None}):
-        with pytest.raises(ValueError):
-            solve(exact_model(), points(2), group=group, **options)
+def test_a_group_is_compared_by_identity_and_not_pickled(group):
+    solver = hosm.ToTolerance(group=group)
+    assert solver == hosm.ToTolerance(group=group) != hosm.ToTolerance()
+    assert hash(solver) == hash(hosm.ToTolerance(group=group))
+    with pytest.raises(TypeError, match=r"ToTolerance\.group: expected None in a value to pickle"):
+        pickle.dumps(solver)

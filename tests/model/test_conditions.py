@@ -77,8 +77,11 @@ class Conditioned(nn.Module):
         return self.inner(self.inside(x / 2 + self.read(cond)), t / 1000)
 
 
-def nll(model, x, **options):
-    return hosm.ode_nll(model, x, steps=4, **options).nll.sum()
+FEW = hosm.FixedGrid(4)
+
+
+def nll(model, x, solver=FEW, **options):
+    return hosm.ode_nll(model, x, solver=solver, **options).nll.sum()
 
 
 USES = {
@@ -89,9 +92,9 @@ USES = {
     "paired": partial(hosm.second_order_dsm, probes=hosm.Paired()),
     "stein": hosm.stein_dsm,
     "fixed": nll,
-    "adaptive": partial(nll, method="adaptive", tolerance=0.1),
+    "adaptive": partial(nll, solver=hosm.Adaptive(0.1)),
     "graph": partial(nll, enable_grad=True),
-    "sample": lambda model, x, **given: hosm.ode_sample(model, x, steps=4, **given).x.sum(),
+    "sample": lambda model, x, **given: hosm.ode_sample(model, x, solver=FEW, **given).x.sum(),
     "bound": lambda model, x, **given: hosm.variational_nll(
         model, x, samples=2, **given
     ).nll.sum(),

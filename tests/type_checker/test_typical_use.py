@@ -75,7 +75,7 @@ def test_modules_return_what_return_terms_says() -> None:
 def test_a_likelihood() -> None:
     model = hosm.ScoreModel(Network(), hosm.VESchedule(sigma_max=2.0))
     result: hosm.NLLResult = hosm.ode_nll(
-        model, torch.randn(2, 3), steps=8, divergence="exact", method="fixed"
+        model, torch.randn(2, 3), solver=hosm.FixedGrid(8), divergence="exact"
     )
     nll: Tensor = result.nll
     assert nll.shape == (2,)

@@ -19,7 +19,7 @@ def misspelled(model: hosm.ScoreModel, x0: torch.Tensor) -> None:
     hosm.first_order_dsm(model, x0, reduction="avg")  # pyright: ignore[reportArgumentType]
     hosm.third_order_dsm(model, x0, n_probes=2)  # pyright: ignore[reportCallIssue]
     hosm.ScoreModel(model, hosm.VPSchedule(), "eps")  # pyright: ignore[reportArgumentType]
-    hosm.ode_nll(model, x0, method="rk45")  # pyright: ignore[reportArgumentType]
+    hosm.ode_nll(model, x0, solver="rk45")  # pyright: ignore[reportArgumentType]
     hosm.ode_nll(model, x0, divergence="hutch")  # pyright: ignore[reportArgumentType]
     hosm.ode_nll(model, x0, dequantization="flow")  # pyright: ignore[reportArgumentType]
 

@@ -25,7 +25,16 @@ from networks import score_model
 from PIL import Image
 from train import Processes
 
-from hosm_losses import NLLResult, ScoreModel, ode_nll, ode_sample, variational_nll
+from hosm_losses import (
+    FixedGrid,
+    Hutchinson,
+    NLLResult,
+    ScoreModel,
+    Uniform,
+    ode_nll,
+    ode_sample,
+    variational_nll,
+)
 
 NUMBERS = ("nll", "nfe", "standard_error", "solver_error", "failed")
 QUANTIZED = {"levels": 256, "low": -1, "high": 1}
@@ -73,7 +82,7 @@ def of_all(
         seed = np.random.SeedSequence([args.seed, number]).generate_state(1, np.uint64)
         generator = torch.Generator(processes.device).manual_seed(int(seed[0]))
         x = images[rows].to(processes.device)
-        result = likelihood(x, dequantization="uniform", generator=generator)
+        result = likelihood(x, dequantization=Uniform(), generator=generator)
         for column, name in enumerate(NUMBERS):
             value = getattr(result, name)
             table[rows, column] = torch.nan if value is None else value.double()
@@ -90,8 +99,8 @@ def save_samples(model: ScoreModel, path: Path, args: argparse.Namespace) -> Non
     """Draw samples by the ODE, take off the noise of t_min, and save them as one picture."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(args.seed)
-    shape, options = (args.samples, *SHAPE), {"steps": args.steps, "batch_size": args.batch}
-    x = ode_sample(model, shape, divergence=None, generator=generator, **options).x
+    ode = {"solver": FixedGrid(args.steps), "divergence": None, "batch_size": args.batch}
+    x = ode_sample(model, (args.samples, *SHAPE), generator=generator, **ode).x
     t_min = torch.full((len(x),), model.schedule.t_min, device=device)
     parts = zip(x.split(args.batch), t_min.split(args.batch), strict=True)
     x = torch.cat([model.denoise(*part) for part in parts])
@@ -113,9 +122,10 @@ def main(argv: list[str] | None = None) -> None:
     processes = Processes()
     model = score_model(kept["sde"], kept["size"]).to(processes.device).eval()
     model.network.load_state_dict(state["ema"])
-    ode = partial(ode_nll, model, steps=args.steps, probes=args.probes, clean=args.clean)
+    ode = {"solver": FixedGrid(args.steps), "clean": args.clean}
+    ode["divergence"] = Hutchinson(args.probes, args.distribution)
     named = {
-        "ode": partial(ode, distribution=args.distribution),
+        "ode": partial(ode_nll, model, **ode),
         "sde_bound": partial(variational_nll, model, samples=args.levels),
     }
     out = args.out or args.checkpoint.parent

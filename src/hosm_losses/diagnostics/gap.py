@@ -42,7 +42,7 @@ from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.derivatives import Snapshot, gradients
 from hosm_losses.diagnostics.gap_report import GapEstimate, GapReport
-from hosm_losses.likelihood import ode_nll, variational_nll
+from hosm_losses.likelihood import FixedGrid, ode_nll, variational_nll
 from hosm_losses.model import ScoreModel, check_model, noise_field
 from hosm_losses.probes import unit_vectors
 from hosm_losses.schedules import Schedule
@@ -154,7 +154,8 @@ def _report(
             found.append(at_node(model, truth, x, t, score, kwargs))
             done(1)
     options = {"model_kwargs": kwargs, "generator": source}
-    solved = ode_nll(model, data, divergence="exact", steps=steps, clean=True, **options)
+    solver = FixedGrid(steps)
+    solved = ode_nll(model, data, solver=solver, divergence="exact", clean=True, **options)
     nll = solved.nll
     bound = variational_nll(model, data, **options).nll
     numbers: dict[str, Tensor | None] = {}
@@ -241,9 +242,8 @@ def _ode_score(
     chosen: dict[str, Any] = {name: getattr(model, name) for name in names}
     later = ScoreModel(model.network, _From(model.schedule, float(t[0])), **chosen)
     point = x.detach().requires_grad_()
-    result = ode_nll(
-        later, point, divergence="exact", steps=steps, enable_grad=True, model_kwargs=kwargs
-    )
+    options: dict[str, Any] = {"divergence": "exact", "enable_grad": True, "model_kwargs": kwargs}
+    result = ode_nll(later, point, solver=FixedGrid(steps), **options)
     (slope,) = gradients(result.nll.sum(), [point])
     slope = slope.masked_fill(expand_right(result.failed, slope), math.nan)
     return -expand_right(model.coefficients(t, x)[1], x).to(x.dtype) * slope

@@ -1,4 +1,4 @@
-r"""Method "adaptive": steps of each sample's own.
+r"""Steps of each sample's own, for `Adaptive`.
 
 What:
     A solver of dy/ds = f(s, y). It needs a smooth integrand, so it keeps its probes along the
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from hosm_losses._torch_internals import vmapped
 from hosm_losses.likelihood.multistep import combine
-from hosm_losses.likelihood.paths import Paths, Solved
+from hosm_losses.likelihood.paths import Batch, Solved, Span
+from hosm_losses.probes import Hutchinson
 
 NODES = (0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0)
 # fmt: off
@@ -115,7 +116,7 @@ def adaptive(
         stuck = ~arrived & ((evaluations[rows] + len(STAGES) > max_evaluations) | (h < smallest))
 
 
-def solve_adaptive(paths: Paths, z: Tensor, span: tuple[float, float], tolerance: float) -> Solved:
+def solve_adaptive(batch: Batch, z: Tensor, span: Span, *, tolerance: float) -> Solved:
     """Solve from the start of a span, at either end, with steps of each sample's own.
 
     They are steps in r = σ̂/(σ̂ + s), du = dr/(r (1 − r)), s the data's standard deviation: neither
@@ -124,13 +125,13 @@ def solve_adaptive(paths: Paths, z: Tensor, span: tuple[float, float], tolerance
     """
     if vmapped():
         raise ValueError(
-            "method: expected 'fixed' with a number of steps under torch.func.vmap; got "
-            "'adaptive', whose steps are found by looking at errors. Call it on a batch, each "
-            "sample of which has steps of its own as well."
+            "solver: expected FixedGrid(steps) under torch.func.vmap; got Adaptive, whose steps "
+            "are found by looking at errors. Call it on a batch, each sample of which has steps "
+            "of its own as well."
         )
-    batch, coordinates = paths.batch, paths.batch.coordinates
+    coordinates, divergence = batch.coordinates, batch.divergence
     count, elements = len(z), z[0].numel()
-    probes = paths.draw(z)
+    probes = batch.draw_probes(z)
     on_their_way = count
     reference = float(coordinates.std.log().mean())
 
@@ -145,7 +146,7 @@ def solve_adaptive(paths: Paths, z: Tensor, span: tuple[float, float], tolerance
         here = coordinates.level(torch.logit(r) + reference)
         state = y[:, :elements].reshape(len(y), *z.shape[1:])
         chosen = None if probes is None else probes[:, rows]
-        _, moved, integrand = paths.slope_and_integrand(state, here, chosen, rows)
+        _, moved, integrand = batch.derivatives(state, here, chosen, rows)
         moved = torch.cat([moved.reshape(len(y), -1), integrand.T], 1)
         return sign * moved / (r * (1 - r))[:, None]
 
@@ -153,20 +154,26 @@ def solve_adaptive(paths: Paths, z: Tensor, span: tuple[float, float], tolerance
         state = error[:, :elements].square().mean(1).sqrt()
         return torch.maximum(error[:, elements:].mean(1), state / STATE_TOLERANCE) / tolerance
 
-    start = torch.cat([z.reshape(count, elements), z.new_zeros(count, paths.probes or 1)], 1)
+    paths = divergence.count if isinstance(divergence, Hutchinson) else 1
+    start = torch.cat([z.reshape(count, elements), z.new_zeros(count, paths)], 1)
     ends = (sign * low, sign * high)
     end, nfe, error, failed = adaptive(slope, start, ends, norm, MAX_EVALUATIONS)
     batch.advance(on_their_way)
-    integrals = end[:, elements:]
-    standard_error, widening = None, 1.0
-    if paths.probes == 0:
+    integrals, standard_error, widening = end[:, elements:], None, 1.0
+    if divergence == "exact":
         standard_error = torch.zeros_like(integrals[:, 0])
-    elif paths.probes is not None and paths.probes >= MINIMUM_PATHS:
-        widening = student_factor(paths.probes - 1)
-        standard_error = widening * integrals.detach().std(1) / paths.probes**0.5
-    end, solver_error = end[:, :elements].reshape(z.shape), error[:, elements:].mean(1)
-    integral = integrals.mean(1)
-    return Solved(end, integral, nfe, standard_error, solver_error, failed, widening=widening)
+    elif paths >= MINIMUM_PATHS:
+        widening = student_factor(paths - 1)
+        standard_error = widening * integrals.detach().std(1) / paths**0.5
+    return Solved(
+        end[:, :elements].reshape(z.shape),
+        integrals.mean(1),
+        nfe,
+        standard_error,
+        solver_error=error[:, elements:].mean(1),
+        failed=failed,
+        widening=widening,
+    )
 
 
 def student_factor(freedom: int) -> float:

@@ -1,4 +1,4 @@
-r"""Method "fixed": a uniform grid in log σ̂, with fresh probes at each node.
+r"""A uniform grid in log σ̂ with fresh probes at each node, for `FixedGrid` and `ToTolerance`.
 
 It solves dy/ds = f(s, y), with a quadrature of q along the path, which may be noisy: in high
 dimension the error of the probes is far larger than the solver's, and fresh ones average out.
@@ -41,7 +41,8 @@ from torch import Tensor
 
 from hosm_losses._checks import over_elements, users_level
 from hosm_losses._torch_internals import vmapped
-from hosm_losses.likelihood.paths import NoiseLevel, Paths, Solved, solver_limit
+from hosm_losses.likelihood.paths import Batch, NoiseLevel, Solved, Span
+from hosm_losses.likelihood.result import solver_limit
 
 BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 MOULTON = (9 / 24, 19 / 24, -5 / 24, 1 / 24)
@@ -52,7 +53,7 @@ START = 3  # steps by the Runge-Kutta method
 MINIMUM_STEPS = START + 1
 # A solution of n steps takes n + 10: the last node, and three inner stages of each start step.
 EXTRA_EVALUATIONS = 1 + 3 * START
-# What steps=None chooses from. Below 32 steps the estimate of the error is no guide.
+# What ToTolerance chooses from. Below 32 steps the estimate of the error is no guide.
 GRIDS = (32, 64, 128, 256, 512, 1024)
 
 
@@ -188,13 +189,13 @@ def _coarse_weights(steps: int) -> list[float]:
 
 
 def solve_fixed(
-    paths: Paths, z: Tensor, span: tuple[float, float], steps: int, companion: bool = False
+    batch: Batch, z: Tensor, span: Span, *, steps: int, companion: bool = False
 ) -> Solved:
     """Solve from z at the start of a span of u = log σ̂ on a uniform grid, with fresh probes.
 
     A companion is for the way from data to latents, at whose end the prior is.
     """
-    batch, coordinates = paths.batch, paths.batch.coordinates
+    coordinates, divergence = batch.coordinates, batch.divergence
     grid = torch.linspace(*span, 2 * steps + 1, dtype=z.dtype, device=z.device)
     level = coordinates.levels(grid)  # of the nodes, and of the midpoints between them
     count = steps + EXTRA_EVALUATIONS
@@ -208,10 +209,10 @@ def solve_fixed(
     def node(place: int, z: Tensor) -> Node:
         if place not in drawn:
             drawn.clear()
-            drawn[place] = paths.draw(z)
+            drawn[place] = batch.draw_probes(z)
             batch.advance(len(z) / (steps + 1))
         here = level(place)
-        noise, moved, integrand = paths.slope_and_integrand(z, here, drawn[place])
+        noise, moved, integrand = batch.derivatives(z, here, drawn[place])
         seen = integrand.detach()
         variance = seen.var(0) / len(seen) if len(seen) > 1 else torch.zeros_like(seen[0])
         covector = coordinates.covector(noise.detach(), here)
@@ -219,27 +220,31 @@ def solve_fixed(
 
     h = (span[1] - span[0]) / steps
     found = multistep(slope, node, z, h, steps, companion)
-    nfe = torch.full((len(z),), count, device=z.device)
-    exact = paths.probes == 0
-    standard_error = found.variance.sqrt() if exact or (paths.probes or 0) > 1 else None
+    known = divergence == "exact" or (divergence is not None and divergence.count > 1)
     solver_error = found.path_error
     if found.companion is not None:
         with torch.no_grad():
-            solver_error = _guarded(paths, found, found.companion, coordinates.ends(span)[1])
-    if exact:
+            solver_error = _guarded(batch, found, found.companion, coordinates.ends(span)[1])
+    if divergence == "exact":
         solver_error = solver_error + found.quadrature_error
-    failed = torch.zeros_like(nfe).bool()
-    return Solved(found.state, found.integral, nfe, standard_error, solver_error, failed, steps)
+    return Solved(
+        found.state,
+        found.integral,
+        nfe=torch.full((len(z),), count, device=z.device),
+        standard_error=found.variance.sqrt() if known else None,
+        solver_error=solver_error,
+        failed=torch.zeros(len(z), dtype=torch.bool, device=z.device),
+        steps=steps,
+    )
 
 
 def _guarded(
-    paths: Paths, found: MultistepSolution, companion: MultistepSolution, far: NoiseLevel
+    batch: Batch, found: MultistepSolution, companion: MultistepSolution, far: NoiseLevel
 ) -> Tensor:
     """The estimate of the path's error from a solution and its companion, that end at a level."""
-    end = paths.batch.coordinates.to_x(found.state, far)
-    other = paths.batch.coordinates.to_x(companion.state, far)
-    prior = paths.batch.log_prior_at(end) - paths.batch.log_prior_at(other)
-    difference = (prior + found.coarse - companion.integral).abs()
+    ends = (batch.coordinates.to_x(each.state, far) for each in (found, companion))
+    own, other = map(batch.log_prior_at, ends)
+    difference = (own - other + found.coarse - companion.integral).abs()
     return _estimate(found, companion.path_error, difference)
 
 
@@ -252,39 +257,45 @@ def _estimate(found: MultistepSolution, companion: Tensor, difference: Tensor) -
     return torch.where(guarded.isfinite(), guarded, path)
 
 
-class ToTolerance:
+class FewestSteps:
     """Solves on the coarsest of GRIDS whose solver error on the first batch is within a tolerance.
 
     The steps found are kept for later batches. Processes of a group agree after every trial, so
-    that all take part in as many. Trials draw no probe: the numbers are `solve_fixed`'s.
+    that all take part in as many. Trials leave the generator alone: the numbers are those of
+    `solve_fixed`.
     """
 
-    def __init__(self, tolerance: float, group: "dist.ProcessGroup | None") -> None:
-        self.tolerance = tolerance
-        self.group = group
+    def __init__(
+        self, tolerance: float, group: "dist.ProcessGroup | None", companion: bool
+    ) -> None:
+        self.tolerance, self.group, self.companion = tolerance, group, companion
         self.steps: int | None = None
 
-    def __call__(self, paths: Paths, z: Tensor, span: tuple[float, float]) -> Solved:
+    def __call__(self, batch: Batch, z: Tensor, span: Span) -> Solved:
         """Solve a batch as `solve_fixed` does, the first one on several grids."""
         if self.steps is None:
             if vmapped():
                 raise ValueError(
-                    "steps: expected a whole number under torch.func.vmap; got None, for which "
-                    "errors have to be looked at. Find the steps outside, by a call on a batch."
+                    "solver: expected FixedGrid(steps) under torch.func.vmap; got ToTolerance, "
+                    "which looks at errors. Find the steps outside, by a call on a batch."
                 )
             with torch.no_grad():
-                self.steps = self._found(paths, z, span)
-        return solve_fixed(paths, z, span, self.steps)
+                self.steps = self._find(batch, z, span)
+        return solve_fixed(batch, z, span, steps=self.steps, companion=self.companion)
 
-    def _found(self, paths: Paths, z: Tensor, span: tuple[float, float]) -> int:
-        silent = replace(paths.batch, advance=lambda _: None)
-        # The path alone costs least. With the exact divergence the quadrature has to do as well.
-        kinds = (None, 0) if paths.probes == 0 else (None,)
+    def _find(self, batch: Batch, z: Tensor, span: Span) -> int:
+        # The path alone costs least. What is claimed of a quadrature has to do as well; a
+        # companion's has random probes, which the trials draw from a generator of their own.
+        whole = self.companion or batch.divergence == "exact"
+        kinds = (None, batch.divergence) if whole else (None,)
+        own = torch.Generator(z.device).manual_seed(0) if self.companion else None
+        silent = replace(batch, advance=lambda _: None, generator=own)
         largest, lost = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
         for steps in GRIDS:
             for kind in kinds:
-                trial = replace(paths, batch=silent, probes=kind)
-                error = solve_fixed(trial, z, span, steps).solver_error
+                trial = replace(silent, divergence=kind)
+                solved = solve_fixed(trial, z, span, steps=steps, companion=self.companion)
+                error = solved.solver_error
                 failed = ~(error <= solver_limit(z[0].numel()))
                 largest = self._agreed(_largest(error, failed, lost))
                 if largest > self.tolerance:
@@ -294,9 +305,9 @@ class ToTolerance:
             lost = failed
         got = f"{largest:.2g}" if math.isfinite(largest) else "no finite error of any sample"
         warnings.warn(
-            f"steps=None: expected a solver_error of at most tolerance={self.tolerance:g} nats "
-            f"on a grid of at most {GRIDS[-1]} steps; got {got} there. Give a larger tolerance, "
-            "float64 where rounding is in the way, or method='adaptive', and look at the "
+            f"solver: expected a solver_error of at most {self.tolerance:g} nats on a grid of at "
+            f"most {GRIDS[-1]} steps; got {got} there. Give ToTolerance a larger tolerance, "
+            "float64 where rounding is in the way, or take Adaptive(), and look at the "
             "network's outputs where no error is finite.",
             stacklevel=users_level(),
         )

@@ -1,4 +1,4 @@
-r"""The paths of the probability-flow ODE, and what is gathered along them.
+r"""The paths of the probability-flow ODE, and the log-density along them.
 
 What:
     The paths of a batch in coordinates where every schedule is one ODE, and nearly flat. The
@@ -30,19 +30,21 @@ Source:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_like, expand_right, may_look, over_elements
-from hosm_losses.likelihood.result import SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT, NLLResult
+from hosm_losses._checks import check_like, complaint, expand_right, may_look, over_elements
+from hosm_losses.likelihood.result import NLLResult
+from hosm_losses.likelihood.watch import Watch
 from hosm_losses.model import ConditionedModel, NoiseField
-from hosm_losses.probes import Distribution, draw_probes, unit_vector_chunks
+from hosm_losses.probes import Hutchinson, draw_probes, unit_vector_chunks
 from hosm_losses.schedules import Schedule
 
 CHUNK_ELEMENTS = 2**22
+Divergence = Literal["exact"] | Hutchinson
+Span = tuple[float, float]  # of u = log σ̂, from the start of a path to its end
 
 
 class NoiseLevel(NamedTuple):
@@ -125,9 +127,12 @@ def all_finite(samples: Tensor) -> Tensor:
     return torch.isfinite(samples).reshape(len(samples), -1).all(1)
 
 
-def solver_limit(elements: int) -> float:
-    """The solver_error in nats above which a sample of so many elements has failed."""
-    return max(SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT * elements)
+def check_divergence(divergence: object, *, optional: bool = False) -> None:
+    """Raise ValueError unless this is "exact", a Hutchinson, or None where that is an option."""
+    known = isinstance(divergence, Hutchinson) or (optional and divergence is None)
+    if not (known or (isinstance(divergence, str) and divergence == "exact")):
+        expected = "'exact' or Hutchinson(...)" + (", or None" if optional else "")
+        raise ValueError(complaint("divergence", expected, divergence))
 
 
 @dataclass(frozen=True)
@@ -138,16 +143,24 @@ class Batch:
     model: ConditionedModel
     coordinates: Coordinates
     dtype: torch.dtype  # the network's
-    log_prior: Callable[[Tensor], Tensor] | None = None
-    generator: torch.Generator | None = None
-    advance: Callable[[float], object] = lambda _: None  # told the samples' worth of work done
-    # What evaluates, given the value alone as a function of x, x, and what is to be called.
-    watch: Callable[..., tuple[Tensor, ...]] = lambda _value, _x, evaluate: evaluate()
+    log_prior: Callable[[Tensor], Tensor] | None
+    generator: torch.Generator | None
+    advance: Callable[[float], object]  # told the samples' worth of work done
+    watch: Watch
+    divergence: Divergence | None = None
 
     def rows(self, x: Tensor, rows: Tensor) -> "Batch":
         """Return the rows alone, at the points x of the whole batch."""
         points = x[rows].to(accumulator(x))
         return replace(self, x=points, model=self.model.rows(rows))
+
+    def draw_probes(self, z: Tensor) -> Tensor | None:
+        """Fresh probes (K, B, *), or None where the divergence takes none."""
+        if not isinstance(self.divergence, Hutchinson):
+            return None
+        count, distribution = self.divergence.count, self.divergence.distribution
+        like = torch.empty_like(z, dtype=self.dtype)
+        return draw_probes(like, count, distribution, self.generator)
 
     def field(self, level: NoiseLevel, rows: Tensor | None = None) -> NoiseField:
         """Return f = −ε̂ at a level, for the rows (n,) of the batch, all if None."""
@@ -156,15 +169,56 @@ class Batch:
         return model.at(t.expand(len(self.x) if rows is None else len(rows)))
 
     def noise(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """ε̂ at other points (B, *) of the batch, in their precision."""
-
-        def evaluated(x: Tensor) -> Tensor:
-            return self.field(level)(x)
-
-        given = x.to(self.dtype)
-        one = partial(apart, evaluated, lambda points: (evaluated(points),), given)
-        (value,) = self.watch(evaluated, given, one)
+        """ε̂ at points (B, *), in their precision."""
+        (value,) = self._evaluate(self.field(level), x.to(self.dtype), None, None)
         return -value.to(x.dtype)
+
+    def derivatives(
+        self, z: Tensor, level: NoiseLevel, probes: Tensor | None, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ε̂ of the rows (all if None), dz/du, and samples (K, n) of what is integrated over u."""
+        x = self.coordinates.to_x(z, level).to(self.dtype)
+        found = self._evaluate(self.field(level, rows), x, self.divergence, probes)
+        noise = -found[0].to(z.dtype)
+        slope = self.coordinates.slope(z, noise, level)
+        if self.divergence is None:
+            return noise, slope, z.new_zeros(1, len(z))
+        return noise, slope, self.coordinates.integrand(-found[1].T, level)
+
+    def _evaluate(
+        self, field: NoiseField, x: Tensor, divergence: Divergence | None, probes: Tensor | None
+    ) -> list[Tensor]:
+        """f at x (n, *), and ∇·f (n, K) if asked.
+
+        With a graph, samples that are not finite are kept apart, as 0 · NaN is NaN: one of them
+        would take the gradients of all parameters with it. They are replaced by ones, and their
+        values are NaN. Those that come out of finite x are found where that is free, and evaluated
+        again; elsewhere the value alone is evaluated before, without a graph, so that nothing is
+        read back from an accelerator.
+        """
+        before, look = self.watch.before(x), may_look(x)
+        lost = ~all_finite(x) if torch.is_grad_enabled() else None
+
+        def evaluate(value_alone: bool = divergence is None) -> list[Tensor]:
+            points = x if lost is None else torch.where(expand_right(lost, x), 1.0, x)
+            if value_alone:
+                return [field(points)]
+            value, forms = with_divergence(field, points, probes)
+            return [value, forms.T]
+
+        if lost is not None and not look:
+            with torch.no_grad():
+                lost = lost | ~all_finite(*evaluate(value_alone=True))
+        found = evaluate()
+        if lost is not None and look:
+            good = torch.stack([all_finite(each.detach()) for each in found]).all(0)
+            if not bool((good | lost).all()):
+                lost = lost | ~good
+                found = evaluate()
+        self.watch.compare(before, field, x)
+        if lost is None:
+            return found
+        return [each.masked_fill(expand_right(lost, each), math.nan) for each in found]
 
     def log_prior_at(self, latent: Tensor) -> Tensor:
         """Log-density (B,) of the prior at latents (B, *), in their precision.
@@ -182,16 +236,15 @@ class Batch:
             value = -0.5 * (over_elements(given.square(), 1) / std**2 + normalisation)
         else:
             value = self.log_prior(given)
-            shape, dtype = (len(given),), wide
-            if isinstance(value, Tensor) and value.is_floating_point():
-                whole = torch.promote_types(value.dtype, self.dtype) == value.dtype
-                dtype = value.dtype if whole else wide
-            check_like("log_prior(latent)", value, shape, dtype, given.device, "x")
+            own = value.dtype if isinstance(value, Tensor) else wide
+            whole = own.is_floating_point and torch.promote_types(own, self.dtype) == own
+            dtype = own if whole else wide
+            check_like("log_prior(latent)", value, (len(given),), dtype, given.device, "x")
         return value.to(latent.dtype).masked_fill(~finite, math.nan)
 
 
 class Solved(NamedTuple):
-    """Where the paths end, and what was gathered on the way."""
+    """Where the paths end, what was integrated on the way, and fields of the result."""
 
     z: Tensor  # the states at the other end, (B, *)
     integral: Tensor  # ∫ (σ ∇·ε̂ − Σ_i σ̂²/c²) du in the direction that was solved, (B,)
@@ -203,102 +256,25 @@ class Solved(NamedTuple):
     widening: float = 1.0  # Student's factor in standard_error
 
 
-@dataclass(frozen=True)
-class Paths:
-    """The paths of a batch."""
-
-    batch: Batch
-    probes: int | None  # K random probes; 0 for the exact divergence, None for no divergence
-    distribution: Distribution
-
-    def draw(self, z: Tensor) -> Tensor | None:
-        """Fresh probes (K, B, *), or None where there are none."""
-        if not self.probes:
-            return None
-        like = torch.empty_like(z, dtype=self.batch.dtype)
-        return draw_probes(like, self.probes, self.distribution, self.batch.generator)
-
-    def slope_and_integrand(
-        self, z: Tensor, level: NoiseLevel, probes: Tensor | None, rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """ε̂ of the rows (all if None), dz/du, and samples (K, n) of what is integrated over u."""
-        coordinates = self.batch.coordinates
-        x = coordinates.to_x(z, level).to(self.batch.dtype)
-
-        def value_at(x: Tensor) -> Tensor:
-            return self.batch.field(level, rows)(x)
-
-        def evaluated(x: Tensor) -> tuple[Tensor, ...]:
-            if self.probes is None:
-                return (value_at(x),)
-            value, divergence = with_divergence(self.batch.field(level, rows), x, probes)
-            return value, divergence.T  # samples first
-
-        all_parts = partial(apart, value_at, evaluated, x)
-        value, *divergences = self.batch.watch(value_at, x, all_parts)
-        noise = -value.to(z.dtype)
-        slope = coordinates.slope(z, noise, level)
-        if not divergences:
-            return noise, slope, z.new_zeros(1, len(z))
-        return noise, slope, coordinates.integrand(-divergences[0].T, level)
+Solve = Callable[[Batch, Tensor, Span], Solved]
 
 
-Solver = Callable[[Paths, Tensor, tuple[float, float]], Solved]
-
-
-def followed(paths: Paths, solve: Solver, *, backwards: bool = False) -> NLLResult:
+def follow_paths(batch: Batch, solve: Solve, *, backwards: bool = False) -> NLLResult:
     """Follow the paths from the data of a batch to its latents, or back from latents to data.
 
     `latent` is the other end: the data, if `backwards`.
     """
-    batch, coordinates = paths.batch, paths.batch.coordinates
-    span = coordinates.schedule.log_sigma_hat_range
-    data, noise = coordinates.ends(span)
+    coordinates = batch.coordinates
+    low, high = coordinates.schedule.log_sigma_hat_range
+    data, noise = coordinates.ends((low, high))
     near, far = (noise, data) if backwards else (data, noise)
-    z = coordinates.to_z(batch.x, near)
-    span = (span[1], span[0]) if backwards else span
-    solved = solve(paths, z, span)
-    end = coordinates.to_x(solved.z, far)
-    latent, integral = (batch.x, -solved.integral) if backwards else (end, solved.integral)
+    span = (high, low) if backwards else (low, high)
+    found = solve(batch, coordinates.to_z(batch.x, near), span)._asdict()
+    end, integral = coordinates.to_x(found.pop("z"), far), found.pop("integral")
+    latent, integral = (batch.x, -integral) if backwards else (end, integral)
     volume = coordinates.log_volume(noise) - coordinates.log_volume(data)
-    prior = volume * 0 if paths.probes is None else batch.log_prior_at(latent)
-    nll = -(prior + volume + integral)
-    return NLLResult(
-        nll=nll,
-        latent=end.to(batch.dtype),
-        nfe=solved.nfe,
-        standard_error=solved.standard_error,
-        solver_error=solved.solver_error,
-        failed=solved.failed,
-        steps=solved.steps,
-        widening=solved.widening,
-    )
-
-
-def apart(
-    value: Callable[[Tensor], Tensor], evaluate: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor
-) -> tuple[Tensor, ...]:
-    """What is evaluated at x (B, *), kept free of samples that are not finite if it has a graph.
-
-    0 · NaN is NaN: one of them would take the gradients of all parameters with it. They are
-    replaced by ones, and their values are NaN. Those that come out of finite x are found where
-    that is free, and evaluated again; elsewhere the value alone is evaluated before, without a
-    graph, so that nothing is read back from an accelerator.
-    """
-    if not torch.is_grad_enabled():
-        return evaluate(x)
-    lost, look, found = ~all_finite(x), may_look(x), ()
-    points = torch.where(expand_right(lost, x), 1.0, x)
-    if look:
-        found = evaluate(points)
-        good = torch.stack([all_finite(each.detach()) for each in found]).all(0)
-    else:
-        with torch.no_grad():
-            good = all_finite(value(points))
-    if not look or not bool((good | lost).all()):
-        lost = lost | ~good
-        found = evaluate(torch.where(expand_right(lost, x), 1.0, x))
-    return tuple(each.masked_fill(expand_right(lost, each), math.nan) for each in found)
+    prior = volume * 0 if batch.divergence is None else batch.log_prior_at(latent)
+    return NLLResult(-(prior + volume + integral), end.to(batch.dtype), **found)
 
 
 def with_divergence(field: NoiseField, x: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,13 @@ Source:
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_number, check_whole, describe
+from hosm_losses._checks import check_number, check_whole, describe, owns_values
 from hosm_losses.likelihood.summary import NLLSummary
 
 # A sample fails with a solver_error above the larger of these, in nats and in nats an element.
@@ -36,31 +36,20 @@ class Quantization(NamedTuple):
     high: float
 
 
-@dataclass(frozen=True)
-class NLLResult:
-    """The negative log-likelihood of a batch.
+def solver_limit(elements: int) -> float:
+    """The solver_error in nats above which a sample of so many elements has failed."""
+    return max(SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT * elements)
 
-    Attributes:
-        nll: −log p(x) in nats, (B,), or an upper bound on it: variational, or of integers.
-        latent: the end of x's path, at t_max, in the coordinates of x, (B, *).
-        nfe: network evaluations, (B,); a value with its divergence counts as one.
-        standard_error: of nll, from the random probes, or from the draws of the bound of the SDE,
-            (B,); None where it is not known. The draws of dequantization and of clean=True are
-            not in it.
-        solver_error: estimate of what the solver is off, in nats, (B,). It is no bound; twice that
-            of a path with a companion is meant to cover 95 % of samples on a grid of 64 steps.
-        failed: where there is no number to use, (B,): it was not finite, the path did not arrive,
-            or solver_error is above max(1000, 0.1 d) nats; nll is NaN there. `failures` says why.
-        quantization: what the data was before dequantization; None for continuous data.
-        steps: of the fixed grid; None with the adaptive method, and of a bound.
-        widening: Student's factor in standard_error, of the adaptive method; 1 elsewhere.
-    """
 
-    nll: Tensor
+@dataclass(frozen=True, repr=False)
+class Result:
+    """What `NLLResult` and `SampleResult` have in common; the attributes are described there."""
+
+    nll: Tensor | None
     latent: Tensor
     nfe: Tensor
     standard_error: Tensor | None
-    solver_error: Tensor
+    solver_error: Tensor | None
     failed: Tensor
     quantization: Quantization | None = None
     steps: int | None = None
@@ -79,7 +68,7 @@ class NLLResult:
 
         Raises:
             ValueError: for levels below 1, an empty range, a range without levels, or what
-                contradicts the `dequantization` of the call.
+                contradicts the `dequantization` of the call; for samples without their density.
 
         Example:
             >>> one = torch.ones(1)
@@ -87,39 +76,40 @@ class NLLResult:
             >>> result.bits_per_dim(levels=256)
             tensor([7.])
         """
-        bits = self.nll / (self.latent[0].numel() * math.log(2))
-        quantization = self._quantization({"levels": levels, "low": low, "high": high})
-        if quantization is None:
-            return bits
-        levels, low, high = quantization
-        return bits + math.log2(levels / (high - low))
+        bits = self._density() / (self.latent[0].numel() * math.log(2))
+        known = self._quantization({"levels": levels, "low": low, "high": high})
+        return bits if known is None else bits + math.log2(known.levels / (known.high - known.low))
+
+    def _density(self) -> Tensor:
+        if self.nll is None:
+            raise ValueError(
+                "nll: expected samples with their density; got some of divergence=None. Give "
+                "ode_sample divergence='exact' or Hutchinson()."
+            )
+        return self.nll
+
+    def _errors(self) -> Tensor:
+        return torch.zeros_like(self.nfe) if self.solver_error is None else self.solver_error
 
     def _quantization(self, options: dict[str, int | float | None]) -> Quantization | None:
         """The data's levels: those of the call, or those that the options say."""
         given = {name: value for name, value in options.items() if value is not None}
-        told = ", ".join(f"{name}={value!r}" for name, value in given.items())
         known = {} if self.quantization is None else self.quantization._asdict()
         if given.items() <= known.items():
             return self.quantization
-        if known:
-            raise ValueError(
-                "bits_per_dim: expected no levels or those of the call's dequantization, "
-                f"{self.quantization}; got {told}. Leave them out: the result knows them."
+        told = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        if known or "levels" not in given:
+            expected = self.quantization or "levels with a range, as in levels=256, low=0, high=1"
+            remedy = (
+                "Leave them out: the result knows them" if known else "Continuous data has none"
             )
-        if "levels" not in given:
-            raise ValueError(
-                "bits_per_dim: expected levels with a range, as in bits_per_dim(levels=256, "
-                f"low=0, high=1); got {told} alone. Without levels the data is continuous, "
-                "and its bits depend on no range."
-            )
-        found = Quantization(
-            check_whole("levels", given["levels"], 1),
-            check_number("low", given.get("low", -1.0), "a number"),
-            check_number("high", given.get("high", 1.0), "a number"),
-        )
-        if found.low >= found.high:
-            raise ValueError(f"bits_per_dim: expected low < high; got {found.low}, {found.high}.")
-        return found
+            raise ValueError(f"bits_per_dim: expected {expected}; got {told}. {remedy}.")
+        levels = check_whole("levels", given["levels"], 1)
+        low = check_number("low", given.get("low", -1.0), "a number")
+        high = check_number("high", given.get("high", 1.0), "a number")
+        if low >= high:
+            raise ValueError(f"bits_per_dim: expected low < high; got {low}, {high}.")
+        return Quantization(levels, low, high)
 
     def summary(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
@@ -138,8 +128,8 @@ class NLLResult:
             >>> summary.nll, summary.standard_error, round(summary.estimator_error, 3)
             (2.0, 1.0, 0.141)
         """
-        bits = self.bits_per_dim(levels, low, high)
-        good = ~(self.failed | torch.isnan(self.nll))
+        bits, nll = self.bits_per_dim(levels, low, high), self._density()
+        good = ~(self.failed | torch.isnan(nll))
         count = int(good.sum())
         if not count:
             raise ValueError(
@@ -150,7 +140,7 @@ class NLLResult:
         def mean(numbers: Tensor) -> float:
             return float(numbers.detach()[good].double().mean())
 
-        error = float(self.nll.detach()[good].double().std()) / count**0.5 if count > 1 else None
+        error = float(nll.detach()[good].double().std()) / count**0.5 if count > 1 else None
         bit, part = self.latent[0].numel() * math.log(2), None
         if self.standard_error is not None:
             part = (mean((self.standard_error / self.widening).square()) / count) ** 0.5
@@ -158,14 +148,27 @@ class NLLResult:
         return NLLSummary(
             samples=count,
             failed=len(good) - count,
-            nll=mean(self.nll),
+            nll=mean(nll),
             standard_error=error,
             estimator_error=part,
-            solver_error=mean(self.solver_error),
+            solver_error=mean(self._errors()),
             bits_per_dim=mean(bits),
             bits_standard_error=None if error is None else error / bit,
             nfe=mean(self.nfe),
+            discrete=levels is not None or self.quantization is not None,
         )
+
+    def __repr__(self) -> str:
+        """The summary, or what there is in its place."""
+        count = f"{len(self.failed)} samples"
+        if self.failed.is_meta or not owns_values(self.failed):
+            return f"{type(self).__name__} of {count}, not on hand"
+        if bool(self.failed.all()):
+            return f"{count}, all failed; the first one: {self.failures()[0]}"
+        if self.nll is None:
+            failed, nfe = int(self.failed.sum()), float(self.nfe.double().mean())
+            return f"{count} without their density, {nfe:.0f} evaluations; failed: {failed}"
+        return str(self.summary())
 
     def failures(self) -> dict[int, str]:
         """Why each sample that failed did, and what to do, by its row.
@@ -176,26 +179,30 @@ class NLLResult:
             >>> print(result.failures()[0])  # doctest: +ELLIPSIS
             a value on its path is not finite: look at x and at the network's outputs from t_min...
         """
-        limit = max(SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT * self.latent[0].numel())
+        limit, end, errors = solver_limit(self.latent[0].numel()), self._end(), self._errors()
         texts = {}
         for row in self.failed.nonzero().flatten().tolist():
-            error = float(self.solver_error[row])
-            finite = math.isfinite(error) and bool(self.latent[row].isfinite().all())
+            error = float(errors[row])
+            finite = math.isfinite(error) and bool(end[row].isfinite().all())
             texts[row] = (
                 f"its solver_error of {error:.2g} nats is above {limit:g}: take more steps or a "
                 "lower tolerance, or give data_mean and data_std"
                 if limit < error < math.inf
-                else "its number is not finite or beyond the range of "
-                f"{self.latent.dtype}, or its path did not arrive: look at x, nfe, the "
-                "network, and what log_prior returns if you gave one"
+                else f"its number is not finite or beyond the range of {end.dtype}, or its path "
+                "did not arrive: look at x, nfe, the network, and what log_prior returns if you "
+                "gave one"
                 if finite
                 else "a value on its path is not finite: look at x and at the network's outputs "
                 "from t_min to t_max, or take smaller steps"
             )
         return texts
 
+    def _end(self) -> Tensor:
+        """The end of the paths that was solved for."""
+        return self.latent
+
     @classmethod
-    def cat(cls, results: Sequence["NLLResult"]) -> "NLLResult":
+    def cat(cls, results: Sequence[Self]) -> Self:
         """The result of all samples from those of batches or ranks, on the device of the first.
 
         `steps` is None where they differ.
@@ -205,7 +212,7 @@ class NLLResult:
             ValueError: for no result at all, samples of different shapes, or results of which some
                 have a standard error, a quantization or steps that others lack, or another
                 widening: a bound is not joined with a likelihood of the fixed grid. With one of
-                the adaptive method and the exact divergence it is: no field tells them apart.
+                `Adaptive` and the exact divergence it is: no field tells them apart.
 
         Example:
             >>> zero = torch.zeros(2)
@@ -213,34 +220,33 @@ class NLLResult:
             >>> NLLResult.cat([one, one]).nll.shape
             torch.Size([4])
         """
-        if isinstance(results, NLLResult):
-            raise TypeError(f"cat: expected a list of NLLResults; got {describe(results)} alone.")
-        results = list(results)
-        for result in results:
-            if not isinstance(result, NLLResult):
-                raise TypeError(f"cat: expected NLLResults; got {describe(result)}.")
-        if not results:
-            raise ValueError("cat: expected at least one result; got none.")
-        kinds = {
-            f"samples {tuple(each.latent.shape[1:])}, "
-            f"{'no' if each.standard_error is None else 'with'} standard error, "
-            f"{'no' if each.steps is None else 'a number of'} steps, "
-            f"widening {each.widening:.4g}, {each.quantization}"
-            for each in results
-        }
-        if len(kinds) > 1:
+        name, alone = cls.__name__, isinstance(results, Result)
+        every: list[Any] = [results] if alone else list(results)
+        for result in every:
+            if alone or not isinstance(result, cls):
+                raise TypeError(f"cat: expected {name}s in a list; got {describe(result)}.")
+        kinds = {result._kind() for result in every}
+        if len(kinds) != 1:
+            got = "; ".join(sorted(kinds)) or "none"
             raise ValueError(
-                f"cat: expected results of the same options; got {'; '.join(sorted(kinds))}. Call "
-                "ode_nll with the same arguments for every batch."
+                f"cat: expected {name}s of the same options, at least one; got {got}. Call the "
+                "likelihood with the same arguments for every batch."
             )
-        device, joined = results[0].nll.device, {}
-        for field in fields(cls):
-            parts = [getattr(result, field.name) for result in results]
-            tensors = isinstance(parts[0], Tensor)
-            joined[field.name] = torch.cat([p.to(device) for p in parts]) if tensors else parts[0]
-        if len({result.steps for result in results}) > 1:
+        device, joined = every[0].latent.device, {}
+        for name, first in vars(every[0]).items():
+            parts = [getattr(result, name) for result in every]
+            tensors = isinstance(first, Tensor)
+            joined[name] = torch.cat([p.to(device) for p in parts]) if tensors else first
+        if len({result.steps for result in every}) > 1:
             joined["steps"] = None
         return cls(**joined)
+
+    def _kind(self) -> str:
+        """What results that are joined have in common."""
+        lacking = [name for name, value in vars(self).items() if value is None]
+        lacks = f"without {', '.join(lacking)}" if lacking else "with every field"
+        shape = tuple(self.latent.shape[1:])
+        return f"samples {shape} {lacks}, widening {self.widening:.4g}, {self.quantization}"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, without a graph: tensors, None and dicts of plain numbers.
@@ -258,10 +264,12 @@ class NLLResult:
             >>> again.nll, again.standard_error
             (tensor([0., 0.]), None)
         """
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        known = self.quantization and self.quantization._asdict()
+        plain = {k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return plain | {"quantization": known}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "NLLResult":
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The result whose `to_dict` gave these values, bit for bit.
 
         Raises:
@@ -270,35 +278,65 @@ class NLLResult:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"from_dict: expected what to_dict returned; got {describe(values)}.")
-        values = {"widening": 1.0, **values}  # which results of 0.1.0 do not have
-        expected = [field.name for field in fields(cls)]
-        wrong = {
-            "missing": [name for name in expected if name not in values],
-            "unknown": [name for name in values if name not in expected],
-        }
-        if any(wrong.values()):
-            told = "; ".join(f"{kind}: {names}" for kind, names in wrong.items() if names)
+        kinds: dict[str, Any] = {each.name: each.type for each in fields(cls)}
+        if values.keys() != kinds.keys():
             raise ValueError(
-                f"from_dict: expected the keys {expected}; got {told}. Give it what to_dict "
-                "returned in this version of hosm_losses."
+                f"from_dict: expected the keys {list(kinds)}; got {list(values)}. Give it what "
+                "to_dict returned in this version of hosm_losses."
             )
-        optional = {
-            "standard_error": Tensor | None,
-            "steps": int | None,
-            "widening": float,
-            "quantization": dict | None,
-        }
-        for name, value in values.items():
-            if not isinstance(value, optional.get(name, Tensor)):
-                kind, got = optional.get(name, "a tensor"), describe(value)
-                raise TypeError(f"from_dict: expected {kind} for {name!r}; got {got}.")
         known = values["quantization"]
-        quantization = None if known is None else Quantization(**known)
-        return cls(**{**values, "quantization": quantization})
+        given = {**values, "quantization": Quantization(**known) if known else None}
+        for name, value in given.items():
+            if not isinstance(value, kinds[name]):
+                got = describe(value)
+                raise TypeError(f"from_dict: expected {kinds[name]} for {name!r}; got {got}.")
+        return cls(**given)
 
 
-def _plain(value: Any) -> Any:
-    """A field as torch.load(weights_only=True) takes it."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    return value._asdict() if isinstance(value, Quantization) else value
+@dataclass(frozen=True, repr=False)
+class NLLResult(Result):
+    """The negative log-likelihood of a batch; it prints as its summary.
+
+    Attributes:
+        nll: −log p(x) in nats, (B,), or an upper bound on it: variational, or of integers.
+        latent: the end of x's path, at t_max, in the coordinates of x, (B, *).
+        nfe: network evaluations, (B,); a value with its divergence counts as one.
+        standard_error: of nll, from the random probes, or from the draws of the bound of the SDE,
+            (B,); None where it is not known. The draws of dequantization and of clean=True are
+            not in it.
+        solver_error: estimate of what the solver is off, in nats, (B,). It is no bound; twice that
+            of a path with a companion is meant to cover 95 % of samples on a grid of 64 steps.
+        failed: where there is no number to use, (B,): it was not finite, the path did not arrive,
+            or solver_error is above max(1000, 0.1 d) nats; nll is NaN there. `failures` says why.
+        quantization: what the data was before dequantization; None for continuous data.
+        steps: of the fixed grid; None with `Adaptive`, and of a bound.
+        widening: Student's factor in standard_error, of `Adaptive`; 1 elsewhere.
+    """
+
+    nll: Tensor
+    solver_error: Tensor
+
+
+@dataclass(frozen=True, repr=False)
+class SampleResult(Result):
+    """Samples with their density; it prints as its summary.
+
+    Attributes:
+        x: the samples at t_min, (B, *).
+        latent: what they were made from, at t_max, (B, *).
+        nll: −log p(x) in nats, (B,); None where no divergence was asked for.
+        nfe: network evaluations, (B,).
+        standard_error: of nll, from random probes, (B,); None where it is not known.
+        solver_error: estimate of what the solver's error does to nll, in nats, as in `NLLResult`,
+            (B,); None with nll.
+        failed: where there is nothing to use, (B,): a number was not finite, the path did not
+            arrive, or solver_error is too large; nll is NaN there. `failures` says why.
+        quantization: None.
+        steps: of the fixed grid; None with `Adaptive`.
+        widening: as in `NLLResult`.
+    """
+
+    x: Tensor = field(kw_only=True)
+
+    def _end(self) -> Tensor:
+        return self.x

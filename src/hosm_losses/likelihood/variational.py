@@ -23,7 +23,7 @@ Source:
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -31,10 +31,11 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_whole, complaint, over_elements
-from hosm_losses.likelihood.inputs import evaluate
-from hosm_losses.likelihood.integers import Dequantization
+from hosm_losses.likelihood.inputs import Call, LogPrior
+from hosm_losses.likelihood.integers import Uniform, check_dequantization
 from hosm_losses.likelihood.paths import Batch, NoiseLevel
 from hosm_losses.likelihood.result import NLLResult
+from hosm_losses.likelihood.solvers import Moment
 from hosm_losses.model import ScoreModel
 
 
@@ -43,10 +44,10 @@ def variational_nll(
     x: Tensor,
     *,
     samples: int = 64,
-    data_mean: float | Tensor = 0.0,
-    data_std: float | Tensor = 0.5,
-    log_prior: Callable[[Tensor], Tensor] | None = None,
-    dequantization: Dequantization | None = None,
+    data_mean: Moment = 0.0,
+    data_std: Moment = 0.5,
+    log_prior: LogPrior | None = None,
+    dequantization: Uniform | None = None,
     batch_size: int | None = None,
     progress: bool = False,
     generator: torch.Generator | None = None,
@@ -79,9 +80,10 @@ def variational_nll(
     samples = check_whole("samples", samples, 2)
     if samples % 2:
         raise ValueError(complaint("samples", "an even number", samples))
-    likelihood = partial(_bound, samples=samples)
-    shared = (data_mean, data_std, log_prior, dequantization, batch_size, progress, generator)
-    return evaluate(likelihood, model, x, *shared, model_kwargs, at_start=False)
+    check_dequantization(dequantization)
+    moments, rest = (data_mean, data_std), (batch_size, progress, generator, model_kwargs)
+    call = Call(model, x, *moments, log_prior, *rest, dequantization=dequantization)
+    return call.evaluate(partial(_bound, samples=samples), at_start=False)
 
 
 def _bound(batch: Batch, samples: int) -> NLLResult:

@@ -1,0 +1,222 @@
+"""How the ODE is solved, as values: `FixedGrid`, `ToTolerance` and `Adaptive`.
+
+They check themselves, compare, hash and pickle. `data_mean` and `data_std` set coordinates in
+which Gaussian data does not move (see `paths`): they change the solver's error alone.
+"""
+
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hosm_losses._checks import (
+    check_dense,
+    check_finite,
+    check_flag,
+    check_number,
+    check_whole,
+    complaint,
+)
+from hosm_losses.likelihood.adaptive import solve_adaptive
+from hosm_losses.likelihood.multistep import MINIMUM_STEPS, FewestSteps, solve_fixed
+from hosm_losses.likelihood.paths import Solve, accumulator
+
+Moment = float | Tensor | np.ndarray | tuple[Any, ...]
+
+
+class Solver:
+    """What `ode_nll` and `ode_sample` take as `solver`."""
+
+    data_mean: Moment
+    data_std: Moment
+    companion: bool = False
+
+    def start(self) -> Solve:
+        """A function that solves the batches of one call."""
+        raise NotImplementedError
+
+    def _name(self, field: str) -> str:
+        return f"{type(self).__name__}.{field}"
+
+    def _nats(self, field: str) -> float:
+        name, what = self._name(field), "a positive number of nats"
+        return check_number(name, getattr(self, field), what, above=0.0)
+
+    def _set(self, **values: object) -> None:
+        """Put values that are checked in place of those that were given."""
+        for field in ("data_mean", "data_std"):
+            values[field] = plain_moment(field, getattr(self, field), self._name(field))
+        for field, value in values.items():
+            object.__setattr__(self, field, value)
+
+
+@dataclass(frozen=True)
+class FixedGrid(Solver):
+    """A uniform grid in log σ̂ that the batch shares, with fresh probes at every node.
+
+    Args:
+        steps: 4 or more, with steps + 10 evaluations of the network.
+        companion: whether to solve with half the steps as well, for a `solver_error` that covers
+            networks whose paths stretch small errors too, at 57 % more evaluations for 64 steps.
+            The steps are even then, 8 or more. Of `ode_nll` alone.
+        data_mean: mean of the data, a number or a tensor that broadcasts to a sample; kept as a
+            number or nested tuples.
+        data_std: standard deviation of the data, likewise.
+
+    Raises:
+        TypeError: for a flag or moments of a wrong type.
+        ValueError: for other numbers than these.
+
+    Example:
+        >>> FixedGrid(128, data_std=torch.tensor([0.5, 0.25]))
+        FixedGrid(steps=128, companion=False, data_mean=0.0, data_std=(0.5, 0.25))
+    """
+
+    steps: int = 64
+    _: KW_ONLY
+    companion: bool = False
+    data_mean: Moment = 0.0
+    data_std: Moment = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        steps = check_whole(self._name("steps"), self.steps, MINIMUM_STEPS)
+        check_flag(self._name("companion"), self.companion)
+        least = 2 * MINIMUM_STEPS
+        if self.companion and (steps % 2 or steps < least):
+            expected, got = f"False, or even steps of {least} or more", f"True with {steps} steps"
+            raise ValueError(complaint(self._name("companion"), expected, True, got=got))
+        self._set(steps=steps)
+
+    def start(self) -> Solve:
+        """A function that solves the batches of one call."""
+        return partial(solve_fixed, steps=self.steps, companion=self.companion)
+
+
+@dataclass(frozen=True)
+class ToTolerance(Solver):
+    """The fixed grid of the fewest steps whose `solver_error` is within a tolerance.
+
+    The fewest of 32, 64, …, 1024 steps are found on the first batch and kept for the others of the
+    call. The trials change no number and are not in `nfe`.
+
+    Args:
+        tolerance: nats of the `solver_error` of every sample.
+        group: the processes that have to take the same steps; None where each may take its own.
+            With a group the value cannot be pickled.
+        companion: as in `FixedGrid`; the trials then take probes of their own.
+        data_mean: mean of the data, as in `FixedGrid`.
+        data_std: standard deviation of the data.
+
+    Raises:
+        TypeError: for a flag or moments of a wrong type.
+        ValueError: for other numbers than these, or a group that is none.
+
+    Example:
+        >>> ToTolerance(0.1)
+        ToTolerance(tolerance=0.1, group=None, companion=False, data_mean=0.0, data_std=0.5)
+    """
+
+    tolerance: float = 0.01
+    _: KW_ONLY
+    group: "dist.ProcessGroup | None" = None
+    companion: bool = False
+    data_mean: Moment = 0.0
+    data_std: Moment = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check_flag(self._name("companion"), self.companion)
+        if not (self.group is None or isinstance(self.group, dist.ProcessGroup)):
+            raise ValueError(complaint(self._name("group"), "a process group or None", self.group))
+        self._set(tolerance=self._nats("tolerance"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields; a TypeError where a group is among them."""
+        if self.group is not None:
+            expected, remedy = "None in a value to pickle", "Make the value in every process."
+            raise TypeError(complaint(self._name("group"), expected, self.group, remedy))
+        return vars(self)
+
+    def start(self) -> Solve:
+        """A function that solves the batches of one call."""
+        return FewestSteps(self.tolerance, self.group, self.companion)
+
+
+@dataclass(frozen=True)
+class Adaptive(Solver):
+    """Steps of each sample's own, with probes that are kept along its path.
+
+    Args:
+        step_tolerance: the acceptable error of a step, in nats of the log-density.
+        data_mean: mean of the data, as in `FixedGrid`.
+        data_std: standard deviation of the data.
+
+    Raises:
+        TypeError: for moments of a wrong type.
+        ValueError: for other numbers than these.
+
+    Example:
+        >>> Adaptive(1e-5)
+        Adaptive(step_tolerance=1e-05, data_mean=0.0, data_std=0.5)
+    """
+
+    step_tolerance: float = 3e-4
+    _: KW_ONLY
+    data_mean: Moment = 0.0
+    data_std: Moment = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        self._set(step_tolerance=self._nats("step_tolerance"))
+
+    def start(self) -> Solve:
+        """A function that solves the batches of one call."""
+        return partial(solve_adaptive, tolerance=self.step_tolerance)
+
+
+def check_solver(value: object) -> Solver:
+    """Return `value` if it is a solver."""
+    if not isinstance(value, Solver):
+        expected = "FixedGrid(...), ToTolerance(...) or Adaptive(...)"
+        raise TypeError(complaint("solver", expected, value))
+    return value
+
+
+def plain_moment(field: str, value: Any, name: str) -> float | tuple[Any, ...]:
+    """`data_mean` or `data_std` as a number, or as nested tuples; `name` is that in errors."""
+    expected = "a number or a tensor of numbers"
+    if isinstance(value, Tensor):
+        check_dense(name, value)
+    try:
+        found = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        nested = found.tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(complaint(name, expected, value)) from None
+    if found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(complaint(name, expected, value))
+    numbers = torch.as_tensor(nested, dtype=torch.float64, device="cpu")
+    check_finite(name, numbers)
+    if field == "data_std" and not bool((numbers > 0).all()):
+        raise ValueError(complaint(name, "positive values", value))
+    return _as_tuples(nested)
+
+
+def _as_tuples(nested: Any) -> Any:
+    return tuple(map(_as_tuples, nested)) if isinstance(nested, list) else float(nested)
+
+
+def expand_moment(name: str, value: float | tuple[Any, ...], x: Tensor) -> Tensor:
+    """A plain moment as a tensor (1, *) for samples x (B, *)."""
+    dtype = torch.float64 if isinstance(value, tuple) else None
+    numbers = torch.as_tensor(value, dtype=dtype, device="cpu").to(x.device, accumulator(x))
+    shape = (1, *x.shape[1:])
+    try:
+        return numbers.expand(shape)
+    except RuntimeError:
+        expected, got = f"a shape that broadcasts to {shape}, one sample", tuple(numbers.shape)
+        raise ValueError(f"{name}: expected {expected}; got {got}.") from None
