@@ -87,10 +87,15 @@ class Digits(Cell):
 class DigitsStudy(Study):
     """The study of a cell of digits."""
 
-    chooses = "brief"
+    chooses, overfits = "brief", True
 
     def converged(self) -> bool:
-        """Whether three times the budget of order one stopped to improve the validation split."""
+        """Whether three times the budget of order one no longer improved the validation split.
+
+        It may have overfitted by so much that a likelihood is not finite.
+        """
+        if any("failed" in row for name, row in self.rows.items() if name.startswith("budget")):
+            return True
         *_, before, after = (np.mean(row["validation"]) for row in self.budgets().values())
         return bool(after > before - NOISE)
 
