@@ -447,16 +447,8 @@ def test_results_of_the_users_functions_are_checked(call):
 
 # Schedules of a user's class, and the package's in a range that is wrong, by the rule they break.
 def holed(value):
-    """t, but for a hole where derivatives alone are looked at."""
-    return lambda t: torch.where((t > 0.517) & (t < 0.53), value, t)
-
-
-def prior(value):
-    return type("Own", (type(own()),), {"prior_std": value})()
-
-
-def drawing(function):
-    return own(sample_time=lambda batch, generator, *, device, dtype: function(batch))
+    """t, but for a hole."""
+    return lambda t: torch.where((t > 0.51) & (t < 0.53), value, t)
 
 
 HELD = own(alpha=None, sigma=None)
@@ -483,30 +475,21 @@ SCHEDULES = {
         ("t_min of", own(ends=(torch.tensor(0.1), 1.0))),
         ("t_max of", own(ends=(0.1, INF)), own(ends=(0.1, True))),
         ("alpha to take", own(math.exp), own(lambda t: 1 - t if t < 0.5 else 1.0 - t)),
-        ("sigma to leave", own(sigma=lambda t: t.mul_(2))),
-        ("log_sigma_hat of", own(sigma=torch.square, log_sigma_hat=torch.log)),
-        ("time of", own(sigma=torch.square, ends=None, base=hosm.EDMSchedule)),
-        ("time to return", own(time=torch.exp)),
-        ("squared_diffusion of", own(squared_diffusion=torch.clone)),
-        ("squared_diffusion of", own(sigma=lambda t: (20_000 * t).round() / 20_000)),
-        ("squared_diffusion of", own(lambda t: (1 - t).detach(), ends=(1e-3, 0.99))),
-        ("squared_diffusion of", own(sigma=torch.inference_mode()(lambda t: 1 * t)), HELD),
-        ("squared_diffusion to follow", own(sigma=lambda t: in_numpy(t))),
-        ("drift of", own(drift=torch.neg)),
-        ("rates of", own(rates=lambda t: (0 * t, 2 + 0 * t)), INHERITS_RATES),
-        ("prior_std of", *map(prior, (None, 0.0, -1.0, NAN, INF, True, "1"))),
-        ("sample_time of Own to draw", drawing(lambda batch: 5 * torch.rand(batch))),
-        ("sample_time of Own to draw", drawing(lambda batch: torch.zeros(batch) * NAN)),
+        (
+            "time of",
+            own(sigma=torch.square, ends=None, base=hosm.EDMSchedule),
+            own(sigma=torch.square, log_sigma_hat=torch.log),
+        ),
+        ("time of", own(time=torch.exp)),
+        ("to grow", own(sigma=lambda t: (20_000 * t).round() / 20_000), HELD, INHERITS_RATES),
+        ("to grow", own(sigma=torch.inference_mode()(lambda t: 1 * t))),
+        ("to grow", own(squared_diffusion=torch.clone), own(rates=lambda t: (0 * t, 2 + 0 * t))),
     ],
     TypeError: [
         ("to have t_min", own(ends=None)),
         ("a schedule defines alpha", own(alpha=None), own(sigma=None)),
         ("alpha to return", own(lambda t: 1.0), own(lambda t: torch.tensor(1.0))),
         ("sigma to return", own(sigma=torch.Tensor.float), own(sigma=lambda t: t.to("meta"))),
-        ("sample_time of Own to take", own(sample_time=lambda batch: torch.rand(batch))),
-        ("sample_time of Own to return", drawing(float), drawing(lambda n: torch.rand(n, 1))),
-        ("sample_time of Own to return", drawing(lambda n: torch.ones(n).int())),
-        ("sample_time of Own to return", drawing(lambda n: torch.rand(n).to("meta"))),
     ],
 }
 

@@ -186,17 +186,3 @@ def test_with_their_density_a_sampler_changes_no_mean(kind):
         ]
         error = sum(loss.var() / count for loss in losses) ** 0.5
         assert abs(losses[0].mean() - losses[1].mean()) < 5 * error
-
-
-def test_what_the_check_draws_leaves_the_global_generator_as_it_was():
-    before = torch.get_rng_state()
-    drawn = []
-
-    class Own(Cubes):
-        def sample_time(self, batch, generator=None, *, device=None, dtype=None):
-            drawn.append(batch)
-            return super().sample_time(batch, device=device, dtype=dtype)
-
-    build(Own())
-    assert drawn
-    assert torch.equal(torch.get_rng_state(), before)
