@@ -425,6 +425,20 @@ def test_conditions_go_to_every_call_and_what_fails_is_left_out():
         hosm.check_wrapping(hosm.ScoreModel(looked_up, VP), ATOMS, model_kwargs={"sign": signs})
 
 
+def test_a_tensor_that_all_samples_share_and_is_as_long_as_the_batch_is_named():
+    """It would be split with the samples in silence."""
+    table = torch.randn(len(ATOMS), 4)
+
+    def network(x, t, table, own):
+        return x + own[:, None] + table.mean(dim=(0, 1))
+
+    model, own = hosm.ScoreModel(network, VP), torch.randn(len(ATOMS))
+    shared = {"table": hosm.Shared(table), "own": own}
+    hosm.check_wrapping(model, ATOMS, model_kwargs=shared)
+    with pytest.raises(hosm.DerivativeError, match=r"model_kwargs\['table'\]: .*Shared"):
+        hosm.check_wrapping(model, ATOMS, model_kwargs={"table": table, "own": own})
+
+
 def test_few_samples_of_many_elements_are_compared_with_independent_elements():
     x0 = torch.randn(16, 40, dtype=torch.float64)
     model = hosm.ScoreModel(lambda x, t: VP.sigma(t)[:, None] * x, VP)  # best for such data

@@ -128,6 +128,31 @@ def test_penalties_on_gradients_are_differentiated(fraction):
         assert_same(one, other)
 
 
+class Normalised(nn.Module):
+    """Forced weight normalisation, as in EDM2: its forward writes to its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x, t):
+        if self.training:
+            with torch.no_grad():
+                self.weight.copy_(nn.functional.normalize(self.weight))
+        return (x @ self.weight).tanh()
+
+
+def test_a_network_that_writes_to_its_parameters_takes_no_fraction():
+    model, x0 = hosm.ScoreModel(Normalised(), VP), torch.randn(4, 3)
+    for function in (FUNCTIONS[2], FUNCTIONS[3], hosm.stein_dsm):
+        function(model, x0).backward()
+        with pytest.raises(ValueError, match="fraction: expected 1 with a network that changes"):
+            function(model, x0, fraction=0.5)
+        function(model.eval(), x0, fraction=0.5).backward()
+        with torch.no_grad():
+            function(model.train(), x0, fraction=0.5)
+
+
 @pytest.mark.parametrize("probes", [1, hosm.Paired()])
 def test_samples_whose_cubed_size_is_beyond_integers(probes):
     x0 = torch.randn(1, 2_700_000, dtype=torch.float32)

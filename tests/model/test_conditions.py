@@ -303,3 +303,35 @@ def test_a_sparse_table_as_long_as_the_batch_has_to_be_marked(options):
         hosm.third_order_dsm(model, x0, model_kwargs={"graph": table}, **options)
     loss = hosm.third_order_dsm(model, x0, model_kwargs={"graph": hosm.Shared(table)}, **options)
     assert torch.isfinite(loss)
+
+
+def noted(call, network, x0, **options):
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        call(hosm.ScoreModel(network, VP), x0, **options)
+    (note,) = caught.value.__notes__
+    return note
+
+
+def test_an_error_with_other_rows_says_what_followed_them():
+    """As of an edge mask (B·n·n, 1), and of a network that only takes one time."""
+
+    def masked(x, t, y, edges):
+        return (x.reshape(-1, 1, 3) * edges[0].reshape(2, 9, 1)).mean(1) + y[:, None]
+
+    kwargs = {"y": torch.ones(2), "edges": [torch.ones(18, 1)]}
+    x0 = torch.randn(2, 3)
+    hosm.second_order_dsm(hosm.ScoreModel(masked, VP), x0, model_kwargs=kwargs)
+    engine = {"engine": "reverse", "model_kwargs": kwargs}
+    note = noted(hosm.third_order_dsm, masked, x0, probes=3, **engine)
+    assert "called with 6 rows for a batch of 2" in note
+    assert "followed by model_kwargs['y'] (6,); passed" in note
+    assert "unchanged: model_kwargs['edges'][0] (18, 1). " in note
+    note = noted(hosm.second_order_dsm, masked, x0, fraction=0.5, **engine)
+    assert "called with 1 rows for a batch of 2" in note
+    assert "fraction" in note
+    note = noted(hosm.third_order_dsm, lambda x, t: x * t.item(), x0[:1], probes=2)
+    assert "called with 2 rows for a batch of 1" in note
+    assert "followed" not in note
+    with pytest.raises(RuntimeError) as caught:
+        hosm.first_order_dsm(hosm.ScoreModel(lambda x, t: x * t.item(), VP), x0)
+    assert not hasattr(caught.value, "__notes__")

@@ -35,7 +35,6 @@ from hosm_losses.diagnostics.localize import (
 )
 from hosm_losses.diagnostics.values import check_samples, check_values
 from hosm_losses.model import (
-    NetworkField,
     NoiseField,
     ScoreModel,
     check_model,
@@ -247,7 +246,7 @@ def _copied(model: ScoreModel) -> ScoreModel:
 def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
     """Raise an error that names the innermost module with the fault."""
     # What the losses differentiate: the network alone, without the part of x in a prediction.
-    field: Field = NetworkField(noise_field)
+    field: Field = noise_field.network()
     fault = attempt(check, field, x)
     # In float32 a Function at fault may be too small a part of the whole to be seen in it.
     opaque = fault is None and isinstance(check, Agreement) and check.precision == torch.float32
@@ -258,7 +257,7 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
     exact = None if missing else _in_float64(check, noise_field, x)
     if exact is not None and isinstance(check, Agreement) and check.same(field, x, *exact):
         return  # the differences are at fault: their rounding, or kinks between their points
-    mended: Field = NetworkField(replace(noise_field, primitives=True))
+    mended: Field = replace(noise_field, primitives=True).network()
     found = culprit(check, recorded(noise_field, x), primitives, opaque)
     if found is not None:
         field, fault = found
@@ -284,7 +283,7 @@ def _in_float64(check: Check, field: NoiseField, x: Tensor) -> tuple[Field, Tens
     """A network in float32, and x, in float64, if there is no fault in it then."""
     if check.precision != torch.float32 or not isinstance(check, Agreement):
         return None
-    if custom_functions(NetworkField(field), x):  # whose kernels may be others there
+    if custom_functions(field.network(), x):  # whose kernels may be others there
         return None
 
     def wide(tensor: Tensor) -> Tensor:
@@ -292,7 +291,7 @@ def _in_float64(check: Check, field: NoiseField, x: Tensor) -> tuple[Field, Tens
 
     model = field.model._copied({}).double()
     kwargs = map_tensors(field.kwargs, wide)
-    copied = NetworkField(replace(field, model=model, t=wide(field.t), kwargs=kwargs))
+    copied = replace(field, model=model, t=wide(field.t), kwargs=kwargs).network()
     exact = replace(check, precision=torch.float64)
     return None if attempt(exact, copied, wide(x)) is not None else (copied, wide(x))
 

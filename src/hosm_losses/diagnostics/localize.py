@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hosm_losses._torch_internals import custom_function, graph_nodes
 from hosm_losses.derivatives import ASK_THE_CHECK, Field, never_warn
 from hosm_losses.diagnostics.differences import Check, Smoothness, random_like, reseed
-from hosm_losses.model import NetworkField, NoiseField, map_tensors, tensors_in
+from hosm_losses.model import NoiseField, map_tensors, tensors_in
 from hosm_losses.taylor import safe_primitives
 
 NO_DERIVATIVE = "no derivative at all"
@@ -43,7 +43,7 @@ def evaluate(field: NoiseField, x: Tensor, seed: int = 0) -> Tensor:
     """What the network predicts at x, without a graph, by PyTorch's own operators."""
     reseed(x, seed)
     with torch.no_grad():
-        return NetworkField(field).native(x.clone()).detach().clone()
+        return field.native(x.clone()).detach().clone()
 
 
 def recorded(field: NoiseField, x: Tensor) -> list[Call]:

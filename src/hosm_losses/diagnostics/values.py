@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from hosm_losses._checks import DerivativeError
 from hosm_losses.diagnostics.differences import TOLERANCE, random_like, reseed, size_of
 from hosm_losses.diagnostics.localize import Call, evaluate, floats_in, recorded
-from hosm_losses.model import NetworkField, NoiseField, per_sample
+from hosm_losses.model import NoiseField, per_sample
 
 # Of the size of an output, what sums in another order may change.
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -114,7 +114,7 @@ def _precision(field: NoiseField, x: Tensor) -> torch.dtype:
     """The least precise dtype of what depends on x or on a trained parameter."""
     reseed(x)
     with _Dtypes() as dtypes:
-        value = NetworkField(field).native(x.clone().requires_grad_())
+        value = field.native(x.clone().requires_grad_())
     return max(dtypes.seen | {x.dtype, value.dtype}, key=lambda dtype: torch.finfo(dtype).eps)
 
 
@@ -137,8 +137,15 @@ def check_samples(field: NoiseField, x: Tensor, precision: torch.dtype) -> None:
             "network: expected every sample to be treated alone; got an output that changes with "
             f"the other samples of the batch, in {where}. {BATCH_NORM if batch_norm else ALONE}"
         )
-    if torch.equal(evaluate(field, x, seed=1), value):
-        _check_moved(field, x, value, rounding)
+    check_rows(field, x, precision)
+
+
+def check_rows(field: NoiseField, x: Tensor, precision: torch.dtype | None = None) -> None:
+    """Raise where outputs do not follow their samples, with what is taken to belong to them."""
+    precision = _precision(field, x) if precision is None else precision
+    value = evaluate(field, x)
+    if precision in ROUNDING and torch.equal(evaluate(field, x, seed=1), value):
+        _check_moved(field, x, value, ROUNDING[precision])
 
 
 def _same(one: Tensor, other: Tensor, rounding: float) -> bool:

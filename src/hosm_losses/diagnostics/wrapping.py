@@ -32,6 +32,7 @@ from hosm_losses._checks import (
 )
 from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.derivatives import Snapshot
+from hosm_losses.diagnostics.values import check_rows
 from hosm_losses.diagnostics.wrapping_candidates import (
     KINDS,
     Inputs,
@@ -40,7 +41,7 @@ from hosm_losses.diagnostics.wrapping_candidates import (
     own_inputs,
 )
 from hosm_losses.diagnostics.wrapping_report import WrappingCandidate, WrappingReport
-from hosm_losses.model import ScoreModel, check_model
+from hosm_losses.model import ScoreModel, check_model, noise_field
 from hosm_losses.schedules import Schedule
 
 LEAST_SAMPLES, LEVELS = 16, 12
@@ -97,6 +98,8 @@ def check_wrapping(
         at a quarter of the noise levels.
 
     Raises:
+        DerivativeError: for a tensor of `model_kwargs` that is as long as the batch and belongs to
+            no sample: mark it as `Shared`.
         TypeError: for tensors, containers and other objects of a wrong type or dtype.
         ValueError: for a wrong shape or device, too few samples, or data so small or large that
             the schedule has no noise level of their size.
@@ -121,7 +124,12 @@ def check_wrapping(
     before = Snapshot(model.network, data)
     try:
         with outside_inference_mode(), torch.no_grad():
-            return _Search(model, data, source, kwargs).report()
+            report = _Search(model, data, source, kwargs).report()
+            if kwargs:
+                dtype = torch.promote_types(data.dtype, torch.float32)
+                t = model.schedule.sample_time(len(data), device=data.device, dtype=dtype)
+                check_rows(noise_field(model, t, kwargs), data)
+            return report
     finally:
         before.restore()
 

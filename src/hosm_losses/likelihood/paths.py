@@ -38,7 +38,7 @@ from torch import Tensor
 from hosm_losses._checks import check_like, complaint, expand_right, may_look, over_elements
 from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.likelihood.watch import Watch
-from hosm_losses.model import ConditionedModel, NoiseField
+from hosm_losses.model import NoiseField
 from hosm_losses.probes import Hutchinson, draw_probes, unit_vector_chunks
 from hosm_losses.schedules import Schedule
 
@@ -140,7 +140,7 @@ class Batch:
     """Samples whose likelihood is asked for, and all that goes with them."""
 
     x: Tensor  # (B, *), in the precision of sums
-    model: ConditionedModel
+    model: NoiseField
     coordinates: Coordinates
     dtype: torch.dtype  # the network's
     log_prior: Callable[[Tensor], Tensor] | None

@@ -21,7 +21,7 @@ from hosm_losses._checks import (
     expand_right,
     source,
 )
-from hosm_losses._torch_internals import normal, outside_inference_mode, traced
+from hosm_losses._torch_internals import normal, outside_inference_mode, traced, versions
 from hosm_losses.derivatives import has_other_leaves
 from hosm_losses.losses.arguments import (
     Given,
@@ -201,7 +201,17 @@ def _terms(
     terms = along(field.rows(rows), inputs.at(rows), given, options)
     first = terms.first
     if len(rest):
+        graph = torch.is_grad_enabled() and not traced()
+        trained = [each for each in field.model.parameters() if each.requires_grad and graph]
+        before = versions(trained)
         others = along(field.rows(rest), inputs.at(rest), None, options)
+        if versions(trained) != before:
+            raise ValueError(
+                "fraction: expected 1 with a network that changes its parameters in its forward, "
+                "as by forced weight normalisation, since it is called twice; got "
+                f"{options.fraction}. Change them after each step of the optimizer, or leave "
+                "fraction out."
+            )
         first = torch.cat([first, others.first])
     return terms._replace(
         first=torch.empty_like(first).index_copy(0, torch.cat([rows, rest]), first)

@@ -9,8 +9,6 @@ from hosm_losses.model.conditions import Shared as Shared
 from hosm_losses.model.conditions import map_tensors as map_tensors
 from hosm_losses.model.conditions import per_sample as per_sample
 from hosm_losses.model.conditions import tensors_in as tensors_in
-from hosm_losses.model.field import ConditionedModel as ConditionedModel
-from hosm_losses.model.field import NetworkField as NetworkField
 from hosm_losses.model.field import NoiseField as NoiseField
 from hosm_losses.model.field import condition as condition
 from hosm_losses.model.field import noise_field as noise_field

@@ -220,6 +220,31 @@ def unwrapped(kwargs: Mapping[str, Any]) -> Any:
     return _walk(kwargs, visit, "model_kwargs")
 
 
+def rows_note(kwargs: Mapping[str, Any], rows: int, batch: int) -> str:
+    """Say, beside an error of a network, with how many rows it was called, and what has them."""
+    followed: list[str] = []
+    unchanged: list[str] = []
+
+    def visit(path: str, found: Any) -> Any:
+        shared = isinstance(found, Shared)
+        for tensor in tensors_in(found):
+            (unchanged if shared else followed).append(f"{path} {tuple(tensor.shape)}")
+        return found
+
+    _walk(kwargs, visit, "model_kwargs")
+    note = (
+        f"The network was called with {rows} rows for a batch of {batch}: probes repeat samples, "
+        "fraction and batch_size select some."
+    )
+    if not (followed or unchanged):
+        return note
+    return (
+        f"{note} The rows were followed by {', '.join(followed) or 'none'}; passed unchanged: "
+        f"{', '.join(unchanged) or 'none'}. What belongs to a sample needs the batch as its first "
+        "dimension."
+    )
+
+
 class SharedTensors:
     """The tensors that all samples share in bound arguments, as they are now.
 

@@ -27,97 +27,119 @@ from hosm_losses.model.conditions import (
     copied,
     map_tensors,
     per_sample,
+    rows_note,
 )
 from hosm_losses.model.score_model import ScoreModel, to_noise
 from hosm_losses.taylor import GIVE_THE_SOURCE, Jet, safe_of_one, safe_primitives
 
 
 @dataclass(frozen=True, eq=False)  # torch.compile of PyTorch 2.6 hashes it before it is made
-class ConditionedModel:
-    """A score model with its conditions bound to a batch, for a field at any t.
+class NoiseField:
+    """f(x) = −ε̂(x, t): a score model with its conditions bound to a batch, at times t.
+
+    Engines differentiate `network()`, its part that is the network alone, so that the part of x in
+    f cannot hide that a network has lost its own graph.
 
     Attributes:
         model: the score model.
         kwargs: the network's keyword arguments, bound to the batch: see `conditions`.
         primitives: whether the safe primitives are put in.
+        batch: the number of samples in the batch that the arguments were bound to.
+        t: the times (B,); None until `at` gives them.
+        at_first: whether it is for its value alone, which is not differentiated in x.
+        x_apart: whether values are those of f + q x; derivatives are those of f.
+        bare: whether it is what the network predicts.
+        of_one: whether it is one sample on the CPU, of which a first derivative may be wrong.
     """
 
     model: ScoreModel
     kwargs: dict[str, Any]
     primitives: bool
-
-    def at(self, t: Tensor) -> "NoiseField":
-        """Return the field at times (B,)."""
-        return NoiseField(self.model, self.kwargs, self.primitives, normal(t))
-
-    def rows(self, index: Tensor | slice) -> "ConditionedModel":
-        """Return the model conditioned on the samples at `index`."""
-        return replace(self, kwargs=_select(self.kwargs, lambda tensor: tensor[index]))
-
-
-@dataclass(frozen=True, eq=False)
-class NoiseField(ConditionedModel):
-    """f(x) = −ε̂(x, t): a conditioned model at times t (B,).
-
-    Attributes:
-        t: the times.
-        at_first: whether it is for its value alone, which is not differentiated in x.
-        x_apart: whether values are those of f + q x; derivatives are those of f.
-    """
-
-    t: Tensor
+    batch: int
+    t: Any = None
     at_first: bool = False
     x_apart: bool = False
+    bare: bool = False
+    of_one: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Evaluate f at x (B, *)."""
-        return self._of_value(NetworkField(self)(x), x, *self.model.affine(self.t, x))
+        """Evaluate f, or the network, at x (B, *)."""
+        if not self.bare:
+            return self._of_value(self.network()(x), x, *self.model.affine(self.t, x))
+        if torch.compiler.is_compiling():
+            return self._predicted(x)
+        try:
+            return self._predicted(x)
+        except Exception as error:
+            if len(x) != self.batch:
+                error.add_note(rows_note(self.kwargs, len(x), self.batch))
+            raise
+
+    def _predicted(self, x: Tensor) -> Tensor:
+        # At order one the network is given what it was given by the trainer, once.
+        if not self.kwargs or self.at_first:
+            return self._with_primitives(x, self.kwargs)
+        shared = SharedTensors(self.kwargs)
+        value = self._with_primitives(x, copied(self.kwargs))
+        shared.check()
+        return value
+
+    def _with_primitives(self, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        # A Jet has rules of its own, and what does not depend on x needs no primitives.
+        if isinstance(x, Jet) or not (self.primitives or self.of_one):
+            return self.model.predict(x, self.t, **kwargs)
+        with safe_of_one() if self.of_one else safe_primitives(at_first=self.at_first):
+            return self.model.predict(x, self.t, **kwargs)
 
     def _of_value(self, value: Tensor, x: Tensor, p: Tensor | None, q: Tensor | None) -> Tensor:
         return -to_noise(value, None if self.x_apart else x, p, q)
 
-    # Not by replace, for torch.compile of 2.6.
+    @property
+    def owner(self) -> object:
+        """The network."""
+        return self.model.network
+
+    @property
+    def native(self) -> "NoiseField":
+        """The network with PyTorch's operators, whose values and first derivatives are right."""
+        return replace(self, primitives=False, bare=True, of_one=False)
+
+    # These three not by replace, for torch.compile of 2.6.
+    def network(self, *, of_one: bool = False) -> "NoiseField":
+        """Return the field of what the network predicts."""
+        given = self.model, self.kwargs, self.primitives, self.batch, self.t, self.at_first
+        return NoiseField(*given, bare=True, of_one=of_one)
+
     def for_its_value(self) -> "NoiseField":
         """Return the field for its value alone."""
-        return NoiseField(
-            self.model, self.kwargs, self.primitives, self.t, at_first=True, x_apart=self.x_apart
-        )
+        given = self.model, self.kwargs, self.primitives, self.batch, self.t
+        return NoiseField(*given, at_first=True, x_apart=self.x_apart)
 
     def apart_from_x(self) -> "NoiseField":
         """Return the field whose values leave q x out, which cancels in a residual."""
-        return NoiseField(self.model, self.kwargs, self.primitives, self.t, x_apart=True)
+        given = self.model, self.kwargs, self.primitives, self.batch, self.t
+        return NoiseField(*given, x_apart=True)
 
     def at(self, t: Tensor) -> "NoiseField":
         """Return the field at other times (B,)."""
-        return NoiseField(
-            self.model, self.kwargs, self.primitives, normal(t), x_apart=self.x_apart
-        )
+        return replace(self, t=normal(t))
 
-    def derive(
-        self,
-        x: Tensor,
-        direction: Tensor,
-        *,
-        order: int,
-        engine: str = "auto",
-        laplacian: bool = False,
-        summed: bool = False,
-    ) -> Derivatives:
-        """f, D and G or C at x along directions (K, B, *): those of the network, put together.
+    def rows(self, index: Tensor | slice) -> "NoiseField":
+        """Return the field of the samples at `index`."""
+        kwargs = _select(self.kwargs, lambda tensor: tensor[index])
+        return replace(self, kwargs=kwargs, t=None if self.t is None else normal(self.t[index]))
 
-        The network alone is differentiated, so that the part of x in f cannot hide that a network
-        has lost its own graph.
-        """
-        derived = derive(
-            NetworkField(self),
-            x,
-            direction,
-            order=order,
-            engine=engine,
-            laplacian=laplacian,
-            summed=summed,
-        )
-        return self._of_field(derived, x, direction)
+    def repeat(self, count: int) -> "NoiseField":
+        """Return the field of `count` copies of the batch, one after the other."""
+
+        def copies(tensor: Tensor) -> Tensor:
+            return tensor.repeat(count, *(1,) * (tensor.ndim - 1))
+
+        return replace(self, t=copies(self.t), kwargs=_select(self.kwargs, copies))
+
+    def derive(self, x: Tensor, direction: Tensor, **options: Any) -> Derivatives:
+        """f, D and G or C at x along directions (K, B, *); options as in `derivatives.derive`."""
+        return self._of_field(derive(self.network(), x, direction, **options), x, direction)
 
     def derive_with_products(
         self,
@@ -132,7 +154,7 @@ class NoiseField(ConditionedModel):
         def of_network(value: Tensor) -> Tensor:
             return cotangent(self._of_value(value, x, p, q)).to(value.dtype)
 
-        found = derive_with_products(NetworkField(self), x, direction, of_network, **options)
+        found = derive_with_products(self.network(), x, direction, of_network, **options)
         derived, c, pulled, pushed = found
         return Products(
             self._of_field(derived, x, direction),
@@ -165,22 +187,10 @@ class NoiseField(ConditionedModel):
         safe = self.model.primitives and not self.primitives
         # Data of any dimension, which a network may see as an image.
         of_one = safe and len(x) == 1 and x.device.type == "cpu"
-        value, forms = quadratic_forms(NetworkField(self, of_one=of_one), x, watched())
+        value, forms = quadratic_forms(self.network(of_one=of_one), x, watched())
         of_x = torch.cat(squares) if squares else None
         flat = (None if each is None else each.flatten() for each in (p, q))
         return -to_noise(value, x, p, q), -to_noise(forms, of_x, *flat)
-
-    def repeat(self, count: int) -> "NoiseField":
-        """Return the field of `count` copies of the batch, one after the other."""
-
-        def copies(tensor: Tensor) -> Tensor:
-            return tensor.repeat(count, *(1,) * (tensor.ndim - 1))
-
-        return replace(self, t=copies(self.t), kwargs=_select(self.kwargs, copies))
-
-    def rows(self, index: Tensor | slice) -> "NoiseField":
-        """Return the field of the samples at `index`."""
-        return super().rows(index).at(self.t[index])
 
 
 def _select(kwargs: dict[str, Any], select: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -194,10 +204,11 @@ def condition(
     model_kwargs: Mapping[str, Any] | None = None,
     *,
     primitives: bool | None = None,
-) -> ConditionedModel:
+) -> NoiseField:
     """Bind keyword arguments of the network to a batch; the model's own `primitives` if None."""
     kwargs = map_tensors(bound(model_kwargs, batch), normal) if model_kwargs else {}
-    return ConditionedModel(model, kwargs, model.primitives if primitives is None else primitives)
+    safe = model.primitives if primitives is None else primitives
+    return NoiseField(model, kwargs, safe, batch)
 
 
 def noise_field(
@@ -208,53 +219,8 @@ def noise_field(
     primitives: bool | None = None,
 ) -> NoiseField:
     """f(x) = −ε̂(x, t) at times (B,) and conditions, to be differentiated in x."""
-    return condition(model, len(t), model_kwargs, primitives=primitives).at(t)
-
-
-@dataclass(frozen=True, eq=False)
-class NetworkField:
-    """What the network predicts at x, with its conditions bound.
-
-    Attributes:
-        field: the field f.
-        of_one: whether it is one sample on the CPU, of which a first derivative may be wrong.
-    """
-
-    field: NoiseField
-    of_one: bool = False
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Evaluate the network at x (B, *)."""
-        field = self.field
-        # At order one the network is given what it was given by the trainer, once.
-        if not field.kwargs or field.at_first:
-            return self._predicted(x, field.kwargs)
-        shared = SharedTensors(field.kwargs)
-        value = self._predicted(x, copied(field.kwargs))
-        shared.check()
-        return value
-
-    def _predicted(self, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        field = self.field
-        # A Jet has rules of its own, and what does not depend on x needs no primitives.
-        if isinstance(x, Jet) or not (field.primitives or self.of_one):
-            return field.model.predict(x, field.t, **kwargs)
-        with safe_of_one() if self.of_one else safe_primitives(at_first=field.at_first):
-            return field.model.predict(x, field.t, **kwargs)
-
-    @property
-    def owner(self) -> object:
-        """The network."""
-        return self.field.model.network
-
-    @property
-    def native(self) -> "NetworkField":
-        """The same with PyTorch's own operators, whose values and first derivatives are right."""
-        return NetworkField(replace(self.field, primitives=False))
-
-    def repeat(self, count: int) -> "NetworkField":
-        """Return the field of `count` copies of the batch, one after the other."""
-        return NetworkField(self.field.repeat(count))
+    field = condition(model, len(t), model_kwargs, primitives=primitives)
+    return NoiseField(model, field.kwargs, field.primitives, field.batch, normal(t))
 
 
 _WRAP_THE_LOSS = (
