@@ -138,11 +138,45 @@ def balanced(whole=False):
     return [*found, module.balance.sums, module.balance.counts]
 
 
+def evaluations(model, x0):
+    """Numbers of everything that evaluates a model."""
+    options = {"solver": hosm.FixedGrid(8), "divergence": "exact"}
+    bound = hosm.variational_nll(model, x0, samples=4, generator=torch.Generator().manual_seed(0))
+    hosm.check_derivatives(model, x0, order=2)
+    latent, x = hosm.ode_nll(model, x0, **options).latent, hosm.ode_sample(model, x0, **options).x
+    return torch.cat([bound.nll, latent.flatten(), x.flatten()])
+
+
+def inside():
+    """Evaluations in training of the model inside a wrapped module, whole again for FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
+    _, module, x0, _ = setting(3, {})
+    expected = evaluations(module.model, x0)
+    wrapped = DistributedDataParallel(module)
+    wrapped(x0).backward()
+    found = [evaluations(wrapped.module.model, x0)]
+    if SHARDS_ON_CPU:
+        _, module, x0, _ = setting(3, {})
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+        for _ in range(2):
+            for call in (hosm.ode_nll, hosm.ode_sample, hosm.variational_nll):
+                with pytest.raises(TypeError, match=r"unshard\(\)"):
+                    call(module.model, x0)
+            with pytest.raises(TypeError, match=r"unshard\(\)"):
+                hosm.check_derivatives(module.model, x0)
+            module.unshard()
+            found.append(evaluations(module.model, x0))
+            module.reshard()
+            module(x0).backward()
+    return [expected, *found]
+
+
 WORK = {"ddp": ddp, "static": partial(ddp, static_graph=True), "accumulated": accumulated}
 WORK |= {"fsdp": fsdp} if SHARDS_ON_CPU else {}
 
 
-OTHERS = {"likelihood": likelihood, "balanced": balanced}
+OTHERS = {"likelihood": likelihood, "balanced": balanced, "inside": inside}
 
 
 def work(rank, folder, kind):
@@ -192,6 +226,14 @@ def test_a_group_takes_the_steps_of_its_most_demanding_rank(tmp_path):
     assert of_hard == of_easy
     assert (steps, evaluations) == (hard, hard + 10)
     assert drawn > 10
+
+
+def test_the_model_inside_a_wrapped_module_is_evaluated(tmp_path):
+    mp.spawn(work, (str(tmp_path), "inside"), nprocs=2)
+    expected, *found = torch.load(tmp_path / "found.pt")
+    assert expected.isfinite().all()
+    for numbers in found:
+        torch.testing.assert_close(numbers, expected)
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from hosm_losses.diagnostics.localize import (
 )
 from hosm_losses.diagnostics.values import check_samples, check_values
 from hosm_losses.model import (
+    UNSHARD,
     NoiseField,
     ScoreModel,
     check_model,
@@ -232,10 +233,11 @@ def _copied(model: ScoreModel) -> ScoreModel:
         # Of a function that refers to modules too, which copy.deepcopy refuses.
         own = model._copied({})
     except Exception as error:
+        sharded = any(type(each).__name__ == "DTensor" for each in model.parameters())
+        remedy = UNSHARD if sharded else "Check it in a fresh process before its first call."
         raise TypeError(
             "network: expected one that copy.deepcopy can copy, so that yours stays as it is; got "
-            f"{describe(model.network)}, which says: {str(error).splitlines()[0]}. Check it in a "
-            "fresh process before its first call."
+            f"{describe(model.network)}, which says: {str(error).splitlines()[0]}. {remedy}"
         ) from error
     if not isinstance(own.network, nn.Module) and own.network is model.network:
         # A function has no copy, and what is remembered of this one is not to stay.

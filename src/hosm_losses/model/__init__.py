@@ -13,6 +13,7 @@ from hosm_losses.model.field import NoiseField as NoiseField
 from hosm_losses.model.field import condition as condition
 from hosm_losses.model.field import noise_field as noise_field
 from hosm_losses.model.field import refuse_wrapped as refuse_wrapped
+from hosm_losses.model.score_model import UNSHARD as UNSHARD
 from hosm_losses.model.score_model import Prediction as Prediction
 from hosm_losses.model.score_model import ScoreModel as ScoreModel
 from hosm_losses.model.score_model import check_model as check_model

@@ -52,6 +52,10 @@ Kind = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
 Prediction = Kind | Literal["x0", "denoiser", "v", "velocity"]
 # Other words, and the one by which `ScoreModel.prediction` knows them.
 SAME = {"x0": "sample", "denoiser": "sample", "v": "v_prediction", "velocity": "flow_prediction"}
+UNSHARD = (
+    "If fully_shard is around it, its parameters are shards between the steps: call unshard() on "
+    "the sharded loss module in every process before, and reshard() after."
+)
 
 
 class ScoreModel(nn.Module):
@@ -257,6 +261,8 @@ class ScoreModel(nn.Module):
                 "own takes whole ones. Let it interpolate between its two entries next to t, or "
                 "give it the nearest: ScoreModel(..., time=lambda t: t.round().long())."
             ) from error
+        if "DTensor" in text:
+            raise TypeError(f"network: {failed}. {UNSHARD}") from error
         if MADE_IN_INFERENCE in text:
             raise TypeError(
                 f"network: {failed}. Its parameters, or others of its tensors, were made in "
