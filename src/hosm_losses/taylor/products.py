@@ -167,6 +167,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Jet:
 
 OPTIONS = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
 PLAIN = ("stride", "padding", "dilation", "groups")
+TRANSPOSING = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
 
 
@@ -181,7 +182,7 @@ def _convolution(
     if x.ndim != weight.ndim:  # as of one sample
         raise NoRule
     bias = None if bias is None else bias.reshape(-1, *(1,) * (x.ndim - 2))
-    transposed = "transpose" in function.__name__
+    transposed = function in TRANSPOSING  # torch.compile knows no name of it
     given = zip(TRANSPOSED if transposed else PLAIN, args, strict=False)
     options: dict[str, Any] = OPTIONS | dict(given) | named
 
