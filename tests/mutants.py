@@ -380,8 +380,8 @@ MUTANTS = [
     # The field of some rows counts q x, which their noise leaves out.
     Mutant(
         "model/field.py",
-        "self.model, self.kwargs, self.primitives, normal(t), x_apart=self.x_apart",
-        "self.model, self.kwargs, self.primitives, normal(t)",
+        "return replace(self, kwargs=kwargs, t=",
+        "return replace(self, x_apart=False, kwargs=kwargs, t=",
         "tests/losses/test_random_options.py",
     ),
     # Indices of a table rounded to the precision of half data.

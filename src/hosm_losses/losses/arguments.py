@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -34,18 +35,44 @@ STEIN = ("likelihood", None)  # the weighting and the sampler of `stein_dsm`
 COUNTS = {1: (1,), 2: (3, 4), 3: (4,)}  # of weights, by order
 
 
-class Options(NamedTuple):
-    """What is chosen once for a loss, checked; `choose` makes it."""
+@dataclass(frozen=True)
+class Options:
+    """What is chosen once for a loss, checked; numbers of NumPy become Python's."""
 
     order: int
-    probes: Literal["exact"] | Hutchinson | Paired
-    engine: Engine
-    third: Third
-    fraction: float
-    weighting: Weighting
-    time_sampler: TimeSampler
-    reduction: Reduction
-    stein: bool  # whether the terms are those of `stein_dsm`
+    probes: Any = 1  # Hutchinson, Paired or "exact"
+    engine: Engine = "auto"
+    third: Third = "exact"
+    fraction: float = 1.0
+    weighting: Weighting = "noise"
+    time_sampler: TimeSampler = None
+    reduction: Reduction = "mean"
+    stein: bool = False  # whether the terms are those of `stein_dsm`
+
+    def __post_init__(self) -> None:
+        """Check every option."""
+        order = check_whole("order", self.order, 1)
+        if order not in COUNTS:
+            raise ValueError(f"order: expected 1, 2 or 3; got {order}.")
+        part = check_number("fraction", self.fraction, "a number in (0, 1]", above=0, at_most=1)
+        probes = _check_probes(self.probes, stein=self.stein)
+        for name, value in (("order", order), ("fraction", part), ("probes", probes)):
+            if value is not getattr(self, name):  # torch.compile need not see what changes nothing
+                object.__setattr__(self, name, value)
+        check_weighting(self.weighting, self.time_sampler)
+        check_choice("engine", self.engine, ENGINES)
+        check_choice("third", self.third, get_args(Third))
+        if self.third != "exact" and self.engine == "reverse":
+            raise ValueError(
+                "engine: expected 'auto' or 'taylor', which can carry a second derivative, with "
+                f"third={self.third!r}; got 'reverse'."
+            )
+        check_choice("reduction", self.reduction, get_args(Reduction))
+        if part < 1 and self.reduction == "none":
+            raise ValueError(
+                "fraction: expected 1 with reduction='none', as rows outside the fraction have no "
+                f"higher terms; got {part!r}."
+            )
 
     @property
     def weights_name(self) -> str:
@@ -80,44 +107,7 @@ class Given(NamedTuple):
     model_kwargs: Mapping[str, Any] | None
 
 
-def choose(
-    order: int,
-    probes: Probes = 1,
-    engine: Engine = "auto",
-    third: Third = "exact",
-    fraction: float = 1.0,
-    weighting: Weighting = "noise",
-    time_sampler: TimeSampler = None,
-    reduction: Reduction = "mean",
-    *,
-    stein: bool = False,
-) -> Options:
-    """Return the options of a loss, checked; numbers of NumPy become Python's."""
-    order = check_whole("order", order, 1)
-    if order not in COUNTS:
-        raise ValueError(f"order: expected 1, 2 or 3; got {order}.")
-    drawn = _check_probes(probes, stein=stein)
-    check_weighting(weighting, time_sampler)
-    check_choice("engine", engine, ENGINES)
-    check_choice("third", third, get_args(Third))
-    if third != "exact" and engine == "reverse":
-        raise ValueError(
-            "engine: expected 'auto' or 'taylor', which can carry a second derivative, with "
-            f"third={third!r}; got 'reverse'. Take third='exact' with it."
-        )
-    check_choice("reduction", reduction, get_args(Reduction))
-    fraction = check_number("fraction", fraction, "a number in (0, 1]", above=0, at_most=1)
-    if fraction < 1 and reduction == "none":
-        raise ValueError(
-            "fraction: expected 1 with reduction='none', as rows outside the fraction have no "
-            f"higher terms; got {fraction!r}. Use reduction='mean' or 'sum'."
-        )
-    return Options(
-        order, drawn, engine, third, fraction, weighting, time_sampler, reduction, stein
-    )
-
-
-def _check_probes(probes: object, *, stein: bool) -> Literal["exact"] | Hutchinson | Paired:
+def _check_probes(probes: object, *, stein: bool) -> Any:
     """The probes as a value; of `stein_dsm`, which pairs what it draws, two or more."""
     fewest, kinds = (2, "or Hutchinson(2)") if stein else (1, "'exact', Hutchinson() or Paired()")
     if isinstance(probes, Integral) and not isinstance(probes, bool) and int(probes) >= fewest:

@@ -14,12 +14,12 @@ from hosm_losses.derivatives import Engine
 from hosm_losses.losses.arguments import (
     STEIN,
     Given,
+    Options,
     Probes,
     Recipe,
     Reduction,
     Third,
     Weights,
-    choose,
 )
 from hosm_losses.losses.objective import evaluate
 from hosm_losses.losses.targets import AveragedTargets, Targets
@@ -60,7 +60,7 @@ def first_order_dsm(
         >>> float(first_order_dsm(model, x0, noise=noise))
         1.0
     """
-    options = choose(1, weighting=weighting, time_sampler=time_sampler, reduction=reduction)
+    options = Options(1, weighting=weighting, time_sampler=time_sampler, reduction=reduction)
     given = Given(t, noise, None, targets, None, generator, model_kwargs)
     return evaluate(model, x0, options, given).loss
 
@@ -98,7 +98,7 @@ def second_order_dsm(
         >>> second_order_dsm(model, torch.zeros(4, 2)).shape
         torch.Size([])
     """
-    options = choose(2, probes, engine, "exact", fraction, weighting, time_sampler, reduction)
+    options = Options(2, probes, engine, "exact", fraction, weighting, time_sampler, reduction)
     given = Given(t, noise, probe, targets, weights, generator, model_kwargs)
     return evaluate(model, x0, options, given).loss
 
@@ -196,7 +196,7 @@ def third_order_dsm(
         >>> network.weight.grad.shape
         torch.Size([2, 2])
     """
-    options = choose(3, probes, engine, third, fraction, weighting, time_sampler, reduction)
+    options = Options(3, probes, engine, third, fraction, weighting, time_sampler, reduction)
     given = Given(t, noise, probe, targets, weights, generator, model_kwargs)
     return evaluate(model, x0, options, given).loss
 
@@ -256,7 +256,7 @@ def stein_dsm(
         >>> stein_dsm(model, torch.zeros(4, 2), weight=0.3).shape
         torch.Size([])
     """
-    options = choose(2, probes, engine, "exact", fraction, *STEIN, reduction, stein=True)
+    options = Options(2, probes, engine, "exact", fraction, *STEIN, reduction, True)
     given = Given(t, noise, probe, targets, weight, generator, model_kwargs)
     return evaluate(model, x0, options, given).loss
 
@@ -293,4 +293,4 @@ def dsm_terms(
         (torch.Size([4]), None)
     """
     given = Given(t, noise, probe, targets, None, generator, model_kwargs)
-    return evaluate(model, x0, choose(order, probes, engine, third), given).terms
+    return evaluate(model, x0, Options(order, probes, engine, third), given).terms

@@ -6,7 +6,17 @@ computes the loss in its forward, so that a wrapper around it sees every use of 
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    overload,
+)
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +35,6 @@ from hosm_losses.losses.arguments import (
     Weights,
     check_weight,
     check_weights,
-    choose,
 )
 from hosm_losses.losses.balance import Balance
 from hosm_losses.losses.objective import evaluate
@@ -36,25 +45,21 @@ from hosm_losses.losses.weighting import TimeSampler, Weighting
 from hosm_losses.model import ScoreModel, check_model, refuse_wrapped
 from hosm_losses.probes import Hutchinson
 
-if TYPE_CHECKING:  # what a call is given, for the two results that it may have
-
-    class _Inputs(TypedDict, total=False):
-        t: Tensor | None
-        noise: Tensor | None
-        targets: Targets
-        generator: torch.Generator | None
-        model_kwargs: Mapping[str, Any] | None
-
-    class _Probed(_Inputs, total=False):
-        probe: Tensor | None
-        weights: Weights | ModuleRecipe | None
-
-    class _Stein(_Inputs, total=False):
-        probe: Tensor | None
-        weight: float | Tensor | None
+Terms = TypeVar("Terms")
 
 
-class _Loss(nn.Module):
+class _Inputs(TypedDict, total=False):
+    t: Tensor | None
+    noise: Tensor | None
+    probe: Tensor | None
+    targets: Targets
+    weights: Weights | ModuleRecipe | None
+    weight: float | Tensor | None
+    generator: torch.Generator | None
+    model_kwargs: Mapping[str, Any] | None
+
+
+class _Loss(nn.Module, Generic[Terms]):
     """What the modules share: the model, the options, and what a call need not give."""
 
     logged: ClassVar[type] = LoggedTerms
@@ -78,7 +83,7 @@ class _Loss(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for print."""
-        known = self.options._asdict() | {"targets": self.targets, "weight": self.weights}
+        known = vars(self.options) | {"targets": self.targets, "weight": self.weights}
         known["weights"] = self.weights
         names = list(inspect.signature(type(self).__init__).parameters)[2:]
         return ", ".join(f"{name}={known[name]!r}" for name in names)
@@ -104,6 +109,18 @@ class _Loss(nn.Module):
             terms.first._logged = {"t": terms.t, "rows": terms.rows}
         return found.loss, terms
 
+    if TYPE_CHECKING:  # nn.Module gives no type to a call; each forward says what it takes
+
+        @overload
+        def __call__(
+            self, x0: Tensor, *, return_terms: Literal[False] = ..., **inputs: Unpack[_Inputs]
+        ) -> Tensor: ...
+        @overload
+        def __call__(
+            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[_Inputs]
+        ) -> tuple[Tensor, Terms]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
 
 def _check_kept_once() -> None:
     """Raise where the sizes of the terms would be taken up twice, or cannot be."""
@@ -116,7 +133,7 @@ def _check_kept_once() -> None:
         )
 
 
-class FirstOrderDSM(_Loss):
+class FirstOrderDSM(_Loss[LoggedTerms]):
     """`first_order_dsm` as a module.
 
     Example:
@@ -136,7 +153,7 @@ class FirstOrderDSM(_Loss):
         time_sampler: TimeSampler = None,
         reduction: Reduction = "mean",
     ) -> None:
-        options = choose(1, weighting=weighting, time_sampler=time_sampler, reduction=reduction)
+        options = Options(1, weighting=weighting, time_sampler=time_sampler, reduction=reduction)
         super().__init__(model, options, targets)
 
     def forward(
@@ -157,21 +174,8 @@ class FirstOrderDSM(_Loss):
         given = Given(t, noise, None, targets, None, generator, model_kwargs)
         return self._evaluated(x0, given, return_terms)
 
-    if TYPE_CHECKING:  # nn.Module gives no type to a call
 
-        @overload
-        def __call__(
-            self, x0: Tensor, *, return_terms: Literal[False] = ..., **inputs: Unpack[_Inputs]
-        ) -> Tensor: ...
-        @overload
-        def __call__(
-            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[_Inputs]
-        ) -> tuple[Tensor, LoggedTerms]: ...
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            """Call `forward`."""
-
-
-class _HigherOrderDSM(_Loss):
+class _HigherOrderDSM(_Loss[LoggedTerms]):
     """Orders two and three: what they are called with, and weights that follow the terms."""
 
     def __init__(
@@ -214,23 +218,6 @@ class _HigherOrderDSM(_Loss):
         given = Given(t, noise, probe, targets, weights, generator, model_kwargs)
         return self._evaluated(x0, given, return_terms)
 
-    if TYPE_CHECKING:
-
-        @overload
-        def __call__(
-            self,
-            x0: Tensor,
-            *,
-            return_terms: Literal[False] = ...,
-            **inputs: Unpack[_Probed],
-        ) -> Tensor: ...
-        @overload
-        def __call__(
-            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[_Probed]
-        ) -> tuple[Tensor, LoggedTerms]: ...
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            """Call `forward`."""
-
 
 class SecondOrderDSM(_HigherOrderDSM):
     """`second_order_dsm` as a module; `weights` may be "balanced", see `third_order_dsm`.
@@ -257,7 +244,7 @@ class SecondOrderDSM(_HigherOrderDSM):
         engine: Engine = "auto",
         reduction: Reduction = "mean",
     ) -> None:
-        options = choose(2, probes, engine, "exact", fraction, weighting, time_sampler, reduction)
+        options = Options(2, probes, engine, "exact", fraction, weighting, time_sampler, reduction)
         super().__init__(model, options, targets, weights)
 
 
@@ -288,11 +275,11 @@ class ThirdOrderDSM(_HigherOrderDSM):
         engine: Engine = "auto",
         reduction: Reduction = "mean",
     ) -> None:
-        options = choose(3, probes, engine, third, fraction, weighting, time_sampler, reduction)
+        options = Options(3, probes, engine, third, fraction, weighting, time_sampler, reduction)
         super().__init__(model, options, targets, weights)
 
 
-class SteinDSM(_Loss):
+class SteinDSM(_Loss[LoggedSteinTerms]):
     """`stein_dsm` as a module.
 
     Example:
@@ -317,7 +304,7 @@ class SteinDSM(_Loss):
         engine: Engine = "auto",
         reduction: Reduction = "mean",
     ) -> None:
-        options = choose(2, probes, engine, "exact", fraction, *STEIN, reduction, stein=True)
+        options = Options(2, probes, engine, "exact", fraction, *STEIN, reduction, True)
         super().__init__(model, options, targets, weight)
         check_weight("weight", 1.0 if weight is None else weight)
 
@@ -340,16 +327,3 @@ class SteinDSM(_Loss):
         """
         given = Given(t, noise, probe, targets, weight, generator, model_kwargs)
         return self._evaluated(x0, given, return_terms)
-
-    if TYPE_CHECKING:
-
-        @overload
-        def __call__(
-            self, x0: Tensor, *, return_terms: Literal[False] = ..., **inputs: Unpack[_Stein]
-        ) -> Tensor: ...
-        @overload
-        def __call__(
-            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[_Stein]
-        ) -> tuple[Tensor, LoggedSteinTerms]: ...
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            """Call `forward`."""
