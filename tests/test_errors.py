@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 import warnings
+from dataclasses import replace
 from operator import attrgetter
 from types import MappingProxyType, SimpleNamespace
 
@@ -74,6 +75,7 @@ def module(name, **attributes):
 
 
 STEPS = module("Net", config=SimpleNamespace(training=SimpleNamespace(continuous=False)))
+DRAWN = hosm.SampleResult(**vars(result()), x=torch.zeros(2, 3))
 EIGHT_BITS = result(quantization=Quantization(256, -1.0, 1.0))
 OTHERS = [EIGHT_BITS, result(latent=torch.zeros(2, 4)), result(standard_error=None)]
 OTHERS += [result(widening=2.0), result(steps=64)]
@@ -173,6 +175,16 @@ BAD = {
     "data_std": MOMENT + bad(ValueError, 0.0, -1.0, X[0] * 0),
     "log_prior": bad(TypeError, 5, "normal", X) + bad(ValueError, NORMAL),
     "dequantization": bad(ValueError, "uniform", 1, hosm.Uniform),
+    "result": [
+        *bad(TypeError, None, X, result()),
+        *bad(ValueError, *(replace(DRAWN, **{name: None}) for name in ("nll", "standard_error"))),
+    ],
+    "log_target": [
+        *bad(TypeError, None, "normal", X, lambda x: 0.0),
+        *bad(ValueError, lambda x: x, lambda x: NAN * x[:, 0], lambda x: INF * x[:, 0] ** 2),
+        *bad(ValueError, lambda x: -INF * x[:, 0] ** 2),
+    ],
+    "probe_noise": NAME,
     "nodes": WHOLE + bad(ValueError, 1),
     "reference": [
         *bad(TypeError, "truth", X.byte(), X + 0j, X.to_sparse()),
@@ -223,6 +235,7 @@ CALLS = {
     hosm.ode_nll: {"model": MODEL, "x": X, "solver": FEW},
     hosm.ode_sample: {"model": MODEL, "latent": X, "solver": FEW},
     **{value: {} for value in (hosm.FixedGrid, hosm.ToTolerance, hosm.Adaptive, hosm.Uniform)},
+    hosm.importance_weights: {"result": DRAWN, "log_target": lambda x: x[:, 0]},
     hosm.variational_nll: {"model": MODEL, "x": X, "samples": 2},
     hosm.likelihood_gap: {"model": MODEL, "x0": X, "nodes": 2, "steps": 4},
     hosm.check_derivatives: {"model": MODEL, "x0": X},
@@ -519,7 +532,7 @@ def test_times_are_checked_by_models_and_schedules():
 WITHOUT_ROWS = {
     *("DerivativeError", "DSMTerms", "SteinTerms", "LoggedTerms", "LoggedSteinTerms", "Schedule"),
     *("NLLSummary", "SampleResult", "GapEstimate", "GapReport", "Shared", "checkpoint"),
-    *("WrappingCandidate", "WrappingReport", "DerivativeReport"),
+    *("WrappingCandidate", "WrappingReport", "DerivativeReport", "Weights"),
     "NLLResult",  # whose methods are those of its base
 }
 

@@ -22,6 +22,8 @@ from hosm_losses.likelihood import NLLSummary as NLLSummary
 from hosm_losses.likelihood import SampleResult as SampleResult
 from hosm_losses.likelihood import ToTolerance as ToTolerance
 from hosm_losses.likelihood import Uniform as Uniform
+from hosm_losses.likelihood import Weights as Weights
+from hosm_losses.likelihood import importance_weights as importance_weights
 from hosm_losses.likelihood import ode_nll as ode_nll
 from hosm_losses.likelihood import ode_sample as ode_sample
 from hosm_losses.likelihood import variational_nll as variational_nll

@@ -24,3 +24,7 @@ from hosm_losses.likelihood.solvers import FixedGrid as FixedGrid
 from hosm_losses.likelihood.solvers import ToTolerance as ToTolerance
 from hosm_losses.likelihood.summary import NLLSummary as NLLSummary
 from hosm_losses.likelihood.variational import variational_nll as variational_nll
+from hosm_losses.likelihood.weights import Expectation as Expectation
+from hosm_losses.likelihood.weights import Sandwich as Sandwich
+from hosm_losses.likelihood.weights import Weights as Weights
+from hosm_losses.likelihood.weights import importance_weights as importance_weights

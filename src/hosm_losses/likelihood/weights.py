@@ -1,0 +1,327 @@
+r"""Importance weights of the ODE's samples: expectations under a target, and its normaliser.
+
+Formula, for draws x_i of the density q of the ODE and an unnormalised target π:
+    log w_i = log π(x_i) + nll_i − v_i/2
+    log Z = log mean w         E_π[f] = Σ w_i f(x_i)/Σ w_i         ESS = (Σ w)²/Σ w²
+
+    With random probes nll is −log q plus noise of variance v, and the mean of exp of that noise is
+    e^{v/2}. Hence −v_i/2, with v_i as the probes estimate it; it takes the noise for Gaussian.
+
+    Errors are those of the jackknife over samples, each with its probes.
+
+    The weights belong to x itself: q is its exact density at t_min, where x carries noise of
+    σ(t_min). That noise costs effective sample size and biases nothing. Samples that were denoised
+    afterwards have another density and must not be weighted.
+
+Source:
+    Owen, "Monte Carlo theory, methods and examples" (2013), chapter 9. Vehtari, Simpson, Gelman,
+    Yao and Gabry, "Pareto smoothed importance sampling", JMLR 25 (2024), for k; Zhang and
+    Stephens, "A new and efficient estimation method for the generalized Pareto distribution",
+    Technometrics 51 (2009), for its estimate.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hosm_losses._checks import check_choice, check_like, check_whole, complaint, users_level
+from hosm_losses.likelihood.result import NLLResult, SampleResult
+
+LogTarget = Callable[[Tensor], Tensor]
+MEANINGLESS = 0.7  # of Pareto's k: above it the mean of the weights has no usable variance
+SMALL, LARGE = 0.25, 1.0  # of the weighted mean variance from the probes
+
+
+class Expectation(NamedTuple):
+    """A mean under the target, with the standard error of each of its elements."""
+
+    value: Tensor
+    error: Tensor
+
+
+class Sandwich(NamedTuple):
+    """Bounds of log Z in nats, each with its standard error.
+
+    The lower one is the mean of log w over samples, the upper one the mean of log π + nll over
+    points of the target. Only the upper one sees modes that the samples miss.
+    """
+
+    lower: float
+    lower_error: float
+    upper: float
+    upper_error: float
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Importance weights of samples, and what follows from them; prints as a summary.
+
+    Attributes:
+        x: the samples, (B, *).
+        log_weights: log w, (B,); −inf for a sample that failed.
+        variance: of log w from random probes, (B,); zero with the exact divergence.
+        solver_error: that of the samples' nll, in nats, (B,).
+        log_target: log π, which `sandwich` evaluates at other points.
+    """
+
+    x: Tensor
+    log_weights: Tensor
+    variance: Tensor
+    solver_error: Tensor
+    log_target: LogTarget
+
+    @cached_property
+    def normalized(self) -> Tensor:
+        """The weights over their sum, float64, (B,)."""
+        return self.log_weights.double().softmax(0)
+
+    @property
+    def log_z(self) -> float:
+        """log Z in nats: the log of the mean weight."""
+        return float(self.log_weights.logsumexp(0)) - math.log(len(self.log_weights))
+
+    @property
+    def log_z_error(self) -> float:
+        """Standard error of `log_z`; meaningless where `pareto_k` is above 0.7."""
+        return float(_jackknife(torch.log1p(-self.normalized)[:, None]))
+
+    @property
+    def log_z_bias(self) -> float:
+        """What the solver's error may shift `log_z` by, in nats: its mean under the weights."""
+        return float(self.normalized @ self.solver_error.double())
+
+    @property
+    def effective_sample_size(self) -> float:
+        """(Σ w)²/Σ w², at most the number of samples."""
+        return self._effective_size(self.normalized.square())
+
+    @property
+    def probe_variance(self) -> float:
+        """The mean of `variance` under the weights; above 1 they say little."""
+        return float(self.normalized @ self.variance.double())
+
+    @property
+    def effective_sample_size_without_probes(self) -> float | None:
+        """What the effective sample size would be without random probes.
+
+        None where the weighted mean of `variance` is above 0.25, as it cannot be told there.
+        """
+        if self.probe_variance > SMALL:
+            return None
+        return self._effective_size(self.normalized.square() * torch.exp(-self.variance.double()))
+
+    def _effective_size(self, squares: Tensor) -> float:
+        return min(1 / float(squares.sum()), float(len(squares)))
+
+    @property
+    def largest_share(self) -> float:
+        """The part that the largest weight has of their sum."""
+        return float(self.normalized.max())
+
+    @property
+    def pareto_k(self) -> float:
+        """The shape of the weights' tail; NaN for fewer than 25 samples.
+
+        Errors hold well up to 0.5, roughly up to 0.7, and say nothing above it.
+        """
+        return _pareto_k(self.normalized)
+
+    @property
+    def failed_share(self) -> float:
+        """The part of the samples that failed. They count as samples, with weight zero."""
+        return float(self.log_weights.isneginf().double().mean())
+
+    def expectation(self, function: Callable[[Tensor], Tensor]) -> Expectation:
+        """E_π[function(x)], for a function of (B, *) that returns (B,) or (B, *).
+
+        Raises:
+            ValueError: for values of another length.
+
+        Example:
+            >>> x = torch.tensor([[0.0], [1.0]])
+            >>> zero = torch.zeros(2)
+            >>> weights = Weights(x, torch.tensor([1.0, 3.0]).log(), zero, zero, lambda x: zero)
+            >>> weights.expectation(lambda x: x).value
+            tensor([0.7500], dtype=torch.float64)
+        """
+        values = function(self.x)
+        if not isinstance(values, Tensor) or values.shape[:1] != (len(self.x),):
+            expected = f"a tensor of one value or more for each of the {len(self.x)} samples"
+            raise ValueError(complaint("function(x)", expected, values))
+        values, w = values.detach().double(), self.normalized
+        flat = values.reshape(len(w), -1)
+        # Of a failed sample the value may be NaN.
+        flat = torch.where(self.log_weights.isneginf()[:, None], 0.0, flat)
+        mean = w @ flat
+        left_out = (mean - w[:, None] * flat) / (1 - w[:, None])
+        shape = values.shape[1:]
+        return Expectation(mean.reshape(shape), _jackknife(left_out).reshape(shape))
+
+    def resample(
+        self, count: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw samples (count, *) with probability w, with replacement, and their indices."""
+        count = check_whole("count", count, 1)
+        rows = torch.multinomial(self.normalized, count, replacement=True, generator=generator)
+        return self.x[rows], rows
+
+    def sandwich(self, x: Tensor, result: NLLResult) -> Sandwich:
+        """Bounds of log Z from these samples and from the likelihood of points x of the target.
+
+        A failed sample or point makes its bound infinite.
+
+        Raises:
+            ValueError: for another number of points than the result has.
+        """
+        if len(x) != len(result.nll):
+            expected = f"the {len(result.nll)} points whose likelihood the result is"
+            raise ValueError(complaint("x", expected, x))
+        log_target = _log_target(self.log_target, x)
+        above = log_target + result.nll.detach().double()
+        above = torch.where(result.failed, torch.inf, above)
+        bounds = [
+            (float(each.mean()), float(each.std() / len(each) ** 0.5))
+            for each in (self.log_weights, above)
+        ]
+        return Sandwich(*bounds[0], *bounds[1])
+
+    def __str__(self) -> str:
+        """Log Z, effective sample size, and what to doubt."""
+        count, k = len(self.x), self.pareto_k
+        shown = [
+            f"log Z = {self.log_z:.4f} ± {self.log_z_error:.4f} nats, solver error about "
+            f"{self.log_z_bias:.2g}",
+            f"effective sample size {self.effective_sample_size:.1f} of {count}",
+            f"largest share {self.largest_share:.3g}",
+            f"Pareto k {k:.2f}",
+        ]
+        without = self.effective_sample_size_without_probes
+        if self.probe_variance > 0 and without is not None:
+            shown[1] += f", {without:.1f} without the noise of the probes"
+        if self.failed_share:
+            shown.append(f"{self.failed_share:.2%} failed, with weight zero")
+        if k > MEANINGLESS:
+            shown.append(f"the errors mean nothing, as k is above {MEANINGLESS}")
+        return "; ".join(shown)
+
+    __repr__ = __str__
+
+
+def importance_weights(
+    result: SampleResult,
+    log_target: LogTarget,
+    *,
+    probe_noise: Literal["corrected", "ignored"] = "corrected",
+) -> Weights:
+    """Importance weights of samples of `ode_sample` for a target density.
+
+    Args:
+        result: the samples with their density; with divergence="exact", or probes enough for a
+            standard error.
+        log_target: log π, x (B, *) → (B,), up to a constant, at x as the samples are: with their
+            noise of σ(t_min).
+        probe_noise: "corrected" takes half of the probes' variance off each log-weight; "ignored"
+            does not, and log Z comes out too large by about half of that variance.
+
+    Returns:
+        The weights. A failed sample has weight zero, and counts as a sample.
+
+    Raises:
+        TypeError: for something else than a `SampleResult` or a callable.
+        ValueError: for samples without a density, random probes without a standard error, values
+            of log π of a wrong shape, NaN or +inf among them, or if no weight is above zero.
+
+    Example:
+        >>> from hosm_losses import VESchedule, ScoreModel, ode_sample, FixedGrid
+        >>> schedule = VESchedule(sigma_max=200.0)
+        >>> def standard_normal(x, t):
+        ...     return schedule.sigma(t)[:, None] * x / (1 + schedule.sigma(t)[:, None] ** 2)
+        >>> model = ScoreModel(standard_normal, schedule)
+        >>> latent = 200 * torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+        >>> drawn = ode_sample(model, latent, divergence="exact", solver=FixedGrid(data_std=1.0))
+        >>> weights = importance_weights(drawn, lambda x: -x.square().sum(1) / 2)
+        >>> print(f"{weights.log_z:.2f}, exactly {math.log(2 * math.pi):.2f}")
+        1.84, exactly 1.84
+    """
+    if not isinstance(result, SampleResult):
+        raise TypeError(complaint("result", "the SampleResult of ode_sample", result))
+    if not callable(log_target):
+        raise TypeError(complaint("log_target", "a callable x (B, *) → (B,)", log_target))
+    check_choice("probe_noise", probe_noise, ("corrected", "ignored"))
+    if result.nll is None or result.solver_error is None:
+        raise ValueError(
+            "result: expected samples with their density; got those of divergence=None. Call "
+            "ode_sample with divergence='exact' or Hutchinson(2)."
+        )
+    if result.standard_error is None:
+        raise ValueError(
+            "result: expected a standard error, which the weights are corrected by; got None, as "
+            "of too few random probes. Use divergence='exact', or more probes."
+        )
+    variance = (result.standard_error.detach().double() / result.widening).square()
+    noise = variance / 2 if probe_noise == "corrected" else 0.0
+    log_weights = _log_target(log_target, result.x) + result.nll.detach().double() - noise
+    log_weights = torch.where(result.failed, -torch.inf, log_weights)
+    variance, solver_error = (
+        torch.where(result.failed, 0.0, each.detach()) for each in (variance, result.solver_error)
+    )
+    if bool((log_weights.isnan() | log_weights.isposinf()).any()):
+        raise ValueError("log_target(x): expected log-densities below infinity; got NaN or inf.")
+    if bool(log_weights.isneginf().all()):
+        raise ValueError(
+            f"log_target(x): expected a weight above zero; got none of {len(log_weights)}."
+        )
+    found = Weights(result.x.detach(), log_weights, variance, solver_error, log_target)
+    if found.probe_variance > LARGE:
+        warnings.warn(
+            f"The probes' variance of the log-weights, {found.probe_variance:.2g} nats², is above "
+            f"{LARGE:g}: the weights say more of the probes than of the model. Use more probes, "
+            "or divergence='exact'.",
+            stacklevel=users_level(),
+        )
+    return found
+
+
+def _log_target(log_target: LogTarget, x: Tensor) -> Tensor:
+    """Log π at x in float64, (B,)."""
+    values = log_target(x.detach())
+    dtype = values.dtype if isinstance(values, Tensor) else x.dtype
+    values = check_like("log_target(x)", values, (len(x),), dtype, x.device, "x")
+    return values.detach().double()
+
+
+def _jackknife(left_out: Tensor) -> Tensor:
+    """Standard error of an estimate from its values (B, k) with each sample left out, (k,)."""
+    count = len(left_out)
+    return left_out.std(0, correction=0) * (count - 1) ** 0.5 if count > 1 else left_out[0] / 0
+
+
+def _pareto_k(weights: Tensor) -> float:
+    """The shape of a generalized Pareto distribution fitted to the largest weights.
+
+    The profile posterior mean of Zhang and Stephens over a grid of b, k(b) = mean log(1 − b y)
+    and log-likelihood n (log(−b/k) − k − 1), with the weak prior of Vehtari et al. at 0.5.
+    """
+    count = len(weights)
+    tail = math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
+    if tail < 5:
+        return math.nan
+    ordered = weights.sort().values[-tail - 1 :]
+    y = ordered[1:] - ordered[0]
+    if not bool(y[-1] > 0):
+        return -math.inf  # all are equal
+    grid = 30 + math.isqrt(tail)
+    j = torch.arange(1, grid + 1, dtype=y.dtype, device=y.device)
+    quartile = y[math.floor(tail / 4 + 0.5) - 1]
+    b = 1 / y[-1] + (1 - torch.sqrt(grid / (j - 0.5))) / (3 * quartile)
+    k = torch.log1p(-b[:, None] * y).mean(1)
+    likelihood = tail * (torch.log(-b / k) - k - 1)
+    mean = likelihood.softmax(0) @ b
+    found = float(torch.log1p(-mean * y).mean())
+    return (tail * found + 10 * 0.5) / (tail + 10)

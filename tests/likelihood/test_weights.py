@@ -1,0 +1,191 @@
+"""Importance weights: every number against a direct computation or a closed form."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hosm_losses as hosm
+from hosm_losses.likelihood.result import NLLResult
+from hosm_losses.likelihood.weights import _pareto_k
+from tests.oracles import anisotropic, mixture_noise
+
+
+def drawn(nll, x=None, *, standard_error=0.0, failed=(), solver_error=0.0, widening=1.0):
+    """A SampleResult with these numbers."""
+    nll = torch.as_tensor(nll, dtype=torch.float64)
+    bad = torch.zeros(len(nll), dtype=torch.bool)
+    bad[list(failed)] = True
+    x = torch.arange(len(nll)).double()[:, None] if x is None else x
+    errors = [torch.zeros_like(nll) + each for each in (standard_error, solver_error)]
+    return hosm.SampleResult(
+        x=x,
+        latent=x,
+        nll=torch.where(bad, math.nan, nll),
+        nfe=torch.ones(len(nll)),
+        standard_error=errors[0],
+        solver_error=errors[1],
+        failed=bad,
+        widening=widening,
+    )
+
+
+def of_logs(logs, **options):
+    """Weights whose logarithms are these."""
+    logs = torch.as_tensor(logs, dtype=torch.float64)
+    return hosm.importance_weights(drawn(torch.zeros_like(logs), **options), lambda x: logs)
+
+
+def test_numbers_are_those_of_a_direct_computation():
+    w = torch.tensor([0.3, 2.0, 1.1, 0.7, 0.4], dtype=torch.float64)
+    found = of_logs(w.log(), solver_error=torch.tensor([1.0, 2, 3, 4, 5]).double())
+    assert found.log_z == pytest.approx(float(w.mean().log()))
+    assert found.effective_sample_size == pytest.approx(float(w.sum() ** 2 / w.square().sum()))
+    assert found.largest_share == pytest.approx(2 / 4.5)
+    assert found.log_z_bias == pytest.approx(float(w @ torch.arange(1.0, 6).double()) / 4.5)
+    values = torch.stack([w.sin(), w.cos()], 1)
+    mean = found.expectation(lambda x: values)
+    assert torch.allclose(mean.value, w @ values / w.sum())
+    # The jackknife, sample by sample.
+    others = [[j for j in range(5) if j != i] for i in range(5)]
+    for error, estimate in (
+        (torch.tensor(found.log_z_error), lambda rows: w[rows].mean().log()),
+        (mean.error, lambda rows: w[rows] @ values[rows] / w[rows].sum()),
+    ):
+        each = torch.stack([estimate(rows) for rows in others])
+        exact = (4 / 5 * (each - each.mean(0)).square().sum(0)).sqrt()
+        assert torch.allclose(error.double(), exact)
+
+
+def test_a_failed_sample_has_no_weight_and_stays_a_sample():
+    found = of_logs(torch.zeros(4), failed=[1])
+    assert found.log_z == pytest.approx(math.log(3 / 4))
+    assert found.effective_sample_size == pytest.approx(3)
+    assert found.failed_share == 0.25
+    assert "25.00% failed" in str(found)
+    value = found.expectation(lambda x: torch.where(x == 1, torch.nan, x)).value
+    assert torch.allclose(value, torch.tensor([5 / 3]).double())
+    assert set(found.resample(200)[1].tolist()) == {0, 2, 3}
+
+
+def test_resampling_follows_the_weights():
+    found, generator = of_logs([math.log(3), 0.0]), torch.Generator().manual_seed(0)
+    x, rows = found.resample(4000, generator)
+    assert torch.equal(x, found.x[rows])
+    assert float((rows == 0).double().mean()) == pytest.approx(0.75, abs=5 * 0.0069)
+
+
+def test_noise_of_the_probes_is_taken_out():
+    # nll = its truth + η with η of variance v, which is known here.
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.8 * torch.randn(200_000, generator=generator, dtype=torch.float64)
+    result = drawn(noise, standard_error=1.6, widening=2.0)
+    given = result, lambda x: torch.zeros(len(x))
+    corrected = hosm.importance_weights(*given)
+    ignored = hosm.importance_weights(*given, probe_noise="ignored")
+    error = corrected.log_z_error
+    assert abs(corrected.log_z) < 5 * error < 0.02
+    assert ignored.log_z - corrected.log_z == pytest.approx(0.32)
+    assert corrected.probe_variance == pytest.approx(0.64)
+    assert corrected.effective_sample_size_without_probes is None  # it cannot be told
+    small = replace(corrected, variance=0 * corrected.variance + 0.01)
+    without = math.exp(0.01) * small.effective_sample_size
+    assert small.effective_sample_size_without_probes == pytest.approx(without)
+    with pytest.warns(UserWarning, match=r"variance .* 1.4 nats.*more probes"):
+        hosm.importance_weights(replace(result, widening=1.35), given[1])
+
+
+@pytest.mark.parametrize("shape", [-0.3, 0.2, 0.6, 1.2])
+def test_pareto_k_is_that_of_the_tail(shape):
+    # Quantiles of a generalized Pareto distribution of this shape: its tails have the same.
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    w = 1 + ((1 - u) ** -shape - 1) / shape
+    assert _pareto_k(w / w.sum()) == pytest.approx(shape, abs=0.06)
+
+
+def test_few_or_equal_weights_have_no_tail():
+    assert math.isnan(of_logs(torch.zeros(20)).pareto_k)
+    assert of_logs(torch.zeros(40)).pareto_k == -math.inf
+    heavy = of_logs(torch.linspace(0, 60, 100))
+    assert "mean nothing" in str(heavy)
+
+
+def test_the_sandwich_of_two_gaussians_holds_its_divergences():
+    # q = N(0, 1), π = 3 N(m, 1): both divergences are m²/2.
+    count, m = 100_000, 0.6
+    u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    x = torch.special.ndtri(u)[:, None]
+    half = math.log(2 * math.pi) / 2
+
+    def log_target(x):
+        return math.log(3) - half - (x[:, 0] - m).square() / 2
+
+    def nll(x):
+        return half + x[:, 0].square() / 2
+
+    found = hosm.importance_weights(drawn(nll(x), x), log_target)
+    assert found.log_z == pytest.approx(math.log(3), abs=1e-3)
+    y = x + m
+    zero = torch.zeros(count, dtype=torch.float64)
+    bounds = found.sandwich(y, NLLResult(nll(y), y, zero, zero, zero, zero > 0))
+    assert bounds.lower == pytest.approx(math.log(3) - m**2 / 2, abs=1e-3)
+    assert bounds.upper == pytest.approx(math.log(3) + m**2 / 2, abs=1e-3)
+    assert bounds.lower_error == pytest.approx(m / count**0.5, rel=1e-2)
+    failed = NLLResult(nll(y), y, zero, zero, zero, torch.arange(count) == 0)
+    assert found.sandwich(y, failed).upper == math.inf
+    with pytest.raises(ValueError, match="the 100000 points"):
+        found.sandwich(y[:3], failed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nll": None}, "divergence=None"),
+        ({"standard_error": None}, "expected a standard error"),
+    ],
+)
+def test_samples_without_what_weights_need_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        hosm.importance_weights(replace(drawn([0.0, 1.0]), **change), lambda x: x[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0.0, math.nan], "NaN or inf"),
+        ([0.0, math.inf], "NaN or inf"),
+        ([-math.inf, -math.inf], "a weight above zero"),
+    ],
+)
+def test_targets_without_weights_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        of_logs(values)
+
+
+@pytest.mark.slow
+def test_corrected_weights_of_few_probes_have_the_mean_of_exact_ones():
+    """E exp(η − v̂/2) is 1 but for 0.02, for η the error of two probes; E exp(η) is above 1.1."""
+    mixture, schedule = anisotropic(8), hosm.VPSchedule()
+    model = hosm.ScoreModel(mixture_noise(mixture, schedule), schedule)
+    generator = torch.Generator().manual_seed(0)
+    latent = schedule.prior_std * torch.randn((2000, 8), generator=generator).double()
+    two = hosm.ode_sample(model, latent, divergence=hosm.Hutchinson(2), generator=generator)
+    exact = hosm.ode_sample(model, latent, divergence="exact")
+    assert exact.nll is not None
+    density = exact.nll
+    corrected, ignored = (
+        hosm.importance_weights(two, lambda x: -density, probe_noise=each)
+        for each in ("corrected", "ignored")
+    )
+    mean, error = corrected.log_weights.exp().mean(), corrected.log_z_error
+    assert abs(float(mean) - 1) < 0.02 + 5 * error
+    assert ignored.log_z > 0.1
+    log_z = hosm.importance_weights(exact, lambda x: log_density(mixture, schedule, x)).log_z
+    assert log_z == pytest.approx(0, abs=0.02)
+
+
+def log_density(mixture, schedule, x):
+    """That of the data with the noise of t_min."""
+    alpha, sigma = schedule(torch.full((len(x),), schedule.t_min, dtype=x.dtype))
+    return mixture.log_density(x, alpha, sigma)
