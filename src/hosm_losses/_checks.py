@@ -8,6 +8,7 @@ would make the host wait for the device.
 
 import math
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Number, Real
 from typing import Any
@@ -58,6 +59,11 @@ def users_level() -> int:
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(libraries):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def warn(message: str) -> None:
+    """Warn of the user's line."""
+    warnings.warn(message, stacklevel=users_level())
 
 
 def may_look(tensor: Tensor) -> bool:

@@ -1,7 +1,6 @@
 """The likelihood of the probability-flow ODE, and the variational bound of the SDE.
 
-- `ode`: `ode_nll`, the log-density along the ODE.
-- `sample`: `ode_sample`, the same paths from noise to data.
+- `ode`: `ode_nll`, the log-density along the ODE, and `ode_sample`, the paths from noise to data.
 - `variational`: `variational_nll`.
 - `solvers`: `FixedGrid`, `ToTolerance` and `Adaptive`, what is chosen of a solver.
 - `multistep`: the fixed grid, which the batch shares, of steps that are given or found.
@@ -10,19 +9,18 @@
 - `integers`: `Uniform`, the dequantization, and one density from several draws.
 - `watch`: networks whose output is random.
 - `paths`: the paths of a batch, the coordinates they are solved in, and the divergence.
-- `result`: `NLLResult` and `SampleResult`.
-- `summary`: `NLLSummary`, the means over samples.
+- `result`: `NLLResult`, `SampleResult`, and `NLLSummary`, the means over samples.
 """
 
 from hosm_losses.likelihood.integers import Uniform as Uniform
 from hosm_losses.likelihood.ode import ode_nll as ode_nll
+from hosm_losses.likelihood.ode import ode_sample as ode_sample
 from hosm_losses.likelihood.result import NLLResult as NLLResult
+from hosm_losses.likelihood.result import NLLSummary as NLLSummary
 from hosm_losses.likelihood.result import SampleResult as SampleResult
-from hosm_losses.likelihood.sample import ode_sample as ode_sample
 from hosm_losses.likelihood.solvers import Adaptive as Adaptive
 from hosm_losses.likelihood.solvers import FixedGrid as FixedGrid
 from hosm_losses.likelihood.solvers import ToTolerance as ToTolerance
-from hosm_losses.likelihood.summary import NLLSummary as NLLSummary
 from hosm_losses.likelihood.variational import variational_nll as variational_nll
 from hosm_losses.likelihood.weights import Expectation as Expectation
 from hosm_losses.likelihood.weights import Sandwich as Sandwich

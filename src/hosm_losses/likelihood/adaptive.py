@@ -23,8 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hosm_losses._torch_internals import vmapped
-from hosm_losses.likelihood.multistep import combine
+from hosm_losses.likelihood.multistep import combine, refuse_vmap
 from hosm_losses.likelihood.paths import Batch, Solved, Span
 from hosm_losses.probes import Hutchinson
 
@@ -123,12 +122,7 @@ def solve_adaptive(batch: Batch, z: Tensor, span: Span, *, tolerance: float) -> 
     end is at infinity, and the noise end is no farther than the data end. A step may err by
     `tolerance` nats in the log-density, and in the state by 0.03 of it in root mean square.
     """
-    if vmapped():
-        raise ValueError(
-            "solver: expected FixedGrid(steps) under torch.func.vmap; got Adaptive, whose steps "
-            "are found by looking at errors. Call it on a batch, each sample of which has steps "
-            "of its own as well."
-        )
+    refuse_vmap("Adaptive")
     coordinates, divergence = batch.coordinates, batch.divergence
     count, elements = len(z), z[0].numel()
     probes = batch.draw_probes(z)

@@ -8,7 +8,6 @@ Failures:
 """
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -27,7 +26,7 @@ from hosm_losses._checks import (
     complaint,
     may_look,
     over_elements,
-    users_level,
+    warn,
 )
 from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import differentiated, normal, outside_inference_mode, traced
@@ -44,6 +43,7 @@ from hosm_losses.likelihood.watch import Watch, buffers_restored, warn_of_traini
 from hosm_losses.model import ScoreModel, check_model, condition
 
 LogPrior = Callable[[Tensor], Tensor] | Distribution
+MOMENTS = ("data_mean", "data_std")
 MISMATCH = 1e-3  # nats an element
 SCALED = 0.05  # of α(t_min) from 1
 INSTANCE_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -55,8 +55,7 @@ class Call:
 
     model: ScoreModel
     x: Tensor
-    data_mean: Moment
-    data_std: Moment
+    moments: tuple[Moment, Moment]  # data_mean, data_std
     log_prior: LogPrior | None
     batch_size: int | None
     progress: bool
@@ -79,11 +78,8 @@ class Call:
         `name` is that of x in errors; `at_start` says whether it is, or leads to, a point at
         t_min, `of_prior` whether it leads to, or was drawn at, latents of the prior.
         """
-        model, x = check_model(self.model), self.x
-        if self.dequantization is None:
-            check_sample_batch(name, x)
-        else:
-            check_images(x)
+        model, x, integers = check_model(self.model), self.x, self.dequantization
+        check_sample_batch(name, x) if integers is None else check_images(x)
         log_prior = _log_density(self.log_prior, x)
         generator = check_generator(self.generator, x.device)
         kwargs = check_model_kwargs(self.model_kwargs)
@@ -92,18 +88,15 @@ class Call:
         if differentiated() and not self.enable_grad:
             raise ValueError(
                 "enable_grad: expected True under torch.func.grad, vjp or jacrev; got False, by "
-                "which the gradient would be zero. Give enable_grad=True, which variational_nll "
-                "does not have, nor a gradient; or call under torch.no_grad() for the number."
+                "which the gradient would be zero. Give it to ode_nll or ode_sample, or call "
+                "under torch.no_grad() for the number alone."
             )
-        count = len(x)
+        count, draws = len(x), 1 if integers is None else integers.draws
         size = count if self.batch_size is None else check_whole("batch_size", self.batch_size, 1)
-        moments = [
-            plain_moment(field, getattr(self, field), field) for field in ("data_mean", "data_std")
-        ]
-        chunks = torch.arange(count, device=x.device).split(size)
-        draws = 1 if self.dequantization is None else self.dequantization.draws
-        network = model.network
-        modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
+        plain = map(plain_moment, MOMENTS, self.moments, MOMENTS)
+        modules = (
+            dict(model.network.named_modules()) if isinstance(model.network, nn.Module) else {}
+        )
         watch = Watch(not warn_of_training_mode(modules) and not traced())
         with (
             buffers_restored(modules, x),
@@ -111,31 +104,22 @@ class Call:
             torch.set_grad_enabled(self.enable_grad),
             progress_bar(self.progress, count * draws, "sample") as advance,
         ):
-            mean, std = map(expand_moment, ("data_mean", "data_std"), moments, (x, x))
-            coordinates = Coordinates(model.schedule, mean, std)
+            coordinates = Coordinates(model.schedule, *map(expand_moment, MOMENTS, plain, (x, x)))
             _warn_of_ends(coordinates, start=at_start, prior=log_prior is None and of_prior)
             # PyTorch's first gradient of instance norm is wrong for one sample in channels_last,
             # which a network may make of a batch. Of one sample the field finds it by any name.
             norms = any(isinstance(each, INSTANCE_NORMS) for each in modules.values())
             safe = None if self.enable_grad or norms else False
-            whole = Batch(
-                normal(x),
-                condition(model, count, kwargs, primitives=safe),
-                coordinates,
-                _network_dtype(model, x),
-                log_prior,
-                generator,
-                advance,
-                watch,
-                self.divergence,
-            )
-            results = []
+            conditioned = condition(model, count, kwargs, primitives=safe)
+            dtype, drawn = _network_dtype(model, x), (log_prior, generator, advance, watch)
+            batch = Batch(normal(x), conditioned, coordinates, dtype, *drawn, self.divergence)
+            chunks, results = torch.arange(count, device=x.device).split(size), []
             for _ in range(draws):
-                points = whole.x if self.dequantization is None else dequantize(x, generator)
-                parts = [likelihood(whole.rows(points, rows)) for rows in chunks]
+                points = batch.x if integers is None else dequantize(x, generator)
+                parts = [likelihood(batch.rows(points, rows)) for rows in chunks]
                 result = parts[0] if len(parts) == 1 else NLLResult.cat(parts)
                 results.append(mark_failed(result))
-        return results[0] if self.dequantization is None else importance_weighted(results)
+        return results[0] if integers is None else importance_weighted(results)
 
 
 def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -158,28 +142,24 @@ def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None
     schedule, mean = coordinates.schedule, coordinates.mean
     if not may_look(mean):
         return
-    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=mean.dtype, device="cpu")
-    (alphas, sigmas), spread = schedule(ends), schedule.prior_std
-    (first, alpha), (_, sigma) = alphas.detach().unbind(), sigmas.detach().unbind()
+    times = torch.tensor([schedule.t_min, schedule.t_max], dtype=mean.dtype, device="cpu")
+    (first, alpha), (_, sigma) = (each.detach().unbind() for each in schedule(times))
     if start and schedule._starts_at_data and abs(float(first) - 1) > SCALED:
-        warnings.warn(
+        warn(
             f"schedule: expected α(t_min) near 1; got {schedule!r}, with {float(first):g}. x and "
-            "its density are those of a point at t_min, which is that many times the data. Give "
-            "ode_nll α x for data x and subtract d log α from its nll, or give clean=True; divide "
-            "the samples of ode_sample by α.",
-            stacklevel=users_level(),
+            "its density are those of a point at t_min, that many times the data: give ode_nll "
+            "α x and subtract d log α from its nll, or give clean=True; divide samples by α."
         )
+    spread = schedule.prior_std
     variance = ((alpha * coordinates.std).square() + sigma.square()) / spread**2
     shift = (alpha * mean / spread).square()
     apart = float((variance + shift - 1 - variance.log()).detach().sum()) / 2
     if prior and apart > MISMATCH * mean.numel():
-        warnings.warn(
+        warn(
             f"schedule: expected one that ends in its prior, N(0, {spread:g}²); got "
             f"{schedule!r}, which ends {apart:.2g} nats a sample from it for data of this "
-            "data_mean and data_std. Likelihoods have them as a part, and samples from the prior "
-            "are off by them. Look at the numbers of the schedule, or give log_prior, and to "
-            "ode_sample latents of it.",
-            stacklevel=users_level(),
+            "data_mean and data_std: likelihoods and samples are off by them. Look at the numbers "
+            "of the schedule, or give log_prior, and to ode_sample latents of it."
         )
 
 
@@ -203,9 +183,8 @@ def add_noise(batch: Batch) -> tuple[Batch, Tensor]:
 
 def mark_failed(result: NLLResult) -> NLLResult:
     """Put NaN where the number says nothing, judged in the dtype of the latent, the network's."""
-    latent = result.latent
-    limit = solver_limit(latent[0].numel())
-    in_range = result.nll.detach().to(torch.promote_types(latent.dtype, torch.float32))
+    dtype, limit = result.latent.dtype, solver_limit(result.latent[0].numel())
+    in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))
     good = torch.isfinite(in_range) & (result.solver_error.detach() <= limit)
     failed = result.failed | ~good
     return replace(result, nll=result.nll.masked_fill(failed, math.nan), failed=failed)

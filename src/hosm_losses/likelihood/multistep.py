@@ -30,16 +30,16 @@ Source:
 """
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from functools import lru_cache
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hosm_losses._checks import over_elements, users_level
+from hosm_losses._checks import over_elements, warn
 from hosm_losses._torch_internals import vmapped
 from hosm_losses.likelihood.paths import Batch, NoiseLevel, Solved, Span
 from hosm_losses.likelihood.result import solver_limit
@@ -66,23 +66,6 @@ class Node(NamedTuple):
     covector: Tensor  # what a small error of y is multiplied with to be felt in the answer
 
 
-class MultistepSolution(NamedTuple):
-    """What `multistep` returns."""
-
-    state: Tensor  # y at the end
-    integral: Tensor  # ∫ q ds, (B,)
-    variance: Tensor  # of the integral, from those of the nodes, (B,)
-    path_error: Tensor  # estimate of what the errors of y do to the answer, p, (B,)
-    spread: Tensor  # root of the sum of squares of what each does by itself, r, (B,)
-    coarse: Tensor  # ∫ q ds from every second node, (B,)
-    companion: "MultistepSolution | None" = None
-
-    @property
-    def quadrature_error(self) -> Tensor:
-        """Estimate of the error of the integral, if q is smooth, (B,)."""
-        return RICHARDSON * (self.integral - self.coarse).detach().abs()
-
-
 def gregory_weights(steps: int) -> list[float]:
     """Weights of the corrected trapezoid rule on steps + 1 nodes, in units of the step."""
     weights = [0.5] + [1.0] * (steps - 1) + [0.5]
@@ -92,8 +75,8 @@ def gregory_weights(steps: int) -> list[float]:
     return weights
 
 
-class _Walk:
-    """The multistep method on its way: `y` at the node that is due.
+class Walk:
+    """The multistep method on its way: `y` at the node that is due, at last the state at the end.
 
     Places are counted in half steps of the finest walk from the start; `stride` is a half step.
     """
@@ -133,17 +116,25 @@ class _Walk:
         else:
             self.y = y + h * combine(BASHFORTH, slopes)
 
-    def solution(self) -> MultistepSolution:
-        """What is known at the end."""
-        weights, h = gregory_weights(self.steps), self.h
-        return MultistepSolution(
-            state=self.y,
-            integral=h * combine(weights, self.integrands),
-            variance=h**2 * combine([weight**2 for weight in weights], self.variances),
-            path_error=self.highest - self.lowest,
-            spread=self.squares.sqrt(),
-            coarse=h * combine(_coarse_weights(self.steps), self.integrands),
-        )
+    def integral(self, weights: Sequence[float]) -> Tensor:
+        """∫ q ds by a rule, (B,)."""
+        return self.h * combine(weights, self.integrands)
+
+    def finish(self) -> Self:
+        """Put together what is known at the end."""
+        weights = gregory_weights(self.steps)
+        self.whole = self.integral(weights)
+        self.coarse = self.integral(_coarse_weights(self.steps))  # from every second node
+        # Of the integral, from those of the nodes.
+        self.variance = self.h**2 * combine([each**2 for each in weights], self.variances)
+        self.path_error = self.highest - self.lowest  # p
+        self.spread = self.squares.sqrt()  # r
+        return self
+
+    @property
+    def quadrature_error(self) -> Tensor:
+        """Estimate of the error of the integral, if q is smooth, (B,)."""
+        return RICHARDSON * (self.whole - self.coarse).detach().abs()
 
 
 def multistep(
@@ -153,21 +144,21 @@ def multistep(
     h: float,
     steps: int,
     companion: bool = False,
-) -> MultistepSolution:
+) -> tuple[Walk, Walk | None]:
     """Take at least four steps of length h, negative to go back, and estimate the errors.
 
     Places are counted in half steps from the start. `node` is called once at each even place;
     `slope`, which is dy/ds at (place, y), for the inner stages of the start. A companion takes
     half as many steps, without a graph; `node` is called for it right after, at the same place.
     """
-    walk = _Walk(slope, y, h, steps, 1)
-    other = _Walk(slope, y.detach(), 2 * h, steps // 2, 2) if companion else None
+    walk = Walk(slope, y, h, steps, 1)
+    other = Walk(slope, y.detach(), 2 * h, steps // 2, 2) if companion else None
     for index in range(steps + 1):
         walk.arrive(node(2 * index, walk.y))
         if other is not None and index % 2 == 0:
             with torch.no_grad():
                 other.arrive(node(2 * index, other.y))
-    return walk.solution()._replace(companion=None if other is None else other.solution())
+    return walk.finish(), None if other is None else other.finish()
 
 
 def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
@@ -189,7 +180,7 @@ def _coarse_weights(steps: int) -> list[float]:
 
 
 def solve_fixed(
-    batch: Batch, z: Tensor, span: Span, *, steps: int, companion: bool = False
+    batch: Batch, z: Tensor, span: Span, steps: int, companion: bool = False
 ) -> Solved:
     """Solve from z at the start of a span of u = log σ̂ on a uniform grid, with fresh probes.
 
@@ -197,39 +188,39 @@ def solve_fixed(
     """
     coordinates, divergence = batch.coordinates, batch.divergence
     grid = torch.linspace(*span, 2 * steps + 1, dtype=z.dtype, device=z.device)
-    level = coordinates.levels(grid)  # of the nodes, and of the midpoints between them
+    levels = coordinates.levels(grid)  # of the nodes, and of the midpoints between them
     count = steps + EXTRA_EVALUATIONS
     count += steps // 2 + EXTRA_EVALUATIONS if companion else 0
-    drawn: dict[int, Tensor | None] = {}  # of the place that is due
 
     def slope(place: int, z: Tensor) -> Tensor:
-        here = level(place)
+        here = levels(slice(place, place + 1))
         return coordinates.slope(z, batch.noise(coordinates.to_x(z, here), here), here)
 
+    @lru_cache(1)  # a companion shares them
+    def probes_of(_place: int) -> Tensor | None:
+        batch.advance(len(z) / (steps + 1))
+        return batch.draw_probes(z)
+
     def node(place: int, z: Tensor) -> Node:
-        if place not in drawn:
-            drawn.clear()
-            drawn[place] = batch.draw_probes(z)
-            batch.advance(len(z) / (steps + 1))
-        here = level(place)
-        noise, moved, integrand = batch.derivatives(z, here, drawn[place])
+        here = levels(slice(place, place + 1))
+        noise, moved, integrand = batch.derivatives(z, here, probes_of(place))
         seen = integrand.detach()
         variance = seen.var(0) / len(seen) if len(seen) > 1 else torch.zeros_like(seen[0])
         covector = coordinates.covector(noise.detach(), here)
         return Node(moved, integrand.mean(0), variance, covector)
 
     h = (span[1] - span[0]) / steps
-    found = multistep(slope, node, z, h, steps, companion)
+    found, other = multistep(slope, node, z, h, steps, companion)
     known = divergence == "exact" or (divergence is not None and divergence.count > 1)
     solver_error = found.path_error
-    if found.companion is not None:
+    if other is not None:
         with torch.no_grad():
-            solver_error = _guarded(batch, found, found.companion, coordinates.ends(span)[1])
+            solver_error = _guarded(batch, found, other, coordinates.ends(span)[1])
     if divergence == "exact":
         solver_error = solver_error + found.quadrature_error
     return Solved(
-        found.state,
-        found.integral,
+        found.y,
+        found.whole,
         nfe=torch.full((len(z),), count, device=z.device),
         standard_error=found.variance.sqrt() if known else None,
         solver_error=solver_error,
@@ -238,91 +229,74 @@ def solve_fixed(
     )
 
 
-def _guarded(
-    batch: Batch, found: MultistepSolution, companion: MultistepSolution, far: NoiseLevel
-) -> Tensor:
+def _guarded(batch: Batch, found: Walk, companion: Walk, far: NoiseLevel) -> Tensor:
     """The estimate of the path's error from a solution and its companion, that end at a level."""
-    ends = (batch.coordinates.to_x(each.state, far) for each in (found, companion))
-    own, other = map(batch.log_prior_at, ends)
-    difference = (own - other + found.coarse - companion.integral).abs()
-    return _estimate(found, companion.path_error, difference)
+    own, other = (
+        batch.log_prior_at(batch.coordinates.to_x(each.y, far)) for each in (found, companion)
+    )
+    difference = (own - other + found.coarse - companion.whole).abs()
+    return _estimate(found.path_error, found.spread, companion.path_error, difference)
 
 
-def _estimate(found: MultistepSolution, companion: Tensor, difference: Tensor) -> Tensor:
-    """By the path, the p of its companion and the difference of their answers."""
-    path = found.path_error
+def _estimate(path: Tensor, spread: Tensor, companion: Tensor, difference: Tensor) -> Tensor:
+    """By the p and r of a path, the p of its companion and the difference of their answers."""
     m = torch.where(path > 0, companion / (32 * path), 0.5)
     by_difference = difference / 8 / m.clamp(min=1).pow(4)
-    guarded = torch.maximum(found.spread * m.clamp(0.5, 1.4), by_difference)
+    guarded = torch.maximum(spread * m.clamp(0.5, 1.4), by_difference)
     return torch.where(guarded.isfinite(), guarded, path)
 
 
-class FewestSteps:
-    """Solves on the coarsest of GRIDS whose solver error on the first batch is within a tolerance.
-
-    The steps found are kept for later batches. Processes of a group agree after every trial, so
-    that all take part in as many. Trials leave the generator alone: the numbers are those of
-    `solve_fixed`.
-    """
-
-    def __init__(
-        self, tolerance: float, group: "dist.ProcessGroup | None", companion: bool
-    ) -> None:
-        self.tolerance, self.group, self.companion = tolerance, group, companion
-        self.steps: int | None = None
-
-    def __call__(self, batch: Batch, z: Tensor, span: Span) -> Solved:
-        """Solve a batch as `solve_fixed` does, the first one on several grids."""
-        if self.steps is None:
-            if vmapped():
-                raise ValueError(
-                    "solver: expected FixedGrid(steps) under torch.func.vmap; got ToTolerance, "
-                    "which looks at errors. Find the steps outside, by a call on a batch."
-                )
-            with torch.no_grad():
-                self.steps = self._find(batch, z, span)
-        return solve_fixed(batch, z, span, steps=self.steps, companion=self.companion)
-
-    def _find(self, batch: Batch, z: Tensor, span: Span) -> int:
-        # The path alone costs least. What is claimed of a quadrature has to do as well; a
-        # companion's has random probes, which the trials draw from a generator of their own.
-        whole = self.companion or batch.divergence == "exact"
-        kinds = (None, batch.divergence) if whole else (None,)
-        own = torch.Generator(z.device).manual_seed(0) if self.companion else None
-        silent = replace(batch, advance=lambda _: None, generator=own)
-        largest, lost = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
-        for steps in GRIDS:
-            for kind in kinds:
-                trial = replace(silent, divergence=kind)
-                solved = solve_fixed(trial, z, span, steps=steps, companion=self.companion)
-                error = solved.solver_error
-                failed = ~(error <= solver_limit(z[0].numel()))
-                largest = self._agreed(_largest(error, failed, lost))
-                if largest > self.tolerance:
-                    break
-            else:
-                return steps
-            lost = failed
-        got = f"{largest:.2g}" if math.isfinite(largest) else "no finite error of any sample"
-        warnings.warn(
-            f"solver: expected a solver_error of at most {self.tolerance:g} nats on a grid of at "
-            f"most {GRIDS[-1]} steps; got {got} there. Give ToTolerance a larger tolerance, "
-            "float64 where rounding is in the way, or take Adaptive(), and look at the "
-            "network's outputs where no error is finite.",
-            stacklevel=users_level(),
+def refuse_vmap(solver: str) -> None:
+    """Raise ValueError under torch.func.vmap."""
+    if vmapped():
+        raise ValueError(
+            f"solver: expected FixedGrid(steps) under torch.func.vmap; got {solver}, which looks "
+            "at errors. Call it on a batch outside, and give FixedGrid the steps of the result."
         )
-        return GRIDS[-1]
-
-    def _agreed(self, largest: Tensor) -> float:
-        if self.group is not None:
-            dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
-        found = float(largest)
-        return math.inf if found < 0 else found  # no sample of any process counts
 
 
-def _largest(error: Tensor, failed: Tensor, lost: Tensor) -> Tensor:
-    """The largest error, () of a batch; a sample that failed and was lost before does not count.
+def fewest_steps(
+    batch: Batch,
+    z: Tensor,
+    span: Span,
+    *,
+    tolerance: float,
+    group: "dist.ProcessGroup | None",
+    companion: bool,
+) -> int:
+    """The coarsest of GRIDS whose solver error on a batch is within a tolerance.
 
-    Infinite where another sample failed, and −∞, below all of other processes, where none counts.
+    Processes of a group agree after every trial, so that all take part in as many. Trials leave
+    the generator alone. A sample that failed, and was lost on the grid before, does not count.
     """
-    return error.masked_fill(failed, math.inf).masked_fill(failed & lost, -math.inf).max()
+    refuse_vmap("ToTolerance")
+    # The path alone costs least. What is claimed of a quadrature has to do as well; a companion's
+    # has random probes, which the trials draw from a generator of their own.
+    whole = companion or batch.divergence == "exact"
+    own = torch.Generator(z.device).manual_seed(0) if companion else None
+    silent = replace(batch, advance=lambda _: None, generator=own)
+    largest, lost = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    for steps in GRIDS:
+        for kind in (None, batch.divergence) if whole else (None,):
+            trial = replace(silent, divergence=kind)
+            with torch.no_grad():
+                error = solve_fixed(trial, z, span, steps, companion).solver_error
+            failed = ~(error <= solver_limit(z[0].numel()))
+            error = error.masked_fill(failed, math.inf).masked_fill(failed & lost, -math.inf)
+            most = error.max()  # infinite where a sample failed; −∞ where none counts
+            if group is not None:
+                dist.all_reduce(most, dist.ReduceOp.MAX, group)
+            largest = math.inf if most < 0 else float(most)
+            if largest > tolerance:
+                break
+        else:
+            return steps
+        lost = failed
+    got = f"{largest:.2g}" if math.isfinite(largest) else "no finite error of any sample"
+    warn(
+        f"solver: expected a solver_error of at most {tolerance:g} nats on a grid of at most "
+        f"{GRIDS[-1]} steps; got {got} there. Give ToTolerance a larger tolerance, float64 where "
+        "rounding is in the way, or take Adaptive(), and look at the network's outputs where no "
+        "error is finite."
+    )
+    return GRIDS[-1]

@@ -65,30 +65,29 @@ class Coordinates:
     mean: Tensor  # of the data, broadcast to (1, *)
     std: Tensor  # of the data, broadcast to (1, *)
 
+    def levels(self, log_sigma_hat: Tensor) -> Callable[[slice], NoiseLevel]:
+        """A function that gives levels of a grid u (n,) to a batch; a slice of one for all of it.
+
+        The schedule is asked once for all; the scale, as large as a sample, is made when due.
+        """
+        t = self.schedule.time(log_sigma_hat)
+        alphas, sigmas = (expand_right(each, self.mean) for each in self.schedule(t))
+
+        def chosen(rows: slice) -> NoiseLevel:
+            sigma_hat = sigmas[rows] / alphas[rows]
+            scale = torch.sqrt(self.std.square() + sigma_hat.square())
+            return NoiseLevel(t[rows], alphas[rows], sigmas[rows], sigma_hat, scale)
+
+        return chosen
+
     def level(self, log_sigma_hat: Tensor) -> NoiseLevel:
         """The noise level at u = log σ̂ (n,), in the precision of u."""
-        return self._scaled(*self._asked(log_sigma_hat))
+        return self.levels(log_sigma_hat)(slice(None))
 
-    def levels(self, log_sigma_hat: Tensor) -> Callable[[int], NoiseLevel]:
-        """A function of i that gives a whole batch the level u_i of a grid (n,)."""
-        # The schedule is asked once for all; the scale, as large as a sample, is made when due.
-        parts = self._asked(log_sigma_hat)
-        return lambda index: self._scaled(*(part[index : index + 1] for part in parts))
-
-    def ends(self, span: tuple[float, float]) -> tuple[NoiseLevel, NoiseLevel]:
+    def ends(self, span: Span) -> tuple[NoiseLevel, NoiseLevel]:
         """The levels of a whole batch at both ends of a span of u."""
         level = self.levels(torch.tensor(span, dtype=self.std.dtype, device=self.std.device))
-        return level(0), level(1)
-
-    def _asked(self, log_sigma_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        t = self.schedule.time(log_sigma_hat)
-        alpha, sigma = self.schedule(t)
-        return t, expand_right(alpha, self.mean), expand_right(sigma, self.mean)
-
-    def _scaled(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> NoiseLevel:
-        sigma_hat = sigma / alpha
-        scale = torch.sqrt(self.std.square() + sigma_hat.square())
-        return NoiseLevel(t, alpha, sigma, sigma_hat, scale)
+        return level(slice(0, 1)), level(slice(1, 2))
 
     def to_z(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """Data coordinates to z."""
@@ -147,7 +146,7 @@ class Batch:
     generator: torch.Generator | None
     advance: Callable[[float], object]  # told the samples' worth of work done
     watch: Watch
-    divergence: Divergence | None = None
+    divergence: Divergence | None
 
     def rows(self, x: Tensor, rows: Tensor) -> "Batch":
         """Return the rows alone, at the points x of the whole batch."""

@@ -22,10 +22,45 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_number, check_whole, describe, owns_values
-from hosm_losses.likelihood.summary import NLLSummary
 
 # A sample fails with a solver_error above the larger of these, in nats and in nats an element.
 SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
+
+
+@dataclass(frozen=True)
+class NLLSummary:
+    """The likelihood of a data set, as numbers on the host; it prints as a sentence.
+
+    `nll` in nats, `solver_error`, `bits_per_dim` and `nfe` are means over `samples` samples. The
+    `failed` ones, those with NaN for their nll included, are left out. `standard_error` is that of
+    the mean nll as an estimate for the data's distribution, probes included, and
+    `bits_standard_error` is the same in bits per dimension; both are None for a single sample.
+    `estimator_error` is the part of it that comes from the random probes; None where unknown. Bits
+    are printed where the data are `discrete`.
+    """
+
+    samples: int
+    failed: int
+    nll: float
+    standard_error: float | None
+    estimator_error: float | None
+    solver_error: float
+    bits_per_dim: float
+    bits_standard_error: float | None
+    nfe: float
+    discrete: bool = False
+
+    def __str__(self) -> str:
+        bits, nats = f"{self.bits_per_dim:.4f}", f"{self.nll:.3f}"
+        if self.standard_error is not None:
+            bits += f" ± {self.bits_standard_error:.4f}"
+            nats += f" ± {self.standard_error:.3f}"
+        shown = f"{bits} bits/dim, " if self.discrete else ""
+        shown += f"{nats} nats over {self.samples} sample{'s' * (self.samples > 1)}"
+        if self.estimator_error is not None:
+            shown += f"; of which {self.estimator_error:.3f} nats from the probes"
+        shown += f"; solver error about {self.solver_error:.2g} nats, {self.nfe:.0f} evaluations"
+        return shown + (f"; failed and left out: {self.failed}" if self.failed else "")
 
 
 class Quantization(NamedTuple):
@@ -94,22 +129,18 @@ class Result:
     def _quantization(self, options: dict[str, int | float | None]) -> Quantization | None:
         """The data's levels: those of the call, or those that the options say."""
         given = {name: value for name, value in options.items() if value is not None}
-        known = {} if self.quantization is None else self.quantization._asdict()
-        if given.items() <= known.items():
-            return self.quantization
-        told = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        if known or "levels" not in given:
-            expected = self.quantization or "levels with a range, as in levels=256, low=0, high=1"
-            remedy = (
-                "Leave them out: the result knows them" if known else "Continuous data has none"
-            )
-            raise ValueError(f"bits_per_dim: expected {expected}; got {told}. {remedy}.")
-        levels = check_whole("levels", given["levels"], 1)
-        low = check_number("low", given.get("low", -1.0), "a number")
-        high = check_number("high", given.get("high", 1.0), "a number")
-        if low >= high:
-            raise ValueError(f"bits_per_dim: expected low < high; got {low}, {high}.")
-        return Quantization(levels, low, high)
+        known = self.quantization
+        if known is None and "levels" in given:
+            levels = check_whole("levels", given["levels"], 1)
+            low = check_number("low", given.get("low", -1.0), "a number")
+            high = check_number("high", given.get("high", 1.0), "a number")
+            if low >= high:
+                raise ValueError(f"bits_per_dim: expected low < high; got {low}, {high}.")
+            return Quantization(levels, low, high)
+        if not given.items() <= (known._asdict() if known else {}).items():
+            expected = known or "levels beside a range, as continuous data has no range"
+            raise ValueError(f"bits_per_dim: expected {expected}; got {given}.")
+        return known
 
     def summary(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
@@ -220,33 +251,32 @@ class Result:
             >>> NLLResult.cat([one, one]).nll.shape
             torch.Size([4])
         """
-        name, alone = cls.__name__, isinstance(results, Result)
+        alone = isinstance(results, Result)
         every: list[Any] = [results] if alone else list(results)
         for result in every:
             if alone or not isinstance(result, cls):
-                raise TypeError(f"cat: expected {name}s in a list; got {describe(result)}.")
+                got = describe(result)
+                raise TypeError(f"cat: expected {cls.__name__}s in a list; got {got}.")
         kinds = {result._kind() for result in every}
         if len(kinds) != 1:
-            got = "; ".join(sorted(kinds)) or "none"
             raise ValueError(
-                f"cat: expected {name}s of the same options, at least one; got {got}. Call the "
-                "likelihood with the same arguments for every batch."
+                "cat: expected results of one or more calls with the same arguments; got "
+                f"{'; '.join(sorted(kinds)) or 'none'}."
             )
-        device, joined = every[0].latent.device, {}
-        for name, first in vars(every[0]).items():
-            parts = [getattr(result, name) for result in every]
-            tensors = isinstance(first, Tensor)
-            joined[name] = torch.cat([p.to(device) for p in parts]) if tensors else first
-        if len({result.steps for result in every}) > 1:
-            joined["steps"] = None
-        return cls(**joined)
+        joined: dict[str, Any] = dict(vars(every[0]))
+        device = every[0].latent.device
+        for name, first in joined.items():
+            if isinstance(first, Tensor):
+                joined[name] = torch.cat([getattr(each, name).to(device) for each in every])
+        same = len({each.steps for each in every}) == 1
+        return cls(**joined | {"steps": every[0].steps if same else None})
 
     def _kind(self) -> str:
         """What results that are joined have in common."""
         lacking = [name for name, value in vars(self).items() if value is None]
-        lacks = f"without {', '.join(lacking)}" if lacking else "with every field"
         shape = tuple(self.latent.shape[1:])
-        return f"samples {shape} {lacks}, widening {self.widening:.4g}, {self.quantization}"
+        known = f"widening {self.widening:.4g}, {self.quantization}"
+        return f"samples {shape} without {', '.join(lacking) or 'nothing'}, {known}"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, without a graph: tensors, None and dicts of plain numbers.

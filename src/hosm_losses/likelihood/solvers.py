@@ -22,8 +22,8 @@ from hosm_losses._checks import (
     complaint,
 )
 from hosm_losses.likelihood.adaptive import solve_adaptive
-from hosm_losses.likelihood.multistep import MINIMUM_STEPS, FewestSteps, solve_fixed
-from hosm_losses.likelihood.paths import Solve, accumulator
+from hosm_losses.likelihood.multistep import MINIMUM_STEPS, fewest_steps, solve_fixed
+from hosm_losses.likelihood.paths import Batch, Solve, Solved, Span, accumulator
 
 Moment = float | Tensor | np.ndarray | tuple[Any, ...]
 
@@ -38,6 +38,11 @@ class Solver:
     def start(self) -> Solve:
         """A function that solves the batches of one call."""
         raise NotImplementedError
+
+    @property
+    def moments(self) -> tuple[Moment, Moment]:
+        """(data_mean, data_std)."""
+        return self.data_mean, self.data_std
 
     def _name(self, field: str) -> str:
         return f"{type(self).__name__}.{field}"
@@ -144,7 +149,16 @@ class ToTolerance(Solver):
 
     def start(self) -> Solve:
         """A function that solves the batches of one call."""
-        return FewestSteps(self.tolerance, self.group, self.companion)
+        options: dict[str, Any] = {"tolerance": self.tolerance, "group": self.group}
+        steps = None
+
+        def solve(batch: Batch, z: Tensor, span: Span) -> Solved:
+            nonlocal steps
+            companion = self.companion
+            steps = steps or fewest_steps(batch, z, span, companion=companion, **options)
+            return solve_fixed(batch, z, span, steps, companion)
+
+        return solve
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,8 @@ def variational_nll(
     if samples % 2:
         raise ValueError(complaint("samples", "an even number", samples))
     check_dequantization(dequantization)
-    moments, rest = (data_mean, data_std), (batch_size, progress, generator, model_kwargs)
-    call = Call(model, x, *moments, log_prior, *rest, dequantization=dequantization)
+    given = (batch_size, progress, generator, model_kwargs, None, dequantization)
+    call = Call(model, x, (data_mean, data_std), log_prior, *given)
     return call.evaluate(partial(_bound, samples=samples), at_start=False)
 
 

@@ -1,6 +1,5 @@
 """What makes the likelihood of a network random: its training mode, or draws by its own code."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states
 
-from hosm_losses._checks import users_level
+from hosm_losses._checks import warn
 from hosm_losses._torch_internals import traced
 from hosm_losses.derivatives import Snapshot
 
@@ -38,11 +37,10 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
             continue
         # The probability of a dropout, or of that inside an attention.
         if getattr(part, "p", getattr(part, "dropout", 1)) > 0:
-            warnings.warn(
+            warn(
                 f"network: expected evaluation mode, as after model.eval(); got {name or 'it'}, a "
                 f"{type(part).__name__} in training mode. The numbers are random, or depend on "
-                "what else is in the batch.",
-                stacklevel=users_level(),
+                "what else is in the batch."
             )
             return True
     return False
@@ -78,10 +76,8 @@ class Watch:
             random = not all(same(value(x)) for _ in range(COMPARED))
         state.restore()
         if random:
-            warnings.warn(
+            warn(
                 "network: expected the same output for the same input; got one that draws random "
-                "numbers, as dropout does in training mode. The likelihood is another one in "
-                "every call. Call model.eval() first, and look for what draws where its mode is "
-                "not asked.",
-                stacklevel=users_level(),
+                "numbers, as dropout does in training mode. Call model.eval() first, and look for "
+                "what draws where its mode is not asked."
             )
