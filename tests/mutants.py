@@ -469,8 +469,8 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/multistep.py",
-        "dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)",
-        "dist.all_reduce(largest, dist.ReduceOp.SUM, self.group)",
+        "dist.all_reduce(most, dist.ReduceOp.MAX, group)",
+        "dist.all_reduce(most, dist.ReduceOp.SUM, group)",
         "tests/likelihood/test_tolerance.py",
     ),
     Mutant(
@@ -481,8 +481,8 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/inputs.py",
-        "points = whole.x if self.dequantization is None else dequantize(x, generator)",
-        "points = whole.x if self.dequantization is None else dequantize(x)",
+        "points = batch.x if integers is None else dequantize(x, generator)",
+        "points = batch.x if integers is None else dequantize(x)",
         "tests/likelihood/test_random_settings.py",
     ),
     Mutant(

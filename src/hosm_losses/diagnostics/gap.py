@@ -22,6 +22,7 @@ Source:
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -114,57 +115,32 @@ def likelihood_gap(
     kwargs = check_model_kwargs(model_kwargs)
     source = check_generator(generator, data.device)
     truth = _reference(reference, model.schedule, data)
-    before = Snapshot(model.network, data)
-    try:
-        with outside_inference_mode():
-            return _report(model, data, truth, count, steps, ode_score, progress, source, kwargs)
-    finally:
-        before.restore(generators=False)
-
-
-def _report(
-    model: ScoreModel,
-    data: Tensor,
-    truth: ScoreModel | None,
-    count: int,
-    steps: int,
-    ode_score: bool,
-    progress: bool,
-    source: torch.Generator | None,
-    kwargs: Mapping[str, Any],
-) -> GapReport:
-    """The report, from arguments that are checked."""
     low, high = model.schedule.log_sigma_hat_range
     places, weights = np.polynomial.legendre.leggauss(count)
     levels = [low + (high - low) * (place + 1) / 2 for place in places]
-
-    def perturbed(level: float) -> tuple[Tensor, Tensor]:
-        t = torch.full((len(data),), level, dtype=torch.float64, device="cpu")
-        t = model.schedule.time(t).to(data.device, torch.promote_types(data.dtype, torch.float32))
-        t = model.schedule.clip(t)
-        alpha, sigma = (expand_right(each, data) for each in model.schedule(t))
-        noise = torch.randn(data.shape, generator=source, dtype=data.dtype, device=data.device)
-        return (alpha * data + sigma * noise).to(data.dtype), t
-
-    found: list[dict[str, Tensor]] = []
-    with progress_bar(progress, count, "node") as done:
+    options: dict[str, Any] = {"model_kwargs": kwargs, "generator": source}
+    exact: dict[str, Any] = {"solver": FixedGrid(steps), "divergence": "exact", "clean": True}
+    before = Snapshot(model.network, data)
+    with ExitStack() as stack:
+        stack.callback(before.restore, generators=False)
+        stack.enter_context(outside_inference_mode())
+        done = stack.enter_context(progress_bar(progress, count, "node"))
+        found: list[dict[str, Tensor]] = []
         for level in levels:
-            x, t = perturbed(level)
+            x, t = _perturbed(model.schedule, data, level, source)
             score = _ode_score(model, x, t, steps, kwargs) if ode_score else None
             found.append(at_node(model, truth, x, t, score, kwargs))
             done(1)
-    options = {"model_kwargs": kwargs, "generator": source}
-    solver = FixedGrid(steps)
-    solved = ode_nll(model, data, solver=solver, divergence="exact", clean=True, **options)
-    nll = solved.nll
-    bound = variational_nll(model, data, **options).nll
-    numbers: dict[str, Tensor | None] = {}
-    difference = bound - nll
-    both = torch.isfinite(difference)  # the same samples for all three
-    for name, values in (("ode nll", nll), ("sde bound", bound)):
-        numbers[name] = values.masked_fill(~both, math.nan)
-    numbers["sde bound less ode nll"] = difference
-    numbers["solver error of ode nll"] = solved.solver_error.masked_fill(~both, math.nan)
+        solved = ode_nll(model, data, **exact, **options)
+        bound = variational_nll(model, data, **options).nll
+    difference = bound - solved.nll
+    lost = ~torch.isfinite(difference)  # the same samples for all of them
+    numbers = {
+        "ode nll": solved.nll.masked_fill(lost, math.nan),
+        "sde bound": bound.masked_fill(lost, math.nan),
+        "sde bound less ode nll": difference,
+        "solver error of ode nll": solved.solver_error.masked_fill(lost, math.nan),
+    }
     widths = (high - low) / 2 * weights
     for number, curve in INTEGRALS.items():
         if curve in found[0]:
@@ -179,16 +155,28 @@ def _report(
         for name in (*CURVES, *INTEGRALS)
         if curves.get(name) is None and name not in numbers
     }
-    numbers |= {name: numbers.get(name) for name in INTEGRALS}
     elements = data[0].numel()
     return GapReport(
         log_sigma_hat=levels,
         curves=curves,
-        numbers={name: None if each is None else _mean(each) for name, each in numbers.items()},
+        numbers={name: _mean(each) for name, each in numbers.items()}
+        | {name: None for name in INTEGRALS if name not in numbers},
         missing=missing,
         evaluations=count * (2 + 2 * elements) + (1 + ode_score * count) * (steps + 10) + 73,
         samples=len(data),
     )
+
+
+def _perturbed(
+    schedule: Schedule, data: Tensor, level: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """A draw of x_t (B, *) at a noise level u, and t (B,)."""
+    t = torch.full((len(data),), level, dtype=torch.float64, device="cpu")
+    t = schedule.time(t).to(data.device, torch.promote_types(data.dtype, torch.float32))
+    t = schedule.clip(t)
+    alpha, sigma = (expand_right(each, data) for each in schedule(t))
+    noise = torch.randn(data.shape, generator=generator, dtype=data.dtype, device=data.device)
+    return (alpha * data + sigma * noise).to(data.dtype), t
 
 
 def at_node(

@@ -173,7 +173,7 @@ def add_noise(batch: Batch) -> tuple[Batch, Tensor]:
     """
     x, coordinates = batch.x, batch.coordinates
     start, _ = coordinates.ends(coordinates.schedule.log_sigma_hat_range)
-    noise = torch.randn(x.shape, generator=batch.generator, device=x.device, dtype=x.dtype)
+    noise = batch.draw_noise()
     points = start.alpha * x + start.sigma * noise
     error = batch.noise(points, start) - noise
     correction = over_elements(error.square() - noise.square(), 1) / 2

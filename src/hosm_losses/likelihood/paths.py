@@ -161,6 +161,11 @@ class Batch:
         like = torch.empty_like(z, dtype=self.dtype)
         return draw_probes(like, count, distribution, self.generator)
 
+    def draw_noise(self) -> Tensor:
+        """ε like x."""
+        x = self.x
+        return torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+
     def field(self, level: NoiseLevel, rows: Tensor | None = None) -> NoiseField:
         """Return f = −ε̂ at a level, for the rows (n,) of the batch, all if None."""
         model = self.model if rows is None else self.model.rows(rows)

@@ -25,6 +25,9 @@ from hosm_losses._checks import check_number, check_whole, describe, owns_values
 
 # A sample fails with a solver_error above the larger of these, in nats and in nats an element.
 SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
+FINER = "take more steps or a lower tolerance, or give the solver data_mean and data_std"
+NOT_ARRIVED = "its path did not arrive: look at x, nfe, the network and log_prior"
+LOOK = "look at x and at the network's outputs from t_min to t_max, or take smaller steps"
 
 
 @dataclass(frozen=True)
@@ -214,18 +217,12 @@ class Result:
         texts = {}
         for row in self.failed.nonzero().flatten().tolist():
             error = float(errors[row])
-            finite = math.isfinite(error) and bool(end[row].isfinite().all())
-            texts[row] = (
-                f"its solver_error of {error:.2g} nats is above {limit:g}: take more steps or a "
-                "lower tolerance, or give data_mean and data_std"
-                if limit < error < math.inf
-                else f"its number is not finite or beyond the range of {end.dtype}, or its path "
-                "did not arrive: look at x, nfe, the network, and what log_prior returns if you "
-                "gave one"
-                if finite
-                else "a value on its path is not finite: look at x and at the network's outputs "
-                "from t_min to t_max, or take smaller steps"
-            )
+            if limit < error < math.inf:
+                texts[row] = f"its solver_error of {error:.2g} nats is above {limit:g}: {FINER}"
+            elif math.isfinite(error) and bool(end[row].isfinite().all()):
+                texts[row] = f"its number is not finite or beyond {end.dtype}, or {NOT_ARRIVED}"
+            else:
+                texts[row] = f"a value on its path is not finite: {LOOK}"
         return texts
 
     def _end(self) -> Tensor:
@@ -268,8 +265,9 @@ class Result:
         for name, first in joined.items():
             if isinstance(first, Tensor):
                 joined[name] = torch.cat([getattr(each, name).to(device) for each in every])
-        same = len({each.steps for each in every}) == 1
-        return cls(**joined | {"steps": every[0].steps if same else None})
+        if len({each.steps for each in every}) > 1:
+            joined["steps"] = None
+        return cls(**joined)
 
     def _kind(self) -> str:
         """What results that are joined have in common."""

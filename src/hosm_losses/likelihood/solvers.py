@@ -35,10 +35,6 @@ class Solver:
     data_std: Moment
     companion: bool = False
 
-    def start(self) -> Solve:
-        """A function that solves the batches of one call."""
-        raise NotImplementedError
-
     @property
     def moments(self) -> tuple[Moment, Moment]:
         """(data_mean, data_std)."""
@@ -193,9 +189,9 @@ class Adaptive(Solver):
         return partial(solve_adaptive, tolerance=self.step_tolerance)
 
 
-def check_solver(value: object) -> Solver:
+def check_solver(value: object) -> FixedGrid | ToTolerance | Adaptive:
     """Return `value` if it is a solver."""
-    if not isinstance(value, Solver):
+    if not isinstance(value, FixedGrid | ToTolerance | Adaptive):
         expected = "FixedGrid(...), ToTolerance(...) or Adaptive(...)"
         raise TypeError(complaint("solver", expected, value))
     return value

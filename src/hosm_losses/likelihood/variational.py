@@ -102,7 +102,7 @@ def _bound(batch: Batch, samples: int) -> NLLResult:
     def excess(level: NoiseLevel) -> Tensor:
         """‖ε̂ − ε‖² − ‖r‖² for one draw of ε, (B,)."""
         batch.advance(count / evaluations)
-        noise = _noise(batch)
+        noise = batch.draw_noise()
         error = batch.noise(level.alpha * x + level.sigma * noise, level) - noise
         gaussian = (level.sigma_hat * centred - variance * noise) / level.scale.square()
         return over_elements(error.square() - gaussian.square(), 1)
@@ -136,17 +136,12 @@ def _bound(batch: Batch, samples: int) -> NLLResult:
 def _prior(batch: Batch, end: NoiseLevel, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """KL(q(x_T|x) ‖ π), the variance of its estimate, and a draw of x_T."""
     x, elements, sigma = batch.x, batch.x[0].numel(), end.sigma.reshape(())
-    latent = end.alpha * x + end.sigma * _noise(batch)
+    latent = end.alpha * x + end.sigma * batch.draw_noise()
     entropy = elements / 2 * (math.log(2 * math.pi) + 1) + elements * sigma.log()
     if batch.log_prior is None:  # at the mean of x_T, and what its spread adds
         ratio = sigma / batch.coordinates.schedule.prior_std
         cross = elements / 2 * ratio.square() - batch.log_prior_at(end.alpha * x)
         return cross - entropy, torch.zeros_like(cross), latent
-    others = (end.alpha * x + end.sigma * _noise(batch) for _ in range(samples - 1))
+    others = (end.alpha * x + end.sigma * batch.draw_noise() for _ in range(samples - 1))
     values = torch.stack([batch.log_prior_at(each) for each in (latent, *others)])
     return -values.mean(0) - entropy, values.var(0) / samples, latent
-
-
-def _noise(batch: Batch) -> Tensor:
-    x = batch.x
-    return torch.randn(x.shape, generator=batch.generator, device=x.device, dtype=x.dtype)
