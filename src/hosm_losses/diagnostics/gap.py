@@ -257,6 +257,9 @@ class _From(Schedule):
     def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         return self.whole.rates(t)
 
+    def squared_diffusion(self, t: Tensor | float) -> Tensor:
+        return self.whole.squared_diffusion(t)
+
     @property
     def prior_std(self) -> float:
         return self.whole.prior_std

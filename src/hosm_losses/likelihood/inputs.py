@@ -111,7 +111,7 @@ class Call:
             norms = any(isinstance(each, INSTANCE_NORMS) for each in modules.values())
             safe = None if self.enable_grad or norms else False
             conditioned = condition(model, count, kwargs, primitives=safe)
-            dtype, drawn = _network_dtype(model, x), (log_prior, generator, advance, watch)
+            dtype, drawn = like_network(model, x).dtype, (log_prior, generator, advance, watch)
             batch = Batch(normal(x), conditioned, coordinates, dtype, *drawn, self.divergence)
             chunks, results = torch.arange(count, device=x.device).split(size), []
             for _ in range(draws):
@@ -190,8 +190,8 @@ def mark_failed(result: NLLResult) -> NLLResult:
     return replace(result, nll=result.nll.masked_fill(failed, math.nan), failed=failed)
 
 
-def _network_dtype(model: ScoreModel, x: Tensor) -> torch.dtype:
-    """The dtype of x, or for integers that of the network's first floating-point parameter."""
+def like_network(model: ScoreModel, *first: Tensor) -> Tensor:
+    """The first floating-point tensor among these and the network's parameters."""
     parameters = model.network.parameters() if isinstance(model.network, nn.Module) else ()
-    dtypes = (each.dtype for each in chain((x,), parameters) if each.is_floating_point())
-    return next(dtypes, torch.get_default_dtype())
+    each = (each for each in chain(first, parameters) if each.is_floating_point())
+    return next(each, torch.empty(0))

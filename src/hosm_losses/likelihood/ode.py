@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hosm_losses._checks import check_flag, check_generator, check_whole, complaint
-from hosm_losses.likelihood.inputs import Call, LogPrior, add_noise
+from hosm_losses.likelihood.inputs import Call, LogPrior, add_noise, like_network
 from hosm_losses.likelihood.integers import Uniform, check_dequantization
 from hosm_losses.likelihood.paths import Batch, Divergence, check_divergence, follow_paths
 from hosm_losses.likelihood.result import NLLResult, SampleResult
@@ -192,8 +192,7 @@ def _draw(model: ScoreModel, shape: object, generator: torch.Generator | None) -
         expected = "a tensor (B, *) at t_max, or its shape, which begins with B"
         raise TypeError(complaint("latent", expected, shape))
     sizes = [check_whole("latent's shape", size, 1) for size in shape]
-    parameters = model.network.parameters() if isinstance(model.network, nn.Module) else ()
-    like = next((each for each in parameters if each.is_floating_point()), torch.empty(0))
+    like = like_network(model)
     source = check_generator(generator, like.device)
     noise = torch.randn(sizes, generator=source, dtype=like.dtype, device=like.device)
     return model.schedule.prior_std * noise
