@@ -42,6 +42,35 @@ def test_it_holds_the_model_and_nothing_else_can_be_copied_and_prints_its_option
     assert "weights=(1, 0.1, 0.1, 0.01)" in repr(module)
 
 
+@pytest.mark.parametrize("value", [hosm.Hutchinson(2, "dct"), hosm.Paired(4), "exact", 3])
+def test_values_are_held_copied_and_printed_as_they_are_written(value):
+    model, x0 = setting()
+    module = hosm.ThirdOrderDSM(model, probes=value, weights="paper-toy")
+    shown = hosm.Hutchinson(3) if value == 3 else value
+    assert f"probes={shown!r}, targets=None, weights='paper-toy'" in repr(module)
+    inputs = {"t": torch.full((4,), 0.5), "noise": torch.ones(4, 2)}
+    numbers = (1, 0.5, 0, 0.1 * x0[0].numel() ** 2)
+    found = []
+    for each in (module, pickle.loads(pickle.dumps(module))):
+        found.append(each(x0, generator=torch.Generator().manual_seed(0), **inputs))
+        own = {"generator": torch.Generator().manual_seed(0), **inputs}
+        found.append(hosm.third_order_dsm(model, x0, probes=value, weights=numbers, **own))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=0)
+
+
+def test_a_probe_that_is_given_is_used_as_the_value_says():
+    model, x0 = setting()
+    given = {"t": torch.full((4,), 0.5), "noise": torch.ones(4, 2), "probe": torch.randn(4, 4, 2)}
+    plain, paired = (
+        [hosm.dsm_terms(model, x0, probes=each, **given).trace for each in values]
+        for values in ([1, 4, hosm.Hutchinson(4, "dct")], [hosm.Paired(), hosm.Paired(4)])
+    )
+    assert all(torch.equal(each, plain[0]) for each in plain)
+    assert all(torch.equal(each, paired[0]) for each in paired)
+    assert not torch.allclose(plain[0], paired[0])
+
+
 def test_numbers_of_numpy_are_numbers():
     model, _ = setting()
     taken = hosm.ThirdOrderDSM(model, probes=np.int32(2), fraction=np.float32(0.5))

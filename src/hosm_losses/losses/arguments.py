@@ -142,9 +142,8 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
             return (1.0, 0.5, 0.0, toy)
         if weights == "balanced":
             raise ValueError(
-                "weights: expected numbers, 'paper' or 'paper-toy' in a function; got 'balanced', "
-                "which follows the sizes of the terms from step to step. Give it to the "
-                "constructor of SecondOrderDSM or ThirdOrderDSM, which keep them."
+                "weights: expected numbers, 'paper' or 'paper-toy' in a function; got 'balanced'. "
+                "Give it to the constructor of SecondOrderDSM or ThirdOrderDSM."
             )
         expected += ", 'paper', 'paper-toy' or, in a module, 'balanced'"
     entries: Sequence[object] | None = None

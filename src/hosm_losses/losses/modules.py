@@ -72,8 +72,7 @@ class _Loss(nn.Module, Generic[Terms]):
         if isinstance(weights, nn.Parameter):  # which a module registers as one to be trained
             raise ValueError(
                 f"{options.weights_name}: expected numbers, or tensors that are not trained; got "
-                "a Parameter, which the optimizer would drive to zero. Give weights that follow a "
-                "rule to each call."
+                "a Parameter, which the optimizer would drive to zero."
             )
         self.options, self.weights = options, weights
         self.targets = check_targets(targets, tensor=False)
@@ -127,9 +126,8 @@ def _check_kept_once() -> None:
     what = "torch.func" if transformed() else "a checkpoint" if checkpoint_hook() else None
     if what is not None:
         raise ValueError(
-            f"weights: expected numbers under {what}; got 'balanced', whose running means a "
-            "training step changes once. Split the batch and accumulate gradients in place of a "
-            "checkpoint, or call .eval() on the loss's `balance` for means that stay."
+            f"weights: expected numbers under {what}; got 'balanced', whose running means a step "
+            "changes once. Accumulate gradients, or call .eval() on the loss's `balance`."
         )
 
 

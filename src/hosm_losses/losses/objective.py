@@ -52,7 +52,7 @@ from hosm_losses.model import (
     noise_field,
     refuse_wrapped,
 )
-from hosm_losses.probes import Hutchinson, Paired, draw_probes, unit_vectors
+from hosm_losses.probes import Paired, draw_probes, unit_vectors
 
 
 class Evaluated(NamedTuple):
@@ -162,9 +162,8 @@ def _weights(given: object, options: Options, x: Tensor) -> Weights:
         weights = (1.0, 1.0 if given is None else check_weight("weight", given))
     elif given is None and options.order > 1 and likelihood:
         raise ValueError(
-            "weights: expected numbers, 'paper' or, in a module, 'balanced' with "
-            "weighting='likelihood', which puts the first term in nats, often thousands of times "
-            "as large, and leaves the others; got None."
+            "weights: expected numbers, 'paper' or, in a module, 'balanced' with weighting="
+            "'likelihood', which puts the first term alone in nats; got None."
         )
     else:
         weights = check_weights(given, options.order, x[0].numel())
@@ -208,9 +207,8 @@ def _terms(
         if versions(trained) != before:
             raise ValueError(
                 "fraction: expected 1 with a network that changes its parameters in its forward, "
-                "as by forced weight normalisation, since it is called twice; got "
-                f"{options.fraction}. Change them after each step of the optimizer, or leave "
-                "fraction out."
+                f"as by forced weight normalisation; got {options.fraction}, two calls. "
+                "Change them after each step of the optimizer."
             )
         first = torch.cat([first, others.first])
     return terms._replace(
@@ -248,7 +246,7 @@ def _probes(x: Tensor, rows: Tensor | None, options: Options, given: Given) -> T
         v = _given_probe(x, given.probe, options)
         return v if rows is None else v[:, rows]
     chosen, how = x if rows is None else x[rows], options.probes
-    if not isinstance(how, Hutchinson | Paired):
+    if isinstance(how, str):
         return unit_vectors(chosen)
     return draw_probes(chosen, how.count, how.distribution, given.generator)
 

@@ -200,6 +200,5 @@ def check_conditions(targets: Targets, kwargs: Mapping[str, Any]) -> None:
     if paths:
         raise ValueError(
             f"targets: expected AveragedTargets(same=...), as {paths[0]} belongs to the samples; "
-            "got none. It says which references share their condition, (B, R), for example lambda "
-            "kwargs: kwargs['y'][:, None] == labels. Mark what all share: hosm_losses.Shared(...)."
+            "got none: same=lambda kwargs: kwargs['y'][:, None] == labels, say; or it is Shared(...)."
         )

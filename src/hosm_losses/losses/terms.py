@@ -250,10 +250,7 @@ def check_result(loss: Tensor, terms: Any, inputs: Inputs) -> None:
     bad = ~torch.isfinite(terms.first)
     if bool(bad.any()):
         what = "network: expected finite outputs"
-        remedy = (
-            "Look for parameters that are not finite, after a step that was too large, and for a "
-            "division by zero or a logarithm in the network."
-        )
+        remedy = "Look at the parameters, and for a division by zero or a logarithm."
         lost = ~torch.isfinite(inputs.x).reshape(len(bad), -1).all(1)
         if bool(lost.any()):
             bad, what = lost, "schedule: expected a finite x = α(t) x0 + σ(t) noise"
@@ -271,10 +268,9 @@ def check_result(loss: Tensor, terms: Any, inputs: Inputs) -> None:
     if names:
         raise DerivativeError(
             "network: expected finite derivatives; its outputs are finite, but not the terms "
-            f"{', '.join(names)}. A root, a norm or a power has no derivative at zero: add a "
-            "small number inside it. check_derivatives(model, x0) names the module."
+            f"{', '.join(names)}. A root or a norm has no derivative at zero: add a small number "
+            "inside it. check_derivatives(model, x0) names the module."
         )
     raise ValueError(
-        "loss: expected a finite one; its terms are finite, but not with their weights. Take "
-        "smaller weights, or a weighting without a singularity at the times of the batch."
+        "loss: expected a finite one; its terms are, but not with their weights and weighting."
     )

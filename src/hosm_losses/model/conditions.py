@@ -108,8 +108,7 @@ def _rebuilt(value: Any, found: dict[Any, Any], before: dict[Any, Any], path: st
     except Exception as error:
         raise TypeError(
             f"{path}: expected a container that can be copied with other tensors in it; got "
-            f"{describe(value)}, which says: {error}. Pass a dict or a list, and build the "
-            "object in a function around the network."
+            f"{describe(value)}, which says: {error}. Pass a dict, and build the object in call."
         ) from error
 
 
@@ -149,9 +148,8 @@ def _say_what_is_not_split(kwargs: Mapping[str, Any], batch: int) -> None:
         for path, found, holds in _unsplit(value, batch, f"model_kwargs[{name!r}]"):
             warnings.warn(
                 f"{path}: expected tensors in dicts, lists, dataclasses and their like; got "
-                f"{describe(found)}, which holds {holds} as long as the batch. The network is "
-                "given it as it is, also with some of the samples alone. Give its tensors in a "
-                "dict, numbers of the samples as a tensor, or put Shared(...) around this alone.",
+                f"{describe(found)}, which holds {holds} as long as the batch and is not split. "
+                "Give tensors, or put Shared(...) around this alone.",
                 stacklevel=users_level(),
             )
 
@@ -191,9 +189,8 @@ def per_sample(kwargs: Mapping[str, Any], function: Callable[[str, Tensor], Any]
         if found.is_nested or found.layout != torch.strided:
             kind = "a nested one" if found.is_nested else f"one of layout {found.layout}"
             raise TypeError(
-                f"{path}: expected a dense tensor, whose rows go with their samples, as its first "
-                f"dimension is their number; got {kind}. Mark what all samples share: "
-                "hosm_losses.Shared(tensor) in its place."
+                f"{path}: expected a dense tensor, as its first dimension is the batch; got "
+                f"{kind}. Mark what all samples share: hosm_losses.Shared(tensor) in its place."
             )
         return function(path, found)
 
@@ -240,8 +237,7 @@ def rows_note(kwargs: Mapping[str, Any], rows: int, batch: int) -> str:
         return note
     return (
         f"{note} The rows were followed by {', '.join(followed) or 'none'}; passed unchanged: "
-        f"{', '.join(unchanged) or 'none'}. What belongs to a sample needs the batch as its first "
-        "dimension."
+        f"{', '.join(unchanged) or 'none'}. Give what belongs to samples as (B, ...)."
     )
 
 
@@ -278,7 +274,5 @@ class SharedTensors:
             if other is not tensor or later != version:
                 raise ValueError(
                     f"{path}: expected a network that leaves what all samples share as it is; got "
-                    "one that changes it, so that the next evaluation would be given something "
-                    "else. Put .clone() before the change in the network, or give a row for each "
-                    "sample, of which it has a copy."
+                    "one that changes it. Put .clone() before the change in the network."
                 )

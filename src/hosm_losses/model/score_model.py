@@ -256,18 +256,16 @@ class ScoreModel(nn.Module):
         failed = f"its call failed ({text.partition(chr(10))[0]})"
         if of_table and network_time.is_floating_point() and any(w in text for w in OF_INDICES):
             raise TypeError(
-                f"network: {failed}. t is {network_time.dtype}: likelihoods and samples ask "
-                "between the indices of a table, and a network that looks t up in a table of its "
-                "own takes whole ones. Let it interpolate between its two entries next to t, or "
-                "give it the nearest: ScoreModel(..., time=lambda t: t.round().long())."
+                f"network: {failed}. t is {network_time.dtype}, between the indices of a table. "
+                "Let the network interpolate between its two entries next to t, or give it the "
+                "nearest: ScoreModel(..., time=lambda t: t.round().long())."
             ) from error
         if "DTensor" in text:
             raise TypeError(f"network: {failed}. {UNSHARD}") from error
         if MADE_IN_INFERENCE in text:
             raise TypeError(
-                f"network: {failed}. Its parameters, or others of its tensors, were made in "
-                "inference mode. Build or load it outside of torch.inference_mode(), or take "
-                "copy.deepcopy(network) there."
+                f"network: {failed}. Its tensors were made in inference mode: build or load it "
+                "outside of torch.inference_mode(), or take copy.deepcopy(network) there."
             ) from error
         if not any(words in text for words in OF_DTYPES):
             return
