@@ -200,5 +200,5 @@ def check_conditions(targets: Targets, kwargs: Mapping[str, Any]) -> None:
     if paths:
         raise ValueError(
             f"targets: expected AveragedTargets(same=...), as {paths[0]} belongs to the samples; "
-            "got none: same=lambda kwargs: kwargs['y'][:, None] == labels, say; or it is Shared(...)."
+            "got none: same=lambda kwargs: kwargs['y'][:, None] == labels. Or it is Shared(...)."
         )
