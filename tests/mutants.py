@@ -69,7 +69,7 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/norms.py",
-        "xz = xy if z is y else self.product(x, z)",
+        "xz = xy if z.z is y.z else self.product(x, z)",
         "xz = xy",
         "tests/taylor/test_pullbacks.py",
     ),
@@ -218,8 +218,8 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/norms.py",
-        "return body(ops, x, running_mean, running_var, weight, bias, *rest[:3], **named)",
-        "return body(ops, x, running_mean, running_var, weight, bias, *rest[:2], **named)",
+        "return _batch_norm(ops, x, running_mean, running_var, weight, bias, eps=eps)",
+        "return _batch_norm(ops, x, running_mean, running_var, weight, bias)",
         "tests/taylor/test_calls.py",
     ),
     Mutant(

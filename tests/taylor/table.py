@@ -172,8 +172,6 @@ def near(x, c):
 def norm(f, x, c):
     where = c(1, None, -1, (0, -1), [1, 2])
     order = c(2, 3.0, 1, "fro")
-    if f is torch.linalg.matrix_norm:
-        return f(cube(x), "fro", c((-2, -1), (0, 2)), c(False, True))
     if f is F.normalize:
         return f(cube(x) + 0.1, c(2.0, 3, 1), c(1, -1, 0), c(1e-12, 1e-9))
     return f(cube(x), order, where, c(False, True))
@@ -184,8 +182,6 @@ def running(f, x, c):
     statistics = torch.tensor([0.3, -0.2]), torch.tensor([1.5, 0.7])
     weights = c((None, None), (WEIGHT[0, :2], None), (WEIGHT[0, :2], WEIGHT[1, :2]))
     options = c(True, False), 0.0, c(0.3, 1e-5)
-    if f in (torch.batch_norm, torch.instance_norm):
-        return f(cube(x), *weights, *statistics, *options, True)
     return f(cube(x), *statistics, *weights, *options)
 
 
@@ -335,8 +331,8 @@ TABLE = {
     "addcmul": lambda f, x, c: f(
         c(x, WEIGHT[:3]), c(x, WEIGHT[0], x.mean()), x.cos(), **c({}, {"value": -0.5})
     ),
-    "pow __pow__ float_power": lambda f, x, c: f(
-        *c((x * x + 0.5, c(2, 3, 0, 1, -1, 0.5, True, WHOLE[1], ROW, WEIGHT[0], x)), (2, x))
+    "pow __pow__": lambda f, x, c: f(
+        *c((x * x + 0.5, c(2, 3, 0, 1, -1, 0.5, True, WEIGHT[0], x)), (2, x))
     ),
     "neg negative __neg__ square exp sin cos sigmoid tanh abs absolute __abs__": pointwise,
     "relu silu mish": pointwise,
@@ -376,13 +372,11 @@ TABLE = {
         x.reshape(3, 4, 2), c(1, 2), *c((), (WEIGHT[0, :4], WEIGHT[1, :4]), (None, ROW[:4], 0.3))
     ),
     "batch_norm instance_norm": running,
-    "norm vector_norm matrix_norm normalize": norm,
+    "norm vector_norm normalize": norm,
     "var std var_mean std_mean": spread,
     "logaddexp": lambda f, x, c: f(*near(x, c)),
     "logcumsumexp": moves((1,), (-1,), (0,)),
-    "dist": lambda f, x, c: f(*near(x, c), *c((), (3,), (1,))),
     "cosine_similarity": lambda f, x, c: f(*near(x, c), *c((), (0,), (-1, 1e-6))),
-    "pairwise_distance": lambda f, x, c: f(*near(x, c), *c((), (3.0,), (1.0, 0.01, True))),
     "linear": lambda f, x, c: f(
         c(x, x[:, None], x[0]), *c((WEIGHT, WEIGHT[0]), (WEIGHT,), (ROW,), (x.sin(), x[:, 0]))
     ),

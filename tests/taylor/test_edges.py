@@ -7,18 +7,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from hosm_losses.taylor import propagate
+from hosm_losses.taylor import TaylorError, propagate
 from hosm_losses.taylor.tensor import type_of_sum
 from tests.cases import gradients
-from tests.taylor.checks import KINDS, check, expected
+from tests.taylor.checks import check, expected
 
 SHORT = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 POWERS = {
     "of whole numbers": lambda x: x[..., None] ** torch.arange(5),
-    "of float32": lambda x: torch.pow(x[..., None], torch.arange(5.0, dtype=torch.float32)),
     "in float64": lambda x: torch.float_power(x[..., None], torch.arange(5)),
     "in place": lambda x: x[..., None].repeat(1, 1, 5).pow_(torch.arange(5)),
-    "of single ones": lambda x: torch.stack([x ** torch.tensor(i) for i in range(5)], -1),
+    "of a single one": lambda x: x ** torch.tensor(2),
 }
 
 
@@ -29,22 +28,10 @@ def stack_of(function, x, pairs="none"):
 
 # ------------------------------------------------------------------------------------ domains
 @pytest.mark.parametrize("name", POWERS)
-def test_powers_by_a_tensor_of_what_is_zero_or_below(name):
+def test_a_power_by_a_tensor_is_refused(name):
     """PyTorch's forward derivative is differentiated in the exponent too, whose log is NaN."""
-    some = torch.tensor([1.0, 1.0, 0.0])
-
-    def written_out(x):
-        x = some * x
-        return torch.stack([torch.ones_like(x), x, x * x, x * x * x, x * x * x * x], -1)
-
-    check(lambda x: POWERS[name](some * x), (3,), reference=written_out, kinds=KINDS[1:3])
-
-
-def test_powers_by_a_tensor_of_a_wider_type():
-    x = torch.tensor([[-1.0, -2.0, 3.0]], dtype=torch.float32, requires_grad=True)
-    stack = stack_of(lambda x: x ** torch.tensor([2.0, 3.0, 0.0]), x, "squares")
-    assert stack.dtype == torch.float64
-    assert gradients(stack.sum(), [x])[0].tolist() == [[0.0, 3 * 4 - 6 * 2 + 6, 0.0]]
+    with pytest.raises(TaylorError, match="pow"):
+        stack_of(POWERS[name], torch.tensor([[-1.0, 0.0, 2.0]]))
 
 
 SMALL = {

@@ -7,7 +7,7 @@ import torch
 
 from hosm_losses.taylor import norms, softmax
 from hosm_losses.taylor.norms import Rows
-from hosm_losses.taylor.recompute import from_result, recomputed
+from hosm_losses.taylor.recompute import recomputed
 from hosm_losses.taylor.tensor import Jet
 
 # Pairs, first derivatives, and second derivatives that the argument has itself.
@@ -79,7 +79,7 @@ def test_softmax(dim, pairs, firsts, seconds):
     function = partial(softmax._softened, dim, firsts, pairs)
     first = partial(softmax._pull_back, dim, firsts, pairs, len(stack))
     again = [partial(softmax._pull_back_again, dim)] if pairs == "none" else []
-    agree(function, [first, *again], [stack], through=from_result)
+    agree(function, [first, *again], [stack], through=partial(recomputed, keeps="result"))
 
 
 @pytest.mark.parametrize(("samples", "blocks"), [(4, 2), (5, 3)])
@@ -119,7 +119,7 @@ def test_every_parameter_of_a_norm_has_a_gradient(parameters):
     found = []
     for each, strict in (
         (function, False),
-        (partial(recomputed, function, pullbacks=pullbacks, keeps=True), True),
+        (partial(recomputed, function, pullbacks=pullbacks, keeps="both"), True),
     ):
         value = first_of(each(stack, given.get("weight"), given.get("bias")))
         (slope,) = torch.autograd.grad(value[1].sum(), stack, create_graph=True)
@@ -137,7 +137,7 @@ def test_a_short_type_is_kept_and_gradients_have_it(dtype, pairs):
     first = partial(softmax._pull_back, -1, 2, pairs, len(stack))
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
-        value = from_result(function, stack, [first])
+        value = recomputed(function, stack, pullbacks=[first], keeps="result")
     assert {each.dtype for each in seen} == {dtype}
     (mine,) = torch.autograd.grad(value.square().sum(), stack)
     (theirs,) = torch.autograd.grad(function(stack).square().sum(), stack)
@@ -161,5 +161,5 @@ def test_norms(norm, weighted, pairs, firsts, seconds):
         partial(each, rows, firsts, pairs) for each in (norms.normalised, norms.pull_back)
     )
     again = [partial(norms.pull_back_again, rows)] if pairs == "none" else []
-    through = partial(recomputed, keeps=True)
+    through = partial(recomputed, keeps="both")
     agree(function, [first, *again], [stack, weight, bias], through=through)

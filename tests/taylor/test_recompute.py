@@ -149,8 +149,8 @@ def test_extra_results_are_kept_for_the_pullbacks_alone():
         return x * x, 2 * x
 
     x, _ = inputs()
-    value = recomputed(doubled, x, pullbacks=[lambda _, x, slope, c: slope * c], keeps=True)
+    value = recomputed(doubled, x, pullbacks=[lambda _, x, slope, c: slope * c], keeps="both")
     without = torch.autograd.grad((Drops.apply(value) + x).sum(), x, retain_graph=True)
     assert_same(without, [torch.ones_like(x)])
-    for each in (value, recomputed(doubled, x, keeps=True)):
+    for each in (value, recomputed(doubled, x, keeps="both")):
         assert_same(torch.autograd.grad(each.sum(), [x]), [2 * x])

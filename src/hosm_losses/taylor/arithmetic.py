@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses.taylor.errors import NoRule
-from hosm_losses.taylor.pointwise import apply, power, powers
+from hosm_losses.taylor.errors import NoRule, TaylorError
+from hosm_losses.taylor.pointwise import apply, power
 from hosm_losses.taylor.products import ndim_of, of_matrices, product_rule
 from hosm_losses.taylor.recompute import recomputed
 from hosm_losses.taylor.registry import rule
@@ -24,6 +24,8 @@ from hosm_losses.taylor.stacks import (
     sides,
 )
 from hosm_losses.taylor.tensor import Jet, result_type, stacks_of
+
+TENSOR = "pow: a power by a tensor. Take each power by a number, as in x**2."
 
 
 def _operands(a: Any, b: Any) -> int:
@@ -116,30 +118,12 @@ def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
 
 @rule("pow __pow__", kind="pointwise")
 def _pow(x: Any, exponent: Any) -> Jet:
-    if isinstance(exponent, Tensor):
-        return _to_a_tensor(x, exponent)
+    constant = isinstance(exponent, Tensor) and not isinstance(exponent, Jet)
+    if constant and not exponent.requires_grad:
+        raise TaylorError(TENSOR)  # PyTorch's forward derivative is NaN for x below zero
     if not isinstance(exponent, float | int) or isinstance(exponent, bool):
         raise NoRule
     return apply(partial(power, exponent=exponent), x)
-
-
-@rule("float_power", kind="pointwise")
-def _float_power(x: Any, exponent: Any) -> Jet:
-    return _pow(x.typed(torch.float64), exponent)
-
-
-def _to_a_tensor(x: Jet, exponent: Tensor) -> Jet:
-    """x to what does not depend on it.
-
-    PyTorch's own takes the derivative in the exponent as well, times zero: NaN for x below zero.
-    """
-    constant = not isinstance(exponent, Jet) and not exponent.requires_grad
-    if not constant or exponent.dtype == torch.bool or exponent.is_complex():
-        raise NoRule
-    x = x.typed(result_type(x, exponent))
-    shape = torch.broadcast_shapes(x.shape, exponent.shape)
-    stack = align(x.stack, len(shape)).expand(-1, *shape)
-    return apply(partial(powers, exponents=exponent), x.like(stack))
 
 
 @rule("addcmul", several=True, kind="composite")

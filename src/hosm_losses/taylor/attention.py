@@ -1,7 +1,6 @@
 r"""Attention: two products of matrices and a softmax, whose result is kept."""
 
 import math
-from functools import reduce
 from inspect import signature
 from typing import Any
 
@@ -80,18 +79,14 @@ def _added_to_logits(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _merged(attn_mask: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:
-    """Both masks of nn.MultiheadAttention, in which True blocks, as one in which it allows."""
+    """Both masks of nn.MultiheadAttention, in which True blocks, as one that is added."""
     masks = []
     if attn_mask is not None:
         masks.append(attn_mask.unflatten(0, (-1, heads)) if attn_mask.ndim == 3 else attn_mask)
     if padding is not None:
         masks.append(padding.reshape(-1, 1, 1, padding.shape[-1]))
-    added = [mask for mask in masks if mask.is_floating_point()]
-    blocked = [mask for mask in masks if mask.dtype == torch.bool]
-    if not added:
-        return ~reduce(torch.logical_or, blocked) if blocked else None
-    total = sum(added[1:], added[0])
-    return torch.where(blocked[0], -math.inf, total) if blocked else total
+    masks = [torch.where(x, -math.inf, 0.0) if x.dtype == torch.bool else x for x in masks]
+    return sum(masks[1:], masks[0]) if masks else None
 
 
 def _with_weights(*args: Any, need_weights: bool = True, **named: Any) -> tuple[Any, Any]:

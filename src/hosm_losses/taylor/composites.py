@@ -77,9 +77,11 @@ def _primitive(
     taken = RULES[function].takes(args, named)
     if taken is not None:
         try:
-            return body(ON_TENSORS, *taken[0], **taken[1])
+            found = body(ON_TENSORS, *taken[0], **taken[1])
         except NoRule:
             pass
+        else:
+            return taken[0][0].copy_(found) if named.get("inplace") else found
     return otherwise(*args, **named)
 
 
@@ -94,6 +96,12 @@ def _glu(ops: Any, input: Any, dim: int = -1) -> Any:  # noqa: A002
         refuse("glu", f"an even size in dimension {dim}", input)
     value, gate = ops.chunk(input, 2, dim)
     return ops.mul(value, ops.sigmoid(gate))
+
+
+@composite(F.mish, primitive=True)
+def _mish(ops: Any, input: Any) -> Any:  # noqa: A002
+    """By softplus: the second derivative of PyTorch's own is NaN above 88 in float32."""
+    return ops.mul(input, ops.tanh(ops.softplus(input)))
 
 
 @composite("logaddexp", primitive=True)

@@ -70,10 +70,11 @@ def _normalize(ops: Any, x: Any, p: Any = 2.0, dim: Any = 1, eps: float = 1e-12)
     return ops.to(ops.mul(over, factor), x.dtype)
 
 
+@composite("norm", several=False)
 def _norm(
-    ops: Any, x: Any, p: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+    ops: Any, x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Any:
-    """The length of vectors: PyTorch has rules of its own for other norms of matrices."""
+    """The length of vectors: other norms of matrices have no rule."""
     if p == "fro" and (dim is None or isinstance(dim, int) or len(dim) <= 2):
         p = 2
     if not isinstance(p, float | int) or not 1 <= p < float("inf"):
@@ -84,43 +85,19 @@ def _norm(
     return ops.to(_length(ops, x, p, dim, keepdim), x.dtype)
 
 
-@composite("norm", several=False)
-def _norm_of_torch(ops: Any, x: Any, p: Any = "fro", *rest: Any, **named: Any) -> Any:
-    return _norm(ops, x, p, *rest, **named)
-
-
 @composite(torch.linalg.vector_norm, several=False)
-def _vector_norm(ops: Any, x: Any, ord: Any = 2, *rest: Any, **named: Any) -> Any:  # noqa: A002
-    return _norm(ops, x, None if ord == "fro" else ord, *rest, **named)
+def _vector_norm(ops: Any, x: Any, p: Any = 2, *rest: Any, **named: Any) -> Any:
+    return _norm(ops, x, None if p == "fro" else p, *rest, **named)
 
 
 @composite(torch.linalg.norm, several=False)
 def _vector_or_matrix_norm(
-    ops: Any,
-    x: Any,
-    ord: Any = None,  # noqa: A002
-    dim: Any = None,
-    *rest: Any,
-    **named: Any,
+    ops: Any, x: Any, p: Any = None, dim: Any = None, *rest: Any, **named: Any
 ) -> Any:
     count = x.ndim if dim is None else 1 if isinstance(dim, int) else len(dim)
-    if ord is None or count == 1:
-        return _vector_norm(ops, x, 2 if ord is None else ord, dim, *rest, **named)
-    return _matrix_norm(ops, x, ord, tuple(range(x.ndim)) if dim is None else dim, *rest, **named)
-
-
-@composite(torch.linalg.matrix_norm, several=False)
-def _matrix_norm(
-    ops: Any,
-    x: Any,
-    ord: Any = "fro",  # noqa: A002
-    dim: Any = (-2, -1),
-    *rest: Any,
-    **named: Any,
-) -> Any:
-    if ord != "fro" or not isinstance(dim, tuple | list) or len(dim) != 2:
+    if p is not None and (count > 2 or (p == "fro") != (count == 2)):
         raise NoRule
-    return _norm(ops, x, 2, dim, *rest, **named)
+    return _norm(ops, x, 2 if p is None else p, dim, *rest, **named)
 
 
 @composite(F.cosine_similarity)
@@ -128,18 +105,6 @@ def _cosine_similarity(ops: Any, x1: Any, x2: Any, dim: int = 1, eps: float = 1e
     shape = torch.broadcast_shapes(x1.shape, x2.shape)
     units = [_normalize(ops, ops.expand(x, shape), 2, dim, eps) for x in (x1, x2)]
     return ops.sum(ops.mul(*units), dim)
-
-
-@composite(F.pairwise_distance)
-def _pairwise_distance(
-    ops: Any, x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
-) -> Any:
-    return _norm(ops, ops.add(ops.sub(x1, x2), eps), p, -1, keepdim)
-
-
-@composite("dist")
-def _dist(ops: Any, x: Any, other: Any, p: float = 2) -> Any:
-    return _norm(ops, ops.sub(x, other), p)
 
 
 def _spread(

@@ -131,7 +131,7 @@ def stack_of_norm(
     if pairs == "none":
         pullbacks.append(partial(pull_back_again, rows))
     function = partial(normalised, rows, firsts, pairs)
-    return recomputed(function, stack, weight, bias, pullbacks=pullbacks, keeps=True)
+    return recomputed(function, stack, weight, bias, pullbacks=pullbacks, keeps="both")
 
 
 def normalised(
@@ -140,18 +140,12 @@ def normalised(
     """The stack of a norm, and what is kept of it."""
     centred, mean, u, along = rows.measured(stack, firsts)
     value, tangents, seconds = components(centred, firsts)
-    scale = rows.weighted(math.sqrt(rows.length) * u, weight)
-    parts = [value, torch.addcmul(tangents, value, along, value=-1)]
+    norm, c = _Norm(rows, value, u), _Seen(tangents, along)
+    parts = [value, norm.turned(c)]
     if pairs != "none":
-        (left, right), (to_left, to_right) = sides(tangents, pairs), sides(along, pairs)
-        products = collect(left * right, pairs)
-        products = torch.addcmul(products, value, seconds) if len(seconds) else products
-        bend = 3 * collect(to_left * to_right, pairs) - u * u * rows.total(products)
-        crossed = torch.addcmul(left * to_right, right, to_left)
-        bent = torch.addcmul(-collect(crossed, pairs), value, bend)
-        parts.append(bent + seconds if len(seconds) else bent)
+        parts.append(norm.curved(*_sides(c, pairs), seconds, pairs))
     bias = None if bias is None else bias.reshape(rows.weights)
-    found = with_bias(torch.cat(parts) * scale, bias, 1)
+    found = with_bias(torch.cat(parts) * rows.weighted(norm.rho, weight), bias, 1)
     return found.reshape(-1, *stack.shape[1:]).to(stack.dtype), mean, u, along
 
 
@@ -164,6 +158,12 @@ class _Seen(NamedTuple):
     def split(self, *sizes: int) -> "list[_Seen]":
         """Its parts, of so many components."""
         return list(map(_Seen, self.z.split_with_sizes(sizes), self.along.split_with_sizes(sizes)))
+
+
+def _sides(firsts: _Seen, pairs: Pairs) -> tuple[_Seen, _Seen]:
+    """The first derivatives on the left and on the right of the second ones."""
+    left, right = map(_Seen, sides(firsts.z, pairs), sides(firsts.along, pairs))
+    return left, right
 
 
 class _Norm:
@@ -194,9 +194,15 @@ class _Norm:
     def third(self, x: _Seen, y: _Seen, z: _Seen) -> list[Term]:
         """The terms of −third(z, w, v) / ρ."""
         xy, yz = self.product(x, y), self.product(y, z)
-        xz = xy if z is y else self.product(x, z)
+        xz = xy if z.z is y.z else self.product(x, z)
         along = -3 * _third_along(x.along, y.along, z.along, xy, xz, yz)
         return [(yz, x.z), (xz, y.z), (xy, z.z), (along, self.value)]
+
+    def curved(self, left: _Seen, right: _Seen, seconds: Tensor, pairs: Pairs) -> Tensor:
+        """bent and J of second derivatives, if there are any, divided by ρ."""
+        *terms, (product, _) = self.bent(left, right)
+        found = _added(self.value * collect(-product, pairs), terms, -1)
+        return found.add_(self.turned(self.seen(seconds))) if len(seconds) else found
 
 
 def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Tensor) -> Tensor:
@@ -231,33 +237,26 @@ def pull_back(
     norm, raw = _Norm(rows, value, u), rows.seen(cotangent)
     every = norm.seen(rows.cotangents(raw, weight))
     _, b, d = every.split(1, firsts, len(raw) - 1 - firsts)
-    c, curved = _Seen(tangents, along), None
+    c = _Seen(tangents, along)
     if len(stack) < len(raw):  # where second derivatives are zero, of which there is no gradient
         every = _Seen(every.z[: len(stack)], every.along[: len(stack)])
     of_stack = norm.turned(every)
-    of_value = of_stack[:1]
+    of_value, left, right = of_stack[:1], *_sides(c, pairs)
     _added(of_value, norm.bent(b, c), -1)
+    if pairs in ("squares", "sum"):
+        _added(of_stack[1 : 1 + firsts], norm.bent(d, c), -2)
+    elif pairs != "none":
+        _added(of_stack[1 : 1 + len(left.z)], norm.bent(d, right), -1)
+        _added(of_stack[1 + firsts - len(right.z) : 1 + firsts], norm.bent(d, left), -1)
     if pairs != "none":
-        left, right = c, c
-        if pairs in ("squares", "sum"):
-            _added(of_stack[1 : 1 + firsts], norm.bent(d, c), -2)
-        else:
-            both = zip(sides(c.z, pairs), sides(c.along, pairs), strict=True)
-            left, right = (_Seen(*side) for side in both)
-            _added(of_stack[1 : 1 + len(left.z)], norm.bent(d, right), -1)
-            _added(of_stack[1 + firsts - len(right.z) : 1 + firsts], norm.bent(d, left), -1)
         _added(of_value, norm.third(d, left, right), -1)
-        if needed[1]:
-            *terms, (product, _) = norm.bent(left, right)
-            curved = _added(value * collect(-product, pairs), terms, -1)
         if len(seconds):
-            s = norm.seen(seconds)
-            _added(of_value, norm.bent(d, s), -1)
-            curved = curved if curved is None else curved.add_(norm.turned(s))
+            _added(of_value, norm.bent(d, norm.seen(seconds)), -1)
     of_weight = None
     if needed[1]:
         terms = [(raw[1 : 1 + firsts], norm.turned(c))]
-        terms += [] if curved is None else [(raw[1 + firsts :], curved)]
+        if pairs != "none":
+            terms.append((raw[1 + firsts :], norm.curved(left, right, seconds, pairs)))
         of_weight = _added(raw[:1] * value, terms, 1).mul_(norm.rho)
         of_weight = rows.of_weight(of_weight, weight)
     of_bias = rows.of_weight(raw[:1], bias) if needed[2] else None
@@ -441,23 +440,3 @@ def _instance_norm(
         return _batch_norm(ops, x, running_mean, running_var, weight, bias, eps=eps)
     _move_statistics(F.instance_norm, ops, x, running_mean, running_var, momentum, eps)
     return _group_norm(ops, x, x.shape[1], weight, bias, eps)
-
-
-def _as_torch(
-    body: Any,
-    ops: Any,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    running_mean: Any,
-    running_var: Any,
-    *rest: Any,
-    cudnn_enabled: bool = True,  # noqa: ARG001
-    **named: Any,
-) -> Any:
-    """A norm of torch.nn.functional with the arguments that torch and aten give to theirs."""
-    return body(ops, x, running_mean, running_var, weight, bias, *rest[:3], **named)
-
-
-for _norm, _body in ((torch.batch_norm, _batch_norm), (torch.instance_norm, _instance_norm)):
-    composite(_norm, several=False, primitive=True)(partial(_as_torch, _body))

@@ -8,11 +8,8 @@ name by which networks call it; see `_tanh`. Gradients follow from the same four
 the stack is kept for them. Where PyTorch has operators for a and a'(x) x_l, the activation can
 name them; see `_silu`.
 
-Formula of softplus and mish, with s = 1/(1 + e⁻ˣ) and c = 1 − s:
-    softplus   log(1 + eᵝˣ)/β, whose first derivative is s(βx)
-    mish       x T, where T = tanh(log(1 + eˣ)) = s (1 + c)/(1 + c²)
-               T' = s U, where U = 1 − T² = (2c/(1 + c²))²
-    Neither T nor U is a difference of numbers that are nearly equal.
+Formula of softplus:
+    log(1 + eᵝˣ)/β, whose first derivative is 1/(1 + e^(−βx))
 """
 
 import math
@@ -138,11 +135,9 @@ def _pull_back_again(
     return of_stack.to(dtype), of_cotangent.to(dtype)
 
 
-def _given(
-    args: tuple[Any, ...], named: dict[str, Any], function: Callable[..., Any]
-) -> Callable[..., Any]:
+def _with(function: Function, args: tuple[Any, ...], named: dict[str, Any]) -> Function:
     """A function of tensors, with other arguments after them."""
-    return lambda *tensors: function(*tensors, *args, **named)
+    return (lambda *tensors: function(*tensors, *args, **named)) if args or named else function
 
 
 def pointwise(
@@ -157,11 +152,8 @@ def pointwise(
         @rule(*names, kind="pointwise")
         @wraps(series)
         def evaluated(x: Jet, *args: Any, **named: Any) -> Jet:
-            if not args and not named:
-                return apply(series, x, operators)
-            given = partial(_given, args, named)
-            known = None if operators is None else Operators(*map(given, operators))
-            return apply(given(series), x, known)
+            known = operators and Operators(*(_with(each, args, named) for each in operators))
+            return apply(_with(series, args, named), x, known)
 
         return series
 
@@ -296,18 +288,6 @@ def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
         factor *= exponent - order
 
 
-def powers(x: Tensor, exponents: Tensor) -> Iterator[Tensor]:
-    """x to a tensor of its shape, or that is broadcast to it, and its derivatives."""
-    exponents = exponents.to(x)
-    factor, largest = torch.ones_like(exponents), torch.finfo(x.dtype).max
-    for order in range(4):
-        # As for a number: no x^-1 where it is multiplied by zero, and none out of range near zero.
-        found = factor * x.pow(torch.where(factor == 0, 0.0, exponents - order))
-        near = (x != 0) & (order > exponents.clamp(min=0))
-        yield torch.where(near, found.clamp(-largest, largest), found)
-        factor = factor * (exponents - order)
-
-
 @pointwise("log")
 def _log(x: Tensor) -> Iterator[Tensor]:
     yield torch.log(x)
@@ -330,23 +310,7 @@ def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Iterator[Ten
     yield beta * q * (1 - 2 * s)
 
 
-@pointwise("mish")
-def _mish(x: Tensor) -> Iterator[Tensor]:
-    s, c = torch.sigmoid(x), torch.sigmoid(-x)
-    below = 1 + c * c
-    share = s * (1 + c) / below  # T
-    yield x * share
-    u = (2 * c / below).square()
-    t1 = s * u
-    yield torch.addcmul(share, x, t1)
-    bent = torch.addcmul(c, share, s, value=-2)
-    t2 = t1 * bent
-    yield torch.addcmul(2 * t1, x, t2)
-    t3 = t2 * bent - t1 * s * (c * (1 + 2 * share) + 2 * u * s)
-    yield torch.addcmul(3 * t2, x, t3)
-
-
-@pointwise("clamp", "clip")
+@pointwise("clamp", "clip", "clamp_min")
 def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Iterator[Tensor]:  # noqa: A002
     inside = torch.ones_like(x, dtype=torch.bool)
     for bound, holds in ((min, torch.ge), (max, torch.le)):
@@ -355,11 +319,6 @@ def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Iterator[Tensor]:  # 
         if bound is not None:
             inside = inside & holds(x, bound)
     return straight(torch.clamp(x, min, max), inside.to(x.dtype))
-
-
-@pointwise("clamp_min")
-def _clamp_min(x: Tensor, min: Any) -> Iterator[Tensor]:  # noqa: A002
-    return _clamp(x, min)
 
 
 @pointwise("clamp_max")

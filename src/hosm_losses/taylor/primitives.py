@@ -46,28 +46,23 @@ def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  
     return torch.where(mask, value.to(input.dtype), input)
 
 
-def _mish(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
-    """By softplus: the second derivative of PyTorch's own is NaN above 88 in float32."""
-    found = input * torch.tanh(F.softplus(input))
-    return input.copy_(found) if inplace else found
-
-
 def _refused(*_: Any, **__: Any) -> Tensor:
     """What is below the functions of norms, and differentiated rightly by nothing."""
     raise DerivativeError(
         "network: expected norms as functions of torch.nn.functional, which the losses can "
-        "differentiate; got one of torch.native_layer_norm, native_group_norm and "
-        "native_batch_norm. Call F.layer_norm, F.group_norm or F.batch_norm."
+        "differentiate; got one of those below them, such as torch.native_layer_norm or "
+        "torch.batch_norm. Call F.layer_norm, F.group_norm, F.batch_norm or F.instance_norm."
     )
 
 
 _OTHERS: dict[Any, Any] = {
     Tensor.add_: _add_in_place,
-    F.mish: _mish,
     Tensor.index_fill_: lambda x, *given, **named: x.copy_(_index_fill(x, *given, **named)),
     "select_scatter": _select_scatter,
     "index_fill": _index_fill,
     "native_layer_norm native_group_norm native_batch_norm": _refused,
+    torch.batch_norm: _refused,
+    torch.instance_norm: _refused,
 }
 for _names, _other in _OTHERS.items():
     for _function in every(_names):

@@ -13,7 +13,7 @@ decide themselves what to keep.
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def recomputed(
     *tensors: Some,
     pullbacks: Sequence[Function] = (),
     again: Function | None = None,
-    keeps: bool = False,
+    keeps: Literal["arguments", "both", "result"] = "arguments",
 ) -> Tensor:
     """The value of a function, of which only the arguments are kept for the backward passes.
 
@@ -43,8 +43,9 @@ def recomputed(
             result of the first, and so on. Where there is none, autograd finds the gradients.
         again: the same function, for where it is differentiated more than once, as a transform
             may do; `function` if None.
-        keeps: whether `function` returns after its value what is kept too, for the pullbacks: they
-            are given it after the tensors. It has no gradient.
+        keeps: "result" if the result is kept in place of the arguments, and given to the pullbacks
+            in their place; "both" if `function` returns after its value what is kept as well for
+            the pullbacks, which are given it after the tensors. It has no gradient.
 
     Example:
         >>> x = torch.ones(3, requires_grad=True)
@@ -59,47 +60,15 @@ def recomputed(
     return found[0]
 
 
-def from_result(function: Function, x: Tensor, pullbacks: Sequence[Function]) -> Tensor:
-    """The value of a function, of which only that is kept for the backward passes.
-
-    Args:
-        function: of x, without side effects; returns one tensor.
-        x: its argument.
-        pullbacks: the first, of the value and a cotangent, returns the gradient in x; it and the
-            others are as those of `recomputed`, for a function of the value and the cotangent.
-    """
-    if traced():
-        return function(x)
-    found: Any = _FromResult.apply(function, pullbacks, x)
-    return found
-
-
-class _FromResult(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, function: Function, pullbacks: Sequence[Function], x: Tensor) -> Tensor:
-        ctx.pullbacks = pullbacks
-        found = function(x)
-        ctx.save_for_backward(found)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Some, ...]:
-        (result,) = ctx.saved_tensors
-        pullback, *further = ctx.pullbacks
-        if not torch.is_grad_enabled():
-            return None, None, pullback(result, *cotangents)
-        return None, None, recomputed(pullback, result, *cotangents, pullbacks=further)
-
-
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, functions: Sequence[Any], *tensors: Some) -> tuple[Tensor, ...]:
         function, *_, keeps = functions
-        found, kept = _as_tuple(function(*tensors)), ()
-        if keeps:
-            found, kept = found[:1], found[1:]
+        found, kept = _as_tuple(function(*tensors)), tensors
+        if keeps == "both":
+            found, kept = found[:1], (*tensors, *found[1:])
         ctx.functions, ctx.count = functions, len(tensors)
-        ctx.save_for_backward(*tensors, *kept)
+        ctx.save_for_backward(*(found if keeps == "result" else kept))
         ctx.set_materialize_grads(False)
         return found
 
@@ -108,18 +77,20 @@ class _Recomputed(torch.autograd.Function):
         saved = ctx.saved_tensors  # once, as a checkpoint allows
         needed = asked_for(ctx, saved[: ctx.count])
         results = [place for place, each in enumerate(cotangents) if each is not None]
-        function, again, pullbacks, _ = ctx.functions
+        function, more, pullbacks, _ = ctx.functions
         further: Sequence[Function] = ()
         given = saved
         if pullbacks and results == [0]:
             gradients = partial(_chosen, pullbacks[0], needed)
             further = pullbacks[1:] if needed[0] else ()
         else:
-            gradients = partial(_by_autograd, function, again, needed, results)
+            gradients = partial(_by_autograd, function, more, needed, results)
             given = saved[: ctx.count]  # what is kept is for the pullbacks
         everything = (*given, *(cotangents[place] for place in results))
         if torch.is_grad_enabled():
-            found: Any = _Recomputed.apply((gradients, gradients, further, False), *everything)
+            found: Any = _Recomputed.apply(
+                (gradients, gradients, further, "arguments"), *everything
+            )
         else:
             found = gradients(*everything)
         values = iter(found)

@@ -28,8 +28,8 @@ from hosm_losses.taylor.errors import NoRule
 Function = Callable[..., Any]
 Kind = Literal["linear", "bilinear", "pointwise", "composite", "stack", "other"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-# NumPy's names of arguments, which PyTorch takes too.
-SPELLINGS = {"axis": "dim", "keepdims": "keepdim"}
+# Names of arguments that are one: those of NumPy, which PyTorch takes too, and that of a norm.
+SPELLINGS = {"axis": "dim", "keepdims": "keepdim", "ord": "p"}
 HOMES = (torch, Tensor, F)
 
 

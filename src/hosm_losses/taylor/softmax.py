@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses.taylor.errors import NoRule
-from hosm_losses.taylor.recompute import Needed, from_result
+from hosm_losses.taylor.recompute import Needed, recomputed
 from hosm_losses.taylor.registry import Function, axis, rule
 from hosm_losses.taylor.stacks import (
     Pairs,
@@ -63,7 +63,7 @@ def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3)
         parts.append(partial(_pull_back_again, dim))
     if dim > -x.ndim:
         parts = [partial(_in_blocks, part) for part in parts]
-    return x.like(from_result(parts[0], stack, parts[1:]))
+    return x.like(recomputed(parts[0], stack, pullbacks=parts[1:], keeps="result"))
 
 
 def _in_blocks(function: Function, *given: Any) -> Any:
@@ -107,6 +107,7 @@ def _pull_back(
     firsts: int,
     pairs: Pairs,
     count: int,
+    _needed: Needed,
     result: Tensor,
     cotangent: Tensor,
 ) -> Tensor:

@@ -29,7 +29,7 @@ def _every(names: str) -> set[Any]:
 # cumprod where a factor is zero, and those of the second row where it derives them twice.
 _FORWARD = _every(
     "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_ "
-    "cholesky_inverse linear_cross_entropy "
+    "cholesky_inverse linear_cross_entropy dist pairwise_distance matrix_norm float_power "
     "eigh eigvalsh copysign copysign_ renorm renorm_ cosine_embedding_loss triplet_margin_loss"
 )
 # And these where they multiply.
