@@ -194,8 +194,8 @@ MUTANTS = [
     Mutant(
         "taylor/primitive_mode.py",
         "_SafePrimitives(tables[-1]) if tables else nullcontext()",
-        "_SafePrimitives(PRIMITIVES) if tables else nullcontext()",
-        "tests/taylor/test_at_first.py",
+        "nullcontext()",
+        "tests/taylor/test_primitive_mode.py",
     ),
     Mutant(
         "taylor/primitive_mode.py",

@@ -219,7 +219,7 @@ REMEDIES = {
     "a buffer": (lambda: loss_and_gradients(Running(), (4, 2)), "Assign a new tensor to the"),
     "a scan": (lambda: losses(lambda h: ChangesInBackward.apply(h, h.sin())), "a fast scan"),
     "a compiled part": (lambda: likelihood(donating), "donated_buffer = False"),
-    "under a transform": (under_a_transform, "activation checkpoint inside the network"),
+    "under a transform": (under_a_transform, "activation checkpoint or save_on_cpu"),
 }
 
 

@@ -26,6 +26,7 @@ METHODS |= {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "mod", "
 METHODS -= {"copy_", "resize_as_"}
 # Those that change more than values, and those that forward mode gets wrong.
 REFUSED = {"detach_", "share_memory_", "squeeze_", "unsqueeze_", "copysign_", "cumprod_"}
+REFUSED |= {"float_power_"}
 
 
 def arguments(x):

@@ -8,7 +8,6 @@ import torch
 from hosm_losses.taylor import norms, softmax
 from hosm_losses.taylor.norms import Rows
 from hosm_losses.taylor.recompute import recomputed
-from hosm_losses.taylor.tensor import Jet
 
 # Pairs, first derivatives, and second derivatives that the argument has itself.
 KINDS = [
@@ -60,15 +59,11 @@ def counted(function, calls):
     return call
 
 
-def first_of(found):
-    return found[0] if isinstance(found, tuple) else found
-
-
 def agree(function, pullbacks, tensors, order=3, through=recomputed):
     calls = []
     watched = [counted(each, calls) for each in pullbacks]
     mine = partial(through, function, pullbacks=watched)
-    same_gradients(mine, lambda *args: first_of(function(*args)), tensors, order)
+    same_gradients(mine, function, tensors, order)
     assert all(each in calls for each in pullbacks)
 
 
@@ -79,31 +74,7 @@ def test_softmax(dim, pairs, firsts, seconds):
     function = partial(softmax._softened, dim, firsts, pairs)
     first = partial(softmax._pull_back, dim, firsts, pairs, len(stack))
     again = [partial(softmax._pull_back_again, dim)] if pairs == "none" else []
-    agree(function, [first, *again], [stack], through=partial(recomputed, keeps="result"))
-
-
-@pytest.mark.parametrize(("samples", "blocks"), [(4, 2), (5, 3)])
-@pytest.mark.parametrize(("pairs", "firsts", "seconds"), KINDS)
-def test_large_weights_are_taken_in_blocks(monkeypatch, pairs, firsts, seconds, samples, blocks):
-    stack = numbers(1 + firsts + seconds, samples, 3, 4).requires_grad_()
-    names, calls = ("_softened", "_pull_back", "_pull_back_again"), []
-    parts = [getattr(softmax, name) for name in names]
-
-    def found():
-        return gradients(
-            lambda x: softmax.softmax(Jet.make(x, firsts, pairs), -1).stack, [stack], 3
-        )
-
-    whole = found()
-    monkeypatch.setattr(softmax, "LARGE", samples * 12)
-    monkeypatch.setattr(softmax, "BLOCK", 2 * 12)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    for name, part in zip(names, parts, strict=True):
-        monkeypatch.setattr(softmax, name, counted(part, calls))
-    assert all(map(torch.equal, found(), whole))
-    assert calls[: blocks + 1] == [parts[0]] * blocks + [parts[1]]
-    assert calls.count(parts[1]) >= blocks
-    assert (calls.count(parts[2]) >= blocks) == (pairs == "none")
+    agree(function, [first, *again], [stack], through=partial(recomputed, by_result=True))
 
 
 @pytest.mark.parametrize("parameters", [("weight",), ("bias",), ("weight", "bias")])
@@ -119,9 +90,9 @@ def test_every_parameter_of_a_norm_has_a_gradient(parameters):
     found = []
     for each, strict in (
         (function, False),
-        (partial(recomputed, function, pullbacks=pullbacks, keeps="both"), True),
+        (partial(recomputed, function, pullbacks=pullbacks), True),
     ):
-        value = first_of(each(stack, given.get("weight"), given.get("bias")))
+        value = each(stack, given.get("weight"), given.get("bias"))
         (slope,) = torch.autograd.grad(value[1].sum(), stack, create_graph=True)
         loss = slope.square().sum()
         found.append(torch.autograd.grad(loss, list(given.values()), materialize_grads=not strict))
@@ -137,7 +108,7 @@ def test_a_short_type_is_kept_and_gradients_have_it(dtype, pairs):
     first = partial(softmax._pull_back, -1, 2, pairs, len(stack))
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
-        value = recomputed(function, stack, pullbacks=[first], keeps="result")
+        value = recomputed(function, stack, pullbacks=[first], by_result=True)
     assert {each.dtype for each in seen} == {dtype}
     (mine,) = torch.autograd.grad(value.square().sum(), stack)
     (theirs,) = torch.autograd.grad(function(stack).square().sum(), stack)
@@ -161,5 +132,4 @@ def test_norms(norm, weighted, pairs, firsts, seconds):
         partial(each, rows, firsts, pairs) for each in (norms.normalised, norms.pull_back)
     )
     again = [partial(norms.pull_back_again, rows)] if pairs == "none" else []
-    through = partial(recomputed, keeps="both")
-    agree(function, [first, *again], [stack, weight, bias], through=through)
+    agree(function, [first, *again], [stack, weight, bias])

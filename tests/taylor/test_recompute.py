@@ -130,27 +130,3 @@ def test_a_gradient_that_depends_on_nothing_is_zero():
     both = torch.autograd.grad(sum(part.sum() for part in parts), x, retain_graph=True)
     of_bias = torch.autograd.grad(parts[1].sum(), x)
     assert_same(both + of_bias, [torch.full_like(x, 2.0), torch.zeros_like(x)])
-
-
-class Drops(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        return None
-
-
-def test_extra_results_are_kept_for_the_pullbacks_alone():
-    """Not for autograd, which takes their place where no cotangent comes, or none is given."""
-
-    def doubled(x):
-        return x * x, 2 * x
-
-    x, _ = inputs()
-    value = recomputed(doubled, x, pullbacks=[lambda _, x, slope, c: slope * c], keeps="both")
-    without = torch.autograd.grad((Drops.apply(value) + x).sum(), x, retain_graph=True)
-    assert_same(without, [torch.ones_like(x)])
-    for each in (value, recomputed(doubled, x, keeps="both")):
-        assert_same(torch.autograd.grad(each.sum(), [x]), [2 * x])

@@ -15,10 +15,10 @@ from hosm_losses.derivatives.backward import has_other_leaves as has_other_leave
 from hosm_losses.derivatives.checkpointing import checkpoint as checkpoint
 from hosm_losses.derivatives.engines import Derivatives as Derivatives
 from hosm_losses.derivatives.engines import Field as Field
+from hosm_losses.derivatives.engines import Products as Products
 from hosm_losses.derivatives.engines import quadratic_forms as quadratic_forms
 from hosm_losses.derivatives.kinks import find_jumps as find_jumps
 from hosm_losses.derivatives.memory import refusal as refusal
-from hosm_losses.derivatives.products import Products as Products
 from hosm_losses.derivatives.select import ASK_THE_CHECK as ASK_THE_CHECK
 from hosm_losses.derivatives.select import ENGINES as ENGINES
 from hosm_losses.derivatives.select import Engine as Engine

@@ -23,19 +23,16 @@ from hosm_losses._checks import DerivativeError
 from hosm_losses.taylor import CHECKPOINT_ADVICE, ScriptedError, check_unchanged
 
 LOST_ONCE = (
-    "network: expected an output that autograd can differentiate in x; got one whose graph does "
-    "not lead to x. Remove .detach(), .data or torch.no_grad() from its forward, and give "
-    "create_graph=True to a gradient that it takes inside, as that of an energy."
+    "network: expected a graph from the output to x; got none. Remove .detach(), .data and "
+    "torch.no_grad() from its forward, and give create_graph=True to gradients taken inside."
 )
 LOST_TWICE = (
-    "network: expected a derivative that autograd can differentiate again; got one without "
-    "a graph. A custom autograd.Function in it has a backward that is once_differentiable or "
-    "detaches: write it with differentiable operators."
+    "network: expected a derivative with a graph; got one without. The backward of a custom "
+    "autograd.Function is once_differentiable or detaches: write it with other operators."
 )
 COMPILED = (
-    "network: expected one that is not compiled by itself; got a compiled part, which cannot be "
-    "differentiated twice. Compile the loss module as a whole in its place, with "
-    "engine='auto': torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
+    "network: expected one that is not compiled by itself; got a compiled part, which cannot be"
+    " differentiated twice. Compile the loss module as a whole, with engine='auto'."
 )
 FOREIGN_CHECKPOINTS = (
     "In guided-diffusion and latent-diffusion attention calls a checkpoint of their own even "
@@ -51,29 +48,26 @@ DROPPED = (
     f"put hosm_losses.checkpoint in its place. {FOREIGN_CHECKPOINTS}"
 )
 GIVES_AWAY = (
-    "network: expected one whose graph several passes back can go through; got a part compiled by "
+    "network: expected a graph that several passes back can go through; got a part compiled by "
     "itself, whose first pass back gives its memory away. Set "
-    "torch._functorch.config.donated_buffer = False before its first call, or give the network "
-    "as it was before torch.compile."
+    "torch._functorch.config.donated_buffer = False before its first call, or leave it "
+    "uncompiled."
 )
 CHANGED = (
-    "network: expected what its forward reads to stay as it was until the pass back, which comes "
-    "before the network's next call; got a change in place, as of a buffer that is read and then "
-    "updated, or in the backward of a custom autograd.Function. Assign a new tensor to the "
-    "buffer, or read a .clone() of it; turn off a fast scan or kernel that is such a Function, or "
-    "write its backward without changes in place."
+    "network: expected what its forward reads to stay as it was until the pass back; got a "
+    "change in place, as of a buffer that is read and then updated, or in the backward of a "
+    "custom autograd.Function. Assign a new tensor to the buffer, or read a .clone() of it; "
+    "turn off a fast scan or kernel that is such a Function."
 )
 HOOKED = (
-    "checkpoint: expected no hooks that save tensors under a transform of torch.func, which "
-    "refuses them; got some, as of an activation checkpoint inside the network or of save_on_cpu. "
-    "Turn them off, or take the gradient with loss.backward() in place of torch.func."
+    "checkpoint: expected no hooks that save tensors under torch.func; got some, as of an "
+    "activation checkpoint or save_on_cpu. Turn them off, or call loss.backward() instead."
 )
 REENTRANT = f"{CHECKPOINT_ADVICE} In a likelihood torch's own does with use_reentrant=False."
 SCRIPTED_FUNCTION = (
-    "network: expected functions that Python calls; got one of torch.jit. "
-    "PyTorch's own higher derivatives of norms and attention inside it would be wrong without an "
-    "error. Use the function that it was made of, as the environment variable PYTORCH_JIT=0 does "
-    "for all; or, where it has no norm, engine='reverse'."
+    "network: expected functions that Python calls; got one of torch.jit, where higher "
+    "derivatives of norms and attention are wrong without an error. Use the function that it "
+    "was made of, as PYTORCH_JIT=0 does for all; or, where it has no norm, engine='reverse'."
 )
 REMEDIES = {
     _torch_errors.REENTRANT_CHECKPOINT: REENTRANT,

@@ -16,7 +16,7 @@ Source:
     the "double backward trick" of J. Townsend (2017).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -28,6 +28,8 @@ from hosm_losses._checks import DerivativeError, over_elements
 from hosm_losses.derivatives.backward import LOST_TWICE, OWN, pull_back, refuse_dropped, remedied
 from hosm_losses.derivatives.kinks import watch_once
 from hosm_losses.taylor import propagate
+
+Cotangent = Callable[[Tensor], Tensor]
 
 
 class Field(Protocol):
@@ -67,6 +69,22 @@ class Derivatives(NamedTuple):
     value: Tensor
     directional: Tensor
     third: Tensor | None = None
+
+
+class Products(NamedTuple):
+    """Derivatives at x (B, *), with the products. C is 1 where the directions share f, else K.
+
+    Attributes:
+        derived: of an engine, its value of shape (C, B, *).
+        cotangent: c, of shape (C, B, *).
+        pulled: (∂f/∂x)ᵀ c, of shape (C, B, *).
+        pushed: ∂f/∂x c, of shape (C, B, *), without a graph; None where it was not asked for.
+    """
+
+    derived: Derivatives
+    cotangent: Tensor
+    pulled: Tensor
+    pushed: Tensor | None
 
 
 @contextmanager
@@ -162,23 +180,40 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) 
     if internals.transformed():
         with explained():
             return _reverse_in_transform(field, x, direction, order)
+    if order == 2:  # any cotangent will do: what is pulled is linear in it
+        return reverse_products(field, x, direction, order, torch.zeros_like, False).derived
+    wanted = torch.is_grad_enabled()
+    with torch.enable_grad(), explained():
+        copies, rows, w = folded(field, leaf(x, wanted), direction)
+        value = watch_once(copies, order, wanted)(rows)
+        refuse_dropped(value)
+        parts = unfolded((value, *back_along(value, rows, w, wanted)), direction.shape)
+        return Derivatives(*kept(parts, wanted))
+
+
+def reverse_products(
+    field: Field, x: Tensor, direction: Tensor, order: int, cotangent: Cotangent, push: bool
+) -> Products:
+    """The products in reverse mode; DerivativeError where autograd cannot follow."""
     wanted = torch.is_grad_enabled()
     with torch.enable_grad(), explained():
         point = leaf(x, wanted)
-        if order == 3:
-            copies, rows, w = folded(field, point, direction)
-            value = watch_once(copies, order, wanted)(rows)
-            refuse_dropped(value)
-            parts = unfolded((value, *back_along(value, rows, w, wanted)), direction.shape)
-            return Derivatives(*kept(parts, wanted))
         value = watch_once(field, order, wanted)(point)
         refuse_dropped(value)
-        # Any cotangent will do: the pulled one is linear in it.
-        cotangent = leaf(torch.zeros_like(value), False)
-        pulled = pull_back(value, point, cotangent.unsqueeze(0))[0]
+        c = cotangent(value.unsqueeze(0)).detach()
+        variable = leaf(c[0].clone(), False)
+        pulled = pull_back(value, point, variable.unsqueeze(0))[0]
         refuse_dropped(pulled, wanted)
-        directional = pull_back(pulled, cotangent, direction, wanted, LOST_TWICE)
-        return Derivatives(*kept((value.unsqueeze(0), directional), wanted))
+        pushed = pull_back(pulled, variable, c, False, LOST_TWICE) if push else None
+        if order == 2:
+            directional = pull_back(pulled, variable, direction, wanted, LOST_TWICE)
+            parts = [value.unsqueeze(0), directional]
+        else:
+            # One after the other: G is that of each alone, and a batch would call f for each.
+            found = [back_along(value, point, w, wanted) for w in direction]
+            parts = [value.unsqueeze(0), *map(torch.stack, zip(*found, strict=True))]
+    *parts, pulled = kept([*parts, pulled.unsqueeze(0)], wanted)
+    return Products(Derivatives(*parts), c, pulled, pushed)
 
 
 def back_along(value: Tensor, x: Tensor, w: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:

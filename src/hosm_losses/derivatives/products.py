@@ -15,67 +15,24 @@ Cost, in network evaluations of a step with K directions, where one of order one
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hosm_losses._torch_internals import traced
-from hosm_losses.derivatives.backward import LOST_TWICE, pull_back, refuse_dropped
+from hosm_losses.derivatives.backward import refuse_dropped
 from hosm_losses.derivatives.engines import (
+    Cotangent,
     Derivatives,
     Field,
-    back_along,
+    Products,
     explained,
     folded,
     kept,
     leaf,
     unfolded,
 )
-from hosm_losses.derivatives.kinks import watch_once
-
-Cotangent = Callable[[Tensor], Tensor]
-
-
-class Products(NamedTuple):
-    """Derivatives at x (B, *), with the products. C is 1 where the directions share f, else K.
-
-    Attributes:
-        derived: of an engine, its value of shape (C, B, *).
-        cotangent: c, of shape (C, B, *).
-        pulled: (∂f/∂x)ᵀ c, of shape (C, B, *).
-        pushed: ∂f/∂x c, of shape (C, B, *), without a graph; None where it was not asked for.
-    """
-
-    derived: Derivatives
-    cotangent: Tensor
-    pulled: Tensor
-    pushed: Tensor | None
-
-
-def reverse_products(
-    field: Field, x: Tensor, direction: Tensor, order: int, cotangent: Cotangent, push: bool
-) -> Products:
-    """The products in reverse mode; DerivativeError where autograd cannot follow."""
-    wanted = torch.is_grad_enabled()
-    with torch.enable_grad(), explained():
-        point = leaf(x, wanted)
-        value = watch_once(field, order, wanted)(point)
-        refuse_dropped(value)
-        c = cotangent(value.unsqueeze(0)).detach()
-        variable = leaf(c[0].clone(), False)
-        pulled = pull_back(value, point, variable.unsqueeze(0))[0]
-        refuse_dropped(pulled, wanted)
-        pushed = pull_back(pulled, variable, c, False, LOST_TWICE) if push else None
-        if order == 2:
-            directional = pull_back(pulled, variable, direction, wanted, LOST_TWICE)
-            parts = [value.unsqueeze(0), directional]
-        else:
-            # One after the other: G is that of each alone, and a batch would call f for each.
-            found = [back_along(value, point, w, wanted) for w in direction]
-            parts = [value.unsqueeze(0), *map(torch.stack, zip(*found, strict=True))]
-    *parts, pulled = kept([*parts, pulled.unsqueeze(0)], wanted)
-    return Products(Derivatives(*parts), c, pulled, pushed)
 
 
 def products_beside(

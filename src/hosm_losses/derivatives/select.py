@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,8 @@ from hosm_losses._torch_errors import DEVICE_ERROR_TEXT, NO_FORWARD, NO_GRAPH, N
 from hosm_losses._torch_internals import surrounded, traced, versions
 from hosm_losses.derivatives import engines, products
 from hosm_losses.derivatives.backward import DroppedGraphError, refuse_scripted
-from hosm_losses.derivatives.engines import Derivatives, Field
+from hosm_losses.derivatives.engines import Cotangent, Derivatives, Field, Products
 from hosm_losses.derivatives.memory import memory_of
-from hosm_losses.derivatives.products import Cotangent, Products
 from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 
 Engine = Literal["auto", "taylor", "reverse"]
@@ -38,34 +37,14 @@ KNOWN = (
     "'auto', which finds another engine."
 )
 UNKNOWN = (
-    "network: expected operators that the engine 'taylor' knows, in a loss of order two or three "
-    "that torch.compile traces; got {} Write .detach() in place of .detach_() and of what is "
-    "under torch.no_grad(), and the rest with other operators; or leave out fullgraph=True, and "
-    "the loss is evaluated in reverse mode, uncompiled."
-)
-STATISTICS = (
-    "network: expected no running statistics in training, as of batch norm, in a loss of exact "
-    "order three that torch.compile traces, for PyTorch lets no buffer change there; got {}. Call "
-    ".eval() on it, take third='laplacian', or leave the loss uncompiled."
+    "network: expected operators that the engine 'taylor' knows, as torch.compile needs above "
+    "order one; got {} Write .detach() in place of .detach_() and of torch.no_grad(), and the "
+    "rest with other operators; or leave out fullgraph=True, which gives reverse mode, "
+    "uncompiled."
 )
 ASK_THE_CHECK = "check_derivatives(model, x0) names the module and what to do."
 # What code raises that meets a Jet and expected an ordinary tensor.
 JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
-
-
-class _Kept(NamedTuple):
-    """A buffer, and what it was."""
-
-    module: nn.Module
-    name: str
-    buffer: Tensor
-    value: Tensor
-    version: list[int]
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether it was changed in place; one made in inference mode does not tell."""
-        return versions([self.buffer]) != self.version
 
 
 class Snapshot:
@@ -80,7 +59,7 @@ class Snapshot:
         modules = owner.modules() if isinstance(owner, nn.Module) else ()
         with torch.no_grad():
             self.buffers = [
-                _Kept(module, name, buffer, buffer.clone(), versions([buffer]))
+                (module, name, buffer, buffer.clone(), versions([buffer]))
                 for module in modules
                 for name, buffer in module.named_buffers(recurse=False)
             ]
@@ -92,10 +71,10 @@ class Snapshot:
     def restore(self, *, generators: bool = True) -> None:
         """Put the buffers back, and the generators unless they are to stay where they are."""
         with torch.no_grad():
-            for each in self.buffers:
-                setattr(each.module, each.name, each.buffer)
+            for module, name, buffer, value, version in self.buffers:
+                setattr(module, name, buffer)
                 # A graph may have kept one that counts no change, as batch norm does of its own.
-                (each.buffer if each.is_changed else each.buffer.data).copy_(each.value)
+                (buffer.data if versions([buffer]) == version else buffer).copy_(value)
         if generators and self.generators is not None:
             state, (devices, states) = self.generators
             torch.set_rng_state(state)
@@ -160,9 +139,9 @@ def derive_with_products(
     given, tries = (field, x, direction, order, cotangent, push), None
     if engine in ("auto", "reverse") and not laplacian and not traced():
         if engine == "reverse":
-            return products.reverse_products(*given)
+            return engines.reverse_products(*given)
         tries = _Attempts(field, x, "products", order, push, len(direction) > 1)
-        found = tries.run("reverse", partial(whole, products.reverse_products), *given)
+        found = tries.run("reverse", partial(whole, engines.reverse_products), *given)
         if found is not None:
             return found
 
@@ -190,21 +169,10 @@ def whole(function: Callable[..., Any], *given: Any) -> Any:
 
 def _taylor(unknown: str, field: Field, *given: Any) -> Derivatives:
     """The taylor engine; an error of the library where it cannot carry derivatives."""
-    if torch.compiler.is_compiling():
-        _refuse_statistics(field.owner, *given[2:4])
     try:
         return engines.taylor(field, *given)
     except TaylorError as error:
         raise DerivativeError(unknown.format(error)) from error
-
-
-def _refuse_statistics(owner: object, order: int, laplacian: bool) -> None:
-    """Raise where a network changes running statistics, which PyTorch refuses without a remedy."""
-    if order == 2 or laplacian or not isinstance(owner, nn.Module):
-        return
-    for part in owner.modules():
-        if part.training and getattr(part, "track_running_stats", False):
-            raise DerivativeError(STATISTICS.format(type(part).__name__))
 
 
 class _Attempts:

@@ -85,10 +85,11 @@ class NoiseField:
         return value
 
     def _with_primitives(self, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        # A Jet has rules of its own, and what does not depend on x needs no primitives.
-        if isinstance(x, Jet) or not (self.primitives or self.of_one):
+        # A Jet has rules of its own, and what is not differentiated in x needs no primitives.
+        needed = self.primitives and not self.at_first
+        if isinstance(x, Jet) or not (needed or self.of_one):
             return self.model.predict(x, self.t, **kwargs)
-        with safe_of_one() if self.of_one else safe_primitives(at_first=self.at_first):
+        with safe_of_one() if self.of_one else safe_primitives():
             return self.model.predict(x, self.t, **kwargs)
 
     def _of_value(self, value: Tensor, x: Tensor, p: Tensor | None, q: Tensor | None) -> Tensor:

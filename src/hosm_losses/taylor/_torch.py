@@ -5,9 +5,8 @@ change in silence, with the versions that have them; where one fails, this file 
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -69,13 +68,6 @@ def _autocast(kind: str) -> bool:
 def without_autocast(kind: str) -> AbstractContextManager[object]:
     """Compute in the types that are given."""
     return torch.autocast(kind, enabled=False) if _autocast(kind) else nullcontext()
-
-
-def autocast_of_now(kind: str) -> Callable[[], AbstractContextManager[object]]:
-    """What puts autocast of a kind of device in its present state, at another time."""
-    if not _autocast(kind):
-        return partial(without_autocast, kind)
-    return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=True)
 
 
 def in_custom_function() -> bool:

@@ -36,17 +36,16 @@ from hosm_losses.taylor.errors import DerivativeError, TaylorError
 from hosm_losses.taylor.stacks import Pairs
 
 CHANGED_ARGUMENT = (
-    "checkpoint: expected a function that leaves its arguments as they are; got one that changes "
-    "an argument in place, and would be evaluated again with the changed one. Put .clone() before "
-    "the change."
+    "checkpoint: expected a function that leaves its arguments as they are; got one that "
+    "changes an argument in place. Put .clone() before the change."
 )
 IN_USE = (
     "a change in place of what may share its memory with another tensor that is in use, such as "
     "a view. Put .clone() before the change."
 )
 UNPACKED = (
-    "torch.compile unpacks a tensor, as in q, k, v = qkv, and one of such a shape was changed in "
-    "place: whether before, or the same, is not known. Write q, k, v = qkv.unbind(0)."
+    "torch.compile unpacks a tensor, as in q, k, v = qkv, and one of such a shape was changed "
+    "in place. Write q, k, v = qkv.unbind(0)."
 )
 # Functions without a rule that may return a view of their argument.
 _VIEWS = """

@@ -9,9 +9,8 @@ from hosm_losses.taylor._torch import share_memory, versions
 from hosm_losses.taylor.errors import DerivativeError
 
 CHANGING_HOOK = (
-    "network: expected hooks that look at gradients; got one that changes them, on a tensor or a "
-    "module inside it. The loss is made of the same passes back, and would be another. Change the "
-    "gradients of the parameters after loss.backward()."
+    "network: expected hooks that look at gradients; got one that changes them inside it, and "
+    "so the loss. Change gradients of the parameters, after loss.backward()."
 )
 
 

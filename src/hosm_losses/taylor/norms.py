@@ -21,12 +21,10 @@ Gradients, for cotangents a of y, b_l of y_l and d of y_lr, all of them centred 
     in x      bent(p, a) + Σ_l [bent(q_l, b_l) + third(p, b_l, c_l)]
 
 Autograd, with the formula evaluated again, reads and writes the activations 1.6 times as often.
-Of every row a few numbers are kept beside the stack: means, u and C_l. They are functions of it,
-as the formulas take them to be; where autograd differentiates a formula they are found again.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,15 +74,14 @@ class Rows(NamedTuple):
         return x.sum(self.dims, keepdim=True)
 
     def measured(self, stack: Tensor, firsts: int) -> "Measured":
-        """A stack without its means, and what is kept of each row."""
-        centred, mean = self.seen(stack), None
+        """A stack without its means, u and C_l of each row."""
+        centred = self.seen(stack)
         if self.centred:
             # Not times 1/N, which is rounded: of equal numbers nothing may be left.
-            mean = self.total(centred) / self.length
-            centred = centred - mean
+            centred = centred - self.total(centred) / self.length
         value, tangents, _ = components(centred, firsts)
         u = torch.rsqrt(self.total(value * value) + self.length * self.eps)
-        return Measured(centred, mean, u, u * u * self.total(value * tangents))
+        return Measured(centred, u, u * u * self.total(value * tangents))
 
     def weighted(self, x: Tensor, weight: Some) -> Tensor:
         """A stack times the weight."""
@@ -106,21 +103,11 @@ class Rows(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A stack without its means, and what is kept of each row."""
+    """A stack without its means, and numbers of each row."""
 
     centred: Tensor
-    mean: Some  # of each component
     u: Tensor
     along: Tensor  # C_l
-
-
-def _measured(rows: Rows, stack: Tensor, firsts: int, kept: Sequence[Any]) -> Measured:
-    """A stack without its means, with what was kept of it."""
-    if torch.is_grad_enabled():
-        return rows.measured(stack, firsts)
-    mean, u, along = kept
-    seen = rows.seen(stack)
-    return Measured(seen if mean is None else seen - mean, mean, u, along)
 
 
 def stack_of_norm(
@@ -131,14 +118,14 @@ def stack_of_norm(
     if pairs == "none":
         pullbacks.append(partial(pull_back_again, rows))
     function = partial(normalised, rows, firsts, pairs)
-    return recomputed(function, stack, weight, bias, pullbacks=pullbacks, keeps="both")
+    return recomputed(function, stack, weight, bias, pullbacks=pullbacks)
 
 
 def normalised(
     rows: Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Some, bias: Some
-) -> tuple[Some, ...]:
-    """The stack of a norm, and what is kept of it."""
-    centred, mean, u, along = rows.measured(stack, firsts)
+) -> Tensor:
+    """The stack of a norm."""
+    centred, u, along = rows.measured(stack, firsts)
     value, tangents, seconds = components(centred, firsts)
     norm, c = _Norm(rows, value, u), _Seen(tangents, along)
     parts = [value, norm.turned(c)]
@@ -146,7 +133,7 @@ def normalised(
         parts.append(norm.curved(*_sides(c, pairs), seconds, pairs))
     bias = None if bias is None else bias.reshape(rows.weights)
     found = with_bias(torch.cat(parts) * rows.weighted(norm.rho, weight), bias, 1)
-    return found.reshape(-1, *stack.shape[1:]).to(stack.dtype), mean, u, along
+    return found.reshape(-1, *stack.shape[1:]).to(stack.dtype)
 
 
 class _Seen(NamedTuple):
@@ -200,9 +187,10 @@ class _Norm:
 
     def curved(self, left: _Seen, right: _Seen, seconds: Tensor, pairs: Pairs) -> Tensor:
         """bent and J of second derivatives, if there are any, divided by ρ."""
-        *terms, (product, _) = self.bent(left, right)
-        found = _added(self.value * collect(-product, pairs), terms, -1)
-        return found.add_(self.turned(self.seen(seconds))) if len(seconds) else found
+        crossed = torch.addcmul(left.z * right.along, right.z, left.along)
+        bent = torch.addcmul(crossed, self.value, self.product(left, right))
+        found = -collect(bent, pairs)
+        return found + self.turned(self.seen(seconds)) if len(seconds) else found
 
 
 def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Tensor) -> Tensor:
@@ -225,14 +213,10 @@ def pull_back(
     stack: Tensor,
     weight: Some,
     bias: Some,
-    *further: Any,
+    cotangent: Tensor,
 ) -> tuple[Some, ...]:
-    """The gradients of a norm in the stack, the weight and the bias.
-
-    `further` is what was kept of the stack, and the cotangent.
-    """
-    *kept, cotangent = further
-    centred, _, u, along = _measured(rows, stack, firsts, kept)
+    """The gradients of a norm in the stack, the weight and the bias."""
+    centred, u, along = rows.measured(stack, firsts)
     value, tangents, seconds = components(centred, firsts)
     norm, raw = _Norm(rows, value, u), rows.seen(cotangent)
     every = norm.seen(rows.cotangents(raw, weight))
@@ -269,11 +253,11 @@ def pull_back_again(
     stack: Tensor,
     weight: Some,
     bias: Some,
-    *further: Any,
+    cotangent: Tensor,
+    again: Tensor,
 ) -> tuple[Some, ...]:
     """The gradients in the arguments of `pull_back` of what it returns first, for no pairs."""
-    *kept, cotangent, again = further
-    centred, _, u, along = _measured(rows, stack, len(stack) - 1, kept)
+    centred, u, along = rows.measured(stack, len(stack) - 1)
     value, tangents, _ = components(centred, len(stack) - 1)
     norm, raw, sizes = _Norm(rows, value, u), rows.seen(cotangent), (1, len(tangents))
     c = _Seen(tangents, along)
@@ -297,8 +281,7 @@ def pull_back_again(
     of_weight = rows.of_weight(raw * of_outputs, weight) if needed[1] else None
     of_cotangent = rows.weighted(of_outputs, weight)
     of_bias = None if bias is None else torch.zeros_like(bias)
-    of_kept = (None,) * len(kept)  # functions of the stack
-    return _as(of_stack, stack), of_weight, of_bias, *of_kept, _as(of_cotangent, cotangent)
+    return _as(of_stack, stack), of_weight, of_bias, _as(of_cotangent, cotangent)
 
 
 def _as(x: Tensor, like: Tensor) -> Tensor:

@@ -27,26 +27,24 @@ from hosm_losses.taylor._torch import (
 )
 from hosm_losses.taylor.errors import DerivativeError
 from hosm_losses.taylor.hooks import looking
-from hosm_losses.taylor.registry import AT_FIRST, OF_ONE, PRIMITIVES
+from hosm_losses.taylor.registry import OF_ONE, PRIMITIVES
 
 CHECKPOINT_ADVICE = (
-    "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order two "
-    "or three; got torch's own, which recomputes with other operators than the loss used. Hand "
-    "hosm_losses.checkpoint to the network in its place (diffusers: "
+    "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order "
+    "two or three; got torch's own, which recomputes with other operators. Use the other "
+    "(diffusers: "
     "model.enable_gradient_checkpointing(gradient_checkpointing_func=hosm_losses.checkpoint)), "
     "or checkpoint around the loss module."
 )
 SELECTIVE_ADVICE = (
     "checkpoint: expected one that computes all of its part again; got a selective one, of "
-    "torch.utils.checkpoint.create_selective_checkpoint_contexts, whose kept results the engines "
-    "change and need more than once. Use hosm_losses.checkpoint inside the network, or leave out "
-    "context_fn around the loss."
+    "create_selective_checkpoint_contexts, whose kept results the engines change. Use "
+    "hosm_losses.checkpoint inside the network, or leave out context_fn around the loss."
 )
 
 
 DETACH_ADVICE = (
-    "network: expected .detach() under a transform of torch.func; got .detach_(), which detaches "
-    "from the innermost of its levels alone, so that gradients are wrong. Write x = x.detach()."
+    "network: expected .detach(); got .detach_(), wrong under torch.func. Write x.detach()."
 )
 _DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -91,8 +89,7 @@ class _SafePrimitives(TorchFunctionMode):
             return tensor.register_hook(looking(hook))
         if func == _DATA and traced():  # which is shallow, as .detach_() is
             return args[0].detach()
-        shallow = func in (Tensor.detach_, torch.detach_) and self.table is not AT_FIRST
-        if shallow and traced():
+        if func in (Tensor.detach_, torch.detach_) and traced():
             raise DerivativeError(DETACH_ADVICE)
         refuse_selective_checkpoint()
         primitive = self.table.get(func)
@@ -132,14 +129,9 @@ class _OurCheckpoint:
         _thread.recomputed_safely = self.before
 
 
-def safe_primitives(
-    enabled: bool = True, *, at_first: bool = False
-) -> AbstractContextManager[Any]:
-    """A block in which this thread has the primitives in place of the operators, if `enabled`.
-
-    `at_first` is for what is not differentiated in x: see `primitives`.
-    """
-    return _SafePrimitives(AT_FIRST if at_first else PRIMITIVES) if enabled else nullcontext()
+def safe_primitives(enabled: bool = True) -> AbstractContextManager[Any]:
+    """A block in which this thread has the primitives in place of the operators, if `enabled`."""
+    return _SafePrimitives(PRIMITIVES) if enabled else nullcontext()
 
 
 def safe_of_one() -> AbstractContextManager[Any]:

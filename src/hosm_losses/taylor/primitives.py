@@ -11,18 +11,14 @@ Source:
     PyTorch issues 175754, 186256, 196699 and 196700; pull request 176234.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor._torch import autocast_of_now, operators, traced
+from hosm_losses.taylor._torch import operators
 from hosm_losses.taylor.errors import DerivativeError
-from hosm_losses.taylor.recompute import recomputed
-from hosm_losses.taylor.registry import AT_FIRST, OF_ONE, PRIMITIVES, every
+from hosm_losses.taylor.registry import OF_ONE, PRIMITIVES, every
 
 
 def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
@@ -74,43 +70,6 @@ for _function, _primitive in list(PRIMITIVES.items()):
 PRIMITIVES.update(dict.fromkeys(operators("_native_batch_norm_legit"), _refused))
 
 
-def _at_first(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An operator that is PyTorch's own until its gradient is differentiated."""
-    safe = PRIMITIVES[native]
-
-    def primitive(*args: Any, **named: Any) -> Tensor:
-        # A transform takes derivatives by itself, and a mask of dropout is not drawn again.
-        dropout = args[4] if native is SDPA and len(args) > 4 else named.get("dropout_p")
-        small = args and isinstance(args[0], Tensor) and args[0].numel() < SMALL
-        if small or traced() or dropout:
-            return safe(*args, **named)
-        flat, names, count = [*args, *named.values()], tuple(named), len(args)
-        places = [place for place, entry in enumerate(flat) if isinstance(entry, Tensor)]
-        tensors = [flat[place] for place in places]
-        autocast, types = autocast_of_now(tensors[0].device.type), list[torch.dtype]()
-        # What is kept for the pass back is kept by autograd, which a checkpoint knows of.
-        options = [None if isinstance(entry, Tensor) else entry for entry in flat]
-
-        def evaluated(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-            filled = list(options)
-            for place, value in zip(places, values, strict=True):
-                filled[place] = value
-            with autocast():
-                found = function(*filled[:count], **dict(zip(names, filled[count:], strict=True)))
-            types.append(found.dtype)
-            return found.to(types[0])
-
-        once, again = partial(evaluated, native), partial(evaluated, safe)
-        return recomputed(once, *tensors, again=again)
-
-    return primitive
-
-
-SDPA = F.scaled_dot_product_attention
-# Elements of what is called small: the composition takes less time than one more Function.
-SMALL = 2**16
 # What PyTorch gets wrong once already: of one sample, in channels_last on the CPU.
 for _each in (*every("instance_norm"), *operators("instance_norm")):
     OF_ONE[_each] = PRIMITIVES[_each]
-AT_FIRST.update(PRIMITIVES)
-AT_FIRST.update({each: _at_first(each) for each in (*every("layer_norm group_norm"), SDPA)})

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from hosm_losses.taylor.aliases import share
-from hosm_losses.taylor.errors import NoRule, TaylorError
+from hosm_losses.taylor.errors import TaylorError
 from hosm_losses.taylor.hooks import looking
-from hosm_losses.taylor.linear import of_samples
 from hosm_losses.taylor.registry import CONSTANT, Function, every, rule
 from hosm_losses.taylor.tensor import Jet, on_values
 
@@ -77,15 +75,11 @@ def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
         return on_values(function, (x, *args), named)
     args = tuple(each.stack if isinstance(each, Jet) else each for each in args)
     named = {k: v.stack if isinstance(v, Jet) else v for k, v in named.items()}
-    if named.get("memory_format") not in (torch.channels_last, torch.channels_last_3d):
-        found = function(x.stack, *args, **named)
-        if found is x.stack:
-            return x
-        return x.of(found) if isinstance(found, Tensor) else found
-    if x.ndim == 0:
-        raise NoRule
-    stack = of_samples(x.stack, lambda samples: function(samples, *args, **named))
-    return share(x, x.like(stack))
+    named.pop("memory_format", None)  # of a value, and not of its stack
+    found = function(x.stack, *args, **named)
+    if found is x.stack:
+        return x
+    return x.of(found) if isinstance(found, Tensor) else found
 
 
 @rule(torch.as_tensor, torch.asarray)

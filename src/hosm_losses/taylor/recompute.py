@@ -13,7 +13,7 @@ decide themselves what to keep.
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def recomputed(
     *tensors: Some,
     pullbacks: Sequence[Function] = (),
     again: Function | None = None,
-    keeps: Literal["arguments", "both", "result"] = "arguments",
+    by_result: bool = False,
 ) -> Tensor:
     """The value of a function, of which only the arguments are kept for the backward passes.
 
@@ -43,9 +43,8 @@ def recomputed(
             result of the first, and so on. Where there is none, autograd finds the gradients.
         again: the same function, for where it is differentiated more than once, as a transform
             may do; `function` if None.
-        keeps: "result" if the result is kept in place of the arguments, and given to the pullbacks
-            in their place; "both" if `function` returns after its value what is kept as well for
-            the pullbacks, which are given it after the tensors. It has no gradient.
+        by_result: whether the result is kept in place of the arguments, and given to the pullbacks
+            in their place.
 
     Example:
         >>> x = torch.ones(3, requires_grad=True)
@@ -56,43 +55,37 @@ def recomputed(
     again = again or function
     if traced():
         return _as_tuple(again(*tensors))[0]
-    found: Any = _Recomputed.apply((function, again, pullbacks, keeps), *tensors)
+    found: Any = _Recomputed.apply((function, again, pullbacks, by_result), *tensors)
     return found[0]
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, functions: Sequence[Any], *tensors: Some) -> tuple[Tensor, ...]:
-        function, *_, keeps = functions
-        found, kept = _as_tuple(function(*tensors)), tensors
-        if keeps == "both":
-            found, kept = found[:1], (*tensors, *found[1:])
-        ctx.functions, ctx.count = functions, len(tensors)
-        ctx.save_for_backward(*(found if keeps == "result" else kept))
+        function, *_, by_result = functions
+        found = _as_tuple(function(*tensors))
+        ctx.functions = functions
+        ctx.save_for_backward(*(found if by_result else tensors))
         ctx.set_materialize_grads(False)
         return found
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Some) -> tuple[Some, ...]:
         saved = ctx.saved_tensors  # once, as a checkpoint allows
-        needed = asked_for(ctx, saved[: ctx.count])
+        needed = asked_for(ctx, saved)
         results = [place for place, each in enumerate(cotangents) if each is not None]
-        function, more, pullbacks, _ = ctx.functions
+        function, again, pullbacks, _ = ctx.functions
         further: Sequence[Function] = ()
-        given = saved
         if pullbacks and results == [0]:
-            gradients = partial(_chosen, pullbacks[0], needed)
+            gradients: Function = partial(_chosen, pullbacks[0], needed)
             further = pullbacks[1:] if needed[0] else ()
         else:
-            gradients = partial(_by_autograd, function, more, needed, results)
-            given = saved[: ctx.count]  # what is kept is for the pullbacks
-        everything = (*given, *(cotangents[place] for place in results))
+            gradients = partial(_by_autograd, function, again, needed, results)
+        everything = (*saved, *(cotangents[place] for place in results))
+        evaluate = gradients
         if torch.is_grad_enabled():
-            found: Any = _Recomputed.apply(
-                (gradients, gradients, further, "arguments"), *everything
-            )
-        else:
-            found = gradients(*everything)
+            evaluate = partial(_Recomputed.apply, (gradients, gradients, further, False))
+        found: Any = evaluate(*everything)
         values = iter(found)
         return None, *(next(values) if need else None for need in needed)
 

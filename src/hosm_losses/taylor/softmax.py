@@ -18,10 +18,8 @@ cotangents A of that in x and B_l of that in x_l, with Ã = A − Σ p A and h_l
     in p_l    Ã (b_l − β_l)
     in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
 
-Weights of attention are larger than all other activations, and every pass over them is felt. On
-the CPU large ones are taken a few samples at a time: what is made of them on the way stays in a
-cache, and is not asked of the system anew, which may cost more than the passes. The product with
-the values of attention keeps the result too, if it is not rounded or dropped before.
+The product with the values of attention keeps the result too, if it is not rounded or dropped
+before.
 In a short type gradients are as exact as PyTorch's, which come from a rounded result as well.
 """
 
@@ -33,7 +31,7 @@ from torch import Tensor
 
 from hosm_losses.taylor.errors import NoRule
 from hosm_losses.taylor.recompute import Needed, recomputed
-from hosm_losses.taylor.registry import Function, axis, rule
+from hosm_losses.taylor.registry import axis, rule
 from hosm_losses.taylor.stacks import (
     Pairs,
     add_products,
@@ -43,9 +41,6 @@ from hosm_losses.taylor.stacks import (
     sides,
 )
 from hosm_losses.taylor.tensor import Jet
-
-# Elements: of a value that is taken in blocks, at least, and of a block for each thread.
-LARGE, BLOCK = 2**21, 2**17
 
 
 @rule("softmax", kind="stack")
@@ -61,29 +56,7 @@ def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3)
     ]
     if x.pairs == "none":
         parts.append(partial(_pull_back_again, dim))
-    if dim > -x.ndim:
-        parts = [partial(_in_blocks, part) for part in parts]
-    return x.like(recomputed(parts[0], stack, pullbacks=parts[1:], keeps="result"))
-
-
-def _in_blocks(function: Function, *given: Any) -> Any:
-    """A function of stacks, each as (C, B, *), that treats the B samples alone.
-
-    The stacks come last, and so do the results, one or several of them.
-    """
-    one = given[-1][0]
-    if one.device.type != "cpu" or one.numel() < LARGE or torch.is_grad_enabled():
-        return function(*given)
-    rows = max(1, BLOCK * torch.get_num_threads() * len(one) // one.numel())
-    found: list[Tensor] = []
-    for start in range(0, len(one), rows):
-        block = slice(start, start + rows)
-        parts = function(*[x[:, block] if isinstance(x, Tensor) else x for x in given])
-        parts = parts if isinstance(parts, tuple) else (parts,)
-        found = found or [part.new_empty(len(part), *one.shape) for part in parts]
-        for whole, part in zip(found, parts, strict=True):
-            whole[:, block] = part
-    return tuple(found) if len(found) > 1 else found[0]
+    return x.like(recomputed(parts[0], stack, pullbacks=parts[1:], by_result=True))
 
 
 def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:

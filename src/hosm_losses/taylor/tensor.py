@@ -337,13 +337,8 @@ def jet_among(candidates: Iterable[Any]) -> Jet:
 def result_type(a: Any, b: Any) -> torch.dtype:
     """The type that PyTorch gives the values of a and b, Jets or not, together."""
     values = [x.stack[0] if isinstance(x, Jet) else x for x in (a, b)]
-    # torch.compile does not trace torch.result_type.
-    return type_of_sum(*values) if torch.compiler.is_compiling() else torch.result_type(*values)
-
-
-def type_of_sum(a: Any, b: Any) -> torch.dtype:
-    """The type that two tensors or numbers have together, of tensors without elements."""
-    empty = [x.new_empty((0,) * min(x.ndim, 1)) if isinstance(x, Tensor) else x for x in (a, b)]
+    # Of tensors without elements: torch.compile does not trace torch.result_type.
+    empty = [x.new_empty((0,) * min(x.ndim, 1)) if isinstance(x, Tensor) else x for x in values]
     return torch.add(*empty).dtype
 
 
