@@ -51,7 +51,7 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/attention.py",
-        "return (mixed if attn_mask is None else ops.mul(mixed, _attends(attn_mask))), weights",
+        "return (mixed if mask is None else ops.mul(mixed, _attends(mask))), weights",
         "return mixed, weights",
         "tests/taylor/test_attention_masks.py",
     ),
@@ -212,8 +212,8 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/composites.py",
-        "PRIMITIVES[each] = partial(_primitive, each, body, otherwise or each)",
-        "PRIMITIVES[each] = otherwise or each",
+        "PRIMITIVES[each] = partial(_primitive, each, body)",
+        "PRIMITIVES[each] = each",
         "tests/taylor/test_primitives.py",
     ),
     Mutant(

@@ -375,8 +375,6 @@ TABLE = {
     "norm vector_norm normalize": norm,
     "var std var_mean std_mean": spread,
     "logaddexp": lambda f, x, c: f(*near(x, c)),
-    "logcumsumexp": moves((1,), (-1,), (0,)),
-    "cosine_similarity": lambda f, x, c: f(*near(x, c), *c((), (0,), (-1, 1e-6))),
     "linear": lambda f, x, c: f(
         c(x, x[:, None], x[0]), *c((WEIGHT, WEIGHT[0]), (WEIGHT,), (ROW,), (x.sin(), x[:, 0]))
     ),

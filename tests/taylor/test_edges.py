@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from hosm_losses.taylor import TaylorError, propagate
-from hosm_losses.taylor.tensor import type_of_sum
+from hosm_losses.taylor.tensor import result_type
 from tests.cases import gradients
 from tests.taylor.checks import check, expected
 
@@ -244,7 +244,7 @@ def test_the_type_of_a_result_without_torch_result_type(default):
         dtypes = (torch.bool, torch.uint8, torch.int32, torch.int64, *TYPES)
         tensors = [torch.ones(shape, dtype=each) for each in dtypes for shape in ((), (2,))]
         for pair in itertools.product([*tensors, True, 2, 2.5], repeat=2):
-            assert type_of_sum(*pair) == torch.result_type(*pair), pair
+            assert result_type(*pair) == torch.result_type(*pair), pair
     finally:
         torch.set_default_dtype(before)
 

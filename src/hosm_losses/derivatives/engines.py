@@ -135,16 +135,12 @@ def taylor(
 ) -> Derivatives:
     """The value and its derivatives in one batch; TaylorError where they cannot be carried."""
     wanted, count = torch.is_grad_enabled(), len(direction)
-    if order == 2:
-        stack = propagate(watch_once(field, order, wanted), x, direction)
-        return Derivatives(*kept((stack[:1], stack[1:]), wanted))
-    if not laplacian:
+    if order == 3 and not laplacian:
         return Derivatives(*kept(_taylor_gradient(field, x, direction, wanted, summed), wanted))
-    stack = propagate(
-        watch_once(field, order, wanted), x, direction, "sum" if summed else "squares"
-    )
-    parts = stack[:1], stack[1 : 1 + count], stack[1 + count :]
-    return Derivatives(*kept(parts, wanted))
+    pairs = "none" if order == 2 else "sum" if summed else "squares"
+    stack = propagate(watch_once(field, order, wanted), x, direction, pairs)
+    parts = stack.split((1, count, len(stack) - 1 - count))
+    return Derivatives(*kept([part for part in parts if len(part)], wanted))
 
 
 def _taylor_gradient(

@@ -39,10 +39,7 @@ CHANGED_ARGUMENT = (
     "checkpoint: expected a function that leaves its arguments as they are; got one that "
     "changes an argument in place. Put .clone() before the change."
 )
-IN_USE = (
-    "a change in place of what may share its memory with another tensor that is in use, such as "
-    "a view. Put .clone() before the change."
-)
+IN_USE = "a change in place of what may share memory with a view in use. Put .clone() before it."
 UNPACKED = (
     "torch.compile unpacks a tensor, as in q, k, v = qkv, and one of such a shape was changed "
     "in place. Write q, k, v = qkv.unbind(0)."

@@ -25,8 +25,6 @@ from hosm_losses.taylor.stacks import (
 )
 from hosm_losses.taylor.tensor import Jet, result_type, stacks_of
 
-TENSOR = "pow: a power by a tensor. Take each power by a number, as in x**2."
-
 
 def _operands(a: Any, b: Any) -> int:
     """The axes of what PyTorch computes with: tensors and real numbers, of which one is a Jet."""
@@ -120,7 +118,8 @@ def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
 def _pow(x: Any, exponent: Any) -> Jet:
     constant = isinstance(exponent, Tensor) and not isinstance(exponent, Jet)
     if constant and not exponent.requires_grad:
-        raise TaylorError(TENSOR)  # PyTorch's forward derivative is NaN for x below zero
+        # Of which PyTorch's forward derivative is NaN for x below zero.
+        raise TaylorError("pow: a power by a tensor. Take each power by a number, as in x**2.")
     if not isinstance(exponent, float | int) or isinstance(exponent, bool):
         raise NoRule
     return apply(partial(power, exponent=exponent), x)

@@ -41,13 +41,7 @@ def _attention(
 
 
 def _mixed(
-    ops: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    scale: float | None = None,
+    ops: Any, query: Any, key: Any, value: Any, mask: Any, dropout_p: float, scale: Any = None
 ) -> tuple[Any, Any]:
     """Attention and its weights; both are zero where a row of the mask allows nothing."""
     factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
@@ -57,11 +51,11 @@ def _mixed(
         factor = query.new_full(query.shape[-1:], factor)
     logits = ops.matmul(ops.mul(query, factor), ops.transpose(key, -2, -1))
     logits = ops.to(logits, torch.promote_types(logits.dtype, torch.float32))
-    if attn_mask is not None:
-        logits = ops.add(logits, _added_to_logits(attn_mask, logits.dtype))
+    if mask is not None:
+        logits = ops.add(logits, _added_to_logits(mask, logits.dtype))
     weights = ops.dropout(ops.to(ops.softmax(logits, -1), value.dtype), dropout_p, True)
     mixed = ops.matmul(weights, value)
-    return (mixed if attn_mask is None else ops.mul(mixed, _attends(attn_mask))), weights
+    return (mixed if mask is None else ops.mul(mixed, _attends(mask))), weights
 
 
 def _attends(attn_mask: Tensor) -> Tensor:
@@ -89,18 +83,12 @@ def _merged(attn_mask: Tensor | None, padding: Tensor | None, heads: int) -> Ten
     return sum(masks[1:], masks[0]) if masks else None
 
 
-def _with_weights(*args: Any, need_weights: bool = True, **named: Any) -> tuple[Any, Any]:
-    """PyTorch's own path that returns the weights, which does not call a fused kernel."""
-    output, weights = F.multi_head_attention_forward(*args, need_weights=True, **named)
-    return output, weights if need_weights else None
-
-
 _PARAMETERS = signature(F.multi_head_attention_forward).parameters.values()
 _NAMES = [each.name for each in _PARAMETERS]
 _DEFAULTS = {each.name: each.default for each in _PARAMETERS}
 
 
-@composite(F.multi_head_attention_forward, primitive=True, otherwise=_with_weights)
+@composite(F.multi_head_attention_forward, primitive=True)
 def _multi_head_attention(ops: Any, *args: Any, **named: Any) -> tuple[Any, Any]:
     given = _DEFAULTS | dict(zip(_NAMES, args, strict=False)) | named
     query, key, value = given["query"], given["key"], given["value"]

@@ -48,10 +48,7 @@ ON_JETS.value = lambda x: (x.stack[0] if isinstance(x, Jet) else x).detach()
 
 
 def composite(
-    *names: str | Function,
-    several: bool = True,
-    primitive: bool = False,
-    otherwise: Function | None = None,
+    *names: str | Function, several: bool = True, primitive: bool = False
 ) -> Callable[[Function], Function]:
     """Register a body for functions of PyTorch.
 
@@ -59,21 +56,18 @@ def composite(
         names: of the functions, or these.
         several: whether other arguments than the first may be Jets.
         primitive: whether it takes their place in reverse mode as well.
-        otherwise: what does so where the body raises NoRule; the function itself if None.
     """
 
     def register(body: Function) -> Function:
         rule(*names, several=several, kind="composite")(partial(body, ON_JETS))
         for each in every(*names) if primitive else ():
-            PRIMITIVES[each] = partial(_primitive, each, body, otherwise or each)
+            PRIMITIVES[each] = partial(_primitive, each, body)
         return body
 
     return register
 
 
-def _primitive(
-    function: Function, body: Function, otherwise: Function, *args: Any, **named: Any
-) -> Any:
+def _primitive(function: Function, body: Function, *args: Any, **named: Any) -> Any:
     taken = RULES[function].takes(args, named)
     if taken is not None:
         try:
@@ -82,7 +76,7 @@ def _primitive(
             pass
         else:
             return taken[0][0].copy_(found) if named.get("inplace") else found
-    return otherwise(*args, **named)
+    return function(*args, **named)
 
 
 def refuse(name: str, expected: str, x: Tensor) -> None:
@@ -111,20 +105,3 @@ def _logaddexp(ops: Any, input: Any, other: Any) -> Any:  # noqa: A002
     high, low = ops.where(larger, input, other), ops.where(larger, other, input)
     infinite = ops.eq(high, low) & ops.isinf(high)
     return ops.add(high, ops.softplus(ops.masked_fill(ops.sub(low, high), infinite, 0.0)))
-
-
-@composite("logcumsumexp", several=False, primitive=True)
-def _logcumsumexp(ops: Any, input: Any, dim: int) -> Any:  # noqa: A002
-    """Twice as many terms a round: the second derivative of PyTorch's own is NaN."""
-    if not input.ndim and dim not in (0, -1):
-        raise NoRule
-    # Rounded once, at the end; a copy, for of one term there is no round, and a network may write
-    # to what it gets.
-    total = ops.to(ops.clone(input), torch.promote_types(input.dtype, torch.float32))
-    length, reach = (input.shape[dim] if input.ndim else 0), 1
-    while reach < length:
-        kept, later = ops.split(total, [reach, length - reach], dim)
-        joined = _logaddexp(ops, later, ops.narrow(total, dim, 0, length - reach))
-        total = ops.cat([kept, joined], dim)
-        reach *= 2
-    return ops.to(total, input.dtype)

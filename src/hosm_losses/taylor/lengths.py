@@ -77,9 +77,8 @@ def _norm(
     """The length of vectors: other norms of matrices have no rule."""
     if p == "fro" and (dim is None or isinstance(dim, int) or len(dim) <= 2):
         p = 2
-    if not isinstance(p, float | int) or not 1 <= p < float("inf"):
-        raise NoRule
-    if dtype is not None and not dtype.is_floating_point:
+    known = isinstance(p, float | int) and 1 <= p < float("inf")
+    if not known or not (dtype is None or dtype.is_floating_point):
         raise NoRule
     x = x if dtype is None else ops.to(x, dtype)
     return ops.to(_length(ops, x, p, dim, keepdim), x.dtype)
@@ -98,13 +97,6 @@ def _vector_or_matrix_norm(
     if p is not None and (count > 2 or (p == "fro") != (count == 2)):
         raise NoRule
     return _norm(ops, x, 2 if p is None else p, dim, *rest, **named)
-
-
-@composite(F.cosine_similarity)
-def _cosine_similarity(ops: Any, x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
-    shape = torch.broadcast_shapes(x1.shape, x2.shape)
-    units = [_normalize(ops, ops.expand(x, shape), 2, dim, eps) for x in (x1, x2)]
-    return ops.sum(ops.mul(*units), dim)
 
 
 def _spread(

@@ -120,9 +120,8 @@ VIEWS = {
     "select": lambda stack, dim, index: stack.select(_axis(stack, dim), index),
     "unbind": lambda stack, dim=0: tuple(stack.unbind(_axis(stack, dim))),
     "chunk": lambda stack, chunks, dim=0: tuple(stack.chunk(chunks, _axis(stack, dim))),
-    "split": lambda stack, size, dim=0: tuple(stack.split(size, _axis(stack, dim))),
-    "split_with_sizes": lambda stack, split_sizes, dim=0: tuple(
-        stack.split_with_sizes(split_sizes, _axis(stack, dim))
+    "split split_with_sizes": lambda stack, size, dim=0: tuple(
+        stack.split(size, _axis(stack, dim))
     ),
 }
 
@@ -218,6 +217,7 @@ def _stack(tensors: Any, dim: int = 0) -> Jet:
     return jet_among(tensors).like(torch.stack(stacks_of(tensors), place))
 
 
+@rule(torch.where, several=True, kind="linear")
 def _chosen(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) -> Jet:
     """The elements of a where a mask holds and those of b elsewhere, of each component."""
     known = all(isinstance(each, Tensor | float | int) for each in (a, b))
@@ -234,11 +234,6 @@ def _chosen(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) ->
     ndim = max(condition.ndim, *(each.ndim for each in tensors))
     stacks = (align(stack, ndim) for stack in stacks_of(tensors))
     return jet.like(torch.where(condition, *stacks).to(dtype))
-
-
-@rule(torch.where, several=True, kind="linear")
-def _where(condition: Any, a: Any, b: Any) -> Jet:
-    return _chosen(condition, a, b)
 
 
 @rule(Tensor.where, several=True, kind="linear")

@@ -73,7 +73,7 @@ class Rows(NamedTuple):
         """The sum over each row."""
         return x.sum(self.dims, keepdim=True)
 
-    def measured(self, stack: Tensor, firsts: int) -> "Measured":
+    def measured(self, stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
         """A stack without its means, u and C_l of each row."""
         centred = self.seen(stack)
         if self.centred:
@@ -81,7 +81,7 @@ class Rows(NamedTuple):
             centred = centred - self.total(centred) / self.length
         value, tangents, _ = components(centred, firsts)
         u = torch.rsqrt(self.total(value * value) + self.length * self.eps)
-        return Measured(centred, u, u * u * self.total(value * tangents))
+        return centred, u, u * u * self.total(value * tangents)
 
     def weighted(self, x: Tensor, weight: Some) -> Tensor:
         """A stack times the weight."""
@@ -100,14 +100,6 @@ class Rows(NamedTuple):
         if weight is None:
             return None
         return x.sum_to_size(self.weights).reshape(weight.shape).to(weight.dtype)
-
-
-class Measured(NamedTuple):
-    """A stack without its means, and numbers of each row."""
-
-    centred: Tensor
-    u: Tensor
-    along: Tensor  # C_l
 
 
 def stack_of_norm(

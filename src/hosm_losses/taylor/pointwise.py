@@ -91,17 +91,12 @@ def _over(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _pull_back(
-    derivatives: Series,
-    firsts: int,
-    pairs: Pairs,
-    _needed: Needed,
-    stack: Tensor,
-    cotangent: Tensor,
+    slopes: Series, firsts: int, pairs: Pairs, _needed: Needed, stack: Tensor, cotangent: Tensor
 ) -> Tensor:
     """The first derivative times the cotangents, and what the second and third add."""
     dtype = stack.dtype
     stack, cotangent = at_least_float32(stack), at_least_float32(cotangent)
-    numbers = derivatives(stack[0])
+    numbers = slopes(stack[0])
     slope, bend = islice(numbers, 2)
     gradient = cotangent[: len(stack)] * slope
     gradient[0].addcmul_(bend, _over(stack[1:], cotangent[1 : len(stack)]))
@@ -119,12 +114,12 @@ def _pull_back(
 
 
 def _pull_back_again(
-    derivatives: Series, _needed: Needed, stack: Tensor, cotangent: Tensor, again: Tensor
+    slopes: Series, _needed: Needed, stack: Tensor, cotangent: Tensor, again: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients, in the stack and in the cotangent, of what `_pull_back` returns."""
     dtype = stack.dtype
     stack, cotangent, again = map(at_least_float32, (stack, cotangent, again))
-    slope, bend, third = islice(derivatives(stack[0]), 3)
+    slope, bend, third = islice(slopes(stack[0]), 3)
     bent = bend * again[0]
     of_cotangent = again * slope
     of_cotangent[1:].addcmul_(stack[1:], bent)

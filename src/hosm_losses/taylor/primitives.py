@@ -11,6 +11,7 @@ Source:
     PyTorch issues 175754, 186256, 196699 and 196700; pull request 176234.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,29 +37,32 @@ def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
 
 def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  # noqa: A002
     """By a mask: PyTorch's own through a vmap is wrong where the value alone differs."""
-    if not isinstance(value, Tensor):
-        return input.index_fill(dim, index, value)
     mask = torch.zeros_like(input, dtype=torch.bool).index_fill(dim, index, True)
-    return torch.where(mask, value.to(input.dtype), input)
+    return torch.where(mask, value, input).to(input.dtype)
 
 
-def _refused(*_: Any, **__: Any) -> Tensor:
-    """What is below the functions of norms, and differentiated rightly by nothing."""
-    raise DerivativeError(
-        "network: expected norms as functions of torch.nn.functional, which the losses can "
-        "differentiate; got one of those below them, such as torch.native_layer_norm or "
-        "torch.batch_norm. Call F.layer_norm, F.group_norm, F.batch_norm or F.instance_norm."
-    )
+def _refuse(told: str, *_: Any, **__: Any) -> Tensor:
+    raise DerivativeError(told)
 
 
+NORMS = (
+    "network: expected norms as functions of torch.nn.functional, which the losses can "
+    "differentiate; got one of those below them, such as torch.native_layer_norm or "
+    "torch.batch_norm. Call F.layer_norm, F.group_norm, F.batch_norm or F.instance_norm."
+)
+NOT_A_NUMBER = (
+    "network: expected no logcumsumexp, whose second derivative PyTorch makes NaN. Write "
+    "torch.logsumexp over each part of it, or logaddexp in a loop."
+)
 _OTHERS: dict[Any, Any] = {
     Tensor.add_: _add_in_place,
+    "logcumsumexp": partial(_refuse, NOT_A_NUMBER),
     Tensor.index_fill_: lambda x, *given, **named: x.copy_(_index_fill(x, *given, **named)),
     "select_scatter": _select_scatter,
     "index_fill": _index_fill,
-    "native_layer_norm native_group_norm native_batch_norm": _refused,
-    torch.batch_norm: _refused,
-    torch.instance_norm: _refused,
+    "native_layer_norm native_group_norm native_batch_norm": partial(_refuse, NORMS),
+    torch.batch_norm: partial(_refuse, NORMS),
+    torch.instance_norm: partial(_refuse, NORMS),
 }
 for _names, _other in _OTHERS.items():
     for _function in every(_names):
@@ -67,9 +71,9 @@ for _names, _other in _OTHERS.items():
 for _function, _primitive in list(PRIMITIVES.items()):
     if not _function.__name__.endswith("_"):
         PRIMITIVES.update(dict.fromkeys(operators(_function.__name__), _primitive))
-PRIMITIVES.update(dict.fromkeys(operators("_native_batch_norm_legit"), _refused))
+PRIMITIVES.update(dict.fromkeys(operators("_native_batch_norm_legit"), partial(_refuse, NORMS)))
 
 
 # What PyTorch gets wrong once already: of one sample, in channels_last on the CPU.
-for _each in (*every("instance_norm"), *operators("instance_norm")):
-    OF_ONE[_each] = PRIMITIVES[_each]
+_INSTANCE_NORMS = *every("instance_norm"), *operators("instance_norm")
+OF_ONE.update({each: PRIMITIVES[each] for each in _INSTANCE_NORMS})

@@ -241,28 +241,23 @@ def _convolution_form(
 MOST = 2
 
 
-class _Term(NamedTuple):
-    """A part of a component k of a product: a factor times components i and j of its factors."""
-
-    i: int
-    j: int
-    k: int
-    factor: int = 1
+# A part of a component k of a product: a factor times components i and j of its factors.
+_Term = tuple[int, int, int, int]  # i, j, k, factor
 
 
 @cache
 def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> list[_Term]:
     """All terms, of stacks as long as these; second derivatives of zero are not in them."""
-    terms = [_Term(0, 0, 0)]
-    terms += [_Term(k, 0, k) for k in range(1, left)] + [_Term(0, k, k) for k in range(1, right)]
+    terms = [(0, 0, 0, 1)]
+    terms += [(k, 0, k, 1) for k in range(1, left)] + [(0, k, k, 1) for k in range(1, right)]
     if pairs in ("squares", "sum"):
         places = range(1, 1 + firsts)
-        terms += [_Term(i, i, firsts + (i if pairs == "squares" else 1), 2) for i in places]
+        terms += [(i, i, firsts + (i if pairs == "squares" else 1), 2) for i in places]
     elif pairs != "none":
         one = pairs == "last"
         for i in range(1, firsts if one else 1 + firsts // 2):
             j = firsts if one else i + firsts // 2
-            terms += [_Term(i, j, i + firsts), _Term(j, i, i + firsts)]
+            terms += [(i, j, i + firsts, 1), (j, i, i + firsts, 1)]
     return terms
 
 
@@ -279,7 +274,7 @@ def _sums(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
 
 def _by_columns(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
     """The same stack, of matrices that are stored column by column."""
-    return _sums([_Term(j, i, k, factor) for i, j, k, factor in terms], right.mT, left.mT).mT
+    return _sums([(j, i, k, factor) for i, j, k, factor in terms], right.mT, left.mT).mT
 
 
 def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
@@ -288,8 +283,8 @@ def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
     A gradient is stored in the order of its factor. In another order the operators that combine it
     with what comes from there, such as the result of a softmax, take three times as long.
     """
-    of_left = [_Term(k, j, i, factor) for i, j, k, factor in terms]
-    of_right = [_Term(i, k, j, factor) for i, j, k, factor in terms]
+    of_left = [(k, j, i, factor) for i, j, k, factor in terms]
+    of_right = [(i, k, j, factor) for i, j, k, factor in terms]
     by_left, by_right = (
         _by_columns if factor.stride(-2) < factor.stride(-1) else _sums for factor in (left, right)
     )
@@ -341,8 +336,6 @@ def _contracted(left: str, right: str, result: str, a: Any, b: Any) -> Jet | Non
 
 def _ordered(stack: Tensor, given: str, wanted: str) -> Tensor:
     """A stack with the axes of its value in another order."""
-    if given == wanted:
-        return stack
     return stack.permute(0, *(1 + given.index(index) for index in wanted))
 
 

@@ -30,7 +30,7 @@ Kind = Literal["linear", "bilinear", "pointwise", "composite", "stack", "other"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Names of arguments that are one: those of NumPy, which PyTorch takes too, and that of a norm.
 SPELLINGS = {"axis": "dim", "keepdims": "keepdim", "ord": "p"}
-HOMES = (torch, Tensor, F)
+HOMES = (torch, Tensor, F, torch.linalg)
 
 
 def name_of(func: Function) -> str:
@@ -52,24 +52,18 @@ class Rule:
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """The arguments as the rule is called with them; None if it does not take them."""
-        named = kwargs and {k: v for k, v in kwargs.items() if k not in ("inplace", "out")}
-        if named or len(args) < len(self.needed) or (self.most or len(args)) < len(args):
-            return self._bound(args, named)
-        return args, named
-
-    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        if not args and "input" in kwargs:
-            args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
-        if self.most is not None and len(args) > self.most:
-            return None
-        named: dict[str, Any] = {}
-        for given, value in kwargs.items():
-            name = SPELLINGS.get(given, given)
-            known = self.anything or name in self.names
-            if not known or name in named or name in self.names[: len(args)]:
-                return None
-            named[name] = value
-        return (args, named) if all(name in named for name in self.needed[len(args) :]) else None
+        named = {
+            SPELLINGS.get(name, name): value
+            for name, value in kwargs.items()
+            if name not in ("inplace", "out")
+        }
+        if not args and "input" in named:
+            args = (named.pop("input"),)
+        count = len(args)
+        known = all(self.anything or name in self.names[count:] for name in named)
+        whole = all(name in named for name in self.needed[count:])
+        few = self.most is None or count <= self.most
+        return (args, named) if known and whole and few else None
 
 
 RULES: dict[Function, Rule] = {}

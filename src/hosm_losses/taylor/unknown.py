@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.taylor._torch import forward_mode, of_a_package, operators, pytree
+from hosm_losses.taylor.registry import every
 from hosm_losses.taylor.stacks import Pairs, extend
 
 Tensors = tuple[Tensor, ...]
@@ -19,10 +19,7 @@ Tensors = tuple[Tensor, ...]
 
 def _every(names: str) -> set[Any]:
     """The functions and methods of PyTorch with these names, and the operators below them."""
-    homes = (torch, torch.Tensor, torch.linalg, F)
-    found = [getattr(home, name, None) for home in homes for name in names.split()]
-    below = [each for name in names.split() for each in operators(name)]
-    return {each for each in (*found, *below) if each is not None}
+    return {*every(names), *(each for name in names.split() for each in operators(name))}
 
 
 # What PyTorch derives in forward mode by a formula that it does not differentiate rightly:
@@ -30,6 +27,7 @@ def _every(names: str) -> set[Any]:
 _FORWARD = _every(
     "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_ "
     "cholesky_inverse linear_cross_entropy dist pairwise_distance matrix_norm float_power "
+    "cosine_similarity "
     "eigh eigvalsh copysign copysign_ renorm renorm_ cosine_embedding_loss triplet_margin_loss"
 )
 # And these where they multiply.
@@ -78,11 +76,8 @@ def along(
         right = tuple(each[firsts - count : firsts] for each in derivatives)
         if pairs == "last":
             right = tuple(each[-1:].expand_as(each) for each in right)
-        both = tuple(
-            # Of a sum the first direction has it all.
-            extend(each[firsts:], count)
-            for each in derivatives
-        )
+        # Of a sum the first direction has it all.
+        both = tuple(extend(each[firsts:], count) for each in derivatives)
         value, *parts = _mapped(second, left, right, both)
         if pairs in ("squares", "sum"):
             del parts[1]
