@@ -77,8 +77,8 @@ def _norm(
     """The length of vectors: other norms of matrices have no rule."""
     if p == "fro" and (dim is None or isinstance(dim, int) or len(dim) <= 2):
         p = 2
-    known = isinstance(p, float | int) and 1 <= p < float("inf")
-    if not known or not (dtype is None or dtype.is_floating_point):
+    floating = dtype is None or dtype.is_floating_point
+    if not floating or not isinstance(p, float | int) or not 1 <= p < float("inf"):
         raise NoRule
     x = x if dtype is None else ops.to(x, dtype)
     return ops.to(_length(ops, x, p, dim, keepdim), x.dtype)
