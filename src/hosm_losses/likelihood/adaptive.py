@@ -159,15 +159,9 @@ def solve_adaptive(batch: Batch, z: Tensor, span: Span, *, tolerance: float) -> 
     elif paths >= MINIMUM_PATHS:
         widening = student_factor(paths - 1)
         standard_error = widening * integrals.detach().std(1) / paths**0.5
-    return Solved(
-        end[:, :elements].reshape(z.shape),
-        integrals.mean(1),
-        nfe,
-        standard_error,
-        solver_error=error[:, elements:].mean(1),
-        failed=failed,
-        widening=widening,
-    )
+    end, solver_error = end[:, :elements].reshape(z.shape), error[:, elements:].mean(1)
+    integral = integrals.mean(1)
+    return Solved(end, integral, nfe, standard_error, solver_error, failed, widening=widening)
 
 
 def student_factor(freedom: int) -> float:

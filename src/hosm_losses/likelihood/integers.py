@@ -55,23 +55,18 @@ def check_dequantization(value: object, divergence: Divergence | None = "exact")
     if not (value is None or isinstance(value, Uniform)):
         raise ValueError(complaint("dequantization", "Uniform(...) or None", value))
     if value is not None and value.draws > 1 and divergence != "exact":
-        remedy = (
-            "The mean of exp(log p) turns the noise of log p into a gain, which flatters the "
-            "model: use divergence='exact'."
+        raise ValueError(
+            f"dequantization: expected one draw with divergence={divergence!r}; got "
+            f"{value.draws}. The mean of exp(log p) turns the noise of log p into a gain, which "
+            "flatters the model: use divergence='exact'."
         )
-        expected = f"one draw with divergence={divergence!r}"
-        got = f"{value.draws}"
-        raise ValueError(complaint("dequantization", expected, value, remedy, got=got))
 
 
 def check_images(x: object) -> None:
     """Raise unless x is uint8 (B, *)."""
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
         expected = "a uint8 tensor (B, *) of levels 0 to 255 with dequantization=Uniform()"
-        remedy = (
-            "Leave dequantization=None for continuous data, or dequantize it yourself and give "
-            "levels, low and high to bits_per_dim."
-        )
+        remedy = "Dequantize other data yourself, and give levels, low and high to bits_per_dim."
         raise TypeError(complaint("x", expected, x, remedy))
     check_dense("x", x)
     check_not_empty("x", x)

@@ -218,15 +218,9 @@ def solve_fixed(
             solver_error = _guarded(batch, found, other, coordinates.ends(span)[1])
     if divergence == "exact":
         solver_error = solver_error + found.quadrature_error
-    return Solved(
-        found.y,
-        found.whole,
-        nfe=torch.full((len(z),), count, device=z.device),
-        standard_error=found.variance.sqrt() if known else None,
-        solver_error=solver_error,
-        failed=torch.zeros(len(z), dtype=torch.bool, device=z.device),
-        steps=steps,
-    )
+    nfe, standard_error = torch.full((len(z),), count, device=z.device), found.variance.sqrt()
+    errors = (standard_error if known else None, solver_error, torch.zeros_like(nfe).bool())
+    return Solved(found.y, found.whole, nfe, *errors, steps)
 
 
 def _guarded(batch: Batch, found: Walk, companion: Walk, far: NoiseLevel) -> Tensor:
