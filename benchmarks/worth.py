@@ -4,7 +4,7 @@
 
 For each cell of worth_problems and worth_reserved:
     1. Order one chooses between two networks, plain and averaged targets, and three rates, by the
-       KL divergence of a seed that is not reported.
+       KL divergence of seeds that are not reported: one, or three where some networks miss a mode.
     2. It trains with that choice, and goes on until it has had three times the steps, with a fresh
        Adam and a cosine decay, at its rate or a third of it. This repeats, --levels in all, until
        three times lower the KL divergence by less than GATE, or by more than HOPELESS.
@@ -12,12 +12,12 @@ For each cell of worth_problems and worth_reserved:
        cell where order one has not converged.
     3. Every loss goes on from the weights of the longest training, with a fresh Adam and a cosine
        decay, for as many steps as cost what the cell's budget of order one costs. Step times are
-       measured once, in turns. The rate is chosen on the seed that is not reported.
+       measured once, in turns. The rate is chosen on the seeds that are not reported.
     4. The losses of WHOLE train from scratch, at the cost of order one's three budgets.
     5. That of SWITCHED does as well, with order one for the first of the three budgets. One Adam
        and one cosine decay serve the whole training.
 
-Five seeds and the one that is not reported train as one ensemble. Each row is written to
+Five seeds and those that are not reported train as one ensemble. Each row is written to
 results/worth/CELL.json at once, with its environment, and a second run goes on where the first one
 stopped. Two runs may share the work by cells. The weights that the losses start from are in --out;
 without that file they are trained again, and so are the losses if other weights come out of it.
@@ -143,7 +143,7 @@ def training(
 class Study:
     """The rows of a cell, in a file, and the weights that its losses start from.
 
-    The seed after those of the cell is the spare one, which chooses and is not reported.
+    The seeds after those of the cell are spare: they choose and are not reported.
     """
 
     overfits = False  # whether a longer training may fail
@@ -152,6 +152,7 @@ class Study:
     def __init__(self, name: str, cell: Cell, directory: Path, out: Path) -> None:
         slug = re.sub(r"\W+", "_", name)
         self.name, self.cell, self.seeds = name, cell, cell.seeds
+        self.spares = range(cell.seeds, cell.seeds + cell.spares)
         self.file, self.out = directory / f"{slug}.json", out / slug
         self.report = {"name": name} | results.read(self.file)
         sizes = ("budget", "solver", "batch", "points", "scored")
@@ -186,13 +187,12 @@ class Study:
         return {"steps": steps, "seconds": experiment.clocked(lambda: list(every))[1]}
 
     def choose(self) -> tuple[str, str, float]:
-        """Network, targets and rate of order one, by the KL divergence of the spare seed."""
+        """Network, targets and rate of order one, by the KL divergence of the spare seeds."""
         found: dict[tuple[str, str, float], float] = {}
         for kind, name in product(KINDS, TARGETS):
             make = partial(self.tune, self.fresh(kind), name, self.cell.budget, BASELINE_RATES)
             row = self.row(f"choice: {kind}, {name}", make)
-            pairs = zip(BASELINE_RATES, row.get(self.chooses, ()), strict=False)
-            found |= {(kind, name, rate): kl for rate, kl in pairs if kl is not None}
+            found |= {(kind, name, rate): kl for rate, kl in self.by_rate(row).items()}
         return min(found, key=lambda each: found[each])
 
     def fresh(self, kind: str) -> Models:
@@ -272,7 +272,7 @@ class Study:
         self, kind: str, name: str, rate: float, times: int
     ) -> tuple[Row, dict[str, Tensor]]:
         """Train all seeds for so many budgets in all; their weights go to a file as well."""
-        members = range(self.seeds + 1)
+        members = range(self.seeds + len(self.spares))
         models = self.fresh(kind) if times == 1 else self.start(times // 3).model
         model = models(members)
         loss = losses(self.cell, len(members))[name]
@@ -345,13 +345,16 @@ class Study:
         rates: Sequence[float],
         digest: str | None,
     ) -> float | None:
-        """The rate of a loss at which the spare seed does best; None where all fail."""
+        """The rate of a loss at which the spare seeds do best; None where all fail."""
         make = partial(self.tune, models, name, steps, rates)
-        values = self.row(f"rates: {row}", make, digest).get(self.chooses, ())
-        found = {
-            rate: value for rate, value in zip(rates, values, strict=False) if value is not None
-        }
+        found = self.by_rate(self.row(f"rates: {row}", make, digest))
         return min(found, key=lambda rate: found[rate], default=None)
+
+    def by_rate(self, row: Row) -> dict[float, float]:
+        """The mean over the spare seeds of what they are chosen by, where none failed."""
+        values = np.reshape(np.array(row.get(self.chooses, ()), float), (-1, len(self.spares)))
+        means = zip(row.get("rates", ()), values.mean(1).tolist(), strict=False)
+        return {rate: mean for rate, mean in means if not np.isnan(mean)}
 
     def step_times(self, every: Mapping[str, Loss], models: Models, rounds: int) -> Row:
         """Median times of a step over that of order one."""
@@ -365,11 +368,11 @@ class Study:
         return {"seconds": seconds[ONE], "ratios": ratios, "rounds": rounds}
 
     def tune(self, models: Models, name: str, steps: int, rates: Sequence[float]) -> Row:
-        """The spare seed at every rate."""
-        model = models([self.seeds] * len(rates))
-        loss = self.loss(name, len(rates))
-        row = self.train(model, loss, steps, rates, f"rates of {name}")
-        return row | {"rates": list(rates)} | self.judge_briefly(model, len(rates))
+        """The spare seeds at every rate."""
+        members, each = [*self.spares] * len(rates), np.repeat(rates, len(self.spares)).tolist()
+        model = models(members)
+        row = self.train(model, self.loss(name, len(members)), steps, each, f"rates of {name}")
+        return row | {"rates": list(rates)} | self.judge_briefly(model, len(members))
 
     def loss(self, name: str, members: int) -> Loss:
         """The loss of a row, that of "switch" after a budget of order one."""
@@ -404,7 +407,7 @@ class Start(NamedTuple):
     cell: Cell
     kind: str
     targets: str
-    weights: dict[str, Tensor]  # of all seeds, the spare one last
+    weights: dict[str, Tensor]  # of all seeds, the spare ones last
 
     def model(self, members: Sequence[int]) -> hosm.ScoreModel:
         """A model of these members."""

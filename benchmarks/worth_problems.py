@@ -252,6 +252,7 @@ class Cell:
         points: in a block, where the KL divergence is measured, and of samples.
         scored: in a block, where the score of the ODE is measured.
         seeds: that are reported.
+        spares: seeds by which networks, targets and rates are chosen.
     """
 
     density: Density
@@ -263,6 +264,7 @@ class Cell:
     points: int = 512
     scored: int = 128
     seeds: int = 5
+    spares: int = 1
 
     def model(self, seeds: Sequence[int], kind: str) -> hosm.ScoreModel:
         return hosm.ScoreModel(Ensemble(self, seeds, kind), self.schedule)
@@ -352,8 +354,8 @@ def _cells() -> dict[str, Callable[[], Cell]]:
     low = Sizes(64, waves=4)
 
     def wells(elements: int, width: int) -> Cell:
-        solver, points = (96, 512) if elements < 8 else (64, 256)
-        return Cell(many_well(elements), ve, Sizes(width), 3_000, solver, points=points)
+        given = {"solver": 96} if elements < 8 else {"solver": 64, "points": 256, "spares": 3}
+        return Cell(many_well(elements), ve, Sizes(width), 3_000, **given)
 
     found: dict[str, Callable[[], Cell]] = {
         "mixture, d = 1, VE": lambda: Cell(mixture(), hosm.VESchedule(), low, 3_000, 128, 512),

@@ -97,8 +97,12 @@ def ratio_of(report: Row, loss: str) -> float:
 
 def at_first(report: Row) -> list[float]:
     """KL divergence of order one, plain and averaged, after the same steps from scratch."""
-    rows, network = report["rows"], report["rows"]["budget 1"]["network"]
-    return [min(rows[f"choice: {network}, {each}"]["kl"]) for each in (ONE, AVERAGED)]
+    found, network = [], report["rows"]["budget 1"]["network"]
+    for targets in (ONE, AVERAGED):
+        row = report["rows"][f"choice: {network}, {targets}"]
+        values = np.reshape(np.array(row["kl"], float), (len(row["rates"]), -1))
+        found.append(float(np.nanmin(values.mean(1))))
+    return found
 
 
 def summary(found: Found) -> str:

@@ -209,6 +209,18 @@ def test_rows_are_compared_by_seed_and_block(tmp_path):
     assert study.converged()
 
 
+def test_rates_are_chosen_by_the_mean_of_the_spare_seeds(tmp_path):
+    study = worth.Study("cell", small(spares=2), tmp_path, tmp_path)
+    row = {"rates": [3.0, 2.0, 1.0], "kl": [1.0, 9.0, 4.0, 5.0, 0.0, None]}
+    assert study.by_rate(row) == {3.0: 5.0, 2.0: 4.5}
+    study.rows["rates: order one"] = row
+    models = study.fresh(FILM)
+    assert study.best_rate("order one", models, "order one", 1, row["rates"], None) == 2
+    del study.rows["rates: order one"]
+    study.best_rate("order one", models, "order one", 1, row["rates"], None)
+    assert len(study.rows["rates: order one"]["kl"]) == 6
+
+
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     trained, original = [], worth.Study.train
 
