@@ -343,7 +343,7 @@ def test_running_statistics_compile_but_at_exact_order_three():
     module, x0, inputs = around(torch.sin, 3, nn.BatchNorm1d(6))
     assert_agrees(module, x0, inputs, fullgraph=False)
     assert module.model.network.norm.num_batches_tracked == 2
-    with pytest.raises(Unsupported):
+    with pytest.raises(Unsupported, match="got BatchNorm1d"):
         compiled(module)(x0, **inputs)
     module.model.network.norm.eval()
     assert_agrees(module, x0, inputs)

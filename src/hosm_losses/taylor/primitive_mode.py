@@ -43,9 +43,6 @@ SELECTIVE_ADVICE = (
 )
 
 
-DETACH_ADVICE = (
-    "network: expected .detach(); got .detach_(), wrong under torch.func. Write x.detach()."
-)
 _DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -90,7 +87,9 @@ class _SafePrimitives(TorchFunctionMode):
         if func == _DATA and traced():  # which is shallow, as .detach_() is
             return args[0].detach()
         if func in (Tensor.detach_, torch.detach_) and traced():
-            raise DerivativeError(DETACH_ADVICE)
+            raise DerivativeError(
+                "network: got .detach_(), which is wrong under torch.func. Write x = x.detach()."
+            )
         refuse_selective_checkpoint()
         primitive = self.table.get(func)
         if primitive is not None:

@@ -46,13 +46,11 @@ def _refuse(told: str, *_: Any, **__: Any) -> Tensor:
 
 
 NORMS = (
-    "network: expected norms as functions of torch.nn.functional, which the losses can "
-    "differentiate; got one of those below them, such as torch.native_layer_norm or "
-    "torch.batch_norm. Call F.layer_norm, F.group_norm, F.batch_norm or F.instance_norm."
+    "network: expected F.layer_norm, F.group_norm, F.batch_norm or F.instance_norm; got one of "
+    "the functions below them, such as torch.native_layer_norm, which are differentiated wrongly."
 )
 NOT_A_NUMBER = (
-    "network: expected no logcumsumexp, whose second derivative PyTorch makes NaN. Write "
-    "torch.logsumexp over each part of it, or logaddexp in a loop."
+    "network: expected no logcumsumexp, whose second derivative is NaN. Write torch.logsumexp."
 )
 _OTHERS: dict[Any, Any] = {
     Tensor.add_: _add_in_place,
