@@ -256,8 +256,8 @@ def indexed(f, x, c):
 
 
 def moves(*options):
-    """Calls with the arguments of one of these tuples, now and then of a number."""
-    return lambda f, x, c: f(c(cube(x), cube(x), cube(x), x.mean()), *c(*options))
+    """Calls with the arguments of one of these tuples, now and then of a row or a number."""
+    return lambda f, x, c: f(c(cube(x), cube(x), cube(x), x.flatten(), x.mean()), *c(*options))
 
 
 def pooled(f, x, c):

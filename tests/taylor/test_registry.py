@@ -1,4 +1,6 @@
-"""The registry of rules: the table on the page of derivatives is printed from it."""
+"""The registry of rules, and the table of it on the page of derivatives.
+
+python -m tests.taylor.test_registry writes the table."""
 
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from hosm_losses.taylor.registry import RULES
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "derivatives.md"
 KINDS = ("linear", "bilinear", "pointwise", "composite", "stack")
-START, END = "<!-- rules: printed by tests/taylor/test_registry.py -->\n", "<!-- /rules -->"
+START, END = "<!-- rules: python -m tests.taylor.test_registry -->\n", "<!-- /rules -->"
 
 
 def name(function):
@@ -32,3 +34,8 @@ def table():
 def test_the_page_has_the_table():
     page = PAGE.read_text(encoding="utf-8")
     assert page.partition(START)[2].partition(END)[0] == table(), table()
+
+
+if __name__ == "__main__":
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    PAGE.write_text(before + START + table() + END + rest.partition(END)[2], encoding="utf-8")

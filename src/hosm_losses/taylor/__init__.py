@@ -21,7 +21,8 @@ How it works:
     right raises `TaylorError`, such as complex numbers or a custom autograd.Function.
 
 Kinds of rules, with one of each:
-    linear: ∂²f is zero, so it is the function itself, one axis further on.
+    linear: ∂²f is zero, so it is the function itself, of one component after the other or of the
+    stack, one axis further on.
 
         linear(lambda stack, dim, index: stack.select(_axis(stack, dim), index), "select")
 
@@ -45,7 +46,8 @@ Kinds of rules, with one of each:
             value, gate = ops.chunk(input, 2, dim)
             return ops.mul(value, ops.sigmoid(gate))
 
-    A rule that is none of these, such as that of softmax, computes with stacks by hand.
+    A rule that is none of these, such as that of softmax, computes with stacks by hand. The page
+    on derivatives says how to add one and to test it.
 
 Source:
     Griewank and Walther, "Evaluating derivatives" (2008), chapter 13; Bettencourt, Johnson and
