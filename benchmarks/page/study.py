@@ -100,7 +100,8 @@ def at_first(report: Row) -> list[float]:
     found, network = [], report["rows"]["budget 1"]["network"]
     for targets in (ONE, AVERAGED):
         row = report["rows"][f"choice: {network}, {targets}"]
-        values = np.reshape(np.array(row["kl"], float), (len(row["rates"]), -1))
+        rates = row.get("rates", row["kl"])  # older rows have one seed for each rate
+        values = np.reshape(np.array(row["kl"], float), (len(rates), -1))
         found.append(float(np.nanmin(values.mean(1))))
     return found
 
