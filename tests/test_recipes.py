@@ -73,7 +73,7 @@ RECIPES = [
     ("fine_tuning.py --steps 300", "", falls),
     ("velocity_2d.py --steps 600", "", gains_by_order_two),
     ("mixed_precision.py", "", falls),
-    ("latents_and_text.py", "diffusers", lambda text: "bits/dim" in text),
+    ("latents_and_text.py", "diffusers", lambda text: "nats over 4 samples" in text),
     ("fine_tune_unet.py --steps 20 --tuning 4 --held-out 8", "diffusers", nats_fall),
     ("gap_1d.py --steps 150 --nodes 4 --out {out}", "matplotlib", fisher_falls),
     ("digits.py --seconds 1 --held-out 8 --out {out}", "matplotlib sklearn tqdm", takes_few_bits),
