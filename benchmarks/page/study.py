@@ -22,6 +22,9 @@ SHOWN = {
     RECIPE: "order three after order one",
     TWO: "order two after order one",
 }
+HEADLINES = {"from scratch": WHOLE, "switched": f"switch: {RECIPE}", "after": RECIPE}
+HEADLINES |= {"exact probes": f"{WHOLE}, exact probes", "direct": "likelihood"}
+HEADLINES |= {"Stein": "Stein, weight 0.3", "balanced": "balanced"}
 Row = dict[str, Any]
 
 
@@ -78,13 +81,15 @@ def long(estimate: Estimate) -> str:
 
 def headlines(report: Row) -> Row:
     """What the sentences of the page say of a finished cell."""
+    if "test" in report["rows"].get(ONE, {}):
+        return {"change": {loss: change(report, loss).value for loss in judged(report)}}
     if "kl" not in report["rows"].get(ONE, {}):
         return {}
     plain, averaged = at_first(report)
     found: Row = {"averaged less": 100 * (1 - averaged / plain)}
-    if WHOLE in judged(report):
-        found["from scratch"] = {key: each.value for key, each in ratio(report, WHOLE).items()}
-        found["kl less"] = 100 * (1 - found["from scratch"]["kl"])
+    for name, loss in HEADLINES.items():
+        if loss in judged(report):
+            found[name] = {key: each.value for key, each in ratio(report, loss).items()}
     return found
 
 
