@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 def densities(found: Found) -> dict[str, Row]:
     """The finished cells whose density is known, by name, in the order of their dimensions."""
-    cells = {name: each for name, each in found.items() if "kl" in each["rows"].get(ONE, {})}
+    cells = {name: each for name, each in found.items() if "kl" in each["rows"].get(WHOLE, {})}
     return dict(sorted(cells.items(), key=lambda item: _size(item[0])))
 
 
@@ -83,7 +83,7 @@ def headlines(report: Row) -> Row:
     """What the sentences of the page say of a finished cell."""
     if "test" in report["rows"].get(ONE, {}):
         return {"change": {loss: change(report, loss).value for loss in judged(report)}}
-    if "kl" not in report["rows"].get(ONE, {}):
+    if "kl" not in report["rows"].get(WHOLE, {}):
         return {}
     plain, averaged = at_first(report)
     found: Row = {"averaged less": 100 * (1 - averaged / plain)}
