@@ -250,7 +250,7 @@ MUTANTS = [
         "derivatives/products.py",
         "value, point, c, create_graph=wanted or push, **options",
         "value, point, c, create_graph=push, **options",
-        "tests/losses/test_random_options.py",
+        "tests/losses/test_paired.py",
     ),
     Mutant(
         "taylor/recompute.py",
