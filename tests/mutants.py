@@ -354,7 +354,7 @@ MUTANTS = [
         "losses/objective.py",
         "of_higher = of_higher[rows]",
         "of_higher = of_higher[: len(rows)]",
-        "tests/losses/test_random_options.py",
+        "tests/losses/test_modules.py",
     ),
     # The rows of a fraction come from the global generator.
     Mutant(
