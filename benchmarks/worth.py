@@ -39,7 +39,7 @@ from tqdm import tqdm
 import hosm_losses as hosm
 from benchmarks import experiment, results
 from benchmarks.worth_problems import CELLS, KINDS, Cell, MemberTargets
-from benchmarks.worth_quantities import Row, compare, judge, judge_briefly
+from benchmarks.worth_quantities import Row, by_rate, compare, judge, judge_briefly
 from benchmarks.worth_reserved import RESERVED
 
 DIRECTORY = results.DIRECTORY / "worth"
@@ -192,7 +192,10 @@ class Study:
         for kind, name in product(KINDS, TARGETS):
             make = partial(self.tune, self.fresh(kind), name, self.cell.budget, BASELINE_RATES)
             row = self.row(f"choice: {kind}, {name}", make)
-            found |= {(kind, name, rate): kl for rate, kl in self.by_rate(row).items()}
+            found |= {
+                (kind, name, rate): kl
+                for rate, kl in by_rate(row, self.chooses, BASELINE_RATES).items()
+            }
         return min(found, key=lambda each: found[each])
 
     def fresh(self, kind: str) -> Models:
@@ -347,14 +350,8 @@ class Study:
     ) -> float | None:
         """The rate of a loss at which the spare seeds do best; None where all fail."""
         make = partial(self.tune, models, name, steps, rates)
-        found = self.by_rate(self.row(f"rates: {row}", make, digest))
+        found = by_rate(self.row(f"rates: {row}", make, digest), self.chooses, rates)
         return min(found, key=lambda rate: found[rate], default=None)
-
-    def by_rate(self, row: Row) -> dict[float, float]:
-        """The mean over the spare seeds of what they are chosen by, where none failed."""
-        values = np.reshape(np.array(row.get(self.chooses, ()), float), (-1, len(self.spares)))
-        means = zip(row.get("rates", ()), values.mean(1).tolist(), strict=False)
-        return {rate: mean for rate, mean in means if not np.isnan(mean)}
 
     def step_times(self, every: Mapping[str, Loss], models: Models, rounds: int) -> Row:
         """Median times of a step over that of order one."""

@@ -11,7 +11,7 @@ Values are kept by member and block of points, (S, BLOCKS). Differences between 
 then paired by seed and by points, and so are means of log-ratios.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,17 @@ def judge_briefly(cell: Cell, model: hosm.ScoreModel, members: int) -> Row:
     """The KL divergence of each member, None where it is not finite."""
     means = log_ratio(cell, model, members).mean(1)
     return {"kl": [float(mean) if mean.isfinite() else None for mean in means]}
+
+
+def by_rate(row: Row, key: str, rates: Sequence[float]) -> dict[float, float]:
+    """The mean over the spare seeds at each rate, of a row with all seeds of one after the other.
+
+    Rates at which a seed failed are left out; all are, of a row that failed.
+    """
+    if key not in row:
+        return {}
+    means = np.reshape(np.array(row[key], float), (len(rates), -1)).mean(1).tolist()
+    return {rate: mean for rate, mean in zip(rates, means, strict=True) if not np.isnan(mean)}
 
 
 def by_block(values: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import numpy as np
 
 from benchmarks.intervals import Estimate, over_seeds
 from benchmarks.page.numbers import NOTHING, Found, markdown, number
-from benchmarks.worth_quantities import compare
+from benchmarks.worth import BASELINE_RATES
+from benchmarks.worth_quantities import by_rate, compare
 
 ONE, AVERAGED, TWO = "order one", "order one, averaged", "order two, averaged"
 RECIPE = "order three, averaged"
@@ -105,9 +106,7 @@ def at_first(report: Row) -> list[float]:
     found, network = [], report["rows"]["budget 1"]["network"]
     for targets in (ONE, AVERAGED):
         row = report["rows"][f"choice: {network}, {targets}"]
-        rates = row.get("rates", row["kl"])  # older rows have one seed for each rate
-        values = np.reshape(np.array(row["kl"], float), (len(rates), -1))
-        found.append(float(np.nanmin(values.mean(1))))
+        found.append(min(by_rate(row, "kl", BASELINE_RATES).values()))
     return found
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 from benchmarks import worth
 from benchmarks.intervals import STUDENT, over_seeds
 from benchmarks.worth_problems import CELLS, FILM, KINDS, Cell, Checkerboard, many_well, mixture
-from benchmarks.worth_quantities import compare, finite, log_ratio, score, weights
+from benchmarks.worth_quantities import by_rate, compare, finite, log_ratio, score, weights
 
 VE = hosm.VESchedule()
 
@@ -212,13 +212,25 @@ def test_rows_are_compared_by_seed_and_block(tmp_path):
 def test_rates_are_chosen_by_the_mean_of_the_spare_seeds(tmp_path):
     study = worth.Study("cell", small(spares=2), tmp_path, tmp_path)
     row = {"rates": [3.0, 2.0, 1.0], "kl": [1.0, 9.0, 4.0, 5.0, 0.0, None]}
-    assert study.by_rate(row) == {3.0: 5.0, 2.0: 4.5}
+    assert by_rate(row, "kl", row["rates"]) == {3.0: 5.0, 2.0: 4.5}
+    assert by_rate({"failed": "why"}, "kl", row["rates"]) == {}
     study.rows["rates: order one"] = row
     models = study.fresh(FILM)
     assert study.best_rate("order one", models, "order one", 1, row["rates"], None) == 2
     del study.rows["rates: order one"]
     study.best_rate("order one", models, "order one", 1, row["rates"], None)
     assert len(study.rows["rates: order one"]["kl"]) == 6
+
+
+def test_what_cells_chose_is_chosen_again_from_their_rows(tmp_path):
+    studies = [
+        worth.Study(name, make(), worth.DIRECTORY, tmp_path) for name, make in CELLS.items()
+    ]
+    begun = [each for each in studies if "budget 1" in each.rows]
+    assert len(begun) > 3
+    for study in begun:
+        row = study.rows["budget 1"]
+        assert study.choose() == (row["network"], row["targets"], row["rate"])
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
