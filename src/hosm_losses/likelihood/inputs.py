@@ -38,7 +38,7 @@ from hosm_losses.likelihood.integers import (
 )
 from hosm_losses.likelihood.paths import Batch, Coordinates, Divergence
 from hosm_losses.likelihood.result import NLLResult, solver_limit
-from hosm_losses.likelihood.solvers import Moment, expand_moment, plain_moment
+from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
 from hosm_losses.likelihood.watch import Watch, buffers_restored, warn_of_training_mode
 from hosm_losses.model import ScoreModel, check_model, condition
 
@@ -55,7 +55,7 @@ class Call:
 
     model: ScoreModel
     x: Tensor
-    moments: tuple[Moment, Moment]  # data_mean, data_std
+    moments: tuple[PlainMoment, PlainMoment]  # data_mean, data_std
     log_prior: LogPrior | None
     batch_size: int | None
     progress: bool
@@ -93,7 +93,6 @@ class Call:
             )
         count, draws = len(x), 1 if integers is None else integers.draws
         size = count if self.batch_size is None else check_whole("batch_size", self.batch_size, 1)
-        plain = map(plain_moment, MOMENTS, self.moments, MOMENTS)
         modules = (
             dict(model.network.named_modules()) if isinstance(model.network, nn.Module) else {}
         )
@@ -104,7 +103,9 @@ class Call:
             torch.set_grad_enabled(self.enable_grad),
             progress_bar(self.progress, count * draws, "sample") as advance,
         ):
-            coordinates = Coordinates(model.schedule, *map(expand_moment, MOMENTS, plain, (x, x)))
+            coordinates = Coordinates(
+                model.schedule, *map(expand_moment, MOMENTS, self.moments, (x, x))
+            )
             _warn_of_ends(coordinates, start=at_start, prior=log_prior is None and of_prior)
             # PyTorch's first gradient of instance norm is wrong for one sample in channels_last,
             # which a network may make of a batch. Of one sample the field finds it by any name.

@@ -25,7 +25,8 @@ from hosm_losses.likelihood.adaptive import solve_adaptive
 from hosm_losses.likelihood.multistep import MINIMUM_STEPS, fewest_steps, solve_fixed
 from hosm_losses.likelihood.paths import Batch, Solve, Solved, Span, accumulator
 
-Moment = float | Tensor | np.ndarray | tuple[Any, ...]
+PlainMoment = float | tuple[Any, ...]
+Moment = PlainMoment | Tensor | np.ndarray
 
 
 class Solver:
@@ -36,8 +37,8 @@ class Solver:
     companion: bool = False
 
     @property
-    def moments(self) -> tuple[Moment, Moment]:
-        """(data_mean, data_std)."""
+    def moments(self) -> tuple[Any, Any]:
+        """(data_mean, data_std), plain since the value was made."""
         return self.data_mean, self.data_std
 
     def _name(self, field: str) -> str:
@@ -197,7 +198,7 @@ def check_solver(value: object) -> FixedGrid | ToTolerance | Adaptive:
     return value
 
 
-def plain_moment(field: str, value: Any, name: str) -> float | tuple[Any, ...]:
+def plain_moment(field: str, value: Any, name: str) -> PlainMoment:
     """`data_mean` or `data_std` as a number, or as nested tuples; `name` is that in errors."""
     expected = "a number or a tensor of numbers"
     if isinstance(value, Tensor):
@@ -220,7 +221,7 @@ def _as_tuples(nested: Any) -> Any:
     return tuple(map(_as_tuples, nested)) if isinstance(nested, list) else float(nested)
 
 
-def expand_moment(name: str, value: float | tuple[Any, ...], x: Tensor) -> Tensor:
+def expand_moment(name: str, value: PlainMoment, x: Tensor) -> Tensor:
     """A plain moment as a tensor (1, *) for samples x (B, *)."""
     dtype = torch.float64 if isinstance(value, tuple) else None
     numbers = torch.as_tensor(value, dtype=dtype, device="cpu").to(x.device, accumulator(x))

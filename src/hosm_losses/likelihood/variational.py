@@ -35,7 +35,7 @@ from hosm_losses.likelihood.inputs import Call, LogPrior
 from hosm_losses.likelihood.integers import Uniform, check_dequantization
 from hosm_losses.likelihood.paths import Batch, NoiseLevel
 from hosm_losses.likelihood.result import NLLResult
-from hosm_losses.likelihood.solvers import Moment
+from hosm_losses.likelihood.solvers import Moment, plain_moment
 from hosm_losses.model import ScoreModel
 
 
@@ -82,7 +82,9 @@ def variational_nll(
         raise ValueError(complaint("samples", "an even number", samples))
     check_dequantization(dequantization)
     given = (batch_size, progress, generator, model_kwargs, None, dequantization)
-    call = Call(model, x, (data_mean, data_std), log_prior, *given)
+    mean = plain_moment("data_mean", data_mean, "data_mean")
+    std = plain_moment("data_std", data_std, "data_std")
+    call = Call(model, x, (mean, std), log_prior, *given)
     return call.evaluate(partial(_bound, samples=samples), at_start=False)
 
 
