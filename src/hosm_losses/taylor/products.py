@@ -318,9 +318,8 @@ def _contracted(left: str, right: str, result: str, a: Any, b: Any) -> Jet | Non
     if any(sizes.setdefault(*each) != each[1] for each in zip(right, b.shape, strict=True)):
         return None
     batch, rows, inner, columns = groups
-    if (
-        rows and result[-1] == rows[-1]
-    ):  # which is the last axis in memory as well, in the other order
+    # It is the last axis in memory as well, in the other order.
+    if rows and result[-1] == rows[-1]:
         return _contracted(right, left, result, b, a)
     x, y = in_autocast(a.stack), in_autocast(b.stack)
     if x.dtype != y.dtype or not plain(x, y):
