@@ -28,8 +28,6 @@ EVALUATIONS = [
     ("start", r"Paired\(\)` \| 12;", TWO, PAIRED | {"weights": (1, 0, 1)}),
     ("start", r"\| order three, `probes=Paired\(\)` \|", THREE, PAIRED),
     ("start", r"`fraction=0.25` at order three costs", THREE, {"fraction": 0.25}),
-    ("README", r"log-density of the ODE,\s+takes", hosm.stein_dsm, {}),
-    ("README", r"evaluations for order two and", THREE, PAIRED),
     ("cifar10", r"`stein` costs", hosm.stein_dsm, {}),
     ("derivatives", r"network in a step, order two \|", TWO, TAYLOR),
     ("derivatives", r"network in a step, order two \| 6 \|", TWO, REVERSE),

@@ -51,14 +51,14 @@ def cost(found: Found) -> str:
     lines = []
     for name, key in COSTS.items():
         path = f"speed > * > variants > {key}"
-        flops, memory = (named(found, f"{path} > {each}_ratio") for each in ("flops", "memory"))
+        memory = named(found, f"{path} > memory_ratio")
         times = sorted((row["time_ratio"][0], network) for (network,), row in walk(found, path))
         ((_, of_mlp),) = walk(found, f"speed > mlp > variants > {key} > flops_ratio")
         evaluations = f"{round(12 * of_mlp) / 4:g}"  # the MLP has nothing beside its products
         worst, best = (f"{ratio:.1f} ({network})" for ratio, network in (times[-1], times[0]))
-        lines.append([name, evaluations, flops, worst, best, memory])
-    head = ["training step, order one = 1", "network evaluations (order one: 3)", "FLOPs"]
-    return markdown([*head, "time, worst network", "time, best", "peak memory"], lines)
+        lines.append([name, evaluations, worst, best, memory])
+    head = ["step over order one", "evaluations (order one: 3)", "time, worst", "best", "memory"]
+    return markdown(head, lines)
 
 
 def peers(found: Found) -> str:
@@ -146,6 +146,7 @@ TABLES: dict[str, Callable[[Found], str]] = {
     "peers": peers,
     "known": known,
     "cost": cost,
+    "gain": lambda found: study.gains(found["study"]),
     "worth": lambda found: study.summary(found["study"]),
     "worth, digits": lambda found: study.of_digits(found["study"]),
     "worth, cells": lambda found: "\n\n".join(study.tables(found["study"])),
