@@ -575,6 +575,18 @@ MUTANTS = [
         "    if not continuous:\n",
         "tests/interop/test_stand_ins.py",
     ),
+    Mutant(
+        "model/posterior.py",
+        "(jacobian_v + found.pulled[0]) / 2",
+        "found.pulled[0]",
+        "tests/model/test_posterior.py",
+    ),
+    Mutant(
+        "model/score_model.py",
+        "return -sigma / wronskian, b / wronskian",
+        "return -sigma / wronskian, alpha / wronskian",
+        "tests/model/test_posterior.py",
+    ),
 ]
 
 

@@ -42,6 +42,8 @@ from hosm_losses.losses import first_order_dsm as first_order_dsm
 from hosm_losses.losses import second_order_dsm as second_order_dsm
 from hosm_losses.losses import stein_dsm as stein_dsm
 from hosm_losses.losses import third_order_dsm as third_order_dsm
+from hosm_losses.model import DenoisingPosterior as DenoisingPosterior
+from hosm_losses.model import PosteriorCovariance as PosteriorCovariance
 from hosm_losses.model import ScoreModel as ScoreModel
 from hosm_losses.model import Shared as Shared
 from hosm_losses.probes import Hutchinson as Hutchinson

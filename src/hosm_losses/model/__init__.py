@@ -2,6 +2,7 @@
 
 - `score_model`: `ScoreModel`, network + schedule + prediction.
 - `field`: f with its conditions bound, and its derivatives; wrapped networks, which have none.
+- `posterior`: mean and covariance of clean data given noised ones.
 - `conditions`: which tensors of model_kwargs go with the samples.
 """
 
@@ -13,6 +14,8 @@ from hosm_losses.model.field import NoiseField as NoiseField
 from hosm_losses.model.field import condition as condition
 from hosm_losses.model.field import noise_field as noise_field
 from hosm_losses.model.field import refuse_wrapped as refuse_wrapped
+from hosm_losses.model.posterior import DenoisingPosterior as DenoisingPosterior
+from hosm_losses.model.posterior import PosteriorCovariance as PosteriorCovariance
 from hosm_losses.model.score_model import UNSHARD as UNSHARD
 from hosm_losses.model.score_model import Prediction as Prediction
 from hosm_losses.model.score_model import ScoreModel as ScoreModel

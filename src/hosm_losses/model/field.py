@@ -29,7 +29,7 @@ from hosm_losses.model.conditions import (
     per_sample,
     rows_note,
 )
-from hosm_losses.model.score_model import ScoreModel, to_noise
+from hosm_losses.model.score_model import ScoreModel, apply_affine
 from hosm_losses.taylor import GIVE_THE_SOURCE, Jet, safe_of_one, safe_primitives
 
 
@@ -93,7 +93,7 @@ class NoiseField:
             return self.model.predict(x, self.t, **kwargs)
 
     def _of_value(self, value: Tensor, x: Tensor, p: Tensor | None, q: Tensor | None) -> Tensor:
-        return -to_noise(value, None if self.x_apart else x, p, q)
+        return -apply_affine(value, None if self.x_apart else x, p, q)
 
     @property
     def owner(self) -> object:
@@ -160,8 +160,8 @@ class NoiseField:
         return Products(
             self._of_field(derived, x, direction),
             c,
-            -to_noise(pulled, c, p, q),
-            None if pushed is None else -to_noise(pushed, c, p, q),
+            -apply_affine(pulled, c, p, q),
+            None if pushed is None else -apply_affine(pushed, c, p, q),
         )
 
     def _of_field(self, derived: Derivatives, x: Tensor, direction: Tensor) -> Derivatives:
@@ -170,8 +170,8 @@ class NoiseField:
         p, q = self.model.affine(self.t, x)
         return Derivatives(
             self._of_value(value, x, p, q),
-            -to_noise(directional, direction, p, q),
-            None if third is None else -to_noise(third, None, p, q),
+            -apply_affine(directional, direction, p, q),
+            None if third is None else -apply_affine(third, None, p, q),
         )
 
     def quadratic_forms(self, x: Tensor, directions: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -191,7 +191,7 @@ class NoiseField:
         value, forms = quadratic_forms(self.network(of_one=of_one), x, watched())
         of_x = torch.cat(squares) if squares else None
         flat = (None if each is None else each.flatten() for each in (p, q))
-        return -to_noise(value, x, p, q), -to_noise(forms, of_x, *flat)
+        return -apply_affine(value, x, p, q), -apply_affine(forms, of_x, *flat)
 
 
 def _select(kwargs: dict[str, Any], select: Callable[[Tensor], Tensor]) -> dict[str, Any]:

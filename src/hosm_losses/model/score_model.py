@@ -12,7 +12,7 @@ Formula:
     flow_prediction    ε̂ = (α u − α′ x)/(α σ′ − α′ σ)        u = α′ x₀ + σ′ ε
 
     A network that should predict a x₀ + b ε has ε̂ = p · prediction + q x with p = α/w and
-    q = −a/w, w = α b − σ a.
+    q = −a/w, w = α b − σ a; and x̂₀ the same with p = −σ/w and q = b/w.
 
     "sample" divides a difference by σ: as σ → 0 it loses digits, and so do its derivatives.
 
@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,9 @@ from hosm_losses._torch_internals import normal
 from hosm_losses.model.conditions import unwrapped
 from hosm_losses.schedules import Schedule, check_schedule
 from hosm_losses.taylor import Jet
+
+if TYPE_CHECKING:
+    from hosm_losses.model.posterior import DenoisingPosterior
 
 Kind = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
 Prediction = Kind | Literal["x0", "denoiser", "v", "velocity"]
@@ -163,10 +166,13 @@ class ScoreModel(nn.Module):
             TypeError: if the network returns no real tensor, or for integer t without a table.
             ValueError: if it returns another shape than that of x, or t is above twice t_max.
         """
+        self._check_times(t, x)
+        return apply_affine(self.predict(x, t, **kwargs), x, *self.affine(t, x))
+
+    def _check_times(self, t: Tensor, x: Tensor) -> None:
         _refuse_integers(self.schedule, t, x)
         if may_look(t) and bool((t > 2 * self.schedule.t_max).any()):  # a solver may overstep
             check_range("t", t, self.schedule.t_min, self.schedule.t_max)
-        return to_noise(self.predict(x, t, **kwargs), x, *self.affine(t, x))
 
     def affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(p, q) in ε̂ = p · prediction + q x, expanded to `like`; None for 1 and for 0."""
@@ -178,6 +184,15 @@ class ScoreModel(nn.Module):
         a, b = self._target(t, like, alpha, sigma)
         wronskian = alpha * b - sigma * a
         return alpha / wronskian, -a / wronskian
+
+    def affine_of_data(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(p, q) in x̂₀ = p · prediction + q x, expanded to `like`; None for 1 and for 0."""
+        if self.prediction == "sample":
+            return None, None
+        alpha, sigma = (expand_right(each, like) for each in self.coefficients(t, like))
+        a, b = self._target(t, like, alpha, sigma)
+        wronskian = alpha * b - sigma * a
+        return -sigma / wronskian, b / wronskian
 
     def noise_without_x(self, t: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
         """ε − q x at x = α x₀ + σ ε, which is p times what the network should predict."""
@@ -191,6 +206,10 @@ class ScoreModel(nn.Module):
         self, t: Tensor, like: Tensor, alpha: Tensor, sigma: Tensor
     ) -> tuple[float | Tensor, float | Tensor]:
         """(a, b) of what the network should predict, a x₀ + b ε."""
+        if self.prediction == "epsilon":
+            return 0.0, 1.0
+        if self.prediction == "score":
+            return 0.0, -1 / sigma
         if self.prediction == "sample":
             return 1.0, 0.0
         if self.prediction == "v_prediction":
@@ -212,8 +231,44 @@ class ScoreModel(nn.Module):
 
     def denoise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """x̂₀(x, t) = (x − σ ε̂)/α, the estimated mean of the data given x."""
-        alpha, sigma = (expand_right(part, x) for part in self.coefficients(t, x))
-        return (x - sigma * self.noise(x, t, **kwargs)) / alpha
+        self._check_times(t, x)
+        return apply_affine(self.predict(x, t, **kwargs), x, *self.affine_of_data(t, x))
+
+    def denoising_posterior(
+        self, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None = None
+    ) -> "DenoisingPosterior":
+        """Mean and covariance of clean data x₀ given x at time t, by Tweedie's formulas.
+
+        The covariance is σ²/α² (I + σ² ∂s/∂x). Of a network that predicts x₀ ("sample") it is
+        computed as σ²/α times the Jacobian. Of another kind it is a difference that loses digits
+        as σ̂² grows: in float32 all of them above σ̂ of some hundreds.
+
+        Args:
+            x: the noised batch (B, *).
+            t: its times (B,), in the schedule's units.
+            model_kwargs: keyword arguments of the network.
+
+        Returns:
+            A `DenoisingPosterior`: `.mean` (B, *), and `.covariance`, an operator with `@ v`,
+            `diagonal`, `trace` and `dense`. Nothing in it has a graph.
+
+        Raises:
+            TypeError: for a compiled or parallel network, or tensors of a wrong type or dtype.
+            ValueError: for a wrong shape, device or time.
+
+        Example:
+            >>> from hosm_losses import VESchedule
+            >>> def standard_normal(x, t):  # x₀ given x is N(x, t²)/(1 + t²)
+            ...     return x / (1 + t[:, None] ** 2)
+            >>> model = ScoreModel(standard_normal, VESchedule(), "x0", time=VESchedule().sigma)
+            >>> t = VESchedule().time(torch.tensor([0.0]))  # σ = 1
+            >>> posterior = model.denoising_posterior(torch.ones(1, 2), t)
+            >>> posterior.mean, posterior.covariance.diagonal()
+            (tensor([[0.5000, 0.5000]]), tensor([[0.5000, 0.5000]]))
+        """
+        from hosm_losses.model.posterior import denoising_posterior
+
+        return denoising_posterior(self, x, t, model_kwargs)
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(α, σ) at t, of shape (B,), in the precision of t, float32 at least.
@@ -282,7 +337,7 @@ class ScoreModel(nn.Module):
             ) from error
 
 
-def to_noise(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:
+def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:
     """p · part + q x for what `ScoreModel.affine` returns; None stands for 1 and for 0."""
     scaled = part if p is None else p * part
     return scaled if q is None or of_x is None else scaled + q * of_x

@@ -1,0 +1,154 @@
+r"""The posterior p(x₀ | x_t) of clean data that a network implies: its mean and its covariance.
+
+Formula, Tweedie's of first and second order, with s = ∇ log q_t:
+    E[x₀ | x_t] = (x + σ² s)/α = x̂₀
+    Cov[x₀ | x_t] = σ²/α² (I + σ² ∂s/∂x) = σ²/α ∂x̂₀/∂x
+
+    x̂₀ = p · prediction + q x is affine in what the network predicts, so that the last is
+    σ²/α (p ∂prediction/∂x + q I). Of a network that predicts x₀ it is σ²/α times its Jacobian.
+    Of another, both parts are about 1/α and what is left of them about α/σ²: σ̂² times less.
+
+Source:
+    Efron, "Tweedie's formula and selection bias" (2011); Meng et al., arXiv 2111.04726, and
+    Boys et al., arXiv 2310.06721, for the covariance.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hosm_losses._checks import (
+    check_generator,
+    check_model_kwargs,
+    check_sample_batch,
+    complaint,
+    over_elements,
+)
+from hosm_losses._torch_internals import normal, outside_inference_mode
+from hosm_losses.derivatives import derive_with_products, quadratic_forms
+from hosm_losses.model.field import NoiseField, noise_field, refuse_wrapped
+from hosm_losses.model.score_model import ScoreModel, apply_affine, check_time
+from hosm_losses.probes import Hutchinson, draw_probes, unit_vector_chunks
+
+CHUNK_ELEMENTS = 2**22  # of unit vectors at a time
+Probes = Literal["exact"] | Hutchinson
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PosteriorCovariance:
+    """The covariance of x₀ given x_t, an operator with `@ v`, `diagonal`, `trace` and `dense`.
+
+    Nothing is stored: each product calls the network once. It is the network's, not clipped: the
+    Jacobian of a network need not be symmetric, nor its symmetric part positive.
+    """
+
+    _field: NoiseField  # what the network predicts
+    _x: Tensor
+    _scale: Tensor  # σ²/α, as x
+    _affine: tuple[Tensor | None, Tensor | None]
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """The symmetric part of the covariance times v, for each sample."""
+        return self.product(v)
+
+    def product(self, v: Tensor, *, symmetric: bool = True) -> Tensor:
+        """The covariance of each sample times its part of v.
+
+        Args:
+            v: vectors (B, *), or K of them for each sample, (K, B, *).
+            symmetric: whether to take the symmetric part, as a covariance has no other.
+
+        Returns:
+            The products, of the shape of v, without a graph.
+
+        Raises:
+            ValueError: for another shape.
+            DerivativeError: where the network cannot be differentiated twice.
+        """
+        x = self._x
+        if not isinstance(v, Tensor) or v.shape[-x.ndim :] != x.shape or v.ndim > x.ndim + 1:
+            expected = f"a tensor of shape {tuple(x.shape)}, or K of these"
+            raise ValueError(complaint("v", expected, v))
+        rows = v.reshape(-1, *x.shape[1:]).to(x.dtype)
+        count = len(rows) // len(x)
+        field = self._field if count == 1 else self._field.repeat(count)
+        copies = (count, *(1,) * (x.ndim - 1))
+        with torch.no_grad(), outside_inference_mode():
+            found = derive_with_products(
+                field, x.repeat(copies), normal(rows[None]), lambda _: rows[None], order=2
+            )
+        jacobian_v = found.derived.directional[0]
+        if symmetric:
+            jacobian_v = (jacobian_v + found.pulled[0]) / 2
+        p, q = (None if each is None else each.repeat(copies) for each in self._affine)
+        x0_jacobian_v = apply_affine(jacobian_v, rows, p, q)
+        return (self._scale.repeat(copies) * x0_jacobian_v).reshape(v.shape)
+
+    def diagonal(
+        self, probes: Probes = "exact", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Variances (B, *) of the elements: exact, or the mean of v ∘ Σv over random probes."""
+        if probes == "exact":
+            return self._forms(probes, generator).T.reshape(self._x.shape)
+        return torch.cat([(v * (self @ v)).mean(0) for v in self._directions(probes, generator)])
+
+    def trace(self, probes: Probes = "exact", generator: torch.Generator | None = None) -> Tensor:
+        """Sums (B,) of the variances: exact, or the mean of vᵀΣv over random probes."""
+        forms = self._forms(probes, generator)
+        return forms.sum(0) if probes == "exact" else forms.mean(0)
+
+    def dense(self) -> Tensor:
+        """The symmetric part as matrices (B, d, d), from d products."""
+        columns = torch.cat([self @ units for units in self._directions("exact", None)])
+        return columns.flatten(2).movedim(0, 2)
+
+    def _forms(self, probes: Probes, generator: torch.Generator | None) -> Tensor:
+        """vᵀΣv for all directions, (K, B), from one evaluation of the network."""
+        directions = list(self._directions(probes, generator))
+        with torch.no_grad(), outside_inference_mode():
+            _, forms = quadratic_forms(self._field, self._x, directions)
+        squares = torch.cat([over_elements(v.square()) for v in directions])
+        p, q = (None if each is None else each.flatten() for each in self._affine)
+        return self._scale.flatten() * apply_affine(forms, squares, p, q)
+
+    def _directions(self, probes: Probes, generator: torch.Generator | None) -> Iterable[Tensor]:
+        x = self._x
+        if isinstance(probes, Hutchinson):
+            source = check_generator(generator, x.device)
+            return [draw_probes(x, probes.count, probes.distribution, source)]
+        if probes != "exact":
+            raise ValueError(complaint("probes", "'exact' or Hutchinson(...)", probes))
+        return unit_vector_chunks(x, max(1, CHUNK_ELEMENTS // x.numel()))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DenoisingPosterior:
+    """Mean and covariance of clean data x₀ given x at time t, as a model implies them.
+
+    Attributes:
+        mean: E[x₀ | x], (B, *), without a graph; `ScoreModel.denoise` has one.
+        covariance: Cov[x₀ | x], an operator.
+    """
+
+    mean: Tensor
+    covariance: PosteriorCovariance
+
+
+def denoising_posterior(
+    model: ScoreModel, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
+) -> DenoisingPosterior:
+    """The posterior, as `ScoreModel.denoising_posterior` describes it."""
+    refuse_wrapped(model.network)
+    x, kwargs = normal(check_sample_batch("x", x)), check_model_kwargs(model_kwargs)
+    field = noise_field(model, check_time(model, x, t), kwargs)
+    with torch.no_grad(), outside_inference_mode():
+        mean = model.denoise(x, field.t, **field.kwargs)
+        alpha, sigma = (
+            each.reshape(-1, *(1,) * (x.ndim - 1)) for each in model.coefficients(t, x)
+        )
+        affine = model.affine_of_data(field.t, x)
+    scale = sigma.square() / alpha
+    return DenoisingPosterior(mean, PosteriorCovariance(field.network(), x, scale, affine))

@@ -1,0 +1,201 @@
+"""The denoising posterior against closed forms: mean and covariance of x₀ given x_t."""
+
+import pytest
+import torch
+from torch import nn
+
+import hosm_losses as hosm
+from tests.cases import PREDICTIONS, SCHEDULES, VP, networks
+from tests.oracles import (
+    PREDICTIONS_OF_ORACLE,
+    GaussianMixture,
+    anisotropic,
+    atoms_posterior,
+    mixture_noise,
+    rates_of,
+)
+
+MIXTURE = anisotropic(3, count=2)
+
+
+def oracle(schedule, prediction, mixture=MIXTURE):
+    """A model of the exact score, by any prediction."""
+
+    def network(x, t):
+        alpha, sigma = (each[:, None] for each in schedule(t))
+        rates = tuple(each[:, None] for each in rates_of_each(schedule, t))
+        noise = mixture_noise(mixture, schedule)(x, t)
+        return PREDICTIONS_OF_ORACLE[prediction](noise, x, alpha, sigma, rates)
+
+    return hosm.ScoreModel(network, schedule, prediction)
+
+
+def rates_of_each(schedule, t):
+    pairs = [rates_of(schedule, each) for each in t]
+    return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
+
+
+def exact_posterior(mixture, x, alpha, sigma):
+    """Mean and covariance of x₀, from those of each component by conditioning."""
+    d = mixture.means.shape[1]
+    eye = torch.eye(d)
+    means, covariances = [], []
+    for row in range(len(x)):
+        a, s = alpha[row], sigma[row]
+        gain = a * mixture.covariances @ torch.linalg.inv(a**2 * mixture.covariances + s**2 * eye)
+        centres = mixture.means + torch.einsum("kij,kj->ki", gain, x[row] - a * mixture.means)
+        within = mixture.covariances - a * gain @ mixture.covariances
+        w = mixture._parts(x[row : row + 1], alpha[row : row + 1], sigma[row : row + 1])[2]
+        w = w.softmax(1)[0]
+        mean = w @ centres
+        apart = centres - mean
+        covariance = torch.einsum("k,kij->ij", w, within)
+        covariance = covariance + torch.einsum("k,ki,kj->ij", w, apart, apart)
+        means.append(mean)
+        covariances.append(covariance)
+    return torch.stack(means), torch.stack(covariances)
+
+
+def points(schedule, d=3):
+    low, high = schedule.log_sigma_hat_range
+    u = torch.linspace(max(low, -2.0), min(high, 1.0), 4)
+    t = schedule.time(u)
+    alpha, sigma = schedule(t)
+    return alpha[:, None] * torch.randn(4, d) + sigma[:, None] * torch.randn(4, d), t
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_posterior_of_a_mixture_is_exact(prediction, schedule):
+    x, t = points(schedule)
+    model = oracle(schedule, prediction)
+    posterior = model.denoising_posterior(x, t)
+    mean, covariance = exact_posterior(MIXTURE, x, *schedule(t))
+    found = posterior.covariance
+    torch.testing.assert_close(posterior.mean, mean)
+    torch.testing.assert_close(model.denoise(x, t), mean)
+    torch.testing.assert_close(found.dense(), covariance)
+    torch.testing.assert_close(found.diagonal(), covariance.diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(found.trace(), covariance.diagonal(dim1=1, dim2=2).sum(1))
+    v = torch.randn(5, *x.shape)
+    products = torch.einsum("bij,kbj->kbi", covariance, v)
+    torch.testing.assert_close(found @ v, products)
+    torch.testing.assert_close(found @ v[0], products[0])
+
+
+def test_the_posterior_of_points_is_that_of_their_weights():
+    atoms, weights = torch.randn(5, 2), torch.full((5,), 0.2)
+    alpha, sigma = (float(each) for each in VP(0.3))
+
+    def network(x, t):
+        _, w = atoms_posterior(atoms, weights, x, alpha, sigma)
+        return w @ atoms
+
+    x, t = torch.randn(3, 2), torch.full((3,), 0.3)
+    posterior = hosm.ScoreModel(network, VP, "x0").denoising_posterior(x, t)
+    w = atoms_posterior(atoms, weights, x, alpha, sigma)[1]
+    apart = atoms - (w @ atoms)[:, None]
+    torch.testing.assert_close(
+        posterior.covariance.dense(), torch.einsum("bk,bki,bkj->bij", w, apart, apart)
+    )
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+def test_a_network_that_is_no_gradient_has_the_covariance_of_its_jacobian(prediction):
+    network, shape = networks()["mlp"]
+    x, t = torch.randn(2, *shape), torch.tensor([0.2, 0.7])
+    model = hosm.ScoreModel(network, VP, prediction)
+    covariance = model.denoising_posterior(x, t).covariance
+    alpha, sigma = VP(t)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda p, t: model.denoise(p[None], t[None])[0]))(
+        x, t
+    ).reshape(2, x[0].numel(), -1)
+    whole = (sigma.square() / alpha)[:, None, None] * jacobian
+    symmetric = (whole + whole.mT) / 2
+    assert (whole - whole.mT).abs().max() > 1e-3 * whole.abs().max()
+    v = torch.randn(3, *x.shape)
+    flat = v.reshape(3, 2, -1)
+    for matrix, kind in ((symmetric, True), (whole, False)):
+        expected = torch.einsum("bij,kbj->kbi", matrix, flat).reshape(v.shape)
+        torch.testing.assert_close(covariance.product(v, symmetric=kind), expected)
+    torch.testing.assert_close(covariance.dense(), symmetric)
+    torch.testing.assert_close(covariance.trace(), whole.diagonal(dim1=1, dim2=2).sum(1))
+
+
+def test_random_probes_have_the_mean_of_the_exact_numbers():
+    x, t = points(VP)
+    covariance = oracle(VP, "epsilon").denoising_posterior(x, t).covariance
+    probes, generator = hosm.Hutchinson(2000), torch.Generator().manual_seed(0)
+    dense = covariance.dense()
+    off = dense - torch.diag_embed(dense.diagonal(dim1=1, dim2=2))
+    bound = 5 * off.square().sum(2).sqrt() / 2000**0.5
+    error = covariance.diagonal(probes, generator) - covariance.diagonal()
+    assert bool((error.abs() <= bound).all())
+    bound = 5 * (2 * off.square().sum((1, 2))).sqrt() / 2000**0.5
+    assert bool(((covariance.trace(probes, generator) - covariance.trace()).abs() <= bound).all())
+    again = [covariance.trace(hosm.Hutchinson(2), torch.Generator().manual_seed(1)) for _ in "ab"]
+    assert torch.equal(*again)
+
+
+def test_a_denoiser_keeps_its_digits_at_large_noise():
+    """σ̂ = 999 in float32: the Jacobian of x̂₀ is the covariance over σ², a difference is not."""
+    schedule = hosm.EDMSchedule(t_max=1000.0)
+    gaussian = GaussianMixture([[0.3, -0.2]], [[[0.5, 0.2], [0.2, 0.4]]], [1.0])
+    exact, t = torch.tensor([[[0.5, 0.2], [0.2, 0.4]]]), torch.tensor([999.0]).float()
+    gain = (exact[0] @ torch.linalg.inv(exact[0] + 999.0**2 * torch.eye(2))).float()
+    mean = gaussian.means[0].float()
+    errors = {}
+    for prediction in ("sample", "epsilon"):
+
+        def network(x, t, prediction=prediction):
+            denoised = mean + (x - mean) @ gain.T
+            return denoised if prediction == "sample" else (x - denoised) / t[:, None]
+
+        model = hosm.ScoreModel(network, schedule, prediction)
+        found = model.denoising_posterior(torch.randn(1, 2).float() * 999, t)
+        errors[prediction] = float((found.covariance.dense() - exact).abs().max())
+    assert errors["sample"] < 1e-5 < 1e-3 < errors["epsilon"]
+
+
+def test_conditions_go_with_their_samples_and_nothing_has_a_graph():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x, t, scale, table):
+            assert table.shape == (2,)
+            return self.factor * scale[:, None] * x + table.sum()
+
+    model = hosm.ScoreModel(Scaled(), VP, "x0")
+    x, t, scale = torch.randn(2, 3, requires_grad=True), torch.tensor([0.3, 0.6]), torch.rand(2)
+    kwargs = {"scale": scale, "table": hosm.Shared(torch.ones(2))}
+    posterior = model.denoising_posterior(x, t, kwargs)
+    alpha, sigma = VP(t)
+    expected = (0.5 * scale * sigma.square() / alpha)[:, None].expand(2, 3)
+    for found in (
+        posterior.covariance.diagonal(),
+        posterior.covariance @ torch.ones(2, 3),
+        (posterior.covariance @ torch.ones(4, 2, 3))[3],
+    ):
+        torch.testing.assert_close(found, expected)
+        assert not found.requires_grad
+    assert not posterior.mean.requires_grad
+    with torch.inference_mode():
+        inside = model.denoising_posterior(x.detach().clone(), t, kwargs).covariance
+        torch.testing.assert_close(inside @ torch.ones(2, 3), expected)
+
+
+def test_what_it_cannot_take_is_an_error():
+    model = hosm.ScoreModel(lambda x, t: x, VP)
+    x, t = torch.randn(2, 3), torch.full((2,), 0.5)
+    covariance = model.denoising_posterior(x, t).covariance
+    for v in (torch.ones(3), torch.ones(3, 3), torch.ones(1, 1, 2, 3), 1.0):
+        with pytest.raises(ValueError, match=r"v: expected a tensor of shape \(2, 3\)"):
+            covariance @ v
+    with pytest.raises(ValueError, match="probes: expected 'exact' or Hutchinson"):
+        covariance.diagonal(4)
+    with pytest.raises(ValueError, match="range of the schedule"):
+        model.denoising_posterior(x, t + 1)
+    with pytest.raises(TypeError, match="bare network"):
+        hosm.ScoreModel(nn.DataParallel(nn.Identity()), VP).denoising_posterior(x, t)
