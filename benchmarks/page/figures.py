@@ -1,50 +1,66 @@
-"""Every figure, in one look: told apart by marker and dash as well as by colour.
+"""The figures of the measurements: one message each, its verdict in the title.
 
-A page shows them about 930 pixels wide, where their text is as large as that of the page.
+Lines are labelled where they end and told apart by marker and dash as well as by colour. The
+ground is transparent, and text and axes are of a grey that reads on white and on black.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, LogFormatter, NullFormatter, NullLocator
 
 from benchmarks.page import study
 from benchmarks.page.numbers import Found, label, walk
 
-DPI, WIDTH, TEXT = 150, 9.3, {"font.size": 11.5, "axes.titlesize": "medium"}
-PROBES = ("rademacher", "gaussian", "sphere", "dct", "unit vectors")
-TERMS = ("first", "second", "trace", "third", "third laplacian")
-# In the likelihood ours are in colour and others grey, by a part of their names.
-OURS = ("fresh signs", "fresh dct", "one probe kept", "grid, exact", "adaptive")
-PEERS = ("score_sde", "torchdiffeq", "k-diffusion", "flow_matching")
-Points = Mapping[float, Sequence[float]]  # x → value, low, high
-
-# Colours of Okabe and Ito, which the colour-blind can tell apart; from dark to light in grey.
-COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+WIDTH, GREY = 9.3, "#7f7f7f"  # inches, as wide as a page
+STYLE = {
+    "font.size": 11.5,
+    "axes.titlesize": "medium",
+    "figure.titlesize": "large",
+    "legend.frameon": False,
+    "savefig.transparent": True,
+    "svg.hashsalt": "hosm-losses",  # the file is the same for the same numbers
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "axes.titlecolor": GREY,
+    "text.color": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+}
+# Colours of Okabe and Ito, which the colour-blind can tell apart, in the place of black a grey.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", GREY)
 MARKERS, DASHES = "os^DvP", ("-", "--", "-.", ":", "-", "--")
-
-
-def style(order: Sequence[str], name: str) -> dict[str, str]:
-    """A line that is readable in grey, by the place of its name."""
-    index = order.index(name)
-    return {"color": COLORS[index], "marker": MARKERS[index], "linestyle": DASHES[index]}
+PROBES = ("rademacher", "gaussian", "sphere", "dct", "unit vectors")
+TERMS = ("first", "trace", "second", "third")
+# Methods of the likelihood, by what the label says of them; others are grey.
+METHODS = {
+    "fixed grid, exact": "ours, exact",
+    "fixed grid, fresh signs": "ours, fresh probes",
+    "torchdiffeq": "torchdiffeq, one kept",
+    "torchdiffeq, exact": "torchdiffeq, exact",
+}
+TICKS = (0.1, 0.3, 1, 3, 10)
+Points = Mapping[float, Sequence[float]]  # x → value, low, high
 
 
 def draw(found: Found, images: Path) -> Iterator[Path]:
     """Draw the figures whose questions were measured."""
     for name, (question, figure) in FIGURES.items():
         if question in found:
-            path = images / f"{name}.png"
+            path = images / f"{name}.svg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Without the version of matplotlib the file is the same for the same numbers.
-            with rc_context(TEXT):
-                figure(found[question]).savefig(path, dpi=DPI, metadata={"Software": None})
+            with rc_context(STYLE):
+                figure(found[question]).savefig(path, metadata={"Date": None, "Creator": None})
             yield path
 
 
@@ -56,85 +72,109 @@ class Plain(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
+def lines(axes: Axes, curves: Mapping[str, Points], names: Sequence[str]) -> None:
+    """Curves with their intervals on two logarithmic axes, each labelled at its right end."""
+    ends = {}
+    for name, points in curves.items():
+        place = names.index(name)
+        look: dict[str, Any] = {"color": COLORS[place], "marker": MARKERS[place]}
+        value, low, high = zip(*points.values(), strict=True)
+        axes.fill_between([*points], low, high, color=look["color"], alpha=0.18, lw=0)
+        axes.plot([*points], value, DASHES[place], ms=5, **look)
+        ends[name] = (max(points), math.log(points[max(points)][0]), look["color"])
+    axes.set(xscale="log", yscale="log")
+    axes.grid()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    apart = 0.07 * float(np.diff(np.log(axes.get_ylim()))[0])
+    last = -math.inf
+    for name, (x, y, color) in sorted(ends.items(), key=lambda item: item[1][1]):
+        last = max(y, last + apart)
+        at = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(name, (x, math.exp(last)), color=color, annotation_clip=False, **at)
+
+
 def panels(
     problems: Found,
-    rows: Mapping[str, Callable[[Found], Mapping[str, Points]]],
-    xlabel: str,
-    *,
-    least: int = 1,
-    styles: Callable[[str], dict[str, str]],
+    curves: Callable[[Found], Mapping[str, Points]],
+    names: Sequence[str],
+    shown: Sequence[str],
+    texts: Mapping[str, str],
     ticks: Sequence[float] | None = None,
 ) -> Figure:
-    """A panel for each problem and quantity, a row for each of several quantities."""
-    problems = {name: each for name, each in problems.items() if each["elements"] >= least}
-    columns, sharey = (len(problems), "row") if len(rows) > 1 else (2, "none")
-    lines = math.ceil(len(rows) * len(problems) / columns)
-    figure, shown = Figure((WIDTH, 3.1 * lines + 1), layout="constrained"), {}
-    grid = figure.subplots(lines, columns, sharey=sharey, squeeze=False)
-    for i, ((ylabel, curves), (name, found)) in enumerate(product(rows.items(), problems.items())):
-        axes = grid.flat[i]
-        if i % columns == 0:
-            axes.set_ylabel(ylabel)
-        if i < columns or len(rows) == 1:
-            title = label(problems, name)
-            wrapped = title.replace(" on ", "\non ").replace(", ", "\n")
-            axes.set_title(wrapped if columns > 2 else title)
-        if i >= columns * (lines - 1):
-            axes.set_xlabel(xlabel)
-        for curve, points in curves(found).items():
-            look = styles(curve)
-            value, low, high = zip(*points.values(), strict=True)
-            axes.fill_between([*points], low, high, color=look["color"], alpha=0.18, lw=0)
-            shown[curve] = axes.plot([*points], value, ms=5, **look)[0]
-        axes.set(xscale="log", yscale="log")
-        for side in (axes.xaxis, axes.yaxis):
-            side.set_major_formatter("{x:g}")
-            side.set_minor_formatter(Plain())
+    """A panel for each of the problems that are shown."""
+    figure = Figure((WIDTH, 3.9), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        lines(axes, curves(problems[name]), names)
+        axes.set(title=label(problems, name), xlabel=texts["x"])
         if ticks:
             axes.xaxis.set_major_locator(FixedLocator(ticks))
             axes.xaxis.set_minor_locator(NullLocator())
-        axes.grid(color="0.9")
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=3)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(Plain())
+    figure.axes[0].set_ylabel(texts["y"])
+    figure.suptitle(texts["verdict"])
     return figure
 
 
-def below(path: str) -> Callable[[Found], dict[str, Points]]:
+def below(found: Found, path: str) -> dict[str, Points]:
     """The curves of a path whose two wild parts are a name and x, as in `0.1 std`."""
+    points: dict[str, dict[float, Sequence[float]]] = {}
+    for (name, x), interval in walk(found, path):
+        points.setdefault(name, {})[float(x.split()[0])] = interval
+    return points
+
+
+def estimator_variance(problems: Found) -> Figure:
+    """The variance of estimates of the trace over that of Rademacher probes."""
+
+    def curves(found: Found) -> dict[str, Points]:
+        return below(found, f"over signs > {' or '.join(PROBES)} > trace > * std")
+
+    texts = {
+        "verdict": "Gaussian probes and unit vectors cost ten to hundreds of Rademacher probes",
+        "x": "σ̂ [std of the data]",
+        "y": "variance of the trace\n[that of Rademacher probes]",
+    }
+    return panels(problems, curves, PROBES, ("digits", "images"), texts, TICKS)
+
+
+def gradient_variance(problems: Found) -> Figure:
+    """The noise of the gradient of each term."""
+
+    def curves(found: Found) -> dict[str, Points]:
+        return below(found, f"noise > {' or '.join(TERMS)} > *")
+
+    texts = {
+        "verdict": "Of the higher terms only the trace is as noisy as the first",
+        "x": "σ̂ [std of the data]",
+        "y": "noise of a sample's gradient\n[the first term's, over all σ̂]",
+    }
+    return panels(problems, curves, TERMS, ("digits", "images"), texts, TICKS)
+
+
+def likelihood_calls(problems: Found) -> Figure:
+    """The error of a likelihood against evaluations of the network."""
 
     def curves(found: Found) -> dict[str, Points]:
         points: dict[str, dict[float, Sequence[float]]] = {}
-        for (name, x), interval in walk(found, path):
-            points.setdefault(name, {})[float(x.split()[0])] = interval
+        for (name, _), row in walk(found, f"rows > {' or '.join(METHODS)} > *"):
+            key = float(np.ravel(row["evaluations"])[0])
+            points.setdefault(METHODS[name], {})[key] = row["error"]
         return points
 
-    return curves
-
-
-def against(field: str, unit: float = 1) -> Callable[[Found], dict[str, Points]]:
-    """The curves of the error of a likelihood, against a field of its rows."""
-
-    def curves(found: Found) -> dict[str, Points]:
-        points: dict[str, dict[float, Sequence[float]]] = {}
-        for (name, _), row in walk(found, "rows > * > *"):
-            points.setdefault(name, {})[unit * np.ravel(row[field])[0]] = row["error"]
-        return points
-
-    return curves
-
-
-def method_style(name: str) -> dict[str, str]:
-    """Ours in colour, others grey; hollow where the divergence is exact."""
-    ours = name.startswith(("fixed", "adaptive"))
-    order = OURS if ours else PEERS
-    look = style(order, next(part for part in order if part in name))
-    fill = {"fillstyle": "none" if name.endswith("exact") else "full"}
-    return look | fill | ({} if ours else {"color": "#7f7f7f", "linestyle": "--"})
+    texts = {
+        "verdict": "Fresh probes at every node err several times less than one that is kept",
+        "x": "network evaluations",
+        "y": "error [nats]",
+    }
+    return panels(problems, curves, [*METHODS.values()], ("digits", "images"), texts)
 
 
 def worth(found: Found) -> Figure:
     """KL divergence and score error over those of order one, a line for each problem."""
     cells = study.densities(found)
-    figure = Figure((WIDTH, 0.55 * len(cells) + 2), layout="constrained")
+    figure = Figure((WIDTH, 0.5 * len(cells) + 2.2), layout="constrained")
     titles = {"kl": "KL divergence", "score": "error of the ODE's score"}
     for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
         for i, loss in enumerate(study.SHOWN):
@@ -146,13 +186,13 @@ def worth(found: Found) -> Figure:
             if rows:
                 value, low, high = np.transpose([*rows.values()])
                 reach = np.abs([value - low, high - value])
-                look = {**style([*study.SHOWN], loss), "linestyle": "none", "capsize": 2}
+                look = {"color": COLORS[i], "marker": MARKERS[i], "ls": "none", "capsize": 2}
                 places = np.array([*rows]) + (i - 1) / 5
                 axes.errorbar(value, places, xerr=reach, label=study.SHOWN[loss], **look)
-        axes.set(title=title, xscale="log", xlabel="over that of order one, at equal cost")
-        low, _ = axes.get_xlim()
-        axes.axvspan(low, 1, color="0.93", zorder=0)
-        axes.axvline(1, color="0.4", linewidth=1)
+        axes.set(title=title, xscale="log", xlabel="over that of order one")
+        low = max(axes.get_xlim()[0], 0.01)
+        axes.axvspan(low, 1, color="#009e73", alpha=0.08, zorder=0, lw=0)
+        axes.axvline(1, color=GREY, linewidth=1)
         axes.set_xlim(low)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(Plain())
@@ -160,33 +200,15 @@ def worth(found: Found) -> Figure:
     figure.axes[0].set_yticks(range(len(cells)), names)
     figure.axes[0].invert_yaxis()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(
+        "At equal cost order three improves the ODE's score, less often its likelihood"
+    )
     return figure
 
 
-SIGNS = f"over signs > {' or '.join(PROBES)}"
-OVER_SIGNS = {
-    f"{title}: variance\n[that of signs]": below(f"{SIGNS} > {term} > * std")
-    for title, term in (("trace", "trace"), ("order two", "Frobenius"), ("order three", "third"))
-}
-NOISE = {
-    "noise of the gradient of a sample\n[first order's, r.m.s. over σ̂]": below(
-        f"noise > {' or '.join(TERMS)} > *"
-    )
-}
-LEVEL = {"xlabel": "σ̂ [std of the data]", "ticks": (0.1, 0.3, 1, 3, 10)}
-CALLS = {"rows": {"error [nats]": against("evaluations")}, "xlabel": "network evaluations"}
-TIMES = {"rows": {"error [nats]": against("seconds", 1e3)}, "xlabel": "processor time [ms]"}
-# The question, and what draws it; `least` is a number of dimensions.
 FIGURES: dict[str, tuple[str, Callable[[Found], Figure]]] = {
-    "estimator_variance": (
-        "estimator_variance",
-        partial(panels, rows=OVER_SIGNS, least=64, styles=partial(style, PROBES), **LEVEL),
-    ),
-    "gradient_variance": (
-        "gradient_variance",
-        partial(panels, rows=NOISE, styles=partial(style, TERMS), **LEVEL),
-    ),
-    "likelihood_calls": ("likelihood", partial(panels, **CALLS, styles=method_style)),
-    "likelihood_time": ("likelihood", partial(panels, **TIMES, styles=method_style)),
+    "estimator_variance": ("estimator_variance", estimator_variance),
+    "gradient_variance": ("gradient_variance", gradient_variance),
+    "likelihood_calls": ("likelihood", likelihood_calls),
     "worth": ("study", worth),
 }
