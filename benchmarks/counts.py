@@ -40,13 +40,6 @@ def count_of(work: Callable[[], object]) -> CountFlops:
     return count
 
 
-def attention_share(name: str) -> float:
-    """The share of attention's own products in a step of order one whose x needs a gradient."""
-    model, x = model_of(name), torch.randn(BATCH, *NETWORKS[name][1][1:], requires_grad=True)
-    count = count_of(lambda: hosm.first_order_dsm(model, x).backward())
-    return count.by_operator[torch.ops.aten.bmm] / count.total
-
-
 def counted(network: torch.nn.Module, work: Callable[[], object]) -> dict[str, int]:
     """FLOPs of some work, how often it calls the network, and with how many samples in all."""
     batches: list[int] = []
