@@ -130,7 +130,7 @@ BAD = {
     ],
     "generator": bad(TypeError, 0, torch.manual_seed) + bad(ValueError, Elsewhere()),
     "model_kwargs": [
-        *bad(TypeError, [1], "y", {1: X}),
+        *bad(TypeError, [1], "y"),
         *bad(ValueError, {"x": X}, {"t": T}, {"self": T}),
     ],
     "order": bad(ValueError, 0, 4, True, 2.0, "3", None),

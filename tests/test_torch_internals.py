@@ -96,12 +96,6 @@ def changed_since():
     value.backward()
 
 
-def made_in_inference():
-    with torch.inference_mode():
-        x = torch.ones(2)
-    x * leaf()
-
-
 HALF, SINGLE, AT = torch.float16, torch.float32, torch.tensor([1.5, 2.0])
 SAID = {
     "NOT_TWICE": [
@@ -119,7 +113,6 @@ SAID = {
     "CHANGED_SINCE": [changed_since],
     "LOST_ATTRIBUTE": [lambda: once_and_again(Forgets.apply)],
     "IN_SCRIPT": [in_script],
-    "MADE_IN_INFERENCE": [made_in_inference],
     "OF_DTYPES": [
         lambda: F.linear(torch.ones(2, 2), torch.ones(2, 2, dtype=SINGLE)),
         lambda: torch.matmul(torch.ones(2, 2, dtype=HALF), torch.ones(2, 2)),

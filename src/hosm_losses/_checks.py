@@ -53,17 +53,12 @@ def describe(value: object) -> str:
     return f"an object of type {kind.__name__}{since}"
 
 
-def users_level() -> int:
-    """The stacklevel of the user's line, for a warning by the function that asks."""
-    level, frame, libraries = 1, sys._getframe(1), ("hosm_losses.", "torch.")
+def warn(message: str) -> None:
+    """Give a warning that points at the user's line, the first outside this package and torch."""
+    level, frame, libraries = 1, sys._getframe(), ("hosm_losses.", "torch.")
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(libraries):
         level, frame = level + 1, frame.f_back
-    return level
-
-
-def warn(message: str) -> None:
-    """Warn of the user's line."""
-    warnings.warn(message, stacklevel=users_level())
+    warnings.warn(message, stacklevel=level)
 
 
 def may_look(tensor: Tensor) -> bool:
@@ -114,16 +109,14 @@ def check_generator(generator: object, device: torch.device) -> torch.Generator 
     """Return `generator` if it is None or a generator of the device that draws are made on."""
     if generator is None:
         return None
-    made = f"torch.Generator({str(device)!r})"
+    remedy = f"Make one with torch.Generator({str(device)!r}).manual_seed(0)."
     if not isinstance(generator, torch.Generator):
-        remedy = f"Make one with {made}.manual_seed(0)."
         raise TypeError(complaint("generator", "a torch.Generator or None", generator, remedy))
     own = generator.device
     # Nothing is drawn on meta, which has no generators.
     if device.type != "meta" and (own.type, own.index or 0) != (device.type, device.index or 0):
-        expected = f"one on {device}, the device of the data"
-        remedy = f"Make it with {made}."
-        raise ValueError(complaint("generator", expected, own, remedy, got=f"one on {own}"))
+        expected, got = f"one on {device}, the device of the data", f"one on {own}"
+        raise ValueError(complaint("generator", expected, own, remedy, got=got))
     return generator
 
 
@@ -135,24 +128,18 @@ def check_model_kwargs(model_kwargs: object) -> dict[str, Any]:
     if not isinstance(model_kwargs, Mapping):
         expected = "a mapping of the network's keyword arguments, such as {'y': labels}, or None"
         raise TypeError(complaint(name, expected, model_kwargs))
-    for key in model_kwargs:
-        if not isinstance(key, str):
-            raise TypeError(complaint(name, "names of keyword arguments as keys", key))
-        if key in ("x", "t", "self"):
-            expected = "none of 'x', 't', 'self', which the call of the network sets itself"
-            remedy = "Leave it out, or rename it with ScoreModel(..., call=...)."
-            raise ValueError(complaint(name, expected, key, remedy))
+    for key in {"x", "t", "self"} & model_kwargs.keys():
+        expected = "none of 'x', 't', 'self', which the call of the network sets itself"
+        remedy = "Leave it out, or rename it with ScoreModel(..., call=...)."
+        raise ValueError(complaint(name, expected, key, remedy))
     return dict(model_kwargs)
 
 
 def check_dense(name: str, value: Tensor) -> None:
     """Raise TypeError for a sparse or nested tensor, or one of another layout."""
-    if value.is_nested:
-        remedy = "Give samples of one shape a batch."
-        raise TypeError(complaint(name, "a dense tensor (B, *)", value, remedy))
-    if value.layout != torch.strided:
-        got, remedy = f"one of layout {value.layout}", f"Convert it with {name}.to_dense()."
-        raise TypeError(complaint(name, "a dense tensor (B, *)", value, remedy, got=got))
+    if value.is_nested or value.layout != torch.strided:
+        got = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(complaint(name, "a dense tensor (B, *)", value, got=got))
 
 
 def check_not_empty(name: str, value: Tensor) -> None:
@@ -169,9 +156,6 @@ def check_sample_batch(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise not_a_tensor(name, f"a {expected}", value)
     check_dense(name, value)
-    if value.is_complex():
-        remedy = f"Give its parts as channels, for example torch.view_as_real({name})."
-        raise TypeError(complaint(name, f"a real {expected}", value, remedy))
     if not value.is_floating_point():
         remedy = (
             "Scale integer images to the range the network was trained on first, for example "
@@ -216,12 +200,6 @@ def check_prediction(predicted: object, x: Tensor) -> None:
             "Pick the prediction out with ScoreModel(..., output=...), for example output=lambda "
             "out: out[0] or operator.attrgetter('sample')."
         )
-    elif predicted.dtype.is_complex:
-        expected = "a real output"
-        remedy = (
-            "Pick what it predicts with ScoreModel(..., output=...), for example "
-            "output=torch.real."
-        )
     elif predicted.shape != x.shape:
         kind, expected = ValueError, f"an output of the shape of x, {tuple(x.shape)}"
         remedy = "The first dimension of x is that of the batch: of one sample give x[None]."
@@ -231,7 +209,7 @@ def check_prediction(predicted: object, x: Tensor) -> None:
                 "output=lambda out: out[:, :C])."
             )
     elif not predicted.is_floating_point():
-        expected, remedy = "a floating-point output", "Integers have no derivatives."
+        expected = "a floating-point output"
     elif predicted.device != x.device:
         kind, expected = ValueError, f"an output on {x.device}, the device of x"
     else:

@@ -4,7 +4,6 @@ import copy
 import functools
 import operator
 import pickle
-import sys
 
 import pytest
 import torch
@@ -190,55 +189,3 @@ def test_a_network_that_looks_t_up_is_told_of_what_is_between(kind):
         with pytest.raises(TypeError):
             function(model, x)
         assert not bool(function(nearest, x).failed.any())
-
-
-def test_a_network_that_was_made_in_inference_mode_is_told_of():
-    with torch.inference_mode():
-        layer = OfX(nn.Linear(3, 3))
-    model, x = hosm.ScoreModel(layer, VP), torch.randn(4, 3)
-    with pytest.raises(TypeError):
-        hosm.ode_nll(model, x)
-    hosm.ode_nll(hosm.ScoreModel(copy.deepcopy(layer), VP), x)
-
-
-def test_other_errors_of_a_network_come_as_they_are():
-    for error in (RuntimeError("its own"), torch.OutOfMemoryError("no room"), IndexError("9")):
-
-        def network(x, t, error=error):
-            raise error
-
-        model = hosm.ScoreModel(network, TABLE if isinstance(error, IndexError) else VP)
-        for function in (hosm.first_order_dsm, hosm.ode_nll):
-            with pytest.raises(type(error)) as caught:
-                function(model, torch.zeros(4, 2))
-            assert caught.value is error
-    # Only a table has indices.
-    with pytest.raises((IndexError, RuntimeError)):
-        hosm.ode_nll(hosm.ScoreModel(LooksUp("indices"), VP), torch.zeros(4, 2))
-
-
-def test_a_network_that_casts_by_itself_may_return_another_dtype():
-    inner = MLP(2).float()
-    model = hosm.ScoreModel(lambda x, t: inner(x.float(), t.float()), VP)
-    hosm.third_order_dsm(model, torch.randn(4, 2)).backward()
-    assert inner.outer.weight.grad is not None
-
-
-def test_fractions_of_the_first_step_of_a_table_are_told_of():
-    model = hosm.ScoreModel(lambda x, t: 0.1 * x, hosm.DiscreteSchedule.linear(1000))
-    x0 = torch.randn(8, 3)
-    for given in ({"t": torch.rand(8)}, {"time_sampler": lambda n, _: torch.rand(n)}):
-        with pytest.warns(UserWarning, match="t: expected indices from 0 to 999"):
-            hosm.first_order_dsm(model, x0, **given)
-    several = torch.linspace(0.5, 999, 8)
-    for t in (several, torch.zeros(8), torch.ones(8), torch.ones(8, dtype=torch.int64)):
-        hosm.first_order_dsm(model, x0, t=t)
-
-
-def test_an_object_of_a_class_that_was_loaded_again_is_told_of(monkeypatch):
-    """As by autoreload in a notebook: the names of both classes are the same."""
-    old = hosm.ScoreModel(lambda x, t: x, VP)
-    new = type("ScoreModel", (nn.Module,), {"__module__": hosm.ScoreModel.__module__})
-    monkeypatch.setattr(sys.modules[new.__module__], "ScoreModel", new)
-    with pytest.raises(TypeError, match=r"of type ScoreModel, loaded again since: make it anew"):
-        hosm.first_order_dsm(old, torch.zeros(2, 3))

@@ -9,7 +9,6 @@ What:
 """
 
 import math
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hosm_losses import _torch_internals as internals
-from hosm_losses._checks import owns_values, users_level
+from hosm_losses._checks import owns_values, warn
 from hosm_losses.derivatives.memory import memory_of
 from hosm_losses.taylor import Jet
 
@@ -51,7 +50,7 @@ def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tenso
         memory_of(field.owner).orders.update((2, 3) if told or order == 3 else (2,))
         if told:
             name = type(field.owner).__name__
-            warnings.warn(WARNING.format(name, told), stacklevel=users_level())
+            warn(WARNING.format(name, told))
         return value
 
     return first

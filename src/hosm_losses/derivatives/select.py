@@ -12,7 +12,6 @@ What:
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from hosm_losses._checks import DerivativeError, users_level
+from hosm_losses._checks import DerivativeError, warn
 from hosm_losses._torch_errors import DEVICE_ERROR_TEXT, NO_FORWARD, NO_GRAPH, NOT_TWICE
 from hosm_losses._torch_internals import surrounded, traced, versions
 from hosm_losses.derivatives import engines, products
@@ -259,11 +258,10 @@ def _warn_once(tries: _Attempts, *, laplacian: bool) -> None:
     if laplacian not in said:
         said.add(laplacian)
         exact = ", and third='exact' that of 'laplacian'" if laplacian else ""
-        warnings.warn(
+        warn(
             f"engine='auto': the engine 'taylor' cannot differentiate "
             f"{type(tries.owner).__name__} ({why}), so reverse mode, which is slower, takes its "
-            f"place{exact}.",
-            stacklevel=users_level(),
+            f"place{exact}."
         )
 
 

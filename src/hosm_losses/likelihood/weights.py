@@ -21,7 +21,6 @@ Source:
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +29,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_like, check_whole, complaint, users_level
+from hosm_losses._checks import check_choice, check_like, check_whole, complaint, warn
 from hosm_losses.likelihood.result import NLLResult, SampleResult
 
 LogTarget = Callable[[Tensor], Tensor]
@@ -279,11 +278,10 @@ def importance_weights(
         )
     found = Weights(result.x.detach(), log_weights, variance, solver_error, log_target)
     if found.probe_variance > LARGE:
-        warnings.warn(
+        warn(
             f"The probes' variance of the log-weights, {found.probe_variance:.2g} nats², is above "
             f"{LARGE:g}: the weights say more of the probes than of the model. Use more probes, "
-            "or divergence='exact'.",
-            stacklevel=users_level(),
+            "or divergence='exact'."
         )
     return found
 

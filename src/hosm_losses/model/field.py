@@ -21,14 +21,7 @@ from hosm_losses.derivatives import (
     derive_with_products,
     quadratic_forms,
 )
-from hosm_losses.model.conditions import (
-    SharedTensors,
-    bound,
-    copied,
-    map_tensors,
-    per_sample,
-    rows_note,
-)
+from hosm_losses.model.conditions import bind, map_tensors, per_sample, rows_note
 from hosm_losses.model.score_model import ScoreModel, apply_affine
 from hosm_losses.taylor import GIVE_THE_SOURCE, Jet, safe_of_one, safe_primitives
 
@@ -77,12 +70,10 @@ class NoiseField:
 
     def _predicted(self, x: Tensor) -> Tensor:
         # At order one the network is given what it was given by the trainer, once.
-        if not self.kwargs or self.at_first:
+        if not self.kwargs or (self.at_first and len(x) == self.batch):
             return self._with_primitives(x, self.kwargs)
-        shared = SharedTensors(self.kwargs)
-        value = self._with_primitives(x, copied(self.kwargs))
-        shared.check()
-        return value
+        # Its own copies, shared ones too: it may write to them, and is called several times.
+        return self._with_primitives(x, map_tensors(self.kwargs, Tensor.clone))
 
     def _with_primitives(self, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         # A Jet has rules of its own, and what is not differentiated in x needs no primitives.
@@ -207,7 +198,7 @@ def condition(
     primitives: bool | None = None,
 ) -> NoiseField:
     """Bind keyword arguments of the network to a batch; the model's own `primitives` if None."""
-    kwargs = map_tensors(bound(model_kwargs, batch), normal) if model_kwargs else {}
+    kwargs = map_tensors(bind(model_kwargs, batch), normal) if model_kwargs else {}
     safe = model.primitives if primitives is None else primitives
     return NoiseField(model, kwargs, safe, batch)
 

@@ -21,7 +21,6 @@ Source:
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
@@ -40,11 +39,11 @@ from hosm_losses._checks import (
     complaint,
     expand_right,
     may_look,
-    users_level,
+    warn,
 )
-from hosm_losses._torch_errors import MADE_IN_INFERENCE, OF_DTYPES, OF_INDICES
+from hosm_losses._torch_errors import OF_DTYPES, OF_INDICES
 from hosm_losses._torch_internals import normal
-from hosm_losses.model.conditions import unwrapped
+from hosm_losses.model.conditions import unmark
 from hosm_losses.schedules import Schedule, check_schedule
 from hosm_losses.taylor import Jet
 
@@ -289,7 +288,7 @@ class ScoreModel(nn.Module):
             network_time = self.time(network_time)
         elif self.time is not None:
             network_time = network_time * self.time
-        kwargs = unwrapped(kwargs) if kwargs else kwargs
+        kwargs = unmark(kwargs) if kwargs else kwargs
         returned = self._called(x, network_time, kwargs)
         predicted = returned if self.output is None else self.output(returned)
         check_prediction(predicted, x)
@@ -317,11 +316,6 @@ class ScoreModel(nn.Module):
             ) from error
         if "DTensor" in text:
             raise TypeError(f"network: {failed}. {UNSHARD}") from error
-        if MADE_IN_INFERENCE in text:
-            raise TypeError(
-                f"network: {failed}. Its tensors were made in inference mode: build or load it "
-                "outside of torch.inference_mode(), or take copy.deepcopy(network) there."
-            ) from error
         if not any(words in text for words in OF_DTYPES):
             return
         own = next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
@@ -363,10 +357,9 @@ def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
     check_range("t", time, schedule.t_min, schedule.t_max)
     fractions = schedule.integer_time and time.is_floating_point() and schedule.t_max > 1
     if fractions and may_look(time) and bool((time <= 1).all() & (time != time.round()).any()):
-        warnings.warn(
+        warn(
             f"t: expected indices from 0 to {schedule.t_max:g}, the last of the table; got "
-            "fractions of the first step alone. Times in [0, 1] have to be multiplied by it.",
-            stacklevel=users_level(),
+            "fractions of the first step alone. Times in [0, 1] have to be multiplied by it."
         )
     return normal(time)
 
