@@ -3,10 +3,10 @@
     python -m benchmarks.scale
 
 writes results/scale.json in a quarter of an hour, and `python -m benchmarks --page-only` fills
-docs/scale.md from it. FLOPs are those of matrix products and convolutions. Activations are the
-bytes of all tensors that are alive at once, at the highest: what one sample more in the batch adds
-to it. Weights, gradients and Adam's two moments are 4 bytes each. Attention keeps its weights, as
-it does above order one.
+docs/benchmark_tables.md from it. FLOPs are those of matrix products and convolutions. Activations
+are the bytes of all tensors that are alive at once, at the highest: what one sample more in the
+batch adds to it. Weights, gradients and Adam's two moments are 4 bytes each. Attention keeps its
+weights, as it does above order one.
 """
 
 import json

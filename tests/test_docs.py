@@ -12,7 +12,7 @@ import hosm_losses
 from hosm_losses.taylor.registry import RULES
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))  # README has a test of its own
+PAGES = sorted((ROOT / "docs").rglob("*.md"))  # README has a test of its own
 # A fence with anything after "python" is for reading only.
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 

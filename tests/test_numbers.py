@@ -12,23 +12,22 @@ from tests.test_cost import evaluations
 ROOT = Path(__file__).parent.parent
 PAGES = {
     path.stem: path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
 }
 TWO, THREE = hosm.second_order_dsm, hosm.third_order_dsm
 LAPLACIAN, PAIRED = {"third": "laplacian"}, {"probes": hosm.Paired()}
 TAYLOR, REVERSE = {"engine": "taylor"}, {"engine": "reverse"}
 # By page: what is found in front of a number of evaluations, and the loss that takes so many.
 EVALUATIONS = [
-    ("start", r"\| order one \|", hosm.first_order_dsm, {}),
-    ("start", r"\| order two \|", TWO, {}),
-    ("start", r"\| order three \|", THREE, {}),
-    ("start", r"\| order three, `third=\"laplacian\"` \|", THREE, LAPLACIAN),
-    ("start", r"\| `stein_dsm` \|", hosm.stein_dsm, {}),
-    ("start", r"\| order two, `probes=Paired\(\)` \|", TWO, PAIRED),
-    ("start", r"Paired\(\)` \| 12;", TWO, PAIRED | {"weights": (1, 0, 1)}),
-    ("start", r"\| order three, `probes=Paired\(\)` \|", THREE, PAIRED),
-    ("start", r"`fraction=0.25` at order three costs", THREE, {"fraction": 0.25}),
-    ("cifar10", r"`stein` costs", hosm.stein_dsm, {}),
+    ("cost", r"\| order one \|", hosm.first_order_dsm, {}),
+    ("cost", r"\| order two \|", TWO, {}),
+    ("cost", r"\| order three \|", THREE, {}),
+    ("cost", r"\| order three, `third=\"laplacian\"` \|", THREE, LAPLACIAN),
+    ("cost", r"\| `stein_dsm` \|", hosm.stein_dsm, {}),
+    ("cost", r"\| order two, `probes=Paired\(\)` \|", TWO, PAIRED),
+    ("cost", r"Paired\(\)` \| 12;", TWO, PAIRED | {"weights": (1, 0, 1)}),
+    ("cost", r"\| order three, `probes=Paired\(\)` \|", THREE, PAIRED),
+    ("cost", r"`fraction=0.25` at order three costs", THREE, {"fraction": 0.25}),
     ("derivatives", r"network in a step, order two \|", TWO, TAYLOR),
     ("derivatives", r"network in a step, order two \| 6 \|", TWO, REVERSE),
     ("derivatives", r"network in a step, order three \|", THREE, TAYLOR),

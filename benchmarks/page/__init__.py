@@ -71,7 +71,7 @@ def value(found: Found, name: str) -> str:
 
 def pages(root: Path = results.ROOT) -> dict[str, str]:
     """README.md and the pages of the documentation that have marks."""
-    files = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    files = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     texts = {file.relative_to(root).as_posix(): file.read_text("utf-8") for file in files}
     return {name: text for name, text in texts.items() if marks.ANY.search(text)}
 
