@@ -587,6 +587,13 @@ MUTANTS = [
         "return -sigma / wronskian, alpha / wronskian",
         "tests/model/test_posterior.py",
     ),
+    # Conditions repeated sample by sample, and not distribution by distribution.
+    Mutant(
+        "likelihood/distribution.py",
+        "return tensor.expand(outer + rest).reshape(-1, *rest)",
+        "return tensor.reshape(-1, *rest).repeat_interleave(outer.numel() // batch.numel(), 0)",
+        "tests/likelihood/test_distribution.py",
+    ),
 ]
 
 

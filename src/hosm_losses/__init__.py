@@ -19,6 +19,7 @@ from hosm_losses.likelihood import Adaptive as Adaptive
 from hosm_losses.likelihood import FixedGrid as FixedGrid
 from hosm_losses.likelihood import NLLResult as NLLResult
 from hosm_losses.likelihood import NLLSummary as NLLSummary
+from hosm_losses.likelihood import ODEDistribution as ODEDistribution
 from hosm_losses.likelihood import SampleResult as SampleResult
 from hosm_losses.likelihood import ToTolerance as ToTolerance
 from hosm_losses.likelihood import Uniform as Uniform

@@ -9,12 +9,15 @@
 - `integers`: `Uniform`, the dequantization, and one density from several draws.
 - `watch`: networks whose output is random.
 - `paths`: the paths of a batch, the coordinates they are solved in, and the divergence.
+- `distribution`: what `ScoreModel.distribution` returns.
 - `result`: `NLLResult`, `SampleResult`, and `NLLSummary`, the means over samples.
 """
 
+from hosm_losses.likelihood.distribution import ODEDistribution as ODEDistribution
 from hosm_losses.likelihood.integers import Uniform as Uniform
 from hosm_losses.likelihood.ode import ode_nll as ode_nll
 from hosm_losses.likelihood.ode import ode_sample as ode_sample
+from hosm_losses.likelihood.paths import Divergence as Divergence
 from hosm_losses.likelihood.result import NLLResult as NLLResult
 from hosm_losses.likelihood.result import NLLSummary as NLLSummary
 from hosm_losses.likelihood.result import SampleResult as SampleResult

@@ -21,7 +21,7 @@ Source:
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
@@ -48,6 +48,13 @@ from hosm_losses.schedules import Schedule, check_schedule
 from hosm_losses.taylor import Jet
 
 if TYPE_CHECKING:
+    from hosm_losses.likelihood import (
+        Adaptive,
+        Divergence,
+        FixedGrid,
+        ODEDistribution,
+        ToTolerance,
+    )
     from hosm_losses.model.posterior import DenoisingPosterior
 
 Kind = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
@@ -268,6 +275,54 @@ class ScoreModel(nn.Module):
         from hosm_losses.model.posterior import denoising_posterior
 
         return denoising_posterior(self, x, t, model_kwargs)
+
+    def distribution(
+        self,
+        shape: Sequence[int],
+        *,
+        solver: "FixedGrid | ToTolerance | Adaptive | None" = None,
+        divergence: "Divergence" = "exact",
+        conditions: Mapping[str, Any] | None = None,
+        batch_shape: Sequence[int] = (),
+        batch_size: int | None = None,
+    ) -> "ODEDistribution":
+        """The density of the probability-flow ODE as a `torch.distributions.Distribution`.
+
+        Args:
+            shape: that of a sample, the distribution's `event_shape`.
+            solver: as in `ode_nll`, `FixedGrid()` if None.
+            divergence: as in `ode_nll`; "exact" makes `log_prob` a function of its argument.
+            conditions: keyword arguments of the network. The shape of every tensor in it begins
+                with `batch_shape`, but for those marked `Shared`.
+            batch_shape: that of the distributions, one for each condition.
+            batch_size: samples solved at a time, all if None.
+
+        Returns:
+            A distribution with `log_prob`, `sample`, `rsample` and `rsample_and_log_prob`, of
+            points at t_min. Gradients follow `torch.is_grad_enabled()`. A sample that fails is a
+            ValueError.
+
+        Raises:
+            TypeError: for a solver or conditions of a wrong type.
+            ValueError: for another divergence, or shapes that are none or contradict each other.
+
+        Example:
+            >>> from hosm_losses import FixedGrid, ScoreModel, VESchedule
+            >>> def normal(x, t, mean):
+            ...     sigma = VESchedule().sigma(t)[:, None]
+            ...     return sigma * (x - mean[:, None]) / (1 + sigma**2)
+            >>> model = ScoreModel(normal, VESchedule())
+            >>> means = {"mean": torch.tensor([0.0, 1.0, 2.0])}
+            >>> solver = FixedGrid(data_std=1.0)
+            >>> q = model.distribution((2,), solver=solver, conditions=means, batch_shape=(3,))
+            >>> q.sample((4,)).shape, q.log_prob(torch.zeros(2)).shape
+            (torch.Size([4, 3, 2]), torch.Size([3]))
+        """
+        from hosm_losses.likelihood import FixedGrid, ODEDistribution
+
+        solver = FixedGrid() if solver is None else solver
+        given = (divergence, conditions, batch_shape, batch_size)
+        return ODEDistribution(self, shape, solver, *given)
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(α, σ) at t, of shape (B,), in the precision of t, float32 at least.

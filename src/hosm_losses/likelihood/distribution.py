@@ -1,0 +1,119 @@
+"""The density of the probability-flow ODE as a `torch.distributions.Distribution`.
+
+What:
+    `log_prob` is −nll of `ode_nll`, samples are those of `ode_sample`; both are at the schedule's
+    t_min. A condition of the network belongs to the batch of distributions unless it is marked
+    `Shared`: nothing is inferred from a length.
+
+Source:
+    Rozet et al., zuko (software), for `rsample_and_log_prob`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from hosm_losses._checks import check_model_kwargs, check_whole, complaint
+from hosm_losses.likelihood.ode import ode_nll, ode_sample
+from hosm_losses.likelihood.paths import Divergence, check_divergence
+from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance, check_solver
+from hosm_losses.model import ScoreModel, per_sample
+
+
+class ODEDistribution(Distribution):
+    """The distribution of a model's ODE, made by `ScoreModel.distribution`.
+
+    Gradients follow `torch.is_grad_enabled()`. Where a path fails a ValueError is raised.
+    """
+
+    arg_constraints: ClassVar[Any] = {}
+    has_rsample = True
+
+    def __init__(
+        self,
+        model: ScoreModel,
+        shape: Sequence[int],
+        solver: FixedGrid | ToTolerance | Adaptive,
+        divergence: Divergence,
+        conditions: Mapping[str, Any] | None,
+        batch_shape: Sequence[int],
+        batch_size: int | None,
+    ) -> None:
+        check_divergence(divergence)
+        self.model, self.solver = model, check_solver(solver)
+        self.divergence: Divergence = divergence
+        self.conditions, self.batch_size = check_model_kwargs(conditions), batch_size
+        event, batch = (
+            torch.Size([check_whole(name, size, 1) for size in sizes])
+            for name, sizes in (("shape", shape), ("batch_shape", batch_shape))
+        )
+        super().__init__(batch, event)
+        self._options(batch)  # refuses conditions of other shapes
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All real numbers."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of values (*, batch_shape, event_shape), in float64."""
+        self._validate_sample(value)
+        shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
+        outer = shape[: len(shape) - len(self.event_shape)]
+        x = value.expand(shape).reshape(-1, *self.event_shape)
+        options = self._options(outer)
+        result = ode_nll(self.model, x, solver=self.solver, divergence=self.divergence, **options)
+        return -_all_good(result).nll.reshape(outer)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw samples (sample_shape, batch_shape, event_shape) that can be differentiated."""
+        return self._draw(sample_shape, None)[0]
+
+    def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Draw samples and their log-densities by one solve."""
+        return self._draw(sample_shape, self.divergence)
+
+    def _draw(
+        self, sample_shape: Sequence[int], divergence: Divergence | None
+    ) -> tuple[Tensor, Any]:
+        outer = torch.Size(sample_shape) + self.batch_shape
+        size, options = (outer.numel(), *self.event_shape), self._options(outer)
+        solver: Any = self.solver
+        if solver.companion:  # which is for the likelihood of given points alone
+            solver = replace(solver, companion=False)
+        drawn = ode_sample(self.model, size, solver=solver, divergence=divergence, **options)
+        _all_good(drawn)
+        log_prob = None if drawn.nll is None else -drawn.nll.reshape(outer)
+        return drawn.x.reshape(outer + self.event_shape), log_prob
+
+    def _options(self, outer: torch.Size) -> dict[str, Any]:
+        """What a solve for rows of this shape, whose end is the batch_shape, is told."""
+        batch = self.batch_shape
+
+        def rows(path: str, tensor: Tensor) -> Tensor:
+            if tensor.shape[: len(batch)] != batch:
+                expected = f"a tensor whose shape begins with the batch_shape {tuple(batch)}"
+                remedy = "Mark what all distributions share: hosm_losses.Shared(tensor)."
+                name = path.replace("model_kwargs", "conditions", 1)
+                raise ValueError(complaint(name, expected, tensor, remedy))
+            rest = tensor.shape[len(batch) :]
+            return tensor.expand(outer + rest).reshape(-1, *rest)
+
+        kwargs = per_sample(self.conditions, rows)
+        grad = torch.is_grad_enabled()
+        return {"model_kwargs": kwargs, "batch_size": self.batch_size, "enable_grad": grad}
+
+
+def _all_good(result: Any) -> Any:
+    """Return a result without failed samples."""
+    failures = result.failures()
+    if failures:
+        row, why = next(iter(failures.items()))
+        expected = f"a solution for each of {len(result.failed)} samples"
+        got = f"{len(failures)} that failed; row {row}: {why}"
+        raise ValueError(complaint("distribution", expected, None, got=got))
+    return result

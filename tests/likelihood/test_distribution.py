@@ -1,0 +1,160 @@
+"""`ScoreModel.distribution`: densities, samples and gradients against closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Distribution, Independent, Normal
+
+import hosm_losses as hosm
+from tests.oracles import anisotropic, mixture_noise
+
+SCHEDULE = hosm.VESchedule(sigma_max=200.0)
+GRID = hosm.FixedGrid(data_std=1.0)
+
+
+class Shifted(nn.Module):
+    """The exact noise of N(mean + offset, std²) for a mean of each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset = nn.Parameter(torch.tensor(0.25))
+
+    def forward(self, x, t, mean=None, std=None, table=None):
+        mean = torch.zeros(len(x), x.shape[1]) if mean is None else mean
+        std = torch.ones(2) if std is None else std
+        assert mean.shape == x.shape
+        assert std.shape == (2,)
+        assert table is None or table.shape == (6, 3)
+        sigma = SCHEDULE.sigma(t)[:, None]
+        return sigma * (x - mean - self.offset) / (std**2 + sigma**2)
+
+
+def exact(mean=0.0, std=1.0):
+    """The density at t_min, of what begins at the prior: a Gaussian, a little narrower."""
+    low, high = SCHEDULE.log_sigma_hat_range
+    shrink = ((std**2 + math.exp(2 * low)) / (std**2 + math.exp(2 * high))) ** 0.5
+    return Normal(mean + 0.25 - shrink * (mean + 0.25), shrink * math.exp(high))
+
+
+def test_it_is_a_distribution_with_the_density_of_ode_nll():
+    q = hosm.ScoreModel(Shifted(), SCHEDULE).distribution((2,), solver=GRID)
+    assert isinstance(q, Distribution)
+    assert (q.batch_shape, q.event_shape, q.has_rsample) == ((), (2,), True)
+    x = q.sample((3, 4))
+    assert x.shape == (3, 4, 2)
+    found = q.log_prob(x)
+    assert not x.requires_grad
+    assert found.requires_grad
+    nll = hosm.ode_nll(q.model, x.reshape(12, 2), solver=GRID, divergence="exact").nll
+    torch.testing.assert_close(found.detach(), -nll.reshape(3, 4), rtol=0, atol=1e-12)
+    expected = exact().log_prob(x).sum(-1)
+    torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-4)
+    assert q.log_prob(x[0, 0]).shape == q.sample().shape[:-1] == ()
+    assert torch.equal(q.log_prob(x), q.log_prob(x))
+    Independent(hosm.ScoreModel(lambda x, t: x, SCHEDULE).distribution((2,), batch_shape=(3,)), 1)
+
+
+def test_one_call_takes_observations_and_draws():
+    """M = 6 conditions, with tensors that all share and that are as long as a batch."""
+    mean = torch.randn(6, 2)
+    conditions = {
+        "mean": mean,
+        "std": hosm.Shared(torch.ones(2)),
+        "table": hosm.Shared(torch.zeros(6, 3)),
+    }
+    q = hosm.ScoreModel(Shifted(), SCHEDULE).distribution(
+        (2,), solver=GRID, conditions=conditions, batch_shape=(6,), batch_size=5
+    )
+    with torch.no_grad():
+        x, log_prob = q.rsample_and_log_prob((3,))
+        assert (x.shape, log_prob.shape) == ((3, 6, 2), (3, 6))
+        expected = exact(mean).log_prob(x).sum(-1)
+        torch.testing.assert_close(log_prob, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(q.log_prob(x), expected, rtol=0, atol=1e-4)
+        # One value for all, and one batch alone, whose length is that of the table.
+        point = torch.tensor([0.5, -1.0])
+        expected = exact(mean).log_prob(point).sum(-1)
+        torch.testing.assert_close(q.log_prob(point), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(q.log_prob(point[None]), expected, rtol=0, atol=1e-4)
+
+
+def test_a_condition_of_one_distribution_belongs_to_each_sample():
+    mean = torch.tensor([1.0, -1.0])
+    q = hosm.ScoreModel(Shifted(), SCHEDULE).distribution(
+        (2,), solver=GRID, conditions={"mean": mean, "std": hosm.Shared(torch.ones(2))}
+    )
+    x = torch.randn(2, 2)  # as many as the condition is long
+    with torch.no_grad():
+        expected = exact(mean).log_prob(x).sum(-1)
+        torch.testing.assert_close(q.log_prob(x), expected, rtol=0, atol=1e-4)
+
+
+def test_gradients_follow_the_mode_and_are_those_of_the_closed_form():
+    model = hosm.ScoreModel(Shifted(), SCHEDULE)
+    offset, q = model.network.offset, model.distribution((2,), solver=GRID)
+    torch.manual_seed(1)
+    x, _ = q.rsample_and_log_prob((5,))
+    torch.manual_seed(1)
+    same = q.rsample((5,))
+    torch.testing.assert_close(same, x, rtol=0, atol=1e-12)
+    # x = (1 − s) offset + s z, and log q(x) of the same z does not depend on the offset.
+    low, high = SCHEDULE.log_sigma_hat_range
+    shrink = ((1 + math.exp(2 * low)) / (1 + math.exp(2 * high))) ** 0.5
+    (moved,) = torch.autograd.grad(same.sum(), offset)
+    assert float(moved) == pytest.approx(10 * (1 - shrink), abs=1e-4)
+    (moved,) = torch.autograd.grad(q.log_prob(q.rsample((5,))).sum(), offset)
+    assert float(moved) == pytest.approx(0, abs=1e-4)
+    point = torch.randn(5, 2, requires_grad=True)
+    (slope,) = torch.autograd.grad(q.log_prob(point).sum(), point)
+    expected = torch.autograd.grad(exact().log_prob(point).sum(), point)[0]
+    torch.testing.assert_close(slope, expected, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        assert not q.log_prob(point).requires_grad
+        assert not q.rsample((2,)).requires_grad
+    assert not q.sample((2,)).requires_grad
+
+
+def test_importance_sampling_with_the_density_apart_from_the_samples():
+    mixture, schedule = anisotropic(4, count=2), hosm.VPSchedule()
+    model = hosm.ScoreModel(mixture_noise(mixture, schedule), schedule)
+    q = model.distribution((4,), solver=hosm.FixedGrid(companion=True), batch_size=500)
+    with torch.no_grad():
+        x = q.sample((1000,))
+        alpha, sigma = schedule(torch.full((1000,), schedule.t_min))
+        log_w = mixture.log_density(x, alpha, sigma) + math.log(3) - q.log_prob(x)
+    w = log_w.exp()
+    assert abs(float(w.mean()) - 3) < 5 * float(w.std()) / 1000**0.5
+    assert float(w.sum() ** 2 / w.square().sum()) > 900
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "told"),
+    [
+        ({"shape": (0,)}, ValueError, "shape: expected a whole number"),
+        ({"batch_shape": (2.5,)}, ValueError, "batch_shape: expected a whole number"),
+        ({"divergence": None}, ValueError, "divergence: expected"),
+        ({"solver": "dopri5"}, TypeError, "solver: expected FixedGrid"),
+        ({"conditions": [1]}, TypeError, "model_kwargs: expected a mapping"),
+        (
+            {"conditions": {"mean": torch.ones(3, 2)}, "batch_shape": (6,)},
+            ValueError,
+            r"conditions\['mean'\]: expected a tensor whose shape begins with .*\(6,\).*Shared",
+        ),
+    ],
+)
+def test_what_it_cannot_take_is_an_error(options, error, told):
+    model, given = hosm.ScoreModel(Shifted(), SCHEDULE), {"shape": (2,)} | options
+    with pytest.raises(error, match=told):
+        model.distribution(given.pop("shape"), **given)
+
+
+def test_a_failed_sample_and_another_shape_raise():
+    bad = hosm.ScoreModel(lambda x, t: x / 0, SCHEDULE).distribution((2,), solver=GRID)
+    for call in (bad.sample, bad.rsample_and_log_prob, lambda: bad.log_prob(torch.zeros(2))):
+        with pytest.raises(ValueError, match=r"distribution: expected .* row 0: a value on its"):
+            call()
+    q = hosm.ScoreModel(Shifted(), SCHEDULE).distribution((2,), solver=GRID)
+    with pytest.raises(ValueError, match="event_shape"):
+        q.log_prob(torch.zeros(3))
