@@ -56,7 +56,7 @@ async function look() {
       if (width > 1000) for (const table of document.querySelectorAll("article table")) {
         const column = table.closest("article").getBoundingClientRect().right;
         const wide = table.getBoundingClientRect().right - column;
-        if (wide > 1) say(`a table is ${Math.round(wide)} pixels wider than its column: `
+        if (wide > 4) say(`a table is ${Math.round(wide)} pixels wider than its column: `
                           + table.rows[0].innerText.replace(/\\s+/g, " ").slice(0, 60));
       }
     }

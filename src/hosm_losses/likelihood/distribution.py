@@ -60,7 +60,7 @@ class ODEDistribution(Distribution):
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density of values (*, batch_shape, event_shape), in float64."""
+        """Log-density of values (..., batch_shape, event_shape), in float64."""
         self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
         outer = shape[: len(shape) - len(self.event_shape)]
