@@ -481,8 +481,8 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/inputs.py",
-        "points = batch.x if integers is None else dequantize(x, generator)",
-        "points = batch.x if integers is None else dequantize(x)",
+        "integers.spread(x, coordinates, generator)",
+        "integers.spread(x, coordinates, None)",
         "tests/likelihood/test_random_settings.py",
     ),
     Mutant(
@@ -593,6 +593,13 @@ MUTANTS = [
         "return tensor.expand(outer + rest).reshape(-1, *rest)",
         "return tensor.reshape(-1, *rest).repeat_interleave(outer.numel() // batch.numel(), 0)",
         "tests/likelihood/test_distribution.py",
+    ),
+    # The density of x_t for that of x_t/α.
+    Mutant(
+        "likelihood/integers.py",
+        "/ mass) - start.alpha.log()",
+        "/ mass) + start.alpha.log()",
+        "tests/likelihood/test_bounds.py",
     ),
 ]
 

@@ -22,6 +22,7 @@ from hosm_losses.likelihood import NLLSummary as NLLSummary
 from hosm_losses.likelihood import ODEDistribution as ODEDistribution
 from hosm_losses.likelihood import SampleResult as SampleResult
 from hosm_losses.likelihood import ToTolerance as ToTolerance
+from hosm_losses.likelihood import TruncatedNormal as TruncatedNormal
 from hosm_losses.likelihood import Uniform as Uniform
 from hosm_losses.likelihood import Weights as Weights
 from hosm_losses.likelihood import importance_weights as importance_weights

@@ -1,6 +1,7 @@
 """What ode_nll bounds for clean data and for integers, where that and the bound are known."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch.distributions import Normal
 
 import hosm_losses as hosm
 from hosm_losses.likelihood.integers import importance_weighted
+from hosm_losses.likelihood.result import Quantization
 from tests.cases import VP, networks
 from tests.likelihood.problems import gaussian, marginals, total
+from tests.oracles import GaussianMixture, mixture_noise
 
 
 def solved(schedule, std, x, repeats, **options):
@@ -83,7 +86,91 @@ def test_draws_are_weighed_by_their_density():
         nll, failed = -torch.tensor([density]).log(), torch.tensor([failed])
         return hosm.NLLResult(nll, solver_error=zero + error, failed=failed, **parts)
 
-    result = importance_weighted([draw(0.1, 4.0, False), draw(0.3, 8.0, True)])
+    draws = [draw(0.1, 4.0, False), draw(0.3, 8.0, True)]
+    result = importance_weighted(draws, hosm.Uniform().quantization)
     assert float(result.nll) == pytest.approx(-math.log(0.2))
     assert float(result.solver_error) == pytest.approx(7.0)
     assert (float(result.nfe), bool(result.failed)) == (18, True)
+
+
+NARROW = hosm.VESchedule(sigma_min=1e-4, sigma_max=20.0)
+CELL = 2 / 255
+
+
+def of_levels(model, level, repeats, dequantization, **options):
+    """Nats of repeats of one level, in one dimension."""
+    x = torch.full((repeats, 1), level, dtype=torch.uint8)
+    options = {"divergence": "exact", "solver": hosm.FixedGrid(32)} | options
+    result = hosm.ode_nll(model, x, dequantization=dequantization, **options)
+    return result.bits_per_dim() * math.log(2)
+
+
+@pytest.mark.parametrize("schedule", [NARROW, hosm.VPSchedule(t_min=1e-6)])
+def test_the_bound_of_a_truncated_normal_is_its_closed_form(schedule):
+    """Data N(0, 0.03²): E[−log p_t(x_t)] + E log q(x_t) with the second moment of u."""
+    level, std, tau, repeats = 130, 0.03, 3.0, 40_000
+    cell = torch.tensor(CELL)
+    y, sigma_hat = -1 + level * CELL, CELL / 6
+    log_prior = Normal(0.0, marginals(schedule, std=std)[1].scale).log_prob
+    options = {"log_prior": lambda latent: log_prior(latent[:, 0])}
+    options["solver"] = hosm.FixedGrid(4, data_std=std)
+    nats = of_levels(
+        gaussian(schedule, std=std), level, repeats, hosm.TruncatedNormal(), **options
+    )
+    mass = math.erf(tau / 2**0.5)
+    square = 1 - 2 * tau * math.exp(-(tau**2) / 2) / math.sqrt(2 * math.pi) / mass
+    wide = std**2 + sigma_hat**2
+    cross = (math.log(2 * math.pi * wide) + (y**2 + sigma_hat**2 * square) / wide) / 2
+    entropy = (square + math.log(2 * math.pi)) / 2 + math.log(sigma_hat * mass)
+    bound, error = cross - entropy, float(nats.std()) / repeats**0.5
+    assert abs(float(nats.mean()) - bound) < 5 * error < 0.02
+    # Above −log P(k), by little.
+    law = Normal(0.0, math.sqrt(wide))
+    exact = -math.log(float(law.cdf(y + cell / 2) - law.cdf(y - cell / 2)))
+    entropy_of_u = entropy - math.log(sigma_hat)
+    smooth = math.log(2 * tau) - entropy_of_u
+    assert smooth == pytest.approx(0.39, abs=0.005)
+    assert bound - exact == pytest.approx(smooth, abs=0.01)
+    draws = of_levels(gaussian(schedule, std=std), level, 400, hosm.TruncatedNormal(32), **options)
+    assert abs(float(draws.mean()) - exact) < 5 * float(draws.std()) / 20 + 0.02
+
+
+def test_a_network_of_the_levels_alone_gives_their_probabilities():
+    """Uniform noise is not what it was trained on."""
+    levels, weights = torch.tensor([20.0, 130.0, 140.0]), torch.tensor([0.2, 0.5, 0.3])
+    atoms = (-1 + levels * CELL)[:, None]
+    mixture = GaussianMixture(atoms, torch.zeros(3, 1, 1), weights)
+    model = hosm.ScoreModel(mixture_noise(mixture, NARROW), NARROW)
+    solver = hosm.FixedGrid(512, data_std=0.5)
+    for level, weight in zip(levels, weights, strict=True):
+        nats = of_levels(model, int(level), 40, hosm.TruncatedNormal(), solver=solver)
+        expected = -math.log(weight) - math.log(math.erf(3 / 2**0.5))
+        torch.testing.assert_close(nats, torch.full((40,), expected), rtol=0, atol=0.03)
+    assert float(of_levels(model, 130, 40, hosm.Uniform(), solver=solver).nanmedian()) > 3
+
+
+def test_levels_may_have_another_range():
+    std, kwargs = 0.5, {"std": 0.5}
+    found = hosm.TruncatedNormal(first=0, last=1)
+    assert found.quantization == Quantization(256, -1 / 510, 1 + 1 / 510)
+    nats = of_levels(gaussian(NARROW, **kwargs), 255, 100, found)
+    law = Normal(0.0, std)
+    exact = -math.log(
+        float(law.cdf(torch.tensor(1 + 1 / 510)) - law.cdf(torch.tensor(1 - 1 / 510)))
+    )
+    # 0.39 nats off, as for all smooth densities.
+    assert float(nats.mean()) - exact == pytest.approx(0.39, abs=5 * float(nats.std()) / 10)
+
+
+def test_where_a_truncated_normal_does_not_hold_it_is_refused():
+    x, options = torch.zeros(1, 2, dtype=torch.uint8), {"dequantization": hosm.TruncatedNormal()}
+    with pytest.raises(ValueError, match=r"dequantization: expected a schedule that starts at .*"):
+        hosm.ode_nll(gaussian(hosm.VPSchedule(t_min=1e-3)), x, **options)
+    narrow = gaussian(NARROW)
+    for call in (hosm.variational_nll, partial(hosm.ode_nll, clean=True)):
+        with pytest.raises(
+            ValueError, match=r"dequantization: expected Uniform\(...\) or None for"
+        ):
+            call(narrow, x, **options)
+    with pytest.raises(ValueError, match=r"TruncatedNormal.last: expected a number above 1"):
+        hosm.TruncatedNormal(first=1)

@@ -6,7 +6,7 @@
 - `multistep`: the fixed grid, which the batch shares, of steps that are given or found.
 - `adaptive`: steps of each sample's own.
 - `inputs`: a call with its arguments, in chunks and draws, to one result.
-- `integers`: `Uniform`, the dequantization, and one density from several draws.
+- `integers`: `Uniform`, `TruncatedNormal`, and one density from several draws.
 - `watch`: networks whose output is random.
 - `paths`: the paths of a batch, the coordinates they are solved in, and the divergence.
 - `distribution`: what `ScoreModel.distribution` returns.
@@ -14,6 +14,7 @@
 """
 
 from hosm_losses.likelihood.distribution import ODEDistribution as ODEDistribution
+from hosm_losses.likelihood.integers import TruncatedNormal as TruncatedNormal
 from hosm_losses.likelihood.integers import Uniform as Uniform
 from hosm_losses.likelihood.ode import ode_nll as ode_nll
 from hosm_losses.likelihood.ode import ode_sample as ode_sample

@@ -31,9 +31,8 @@ from hosm_losses._checks import (
 from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import differentiated, normal, outside_inference_mode, traced
 from hosm_losses.likelihood.integers import (
-    Uniform,
+    Dequantization,
     check_images,
-    dequantize,
     importance_weighted,
 )
 from hosm_losses.likelihood.paths import Batch, Coordinates, Divergence
@@ -62,7 +61,7 @@ class Call:
     generator: torch.Generator | None
     model_kwargs: Mapping[str, Any] | None
     divergence: Divergence | None = None
-    dequantization: Uniform | None = None
+    dequantization: Dequantization | None = None
     enable_grad: bool = False
 
     def evaluate(
@@ -103,10 +102,12 @@ class Call:
             torch.set_grad_enabled(self.enable_grad),
             progress_bar(self.progress, count * draws, "sample") as advance,
         ):
-            coordinates = Coordinates(
-                model.schedule, *map(expand_moment, MOMENTS, self.moments, (x, x))
-            )
-            _warn_of_ends(coordinates, start=at_start, prior=log_prior is None and of_prior)
+            mean, std = map(expand_moment, MOMENTS, self.moments, (x, x))
+            coordinates = Coordinates(model.schedule, mean, std)
+            if integers is not None:
+                coordinates = integers.starting(coordinates)
+            start = at_start and coordinates.start is None
+            _warn_of_ends(coordinates, start=start, prior=log_prior is None and of_prior)
             # PyTorch's first gradient of instance norm is wrong for one sample in channels_last,
             # which a network may make of a batch. Of one sample the field finds it by any name.
             norms = any(isinstance(each, INSTANCE_NORMS) for each in modules.values())
@@ -116,11 +117,15 @@ class Call:
             batch = Batch(normal(x), conditioned, coordinates, dtype, *drawn, self.divergence)
             chunks, results = torch.arange(count, device=x.device).split(size), []
             for _ in range(draws):
-                points = batch.x if integers is None else dequantize(x, generator)
+                points, extra = batch.x, 0.0
+                if integers is not None:
+                    points, extra = integers.spread(x, coordinates, generator)
                 parts = [likelihood(batch.rows(points, rows)) for rows in chunks]
                 result = parts[0] if len(parts) == 1 else NLLResult.cat(parts)
-                results.append(mark_failed(result))
-        return results[0] if integers is None else importance_weighted(results)
+                results.append(mark_failed(replace(result, nll=result.nll + extra)))
+        if integers is None:
+            return results[0]
+        return importance_weighted(results, integers.quantization)
 
 
 def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -173,7 +178,7 @@ def add_noise(batch: Batch) -> tuple[Batch, Tensor]:
     exp(−nll) over draws is a density of x.
     """
     x, coordinates = batch.x, batch.coordinates
-    start, _ = coordinates.ends(coordinates.schedule.log_sigma_hat_range)
+    start, _ = coordinates.ends(coordinates.span)
     noise = batch.draw_noise()
     points = start.alpha * x + start.sigma * noise
     error = batch.noise(points, start) - noise

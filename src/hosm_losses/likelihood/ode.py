@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hosm_losses._checks import check_flag, check_generator, check_whole, complaint
 from hosm_losses.likelihood.inputs import Call, LogPrior, add_noise, like_network
-from hosm_losses.likelihood.integers import Uniform, check_dequantization
+from hosm_losses.likelihood.integers import Dequantization, check_dequantization
 from hosm_losses.likelihood.paths import Batch, Divergence, check_divergence, follow_paths
 from hosm_losses.likelihood.result import NLLResult, SampleResult
 from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance, check_solver
@@ -34,7 +34,7 @@ def ode_nll(
     divergence: Divergence = Hutchinson(),  # noqa: B008
     log_prior: LogPrior | None = None,
     clean: bool = False,
-    dequantization: Uniform | None = None,
+    dequantization: Dequantization | None = None,
     batch_size: int | None = None,
     progress: bool = False,
     enable_grad: bool = False,
@@ -64,7 +64,8 @@ def ode_nll(
             compares. The noise of this draw is not in `standard_error`; it is small for a good
             model.
         dequantization: `Uniform()` for uint8 images: x becomes −1 + 2 (x + u)/256 with u uniform,
-            and `bits_per_dim` counts the bits of the integers. None for continuous data.
+            and `bits_per_dim` counts the bits of the integers. `TruncatedNormal()` for networks
+            that were trained on the levels themselves. None for continuous data.
         batch_size: samples solved at a time, all if None.
         progress: whether to show a progress bar, for which tqdm has to be installed.
         enable_grad: whether the result carries a graph, for gradients through it. A sample that
@@ -97,7 +98,7 @@ def ode_nll(
     solve = check_solver(solver).start()
     check_divergence(divergence)
     check_flag("clean", clean)
-    check_dequantization(dequantization, divergence)
+    check_dequantization(dequantization, divergence, clean=clean)
 
     def likelihood(batch: Batch) -> NLLResult:
         batch, correction = add_noise(batch) if clean else (batch, 0)

@@ -64,6 +64,13 @@ class Coordinates:
     schedule: Schedule
     mean: Tensor  # of the data, broadcast to (1, *)
     std: Tensor  # of the data, broadcast to (1, *)
+    start: float | None = None  # log σ̂ of the data end, if not at t_min
+
+    @property
+    def span(self) -> Span:
+        """log σ̂ at the data end and at the noise end."""
+        low, high = self.schedule.log_sigma_hat_range
+        return low if self.start is None else self.start, high
 
     def levels(self, log_sigma_hat: Tensor) -> Callable[[slice], NoiseLevel]:
         """A function that gives levels of a grid u (n,) to a batch; a slice of one for all of it.
@@ -269,7 +276,7 @@ def follow_paths(batch: Batch, solve: Solve, *, backwards: bool = False) -> NLLR
     `latent` is the other end: the data, if `backwards`.
     """
     coordinates = batch.coordinates
-    low, high = coordinates.schedule.log_sigma_hat_range
+    low, high = coordinates.span
     data, noise = coordinates.ends((low, high))
     near, far = (noise, data) if backwards else (data, noise)
     span = (high, low) if backwards else (low, high)

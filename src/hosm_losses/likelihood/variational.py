@@ -80,7 +80,7 @@ def variational_nll(
     samples = check_whole("samples", samples, 2)
     if samples % 2:
         raise ValueError(complaint("samples", "an even number", samples))
-    check_dequantization(dequantization)
+    check_dequantization(dequantization, clean=True)
     given = (batch_size, progress, generator, model_kwargs, None, dequantization)
     mean = plain_moment("data_mean", data_mean, "data_mean")
     std = plain_moment("data_std", data_std, "data_std")
