@@ -54,7 +54,7 @@ def main() -> None:
         report = hosm.likelihood_gap(model, x0, nodes=options.nodes, progress=True, **given)
         print(f"\norder {order}\n{report}")
         for curve, color in zip(CURVES, ("#0072b2", "#d55e00"), strict=True):
-            values = [each.value for each in report.curves[curve] or ()]
+            values = [each.value for each in report.curves[curve]]
             told = {"color": color, "label": f"order {order}: {CURVES[curve]}"}
             axes.plot(report.log_sigma_hat, values, style, **told)
     axes.set(yscale="log", xlabel="log σ̂", ylabel="mean squared error of σ · score")

@@ -126,10 +126,6 @@ class Inherits(WithDensity):
     pass
 
 
-class DrawsAgain(WithDensity):
-    sample_time = Cubes.sample_time
-
-
 class Draws:
     sample_time = Cubes.sample_time
 
@@ -148,7 +144,7 @@ NEEDED.append({**BY_U, "weighting": torch.exp})
 T = torch.full((4,), 0.5, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", [Cubes, DrawsAgain, Mixed, EDM])
+@pytest.mark.parametrize("kind", [Cubes, Mixed, EDM])
 def test_times_of_its_own_without_their_density_are_refused_where_it_is_needed(kind):
     model, x0 = build(kind()), torch.zeros(4, 2)
     for options in NEEDED:

@@ -1,6 +1,6 @@
 """Whether a model is wrapped and differentiated right, and how far its ODE is from its SDE.
 
-- `gap`, `gap_report`: `likelihood_gap`, the errors of all orders by noise level, and both
+- `gap`: `likelihood_gap`, the errors of all orders by noise level, and both
   likelihoods.
 - `wrapping`, `wrapping_candidates`, `wrapping_report`: `check_wrapping`, which measures a trained
   network as if it were wrapped otherwise.
@@ -12,9 +12,9 @@
 
 from hosm_losses.diagnostics.check import DerivativeReport as DerivativeReport
 from hosm_losses.diagnostics.check import check_derivatives as check_derivatives
+from hosm_losses.diagnostics.gap import GapEstimate as GapEstimate
+from hosm_losses.diagnostics.gap import GapReport as GapReport
 from hosm_losses.diagnostics.gap import likelihood_gap as likelihood_gap
-from hosm_losses.diagnostics.gap_report import GapEstimate as GapEstimate
-from hosm_losses.diagnostics.gap_report import GapReport as GapReport
 from hosm_losses.diagnostics.wrapping import check_wrapping as check_wrapping
 from hosm_losses.diagnostics.wrapping_report import WrappingCandidate as WrappingCandidate
 from hosm_losses.diagnostics.wrapping_report import WrappingReport as WrappingReport

@@ -20,9 +20,11 @@ Source:
     Lu et al., ICML 2022, arXiv 2206.08265, theorems 3.1 and 3.2.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -42,7 +44,6 @@ from hosm_losses._checks import (
 from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.derivatives import Snapshot, gradients
-from hosm_losses.diagnostics.gap_report import GapEstimate, GapReport
 from hosm_losses.likelihood import FixedGrid, ode_nll, variational_nll
 from hosm_losses.model import ScoreModel, check_model, noise_field
 from hosm_losses.probes import unit_vectors
@@ -50,8 +51,67 @@ from hosm_losses.schedules import Schedule
 
 CURVES = ("first", "trace", "second", "third", "rate", "fisher", "own score")
 INTEGRALS = {"j_sm": "first", "j_ode": "ode", "j_fisher": "fisher"}
-NEEDS_REFERENCE = "needs a reference: the true score, atoms, or a better model"
-NOT_ASKED = "was not asked for: ode_score=True"
+
+
+@dataclass(frozen=True)
+class GapEstimate:
+    """A mean over samples, with its standard error.
+
+    Attributes:
+        value: the mean.
+        error: its standard error; NaN for a single sample.
+        samples: how many there were. A sample whose path failed is not among them.
+    """
+
+    value: float
+    error: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class GapReport:
+    """What `likelihood_gap` found; it prints as a table, and draws itself.
+
+    Attributes:
+        log_sigma_hat: the nodes u.
+        curves: by name, an estimate at every node.
+        numbers: by name, in nats.
+        evaluations: how often the network was evaluated for each sample.
+        samples: the number of samples that were given.
+
+    Without a reference, or with ode_score=False, some curves and numbers are absent.
+    """
+
+    log_sigma_hat: list[float]
+    curves: dict[str, list[GapEstimate]]
+    numbers: dict[str, GapEstimate]
+    evaluations: int
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as dicts, lists and numbers, for JSON."""
+        return asdict(self)
+
+    def plot(self, axes: Any) -> None:
+        """Draw every curve against log σ̂ on axes of matplotlib, with its standard errors."""
+        for name, curve in self.curves.items():
+            means, errors = zip(*((each.value, each.error) for each in curve), strict=True)
+            axes.errorbar(self.log_sigma_hat, means, errors, label=name)
+        axes.set_yscale("log")
+        axes.set_xlabel("log σ̂")
+        axes.legend()
+
+    def __str__(self) -> str:
+        """The curves at the nodes, then the numbers."""
+        lines = ["".join(f"{name:>12}" for name in ("log σ̂", *self.curves))]
+        for row, level in enumerate(self.log_sigma_hat):
+            cells = "".join(f"{curve[row].value:12.4g}" for curve in self.curves.values())
+            lines.append(f"{level:12.3f}{cells}")
+        for name, number in self.numbers.items():
+            left_out = self.samples - number.samples
+            told = f"; failed and left out: {left_out}" if left_out else ""
+            lines.append(f"{name}: {number.value:.4f} ± {number.error:.4f} nats{told}")
+        return "\n".join(lines)
 
 
 def likelihood_gap(
@@ -104,7 +164,7 @@ def likelihood_gap(
         >>> truth = ScoreModel(normal, schedule)
         >>> model = ScoreModel(lambda x, t: normal(x, t, 1.2), schedule)
         >>> report = likelihood_gap(model, torch.randn(8, 2), reference=truth, nodes=4)
-        >>> sorted(name for name in report.numbers if name not in report.missing)[:5]
+        >>> sorted(report.numbers)[:5]
         ['j_fisher', 'j_ode', 'j_sm', 'ode nll', 'sde bound']
     """
     check_model(model)
@@ -146,23 +206,14 @@ def likelihood_gap(
         if curve in found[0]:
             parts = [width * each[curve] for width, each in zip(widths, found, strict=True)]
             numbers[number] = torch.stack(parts).sum(0)
-    curves = {
-        name: [_mean(each[name]) for each in found] if name in found[0] else None
-        for name in CURVES
-    }
-    missing = {
-        name: NEEDS_REFERENCE if truth is None and name != "own score" else NOT_ASKED
-        for name in (*CURVES, *INTEGRALS)
-        if curves.get(name) is None and name not in numbers
-    }
-    elements = data[0].numel()
+    at_nodes = count * (2 + 2 * data[0].numel())
     return GapReport(
         log_sigma_hat=levels,
-        curves=curves,
-        numbers={name: _mean(each) for name, each in numbers.items()}
-        | {name: None for name in INTEGRALS if name not in numbers},
-        missing=missing,
-        evaluations=count * (2 + 2 * elements) + (1 + ode_score * count) * (steps + 10) + 73,
+        curves={
+            name: [_mean(each[name]) for each in found] for name in CURVES if name in found[0]
+        },
+        numbers={name: _mean(each) for name, each in numbers.items()},
+        evaluations=at_nodes + (1 + ode_score * count) * (steps + 10) + 73,
         samples=len(data),
     )
 
@@ -228,7 +279,7 @@ def _ode_score(
     """σ ∇log p_t of the model's ODE at x (B, *), t the same for all."""
     names = ("prediction", "time", "output", "call", "primitives")
     chosen: dict[str, Any] = {name: getattr(model, name) for name in names}
-    later = ScoreModel(model.network, _From(model.schedule, float(t[0])), **chosen)
+    later = ScoreModel(model.network, _starting_at(model.schedule, float(t[0])), **chosen)
     point = x.detach().requires_grad_()
     options: dict[str, Any] = {"divergence": "exact", "enable_grad": True, "model_kwargs": kwargs}
     result = ode_nll(later, point, solver=FixedGrid(steps), **options)
@@ -237,32 +288,12 @@ def _ode_score(
     return -expand_right(model.coefficients(t, x)[1], x).to(x.dtype) * slope
 
 
-class _From(Schedule):
-    """A schedule from a later time on."""
-
-    _starts_at_data = False
-
-    def __init__(self, schedule: Schedule, t_min: float) -> None:
-        self.whole, self.t_min, self.t_max = schedule, t_min, schedule.t_max
-
-    def alpha(self, t: Tensor) -> Tensor:
-        return self.whole.alpha(t)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return self.whole.sigma(t)
-
-    def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        return self.clip(self.whole.time(log_sigma_hat))
-
-    def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        return self.whole.rates(t)
-
-    def squared_diffusion(self, t: Tensor | float) -> Tensor:
-        return self.whole.squared_diffusion(t)
-
-    @property
-    def prior_std(self) -> float:
-        return self.whole.prior_std
+def _starting_at(schedule: Schedule, t_min: float) -> Schedule:
+    """A copy of a schedule that starts at a later time."""
+    later = copy.copy(schedule)
+    for name, value in (("t_min", t_min), ("_starts_at_data", False)):
+        object.__setattr__(later, name, value)  # a frozen dataclass perhaps
+    return later
 
 
 def _reference(
@@ -271,22 +302,13 @@ def _reference(
     if reference is None:
         return None
     if isinstance(reference, ScoreModel):
-        ends = schedule.t_min, schedule.t_max
-        t = torch.linspace(*ends, 9, dtype=torch.float64, device="cpu")
-        try:
-            same = all(map(torch.allclose, schedule(t), reference.schedule(t)))
-        except ValueError:  # a time that it does not have
-            same = False
-        if not same:
-            told = f"one of the model's schedule, {schedule!r}"
-            raise ValueError(complaint("reference", told, reference.schedule))
+        if reference.schedule != schedule:
+            expected, got = f"a model with the schedule {schedule!r}", repr(reference.schedule)
+            raise ValueError(complaint("reference", expected, reference, got=got))
         return reference
-    expected = f"a ScoreModel, atoms of shape (N, {str(tuple(data.shape[1:]))[1:]}, or None"
-    if not isinstance(reference, Tensor):
-        raise TypeError(complaint("reference", expected, reference))
-    if reference.ndim != data.ndim or reference.shape[1:] != data.shape[1:] or not len(reference):
-        raise ValueError(complaint("reference", expected, reference))
     atoms = check_sample_batch("reference", reference).to(data)
+    if atoms.shape[1:] != data.shape[1:]:
+        raise ValueError(complaint("reference", "atoms of the shape of the data", reference))
 
     def noise(x: Tensor, t: Tensor, **_: Any) -> Tensor:
         alpha, sigma = (expand_right(each, x).unsqueeze(1) for each in schedule(t))

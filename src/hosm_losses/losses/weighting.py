@@ -162,12 +162,11 @@ def time_factors(
             return schedule.log_sigma_hat(above) - schedule.log_sigma_hat(below)
         return schedule.squared_diffusion(time) / (2 * schedule.sigma(time).square())
 
-    # By the other sampler the first term of "likelihood" needs no density.
-    own = sampler == ("schedule" if first == "likelihood" else "log_sigma_hat")
-    if drawn and (own or (importance and order > 1)):
-        _check_density(schedule)
     span = _range(schedule)[1] if importance else None
-    ratio = 1.0 if span is None else schedule.time_density(time) * span / rate()
+    ratio = 1.0
+    # The first term of "likelihood" needs no density.
+    if span is not None and not (first == "likelihood" and order == 1):
+        ratio = schedule.time_density(time) * span / rate()
 
     def factor(one: One) -> Tensor | None:
         if callable(one):
@@ -205,19 +204,6 @@ def _called(
         got = f"{float(factor.min()):g}"
         raise ValueError(complaint("weighting(t)", "factors of 0 or more", factor, got=got))
     return factor
-
-
-def _check_density(schedule: Schedule) -> None:
-    """Raise ValueError if the class draws times of its own and inherits their density."""
-    if not schedule._has_density:
-        name = type(schedule).__name__
-        expected = f"{name} to have the density of its own sample_time, by which a loss is divided"
-        remedy = (
-            "Write time_density(t), per unit of t, in the class as well; or leave sample_time as "
-            "it is and give time_sampler=lambda batch, generator: ... to the loss."
-        )
-        got = "the time_density that it inherits"
-        raise ValueError(complaint("schedule", expected, schedule, remedy, got=got))
 
 
 def _range(schedule: Schedule) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Noise schedules: α(t), σ(t) and what follows from them. Needs no other room.
+"""Noise schedules: α(t), σ(t) and what follows from them. Needs no other package.
 
 - `base`: `Schedule`; subclass it with alpha and sigma alone.
 - `continuous`: VP, VE, sub-VP, cosine and linear flow.

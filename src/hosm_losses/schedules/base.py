@@ -64,17 +64,6 @@ class Schedule:
     integer_time: ClassVar[bool] = False
     _prior_std: ClassVar[float | None] = None
     _starts_at_data: ClassVar[bool] = True
-    # Whether time_density is that of the sample_time of the class.
-    _has_density: ClassVar[bool] = True
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Note whether sample_time is overridden without time_density."""
-        super().__init_subclass__(**options)
-        drawn, density = (
-            next(place for place, each in enumerate(cls.__mro__) if name in vars(each))
-            for name in ("sample_time", "time_density")
-        )
-        cls._has_density = density <= drawn
 
     def alpha(self, t: Tensor) -> Tensor:
         """α(t), the factor of the data."""
@@ -170,7 +159,19 @@ class Schedule:
 
     def time_density(self, t: Tensor | float) -> Tensor:
         """Density of `sample_time` at t, per unit of t. A subclass overrides both or neither."""
-        return torch.full_like(as_time(t), 1 / (self.t_max - self.t_min))
+        if type(self).sample_time is not Schedule.sample_time:
+            expected = f"{type(self).__name__} to have the density of its own sample_time"
+            got = "the time_density that it inherits"
+            remedy = (
+                "Write time_density(t), per unit of t, in the class as well; or leave sample_time "
+                "as it is and give time_sampler=lambda batch, generator: ... to the loss."
+            )
+            raise ValueError(complaint("schedule", expected, self, remedy, got=got))
+        return self._density(as_time(t))
+
+    def _density(self, t: Tensor) -> Tensor:
+        """The density of `_draw`."""
+        return torch.full_like(t, 1 / (self.t_max - self.t_min))
 
 
 def as_time(t: Tensor | float) -> Tensor:

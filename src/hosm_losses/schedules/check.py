@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_number, describe
+from hosm_losses._checks import check_number, complaint, describe
 from hosm_losses._torch_internals import outside_inference_mode
 from hosm_losses.schedules.base import Schedule
 
@@ -45,26 +45,17 @@ def check_schedule(schedule: object) -> Schedule:
     """
     if not isinstance(schedule, Schedule):
         kin = hasattr(schedule, "config")  # as of every scheduler of diffusers
-        remedy = " Take from_diffusers(network, scheduler)." if kin else ""
-        raise TypeError(
-            "schedule: expected a schedule such as VPSchedule(), or a subclass of Schedule "
-            f"with alpha and sigma of your own; got {describe(schedule)}.{remedy}"
-        )
+        remedy = "Take from_diffusers(network, scheduler)." if kin else ""
+        expected = "a schedule such as VPSchedule(), or a subclass of Schedule"
+        raise TypeError(complaint("schedule", expected, schedule, remedy))
     name = type(schedule).__name__
-    for end in ("t_min", "t_max"):
-        if getattr(schedule, end, None) is None:
-            raise TypeError(
-                f"schedule: expected {name} to have t_min, the end of the data, and t_max, that "
-                f"of the noise; got no {end}. Set both in the class, for example "
-                "t_min, t_max = 1e-5, 1.0."
-            )
-        check_number("schedule", getattr(schedule, end), f"{end} of {name} to be a finite number")
-    low, high = float(schedule.t_min), float(schedule.t_max)
+    low, high = (
+        check_number("schedule", getattr(schedule, end, None), f"{end} of {name} to be a number")
+        for end in ("t_min", "t_max")
+    )
     if low >= high:
-        raise ValueError(
-            f"schedule: expected {name} to have t_min < t_max; got t_min = {low:g} and t_max = "
-            f"{high:g}. {FROM_THE_DATA}"
-        )
+        expected, got = f"{name} to have t_min < t_max", f"t_min = {low:g} and t_max = {high:g}"
+        raise ValueError(complaint("schedule", expected, schedule, FROM_THE_DATA, got=got))
     places = torch.tensor(PLACES, dtype=torch.float64, device="cpu")
     if not torch.compiler.is_compiling() and type(places) is Tensor:
         with outside_inference_mode(), torch.no_grad():
@@ -129,23 +120,11 @@ def _broken(holds: Tensor) -> int | None:
 
 def _values(schedule: Schedule, method: str, t: Tensor) -> Tensor:
     """What a method returns for t, if that is a tensor like t."""
-    where = f"schedule: expected {type(schedule).__name__}.{method}"
-    try:
-        value = getattr(schedule, method)(t.clone())
-    except NotImplementedError as error:
-        raise TypeError(f"schedule: {error}") from error
-    except (TypeError, ValueError, RuntimeError) as error:
-        said = str(error).partition("\n")[0].rstrip(".")
-        raise ValueError(
-            f"{where} to take a CPU tensor, which this check gives it; got "
-            f"{type(error).__name__}: {said}. Write it with operators of PyTorch on that tensor, "
-            "torch.exp and not math.exp, torch.where and not if, and move tensors that it holds "
-            "to the tensor's device."
-        ) from error
+    value = getattr(schedule, method)(t.clone())
     like = isinstance(value, Tensor) and value.dtype == t.dtype and value.device == t.device
     if not like or value.shape != t.shape:
-        raise TypeError(
-            f"{where} to return a tensor like its argument, {describe(t)}; got {describe(value)}. "
-            "Compute it from the argument: torch.ones_like(t) for a constant."
-        )
+        where = f"{type(schedule).__name__}.{method}"
+        expected = f"{where} to return a tensor like its argument, {describe(t)}"
+        remedy = "Compute it from the argument: torch.ones_like(t) for a constant."
+        raise TypeError(complaint("schedule", expected, value, remedy))
     return value

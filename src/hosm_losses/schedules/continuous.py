@@ -11,17 +11,14 @@ Precision:
 
 # ruff: noqa: D102  (Schedule says what each method returns, and each class its formulas)
 
-import inspect
 import math
 import operator
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_number, describe
+from hosm_losses._checks import check_number
 from hosm_losses.schedules.base import Schedule, as_time
 
 ORDERS = {"<": operator.lt, "<=": operator.le}
@@ -31,13 +28,6 @@ class Parametric(Schedule):
     """A few numbers that keep their `_rules`."""
 
     _rules: tuple[str, ...] = ()
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Give methods without a docstring that of Schedule."""
-        super().__init_subclass__(**options)
-        for name, member in vars(cls).items():
-            if inspect.isfunction(member) and not member.__doc__:
-                member.__doc__ = getattr(getattr(Schedule, name, None), "__doc__", None)
 
     def __post_init__(self) -> None:
         """Make every parameter with a rule a float, and hold it to the rule."""
@@ -52,15 +42,9 @@ class Parametric(Schedule):
                 raise ValueError(f"{owner}: expected {rule}; got {listed}.{advice}")
 
     def _number(self, name: str) -> float:
-        owner, value = type(self).__name__, getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(
-                f"{owner}: expected a number for {name}; got {describe(value)}. Turn it into one "
-                "with float(...)."
-            )
-        number = check_number(owner, value, f"a finite {name}")
-        object.__setattr__(self, name, number)
-        return number
+        value = check_number(type(self).__name__, getattr(self, name), f"a finite {name}")
+        object.__setattr__(self, name, value)
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)

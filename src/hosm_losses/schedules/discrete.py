@@ -20,7 +20,7 @@ from hosm_losses._checks import (
     check_number,
     check_range,
     check_whole,
-    describe,
+    complaint,
     owns_values,
 )
 from hosm_losses._torch_internals import outside_inference_mode
@@ -126,19 +126,12 @@ class DiscreteSchedule(Schedule):
         table = _numbers("alphas_cumprod", self.alphas_cumprod)
         stays = np.flatnonzero(~(np.diff(table) < 0))  # NaN does not fall
         if len(table) < 2 or len(stays) or not (table[-1] > 0 and table[0] < 1):
-            where = advice = ""
-            for i in stays[:1] if len(table) and table[-1] < table[0] else ():
-                where = f", where {table[i]:.9g} at index {i} is followed by {table[i + 1]:.9g}"
-            if getattr(getattr(self.alphas_cumprod, "dtype", None), "itemsize", 8) < 4:
-                advice = (
-                    "Its type rounds neighbours to one number: give it in float32 or float64. "
-                )
+            where = f", which do not fall at index {stays[0]}" if len(stays) else ""
             raise ValueError(
                 "alphas_cumprod: expected two entries or more that fall from below 1 to above 0; "
-                f"got {_ends(table)}{where}. {advice}A table that ends at 0 (zero "
-                "terminal SNR) has an infinite sigma/alpha there: leave its last entry out. One "
-                "that rises has its data at the last index: reverse it. Betas, which rise too, go "
-                "to DiscreteSchedule.from_betas."
+                f"got {_describe(table)}{where}. A table that ends at 0 (zero terminal SNR) has "
+                "an infinite sigma/alpha there: leave its last entry out. Half precision rounds "
+                "neighbours to one number. Betas go to DiscreteSchedule.from_betas."
             )
         log_sigma_hat = 0.5 * (np.log1p(-table) - np.log(table))
         object.__setattr__(self, "alphas_cumprod", tuple(table.tolist()))
@@ -157,13 +150,11 @@ class DiscreteSchedule(Schedule):
             DiscreteSchedule(2 entries from 0.9 to 0.45)
         """
         table = _numbers("betas", betas)
-        outside = np.flatnonzero(~((table > 0) & (table < 1)))  # NaN is
-        if len(table) < 2 or len(outside):
-            got = f"{table[outside[0]]:g} at index {outside[0]}" if len(outside) else len(table)
+        if len(table) < 2 or not ((table > 0) & (table < 1)).all():
             raise ValueError(
-                f"betas: expected two numbers or more, each in (0, 1); got {got}. A beta of 1 "
-                "(zero terminal SNR) has an infinite sigma/alpha, and one of 0 adds no noise: "
-                "leave them out. A table of alpha bars goes into DiscreteSchedule itself."
+                f"betas: expected two numbers or more, each in (0, 1); got {_describe(table)}. A "
+                "beta of 1 (zero terminal SNR) has an infinite sigma/alpha, and one of 0 adds no "
+                "noise: leave them out."
             )
         return cls(np.cumprod(1 - table))
 
@@ -211,7 +202,7 @@ class DiscreteSchedule(Schedule):
         return cls.from_betas(np.minimum(1 - table[1:] / table[:-1], largest))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({_ends(np.asarray(self.alphas_cumprod))})"
+        return f"{type(self).__name__}({_describe(np.asarray(self.alphas_cumprod))})"
 
     def log_sigma_hat(self, t: Tensor | float) -> Tensor:
         """Log σ̂ at the index t, linear between the entries of the table."""
@@ -244,9 +235,9 @@ class DiscreteSchedule(Schedule):
         """Return the index, with its fraction, of this log σ̂, clipped to the table's ends."""
         return self.clip(self._log_sigma_hat.inverse(as_time(log_sigma_hat)))
 
-    def time_density(self, t: Tensor | float) -> Tensor:
-        """Probability with which `sample_time` draws an index, 1/N."""
-        return torch.full_like(as_time(t), 1 / len(self.alphas_cumprod))
+    def _density(self, t: Tensor) -> Tensor:
+        """The probability of an index, 1/N."""
+        return torch.full_like(t, 1 / len(self.alphas_cumprod))
 
     def _draw(self, shape: tuple[int], **options: Any) -> Tensor:
         options["dtype"] = torch.int64
@@ -293,26 +284,17 @@ def _check_beta(name: str, value: object, at_most: float = BELOW_1) -> float:
 
 def _numbers(name: str, table: object) -> np.ndarray:
     """The numbers (N,) in float64, by NumPy, which no mode or transform of PyTorch reaches."""
-    problem = ""
+    expected = "real numbers (N,) in a list, an array or a tensor"
     try:
         values: Any = table.tolist() if isinstance(table, Tensor) else table
-        numbers = None if np.iscomplexobj(values) else np.asarray(values, dtype=np.float64)
+        numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, RuntimeError) as error:
-        numbers, problem = None, f" ({error})"
-    if numbers is None:
-        raise TypeError(
-            f"{name}: expected real numbers, in a list, an array or a tensor; got "
-            f"{describe(table)}{problem}."
-        )
+        raise TypeError(complaint(name, expected, table)) from error
     if numbers.ndim != 1:
-        raise ValueError(
-            f"{name}: expected a table with one dimension, (N,); got one of shape "
-            f"{numbers.shape}. Give one schedule's table: a row, or table.flatten() where all but "
-            "one dimension are 1."
-        )
+        raise ValueError(complaint(name, expected, table, got=f"shape {numbers.shape}"))
     return numbers
 
 
-def _ends(table: np.ndarray) -> str:
+def _describe(table: np.ndarray) -> str:
     ends = f" from {table[0]:.6g} to {table[-1]:.6g}" if len(table) else ""
     return f"{len(table)} entries{ends}"

@@ -67,8 +67,7 @@ class EDMSchedule(Parametric):
         kept = torch.where((z < low) | (z > high), sign * again.to(normal.dtype), normal)
         return self.clip((self.log_mean + self.log_std * kept).exp())
 
-    def time_density(self, t: Tensor | float) -> Tensor:
-        t = as_time(t)
+    def _density(self, t: Tensor) -> Tensor:
         standard = (t.log() - self.log_mean) / self.log_std
         unit = self.log_std * math.sqrt(2 * math.pi) * self._standard[-1]
         return torch.exp(-0.5 * standard.square()) / (t * unit)
@@ -87,12 +86,8 @@ class EDMSchedule(Parametric):
         low, high = (low, high) if sign == 1 else (-high, -low)
         inside = _mass_below(high) - _mass_below(low)
         if inside < LEAST_MASS:
-            raise ValueError(
-                "EDMSchedule: expected log_mean and log_std by which some draws fall between "
-                f"t_min = {self.t_min:g} and t_max = {self.t_max:g}; got log_mean = "
-                f"{self.log_mean:g} and log_std = {self.log_std:g}, by which none do. Set them "
-                "for this range, or give t, or a time_sampler, to the loss."
-            )
+            expected = "log_mean and log_std by which some draws fall between t_min and t_max"
+            raise ValueError(f"EDMSchedule: expected {expected}; got {self}.")
         return sign, low, high, inside
 
 
