@@ -533,6 +533,7 @@ WITHOUT_ROWS = {
     *("DerivativeError", "DSMTerms", "SteinTerms", "LoggedTerms", "LoggedSteinTerms", "Schedule"),
     *("NLLSummary", "SampleResult", "GapEstimate", "GapReport", "Shared", "checkpoint"),
     *("WrappingCandidate", "WrappingReport", "DerivativeReport", "Weights"),
+    *("DenoisingPosterior", "PosteriorCovariance", "ODEDistribution"),
     "NLLResult",  # whose methods are those of its base
 }
 
