@@ -61,5 +61,5 @@ def test_the_noise_of_the_terms_near_t_min():
     }
     for name, term in terms.items():
         mean, square = (float(weights @ each / weights.sum()) for each in (term, term**2))
-        (said,) = re.findall(rf"(\S+ ± \S+) for the {name}", PAGES["near_t_min"])
+        (said,) = re.findall(rf"(\S+ ± \S+) for the {name}", PAGES["theory"])
         assert f"{mean:.0f} ± {(square - mean**2) ** 0.5:.1f}" == said

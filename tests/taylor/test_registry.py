@@ -1,4 +1,4 @@
-"""The registry of rules, and the table of it on the page of derivatives.
+"""The registry of rules, and the table of it on the page on the engines.
 
 python -m tests.taylor.test_registry writes the table."""
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hosm_losses.taylor.registry import RULES
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "derivatives.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "engine.md"
 KINDS = ("linear", "bilinear", "pointwise", "composite", "stack")
 START, END = "<!-- rules: python -m tests.taylor.test_registry -->\n", "<!-- /rules -->"
 
