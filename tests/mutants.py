@@ -51,7 +51,7 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/attention.py",
-        "return (mixed if mask is None else ops.mul(mixed, _attends(mask))), weights",
+        "return (mixed if mask is None else ops.mul(mixed, _allows_any(mask))), weights",
         "return mixed, weights",
         "tests/taylor/test_attention_masks.py",
     ),
@@ -105,7 +105,7 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/aliases.py",
-        "    if jet.memory is not None and len(living(jet.memory)) > 1:\n",
+        "    if jet.memory is not None and len(alive(jet.memory)) > 1:\n",
         "    if False:\n",
         "tests/taylor/test_in_place.py",
     ),
@@ -141,8 +141,8 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/properties.py",
-        "lambda cotangent: looked(cotangent[0])",
-        "lambda cotangent: looked(cotangent.sum(0))",
+        "lambda cotangent: guarded(cotangent[0])",
+        "lambda cotangent: guarded(cotangent.sum(0))",
         "tests/taylor/test_jet.py",
     ),
     Mutant(

@@ -7,7 +7,7 @@ import torch
 
 from hosm_losses.taylor import norms, softmax
 from hosm_losses.taylor.norms import Rows
-from hosm_losses.taylor.recompute import recomputed
+from hosm_losses.taylor.recompute import with_recomputation
 
 # Pairs, first derivatives, and second derivatives that the argument has itself.
 KINDS = [
@@ -59,7 +59,7 @@ def counted(function, calls):
     return call
 
 
-def agree(function, pullbacks, tensors, order=3, through=recomputed):
+def agree(function, pullbacks, tensors, order=3, through=with_recomputation):
     calls = []
     watched = [counted(each, calls) for each in pullbacks]
     mine = partial(through, function, pullbacks=watched)
@@ -71,10 +71,10 @@ def agree(function, pullbacks, tensors, order=3, through=recomputed):
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_softmax(dim, pairs, firsts, seconds):
     stack = numbers(1 + firsts + seconds, 2, 3, 5).requires_grad_()
-    function = partial(softmax._softened, dim, firsts, pairs)
+    function = partial(softmax._softmax, dim, firsts, pairs)
     first = partial(softmax._pull_back, dim, firsts, pairs, len(stack))
     again = [partial(softmax._pull_back_again, dim)] if pairs == "none" else []
-    agree(function, [first, *again], [stack], through=partial(recomputed, by_result=True))
+    agree(function, [first, *again], [stack], through=partial(with_recomputation, by_result=True))
 
 
 @pytest.mark.parametrize("parameters", [("weight",), ("bias",), ("weight", "bias")])
@@ -84,13 +84,13 @@ def test_every_parameter_of_a_norm_has_a_gradient(parameters):
     stack = numbers(2, 2, 6, 4).requires_grad_()
     given = {name: numbers(4, seed=3).requires_grad_() for name in parameters}
     function, first = (
-        partial(each, rows, 1, "none") for each in (norms.normalised, norms.pull_back)
+        partial(each, rows, 1, "none") for each in (norms.normalize_stack, norms.pull_back)
     )
     pullbacks = [first, partial(norms.pull_back_again, rows)]
     found = []
     for each, strict in (
         (function, False),
-        (partial(recomputed, function, pullbacks=pullbacks), True),
+        (partial(with_recomputation, function, pullbacks=pullbacks), True),
     ):
         value = each(stack, given.get("weight"), given.get("bias"))
         (slope,) = torch.autograd.grad(value[1].sum(), stack, create_graph=True)
@@ -104,11 +104,11 @@ def test_every_parameter_of_a_norm_has_a_gradient(parameters):
 @pytest.mark.parametrize("pairs", ["none", "squares"])
 def test_a_short_type_is_kept_and_gradients_have_it(dtype, pairs):
     stack = numbers(3, 2, 6, 4).to(dtype).requires_grad_()
-    function = partial(softmax._softened, -1, 2, pairs)
+    function = partial(softmax._softmax, -1, 2, pairs)
     first = partial(softmax._pull_back, -1, 2, pairs, len(stack))
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
-        value = recomputed(function, stack, pullbacks=[first], by_result=True)
+        value = with_recomputation(function, stack, pullbacks=[first], by_result=True)
     assert {each.dtype for each in seen} == {dtype}
     (mine,) = torch.autograd.grad(value.square().sum(), stack)
     (theirs,) = torch.autograd.grad(function(stack).square().sum(), stack)
@@ -129,7 +129,7 @@ def test_norms(norm, weighted, pairs, firsts, seconds):
         for seed in (3, 4)
     )
     function, first = (
-        partial(each, rows, firsts, pairs) for each in (norms.normalised, norms.pull_back)
+        partial(each, rows, firsts, pairs) for each in (norms.normalize_stack, norms.pull_back)
     )
     again = [partial(norms.pull_back_again, rows)] if pairs == "none" else []
     agree(function, [first, *again], [stack, weight, bias])

@@ -2,7 +2,7 @@
 
 import torch
 
-from hosm_losses.taylor.recompute import recomputed
+from hosm_losses.taylor.recompute import with_recomputation
 from tests.cases import assert_same
 
 
@@ -24,7 +24,7 @@ def inputs():
 
 
 def by_recomputing(function, **options):
-    return lambda *given: recomputed(function, *given, **options)
+    return lambda *given: with_recomputation(function, *given, **options)
 
 
 def kept(function):
@@ -71,9 +71,9 @@ def test_only_the_gradients_that_are_needed():
         return cotangent * y.sin(), None
 
     for other in (y, y.detach()):
-        value = recomputed(product, x, other, pullbacks=[pullback])
+        value = with_recomputation(product, x, other, pullbacks=[pullback])
         assert_same(torch.autograd.grad(value.sum(), [x]), [y.sin()])
-    value = recomputed(lambda x, y: x, x, None, pullbacks=[lambda _, x, y, c: (c, None)])
+    value = with_recomputation(lambda x, y: x, x, None, pullbacks=[lambda _, x, y, c: (c, None)])
     assert_same(torch.autograd.grad(value.sum(), [x]), [torch.ones_like(x)])
     assert seen == [[True, False]] * 2
 
@@ -90,7 +90,7 @@ def test_a_given_pullback_is_used_and_so_is_its_own():
         return 2 * cotangent * again, 2 * x * again
 
     x, _ = inputs()
-    value = recomputed(torch.square, x, pullbacks=[first, second])
+    value = with_recomputation(torch.square, x, pullbacks=[first, second])
     (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
     assert_same(torch.autograd.grad(gradient.sin().sum(), [x]), [2 * (2 * x).cos()])
     assert used == ["first", "second"]
@@ -125,7 +125,7 @@ def test_a_gradient_that_depends_on_nothing_is_zero():
         return 2 * x * cotangent, cotangent.detach() * 1
 
     x, bias = inputs()
-    value = recomputed(lambda x, bias: x * x + bias, x, bias, pullbacks=[pullback])
+    value = with_recomputation(lambda x, bias: x * x + bias, x, bias, pullbacks=[pullback])
     parts = torch.autograd.grad(value.sum(), (x, bias), create_graph=True)
     both = torch.autograd.grad(sum(part.sum() for part in parts), x, retain_graph=True)
     of_bias = torch.autograd.grad(parts[1].sum(), x)

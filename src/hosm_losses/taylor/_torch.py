@@ -154,7 +154,7 @@ def share_memory(one: Tensor, other: Tensor) -> bool:
     return storages[0] == storages[1]
 
 
-def swapped(one: Tensor, other: Tensor) -> None:
+def swap(one: Tensor, other: Tensor) -> None:
     """Let two tensors change places; RuntimeError if one has views, weak references or a graph."""
     with without_subclasses():
         torch.utils.swap_tensors(one, other)

@@ -29,7 +29,7 @@ from hosm_losses.taylor._torch import (
     TELLS_HOOKS,
     checkpoint_hook,
     has_alias,
-    swapped,
+    swap,
     versions,
 )
 from hosm_losses.taylor.errors import DerivativeError, TaylorError
@@ -76,7 +76,7 @@ class _Thread(threading.local):
 THREAD = _Thread()
 
 
-def living(references: Iterable[Callable[[], Any]]) -> list[Any]:
+def alive(references: Iterable[Callable[[], Any]]) -> list[Any]:
     """What weak references still refer to."""
     return [each for each in (reference() for reference in references) if each is not None]
 
@@ -114,7 +114,7 @@ def write(jet: Any, stack: Tensor) -> Any:
         raise DerivativeError(CHANGED_ARGUMENT)
     if checkpoint_hook() is not None:
         jet.changed = True
-    if jet.memory is not None and len(living(jet.memory)) > 1:
+    if jet.memory is not None and len(alive(jet.memory)) > 1:
         raise TaylorError(IN_USE)
     if torch.compiler.is_compiling():
         THREAD.propagations[-1].changed.append(tuple(stack.shape[2:]))
@@ -133,7 +133,7 @@ def end(propagation: Propagation, jets: list[Any]) -> None:
     # An older PyTorch does not refuse what a checkpoint saved, and crashes in its recomputation.
     for jet in jets if TELLS_HOOKS else ():
         with suppress(RuntimeError):  # one that a checkpoint saved will be needed as it is
-            swapped(jet, jet.stack[0])
+            swap(jet, jet.stack[0])
     if any(versions([each]) != [version] for each, version in propagation.detached):
         raise TaylorError("a change in place of what was detached from a tensor. Put .clone().")
 
@@ -151,7 +151,7 @@ def demote(count: int, finished: bool) -> None:
         del reference
         jet.memory = None
         value = jet.stack[0]
-        swapped(jet, plain)
+        swap(jet, plain)
         if finished:
             jet.copy_(value)
 
@@ -167,7 +167,7 @@ def promote(tensor: Tensor, jet: Any) -> None:
     try:
         if has_alias(tensor):  # which is not known under torch.func
             raise TaylorError(refused)
-        swapped(tensor, jet)
+        swap(tensor, jet)
     except RuntimeError as error:
         raise TaylorError(refused) from error
     THREAD.promoted.append((weakref.ref(tensor), jet))

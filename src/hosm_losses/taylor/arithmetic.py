@@ -13,7 +13,7 @@ from torch import Tensor
 from hosm_losses.taylor.errors import NoRule, TaylorError
 from hosm_losses.taylor.pointwise import apply, power
 from hosm_losses.taylor.products import ndim_of, of_matrices, product_rule
-from hosm_losses.taylor.recompute import recomputed
+from hosm_losses.taylor.recompute import with_recomputation
 from hosm_losses.taylor.registry import rule
 from hosm_losses.taylor.stacks import (
     Pairs,
@@ -73,7 +73,7 @@ def multiply(a: Any, b: Any) -> Jet:
     ndim = _operands(a, b)
     if a is b:
         return apply(partial(power, exponent=2), a)
-    return product_rule(a, b, torch.mul, ndim).typed(_type(a, b))
+    return product_rule(a, b, torch.mul, ndim).with_dtype(_type(a, b))
 
 
 @rule("div divide true_divide __truediv__", several=True, kind="stack")
@@ -82,7 +82,7 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
         raise NoRule
     ndim, dtype = _operands(a, b), _type(a, b)
     if not isinstance(b, Jet):
-        return product_rule(a, b, torch.div, ndim).typed(dtype)
+        return product_rule(a, b, torch.div, ndim).with_dtype(dtype)
     if isinstance(a, Jet):
         above = a.stack
     elif ndim_of(a):
@@ -91,7 +91,9 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
         wide = None if isinstance(a, Tensor) else torch.promote_types(dtype, torch.float32)
         above = torch.as_tensor(a, dtype=wide, device=b.device).unsqueeze(0)
     stacks = (align(each, ndim) for each in (above, b.stack))
-    return b.like(recomputed(partial(_quotient, b.firsts, b.pairs), *stacks)).typed(dtype)
+    return b.like(with_recomputation(partial(_quotient, b.firsts, b.pairs), *stacks)).with_dtype(
+        dtype
+    )
 
 
 def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ def _added(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
     if beta == 0:
         return found
     # Under autocast x may be in a wider type.
-    return add(found, x, alpha=beta).typed(found.dtype)
+    return add(found, x, alpha=beta).with_dtype(found.dtype)
 
 
 @rule("__rsub__ rsub", several=True, kind="linear")

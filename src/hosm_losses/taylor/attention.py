@@ -37,10 +37,10 @@ def _attention(
     if is_causal:
         places = query.shape[-2], key.shape[-2]
         attn_mask = torch.ones(places, dtype=torch.bool, device=query.device).tril()
-    return _mixed(ops, query, key, value, attn_mask, dropout_p, scale)[0]
+    return _attend(ops, query, key, value, attn_mask, dropout_p, scale)[0]
 
 
-def _mixed(
+def _attend(
     ops: Any, query: Any, key: Any, value: Any, mask: Any, dropout_p: float, scale: Any = None
 ) -> tuple[Any, Any]:
     """Attention and its weights; both are zero where a row of the mask allows nothing."""
@@ -52,27 +52,27 @@ def _mixed(
     logits = ops.matmul(ops.mul(query, factor), ops.transpose(key, -2, -1))
     logits = ops.to(logits, torch.promote_types(logits.dtype, torch.float32))
     if mask is not None:
-        logits = ops.add(logits, _added_to_logits(mask, logits.dtype))
+        logits = ops.add(logits, _additive_mask(mask, logits.dtype))
     weights = ops.dropout(ops.to(ops.softmax(logits, -1), value.dtype), dropout_p, True)
     mixed = ops.matmul(weights, value)
-    return (mixed if mask is None else ops.mul(mixed, _attends(mask))), weights
+    return (mixed if mask is None else ops.mul(mixed, _allows_any(mask))), weights
 
 
-def _attends(attn_mask: Tensor) -> Tensor:
+def _allows_any(attn_mask: Tensor) -> Tensor:
     """Whether each row of a mask allows anything: the others are zeros in PyTorch's attention."""
     allowed = attn_mask if attn_mask.dtype == torch.bool else ~attn_mask.isneginf()
     return allowed.any(-1, keepdim=True)
 
 
-def _added_to_logits(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _additive_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What a mask of attention adds to logits: nothing in a row of -inf alone, which makes NaN."""
-    rows = _attends(attn_mask)
+    rows = _allows_any(attn_mask)
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, -math.inf)
     return attn_mask.masked_fill(~rows, 0.0).to(dtype)
 
 
-def _merged(attn_mask: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:
+def _merge_masks(attn_mask: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:
     """Both masks of nn.MultiheadAttention, in which True blocks, as one that is added."""
     masks = []
     if attn_mask is not None:
@@ -109,11 +109,11 @@ def _multi_head_attention(ops: Any, *args: Any, **named: Any) -> tuple[Any, Any]
         parts = map(ops.linear, (query, key, value), weights, biases)
     # (L, N, E) as (N, heads, L, E/heads)
     q, k, v = (ops.permute(ops.unflatten(x, -1, (heads, -1)), (1, 2, 0, 3)) for x in parts)
-    mask = _merged(*masks, heads)
+    mask = _merge_masks(*masks, heads)
     if need_weights and mask is not None:  # where PyTorch makes NaN of a row without weights
-        mask = _added_to_logits(mask, q.dtype).masked_fill(~_attends(mask), math.nan)
+        mask = _additive_mask(mask, q.dtype).masked_fill(~_allows_any(mask), math.nan)
     dropout_p = given["dropout_p"] if given["training"] else 0.0
-    mixed, weights = _mixed(ops, q, k, v, mask, dropout_p)
+    mixed, weights = _attend(ops, q, k, v, mask, dropout_p)
     output = ops.flatten(ops.permute(mixed, (2, 0, 1, 3)), -2)
     output = ops.linear(output, given["out_proj_weight"], given["out_proj_bias"])
     if not need_weights:

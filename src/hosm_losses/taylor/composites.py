@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.taylor.errors import NoRule
-from hosm_losses.taylor.registry import PRIMITIVES, RULES, Function, every, rule
+from hosm_losses.taylor.registry import PRIMITIVES, RULES, Function, functions_named, rule
 from hosm_losses.taylor.tensor import Jet, call
 
 
@@ -60,7 +60,7 @@ def composite(
 
     def register(body: Function) -> Function:
         rule(*names, several=several, kind="composite")(partial(body, ON_JETS))
-        for each in every(*names) if primitive else ():
+        for each in functions_named(*names) if primitive else ():
             PRIMITIVES[each] = partial(_primitive, each, body)
         return body
 

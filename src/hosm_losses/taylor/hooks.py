@@ -42,14 +42,14 @@ def check_unchanged(returned: Sequence[Any], incoming: Sequence[Any]) -> None:
             raise ChangedGradientError(CHANGING_HOOK)
 
 
-def looking(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
+def guard_hook(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
     """A hook that raises where the given one changes a gradient."""
 
-    def looked(gradient: Tensor) -> None:
+    def guarded(gradient: Tensor) -> None:
         before = versions([gradient])
         found = hook(gradient)
         same = found is None or _is_same(found, gradient)
         if not same or versions([gradient]) != before:
             raise ChangedGradientError(CHANGING_HOOK)
 
-    return looked
+    return guarded

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hosm_losses.taylor.errors import TaylorError
-from hosm_losses.taylor.registry import HOMES, RULES, Function, every, rule
+from hosm_losses.taylor.registry import HOMES, RULES, Function, functions_named, rule
 from hosm_losses.taylor.stacks import align, extend
-from hosm_losses.taylor.tensor import Jet, call, differentiate, jet_among, written
+from hosm_losses.taylor.tensor import Jet, call, differentiate, jet_among, write_jet
 from hosm_losses.taylor.unknown import WRONG, wrong_in_forward_mode
 
 # What changes more than the values of its object.
@@ -25,16 +25,18 @@ REFUSED = """
 OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
 
 
-def _changed(change: Function, plain: Function | None, x: Any, *args: Any, **named: Any) -> Tensor:
+def _change_in_place(
+    change: Function, plain: Function | None, x: Any, *args: Any, **named: Any
+) -> Tensor:
     """Change x by a method in place; `plain` is the function with a rule that is not in place."""
-    start = _started(x, *args, *named.values())
+    start = _as_jet(x, *args, *named.values())
     # Of another type, what the copy says decides.
     if plain is None or start.dtype != x.dtype:
-        return _by_a_copy(change, x, *args, **named)
-    return written(x, call(plain, (start, *args), named))
+        return _change_a_copy(change, x, *args, **named)
+    return write_jet(x, call(plain, (start, *args), named))
 
 
-def _by_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Tensor:
+def _change_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Tensor:
     """Change x as PyTorch changes a copy of it."""
 
     def changed(x: Tensor, *args: Any, **named: Any) -> Tensor:
@@ -45,11 +47,11 @@ def _by_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Tensor:
     if wrong_in_forward_mode(change, args, named):
         raise TaylorError(f"{change.__name__}: {WRONG}")
     changed.__name__ = change.__name__
-    start = _started(x, *args, *named.values())
-    return written(x, differentiate(changed, (start, *args), named))
+    start = _as_jet(x, *args, *named.values())
+    return write_jet(x, differentiate(changed, (start, *args), named))
 
 
-def _started(x: Tensor, *others: Any) -> Jet:
+def _as_jet(x: Tensor, *others: Any) -> Jet:
     """A Jet, or a plain tensor as the Jet of a constant."""
     return x if isinstance(x, Jet) else jet_among(others).constant(x)
 
@@ -66,9 +68,9 @@ _METHODS = {
     if name.endswith("_") and not name.startswith("_") and name not in REFUSED.split()
 } | {f"__i{name}__": f"__{name}__" for name in OPERATORS.split()}
 for _name, _plain in _METHODS.items():
-    _with_rule = next((each for each in every(_plain) if each in RULES), None)
-    for _change in every(_name):
-        rule(_change, several=True)(partial(_changed, _change, _with_rule))
+    _with_rule = next((each for each in functions_named(_plain) if each in RULES), None)
+    for _change in functions_named(_name):
+        rule(_change, several=True)(partial(_change_in_place, _change, _with_rule))
 
 
 @rule("requires_grad_ retain_grad")
@@ -83,17 +85,17 @@ def _requires_grad(x: Jet, requires_grad: bool = True) -> Jet:
 def _copy(x: Any, source: Any, non_blocking: bool = False) -> Tensor:  # noqa: ARG001
     if isinstance(source, Jet):
         stack = align(source.stack, x.ndim)
-        return written(x, source.like(stack.expand(len(stack), *x.shape)))
-    return written(x, source.to(x.device).expand(x.shape))
+        return write_jet(x, source.like(stack.expand(len(stack), *x.shape)))
+    return write_jet(x, source.to(x.device).expand(x.shape))
 
 
 @rule(Tensor.__setitem__, several=True)
 def _set_item(x: Any, index: Any, value: Any) -> None:
-    start = _started(x, value)
+    start = _as_jet(x, value)
     given: list[Any] = list(value.stack) if isinstance(value, Jet) else [value]
     count = max(len(start.stack), len(given))
     given += [0] * (count - len(given))  # the derivatives of what does not depend on x
     parts = [each.clone() for each in extend(start.stack, count)]
     for part, item in zip(parts, given, strict=True):
         part[index] = item
-    written(x, start.like(torch.stack(parts)))
+    write_jet(x, start.like(torch.stack(parts)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hosm_losses.taylor.aliases import share
 from hosm_losses.taylor.errors import NoRule, TaylorError
-from hosm_losses.taylor.registry import Function, axes, axis, every, rule
+from hosm_losses.taylor.registry import Function, axes, axis, functions_named, rule
 from hosm_losses.taylor.stacks import align
 from hosm_losses.taylor.tensor import (
     Jet,
@@ -25,7 +25,7 @@ from hosm_losses.taylor.tensor import (
     on_values,
     result_type,
     stacks_of,
-    written,
+    write_jet,
 )
 
 
@@ -46,7 +46,7 @@ def linear(move: Function, *names: str | Function, view: bool = False) -> None:
             parts = [share(x, part) for part in parts] if view else parts
             return tuple(parts) if isinstance(found, tuple) else parts[0]
 
-    for each in every(*names):
+    for each in functions_named(*names):
         register(each)
 
 
@@ -66,22 +66,22 @@ def _axes(stack: Tensor, dims: Any) -> tuple[int, ...]:
 
 
 # ----------------------------------------------------------------------------- views, or perhaps
-def _shaped(stack: Tensor, *sizes: Any, shape: Any = None) -> Tensor:
+def _reshape(stack: Tensor, *sizes: Any, shape: Any = None) -> Tensor:
     if isinstance((*sizes, None)[0], torch.dtype):
         raise TaylorError("view: another dtype for the same bits has no derivative.")
     return stack.reshape(len(stack), *_numbers(sizes or (shape,)))
 
 
-def _expanded(stack: Tensor, *sizes: Any) -> Tensor:
+def _expand(stack: Tensor, *sizes: Any) -> Tensor:
     sizes = _numbers(sizes)
     return align(stack, len(sizes)).expand(len(stack), *sizes)
 
 
-def _permuted(stack: Tensor, *dims: Any) -> Tensor:
+def _permute(stack: Tensor, *dims: Any) -> Tensor:
     return stack.permute(0, *(dim + stack.ndim for dim in _axes(stack, _numbers(dims))))
 
 
-def _transposed(stack: Tensor) -> Tensor:
+def _transpose(stack: Tensor) -> Tensor:
     if stack.ndim < 3:
         raise NoRule
     return stack.mT
@@ -93,21 +93,21 @@ def _turned(stack: Tensor) -> Tensor:
     return stack.permute(0, *range(stack.ndim - 1, 0, -1))
 
 
-def _squeezed(stack: Tensor, dim: Any = None) -> Tensor:
+def _squeeze(stack: Tensor, dim: Any = None) -> Tensor:
     if dim is None:
         dim = [axis for axis, size in enumerate(stack.shape[1:]) if size == 1]
     return stack.squeeze(_axes(stack, dim)) if dim != [] else stack
 
 
 VIEWS = {
-    "reshape view": _shaped,
-    "reshape_as view_as": lambda stack, other: _shaped(stack, *other.shape),
-    "expand": _expanded,
-    "expand_as": lambda stack, other: _expanded(stack, *other.shape),
+    "reshape view": _reshape,
+    "reshape_as view_as": lambda stack, other: _reshape(stack, *other.shape),
+    "expand": _expand,
+    "expand_as": lambda stack, other: _expand(stack, *other.shape),
     "contiguous": lambda stack, memory_format=None: stack,  # noqa: ARG005
-    "permute": _permuted,
+    "permute": _permute,
     "t": _turned,
-    "squeeze": _squeezed,
+    "squeeze": _squeeze,
     "unsqueeze": lambda stack, dim: stack.unsqueeze(axis(dim, stack.ndim)),
     "transpose swapaxes swapdims": lambda stack, dim0, dim1: stack.transpose(
         _axis(stack, dim0), _axis(stack, dim1)
@@ -141,7 +141,7 @@ def _reduced(reduce: Function) -> Function:
     return reduced
 
 
-def of_samples(stack: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+def per_sample(stack: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """A function that treats every sample alone, with the components as more samples."""
     return function(stack.flatten(0, 1)).unflatten(0, stack.shape[:2])
 
@@ -156,7 +156,7 @@ for _table in (VIEWS, NEW):
     for _names, _move in _table.items():
         linear(_move, _names, view=_table is VIEWS)
 linear(_turned, Tensor.T.__get__, view=True)  # pyright: ignore[reportAttributeAccessIssue]
-linear(_transposed, Tensor.mT.__get__, view=True)  # pyright: ignore[reportAttributeAccessIssue]
+linear(_transpose, Tensor.mT.__get__, view=True)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @rule(
@@ -166,7 +166,7 @@ linear(_transposed, Tensor.mT.__get__, view=True)  # pyright: ignore[reportAttri
     told=True,
 )
 def _by_samples(function: Function, x: Jet, *args: Any, **named: Any) -> Jet:
-    return x.like(of_samples(x.stack, lambda samples: function(samples, *args, **named)))
+    return x.like(per_sample(x.stack, lambda samples: function(samples, *args, **named)))
 
 
 @rule(
@@ -180,21 +180,21 @@ def _by_components(function: Function, x: Jet, *args: Any, **named: Any) -> Tens
 
 
 @rule("pad", kind="linear")
-def _padded(x: Jet, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
+def _pad(x: Jet, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
     if value:  # of which the derivatives are zero
         raise NoRule
     return _by_components(F.pad, x, pad, mode)
 
 
 @rule("dropout dropout1d dropout2d dropout3d", kind="linear", told=True)
-def _dropped(
+def _dropout(
     function: Function, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Any:
     if not training or p == 0:
         return x
     # One mask for the value and its derivatives.
     found = x.like(x.stack * function(torch.ones_like(x.stack[0]), p, True))
-    return written(x, found) if inplace else found
+    return write_jet(x, found) if inplace else found
 
 
 @rule(Tensor.__iter__, kind="linear")

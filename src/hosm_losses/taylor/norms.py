@@ -35,7 +35,7 @@ from torch import Tensor
 from hosm_losses.taylor.composites import ON_JETS, ON_TENSORS, composite, refuse
 from hosm_losses.taylor.errors import NoRule
 from hosm_losses.taylor.products import with_bias
-from hosm_losses.taylor.recompute import Needed, recomputed
+from hosm_losses.taylor.recompute import Needed, with_recomputation
 from hosm_losses.taylor.registry import axes
 from hosm_losses.taylor.stacks import (
     Pairs,
@@ -109,11 +109,11 @@ def stack_of_norm(
     pullbacks: list[Any] = [partial(pull_back, rows, firsts, pairs)]
     if pairs == "none":
         pullbacks.append(partial(pull_back_again, rows))
-    function = partial(normalised, rows, firsts, pairs)
-    return recomputed(function, stack, weight, bias, pullbacks=pullbacks)
+    function = partial(normalize_stack, rows, firsts, pairs)
+    return with_recomputation(function, stack, weight, bias, pullbacks=pullbacks)
 
 
-def normalised(
+def normalize_stack(
     rows: Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Some, bias: Some
 ) -> Tensor:
     """The stack of a norm."""
@@ -211,12 +211,12 @@ def pull_back(
     centred, u, along = rows.measured(stack, firsts)
     value, tangents, seconds = components(centred, firsts)
     norm, raw = _Norm(rows, value, u), rows.seen(cotangent)
-    every = norm.seen(rows.cotangents(raw, weight))
-    _, b, d = every.split(1, firsts, len(raw) - 1 - firsts)
+    seen = norm.seen(rows.cotangents(raw, weight))
+    _, b, d = seen.split(1, firsts, len(raw) - 1 - firsts)
     c = _Seen(tangents, along)
     if len(stack) < len(raw):  # where second derivatives are zero, of which there is no gradient
-        every = _Seen(every.z[: len(stack)], every.along[: len(stack)])
-    of_stack = norm.turned(every)
+        seen = _Seen(seen.z[: len(stack)], seen.along[: len(stack)])
+    of_stack = norm.turned(seen)
     of_value, left, right = of_stack[:1], *_sides(c, pairs)
     _added(of_value, norm.bent(b, c), -1)
     if pairs in ("squares", "sum"):

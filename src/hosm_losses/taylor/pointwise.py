@@ -23,7 +23,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.taylor.errors import NoRule
-from hosm_losses.taylor.recompute import Needed, recomputed
+from hosm_losses.taylor.recompute import Needed, with_recomputation
 from hosm_losses.taylor.registry import Function, rule
 from hosm_losses.taylor.stacks import Pairs, at_least_float32, collect, components, sides
 from hosm_losses.taylor.tensor import Jet
@@ -53,7 +53,7 @@ def apply(series: Series, jet: Jet, operators: Operators | None = None) -> Jet:
         pullbacks.append(partial(_pull_back_again, derivatives))
         if operators is not None:
             once = partial(_evaluate_by, operators, jet.firsts)
-    return jet.like(recomputed(once, jet.stack, pullbacks=pullbacks, again=again))
+    return jet.like(with_recomputation(once, jet.stack, pullbacks=pullbacks, again=again))
 
 
 def _without_value(series: Series, x: Tensor) -> Iterator[Tensor]:
@@ -221,7 +221,7 @@ def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
     yield torch.addcmul(3 * s2, x, s3)
 
 
-def straight(value: Tensor, slope: Tensor) -> Iterator[Tensor]:
+def piecewise_linear(value: Tensor, slope: Tensor) -> Iterator[Tensor]:
     """A function of straight pieces, whose further derivatives are zero."""
     yield value
     yield slope
@@ -231,26 +231,26 @@ def straight(value: Tensor, slope: Tensor) -> Iterator[Tensor]:
 
 @pointwise("relu")
 def _relu(x: Tensor) -> Iterator[Tensor]:
-    return straight(torch.relu(x), (x > 0).to(x.dtype))
+    return piecewise_linear(torch.relu(x), (x > 0).to(x.dtype))
 
 
 @pointwise("leaky_relu")
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
     slope = torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
-    return straight(x * slope, slope)
+    return piecewise_linear(x * slope, slope)
 
 
 @pointwise("hardsigmoid")
 def _hardsigmoid(x: Tensor) -> Iterator[Tensor]:
     """PyTorch's has no second derivative, not even the one of zero."""
     inside = (x > -3) & (x < 3)
-    return straight(F.relu6(x + 3) / 6, inside.to(x.dtype) / 6)
+    return piecewise_linear(F.relu6(x + 3) / 6, inside.to(x.dtype) / 6)
 
 
 @pointwise("abs", "__abs__", "absolute")
 def absolute(x: Tensor) -> Iterator[Tensor]:
     """|x|, and its derivatives, which are zero at zero."""
-    return straight(torch.abs(x), torch.sign(x))
+    return piecewise_linear(torch.abs(x), torch.sign(x))
 
 
 @pointwise("exp")
@@ -313,7 +313,7 @@ def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Iterator[Tensor]:  # 
             raise NoRule
         if bound is not None:
             inside = inside & holds(x, bound)
-    return straight(torch.clamp(x, min, max), inside.to(x.dtype))
+    return piecewise_linear(torch.clamp(x, min, max), inside.to(x.dtype))
 
 
 @pointwise("clamp_max")
@@ -321,9 +321,9 @@ def _clamp_max(x: Tensor, max: Any) -> Iterator[Tensor]:  # noqa: A002
     return _clamp(x, None, max)
 
 
-def _to_the(exponent: float) -> Callable[[Tensor], Iterator[Tensor]]:
+def _rpow(exponent: float) -> Callable[[Tensor], Iterator[Tensor]]:
     return lambda x: power(x, exponent)
 
 
 for _name, _exponent in {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1}.items():
-    pointwise(_name)(_to_the(_exponent))
+    pointwise(_name)(_rpow(_exponent))

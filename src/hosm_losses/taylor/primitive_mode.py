@@ -26,7 +26,7 @@ from hosm_losses.taylor._torch import (
     traced,
 )
 from hosm_losses.taylor.errors import DerivativeError
-from hosm_losses.taylor.hooks import looking
+from hosm_losses.taylor.hooks import guard_hook
 from hosm_losses.taylor.registry import OF_ONE, PRIMITIVES
 
 CHECKPOINT_ADVICE = (
@@ -83,7 +83,7 @@ class _SafePrimitives(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.register_hook:
             tensor, hook = *args, *(kwargs or {}).values()
-            return tensor.register_hook(looking(hook))
+            return tensor.register_hook(guard_hook(hook))
         if func == _DATA and traced():  # which is shallow, as .detach_() is
             return args[0].detach()
         if func in (Tensor.detach_, torch.detach_) and traced():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hosm_losses.taylor._torch import operators
 from hosm_losses.taylor.errors import DerivativeError
-from hosm_losses.taylor.registry import OF_ONE, PRIMITIVES, every
+from hosm_losses.taylor.registry import OF_ONE, PRIMITIVES, functions_named
 
 
 def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
@@ -63,7 +63,7 @@ _OTHERS: dict[Any, Any] = {
     torch.instance_norm: partial(_refuse, NORMS),
 }
 for _names, _other in _OTHERS.items():
-    for _function in every(_names):
+    for _function in functions_named(_names):
         PRIMITIVES[_function] = _other
 # As programs of torch.export call them, with the arguments of the functions of torch.
 for _function, _primitive in list(PRIMITIVES.items()):
@@ -73,5 +73,5 @@ PRIMITIVES.update(dict.fromkeys(operators("_native_batch_norm_legit"), partial(_
 
 
 # What PyTorch gets wrong once already: of one sample, in channels_last on the CPU.
-_INSTANCE_NORMS = *every("instance_norm"), *operators("instance_norm")
+_INSTANCE_NORMS = *functions_named("instance_norm"), *operators("instance_norm")
 OF_ONE.update({each: PRIMITIVES[each] for each in _INSTANCE_NORMS})

@@ -39,8 +39,8 @@ from hosm_losses.taylor._torch import (
 )
 from hosm_losses.taylor.aliases import share
 from hosm_losses.taylor.errors import NoRule
-from hosm_losses.taylor.linear import of_samples
-from hosm_losses.taylor.recompute import asked_for
+from hosm_losses.taylor.linear import per_sample
+from hosm_losses.taylor.recompute import needed_gradients
 from hosm_losses.taylor.registry import Function, rule
 from hosm_losses.taylor.stacks import Pairs, align, collect, components, sides
 from hosm_losses.taylor.tensor import Jet
@@ -107,16 +107,16 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx: Any, form: Form, place: int, *others: Tensor) -> Tensor:
         ctx.form, ctx.place = form, place
         ctx.save_for_backward(*others)
-        return _evaluated(form, place, *others)
+        return _evaluate_form(form, place, *others)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Some) -> tuple[Some, ...]:
         others: list[Any] = list(ctx.saved_tensors)
-        needed = asked_for(ctx, others)
+        needed = needed_gradients(ctx, others)
         others.insert(ctx.place, cotangents[0])
         needed.insert(ctx.place, False)
         # Where gradients are off a transform may be around, under which no Function is applied.
-        evaluate: Any = _Gradient.apply if torch.is_grad_enabled() else _evaluated
+        evaluate: Any = _Gradient.apply if torch.is_grad_enabled() else _evaluate_form
         found = [
             evaluate(ctx.form, place, *others[:place], *others[place + 1 :]) if need else None
             for place, need in enumerate(needed)
@@ -125,7 +125,7 @@ class _Gradient(torch.autograd.Function):
         return None, None, *found
 
 
-def _evaluated(form: Form, place: int, *others: Tensor) -> Tensor:
+def _evaluate_form(form: Form, place: int, *others: Tensor) -> Tensor:
     """In the types that the product was given, also in a backward pass under autocast."""
     with without_autocast(others[0].device.type):
         return form[place](*others)
@@ -194,7 +194,7 @@ def _convolution(
             convolved = product(form, in_autocast(samples), weight)
         return with_bias(convolved, bias, x.shape[0])
 
-    return x.like(of_samples(x.stack, biased))
+    return x.like(per_sample(x.stack, biased))
 
 
 def _convolution_form(
@@ -221,7 +221,7 @@ def _convolution_form(
     shapes, dtype = (samples.shape, weight.shape), weight.dtype
     cast = autocast_type(weight)
 
-    def of_samples(weight: Tensor, cotangent: Tensor) -> Tensor:
+    def per_sample(weight: Tensor, cotangent: Tensor) -> Tensor:
         # Of what is expanded only the shape is used.
         samples, weight = cotangent.new_empty(1).expand(shapes[0]), weight.to(cast)
         return backward(cotangent, samples, weight, None, *options, (True, False, False))[0]
@@ -232,7 +232,7 @@ def _convolution_form(
         return found.to(dtype)
 
     return Form(
-        of_samples, of_weight, lambda a, b: torch.convolution(a, b.to(cast), None, *options)
+        per_sample, of_weight, lambda a, b: torch.convolution(a, b.to(cast), None, *options)
     )
 
 
@@ -308,7 +308,7 @@ def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | N
     return batch, rows, inner, columns
 
 
-def _contracted(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
+def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
     """A sum over indices as products of matrices; None where `product_rule` has to do it."""
     if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MOST or traced():
         return None
@@ -320,20 +320,20 @@ def _contracted(left: str, right: str, result: str, a: Any, b: Any) -> Jet | Non
     batch, rows, inner, columns = groups
     # It is the last axis in memory as well, in the other order.
     if rows and result[-1] == rows[-1]:
-        return _contracted(right, left, result, b, a)
+        return _contract(right, left, result, b, a)
     x, y = in_autocast(a.stack), in_autocast(b.stack)
     if x.dtype != y.dtype or not plain(x, y):
         return None
     n, m, k, p = (prod([sizes[index] for index in group]) for group in groups)
-    x = _ordered(x, left, batch + rows + inner).reshape(len(x), n, m, k)
-    y = _ordered(y, right, batch + inner + columns).reshape(len(y), n, k, p)
+    x = _reorder_axes(x, left, batch + rows + inner).reshape(len(x), n, m, k)
+    y = _reorder_axes(y, right, batch + inner + columns).reshape(len(y), n, k, p)
     found = product(_form(_terms(a.firsts, a.pairs, len(x), len(y)), x, y), x, y)
     given = batch + rows + columns
     found = found.reshape(len(found), *[sizes[index] for index in given])
-    return a.like(_ordered(found, given, result))
+    return a.like(_reorder_axes(found, given, result))
 
 
-def _ordered(stack: Tensor, given: str, wanted: str) -> Tensor:
+def _reorder_axes(stack: Tensor, given: str, wanted: str) -> Tensor:
     """A stack with the axes of its value in another order."""
     return stack.permute(0, *(1 + given.index(index) for index in wanted))
 
@@ -345,9 +345,7 @@ def matmul(a: Any, b: Any) -> Jet:
         raise NoRule
     ndim = max(ndim_of(a), ndim_of(b))
     batch = ascii_lowercase[: ndim - 2]
-    found = (
-        _contracted(f"{batch}MK", f"{batch}KN", f"{batch}MN", a, b) if a.ndim == b.ndim else None
-    )
+    found = _contract(f"{batch}MK", f"{batch}KN", f"{batch}MN", a, b) if a.ndim == b.ndim else None
     return product_rule(a, b, torch.matmul, ndim) if found is None else found
 
 
@@ -396,5 +394,5 @@ def _einsum(equation: Any, *operands: Any) -> Jet:
     if len(factors) == 1:
         return share(factors[0], factors[0].like(summed(factors[0].stack)))
     left, right = given.split(",")
-    found = _contracted(left, right, result, factors[0], factors[1])
+    found = _contract(left, right, result, factors[0], factors[1])
     return product_rule(factors[0], factors[1], summed, 0) if found is None else found

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from hosm_losses.taylor.errors import TaylorError
-from hosm_losses.taylor.hooks import looking
-from hosm_losses.taylor.registry import CONSTANT, Function, every, rule
+from hosm_losses.taylor.hooks import guard_hook
+from hosm_losses.taylor.registry import CONSTANT, Function, functions_named, rule
 from hosm_losses.taylor.tensor import Jet, on_values
 
 _PROPERTIES = """
@@ -35,8 +35,8 @@ _CASTS = """
     to type type_as float double half bfloat16 int long short char byte bool cfloat cdouble chalf
     cpu cuda
 """
-CONSTANT.update(dict.fromkeys(every(_PROPERTIES + _WITHOUT_SLOPE), True))
-CONSTANT.update(dict.fromkeys(every("detach"), "shares"))
+CONSTANT.update(dict.fromkeys(functions_named(_PROPERTIES + _WITHOUT_SLOPE), True))
+CONSTANT.update(dict.fromkeys(functions_named("detach"), "shares"))
 CONSTANT[Tensor.data.__get__] = "data"  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -60,8 +60,8 @@ def _register_hook(x: Jet, hook: Callable[[Tensor], Any]) -> RemovableHandle:
     if not x.stack.requires_grad:
         return RemovableHandle(OrderedDict())
 
-    looked = looking(hook)
-    return x.stack.register_hook(lambda cotangent: looked(cotangent[0]))
+    guarded = guard_hook(hook)
+    return x.stack.register_hook(lambda cotangent: guarded(cotangent[0]))
 
 
 @rule("as_strided as_strided_copy as_strided_scatter", several=True)

@@ -25,7 +25,7 @@ Function = Callable[..., Any]
 Needed = Sequence[bool]
 
 
-def recomputed(
+def with_recomputation(
     function: Function,
     *tensors: Some,
     pullbacks: Sequence[Function] = (),
@@ -48,7 +48,7 @@ def recomputed(
 
     Example:
         >>> x = torch.ones(3, requires_grad=True)
-        >>> recomputed(lambda x: x.sin().cos(), x).sum().backward()
+        >>> with_recomputation(lambda x: x.sin().cos(), x).sum().backward()
         >>> x.grad.shape
         torch.Size([3])
     """
@@ -72,7 +72,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Some) -> tuple[Some, ...]:
         saved = ctx.saved_tensors  # once, as a checkpoint allows
-        needed = asked_for(ctx, saved)
+        needed = needed_gradients(ctx, saved)
         results = [place for place, each in enumerate(cotangents) if each is not None]
         function, again, pullbacks, _ = ctx.functions
         further: Sequence[Function] = ()
@@ -90,7 +90,7 @@ class _Recomputed(torch.autograd.Function):
         return None, *(next(values) if need else None for need in needed)
 
 
-def asked_for(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
+def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
     """Of which tensors, the last arguments of a Function, this backward pass needs the gradient.
 
     A pass back to x alone needs none of the weights', which a Function is not told.

@@ -77,7 +77,7 @@ OF_ONE: dict[Function, Function] = {}
 CONSTANT: dict[Function, Any] = {}
 
 
-def every(*names: str | Function) -> list[Function]:
+def functions_named(*names: str | Function) -> list[Function]:
     """The functions of PyTorch that are given, and those and the methods with given names."""
     found = [each for each in names if not isinstance(each, str)]
     for name in " ".join(each for each in names if isinstance(each, str)).split():
@@ -96,7 +96,7 @@ def rule(
     """
 
     def register(function: Function) -> Function:
-        for each in every(*names):
+        for each in functions_named(*names):
             called = partial(function, each) if told else function
             parameters = inspect.signature(called).parameters.values()
             places = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses.taylor.errors import NoRule
-from hosm_losses.taylor.recompute import Needed, recomputed
+from hosm_losses.taylor.recompute import Needed, with_recomputation
 from hosm_losses.taylor.registry import axis, rule
 from hosm_losses.taylor.stacks import (
     Pairs,
@@ -51,15 +51,15 @@ def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3)
     stack = x.stack if dtype is None else x.stack.to(dtype)
     dim = axis(dim, x.ndim)
     parts: list[Any] = [
-        partial(_softened, dim, x.firsts, x.pairs),
+        partial(_softmax, dim, x.firsts, x.pairs),
         partial(_pull_back, dim, x.firsts, x.pairs, len(stack)),
     ]
     if x.pairs == "none":
         parts.append(partial(_pull_back_again, dim))
-    return x.like(recomputed(parts[0], stack, pullbacks=parts[1:], by_result=True))
+    return x.like(with_recomputation(parts[0], stack, pullbacks=parts[1:], by_result=True))
 
 
-def _softened(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
+def _softmax(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
     logits, tangents, seconds = components(at_least_float32(stack), firsts)
     weights = torch.softmax(logits, dim)
 

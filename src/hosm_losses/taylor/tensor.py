@@ -86,7 +86,7 @@ class Jet(Tensor):
         """Return the Jet of another stack along the same directions."""
         return Jet.make(stack, self.firsts, self.pairs)
 
-    def typed(self, dtype: torch.dtype) -> "Jet":
+    def with_dtype(self, dtype: torch.dtype) -> "Jet":
         """Return the Jet in a floating type, itself if it is in that."""
         return self if self.stack.dtype == dtype else self.like(self.stack.to(dtype))
 
@@ -121,7 +121,7 @@ class _Traced(Jet):
     """A Jet under torch.compile, whose data are its stack with the components last, and NaN.
 
     `q, k, v = qkv` passes by `__torch_function__` there, and takes rows of the data. So a row has
-    all components, if no attributes: see `unpacked`. So does torch.func.vmap inside a network,
+    all components, if no attributes: see `unpack`. So does torch.func.vmap inside a network,
     which would compute with the components as if they were elements: that becomes NaN.
     """
 
@@ -135,13 +135,13 @@ _ASKED: dict[str, Callable[[Jet], Any]] = {
 }
 for _entry, _answer in _ASKED.items():
     setattr(_Opaque, _entry, property(_answer))
-    setattr(_Traced, _entry, property(lambda jet, of=_answer: of(unpacked(jet))))
+    setattr(_Traced, _entry, property(lambda jet, of=_answer: of(unpack(jet))))
 
 
-def unpacked(x: Any) -> Any:
+def unpack(x: Any) -> Any:
     """An argument, which may be a row that torch.compile unpacked, or several of them."""
     if type(x) in (list, tuple):
-        return type(x)(map(unpacked, x))
+        return type(x)(map(unpack, x))
     if not isinstance(x, Jet) or hasattr(x, "stack"):
         return x
     propagation = aliases.THREAD.propagations[-1]
@@ -158,8 +158,8 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     """Evaluate a function of PyTorch on arguments with Jets among them."""
     compiling = torch.compiler.is_compiling()
     if compiling:
-        args = tuple(map(unpacked, args))
-        kwargs = {name: unpacked(value) for name, value in kwargs.items()}
+        args = tuple(map(unpack, args))
+        kwargs = {name: unpack(value) for name, value in kwargs.items()}
     elif dispatch_depth():
         refuse_selective_checkpoint()
     constant = CONSTANT.get(func)
@@ -176,7 +176,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         raise TaylorError(f"{name_of(func)}: out= {CHANGES}")
     if kwargs.get("inplace"):
         target = args[0] if args else kwargs["input"]
-        return written(target, call(func, args, {**kwargs, "inplace": False}))
+        return write_jet(target, call(func, args, {**kwargs, "inplace": False}))
     if compiling:
         for method, found in IN_PYTHON:
             if func is method:
@@ -254,7 +254,7 @@ def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return pytree.tree_unflatten(found, tree)
 
 
-def written(x: Tensor, result: Any) -> Tensor:
+def write_jet(x: Tensor, result: Any) -> Tensor:
     """Give a Jet or a plain tensor, in place and in its type, what a Jet carries; return it."""
     if result.shape != x.shape:
         raise TaylorError(
@@ -298,12 +298,12 @@ def propagate(
     try:
         # Gradients are off in the forward of a custom Function, which is how one is found.
         with torch.enable_grad(), forward_mode_on():
-            result: Any = unpacked(function(Jet.make(stack, count, pairs)))
+            result: Any = unpack(function(Jet.make(stack, count, pairs)))
         stack, kind, finished = getattr(result, "stack", stack), type(result), True
         del result
     finally:
         aliases.THREAD.propagations.pop()
-        left = aliases.living(propagation.jets)
+        left = aliases.alive(propagation.jets)
         if left or propagation.detached:
             aliases.end(propagation, left)
         if len(aliases.THREAD.promoted) > before:

@@ -11,27 +11,27 @@ import torch
 from torch import Tensor
 
 from hosm_losses.taylor._torch import forward_mode, of_a_package, operators, pytree
-from hosm_losses.taylor.registry import every
+from hosm_losses.taylor.registry import functions_named
 from hosm_losses.taylor.stacks import Pairs, extend
 
 Tensors = tuple[Tensor, ...]
 
 
-def _every(names: str) -> set[Any]:
+def _operators_named(names: str) -> set[Any]:
     """The functions and methods of PyTorch with these names, and the operators below them."""
-    return {*every(names), *(each for name in names.split() for each in operators(name))}
+    return {*functions_named(names), *(each for name in names.split() for each in operators(name))}
 
 
 # What PyTorch derives in forward mode by a formula that it does not differentiate rightly:
 # cumprod where a factor is zero, and those of the second row where it derives them twice.
-_FORWARD = _every(
+_FORWARD = _operators_named(
     "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_ "
     "cholesky_inverse linear_cross_entropy dist pairwise_distance matrix_norm float_power "
     "cosine_similarity "
     "eigh eigvalsh copysign copysign_ renorm renorm_ cosine_embedding_loss triplet_margin_loss"
 )
 # And these where they multiply.
-_PRODUCTS = _every("scatter_reduce index_reduce scatter_reduce_ index_reduce_")
+_PRODUCTS = _operators_named("scatter_reduce index_reduce scatter_reduce_ index_reduce_")
 WRONG = (
     "PyTorch's derivative of it in forward mode is not differentiated rightly. Write it with "
     "other operators, or leave engine at 'auto', which takes the engine 'reverse'."
@@ -69,7 +69,7 @@ def along(
         return value, to_left, to_right, to_both
 
     if pairs == "none":
-        value, *parts = _mapped(first, derivatives)
+        value, *parts = _map_directions(first, derivatives)
     else:
         count = {"halves": firsts // 2, "last": firsts - 1}.get(pairs, firsts)
         left = tuple(each[:count] for each in derivatives)
@@ -78,7 +78,7 @@ def along(
             right = tuple(each[-1:].expand_as(each) for each in right)
         # Of a sum the first direction has it all.
         both = tuple(extend(each[firsts:], count) for each in derivatives)
-        value, *parts = _mapped(second, left, right, both)
+        value, *parts = _map_directions(second, left, right, both)
         if pairs in ("squares", "sum"):
             del parts[1]
         if pairs == "last":
@@ -89,7 +89,7 @@ def along(
     return [torch.cat([one.unsqueeze(0), *rest]) for one, *rest in stacks]
 
 
-def _mapped(function: Callable[..., Any], *args: Tensors) -> Any:
+def _map_directions(function: Callable[..., Any], *args: Tensors) -> Any:
     """(value, *derivatives) of a function for several directions.
 
     Under vmap where there are several: one mask of a dropout then serves all of them.
