@@ -1,0 +1,78 @@
+"""Uses of a density that the page describes in a sentence: each holds."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Independent, Normal
+
+import hosm_losses as hosm
+from tests.cases import SCHEDULES, VP
+from tests.oracles import GaussianMixture, mixture_noise
+
+EXACT = {"divergence": "exact"}
+
+
+def mixture(d):
+    generator = torch.Generator().manual_seed(0)
+    means = 0.5 * torch.randn(4, d, generator=generator)
+    covariances = 0.09 * torch.eye(d).expand(4, d, d)
+    return GaussianMixture(means, covariances, torch.full((4,), 0.25))
+
+
+def centred(x, particles=3):
+    parts = x.reshape(len(x), particles, -1)
+    return (parts - parts.mean(1, keepdim=True)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("name", ["vp", "ve", "flow"])
+def test_the_density_in_the_subspace_without_a_centre_of_mass(name):
+    """Three particles in two dimensions, of which k = 2 are removed."""
+    schedule, std, k, d = SCHEDULES[name], 0.5, 2, 4
+
+    def network(x, t):
+        alpha, sigma = (each[:, None] for each in schedule(t))
+        return sigma * centred(x) / ((alpha * std) ** 2 + sigma**2)
+
+    model, solver = hosm.ScoreModel(network, schedule), hosm.FixedGrid(32)
+    x = std * centred(torch.randn(4, 6))
+    ends = [schedule(torch.tensor(t)) for t in (schedule.t_min, schedule.t_max)]
+    (low, first), (high, last) = ends
+    prior = schedule.prior_std
+    removed = -k / 2 * math.log(2 * math.pi * prior**2) + k * math.log(high / low)
+    found = -hosm.ode_nll(model, x, solver=solver, **EXACT).nll - removed
+    wide = (((low * std) ** 2 + first**2) / ((high * std) ** 2 + last**2)).sqrt() * prior
+    exact = -x.square().sum(1) / wide**2 / 2 - d / 2 * (2 * math.pi * wide**2).log()
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-4)
+    latent = prior * centred(torch.randn(4, 6))
+    drawn = hosm.ode_sample(model, latent, solver=solver, **EXACT)
+    torch.testing.assert_close(centred(drawn.x), drawn.x)
+
+
+def test_tempered_latents_are_nearer_to_a_tempered_target():
+    data, temperature, count = mixture(8), 1.3, 200
+    model = hosm.ScoreModel(mixture_noise(data, VP), VP)
+    z, std = torch.randn(count, 8), temperature**0.5
+    prior = Independent(Normal(torch.zeros(8), std * VP.prior_std), 1)
+
+    def target(x):
+        alpha, sigma = VP(torch.full((len(x),), VP.t_min))
+        return data.log_density(x, alpha, sigma) / temperature
+
+    hot, cold = (
+        hosm.importance_weights(hosm.ode_sample(model, latent, **EXACT, **options), target)
+        for latent, options in ((std * z, {"log_prior": prior}), (z, {}))
+    )
+    assert hot.effective_sample_size > 0.8 * count > cold.effective_sample_size
+    apart = hot.log_z - cold.log_z
+    assert abs(apart) < 5 * math.hypot(hot.log_z_error, cold.log_z_error)
+
+
+def test_the_score_of_the_density_is_its_gradient():
+    data = mixture(3)
+    model = hosm.ScoreModel(mixture_noise(data, VP), VP)
+    x = data.sample(3, torch.Generator().manual_seed(0)).requires_grad_()
+    log_q = -hosm.ode_nll(model, x, **EXACT, enable_grad=True).nll
+    (score,) = torch.autograd.grad(log_q.sum(), x)
+    exact = model.score(x.detach(), torch.full((3,), VP.t_min))
+    torch.testing.assert_close(score, exact, rtol=0, atol=0.01 * float(exact.abs().max()))
