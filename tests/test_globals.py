@@ -53,6 +53,12 @@ DRAWS = {
     "nll, dequantized": density(
         hosm.ode_nll, IMAGES, divergence="exact", dequantization=hosm.Uniform()
     ),
+    "nll, truncated": density(
+        hosm.ode_nll, IMAGES, divergence="exact", dequantization=hosm.TruncatedNormal()
+    ),
+    "posterior": lambda model, **options: model.denoising_posterior(
+        X, X[:, 0] * 0 + 0.5
+    ).covariance.diagonal(hosm.Hutchinson(2), **options),
     "sample": from_prior,
     "bound": lambda model, **options: hosm.variational_nll(model, X, samples=2, **options).nll,
     "gap": lambda model, **options: next(
@@ -140,7 +146,7 @@ CALLS = [
         for order, options in ((2, {"probes": 2}), (3, {}), (3, {"probes": hosm.Paired()}))
     ),
     *(DRAWS[name] for name in ("order 1", "module 3", "stein", "nll", "nll, adaptive", "bound")),
-    *(DRAWS[name] for name in ("sample", "nll, dequantized")),
+    *(DRAWS[name] for name in ("sample", "nll, dequantized", "posterior")),
 ]
 
 

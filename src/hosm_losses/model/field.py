@@ -253,6 +253,6 @@ def refuse_wrapped(network: object) -> None:
     found |= {base.__name__ for kind in types for base in kind.__mro__} & WRAPPERS.keys()
     for name in sorted(found):
         raise TypeError(
-            f"network: expected a bare network for orders two and three; got {name}. "
+            f"network: expected a bare network where it is differentiated twice; got {name}. "
             f"{WRAPPERS[name]}"
         )

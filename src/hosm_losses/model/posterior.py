@@ -25,6 +25,7 @@ from hosm_losses._checks import (
     check_model_kwargs,
     check_sample_batch,
     complaint,
+    expand_right,
     over_elements,
 )
 from hosm_losses._torch_internals import normal, outside_inference_mode
@@ -146,9 +147,7 @@ def denoising_posterior(
     field = noise_field(model, check_time(model, x, t), kwargs)
     with torch.no_grad(), outside_inference_mode():
         mean = model.denoise(x, field.t, **field.kwargs)
-        alpha, sigma = (
-            each.reshape(-1, *(1,) * (x.ndim - 1)) for each in model.coefficients(t, x)
-        )
+        alpha, sigma = (expand_right(each, x) for each in model.coefficients(field.t, x))
         affine = model.affine_of_data(field.t, x)
     scale = sigma.square() / alpha
     return DenoisingPosterior(mean, PosteriorCovariance(field.network(), x, scale, affine))
