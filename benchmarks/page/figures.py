@@ -200,9 +200,7 @@ def worth(found: Found) -> Figure:
     figure.axes[0].set_yticks(range(len(cells)), names)
     figure.axes[0].invert_yaxis()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle(
-        "At equal cost order three improves the ODE's score, less often its likelihood"
-    )
+    figure.suptitle("At equal cost order three mends the ODE's score up to four dimensions")
     return figure
 
 
