@@ -463,8 +463,8 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/multistep.py",
-        "RICHARDSON = 1 / 15",
-        "RICHARDSON = 1 / 7",
+        "SMOOTH, KINKED = (15, 64)",
+        "SMOOTH, KINKED = (7, 64)",
         "tests/likelihood/test_multistep.py",
     ),
     Mutant(

@@ -89,14 +89,3 @@ def test_where_the_claim_is_too_small():
     ((share, median),) = re.findall(said, PAGE)
     assert covered == pytest.approx(float(share) / 100, abs=0.1)
     assert float(error.median()) == pytest.approx(float(median), rel=0.5)
-
-
-def test_what_the_page_says_of_few_steps():
-    model, x, truth = setting(SCHEDULES["flow"], 0)
-    result = hosm.ode_nll(model, x, solver=hosm.FixedGrid(32), divergence="exact")
-    error = (result.nll - truth).abs()
-    ratio, largest = float((error / result.solver_error).max()), float(error.max())
-    print(f"{ratio:.1f} times, {largest:.2g} nats")  # noqa: T201
-    ((times, nats),) = re.findall(r"can err by (\S+) times the estimate, (\S+) nats", PAGE)
-    assert ratio == pytest.approx(float(times), rel=0.1)
-    assert largest == pytest.approx(float(nats), rel=0.1)

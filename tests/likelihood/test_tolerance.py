@@ -63,7 +63,7 @@ def test_the_exact_divergence_has_to_be_within_it_with_its_quadrature():
     exact = hosm.ode_nll(model, x, solver=hosm.FixedGrid(16), **EXACT).solver_error.max()
     path = hosm.ode_nll(model, x, solver=hosm.FixedGrid(16)).solver_error.max()
     assert float(path) < float(exact)
-    solver = hosm.ToTolerance(float(path + exact) / 2)
+    solver = hosm.ToTolerance(float(path + exact) / 2, companion=False)
     assert hosm.ode_nll(model, x, solver=solver).steps == 16
     assert hosm.ode_nll(model, x, solver=solver, **EXACT).steps > 16
 
@@ -72,7 +72,7 @@ def test_what_the_first_batch_found_is_kept():
     """The network is harder for the samples of a larger rate."""
     rates, x = torch.tensor([2.0, 2.0, 4.0, 4.0]), points(4)
     model = model_of(lambda x, t, rate: rate[:, None] * x.tanh())
-    options = {"solver": hosm.ToTolerance(0.06), **EXACT}
+    options = {"solver": hosm.ToTolerance(0.02, companion=False), **EXACT}
 
     def taken(*rows, **more):
         kwargs, rows = {"rate": rates[list(rows)]}, list(rows)
@@ -148,7 +148,7 @@ def test_the_steps_of_a_group_are_those_of_its_largest_error(solve, group, monke
         with_another(other, monkeypatch)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the other one stays above the tolerance
-            solver = hosm.ToTolerance(1.5 * error, group=group)
+            solver = hosm.ToTolerance(1.5 * error, group=group, companion=False)
             assert solve(model, x, solver=solver).steps == steps
 
 

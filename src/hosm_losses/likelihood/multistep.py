@@ -1,26 +1,36 @@
-r"""A uniform grid in log σ̂ with fresh probes at each node, for `FixedGrid` and `ToTolerance`.
+r"""A grid that the batch shares, with fresh probes at each node.
 
-It solves dy/ds = f(s, y), with a quadrature of q along the path, which may be noisy: in high
+It solves dy/du = f(u, y), with a quadrature of q along the path, which may be noisy: in high
 dimension the error of the probes is far larger than the solver's, and fresh ones average out.
 
 Formula:
-    Adams-Bashforth of order four, started by the classical Runge-Kutta method,
-        y_{i+1} = y_i + h (55 f_i − 59 f_{i−1} + 37 f_{i−2} − 9 f_{i−3})/24;
-    ∫ q ds by the trapezoid rule with Gregory's end corrections, of order four as well,
-        weights 3/8, 7/6, 23/24, 1, …, 1, 23/24, 7/6, 3/8.
-    The error δ_i of a step is 251/270 of its difference from the Adams-Moulton step through the
-    same nodes (Milne), that of ∫ is 1/15 of its difference from every second node (Richardson).
-    What the path's error does to the answer is estimated by p = max_{j≤k} |Σ_{i=j}^k g_iᵀδ_i|, the
-    largest sum over a stretch of the path, where g_i is the covector of the node.
-    A companion is the path with half the steps and the same probes. With P its p, D the difference
-    of both answers, ∫ taken over every second node in both, r = (Σ_i (g_iᵀδ_i)²)^(1/2) and
-    m = P / 32p, the estimate is
-        max(r · clamp(m, 1/2, 7/5), D/8 · min(1, 1/m)⁴),
-    and p where D is not finite. m is 1/2 where the companion resolves the path. Where it is large
-    D says little, and errors add up to r or more. The constants do in benchmarks/coverage.py.
+    The nodes are u(i/n), s = i/n uniform. The mesh "mixed" has the density in u = log σ̂ of an
+    equal mixture of the uniform law and the logistic law of scale WIDTH around the log of the root
+    mean square of data_std, both on the span; "uniform" has the uniform law alone. In s, h = 1/n,
+        ŷ_{i+1} = y_i + h (55 f_i − 59 f_{i−1} + 37 f_{i−2} − 9 f_{i−3})/24,
+        y_{i+1} = y_i + h (251 f_{i+1} + 646 f_i − 264 f_{i−1} + 106 f_{i−2} − 19 f_{i−3})/720,
+    by Adams and Bashforth, corrected by Adams and Moulton. f_i is the slope at ŷ_i, of the one
+    evaluation of the node. The classical Runge-Kutta method starts. ∫ q ds is by the trapezoid
+    rule with Gregory's end corrections up to fourth differences, of order six.
+
+Errors:
+    With g the gradient of the answer in y, ∇⁵ the fifth backward difference and c_i = y_i − ŷ_i,
+    the step to node i changes the answer by
+        e_i = g_iᵀ (3/160) h ∇⁵f_i + (g_i − g_{i−1})ᵀ c_i,
+    the next term of the corrector, and what follows from f and q at ŷ_i: dg/ds = −(∂f/∂y)ᵀ g − ∇q.
+    The path's error is estimated by p = max_{j≤k} |Σ_{i=j}^k e_i|, the largest sum over a stretch
+    of the path, with the covector of the node for g.
+    The error of ∫ is estimated from the differences d₁, d₂, d₃ of the integrals over every node,
+    second, fourth and eighth one: by max(d₁/15, d₂/64), or by max(d₁, d₂/2, d₃/4) and at least
+    its median over the batch where q has kinks, as with ReLU, or jumps: the order log₂(d₂/d₁), of
+    such medians, is below 2.5 then, and log₂(d₃/d₁) below 8, which d₂ alone may be by chance.
+    A companion is the path with half the steps and the same probes. With D the difference of both
+    answers, ∫ taken over every second node in both, the path's error is then max(p, D/8), and p
+    where D is not finite. The constants do in benchmarks/coverage.py.
+    The variance of one probe is that of three neighbours, (q_{i−1} − 2 q_i + q_{i+1})²/6.
 
 Why a stretch:
-    δ_i changes its sign along the path. The whole sum is then small, but only as far as g_i is the
+    e_i changes its sign along the path. The whole sum is then small, but only as far as g_i is the
     true gradient of the answer, which it is for a network without error alone. Where the path
     stretches an error a hundred times on its way, no sum of local errors tells; a companion does.
 
@@ -33,7 +43,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,12 +53,16 @@ from hosm_losses._checks import over_elements, warn
 from hosm_losses._torch_internals import vmapped
 from hosm_losses.likelihood.paths import Batch, NoiseLevel, Solved, Span
 from hosm_losses.likelihood.result import solver_limit
+from hosm_losses.probes import Hutchinson
 
+Mesh = Literal["mixed", "uniform"]
+WIDTH = 1.25  # of the logistic law in the mixed mesh
 BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
-MOULTON = (9 / 24, 19 / 24, -5 / 24, 1 / 24)
-MILNE = 251 / 270
-RICHARDSON = 1 / 15
-GREGORY = (-1 / 8, 1 / 6, -1 / 24)
+MOULTON = (251 / 720, 646 / 720, -264 / 720, 106 / 720, -19 / 720)
+NEXT_TERM = tuple(3 / 160 * weight for weight in (1, -5, 10, -10, 5, -1))
+GREGORY = (1 / 12, -1 / 24, 19 / 720, -3 / 160)  # of the differences at an end
+SMOOTH, KINKED = (15, 64), (1, 2, 4)  # what d₁, d₂, … are divided by
+BISECTIONS = 60
 START = 3  # steps by the Runge-Kutta method
 MINIMUM_STEPS = START + 1
 # A solution of n steps takes n + 10: the last node, and three inner stages of each start step.
@@ -58,20 +72,42 @@ GRIDS = (32, 64, 128, 256, 512, 1024)
 
 
 class Node(NamedTuple):
-    """What is known at a node of the fixed grid."""
+    """What is known at a node of the fixed grid; slope and integrand are per unit of s."""
 
     slope: Tensor  # dy/ds, of the shape of y
     integrand: Tensor  # q, (B,), integrated along the path
-    variance: Tensor  # of q as an estimate, (B,); 0 if it is exact
+    variance: Tensor | None  # of q as an estimate, (B,), from several probes
     covector: Tensor  # what a small error of y is multiplied with to be felt in the answer
+
+
+def mesh_points(mesh: Mesh, span: Span, s: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """u and du/ds of a mesh at s in [0, 1], (n,); `centre` is that of the logistic law."""
+    start, end = span
+    if mesh == "uniform":
+        return start + (end - start) * s, torch.full_like(s, end - start)
+
+    def logistic(u: Tensor) -> Tensor:
+        return torch.sigmoid((u - centre) / WIDTH)
+
+    first, last = torch.full_like(s, start), torch.full_like(s, end)
+    least, mass = logistic(first), logistic(last) - logistic(first)
+    for _ in range(BISECTIONS):
+        middle = (first + last) / 2
+        share = ((middle - start) / (end - start) + (logistic(middle) - least) / mass) / 2
+        before = share < s
+        first, last = torch.where(before, middle, first), torch.where(before, last, middle)
+    density = logistic(first) * logistic(2 * centre - first) / WIDTH
+    return first, 2 / (1 / (end - start) + density / mass)
 
 
 def gregory_weights(steps: int) -> list[float]:
     """Weights of the corrected trapezoid rule on steps + 1 nodes, in units of the step."""
     weights = [0.5] + [1.0] * (steps - 1) + [0.5]
-    for offset, correction in enumerate(GREGORY):
-        weights[offset] += correction
-        weights[-1 - offset] += correction
+    for order, term in enumerate(GREGORY[:steps], 1):
+        for offset in range(order + 1):
+            correction = term * (-1) ** (order - offset) * math.comb(order, offset)
+            weights[offset] += correction
+            weights[-1 - offset] += correction
     return weights
 
 
@@ -85,28 +121,28 @@ class Walk:
         self, slope: Callable[[int, Tensor], Tensor], y: Tensor, h: float, steps: int, stride: int
     ) -> None:
         self.slope, self.h, self.steps, self.stride = slope, h, steps, stride
-        self.y = self.before = y
-        self.felt = self.lowest = self.highest = self.squares = y.new_zeros(len(y))
+        self.y = self.before = self.covector = y
+        self.total = self.lowest = self.highest = y.new_zeros(len(y))
         self.slopes: list[Tensor] = []
         self.integrands: list[Tensor] = []
         self.variances: list[Tensor] = []
 
     def arrive(self, here: Node) -> None:
         """Take in what is known at the node that is due, and step to the next one if there is."""
-        index, y, h = len(self.integrands), self.y, self.h
+        index, h = len(self.integrands), self.h
         self.integrands.append(here.integrand)
-        self.variances.append(here.variance)
-        self.slopes = slopes = [here.slope, *self.slopes[:3]]
-        if index >= MINIMUM_STEPS:
+        if here.variance is not None:
+            self.variances.append(here.variance)
+        self.slopes = slopes = [here.slope, *self.slopes[: len(NEXT_TERM) - 1]]
+        if index > START:
             corrected = self.before + h * combine(MOULTON, slopes)
-            local = (MILNE * (corrected - y)).detach()
-            felt = over_elements(here.covector * local, 1)
-            self.felt, self.squares = self.felt + felt, self.squares + felt.square()
-            self.lowest = torch.minimum(self.lowest, self.felt)
-            self.highest = torch.maximum(self.highest, self.felt)
+            with torch.no_grad():
+                self._estimate(here.covector, corrected - self.y)
+            self.y = corrected
+        self.before = y = self.y
+        self.covector = here.covector
         if index == self.steps:
             return
-        self.before = y
         if index < START:
             place = 2 * self.stride * index
             second = self.slope(place + self.stride, y + h / 2 * slopes[0])
@@ -116,25 +152,59 @@ class Walk:
         else:
             self.y = y + h * combine(BASHFORTH, slopes)
 
-    def integral(self, weights: Sequence[float]) -> Tensor:
-        """∫ q ds by a rule, (B,)."""
-        return self.h * combine(weights, self.integrands)
+    def _estimate(self, covector: Tensor, correction: Tensor) -> None:
+        """Add what the errors of a step do to the answer, e."""
+        effect = over_elements((covector - self.covector) * correction, 1)
+        if len(self.slopes) == len(NEXT_TERM):
+            effect = effect + over_elements(covector * self.h * combine(NEXT_TERM, self.slopes), 1)
+        self.total = self.total + effect
+        self.lowest = torch.minimum(self.lowest, self.total)
+        self.highest = torch.maximum(self.highest, self.total)
 
-    def finish(self) -> Self:
-        """Put together what is known at the end."""
-        weights = gregory_weights(self.steps)
-        self.whole = self.integral(weights)
-        self.coarse = self.integral(_coarse_weights(self.steps))  # from every second node
-        # Of the integral, from those of the nodes.
-        self.variance = self.h**2 * combine([each**2 for each in weights], self.variances)
-        self.path_error = self.highest - self.lowest  # p
-        self.spread = self.squares.sqrt()  # r
-        return self
+    def integral(self, stride: int = 1, steps: int | None = None) -> Tensor:
+        """∫ q ds by so many steps (all if None) from node to node at a stride, (B,)."""
+        steps = self.steps if steps is None else steps
+        chosen = self.integrands[: stride * steps + 1 : stride]
+        return self.h * stride * combine(gregory_weights(steps), chosen)
+
+    @property
+    def path_error(self) -> Tensor:
+        """p, (B,)."""
+        return self.highest - self.lowest
+
+    @property
+    def variance(self) -> Tensor:
+        """Of the integral, from those of the nodes, or from neighbours if there is none, (B,)."""
+        variances = self.variances
+        if not variances:
+            q = torch.stack(self.integrands).detach()
+            inner = (q[:-2] - 2 * q[1:-1] + q[2:]).square() / 6
+            variances = [inner[0], *inner, inner[-1]]
+        weights = [weight**2 for weight in gregory_weights(self.steps)]
+        return self.h**2 * combine(weights, variances)
 
     @property
     def quadrature_error(self) -> Tensor:
-        """Estimate of the error of the integral, if q is smooth, (B,)."""
-        return RICHARDSON * (self.whole - self.coarse).detach().abs()
+        """Estimate of the error of the integral of a q without noise, (B,)."""
+        differences: list[Tensor] = []
+        for stride in (1, 2, 4):
+            count = self.steps // (2 * stride)
+            if stride == 1 or count >= MINIMUM_STEPS:
+                fine, coarse = self.integral(stride, 2 * count), self.integral(2 * stride, count)
+                differences.append((fine - coarse).detach().abs())
+
+        def largest(divisors: Sequence[float]) -> Tensor:
+            parts = [each / by for each, by in zip(differences, divisors, strict=False)]
+            return torch.stack(parts).amax(0)
+
+        if len(differences) == 1:  # of no known order
+            return differences[0]
+        first, second, *third = (each.nanmedian() for each in differences)
+        kinks, kinked = second < 2**2.5 * first, largest(KINKED)
+        for each in third:
+            kinks = kinks & (each < 2**8 * first)
+        kinked = torch.maximum(kinked, kinked.nanmedian())
+        return torch.where(kinks, kinked, largest(SMOOTH))
 
 
 def multistep(
@@ -158,43 +228,41 @@ def multistep(
         if other is not None and index % 2 == 0:
             with torch.no_grad():
                 other.arrive(node(2 * index, other.y))
-    return walk.finish(), None if other is None else other.finish()
+    return walk, other
 
 
 def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
-    """Σ_i c_i f_i, also for the stages of another method."""
+    """Σ_i c_i f_i over the coefficients, also for the stages of another method."""
     total = coefficients[0] * slopes[0]
-    for coefficient, slope in zip(coefficients[1:], slopes[1:], strict=True):
+    for coefficient, slope in zip(coefficients[1:], slopes[1:], strict=False):
         total = total + coefficient * slope
     return total
 
 
-def _coarse_weights(steps: int) -> list[float]:
-    """The same rule on every second node; where steps is odd the last step is integrated alone."""
-    weights = [0.0] * (steps + 1)
-    weights[: steps + 1 - steps % 2 : 2] = [2 * weight for weight in gregory_weights(steps // 2)]
-    if steps % 2:
-        for offset, weight in enumerate(MOULTON):
-            weights[-1 - offset] += weight
-    return weights
-
-
 def solve_fixed(
-    batch: Batch, z: Tensor, span: Span, steps: int, companion: bool = False
+    batch: Batch,
+    z: Tensor,
+    span: Span,
+    steps: int,
+    companion: bool = False,
+    mesh: Mesh = "mixed",
 ) -> Solved:
-    """Solve from z at the start of a span of u = log σ̂ on a uniform grid, with fresh probes.
+    """Solve from z at the start of a span of u = log σ̂ on a grid of a mesh, with fresh probes.
 
     A companion is for the way from data to latents, at whose end the prior is.
     """
     coordinates, divergence = batch.coordinates, batch.divergence
-    grid = torch.linspace(*span, 2 * steps + 1, dtype=z.dtype, device=z.device)
+    s = torch.linspace(0, 1, 2 * steps + 1, dtype=z.dtype, device=z.device)
+    centre = coordinates.std.square().mean().log() / 2
+    grid, rates = mesh_points(mesh, span, s, centre.clamp(min(span), max(span)))
     levels = coordinates.levels(grid)  # of the nodes, and of the midpoints between them
     count = steps + EXTRA_EVALUATIONS
     count += steps // 2 + EXTRA_EVALUATIONS if companion else 0
 
     def slope(place: int, z: Tensor) -> Tensor:
         here = levels(slice(place, place + 1))
-        return coordinates.slope(z, batch.noise(coordinates.to_x(z, here), here), here)
+        noise = batch.noise(coordinates.to_x(z, here), here)
+        return rates[place] * coordinates.slope(z, noise, here)
 
     @lru_cache(1)  # a companion shares them
     def probes_of(_place: int) -> Tensor | None:
@@ -204,23 +272,25 @@ def solve_fixed(
     def node(place: int, z: Tensor) -> Node:
         here = levels(slice(place, place + 1))
         noise, moved, integrand = batch.derivatives(z, here, probes_of(place))
+        integrand = rates[place] * integrand
         seen = integrand.detach()
-        variance = seen.var(0) / len(seen) if len(seen) > 1 else torch.zeros_like(seen[0])
+        variance = seen.var(0) / len(seen) if len(seen) > 1 else None
         covector = coordinates.covector(noise.detach(), here)
-        return Node(moved, integrand.mean(0), variance, covector)
+        return Node(rates[place] * moved, integrand.mean(0), variance, covector)
 
-    h = (span[1] - span[0]) / steps
-    found, other = multistep(slope, node, z, h, steps, companion)
-    known = divergence == "exact" or (divergence is not None and divergence.count > 1)
-    solver_error = found.path_error
+    found, other = multistep(slope, node, z, 1 / steps, steps, companion)
+    solver_error, standard_error = found.path_error, None
     if other is not None:
         with torch.no_grad():
             solver_error = _guarded(batch, found, other, coordinates.ends(span)[1])
-    if divergence == "exact":
+    if isinstance(divergence, Hutchinson):
+        standard_error = found.variance.sqrt()
+    elif divergence is not None:
         solver_error = solver_error + found.quadrature_error
-    nfe, standard_error = torch.full((len(z),), count, device=z.device), found.variance.sqrt()
-    errors = (standard_error if known else None, solver_error, torch.zeros_like(nfe).bool())
-    return Solved(found.y, found.whole, nfe, *errors, steps)
+        standard_error = torch.zeros_like(solver_error)
+    nfe = torch.full((len(z),), count, device=z.device)
+    errors = standard_error, solver_error, torch.zeros_like(nfe).bool()
+    return Solved(found.y, found.integral(), nfe, *errors, steps)
 
 
 def _guarded(batch: Batch, found: Walk, companion: Walk, far: NoiseLevel) -> Tensor:
@@ -228,16 +298,9 @@ def _guarded(batch: Batch, found: Walk, companion: Walk, far: NoiseLevel) -> Ten
     own, other = (
         batch.log_prior_at(batch.coordinates.to_x(each.y, far)) for each in (found, companion)
     )
-    difference = (own - other + found.coarse - companion.whole).abs()
-    return _estimate(found.path_error, found.spread, companion.path_error, difference)
-
-
-def _estimate(path: Tensor, spread: Tensor, companion: Tensor, difference: Tensor) -> Tensor:
-    """By the p and r of a path, the p of its companion and the difference of their answers."""
-    m = torch.where(path > 0, companion / (32 * path), 0.5)
-    by_difference = difference / 8 / m.clamp(min=1).pow(4)
-    guarded = torch.maximum(spread * m.clamp(0.5, 1.4), by_difference)
-    return torch.where(guarded.isfinite(), guarded, path)
+    difference = own - other + found.integral(2, companion.steps) - companion.integral()
+    guarded = torch.maximum(found.path_error, difference.abs() / 8)
+    return torch.where(guarded.isfinite(), guarded, found.path_error)
 
 
 def refuse_vmap(solver: str) -> None:
@@ -253,10 +316,11 @@ def fewest_steps(
     batch: Batch,
     z: Tensor,
     span: Span,
+    companion: bool,
+    mesh: Mesh,
     *,
     tolerance: float,
     group: "dist.ProcessGroup | None",
-    companion: bool,
 ) -> int:
     """The coarsest of GRIDS whose solver error on a batch is within a tolerance.
 
@@ -264,17 +328,18 @@ def fewest_steps(
     the generator alone. A sample that failed, and was lost on the grid before, does not count.
     """
     refuse_vmap("ToTolerance")
-    # The path alone costs least. What is claimed of a quadrature has to do as well; a companion's
-    # has random probes, which the trials draw from a generator of their own.
-    whole = companion or batch.divergence == "exact"
+    # The path alone costs least. What is claimed of a quadrature has to do as well, and what of a
+    # companion's answer, whose random probes the trials draw from a generator of their own.
+    kinds = [batch.divergence] if companion or batch.divergence == "exact" else []
+    kinds = kinds if companion else [None, *kinds]
     own = torch.Generator(z.device).manual_seed(0) if companion else None
     silent = replace(batch, advance=lambda _: None, generator=own)
     largest, lost = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
     for steps in GRIDS:
-        for kind in (None, batch.divergence) if whole else (None,):
+        for kind in kinds:
             trial = replace(silent, divergence=kind)
             with torch.no_grad():
-                error = solve_fixed(trial, z, span, steps, companion).solver_error
+                error = solve_fixed(trial, z, span, steps, companion, mesh).solver_error
             failed = ~(error <= solver_limit(z[0].numel()))
             error = error.masked_fill(failed, math.inf).masked_fill(failed & lost, -math.inf)
             most = error.max()  # infinite where a sample failed; −∞ where none counts

@@ -54,8 +54,8 @@ def ode_nll(
             `ToTolerance(nats)`, the fewest steps that meet it; or `Adaptive()`, steps of each
             sample's own.
         divergence: `Hutchinson(count, distribution)`, a vector-Jacobian product for each probe;
-            or "exact", d of them. Two probes or more give a standard error on the fixed grid, four
-            or more with `Adaptive`. On images "dct" is often the best distribution.
+            or "exact", d of them. All give a standard error on the fixed grid, four probes or more
+            with `Adaptive`. On images "dct" is often the best distribution.
         log_prior: log-density at t_max, latent (B, *) → (B,), or a distribution of samples;
             N(0, prior_std² I) if None. It is given latents in the network's dtype, float32 at
             least, and may return that or more.
@@ -163,7 +163,7 @@ def ode_sample(
         >>> print(drawn.x, f"{drawn.nll.item():.3f} nats")
         tensor([[0., 0.]]) 1.838 nats
     """
-    if check_solver(solver).companion:
+    if isinstance(check_solver(solver), FixedGrid) and solver.companion:
         expected = "one without a companion, which compares densities of the prior at t_max"
         raise ValueError(complaint("solver", expected, solver, got=repr(solver)))
     check_divergence(divergence, optional=True)

@@ -6,7 +6,7 @@ which Gaussian data does not move (see `paths`): they change the solver's error 
 
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hosm_losses._checks import (
+    check_choice,
     check_dense,
     check_finite,
     check_flag,
@@ -22,7 +23,7 @@ from hosm_losses._checks import (
     complaint,
 )
 from hosm_losses.likelihood.adaptive import solve_adaptive
-from hosm_losses.likelihood.multistep import MINIMUM_STEPS, fewest_steps, solve_fixed
+from hosm_losses.likelihood.multistep import MINIMUM_STEPS, Mesh, fewest_steps, solve_fixed
 from hosm_losses.likelihood.paths import Batch, Solve, Solved, Span, accumulator
 
 PlainMoment = float | tuple[Any, ...]
@@ -52,19 +53,24 @@ class Solver:
         """Put values that are checked in place of those that were given."""
         for field in ("data_mean", "data_std"):
             values[field] = plain_moment(field, getattr(self, field), self._name(field))
+        if "mesh" in vars(self):
+            check_choice(self._name("mesh"), vars(self)["mesh"], get_args(Mesh))
         for field, value in values.items():
             object.__setattr__(self, field, value)
 
 
 @dataclass(frozen=True)
 class FixedGrid(Solver):
-    """A uniform grid in log σ̂ that the batch shares, with fresh probes at every node.
+    """A grid in log σ̂ that the batch shares, with fresh probes at every node.
 
     Args:
         steps: 4 or more, with steps + 10 evaluations of the network.
         companion: whether to solve with half the steps as well, for a `solver_error` that covers
             networks whose paths stretch small errors too, at 57 % more evaluations for 64 steps.
             The steps are even then, 8 or more. Of `ode_nll` alone.
+        mesh: "mixed" has half of its nodes around the data's own size, by a logistic law in log σ̂
+            whose centre is the log of the root mean square of data_std, and half spread evenly
+            over log σ̂; "uniform" has them all evenly.
         data_mean: mean of the data, a number or a tensor that broadcasts to a sample; kept as a
             number or nested tuples.
         data_std: standard deviation of the data, likewise.
@@ -75,12 +81,13 @@ class FixedGrid(Solver):
 
     Example:
         >>> FixedGrid(128, data_std=torch.tensor([0.5, 0.25]))
-        FixedGrid(steps=128, companion=False, data_mean=0.0, data_std=(0.5, 0.25))
+        FixedGrid(steps=128, companion=False, mesh='mixed', data_mean=0.0, data_std=(0.5, 0.25))
     """
 
     steps: int = 64
     _: KW_ONLY
     companion: bool = False
+    mesh: Mesh = "mixed"
     data_mean: Moment = 0.0
     data_std: Moment = 0.5
 
@@ -96,7 +103,7 @@ class FixedGrid(Solver):
 
     def start(self) -> Solve:
         """A function that solves the batches of one call."""
-        return partial(solve_fixed, steps=self.steps, companion=self.companion)
+        return partial(solve_fixed, steps=self.steps, companion=self.companion, mesh=self.mesh)
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,10 @@ class ToTolerance(Solver):
         tolerance: nats of the `solver_error` of every sample.
         group: the processes that have to take the same steps; None where each may take its own.
             With a group the value cannot be pickled.
-        companion: as in `FixedGrid`; the trials then take probes of their own.
+        companion: as in `FixedGrid`, for the trials too, which then take probes of their own.
+            `ode_sample` has none. Without one the tolerance is missed near almost singular
+            densities.
+        mesh: as in `FixedGrid`.
         data_mean: mean of the data, as in `FixedGrid`.
         data_std: standard deviation of the data.
 
@@ -119,14 +129,15 @@ class ToTolerance(Solver):
         ValueError: for other numbers than these, or a group that is none.
 
     Example:
-        >>> ToTolerance(0.1)
-        ToTolerance(tolerance=0.1, group=None, companion=False, data_mean=0.0, data_std=0.5)
+        >>> ToTolerance(0.1)  # doctest: +ELLIPSIS
+        ToTolerance(tolerance=0.1, group=None, companion=True, mesh='mixed', ...)
     """
 
     tolerance: float = 0.01
     _: KW_ONLY
     group: "dist.ProcessGroup | None" = None
-    companion: bool = False
+    companion: bool = True
+    mesh: Mesh = "mixed"
     data_mean: Moment = 0.0
     data_std: Moment = 0.5
 
@@ -151,9 +162,9 @@ class ToTolerance(Solver):
 
         def solve(batch: Batch, z: Tensor, span: Span) -> Solved:
             nonlocal steps
-            companion = self.companion
-            steps = steps or fewest_steps(batch, z, span, companion=companion, **options)
-            return solve_fixed(batch, z, span, steps, companion)
+            how = self.companion and span[0] < span[1], self.mesh
+            steps = steps or fewest_steps(batch, z, span, *how, **options)
+            return solve_fixed(batch, z, span, steps, *how)
 
         return solve
 
