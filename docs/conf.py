@@ -5,7 +5,9 @@ A page asks no other host for anything: the script that sets the formulas comes 
 
 import re
 import textwrap
+import zlib
 from importlib.resources import files
+from pathlib import Path
 
 from docutils import nodes
 from sphinx.transforms.post_transforms import SphinxPostTransform
@@ -19,20 +21,31 @@ version = release = hosm_losses.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "examples"]
+exclude_patterns = ["_build", "_templates", "examples", "tutorials"]
+templates_path = ["_templates"]
 
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_css_files = ["site.css"]
 # MathJax in one file: its SVG output needs no fonts.
 mathjax_path = "tex-svg.js"
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static", str(files("sphinx-mathjax-offline") / "static/mathjax/tex-svg.js")]
 
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+
+# A type is shown, and linked, by the name that a user imports.
+for each in vars(hosm_losses).values():
+    if isinstance(each, type):
+        each.__module__ = "hosm_losses"
 
 # Docstrings name code in single backticks.
 default_role = "code"
@@ -40,10 +53,56 @@ add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = False  # it reads the source, which does not spell out every argument
 autodoc_typehints = "description"
+autodoc_typehints_format = "fully-qualified"
 autodoc_typehints_description_target = "documented_params"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # a list of the attributes, where each would be a paragraph
+autosummary_context = {
+    "members": {  # none but these; "" is all
+        "ScoreModel": "forward, noise, score, denoise, denoising_posterior, distribution, "
+        "coefficients, native_weight, time_in",
+        "PosteriorCovariance": "product, diagonal, trace, dense",
+        "ODEDistribution": "log_prob, sample, rsample, rsample_and_log_prob",
+        "WrappingReport": "to_dict",
+        "GapReport": "to_dict, plot",
+        "NLLResult": "bits_per_dim, summary, failures, cat, to_dict, from_dict",
+        "SampleResult": "bits_per_dim, summary, failures, cat, to_dict, from_dict",
+        "Weights": "log_z, log_z_error, effective_sample_size, pareto_k, largest_share, "
+        "expectation, resample, sandwich",
+    }
+    | dict.fromkeys(("FirstOrderDSM", "SecondOrderDSM", "ThirdOrderDSM", "SteinDSM"), "forward")
+    | dict.fromkeys(
+        [name for name in vars(hosm_losses) if name.endswith("Schedule")],
+        "",
+    )
+}
+
+# A build asks no network, so the names of PyTorch that are linked stand here.
+TORCH = {
+    "torch.Tensor": "tensors.html#torch.Tensor",
+    "torch.Generator": "generated/torch.Generator.html",
+    "torch.nn.Module": "generated/torch.nn.Module.html",
+    "torch.distributions.distribution.Distribution": "distributions.html",
+}
+inventory = Path(__file__).parent / "_build" / "torch.inv"
+inventory.parent.mkdir(exist_ok=True)
+lines = "".join(f"{name} py:class 1 {page} -\n" for name, page in TORCH.items())
+inventory.write_bytes(
+    b"# Sphinx inventory version 2\n# Project: PyTorch\n# Version: \n"
+    b"# The remainder of this file is compressed using zlib.\n" + zlib.compress(lines.encode())
+)
+intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable", str(inventory))}
+
+copybutton_exclude = ".linenos, .gp, .go"
+sphinx_gallery_conf = {
+    "examples_dirs": "tutorials",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",
+    "download_all_examples": False,
+    "show_signature": False,
+    "backreferences_dir": None,
+}
 
 
 def _escape_shapes(app, what, name, obj, options, lines: list[str]) -> None:  # noqa: ANN001, ARG001
@@ -69,7 +128,7 @@ class Tidy(SphinxPostTransform):
         """Rewrite the text that is neither code nor mathematics."""
         code = nodes.literal, nodes.math, nodes.FixedTextElement
         for text in list(self.document.findall(nodes.Text)):
-            if isinstance(text.parent, code):
+            if isinstance(text.parent, code) or "default_value" in text.parent.get("classes", ()):
                 continue
             shown = str(text)
             for pattern, instead in self.rules:

@@ -82,7 +82,7 @@ class Weights:
 
     @property
     def log_z(self) -> float:
-        """log Z in nats: the log of the mean weight."""
+        """log Z in nats, the log of the mean weight."""
         return float(self.log_weights.logsumexp(0)) - math.log(len(self.log_weights))
 
     @property
@@ -92,7 +92,7 @@ class Weights:
 
     @property
     def log_z_bias(self) -> float:
-        """What the solver's error may shift `log_z` by, in nats: its mean under the weights."""
+        """What the solver's error may shift `log_z` by, in nats, as its mean under the weights."""
         return float(self.normalized @ self.solver_error.double())
 
     @property
