@@ -102,6 +102,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "show_signature": False,
     "backreferences_dir": None,
+    "write_computation_times": False,  # that page loads a script from another host
 }
 
 
