@@ -123,7 +123,6 @@ class Tidy(SphinxPostTransform):
         (re.compile(r"(?<=\d)-(?=D\b)"), "\N{NON-BREAKING HYPHEN}"),  # 2-D
         (re.compile(r"(?<=±) | (?=[=<>] [−\d])|(?<=[=<>]) (?=[−\d])|(?<=\d) (?=%)"), "\N{NBSP}"),
     )
-    interval = re.compile(r"\([\d.]+ to [\d.]+\)")
 
     def run(self) -> None:
         """Rewrite the text that is neither code nor mathematics."""
@@ -134,7 +133,6 @@ class Tidy(SphinxPostTransform):
             shown = str(text)
             for pattern, instead in self.rules:
                 shown = pattern.sub(instead, shown)
-            shown = self.interval.sub(lambda found: found[0].replace(" ", "\N{NBSP}"), shown)
             if shown != text:
                 text.parent.replace(text, nodes.Text(shown))
         for block in self.document.findall(nodes.literal_block):
