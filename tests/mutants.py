@@ -247,7 +247,7 @@ MUTANTS = [
         "tests/derivatives/test_kinks.py",
     ),
     Mutant(
-        "derivatives/products.py",
+        "derivatives/engines.py",
         "value, point, c, create_graph=wanted or push, **options",
         "value, point, c, create_graph=push, **options",
         "tests/losses/test_paired.py",

@@ -11,7 +11,7 @@ from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import hosm_losses as hosm
-from hosm_losses.derivatives.memory import memory_of
+from hosm_losses.derivatives.kinks import memory_of
 from tests.cases import FUNCTIONS, MODULES, VP, assert_same, given, networks, with_gradients
 from tests.versions import OLD, compiles_higher_orders
 

@@ -1,10 +1,8 @@
 """Derivatives of a network along probes, and their gradients in the parameters.
 
 - `select`: which engine runs, and what is put back after an attempt that failed.
-- `memory`: what is remembered of a network.
-- `engines`: the two engines, "taylor" and "reverse".
-- `kinks`: operators whose derivative jumps, and the warning about them.
-- `products`: products of the Jacobian with a vector that depends on the value.
+- `engines`: the two engines, "taylor" and "reverse", with products of the Jacobian and a vector.
+- `kinks`: operators whose derivative jumps, the warning about them, and the memory of a network.
 - `backward`: passes back, graphs that are lost or lead nowhere, and what to do about known errors.
 - `checkpointing`: checkpoints inside a network.
 """
@@ -18,7 +16,7 @@ from hosm_losses.derivatives.engines import Field as Field
 from hosm_losses.derivatives.engines import Products as Products
 from hosm_losses.derivatives.engines import quadratic_forms as quadratic_forms
 from hosm_losses.derivatives.kinks import find_jumps as find_jumps
-from hosm_losses.derivatives.memory import refusal as refusal
+from hosm_losses.derivatives.kinks import refusal as refusal
 from hosm_losses.derivatives.select import ASK_THE_CHECK as ASK_THE_CHECK
 from hosm_losses.derivatives.select import ENGINES as ENGINES
 from hosm_losses.derivatives.select import Engine as Engine

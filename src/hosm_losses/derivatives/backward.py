@@ -31,8 +31,8 @@ LOST_TWICE = (
     "autograd.Function is once_differentiable or detaches: write it with other operators."
 )
 COMPILED = (
-    "network: expected one that is not compiled by itself; got a compiled part, which cannot be"
-    " differentiated twice. Compile the loss module as a whole, with engine='auto'."
+    "network: expected one that is not compiled by itself; got a compiled part, which cannot be "
+    "differentiated twice. Compile the loss module as a whole, with engine='auto'."
 )
 FOREIGN_CHECKPOINTS = (
     "In guided-diffusion and latent-diffusion attention calls a checkpoint of their own even "
@@ -48,20 +48,18 @@ DROPPED = (
     f"put hosm_losses.checkpoint in its place. {FOREIGN_CHECKPOINTS}"
 )
 GIVES_AWAY = (
-    "network: expected a graph that several passes back can go through; got a part compiled by "
-    "itself, whose first pass back gives its memory away. Set "
-    "torch._functorch.config.donated_buffer = False before its first call, or leave it "
-    "uncompiled."
+    "network: expected a graph for several passes back; got a part compiled by itself, whose first "
+    "pass back gives its memory away. Set torch._functorch.config.donated_buffer = False before "
+    "its first call, or leave it uncompiled."
 )
 CHANGED = (
-    "network: expected what its forward reads to stay as it was until the pass back; got a "
-    "change in place, as of a buffer that is read and then updated, or in the backward of a "
-    "custom autograd.Function. Assign a new tensor to the buffer, or read a .clone() of it; "
-    "turn off a fast scan or kernel that is such a Function."
+    "network: expected what its forward reads to stay as it was until the pass back; got a change "
+    "in place, as of a buffer that is read and then updated. Assign a new tensor to the buffer, "
+    "or read a .clone() of it; turn off a fast scan or kernel that is an autograd.Function."
 )
 HOOKED = (
     "checkpoint: expected no hooks that save tensors under torch.func; got some, as of an "
-    "activation checkpoint or save_on_cpu. Turn them off, or call loss.backward() instead."
+    "activation checkpoint. Turn them off, or call loss.backward() instead."
 )
 REENTRANT = f"{CHECKPOINT_ADVICE} In a likelihood torch's own does with use_reentrant=False."
 SCRIPTED_FUNCTION = (
@@ -121,12 +119,12 @@ def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = No
     for node in internals.graph_nodes([value], point):
         function = internals.custom_function(node)
         if function is not None:
-            node.register_hook(partial(_check_kept, function.__name__))
+            node.register_hook(partial(_check_graph, function.__name__))
         if function is internals.MODULE_HOOK:
             node.register_hook(check_unchanged)
 
 
-def _check_kept(name: str, returned: Sequence[Any], incoming: Sequence[Any]) -> None:
+def _check_graph(name: str, returned: Sequence[Any], incoming: Sequence[Any]) -> None:
     given = [each for each in returned if isinstance(each, Tensor)]
     had = any(isinstance(each, Tensor) and each.requires_grad for each in incoming)
     if torch.is_grad_enabled() and had and given and not any(map(internals.has_graph, given)):

@@ -1,4 +1,4 @@
-r"""Operators whose derivative jumps, and the warning about them.
+r"""Operators whose derivative jumps, the warning about them, and what is remembered of a network.
 
 What:
     Almost everywhere ∂f/∂x of a network of ReLUs does not depend on the bias before one. So a term
@@ -12,6 +12,7 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import owns_values, warn
-from hosm_losses.derivatives.memory import memory_of
 from hosm_losses.taylor import Jet
 
 _JUMPS = """
@@ -38,6 +38,40 @@ WARNING = (
     "likelihood, then misses how it depends on where that jumps, as on a bias before it: no "
     "derivative shows it. Take a smooth operator, such as SiLU, GELU or softplus, in its place."
 )
+
+
+@dataclass
+class Memory:
+    """What is remembered of a network.
+
+    Attributes:
+        refused: why an engine could not take a call, by the engine and the kind of call.
+        said: of each warning that reverse mode takes over, whether third="laplacian" was asked.
+        orders: those, of 2 and 3, at which nothing more is to be said of derivatives that jump.
+    """
+
+    refused: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
+    said: set[bool] = field(default_factory=set)
+    orders: set[int] = field(default_factory=set)
+
+
+_MEMORIES: "weakref.WeakKeyDictionary[Any, Memory]" = weakref.WeakKeyDictionary()
+
+
+def refusal(owner: object, order: int) -> str | None:
+    """Why the taylor engine could not take a call of this order, None where none is remembered."""
+    for (engine, kind), why in memory_of(owner).refused.items():
+        if engine == "taylor" and kind[0] == order:
+            return why
+    return None
+
+
+def memory_of(owner: object) -> Memory:
+    """What is remembered of a network; nothing, if it cannot be referred to weakly, or hashed."""
+    try:
+        return _MEMORIES.setdefault(owner, Memory())
+    except TypeError:
+        return Memory()
 
 
 def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:

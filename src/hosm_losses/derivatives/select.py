@@ -23,10 +23,10 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from hosm_losses._checks import DerivativeError, warn
 from hosm_losses._torch_errors import DEVICE_ERROR_TEXT, NO_FORWARD, NO_GRAPH, NOT_TWICE
 from hosm_losses._torch_internals import surrounded, traced, versions
-from hosm_losses.derivatives import engines, products
+from hosm_losses.derivatives import engines
 from hosm_losses.derivatives.backward import DroppedGraphError, refuse_scripted
 from hosm_losses.derivatives.engines import Cotangent, Derivatives, Field, Products
-from hosm_losses.derivatives.memory import memory_of
+from hosm_losses.derivatives.kinks import memory_of
 from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 
 Engine = Literal["auto", "taylor", "reverse"]
@@ -104,11 +104,11 @@ def derive(
     """
     given = (field, x, direction, order, laplacian, summed)
     if engine == "auto":
-        return whole(_auto, *given)
+        return trace_all_or_nothing(_auto, *given)
     try:
         if engine == "reverse":
             return engines.reverse(*given)
-        return whole(_taylor, KNOWN, *given)
+        return trace_all_or_nothing(_taylor, KNOWN, *given)
     except RuntimeError as error:
         refuse_scripted(engine, error)
         why = str(error)
@@ -144,7 +144,8 @@ def derive_with_products(
         if engine == "reverse":
             return engines.reverse_products(*given)
         tries = _Attempts(field, x, "products", order, push, len(direction) > 1)
-        found = tries.run("reverse", partial(whole, engines.reverse_products), *given)
+        reverse = partial(trace_all_or_nothing, engines.reverse_products)
+        found = tries.run("reverse", reverse, *given)
         if found is not None:
             return found
 
@@ -152,13 +153,13 @@ def derive_with_products(
         return derive(field, x, direction, order=order, engine=engine, laplacian=laplacian)
 
     given = (field, x, direction, cotangent, push, order == 3 and not laplacian)
-    found = whole(products.products_beside, derived, *given)
+    found = trace_all_or_nothing(engines.products_beside, derived, *given)
     if tries is not None:
         tries.remember()
     return found
 
 
-def whole(function: Callable[..., Any], *given: Any) -> Any:
+def trace_all_or_nothing(function: Callable[..., Any], *given: Any) -> Any:
     """Call a function that torch.compile traces as a whole, or no part of."""
     if torch.compiler.is_compiling():
         # Where the graph breaks in such a block, all of this call is made again in eager mode.
