@@ -312,8 +312,8 @@ MUTANTS = [
     # The value of order three stays, its gradient goes into the lower orders.
     Mutant(
         "losses/terms.py",
-        "scaled(2 * slope, shared.shifted.detach())",
-        "scaled(2 * slope, shared.shifted)",
+        "scaled(2 * slope, parts.shifted.detach())",
+        "scaled(2 * slope, parts.shifted)",
         "tests/losses/test_objective.py",
     ),
     # Averaged targets: each sample counts itself twice in a batch, the moments are not
@@ -381,7 +381,7 @@ MUTANTS = [
     Mutant(
         "model/field.py",
         "return replace(self, kwargs=kwargs, t=",
-        "return replace(self, x_apart=False, kwargs=kwargs, t=",
+        "return replace(self, without_qx=False, kwargs=kwargs, t=",
         "tests/losses/test_random_options.py",
     ),
     # Indices of a table rounded to the precision of half data.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from hosm_losses.diagnostics import wrapping, wrapping_candidates
+from hosm_losses.diagnostics import wrapping
 from tests.cases import default_dtype
 
 STEPS, BATCH, SAMPLES = 600, 192, 1024
@@ -244,22 +244,20 @@ def is_right(name, fault, best):
         return False
     inputs = next(
         each
-        for each in (wrapping_candidates.own_inputs(model), *wrapping_candidates.all_inputs(model))
+        for each in (wrapping.own_inputs(model), *wrapping.all_inputs(model))
         if (each.schedule_text, each.time_text) == (best.schedule, best.time)
     )
     units = next(
-        each
-        for each in (wrapping_candidates.Units(), *wrapping_candidates.all_units(data))
-        if each.text == best.units
+        each for each in (wrapping.Units(), *wrapping.all_units(data)) if each.text == best.units
     )
     # What was given is scale · x + shift of the data of the training.
     one, zero = (made.given(torch.full((1,), each)) for each in (1.0, 0.0))
     scale, shift = (float(one - zero), float(zero)) if fault == "units" else (1.0, 0.0)
-    total = wrapping_candidates.Units("", units.scale * scale, units.scale * shift + units.shift)
+    total = wrapping.Units("", units.scale * scale, units.scale * shift + units.shift)
     levels = torch.linspace(-3, 1, 9, dtype=torch.float64)
     found, time = given(inputs.schedule, inputs.time, total, levels)
     expected, true_time = given(
-        made.right["schedule"], made.right.get("time"), wrapping_candidates.Units(), levels
+        made.right["schedule"], made.right.get("time"), wrapping.Units(), levels
     )
     near = (time - true_time).abs() <= 0.1 * true_time.abs() + 0.02 * true_time.abs().max()
     return bool(near.all()) and bool(((found - expected).abs() < 0.1).all())
@@ -378,7 +376,7 @@ def test_a_mistake_with_the_best_network_is_named(options, changes, units, told)
     assert report.best.loss < 0.9 * report.best.own_loss
 
 
-@pytest.mark.parametrize("prediction", wrapping_candidates.KINDS)
+@pytest.mark.parametrize("prediction", wrapping.KINDS)
 @pytest.mark.parametrize("size", [0.0, 0.1])
 def test_a_network_without_training_fits_nowhere(prediction, size):
     """Zeros read as v or as a velocity are a linear predictor, and no candidate is better."""

@@ -48,9 +48,9 @@ DROPPED = (
     f"put hosm_losses.checkpoint in its place. {FOREIGN_CHECKPOINTS}"
 )
 GIVES_AWAY = (
-    "network: expected a graph for several passes back; got a part compiled by itself, whose first "
-    "pass back gives its memory away. Set torch._functorch.config.donated_buffer = False before "
-    "its first call, or leave it uncompiled."
+    "network: expected a graph for several passes back; got a part compiled by itself, whose "
+    "first pass back gives its memory away. Set torch._functorch.config.donated_buffer = False "
+    "before its first call, or leave it uncompiled."
 )
 CHANGED = (
     "network: expected what its forward reads to stay as it was until the pass back; got a change "
@@ -59,7 +59,7 @@ CHANGED = (
 )
 HOOKED = (
     "checkpoint: expected no hooks that save tensors under torch.func; got some, as of an "
-    "activation checkpoint. Turn them off, or call loss.backward() instead."
+    "activation checkpoint or save_on_cpu. Turn them off, or call loss.backward() instead."
 )
 REENTRANT = f"{CHECKPOINT_ADVICE} In a likelihood torch's own does with use_reentrant=False."
 SCRIPTED_FUNCTION = (

@@ -2,8 +2,7 @@
 
 - `gap`: `likelihood_gap`, the errors of all orders by noise level, and both
   likelihoods.
-- `wrapping`, `wrapping_candidates`, `wrapping_report`: `check_wrapping`, which measures a trained
-  network as if it were wrapped otherwise.
+- `wrapping`: `check_wrapping`, which measures a trained network as if it were wrapped otherwise.
 - `check`: `check_derivatives`, and the remedies.
 - `values`: what has to hold of values before derivatives mean anything.
 - `differences`: the faults looked for, derivatives that disagree with differences, and jumps.
@@ -15,6 +14,6 @@ from hosm_losses.diagnostics.check import check_derivatives as check_derivatives
 from hosm_losses.diagnostics.gap import GapEstimate as GapEstimate
 from hosm_losses.diagnostics.gap import GapReport as GapReport
 from hosm_losses.diagnostics.gap import likelihood_gap as likelihood_gap
+from hosm_losses.diagnostics.wrapping import WrappingCandidate as WrappingCandidate
+from hosm_losses.diagnostics.wrapping import WrappingReport as WrappingReport
 from hosm_losses.diagnostics.wrapping import check_wrapping as check_wrapping
-from hosm_losses.diagnostics.wrapping_report import WrappingCandidate as WrappingCandidate
-from hosm_losses.diagnostics.wrapping_report import WrappingReport as WrappingReport

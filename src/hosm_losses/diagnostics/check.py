@@ -51,20 +51,17 @@ GENERAL = (
 )
 FINITE = (
     "A root, a norm or a power has no derivative at zero: add a small number inside it. "
-    "torch.where passes back through the branch that it does not take as well: put a number in "
-    "the place of what goes into that, as in torch.where(x > 0, x, 1.0).sqrt(). Where all "
-    "derivatives are finite on paper, another `engine` may be right."
+    "torch.where passes back through both branches: write torch.where(x > 0, x, 1.0).sqrt(). "
+    "Where all derivatives are finite on paper, another `engine` may be right."
 )
 ROUNDING = (
-    "A float64 copy has no such fault: it is the rounding of float32, next to data or values that "
-    "are large. Divide the data by their standard deviation, embed the times, or check "
-    "copy.deepcopy(model).double() with x0.double()."
+    "A float64 copy has no such fault: it is the rounding of float32, next to large values. "
+    "Divide the data by their standard deviation, or check copy.deepcopy(model).double()."
 )
 SMOOTH = (
-    "Derivatives miss what happens in the jumps, so that a loss trains nothing of it. Use a "
-    "smooth activation, such as nn.SiLU, nn.GELU, nn.Softplus or nn.Tanh, and average in place of "
-    "max pooling. Or train with order one. A factor under .detach() that oscillates fast looks "
-    "the same: remove the .detach()."
+    "Derivatives miss the jumps, so a loss does not train them. Use a smooth activation, such as "
+    "nn.SiLU, nn.GELU or nn.Softplus, and average in place of max pooling; or train with order "
+    "one. A factor under .detach() that oscillates fast looks the same: remove the .detach()."
 )
 CUSTOM = (
     "A custom autograd.Function needs a backward that can be differentiated again: write it with "
@@ -81,10 +78,8 @@ REMEDIES = {
         f"lost. Use hosm_losses.checkpoint in its place. {FOREIGN_CHECKPOINTS}"
     ),
     "attentionop": (
-        "EDM's attention operator is right in reverse mode at orders two and three, with "
-        "engine='auto' or 'reverse' and third='exact'. The engine 'taylor' cannot follow it, "
-        "nor third='laplacian', which 'auto' replaces by 'exact'. For these, and for ode_nll to "
-        "take several probes at once, compute the same weights with torch.softmax in its place."
+        "EDM's attention operator is right in reverse mode, with engine='auto' or 'reverse'. The "
+        "engine 'taylor' and third='laplacian' need torch.softmax in its place."
     ),
     "upfirdn2d": (
         "The compiled upfirdn2d drops higher derivatives: choose its reference implementation "
@@ -212,11 +207,12 @@ def _report(
 ) -> DerivativeReport:
     why = refusal(network, order) if engine == "auto" else None
     advice: list[str] = []
+    if engine == "auto":
+        engine = "taylor" if why is None else "reverse"
     if why is not None:
-        told = why.rstrip(".")
         advice.append(
-            f"The engine 'taylor' cannot differentiate it ({told}): reverse mode takes its place, "
-            "which is slower, and third='exact' that of 'laplacian'."
+            f"The engine 'taylor' cannot differentiate it ({why.rstrip('.')}): reverse mode takes "
+            "its place, which is slower, and third='exact' that of 'laplacian'."
         )
     if samples < 2:
         advice.append("One sample sees no others: check two.")
@@ -224,8 +220,7 @@ def _report(
         advice.append("Gradients in parameters were not checked: the network is no nn.Module.")
     if precision == torch.float32:
         advice.append("A float64 copy shows faults below 1 %: copy.deepcopy(model).double().")
-    chosen = ("taylor" if why is None else "reverse") if engine == "auto" else engine
-    return DerivativeReport(tuple(range(1, order + 1)), chosen, tuple(advice))
+    return DerivativeReport(tuple(range(1, order + 1)), engine, tuple(advice))
 
 
 def _copied(model: ScoreModel) -> ScoreModel:
@@ -302,10 +297,10 @@ def _remedy(functions: list[str]) -> str:
     """The advice for a fault in a graph with custom autograd.Functions of these names."""
     if not functions:
         return GENERAL
-    told: dict[str, None] = {}  # each advice once
-    for name in functions:
-        known = [advice for part, advice in REMEDIES.items() if part in name.lower()]
-        told[known[0] if known else CUSTOM] = None
+    told = dict.fromkeys(  # each advice once
+        next((advice for part, advice in REMEDIES.items() if part in name.lower()), CUSTOM)
+        for name in functions
+    )
     return f"In its graph: {', '.join(functions)}. {' '.join(told)} Otherwise: {GENERAL}"
 
 

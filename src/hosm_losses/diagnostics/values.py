@@ -24,10 +24,7 @@ from hosm_losses.model import NoiseField, per_sample
 # Of the size of an output, what sums in another order may change.
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
 ATTEMPTS = 64
-IN_FLOAT32 = (
-    "Check a float32 copy, copy.deepcopy(model).float(), with its own switches to half precision "
-    "off (convert_to_fp32(), no autocast in its forward), and train the original."
-)
+IN_FLOAT32 = "Check a float32 copy, with its own switches to half precision off."
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 BATCH_NORM = (
     "Batch norm in training takes its statistics over the samples: use GroupNorm or LayerNorm in "
@@ -77,15 +74,11 @@ def _check_deterministic(field: NoiseField, x: Tensor) -> None:
     if torch.equal(first, second):
         return
     changed = [name for name, buffer in buffers.items() if not torch.equal(buffer, before[name])]
-    with torch.no_grad():
-        for name in changed:
-            buffers[name].copy_(before[name])
-    if changed and torch.equal(evaluate(field, x), first):
+    if changed:
         raise DerivativeError(
-            "network: expected an output that depends on x, t and the parameters alone; got "
-            f"one that changes with the buffers {', '.join(changed)}, which every call "
-            "updates. Freeze them (module.eval(), or the module's own switch) while you train "
-            "with orders two and three."
+            "network: expected an output that depends on x, t and the parameters alone; got one "
+            f"that changes with the buffers {', '.join(changed)}, which every call updates. "
+            "Freeze them while you train, by module.eval() or the module's own switch."
         )
     if float((first - second).abs().max()) > 1e-3 * float(first.abs().max()):
         raise DerivativeError(
@@ -203,13 +196,11 @@ def _check_moved(field: NoiseField, x: Tensor, value: Tensor, rounding: float) -
             raise DerivativeError(
                 f"{' and '.join(left)}: expected a tensor that belongs to the samples, as its "
                 f"first dimension is their number, {len(x)}; got one of which they use other "
-                "rows than their own. Mark what all samples share: hosm_losses.Shared(tensor) in "
-                "its place."
+                "rows than their own. Mark what all samples share: hosm_losses.Shared(tensor)."
             )
     raise DerivativeError(
         "network: expected outputs that follow their samples when the batch is permuted, or one "
-        "of them repeated; got others. Something depends on the place in the batch: code in the "
-        "network, what it keeps from an earlier call, a tensor of model_kwargs that belongs to "
-        "the samples without having their number as its first dimension, or one that is marked "
-        "Shared."
+        "of them repeated; got others. Something depends on the place in the batch: the network, "
+        "what it keeps from an earlier call, or a tensor of model_kwargs that belongs to the "
+        "samples and is not split, or is Shared."
     )

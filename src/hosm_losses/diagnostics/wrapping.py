@@ -10,13 +10,19 @@ Formula:
 
     Losses are compared as multiples of ℓ(u), so that every level counts the same. A prediction is
     p · output + q x, so one call of the network serves every kind of prediction and both signs.
+
+Candidates are how networks are commonly trained. Those of tables are given an index, of 1000 or as
+many as the model's own table has. score_sde multiplies the time of VP by 999 and gives σ or its
+logarithm under VE; EDM gives log σ / 4 inside its preconditioning; flows count time from data to
+noise or back, diffusers up to 1000.
 """
 
 import copy
 import math
 import operator
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,16 +39,16 @@ from hosm_losses._checks import (
 from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.derivatives import Snapshot
 from hosm_losses.diagnostics.values import check_rows
-from hosm_losses.diagnostics.wrapping_candidates import (
-    KINDS,
-    Inputs,
-    all_inputs,
-    all_units,
-    own_inputs,
-)
-from hosm_losses.diagnostics.wrapping_report import WrappingCandidate, WrappingReport
 from hosm_losses.model import ScoreModel, check_model, noise_field
-from hosm_losses.schedules import Schedule
+from hosm_losses.schedules import (
+    CosineSchedule,
+    DiscreteSchedule,
+    EDMSchedule,
+    LinearFlowSchedule,
+    Schedule,
+    VESchedule,
+    VPSchedule,
+)
 
 LEAST_SAMPLES, LEVELS = 16, 12
 SMALLEST, LARGEST = 0.02, 0.99  # losses of the linear predictor, between which networks differ
@@ -51,6 +57,115 @@ WORSE = 0.25  # the share of levels at which a trained network is not worse than
 CLIP = 10.0  # of a sample's multiple of ℓ: outliers do not make a mean
 SIMILAR = 0.02  # of a loss, within which the candidate that changes least is preferred
 REFINED = 3  # schedules and times that are tried with other units of the data
+KINDS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
+LEAST_STEPS = 100  # with fewer the betas of the known tables would not stay below 1
+OWN = "your schedule"
+Times = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class WrappingCandidate:
+    """A way to wrap a network; it prints as the arguments of `ScoreModel`.
+
+    Attributes:
+        schedule: the schedule, as it is written; "your schedule" for the model's own.
+        prediction: the kind of prediction.
+        time: the argument `time`, as it is written; "" for none, "yours" for the model's own.
+        negated: whether the output has to be negated.
+        units: the data to give, as a function of x0; "x0" for the data as they are.
+        loss: its mean squared error of ε̂ for one element.
+        own_loss: that of the model as it is wrapped, at the same noise levels.
+    """
+
+    schedule: str
+    prediction: str
+    time: str
+    negated: bool
+    units: str
+    loss: float
+    own_loss: float
+
+    def __str__(self) -> str:
+        """The arguments, and what to do with the output and the data."""
+        text = f"{self.schedule}, prediction={self.prediction!r}"
+        text += f", time={self.time}" if self.time else ""
+        text += ", the output times -1" if self.negated else ""
+        return text + (f", the data as {self.units}" if self.units != "x0" else "")
+
+
+@dataclass(frozen=True)
+class WrappingReport:
+    """What `check_wrapping` found; it prints as a table and a sentence.
+
+    Attributes:
+        ok: True where no candidate fits better and the network does better than a linear one.
+        best: the candidate that fits better; None where there is none.
+        log_sigma_hat: the noise levels, log σ/α in the units of the data.
+        losses: at each level the mean squared error of ε̂ as the model is wrapped.
+        linear: that of the best linear predictor.
+        best_losses: that of the candidate; NaN outside its schedule; None without one.
+        worse: the number of levels at which the network is worse than linear.
+        calls: of the network.
+    """
+
+    ok: bool
+    best: WrappingCandidate | None
+    log_sigma_hat: list[float]
+    losses: list[float]
+    linear: list[float]
+    best_losses: list[float] | None
+    worse: int
+    calls: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as dicts, lists and numbers, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """The losses by noise level, then the verdict."""
+        columns = {"log σ/α": self.log_sigma_hat, "yours": self.losses, "linear": self.linear}
+        if self.best_losses is not None:
+            columns["best"] = self.best_losses
+        lines = ["".join(f"{name:>10}" for name in columns)]
+        for row in zip(*columns.values(), strict=True):
+            lines.append("".join(f"{number:10.3g}" for number in row))
+        return "\n".join([*lines, self._verdict()])
+
+    def _verdict(self) -> str:
+        if self.best is not None:
+            return (
+                f"fits best as {self.best}: {self.best.loss:.2g} where you have "
+                f"{self.best.own_loss:.2g}"
+            )
+        levels = f"{self.worse} of {len(self.linear)} noise levels"
+        if not self.ok:
+            return f"not trained, or no candidate fits: worse than a linear predictor at {levels}"
+        return f"ok: no candidate fits better; worse than a linear predictor at {levels}"
+
+
+class Units(NamedTuple):
+    """Data scale · x0 + shift, and how that is written."""
+
+    text: str = "x0"
+    scale: float = 1.0
+    shift: float = 0.0
+
+
+AS_THEY_ARE = Units()
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a network is given: noised data and a time, both also as they are written.
+
+    It equals itself alone, as a user's schedule may have no hash.
+    """
+
+    schedule: Schedule
+    schedule_text: str
+    time: Any
+    time_text: str
+    units: Units = AS_THEY_ARE
 
 
 class Read(NamedTuple):
@@ -198,18 +313,16 @@ class _Search:
         self.found: dict[Read, Tensor] = {}
         self._measure(self.own.inputs)
         for inputs in all_inputs(model):
-            self._attempt(inputs)
+            self._try(inputs)
         scores = self._scores()
         best = dict.fromkeys(read.inputs for read in sorted(scores, key=scores.__getitem__))
         for inputs in dict.fromkeys([self.own.inputs, *list(best)[:REFINED]]):
             for units in all_units(data):
-                self._attempt(replace(inputs, units=units))
+                self._try(replace(inputs, units=units))
 
-    def _attempt(self, inputs: Inputs) -> None:
-        try:
+    def _try(self, inputs: Inputs) -> None:
+        with suppress(Exception):  # a network may refuse what it was not made for
             self._measure(inputs)
-        except Exception:
-            return  # a network may refuse what it was not made for
 
     def _measure(self, inputs: Inputs) -> None:
         """Call the network, and note the loss (B,) of every kind and sign.
@@ -342,3 +455,82 @@ def _changed(model: ScoreModel, **changes: Any) -> ScoreModel:
 def _mean_square(error: Tensor) -> Tensor:
     """Over the elements of a sample, (B, *) to (B,), on the CPU."""
     return at_least_float32(error).flatten(1).square().mean(1).double().cpu()
+
+
+def own_inputs(model: ScoreModel) -> Inputs:
+    """What the model gives its network."""
+    return Inputs(model.schedule, OWN, model.time, "" if model.time is None else "yours")
+
+
+def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
+    """What the network may have been given in its training, with the data as they are."""
+    own = model.schedule
+    steps = len(own.alphas_cumprod) if isinstance(own, DiscreteSchedule) else 1000
+    steps = steps if steps >= LEAST_STEPS else 1000
+    plain: Times = {"": None}
+    for text, schedule, times in [(OWN, own, _own_times(own, steps)), *_known(steps)]:
+        if text == OWN or schedule != own:
+            times = plain | times if model.time is None else {"yours": model.time} | plain | times
+            for time_text, time in times.items():
+                # A network that looks an index up may not be given a negative one on CUDA.
+                negative = own.integer_time and "log" in time_text
+                if not negative and (text != OWN or time is not model.time):
+                    yield Inputs(schedule, text, time, time_text)
+
+
+def _known(steps: int) -> Iterator[tuple[str, Schedule, Times]]:
+    """Schedules, as they are written, and what stands for their time beside the time itself."""
+    last: Times = {f"{steps - 1}": steps - 1.0}
+    yield "VPSchedule()", VPSchedule(), last
+    yield "CosineSchedule()", CosineSchedule(), {f"{steps}": float(steps)}
+    yield "LinearFlowSchedule()", LinearFlowSchedule(), {f"{steps}": float(steps)} | _back(steps)
+    yield "VESchedule()", VESchedule(), last | _of_sigma("VESchedule()", VESchedule())
+    logs: Times = {"torch.log": torch.log, "lambda t: t.log() / 4": lambda t: t.log() / 4}
+    yield "EDMSchedule()", EDMSchedule(), logs
+    start, end, share = 0.1 / steps, 20 / steps, _share(steps)
+    betas = "" if steps == 1000 else f", {start:g}, {end:g}"
+    table = DiscreteSchedule
+    yield f"DiscreteSchedule.linear({steps}{betas})", table.linear(steps, start, end), share
+    start, end = 0.85 / steps, 12 / steps
+    text = f"DiscreteSchedule.linear({steps}, {start:g}, {end:g}, scaled=True)"
+    yield text, table.linear(steps, start, end, scaled=True), share
+    yield f"DiscreteSchedule.cosine({steps})", table.cosine(steps), share
+
+
+def _own_times(own: Schedule, steps: int) -> Times:
+    if own.integer_time:
+        last = own.t_max
+        return _share(steps) | {f"lambda t: {last:g} - t": lambda t: last - t}
+    factors: Times = {f"{steps - 1}": steps - 1.0, f"{steps}": float(steps)}
+    times = factors | _back(steps) if own.t_max <= 1 else {"torch.log": torch.log}
+    explodes = float(own.alpha(torch.tensor(own.t_max))) == 1  # VE: elsewhere σ is no time
+    return times | (_of_sigma("schedule", own) if explodes else {})
+
+
+def _share(steps: int) -> Times:
+    return {f"lambda t: t / {steps}": lambda t: t / steps}
+
+
+def _back(steps: int) -> Times:
+    whole = f"lambda t: {steps} * (1 - t)"
+    return {"lambda t: 1 - t": lambda t: 1 - t, whole: lambda t: steps * (1 - t)}
+
+
+def _of_sigma(text: str, schedule: Schedule) -> Times:
+    logarithm = f"lambda t: {text}.sigma(t).log()"
+    return {f"{text}.sigma": schedule.sigma, logarithm: lambda t: schedule.sigma(t).log()}
+
+
+def all_units(data: Tensor) -> Iterator[Units]:
+    """Other units of the data: of bytes, centred bytes, unit variance, EDM's and latents'."""
+    yield Units("2 * x0 - 1", 2.0, -1.0)
+    yield Units("(x0 + 1) / 2", 0.5, 0.5)
+    yield Units("x0 / 255", 1 / 255)
+    yield Units("x0 / 127.5 - 1", 1 / 127.5, -1.0)
+    yield Units("255 * x0", 255.0)
+    yield Units("127.5 * (x0 + 1)", 127.5, 127.5)
+    yield Units("0.18215 * x0", 0.18215)
+    yield Units("x0 / 0.18215", 1 / 0.18215)
+    mean, std = float(data.double().mean()), float(data.double().std())
+    yield Units("(x0 - x0.mean()) / x0.std()", 1 / std, -mean / std)
+    yield Units("(x0 - x0.mean()) / (2 * x0.std())", 0.5 / std, -0.5 * mean / std)

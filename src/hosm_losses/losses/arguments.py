@@ -75,11 +75,6 @@ class Options:
             )
 
     @property
-    def weights_name(self) -> str:
-        """What the argument is called that has the weights."""
-        return "weight" if self.stein else "weights"
-
-    @property
     def exact(self) -> bool:
         """Whether the probes are all unit vectors, over which is summed."""
         return isinstance(self.probes, str)
@@ -172,8 +167,6 @@ def check_weight(name: str, weight: object) -> float | Tensor:
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
             raise ValueError(complaint(name, "numbers", weight))
-        if weight.is_complex() or weight.dtype == torch.bool:
-            raise TypeError(complaint(name, "real numbers", weight))
         check_finite(name, weight)
         number = weight.reshape(())
     else:

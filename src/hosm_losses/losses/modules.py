@@ -21,7 +21,7 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
-from hosm_losses._checks import check_flag
+from hosm_losses._checks import check_flag, complaint
 from hosm_losses._torch_internals import checkpoint_hook, transformed
 from hosm_losses.derivatives import Engine
 from hosm_losses.losses.arguments import (
@@ -70,10 +70,11 @@ class _Loss(nn.Module, Generic[Terms]):
     ) -> None:
         super().__init__()
         if isinstance(weights, nn.Parameter):  # which a module registers as one to be trained
-            raise ValueError(
-                f"{options.weights_name}: expected numbers, or tensors that are not trained; got "
-                "a Parameter, which the optimizer would drive to zero."
+            name, got = "weight" if options.stein else "weights", "a Parameter"
+            expected = (
+                "numbers, or tensors that are not trained, which an optimizer drives to zero"
             )
+            raise ValueError(complaint(name, expected, weights, got=got))
         self.options, self.weights = options, weights
         self.targets = check_targets(targets, tensor=False)
         self.model, self.balance = check_model(model), None

@@ -84,10 +84,10 @@ def evaluate(
         primitives = score_model.primitives and higher
         field = noise_field(score_model, t, kwargs, primitives=primitives)
         check_conditions(targets, field.kwargs)
-        field = field if options.stein else field.apart_from_x()
+        field = field if options.stein else field.drop_qx()
         rows = None
         if higher:
-            rows, rest = _fraction(x, options, given.generator)
+            rows, rest = _select_rows(x, options, given.generator)
             probes = _probes(x, rows, options, given)
             terms = _terms(field, inputs, probes, options, weights, rows, rest)
             terms = _without_idle_graph(terms, score_model)
@@ -120,7 +120,7 @@ def perturbed(
     """Check the arguments of a loss, draw t and ε where they are missing, and perturb the data.
 
     x = α(t) x₀ + σ(t) ε. What is missing is drawn on the device of x₀, in the order t, ε, v. The
-    noise is ε − q x, to go with `NoiseField.apart_from_x`, but for `stein_dsm`, whose rate
+    noise is ε − q x, to go with `NoiseField.drop_qx`, but for `stein_dsm`, whose rate
     multiplies by ε. Of averaged targets it has the mean in the place of ε, without a gradient.
     """
     score_model, targets = check_model(model), given.targets
@@ -159,22 +159,13 @@ def _weights(given: object, options: Options, x: Tensor) -> Weights:
     """The weights of the terms, checked."""
     likelihood = isinstance(options.weighting, str) and options.weighting == "likelihood"
     if options.stein:
-        weights = (1.0, 1.0 if given is None else check_weight("weight", given))
-    elif given is None and options.order > 1 and likelihood:
+        return 1.0, 1.0 if given is None else check_weight("weight", given)
+    if given is None and options.order > 1 and likelihood:
         raise ValueError(
             "weights: expected numbers, 'paper' or, in a module, 'balanced' with weighting="
             "'likelihood', which puts the first term alone in nats; got None."
         )
-    else:
-        weights = check_weights(given, options.order, x[0].numel())
-    for weight in weights:
-        # A number on the CPU goes with a tensor on any device.
-        if isinstance(weight, Tensor) and weight.device not in (x.device, torch.device("cpu")):
-            raise ValueError(
-                f"{options.weights_name}: expected numbers, or tensors on {x.device} as x0 is, or "
-                f"on the CPU; got one on {weight.device}."
-            )
-    return weights
+    return check_weights(given, options.order, x[0].numel())
 
 
 def _terms(
@@ -229,7 +220,7 @@ def _without_idle_graph(terms: Any, model: ScoreModel) -> Any:
     return terms._make(None if term is None else term.detach() for term in terms)
 
 
-def _fraction(
+def _select_rows(
     x: Tensor, options: Options, generator: torch.Generator | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The rows that have the higher terms, and the others; None for all rows."""

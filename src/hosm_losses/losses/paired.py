@@ -49,8 +49,8 @@ from hosm_losses.losses.terms import (
 from hosm_losses.model import NoiseField
 
 
-def halves(estimates: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of K estimates over the first half of them and over the others."""
+def means_of_halves(estimates: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean over the first half of K estimates, and that over the others."""
     half = len(estimates) // 2
     return over_probes(estimates[:half]), over_probes(estimates[half:])
 
@@ -96,12 +96,12 @@ def paired_terms(
         cross = inner(ell, sigma * at_least_float32(pulled) + held)
         of_second = (over_elements(shifted.square()) + beyond).mean(0)
         of_second = (of_second + (square.square() - 2 * cross).mean(0)) / elements**2
-    one, other = halves(along - square)
+    one, other = means_of_halves(along - square)
     terms = DSMTerms(first_term(residual), of_second, one * other / elements**2)
     if derived.third is None or pushed is None:
         return terms
     moved = (sigma * at_least_float32(pushed)).detach() + held
     rest = scaled((square - along).detach(), ell) - 2 * moved
     rest = rest if skew is None else rest + skew
-    one, other = halves(at_least_float32(derived.third) + rest)
+    one, other = means_of_halves(at_least_float32(derived.third) + rest)
     return terms._replace(third=over_elements(one * other, 1) / elements**3)

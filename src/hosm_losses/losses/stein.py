@@ -38,7 +38,7 @@ from torch import Tensor
 
 from hosm_losses._checks import at_least_float32, expand_right, over_elements
 from hosm_losses.losses.arguments import Options
-from hosm_losses.losses.paired import halves
+from hosm_losses.losses.paired import means_of_halves
 from hosm_losses.losses.terms import Inputs, Logged, first_residual, first_residual_of, inner
 from hosm_losses.model import NoiseField
 
@@ -84,7 +84,7 @@ def stein_terms(
         directional = directional + (inputs.spread(probe)[0] - probe)
     residual, along = first_residual(value, noise), inner(probe, directional)
     rate = along + x[0].numel() - inner(noise.unsqueeze(0), residual)
-    one, other = halves(rate.detach())
-    moved, other_moved = halves(along + inner(value.detach(), value))
+    one, other = means_of_halves(rate.detach())
+    moved, other_moved = means_of_halves(along + inner(value.detach(), value))
     term = one * other_moved + other * moved
     return SteinTerms(over_elements(residual.square())[0], term + (one * other - term).detach())

@@ -91,10 +91,10 @@ class Logged:
 
     def __getattr__(self: Any, name: str) -> Any:
         """Return t or rows where the tuple has lost them."""
-        carried = getattr(self[0], "_logged", {}) if name in ("t", "rows") else {}
-        if name not in carried:
+        logged = getattr(self[0], "_logged", {}) if name in ("t", "rows") else {}
+        if name not in logged:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return carried[name]
+        return logged[name]
 
 
 class LoggedTerms(Logged, DSMTerms):
@@ -143,43 +143,43 @@ def first_residual(value: Tensor, noise: Tensor) -> Tensor:
     return value + noise
 
 
-class Common(NamedTuple):
-    """What the residuals of higher order along v have in common, with ℓ = (ε + f) detached."""
+class ResidualParts(NamedTuple):
+    """Quantities that the residuals of higher order along v share, with ℓ = (ε + f) detached."""
 
     ell: Tensor  # ℓ, of shape (1, B, *)
-    slope: Tensor  # ℓ·v, (K, B)
+    ell_dot_v: Tensor  # ℓ·v, (K, B)
     shifted: Tensor  # D + v, or D + v − C₂v, (K, B, *)
-    curvature: Tensor  # its product with v, (K, B)
+    v_dot_shifted: Tensor  # its product with v, (K, B)
 
 
-def common(residual: Tensor, shifted: Tensor, probe: Tensor) -> Common:
-    """What they have in common, from r1, D + v, or D + v − C₂v, and v."""
+def residual_parts(residual: Tensor, shifted: Tensor, probe: Tensor) -> ResidualParts:
+    """Return what they share, from r1, D + v, or D + v − C₂v, and v."""
     ell = residual.detach()
-    return Common(ell, inner(ell, probe), shifted, inner(probe, shifted))
+    return ResidualParts(ell, inner(ell, probe), shifted, inner(probe, shifted))
 
 
-def second_residual(shared: Common) -> Tensor:
+def second_residual(parts: ResidualParts) -> Tensor:
     """r2 = D + v − (ℓ·v) ℓ; its mean square is the Jacobian's error."""
-    return shared.shifted - scaled(shared.slope, shared.ell)
+    return parts.shifted - scaled(parts.ell_dot_v, parts.ell)
 
 
-def trace_residual(shared: Common) -> Tensor:
+def trace_residual(parts: ResidualParts) -> Tensor:
     """rt = v·D + ‖v‖² − (ℓ·v)²: the error of the trace."""
-    return shared.curvature - shared.slope.square()
+    return parts.v_dot_shifted - parts.ell_dot_v.square()
 
 
-def third_target(shared: Common) -> Tensor:
+def third_target(parts: ResidualParts) -> Tensor:
     """The G at which r3 = G + (ℓ·v)² ℓ − (v·D + ‖v‖²) ℓ − 2 (ℓ·v) (D + v) is zero, detached.
 
     For G the Laplacian form σ² ∂²f[v, v] may stand, which is the same where ∂f/∂x is symmetric.
     """
-    slope, excess = shared.slope, shared.curvature.detach() - shared.slope.square()
-    return scaled(excess, shared.ell) + scaled(2 * slope, shared.shifted.detach())
+    slope, excess = parts.ell_dot_v, parts.v_dot_shifted.detach() - parts.ell_dot_v.square()
+    return scaled(excess, parts.ell) + scaled(2 * slope, parts.shifted.detach())
 
 
 def first_residual_of(field: NoiseField, inputs: Inputs) -> Tensor:
     """r1 (1, B, *), in float32 at least."""
-    value = at_least_float32(field.for_its_value()(inputs.x).unsqueeze(0))
+    value = at_least_float32(field.for_value()(inputs.x).unsqueeze(0))
     return first_residual(value, at_least_float32(inputs.noise))
 
 
@@ -225,16 +225,16 @@ def terms_along(
     elements = float(x[0].numel())  # the cube may be no integer of 64 bits
     residual = first_residual(value, noise)
     held, skew = inputs.spread(probe, third=last is not None)
-    first, shared = first_term(residual), common(residual, directional + held, probe)
-    second = _mean_square(second_residual(shared)) / elements**2
+    first, parts = first_term(residual), residual_parts(residual, directional + held, probe)
+    second = _mean_square(second_residual(parts)) / elements**2
     # Over all unit vectors ‖r2‖² is summed, but rt and r3 are summed before they are squared.
     second = second * len(probe) if exact else second
-    trace = trace_residual(shared)
+    trace = trace_residual(parts)
     trace = trace.sum(0, keepdim=True) if exact else trace
     trace = _mean_square(trace) / elements**2
     if last is None:
         return DSMTerms(first, second, trace)
-    last, target = at_least_float32(last), third_target(shared)
+    last, target = at_least_float32(last), third_target(parts)
     target = target if skew is None else target - skew
     if exact:
         last, target = last.sum(0, keepdim=True), target.sum(0, keepdim=True)
@@ -249,16 +249,11 @@ def check_result(loss: Tensor, terms: Any, inputs: Inputs) -> None:
         return
     bad = ~torch.isfinite(terms.first)
     if bool(bad.any()):
-        what = "network: expected finite outputs"
-        remedy = "Look at the parameters, and for a division by zero or a logarithm."
-        lost = ~torch.isfinite(inputs.x).reshape(len(bad), -1).all(1)
-        if bool(lost.any()):
-            bad, what = lost, "schedule: expected a finite x = α(t) x0 + σ(t) noise"
-            remedy = f"Look at its alpha and sigma there, and at the range of {inputs.x.dtype}."
         times = inputs.t[bad]
         raise ValueError(
-            f"{what}; got NaN or infinite ones for {int(bad.sum())} of {len(bad)} samples, at t "
-            f"from {float(times.min()):g} to {float(times.max()):g}. {remedy}"
+            f"network: expected finite outputs; got NaN or infinite ones for {int(bad.sum())} of "
+            f"{len(bad)} samples, at t from {float(times.min()):g} to {float(times.max()):g}. "
+            "Look at the parameters, for a division by zero or a logarithm, and at the range of x."
         )
     names = [
         name

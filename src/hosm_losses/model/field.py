@@ -39,10 +39,10 @@ class NoiseField:
         primitives: whether the safe primitives are put in.
         batch: the number of samples in the batch that the arguments were bound to.
         t: the times (B,); None until `at` gives them.
-        at_first: whether it is for its value alone, which is not differentiated in x.
-        x_apart: whether values are those of f + q x; derivatives are those of f.
-        bare: whether it is what the network predicts.
-        of_one: whether it is one sample on the CPU, of which a first derivative may be wrong.
+        value_only: whether it is for its value alone, which is not differentiated in x.
+        without_qx: whether values are those of f + q x; derivatives are those of f.
+        network_only: whether it is what the network predicts.
+        one_sample: whether it is one sample on the CPU, of which a first derivative may be wrong.
     """
 
     model: ScoreModel
@@ -50,14 +50,14 @@ class NoiseField:
     primitives: bool
     batch: int
     t: Any = None
-    at_first: bool = False
-    x_apart: bool = False
-    bare: bool = False
-    of_one: bool = False
+    value_only: bool = False
+    without_qx: bool = False
+    network_only: bool = False
+    one_sample: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate f, or the network, at x (B, *)."""
-        if not self.bare:
+        if not self.network_only:
             return self._of_value(self.network()(x), x, *self.model.affine(self.t, x))
         if torch.compiler.is_compiling():
             return self._predicted(x)
@@ -70,21 +70,21 @@ class NoiseField:
 
     def _predicted(self, x: Tensor) -> Tensor:
         # At order one the network is given what it was given by the trainer, once.
-        if not self.kwargs or (self.at_first and len(x) == self.batch):
+        if not self.kwargs or (self.value_only and len(x) == self.batch):
             return self._with_primitives(x, self.kwargs)
         # Its own copies, shared ones too: it may write to them, and is called several times.
         return self._with_primitives(x, map_tensors(self.kwargs, Tensor.clone))
 
     def _with_primitives(self, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         # A Jet has rules of its own, and what is not differentiated in x needs no primitives.
-        needed = self.primitives and not self.at_first
-        if isinstance(x, Jet) or not (needed or self.of_one):
+        needed = self.primitives and not self.value_only
+        if isinstance(x, Jet) or not (needed or self.one_sample):
             return self.model.predict(x, self.t, **kwargs)
-        with safe_of_one() if self.of_one else safe_primitives():
+        with safe_of_one() if self.one_sample else safe_primitives():
             return self.model.predict(x, self.t, **kwargs)
 
     def _of_value(self, value: Tensor, x: Tensor, p: Tensor | None, q: Tensor | None) -> Tensor:
-        return -apply_affine(value, None if self.x_apart else x, p, q)
+        return -apply_affine(value, None if self.without_qx else x, p, q)
 
     @property
     def owner(self) -> object:
@@ -94,23 +94,23 @@ class NoiseField:
     @property
     def native(self) -> "NoiseField":
         """The network with PyTorch's operators, whose values and first derivatives are right."""
-        return replace(self, primitives=False, bare=True, of_one=False)
+        return replace(self, primitives=False, network_only=True, one_sample=False)
 
     # These three not by replace, for torch.compile of 2.6.
-    def network(self, *, of_one: bool = False) -> "NoiseField":
+    def network(self, *, one_sample: bool = False) -> "NoiseField":
         """Return the field of what the network predicts."""
-        given = self.model, self.kwargs, self.primitives, self.batch, self.t, self.at_first
-        return NoiseField(*given, bare=True, of_one=of_one)
+        given = self.model, self.kwargs, self.primitives, self.batch, self.t, self.value_only
+        return NoiseField(*given, network_only=True, one_sample=one_sample)
 
-    def for_its_value(self) -> "NoiseField":
+    def for_value(self) -> "NoiseField":
         """Return the field for its value alone."""
         given = self.model, self.kwargs, self.primitives, self.batch, self.t
-        return NoiseField(*given, at_first=True, x_apart=self.x_apart)
+        return NoiseField(*given, value_only=True, without_qx=self.without_qx)
 
-    def apart_from_x(self) -> "NoiseField":
+    def drop_qx(self) -> "NoiseField":
         """Return the field whose values leave q x out, which cancels in a residual."""
         given = self.model, self.kwargs, self.primitives, self.batch, self.t
-        return NoiseField(*given, x_apart=True)
+        return NoiseField(*given, without_qx=True)
 
     def at(self, t: Tensor) -> "NoiseField":
         """Return the field at other times (B,)."""
@@ -178,8 +178,8 @@ class NoiseField:
 
         safe = self.model.primitives and not self.primitives
         # Data of any dimension, which a network may see as an image.
-        of_one = safe and len(x) == 1 and x.device.type == "cpu"
-        value, forms = quadratic_forms(self.network(of_one=of_one), x, watched())
+        one_sample = safe and len(x) == 1 and x.device.type == "cpu"
+        value, forms = quadratic_forms(self.network(one_sample=one_sample), x, watched())
         of_x = torch.cat(squares) if squares else None
         flat = (None if each is None else each.flatten() for each in (p, q))
         return -apply_affine(value, x, p, q), -apply_affine(forms, of_x, *flat)
@@ -215,29 +215,18 @@ def noise_field(
     return NoiseField(model, field.kwargs, field.primitives, field.batch, normal(t))
 
 
-_WRAP_THE_LOSS = (
-    "Wrap the loss module as a whole, whose forward then holds every use of a parameter: "
-    "{}(ThirdOrderDSM(ScoreModel(network, schedule))). Around the network, or parts of it, "
-    "gradients fail or differ between ranks in silence."
-)
-_TAKE_IT_OUT = (
-    "Give model.module, the network inside, in its place: ScoreModel(model.module, schedule) or "
-    "from_score_sde(model.module, sde); its parameters are the same. For several devices: "
-)
-_COMPILE_THE_LOSS = (
-    "What is compiled by itself has no second derivative. Compile the loss module in its place: "
-    "torch.compile(ThirdOrderDSM(ScoreModel(network, schedule)))."
-)
 COMPILED_IN_PLACE = "a part compiled by its own .compile()"
-# By name, so that nothing of torch.distributed is imported for it.
+SCRIPTED = "ScriptModule"  # of torch.jit, traced or scripted
+# What belongs around the loss in place of the network, by the name of the class that is around the
+# network: nothing of torch.distributed is imported for it.
 WRAPPERS = {
-    "DistributedDataParallel": _WRAP_THE_LOSS.format("DistributedDataParallel"),
-    "FullyShardedDataParallel": _WRAP_THE_LOSS.format("FullyShardedDataParallel"),
-    "FSDPModule": _WRAP_THE_LOSS.format("fully_shard"),
-    "DataParallel": _TAKE_IT_OUT + _WRAP_THE_LOSS.format("DistributedDataParallel"),
-    "OptimizedModule": _COMPILE_THE_LOSS,
-    COMPILED_IN_PLACE: _COMPILE_THE_LOSS,
-    "ScriptModule": GIVE_THE_SOURCE,  # of torch.jit, traced or scripted
+    "DistributedDataParallel": "DistributedDataParallel",
+    "FullyShardedDataParallel": "FullyShardedDataParallel",
+    "FSDPModule": "fully_shard",
+    "DataParallel": "DistributedDataParallel",
+    "OptimizedModule": "torch.compile",
+    COMPILED_IN_PLACE: "torch.compile",
+    SCRIPTED: "",
 }
 
 
@@ -252,7 +241,11 @@ def refuse_wrapped(network: object) -> None:
                 found.add(COMPILED_IN_PLACE)
     found |= {base.__name__ for kind in types for base in kind.__mro__} & WRAPPERS.keys()
     for name in sorted(found):
+        remedy = (
+            f"Wrap the loss module as a whole, {WRAPPERS[name]}(ThirdOrderDSM(ScoreModel(network, "
+            "schedule))), and give it the network inside, such as model.module."
+        )
         raise TypeError(
             f"network: expected a bare network where it is differentiated twice; got {name}. "
-            f"{WRAPPERS[name]}"
+            f"{GIVE_THE_SOURCE if name == SCRIPTED else remedy}"
         )
