@@ -558,19 +558,19 @@ MUTANTS = [
         "tests/diagnostics/test_check.py",
     ),
     Mutant(
-        "interop/foreign.py",
+        "interop.py",
         'owner.alphas_cumprod, dtype=torch.float64, device="cpu").detach()',
         'owner.alphas_cumprod, device="cpu").detach().double()',
         "tests/interop/test_stand_ins.py",
     ),
     Mutant(
-        "interop/guided_diffusion.py",
+        "interop.py",
         'rescaled = 1000.0 / getattr(diffusion, "original_num_steps", steps)',
         "rescaled = 1000.0 / steps",
         "tests/interop/test_references.py",
     ),
     Mutant(
-        "interop/score_sde.py",
+        "interop.py",
         "    if not (continuous and kept):\n",
         "    if not continuous:\n",
         "tests/interop/test_stand_ins.py",

@@ -206,7 +206,7 @@ BAD = {
     "network": bad(TypeError, None, 3, X),
     "schedule": bad(TypeError, None, "vp", object(), hosm.VPSchedule),
     "prediction": bad(ValueError, None, "noise", 1),
-    "time": bad(TypeError, "t", True, X) + bad(ValueError, NAN, INF),
+    "time": bad(ValueError, "t", True, X, NAN, INF),
     **dict.fromkeys(("output", "call"), bad(TypeError, 0, "forward")),
     "alphas_cumprod": NUMBERS + bad(ValueError, [0.5, 0.6], [1.0, 0.5], ZERO, [0.9, 0.5, 0.5]),
     "betas": NUMBERS + bad(ValueError, [0.1, -0.1], [0.0, 0.1], [0.1, 1.0], np.array([0.1, 2])),

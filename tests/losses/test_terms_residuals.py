@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hosm_losses.losses.terms import (
-    common,
     first_residual,
+    residual_parts,
     second_residual,
     third_target,
     trace_residual,
@@ -43,7 +43,7 @@ def residuals(noise, f, along, gradient, v):
     count = len(noise)
     f, along, gradient, v = (part.expand(1, count, -1) for part in (f, along, gradient, v))
     first = first_residual(f, noise)
-    shared = common(first, along + v, v)
+    shared = residual_parts(first, along + v, v)
     second, trace = second_residual(shared), trace_residual(shared)
     return first[0], second[0], trace[0], (gradient - third_target(shared))[0]
 
@@ -107,7 +107,7 @@ def test_all_sign_vectors_average_and_the_unit_vectors_sum_to_the_exact_terms(d)
 
     def along(v):
         along = sigma * v @ jacobian.T + v
-        shared = common(ell.expand(1, 1, d), along[:, None], v[:, None])
+        shared = residual_parts(ell.expand(1, 1, d), along[:, None], v[:, None])
         gradient = sigma**2 * torch.einsum("ijk,ni,nj->nk", second, v, v)
         r2, rt = second_residual(shared)[:, 0], trace_residual(shared)[:, 0]
         return r2, rt, gradient - third_target(shared)[:, 0]

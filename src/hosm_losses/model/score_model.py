@@ -23,7 +23,6 @@ Source:
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
@@ -91,8 +90,8 @@ class ScoreModel(nn.Module):
 
     Raises:
         TypeError: if the schedule is no `Schedule` or returns no tensors like t, or the network,
-            `time`, `output` or `call` cannot be called, or `primitives` is no bool.
-        ValueError: for a prediction of another name, a factor that is not finite, or a schedule
+            `output` or `call` cannot be called, or `primitives` is no bool.
+        ValueError: for a prediction of another name, a `time` of another kind, or a schedule
             under which the noise in units of the data, σ/α, is not finite or does not grow with t.
 
     Example:
@@ -119,9 +118,7 @@ class ScoreModel(nn.Module):
         check_schedule(schedule)
         check_choice("prediction", prediction, [*get_args(Kind), *SAME])
         if not (time is None or callable(time)):
-            if isinstance(time, bool) or not isinstance(time, Real):
-                raise TypeError(complaint("time", "a factor, a callable or None", time))
-            check_number("time", time, "a finite factor")
+            check_number("time", time, "a finite factor, a callable or None")
         check_flag("primitives", primitives)
         for name, given in (("output", output), ("call", call)):
             if not (given is None or callable(given)):
@@ -361,29 +358,32 @@ class ScoreModel(nn.Module):
 
     def _explain(self, x: Tensor, network_time: Tensor, error: Exception) -> None:
         """Raise in place of an error where dtypes differ, or t is looked up in a table."""
-        text, of_table = str(error), self.schedule.integer_time
-        failed = f"its call failed ({text.partition(chr(10))[0]})"
-        if of_table and network_time.is_floating_point() and any(w in text for w in OF_INDICES):
-            raise TypeError(
-                f"network: {failed}. t is {network_time.dtype}, between the indices of a table. "
-                "Let the network interpolate between its two entries next to t, or give it the "
-                "nearest: ScoreModel(..., time=lambda t: t.round().long())."
-            ) from error
-        if "DTensor" in text:
-            raise TypeError(f"network: {failed}. {UNSHARD}") from error
-        if not any(words in text for words in OF_DTYPES):
-            return
+        text, of_floats = str(error), network_time.is_floating_point()
         own = next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
-        if own != x.dtype:
-            raise TypeError(
-                f"network: {failed}. The data are {x.dtype} and its parameters {own}: convert the "
-                f"data with .to({own}), or the network with .to({x.dtype})."
-            ) from error
-        if network_time.is_floating_point() and network_time.dtype != x.dtype:
-            raise TypeError(
-                f"network: {failed}. The data are {x.dtype} and t is {network_time.dtype}: "
-                f"convert t with ScoreModel(..., time=lambda t: t.to({x.dtype}))."
-            ) from error
+        if self.schedule.integer_time and of_floats and any(each in text for each in OF_INDICES):
+            remedy = (
+                f"t is {network_time.dtype}, between the indices of a table. Let the network "
+                "interpolate between its two entries next to t, or give it the nearest: "
+                "ScoreModel(..., time=lambda t: t.round().long())."
+            )
+        elif "DTensor" in text:
+            remedy = UNSHARD
+        elif not any(words in text for words in OF_DTYPES):
+            return
+        elif own != x.dtype:
+            remedy = (
+                f"The data are {x.dtype} and its parameters {own}: convert the data with "
+                f".to({own}), or the network with .to({x.dtype})."
+            )
+        elif of_floats and network_time.dtype != x.dtype:
+            remedy = (
+                f"The data are {x.dtype} and t is {network_time.dtype}: convert t with "
+                f"ScoreModel(..., time=lambda t: t.to({x.dtype}))."
+            )
+        else:
+            return
+        failed = f"its call failed ({text.partition(chr(10))[0]})"
+        raise TypeError(f"network: {failed}. {remedy}") from error
 
 
 def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:

@@ -1,0 +1,378 @@
+"""ScoreModels from the objects that users of other projects hold, none of which is imported.
+
+Each function reads the attributes that it needs, and an error names the one that is missing.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hosm_losses._checks import check_flag, check_number, describe
+from hosm_losses.model import Prediction, ScoreModel
+from hosm_losses.schedules import (
+    DiscreteSchedule,
+    EDMSchedule,
+    LinearFlowSchedule,
+    Schedule,
+    SubVPSchedule,
+    VESchedule,
+    VPSchedule,
+    step_labels,
+)
+
+# Each project's names of what its networks predict, and ours.
+OBJECTIVES: dict[str, Prediction] = {
+    "pred_noise": "epsilon",
+    "pred_x0": "sample",
+    "pred_v": "v_prediction",
+}
+PREDICTION_TYPES: dict[str, Prediction] = {
+    "epsilon": "epsilon",
+    "sample": "sample",
+    "v_prediction": "v_prediction",
+}
+MEAN_TYPES: dict[str, Prediction] = {"EPSILON": "epsilon", "START_X": "sample"}
+ZERO = (0.0, 2.0**-24)  # the second is what diffusers writes in the place of the first
+BUILD = "For another object, build a ScoreModel with its schedule and prediction."
+# Models of diffusers under flow matching that multiply by the number of timesteps themselves.
+TAKE_FRACTIONS = ("Flux", "Chroma", "QwenImage", "AuraFlow", "LongCatImage", "OvisImage", "Krea2")
+TAKE_FRACTIONS += ("BriaFibo2", "PRX")
+# And those whose pipelines turn the sign of the velocity, or the time.
+REVERSED = ("Lumina", "ZImage", "NucleusMoE", "HiDream", "Ideogram4")
+WRAPPED = ("_orig_mod", "module", "base_model", "model")  # in torch.compile, DDP and PEFT
+TURNED = "model: expected one that is given the noise level and predicts noise less data; got {}, "
+TURNED += "which turns one. Write ScoreModel(model, LinearFlowSchedule(), 'flow_prediction', ...)."
+DISCRETE = (
+    "continuous: expected True, for a network trained in continuous time; got False{}. One "
+    "trained on sde.N discrete steps is given their numbers as labels: "
+)
+DISCRETE_VP = "ScoreModel(model, DiscreteSchedule(sde.alphas_cumprod)), whose t is the label."
+DISCRETE_VE = (
+    "ScoreModel(model, VESchedule(sigma_min=sde.sigma_min, sigma_max=sde.sigma_max), 'score', "
+    "time=lambda t: ((1 - t) * (sde.N - 1)).round().long()), whose score is right at the steps "
+    "t = i / (sde.N - 1) and taken from the nearest one between them."
+)
+
+
+def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
+    """Return the ScoreModel of a diffusers model, with the scheduler's table and prediction type.
+
+    Schedulers with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) become a
+    DiscreteSchedule: t is the timestep, integer in training, between two of them in the
+    likelihood. x is what the model is given: for Euler that is `scheduler.scale_model_input` of
+    its sample. A flow-matching scheduler, or one with `use_flow_sigmas` and "flow_prediction" as
+    UniPC may be, becomes a LinearFlowSchedule: t is its sigma, and the
+    model is given t · num_train_timesteps; Flux, QwenImage, AuraFlow and others are given t, as by
+    their pipelines. A scheduler's shift only says which times are drawn: draw them yourself and
+    pass t. With timestep_type="continuous" and "v_prediction" the model is given ¼ log(σ/α). Class
+    labels, text states and so on go into `model_kwargs`.
+
+    Args:
+        model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, or
+            another that takes (sample, timestep=...) and returns an object with `.sample`. If it
+            has twice as many output as input channels, the second half, its variance, is left out.
+        scheduler: one with a table, or for flow matching.
+
+    Raises:
+        TypeError: for a pipeline, a scheduler that is neither of the two, or under flow matching a
+            model that is no nn.Module.
+        ValueError: for zero terminal SNR, an unknown prediction type, one other than
+            "flow_prediction" with `use_flow_sigmas`, or a model as Lumina2 and ZImage, which are
+            given 1 - t and predict data less noise.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(prediction_type="v_prediction")
+        >>> scheduler = SimpleNamespace(alphas_cumprod=[0.9, 0.5, 0.1], config=config)
+        >>> from_diffusers(nn.Identity(), scheduler).prediction
+        'v_prediction'
+    """
+    if not isinstance(model, nn.Module) and hasattr(model, "scheduler"):  # a pipeline
+        expected = "model: expected the network, such as pipeline.unet or pipeline.transformer"
+        raise TypeError(f"{expected}; got {describe(model)}.")
+    own = getattr(model, "config", None)
+    inputs, outputs = (getattr(own, f"{end}_channels", None) for end in ("in", "out"))
+    learned = inputs is not None and outputs == 2 * inputs
+    options = dict[str, Any](output=_half_of_sample if learned else _sample, call=_by_name)
+    config = getattr(scheduler, "config", None)
+    if "FlowMatch" in type(scheduler).__name__ or _samples_a_flow(scheduler, config):
+        if not isinstance(model, nn.Module):
+            expected = "model: expected an nn.Module, whose class says which time it is given"
+            raise TypeError(f"{expected}; got {describe(model)}.")
+        where = "scheduler.config.num_train_timesteps"
+        factor = getattr(config, "num_train_timesteps", None)
+        factor = check_number(where, factor, "a number above 0", above=0)
+        turned, names = getattr(config, "invert_sigmas", False), _class_names(model)
+        for name in ["invert_sigmas=True"] * turned + [n for n in names if n.startswith(REVERSED)]:
+            raise ValueError(TURNED.format(name))
+        factor = 1.0 if any(each.startswith(TAKE_FRACTIONS) for each in names) else factor
+        return ScoreModel(model, LinearFlowSchedule(), "flow_prediction", time=factor, **options)
+    expected = "scheduler: expected one with {}, such as DDPMScheduler, or a flow-matching one"
+    check_has(scheduler, expected, "alphas_cumprod")
+    kind = getattr(config, "prediction_type", None)
+    prediction = predicted(kind, PREDICTION_TYPES, "scheduler.config.prediction_type")
+    schedule = table_schedule(scheduler, "scheduler")
+    if prediction == "v_prediction" and getattr(config, "timestep_type", None) == "continuous":
+        options["time"] = partial(_quarter_of_log_sigma_hat, schedule)
+    return ScoreModel(model, schedule, prediction, **options)
+
+
+def _class_names(model: nn.Module) -> list[str]:
+    """The names of the classes of a module, and of one in a wrapper."""
+    names, modules = list[str](), [model]
+    for module in modules:  # which grows
+        names += [kind.__name__ for kind in type(module).__mro__]
+        inside = (module._modules.get(name) for name in WRAPPED)
+        modules += [each for each in inside if each is not None]
+    return names
+
+
+def _samples_a_flow(scheduler: Any, config: Any) -> bool:
+    """Whether a scheduler with a table goes along alpha = 1 - sigma, and not along the table."""
+    if not (getattr(config, "use_flow_sigmas", False) and hasattr(scheduler, "alphas_cumprod")):
+        return False
+    if (kind := getattr(config, "prediction_type", None)) == "flow_prediction":
+        return True
+    raise ValueError(
+        "scheduler.config: expected prediction_type='flow_prediction' with use_flow_sigmas=True; "
+        f"got {kind!r}. It samples along alpha = 1 - sigma, not by its table "
+        "alphas_cumprod. Set use_flow_sigmas=False for a model trained with the table, or write "
+        "ScoreModel(model, LinearFlowSchedule(), ...) for one trained with the flow."
+    )
+
+
+def _quarter_of_log_sigma_hat(schedule: DiscreteSchedule, t: Tensor) -> Tensor:
+    return schedule.log_sigma_hat(t) / 4
+
+
+def _by_name(model: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+    return model(x, timestep=t, **kwargs)  # not every model takes it in the second place
+
+
+def _sample(returned: Any) -> Tensor:
+    return returned[0] if isinstance(returned, tuple) else returned.sample  # return_dict=False
+
+
+def _half_of_sample(returned: Any) -> Tensor:
+    return first_half(_sample(returned))
+
+
+def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
+    """Return the ScoreModel of the network in a GaussianDiffusion, with its table and objective.
+
+    t is the index of the table. x is in the range the network sees: give
+    `diffusion.normalize(images)` to the losses and to `ode_nll`. The project's own loss is the
+    first term here; with min_snr_loss_weight give the weighting min(SNR, min_snr_gamma)/SNR, for
+    any objective. The network is `diffusion.model`, so the project's Trainer, optimizer and EMA
+    hold its parameters. The one of `classifier_free_guidance` drops classes at every call, as in
+    the project's loss, none after `.eval()`. The variance of a LearnedGaussianDiffusion is unused.
+
+    Raises:
+        TypeError: for an object that is no GaussianDiffusion.
+        ValueError: for self-conditioning, an unknown objective, or zero terminal SNR.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> diffusion = SimpleNamespace(
+        ...     model=lambda x, t: x, objective="pred_v", alphas_cumprod=[0.9, 0.5, 0.1]
+        ... )
+        >>> from_denoising_diffusion(diffusion).prediction
+        'v_prediction'
+    """
+    names = ("model", "objective", "alphas_cumprod")
+    check_has(diffusion, "diffusion: expected a GaussianDiffusion with {}", *names)
+    if getattr(diffusion, "self_condition", False):
+        raise ValueError(
+            "diffusion: expected a network without self-conditioning; got self_condition=True. "
+            "Its prediction depends on an earlier one, so it has no score that could be matched "
+            "or integrated: build the Unet with self_condition=False."
+        )
+    schedule = table_schedule(diffusion, "diffusion")
+    prediction = predicted(diffusion.objective, OBJECTIVES, "diffusion.objective")
+    network = diffusion.model
+    channels, outputs = (getattr(network, name, None) for name in ("channels", "out_dim"))
+    learned = channels is not None and outputs == 2 * channels
+    output = first_half if learned else None
+    call = _dropping_classes if hasattr(network, "cond_drop_prob") else None
+    return ScoreModel(network, schedule, prediction, output=output, call=call)
+
+
+def _dropping_classes(network: Any, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+    kept = {} if getattr(network, "training", True) else {"cond_drop_prob": 0.0}
+    return network(x, t, **kept | kwargs)
+
+
+def from_edm(net: Any) -> ScoreModel:
+    """Return the ScoreModel of an EDM denoiser D(x, σ, class_labels); t is σ.
+
+    The noise runs over the network's sigma_min and sigma_max, within [0.002, 80], the range of
+    EDM's sampler. One-hot labels go into `model_kwargs` as class_labels. third="laplacian" needs a
+    plain attention in the place of EDM's.
+
+    The first term is the loss of EDM's trainer with
+
+        ThirdOrderDSM(from_edm(net), weighting=EDMWeighting(net.sigma_data))
+
+    Raises:
+        TypeError: for a network without sigma_min and sigma_max.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Identity()
+        >>> net.sigma_min, net.sigma_max = 0.0, float("inf")
+        >>> from_edm(net).schedule.t_max
+        80.0
+    """
+    expected = "net: expected an EDM network with {}, such as EDMPrecond"
+    advice = "For another denoiser D(x, sigma): ScoreModel(net, EDMSchedule(), 'sample')."
+    check_has(net, expected, "sigma_min", "sigma_max", advice=advice)
+    low = max(float(net.sigma_min), EDMSchedule.t_min)
+    high = min(float(net.sigma_max), EDMSchedule.t_max)
+    return ScoreModel(net, EDMSchedule(t_min=low, t_max=high), "sample")
+
+
+def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
+    """Return the ScoreModel of a model and its GaussianDiffusion or SpacedDiffusion.
+
+    t is an index of the diffusion's own table, and the model is given what the project gives it:
+    the step before respacing, between two indices the one with that noise; times 1000 over its
+    number of steps with rescale_timesteps. Class labels go into `model_kwargs` as y. Of a model
+    that learns its variance the first half of the channels is used. The project's own checkpoint,
+    which its attention calls as well, has to be replaced above order one.
+
+    Raises:
+        TypeError: for a diffusion that is neither.
+        ValueError: for a prediction of the previous x, or zero terminal SNR.
+
+    Example:
+        >>> from types import SimpleNamespace as Is
+        >>> diffusion = Is(
+        ...     alphas_cumprod=[0.9, 0.5, 0.1], model_mean_type=Is(name="EPSILON"),
+        ...     model_var_type=Is(name="LEARNED_RANGE"), rescale_timesteps=False,
+        ... )
+        >>> from_guided_diffusion(nn.Identity(), diffusion).prediction
+        'epsilon'
+    """
+    names = ("alphas_cumprod", "model_mean_type", "model_var_type")
+    check_has(diffusion, "diffusion: expected a GaussianDiffusion with {}", *names)
+    schedule = table_schedule(diffusion, "diffusion")
+    kind = getattr(diffusion.model_mean_type, "name", None)
+    prediction = predicted(kind, MEAN_TYPES, "diffusion.model_mean_type")
+    learned = getattr(diffusion.model_var_type, "name", None) in ("LEARNED", "LEARNED_RANGE")
+    output = first_half if learned else None
+    steps = len(schedule.alphas_cumprod)
+    indices = getattr(diffusion, "timestep_map", range(steps))
+    rescaled = 1000.0 / getattr(diffusion, "original_num_steps", steps)
+    factor = rescaled if getattr(diffusion, "rescale_timesteps", False) else 1.0
+    time = step_labels(schedule, indices, factor)
+    return ScoreModel(model, schedule, prediction, time=time, output=output)
+
+
+def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> ScoreModel:
+    """Return the ScoreModel of a network trained in continuous time; t runs from 1e-5 to 1.
+
+    Under VPSDE and subVPSDE the network predicts the noise and is given 999 t. Under VESDE it
+    predicts the score and is given σ(t). Of the DataParallel that `create_model` returns
+    orders two and three take the network inside, `model.module`.
+
+    Args:
+        model: the network, model(x, labels).
+        sde: a VPSDE, subVPSDE or VESDE, told apart by their attributes.
+        continuous: what `config.training.continuous` says. A network trained with False, except
+            under subVPSDE, is given step numbers: it is refused, and the error says what to write
+            instead. The configuration that a network keeps, as NCSN++ does, is checked as well.
+
+    Raises:
+        TypeError: for another SDE, by its attributes or its `marginal_prob`.
+        ValueError: for a network trained on discrete steps.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> sde = SimpleNamespace(sigma_min=0.01, sigma_max=50.0)
+        >>> from_score_sde(nn.Identity(), sde).prediction
+        'score'
+    """
+    check_flag("continuous", continuous)
+    if hasattr(sde, "sigma_min") and hasattr(sde, "sigma_max"):
+        _refuse_discrete(model, continuous, DISCRETE_VE)
+        exploding = VESchedule(sigma_min=float(sde.sigma_min), sigma_max=float(sde.sigma_max))
+        return ScoreModel(model, _confirmed(exploding, sde), "score", time=exploding.sigma)
+    expected = "sde: expected a VPSDE or subVPSDE with {}, a VESDE with sigma_min, sigma_max"
+    check_has(sde, expected, "beta_0", "beta_1")
+    kind = SubVPSchedule
+    # VPSDE has the discrete betas of DDPM beside the continuous ones; subVPSDE has not.
+    if hasattr(sde, "discrete_betas"):
+        _refuse_discrete(model, continuous, DISCRETE_VP)
+        kind = VPSchedule
+    schedule = kind(beta_min=float(sde.beta_0), beta_max=float(sde.beta_1))
+    return ScoreModel(model, _confirmed(schedule, sde), "epsilon", time=999.0)
+
+
+def _refuse_discrete(model: nn.Module, continuous: bool, advice: str) -> None:
+    """Raise ValueError where the caller or the network says that it was trained on steps."""
+    config = getattr(getattr(model, "module", model), "config", None)
+    kept = getattr(getattr(config, "training", None), "continuous", True)
+    if not (continuous and kept):
+        where = " in model.config.training" if continuous else ""
+        raise ValueError(DISCRETE.format(where) + advice)
+
+
+def _confirmed(schedule: Schedule, sde: Any) -> Schedule:
+    """The schedule; TypeError if the SDE says another α and σ than those of its attributes."""
+    if marginal := getattr(sde, "marginal_prob", None):
+        t = torch.tensor([0.3], dtype=torch.float64, device="cpu")
+        # One number at one time, which may be data of any dimension.
+        own = torch.cat([part.flatten().to(t) for part in marginal(torch.ones_like(t), t)])
+        if not torch.allclose(own, torch.cat(schedule(t)), rtol=1e-3):
+            expected = f"sde: expected the marginal_prob(x, t) of {schedule}"
+            raise TypeError(f"{expected}; got {describe(sde)}, with another. {BUILD}")
+    return schedule
+
+
+def check_has(value: object, expected: str, *names: str, advice: str = BUILD) -> None:
+    """Raise TypeError unless a foreign object has these attributes, each named in `expected`."""
+    for name in names:
+        if getattr(value, name, None) is None:
+            raise TypeError(f"{expected.format(name)}; got {describe(value)}. {advice}")
+
+
+def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
+    """The schedule of the table ᾱ of a foreign object of this name; ValueError if it ends at 0."""
+    where, kind = f"{name}.alphas_cumprod", getattr(owner.alphas_cumprod, "dtype", None)
+    table = torch.as_tensor(owner.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
+    zero = table.ndim == 1 and len(table) > 0 and float(table[-1]) in ZERO
+    if (sigma := getattr(owner, "sqrt_one_minus_alphas_cumprod", None)) is not None:
+        # Where both are kept in float32 it has the digits that 1 − ᾱ has lost at the first steps.
+        table = table / (table + torch.as_tensor(sigma).detach().to(table).square())
+    if getattr(kind, "itemsize", 8) < 4 and (zero or bool((table.diff() >= 0).any())):
+        raise ValueError(
+            f"{where}: expected a table that falls to above 0; got one in {kind}, which rounds "
+            "neighbours to one number and the smallest to 0. Make the ScoreModel before .half() "
+            f"or .to({kind}) of what has the table, or convert its network alone."
+        )
+    if zero:
+        raise ValueError(
+            f"{where}: expected a table that ends above 0; got one that ends at "
+            f"{float(owner.alphas_cumprod[-1]):g} (zero terminal SNR), where sigma/alpha has no "
+            "finite value. Cut it and say the rest yourself: ScoreModel(network, "
+            f"DiscreteSchedule({where}[:-1]), prediction=..., ...)."
+        )
+    return DiscreteSchedule(table)
+
+
+def predicted(value: object, names: Mapping[str, Prediction], where: str) -> Prediction:
+    """Our name of the foreign prediction type that stands at `where`; ValueError for another."""
+    if isinstance(value, str) and value in names:
+        return names[value]
+    raise ValueError(
+        f"{where}: expected one of {', '.join(map(repr, names))}; got {describe(value)}. Build a "
+        "ScoreModel with the prediction it stands for, or convert its output."
+    )
+
+
+def first_half(returned: Tensor) -> Tensor:
+    """The prediction of a network that returns a variance as well, in as many channels more."""
+    return returned.chunk(2, 1)[0]
