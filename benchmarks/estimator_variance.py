@@ -40,7 +40,7 @@ import hosm_losses as hosm
 from benchmarks.experiment import Choose
 from benchmarks.intervals import Array, Estimate, mean_variance, ratio_of_variances
 from benchmarks.trained import exact, trained
-from hosm_losses.losses.terms import common, third_target
+from hosm_losses.losses.terms import residual_parts, third_target
 from hosm_losses.model import noise_field
 from hosm_losses.probes import DISTRIBUTIONS, draw_probes
 
@@ -87,7 +87,8 @@ class Point:
         def residual(v: Tensor) -> Tensor:
             value, directional, gradient = derive(v, 3)
             probes = v.to(x.dtype).reshape(directional.shape)
-            return gradient - third_target(common(value + noise, directional + probes, probes))
+            parts = residual_parts(value + noise, directional + probes, probes)
+            return gradient - third_target(parts)
 
         self.jacobian = in_chunks(lambda v: derive(v, 2)[1], torch.eye(d)).T.double()
         with torch.no_grad():

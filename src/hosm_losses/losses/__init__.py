@@ -1,6 +1,6 @@
 """The losses: first-, second- and third-order denoising score matching.
 
-- `functions`, `modules`: the public face.
+- `dsm`: the public face, functions and modules.
 - `arguments`: what the public face takes, checked.
 - `objective`: from arguments to a loss: perturbs the data, sums the terms, checks the result.
 - `targets`: what stands for the noise in the residuals, averaged over data.
@@ -11,15 +11,15 @@
 - `weighting`: weights over noise levels, and the draw of t.
 """
 
-from hosm_losses.losses.functions import dsm_terms as dsm_terms
-from hosm_losses.losses.functions import first_order_dsm as first_order_dsm
-from hosm_losses.losses.functions import second_order_dsm as second_order_dsm
-from hosm_losses.losses.functions import stein_dsm as stein_dsm
-from hosm_losses.losses.functions import third_order_dsm as third_order_dsm
-from hosm_losses.losses.modules import FirstOrderDSM as FirstOrderDSM
-from hosm_losses.losses.modules import SecondOrderDSM as SecondOrderDSM
-from hosm_losses.losses.modules import SteinDSM as SteinDSM
-from hosm_losses.losses.modules import ThirdOrderDSM as ThirdOrderDSM
+from hosm_losses.losses.dsm import FirstOrderDSM as FirstOrderDSM
+from hosm_losses.losses.dsm import SecondOrderDSM as SecondOrderDSM
+from hosm_losses.losses.dsm import SteinDSM as SteinDSM
+from hosm_losses.losses.dsm import ThirdOrderDSM as ThirdOrderDSM
+from hosm_losses.losses.dsm import dsm_terms as dsm_terms
+from hosm_losses.losses.dsm import first_order_dsm as first_order_dsm
+from hosm_losses.losses.dsm import second_order_dsm as second_order_dsm
+from hosm_losses.losses.dsm import stein_dsm as stein_dsm
+from hosm_losses.losses.dsm import third_order_dsm as third_order_dsm
 from hosm_losses.losses.stein import LoggedSteinTerms as LoggedSteinTerms
 from hosm_losses.losses.stein import SteinTerms as SteinTerms
 from hosm_losses.losses.targets import AveragedTargets as AveragedTargets
