@@ -45,9 +45,11 @@ DRAWS = {
     "stein": loss(hosm.stein_dsm),
     "stein module": lambda model, **options: hosm.SteinDSM(model)(X, **options),
     "terms": lambda model, **options: hosm.dsm_terms(model, X, **options).third,
-    "nll": density(hosm.ode_nll),
+    "nll": density(hosm.ode_nll, divergence=hosm.Hutchinson()),
     "nll, adaptive": lambda model, **options: (
-        hosm.ode_nll(model, X, solver=hosm.Adaptive(1e3), **options).nll
+        hosm.ode_nll(
+            model, X, solver=hosm.Adaptive(1e3), divergence=hosm.Hutchinson(), **options
+        ).nll
     ),
     "nll, clean": density(hosm.ode_nll, divergence="exact", clean=True),
     "nll, dequantized": density(

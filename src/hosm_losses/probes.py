@@ -105,21 +105,25 @@ class Hutchinson:
         count: K, the number of independent probes per sample, at least 1.
         distribution: "rademacher" (random signs), "gaussian", "sphere" (uniform, of radius √d) or
             "dct" (random signs in the cosine basis, with less variance for images).
+        mode: of likelihoods alone, how a divergence is taken: "reverse", by passes back, which
+            costs least; or "forward", along the evaluation, which keeps no activations.
 
     Raises:
-        ValueError: for a count that is no whole number of at least 1, or another distribution.
+        ValueError: for a count that is no whole number of at least 1, or another name.
 
     Example:
         >>> Hutchinson(4, "dct")
-        Hutchinson(count=4, distribution='dct')
+        Hutchinson(count=4, distribution='dct', mode='reverse')
     """
 
     count: int = 1
     distribution: Distribution = "rademacher"
+    mode: Literal["reverse", "forward"] = "reverse"
 
     def __post_init__(self) -> None:
-        """Check both fields."""
+        """Check the fields."""
         _check_drawn(self, 1)
+        check_choice("Hutchinson.mode", self.mode, ("reverse", "forward"))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 
 import hosm_losses as hosm
 from hosm_losses.likelihood.adaptive import ERROR, NODES, STAGES, adaptive
-from tests.cases import VP
+from tests.cases import SCHEDULES, VP
+from tests.likelihood.problems import gaussian, marginals, total
 
 TOLERANCE = 1e-8
 
@@ -18,10 +19,13 @@ def run(rates, span=(0.0, 1.0), seen=None, cap=10_000):
     def slope(s, y, rows):
         if seen is not None:
             seen.append((s.min().item(), s.max().item(), len(rows)))
-        return rates[rows, None] * torch.stack([-y[:, 1], y[:, 0]], 1)
+        return rates[rows, None] * torch.stack([-y[:, 1], y[:, 0]], 1), y
+
+    def judge(error, _):
+        return error.abs().amax(1) / TOLERANCE, error.abs().sum(1)
 
     start = torch.tensor([[1.0, 0.0]]).repeat(len(rates), 1)
-    return adaptive(slope, start, span, lambda error: error.amax(1) / TOLERANCE, cap)
+    return adaptive(slope, start, span, judge, cap)
 
 
 def test_the_table_meets_its_order_conditions():
@@ -54,7 +58,8 @@ def test_each_sample_keeps_its_probe_when_others_have_arrived():
     exact = hosm.ode_nll(model, x, solver=hosm.Adaptive(), divergence="exact")
     assert len(exact.nfe.unique()) > 2
     generator = torch.Generator().manual_seed(0)
-    error = hosm.ode_nll(model, x, solver=hosm.Adaptive(), generator=generator).nll - exact.nll
+    options = {"divergence": hosm.Hutchinson(), "generator": generator}
+    error = hosm.ode_nll(model, x, solver=hosm.Adaptive(), **options).nll - exact.nll
     assert float(error.min()) < -1 < 1 < float(error.max())
     torch.testing.assert_close(error.abs(), error.abs().max().expand(16), rtol=1e-3, atol=0)
 
@@ -65,7 +70,7 @@ def test_each_sample_is_solved_to_the_tolerance_as_if_alone():
     exact = torch.stack([angles.cos(), angles.sin()], 1)
     error = (solution.state - exact).abs().amax(1)
     assert bool((error[[0, 2]] < 50 * TOLERANCE).all())
-    assert bool((error <= solution.error.sum(1) + 1e-12).all())
+    assert bool((error <= solution.error + 1e-12).all())
     assert not bool(solution.failed.any())
     (gradient,) = torch.autograd.grad(solution.state[:, 0].sum(), rates)
     torch.testing.assert_close(gradient, -0.6 * angles.sin(), rtol=1e-5, atol=1e-5)
@@ -90,9 +95,55 @@ def test_the_cap_fails_one_sample_and_spares_the_others():
 @pytest.mark.parametrize("start", [0.5, -1.0])
 def test_a_sample_that_is_not_finite_fails_and_spares_the_others(start, bad):
     def slope(s, y, rows):
-        return torch.where(((rows == 1) & (s > start))[:, None], bad, torch.ones_like(y))
+        return torch.where(((rows == 1) & (s > start))[:, None], bad, torch.ones_like(y)), y
 
-    solution = adaptive(slope, torch.zeros(3, 1), (0.0, 1.0), lambda e: e.amax(1), 10_000)
+    def judge(error, _):
+        return error.abs().amax(1), error.abs().amax(1)
+
+    solution = adaptive(slope, torch.zeros(3, 1), (0.0, 1.0), judge, 10_000)
     assert solution.failed.tolist() == [False, True, False]
     torch.testing.assert_close(solution.state[[0, 2]], torch.ones(2, 1))
     assert start > 0 or int(solution.evaluations[1]) == 1  # no step is taken
+
+
+NARROW = torch.tensor([0.6, 0.001])
+
+
+@pytest.mark.parametrize("schedule", ["vp", "edm"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_claim_covers_a_nearly_singular_gaussian(schedule, backwards):
+    """Also 0.05 off its line, where one solution erred by 21 nats with a claim of 2e-4."""
+    schedule = SCHEDULES[schedule]
+    model, calls = gaussian(schedule, std=NARROW), []
+    start, end = marginals(schedule, std=NARROW)
+    generator = torch.Generator().manual_seed(0)
+    unit, off = torch.randn(12, 2, generator=generator), torch.tensor([[0.3, 0.05], [0.3, 0.02]])
+    network = model.network
+    model.network = lambda x, t: calls.append(len(x)) or network(x, t)
+    options = {"log_prior": lambda z: total(end.log_prob(z)), "solver": hosm.Adaptive()}
+    if backwards:
+        found = hosm.ode_sample(model, end.stddev * unit, **options)
+        truth = -total(start.log_prob(found.x))
+    else:
+        x = torch.cat([start.stddev * unit, off])
+        found, truth = hosm.ode_nll(model, x, **options), -total(start.log_prob(x))
+    error = (found.nll - truth).abs()
+    assert not found.failed.any()
+    assert bool((error <= 2 * found.solver_error).all())
+    assert float(error.max()) < 2e-3
+    assert float(found.solver_error.median()) < 0.01
+    assert sum(calls) == int(found.nfe.sum())
+    assert torch.equal(found.products, 2 * (found.nfe - int(backwards)))
+
+
+def test_kinks_are_suspected_where_smaller_steps_cost_too_much():
+    """A hundred small jumps in t are within the first tolerance, and not within a tenth of it."""
+
+    def jumping(x, t):
+        return (1 + 0.02 * ((100 * t).floor() % 2))[:, None] * x / 2
+
+    x = torch.randn(2, 2)
+    for network, expected in ((jumping, True), (lambda x, t: 0.75 * x.tanh(), False)):
+        result = hosm.ode_nll(hosm.ScoreModel(network, VP), x, solver=hosm.Adaptive())
+        assert result.kinks.tolist() == [expected] * 2
+        assert ("kinks suspected on 2 paths" in str(result.summary())) is expected

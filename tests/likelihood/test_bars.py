@@ -12,9 +12,9 @@ from tests.likelihood.problems import problem
 from tests.oracles import anisotropic, paper_mixture, ring
 
 PAGE = (Path(__file__).parents[2] / "docs" / "likelihood.md").read_text(encoding="utf-8")
-# A mixture, how many of the page's 32 points are taken (of 64-D those with the largest error), and
-# the mean number of evaluations that the default tolerance may take.
-MIXTURES = {"1-D": (paper_mixture, 32, 80), "2-D": (ring, 32, 80), "64-D": (anisotropic, 6, 125)}
+# A mixture, how many points are taken, and the mean number of evaluations that the default
+# tolerance may take.
+MIXTURES = {"1-D": (paper_mixture, 32, 200), "2-D": (ring, 32, 210), "64-D": (anisotropic, 6, 260)}
 
 
 @pytest.mark.parametrize("name", ["vp", "ve"])
@@ -28,13 +28,13 @@ def test_adaptive_at_its_default_tolerance(name, mixture):
     error = float((result.nll + log_density).abs().max())
     evaluations = float(result.nfe.double().mean())
     print(f"{mixture} {name}: {error:.1e} nats at most, {evaluations:.0f} calls")  # noqa: T201
-    assert error < 1.5e-3
+    assert error < 1e-4
     assert evaluations <= most
     ((*vp, nats, calls),) = re.findall(
         rf"{mixture} \| (\S+) nats, (\d+) \| (\S+) nats, (\d+) ", PAGE
     )
     nats, calls = vp if name == "vp" else (nats, calls)
-    assert error == pytest.approx(float(nats), abs=1e-4)
+    assert error == pytest.approx(float(nats), abs=1e-5)
     assert evaluations == pytest.approx(float(calls), abs=1 if points == 32 else 8)
 
 

@@ -97,8 +97,9 @@ class Kick(nn.Module):
         return torch.where(x.abs() > 2, kick * (2 - x.abs()).sqrt(), kick)
 
 
-def test_a_trial_step_that_was_rejected_is_not_in_the_gradient():
+def test_a_trial_step_that_was_rejected_is_not_in_the_gradient(monkeypatch):
     """x_T = α_T (x/α + θ S) with S the area of the kick, of −log p = ½ x_T² + …"""
+    monkeypatch.setattr(adaptive_of, "FIRST_STEP", 0.05)  # into the kick
     network, options = Kick(), {"solver": hosm.Adaptive(), "enable_grad": True, **EXACT}
     result = hosm.ode_nll(hosm.ScoreModel(network, VP), torch.full((1, 1), 0.5), **options)
     assert network.left

@@ -20,6 +20,8 @@ def full(n=3, d=4, **changes):
         "standard_error": torch.arange(n) + 0.3,
         "solver_error": torch.arange(n) + 0.01,
         "failed": torch.zeros(n, dtype=torch.bool),
+        "products": torch.arange(n) + 140,
+        "kinks": torch.arange(n) % 2 == 0,
         "quantization": Quantization(256, -1.0, 1.0),
     }
     return NLLResult(**(parts | changes))

@@ -30,12 +30,14 @@ from hosm_losses._checks import (
 )
 from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import differentiated, normal, outside_inference_mode, traced
+from hosm_losses.likelihood.checkpoints import Checkpoints
 from hosm_losses.likelihood.integers import (
     Dequantization,
     check_images,
     importance_weighted,
+    refuse_flattery,
 )
-from hosm_losses.likelihood.paths import Batch, Coordinates, Divergence
+from hosm_losses.likelihood.paths import Batch, Coordinates, Divergence, choose_divergence
 from hosm_losses.likelihood.result import NLLResult, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
 from hosm_losses.likelihood.watch import Watch, buffers_restored, warn_of_training_mode
@@ -79,6 +81,9 @@ class Call:
         """
         model, x, integers = check_model(self.model), self.x, self.dequantization
         check_sample_batch(name, x) if integers is None else check_images(x)
+        divergence = choose_divergence(self.divergence, x)
+        if integers is not None:
+            refuse_flattery(integers, divergence)
         log_prior = _log_density(self.log_prior, x)
         generator = check_generator(self.generator, x.device)
         kwargs = check_model_kwargs(self.model_kwargs)
@@ -114,7 +119,8 @@ class Call:
             safe = None if self.enable_grad or norms else False
             conditioned = condition(model, count, kwargs, primitives=safe)
             dtype, drawn = like_network(model, x).dtype, (log_prior, generator, advance, watch)
-            batch = Batch(normal(x), conditioned, coordinates, dtype, *drawn, self.divergence)
+            ways = divergence, Checkpoints(model.network)
+            batch = Batch(normal(x), conditioned, coordinates, dtype, *drawn, *ways)
             chunks, results = torch.arange(count, device=x.device).split(size), []
             for _ in range(draws):
                 points, extra = batch.x, 0.0

@@ -289,8 +289,10 @@ def solve_fixed(
         solver_error = solver_error + found.quadrature_error
         standard_error = torch.zeros_like(solver_error)
     nfe = torch.full((len(z),), count, device=z.device)
+    nodes = steps + 1 + (steps // 2 + 1 if companion else 0)
+    products = torch.full_like(nfe, nodes * batch.products)
     errors = standard_error, solver_error, torch.zeros_like(nfe).bool()
-    return Solved(found.y, found.integral(), nfe, *errors, steps)
+    return Solved(found.y, found.integral(), nfe, products, *errors, steps)
 
 
 def _guarded(batch: Batch, found: Walk, companion: Walk, far: NoiseLevel) -> Tensor:
@@ -330,7 +332,8 @@ def fewest_steps(
     refuse_vmap("ToTolerance")
     # The path alone costs least. What is claimed of a quadrature has to do as well, and what of a
     # companion's answer, whose random probes the trials draw from a generator of their own.
-    kinds = [batch.divergence] if companion or batch.divergence == "exact" else []
+    whole = companion or not isinstance(batch.divergence, Hutchinson)
+    kinds = [batch.divergence] if whole else []
     kinds = kinds if companion else [None, *kinds]
     own = torch.Generator(z.device).manual_seed(0) if companion else None
     silent = replace(batch, advance=lambda _: None, generator=own)

@@ -23,7 +23,6 @@ from hosm_losses.likelihood.paths import Batch, Divergence, check_divergence, fo
 from hosm_losses.likelihood.result import NLLResult, SampleResult
 from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance, check_solver
 from hosm_losses.model import ScoreModel, check_model
-from hosm_losses.probes import Hutchinson
 
 
 def ode_nll(
@@ -31,7 +30,7 @@ def ode_nll(
     x: Tensor,
     *,
     solver: FixedGrid | ToTolerance | Adaptive = FixedGrid(),  # noqa: B008, it is frozen
-    divergence: Divergence = Hutchinson(),  # noqa: B008
+    divergence: Divergence = "auto",
     log_prior: LogPrior | None = None,
     clean: bool = False,
     dequantization: Dequantization | None = None,
@@ -53,9 +52,12 @@ def ode_nll(
         solver: `FixedGrid(steps)`, with steps + 10 evaluations, one more with `clean`;
             `ToTolerance(nats)`, the fewest steps that meet it; or `Adaptive()`, steps of each
             sample's own.
-        divergence: `Hutchinson(count, distribution)`, a vector-Jacobian product for each probe;
-            or "exact", d of them. All give a standard error on the fixed grid, four probes or more
-            with `Adaptive`. On images "dct" is often the best distribution.
+        divergence: "exact", d vector-Jacobian products; or `Hutchinson(count, distribution)`, one
+            for each probe; "auto" is exact for samples of at most 16 elements, else
+            `Hutchinson()`. All give a standard error on the fixed grid, four probes or more with
+            `Adaptive`. On images "dct" is often the best distribution. Or a function
+            (x, t, **model_kwargs) → (prediction, its divergence (B,)), x and t as the network gets
+            them, for a network that knows its divergence.
         log_prior: log-density at t_max, latent (B, *) → (B,), or a distribution of samples;
             N(0, prior_std² I) if None. It is given latents in the network's dtype, float32 at
             least, and may return that or more.
@@ -68,9 +70,10 @@ def ode_nll(
             that were trained on the levels themselves. None for continuous data.
         batch_size: samples solved at a time, all if None.
         progress: whether to show a progress bar, for which tqdm has to be installed.
-        enable_grad: whether the result carries a graph, for gradients through it. A sample that
-            fails has none, and leaves those of the others; on an accelerator the network is
-            called once more for each evaluation, without a graph, to find it.
+        enable_grad: whether the result carries a graph, for gradients through it. Of an evaluation
+            the state alone is kept, and the network is called again in the pass back. A sample
+            that fails has no gradient, and leaves those of the others; on an accelerator the
+            network is called once more for each evaluation, without a graph, to find it.
         generator: the source of all that is drawn, on the device of x; the global one if None.
         model_kwargs: keyword arguments of the network.
 
@@ -98,7 +101,7 @@ def ode_nll(
     solve = check_solver(solver).start()
     check_divergence(divergence)
     check_flag("clean", clean)
-    check_dequantization(dequantization, divergence, clean=clean)
+    check_dequantization(dequantization, clean=clean)
 
     def likelihood(batch: Batch) -> NLLResult:
         batch, correction = add_noise(batch) if clean else (batch, 0)
@@ -116,7 +119,7 @@ def ode_sample(
     latent: Tensor | Sequence[int],
     *,
     solver: FixedGrid | ToTolerance | Adaptive = FixedGrid(),  # noqa: B008, it is frozen
-    divergence: Divergence | None = Hutchinson(),  # noqa: B008
+    divergence: Divergence | None = "auto",
     log_prior: LogPrior | None = None,
     batch_size: int | None = None,
     progress: bool = False,
@@ -135,8 +138,8 @@ def ode_sample(
             are drawn from N(0, prior_std² I) in the dtype and on the device of the network's first
             parameter.
         solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`, without a companion.
-        divergence: `Hutchinson(count, distribution)` or "exact", or None for samples without their
-            density, which differentiates nothing.
+        divergence: as in `ode_nll`, or None for samples without their density, which
+            differentiates nothing.
         log_prior: log-density at t_max of the latents that are given, as in `ode_nll`.
         batch_size: samples solved at a time, all if None.
         progress: whether to show a progress bar, for which tqdm has to be installed.

@@ -38,8 +38,9 @@ class NLLSummary:
     `failed` ones, those with NaN for their nll included, are left out. `standard_error` is that of
     the mean nll as an estimate for the data's distribution, probes included, and
     `bits_standard_error` is the same in bits per dimension; both are None for a single sample.
-    `estimator_error` is the part of it that comes from the random probes; None where unknown. Bits
-    are printed where the data are `discrete`.
+    `estimator_error` is the part of it that comes from the random probes; None where unknown.
+    `products` is a mean too, and `kinks` counts the paths that seem to have some; None where
+    unknown. Bits are printed where the data are `discrete`.
     """
 
     samples: int
@@ -52,6 +53,8 @@ class NLLSummary:
     bits_standard_error: float | None
     nfe: float
     discrete: bool = False
+    products: float | None = None
+    kinks: int | None = None
 
     def __str__(self) -> str:
         bits, nats = f"{self.bits_per_dim:.4f}", f"{self.nll:.3f}"
@@ -63,6 +66,10 @@ class NLLSummary:
         if self.estimator_error is not None:
             shown += f"; of which {self.estimator_error:.3f} nats from the probes"
         shown += f"; solver error about {self.solver_error:.2g} nats, {self.nfe:.0f} evaluations"
+        if self.products:
+            shown += f" with {self.products:.0f} Jacobian products"
+        if self.kinks:
+            shown += f"; kinks suspected on {self.kinks} path{'s' * (self.kinks > 1)}"
         return shown + (f"; failed and left out: {self.failed}" if self.failed else "")
 
 
@@ -89,9 +96,11 @@ class Result:
     standard_error: Tensor | None
     solver_error: Tensor | None
     failed: Tensor
+    products: Tensor | None = None
     quantization: Quantization | None = None
     steps: int | None = None
     widening: float = 1.0
+    kinks: Tensor | None = None
 
     def bits_per_dim(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
@@ -190,6 +199,8 @@ class Result:
             bits_standard_error=None if error is None else error / bit,
             nfe=mean(self.nfe),
             discrete=levels is not None or self.quantization is not None,
+            products=None if self.products is None else mean(self.products),
+            kinks=None if self.kinks is None else int((self.kinks & good).sum()),
         )
 
     def __repr__(self) -> str:
@@ -336,9 +347,12 @@ class NLLResult(Result):
             of a path with a companion is meant to cover 95 % of samples on a grid of 64 steps.
         failed: where there is no number to use, (B,): it was not finite, the path did not arrive,
             or solver_error is above max(1000, 0.1 d) nats; nll is NaN there. `failures` says why.
+        products: vector-Jacobian products beside the evaluations, (B,); None of a bound.
         quantization: what the data was before dequantization; None for continuous data.
         steps: of the fixed grid; None with `Adaptive`, and of a bound.
         widening: Student's factor in standard_error, of `Adaptive`; 1 elsewhere.
+        kinks: whether the path seems to have kinks, as of ReLU, at which the method loses its
+            order, and solver_error was raised, (B,); None where that is not known.
     """
 
     nll: Tensor
@@ -359,9 +373,11 @@ class SampleResult(Result):
             (B,); None with nll.
         failed: where there is nothing to use, (B,): a number was not finite, the path did not
             arrive, or solver_error is too large; nll is NaN there. `failures` says why.
+        products: as in `NLLResult`.
         quantization: None.
         steps: of the fixed grid; None with `Adaptive`.
         widening: as in `NLLResult`.
+        kinks: as in `NLLResult`.
     """
 
     x: Tensor = field(kw_only=True)

@@ -6,13 +6,21 @@ Formula:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from hosm_losses._checks import over_elements
+from hosm_losses._checks import (
+    DerivativeError,
+    check_like,
+    check_prediction,
+    complaint,
+    over_elements,
+)
 from hosm_losses._torch_internals import COMPILED_PART, normal
 from hosm_losses.derivatives import (
     Derivatives,
@@ -183,6 +191,42 @@ class NoiseField:
         of_x = torch.cat(squares) if squares else None
         flat = (None if each is None else each.flatten() for each in (p, q))
         return -apply_affine(value, x, p, q), -apply_affine(forms, of_x, *flat)
+
+    def forms_along(self, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same in one evaluation with its derivatives, (K, B, *) at once; no activation stays.
+
+        A DerivativeError where the taylor engine cannot take the network.
+        """
+        # The engine makes a graph whatever the mode; it holds nothing here unless one is wanted.
+        empty = saved_tensors_hooks(lambda _: None, _refuse_a_pass_back)
+        try:
+            with nullcontext() if torch.is_grad_enabled() else empty:
+                value, along, _ = self.derive(x, directions, order=2, engine="taylor")
+        except DerivativeError as error:
+            raise DerivativeError(
+                f"divergence: expected mode='reverse' for this network; got 'forward'. {error}"
+            ) from error
+        return value[0], over_elements(along * directions)
+
+    def with_divergence_of(self, function: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor]:
+        """f at x and ∇·f, (1, B), by a function that gives both of the prediction."""
+        arguments = self.model.network_arguments(x, self.t, self.kwargs)
+        found = function(*arguments[:2], **arguments[2])
+        if not isinstance(found, tuple) or len(found) != 2:
+            expected = "two tensors, the prediction (B, *) and its divergence (B,)"
+            raise TypeError(complaint("divergence(x, t)", expected, found))
+        prediction, divergence = found
+        check_prediction(prediction, x)
+        dtype = getattr(divergence, "dtype", x.dtype)
+        check_like("divergence(x, t)[1]", divergence, (len(x),), dtype, x.device, "x")
+        p, q = self.model.affine(self.t, x)
+        flat = (None if each is None else each.flatten() for each in (p, q))
+        elements = torch.full_like(divergence, x[0].numel())
+        return -apply_affine(prediction, x, p, q), -apply_affine(divergence, elements, *flat)[None]
+
+
+def _refuse_a_pass_back(_: object) -> Tensor:
+    raise DerivativeError("It takes a gradient itself.")
 
 
 def _select(kwargs: dict[str, Any], select: Callable[[Tensor], Tensor]) -> dict[str, Any]:

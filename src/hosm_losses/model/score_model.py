@@ -334,17 +334,23 @@ class ScoreModel(nn.Module):
 
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """What the network predicts, of the shape of x."""
+        x, network_time, kwargs = self.network_arguments(x, t, kwargs)
+        returned = self._called(x, network_time, kwargs)
+        predicted = returned if self.output is None else self.output(returned)
+        check_prediction(predicted, x)
+        return predicted
+
+    def network_arguments(
+        self, x: Tensor, t: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return x, the times and the keyword arguments as the network gets them."""
         # Its own times and x: a network may write to them. A Jet is made for it anyway.
         x, network_time = x if isinstance(x, Jet) else x.clone(), t.clone()
         if callable(self.time):
             network_time = self.time(network_time)
         elif self.time is not None:
             network_time = network_time * self.time
-        kwargs = unmark(kwargs) if kwargs else kwargs
-        returned = self._called(x, network_time, kwargs)
-        predicted = returned if self.output is None else self.output(returned)
-        check_prediction(predicted, x)
-        return predicted
+        return x, network_time, unmark(kwargs) if kwargs else kwargs
 
     def _called(self, x: Tensor, network_time: Tensor, kwargs: Mapping[str, Any]) -> Any:
         call = self.network if self.call is None else partial(self.call, self.network)

@@ -1,0 +1,80 @@
+"""Evaluations of a network of whose graph no activation stays.
+
+What:
+    torch's checkpoint of a function that takes a gradient itself keeps all that this gradient had
+    no use for. Here nothing stays: what a pass back asks for is made again, for one evaluation of
+    a call at a time. Values and gradients are the same.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from hosm_losses._checks import DerivativeError
+from hosm_losses._torch_internals import traced
+from hosm_losses.derivatives import Snapshot
+
+
+class Checkpoints:
+    """The evaluations of one call, the latest of which has its saved tensors."""
+
+    def __init__(self, network: object) -> None:
+        self.network = network
+        self.latest: Callable[[], _Evaluation | None] = lambda: None
+
+    def __call__(self, function: Callable[[], Any], x: Tensor) -> Any:
+        """Evaluate a function of nothing on the device of x."""
+        if traced() or not torch.is_grad_enabled():
+            return function()
+        return _Evaluation(self, function, x).first()
+
+
+class _Evaluation:
+    def __init__(self, checkpoints: Checkpoints, function: Callable[[], Any], x: Tensor) -> None:
+        self.checkpoints, self.function, self.x = checkpoints, function, x
+        self.before, kind = Snapshot(None, x), x.device.type
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        self.autocast = kind, *autocast
+        self.saved: dict[int, Tensor] = {}
+
+    def first(self) -> Any:
+        result, saved = self._run()
+        self.count = len(saved)
+        saved.clear()
+        return result
+
+    def _run(self) -> tuple[Any, dict[int, Tensor]]:
+        saved: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> int:
+            saved[len(saved)] = tensor.detach()
+            return len(saved) - 1
+
+        def unpack(index: int) -> Tensor:  # for a gradient in the function, or in a pass back
+            return saved[index] if index in saved else self._unpack(index)
+
+        with saved_tensors_hooks(pack, unpack):
+            return self.function(), saved
+
+    def _unpack(self, index: int) -> Tensor:
+        if index not in self.saved:
+            latest = self.checkpoints.latest()
+            if latest is not None:
+                latest.saved = {}
+            self.checkpoints.latest = weakref.ref(self)
+            now, (kind, enabled, dtype) = Snapshot(self.checkpoints.network, self.x), self.autocast
+            self.before.restore()
+            with torch.enable_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled):
+                _, self.saved = self._run()
+            now.restore()
+            if len(self.saved) != self.count:
+                raise DerivativeError(
+                    "network: expected the same evaluation in a pass back as before; got one that "
+                    f"saves {len(self.saved)} tensors in place of {self.count}. Leave the network "
+                    "as it is between the likelihood and its gradient."
+                )
+        return self.saved.pop(index)

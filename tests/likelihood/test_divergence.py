@@ -1,0 +1,142 @@
+"""Ways to a divergence: by the dimension, forward, a user's own; and gradients through it."""
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import hosm_losses as hosm
+from hosm_losses.likelihood.checkpoints import Checkpoints
+from tests.cases import MLP, SCHEDULES, VP, gradients, networks
+from tests.likelihood.problems import gaussian
+
+FEW = hosm.FixedGrid(8)
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize(("shape", "exact"), [((4, 4), True), ((17,), False)])
+@pytest.mark.parametrize("solver", [FEW, hosm.Adaptive(1.0)])
+def test_the_default_is_exact_up_to_sixteen_elements(shape, exact, solver):
+    model, x = gaussian(VP), torch.randn(3, *shape)
+    given = {"solver": solver}
+    found = hosm.ode_nll(model, x, generator=seeded(), **given)
+    divergence = "exact" if exact else hosm.Hutchinson()
+    expected = hosm.ode_nll(model, x, generator=seeded(), divergence=divergence, **given)
+    assert torch.equal(found.nll, expected.nll)
+    assert (found.standard_error is not None) is exact
+    nodes = found.nfe - (9 if solver is FEW else 0)
+    assert torch.equal(found.products, nodes * (16 if exact else 1))
+    assert f"{nodes[0] * (16 if exact else 1)} Jacobian products" in str(found)
+
+
+@pytest.mark.parametrize("name", ["conv", "attention", "mlp"])
+def test_forward_mode_is_reverse_mode_without_a_graph(name):
+    network, shape = networks()[name]
+    model, x, found = hosm.ScoreModel(network, VP), torch.randn(2, *shape), {}
+    for mode in ("reverse", "forward"):
+        divergence, saved = hosm.Hutchinson(3, mode=mode), []
+        options = {"solver": hosm.FixedGrid(4), "divergence": divergence}
+        if mode == "forward":
+            with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
+                hosm.ode_nll(model, x, **options)
+        assert not saved
+        result = hosm.ode_nll(model, x, generator=seeded(), enable_grad=True, **options)
+        found[mode] = result.nll, result.products, *gradients(result.nll.sum(), network)
+    torch.testing.assert_close(found["forward"], found["reverse"], rtol=1e-9, atol=1e-11)
+
+
+def test_forward_mode_says_what_to_take_instead():
+    def unknown(x, t):
+        return torch.view_as_real(torch.complex(x, x).exp())[..., 0]
+
+    def energy(x, t):
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.requires_grad_()
+            return torch.autograd.grad(x.square().sum(), x, create_graph=True)[0]
+
+    for network in (unknown, energy):
+        model, x = hosm.ScoreModel(network, VP), torch.randn(2, 3)
+        with pytest.raises(hosm.DerivativeError, match="expected mode='reverse'"):
+            hosm.ode_nll(model, x, solver=FEW, divergence=hosm.Hutchinson(mode="forward"))
+        hosm.ode_nll(model, x, solver=FEW, divergence=hosm.Hutchinson())
+    with pytest.raises(ValueError, match="mode"):
+        hosm.Hutchinson(mode="backward")
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "score", "x0", "v", "velocity"])
+@pytest.mark.parametrize("solver", [FEW, hosm.Adaptive(1e-3)])
+def test_a_divergence_of_the_users_own(prediction, solver):
+    """Of a linear prediction a(t) x, where it is d a(t); t and x are what the network gets."""
+    schedule, words = SCHEDULES["flow"], {"x0": "sample", "v": "v_prediction"}
+    words["velocity"] = "flow_prediction"
+    linear = gaussian(schedule, prediction=words.get(prediction, prediction)).network
+
+    def network(x, t, gain):
+        return linear(x, t / 100, gain)
+
+    def own(x, t, gain):
+        return network(x, t, gain), 4 * network(torch.ones_like(x), t, gain)[:, 0]
+
+    model = hosm.ScoreModel(network, schedule, prediction, time=100)
+    x, gain = torch.randn(3, 4), torch.tensor([0.5, 1.0, 2.0])
+    given = {"solver": solver, "model_kwargs": {"gain": gain}}
+    found = hosm.ode_nll(model, x, divergence=own, **given)
+    exact = hosm.ode_nll(model, x, divergence="exact", **given)
+    for field in ("nll", "solver_error", "standard_error", "latent"):
+        torch.testing.assert_close(getattr(found, field), getattr(exact, field))
+    assert found.products.tolist() == [0] * 3
+    with pytest.raises(TypeError, match=r"divergence\(x, t\)"):
+        hosm.ode_nll(model, x, divergence=network, **given)
+    with pytest.raises(ValueError, match=r"divergence\(x, t\)\[1\]"):
+        hosm.ode_nll(model, x, divergence=lambda x, t, gain: (x, t[:, None]), **given)
+
+
+class Remembers(nn.Module):
+    """A network that counts its activations that are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer, self.seen = nn.Linear(3, 8), nn.Linear(8, 3), weakref.WeakSet()
+
+    def forward(self, x, t):
+        hidden = self.inner(x + t[:, None]).tanh()
+        self.seen.add(hidden.untyped_storage())
+        return self.outer(hidden)
+
+
+@pytest.mark.parametrize("divergence", ["exact", hosm.Hutchinson(2), None])
+@pytest.mark.parametrize("solver", [FEW, hosm.Adaptive(1e-2)])
+def test_a_gradient_keeps_no_activations_and_is_the_same(divergence, solver, monkeypatch):
+    """Also that of a sample, and a second gradient."""
+
+    def found():
+        torch.manual_seed(0)
+        network, x = MLP(3), torch.randn(4, 3, requires_grad=True)
+        call = hosm.ode_nll if divergence is not None else hosm.ode_sample
+        options = {"solver": solver, "divergence": divergence, "generator": seeded()}
+        result = call(hosm.ScoreModel(network, VP), x, enable_grad=True, **options)
+        value = (result.nll if divergence is not None else result.x.square()).sum()
+        (first,) = torch.autograd.grad(value, x, create_graph=True)
+        return [value, first, *gradients(first.square().sum(), [x, *network.parameters()])]
+
+    checkpointed = found()
+    monkeypatch.setattr(Checkpoints, "__call__", lambda _, function, x: function())
+    torch.testing.assert_close(checkpointed, found(), rtol=1e-12, atol=1e-14)
+
+
+def test_memory_of_a_gradient_does_not_grow_with_the_evaluations():
+    alive = []
+    for steps in (4, 16):
+        network, x = Remembers(), torch.randn(4, 3, requires_grad=True)
+        result = hosm.ode_nll(
+            hosm.ScoreModel(network, VP), x, solver=hosm.FixedGrid(steps), enable_grad=True
+        )
+        alive.append(len(network.seen))
+        torch.autograd.grad(result.nll.sum(), x, retain_graph=True)
+        alive.append(len(network.seen))
+    assert alive == [0, alive[1], 0, alive[1]]
+    assert alive[1] <= 1
