@@ -50,6 +50,7 @@ from hosm_losses.model import ScoreModel as ScoreModel
 from hosm_losses.model import Shared as Shared
 from hosm_losses.probes import Hutchinson as Hutchinson
 from hosm_losses.probes import Paired as Paired
+from hosm_losses.probes import ToStandardError as ToStandardError
 from hosm_losses.schedules import CosineSchedule as CosineSchedule
 from hosm_losses.schedules import DiscreteSchedule as DiscreteSchedule
 from hosm_losses.schedules import EDMSchedule as EDMSchedule

@@ -27,6 +27,7 @@ __all__ = [
     "Distribution",
     "Hutchinson",
     "Paired",
+    "ToStandardError",
     "draw_probes",
     "unit_vector_chunks",
     "unit_vectors",
@@ -40,7 +41,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import at_least_float32, check_choice, check_whole, source
+from hosm_losses._checks import (
+    at_least_float32,
+    check_choice,
+    check_number,
+    check_whole,
+    source,
+)
 
 Distribution = Literal["rademacher", "gaussian", "sphere", "dct"]
 # Bytes. A loss holds several tensors of this size, and the network many: no device has the memory.
@@ -124,6 +131,36 @@ class Hutchinson:
         """Check the fields."""
         _check_drawn(self, 1)
         check_choice("Hutchinson.mode", self.mode, ("reverse", "forward"))
+
+
+@dataclass(frozen=True)
+class ToStandardError:
+    """As many random probes as the standard error of each sample's likelihood needs.
+
+    Four pilot probes at each node of a fixed grid fix how many more are drawn there, up to all
+    unit vectors. The pilots are not in the answer, which is unbiased.
+
+    Args:
+        nats: the standard error of a sample, in nats.
+        distribution: as in `Hutchinson`.
+
+    Raises:
+        ValueError: for nats that are no positive number, or another distribution.
+
+    Example:
+        >>> ToStandardError(0.1)
+        ToStandardError(nats=0.1, distribution='rademacher')
+    """
+
+    nats: float = 0.5
+    distribution: Distribution = "rademacher"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        name = type(self).__name__
+        nats = check_number(f"{name}.nats", self.nats, "a positive number of nats", above=0.0)
+        object.__setattr__(self, "nats", nats)
+        check_choice(f"{name}.distribution", self.distribution, DISTRIBUTIONS)
 
 
 @dataclass(frozen=True)

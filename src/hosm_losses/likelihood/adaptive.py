@@ -27,6 +27,7 @@ from torch import Tensor
 from hosm_losses._checks import over_elements
 from hosm_losses.likelihood.multistep import combine, refuse_vmap
 from hosm_losses.likelihood.paths import Batch, Solved, Span
+from hosm_losses.probes import ToStandardError
 
 NODES = (0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0)
 # fmt: off
@@ -133,6 +134,11 @@ def solve_adaptive(batch: Batch, z: Tensor, span: Span, *, tolerance: float) -> 
     path seems to have kinks: errors of steps say little there.
     """
     refuse_vmap("Adaptive")
+    if isinstance(batch.divergence, ToStandardError):
+        raise ValueError(
+            "solver: expected FixedGrid or ToTolerance with ToStandardError, which draws probes "
+            "at nodes that are known; got Adaptive."
+        )
     size, probes = z[0].numel(), batch.draw_probes(z)
     if batch.divergence is None:  # nothing is claimed of samples alone
         found = _solve(batch, z, span, None, tolerance / FINER)

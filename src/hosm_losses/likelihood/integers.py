@@ -36,7 +36,7 @@ from hosm_losses._checks import (
 )
 from hosm_losses.likelihood.paths import Coordinates, Divergence, accumulator
 from hosm_losses.likelihood.result import NLLResult, Quantization
-from hosm_losses.probes import Hutchinson
+from hosm_losses.probes import Hutchinson, ToStandardError
 
 LEVELS = 256
 HALF_CELL = 3.0  # τ, of σ̂
@@ -77,7 +77,7 @@ class Uniform:
         self, levels: Tensor, _: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | float]:
         """Points x of the cells, and what to add to their nll."""
-        _, low, high = self.quantization
+        low, high = self.quantization[1:]
         return low + (high - low) * (levels + _unit(levels, generator)) / LEVELS, 0.0
 
 
@@ -173,7 +173,7 @@ def refuse_flattery(value: Dequantization, divergence: Divergence | None) -> Non
 
     With 7 nats of noise in log p, as of Hutchinson's estimator, 20 draws seem to gain 11 nats.
     """
-    if value.draws > 1 and isinstance(divergence, Hutchinson):
+    if value.draws > 1 and isinstance(divergence, Hutchinson | ToStandardError):
         raise ValueError(
             f"dequantization: expected one draw with divergence={divergence!r}; got "
             f"{value.draws}. The mean of exp(log p) turns the noise of log p into a gain, which "

@@ -51,9 +51,10 @@ from torch import Tensor
 
 from hosm_losses._checks import over_elements, warn
 from hosm_losses._torch_internals import vmapped
+from hosm_losses.likelihood.counts import integrate, pilot
 from hosm_losses.likelihood.paths import Batch, NoiseLevel, Solved, Span
 from hosm_losses.likelihood.result import solver_limit
-from hosm_losses.probes import Hutchinson
+from hosm_losses.probes import Hutchinson, ToStandardError
 
 Mesh = Literal["mixed", "uniform"]
 WIDTH = 1.25  # of the logistic law in the mixed mesh
@@ -251,7 +252,10 @@ def solve_fixed(
 
     A companion is for the way from data to latents, at whose end the prior is.
     """
-    coordinates, divergence = batch.coordinates, batch.divergence
+    coordinates, divergence, whole = batch.coordinates, batch.divergence, batch
+    if isinstance(divergence, ToStandardError):
+        batch = replace(batch, divergence=pilot(divergence))
+    nodes: list[tuple[Tensor, Tensor]] = []
     s = torch.linspace(0, 1, 2 * steps + 1, dtype=z.dtype, device=z.device)
     centre = coordinates.std.square().mean().log() / 2
     grid, rates = mesh_points(mesh, span, s, centre.clamp(min(span), max(span)))
@@ -272,6 +276,8 @@ def solve_fixed(
     def node(place: int, z: Tensor) -> Node:
         here = levels(slice(place, place + 1))
         noise, moved, integrand = batch.derivatives(z, here, probes_of(place))
+        if isinstance(divergence, ToStandardError) and len(nodes) == place // 2:
+            nodes.append((z, integrand.detach().var(0)))  # not the companion's, which come after
         integrand = rates[place] * integrand
         seen = integrand.detach()
         variance = seen.var(0) / len(seen) if len(seen) > 1 else None
@@ -283,16 +289,22 @@ def solve_fixed(
     if other is not None:
         with torch.no_grad():
             solver_error = _guarded(batch, found, other, coordinates.ends(span)[1])
-    if isinstance(divergence, Hutchinson):
+    if isinstance(batch.divergence, Hutchinson):
         standard_error = found.variance.sqrt()
     elif divergence is not None:
         solver_error = solver_error + found.quadrature_error
         standard_error = torch.zeros_like(solver_error)
-    nfe = torch.full((len(z),), count, device=z.device)
-    nodes = steps + 1 + (steps // 2 + 1 if companion else 0)
-    products = torch.full_like(nfe, nodes * batch.products)
+    nfe, integral = torch.full((len(z),), count, device=z.device), found.integral()
+    evaluated = steps + 1 + (steps // 2 + 1 if companion else 0)
+    products = torch.full_like(nfe, evaluated * batch.products)
+    if isinstance(divergence, ToStandardError):
+        weights = rates[::2] * z.new_tensor(gregory_weights(steps)) / steps
+        integral, standard_error, probes = integrate(
+            whole, nodes, weights, lambda index: levels(slice(2 * index, 2 * index + 1))
+        )
+        nfe, products = nfe + steps + 1, products + probes
     errors = standard_error, solver_error, torch.zeros_like(nfe).bool()
-    return Solved(found.y, found.integral(), nfe, products, *errors, steps)
+    return Solved(found.y, integral, nfe, products, *errors, steps)
 
 
 def _guarded(batch: Batch, found: Walk, companion: Walk, far: NoiseLevel) -> Tensor:
@@ -332,8 +344,9 @@ def fewest_steps(
     refuse_vmap("ToTolerance")
     # The path alone costs least. What is claimed of a quadrature has to do as well, and what of a
     # companion's answer, whose random probes the trials draw from a generator of their own.
-    whole = companion or not isinstance(batch.divergence, Hutchinson)
-    kinds = [batch.divergence] if whole else []
+    kind = batch.divergence
+    kind = pilot(kind) if isinstance(kind, ToStandardError) else kind
+    kinds = [kind] if companion or not isinstance(kind, Hutchinson) else []
     kinds = kinds if companion else [None, *kinds]
     own = torch.Generator(z.device).manual_seed(0) if companion else None
     silent = replace(batch, advance=lambda _: None, generator=own)

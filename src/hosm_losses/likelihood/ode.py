@@ -52,12 +52,12 @@ def ode_nll(
         solver: `FixedGrid(steps)`, with steps + 10 evaluations, one more with `clean`;
             `ToTolerance(nats)`, the fewest steps that meet it; or `Adaptive()`, steps of each
             sample's own.
-        divergence: "exact", d vector-Jacobian products; or `Hutchinson(count, distribution)`, one
-            for each probe; "auto" is exact for samples of at most 16 elements, else
-            `Hutchinson()`. All give a standard error on the fixed grid, four probes or more with
-            `Adaptive`. On images "dct" is often the best distribution. Or a function
-            (x, t, **model_kwargs) → (prediction, its divergence (B,)), x and t as the network gets
-            them, for a network that knows its divergence.
+        divergence: "exact", d vector-Jacobian products a node; `Hutchinson(count, distribution)`,
+            one for each probe; or `ToStandardError(nats)`, as many as each sample needs. "auto" is
+            exact for samples of at most 16 elements, else `Hutchinson()`. All give a standard
+            error on the fixed grid, four probes or more with `Adaptive`. On images "dct" is often
+            the best distribution. Or a function (x, t, **model_kwargs) → (prediction, its
+            divergence (B,)), x and t as the network gets them, for one that knows its divergence.
         log_prior: log-density at t_max, latent (B, *) → (B,), or a distribution of samples;
             N(0, prior_std² I) if None. It is given latents in the network's dtype, float32 at
             least, and may return that or more.

@@ -41,7 +41,7 @@ from hosm_losses.likelihood.checkpoints import Checkpoints
 from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.likelihood.watch import Watch
 from hosm_losses.model import NoiseField
-from hosm_losses.probes import Hutchinson, draw_probes, unit_vector_chunks
+from hosm_losses.probes import Hutchinson, ToStandardError, draw_probes, unit_vector_chunks
 from hosm_losses.schedules import Schedule
 
 CHUNK_ELEMENTS = 2**22
@@ -49,7 +49,7 @@ CHUNK_ELEMENTS = 2**22
 EXACT_UP_TO = 16
 # A user's own: (x, t, **model_kwargs), as the network gets them, → (prediction, its divergence).
 Function = Callable[..., tuple[Tensor, Tensor]]
-Chosen = Literal["exact"] | Hutchinson | Function
+Chosen = Literal["exact"] | Hutchinson | ToStandardError | Function
 Divergence = Literal["auto"] | Chosen
 Span = tuple[float, float]  # of u = log σ̂, from the start of a path to its end
 
@@ -142,7 +142,8 @@ def all_finite(samples: Tensor) -> Tensor:
 
 def check_divergence(divergence: object, *, optional: bool = False) -> None:
     """Raise ValueError unless this is a divergence, or None where that is an option."""
-    known = isinstance(divergence, Hutchinson) or callable(divergence)
+    known = isinstance(divergence, Hutchinson | ToStandardError)
+    known = known or (callable(divergence) and not isinstance(divergence, type))
     known = known or (optional and divergence is None)
     if not (known or (isinstance(divergence, str) and divergence in ("auto", "exact"))):
         expected = "'auto', 'exact', Hutchinson(...)" + ", None" * optional + " or a callable"
