@@ -159,7 +159,7 @@ BAD = {
     "probes": WHOLE + bad(ValueError, "all", None, hosm.Hutchinson),
     "count": WHOLE + bad(ValueError, "exact", None),
     "fraction": bad(ValueError, None, "half", True, NAN, 0.0, 1.5, -0.5),
-    **dict.fromkeys(("distribution", "engine", "mode"), NAME + bad(ValueError, None)),
+    **dict.fromkeys(("distribution", "engine", "mode", "mesh"), NAME + bad(ValueError, None)),
     **dict.fromkeys(("third", "reduction", "method"), NAME + bad(ValueError, None)),
     # Of the likelihoods.
     "latent": TENSORS + bad(TypeError, "noise", ()) + bad(ValueError, (5, 0), [1.0], (True, 2)),
