@@ -27,6 +27,8 @@ COMMANDS = {
     "digits": "digits.py",
     "fine_tune_unet": "fine_tune_unet.py",
     "gap_1d": "gap_1d.py --steps 1500",
+    "inverse_problem": "inverse_problem.py",
+    "many_well": "many_well.py",
     "velocity_2d": "velocity_2d.py",
 }
 LINE = re.compile(r"^(?P<name>[^,:\n]+)[,:](?P<rest>.*\d.*)$", re.MULTILINE)

@@ -58,11 +58,17 @@ def takes_few_bits(text):
     return len(bits) == 2 and all(1 < each < math.log2(17) for each in bits)
 
 
+def has_two_kl(text):
+    """One of each loss, and no less than zero by much."""
+    return len(found := numbers(text, r"KL (\S+) ±")) % 2 == 0 and min(found) > -0.5
+
+
 def first_and_last_fall(text):
     lines = text.splitlines()
     return numbers(lines[-1])[0] < numbers(lines[0])[0]
 
 
+LONGEST = {"checkerboard.py": 125, "inverse_problem.py": 100, "many_well.py": 75}
 nats_fall = partial(falls, pattern=r"(\S+) ± \S+ nats")
 fisher_falls = partial(falls, pattern=r"j_fisher: ([\d.]+)")  # what order one leaves
 # A command, the packages that it needs, and what is true of what it prints.
@@ -77,6 +83,8 @@ RECIPES = [
     ("fine_tune_unet.py --steps 20 --tuning 4 --held-out 8", "diffusers", nats_fall),
     ("gap_1d.py --steps 150 --nodes 4 --out {out}", "matplotlib", fisher_falls),
     ("digits.py --seconds 1 --held-out 8 --out {out}", "matplotlib sklearn tqdm", takes_few_bits),
+    ("many_well.py --seconds 0.3 --samples 40 --out {out}", "matplotlib tqdm", has_two_kl),
+    ("inverse_problem.py --seconds 0.5 --out {out}", "matplotlib tqdm", has_two_kl),
     ("torch_func.py --steps 20", "", trains_every_member),
     ("nll_metric.py", "torchmetrics", numbers),
 ]
@@ -156,6 +164,6 @@ def test_recipes_are_short_and_on_a_page():
     text = "".join(page.read_text(encoding="utf-8") for page in EXAMPLES.parent.rglob("*.md"))
     for path in {*EXAMPLES.glob("*.py")} - {EXAMPLES / "mixture_1d.py"}:
         lines = path.read_text(encoding="utf-8").splitlines()
-        longest = 125 if path.name == "checkerboard.py" else 60
+        longest = LONGEST.get(path.name, 60)
         assert sum(bool(line.strip()) for line in lines) < longest
         assert path.name in text

@@ -78,12 +78,13 @@ def train(
     loss: Callable[[], Tensor],
     steps: int = 0,
     seconds: float | None = None,
+    rate: float = 2e-3,
 ) -> str:
     """Train for a processor time, or else for a number of steps, and say what it took."""
     optimizer = torch.optim.Adam(model.parameters())
     start, step, spent = time.process_time(), 0, 0.0
     while (part := spent / seconds if seconds else step / steps) < 1:
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * part))
+        optimizer.param_groups[0]["lr"] = rate / 2 * (1 + math.cos(math.pi * part))
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()

@@ -1,0 +1,120 @@
+"""A linear inverse problem whose posterior is known: y = A x + noise, for six Gaussians x.
+
+A conditional network is trained with order one; then it goes on, or order two takes over, for the
+same processor time. KL is from the posterior p(x | y) to the density of the ODE, averaged over 24
+observations. The variances are those of clean x given a noised one and y.
+
+    python docs/examples/inverse_problem.py [--seconds 20] [--out DIR]
+"""
+
+import argparse
+import copy
+import math
+from pathlib import Path
+
+import checkerboard
+import torch
+from matplotlib.figure import Figure
+from mixture_1d import waves
+from torch import Tensor, nn
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+
+import hosm_losses as hosm
+
+SCHEDULE, STD, NOISE = hosm.VESchedule(sigma_max=20.0), 0.25, 0.3
+ANGLES = math.pi / 3 * torch.arange(6)
+COUNT, LOSSES = 24, {"order one": hosm.FirstOrderDSM, "then order two": hosm.SecondOrderDSM}
+CENTRES, A = torch.stack([ANGLES.cos(), ANGLES.sin()], 1), torch.tensor([[0.8, 0.6]])
+
+
+class Network(nn.Module):
+    """An MLP for ε̂(x, t, y)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (2 + 1 + 9, 96), (96, 96), (96, 96), (96, 2)
+        layers = [part for pair in sizes for part in (nn.Linear(*pair), nn.SiLU())]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predict the noise in x (B, 2) at t (B,) for y (B, 1)."""
+        sigma = SCHEDULE.sigma(t)[:, None]
+        size = (0.5 + sigma**2).sqrt()
+        inputs = torch.cat([x / size, y, waves(sigma.log() / 4, 4)], 1)
+        return sigma / size**2 * x + self.layers(inputs)
+
+
+def draw(count: int) -> tuple[Tensor, Tensor]:
+    """Pairs x (count, 2), y (count, 1)."""
+    x = CENTRES[torch.randint(6, (count,))] + STD * torch.randn(count, 2)
+    return x, x @ A.T + NOISE * torch.randn(count, 1)
+
+
+def given(prior: MixtureSameFamily, rows: Tensor, noise: Tensor, y: Tensor) -> MixtureSameFamily:
+    """The posterior of x, a mixture (M,) by now, after observations y = rows x + noise (M, n)."""
+    parts = prior.component_distribution
+    covariance = rows @ parts.covariance_matrix @ rows.mT + noise.square() * torch.eye(len(rows))
+    logits = prior.mixture_distribution.logits
+    seen = MultivariateNormal(parts.loc @ rows.mT, covariance)
+    gain = parts.covariance_matrix @ rows.mT @ covariance.inverse()
+    loc = parts.loc + (gain @ (y.unsqueeze(-2) - seen.loc)[..., None])[..., 0]
+    covariance = parts.covariance_matrix - gain @ rows @ parts.covariance_matrix
+    mixture = Categorical(logits=logits + seen.log_prob(y.unsqueeze(-2)))
+    return MixtureSameFamily(mixture, MultivariateNormal(loc, (covariance + covariance.mT) / 2))
+
+
+def train(kind: type, model: hosm.ScoreModel, seconds: float, rate: float) -> str:
+    """Train with a loss, and say what it took."""
+    objective = kind(model)
+
+    def loss() -> Tensor:
+        x, y = draw(256)
+        return objective(x, model_kwargs={"y": y})
+
+    return checkerboard.train(model, loss, seconds=seconds, rate=rate)
+
+
+def main() -> None:
+    """Train with both losses, compare with the posterior, and draw one."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=20, help="of the second training")
+    parser.add_argument("--out", type=Path, default=Path("inverse_problem_out"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    parts = MultivariateNormal(CENTRES.expand(COUNT, 6, 2), STD**2 * torch.eye(2))
+    prior, y = MixtureSameFamily(Categorical(torch.ones(COUNT, 6)), parts), draw(COUNT)[1]
+    exact = given(prior, A, torch.tensor(NOISE), y)
+    x, sigma = exact.sample((20,)), torch.tensor(0.3)
+    noised = x + sigma * torch.randn(x.shape)
+    variance = given(exact.expand((20, COUNT)), torch.eye(2), sigma, noised).variance.flatten(0, 1)
+    at_noised = noised.flatten(0, 1), SCHEDULE.time(sigma.log()).expand(20 * COUNT)
+    axis = torch.linspace(-1.8, 1.8, 60)
+    grid = torch.cartesian_prod(axis, axis)
+    pictures = {"exact": exact.log_prob(grid[:, None])[:, 0]}
+    first = hosm.ScoreModel(Network(), SCHEDULE)
+    train(hosm.FirstOrderDSM, first, options.seconds, rate=2e-3)
+    for name, kind in LOSSES.items():
+        model = copy.deepcopy(first)
+        cost = train(kind, model, options.seconds, rate=3e-4)
+        q = model.distribution((2,), conditions={"y": y}, batch_shape=(COUNT,))
+        one = model.distribution((2,), conditions={"y": y[0]})
+        with torch.no_grad():
+            ratio = exact.log_prob(x) - q.log_prob(x)
+            pictures[name] = one.log_prob(grid)
+        posterior = model.denoising_posterior(*at_noised, {"y": y.repeat(20, 1)})
+        found = posterior.covariance.diagonal()
+        off = (found - variance).norm() / variance.norm()
+        kl = (ratio + (-ratio).exp() - 1).mean(0)  # less noise than the mean of the ratio
+        error = kl.std() / COUNT**0.5
+        print(f"{name}, {cost}: KL {kl.mean():.4f} ± {error:.4f} nats, variances off by {off:.1%}")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, (name, picture) in zip(figure.subplots(1, 3), pictures.items(), strict=True):
+        axes.imshow(picture.exp().reshape(60, 60).T, origin="lower", extent=(-1.8, 1.8) * 2)
+        axes.set(title=f"{name}, y = {float(y[0]):.2f}", xlabel="x₁", ylabel="x₂")
+    options.out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out / "inverse_problem.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
