@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hosm_losses import Hutchinson, NLLResult, ScoreModel, VPSchedule, ode_nll
 
 
-def gathered(accelerator: Accelerator, result: NLLResult) -> NLLResult:
+def gather(accelerator: Accelerator, result: NLLResult) -> NLLResult:
     """The result of this batch from all processes, without what the last batch was padded with."""
     tensors = {name: value for name, value in vars(result).items() if torch.is_tensor(value)}
     return replace(result, **{n: accelerator.gather_for_metrics(v) for n, v in tensors.items()})
@@ -43,7 +43,7 @@ def main() -> None:
     results = []
     for (x,) in loader:
         result = ode_nll(model, x, divergence=divergence, generator=generator)
-        results.append(gathered(accelerator, result))
+        results.append(gather(accelerator, result))
     accelerator.print(NLLResult.cat(results).summary(levels=256))
     accelerator.end_training()
 

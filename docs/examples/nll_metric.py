@@ -33,7 +33,7 @@ class ODELikelihood(Metric):
         result = ode_nll(self.model[0], x, **self.options)
         known = {"elements": result.latent[0].numel()}
         known |= {} if result.quantization is None else result.quantization._asdict()
-        for name in FIELDS + OTHERS:  # of which some are not known
+        for name in FIELDS + OTHERS:  # some may be unknown
             value = getattr(result, name, known.get(name))
             value = torch.as_tensor(torch.nan if value is None else value).to(x.device).double()
             getattr(self, name).append(value.expand(len(x)))
@@ -45,7 +45,7 @@ class ODELikelihood(Metric):
         joined = [torch.cat(part) if isinstance(part, list) else part for part in parts]
         nll, nfe, error, solver_error, failed, *others = joined
         levels, low, high, widening, elements = (each[0].item() for each in others)
-        latent = nll.new_zeros(len(nll), int(elements))  # of which the size alone counts
+        latent = nll.new_zeros(len(nll), int(elements))  # only its size counts
         error = None if bool(error.isnan().all()) else error
         rest = (solver_error, failed > 0, None, None, widening)
         result = NLLResult(nll, latent, nfe, error, *rest)

@@ -42,7 +42,7 @@ def train(model, loss, steps: int, rate: float) -> hosm.ScoreModel:  # noqa: ANN
 
 
 class Velocity(nn.Sequential):
-    """The velocity at x (B, 2) and t (B,), of which it also sees the level of the noise."""
+    """The velocity at x (B, 2) and t (B,), with features of the noise level."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Put the three side by side."""

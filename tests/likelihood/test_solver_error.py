@@ -18,7 +18,7 @@ from tests.likelihood.problems import problem
 from tests.oracles import ring
 
 EDM = hosm.EDMSchedule()
-PAGE = (Path(__file__).parents[2] / "docs" / "likelihood.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "likelihood_errors.md").read_text(encoding="utf-8")
 
 
 class Network(nn.Module):
@@ -79,7 +79,7 @@ def test_twice_the_claim_covers_the_truth(schedule, steps, companion):
 
 @pytest.mark.slow
 def test_where_the_claim_is_too_small():
-    """The known miss of docs/likelihood.md, which is to be changed there where this turns red."""
+    """The known miss of the page on errors, to be changed there if this turns red."""
     model, x, truth = setting(EDM, 600)
     result = hosm.ode_nll(model, x, divergence="exact")
     error = (result.nll - truth).abs()

@@ -90,7 +90,7 @@ def of_all(
         dist.all_reduce(table)
     nll, nfe, standard_error, solver_error, failed = table.unbind(1)
     known = None if bool(standard_error.isnan().all()) else standard_error
-    latent = table.new_zeros(()).expand(len(images), *SHAPE)  # of which only the size is looked at
+    latent = table.new_zeros(()).expand(len(images), *SHAPE)  # only its size counts
     return NLLResult(nll, latent, nfe, known, solver_error, failed > 0)
 
 
