@@ -82,6 +82,7 @@ autosummary_context = {
 TORCH = {
     "torch.Tensor": "tensors.html#torch.Tensor",
     "torch.Generator": "generated/torch.Generator.html",
+    "torch._C.Generator": "generated/torch.Generator.html",
     "torch.nn.Module": "generated/torch.nn.Module.html",
     "torch.distributions.distribution.Distribution": "distributions.html",
 }
