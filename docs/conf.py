@@ -103,6 +103,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "show_signature": False,
     "backreferences_dir": None,
+    "within_subsection_order": "FileNameSortKey",
     "write_computation_times": False,  # that page loads a script from another host
 }
 
