@@ -12,9 +12,9 @@ from tests.likelihood.problems import problem
 from tests.oracles import anisotropic, paper_mixture, ring
 
 PAGE = (Path(__file__).parents[2] / "docs" / "likelihood_errors.md").read_text(encoding="utf-8")
-# A mixture, how many of the page's 32 points are taken (of 64-D those with the largest error), and
-# the mean number of evaluations that the default tolerance may take.
-MIXTURES = {"1-D": (paper_mixture, 32, 80), "2-D": (ring, 32, 80), "64-D": (anisotropic, 6, 125)}
+# A mixture, how many points are taken, and the mean number of evaluations that the default
+# tolerance may take.
+MIXTURES = {"1-D": (paper_mixture, 32, 200), "2-D": (ring, 32, 210), "64-D": (anisotropic, 6, 260)}
 
 
 @pytest.mark.parametrize("name", ["vp", "ve"])
