@@ -83,6 +83,7 @@ def test_draws_are_weighed_by_their_density():
     def draw(density, error, failed):
         zero = torch.zeros(1)
         parts = {"latent": zero[:, None], "nfe": zero + 9, "standard_error": zero}
+        parts["products"] = zero
         nll, failed = -torch.tensor([density]).log(), torch.tensor([failed])
         return hosm.NLLResult(nll, solver_error=zero + error, failed=failed, **parts)
 

@@ -34,7 +34,7 @@ def test_the_density_in_the_subspace_without_a_centre_of_mass(name):
         alpha, sigma = (each[:, None] for each in schedule(t))
         return sigma * centred(x) / ((alpha * std) ** 2 + sigma**2)
 
-    model, solver = hosm.ScoreModel(network, schedule), hosm.FixedGrid(32)
+    model, solver = hosm.ScoreModel(network, schedule), hosm.FixedGrid()
     x = std * centred(torch.randn(4, 6))
     ends = [schedule(torch.tensor(t)) for t in (schedule.t_min, schedule.t_max)]
     (low, first), (high, last) = ends
