@@ -84,11 +84,11 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
             given 1 - t and predict data less noise.
 
     Example:
-        >>> from types import SimpleNamespace
-        >>> config = SimpleNamespace(prediction_type="v_prediction")
-        >>> scheduler = SimpleNamespace(alphas_cumprod=[0.9, 0.5, 0.1], config=config)
-        >>> from_diffusers(nn.Identity(), scheduler).prediction
-        'v_prediction'
+        A pipeline holds both parts::
+
+            pipeline = DDPMPipeline.from_pretrained("google/ddpm-cifar10-32")
+            model = from_diffusers(pipeline.unet, pipeline.scheduler)
+            loss = third_order_dsm(model, images, weighting="native")
     """
     if not isinstance(model, nn.Module) and hasattr(model, "scheduler"):  # a pipeline
         expected = "model: expected the network, such as pipeline.unet or pipeline.transformer"
@@ -175,12 +175,11 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
         ValueError: for self-conditioning, an unknown objective, or zero terminal SNR.
 
     Example:
-        >>> from types import SimpleNamespace
-        >>> diffusion = SimpleNamespace(
-        ...     model=lambda x, t: x, objective="pred_v", alphas_cumprod=[0.9, 0.5, 0.1]
-        ... )
-        >>> from_denoising_diffusion(diffusion).prediction
-        'v_prediction'
+        The project's objects as they are::
+
+            diffusion = GaussianDiffusion(Unet(dim=64), image_size=32)
+            model = from_denoising_diffusion(diffusion)
+            loss = third_order_dsm(model, diffusion.normalize(images))
     """
     names = ("model", "objective", "alphas_cumprod")
     check_has(diffusion, "diffusion: expected a GaussianDiffusion with {}", *names)
@@ -248,13 +247,11 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
         ValueError: for a prediction of the previous x, or zero terminal SNR.
 
     Example:
-        >>> from types import SimpleNamespace as Is
-        >>> diffusion = Is(
-        ...     alphas_cumprod=[0.9, 0.5, 0.1], model_mean_type=Is(name="EPSILON"),
-        ...     model_var_type=Is(name="LEARNED_RANGE"), rescale_timesteps=False,
-        ... )
-        >>> from_guided_diffusion(nn.Identity(), diffusion).prediction
-        'epsilon'
+        Both come from the project's own function::
+
+            unet, diffusion = create_model_and_diffusion(**model_and_diffusion_defaults())
+            model = from_guided_diffusion(unet, diffusion)
+            loss = third_order_dsm(model, images, model_kwargs={"y": classes})
     """
     names = ("alphas_cumprod", "model_mean_type", "model_var_type")
     check_has(diffusion, "diffusion: expected a GaussianDiffusion with {}", *names)
@@ -290,10 +287,11 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
         ValueError: for a network trained on discrete steps.
 
     Example:
-        >>> from types import SimpleNamespace
-        >>> sde = SimpleNamespace(sigma_min=0.01, sigma_max=50.0)
-        >>> from_score_sde(nn.Identity(), sde).prediction
-        'score'
+        The network inside of DataParallel, with the SDE it was trained under::
+
+            sde = sde_lib.VESDE(sigma_min=0.01, sigma_max=50, N=1000)
+            model = from_score_sde(score_model.module, sde, continuous=True)
+            loss = third_order_dsm(model, images)
     """
     check_flag("continuous", continuous)
     if hasattr(sde, "sigma_min") and hasattr(sde, "sigma_max"):
