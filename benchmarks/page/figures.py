@@ -196,7 +196,7 @@ def worth(found: Found) -> Figure:
         axes.set_xlim(low)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(Plain())
-    names = [f"{name}{'' if cells[name]['converged'] else '*'}" for name in cells]
+    names = [study.starred(name, report) for name, report in cells.items()]
     figure.axes[0].set_yticks(range(len(cells)), names)
     figure.axes[0].invert_yaxis()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -121,17 +121,17 @@ def summary(found: Found) -> str:
     """The table of the page: a row for each cell."""
     lines = []
     for name, report in densities(found).items():
-        every = [ratio(report, loss) if loss in judged(report) else None for loss in SHOWN]
-        cells = [
-            NOTHING if each is None else short(each[key])
-            for each in every
-            for key in ("kl", "score")
-        ]
-        told = "yes" if report["converged"] else "no"
-        lines.append([name, *map(number, at_first(report)), told, *cells])
-    head = ["", "plain, nats", "averaged, nats", "converged", "from scratch: KL", "score"]
-    head += ["order three after: KL", "score", "order two after: KL", "score"]
+        every = [ratio(report, loss) for loss in (WHOLE, RECIPE)]
+        cells = [short(each[key]) for each in every for key in ("kl", "score")]
+        lines.append([starred(name, report), *map(number, at_first(report)), *cells])
+    head = ["", "plain, nats", "averaged, nats"]
+    head += [f"{stage}: {key}" for stage in ("scratch", "after") for key in ("KL", "score")]
     return markdown(head, lines)
+
+
+def starred(name: str, report: Row) -> str:
+    """The name of a cell, with a star where order one had not converged."""
+    return f"{name}{'' if report['converged'] else '*'}"
 
 
 def gains(found: Found) -> str:
