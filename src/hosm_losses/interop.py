@@ -52,8 +52,7 @@ DISCRETE = (
 DISCRETE_VP = "ScoreModel(model, DiscreteSchedule(sde.alphas_cumprod)), whose t is the label."
 DISCRETE_VE = (
     "ScoreModel(model, VESchedule(sigma_min=sde.sigma_min, sigma_max=sde.sigma_max), 'score', "
-    "time=lambda t: ((1 - t) * (sde.N - 1)).round().long()), whose score is right at the steps "
-    "t = i / (sde.N - 1) and taken from the nearest one between them."
+    "time=lambda t: ((1 - t) * (sde.N - 1)).round().long()), which takes the nearest step."
 )
 
 
@@ -113,7 +112,7 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     expected = "scheduler: expected one with {}, such as DDPMScheduler, or a flow-matching one"
     check_has(scheduler, expected, "alphas_cumprod")
     kind = getattr(config, "prediction_type", None)
-    prediction = predicted(kind, PREDICTION_TYPES, "scheduler.config.prediction_type")
+    prediction = our_prediction(kind, PREDICTION_TYPES, "scheduler.config.prediction_type")
     schedule = table_schedule(scheduler, "scheduler")
     if prediction == "v_prediction" and getattr(config, "timestep_type", None) == "continuous":
         options["time"] = partial(_quarter_of_log_sigma_hat, schedule)
@@ -190,16 +189,16 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
             "or integrated: build the Unet with self_condition=False."
         )
     schedule = table_schedule(diffusion, "diffusion")
-    prediction = predicted(diffusion.objective, OBJECTIVES, "diffusion.objective")
+    prediction = our_prediction(diffusion.objective, OBJECTIVES, "diffusion.objective")
     network = diffusion.model
     channels, outputs = (getattr(network, name, None) for name in ("channels", "out_dim"))
     learned = channels is not None and outputs == 2 * channels
     output = first_half if learned else None
-    call = _dropping_classes if hasattr(network, "cond_drop_prob") else None
+    call = _call_dropping_classes if hasattr(network, "cond_drop_prob") else None
     return ScoreModel(network, schedule, prediction, output=output, call=call)
 
 
-def _dropping_classes(network: Any, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+def _call_dropping_classes(network: Any, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
     kept = {} if getattr(network, "training", True) else {"cond_drop_prob": 0.0}
     return network(x, t, **kept | kwargs)
 
@@ -257,7 +256,7 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     check_has(diffusion, "diffusion: expected a GaussianDiffusion with {}", *names)
     schedule = table_schedule(diffusion, "diffusion")
     kind = getattr(diffusion.model_mean_type, "name", None)
-    prediction = predicted(kind, MEAN_TYPES, "diffusion.model_mean_type")
+    prediction = our_prediction(kind, MEAN_TYPES, "diffusion.model_mean_type")
     learned = getattr(diffusion.model_var_type, "name", None) in ("LEARNED", "LEARNED_RANGE")
     output = first_half if learned else None
     steps = len(schedule.alphas_cumprod)
@@ -297,7 +296,7 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
     if hasattr(sde, "sigma_min") and hasattr(sde, "sigma_max"):
         _refuse_discrete(model, continuous, DISCRETE_VE)
         exploding = VESchedule(sigma_min=float(sde.sigma_min), sigma_max=float(sde.sigma_max))
-        return ScoreModel(model, _confirmed(exploding, sde), "score", time=exploding.sigma)
+        return ScoreModel(model, _check_marginal(exploding, sde), "score", time=exploding.sigma)
     expected = "sde: expected a VPSDE or subVPSDE with {}, a VESDE with sigma_min, sigma_max"
     check_has(sde, expected, "beta_0", "beta_1")
     kind = SubVPSchedule
@@ -306,7 +305,7 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
         _refuse_discrete(model, continuous, DISCRETE_VP)
         kind = VPSchedule
     schedule = kind(beta_min=float(sde.beta_0), beta_max=float(sde.beta_1))
-    return ScoreModel(model, _confirmed(schedule, sde), "epsilon", time=999.0)
+    return ScoreModel(model, _check_marginal(schedule, sde), "epsilon", time=999.0)
 
 
 def _refuse_discrete(model: nn.Module, continuous: bool, advice: str) -> None:
@@ -318,7 +317,7 @@ def _refuse_discrete(model: nn.Module, continuous: bool, advice: str) -> None:
         raise ValueError(DISCRETE.format(where) + advice)
 
 
-def _confirmed(schedule: Schedule, sde: Any) -> Schedule:
+def _check_marginal(schedule: Schedule, sde: Any) -> Schedule:
     """The schedule; TypeError if the SDE says another α and σ than those of its attributes."""
     if marginal := getattr(sde, "marginal_prob", None):
         t = torch.tensor([0.3], dtype=torch.float64, device="cpu")
@@ -361,7 +360,7 @@ def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
     return DiscreteSchedule(table)
 
 
-def predicted(value: object, names: Mapping[str, Prediction], where: str) -> Prediction:
+def our_prediction(value: object, names: Mapping[str, Prediction], where: str) -> Prediction:
     """Our name of the foreign prediction type that stands at `where`; ValueError for another."""
     if isinstance(value, str) and value in names:
         return names[value]

@@ -81,7 +81,7 @@ class DroppedGraphError(DerivativeError):
     """A custom autograd.Function whose backward drops the graph: no fault of the taylor engine."""
 
 
-def remedied(error: Exception) -> DerivativeError | None:
+def known_remedy(error: Exception) -> DerivativeError | None:
     """The error that says what to do about one of PyTorch's, if that is known."""
     text = str(error)
     if isinstance(error, AttributeError):

@@ -38,7 +38,13 @@ from torch import Tensor
 
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError, over_elements
-from hosm_losses.derivatives.backward import LOST_TWICE, OWN, pull_back, refuse_dropped, remedied
+from hosm_losses.derivatives.backward import (
+    LOST_TWICE,
+    OWN,
+    known_remedy,
+    pull_back,
+    refuse_dropped,
+)
 from hosm_losses.derivatives.kinks import watch_once
 from hosm_losses.taylor import propagate
 
@@ -106,7 +112,7 @@ def add_remedies() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, AttributeError) as error:
-        told = remedied(error)
+        told = known_remedy(error)
         if told is None:
             raise
         raise told from error

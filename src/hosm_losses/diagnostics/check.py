@@ -31,7 +31,7 @@ from hosm_losses.diagnostics.localize import (
     attempt,
     culprit,
     custom_functions,
-    recorded,
+    record_calls,
 )
 from hosm_losses.diagnostics.values import check_samples, check_values
 from hosm_losses.model import (
@@ -192,7 +192,7 @@ def check_derivatives(
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
     ):
-        own, x = _copied(model), normal(x0.detach())
+        own, x = _copy_model(model), normal(x0.detach())
         given = map_tensors(given, lambda tensor: tensor.detach().clone())
         field = noise_field(own, _spread_times(own, x) if times is None else times, given)
         precision = check_values(field, x)
@@ -223,10 +223,10 @@ def _report(
     return DerivativeReport(tuple(range(1, order + 1)), engine, tuple(advice))
 
 
-def _copied(model: ScoreModel) -> ScoreModel:
+def _copy_model(model: ScoreModel) -> ScoreModel:
     try:
         # Of a function that refers to modules too, which copy.deepcopy refuses.
-        own = model._copied({})
+        own = model._deep_copy({})
     except Exception as error:
         sharded = any(type(each).__name__ == "DTensor" for each in model.parameters())
         remedy = UNSHARD if sharded else "Check it in a fresh process before its first call."
@@ -255,7 +255,7 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
     if exact is not None and isinstance(check, Agreement) and check.same(field, x, *exact):
         return  # the differences are at fault: their rounding, or kinks between their points
     mended: Field = replace(noise_field, primitives=True).network()
-    found = culprit(check, recorded(noise_field, x), primitives, opaque)
+    found = culprit(check, record_calls(noise_field, x), primitives, opaque)
     if found is not None:
         field, fault = found
         where, x, mended = field.call.where, field.x, replace(field, primitives=True)
@@ -286,7 +286,7 @@ def _in_float64(check: Check, field: NoiseField, x: Tensor) -> tuple[Field, Tens
     def wide(tensor: Tensor) -> Tensor:
         return tensor.double() if tensor.is_floating_point() else tensor
 
-    model = field.model._copied({}).double()
+    model = field.model._deep_copy({}).double()
     kwargs = map_tensors(field.kwargs, wide)
     copied = replace(field, model=model, t=wide(field.t), kwargs=kwargs).network()
     exact = replace(check, precision=torch.float64)
@@ -308,4 +308,4 @@ def _spread_times(model: ScoreModel, x0: Tensor) -> Tensor:
     """Times (B,) evenly spread in log σ̂, away from both ends; of a table whole indices."""
     low, high = model.schedule.log_sigma_hat_range
     place = (torch.arange(len(x0), dtype=x0.dtype, device=x0.device) + 1) / (len(x0) + 1)
-    return model.schedule._time_drawn(low + (high - low) * (0.3 + 0.5 * place))
+    return model.schedule._training_time(low + (high - low) * (0.3 + 0.5 * place))

@@ -70,7 +70,7 @@ class GapEstimate:
 
 @dataclass(frozen=True)
 class GapReport:
-    """What `likelihood_gap` found; it prints as a table, and draws itself.
+    """What `likelihood_gap` found; it prints as a table.
 
     Attributes:
         log_sigma_hat: the nodes u.
@@ -91,15 +91,6 @@ class GapReport:
     def to_dict(self) -> dict[str, Any]:
         """The same as dicts, lists and numbers, for JSON."""
         return asdict(self)
-
-    def plot(self, axes: Any) -> None:
-        """Draw every curve against log σ̂ on axes of matplotlib, with its standard errors."""
-        for name, curve in self.curves.items():
-            means, errors = zip(*((each.value, each.error) for each in curve), strict=True)
-            axes.errorbar(self.log_sigma_hat, means, errors, label=name)
-        axes.set_yscale("log")
-        axes.set_xlabel("log σ̂")
-        axes.legend()
 
     def __str__(self) -> str:
         """The curves at the nodes, then the numbers."""
@@ -187,7 +178,7 @@ def likelihood_gap(
         done = stack.enter_context(progress_bar(progress, count, "node"))
         found: list[dict[str, Tensor]] = []
         for level in levels:
-            x, t = _perturbed(model.schedule, data, level, source)
+            x, t = _perturb(model.schedule, data, level, source)
             score = _ode_score(model, x, t, steps, kwargs) if ode_score else None
             found.append(at_node(model, truth, x, t, score, kwargs))
             done(1)
@@ -218,7 +209,7 @@ def likelihood_gap(
     )
 
 
-def _perturbed(
+def _perturb(
     schedule: Schedule, data: Tensor, level: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """A draw of x_t (B, *) at a noise level u, and t (B,)."""

@@ -46,7 +46,7 @@ def evaluate(field: NoiseField, x: Tensor, seed: int = 0) -> Tensor:
         return field.native(x.clone()).detach().clone()
 
 
-def recorded(field: NoiseField, x: Tensor) -> list[Call]:
+def record_calls(field: NoiseField, x: Tensor) -> list[Call]:
     """The calls of the modules inside a network at x, in the order they ended."""
     network: object = field.model.network
     calls: list[Call] = []
@@ -55,10 +55,10 @@ def recorded(field: NoiseField, x: Tensor) -> list[Call]:
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [*enumerate(args), *kwargs.items()]
-        entered.append({key: _copied(each) for key, each in given})
+        entered.append({key: _copy(each) for key, each in given})
 
     def after(name: str, module: nn.Module, _args: Any, _kwargs: Any, returned: Any) -> None:
-        calls.append(Call(name, module, entered.pop(), _copied(returned)))
+        calls.append(Call(name, module, entered.pop(), _copy(returned)))
 
     modules = list(network.named_modules())[1:] if isinstance(network, nn.Module) else []
     for name, module in modules:
@@ -72,7 +72,7 @@ def recorded(field: NoiseField, x: Tensor) -> list[Call]:
     return calls
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     """The value with tensors of its own: a network may write to those that it passed on."""
     try:
         return map_tensors(value, lambda tensor: tensor.detach().clone())
@@ -149,15 +149,15 @@ def culprit(
     With `opaque` only modules around a custom Function are tried, of a network without a fault as
     a whole. One that cannot be differentiated alone is then no finding.
     """
-    parts = _alone(calls, primitives)
-    for part in _opaque(parts) if opaque else parts:
+    parts = _each_alone(calls, primitives)
+    for part in _around_functions(parts) if opaque else parts:
         fault = attempt(check, part, part.x)
         if fault is not None and not (opaque and fault.startswith(NO_DERIVATIVE)):
             return part, fault
     return None
 
 
-def _alone(calls: Iterable[Call], primitives: bool) -> Iterator[Part]:
+def _each_alone(calls: Iterable[Call], primitives: bool) -> Iterator[Part]:
     """Every module with the arguments of its first call, the innermost first."""
     first: dict[str, Call] = {}
     for call in calls:
@@ -169,7 +169,7 @@ def _alone(calls: Iterable[Call], primitives: bool) -> Iterator[Part]:
                 break
 
 
-def _opaque(parts: Iterable[Part]) -> Iterator[Part]:
+def _around_functions(parts: Iterable[Part]) -> Iterator[Part]:
     """The innermost with a custom Function in their graph."""
     found: set[nn.Module] = set()
     for part in parts:

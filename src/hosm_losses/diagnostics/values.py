@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
 from hosm_losses.diagnostics.differences import TOLERANCE, random_like, reseed, size_of
-from hosm_losses.diagnostics.localize import Call, evaluate, floats_in, recorded
+from hosm_losses.diagnostics.localize import Call, evaluate, floats_in, record_calls
 from hosm_losses.model import NoiseField, per_sample
 
 # Of the size of an output, what sums in another order may change.
@@ -59,7 +59,7 @@ def check_values(field: NoiseField, x: Tensor) -> torch.dtype:
 
 def _first_module(field: NoiseField, x: Tensor, has: Callable[[Tensor], bool]) -> str:
     """The first module that returns a tensor of which this holds."""
-    for call in recorded(field, x):
+    for call in record_calls(field, x):
         if any(map(has, floats_in(call.returned))):
             return call.where
     return "its own forward"
@@ -138,7 +138,7 @@ def check_rows(field: NoiseField, x: Tensor, precision: torch.dtype | None = Non
     precision = _precision(field, x) if precision is None else precision
     value = evaluate(field, x)
     if precision in ROUNDING and torch.equal(evaluate(field, x, seed=1), value):
-        _check_moved(field, x, value, ROUNDING[precision])
+        _check_permuted(field, x, value, ROUNDING[precision])
 
 
 def _same(one: Tensor, other: Tensor, rounding: float) -> bool:
@@ -160,7 +160,7 @@ def _first_difference(
         pairs = zip(floats_in(left), floats_in(right), strict=False)
         return all(_same(row(a), row(b), rounding) for a, b in pairs)
 
-    for left, right in zip(recorded(*one), recorded(*other), strict=False):
+    for left, right in zip(record_calls(*one), record_calls(*other), strict=False):
         if left.name != right.name:
             break
         if same(left.arguments, right.arguments) and not same(left.returned, right.returned):
@@ -168,7 +168,7 @@ def _first_difference(
     return None
 
 
-def _check_moved(field: NoiseField, x: Tensor, value: Tensor, rounding: float) -> None:
+def _check_permuted(field: NoiseField, x: Tensor, value: Tensor, rounding: float) -> None:
     places = torch.arange(len(x), device=x.device)
     moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
 

@@ -280,11 +280,10 @@ class _Linear:
         expected = self.expected(grid)
         inside = grid[(expected > SMALLEST) & (expected < LARGEST)]
         if not len(inside):
-            size = float(self.variances.mean().sqrt())
-            expected_size = f"data of a size between {math.exp(low):.2g} and {math.exp(high):.2g}"
-            got = f"a standard deviation of {size:.2g}"
+            size = f"a size between {math.exp(low):.2g} and {math.exp(high):.2g}"
+            got = f"a standard deviation of {float(self.variances.mean().sqrt()):.2g}"
             remedy = "Scale them as in the training of the network."
-            raise ValueError(complaint("x0", expected_size, None, remedy, got=got))
+            raise ValueError(complaint("x0", f"data of {size}", None, remedy, got=got))
         return torch.linspace(
             float(inside[0]), float(inside[-1]), count, dtype=torch.float64, device="cpu"
         )
@@ -338,13 +337,13 @@ class _Search:
         t = schedule.clip(t)
         if schedule.integer_time:
             t = t.round().long() if self.model.schedule.integer_time else t.round()
-        other = _changed(self.model, schedule=schedule, time=inputs.time)
+        other = _with(self.model, schedule=schedule, time=inputs.time)
         alpha, sigma = (expand_right(each, data) for each in other.coefficients(t, data))
         x = (alpha * (units.scale * data + units.shift) + sigma * self.noise).to(data.dtype)
         self.calls += 1
         output = other.predict(x, t, **self.kwargs)
         for kind in KINDS:
-            p, q = _changed(other, prediction=kind).affine(t, x)
+            p, q = _with(other, prediction=kind).affine(t, x)
             part = output if p is None else p * output
             rest = -self.noise if q is None else q * x - self.noise
             for sign in (1, -1):
@@ -445,7 +444,7 @@ class _Search:
         )
 
 
-def _changed(model: ScoreModel, **changes: Any) -> ScoreModel:
+def _with(model: ScoreModel, **changes: Any) -> ScoreModel:
     """The model with other attributes, which may stand before modules of the same name."""
     other = copy.copy(model)
     vars(other).update(changes)

@@ -72,7 +72,7 @@ def evaluate(
     higher = options.order > 1
     targets = check_targets(given.targets, tensor=not higher)
     with outside_inference_mode():
-        score_model, inputs = perturbed(model, x0, options, given, kwargs)
+        score_model, inputs = perturb(model, x0, options, given, kwargs)
         x, t = inputs.x, inputs.t
         weights = _weights(given.weights, options, x)
         weighting, sampler, drawn = options.weighting, options.time_sampler, given.t is None
@@ -114,7 +114,7 @@ def evaluate(
         return Evaluated(loss, terms, t, rows)
 
 
-def perturbed(
+def perturb(
     model: object, x0: object, options: Options, given: Given, kwargs: dict[str, Any]
 ) -> tuple[ScoreModel, Inputs]:
     """Check the arguments of a loss, draw t and ε where they are missing, and perturb the data.

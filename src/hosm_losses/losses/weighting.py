@@ -130,7 +130,7 @@ def draw_time(
         return schedule.sample_time(len(x0), generator, device=x0.device, dtype=dtype)
     low, span = _range(schedule)
     unit = torch.rand((len(x0),), device=x0.device, dtype=dtype, **source(generator))
-    return schedule._time_drawn(low + span * unit)
+    return schedule._training_time(low + span * unit)
 
 
 def time_factors(
@@ -170,7 +170,7 @@ def time_factors(
 
     def factor(one: One) -> Tensor | None:
         if callable(one):
-            return _called(one, model, x0, t) * ratio
+            return _call_weighting(one, model, x0, t) * ratio
         if one == "noise":
             return ratio if isinstance(ratio, Tensor) else None
         if isinstance(one, EDMWeighting):
@@ -193,7 +193,7 @@ def noise_level(model: ScoreModel, t: Tensor, x0: Tensor) -> Tensor:
     return (model.schedule.log_sigma_hat(model.time_in(t, x0)) - low) / span
 
 
-def _called(
+def _call_weighting(
     weighting: Callable[[Tensor], Tensor], model: ScoreModel, x0: Tensor, t: Tensor
 ) -> Tensor:
     factor = weighting(t.clone())  # its own times, to which it may write

@@ -135,9 +135,9 @@ class ScoreModel(nn.Module):
             raise TypeError(
                 complaint("network", "an nn.Module in a model to copy", self.network, remedy)
             )
-        return self._copied(memo)
+        return self._deep_copy(memo)
 
-    def _copied(self, memo: dict[int, Any]) -> Self:
+    def _deep_copy(self, memo: dict[int, Any]) -> Self:
         """A deep copy; functions, and the modules that they refer to, are not copied."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
@@ -169,11 +169,13 @@ class ScoreModel(nn.Module):
             TypeError: if the network returns no real tensor, or for integer t without a table.
             ValueError: if it returns another shape than that of x, or t is above twice t_max.
         """
-        self._check_times(t, x)
+        self._check_times(t)
         return apply_affine(self.predict(x, t, **kwargs), x, *self.affine(t, x))
 
-    def _check_times(self, t: Tensor, x: Tensor) -> None:
-        _refuse_integers(self.schedule, t, x)
+    def _check_times(self, t: Tensor) -> None:
+        if not (t.is_floating_point() or self.schedule.integer_time):
+            expected = "floating-point times, as only a DiscreteSchedule takes indices"
+            raise TypeError(complaint("t", expected, t))
         if may_look(t) and bool((t > 2 * self.schedule.t_max).any()):  # a solver may overstep
             check_range("t", t, self.schedule.t_min, self.schedule.t_max)
 
@@ -234,7 +236,7 @@ class ScoreModel(nn.Module):
 
     def denoise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """x̂₀(x, t) = (x − σ ε̂)/α, the estimated mean of the data given x."""
-        self._check_times(t, x)
+        self._check_times(t)
         return apply_affine(self.predict(x, t, **kwargs), x, *self.affine_of_data(t, x))
 
     def denoising_posterior(
@@ -335,7 +337,7 @@ class ScoreModel(nn.Module):
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """What the network predicts, of the shape of x."""
         x, network_time, kwargs = self.network_arguments(x, t, kwargs)
-        returned = self._called(x, network_time, kwargs)
+        returned = self._call_network(x, network_time, kwargs)
         predicted = returned if self.output is None else self.output(returned)
         check_prediction(predicted, x)
         return predicted
@@ -352,7 +354,7 @@ class ScoreModel(nn.Module):
             network_time = network_time * self.time
         return x, network_time, unmark(kwargs) if kwargs else kwargs
 
-    def _called(self, x: Tensor, network_time: Tensor, kwargs: Mapping[str, Any]) -> Any:
+    def _call_network(self, x: Tensor, network_time: Tensor, kwargs: Mapping[str, Any]) -> Any:
         call = self.network if self.call is None else partial(self.call, self.network)
         if torch.compiler.is_compiling():
             return call(x, network_time, **kwargs)
@@ -410,10 +412,9 @@ def check_model(value: object) -> ScoreModel:
 def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
     """Return `t` if it is times (B,) in the range of the schedule, or indices of a table."""
     schedule = model.schedule
-    _refuse_integers(schedule, t, x0)
     dtype = torch.promote_types(x0.dtype, torch.float32)
-    if isinstance(t, Tensor) and not t.is_floating_point():
-        dtype = t.dtype
+    if schedule.integer_time and isinstance(t, Tensor) and not t.is_floating_point():
+        dtype = torch.int64 if t.dtype == torch.bool else t.dtype
     time = check_like("t", t, (len(x0),), dtype, x0.device, "the batch dimension of x0")
     check_range("t", time, schedule.t_min, schedule.t_max)
     fractions = schedule.integer_time and time.is_floating_point() and schedule.t_max > 1
@@ -423,13 +424,3 @@ def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
             "fractions of the first step alone. Times in [0, 1] have to be multiplied by it."
         )
     return normal(time)
-
-
-def _refuse_integers(schedule: Schedule, t: object, like: Tensor) -> None:
-    if not isinstance(t, Tensor) or t.is_floating_point():
-        return
-    if not schedule.integer_time or t.dtype == torch.bool:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        expected = f"a {dtype} tensor in [{schedule.t_min:g}, {schedule.t_max:g}]"
-        remedy = "Only a DiscreteSchedule takes integer times, its indices."
-        raise TypeError(complaint("t", expected, t, remedy))

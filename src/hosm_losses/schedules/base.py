@@ -152,7 +152,7 @@ class Schedule:
         """Return t, no smaller than t_min and no larger than t_max, both rounded to its dtype."""
         return t.clamp(float(self.t_min), float(self.t_max))
 
-    def _time_drawn(self, log_sigma_hat: Tensor) -> Tensor:
+    def _training_time(self, log_sigma_hat: Tensor) -> Tensor:
         """The time at a log σ̂, as a network may be given it: of a table a whole index."""
         t = self.time(log_sigma_hat)
         return t.round().long() if self.integer_time else t

@@ -20,15 +20,14 @@ INNER = (math.pi / 16, math.pi / 6, math.pi / 4)  # between the entries of any t
 TOLERANCE = 1e-2
 
 FROM_THE_DATA = (
-    "t_min is the end of the data and t_max that of the noise. If the data are at t = 1, describe "
-    "the path in 1 - t: alpha(t) and sigma(t) of your formulas at 1 - t, and "
-    "ScoreModel(..., time=lambda t: 1 - t)."
+    "t_min is the end of the data and t_max that of the noise. If your data are at t = 1, write "
+    "alpha and sigma of 1 - t, and ScoreModel(..., time=lambda t: 1 - t)."
 )
+CORRECT = "Correct the formula, or take a range in which it grows."
 BEGIN_LATER = "Begin where there is some noise, for example at t_min = 1e-5."
 END_EARLIER = (
     "End before alpha reaches 0: at t_max = 0.999 for a flow, 0.9946 for a cosine, 1 for "
-    "VPSchedule. If the network counts time otherwise, t stays in the schedule's units: "
-    "ScoreModel(..., time=999.0)."
+    "VPSchedule. For a network that counts time otherwise write ScoreModel(..., time=999.0)."
 )
 FOLLOW = (
     "Write alpha and sigma with operators of PyTorch on t, linear between the entries of a table, "
@@ -69,15 +68,10 @@ def _check_values(schedule: Schedule, t: Tensor) -> None:
     alpha, sigma = (_positive(schedule, part, t) for part in ("alpha", "sigma"))
     u = sigma.log() - alpha.log()
     grows = f"schedule: expected log(sigma/alpha) of {name} to grow with t; got"
-    if not u[-1] > u[0]:
-        raise ValueError(
-            f"{grows} {u[0]:g} at t_min = {t[0]:g} and {u[-1]:g} at t_max = {t[-1]:g}. Two "
-            f"arguments may be reversed. {FROM_THE_DATA}"
-        )
     if (i := _broken(u.diff() > 0)) is not None:
+        advice = CORRECT if u[-1] > u[0] else FROM_THE_DATA
         raise ValueError(
-            f"{grows} one that does not from t = {t[i]:g} to t = {t[i + 1]:g}. Correct the "
-            "formula, or take a range in which it grows."
+            f"{grows} one that does not from t = {t[i]:g} to t = {t[i + 1]:g}. {advice}"
         )
     found = _values(schedule, "time", torch.cat([u[:1] - 1, u, u[-1:] + 1]))
     sigma, alpha = (_positive(schedule, part, found[1:-1]) for part in ("sigma", "alpha"))
