@@ -107,15 +107,13 @@ def _check_probes(probes: object, *, stein: bool) -> Any:
     fewest, kinds = (2, "or Hutchinson(2)") if stein else (1, "'exact', Hutchinson() or Paired()")
     if isinstance(probes, Integral) and not isinstance(probes, bool) and int(probes) >= fewest:
         return Hutchinson(int(probes))
+    exact = isinstance(probes, str) and probes == "exact"
+    if not stein and (exact or isinstance(probes, Paired)):
+        return probes
     if isinstance(probes, Hutchinson) and probes.count >= fewest:
         return probes
-    if not stein and isinstance(probes, Paired):
-        return probes
-    if not stein and isinstance(probes, str) and probes == "exact":
-        return "exact"
-    got = repr(probes) if isinstance(probes, Hutchinson | Paired) else None
     expected = f"a whole number of at least {fewest}, {kinds}"
-    raise ValueError(complaint("probes", expected, probes, got=got))
+    raise ValueError(complaint("probes", expected, probes, got=repr(probes)))
 
 
 def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
@@ -131,27 +129,22 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
         return (1.0, 0.5, 0.0, min(1.0, toy))
     expected = "four numbers (first, second, trace, third), at order 2 three or four"
     if isinstance(weights, str):
-        if weights == "paper":
-            return (1.0,) * 4
-        if weights == "paper-toy":
-            return (1.0, 0.5, 0.0, toy)
+        recipes = {"paper": (1.0,) * 4, "paper-toy": (1.0, 0.5, 0.0, toy)}
+        if weights in recipes:
+            return recipes[weights]
         if weights == "balanced":
             raise ValueError(
                 "weights: expected numbers, 'paper' or 'paper-toy' in a function; got 'balanced'. "
                 "Give it to the constructor of SecondOrderDSM or ThirdOrderDSM."
             )
         expected += ", 'paper', 'paper-toy' or, in a module, 'balanced'"
-    entries: Sequence[object] | None = None
-    if isinstance(weights, np.ndarray | Tensor):
-        entries = tuple(weights) if weights.ndim else None
-    elif isinstance(weights, Sequence) and not isinstance(weights, str | bytes):
-        entries = weights
-    if entries is None:
+    one = isinstance(weights, str | bytes) or getattr(weights, "ndim", 1) == 0
+    if one or not isinstance(weights, Sequence | np.ndarray | Tensor):
         raise TypeError(complaint("weights", expected, weights))
-    if len(entries) not in COUNTS[order]:
-        got = f"{len(entries)} at order {order}"
+    if len(weights) not in COUNTS[order]:
+        got = f"{len(weights)} at order {order}"
         raise ValueError(complaint("weights", expected, weights, got=got))
-    given = tuple(check_weight("weights", weight) for weight in entries)
+    given = tuple(check_weight("weights", weight) for weight in weights)
     if not any(map(counts, given[: order + 1])):
         raise ValueError(f"weights: expected one at least that is not 0; got {weights!r}.")
     return given

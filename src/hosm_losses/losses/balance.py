@@ -30,36 +30,33 @@ BINS, DECAY, PRIOR = 32, 0.999, 32.0
 
 
 class Balance(nn.Module):
-    """The running sizes of terms by noise level, kept in buffers, and the weights they give."""
+    """The running sizes of terms by noise level, kept in a buffer, and the weights they give."""
 
-    sums: Tensor
-    counts: Tensor
+    running: Tensor  # sums of sizes, and counts, (2, terms, BINS)
 
     def __init__(self, terms: int, device: torch.device | None = None) -> None:
         super().__init__()
         # In half precision, perhaps the default, a running mean forgets nothing and overflows.
-        for name in ("sums", "counts"):
-            empty = torch.zeros(terms, BINS, device=device, dtype=torch.float32)
-            self.register_buffer(name, empty)
+        empty = torch.zeros(2, terms, BINS, device=device, dtype=torch.float32)
+        self.register_buffer("running", empty)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Balance":
-        kept = self.sums, self.counts
+        before = self.running
         super()._apply(fn, recurse)
-        for name, before in zip(("sums", "counts"), kept, strict=True):
-            moved = getattr(self, name)
-            if before.is_meta and not moved.is_meta:  # by to_empty, which leaves what was there
-                setattr(self, name, torch.zeros_like(moved, dtype=torch.float32))
-            elif moved.dtype != torch.float32:
-                setattr(self, name, before.to(moved.device, torch.float32))
+        moved = self.running
+        if before.is_meta and not moved.is_meta:  # by to_empty, which leaves what was there
+            self.running = torch.zeros_like(moved, dtype=torch.float32)
+        elif moved.dtype != torch.float32:
+            self.running = before.to(moved.device, torch.float32)
         return self
 
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: dict[str, Any], prefix: str, *rest: Any
     ) -> None:
         # Of a checkpoint without them, as of order one: the means are those that are here.
-        for name, buffer in self.named_buffers():
-            here = torch.zeros(buffer.shape) if buffer.is_meta else buffer.clone()
-            state_dict[prefix + name] = state_dict.get(prefix + name, here).float()
+        here = torch.zeros(self.running.shape) if self.running.is_meta else self.running.clone()
+        name = f"{prefix}running"
+        state_dict[name] = state_dict.get(name, here).float()
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(
@@ -70,15 +67,16 @@ class Balance(nn.Module):
         `level` (B,) is where log σ̂ lies in its range, from 0 to 1. In training the sizes of the
         terms are taken up first.
         """
-        if self.sums.device != level.device:  # a loss may be made after its network was moved
+        if self.running.device != level.device:  # a loss may be made after its network was moved
             self.to(level.device)
         bins = (level.detach() * BINS).long().clamp(0, BINS - 1)
         of_rows = bins if rows is None else bins[rows]
-        places = [bins, *[of_rows] * (len(self.sums) - 1)]
+        places = [bins, *[of_rows] * (self.running.shape[1] - 1)]
         if self.training:
-            self._take_up(terms, places)
-        overall = self.sums.sum(1, keepdim=True) / self.counts.sum(1, keepdim=True).clamp_min(1)
-        means = (self.sums + PRIOR * overall) / (self.counts + PRIOR)
+            self._update(terms, places)
+        sums, counts = self.running
+        overall = sums.sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp_min(1)
+        means = (sums + PRIOR * overall) / (counts + PRIOR)
         ratios = torch.where(means > 0, means[:1] / means, 1).sqrt()
         return [
             None if term is None else ratio[place].to(term.dtype)
@@ -86,10 +84,10 @@ class Balance(nn.Module):
         ]
 
     @torch.no_grad()
-    def _take_up(self, terms: Sequence[Tensor | None], places: Sequence[Tensor]) -> None:
-        kept = torch.stack([self.sums, self.counts]) * DECAY
+    def _update(self, terms: Sequence[Tensor | None], places: Sequence[Tensor]) -> None:
+        before = self.running * DECAY
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        found = torch.zeros_like(kept) if several else kept
+        found = torch.zeros_like(before) if several else before
         for row, (term, place) in enumerate(zip(terms, places, strict=False)):
             if term is not None:
                 known = torch.isfinite(term)
@@ -98,6 +96,5 @@ class Balance(nn.Module):
                     part[row].index_add_(0, place, each.to(found.dtype))
         if several:
             dist.all_reduce(found)
-            found += kept
-        self.sums.copy_(found[0])
-        self.counts.copy_(found[1])
+            found += before
+        self.running.copy_(found)
