@@ -113,7 +113,8 @@ def _all_good(result: Any) -> Any:
     failures = result.failures()
     if failures:
         row, why = next(iter(failures.items()))
-        expected = f"a solution for each of {len(result.failed)} samples"
-        got = f"{len(failures)} that failed; row {row}: {why}"
-        raise ValueError(complaint("distribution", expected, None, got=got))
+        raise ValueError(
+            f"distribution: expected a solution for each of {len(result.failed)} samples; got "
+            f"{len(failures)} that failed. Row {row}: {why}."
+        )
     return result

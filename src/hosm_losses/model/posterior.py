@@ -92,37 +92,29 @@ class PosteriorCovariance:
         self, probes: Probes = "exact", generator: torch.Generator | None = None
     ) -> Tensor:
         """Variances (B, *) of the elements: exact, or the mean of v ∘ Σv over random probes."""
-        if probes == "exact":
-            return self._forms(probes, generator).T.reshape(self._x.shape)
-        return torch.cat([(v * (self @ v)).mean(0) for v in self._directions(probes, generator)])
-
-    def trace(self, probes: Probes = "exact", generator: torch.Generator | None = None) -> Tensor:
-        """Sums (B,) of the variances: exact, or the mean of vᵀΣv over random probes."""
-        forms = self._forms(probes, generator)
-        return forms.sum(0) if probes == "exact" else forms.mean(0)
-
-    def dense(self) -> Tensor:
-        """The symmetric part as matrices (B, d, d), from d products."""
-        columns = torch.cat([self @ units for units in self._directions("exact", None)])
-        return columns.flatten(2).movedim(0, 2)
-
-    def _forms(self, probes: Probes, generator: torch.Generator | None) -> Tensor:
-        """vᵀΣv for all directions, (K, B), from one evaluation of the network."""
-        directions = list(self._directions(probes, generator))
-        with torch.no_grad(), outside_inference_mode():
-            _, forms = quadratic_forms(self._field, self._x, directions)
-        squares = torch.cat([over_elements(v.square()) for v in directions])
-        p, q = (None if each is None else each.flatten() for each in self._affine)
-        return self._scale.flatten() * apply_affine(forms, squares, p, q)
-
-    def _directions(self, probes: Probes, generator: torch.Generator | None) -> Iterable[Tensor]:
         x = self._x
         if isinstance(probes, Hutchinson):
             source = check_generator(generator, x.device)
-            return [draw_probes(x, probes.count, probes.distribution, source)]
+            v = draw_probes(x, probes.count, probes.distribution, source)
+            return (v * (self @ v)).mean(0)
         if probes != "exact":
             raise ValueError(complaint("probes", "'exact' or Hutchinson(...)", probes))
-        return unit_vector_chunks(x, max(1, CHUNK_ELEMENTS // x.numel()))
+        with torch.no_grad(), outside_inference_mode():
+            _, forms = quadratic_forms(self._field, x, self._units())
+        jacobian = forms.T.reshape(x.shape)
+        return self._scale * apply_affine(jacobian, torch.ones_like(x), *self._affine)
+
+    def trace(self, probes: Probes = "exact", generator: torch.Generator | None = None) -> Tensor:
+        """Sums (B,) of the variances, as `diagonal` gives them."""
+        return over_elements(self.diagonal(probes, generator), 1)
+
+    def dense(self) -> Tensor:
+        """The symmetric part as matrices (B, d, d), from d products."""
+        columns = torch.cat([self @ units for units in self._units()])
+        return columns.flatten(2).movedim(0, 2)
+
+    def _units(self) -> Iterable[Tensor]:
+        return unit_vector_chunks(self._x, max(1, CHUNK_ELEMENTS // self._x.numel()))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
