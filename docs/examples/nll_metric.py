@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from hosm_losses import FixedGrid, NLLResult, ScoreModel, VPSchedule, ode_nll
 
-FIELDS = ("nll", "nfe", "standard_error", "solver_error", "failed")
+FIELDS = ("nll", "nfe", "standard_error", "solver_error", "failed", "products", "kinks")
 OTHERS = ("levels", "low", "high", "widening", "elements")  # the same for every batch
 
 
@@ -40,20 +40,20 @@ class ODELikelihood(Metric):
 
     def compute(self) -> dict[str, float | None]:
         """Means and standard errors over all batches of all processes."""
-        parts = (getattr(self, name) for name in FIELDS + OTHERS)
-        # A list before the processes are joined, a tensor after.
-        joined = [torch.cat(part) if isinstance(part, list) else part for part in parts]
-        nll, nfe, error, solver_error, failed, *others = joined
-        levels, low, high, widening, elements = (each[0].item() for each in others)
-        latent = nll.new_zeros(len(nll), int(elements))  # only its size counts
-        error = None if bool(error.isnan().all()) else error
-        rest = (solver_error, failed > 0, None, None, widening)
-        result = NLLResult(nll, latent, nfe, error, *rest)
+        parts = {name: getattr(self, name) for name in FIELDS + OTHERS}
+        found = {n: torch.cat(p) if isinstance(p, list) else p for n, p in parts.items()}
+        levels, low, high, widening, elements = (found.pop(name)[0].item() for name in OTHERS)
+        for name in ("standard_error", "products", "kinks"):
+            found[name] = None if found[name].isnan().all() else found[name]
+        for name in ("failed", "kinks"):
+            found[name] = found[name] if found[name] is None else found[name] > 0
+        latent = found["nll"].new_zeros(len(found["nll"]), int(elements))  # only its size counts
+        result = NLLResult(**found, latent=latent, widening=widening)
         return asdict(result.summary(*([int(levels), low, high] if levels > 0 else [])))
 
 
 def main() -> None:
-    """Every process evaluates its share of the same points."""
+    """Evaluate a share of the same points in every process."""
     if launched := dist.is_torchelastic_launched():  # by torchrun
         dist.init_process_group("gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if launched else (0, 1)
