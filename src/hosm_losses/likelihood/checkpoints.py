@@ -8,6 +8,8 @@ What:
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +39,11 @@ class _Evaluation:
     def __init__(self, checkpoints: Checkpoints, function: Callable[[], Any], x: Tensor) -> None:
         self.checkpoints, self.function, self.x = checkpoints, function, x
         self.before, kind = Snapshot(None, x), x.device.type
-        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        self.autocast = kind, *autocast
+        self.autocast: Any = nullcontext
+        if torch.amp.is_autocast_available(kind):
+            given: dict[str, Any] = {"enabled": torch.is_autocast_enabled(kind)}
+            given["dtype"] = torch.get_autocast_dtype(kind)
+            self.autocast = partial(torch.autocast, kind, **given)
         self.saved: dict[int, Tensor] = {}
 
     def first(self) -> Any:
@@ -66,9 +71,9 @@ class _Evaluation:
             if latest is not None:
                 latest.saved = {}
             self.checkpoints.latest = weakref.ref(self)
-            now, (kind, enabled, dtype) = Snapshot(self.checkpoints.network, self.x), self.autocast
+            now = Snapshot(self.checkpoints.network, self.x)
             self.before.restore()
-            with torch.enable_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled):
+            with torch.enable_grad(), self.autocast():
                 _, self.saved = self._run()
             now.restore()
             if len(self.saved) != self.count:
