@@ -5,6 +5,8 @@
 - `solvers`: `FixedGrid`, `ToTolerance` and `Adaptive`, what is chosen of a solver.
 - `multistep`: the fixed grid, which the batch shares, of steps that are given or found.
 - `adaptive`: steps of each sample's own.
+- `counts`: as many probes as a standard error needs.
+- `checkpoints`: evaluations of whose graph no activation stays.
 - `inputs`: a call with its arguments, in chunks and draws, to one result.
 - `integers`: `Uniform`, `TruncatedNormal`, and one density from several draws.
 - `watch`: networks whose output is random.
