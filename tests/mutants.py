@@ -50,7 +50,7 @@ MUTANTS = [
         "tests/taylor/test_edges.py",
     ),
     Mutant(
-        "taylor/composites.py",
+        "taylor/attention.py",
         "return (mixed if mask is None else ops.mul(mixed, _allows_any(mask))), weights",
         "return mixed, weights",
         "tests/taylor/test_attention_masks.py",
@@ -92,7 +92,7 @@ MUTANTS = [
         "tests/taylor/test_calls.py",
     ),
     Mutant(
-        "taylor/norms.py",
+        "taylor/softmax.py",
         "add_products(of_weights, again[:1], total(value), -1)",
         "add_products(of_weights, again[:1], total(weights * a), -1)",
         "tests/taylor/test_pullbacks.py",
@@ -128,7 +128,7 @@ MUTANTS = [
         "tests/taylor/test_calls.py",
     ),
     Mutant(
-        "taylor/composites.py",
+        "taylor/lengths.py",
         "short = ops.value(length) * largest <= eps",
         "short = ops.value(length) <= eps",
         "tests/taylor/test_edges.py",
@@ -146,13 +146,13 @@ MUTANTS = [
         "tests/taylor/test_jet.py",
     ),
     Mutant(
-        "taylor/tensor.py",
+        "taylor/directional.py",
         "    stack = stack if torch.is_grad_enabled() else stack.detach()\n",
         "",
         "tests/taylor/test_directional.py",
     ),
     Mutant(
-        "taylor/tensor.py",
+        "taylor/directional.py",
         'return value[0], first, second[0] if pairs == "sum" else second',
         "return value[0], first, second[0]",
         "tests/taylor/test_directional.py",
@@ -186,7 +186,7 @@ MUTANTS = [
         "tests/test_training_loops.py",
     ),
     Mutant(
-        "taylor/primitive_mode.py",
+        "taylor/hooks.py",
         "if not same or versions([gradient]) != before:",
         "if not same:",
         "tests/derivatives/test_engines_agree.py",
@@ -205,7 +205,7 @@ MUTANTS = [
         "tests/test_transforms.py",
     ),
     Mutant(
-        "taylor/composites.py",
+        "taylor/attention.py",
         "key, value = (ops.repeat_interleave(each, times, -3) for each in (key, value))",
         "key, value = (ops.cat([each] * times, -3) for each in (key, value))",
         "tests/taylor/test_calls.py",
@@ -223,7 +223,7 @@ MUTANTS = [
         "tests/taylor/test_calls.py",
     ),
     Mutant(
-        "taylor/composites.py",
+        "taylor/attention.py",
         "return attn_mask.masked_fill(~rows, 0.0).to(dtype)",
         "return attn_mask.to(dtype)",
         "tests/taylor/test_attention_masks.py",

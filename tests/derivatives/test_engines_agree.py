@@ -11,7 +11,7 @@ from torch import nn
 
 import hosm_losses as hosm
 from hosm_losses.model import noise_field
-from hosm_losses.taylor.primitive_mode import ChangedGradientError
+from hosm_losses.taylor.hooks import ChangedGradientError
 from tests.cases import (
     ENGINES,
     VP,

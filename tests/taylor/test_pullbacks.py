@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from hosm_losses.taylor import norms
+from hosm_losses.taylor import norms, softmax
 from hosm_losses.taylor.norms import Rows
 from hosm_losses.taylor.recompute import with_recomputation
 
@@ -71,9 +71,9 @@ def agree(function, pullbacks, tensors, order=3, through=with_recomputation):
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_softmax(dim, pairs, firsts, seconds):
     stack = numbers(1 + firsts + seconds, 2, 3, 5).requires_grad_()
-    function = partial(norms._softmax, dim, firsts, pairs)
-    first = partial(norms._pull_back, dim, firsts, pairs, len(stack))
-    again = [partial(norms._pull_back_again, dim)] if pairs == "none" else []
+    function = partial(softmax._softmax, dim, firsts, pairs)
+    first = partial(softmax._pull_back, dim, firsts, pairs, len(stack))
+    again = [partial(softmax._pull_back_again, dim)] if pairs == "none" else []
     agree(function, [first, *again], [stack], through=partial(with_recomputation, by_result=True))
 
 
@@ -104,8 +104,8 @@ def test_every_parameter_of_a_norm_has_a_gradient(parameters):
 @pytest.mark.parametrize("pairs", ["none", "squares"])
 def test_a_short_type_is_kept_and_gradients_have_it(dtype, pairs):
     stack = numbers(3, 2, 6, 4).to(dtype).requires_grad_()
-    function = partial(norms._softmax, -1, 2, pairs)
-    first = partial(norms._pull_back, -1, 2, pairs, len(stack))
+    function = partial(softmax._softmax, -1, 2, pairs)
+    first = partial(softmax._pull_back, -1, 2, pairs, len(stack))
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
         value = with_recomputation(function, stack, pullbacks=[first], by_result=True)

@@ -1,8 +1,8 @@
-r"""Operators over rows, norms and softmax, and their gradients.
+r"""Norms over rows, and their gradients.
 
-Norms, formula over a row of N elements, with c = x − ⟨x⟩ and ⟨·⟩ the mean over the row (RMS norm:
-c = x), z·w the sum of products over the row, u = (c·c + N eps)^(−1/2), ρ = √N u, and capitals for
-what lies along c, Z = u² c·z:
+Formula over a row of N elements, with c = x − ⟨x⟩ and ⟨·⟩ the mean over the row (RMS norm: c = x),
+z·w the sum of products over the row, u = (c·c + N eps)^(−1/2), ρ = √N u, and capitals for what
+lies along c, Z = u² c·z:
     y = ρ c        y_l = J c_l        y_lr = J c_lr + bent(c_l, c_r)
     The first three derivatives of y, with {z w} = u² z·w − 3 Z W:
     J z = ρ (z − c Z)
@@ -21,28 +21,6 @@ Gradients, for cotangents a of y, b_l of y_l and d of y_lr, all of them centred 
     in x      bent(p, a) + Σ_l [bent(q_l, b_l) + third(p, b_l, c_l)]
 
 Autograd, with the formula evaluated again, reads and writes the activations 1.6 times as often.
-
-Softmax, formula of p = softmax(x), with ⟨z⟩ the mean under p, z̃ = z − ⟨z⟩ and u_l = x̃_l:
-    p_l = p u_l        p_lr = p c̃ of c = u_l u_r + x_lr
-
-Gradients, for cotangents a of p, b_l of p_l and d of p_lr, where Σ without an index is over the
-axis. With β_l = Σ p b_l, δ = Σ p d, σ_l = Σ p_l (d − δ) and
-w = p a + Σ_l p_l (b_l − β_l) + Σ_lr [p_lr (d − δ) − p_l σ_r − p_r σ_l]:
-    in x_lr   p (d − δ)
-    in x_l    p (b_l − β_l − σ_r) + p_r (d − δ) , and so for x_r
-    in x      w − p Σ w
-    Nothing but the result is needed for them, so it is kept, and x is not.
-
-Gradients of those in x and x_l, in the result and in its cotangents, where there is no d. For
-cotangents A of that in x and B_l of that in x_l, with Ã = A − Σ p A and h_l = p_l Ã + p B_l:
-    in a      p Ã
-    in b_l    h_l − p Σ h_l
-    in p_l    Ã (b_l − β_l)
-    in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
-
-The product with the values of attention keeps the result too, if it is not rounded or dropped
-before.
-In a short type gradients are as exact as PyTorch's, which come from a rounded result as well.
 """
 
 import math
@@ -58,7 +36,7 @@ from hosm_losses.taylor.composites import ON_JETS, ON_TENSORS, composite, refuse
 from hosm_losses.taylor.errors import NoRule
 from hosm_losses.taylor.products import with_bias
 from hosm_losses.taylor.recompute import Needed, with_recomputation
-from hosm_losses.taylor.registry import axes, axis, rule
+from hosm_losses.taylor.registry import axes
 from hosm_losses.taylor.stacks import (
     Pairs,
     add_products,
@@ -68,7 +46,6 @@ from hosm_losses.taylor.stacks import (
     sides,
     total,
 )
-from hosm_losses.taylor.tensor import Jet
 
 Some = Tensor | None
 Term = tuple[Tensor, Tensor]  # a factor for each row, and a stack
@@ -438,105 +415,3 @@ def _instance_norm(
         return _batch_norm(ops, x, running_mean, running_var, weight, bias, eps=eps)
     _move_statistics(F.instance_norm, ops, x, running_mean, running_var, momentum, eps)
     return _group_norm(ops, x, x.shape[1], weight, bias, eps)
-
-
-@rule("softmax", kind="stack")
-def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3) -> Jet:
-    """exp(x) over its sum along an axis, of x in another type if one is given."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise NoRule
-    stack = x.stack if dtype is None else x.stack.to(dtype)
-    dim = axis(dim, x.ndim)
-    parts: list[Any] = [
-        partial(_softmax, dim, x.firsts, x.pairs),
-        partial(_pull_back, dim, x.firsts, x.pairs, len(stack)),
-    ]
-    if x.pairs == "none":
-        parts.append(partial(_pull_back_again, dim))
-    return x.like(with_recomputation(parts[0], stack, pullbacks=parts[1:], by_result=True))
-
-
-def _softmax(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
-    logits, tangents, seconds = components(at_least_float32(stack), firsts)
-    weights = torch.softmax(logits, dim)
-
-    def about_mean(x: Tensor) -> Tensor:
-        return x - (weights * x).sum(dim, keepdim=True)
-
-    u = about_mean(tangents)
-    parts = [weights, weights * u]
-    if pairs != "none":
-        left, right = sides(u, pairs)
-        bent = collect(left * right, pairs)
-        parts.append(weights * about_mean(bent + seconds if len(seconds) else bent))
-    return torch.cat(parts).to(stack.dtype)
-
-
-def _pull_back(
-    dim: int,
-    firsts: int,
-    pairs: Pairs,
-    count: int,
-    _needed: Needed,
-    result: Tensor,
-    cotangent: Tensor,
-) -> Tensor:
-    """The gradient in a stack of so many components."""
-    dtype = result.dtype
-    result, cotangent = at_least_float32(result), at_least_float32(cotangent)
-    weights, tangents, seconds = components(result, firsts)
-    found = weights * cotangent
-    sums = found[1:].sum(dim, keepdim=True)
-    of_firsts, of_seconds = sums.split_with_sizes((firsts, len(sums) - firsts))
-    b, d = (cotangent[1:] - sums).split_with_sizes((firsts, len(of_seconds)))
-    of_value = found[:1]
-    add_products(of_value, tangents, b)
-    if pairs != "none":
-        add_products(of_value, seconds, d)
-        bent = _on_sides(d, *sides(tangents, pairs), pairs)
-        found[1 : 1 + firsts].add_(bent)
-        bent = bent.sum(dim, keepdim=True)
-        add_products(of_value, tangents, bent, -1)
-        of_firsts = of_firsts + bent
-    sums = torch.cat([of_value.sum(dim, keepdim=True), of_firsts, of_seconds])
-    # Of second derivatives that are zero everywhere there is no gradient.
-    return found[:count].addcmul_(weights, sums[:count], value=-1).to(dtype)
-
-
-def _on_sides(d: Tensor, left: Tensor, right: Tensor, pairs: Pairs) -> Tensor:
-    """What d adds to the gradients in the first derivatives: its products with the other side."""
-    if right is left:
-        return 2 * d * left
-    to_right = d * left
-    to_right = to_right.sum(0, keepdim=True) if pairs == "last" else to_right
-    return torch.cat([d * right, to_right])
-
-
-def _pull_back_again(
-    dim: int, _needed: Needed, result: Tensor, cotangent: Tensor, again: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradients, in the result and in the cotangent, of what `_pull_back` returns."""
-    dtype = result.dtype
-    result, cotangent, again = map(at_least_float32, (result, cotangent, again))
-    sizes = 1, len(result) - 1
-    (weights, tangents), (a, b), (turned, of_firsts) = (
-        stack.split_with_sizes(sizes) for stack in (result, cotangent, again)
-    )
-    total = partial(torch.sum, dim=dim, keepdim=True)
-    of_cotangent = weights * again
-    mean = total(of_cotangent[:1])
-    of_cotangent[:1].addcmul_(weights, mean, value=-1)
-    turned = turned - mean
-    of_cotangent[1:].addcmul_(tangents, turned)
-    sums = total(of_cotangent[1:])
-    of_cotangent[1:].addcmul_(weights, sums, value=-1)
-    of_result = turned * cotangent
-    means = total(weights * b)
-    of_result[1:].addcmul_(turned, means, value=-1)
-    centred, of_weights = b - means, of_result[:1]
-    value = weights * a
-    add_products(value, tangents, centred)
-    add_products(of_weights, again[:1], total(value), -1)
-    add_products(of_weights, of_firsts, centred)
-    add_products(of_weights, b, sums, -1)
-    return of_result.to(dtype), of_cotangent.to(dtype)

@@ -4,15 +4,14 @@ What:
     A `TorchFunctionMode` replaces the operators of `primitives` where a network calls them, while
     a loss evaluates the network and in its thread alone. Nothing is patched. An activation
     checkpoint evaluates its part of the network again in the backward pass, when the mode is off:
-    `recomputable` puts it on there. Hooks on tensors and modules inside a network may look at
-    gradients, and not change them.
+    `recomputable` puts it on there.
 
 Source:
     The documentation of `torch.overrides`; that of `torch.utils.checkpoint` for `context_fn`.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
@@ -24,59 +23,11 @@ from torch.overrides import TorchFunctionMode
 from hosm_losses.taylor._torch import (
     checkpoint_hook,
     selective_checkpoint,
-    share_memory,
     traced,
-    versions,
 )
 from hosm_losses.taylor.errors import DerivativeError
+from hosm_losses.taylor.hooks import guard_hook
 from hosm_losses.taylor.registry import OF_ONE, PRIMITIVES
-
-CHANGING_HOOK = (
-    "network: expected hooks that look at gradients; got one that changes them inside it, and "
-    "so the loss. Change gradients of the parameters, after loss.backward()."
-)
-
-
-class ChangedGradientError(DerivativeError):
-    """A hook that changes a gradient; with another engine it would change the loss."""
-
-
-class ScriptedError(DerivativeError):
-    """A part of torch.jit; another engine would not see the norms inside it either."""
-
-
-GIVE_THE_SOURCE = (
-    "PyTorch's own higher derivatives of norms are taken inside it, which are wrong without an "
-    "error. Use the module that it was made of."
-)
-# What no other engine does better.
-FINAL = (ChangedGradientError, ScriptedError)
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one is other or share_memory(one, other)
-
-
-def check_unchanged(returned: Sequence[Any], incoming: Sequence[Any]) -> None:
-    """Compare what comes out of a module's hooks with what went in."""
-    for one, other in zip(returned, incoming, strict=True):
-        given = isinstance(one, Tensor) and isinstance(other, Tensor)
-        if given and not _is_same(one, other):
-            raise ChangedGradientError(CHANGING_HOOK)
-
-
-def guard_hook(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
-    """A hook that raises where the given one changes a gradient."""
-
-    def guarded(gradient: Tensor) -> None:
-        before = versions([gradient])
-        found = hook(gradient)
-        same = found is None or _is_same(found, gradient)
-        if not same or versions([gradient]) != before:
-            raise ChangedGradientError(CHANGING_HOOK)
-
-    return guarded
-
 
 CHECKPOINT_ADVICE = (
     "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order "

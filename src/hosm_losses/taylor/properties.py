@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from hosm_losses.taylor.errors import TaylorError
-from hosm_losses.taylor.primitive_mode import guard_hook
+from hosm_losses.taylor.hooks import guard_hook
 from hosm_losses.taylor.registry import CONSTANT, Function, functions_named, rule
 from hosm_losses.taylor.tensor import Jet, on_values
 

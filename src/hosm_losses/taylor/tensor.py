@@ -1,4 +1,4 @@
-r"""A tensor with its derivatives along directions, what a function makes of one, and `jet`.
+r"""A tensor with its derivatives along directions, and what a function makes of one.
 
 What:
     A Jet stands for x and carries a stack (C, B, *): the value; `firsts` first derivatives, one
@@ -21,7 +21,7 @@ torch.compile would take for plain tensors there.
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,14 +39,10 @@ from hosm_losses.taylor._torch import (
     without_subclasses,
 )
 from hosm_losses.taylor.errors import NoRule, TaylorError
-from hosm_losses.taylor.primitive_mode import (
-    GIVE_THE_SOURCE,
-    ScriptedError,
-    refuse_selective_checkpoint,
-    safe_primitives,
-)
+from hosm_losses.taylor.hooks import GIVE_THE_SOURCE, ScriptedError
+from hosm_losses.taylor.primitive_mode import refuse_selective_checkpoint, safe_primitives
 from hosm_losses.taylor.registry import CONSTANT, PRIMITIVES, RULES, Rule, name_of
-from hosm_losses.taylor.stacks import Pairs, components, extend
+from hosm_losses.taylor.stacks import Pairs, extend
 from hosm_losses.taylor.unknown import WRONG, along, wrong_in_forward_mode
 
 # The methods that Tensor has in Python. torch.compile looks into them in place of asking
@@ -361,80 +357,3 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
         return call(function, (self, *args), named) if ask else function(self, *args, **named)
 
     return method
-
-
-Function = Callable[[Tensor], Tensor]
-
-
-def jet(
-    function: Function, x: Tensor, directions: Tensor, pairs: Pairs = "none"
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    r"""Return f(x), its first derivatives along directions, and second ones if asked for.
-
-    One call of the function gives all of them, differentiable in x, the directions and what the
-    function trains, and by hand where PyTorch's own higher derivatives are wrong, as of norms.
-
-    Args:
-        function: of x (B, \*), every sample alone; such as a network with its conditions bound.
-        x: a batch (B, \*), in floating point.
-        directions: K directions for every sample, (K, B, \*).
-        pairs: which second derivatives ∂²f[v, u] there are: "none"; "squares" for v = u of every
-            direction; "sum" for the sum of those; "halves" for each v of the first half and its u
-            of the second; "last" for each v but the last, and the last as u.
-
-    Returns:
-        f (B, \*), first derivatives (K, B, \*), and second ones: None for "none", (K, B, \*) for
-        "squares", (B, \*) for "sum", (K/2, B, \*) for "halves", (K − 1, B, \*) for "last".
-
-    Raises:
-        TaylorError: what the function does cannot be followed, and why.
-        ValueError: directions of another shape, or pairs that do not go with their number.
-
-    Example:
-        >>> x, v = torch.tensor([[0.0], [1.0]]), torch.ones(1, 2, 1)
-        >>> f, first, second = jet(lambda x: x**3, x, v, "squares")
-        >>> first.flatten().tolist(), second.flatten().tolist()
-        ([0.0, 3.0], [0.0, 6.0])
-    """
-    if directions.shape[1:] != x.shape or not len(directions):
-        shape = ", ".join(map(str, x.shape))
-        raise ValueError(
-            f"directions: expected the shape (K, {shape}); got {tuple(directions.shape)}."
-        )
-    if pairs not in get_args(Pairs):
-        raise ValueError(f"pairs: expected one of {get_args(Pairs)}; got {pairs!r}.")
-    if (pairs == "halves" and len(directions) % 2) or (pairs == "last" and len(directions) == 1):
-        raise ValueError(
-            f"directions: expected two or more for pairs={pairs!r}, for halves an "
-            f"even number; got {len(directions)}."
-        )
-    stack = propagate(function, x, directions, pairs)
-    stack = stack if torch.is_grad_enabled() else stack.detach()
-    value, first, second = components(stack, len(directions))
-    if pairs == "none":
-        return value[0], first, None
-    return value[0], first, second[0] if pairs == "sum" else second
-
-
-def laplacian(function: Function, x: Tensor) -> Tensor:
-    r"""Return Δf, the sum over the elements of a sample of the second derivatives ∂²f/∂x_i².
-
-    It takes a direction for each of the d elements of a sample, and so d + 2 times the memory of
-    the function's value. See `jet` for what the function may be.
-
-    Args:
-        function: of x (B, \*), every sample alone.
-        x: a batch (B, \*).
-
-    Returns:
-        Δf, of the shape of f(x).
-
-    Example:
-        >>> laplacian(lambda x: (x**3).sum(1), torch.tensor([[1.0, 2.0]]))
-        tensor([18.])
-    """
-    units = torch.eye(x.shape[1:].numel(), dtype=x.dtype, device=x.device)
-    directions = units.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
-    found = jet(function, x, directions, "sum")[2]
-    assert found is not None
-    return found
