@@ -30,8 +30,10 @@ def tree(file: Path) -> Found:
         where = {"size": report["size"], **report["environment"]}
         peers = {name: each or "not installed" for name, each in where.pop("peers").items()}
         found["measured"][question] = where | peers
-    for name in ("coverage", "examples", "compiled"):
+    for name in ("examples", "compiled"):
         found[name] = results.read(file.parent / f"{name}.json")
+    for name in ("coverage", "ode_accuracy"):
+        found[name] = results.read(file.parent / f"{name}.json").get("found", {})
     found["keeping"] = results.read(file.parent / "keeping.json").get("speed", {}).get("found", {})
     found["equal_cost"] = {
         path.stem.removeprefix("equal_cost_"): results.read(path)["settings"]

@@ -1,6 +1,7 @@
 """The fixed grid: its rule, and errors that are what they say, with a companion too."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -179,14 +180,14 @@ def test_a_companion_is_the_solution_of_half_the_steps(steps):
         assert torch.equal(solution.integral(), alone.integral())
 
 
-def kicked(x, t):
+def kicked(x, t, size=0.01):
     """A narrow kick at σ̂ = 1/e that the path stretches later, of which no local error tells."""
     alpha, sigma = VP(t)
     u, alpha = (sigma / alpha).log()[:, None], alpha[:, None]
     scale = (0.25 + u.exp().square()).sqrt()
     ratio = u.exp() / scale
     z = x / alpha / scale
-    moved = torch.sigmoid(3 * (u + 0.2)) * z + 0.01 * torch.exp(-(((u + 1) / 0.07) ** 2))
+    moved = torch.sigmoid(3 * (u + 0.2)) * z + size * torch.exp(-(((u + 1) / 0.07) ** 2))
     return ratio * z + moved / ratio
 
 
@@ -205,3 +206,16 @@ def test_a_kick_that_is_stretched_later_is_covered():
         )
         assert not (error <= 2 * alone.solver_error).any()
         assert (error <= 2 * both.solver_error).all()
+
+
+def test_a_tolerance_takes_a_companion_because_the_path_alone_misses_it():
+    model = hosm.ScoreModel(partial(kicked, size=0.05), VP)
+    x = 1e-4 * torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    truth = hosm.ode_nll(model, x, solver=hosm.FixedGrid(512), divergence="exact").nll
+    alone, both = (
+        hosm.ode_nll(model, x, solver=solver, divergence="exact")
+        for solver in (hosm.ToTolerance(0.01, companion=False), hosm.ToTolerance(0.01))
+    )
+    assert float((alone.nll - truth).abs().min()) > 0.02
+    assert float((both.nll - truth).abs().max()) < 0.01
+    assert both.nfe.tolist() == [both.steps * 3 // 2 + 20] * 4

@@ -23,7 +23,7 @@ Errors:
     The error of ∫ is estimated from the differences d₁, d₂, d₃ of the integrals over every node,
     second, fourth and eighth one: by max(d₁/15, d₂/64), or by max(d₁, d₂/2, d₃/4) and at least
     its median over the batch where q has kinks, as with ReLU, or jumps: the order log₂(d₂/d₁), of
-    such medians, is below 2.5 then, and log₂(d₃/d₁) below 8, which d₂ alone may be by chance.
+    such medians, is below 2.5 then, and log₂(d₃/d₁) below 5.5, which d₂ alone may be by chance.
     A companion is the path with half the steps and the same probes. With D the difference of both
     answers, ∫ taken over every second node in both, the path's error is then max(p, D/8), and p
     where D is not finite. The constants do in benchmarks/coverage.py.
@@ -57,7 +57,7 @@ from hosm_losses.likelihood.result import solver_limit
 from hosm_losses.probes import Hutchinson, ToStandardError
 
 Mesh = Literal["mixed", "uniform"]
-WIDTH = 1.25  # of the logistic law in the mixed mesh
+WIDTH = 1.0  # of the logistic law in the mixed mesh
 BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 MOULTON = (251 / 720, 646 / 720, -264 / 720, 106 / 720, -19 / 720)
 NEXT_TERM = tuple(3 / 160 * weight for weight in (1, -5, 10, -10, 5, -1))
@@ -203,7 +203,7 @@ class Walk:
         first, second, *third = (each.nanmedian() for each in differences)
         kinks, kinked = second < 2**2.5 * first, largest(KINKED)
         for each in third:
-            kinks = kinks & (each < 2**8 * first)
+            kinks = kinks & (each < 2**5.5 * first)
         kinked = torch.maximum(kinked, kinked.nanmedian())
         return torch.where(kinks, kinked, largest(SMOOTH))
 
