@@ -8,7 +8,8 @@ import torch
 import hosm_losses as hosm
 from hosm_losses.likelihood.adaptive import ERROR, NODES, STAGES, adaptive
 from tests.cases import SCHEDULES, VP
-from tests.likelihood.problems import gaussian, marginals, total
+from tests.likelihood.problems import gaussian, marginals, problem, total
+from tests.oracles import GaussianMixture
 
 TOLERANCE = 1e-8
 
@@ -134,6 +135,17 @@ def test_the_claim_covers_a_nearly_singular_gaussian(schedule, backwards):
     assert float(found.solver_error.median()) < 0.01
     assert sum(calls) == int(found.nfe.sum())
     assert torch.equal(found.products, 2 * (found.nfe - int(backwards)))
+
+
+def test_the_claim_covers_sharp_gaussians_in_the_first_step():
+    """With a first step of a twentieth, both solutions miss what is in it: 0.63 covered."""
+    stds = torch.tensor([[0.02, 0.3], [0.1, 0.02], [0.05, 0.05]])
+    means = [[0.5, 0.5], [-0.5, 0.0], [0.3, -0.6]]
+    mixture = GaussianMixture(means, torch.diag_embed(stds**2), [0.3, 0.3, 0.4])
+    model, x, log_density, log_prior = problem(hosm.EDMSchedule(), mixture, 30)
+    found = hosm.ode_nll(model, x, solver=hosm.Adaptive(), log_prior=log_prior)
+    error = (found.nll + log_density).abs()
+    assert float((error <= 2 * found.solver_error).double().mean()) >= 0.95
 
 
 def test_kinks_are_suspected_where_smaller_steps_cost_too_much():
