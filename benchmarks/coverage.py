@@ -107,7 +107,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "ring": Kind(partial(dense, 2, 128), on_ring, (EXACT, 0, 200)),
+    "ring, d = 2": Kind(partial(dense, 2, 128), on_ring, (EXACT, 0, 200)),
     "ReLU": Kind(partial(mlp, activation=nn.ReLU), on_ring, (0, 1500), finest=768),
     "jumps in t": Kind(jumping, on_ring, (1500,), ("VP", "flow"), finest=4096),
     "line": Kind(mlp, line, (1500,), ("VP", "EDM"), finest=768, off=OFF),
@@ -179,8 +179,8 @@ def models(
         file = directory and directory / f"{name}-{key}-{steps}.pt"
         model = trained(name, schedule, steps, data, file)
     else:
-        means = ring().means if name == "ring" else torch.zeros(1, 2, dtype=torch.float64)
-        deviations = torch.full((2,), 0.1).double() if name == "ring" else std
+        means = ring().means if name == "ring, d = 2" else torch.zeros(1, 2, dtype=torch.float64)
+        deviations = torch.full((2,), 0.1).double() if name == "ring, d = 2" else std
         model = hosm.ScoreModel(exact_noise(means, deviations, schedule), schedule)
     moments = {"data_mean": float(data.mean()), "data_std": float(data.std())}
     return model, alpha * held_out + sigma * noise, moments
