@@ -358,7 +358,12 @@ TOGETHER = [
     ([NLL], TypeError, "x", IMAGES | {"x": X.long()}),
     ([NLL], TypeError, "x", IMAGES | {"x": X.byte().to_sparse()}),
     ([NLL], ValueError, "x", IMAGES | {"x": X[:0].byte()}),
-    ([NLL], ValueError, "dequantization", IMAGES | {"dequantization": hosm.Uniform(2)}),
+    (
+        [NLL],
+        ValueError,
+        "dequantization",
+        IMAGES | {"dequantization": hosm.Uniform(2), "divergence": hosm.Hutchinson()},
+    ),
     ([FIRST], TypeError, "first_order_dsm", {"probe": X}),
     ([SECOND], TypeError, "second_order_dsm", {"third": "exact"}),
     ([THIRD], TypeError, "third_order_dsm", {"n_probes": 2}),
