@@ -491,6 +491,7 @@ MUTANTS = [
         "latent, integral = (batch.x if backwards else end), integral",
         "tests/likelihood/test_random_settings.py",
     ),
+    # Where paths have kinks, claims that are small by chance.
     Mutant(
         "likelihood/adaptive.py",
         "chosen = None if probes is None else probes[:, rows]",
@@ -593,6 +594,13 @@ MUTANTS = [
         "return tensor.expand(outer + rest).reshape(-1, *rest)",
         "return tensor.reshape(-1, *rest).repeat_interleave(outer.numel() // batch.numel(), 0)",
         "tests/likelihood/test_distribution.py",
+    ),
+    # Where paths have kinks, claims that are small by chance.
+    Mutant(
+        "likelihood/adaptive.py",
+        "torch.where(kinks, torch.maximum(solver_error, usual), solver_error)",
+        "solver_error",
+        "tests/likelihood/test_adaptive.py",
     ),
     # The density of x_t for that of x_t/α.
     Mutant(

@@ -54,6 +54,7 @@ FINER = 10  # of the second solution
 # Of paths with kinks: times as many evaluations at a tenth of the tolerance, and the part of them
 # that is rejected. Sharp densities have the first alone, up to 1.85, smooth networks the second.
 KINK_COST, KINK_REJECTED = 1.45, 0.3
+KINK_SHARE = 0.5  # of the batch, from which on every path is taken to have kinks
 MINIMUM_PATHS = 4
 # Of t/2 − 1 in powers of 1/ν, t the quantile of Student's law where the normal law has 2.
 STUDENT = (5 / 4, 49 / 32, 183 / 128, 5665 / 6144)
@@ -130,8 +131,9 @@ def solve_adaptive(batch: Batch, z: Tensor, span: Span, *, tolerance: float) -> 
     """Solve from the start of a span, at either end, with steps of each sample's own.
 
     The answer is that of a second solution, at a tenth of the tolerance. What it claims is the
-    larger of their difference and of the sum of its steps' errors, and three times that where the
-    path seems to have kinks: errors of steps say little there.
+    larger of their difference and of the sum of its steps' errors. Where the path seems to have
+    kinks it is three times that, and at least the median of such claims in the batch: errors of
+    steps say little there, and a difference may be small by chance.
     """
     refuse_vmap("Adaptive")
     if isinstance(batch.divergence, ToStandardError):
@@ -157,7 +159,10 @@ def solve_adaptive(batch: Batch, z: Tensor, span: Span, *, tolerance: float) -> 
         apart = (integrals - others).mean(1) + _difference(batch, end, other, span)
     kinks = found.evaluations > KINK_COST * rough.evaluations
     kinks = kinks & (found.rejected > KINK_REJECTED)
+    kinks = kinks | (kinks.double().mean() >= KINK_SHARE)
     solver_error = torch.maximum(apart.abs(), found.error) * (1 + 2 * kinks)
+    usual = torch.where(kinks, solver_error, math.nan).nanmedian()
+    solver_error = torch.where(kinks, torch.maximum(solver_error, usual), solver_error)
     standard_error, widening, paths = None, 1.0, integrals.shape[1]
     if probes is None:
         standard_error = torch.zeros_like(solver_error)
