@@ -159,7 +159,8 @@ def test_a_network_of_the_levels_alone_gives_their_probabilities():
         nats = of_levels(model, int(level), 40, hosm.TruncatedNormal(), solver=solver)
         expected = -math.log(weight) - math.log(math.erf(3 / 2**0.5))
         torch.testing.assert_close(nats, torch.full((40,), expected), rtol=0, atol=0.03)
-    assert float(of_levels(model, 130, 40, hosm.Uniform(), solver=solver).nanmedian()) > 3
+    nats = of_levels(model, 130, 40, hosm.Uniform(), solver=solver)
+    assert float(((nats - math.log(2)).abs() < 0.5).double().mean()) < 0.2
 
 
 def test_levels_may_have_another_range():
