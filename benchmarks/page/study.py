@@ -31,7 +31,7 @@ GAINS = {
     "mixture, d = 1, VP": WHOLE,
     "checkerboard, d = 2": WHOLE,
     "many-well, d = 4, width 128": WHOLE,
-    "many-well, d = 8, width 32": RECIPE,
+    "many-well, d = 8, width 128": RECIPE,
 }
 Row = dict[str, Any]
 
