@@ -108,3 +108,17 @@ def test_a_trial_step_that_was_rejected_is_not_in_the_gradient(monkeypatch):
     alpha = VP.alpha(torch.tensor(VP.t_max))
     expected = (result.latent.sum() * alpha * WIDTH * math.sqrt(2 * math.pi)).detach()
     torch.testing.assert_close(slope, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("solver", [FIXED, ADAPTIVE])
+def test_a_network_with_torch_func_inside_has_the_same_gradient(solver):
+    """Such a network takes no hooks on saved tensors: all of its activations stay."""
+
+    def of(network):
+        x = torch.tensor(X[:2], requires_grad=True)
+        nll = hosm.ode_nll(hosm.ScoreModel(network, VP), x, enable_grad=True, solver=solver).nll
+        return torch.autograd.grad(nll.sum(), x)[0]
+
+    energy = torch.func.grad(lambda x: x.sin().sum())
+    found, expected = of(lambda x, t: energy(x)), of(lambda x, t: x.cos())
+    torch.testing.assert_close(found, expected)

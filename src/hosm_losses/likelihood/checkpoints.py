@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from hosm_losses._checks import DerivativeError
+from hosm_losses._torch_errors import HOOKS_IN_TRANSFORM
 from hosm_losses._torch_internals import traced
 from hosm_losses.derivatives import Snapshot
 
@@ -25,14 +26,22 @@ class Checkpoints:
     """The evaluations of one call, the latest of which has its saved tensors."""
 
     def __init__(self, network: object) -> None:
-        self.network = network
+        self.network, self.refused = network, False
         self.latest: Callable[[], _Evaluation | None] = lambda: None
 
     def __call__(self, function: Callable[[], Any], x: Tensor) -> Any:
         """Evaluate a function of nothing on the device of x."""
-        if traced() or not torch.is_grad_enabled():
+        if self.refused or traced() or not torch.is_grad_enabled():
             return function()
-        return _Evaluation(self, function, x).first()
+        evaluation = _Evaluation(self, function, x)
+        try:
+            return evaluation.first()
+        except (RuntimeError, DerivativeError) as error:
+            if HOOKS_IN_TRANSFORM not in f"{error} {error.__cause__}":
+                raise
+            self.refused = True  # by torch.func inside of the network: all activations stay
+            evaluation.before.restore()
+            return function()
 
 
 class _Evaluation:
