@@ -75,9 +75,8 @@ class Method(NamedTuple):
 def fixed(problem: Problem, x: Tensor, steps: float, seed: int, **options: Any) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     solver = hosm.FixedGrid(int(steps), data_std=problem.std)
-    return hosm.ode_nll(
-        problem.model, x, **{"solver": solver, "generator": generator} | options
-    ).nll
+    given = {"solver": solver, "generator": generator, "divergence": hosm.Hutchinson()}
+    return hosm.ode_nll(problem.model, x, **given | options).nll
 
 
 def kept_probe_nll(problem: Problem, x: Tensor, steps: float, seed: int) -> Tensor:
