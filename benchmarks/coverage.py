@@ -21,18 +21,11 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import parser, training
+from benchmarks.experiment import parser, train_once, training
 from benchmarks.trained import Dense, digits
 
 FLOW, VP, EDM = hosm.LinearFlowSchedule(), hosm.VPSchedule(), hosm.EDMSchedule()
-SCHEDULES = {
-    "VP": VP,
-    "EDM": EDM,
-    "flow": FLOW,
-    "VE": hosm.VESchedule(),
-    "cosine": hosm.CosineSchedule(),
-}
-FEW = ("VP", "EDM", "flow")
+SCHEDULES = {"VP": VP, "EDM": EDM, "flow": FLOW}
 EXACT, OFF, DEVIATIONS = "exact score", (0.0, 0.02, 0.05), (0.6, 0.001)
 NEGLIGIBLE = 1e-6  # nats
 FILE = results.DIRECTORY / "coverage.json"
@@ -100,7 +93,7 @@ class Kind(NamedTuple):
     network: Callable[[hosm.Schedule, float], nn.Module]
     draw: Callable[[int, torch.Generator], Tensor]
     trainings: tuple[int | str, ...]  # numbers of steps, or EXACT
-    schedules: tuple[str, ...] = FEW
+    schedules: tuple[str, ...] = tuple(SCHEDULES)
     samples: int = 30
     finest: int = 512  # steps of the truth
     off: tuple[float | None, ...] = (None,)  # how far from the data; None: as far as the noise
@@ -151,13 +144,8 @@ def trained(
         chosen = torch.randint(len(data), (BATCH,), generator=generator)
         return hosm.first_order_dsm(model, data[chosen], generator=generator)
 
-    if file and file.exists():
-        network.load_state_dict(torch.load(file, weights_only=True))
-    else:
-        list(tqdm(training(model, loss, steps, decays=False), "training", steps, leave=False))
-    if file and not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(network.state_dict(), file)
+    steps_of = tqdm(training(model, loss, steps, decays=False), "training", steps, leave=False)
+    train_once(network, steps_of, file)
     return model.eval().double()
 
 

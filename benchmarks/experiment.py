@@ -71,6 +71,18 @@ def training(
         yield
 
 
+def train_once(network: nn.Module, steps: Iterable[object], file: Path | None) -> None:
+    """Take the steps of a training, or the weights that a file has kept of it."""
+    if file and file.exists():
+        network.load_state_dict(torch.load(file, weights_only=True))
+        return
+    for _ in steps:
+        pass
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(network.state_dict(), file)
+
+
 def clocked(route: Callable[[], T]) -> tuple[T, float]:
     """The result of a route, and its seconds of processor time."""
     start = time.process_time()

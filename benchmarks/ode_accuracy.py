@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import parser, training
+from benchmarks.experiment import parser, train_once, training
 from benchmarks.peers.likelihoods import log_prior
 from benchmarks.worth_problems import Checkerboard
 
@@ -94,20 +94,13 @@ def trained(data: str, schedule: str, steps: int, directory: Path | None) -> hos
     prediction = "velocity" if schedule == "flow" else "epsilon"
     model = hosm.ScoreModel(network, chosen, prediction)
     file = directory / f"{data}-{schedule}-{steps}.pt" if directory else None
-    if file and file.exists():
-        network.load_state_dict(torch.load(file, weights_only=True))
-        return model.double()
 
     def loss() -> Tensor:
         x0 = DATA[data](BATCH, generator)
         weighting = "native" if schedule == "flow" else "noise"
         return hosm.first_order_dsm(model, x0, weighting=weighting, generator=generator)
 
-    for _ in training(network, loss, steps, 2e-3):
-        pass
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(network.state_dict(), file)
+    train_once(network, training(network, loss, steps, 2e-3), file)
     return model.double()
 
 

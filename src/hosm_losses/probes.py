@@ -49,6 +49,7 @@ from hosm_losses._checks import (
     source,
 )
 
+CHUNK_ELEMENTS = 2**22  # of unit vectors at a time
 Distribution = Literal["rademacher", "gaussian", "sphere", "dct"]
 # Bytes. A loss holds several tensors of this size, and the network many: no device has the memory.
 LARGEST_UNITS = 16 * 2**30
@@ -225,9 +226,13 @@ def unit_vectors(like: Tensor) -> Tensor:
     return units
 
 
-def unit_vector_chunks(like: Tensor, size: int) -> Iterator[Tensor]:
-    """The d unit vectors as probes (k, B, *), k up to `size`, each chunk made when it is due."""
+def unit_vector_chunks(like: Tensor, size: int | None = None) -> Iterator[Tensor]:
+    """The d unit vectors as probes (k, B, *), k up to `size`, each chunk made when it is due.
+
+    By default a chunk has up to CHUNK_ELEMENTS elements.
+    """
     d = like[0].numel()
+    size = max(1, CHUNK_ELEMENTS // like.numel()) if size is None else size
     index = torch.arange(d, device=like.device)
     for rows in index.split(size):
         units = (rows[:, None] == index).to(like.dtype)

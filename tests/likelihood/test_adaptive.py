@@ -148,12 +148,13 @@ def test_the_claim_covers_sharp_gaussians_in_the_first_step():
     assert float((error <= 2 * found.solver_error).double().mean()) >= 0.95
 
 
+def jumping(x, t):
+    """A network with a hundred small jumps in t."""
+    return (1 + 0.02 * ((100 * t).floor() % 2))[:, None] * x / 2
+
+
 def test_kinks_are_suspected_where_smaller_steps_cost_too_much():
     """A hundred small jumps in t are within the first tolerance, and not within a tenth of it."""
-
-    def jumping(x, t):
-        return (1 + 0.02 * ((100 * t).floor() % 2))[:, None] * x / 2
-
     x = torch.randn(2, 2)
     for network, expected in ((jumping, True), (lambda x, t: 0.75 * x.tanh(), False)):
         result = hosm.ode_nll(hosm.ScoreModel(network, VP), x, solver=hosm.Adaptive())
@@ -163,10 +164,6 @@ def test_kinks_are_suspected_where_smaller_steps_cost_too_much():
 
 def test_where_paths_have_kinks_no_claim_is_below_the_usual_one():
     """The difference of two solutions may be small by chance."""
-
-    def jumping(x, t):
-        return (1 + 0.02 * ((100 * t).floor() % 2))[:, None] * x / 2
-
     claims = hosm.ode_nll(
         hosm.ScoreModel(jumping, VP), torch.randn(9, 2), solver=hosm.Adaptive()
     ).solver_error

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from hosm_losses.likelihood import paths
+from hosm_losses import probes as probes_of
 from hosm_losses.likelihood.adaptive import student_factor
 from hosm_losses.likelihood.paths import with_divergence
 from hosm_losses.model import noise_field
@@ -44,7 +44,7 @@ def traces(network, x):
 @pytest.mark.parametrize(("name", "chunk"), [("conv", 1), ("attention", 30), ("mlp", 2**22)])
 def test_the_divergence_is_the_trace_in_one_call(name, chunk, monkeypatch):
     """By unit vectors in chunks of any size, and in the mean over all vectors of signs."""
-    monkeypatch.setattr(paths, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(probes_of, "CHUNK_ELEMENTS", chunk)
     (network, shape), calls = networks()[name], []
 
     def counted(x, t):
@@ -74,7 +74,7 @@ def test_sums_are_kept_in_double_precision():
 def test_exact_makes_its_unit_vectors_when_they_are_due(monkeypatch):
     """Nothing is larger than a chunk; with x² for x₀ the trace of σ ε̂ is d − 2 α Σ x."""
     d, chunk = 1000, 4
-    monkeypatch.setattr(paths, "CHUNK_ELEMENTS", chunk * d)
+    monkeypatch.setattr(probes_of, "CHUNK_ELEMENTS", chunk * d)
     model, x, t = hosm.ScoreModel(lambda x, t: x**2, VP, "sample"), torch.randn(1, d), T[:1]
     with Largest() as largest, torch.no_grad():
         _, samples = with_divergence(noise_field(model, t), x, None)

@@ -44,7 +44,6 @@ from hosm_losses.model import NoiseField
 from hosm_losses.probes import Hutchinson, ToStandardError, draw_probes, unit_vector_chunks
 from hosm_losses.schedules import Schedule
 
-CHUNK_ELEMENTS = 2**22
 # Elements of a sample up to which "auto" is "exact": one probe errs by 0.6 nats at d = 8.
 EXACT_UP_TO = 16
 # A user's own: (x, t, **model_kwargs), as the network gets them, → (prediction, its divergence).
@@ -325,7 +324,7 @@ def with_divergence(
 ) -> tuple[Tensor, Tensor]:
     """f at x (B, *), and an estimate of ∇·f for each of the probes (K, B, *), as (K, B).
 
-    Without probes it is one without error, by passes back of CHUNK_ELEMENTS elements, or that of a
+    Without probes it is one without error, by passes back of `unit_vector_chunks`, or that of a
     function.
     """
     if callable(divergence):
@@ -335,8 +334,7 @@ def with_divergence(
     ):
         value, forms = field.forms_along(x, probes)
     else:
-        chunk = max(1, CHUNK_ELEMENTS // x.numel())
-        directions = unit_vector_chunks(x, chunk) if probes is None else [probes]
+        directions = unit_vector_chunks(x) if probes is None else [probes]
         value, forms = field.quadratic_forms(x, directions)
     forms = forms.to(accumulator(x))
     return value, forms.sum(0, keepdim=True) if probes is None else forms

@@ -53,8 +53,6 @@ class Solver:
         """Put values that are checked in place of those that were given."""
         for field in ("data_mean", "data_std"):
             values[field] = plain_moment(field, getattr(self, field), self._name(field))
-        if "mesh" in vars(self):
-            check_choice(self._name("mesh"), vars(self)["mesh"], get_args(Mesh))
         for field, value in values.items():
             object.__setattr__(self, field, value)
 
@@ -99,6 +97,7 @@ class FixedGrid(Solver):
         if self.companion and (steps % 2 or steps < least):
             expected, got = f"False, or even steps of {least} or more", f"True with {steps} steps"
             raise ValueError(complaint(self._name("companion"), expected, True, got=got))
+        check_choice(self._name("mesh"), self.mesh, get_args(Mesh))
         self._set(steps=steps)
 
     def start(self) -> Solve:
@@ -146,6 +145,7 @@ class ToTolerance(Solver):
         check_flag(self._name("companion"), self.companion)
         if not (self.group is None or isinstance(self.group, dist.ProcessGroup)):
             raise ValueError(complaint(self._name("group"), "a process group or None", self.group))
+        check_choice(self._name("mesh"), self.mesh, get_args(Mesh))
         self._set(tolerance=self._nats("tolerance"))
 
     def __getstate__(self) -> dict[str, Any]:

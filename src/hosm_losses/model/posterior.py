@@ -13,7 +13,7 @@ Source:
     Boys et al., arXiv 2310.06721, for the covariance.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,7 +34,6 @@ from hosm_losses.model.field import NoiseField, noise_field, refuse_wrapped
 from hosm_losses.model.score_model import ScoreModel, apply_affine, check_time
 from hosm_losses.probes import Hutchinson, draw_probes, unit_vector_chunks
 
-CHUNK_ELEMENTS = 2**22  # of unit vectors at a time
 Probes = Literal["exact"] | Hutchinson
 
 
@@ -100,7 +99,7 @@ class PosteriorCovariance:
         if probes != "exact":
             raise ValueError(complaint("probes", "'exact' or Hutchinson(...)", probes))
         with torch.no_grad(), outside_inference_mode():
-            _, forms = quadratic_forms(self._field, x, self._units())
+            _, forms = quadratic_forms(self._field, x, unit_vector_chunks(x))
         jacobian = forms.T.reshape(x.shape)
         return self._scale * apply_affine(jacobian, torch.ones_like(x), *self._affine)
 
@@ -110,11 +109,8 @@ class PosteriorCovariance:
 
     def dense(self) -> Tensor:
         """The symmetric part as matrices (B, d, d), from d products."""
-        columns = torch.cat([self @ units for units in self._units()])
+        columns = torch.cat([self @ units for units in unit_vector_chunks(self._x)])
         return columns.flatten(2).movedim(0, 2)
-
-    def _units(self) -> Iterable[Tensor]:
-        return unit_vector_chunks(self._x, max(1, CHUNK_ELEMENTS // self._x.numel()))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
