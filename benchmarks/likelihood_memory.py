@@ -3,7 +3,7 @@
     python -m benchmarks.likelihood_memory
 
 Every case runs in a process of its own, which says by how much its memory grew at most. A gradient
-is compared over 8 and 64 steps.
+is compared over 8 and 64 steps, and its time with that of one whose activations are all kept.
 """
 
 import multiprocessing
@@ -11,14 +11,17 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from statistics import median
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 import hosm_losses as hosm
 from benchmarks.networks import MLP, Convolutional, DiT, UNet
+from hosm_losses.likelihood.checkpoints import Checkpoints
 
-STEPS = 4
+STEPS, ROUNDS = 4, 5
 
 
 def density(network: nn.Module, x: Tensor, mode: str) -> None:
@@ -44,14 +47,15 @@ CASES: dict[str, Callable[[], None]] = {
     for batch in (2, 8)
     for mode in ("reverse", "forward")
 }
+GRADIENTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "convolutional, d = 768": (Convolutional, lambda: images(8)),
+    "MLP, d = 2": (lambda: MLP(128), lambda: torch.randn(512, 2)),
+}
 CASES |= {
     f"{name}, gradient over {steps} steps": lambda make=make, x=x, steps=steps: gradient(
         make(), x(), steps
     )
-    for name, make, x in (
-        ("convolutional, d = 768", lambda: Convolutional(), lambda: images(8)),
-        ("MLP, d = 2", lambda: MLP(128), lambda: torch.randn(512, 2)),
-    )
+    for name, (make, x) in GRADIENTS.items()
     for steps in (8, 64)
 }
 
@@ -68,13 +72,34 @@ def measure(name: str) -> None:
     print(f"{name:45s} {grown:7.0f} MiB {seconds:7.2f} s", flush=True)
 
 
+def compare_times(name: str) -> None:
+    """Print how much longer a gradient takes than one whose activations are all kept."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    make, x = GRADIENTS[name]
+    network, data = make(), x()
+    keeping = patch.object(Checkpoints, "__call__", lambda _self, function, _x: function())
+    for steps in (8, 64):
+        ratios: list[float] = []
+        for _ in range(ROUNDS):
+            start = time.process_time()
+            gradient(network, data, steps)
+            middle = time.process_time()
+            with keeping:
+                gradient(network, data, steps)
+            ratios.append((middle - start) / (time.process_time() - middle))
+        print(f"{name}, gradient over {steps} steps: {median(ratios):.2f} times the time")
+
+
 def main() -> None:
     # Else freed memory that is not handed back counts as well, up to four times what is in use.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    for name in CASES:
-        process = multiprocessing.get_context("spawn").Process(target=measure, args=(name,))
-        process.start()
-        process.join()
+    context = multiprocessing.get_context("spawn")
+    for function, names in ((measure, CASES), (compare_times, GRADIENTS)):
+        for name in names:
+            process = context.Process(target=function, args=(name,))
+            process.start()
+            process.join()
 
 
 if __name__ == "__main__":
