@@ -175,12 +175,6 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/backward.py",
-        'hasattr(node, "variable") and not hasattr(node.variable, OWN)',
-        'hasattr(node, "variable")',
-        "tests/losses/test_frozen.py",
-    ),
-    Mutant(
-        "derivatives/backward.py",
         "if not in_turn and internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None:",
         "if not torch.compiler.is_compiling():",
         "tests/test_training_loops.py",
@@ -475,8 +469,8 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/watch.py",
-        "        state.restore()\n",
-        "        state.restore(generators=False)\n",
+        "if not all(map(torch.equal, before, after)):",
+        "if False:",
         "tests/likelihood/test_said.py",
     ),
     Mutant(

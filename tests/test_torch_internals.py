@@ -96,7 +96,6 @@ def changed_since():
     value.backward()
 
 
-HALF, SINGLE, AT = torch.float16, torch.float32, torch.tensor([1.5, 2.0])
 SAID = {
     "NOT_TWICE": [
         lambda: twice(lambda x: torch.cdist(x.sin()[None, None], torch.ones(1, 3, 2)).sin()),
@@ -113,19 +112,6 @@ SAID = {
     "CHANGED_SINCE": [changed_since],
     "LOST_ATTRIBUTE": [lambda: once_and_again(Forgets.apply)],
     "IN_SCRIPT": [in_script],
-    "OF_DTYPES": [
-        lambda: F.linear(torch.ones(2, 2), torch.ones(2, 2, dtype=SINGLE)),
-        lambda: torch.matmul(torch.ones(2, 2, dtype=HALF), torch.ones(2, 2)),
-        lambda: F.layer_norm(torch.ones(2, 2), (2,), torch.ones(2, dtype=HALF)),
-        lambda: torch.einsum("ij,jk->ik", torch.ones(2, 2), torch.ones(2, 2, dtype=SINGLE)),
-    ],
-    "OF_INDICES": [
-        lambda: nn.Embedding(5, 3)(AT),
-        lambda: torch.ones(5, 3)[AT],
-        lambda: torch.ones(5, 3).gather(0, AT[:, None]),
-        lambda: F.one_hot(AT, 5),
-        lambda: [torch.ones(5)[each] for each in AT.tolist()],
-    ],
 }
 
 

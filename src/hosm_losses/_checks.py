@@ -46,11 +46,7 @@ def describe(value: object) -> str:
         return f"a {value.dtype} tensor of {shape} on {value.device}"
     if value is None or isinstance(value, str | Number):
         return repr(value)
-    kind = type(value)
-    home = sys.modules.get(kind.__module__)
-    again = getattr(home, kind.__qualname__, kind) is not kind  # as by autoreload in a notebook
-    since = ", loaded again since: make it anew" if again else ""
-    return f"an object of type {kind.__name__}{since}"
+    return f"an object of type {type(value).__name__}"
 
 
 def warn(message: str) -> None:

@@ -16,5 +16,3 @@ CHANGED_SINCE = "modified by an inplace operation"
 LOST_ATTRIBUTE = "Backward' object has no attribute"  # of a custom Function that dropped it
 IN_SCRIPT = "TorchScript interpreter"  # out of a function of torch.jit
 DEVICE_ERROR_TEXT = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")  # failed
-OF_DTYPES = ("dtype", "scalar type", "type (")  # of operands whose dtypes do not go together
-OF_INDICES = ("indices", "for index", "index tensor")  # of floating-point numbers for indices

@@ -170,27 +170,6 @@ def test_a_network_that_draws_by_code_of_its_own(call, seed):
         CALLS[call](model.eval(), x, model_kwargs=given)
 
 
-def test_the_comparison_leaves_the_generators_where_the_calls_did():
-    torch.manual_seed(0)
-    with told(DRAWS):
-        model = model_of(lambda x, t: x + torch.rand(1))
-        found = CALLS["nll"](model, torch.ones(2, 2), generator=torch.Generator())
-    after = torch.rand(1)
-    torch.manual_seed(0)
-    assert torch.equal(after, torch.rand(int(found.nfe[0]) + 1)[-1:])
-
-
-def test_a_network_that_draws_and_does_not_use_it():
-    """As a dropout of zero, or a layer that starts the generator by itself."""
-
-    def network(x, t):
-        torch.manual_seed(3)
-        return x + torch.randn(2) + 0 * torch.rand(())
-
-    with silence():
-        CALLS["nll"](model_of(network), torch.randn(8, 2))
-
-
 def energy(x, t):
     with torch.enable_grad():
         x = x if x.requires_grad else x.requires_grad_()

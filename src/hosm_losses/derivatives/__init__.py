@@ -9,7 +9,6 @@
 
 from hosm_losses.derivatives.backward import FOREIGN_CHECKPOINTS as FOREIGN_CHECKPOINTS
 from hosm_losses.derivatives.backward import gradients as gradients
-from hosm_losses.derivatives.backward import has_other_leaves as has_other_leaves
 from hosm_losses.derivatives.checkpointing import checkpoint as checkpoint
 from hosm_losses.derivatives.engines import Derivatives as Derivatives
 from hosm_losses.derivatives.engines import Field as Field

@@ -9,7 +9,7 @@ What:
     as of a network all of whose parameters are frozen, there is nothing to train.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -74,7 +74,6 @@ REMEDIES = {
     _torch_errors.DONATED_BY_COMPILED: GIVES_AWAY,
     _torch_errors.CHANGED_SINCE: CHANGED,
 }
-OWN = "_of_an_engine"  # the mark of a leaf that an engine made, kept with it by the graph
 
 
 class DroppedGraphError(DerivativeError):
@@ -98,14 +97,6 @@ def refuse_scripted(engine: str, error: Exception) -> None:
     """Raise in the place of an error of the taylor engine if a function of torch.jit raised it."""
     if engine == "taylor" and _torch_errors.IN_SCRIPT in str(error):
         raise ScriptedError(SCRIPTED_FUNCTION) from error
-
-
-def has_other_leaves(tensors: Iterable[Tensor]) -> bool:
-    """Whether a gradient of the tensors goes to something that no engine made."""
-    return any(
-        hasattr(node, "variable") and not hasattr(node.variable, OWN)
-        for node in internals.graph_nodes(tensors)
-    )
 
 
 def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = None) -> bool:

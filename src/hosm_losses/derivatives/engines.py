@@ -40,7 +40,6 @@ from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError, over_elements
 from hosm_losses.derivatives.backward import (
     LOST_TWICE,
-    OWN,
     known_remedy,
     pull_back,
     refuse_dropped,
@@ -122,9 +121,7 @@ def leaf(x: Tensor, wanted: bool) -> Tensor:
     """A point to differentiate at: x itself where a gradient of the result may go to it."""
     if wanted and x.requires_grad:
         return x
-    point = x.detach().requires_grad_()
-    setattr(point, OWN, True)
-    return point
+    return x.detach().requires_grad_()
 
 
 def repeat_rows(field: Field, x: Tensor, direction: Tensor) -> tuple[Field, Tensor, Tensor]:

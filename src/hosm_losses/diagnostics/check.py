@@ -55,8 +55,8 @@ FINITE = (
     "Where all derivatives are finite on paper, another `engine` may be right."
 )
 ROUNDING = (
-    "A float64 copy has no such fault: it is the rounding of float32, next to large values. "
-    "Divide the data by their standard deviation, or check copy.deepcopy(model).double()."
+    "In float32 derivatives disagree with differences, in a float64 copy they agree. That is the "
+    "rounding of one or the other, next to large values: divide the data by their deviation."
 )
 SMOOTH = (
     "Derivatives miss the jumps, so a loss does not train them. Use a smooth activation, such as "
@@ -154,9 +154,8 @@ def check_derivatives(
 
     Raises:
         DerivativeError: for what is listed above, or where a derivative cannot be taken at all.
-        TypeError: for tensors, containers and other objects of a wrong type, a dtype with which
-            the network's own call fails, half precision (check a float32 copy), or a wrapped
-            network (DataParallel: give model.module).
+        TypeError: for tensors, containers and other objects of a wrong type, half precision
+            (check a float32 copy), or a wrapped network (DataParallel: give model.module).
         ValueError: for a wrong value, shape, device, name or number, also one of a wrong type.
 
     Example:
@@ -198,15 +197,20 @@ def check_derivatives(
         precision = check_values(field, x)
         check_samples(field, x, precision)
         for kind in (Smoothness, Agreement):
-            _check(kind(int(order), engine, precision), field, x)
-        return _report(own.network, int(order), engine, precision, len(x))
+            rounded = _check(kind(int(order), engine, precision), field, x)
+        advice = [ROUNDING] if rounded else []
+        return _report(own.network, int(order), engine, precision, len(x), advice)
 
 
 def _report(
-    network: object, order: int, engine: str, precision: torch.dtype, samples: int
+    network: object,
+    order: int,
+    engine: str,
+    precision: torch.dtype,
+    samples: int,
+    advice: list[str],
 ) -> DerivativeReport:
     why = refusal(network, order) if engine == "auto" else None
-    advice: list[str] = []
     if engine == "auto":
         engine = "taylor" if why is None else "reverse"
     if why is not None:
@@ -240,27 +244,29 @@ def _copy_model(model: ScoreModel) -> ScoreModel:
     return own
 
 
-def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
-    """Raise an error that names the innermost module with the fault."""
+def _check(check: Check, noise_field: NoiseField, x: Tensor) -> bool:
+    """Raise an error that names the innermost module with the fault.
+
+    Return whether there is one that a float64 copy does not have.
+    """
     # What the losses differentiate: the network alone, without the part of x in a prediction.
     field: Field = noise_field.network()
     fault = attempt(check, field, x)
     # In float32 a Function at fault may be too small a part of the whole to be seen in it.
     opaque = fault is None and isinstance(check, Agreement) and check.precision == torch.float32
     if fault is None and not (opaque and custom_functions(field, x)):
-        return
+        return False
     where, primitives = "its own forward", noise_field.primitives
     missing = fault is None or fault.startswith(NO_DERIVATIVE)
-    exact = None if missing else _in_float64(check, noise_field, x)
-    if exact is not None and isinstance(check, Agreement) and check.same(field, x, *exact):
-        return  # the differences are at fault: their rounding, or kinks between their points
+    if not missing and _right_in_float64(check, noise_field, x):
+        return True
     mended: Field = replace(noise_field, primitives=True).network()
     found = culprit(check, record_calls(noise_field, x), primitives, opaque)
     if found is not None:
         field, fault = found
         where, x, mended = field.call.where, field.x, replace(field, primitives=True)
     elif opaque:
-        return
+        return False
     if isinstance(check, Smoothness):
         expected, advice = f"a smooth function of x, for order {check.order}", SMOOTH
     else:
@@ -269,19 +275,17 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> None:
             advice = "Leave primitives=True in ScoreModel, which replaces such operators."
         elif fault is not None and fault.endswith(NOT_FINITE):
             advice = FINITE
-        elif exact is not None:
-            advice = ROUNDING
         else:
             advice = _remedy(custom_functions(field, x))
     raise DerivativeError(f"network: expected {expected}; got {fault}, in {where}. {advice}")
 
 
-def _in_float64(check: Check, field: NoiseField, x: Tensor) -> tuple[Field, Tensor] | None:
-    """A network in float32, and x, in float64, if there is no fault in it then."""
+def _right_in_float64(check: Check, field: NoiseField, x: Tensor) -> bool:
+    """Whether a network in float32 has no fault in float64."""
     if check.precision != torch.float32 or not isinstance(check, Agreement):
-        return None
+        return False
     if custom_functions(field.network(), x):  # whose kernels may be others there
-        return None
+        return False
 
     def wide(tensor: Tensor) -> Tensor:
         return tensor.double() if tensor.is_floating_point() else tensor
@@ -289,8 +293,7 @@ def _in_float64(check: Check, field: NoiseField, x: Tensor) -> tuple[Field, Tens
     model = field.model._deep_copy({}).double()
     kwargs = map_tensors(field.kwargs, wide)
     copied = replace(field, model=model, t=wide(field.t), kwargs=kwargs).network()
-    exact = replace(check, precision=torch.float64)
-    return None if attempt(exact, copied, wide(x)) is not None else (copied, wide(x))
+    return attempt(replace(check, precision=torch.float64), copied, wide(x)) is None
 
 
 def _remedy(functions: list[str]) -> str:

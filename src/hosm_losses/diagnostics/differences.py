@@ -92,26 +92,6 @@ class Agreement(Check):
                 return None
         return fault
 
-    def same(self, field: Field, x: Tensor, other: Field, other_x: Tensor) -> bool:
-        """Whether derivatives are those of a copy of the field in another precision."""
-        randn = random_like(x, seed=0)
-        w, covectors = randn(x), [randn(x) for _ in range(self.order)]
-        found: list[list[Tensor]] = []
-        for own, point in ((field, x), (other, other_x)):
-            varied, way = _varied(own, point), w.to(point)
-            parts = self.derived(own, point, way)[1:]
-            _, slopes = self._slopes(own, varied, way, [each.to(point) for each in covectors])
-            sizes = [size_of(each) for each in varied]
-            for each in slopes:
-                scaled = [size * grad for size, grad in zip(sizes, each, strict=True)]
-                parts += [scaled[0], torch.cat([grad.flatten() for grad in scaled])]
-            found.append([part.detach().double() for part in parts])
-        limit = TOLERANCE[self.precision]
-        return all(
-            bool((one - another).norm() <= limit * another.norm())
-            for one, another in zip(*found, strict=True)
-        )
-
     def _disagreement(self, field: Field, x: Tensor, scale: float, step: float) -> str | None:
         varied, randn = _varied(field, x), random_like(x, seed=0)
         # Its own direction in every draw: along one of them a derivative may happen to vanish.

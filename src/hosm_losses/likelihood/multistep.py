@@ -342,29 +342,24 @@ def fewest_steps(
     the generator alone. A sample that failed, and was lost on the grid before, does not count.
     """
     refuse_vmap("ToTolerance")
-    # The path alone costs least. What is claimed of a quadrature has to do as well, and what of a
-    # companion's answer, whose random probes the trials draw from a generator of their own.
     kind = batch.divergence
     kind = pilot(kind) if isinstance(kind, ToStandardError) else kind
-    kinds = [kind] if companion or not isinstance(kind, Hutchinson) else []
-    kinds = kinds if companion else [None, *kinds]
-    own = torch.Generator(z.device).manual_seed(0) if companion else None
-    silent = replace(batch, advance=lambda _: None, generator=own)
+    if isinstance(kind, Hutchinson) and not companion:
+        kind = None  # the claim is of the path alone
+    # The probes of a difference from a companion come from a generator of their own.
+    own = torch.Generator(z.device).manual_seed(0)
+    trial = replace(batch, advance=lambda _: None, generator=own, divergence=kind)
     largest, lost = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
     for steps in GRIDS:
-        for kind in kinds:
-            trial = replace(silent, divergence=kind)
-            with torch.no_grad():
-                error = solve_fixed(trial, z, span, steps, companion, mesh).solver_error
-            failed = ~(error <= solver_limit(z[0].numel()))
-            error = error.masked_fill(failed, math.inf).masked_fill(failed & lost, -math.inf)
-            most = error.max()  # infinite where a sample failed; −∞ where none counts
-            if group is not None:
-                dist.all_reduce(most, dist.ReduceOp.MAX, group)
-            largest = math.inf if most < 0 else float(most)
-            if largest > tolerance:
-                break
-        else:
+        with torch.no_grad():
+            error = solve_fixed(trial, z, span, steps, companion, mesh).solver_error
+        failed = ~(error <= solver_limit(z[0].numel()))
+        error = error.masked_fill(failed, math.inf).masked_fill(failed & lost, -math.inf)
+        most = error.max()  # infinite where a sample failed; −∞ where none counts
+        if group is not None:
+            dist.all_reduce(most, dist.ReduceOp.MAX, group)
+        largest = math.inf if most < 0 else float(most)
+        if largest <= tolerance:
             return steps
         lost = failed
     got = f"{largest:.2g}" if math.isfinite(largest) else "no finite error of any sample"

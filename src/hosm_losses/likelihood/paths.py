@@ -255,7 +255,7 @@ class Batch:
             if not bool((good | lost).all()):
                 lost = lost | ~good
                 found = evaluate()
-        self.watch.compare(before, field, x)
+        self.watch.compare(before, x)
         if lost is None:
             return found
         return [each.masked_fill(expand_right(lost, each), math.nan) for each in found]

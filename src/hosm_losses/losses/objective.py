@@ -22,7 +22,6 @@ from hosm_losses._checks import (
     source,
 )
 from hosm_losses._torch_internals import normal, outside_inference_mode, traced, versions
-from hosm_losses.derivatives import has_other_leaves
 from hosm_losses.losses.arguments import (
     Given,
     Options,
@@ -90,7 +89,6 @@ def evaluate(
             rows, rest = _select_rows(x, options, given.generator)
             probes = _probes(x, rows, options, given)
             terms = _terms(field, inputs, probes, options, weights, rows, rest)
-            terms = _without_idle_graph(terms, score_model)
             if options.stein and factors[0] is not None:
                 nats = factors[0] / x[0].numel()  # of whole samples, not of their elements
                 factors = nats, nats
@@ -205,19 +203,6 @@ def _terms(
     return terms._replace(
         first=torch.empty_like(first).index_copy(0, torch.cat([rows, rest]), first)
     )
-
-
-def _without_idle_graph(terms: Any, model: ScoreModel) -> Any:
-    """The terms, without a graph that leads to nothing but the copies of x of the engines.
-
-    As at order one the loss of a frozen network requires no gradient, and .backward() is an error.
-    """
-    # A graph is looked through only where no parameter is trained that is known.
-    if traced() or any(each.requires_grad for each in model.parameters()):
-        return terms
-    if has_other_leaves([term for term in terms if term is not None]):
-        return terms
-    return terms._make(None if term is None else term.detach() for term in terms)
 
 
 def _select_rows(

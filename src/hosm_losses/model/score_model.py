@@ -40,7 +40,6 @@ from hosm_losses._checks import (
     may_look,
     warn,
 )
-from hosm_losses._torch_errors import OF_DTYPES, OF_INDICES
 from hosm_losses._torch_internals import normal
 from hosm_losses.model.conditions import unmark
 from hosm_losses.schedules import Schedule, check_schedule
@@ -361,37 +360,26 @@ class ScoreModel(nn.Module):
         try:
             return call(x, network_time, **kwargs)
         except (RuntimeError, IndexError) as error:
-            self._explain(x, network_time, error)
+            if note := self._note(x.dtype, network_time.dtype, error):
+                error.add_note(note)
             raise
 
-    def _explain(self, x: Tensor, network_time: Tensor, error: Exception) -> None:
-        """Raise in place of an error where dtypes differ, or t is looked up in a table."""
-        text, of_floats = str(error), network_time.is_floating_point()
-        own = next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
-        if self.schedule.integer_time and of_floats and any(each in text for each in OF_INDICES):
-            remedy = (
-                f"t is {network_time.dtype}, between the indices of a table. Let the network "
-                "interpolate between its two entries next to t, or give it the nearest: "
-                "ScoreModel(..., time=lambda t: t.round().long())."
+    def _note(self, of_x: torch.dtype, of_t: torch.dtype, error: Exception) -> str | None:
+        """What to do where a network does not take the dtypes that it was called with."""
+        if "DTensor" in str(error):
+            return UNSHARD
+        own = next((each.dtype for each in self.parameters() if each.is_floating_point()), of_x)
+        told = f"It was called with x in {of_x} and t in {of_t}; its parameters are in {own}."
+        if own != of_x:
+            return f"{told} Convert the data with .to({own}), or the network with .to({of_x})."
+        if self.schedule.integer_time and of_t.is_floating_point:
+            return (
+                f"{told} t may lie between the indices of the table: where the network looks it "
+                "up, give ScoreModel(..., time=lambda t: t.round().long()), or let it interpolate."
             )
-        elif "DTensor" in text:
-            remedy = UNSHARD
-        elif not any(words in text for words in OF_DTYPES):
-            return
-        elif own != x.dtype:
-            remedy = (
-                f"The data are {x.dtype} and its parameters {own}: convert the data with "
-                f".to({own}), or the network with .to({x.dtype})."
-            )
-        elif of_floats and network_time.dtype != x.dtype:
-            remedy = (
-                f"The data are {x.dtype} and t is {network_time.dtype}: convert t with "
-                f"ScoreModel(..., time=lambda t: t.to({x.dtype}))."
-            )
-        else:
-            return
-        failed = f"its call failed ({text.partition(chr(10))[0]})"
-        raise TypeError(f"network: {failed}. {remedy}") from error
+        if of_t.is_floating_point and of_t != of_x:
+            return f"{told} Convert t with ScoreModel(..., time=lambda t: t.to({of_x}))."
+        return None
 
 
 def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:
