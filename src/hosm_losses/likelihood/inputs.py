@@ -47,7 +47,6 @@ LogPrior = Callable[[Tensor], Tensor] | Distribution
 MOMENTS = ("data_mean", "data_std")
 MISMATCH = 1e-3  # nats an element
 SCALED = 0.05  # of α(t_min) from 1
-INSTANCE_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @dataclass(frozen=True)
@@ -113,10 +112,7 @@ class Call:
                 coordinates = integers.starting(coordinates)
             start = at_start and coordinates.start is None
             _warn_of_ends(coordinates, start=start, prior=log_prior is None and of_prior)
-            # PyTorch's first gradient of instance norm is wrong for one sample in channels_last,
-            # which a network may make of a batch. Of one sample the field finds it by any name.
-            norms = any(isinstance(each, INSTANCE_NORMS) for each in modules.values())
-            safe = None if self.enable_grad or norms else False
+            safe = None if self.enable_grad else False
             conditioned = condition(model, count, kwargs, primitives=safe)
             dtype, drawn = like_network(model, x).dtype, (log_prior, generator, advance, watch)
             ways = divergence, Checkpoints(model.network)

@@ -31,7 +31,7 @@ from hosm_losses.derivatives import (
 )
 from hosm_losses.model.conditions import bind, map_tensors, per_sample, rows_note
 from hosm_losses.model.score_model import ScoreModel, apply_affine
-from hosm_losses.taylor import GIVE_THE_SOURCE, Jet, safe_of_one, safe_primitives
+from hosm_losses.taylor import GIVE_THE_SOURCE, Jet, safe_primitives
 
 
 @dataclass(frozen=True, eq=False)  # torch.compile of PyTorch 2.6 hashes it before it is made
@@ -50,7 +50,6 @@ class NoiseField:
         value_only: whether it is for its value alone, which is not differentiated in x.
         without_qx: whether values are those of f + q x; derivatives are those of f.
         network_only: whether it is what the network predicts.
-        one_sample: whether it is one sample on the CPU, of which a first derivative may be wrong.
     """
 
     model: ScoreModel
@@ -61,7 +60,6 @@ class NoiseField:
     value_only: bool = False
     without_qx: bool = False
     network_only: bool = False
-    one_sample: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate f, or the network, at x (B, *)."""
@@ -85,10 +83,8 @@ class NoiseField:
 
     def _with_primitives(self, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         # A Jet has rules of its own, and what is not differentiated in x needs no primitives.
-        needed = self.primitives and not self.value_only
-        if isinstance(x, Jet) or not (needed or self.one_sample):
-            return self.model.predict(x, self.t, **kwargs)
-        with safe_of_one() if self.one_sample else safe_primitives():
+        needed = self.primitives and not (self.value_only or isinstance(x, Jet))
+        with safe_primitives(needed):
             return self.model.predict(x, self.t, **kwargs)
 
     def _of_value(self, value: Tensor, x: Tensor, p: Tensor | None, q: Tensor | None) -> Tensor:
@@ -102,13 +98,13 @@ class NoiseField:
     @property
     def native(self) -> "NoiseField":
         """The network with PyTorch's operators, whose values and first derivatives are right."""
-        return replace(self, primitives=False, network_only=True, one_sample=False)
+        return replace(self, primitives=False, network_only=True)
 
     # These three not by replace, for torch.compile of 2.6.
-    def network(self, *, one_sample: bool = False) -> "NoiseField":
+    def network(self) -> "NoiseField":
         """Return the field of what the network predicts."""
         given = self.model, self.kwargs, self.primitives, self.batch, self.t, self.value_only
-        return NoiseField(*given, network_only=True, one_sample=one_sample)
+        return NoiseField(*given, network_only=True)
 
     def for_value(self) -> "NoiseField":
         """Return the field for its value alone."""
@@ -184,10 +180,10 @@ class NoiseField:
                     squares.append(over_elements(w.square()))
                 yield w
 
-        safe = self.model.primitives and not self.primitives
-        # Data of any dimension, which a network may see as an image.
-        one_sample = safe and len(x) == 1 and x.device.type == "cpu"
-        value, forms = quadratic_forms(self.network(one_sample=one_sample), x, watched())
+        # PyTorch's first gradient of instance norm is wrong for one sample in channels_last.
+        one = self.model.primitives and len(x) == 1 and x.device.type == "cpu"
+        field = replace(self, primitives=True) if one else self
+        value, forms = quadratic_forms(field.network(), x, watched())
         of_x = torch.cat(squares) if squares else None
         flat = (None if each is None else each.flatten() for each in (p, q))
         return -apply_affine(value, x, p, q), -apply_affine(forms, of_x, *flat)
