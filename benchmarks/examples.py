@@ -1,13 +1,15 @@
-"""The numbers that scripts of docs/examples find, kept in results/examples.json for the pages.
+"""The numbers and figures of scripts of docs/examples, kept for the pages.
 
 python -m benchmarks.examples [WORD ...]
 
 runs the commands with these words in them, or all in half an hour. A printed line is kept under
 the words before its first comma or colon, as the numbers in it, a second one as NAME (2); of
-mixture_1d.py, README's first command, the KL divergences.
+mixture_1d.py the KL divergences. Numbers go to results/examples.json, and the figure of a script's
+first command to docs/images.
 """
 
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,7 @@ COMMANDS = {
     "many_well": "many_well.py",
     "velocity_2d": "velocity_2d.py",
 }
+FIRST = {command.split()[0]: command for command in reversed(COMMANDS.values())}
 LINE = re.compile(r"^(?P<name>[^,:\n]+)[,:](?P<rest>.*\d.*)$", re.MULTILINE)
 
 
@@ -55,6 +58,9 @@ def main() -> None:
             found = kept(printed.stdout)
             for path in Path(out).glob("*/results.json"):
                 found = {kind: results.read(path)[kind] for kind in ("equal_steps", "equal_cost")}
+            if command == FIRST[script]:
+                for path in Path(out).glob("*/*.[ps][nv]g"):
+                    shutil.copy(path, results.ROOT / "docs" / "images")
         results.keep(FILE, {name: found})
 
 

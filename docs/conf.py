@@ -9,6 +9,7 @@ import zlib
 from importlib.resources import files
 from pathlib import Path
 
+import matplotlib.style
 from docutils import nodes
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
@@ -95,6 +96,8 @@ inventory.write_bytes(
 )
 intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable", str(inventory))}
 
+# The tutorials name no style. Who downloads one gets matplotlib's own.
+matplotlib.style.use(Path(__file__).parent / "examples" / "style.mplstyle")
 copybutton_exclude = ".linenos, .gp, .go"
 sphinx_gallery_conf = {
     "examples_dirs": "tutorials",
@@ -104,6 +107,7 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "backreferences_dir": None,
     "within_subsection_order": "FileNameSortKey",
+    "reset_modules": (),  # which would take the style back
     "write_computation_times": False,  # that page loads a script from another host
 }
 

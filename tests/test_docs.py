@@ -28,6 +28,22 @@ def test_api_page_lists_exactly_the_public_names():
     assert sorted(listed) == sorted(public)
 
 
+def test_every_figure_is_on_a_page_and_has_a_transparent_ground():
+    """One that was drawn without the style file of the others is opaque, its text black."""
+    image = pytest.importorskip("PIL.Image")
+    figures = list((ROOT / "docs" / "images").iterdir())
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert {*re.findall(r"\(images/(\S+)\)", text)} == {path.name for path in figures}
+    for path in figures:
+        if path.suffix == ".svg":
+            drawn = path.read_text(encoding="utf-8")
+            assert "#7f7f7f" in drawn, path
+            assert "fill: #ffffff" not in drawn, path
+        else:
+            with image.open(path) as picture:
+                assert picture.convert("RGBA").getpixel((0, 0))[3] == 0, path
+
+
 @pytest.fixture
 def rules():
     """What a page registers is forgotten after it."""

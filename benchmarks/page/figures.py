@@ -1,7 +1,6 @@
 """The figures of the measurements: one message each, its verdict in the title.
 
-Lines are labelled where they end and told apart by marker and dash as well as by colour. The
-ground is transparent, and text and axes are of a grey that reads on white and on black.
+Lines are labelled where they end and told apart by marker and dash as well as by colour.
 """
 
 import math
@@ -10,35 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogFormatter, NullFormatter, NullLocator
 
+from benchmarks import results
 from benchmarks.page import study
 from benchmarks.page.numbers import Found, label, walk
 
-WIDTH, GREY = 9.3, "#7f7f7f"  # inches, as wide as a page
-STYLE = {
-    "font.size": 11.5,
-    "axes.titlesize": "medium",
-    "figure.titlesize": "large",
-    "legend.frameon": False,
-    "savefig.transparent": True,
-    "svg.hashsalt": "hosm-losses",  # the file is the same for the same numbers
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": GREY,
-    "axes.titlecolor": GREY,
-    "text.color": GREY,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "grid.color": GREY,
-    "grid.alpha": 0.25,
-}
-# Colours of Okabe and Ito, which the colour-blind can tell apart, in the place of black a grey.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", GREY)
+WIDTH = 9.3  # inches, as wide as a page
+# Its colours are C0 to C5, the last of them the grey of text and axes.
+STYLE = results.ROOT / "docs" / "examples" / "style.mplstyle"
 MARKERS, DASHES = "os^DvP", ("-", "--", "-.", ":", "-", "--")
 PROBES = ("rademacher", "gaussian", "sphere", "dct", "unit vectors")
 TERMS = ("first", "trace", "second", "third")
@@ -59,7 +41,7 @@ def draw(found: Found, images: Path) -> Iterator[Path]:
         if question in found:
             path = images / f"{name}.svg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            with rc_context(STYLE):
+            with style.context(STYLE):
                 figure(found[question]).savefig(path, metadata={"Date": None, "Creator": None})
             yield path
 
@@ -77,7 +59,7 @@ def lines(axes: Axes, curves: Mapping[str, Points], names: Sequence[str]) -> Non
     ends = {}
     for name, points in curves.items():
         place = names.index(name)
-        look: dict[str, Any] = {"color": COLORS[place], "marker": MARKERS[place]}
+        look: dict[str, Any] = {"color": f"C{place}", "marker": MARKERS[place]}
         value, low, high = zip(*points.values(), strict=True)
         axes.fill_between([*points], low, high, color=look["color"], alpha=0.18, lw=0)
         axes.plot([*points], value, DASHES[place], ms=5, **look)
@@ -186,13 +168,13 @@ def worth(found: Found) -> Figure:
             if rows:
                 value, low, high = np.transpose([*rows.values()])
                 reach = np.abs([value - low, high - value])
-                look = {"color": COLORS[i], "marker": MARKERS[i], "ls": "none", "capsize": 2}
+                look = {"color": f"C{i}", "marker": MARKERS[i], "ls": "none", "capsize": 2}
                 places = np.array([*rows]) + (i - 1) / 5
                 axes.errorbar(value, places, xerr=reach, label=study.SHOWN[loss], **look)
         axes.set(title=title, xscale="log", xlabel="over that of order one")
         low = max(axes.get_xlim()[0], 0.01)
-        axes.axvspan(low, 1, color="#009e73", alpha=0.08, zorder=0, lw=0)
-        axes.axvline(1, color=GREY, linewidth=1)
+        axes.axvspan(low, 1, color="C2", alpha=0.08, zorder=0, lw=0)
+        axes.axvline(1, color="C5", linewidth=1)
         axes.set_xlim(low)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(Plain())

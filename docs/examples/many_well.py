@@ -11,10 +11,11 @@ import argparse
 import copy
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import checkerboard
+import mixture_1d as mixture
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 import hosm_losses as hosm
@@ -45,19 +46,44 @@ def train(kind: type, model: hosm.ScoreModel, seconds: float, rate: float) -> st
     )
 
 
-def judge(model: hosm.ScoreModel, data: Tensor, samples: int) -> tuple[hosm.Weights, str]:
-    """Weights of the model's samples, and a line of numbers."""
+class Judged(NamedTuple):
+    """Log weights of a model's samples, their effective size, and KL with its error in nats."""
+
+    log_weights: Tensor
+    share: float
+    kl: float
+    error: float
+
+
+def judge(model: hosm.ScoreModel, data: Tensor, samples: int) -> tuple[Judged, str]:
+    """Judge a model, and say so in a line of numbers."""
     options = {"solver": hosm.FixedGrid(data_mean=data.mean(0), data_std=data.std(0))}
     options |= {"divergence": "exact"}
     drawn = hosm.ode_sample(model, (samples, data.shape[1]), **options)
     weights = hosm.importance_weights(drawn, log_target)
     points, log_z = data[:samples], LOG_Z * data.shape[1] / 2
     bounds = weights.sandwich(points, hosm.ode_nll(model, points, **options))
-    kl = f"KL {bounds.upper - log_z:.3f} ± {bounds.upper_error:.3f}"
-    size = f"effective sample size {weights.effective_sample_size / samples:.0%}"
-    return weights, (
-        f"{kl}, {size}, log Z {weights.log_z:.3f} ± {weights.log_z_error:.3f}, exactly {log_z:.3f}"
-    )
+    share, kl = weights.effective_sample_size / samples, bounds.upper - log_z
+    line = f"KL {kl:.3f} ± {bounds.upper_error:.3f}, effective sample size {share:.0%}"
+    line += f", log Z {weights.log_z:.3f} ± {weights.log_z_error:.3f}, exactly {log_z:.3f}"
+    return Judged(weights.log_weights - weights.log_z, share, kl, bounds.upper_error), line
+
+
+def picture(found: dict[int, dict[str, Judged]], path: Path) -> None:
+    """Draw the weights in each dimension, and say in how many order three pays."""
+    paid, (figure, panels) = 0, mixture.panels(1, 2, height=3.6)
+    for axes, (dimension, losses) in zip(panels, found.items(), strict=True):
+        for place, (name, each) in enumerate(losses.items()):
+            axes.hist(each.log_weights.clamp(-4, 4), 50, (-4, 4), histtype="step")
+            told = f"{name}\nKL {each.kl:.3f} ± {each.error:.3f}\n{each.share:.0%} effective"
+            look = {"color": f"C{place}", "transform": axes.transAxes, "va": "top"}
+            axes.text(0.03 + 0.94 * place, 0.97, told, ha=("left", "right")[place], **look)
+        axes.set(title=f"d = {dimension}", xlabel="log weight [nats], lower ones at −4")
+        one, three = losses.values()
+        paid += three.kl + 2 * math.hypot(one.error, three.error) < one.kl
+    panels[0].set(ylabel="samples")
+    where = ("neither dimension", "one dimension of two", "both dimensions")[paid]
+    mixture.save(figure, f"Order three instead of more of order one pays in {where}", path)
 
 
 def main() -> None:
@@ -68,23 +94,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("many_well_out"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, pairs in zip(figure.subplots(1, 2), (4, 8), strict=True):
+    found: dict[int, dict[str, Judged]] = {8: {}, 16: {}}
+    for dimension, losses in found.items():
         torch.manual_seed(0)
-        data = draw(4096, pairs)
+        data = draw(4096, dimension // 2)
         model = hosm.ScoreModel(checkerboard.Network(data), checkerboard.SCHEDULE)
         train(hosm.FirstOrderDSM, model, 2 * options.seconds, rate=2e-3)
         for name, kind in LOSSES.items():
             trained = copy.deepcopy(model)
             cost = train(kind, trained, options.seconds, rate=3e-4)
-            weights, line = judge(trained, data, options.samples)
-            print(f"{name} at d = {2 * pairs}, {cost}: {line}", flush=True)
-            log_w = weights.log_weights - weights.log_z
-            axes.hist(log_w.clamp(-4, 4), 40, histtype="step", label=name)
-        axes.set(title=f"d = {2 * pairs}", xlabel="log weight [nats]", ylabel="samples")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / "many_well.png", dpi=120)
+            losses[name], line = judge(trained, data, options.samples)
+            print(f"{name} at d = {dimension}, {cost}: {line}", flush=True)
+    picture(found, options.out / "many_well.svg")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib import style
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -222,30 +223,44 @@ def run_all(
     return costs, jobs, {job: future.result() for job, future in running.items()}
 
 
+def panels(*shape: int, height: float, **shared: Any) -> tuple[Figure, np.ndarray]:
+    """A figure as wide as a page, and its panels, in the style of the pages if it is at hand."""
+    style.use([*Path(__file__).parent.glob("style.mplstyle")])
+    figure = Figure((9.3, height), layout="constrained")
+    return figure, figure.subplots(*shape, **shared)
+
+
+def save(figure: Figure, verdict: str, path: Path) -> None:
+    """Write a figure under its verdict."""
+    figure.suptitle(verdict)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 def draw(jobs: list[Job], outcomes: dict[Job, Outcome], path: Path) -> None:
-    """Draw densities and scores: the true ones, and those of the ODEs."""
-    first = jobs[0]
+    """Draw densities and scores: in grey the true ones, in colour those of the ODEs."""
+    first, last = jobs[0], jobs[-1]
     log_density, score = true_density(SCHEDULES[first.schedule])
-    figure = Figure(figsize=(8.5, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.set(title="density at t_min", ylabel="p(x) [1/unit of x]")
-    right.set(title="score of that density", ylabel="d log p/dx [1/unit of x]", ylim=(-90, 90))
-    truth: dict[str, Any] = {"color": "0.75", "linewidth": 5, "label": "true mixture"}
-    left.plot(GRID, log_density.exp(), **truth)
-    right.plot(GRID, score, **truth)
-    # Colours that the colour-blind can tell apart, and dashes for print in grey.
-    styles = [("#d55e00", ":"), ("#e69f00", "-."), ("#0072b2", "--"), ("black", "-")]
-    for i, (job, (color, dashes)) in enumerate(zip(jobs, styles, strict=True)):
+    figure, all_axes = panels(2, len(jobs), height=4.6, sharex=True, sharey="row")
+    truth: dict[str, Any] = {"color": "C5", "alpha": 0.5, "linewidth": 5}
+    for job, (upper, lower) in zip(jobs, all_axes.T, strict=True):
         kl, _, ode = outcomes[job]
-        line: dict[str, Any] = {"color": color, "linestyle": dashes, "zorder": 6 - i}
-        left.plot(GRID, np.exp(ode), label=f"ODE, order {job.loss}: KL {kl:.5f} nats", **line)
-        right.plot(GRID, np.gradient(ode, GRID.numpy()), **line)
-    for axes in (left, right):
-        axes.set(xlabel="x [unit of the data]", xlim=(-1.1, 1.1))
-    name = first.schedule.upper()
-    figure.suptitle(f"{name}, equal steps: {first.steps} for each loss, seed {first.seed}")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=150)
+        upper.plot(GRID, log_density.exp(), **truth)
+        upper.plot(GRID, np.exp(ode), "C1")
+        upper.set(title=f"order {job.loss}\nKL {kl:.5f} nats")
+        lower.plot(GRID, score, **truth)
+        lower.plot(GRID, np.gradient(ode, GRID.numpy()), "C1")
+        lower.set(xlabel="x", xlim=(-1.1, 1.1), ylim=(-90, 90))
+    all_axes[0, 0].set(ylabel="density p(x)")
+    all_axes[1, 0].set(ylabel="score d log p/dx")
+    all_axes[0, 0].text(1, 2.6, "mixture", color="C5", ha="right")
+    all_axes[0, 0].text(1, 2.1, "ODE", color="C1", ha="right")
+    left = outcomes[last].kl / outcomes[first].kl
+    verdict = (
+        f"After {first.steps} steps each, order {last.loss} has {left:.0%} of order "
+        f"{first.loss}'s KL divergence ({first.schedule.upper()})"
+    )
+    save(figure, verdict, path)
 
 
 def main() -> None:
@@ -279,7 +294,7 @@ def main() -> None:
     report |= {"schedule": options.schedule, "seed": options.seed, "step_seconds": costs}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-    draw(jobs["equal_steps"], outcomes, options.out / f"mixture_1d_{options.schedule}.png")
+    draw(jobs["equal_steps"], outcomes, options.out / f"mixture_1d_{options.schedule}.svg")
     print(f"\nFigure and results.json are in {options.out}; {report['seconds']['total']:.0f} s.")
 
 

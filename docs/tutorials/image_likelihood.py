@@ -110,19 +110,23 @@ error, claimed = result.nll[:few] - exact.nll, 2 * result.standard_error[:few]
 covered = (error.abs() < claimed).double().mean()
 print(f"within twice the standard error: {covered:.0%} of {len(error)} images")
 
-figure, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
+figure, ax = plt.subplots(figsize=(9.3, 3.5), layout="constrained")
 order = exact.nll.argsort()
-ax.errorbar(range(few), error[order], claimed[order], fmt="o", ms=3, lw=1)
+ax.errorbar(range(few), error[order], claimed[order], fmt="o", ms=4, lw=1)
 ax.axhline(0, color="gray", lw=1)
 ax.set(xlabel="images, from the most to the least likely", ylabel="nats, random − exact")
 ax.set_title(f"Twice the standard error covers {covered:.0%} of the images")
 
 # %%
 # The most and the least likely images:
-figure, axes = plt.subplots(2, 8, figsize=(8, 2.2), layout="constrained")
+figure, axes = plt.subplots(2, 8, figsize=(9.3, 2.8), layout="constrained")
 for ax, index in zip(axes.flat, [*order[:8], *order[-8:]], strict=True):
     ax.imshow(held_out[index, 0], cmap="gray_r", vmin=-1, vmax=1)
     ax.axis("off")
+bits = exact.bits_per_dim(levels=17)[order]
+figure.suptitle(
+    f"The likeliest (above) take {bits[:8].mean():.1f} bits/dim, the others {bits[-8:].mean():.1f}"
+)
 
 # %%
 # The same ODE in the other direction draws samples, each with its density. ``denoise`` removes the
@@ -131,10 +135,12 @@ drawn = ode_sample(model, (16, 1, 8, 8), solver=solver, divergence=Hutchinson(2)
 print(drawn.summary(levels=17))
 t = torch.full((16,), schedule.t_min)
 clean = model.denoise(drawn.x, t).detach()
-figure, axes = plt.subplots(2, 8, figsize=(8, 2.2), layout="constrained")
+figure, axes = plt.subplots(2, 8, figsize=(9.3, 2.8), layout="constrained")
 for ax, image in zip(axes.flat, clean[drawn.nll.argsort(), 0], strict=True):
     ax.imshow(image, cmap="gray_r", vmin=-1, vmax=1)
     ax.axis("off")
+bits, given = (each.bits_per_dim(levels=17).mean() for each in (drawn, result))
+figure.suptitle(f"Samples take {bits:.2f} bits/dim, held-out images {given:.2f}")
 
 # %%
 # Continue with :doc:`/likelihood`, or let the network go on with another loss: :doc:`/choosing`.

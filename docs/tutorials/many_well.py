@@ -103,7 +103,7 @@ print(f"{bounds.lower:.3f} ≤ log Z ≤ {bounds.upper:.3f}, exactly {log_z:.3f}
 # %%
 # Even weights are a good model. Points far to the left are samples in the wrong place, points far
 # to the right stand for what the model has too little of.
-figure, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+figure, ax = plt.subplots(figsize=(9.3, 3.5), layout="constrained")
 ax.hist((weights.log_weights - weights.log_z).clamp(-4, 4), 40, histtype="step")
 share = weights.effective_sample_size / 500
 ax.set(xlabel="log weight, nats", ylabel="samples")
