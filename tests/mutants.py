@@ -33,8 +33,8 @@ MUTANTS = [
     # taylor/
     Mutant(
         "taylor/arithmetic.py",
-        "collect(left * b_right + right * b_left, pairs)",
-        "collect(left * b_right + left * b_right, pairs)",
+        "collect(2 * tangents * b_tangents, pairs)",
+        "collect(2 * tangents * tangents, pairs)",
         "tests/taylor/test_calls.py",
     ),
     Mutant(
@@ -69,8 +69,8 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/norms.py",
-        "xz = xy if z.z is y.z else self.product(x, z)",
-        "xz = xy",
+        "along = -3 * _third_along(x.along, y.along, y.along, xy, xy, yy)",
+        "along = -3 * _third_along(x.along, y.along, y.along, xy, yy, yy)",
         "tests/taylor/test_pullbacks.py",
     ),
     Mutant(
@@ -123,8 +123,8 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/unknown.py",
-        "right = tuple(each[-1:].expand_as(each) for each in right)",
-        "right = tuple(each[:1].expand_as(each) for each in right)",
+        "parts[1] = pytree.tree_map(partial(collect, pairs=pairs), parts[1])\n",
+        'parts[1] = pytree.tree_map(partial(collect, pairs="squares"), parts[1])\n',
         "tests/taylor/test_calls.py",
     ),
     Mutant(
@@ -153,8 +153,8 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/directional.py",
-        'return value[0], first, second[0] if pairs == "sum" else second',
-        "return value[0], first, second[0]",
+        "along_u = (plus - minus)[: len(u)] / 2",
+        "along_u = (plus + minus)[: len(u)] / 2",
         "tests/taylor/test_directional.py",
     ),
     Mutant(

@@ -138,7 +138,7 @@ def filled(x):
 
 @pytest.mark.parametrize("function", [set_items, filled])
 def test_items_and_fresh_tensors(function):
-    check(function, (8,), kinds=[("none", 1), ("last", 2)])
+    check(function, (8,), kinds=[("none", 1), ("squares", 2)])
 
 
 def embedded(x):

@@ -14,8 +14,6 @@ KINDS = [
     *(("none", firsts, 0) for firsts in (1, 3)),
     *(("squares", 2, seconds) for seconds in (0, 2)),
     *(("sum", firsts, seconds) for firsts in (1, 3) for seconds in (0, 1)),
-    *(("halves", 4, seconds) for seconds in (0, 2)),
-    *(("last", 4, seconds) for seconds in (0, 3)),
 ]
 NORMS = {
     "group": Rows((2, 2, 3, 4), (-2, -1), (2, 3, 1), 0.1),

@@ -11,11 +11,11 @@ r"""Derivatives of a function along directions, in one call of it.
 How it works:
     The function is called once, on a `Jet` in the place of x: a tensor that looks like x, and
     carries a stack (C, B, *) of its value, its first derivatives along the directions and its
-    second ones, along l and along pairs l, r. PyTorch hands each function that is called on a Jet
+    second ones, along l and twice along l. PyTorch hands each function that is called on a Jet
     to `Jet.__torch_function__`, which looks for a rule in the `registry`. A rule makes the stack
     of y = f(x) from that of x. It is the chain rule, in two lines:
 
-        y_l = ∂f x_l        y_lr = ∂f x_lr + ∂²f[x_l, x_r]
+        y_l = ∂f x_l        y_ll = ∂f x_ll + ∂²f[x_l, x_l]
 
     A function without a rule is differentiated by itself, by `torch.func.jvp`. What cannot be
     right raises `TaylorError`, such as complex numbers or a custom autograd.Function.

@@ -21,7 +21,6 @@ from hosm_losses.taylor.stacks import (
     at_least_float32,
     collect,
     components,
-    sides,
 )
 from hosm_losses.taylor.tensor import Jet, result_type, stacks_of
 
@@ -109,8 +108,7 @@ def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
     tangents = (a_tangents - rest if len(a_tangents) else -rest) / b_value
     if pairs == "none":
         return torch.cat([value, tangents])
-    (left, right), (b_left, b_right) = sides(tangents, pairs), sides(b_tangents, pairs)
-    rest = collect(left * b_right + right * b_left, pairs)
+    rest = collect(2 * tangents * b_tangents, pairs)
     rest = rest + value * b_seconds if len(b_seconds) else rest
     seconds = (a_seconds - rest if len(a_seconds) else -rest) / b_value
     return torch.cat([value, tangents, seconds])

@@ -3,17 +3,17 @@ r"""Norms over rows, and their gradients.
 Formula over a row of N elements, with c = x − ⟨x⟩ and ⟨·⟩ the mean over the row (RMS norm: c = x),
 z·w the sum of products over the row, u = (c·c + N eps)^(−1/2), ρ = √N u, and capitals for what
 lies along c, Z = u² c·z:
-    y = ρ c        y_l = J c_l        y_lr = J c_lr + bent(c_l, c_r)
+    y = ρ c        y_l = J c_l        y_ll = J c_ll + bent(c_l, c_l)
     The first three derivatives of y, with {z w} = u² z·w − 3 Z W:
     J z = ρ (z − c Z)
     bent(z, w) = −ρ (Z w + W z + c {z w})
     third(z, w, v) = −ρ (z {w v} + w {z v} + v {z w} − 3 c (Z {w v} + W {z v} + V {z w} + 4 Z W V))
 
-Gradients, for cotangents a of y, b_l of y_l and d of y_lr, all of them centred as c is:
+Gradients, for cotangents a of y, b_l of y_l and d_l of y_ll, all of them centred as c is:
     A derivative is symmetric in its directions and its result, and so pulls back as it is:
-    in x_lr   J d
-    in x_l    J b_l + bent(d, c_r) , and so for x_r
-    in x      J a + Σ_l bent(b_l, c_l) + Σ [bent(d, c_lr) + third(d, c_l, c_r)]
+    in x_ll   J d_l
+    in x_l    J b_l + 2 bent(d_l, c_l)
+    in x      J a + Σ_l [bent(b_l, c_l) + bent(d_l, c_ll) + third(d_l, c_l, c_l)]
     Gradients of those in x and x_l, for cotangents p and q_l of them, where there is no d:
     in a      J p
     in b_l    J q_l + bent(p, c_l)
@@ -43,7 +43,6 @@ from hosm_losses.taylor.stacks import (
     at_least_float32,
     collect,
     components,
-    sides,
     total,
 )
 
@@ -122,7 +121,7 @@ def normalize_stack(
     norm, c = _Norm(rows, value, u), _Seen(tangents, along)
     parts = [value, norm.turned(c)]
     if pairs != "none":
-        parts.append(norm.curved(*_sides(c, pairs), seconds, pairs))
+        parts.append(norm.curved(c, seconds, pairs))
     bias = None if bias is None else bias.reshape(rows.weights)
     found = with_bias(torch.cat(parts) * rows.weighted(norm.rho, weight), bias, 1)
     return found.reshape(-1, *stack.shape[1:]).to(stack.dtype)
@@ -137,12 +136,6 @@ class _Seen(NamedTuple):
     def split(self, *sizes: int) -> "list[_Seen]":
         """Its parts, of so many components."""
         return list(map(_Seen, self.z.split_with_sizes(sizes), self.along.split_with_sizes(sizes)))
-
-
-def _sides(firsts: _Seen, pairs: Pairs) -> tuple[_Seen, _Seen]:
-    """The first derivatives on the left and on the right of the second ones."""
-    left, right = map(_Seen, sides(firsts.z, pairs), sides(firsts.along, pairs))
-    return left, right
 
 
 class _Norm:
@@ -170,17 +163,16 @@ class _Norm:
         product = self.product(x, y) if product is None else product
         return [(x.along, y.z), (y.along, x.z), (product, self.value)]
 
-    def third(self, x: _Seen, y: _Seen, z: _Seen) -> list[Term]:
-        """The terms of −third(z, w, v) / ρ."""
-        xy, yz = self.product(x, y), self.product(y, z)
-        xz = xy if z.z is y.z else self.product(x, z)
-        along = -3 * _third_along(x.along, y.along, z.along, xy, xz, yz)
-        return [(yz, x.z), (xz, y.z), (xy, z.z), (along, self.value)]
+    def third(self, x: _Seen, y: _Seen) -> list[Term]:
+        """The terms of −third(z, w, w) / ρ."""
+        xy, yy = self.product(x, y), self.product(y, y)
+        along = -3 * _third_along(x.along, y.along, y.along, xy, xy, yy)
+        return [(yy, x.z), (2 * xy, y.z), (along, self.value)]
 
-    def curved(self, left: _Seen, right: _Seen, seconds: Tensor, pairs: Pairs) -> Tensor:
+    def curved(self, firsts: _Seen, seconds: Tensor, pairs: Pairs) -> Tensor:
         """bent and J of second derivatives, if there are any, divided by ρ."""
-        crossed = torch.addcmul(left.z * right.along, right.z, left.along)
-        bent = torch.addcmul(crossed, self.value, self.product(left, right))
+        product = self.product(firsts, firsts)
+        bent = torch.addcmul(2 * firsts.along * firsts.z, self.value, product)
         found = -collect(bent, pairs)
         return found + self.turned(self.seen(seconds)) if len(seconds) else found
 
@@ -217,22 +209,18 @@ def pull_back(
     if len(stack) < len(raw):  # where second derivatives are zero, of which there is no gradient
         seen = _Seen(seen.z[: len(stack)], seen.along[: len(stack)])
     of_stack = norm.turned(seen)
-    of_value, left, right = of_stack[:1], *_sides(c, pairs)
+    of_value = of_stack[:1]
     _added(of_value, norm.bent(b, c), -1)
-    if pairs in ("squares", "sum"):
-        _added(of_stack[1 : 1 + firsts], norm.bent(d, c), -2)
-    elif pairs != "none":
-        _added(of_stack[1 : 1 + len(left.z)], norm.bent(d, right), -1)
-        _added(of_stack[1 + firsts - len(right.z) : 1 + firsts], norm.bent(d, left), -1)
     if pairs != "none":
-        _added(of_value, norm.third(d, left, right), -1)
+        _added(of_stack[1 : 1 + firsts], norm.bent(d, c), -2)
+        _added(of_value, norm.third(d, c), -1)
         if len(seconds):
             _added(of_value, norm.bent(d, norm.seen(seconds)), -1)
     of_weight = None
     if needed[1]:
         terms = [(raw[1 : 1 + firsts], norm.turned(c))]
         if pairs != "none":
-            terms.append((raw[1 + firsts :], norm.curved(left, right, seconds, pairs)))
+            terms.append((raw[1 + firsts :], norm.curved(c, seconds, pairs)))
         of_weight = _added(raw[:1] * value, terms, 1).mul_(norm.rho)
         of_weight = rows.of_weight(of_weight, weight)
     of_bias = rows.of_weight(raw[:1], bias) if needed[2] else None

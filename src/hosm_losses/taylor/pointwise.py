@@ -1,7 +1,7 @@
 r"""Rules for functions of one number: activations and their like.
 
 Formula, for y = a(x):
-    y_l = a'(x) x_l        y_lr = a'(x) x_lr + a''(x) x_l x_r
+    y_l = a'(x) x_l        y_ll = a'(x) x_ll + a''(x) x_l²
 
 A new activation is a generator of a and its first three derivatives at x, registered under every
 name by which networks call it; see `_tanh`. Gradients follow from the same four numbers, and only
@@ -25,7 +25,7 @@ from torch import Tensor
 from hosm_losses.taylor.errors import NoRule
 from hosm_losses.taylor.recompute import Needed, with_recomputation
 from hosm_losses.taylor.registry import Function, rule
-from hosm_losses.taylor.stacks import Pairs, at_least_float32, collect, components, sides
+from hosm_losses.taylor.stacks import Pairs, at_least_float32, collect, components
 from hosm_losses.taylor.tensor import Jet
 
 Series = Callable[[Tensor], Iterator[Tensor]]
@@ -72,8 +72,7 @@ def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tenso
     value, slope = islice(numbers, 2)
     parts = [value, tangents * slope]
     if pairs != "none":
-        left, right = sides(tangents, pairs)
-        bent = collect(left * right, pairs) * next(numbers)
+        bent = collect(tangents * tangents, pairs) * next(numbers)
         parts.append(torch.addcmul(bent, seconds, slope) if len(seconds) else bent)
     return torch.cat(parts).to(dtype)
 
@@ -101,15 +100,9 @@ def _pull_back(
     gradient = cotangent[: len(stack)] * slope
     gradient[0].addcmul_(bend, _over(stack[1:], cotangent[1 : len(stack)]))
     if pairs != "none":
-        left, right = sides(stack[1 : 1 + firsts], pairs)
-        bent = cotangent[1 + firsts :]
-        gradient[0].addcmul_(next(numbers), _over(bent, collect(left * right, pairs)))
-        bent = bent * bend
-        gradient[1 : 1 + len(left)].addcmul_(bent, right)
-        if pairs == "last":
-            gradient[firsts].add_(_over(bent, left))
-        else:
-            gradient[1 + firsts - len(left) : 1 + firsts].addcmul_(bent, left)
+        tangents, bent = stack[1 : 1 + firsts], cotangent[1 + firsts :]
+        gradient[0].addcmul_(next(numbers), _over(bent, collect(tangents * tangents, pairs)))
+        gradient[1 : 1 + firsts].addcmul_(bent * bend, tangents, value=2)
     return gradient.to(dtype)
 
 

@@ -1,7 +1,7 @@
 r"""Rules for products that are linear in both factors: of matrices, layers and convolutions.
 
 Formula, for a product y = a · b that is linear in a and in b:
-    y_l = a_l · b + a · b_l        y_lr = a_lr · b + a · b_lr + a_l · b_r + a_r · b_l
+    y_l = a_l · b + a · b_l        y_ll = a_ll · b + a · b_ll + 2 a_l · b_l
     A plain tensor has no derivatives: the product with one is the product of the whole stack.
     A layer of weights is one call on a larger batch; the bias belongs to the value alone.
 
@@ -42,7 +42,7 @@ from hosm_losses.taylor.errors import NoRule
 from hosm_losses.taylor.linear import per_sample
 from hosm_losses.taylor.recompute import needed_gradients
 from hosm_losses.taylor.registry import Function, rule
-from hosm_losses.taylor.stacks import Pairs, align, collect, components, sides
+from hosm_losses.taylor.stacks import Pairs, align, collect, components
 from hosm_losses.taylor.tensor import Jet
 
 
@@ -67,10 +67,7 @@ def product_rule(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], nd
     tangents = tangents + added[:firsts]
     if pairs == "none":
         return a.like(torch.cat([value, tangents]))
-    (a_left, a_right), (b_left, b_right) = sides(a_tangents, pairs), sides(b_tangents, pairs)
-    both = collect(product(a_left, b_right), pairs)
-    symmetric = pairs in ("squares", "sum")
-    both = 2 * both if symmetric else both + product(a_right, b_left)
+    both = 2 * collect(product(a_tangents, b_tangents), pairs)
     for part in (seconds, added[firsts:]):
         both = both + part if len(part) else both
     return a.like(torch.cat([value, tangents, both]))
@@ -250,15 +247,8 @@ def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> list[_Term]:
     """All terms, of stacks as long as these; second derivatives of zero are not in them."""
     terms = [(0, 0, 0, 1)]
     terms += [(k, 0, k, 1) for k in range(1, left)] + [(0, k, k, 1) for k in range(1, right)]
-    if pairs in ("squares", "sum"):
-        places = range(1, 1 + firsts)
-        terms += [(i, i, firsts + (i if pairs == "squares" else 1), 2) for i in places]
-    elif pairs != "none":
-        one = pairs == "last"
-        for i in range(1, firsts if one else 1 + firsts // 2):
-            j = firsts if one else i + firsts // 2
-            terms += [(i, j, i + firsts, 1), (j, i, i + firsts, 1)]
-    return terms
+    places = range(1, 1 + firsts) if pairs != "none" else ()
+    return terms + [(i, i, firsts + (i if pairs == "squares" else 1), 2) for i in places]
 
 
 def _sums(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 r"""The rule for softmax, and its gradients.
 
 Formula of p = softmax(x), with ⟨z⟩ the mean under p, z̃ = z − ⟨z⟩ and u_l = x̃_l:
-    p_l = p u_l        p_lr = p c̃ of c = u_l u_r + x_lr
+    p_l = p u_l        p_ll = p c̃ of c = u_l² + x_ll
 
-Gradients, for cotangents a of p, b_l of p_l and d of p_lr, where Σ without an index is over the
-axis. With β_l = Σ p b_l, δ = Σ p d, σ_l = Σ p_l (d − δ) and
-w = p a + Σ_l p_l (b_l − β_l) + Σ_lr [p_lr (d − δ) − p_l σ_r − p_r σ_l]:
-    in x_lr   p (d − δ)
-    in x_l    p (b_l − β_l − σ_r) + p_r (d − δ) , and so for x_r
+Gradients, for cotangents a of p, b_l of p_l and d_l of p_ll, where Σ without an index is over the
+axis. With β_l = Σ p b_l, δ_l = Σ p d_l, σ_l = 2 Σ p_l (d_l − δ_l) and
+w = p a + Σ_l [p_l (b_l − β_l − σ_l) + p_ll (d_l − δ_l)]:
+    in x_ll   p (d_l − δ_l)
+    in x_l    p (b_l − β_l − σ_l) + 2 p_l (d_l − δ_l)
     in x      w − p Σ w
     Nothing but the result is needed for them, so it is kept, and x is not.
 
@@ -38,7 +38,6 @@ from hosm_losses.taylor.stacks import (
     at_least_float32,
     collect,
     components,
-    sides,
 )
 from hosm_losses.taylor.tensor import Jet
 
@@ -69,8 +68,7 @@ def _softmax(dim: int, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
     u = about_mean(tangents)
     parts = [weights, weights * u]
     if pairs != "none":
-        left, right = sides(u, pairs)
-        bent = collect(left * right, pairs)
+        bent = collect(u * u, pairs)
         parts.append(weights * about_mean(bent + seconds if len(seconds) else bent))
     return torch.cat(parts).to(stack.dtype)
 
@@ -96,7 +94,7 @@ def _pull_back(
     add_products(of_value, tangents, b)
     if pairs != "none":
         add_products(of_value, seconds, d)
-        bent = _on_sides(d, *sides(tangents, pairs), pairs)
+        bent = 2 * d * tangents
         found[1 : 1 + firsts].add_(bent)
         bent = bent.sum(dim, keepdim=True)
         add_products(of_value, tangents, bent, -1)
@@ -104,15 +102,6 @@ def _pull_back(
     sums = torch.cat([of_value.sum(dim, keepdim=True), of_firsts, of_seconds])
     # Of second derivatives that are zero everywhere there is no gradient.
     return found[:count].addcmul_(weights, sums[:count], value=-1).to(dtype)
-
-
-def _on_sides(d: Tensor, left: Tensor, right: Tensor, pairs: Pairs) -> Tensor:
-    """What d adds to the gradients in the first derivatives: its products with the other side."""
-    if right is left:
-        return 2 * d * left
-    to_right = d * left
-    to_right = to_right.sum(0, keepdim=True) if pairs == "last" else to_right
-    return torch.cat([d * right, to_right])
 
 
 def _pull_back_again(

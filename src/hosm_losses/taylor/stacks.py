@@ -5,10 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# Which products of two first derivatives have a second one: none; that of each direction with
-# itself; the sum of those; that of each of the first half with its fellow in the second half; that
-# of each but the last with the last.
-Pairs = Literal["none", "squares", "sum", "halves", "last"]
+# Which second derivatives there are: none; that of each direction with itself; the sum of those.
+# Those of two directions follow from these: see `directional`.
+Pairs = Literal["none", "squares", "sum"]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -24,17 +23,9 @@ def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
     return value, tangents, seconds
 
 
-def sides(firsts: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """The first derivatives on the left and on the right of the second ones."""
-    if pairs == "last":
-        return firsts[:-1], firsts[-1:]
-    left, right = firsts.chunk(2) if pairs == "halves" else (firsts, firsts)
-    return left, right
-
-
-def collect(products: Tensor, pairs: Pairs) -> Tensor:
-    """What products of first derivatives add to the second ones."""
-    return products.sum(0, keepdim=True) if pairs == "sum" else products
+def collect(squares: Tensor, pairs: Pairs) -> Tensor:
+    """What squares of first derivatives add to the second ones."""
+    return squares.sum(0, keepdim=True) if pairs == "sum" else squares
 
 
 def extend(stack: Tensor, count: int) -> Tensor:

@@ -281,8 +281,7 @@ def propagate(
     """The stack (C, B, *) of a function at x (B, *): f, ∂f w for the K directions, and pairs.
 
     `pairs` is "none"; "squares" for ∂²f[w, w] of every direction; "sum" for the sum of those,
-    carried as one; "halves" for ∂²f[v, u] of each v of the first half and its u of the second;
-    "last" for that of each v and the last u. TaylorError says what cannot be carried.
+    carried as one. TaylorError says what cannot be carried.
 
     Example:
         >>> x = torch.tensor([[0.5]])
@@ -310,7 +309,7 @@ def propagate(
             aliases.demote(before, finished)
     if not issubclass(kind, Jet):
         raise TaylorError(f"its output does not carry derivatives in x; got {kind.__name__}.")
-    seconds = {"none": 0, "sum": 1, "halves": count // 2, "last": count - 1}.get(pairs, count)
+    seconds = {"none": 0, "sum": 1}.get(pairs, count)
     # Second derivatives that are zero everywhere, as of a linear network.
     length = 1 + count + seconds
     return stack if len(stack) == length else extend(stack, length)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hosm_losses.taylor._torch import forward_mode, of_a_package, operators, pytree
 from hosm_losses.taylor.registry import functions_named
-from hosm_losses.taylor.stacks import Pairs, extend
+from hosm_losses.taylor.stacks import Pairs, collect, extend
 
 Tensors = tuple[Tensor, ...]
 
@@ -58,33 +58,21 @@ def along(
     `derivatives` has for each value the stack of its `firsts` first derivatives and, unless they
     are zero, of its second ones.
     """
+    inner: Any = partial(torch.func.jvp, function)
 
-    def first(tangents: Tensors) -> Any:
-        return torch.func.jvp(function, values, tangents)
-
-    def second(left: Tensors, right: Tensors, both: Tensors) -> Any:
-        inner = partial(torch.func.jvp, function)
-        found: Any = torch.func.jvp(inner, (values, left), (right, both))
-        (value, to_left), (to_right, to_both) = found
-        return value, to_left, to_right, to_both
+    def second(tangents: Tensors, seconds: Tensors) -> Any:
+        found: Any = torch.func.jvp(inner, (values, tangents), (tangents, seconds))
+        (value, first), (_, second) = found
+        return value, first, second
 
     if pairs == "none":
-        value, *parts = _map_directions(first, derivatives)
+        value, *parts = _map_directions(partial(inner, values), derivatives)
     else:
-        count = {"halves": firsts // 2, "last": firsts - 1}.get(pairs, firsts)
-        left = tuple(each[:count] for each in derivatives)
-        right = tuple(each[firsts - count : firsts] for each in derivatives)
-        if pairs == "last":
-            right = tuple(each[-1:].expand_as(each) for each in right)
+        tangents = tuple(each[:firsts] for each in derivatives)
         # Of a sum the first direction has it all.
-        both = tuple(extend(each[firsts:], count) for each in derivatives)
-        value, *parts = _map_directions(second, left, right, both)
-        if pairs in ("squares", "sum"):
-            del parts[1]
-        if pairs == "last":
-            parts[1] = pytree.tree_map(lambda part: part[:1], parts[1])
-        if pairs == "sum":
-            parts[1] = pytree.tree_map(lambda part: part.sum(0, keepdim=True), parts[1])
+        seconds = tuple(extend(each[firsts:], firsts) for each in derivatives)
+        value, *parts = _map_directions(second, tangents, seconds)
+        parts[1] = pytree.tree_map(partial(collect, pairs=pairs), parts[1])
     stacks = zip(value, *parts, strict=True)
     return [torch.cat([one.unsqueeze(0), *rest]) for one, *rest in stacks]
 
@@ -99,7 +87,7 @@ def _map_directions(function: Callable[..., Any], *args: Tensors) -> Any:
             # PyTorch asks for the offset of a view, which it does not know for all sizes.
             args = pytree.tree_map(torch.clone, args)
         if len(args[0][0]) > 1:
-            outs: Any = (None, *(0,) * (1 if len(args) == 1 else 3))
+            outs: Any = (None, *(0,) * len(args))
             return torch.func.vmap(function, out_dims=outs, randomness="same")(*args)
         value, *parts = function(*pytree.tree_map(lambda stack: stack[0], args))
     return value, *pytree.tree_map(lambda part: part.unsqueeze(0), parts)
