@@ -43,9 +43,10 @@ def checkpoint_hook(kind: str | tuple[str, ...] = "_checkpoint_hook") -> object:
 
 
 def selective_checkpoint() -> bool:
-    """Whether a checkpoint that keeps what some operators return surrounds this call."""
+    """Whether a checkpoint that keeps what some operators return, or its recomputation, is on."""
     modes = map(_C._get_dispatch_stack_at, range(dispatch_depth()))
-    return any(type(mode).__name__ == "_CachingTorchDispatchMode" for mode in modes)
+    names = "_CachingTorchDispatchMode", "_CachedTorchDispatchMode"
+    return any(type(mode).__name__ in names for mode in modes)
 
 
 def autocast_type(x: Tensor) -> torch.dtype:
@@ -140,18 +141,6 @@ def has_alias(x: Tensor) -> bool:
         for each in (x, torch.empty(0, device=x.device))
     )
     return uses > fresh
-
-
-def share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have one storage, below all transforms of torch.func around them."""
-    if torch.compiler.is_compiling():
-        return False
-    storages = []
-    for tensor in (one, other):
-        while in_transform(tensor):
-            tensor = _C._functorch.get_unwrapped(tensor)
-        storages.append(tensor.untyped_storage()._cdata)
-    return storages[0] == storages[1]
 
 
 def swap(one: Tensor, other: Tensor) -> None:

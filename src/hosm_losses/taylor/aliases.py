@@ -44,12 +44,14 @@ UNPACKED = (
     "torch.compile unpacks a tensor, as in q, k, v = qkv, and one of such a shape was changed "
     "in place. Write q, k, v = qkv.unbind(0)."
 )
-# Functions without a rule that may return a view of their argument.
+# Functions without a rule that may return their argument, or a view of it.
 _VIEWS = """
-    __get__ __pos__ atleast_1d atleast_2d atleast_3d broadcast_tensors broadcast_to chunk conj
-    diagonal dsplit expand flatten hsplit meshgrid movedim moveaxis narrow permute positive ravel
-    reshape resolve_conj resolve_neg select slice split split_with_sizes squeeze swapaxes swapdims
-    t tensor_split transpose unbind unflatten unfold unsqueeze view view_as view_as_real vsplit
+    __get__ __pos__ adjoint alpha_dropout atleast_1d atleast_2d atleast_3d broadcast_tensors
+    broadcast_to chunk conj diagonal dsplit expand feature_alpha_dropout feature_dropout flatten
+    hsplit linalg_diagonal meshgrid movedim moveaxis narrow permute positive ravel real reshape
+    resolve_conj resolve_neg select slice split split_with_sizes squeeze sum_to_size swapaxes
+    swapdims t tensor_split to_dense transpose unbind unflatten unfold unsafe_chunk unsafe_split
+    unsqueeze view view_as view_as_real vsplit
 """
 PERHAPS_VIEWS = _VIEWS.split()
 

@@ -22,6 +22,8 @@ REFUSED = """
     apply_ detach_ map_ map2_ rename_ resize_ resize_as_ set_ share_memory_ squeeze_ swapaxes_
     swapdims_ t_ transpose_ unsqueeze_
 """
+# Those that change several tensors, which a list holds.
+LISTS = [name for name in dir(torch) if name.startswith("_foreach") and name.endswith("_")]
 OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
 
 
@@ -56,7 +58,7 @@ def _as_jet(x: Tensor, *others: Any) -> Jet:
     return x if isinstance(x, Jet) else jet_among(others).constant(x)
 
 
-@rule(REFUSED, several=True, told=True)
+@rule(REFUSED, *LISTS, several=True, told=True)
 def _refused(change: Function, *_args: Any, **_named: Any) -> Any:
     raise TaylorError(f"{change.__name__}: changes more in place than the values of a tensor.")
 

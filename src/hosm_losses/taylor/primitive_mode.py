@@ -20,11 +20,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hosm_losses.taylor._torch import (
-    checkpoint_hook,
-    selective_checkpoint,
-    traced,
-)
+from hosm_losses.taylor._torch import checkpoint_hook, traced
 from hosm_losses.taylor.errors import DerivativeError
 from hosm_losses.taylor.hooks import guard_hook
 from hosm_losses.taylor.registry import OF_ONE, PRIMITIVES
@@ -35,11 +31,6 @@ CHECKPOINT_ADVICE = (
     "(diffusers: "
     "model.enable_gradient_checkpointing(gradient_checkpointing_func=hosm_losses.checkpoint)), "
     "or checkpoint around the loss module."
-)
-SELECTIVE_ADVICE = (
-    "checkpoint: expected one that computes all of its part again; got a selective one, of "
-    "create_selective_checkpoint_contexts, whose kept results the engines change. Use "
-    "hosm_losses.checkpoint inside the network, or leave out context_fn around the loss."
 )
 
 
@@ -90,7 +81,6 @@ class _SafePrimitives(TorchFunctionMode):
             raise DerivativeError(
                 "network: got .detach_(), which is wrong under torch.func. Write x = x.detach()."
             )
-        refuse_selective_checkpoint()
         primitive = self.table.get(func)
         if primitive is not None:
             _refuse_foreign_checkpoint()
@@ -106,15 +96,6 @@ def _refuse_foreign_checkpoint() -> None:
     hook = checkpoint_hook()
     if hook not in (None, _thread.modes[-1].around) and not _thread.recomputed_safely:
         raise ForeignCheckpointError(CHECKPOINT_ADVICE)
-
-
-def refuse_selective_checkpoint() -> None:
-    """Raise where what an operator returns is kept for the recomputation.
-
-    A layer's bias is added to it in place, and would be added again.
-    """
-    if not torch.compiler.is_compiling() and selective_checkpoint():
-        raise DerivativeError(SELECTIVE_ADVICE)
 
 
 class _OurCheckpoint:

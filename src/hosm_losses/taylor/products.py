@@ -34,6 +34,7 @@ from torch import Tensor
 from hosm_losses.taylor._torch import (
     autocast_type,
     in_autocast,
+    selective_checkpoint,
     traced,
     without_autocast,
 )
@@ -149,7 +150,8 @@ def with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     """The output of a layer, changed, with the bias on its first rows."""
     if bias is None:
         return output
-    if traced():
+    # A selective checkpoint may keep the output for its recomputation, as it is without a bias.
+    if traced() or selective_checkpoint():
         return torch.cat([(output[:rows] + bias).to(output.dtype), output[rows:]])
     return _AddInPlace.apply(output, bias, rows)  # pyright: ignore[reportReturnType]
 

@@ -28,20 +28,17 @@ from torch import Tensor
 
 from hosm_losses.taylor import aliases
 from hosm_losses.taylor._torch import (
-    dispatch_depth,
     forward_mode_on,
     in_custom_function,
     pytree,
-    share_memory,
     shell,
     traced,
-    versions,
     without_subclasses,
 )
 from hosm_losses.taylor.errors import NoRule, TaylorError
 from hosm_losses.taylor.hooks import GIVE_THE_SOURCE, ScriptedError
-from hosm_losses.taylor.primitive_mode import refuse_selective_checkpoint, safe_primitives
-from hosm_losses.taylor.registry import CONSTANT, PRIMITIVES, RULES, Rule, name_of
+from hosm_losses.taylor.primitive_mode import safe_primitives
+from hosm_losses.taylor.registry import CONSTANT, RULES, Rule, name_of
 from hosm_losses.taylor.stacks import Pairs, extend
 from hosm_losses.taylor.unknown import WRONG, along, wrong_in_forward_mode
 
@@ -160,8 +157,6 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     if compiling:
         args = tuple(map(unpack, args))
         kwargs = {name: unpack(value) for name, value in kwargs.items()}
-    elif dispatch_depth():
-        refuse_selective_checkpoint()
     constant = CONSTANT.get(func)
     if constant:
         # Where levels of torch.func are nested, .data is detached from the innermost alone.
@@ -213,7 +208,6 @@ def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if wrong_in_forward_mode(func, args, kwargs):
         raise TaylorError(f"{name_of(func)}: {WRONG}")
     seen: list[Any] = []
-    sources: dict[int, Jet] = {}
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
         filled = list(flat)
@@ -222,35 +216,22 @@ def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         given, named = pytree.tree_unflatten(filled, form)
         with safe_primitives():
             seen[:] = pytree.tree_flatten(func(*given, **named))
-        for place, leaf in enumerate(seen[0]):
-            for jet, value in zip(jets, values, strict=True):
-                if isinstance(leaf, Tensor) and share_memory(leaf, value):
-                    sources[place] = jet
         if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in seen[0]):
             raise TaylorError(f"{name_of(func)}: {COMPLEX}")
         # One result at least, where the function returns no tensor.
         found = tuple(leaf for leaf in seen[0] if isinstance(leaf, Tensor))
         return found or (values[0].new_zeros(()),)
 
-    # Copies, whose versions show a change in place.
+    # Copies: torch.func writes to what it is given, which elements in one place do not allow.
     values = tuple(jet.stack[0].clone() for jet in jets)
-    # A primitive changes statistics in place.
-    plain = [each for each in flat if isinstance(each, Tensor) and not isinstance(each, Jet)]
-    watched = (*values, *([] if func in PRIMITIVES else plain))
-    before = versions(watched)
-    # torch.func writes to what it is given, which elements in one place do not allow.
     derivatives = tuple(
         jet.stack[1:].contiguous() if 0 in jet.stack.stride() else jet.stack[1:] for jet in jets
     )
     stacks = iter(along(function, values, derivatives, jets[0].firsts, jets[0].pairs))
-    if versions(watched) != before:
-        raise TaylorError(f"{name_of(func)}: {CHANGES}")
     leaves, tree = seen
     found = [jets[0].of(next(stacks)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    if name_of(func) in aliases.PERHAPS_VIEWS:
-        sources = dict.fromkeys(range(len(found)), jets[0])
-    for place, jet in sources.items():
-        aliases.share(jet, found[place])
+    for each in found if name_of(func) in aliases.PERHAPS_VIEWS else ():
+        aliases.share(jets[0], each)
     return pytree.tree_unflatten(found, tree)
 
 
