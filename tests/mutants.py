@@ -242,8 +242,8 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/engines.py",
-        "value, point, c, create_graph=wanted or push, **options",
-        "value, point, c, create_graph=push, **options",
+        "_pullback(value_and_parts, x, wanted, wanted or push)",
+        "_pullback(value_and_parts, x, wanted, push)",
         "tests/losses/test_paired.py",
     ),
     Mutant(

@@ -173,19 +173,34 @@ def _taylor_gradient(
         stack = propagate(watch_once(field, 3, wanted), rows, w)
         return (w * stack[1:]).sum(), (stack[:1], stack[1:])
 
-    if internals.traced():
-        gradient, parts = torch.func.grad(form, has_aux=True)(rows)
-    else:
-        with torch.enable_grad(), add_remedies():
-            rows = leaf(rows, wanted)
-            number, parts = form(rows)
-            # Zero where the form does not depend on x, as of a linear network.
-            (gradient,) = torch.autograd.grad(
-                number, rows, create_graph=wanted, materialize_grads=True
-            )
+    number, parts, back = _pullback(form, rows, wanted, wanted)
+    gradient = back(torch.ones_like(number))
     if summed:
         return [*parts, gradient.unsqueeze(0)]
     return split_directions((*[part.squeeze(0) for part in parts], gradient), direction.shape)
+
+
+def _pullback(
+    function: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor, wanted: bool, graph: bool
+) -> tuple[Tensor, Any, Callable[[Tensor], Tensor]]:
+    """What a function returns at x, a value and more, and its pass back, with a `graph` or not.
+
+    It gives zero where the value does not depend on x, as the form of a linear network.
+    """
+    if internals.traced():
+        found: Any = torch.func.vjp(function, x, has_aux=True)
+        value, back, more = found
+        return value, more, lambda cotangent: back(cotangent)[0]
+    with torch.enable_grad(), add_remedies():
+        point = leaf(x, wanted)
+        value, more = function(point)
+
+    @add_remedies()
+    def pull(cotangent: Tensor) -> Tensor:
+        options: Any = {"create_graph": graph, "retain_graph": True, "materialize_grads": True}
+        return torch.autograd.grad(value, point, cotangent, **options)[0]
+
+    return value, more, pull
 
 
 def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) -> Derivatives:
@@ -317,38 +332,16 @@ def products_beside(
 
     def value_and_parts(point: Tensor) -> tuple[Tensor, list[Tensor]]:
         value, *parts = derive(field, point, direction)
+        refuse_dropped(value)
         return value[0], [value[:1], *[part for part in parts if part is not None]]
 
-    if internals.traced():
-        found: Any = torch.func.vjp(value_and_parts, x, has_aux=True)
-        value, back, parts = found
-        c = chosen(value)
-        if push:
-            found = torch.func.vjp(lambda c: back(c)[0], c)
-            pulled, again = found
-            pushed = again(c)[0].detach()
-        else:
-            pulled, pushed = back(c)[0], None
-    else:
-        wanted = torch.is_grad_enabled()
-        with torch.enable_grad(), add_remedies():
-            point = leaf(x, wanted)
-            value, parts = value_and_parts(point)
-            refuse_dropped(value)
-            # Where it requires a gradient a Function that drops the graph is noticed.
-            c = leaf(chosen(value), False) if push or wanted else chosen(value)
-            # Zero where the value does not depend on x.
-            options: Any = {"retain_graph": True, "materialize_grads": True}
-            (pulled,) = torch.autograd.grad(
-                value, point, c, create_graph=wanted or push, **options
-            )
-            pushed = None
-            if push:
-                (pushed,) = torch.autograd.grad(pulled, c, c.detach(), **options)
-        *parts, pulled = detach_unless([*parts, pulled], wanted)
+    wanted = torch.is_grad_enabled()
+    value, parts, back = _pullback(value_and_parts, x, wanted, wanted or push)
+    c = chosen(value)
+    # Differentiated in c, in which it is linear: so a Function that drops the graph is noticed.
+    pulled, _, again = _pullback(lambda c: (back(c), ()), c, False, False)
+    pushed = again(c).detach().reshape(shape) if push else None
+    *parts, pulled = detach_unless([*parts, pulled], wanted)
     if apart:
         parts = split_directions([part.squeeze(0) for part in parts], shape)
-    pulled, c = pulled.reshape(shape), c.detach().reshape(shape)
-    return Products(
-        Derivatives(*parts), c, pulled, None if pushed is None else pushed.reshape(shape)
-    )
+    return Products(Derivatives(*parts), c.reshape(shape), pulled.reshape(shape), pushed)
