@@ -113,8 +113,7 @@ def derive(
         refuse_scripted(engine, error)
         why = str(error)
         energy = engine == "taylor" and NO_GRAPH in why
-        missing = energy or any(words in why for words in (NO_FORWARD, *NOT_TWICE))
-        if isinstance(error, DerivativeError) or not missing:
+        if not energy and not any(words in why for words in (NO_FORWARD, *NOT_TWICE)):
             raise
         after = ", which differentiates a network that takes a gradient itself" if energy else ""
         raise DerivativeError(

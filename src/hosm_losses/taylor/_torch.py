@@ -129,11 +129,6 @@ def without_subclasses() -> AbstractContextManager[None]:
     return _C.DisableTorchFunctionSubclass()
 
 
-def in_transform(x: object) -> bool:
-    """Whether this is a tensor of a transform of torch.func, under way or over."""
-    return isinstance(x, Tensor) and _C._functorch.is_functorch_wrapped_tensor(x)
-
-
 def has_alias(x: Tensor) -> bool:
     """Whether another tensor has the memory of one, such as what .detach() made of it."""
     uses, fresh = (

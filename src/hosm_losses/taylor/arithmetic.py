@@ -14,7 +14,7 @@ from hosm_losses.taylor.errors import NoRule, TaylorError
 from hosm_losses.taylor.pointwise import apply, power
 from hosm_losses.taylor.products import ndim_of, of_matrices, product_rule
 from hosm_losses.taylor.recompute import with_recomputation
-from hosm_losses.taylor.registry import rule
+from hosm_losses.taylor.registry import rule, swapped
 from hosm_losses.taylor.stacks import (
     Pairs,
     align,
@@ -142,11 +142,5 @@ def _added(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
     return add(found, x, alpha=beta).with_dtype(found.dtype)
 
 
-@rule("__rsub__ rsub", several=True, kind="linear")
-def _rsub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
-    return _sub(b, a, alpha=alpha)
-
-
-@rule("__rdiv__ __rtruediv__", several=True, kind="stack")
-def _rdiv(a: Any, b: Any) -> Jet:
-    return _div(b, a)
+rule("__rsub__ rsub", several=True, kind="linear")(swapped(_sub))
+rule("__rdiv__ __rtruediv__", several=True, kind="stack")(swapped(_div))

@@ -101,21 +101,10 @@ class Rows(NamedTuple):
         return x.sum_to_size(self.weights).reshape(weight.shape).to(weight.dtype)
 
 
-def stack_of_norm(
-    rows: Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Some, bias: Some
-) -> Tensor:
-    """The stack of a norm, with weight and bias; computed in float32 at least."""
-    pullbacks: list[Any] = [partial(pull_back, rows, firsts, pairs)]
-    if pairs == "none":
-        pullbacks.append(partial(pull_back_again, rows))
-    function = partial(normalize_stack, rows, firsts, pairs)
-    return with_recomputation(function, stack, weight, bias, pullbacks=pullbacks)
-
-
 def normalize_stack(
     rows: Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Some, bias: Some
 ) -> Tensor:
-    """The stack of a norm."""
+    """The stack of a norm, with weight and bias; computed in float32 at least."""
     centred, u, along = rows.measured(stack, firsts)
     value, tangents, seconds = components(centred, firsts)
     norm, c = _Norm(rows, value, u), _Seen(tangents, along)
@@ -272,7 +261,11 @@ def _as(x: Tensor, like: Tensor) -> Tensor:
 def _of_jet(rows: Rows, x: Any, weight: Any = None, bias: Any = None) -> Any:
     if len(rows.dims) == len(rows.shape):
         raise NoRule  # where a row is not a part of a sample
-    return x.like(stack_of_norm(rows, x.firsts, x.pairs, x.stack, weight, bias))
+    pullbacks: list[Any] = [partial(pull_back, rows, x.firsts, x.pairs)]
+    if x.pairs == "none":
+        pullbacks.append(partial(pull_back_again, rows))
+    function = partial(normalize_stack, rows, x.firsts, x.pairs)
+    return x.like(with_recomputation(function, x.stack, weight, bias, pullbacks=pullbacks))
 
 
 def _of_tensor(rows: Rows, x: Tensor, weight: Some = None, bias: Some = None) -> Tensor:

@@ -15,7 +15,7 @@ Formula of softplus:
 import math
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -43,9 +43,9 @@ def apply(series: Series, jet: Jet, operators: Operators | None = None) -> Jet:
 
     With `operators` it yields the derivatives alone.
     """
-    whole, derivatives = series, partial(_without_value, series)
+    whole, derivatives = series, lambda x: islice(series(x), 1, None)
     if operators is not None:
-        whole, derivatives = partial(_with_value, operators.value, series), series
+        whole, derivatives = lambda x: chain([operators.value(x)], series(x)), series
     once: Function = partial(_evaluate, whole, jet.firsts, jet.pairs)
     again = once
     pullbacks: list[Function] = [partial(_pull_back, derivatives, jet.firsts, jet.pairs)]
@@ -54,15 +54,6 @@ def apply(series: Series, jet: Jet, operators: Operators | None = None) -> Jet:
         if operators is not None:
             once = partial(_evaluate_by, operators, jet.firsts)
     return jet.like(with_recomputation(once, jet.stack, pullbacks=pullbacks, again=again))
-
-
-def _without_value(series: Series, x: Tensor) -> Iterator[Tensor]:
-    return islice(series(x), 1, None)
-
-
-def _with_value(value: Function, series: Series, x: Tensor) -> Iterator[Tensor]:
-    yield value(x)
-    yield from series(x)
 
 
 def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
@@ -179,11 +170,7 @@ def _tanh(x: Tensor) -> Iterator[Tensor]:
     yield slope * (4 - 6 * slope)
 
 
-def _slope_of_gelu(along: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
-    return torch.ops.aten.gelu_backward.default(along, x, approximate=approximate)
-
-
-@pointwise("gelu", operators=Operators(F.gelu, _slope_of_gelu))
+@pointwise("gelu", operators=Operators(F.gelu, torch.ops.aten.gelu_backward.default))
 def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
     # x S(x), of a share S between 0 and 1.
     square = x * x
@@ -300,13 +287,10 @@ def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Iterator[Ten
 
 @pointwise("clamp", "clip", "clamp_min")
 def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Iterator[Tensor]:  # noqa: A002
-    inside = torch.ones_like(x, dtype=torch.bool)
-    for bound, holds in ((min, torch.ge), (max, torch.le)):
-        if isinstance(bound, Tensor):
-            raise NoRule
-        if bound is not None:
-            inside = inside & holds(x, bound)
-    return piecewise_linear(torch.clamp(x, min, max), inside.to(x.dtype))
+    if isinstance(min, Tensor) or isinstance(max, Tensor):
+        raise NoRule
+    value = torch.clamp(x, min, max)
+    return piecewise_linear(value, (value == x).to(x.dtype))
 
 
 @pointwise("clamp_max")
@@ -314,9 +298,5 @@ def _clamp_max(x: Tensor, max: Any) -> Iterator[Tensor]:  # noqa: A002
     return _clamp(x, None, max)
 
 
-def _rpow(exponent: float) -> Callable[[Tensor], Iterator[Tensor]]:
-    return lambda x: power(x, exponent)
-
-
 for _name, _exponent in {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1}.items():
-    pointwise(_name)(_rpow(_exponent))
+    pointwise(_name)(partial(power, exponent=_exponent))

@@ -42,7 +42,7 @@ from hosm_losses.taylor.aliases import share
 from hosm_losses.taylor.errors import NoRule
 from hosm_losses.taylor.linear import per_sample
 from hosm_losses.taylor.recompute import needed_gradients
-from hosm_losses.taylor.registry import Function, rule
+from hosm_losses.taylor.registry import Function, rule, swapped
 from hosm_losses.taylor.stacks import Pairs, align, collect, components
 from hosm_losses.taylor.tensor import Jet
 
@@ -164,6 +164,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Jet:
     return x.like(with_bias(F.linear(x.stack, weight), bias, 1))
 
 
+# In the order in which `_convolution_form` takes them.
 OPTIONS = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
 PLAIN = ("stride", "padding", "dilation", "groups")
 TRANSPOSING = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
@@ -184,36 +185,28 @@ def _convolution(
     transposed = function in TRANSPOSING  # torch.compile knows no name of it
     given = zip(TRANSPOSED if transposed else PLAIN, args, strict=False)
     options: dict[str, Any] = OPTIONS | dict(given) | named
+    if len(options) > len(OPTIONS):  # a name that PyTorch does not know
+        raise NoRule
 
     def biased(samples: Tensor) -> Tensor:
         if traced() or not plain(samples, weight) or isinstance(options["padding"], str):
             convolved = function(samples, weight, None, *args, **named)
         else:
-            form = _convolution_form(samples, weight, transposed, **options)
+            form = _convolution_form(samples, weight, transposed, *options.values())
             convolved = product(form, in_autocast(samples), weight)
         return with_bias(convolved, bias, x.shape[0])
 
     return x.like(per_sample(x.stack, biased))
 
 
-def _convolution_form(
-    samples: Tensor,
-    weight: Tensor,
-    transposed: bool,
-    *,
-    stride: Any,
-    padding: Any,
-    output_padding: Any,
-    dilation: Any,
-    groups: int,
-) -> Form:
+def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *given: Any) -> Form:
     """The gradients of a convolution.
 
     The weight is kept in its own type, and multiplied in that of autocast, if it is on now.
     """
+    *sizes, groups = given
     stride, padding, output_padding, dilation = (
-        [each] * (weight.ndim - 2) if isinstance(each, int) else each
-        for each in (stride, padding, output_padding, dilation)
+        [each] * (weight.ndim - 2) if isinstance(each, int) else each for each in sizes
     )
     options = stride, padding, dilation, transposed, output_padding, groups
     backward = torch.ops.aten.convolution_backward
@@ -349,9 +342,7 @@ def of_matrices(a: Any, b: Any) -> Jet:
     return matmul(a, b)
 
 
-@rule("__rmatmul__", several=True, kind="bilinear")
-def _rmatmul(a: Any, b: Any) -> Jet:
-    return matmul(b, a)
+rule("__rmatmul__", several=True, kind="bilinear")(swapped(matmul))
 
 
 def _without_dots(equation: str, factors: Iterable[Any]) -> str:

@@ -67,10 +67,8 @@ class Rule:
 
 
 RULES: dict[Function, Rule] = {}
-# What takes the place of an operator in reverse mode: see `primitives`. For what is differentiated
-# in x; and for a first derivative of one sample.
+# What takes the place of an operator in reverse mode: see `primitives`.
 PRIMITIVES: dict[Function, Function] = {}
-OF_ONE: dict[Function, Function] = {}
 # Functions that are constant in x, or ask for a property: evaluated on the value. A dictionary,
 # for torch.compile does not find functions in a set. "shares" is of those whose result shares the
 # memory of the value, and "data" of the property that does.
@@ -114,6 +112,11 @@ def rule(
         return function
 
     return register
+
+
+def swapped(function: Function) -> Function:
+    """A function of two operands in the other order."""
+    return lambda a, b, **named: function(b, a, **named)
 
 
 def axis(dim: Any, ndim: int) -> int:
