@@ -8,7 +8,6 @@ What:
     between x and the output.
 """
 
-import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -30,9 +29,6 @@ _JUMPS = """
 """
 JUMPS = frozenset(_JUMPS.split())
 CLAMPS = ("clamp", "clip", "clamp_min", "clamp_max")  # which are perhaps not at work
-# Where the arguments say which norm: those of 1 and ∞ have kinks.
-NORMS = {"norm": 1, "normalize": 1, "linalg_norm": 1, "linalg_vector_norm": 1}
-NORMS |= {"dist": 2, "cdist": 2, "pairwise_distance": 2}
 WARNING = (
     "network: {} depends on x through {}. Beyond order one a loss, or the gradient of a "
     "likelihood, then misses how it depends on where that jumps, as on a bias before it: no "
@@ -112,9 +108,6 @@ def _jumps(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> int:
     if name in ("elu", "celu"):
         alpha = named.get("alpha", args[1] if len(args) > 1 else 1.0)
         return 2 if name == "celu" or alpha == 1 else 1
-    if name in NORMS:
-        given = args[NORMS[name]] if len(args) > NORMS[name] else 2
-        return int(named.get("p", named.get("ord", given)) in (1, math.inf))
     return int(name in JUMPS or "max_pool" in name)
 
 
