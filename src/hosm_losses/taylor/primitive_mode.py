@@ -11,7 +11,7 @@ Source:
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
@@ -54,10 +54,7 @@ _thread = _Thread()
 
 
 class _SafePrimitives(TorchFunctionMode):
-    def __init__(self, table: Mapping[Any, Callable[..., Any]]) -> None:
-        super().__init__()
-        self.table = table
-        self.around: object = None  # the checkpoint's hook that surrounds the mode
+    around: object = None  # the checkpoint's hook that surrounds the mode
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -81,7 +78,7 @@ class _SafePrimitives(TorchFunctionMode):
             raise DerivativeError(
                 "network: got .detach_(), which is wrong under torch.func. Write x = x.detach()."
             )
-        primitive = self.table.get(func)
+        primitive = PRIMITIVES.get(func)
         if primitive is not None:
             _refuse_foreign_checkpoint()
         return (primitive or func)(*args, **(kwargs or {}))
@@ -111,25 +108,15 @@ class _OurCheckpoint:
 
 def safe_primitives(enabled: bool = True) -> AbstractContextManager[Any]:
     """A block in which this thread has the primitives in place of the operators, if `enabled`."""
-    return _SafePrimitives(PRIMITIVES) if enabled else nullcontext()
-
-
-def safe_of_one() -> AbstractContextManager[Any]:
-    """A block with the primitives that a first derivative of one sample on the CPU needs.
-
-    That of an instance norm in channels_last is wrong.
-    """
-    table = {each: own for each, own in PRIMITIVES.items() if "instance_norm" in each.__name__}
-    return _SafePrimitives(table)
+    return _SafePrimitives() if enabled else nullcontext()
 
 
 def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """torch's non-reentrant checkpoint; its recomputation has the primitives if this call has."""
-    tables = [mode.table for mode in _thread.modes]
+    enabled = bool(_thread.modes)
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        mode = _SafePrimitives(tables[-1]) if tables else nullcontext()
-        return _OurCheckpoint(), mode
+        return _OurCheckpoint(), safe_primitives(enabled)
 
     return torch.utils.checkpoint.checkpoint(
         function, *args, use_reentrant=False, context_fn=contexts, **kwargs
