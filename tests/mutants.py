@@ -153,8 +153,8 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/directional.py",
-        "along_u = (plus - minus)[: len(u)] / 2",
-        "along_u = (plus + minus)[: len(u)] / 2",
+        'directions, "sum")[2]',
+        'directions, "squares")[2]',
         "tests/taylor/test_directional.py",
     ),
     Mutant(

@@ -1,16 +1,15 @@
 r"""The public face: a function with its derivatives along directions, and its Laplacian."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from hosm_losses.taylor.stacks import components
+from hosm_losses.taylor.stacks import Pairs, components
 from hosm_losses.taylor.tensor import propagate
 
 Function = Callable[[Tensor], Tensor]
-Pairs = Literal["none", "squares", "sum", "halves", "last"]
 
 
 def jet(
@@ -25,19 +24,16 @@ def jet(
         function: of x (B, \*), every sample alone; such as a network with its conditions bound.
         x: a batch (B, \*), in floating point.
         directions: K directions for every sample, (K, B, \*).
-        pairs: which second derivatives ∂²f[v, u] there are: "none"; "squares" for v = u of every
-            direction; "sum" for the sum of those; "halves" for each v of the first half and its u
-            of the second; "last" for each v but the last, and the last as u. The last two follow
-            from ∂²f[v + u, v + u] − ∂²f[v − u, v − u] = 4 ∂²f[v, u], so digits are lost if v is
-            far longer than u, or u than v.
+        pairs: which second derivatives there are: "none"; "squares", ∂²f[v, v] of every direction;
+            "sum", the sum of those.
 
     Returns:
         f (B, \*), first derivatives (K, B, \*), and second ones: None for "none", (K, B, \*) for
-        "squares", (B, \*) for "sum", (K/2, B, \*) for "halves", (K − 1, B, \*) for "last".
+        "squares", (B, \*) for "sum".
 
     Raises:
         TaylorError: what the function does cannot be followed, and why.
-        ValueError: directions of another shape, or pairs that do not go with their number.
+        ValueError: directions of another shape, or pairs of another name.
 
     Example:
         >>> x, v = torch.tensor([[0.0], [1.0]]), torch.ones(1, 2, 1)
@@ -52,19 +48,6 @@ def jet(
         )
     if pairs not in get_args(Pairs):
         raise ValueError(f"pairs: expected one of {get_args(Pairs)}; got {pairs!r}.")
-    if (pairs == "halves" and len(directions) % 2) or (pairs == "last" and len(directions) == 1):
-        raise ValueError(
-            f"directions: expected two or more for pairs={pairs!r}, for halves an "
-            f"even number; got {len(directions)}."
-        )
-    if pairs in ("halves", "last"):
-        split = len(directions) // 2 if pairs == "halves" else -1
-        v, u = directions[:split], directions[split:]
-        value, first, second = jet(function, x, torch.cat([v + u, v - u]), "squares")
-        assert second is not None
-        (plus, minus), (of_sum, of_difference) = first.chunk(2), second.chunk(2)
-        along_u = (plus - minus)[: len(u)] / 2
-        return value, torch.cat([(plus + minus) / 2, along_u]), (of_sum - of_difference) / 4
     stack = propagate(function, x, directions, pairs)
     stack = stack if torch.is_grad_enabled() else stack.detach()
     value, first, second = components(stack, len(directions))

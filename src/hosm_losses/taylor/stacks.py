@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 # Which second derivatives there are: none; that of each direction with itself; the sum of those.
-# Those of two directions follow from these: see `directional`.
 Pairs = Literal["none", "squares", "sum"]
 
 
