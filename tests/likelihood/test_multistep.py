@@ -150,6 +150,23 @@ def test_the_error_of_the_integral_by_hand(steps, smooth):
     assert true < 2 * expected
 
 
+def test_a_kink_among_smooth_samples_counts_by_its_finest_difference():
+    """Most of the batch is smooth, so the kink is not looked for; 100 is for its median."""
+
+    def kinked(s):
+        return 100 * abs(s - 1 / 3)
+
+    walk = given(lambda s: torch.tensor([math.exp(3 * s), kinked(s)]).double(), 64)
+    values = [kinked(k / 64) for k in range(65)]
+    sums = [
+        sum(w * q for w, q in zip(gregory_weights(n), values[:: 64 // n], strict=True)) / n
+        for n in (64, 32, 16)
+    ]
+    finest, next_one = abs(sums[0] - sums[1]), abs(sums[1] - sums[2])
+    assert finest / 15 > next_one / 64
+    torch.testing.assert_close(float(walk.quadrature_error[1]), finest / 15)
+
+
 def test_few_steps_have_an_estimate_too():
     walk = given(lambda s: s**6, 8)
     true = abs(float(walk.integral()[0]) - 1 / 7)
