@@ -59,7 +59,6 @@ Kind = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
 Prediction = Kind | Literal["x0", "denoiser", "v", "velocity"]
 # Other words, and the one by which `ScoreModel.prediction` knows them.
 SAME = {"x0": "sample", "denoiser": "sample", "v": "v_prediction", "velocity": "flow_prediction"}
-PREDICTIONS = (*get_args(Kind), *SAME)  # here, as torch.compile of PyTorch 2.6 has no get_args
 UNSHARD = (
     "If fully_shard is around it, its parameters are shards between the steps: call unshard() on "
     "the sharded loss module in every process before, and reshard() after."
@@ -116,7 +115,7 @@ class ScoreModel(nn.Module):
         if not callable(network):
             raise TypeError(complaint("network", "an nn.Module or a callable", network))
         check_schedule(schedule)
-        check_choice("prediction", prediction, PREDICTIONS)
+        check_choice("prediction", prediction, [*get_args(Kind), *SAME])
         if not (time is None or callable(time)):
             check_number("time", time, "a finite factor, a callable or None")
         check_flag("primitives", primitives)
