@@ -11,6 +11,7 @@ OLD = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 
 # torch.compile ends in an internal error: at `tensor.as_subclass(Jet)`, and past it elsewhere.
 compiles_higher_orders = pytest.mark.skipif(OLD, reason="this torch.compile knows order one alone")
+makes_modules = pytest.mark.skipif(OLD, reason="this torch.compile makes no module of a function")
 SHARDS_ON_CPU = not OLD  # fully_shard asks a CPU for a stream with events
 # Nothing tells which saved-tensor hooks are on.
 tells_hooks = pytest.mark.skipif(OLD, reason="this PyTorch does not tell which hooks are on")

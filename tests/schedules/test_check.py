@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import hosm_losses as hosm
 from tests.cases import SCHEDULES
 from tests.schedules.checks import own
+from tests.versions import makes_modules
 
 
 def build(schedule):
@@ -99,6 +100,7 @@ def test_a_warning_that_a_filter_makes_an_error_is_no_fault_of_the_schedule():
             build(own(alpha))
 
 
+@makes_modules
 def test_it_is_looked_at_only_outside_of_compilation():
     def make(x):
         return build(hosm.LinearFlowSchedule(t_max=1.0)).predict(x, x)
