@@ -50,6 +50,7 @@ class NoiseField:
         value_only: whether it is for its value alone, which is not differentiated in x.
         without_qx: whether values are those of f + q x; derivatives are those of f.
         network_only: whether it is what the network predicts.
+        one_sample: whether it is one sample on the CPU, of which a first derivative may be wrong.
     """
 
     model: ScoreModel
@@ -60,6 +61,7 @@ class NoiseField:
     value_only: bool = False
     without_qx: bool = False
     network_only: bool = False
+    one_sample: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate f, or the network, at x (B, *)."""
@@ -84,7 +86,7 @@ class NoiseField:
     def _with_primitives(self, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         # A Jet has rules of its own, and what is not differentiated in x needs no primitives.
         needed = self.primitives and not (self.value_only or isinstance(x, Jet))
-        with safe_primitives(needed):
+        with safe_primitives(needed or self.one_sample, of_one_sample=not needed):
             return self.model.predict(x, self.t, **kwargs)
 
     def _of_value(self, value: Tensor, x: Tensor, p: Tensor | None, q: Tensor | None) -> Tensor:
@@ -98,7 +100,7 @@ class NoiseField:
     @property
     def native(self) -> "NoiseField":
         """The network with PyTorch's operators, whose values and first derivatives are right."""
-        return replace(self, primitives=False, network_only=True)
+        return replace(self, primitives=False, network_only=True, one_sample=False)
 
     # These three not by replace, for torch.compile of 2.6.
     def network(self) -> "NoiseField":
@@ -182,8 +184,8 @@ class NoiseField:
 
         # PyTorch's first gradient of instance norm is wrong for one sample in channels_last.
         one = self.model.primitives and len(x) == 1 and x.device.type == "cpu"
-        field = replace(self, primitives=True) if one else self
-        value, forms = quadratic_forms(field.network(), x, watched())
+        field = replace(self.network(), one_sample=one)
+        value, forms = quadratic_forms(field, x, watched())
         of_x = torch.cat(squares) if squares else None
         flat = (None if each is None else each.flatten() for each in (p, q))
         return -apply_affine(value, x, p, q), -apply_affine(forms, of_x, *flat)

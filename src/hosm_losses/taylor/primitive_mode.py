@@ -11,7 +11,7 @@ Source:
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from hosm_losses.taylor._torch import checkpoint_hook, traced
 from hosm_losses.taylor.errors import DerivativeError
 from hosm_losses.taylor.hooks import guard_hook
-from hosm_losses.taylor.registry import PRIMITIVES
+from hosm_losses.taylor.registry import OF_ONE, PRIMITIVES
 
 CHECKPOINT_ADVICE = (
     "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order "
@@ -54,7 +54,10 @@ _thread = _Thread()
 
 
 class _SafePrimitives(TorchFunctionMode):
-    around: object = None  # the checkpoint's hook that surrounds the mode
+    def __init__(self, table: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.table = table
+        self.around: object = None  # the checkpoint's hook that surrounds the mode
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -78,7 +81,7 @@ class _SafePrimitives(TorchFunctionMode):
             raise DerivativeError(
                 "network: got .detach_(), which is wrong under torch.func. Write x = x.detach()."
             )
-        primitive = PRIMITIVES.get(func)
+        primitive = self.table.get(func)
         if primitive is not None:
             _refuse_foreign_checkpoint()
         return (primitive or func)(*args, **(kwargs or {}))
@@ -106,17 +109,23 @@ class _OurCheckpoint:
         _thread.recomputed_safely = self.before
 
 
-def safe_primitives(enabled: bool = True) -> AbstractContextManager[Any]:
-    """A block in which this thread has the primitives in place of the operators, if `enabled`."""
-    return _SafePrimitives() if enabled else nullcontext()
+def safe_primitives(
+    enabled: bool = True, *, of_one_sample: bool = False
+) -> AbstractContextManager[Any]:
+    """A block in which this thread has the primitives in place of the operators, if `enabled`.
+
+    They may be those alone that a first derivative of one sample needs.
+    """
+    return _SafePrimitives(OF_ONE if of_one_sample else PRIMITIVES) if enabled else nullcontext()
 
 
 def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """torch's non-reentrant checkpoint; its recomputation has the primitives if this call has."""
-    enabled = bool(_thread.modes)
+    tables = [mode.table for mode in _thread.modes]
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return _OurCheckpoint(), safe_primitives(enabled)
+        mode = _SafePrimitives(tables[-1]) if tables else nullcontext()
+        return _OurCheckpoint(), mode
 
     return torch.utils.checkpoint.checkpoint(
         function, *args, use_reentrant=False, context_fn=contexts, **kwargs

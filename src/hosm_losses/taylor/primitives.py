@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hosm_losses.taylor._torch import operators
 from hosm_losses.taylor.errors import DerivativeError
-from hosm_losses.taylor.registry import PRIMITIVES, functions_named
+from hosm_losses.taylor.registry import OF_ONE, PRIMITIVES, functions_named
 
 
 def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
@@ -70,3 +70,8 @@ for _function, _primitive in list(PRIMITIVES.items()):
     if not _function.__name__.endswith("_"):
         PRIMITIVES.update(dict.fromkeys(operators(_function.__name__), _primitive))
 PRIMITIVES.update(dict.fromkeys(operators("_native_batch_norm_legit"), partial(_refuse, NORMS)))
+
+
+# What PyTorch gets wrong once already: of one sample, in channels_last on the CPU.
+_INSTANCE_NORMS = *functions_named("instance_norm"), *operators("instance_norm")
+OF_ONE.update({each: PRIMITIVES[each] for each in _INSTANCE_NORMS})

@@ -67,8 +67,10 @@ class Rule:
 
 
 RULES: dict[Function, Rule] = {}
-# What takes the place of an operator in reverse mode: see `primitives`.
+# What takes the place of an operator in reverse mode: see `primitives`. For what is differentiated
+# in x; and for a first derivative of one sample.
 PRIMITIVES: dict[Function, Function] = {}
+OF_ONE: dict[Function, Function] = {}
 # Functions that are constant in x, or ask for a property: evaluated on the value. A dictionary,
 # for torch.compile does not find functions in a set. "shares" is of those whose result shares the
 # memory of the value, and "data" of the property that does.
