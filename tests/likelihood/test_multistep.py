@@ -128,6 +128,21 @@ def test_the_sum_of_the_effects_is_the_error(steps, apart):
     assert bool(((fall > 20) & (fall < 40)).all())
 
 
+def rule(q, step, count):
+    """∫ q ds by so many steps from 0 on."""
+    return sum(w * q(i * step) for i, w in enumerate(gregory_weights(count))) * step
+
+
+def differences(q, steps):
+    """Of the integrals over all nodes, every second, fourth and eighth, if there are four or more."""
+    counts = [(stride, steps // (2 * stride)) for stride in (1, 2, 4)]
+    return [
+        abs(rule(q, stride / steps, 2 * count) - rule(q, 2 * stride / steps, count))
+        for stride, count in counts
+        if count >= 4
+    ]
+
+
 @pytest.mark.parametrize(
     ("steps", "smooth"), [(16, True), (35, True), (64, True), (16, False), (64, False)]
 )
@@ -135,18 +150,11 @@ def test_the_error_of_the_integral_by_hand(steps, smooth):
     def q(s):
         return math.exp(3 * s) if smooth else abs(s - 1 / 3)
 
-    def rule(step, count):
-        return sum(w * q(i * step) for i, w in enumerate(gregory_weights(count))) * step
-
-    d = []
-    for stride in (1, 2, 4):
-        count = steps // (2 * stride)
-        if count >= 4:
-            d.append(abs(rule(stride / steps, 2 * count) - rule(2 * stride / steps, count)))
+    d = differences(q, steps)
     found = given(q, steps).quadrature_error
     expected = max(d[0] / 15, d[1] / 64) if smooth else max(d[k] / 2**k for k in range(len(d)))
     torch.testing.assert_close(found, torch.full((2,), expected).double())
-    true = abs(rule(1 / steps, steps) - ((math.exp(3) - 1) / 3 if smooth else 5 / 18))
+    true = abs(rule(q, 1 / steps, steps) - ((math.exp(3) - 1) / 3 if smooth else 5 / 18))
     assert true < 2 * expected
 
 
@@ -157,12 +165,7 @@ def test_a_kink_among_smooth_samples_counts_by_its_finest_difference():
         return 100 * abs(s - 1 / 3)
 
     walk = given(lambda s: torch.tensor([math.exp(3 * s), kinked(s)]).double(), 64)
-    values = [kinked(k / 64) for k in range(65)]
-    sums = [
-        sum(w * q for w, q in zip(gregory_weights(n), values[:: 64 // n], strict=True)) / n
-        for n in (64, 32, 16)
-    ]
-    finest, next_one = abs(sums[0] - sums[1]), abs(sums[1] - sums[2])
+    finest, next_one, _ = differences(kinked, 64)
     assert finest / 15 > next_one / 64
     torch.testing.assert_close(float(walk.quadrature_error[1]), finest / 15)
 

@@ -196,9 +196,9 @@ def check_derivatives(
         field = noise_field(own, _spread_times(own, x) if times is None else times, given)
         precision = check_values(field, x)
         check_samples(field, x, precision)
-        for kind in (Smoothness, Agreement):
-            rounded = _check(kind(int(order), engine, precision), field, x)
-        advice = [ROUNDING] if rounded else []
+        checks = [kind(int(order), engine, precision) for kind in (Smoothness, Agreement)]
+        rounded = [_check(each, field, x) for each in checks]
+        advice = [ROUNDING] if any(rounded) else []
         return _report(own.network, int(order), engine, precision, len(x), advice)
 
 
