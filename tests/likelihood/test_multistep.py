@@ -134,7 +134,7 @@ def rule(q, step, count):
 
 
 def differences(q, steps):
-    """Of the integrals over all nodes, every second, fourth and eighth, if there are four or more."""
+    """Of integrals over all nodes, every second, fourth and eighth, where four steps are left."""
     counts = [(stride, steps // (2 * stride)) for stride in (1, 2, 4)]
     return [
         abs(rule(q, stride / steps, 2 * count) - rule(q, 2 * stride / steps, count))
