@@ -236,8 +236,8 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/kinks.py",
-        "if node in nodes and (at_work is None or at_work):",
-        "if node in nodes:",
+        'yield name, 0 if name == "abs" and set(powers) == {2} else jumps',
+        "yield name, jumps",
         "tests/derivatives/test_kinks.py",
     ),
     Mutant(

@@ -40,7 +40,7 @@ def unit(h):
 
 
 def in_place(h):
-    return F.relu(2 * h, inplace=True).sin().clamp_(max=0.3)
+    return F.hardtanh(F.relu(2 * h, inplace=True).sin(), -0.3, 0.3, inplace=True)
 
 
 class OfTime(nn.Module):
@@ -64,8 +64,7 @@ CASES = {
         "maximum": lambda h: torch.maximum(h, h.cos()),
         "max": lambda h: h * h.max(1, keepdim=True).values,
         "max_pool1d": pooled,
-        "clamp": lambda h: h.clamp(-0.3, 0.3),
-        "clamp and relu": in_place,
+        "hardtanh and relu": in_place,
         "elu": lambda h: F.elu(h, 0.5),
         "abs and relu": lambda h: F.relu(h) ** 2 + F.relu(-h).abs() + h.abs() ** 2,
     },
@@ -77,7 +76,7 @@ CASES = {
     3: {
         "a cube": lambda h: F.relu(h) ** 3,
         "a square": lambda h: h.abs() ** 2,
-        "a clamp that is not at work": unit,
+        "a clamp": unit,
         "a norm": F.normalize,
         "detached first": lambda h: h * h.detach().abs().amax(1, keepdim=True),
         "detached later": lambda h: h * h.abs().amax(1, keepdim=True).detach(),
@@ -133,9 +132,8 @@ def test_other_estimators(options):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("name", "count"), [("relu", 1), ("clamp", 0)])
-def test_where_no_value_can_be_read_a_clamp_is_not_accused(name, count, engine):
-    network, (x0, inputs) = Around(CASES[1][name]), given((4, 2), 2)
+def test_where_no_value_can_be_read(engine):
+    network, (x0, inputs) = Around(F.relu), given((4, 2), 2)
     inputs["engine"] = engine
 
     def loss(parameters):
@@ -143,11 +141,11 @@ def test_where_no_value_can_be_read_a_clamp_is_not_accused(name, count, engine):
         return hosm.second_order_dsm(model, x0, **inputs)
 
     parameters = {name: each.detach() for name, each in network.named_parameters()}
-    assert len(said(lambda: grad(loss)(parameters))) == count
+    assert len(said(lambda: grad(loss)(parameters))) == 1
     model = hosm.ScoreModel(network.to("meta"), VP)
     on_meta = {name: inputs[name].to("meta") for name in ("t", "noise", "probe")}
     found = said(lambda: hosm.second_order_dsm(model, x0.to("meta"), **inputs | on_meta))
-    assert len(found) == count
+    assert len(found) == 1
 
 
 @pytest.mark.slow

@@ -350,6 +350,7 @@ WRONG = {
         LAYER,
     ),
     "a ReLU by hand": (around(lambda x: x * (x > 0)), {}, JUMPS, LAYER),
+    "a clamp": (around(lambda x: x.clamp(-0.3, 0.3)), {}, JUMPS, LAYER),
     "a factor that oscillates": (
         around(lambda x: x * (400 * x.abs()).sin().detach()),
         FLOAT32,

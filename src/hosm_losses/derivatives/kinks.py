@@ -5,7 +5,7 @@ What:
     of order two has no gradient for that bias, and too small a one for other parameters, though
     its mean over the data does depend on them: by how often the data meet a kink. No derivative of
     the network shows that, in any engine. The first call of a network is watched, for operators
-    between x and the output.
+    between x and the output. Clamps are not looked for: most only guard against overflow.
 """
 
 import weakref
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hosm_losses import _torch_internals as internals
-from hosm_losses._checks import owns_values, warn
+from hosm_losses._checks import warn
 from hosm_losses.taylor import Jet
 
 _JUMPS = """
@@ -28,7 +28,6 @@ _JUMPS = """
     cummin sort msort topk kthvalue median quantile
 """
 JUMPS = frozenset(_JUMPS.split())
-CLAMPS = ("clamp", "clip", "clamp_min", "clamp_max")  # which are perhaps not at work
 WARNING = (
     "network: {} depends on x through {}. Beyond order one a loss, or the gradient of a "
     "likelihood, then misses how it depends on where that jumps, as on a bias before it: no "
@@ -118,7 +117,6 @@ class _Noted(NamedTuple):
     jumps: int
     result: Callable[[], Tensor | None]  # a weak reference: who shares memory decides the engine
     node: Any  # in the graph
-    at_work: Tensor | None  # of a clamp
     powers: list[float]  # to which it was raised, 1 for another use
 
 
@@ -139,22 +137,18 @@ class _Watch(TorchFunctionMode):
         for noted in self.noted:
             if any(noted.result() is each for each in args):
                 noted.powers.append(power if isinstance(power, int | float) else 1)
-        x, before = _stack(first), None
+        x = _stack(first)
         jumps = _jumps(name, args, named) if isinstance(x, Tensor) and not x.is_complex() else 0
-        if name in CLAMPS and isinstance(x, Tensor) and _may_read(x):
-            jumps, before = 1, (x[0] if isinstance(first, Jet) else x).detach().clone()
         result = func(*args, **named)
         for each in internals.pytree.tree_leaves(result) if jumps else ():
             if isinstance(each, self.kind):
-                at_work = None if before is None else (_value(each) != before).any()
-                found = weakref.ref(each), _stack(each).grad_fn, at_work, list[float]()
-                self.noted.append(_Noted(name, jumps, *found))
+                self.noted.append(_Noted(name, jumps, weakref.ref(each), _stack(each).grad_fn, []))
         return result
 
     def find(self, nodes: set[Any]) -> Iterator[tuple[str, float]]:
         """Names, and derivatives that jump, of what is noted among some nodes of the graph."""
-        for name, jumps, _, node, at_work, powers in self.noted:
-            if node in nodes and (at_work is None or at_work):
+        for name, jumps, _, node, powers in self.noted:
+            if node in nodes:
                 if name == "relu":  # whose square has a derivative that does not jump
                     jumps = max(jumps, min(powers, default=0))
                 yield name, 0 if name == "abs" and set(powers) == {2} else jumps
@@ -180,13 +174,3 @@ def _between(point: Tensor, value: Tensor) -> set[Any]:
 def _stack(x: Any) -> Any:
     """The stack of a Jet; of anything else itself."""
     return x.stack if isinstance(x, Jet) else x
-
-
-def _value(x: Tensor) -> Tensor:
-    return (x.stack[0] if isinstance(x, Jet) else x).detach()
-
-
-def _may_read(x: Tensor) -> bool:
-    """Whether a value can be read: a network's first call may wait for its device."""
-    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (captured or x.is_meta or internals.traced()) and owns_values(x)
