@@ -298,9 +298,9 @@ def filled(h):
 
 
 CUTS = {
-    "no_grad": (cut_by_a_block, 2, {}, "Write .detach"),
-    "detach_": (lambda h: h * (h * 2).detach_().sin(), 2, {}, "Write .detach"),
-    "a custom Function": (lambda h: h * Straight.apply(h), 2, {}, "Write .detach"),
+    "no_grad": (cut_by_a_block, 2, {}, "write .detach"),
+    "detach_": (lambda h: h * (h * 2).detach_().sin(), 2, {}, "write .detach"),
+    "a custom Function": (lambda h: h * Straight.apply(h), 2, {}, "write .detach"),
     "filled": (filled, 3, {"third": "laplacian"}, "leave out fullgraph=True"),
 }
 

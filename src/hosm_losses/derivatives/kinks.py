@@ -41,12 +41,12 @@ class Memory:
 
     Attributes:
         refused: why an engine could not take a call, by the engine and the kind of call.
-        said: of each warning that reverse mode takes over, whether third="laplacian" was asked.
+        said: whether the warning that reverse mode takes over was given.
         orders: those, of 2 and 3, at which nothing more is to be said of derivatives that jump.
     """
 
     refused: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
-    said: set[bool] = field(default_factory=set)
+    said: bool = False
     orders: set[int] = field(default_factory=set)
 
 

@@ -31,15 +31,11 @@ from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 
 Engine = Literal["auto", "taylor", "reverse"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
-KNOWN = (
-    "network: expected operators that the engine 'taylor' knows; got {} Leave engine at "
-    "'auto', which finds another engine."
-)
 UNKNOWN = (
-    "network: expected operators that the engine 'taylor' knows, as torch.compile needs above "
-    "order one; got {} Write .detach() in place of .detach_() and of torch.no_grad(), and the "
-    "rest with other operators; or leave out fullgraph=True, which gives reverse mode, "
-    "uncompiled."
+    "network: expected operators that the engine 'taylor' knows; got {} Leave engine at 'auto', "
+    "and under torch.compile leave out fullgraph=True: that gives reverse mode, uncompiled. Or "
+    "write .detach() in place of .detach_() and of torch.no_grad(), and the rest with other "
+    "operators."
 )
 STATISTICS = (
     "network: expected no running statistics in training, as of batch norm, in a compiled loss of "
@@ -108,18 +104,16 @@ def derive(
     try:
         if engine == "reverse":
             return engines.reverse(*given)
-        return trace_all_or_nothing(_taylor, KNOWN, *given)
+        return trace_all_or_nothing(_taylor, *given)
     except RuntimeError as error:
         refuse_scripted(engine, error)
         why = str(error)
-        energy = engine == "taylor" and NO_GRAPH in why
-        if not energy and not any(words in why for words in (NO_FORWARD, *NOT_TWICE)):
+        if not any(words in why for words in (NO_GRAPH, NO_FORWARD, *NOT_TWICE)):
             raise
-        after = ", which differentiates a network that takes a gradient itself" if energy else ""
         raise DerivativeError(
             f"network: expected operators that the engine {engine!r} can differentiate; got: "
             f"{why.splitlines()[0].rstrip('.')}. Leave engine at 'auto', which tries the other "
-            f"engine{after}."
+            "engine: reverse mode differentiates a network that takes a gradient itself."
         ) from error
 
 
@@ -170,7 +164,7 @@ def trace_all_or_nothing(function: Callable[..., Any], *given: Any) -> Any:
     return function(*given)
 
 
-def _taylor(unknown: str, field: Field, *given: Any) -> Derivatives:
+def _taylor(field: Field, *given: Any) -> Derivatives:
     """The taylor engine; an error of the library where it cannot carry derivatives."""
     exact = torch.compiler.is_compiling() and given[2] == 3 and not given[3]
     # PyTorch lets no buffer change there, and breaks off without a way back to eager mode.
@@ -180,7 +174,7 @@ def _taylor(unknown: str, field: Field, *given: Any) -> Derivatives:
     try:
         return engines.taylor(field, *given)
     except TaylorError as error:
-        raise DerivativeError(unknown.format(error)) from error
+        raise DerivativeError(UNKNOWN.format(error)) from error
 
 
 class _Attempts:
@@ -222,14 +216,14 @@ class _Attempts:
 def _auto(field: Field, x: Tensor, direction: Tensor, *options: Any) -> Derivatives:
     given = (field, x, direction, *options)
     if torch.compiler.is_compiling():  # which cannot trace reverse mode
-        return _taylor(UNKNOWN, *given)
+        return _taylor(*given)
     tries = _Attempts(field, x, *options, len(direction) > 1)
     for engine in ENGINES[1:]:
         derived = tries.run(engine, getattr(engines, engine), *given)
         if derived is not None:
             if engine == "reverse":
                 tries.remember()
-                _warn_once(tries, laplacian=options[1])
+                _warn_once(tries)
             return derived
     told = "; ".join(f"{engine}: {why}" for engine, why in tries.reasons.items())
     raise DerivativeError(
@@ -252,21 +246,19 @@ def _another_may_do(engine: str, error: Exception) -> bool:
     return isinstance(error, JET_ERRORS) and not failed
 
 
-def _warn_once(tries: _Attempts, *, laplacian: bool) -> None:
-    """Say that reverse mode takes over, once for a network; where it takes G for C once more."""
-    said, why = tries.memory.said, tries.reasons["taylor"].rstrip(".")
-    if laplacian not in said:
-        said.add(laplacian)
-        exact = ", and third='exact' that of 'laplacian'" if laplacian else ""
+def _warn_once(tries: _Attempts) -> None:
+    """Say that reverse mode takes over, once for a network."""
+    if not tries.memory.said:
+        tries.memory.said = True
         warn(
             f"engine='auto': the engine 'taylor' cannot differentiate "
-            f"{type(tries.owner).__name__} ({why}), so reverse mode, which is slower, takes its "
-            f"place{exact}."
+            f"{type(tries.owner).__name__} ({tries.reasons['taylor'].rstrip('.')}), so reverse "
+            "mode, which is slower, takes its place, and third='exact' that of 'laplacian'."
         )
 
 
 def never_warn(owner: object) -> None:
     """Give no warning about this network: it is a copy, and no training step is taken."""
     memory = memory_of(owner)
-    memory.said.update((False, True))
+    memory.said = True
     memory.orders.update((2, 3))
