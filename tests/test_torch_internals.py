@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
-from torch._functorch import config as functorch_config
 from torch.func import grad, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -43,7 +42,7 @@ class Kind(torch.Tensor):
         raise ArithmeticError("reached")
 
 
-# What PyTorch says. 2.6 to 2.13, but for donated memory and indices: 2.13.
+# What PyTorch says: 2.6 to 2.13.
 def once_and_again(function, x=None):
     """Two backward passes through one graph."""
     x = leaf() if x is None else x
@@ -75,12 +74,6 @@ def compiled_by_itself():
     twice(lambda x: layer(x * torch.ones(1, 2)))
 
 
-def donated():
-    compiled = torch.compile(lambda x: x.sin().exp().cos(), backend="aot_eager", dynamic=True)
-    with functorch_config.patch(donated_buffer=True):
-        once_and_again(compiled, leaf(3))
-
-
 def doubled(x):
     return x * 2
 
@@ -108,7 +101,6 @@ SAID = {
     ],
     "HOOKS_IN_TRANSFORM": [lambda: grad(lambda x: plain_checkpoint(torch.sin, x).sum())(ONES)],
     "DOUBLE_BACKWARD_OF_COMPILED": [compiled_by_itself],
-    "DONATED_BY_COMPILED": [donated],
     "CHANGED_SINCE": [changed_since],
     "LOST_ATTRIBUTE": [lambda: once_and_again(Forgets.apply)],
     "IN_SCRIPT": [in_script],

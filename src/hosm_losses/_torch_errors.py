@@ -11,7 +11,6 @@ NO_GRAPH = "does not require grad and does not have a grad_fn"  # of a gradient 
 REENTRANT_CHECKPOINT = "compatible with .grad()"
 HOOKS_IN_TRANSFORM = "saved tensor hooks"  # as of a checkpoint, under torch.func
 DOUBLE_BACKWARD_OF_COMPILED = "does not currently support double backward"
-DONATED_BY_COMPILED = "non-empty donated buffers"
 CHANGED_SINCE = "modified by an inplace operation"
 LOST_ATTRIBUTE = "Backward' object has no attribute"  # of a custom Function that dropped it
 IN_SCRIPT = "TorchScript interpreter"  # out of a function of torch.jit

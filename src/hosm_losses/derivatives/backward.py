@@ -9,7 +9,8 @@ What:
     as of a network all of whose parameters are frozen, there is nothing to train.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -35,11 +36,9 @@ COMPILED = (
     "differentiated twice. Compile the loss module as a whole, with engine='auto'."
 )
 FOREIGN_CHECKPOINTS = (
-    "In guided-diffusion and latent-diffusion attention calls a checkpoint of their own even "
-    "where use_checkpoint is False: set guided_diffusion.nn.checkpoint and "
-    "guided_diffusion.unet.checkpoint, or ldm.modules.diffusionmodules.util.checkpoint, "
-    "ldm.modules.diffusionmodules.openaimodel.checkpoint and ldm.modules.attention.checkpoint, to "
-    "lambda f, i, p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
+    "Attention in guided-diffusion and latent-diffusion calls its own even where use_checkpoint "
+    "is False: set `checkpoint` in guided_diffusion.nn and unet, or in ldm's util, openaimodel "
+    "and attention, to lambda f, i, p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
 )
 DROPPED = (
     "network: expected an autograd.Function whose backward keeps the graph; got {}, whose "
@@ -47,19 +46,10 @@ DROPPED = (
     "lost in silence. Write its backward with differentiable operators. If it is a checkpoint, "
     f"put hosm_losses.checkpoint in its place. {FOREIGN_CHECKPOINTS}"
 )
-GIVES_AWAY = (
-    "network: expected a graph for several passes back; got a part compiled by itself, whose "
-    "first pass back gives its memory away. Set torch._functorch.config.donated_buffer = False "
-    "before its first call, or leave it uncompiled."
-)
 CHANGED = (
     "network: expected what its forward reads to stay as it was until the pass back; got a change "
     "in place, as of a buffer that is read and then updated. Assign a new tensor to the buffer, "
     "or read a .clone() of it; turn off a fast scan or kernel that is an autograd.Function."
-)
-HOOKED = (
-    "checkpoint: expected no hooks that save tensors under torch.func; got some, as of an "
-    "activation checkpoint or save_on_cpu. Turn them off, or call loss.backward() instead."
 )
 REENTRANT = f"{CHECKPOINT_ADVICE} In a likelihood torch's own does with use_reentrant=False."
 SCRIPTED_FUNCTION = (
@@ -69,10 +59,9 @@ SCRIPTED_FUNCTION = (
 )
 REMEDIES = {
     _torch_errors.REENTRANT_CHECKPOINT: REENTRANT,
-    _torch_errors.HOOKS_IN_TRANSFORM: HOOKED,
     _torch_errors.DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
-    _torch_errors.DONATED_BY_COMPILED: GIVES_AWAY,
     _torch_errors.CHANGED_SINCE: CHANGED,
+    _torch_errors.LOST_ATTRIBUTE: LOST_TWICE,
 }
 
 
@@ -80,17 +69,18 @@ class DroppedGraphError(DerivativeError):
     """A custom autograd.Function whose backward drops the graph: no fault of the taylor engine."""
 
 
-def known_remedy(error: Exception) -> DerivativeError | None:
-    """The error that says what to do about one of PyTorch's, if that is known."""
-    text = str(error)
-    if isinstance(error, AttributeError):
-        # Of a custom Function that drops what it saved after its first backward.
-        known = _torch_errors.LOST_ATTRIBUTE in text
-        return DerivativeError(f"{LOST_TWICE} ({text})") if known else None
-    if isinstance(error, CheckpointError):
-        return DerivativeError(CHECKPOINT_ADVICE)
-    known = [advice for words, advice in REMEDIES.items() if words in text]
-    return DerivativeError(known[0]) if known else None
+@contextmanager
+def add_remedies() -> Iterator[None]:
+    """A block whose errors of PyTorch say what to do, where that is known."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise DerivativeError(CHECKPOINT_ADVICE) from error
+    except (RuntimeError, AttributeError) as error:
+        for words, advice in REMEDIES.items():
+            if words in str(error):
+                raise DerivativeError(advice) from error
+        raise
 
 
 def refuse_scripted(engine: str, error: Exception) -> None:

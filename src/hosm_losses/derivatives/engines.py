@@ -29,8 +29,7 @@ Source:
     the "double backward trick" of J. Townsend (2017).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -38,12 +37,7 @@ from torch import Tensor
 
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError, over_elements
-from hosm_losses.derivatives.backward import (
-    LOST_TWICE,
-    known_remedy,
-    pull_back,
-    refuse_dropped,
-)
+from hosm_losses.derivatives.backward import LOST_TWICE, add_remedies, pull_back, refuse_dropped
 from hosm_losses.derivatives.kinks import watch_once
 from hosm_losses.taylor import propagate
 
@@ -103,18 +97,6 @@ class Products(NamedTuple):
     cotangent: Tensor
     pulled: Tensor
     pushed: Tensor | None
-
-
-@contextmanager
-def add_remedies() -> Iterator[None]:
-    """A block whose errors come with the remedy where it is known."""
-    try:
-        yield
-    except (RuntimeError, AttributeError) as error:
-        told = known_remedy(error)
-        if told is None:
-            raise
-        raise told from error
 
 
 def leaf(x: Tensor, wanted: bool) -> Tensor:
