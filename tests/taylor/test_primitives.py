@@ -240,5 +240,5 @@ def test_inputs_that_the_native_operator_refuses_are_refused():
         lambda: F.instance_norm(ones[..., None]),
         lambda: SDPA(*[torch.ones(1, 3, 3)] * 3, attn_mask=MASK, is_causal=True),
     ):
-        with safe_primitives(), pytest.raises(ValueError):
+        with safe_primitives(), pytest.raises((ValueError, RuntimeError)):
             call()

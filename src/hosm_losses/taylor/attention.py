@@ -25,9 +25,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    if is_causal and attn_mask is not None:
-        raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both.")
-    if isinstance(attn_mask, Jet):
+    if isinstance(attn_mask, Jet) or (is_causal and attn_mask is not None):
         raise NoRule
     if enable_gqa:  # each key and value serves several heads of the query
         if min(query.ndim, key.ndim) < 4 or query.shape[-3] % key.shape[-3]:

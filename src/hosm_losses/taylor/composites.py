@@ -79,15 +79,10 @@ def _primitive(function: Function, body: Function, *args: Any, **named: Any) -> 
     return function(*args, **named)
 
 
-def refuse(name: str, expected: str, x: Tensor) -> None:
-    """Raise for an argument whose shape an operator does not take."""
-    raise ValueError(f"{name}: expected {expected}; got {tuple(x.shape)}.")
-
-
 @composite(F.glu, primitive=True)
 def _glu(ops: Any, input: Any, dim: int = -1) -> Any:  # noqa: A002
     if input.shape[dim] % 2:
-        refuse("glu", f"an even size in dimension {dim}", input)
+        raise NoRule  # for PyTorch to refuse
     value, gate = ops.chunk(input, 2, dim)
     return ops.mul(value, ops.sigmoid(gate))
 

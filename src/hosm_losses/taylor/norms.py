@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor.composites import ON_JETS, ON_TENSORS, composite, refuse
+from hosm_losses.taylor.composites import ON_JETS, ON_TENSORS, composite
 from hosm_losses.taylor.errors import NoRule
 from hosm_losses.taylor.products import with_bias
 from hosm_losses.taylor.recompute import Needed, with_recomputation
@@ -289,10 +289,8 @@ def _over_last(
     ops: Any, x: Any, shape: Any, weight: Any, bias: Any, eps: float, **named: Any
 ) -> Any:
     shape = tuple(shape)
-    if not 0 < len(shape) <= x.ndim:
+    if not shape or tuple(x.shape[-len(shape) :]) != shape:
         raise NoRule
-    if tuple(x.shape[-len(shape) :]) != shape:
-        refuse("norm", f"an input that ends in {shape}", x)
     dims = tuple(range(-len(shape), 0))
     return ops.norm(Rows(tuple(x.shape), dims, shape, eps, **named), x, weight, bias)
 
@@ -330,23 +328,20 @@ def _group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,  # noqa: ARG001
 ) -> Any:
-    if x.ndim < 2:
+    if x.ndim < 2 or x.shape[1] % num_groups:
         raise NoRule
-    batch, channels, *_ = x.shape
-    if channels % num_groups:
-        refuse("group_norm", f"channels that {num_groups} groups divide", x)
-    each = channels // num_groups
-    shape = (batch, num_groups, each, x.shape[2:].numel())
+    each = x.shape[1] // num_groups
+    shape = (x.shape[0], num_groups, each, x.shape[2:].numel())
     return ops.norm(Rows(shape, (-2, -1), (num_groups, each, 1), eps), x, weight, bias)
 
 
 def _move_statistics(norm: Any, ops: Any, x: Any, mean: Any, variance: Any, *options: Any) -> None:
-    """Let the operator update its statistics, and refuse a single value a channel."""
+    """Let the operator update its statistics, and leave a single value a channel to it."""
     with torch.no_grad():
         if mean is not None:
             norm(ops.value(x), mean, variance, None, None, True, *options)
         elif x.shape[2:].numel() * (x.shape[0] if norm is F.batch_norm else 1) <= 1:
-            refuse(norm.__name__, "more than one value for each mean", x)
+            raise NoRule
 
 
 @composite(F.batch_norm, several=False, primitive=True)
