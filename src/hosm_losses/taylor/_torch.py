@@ -5,8 +5,8 @@ change in silence, with the versions that have them; where one fails, this file 
 """
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -151,8 +151,6 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
-@contextmanager
-def forward_mode() -> Iterator[None]:
-    """Keep other threads out of torch.func.jvp: its levels are those of the whole process."""
-    with nullcontext() if torch.compiler.is_compiling() else _lock:
-        yield
+def forward_mode() -> AbstractContextManager[object]:
+    """A block without other threads in torch.func.jvp: its levels are the whole process's."""
+    return nullcontext() if torch.compiler.is_compiling() else _lock

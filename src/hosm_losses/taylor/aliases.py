@@ -124,11 +124,12 @@ def write(jet: Any, stack: Tensor) -> Any:
     return jet
 
 
-def end(propagation: Propagation, jets: list[Any]) -> None:
+def end(propagation: Propagation) -> None:
     """Make what is left of Jets plain tensors, for they may be kept by the function.
 
     TaylorError where what was detached was changed in place.
     """
+    jets = alive(propagation.jets)
     for jet in jets:
         jet.memory = None  # weak references, with which tensors do not change places
     propagation.jets.clear()

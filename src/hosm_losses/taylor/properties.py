@@ -35,9 +35,9 @@ _CASTS = """
     to type type_as float double half bfloat16 int long short char byte bool cfloat cdouble chalf
     cpu cuda
 """
-CONSTANT.update(dict.fromkeys(functions_named(_PROPERTIES + _WITHOUT_SLOPE), True))
-CONSTANT.update(dict.fromkeys(functions_named("detach"), "shares"))
-CONSTANT[Tensor.data.__get__] = "data"  # pyright: ignore[reportAttributeAccessIssue]
+CONSTANT.update(dict.fromkeys(functions_named(_PROPERTIES + _WITHOUT_SLOPE), False))
+CONSTANT.update(dict.fromkeys(functions_named("detach"), True))
+CONSTANT[Tensor.data.__get__] = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @rule(Tensor.requires_grad.__get__)  # pyright: ignore[reportAttributeAccessIssue]

@@ -72,9 +72,9 @@ RULES: dict[Function, Rule] = {}
 PRIMITIVES: dict[Function, Function] = {}
 OF_ONE: dict[Function, Function] = {}
 # Functions that are constant in x, or ask for a property: evaluated on the value. A dictionary,
-# for torch.compile does not find functions in a set. "shares" is of those whose result shares the
-# memory of the value, and "data" of the property that does.
-CONSTANT: dict[Function, Any] = {}
+# for torch.compile does not find functions in a set: whether it detaches the value, and so shares
+# its memory.
+CONSTANT: dict[Function, bool] = {}
 
 
 def functions_named(*names: str | Function) -> list[Function]:

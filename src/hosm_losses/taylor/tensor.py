@@ -32,7 +32,6 @@ from hosm_losses.taylor._torch import (
     in_custom_function,
     pytree,
     shell,
-    traced,
     without_subclasses,
 )
 from hosm_losses.taylor.errors import NoRule, TaylorError
@@ -157,14 +156,13 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     if compiling:
         args = tuple(map(unpack, args))
         kwargs = {name: unpack(value) for name, value in kwargs.items()}
-    constant = CONSTANT.get(func)
-    if constant:
-        # Where levels of torch.func are nested, .data is detached from the innermost alone.
-        data = constant == "data" and traced()
-        answer = on_values(Tensor.detach if data else func, args, kwargs)
+    if func in CONSTANT:
+        shares = CONSTANT[func]
+        # Not by .data, which detaches from the innermost alone of nested levels of torch.func.
+        answer = on_values(torch.detach if shares else func, args, kwargs)
         if isinstance(answer, Tensor) and in_custom_function():
             raise TaylorError(f"{name_of(func)}: {CUSTOM}")
-        if constant in ("shares", "data"):
+        if shares:
             return aliases.detached(args[0] if args else kwargs["input"], answer)
         return answer
     if kwargs.get("out") is not None:
@@ -283,17 +281,13 @@ def propagate(
         del result
     finally:
         aliases.THREAD.propagations.pop()
-        left = aliases.alive(propagation.jets)
-        if left or propagation.detached:
-            aliases.end(propagation, left)
-        if len(aliases.THREAD.promoted) > before:
-            aliases.demote(before, finished)
+        aliases.end(propagation)
+        aliases.demote(before, finished)
     if not issubclass(kind, Jet):
         raise TaylorError(f"its output does not carry derivatives in x; got {kind.__name__}.")
     seconds = {"none": 0, "sum": 1}.get(pairs, count)
-    # Second derivatives that are zero everywhere, as of a linear network.
-    length = 1 + count + seconds
-    return stack if len(stack) == length else extend(stack, length)
+    # Second derivatives that are zero everywhere, as of a linear network, are not in the stack.
+    return extend(stack, 1 + count + seconds)
 
 
 def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
