@@ -47,7 +47,6 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         # Not of the class: torch.compile guards what there is, and none is to be added later.
         self.modes: tuple[_SafePrimitives, ...] = ()
-        self.recomputed_safely = False  # our checkpoint, whose recomputation will have the mode
 
 
 _thread = _Thread()
@@ -90,23 +89,11 @@ class _SafePrimitives(TorchFunctionMode):
 def _refuse_foreign_checkpoint() -> None:
     """Raise where torch's own checkpoint surrounds what it cannot recompute as the loss did.
 
-    That is a primitive. One that was on before the mode surrounds the loss, enters the mode again
-    and is right.
+    That is a primitive. One that was on before the mode is ours, or surrounds the loss: it enters
+    the mode again and is right.
     """
-    hook = checkpoint_hook()
-    if hook not in (None, _thread.modes[-1].around) and not _thread.recomputed_safely:
+    if checkpoint_hook() not in (None, _thread.modes[-1].around):
         raise ForeignCheckpointError(CHECKPOINT_ADVICE)
-
-
-class _OurCheckpoint:
-    """The first computation of our checkpoint, whose recomputation will have the primitives."""
-
-    def __enter__(self) -> None:
-        self.before = _thread.recomputed_safely
-        _thread.recomputed_safely = True
-
-    def __exit__(self, *exception: object) -> None:
-        _thread.recomputed_safely = self.before
 
 
 def safe_primitives(
@@ -120,13 +107,15 @@ def safe_primitives(
 
 
 def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """torch's non-reentrant checkpoint; its recomputation has the primitives if this call has."""
+    """torch's non-reentrant checkpoint; its recomputation has the primitives if this call has.
+
+    The first computation enters the mode again, inside the hooks that save its tensors.
+    """
     tables = [mode.table for mode in _thread.modes]
 
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        mode = _SafePrimitives(tables[-1]) if tables else nullcontext()
-        return _OurCheckpoint(), mode
+    def mode() -> AbstractContextManager[Any]:
+        return _SafePrimitives(tables[-1]) if tables else nullcontext()
 
     return torch.utils.checkpoint.checkpoint(
-        function, *args, use_reentrant=False, context_fn=contexts, **kwargs
+        function, *args, use_reentrant=False, context_fn=lambda: (mode(), mode()), **kwargs
     )
