@@ -364,7 +364,7 @@ WRONG = {
         {},
         "8 NaN or infinite of 8, first in the module 'layer'",
     ),
-    "a buffer": (lambda: Net(Counts()), {}, "buffers layer.seen"),
+    "a buffer": (lambda: Net(Counts()), {}, "Freeze buffers that every call updates"),
     "chance": (around(counting()), {}, "same output for the same input and seed"),
     # Samples.
     "batch norm": (lambda: Net(nn.BatchNorm1d(4)), {}, ALONE, "'layer' (Batch", "GroupNorm"),

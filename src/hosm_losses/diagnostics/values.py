@@ -13,26 +13,22 @@ from itertools import combinations, islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
 from hosm_losses.diagnostics.differences import TOLERANCE, random_like, reseed, size_of
-from hosm_losses.diagnostics.localize import Call, evaluate, floats_in, record_calls
+from hosm_losses.diagnostics.localize import evaluate, floats_in, record_calls
 from hosm_losses.model import NoiseField, per_sample
 
 # Of the size of an output, what sums in another order may change.
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
 ATTEMPTS = 64
 IN_FLOAT32 = "Check a float32 copy, with its own switches to half precision off."
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-BATCH_NORM = (
-    "Batch norm in training takes its statistics over the samples: use GroupNorm or LayerNorm in "
-    "its place, or freeze its statistics with .eval() on it."
-)
 ALONE = (
-    "Take no mean, norm or attention over the first dimension, which is the samples' "
-    "(nn.MultiheadAttention and recurrent layers want batch_first=True)."
+    "Take no mean, norm or attention over the first dimension, which is the samples': use "
+    "GroupNorm or LayerNorm in place of batch norm, or .eval() on it; nn.MultiheadAttention and "
+    "recurrent layers want batch_first=True."
 )
 
 
@@ -46,7 +42,13 @@ def check_values(field: NoiseField, x: Tensor) -> torch.dtype:
             f"network: expected finite values; got {bad} NaN or infinite of {value.numel()}, "
             f"first in {where}. Check its weights, and the range of x0, t and model_kwargs."
         )
-    _check_deterministic(field, x)
+    again = evaluate(field, x)
+    if float((value - again).abs().max()) > 1e-3 * float(value.abs().max()):
+        raise DerivativeError(
+            "network: expected the same output for the same input and seed; got another. Freeze "
+            "buffers that every call updates, by module.eval() or the module's own switch; draw "
+            "from torch's generators only, and use deterministic operators."
+        )
     precision = _precision(field, x)
     if precision not in TOLERANCE:
         where = _first_module(field, x, lambda tensor: tensor.dtype == precision)
@@ -63,28 +65,6 @@ def _first_module(field: NoiseField, x: Tensor, has: Callable[[Tensor], bool]) -
         if any(map(has, floats_in(call.returned))):
             return call.where
     return "its own forward"
-
-
-def _check_deterministic(field: NoiseField, x: Tensor) -> None:
-    """Raise where the same input, seed and parameters do not give the same output."""
-    network: object = field.model.network
-    buffers = dict(network.named_buffers()) if isinstance(network, nn.Module) else {}
-    before = {name: buffer.clone() for name, buffer in buffers.items()}
-    first, second = evaluate(field, x), evaluate(field, x)
-    if torch.equal(first, second):
-        return
-    changed = [name for name, buffer in buffers.items() if not torch.equal(buffer, before[name])]
-    if changed:
-        raise DerivativeError(
-            "network: expected an output that depends on x, t and the parameters alone; got one "
-            f"that changes with the buffers {', '.join(changed)}, which every call updates. "
-            "Freeze them while you train, by module.eval() or the module's own switch."
-        )
-    if float((first - second).abs().max()) > 1e-3 * float(first.abs().max()):
-        raise DerivativeError(
-            "network: expected the same output for the same input and seed; got another. Make it "
-            "draw from torch's generators only, and use deterministic operators."
-        )
 
 
 class _Dtypes(TorchFunctionMode):
@@ -123,12 +103,10 @@ def check_samples(field: NoiseField, x: Tensor, precision: torch.dtype) -> None:
         others = replace(field, t=t)
         if _same(evaluate(others, around)[kept], value[kept], rounding):
             continue
-        call = _first_difference((field, x), (others, around), kept, rounding)
-        batch_norm = call is not None and isinstance(call.module, BATCH_NORMS)
-        where = "its own forward" if call is None else call.where
+        where = _first_difference((field, x), (others, around), kept, rounding)
         raise DerivativeError(
             "network: expected every sample to be treated alone; got an output that changes with "
-            f"the other samples of the batch, in {where}. {BATCH_NORM if batch_norm else ALONE}"
+            f"the other samples of the batch, in {where}. {ALONE}"
         )
     check_rows(field, x, precision)
 
@@ -148,7 +126,7 @@ def _same(one: Tensor, other: Tensor, rounding: float) -> bool:
 
 def _first_difference(
     one: tuple[NoiseField, Tensor], other: tuple[NoiseField, Tensor], kept: int, rounding: float
-) -> Call | None:
+) -> str:
     """The innermost module that was given the same for the kept sample and returned another."""
     batch = len(one[1])
 
@@ -164,8 +142,8 @@ def _first_difference(
         if left.name != right.name:
             break
         if same(left.arguments, right.arguments) and not same(left.returned, right.returned):
-            return left
-    return None
+            return left.where
+    return "its own forward"
 
 
 def _check_permuted(field: NoiseField, x: Tensor, value: Tensor, rounding: float) -> None:
