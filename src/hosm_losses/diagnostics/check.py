@@ -181,7 +181,7 @@ def check_derivatives(
         expected = "float32 or float64, in which differences mean something"
         raise TypeError(complaint("x0", expected, x0, "Check a float32 copy of the network."))
     refuse_wrapped(model.network)
-    times = None if t is None else check_time(model, x0, t)
+    times = _spread_times(model, x0) if t is None else check_time(model, x0, t)
     given = check_model_kwargs(model_kwargs)
     device = x0.device
     devices = [] if device.type == "cpu" else [device]
@@ -193,7 +193,7 @@ def check_derivatives(
     ):
         own, x = _copy_model(model), normal(x0.detach())
         given = map_tensors(given, lambda tensor: tensor.detach().clone())
-        field = noise_field(own, _spread_times(own, x) if times is None else times, given)
+        field = noise_field(own, times, given)
         precision = check_values(field, x)
         check_samples(field, x, precision)
         checks = [kind(int(order), engine, precision) for kind in (Smoothness, Agreement)]
