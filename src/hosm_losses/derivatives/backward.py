@@ -37,8 +37,9 @@ COMPILED = (
 )
 FOREIGN_CHECKPOINTS = (
     "Attention in guided-diffusion and latent-diffusion calls its own even where use_checkpoint "
-    "is False: set `checkpoint` in guided_diffusion.nn and unet, or in ldm's util, openaimodel "
-    "and attention, to lambda f, i, p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
+    "is False: set `checkpoint` in guided_diffusion.nn and unet, or in ldm.modules.attention and "
+    "ldm.modules.diffusionmodules.util and openaimodel, to "
+    "lambda f, i, p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
 )
 DROPPED = (
     "network: expected an autograd.Function whose backward keeps the graph; got {}, whose "
