@@ -457,8 +457,8 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/multistep.py",
-        "SMOOTH, KINKED = (15, 64)",
-        "SMOOTH, KINKED = (7, 64)",
+        "torch.maximum(first / 15, torch.where(second > 32 * first, second / 64, 0.0))",
+        "torch.maximum(first / 7, torch.where(second > 32 * first, second / 64, 0.0))",
         "tests/likelihood/test_multistep.py",
     ),
     Mutant(
@@ -484,6 +484,13 @@ MUTANTS = [
         "latent, integral = (batch.x, -integral) if backwards else (end, integral)",
         "latent, integral = (batch.x if backwards else end), integral",
         "tests/likelihood/test_random_settings.py",
+    ),
+    # A companion lowers the claim with random probes too, where the claim is of the path alone.
+    Mutant(
+        "likelihood/multistep.py",
+        "if len(plain) >= POOL and not isinstance(batch.divergence, Hutchinson):",
+        "if len(plain) >= POOL:",
+        "tests/likelihood/test_multistep.py",
     ),
     # Where paths have kinks, claims that are small by chance.
     Mutant(
@@ -588,6 +595,13 @@ MUTANTS = [
         "return tensor.expand(outer + rest).reshape(-1, *rest)",
         "return tensor.reshape(-1, *rest).repeat_interleave(outer.numel() // batch.numel(), 0)",
         "tests/likelihood/test_distribution.py",
+    ),
+    # A companion lowers the claim with random probes too, where the claim is of the path alone.
+    Mutant(
+        "likelihood/multistep.py",
+        "if len(plain) >= POOL and not isinstance(batch.divergence, Hutchinson):",
+        "if len(plain) >= POOL:",
+        "tests/likelihood/test_multistep.py",
     ),
     # Where paths have kinks, claims that are small by chance.
     Mutant(

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import hosm_losses as hosm
 from hosm_losses.likelihood.multistep import (
     WIDTH,
     Node,
+    _guarded,
     gregory_weights,
     mesh_points,
     multistep,
@@ -152,7 +154,8 @@ def test_the_error_of_the_integral_by_hand(steps, smooth):
 
     d = differences(q, steps)
     found = given(q, steps).quadrature_error
-    expected = max(d[0] / 15, d[1] / 64) if smooth else max(d[k] / 2**k for k in range(len(d)))
+    by_chance = d[1] / 64 if d[1] > 32 * d[0] else 0.0
+    expected = max(d[0] / 15, by_chance) if smooth else max(d[0], d[1] / 2)
     torch.testing.assert_close(found, torch.full((2,), expected).double())
     true = abs(rule(q, 1 / steps, steps) - ((math.exp(3) - 1) / 3 if smooth else 5 / 18))
     assert true < 2 * expected
@@ -166,7 +169,7 @@ def test_a_kink_among_smooth_samples_counts_by_its_finest_difference():
 
     walk = given(lambda s: torch.tensor([math.exp(3 * s), kinked(s)]).double(), 64)
     finest, next_one, _ = differences(kinked, 64)
-    assert finest / 15 > next_one / 64
+    assert next_one < 32 * finest
     torch.testing.assert_close(float(walk.quadrature_error[1]), finest / 15)
 
 
@@ -198,6 +201,34 @@ def test_a_companion_is_the_solution_of_half_the_steps(steps):
             mine, theirs = getattr(solution, name), getattr(alone, name)
             torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=0)
         assert torch.equal(solution.integral(), alone.integral())
+
+
+@pytest.mark.parametrize(
+    ("divergence", "samples", "largest", "share"),
+    [
+        ("exact", 12, 0.2, 0.27),  # 1.5 times the 0.9 quantile
+        ("exact", 12, 2.0, 1.0),
+        ("exact", 8, 0.2, 0.27),
+        ("exact", 7, 0.2, 1.0),
+        (hosm.Hutchinson(), 12, 0.2, 1.0),
+    ],
+)
+def test_a_companion_tells_how_much_of_an_estimate_is_true(divergence, samples, largest, share):
+    """The estimate is 1 for every sample, that of the companion 17, so 16 is what they promise."""
+
+    def walk(answer, path_error):
+        path_error = torch.full((samples,), path_error).double()
+        return SimpleNamespace(
+            y=answer, path_error=path_error, integral=lambda *_: 0 * answer, steps=8
+        )
+
+    there = SimpleNamespace(to_x=lambda y, _: y)
+    batch = SimpleNamespace(divergence=divergence, coordinates=there, log_prior_at=lambda x: x)
+    true = torch.linspace(0, largest, samples - 1).double()
+    difference = torch.cat([-16 * true, torch.tensor([math.nan])])
+    found = _guarded(batch, walk(difference, 1.0), walk(0 * difference, 17.0), None)
+    expected = torch.cat([true.clamp(min=share), torch.ones(1)])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def kicked(x, t, size=0.01):

@@ -21,12 +21,16 @@ Errors:
     The path's error is estimated by p = max_{j≤k} |Σ_{i=j}^k e_i|, the largest sum over a stretch
     of the path, with the covector of the node for g.
     The error of ∫ is estimated from the differences d₁, d₂, d₃ of the integrals over every node,
-    second, fourth and eighth one: by max(d₁/15, d₂/64), or by max(d₁, d₂/2, d₃/4) and at least
-    its median over the batch where q has kinks, as with ReLU, or jumps: the order log₂(d₂/d₁), of
-    such medians, is below 2.5 then, and log₂(d₃/d₁) below 5.5, which d₂ alone may be by chance.
-    A companion is the path with half the steps and the same probes. With D the difference of both
-    answers, ∫ taken over every second node in both, the path's error is then max(p, D/8), and p
-    where D is not finite. The constants do in benchmarks/coverage.py.
+    second, fourth and eighth one: by d₁/15, and at least d₂/64 where d₂ > 32 d₁, because d₁ may be
+    small by chance there. Where q has kinks, as with ReLU, or jumps, it is max(d₁, d₂/2), and at
+    least its median over the batch: the order log₂(d₂/d₁), of medians, is below 2.5 then, and
+    log₂(d₃/d₁) below 5.5, because d₂ alone may be small by chance.
+    A companion is the path with half the steps and the same probes. Let D be the difference of
+    both answers, with ∫ taken over every second node in both. The path's error is then |D|/16 or
+    more. With the exact divergence and a batch of 8 or more, p also learns from the companion's
+    own estimate p′: D should be p′ − p, so p is multiplied by min(1, 1.5 r), where r is the 0.9
+    quantile over the batch of |D|/(p′ − p), 1 for p ≥ p′. Where D is not finite, p stays. The
+    constants are those that do in benchmarks/coverage.py.
     The variance of one probe is that of three neighbours, (q_{i−1} − 2 q_i + q_{i+1})²/6.
 
 Why a stretch:
@@ -62,8 +66,8 @@ BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 MOULTON = (251 / 720, 646 / 720, -264 / 720, 106 / 720, -19 / 720)
 NEXT_TERM = tuple(3 / 160 * weight for weight in (1, -5, 10, -10, 5, -1))
 GREGORY = (1 / 12, -1 / 24, 19 / 720, -3 / 160)  # of the differences at an end
-SMOOTH, KINKED = (15, 64), (1, 2, 4)  # what d₁, d₂, … are divided by
 BISECTIONS = 60
+POOL = 8  # samples that say together how much of an estimate is true
 START = 3  # steps by the Runge-Kutta method
 MINIMUM_STEPS = START + 1
 # A solution of n steps takes n + 10: the last node, and three inner stages of each start step.
@@ -194,18 +198,17 @@ class Walk:
                 fine, coarse = self.integral(stride, 2 * count), self.integral(2 * stride, count)
                 differences.append((fine - coarse).detach().abs())
 
-        def largest(divisors: Sequence[float]) -> Tensor:
-            parts = [each / by for each, by in zip(differences, divisors, strict=False)]
-            return torch.stack(parts).amax(0)
-
         if len(differences) == 1:  # of no known order
             return differences[0]
-        first, second, *third = (each.nanmedian() for each in differences)
-        kinks, kinked = second < 2**2.5 * first, largest(KINKED)
-        for each in third:
-            kinks = kinks & (each < 2**5.5 * first)
+        first, second, *_ = differences
+        order = [each.nanmedian() for each in differences]
+        kinks = order[1] < 2**2.5 * order[0]
+        for each in order[2:]:
+            kinks = kinks & (each < 2**5.5 * order[0])
+        kinked = torch.maximum(first, second / 2)
         kinked = torch.maximum(kinked, kinked.nanmedian())
-        return torch.where(kinks, kinked, largest(SMOOTH))
+        smooth = torch.maximum(first / 15, torch.where(second > 32 * first, second / 64, 0.0))
+        return torch.where(kinks, kinked, smooth)
 
 
 def multistep(
@@ -312,9 +315,15 @@ def _guarded(batch: Batch, found: Walk, companion: Walk, far: NoiseLevel) -> Ten
     own, other = (
         batch.log_prior_at(batch.coordinates.to_x(each.y, far)) for each in (found, companion)
     )
+    plain, coarse = found.path_error, companion.path_error
     difference = own - other + found.integral(2, companion.steps) - companion.integral()
-    guarded = torch.maximum(found.path_error, difference.abs() / 8)
-    return torch.where(guarded.isfinite(), guarded, found.path_error)
+    difference, guarded = difference.abs(), plain
+    # With random probes the estimate has to cover ∫ as well.
+    if len(plain) >= POOL and not isinstance(batch.divergence, Hutchinson):
+        ratio = torch.where(coarse > plain, difference / (coarse - plain), 1.0)
+        guarded = plain * (1.5 * ratio.nanquantile(0.9)).clamp(max=1.0)
+    guarded = torch.maximum(guarded, difference / 16)
+    return torch.where(guarded.isfinite(), guarded, plain)
 
 
 def refuse_vmap(solver: str) -> None:
