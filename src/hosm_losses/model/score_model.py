@@ -46,13 +46,7 @@ from hosm_losses.schedules import Schedule, check_schedule
 from hosm_losses.taylor import Jet
 
 if TYPE_CHECKING:
-    from hosm_losses.likelihood import (
-        Adaptive,
-        Divergence,
-        FixedGrid,
-        ODEDistribution,
-        ToTolerance,
-    )
+    from hosm_losses import likelihood as ode
     from hosm_losses.model.posterior import DenoisingPosterior
 
 Kind = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
@@ -182,10 +176,9 @@ class ScoreModel(nn.Module):
         """(p, q) in ε̂ = p · prediction + q x, expanded to `like`; None for 1 and for 0."""
         if self.prediction == "epsilon":
             return None, None
-        alpha, sigma = (expand_right(each, like) for each in self.coefficients(t, like))
+        alpha, sigma, a, b = self._target(t, like)
         if self.prediction == "score":
             return -sigma, None
-        a, b = self._target(t, like, alpha, sigma)
         wronskian = alpha * b - sigma * a
         return alpha / wronskian, -a / wronskian
 
@@ -193,8 +186,7 @@ class ScoreModel(nn.Module):
         """(p, q) in x̂₀ = p · prediction + q x, expanded to `like`; None for 1 and for 0."""
         if self.prediction == "sample":
             return None, None
-        alpha, sigma = (expand_right(each, like) for each in self.coefficients(t, like))
-        a, b = self._target(t, like, alpha, sigma)
+        alpha, sigma, a, b = self._target(t, like)
         wronskian = alpha * b - sigma * a
         return -sigma / wronskian, b / wronskian
 
@@ -202,26 +194,26 @@ class ScoreModel(nn.Module):
         """ε − q x at x = α x₀ + σ ε, which is p times what the network should predict."""
         if self.prediction in ("epsilon", "score"):
             return noise
-        alpha, sigma = (expand_right(each, x0) for each in self.coefficients(t, x0))
-        a, b = self._target(t, x0, alpha, sigma)
+        alpha, sigma, a, b = self._target(t, x0)
         return alpha / (alpha * b - sigma * a) * (a * x0 + b * noise)
 
     def _target(
-        self, t: Tensor, like: Tensor, alpha: Tensor, sigma: Tensor
-    ) -> tuple[float | Tensor, float | Tensor]:
-        """(a, b) of what the network should predict, a x₀ + b ε."""
+        self, t: Tensor, like: Tensor
+    ) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor]:
+        """α, σ, a and b of what the network should predict, a x₀ + b ε, expanded to `like`."""
+        alpha, sigma = (expand_right(each, like) for each in self.coefficients(t, like))
         if self.prediction == "epsilon":
-            return 0.0, 1.0
+            return alpha, sigma, 0.0, 1.0
         if self.prediction == "score":
-            return 0.0, -1 / sigma
+            return alpha, sigma, 0.0, -1 / sigma
         if self.prediction == "sample":
-            return 1.0, 0.0
+            return alpha, sigma, 1.0, 0.0
         if self.prediction == "v_prediction":
-            return -sigma, alpha
+            return alpha, sigma, -sigma, alpha
         if self.prediction == "flow_prediction":
             rates = self.schedule.rates(self.time_in(t, like))
             of_data, of_noise = (expand_right(each, like) for each in rates)
-            return of_data, of_noise
+            return alpha, sigma, of_data, of_noise
         raise ValueError(complaint("prediction", "one with a formula here", self.prediction))
 
     def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
@@ -278,12 +270,12 @@ class ScoreModel(nn.Module):
         self,
         shape: Sequence[int],
         *,
-        solver: "FixedGrid | ToTolerance | Adaptive | None" = None,
-        divergence: "Divergence" = "exact",
+        solver: "ode.FixedGrid | ode.ToTolerance | ode.Adaptive | None" = None,
+        divergence: "ode.Divergence" = "exact",
         conditions: Mapping[str, Any] | None = None,
         batch_shape: Sequence[int] = (),
         batch_size: int | None = None,
-    ) -> "ODEDistribution":
+    ) -> "ode.ODEDistribution":
         """The density of the probability-flow ODE as a `torch.distributions.Distribution`.
 
         Args:
@@ -369,17 +361,15 @@ class ScoreModel(nn.Module):
         if "DTensor" in str(error):
             return UNSHARD
         own = next((each.dtype for each in self.parameters() if each.is_floating_point()), of_x)
-        told = f"It was called with x in {of_x} and t in {of_t}; its parameters are in {own}."
-        if own != of_x:
-            return f"{told} Convert the data with .to({own}), or the network with .to({of_x})."
-        if self.schedule.integer_time and of_t.is_floating_point:
-            return (
-                f"{told} t may lie between the indices of the table: where the network looks it "
-                "up, give ScoreModel(..., time=lambda t: t.round().long()), or let it interpolate."
-            )
-        if of_t.is_floating_point and of_t != of_x:
-            return f"{told} Convert t with ScoreModel(..., time=lambda t: t.to({of_x}))."
-        return None
+        looked_up = self.schedule.integer_time
+        if own == of_x and (not of_t.is_floating_point or (of_t == of_x and not looked_up)):
+            return None
+        own_time = "t.round().long()" if looked_up else f"t.to({own})"
+        return (
+            f"It was called with x in {of_x} and t in {of_t}; its parameters are in {own}. "
+            f"Convert what it cannot take: the data with .to({own}), or t, which may lie between "
+            f"the indices of a table, with ScoreModel(..., time=lambda t: {own_time})."
+        )
 
 
 def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:
@@ -391,8 +381,9 @@ def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor 
 def check_model(value: object) -> ScoreModel:
     """Return `value` if it is a ScoreModel."""
     if not isinstance(value, ScoreModel):
-        own = "ScoreModel(network, VPSchedule(), prediction='epsilon')"
-        remedy = f"Wrap your network first: {own}."
+        remedy = (
+            "Wrap your network first: ScoreModel(network, VPSchedule(), prediction='epsilon')."
+        )
         raise TypeError(complaint("model", "a ScoreModel", value, remedy))
     return value
 
