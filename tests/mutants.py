@@ -374,8 +374,8 @@ MUTANTS = [
     # The field of some rows counts q x, which their noise leaves out.
     Mutant(
         "model/field.py",
-        "return replace(self, kwargs=kwargs, t=",
-        "return replace(self, without_qx=False, kwargs=kwargs, t=",
+        "return self._copy(kwargs=kwargs, t=",
+        "return self._copy(without_qx=False, kwargs=kwargs, t=",
         "tests/losses/test_random_options.py",
     ),
     # Indices of a table rounded to the precision of half data.
@@ -579,8 +579,8 @@ MUTANTS = [
     ),
     Mutant(
         "model/posterior.py",
-        "(jacobian_v + found.pulled[0]) / 2",
-        "found.pulled[0]",
+        "(jacobian_v + found.pulled) / 2",
+        "found.pulled",
         "tests/model/test_posterior.py",
     ),
     Mutant(

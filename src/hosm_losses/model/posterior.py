@@ -72,20 +72,17 @@ class PosteriorCovariance:
         if not isinstance(v, Tensor) or v.shape[-x.ndim :] != x.shape or v.ndim > x.ndim + 1:
             expected = f"a tensor of shape {tuple(x.shape)}, or K of these"
             raise ValueError(complaint("v", expected, v))
-        rows = v.reshape(-1, *x.shape[1:]).to(x.dtype)
-        count = len(rows) // len(x)
-        field = self._field if count == 1 else self._field.repeat(count)
-        copies = (count, *(1,) * (x.ndim - 1))
+        vectors = v.reshape(-1, *x.shape).to(x.dtype)
         with torch.no_grad(), outside_inference_mode():
-            found = derive_with_products(
-                field, x.repeat(copies), normal(rows[None]), lambda _: rows[None], order=2
-            )
-        jacobian_v = found.derived.directional[0]
+            copies = normal(x).expand(vectors.shape).flatten(0, 1)
+            rows = normal(vectors).reshape(1, *copies.shape)
+            field = self._field.repeat(len(vectors))
+            found = derive_with_products(field, copies, rows, lambda _: rows, order=2)
+        jacobian_v = found.derived.directional
         if symmetric:
-            jacobian_v = (jacobian_v + found.pulled[0]) / 2
-        p, q = (None if each is None else each.repeat(copies) for each in self._affine)
-        x0_jacobian_v = apply_affine(jacobian_v, rows, p, q)
-        return (self._scale.repeat(copies) * x0_jacobian_v).reshape(v.shape)
+            jacobian_v = (jacobian_v + found.pulled) / 2
+        x0_jacobian_v = apply_affine(jacobian_v.reshape(vectors.shape), vectors, *self._affine)
+        return (self._scale * x0_jacobian_v).reshape(v.shape)
 
     def diagonal(
         self, probes: Probes = "exact", generator: torch.Generator | None = None
