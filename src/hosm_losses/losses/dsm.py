@@ -369,7 +369,8 @@ class _Loss(nn.Module, Generic[Terms]):
             weights, balance = ("paper", balance) if weights == "balanced" else (weights, None)
         if balance is not None and balance.training:
             _refuse_recomputation()
-        given = given._replace(weights=weights, targets=targets)
+        t, noise, probe, _, _, generator, kwargs = given
+        given = Given(t, noise, probe, targets, weights, generator, kwargs)
         found = evaluate(self.model, x0, self.options, given, balance)
         if not return_terms:
             return found.loss

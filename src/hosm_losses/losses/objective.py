@@ -80,8 +80,7 @@ def evaluate(
         )
         if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)
-        primitives = score_model.primitives and higher
-        field = noise_field(score_model, t, kwargs, primitives=primitives)
+        field = noise_field(score_model, t, kwargs)
         check_conditions(targets, field.kwargs)
         field = field if options.stein else field.drop_qx()
         rows = None

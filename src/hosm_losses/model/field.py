@@ -7,7 +7,7 @@ Formula:
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -100,32 +100,32 @@ class NoiseField:
     @property
     def native(self) -> "NoiseField":
         """The network with PyTorch's operators, whose values and first derivatives are right."""
-        return replace(self, primitives=False, network_only=True, one_sample=False)
+        return self._copy(primitives=False, network_only=True, one_sample=False)
 
-    # These three not by replace, for torch.compile of 2.6.
+    def _copy(self, **changed: Any) -> "NoiseField":
+        # Not by dataclasses.replace, which torch.compile of 2.6 does not follow.
+        return NoiseField(*(changed.get(name, getattr(self, name)) for name in FIELDS))
+
     def network(self) -> "NoiseField":
         """Return the field of what the network predicts."""
-        given = self.model, self.kwargs, self.primitives, self.batch, self.t, self.value_only
-        return NoiseField(*given, network_only=True)
+        return self._copy(network_only=True)
 
     def for_value(self) -> "NoiseField":
         """Return the field for its value alone."""
-        given = self.model, self.kwargs, self.primitives, self.batch, self.t
-        return NoiseField(*given, value_only=True, without_qx=self.without_qx)
+        return self._copy(value_only=True)
 
     def drop_qx(self) -> "NoiseField":
         """Return the field whose values leave q x out, which cancels in a residual."""
-        given = self.model, self.kwargs, self.primitives, self.batch, self.t
-        return NoiseField(*given, without_qx=True)
+        return self._copy(without_qx=True)
 
     def at(self, t: Tensor) -> "NoiseField":
         """Return the field at other times (B,)."""
-        return replace(self, t=normal(t))
+        return self._copy(t=normal(t))
 
     def rows(self, index: Tensor | slice) -> "NoiseField":
         """Return the field of the samples at `index`."""
         kwargs = _select(self.kwargs, lambda tensor: tensor[index])
-        return replace(self, kwargs=kwargs, t=None if self.t is None else normal(self.t[index]))
+        return self._copy(kwargs=kwargs, t=None if self.t is None else normal(self.t[index]))
 
     def repeat(self, count: int) -> "NoiseField":
         """Return the field of `count` copies of the batch, one after the other."""
@@ -133,7 +133,7 @@ class NoiseField:
         def copies(tensor: Tensor) -> Tensor:
             return tensor.repeat(count, *(1,) * (tensor.ndim - 1))
 
-        return replace(self, t=copies(self.t), kwargs=_select(self.kwargs, copies))
+        return self._copy(t=copies(self.t), kwargs=_select(self.kwargs, copies))
 
     def derive(self, x: Tensor, direction: Tensor, **options: Any) -> Derivatives:
         """f, D and G or C at x along directions (K, B, *); options as in `derivatives.derive`."""
@@ -152,8 +152,9 @@ class NoiseField:
         def of_network(value: Tensor) -> Tensor:
             return cotangent(self._of_value(value, x, p, q)).to(value.dtype)
 
-        found = derive_with_products(self.network(), x, direction, of_network, **options)
-        derived, c, pulled, pushed = found
+        derived, c, pulled, pushed = derive_with_products(
+            self.network(), x, direction, of_network, **options
+        )
         return Products(
             self._of_field(derived, x, direction),
             c,
@@ -184,7 +185,7 @@ class NoiseField:
 
         # PyTorch's first gradient of instance norm is wrong for one sample in channels_last.
         one = self.model.primitives and len(x) == 1 and x.device.type == "cpu"
-        field = replace(self.network(), one_sample=one)
+        field = self.network()._copy(one_sample=one)
         value, forms = quadratic_forms(field, x, watched())
         of_x = torch.cat(squares) if squares else None
         flat = (None if each is None else each.flatten() for each in (p, q))
@@ -217,10 +218,12 @@ class NoiseField:
         check_prediction(prediction, x)
         dtype = getattr(divergence, "dtype", x.dtype)
         check_like("divergence(x, t)[1]", divergence, (len(x),), dtype, x.device, "x")
-        p, q = self.model.affine(self.t, x)
-        flat = (None if each is None else each.flatten() for each in (p, q))
         elements = torch.full_like(divergence, x[0].numel())
-        return -apply_affine(prediction, x, p, q), -apply_affine(divergence, elements, *flat)[None]
+        of_divergence = apply_affine(divergence, elements, *self.model.affine(self.t, divergence))
+        return -apply_affine(prediction, x, *self.model.affine(self.t, x)), -of_divergence[None]
+
+
+FIELDS = [each.name for each in fields(NoiseField)]
 
 
 def _refuse_a_pass_back(_: object) -> Tensor:
@@ -246,48 +249,30 @@ def condition(
 
 
 def noise_field(
-    model: ScoreModel,
-    t: Tensor,
-    model_kwargs: Mapping[str, Any] | None = None,
-    *,
-    primitives: bool | None = None,
+    model: ScoreModel, t: Tensor, model_kwargs: Mapping[str, Any] | None = None
 ) -> NoiseField:
     """f(x) = −ε̂(x, t) at times (B,) and conditions, to be differentiated in x."""
-    field = condition(model, len(t), model_kwargs, primitives=primitives)
-    return NoiseField(model, field.kwargs, field.primitives, field.batch, normal(t))
+    return condition(model, len(t), model_kwargs).at(t)
 
 
-COMPILED_IN_PLACE = "a part compiled by its own .compile()"
 SCRIPTED = "ScriptModule"  # of torch.jit, traced or scripted
-# What belongs around the loss in place of the network, by the name of the class that is around the
-# network: nothing of torch.distributed is imported for it.
-WRAPPERS = {
-    "DistributedDataParallel": "DistributedDataParallel",
-    "FullyShardedDataParallel": "FullyShardedDataParallel",
-    "FSDPModule": "fully_shard",
-    "DataParallel": "DistributedDataParallel",
-    "OptimizedModule": "torch.compile",
-    COMPILED_IN_PLACE: "torch.compile",
-    SCRIPTED: "",
-}
+# Names of classes, for which nothing of torch.distributed is imported.
+WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"}
+WRAPPERS |= {"OptimizedModule", SCRIPTED}
+WRAP_THE_LOSS = (
+    "Wrap the loss module as a whole, with DistributedDataParallel, fully_shard or torch.compile "
+    "around ThirdOrderDSM(ScoreModel(network, schedule)), and give it the network inside, such as "
+    "model.module."
+)
 
 
 def refuse_wrapped(network: object) -> None:
     """Raise TypeError for a network in DDP, or with compiled, scripted or sharded parts."""
-    types = {type(network)}
-    found = set()
-    if isinstance(network, nn.Module):
-        for part in network.modules():
-            types.add(type(part))
-            if getattr(part, COMPILED_PART, None) is not None:
-                found.add(COMPILED_IN_PLACE)
-    found |= {base.__name__ for kind in types for base in kind.__mro__} & WRAPPERS.keys()
+    parts = list(network.modules()) if isinstance(network, nn.Module) else [network]
+    found = {base.__name__ for kind in set(map(type, parts)) for base in kind.__mro__} & WRAPPERS
+    if any(getattr(part, COMPILED_PART, None) is not None for part in parts):
+        found.add("a part compiled by its own .compile()")
     for name in sorted(found):
-        remedy = (
-            f"Wrap the loss module as a whole, {WRAPPERS[name]}(ThirdOrderDSM(ScoreModel(network, "
-            "schedule))), and give it the network inside, such as model.module."
-        )
-        raise TypeError(
-            f"network: expected a bare network where it is differentiated twice; got {name}. "
-            f"{GIVE_THE_SOURCE if name == SCRIPTED else remedy}"
-        )
+        expected = "a bare network where it is differentiated twice"
+        remedy = GIVE_THE_SOURCE if name == SCRIPTED else WRAP_THE_LOSS
+        raise TypeError(complaint("network", expected, network, remedy, got=name))
