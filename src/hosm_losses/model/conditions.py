@@ -75,15 +75,7 @@ def _walk(value: Any, visit: Visit, path: str = "model_kwargs") -> Any:
     else:
         return value
     new = {key: _walk(each, visit, path + step.format(key)) for key, each in entries.items()}
-    if all(new[key] is entries[key] for key in entries):
-        return value
-    try:
-        return _rebuild(value, new)
-    except Exception as error:
-        expected = "a container that can be copied with other tensors in it"
-        remedy = "Pass a dict, and build the object in call."
-        got = f"{describe(value)}, which says: {error}"
-        raise TypeError(complaint(path, expected, value, remedy, got=got)) from error
+    return value if all(new[key] is entries[key] for key in entries) else _rebuild(value, new)
 
 
 def _rebuild(value: Any, entries: dict[Any, Any]) -> Any:
@@ -150,27 +142,3 @@ def unmark(kwargs: Mapping[str, Any]) -> Any:
         return _walk(found.value, visit, path) if isinstance(found, Shared) else found
 
     return _walk(kwargs, visit)
-
-
-def rows_note(kwargs: Mapping[str, Any], rows: int, batch: int) -> str:
-    """Say, beside an error of a network, with how many rows it was called, and what has them."""
-    split: list[str] = []
-    unchanged: list[str] = []
-
-    def visit(path: str, found: Any) -> Any:
-        for tensor in tensors_in(found):
-            shapes = unchanged if isinstance(found, Shared) else split
-            shapes.append(f"{path} {tuple(tensor.shape)}")
-        return found
-
-    _walk(kwargs, visit)
-    note = (
-        f"The network was called with {rows} rows for a batch of {batch}: probes repeat samples, "
-        "fraction and batch_size select some."
-    )
-    if split or unchanged:
-        note += (
-            f" The rows were followed by {', '.join(split) or 'none'}; passed unchanged: "
-            f"{', '.join(unchanged) or 'none'}. Give what belongs to samples as (B, ...)."
-        )
-    return note
