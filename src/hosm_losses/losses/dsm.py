@@ -9,17 +9,7 @@ and the source in `terms`.
 
 import inspect
 from collections.abc import Mapping
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Generic,
-    Literal,
-    TypedDict,
-    TypeVar,
-    Unpack,
-    overload,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -319,17 +309,6 @@ def dsm_terms(
     return evaluate(model, x0, Options(order, probes, engine, third), given).terms
 
 
-class _Inputs(TypedDict, total=False):
-    t: Tensor | None
-    noise: Tensor | None
-    probe: Tensor | None
-    targets: Targets
-    weights: Weights | ModuleRecipe | None
-    weight: float | Tensor | None
-    generator: torch.Generator | None
-    model_kwargs: Mapping[str, Any] | None
-
-
 class _Loss(nn.Module, Generic[Terms]):
     """What the modules share: the model, the options, and what a call need not give."""
 
@@ -341,11 +320,9 @@ class _Loss(nn.Module, Generic[Terms]):
     ) -> None:
         super().__init__()
         if isinstance(weights, nn.Parameter):  # which a module registers as one to be trained
-            name, got = "weight" if options.stein else "weights", "a Parameter"
-            expected = (
-                "numbers, or tensors that are not trained, which an optimizer drives to zero"
-            )
-            raise ValueError(complaint(name, expected, weights, got=got))
+            name = "weight" if options.stein else "weights"
+            expected = "numbers, or tensors that are not trained"
+            raise ValueError(complaint(name, expected, weights, got="a Parameter"))
         self.options, self.weights = options, weights
         self.targets = check_targets(targets, tensor=False)
         self.model, self.balance = check_model(model), None
@@ -354,8 +331,7 @@ class _Loss(nn.Module, Generic[Terms]):
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for print."""
-        known = vars(self.options) | {"targets": self.targets, "weight": self.weights}
-        known["weights"] = self.weights
+        known = vars(self.options) | vars(self) | {"weight": self.weights}
         names = list(inspect.signature(type(self).__init__).parameters)[2:]
         return ", ".join(f"{name}={known[name]!r}" for name in names)
 
@@ -367,8 +343,13 @@ class _Loss(nn.Module, Generic[Terms]):
         balance = self.balance
         if balance is not None and isinstance(weights, str):
             weights, balance = ("paper", balance) if weights == "balanced" else (weights, None)
-        if balance is not None and balance.training:
-            _refuse_recomputation()
+        follows = balance is not None and balance.training
+        if follows and (transformed() or checkpoint_hook()):
+            raise ValueError(
+                "weights: expected numbers under torch.func and in a checkpoint; got 'balanced', "
+                "whose running means a step changes once. Accumulate gradients, or call .eval() "
+                "on the loss's `balance`."
+            )
         t, noise, probe, _, _, generator, kwargs = given
         given = Given(t, noise, probe, targets, weights, generator, kwargs)
         found = evaluate(self.model, x0, self.options, given, balance)
@@ -385,23 +366,13 @@ class _Loss(nn.Module, Generic[Terms]):
 
         @overload
         def __call__(
-            self, x0: Tensor, *, return_terms: Literal[False] = ..., **inputs: Unpack[_Inputs]
+            self, x0: Tensor, *, return_terms: Literal[False] = ..., **inputs: Any
         ) -> Tensor: ...
         @overload
         def __call__(
-            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[_Inputs]
+            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Any
         ) -> tuple[Tensor, Terms]: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-def _refuse_recomputation() -> None:
-    """Raise where the sizes of the terms would be taken up twice, or cannot be."""
-    what = "torch.func" if transformed() else "a checkpoint" if checkpoint_hook() else None
-    if what is not None:
-        raise ValueError(
-            f"weights: expected numbers under {what}; got 'balanced', whose running means a step "
-            "changes once. Accumulate gradients, or call .eval() on the loss's `balance`."
-        )
 
 
 class FirstOrderDSM(_Loss[LoggedTerms]):
