@@ -85,16 +85,13 @@ class Balance(nn.Module):
 
     @torch.no_grad()
     def _update(self, terms: Sequence[Tensor | None], places: Sequence[Tensor]) -> None:
-        before = self.running * DECAY
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        found = torch.zeros_like(before) if several else before
+        found = torch.zeros_like(self.running)
         for row, (term, place) in enumerate(zip(terms, places, strict=False)):
             if term is not None:
                 known = torch.isfinite(term)
                 size = torch.where(known, term.abs(), 0)
                 for part, each in zip(found, (size, known), strict=True):
                     part[row].index_add_(0, place, each.to(found.dtype))
-        if several:
+        if dist.is_available() and dist.is_initialized():
             dist.all_reduce(found)
-            found += before
-        self.running.copy_(found)
+        self.running.mul_(DECAY).add_(found)

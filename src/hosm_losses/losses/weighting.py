@@ -30,7 +30,7 @@ Source:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -82,19 +82,18 @@ Sampler = Literal["schedule", "log_sigma_hat"]
 TimeSampler = Sampler | Callable[[int, torch.Generator | None], Tensor] | None
 
 
-def check_weighting(weighting: object, time_sampler: object) -> None:
+def check_weighting(weighting: Any, time_sampler: object) -> None:
     """Raise ValueError unless these are a weighting and a time sampler."""
-    pair = weighting if isinstance(weighting, tuple) else (weighting,)
-    if len(pair) not in (1, 2):
-        expected = "one weighting or a pair (of the first term, of the higher terms)"
-        raise ValueError(complaint("weighting", expected, pair, got=str(len(pair))))
-    for one in pair:
-        if not (callable(one) or isinstance(one, EDMWeighting)):
-            check_choice("weighting (or EDMWeighting(), or a callable of t)", one, get_args(Name))
-    if len(pair) == 2 and pair[1] != "noise" and not callable(pair[1]):
+    if isinstance(weighting, tuple) and len(weighting) != 2:
+        expected, got = "one weighting or a pair (first term, higher terms)", str(len(weighting))
+        raise ValueError(complaint("weighting", expected, weighting, got=got))
+    first, higher = _pair(weighting)
+    if not (callable(first) or isinstance(first, EDMWeighting)):
+        check_choice("weighting (or EDMWeighting(), or a callable of t)", first, get_args(Name))
+    if higher != "noise" and not callable(higher):
         raise ValueError(
             "weighting: expected 'noise' or a callable of t for the higher terms, the second of "
-            f"the pair; got {pair[1]!r}, which has a meaning for the first term only."
+            f"the pair; got {higher!r}, which has a meaning for the first term only."
         )
     if time_sampler is not None and not callable(time_sampler):
         expected = "time_sampler (or a callable of the batch size and a generator)"
@@ -103,7 +102,7 @@ def check_weighting(weighting: object, time_sampler: object) -> None:
 
 def _pair(weighting: Weighting) -> tuple[One, One]:
     if isinstance(weighting, tuple):
-        return weighting if len(weighting) == 2 else (weighting[0], "noise")
+        return weighting
     return weighting, weighting if callable(weighting) else "noise"
 
 
