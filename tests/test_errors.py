@@ -135,9 +135,9 @@ BAD = {
     ],
     "order": bad(ValueError, 0, 4, True, 2.0, "3", None),
     "weights": [
-        *bad(TypeError, "1111", b"1111", 1.0, torch.tensor(1.0), np.array(1.0), iter([1] * 4)),
+        *bad(TypeError, b"1111", 1.0, torch.tensor(1.0), np.array(1.0), iter([1] * 4)),
         *bad(TypeError, dict.fromkeys(range(4), 1), MappingProxyType({0: 1}), {1.0, 0.5, 0.1, 2}),
-        *bad(ValueError, (1, 1), (1,) * 5, np.ones(5), torch.ones(5), torch.ones(4, 2)),
+        *bad(ValueError, "1111", (1, 1), (1,) * 5, np.ones(5), torch.ones(5), torch.ones(4, 2)),
         *bad(ValueError, (0, 0.0, 0, 0), (1, 1, 1, NAN), (1, INF, 1, 1), (1, 1, 1j, 1)),
         *bad(ValueError, (1, 1, "1", 1), (1, None, 1, 1), (True, 1, 1, 1), (1, -0.5, 1, 1)),
         *bad(ValueError, np.array([1, NAN, 1, 1]), np.array([1, 1j, 1, 1]), np.ones((4, 1))),

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hosm_losses.losses.terms import (
-    first_residual,
     residual_parts,
     second_residual,
     third_target,
@@ -42,7 +41,7 @@ def residuals(noise, f, along, gradient, v):
     """All four residuals, for every atom in turn as a batch."""
     count = len(noise)
     f, along, gradient, v = (part.expand(1, count, -1) for part in (f, along, gradient, v))
-    first = first_residual(f, noise)
+    first = f + noise
     shared = residual_parts(first, along + v, v)
     second, trace = second_residual(shared), trace_residual(shared)
     return first[0], second[0], trace[0], (gradient - third_target(shared))[0]

@@ -85,9 +85,10 @@ class Options:
         return 2 if self.stein or isinstance(self.probes, Paired) else 1
 
     @property
-    def laplacian(self) -> bool:
-        """Whether the third order is estimated by the Laplacian form."""
-        return self.order == 3 and self.third == "laplacian"
+    def derivatives(self) -> dict[str, Any]:
+        """What `NoiseField.derive` is told; the Laplacian form is one of order three alone."""
+        laplacian = self.order == 3 and self.third == "laplacian"
+        return {"order": self.order, "engine": self.engine, "laplacian": laplacian}
 
 
 class Given(NamedTuple):
@@ -127,20 +128,17 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     if weights is None:
         # Each term is divided by its power of d already: above 1, the images', 0.1 d² is too much.
         return (1.0, 0.5, 0.0, min(1.0, toy))
-    expected = "four numbers (first, second, trace, third), at order 2 three or four"
-    if isinstance(weights, str):
-        recipes = {"paper": (1.0,) * 4, "paper-toy": (1.0, 0.5, 0.0, toy)}
-        if weights in recipes:
-            return recipes[weights]
-        if weights == "balanced":
-            raise ValueError(
-                "weights: expected numbers, 'paper' or 'paper-toy' in a function; got 'balanced'. "
-                "Give it to the constructor of SecondOrderDSM or ThirdOrderDSM."
-            )
-        expected += ", 'paper', 'paper-toy' or, in a module, 'balanced'"
+    recipes = {"paper": (1.0,) * 4, "paper-toy": (1.0, 0.5, 0.0, toy)}
+    if isinstance(weights, str) and weights in recipes:
+        return recipes[weights]
+    expected = (
+        "four numbers (first, second, trace, third), at order 2 three or four, 'paper', "
+        "'paper-toy' or, given to the constructor of SecondOrderDSM or ThirdOrderDSM, 'balanced'"
+    )
     one = isinstance(weights, str | bytes) or getattr(weights, "ndim", 1) == 0
     if one or not isinstance(weights, Sequence | np.ndarray | Tensor):
-        raise TypeError(complaint("weights", expected, weights))
+        kind = ValueError if isinstance(weights, str) else TypeError
+        raise kind(complaint("weights", expected, weights))
     if len(weights) not in COUNTS[order]:
         got = f"{len(weights)} at order {order}"
         raise ValueError(complaint("weights", expected, weights, got=got))

@@ -30,8 +30,6 @@ Source:
     distribution", 1948).
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32, expand_right, over_elements
@@ -39,7 +37,6 @@ from hosm_losses.losses.arguments import Options
 from hosm_losses.losses.terms import (
     DSMTerms,
     Inputs,
-    first_residual,
     first_term,
     inner,
     only_first,
@@ -72,19 +69,17 @@ def paired_terms(
     elements = float(x[0].numel())  # as in `terms`
 
     def ell_of(value: Tensor) -> Tensor:
-        return first_residual(at_least_float32(value), noise).detach()
+        return (at_least_float32(value) + noise).detach()
 
-    chosen: dict[str, Any] = {"order": options.order, "engine": options.engine}
     pulled = pushed = None
     if second or options.order == 3:
-        found = field.derive_with_products(
-            x, direction, ell_of, laplacian=options.laplacian, push=options.order == 3, **chosen
+        derived, _, pulled, pushed = field.derive_with_products(
+            x, direction, ell_of, push=options.order == 3, **options.derivatives
         )
-        derived, pulled, pushed = found.derived, found.pulled, found.pushed
     else:
-        derived = field.derive(x, direction, **chosen)
+        derived = field.derive(x, direction, **options.derivatives)
     value, directional, probe = map(at_least_float32, (*derived[:2], probe))
-    residual = first_residual(value, noise)
+    residual = value + noise
     ell = residual.detach()
     # D tends to −v at the noisy end: their sum keeps the digits that those of squares lose.
     held, skew = inputs.spread(probe, third=options.order == 3)

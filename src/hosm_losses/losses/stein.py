@@ -39,7 +39,7 @@ from torch import Tensor
 from hosm_losses._checks import at_least_float32, expand_right, over_elements
 from hosm_losses.losses.arguments import Options
 from hosm_losses.losses.paired import means_of_halves
-from hosm_losses.losses.terms import Inputs, Logged, first_residual, first_residual_of, inner
+from hosm_losses.losses.terms import Inputs, Logged, first_residual_of, inner
 from hosm_losses.model import NoiseField
 
 
@@ -65,9 +65,6 @@ class LoggedSteinTerms(Logged, SteinTerms):
         rows: the rows that a fraction chose for the rate, in their order; None for all.
     """
 
-    t: Tensor
-    rows: Tensor | None
-
 
 def stein_terms(
     field: NoiseField, inputs: Inputs, probe: Tensor | None, options: Options
@@ -77,12 +74,11 @@ def stein_terms(
     if probe is None:
         return SteinTerms(over_elements(first_residual_of(field, inputs).square())[0])
     direction = (expand_right(inputs.sigma, x) * probe).to(x.dtype)
-    derived = field.derive(x, direction, order=2, engine=options.engine)
-    parts = (derived.value, derived.directional, inputs.noise, probe)
+    value, directional, _ = field.derive(x, direction, **options.derivatives)
+    parts = (value, directional, inputs.noise, probe)
     value, directional, noise, probe = map(at_least_float32, parts)
-    if inputs.posterior is not None:
-        directional = directional + (inputs.spread(probe)[0] - probe)
-    residual, along = first_residual(value, noise), inner(probe, directional)
+    directional = directional + (inputs.spread(probe)[0] - probe)  # D − C₂v
+    residual, along = value + noise, inner(probe, directional)
     rate = along + x[0].numel() - inner(noise.unsqueeze(0), residual)
     one, other = means_of_halves(rate.detach())
     moved, other_moved = means_of_halves(along + inner(value.detach(), value))

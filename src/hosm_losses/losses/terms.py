@@ -47,7 +47,6 @@ Source:
     Denoising Score Matching", ICML 2022, arXiv 2206.08265, equations 10 to 15 and appendix.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +88,9 @@ class Logged:
     entries.
     """
 
+    t: Tensor
+    rows: Tensor | None
+
     def __getattr__(self: Any, name: str) -> Any:
         """Return t or rows where the tuple has lost them."""
         logged = getattr(self[0], "_logged", {}) if name in ("t", "rows") else {}
@@ -104,9 +106,6 @@ class LoggedTerms(Logged, DSMTerms):
         t: the times of the batch, (B,).
         rows: the rows that a fraction chose for the higher terms, in their order; None for all.
     """
-
-    t: Tensor
-    rows: Tensor | None
 
 
 class Inputs(NamedTuple):
@@ -136,11 +135,6 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 def scaled(coefficient: Tensor, vector: Tensor) -> Tensor:
     """Multiply the vector (K, B, *) of every probe and sample by its number (K, B)."""
     return expand_right(coefficient, vector) * vector
-
-
-def first_residual(value: Tensor, noise: Tensor) -> Tensor:
-    """r1 = f + ε."""
-    return value + noise
 
 
 class ResidualParts(NamedTuple):
@@ -180,7 +174,7 @@ def third_target(parts: ResidualParts) -> Tensor:
 def first_residual_of(field: NoiseField, inputs: Inputs) -> Tensor:
     """r1 (1, B, *), in float32 at least."""
     value = at_least_float32(field.for_value()(inputs.x).unsqueeze(0))
-    return first_residual(value, at_least_float32(inputs.noise))
+    return value + at_least_float32(inputs.noise)
 
 
 def over_probes(estimates: Tensor) -> Tensor:
@@ -213,17 +207,10 @@ def terms_along(
     sigma = expand_right(inputs.sigma, x)
     direction = (sigma * probe).to(x.dtype)
     exact = options.exact
-    value, directional, last = field.derive(
-        x,
-        direction,
-        order=options.order,
-        engine=options.engine,
-        laplacian=options.laplacian,
-        summed=exact,
-    )
+    value, directional, last = field.derive(x, direction, summed=exact, **options.derivatives)
     value, directional, noise, probe = map(at_least_float32, (value, directional, noise, probe))
     elements = float(x[0].numel())  # the cube may be no integer of 64 bits
-    residual = first_residual(value, noise)
+    residual = value + noise
     held, skew = inputs.spread(probe, third=last is not None)
     first, parts = first_term(residual), residual_parts(residual, directional + held, probe)
     second = _mean_square(second_residual(parts)) / elements**2
@@ -243,23 +230,18 @@ def terms_along(
 
 def check_result(loss: Tensor, terms: Any, inputs: Inputs) -> None:
     """Raise where a loss on the CPU is not finite: one number is looked at, and then why."""
-    if not may_look(loss):
+    if not may_look(loss) or bool(torch.isfinite(loss).all()):
         return
-    if math.isfinite(loss.item()) if loss.ndim == 0 else bool(torch.isfinite(loss).all()):
-        return
-    bad = ~torch.isfinite(terms.first)
-    if bool(bad.any()):
+    present = {name: term for name, term in terms._asdict().items() if term is not None}
+    names = [name for name, term in present.items() if not bool(torch.isfinite(term).all())]
+    if "first" in names:
+        bad = ~torch.isfinite(terms.first)
         times = inputs.t[bad]
         raise ValueError(
             f"network: expected finite outputs; got NaN or infinite ones for {int(bad.sum())} of "
             f"{len(bad)} samples, at t from {float(times.min()):g} to {float(times.max()):g}. "
             "Look at the parameters, for a division by zero or a logarithm, and at the range of x."
         )
-    names = [
-        name
-        for name, term in terms._asdict().items()
-        if term is not None and not bool(torch.isfinite(term).all())
-    ]
     if names:
         raise DerivativeError(
             "network: expected finite derivatives; its outputs are finite, but not the terms "
