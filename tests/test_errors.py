@@ -104,7 +104,7 @@ MOMENT = [
 ]
 NUMBERS = [
     *bad(TypeError, torch.tensor([0.9j, 0.5]), ["a", "b"], object(), [[0.9], 0.5]),
-    *bad(TypeError, torch.ones(3, device="meta")),
+    *bad(TypeError, torch.ones(3, device="meta"), None, [None, 0.5], ["0.9", "0.5"]),
     *bad(ValueError, 0.5, [[0.9, 0.5], [0.4, 0.1]], torch.ones(2, 2), np.ones((2, 2))),
     *bad(ValueError, [], [0.9], [0.5, NAN], [NAN, 0.5], [INF, 0.5], [0.5, -INF]),
 ]
@@ -595,7 +595,7 @@ TOLD = [
     (lambda: hosm.checkpoint(NETWORK, X, T, use_reentrant=True), "neither use_reentrant=True"),
     (lambda: loss(NETWORK, weights="balanced"), "constructor of SecondOrderDSM or ThirdOrderDSM"),
     (lambda: loss(lambda x, t: (x, t)), r"ScoreModel\(\.\.\., output="),
-    (lambda: loss(lambda x, t: x.repeat(1, 2)), "keep the first channels"),
+    (lambda: loss(lambda x, t: x.repeat(1, 2)), "the first channels"),
     (
         lambda: loss(MLP(2).float()),
         r"x in torch\.float64 .* parameters are in torch\.float32",

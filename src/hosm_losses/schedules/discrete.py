@@ -287,7 +287,7 @@ def _numbers(name: str, table: object) -> np.ndarray:
     expected = "real numbers (N,) in a list, an array or a tensor"
     try:
         values: Any = table.tolist() if isinstance(table, Tensor) else table
-        numbers = np.asarray(values, dtype=np.float64)
+        numbers = np.asarray(values).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(complaint(name, expected, table)) from error
     if numbers.ndim != 1:
