@@ -19,22 +19,16 @@ PLACES = (0.0, *NEAR, *(k / 64 for k in range(1, 64)), *(1 - p for p in reversed
 INNER = (math.pi / 16, math.pi / 6, math.pi / 4)  # between the entries of any table
 TOLERANCE = 1e-2
 
-FROM_THE_DATA = (
-    "t_min is the end of the data and t_max that of the noise. If your data are at t = 1, write "
-    "alpha and sigma of 1 - t, and ScoreModel(..., time=lambda t: 1 - t)."
-)
-CORRECT = "Correct the formula, or take a range in which it grows."
-BEGIN_LATER = "Begin where there is some noise, for example at t_min = 1e-5."
-END_EARLIER = (
-    "End before alpha reaches 0: at t_max = 0.999 for a flow, 0.9946 for a cosine, 1 for "
-    "VPSchedule. For a network that counts time otherwise write ScoreModel(..., time=999.0)."
+RANGE = (
+    "Correct the formula, or the range: t_min is the end of the data, with some noise already, as "
+    "at 1e-5; t_max is that of the noise, before alpha reaches 0, as at 0.999 for a flow, 0.9946 "
+    "for a cosine and 1 for VPSchedule. For a network that counts time otherwise write "
+    "ScoreModel(..., time=999.0), or time=lambda t: 1 - t where its data are at 1."
 )
 FOLLOW = (
     "Write alpha and sigma with operators of PyTorch on t, linear between the entries of a table, "
     "without .detach(), NumPy or Python's numbers; or override drift, squared_diffusion and rates."
 )
-# What to do where a part is not positive: at t_min, and at t_max.
-ADVICE = {"alpha": (FROM_THE_DATA, END_EARLIER), "sigma": (BEGIN_LATER, FROM_THE_DATA)}
 
 
 def check_schedule(schedule: object) -> Schedule:
@@ -43,8 +37,7 @@ def check_schedule(schedule: object) -> Schedule:
     Values are not looked at while `torch.compile` traces, nor under a fake tensor mode.
     """
     if not isinstance(schedule, Schedule):
-        kin = hasattr(schedule, "config")  # as of every scheduler of diffusers
-        remedy = "Take from_diffusers(network, scheduler)." if kin else ""
+        remedy = "With a scheduler of diffusers write from_diffusers(network, scheduler)."
         expected = "a schedule such as VPSchedule(), or a subclass of Schedule"
         raise TypeError(complaint("schedule", expected, schedule, remedy))
     name = type(schedule).__name__
@@ -54,7 +47,7 @@ def check_schedule(schedule: object) -> Schedule:
     )
     if low >= high:
         expected, got = f"{name} to have t_min < t_max", f"t_min = {low:g} and t_max = {high:g}"
-        raise ValueError(complaint("schedule", expected, schedule, FROM_THE_DATA, got=got))
+        raise ValueError(complaint("schedule", expected, schedule, RANGE, got=got))
     places = torch.tensor(PLACES, dtype=torch.float64, device="cpu")
     if not torch.compiler.is_compiling() and type(places) is Tensor:
         with outside_inference_mode(), torch.no_grad():
@@ -69,9 +62,8 @@ def _check_values(schedule: Schedule, t: Tensor) -> None:
     u = sigma.log() - alpha.log()
     grows = f"schedule: expected log(sigma/alpha) of {name} to grow with t; got"
     if (i := _broken(u.diff() > 0)) is not None:
-        advice = CORRECT if u[-1] > u[0] else FROM_THE_DATA
         raise ValueError(
-            f"{grows} one that does not from t = {t[i]:g} to t = {t[i + 1]:g}. {advice}"
+            f"{grows} one that does not from t = {t[i]:g} to t = {t[i + 1]:g}. {RANGE}"
         )
     found = _values(schedule, "time", torch.cat([u[:1] - 1, u, u[-1:] + 1]))
     sigma, alpha = (_positive(schedule, part, found[1:-1]) for part in ("sigma", "alpha"))
@@ -95,21 +87,16 @@ def _positive(schedule: Schedule, part: str, t: Tensor) -> Tensor:
     """The values of alpha or sigma, which have to be positive and finite."""
     got = _values(schedule, part, t)
     if (i := _broken((got > 0) & got.isfinite())) is not None:
-        at_start, at_end = ADVICE[part]
-        ends = {schedule.t_min: ("t_min", at_start), schedule.t_max: ("t_max", at_end)}
-        place, advice = ends.get(float(t[i]), ("t", "Correct the formula, or the range."))
         raise ValueError(
             f"schedule: expected {type(schedule).__name__} to have a positive and finite {part}, "
-            f"for a finite log(sigma/alpha); got {part} = {got[i]:g} at {place} = {t[i]:g}. "
-            f"{advice}"
+            f"for a finite log(sigma/alpha); got {got[i]:g} at t = {t[i]:g}. {RANGE}"
         )
     return got
 
 
 def _broken(holds: Tensor) -> int | None:
-    """A place where it does not hold, an end before one between; None if it holds everywhere."""
-    last = len(holds) - 1
-    return None if holds.all() else next(i for i in (0, last, *range(last)) if not holds[i])
+    """The first place where it does not hold; None if it holds everywhere."""
+    return None if holds.all() else int(holds.int().argmin())
 
 
 def _values(schedule: Schedule, method: str, t: Tensor) -> Tensor:
