@@ -21,6 +21,8 @@ from hosm_losses._torch_internals import traced
 from hosm_losses.taylor import DerivativeError as DerivativeError
 from hosm_losses.taylor import at_least_float32 as at_least_float32
 
+FROM_NUMPY = "Convert an array with torch.from_numpy({})."
+
 
 def complaint(
     name: str, expected: str, value: object, remedy: str = "", *, got: str | None = None
@@ -30,20 +32,13 @@ def complaint(
     return f"{name}: expected {expected}; got {came}. {remedy}".rstrip()
 
 
-def not_a_tensor(name: str, expected: str, value: object) -> TypeError:
-    """The error where a tensor was expected; of a NumPy array it says how to make one."""
-    if isinstance(value, np.ndarray):
-        got = f"a NumPy array of {value.dtype}, shape {value.shape}"
-        remedy = f"Convert it with torch.from_numpy({name})."
-        return TypeError(complaint(name, expected, value, remedy, got=got))
-    return TypeError(complaint(name, expected, value))
-
-
 def describe(value: object) -> str:
-    """Say what came: dtype, shape and device of a tensor, the type of anything else."""
+    """Say what came: dtype, shape and device of a tensor or array, the type of anything else."""
     if isinstance(value, Tensor):
         shape = "several shapes" if value.is_nested else f"shape {tuple(value.shape)}"
         return f"a {value.dtype} tensor of {shape} on {value.device}"
+    if isinstance(value, np.ndarray):
+        return f"a NumPy array of {value.dtype}, shape {value.shape}"
     if value is None or isinstance(value, str | Number):
         return repr(value)
     return f"an object of type {type(value).__name__}"
@@ -150,7 +145,7 @@ def check_sample_batch(name: str, value: object) -> Tensor:
     """Return `value` if it is a non-empty, finite, dense floating-point batch (B, *)."""
     expected = "floating-point tensor (B, *)"
     if not isinstance(value, Tensor):
-        raise not_a_tensor(name, f"a {expected}", value)
+        raise TypeError(complaint(name, f"a {expected}", value, FROM_NUMPY.format(name)))
     check_dense(name, value)
     if not value.is_floating_point():
         remedy = (
@@ -173,7 +168,8 @@ def check_like(
 ) -> Tensor:
     """Return `value` if it is a tensor of exactly this shape, dtype and device, those of `of`."""
     if not isinstance(value, Tensor):
-        raise not_a_tensor(name, f"a tensor of shape {shape}", value)
+        expected = f"a tensor of shape {shape}"
+        raise TypeError(complaint(name, expected, value, FROM_NUMPY.format(name)))
     check_dense(name, value)
     if tuple(value.shape) != shape:
         expected = f"shape {shape}, that of {of}"
@@ -189,27 +185,17 @@ def check_like(
 
 def check_prediction(predicted: object, x: Tensor) -> None:
     """Raise unless this, which a network returned, is a real tensor like x."""
-    kind, remedy = TypeError, ""
-    if not isinstance(predicted, Tensor):
-        expected = "it to return a tensor"
-        remedy = (
-            "Pick the prediction out with ScoreModel(..., output=...), for example output=lambda "
-            "out: out[0] or operator.attrgetter('sample')."
-        )
-    elif predicted.shape != x.shape:
-        kind, expected = ValueError, f"an output of the shape of x, {tuple(x.shape)}"
-        remedy = "The first dimension of x is that of the batch: of one sample give x[None]."
-        if predicted.ndim == x.ndim > 1 and predicted.shape[1] == 2 * x.shape[1]:
-            remedy = (
-                "If it predicts a variance too, keep the first channels: ScoreModel(..., "
-                "output=lambda out: out[:, :C])."
-            )
-    elif not predicted.is_floating_point():
-        expected = "a floating-point output"
-    elif predicted.device != x.device:
-        kind, expected = ValueError, f"an output on {x.device}, the device of x"
-    else:
-        return
+    kind = TypeError
+    if isinstance(predicted, Tensor) and predicted.is_floating_point():
+        if predicted.shape == x.shape and predicted.device == x.device:
+            return
+        kind = ValueError
+    expected = f"floating-point outputs like x, of shape {tuple(x.shape)} on {x.device}"
+    remedy = (
+        "Pick the prediction out with ScoreModel(..., output=...): output=lambda out: out[0], "
+        "operator.attrgetter('sample') or, if it predicts a variance too, the first channels, "
+        "lambda out: out[:, :C]. Of one sample give x[None]."
+    )
     raise kind(complaint("network", expected, predicted, remedy))
 
 
