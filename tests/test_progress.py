@@ -1,4 +1,4 @@
-"""The bar: what it is told, and what it says when it cannot be shown."""
+"""The bar: what it is told."""
 
 import sys
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ USES = [
 def test_tqdm_is_imported_where_a_bar_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     hosm.ode_nll(MODEL, X, solver=FEW)
-    with pytest.raises(ImportError, match=r"hosm-losses\[progress\]"):
+    with pytest.raises(ImportError, match="tqdm"):
         hosm.ode_nll(MODEL, X, solver=FEW, progress=True)
 
 
