@@ -76,8 +76,8 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
         scheduler: one with a table, or for flow matching.
 
     Raises:
-        TypeError: for a pipeline, a scheduler that is neither of the two, or under flow matching a
-            model that is no nn.Module.
+        TypeError: for a model that is no nn.Module, as a pipeline is none, or a scheduler that is
+            neither of the two.
         ValueError: for zero terminal SNR, an unknown prediction type, one other than
             "flow_prediction" with `use_flow_sigmas`, or a model as Lumina2 and ZImage, which are
             given 1 - t and predict data less noise.
@@ -89,8 +89,8 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
             model = from_diffusers(pipeline.unet, pipeline.scheduler)
             loss = third_order_dsm(model, images, weighting="native")
     """
-    if not isinstance(model, nn.Module) and hasattr(model, "scheduler"):  # a pipeline
-        expected = "model: expected the network, such as pipeline.unet or pipeline.transformer"
+    if not isinstance(model, nn.Module):  # a pipeline, perhaps
+        expected = "model: expected an nn.Module, such as pipeline.unet or pipeline.transformer"
         raise TypeError(f"{expected}; got {describe(model)}.")
     own = getattr(model, "config", None)
     inputs, outputs = (getattr(own, f"{end}_channels", None) for end in ("in", "out"))
@@ -98,9 +98,6 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     options = dict[str, Any](output=_half_of_sample if learned else _sample, call=_by_name)
     config = getattr(scheduler, "config", None)
     if "FlowMatch" in type(scheduler).__name__ or _samples_a_flow(scheduler, config):
-        if not isinstance(model, nn.Module):
-            expected = "model: expected an nn.Module, whose class says which time it is given"
-            raise TypeError(f"{expected}; got {describe(model)}.")
         where = "scheduler.config.num_train_timesteps"
         factor = getattr(config, "num_train_timesteps", None)
         factor = check_number(where, factor, "a number above 0", above=0)

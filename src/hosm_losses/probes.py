@@ -22,17 +22,6 @@ Source:
     cosine transform", IEEE Transactions on Computers (1974), for Q.
 """
 
-__all__ = [
-    "DISTRIBUTIONS",
-    "Distribution",
-    "Hutchinson",
-    "Paired",
-    "ToStandardError",
-    "draw_probes",
-    "unit_vector_chunks",
-    "unit_vectors",
-]
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
