@@ -46,7 +46,13 @@ from hosm_losses.schedules import Schedule, check_schedule
 from hosm_losses.taylor import Jet
 
 if TYPE_CHECKING:
-    from hosm_losses import likelihood as ode
+    from hosm_losses.likelihood import (
+        Adaptive,
+        Divergence,
+        FixedGrid,
+        ODEDistribution,
+        ToTolerance,
+    )
     from hosm_losses.model.posterior import DenoisingPosterior
 
 Kind = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
@@ -270,12 +276,12 @@ class ScoreModel(nn.Module):
         self,
         shape: Sequence[int],
         *,
-        solver: "ode.FixedGrid | ode.ToTolerance | ode.Adaptive | None" = None,
-        divergence: "ode.Divergence" = "exact",
+        solver: "FixedGrid | ToTolerance | Adaptive | None" = None,
+        divergence: "Divergence" = "exact",
         conditions: Mapping[str, Any] | None = None,
         batch_shape: Sequence[int] = (),
         batch_size: int | None = None,
-    ) -> "ode.ODEDistribution":
+    ) -> "ODEDistribution":
         """The density of the probability-flow ODE as a `torch.distributions.Distribution`.
 
         Args:
