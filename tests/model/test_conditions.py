@@ -267,7 +267,7 @@ def noted(call, network, x0, **options):
     return note
 
 
-def test_an_error_with_other_rows_says_so():
+def test_an_error_with_other_rows_says_what_followed_them():
     """As of an edge mask (B·n·n, 1), and of a network that only takes one time."""
 
     def masked(x, t, y, edges):
@@ -279,12 +279,14 @@ def test_an_error_with_other_rows_says_so():
     engine = {"engine": "reverse", "model_kwargs": kwargs}
     note = noted(hosm.third_order_dsm, masked, x0, probes=3, **engine)
     assert "called with 6 rows for a batch of 2" in note
-    assert "given as (B, ...)" in note
+    assert "followed by model_kwargs['y'] (6,); passed" in note
+    assert "unchanged: model_kwargs['edges'][0] (18, 1). " in note
     note = noted(hosm.second_order_dsm, masked, x0, fraction=0.5, **engine)
     assert "called with 1 rows for a batch of 2" in note
     assert "fraction" in note
     note = noted(hosm.third_order_dsm, lambda x, t: x * t.item(), x0[:1], probes=2)
     assert "called with 2 rows for a batch of 1" in note
+    assert "followed" not in note
     with pytest.raises(RuntimeError) as caught:
         hosm.first_order_dsm(hosm.ScoreModel(lambda x, t: x * t.item(), VP), x0)
     assert not hasattr(caught.value, "__notes__")

@@ -142,3 +142,27 @@ def unmark(kwargs: Mapping[str, Any]) -> Any:
         return _walk(found.value, visit, path) if isinstance(found, Shared) else found
 
     return _walk(kwargs, visit)
+
+
+def rows_note(kwargs: Mapping[str, Any], rows: int, batch: int) -> str:
+    """Say, beside an error of a network, with how many rows it was called, and what has them."""
+    split: list[str] = []
+    unchanged: list[str] = []
+
+    def visit(path: str, found: Any) -> Any:
+        for tensor in tensors_in(found):
+            shapes = unchanged if isinstance(found, Shared) else split
+            shapes.append(f"{path} {tuple(tensor.shape)}")
+        return found
+
+    _walk(kwargs, visit)
+    note = (
+        f"The network was called with {rows} rows for a batch of {batch}: probes repeat samples, "
+        "fraction and batch_size select some."
+    )
+    if split or unchanged:
+        note += (
+            f" The rows were followed by {', '.join(split) or 'none'}; passed unchanged: "
+            f"{', '.join(unchanged) or 'none'}. Give what belongs to samples as (B, ...)."
+        )
+    return note

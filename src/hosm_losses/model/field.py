@@ -29,14 +29,9 @@ from hosm_losses.derivatives import (
     derive_with_products,
     quadratic_forms,
 )
-from hosm_losses.model.conditions import bind, map_tensors, per_sample
+from hosm_losses.model.conditions import bind, map_tensors, per_sample, rows_note
 from hosm_losses.model.score_model import ScoreModel, apply_affine
 from hosm_losses.taylor import GIVE_THE_SOURCE, Jet, safe_primitives
-
-OTHER_ROWS = (
-    "The network was called with {} rows for a batch of {}: probes repeat samples, fraction and "
-    "batch_size select some. Tensors in model_kwargs follow them if they are given as (B, ...)."
-)
 
 
 @dataclass(frozen=True, eq=False)  # torch.compile of PyTorch 2.6 hashes it before it is made
@@ -78,7 +73,7 @@ class NoiseField:
             return self._predicted(x)
         except Exception as error:
             if len(x) != self.batch:
-                error.add_note(OTHER_ROWS.format(len(x), self.batch))
+                error.add_note(rows_note(self.kwargs, len(x), self.batch))
             raise
 
     def _predicted(self, x: Tensor) -> Tensor:
