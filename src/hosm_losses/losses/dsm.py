@@ -9,7 +9,17 @@ and the source in `terms`.
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    overload,
+)
 
 import torch
 from torch import Tensor, nn
@@ -309,6 +319,17 @@ def dsm_terms(
     return evaluate(model, x0, Options(order, probes, engine, third), given).terms
 
 
+class _Inputs(TypedDict, total=False):
+    t: Tensor | None
+    noise: Tensor | None
+    probe: Tensor | None
+    targets: Targets
+    weights: Weights | ModuleRecipe | None
+    weight: float | Tensor | None
+    generator: torch.Generator | None
+    model_kwargs: Mapping[str, Any] | None
+
+
 class _Loss(nn.Module, Generic[Terms]):
     """What the modules share: the model, the options, and what a call need not give."""
 
@@ -366,11 +387,11 @@ class _Loss(nn.Module, Generic[Terms]):
 
         @overload
         def __call__(
-            self, x0: Tensor, *, return_terms: Literal[False] = ..., **inputs: Any
+            self, x0: Tensor, *, return_terms: Literal[False] = ..., **inputs: Unpack[_Inputs]
         ) -> Tensor: ...
         @overload
         def __call__(
-            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Any
+            self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[_Inputs]
         ) -> tuple[Tensor, Terms]: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
