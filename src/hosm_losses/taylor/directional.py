@@ -10,6 +10,7 @@ from hosm_losses.taylor.stacks import Pairs, components
 from hosm_losses.taylor.tensor import propagate
 
 Function = Callable[[Tensor], Tensor]
+PAIRS = get_args(Pairs)  # asked for here, as torch.compile of PyTorch 2.6 does not follow it
 
 
 def jet(
@@ -46,8 +47,8 @@ def jet(
         raise ValueError(
             f"directions: expected the shape (K, {shape}); got {tuple(directions.shape)}."
         )
-    if pairs not in get_args(Pairs):
-        raise ValueError(f"pairs: expected one of {get_args(Pairs)}; got {pairs!r}.")
+    if pairs not in PAIRS:
+        raise ValueError(f"pairs: expected one of {PAIRS}; got {pairs!r}.")
     stack = propagate(function, x, directions, pairs)
     stack = stack if torch.is_grad_enabled() else stack.detach()
     value, first, second = components(stack, len(directions))
