@@ -7,13 +7,14 @@ from torch.func import hessian, jacrev, vmap
 
 from hosm_losses import taylor
 from tests.cases import gradients
+from tests.versions import compiles_higher_orders
 
 
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    # No norm that torch.func gets wrong.
-    parts = nn.Linear(3, 8), nn.SiLU(), nn.RMSNorm(8), nn.Linear(8, 2), nn.GELU("tanh")
+    # No norm that torch.func gets wrong. PyTorch 2.6 takes its own eps from the dtype.
+    parts = nn.Linear(3, 8), nn.SiLU(), nn.RMSNorm(8, 1e-5), nn.Linear(8, 2), nn.GELU("tanh")
     return nn.Sequential(*parts)
 
 
@@ -85,6 +86,7 @@ def test_under_vmap_and_grad(network, points):
 
 
 @pytest.mark.slow
+@compiles_higher_orders
 def test_under_compile(network, points):
     compiled = torch.compile(taylor.laplacian, fullgraph=True, backend="aot_eager")
     same(compiled(network, points), taylor.laplacian(network, points), [*network.parameters()])
@@ -92,7 +94,7 @@ def test_under_compile(network, points):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_near(network, points, dtype):
-    near = 8 * torch.finfo(dtype).eps
+    near = 2 * torch.finfo(dtype).eps
     short, w = network.to(dtype), directions().to(dtype)
     x = points.detach().to(dtype)
     found = taylor.jet(short, x, w, "squares")

@@ -10,7 +10,7 @@ from hosm_losses.taylor.stacks import Pairs, components
 from hosm_losses.taylor.tensor import propagate
 
 Function = Callable[[Tensor], Tensor]
-PAIRS = get_args(Pairs)  # asked for here, as torch.compile of PyTorch 2.6 does not follow it
+PAIRS = get_args(Pairs)
 
 
 def jet(
