@@ -204,16 +204,15 @@ def test_a_companion_is_the_solution_of_half_the_steps(steps):
 
 
 @pytest.mark.parametrize(
-    ("divergence", "samples", "largest", "share"),
+    ("samples", "largest", "share"),
     [
-        ("exact", 12, 0.2, 0.27),  # 1.5 times the 0.9 quantile
-        ("exact", 12, 2.0, 1.0),
-        ("exact", 8, 0.2, 0.27),
-        ("exact", 7, 0.2, 1.0),
-        (hosm.Hutchinson(), 12, 0.2, 1.0),
+        (12, 0.2, 0.27),  # 1.5 times the 0.9 quantile
+        (12, 2.0, 1.0),
+        (8, 0.2, 0.27),
+        (7, 0.2, 1.0),
     ],
 )
-def test_a_companion_tells_how_much_of_an_estimate_is_true(divergence, samples, largest, share):
+def test_a_companion_tells_how_much_of_an_estimate_is_true(samples, largest, share):
     """The estimate is 1 for every sample, that of the companion 17, so 16 is what they promise."""
 
     def walk(answer, path_error):
@@ -223,7 +222,7 @@ def test_a_companion_tells_how_much_of_an_estimate_is_true(divergence, samples, 
         )
 
     there = SimpleNamespace(to_x=lambda y, _: y)
-    batch = SimpleNamespace(divergence=divergence, coordinates=there, log_prior_at=lambda x: x)
+    batch = SimpleNamespace(coordinates=there, log_prior_at=lambda x: x)
     true = torch.linspace(0, largest, samples - 1).double()
     difference = torch.cat([-16 * true, torch.tensor([math.nan])])
     found = _guarded(batch, walk(difference, 1.0), walk(0 * difference, 17.0), None)

@@ -27,10 +27,10 @@ Errors:
     log₂(d₃/d₁) below 5.5, because d₂ alone may be small by chance.
     A companion is the path with half the steps and the same probes. Let D be the difference of
     both answers, with ∫ taken over every second node in both. The path's error is then |D|/16 or
-    more. With the exact divergence and a batch of 8 or more, p also learns from the companion's
-    own estimate p′: D should be p′ − p, so p is multiplied by min(1, 1.5 r), where r is the 0.9
-    quantile over the batch of |D|/(p′ − p), 1 for p ≥ p′. Where D is not finite, p stays. The
-    constants are those that do in benchmarks/coverage.py.
+    more. In a batch of 8 or more, p also learns from the companion's own estimate p′: D should be
+    p′ − p, so p is multiplied by min(1, 1.5 r), where r is the 0.9 quantile over the batch of
+    |D|/(p′ − p), 1 for p ≥ p′. Where D is not finite, p stays. The constants are those that do in
+    benchmarks/coverage.py.
     The variance of one probe is that of three neighbours, (q_{i−1} − 2 q_i + q_{i+1})²/6.
 
 Why a stretch:
@@ -318,8 +318,7 @@ def _guarded(batch: Batch, found: Walk, companion: Walk, far: NoiseLevel) -> Ten
     plain, coarse = found.path_error, companion.path_error
     difference = own - other + found.integral(2, companion.steps) - companion.integral()
     difference, guarded = difference.abs(), plain
-    # With random probes the estimate has to cover ∫ as well.
-    if len(plain) >= POOL and not isinstance(batch.divergence, Hutchinson):
+    if len(plain) >= POOL:
         ratio = torch.where(coarse > plain, difference / (coarse - plain), 1.0)
         guarded = plain * (1.5 * ratio.nanquantile(0.9)).clamp(max=1.0)
     guarded = torch.maximum(guarded, difference / 16)
