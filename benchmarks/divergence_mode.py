@@ -15,7 +15,7 @@ from benchmarks.experiment import Choose, times
 from benchmarks.intervals import ratio_of_medians
 from benchmarks.steps import NETWORKS, TWINS, model_of
 from hosm_losses.likelihood.paths import with_divergence
-from hosm_losses.model import noise_field
+from hosm_losses.model import condition
 from hosm_losses.probes import draw_probes
 from hosm_losses.taylor import propagate, safe_primitives
 
@@ -25,7 +25,7 @@ CASES = ("all networks",)
 def routes(model: hosm.ScoreModel, x: Tensor, probes: int) -> Mapping[str, Callable[[], object]]:
     """Ways to value and divergence at a batch, by name."""
     t = torch.full((len(x),), 0.5)
-    field, v = noise_field(model, t, primitives=False), draw_probes(x, probes)
+    field, v = condition(model, len(t), primitives=False).at(t), draw_probes(x, probes)
 
     def evaluate(x):
         return model.network(x, t)
