@@ -203,46 +203,57 @@ def test_a_companion_is_the_solution_of_half_the_steps(steps):
         assert torch.equal(solution.integral(), alone.integral())
 
 
+def guarded(plain, coarse, difference):
+    """The estimate that a companion leaves, of lists of numbers for the samples."""
+    plain, coarse, difference = (torch.tensor(x).double() for x in (plain, coarse, difference))
+    zero = {"integral": lambda *_: 0.0, "steps": 8}
+    found = SimpleNamespace(y=difference, path_error=plain, **zero)
+    other = SimpleNamespace(y=0.0, path_error=coarse, **zero)
+    there = SimpleNamespace(to_x=lambda y, _: y)
+    batch = SimpleNamespace(coordinates=there, log_prior_at=lambda x: x)
+    return _guarded(batch, found, other, None).tolist()
+
+
 @pytest.mark.parametrize(
     ("samples", "largest", "share"),
     [
         (12, 0.2, 0.27),  # 1.5 times the 0.9 quantile
-        (12, 2.0, 1.0),
+        (12, 0.9, 1.0),
         (8, 0.2, 0.27),
         (7, 0.2, 1.0),
     ],
 )
 def test_a_companion_tells_how_much_of_an_estimate_is_true(samples, largest, share):
     """The estimate is 1 for every sample, that of the companion 17, so 16 is what they promise."""
-
-    def walk(answer, path_error):
-        path_error = torch.full((samples,), path_error).double()
-        return SimpleNamespace(
-            y=answer, path_error=path_error, integral=lambda *_: 0 * answer, steps=8
-        )
-
-    there = SimpleNamespace(to_x=lambda y, _: y)
-    batch = SimpleNamespace(coordinates=there, log_prior_at=lambda x: x)
-    true = torch.linspace(0, largest, samples - 1).double()
-    difference = torch.cat([-16 * true, torch.tensor([math.nan])])
-    found = _guarded(batch, walk(difference, 1.0), walk(0 * difference, 17.0), None)
-    expected = torch.cat([true.clamp(min=share), torch.ones(1)])
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    true = [largest * i / (samples - 2) for i in range(samples - 1)]
+    found = guarded([1.0] * samples, [17.0] * samples, [-16 * each for each in true] + [math.nan])
+    own = [min(1.0, max(share, 1.5 * each)) if samples >= 8 else 1.0 for each in true]
+    assert found == pytest.approx([*own, 1.0])
 
 
-def kicked(x, t, size=0.01):
+def test_a_sample_whose_own_difference_is_as_promised_keeps_its_estimate():
+    """Among forty whose estimates are fifty times too large. Above that a difference counts more,
+    and a companion that tells nothing lowers nothing."""
+    rows = [(0.01, 0.33, 0.0064)] * 40  # p, p′ and D
+    rows += [(1.0, 2.0, 1.0), (1.0, 2.0, 40.0), (1.0, 0.5, 0.0), (1.0, math.inf, 0.0)]
+    found = guarded(*map(list, zip(*rows, strict=True)))
+    assert found == pytest.approx([0.0064 / 16] * 40 + [1.0, 40.0 / 8, 1.0, 1.0])
+
+
+def kicked(x, t, size=0.01, width=0.07):
     """A narrow kick at σ̂ = 1/e that the path stretches later, of which no local error tells."""
     alpha, sigma = VP(t)
     u, alpha = (sigma / alpha).log()[:, None], alpha[:, None]
     scale = (0.25 + u.exp().square()).sqrt()
     ratio = u.exp() / scale
     z = x / alpha / scale
-    moved = torch.sigmoid(3 * (u + 0.2)) * z + size * torch.exp(-(((u + 1) / 0.07) ** 2))
+    moved = torch.sigmoid(3 * (u + 0.2)) * z + size * torch.exp(-(((u + 1) / width) ** 2))
     return ratio * z + moved / ratio
 
 
-def test_a_kick_that_is_stretched_later_is_covered():
-    model = hosm.ScoreModel(kicked, VP)
+@pytest.mark.parametrize("width", [0.06, 0.07])
+def test_a_kick_that_is_stretched_later_is_covered(width):
+    model = hosm.ScoreModel(partial(kicked, width=width), VP)
     x = 1e-4 * torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     few, many = (
         hosm.ode_nll(model, x, solver=hosm.FixedGrid(n), divergence="exact").nll

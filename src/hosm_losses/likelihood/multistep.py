@@ -26,11 +26,11 @@ Errors:
     least its median over the batch: the order log₂(d₂/d₁), of medians, is below 2.5 then, and
     log₂(d₃/d₁) below 5.5, because d₂ alone may be small by chance.
     A companion is the path with half the steps and the same probes. Let D be the difference of
-    both answers, with ∫ taken over every second node in both. The path's error is then |D|/16 or
-    more. In a batch of 8 or more, p also learns from the companion's own estimate p′: D should be
-    p′ − p, so p is multiplied by min(1, 1.5 r), where r is the 0.9 quantile over the batch of
-    |D|/(p′ − p), 1 for p ≥ p′. Where D is not finite, p stays. The constants are those that do in
-    benchmarks/coverage.py.
+    both answers, with ∫ taken over every second node in both, p′ the companion's own estimate, and
+    r = |D|/(p′ − p), which would be 1 if both estimates were right, and is taken as 1 for p′ ≤ p.
+    The path's error is then |D|/8 or more, |D|/16 for r < 1. In a batch of 8 or more, p is
+    multiplied by min(1, 1.5 r) with r its own or the 0.9 quantile over the batch, whichever is
+    larger. Where D is not finite, p stays. The constants were chosen with benchmarks/coverage.py.
     The variance of one probe is that of three neighbours, (q_{i−1} − 2 q_i + q_{i+1})²/6.
 
 Why a stretch:
@@ -317,11 +317,13 @@ def _guarded(batch: Batch, found: Walk, companion: Walk, far: NoiseLevel) -> Ten
     )
     plain, coarse = found.path_error, companion.path_error
     difference = own - other + found.integral(2, companion.steps) - companion.integral()
-    difference, guarded = difference.abs(), plain
+    difference = difference.abs()
+    known = (coarse > plain) & coarse.isfinite()
+    ratio = torch.where(known, difference / (coarse - plain), 1.0)
+    guarded = plain
     if len(plain) >= POOL:
-        ratio = torch.where(coarse > plain, difference / (coarse - plain), 1.0)
-        guarded = plain * (1.5 * ratio.nanquantile(0.9)).clamp(max=1.0)
-    guarded = torch.maximum(guarded, difference / 16)
+        guarded = plain * (1.5 * torch.maximum(ratio, ratio.nanquantile(0.9))).clamp(max=1.0)
+    guarded = torch.maximum(guarded, difference / torch.where(ratio < 1, 16, 8))
     return torch.where(guarded.isfinite(), guarded, plain)
 
 

@@ -111,7 +111,8 @@ class ToTolerance(Solver):
     """The fixed grid of the fewest steps whose `solver_error` is within a tolerance.
 
     The fewest of 32, 64, …, 1024 steps are found on the first batch and kept for the others of the
-    call. The trials change no number and are not in `nfe`.
+    call. The trials change no number and are not in `nfe`. A batch of fewer than 8 samples has a
+    larger `solver_error`, which may be above the tolerance: its companion tells less.
 
     Args:
         tolerance: nats of the `solver_error` of every sample.
