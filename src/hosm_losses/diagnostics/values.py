@@ -13,7 +13,7 @@ from itertools import combinations, islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hosm_losses._checks import DerivativeError
@@ -42,13 +42,7 @@ def check_values(field: NoiseField, x: Tensor) -> torch.dtype:
             f"network: expected finite values; got {bad} NaN or infinite of {value.numel()}, "
             f"first in {where}. Check its weights, and the range of x0, t and model_kwargs."
         )
-    again = evaluate(field, x)
-    if float((value - again).abs().max()) > 1e-3 * float(value.abs().max()):
-        raise DerivativeError(
-            "network: expected the same output for the same input and seed; got another. Freeze "
-            "buffers that every call updates, by module.eval() or the module's own switch; draw "
-            "from torch's generators only, and use deterministic operators."
-        )
+    _check_deterministic(field, x)
     precision = _precision(field, x)
     if precision not in TOLERANCE:
         where = _first_module(field, x, lambda tensor: tensor.dtype == precision)
@@ -65,6 +59,28 @@ def _first_module(field: NoiseField, x: Tensor, has: Callable[[Tensor], bool]) -
         if any(map(has, floats_in(call.returned))):
             return call.where
     return "its own forward"
+
+
+def _check_deterministic(field: NoiseField, x: Tensor) -> None:
+    """Raise where the same input, seed and parameters do not give the same output."""
+    network: object = field.model.network
+    buffers = dict(network.named_buffers()) if isinstance(network, nn.Module) else {}
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    first, second = evaluate(field, x), evaluate(field, x)
+    if torch.equal(first, second):
+        return
+    changed = [name for name, buffer in buffers.items() if not torch.equal(buffer, before[name])]
+    if changed:
+        raise DerivativeError(
+            "network: expected an output that depends on x, t and the parameters alone; got one "
+            f"that changes with the buffers {', '.join(changed)}, which every call updates. "
+            "Freeze them while you train, by module.eval() or the module's own switch."
+        )
+    if float((first - second).abs().max()) > 1e-3 * float(first.abs().max()):
+        raise DerivativeError(
+            "network: expected the same output for the same input and seed; got another. Make it "
+            "draw from torch's generators only, and use deterministic operators."
+        )
 
 
 class _Dtypes(TorchFunctionMode):
