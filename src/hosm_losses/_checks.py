@@ -21,8 +21,6 @@ from hosm_losses._torch_internals import traced
 from hosm_losses.taylor import DerivativeError as DerivativeError
 from hosm_losses.taylor import at_least_float32 as at_least_float32
 
-FROM_NUMPY = "Convert an array with torch.from_numpy({})."
-
 
 def complaint(
     name: str, expected: str, value: object, remedy: str = "", *, got: str | None = None
@@ -30,6 +28,11 @@ def complaint(
     """The text of an error: what was expected, what came (`got` or a description), what to do."""
     came = describe(value) if got is None else got
     return f"{name}: expected {expected}; got {came}. {remedy}".rstrip()
+
+
+def from_numpy(name: str, value: object) -> str:
+    """The remedy where a tensor was expected, if a NumPy array came."""
+    return f"Convert it with torch.from_numpy({name})." if isinstance(value, np.ndarray) else ""
 
 
 def describe(value: object) -> str:
@@ -145,7 +148,7 @@ def check_sample_batch(name: str, value: object) -> Tensor:
     """Return `value` if it is a non-empty, finite, dense floating-point batch (B, *)."""
     expected = "floating-point tensor (B, *)"
     if not isinstance(value, Tensor):
-        raise TypeError(complaint(name, f"a {expected}", value, FROM_NUMPY.format(name)))
+        raise TypeError(complaint(name, f"a {expected}", value, from_numpy(name, value)))
     check_dense(name, value)
     if not value.is_floating_point():
         remedy = (
@@ -169,7 +172,7 @@ def check_like(
     """Return `value` if it is a tensor of exactly this shape, dtype and device, those of `of`."""
     if not isinstance(value, Tensor):
         expected = f"a tensor of shape {shape}"
-        raise TypeError(complaint(name, expected, value, FROM_NUMPY.format(name)))
+        raise TypeError(complaint(name, expected, value, from_numpy(name, value)))
     check_dense(name, value)
     if tuple(value.shape) != shape:
         expected = f"shape {shape}, that of {of}"

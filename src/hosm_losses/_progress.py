@@ -10,7 +10,7 @@ FORMAT = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
 def progress_bar(shown: bool, total: float, unit: str) -> Iterator[Callable[[float], object]]:
     """Yield a function to call with the amount, in `unit` and of `total`, that was just done.
 
-    Where `shown` is False it shows nothing and needs no tqdm, which the extra `progress` installs.
+    It shows nothing, and needs no tqdm, unless `shown`. The extra `progress` installs tqdm.
     """
     if not shown:
         yield lambda _: None

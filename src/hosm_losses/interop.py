@@ -76,7 +76,7 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
         scheduler: one with a table, or for flow matching.
 
     Raises:
-        TypeError: for a model that is no nn.Module, as a pipeline is none, or a scheduler that is
+        TypeError: for a model that is no nn.Module, such as a pipeline, or a scheduler that is
             neither of the two.
         ValueError: for zero terminal SNR, an unknown prediction type, one other than
             "flow_prediction" with `use_flow_sigmas`, or a model as Lumina2 and ZImage, which are

@@ -116,7 +116,7 @@ def test_reverse_mode_is_said_once_with_exact_in_the_place_of_laplacian():
     (slower,) = said
     assert slower.filename == cases.__file__  # the caller's line, not one of the library
     assert "Spectral" in str(slower.message)
-    assert "third='exact' that of 'laplacian'" in str(slower.message)
+    assert "third='laplacian' then means 'exact'" in str(slower.message)
 
 
 def test_the_choice_does_not_keep_the_network_alive():

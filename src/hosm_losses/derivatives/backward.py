@@ -36,9 +36,9 @@ COMPILED = (
     "differentiated twice. Compile the loss module as a whole, with engine='auto'."
 )
 FOREIGN_CHECKPOINTS = (
-    "Attention in guided-diffusion and latent-diffusion calls its own even where use_checkpoint "
-    "is False: set `checkpoint` in guided_diffusion.nn and unet, or in ldm.modules.attention and "
-    "ldm.modules.diffusionmodules.util and openaimodel, to "
+    "Attention in guided-diffusion and latent-diffusion calls a checkpoint of its own even where "
+    "use_checkpoint is False: set `checkpoint` in guided_diffusion.nn and unet, or in "
+    "ldm.modules.attention and ldm.modules.diffusionmodules.util and openaimodel, to "
     "lambda f, i, p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
 )
 DROPPED = (

@@ -108,12 +108,14 @@ def derive(
     except RuntimeError as error:
         refuse_scripted(engine, error)
         why = str(error)
-        if not any(words in why for words in (NO_GRAPH, NO_FORWARD, *NOT_TWICE)):
+        energy = engine == "taylor" and NO_GRAPH in why
+        if not energy and not any(words in why for words in (NO_FORWARD, *NOT_TWICE)):
             raise
+        after = ", which differentiates a network that takes a gradient itself" if energy else ""
         raise DerivativeError(
             f"network: expected operators that the engine {engine!r} can differentiate; got: "
             f"{why.splitlines()[0].rstrip('.')}. Leave engine at 'auto', which tries the other "
-            "engine: reverse mode differentiates a network that takes a gradient itself."
+            f"engine{after}."
         ) from error
 
 
@@ -253,7 +255,7 @@ def _warn_once(tries: _Attempts) -> None:
         warn(
             f"engine='auto': the engine 'taylor' cannot differentiate "
             f"{type(tries.owner).__name__} ({tries.reasons['taylor'].rstrip('.')}), so reverse "
-            "mode, which is slower, takes its place, and third='exact' that of 'laplacian'."
+            "mode, which is slower, takes its place. third='laplacian' then means 'exact'."
         )
 
 

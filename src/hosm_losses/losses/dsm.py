@@ -368,8 +368,8 @@ class _Loss(nn.Module, Generic[Terms]):
         if follows and (transformed() or checkpoint_hook()):
             raise ValueError(
                 "weights: expected numbers under torch.func and in a checkpoint; got 'balanced', "
-                "whose running means a step changes once. Accumulate gradients, or call .eval() "
-                "on the loss's `balance`."
+                "whose running means would be updated more than once in a step. Accumulate "
+                "gradients, or call .eval() on the loss's `balance`."
             )
         t, noise, probe, _, _, generator, kwargs = given
         given = Given(t, noise, probe, targets, weights, generator, kwargs)

@@ -367,15 +367,17 @@ class ScoreModel(nn.Module):
         if "DTensor" in str(error):
             return UNSHARD
         own = next((each.dtype for each in self.parameters() if each.is_floating_point()), of_x)
-        looked_up = self.schedule.integer_time
-        if own == of_x and (not of_t.is_floating_point or (of_t == of_x and not looked_up)):
-            return None
-        own_time = "t.round().long()" if looked_up else f"t.to({own})"
-        return (
-            f"It was called with x in {of_x} and t in {of_t}; its parameters are in {own}. "
-            f"Convert what it cannot take: the data with .to({own}), or t, which may lie between "
-            f"the indices of a table, with ScoreModel(..., time=lambda t: {own_time})."
-        )
+        told = f"It was called with x in {of_x} and t in {of_t}; its parameters are in {own}."
+        if own != of_x:
+            return f"{told} Convert the data with .to({own}), or the network with .to({of_x})."
+        if self.schedule.integer_time and of_t.is_floating_point:
+            return (
+                f"{told} t may lie between the indices of the table: where the network looks it "
+                "up, give ScoreModel(..., time=lambda t: t.round().long()), or let it interpolate."
+            )
+        if of_t.is_floating_point and of_t != of_x:
+            return f"{told} Convert t with ScoreModel(..., time=lambda t: t.to({of_x}))."
+        return None
 
 
 def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:

@@ -20,9 +20,9 @@ INNER = (math.pi / 16, math.pi / 6, math.pi / 4)  # between the entries of any t
 TOLERANCE = 1e-2
 
 RANGE = (
-    "Correct the formula, or the range: t_min is the end of the data, with some noise already, as "
-    "at 1e-5; t_max is that of the noise, before alpha reaches 0, as at 0.999 for a flow, 0.9946 "
-    "for a cosine and 1 for VPSchedule. For a network that counts time otherwise write "
+    "Correct the formula, or the range. At t_min, the data's end, there is some noise already: "
+    "begin at 1e-5, for example. At t_max, the noise's end, alpha is above 0: end at 0.999 for a "
+    "flow, 0.9946 for a cosine, 1 for VPSchedule. For a network that counts time otherwise write "
     "ScoreModel(..., time=999.0), or time=lambda t: 1 - t where its data are at 1."
 )
 FOLLOW = (

@@ -336,7 +336,7 @@ def _group_norm(
 
 
 def _move_statistics(norm: Any, ops: Any, x: Any, mean: Any, variance: Any, *options: Any) -> None:
-    """Let the operator update its statistics, and leave a single value a channel to it."""
+    """Let the operator update its statistics; PyTorch refuses a single value a channel."""
     with torch.no_grad():
         if mean is not None:
             norm(ops.value(x), mean, variance, None, None, True, *options)

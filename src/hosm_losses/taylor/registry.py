@@ -72,8 +72,8 @@ RULES: dict[Function, Rule] = {}
 PRIMITIVES: dict[Function, Function] = {}
 OF_ONE: dict[Function, Function] = {}
 # Functions that are constant in x, or ask for a property: evaluated on the value. A dictionary,
-# for torch.compile does not find functions in a set: whether it detaches the value, and so shares
-# its memory.
+# for torch.compile does not find functions in a set. The value says whether the function detaches,
+# so that its result shares memory.
 CONSTANT: dict[Function, bool] = {}
 
 
