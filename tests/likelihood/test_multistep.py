@@ -18,6 +18,8 @@ from hosm_losses.likelihood.multistep import (
     multistep,
 )
 from tests.cases import VP
+from tests.likelihood.problems import problem
+from tests.oracles import ring
 
 START = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
 END, SHARE = 1.5, 0.5
@@ -203,7 +205,7 @@ def test_a_companion_is_the_solution_of_half_the_steps(steps):
         assert torch.equal(solution.integral(), alone.integral())
 
 
-def guarded(plain, coarse, difference):
+def guarded(plain, coarse, difference, shares=()):
     """The estimate that a companion leaves, of lists of numbers for the samples."""
     plain, coarse, difference = (torch.tensor(x).double() for x in (plain, coarse, difference))
     zero = {"integral": lambda *_: 0.0, "steps": 8}
@@ -211,7 +213,7 @@ def guarded(plain, coarse, difference):
     other = SimpleNamespace(y=0.0, path_error=coarse, **zero)
     there = SimpleNamespace(to_x=lambda y, _: y)
     batch = SimpleNamespace(coordinates=there, log_prior_at=lambda x: x)
-    return _guarded(batch, found, other, None).tolist()
+    return _guarded(batch, found, other, None, list(shares)).tolist()
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,21 @@ def test_a_companion_tells_how_much_of_an_estimate_is_true(samples, largest, sha
     found = guarded([1.0] * samples, [17.0] * samples, [-16 * each for each in true] + [math.nan])
     own = [min(1.0, max(share, 1.5 * each)) if samples >= 8 else 1.0 for each in true]
     assert found == pytest.approx([*own, 1.0])
+
+
+@pytest.mark.parametrize(
+    "solver", [hosm.FixedGrid(companion=True), hosm.ToTolerance(0.05)], ids=["grid", "tolerance"]
+)
+def test_a_short_last_batch_knows_what_the_companions_before_it_told(solver):
+    model, x, *_ = problem(VP, ring(), 17)
+    whole, parts = (
+        hosm.ode_nll(model, x, solver=solver, divergence="exact", batch_size=size)
+        for size in (None, 16)
+    )
+    alone = hosm.ode_nll(model, x[16:], solver=hosm.FixedGrid(parts.steps, companion=True))
+    assert parts.steps == whole.steps
+    assert float(parts.solver_error[16]) == pytest.approx(float(whole.solver_error[16]), rel=0.3)
+    assert float(parts.solver_error[16]) < 0.7 * float(alone.solver_error)
 
 
 def test_a_sample_whose_own_difference_is_as_promised_keeps_its_estimate():

@@ -28,9 +28,10 @@ Errors:
     A companion is the path with half the steps and the same probes. Let D be the difference of
     both answers, with ∫ taken over every second node in both, p′ the companion's own estimate, and
     r = |D|/(p′ − p), which would be 1 if both estimates were right, and is taken as 1 for p′ ≤ p.
-    The path's error is then |D|/8 or more, |D|/16 for r < 1. In a batch of 8 or more, p is
-    multiplied by min(1, 1.5 r) with r its own or the 0.9 quantile over the batch, whichever is
-    larger. Where D is not finite, p stays. The constants were chosen with benchmarks/coverage.py.
+    The path's error is then |D|/8 or more, |D|/16 for r < 1. p is multiplied by min(1, 1.5 r) with
+    r its own or the 0.9 quantile over the batch, whichever is larger; in a batch of fewer than 8
+    with the quantile of an earlier batch, if there is one. Where D is not finite, p stays. The
+    constants were chosen with benchmarks/coverage.py.
     The variance of one probe is that of three neighbours, (q_{i−1} − 2 q_i + q_{i+1})²/6.
 
 Why a stretch:
@@ -250,10 +251,12 @@ def solve_fixed(
     steps: int,
     companion: bool = False,
     mesh: Mesh = "mixed",
+    shares: list[Tensor] | None = None,
 ) -> Solved:
     """Solve from z at the start of a span of u = log σ̂ on a grid of a mesh, with fresh probes.
 
-    A companion is for the way from data to latents, at whose end the prior is.
+    A companion is for the way from data to latents, at whose end the prior is. `shares` keeps what
+    it told in the last batch of 8 or more, for a smaller one.
     """
     coordinates, divergence, whole = batch.coordinates, batch.divergence, batch
     if isinstance(divergence, ToStandardError):
@@ -291,7 +294,8 @@ def solve_fixed(
     solver_error, standard_error = found.path_error, None
     if other is not None:
         with torch.no_grad():
-            solver_error = _guarded(batch, found, other, coordinates.ends(span)[1])
+            far, shares = coordinates.ends(span)[1], [] if shares is None else shares
+            solver_error = _guarded(batch, found, other, far, shares)
     if isinstance(batch.divergence, Hutchinson):
         standard_error = found.variance.sqrt()
     elif divergence is not None:
@@ -310,7 +314,9 @@ def solve_fixed(
     return Solved(found.y, integral, nfe, products, *errors, steps)
 
 
-def _guarded(batch: Batch, found: Walk, companion: Walk, far: NoiseLevel) -> Tensor:
+def _guarded(
+    batch: Batch, found: Walk, companion: Walk, far: NoiseLevel, shares: list[Tensor]
+) -> Tensor:
     """The estimate of the path's error from a solution and its companion, that end at a level."""
     own, other = (
         batch.log_prior_at(batch.coordinates.to_x(each.y, far)) for each in (found, companion)
@@ -322,7 +328,9 @@ def _guarded(batch: Batch, found: Walk, companion: Walk, far: NoiseLevel) -> Ten
     ratio = torch.where(known, difference / (coarse - plain), 1.0)
     guarded = plain
     if len(plain) >= POOL:
-        guarded = plain * (1.5 * torch.maximum(ratio, ratio.nanquantile(0.9))).clamp(max=1.0)
+        shares[:] = [ratio.nanquantile(0.9)]
+    for share in shares:
+        guarded = plain * (1.5 * torch.maximum(ratio, share)).clamp(max=1.0)
     guarded = torch.maximum(guarded, difference / torch.where(ratio < 1, 16, 8))
     return torch.where(guarded.isfinite(), guarded, plain)
 

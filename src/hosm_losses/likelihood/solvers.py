@@ -103,7 +103,8 @@ class FixedGrid(Solver):
 
     def start(self) -> Solve:
         """A function that solves the batches of one call."""
-        return partial(solve_fixed, steps=self.steps, companion=self.companion, mesh=self.mesh)
+        how = {"steps": self.steps, "companion": self.companion, "mesh": self.mesh, "shares": []}
+        return partial(solve_fixed, **how)
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,7 @@ class ToTolerance(Solver):
     """The fixed grid of the fewest steps whose `solver_error` is within a tolerance.
 
     The fewest of 32, 64, …, 1024 steps are found on the first batch and kept for the others of the
-    call. The trials change no number and are not in `nfe`. A batch of fewer than 8 samples has a
-    larger `solver_error`, which may be above the tolerance: its companion tells less.
+    call. The trials change no number and are not in `nfe`.
 
     Args:
         tolerance: nats of the `solver_error` of every sample.
@@ -160,13 +160,13 @@ class ToTolerance(Solver):
     def start(self) -> Solve:
         """A function that solves the batches of one call."""
         options: dict[str, Any] = {"tolerance": self.tolerance, "group": self.group}
-        steps = None
+        steps, shares = None, list[Tensor]()
 
         def solve(batch: Batch, z: Tensor, span: Span) -> Solved:
             nonlocal steps
             how = self.companion and span[0] < span[1], self.mesh
             steps = steps or fewest_steps(batch, z, span, *how, **options)
-            return solve_fixed(batch, z, span, steps, *how)
+            return solve_fixed(batch, z, span, steps, *how, shares)
 
         return solve
 
