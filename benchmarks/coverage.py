@@ -106,7 +106,7 @@ KINDS = {
     "jumps in t": Kind(jumping, on_ring, (1500,), ("VP", "flow"), finest=4096),
     "line": Kind(mlp, line, (1500,), ("VP", "EDM"), finest=768, off=OFF),
     # One of two seeds in ten whose path has an error that no local error tells.
-    "line, another seed": Kind(mlp, line, (1500,), ("EDM",), finest=1024, off=(0.05,), seed=1),
+    "line, seed 1": Kind(mlp, line, (1500,), ("EDM",), finest=1024, off=(0.05,), seed=1),
     "duplicates": Kind(mlp, duplicates, (1500,), ("VP", "EDM"), finest=768, off=OFF),
     "thin Gaussian": Kind(mlp, line, (EXACT,), finest=768, off=OFF),
     "digits, d = 64": Kind(partial(dense, 64, 256), digits, (0, 200), samples=8, finest=192),
