@@ -188,8 +188,7 @@ class NoiseField:
         field = self.network()._copy(one_sample=one)
         value, forms = quadratic_forms(field, x, watched())
         of_x = torch.cat(squares) if squares else None
-        flat = (None if each is None else each.flatten() for each in (p, q))
-        return -apply_affine(value, x, p, q), -apply_affine(forms, of_x, *flat)
+        return -apply_affine(value, x, p, q), -apply_affine(forms, of_x, *_by_sample(p, q))
 
     def forms_along(self, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         """The same in one evaluation with its derivatives, (K, B, *) at once; no activation stays.
@@ -218,12 +217,18 @@ class NoiseField:
         check_prediction(prediction, x)
         dtype = getattr(divergence, "dtype", x.dtype)
         check_like("divergence(x, t)[1]", divergence, (len(x),), dtype, x.device, "x")
+        p, q = self.model.affine(self.t, x)
         elements = torch.full_like(divergence, x[0].numel())
-        of_divergence = apply_affine(divergence, elements, *self.model.affine(self.t, divergence))
-        return -apply_affine(prediction, x, *self.model.affine(self.t, x)), -of_divergence[None]
+        divergence = apply_affine(divergence, elements, *_by_sample(p, q))
+        return -apply_affine(prediction, x, p, q), -divergence[None]
 
 
 FIELDS = [each.name for each in fields(NoiseField)]
+
+
+def _by_sample(*coefficients: Tensor | None) -> list[Tensor | None]:
+    """Coefficients (B, 1, …) of a batch as (B,), for numbers of its samples; None stays."""
+    return [None if each is None else each.flatten() for each in coefficients]
 
 
 def _refuse_a_pass_back(_: object) -> Tensor:
