@@ -30,9 +30,11 @@ def complaint(
     return f"{name}: expected {expected}; got {came}. {remedy}".rstrip()
 
 
-def from_numpy(name: str, value: object) -> str:
-    """The remedy where a tensor was expected, if a NumPy array came."""
-    return f"Convert it with torch.from_numpy({name})." if isinstance(value, np.ndarray) else ""
+def not_a_tensor(name: str, expected: str, value: object) -> TypeError:
+    """The error where a tensor was expected; of a NumPy array it says how to make one."""
+    array = isinstance(value, np.ndarray)
+    remedy = f"Convert it with torch.from_numpy({name})." if array else ""
+    return TypeError(complaint(name, expected, value, remedy))
 
 
 def describe(value: object) -> str:
@@ -148,7 +150,7 @@ def check_sample_batch(name: str, value: object) -> Tensor:
     """Return `value` if it is a non-empty, finite, dense floating-point batch (B, *)."""
     expected = "floating-point tensor (B, *)"
     if not isinstance(value, Tensor):
-        raise TypeError(complaint(name, f"a {expected}", value, from_numpy(name, value)))
+        raise not_a_tensor(name, f"a {expected}", value)
     check_dense(name, value)
     if not value.is_floating_point():
         remedy = (
@@ -171,8 +173,7 @@ def check_like(
 ) -> Tensor:
     """Return `value` if it is a tensor of exactly this shape, dtype and device, those of `of`."""
     if not isinstance(value, Tensor):
-        expected = f"a tensor of shape {shape}"
-        raise TypeError(complaint(name, expected, value, from_numpy(name, value)))
+        raise not_a_tensor(name, f"a tensor of shape {shape}", value)
     check_dense(name, value)
     if tuple(value.shape) != shape:
         expected = f"shape {shape}, that of {of}"
