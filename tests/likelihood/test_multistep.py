@@ -205,7 +205,7 @@ def test_a_companion_is_the_solution_of_half_the_steps(steps):
         assert torch.equal(solution.integral(), alone.integral())
 
 
-def guarded(plain, coarse, difference, shares=()):
+def guarded(plain, coarse, difference):
     """The estimate that a companion leaves, of lists of numbers for the samples."""
     plain, coarse, difference = (torch.tensor(x).double() for x in (plain, coarse, difference))
     zero = {"integral": lambda *_: 0.0, "steps": 8}
@@ -213,7 +213,7 @@ def guarded(plain, coarse, difference, shares=()):
     other = SimpleNamespace(y=0.0, path_error=coarse, **zero)
     there = SimpleNamespace(to_x=lambda y, _: y)
     batch = SimpleNamespace(coordinates=there, log_prior_at=lambda x: x)
-    return _guarded(batch, found, other, None, list(shares)).tolist()
+    return _guarded(batch, found, other, None, []).tolist()
 
 
 @pytest.mark.parametrize(

@@ -202,10 +202,10 @@ class Walk:
         if len(differences) == 1:  # of no known order
             return differences[0]
         first, second, *_ = differences
-        order = [each.nanmedian() for each in differences]
-        kinks = order[1] < 2**2.5 * order[0]
-        for each in order[2:]:
-            kinks = kinks & (each < 2**5.5 * order[0])
+        medians = [each.nanmedian() for each in differences]
+        kinks = medians[1] < 2**2.5 * medians[0]
+        for each in medians[2:]:
+            kinks = kinks & (each < 2**5.5 * medians[0])
         kinked = torch.maximum(first, second / 2)
         kinked = torch.maximum(kinked, kinked.nanmedian())
         smooth = torch.maximum(first / 15, torch.where(second > 32 * first, second / 64, 0.0))
@@ -249,9 +249,9 @@ def solve_fixed(
     z: Tensor,
     span: Span,
     steps: int,
-    companion: bool = False,
-    mesh: Mesh = "mixed",
-    shares: list[Tensor] | None = None,
+    companion: bool,
+    mesh: Mesh,
+    shares: list[Tensor],
 ) -> Solved:
     """Solve from z at the start of a span of u = log σ̂ on a grid of a mesh, with fresh probes.
 
@@ -294,8 +294,7 @@ def solve_fixed(
     solver_error, standard_error = found.path_error, None
     if other is not None:
         with torch.no_grad():
-            far, shares = coordinates.ends(span)[1], [] if shares is None else shares
-            solver_error = _guarded(batch, found, other, far, shares)
+            solver_error = _guarded(batch, found, other, coordinates.ends(span)[1], shares)
     if isinstance(batch.divergence, Hutchinson):
         standard_error = found.variance.sqrt()
     elif divergence is not None:
@@ -329,8 +328,8 @@ def _guarded(
     guarded = plain
     if len(plain) >= POOL:
         shares[:] = [ratio.nanquantile(0.9)]
-    for share in shares:
-        guarded = plain * (1.5 * torch.maximum(ratio, share)).clamp(max=1.0)
+    if shares:
+        guarded = plain * (1.5 * torch.maximum(ratio, shares[0])).clamp(max=1.0)
     guarded = torch.maximum(guarded, difference / torch.where(ratio < 1, 16, 8))
     return torch.where(guarded.isfinite(), guarded, plain)
 
@@ -370,7 +369,7 @@ def fewest_steps(
     largest, lost = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
     for steps in GRIDS:
         with torch.no_grad():
-            error = solve_fixed(trial, z, span, steps, companion, mesh).solver_error
+            error = solve_fixed(trial, z, span, steps, companion, mesh, []).solver_error
         failed = ~(error <= solver_limit(z[0].numel()))
         error = error.masked_fill(failed, math.inf).masked_fill(failed & lost, -math.inf)
         most = error.max()  # infinite where a sample failed; −∞ where none counts
