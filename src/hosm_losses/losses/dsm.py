@@ -371,6 +371,7 @@ class _Loss(nn.Module, Generic[Terms]):
                 "whose running means would be updated more than once in a step. Accumulate "
                 "gradients, or call .eval() on the loss's `balance`."
             )
+        # Not by _replace, which torch.compile of PyTorch 2.6 does not follow.
         t, noise, probe, _, _, generator, kwargs = given
         given = Given(t, noise, probe, targets, weights, generator, kwargs)
         found = evaluate(self.model, x0, self.options, given, balance)
