@@ -7,7 +7,7 @@ the exact divergence and with one random probe it measures the time, in turns, a
 deviation of the one-probe answer for one sample. It takes two minutes.
 """
 
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.experiment import parser, times, training
+from benchmarks.experiment import parser, times, train_once, training
+from benchmarks.intervals import ratio_of_medians
 from benchmarks.trained import Dense
 from benchmarks.worth_problems import many_well
 
@@ -23,7 +24,7 @@ DIMENSIONS, BATCH, STEPS, ROUNDS = (2, 4, 8, 16, 32, 64), 64, 1000, 5
 FILE = results.DIRECTORY / "exact_up_to.json"
 
 
-def measure(elements: int, steps: int, rounds: int) -> dict[str, float]:
+def measure(elements: int, steps: int, rounds: int) -> dict[str, Any]:
     """Time of exact over that of one probe, and the error of one probe, in nats."""
     torch.manual_seed(0)
     schedule, problem = hosm.VPSchedule(), many_well(elements)
@@ -34,19 +35,19 @@ def measure(elements: int, steps: int, rounds: int) -> dict[str, float]:
     x = data(BATCH)
     std = float(x.std())
     model = hosm.ScoreModel(Dense(schedule, std, elements, 128), schedule)
-    for _ in training(model, lambda: hosm.first_order_dsm(model, data(BATCH)), steps):
-        pass
+    train_once(
+        model, training(model, lambda: hosm.first_order_dsm(model, data(BATCH)), steps), None
+    )
     model.eval()
     solver = hosm.FixedGrid(data_std=std)
 
     def nll(divergence: Any) -> Tensor:
         return hosm.ode_nll(model, x, solver=solver, divergence=divergence).nll
 
-    kinds = {"exact": "exact", "probe": hosm.Hutchinson()}
-    seconds = times({name: lambda kind=kind: nll(kind) for name, kind in kinds.items()}, rounds)
-    error = (nll(kinds["probe"]) - nll("exact")).square().mean().sqrt()
-    ratio = median(seconds["exact"]) / median(seconds["probe"])
-    return {"time": ratio, "nats": float(error), "nats in that time": float(error) / ratio**0.5}
+    exact, probe = partial(nll, "exact"), partial(nll, hosm.Hutchinson())
+    seconds = times({"exact": exact, "probe": probe}, rounds)
+    error = (probe() - exact()).square().mean().sqrt()
+    return {"time": ratio_of_medians(seconds["exact"], seconds["probe"]), "nats": float(error)}
 
 
 def main() -> None:
