@@ -51,7 +51,7 @@ def noise_of_probes(span, std, own, steps, batch_size, probes, generator):
             weights = torch.tensor([*ends, *[1.0] * (steps - 9), *ends[::-1]])[:, None] / steps
             centre = (own.square().mean().log() / 2).clamp(min(span), max(span))
             s = torch.linspace(0, 1, steps + 1)
-            u, rates = multistep.mesh_points("mixed", span, s, centre)
+            u, rates = multistep.mesh_points(span, s, centre)
             squares, rates = (2 * u).exp(), rates.abs()[:, None, None]
             seen = rates * torch.stack([forms(w / (rows.square() + w)) for w in squares])
         means.append((weights * seen.mean(1)).sum(0))

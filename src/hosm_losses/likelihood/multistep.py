@@ -4,9 +4,9 @@ It solves dy/du = f(u, y), with a quadrature of q along the path, which may be n
 dimension the error of the probes is far larger than the solver's, and fresh ones average out.
 
 Formula:
-    The nodes are u(i/n), s = i/n uniform. The mesh "mixed" has the density in u = log σ̂ of an
-    equal mixture of the uniform law and the logistic law of scale WIDTH around the log of the root
-    mean square of data_std, both on the span; "uniform" has the uniform law alone. In s, h = 1/n,
+    The nodes are u(i/n), s = i/n uniform. Their density in u = log σ̂ is an equal mixture of the
+    uniform law and the logistic law of scale WIDTH around the log of the root mean square of
+    data_std, both on the span. In s, h = 1/n,
         ŷ_{i+1} = y_i + h (55 f_i − 59 f_{i−1} + 37 f_{i−2} − 9 f_{i−3})/24,
         y_{i+1} = y_i + h (251 f_{i+1} + 646 f_i − 264 f_{i−1} + 106 f_{i−2} − 19 f_{i−3})/720,
     by Adams and Bashforth, corrected by Adams and Moulton. f_i is the slope at ŷ_i, of the one
@@ -48,7 +48,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -61,8 +61,7 @@ from hosm_losses.likelihood.paths import Batch, NoiseLevel, Solved, Span
 from hosm_losses.likelihood.result import solver_limit
 from hosm_losses.probes import Hutchinson, ToStandardError
 
-Mesh = Literal["mixed", "uniform"]
-WIDTH = 1.0  # of the logistic law in the mixed mesh
+WIDTH = 1.0  # of the logistic law
 BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 MOULTON = (251 / 720, 646 / 720, -264 / 720, 106 / 720, -19 / 720)
 NEXT_TERM = tuple(3 / 160 * weight for weight in (1, -5, 10, -10, 5, -1))
@@ -86,11 +85,9 @@ class Node(NamedTuple):
     covector: Tensor  # what a small error of y is multiplied with to be felt in the answer
 
 
-def mesh_points(mesh: Mesh, span: Span, s: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """u and du/ds of a mesh at s in [0, 1], (n,); `centre` is that of the logistic law."""
+def mesh_points(span: Span, s: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """u and du/ds of the mesh at s in [0, 1], (n,); `centre` is that of the logistic law."""
     start, end = span
-    if mesh == "uniform":
-        return start + (end - start) * s, torch.full_like(s, end - start)
 
     def logistic(u: Tensor) -> Tensor:
         return torch.sigmoid((u - centre) / WIDTH)
@@ -250,10 +247,9 @@ def solve_fixed(
     span: Span,
     steps: int,
     companion: bool,
-    mesh: Mesh,
     shares: list[Tensor],
 ) -> Solved:
-    """Solve from z at the start of a span of u = log σ̂ on a grid of a mesh, with fresh probes.
+    """Solve from z at the start of a span of u = log σ̂ with fresh probes.
 
     A companion is for the way from data to latents, at whose end the prior is. `shares` keeps what
     it told in the last batch of 8 or more, for a smaller one.
@@ -264,7 +260,7 @@ def solve_fixed(
     nodes: list[tuple[Tensor, Tensor]] = []
     s = torch.linspace(0, 1, 2 * steps + 1, dtype=z.dtype, device=z.device)
     centre = coordinates.std.square().mean().log() / 2
-    grid, rates = mesh_points(mesh, span, s, centre.clamp(min(span), max(span)))
+    grid, rates = mesh_points(span, s, centre.clamp(min(span), max(span)))
     levels = coordinates.levels(grid)  # of the nodes, and of the midpoints between them
     count = steps + EXTRA_EVALUATIONS
     count += steps // 2 + EXTRA_EVALUATIONS if companion else 0
@@ -348,7 +344,6 @@ def fewest_steps(
     z: Tensor,
     span: Span,
     companion: bool,
-    mesh: Mesh,
     *,
     tolerance: float,
     group: "dist.ProcessGroup | None",
@@ -369,7 +364,7 @@ def fewest_steps(
     largest, lost = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
     for steps in GRIDS:
         with torch.no_grad():
-            error = solve_fixed(trial, z, span, steps, companion, mesh, []).solver_error
+            error = solve_fixed(trial, z, span, steps, companion, []).solver_error
         failed = ~(error <= solver_limit(z[0].numel()))
         error = error.masked_fill(failed, math.inf).masked_fill(failed & lost, -math.inf)
         most = error.max()  # infinite where a sample failed; −∞ where none counts

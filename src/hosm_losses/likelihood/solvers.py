@@ -6,7 +6,7 @@ which Gaussian data does not move (see `paths`): they change the solver's error 
 
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hosm_losses._checks import (
-    check_choice,
     check_dense,
     check_finite,
     check_flag,
@@ -23,7 +22,7 @@ from hosm_losses._checks import (
     complaint,
 )
 from hosm_losses.likelihood.adaptive import solve_adaptive
-from hosm_losses.likelihood.multistep import MINIMUM_STEPS, Mesh, fewest_steps, solve_fixed
+from hosm_losses.likelihood.multistep import MINIMUM_STEPS, fewest_steps, solve_fixed
 from hosm_losses.likelihood.paths import Batch, Solve, Solved, Span, accumulator
 
 PlainMoment = float | tuple[Any, ...]
@@ -61,15 +60,15 @@ class Solver:
 class FixedGrid(Solver):
     """A grid in log σ̂ that the batch shares, with fresh probes at every node.
 
+    Half of the nodes lie around the data's own size, by a logistic law in log σ̂ whose centre is
+    the log of the root mean square of data_std; half are spread evenly over log σ̂.
+
     Args:
         steps: 4 or more, with steps + 10 evaluations of the network.
         companion: whether to solve with half the steps as well, for a `solver_error` that covers
             networks whose paths stretch small errors too, and is nearer to the error elsewhere, at
             57 % more evaluations for 64 steps. The steps are even then, 8 or more. Of `ode_nll`
             alone.
-        mesh: "mixed" has half of its nodes around the data's own size, by a logistic law in log σ̂
-            whose centre is the log of the root mean square of data_std, and half spread evenly
-            over log σ̂; "uniform" has them all evenly.
         data_mean: mean of the data, a number or a tensor that broadcasts to a sample; kept as a
             number or nested tuples.
         data_std: standard deviation of the data, likewise.
@@ -80,13 +79,12 @@ class FixedGrid(Solver):
 
     Example:
         >>> FixedGrid(128, data_std=torch.tensor([0.5, 0.25]))
-        FixedGrid(steps=128, companion=False, mesh='mixed', data_mean=0.0, data_std=(0.5, 0.25))
+        FixedGrid(steps=128, companion=False, data_mean=0.0, data_std=(0.5, 0.25))
     """
 
     steps: int = 64
     _: KW_ONLY
     companion: bool = False
-    mesh: Mesh = "mixed"
     data_mean: Moment = 0.0
     data_std: Moment = 0.5
 
@@ -98,12 +96,11 @@ class FixedGrid(Solver):
         if self.companion and (steps % 2 or steps < least):
             expected, got = f"False, or even steps of {least} or more", f"True with {steps} steps"
             raise ValueError(complaint(self._name("companion"), expected, True, got=got))
-        check_choice(self._name("mesh"), self.mesh, get_args(Mesh))
         self._set(steps=steps)
 
     def start(self) -> Solve:
         """A function that solves the batches of one call."""
-        how = {"steps": self.steps, "companion": self.companion, "mesh": self.mesh, "shares": []}
+        how = {"steps": self.steps, "companion": self.companion, "shares": []}
         return partial(solve_fixed, **how)
 
 
@@ -121,7 +118,6 @@ class ToTolerance(Solver):
         companion: as in `FixedGrid`, for the trials too, which then take probes of their own.
             `ode_sample` has none. Without one the tolerance is missed near almost singular
             densities.
-        mesh: as in `FixedGrid`.
         data_mean: mean of the data, as in `FixedGrid`.
         data_std: standard deviation of the data.
 
@@ -130,15 +126,14 @@ class ToTolerance(Solver):
         ValueError: for other numbers than these, or a group that is none.
 
     Example:
-        >>> ToTolerance(0.1)  # doctest: +ELLIPSIS
-        ToTolerance(tolerance=0.1, group=None, companion=True, mesh='mixed', ...)
+        >>> ToTolerance(0.1)
+        ToTolerance(tolerance=0.1, group=None, companion=True, data_mean=0.0, data_std=0.5)
     """
 
     tolerance: float = 0.01
     _: KW_ONLY
     group: "dist.ProcessGroup | None" = None
     companion: bool = True
-    mesh: Mesh = "mixed"
     data_mean: Moment = 0.0
     data_std: Moment = 0.5
 
@@ -147,7 +142,6 @@ class ToTolerance(Solver):
         check_flag(self._name("companion"), self.companion)
         if not (self.group is None or isinstance(self.group, dist.ProcessGroup)):
             raise ValueError(complaint(self._name("group"), "a process group or None", self.group))
-        check_choice(self._name("mesh"), self.mesh, get_args(Mesh))
         self._set(tolerance=self._nats("tolerance"))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,9 +158,9 @@ class ToTolerance(Solver):
 
         def solve(batch: Batch, z: Tensor, span: Span) -> Solved:
             nonlocal steps
-            how = self.companion and span[0] < span[1], self.mesh
-            steps = steps or fewest_steps(batch, z, span, *how, **options)
-            return solve_fixed(batch, z, span, steps, *how, shares)
+            companion = self.companion and span[0] < span[1]
+            steps = steps or fewest_steps(batch, z, span, companion, **options)
+            return solve_fixed(batch, z, span, steps, companion, shares)
 
         return solve
 
