@@ -61,8 +61,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # a list of the attributes, where each would be a paragraph
 autosummary_context = {
     "members": {  # none but these; "" is all
-        "ScoreModel": "forward, noise, score, denoise, denoising_posterior, distribution, "
-        "coefficients, native_weight, time_in",
+        "ScoreModel": "forward, noise, score, denoise, coefficients, native_weight, time_in",
         "PosteriorCovariance": "product, diagonal, trace, dense",
         "ODEDistribution": "log_prob, sample, rsample, rsample_and_log_prob",
         "WrappingReport": "to_dict",
@@ -72,7 +71,7 @@ autosummary_context = {
         "Weights": "log_z, log_z_error, effective_sample_size, pareto_k, largest_share, "
         "expectation, resample, sandwich",
     }
-    | dict.fromkeys(("FirstOrderDSM", "SecondOrderDSM", "ThirdOrderDSM", "SteinDSM"), "forward")
+    | dict.fromkeys(("FirstOrderDSM", "SecondOrderDSM", "ThirdOrderDSM"), "forward")
     | dict.fromkeys(
         [name for name in vars(hosm_losses) if name.endswith("Schedule")],
         "",

@@ -97,12 +97,12 @@ def main() -> None:
     for name, kind in LOSSES.items():
         model = copy.deepcopy(first)
         cost = train(kind, model, options.seconds, rate=3e-4)
-        q = model.distribution((2,), conditions={"y": y}, batch_shape=(COUNT,))
-        one = model.distribution((2,), conditions={"y": y[0]})
+        q = hosm.ODEDistribution(model, (2,), model_kwargs={"y": y}, batch_shape=(COUNT,))
+        one = hosm.ODEDistribution(model, (2,), model_kwargs={"y": y[0]})
         with torch.no_grad():
             ratio = exact.log_prob(x) - q.log_prob(x)
             density = one.log_prob(grid).exp().reshape(60, 60)
-        denoised = model.denoising_posterior(*at_noised, {"y": y.repeat(20, 1)})
+        denoised = hosm.denoising_posterior(model, *at_noised, model_kwargs={"y": y.repeat(20, 1)})
         found = denoised.covariance.diagonal()
         off = (found - variance).norm() / variance.norm()
         kl = (ratio + (-ratio).exp() - 1).mean(0)  # less noise than the mean of the ratio

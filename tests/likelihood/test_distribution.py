@@ -1,4 +1,4 @@
-"""`ScoreModel.distribution`: densities, samples and gradients against closed forms."""
+"""`ODEDistribution`: densities, samples and gradients against closed forms."""
 
 import math
 
@@ -39,7 +39,7 @@ def exact(mean=0.0, std=1.0):
 
 
 def test_it_is_a_distribution_with_the_density_of_ode_nll():
-    q = hosm.ScoreModel(Shifted(), SCHEDULE).distribution((2,), solver=GRID)
+    q = hosm.ODEDistribution(hosm.ScoreModel(Shifted(), SCHEDULE), (2,), solver=GRID)
     assert isinstance(q, Distribution)
     assert (q.batch_shape, q.event_shape, q.has_rsample) == ((), (2,), True)
     x = q.sample((3, 4))
@@ -53,19 +53,26 @@ def test_it_is_a_distribution_with_the_density_of_ode_nll():
     torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-4)
     assert q.log_prob(x[0, 0]).shape == q.sample().shape[:-1] == ()
     assert torch.equal(q.log_prob(x), q.log_prob(x))
-    Independent(hosm.ScoreModel(lambda x, t: x, SCHEDULE).distribution((2,), batch_shape=(3,)), 1)
+    Independent(
+        hosm.ODEDistribution(hosm.ScoreModel(lambda x, t: x, SCHEDULE), (2,), batch_shape=(3,)), 1
+    )
 
 
 def test_one_call_takes_observations_and_draws():
     """M = 6 conditions, with tensors that all share and that are as long as a batch."""
     mean = torch.randn(6, 2)
-    conditions = {
+    model_kwargs = {
         "mean": mean,
         "std": hosm.Shared(torch.ones(2)),
         "table": hosm.Shared(torch.zeros(6, 3)),
     }
-    q = hosm.ScoreModel(Shifted(), SCHEDULE).distribution(
-        (2,), solver=GRID, conditions=conditions, batch_shape=(6,), batch_size=5
+    q = hosm.ODEDistribution(
+        hosm.ScoreModel(Shifted(), SCHEDULE),
+        (2,),
+        solver=GRID,
+        model_kwargs=model_kwargs,
+        batch_shape=(6,),
+        batch_size=5,
     )
     with torch.no_grad():
         x, log_prob = q.rsample_and_log_prob((3,))
@@ -82,8 +89,11 @@ def test_one_call_takes_observations_and_draws():
 
 def test_a_condition_of_one_distribution_belongs_to_each_sample():
     mean = torch.tensor([1.0, -1.0])
-    q = hosm.ScoreModel(Shifted(), SCHEDULE).distribution(
-        (2,), solver=GRID, conditions={"mean": mean, "std": hosm.Shared(torch.ones(2))}
+    q = hosm.ODEDistribution(
+        hosm.ScoreModel(Shifted(), SCHEDULE),
+        (2,),
+        solver=GRID,
+        model_kwargs={"mean": mean, "std": hosm.Shared(torch.ones(2))},
     )
     x = torch.randn(2, 2)  # as many as the condition is long
     with torch.no_grad():
@@ -93,7 +103,7 @@ def test_a_condition_of_one_distribution_belongs_to_each_sample():
 
 def test_gradients_follow_the_mode_and_are_those_of_the_closed_form():
     model = hosm.ScoreModel(Shifted(), SCHEDULE)
-    offset, q = model.network.offset, model.distribution((2,), solver=GRID)
+    offset, q = model.network.offset, hosm.ODEDistribution(model, (2,), solver=GRID)
     torch.manual_seed(1)
     x, _ = q.rsample_and_log_prob((5,))
     torch.manual_seed(1)
@@ -119,7 +129,7 @@ def test_gradients_follow_the_mode_and_are_those_of_the_closed_form():
 def test_importance_sampling_with_the_density_apart_from_the_samples():
     mixture, schedule = anisotropic(4, count=2), hosm.VPSchedule()
     model = hosm.ScoreModel(mixture_noise(mixture, schedule), schedule)
-    q = model.distribution((4,), solver=hosm.FixedGrid(companion=True), batch_size=500)
+    q = hosm.ODEDistribution(model, (4,), solver=hosm.FixedGrid(companion=True), batch_size=500)
     with torch.no_grad():
         x = q.sample((1000,))
         alpha, sigma = schedule(torch.full((1000,), schedule.t_min))
@@ -132,29 +142,29 @@ def test_importance_sampling_with_the_density_apart_from_the_samples():
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [
-        ({"shape": (0,)}, ValueError, "shape: expected a whole number"),
+        ({"event_shape": (0,)}, ValueError, "event_shape: expected a whole number"),
         ({"batch_shape": (2.5,)}, ValueError, "batch_shape: expected a whole number"),
         ({"divergence": None}, ValueError, "divergence: expected"),
         ({"solver": "dopri5"}, TypeError, "solver: expected FixedGrid"),
-        ({"conditions": [1]}, TypeError, "model_kwargs: expected a mapping"),
+        ({"model_kwargs": [1]}, TypeError, "model_kwargs: expected a mapping"),
         (
-            {"conditions": {"mean": torch.ones(3, 2)}, "batch_shape": (6,)},
+            {"model_kwargs": {"mean": torch.ones(3, 2)}, "batch_shape": (6,)},
             ValueError,
-            r"conditions\['mean'\]: expected a tensor whose shape begins with .*\(6,\).*Shared",
+            r"model_kwargs\['mean'\]: expected a tensor whose shape begins with .*\(6,\).*Shared",
         ),
     ],
 )
 def test_what_it_cannot_take_is_an_error(options, error, told):
-    model, given = hosm.ScoreModel(Shifted(), SCHEDULE), {"shape": (2,)} | options
+    model, given = hosm.ScoreModel(Shifted(), SCHEDULE), {"event_shape": (2,)} | options
     with pytest.raises(error, match=told):
-        model.distribution(given.pop("shape"), **given)
+        hosm.ODEDistribution(model, **given)
 
 
 def test_a_failed_sample_and_another_shape_raise():
-    bad = hosm.ScoreModel(lambda x, t: x / 0, SCHEDULE).distribution((2,), solver=GRID)
+    bad = hosm.ODEDistribution(hosm.ScoreModel(lambda x, t: x / 0, SCHEDULE), (2,), solver=GRID)
     for call in (bad.sample, bad.rsample_and_log_prob, lambda: bad.log_prob(torch.zeros(2))):
         with pytest.raises(ValueError, match=r"distribution: expected .* Row 0: a value on its"):
             call()
-    q = hosm.ScoreModel(Shifted(), SCHEDULE).distribution((2,), solver=GRID)
+    q = hosm.ODEDistribution(hosm.ScoreModel(Shifted(), SCHEDULE), (2,), solver=GRID)
     with pytest.raises(ValueError, match="event_shape"):
         q.log_prob(torch.zeros(3))

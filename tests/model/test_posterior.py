@@ -69,7 +69,7 @@ def points(schedule, d=3):
 def test_the_posterior_of_a_mixture_is_exact(prediction, schedule):
     x, t = points(schedule)
     model = oracle(schedule, prediction)
-    posterior = model.denoising_posterior(x, t)
+    posterior = hosm.denoising_posterior(model, x, t)
     mean, covariance = exact_posterior(MIXTURE, x, *schedule(t))
     found = posterior.covariance
     torch.testing.assert_close(posterior.mean, mean)
@@ -92,7 +92,7 @@ def test_the_posterior_of_points_is_that_of_their_weights():
         return w @ atoms
 
     x, t = torch.randn(3, 2), torch.full((3,), 0.3)
-    posterior = hosm.ScoreModel(network, VP, "x0").denoising_posterior(x, t)
+    posterior = hosm.denoising_posterior(hosm.ScoreModel(network, VP, "x0"), x, t)
     w = atoms_posterior(atoms, weights, x, alpha, sigma)[1]
     apart = atoms - (w @ atoms)[:, None]
     torch.testing.assert_close(
@@ -105,7 +105,7 @@ def test_a_network_that_is_no_gradient_has_the_covariance_of_its_jacobian(predic
     network, shape = networks()["mlp"]
     x, t = torch.randn(2, *shape), torch.tensor([0.2, 0.7])
     model = hosm.ScoreModel(network, VP, prediction)
-    covariance = model.denoising_posterior(x, t).covariance
+    covariance = hosm.denoising_posterior(model, x, t).covariance
     alpha, sigma = VP(t)
     jacobian = torch.func.vmap(torch.func.jacrev(lambda p, t: model.denoise(p[None], t[None])[0]))(
         x, t
@@ -124,7 +124,7 @@ def test_a_network_that_is_no_gradient_has_the_covariance_of_its_jacobian(predic
 
 def test_random_probes_have_the_mean_of_the_exact_numbers():
     x, t = points(VP)
-    covariance = oracle(VP, "epsilon").denoising_posterior(x, t).covariance
+    covariance = hosm.denoising_posterior(oracle(VP, "epsilon"), x, t).covariance
     probes, generator = hosm.Hutchinson(2000), torch.Generator().manual_seed(0)
     dense = covariance.dense()
     off = dense - torch.diag_embed(dense.diagonal(dim1=1, dim2=2))
@@ -152,7 +152,7 @@ def test_a_denoiser_keeps_its_digits_at_large_noise():
             return denoised if prediction == "sample" else (x - denoised) / t[:, None]
 
         model = hosm.ScoreModel(network, schedule, prediction)
-        found = model.denoising_posterior(torch.randn(1, 2).float() * 999, t)
+        found = hosm.denoising_posterior(model, torch.randn(1, 2).float() * 999, t)
         errors[prediction] = float((found.covariance.dense() - exact).abs().max())
     assert errors["sample"] < 1e-5 < 1e-3 < errors["epsilon"]
 
@@ -170,7 +170,7 @@ def test_conditions_go_with_their_samples_and_nothing_has_a_graph():
     model = hosm.ScoreModel(Scaled(), VP, "x0")
     x, t, scale = torch.randn(2, 3, requires_grad=True), torch.tensor([0.3, 0.6]), torch.rand(2)
     kwargs = {"scale": scale, "table": hosm.Shared(torch.ones(2))}
-    posterior = model.denoising_posterior(x, t, kwargs)
+    posterior = hosm.denoising_posterior(model, x, t, model_kwargs=kwargs)
     alpha, sigma = VP(t)
     expected = (0.5 * scale * sigma.square() / alpha)[:, None].expand(2, 3)
     for found in (
@@ -182,20 +182,22 @@ def test_conditions_go_with_their_samples_and_nothing_has_a_graph():
         assert not found.requires_grad
     assert not posterior.mean.requires_grad
     with torch.inference_mode():
-        inside = model.denoising_posterior(x.detach().clone(), t, kwargs).covariance
+        inside = hosm.denoising_posterior(
+            model, x.detach().clone(), t, model_kwargs=kwargs
+        ).covariance
         torch.testing.assert_close(inside @ torch.ones(2, 3), expected)
 
 
 def test_what_it_cannot_take_is_an_error():
     model = hosm.ScoreModel(lambda x, t: x, VP)
     x, t = torch.randn(2, 3), torch.full((2,), 0.5)
-    covariance = model.denoising_posterior(x, t).covariance
+    covariance = hosm.denoising_posterior(model, x, t).covariance
     for v in (torch.ones(3), torch.ones(3, 3), torch.ones(1, 1, 2, 3), 1.0):
         with pytest.raises(ValueError, match=r"v: expected a tensor of shape \(2, 3\)"):
             covariance @ v
     with pytest.raises(ValueError, match="probes: expected 'exact' or Hutchinson"):
         covariance.diagonal(4)
     with pytest.raises(ValueError, match="range of the schedule"):
-        model.denoising_posterior(x, t + 1)
+        hosm.denoising_posterior(model, x, t + 1)
     with pytest.raises(TypeError, match="bare network"):
-        hosm.ScoreModel(nn.DataParallel(nn.Identity()), VP).denoising_posterior(x, t)
+        hosm.denoising_posterior(hosm.ScoreModel(nn.DataParallel(nn.Identity()), VP), x, t)

@@ -21,13 +21,41 @@ from hosm_losses._checks import check_model_kwargs, check_whole, complaint
 from hosm_losses.likelihood.ode import ode_nll, ode_sample
 from hosm_losses.likelihood.paths import Divergence, check_divergence
 from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance, check_solver
-from hosm_losses.model import ScoreModel, per_sample
+from hosm_losses.model import ScoreModel, check_model, per_sample
 
 
 class ODEDistribution(Distribution):
-    """The distribution of a model's ODE, made by `ScoreModel.distribution`.
+    """The density of a model's probability-flow ODE, of points at t_min.
 
-    Gradients follow `torch.is_grad_enabled()`. Where a path fails a ValueError is raised.
+    `log_prob`, `sample`, `rsample` and `rsample_and_log_prob` solve the ODE; the constructor only
+    checks its arguments. Gradients follow `torch.is_grad_enabled()`. A path that fails is a
+    ValueError.
+
+    Args:
+        model: the score model.
+        event_shape: the shape of a sample.
+        solver: as in `ode_nll`.
+        divergence: as in `ode_nll`; "exact" makes `log_prob` a function of its argument.
+        model_kwargs: keyword arguments of the network. The shape of every tensor in it begins with
+            `batch_shape`, except for tensors marked `Shared`.
+        batch_shape: the shape of the batch of distributions, one for each condition.
+        batch_size: samples solved at a time, all if None.
+
+    Raises:
+        TypeError: if `model`, `solver` or `model_kwargs` has the wrong type.
+        ValueError: if `divergence` or a shape is invalid, or shapes contradict each other.
+
+    Example:
+        >>> from hosm_losses import VESchedule
+        >>> def normal(x, t, mean):
+        ...     sigma = VESchedule().sigma(t)[:, None]
+        ...     return sigma * (x - mean[:, None]) / (1 + sigma**2)
+        >>> model = ScoreModel(normal, VESchedule())
+        >>> means = {"mean": torch.tensor([0.0, 1.0, 2.0])}
+        >>> solver = FixedGrid(data_std=1.0)
+        >>> q = ODEDistribution(model, (2,), solver=solver, model_kwargs=means, batch_shape=(3,))
+        >>> q.sample((4,)).shape, q.log_prob(torch.zeros(2)).shape
+        (torch.Size([4, 3, 2]), torch.Size([3]))
     """
 
     arg_constraints: ClassVar[Any] = {}
@@ -36,23 +64,24 @@ class ODEDistribution(Distribution):
     def __init__(
         self,
         model: ScoreModel,
-        shape: Sequence[int],
-        solver: FixedGrid | ToTolerance | Adaptive,
-        divergence: Divergence,
-        conditions: Mapping[str, Any] | None,
-        batch_shape: Sequence[int],
-        batch_size: int | None,
+        event_shape: Sequence[int],
+        *,
+        solver: FixedGrid | ToTolerance | Adaptive = FixedGrid(),  # noqa: B008, it is frozen
+        divergence: Divergence = "exact",
+        model_kwargs: Mapping[str, Any] | None = None,
+        batch_shape: Sequence[int] = (),
+        batch_size: int | None = None,
     ) -> None:
         check_divergence(divergence)
-        self.model, self.solver = model, check_solver(solver)
+        self.model, self.solver = check_model(model), check_solver(solver)
         self.divergence: Divergence = divergence
-        self.conditions, self.batch_size = check_model_kwargs(conditions), batch_size
+        self.model_kwargs, self.batch_size = check_model_kwargs(model_kwargs), batch_size
         event, batch = (
             torch.Size([check_whole(name, size, 1) for size in sizes])
-            for name, sizes in (("shape", shape), ("batch_shape", batch_shape))
+            for name, sizes in (("event_shape", event_shape), ("batch_shape", batch_shape))
         )
         super().__init__(batch, event)
-        self._options(batch)  # refuses conditions of other shapes
+        self._options(batch)  # refuses tensors of other shapes
 
     @property
     def support(self) -> constraints.Constraint:
@@ -98,12 +127,11 @@ class ODEDistribution(Distribution):
             if tensor.shape[: len(batch)] != batch:
                 expected = f"a tensor whose shape begins with the batch_shape {tuple(batch)}"
                 remedy = "Mark what all distributions share: hosm_losses.Shared(tensor)."
-                name = path.replace("model_kwargs", "conditions", 1)
-                raise ValueError(complaint(name, expected, tensor, remedy))
+                raise ValueError(complaint(path, expected, tensor, remedy))
             rest = tensor.shape[len(batch) :]
             return tensor.expand(outer + rest).reshape(-1, *rest)
 
-        kwargs = per_sample(self.conditions, rows)
+        kwargs = per_sample(self.model_kwargs, rows)
         grad = torch.is_grad_enabled()
         return {"model_kwargs": kwargs, "batch_size": self.batch_size, "enable_grad": grad}
 

@@ -16,6 +16,7 @@ from hosm_losses.model.field import noise_field as noise_field
 from hosm_losses.model.field import refuse_wrapped as refuse_wrapped
 from hosm_losses.model.posterior import DenoisingPosterior as DenoisingPosterior
 from hosm_losses.model.posterior import PosteriorCovariance as PosteriorCovariance
+from hosm_losses.model.posterior import denoising_posterior as denoising_posterior
 from hosm_losses.model.score_model import UNSHARD as UNSHARD
 from hosm_losses.model.score_model import Prediction as Prediction
 from hosm_losses.model.score_model import ScoreModel as ScoreModel

@@ -31,7 +31,7 @@ from hosm_losses._checks import (
 from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.derivatives import derive_with_products, quadratic_forms
 from hosm_losses.model.field import NoiseField, noise_field, refuse_wrapped
-from hosm_losses.model.score_model import ScoreModel, apply_affine, check_time
+from hosm_losses.model.score_model import ScoreModel, apply_affine, check_model, check_time
 from hosm_losses.probes import Hutchinson, draw_probes, unit_vector_chunks
 
 Probes = Literal["exact"] | Hutchinson
@@ -124,10 +124,44 @@ class DenoisingPosterior:
 
 
 def denoising_posterior(
-    model: ScoreModel, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
+    model: ScoreModel,
+    x: Tensor,
+    t: Tensor,
+    *,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> DenoisingPosterior:
-    """The posterior, as `ScoreModel.denoising_posterior` describes it."""
-    refuse_wrapped(model.network)
+    """Return mean and covariance of clean data x₀ given x at time t, by Tweedie's formulas.
+
+    The covariance is σ²/α² (I + σ² ∂s/∂x). If the network predicts x₀ ("sample"), it is computed
+    as σ²/α times the Jacobian. For other predictions it is a difference that loses digits as σ̂²
+    grows: in float32, all of them above σ̂ of a few hundred.
+
+    Args:
+        model: the score model.
+        x: the noised batch (B, *).
+        t: its times (B,), in the schedule's units.
+        model_kwargs: keyword arguments of the network.
+
+    Returns:
+        The posterior: `.mean` (B, *), and `.covariance`, an operator with `@ v`, `diagonal`,
+        `trace` and `dense`. Nothing in it has a graph.
+
+    Raises:
+        TypeError: if the network is compiled or parallel, or an argument has the wrong type or
+            dtype.
+        ValueError: if an argument has the wrong shape or device, or a time is out of range.
+
+    Example:
+        >>> from hosm_losses import VESchedule
+        >>> def standard_normal(x, t):  # x₀ given x is N(x, t²)/(1 + t²)
+        ...     return x / (1 + t[:, None] ** 2)
+        >>> model = ScoreModel(standard_normal, VESchedule(), "x0", time=VESchedule().sigma)
+        >>> t = VESchedule().time(torch.tensor([0.0]))  # σ = 1
+        >>> posterior = denoising_posterior(model, torch.ones(1, 2), t)
+        >>> posterior.mean, posterior.covariance.diagonal()
+        (tensor([[0.5000, 0.5000]]), tensor([[0.5000, 0.5000]]))
+    """
+    refuse_wrapped(check_model(model).network)
     x, kwargs = normal(check_sample_batch("x", x)), check_model_kwargs(model_kwargs)
     field = noise_field(model, check_time(model, x, t), kwargs)
     with torch.no_grad(), outside_inference_mode():

@@ -21,9 +21,9 @@ Source:
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +44,6 @@ from hosm_losses._torch_internals import normal
 from hosm_losses.model.conditions import unmark
 from hosm_losses.schedules import Schedule, check_schedule
 from hosm_losses.taylor import Jet
-
-if TYPE_CHECKING:
-    from hosm_losses.likelihood import (
-        Adaptive,
-        Divergence,
-        FixedGrid,
-        ODEDistribution,
-        ToTolerance,
-    )
-    from hosm_losses.model.posterior import DenoisingPosterior
 
 Kind = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
 Prediction = Kind | Literal["x0", "denoiser", "v", "velocity"]
@@ -235,90 +225,6 @@ class ScoreModel(nn.Module):
         """x̂₀(x, t) = (x − σ ε̂)/α, the estimated mean of the data given x."""
         self._check_times(t)
         return apply_affine(self.predict(x, t, **kwargs), x, *self.affine_of_data(t, x))
-
-    def denoising_posterior(
-        self, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None = None
-    ) -> "DenoisingPosterior":
-        """Mean and covariance of clean data x₀ given x at time t, by Tweedie's formulas.
-
-        The covariance is σ²/α² (I + σ² ∂s/∂x). Of a network that predicts x₀ ("sample") it is
-        computed as σ²/α times the Jacobian. Of another kind it is a difference that loses digits
-        as σ̂² grows: in float32 all of them above σ̂ of some hundreds.
-
-        Args:
-            x: the noised batch (B, *).
-            t: its times (B,), in the schedule's units.
-            model_kwargs: keyword arguments of the network.
-
-        Returns:
-            A `DenoisingPosterior`: `.mean` (B, *), and `.covariance`, an operator with `@ v`,
-            `diagonal`, `trace` and `dense`. Nothing in it has a graph.
-
-        Raises:
-            TypeError: for a compiled or parallel network, or tensors of a wrong type or dtype.
-            ValueError: for a wrong shape, device or time.
-
-        Example:
-            >>> from hosm_losses import VESchedule
-            >>> def standard_normal(x, t):  # x₀ given x is N(x, t²)/(1 + t²)
-            ...     return x / (1 + t[:, None] ** 2)
-            >>> model = ScoreModel(standard_normal, VESchedule(), "x0", time=VESchedule().sigma)
-            >>> t = VESchedule().time(torch.tensor([0.0]))  # σ = 1
-            >>> posterior = model.denoising_posterior(torch.ones(1, 2), t)
-            >>> posterior.mean, posterior.covariance.diagonal()
-            (tensor([[0.5000, 0.5000]]), tensor([[0.5000, 0.5000]]))
-        """
-        from hosm_losses.model.posterior import denoising_posterior
-
-        return denoising_posterior(self, x, t, model_kwargs)
-
-    def distribution(
-        self,
-        shape: Sequence[int],
-        *,
-        solver: "FixedGrid | ToTolerance | Adaptive | None" = None,
-        divergence: "Divergence" = "exact",
-        conditions: Mapping[str, Any] | None = None,
-        batch_shape: Sequence[int] = (),
-        batch_size: int | None = None,
-    ) -> "ODEDistribution":
-        """The density of the probability-flow ODE as a `torch.distributions.Distribution`.
-
-        Args:
-            shape: that of a sample, the distribution's `event_shape`.
-            solver: as in `ode_nll`, `FixedGrid()` if None.
-            divergence: as in `ode_nll`; "exact" makes `log_prob` a function of its argument.
-            conditions: keyword arguments of the network. The shape of every tensor in it begins
-                with `batch_shape`, but for those marked `Shared`.
-            batch_shape: that of the distributions, one for each condition.
-            batch_size: samples solved at a time, all if None.
-
-        Returns:
-            A distribution with `log_prob`, `sample`, `rsample` and `rsample_and_log_prob`, of
-            points at t_min. Gradients follow `torch.is_grad_enabled()`. A sample that fails is a
-            ValueError.
-
-        Raises:
-            TypeError: for a solver or conditions of a wrong type.
-            ValueError: for another divergence, or shapes that are none or contradict each other.
-
-        Example:
-            >>> from hosm_losses import FixedGrid, ScoreModel, VESchedule
-            >>> def normal(x, t, mean):
-            ...     sigma = VESchedule().sigma(t)[:, None]
-            ...     return sigma * (x - mean[:, None]) / (1 + sigma**2)
-            >>> model = ScoreModel(normal, VESchedule())
-            >>> means = {"mean": torch.tensor([0.0, 1.0, 2.0])}
-            >>> solver = FixedGrid(data_std=1.0)
-            >>> q = model.distribution((2,), solver=solver, conditions=means, batch_shape=(3,))
-            >>> q.sample((4,)).shape, q.log_prob(torch.zeros(2)).shape
-            (torch.Size([4, 3, 2]), torch.Size([3]))
-        """
-        from hosm_losses.likelihood import FixedGrid, ODEDistribution
-
-        solver = FixedGrid() if solver is None else solver
-        given = (divergence, conditions, batch_shape, batch_size)
-        return ODEDistribution(self, shape, solver, *given)
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(α, σ) at t, of shape (B,), in the precision of t, float32 at least.
