@@ -72,10 +72,6 @@ def losses(cell: Cell, members: int, baseline: str = "") -> dict[str, Loss]:
         sampler = partial(times, power)
         return lambda model: partial(function, model, time_sampler=sampler, **options)
 
-    def balanced(model: hosm.ScoreModel) -> Callable[..., Tensor]:
-        given: Any = {"probes": hosm.Paired(), "weights": "balanced"}
-        return hosm.SecondOrderDSM(model, time_sampler=partial(times, 1), **given)
-
     def likelihood(model: hosm.ScoreModel) -> Callable[..., Tensor]:
         alpha, sigma = cell.schedule(torch.tensor(cell.schedule.t_min))
 
@@ -100,8 +96,6 @@ def losses(cell: Cell, members: int, baseline: str = "") -> dict[str, Loss]:
         "order two, averaged": second(**averaged),
         "order three": third(),
         SWITCHED: third(**averaged),
-        "balanced": balanced,
-        "Stein, weight 0.3": lambda model: partial(hosm.stein_dsm, model, weight=0.3),
     }
     if 1 < elements <= FEW:
         found[EXACT] = third(probes="exact", **averaged)

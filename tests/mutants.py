@@ -283,20 +283,7 @@ MUTANTS = [
         "",
         "tests/taylor/test_in_place.py",
     ),
-    # losses: the balanced weights at the noisy end, log σ̂ at its last place.
-    Mutant(
-        "losses/balance.py",
-        "(level.detach() * BINS).long().clamp(0, BINS - 1)",
-        "(level.detach() * BINS).long()",
-        "tests/losses/test_balance.py",
-    ),
-    Mutant(
-        "losses/balance.py",
-        "(level.detach() * BINS).long().clamp(0, BINS - 1)",
-        "(level.detach() * BINS).long() % BINS",
-        "tests/losses/test_balance.py",
-    ),
-    # From four probes on, the two estimates that are multiplied have probes in common.
+    # losses: from four probes on, the two estimates that are multiplied have probes in common.
     Mutant(
         "losses/paired.py",
         "over_probes(estimates[half:])",
@@ -356,13 +343,6 @@ MUTANTS = [
         "torch.randperm(len(x), device=x.device, **source(generator))",
         "torch.randperm(len(x), device=x.device)",
         "tests/losses/test_random_options.py",
-    ),
-    # The gradient of the rate has f twice where it has it once.
-    Mutant(
-        "losses/stein.py",
-        "inner(value.detach(), value)",
-        "inner(value, value)",
-        "tests/losses/test_stein.py",
     ),
     # model: copies of a batch with the conditions and times of other samples.
     Mutant(

@@ -258,13 +258,3 @@ def dense_paired_terms(f, a, second, noise, probes, third="ijk,i,j->k", others=N
     of_second = sum(squares) / len(probes) - 2 * ell.dot(a @ ell) + d - 2 * square + square**2
     (one, other), (left, right) = dense_halves(traces), dense_halves(vectors)
     return of_second / d**2, one * other / d**2, left.dot(right) / d**3
-
-
-def dense_stein_rate(f, a, noise, probes, others=None):
-    """ρ₁ρ₂ of one sample; its gradient is that of ρ₁ (v₂·D₂ + f̄·f) + ρ₂ (v₁·D₁ + f̄·f)."""
-    centred = [(weight, each - (f + noise).detach()) for weight, each in others or []]
-    along = [v.dot(a @ v) - sum(w * each.dot(v) ** 2 for w, each in centred) for v in probes]
-    one, other = dense_halves([(each + len(f) - noise.dot(noise + f)).detach() for each in along])
-    moved, other_moved = dense_halves([each + f.detach().dot(f) for each in along])
-    term = one * other_moved + other * moved
-    return term + (one * other - term).detach()

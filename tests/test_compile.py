@@ -51,10 +51,7 @@ def test_one_graph_with_the_gradients_of_eager_mode(name, order):
 
 KINDS = {
     "trace": lambda model: hosm.SecondOrderDSM(model, probes=hosm.Paired(), weights=(1, 0, 0.3)),
-    "laplacian": lambda model: hosm.ThirdOrderDSM(
-        model, probes=hosm.Paired(), third="laplacian", weights="balanced"
-    ),
-    "stein": lambda model: hosm.SteinDSM(model, weight=0.5),
+    "laplacian": lambda model: hosm.ThirdOrderDSM(model, probes=hosm.Paired(), third="laplacian"),
 }
 
 
@@ -76,7 +73,7 @@ def test_values_are_made_in_the_graph():
         options = {"weights": "paper-toy", "weighting": hosm.EDMWeighting(), "fraction": 0.5}
         probes = hosm.Paired(2, "gaussian")
         loss = hosm.third_order_dsm(model, x0, probes=probes, third="laplacian", **options)
-        return loss + hosm.second_order_dsm(model, x0, probes=2) + hosm.stein_dsm(model, x0)
+        return loss + hosm.second_order_dsm(model, x0, probes=2)
 
     found = []
     for each in (compiled(step), step):

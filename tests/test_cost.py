@@ -95,12 +95,6 @@ def test_several_probes_share_the_value(order, options, expected):
     assert evaluations(FUNCTIONS[order], **options) == pytest.approx(expected, rel=0.03)
 
 
-def test_stein_costs_what_order_two_costs_with_two_probes():
-    found, calls = ratio(2, loss=hosm.stein_dsm)
-    assert found == ratio(2, probes=2)[0]
-    assert calls == [2]
-
-
 @pytest.mark.parametrize(
     ("order", "options", "flops_at_most", "memory_at_most"),
     [

@@ -21,7 +21,6 @@ from tests.versions import SHARDS_ON_CPU
 pytestmark = pytest.mark.slow
 
 CASES = [(1, {}), (2, {}), (3, {}), (3, {"engine": "reverse"}), (3, {"probes": hosm.Paired()})]
-CASES += [("stein", {})]
 BATCH = 4
 
 
@@ -49,10 +48,9 @@ def setting(order, options, checkpoint=False):
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     network = Network(checkpoint)
-    kind = hosm.SteinDSM if order == "stein" else MODULES[order]
-    module = kind(hosm.ScoreModel(network, VP), **options)
-    two = order == "stein" or "probes" in options
-    return network, module, *given((BATCH, 5, 3), 1 if order == 1 else 2, 1 + two)
+    module = MODULES[order](hosm.ScoreModel(network, VP), **options)
+    probes = 2 if "probes" in options else 1
+    return network, module, *given((BATCH, 5, 3), 1 if order == 1 else 2, probes)
 
 
 def single(order, options):
@@ -125,19 +123,6 @@ def likelihood():
     return torch.stack(everything)
 
 
-def balanced(whole=False):
-    """Gradients after three steps with balanced weights, and the sizes of the terms."""
-    options = {"probes": hosm.Paired(), "weights": "balanced"}
-    network, module, x0, inputs = setting(3, options)
-    step = module if whole else DistributedDataParallel(module)
-    part = slice(None) if whole else own_half()
-    for _ in range(3):
-        network.zero_grad()
-        step(x0[part], **rows(inputs, x0, part)).backward()
-    found = [parameter.grad for parameter in network.parameters()]
-    return [*found, *module.balance.running]
-
-
 def evaluations(model, x0):
     """Numbers of everything that evaluates a model."""
     options = {"solver": hosm.FixedGrid(8), "divergence": "exact"}
@@ -176,7 +161,7 @@ WORK = {"ddp": ddp, "static": partial(ddp, static_graph=True), "accumulated": ac
 WORK |= {"fsdp": fsdp} if SHARDS_ON_CPU else {}
 
 
-OTHERS = {"likelihood": likelihood, "balanced": balanced, "inside": inside}
+OTHERS = {"likelihood": likelihood, "inside": inside}
 
 
 def work(rank, folder, kind):
@@ -208,14 +193,6 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
         for case, gradients, right in zip(CASES, found, expected, strict=True):
             print(kind, case)  # noqa: T201
             assert_same(gradients, right, 1e-8)
-
-
-def test_balanced_weights_of_two_processes_are_those_of_one(tmp_path):
-    """The sizes of the terms are reduced over both, whose halves differ."""
-    mp.spawn(work, (str(tmp_path), "balanced"), nprocs=2)
-    found, expected = torch.load(tmp_path / "found.pt"), balanced(whole=True)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 def test_a_group_takes_the_steps_of_its_most_demanding_rank(tmp_path):

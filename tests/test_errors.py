@@ -143,10 +143,6 @@ BAD = {
         *bad(ValueError, np.array([1, NAN, 1, 1]), np.array([1, 1j, 1, 1]), np.ones((4, 1))),
         *bad(ValueError, torch.tensor([1, NAN, 1, 1]), (1, 1, 1, torch.tensor(-2.0))),
     ],
-    "weight": [
-        *bad(ValueError, -1.0, "paper", True, NAN, torch.tensor(-2.0), torch.tensor(NAN)),
-        *bad(ValueError, torch.ones(3)),
-    ],
     "weighting": [
         *bad(ValueError, None, "snr", (), ("noise", "native"), ("noise", "likelihood")),
         *bad(ValueError, ("noise", "snr"), ("noise",) * 3),
@@ -159,7 +155,7 @@ BAD = {
     "probes": WHOLE + bad(ValueError, "all", None, hosm.Hutchinson),
     "count": WHOLE + bad(ValueError, "exact", None),
     "fraction": bad(ValueError, None, "half", True, NAN, 0.0, 1.5, -0.5),
-    **dict.fromkeys(("distribution", "engine", "mode", "mesh"), NAME + bad(ValueError, None)),
+    **dict.fromkeys(("distribution", "engine", "mode"), NAME + bad(ValueError, None)),
     **dict.fromkeys(("third", "reduction", "method"), NAME + bad(ValueError, None)),
     # Of the likelihoods.
     "latent": TENSORS + bad(TypeError, "noise", ()) + bad(ValueError, (5, 0), [1.0], (True, 2)),
@@ -222,17 +218,16 @@ LOSSES = FIRST, SECOND, THIRD = hosm.first_order_dsm, hosm.second_order_dsm, hos
 MODULES = hosm.FirstOrderDSM, hosm.SecondOrderDSM, hosm.ThirdOrderDSM
 FORWARD = hosm.ThirdOrderDSM.forward  # of order two as well
 OF_FIRST = hosm.FirstOrderDSM.forward
-STEIN = hosm.stein_dsm, hosm.SteinDSM
 SOLVERS = hosm.ode_nll, hosm.ode_sample
 FEW = hosm.FixedGrid(4)
 PARAMETRIC = (hosm.VPSchedule, hosm.SubVPSchedule, hosm.VESchedule)
 PARAMETRIC += (hosm.CosineSchedule, hosm.LinearFlowSchedule, hosm.EDMSchedule)
 CALLS = {
-    **{call: {"model": MODEL, "x0": X} for call in (*LOSSES, hosm.stein_dsm, hosm.dsm_terms)},
-    **{call: {"model": MODEL} for call in (*MODULES, hosm.SteinDSM)},
+    **{call: {"model": MODEL, "x0": X} for call in (*LOSSES, hosm.dsm_terms)},
+    **{call: {"model": MODEL} for call in MODULES},
     FORWARD: {"self": hosm.ThirdOrderDSM(MODEL), "x0": X},
     OF_FIRST: {"self": hosm.FirstOrderDSM(MODEL), "x0": X},
-    hosm.SteinDSM.forward: {"self": hosm.SteinDSM(MODEL), "x0": X},
+    hosm.denoising_posterior: {"model": MODEL, "x": X, "t": T},
     hosm.ode_nll: {"model": MODEL, "x": X, "solver": FEW},
     hosm.ode_sample: {"model": MODEL, "latent": X, "solver": FEW},
     **{value: {} for value in (hosm.FixedGrid, hosm.ToTolerance, hosm.Adaptive, hosm.Uniform)},
@@ -262,24 +257,18 @@ TO_AVERAGE = [
     *bad(ValueError, hosm.AveragedTargets(X[:, :1]), hosm.AveragedTargets(X.to("meta"))),
     *bad(ValueError, hosm.AveragedTargets(same=lambda _: T > 0)),
 ]
-FORWARDS = FORWARD, hosm.SteinDSM.forward
 # The bad values of an argument in one call, which for other projects are all.
 MORE = {
     **{(call, "targets"): TO_AVERAGE + BAD["noise"][1:] for call in (FIRST, OF_FIRST)},
     **{
         (call, "targets"): TO_AVERAGE + bad(ValueError, X)
-        for call in (SECOND, THIRD, STEIN[0], hosm.dsm_terms, *FORWARDS)
+        for call in (SECOND, THIRD, hosm.dsm_terms, FORWARD)
     },
-    **{(call, "targets"): bad(ValueError, X) for call in (*MODULES, STEIN[1])},
-    **{
-        (call, "probes"): bad(ValueError, 1, "exact", hosm.Hutchinson(), hosm.Paired())
-        for call in STEIN
-    },
+    **{(call, "targets"): bad(ValueError, X) for call in MODULES},
     (hosm.Paired, "count"): bad(ValueError, 1),
     (hosm.FixedGrid, "steps"): bad(ValueError, None, 3),
     (hosm.ode_sample, "solver"): bad(ValueError, hosm.FixedGrid(companion=True)),
     **{(call, "weights"): bad(ValueError, nn.Parameter(torch.ones(4))) for call in MODULES},
-    (hosm.SteinDSM, "weight"): bad(ValueError, nn.Parameter(torch.ones(()))),
     (SECOND, "weights"): bad(ValueError, "balanced", (0, 0, 0, 1)),
     (THIRD, "weights"): bad(ValueError, "balanced"),
     (hosm.ode_nll, "divergence"): bad(ValueError, None),
@@ -336,11 +325,9 @@ TOGETHER = [
     *((BOTH[2:], ValueError, "probe", {**PAIRED, "probe": each}) for each in (X, X[None])),
     *((BOTH[2:], ValueError, "probe", {"probe": X, "probes": each}) for each in (2, "exact")),
     (BOTH[2:], ValueError, "probe", {"probe": PROBES, "probes": hosm.Paired(3)}),
-    ([hosm.stein_dsm], ValueError, "probe", {"probe": X}),
     ([THIRD], ValueError, "engine", {"third": "laplacian", "engine": "reverse"}),
-    (MODULES[1:], ValueError, "weighting", {"weights": "balanced", "weighting": ("noise",) * 2}),
     ((SECOND, THIRD), ValueError, "weights", {"weights": None, "weighting": "likelihood"}),
-    ((*BOTH, *STEIN, hosm.check_derivatives), TypeError, "network", {"model": WRAPPED}),
+    ((*BOTH, hosm.check_derivatives), TypeError, "network", {"model": WRAPPED}),
     (LOSSES, TypeError, "t", {"model": hosm.ScoreModel(NETWORK, TABLE), "t": T > 0}),
     (LOSSES, ValueError, "t", {"model": hosm.ScoreModel(NETWORK, TABLE), "t": T.long() + 3}),
     (LOSSES, TypeError, "t", {"x0": X.bfloat16(), "t": T.bfloat16()}),
@@ -372,8 +359,6 @@ TOGETHER = [
     (MODULES[1:2], TypeError, "SecondOrderDSM", {"third": "exact"}),
     ([OF_FIRST], TypeError, "FirstOrderDSM.forward", {"probe": X}),
     ([FORWARD], TypeError, "_HigherOrderDSM.forward", {"order": 2}),
-    (STEIN[:1], TypeError, "stein_dsm", {"weighting": "noise"}),
-    (STEIN[1:], TypeError, "SteinDSM", {"third": "exact"}),
     ([BITS], ValueError, "low", {"levels": 256, "low": "0"}),
     ([BITS], ValueError, "high", {"levels": 256, "high": INF}),
     ([BITS], ValueError, "bits_per_dim", {"levels": 256, "low": 1}),
@@ -533,7 +518,7 @@ def test_times_are_checked_by_models_and_schedules():
 
 # Public names that refuse nothing themselves, or are in tables of their own.
 WITHOUT_ROWS = {
-    *("DerivativeError", "DSMTerms", "SteinTerms", "LoggedTerms", "LoggedSteinTerms", "Schedule"),
+    *("DerivativeError", "DSMTerms", "LoggedTerms", "Schedule"),
     *("NLLSummary", "SampleResult", "GapEstimate", "GapReport", "Shared", "checkpoint"),
     *("WrappingCandidate", "WrappingReport", "DerivativeReport", "Weights"),
     *("DenoisingPosterior", "PosteriorCovariance", "ODEDistribution"),
@@ -593,7 +578,6 @@ TOLD = [
         r"guided_diffusion.*ldm\.modules\.attention",
     ),
     (lambda: hosm.checkpoint(NETWORK, X, T, use_reentrant=True), "neither use_reentrant=True"),
-    (lambda: loss(NETWORK, weights="balanced"), "constructor of SecondOrderDSM or ThirdOrderDSM"),
     (lambda: loss(lambda x, t: (x, t)), r"ScoreModel\(\.\.\., output="),
     (lambda: loss(lambda x, t: x.repeat(1, 2)), "the first channels"),
     (

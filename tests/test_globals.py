@@ -42,8 +42,6 @@ DRAWS = {
     "paired": loss(FUNCTIONS[3], probes=hosm.Paired()),
     "averaged": loss(FUNCTIONS[3], targets=hosm.AveragedTargets()),
     "likelihood weighting": loss(FUNCTIONS[1], weighting="likelihood"),
-    "stein": loss(hosm.stein_dsm),
-    "stein module": lambda model, **options: hosm.SteinDSM(model)(X, **options),
     "terms": lambda model, **options: hosm.dsm_terms(model, X, **options).third,
     "nll": density(hosm.ode_nll, divergence=hosm.Hutchinson()),
     "nll, adaptive": lambda model, **options: (
@@ -58,8 +56,8 @@ DRAWS = {
     "nll, truncated": density(
         hosm.ode_nll, IMAGES, divergence="exact", dequantization=hosm.TruncatedNormal()
     ),
-    "posterior": lambda model, **options: model.denoising_posterior(
-        X, X[:, 0] * 0 + 0.5
+    "posterior": lambda model, **options: hosm.denoising_posterior(
+        model, X, X[:, 0] * 0 + 0.5
     ).covariance.diagonal(hosm.Hutchinson(2), **options),
     "sample": from_prior,
     "bound": lambda model, **options: hosm.variational_nll(model, X, samples=2, **options).nll,
@@ -147,7 +145,7 @@ CALLS = [
         for engine in ENGINES
         for order, options in ((2, {"probes": 2}), (3, {}), (3, {"probes": hosm.Paired()}))
     ),
-    *(DRAWS[name] for name in ("order 1", "module 3", "stein", "nll", "nll, adaptive", "bound")),
+    *(DRAWS[name] for name in ("order 1", "module 3", "nll", "nll, adaptive", "bound")),
     *(DRAWS[name] for name in ("sample", "nll, dequantized", "posterior")),
 ]
 

@@ -47,14 +47,14 @@ def test_the_mode_stops_where_two_devices_meet():
 @given(st.data())
 def test_a_loss_reads_no_value(data):
     pick = Pick(data)
-    loss = pick.choice(["first", "second", "third", "stein"])
+    loss = pick.choice(["first", "second", "third"])
     options, weights = drawn_options(pick, loss), drawn_weights(pick, loss)
     schedule = pick.choice(list(SCHEDULES.values()))
     network, x0 = setting(pick.choice(["mlp", "attention"]))
     model = hosm.ScoreModel(network, seen(schedule), pick.choice(PREDICTIONS))
     # A gradient for them would be copied from meta.
     weights = tree_map(lambda each: each.detach() if torch.is_tensor(each) else each, weights)
-    inputs = {} if weights is None else {"weight" if loss == "stein" else "weights": weights}
+    inputs = {} if weights is None else {"weights": weights}
     if pick.now_and_then():
         inputs |= {"targets": hosm.AveragedTargets(pick.choice([None, x0]))}
     if pick.now_and_then():
@@ -82,10 +82,10 @@ def test_times_are_drawn_on_the_device(schedule):
             assert hosm.first_order_dsm(model, x0, time_sampler=sampler).is_meta
 
 
-def test_conditions_and_balanced_weights():
+def test_conditions():
     network, x0 = setting("attention")
     kwargs = {"label": torch.empty(4, device="meta", dtype=torch.float64)}
-    options = {"fraction": 0.5, "probes": 2, "weights": "balanced"}
+    options = {"fraction": 0.5, "probes": 2}
     loss = hosm.ThirdOrderDSM(hosm.ScoreModel(network, VP), **options)
     with OneDevice():
         assert loss(x0, model_kwargs=kwargs).is_meta

@@ -23,7 +23,6 @@ EVALUATIONS = [
     ("cost", r"\| order two \|", TWO, {}),
     ("cost", r"\| order three \|", THREE, {}),
     ("cost", r"\| order three, `third=\"laplacian\"` \|", THREE, LAPLACIAN),
-    ("cost", r"\| `stein_dsm` \|", hosm.stein_dsm, {}),
     ("cost", r"\| order two, `probes=Paired\(\)` \|", TWO, PAIRED),
     ("cost", r"Paired\(\)` \| 12;", TWO, PAIRED | {"weights": (1, 0, 1)}),
     ("cost", r"\| order three, `probes=Paired\(\)` \|", THREE, PAIRED),

@@ -25,7 +25,6 @@ SHOWN = {
 }
 HEADLINES = {"from scratch": WHOLE, "switched": f"switch: {RECIPE}", "after": RECIPE}
 HEADLINES |= {"exact probes": f"{WHOLE}, exact probes", "direct": "likelihood"}
-HEADLINES |= {"Stein": "Stein, weight 0.3", "balanced": "balanced"}
 # The rows of README's table: the recipe of each problem.
 GAINS = {
     "mixture, d = 1, VP": WHOLE,

@@ -55,7 +55,7 @@ def main() -> None:
         model = hosm.ScoreModel(checkerboard.Network(data, 0, 128), checkerboard.SCHEDULE)
         objective = hosm.FirstOrderDSM(model)
         if name == "order two":
-            objective = hosm.SecondOrderDSM(model, probes=hosm.Paired(), weights="balanced")
+            objective = hosm.SecondOrderDSM(model, probes=hosm.Paired())
 
         def loss(objective: torch.nn.Module = objective) -> Tensor:
             return objective(dequantized(levels[torch.randint(len(levels), (128,))]))

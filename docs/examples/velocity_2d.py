@@ -1,4 +1,4 @@
-"""A velocity (flow-matching) network in two dimensions that goes on with each of three losses.
+"""A velocity (flow-matching) network in two dimensions that goes on with order one or two.
 
 python docs/examples/velocity_2d.py [--steps 2000]
 
@@ -18,7 +18,7 @@ STD = 0.2
 ANGLES = torch.arange(8) * (math.pi / 4)
 CENTRES = torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
 SCHEDULE = hosm.LinearFlowSchedule(t_min=0.01, t_max=0.98)
-LOSSES = (hosm.first_order_dsm, hosm.second_order_dsm, hosm.stein_dsm)
+LOSSES = (hosm.first_order_dsm, hosm.second_order_dsm)
 SiLU, Linear = nn.SiLU, nn.Linear
 
 

@@ -107,9 +107,9 @@ def test_once_a_network_and_in_its_first_call_with_gradients():
     with torch.no_grad():
         assert said(lambda: hosm.third_order_dsm(model, x)) == []
     assert said(lambda: hosm.ode_nll(model, x, solver=hosm.FixedGrid(4))) == []
-    (one,) = said(lambda: hosm.stein_dsm(model, x))
+    (one,) = said(lambda: hosm.second_order_dsm(model, x))
     assert one.filename == __file__  # the caller's line
-    later = (hosm.second_order_dsm, hosm.third_order_dsm, hosm.stein_dsm)
+    later = (hosm.second_order_dsm, hosm.third_order_dsm)
     for function in later:
         assert said(lambda function=function: function(model, x)) == []
     assert len(told(Around(F.relu), 2)) == 1  # another network

@@ -23,10 +23,6 @@ def test_weights_of_a_call_stand_before_those_of_the_module():
     given = {"t": torch.full((4,), 0.5), "noise": torch.ones(4, 2), "probe": torch.ones(2, 4, 2)}
     ramp = hosm.SecondOrderDSM(model)(x0, weights=(1, 0.5, 0.5), **given)
     assert torch.equal(ramp, hosm.second_order_dsm(model, x0, weights=(1, 0.5, 0.5), **given))
-    loss = hosm.SteinDSM(model, weight=0.5)
-    expected = hosm.stein_dsm(model, x0, weight=2.0, **given)
-    torch.testing.assert_close(loss(x0, weight=torch.tensor(2.0), **given), expected)
-    assert "weight=0.5" in repr(loss)
 
 
 def test_it_holds_the_model_and_nothing_else_can_be_copied_and_prints_its_options():
@@ -102,32 +98,28 @@ def test_a_wrapped_part_of_a_network_is_an_error_above_order_one(wrap, monkeypat
 def test_terms_keep_their_times_where_a_wrapper_makes_the_tuple_again():
     """As DistributedDataParallel does with static_graph=True, and accelerate."""
     model = setting()[0]
-    for loss in (hosm.ThirdOrderDSM(model, fraction=0.5), hosm.SteinDSM(model, fraction=0.5)):
-        _, terms = loss(torch.randn(4, 2), return_terms=True)
-        again = type(terms)(*terms)
-        assert again.t is terms.t
-        assert again.rows is terms.rows
-        with pytest.raises(AttributeError):
-            type(terms)(*[term.clone() for term in terms]).rows  # noqa: B018
-        with pytest.raises(AttributeError):
-            terms.other  # noqa: B018
+    loss = hosm.ThirdOrderDSM(model, fraction=0.5)
+    _, terms = loss(torch.randn(4, 2), return_terms=True)
+    again = type(terms)(*terms)
+    assert again.t is terms.t
+    assert again.rows is terms.rows
+    with pytest.raises(AttributeError):
+        type(terms)(*[term.clone() for term in terms]).rows  # noqa: B018
+    with pytest.raises(AttributeError):
+        terms.other  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), [(hosm.ThirdOrderDSM, "weights"), (hosm.SteinDSM, "weight")]
-)
-def test_tensors_of_weights_are_no_parameters(module, name):
+def test_tensors_of_weights_are_no_parameters():
     model = setting()[0]
-    loss = module(model, **{name: torch.ones(4 if name == "weights" else ())})
+    loss = hosm.ThirdOrderDSM(model, weights=torch.ones(4))
     assert len(list(loss.parameters())) == len(list(model.parameters()))
 
 
 def test_a_module_takes_the_options_of_its_function():
     inputs = {"model", "x0", "t", "noise", "probe", "generator", "model_kwargs"}
-    pairs = [(FUNCTIONS[order], MODULES[order]) for order in (1, 2, 3)]
-    for function, module in [*pairs, (hosm.stein_dsm, hosm.SteinDSM)]:
-        shown = inspect.signature(function).parameters
-        held = inspect.signature(module).parameters
+    for order in (1, 2, 3):
+        shown = inspect.signature(FUNCTIONS[order]).parameters
+        held = inspect.signature(MODULES[order]).parameters
         assert set(shown) - inputs == set(held) - {"model"}
         for name in set(held) - {"model"}:
             assert shown[name].default == held[name].default, name

@@ -119,5 +119,3 @@ def test_what_has_no_weight_is_not_taken():
     _, terms = module(**given, return_terms=True)
     assert terms.second is None
     assert len(terms.trace) == 2
-    _, terms = hosm.SteinDSM(model, weight=0)(**given, return_terms=True)
-    assert terms.rate is None

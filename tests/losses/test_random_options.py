@@ -27,7 +27,6 @@ from tests.oracles import (
     LAPLACIAN,
     dense_derivatives,
     dense_paired_terms,
-    dense_stein_rate,
     dense_terms,
     rates_of,
 )
@@ -36,7 +35,6 @@ LOSSES = {
     "first": (FUNCTIONS[1], MODULES[1], 1),
     "second": (FUNCTIONS[2], MODULES[2], 2),
     "third": (FUNCTIONS[3], MODULES[3], 3),
-    "stein": (hosm.stein_dsm, hosm.SteinDSM, 2),
     "terms": (hosm.dsm_terms, None, None),
 }
 
@@ -85,13 +83,13 @@ def drawn_options(pick, loss):
         options["reduction"] = pick.choice(["mean", "sum", "none"])
     if loss == "first":
         return options
-    paired = loss == "stein" or pick.now_and_then()
+    paired = pick.now_and_then()
     count = pick.choice([2, 3, 4] if paired else [1, 2, 3, "exact"])
     distribution = pick.choice(["rademacher", "gaussian", "sphere", "dct"])
     if count != "exact" and (distribution != "rademacher" or pick.now_and_then()):
         count = hosm.Hutchinson(count, distribution)
     options["probes"] = count
-    if paired and loss != "stein":
+    if paired:
         drawn = getattr(count, "count", count)
         options["probes"] = hosm.Paired(drawn, distribution)
     options["engine"] = pick.choice(ENGINES)
@@ -112,8 +110,6 @@ def value_of(probes):
 
 def drawn_weights(pick, loss):
     """Numbers, some of them 0, or tensors with a gradient; None where the loss takes none."""
-    if loss == "stein":
-        return pick.choice([None, 0, 0.7, torch.tensor(0.7, requires_grad=True)])
     if loss not in ("second", "third"):
         return None
     values = [0.6, *(pick.choice([0, 0.3, 2.0]) for _ in range(2)), 1.5]
@@ -143,7 +139,7 @@ def drawn_case(data):
     """A model, what its loss is given, and all that may have a gradient."""
     pick, seed = Pick(data), data.draw(st.integers(0, 10_000))
     torch.manual_seed(seed)
-    loss = pick.choice(["first", "second", "third", "third", "stein", "terms"])
+    loss = pick.choice(["first", "second", "third", "third", "terms"])
     options, weights = drawn_options(pick, loss), drawn_weights(pick, loss)
     if weights is None and loss in ("second", "third") and options["weighting"] == "likelihood":
         weights = "paper"  # required there
@@ -183,7 +179,7 @@ def evaluated(case):
     if case.targets is not None:
         inputs["targets"] = case.targets
     if case.weights is not None:
-        inputs["weight" if case.loss == "stein" else "weights"] = case.weights
+        inputs["weights"] = case.weights
     if case.as_module:
         return module(case.model, **case.options)(case.x0, return_terms=True, **inputs)
     found = function(case.model, case.x0, **case.options, **inputs)
@@ -246,7 +242,7 @@ def dense_sample(case, row):
     if not isinstance(weighting, tuple):
         weighting = (weighting, weighting if callable(weighting) else "noise")
     factors = [one(t) if callable(one) else named[one] for one in weighting]
-    factors = torch.stack([nats, nats] if case.loss == "stein" else factors)
+    factors = torch.stack(factors)
     x = alpha * case.x0[row] + sigma * case.noise[row]
     return field, x, sigma, *noises(case, row, x.detach(), alpha, sigma), factors
 
@@ -275,8 +271,6 @@ def higher_terms(case, field, x, sigma, noise, pairs, probes):
     a, second, noise = sigma * jacobian, sigma**2 * second, noise.flatten()
     others = pairs and [(weight, (f + each.flatten()).detach()) for weight, each in pairs]
     third = LAPLACIAN if case.options.get("third") == "laplacian" else "ijk,i,j->k"
-    if case.loss == "stein":
-        return (dense_stein_rate(f, a, noise, probes, others),)
     if isinstance(case.options["probes"], hosm.Paired):
         return dense_paired_terms(f, a, second, noise, probes, third, others)[: case.order]
     options = {"exact": case.options.get("probes") == "exact", "third": third, "others": others}
@@ -291,7 +285,7 @@ def dense_loss(case, rows, probes):
     case.network.by_hand = True
     samples = [dense_sample(case, row) for row in range(case.size)]
     first = torch.stack([(f(x) + noise).square().sum() for f, x, _, noise, *_ in samples])
-    terms = [first if case.loss == "stein" else first / case.x0[0].numel()]
+    terms = [first / case.x0[0].numel()]
     if case.order > 1:
         higher = []
         for place, row in enumerate(rows):
@@ -303,9 +297,7 @@ def dense_loss(case, rows, probes):
     squared = 0.1 * case.x0[0].numel() ** 2
     named = {"paper": [1.0] * 4, "paper-toy": [1.0, 0.5, 0.0, squared]}
     weights = named[case.weights] if isinstance(case.weights, str) else case.weights
-    if case.loss == "stein":
-        weights = [1.0, 1.0 if weights is None else weights]
-    elif weights is None:
+    if weights is None:
         weights = [1.0, 0.5, 0.0, min(1.0, squared)]
     of_first, of_higher = torch.stack([sample[-1] for sample in samples], 1)
     factors = [of_first, *[of_higher[rows]] * 3]

@@ -89,7 +89,6 @@ USES = {
     "falls back": hosm.second_order_dsm,
     "laplacian": partial(hosm.third_order_dsm, third="laplacian", probes=2, fraction=0.5),
     "paired": partial(hosm.second_order_dsm, probes=hosm.Paired()),
-    "stein": hosm.stein_dsm,
     "fixed": nll,
     "adaptive": partial(nll, solver=hosm.Adaptive(0.1)),
     "graph": partial(nll, enable_grad=True),

@@ -40,7 +40,6 @@ def test_a_training_step() -> None:
         ),
         hosm.third_order_dsm(model, x0, probes="exact", third="laplacian", time_sampler=sampler),
         hosm.second_order_dsm(model, x0, probes=hosm.Paired(), weights="paper"),
-        hosm.stein_dsm(model, x0, weight=0.3, probes=4, fraction=0.5),
         hosm.first_order_dsm(model, x0, targets=torch.randn(4, 3)),
         hosm.third_order_dsm(model, x0, targets=hosm.AveragedTargets(torch.randn(9, 3))),
     ]
@@ -63,11 +62,7 @@ def test_modules_return_what_return_terms_says() -> None:
     assert second is not None
     assert trace is not None
     assert third is not None
-    stein = hosm.SteinDSM(model, weight=torch.tensor(0.3), targets=hosm.AveragedTargets())
-    stein(x0, weight=0.1).backward()
-    _, rates = stein(x0, return_terms=True)
-    assert rates.rate is not None
-    hosm.SecondOrderDSM(model, probes=hosm.Paired(), weights="balanced")(x0).backward()
+    hosm.SecondOrderDSM(model, probes=hosm.Paired())(x0).backward()
     several: list[nn.Module] = [hosm.FirstOrderDSM(model), hosm.SecondOrderDSM(model, probes=2)]
     assert len(several) == 2
 

@@ -29,8 +29,6 @@ def of_no_use(model: hosm.ScoreModel, x0: torch.Tensor) -> None:
     hosm.first_order_dsm(model, x0, probe=x0)  # pyright: ignore[reportCallIssue]
     hosm.SecondOrderDSM(model, third="exact")  # pyright: ignore[reportCallIssue]
     hosm.FirstOrderDSM(model, probes=2)  # pyright: ignore[reportCallIssue]
-    hosm.stein_dsm(model, x0, probes=hosm.Paired())  # pyright: ignore[reportArgumentType]
-    hosm.stein_dsm(model, x0, weighting="noise")  # pyright: ignore[reportCallIssue]
     hosm.dsm_terms(model, x0, weights=(1, 1, 1, 1))  # pyright: ignore[reportCallIssue]
 
 

@@ -25,7 +25,6 @@ from hosm_losses import (
     Paired,
     ScoreModel,
     SecondOrderDSM,
-    SteinDSM,
     ThirdOrderDSM,
     VESchedule,
     VPSchedule,
@@ -46,7 +45,6 @@ LOSSES: dict[str, tuple[type[nn.Module], type[Hutchinson | Paired]]] = {
     "third": (ThirdOrderDSM, Hutchinson),
     "paired2": (SecondOrderDSM, Paired),
     "paired3": (ThirdOrderDSM, Paired),
-    "stein": (SteinDSM, Hutchinson),
 }
 TIMES = ("log_sigma_hat", "schedule")
 
@@ -92,8 +90,6 @@ def objective(model: ScoreModel, loss: str, *, times: str, **options: Any) -> nn
         chosen["probes"] = probes(count)
     elif probes is Paired:
         chosen["probes"] = Paired()
-    if loss == "stein":  # whose log σ̂ is uniform by itself
-        return kind(model, **chosen, **({} if weights is None else {"weight": weights}))
     if loss != "first" and weights is not None:
         chosen["weights"] = weights
     if times == "log_sigma_hat":
@@ -106,12 +102,3 @@ def objective(model: ScoreModel, loss: str, *, times: str, **options: Any) -> nn
 
         chosen["time_sampler"] = uniform
     return kind(model, **chosen)
-
-
-def loss_scale(model: ScoreModel, loss: str) -> float:
-    """Return what a loss is multiplied by, so that all have a first term of about 1 at the start.
-
-    `SteinDSM` is in nats, the others are per pixel. One clipping of gradients then suits all.
-    """
-    low, high = model.schedule.log_sigma_hat_range
-    return 1 / (3 * 32 * 32 * (high - low)) if loss == "stein" else 1.0

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from checkpoints import check_same, load, save, truncate_log
 from cifar import batch_rows, prepared, write_stand_in
 from cifar import load as load_images
-from networks import LOSSES, SIZES, TIMES, loss_scale, objective, score_model
+from networks import LOSSES, SIZES, TIMES, objective, score_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,7 +53,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--size", choices=SIZES, default="paper", help="network")
     add("--dropout", type=float, default=0.0, help="inside residual blocks")
     add("--loss", choices=LOSSES, default="first", help="order, and estimator")
-    add("--weights", nargs="+", default=None, help="one a term, 'balanced', or stein's weight")
+    add("--weights", nargs="+", default=None, help="one for each term")
     add("--probes", type=int, default=None, help="random probes a sample; the loss's own if None")
     add("--fraction", type=float, default=1.0, help="part of a batch with higher terms")
     add("--parts", type=int, default=1, help="of a batch, one after the other, to save memory")
@@ -95,22 +95,17 @@ def options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _weights(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Any:
-    """What --weights says: a word, a number for stein, or a list; None if it was not given."""
+    """What --weights says, a list of numbers; None if it was not given."""
     if args.weights is None:
         return None
     try:
         numbers = [float(word) for word in args.weights]
     except ValueError:
-        if args.weights == ["balanced"] and args.loss != "stein":
-            return "balanced"
-        words = "a number" if args.loss == "stein" else "numbers or 'balanced'"
-        parser.error(
-            f"--weights: expected {words} with --loss {args.loss}; got {' '.join(args.weights)}"
-        )
-    expected = {"stein": 1, "second": 3, "paired2": 3, "third": 4, "paired3": 4}[args.loss]
+        parser.error(f"--weights: expected numbers; got {' '.join(args.weights)}")
+    expected = {"second": 3, "paired2": 3, "third": 4, "paired3": 4}[args.loss]
     if len(numbers) != expected:
         parser.error(f"--weights: expected {expected} with --loss {args.loss}; got {len(numbers)}")
-    return numbers[0] if args.loss == "stein" else numbers
+    return numbers
 
 
 class Processes:
@@ -184,7 +179,7 @@ class Run:
         state = {
             "step": self.step,
             "options": {name: getattr(self.args, name) for name in FIXED},
-            "objective": self.objective.state_dict(),  # the network, and what balances its terms
+            "objective": self.objective.state_dict(),
             "ema": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -222,7 +217,6 @@ def train(run: Run, images: torch.Tensor, processes: Processes) -> None:
     loss_of: nn.Module = run.objective.train()
     if processes.many:
         loss_of = DistributedDataParallel(loss_of, device_ids=where)
-    scale = loss_scale(run.model, args.loss)
     worst = torch.zeros((), device=device)
     logged, since = run.step, time.perf_counter()
     bar = _progress(run.step, args.steps, shown=processes.rank == 0)
@@ -233,7 +227,7 @@ def train(run: Run, images: torch.Tensor, processes: Processes) -> None:
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
         x0 = prepared(images[torch.from_numpy(rows).to(device)], flip=args.flip)
         run.optimizer.zero_grad()
-        means = _add_gradients(loss_of, x0, args, scale)
+        means = _add_gradients(loss_of, x0, args)
         norm, rate = run.update().detach(), run.optimizer.param_groups[0]["lr"]
         worst = torch.maximum(worst, norm)  # not a number, once it was
         last = run.step == args.steps
@@ -264,7 +258,7 @@ def train(run: Run, images: torch.Tensor, processes: Processes) -> None:
 
 
 def _add_gradients(
-    loss_of: nn.Module, x0: torch.Tensor, args: argparse.Namespace, scale: float
+    loss_of: nn.Module, x0: torch.Tensor, args: argparse.Namespace
 ) -> dict[str, torch.Tensor]:
     """Accumulate the gradient of a batch in parts; return its loss and terms, averaged."""
     means: dict[str, torch.Tensor] = {}
@@ -276,7 +270,7 @@ def _add_gradients(
         with loss_of.no_sync() if waits else nullcontext():
             with torch.autocast(x0.device.type, torch.bfloat16, enabled=args.bf16):
                 loss, terms = loss_of(part, return_terms=True)
-            (scale * share * loss).backward()
+            (share * loss).backward()
         for name, value in {"loss": loss, **terms._asdict()}.items():
             if value is not None:
                 mean = share * value.detach().mean().double()

@@ -30,8 +30,6 @@ Third = Literal["exact", "laplacian"]
 Probes = int | Literal["exact"] | Hutchinson | Paired
 Weights = Sequence[float | Tensor] | np.ndarray | Tensor
 Recipe = Literal["paper", "paper-toy"]
-ModuleRecipe = Recipe | Literal["balanced"]
-STEIN = ("likelihood", None)  # the weighting and the sampler of `stein_dsm`
 COUNTS = {1: (1,), 2: (3, 4), 3: (4,)}  # of weights, by order
 
 
@@ -47,7 +45,6 @@ class Options:
     weighting: Weighting = "noise"
     time_sampler: TimeSampler = None
     reduction: Reduction = "mean"
-    stein: bool = False  # whether the terms are those of `stein_dsm`
 
     def __post_init__(self) -> None:
         """Check every option."""
@@ -55,7 +52,7 @@ class Options:
         if order not in COUNTS:
             raise ValueError(f"order: expected 1, 2 or 3; got {order}.")
         part = check_number("fraction", self.fraction, "a number in (0, 1]", above=0, at_most=1)
-        probes = _check_probes(self.probes, stein=self.stein)
+        probes = _check_probes(self.probes)
         for name, value in (("order", order), ("fraction", part), ("probes", probes)):
             if value is not getattr(self, name):  # torch.compile need not see what changes nothing
                 object.__setattr__(self, name, value)
@@ -82,7 +79,7 @@ class Options:
     @property
     def fewest(self) -> int:
         """The fewest probes."""
-        return 2 if self.stein or isinstance(self.probes, Paired) else 1
+        return 2 if isinstance(self.probes, Paired) else 1
 
     @property
     def derivatives(self) -> dict[str, Any]:
@@ -103,17 +100,13 @@ class Given(NamedTuple):
     model_kwargs: Mapping[str, Any] | None
 
 
-def _check_probes(probes: object, *, stein: bool) -> Any:
-    """The probes as a value; of `stein_dsm`, which pairs what it draws, two or more."""
-    fewest, kinds = (2, "or Hutchinson(2)") if stein else (1, "'exact', Hutchinson() or Paired()")
-    if isinstance(probes, Integral) and not isinstance(probes, bool) and int(probes) >= fewest:
+def _check_probes(probes: object) -> Any:
+    """The probes as a value."""
+    if isinstance(probes, Integral) and not isinstance(probes, bool) and int(probes) >= 1:
         return Hutchinson(int(probes))
-    exact = isinstance(probes, str) and probes == "exact"
-    if not stein and (exact or isinstance(probes, Paired)):
+    if isinstance(probes, Hutchinson | Paired) or (isinstance(probes, str) and probes == "exact"):
         return probes
-    if isinstance(probes, Hutchinson) and probes.count >= fewest:
-        return probes
-    expected = f"a whole number of at least {fewest}, {kinds}"
+    expected = "a whole number of at least 1, 'exact', Hutchinson() or Paired()"
     raise ValueError(complaint("probes", expected, probes, got=repr(probes)))
 
 
@@ -132,8 +125,8 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     if isinstance(weights, str) and weights in recipes:
         return recipes[weights]
     expected = (
-        "four numbers (first, second, trace, third), at order 2 three or four, 'paper', "
-        "'paper-toy' or, given to the constructor of SecondOrderDSM or ThirdOrderDSM, 'balanced'"
+        "four numbers (first, second, trace, third), at order 2 three or four, 'paper' or "
+        "'paper-toy'"
     )
     one = isinstance(weights, str | bytes) or getattr(weights, "ndim", 1) == 0
     if one or not isinstance(weights, Sequence | np.ndarray | Tensor):

@@ -1,4 +1,4 @@
-"""Denoising score matching as functions and as modules, and `stein_dsm`.
+"""Denoising score matching as functions and as modules.
 
 A function takes a ScoreModel and clean data, and returns a scalar to call backward on. A module is
 what DDP, FSDP2, torch.compile and checkpointing wrap: it holds the ScoreModel as `model` and the
@@ -12,11 +12,8 @@ from collections.abc import Mapping
 from typing import (
     TYPE_CHECKING,
     Any,
-    ClassVar,
-    Generic,
     Literal,
     TypedDict,
-    TypeVar,
     Unpack,
     overload,
 )
@@ -25,31 +22,22 @@ import torch
 from torch import Tensor, nn
 
 from hosm_losses._checks import check_flag, complaint
-from hosm_losses._torch_internals import checkpoint_hook, transformed
 from hosm_losses.derivatives import Engine
 from hosm_losses.losses.arguments import (
-    STEIN,
     Given,
-    ModuleRecipe,
     Options,
     Probes,
     Recipe,
     Reduction,
     Third,
     Weights,
-    check_weight,
     check_weights,
 )
-from hosm_losses.losses.balance import Balance
 from hosm_losses.losses.objective import evaluate
-from hosm_losses.losses.stein import LoggedSteinTerms
 from hosm_losses.losses.targets import AveragedTargets, Targets, check_targets
 from hosm_losses.losses.terms import DSMTerms, LoggedTerms
 from hosm_losses.losses.weighting import TimeSampler, Weighting
 from hosm_losses.model import ScoreModel, check_model, refuse_wrapped
-from hosm_losses.probes import Hutchinson
-
-Terms = TypeVar("Terms")
 
 
 def first_order_dsm(
@@ -170,9 +158,7 @@ def third_order_dsm(
         weights: (first, second, trace, third), numbers of at least 0 or tensors of one element, in
             a list, a tuple, an array or a tensor. "paper" is (1, 1, 1, 1), that of the paper's
             code for images; "paper-toy" (1, 0.5, 0, 0.1 d²), that of its script for few
-            dimensions. None is (1, 0.5, 0, min(1, 0.1 d²)). The modules take "balanced" as well:
-            the first term's weighting then multiplies every term, and a pair of weightings is an
-            error.
+            dimensions. None is (1, 0.5, 0, min(1, 0.1 d²)).
         weighting: "noise" takes the terms as they are. "native" makes the first term the squared
             error of the network's own prediction. `EDMWeighting()` makes it the loss of EDM's
             trainer. "likelihood" makes it the likelihood-weighted one, and requires `weights`.
@@ -224,66 +210,6 @@ def third_order_dsm(
     return evaluate(model, x0, options, given).loss
 
 
-def stein_dsm(
-    model: ScoreModel,
-    x0: Tensor,
-    *,
-    t: Tensor | None = None,
-    noise: Tensor | None = None,
-    probe: Tensor | None = None,
-    probes: int | Hutchinson = 2,
-    targets: AveragedTargets | None = None,
-    weight: float | Tensor | None = 1.0,
-    fraction: float = 1.0,
-    engine: Engine = "auto",
-    reduction: Reduction = "mean",
-    generator: torch.Generator | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:
-    """Return the loss of order one with the rate at which the log-density of the ODE goes wrong.
-
-    It is in nats, and trades the bound of the SDE for the likelihood of the ODE: J_SM, which order
-    one alone minimises, rises. The formula is on the page on theory, under "The likelihood to
-    first order".
-    A step costs what one of order two with as many probes costs. The other arguments, and what is
-    raised, are those of `third_order_dsm`.
-
-    Args:
-        model: the score model.
-        x0: data (B, *).
-        t: times (B,) in the schedule's units, which count as uniform. If None they are drawn with
-            log σ̂ uniform; of a table as whole indices.
-        noise: ε (B, *); drawn if None.
-        probe: v of shape (K, B, *), used as it is; drawn if None.
-        probes: K, 2 or more, or `Hutchinson(2, ...)`: the estimates of two halves are multiplied
-            with each other.
-        targets: None for ε, or `AveragedTargets()`.
-        weight: of the rate, a number of at least 0 or a tensor of one element; 1 if None.
-        fraction: the part of the batch on which the rate is evaluated.
-        engine: "auto", "taylor" or "reverse".
-        reduction: "mean", "sum" or "none".
-        generator: the source of randomness.
-        model_kwargs: keyword arguments of the network.
-
-    Returns:
-        The integral over log σ̂ of ‖ε̂ − ε‖² + weight · ρ₁ρ₂, averaged over the batch, in nats. The
-        first part has the mean J_SM up to a constant. ρ₁ and ρ₂ estimate the rate a, each from
-        half of the probes. The gradient of the second part is in the mean that of weight · a²; its
-        value is noisier and may be negative. With averaged `targets` the mean is the same where
-        their reference is dense, with less noise.
-
-    Example:
-        >>> import torch
-        >>> from hosm_losses import VPSchedule
-        >>> model = ScoreModel(lambda x, t: 0.5 * x, VPSchedule())
-        >>> stein_dsm(model, torch.zeros(4, 2), weight=0.3).shape
-        torch.Size([])
-    """
-    options = Options(2, probes, engine, "exact", fraction, *STEIN, reduction, True)
-    given = Given(t, noise, probe, targets, weight, generator, model_kwargs)
-    return evaluate(model, x0, options, given).loss
-
-
 def dsm_terms(
     model: ScoreModel,
     x0: Tensor,
@@ -324,35 +250,30 @@ class _Inputs(TypedDict, total=False):
     noise: Tensor | None
     probe: Tensor | None
     targets: Targets
-    weights: Weights | ModuleRecipe | None
-    weight: float | Tensor | None
+    weights: Weights | Recipe | None
     generator: torch.Generator | None
     model_kwargs: Mapping[str, Any] | None
 
 
-class _Loss(nn.Module, Generic[Terms]):
+class _Loss(nn.Module):
     """What the modules share: the model, the options, and what a call need not give."""
-
-    logged: ClassVar[type] = LoggedTerms
-    balance: Balance | None
 
     def __init__(
         self, model: ScoreModel, options: Options, targets: Targets, weights: Any = None
     ) -> None:
         super().__init__()
         if isinstance(weights, nn.Parameter):  # which a module registers as one to be trained
-            name = "weight" if options.stein else "weights"
             expected = "numbers, or tensors that are not trained"
-            raise ValueError(complaint(name, expected, weights, got="a Parameter"))
+            raise ValueError(complaint("weights", expected, weights, got="a Parameter"))
         self.options, self.weights = options, weights
         self.targets = check_targets(targets, tensor=False)
-        self.model, self.balance = check_model(model), None
+        self.model = check_model(model)
         if options.order > 1:
             refuse_wrapped(model.network)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, for print."""
-        known = vars(self.options) | vars(self) | {"weight": self.weights}
+        known = vars(self.options) | vars(self)
         names = list(inspect.signature(type(self).__init__).parameters)[2:]
         return ", ".join(f"{name}={known[name]!r}" for name in names)
 
@@ -361,27 +282,18 @@ class _Loss(nn.Module, Generic[Terms]):
         check_flag("return_terms", return_terms)
         weights = self.weights if given.weights is None else given.weights
         targets = self.targets if given.targets is None else given.targets
-        balance = self.balance
-        if balance is not None and isinstance(weights, str):
-            weights, balance = ("paper", balance) if weights == "balanced" else (weights, None)
-        follows = balance is not None and balance.training
-        if follows and (transformed() or checkpoint_hook()):
-            raise ValueError(
-                "weights: expected numbers under torch.func and in a checkpoint; got 'balanced', "
-                "whose running means would be updated more than once in a step. Accumulate "
-                "gradients, or call .eval() on the loss's `balance`."
-            )
         # Not by _replace, which torch.compile of PyTorch 2.6 does not follow.
         t, noise, probe, _, _, generator, kwargs = given
         given = Given(t, noise, probe, targets, weights, generator, kwargs)
-        found = evaluate(self.model, x0, self.options, given, balance)
+        found = evaluate(self.model, x0, self.options, given)
         if not return_terms:
             return found.loss
-        detached = [None if term is None else term.detach() for term in found.terms]
-        terms = self.logged(*detached)
+        first: Any = found.terms.first.detach()
+        higher = [None if term is None else term.detach() for term in found.terms[1:]]
+        terms = LoggedTerms(first, *higher)
         terms.t, terms.rows = found.t.detach(), found.rows
         if not torch.compiler.is_compiling():
-            terms.first._logged = {"t": terms.t, "rows": terms.rows}
+            first._logged = {"t": terms.t, "rows": terms.rows}
         return found.loss, terms
 
     if TYPE_CHECKING:  # nn.Module gives no type to a call; each forward says what it takes
@@ -393,11 +305,11 @@ class _Loss(nn.Module, Generic[Terms]):
         @overload
         def __call__(
             self, x0: Tensor, *, return_terms: Literal[True], **inputs: Unpack[_Inputs]
-        ) -> tuple[Tensor, Terms]: ...
+        ) -> tuple[Tensor, LoggedTerms]: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-class FirstOrderDSM(_Loss[LoggedTerms]):
+class FirstOrderDSM(_Loss):
     """`first_order_dsm` as a module.
 
     Example:
@@ -439,7 +351,7 @@ class FirstOrderDSM(_Loss[LoggedTerms]):
         return self._evaluate(x0, given, return_terms)
 
 
-class _HigherOrderDSM(_Loss[LoggedTerms]):
+class _HigherOrderDSM(_Loss):
     """Orders two and three: what they are called with, and weights that follow the terms."""
 
     def __init__(
@@ -447,19 +359,10 @@ class _HigherOrderDSM(_Loss[LoggedTerms]):
         model: ScoreModel,
         options: Options,
         targets: AveragedTargets | None,
-        weights: Weights | ModuleRecipe | None,
+        weights: Weights | Recipe | None,
     ) -> None:
         super().__init__(model, options, targets, weights)
-        if not (isinstance(weights, str) and weights == "balanced"):
-            check_weights(weights, options.order)
-            return
-        if isinstance(options.weighting, tuple):
-            raise ValueError(
-                "weighting: expected one for all terms with weights='balanced', which takes the "
-                "higher terms at the weighting of the first; got a pair."
-            )
-        device = next((each.device for each in model.parameters()), None)
-        self.balance = Balance(options.order + 1, device)
+        check_weights(weights, options.order)
 
     def forward(
         self,
@@ -469,7 +372,7 @@ class _HigherOrderDSM(_Loss[LoggedTerms]):
         noise: Tensor | None = None,
         probe: Tensor | None = None,
         targets: AveragedTargets | None = None,
-        weights: Weights | ModuleRecipe | None = None,
+        weights: Weights | Recipe | None = None,
         generator: torch.Generator | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         return_terms: bool = False,
@@ -477,14 +380,14 @@ class _HigherOrderDSM(_Loss[LoggedTerms]):
         """Return the loss, or (loss, detached terms); inputs as in `third_order_dsm`.
 
         `weights` and `targets` given here, for a ramp or a reference that changes, stand before
-        those of the constructor. Numbers multiply balanced weights.
+        those of the constructor.
         """
         given = Given(t, noise, probe, targets, weights, generator, model_kwargs)
         return self._evaluate(x0, given, return_terms)
 
 
 class SecondOrderDSM(_HigherOrderDSM):
-    """`second_order_dsm` as a module; `weights` may be "balanced", see `third_order_dsm`.
+    """`second_order_dsm` as a module.
 
     Example:
         >>> import torch
@@ -501,7 +404,7 @@ class SecondOrderDSM(_HigherOrderDSM):
         *,
         probes: Probes = 1,
         targets: AveragedTargets | None = None,
-        weights: Weights | ModuleRecipe | None = None,
+        weights: Weights | Recipe | None = None,
         weighting: Weighting = "noise",
         time_sampler: TimeSampler = None,
         fraction: float = 1.0,
@@ -513,13 +416,13 @@ class SecondOrderDSM(_HigherOrderDSM):
 
 
 class ThirdOrderDSM(_HigherOrderDSM):
-    """`third_order_dsm` as a module; `weights` may be "balanced" as well.
+    """`third_order_dsm` as a module.
 
     Example:
         >>> import torch
         >>> from hosm_losses import Paired, VPSchedule
         >>> model = ScoreModel(lambda x, t: 0.5 * x, VPSchedule())
-        >>> loss = ThirdOrderDSM(model, probes=Paired(), weights="balanced")
+        >>> loss = ThirdOrderDSM(model, probes=Paired())
         >>> value, terms = loss(torch.zeros(4, 3), return_terms=True)
         >>> terms.third.shape, terms.t.shape
         (torch.Size([4]), torch.Size([4]))
@@ -531,7 +434,7 @@ class ThirdOrderDSM(_HigherOrderDSM):
         *,
         probes: Probes = 1,
         targets: AveragedTargets | None = None,
-        weights: Weights | ModuleRecipe | None = None,
+        weights: Weights | Recipe | None = None,
         weighting: Weighting = "noise",
         time_sampler: TimeSampler = None,
         third: Third = "exact",
@@ -541,53 +444,3 @@ class ThirdOrderDSM(_HigherOrderDSM):
     ) -> None:
         options = Options(3, probes, engine, third, fraction, weighting, time_sampler, reduction)
         super().__init__(model, options, targets, weights)
-
-
-class SteinDSM(_Loss[LoggedSteinTerms]):
-    """`stein_dsm` as a module.
-
-    Example:
-        >>> import torch
-        >>> from hosm_losses import VPSchedule
-        >>> loss = SteinDSM(ScoreModel(lambda x, t: 0.5 * x, VPSchedule()), weight=0.3)
-        >>> value, terms = loss(torch.zeros(4, 3), return_terms=True)
-        >>> terms.rate.shape
-        torch.Size([4])
-    """
-
-    logged = LoggedSteinTerms
-
-    def __init__(
-        self,
-        model: ScoreModel,
-        *,
-        probes: int | Hutchinson = 2,
-        targets: AveragedTargets | None = None,
-        weight: float | Tensor | None = 1.0,
-        fraction: float = 1.0,
-        engine: Engine = "auto",
-        reduction: Reduction = "mean",
-    ) -> None:
-        options = Options(2, probes, engine, "exact", fraction, *STEIN, reduction, True)
-        super().__init__(model, options, targets, weight)
-        check_weight("weight", 1.0 if weight is None else weight)
-
-    def forward(
-        self,
-        x0: Tensor,
-        *,
-        t: Tensor | None = None,
-        noise: Tensor | None = None,
-        probe: Tensor | None = None,
-        targets: AveragedTargets | None = None,
-        weight: float | Tensor | None = None,
-        generator: torch.Generator | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        return_terms: bool = False,
-    ) -> Tensor | tuple[Tensor, LoggedSteinTerms]:
-        """Return the loss, or (loss, detached terms); inputs as in `stein_dsm`.
-
-        `weight` and `targets` given here stand before those of the constructor.
-        """
-        given = Given(t, noise, probe, targets, weight, generator, model_kwargs)
-        return self._evaluate(x0, given, return_terms)

@@ -1,8 +1,7 @@
 """The objective of a loss: from arguments to a reduced loss.
 
-Formula, with the terms of `terms` or `paired`, or of `stein`:
+Formula, with the terms of `terms` or `paired`:
     loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch
-    loss = first + weight · rate, the integral over log σ̂, averaged over the batch
 """
 
 from functools import partial
@@ -26,13 +25,10 @@ from hosm_losses.losses.arguments import (
     Given,
     Options,
     Weights,
-    check_weight,
     check_weights,
     counts,
 )
-from hosm_losses.losses.balance import Balance
 from hosm_losses.losses.paired import paired_terms
-from hosm_losses.losses.stein import stein_terms
 from hosm_losses.losses.targets import check_conditions, check_targets
 from hosm_losses.losses.terms import (
     DSMTerms,
@@ -42,7 +38,7 @@ from hosm_losses.losses.terms import (
     first_term,
     terms_along,
 )
-from hosm_losses.losses.weighting import draw_time, noise_level, time_factors
+from hosm_losses.losses.weighting import draw_time, time_factors
 from hosm_losses.model import (
     NoiseField,
     ScoreModel,
@@ -58,14 +54,12 @@ class Evaluated(NamedTuple):
     """A loss with what it was made of."""
 
     loss: Tensor  # reduced
-    terms: Any  # DSMTerms or SteinTerms, per sample, with their graph
+    terms: DSMTerms  # per sample, with their graph
     t: Tensor  # (B,)
     rows: Tensor | None  # that have the higher terms, in their order; None for all
 
 
-def evaluate(
-    model: object, x0: object, options: Options, given: Given, balance: Balance | None = None
-) -> Evaluated:
+def evaluate(model: object, x0: object, options: Options, given: Given) -> Evaluated:
     """The loss and its terms, from arguments that are checked here."""
     kwargs = check_model_kwargs(given.model_kwargs)
     higher = options.order > 1
@@ -82,22 +76,12 @@ def evaluate(
             refuse_wrapped(score_model.network)
         field = noise_field(score_model, t, kwargs)
         check_conditions(targets, field.kwargs)
-        field = field if options.stein else field.drop_qx()
+        field = field.drop_qx()
         rows = None
         if higher:
             rows, rest = _select_rows(x, options, given.generator)
             probes = _probes(x, rows, options, given)
             terms = _terms(field, inputs, probes, options, weights, rows, rest)
-            if options.stein and factors[0] is not None:
-                nats = factors[0] / x[0].numel()  # of whole samples, not of their elements
-                factors = nats, nats
-            if balance is not None:
-                found = balance(terms, noise_level(score_model, t, x), rows)
-                weights = [
-                    ratio * weight if counts(weight) and ratio is not None else weight
-                    for weight, ratio in zip(weights, found, strict=False)
-                ]
-                factors = factors[0], factors[0]
             loss = _reduce(terms, weights, factors, rows, options.reduction)
         else:
             residual = first_residual_of(field, inputs)
@@ -117,8 +101,8 @@ def perturb(
     """Check the arguments of a loss, draw t and ε where they are missing, and perturb the data.
 
     x = α(t) x₀ + σ(t) ε. What is missing is drawn on the device of x₀, in the order t, ε, v. The
-    noise is ε − q x, to go with `NoiseField.drop_qx`, but for `stein_dsm`, whose rate
-    multiplies by ε. Of averaged targets it has the mean in the place of ε, without a gradient.
+    noise is ε − q x, to go with `NoiseField.drop_qx`. Of averaged targets it has the mean in the
+    place of ε, without a gradient.
     """
     score_model, targets = check_model(model), given.targets
     batch = normal(check_sample_batch("x0", x0))
@@ -134,7 +118,7 @@ def perturb(
         eps = _like_data("noise", given.noise, batch)
     alpha, sigma = score_model.coefficients(times, batch)
     exact = expand_right(alpha, batch) * batch + expand_right(sigma, batch) * eps
-    target = eps if options.stein else score_model.noise_without_x(times, batch, eps)
+    target = score_model.noise_without_x(times, batch, eps)
     posterior = None
     if isinstance(targets, Tensor):
         target = target + (at_least_float32(_like_data("targets", targets, batch).detach()) - eps)
@@ -155,12 +139,10 @@ def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
 def _weights(given: object, options: Options, x: Tensor) -> Weights:
     """The weights of the terms, checked."""
     likelihood = isinstance(options.weighting, str) and options.weighting == "likelihood"
-    if options.stein:
-        return 1.0, 1.0 if given is None else check_weight("weight", given)
     if given is None and options.order > 1 and likelihood:
         raise ValueError(
-            "weights: expected numbers, 'paper' or, in a module, 'balanced' with weighting="
-            "'likelihood', which puts the first term alone in nats; got None."
+            "weights: expected numbers or 'paper' with weighting='likelihood', which puts the "
+            "first term alone in nats; got None."
         )
     return check_weights(given, options.order, x[0].numel())
 
@@ -173,19 +155,17 @@ def _terms(
     weights: Weights,
     rows: Tensor | None,
     rest: Tensor | None,
-) -> Any:
+) -> DSMTerms:
     """The terms of a loss, the higher ones of `rows` alone, all if None.
 
     `probes` are those of `rows`. The `rest` of the batch has the first term only.
     """
-    along, given = terms_along, probes
-    if options.stein:
-        along, given = stein_terms, probes if counts(weights[1]) else None
-    elif isinstance(options.probes, Paired):
+    along = terms_along
+    if isinstance(options.probes, Paired):
         along = partial(paired_terms, second=counts(weights[1]))
     if rows is None or rest is None:
-        return along(field, inputs, given, options)
-    terms = along(field.rows(rows), inputs.at(rows), given, options)
+        return along(field, inputs, probes, options)
+    terms = along(field.rows(rows), inputs.at(rows), probes, options)
     first = terms.first
     if len(rest):
         graph = torch.is_grad_enabled() and not traced()
@@ -244,7 +224,7 @@ def _given_probe(x: Tensor, probe: object, options: Options) -> Tensor:
 
 
 def _reduce(
-    terms: Any,
+    terms: DSMTerms,
     weights: Weights,
     factors: tuple[Tensor | None, Tensor | None],
     rows: Tensor | None,

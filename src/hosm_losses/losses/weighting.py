@@ -186,12 +186,6 @@ def time_factors(
     return of_first, of_first if higher is first else factor(higher)
 
 
-def noise_level(model: ScoreModel, t: Tensor, x0: Tensor) -> Tensor:
-    """Where log σ̂ lies in the range of the schedule, from 0 at t_min to 1 at t_max, (B,)."""
-    low, span = _range(model.schedule)
-    return (model.schedule.log_sigma_hat(model.time_in(t, x0)) - low) / span
-
-
 def _call_weighting(
     weighting: Callable[[Tensor], Tensor], model: ScoreModel, x0: Tensor, t: Tensor
 ) -> Tensor:
