@@ -40,8 +40,8 @@ import hosm_losses as hosm
 from benchmarks.experiment import Choose
 from benchmarks.intervals import Array, Estimate, mean_variance, ratio_of_variances
 from benchmarks.trained import exact, trained
-from hosm_losses.losses.terms import residual_parts, third_target
-from hosm_losses.model import noise_field
+from hosm_losses.losses.terms import higher_residuals
+from hosm_losses.model import bind_model
 from hosm_losses.probes import DISTRIBUTIONS, draw_probes
 
 CASES = ("ring", "mixture", "digits", "images", "large images")
@@ -73,12 +73,12 @@ class Point:
         level = torch.tensor([sigma_hat], dtype=torch.float64).log()
         t = model.schedule.time(level).to(row.dtype)
         alpha, sigma = (float(part) for part in model.schedule(t))
-        x, field = alpha * row[None] + sigma * noise, noise_field(model, t)
+        x, bound = alpha * row[None] + sigma * noise, bind_model(model, 1, t=t)
 
         def derive(v: Tensor, order: int) -> tuple[Tensor, ...]:
             """f, D and G along v (n, d)."""
             with torch.no_grad():
-                return field.derive(x, sigma * v.to(x.dtype).reshape(-1, *x.shape), order=order)
+                return bound.derive(x, sigma * v.to(x.dtype).reshape(-1, *x.shape), order=order)
 
         def in_chunks(function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
             parts = v.split(max(1, CHUNK_ELEMENTS // d))
@@ -87,12 +87,12 @@ class Point:
         def residual(v: Tensor) -> Tensor:
             value, directional, gradient = derive(v, 3)
             probes = v.to(x.dtype).reshape(directional.shape)
-            parts = residual_parts(value + noise, directional + probes, probes)
-            return gradient - third_target(parts)
+            *_, target = higher_residuals(value + noise, directional + probes, probes)
+            return gradient - target
 
         self.jacobian = in_chunks(lambda v: derive(v, 2)[1], torch.eye(d)).T.double()
         with torch.no_grad():
-            ell = (noise + field(x)).flatten().double()
+            ell = (noise + bound.f(x)).flatten().double()
         eye = torch.eye(d, dtype=torch.float64)
         self.second = self.jacobian + eye - torch.outer(ell, ell)
         self.third, self.thirds = partial(in_chunks, residual), None

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
+from hosm_losses.derivatives import quadratic_forms
 from hosm_losses.derivatives.backward import DroppedGraphError
-from hosm_losses.model import noise_field
+from hosm_losses.model import bind_model
 from tests.cases import (
     VP,
     Around,
@@ -179,12 +180,12 @@ def test_the_part_of_x_in_a_prediction_does_not_hide_a_lost_graph(prediction, de
     """The network alone is differentiated: x itself has a graph that a lost one would hide in."""
     layer, w = nn.Linear(3, 3), torch.randn(1, 1, 3)
     for network in (Cubes(), lambda x, t: layer(detached(x))):
-        field = noise_field(hosm.ScoreModel(network, VP, prediction), torch.tensor([0.5]))
+        bound = bind_model(hosm.ScoreModel(network, VP, prediction), 1, t=torch.tensor([0.5]))
         for order in (2, 3):
             with pytest.raises(hosm.DerivativeError):
-                field.derive(torch.randn(1, 3), w, order=order, engine="reverse")
+                bound.derive(torch.randn(1, 3), w, order=order, engine="reverse")
     with pytest.raises(hosm.DerivativeError):
-        field.quadratic_forms(torch.randn(1, 3), [w])
+        quadratic_forms(bound, torch.randn(1, 3), [w])
 
 
 def detached():

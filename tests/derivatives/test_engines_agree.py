@@ -10,7 +10,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 import hosm_losses as hosm
-from hosm_losses.model import noise_field
+from hosm_losses.derivatives import quadratic_forms
+from hosm_losses.model import bind_model
 from hosm_losses.taylor.hooks import ChangedGradientError
 from tests.cases import (
     ENGINES,
@@ -33,14 +34,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:engine='auto'", "ignore:network.
 def test_derivatives_and_their_gradients_are_the_dense_ones(name, engine):
     network, shape = (networks() | {"linear": (OfX(nn.Linear(3, 3)), (3,))})[name]
     t, x, w = torch.tensor([0.2, 0.7]), torch.randn(2, *shape), torch.randn(3, 2, *shape)
-    field = noise_field(hosm.ScoreModel(network, VP), t)
+    bound = bind_model(hosm.ScoreModel(network, VP), 2, t=t)
     leaves = [x.requires_grad_(), *network.parameters()]
-    found = [field.derive(x, w, order=order, engine=engine) for order in (2, 3)]
-    value, forms = field.quadratic_forms(x, w.split([1, 2]))
+    found = [bound.derive(x, w, order=order, engine=engine) for order in (2, 3)]
+    value, forms = (-part for part in quadratic_forms(bound, x, w.split([1, 2])))
     assert found[0].third is None
     with torch.no_grad():
         for order, parts in ((2, found[0][:2]), (3, found[1])):
-            again = field.derive(x, w, order=order, engine=engine)[:order]
+            again = bound.derive(x, w, order=order, engine=engine)[:order]
             assert_same(again, parts, 1e-13)
             assert not any(part.requires_grad for part in again)
     network.by_hand = True  # its norms and attention written out

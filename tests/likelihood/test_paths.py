@@ -9,8 +9,8 @@ import torch
 import hosm_losses as hosm
 from hosm_losses import probes as probes_of
 from hosm_losses.likelihood.adaptive import student_factor
-from hosm_losses.likelihood.paths import with_divergence
-from hosm_losses.model import noise_field
+from hosm_losses.likelihood.paths import value_and_divergence
+from hosm_losses.model import bind_model
 from tests.cases import VP, Largest, networks
 from tests.oracles import dense_derivatives, sign_vectors
 
@@ -51,12 +51,13 @@ def test_the_divergence_is_the_trace_in_one_call(name, chunk, monkeypatch):
         calls.append(len(x))
         return network(x, t)
 
-    field, x = noise_field(hosm.ScoreModel(counted, VP), T), torch.randn(2, *shape)
-    value, samples = with_divergence(field, x, None)
+    bound, x = bind_model(hosm.ScoreModel(counted, VP), 2, t=T), torch.randn(2, *shape)
+    value, samples = value_and_divergence(bound, x, "exact")
     torch.testing.assert_close(samples, traces(network, x)[None], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(value, -network(x, T))
     if name == "mlp":
-        value, samples = with_divergence(field, x, sign_vectors(3)[:, None].expand(8, 2, 3))
+        signs = sign_vectors(3)[:, None].expand(8, 2, 3)
+        value, samples = value_and_divergence(bound, x, hosm.Hutchinson(8), signs)
         torch.testing.assert_close(samples.mean(0), traces(network, x))
         torch.testing.assert_close(value, -network(x, T))
         calls.pop()
@@ -65,9 +66,9 @@ def test_the_divergence_is_the_trace_in_one_call(name, chunk, monkeypatch):
 
 def test_sums_are_kept_in_double_precision():
     network = networks()["mlp"][0].float()
-    field, x = noise_field(hosm.ScoreModel(network, VP), T.float()), torch.randn(2, 3).float()
-    for probes in (None, x[None]):
-        value, samples = with_divergence(field, x, probes)
+    bound, x = bind_model(hosm.ScoreModel(network, VP), 2, t=T.float()), torch.randn(2, 3).float()
+    for divergence, probes in (("exact", None), (hosm.Hutchinson(), x[None])):
+        value, samples = value_and_divergence(bound, x, divergence, probes)
         assert (value.dtype, samples.dtype) == (torch.float32, torch.float64)
 
 
@@ -77,7 +78,7 @@ def test_exact_makes_its_unit_vectors_when_they_are_due(monkeypatch):
     monkeypatch.setattr(probes_of, "CHUNK_ELEMENTS", chunk * d)
     model, x, t = hosm.ScoreModel(lambda x, t: x**2, VP, "sample"), torch.randn(1, d), T[:1]
     with Largest() as largest, torch.no_grad():
-        _, samples = with_divergence(noise_field(model, t), x, None)
+        _, samples = value_and_divergence(bind_model(model, 1, t=t), x, "exact")
     assert largest.elements <= chunk * d
     alpha, sigma = VP(t)
     torch.testing.assert_close(samples, ((2 * alpha * x.sum(1) - d) / sigma)[None])

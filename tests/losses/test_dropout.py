@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import hosm_losses as hosm
-from hosm_losses.model import noise_field
+from hosm_losses.model import bind_model
 from tests.cases import VP
 
 # By order and options, with two probes: whether they share a mask. At exact order three each probe
@@ -28,7 +28,7 @@ def of_squares(x, t):
 
 def setting():
     x, w = torch.rand(4, 50) + 0.5, torch.rand(2, 4, 50) + 0.5
-    return noise_field(hosm.ScoreModel(of_squares, VP), torch.full((4,), 0.5)), x, w
+    return bind_model(hosm.ScoreModel(of_squares, VP), 4, t=torch.full((4,), 0.5)), x, w
 
 
 def masks(derived, x, w):
@@ -46,8 +46,8 @@ def check(derived, x, w, shared):
 
 @pytest.mark.parametrize(("order", "options", "shared"), SHARED)
 def test_a_value_and_its_derivatives_see_one_mask(order, options, shared):
-    field, x, w = setting()
-    derived = field.derive(x, w, order=order, **options)
+    bound, x, w = setting()
+    derived = bound.derive(x, w, order=order, **options)
     check(derived, x, w, shared)
     if options.get("laplacian"):
         mask = -derived.third / (2 * w * w)
@@ -58,11 +58,11 @@ def test_a_value_and_its_derivatives_see_one_mask(order, options, shared):
 
 @pytest.mark.parametrize(("order", "options", "shared"), SHARED[:5])
 def test_and_so_do_products_with_the_whole_jacobian(order, options, shared):
-    field, x, w = setting()
+    bound, x, w = setting()
     options = options | {"order": order, "push": order == 3}
-    found = field.derive_with_products(x, w, torch.ones_like, **options)
+    found = bound.derive_with_products(x, w, torch.ones_like, **options)
     check(found.derived, x, w, shared or options["engine"] == "reverse")
-    expected = (2 * x * masks(found.derived, x, w)[0])[: len(found.pulled)]
-    for each in (found.pulled, found.pushed):
+    expected = (2 * x * masks(found.derived, x, w)[0])[: len(found.vjp_c)]
+    for each in (found.vjp_c, found.jvp_c):
         if each is not None:
             torch.testing.assert_close(-each, expected)

@@ -5,12 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosm_losses.losses.terms import (
-    residual_parts,
-    second_residual,
-    third_target,
-    trace_residual,
-)
+from hosm_losses.losses.terms import higher_residuals
 from tests.cases import VP
 from tests.oracles import atoms_posterior, dense_terms, sign_vectors
 
@@ -42,9 +37,8 @@ def residuals(noise, f, along, gradient, v):
     count = len(noise)
     f, along, gradient, v = (part.expand(1, count, -1) for part in (f, along, gradient, v))
     first = f + noise
-    shared = residual_parts(first, along + v, v)
-    second, trace = second_residual(shared), trace_residual(shared)
-    return first[0], second[0], trace[0], (gradient - third_target(shared))[0]
+    second, trace, target = higher_residuals(first, along + v, v)
+    return first[0], second[0], trace[0], (gradient - target)[0]
 
 
 cases = given(
@@ -106,10 +100,9 @@ def test_all_sign_vectors_average_and_the_unit_vectors_sum_to_the_exact_terms(d)
 
     def along(v):
         along = sigma * v @ jacobian.T + v
-        shared = residual_parts(ell.expand(1, 1, d), along[:, None], v[:, None])
+        r2, rt, target = higher_residuals(ell.expand(1, 1, d), along[:, None], v[:, None])
         gradient = sigma**2 * torch.einsum("ijk,ni,nj->nk", second, v, v)
-        r2, rt = second_residual(shared)[:, 0], trace_residual(shared)[:, 0]
-        return r2, rt, gradient - third_target(shared)[:, 0]
+        return r2[:, 0], rt[:, 0], gradient - target[:, 0]
 
     r2, rt, r3 = along(sign_vectors(d))
     off = torch.triu(m2 + m2.T, 1)

@@ -14,7 +14,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import hosm_losses as hosm
 from hosm_losses._torch_internals import graph_nodes
-from hosm_losses.model import noise_field
+from hosm_losses.model import bind_model
 from hosm_losses.taylor.primitive_mode import safe_primitives
 from tests.cases import VP, Function, OfX, assert_same, gradients, randomise
 
@@ -90,18 +90,18 @@ def by_products(field, x, w, order, b):
 @pytest.mark.parametrize("name", LAYERS)
 def test_parameter_gradients_through_every_layer_are_differences(name, engine):
     network, shape = network_of(name)
-    field = noise_field(hosm.ScoreModel(OfX(network), VP), torch.full((4,), 0.5))
+    bound = bind_model(hosm.ScoreModel(OfX(network), VP), 4, t=torch.full((4,), 0.5))
     torch.manual_seed(2)
     x, w, b = torch.randn(3, 4, *shape)
     start = parameters_to_vector(network.parameters()).detach()
     direction, h = torch.randn_like(start), 1e-5
     for order, tolerance in ((2, 1e-6), (3, 1e-5)):
-        part = field.derive(x, w[None], order=order, engine=engine)[order - 1]
+        part = bound.derive(x, w[None], order=order, engine=engine)[order - 1]
         gradient = torch.cat([g.flatten() for g in gradients((part * b).sum(), network)])
         ends = []
         for sign in (1, -1):
             vector_to_parameters(start + sign * h * direction, network.parameters())
-            ends.append(by_products(field, x, w, order, b))
+            ends.append(by_products(bound, x, w, order, b))
         vector_to_parameters(start, network.parameters())
         difference = (ends[0] - ends[1]) / (2 * h)
         assert float(gradient @ direction) == pytest.approx(difference, rel=tolerance)
@@ -123,10 +123,10 @@ FAR = {"mish": F.mish, "logaddexp": lambda x: torch.logaddexp(x, 1 - x * x / 100
 def test_far_from_zero_derivatives_are_finite(name, engine):
     """Where an exponential is out of range."""
     model = hosm.ScoreModel(lambda x, t: FAR[name](x), VP)
-    field = noise_field(model, torch.full((1,), 0.5))
+    bound = bind_model(model, 1, t=torch.full((1,), 0.5))
     for place in (-800.0, -100.0, -20.0, 0.0, 0.3, 1.0, 19.0, 21.0, 100.0, 800.0):
         x = torch.tensor([[place]], requires_grad=True)
-        found = field.derive(x, torch.ones(1, 1, 1), order=3, engine=engine)
+        found = bound.derive(x, torch.ones(1, 1, 1), order=3, engine=engine)
         for each in (*found, *torch.autograd.grad(found.third.sum(), x)):
             assert each.isfinite().all(), (place, each)
         torch.testing.assert_close(-found.value[0], FAR[name](x), rtol=1e-12, atol=1e-300)

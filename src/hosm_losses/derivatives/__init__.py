@@ -11,7 +11,7 @@ from hosm_losses.derivatives.backward import FOREIGN_CHECKPOINTS as FOREIGN_CHEC
 from hosm_losses.derivatives.backward import gradients as gradients
 from hosm_losses.derivatives.checkpointing import checkpoint as checkpoint
 from hosm_losses.derivatives.engines import Derivatives as Derivatives
-from hosm_losses.derivatives.engines import Field as Field
+from hosm_losses.derivatives.engines import Network as Network
 from hosm_losses.derivatives.engines import Products as Products
 from hosm_losses.derivatives.engines import quadratic_forms as quadratic_forms
 from hosm_losses.derivatives.kinks import find_jumps as find_jumps

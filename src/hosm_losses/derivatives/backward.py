@@ -9,7 +9,7 @@ What:
     as of a network all of whose parameters are frozen, there is nothing to train.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError
 from hosm_losses.taylor import CHECKPOINT_ADVICE, ScriptedError, check_unchanged
 
+PassBack = Callable[..., tuple[Tensor, ...]]  # of a cotangent, to a gradient for every point
 LOST_ONCE = (
     "network: expected a graph from the output to x; got none. Remove .detach(), .data and "
     "torch.no_grad() from its forward, and give create_graph=True to gradients taken inside."
@@ -117,41 +118,72 @@ def _check_graph(name: str, returned: Sequence[Any], incoming: Sequence[Any]) ->
         raise DroppedGraphError(DROPPED.format(name))
 
 
-def pull_back(
-    value: Tensor,
-    x: Tensor,
-    cotangents: Tensor,
-    create_graph: bool = True,
-    lost: str = LOST_ONCE,
-    in_turn: bool = False,
-) -> Tensor:
-    """(∂f/∂x)ᵀ c for each of K cotangents (K, B, *): at once by vmap, or where that fails in turn.
+def leaf(x: Tensor, wanted: bool = True) -> Tensor:
+    """A point to differentiate at: x itself where a gradient of the result may go to it."""
+    own = internals.traced() or (wanted and x.requires_grad)
+    return x if own else x.detach().requires_grad_()
 
-    A custom autograd.Function whose backward vmap cannot follow can still be called K times.
+
+def vjp(
+    function: Callable[..., tuple[Tensor, Any]],
+    *points: Tensor,
+    graph: bool = True,
+    lost: str | None = None,
+) -> tuple[Tensor, Any, PassBack]:
+    """Return what a function (value, more) gives at points, and its pass back.
+
+    The pass back takes a cotangent like the value to a gradient for every point, with a `graph` or
+    without. Where the value does not depend on a point that is zero, or the error `lost`. Under
+    torch.compile and the transforms of torch.func it is that of torch.func.
     """
-    if not value.requires_grad:
-        raise DerivativeError(lost)
+    if internals.traced():
+        result: Any = torch.func.vjp(function, *points, has_aux=True)
+        value, back, more = result
+        return value, more, back
+    with torch.enable_grad(), add_remedies():
+        value, more = function(*points)
+    return value, more, pass_back(value, points, graph, lost)
 
-    def back(cotangent: Tensor, batched: bool = False) -> Tensor:
-        options: Any = {"create_graph": create_graph, "is_grads_batched": batched}
-        (pulled,) = torch.autograd.grad(
-            value, x, cotangent, retain_graph=True, allow_unused=True, **options
-        )
-        if pulled is None:
+
+def pass_back(
+    value: Tensor, points: Sequence[Tensor], graph: bool = True, lost: str | None = None
+) -> PassBack:
+    """The pass back of `vjp` from a value that is at hand, in eager mode."""
+
+    @add_remedies()
+    def back(cotangent: Tensor | None, batched: bool = False) -> tuple[Tensor, ...]:
+        if lost is not None and not value.requires_grad:
             raise DerivativeError(lost)
-        return pulled
+        options: Any = {"create_graph": graph, "is_grads_batched": batched}
+        gradients = torch.autograd.grad(
+            value, points, cotangent, retain_graph=True, allow_unused=True, **options
+        )
+        if lost is not None and gradients[-1] is None:
+            raise DerivativeError(lost)
+        return tuple(
+            torch.zeros_like(point) if gradient is None else gradient
+            for point, gradient in zip(points, gradients, strict=True)
+        )
 
-    if len(cotangents) == 1:
-        return back(cotangents[0]).unsqueeze(0)
+    return back
+
+
+def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tensor:
+    """The gradients of a pass back in its one point for K cotangents, (K, B, *).
+
+    At once by vmap, or where that fails in turn: a custom autograd.Function whose backward vmap
+    cannot follow can still be called K times.
+    """
+    in_turn = in_turn or len(cotangents) == 1 or internals.transformed()
     # A checkpoint around the loss recomputes it in here; under vmap nothing may be drawn again.
     if not in_turn and internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None:
         try:
-            return back(cotangents, batched=True)
+            return back(cotangents, batched=True)[0]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # what is wrong without vmap as well is raised again
             pass
-    return torch.stack([back(cotangent) for cotangent in cotangents])
+    return torch.stack([back(cotangent)[0] for cotangent in cotangents])
 
 
 def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -12,9 +12,8 @@ What:
 
 import contextlib
 import sys
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from hosm_losses._torch_errors import DEVICE_ERROR_TEXT, NO_FORWARD, NO_GRAPH, N
 from hosm_losses._torch_internals import surrounded, traced, versions
 from hosm_losses.derivatives import engines
 from hosm_losses.derivatives.backward import DroppedGraphError, refuse_scripted
-from hosm_losses.derivatives.engines import Cotangent, Derivatives, Field, Products
+from hosm_losses.derivatives.engines import Cotangent, Derivatives, Network, Products
 from hosm_losses.derivatives.kinks import memory_of
 from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 
@@ -81,16 +80,16 @@ class Snapshot:
 
 
 def derive(
-    field: Field,
+    network: Network,
     x: Tensor,
-    direction: Tensor,
+    w: Tensor,
     *,
     order: int,
     engine: str = "auto",
     laplacian: bool = False,
     summed: bool = False,
 ) -> Derivatives:
-    """The value of a field at x (B, *) and its derivatives along w = `direction` (K, B, *).
+    """The value of a network at x (B, *) and its derivatives along directions w (K, B, *).
 
     Order 2 gives D; order 3 gives G as well, or in its place C = ∂²f[w, w] if `laplacian` is asked
     for: by the taylor engine alone, so that with "auto" it may be G. If `summed` the sum of either
@@ -98,31 +97,57 @@ def derive(
     graph. A DerivativeError where the engine, or with "auto" either engine, cannot differentiate
     the network.
     """
-    given = (field, x, direction, order, laplacian, summed)
-    if engine == "auto":
-        return trace_all_or_nothing(_auto, *given)
-    try:
-        if engine == "reverse":
-            return engines.reverse(*given)
-        return trace_all_or_nothing(_taylor, *given)
-    except RuntimeError as error:
-        refuse_scripted(engine, error)
-        why = str(error)
-        energy = engine == "taylor" and NO_GRAPH in why
-        if not energy and not any(words in why for words in (NO_FORWARD, *NOT_TWICE)):
-            raise
-        after = ", which differentiates a network that takes a gradient itself" if energy else ""
-        raise DerivativeError(
-            f"network: expected operators that the engine {engine!r} can differentiate; got: "
-            f"{why.splitlines()[0].rstrip('.')}. Leave engine at 'auto', which tries the other "
-            f"engine{after}."
-        ) from error
+    if torch.compiler.is_compiling() and engine != "reverse":
+        _refuse_statistics(network, exact=order == 3 and not laplacian)
+        # Where the graph breaks in such a block, all of this call is made again in eager mode.
+        # torch.compile cannot look into what the engine calls there, Jets and double passes back.
+        with contextlib.suppress():  # noqa: B022
+            try:  # not by a generator in a with statement, which PyTorch 2.6 does not trace
+                return engines.taylor(network, x, w, order, laplacian, summed)
+            except TaylorError as error:
+                raise DerivativeError(UNKNOWN.format(error)) from error
+    # In this frame, which torch.compile has given up: one that it enters would be compiled.
+    known = "torch._dynamo" in sys.modules
+    eagerly = torch.compiler.disable(_derive_eagerly) if known else _derive_eagerly
+    return eagerly(engine, network, x, w, order, laplacian, summed)
+
+
+def _derive_eagerly(
+    engine: str,
+    network: Network,
+    x: Tensor,
+    w: Tensor,
+    order: int,
+    laplacian: bool,
+    summed: bool,
+) -> Derivatives:
+    if engine == "taylor":
+        with _translated(engine):
+            return engines.taylor(network, x, w, order, laplacian, summed)
+    if engine == "reverse":
+        with _translated(engine):
+            return engines.reverse(network, x, w, order)
+    attempts = EngineAttempts(network, x, order, laplacian, summed, len(w) > 1)
+    if not attempts.knows_better("taylor"):
+        with attempts.attempt("taylor"):
+            return engines.taylor(network, x, w, order, laplacian, summed)
+    if not attempts.knows_better("reverse"):
+        with attempts.attempt("reverse"):
+            derivatives = engines.reverse(network, x, w, order)
+            attempts.remember()
+            _warn_once(attempts)
+            return derivatives
+    why = "; ".join(f"{engine}: {why}" for engine, why in attempts.reasons.items())
+    raise DerivativeError(
+        "network: expected operators that can be differentiated twice; got one that cannot, by "
+        f"any engine ({why}). {ASK_THE_CHECK}"
+    )
 
 
 def derive_with_products(
-    field: Field,
+    network: Network,
     x: Tensor,
-    direction: Tensor,
+    w: Tensor,
     cotangent: Cotangent,
     *,
     order: int,
@@ -134,71 +159,97 @@ def derive_with_products(
 
     "auto" is reverse mode, which costs least here, where it can be; then as in `derive`.
     """
-    given, tries = (field, x, direction, order, cotangent, push), None
+    if torch.compiler.is_compiling():
+        with contextlib.suppress():  # noqa: B022 - as in `derive`
+            return _products(network, x, w, cotangent, order, engine, laplacian, push)
+    known = "torch._dynamo" in sys.modules
+    eagerly = torch.compiler.disable(_products) if known else _products
+    return eagerly(network, x, w, cotangent, order, engine, laplacian, push)
+
+
+def _products(
+    network: Network,
+    x: Tensor,
+    w: Tensor,
+    cotangent: Cotangent,
+    order: int,
+    engine: str,
+    laplacian: bool,
+    push: bool,
+) -> Products:
+    attempts = None
     if engine in ("auto", "reverse") and not laplacian and not traced():
+        given = network, x, w, order, cotangent, push
         if engine == "reverse":
             return engines.reverse_products(*given)
-        tries = _Attempts(field, x, "products", order, push, len(direction) > 1)
-        reverse = partial(trace_all_or_nothing, engines.reverse_products)
-        found = tries.run("reverse", reverse, *given)
-        if found is not None:
-            return found
+        attempts = EngineAttempts(network, x, "products", order, push, len(w) > 1)
+        if not attempts.knows_better("reverse"):
+            with attempts.attempt("reverse"):
+                return engines.reverse_products(*given)
 
-    def derived(field: Field, x: Tensor, direction: Tensor) -> Derivatives:
-        return derive(field, x, direction, order=order, engine=engine, laplacian=laplacian)
+    def derived(network: Network, x: Tensor, w: Tensor) -> Derivatives:
+        return derive(network, x, w, order=order, engine=engine, laplacian=laplacian)
 
-    given = (field, x, direction, cotangent, push, order == 3 and not laplacian)
-    found = trace_all_or_nothing(engines.products_beside, derived, *given)
-    if tries is not None:
-        tries.remember()
+    exact = order == 3 and not laplacian
+    found = engines.products_beside(derived, network, x, w, cotangent, push=push, copied=exact)
+    if attempts is not None:
+        attempts.remember()
     return found
 
 
-def trace_all_or_nothing(function: Callable[..., Any], *given: Any) -> Any:
-    """Call a function that torch.compile traces as a whole, or no part of."""
-    if torch.compiler.is_compiling():
-        # Where the graph breaks in such a block, all of this call is made again in eager mode.
-        # torch.compile cannot look into what the engines call there, Jets and double passes back.
-        with contextlib.suppress():  # noqa: B022
-            return function(*given)
-    if "torch._dynamo" in sys.modules:
-        function = torch.compiler.disable(function)
-    return function(*given)
-
-
-def _taylor(field: Field, *given: Any) -> Derivatives:
-    """The taylor engine; an error of the library where it cannot carry derivatives."""
-    exact = torch.compiler.is_compiling() and given[2] == 3 and not given[3]
-    # PyTorch lets no buffer change there, and breaks off without a way back to eager mode.
-    for part in getattr(field.owner, "modules", list)() if exact else ():
+def _refuse_statistics(network: Network, *, exact: bool) -> None:
+    """Raise where a buffer would change: PyTorch breaks off, without a way back to eager mode."""
+    for part in getattr(network.owner, "modules", list)() if exact else ():
         if part.training and getattr(part, "track_running_stats", False):
             raise DerivativeError(STATISTICS.format(type(part).__name__))
+
+
+@contextlib.contextmanager
+def _translated(engine: str) -> Iterator[None]:
+    """A block in which what stops an engine is said in the library's words."""
     try:
-        return engines.taylor(field, *given)
+        yield
     except TaylorError as error:
         raise DerivativeError(UNKNOWN.format(error)) from error
+    except RuntimeError as error:
+        refuse_scripted(engine, error)
+        why = str(error)
+        energy = engine == "taylor" and NO_GRAPH in why
+        if not energy and not any(words in why for words in (NO_FORWARD, *NOT_TWICE)):
+            raise
+        after = ", which differentiates a network that takes a gradient itself" if energy else ""
+        raise DerivativeError(
+            f"network: expected operators that the engine {engine!r} can differentiate; got: "
+            f"{why.splitlines()[0].rstrip('.')}. Leave engine at 'auto', which attempts the other "
+            f"engine{after}."
+        ) from error
 
 
-class _Attempts:
+class EngineAttempts:
     """Engines that are tried in turn for one call, each with the network as it was.
 
     Where one fails and another does not, that is remembered of such calls.
     """
 
-    def __init__(self, field: Field, x: Tensor, *kind: object) -> None:
-        self.owner, self.x, self.memory = field.owner, x, memory_of(field.owner)
+    def __init__(self, network: Network, x: Tensor, *kind: object) -> None:
+        self.owner, self.x, self.memory = network.owner, x, memory_of(network.owner)
         self.kind = (*kind, x.dtype, x.device.type, getattr(self.owner, "training", None))
         self.reasons: dict[str, str] = {}
         self.lasting = not surrounded()
 
-    def run(self, engine: str, function: Callable[..., Any], *given: Any) -> Any:
-        """What an engine returns; None where it cannot take the call, and another may."""
-        if (engine, self.kind) in self.memory.refused:
-            self.reasons[engine] = self.memory.refused[engine, self.kind]
-            return None
+    def knows_better(self, engine: str) -> bool:
+        """Whether this engine could not take such a call before."""
+        why = self.memory.refused.get((engine, self.kind))
+        if why is not None:
+            self.reasons[engine] = why
+        return why is not None
+
+    @contextlib.contextmanager
+    def attempt(self, engine: str) -> Iterator[None]:
+        """A block that ends without an error where this engine cannot, and another may."""
         before = Snapshot(self.owner, self.x)
         try:
-            return function(*given)
+            yield
         except Exception as error:
             refuse_scripted(engine, error)
             if not _another_may_do(engine, error):
@@ -207,31 +258,11 @@ class _Attempts:
             self.reasons[engine] = (str(error) or repr(error)).splitlines()[0]
             # How deep calls go depends on who calls, and not on the network alone.
             self.lasting = self.lasting and not isinstance(error, RecursionError)
-            return None
 
     def remember(self) -> None:
         """Keep why engines failed, unless that may lie in what surrounds the call."""
         if self.lasting:
             self.memory.refused |= {(each, self.kind): why for each, why in self.reasons.items()}
-
-
-def _auto(field: Field, x: Tensor, direction: Tensor, *options: Any) -> Derivatives:
-    given = (field, x, direction, *options)
-    if torch.compiler.is_compiling():  # which cannot trace reverse mode
-        return _taylor(*given)
-    tries = _Attempts(field, x, *options, len(direction) > 1)
-    for engine in ENGINES[1:]:
-        derived = tries.run(engine, getattr(engines, engine), *given)
-        if derived is not None:
-            if engine == "reverse":
-                tries.remember()
-                _warn_once(tries)
-            return derived
-    told = "; ".join(f"{engine}: {why}" for engine, why in tries.reasons.items())
-    raise DerivativeError(
-        "network: expected operators that can be differentiated twice; got one that cannot, by "
-        f"any engine ({told}). {ASK_THE_CHECK}"
-    )
 
 
 def _another_may_do(engine: str, error: Exception) -> bool:
@@ -248,13 +279,13 @@ def _another_may_do(engine: str, error: Exception) -> bool:
     return isinstance(error, JET_ERRORS) and not failed
 
 
-def _warn_once(tries: _Attempts) -> None:
+def _warn_once(attempts: EngineAttempts) -> None:
     """Say that reverse mode takes over, once for a network."""
-    if not tries.memory.said:
-        tries.memory.said = True
+    if not attempts.memory.said:
+        attempts.memory.said = True
         warn(
             f"engine='auto': the engine 'taylor' cannot differentiate "
-            f"{type(tries.owner).__name__} ({tries.reasons['taylor'].rstrip('.')}), so reverse "
+            f"{type(attempts.owner).__name__} ({why}), so reverse "
             "mode, which is slower, takes its place. third='laplacian' then means 'exact'."
         )
 

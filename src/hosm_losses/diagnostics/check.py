@@ -24,7 +24,7 @@ from hosm_losses._checks import (
     describe,
 )
 from hosm_losses._torch_internals import normal
-from hosm_losses.derivatives import ENGINES, FOREIGN_CHECKPOINTS, Field, refusal
+from hosm_losses.derivatives import ENGINES, FOREIGN_CHECKPOINTS, Network, refusal
 from hosm_losses.diagnostics.differences import NOT_FINITE, TOLERANCE, Agreement, Check, Smoothness
 from hosm_losses.diagnostics.localize import (
     NO_DERIVATIVE,
@@ -36,12 +36,12 @@ from hosm_losses.diagnostics.localize import (
 from hosm_losses.diagnostics.values import check_samples, check_values
 from hosm_losses.model import (
     UNSHARD,
-    NoiseField,
+    BoundModel,
     ScoreModel,
+    bind_model,
     check_model,
     check_time,
     map_tensors,
-    noise_field,
     refuse_wrapped,
 )
 
@@ -193,7 +193,7 @@ def check_derivatives(
     ):
         own, x = _copy_model(model), normal(x0.detach())
         given = map_tensors(given, lambda tensor: tensor.detach().clone())
-        field = noise_field(own, times, given)
+        field = bind_model(own, len(times), given, times)
         precision = check_values(field, x)
         check_samples(field, x, precision)
         checks = [kind(int(order), engine, precision) for kind in (Smoothness, Agreement)]
@@ -244,24 +244,24 @@ def _copy_model(model: ScoreModel) -> ScoreModel:
     return own
 
 
-def _check(check: Check, noise_field: NoiseField, x: Tensor) -> bool:
+def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
     """Raise an error that names the innermost module with the fault.
 
     Return whether there is one that a float64 copy does not have.
     """
     # What the losses differentiate: the network alone, without the part of x in a prediction.
-    field: Field = noise_field.network()
+    field: Network = bound
     fault = attempt(check, field, x)
     # In float32 a Function at fault may be too small a part of the whole to be seen in it.
     opaque = fault is None and isinstance(check, Agreement) and check.precision == torch.float32
     if fault is None and not (opaque and custom_functions(field, x)):
         return False
-    where, primitives = "its own forward", noise_field.primitives
+    where, primitives = "its own forward", bound.primitives == "all"
     missing = fault is None or fault.startswith(NO_DERIVATIVE)
-    if not missing and _right_in_float64(check, noise_field, x):
+    if not missing and _right_in_float64(check, bound, x):
         return True
-    mended: Field = replace(noise_field, primitives=True).network()
-    found = culprit(check, record_calls(noise_field, x), primitives, opaque)
+    mended: Network = replace(bound, primitives="all")
+    found = culprit(check, record_calls(bound, x), primitives, opaque)
     if found is not None:
         field, fault = found
         where, x, mended = field.call.where, field.x, replace(field, primitives=True)
@@ -280,11 +280,11 @@ def _check(check: Check, noise_field: NoiseField, x: Tensor) -> bool:
     raise DerivativeError(f"network: expected {expected}; got {fault}, in {where}. {advice}")
 
 
-def _right_in_float64(check: Check, field: NoiseField, x: Tensor) -> bool:
+def _right_in_float64(check: Check, field: BoundModel, x: Tensor) -> bool:
     """Whether a network in float32 has no fault in float64."""
     if check.precision != torch.float32 or not isinstance(check, Agreement):
         return False
-    if custom_functions(field.network(), x):  # whose kernels may be others there
+    if custom_functions(field, x):  # whose kernels may be others there
         return False
 
     def wide(tensor: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ def _right_in_float64(check: Check, field: NoiseField, x: Tensor) -> bool:
 
     model = field.model._deep_copy({}).double()
     kwargs = map_tensors(field.kwargs, wide)
-    copied = replace(field, model=model, t=wide(field.t), kwargs=kwargs).network()
+    copied = replace(field, model=model, t=wide(field.t), kwargs=kwargs)
     return attempt(replace(check, precision=torch.float64), copied, wide(x)) is None
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hosm_losses.derivatives import Field, derive, find_jumps, gradients
+from hosm_losses.derivatives import Network, derive, find_jumps, gradients
 
 NOT_FINITE = "that is not finite"
 # By the precision in which the network works: the relative error that counts as wrong, and the
@@ -64,11 +64,11 @@ class Check:
     engine: str
     precision: torch.dtype
 
-    def find(self, field: Field, x: Tensor) -> str | None:
+    def find(self, field: Network, x: Tensor) -> str | None:
         """Say what is wrong, or None."""
         raise NotImplementedError
 
-    def derived(self, field: Field, x: Tensor, w: Tensor) -> list[Tensor]:
+    def derived(self, field: Network, x: Tensor, w: Tensor) -> list[Tensor]:
         """f, D and at order three G at x along w, each (B, *), with the generators started."""
         reseed(x)
         parts = derive(field, x, w[None], order=self.order, engine=self.engine)
@@ -78,7 +78,7 @@ class Check:
 class Agreement(Check):
     """A comparison of a field's derivatives with differences."""
 
-    def find(self, field: Field, x: Tensor) -> str | None:
+    def find(self, field: Network, x: Tensor) -> str | None:
         """Say what disagrees however small the step, or None."""
         fault = None
         # Next to an x that is small against what the field is curved over, differences of values
@@ -92,7 +92,7 @@ class Agreement(Check):
                 return None
         return fault
 
-    def _disagreement(self, field: Field, x: Tensor, scale: float, step: float) -> str | None:
+    def _disagreement(self, field: Network, x: Tensor, scale: float, step: float) -> str | None:
         varied, randn = _varied(field, x), random_like(x, seed=0)
         # Its own direction in every draw: along one of them a derivative may happen to vanish.
         draws = [self._numbers(field, varied, randn, scale, step) for _ in range(DRAWS)]
@@ -110,7 +110,7 @@ class Agreement(Check):
 
     def _numbers(
         self,
-        field: Field,
+        field: Network,
         varied: Sequence[Tensor],
         randn: Callable[[Tensor], Tensor],
         scale: float,
@@ -145,13 +145,13 @@ class Agreement(Check):
         references.extend(forms)
         return [*found[1:].tolist(), *slopes], [float(each) for each in references]
 
-    def _forms(self, field: Field, x: Tensor, w: Tensor, covectors: Sequence[Tensor]) -> Tensor:
+    def _forms(self, field: Network, x: Tensor, w: Tensor, covectors: Sequence[Tensor]) -> Tensor:
         """⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩."""
         parts = zip(self.derived(field, x, w), covectors, strict=True)
         return torch.stack([(part * covector).sum() for part, covector in parts])
 
     def _slopes(
-        self, field: Field, varied: Sequence[Tensor], w: Tensor, covectors: Sequence[Tensor]
+        self, field: Network, varied: Sequence[Tensor], w: Tensor, covectors: Sequence[Tensor]
     ) -> tuple[Tensor, list[list[Tensor]]]:
         """The forms, and the gradients of each in what is varied."""
         x = varied[0]
@@ -164,7 +164,7 @@ class Agreement(Check):
         ]
 
 
-def _varied(field: Field, x: Tensor) -> list[Tensor]:
+def _varied(field: Network, x: Tensor) -> list[Tensor]:
     """A copy of x that asks for a gradient, and the parameters that are trained."""
     owner = field.owner
     # Those of a network that is no Module nobody knows.
@@ -196,7 +196,7 @@ def _difference(
 class Smoothness(Check):
     """A search for jumps: in values and in first derivatives, or at order three in second ones."""
 
-    def find(self, field: Field, x: Tensor) -> str | None:
+    def find(self, field: Network, x: Tensor) -> str | None:
         """Say what jumps, or None."""
         _, told = find_jumps(field, x.detach().clone().requires_grad_(), self.order)
         if told is not None:
@@ -213,7 +213,7 @@ class Smoothness(Check):
                 return what
         return None
 
-    def _line(self, field: Field, x: Tensor, w: Tensor) -> Line:
+    def _line(self, field: Network, x: Tensor, w: Tensor) -> Line:
         @functools.cache
         def line(s: float) -> np.ndarray:
             with torch.no_grad():

@@ -45,7 +45,7 @@ from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.derivatives import Snapshot, gradients
 from hosm_losses.likelihood import FixedGrid, ode_nll, variational_nll
-from hosm_losses.model import ScoreModel, check_model, noise_field
+from hosm_losses.model import ScoreModel, bind_model, check_model
 from hosm_losses.probes import unit_vectors
 from hosm_losses.schedules import Schedule
 
@@ -258,7 +258,7 @@ def _orders(
     """f (B, *), σ ∂f/∂x e_i for every unit vector (d, B, *), and σ² ∇∇·f (B, *)."""
     sigma = expand_right(model.coefficients(t, x)[1], x).to(x.dtype)
     with torch.no_grad():
-        field_of = noise_field(model, t, kwargs)
+        field_of = bind_model(model, len(t), kwargs, t)
         found: Any = field_of.derive(x, sigma * unit_vectors(x), order=3, summed=True)
     value, directional, third = found
     return value[0], directional, third.sum(0)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hosm_losses._torch_internals import custom_function, graph_nodes
-from hosm_losses.derivatives import ASK_THE_CHECK, Field, never_warn
+from hosm_losses.derivatives import ASK_THE_CHECK, Network, never_warn
 from hosm_losses.diagnostics.differences import Check, Smoothness, random_like, reseed
-from hosm_losses.model import NoiseField, map_tensors, tensors_in
+from hosm_losses.model import BoundModel, map_tensors, tensors_in
 from hosm_losses.taylor import safe_primitives
 
 NO_DERIVATIVE = "no derivative at all"
@@ -39,14 +39,14 @@ class Call:
         return f"the module {self.name!r} ({type(self.module).__name__})"
 
 
-def evaluate(field: NoiseField, x: Tensor, seed: int = 0) -> Tensor:
+def evaluate(field: BoundModel, x: Tensor, seed: int = 0) -> Tensor:
     """What the network predicts at x, without a graph, by PyTorch's own operators."""
     reseed(x, seed)
     with torch.no_grad():
         return field.native(x.clone()).detach().clone()
 
 
-def record_calls(field: NoiseField, x: Tensor) -> list[Call]:
+def record_calls(field: BoundModel, x: Tensor) -> list[Call]:
     """The calls of the modules inside a network at x, in the order they ended."""
     network: object = field.model.network
     calls: list[Call] = []
@@ -85,7 +85,7 @@ def floats_in(value: Any) -> list[Tensor]:
     return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
 
 
-def attempt(check: Check, field: Field, x: Tensor) -> str | None:
+def attempt(check: Check, field: Network, x: Tensor) -> str | None:
     """Say what is wrong with a field, or that a derivative cannot be taken."""
     never_warn(field.owner)
     try:
@@ -179,7 +179,7 @@ def _around_functions(parts: Iterable[Part]) -> Iterator[Part]:
                 yield part
 
 
-def custom_functions(field: Field, x: Tensor) -> list[str]:
+def custom_functions(field: Network, x: Tensor) -> list[str]:
     """Names of the custom autograd.Functions in the graph of a field."""
     reseed(x)
     value = field.native(x.detach().clone().requires_grad_())

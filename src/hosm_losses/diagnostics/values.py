@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from hosm_losses._checks import DerivativeError
 from hosm_losses.diagnostics.differences import TOLERANCE, random_like, reseed, size_of
 from hosm_losses.diagnostics.localize import evaluate, floats_in, record_calls
-from hosm_losses.model import NoiseField, per_sample
+from hosm_losses.model import BoundModel, per_sample
 
 # Of the size of an output, what sums in another order may change.
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -32,7 +32,7 @@ ALONE = (
 )
 
 
-def check_values(field: NoiseField, x: Tensor) -> torch.dtype:
+def check_values(field: BoundModel, x: Tensor) -> torch.dtype:
     """Return the precision in which a network works, if its values are finite and determined."""
     value = evaluate(field, x)
     bad = int((~torch.isfinite(value)).sum())
@@ -53,7 +53,7 @@ def check_values(field: NoiseField, x: Tensor) -> torch.dtype:
     return precision
 
 
-def _first_module(field: NoiseField, x: Tensor, has: Callable[[Tensor], bool]) -> str:
+def _first_module(field: BoundModel, x: Tensor, has: Callable[[Tensor], bool]) -> str:
     """The first module that returns a tensor of which this holds."""
     for call in record_calls(field, x):
         if any(map(has, floats_in(call.returned))):
@@ -61,7 +61,7 @@ def _first_module(field: NoiseField, x: Tensor, has: Callable[[Tensor], bool]) -
     return "its own forward"
 
 
-def _check_deterministic(field: NoiseField, x: Tensor) -> None:
+def _check_deterministic(field: BoundModel, x: Tensor) -> None:
     """Raise where the same input, seed and parameters do not give the same output."""
     network: object = field.model.network
     buffers = dict(network.named_buffers()) if isinstance(network, nn.Module) else {}
@@ -99,7 +99,7 @@ class _Dtypes(TorchFunctionMode):
         return returned
 
 
-def _precision(field: NoiseField, x: Tensor) -> torch.dtype:
+def _precision(field: BoundModel, x: Tensor) -> torch.dtype:
     """The least precise dtype of what depends on x or on a trained parameter."""
     reseed(x)
     with _Dtypes() as dtypes:
@@ -107,7 +107,7 @@ def _precision(field: NoiseField, x: Tensor) -> torch.dtype:
     return max(dtypes.seen | {x.dtype, value.dtype}, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def check_samples(field: NoiseField, x: Tensor, precision: torch.dtype) -> None:
+def check_samples(field: BoundModel, x: Tensor, precision: torch.dtype) -> None:
     """Raise where samples see each other, or do not go with what is taken to belong to them."""
     if len(x) < 2:
         return
@@ -127,7 +127,7 @@ def check_samples(field: NoiseField, x: Tensor, precision: torch.dtype) -> None:
     check_rows(field, x, precision)
 
 
-def check_rows(field: NoiseField, x: Tensor, precision: torch.dtype | None = None) -> None:
+def check_rows(field: BoundModel, x: Tensor, precision: torch.dtype | None = None) -> None:
     """Raise where outputs do not follow their samples, with what is taken to belong to them."""
     precision = _precision(field, x) if precision is None else precision
     value = evaluate(field, x)
@@ -141,7 +141,7 @@ def _same(one: Tensor, other: Tensor, rounding: float) -> bool:
 
 
 def _first_difference(
-    one: tuple[NoiseField, Tensor], other: tuple[NoiseField, Tensor], kept: int, rounding: float
+    one: tuple[BoundModel, Tensor], other: tuple[BoundModel, Tensor], kept: int, rounding: float
 ) -> str:
     """The innermost module that was given the same for the kept sample and returned another."""
     batch = len(one[1])
@@ -162,7 +162,7 @@ def _first_difference(
     return "its own forward"
 
 
-def _check_permuted(field: NoiseField, x: Tensor, value: Tensor, rounding: float) -> None:
+def _check_permuted(field: BoundModel, x: Tensor, value: Tensor, rounding: float) -> None:
     places = torch.arange(len(x), device=x.device)
     moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
 

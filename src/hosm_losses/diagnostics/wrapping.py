@@ -39,7 +39,7 @@ from hosm_losses._checks import (
 from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.derivatives import Snapshot
 from hosm_losses.diagnostics.values import check_rows
-from hosm_losses.model import ScoreModel, check_model, noise_field
+from hosm_losses.model import ScoreModel, bind_model, check_model
 from hosm_losses.schedules import (
     CosineSchedule,
     DiscreteSchedule,
@@ -243,7 +243,7 @@ def check_wrapping(
             if kwargs:
                 dtype = torch.promote_types(data.dtype, torch.float32)
                 t = model.schedule.sample_time(len(data), device=data.device, dtype=dtype)
-                check_rows(noise_field(model, t, kwargs), data)
+                check_rows(bind_model(model, len(t), kwargs, t), data)
             return report
     finally:
         before.restore()

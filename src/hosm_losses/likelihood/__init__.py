@@ -2,16 +2,16 @@
 
 - `ode`: `ode_nll`, the log-density along the ODE, and `ode_sample`, the paths from noise to data.
 - `variational`: `variational_nll`.
-- `solvers`: `FixedGrid`, `ToTolerance` and `Adaptive`, what is chosen of a solver.
-- `multistep`: the fixed grid, which the batch shares, of steps that are given or found.
+- `solvers`: the options `FixedGrid`, `ToTolerance` and `Adaptive`.
+- `multistep`: the fixed grid that the batch shares, its steps, and probes to a standard error.
 - `adaptive`: steps of each sample's own.
-- `counts`: as many probes as a standard error needs.
-- `checkpoints`: evaluations of whose graph no activation stays.
-- `inputs`: a call with its arguments, in chunks and draws, to one result.
+- `paths`: the evaluation at a node: slope, divergence and prior.
+- `coordinates`: the coordinates in which the paths are solved.
+- `job`: the arguments of a call, checked; its pieces; the result.
+- `checkpoints`: evaluations whose activations are recomputed in the pass back.
 - `integers`: `Uniform`, `TruncatedNormal`, and one density from several draws.
 - `watch`: networks whose output is random.
-- `paths`: the paths of a batch, the coordinates they are solved in, and the divergence.
-- `distribution`: what `ScoreModel.distribution` returns.
+- `distribution`: `ODEDistribution`.
 - `result`: `NLLResult`, `SampleResult`, and `NLLSummary`, the means over samples.
 """
 

@@ -8,7 +8,7 @@ Formula:
     The Runge-Kutta pair 5(4) of Tsitouras; the last stage is the first of the next step. A step is
     accepted where its error is at most 1 in the caller's norm, and the next one is
     h · min(5, max(0.2, 0.9 error^{−1/p})), p = 5 the order. Samples that have arrived leave the
-    batch.
+    paths.
 
 Source:
     Tsitouras, "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying
@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import over_elements
+from hosm_losses.likelihood.coordinates import Span
 from hosm_losses.likelihood.multistep import combine, refuse_vmap
-from hosm_losses.likelihood.paths import Batch, Solved, Span
+from hosm_losses.likelihood.paths import ODESolution, Paths
 from hosm_losses.probes import ToStandardError
 
 NODES = (0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0)
@@ -127,7 +128,7 @@ def adaptive(
         stuck = ~arrived & ((evaluations[rows] + len(STAGES) > max_evaluations) | (h < smallest))
 
 
-def solve_adaptive(batch: Batch, z: Tensor, span: Span, *, tolerance: float) -> Solved:
+def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> ODESolution:
     """Solve from the start of a span, at either end, with steps of each sample's own.
 
     The answer is that of a second solution, at a tenth of the tolerance. What it claims is the
@@ -136,45 +137,45 @@ def solve_adaptive(batch: Batch, z: Tensor, span: Span, *, tolerance: float) -> 
     steps say little there, and a difference may be small by chance.
     """
     refuse_vmap("Adaptive")
-    if isinstance(batch.divergence, ToStandardError):
+    if isinstance(paths.divergence, ToStandardError):
         raise ValueError(
             "solver: expected FixedGrid or ToTolerance with ToStandardError, which draws probes "
             "at nodes that are known; got Adaptive."
         )
-    size, probes = z[0].numel(), batch.draw_probes(z)
-    if batch.divergence is None:  # nothing is claimed of samples alone
-        found = _solve(batch, z, span, None, tolerance / FINER)
+    size, probes = z[0].numel(), paths.draw_probes(z)
+    if paths.divergence is None:  # nothing is claimed of samples alone
+        found = _solve(paths, z, span, None, tolerance / FINER)
         end, none = found.state[:, :size].reshape(z.shape), torch.zeros_like(found.error)
-        return Solved(
+        return ODESolution(
             end, none, found.evaluations, found.evaluations * 0, None, none, found.failed
         )
-    batch = replace(batch, advance=lambda work, advance=batch.advance: advance(work / 2))
+    paths = replace(paths, advance=lambda work, advance=paths.advance: advance(work / 2))
     with torch.no_grad():
-        rough = _solve(batch, z, span, probes, tolerance)
-    found = _solve(batch, z, span, probes, tolerance / FINER)
+        rough = _solve(paths, z, span, probes, tolerance)
+    found = _solve(paths, z, span, probes, tolerance / FINER)
     (end, integrals), (other, others) = (
         (each.state[:, :size].reshape(z.shape), each.state[:, size:]) for each in (found, rough)
     )
     with torch.no_grad():
-        apart = (integrals - others).mean(1) + _difference(batch, end, other, span)
+        apart = (integrals - others).mean(1) + _difference(paths, end, other, span)
     kinks = found.evaluations > KINK_COST * rough.evaluations
     kinks = kinks & (found.rejected > KINK_REJECTED)
     kinks = kinks | (kinks.double().mean() >= KINK_SHARE)
     solver_error = torch.maximum(apart.abs(), found.error) * (1 + 2 * kinks)
     usual = torch.where(kinks, solver_error, math.nan).nanmedian()
     solver_error = torch.where(kinks, torch.maximum(solver_error, usual), solver_error)
-    standard_error, widening, paths = None, 1.0, integrals.shape[1]
+    standard_error, widening, count = None, 1.0, integrals.shape[1]
     if probes is None:
         standard_error = torch.zeros_like(solver_error)
-    elif paths >= MINIMUM_PATHS:
-        widening = student_factor(paths - 1)
-        standard_error = widening * integrals.detach().std(1) / paths**0.5
+    elif count >= MINIMUM_PATHS:
+        widening = student_factor(count - 1)
+        standard_error = widening * integrals.detach().std(1) / count**0.5
     evaluations = found.evaluations + rough.evaluations
-    return Solved(
+    return ODESolution(
         end,
         integrals.mean(1),
         nfe=evaluations + (span[1] < span[0]),  # that of `_difference`
-        products=evaluations * batch.products,
+        products=evaluations * paths.products,
         standard_error=standard_error,
         solver_error=solver_error,
         failed=found.failed | rough.failed,
@@ -183,18 +184,18 @@ def solve_adaptive(batch: Batch, z: Tensor, span: Span, *, tolerance: float) -> 
     )
 
 
-def _difference(batch: Batch, end: Tensor, other: Tensor, span: Span) -> Tensor:
+def _difference(paths: Paths, end: Tensor, other: Tensor, span: Span) -> Tensor:
     """What the difference of two ends of a path makes in the log-density, (B,)."""
-    coordinates = batch.coordinates
+    coordinates = paths.coordinates
     far = coordinates.ends(span)[1]
     one, two = coordinates.to_x(end, far), coordinates.to_x(other, far)
     if span[1] > span[0]:
-        return batch.log_prior_at(one) - batch.log_prior_at(two)
-    return over_elements(coordinates.covector(batch.noise(one, far), far) * (end - other), 1)
+        return paths.log_prior_at(one) - paths.log_prior_at(two)
+    return over_elements(coordinates.covector(paths.noise_at(one, far), far) * (end - other), 1)
 
 
 def _solve(
-    batch: Batch, z: Tensor, span: Span, probes: Tensor | None, tolerance: float
+    paths: Paths, z: Tensor, span: Span, probes: Tensor | None, tolerance: float
 ) -> AdaptiveSolution:
     """Solve with steps in r = σ̂/(σ̂ + s), du = dr/(r (1 − r)), s the data's standard deviation.
 
@@ -202,7 +203,7 @@ def _solve(
     by `tolerance` nats in the integral, in what the error of the state is felt as, and in the
     state by 0.03 of it in root mean square.
     """
-    coordinates, on_their_way, elements = batch.coordinates, len(z), z[0].numel()
+    coordinates, on_their_way, elements = paths.coordinates, len(z), z[0].numel()
     reference = float(coordinates.std.log().mean())
     low, high = (1 / (1 + math.exp(reference - u)) for u in span)
     sign = 1.0 if high > low else -1.0  # the solver goes up, in −r where r goes down
@@ -210,12 +211,12 @@ def _solve(
     def slope(s: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal on_their_way
         r = sign * s
-        batch.advance(on_their_way - len(rows))
+        paths.advance(on_their_way - len(rows))
         on_their_way = len(rows)
         here = coordinates.level(torch.logit(r) + reference)
         state = y[:, :elements].reshape(len(y), *z.shape[1:])
         chosen = None if probes is None else probes[:, rows]
-        noise, moved, integrand = batch.derivatives(state, here, chosen, rows)
+        noise, moved, integrand = paths.slope_at(state, here, chosen, rows)
         moved = torch.cat([moved.reshape(len(y), -1), integrand.T], 1)
         covector = coordinates.covector(noise.detach(), here).reshape(len(y), -1)
         return sign * moved / (r * (1 - r))[:, None], covector
@@ -226,10 +227,10 @@ def _solve(
         largest = torch.stack([integral, felt, state.square().mean(1).sqrt() / STATE_TOLERANCE])
         return largest.amax(0) / tolerance, integral + felt
 
-    paths = 1 if probes is None else len(probes)
-    start = torch.cat([z.reshape(len(z), -1), z.new_zeros(len(z), paths)], 1)
+    count = 1 if probes is None else len(probes)
+    start = torch.cat([z.reshape(len(z), -1), z.new_zeros(len(z), count)], 1)
     found = adaptive(slope, start, (sign * low, sign * high), judge, MAX_EVALUATIONS)
-    batch.advance(on_their_way)
+    paths.advance(on_their_way)
     return found
 
 

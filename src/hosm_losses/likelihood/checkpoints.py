@@ -22,17 +22,19 @@ from hosm_losses._torch_internals import traced
 from hosm_losses.derivatives import Snapshot
 
 
-class Checkpoints:
+class RecomputedEvaluations:
     """The evaluations of one call, the latest of which has its saved tensors."""
 
     def __init__(self, network: object) -> None:
-        self.network, self.refused = network, False
+        self.network, self.refused, self.running = network, False, False
         self.latest: Callable[[], _Evaluation | None] = lambda: None
+
+    def due(self) -> bool:
+        """Whether an evaluation that begins here is to be made again in a pass back."""
+        return torch.is_grad_enabled() and not (self.running or self.refused or traced())
 
     def __call__(self, function: Callable[[], Any], x: Tensor) -> Any:
         """Evaluate a function of nothing on the device of x."""
-        if self.refused or traced() or not torch.is_grad_enabled():
-            return function()
         evaluation = _Evaluation(self, function, x)
         try:
             return evaluation.first()
@@ -45,7 +47,9 @@ class Checkpoints:
 
 
 class _Evaluation:
-    def __init__(self, checkpoints: Checkpoints, function: Callable[[], Any], x: Tensor) -> None:
+    def __init__(
+        self, checkpoints: RecomputedEvaluations, function: Callable[[], Any], x: Tensor
+    ) -> None:
         self.checkpoints, self.function, self.x = checkpoints, function, x
         self.before, kind = Snapshot(None, x), x.device.type
         self.autocast: Any = nullcontext
@@ -71,8 +75,12 @@ class _Evaluation:
         def unpack(index: int) -> Tensor:  # for a gradient in the function, or in a pass back
             return saved[index] if index in saved else self._unpack(index)
 
-        with saved_tensors_hooks(pack, unpack):
-            return self.function(), saved
+        self.checkpoints.running = True
+        try:
+            with saved_tensors_hooks(pack, unpack):
+                return self.function(), saved
+        finally:
+            self.checkpoints.running = False
 
     def _unpack(self, index: int) -> Tensor:
         if index not in self.saved:

@@ -34,7 +34,8 @@ from hosm_losses._checks import (
     complaint,
     over_elements,
 )
-from hosm_losses.likelihood.paths import Coordinates, Divergence, accumulator
+from hosm_losses.likelihood.coordinates import Coordinates, accumulator
+from hosm_losses.likelihood.paths import Divergence
 from hosm_losses.likelihood.result import NLLResult, Quantization
 from hosm_losses.probes import Hutchinson, ToStandardError
 

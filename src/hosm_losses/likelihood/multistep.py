@@ -47,7 +47,6 @@ Source:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -56,11 +55,12 @@ from torch import Tensor
 
 from hosm_losses._checks import over_elements, warn
 from hosm_losses._torch_internals import vmapped
-from hosm_losses.likelihood.counts import integrate, pilot
-from hosm_losses.likelihood.paths import Batch, NoiseLevel, Solved, Span
+from hosm_losses.likelihood.coordinates import NoiseLevel, Span
+from hosm_losses.likelihood.paths import ODESolution, Paths
 from hosm_losses.likelihood.result import solver_limit
 from hosm_losses.probes import Hutchinson, ToStandardError
 
+PILOTS = 4  # probes at a node, by which `ToStandardError` counts
 WIDTH = 1.0  # of the logistic law
 BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 MOULTON = (251 / 720, 646 / 720, -264 / 720, 106 / 720, -19 / 720)
@@ -70,13 +70,11 @@ BISECTIONS = 60
 POOL = 8  # samples that say together how much of an estimate is true
 START = 3  # steps by the Runge-Kutta method
 MINIMUM_STEPS = START + 1
-# A solution of n steps takes n + 10: the last node, and three inner stages of each start step.
-EXTRA_EVALUATIONS = 1 + 3 * START
 # What ToTolerance chooses from. Below 32 steps the estimate of the error is no guide.
 GRIDS = (32, 64, 128, 256, 512, 1024)
 
 
-class Node(NamedTuple):
+class NodeValue(NamedTuple):
     """What is known at a node of the fixed grid; slope and integrand are per unit of s."""
 
     slope: Tensor  # dy/ds, of the shape of y
@@ -114,46 +112,40 @@ def gregory_weights(steps: int) -> list[float]:
     return weights
 
 
-class Walk:
-    """The multistep method on its way: `y` at the node that is due, at last the state at the end.
+class AdamsSolver:
+    """The multistep method on its way: `y` at the node that is due, at last at the end."""
 
-    Places are counted in half steps of the finest walk from the start; `stride` is a half step.
-    """
-
-    def __init__(
-        self, slope: Callable[[int, Tensor], Tensor], y: Tensor, h: float, steps: int, stride: int
-    ) -> None:
-        self.slope, self.h, self.steps, self.stride = slope, h, steps, stride
+    def __init__(self, y: Tensor, h: float, steps: int) -> None:
+        self.h, self.steps = h, steps
         self.y = self.before = self.covector = y
         self.total = self.lowest = self.highest = y.new_zeros(len(y))
         self.slopes: list[Tensor] = []
         self.integrands: list[Tensor] = []
         self.variances: list[Tensor] = []
 
-    def arrive(self, here: Node) -> None:
-        """Take in what is known at the node that is due, and step to the next one if there is."""
-        index, h = len(self.integrands), self.h
-        self.integrands.append(here.integrand)
-        if here.variance is not None:
-            self.variances.append(here.variance)
-        self.slopes = slopes = [here.slope, *self.slopes[: len(NEXT_TERM) - 1]]
+    @property
+    def starting(self) -> bool:
+        """Whether the next step is one of the first, by the Runge-Kutta method."""
+        return len(self.integrands) <= min(START, self.steps)
+
+    def correct(self, node: NodeValue) -> None:
+        """Correct y by what is known at its node."""
+        index = len(self.integrands)
+        self.integrands.append(node.integrand)
+        if node.variance is not None:
+            self.variances.append(node.variance)
+        self.slopes = [node.slope, *self.slopes[: len(NEXT_TERM) - 1]]
         if index > START:
-            corrected = self.before + h * combine(MOULTON, slopes)
+            corrected = self.before + self.h * combine(MOULTON, self.slopes)
             with torch.no_grad():
-                self._estimate(here.covector, corrected - self.y)
+                self._estimate(node.covector, corrected - self.y)
             self.y = corrected
-        self.before = y = self.y
-        self.covector = here.covector
-        if index == self.steps:
-            return
-        if index < START:
-            place = 2 * self.stride * index
-            second = self.slope(place + self.stride, y + h / 2 * slopes[0])
-            third = self.slope(place + self.stride, y + h / 2 * second)
-            fourth = self.slope(place + 2 * self.stride, y + h * third)
-            self.y = y + h / 6 * (slopes[0] + 2 * second + 2 * third + fourth)
-        else:
-            self.y = y + h * combine(BASHFORTH, slopes)
+        self.before, self.covector = self.y, node.covector
+
+    def predict(self) -> None:
+        """Step to the next node, if there is one."""
+        if len(self.integrands) <= self.steps:
+            self.y = self.y + self.h * combine(BASHFORTH, self.slopes)
 
     def _estimate(self, covector: Tensor, correction: Tensor) -> None:
         """Add what the errors of a step do to the answer, e."""
@@ -209,30 +201,6 @@ class Walk:
         return torch.where(kinks, kinked, smooth)
 
 
-def multistep(
-    slope: Callable[[int, Tensor], Tensor],
-    node: Callable[[int, Tensor], Node],
-    y: Tensor,
-    h: float,
-    steps: int,
-    companion: bool = False,
-) -> tuple[Walk, Walk | None]:
-    """Take at least four steps of length h, negative to go back, and estimate the errors.
-
-    Places are counted in half steps from the start. `node` is called once at each even place;
-    `slope`, which is dy/ds at (place, y), for the inner stages of the start. A companion takes
-    half as many steps, without a graph; `node` is called for it right after, at the same place.
-    """
-    walk = Walk(slope, y, h, steps, 1)
-    other = Walk(slope, y.detach(), 2 * h, steps // 2, 2) if companion else None
-    for index in range(steps + 1):
-        walk.arrive(node(2 * index, walk.y))
-        if other is not None and index % 2 == 0:
-            with torch.no_grad():
-                other.arrive(node(2 * index, other.y))
-    return walk, other
-
-
 def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
     """Σ_i c_i f_i over the coefficients, also for the stages of another method."""
     total = coefficients[0] * slopes[0]
@@ -241,93 +209,136 @@ def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
     return total
 
 
-def solve_fixed(
-    batch: Batch,
+def solve_on_grid(
+    paths: Paths,
     z: Tensor,
     span: Span,
     steps: int,
     companion: bool,
-    shares: list[Tensor],
-) -> Solved:
+    companion_ratio: list[Tensor],
+) -> ODESolution:
     """Solve from z at the start of a span of u = log σ̂ with fresh probes.
 
-    A companion is for the way from data to latents, at whose end the prior is. `shares` keeps what
-    it told in the last batch of 8 or more, for a smaller one.
+    A companion is for the way from data to latents, at whose end the prior is. `companion_ratio`
+    keeps its quantile of r in the last batch of 8 or more, for a smaller one.
     """
-    coordinates, divergence, whole = batch.coordinates, batch.divergence, batch
+    coordinates, divergence = paths.coordinates, paths.divergence
+    whole, piloted = paths, None
     if isinstance(divergence, ToStandardError):
-        batch = replace(batch, divergence=pilot(divergence))
-    nodes: list[tuple[Tensor, Tensor]] = []
+        piloted = list[tuple[Tensor, Tensor]]()  # states, and variances of a probe
+        paths = replace(paths, divergence=Hutchinson(PILOTS, divergence.distribution))
+    # The nodes, and the midpoints between them: place 2 i is node i.
     s = torch.linspace(0, 1, 2 * steps + 1, dtype=z.dtype, device=z.device)
     centre = coordinates.std.square().mean().log() / 2
     grid, rates = mesh_points(span, s, centre.clamp(min(span), max(span)))
-    levels = coordinates.levels(grid)  # of the nodes, and of the midpoints between them
-    count = steps + EXTRA_EVALUATIONS
-    count += steps // 2 + EXTRA_EVALUATIONS if companion else 0
+    levels = coordinates.levels(grid)
 
     def slope(place: int, z: Tensor) -> Tensor:
-        here = levels(slice(place, place + 1))
-        noise = batch.noise(coordinates.to_x(z, here), here)
-        return rates[place] * coordinates.slope(z, noise, here)
+        level = levels(slice(place, place + 1))
+        noise = paths.noise_at(coordinates.to_x(z, level), level)
+        return rates[place] * coordinates.slope(z, noise, level)
 
-    @lru_cache(1)  # a companion shares them
-    def probes_of(_place: int) -> Tensor | None:
-        batch.advance(len(z) / (steps + 1))
-        return batch.draw_probes(z)
+    solution, coarse = AdamsSolver(z, 1 / steps, steps), None
+    if companion:  # half as many steps, without a graph
+        coarse = AdamsSolver(z.detach(), 2 / steps, steps // 2)
+    for place in range(0, 2 * steps + 1, 2):
+        paths.advance(len(z) / (steps + 1))
+        level, probes = levels(slice(place, place + 1)), paths.draw_probes(z)
+        for solver, stride in ((solution, 2), (coarse, 4)):
+            if solver is None or place % stride:
+                continue
+            with torch.set_grad_enabled(torch.is_grad_enabled() and solver is solution):
+                noise, slope_u, samples = paths.slope_at(solver.y, level, probes)
+                if piloted is not None and solver is solution:
+                    piloted.append((solver.y, samples.detach().var(0)))
+                samples, count = rates[place] * samples, len(samples)
+                variance = samples.detach().var(0) / count if count > 1 else None
+                covector = coordinates.covector(noise.detach(), level)
+                node = NodeValue(rates[place] * slope_u, samples.mean(0), variance, covector)
+                solver.correct(node)
+                if solver.starting:
+                    y, h, first = solver.y, solver.h, node.slope
+                    second = slope(place + stride // 2, y + h / 2 * first)
+                    third = slope(place + stride // 2, y + h / 2 * second)
+                    fourth = slope(place + stride, y + h * third)
+                    solver.y = y + h / 6 * (first + 2 * second + 2 * third + fourth)
+                else:
+                    solver.predict()
 
-    def node(place: int, z: Tensor) -> Node:
-        here = levels(slice(place, place + 1))
-        noise, moved, integrand = batch.derivatives(z, here, probes_of(place))
-        if isinstance(divergence, ToStandardError) and len(nodes) == place // 2:
-            nodes.append((z, integrand.detach().var(0)))  # not the companion's, which come after
-        integrand = rates[place] * integrand
-        seen = integrand.detach()
-        variance = seen.var(0) / len(seen) if len(seen) > 1 else None
-        covector = coordinates.covector(noise.detach(), here)
-        return Node(rates[place] * moved, integrand.mean(0), variance, covector)
-
-    found, other = multistep(slope, node, z, 1 / steps, steps, companion)
-    solver_error, standard_error = found.path_error, None
-    if other is not None:
+    solver_error, standard_error, integral = solution.path_error, None, solution.integral()
+    if coarse is not None:
         with torch.no_grad():
-            solver_error = _guarded(batch, found, other, coordinates.ends(span)[1], shares)
-    if isinstance(batch.divergence, Hutchinson):
-        standard_error = found.variance.sqrt()
+            end = coordinates.ends(span)[1]
+            solver_error = companion_error(paths, solution, coarse, end, companion_ratio)
+    if isinstance(paths.divergence, Hutchinson):
+        standard_error = solution.variance.sqrt()
     elif divergence is not None:
-        solver_error = solver_error + found.quadrature_error
+        solver_error = solver_error + solution.quadrature_error
         standard_error = torch.zeros_like(solver_error)
-    nfe, integral = torch.full((len(z),), count, device=z.device), found.integral()
     evaluated = steps + 1 + (steps // 2 + 1 if companion else 0)
-    products = torch.full_like(nfe, evaluated * batch.products)
-    if isinstance(divergence, ToStandardError):
+    nfe = torch.full((len(z),), evaluated + 3 * START * (1 + companion), device=z.device)
+    products = torch.full_like(nfe, evaluated * paths.products)
+    if piloted is not None:
         weights = rates[::2] * z.new_tensor(gregory_weights(steps)) / steps
-        integral, standard_error, probes = integrate(
-            whole, nodes, weights, lambda index: levels(slice(2 * index, 2 * index + 1))
+        integral, standard_error, probes = integrate_to_standard_error(
+            whole, piloted, weights, lambda index: levels(slice(2 * index, 2 * index + 1))
         )
         nfe, products = nfe + steps + 1, products + probes
     errors = standard_error, solver_error, torch.zeros_like(nfe).bool()
-    return Solved(found.y, integral, nfe, products, *errors, steps)
+    return ODESolution(solution.y, integral, nfe, products, *errors, steps)
 
 
-def _guarded(
-    batch: Batch, found: Walk, companion: Walk, far: NoiseLevel, shares: list[Tensor]
+def integrate_to_standard_error(
+    paths: Paths,
+    nodes: Sequence[tuple[Tensor, Tensor]],
+    weights: Tensor,
+    level: Callable[[int], NoiseLevel],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∫ q by weights (N,) over nodes, its standard error, and the probes that it took, (B,) each.
+
+    `paths` has the `ToStandardError`, `level` gives the noise level of a node.
+    """
+    target, d = paths.divergence, nodes[0][0][0].numel()
+    assert isinstance(target, ToStandardError)
+    one_probe = torch.stack([variance for _, variance in nodes]).sqrt()
+    error_in_nats = weights.abs()[:, None] * one_probe
+    counts = error_in_nats * error_in_nats.sum(0) / target.nats**2
+    counts = counts.clamp(2, 2 * d).log2().ceil().exp2().long()
+    total = variance = torch.zeros_like(error_in_nats[0])
+    for index, (state, _) in enumerate(nodes):
+        for count in counts[index].unique().tolist():
+            rows = (counts[index] == count).nonzero().flatten()
+            probes = Hutchinson(count, target.distribution) if count < d else "exact"
+            part, z = replace(paths, divergence=probes), state[rows]
+            _, _, q = part.slope_at(z, level(index), part.draw_probes(z), rows)
+            total = total.index_add(0, rows, weights[index] * q.mean(0))
+            if count < d:
+                spread = weights[index] ** 2 * q.detach().var(0) / count
+                variance = variance.index_add(0, rows, spread)
+    return total, variance.sqrt(), counts.clamp(max=d).sum(0)
+
+
+def companion_error(
+    paths: Paths,
+    solution: AdamsSolver,
+    coarse: AdamsSolver,
+    end: NoiseLevel,
+    companion_ratio: list[Tensor],
 ) -> Tensor:
-    """The estimate of the path's error from a solution and its companion, that end at a level."""
-    own, other = (
-        batch.log_prior_at(batch.coordinates.to_x(each.y, far)) for each in (found, companion)
-    )
-    plain, coarse = found.path_error, companion.path_error
-    difference = own - other + found.integral(2, companion.steps) - companion.integral()
-    difference = difference.abs()
-    known = (coarse > plain) & coarse.isfinite()
-    ratio = torch.where(known, difference / (coarse - plain), 1.0)
-    guarded = plain
+    """Estimate the path's error (B,) from a solution and its companion, that end at a level."""
+    to_x, log_prior = paths.coordinates.to_x, paths.log_prior_at
+    difference = log_prior(to_x(solution.y, end)) - log_prior(to_x(coarse.y, end))
+    difference = difference + solution.integral(2, coarse.steps) - coarse.integral()
+    difference, plain, of_coarse = difference.abs(), solution.path_error, coarse.path_error
+    known = (of_coarse > plain) & of_coarse.isfinite()
+    ratio = torch.where(known, difference / (of_coarse - plain), 1.0)
+    error = plain
     if len(plain) >= POOL:
-        shares[:] = [ratio.nanquantile(0.9)]
-    if shares:
-        guarded = plain * (1.5 * torch.maximum(ratio, shares[0])).clamp(max=1.0)
-    guarded = torch.maximum(guarded, difference / torch.where(ratio < 1, 16, 8))
-    return torch.where(guarded.isfinite(), guarded, plain)
+        companion_ratio[:] = [ratio.nanquantile(0.9)]
+    if companion_ratio:
+        error = plain * (1.5 * torch.maximum(ratio, companion_ratio[0])).clamp(max=1.0)
+    error = torch.maximum(error, difference / torch.where(ratio < 1, 16, 8))
+    return torch.where(error.isfinite(), error, plain)
 
 
 def refuse_vmap(solver: str) -> None:
@@ -340,7 +351,7 @@ def refuse_vmap(solver: str) -> None:
 
 
 def fewest_steps(
-    batch: Batch,
+    paths: Paths,
     z: Tensor,
     span: Span,
     companion: bool,
@@ -354,17 +365,17 @@ def fewest_steps(
     the generator alone. A sample that failed, and was lost on the grid before, does not count.
     """
     refuse_vmap("ToTolerance")
-    kind = batch.divergence
-    kind = pilot(kind) if isinstance(kind, ToStandardError) else kind
+    kind = paths.divergence
+    kind = Hutchinson(PILOTS, kind.distribution) if isinstance(kind, ToStandardError) else kind
     if isinstance(kind, Hutchinson) and not companion:
         kind = None  # the claim is of the path alone
     # The probes of a difference from a companion come from a generator of their own.
     own = torch.Generator(z.device).manual_seed(0)
-    trial = replace(batch, advance=lambda _: None, generator=own, divergence=kind)
+    trial = replace(paths, advance=lambda _: None, generator=own, divergence=kind)
     largest, lost = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
     for steps in GRIDS:
         with torch.no_grad():
-            error = solve_fixed(trial, z, span, steps, companion, []).solver_error
+            error = solve_on_grid(trial, z, span, steps, companion, []).solver_error
         failed = ~(error <= solver_limit(z[0].numel()))
         error = error.masked_fill(failed, math.inf).masked_fill(failed & lost, -math.inf)
         most = error.max()  # infinite where a sample failed; −∞ where none counts

@@ -10,16 +10,24 @@ Source:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_flag, check_generator, check_whole, complaint
-from hosm_losses.likelihood.inputs import Call, LogPrior, add_noise, like_network
+from hosm_losses._checks import (
+    check_flag,
+    check_generator,
+    check_whole,
+    complaint,
+    over_elements,
+)
+from hosm_losses.likelihood.adaptive import solve_adaptive
 from hosm_losses.likelihood.integers import Dequantization, check_dequantization
-from hosm_losses.likelihood.paths import Batch, Divergence, check_divergence, follow_paths
+from hosm_losses.likelihood.job import Job, LogPrior, like_network
+from hosm_losses.likelihood.multistep import fewest_steps, solve_on_grid
+from hosm_losses.likelihood.paths import Divergence, Paths, check_divergence
 from hosm_losses.likelihood.result import NLLResult, SampleResult
 from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance, check_solver
 from hosm_losses.model import ScoreModel, check_model
@@ -98,20 +106,33 @@ def ode_nll(
         >>> print(f"{result.nll.item():.3f} nats, {result.nfe.item()} evaluations")
         1.838 nats, 74 evaluations
     """
-    solve = check_solver(solver).start()
+    check_solver(solver)
     check_divergence(divergence)
     check_flag("clean", clean)
     check_dequantization(dequantization, clean=clean)
-
-    def likelihood(batch: Batch) -> NLLResult:
-        batch, correction = add_noise(batch) if clean else (batch, 0)
-        result = follow_paths(batch, solve)
-        return replace(result, nll=result.nll + correction, nfe=result.nfe + clean)
-
-    how = divergence, dequantization, enable_grad
-    given = (batch_size, progress, generator, model_kwargs, *how)
-    call = Call(model, x, solver.moments, log_prior, *given)
-    return call.evaluate(likelihood, at_start=not clean)
+    job = Job(
+        model,
+        x,
+        solver.moments,
+        log_prior=log_prior,
+        batch_size=batch_size,
+        progress=progress,
+        generator=generator,
+        model_kwargs=model_kwargs,
+        divergence=divergence,
+        dequantization=dequantization,
+        enable_grad=enable_grad,
+        at_start=not clean,
+    )
+    earlier, correction = EarlierBatches(), 0.0
+    with job.running() as pieces:
+        for paths in pieces:
+            if clean:
+                paths, correction = _add_noise(paths)
+            result = solve(paths, solver, earlier)
+            nll, nfe = result.nll + correction, result.nfe + clean
+            job.results[-1].append(replace(result, nll=nll, nfe=nfe))
+    return job.result()
 
 
 def ode_sample(
@@ -170,24 +191,95 @@ def ode_sample(
         expected = "one without a companion, which compares densities of the prior at t_max"
         raise ValueError(complaint("solver", expected, solver, got=repr(solver)))
     check_divergence(divergence, optional=True)
-    solve, drawn = solver.start(), not isinstance(latent, Tensor)
+    drawn = not isinstance(latent, Tensor)
     if drawn and log_prior is not None:
         raise ValueError(
             "latent: expected latents drawn from the prior of log_prior; got a shape, for which "
             "they would be drawn from N(0, prior_std²)."
         )
-    start = latent
-    if not isinstance(start, Tensor):
-        start = _draw(check_model(model), start, generator)
-
-    def sampled(batch: Batch) -> NLLResult:
-        return follow_paths(batch, solve, backwards=True)
-
-    given = (batch_size, progress, generator, model_kwargs, divergence, None, enable_grad)
-    call = Call(model, start, solver.moments, log_prior, *given)
-    found = vars(call.evaluate(sampled, name="latent", of_prior=drawn))
+    start = _draw(check_model(model), latent, generator) if drawn else latent
+    assert isinstance(start, Tensor)
+    job = Job(
+        model,
+        start,
+        solver.moments,
+        log_prior=log_prior,
+        batch_size=batch_size,
+        progress=progress,
+        generator=generator,
+        model_kwargs=model_kwargs,
+        divergence=divergence,
+        enable_grad=enable_grad,
+        name="latent",
+        of_prior=drawn,
+    )
+    earlier = EarlierBatches()
+    with job.running() as pieces:
+        for paths in pieces:
+            job.results[-1].append(solve(paths, solver, earlier, backwards=True))
+    result = vars(job.result())
     known = {} if divergence is not None else {"nll": None, "solver_error": None}
-    return SampleResult(**{**found, **known, "x": found["latent"], "latent": start})
+    return SampleResult(**{**result, **known, "x": result["latent"], "latent": start})
+
+
+@dataclass
+class EarlierBatches:
+    """What the earlier batches of a call leave to the later ones."""
+
+    steps: int | None = None  # of ToTolerance
+    companion_ratio: list[Tensor] = field(default_factory=list)  # see `companion_error`
+
+
+def solve(
+    paths: Paths,
+    solver: FixedGrid | ToTolerance | Adaptive,
+    earlier: EarlierBatches,
+    *,
+    backwards: bool = False,
+) -> NLLResult:
+    """Follow paths from data to latents, or back; `latent` is the other end, data if backwards."""
+    coordinates = paths.coordinates
+    low, high = coordinates.span
+    data, noise = coordinates.ends((low, high))
+    start, end, span = (noise, data, (high, low)) if backwards else (data, noise, (low, high))
+    z = coordinates.to_z(paths.x, start)
+    if isinstance(solver, Adaptive):
+        solution = solve_adaptive(paths, z, span, tolerance=solver.step_tolerance)
+    else:
+        companion = solver.companion and not backwards
+        if isinstance(solver, FixedGrid):
+            steps = solver.steps
+        else:
+            options = {"tolerance": solver.tolerance, "group": solver.group}
+            steps = earlier.steps or fewest_steps(paths, z, span, companion, **options)
+            earlier.steps = steps
+        solution = solve_on_grid(paths, z, span, steps, companion, earlier.companion_ratio)
+    # Along the ODE d log p = −∇·(dx/dt) dt: what is left of it is `integral`, and two volumes.
+    fields = solution._asdict()
+    x, integral = coordinates.to_x(fields.pop("z"), end), fields.pop("integral")
+    latent, integral = (paths.x, -integral) if backwards else (x, integral)
+    log_density = coordinates.log_volume(noise) - coordinates.log_volume(data) + integral
+    if paths.divergence is not None:
+        log_density = log_density + paths.log_prior_at(latent)
+    return NLLResult(-log_density, x.to(paths.dtype), **fields)
+
+
+def _add_noise(paths: Paths) -> tuple[Paths, Tensor]:
+    """The paths at t_min by a draw of noise, and what to add to its nll for that of x, (B,).
+
+    −log p(x) ≤ E[−log p(x_tmin) + log q(x_tmin|x) − log p(x|x_tmin)], with the decoder of
+    `variational`: the last two are ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). They go with the noise
+    that was drawn, ‖ε‖² and not its mean d: a change of p(x_tmin) with ε cancels, and the mean of
+    exp(−nll) over draws is a density of x.
+    """
+    x, coordinates = paths.x, paths.coordinates
+    start, _ = coordinates.ends(coordinates.span)
+    noise = paths.draw_noise()
+    points = start.alpha * x + start.sigma * noise
+    error = paths.noise_at(points, start) - noise
+    correction = over_elements(error.square() - noise.square(), 1) / 2
+    correction = correction - x[0].numel() * start.alpha.log().reshape(())
+    return replace(paths, x=points), correction
 
 
 def _draw(model: ScoreModel, shape: object, generator: torch.Generator | None) -> Tensor:

@@ -29,20 +29,30 @@ Source:
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from hosm_losses._checks import check_like, complaint, expand_right, may_look, over_elements
-from hosm_losses.likelihood.checkpoints import Checkpoints
-from hosm_losses.likelihood.result import NLLResult
-from hosm_losses.likelihood.watch import Watch
-from hosm_losses.model import NoiseField
+from hosm_losses._checks import (
+    DerivativeError,
+    check_like,
+    check_prediction,
+    complaint,
+    expand_right,
+    may_look,
+    over_elements,
+)
+from hosm_losses.derivatives import derive, quadratic_forms
+from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
+from hosm_losses.likelihood.coordinates import Coordinates, NoiseLevel, accumulator
+from hosm_losses.likelihood.watch import RandomnessCheck
+from hosm_losses.model import BoundModel, apply_affine
 from hosm_losses.probes import Hutchinson, ToStandardError, draw_probes, unit_vector_chunks
-from hosm_losses.schedules import Schedule
 
 # Elements of a sample up to which "auto" is "exact": one probe errs by 0.6 nats at d = 8.
 EXACT_UP_TO = 16
@@ -50,88 +60,6 @@ EXACT_UP_TO = 16
 Function = Callable[..., tuple[Tensor, Tensor]]
 Chosen = Literal["exact"] | Hutchinson | ToStandardError | Function
 Divergence = Literal["auto"] | Chosen
-Span = tuple[float, float]  # of u = log σ̂, from the start of a path to its end
-
-
-class NoiseLevel(NamedTuple):
-    """What α, σ and the scale are at some u; all but t are expanded to multiply a batch."""
-
-    t: Tensor  # the schedule's time (n,), never outside [t_min, t_max]
-    alpha: Tensor
-    sigma: Tensor
-    sigma_hat: Tensor  # σ/α
-    scale: Tensor  # c, by element where the data's std is
-
-
-@dataclass(frozen=True)
-class Coordinates:
-    """z = (x/α − mean)/c with c² = std² + σ̂²."""
-
-    schedule: Schedule
-    mean: Tensor  # of the data, broadcast to (1, *)
-    std: Tensor  # of the data, broadcast to (1, *)
-    start: float | None = None  # log σ̂ of the data end, if not at t_min
-
-    @property
-    def span(self) -> Span:
-        """log σ̂ at the data end and at the noise end."""
-        low, high = self.schedule.log_sigma_hat_range
-        return low if self.start is None else self.start, high
-
-    def levels(self, log_sigma_hat: Tensor) -> Callable[[slice], NoiseLevel]:
-        """A function that gives levels of a grid u (n,) to a batch; a slice of one for all of it.
-
-        The schedule is asked once for all; the scale, as large as a sample, is made when due.
-        """
-        t = self.schedule.time(log_sigma_hat)
-        alphas, sigmas = (expand_right(each, self.mean) for each in self.schedule(t))
-
-        def chosen(rows: slice) -> NoiseLevel:
-            sigma_hat = sigmas[rows] / alphas[rows]
-            scale = torch.sqrt(self.std.square() + sigma_hat.square())
-            return NoiseLevel(t[rows], alphas[rows], sigmas[rows], sigma_hat, scale)
-
-        return chosen
-
-    def level(self, log_sigma_hat: Tensor) -> NoiseLevel:
-        """The noise level at u = log σ̂ (n,), in the precision of u."""
-        return self.levels(log_sigma_hat)(slice(None))
-
-    def ends(self, span: Span) -> tuple[NoiseLevel, NoiseLevel]:
-        """The levels of a whole batch at both ends of a span of u."""
-        level = self.levels(torch.tensor(span, dtype=self.std.dtype, device=self.std.device))
-        return level(slice(0, 1)), level(slice(1, 2))
-
-    def to_z(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """Data coordinates to z."""
-        return (x / level.alpha - self.mean) / level.scale
-
-    def to_x(self, z: Tensor, level: NoiseLevel) -> Tensor:
-        """Z to data coordinates."""
-        return level.alpha * (level.scale * z + self.mean)
-
-    def slope(self, z: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
-        """dz/du for the predicted noise ε̂."""
-        ratio = level.sigma_hat / level.scale
-        return ratio * (noise - ratio * z)
-
-    def integrand(self, divergence: Tensor, level: NoiseLevel) -> Tensor:
-        """σ ∇·ε̂ − Σ_i σ̂²/c² from the divergence ∇·ε̂ (K, n)."""
-        shrinking = over_elements((level.sigma_hat / level.scale).square(), 1)
-        return level.sigma.reshape(-1) * divergence - shrinking
-
-    def log_volume(self, level: NoiseLevel) -> Tensor:
-        """Σ_i log(α c), (n,)."""
-        return over_elements((level.alpha * level.scale).log(), 1)
-
-    def covector(self, noise: Tensor, level: NoiseLevel) -> Tensor:
-        """The gradient in z of the log-density, where the model's score is that of its ODE."""
-        return -(level.scale / level.sigma_hat) * noise
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype sums are kept in: float64, but float32 on devices that have no other."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def all_finite(samples: Tensor) -> Tensor:
@@ -151,25 +79,26 @@ def check_divergence(divergence: object, *, optional: bool = False) -> None:
 
 def choose_divergence(divergence: Divergence | None, x: Tensor) -> Chosen | None:
     """The divergence for samples like those of x (B, *): what is given, or what "auto" takes."""
-    if divergence == "auto":
-        return "exact" if x[0].numel() <= EXACT_UP_TO else Hutchinson()
+    if isinstance(divergence, str):
+        small = x[0].numel() <= EXACT_UP_TO
+        return "exact" if divergence == "exact" or small else Hutchinson()
     return divergence
 
 
 @dataclass(frozen=True)
-class Batch:
+class Paths:
     """Samples whose likelihood is asked for, and all that goes with them."""
 
     x: Tensor  # (B, *), in the precision of sums
-    model: NoiseField
+    model: BoundModel
     coordinates: Coordinates
     dtype: torch.dtype  # the network's
     log_prior: Callable[[Tensor], Tensor] | None
     generator: torch.Generator | None
     advance: Callable[[float], object]  # told the samples' worth of work done
-    watch: Watch
+    watch: RandomnessCheck
     divergence: Chosen | None
-    checkpoints: Checkpoints
+    checkpoints: RecomputedEvaluations
 
     @property
     def products(self) -> int:
@@ -178,7 +107,7 @@ class Batch:
             return self.divergence.count
         return self.x[0].numel() if self.divergence == "exact" else 0
 
-    def rows(self, x: Tensor, rows: Tensor) -> "Batch":
+    def rows(self, x: Tensor, rows: Tensor) -> "Paths":
         """Return the rows alone, at the points x of the whole batch."""
         points = x[rows].to(accumulator(x))
         return replace(self, x=points, model=self.model.rows(rows))
@@ -196,39 +125,41 @@ class Batch:
         x = self.x
         return torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
 
-    def field(self, level: NoiseLevel, rows: Tensor | None = None) -> NoiseField:
-        """Return f = −ε̂ at a level, for the rows (n,) of the batch, all if None."""
+    def model_at(self, level: NoiseLevel, rows: Tensor | None = None) -> BoundModel:
+        """The model at a level, for the rows (n,) of the batch, all if None."""
         model = self.model if rows is None else self.model.rows(rows)
         t = level.t.to(torch.promote_types(self.dtype, torch.float32))
         return model.at(t.expand(len(self.x) if rows is None else len(rows)))
 
-    def noise(self, x: Tensor, level: NoiseLevel) -> Tensor:
+    def noise_at(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """ε̂ at points (B, *), in their precision."""
-        given = self.field(level), x.to(self.dtype), None, None
-        (value,) = self.checkpoints(partial(self._evaluate, *given), x)
+        if self.checkpoints.due():
+            return self.checkpoints(partial(self.noise_at, x, level), x)
+        value, _ = self._evaluate(self.model_at(level), x.to(self.dtype), None, None)
         return -value.to(x.dtype)
 
-    def derivatives(
+    def slope_at(
         self, z: Tensor, level: NoiseLevel, probes: Tensor | None, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """ε̂ of the rows (all if None), dz/du, and samples (K, n) of what is integrated over u."""
-        return self.checkpoints(partial(self._derivatives, z, level, probes, rows), z)
-
-    def _derivatives(
-        self, z: Tensor, level: NoiseLevel, probes: Tensor | None, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.checkpoints.due():  # the state z alone is kept
+            return self.checkpoints(partial(self.slope_at, z, level, probes, rows), z)
         x = self.coordinates.to_x(z, level).to(self.dtype)
-        found = self._evaluate(self.field(level, rows), x, self.divergence, probes)
-        noise = -found[0].to(z.dtype)
+        model, divergence = self.model_at(level, rows), self.divergence
+        if torch.is_grad_enabled() or self.watch.due:
+            value, forms = self._evaluate(model, x, divergence, probes)
+        else:
+            value, forms = value_and_divergence(model, x, divergence, probes)
+        noise = -value.to(z.dtype)
         slope = self.coordinates.slope(z, noise, level)
-        if self.divergence is None:
+        if forms is None:
             return noise, slope, z.new_zeros(1, len(z))
-        return noise, slope, self.coordinates.integrand(-found[1].T, level)
+        return noise, slope, self.coordinates.integrand(-forms, level)
 
     def _evaluate(
-        self, field: NoiseField, x: Tensor, divergence: Chosen | None, probes: Tensor | None
-    ) -> list[Tensor]:
-        """f at x (n, *), and ∇·f (n, K) if asked.
+        self, model: BoundModel, x: Tensor, divergence: Chosen | None, probes: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """f and ∇·f, with a look at what the network draws and at samples that are lost.
 
         With a graph, samples that are not finite are kept apart, as 0 · NaN is NaN: one of them
         would take the gradients of all parameters with it. They are replaced by ones, and their
@@ -236,29 +167,27 @@ class Batch:
         again; elsewhere the value alone is evaluated before, without a graph, so that nothing is
         read back from an accelerator.
         """
-        before, look = self.watch.before(x), may_look(x)
-        lost = ~all_finite(x) if torch.is_grad_enabled() else None
-
-        def evaluate(value_alone: bool = divergence is None) -> list[Tensor]:
-            points = x if lost is None else torch.where(expand_right(lost, x), 1.0, x)
-            if value_alone:
-                return [field(points)]
-            value, forms = with_divergence(field, points, probes, divergence)
-            return [value, forms.T]
-
-        if lost is not None and not look:
-            with torch.no_grad():
-                lost = lost | ~all_finite(*evaluate(value_alone=True))
-        found = evaluate()
-        if lost is not None and look:
-            good = torch.stack([all_finite(each.detach()) for each in found]).all(0)
-            if not bool((good | lost).all()):
-                lost = lost | ~good
-                found = evaluate()
-        self.watch.compare(before, x)
-        if lost is None:
+        before = self.watch.before(x)
+        if not torch.is_grad_enabled():
+            found = value_and_divergence(model, x, divergence, probes)
+            self.watch.compare(before, x)
             return found
-        return [each.masked_fill(expand_right(lost, each), math.nan) for each in found]
+        lost, look = ~all_finite(x), may_look(x)
+        if not look:
+            with torch.no_grad():
+                points = torch.where(expand_right(lost, x), 1.0, x)
+                lost = lost | ~all_finite(model.f(points))
+        while True:
+            points = torch.where(expand_right(lost, x), 1.0, x)
+            value, forms = value_and_divergence(model, points, divergence, probes)
+            good = all_finite(value.detach())
+            good = good if forms is None else good & torch.isfinite(forms.detach()).all(0)
+            if not look or bool((good | lost).all()):
+                break
+            lost = lost | ~good
+        self.watch.compare(before, x)
+        value = value.masked_fill(expand_right(lost, value), math.nan)
+        return value, None if forms is None else forms.masked_fill(lost, math.nan)
 
     def log_prior_at(self, latent: Tensor) -> Tensor:
         """Log-density (B,) of the prior at latents (B, *), in their precision.
@@ -283,7 +212,7 @@ class Batch:
         return value.to(latent.dtype).masked_fill(~finite, math.nan)
 
 
-class Solved(NamedTuple):
+class ODESolution(NamedTuple):
     """Where the paths end, what was integrated on the way, and fields of the result."""
 
     z: Tensor  # the states at the other end, (B, *)
@@ -298,43 +227,65 @@ class Solved(NamedTuple):
     kinks: Tensor | None = None  # whether the path seems to have some, (B,); None if not known
 
 
-Solve = Callable[[Batch, Tensor, Span], Solved]
+def value_and_divergence(
+    model: BoundModel, x: Tensor, divergence: Chosen | None, probes: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """f = −ε̂ at x (B, *), and an estimate of ∇·f for each of the probes (K, B, *), as (K, B).
 
-
-def follow_paths(batch: Batch, solve: Solve, *, backwards: bool = False) -> NLLResult:
-    """Follow the paths from the data of a batch to its latents, or back from latents to data.
-
-    `latent` is the other end: the data, if `backwards`.
+    Without probes there is one without error, by passes back of all unit vectors, or that of a
+    user's function; without a divergence None.
     """
-    coordinates = batch.coordinates
-    low, high = coordinates.span
-    data, noise = coordinates.ends((low, high))
-    near, far = (noise, data) if backwards else (data, noise)
-    span = (high, low) if backwards else (low, high)
-    found = solve(batch, coordinates.to_z(batch.x, near), span)._asdict()
-    end, integral = coordinates.to_x(found.pop("z"), far), found.pop("integral")
-    latent, integral = (batch.x, -integral) if backwards else (end, integral)
-    volume = coordinates.log_volume(noise) - coordinates.log_volume(data)
-    prior = volume * 0 if batch.divergence is None else batch.log_prior_at(latent)
-    return NLLResult(-(prior + volume + integral), end.to(batch.dtype), **found)
-
-
-def with_divergence(
-    field: NoiseField, x: Tensor, probes: Tensor | None, divergence: Chosen | None = None
-) -> tuple[Tensor, Tensor]:
-    """f at x (B, *), and an estimate of ∇·f for each of the probes (K, B, *), as (K, B).
-
-    Without probes it is one without error, by passes back of `unit_vector_chunks`, or that of a
-    function.
-    """
+    if divergence is None:
+        return model.f(x), None
+    p, q = model.model.affine(model.t, x)
+    elements = x.new_full((1, len(x)), x[0].numel(), dtype=accumulator(x))
     if callable(divergence):
-        value, forms = field.with_divergence_of(divergence, x)
-    elif (
-        probes is not None and isinstance(divergence, Hutchinson) and divergence.mode == "forward"
-    ):
-        value, forms = field.forms_along(x, probes)
+        prediction, forms = _of_function(divergence, model, x)
+        squares = elements
+    elif probes is None:
+        prediction, forms = quadratic_forms(model, x, unit_vector_chunks(x))
+        forms, squares = forms.to(accumulator(x)).sum(0, keepdim=True), elements
     else:
-        directions = unit_vector_chunks(x) if probes is None else [probes]
-        value, forms = field.quadratic_forms(x, directions)
-    forms = forms.to(accumulator(x))
-    return value, forms.sum(0, keepdim=True) if probes is None else forms
+        squares = over_elements(probes.square())
+        if isinstance(divergence, Hutchinson) and divergence.mode == "forward":
+            prediction, forms = _forward(model, x, probes)
+        else:
+            prediction, forms = quadratic_forms(model, x, [probes])
+    p_, q_ = (None if each is None else each.flatten() for each in (p, q))
+    divergences = -apply_affine(forms.to(accumulator(x)), squares, p_, q_)
+    return -apply_affine(prediction, x, p, q), divergences
+
+
+def _forward(model: BoundModel, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
+    """The prediction and its forms, in one evaluation with its derivatives; no activation stays.
+
+    A DerivativeError where the taylor engine cannot take the network.
+    """
+    # The engine makes a graph whatever the mode; it holds nothing here unless one is wanted.
+    empty = saved_tensors_hooks(lambda _: None, _refuse_a_pass_back)
+    try:
+        with nullcontext() if torch.is_grad_enabled() else empty:
+            value, along, _ = derive(model, x, probes, order=2, engine="taylor")
+    except DerivativeError as error:
+        raise DerivativeError(
+            f"divergence: expected mode='reverse' for this network; got 'forward'. {error}"
+        ) from error
+    return value[0], over_elements(along * probes)
+
+
+def _refuse_a_pass_back(_: object) -> Tensor:
+    raise DerivativeError("It takes a gradient itself.")
+
+
+def _of_function(function: Function, model: BoundModel, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The prediction and its divergence (1, B) by a user's function."""
+    *arguments, kwargs = model.model.network_arguments(x, model.t, model.kwargs)
+    found: Any = function(*arguments, **kwargs)
+    if not isinstance(found, tuple) or len(found) != 2:
+        expected = "two tensors, the prediction (B, *) and its divergence (B,)"
+        raise TypeError(complaint("divergence(x, t)", expected, found))
+    prediction, divergence = found
+    check_prediction(prediction, x)
+    dtype = getattr(divergence, "dtype", x.dtype)
+    check_like("divergence(x, t)[1]", divergence, (len(x),), dtype, x.device, "x")
+    return prediction, divergence[None]

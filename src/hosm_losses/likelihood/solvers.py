@@ -5,7 +5,6 @@ which Gaussian data does not move (see `paths`): they change the solver's error 
 """
 
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,8 @@ from hosm_losses._checks import (
     check_whole,
     complaint,
 )
-from hosm_losses.likelihood.adaptive import solve_adaptive
-from hosm_losses.likelihood.multistep import MINIMUM_STEPS, fewest_steps, solve_fixed
-from hosm_losses.likelihood.paths import Batch, Solve, Solved, Span, accumulator
+from hosm_losses.likelihood.coordinates import accumulator
+from hosm_losses.likelihood.multistep import MINIMUM_STEPS
 
 PlainMoment = float | tuple[Any, ...]
 Moment = PlainMoment | Tensor | np.ndarray
@@ -98,11 +96,6 @@ class FixedGrid(Solver):
             raise ValueError(complaint(self._name("companion"), expected, True, got=got))
         self._set(steps=steps)
 
-    def start(self) -> Solve:
-        """A function that solves the batches of one call."""
-        how = {"steps": self.steps, "companion": self.companion, "shares": []}
-        return partial(solve_fixed, **how)
-
 
 @dataclass(frozen=True)
 class ToTolerance(Solver):
@@ -151,19 +144,6 @@ class ToTolerance(Solver):
             raise TypeError(complaint(self._name("group"), expected, self.group, remedy))
         return vars(self)
 
-    def start(self) -> Solve:
-        """A function that solves the batches of one call."""
-        options: dict[str, Any] = {"tolerance": self.tolerance, "group": self.group}
-        steps, shares = None, list[Tensor]()
-
-        def solve(batch: Batch, z: Tensor, span: Span) -> Solved:
-            nonlocal steps
-            companion = self.companion and span[0] < span[1]
-            steps = steps or fewest_steps(batch, z, span, companion, **options)
-            return solve_fixed(batch, z, span, steps, companion, shares)
-
-        return solve
-
 
 @dataclass(frozen=True)
 class Adaptive(Solver):
@@ -195,10 +175,6 @@ class Adaptive(Solver):
     def __post_init__(self) -> None:
         """Check the fields."""
         self._set(step_tolerance=self._nats("step_tolerance"))
-
-    def start(self) -> Solve:
-        """A function that solves the batches of one call."""
-        return partial(solve_adaptive, tolerance=self.step_tolerance)
 
 
 def check_solver(value: object) -> FixedGrid | ToTolerance | Adaptive:

@@ -24,16 +24,16 @@ Source:
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hosm_losses._checks import check_whole, complaint, over_elements
-from hosm_losses.likelihood.inputs import Call, LogPrior
+from hosm_losses.likelihood.coordinates import NoiseLevel
 from hosm_losses.likelihood.integers import Uniform, check_dequantization
-from hosm_losses.likelihood.paths import Batch, NoiseLevel
+from hosm_losses.likelihood.job import Job, LogPrior
+from hosm_losses.likelihood.paths import Paths
 from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.likelihood.solvers import Moment, plain_moment
 from hosm_losses.model import ScoreModel
@@ -81,15 +81,28 @@ def variational_nll(
     if samples % 2:
         raise ValueError(complaint("samples", "an even number", samples))
     check_dequantization(dequantization, clean=True)
-    given = (batch_size, progress, generator, model_kwargs, None, dequantization)
     mean = plain_moment("data_mean", data_mean, "data_mean")
     std = plain_moment("data_std", data_std, "data_std")
-    call = Call(model, x, (mean, std), log_prior, *given)
-    return call.evaluate(partial(_bound, samples=samples), at_start=False)
+    job = Job(
+        model,
+        x,
+        (mean, std),
+        log_prior=log_prior,
+        batch_size=batch_size,
+        progress=progress,
+        generator=generator,
+        model_kwargs=model_kwargs,
+        dequantization=dequantization,
+        at_start=False,
+    )
+    with job.running() as pieces:
+        for paths in pieces:
+            job.results[-1].append(_bound(paths, samples))
+    return job.result()
 
 
-def _bound(batch: Batch, samples: int) -> NLLResult:
-    x, coordinates = batch.x, batch.coordinates
+def _bound(paths: Paths, samples: int) -> NLLResult:
+    x, coordinates = paths.x, paths.coordinates
     count, elements = len(x), x[0].numel()
     centred, variance = x - coordinates.mean, coordinates.std.square()
     low, high = span = coordinates.schedule.log_sigma_hat_range
@@ -98,14 +111,14 @@ def _bound(batch: Batch, samples: int) -> NLLResult:
     width, evaluations = (high - low) / strata, samples + at_start
 
     def drawn_level(stratum: int) -> NoiseLevel:
-        unit = torch.rand((count,), generator=batch.generator, device=x.device, dtype=x.dtype)
+        unit = torch.rand((count,), generator=paths.generator, device=x.device, dtype=x.dtype)
         return coordinates.level(low + (stratum + unit) * width)
 
     def excess(level: NoiseLevel) -> Tensor:
         """‖ε̂ − ε‖² − ‖r‖² for one draw of ε, (B,)."""
-        batch.advance(count / evaluations)
-        noise = batch.draw_noise()
-        error = batch.noise(level.alpha * x + level.sigma * noise, level) - noise
+        paths.advance(count / evaluations)
+        noise = paths.draw_noise()
+        error = paths.noise_at(level.alpha * x + level.sigma * noise, level) - noise
         gaussian = (level.sigma_hat * centred - variance * noise) / level.scale.square()
         return over_elements(error.square() - gaussian.square(), 1)
 
@@ -128,22 +141,22 @@ def _bound(batch: Batch, samples: int) -> NLLResult:
     decoder = (
         over_elements(squares / start.scale**4 + math.log(2 * math.pi), 1) / 2 + elements * low
     )
-    prior, prior_spread, latent = _prior(batch, end, samples)
+    prior, prior_spread, latent = _prior(paths, end, samples)
     nll = estimate + antiderivative(end) - antiderivative(start) + decoder + prior
     nfe, standard_error = torch.full_like(nll, evaluations).long(), (spread + prior_spread).sqrt()
     zero = torch.zeros_like(nll)
-    return NLLResult(nll, latent.to(batch.dtype), nfe, standard_error, zero, zero > 0, nfe * 0)
+    return NLLResult(nll, latent.to(paths.dtype), nfe, standard_error, zero, zero > 0, nfe * 0)
 
 
-def _prior(batch: Batch, end: NoiseLevel, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+def _prior(paths: Paths, end: NoiseLevel, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """KL(q(x_T|x) ‖ π), the variance of its estimate, and a draw of x_T."""
-    x, elements, sigma = batch.x, batch.x[0].numel(), end.sigma.reshape(())
-    latent = end.alpha * x + end.sigma * batch.draw_noise()
+    x, elements, sigma = paths.x, paths.x[0].numel(), end.sigma.reshape(())
+    latent = end.alpha * x + end.sigma * paths.draw_noise()
     entropy = elements / 2 * (math.log(2 * math.pi) + 1) + elements * sigma.log()
-    if batch.log_prior is None:  # at the mean of x_T, and what its spread adds
-        ratio = sigma / batch.coordinates.schedule.prior_std
-        cross = elements / 2 * ratio.square() - batch.log_prior_at(end.alpha * x)
+    if paths.log_prior is None:  # at the mean of x_T, and what its spread adds
+        ratio = sigma / paths.coordinates.schedule.prior_std
+        cross = elements / 2 * ratio.square() - paths.log_prior_at(end.alpha * x)
         return cross - entropy, torch.zeros_like(cross), latent
-    others = (end.alpha * x + end.sigma * batch.draw_noise() for _ in range(samples - 1))
-    values = torch.stack([batch.log_prior_at(each) for each in (latent, *others)])
+    others = (end.alpha * x + end.sigma * paths.draw_noise() for _ in range(samples - 1))
+    values = torch.stack([paths.log_prior_at(each) for each in (latent, *others)])
     return -values.mean(0) - entropy, values.var(0) / samples, latent

@@ -44,7 +44,7 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
     return False
 
 
-class Watch:
+class RandomnessCheck:
     """Looks at the first evaluation of a network, and warns if it drew random numbers.
 
     No list of layers is complete: a network may drop labels, layers or words by code of its own.

@@ -9,23 +9,16 @@ and the source in `terms`.
 
 import inspect
 from collections.abc import Mapping
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Literal,
-    TypedDict,
-    Unpack,
-    overload,
-)
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from hosm_losses._checks import check_flag, complaint
 from hosm_losses.derivatives import Engine
-from hosm_losses.losses.arguments import (
-    Given,
-    Options,
+from hosm_losses.losses.objective import dsm
+from hosm_losses.losses.options import (
+    LossOptions,
     Probes,
     Recipe,
     Reduction,
@@ -33,7 +26,6 @@ from hosm_losses.losses.arguments import (
     Weights,
     check_weights,
 )
-from hosm_losses.losses.objective import evaluate
 from hosm_losses.losses.targets import AveragedTargets, Targets, check_targets
 from hosm_losses.losses.terms import DSMTerms, LoggedTerms
 from hosm_losses.losses.weighting import TimeSampler, Weighting
@@ -71,9 +63,9 @@ def first_order_dsm(
         >>> float(first_order_dsm(model, x0, noise=noise))
         1.0
     """
-    options = Options(1, weighting=weighting, time_sampler=time_sampler, reduction=reduction)
-    given = Given(t, noise, None, targets, None, generator, model_kwargs)
-    return evaluate(model, x0, options, given).loss
+    options = LossOptions(1, weighting=weighting, time_sampler=time_sampler, reduction=reduction)
+    inputs = {"t": t, "noise": noise, "targets": targets, "generator": generator}
+    return dsm(model, x0, options, **inputs, model_kwargs=model_kwargs).loss
 
 
 def second_order_dsm(
@@ -109,9 +101,27 @@ def second_order_dsm(
         >>> second_order_dsm(model, torch.zeros(4, 2)).shape
         torch.Size([])
     """
-    options = Options(2, probes, engine, "exact", fraction, weighting, time_sampler, reduction)
-    given = Given(t, noise, probe, targets, weights, generator, model_kwargs)
-    return evaluate(model, x0, options, given).loss
+    options = LossOptions(
+        2,
+        probes=probes,
+        fraction=fraction,
+        engine=engine,
+        weighting=weighting,
+        time_sampler=time_sampler,
+        reduction=reduction,
+    )
+    return dsm(
+        model,
+        x0,
+        options,
+        t=t,
+        noise=noise,
+        probe=probe,
+        targets=targets,
+        weights=weights,
+        generator=generator,
+        model_kwargs=model_kwargs,
+    ).loss
 
 
 def third_order_dsm(
@@ -205,9 +215,28 @@ def third_order_dsm(
         >>> network.weight.grad.shape
         torch.Size([2, 2])
     """
-    options = Options(3, probes, engine, third, fraction, weighting, time_sampler, reduction)
-    given = Given(t, noise, probe, targets, weights, generator, model_kwargs)
-    return evaluate(model, x0, options, given).loss
+    options = LossOptions(
+        3,
+        probes=probes,
+        third=third,
+        fraction=fraction,
+        engine=engine,
+        weighting=weighting,
+        time_sampler=time_sampler,
+        reduction=reduction,
+    )
+    return dsm(
+        model,
+        x0,
+        options,
+        t=t,
+        noise=noise,
+        probe=probe,
+        targets=targets,
+        weights=weights,
+        generator=generator,
+        model_kwargs=model_kwargs,
+    ).loss
 
 
 def dsm_terms(
@@ -241,8 +270,17 @@ def dsm_terms(
         >>> terms.trace.shape, terms.third
         (torch.Size([4]), None)
     """
-    given = Given(t, noise, probe, targets, None, generator, model_kwargs)
-    return evaluate(model, x0, Options(order, probes, engine, third), given).terms
+    return dsm(
+        model,
+        x0,
+        LossOptions(order, probes=probes, third=third, engine=engine),
+        t=t,
+        noise=noise,
+        probe=probe,
+        targets=targets,
+        generator=generator,
+        model_kwargs=model_kwargs,
+    ).terms
 
 
 class _Inputs(TypedDict, total=False):
@@ -255,20 +293,24 @@ class _Inputs(TypedDict, total=False):
     model_kwargs: Mapping[str, Any] | None
 
 
-class _Loss(nn.Module):
+class _DSM(nn.Module):
     """What the modules share: the model, the options, and what a call need not give."""
 
     def __init__(
-        self, model: ScoreModel, options: Options, targets: Targets, weights: Any = None
+        self,
+        model: ScoreModel,
+        options: LossOptions,
+        targets: AveragedTargets | None,
+        weights: Weights | Recipe | None = None,
     ) -> None:
         super().__init__()
         if isinstance(weights, nn.Parameter):  # which a module registers as one to be trained
             expected = "numbers, or tensors that are not trained"
             raise ValueError(complaint("weights", expected, weights, got="a Parameter"))
         self.options, self.weights = options, weights
-        self.targets = check_targets(targets, tensor=False)
-        self.model = check_model(model)
+        self.targets, self.model = check_targets(targets, tensor=False), check_model(model)
         if options.order > 1:
+            check_weights(weights, options.order)
             refuse_wrapped(model.network)
 
     def extra_repr(self) -> str:
@@ -277,24 +319,28 @@ class _Loss(nn.Module):
         names = list(inspect.signature(type(self).__init__).parameters)[2:]
         return ", ".join(f"{name}={known[name]!r}" for name in names)
 
-    def _evaluate(self, x0: Tensor, given: Given, return_terms: bool) -> Any:
+    def _evaluate(
+        self, x0: Tensor, return_terms: bool, *, targets: Any, weights: Any = None, **inputs: Any
+    ) -> Any:
         """The loss, or (loss, detached terms); what is None is that of the constructor."""
         check_flag("return_terms", return_terms)
-        weights = self.weights if given.weights is None else given.weights
-        targets = self.targets if given.targets is None else given.targets
-        # Not by _replace, which torch.compile of PyTorch 2.6 does not follow.
-        t, noise, probe, _, _, generator, kwargs = given
-        given = Given(t, noise, probe, targets, weights, generator, kwargs)
-        found = evaluate(self.model, x0, self.options, given)
+        evaluated = dsm(
+            self.model,
+            x0,
+            self.options,
+            targets=self.targets if targets is None else targets,
+            weights=self.weights if weights is None else weights,
+            **inputs,
+        )
         if not return_terms:
-            return found.loss
-        first: Any = found.terms.first.detach()
-        higher = [None if term is None else term.detach() for term in found.terms[1:]]
+            return evaluated.loss
+        first: Any = evaluated.terms.first.detach()
+        higher = [None if term is None else term.detach() for term in evaluated.terms[1:]]
         terms = LoggedTerms(first, *higher)
-        terms.t, terms.rows = found.t.detach(), found.rows
+        terms.t, terms.rows = evaluated.t.detach(), evaluated.rows
         if not torch.compiler.is_compiling():
             first._logged = {"t": terms.t, "rows": terms.rows}
-        return found.loss, terms
+        return evaluated.loss, terms
 
     if TYPE_CHECKING:  # nn.Module gives no type to a call; each forward says what it takes
 
@@ -309,7 +355,7 @@ class _Loss(nn.Module):
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-class FirstOrderDSM(_Loss):
+class FirstOrderDSM(_DSM):
     """`first_order_dsm` as a module.
 
     Example:
@@ -329,7 +375,9 @@ class FirstOrderDSM(_Loss):
         time_sampler: TimeSampler = None,
         reduction: Reduction = "mean",
     ) -> None:
-        options = Options(1, weighting=weighting, time_sampler=time_sampler, reduction=reduction)
+        options = LossOptions(
+            1, weighting=weighting, time_sampler=time_sampler, reduction=reduction
+        )
         super().__init__(model, options, targets)
 
     def forward(
@@ -347,23 +395,11 @@ class FirstOrderDSM(_Loss):
 
         `targets` given here stand before those of the constructor.
         """
-        given = Given(t, noise, None, targets, None, generator, model_kwargs)
-        return self._evaluate(x0, given, return_terms)
+        inputs = {"t": t, "noise": noise, "generator": generator, "model_kwargs": model_kwargs}
+        return self._evaluate(x0, return_terms, targets=targets, **inputs)
 
 
-class _HigherOrderDSM(_Loss):
-    """Orders two and three: what they are called with, and weights that follow the terms."""
-
-    def __init__(
-        self,
-        model: ScoreModel,
-        options: Options,
-        targets: AveragedTargets | None,
-        weights: Weights | Recipe | None,
-    ) -> None:
-        super().__init__(model, options, targets, weights)
-        check_weights(weights, options.order)
-
+class _HigherOrderDSM(_DSM):
     def forward(
         self,
         x0: Tensor,
@@ -382,8 +418,9 @@ class _HigherOrderDSM(_Loss):
         `weights` and `targets` given here, for a ramp or a reference that changes, stand before
         those of the constructor.
         """
-        given = Given(t, noise, probe, targets, weights, generator, model_kwargs)
-        return self._evaluate(x0, given, return_terms)
+        inputs = {"t": t, "noise": noise, "probe": probe, "weights": weights}
+        inputs |= {"generator": generator, "model_kwargs": model_kwargs}
+        return self._evaluate(x0, return_terms, targets=targets, **inputs)
 
 
 class SecondOrderDSM(_HigherOrderDSM):
@@ -411,7 +448,15 @@ class SecondOrderDSM(_HigherOrderDSM):
         engine: Engine = "auto",
         reduction: Reduction = "mean",
     ) -> None:
-        options = Options(2, probes, engine, "exact", fraction, weighting, time_sampler, reduction)
+        options = LossOptions(
+            2,
+            probes=probes,
+            fraction=fraction,
+            engine=engine,
+            weighting=weighting,
+            time_sampler=time_sampler,
+            reduction=reduction,
+        )
         super().__init__(model, options, targets, weights)
 
 
@@ -442,5 +487,14 @@ class ThirdOrderDSM(_HigherOrderDSM):
         engine: Engine = "auto",
         reduction: Reduction = "mean",
     ) -> None:
-        options = Options(3, probes, engine, third, fraction, weighting, time_sampler, reduction)
+        options = LossOptions(
+            3,
+            probes=probes,
+            third=third,
+            fraction=fraction,
+            engine=engine,
+            weighting=weighting,
+            time_sampler=time_sampler,
+            reduction=reduction,
+        )
         super().__init__(model, options, targets, weights)

@@ -1,10 +1,10 @@
-"""The objective of a loss: from arguments to a reduced loss.
+"""A loss from its arguments: check, perturb, derive, residuals, weights, reduce.
 
 Formula, with the terms of `terms` or `paired`:
-    loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch
+    x = α x₀ + σ ε,  loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch
 """
 
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,171 +21,163 @@ from hosm_losses._checks import (
     source,
 )
 from hosm_losses._torch_internals import normal, outside_inference_mode, traced, versions
-from hosm_losses.losses.arguments import (
-    Given,
-    Options,
-    Weights,
-    check_weights,
-    counts,
-)
+from hosm_losses.losses.options import LossOptions, Weights, check_weights, counts
 from hosm_losses.losses.paired import paired_terms
-from hosm_losses.losses.targets import check_conditions, check_targets
+from hosm_losses.losses.targets import AveragedTargets, check_conditions, check_targets
 from hosm_losses.losses.terms import (
     DSMTerms,
-    Inputs,
+    NoisyBatch,
     check_result,
-    first_residual_of,
+    first_residual,
     first_term,
-    terms_along,
+    squared_terms,
 )
 from hosm_losses.losses.weighting import draw_time, time_factors
 from hosm_losses.model import (
-    NoiseField,
+    BoundModel,
     ScoreModel,
+    bind_model,
     check_model,
     check_time,
-    noise_field,
     refuse_wrapped,
 )
 from hosm_losses.probes import Paired, draw_probes, unit_vectors
 
 
-class Evaluated(NamedTuple):
-    """A loss with what it was made of."""
+class LossAndTerms(NamedTuple):
+    """A loss with its terms, and where they were evaluated."""
 
     loss: Tensor  # reduced
     terms: DSMTerms  # per sample, with their graph
     t: Tensor  # (B,)
-    rows: Tensor | None  # that have the higher terms, in their order; None for all
+    rows: Tensor | None  # those with the higher terms, in their order; None for all
 
 
-def evaluate(model: object, x0: object, options: Options, given: Given) -> Evaluated:
-    """The loss and its terms, from arguments that are checked here."""
-    kwargs = check_model_kwargs(given.model_kwargs)
-    higher = options.order > 1
-    targets = check_targets(given.targets, tensor=not higher)
+def dsm(
+    model: object,
+    x0: object,
+    options: LossOptions,
+    *,
+    t: object = None,
+    noise: object = None,
+    probe: object = None,
+    targets: object = None,
+    weights: object = None,
+    generator: object = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> LossAndTerms:
+    """Return the loss and its terms. What is None is drawn, in the order t, ε, rows, v."""
+    kwargs = check_model_kwargs(model_kwargs)
+    order, weighting, sampler = options.order, options.weighting, options.time_sampler
+    averaged = check_targets(targets, tensor=order == 1)
     with outside_inference_mode():
-        score_model, inputs = perturb(model, x0, options, given, kwargs)
-        x, t = inputs.x, inputs.t
-        weights = _weights(given.weights, options, x)
-        weighting, sampler, drawn = options.weighting, options.time_sampler, given.t is None
-        factors = time_factors(
-            score_model, x, t, weighting, sampler, drawn=drawn, order=options.order
-        )
-        if higher and not torch.compiler.is_compiling():
-            refuse_wrapped(score_model.network)
-        field = noise_field(score_model, t, kwargs)
-        check_conditions(targets, field.kwargs)
-        field = field.drop_qx()
-        rows = None
-        if higher:
-            rows, rest = _select_rows(x, options, given.generator)
-            probes = _probes(x, rows, options, given)
-            terms = _terms(field, inputs, probes, options, weights, rows, rest)
-            loss = _reduce(terms, weights, factors, rows, options.reduction)
+        score_model, x0 = check_model(model), normal(check_sample_batch("x0", x0))
+        rng, drawn = check_generator(generator, x0.device), t is None
+        if drawn:
+            time = draw_time(score_model, x0, weighting, rng, sampler)
         else:
-            residual = first_residual_of(field, inputs)
+            time = check_time(score_model, x0, t)
+        batch = perturb(score_model, x0, time, noise, averaged, rng, kwargs)
+        weights = _weights(weights, options, x0)
+        factors = time_factors(
+            score_model, batch.x, time, weighting, sampler, drawn=drawn, order=order
+        )
+        if order > 1 and not torch.compiler.is_compiling():
+            refuse_wrapped(score_model.network)
+        bound = bind_model(score_model, len(x0), kwargs, time)
+        check_conditions(averaged, bound.kwargs)
+        rows = loss = None
+        if order == 1:
+            # The network is given what a trainer gives it, once.
+            prediction = score_model.predict(batch.x, time, **bound.kwargs)
+            residual = first_residual(bound, batch, prediction)
             terms = DSMTerms(first_term(residual))
             if factors[0] is None and options.reduction == "mean":
-                # One mean over all elements, as every trainer has it.
-                loss = residual.square().mean()
+                loss = residual.square().mean()  # over all elements, as every trainer has it
+        else:
+            rows, remaining = _select_rows(batch.x, options, rng)
+            v = _probes(batch.x, rows, options, probe, rng)
+            chosen, part = (bound, batch) if rows is None else (bound.rows(rows), batch.at(rows))
+            if isinstance(options.probes, Paired):
+                terms = paired_terms(chosen, part, v, options, second=counts(weights[1]))
             else:
-                loss = _reduce(terms, weights, factors, None, options.reduction)
-        check_result(loss, terms, inputs)
-        return Evaluated(loss, terms, t, rows)
+                terms = squared_terms(chosen, part, v, options)
+            if rows is not None and remaining is not None:
+                first = _first_of_all(terms.first, bound, batch, rows, remaining)
+                terms = terms._replace(first=first)
+        if loss is None:
+            loss = _reduce(terms, weights, factors, rows, options.reduction)
+        check_result(loss, terms, batch)
+    # Behind the block: torch.compile resumes a graph in one that has a single way out.
+    return LossAndTerms(loss, terms, time, rows)
 
 
 def perturb(
-    model: object, x0: object, options: Options, given: Given, kwargs: dict[str, Any]
-) -> tuple[ScoreModel, Inputs]:
-    """Check the arguments of a loss, draw t and ε where they are missing, and perturb the data.
-
-    x = α(t) x₀ + σ(t) ε. What is missing is drawn on the device of x₀, in the order t, ε, v. The
-    noise is ε − q x, to go with `NoiseField.drop_qx`. Of averaged targets it has the mean in the
-    place of ε, without a gradient.
-    """
-    score_model, targets = check_model(model), given.targets
-    batch = normal(check_sample_batch("x0", x0))
-    generator = check_generator(given.generator, batch.device)
-    times = (
-        draw_time(score_model, batch, options.weighting, generator, options.time_sampler)
-        if given.t is None
-        else check_time(score_model, batch, given.t)
-    )
-    if given.noise is None:
-        eps = torch.randn(batch.shape, device=batch.device, dtype=batch.dtype, **source(generator))
+    model: ScoreModel,
+    x0: Tensor,
+    t: Tensor,
+    noise: object,
+    targets: AveragedTargets | Tensor | None,
+    generator: torch.Generator | None,
+    kwargs: dict[str, Any],
+) -> NoisyBatch:
+    """x = α(t) x₀ + σ(t) ε and the targets that go with it, less q x as in `terms`."""
+    if noise is None:
+        eps = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, **source(generator))
     else:
-        eps = _like_data("noise", given.noise, batch)
-    alpha, sigma = score_model.coefficients(times, batch)
-    exact = expand_right(alpha, batch) * batch + expand_right(sigma, batch) * eps
-    target = score_model.noise_without_x(times, batch, eps)
-    posterior = None
+        eps = _like_data("noise", noise, x0)
+    alpha, sigma = model.coefficients(t, x0)
+    x = expand_right(alpha, x0) * x0 + expand_right(sigma, x0) * eps
+    target, posterior = model.noise_without_x(t, x0, eps), None
     if isinstance(targets, Tensor):
-        target = target + (at_least_float32(_like_data("targets", targets, batch).detach()) - eps)
-    elif targets is not None:
-        posterior = targets.posterior(batch, eps, alpha, sigma, kwargs)
+        target = target + (at_least_float32(_like_data("targets", targets, x0).detach()) - eps)
+    elif targets is not None:  # their mean in the place of ε, without a gradient
+        posterior = targets.posterior(x0, eps, alpha, sigma, kwargs)
         shift = posterior.mean.reshape(eps.shape).to(at_least_float32(eps).dtype)
         target = target + (shift + (eps.detach() - eps))
-    return score_model, Inputs(exact.to(batch.dtype), times, target, sigma, posterior)
+    return NoisyBatch(x.to(x0.dtype), t, target, sigma, posterior)
 
 
 def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
     """The caller's tensor, if it is a finite one like the data."""
-    given = normal(check_like(name, value, tuple(x0.shape), x0.dtype, x0.device, "x0"))
-    check_finite(name, given)
-    return given
+    tensor = normal(check_like(name, value, tuple(x0.shape), x0.dtype, x0.device, "x0"))
+    check_finite(name, tensor)
+    return tensor
 
 
-def _weights(given: object, options: Options, x: Tensor) -> Weights:
+def _weights(weights: object, options: LossOptions, x: Tensor) -> Weights:
     """The weights of the terms, checked."""
-    likelihood = isinstance(options.weighting, str) and options.weighting == "likelihood"
-    if given is None and options.order > 1 and likelihood:
+    if weights is None and options.order > 1 and options.weighting == "likelihood":
         raise ValueError(
             "weights: expected numbers or 'paper' with weighting='likelihood', which puts the "
             "first term alone in nats; got None."
         )
-    return check_weights(given, options.order, x[0].numel())
+    return check_weights(weights, options.order, x[0].numel())
 
 
-def _terms(
-    field: NoiseField,
-    inputs: Inputs,
-    probes: Tensor,
-    options: Options,
-    weights: Weights,
-    rows: Tensor | None,
-    rest: Tensor | None,
-) -> DSMTerms:
-    """The terms of a loss, the higher ones of `rows` alone, all if None.
-
-    `probes` are those of `rows`. The `rest` of the batch has the first term only.
-    """
-    along = terms_along
-    if isinstance(options.probes, Paired):
-        along = partial(paired_terms, second=counts(weights[1]))
-    if rows is None or rest is None:
-        return along(field, inputs, probes, options)
-    terms = along(field.rows(rows), inputs.at(rows), probes, options)
-    first = terms.first
-    if len(rest):
-        graph = torch.is_grad_enabled() and not traced()
-        trained = [each for each in field.model.parameters() if each.requires_grad and graph]
-        before = versions(trained)
-        others = along(field.rows(rest), inputs.at(rest), None, options)
-        if versions(trained) != before:
-            raise ValueError(
-                "fraction: expected 1 with a network that changes its parameters in its forward, "
-                f"as by forced weight normalisation; got {options.fraction}, two calls. "
-                "Change them after each step of the optimizer."
-            )
-        first = torch.cat([first, others.first])
-    return terms._replace(
-        first=torch.empty_like(first).index_copy(0, torch.cat([rows, rest]), first)
-    )
+def _first_of_all(
+    first: Tensor, bound: BoundModel, batch: NoisyBatch, rows: Tensor, remaining: Tensor
+) -> Tensor:
+    """The first term of all samples: that of `rows`, and that of the others by their own call."""
+    if not len(remaining):
+        return torch.empty_like(first).index_copy(0, rows, first)
+    graph = torch.is_grad_enabled() and not traced()
+    trained = [p for p in bound.model.parameters() if p.requires_grad and graph]
+    before = versions(trained)
+    bound, batch = bound.rows(remaining), batch.at(remaining)
+    others = first_term(first_residual(bound, batch, bound.native(batch.x)))
+    if versions(trained) != before:
+        raise ValueError(
+            "fraction: expected 1 with a network that changes its parameters in its forward, as "
+            "by forced weight normalisation; got less, which takes two calls. Change them after "
+            "each step of the optimizer."
+        )
+    first = torch.cat([first, others])
+    return torch.empty_like(first).index_copy(0, torch.cat([rows, remaining]), first)
 
 
 def _select_rows(
-    x: Tensor, options: Options, generator: torch.Generator | None
+    x: Tensor, options: LossOptions, generator: torch.Generator | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The rows that have the higher terms, and the others; None for all rows."""
     if options.fraction == 1:
@@ -195,32 +187,34 @@ def _select_rows(
     return order[:count], order[count:]
 
 
-def _probes(x: Tensor, rows: Tensor | None, options: Options, given: Given) -> Tensor:
-    """The probes of the rows: as given, all unit vectors, or drawn."""
-    if given.probe is not None:
-        v = _given_probe(x, given.probe, options)
-        return v if rows is None else v[:, rows]
-    chosen, how = x if rows is None else x[rows], options.probes
-    if isinstance(how, str):
-        return unit_vectors(chosen)
-    return draw_probes(chosen, how.count, how.distribution, given.generator)
-
-
-def _given_probe(x: Tensor, probe: object, options: Options) -> Tensor:
-    """The caller's probe, checked, as (K, B, *)."""
+def _probes(
+    x: Tensor,
+    rows: Tensor | None,
+    options: LossOptions,
+    probe: object,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The probes (K, n, *) of the rows: the caller's, all unit vectors, or drawn."""
+    how = options.probes
+    if probe is None:
+        chosen = x if rows is None else x[rows]
+        if isinstance(how, str):
+            return unit_vectors(chosen)
+        return draw_probes(chosen, how.count, how.distribution, generator)
     if isinstance(probe, Tensor) and probe.ndim == x.ndim and not probe.is_nested:
         probe = probe.unsqueeze(0)
+    fewest = 2 if isinstance(how, Paired) else 1
     count = len(probe) if isinstance(probe, Tensor) and probe.ndim == x.ndim + 1 else 1
-    shape = (max(count, options.fewest), *x.shape)
+    shape = (max(count, fewest), *x.shape)
     checked = check_like("probe", probe, shape, x.dtype, x.device, "x0 after one for the probes")
-    how = options.probes
-    if isinstance(how, str) or how.count not in (options.fewest, count):
+    if isinstance(how, str) or how.count not in (fewest, count):
         raise ValueError(
             f"probe: expected as many as probes={how!r} asks for; got {count}. Leave the count of "
             "probes out when you give the probe."
         )
     check_finite("probe", checked)
-    return normal(checked)
+    v = normal(checked)
+    return v if rows is None else v[:, rows]
 
 
 def _reduce(
@@ -234,14 +228,14 @@ def _reduce(
     of_first, of_higher = factors
     if of_higher is not None and rows is not None:
         of_higher = of_higher[rows]
-    apart = reduction == "none"  # from the terms, of which the loss may be one then
+    copied = reduction == "none"  # the loss must be no term itself
     products: list[Tensor] = []
     for weight, term, factor in zip(weights, terms, (of_first, *[of_higher] * 3), strict=False):
         if term is not None and counts(weight):
             is_one = not isinstance(weight, Tensor) and weight == 1
-            product = term if is_one and not apart else weight * term
+            product = term if is_one and not copied else weight * term
             products.append(product if factor is None else product * factor)
-    if apart:
+    if reduction == "none":
         return sum(products[1:], products[0])
     # The mean over a random fraction estimates the mean over the batch, so the sum is B times it.
     means = [product.mean() for product in products]

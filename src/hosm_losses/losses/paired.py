@@ -33,70 +33,59 @@ Source:
 from torch import Tensor
 
 from hosm_losses._checks import at_least_float32, expand_right, over_elements
-from hosm_losses.losses.arguments import Options
+from hosm_losses.derivatives import derive
+from hosm_losses.losses.options import LossOptions
 from hosm_losses.losses.terms import (
     DSMTerms,
-    Inputs,
+    NoisyBatch,
+    dot,
     first_term,
-    inner,
-    only_first,
-    over_probes,
-    scaled,
+    mean_over_probes,
+    scale_rows,
 )
-from hosm_losses.model import NoiseField
+from hosm_losses.model import BoundModel
 
 
 def means_of_halves(estimates: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean over the first half of K estimates, and that over the others."""
+    """The mean over the first half of K estimates, and that over the second."""
     half = len(estimates) // 2
-    return over_probes(estimates[:half]), over_probes(estimates[half:])
+    return mean_over_probes(estimates[:half]), mean_over_probes(estimates[half:])
 
 
 def paired_terms(
-    field: NoiseField,
-    inputs: Inputs,
-    probe: Tensor | None,
-    options: Options,
-    *,
-    second: bool = True,
+    model: BoundModel, batch: NoisyBatch, v: Tensor, options: LossOptions, *, second: bool = True
 ) -> DSMTerms:
-    """The terms of every sample, as `terms_along` has them; `second` only if it is wanted."""
-    if probe is None:
-        return only_first(field, inputs)
-    x, noise = inputs.x, at_least_float32(inputs.noise)
-    sigma = expand_right(inputs.sigma, x)
-    direction = (sigma * probe).to(x.dtype)
-    elements = float(x[0].numel())  # as in `terms`
-
-    def ell_of(value: Tensor) -> Tensor:
-        return (at_least_float32(value) + noise).detach()
-
-    pulled = pushed = None
-    if second or options.order == 3:
-        derived, _, pulled, pushed = field.derive_with_products(
-            x, direction, ell_of, push=options.order == 3, **options.derivatives
+    """The terms of every sample; `second` only if it is wanted."""
+    x, noise, order = batch.x, at_least_float32(batch.noise), options.order
+    sigma, d = expand_right(batch.sigma, x), float(x[0].numel())
+    w = (sigma * v).to(x.dtype)
+    how = {"order": order, "engine": options.engine, "laplacian": options.laplacian}
+    vjp_c = jvp_c = None
+    if second or order == 3:
+        (f, Dv, third), _, vjp_c, jvp_c = model.derive_with_products(
+            x, w, lambda f: at_least_float32(f) + noise, push=order == 3, **how
         )
     else:
-        derived = field.derive(x, direction, **options.derivatives)
-    value, directional, probe = map(at_least_float32, (*derived[:2], probe))
-    residual = value + noise
+        f, Dv, third = model.of_f(derive(model, x, w, **how), None, w)
+    f, Dv, v = map(at_least_float32, (f, Dv, v))
+    residual = f + noise
     ell = residual.detach()
     # D tends to −v at the noisy end: their sum keeps the digits that those of squares lose.
-    held, skew = inputs.spread(probe, third=options.order == 3)
-    square, shifted, (held, _) = inner(ell, ell), directional + held, inputs.spread(ell)
-    beyond = elements - over_elements(probe.square())  # 0 but for rounding and "gaussian"
-    along = inner(probe, shifted) + beyond  # v·D + d
-    of_second = None
-    if second and pulled is not None:
-        cross = inner(ell, sigma * at_least_float32(pulled) + held)
-        of_second = (over_elements(shifted.square()) + beyond).mean(0)
-        of_second = (of_second + (square.square() - 2 * cross).mean(0)) / elements**2
-    one, other = means_of_halves(along - square)
-    terms = DSMTerms(first_term(residual), of_second, one * other / elements**2)
-    if derived.third is None or pushed is None:
+    held, skew = batch.cumulants(v, third=order == 3)
+    Dv_plus_v, held_ell = Dv + held, batch.cumulants(ell)[0]
+    square = dot(ell, ell)
+    beyond = d - over_elements(v.square())  # 0 but for rounding and "gaussian"
+    trace = dot(v, Dv_plus_v) + beyond - square  # a_k
+    first_half, second_half = means_of_halves(trace)
+    terms = DSMTerms(first_term(residual), None, first_half * second_half / d**2)
+    if second and vjp_c is not None:
+        cross = dot(ell, sigma * at_least_float32(vjp_c) + held_ell)
+        value = (over_elements(Dv_plus_v.square()) + beyond).mean(0)
+        value = value + (square.square() - 2 * cross).mean(0)
+        terms = terms._replace(second=value / d**2)
+    if third is None or jvp_c is None:
         return terms
-    moved = (sigma * at_least_float32(pushed)).detach() + held
-    rest = scaled((square - along).detach(), ell) - 2 * moved
-    rest = rest if skew is None else rest + skew
-    one, other = means_of_halves(at_least_float32(derived.third) + rest)
-    return terms._replace(third=over_elements(one * other, 1) / elements**3)
+    A_ell_plus_ell = (sigma * at_least_float32(jvp_c)).detach() + held_ell
+    estimate = at_least_float32(third) + skew - scale_rows(trace.detach(), ell)
+    first_half, second_half = means_of_halves(estimate - 2 * A_ell_plus_ell)
+    return terms._replace(third=over_elements(first_half * second_half, 1) / d**3)

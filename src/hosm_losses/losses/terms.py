@@ -59,9 +59,10 @@ from hosm_losses._checks import (
     may_look,
     over_elements,
 )
-from hosm_losses.losses.arguments import Options
+from hosm_losses.derivatives import derive
+from hosm_losses.losses.options import LossOptions
 from hosm_losses.losses.targets import Posterior
-from hosm_losses.model import NoiseField
+from hosm_losses.model import BoundModel
 
 
 class DSMTerms(NamedTuple):
@@ -108,127 +109,96 @@ class LoggedTerms(Logged, DSMTerms):
     """
 
 
-class Inputs(NamedTuple):
-    """A perturbed batch."""
+class NoisyBatch(NamedTuple):
+    """Perturbed data with their targets."""
 
     x: Tensor  # α x₀ + σ ε, of shape (B, *)
     t: Tensor  # (B,), as the caller gave them
-    noise: Tensor  # ε, or ε − q x where the values of the field are f + q x, of shape (B, *)
+    noise: Tensor  # ε − q x, or that of averaged targets, (B, *)
     sigma: Tensor  # σ(t), of shape (B,)
-    posterior: Posterior | None = None  # of averaged targets, whose mean ε is
+    posterior: Posterior | None = None  # of averaged targets
 
-    def at(self, index: Tensor | slice) -> "Inputs":
+    def at(self, index: Tensor | slice) -> "NoisyBatch":
         """Return the rows at `index`."""
         x, t, noise, sigma = (tensor[index] for tensor in self[:4])
-        return Inputs(x, t, noise, sigma, self.posterior and self.posterior.at(index))
+        return NoisyBatch(x, t, noise, sigma, self.posterior and self.posterior.at(index))
 
-    def spread(self, probe: Tensor, *, third: bool = False) -> tuple[Tensor, Tensor | None]:
-        """v − C₂v and C₃(v, v, ·) of averaged targets; of one noise v, and None for zero."""
-        return self.posterior.cumulants(probe, third=third) if self.posterior else (probe, None)
+    def cumulants(self, v: Tensor, *, third: bool = False) -> tuple[Tensor, Tensor | float]:
+        """v − C₂v and C₃(v, v, ·): of the noise that was drawn, without a spread, v and 0."""
+        if self.posterior is None:
+            return v, 0.0
+        held, skew = self.posterior.cumulants(v, third=third)
+        return held, 0.0 if skew is None else skew
 
 
-def inner(a: Tensor, b: Tensor) -> Tensor:
+def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over the elements of a sample: (K, B, *) and (K, B, *) to (K, B)."""
     return over_elements(a * b)
 
 
-def scaled(coefficient: Tensor, vector: Tensor) -> Tensor:
+def scale_rows(coefficient: Tensor, vector: Tensor) -> Tensor:
     """Multiply the vector (K, B, *) of every probe and sample by its number (K, B)."""
     return expand_right(coefficient, vector) * vector
 
 
-class ResidualParts(NamedTuple):
-    """Quantities that the residuals of higher order along v share, with ℓ = (ε + f) detached."""
-
-    ell: Tensor  # ℓ, of shape (1, B, *)
-    ell_dot_v: Tensor  # ℓ·v, (K, B)
-    shifted: Tensor  # D + v, or D + v − C₂v, (K, B, *)
-    v_dot_shifted: Tensor  # its product with v, (K, B)
-
-
-def residual_parts(residual: Tensor, shifted: Tensor, probe: Tensor) -> ResidualParts:
-    """Return what they share, from r1, D + v, or D + v − C₂v, and v."""
-    ell = residual.detach()
-    return ResidualParts(ell, inner(ell, probe), shifted, inner(probe, shifted))
-
-
-def second_residual(parts: ResidualParts) -> Tensor:
-    """r2 = D + v − (ℓ·v) ℓ; its mean square is the Jacobian's error."""
-    return parts.shifted - scaled(parts.ell_dot_v, parts.ell)
-
-
-def trace_residual(parts: ResidualParts) -> Tensor:
-    """rt = v·D + ‖v‖² − (ℓ·v)²: the error of the trace."""
-    return parts.v_dot_shifted - parts.ell_dot_v.square()
-
-
-def third_target(parts: ResidualParts) -> Tensor:
-    """The G at which r3 = G + (ℓ·v)² ℓ − (v·D + ‖v‖²) ℓ − 2 (ℓ·v) (D + v) is zero, detached.
-
-    For G the Laplacian form σ² ∂²f[v, v] may stand, which is the same where ∂f/∂x is symmetric.
-    """
-    slope, excess = parts.ell_dot_v, parts.v_dot_shifted.detach() - parts.ell_dot_v.square()
-    return scaled(excess, parts.ell) + scaled(2 * slope, parts.shifted.detach())
-
-
-def first_residual_of(field: NoiseField, inputs: Inputs) -> Tensor:
-    """r1 (1, B, *), in float32 at least."""
-    value = at_least_float32(field.for_value()(inputs.x).unsqueeze(0))
-    return value + at_least_float32(inputs.noise)
-
-
-def over_probes(estimates: Tensor) -> Tensor:
+def mean_over_probes(estimates: Tensor) -> Tensor:
     """The mean over the first of all dimensions."""
     return estimates.squeeze(0) if len(estimates) == 1 else estimates.mean(0)
 
 
-def _mean_square(residual: Tensor) -> Tensor:
-    """‖r‖² of (K, B, *) averaged over probes: (B,)."""
-    return over_probes(over_elements(residual.square()))
+def first_residual(model: BoundModel, batch: NoisyBatch, prediction: Tensor) -> Tensor:
+    """r1 = f + ε (1, B, *) from what the network predicted at x, in float32 at least."""
+    p, _ = model.model.affine(model.t, batch.x)
+    value = -(prediction if p is None else p * prediction)
+    return (at_least_float32(value) + at_least_float32(batch.noise)).unsqueeze(0)
 
 
 def first_term(residual: Tensor) -> Tensor:
     """‖r1‖²/d, (B,), of r1 (K, B, *)."""
-    return _mean_square(residual) / residual[0, 0].numel()
+    return mean_over_probes(over_elements(residual.square())) / residual[0, 0].numel()
 
 
-def only_first(field: NoiseField, inputs: Inputs) -> DSMTerms:
-    """The first term of every sample, without the others."""
-    return DSMTerms(first_term(first_residual_of(field, inputs)))
+def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """r2 (K, B, *), rt (K, B) and the G at which r3 is zero, from ℓ, D + v (or D + v − C₂v) and v.
+
+    For G the Laplacian form σ² ∂²f[v, v] may stand, which is the same where ∂f/∂x is symmetric.
+    """
+    ell_dot_v = dot(ell, v)
+    second = Dv_plus_v - scale_rows(ell_dot_v, ell)
+    trace = dot(v, Dv_plus_v) - ell_dot_v.square()
+    third_target = scale_rows(trace.detach(), ell) + scale_rows(2 * ell_dot_v, Dv_plus_v.detach())
+    return second, trace, third_target
 
 
-def terms_along(
-    field: NoiseField, inputs: Inputs, probe: Tensor | None, options: Options
+def squared_terms(
+    model: BoundModel, batch: NoisyBatch, v: Tensor, options: LossOptions
 ) -> DSMTerms:
-    """The terms of every sample, along probes (K, B, *); without these the first alone."""
-    if probe is None:
-        return only_first(field, inputs)
-    x, noise = inputs.x, inputs.noise
-    sigma = expand_right(inputs.sigma, x)
-    direction = (sigma * probe).to(x.dtype)
-    exact = options.exact
-    value, directional, last = field.derive(x, direction, summed=exact, **options.derivatives)
-    value, directional, noise, probe = map(at_least_float32, (value, directional, noise, probe))
-    elements = float(x[0].numel())  # the cube may be no integer of 64 bits
-    residual = value + noise
-    held, skew = inputs.spread(probe, third=last is not None)
-    first, parts = first_term(residual), residual_parts(residual, directional + held, probe)
-    second = _mean_square(second_residual(parts)) / elements**2
+    """The terms of every sample: squared residuals along probes (K, B, *), or all unit vectors."""
+    exact, order, d = options.exact, options.order, float(batch.x[0].numel())
+    w = (expand_right(batch.sigma, batch.x) * v).to(batch.x.dtype)
+    how = {"engine": options.engine, "laplacian": options.laplacian, "summed": exact}
+    # Without q x, which the noise leaves out as well.
+    derived = model.of_f(derive(model, batch.x, w, order=order, **how), None, w)
+    f, Dv, noise, v = map(at_least_float32, (*derived[:2], batch.noise, v))
+    held, skew = batch.cumulants(v, third=order == 3)
+    first = f + noise
+    second, trace, target = higher_residuals(first.detach(), Dv + held, v)
     # Over all unit vectors ‖r2‖² is summed, but rt and r3 are summed before they are squared.
-    second = second * len(probe) if exact else second
-    trace = trace_residual(parts)
+    second_term = over_elements(second.square()).sum(0) / (1 if exact else len(v))
     trace = trace.sum(0, keepdim=True) if exact else trace
-    trace = _mean_square(trace) / elements**2
-    if last is None:
-        return DSMTerms(first, second, trace)
-    last, target = at_least_float32(last), third_target(parts)
-    target = target if skew is None else target - skew
+    terms = DSMTerms(
+        first_term(first), second_term / d**2, mean_over_probes(trace.square()) / d**2
+    )
+    if derived.third is None:
+        return terms
+    third, target = at_least_float32(derived.third), target - skew
     if exact:
-        last, target = last.sum(0, keepdim=True), target.sum(0, keepdim=True)
-    return DSMTerms(first, second, trace, _mean_square(last - target) / elements**3)
+        third, target = third.sum(0, keepdim=True), target.sum(0, keepdim=True)
+    squares = over_elements((third - target).square())
+    return terms._replace(third=mean_over_probes(squares) / d**3)
 
 
-def check_result(loss: Tensor, terms: Any, inputs: Inputs) -> None:
+def check_result(loss: Tensor, terms: Any, inputs: NoisyBatch) -> None:
     """Raise where a loss on the CPU is not finite: one number is looked at, and then why."""
     if not may_look(loss) or bool(torch.isfinite(loss).all()):
         return

@@ -1,24 +1,24 @@
-"""The network as ε̂(x, t), and the field f that losses and likelihoods differentiate.
+"""The network as ε̂(x, t), and as the function of x that losses and likelihoods differentiate.
 
 - `score_model`: `ScoreModel`, network + schedule + prediction.
-- `field`: f with its conditions bound, and its derivatives; wrapped networks, which have none.
+- `bound`: what the network predicts, as a function of x at given times and conditions.
 - `posterior`: mean and covariance of clean data given noised ones.
 - `conditions`: which tensors of model_kwargs go with the samples.
 """
 
+from hosm_losses.model.bound import BoundModel as BoundModel
+from hosm_losses.model.bound import bind_model as bind_model
+from hosm_losses.model.bound import refuse_wrapped as refuse_wrapped
 from hosm_losses.model.conditions import Shared as Shared
 from hosm_losses.model.conditions import map_tensors as map_tensors
 from hosm_losses.model.conditions import per_sample as per_sample
 from hosm_losses.model.conditions import tensors_in as tensors_in
-from hosm_losses.model.field import NoiseField as NoiseField
-from hosm_losses.model.field import condition as condition
-from hosm_losses.model.field import noise_field as noise_field
-from hosm_losses.model.field import refuse_wrapped as refuse_wrapped
 from hosm_losses.model.posterior import DenoisingPosterior as DenoisingPosterior
 from hosm_losses.model.posterior import PosteriorCovariance as PosteriorCovariance
 from hosm_losses.model.posterior import denoising_posterior as denoising_posterior
 from hosm_losses.model.score_model import UNSHARD as UNSHARD
 from hosm_losses.model.score_model import Prediction as Prediction
 from hosm_losses.model.score_model import ScoreModel as ScoreModel
+from hosm_losses.model.score_model import apply_affine as apply_affine
 from hosm_losses.model.score_model import check_model as check_model
 from hosm_losses.model.score_model import check_time as check_time

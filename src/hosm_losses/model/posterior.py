@@ -30,7 +30,7 @@ from hosm_losses._checks import (
 )
 from hosm_losses._torch_internals import normal, outside_inference_mode
 from hosm_losses.derivatives import derive_with_products, quadratic_forms
-from hosm_losses.model.field import NoiseField, noise_field, refuse_wrapped
+from hosm_losses.model.bound import BoundModel, bind_model, refuse_wrapped
 from hosm_losses.model.score_model import ScoreModel, apply_affine, check_model, check_time
 from hosm_losses.probes import Hutchinson, draw_probes, unit_vector_chunks
 
@@ -45,7 +45,7 @@ class PosteriorCovariance:
     Jacobian of a network need not be symmetric, nor its symmetric part positive.
     """
 
-    _field: NoiseField  # what the network predicts
+    _bound: BoundModel
     _x: Tensor
     _scale: Tensor  # σ²/α, as x
     _affine: tuple[Tensor | None, Tensor | None]
@@ -76,11 +76,12 @@ class PosteriorCovariance:
         with torch.no_grad(), outside_inference_mode():
             copies = normal(x).expand(vectors.shape).flatten(0, 1)
             rows = normal(vectors).reshape(1, *copies.shape)
-            field = self._field.repeat(len(vectors))
-            found = derive_with_products(field, copies, rows, lambda _: rows, order=2)
-        jacobian_v = found.derived.directional
+            products = derive_with_products(
+                self._bound.repeat(len(vectors)), copies, rows, lambda _: rows, order=2
+            )
+        jacobian_v = products.derived.directional
         if symmetric:
-            jacobian_v = (jacobian_v + found.pulled) / 2
+            jacobian_v = (jacobian_v + products.vjp_c) / 2
         x0_jacobian_v = apply_affine(jacobian_v.reshape(vectors.shape), vectors, *self._affine)
         return (self._scale * x0_jacobian_v).reshape(v.shape)
 
@@ -96,7 +97,7 @@ class PosteriorCovariance:
         if probes != "exact":
             raise ValueError(complaint("probes", "'exact' or Hutchinson(...)", probes))
         with torch.no_grad(), outside_inference_mode():
-            _, forms = quadratic_forms(self._field, x, unit_vector_chunks(x))
+            _, forms = quadratic_forms(self._bound, x, unit_vector_chunks(x))
         jacobian = forms.T.reshape(x.shape)
         return self._scale * apply_affine(jacobian, torch.ones_like(x), *self._affine)
 
@@ -163,10 +164,10 @@ def denoising_posterior(
     """
     refuse_wrapped(check_model(model).network)
     x, kwargs = normal(check_sample_batch("x", x)), check_model_kwargs(model_kwargs)
-    field = noise_field(model, check_time(model, x, t), kwargs)
+    bound = bind_model(model, len(x), kwargs, check_time(model, x, t))
     with torch.no_grad(), outside_inference_mode():
-        mean = model.denoise(x, field.t, **field.kwargs)
-        alpha, sigma = (expand_right(each, x) for each in model.coefficients(field.t, x))
-        affine = model.affine_of_data(field.t, x)
+        mean = model.denoise(x, bound.t, **bound.kwargs)
+        alpha, sigma = (expand_right(number, x) for number in model.coefficients(bound.t, x))
+        affine = model.affine_of_data(bound.t, x)
     scale = sigma.square() / alpha
-    return DenoisingPosterior(mean, PosteriorCovariance(field.network(), x, scale, affine))
+    return DenoisingPosterior(mean, PosteriorCovariance(bound, x, scale, affine))

@@ -21,7 +21,7 @@ Source:
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, Self, get_args
 
@@ -240,7 +240,16 @@ class ScoreModel(nn.Module):
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """What the network predicts, of the shape of x."""
         x, network_time, kwargs = self.network_arguments(x, t, kwargs)
-        returned = self._call_network(x, network_time, kwargs)
+        call = self.network if self.call is None else partial(self.call, self.network)
+        if torch.compiler.is_compiling():  # a graph that breaks in `try` is not resumed
+            returned = call(x, network_time, **kwargs)
+        else:
+            try:
+                returned = call(x, network_time, **kwargs)
+            except (RuntimeError, IndexError) as error:
+                if note := self._note(x.dtype, network_time.dtype, error):
+                    error.add_note(note)
+                raise
         predicted = returned if self.output is None else self.output(returned)
         check_prediction(predicted, x)
         return predicted
@@ -256,17 +265,6 @@ class ScoreModel(nn.Module):
         elif self.time is not None:
             network_time = network_time * self.time
         return x, network_time, unmark(kwargs) if kwargs else kwargs
-
-    def _call_network(self, x: Tensor, network_time: Tensor, kwargs: Mapping[str, Any]) -> Any:
-        call = self.network if self.call is None else partial(self.call, self.network)
-        if torch.compiler.is_compiling():
-            return call(x, network_time, **kwargs)
-        try:
-            return call(x, network_time, **kwargs)
-        except (RuntimeError, IndexError) as error:
-            if note := self._note(x.dtype, network_time.dtype, error):
-                error.add_note(note)
-            raise
 
     def _note(self, of_x: torch.dtype, of_t: torch.dtype, error: Exception) -> str | None:
         """What to do where a network does not take the dtypes that it was called with."""

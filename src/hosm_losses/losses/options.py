@@ -3,13 +3,12 @@
 `third_order_dsm` says what each does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hosm_losses._checks import (
@@ -21,7 +20,6 @@ from hosm_losses._checks import (
     may_look,
 )
 from hosm_losses.derivatives import ENGINES, Engine
-from hosm_losses.losses.targets import Targets
 from hosm_losses.losses.weighting import TimeSampler, Weighting, check_weighting
 from hosm_losses.probes import Hutchinson, Paired
 
@@ -34,7 +32,7 @@ COUNTS = {1: (1,), 2: (3, 4), 3: (4,)}  # of weights, by order
 
 
 @dataclass(frozen=True)
-class Options:
+class LossOptions:
     """What is chosen once for a loss, checked; numbers of NumPy become Python's."""
 
     order: int
@@ -77,31 +75,13 @@ class Options:
         return isinstance(self.probes, str)
 
     @property
-    def fewest(self) -> int:
-        """The fewest probes."""
-        return 2 if isinstance(self.probes, Paired) else 1
-
-    @property
-    def derivatives(self) -> dict[str, Any]:
-        """What `NoiseField.derive` is told; the Laplacian form is one of order three alone."""
-        laplacian = self.order == 3 and self.third == "laplacian"
-        return {"order": self.order, "engine": self.engine, "laplacian": laplacian}
-
-
-class Given(NamedTuple):
-    """What a loss is given with the data."""
-
-    t: Tensor | None
-    noise: Tensor | None
-    probe: Tensor | None
-    targets: Targets
-    weights: Any
-    generator: torch.Generator | None
-    model_kwargs: Mapping[str, Any] | None
+    def laplacian(self) -> bool:
+        """Whether the third order is in the Laplacian form, which is one of order three alone."""
+        return self.order == 3 and self.third == "laplacian"
 
 
 def _check_probes(probes: object) -> Any:
-    """The probes as a value."""
+    """The probes as a value; a whole number is that of `Hutchinson`."""
     if isinstance(probes, Integral) and not isinstance(probes, bool) and int(probes) >= 1:
         return Hutchinson(int(probes))
     if isinstance(probes, Hutchinson | Paired) or (isinstance(probes, str) and probes == "exact"):

@@ -8,8 +8,9 @@ Failures:
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -25,23 +26,23 @@ from hosm_losses._checks import (
     check_whole,
     complaint,
     may_look,
-    over_elements,
     warn,
 )
 from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import differentiated, normal, outside_inference_mode, traced
-from hosm_losses.likelihood.checkpoints import Checkpoints
+from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
+from hosm_losses.likelihood.coordinates import Coordinates
 from hosm_losses.likelihood.integers import (
     Dequantization,
     check_images,
     importance_weighted,
     refuse_flattery,
 )
-from hosm_losses.likelihood.paths import Batch, Coordinates, Divergence, choose_divergence
+from hosm_losses.likelihood.paths import Divergence, Paths, choose_divergence
 from hosm_losses.likelihood.result import NLLResult, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
-from hosm_losses.likelihood.watch import Watch, buffers_restored, warn_of_training_mode
-from hosm_losses.model import ScoreModel, check_model, condition
+from hosm_losses.likelihood.watch import RandomnessCheck, buffers_restored, warn_of_training_mode
+from hosm_losses.model import ScoreModel, bind_model, check_model
 
 LogPrior = Callable[[Tensor], Tensor] | Distribution
 MOMENTS = ("data_mean", "data_std")
@@ -49,85 +50,109 @@ MISMATCH = 1e-3  # nats an element
 SCALED = 0.05  # of α(t_min) from 1
 
 
-@dataclass(frozen=True)
-class Call:
-    """The arguments that `ode_nll`, `ode_sample` and `variational_nll` share, as they came."""
+class Job:
+    """The arguments that `ode_nll`, `ode_sample` and `variational_nll` share, checked.
 
-    model: ScoreModel
-    x: Tensor
-    moments: tuple[PlainMoment, PlainMoment]  # data_mean, data_std
-    log_prior: LogPrior | None
-    batch_size: int | None
-    progress: bool
-    generator: torch.Generator | None
-    model_kwargs: Mapping[str, Any] | None
-    divergence: Divergence | None = None
-    dequantization: Dequantization | None = None
-    enable_grad: bool = False
+    In its `with` block, in which modes and buffers of the network are put back, `paths()` gives
+    the batch in pieces, for which `add` takes results; `result()` puts them together.
+    """
 
-    def evaluate(
+    def __init__(
         self,
-        likelihood: Callable[[Batch], NLLResult],
+        model: object,
+        x: Tensor,
+        moments: tuple[PlainMoment, PlainMoment],
         *,
+        log_prior: LogPrior | None,
+        batch_size: int | None,
+        progress: bool,
+        generator: torch.Generator | None,
+        model_kwargs: Mapping[str, Any] | None,
+        divergence: Divergence | None = None,
+        dequantization: Dequantization | None = None,
+        enable_grad: bool = False,
         name: str = "x",
         at_start: bool = True,
         of_prior: bool = True,
-    ) -> NLLResult:
-        """Put together what `likelihood` gives for chunks of x, and for draws of u, after checks.
+    ) -> None:
+        """`name` is that of x in errors; `at_start` whether it is, or leads to, a point at t_min.
 
-        `name` is that of x in errors; `at_start` says whether it is, or leads to, a point at
-        t_min, `of_prior` whether it leads to, or was drawn at, latents of the prior.
+        `of_prior` says whether it leads to, or was drawn at, latents of the prior.
         """
-        model, x, integers = check_model(self.model), self.x, self.dequantization
-        check_sample_batch(name, x) if integers is None else check_images(x)
-        divergence = choose_divergence(self.divergence, x)
-        if integers is not None:
-            refuse_flattery(integers, divergence)
-        log_prior = _log_density(self.log_prior, x)
-        generator = check_generator(self.generator, x.device)
-        kwargs = check_model_kwargs(self.model_kwargs)
-        check_flag("progress", self.progress)
-        check_flag("enable_grad", self.enable_grad)
-        if differentiated() and not self.enable_grad:
+        self.model, self.x, self.integers = check_model(model), x, dequantization
+        check_sample_batch(name, x) if dequantization is None else check_images(x)
+        self.divergence = choose_divergence(divergence, x)
+        if dequantization is not None:
+            refuse_flattery(dequantization, self.divergence)
+        self.log_prior = _log_density(log_prior, x)
+        self.generator = check_generator(generator, x.device)
+        self.kwargs = check_model_kwargs(model_kwargs)
+        check_flag("progress", progress)
+        check_flag("enable_grad", enable_grad)
+        if differentiated() and not enable_grad:
             raise ValueError(
                 "enable_grad: expected True under torch.func.grad, vjp or jacrev; got False, by "
                 "which the gradient would be zero. Give it to ode_nll or ode_sample, or call "
                 "under torch.no_grad() for the number alone."
             )
-        count, draws = len(x), 1 if integers is None else integers.draws
-        size = count if self.batch_size is None else check_whole("batch_size", self.batch_size, 1)
-        modules = (
-            dict(model.network.named_modules()) if isinstance(model.network, nn.Module) else {}
-        )
-        watch = Watch(not warn_of_training_mode(modules) and not traced())
+        self.draws = 1 if dequantization is None else dequantization.draws
+        self.size = len(x) if batch_size is None else check_whole("batch_size", batch_size, 1)
+        self.moments, self.progress, self.graph = moments, progress, enable_grad
+        self.at_start, self.of_prior = at_start, of_prior
+        self.results: list[list[NLLResult]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[Iterator[Paths]]:
+        """A block in which the pieces are evaluated, `batch_size` samples at a time."""
+        model, x, network = self.model, self.x, self.model.network
+        modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
+        watch = RandomnessCheck(not warn_of_training_mode(modules) and not traced())
+        total = len(x) * self.draws
         with (
             buffers_restored(modules, x),
             outside_inference_mode(),
-            torch.set_grad_enabled(self.enable_grad),
-            progress_bar(self.progress, count * draws, "sample") as advance,
+            torch.set_grad_enabled(self.graph),
+            progress_bar(self.progress, total, "sample") as advance,
         ):
             mean, std = map(expand_moment, MOMENTS, self.moments, (x, x))
             coordinates = Coordinates(model.schedule, mean, std)
-            if integers is not None:
-                coordinates = integers.starting(coordinates)
-            start = at_start and coordinates.start is None
-            _warn_of_ends(coordinates, start=start, prior=log_prior is None and of_prior)
-            safe = None if self.enable_grad else False
-            conditioned = condition(model, count, kwargs, primitives=safe)
-            dtype, drawn = like_network(model, x).dtype, (log_prior, generator, advance, watch)
-            ways = divergence, Checkpoints(model.network)
-            batch = Batch(normal(x), conditioned, coordinates, dtype, *drawn, *ways)
-            chunks, results = torch.arange(count, device=x.device).split(size), []
-            for _ in range(draws):
-                points, extra = batch.x, 0.0
-                if integers is not None:
-                    points, extra = integers.spread(x, coordinates, generator)
-                parts = [likelihood(batch.rows(points, rows)) for rows in chunks]
-                result = parts[0] if len(parts) == 1 else NLLResult.cat(parts)
-                results.append(mark_failed(replace(result, nll=result.nll + extra)))
-        if integers is None:
+            if self.integers is not None:
+                coordinates = self.integers.starting(coordinates)
+            start = self.at_start and coordinates.start is None
+            prior = self.log_prior is None and self.of_prior
+            _warn_of_ends(coordinates, start=start, prior=prior)
+            whole = Paths(
+                x=normal(x),
+                model=bind_model(model, len(x), self.kwargs, graph=self.graph),
+                coordinates=coordinates,
+                dtype=like_network(model, x).dtype,
+                log_prior=self.log_prior,
+                generator=self.generator,
+                advance=advance,
+                watch=watch,
+                divergence=self.divergence,
+                checkpoints=RecomputedEvaluations(network),
+            )
+            yield self._pieces(whole)
+
+    def _pieces(self, whole: Paths) -> Iterator[Paths]:
+        chunks = torch.arange(len(self.x), device=self.x.device).split(self.size)
+        for _ in range(self.draws):
+            points, extra, parts = whole.x, 0.0, list[NLLResult]()
+            if self.integers is not None:
+                points, extra = self.integers.spread(self.x, whole.coordinates, self.generator)
+            self.results.append(parts)
+            for rows in chunks:
+                yield whole.rows(points, rows)
+            found = parts[0] if len(parts) == 1 else NLLResult.cat(parts)
+            parts[:] = [mark_failed(replace(found, nll=found.nll + extra))]
+
+    def result(self) -> NLLResult:
+        """What `results` come to together."""
+        results = [parts[0] for parts in self.results]
+        if self.integers is None:
             return results[0]
-        return importance_weighted(results, integers.quantization)
+        return importance_weighted(results, self.integers.quantization)
 
 
 def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -169,24 +194,6 @@ def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None
             "data_mean and data_std: likelihoods and samples are off by them. Look at the numbers "
             "of the schedule, or give log_prior, and to ode_sample latents of it."
         )
-
-
-def add_noise(batch: Batch) -> tuple[Batch, Tensor]:
-    """The batch at t_min by a draw of noise, and what to add to its nll for that of x, (B,).
-
-    −log p(x) ≤ E[−log p(x_tmin) + log q(x_tmin|x) − log p(x|x_tmin)], with the decoder of
-    `variational`: the last two are ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). They go with the noise
-    that was drawn, ‖ε‖² and not its mean d: a change of p(x_tmin) with ε cancels, and the mean of
-    exp(−nll) over draws is a density of x.
-    """
-    x, coordinates = batch.x, batch.coordinates
-    start, _ = coordinates.ends(coordinates.span)
-    noise = batch.draw_noise()
-    points = start.alpha * x + start.sigma * noise
-    error = batch.noise(points, start) - noise
-    correction = over_elements(error.square() - noise.square(), 1) / 2
-    correction = correction - x[0].numel() * start.alpha.log().reshape(())
-    return replace(batch, x=points), correction
 
 
 def mark_failed(result: NLLResult) -> NLLResult:

@@ -1,0 +1,94 @@
+"""Coordinates in which Gaussian data does not move along the ODE; the formulas are in `paths`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hosm_losses._checks import expand_right, over_elements
+from hosm_losses.schedules import Schedule
+
+Span = tuple[float, float]  # of u = log σ̂, from the start of a path to its end
+
+
+class NoiseLevel(NamedTuple):
+    """What α, σ and the scale are at some u; all but t are expanded to multiply a batch."""
+
+    t: Tensor  # the schedule's time (n,), never outside [t_min, t_max]
+    alpha: Tensor
+    sigma: Tensor
+    sigma_hat: Tensor  # σ/α
+    scale: Tensor  # c, by element where the data's std is
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """z = (x/α − mean)/c with c² = std² + σ̂²."""
+
+    schedule: Schedule
+    mean: Tensor  # of the data, broadcast to (1, *)
+    std: Tensor  # of the data, broadcast to (1, *)
+    start: float | None = None  # log σ̂ of the data end, if not at t_min
+
+    @property
+    def span(self) -> Span:
+        """log σ̂ at the data end and at the noise end."""
+        low, high = self.schedule.log_sigma_hat_range
+        return low if self.start is None else self.start, high
+
+    def levels(self, log_sigma_hat: Tensor) -> Callable[[slice], NoiseLevel]:
+        """A function that gives levels of a grid u (n,) to a batch; a slice of one for all of it.
+
+        The schedule is asked once for all; the scale, as large as a sample, is made when due.
+        """
+        t = self.schedule.time(log_sigma_hat)
+        alphas, sigmas = (expand_right(each, self.mean) for each in self.schedule(t))
+
+        def chosen(rows: slice) -> NoiseLevel:
+            sigma_hat = sigmas[rows] / alphas[rows]
+            scale = torch.sqrt(self.std.square() + sigma_hat.square())
+            return NoiseLevel(t[rows], alphas[rows], sigmas[rows], sigma_hat, scale)
+
+        return chosen
+
+    def level(self, log_sigma_hat: Tensor) -> NoiseLevel:
+        """The noise level at u = log σ̂ (n,), in the precision of u."""
+        return self.levels(log_sigma_hat)(slice(None))
+
+    def ends(self, span: Span) -> tuple[NoiseLevel, NoiseLevel]:
+        """The levels of a whole batch at both ends of a span of u."""
+        level = self.levels(torch.tensor(span, dtype=self.std.dtype, device=self.std.device))
+        return level(slice(0, 1)), level(slice(1, 2))
+
+    def to_z(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        """Data coordinates to z."""
+        return (x / level.alpha - self.mean) / level.scale
+
+    def to_x(self, z: Tensor, level: NoiseLevel) -> Tensor:
+        """Z to data coordinates."""
+        return level.alpha * (level.scale * z + self.mean)
+
+    def slope(self, z: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
+        """dz/du for the predicted noise ε̂."""
+        ratio = level.sigma_hat / level.scale
+        return ratio * (noise - ratio * z)
+
+    def integrand(self, divergence: Tensor, level: NoiseLevel) -> Tensor:
+        """σ ∇·ε̂ − Σ_i σ̂²/c² from the divergence ∇·ε̂ (K, n)."""
+        shrinking = over_elements((level.sigma_hat / level.scale).square(), 1)
+        return level.sigma.reshape(-1) * divergence - shrinking
+
+    def log_volume(self, level: NoiseLevel) -> Tensor:
+        """Σ_i log(α c), (n,)."""
+        return over_elements((level.alpha * level.scale).log(), 1)
+
+    def covector(self, noise: Tensor, level: NoiseLevel) -> Tensor:
+        """The gradient in z of the log-density, where the model's score is that of its ODE."""
+        return -(level.scale / level.sigma_hat) * noise
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype sums are kept in: float64, but float32 on devices that have no other."""
+    return torch.float32 if x.device.type == "mps" else torch.float64

@@ -1,0 +1,170 @@
+r"""A score model bound to times and conditions: the network's prediction as a function of x.
+
+Formula:
+    Every prediction is affine in what the network returns and x, ε̂ = p · prediction + q x. For
+    f = −ε̂ that is D_f = −(p D + q w), G_f = −p G and C_f = −p C, with D, G and C of the
+    prediction.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hosm_losses._checks import complaint
+from hosm_losses._torch_internals import COMPILED_PART, normal
+from hosm_losses.derivatives import Derivatives, Products, derive, derive_with_products
+from hosm_losses.model.conditions import bind, map_tensors, per_sample, rows_note
+from hosm_losses.model.score_model import ScoreModel, apply_affine
+from hosm_losses.taylor import GIVE_THE_SOURCE, Jet, safe_primitives
+
+# Which of the safe primitives are put in: all; those that the first derivative of one sample
+# needs; none.
+Primitives = Literal["all", "one sample", "none"]
+
+
+@dataclass(frozen=True, eq=False)  # torch.compile of PyTorch 2.6 hashes it before it is made
+class BoundModel:
+    """What the network predicts, as a function of x (B, *) alone.
+
+    Engines differentiate the prediction and not f = −ε̂: the part of x in f would hide that a
+    network has lost its own graph.
+
+    Attributes:
+        model: the score model.
+        t: the times (B,); None until `at` gives them.
+        kwargs: the network's keyword arguments, bound to the batch: see `conditions`.
+        batch: the number of samples that the arguments were bound to.
+        primitives: which of the safe primitives are put in.
+    """
+
+    model: ScoreModel
+    t: Any
+    kwargs: dict[str, Any]
+    batch: int
+    primitives: Primitives
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the network predicts at x, which is given its own copies of the arguments."""
+        # A Jet has rules of its own.
+        all_of_them = self.primitives == "all" and not isinstance(x, Jet)
+        # PyTorch's first gradient of instance norm is wrong for one sample in channels_last.
+        one = self.primitives == "one sample" and len(x) == 1 and x.device.type == "cpu"
+        # A network may write to its arguments, shared ones too, and is called several times.
+        kwargs = map_tensors(self.kwargs, Tensor.clone) if self.kwargs else self.kwargs
+        with safe_primitives(all_of_them or one, of_one_sample=one):
+            if torch.compiler.is_compiling() or len(x) == self.batch:
+                return self.model.predict(x, self.t, **kwargs)
+            try:
+                return self.model.predict(x, self.t, **kwargs)
+            except Exception as error:
+                error.add_note(rows_note(self.kwargs, len(x), self.batch))
+                raise
+
+    @property
+    def owner(self) -> object:
+        """The network."""
+        return self.model.network
+
+    @property
+    def native(self) -> "BoundModel":
+        """The same with PyTorch's operators, whose values and first derivatives are right."""
+        return self._with(self.t, self.kwargs, "none")
+
+    def _with(self, t: Any, kwargs: Any, primitives: Primitives | None = None) -> "BoundModel":
+        # Not by dataclasses.replace, which torch.compile of 2.6 does not follow.
+        return BoundModel(self.model, t, kwargs, self.batch, primitives or self.primitives)
+
+    def at(self, t: Tensor) -> "BoundModel":
+        """The same at other times (B,)."""
+        return self._with(normal(t), self.kwargs)
+
+    def rows(self, index: Tensor | slice) -> "BoundModel":
+        """The same for the samples at `index`."""
+        t = None if self.t is None else normal(self.t[index])
+        return self._with(t, per_sample(self.kwargs, lambda _, tensor: tensor[index]))
+
+    def repeat(self, count: int) -> "BoundModel":
+        """The same for `count` copies of the batch, one after the other."""
+
+        def copies(tensor: Tensor) -> Tensor:
+            return tensor.repeat(count, *(1,) * (tensor.ndim - 1))
+
+        return self._with(copies(self.t), per_sample(self.kwargs, lambda _, own: copies(own)))
+
+    def f(self, x: Tensor) -> Tensor:
+        """f = −ε̂ at x."""
+        return -apply_affine(self(x), x, *self.model.affine(self.t, x))
+
+    def derive(self, x: Tensor, w: Tensor, **options: Any) -> Derivatives:
+        """f, D and G or C at x along directions w (K, B, *); see `derivatives.derive`."""
+        return self.of_f(derive(self, x, w, **options), x, w)
+
+    def of_f(self, prediction: Derivatives, x: Tensor | None, w: Tensor) -> Derivatives:
+        """The derivatives of f from those of the prediction at x; without x those of f + q x."""
+        p, q = self.model.affine(self.t, prediction.value[0])
+        third = prediction.third
+        return Derivatives(
+            -apply_affine(prediction.value, x, p, q),
+            -apply_affine(prediction.directional, w, p, q),
+            None if third is None else -apply_affine(third, None, p, q),
+        )
+
+    def derive_with_products(
+        self, x: Tensor, w: Tensor, cotangent: Callable[[Tensor], Tensor], **options: Any
+    ) -> Products:
+        """f + q x, D and G or C, with (∂f/∂x)ᵀ c and perhaps ∂f/∂x c; c = cotangent(f + q x)."""
+        p, q = self.model.affine(self.t, x)
+
+        def of_prediction(value: Tensor) -> Tensor:
+            return cotangent(-apply_affine(value, None, p, q)).to(value.dtype)
+
+        derived, c, vjp_c, jvp_c = derive_with_products(self, x, w, of_prediction, **options)
+        return Products(
+            self.of_f(derived, None, w),
+            c,
+            -apply_affine(vjp_c, c, p, q),
+            None if jvp_c is None else -apply_affine(jvp_c, c, p, q),
+        )
+
+
+def bind_model(
+    model: ScoreModel,
+    batch: int,
+    model_kwargs: Mapping[str, Any] | None = None,
+    t: Tensor | None = None,
+    *,
+    graph: bool = True,
+) -> BoundModel:
+    """Bind keyword arguments of the network, and times (B,), to a batch.
+
+    Without a `graph` its derivatives are not differentiated again.
+    """
+    kwargs = map_tensors(bind(model_kwargs, batch), normal) if model_kwargs else {}
+    primitives = ("all" if graph else "one sample") if model.primitives else "none"
+    return BoundModel(model, None if t is None else normal(t), kwargs, batch, primitives)
+
+
+SCRIPTED = "ScriptModule"  # of torch.jit, traced or scripted
+# Names of classes, for which nothing of torch.distributed is imported.
+WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"}
+WRAPPERS |= {"OptimizedModule", SCRIPTED}
+WRAP_THE_LOSS = (
+    "Wrap the loss module as a whole, with DistributedDataParallel, fully_shard or torch.compile "
+    "around ThirdOrderDSM(ScoreModel(network, schedule)), and give it the network inside, such as "
+    "model.module."
+)
+
+
+def refuse_wrapped(network: object) -> None:
+    """Raise TypeError for a network in DDP, or with compiled, scripted or sharded parts."""
+    parts = list(network.modules()) if isinstance(network, nn.Module) else [network]
+    found = {base.__name__ for kind in set(map(type, parts)) for base in kind.__mro__} & WRAPPERS
+    if any(getattr(part, COMPILED_PART, None) is not None for part in parts):
+        found.add("a part compiled by its own .compile()")
+    for name in sorted(found):
+        expected = "a bare network where it is differentiated twice"
+        remedy = GIVE_THE_SOURCE if name == SCRIPTED else WRAP_THE_LOSS
+        raise TypeError(complaint("network", expected, network, remedy, got=name))
