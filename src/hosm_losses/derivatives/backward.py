@@ -9,8 +9,7 @@ What:
     as of a network all of whose parameters are frozen, there is nothing to train.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,6 +58,7 @@ SCRIPTED_FUNCTION = (
     "derivatives of norms and attention are wrong without an error. Use the function that it "
     "was made of, as PYTORCH_JIT=0 does for all; or, where it has no norm, engine='reverse'."
 )
+EXPLAINED = (CheckpointError, RuntimeError, AttributeError)
 REMEDIES = {
     _torch_errors.REENTRANT_CHECKPOINT: REENTRANT,
     _torch_errors.DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
@@ -71,18 +71,13 @@ class DroppedGraphError(DerivativeError):
     """A custom autograd.Function whose backward drops the graph: no fault of the taylor engine."""
 
 
-@contextmanager
-def add_remedies() -> Iterator[None]:
-    """A block whose errors of PyTorch say what to do, where that is known."""
-    try:
-        yield
-    except CheckpointError as error:
+def explain(error: Exception) -> None:
+    """Raise a DerivativeError that says what to do, if that is known of an error of PyTorch."""
+    if isinstance(error, CheckpointError):
         raise DerivativeError(CHECKPOINT_ADVICE) from error
-    except (RuntimeError, AttributeError) as error:
-        for words, advice in REMEDIES.items():
-            if words in str(error):
-                raise DerivativeError(advice) from error
-        raise
+    for words, advice in REMEDIES.items():
+        if words in str(error):
+            raise DerivativeError(advice) from error
 
 
 def refuse_scripted(engine: str, error: Exception) -> None:
@@ -140,8 +135,12 @@ def vjp(
         result: Any = torch.func.vjp(function, *points, has_aux=True)
         value, back, more = result
         return value, more, back
-    with torch.enable_grad(), add_remedies():
-        value, more = function(*points)
+    try:
+        with torch.enable_grad():
+            value, more = function(*points)
+    except EXPLAINED as error:
+        explain(error)
+        raise
     return value, more, pass_back(value, points, graph, lost)
 
 
@@ -150,16 +149,21 @@ def pass_back(
 ) -> PassBack:
     """The pass back of `vjp` from a value that is at hand, in eager mode."""
 
-    @add_remedies()
     def back(cotangent: Tensor | None, batched: bool = False) -> tuple[Tensor, ...]:
         if lost is not None and not value.requires_grad:
             raise DerivativeError(lost)
         options: Any = {"create_graph": graph, "is_grads_batched": batched}
-        gradients = torch.autograd.grad(
-            value, points, cotangent, retain_graph=True, allow_unused=True, **options
-        )
+        try:
+            gradients = torch.autograd.grad(
+                value, points, cotangent, retain_graph=True, allow_unused=True, **options
+            )
+        except EXPLAINED as error:
+            explain(error)
+            raise
         if lost is not None and gradients[-1] is None:
             raise DerivativeError(lost)
+        if len(points) == 1 and gradients[0] is not None:
+            return gradients
         return tuple(
             torch.zeros_like(point) if gradient is None else gradient
             for point, gradient in zip(points, gradients, strict=True)

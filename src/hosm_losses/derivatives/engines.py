@@ -36,9 +36,10 @@ from torch import Tensor
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import over_elements
 from hosm_losses.derivatives.backward import (
+    EXPLAINED,
     LOST_ONCE,
     LOST_TWICE,
-    add_remedies,
+    explain,
     leaf,
     pass_back,
     pull_each,
@@ -142,14 +143,18 @@ def taylor(
         number, stack, back = vjp(form, x)
         parts = [stack[:1], stack[1:], back(torch.ones_like(number))[0].unsqueeze(0)]
     else:
-        with torch.enable_grad(), add_remedies():
+        with torch.enable_grad():
             point = leaf(x, wanted)
-            stack = propagate(f, point, w)
+            try:
+                stack = propagate(f, point, w)
+            except EXPLAINED as error:
+                explain(error)
+                raise
             back = pass_back((w * stack[1:]).sum(), (point,), wanted)
         parts = [stack[:1], stack[1:], back(None)[0].unsqueeze(0)]
     if copied:
         parts = [part.reshape(shape) for part in parts]
-    return Derivatives(*(part if wanted else part.detach() for part in parts))
+    return Derivatives(*parts) if wanted else Derivatives(*map(Tensor.detach, parts))
 
 
 def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
@@ -172,14 +177,13 @@ def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
         refuse_dropped(vjp_c, wanted)
         return vjp_c, value
 
-    with add_remedies():
-        point, start = leaf(x, wanted), leaf(w if order == 3 else torch.zeros_like(x), wanted)
-        _, value, again = vjp(pull, point, start, graph=wanted, lost=LOST_TWICE)
-        if order == 2:
-            parts = [value.unsqueeze(0), torch.stack([again(direction)[1] for direction in w])]
-        else:
-            third, directional = again(w)
-            parts = [part.reshape(shape) for part in (value, directional, third)]
+    point, start = leaf(x, wanted), leaf(w if order == 3 else torch.zeros_like(x), wanted)
+    _, value, again = vjp(pull, point, start, graph=wanted, lost=LOST_TWICE)
+    if order == 2:
+        parts = [value.unsqueeze(0), torch.stack([again(direction)[1] for direction in w])]
+    else:
+        third, directional = again(w)
+        parts = [part.reshape(shape) for part in (value, directional, third)]
     return Derivatives(*(part if wanted else part.detach() for part in parts))
 
 
@@ -266,9 +270,13 @@ def quadratic_forms(
     if internals.transformed():
         value, _, back = vjp(lambda point: (f(point), ()), x)
     else:
-        with torch.enable_grad(), add_remedies():
+        with torch.enable_grad():
             point = leaf(x, wanted)
-            value = f(point)
+            try:
+                value = f(point)
+            except EXPLAINED as error:
+                explain(error)
+                raise
         # Behind the point are all earlier evaluations of a path.
         in_turn = refuse_dropped(value, wanted, point)
         back = pass_back(value, (point,), wanted, LOST_ONCE)

@@ -283,6 +283,7 @@ def _warn_once(attempts: EngineAttempts) -> None:
     """Say that reverse mode takes over, once for a network."""
     if not attempts.memory.said:
         attempts.memory.said = True
+        why = attempts.reasons["taylor"].rstrip(".")
         warn(
             f"engine='auto': the engine 'taylor' cannot differentiate "
             f"{type(attempts.owner).__name__} ({why}), so reverse "

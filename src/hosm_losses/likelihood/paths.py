@@ -238,21 +238,23 @@ def value_and_divergence(
     if divergence is None:
         return model.f(x), None
     p, q = model.model.affine(model.t, x)
-    elements = x.new_full((1, len(x)), x[0].numel(), dtype=accumulator(x))
+    dtype = accumulator(x)
+    elements = x.new_full((1, len(x)), x[0].numel(), dtype=dtype)
     if callable(divergence):
         prediction, forms = _of_function(divergence, model, x)
         squares = elements
     elif probes is None:
         prediction, forms = quadratic_forms(model, x, unit_vector_chunks(x))
-        forms, squares = forms.to(accumulator(x)).sum(0, keepdim=True), elements
+        forms, squares = forms.to(dtype).sum(0, keepdim=True), elements
     else:
         squares = over_elements(probes.square())
         if isinstance(divergence, Hutchinson) and divergence.mode == "forward":
             prediction, forms = _forward(model, x, probes)
         else:
             prediction, forms = quadratic_forms(model, x, [probes])
-    p_, q_ = (None if each is None else each.flatten() for each in (p, q))
-    divergences = -apply_affine(forms.to(accumulator(x)), squares, p_, q_)
+    scale = None if p is None else p.flatten()
+    shift = None if q is None else q.flatten()
+    divergences = -apply_affine(forms.to(dtype), squares, scale, shift)
     return -apply_affine(prediction, x, p, q), divergences
 
 
