@@ -311,7 +311,8 @@ MUTANTS = [
         "tests/losses/test_objective.py",
     ),
     # Averaged targets: each sample counts itself twice in a batch, the moments are not
-    # about the mean, and float32 loses close neighbours.
+    # about the mean, float32 loses close neighbours, data far from zero their digits, and samples
+    # of the reference are refused.
     Mutant(
         "losses/targets.py",
         "logits.diagonal().fill_(-torch.inf)",
@@ -334,6 +335,18 @@ MUTANTS = [
         "losses/targets.py",
         'torch.float32 if x0.device.type == "mps" else torch.float64',
         "torch.float32",
+        "tests/losses/test_averaged_targets.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        "data, reference = data - origin, reference - origin",
+        "pass",
+        "tests/losses/test_averaged_targets.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        "slack = logits[:, :-1].amax(1), 1 + 1e-12 * (scale * data).square().sum(1)",
+        "slack = logits[:, :-1].amax(1), 1.0",
         "tests/losses/test_averaged_targets.py",
     ),
     # Indices that the caller gives stand for N - 1 times in place of N.

@@ -136,6 +136,8 @@ def drawn_targets(pick, x0, order):
         return None
     reference = None if kind == "batch" else torch.cat([x0.detach(), torch.randn_like(x0)])
     mask = torch.rand(len(x0), len(x0) if reference is None else len(reference)) < 0.7
+    if kind == "all":  # which say that they contain each sample
+        mask.fill_diagonal_(True)
     return hosm.AveragedTargets(reference, own=kind != "all", same=lambda kwargs: mask)
 
 
