@@ -616,6 +616,13 @@ MUTANTS = [
         "solver_error",
         "tests/likelihood/test_adaptive.py",
     ),
+    # A sample at 1e20 takes all of the evaluations.
+    Mutant(
+        "likelihood/adaptive.py",
+        "rounding > solver_limit(elements)",
+        "rounding < 0",
+        "tests/likelihood/test_adaptive.py",
+    ),
     # The density of x_t for that of x_t/α.
     Mutant(
         "likelihood/integers.py",
