@@ -616,6 +616,26 @@ MUTANTS = [
         "solver_error",
         "tests/likelihood/test_adaptive.py",
     ),
+    # Samples outside the target count as failed, zeros as the tail of the weights, and the prior
+    # of Pareto's k is left out.
+    Mutant(
+        "likelihood/weights.py",
+        "failed = float(result.failed.double().mean())",
+        "failed = float(log_weights.isneginf().double().mean())",
+        "tests/likelihood/test_weights.py",
+    ),
+    Mutant(
+        "likelihood/weights.py",
+        "_pareto_k(self.normalized[self.normalized > 0])",
+        "_pareto_k(self.normalized)",
+        "tests/likelihood/test_weights.py",
+    ),
+    Mutant(
+        "likelihood/weights.py",
+        "(tail * found + 10 * 0.5) / (tail + 10)",
+        "found",
+        "tests/likelihood/test_weights.py",
+    ),
     # A sample at 1e20 takes all of the evaluations.
     Mutant(
         "likelihood/adaptive.py",
