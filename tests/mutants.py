@@ -363,6 +363,25 @@ MUTANTS = [
         "of_higher = of_higher[: len(rows)]",
         "tests/losses/test_modules.py",
     ),
+    # A trace alone, and a ramp at order three, are not needed or cost all orders.
+    Mutant(
+        "losses/arguments.py",
+        "(self.stein or counts(weights[1]) or counts(weights[2]))",
+        "(self.stein or counts(weights[1]))",
+        "tests/losses/test_ramps.py",
+    ),
+    Mutant(
+        "losses/arguments.py",
+        "if order == 3 and not counts(weights[3]):",
+        "if order == 3 and weights[3] is None:",
+        "tests/losses/test_ramps.py",
+    ),
+    Mutant(
+        "losses/objective.py",
+        "if factors[0] is None and balance is None and options",
+        "if factors[0] is None and options",
+        "tests/losses/test_ramps.py",
+    ),
     # The rows of a fraction come from the global generator.
     Mutant(
         "losses/objective.py",

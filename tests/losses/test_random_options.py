@@ -117,7 +117,7 @@ def drawn_weights(pick, loss):
     if loss not in ("second", "third"):
         return None
     values = [0.6, *(pick.choice([0, 0.3, 2.0]) for _ in range(2)), 1.5]
-    values = pick.choice([values, [*values[1:3], 0.6, 1.5]])
+    values = pick.choice([values, [*values[1:3], 0.6, 1.5], [*values[:3], 0], [0.6, 0, 0, 0]])
     tensor = torch.tensor(values, requires_grad=True)
     array = tensor.detach().numpy()
     odd = [np.float32(values[0]), np.int64(2), *tensor.detach()[2:, None]]

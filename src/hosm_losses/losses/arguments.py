@@ -84,6 +84,18 @@ class Options:
         """The fewest probes."""
         return 2 if self.stein or isinstance(self.probes, Paired) else 1
 
+    def for_weights(self, weights: Weights) -> "Options":
+        """The options of the lowest order that has every term whose weight counts."""
+        order = self.order
+        if order == 3 and not counts(weights[3]):
+            order = 2
+        if order == 2 and not (self.stein or counts(weights[1]) or counts(weights[2])):
+            order = 1
+        if order == self.order:
+            return self
+        chosen = self.probes, self.engine, self.third, self.fraction
+        return Options(order, *chosen, self.weighting, self.time_sampler, self.reduction)
+
     @property
     def derivatives(self) -> dict[str, Any]:
         """What `NoiseField.derive` is told; the Laplacian form is one of order three alone."""

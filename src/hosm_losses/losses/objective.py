@@ -73,7 +73,10 @@ def evaluate(
     with outside_inference_mode():
         score_model, inputs = perturb(model, x0, options, given, kwargs)
         x, t = inputs.x, inputs.t
-        weights = _weights(given.weights, options, x)
+        weights, probe = _weights(given.weights, options, x), None
+        if given.probe is not None and higher:
+            probe = _given_probe(x, given.probe, options)
+        options = options.for_weights(weights)
         weighting, sampler, drawn = options.weighting, options.time_sampler, given.t is None
         factors = time_factors(
             score_model, x, t, weighting, sampler, drawn=drawn, order=options.order
@@ -84,29 +87,27 @@ def evaluate(
         check_conditions(targets, field.kwargs)
         field = field if options.stein else field.drop_qx()
         rows = None
-        if higher:
+        if options.order > 1:
             rows, rest = _select_rows(x, options, given.generator)
-            probes = _probes(x, rows, options, given)
-            terms = _terms(field, inputs, probes, options, weights, rows, rest)
+            probes = _probes(x, rows, probe, options, given.generator)
+            reduced = terms = _terms(field, inputs, probes, options, weights, rows, rest)
             if options.stein and factors[0] is not None:
                 nats = factors[0] / x[0].numel()  # of whole samples, not of their elements
                 factors = nats, nats
-            if balance is not None:
-                found = balance(terms, noise_level(score_model, t, x), rows)
-                weights = [
-                    ratio * weight if counts(weight) and ratio is not None else weight
-                    for weight, ratio in zip(weights, found, strict=False)
-                ]
-                factors = factors[0], factors[0]
-            loss = _reduce(terms, weights, factors, rows, options.reduction)
         else:
             residual = first_residual_of(field, inputs)
-            terms = DSMTerms(first_term(residual))
-            if factors[0] is None and options.reduction == "mean":
+            reduced = terms = DSMTerms(first_term(residual))
+            if factors[0] is None and balance is None and options.reduction == "mean":
                 # One mean over all elements, as every trainer has it.
-                loss = residual.square().mean()
-            else:
-                loss = _reduce(terms, weights, factors, None, options.reduction)
+                reduced = DSMTerms(residual.square())
+        if balance is not None:
+            found = balance(terms, noise_level(score_model, t, x), rows)
+            weights = [
+                ratio * weight if counts(weight) and ratio is not None else weight
+                for weight, ratio in zip(weights, found, strict=False)
+            ]
+            factors = factors[0], factors[0]
+        loss = _reduce(reduced, weights, factors, rows, options.reduction)
         check_result(loss, terms, inputs)
         return Evaluated(loss, terms, t, rows)
 
@@ -215,15 +216,20 @@ def _select_rows(
     return order[:count], order[count:]
 
 
-def _probes(x: Tensor, rows: Tensor | None, options: Options, given: Given) -> Tensor:
-    """The probes of the rows: as given, all unit vectors, or drawn."""
-    if given.probe is not None:
-        v = _given_probe(x, given.probe, options)
-        return v if rows is None else v[:, rows]
+def _probes(
+    x: Tensor,
+    rows: Tensor | None,
+    probe: Tensor | None,
+    options: Options,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The probes of the rows: as the caller has them, all unit vectors, or drawn."""
+    if probe is not None:
+        return probe if rows is None else probe[:, rows]
     chosen, how = x if rows is None else x[rows], options.probes
     if isinstance(how, str):
         return unit_vectors(chosen)
-    return draw_probes(chosen, how.count, how.distribution, given.generator)
+    return draw_probes(chosen, how.count, how.distribution, generator)
 
 
 def _given_probe(x: Tensor, probe: object, options: Options) -> Tensor:

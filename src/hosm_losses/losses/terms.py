@@ -73,6 +73,8 @@ class DSMTerms(NamedTuple):
             probes=Paired() where its weight is the number 0.
         trace: rt²/d², likewise; None at order 1.
         third: ‖r3‖²/d³, likewise; None below order 3.
+
+    Weights that end in the number 0 lower the order of a call to that of the terms they leave.
     """
 
     first: Tensor
@@ -104,7 +106,8 @@ class LoggedTerms(Logged, DSMTerms):
 
     Attributes:
         t: the times of the batch, (B,).
-        rows: the rows that a fraction chose for the higher terms, in their order; None for all.
+        rows: the rows that a fraction chose for the higher terms, in their order; None for all, or
+            where there are none.
     """
 
 
