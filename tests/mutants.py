@@ -166,11 +166,8 @@ MUTANTS = [
     # derivatives/
     Mutant(
         "derivatives/engines.py",
-        "    cotangent = leaf(w, wanted)\n"
-        "    pulled = pull_back(value, x, cotangent.unsqueeze(0))[0]\n"
-        "    refuse_dropped(pulled, wanted)\n",
-        "    cotangent = leaf(w, wanted)\n"
-        "    pulled = pull_back(value, x, cotangent.unsqueeze(0))[0]\n",
+        "        refuse_dropped(vjp_c, wanted)\n        return vjp_c, value\n",
+        "        return vjp_c, value\n",
         "tests/derivatives/test_backward.py",
     ),
     Mutant(
@@ -242,8 +239,8 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/engines.py",
-        "_pullback(value_and_parts, x, wanted, wanted or push)",
-        "_pullback(value_and_parts, x, wanted, push)",
+        "vjp(derived, leaf(x, wanted), graph=wanted or push)",
+        "vjp(derived, leaf(x, wanted), graph=push)",
         "tests/losses/test_paired.py",
     ),
     Mutant(
@@ -286,19 +283,20 @@ MUTANTS = [
     # losses: from four probes on, the two estimates that are multiplied have probes in common.
     Mutant(
         "losses/paired.py",
-        "over_probes(estimates[half:])",
-        "over_probes(estimates[1:])",
+        "mean_over_probes(estimates[half:])",
+        "mean_over_probes(estimates[1:])",
         "tests/losses/test_random_options.py",
     ),
     # The value of order three stays, its gradient goes into the lower orders.
     Mutant(
         "losses/terms.py",
-        "scaled(2 * slope, parts.shifted.detach())",
-        "scaled(2 * slope, parts.shifted)",
+        "scale_rows(2 * ell_dot_v, Dv_plus_v.detach())",
+        "scale_rows(2 * ell_dot_v, Dv_plus_v)",
         "tests/losses/test_objective.py",
     ),
     # Averaged targets: each sample counts itself twice in a batch, the moments are not
-    # about the mean, and float32 loses close neighbours.
+    # about the mean, float32 loses close neighbours, data far from zero their digits, and samples
+    # of the reference are refused.
     Mutant(
         "losses/targets.py",
         "logits.diagonal().fill_(-torch.inf)",
@@ -323,6 +321,18 @@ MUTANTS = [
         "torch.float32",
         "tests/losses/test_averaged_targets.py",
     ),
+    Mutant(
+        "losses/targets.py",
+        "data, reference = data - origin, reference - origin",
+        "pass",
+        "tests/losses/test_averaged_targets.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        "slack = logits[:, :-1].amax(1), 1 + 1e-12 * (scale * data).square().sum(1)",
+        "slack = logits[:, :-1].amax(1), 1.0",
+        "tests/losses/test_averaged_targets.py",
+    ),
     # Indices that the caller gives stand for N - 1 times in place of N.
     Mutant(
         "losses/weighting.py",
@@ -337,6 +347,25 @@ MUTANTS = [
         "of_higher = of_higher[: len(rows)]",
         "tests/losses/test_modules.py",
     ),
+    # A trace alone, and a ramp at order three, are not needed or cost all orders.
+    Mutant(
+        "losses/options.py",
+        "(counts(weights[1]) or counts(weights[2]))",
+        "counts(weights[1])",
+        "tests/losses/test_ramps.py",
+    ),
+    Mutant(
+        "losses/options.py",
+        "if order == 3 and not counts(weights[3]):",
+        "if order == 3 and weights[3] is None:",
+        "tests/losses/test_ramps.py",
+    ),
+    Mutant(
+        "losses/objective.py",
+        "needed_order(options.order, weights), None",
+        "options.order, None",
+        "tests/losses/test_ramps.py",
+    ),
     # The rows of a fraction come from the global generator.
     Mutant(
         "losses/objective.py",
@@ -346,16 +375,16 @@ MUTANTS = [
     ),
     # model: copies of a batch with the conditions and times of other samples.
     Mutant(
-        "model/field.py",
+        "model/bound.py",
         "return tensor.repeat(count, *(1,) * (tensor.ndim - 1))",
         "return tensor.repeat_interleave(count, 0)",
         "tests/losses/test_random_options.py",
     ),
-    # The field of some rows counts q x, which their noise leaves out.
+    # f counts q x, which the noise leaves out.
     Mutant(
-        "model/field.py",
-        "return self._copy(kwargs=kwargs, t=",
-        "return self._copy(without_qx=False, kwargs=kwargs, t=",
+        "losses/terms.py",
+        "derive(model, batch.x, w, order=order, **how), None, w)",
+        "derive(model, batch.x, w, order=order, **how), batch.x, w)",
         "tests/losses/test_random_options.py",
     ),
     # Indices of a table rounded to the precision of half data.
@@ -367,7 +396,7 @@ MUTANTS = [
     ),
     # A network changes in place what all samples share, and meets it changed in its next call.
     Mutant(
-        "model/field.py",
+        "model/bound.py",
         "map_tensors(self.kwargs, Tensor.clone)",
         "per_sample(self.kwargs, lambda _, tensor: tensor.clone())",
         "tests/model/test_conditions.py",
@@ -454,15 +483,15 @@ MUTANTS = [
         "tests/likelihood/test_said.py",
     ),
     Mutant(
-        "likelihood/inputs.py",
-        "integers.spread(x, coordinates, generator)",
-        "integers.spread(x, coordinates, None)",
+        "likelihood/job.py",
+        "self.integers.spread(self.x, whole.coordinates, self.generator)",
+        "self.integers.spread(self.x, whole.coordinates, None)",
         "tests/likelihood/test_random_settings.py",
     ),
     Mutant(
-        "likelihood/paths.py",
-        "latent, integral = (batch.x, -integral) if backwards else (end, integral)",
-        "latent, integral = (batch.x if backwards else end), integral",
+        "likelihood/ode.py",
+        "latent, integral = (paths.x, -integral) if backwards else (x, integral)",
+        "latent, integral = (paths.x if backwards else x), integral",
         "tests/likelihood/test_random_settings.py",
     ),
     # A companion lowers the claims of few samples, of which one may be right by chance.
@@ -559,8 +588,8 @@ MUTANTS = [
     ),
     Mutant(
         "model/posterior.py",
-        "(jacobian_v + found.pulled) / 2",
-        "found.pulled",
+        "(jacobian_v + products.vjp_c) / 2",
+        "products.vjp_c",
         "tests/model/test_posterior.py",
     ),
     Mutant(
@@ -581,6 +610,33 @@ MUTANTS = [
         "likelihood/adaptive.py",
         "torch.where(kinks, torch.maximum(solver_error, usual), solver_error)",
         "solver_error",
+        "tests/likelihood/test_adaptive.py",
+    ),
+    # Samples outside the target count as failed, zeros as the tail of the weights, and the prior
+    # of Pareto's k is left out.
+    Mutant(
+        "likelihood/weights.py",
+        "failed = float(result.failed.double().mean())",
+        "failed = float(log_weights.isneginf().double().mean())",
+        "tests/likelihood/test_weights.py",
+    ),
+    Mutant(
+        "likelihood/weights.py",
+        "_pareto_k(self.normalized[self.normalized > 0])",
+        "_pareto_k(self.normalized)",
+        "tests/likelihood/test_weights.py",
+    ),
+    Mutant(
+        "likelihood/weights.py",
+        "(tail * found + 10 * 0.5) / (tail + 10)",
+        "found",
+        "tests/likelihood/test_weights.py",
+    ),
+    # A sample at 1e20 takes all of the evaluations.
+    Mutant(
+        "likelihood/adaptive.py",
+        "rounding > solver_limit(elements)",
+        "rounding < 0",
         "tests/likelihood/test_adaptive.py",
     ),
     # The density of x_t for that of x_t/α.

@@ -160,8 +160,25 @@ def test_averaged_targets_are_part_of_the_graph_and_may_be_given_to_a_call():
     module = hosm.ThirdOrderDSM(hosm.ScoreModel(network, VP), targets=hosm.AveragedTargets())
     x0, inputs = given((4, *shape), 3)
     step = compiled(module)
-    for each in ({}, {"targets": targets}):
+    contains = hosm.AveragedTargets(x0, own=False)
+    for each in ({}, {"targets": targets}, {"targets": contains}):
         assert_agrees(module, x0, inputs | each, step)
+
+
+@compiles_higher_orders
+def test_a_ramp_is_compiled_for_its_beginning_and_for_its_rest():
+    network, shape = networks()["mlp"]
+    module, x0 = (
+        hosm.ThirdOrderDSM(hosm.ScoreModel(network, VP), fraction=0.5),
+        torch.ones(4, *shape),
+    )
+    counter = CompileCounterWithBackend("eager")
+    step = compiled(module, backend=counter)
+    graphs = []
+    for height in (0.0, 0.0, 0.1, 0.2, 0.3):
+        assert_agrees(module, x0, {"weights": (1, 0.5 * height, 0, height)}, step)
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 1, 2, 2, 2]
 
 
 @compiles_higher_orders

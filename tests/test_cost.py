@@ -152,6 +152,26 @@ def test_a_fraction_costs_its_part():
     assert calls == [2, 6]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"probes": hosm.Paired()},
+        {"probes": "exact"},
+        {"third": "laplacian"},
+        {"fraction": 0.5},
+    ],
+)
+@pytest.mark.parametrize(("weights", "lower"), [((1, 0, 0, 0), 1), ((1, 0.5, 0, 0), 2)])
+def test_weights_of_zero_at_the_end_cost_nothing(weights, lower, options):
+    """As where a ramp begins."""
+    model, x0 = hosm.ScoreModel(Residual(), VP), torch.randn(4, 1, 6, 6)
+    names = ("probes", "fraction") if lower > 1 else ()
+    alone = {name: options[name] for name in options if name in names}
+    found = flops(lambda: hosm.third_order_dsm(model, x0, weights=weights, **options))
+    assert found == flops(lambda: FUNCTIONS[lower](model, x0, **alone))
+
+
 def test_a_node_of_the_likelihood_is_one_call_and_a_pass_back():
     network, x = Residual(), torch.randn(2, 1, 6, 6)
     with torch.no_grad(), CountFlops() as forward:

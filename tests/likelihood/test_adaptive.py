@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
+from hosm_losses.likelihood import adaptive as source
 from hosm_losses.likelihood.adaptive import ERROR, NODES, STAGES, adaptive
 from tests.cases import SCHEDULES, VP
 from tests.likelihood.problems import gaussian, marginals, problem, total
@@ -105,6 +106,25 @@ def test_a_sample_that_is_not_finite_fails_and_spares_the_others(start, bad):
     assert solution.failed.tolist() == [False, True, False]
     torch.testing.assert_close(solution.state[[0, 2]], torch.ones(2, 1))
     assert start > 0 or int(solution.evaluations[1]) == 1  # no step is taken
+
+
+NETWORKS = {"bounded": lambda x, t: x.tanh(), "linear": lambda x, t: x / 2}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("solve", [hosm.ode_nll, hosm.ode_sample])
+def test_a_sample_whose_rounding_alone_is_too_large_fails_at_once(solve, network, monkeypatch):
+    """At 1e20 steps were accepted that are too small to arrive, for all of the evaluations."""
+    monkeypatch.setattr(source, "MAX_EVALUATIONS", 1000)
+    model = hosm.ScoreModel(NETWORKS[network], VP)
+    x = torch.tensor([[0.3, -0.5], [1e20, 1e20], [1.0, -1e20], [2.0, 9.0]])
+    found = solve(model, x, solver=hosm.Adaptive())
+    assert found.failed.tolist() == [False, True, True, False]
+    assert found.nfe[1:3].tolist() == [2 + (solve is hosm.ode_sample)] * 2
+    assert "path did not arrive" in found.failures()[1]
+    alone = solve(model, x[[0, 3]], solver=hosm.Adaptive())
+    assert torch.equal(found.nfe[[0, 3]], alone.nfe)
+    torch.testing.assert_close(found.nll[[0, 3]], alone.nll, rtol=1e-12, atol=0)
 
 
 NARROW = torch.tensor([0.6, 0.001])

@@ -69,6 +69,59 @@ def test_a_failed_sample_has_no_weight_and_stays_a_sample():
     assert set(found.resample(200)[1].tolist()) == {0, 2, 3}
 
 
+def test_where_the_target_is_zero_samples_have_no_weight_and_did_not_fail():
+    """A box prior, against sums over all samples; one of them failed."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((100, 2), generator=generator, dtype=torch.float64)
+    nll, inside = x.square().sum(1) / 2, x[:, 0] > 0.3
+    failed = int(inside.nonzero()[0])
+
+    def log_target(x):
+        return torch.where(x[:, 0] > 0.3, -x.square().sum(1) / 4, -math.inf)
+
+    errors = {"solver_error": nll, "standard_error": 0.1}
+    found = hosm.importance_weights(drawn(nll, x, failed=[failed], **errors), log_target)
+    w = inside * (nll / 2 - 0.005).exp()
+    w[failed] = 0
+    assert found.log_z == pytest.approx(float(w.mean().log()), abs=1e-12)
+    assert found.effective_sample_size == pytest.approx(float(w.sum() ** 2 / w.square().sum()))
+    assert found.log_z_bias == pytest.approx(float(w @ nll / w.sum()))
+    assert found.probe_variance == pytest.approx(0.01)
+    assert found.failed_share == 0.01
+    mean = found.expectation(log_target).value  # of values that are −∞ where the weight is zero
+    assert float(mean) == pytest.approx(float((w * -nll / 2).sum() / w.sum()))
+    others = ~torch.eye(100, dtype=torch.bool)
+    each = torch.stack([w[rows].mean().log() for rows in others])
+    exact = (99 / 100 * (each - each.mean()).square().sum()).sqrt()
+    assert found.log_z_error == pytest.approx(float(exact))
+    assert found.pareto_k == pytest.approx(_pareto_k(w[w > 0]), abs=1e-12)
+    share = float((~inside).double().mean())
+    assert f"1.00% failed, with weight zero; {share:.2%} outside the target" in str(found)
+    bounds = found.sandwich(x[inside], NLLResult(*[nll[inside]] * 5, nll[inside] < 0))
+    assert bounds.lower == -math.inf
+    assert bounds.upper == pytest.approx(float(nll[inside].mean() / 2))
+    with pytest.raises(ValueError, match="got 67 of 100 where it is zero"):
+        found.sandwich(x, NLLResult(*[nll] * 5, nll < 0))
+
+
+def test_what_is_unknown_says_why():
+    inf = math.inf
+    few = of_logs(torch.tensor([*range(20), *[-inf] * 380]).double())
+    assert math.isnan(few.pareto_k)
+    assert "Pareto k unknown (weights above zero: 20, needed: 21)" in str(few)
+    one_more = of_logs(torch.tensor([*range(21), *[-inf] * 380]).double())
+    assert f"Pareto k {one_more.pareto_k:.2f}" in str(one_more)
+    equal = of_logs(torch.tensor([*[0.0] * 95, *range(1, 6)]))
+    assert math.isnan(equal.pareto_k)
+    assert "Pareto k unknown (too many weights are equal)" in str(equal)
+    for logs in ([3.0], [3.0, -inf, -inf], [0.0, 50.0]):
+        alone = of_logs(logs)
+        assert math.isnan(alone.log_z_error)
+        assert "nats, its error unknown as one sample has all the weight" in str(alone)
+        assert "inf" not in str(alone)
+        assert bool(alone.expectation(lambda x: x).error.isnan())
+
+
 def test_resampling_follows_the_weights():
     found, generator = of_logs([math.log(3), 0.0]), torch.Generator().manual_seed(0)
     x, rows = found.resample(4000, generator)
@@ -102,6 +155,28 @@ def test_pareto_k_is_that_of_the_tail(shape):
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     w = 1 + ((1 - u) ** -shape - 1) / shape
     assert _pareto_k(w / w.sum()) == pytest.approx(shape, abs=0.06)
+
+
+@pytest.mark.parametrize("count", [21, 60, 400])
+def test_pareto_k_is_that_of_zhang_and_stephens_with_the_prior_of_vehtari(count):
+    """Their formulas by loops, of which ten values of 0.5 are the prior."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.rand(count, generator=generator, dtype=torch.float64) ** -1.2
+    tail = math.ceil(min(count / 5, 3 * count**0.5))
+    ordered = w.sort().values.tolist()
+    y = [each - ordered[-tail - 1] for each in ordered[-tail:]]
+    grid = 30 + math.floor(tail**0.5)
+    b, profile = [], []
+    for j in range(1, grid + 1):
+        theta = 1 / y[-1] + (1 - math.sqrt(grid / (j - 0.5))) / (3 * y[int(tail / 4 + 0.5) - 1])
+        k = sum(math.log(1 - theta * each) for each in y) / tail
+        b.append(theta)
+        profile.append(tail * (math.log(-theta / k) - k - 1))
+    parts = [1 / sum(math.exp(other - own) for other in profile) for own in profile]
+    mean = sum(part * theta for part, theta in zip(parts, b, strict=True))
+    estimate = sum(math.log(1 - mean * each) for each in y) / tail
+    assert _pareto_k(w) == pytest.approx((tail * estimate + 10 * 0.5) / (tail + 10), abs=1e-10)
+    assert abs(estimate - _pareto_k(w)) > 1e-3
 
 
 def test_few_or_equal_weights_have_no_tail():

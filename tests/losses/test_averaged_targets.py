@@ -175,3 +175,55 @@ def test_short_types_lose_no_digits_where_neighbours_are_close(dtype):
             terms += hosm.dsm_terms(model, x0.to(wide), **inputs, **probes, **PAIRED)
         found.append([each.double() for each in terms])
     assert_same(*found, 1e-5)
+
+
+CHANGES = {
+    "flipped": lambda x0: x0.flip(-1),
+    "dequantized": lambda x0: x0 + (torch.rand_like(x0) - 0.5) / 128,
+    "one of them": lambda x0: torch.cat([x0[:-1], -x0[-1:]]),
+    "in the mask of none": lambda x0: x0,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_samples_outside_a_reference_that_should_contain_them_are_refused(change):
+    """A network that knows the noise would have a loss of 3.53 where x0 was flipped."""
+    reference = torch.rand(16, 1, 8, 8) * 2 - 1
+    x0, noise, t = reference[:8], torch.randn(8, 1, 8, 8), torch.full((8,), 0.001)
+    model = hosm.ScoreModel(lambda x, t: noise, VP)
+    given = {"t": t, "noise": noise}
+    exact = hosm.AveragedTargets(reference, own=False)
+    assert float(hosm.first_order_dsm(model, x0, **given, targets=exact)) < 1e-12
+    masked = change == "in the mask of none"
+    others = ~torch.eye(8, 16, dtype=torch.bool) | (not masked)
+    targets, changed = replace(exact, same=lambda kwargs: others), CHANGES[change](x0)
+    hosm.first_order_dsm(model, changed, **given, targets=replace(targets, own=True))
+    count = 1 if change == "one of them" else "[1-8]"
+    with pytest.raises(ValueError, match=rf"own=False.*; got {count} of 8 outside.*own=True"):
+        hosm.first_order_dsm(model, changed, **given, targets=targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("offset", "size"), [(0, 1), (0, 1e-3), (1e3, 1), (30, 1e3), (0, 1e6)])
+def test_samples_of_the_reference_are_never_refused(dtype, offset, size):
+    """At the least noise, where logits are differences of the largest numbers."""
+    if dtype == torch.float16:
+        size = min(size, 1e3)
+    schedule = hosm.EDMSchedule()
+    model = hosm.ScoreModel(lambda x, t: 0 * x, schedule)
+    reference = (offset + size * torch.randn(200, 3, 16, 16)).to(dtype)
+    targets = hosm.AveragedTargets(reference, own=False)
+    t = torch.full((32,), schedule.t_min, dtype=torch.promote_types(dtype, torch.float32))
+    assert hosm.first_order_dsm(model, reference[::7][:32], t=t[:29], targets=targets) > 0
+
+
+def test_data_far_from_zero_lose_no_digits():
+    """Against differences one by one, of data whose squares are 1e12 times those of distances'."""
+    schedule = hosm.EDMSchedule()
+    model = hosm.ScoreModel(lambda x, t: 0 * x, schedule)
+    x0 = (1e3 + 0.0005 * torch.randn(40, 64, dtype=torch.float64)).float()
+    noise, t = torch.randn(40, 64, dtype=torch.float32), torch.full((40,), 0.002).float()
+    found = hosm.dsm_terms(model, x0, order=1, t=t, noise=noise, targets=hosm.AveragedTargets())
+    apart = noise[:, None].double() + (x0[:, None].double() - x0) / schedule.sigma(t.double())[0]
+    weights = (-apart.square().sum(-1) / 2).softmax(1)
+    assert_same(found.first.double(), (weights[..., None] * apart).sum(1).square().mean(1), 1e-6)

@@ -113,7 +113,7 @@ def drawn_weights(pick, loss):
     if loss not in ("second", "third"):
         return None
     values = [0.6, *(pick.choice([0, 0.3, 2.0]) for _ in range(2)), 1.5]
-    values = pick.choice([values, [*values[1:3], 0.6, 1.5]])
+    values = pick.choice([values, [*values[1:3], 0.6, 1.5], [*values[:3], 0], [0.6, 0, 0, 0]])
     tensor = torch.tensor(values, requires_grad=True)
     array = tensor.detach().numpy()
     odd = [np.float32(values[0]), np.int64(2), *tensor.detach()[2:, None]]
@@ -132,6 +132,8 @@ def drawn_targets(pick, x0, order):
         return None
     reference = None if kind == "batch" else torch.cat([x0.detach(), torch.randn_like(x0)])
     mask = torch.rand(len(x0), len(x0) if reference is None else len(reference)) < 0.7
+    if kind == "all":  # which say that they contain each sample
+        mask.fill_diagonal_(True)
     return hosm.AveragedTargets(reference, own=kind != "all", same=lambda kwargs: mask)
 
 

@@ -174,7 +174,7 @@ def test_edm_weighting_is_the_loss_of_edms_trainer(dtype, tolerance):
     model = hosm.ScoreModel(denoiser, hosm.EDMSchedule(), "sample")
     given = {"t": sigma, "noise": n, "weighting": hosm.EDMWeighting(0.3)}
     for order in (1, 3):
-        options = {} if order == 1 else {"weights": (1, 0, 0, 0)}
+        options = {} if order == 1 else {"weights": (1, *[torch.tensor(0.0)] * 3)}
         found = with_gradients(FUNCTIONS[order](model, y, **given, **options), denoiser)
         assert_same(found, expected, tolerance)
 

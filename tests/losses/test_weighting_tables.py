@@ -91,7 +91,8 @@ def test_the_mean_is_one_by_either_sampler_and_for_given_indices(name, weighting
 def test_native_keeps_its_digits_where_alpha_is_near_0(prediction, probes, order):
     """At α = 2e-9 ε̂ − ε is that of the rounding of ε̂ ~ 1, if it is taken as a difference."""
     schedule = hosm.DiscreteSchedule.linear(4000)
-    options = {} if order == 1 else {"probes": probes, "weights": (1, 0, 0, 0)[: order + 1]}
+    none = torch.tensor(0.0)  # which has its term, as the number 0 has not
+    options = {} if order == 1 else {"probes": probes, "weights": (1, *[none] * order)}
     x0, noise, network, found = torch.randn(8, 3), torch.randn(8, 3), MLP(3), []
     for dtype in (torch.float32, torch.float64):
         model = hosm.ScoreModel(network.to(dtype), schedule, prediction, time=1e-3)

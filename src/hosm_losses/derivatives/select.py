@@ -108,7 +108,7 @@ def derive(
                 raise DerivativeError(UNKNOWN.format(error)) from error
     # In this frame, which torch.compile has given up: one that it enters would be compiled.
     known = "torch._dynamo" in sys.modules
-    eagerly = torch.compiler.disable(_derive_eagerly) if known else _derive_eagerly
+    eagerly: Any = torch.compiler.disable(_derive_eagerly) if known else _derive_eagerly
     return eagerly(engine, network, x, w, order, laplacian, summed)
 
 
@@ -163,7 +163,7 @@ def derive_with_products(
         with contextlib.suppress():  # noqa: B022 - as in `derive`
             return _products(network, x, w, cotangent, order, engine, laplacian, push)
     known = "torch._dynamo" in sys.modules
-    eagerly = torch.compiler.disable(_products) if known else _products
+    eagerly: Any = torch.compiler.disable(_products) if known else _products
     return eagerly(network, x, w, cotangent, order, engine, laplacian, push)
 
 

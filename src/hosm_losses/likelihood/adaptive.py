@@ -28,6 +28,7 @@ from hosm_losses._checks import over_elements
 from hosm_losses.likelihood.coordinates import Span
 from hosm_losses.likelihood.multistep import combine, refuse_vmap
 from hosm_losses.likelihood.paths import ODESolution, Paths
+from hosm_losses.likelihood.result import solver_limit
 from hosm_losses.probes import ToStandardError
 
 NODES = (0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0)
@@ -219,6 +220,10 @@ def _solve(
         noise, moved, integrand = paths.slope_at(state, here, chosen, rows)
         moved = torch.cat([moved.reshape(len(y), -1), integrand.T], 1)
         covector = coordinates.covector(noise.detach(), here).reshape(len(y), -1)
+        # Where a rounding of the state is felt as an error that fails, no step is small enough.
+        rounding = torch.finfo(y.dtype).eps * (covector * y[:, :elements].detach()).abs().sum(1)
+        hopeless = rounding > solver_limit(elements)
+        moved = moved.masked_fill(hopeless[:, None], math.nan)
         return sign * moved / (r * (1 - r))[:, None], covector
 
     def judge(error: Tensor, covector: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ from hosm_losses.likelihood.integers import (
     importance_weighted,
     refuse_flattery,
 )
-from hosm_losses.likelihood.paths import Divergence, Paths, choose_divergence
+from hosm_losses.likelihood.paths import Chosen, Divergence, Paths, choose_divergence
 from hosm_losses.likelihood.result import NLLResult, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
 from hosm_losses.likelihood.watch import RandomnessCheck, buffers_restored, warn_of_training_mode
@@ -81,7 +81,7 @@ class Job:
         """
         self.model, self.x, self.integers = check_model(model), x, dequantization
         check_sample_batch(name, x) if dequantization is None else check_images(x)
-        self.divergence = choose_divergence(divergence, x)
+        self.divergence: Chosen | None = choose_divergence(divergence, x)
         if dequantization is not None:
             refuse_flattery(dequantization, self.divergence)
         self.log_prior = _log_density(log_prior, x)

@@ -34,6 +34,7 @@ from hosm_losses.likelihood.result import NLLResult, SampleResult
 
 LogTarget = Callable[[Tensor], Tensor]
 MEANINGLESS = 0.7  # of Pareto's k: above it the mean of the weights has no usable variance
+FEWEST = 21  # weights above zero that have a tail of five
 SMALL, LARGE = 0.25, 1.0  # of the weighted mean variance from the probes
 
 
@@ -63,10 +64,11 @@ class Weights:
 
     Attributes:
         x: the samples, (B, *).
-        log_weights: log w, (B,); −inf for a sample that failed.
+        log_weights: log w, (B,); −inf where log π is, and for a sample that failed.
         variance: of log w from random probes, (B,); zero with the exact divergence.
         solver_error: that of the samples' nll, in nats, (B,).
         log_target: log π, which `sandwich` evaluates at other points.
+        failed_share: the part of the samples that failed. They count as samples, with weight zero.
     """
 
     x: Tensor
@@ -74,6 +76,7 @@ class Weights:
     variance: Tensor
     solver_error: Tensor
     log_target: LogTarget
+    failed_share: float = 0.0
 
     @cached_property
     def normalized(self) -> Tensor:
@@ -87,7 +90,10 @@ class Weights:
 
     @property
     def log_z_error(self) -> float:
-        """Standard error of `log_z`; meaningless where `pareto_k` is above 0.7."""
+        """Standard error of `log_z`; meaningless where `pareto_k` is above 0.7.
+
+        NaN where one sample has all the weight.
+        """
         return float(_jackknife(torch.log1p(-self.normalized)[:, None]))
 
     @property
@@ -125,16 +131,12 @@ class Weights:
 
     @property
     def pareto_k(self) -> float:
-        """The shape of the weights' tail; NaN for fewer than 25 samples.
+        """The shape of the tail of the weights above zero.
 
-        Errors hold well up to 0.5, roughly up to 0.7, and say nothing above it.
+        Errors hold well up to 0.5, roughly up to 0.7, and say nothing above it. NaN for fewer than
+        21 weights above zero, and where a quarter of the tail is equal to its least one.
         """
-        return _pareto_k(self.normalized)
-
-    @property
-    def failed_share(self) -> float:
-        """The part of the samples that failed. They count as samples, with weight zero."""
-        return float(self.log_weights.isneginf().double().mean())
+        return _pareto_k(self.normalized[self.normalized > 0])
 
     def expectation(self, function: Callable[[Tensor], Tensor]) -> Expectation:
         """E_π[function(x)], for a function of (B, *) that returns (B,) or (B, *).
@@ -155,7 +157,7 @@ class Weights:
             raise ValueError(complaint("function(x)", expected, values))
         values, w = values.detach().double(), self.normalized
         flat = values.reshape(len(w), -1)
-        # Of a failed sample the value may be NaN.
+        # Where the weight is zero the value may be NaN.
         flat = torch.where(self.log_weights.isneginf()[:, None], 0.0, flat)
         mean = w @ flat
         left_out = (mean - w[:, None] * flat) / (1 - w[:, None])
@@ -173,15 +175,21 @@ class Weights:
     def sandwich(self, x: Tensor, result: NLLResult) -> Sandwich:
         """Bounds of log Z from these samples and from the likelihood of points x of the target.
 
-        A failed sample or point makes its bound infinite.
+        A sample of weight zero and a failed point make their bounds infinite.
 
         Raises:
-            ValueError: for another number of points than the result has.
+            ValueError: for another number of points than the result has, or where log π is −inf.
         """
         if len(x) != len(result.nll):
             expected = f"the {len(result.nll)} points whose likelihood the result is"
             raise ValueError(complaint("x", expected, x))
         log_target = _log_target(self.log_target, x)
+        outside = int(log_target.isneginf().sum())
+        if outside:
+            got = f"{outside} of {len(x)} where it is zero"
+            raise ValueError(
+                complaint("x", "points at which the target is above zero", x, got=got)
+            )
         above = log_target + result.nll.detach().double()
         above = torch.where(result.failed, torch.inf, above)
         bounds = [
@@ -193,18 +201,25 @@ class Weights:
     def __str__(self) -> str:
         """Log Z, effective sample size, and what to doubt."""
         count, k = len(self.x), self.pareto_k
+        error, positive = f"± {self.log_z_error:.4f} nats", int((self.normalized > 0).sum())
+        if math.isnan(self.log_z_error):
+            error = "nats, its error unknown as one sample has all the weight"
+        reason = f"weights above zero: {positive}, needed: {FEWEST}"
+        reason = reason if positive < FEWEST else "too many weights are equal"
+        outside = float(self.log_weights.isneginf().double().mean()) - self.failed_share
         shown = [
-            f"log Z = {self.log_z:.4f} ± {self.log_z_error:.4f} nats, solver error about "
-            f"{self.log_z_bias:.2g}",
+            f"log Z = {self.log_z:.4f} {error}, solver error about {self.log_z_bias:.2g}",
             f"effective sample size {self.effective_sample_size:.1f} of {count}",
             f"largest share {self.largest_share:.3g}",
-            f"Pareto k {k:.2f}",
+            f"Pareto k unknown ({reason})" if math.isnan(k) else f"Pareto k {k:.2f}",
         ]
         without = self.effective_sample_size_without_probes
         if self.probe_variance > 0 and without is not None:
             shown[1] += f", {without:.1f} without the noise of the probes"
         if self.failed_share:
             shown.append(f"{self.failed_share:.2%} failed, with weight zero")
+        if outside > 0:
+            shown.append(f"{outside:.2%} outside the target, with weight zero")
         if k > MEANINGLESS:
             shown.append(f"the errors mean nothing, as k is above {MEANINGLESS}")
         return "; ".join(shown)
@@ -224,12 +239,12 @@ def importance_weights(
         result: the samples with their density; with divergence="exact", or probes enough for a
             standard error.
         log_target: log π, x (B, *) → (B,), up to a constant, at x as the samples are: with their
-            noise of σ(t_min).
+            noise of σ(t_min). −inf, as outside the box of a prior, is a weight of zero.
         probe_noise: "corrected" takes half of the probes' variance off each log-weight; "ignored"
             does not, and log Z comes out too large by about half of that variance.
 
     Returns:
-        The weights. A failed sample has weight zero, and counts as a sample.
+        The weights. A failed sample has weight zero and counts as a sample.
 
     Raises:
         TypeError: for something else than a `SampleResult` or a callable.
@@ -276,7 +291,8 @@ def importance_weights(
         raise ValueError(
             f"log_target(x): expected a weight above zero; got none of {len(log_weights)}."
         )
-    found = Weights(result.x.detach(), log_weights, variance, solver_error, log_target)
+    failed = float(result.failed.double().mean())
+    found = Weights(result.x.detach(), log_weights, variance, solver_error, log_target, failed)
     if found.probe_variance > LARGE:
         warn(
             f"The probes' variance of the log-weights, {found.probe_variance:.2g} nats², is above "
@@ -297,7 +313,7 @@ def _log_target(log_target: LogTarget, x: Tensor) -> Tensor:
 def _jackknife(left_out: Tensor) -> Tensor:
     """Standard error of an estimate from its values (B, k) with each sample left out, (k,)."""
     count = len(left_out)
-    return left_out.std(0, correction=0) * (count - 1) ** 0.5 if count > 1 else left_out[0] / 0
+    return left_out.std(0, correction=0) * (count - 1) ** 0.5
 
 
 def _pareto_k(weights: Tensor) -> float:
@@ -307,9 +323,9 @@ def _pareto_k(weights: Tensor) -> float:
     and log-likelihood n (log(−b/k) − k − 1), with the weak prior of Vehtari et al. at 0.5.
     """
     count = len(weights)
-    tail = math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
-    if tail < 5:
+    if count < FEWEST:
         return math.nan
+    tail = math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
     ordered = weights.sort().values[-tail - 1 :]
     y = ordered[1:] - ordered[0]
     if not bool(y[-1] > 0):

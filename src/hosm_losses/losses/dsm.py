@@ -168,7 +168,9 @@ def third_order_dsm(
         weights: (first, second, trace, third), numbers of at least 0 or tensors of one element, in
             a list, a tuple, an array or a tensor. "paper" is (1, 1, 1, 1), that of the paper's
             code for images; "paper-toy" (1, 0.5, 0, 0.1 d²), that of its script for few
-            dimensions. None is (1, 0.5, 0, min(1, 0.1 d²)).
+            dimensions. None is (1, 0.5, 0, min(1, 0.1 d²)). Where the last ones are the number 0,
+            the loss and its cost are those of the lower order: a ramp may begin at (1, 0, 0, 0),
+            which is order one. The zero of a tensor keeps its term.
         weighting: "noise" takes the terms as they are. "native" makes the first term the squared
             error of the network's own prediction. `EDMWeighting()` makes it the loss of EDM's
             trainer. "likelihood" makes it the likelihood-weighted one, and requires `weights`.

@@ -21,7 +21,7 @@ from hosm_losses._checks import (
     source,
 )
 from hosm_losses._torch_internals import normal, outside_inference_mode, traced, versions
-from hosm_losses.losses.options import LossOptions, Weights, check_weights, counts
+from hosm_losses.losses.options import LossOptions, Weights, check_weights, counts, needed_order
 from hosm_losses.losses.paired import paired_terms
 from hosm_losses.losses.targets import AveragedTargets, check_conditions, check_targets
 from hosm_losses.losses.terms import (
@@ -68,8 +68,8 @@ def dsm(
 ) -> LossAndTerms:
     """Return the loss and its terms. What is None is drawn, in the order t, ε, rows, v."""
     kwargs = check_model_kwargs(model_kwargs)
-    order, weighting, sampler = options.order, options.weighting, options.time_sampler
-    averaged = check_targets(targets, tensor=order == 1)
+    weighting, sampler, higher = options.weighting, options.time_sampler, options.order > 1
+    averaged = check_targets(targets, tensor=not higher)
     with outside_inference_mode():
         score_model, x0 = check_model(model), normal(check_sample_batch("x0", x0))
         rng, drawn = check_generator(generator, x0.device), t is None
@@ -79,34 +79,38 @@ def dsm(
             time = check_time(score_model, x0, t)
         batch = perturb(score_model, x0, time, noise, averaged, rng, kwargs)
         weights = _weights(weights, options, x0)
+        order, v = needed_order(options.order, weights), None
+        if higher and probe is not None:
+            v = _check_probe(x0, probe, options)
         factors = time_factors(
             score_model, batch.x, time, weighting, sampler, drawn=drawn, order=order
         )
-        if order > 1 and not torch.compiler.is_compiling():
+        if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)
         bound = bind_model(score_model, len(x0), kwargs, time)
         check_conditions(averaged, bound.kwargs)
-        rows = loss = None
+        rows = None
         if order == 1:
             # The network is given what a trainer gives it, once.
             prediction = score_model.predict(batch.x, time, **bound.kwargs)
             residual = first_residual(bound, batch, prediction)
-            terms = DSMTerms(first_term(residual))
+            reduced = terms = DSMTerms(first_term(residual))
             if factors[0] is None and options.reduction == "mean":
-                loss = residual.square().mean()  # over all elements, as every trainer has it
+                reduced = DSMTerms(residual.square())  # one mean, as every trainer has it
         else:
             rows, remaining = _select_rows(batch.x, options, rng)
-            v = _probes(batch.x, rows, options, probe, rng)
+            v = _probes(batch.x, rows, v, options, rng)
             chosen, part = (bound, batch) if rows is None else (bound.rows(rows), batch.at(rows))
             if isinstance(options.probes, Paired):
-                terms = paired_terms(chosen, part, v, options, second=counts(weights[1]))
+                second = counts(weights[1])
+                terms = paired_terms(chosen, part, v, order, options, second=second)
             else:
-                terms = squared_terms(chosen, part, v, options)
+                terms = squared_terms(chosen, part, v, order, options)
             if rows is not None and remaining is not None:
                 first = _first_of_all(terms.first, bound, batch, rows, remaining)
                 terms = terms._replace(first=first)
-        if loss is None:
-            loss = _reduce(terms, weights, factors, rows, options.reduction)
+            reduced = terms
+        loss = _reduce(reduced, weights, factors, rows, options.reduction)
         check_result(loss, terms, batch)
     # Behind the block: torch.compile resumes a graph in one that has a single way out.
     return LossAndTerms(loss, terms, time, rows)
@@ -190,19 +194,24 @@ def _select_rows(
 def _probes(
     x: Tensor,
     rows: Tensor | None,
+    probe: Tensor | None,
     options: LossOptions,
-    probe: object,
     generator: torch.Generator | None,
 ) -> Tensor:
     """The probes (K, n, *) of the rows: the caller's, all unit vectors, or drawn."""
-    how = options.probes
-    if probe is None:
-        chosen = x if rows is None else x[rows]
-        if isinstance(how, str):
-            return unit_vectors(chosen)
-        return draw_probes(chosen, how.count, how.distribution, generator)
+    if probe is not None:
+        return probe if rows is None else probe[:, rows]
+    chosen, how = x if rows is None else x[rows], options.probes
+    if isinstance(how, str):
+        return unit_vectors(chosen)
+    return draw_probes(chosen, how.count, how.distribution, generator)
+
+
+def _check_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
+    """The caller's probe, checked, as (K, B, *)."""
     if isinstance(probe, Tensor) and probe.ndim == x.ndim and not probe.is_nested:
         probe = probe.unsqueeze(0)
+    how = options.probes
     fewest = 2 if isinstance(how, Paired) else 1
     count = len(probe) if isinstance(probe, Tensor) and probe.ndim == x.ndim + 1 else 1
     shape = (max(count, fewest), *x.shape)
@@ -213,8 +222,7 @@ def _probes(
             "probes out when you give the probe."
         )
     check_finite("probe", checked)
-    v = normal(checked)
-    return v if rows is None else v[:, rows]
+    return normal(checked)
 
 
 def _reduce(

@@ -76,8 +76,8 @@ class LossOptions:
 
     @property
     def laplacian(self) -> bool:
-        """Whether the third order is in the Laplacian form, which is one of order three alone."""
-        return self.order == 3 and self.third == "laplacian"
+        """Whether the third order is in the Laplacian form."""
+        return self.third == "laplacian"
 
 
 def _check_probes(probes: object) -> Any:
@@ -119,6 +119,15 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     if not any(map(counts, given[: order + 1])):
         raise ValueError(f"weights: expected one at least that is not 0; got {weights!r}.")
     return given
+
+
+def needed_order(order: int, weights: Weights) -> int:
+    """The lowest order that has every term whose weight counts."""
+    if order == 3 and not counts(weights[3]):
+        order = 2
+    if order == 2 and not (counts(weights[1]) or counts(weights[2])):
+        order = 1
+    return order
 
 
 def counts(weight: float | Tensor) -> bool:

@@ -53,13 +53,20 @@ def means_of_halves(estimates: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def paired_terms(
-    model: BoundModel, batch: NoisyBatch, v: Tensor, options: LossOptions, *, second: bool = True
+    model: BoundModel,
+    batch: NoisyBatch,
+    v: Tensor,
+    order: int,
+    options: LossOptions,
+    *,
+    second: bool = True,
 ) -> DSMTerms:
     """The terms of every sample; `second` only if it is wanted."""
-    x, noise, order = batch.x, at_least_float32(batch.noise), options.order
+    x, noise = batch.x, at_least_float32(batch.noise)
     sigma, d = expand_right(batch.sigma, x), float(x[0].numel())
     w = (sigma * v).to(x.dtype)
-    how = {"order": order, "engine": options.engine, "laplacian": options.laplacian}
+    laplacian = options.laplacian and order == 3
+    how = {"order": order, "engine": options.engine, "laplacian": laplacian}
     vjp_c = jvp_c = None
     if second or order == 3:
         (f, Dv, third), _, vjp_c, jvp_c = model.derive_with_products(

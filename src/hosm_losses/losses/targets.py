@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses._checks import check_flag, check_like, check_sample_batch, complaint
+from hosm_losses._checks import check_flag, check_like, check_sample_batch, complaint, may_look
 from hosm_losses._torch_internals import normal
 from hosm_losses.model import per_sample
 
@@ -69,8 +69,11 @@ class AveragedTargets:
         reference: data (R, *) of the type and device of x₀. None is the batch itself: under DDP
             that of each process, unless it gives each call a gathered one, as
             `dataclasses.replace(targets, reference=gathered, own=False)`.
-        own: whether x₀ is added to a given reference for its own sample. False says that the
-            reference contains it already, as all of the data do. Added again, it counts twice.
+        own: whether x₀ is added to a given reference for its own sample. False is right where the
+            reference contains every x₀ unchanged, as the whole training set does without flips,
+            crops or dequantization noise: added again, x₀ would count twice. Where it does not,
+            the targets are wrong: on the CPU a loss raises a ValueError, but on an accelerator no
+            value is looked at.
         same: model_kwargs → a mask (B, R) of the references that may stand for a sample, those
             with its condition. Required where `model_kwargs` holds a tensor per sample. A sample
             that finds none has its own x₀.
@@ -121,6 +124,9 @@ class AveragedTargets:
             shape, given = (len(self.reference), *x0.shape[1:]), self.reference
             given = check_like("targets.reference", given, shape, x0.dtype, x0.device, "x0")
             reference = normal(given).detach().reshape(len(given), -1).to(dtype)
+        # Differences alone count. Squares of data that lie far from zero would take their digits.
+        origin = reference.mean(0)
+        data, reference = data - origin, reference - origin
         # One product has −‖ε_j‖²/2 less that of the own sample, which has a row of zeros.
         scaled, half = scale * (eps + scale * data), scale.square() / 2  # α/σ times x/σ
         itself = (half * data.square() - scaled * data).sum(1, keepdim=True)
@@ -133,8 +139,18 @@ class AveragedTargets:
             logits[:, :-1].masked_fill_(~mask, -torch.inf)
         if self.reference is None:
             logits.diagonal().fill_(-torch.inf)
-        elif not self.own:  # but where there is no other
-            logits[:, -1] = torch.finfo(dtype).min
+        elif not self.own:
+            if may_look(logits):
+                # That of x₀ itself is 0 but for rounding; −∞ is a row of which `same` leaves none.
+                best, slack = logits[:, :-1].amax(1), 1 + 1e-12 * (scale * data).square().sum(1)
+                outside = int(((best < -slack) & ~best.isneginf()).sum())
+                if outside:
+                    raise ValueError(
+                        "targets: expected samples that the reference of AveragedTargets(own=False"
+                        f") contains; got {outside} of {len(x0)} outside it, as after a flip or "
+                        "added noise. Set own=True, or give x0 as it is in the reference."
+                    )
+            logits[:, -1] = torch.finfo(dtype).min  # but where there is no other
         weights = logits.sub_(logits.amax(1, keepdim=True)).exp_()
         weights.div_(weights.sum(1, keepdim=True))
         found = Posterior(weights, scale, data, data, points[:, 1:])

@@ -74,6 +74,8 @@ class DSMTerms(NamedTuple):
             probes=Paired() where its weight is the number 0.
         trace: rt²/d², likewise; None at order 1.
         third: ‖r3‖²/d³, likewise; None below order 3.
+
+    Weights that end in the number 0 lower the order of a call to that of the terms they leave.
     """
 
     first: Tensor
@@ -105,7 +107,8 @@ class LoggedTerms(Logged, DSMTerms):
 
     Attributes:
         t: the times of the batch, (B,).
-        rows: the rows that a fraction chose for the higher terms, in their order; None for all.
+        rows: the rows that a fraction chose for the higher terms, in their order; None for all, or
+            where there are none.
     """
 
 
@@ -171,12 +174,13 @@ def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor,
 
 
 def squared_terms(
-    model: BoundModel, batch: NoisyBatch, v: Tensor, options: LossOptions
+    model: BoundModel, batch: NoisyBatch, v: Tensor, order: int, options: LossOptions
 ) -> DSMTerms:
     """The terms of every sample: squared residuals along probes (K, B, *), or all unit vectors."""
-    exact, order, d = options.exact, options.order, float(batch.x[0].numel())
+    exact, d = options.exact, float(batch.x[0].numel())
     w = (expand_right(batch.sigma, batch.x) * v).to(batch.x.dtype)
-    how = {"engine": options.engine, "laplacian": options.laplacian, "summed": exact}
+    laplacian = options.laplacian and order == 3
+    how = {"engine": options.engine, "laplacian": laplacian, "summed": exact}
     # Without q x, which the noise leaves out as well.
     derived = model.of_f(derive(model, batch.x, w, order=order, **how), None, w)
     f, Dv, noise, v = map(at_least_float32, (*derived[:2], batch.noise, v))
