@@ -254,8 +254,8 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/select.py",
-        "            before.restore()\n",
-        "",
+        "            before.restore()\n            cause",
+        "            cause",
         "tests/taylor/test_primitive_mode.py",
     ),
     Mutant(
@@ -272,8 +272,20 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/select.py",
-        "self.lasting = not surrounded()",
-        "self.lasting = True",
+        "if not any(self.around) and not isinstance(error, RecursionError):",
+        "if not isinstance(error, RecursionError):",
+        "tests/derivatives/test_choice.py",
+    ),
+    Mutant(
+        "derivatives/select.py",
+        "            return function(*given)\n        before",
+        "            pass\n        before",
+        "tests/derivatives/test_choice.py",
+    ),
+    Mutant(
+        "derivatives/select.py",
+        "sure = sure or call in self.memory.failed",
+        "sure = True",
         "tests/derivatives/test_choice.py",
     ),
     Mutant(

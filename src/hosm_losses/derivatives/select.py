@@ -3,8 +3,10 @@ r"""The choice of the engine that differentiates a field, and what "auto" rememb
 What:
     "auto" is the taylor engine. A network that it cannot carry derivatives through is given to
     reverse mode, which torch.compile cannot trace. A failed attempt leaves no trace in buffers and
-    generators. It is remembered for such calls, and said once. `check_derivatives` finds what a
-    pass back would.
+    generators, and a warning is given once. What an engine refuses is remembered for such calls at
+    once, any other error when it comes again in the next of them: it may be one of a bad batch.
+    Once the engine has served such a call there is no other attempt, and an error is the user's.
+    `check_derivatives` finds what a pass back would.
 
     An error that is raised here while torch.compile traces ends the graph, and the call is made
     again in eager mode. With fullgraph=True it is the user's.
@@ -22,7 +24,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hosm_losses._checks import DerivativeError, warn
 from hosm_losses._torch_errors import DEVICE_ERROR_TEXT, NO_FORWARD, NO_GRAPH, NOT_TWICE
-from hosm_losses._torch_internals import surrounded, traced, versions
+from hosm_losses._torch_internals import surroundings, traced, versions
 from hosm_losses.derivatives import engines
 from hosm_losses.derivatives.backward import DroppedGraphError, refuse_scripted
 from hosm_losses.derivatives.engines import Cotangent, Derivatives, Field, Products
@@ -32,10 +34,9 @@ from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 Engine = Literal["auto", "taylor", "reverse"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 UNKNOWN = (
-    "network: expected operators that the engine 'taylor' knows; got {} Leave engine at 'auto', "
-    "and under torch.compile leave out fullgraph=True: that gives reverse mode, uncompiled. Or "
-    "write .detach() in place of .detach_() and of torch.no_grad(), and the rest with other "
-    "operators."
+    "network: expected operators that the engine 'taylor' knows; got {}. Take engine='reverse' "
+    "and third='exact', uncompiled; under torch.compile leave out fullgraph=True. Or write "
+    ".detach() in place of .detach_() and of torch.no_grad(), and the rest with other operators."
 )
 STATISTICS = (
     "network: expected no running statistics in training, as of batch norm, in a compiled loss of "
@@ -93,10 +94,9 @@ def derive(
     """The value of a field at x (B, *) and its derivatives along w = `direction` (K, B, *).
 
     Order 2 gives D; order 3 gives G as well, or in its place C = ∂²f[w, w] if `laplacian` is asked
-    for: by the taylor engine alone, so that with "auto" it may be G. If `summed` the sum of either
-    over the directions is enough; an engine may give that. Under `torch.no_grad` there is no
-    graph. A DerivativeError where the engine, or with "auto" either engine, cannot differentiate
-    the network.
+    for, by the taylor engine alone. If `summed` the sum of either over the directions is enough;
+    an engine may give that. Under `torch.no_grad` there is no graph. A DerivativeError where the
+    engine, or with "auto" either engine, cannot differentiate the network.
     """
     given = (field, x, direction, order, laplacian, summed)
     if engine == "auto":
@@ -176,62 +176,74 @@ def _taylor(field: Field, *given: Any) -> Derivatives:
     try:
         return engines.taylor(field, *given)
     except TaylorError as error:
-        raise DerivativeError(UNKNOWN.format(error)) from error
+        raise DerivativeError(UNKNOWN.format(str(error).rstrip("."))) from error
 
 
 class _Attempts:
-    """Engines that are tried in turn for one call, each with the network as it was.
-
-    Where one fails and another does not, that is remembered of such calls.
-    """
+    """Engines that are tried in turn for one call, each with the network as it was."""
 
     def __init__(self, field: Field, x: Tensor, *kind: object) -> None:
         self.owner, self.x, self.memory = field.owner, x, memory_of(field.owner)
         self.kind = (*kind, x.dtype, x.device.type, getattr(self.owner, "training", None))
+        self.around = surroundings()
         self.reasons: dict[str, str] = {}
-        self.lasting = not surrounded()
+        self.notes: dict[Any, dict[Any, str]] = {}
 
     def run(self, engine: str, function: Callable[..., Any], *given: Any) -> Any:
         """What an engine returns; None where it cannot take the call, and another may."""
-        if (engine, self.kind) in self.memory.refused:
-            self.reasons[engine] = self.memory.refused[engine, self.kind]
+        call = engine, self.kind
+        if call in self.memory.refused:
+            self.reasons[engine] = self.memory.refused[call]
             return None
+        if (*call, self.around) in self.memory.served:  # buffers may be large: none is copied
+            return function(*given)
         before = Snapshot(self.owner, self.x)
         try:
-            return function(*given)
+            derived = function(*given)
         except Exception as error:
             refuse_scripted(engine, error)
             if not _another_may_do(engine, error):
                 raise
             before.restore()
-            self.reasons[engine] = (str(error) or repr(error)).splitlines()[0]
+            cause = error.__cause__ if isinstance(error.__cause__, TaylorError) else error
+            self.reasons[engine] = (str(cause) or repr(cause)).splitlines()[0].rstrip(".")
             # How deep calls go depends on who calls, and not on the network alone.
-            self.lasting = self.lasting and not isinstance(error, RecursionError)
+            if not any(self.around) and not isinstance(error, RecursionError):
+                sure = isinstance(error, DerivativeError) or engine == "reverse"
+                sure = sure or call in self.memory.failed
+                self.notes[call] = self.memory.refused if sure else self.memory.failed
             return None
+        self.memory.served.add((*call, self.around))
+        return derived
 
     def remember(self) -> None:
         """Keep why engines failed, unless that may lie in what surrounds the call."""
-        if self.lasting:
-            self.memory.refused |= {(each, self.kind): why for each, why in self.reasons.items()}
+        for call, notes in self.notes.items():
+            notes[call] = self.reasons[call[0]]
 
 
 def _auto(field: Field, x: Tensor, direction: Tensor, *options: Any) -> Derivatives:
-    given = (field, x, direction, *options)
+    given, laplacian = (field, x, direction, *options), options[1]
     if torch.compiler.is_compiling():  # which cannot trace reverse mode
         return _taylor(*given)
     tries = _Attempts(field, x, *options, len(direction) > 1)
-    for engine in ENGINES[1:]:
-        derived = tries.run(engine, getattr(engines, engine), *given)
-        if derived is not None:
-            if engine == "reverse":
-                tries.remember()
-                _warn_once(tries)
-            return derived
-    told = "; ".join(f"{engine}: {why}" for engine, why in tries.reasons.items())
-    raise DerivativeError(
-        "network: expected operators that can be differentiated twice; got one that cannot, by "
-        f"any engine ({told}). {ASK_THE_CHECK}"
-    )
+    derived = tries.run("taylor", _taylor, *given)
+    if derived is not None:
+        return derived
+    before = Snapshot(field.owner, x) if laplacian else None
+    derived = tries.run("reverse", engines.reverse, *given)
+    if derived is None:
+        told = "; ".join(f"{engine}: {why}" for engine, why in tries.reasons.items())
+        raise DerivativeError(
+            "network: expected operators that can be differentiated twice; got one that cannot, "
+            f"by any engine ({told}). {ASK_THE_CHECK}"
+        )
+    tries.remember()
+    if before is not None:
+        before.restore()
+        raise DerivativeError(UNKNOWN.format(tries.reasons["taylor"]))
+    _warn_once(tries)
+    return derived
 
 
 def _another_may_do(engine: str, error: Exception) -> bool:
@@ -243,9 +255,10 @@ def _another_may_do(engine: str, error: Exception) -> bool:
         return False
     # A device that failed says nothing about the network. What a checkpoint around the loss
     # raises to end its recomputation is none of these errors.
-    failed = isinstance(error, torch.OutOfMemoryError)
-    failed = failed or any(words in text for words in DEVICE_ERROR_TEXT)
-    return isinstance(error, JET_ERRORS) and not failed
+    failed = any(words in text for words in DEVICE_ERROR_TEXT)
+    return isinstance(error, JET_ERRORS) and not (
+        failed or isinstance(error, torch.OutOfMemoryError)
+    )
 
 
 def _warn_once(tries: _Attempts) -> None:
@@ -253,9 +266,9 @@ def _warn_once(tries: _Attempts) -> None:
     if not tries.memory.said:
         tries.memory.said = True
         warn(
-            f"engine='auto': the engine 'taylor' cannot differentiate "
-            f"{type(tries.owner).__name__} ({tries.reasons['taylor'].rstrip('.')}), so reverse "
-            "mode, which is slower, takes its place. third='laplacian' then means 'exact'."
+            f"engine='auto': the engine 'taylor' could not differentiate "
+            f"{type(tries.owner).__name__} ({tries.reasons['taylor']}), so reverse "
+            "mode, which is slower, took its place."
         )
 
 
