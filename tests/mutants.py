@@ -242,9 +242,22 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/engines.py",
-        "_pullback(value_and_parts, x, wanted, wanted or push)",
-        "_pullback(value_and_parts, x, wanted, push)",
+        'create_graph"] = wanted or again',
+        'create_graph"] = again',
         "tests/losses/test_paired.py",
+    ),
+    # A loss of a frozen network that can be passed back, and trains nothing.
+    Mutant(
+        "derivatives/backward.py",
+        "return any(isinstance(node, leaf) for node in internals.graph_nodes([value], point))",
+        "return any(isinstance(node, leaf) for node in internals.graph_nodes([value]))",
+        "tests/losses/test_frozen.py",
+    ),
+    Mutant(
+        "derivatives/engines.py",
+        "    wanted = wanted and may_train(value, x, point)\n",
+        "",
+        "tests/losses/test_frozen.py",
     ),
     Mutant(
         "taylor/recompute.py",

@@ -37,7 +37,13 @@ from torch import Tensor
 
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError, over_elements
-from hosm_losses.derivatives.backward import LOST_TWICE, add_remedies, pull_back, refuse_dropped
+from hosm_losses.derivatives.backward import (
+    LOST_TWICE,
+    add_remedies,
+    may_train,
+    pull_back,
+    refuse_dropped,
+)
 from hosm_losses.derivatives.kinks import watch_once
 from hosm_losses.taylor import propagate
 
@@ -134,8 +140,7 @@ def taylor(
     """The value and its derivatives in one batch; TaylorError where they cannot be carried."""
     wanted, count = torch.is_grad_enabled(), len(direction)
     if order == 3 and not laplacian:
-        parts = _taylor_gradient(field, x, direction, wanted, summed)
-        return Derivatives(*detach_unless(parts, wanted))
+        return Derivatives(*_taylor_gradient(field, x, direction, wanted, summed))
     pairs = "none" if order == 2 else "sum" if summed else "squares"
     stack = propagate(watch_once(field, order, wanted), x, direction, pairs)
     parts = stack.split((1, count, len(stack) - 1 - count))
@@ -155,34 +160,37 @@ def _taylor_gradient(
         stack = propagate(watch_once(field, 3, wanted), rows, w)
         return (w * stack[1:]).sum(), (stack[:1], stack[1:])
 
-    number, parts, back = _pullback(form, rows, wanted, wanted)
-    gradient = back(torch.ones_like(number))
+    number, parts, back, wanted = _pullback(form, rows, wanted)
+    parts = detach_unless([*parts, back(torch.ones_like(number)).unsqueeze(0)], wanted)
     if summed:
-        return [*parts, gradient.unsqueeze(0)]
-    return split_directions((*[part.squeeze(0) for part in parts], gradient), direction.shape)
+        return parts
+    return split_directions([part.squeeze(0) for part in parts], direction.shape)
 
 
 def _pullback(
-    function: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor, wanted: bool, graph: bool
-) -> tuple[Tensor, Any, Callable[[Tensor], Tensor]]:
-    """What a function returns at x, a value and more, and its pass back, with a `graph` or not.
+    function: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor, wanted: bool, again: bool = False
+) -> tuple[Tensor, Any, Callable[[Tensor], Tensor], bool]:
+    """What a function returns at x, a value and more, its pass back, and whether it trains.
 
-    It gives zero where the value does not depend on x, as the form of a linear network.
+    The pass back has a graph if one is `wanted` and something may be trained, or is needed
+    `again`. It gives zero where the value does not depend on x, as the form of a linear network.
     """
     if internals.traced():
         found: Any = torch.func.vjp(function, x, has_aux=True)
         value, back, more = found
-        return value, more, lambda cotangent: back(cotangent)[0]
+        return value, more, lambda cotangent: back(cotangent)[0], wanted
     with torch.enable_grad(), add_remedies():
         point = leaf(x, wanted)
         value, more = function(point)
+    wanted = wanted and may_train(value, x, point)
 
     @add_remedies()
     def pull(cotangent: Tensor) -> Tensor:
-        options: Any = {"create_graph": graph, "retain_graph": True, "materialize_grads": True}
+        options: Any = {"retain_graph": True, "materialize_grads": True}
+        options["create_graph"] = wanted or again
         return torch.autograd.grad(value, point, cotangent, **options)[0]
 
-    return value, more, pull
+    return value, more, pull, wanted
 
 
 def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) -> Derivatives:
@@ -194,9 +202,11 @@ def reverse(field: Field, x: Tensor, direction: Tensor, order: int, *_: object) 
         return reverse_products(field, x, direction, order, torch.zeros_like, False).derived
     wanted = torch.is_grad_enabled()
     with torch.enable_grad(), add_remedies():
-        copies, rows, w = repeat_rows(field, leaf(x, wanted), direction)
+        point = leaf(x, wanted)
+        copies, rows, w = repeat_rows(field, point, direction)
         value = watch_once(copies, order, wanted)(rows)
         refuse_dropped(value)
+        wanted = wanted and (w.requires_grad or may_train(value, x, point))
         parts = split_directions((value, *back_along(value, rows, w, wanted)), direction.shape)
         return Derivatives(*detach_unless(parts, wanted))
 
@@ -210,6 +220,7 @@ def reverse_products(
         point = leaf(x, wanted)
         value = watch_once(field, order, wanted)(point)
         refuse_dropped(value)
+        wanted = wanted and (direction.requires_grad or may_train(value, x, point))
         c = cotangent(value.unsqueeze(0)).detach()
         variable = leaf(c[0].clone(), False)
         pulled = pull_back(value, point, variable.unsqueeze(0))[0]
@@ -318,10 +329,10 @@ def products_beside(
         return value[0], [value[:1], *[part for part in parts if part is not None]]
 
     wanted = torch.is_grad_enabled()
-    value, parts, back = _pullback(value_and_parts, x, wanted, wanted or push)
+    value, parts, back, wanted = _pullback(value_and_parts, x, wanted, push)
     c = chosen(value)
     # Differentiated in c, in which it is linear: so a Function that drops the graph is noticed.
-    pulled, _, again = _pullback(lambda c: (back(c), ()), c, False, False)
+    pulled, _, again, _ = _pullback(lambda c: (back(c), ()), c, False)
     pushed = again(c).detach().reshape(shape) if push else None
     *parts, pulled = detach_unless([*parts, pulled], wanted)
     if apart:
