@@ -55,8 +55,8 @@ CHANGED = (
 )
 REENTRANT = f"{CHECKPOINT_ADVICE} In a likelihood torch's own does with use_reentrant=False."
 SCRIPTED_FUNCTION = (
-    "network: expected functions that Python calls; got one of torch.jit, where higher "
-    "derivatives of norms and attention are wrong without an error. Use the function that it "
+    "network: expected functions that Python calls; got one of torch.jit, where PyTorch 2.6 to "
+    "2.13 get higher derivatives of norms wrong without an error. Use the function that it "
     "was made of, as PYTORCH_JIT=0 does for all; or, where it has no norm, engine='reverse'."
 )
 REMEDIES = {
