@@ -239,9 +239,22 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/engines.py",
-        "vjp(derived, leaf(x, wanted), graph=wanted or push)",
-        "vjp(derived, leaf(x, wanted), graph=push)",
+        "vjp(derived, point, graph=wanted or push)",
+        "vjp(derived, point, graph=push)",
         "tests/losses/test_paired.py",
+    ),
+    # A loss of a frozen network that can be passed back, and trains nothing.
+    Mutant(
+        "derivatives/backward.py",
+        "for node in internals.graph_nodes([value], point))",
+        "for node in internals.graph_nodes([value]))",
+        "tests/losses/test_frozen.py",
+    ),
+    Mutant(
+        "derivatives/engines.py",
+        "    wanted = wanted and may_train(value, x, point)\n",
+        "",
+        "tests/losses/test_frozen.py",
     ),
     Mutant(
         "taylor/recompute.py",
@@ -251,8 +264,8 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/select.py",
-        "            before.restore()\n",
-        "",
+        "            before.restore()\n            self",
+        "            self",
         "tests/taylor/test_primitive_mode.py",
     ),
     Mutant(
@@ -263,14 +276,26 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/select.py",
-        "cotangent, push, order == 3 and not laplacian)",
-        "cotangent, push, order == 3)",
+        "    exact = order == 3 and not laplacian\n",
+        "    exact = order == 3\n",
         "tests/losses/test_dropout.py",
     ),
     Mutant(
         "derivatives/select.py",
-        "self.lasting = not surrounded()",
-        "self.lasting = True",
+        "if not any(self.surroundings) and not isinstance(error, RecursionError):",
+        "if not isinstance(error, RecursionError):",
+        "tests/derivatives/test_choice.py",
+    ),
+    Mutant(
+        "derivatives/select.py",
+        "            return\n        before = Snapshot(",
+        "            pass\n        before = Snapshot(",
+        "tests/derivatives/test_choice.py",
+    ),
+    Mutant(
+        "derivatives/select.py",
+        "sure = sure or call in self.memory.failed",
+        "sure = True",
         "tests/derivatives/test_choice.py",
     ),
     Mutant(

@@ -45,14 +45,14 @@ def _transforms() -> list[Any]:
     return [each.key() for each in stack or ()]
 
 
-def surrounded() -> bool:
-    """Whether a transform, a mode, saved-tensor hooks or a profiler of the user's is around."""
-    return bool(
-        transformed()
-        or _get_current_function_mode_stack()
-        or _torch.dispatch_depth()
-        or _torch.saving_hooks() is not None
-        or _autograd._profiler_enabled()
+def surroundings() -> tuple[Any, ...]:
+    """The transforms, modes, saved-tensor hooks and profiler of the user's around this call."""
+    return (
+        tuple(_transforms()),
+        tuple(map(type, _get_current_function_mode_stack())),
+        _torch.dispatch_depth(),
+        _torch.saving_hooks() is not None,
+        _autograd._profiler_enabled(),
     )
 
 

@@ -17,6 +17,13 @@ CHOICES = {
     "exact": {"probes": "exact"},
     "three, reverse": {"engine": "reverse"},
     "fraction": {"fraction": 0.5},
+    "two, reverse": {"engine": "reverse"},
+    "two, paired": {"probes": hosm.Paired()},
+    "three, paired, taylor": {"probes": hosm.Paired(), "engine": "taylor"},
+    "three, paired, laplacian": {"probes": hosm.Paired(), "third": "laplacian"},
+    "three, paired, reverse": {"probes": hosm.Paired(4), "engine": "reverse"},
+    "three, paired, fraction": {"probes": hosm.Paired(), "fraction": 0.5},
+    "exact, reverse": {"probes": "exact", "engine": "reverse"},
 }
 LOSSES = {"one": hosm.first_order_dsm, "two": hosm.second_order_dsm}
 
@@ -62,11 +69,28 @@ def frozen():
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_it_is_the_same_number(name):
+def test_it_is_the_same_number_and_trains_nothing(name):
+    """So that backward raises, as it does of a loss of order one."""
     network = frozen()
     loss, _ = loss_of(name, network)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        loss.backward()
     trained, _ = loss_of(name, network.requires_grad_())
     torch.testing.assert_close(loss, trained)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_part_that_is_not_frozen_has_the_same_gradient(name):
+    network = frozen().requires_grad_()
+    parameters = dict(network.named_parameters())
+    loss, _ = loss_of(name, network)
+    expected = torch.autograd.grad(loss, [*parameters.values()])
+    for part, gradient in zip(parameters.values(), expected, strict=True):
+        network.requires_grad_(False)
+        part.requires_grad_()
+        torch.testing.assert_close(
+            torch.autograd.grad(loss_of(name, network)[0], part)[0], gradient
+        )
 
 
 @pytest.mark.parametrize(
@@ -103,11 +127,20 @@ def test_an_adapter_is_trained_and_so_is_what_no_module_knows(name):
     torch.testing.assert_close(found[1], alone[0])
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (2, 4, 3)])
-def test_a_probe_that_requires_a_gradient_has_one(shape):
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((4, 3), {}),
+        ((2, 4, 3), {}),
+        ((4, 3), {"engine": "reverse"}),
+        ((2, 4, 3), {"probes": hosm.Paired()}),
+        ((2, 4, 3), {"probes": hosm.Paired(), "engine": "taylor"}),
+    ],
+)
+def test_a_probe_that_requires_a_gradient_has_one(shape, options):
     network = frozen()
     probe = torch.randn(shape).requires_grad_()
-    given = {"probe": probe, "model_kwargs": {"condition": torch.ones(4)}}
+    given = {"probe": probe, "model_kwargs": {"condition": torch.ones(4)}} | options
     loss = hosm.third_order_dsm(
         hosm.ScoreModel(network, hosm.VPSchedule()), torch.randn(4, 3), **given
     )

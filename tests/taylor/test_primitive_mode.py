@@ -132,7 +132,7 @@ def test_around_a_loss_it_is_right_or_an_error():
         found.append([each.grad for each in network.parameters()])
     assert_same(*found, 1e-10)
     third = hosm.ThirdOrderDSM(hosm.ScoreModel(Network(), VP))
-    with pytest.raises(RuntimeError, match=r"during backward|Recomputed"):
+    with pytest.raises(RuntimeError, match=r"during backward|Recomputed|extra time"):
         selective(third, torch.randn(3, 4)).backward()
 
 

@@ -6,7 +6,8 @@ What:
     is noticed when it happens and is an error with its remedy.
 
     A derivative in x has a graph that ends at the engine's own copy of x. If it ends nowhere else,
-    as of a network all of whose parameters are frozen, there is nothing to train.
+    as of a network all of whose parameters are frozen, there is nothing to train: what the engine
+    returns has no graph then, and PyTorch says so where such a loss is passed back.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,8 +55,8 @@ CHANGED = (
 )
 REENTRANT = f"{CHECKPOINT_ADVICE} In a likelihood torch's own does with use_reentrant=False."
 SCRIPTED_FUNCTION = (
-    "network: expected functions that Python calls; got one of torch.jit, where higher "
-    "derivatives of norms and attention are wrong without an error. Use the function that it "
+    "network: expected functions that Python calls; got one of torch.jit, where PyTorch 2.6 to "
+    "2.13 get higher derivatives of norms wrong without an error. Use the function that it "
     "was made of, as PYTORCH_JIT=0 does for all; or, where it has no norm, engine='reverse'."
 )
 EXPLAINED = (CheckpointError, RuntimeError, AttributeError)
@@ -111,6 +112,14 @@ def _check_graph(name: str, returned: Sequence[Any], incoming: Sequence[Any]) ->
     had = any(isinstance(each, Tensor) and each.requires_grad for each in incoming)
     if torch.is_grad_enabled() and had and given and not any(map(internals.has_graph, given)):
         raise DroppedGraphError(DROPPED.format(name))
+
+
+def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
+    """Whether a gradient of a value at an engine's copy of x may go to anything but that copy."""
+    if point is x:
+        return True
+    leaf_node = type(internals.gradient_node(point))
+    return any(isinstance(node, leaf_node) for node in internals.graph_nodes([value], point))
 
 
 def leaf(x: Tensor, wanted: bool = True) -> Tensor:

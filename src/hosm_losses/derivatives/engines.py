@@ -41,6 +41,7 @@ from hosm_losses.derivatives.backward import (
     LOST_TWICE,
     explain,
     leaf,
+    may_train,
     pass_back,
     pull_each,
     refuse_dropped,
@@ -150,7 +151,9 @@ def taylor(
             except EXPLAINED as error:
                 explain(error)
                 raise
-            back = pass_back((w * stack[1:]).sum(), (point,), wanted)
+            number = (w * stack[1:]).sum()
+            wanted = wanted and may_train(number, x, point)
+            back = pass_back(number, (point,), wanted)
         parts = [stack[:1], stack[1:], back(None)[0].unsqueeze(0)]
     if copied:
         parts = [part.reshape(shape) for part in parts]
@@ -184,7 +187,8 @@ def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
     else:
         third, directional = again(w)
         parts = [part.reshape(shape) for part in (value, directional, third)]
-    return Derivatives(*(part if wanted else part.detach() for part in parts))
+    trained = wanted and (w.requires_grad or may_train(value, x, point))
+    return Derivatives(*parts) if trained else Derivatives(*map(Tensor.detach, parts))
 
 
 def reverse_products(
@@ -197,6 +201,7 @@ def reverse_products(
         lambda point: (watch_once(network, order, wanted)(point), ()), point, lost=LOST_ONCE
     )
     refuse_dropped(value)
+    wanted = wanted and (w.requires_grad or may_train(value, x, point))
     c = cotangent(value.detach().unsqueeze(0)).detach()
 
     def pull(*points: Tensor) -> tuple[Tensor, tuple[()]]:  # the cotangent comes last
@@ -245,7 +250,9 @@ def products_beside(
         refuse_dropped(value)
         return value[0], [value[:1], *[part for part in parts if part is not None]]
 
-    value, parts, back = vjp(derived, leaf(x, wanted), graph=wanted or push)
+    point = leaf(x, wanted)
+    value, parts, back = vjp(derived, point, graph=wanted or push)
+    wanted = wanted and may_train(value, x, point)
     c = cotangent(value.reshape(shape)).detach()
     # Differentiated in c, in which it is linear: so a Function that drops the graph is noticed.
     start = leaf(c.reshape(value.shape), False)

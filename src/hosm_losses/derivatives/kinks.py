@@ -40,12 +40,16 @@ class Memory:
     """What is remembered of a network.
 
     Attributes:
-        refused: why an engine could not take a call, by the engine and the kind of call.
+        refused: why an engine does not take a call, by the engine and the kind of call.
+        failed: why one failed once, in a call that another engine could take.
+        served: the engines and kinds of call that were served, and what surrounded them.
         said: whether the warning that reverse mode takes over was given.
         orders: those, of 2 and 3, at which nothing more is to be said of derivatives that jump.
     """
 
     refused: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
+    failed: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
+    served: set[tuple[Any, ...]] = field(default_factory=set)
     said: bool = False
     orders: set[int] = field(default_factory=set)
 

@@ -3,8 +3,10 @@ r"""The choice of the engine that differentiates a field, and what "auto" rememb
 What:
     "auto" is the taylor engine. A network that it cannot carry derivatives through is given to
     reverse mode, which torch.compile cannot trace. A failed attempt leaves no trace in buffers and
-    generators. It is remembered for such calls, and said once. `check_derivatives` finds what a
-    pass back would.
+    generators, and a warning is given once. What an engine refuses is remembered for such calls at
+    once, any other error when it comes again in the next of them: it may be one of a bad batch.
+    Once the engine has served such a call there is no other attempt, and an error is the user's.
+    `check_derivatives` finds what a pass back would.
 
     An error that is raised here while torch.compile traces ends the graph, and the call is made
     again in eager mode. With fullgraph=True it is the user's.
@@ -13,7 +15,7 @@ What:
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hosm_losses._checks import DerivativeError, warn
 from hosm_losses._torch_errors import DEVICE_ERROR_TEXT, NO_FORWARD, NO_GRAPH, NOT_TWICE
-from hosm_losses._torch_internals import surrounded, traced, versions
+from hosm_losses._torch_internals import surroundings, traced, versions
 from hosm_losses.derivatives import engines
 from hosm_losses.derivatives.backward import DroppedGraphError, refuse_scripted
 from hosm_losses.derivatives.engines import Cotangent, Derivatives, Network, Products
@@ -31,10 +33,9 @@ from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 Engine = Literal["auto", "taylor", "reverse"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 UNKNOWN = (
-    "network: expected operators that the engine 'taylor' knows; got {} Leave engine at 'auto', "
-    "and under torch.compile leave out fullgraph=True: that gives reverse mode, uncompiled. Or "
-    "write .detach() in place of .detach_() and of torch.no_grad(), and the rest with other "
-    "operators."
+    "network: expected operators that the engine 'taylor' knows; got {}. Take engine='reverse' "
+    "and third='exact', uncompiled; under torch.compile leave out fullgraph=True. Or write "
+    ".detach() in place of .detach_() and of torch.no_grad(), and the rest with other operators."
 )
 STATISTICS = (
     "network: expected no running statistics in training, as of batch norm, in a compiled loss of "
@@ -92,10 +93,9 @@ def derive(
     """The value of a network at x (B, *) and its derivatives along directions w (K, B, *).
 
     Order 2 gives D; order 3 gives G as well, or in its place C = ∂²f[w, w] if `laplacian` is asked
-    for: by the taylor engine alone, so that with "auto" it may be G. If `summed` the sum of either
-    over the directions is enough; an engine may give that. Under `torch.no_grad` there is no
-    graph. A DerivativeError where the engine, or with "auto" either engine, cannot differentiate
-    the network.
+    for, by the taylor engine alone. If `summed` the sum of either over the directions is enough;
+    an engine may give that. Under `torch.no_grad` there is no graph. A DerivativeError where the
+    engine, or with "auto" either engine, cannot differentiate the network.
     """
     if torch.compiler.is_compiling() and engine != "reverse":
         _refuse_statistics(network, exact=order == 3 and not laplacian)
@@ -105,7 +105,7 @@ def derive(
             try:  # not by a generator in a with statement, which PyTorch 2.6 does not trace
                 return engines.taylor(network, x, w, order, laplacian, summed)
             except TaylorError as error:
-                raise DerivativeError(UNKNOWN.format(error)) from error
+                raise unknown(error) from error
     # In this frame, which torch.compile has given up: one that it enters would be compiled.
     known = "torch._dynamo" in sys.modules
     eagerly: Any = torch.compiler.disable(_derive_eagerly) if known else _derive_eagerly
@@ -127,16 +127,21 @@ def _derive_eagerly(
     if engine == "reverse":
         with _translated(engine):
             return engines.reverse(network, x, w, order)
-    attempts = EngineAttempts(network, x, order, laplacian, summed, len(w) > 1)
-    if not attempts.knows_better("taylor"):
+    attempts, derivatives = EngineAttempts(network, x, order, laplacian, summed, len(w) > 1), None
+    if not attempts.is_refused("taylor"):
         with attempts.attempt("taylor"):
             return engines.taylor(network, x, w, order, laplacian, summed)
-    if not attempts.knows_better("reverse"):
+    before = Snapshot(network.owner, x) if laplacian else None
+    if not attempts.is_refused("reverse"):
         with attempts.attempt("reverse"):
             derivatives = engines.reverse(network, x, w, order)
-            attempts.remember()
-            _warn_once(attempts)
-            return derivatives
+    if derivatives is not None:
+        attempts.remember()
+        if before is not None:  # G may not take the place of C
+            before.restore()
+            raise DerivativeError(UNKNOWN.format(attempts.reasons["taylor"]))
+        _warn_once(attempts)
+        return derivatives
     why = "; ".join(f"{engine}: {why}" for engine, why in attempts.reasons.items())
     raise DerivativeError(
         "network: expected operators that can be differentiated twice; got one that cannot, by "
@@ -183,7 +188,7 @@ def _products(
         if engine == "reverse":
             return engines.reverse_products(*given)
         attempts = EngineAttempts(network, x, "products", order, push, len(w) > 1)
-        if not attempts.knows_better("reverse"):
+        if not attempts.is_refused("reverse"):
             with attempts.attempt("reverse"):
                 return engines.reverse_products(*given)
 
@@ -195,6 +200,11 @@ def _products(
     if attempts is not None:
         attempts.remember()
     return found
+
+
+def unknown(error: TaylorError) -> DerivativeError:
+    """The error in the library's words where the taylor engine cannot carry derivatives."""
+    return DerivativeError(UNKNOWN.format(str(error).rstrip(".")))
 
 
 def _refuse_statistics(network: Network, *, exact: bool) -> None:
@@ -210,7 +220,7 @@ def _translated(engine: str) -> Iterator[None]:
     try:
         yield
     except TaylorError as error:
-        raise DerivativeError(UNKNOWN.format(error)) from error
+        raise unknown(error) from error
     except RuntimeError as error:
         refuse_scripted(engine, error)
         why = str(error)
@@ -226,19 +236,17 @@ def _translated(engine: str) -> Iterator[None]:
 
 
 class EngineAttempts:
-    """Engines that are tried in turn for one call, each with the network as it was.
-
-    Where one fails and another does not, that is remembered of such calls.
-    """
+    """Engines that are tried in turn for one call, each with the network as it was."""
 
     def __init__(self, network: Network, x: Tensor, *kind: object) -> None:
         self.owner, self.x, self.memory = network.owner, x, memory_of(network.owner)
         self.kind = (*kind, x.dtype, x.device.type, getattr(self.owner, "training", None))
+        self.surroundings = surroundings()
         self.reasons: dict[str, str] = {}
-        self.lasting = not surrounded()
+        self.notes: dict[Any, dict[Any, str]] = {}
 
-    def knows_better(self, engine: str) -> bool:
-        """Whether this engine could not take such a call before."""
+    def is_refused(self, engine: str) -> bool:
+        """Whether this engine is known not to take such a call."""
         why = self.memory.refused.get((engine, self.kind))
         if why is not None:
             self.reasons[engine] = why
@@ -247,6 +255,14 @@ class EngineAttempts:
     @contextlib.contextmanager
     def attempt(self, engine: str) -> Iterator[None]:
         """A block that ends without an error where this engine cannot, and another may."""
+        call = engine, self.kind
+        served = (*call, self.surroundings)
+        if served in self.memory.served:  # buffers may be large: none is copied
+            try:
+                yield
+            except TaylorError as error:
+                raise unknown(error) from error
+            return
         before = Snapshot(self.owner, self.x)
         try:
             yield
@@ -255,14 +271,19 @@ class EngineAttempts:
             if not _another_may_do(engine, error):
                 raise
             before.restore()
-            self.reasons[engine] = (str(error) or repr(error)).splitlines()[0]
+            self.reasons[engine] = (str(error) or repr(error)).splitlines()[0].rstrip(".")
             # How deep calls go depends on who calls, and not on the network alone.
-            self.lasting = self.lasting and not isinstance(error, RecursionError)
+            if not any(self.surroundings) and not isinstance(error, RecursionError):
+                sure = isinstance(error, DerivativeError | TaylorError) or engine == "reverse"
+                sure = sure or call in self.memory.failed
+                self.notes[call] = self.memory.refused if sure else self.memory.failed
+        else:
+            self.memory.served.add(served)
 
     def remember(self) -> None:
         """Keep why engines failed, unless that may lie in what surrounds the call."""
-        if self.lasting:
-            self.memory.refused |= {(each, self.kind): why for each, why in self.reasons.items()}
+        for call, notes in self.notes.items():
+            notes[call] = self.reasons[call[0]]
 
 
 def _another_may_do(engine: str, error: Exception) -> bool:
@@ -274,20 +295,20 @@ def _another_may_do(engine: str, error: Exception) -> bool:
         return False
     # A device that failed says nothing about the network. What a checkpoint around the loss
     # raises to end its recomputation is none of these errors.
-    failed = isinstance(error, torch.OutOfMemoryError)
-    failed = failed or any(words in text for words in DEVICE_ERROR_TEXT)
-    return isinstance(error, JET_ERRORS) and not failed
+    failed = any(words in text for words in DEVICE_ERROR_TEXT)
+    return isinstance(error, JET_ERRORS) and not (
+        failed or isinstance(error, torch.OutOfMemoryError)
+    )
 
 
 def _warn_once(attempts: EngineAttempts) -> None:
     """Say that reverse mode takes over, once for a network."""
     if not attempts.memory.said:
         attempts.memory.said = True
-        why = attempts.reasons["taylor"].rstrip(".")
         warn(
-            f"engine='auto': the engine 'taylor' cannot differentiate "
-            f"{type(attempts.owner).__name__} ({why}), so reverse "
-            "mode, which is slower, takes its place. third='laplacian' then means 'exact'."
+            f"engine='auto': the engine 'taylor' could not differentiate "
+            f"{type(attempts.owner).__name__} ({attempts.reasons['taylor']}), so reverse "
+            "mode, which is slower, took its place."
         )
 
 

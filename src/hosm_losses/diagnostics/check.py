@@ -216,7 +216,7 @@ def _report(
     if why is not None:
         advice.append(
             f"The engine 'taylor' cannot differentiate it ({why.rstrip('.')}): reverse mode takes "
-            "its place, which is slower, and third='laplacian' means 'exact' then."
+            "its place, which is slower, and third='laplacian' is an error."
         )
     if samples < 2:
         advice.append("One sample sees no others: check two.")

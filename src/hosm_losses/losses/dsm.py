@@ -185,8 +185,8 @@ def third_order_dsm(
             paper. "laplacian" matches σ² ∂²f[v, v] to the same target for three quarters of the
             cost: equal to "exact" if the Jacobian is symmetric, as the true score's; otherwise
             another objective, leaving ∇tr(∂f) partly unconstrained. With probes=Paired() it costs
-            more than "exact", 35 evaluations against 25. Where engine="auto" takes reverse mode,
-            "exact" takes its place, with a warning.
+            more than "exact", 35 evaluations against 25. A network that the engine "taylor" cannot
+            differentiate is an error.
         fraction: the part of the batch, chosen at random, on which orders two and three are
             evaluated: max(1, round(fraction · B)) rows. Unbiased.
         engine: "auto", "taylor" or "reverse"; see the page on derivatives.

@@ -19,7 +19,7 @@ def jet(
     r"""Return f(x), its first derivatives along directions, and second ones if asked for.
 
     One call of the function gives all of them, differentiable in x, the directions and what the
-    function trains, and by hand where PyTorch's own higher derivatives are wrong, as of norms.
+    function trains, and by hand where those of PyTorch 2.6 to 2.13 are wrong, as of norms.
 
     Args:
         function: of x (B, \*), every sample alone; such as a network with its conditions bound.

@@ -23,8 +23,8 @@ class ScriptedError(DerivativeError):
 
 
 GIVE_THE_SOURCE = (
-    "PyTorch's own higher derivatives of norms are taken inside it, which are wrong without an "
-    "error. Use the module that it was made of."
+    "Inside it PyTorch takes higher derivatives of norms, which versions 2.6 to 2.13 get wrong "
+    "without an error. Use the module that it was made of."
 )
 # What no other engine does better.
 FINAL = (ChangedGradientError, ScriptedError)

@@ -1,14 +1,15 @@
 r"""The few operators whose higher derivatives PyTorch gets wrong, written so that all are right.
 
 What:
-    PyTorch does not differentiate layer norm, batch norm (in training) and instance norm rightly
-    more than twice: the parameter gradient of a loss on a directional derivative, at order three
-    sometimes the derivative's own value, is off by several to more than a hundred percent, in
-    silence. Group norm, attention and the gated linear unit fail loudly on common inputs. Composed
-    of means, products and softmax, each is right by every route. `primitive_mode` puts them in.
+    PyTorch 2.6 to 2.13 do not differentiate layer norm, batch norm (in training) and instance norm
+    rightly more than twice: the parameter gradient of a loss on a directional derivative, at order
+    three sometimes the derivative's own value, is off by several to more than a hundred percent,
+    in silence. Later versions may raise there, as the pull requests below do. Group norm,
+    attention and the gated linear unit fail loudly on common inputs. Composed of means, products
+    and softmax, each is right by every route. `primitive_mode` puts them in.
 
 Source:
-    PyTorch issues 175754, 186256, 196699 and 196700; pull request 176234.
+    PyTorch issues 175754, 186256, 196699 and 196700; pull requests 176234 and 186779.
 """
 
 from functools import partial
@@ -47,7 +48,8 @@ def _refuse(told: str, *_: Any, **__: Any) -> Tensor:
 
 NORMS = (
     "network: expected F.layer_norm, F.group_norm, F.batch_norm or F.instance_norm; got one of "
-    "the functions below them, such as torch.native_layer_norm, which are differentiated wrongly."
+    "the functions below them, such as torch.native_layer_norm, which PyTorch 2.6 to 2.13 "
+    "differentiate wrongly."
 )
 NOT_A_NUMBER = (
     "network: expected no logcumsumexp, whose second derivative is NaN. Write torch.logsumexp."
