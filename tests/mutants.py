@@ -624,6 +624,12 @@ MUTANTS = [
     ),
     Mutant(
         "interop.py",
+        "return model(x, timestep=t.to(x.dtype), **kwargs)",
+        "return model(x, timestep=t, **kwargs)",
+        "tests/interop/test_stand_ins.py",
+    ),
+    Mutant(
+        "interop.py",
         'rescaled = 1000.0 / getattr(diffusion, "original_num_steps", steps)',
         "rescaled = 1000.0 / steps",
         "tests/interop/test_references.py",
