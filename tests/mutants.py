@@ -648,6 +648,12 @@ MUTANTS = [
     ),
     Mutant(
         "model/score_model.py",
+        "return names <= {nn.Module.__module__}",
+        "return True",
+        "tests/model/test_score_model.py",
+    ),
+    Mutant(
+        "model/score_model.py",
         "return -sigma / wronskian, b / wronskian",
         "return -sigma / wronskian, alpha / wronskian",
         "tests/model/test_posterior.py",

@@ -190,3 +190,28 @@ def test_a_network_that_looks_t_up_is_told_of_what_is_between(kind):
         ):
             function(model, x)
         assert not bool(function(nearest, x).failed.any())
+
+
+class Raises(nn.Module):
+    """A network with a fault of its own inside."""
+
+    def forward(self, x, t):
+        return torch.sin(x, t)
+
+
+@pytest.mark.parametrize("function", [hosm.first_order_dsm, hosm.third_order_dsm, hosm.ode_nll])
+def test_a_network_that_cannot_be_called_is_said_to_have_been_called_as_it_was(function):
+    def refused(network, **kwargs):
+        model = hosm.ScoreModel(network, VP)
+        with pytest.raises(TypeError) as caught:
+            function(model, torch.randn(2, 3), model_kwargs=kwargs)
+        return "".join(getattr(caught.value, "__notes__", ()))
+
+    for network in (nn.Sequential(nn.Linear(3, 3)), lambda x: x, torch.sin, lambda x, t, z: x):
+        note = refused(network)
+        assert "called as network(x, t);" in note
+        assert all(option in note for option in ("call=", "time=", "output=", "model_kwargs"))
+    assert "network(x, t, y=...)" in refused(lambda x, t: x, y=1)
+    # What a network's own code raises is left as it is.
+    for network in (Raises(), lambda x, t: torch.sin(x, t), lambda x, t: nn.SiLU()(x, t)):
+        assert refused(network) == ""

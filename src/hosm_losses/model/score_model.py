@@ -23,6 +23,7 @@ Source:
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
@@ -62,6 +63,12 @@ SAME = {"x0": "sample", "denoiser": "sample", "v": "v_prediction", "velocity": "
 UNSHARD = (
     "If fully_shard is around it, its parameters are shards between the steps: call unshard() on "
     "the sharded loss module in every process before, and reshard() after."
+)
+CALLED = (
+    "The network was called as network(x, t{}); other arguments go into model_kwargs. If it wants "
+    "them otherwise, give ScoreModel(..., call=lambda network, x, t, **kwargs: network(x)), for "
+    "example; time= if it counts time otherwise, and output= if it returns more than the "
+    "prediction."
 )
 
 
@@ -361,6 +368,10 @@ class ScoreModel(nn.Module):
             if note := self._note(x.dtype, network_time.dtype, error):
                 error.add_note(note)
             raise
+        except TypeError as error:
+            if self.call is None and _raised_by_the_call(error):
+                error.add_note(CALLED.format("".join(f", {name}=..." for name in kwargs)))
+            raise
 
     def _note(self, of_x: torch.dtype, of_t: torch.dtype, error: Exception) -> str | None:
         """What to do where a network does not take the dtypes that it was called with."""
@@ -378,6 +389,13 @@ class ScoreModel(nn.Module):
         if of_t.is_floating_point and of_t != of_x:
             return f"{told} Convert t with ScoreModel(..., time=lambda t: t.to({of_x}))."
         return None
+
+
+def _raised_by_the_call(error: TypeError) -> bool:
+    """Whether no code of the network's own is between our call, which caught this, and it."""
+    behind = error.__traceback__ and error.__traceback__.tb_next
+    names = {frame.f_globals.get("__name__") for frame, _ in walk_tb(behind)}
+    return names <= {nn.Module.__module__}
 
 
 def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:
