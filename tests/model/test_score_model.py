@@ -37,11 +37,19 @@ def test_noise_score_and_denoise_are_those_of_the_prediction(prediction, schedul
         torch.testing.assert_close(model.denoise(x, t)[row], (x[row] - sigma * expected) / alpha)
 
 
-def test_a_solver_may_overstep_the_range():
-    model, x = hosm.ScoreModel(lambda x, t: x, VP), torch.randn(2, 3)
-    for name in ("noise", "score", "denoise"):
-        for t in (1e-6, 1.01):
-            assert bool(getattr(model, name)(x, torch.full((2,), t)).isfinite().all())
+def test_times_outside_the_range_are_an_error_that_names_clip():
+    """As of a solver that steps over the end; a table is looked up by no prediction of epsilon."""
+    x = torch.randn(2, 3)
+    for schedule in (VP, TABLE):
+        model = hosm.ScoreModel(lambda x, t: x, schedule)
+        for name in ("noise", "score", "denoise"):
+            for t in (-0.1, schedule.t_max * 1.01, torch.nan):
+                times = torch.full((2,), t)
+                with pytest.raises(ValueError, match=r"t: .*range.*schedule\.clip\(t\)"):
+                    getattr(model, name)(x, times)
+            for t in (schedule.t_min, schedule.t_max, schedule.t_max * 1.01):
+                times = schedule.clip(torch.full((2,), t, dtype=torch.float32))
+                assert bool(getattr(model, name)(x, times).isfinite().all())
 
 
 def test_other_words_for_a_prediction_are_stored_as_the_one():
