@@ -572,7 +572,7 @@ def energy(x, t):
 # Messages that tell users what to write in place of what they wrote.
 TOLD = [
     (lambda: hosm.ode_nll(MODEL, X.byte()), r"/ 127\.5 - 1; .*dequantization=Uniform\(\)"),
-    (lambda: hosm.FirstOrderDSM(NETWORK), r"Wrap your network first: ScoreModel\(network, "),
+    (lambda: hosm.FirstOrderDSM(NETWORK), r"Wrap your network: ScoreModel\(network, "),
     (lambda: hosm.ScoreModel(NETWORK, scheduler()), r"a schedule such as VPSchedule\(\)"),
     (lambda: hosm.ScoreModel(NETWORK, scheduler()), r"from_diffusers\(network, scheduler\)"),
     *[

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import hosm_losses as hosm
 from tests.cases import MLP, PREDICTIONS, SCHEDULES, VP, OfX, networks
@@ -141,6 +142,14 @@ def test_a_model_around_a_function_works_and_is_not_copied(kind):
             copy.deepcopy(each)
     model.eval()
     assert layers.training
+
+
+def test_the_model_in_an_averaged_model_is_named():
+    averaged = AveragedModel(hosm.FirstOrderDSM(hosm.ScoreModel(MLP(3), VP)).model)
+    for function in (hosm.ode_nll, hosm.first_order_dsm):
+        with pytest.raises(TypeError, match=r"model: expected a ScoreModel; .*\.module"):
+            function(averaged, torch.zeros(2, 3))
+        function(averaged.module, torch.zeros(2, 3))
 
 
 class OfTime(nn.Module):

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from hosm_losses._checks import (
     check_choice,
@@ -406,9 +407,9 @@ def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor 
 def check_model(value: object) -> ScoreModel:
     """Return `value` if it is a ScoreModel."""
     if not isinstance(value, ScoreModel):
-        remedy = (
-            "Wrap your network first: ScoreModel(network, VPSchedule(), prediction='epsilon')."
-        )
+        remedy = "Wrap your network: ScoreModel(network, VPSchedule(), prediction='epsilon')."
+        if isinstance(value, AveragedModel):
+            remedy = "Give its .module, the copy of your ScoreModel."
         raise TypeError(complaint("model", "a ScoreModel", value, remedy))
     return value
 
