@@ -124,6 +124,10 @@ def _check_probes(probes: object, *, stein: bool) -> Any:
     if not stein and (exact or isinstance(probes, Paired)):
         return probes
     if isinstance(probes, Hutchinson) and probes.count >= fewest:
+        if probes.mode != "reverse":
+            expected = "probes without a mode, which is for the divergence of a likelihood"
+            remedy = "Losses have engine='taylor' and engine='reverse' in its place."
+            raise ValueError(complaint("probes", expected, probes, remedy, got=repr(probes)))
         return probes
     expected = f"a whole number of at least {fewest}, {kinds}"
     raise ValueError(complaint("probes", expected, probes, got=repr(probes)))
