@@ -570,6 +570,12 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/gap.py",
+        "    if (one.t_min, one.t_max) != (other.t_min, other.t_max):\n",
+        "    if one.t_min != other.t_min:\n",
+        "tests/diagnostics/test_gap.py",
+    ),
+    Mutant(
+        "diagnostics/gap.py",
         "widths = (high - low) / 2 * weights",
         "widths = (high - low) * weights",
         "tests/diagnostics/test_gap.py",
