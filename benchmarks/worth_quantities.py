@@ -8,7 +8,7 @@ not tell. The mean of r is free of this. Its noise, of variance near 2 KL, is ke
 points, and most of it cancels between networks judged at the same points.
 
 Values are kept by member and block of points, (S, BLOCKS). Differences between any two rows are
-then paired by seed and by points, and so are means of log-ratios.
+then paired by seed and by points, and so are log-ratios of score errors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -147,15 +147,14 @@ def weights(log_w: Tensor) -> Row:
 def compare(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Estimate]:
     """A row over another of the same seeds: the ratios of KL divergences and of score errors.
 
-    That of KL is 1 plus the mean difference over the mean of the base. That of the score is the
-    geometric mean of the ratios over all points.
+    Both are geometric means with the interval of log-ratios. Those of KL are of seeds, over all
+    points: a mean over a block may be below 0. The chance of the points, which all seeds share, is
+    not in it. Those of the score are of single points. NaN where a KL divergence is not above 0.
     """
-
-    def difference(key: str) -> Estimate:
-        return over_seeds(np.subtract(row[key], base[key]))
-
-    scale = np.mean(base["kl"])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        of_kl = np.log(np.mean(row["kl"], 1) / np.mean(base["kl"], 1))
+    of_score = np.subtract(row["log_score"], base["log_score"])
     return {
-        "kl": Estimate(*(float(1 + each / scale) for each in difference("kl"))),
-        "score": Estimate(*(float(np.exp(each)) for each in difference("log_score"))),
+        name: Estimate(*(float(np.exp(each)) for each in over_seeds(log_ratios)))
+        for name, log_ratios in (("kl", of_kl[:, None]), ("score", of_score))
     }

@@ -547,6 +547,12 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/gap.py",
+        "    if (one.t_min, one.t_max) != (other.t_min, other.t_max):\n",
+        "    if one.t_min != other.t_min:\n",
+        "tests/diagnostics/test_gap.py",
+    ),
+    Mutant(
+        "diagnostics/gap.py",
         "widths = (high - low) / 2 * weights",
         "widths = (high - low) * weights",
         "tests/diagnostics/test_gap.py",
@@ -601,6 +607,12 @@ MUTANTS = [
     ),
     Mutant(
         "interop.py",
+        "return model(x, timestep=t.to(x.dtype), **kwargs)",
+        "return model(x, timestep=t, **kwargs)",
+        "tests/interop/test_stand_ins.py",
+    ),
+    Mutant(
+        "interop.py",
         'rescaled = 1000.0 / getattr(diffusion, "original_num_steps", steps)',
         "rescaled = 1000.0 / steps",
         "tests/interop/test_references.py",
@@ -616,6 +628,12 @@ MUTANTS = [
         "(jacobian_v + products.vjp_c) / 2",
         "products.vjp_c",
         "tests/model/test_posterior.py",
+    ),
+    Mutant(
+        "model/score_model.py",
+        "return names <= {nn.Module.__module__}",
+        "return True",
+        "tests/model/test_score_model.py",
     ),
     Mutant(
         "model/score_model.py",

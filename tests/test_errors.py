@@ -28,7 +28,7 @@ NAN, INF = math.nan, math.inf
 NORMAL = torch.distributions.Normal(0.0, 1.0)  # of numbers
 X = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
 T = torch.full((4,), 0.5, dtype=torch.float64)
-PROBES = torch.stack([X, -X])
+PROBES, FORWARD_MODE = torch.stack([X, -X]), hosm.Hutchinson(2, mode="forward")
 VP, TABLE = hosm.VPSchedule(), hosm.DiscreteSchedule([0.9, 0.5, 0.1])
 NETWORK = MLP(2).double()
 MODEL = hosm.ScoreModel(NETWORK, VP)
@@ -152,7 +152,7 @@ BAD = {
     "targets": bad(TypeError, "averaged", True, hosm.AveragedTargets),
     "own": FLAG,
     "same": bad(TypeError, 1, "y"),
-    "probes": WHOLE + bad(ValueError, "all", None, hosm.Hutchinson),
+    "probes": WHOLE + bad(ValueError, "all", None, hosm.Hutchinson, FORWARD_MODE),
     "count": WHOLE + bad(ValueError, "exact", None),
     "fraction": bad(ValueError, None, "half", True, NAN, 0.0, 1.5, -0.5),
     **dict.fromkeys(("distribution", "engine", "mode"), NAME + bad(ValueError, None)),
@@ -557,7 +557,7 @@ def energy(x, t):
 # Messages that tell users what to write in place of what they wrote.
 TOLD = [
     (lambda: hosm.ode_nll(MODEL, X.byte()), r"/ 127\.5 - 1; .*dequantization=Uniform\(\)"),
-    (lambda: hosm.FirstOrderDSM(NETWORK), r"Wrap your network first: ScoreModel\(network, "),
+    (lambda: hosm.FirstOrderDSM(NETWORK), r"Wrap your network: ScoreModel\(network, "),
     (lambda: hosm.ScoreModel(NETWORK, scheduler()), r"a schedule such as VPSchedule\(\)"),
     (lambda: hosm.ScoreModel(NETWORK, scheduler()), r"from_diffusers\(network, scheduler\)"),
     *[
@@ -578,6 +578,7 @@ TOLD = [
         r"guided_diffusion.*ldm\.modules\.attention",
     ),
     (lambda: hosm.checkpoint(NETWORK, X, T, use_reentrant=True), "neither use_reentrant=True"),
+    (lambda: loss(NETWORK, probes=FORWARD_MODE), "engine='taylor'"),
     (lambda: loss(lambda x, t: (x, t)), r"ScoreModel\(\.\.\., output="),
     (lambda: loss(lambda x, t: x.repeat(1, 2)), "the first channels"),
     (

@@ -59,10 +59,21 @@ def judged(report: Row) -> dict[str, Row]:
     return {name: row for name, row in named.items() if "kl" in row or "test" in row}
 
 
+def beside(report: Row, name: str) -> tuple[Row, Row]:
+    """The row of a loss, and that of order one which it is compared with."""
+    base = "budget 3" if name.startswith(("whole", "switch")) else best(report)
+    return report["rows"][name], report["rows"][base]
+
+
 def ratio(report: Row, name: str) -> Mapping[str, Estimate]:
     """KL divergence and score error of a loss over those of order one."""
-    base = "budget 3" if name.startswith(("whole", "switch")) else best(report)
-    return compare(report["rows"][name], report["rows"][base])
+    return compare(*beside(report, name))
+
+
+def lower(report: Row, name: str) -> bool:
+    """Whether a loss has less KL divergence, beyond the chance of seeds and of points."""
+    row, base = beside(report, name)
+    return over_seeds(np.subtract(row["kl"], base["kl"])).high < 0
 
 
 def best(report: Row) -> str:
@@ -76,10 +87,10 @@ def change(report: Row, name: str) -> Estimate:
     return over_seeds(np.subtract(report["rows"][name]["test"], report["rows"][ONE]["test"]))
 
 
-def short(estimate: Estimate, better: float = 1.0) -> str:
-    """A number, bold where its whole interval is on the better side."""
+def short(estimate: Estimate, better: bool) -> str:
+    """A number, bold where it is better beyond chance."""
     text = f"{estimate.value:.2f}"
-    return f"**{text}**" if estimate.high < better else text
+    return f"**{text}**" if better else text
 
 
 def long(estimate: Estimate) -> str:
@@ -120,8 +131,11 @@ def summary(found: Found) -> str:
     """The table of the page: a row for each cell."""
     lines = []
     for name, report in densities(found).items():
-        every = [ratio(report, loss) for loss in (WHOLE, RECIPE)]
-        cells = [short(each[key]) for each in every for key in ("kl", "score")]
+        cells = []
+        for loss in (WHOLE, RECIPE):
+            over = ratio(report, loss)
+            cells.append(short(over["kl"], lower(report, loss)))
+            cells.append(short(over["score"], over["score"].high < 1))
         lines.append([starred(name, report), *map(number, at_first(report)), *cells])
     head = ["", "plain, nats", "averaged, nats"]
     head += [f"{stage}: {key}" for stage in ("scratch", "after") for key in ("KL", "score")]

@@ -80,7 +80,8 @@ def by_torchdiffeq(
         total = torch.zeros_like(state[1])
         with torch.enable_grad():
             point = state[0].detach().requires_grad_()
-            moved = flow(model, point, t.expand(len(x)))
+            # The solver steps over the end before it interpolates.
+            moved = flow(model, point, model.schedule.clip(t).expand(len(x)))
             for probe in units:
                 (pulled,) = torch.autograd.grad((moved * probe).sum(), point, retain_graph=True)
                 total += (pulled * probe).flatten(1).sum(1)

@@ -221,7 +221,8 @@ def check_range(name: str, value: Tensor, low: float, high: float) -> None:
         got = f"values in [{float(value.min()):.9g}, {float(value.max()):.9g}]"
         remedy = (
             "If the network counts time otherwise, convert it with ScoreModel(..., time=...), "
-            "and give t in the schedule's units."
+            "and give t in the schedule's units. If a solver steps over the end, give it "
+            "schedule.clip(t)."
         )
         raise ValueError(complaint(name, expected, value, remedy, got=got))
 

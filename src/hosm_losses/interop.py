@@ -42,6 +42,8 @@ TAKE_FRACTIONS = ("Flux", "Chroma", "QwenImage", "AuraFlow", "LongCatImage", "Ov
 TAKE_FRACTIONS += ("BriaFibo2", "PRX")
 # And those whose pipelines turn the sign of the velocity, or the time.
 REVERSED = ("Lumina", "ZImage", "NucleusMoE", "HiDream", "Ideogram4")
+# It computes in the dtype of its timestep. UNets may look up theirs, a whole one, in a table.
+TAKES_ITS_DTYPE_FROM_T = "HunyuanDiT"
 WRAPPED = ("_orig_mod", "module", "base_model", "model")  # in torch.compile, DDP and PEFT
 TURNED = "model: expected one that is given the noise level and predicts noise less data; got {}, "
 TURNED += "which turns one. Write ScoreModel(model, LinearFlowSchedule(), 'flow_prediction', ...)."
@@ -61,13 +63,13 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
     Schedulers with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) become a
     DiscreteSchedule: t is the timestep, integer in training, between two of them in the
-    likelihood. x is what the model is given: for Euler that is `scheduler.scale_model_input` of
-    its sample. A flow-matching scheduler, or one with `use_flow_sigmas` and "flow_prediction" as
-    UniPC may be, becomes a LinearFlowSchedule: t is its sigma, and the
-    model is given t · num_train_timesteps; Flux, QwenImage, AuraFlow and others are given t, as by
-    their pipelines. A scheduler's shift only says which times are drawn: draw them yourself and
-    pass t. With timestep_type="continuous" and "v_prediction" the model is given ¼ log(σ/α). Class
-    labels, text states and so on go into `model_kwargs`.
+    likelihood; a HunyuanDiT is given it in the dtype of x. x is what the model is given: for Euler
+    that is `scheduler.scale_model_input` of its sample. A flow-matching scheduler, or one with
+    `use_flow_sigmas` and "flow_prediction" as UniPC may be, becomes a LinearFlowSchedule: t is its
+    sigma, and the model is given t · num_train_timesteps; Flux, QwenImage, AuraFlow and others are
+    given t, as by their pipelines. A scheduler's shift only says which times are drawn: draw them
+    yourself and pass t. With timestep_type="continuous" and "v_prediction" the model is given
+    ¼ log(σ/α). Class labels, text states and so on go into `model_kwargs`.
 
     Args:
         model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, or
@@ -95,13 +97,19 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     own = getattr(model, "config", None)
     inputs, outputs = (getattr(own, f"{end}_channels", None) for end in ("in", "out"))
     learned = inputs is not None and outputs == 2 * inputs
-    options = dict[str, Any](output=_half_of_sample if learned else _sample, call=_by_name)
+    learned |= bool(getattr(own, "learn_sigma", False))  # which says it where no channels do
+    names = _class_names(model)
+    like_x = any(name.startswith(TAKES_ITS_DTYPE_FROM_T) for name in names)
+    options = dict[str, Any](
+        output=_half_of_sample if learned else _sample,
+        call=_by_name_like_x if like_x else _by_name,
+    )
     config = getattr(scheduler, "config", None)
     if "FlowMatch" in type(scheduler).__name__ or _samples_a_flow(scheduler, config):
         where = "scheduler.config.num_train_timesteps"
         factor = getattr(config, "num_train_timesteps", None)
         factor = check_number(where, factor, "a number above 0", above=0)
-        turned, names = getattr(config, "invert_sigmas", False), _class_names(model)
+        turned = getattr(config, "invert_sigmas", False)
         for name in ["invert_sigmas=True"] * turned + [n for n in names if n.startswith(REVERSED)]:
             raise ValueError(TURNED.format(name))
         factor = 1.0 if any(each.startswith(TAKE_FRACTIONS) for each in names) else factor
@@ -146,6 +154,10 @@ def _quarter_of_log_sigma_hat(schedule: DiscreteSchedule, t: Tensor) -> Tensor:
 
 def _by_name(model: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
     return model(x, timestep=t, **kwargs)  # not every model takes it in the second place
+
+
+def _by_name_like_x(model: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+    return model(x, timestep=t.to(x.dtype), **kwargs)
 
 
 def _sample(returned: Any) -> Tensor:

@@ -103,7 +103,8 @@ class Hutchinson:
         distribution: "rademacher" (random signs), "gaussian", "sphere" (uniform, of radius √d) or
             "dct" (random signs in the cosine basis, with less variance for images).
         mode: of likelihoods alone, how a divergence is taken: "reverse", by passes back, which
-            costs least; or "forward", along the evaluation, which keeps no activations.
+            costs least; or "forward", along the evaluation, which keeps no activations. A loss
+            refuses "forward": it has `engine`.
 
     Raises:
         ValueError: for a count that is no whole number of at least 1, or another name.
@@ -125,13 +126,14 @@ class Hutchinson:
 
 @dataclass(frozen=True)
 class ToStandardError:
-    """As many random probes as the standard error of each sample's likelihood needs.
+    """As many random probes as each sample needs for a standard error of its likelihood.
 
     Four pilot probes at each node of a fixed grid fix how many more are drawn there, up to all
     unit vectors. The pilots are not in the answer, which is unbiased.
 
     Args:
-        nats: the standard error of a sample, in nats.
+        nats: the standard error of a sample, in nats, on average over samples. That of a single
+            sample may be above it, as pilots only estimate a variance; the result has it.
         distribution: as in `Hutchinson`.
 
     Raises:

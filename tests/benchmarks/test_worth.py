@@ -192,11 +192,20 @@ def test_intervals_over_seeds_are_those_of_student():
 def test_rows_are_compared_by_seed_and_block(tmp_path):
     kl, log_score = torch.rand(5, 8).double() + 1, torch.randn(5, 8).double()
     base = {"kl": kl.tolist(), "log_score": log_score.tolist()}
-    row = {"kl": (kl - 0.3).tolist(), "log_score": (log_score - 2).tolist()}
+    row = {"kl": (0.7 * kl).tolist(), "log_score": (log_score - 2).tolist()}
     found = compare(row, base)
     # What all seeds and points share has no error.
-    assert found["kl"] == pytest.approx([1 - 0.3 / float(kl.mean())] * 3)
+    assert found["kl"] == pytest.approx([0.7] * 3)
     assert found["score"] == pytest.approx([float(torch.tensor(-2.0).exp())] * 3)
+    # The geometric mean over seeds, whose interval holds no number below 0.
+    factors = torch.tensor([0.01, 0.1, 0.1, 0.1, 1.0])
+    found = compare(row | {"kl": (factors[:, None] * kl).tolist()}, base)["kl"]
+    half = 2.776 * math.log(10) * (2 / 4 / 5) ** 0.5
+    assert found == pytest.approx([0.1, 0.1 * math.exp(-half), 0.1 * math.exp(half)])
+    # One block may be below 0, as the mean of r over few points is.
+    below = kl - 2 * (torch.arange(8) == 0)
+    rows = ({**base, "kl": each.tolist()} for each in (below, 2 * below))
+    assert compare(*rows)["kl"].value == pytest.approx(0.5)
     better = {"kl": (0.97 * kl).tolist(), "log_score": base["log_score"]}
     study = worth.Study("cell", small(), tmp_path, tmp_path)
     study.rows |= {"budget 1": base, "budget 3": better, "order one": base}

@@ -222,6 +222,37 @@ def test_the_derivatives_of_a_schedule_are_its_own():
     assert found.evaluations == 2 * (2 + 2 * 2) + 3 * (16 + 10) + 1 + 72
 
 
+class Line(hosm.Schedule):
+    """A user's, by which two that are the same do not compare equal."""
+
+    t_min, t_max = 0.01, 30.0
+
+    def __init__(self, slope=1.0):
+        self.slope = slope
+
+    def alpha(self, t):
+        return torch.ones_like(t)
+
+    def sigma(self, t):
+        return self.slope * t
+
+
+def test_schedules_are_the_same_where_their_alpha_and_sigma_are():
+    network, x0 = MLP(2), torch.randn(4, 2)
+    model = hosm.ScoreModel(network, Line())
+    options = {"nodes": 2, "steps": 4, "ode_score": False}
+    report = hosm.likelihood_gap(
+        model, x0, reference=hosm.ScoreModel(network, Line()), generator=seeded(), **options
+    )
+    assert report.numbers["j_sm"].value == 0
+    longer = Line()
+    longer.t_max = 31.0
+    for other in (Line(1.001), longer, VP):
+        with pytest.raises(ValueError, match=r"reference: .*Line\(t_min=0\.01, ") as refused:
+            hosm.likelihood_gap(model, x0, reference=hosm.ScoreModel(network, other), **options)
+        assert " at 0x" not in str(refused.value)
+
+
 @ends_early
 @pytest.mark.filterwarnings("ignore:network. expected evaluation mode")
 @pytest.mark.parametrize("kind", ["discrete", "half", "inference", "default"])

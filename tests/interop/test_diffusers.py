@@ -126,6 +126,34 @@ def test_one_line_is_enough(name, kind):
     check_one_line(model, given["x0"], given["model_kwargs"])
 
 
+def test_a_model_that_takes_its_dtype_from_the_timestep_gets_a_float():
+    """HunyuanDiT, which learns its variance, and says so by another name."""
+    sizes = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 1}
+    sizes |= {"attention_head_dim": 8, "num_attention_heads": 2, "hidden_size": 16, "text_len": 4}
+    sizes |= {"cross_attention_dim": 8, "cross_attention_dim_t5": 8, "pooled_projection_dim": 4}
+    network = diffusers.HunyuanDiT2DModel(
+        **sizes, text_len_t5=4, activation_fn="gelu-approximate"
+    ).float()
+    kwargs = {
+        "encoder_hidden_states": torch.randn(2, 4, 8, dtype=torch.float32),
+        "encoder_hidden_states_t5": torch.randn(2, 4, 8, dtype=torch.float32),
+        "text_embedding_mask": torch.ones(2, 4),
+        "text_embedding_mask_t5": torch.ones(2, 4),
+        "image_meta_size": torch.randn(2, 6, dtype=torch.float32),
+        "style": torch.zeros(2, dtype=torch.long),
+        "image_rotary_emb": [torch.randn(16, 8, dtype=torch.float32) for _ in range(2)],
+    }
+    x0, noise = torch.randn(2, 2, 4, 8, 8, dtype=torch.float32)
+    scheduler, t = scheduler_of("DDPM"), T[:2]
+    model = from_diffusers(network, scheduler)
+    x_t = scheduler.add_noise(x0, noise, t)
+    own = network(x_t, t.float(), **kwargs).sample[:, :4]  # as its pipeline calls it
+    loss = hosm.first_order_dsm(model, x0, t=t, noise=noise, model_kwargs=kwargs)
+    close(loss, F.mse_loss(own, noise))
+    between = t + 0.25
+    close(model.noise(x0, between, **kwargs), network(x0, between.float(), **kwargs).sample[:, :4])
+
+
 def test_zero_terminal_snr_is_refused():
     for kind in ("DDPM", "EulerDiscrete"):  # one writes 2⁻²⁴ in its place
         scheduler = scheduler_of(kind, rescale_betas_zero_snr=True)

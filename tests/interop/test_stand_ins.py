@@ -93,6 +93,15 @@ def test_the_class_inside_of_wrappers_says_which_time_it_is_given():
     assert interop.from_diffusers(flux, FLOW).time == 1
 
 
+def test_a_hunyuan_dit_is_given_times_in_the_dtype_of_the_data():
+    scheduler = Is(alphas_cumprod=TABLE, config=Is(prediction_type="epsilon"))
+    for name, dtype in (("HunyuanDiT2DModel", torch.float32), ("UNet2DModel", torch.int64)):
+        network = type(name, (Diffusers,), {})(Net().float())
+        x, t = torch.randn(2, 2, 4, 4, dtype=torch.float32), torch.tensor([0, 2])
+        interop.from_diffusers(network, scheduler).noise(x, t)
+        assert network.network.seen.dtype == dtype
+
+
 def test_a_scheduler_with_flow_sigmas_is_a_linear_flow():
     config = Is(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=9)
     scheduler = Is(alphas_cumprod=torch.as_tensor(TABLE), config=config)

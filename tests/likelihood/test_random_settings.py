@@ -206,11 +206,12 @@ def one_after_the_other(function, model, x, label, options, generator):
         draws.append(hosm.NLLResult.cat(parts))
     densities = torch.stack([-each.nll for each in draws])
     weights = densities.detach().softmax(0) if count > 1 else 1
+    bound = draws[0].products is None
     return dataclasses.replace(
         draws[0],
         nll=math.log(count) - densities.logsumexp(0),
         nfe=sum(each.nfe for each in draws),
-        products=sum(each.products for each in draws),
+        products=None if bound else sum(each.products for each in draws),
         failed=torch.stack([each.failed for each in draws]).any(0),
         solver_error=(weights * torch.stack([each.solver_error for each in draws])).sum(0),
         quantization=None if images is None else (256, -1.0, 1.0),

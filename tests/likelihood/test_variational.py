@@ -95,3 +95,18 @@ def test_noise_levels_are_spread_evenly():
     low, high = schedule.log_sigma_hat_range
     independent = 1e6 * (high - low) * math.sqrt(4 / 45 / 8)
     assert float(result.nll.std()) < 0.4 * independent
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_a_bound_has_no_products_and_no_probes(draws):
+    model, images = gaussian(VP, 0.4, 0.7), torch.zeros(4, 2, dtype=torch.uint8)
+    bound = hosm.variational_nll(model, images, dequantization=hosm.Uniform(draws=draws))
+    assert bound.products is None
+    assert bound.summary().products is None
+    assert "nats from the draws of the bound" in str(bound)
+    assert "probes" not in str(bound)
+    assert "products" not in str(bound)
+    exact = hosm.variational_nll(model, images / 255.0)
+    solved = hosm.ode_nll(model, images / 255.0, solver=hosm.Adaptive(), divergence="exact")
+    with pytest.raises(ValueError, match=r"cat: .* same arguments"):
+        hosm.NLLResult.cat([exact, solved])

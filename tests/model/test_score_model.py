@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import hosm_losses as hosm
 from tests.cases import MLP, PREDICTIONS, SCHEDULES, VP, OfX, networks
@@ -37,11 +38,19 @@ def test_noise_score_and_denoise_are_those_of_the_prediction(prediction, schedul
         torch.testing.assert_close(model.denoise(x, t)[row], (x[row] - sigma * expected) / alpha)
 
 
-def test_a_solver_may_overstep_the_range():
-    model, x = hosm.ScoreModel(lambda x, t: x, VP), torch.randn(2, 3)
-    for name in ("noise", "score", "denoise"):
-        for t in (1e-6, 1.01):
-            assert bool(getattr(model, name)(x, torch.full((2,), t)).isfinite().all())
+def test_times_outside_the_range_are_an_error_that_names_clip():
+    """As of a solver that steps over the end; a table is looked up by no prediction of epsilon."""
+    x = torch.randn(2, 3)
+    for schedule in (VP, TABLE):
+        model = hosm.ScoreModel(lambda x, t: x, schedule)
+        for name in ("noise", "score", "denoise"):
+            for t in (-0.1, schedule.t_max * 1.01, torch.nan):
+                times = torch.full((2,), t)
+                with pytest.raises(ValueError, match=r"t: .*range.*schedule\.clip\(t\)"):
+                    getattr(model, name)(x, times)
+            for t in (schedule.t_min, schedule.t_max, schedule.t_max * 1.01):
+                times = schedule.clip(torch.full((2,), t, dtype=torch.float32))
+                assert bool(getattr(model, name)(x, times).isfinite().all())
 
 
 def test_other_words_for_a_prediction_are_stored_as_the_one():
@@ -135,6 +144,14 @@ def test_a_model_around_a_function_works_and_is_not_copied(kind):
     assert layers.training
 
 
+def test_the_model_in_an_averaged_model_is_named():
+    averaged = AveragedModel(hosm.FirstOrderDSM(hosm.ScoreModel(MLP(3), VP)).model)
+    for function in (hosm.ode_nll, hosm.first_order_dsm):
+        with pytest.raises(TypeError, match=r"model: expected a ScoreModel; .*\.module"):
+            function(averaged, torch.zeros(2, 3))
+        function(averaged.module, torch.zeros(2, 3))
+
+
 class OfTime(nn.Module):
     """Joins x and t and meets its parameters with both."""
 
@@ -190,3 +207,28 @@ def test_a_network_that_looks_t_up_is_told_of_what_is_between(kind):
         ):
             function(model, x)
         assert not bool(function(nearest, x).failed.any())
+
+
+class Raises(nn.Module):
+    """A network with a fault of its own inside."""
+
+    def forward(self, x, t):
+        return torch.sin(x, t)
+
+
+@pytest.mark.parametrize("function", [hosm.first_order_dsm, hosm.third_order_dsm, hosm.ode_nll])
+def test_a_network_that_cannot_be_called_is_said_to_have_been_called_as_it_was(function):
+    def refused(network, **kwargs):
+        model = hosm.ScoreModel(network, VP)
+        with pytest.raises(TypeError) as caught:
+            function(model, torch.randn(2, 3), model_kwargs=kwargs)
+        return "".join(getattr(caught.value, "__notes__", ()))
+
+    for network in (nn.Sequential(nn.Linear(3, 3)), lambda x: x, torch.sin, lambda x, t, z: x):
+        note = refused(network)
+        assert "called as network(x, t);" in note
+        assert all(option in note for option in ("call=", "time=", "output=", "model_kwargs"))
+    assert "network(x, t, y=...)" in refused(lambda x, t: x, y=1)
+    # What a network's own code raises is left as it is.
+    for network in (Raises(), lambda x, t: torch.sin(x, t), lambda x, t: nn.SiLU()(x, t)):
+        assert refused(network) == ""

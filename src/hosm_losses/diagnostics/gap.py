@@ -293,8 +293,9 @@ def _reference(
     if reference is None:
         return None
     if isinstance(reference, ScoreModel):
-        if reference.schedule != schedule:
-            expected, got = f"a model with the schedule {schedule!r}", repr(reference.schedule)
+        if not _same(reference.schedule, schedule):
+            expected = f"a model under the schedule {schedule!r}"
+            got = f"one under {reference.schedule!r}, with another range, alpha or sigma"
             raise ValueError(complaint("reference", expected, reference, got=got))
         return reference
     atoms = check_sample_batch("reference", reference).to(data)
@@ -308,6 +309,15 @@ def _reference(
         return (expand_right(shares, noises) * noises).sum(1)
 
     return ScoreModel(noise, schedule)
+
+
+def _same(one: Schedule, other: Schedule) -> bool:
+    """Whether two schedules have the same range, and the same α and σ on it."""
+    if (one.t_min, one.t_max) != (other.t_min, other.t_max):
+        return False
+    t = torch.linspace(one.t_min, one.t_max, 65, dtype=torch.float64, device="cpu")
+    pairs = zip(one(t), other(t), strict=True)
+    return all(torch.allclose(value, same, rtol=1e-6, atol=0.0) for value, same in pairs)
 
 
 def _square(difference: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ def importance_weighted(draws: Sequence[NLLResult], quantization: Quantization) 
         first,
         nll=math.log(len(draws)) - log_density.logsumexp(0),
         nfe=stacked("nfe").sum(0),
-        products=stacked("products").sum(0),
+        products=None if first.products is None else stacked("products").sum(0),
         solver_error=(weight * stacked("solver_error")).sum(0),
         failed=stacked("failed").any(0),
     )

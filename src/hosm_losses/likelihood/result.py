@@ -38,9 +38,10 @@ class NLLSummary:
     `failed` ones, those with NaN for their nll included, are left out. `standard_error` is that of
     the mean nll as an estimate for the data's distribution, probes included, and
     `bits_standard_error` is the same in bits per dimension; both are None for a single sample.
-    `estimator_error` is the part of it that comes from the random probes; None where unknown.
-    `products` is a mean too, and `kinks` counts the paths that seem to have some; None where
-    unknown. Bits are printed where the data are `discrete`.
+    `estimator_error` is the part of it that comes from the random probes, or from the draws of the
+    bound of the SDE, whose `products` are None; None where unknown. `products` is a mean too, and
+    `kinks` counts the paths that seem to have some; None where unknown. Bits are printed where the
+    data are `discrete`.
     """
 
     samples: int
@@ -64,7 +65,8 @@ class NLLSummary:
         shown = f"{bits} bits/dim, " if self.discrete else ""
         shown += f"{nats} nats over {self.samples} sample{'s' * (self.samples > 1)}"
         if self.estimator_error is not None:
-            shown += f"; of which {self.estimator_error:.3f} nats from the probes"
+            source = "draws of the bound" if self.products is None else "probes"
+            shown += f"; of which {self.estimator_error:.3f} nats from the {source}"
         shown += f"; solver error about {self.solver_error:.2g} nats, {self.nfe:.0f} evaluations"
         if self.products:
             shown += f" with {self.products:.0f} Jacobian products"
@@ -249,9 +251,8 @@ class Result:
         Raises:
             TypeError: if something else is among them.
             ValueError: for no result at all, samples of different shapes, or results of which some
-                have a standard error, a quantization or steps that others lack, or another
-                widening: a bound is not joined with a likelihood of the fixed grid. With one of
-                `Adaptive` and the exact divergence it is: no field tells them apart.
+                have a standard error, products, a quantization or steps that others lack, or
+                another widening: a bound is not joined with a likelihood.
 
         Example:
             >>> zero = torch.zeros(2)

@@ -145,7 +145,7 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
     nll = estimate + antiderivative(end) - antiderivative(start) + decoder + prior
     nfe, standard_error = torch.full_like(nll, evaluations).long(), (spread + prior_spread).sqrt()
     zero = torch.zeros_like(nll)
-    return NLLResult(nll, latent.to(paths.dtype), nfe, standard_error, zero, zero > 0, nfe * 0)
+    return NLLResult(nll, latent.to(paths.dtype), nfe, standard_error, zero, zero > 0)
 
 
 def _prior(paths: Paths, end: NoiseLevel, samples: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -141,6 +141,9 @@ class Weights:
     def expectation(self, function: Callable[[Tensor], Tensor]) -> Expectation:
         """E_π[function(x)], for a function of (B, *) that returns (B,) or (B, *).
 
+        Returns:
+            A named tuple of `value` and `error`, of the shape of one of the function's values.
+
         Raises:
             ValueError: for values of another length.
 
@@ -176,6 +179,10 @@ class Weights:
         """Bounds of log Z from these samples and from the likelihood of points x of the target.
 
         A sample of weight zero and a failed point make their bounds infinite.
+
+        Returns:
+            A named tuple of `lower`, `lower_error`, `upper` and `upper_error`, in nats. Only the
+            upper bound sees modes that the samples miss.
 
         Raises:
             ValueError: for another number of points than the result has, or where log π is −inf.

@@ -47,7 +47,7 @@ def first_order_dsm(
 ) -> Tensor:
     """Return the loss of order one, ‖ε̂ − ε‖²/d: that of every diffusion trainer.
 
-    The safe primitives are not used: with prediction="epsilon" it is the old loss to the last bit,
+    The safe primitives are not used: with prediction="epsilon" it is the old loss to rounding,
     given the same α and σ and data in float32 or float64. Half precision is squared in float32.
     The arguments, and what is raised, are those of `third_order_dsm`.
 

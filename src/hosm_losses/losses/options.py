@@ -84,6 +84,10 @@ def _check_probes(probes: object) -> Any:
     """The probes as a value; a whole number is that of `Hutchinson`."""
     if isinstance(probes, Integral) and not isinstance(probes, bool) and int(probes) >= 1:
         return Hutchinson(int(probes))
+    if isinstance(probes, Hutchinson) and probes.mode != "reverse":
+        expected = "probes without a mode, which is for the divergence of a likelihood"
+        remedy = "Losses have engine='taylor' and engine='reverse' in its place."
+        raise ValueError(complaint("probes", expected, probes, remedy, got=repr(probes)))
     if isinstance(probes, Hutchinson | Paired) or (isinstance(probes, str) and probes == "exact"):
         return probes
     expected = "a whole number of at least 1, 'exact', Hutchinson() or Paired()"

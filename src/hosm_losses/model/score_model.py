@@ -23,10 +23,12 @@ Source:
 import copy
 from collections.abc import Callable
 from functools import partial
+from traceback import walk_tb
 from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from hosm_losses._checks import (
     check_choice,
@@ -52,6 +54,12 @@ SAME = {"x0": "sample", "denoiser": "sample", "v": "v_prediction", "velocity": "
 UNSHARD = (
     "If fully_shard is around it, its parameters are shards between the steps: call unshard() on "
     "the sharded loss module in every process before, and reshard() after."
+)
+CALLED = (
+    "The network was called as network(x, t{}); other arguments go into model_kwargs. If it wants "
+    "them otherwise, give ScoreModel(..., call=lambda network, x, t, **kwargs: network(x)), for "
+    "example; time= if it counts time otherwise, and output= if it returns more than the "
+    "prediction."
 )
 
 
@@ -156,7 +164,7 @@ class ScoreModel(nn.Module):
 
         Raises:
             TypeError: if the network returns no real tensor, or for integer t without a table.
-            ValueError: if it returns another shape than that of x, or t is above twice t_max.
+            ValueError: if it returns another shape than that of x, or t is out of range.
         """
         self._check_times(t)
         return apply_affine(self.predict(x, t, **kwargs), x, *self.affine(t, x))
@@ -165,8 +173,7 @@ class ScoreModel(nn.Module):
         if not (t.is_floating_point() or self.schedule.integer_time):
             expected = "floating-point times, as only a DiscreteSchedule takes indices"
             raise TypeError(complaint("t", expected, t))
-        if may_look(t) and bool((t > 2 * self.schedule.t_max).any()):  # a solver may overstep
-            check_range("t", t, self.schedule.t_min, self.schedule.t_max)
+        check_range("t", t, self.schedule.t_min, self.schedule.t_max)
 
     def affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(p, q) in ε̂ = p · prediction + q x, expanded to `like`; None for 1 and for 0."""
@@ -250,6 +257,10 @@ class ScoreModel(nn.Module):
                 if note := self._note(x.dtype, network_time.dtype, error):
                     error.add_note(note)
                 raise
+            except TypeError as error:
+                if self.call is None and _raised_by_the_call(error):
+                    error.add_note(CALLED.format("".join(f", {name}=..." for name in kwargs)))
+                raise
         predicted = returned if self.output is None else self.output(returned)
         check_prediction(predicted, x)
         return predicted
@@ -284,6 +295,13 @@ class ScoreModel(nn.Module):
         return None
 
 
+def _raised_by_the_call(error: TypeError) -> bool:
+    """Whether no code of the network's own is between our call, which caught this, and it."""
+    behind = error.__traceback__ and error.__traceback__.tb_next
+    names = {frame.f_globals.get("__name__") for frame, _ in walk_tb(behind)}
+    return names <= {nn.Module.__module__}
+
+
 def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:
     """p · part + q x for what `ScoreModel.affine` returns; None stands for 1 and for 0."""
     scaled = part if p is None else p * part
@@ -293,9 +311,9 @@ def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor 
 def check_model(value: object) -> ScoreModel:
     """Return `value` if it is a ScoreModel."""
     if not isinstance(value, ScoreModel):
-        remedy = (
-            "Wrap your network first: ScoreModel(network, VPSchedule(), prediction='epsilon')."
-        )
+        remedy = "Wrap your network: ScoreModel(network, VPSchedule(), prediction='epsilon')."
+        if isinstance(value, AveragedModel):
+            remedy = "Give its .module, the copy of your ScoreModel."
         raise TypeError(complaint("model", "a ScoreModel", value, remedy))
     return value
 

@@ -65,6 +65,10 @@ class Schedule:
     _prior_std: ClassVar[float | None] = None
     _starts_at_data: ClassVar[bool] = True
 
+    def __repr__(self) -> str:
+        """The name and the range."""
+        return f"{type(self).__name__}(t_min={self.t_min!r}, t_max={self.t_max!r})"
+
     def alpha(self, t: Tensor) -> Tensor:
         """α(t), the factor of the data."""
         raise NotImplementedError(UNDEFINED.format(type(self).__name__))

@@ -29,8 +29,8 @@ def jet(
             "sum", the sum of those.
 
     Returns:
-        f (B, \*), first derivatives (K, B, \*), and second ones: None for "none", (K, B, \*) for
-        "squares", (B, \*) for "sum".
+        f (B, \*), first derivatives (K, B, \*), and second ones, which are None for "none",
+        (K, B, \*) for "squares" and (B, \*) for "sum".
 
     Raises:
         TaylorError: what the function does cannot be followed, and why.
