@@ -99,7 +99,10 @@ class Call:
         modules = (
             dict(model.network.named_modules()) if isinstance(model.network, nn.Module) else {}
         )
-        watch = Watch(not warn_of_training_mode(modules) and not traced())
+        watch = Watch(
+            not warn_of_training_mode(modules) and not traced(),
+            model.primitives and not callable(self.divergence),
+        )
         with (
             buffers_restored(modules, x),
             outside_inference_mode(),

@@ -243,7 +243,8 @@ class Batch:
             points = x if lost is None else torch.where(expand_right(lost, x), 1.0, x)
             if value_alone:
                 return [field(points)]
-            value, forms = with_divergence(field, points, probes, divergence)
+            with self.watch.derivative():
+                value, forms = with_divergence(field, points, probes, divergence)
             return [value, forms.T]
 
         if lost is not None and not look:

@@ -1,7 +1,8 @@
 """What makes the likelihood of a network random: its training mode, or draws by its own code."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import get_device_states
 from hosm_losses._checks import warn
 from hosm_losses._torch_internals import traced
 from hosm_losses.derivatives import Snapshot
+from hosm_losses.taylor import refuse_constants
 
 TRAINING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 TRAINING += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -49,10 +51,19 @@ class Watch:
 
     No list of layers is complete: a network may drop labels, layers or words by code of its own.
     Drawing moves torch's generators.
+
+    Operators without a derivative are refused in the first evaluation with a divergence: a mode
+    around each of them would cost a small network a quarter of its time.
     """
 
-    def __init__(self, due: bool) -> None:
+    def __init__(self, due: bool, derivative_due: bool) -> None:
         self.due = due
+        self.derivative_due = derivative_due
+
+    def derivative(self) -> AbstractContextManager[Any]:
+        """A block for an evaluation with a divergence, which refuses them the first time."""
+        due, self.derivative_due = self.derivative_due, False
+        return refuse_constants() if due else nullcontext()
 
     def before(self, x: Tensor) -> list[Tensor]:
         """The states of torch's generators on the devices of x; none unless this is due."""

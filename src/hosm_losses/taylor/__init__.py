@@ -89,6 +89,7 @@ from hosm_losses.taylor.hooks import check_unchanged as check_unchanged
 from hosm_losses.taylor.primitive_mode import CHECKPOINT_ADVICE as CHECKPOINT_ADVICE
 from hosm_losses.taylor.primitive_mode import ForeignCheckpointError as ForeignCheckpointError
 from hosm_losses.taylor.primitive_mode import recomputable as recomputable
+from hosm_losses.taylor.primitive_mode import refuse_constants as refuse_constants
 from hosm_losses.taylor.primitive_mode import safe_primitives as safe_primitives
 from hosm_losses.taylor.stacks import at_least_float32 as at_least_float32
 from hosm_losses.taylor.tensor import Jet as Jet

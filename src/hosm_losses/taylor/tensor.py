@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from hosm_losses.taylor import aliases
 from hosm_losses.taylor._torch import (
@@ -39,7 +40,12 @@ from hosm_losses.taylor.hooks import GIVE_THE_SOURCE, ScriptedError
 from hosm_losses.taylor.primitive_mode import safe_primitives
 from hosm_losses.taylor.registry import CONSTANT, RULES, Rule, name_of
 from hosm_losses.taylor.stacks import Pairs, extend
-from hosm_losses.taylor.unknown import WRONG, along, wrong_in_forward_mode
+from hosm_losses.taylor.unknown import (
+    WRONG,
+    along,
+    refuse_constant,
+    wrong_in_forward_mode,
+)
 
 # The methods that Tensor has in Python. torch.compile looks into them in place of asking
 # `__torch_function__`, so Jet has its own; with their rules, which it does not find in a
@@ -218,6 +224,9 @@ def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             raise TaylorError(f"{name_of(func)}: {COMPLEX}")
         # One result at least, where the function returns no tensor.
         found = tuple(leaf for leaf in seen[0] if isinstance(leaf, Tensor))
+        floats = [leaf for leaf in found if leaf.is_floating_point()]
+        if floats and all(unpack_dual(leaf).tangent is None for leaf in floats):
+            refuse_constant(func, floats[0])
         return found or (values[0].new_zeros(()),)
 
     # Copies: torch.func writes to what it is given, which elements in one place do not allow.
