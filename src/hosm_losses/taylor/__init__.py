@@ -18,7 +18,8 @@ How it works:
         y_l = ∂f x_l        y_ll = ∂f x_ll + ∂²f[x_l, x_l]
 
     A function without a rule is differentiated by itself, by `torch.func.jvp`. What cannot be
-    right raises `TaylorError`, such as complex numbers or a custom autograd.Function.
+    right raises `TaylorError`, such as a custom autograd.Function or complex numbers, but for
+    those of rotary embeddings.
 
 Kinds of rules, with one of each:
     linear: ∂²f is zero, so it is the function itself, of one component after the other or of the

@@ -38,9 +38,8 @@ WRONG = (
     "PyTorch's derivative of it in forward mode is not differentiated rightly. Write it with "
     "other operators."
 )
-# Functions that take the type or the shape of an argument and none of its values; and torch.tensor,
-# which detaches.
-_LIKE = ("to", "type_as", "view_as", "reshape_as", "expand_as", "fill", "fill_", "tensor")
+# Functions that take the type or the shape of an argument alone; and torch.tensor, which detaches.
+_CONSTANT_TOO = ("to", "type_as", "view_as", "reshape_as", "expand_as", "fill", "fill_", "tensor")
 
 
 def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[str, Any]) -> bool:
@@ -64,7 +63,7 @@ def refuse_constant(function: Any, result: Tensor) -> None:
         return
     # An operator of torch.ops.aten has a name such as new_zeros.default.
     name = name_of(function).split(".")[0]
-    if name in _LIKE or any(name == name_of(each) for each in CONSTANT):
+    if name in _CONSTANT_TOO or any(name == name_of(each) for each in CONSTANT):
         return
     raise ConstantError(
         f"network: expected operators that PyTorch differentiates; got {name}, which it takes for "
