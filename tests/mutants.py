@@ -122,6 +122,24 @@ MUTANTS = [
         "tests/taylor/test_in_place.py",
     ),
     Mutant(
+        "taylor/tensor.py",
+        "            refuse_constant(func, floats[0])\n",
+        "            pass\n",
+        "tests/taylor/test_constants.py",
+    ),
+    Mutant(
+        "taylor/primitive_mode.py",
+        "                refuse_constant(func, result)\n",
+        "                pass\n",
+        "tests/taylor/test_constants.py",
+    ),
+    Mutant(
+        "taylor/tensor.py",
+        "(func not in OF_COMPLEX or len(jets) > 1)",
+        "func not in OF_COMPLEX",
+        "tests/taylor/test_complex.py",
+    ),
+    Mutant(
         "taylor/unknown.py",
         "parts[1] = pytree.tree_map(partial(collect, pairs=pairs), parts[1])\n",
         'parts[1] = pytree.tree_map(partial(collect, pairs="squares"), parts[1])\n',
@@ -484,7 +502,7 @@ MUTANTS = [
     ),
     # Under inference_mode a loss keeps a graph.
     Mutant(
-        "_torch_internals.py",
+        "taylor/_torch.py",
         "with torch.inference_mode(False), torch.no_grad():",
         "with torch.inference_mode(False):",
         "tests/losses/test_functions.py",

@@ -5,7 +5,6 @@ change in silence, with the versions that have them; where one fails, this file 
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from hosm_losses.taylor import _torch
 pytree, traced, transformed = _torch.pytree, _torch.traced, _torch.transformed
 checkpoint_hook, forward_mode = _torch.checkpoint_hook, _torch.forward_mode
 versions = _torch.versions
+outside_inference_mode, normal = _torch.outside_inference_mode, _torch.normal
 
 # The node behind the result of a once_differentiable backward, which autograd.grad never meets.
 DELAYED_ERROR = "torch::autograd::Error"
@@ -54,26 +54,6 @@ def surroundings() -> tuple[Any, ...]:
         _torch.saving_hooks() is not None,
         _autograd._profiler_enabled(),
     )
-
-
-def outside_inference_mode() -> AbstractContextManager[None]:
-    """Leave torch.inference_mode, which forbids all derivatives, with gradients off as before."""
-    # torch.compile of PyTorch 2.6 follows no generator in a with statement.
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-        return nullcontext()
-    return _left()
-
-
-@contextmanager
-def _left() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def normal(tensor: Tensor) -> Tensor:
-    """Copy a tensor made in inference mode, so that autograd can save it; return any other."""
-    made_in_it = not torch.compiler.is_compiling() and tensor.is_inference()
-    return tensor.clone() if made_in_it else tensor
 
 
 def graph_nodes(tensors: Iterable[Tensor], point: Tensor | None = None) -> Iterator[Any]:

@@ -135,6 +135,33 @@ def _call_wan(network: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor
     return network(x.unsqueeze(2), timestep=t, **kwargs).sample.squeeze(2)
 
 
+def qwen_image() -> nn.Module:
+    from diffusers import QwenImageTransformer2DModel
+
+    heads = {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (2, 2, 4)}
+    sizes = {"patch_size": 1, "num_layers": 2, "joint_attention_dim": 6}
+    return QwenImageTransformer2DModel(**_CHANNELS, **heads, **sizes)
+
+
+def _call_qwen_image(network: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+    shapes = {"img_shapes": [(1, SIZE, SIZE)] * len(x)}
+    return network(x.flatten(2).mT, timestep=t, **shapes, **kwargs).sample.mT.reshape(x.shape)
+
+
+def lumina2() -> nn.Module:
+    from diffusers import Lumina2Transformer2DModel
+
+    heads = {"num_attention_heads": 2, "num_kv_heads": 1, "axes_dim_rope": (4, 2, 2)}
+    sizes = {"sample_size": SIZE, "patch_size": 1, "in_channels": 2, "hidden_size": 16}
+    layers = {"num_layers": 1, "num_refiner_layers": 1, "multiple_of": 8, "cap_feat_dim": 6}
+    return Lumina2Transformer2DModel(**heads, **sizes, **layers, axes_lens=(16, 8, 8))
+
+
+def _call_lumina2(network: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+    mask = torch.ones(kwargs["encoder_hidden_states"].shape[:2], dtype=torch.bool)
+    return network(x, timestep=t, encoder_attention_mask=mask, **kwargs).sample
+
+
 def lucidrains(**options: Any) -> nn.Module:
     from denoising_diffusion_pytorch import Unet
 
@@ -326,6 +353,12 @@ NETWORKS: Mapping[str, Network] = {
     ),
     "diffusers WanTransformer3DModel": Network(
         "diffusers", wan, {**THOUSAND, **FLOW, "call": _staying_double(_call_wan)}, text
+    ),
+    "diffusers QwenImageTransformer2DModel": Network(
+        "diffusers", qwen_image, {**FLOW, "call": _staying_double(_call_qwen_image)}, text
+    ),
+    "diffusers Lumina2Transformer2DModel": Network(
+        "diffusers", lumina2, {**FLOW, "call": _staying_double(_call_lumina2)}, text
     ),
     "denoising_diffusion_pytorch Unet": Network(
         "denoising-diffusion-pytorch", partial(lucidrains, flash_attn=False), THOUSAND

@@ -260,6 +260,17 @@ def moves(*options):
     return lambda f, x, c: f(c(cube(x), cube(x), cube(x), x.flatten(), x.mean()), *c(*options))
 
 
+def turned(_, x, c):
+    """Pairs as complex numbers, times a constant and moved about, and as pairs again."""
+    pairs = c(cube(x), tokens(x), x[:, None], 2 * cube(x)).unflatten(-1, (-1, 2))
+    constants = torch.view_as_complex(OTHER.unflatten(2, (2, 2)))
+    turn = c(constants[0, 0, 0], constants[0, 0, :1], 0.7, ROW[0], WEIGHT[0, 0], OTHER[0, 0, :1])
+    z = torch.view_as_complex(pairs)
+    z = c(z * turn, turn * z, torch.mul(turn, z), z.mul(turn))
+    z = c(z, z.flatten(1), z.transpose(0, 1), z[..., :1], z.unsqueeze(1).chunk(2, -1)[0])
+    return torch.view_as_real(z)
+
+
 def pooled(f, x, c):
     axes = int(f.__name__[-2])
     if "adaptive" in f.__name__:
@@ -391,6 +402,7 @@ TABLE = {
         f(*c((x, x.cos()), (x, WEIGHT[:3].mT.mT), (WEIGHT[:3], x))),
         x,
     ),
+    "view_as_complex view_as_real": turned,
     "permute": moves(((2, 0, -2),), (1, 2, 0), ([0, -1, 1],)),
     "expand": lambda f, x, c: f(
         cube(x)[:, :1], *c((3, 5, 4), ((2, 3, 5, 4),), (-1, 2, -1), ((1, 3, 2, 4),))

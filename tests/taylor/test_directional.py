@@ -124,3 +124,69 @@ def test_arguments_that_do_not_go_together(network, points, count, shape, pairs)
 def test_what_cannot_be_followed_is_named(points):
     with pytest.raises(taylor.TaylorError, match="complex"):
         taylor.jet(lambda x: torch.fft.fft(x).real, points, directions())
+
+
+BATCH = torch.randn(5, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+REFUSED = {
+    "integers": (
+        BATCH.long(),
+        TypeError,
+        r"x: expected .*; got torch\.int64\. .*torch\.as_tensor",
+    ),
+    "an array": (BATCH.numpy(), TypeError, r"x: expected .*; got ndarray\. .*torch\.as_tensor"),
+    "complex numbers": (BATCH.cfloat(), TypeError, r"got torch\.complex64\. "),
+    "a number": (BATCH[0, 0], ValueError, r"x: expected a batch.*x\.reshape"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("call", ["jet", "laplacian"])
+def test_what_is_no_batch_in_floating_point_is_refused_in_a_sentence(call, name):
+    x, kind, match = REFUSED[name]
+    calls = {
+        "jet": lambda: taylor.jet(torch.sin, x, torch.ones(1, 5, 3)),
+        "laplacian": lambda: taylor.laplacian(torch.sin, x),
+    }
+    with pytest.raises(kind, match=match):
+        calls[call]()
+
+
+@pytest.mark.parametrize("w", [BATCH[None].long(), BATCH[None].numpy()])
+def test_directions_are_refused_likewise(w):
+    with pytest.raises(TypeError, match=r"directions: expected .*torch\.as_tensor\(directions"):
+        taylor.jet(torch.sin, BATCH, w)
+
+
+@pytest.mark.parametrize(("short", "wide"), [("x", "directions"), ("directions", "x")])
+def test_directions_are_taken_in_the_type_of_x(network, short, wide):
+    given = {short: torch.float32, wide: torch.float64}
+    x, w = BATCH.to(given["x"]), directions().to(given["directions"])
+    got = taylor.jet(network.to(x.dtype), x, w, "sum")
+    expected = taylor.jet(network, x, w.to(x.dtype), "sum")
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+        assert one.dtype == x.dtype
+
+
+def test_in_inference_mode_they_are_what_they_are_outside(network):
+    found = []
+    for around in (torch.no_grad, torch.inference_mode):
+        with around():
+            x, w = BATCH.clone(), directions()
+            jet = taylor.jet(network, x, w, "squares")
+            found.append((*jet, taylor.laplacian(network, x)))
+            assert not any(each.requires_grad for each in found[-1])
+    assert all(map(torch.equal, *found))
+
+
+def test_advice_names_no_argument_of_another_function():
+    functions = (
+        torch.linalg.det,
+        torch.fft.fft,
+        torch.no_grad()(torch.sin),
+        torch.special.bessel_j0,
+    )
+    for function in functions:
+        with pytest.raises((taylor.TaylorError, taylor.DerivativeError)) as raised:
+            taylor.laplacian(function, torch.randn(2, 3, 3))
+        assert "engine" not in str(raised.value)

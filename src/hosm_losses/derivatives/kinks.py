@@ -138,7 +138,7 @@ class _Watch(TorchFunctionMode):
         named, name = kwargs or {}, getattr(func, "__name__", "").strip("_")
         first = args[0] if args else named.get("input")
         power = 2 if name == "square" else args[-1] if name == "pow" and args else 1
-        for noted in self.noted:
+        for noted in self.noted if name != "get" else ():  # a property is asked for
             if any(noted.result() is each for each in args):
                 noted.powers.append(power if isinstance(power, int | float) else 1)
         x = _stack(first)

@@ -41,7 +41,7 @@ from hosm_losses.likelihood.integers import (
 from hosm_losses.likelihood.paths import Chosen, Divergence, Paths, choose_divergence
 from hosm_losses.likelihood.result import NLLResult, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
-from hosm_losses.likelihood.watch import RandomnessCheck, buffers_restored, warn_of_training_mode
+from hosm_losses.likelihood.watch import FirstEvaluation, buffers_restored, warn_of_training_mode
 from hosm_losses.model import ScoreModel, bind_model, check_model
 
 LogPrior = Callable[[Tensor], Tensor] | Distribution
@@ -106,7 +106,11 @@ class Job:
         """A block in which the pieces are evaluated, `batch_size` samples at a time."""
         model, x, network = self.model, self.x, self.model.network
         modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
-        watch = RandomnessCheck(not warn_of_training_mode(modules) and not traced())
+        differentiates = not (self.divergence is None or callable(self.divergence))
+        watch = FirstEvaluation(
+            look_for_draws=not warn_of_training_mode(modules) and not traced(),
+            look_for_constants=differentiates and model.primitives,
+        )
         total = len(x) * self.draws
         with (
             buffers_restored(modules, x),

@@ -50,7 +50,7 @@ from hosm_losses._checks import (
 from hosm_losses.derivatives import derive, quadratic_forms
 from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
 from hosm_losses.likelihood.coordinates import Coordinates, NoiseLevel, accumulator
-from hosm_losses.likelihood.watch import RandomnessCheck
+from hosm_losses.likelihood.watch import FirstEvaluation
 from hosm_losses.model import BoundModel, apply_affine
 from hosm_losses.probes import Hutchinson, ToStandardError, draw_probes, unit_vector_chunks
 
@@ -96,7 +96,7 @@ class Paths:
     log_prior: Callable[[Tensor], Tensor] | None
     generator: torch.Generator | None
     advance: Callable[[float], object]  # told the samples' worth of work done
-    watch: RandomnessCheck
+    watch: FirstEvaluation
     divergence: Chosen | None
     checkpoints: RecomputedEvaluations
 
@@ -169,9 +169,10 @@ class Paths:
         """
         before = self.watch.before(x)
         if not torch.is_grad_enabled():
-            found = value_and_divergence(model, x, divergence, probes)
+            with self.watch.with_divergence() if divergence is not None else nullcontext():
+                value, forms = value_and_divergence(model, x, divergence, probes)
             self.watch.compare(before, x)
-            return found
+            return value, forms
         lost, look = ~all_finite(x), may_look(x)
         if not look:
             with torch.no_grad():
@@ -179,7 +180,8 @@ class Paths:
                 lost = lost | ~all_finite(model.f(points))
         while True:
             points = torch.where(expand_right(lost, x), 1.0, x)
-            value, forms = value_and_divergence(model, points, divergence, probes)
+            with self.watch.with_divergence() if divergence is not None else nullcontext():
+                value, forms = value_and_divergence(model, points, divergence, probes)
             good = all_finite(value.detach())
             good = good if forms is None else good & torch.isfinite(forms.detach()).all(0)
             if not look or bool((good | lost).all()):

@@ -1,7 +1,8 @@
 """What makes the likelihood of a network random: its training mode, or draws by its own code."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import get_device_states
 from hosm_losses._checks import warn
 from hosm_losses._torch_internals import traced
 from hosm_losses.derivatives import Snapshot
+from hosm_losses.taylor import refuse_constants
 
 TRAINING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 TRAINING += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -44,26 +46,39 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
     return False
 
 
-class RandomnessCheck:
-    """Looks at the first evaluation of a network, and warns if it drew random numbers.
+class FirstEvaluation:
+    """Checks of the first evaluation of a network: warns if it drew random numbers.
 
     No list of layers is complete: a network may drop labels, layers or words by code of its own.
     Drawing moves torch's generators.
+
+    Operators without a derivative are refused in the first evaluation with a divergence: a mode
+    around each of them would cost a small network a quarter of its time.
     """
 
-    def __init__(self, due: bool) -> None:
-        self.due = due
+    def __init__(self, *, look_for_draws: bool, look_for_constants: bool) -> None:
+        self.look_for_draws, self.look_for_constants = look_for_draws, look_for_constants
+
+    @property
+    def due(self) -> bool:
+        """Whether a check is due."""
+        return self.look_for_draws or self.look_for_constants
+
+    def with_divergence(self) -> AbstractContextManager[Any]:
+        """A block for an evaluation with a divergence, in which constants are refused once."""
+        due, self.look_for_constants = self.look_for_constants, False
+        return refuse_constants() if due else nullcontext()
 
     def before(self, x: Tensor) -> list[Tensor]:
-        """The states of torch's generators on the devices of x; none unless this is due."""
+        """The states of torch's generators on the devices of x; none if nobody looks."""
         # Inside a CUDA graph the states cannot be asked for.
-        if not self.due or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not self.look_for_draws or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return []
         return [torch.get_rng_state(), *get_device_states(x)[1]]
 
     def compare(self, before: list[Tensor], x: Tensor) -> None:
         """Warn if the first evaluation, at x, moved the generators."""
-        after, self.due = self.before(x), False
+        after, self.look_for_draws = self.before(x), False
         if not all(map(torch.equal, before, after)):
             warn(
                 "network: expected an output that its input determines; got one that draws random "

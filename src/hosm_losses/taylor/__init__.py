@@ -18,7 +18,8 @@ How it works:
         y_l = ∂f x_l        y_ll = ∂f x_ll + ∂²f[x_l, x_l]
 
     A function without a rule is differentiated by itself, by `torch.func.jvp`. What cannot be
-    right raises `TaylorError`, such as complex numbers or a custom autograd.Function.
+    right raises `TaylorError`, such as a custom autograd.Function or complex numbers, but for
+    those of rotary embeddings.
 
 Kinds of rules, with one of each:
     linear: ∂²f is zero, so it is the function itself, of one component after the other or of the
@@ -89,6 +90,7 @@ from hosm_losses.taylor.hooks import check_unchanged as check_unchanged
 from hosm_losses.taylor.primitive_mode import CHECKPOINT_ADVICE as CHECKPOINT_ADVICE
 from hosm_losses.taylor.primitive_mode import ForeignCheckpointError as ForeignCheckpointError
 from hosm_losses.taylor.primitive_mode import recomputable as recomputable
+from hosm_losses.taylor.primitive_mode import refuse_constants as refuse_constants
 from hosm_losses.taylor.primitive_mode import safe_primitives as safe_primitives
 from hosm_losses.taylor.stacks import at_least_float32 as at_least_float32
 from hosm_losses.taylor.tensor import Jet as Jet

@@ -5,8 +5,8 @@ change in silence, with the versions that have them; where one fails, this file 
 """
 
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,14 @@ def transformed() -> bool:
 def traced() -> bool:
     """Whether torch.compile or a transform of torch.func is around: no value can be read."""
     return torch.compiler.is_compiling() or _C._functorch.peek_interpreter_stack() is not None
+
+
+def carries_gradient(x: object) -> bool:
+    """Whether a value is a tensor with a gradient, in the innermost transform of torch.func."""
+    if not isinstance(x, Tensor) or not x.requires_grad:
+        return False
+    innermost = _C._functorch.peek_interpreter_stack()
+    return innermost is None or _C._functorch.maybe_get_level(x) == innermost.level()
 
 
 def saving_hooks() -> Any:
@@ -142,6 +150,26 @@ def swap(one: Tensor, other: Tensor) -> None:
     """Let two tensors change places; RuntimeError if one has views, weak references or a graph."""
     with without_subclasses():
         torch.utils.swap_tensors(one, other)
+
+
+def outside_inference_mode() -> AbstractContextManager[None]:
+    """Leave torch.inference_mode, which forbids all derivatives, with gradients off as before."""
+    # torch.compile of PyTorch 2.6 follows no generator in a with statement.
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return _left()
+
+
+@contextmanager
+def _left() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def normal(tensor: Tensor) -> Tensor:
+    """Copy a tensor made in inference mode, so that autograd can save it; return any other."""
+    made_in_it = not torch.compiler.is_compiling() and tensor.is_inference()
+    return tensor.clone() if made_in_it else tensor
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:

@@ -6,11 +6,29 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from hosm_losses.taylor._torch import normal, outside_inference_mode
 from hosm_losses.taylor.stacks import Pairs, components
 from hosm_losses.taylor.tensor import propagate
 
 Function = Callable[[Tensor], Tensor]
 PAIRS = get_args(Pairs)
+
+
+def _check_floats(name: str, value: object) -> None:
+    """Raise TypeError unless this is a tensor in floating point."""
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"{name}: expected a tensor in floating point; got {came}. Convert it with "
+            f"torch.as_tensor({name}, dtype=torch.float32)."
+        )
+
+
+def _check_batch(x: Tensor) -> None:
+    """Raise unless this is a batch (B, *) in floating point."""
+    _check_floats("x", x)
+    if x.ndim == 0:
+        raise ValueError("x: expected a batch (B, *); got no axes. Give it one by x.reshape(1).")
 
 
 def jet(
@@ -24,7 +42,7 @@ def jet(
     Args:
         function: of x (B, \*), every sample alone; such as a network with its conditions bound.
         x: a batch (B, \*), in floating point.
-        directions: K directions for every sample, (K, B, \*).
+        directions: K directions for every sample, (K, B, \*), taken in the dtype of x.
         pairs: which second derivatives there are: "none"; "squares", ∂²f[v, v] of every direction;
             "sum", the sum of those.
 
@@ -34,7 +52,10 @@ def jet(
 
     Raises:
         TaylorError: what the function does cannot be followed, and why.
-        ValueError: directions of another shape, or pairs of another name.
+        DerivativeError: an operator inside it has no derivative in PyTorch, or a hook changes a
+            gradient.
+        TypeError: x or directions that are no tensors in floating point.
+        ValueError: x without axes, directions of another shape, or pairs of another name.
 
     Example:
         >>> x, v = torch.tensor([[0.0], [1.0]]), torch.ones(1, 2, 1)
@@ -42,6 +63,8 @@ def jet(
         >>> first.flatten().tolist(), second.flatten().tolist()
         ([0.0, 3.0], [0.0, 6.0])
     """
+    _check_batch(x)
+    _check_floats("directions", directions)
     if directions.shape[1:] != x.shape or not len(directions):
         shape = ", ".join(map(str, x.shape))
         raise ValueError(
@@ -49,7 +72,8 @@ def jet(
         )
     if pairs not in PAIRS:
         raise ValueError(f"pairs: expected one of {PAIRS}; got {pairs!r}.")
-    stack = propagate(function, x, directions, pairs)
+    with outside_inference_mode():
+        stack = propagate(function, normal(x), normal(directions).to(x.dtype), pairs)
     stack = stack if torch.is_grad_enabled() else stack.detach()
     value, first, second = components(stack, len(directions))
     if pairs == "none":
@@ -65,7 +89,7 @@ def laplacian(function: Function, x: Tensor) -> Tensor:
 
     Args:
         function: of x (B, \*), every sample alone.
-        x: a batch (B, \*).
+        x: a batch (B, \*), in floating point.
 
     Returns:
         Δf, of the shape of f(x).
@@ -74,6 +98,7 @@ def laplacian(function: Function, x: Tensor) -> Tensor:
         >>> laplacian(lambda x: (x**3).sum(1), torch.tensor([[1.0, 2.0]]))
         tensor([18.])
     """
+    _check_batch(x)
     units = torch.eye(x.shape[1:].numel(), dtype=x.dtype, device=x.device)
     directions = units.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
     found = jet(function, x, directions, "sum")[2]

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from hosm_losses.taylor._torch import versions
-from hosm_losses.taylor.errors import DerivativeError
+from hosm_losses.taylor.errors import ConstantError, DerivativeError
 
 CHANGING_HOOK = (
     "network: expected hooks that look at gradients; got one that changes them inside it, and "
@@ -27,7 +27,7 @@ GIVE_THE_SOURCE = (
     "without an error. Use the module that it was made of."
 )
 # What no other engine does better.
-FINAL = (ChangedGradientError, ScriptedError)
+FINAL = (ChangedGradientError, ScriptedError, ConstantError)
 
 
 def check_unchanged(returned: Sequence[Any], incoming: Sequence[Any]) -> None:

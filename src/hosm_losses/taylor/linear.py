@@ -16,7 +16,14 @@ from torch import Tensor
 
 from hosm_losses.taylor.aliases import share
 from hosm_losses.taylor.errors import NoRule, TaylorError
-from hosm_losses.taylor.registry import Function, axes, axis, functions_named, rule
+from hosm_losses.taylor.registry import (
+    OF_COMPLEX,
+    Function,
+    axes,
+    axis,
+    functions_named,
+    rule,
+)
 from hosm_losses.taylor.stacks import align
 from hosm_losses.taylor.tensor import (
     Jet,
@@ -157,6 +164,25 @@ for _table in (VIEWS, NEW):
         linear(_move, _names, view=_table is VIEWS)
 linear(_turned, Tensor.T.__get__, view=True)  # pyright: ignore[reportAttributeAccessIssue]
 linear(_transpose, Tensor.mT.__get__, view=True)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@rule("view_as_complex", kind="linear")
+def _pairs_as_complex(x: Jet) -> Jet:
+    if x.ndim == 0:
+        raise NoRule
+    # Strides of a stack are not those of the value, which PyTorch asks to have the pairs last.
+    stack = torch.view_as_complex(x.stack.contiguous())
+    return share(x, Jet.make(stack, x.firsts, x.pairs, of_complex=True))
+
+
+@rule("view_as_real", kind="linear")
+def _complex_as_pairs(x: Jet) -> Jet:
+    return share(x, x.like(torch.view_as_real(x.stack)))
+
+
+_TURNS = "view_as_real mul multiply __mul__ __rmul__ __getitem__"
+_ASKED = Tensor.requires_grad.__get__, Tensor.grad_fn.__get__  # pyright: ignore
+OF_COMPLEX.update(dict.fromkeys(functions_named(_TURNS, *VIEWS, *_ASKED)))
 
 
 @rule(

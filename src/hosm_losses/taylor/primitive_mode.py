@@ -20,10 +20,11 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hosm_losses.taylor._torch import checkpoint_hook, traced
+from hosm_losses.taylor._torch import carries_gradient, checkpoint_hook, traced
 from hosm_losses.taylor.errors import DerivativeError
 from hosm_losses.taylor.hooks import guard_hook
 from hosm_losses.taylor.registry import OF_ONE, PRIMITIVES
+from hosm_losses.taylor.unknown import refuse_constant
 
 CHECKPOINT_ADVICE = (
     "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order "
@@ -83,7 +84,12 @@ class _SafePrimitives(TorchFunctionMode):
         primitive = self.table.get(func)
         if primitive is not None:
             _refuse_foreign_checkpoint()
-        return (primitive or func)(*args, **(kwargs or {}))
+        result = (primitive or func)(*args, **(kwargs or {}))
+        if type(result) is Tensor and not result.requires_grad and self.table is not OF_ONE:
+            arguments = *args, *(kwargs or {}).values()
+            if torch.is_grad_enabled() and any(map(carries_gradient, arguments)):
+                refuse_constant(func, result)
+        return result
 
 
 def _refuse_foreign_checkpoint() -> None:
@@ -104,6 +110,11 @@ def safe_primitives(
     They may be those alone that a first derivative of one sample needs.
     """
     return _SafePrimitives(OF_ONE if of_one_sample else PRIMITIVES) if enabled else nullcontext()
+
+
+def refuse_constants() -> AbstractContextManager[Any]:
+    """A block with no primitive, in which operators without a derivative are refused."""
+    return _SafePrimitives({})
 
 
 def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

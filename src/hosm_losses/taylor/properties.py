@@ -26,10 +26,10 @@ _PROPERTIES = """
     is_complex is_same_size get_device __hash__ __repr__ result_type
 """
 _WITHOUT_SLOPE = """
-    zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones
-    new_empty new_full new_tensor lt le gt ge eq ne __lt__ __le__ __gt__ __ge__ __eq__ __ne__ isnan
-    isinf isfinite argmax argmin argsort sign logical_and logical_or logical_not allclose equal all
-    any is_nonzero floor ceil round
+    zeros_like ones_like empty_like full_like rand_like randn_like randint_like new new_zeros
+    new_ones new_empty new_empty_strided new_full new_tensor lt le gt ge eq ne __lt__ __le__ __gt__
+    __ge__ __eq__ __ne__ isnan isinf isfinite argmax argmin argsort sign logical_and logical_or
+    logical_not allclose equal all any is_nonzero floor ceil round
 """
 _CASTS = """
     to type type_as float double half bfloat16 int long short char byte bool cfloat cdouble chalf

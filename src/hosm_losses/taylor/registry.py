@@ -75,6 +75,8 @@ OF_ONE: dict[Function, Function] = {}
 # for torch.compile does not find functions in a set. The value says whether the function detaches,
 # so that its result shares memory.
 CONSTANT: dict[Function, bool] = {}
+# Functions that a Jet of complex numbers takes, with constants beside it; filled in `linear`.
+OF_COMPLEX: dict[Function, None] = {}
 
 
 def functions_named(*names: str | Function) -> list[Function]:

@@ -11,8 +11,9 @@ What:
 Without a rule:
     The function is differentiated by `torch.func.jvp`, by itself and with the user's own
     arguments, with the safe primitives in place: right, but not as fast. What cannot be right
-    raises TaylorError: complex numbers, and anything under torch.no_grad, where a custom
-    autograd.Function computes. Changes in place are those of `aliases` and `in_place`.
+    raises TaylorError: complex numbers, but for those of rotary embeddings, and anything under
+    torch.no_grad, where a custom autograd.Function computes. What PyTorch does not differentiate
+    raises ConstantError. Changes in place are those of `aliases` and `in_place`.
 
 A rule calls other rules, and PyTorch on stacks; it does not call PyTorch on Jets, which
 torch.compile would take for plain tensors there.
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from hosm_losses.taylor import aliases
 from hosm_losses.taylor._torch import (
@@ -37,9 +39,14 @@ from hosm_losses.taylor._torch import (
 from hosm_losses.taylor.errors import NoRule, TaylorError
 from hosm_losses.taylor.hooks import GIVE_THE_SOURCE, ScriptedError
 from hosm_losses.taylor.primitive_mode import safe_primitives
-from hosm_losses.taylor.registry import CONSTANT, RULES, Rule, name_of
+from hosm_losses.taylor.registry import CONSTANT, OF_COMPLEX, RULES, Rule, name_of
 from hosm_losses.taylor.stacks import Pairs, extend
-from hosm_losses.taylor.unknown import WRONG, along, wrong_in_forward_mode
+from hosm_losses.taylor.unknown import (
+    WRONG,
+    along,
+    refuse_constant,
+    wrong_in_forward_mode,
+)
 
 # The methods that Tensor has in Python. torch.compile looks into them in place of asking
 # `__torch_function__`, so Jet has its own; with their rules, which it does not find in a
@@ -51,6 +58,7 @@ CHANGES = "changes in place what depends on x."
 CUSTOM = "called by a custom autograd.Function, as a full backward hook is, on what depends on x."
 NO_GRAD = "called under torch.no_grad on what depends on x."
 COMPLEX = "makes complex numbers of what depends on x."
+ROTARY = "is given complex numbers that depend on x, which are only multiplied by constants."
 
 
 class Jet(Tensor):
@@ -63,15 +71,17 @@ class Jet(Tensor):
     changed = False  # whether in place inside one of torch's checkpoints
 
     @staticmethod
-    def make(stack: Tensor, firsts: int, pairs: Pairs = "none") -> "Jet":
-        """Return the Jet of a stack."""
-        if stack.is_complex():
+    def make(
+        stack: Tensor, firsts: int, pairs: Pairs = "none", *, of_complex: bool = False
+    ) -> "Jet":
+        """Return the Jet of a stack, which may be one of complex numbers where that is said."""
+        if stack.is_complex() and (not of_complex or torch.compiler.is_compiling()):
             raise TaylorError(f"an operator {COMPLEX}")
         if torch.compiler.is_compiling():
             marked = torch.cat([stack, torch.full_like(stack[:1], math.nan)])
             jet = marked.movedim(0, -1).as_subclass(_Traced)
         else:
-            jet = shell(_Opaque, stack)
+            jet = shell(_Complex if of_complex else _Opaque, stack)
             for propagation in aliases.THREAD.propagations[-1:]:
                 propagation.jets.append(weakref.ref(jet))
         jet.stack, jet.firsts, jet.pairs = stack, firsts, pairs
@@ -111,6 +121,25 @@ class _Opaque(Jet):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         raise TaylorError(f"{func}: called past __torch_function__, as by torch.func or C++ code.")
+
+
+class _Complex(_Opaque):
+    """A Jet of complex numbers, as rotary embeddings make of pairs: see `OF_COMPLEX`.
+
+    Formulas by hand, of gradients above all, are those of real numbers.
+    """
+
+    def like(self, stack: Tensor) -> Jet:
+        return Jet.make(stack, self.firsts, self.pairs, of_complex=stack.is_complex())
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        jets = [each for each in (*args, *(kwargs or {}).values()) if isinstance(each, Jet)]
+        if func not in CONSTANT and (func not in OF_COMPLEX or len(jets) > 1):
+            raise TaylorError(f"{name_of(func)}: {ROTARY}")
+        return call(func, args, kwargs or {})
 
 
 class _Traced(Jet):
@@ -218,6 +247,9 @@ def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             raise TaylorError(f"{name_of(func)}: {COMPLEX}")
         # One result at least, where the function returns no tensor.
         found = tuple(leaf for leaf in seen[0] if isinstance(leaf, Tensor))
+        floats = [leaf for leaf in found if leaf.is_floating_point()]
+        if floats and all(unpack_dual(leaf).tangent is None for leaf in floats):
+            refuse_constant(func, floats[0])
         return found or (values[0].new_zeros(()),)
 
     # Copies: torch.func writes to what it is given, which elements in one place do not allow.
@@ -285,6 +317,8 @@ def propagate(
         aliases.demote(before, finished)
     if not issubclass(kind, Jet):
         raise TaylorError(f"its output does not carry derivatives in x; got {kind.__name__}.")
+    if stack.is_complex():
+        raise TaylorError(f"the function {COMPLEX}")
     seconds = {"none": 0, "sum": 1}.get(pairs, count)
     # Second derivatives that are zero everywhere, as of a linear network, are not in the stack.
     return extend(stack, 1 + count + seconds)

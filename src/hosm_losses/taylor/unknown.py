@@ -1,6 +1,7 @@
 r"""Derivatives of functions without a rule, by nested torch.func.jvp.
 
-Those of a few operators PyTorch does not differentiate rightly again: they are refused.
+Those of a few operators PyTorch does not differentiate rightly again: they are refused. So are
+operators that it does not differentiate at all, such as torch.special.bessel_j0, in both engines.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hosm_losses.taylor._torch import forward_mode, of_a_package, operators, pytree
-from hosm_losses.taylor.registry import functions_named
+from hosm_losses.taylor.errors import ConstantError
+from hosm_losses.taylor.registry import CONSTANT, functions_named, name_of
 from hosm_losses.taylor.stacks import Pairs, collect, extend
 
 Tensors = tuple[Tensor, ...]
@@ -34,8 +36,10 @@ _FORWARD = _operators_named(
 _PRODUCTS = _operators_named("scatter_reduce index_reduce scatter_reduce_ index_reduce_")
 WRONG = (
     "PyTorch's derivative of it in forward mode is not differentiated rightly. Write it with "
-    "other operators, or leave engine at 'auto', which takes the engine 'reverse'."
+    "other operators."
 )
+# Functions that take the type or the shape of an argument alone; and torch.tensor, which detaches.
+_CONSTANT_TOO = ("to", "type_as", "view_as", "reshape_as", "expand_as", "fill", "fill_", "tensor")
 
 
 def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[str, Any]) -> bool:
@@ -48,6 +52,23 @@ def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[
     if function in _PRODUCTS:
         return any(isinstance(each, str) and each == "prod" for each in (*args, *named.values()))
     return function in _FORWARD
+
+
+def refuse_constant(function: Any, result: Tensor) -> None:
+    """Raise for a result without a derivative, of a function of what carries derivatives.
+
+    It may be a constant on purpose: a new tensor, a draw, or what is detached.
+    """
+    if not result.is_floating_point() or function in CONSTANT:
+        return
+    # An operator of torch.ops.aten has a name such as new_zeros.default.
+    name = name_of(function).split(".")[0]
+    if name in _CONSTANT_TOO or any(name == name_of(each) for each in CONSTANT):
+        return
+    raise ConstantError(
+        f"network: expected operators that PyTorch differentiates; got {name}, which it takes for "
+        "a constant. Write it with other operators, or give it x.detach() if it is meant as one."
+    )
 
 
 def along(
