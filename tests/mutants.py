@@ -606,20 +606,38 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/wrapping.py",
-        "level = self.levels[self.place] + math.log(units.scale)",
-        "level = self.levels[self.place]",
+        "        level = level + math.log(units.scale)\n",
+        "",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(
         "diagnostics/wrapping.py",
-        "return self._worse(losses) < WORSE * len(self.levels) and gain > 0.2 * whole",
-        "return self._worse(losses) < WORSE * len(self.levels)",
+        "return sum(self._is_worse(losses)) < WORSE * len(self.levels) and gain > 0.2 * whole",
+        "return sum(self._is_worse(losses)) < WORSE * len(self.levels)",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(
         "diagnostics/wrapping.py",
         "        before.restore()\n",
         "        before.restore(generators=False)\n",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "elif gain > max(FINE_ERRORS * error, FINE_MARGIN * whole):",
+        "elif gain > FINE_ERRORS * error:",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "ok=trained and not clear and best is None,",
+        "ok=trained and best is None,",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "return excess > ERRORS * error and (not most or count > len(self.levels) / 2)",
+        "return not most or count > len(self.levels) / 2",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(
