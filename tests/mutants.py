@@ -612,8 +612,8 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/wrapping.py",
-        "return sum(self._is_worse(losses)) < WORSE * len(self.levels) and gain > 0.2 * whole",
-        "return sum(self._is_worse(losses)) < WORSE * len(self.levels)",
+        "turn = STEP * torch.arange(count",
+        "turn = len(like) * torch.arange(count",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(
@@ -630,14 +630,14 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/wrapping.py",
-        "ok=trained and not clear and best is None,",
-        "ok=trained and best is None,",
+        "ok=not clear and best is None and sum(is_worse)",
+        "ok=best is None and sum(is_worse)",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(
         "diagnostics/wrapping.py",
-        "return excess > ERRORS * error and (not most or count > len(self.levels) / 2)",
-        "return not most or count > len(self.levels) / 2",
+        "return excess > ERRORS * error\n",
+        "return True\n",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(

@@ -409,10 +409,10 @@ def ring(schedule):
     return network
 
 
-def check_ring(trained, **wrapped):
+def check_ring(trained, samples=256, **wrapped):
     generator = seeded()
-    place = torch.randint(24, (256,), generator=generator)
-    noise = torch.randn(256, 2, generator=generator, dtype=torch.float64)
+    place = torch.randint(24, (samples,), generator=generator)
+    noise = torch.randn(samples, 2, generator=generator, dtype=torch.float64)
     model = hosm.ScoreModel(ring(trained), **wrapped)
     return hosm.check_wrapping(model, CENTRES.T[place] + 0.05 * noise, generator=generator)
 
@@ -444,13 +444,15 @@ def test_a_schedule_that_changes_the_loss_by_a_few_per_cent_is_undecided(schedul
     [
         (VP, {"schedule": VP}),
         (hosm.CosineSchedule(), {"schedule": COSINE, "time": lambda t: t / 1000}),
+        (VP, {"schedule": VP, "time": 1.12, "samples": 2048}),
     ],
 )
-def test_a_schedule_or_its_table_is_ok(trained, options):
-    """A cosine network under cosine's table loses 0.06 %, by more than four standard errors."""
+def test_less_than_half_a_per_cent_is_ok(trained, options):
+    """The last loses 0.4 % by more than four standard errors, as a table does for its formula."""
     report = check_ring(trained, **options)
     assert report.ok
     assert report.best is None
+    assert not report.undecided
 
 
 class OfThePage(nn.Module):

@@ -449,10 +449,8 @@ class _Search:
         return [excess - ERRORS * error > MARGIN * whole for excess, error, whole in compared]
 
     def _is_trained(self, read: Read) -> bool:
-        """Whether this is a good prediction, made by the network and not by q x alone."""
-        losses, negated = self.losses[read], self.losses[read._replace(sign=-read.sign)]
-        gain, _, whole = self._excess(negated, losses)
-        return sum(self._is_worse(losses)) < WORSE * len(self.levels) and gain > 0.2 * whole
+        """Whether this is a good prediction, though perhaps made by q x alone."""
+        return sum(self._is_worse(self.losses[read])) < WORSE * len(self.levels)
 
     def _first(self) -> list[Read]:
         """The candidates that fit best; of those as good, the one that changes least is first."""
@@ -475,19 +473,15 @@ class _Search:
         chosen = dict.fromkeys([simplest, first, *itertools.islice(trained, REPEATED)])
         return list(chosen)[:REPEATED]
 
-    def _beats_linear(self, losses: Tensor, most: bool) -> bool:
-        """Whether this is better than the linear predictor on average, or also at most levels."""
-        excess, error, _ = self._excess(self.linear, losses)
-        means, linear = (self._by_level(self._multiples(loss)) for loss in (losses, self.linear))
-        count = int((means < linear).sum())
-        return excess > ERRORS * error and (not most or count > len(self.levels) / 2)
+    def _beats_linear(self, read: Read) -> bool:
+        """Whether this is better than the linear predictor, as nothing is without training."""
+        excess, error, _ = self._excess(self.linear, self.losses[read])
+        return excess > ERRORS * error
 
     def report(self) -> WrappingReport:
         """The verdict on the wrapping of the model, with the losses by level."""
         own = self.losses[self.own]
-        is_worse = self._is_worse(own)
-        trained = sum(is_worse) < WORSE * len(self.levels)
-        clear, slight = [], []
+        is_worse, clear, slight = self._is_worse(own), [], []
         for read in self.first:
             gain, error, whole = self._excess(own, self.losses[read])
             if gain - ERRORS * error > MARGIN * whole:
@@ -495,12 +489,8 @@ class _Search:
             elif gain > max(FINE_ERRORS * error, FINE_MARGIN * whole):
                 slight.append(read)
         # A network that is hardly trained fits best where its part in the prediction is smallest.
-        better = (
-            read
-            for read in [*clear, *slight]
-            if self._beats_linear(self.losses[read], most=not trained)
-        )
-        best, candidate, best_losses, share = next(better, None), None, None, 0.0
+        best = next(filter(self._beats_linear, [*clear, *slight]), None)
+        candidate, best_losses, share = None, None, 0.0
         if best is not None:
             losses = self.losses[best]
             gain, _, whole = self._excess(own, losses)
@@ -516,7 +506,7 @@ class _Search:
                 own_loss=float(own[inside].mean()),
             )
         return WrappingReport(
-            ok=trained and not clear and best is None,
+            ok=not clear and best is None and sum(is_worse) < WORSE * len(self.levels),
             best=candidate,
             undecided=best in slight,
             gain=share,
