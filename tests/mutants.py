@@ -583,20 +583,38 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/wrapping.py",
-        "level = self.levels[self.place] + math.log(units.scale)",
-        "level = self.levels[self.place]",
+        "        level = level + math.log(units.scale)\n",
+        "",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(
         "diagnostics/wrapping.py",
-        "return self._worse(losses) < WORSE * len(self.levels) and gain > 0.2 * whole",
-        "return self._worse(losses) < WORSE * len(self.levels)",
+        "turn = STEP * torch.arange(count",
+        "turn = len(like) * torch.arange(count",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(
         "diagnostics/wrapping.py",
         "        before.restore()\n",
         "        before.restore(generators=False)\n",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "elif gain > max(FINE_ERRORS * error, FINE_MARGIN * whole):",
+        "elif gain > FINE_ERRORS * error:",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "ok=not clear and best is None and sum(is_worse)",
+        "ok=best is None and sum(is_worse)",
+        "tests/diagnostics/test_wrapping.py",
+    ),
+    Mutant(
+        "diagnostics/wrapping.py",
+        "return excess > ERRORS * error\n",
+        "return True\n",
         "tests/diagnostics/test_wrapping.py",
     ),
     Mutant(

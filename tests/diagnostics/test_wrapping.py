@@ -237,10 +237,8 @@ def timed(time, t):
 def is_right(name, fault, best):
     """Whether a remedy gives the network nearly what the training gave it."""
     made, (model, data) = NETWORKS[name], wrapped(name, fault)
-    if best is None or (best.prediction, best.negated) != (
-        made.right["prediction"],
-        fault == "sign",
-    ):
+    expected = wrapping.KINDS[made.right["prediction"]], fault == "sign"
+    if best is None or (best.prediction, best.negated) != expected:
         return False
     inputs = next(
         each
@@ -279,9 +277,9 @@ def test_six_trained_networks_and_thirty_mistakes():
     reported = [case for case, report in reports.items() if not report.ok]
     right = [case for case in reported if is_right(*case, reports[case].best)]
     assert not accused
-    assert len(reported) >= 26, reported
-    assert len(right) >= 20, right
-    assert max(report.calls for report in reports.values()) <= 150
+    assert len(reported) >= 28, reported
+    assert len(right) >= 28, right
+    assert max(report.calls for report in reports.values()) <= 182
 
 
 @pytest.mark.slow
@@ -327,7 +325,8 @@ def test_the_best_network_is_as_good_as_it_can_be():
     assert report.ok
     assert report.best is None
     assert report.worse == 0
-    assert report.calls == report.to_dict()["calls"] <= 150
+    assert report.calls == report.to_dict()["calls"] <= 182
+    assert report.to_dict()["worse"] == 0
     # For data of variance 0.49 the linear predictor has the loss 0.49/(0.49 + σ̂²).
     expected = [0.49 / (0.49 + math.exp(2 * level)) for level in report.log_sigma_hat]
     assert abs(sum(report.linear) - sum(expected)) < 0.1 * sum(expected)
@@ -386,8 +385,125 @@ def test_a_network_without_training_fits_nowhere(prediction, size):
     report = hosm.check_wrapping(model, ATOMS, generator=seeded())
     assert report.best is None
     assert report.ok is (report.worse < 3)
+    # The table marks the levels that the verdict counts.
+    assert str(report).count("  worse\n") == report.worse
     assert report.ok is (prediction in ("v_prediction", "flow_prediction"))
     assert ("not trained, or no candidate fits" in str(report)) is not report.ok
+
+
+CENTRES = torch.stack(
+    [f(math.pi / 12 * torch.arange(24).double()) for f in (torch.cos, torch.sin)]
+)
+
+
+def ring(schedule):
+    """The best ε̂ of a ring of 24 small clusters under a schedule."""
+
+    def network(x, t):
+        alpha, sigma = (each[:, None].to(x.dtype) for each in schedule(t))
+        variance = (0.05 * alpha).square() + sigma.square()
+        squares = (x[:, None] - alpha[..., None] * CENTRES.T).square().sum(-1)
+        mean = (-squares / (2 * variance)).softmax(1) @ CENTRES.T
+        return sigma / variance * (x - alpha * mean)
+
+    return network
+
+
+def check_ring(trained, samples=256, **wrapped):
+    generator = seeded()
+    place = torch.randint(24, (samples,), generator=generator)
+    noise = torch.randn(samples, 2, generator=generator, dtype=torch.float64)
+    model = hosm.ScoreModel(ring(trained), **wrapped)
+    return hosm.check_wrapping(model, CENTRES.T[place] + 0.05 * noise, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "trained", "name"),
+    [
+        (hosm.CosineSchedule(), VP, "VPSchedule()"),
+        (hosm.VPSchedule(beta_max=10.0), VP, "VPSchedule()"),
+        (hosm.VPSchedule(beta_max=10.0), hosm.CosineSchedule(), "CosineSchedule()"),
+        (hosm.SubVPSchedule(), VP, "VPSchedule()"),
+    ],
+)
+def test_a_schedule_that_changes_the_loss_by_a_few_per_cent_is_undecided(schedule, trained, name):
+    """Likelihoods of such networks are off by nats, and one draw of noise does not show it."""
+    report = check_ring(trained, schedule=schedule)
+    assert report.undecided
+    assert not report.ok
+    assert (report.best.schedule, report.best.prediction) == (name, "epsilon")
+    assert 0.01 < report.gain < 0.12
+    last = str(report).splitlines()[-1]
+    assert last == f"undecided: {report.best} fits better, by {100 * report.gain:.2g} %"
+    means = torch.tensor([report.losses, report.linear, report.best_losses])
+    assert (means[0] / means[1]).mean() > (means[2] / means[1]).mean()
+
+
+@pytest.mark.parametrize(
+    ("trained", "options"),
+    [
+        (VP, {"schedule": VP}),
+        (hosm.CosineSchedule(), {"schedule": COSINE, "time": lambda t: t / 1000}),
+        (VP, {"schedule": VP, "time": 1.12, "samples": 2048}),
+    ],
+)
+def test_less_than_half_a_per_cent_is_ok(trained, options):
+    """The last loses 0.4 % by more than four standard errors, as a table does for its formula."""
+    report = check_ring(trained, **options)
+    assert report.ok
+    assert report.best is None
+    assert not report.undecided
+
+
+class OfThePage(nn.Module):
+    """The network of `docs/start.md`."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 64), nn.LayerNorm(64), nn.Linear(64, 2)
+
+    def forward(self, x, t):
+        hidden = self.first(torch.cat([x, t[:, None]], 1))
+        return self.last(nn.functional.silu(self.norm(hidden)))
+
+
+@pytest.mark.parametrize(("seed", "steps"), [(0, 3), (3, 3), (6, 3), (5, 30), (0, 50), (7, 50)])
+def test_a_network_that_is_hardly_trained_is_advised_to_train(seed, steps):
+    """Read as v, with the data rescaled, it has a smaller part in ε̂ and fits better."""
+    torch.manual_seed(seed)
+    with default_dtype(torch.float32):
+        network = OfThePage()
+        model = hosm.ScoreModel(network, VP)
+        optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+        for _ in range(steps):
+            loss = hosm.first_order_dsm(model, torch.randn(32, 2))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        report = hosm.check_wrapping(model, torch.randn(256, 2), generator=seeded())
+    assert report.best is None
+    assert report.worse >= 3
+    assert "not trained, or no candidate fits: worse than a linear predictor at" in str(report)
+
+
+@pytest.mark.parametrize(("samples", "at_a_quarter"), [(256, True), (96, False)])
+def test_no_advice_is_given_where_nothing_is_better_than_linear(samples, at_a_quarter):
+    """For Gaussian data the best network is linear, and hardly trained ones look like it."""
+    generator = seeded()
+    x0 = torch.randn(samples, 2, generator=generator, dtype=torch.float64)
+    model = hosm.ScoreModel(lambda x, t: VP.sigma(t)[:, None] * x, VP, "velocity")
+    report = hosm.check_wrapping(model, x0, generator=generator)
+    assert not report.ok
+    assert report.best is None
+    assert (report.worse >= 3) is at_a_quarter
+
+
+def test_four_wrappings_are_measured_again(monkeypatch):
+    network = Exact()
+    report = hosm.check_wrapping(hosm.ScoreModel(network, VP), ATOMS, generator=seeded())
+    monkeypatch.setattr(wrapping, "DRAWS", 1)
+    once = hosm.check_wrapping(hosm.ScoreModel(Exact(), VP), ATOMS, generator=seeded())
+    assert network.calls == report.calls == once.calls + 4 * 7
 
 
 def test_nothing_is_changed_and_the_generator_decides():

@@ -11,6 +11,10 @@ Formula:
     Losses are compared as multiples of ℓ(u), so that every level counts the same. A prediction is
     p · output + q x, so one call of the network serves every kind of prediction and both signs.
 
+    All candidates are ranked with one draw of noise. The wrapping of the model and the first three
+    are then measured again with eight fresh draws, which decide: a schedule that puts a likelihood
+    off by a third of a nat may change the loss by only two per cent.
+
 Candidates are how networks are commonly trained. Those of tables are given an index, of 1000 or as
 many as the model's own table has. score_sde multiplies the time of VP by 999 and gives σ or its
 logarithm under VE; EDM gives log σ / 4 inside its preconditioning; flows count time from data to
@@ -18,6 +22,7 @@ noise or back, diffusers up to 1000.
 """
 
 import copy
+import itertools
 import math
 import operator
 from collections.abc import Iterator, Mapping
@@ -54,10 +59,19 @@ LEAST_SAMPLES, LEVELS = 16, 12
 SMALLEST, LARGEST = 0.02, 0.99  # losses of the linear predictor, between which networks differ
 MARGIN, ERRORS = 0.1, 2.0  # a loss is another one beyond this share of it and standard errors
 WORSE = 0.25  # the share of levels at which a trained network is not worse than linear
+REPEATED, DRAWS = 3, 8  # candidates that are measured again, and fresh draws of noise for them
+STEP = 7  # by which levels move on from draw to draw; it shares no factor with 8 to 12 levels
+FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # beyond which those draws tell losses apart
 CLIP = 10.0  # of a sample's multiple of ℓ: outliers do not make a mean
 SIMILAR = 0.02  # of a loss, within which the candidate that changes least is preferred
 REFINED = 3  # schedules and times that are tried with other units of the data
-KINDS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
+KINDS = {  # as a model stores them, and as they are written
+    "epsilon": "epsilon",
+    "score": "score",
+    "sample": "x0",
+    "v_prediction": "v",
+    "flow_prediction": "velocity",
+}
 LEAST_STEPS = 100  # with fewer the betas of the known tables would not stay below 1
 OWN = "your schedule"
 Times = dict[str, Any]
@@ -69,7 +83,7 @@ class WrappingCandidate:
 
     Attributes:
         schedule: the schedule, as it is written; "your schedule" for the model's own.
-        prediction: the kind of prediction.
+        prediction: "epsilon", "score", "x0", "v" or "velocity".
         time: the argument `time`, as it is written; "" for none, "yours" for the model's own.
         negated: whether the output has to be negated.
         units: the data to give, as a function of x0; "x0" for the data as they are.
@@ -95,31 +109,44 @@ class WrappingCandidate:
 
 @dataclass(frozen=True)
 class WrappingReport:
-    """What `check_wrapping` found; it prints as a table and a sentence.
+    """The result of `check_wrapping`; it prints as a table and a verdict.
+
+    Losses are means over the draws of noise that decide. In the table, "worse" marks the levels
+    that the verdict counts.
 
     Attributes:
         ok: True where no candidate fits better and the network does better than a linear one.
         best: the candidate that fits better; None where there is none.
+        undecided: whether `best` is better, but not by 10 % and two standard errors.
+        gain: how much better, as a share of the loss of your wrapping; 0 without `best`.
         log_sigma_hat: the noise levels, log σ/α in the units of the data.
         losses: at each level the mean squared error of ε̂ as the model is wrapped.
         linear: that of the best linear predictor.
         best_losses: that of the candidate; NaN outside its schedule; None without one.
-        worse: the number of levels at which the network is worse than linear.
+        is_worse: for each level whether the network is worse than linear there, by 10 % and two
+            standard errors.
         calls: of the network.
     """
 
     ok: bool
     best: WrappingCandidate | None
+    undecided: bool
+    gain: float
     log_sigma_hat: list[float]
     losses: list[float]
     linear: list[float]
     best_losses: list[float] | None
-    worse: int
+    is_worse: list[bool]
     calls: int
+
+    @property
+    def worse(self) -> int:
+        """The number of levels at which the network is worse than linear."""
+        return sum(self.is_worse)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as dicts, lists and numbers, for JSON."""
-        return asdict(self)
+        return asdict(self) | {"worse": self.worse}
 
     def __str__(self) -> str:
         """The losses by noise level, then the verdict."""
@@ -127,11 +154,14 @@ class WrappingReport:
         if self.best_losses is not None:
             columns["best"] = self.best_losses
         lines = ["".join(f"{name:>10}" for name in columns)]
-        for row in zip(*columns.values(), strict=True):
-            lines.append("".join(f"{number:10.3g}" for number in row))
+        rows = zip(*columns.values(), strict=True)
+        for row, worse in zip(rows, self.is_worse, strict=True):
+            lines.append("".join(f"{number:10.3g}" for number in row) + "  worse" * worse)
         return "\n".join([*lines, self._verdict()])
 
     def _verdict(self) -> str:
+        if self.undecided:
+            return f"undecided: {self.best} fits better, by {100 * self.gain:.2g} %"
         if self.best is not None:
             return (
                 f"fits best as {self.best}: {self.best.loss:.2g} where you have "
@@ -196,7 +226,7 @@ def check_wrapping(
     given, every kind of prediction with both signs, and the usual units of data. All are measured
     at the same noise levels with the same noise. Only a trained network can be checked.
 
-    The network is called at most 150 times without gradients, about 70 as a rule, each time with
+    The network is called at most 182 times without gradients, about 100 as a rule, each time with
     all of x0. The state of the network and of the global random numbers stays as it was. Call
     `model.eval()` first if the network has dropout or batch norm.
 
@@ -208,9 +238,11 @@ def check_wrapping(
         generator: the source of the noise, on the device of x0; the global one if None.
 
     Returns:
-        The report. `ok` is False where a candidate is better by 10 % and more than two standard
-        errors, which is then `best`, or where the network is worse than the best linear predictor
-        at a quarter of the noise levels.
+        The report. `ok` is False where a candidate, which is then `best`, is better than your
+        wrapping and than the best linear predictor. By 10 % and two standard errors it is the
+        answer; by half a per cent and four standard errors the report is `undecided`. `ok` is
+        also False where the network is worse than the linear predictor at a quarter of the noise
+        levels: it is not trained, or nothing fits.
 
     Raises:
         DerivativeError: for a tensor of `model_kwargs` that is as long as the batch and belongs to
@@ -227,7 +259,7 @@ def check_wrapping(
         ...     return (x - alpha * torch.tanh(alpha * x / sigma**2)) / sigma
         >>> check_wrapping(ScoreModel(trained, schedule), data).ok
         True
-        >>> print(check_wrapping(ScoreModel(trained, schedule, "v_prediction"), data).best)
+        >>> print(check_wrapping(ScoreModel(trained, schedule, "v"), data).best)
         your schedule, prediction='epsilon'
     """
     check_model(model)
@@ -290,7 +322,10 @@ class _Linear:
 
 
 class _Search:
-    """The losses of all candidates on one batch of data, noise and levels."""
+    """The losses of candidates, (draws, B), on one batch of data.
+
+    Each sample has another level in each draw, so that few differ by the levels they had.
+    """
 
     def __init__(
         self,
@@ -299,17 +334,11 @@ class _Search:
         source: torch.Generator | None,
         kwargs: Mapping[str, Any],
     ) -> None:
-        self.model, self.data, self.kwargs = model, data, kwargs
-        linear, count = _Linear(data), min(LEVELS, len(data) // 2)
-        self.levels = linear.levels(model.schedule, count)
-        self.place = torch.arange(len(data), device="cpu") % count
-        self.noise = torch.randn(
-            data.shape, generator=source, dtype=data.dtype, device=data.device
-        )
-        self.expected = linear.expected(self.levels)[self.place]
-        self.linear = linear.losses(self.noise, self.levels[self.place])
-        self.own, self.calls = Read(own_inputs(model), model.prediction, 1), 0
-        self.found: dict[Read, Tensor] = {}
+        self.model, self.data, self.source, self.kwargs = model, data, source, kwargs
+        self.predictor, self.calls = _Linear(data), 0
+        self.levels = self.predictor.levels(model.schedule, min(LEVELS, len(data) // 2))
+        self.own = Read(own_inputs(model), model.prediction, 1)
+        self._draw(1)
         self._measure(self.own.inputs)
         for inputs in all_inputs(model):
             self._try(inputs)
@@ -318,19 +347,46 @@ class _Search:
         for inputs in dict.fromkeys([self.own.inputs, *list(best)[:REFINED]]):
             for units in all_units(data):
                 self._try(replace(inputs, units=units))
+        self.first = self._first()
+        self._draw(DRAWS)
+        for inputs in dict.fromkeys(read.inputs for read in (self.own, *self.first)):
+            self._measure(inputs)
+
+    def _draw(self, count: int) -> None:
+        """Draw noise and levels, (count, B), and forget the losses with others."""
+        like, levels = self.data, len(self.levels)
+        shape = (count, *like.shape)
+        self.noise = torch.randn(
+            shape, generator=self.source, dtype=like.dtype, device=like.device
+        )
+        turn = STEP * torch.arange(count, device="cpu")[:, None]
+        self.place = (torch.arange(len(like), device="cpu") + turn) % levels
+        self.expected = self.predictor.expected(self.levels)[self.place]
+        pairs = zip(self.noise, self.levels[self.place], strict=True)
+        self.linear = torch.stack([self.predictor.losses(*pair) for pair in pairs])
+        self.losses: dict[Read, Tensor] = {}
 
     def _try(self, inputs: Inputs) -> None:
         with suppress(Exception):  # a network may refuse what it was not made for
             self._measure(inputs)
 
     def _measure(self, inputs: Inputs) -> None:
-        """Call the network, and note the loss (B,) of every kind and sign.
+        """Call the network once a draw, and note the loss of every kind and sign."""
+        draws = [
+            self._call(inputs, *draw)
+            for draw in zip(self.noise, self.levels[self.place], strict=True)
+        ]
+        for read in draws[0]:
+            self.losses[read] = torch.stack([losses[read] for losses in draws])
 
-        It is NaN at levels outside the schedule. The new wrapping is not checked: what is wrong
+    def _call(self, inputs: Inputs, noise: Tensor, level: Tensor) -> dict[Read, Tensor]:
+        """Losses (B,) of every kind and sign from one call of the network.
+
+        They are NaN at levels outside the schedule. The new wrapping is not checked: what is wrong
         with it shows in its loss.
         """
         schedule, units, data = inputs.schedule, inputs.units, self.data
-        level = self.levels[self.place] + math.log(units.scale)
+        level = level + math.log(units.scale)
         low, high = schedule.log_sigma_hat_range
         outside = (level < low - 1e-6) | (level > high + 1e-6)
         t = schedule.time(level).to(data.device, torch.promote_types(data.dtype, torch.float32))
@@ -339,19 +395,20 @@ class _Search:
             t = t.round().long() if self.model.schedule.integer_time else t.round()
         other = _with(self.model, schedule=schedule, time=inputs.time)
         alpha, sigma = (expand_right(each, data) for each in other.coefficients(t, data))
-        x = (alpha * (units.scale * data + units.shift) + sigma * self.noise).to(data.dtype)
+        x = (alpha * (units.scale * data + units.shift) + sigma * noise).to(data.dtype)
         self.calls += 1
-        output = other.predict(x, t, **self.kwargs)
+        output, losses = other.predict(x, t, **self.kwargs), {}
         for kind in KINDS:
             p, q = _with(other, prediction=kind).affine(t, x)
             part = output if p is None else p * output
-            rest = -self.noise if q is None else q * x - self.noise
+            rest = -noise if q is None else q * x - noise
             for sign in (1, -1):
                 loss = _mean_square(sign * part + rest).nan_to_num(math.inf)
-                self.found[Read(inputs, kind, sign)] = loss.masked_fill(outside, math.nan)
+                losses[Read(inputs, kind, sign)] = loss.masked_fill(outside, math.nan)
+        return losses
 
     def _by_level(self, losses: Tensor) -> Tensor:
-        """Means at the levels, (…, B) to (…, L)."""
+        """Means at the levels, (…, draws, B) to (…, L)."""
         parts = [losses[..., self.place == place].mean(-1) for place in range(len(self.levels))]
         return torch.stack(parts, -1)
 
@@ -363,83 +420,101 @@ class _Search:
 
         It is infinite for one whose schedule leaves out half of the levels.
         """
-        means = self._by_level(self._multiples(torch.stack(list(self.found.values()))))
+        means = self._by_level(self._multiples(torch.stack(list(self.losses.values()))))
         scores = (means - means.nan_to_num(math.inf).amin(0)).nanmean(1)
         scores[means.isnan().double().mean(1) > 0.5] = math.inf
-        return dict(zip(self.found, scores.tolist(), strict=True))
+        return dict(zip(self.losses, scores.tolist(), strict=True))
 
     def _excess(
-        self, one: Tensor, other: Tensor, here: Tensor | None = None
+        self, one: Tensor, other: Tensor, place: int | None = None
     ) -> tuple[float, float, float]:
-        """Mean of one loss less the other, its standard error, and the mean of the one."""
-        one, other = self._multiples(one), self._multiples(other)
-        both = ~(one + other).isnan() if here is None else here & ~(one + other).isnan()
-        if int(both.sum()) < 2:
-            return 0.0, math.inf, 1.0
-        difference = (one - other)[both]
-        error = float(difference.std()) / math.sqrt(len(difference))
-        return float(difference.mean()), error, float(one[both].mean())
+        """Mean of one loss less the other, its standard error, and the mean of the one.
 
-    def _worse(self, losses: Tensor) -> int:
-        """The number of levels at which this is worse than the linear predictor."""
-        count = 0
-        for place in range(len(self.levels)):
-            excess, error, whole = self._excess(losses, self.linear, self.place == place)
-            count += excess - ERRORS * error > MARGIN * whole
-        return count
+        With a place, at that level alone. A sample's draws are averaged: they are not independent.
+        """
+        one, other = self._multiples(one), self._multiples(other)
+        apart = (one + other).isnan()
+        apart = apart if place is None else apart | (self.place != place)
+        difference = (one - other).masked_fill(apart, math.nan).nanmean(0)
+        difference = difference[~difference.isnan()]
+        if len(difference) < 2:
+            return 0.0, math.inf, 1.0
+        error = float(difference.std()) / math.sqrt(len(difference))
+        return float(difference.mean()), error, float(one[~apart].mean())
+
+    def _is_worse(self, losses: Tensor) -> list[bool]:
+        """For each level, whether this is worse there than the linear predictor."""
+        levels = range(len(self.levels))
+        compared = (self._excess(losses, self.linear, place) for place in levels)
+        return [excess - ERRORS * error > MARGIN * whole for excess, error, whole in compared]
 
     def _is_trained(self, read: Read) -> bool:
-        """Whether this is a good prediction, made by the network and not by q x alone."""
-        losses, negated = self.found[read], self.found[read._replace(sign=-read.sign)]
-        gain, _, whole = self._excess(negated, losses)
-        return self._worse(losses) < WORSE * len(self.levels) and gain > 0.2 * whole
+        """Whether this is a good prediction, though perhaps made by q x alone."""
+        return sum(self._is_worse(self.losses[read])) < WORSE * len(self.levels)
 
-    def _best(self) -> Read | None:
-        """The candidate that fits best, and of those as good the one that changes least."""
+    def _first(self) -> list[Read]:
+        """The candidates that fit best; of those as good, the one that changes least is first."""
         scores = self._scores()
-        order = sorted(
-            (read for read in scores if scores[read] < math.inf), key=scores.__getitem__
-        )
-        first = next(filter(self._is_trained, order), None)
+        order = [read for read in scores if scores[read] < math.inf and read != self.own]
+        order.sort(key=scores.__getitem__)
+        trained = filter(self._is_trained, order)
+        first = next(trained, None)
         if first is None:
-            return None
+            return []
 
         def is_as_good(read: Read) -> bool:
-            excess, error, whole = self._excess(self.found[read], self.found[first])
+            excess, error, whole = self._excess(self.losses[read], self.losses[first])
             return excess <= max(SIMILAR * whole, error)
 
         def changes(read: Read) -> int:
             return sum(map(operator.ne, read.text(), self.own.text()))
 
-        return min(filter(self._is_trained, filter(is_as_good, order)), key=changes)
+        simplest = min(filter(self._is_trained, filter(is_as_good, order)), key=changes)
+        chosen = dict.fromkeys([simplest, first, *itertools.islice(trained, REPEATED)])
+        return list(chosen)[:REPEATED]
+
+    def _beats_linear(self, read: Read) -> bool:
+        """Whether this is better than the linear predictor, as nothing is without training."""
+        excess, error, _ = self._excess(self.linear, self.losses[read])
+        return excess > ERRORS * error
 
     def report(self) -> WrappingReport:
         """The verdict on the wrapping of the model, with the losses by level."""
-        own, best = self.found[self.own], self._best()
-        candidate, best_losses, worse = None, None, self._worse(own)
-        if best is not None:
-            losses = self.found[best]
-            gain, error, whole = self._excess(own, losses)
+        own = self.losses[self.own]
+        is_worse, clear, slight = self._is_worse(own), [], []
+        for read in self.first:
+            gain, error, whole = self._excess(own, self.losses[read])
             if gain - ERRORS * error > MARGIN * whole:
-                both = ~losses.isnan()
-                best_losses = self._by_level(losses).tolist()
-                candidate = WrappingCandidate(
-                    schedule=best.inputs.schedule_text,
-                    prediction=best.kind,
-                    time=best.inputs.time_text,
-                    negated=best.sign < 0,
-                    units=best.inputs.units.text,
-                    loss=float(losses[both].mean()),
-                    own_loss=float(own[both].mean()),
-                )
+                clear.append(read)
+            elif gain > max(FINE_ERRORS * error, FINE_MARGIN * whole):
+                slight.append(read)
+        # A network that is hardly trained fits best where its part in the prediction is smallest.
+        best = next(filter(self._beats_linear, [*clear, *slight]), None)
+        candidate, best_losses, share = None, None, 0.0
+        if best is not None:
+            losses = self.losses[best]
+            gain, _, whole = self._excess(own, losses)
+            share = gain / whole
+            inside, best_losses = ~losses.isnan(), self._by_level(losses).tolist()
+            candidate = WrappingCandidate(
+                schedule=best.inputs.schedule_text,
+                prediction=KINDS[best.kind],
+                time=best.inputs.time_text,
+                negated=best.sign < 0,
+                units=best.inputs.units.text,
+                loss=float(losses[inside].mean()),
+                own_loss=float(own[inside].mean()),
+            )
         return WrappingReport(
-            ok=candidate is None and worse < WORSE * len(self.levels),
+            ok=not clear and best is None and sum(is_worse) < WORSE * len(self.levels),
             best=candidate,
+            undecided=best in slight,
+            gain=share,
             log_sigma_hat=self.levels.tolist(),
             losses=self._by_level(own).tolist(),
             linear=self._by_level(self.linear).tolist(),
             best_losses=best_losses,
-            worse=worse,
+            is_worse=is_worse,
             calls=self.calls,
         )
 
