@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import hosm_losses as hosm
 from hosm_losses import taylor
 from hosm_losses.derivatives import derive
-from hosm_losses.model import noise_field
+from hosm_losses.model import bind_model
 from tests.cases import ENGINES, VP, assert_same, loss_and_gradients
 
 SPECIAL = {
@@ -36,8 +36,8 @@ def along_ones(function, engine):
     ones = torch.ones(1, *X.shape)
     if engine == "taylor":
         return taylor.jet(function, X, ones)[1][0]
-    field = noise_field(hosm.ScoreModel(lambda x, t: function(x), VP), torch.full((3,), 0.5))
-    return derive(field.network(), X, ones, order=2, engine=engine).directional[0]
+    bound = bind_model(hosm.ScoreModel(lambda x, t: function(x), VP), 3, t=torch.full((3,), 0.5))
+    return derive(bound, X, ones, order=2, engine=engine).directional[0]
 
 
 @pytest.mark.parametrize("engine", ["taylor", "reverse"])
