@@ -251,8 +251,8 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/kinks.py",
-        'yield name, 0 if name == "abs" and set(powers) == {2} else jumps',
-        "yield name, jumps",
+        'if name == "relu" or n % 2]',
+        "]",
         "tests/derivatives/test_kinks.py",
     ),
     Mutant(
@@ -621,6 +621,24 @@ MUTANTS = [
         "diagnostics/differences.py",
         "if not error <= TOLERANCE[self.precision]:",
         "if error > TOLERANCE[self.precision]:",
+        "tests/diagnostics/test_check.py",
+    ),
+    Mutant(
+        "diagnostics/differences.py",
+        "jumps = bends[-1] > np.maximum(least, HALF * np.max(bends[-4:-1], axis=0))",
+        "jumps = bends[-1] > np.maximum(least, 2 * np.max(bends[-4:-1], axis=0))",
+        "tests/diagnostics/test_check.py",
+    ),
+    Mutant(
+        "diagnostics/differences.py",
+        "part = max((low, middle), (middle, high), key=lost)",
+        "part = min((low, middle), (middle, high), key=lost)",
+        "tests/diagnostics/test_check.py",
+    ),
+    Mutant(
+        "diagnostics/differences.py",
+        "if lost(part) <= least[lower] and (bends[-1] <= least)[levels].all():",
+        "if False:",
         "tests/diagnostics/test_check.py",
     ),
     Mutant(

@@ -25,9 +25,11 @@ from hosm_losses.taylor import Jet
 _JUMPS = """
     relu relu6 leaky_relu rrelu prelu hardtanh hardswish hardsigmoid softshrink hardshrink
     threshold selu abs absolute l1_loss maximum minimum fmax fmin max min amax amin aminmax cummax
-    cummin sort msort topk kthvalue median quantile
+    cummin sort msort topk kthvalue median quantile special_i0e
 """
 JUMPS = frozenset(_JUMPS.split())
+# Operators whose second derivative jumps, and not the first.
+JUMPS_TWICE = frozenset({"celu", "softsign", "smooth_l1_loss", "huber_loss", "special_i1e"})
 WARNING = (
     "network: {} depends on x through {}. Beyond order one a loss, or the gradient of a "
     "likelihood, then misses how it depends on where that jumps, as on a bias before it: no "
@@ -108,9 +110,12 @@ def find_jumps(
 
 def _jumps(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> int:
     """Which derivative of an operator jumps: 1 or 2, or 0 for neither."""
-    if name in ("elu", "celu"):
-        alpha = named.get("alpha", args[1] if len(args) > 1 else 1.0)
-        return 2 if name == "celu" or alpha == 1 else 1
+    if name == "elu":
+        return 2 if named.get("alpha", args[1] if len(args) > 1 else 1.0) == 1 else 1
+    if name == "smooth_l1_loss" and named.get("beta") == 0:
+        return 1
+    if name in JUMPS_TWICE:
+        return 2
     return int(name in JUMPS or "max_pool" in name)
 
 
@@ -153,9 +158,11 @@ class _Watch(TorchFunctionMode):
         """Names, and derivatives that jump, of what is noted among some nodes of the graph."""
         for name, jumps, _, node, powers in self.noted:
             if node in nodes:
-                if name == "relu":  # whose square has a derivative that does not jump
-                    jumps = max(jumps, min(powers, default=0))
-                yield name, 0 if name == "abs" and set(powers) == {2} else jumps
+                if name in ("relu", "abs") and powers:
+                    # Of an nth power the nth derivative; of |x| to an even one none.
+                    jumping = [max(n, 1) for n in powers if name == "relu" or n % 2]
+                    jumps = min(jumping, default=0)
+                yield name, jumps
 
 
 def _between(point: Tensor, value: Tensor) -> set[Any]:

@@ -61,7 +61,8 @@ ROUNDING = (
 SMOOTH = (
     "Derivatives miss the jumps, so a loss does not train them. Use a smooth activation, such as "
     "nn.SiLU, nn.GELU or nn.Softplus, and average in place of max pooling; or train with order "
-    "one. A factor under .detach() that oscillates fast looks the same: remove the .detach()."
+    "one, or two if only second derivatives jump. A factor under .detach() that oscillates fast "
+    "looks the same: remove the .detach()."
 )
 CUSTOM = (
     "A custom autograd.Function needs a backward that can be differentiated again: write it with "
@@ -130,8 +131,8 @@ def check_derivatives(
     - samples that see each other, as in batch norm in training;
     - tensors of `model_kwargs` that were taken for the samples' and are not (not tried where the
       network draws random numbers);
-    - values or first derivatives that jump, as in a network of ReLUs; for order 3 operators whose
-      second derivative jumps, as that of an ELU;
+    - values or first derivatives that jump, as in a network of ReLUs; for order 3 second
+      derivatives that jump, as in a network of ELUs;
     - derivatives, in x and in the parameters, that disagree with differences.
 
     In float32 the derivatives of the whole network may be off by 1 %, in float64 by 1e-6; check a

@@ -8,8 +8,12 @@ Formula:
     `Smoothness` compares p(b) − p(a) with ∫ p′ ds by Gauss and Legendre's rule, along x + s w for
     −½ ≤ s ≤ ½: p₀ = ⟨f, w⟩, p₁ = ⟨D, w⟩ = p₀′ and p₂ = ⟨G, w⟩ = p₁′. A network of ReLUs has
     second derivatives of zero wherever they exist, differences with small steps agree, and the
-    term of third order trains nothing. Halving the distance, always towards the half where more is
-    missing, ends at a jump, or in a place where nothing is missing.
+    term of third order trains nothing. A line on which something is missing is halved, always
+    towards the half where the trapezoidal rule misses more: the same over any distance h if p
+    jumps, ∝ h if p′ jumps, ∝ h³ if neither has a kink. So the search ends at a jump, with one
+    evaluation a halving. There the bend |p(m) − (p(a) + p(b))/2|, m between a and b, stays half
+    the jump. Elsewhere it is ∝ h², or ∝ h at a kink of p. So |x|³ passes: G has a kink, which is
+    differentiated once, and nothing is missed.
 
 Source:
     Griewank and Walther, "Evaluating Derivatives" (2008), for checks against differences.
@@ -19,7 +23,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -40,14 +44,15 @@ DRAWS = 3
 LONGER = (1e-3, 1e-2, 1e-1, 1.0)
 NAMES = ("value", "directional derivative", "gradient of the quadratic form")
 # What jumps, by the derivative of f that does.
-JUMPS = ("values that jump", "a first derivative that jumps")
+JUMPS = ("values that jump", "a first derivative that jumps", "a second derivative that jumps")
 # Of the lines, in sizes of x.
 LENGTHS = (1, 1, 2, 4)
-# Nodes over a whole line, and over a part of it.
-WHOLE, PART = 5, 4
-HALVINGS = {torch.float32: 10, torch.float64: 24}
-# Of the change, what may be missing over all lines, what is missing where the rule can follow the
-# field, and what is at a jump.
+# Where a line is evaluated, and the weights of all but its ends.
+_PLACES, _WEIGHTS = np.polynomial.legendre.leggauss(5)
+NODES, WEIGHTS = (-0.5, *(_PLACES / 2).tolist(), 0.5), _WEIGHTS / 2
+HALVINGS = {torch.float32: 14, torch.float64: 24}
+# Of the change, what may be missing over all lines, and on one of them be missing or a bend. Of
+# the largest of three bends, what is left by the next at a jump.
 SHARE, SMOOTH, HALF = 0.01, 1e-3, 0.5
 # Of what is tolerated, what rounding can be.
 ROUNDING = 1e-3
@@ -194,7 +199,7 @@ def _difference(
 
 
 class Smoothness(Check):
-    """A search for jumps: in values and in first derivatives, or at order three in second ones."""
+    """A search for jumps: in values, in first derivatives, and at order three in second ones."""
 
     def find(self, field: Network, x: Tensor) -> str | None:
         """Say what jumps, or None."""
@@ -203,14 +208,17 @@ class Smoothness(Check):
             return told
         randn = random_like(x, seed=3)
         lines = [self._line(field, x, length * size_of(x) * randn(x)) for length in LENGTHS]
-        missing, change, size = np.sum(
-            [_missing(line, -0.5, 0.5, WHOLE) for line in lines], axis=0
-        )
+        rules = [_integrate(line) for line in lines]
+        missing, change, size = np.sum(rules, axis=0)
         lost = missing > np.maximum(SHARE * change, TOLERANCE[self.precision] * size)
-        for level, what in enumerate(JUMPS):
+        wanted = (lost[0], lost[1], self.order == 3)
+        for lower, candidates in ((0, (0,)), (1, (1, 2))):
+            levels = [level for level in candidates if wanted[level]]
             # Along one line two jumps may cancel.
-            if lost[level] and any(self._ends_at_a_jump(line, level) for line in lines):
-                return what
+            for line, rule in zip(lines, rules, strict=True) if levels else ():
+                level = self._jump(line, lower, levels, rule)
+                if level is not None:
+                    return JUMPS[level]
         return None
 
     def _line(self, field: Network, x: Tensor, w: Tensor) -> Line:
@@ -222,34 +230,37 @@ class Smoothness(Check):
 
         return line
 
-    def _ends_at_a_jump(self, line: Line, level: int) -> bool:
-        low, high = -0.5, 0.5
-        missing, change, size = _missing(line, low, high, WHOLE)[:, level]
-        history = [missing]
+    def _jump(self, line: Line, lower: int, levels: Sequence[int], rule: np.ndarray) -> int | None:
+        """The first of these levels that jumps, where the rule for p[lower] misses most."""
+        missing, change, size = rule
+        least = np.maximum(SMOOTH * change, ROUNDING * TOLERANCE[self.precision] * size)
+        if missing[lower] <= least[lower]:
+            return None
+
+        def lost(part: tuple[float, float]) -> float:
+            start, end = map(line, part)
+            integral = (part[1] - part[0]) / 2 * (start + end)[lower + 1]
+            return abs(float((end - start)[lower] - integral))
+
+        part, bends = max(pairwise(NODES), key=lost), list[np.ndarray]()
         for _ in range(HALVINGS[self.precision]):
-            if not missing > max(SMOOTH * change, ROUNDING * TOLERANCE[self.precision] * size):
-                return False
+            low, high = part
             middle = (low + high) / 2
-            halves = [(low, middle), (middle, high)]
-            found = [_missing(line, *half, PART)[:, level] for half in halves]
-            (low, high), (missing, change, size) = max(
-                zip(halves, found, strict=True), key=lambda half: half[1][0]
-            )
-            history.append(missing)
-        # A jump is the same over any distance. A derivative that is wrong loses with the distance.
-        return bool(missing > HALF * change and missing > HALF * history[-4])
+            bends.append(np.abs(line(middle) - (line(low) + line(high)) / 2))
+            if lost(part) <= least[lower] and (bends[-1] <= least)[levels].all():
+                return None
+            part = max((low, middle), (middle, high), key=lost)
+        jumps = bends[-1] > np.maximum(least, HALF * np.max(bends[-4:-1], axis=0))
+        return next((level for level in levels if jumps[level]), None)
 
 
-def _missing(line: Line, low: float, high: float, nodes: int) -> np.ndarray:
-    """Of each p but the last: |p(b) − p(a) − ∫ p′|, max(|p(b) − p(a)|, ∫ |p′|) and |p|."""
-    places, weights = np.polynomial.legendre.leggauss(nodes)
-    weights = (high - low) / 2 * weights
-    inside = np.array([line(low + (high - low) * (place + 1) / 2) for place in places])
-    start, end = line(low), line(high)
-    moved = (end - start)[:-1]
-    missing = np.abs(moved - (weights @ inside)[1:])
-    change = np.maximum(np.abs(moved), (weights @ np.abs(inside))[1:])
-    return np.stack([missing, change, np.maximum(np.abs(start), np.abs(end))[:-1]])
+def _integrate(line: Line) -> np.ndarray:
+    """Of each p: what Gauss and Legendre's rule for p′ misses, the change, and the largest |p|."""
+    nodes = np.array([line(s) for s in NODES])
+    missing, change = np.zeros(3), np.ptp(nodes, axis=0)
+    missing[:2] = np.abs((nodes[-1] - nodes[0])[:2] - WEIGHTS @ nodes[1:-1, 1:])
+    change[:2] = np.maximum(change[:2], WEIGHTS @ np.abs(nodes[1:-1, 1:]))
+    return np.stack([missing, change, np.abs(nodes).max(axis=0)])
 
 
 def random_like(x: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
