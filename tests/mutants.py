@@ -208,7 +208,7 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/primitive_mode.py",
-        "        if func == _DATA and traced():  # which is shallow, as .detach_() is\n"
+        "        if func == _DATA and is_traced():  # which is shallow, as .detach_() is\n"
         "            return args[0].detach()\n",
         "",
         "tests/test_transforms.py",
@@ -393,13 +393,13 @@ MUTANTS = [
     # A trace alone, and a ramp at order three, are not needed or cost all orders.
     Mutant(
         "losses/options.py",
-        "(counts(weights[1]) or counts(weights[2]))",
-        "counts(weights[1])",
+        "(is_used(weights[1]) or is_used(weights[2]))",
+        "is_used(weights[1])",
         "tests/losses/test_ramps.py",
     ),
     Mutant(
         "losses/options.py",
-        "if order == 3 and not counts(weights[3]):",
+        "if order == 3 and not is_used(weights[3]):",
         "if order == 3 and weights[3] is None:",
         "tests/losses/test_ramps.py",
     ),
@@ -412,7 +412,7 @@ MUTANTS = [
     # The rows of a fraction come from the global generator.
     Mutant(
         "losses/objective.py",
-        "torch.randperm(len(x), device=x.device, **source(generator))",
+        "torch.randperm(len(x), device=x.device, **generator_kwargs(generator))",
         "torch.randperm(len(x), device=x.device)",
         "tests/losses/test_random_options.py",
     ),
@@ -577,8 +577,8 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/gap.py",
-        'found["ode"] = over_elements(wrong * (score - true), 1)',
-        'found["ode"] = over_elements(wrong * (score - f), 1)',
+        'found["ode"] = sum_elements(wrong * (score - true), 1)',
+        'found["ode"] = sum_elements(wrong * (score - f), 1)',
         "tests/diagnostics/test_gap.py",
     ),
     Mutant(

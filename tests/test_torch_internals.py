@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hosm_losses import _torch_errors
 from hosm_losses import _torch_internals as internals
-from hosm_losses._checks import may_look
+from hosm_losses._checks import can_read_values
 from tests.cases import OnceDifferentiable
 
 ONES = torch.ones(2)
@@ -126,8 +126,8 @@ def test_transforms_are_seen_and_what_is_inside_them():
     found = []
 
     def look(x):
-        assert may_look(x) == (x.is_cpu and not internals.transformed())
-        seen = internals.transformed(), internals.vmapped(), internals.differentiated()
+        assert can_read_values(x) == (x.is_cpu and not internals.in_functorch())
+        seen = internals.in_functorch(), internals.vmapped(), internals.differentiated()
         found.append("".join("-x"[each] for each in seen))
         return x.sum()
 

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosm_losses._torch_internals import traced
+from hosm_losses._torch_internals import is_traced
 from hosm_losses.taylor import DerivativeError as DerivativeError
 from hosm_losses.taylor import at_least_float32 as at_least_float32
 
 
-def complaint(
+def error_message(
     name: str, expected: str, value: object, remedy: str = "", *, got: str | None = None
 ) -> str:
     """The text of an error: what was expected, what came (`got` or a description), what to do."""
-    came = describe(value) if got is None else got
+    came = describe_value(value) if got is None else got
     return f"{name}: expected {expected}; got {came}. {remedy}".rstrip()
 
 
@@ -34,10 +34,10 @@ def not_a_tensor(name: str, expected: str, value: object) -> TypeError:
     """The error where a tensor was expected; of a NumPy array it says how to make one."""
     array = isinstance(value, np.ndarray)
     remedy = f"Convert it with torch.from_numpy({name})." if array else ""
-    return TypeError(complaint(name, expected, value, remedy))
+    return TypeError(error_message(name, expected, value, remedy))
 
 
-def describe(value: object) -> str:
+def describe_value(value: object) -> str:
     """Say what came: dtype, shape and device of a tensor or array, the type of anything else."""
     if isinstance(value, Tensor):
         shape = "several shapes" if value.is_nested else f"shape {tuple(value.shape)}"
@@ -57,9 +57,9 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def may_look(tensor: Tensor) -> bool:
+def can_read_values(tensor: Tensor) -> bool:
     """Whether reading a value of `tensor` back to the host is free."""
-    return tensor.device.type == "cpu" and not traced() and owns_values(tensor)
+    return tensor.device.type == "cpu" and not is_traced() and owns_values(tensor)
 
 
 def owns_values(tensor: Tensor) -> bool:
@@ -74,19 +74,19 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise ValueError unless `value` is one of the names in `choices`."""
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(complaint(name, f"one of {', '.join(map(repr, choices))}", value))
+        raise ValueError(error_message(name, f"one of {', '.join(map(repr, choices))}", value))
 
 
 def check_flag(name: str, value: object) -> None:
     """Raise TypeError unless this is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(complaint(name, "True or False", value))
+        raise TypeError(error_message(name, "True or False", value))
 
 
 def check_whole(name: str, value: object, minimum: int) -> int:
     """Return `value` as an int if it is a whole number, of Python or NumPy; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ValueError(complaint(name, f"a whole number of at least {minimum}", value))
+        raise ValueError(error_message(name, f"a whole number of at least {minimum}", value))
     return int(value)
 
 
@@ -97,7 +97,7 @@ def check_number(
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     # By comparisons alone, which torch.compile follows.
     if not (-math.inf < number < math.inf and above < number <= at_most):
-        raise ValueError(complaint(name, what, value))
+        raise ValueError(error_message(name, what, value))
     return number
 
 
@@ -107,12 +107,12 @@ def check_generator(generator: object, device: torch.device) -> torch.Generator 
         return None
     remedy = f"Make one with torch.Generator({str(device)!r}).manual_seed(0)."
     if not isinstance(generator, torch.Generator):
-        raise TypeError(complaint("generator", "a torch.Generator or None", generator, remedy))
+        raise TypeError(error_message("generator", "a torch.Generator or None", generator, remedy))
     own = generator.device
     # Nothing is drawn on meta, which has no generators.
     if device.type != "meta" and (own.type, own.index or 0) != (device.type, device.index or 0):
         expected, got = f"one on {device}, the device of the data", f"one on {own}"
-        raise ValueError(complaint("generator", expected, own, remedy, got=got))
+        raise ValueError(error_message("generator", expected, own, remedy, got=got))
     return generator
 
 
@@ -123,11 +123,11 @@ def check_model_kwargs(model_kwargs: object) -> dict[str, Any]:
     name = "model_kwargs"
     if not isinstance(model_kwargs, Mapping):
         expected = "a mapping of the network's keyword arguments, such as {'y': labels}, or None"
-        raise TypeError(complaint(name, expected, model_kwargs))
+        raise TypeError(error_message(name, expected, model_kwargs))
     for key in {"x", "t", "self"} & model_kwargs.keys():
         expected = "none of 'x', 't', 'self', which the call of the network sets itself"
         remedy = "Leave it out, or rename it with ScoreModel(..., call=...)."
-        raise ValueError(complaint(name, expected, key, remedy))
+        raise ValueError(error_message(name, expected, key, remedy))
     return dict(model_kwargs)
 
 
@@ -135,7 +135,7 @@ def check_dense(name: str, value: Tensor) -> None:
     """Raise TypeError for a sparse or nested tensor, or one of another layout."""
     if value.is_nested or value.layout != torch.strided:
         got = "a nested one" if value.is_nested else f"one of layout {value.layout}"
-        raise TypeError(complaint(name, "a dense tensor (B, *)", value, got=got))
+        raise TypeError(error_message(name, "a dense tensor (B, *)", value, got=got))
 
 
 def check_not_empty(name: str, value: Tensor) -> None:
@@ -143,7 +143,7 @@ def check_not_empty(name: str, value: Tensor) -> None:
     if value.ndim == 0 or value.numel() == 0:
         expected = "a batch (B, *) with at least one sample and one element"
         remedy = "Skip empty batches, or set drop_last in the loader."
-        raise ValueError(complaint(name, expected, value, remedy))
+        raise ValueError(error_message(name, expected, value, remedy))
 
 
 def check_sample_batch(name: str, value: object) -> Tensor:
@@ -157,7 +157,7 @@ def check_sample_batch(name: str, value: object) -> Tensor:
             "Scale integer images to the range the network was trained on first, for example "
             f"{name}.float() / 127.5 - 1; ode_nll does it with dequantization=Uniform()."
         )
-        raise TypeError(complaint(name, f"a {expected}", value, remedy))
+        raise TypeError(error_message(name, f"a {expected}", value, remedy))
     check_not_empty(name, value)
     check_finite(name, value)
     return value
@@ -177,13 +177,13 @@ def check_like(
     check_dense(name, value)
     if tuple(value.shape) != shape:
         expected = f"shape {shape}, that of {of}"
-        raise ValueError(complaint(name, expected, value, "Nothing is broadcast."))
+        raise ValueError(error_message(name, expected, value, "Nothing is broadcast."))
     if value.dtype != dtype:
         remedy = f"Convert it with {name}.to({dtype})."
-        raise TypeError(complaint(name, f"{dtype}, to go with {of}", value, remedy))
+        raise TypeError(error_message(name, f"{dtype}, to go with {of}", value, remedy))
     if value.device != device:
         remedy = f"Move it with {name}.to({str(device)!r})."
-        raise ValueError(complaint(name, f"device {device}, that of {of}", value, remedy))
+        raise ValueError(error_message(name, f"device {device}, that of {of}", value, remedy))
     return value
 
 
@@ -200,23 +200,23 @@ def check_prediction(predicted: object, x: Tensor) -> None:
         "operator.attrgetter('sample') or, if it predicts a variance too, the first channels, "
         "lambda out: out[:, :C]. Of one sample give x[None]."
     )
-    raise kind(complaint("network", expected, predicted, remedy))
+    raise kind(error_message("network", expected, predicted, remedy))
 
 
 def check_finite(name: str, value: Tensor) -> None:
     """Raise ValueError if a CPU tensor holds a NaN or an infinity."""
-    if not may_look(value):
+    if not can_read_values(value):
         return
     # A sum takes one pass, and is finite only if all its terms are.
     if not math.isfinite(value.sum().item()) and not bool(torch.isfinite(value).all()):
         bad = int((~torch.isfinite(value)).sum())
         got = f"{bad} NaN or infinite of {value.numel()}"
-        raise ValueError(complaint(name, "finite values", value, got=got))
+        raise ValueError(error_message(name, "finite values", value, got=got))
 
 
 def check_range(name: str, value: Tensor, low: float, high: float) -> None:
     """Raise ValueError if a CPU tensor leaves [low, high]; NaN counts as outside."""
-    if may_look(value) and not bool(((value >= low) & (value <= high)).all()):
+    if can_read_values(value) and not bool(((value >= low) & (value <= high)).all()):
         expected = f"values in [{low:.9g}, {high:.9g}], the range of the schedule"
         got = f"values in [{float(value.min()):.9g}, {float(value.max()):.9g}]"
         remedy = (
@@ -224,7 +224,7 @@ def check_range(name: str, value: Tensor, low: float, high: float) -> None:
             "and give t in the schedule's units. If a solver steps over the end, give it "
             "schedule.clip(t)."
         )
-        raise ValueError(complaint(name, expected, value, remedy, got=got))
+        raise ValueError(error_message(name, expected, value, remedy, got=got))
 
 
 def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
     return per_sample.reshape(per_sample.shape + (1,) * (like.ndim - per_sample.ndim))
 
 
-def over_elements(tensor: Tensor, kept: int = 2) -> Tensor:
+def sum_elements(tensor: Tensor, kept: int = 2) -> Tensor:
     """Sum over the elements of a sample, (K, B, *) to (K, B), in float32 at least.
 
     `kept` is the number of dimensions before those of a sample, 1 for (B, *).
@@ -241,7 +241,7 @@ def over_elements(tensor: Tensor, kept: int = 2) -> Tensor:
     return tensor.reshape(*tensor.shape[:kept], -1).sum(-1, dtype=wide)
 
 
-def source(generator: torch.Generator | None) -> dict[str, Any]:
+def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
     """What random functions are told of a generator: torch.compile refuses generator=None.
 
     It does where a size may differ from call to call.

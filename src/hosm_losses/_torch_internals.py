@@ -14,10 +14,11 @@ from torch.overrides import _get_current_function_mode_stack
 
 from hosm_losses.taylor import _torch
 
-pytree, traced, transformed = _torch.pytree, _torch.traced, _torch.transformed
+pytree, is_traced, in_functorch = _torch.pytree, _torch.is_traced, _torch.in_functorch
 checkpoint_hook, forward_mode = _torch.checkpoint_hook, _torch.forward_mode
 versions = _torch.versions
-outside_inference_mode, normal = _torch.outside_inference_mode, _torch.normal
+outside_inference_mode = _torch.outside_inference_mode
+leave_inference_mode = _torch.leave_inference_mode
 
 # The node behind the result of a once_differentiable backward, which autograd.grad never meets.
 DELAYED_ERROR = "torch::autograd::Error"
@@ -41,7 +42,7 @@ def differentiated() -> bool:
 
 def _transforms() -> list[Any]:
     """The types of the transforms of torch.func around this call."""
-    stack = _C._functorch.get_interpreter_stack() if transformed() else None
+    stack = _C._functorch.get_interpreter_stack() if in_functorch() else None
     return [each.key() for each in stack or ()]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosm_losses._checks import check_flag, check_number, describe
+from hosm_losses._checks import check_flag, check_number, describe_value
 from hosm_losses.model import Prediction, ScoreModel
 from hosm_losses.schedules import (
     DiscreteSchedule,
@@ -93,7 +93,7 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     """
     if not isinstance(model, nn.Module):  # a pipeline, perhaps
         expected = "model: expected an nn.Module, such as pipeline.unet or pipeline.transformer"
-        raise TypeError(f"{expected}; got {describe(model)}.")
+        raise TypeError(f"{expected}; got {describe_value(model)}.")
     own = getattr(model, "config", None)
     inputs, outputs = (getattr(own, f"{end}_channels", None) for end in ("in", "out"))
     learned = inputs is not None and outputs == 2 * inputs
@@ -334,7 +334,7 @@ def _check_marginal(schedule: Schedule, sde: Any) -> Schedule:
         own = torch.cat([part.flatten().to(t) for part in marginal(torch.ones_like(t), t)])
         if not torch.allclose(own, torch.cat(schedule(t)), rtol=1e-3):
             expected = f"sde: expected the marginal_prob(x, t) of {schedule}"
-            raise TypeError(f"{expected}; got {describe(sde)}, with another. {BUILD}")
+            raise TypeError(f"{expected}; got {describe_value(sde)}, with another. {BUILD}")
     return schedule
 
 
@@ -342,7 +342,7 @@ def check_has(value: object, expected: str, *names: str, advice: str = BUILD) ->
     """Raise TypeError unless a foreign object has these attributes, each named in `expected`."""
     for name in names:
         if getattr(value, name, None) is None:
-            raise TypeError(f"{expected.format(name)}; got {describe(value)}. {advice}")
+            raise TypeError(f"{expected.format(name)}; got {describe_value(value)}. {advice}")
 
 
 def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
@@ -374,8 +374,8 @@ def our_prediction(value: object, names: Mapping[str, Prediction], where: str) -
     if isinstance(value, str) and value in names:
         return names[value]
     raise ValueError(
-        f"{where}: expected one of {', '.join(map(repr, names))}; got {describe(value)}. Build a "
-        "ScoreModel with the prediction it stands for, or convert its output."
+        f"{where}: expected one of {', '.join(map(repr, names))}; got {describe_value(value)}. "
+        "Build a ScoreModel with the prediction it stands for, or convert its output."
     )
 
 

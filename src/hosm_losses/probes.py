@@ -35,7 +35,7 @@ from hosm_losses._checks import (
     check_choice,
     check_number,
     check_whole,
-    source,
+    generator_kwargs,
 )
 
 CHUNK_ELEMENTS = 2**22  # of unit vectors at a time
@@ -45,12 +45,14 @@ LARGEST_UNITS = 16 * 2**30
 
 
 def _rademacher(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    bits = torch.randint(0, 2, shape, device=like.device, dtype=torch.int8, **source(generator))
+    bits = torch.randint(
+        0, 2, shape, device=like.device, dtype=torch.int8, **generator_kwargs(generator)
+    )
     return bits.to(like.dtype).mul_(2).sub_(1)
 
 
 def _gaussian(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(shape, device=like.device, dtype=like.dtype, **source(generator))
+    return torch.randn(shape, device=like.device, dtype=like.dtype, **generator_kwargs(generator))
 
 
 def _sphere(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:

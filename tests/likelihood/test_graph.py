@@ -61,7 +61,7 @@ def solved(x, until, **options):
 def test_the_gradients_are_those_without_the_sample_that_failed(solver, until, look, monkeypatch):
     """From its start, or on its way; on an accelerator nothing may be looked at."""
     if not look:
-        monkeypatch.setattr(paths, "may_look", lambda _: False)
+        monkeypatch.setattr(paths, "can_read_values", lambda _: False)
     result, (of_x, *found) = solved(X, until, solver=solver, **EXACT)
     alone, (wanted, *expected) = solved(X[:2], until, solver=solver, **EXACT)
     assert result.failed.tolist() == [False, False, True]

@@ -29,8 +29,8 @@ def test_transforms_are_seen():
     found = []
 
     def look(x):
-        assert _torch.transformed() == _torch.traced()
-        found.append(_torch.transformed())
+        assert _torch.in_functorch() == _torch.is_traced()
+        found.append(_torch.in_functorch())
         return x.sum()
 
     x = torch.ones(2, 2)

@@ -1,4 +1,4 @@
-"""What users write: the type checker reads it without a complaint, and it runs."""
+"""What users write: the type checker reads it without a error_message, and it runs."""
 
 import torch
 from torch import Tensor, nn

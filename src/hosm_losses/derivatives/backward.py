@@ -124,7 +124,7 @@ def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
 
 def leaf(x: Tensor, wanted: bool = True) -> Tensor:
     """A point to differentiate at: x itself where a gradient of the result may go to it."""
-    own = internals.traced() or (wanted and x.requires_grad)
+    own = internals.is_traced() or (wanted and x.requires_grad)
     return x if own else x.detach().requires_grad_()
 
 
@@ -140,7 +140,7 @@ def vjp(
     without. Where the value does not depend on a point that is zero, or the error `lost`. Under
     torch.compile and the transforms of torch.func it is that of torch.func.
     """
-    if internals.traced():
+    if internals.is_traced():
         result: Any = torch.func.vjp(function, *points, has_aux=True)
         value, back, more = result
         return value, more, back
@@ -187,7 +187,7 @@ def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tens
     At once by vmap, or where that fails in turn: a custom autograd.Function whose backward vmap
     cannot follow can still be called K times.
     """
-    in_turn = in_turn or len(cotangents) == 1 or internals.transformed()
+    in_turn = in_turn or len(cotangents) == 1 or internals.in_functorch()
     # A checkpoint around the loss recomputes it in here; under vmap nothing may be drawn again.
     if not in_turn and internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None:
         try:

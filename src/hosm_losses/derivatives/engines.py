@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses import _torch_internals as internals
-from hosm_losses._checks import over_elements
+from hosm_losses._checks import sum_elements
 from hosm_losses.derivatives.backward import (
     EXPLAINED,
     LOST_ONCE,
@@ -135,7 +135,7 @@ def taylor(
     if not exact:
         stack = propagate(f, x, w, pairs)
         parts = [part for part in stack.split((1, count, len(stack) - 1 - count)) if len(part)]
-    elif internals.traced():
+    elif internals.is_traced():
 
         def form(point: Tensor) -> tuple[Tensor, Tensor]:
             stack = propagate(f, point, w)
@@ -162,7 +162,7 @@ def taylor(
 
 def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
     """Two passes back, for G and never for C; DerivativeError where autograd cannot follow."""
-    if order == 2 and not internals.transformed():  # any cotangent will do
+    if order == 2 and not internals.in_functorch():  # any cotangent will do
         return reverse_products(network, x, w, order, torch.zeros_like, False).derived
     wanted, shape = torch.is_grad_enabled(), w.shape
     if order == 3:
@@ -274,7 +274,7 @@ def quadratic_forms(
     """
     wanted = torch.is_grad_enabled()
     f, in_turn = watch_once(network, 2, wanted), False
-    if internals.transformed():
+    if internals.in_functorch():
         value, _, back = vjp(lambda point: (f(point), ()), x)
     else:
         with torch.enable_grad():
@@ -287,5 +287,5 @@ def quadratic_forms(
         # Behind the point are all earlier evaluations of a path.
         in_turn = refuse_dropped(value, wanted, point)
         back = pass_back(value, (point,), wanted, LOST_ONCE)
-    forms = torch.cat([over_elements(pull_each(back, w, in_turn) * w) for w in directions])
+    forms = torch.cat([sum_elements(pull_each(back, w, in_turn) * w) for w in directions])
     return (value, forms) if wanted else (value.detach(), forms.detach())

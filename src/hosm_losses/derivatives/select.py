@@ -23,7 +23,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hosm_losses._checks import DerivativeError, warn
 from hosm_losses._torch_errors import DEVICE_ERROR_TEXT, NO_FORWARD, NO_GRAPH, NOT_TWICE
-from hosm_losses._torch_internals import surroundings, traced, versions
+from hosm_losses._torch_internals import is_traced, surroundings, versions
 from hosm_losses.derivatives import engines
 from hosm_losses.derivatives.backward import DroppedGraphError, refuse_scripted
 from hosm_losses.derivatives.engines import Cotangent, Derivatives, Network, Products
@@ -183,7 +183,7 @@ def _products(
     push: bool,
 ) -> Products:
     attempts = None
-    if engine in ("auto", "reverse") and not laplacian and not traced():
+    if engine in ("auto", "reverse") and not laplacian and not is_traced():
         given = network, x, w, order, cotangent, push
         if engine == "reverse":
             return engines.reverse_products(*given)

@@ -20,10 +20,10 @@ from hosm_losses._checks import (
     check_choice,
     check_model_kwargs,
     check_sample_batch,
-    complaint,
-    describe,
+    describe_value,
+    error_message,
 )
-from hosm_losses._torch_internals import normal
+from hosm_losses._torch_internals import leave_inference_mode
 from hosm_losses.derivatives import ENGINES, FOREIGN_CHECKPOINTS, Network, refusal
 from hosm_losses.diagnostics.differences import NOT_FINITE, TOLERANCE, Agreement, Check, Smoothness
 from hosm_losses.diagnostics.localize import (
@@ -175,12 +175,12 @@ def check_derivatives(
     """
     check_model(model)
     if not isinstance(order, Integral) or order not in (2, 3):
-        raise ValueError(complaint("order", "2 or 3", order))
+        raise ValueError(error_message("order", "2 or 3", order))
     check_choice("engine", engine, ENGINES)
     check_sample_batch("x0", x0)
     if x0.dtype not in TOLERANCE:
         expected = "float32 or float64, in which differences mean something"
-        raise TypeError(complaint("x0", expected, x0, "Check a float32 copy of the network."))
+        raise TypeError(error_message("x0", expected, x0, "Check a float32 copy of the network."))
     refuse_wrapped(model.network)
     times = _spread_times(model, x0) if t is None else check_time(model, x0, t)
     given = check_model_kwargs(model_kwargs)
@@ -192,7 +192,7 @@ def check_derivatives(
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
     ):
-        own, x = _copy_model(model), normal(x0.detach())
+        own, x = _copy_model(model), leave_inference_mode(x0.detach())
         given = map_tensors(given, lambda tensor: tensor.detach().clone())
         field = bind_model(own, len(times), given, times)
         precision = check_values(field, x)
@@ -237,7 +237,7 @@ def _copy_model(model: ScoreModel) -> ScoreModel:
         remedy = UNSHARD if sharded else "Check it in a fresh process before its first call."
         raise TypeError(
             "network: expected one that copy.deepcopy can copy, so that yours stays as it is; got "
-            f"{describe(model.network)}, which says: {str(error).splitlines()[0]}. {remedy}"
+            f"{describe_value(model.network)}, which says: {str(error).splitlines()[0]}. {remedy}"
         ) from error
     if not isinstance(own.network, nn.Module) and own.network is model.network:
         # A function has no copy, and what is remembered of this one is not to stay.

@@ -37,12 +37,12 @@ from hosm_losses._checks import (
     check_model_kwargs,
     check_sample_batch,
     check_whole,
-    complaint,
+    error_message,
     expand_right,
-    over_elements,
+    sum_elements,
 )
 from hosm_losses._progress import progress_bar
-from hosm_losses._torch_internals import normal, outside_inference_mode
+from hosm_losses._torch_internals import leave_inference_mode, outside_inference_mode
 from hosm_losses.derivatives import Snapshot, gradients
 from hosm_losses.likelihood import FixedGrid, ode_nll, variational_nll
 from hosm_losses.model import ScoreModel, bind_model, check_model
@@ -159,7 +159,7 @@ def likelihood_gap(
         ['j_fisher', 'j_ode', 'j_sm', 'ode nll', 'sde bound']
     """
     check_model(model)
-    data = normal(check_sample_batch("x0", x0))
+    data = leave_inference_mode(check_sample_batch("x0", x0))
     count, steps = check_whole("nodes", nodes, 2), check_whole("steps", steps, 4)
     check_flag("ode_score", ode_score)
     check_flag("progress", progress)
@@ -238,17 +238,17 @@ def at_node(
         return found
     true, true_jacobian, true_third = _orders(truth, x, t, kwargs)
     wrong, units = f - true, unit_vectors(x)
-    traces = over_elements(units * (jacobian - true_jacobian)).sum(0)
+    traces = sum_elements(units * (jacobian - true_jacobian)).sum(0)
     found |= {
         "first": _square(wrong),
         "trace": traces.square(),
-        "second": over_elements((jacobian - true_jacobian).square()).sum(0),
+        "second": sum_elements((jacobian - true_jacobian).square()).sum(0),
         "third": _square(third - true_third),
-        "rate": (traces + over_elements(wrong * true, 1)).square(),
+        "rate": (traces + sum_elements(wrong * true, 1)).square(),
     }
     if score is not None:
         found["fisher"] = _square(score - true)
-        found["ode"] = over_elements(wrong * (score - true), 1)
+        found["ode"] = sum_elements(wrong * (score - true), 1)
     return found
 
 
@@ -296,16 +296,16 @@ def _reference(
         if not _same(reference.schedule, schedule):
             expected = f"a model under the schedule {schedule!r}"
             got = f"one under {reference.schedule!r}, with another range, alpha or sigma"
-            raise ValueError(complaint("reference", expected, reference, got=got))
+            raise ValueError(error_message("reference", expected, reference, got=got))
         return reference
     atoms = check_sample_batch("reference", reference).to(data)
     if atoms.shape[1:] != data.shape[1:]:
-        raise ValueError(complaint("reference", "atoms of the shape of the data", reference))
+        raise ValueError(error_message("reference", "atoms of the shape of the data", reference))
 
     def noise(x: Tensor, t: Tensor, **_: Any) -> Tensor:
         alpha, sigma = (expand_right(each, x).unsqueeze(1) for each in schedule(t))
         noises = (x.unsqueeze(1) - alpha * atoms) / sigma
-        shares = (-0.5 * over_elements(noises.square())).softmax(1).to(x.dtype)
+        shares = (-0.5 * sum_elements(noises.square())).softmax(1).to(x.dtype)
         return (expand_right(shares, noises) * noises).sum(1)
 
     return ScoreModel(noise, schedule)
@@ -321,7 +321,7 @@ def _same(one: Schedule, other: Schedule) -> bool:
 
 
 def _square(difference: Tensor) -> Tensor:
-    return over_elements(difference.square(), 1)
+    return sum_elements(difference.square(), 1)
 
 
 def _mean(values: Tensor) -> GapEstimate:

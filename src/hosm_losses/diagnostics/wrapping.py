@@ -38,10 +38,10 @@ from hosm_losses._checks import (
     check_generator,
     check_model_kwargs,
     check_sample_batch,
-    complaint,
+    error_message,
     expand_right,
 )
-from hosm_losses._torch_internals import normal, outside_inference_mode
+from hosm_losses._torch_internals import leave_inference_mode, outside_inference_mode
 from hosm_losses.derivatives import Snapshot
 from hosm_losses.diagnostics.values import check_rows
 from hosm_losses.model import ScoreModel, bind_model, check_model
@@ -263,11 +263,11 @@ def check_wrapping(
         your schedule, prediction='epsilon'
     """
     check_model(model)
-    data = normal(check_sample_batch("x0", x0))
+    data = leave_inference_mode(check_sample_batch("x0", x0))
     kwargs = check_model_kwargs(model_kwargs)
     source = check_generator(generator, data.device)
     if len(data) < LEAST_SAMPLES:
-        raise ValueError(complaint("x0", f"{LEAST_SAMPLES} samples or more", data))
+        raise ValueError(error_message("x0", f"{LEAST_SAMPLES} samples or more", data))
     before = Snapshot(model.network, data)
     try:
         with outside_inference_mode(), torch.no_grad():
@@ -315,7 +315,7 @@ class _Linear:
             size = f"a size between {math.exp(low):.2g} and {math.exp(high):.2g}"
             got = f"a standard deviation of {float(self.variances.mean().sqrt()):.2g}"
             remedy = "Scale them as in the training of the network."
-            raise ValueError(complaint("x0", f"data of {size}", None, remedy, got=got))
+            raise ValueError(error_message("x0", f"data of {size}", None, remedy, got=got))
         return torch.linspace(
             float(inside[0]), float(inside[-1]), count, dtype=torch.float64, device="cpu"
         )

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import over_elements
+from hosm_losses._checks import sum_elements
 from hosm_losses.likelihood.coordinates import Span
 from hosm_losses.likelihood.multistep import combine, refuse_vmap
 from hosm_losses.likelihood.paths import ODESolution, Paths
@@ -192,7 +192,7 @@ def _difference(paths: Paths, end: Tensor, other: Tensor, span: Span) -> Tensor:
     one, two = coordinates.to_x(end, far), coordinates.to_x(other, far)
     if span[1] > span[0]:
         return paths.log_prior_at(one) - paths.log_prior_at(two)
-    return over_elements(coordinates.covector(paths.noise_at(one, far), far) * (end - other), 1)
+    return sum_elements(coordinates.covector(paths.noise_at(one, far), far) * (end - other), 1)
 
 
 def _solve(

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from hosm_losses._checks import DerivativeError
 from hosm_losses._torch_errors import HOOKS_IN_TRANSFORM
-from hosm_losses._torch_internals import traced
+from hosm_losses._torch_internals import is_traced
 from hosm_losses.derivatives import Snapshot
 
 
@@ -31,7 +31,7 @@ class RecomputedEvaluations:
 
     def due(self) -> bool:
         """Whether an evaluation that begins here is to be made again in a pass back."""
-        return torch.is_grad_enabled() and not (self.running or self.refused or traced())
+        return torch.is_grad_enabled() and not (self.running or self.refused or is_traced())
 
     def __call__(self, function: Callable[[], Any], x: Tensor) -> Any:
         """Evaluate a function of nothing on the device of x."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import expand_right, over_elements
+from hosm_losses._checks import expand_right, sum_elements
 from hosm_losses.schedules import Schedule
 
 Span = tuple[float, float]  # of u = log σ̂, from the start of a path to its end
@@ -77,12 +77,12 @@ class Coordinates:
 
     def integrand(self, divergence: Tensor, level: NoiseLevel) -> Tensor:
         """σ ∇·ε̂ − Σ_i σ̂²/c² from the divergence ∇·ε̂ (K, n)."""
-        shrinking = over_elements((level.sigma_hat / level.scale).square(), 1)
+        shrinking = sum_elements((level.sigma_hat / level.scale).square(), 1)
         return level.sigma.reshape(-1) * divergence - shrinking
 
     def log_volume(self, level: NoiseLevel) -> Tensor:
         """Σ_i log(α c), (n,)."""
-        return over_elements((level.alpha * level.scale).log(), 1)
+        return sum_elements((level.alpha * level.scale).log(), 1)
 
     def covector(self, noise: Tensor, level: NoiseLevel) -> Tensor:
         """The gradient in z of the log-density, where the model's score is that of its ODE."""

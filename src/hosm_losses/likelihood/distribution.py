@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from hosm_losses._checks import check_model_kwargs, check_whole, complaint
+from hosm_losses._checks import check_model_kwargs, check_whole, error_message
 from hosm_losses.likelihood.ode import ode_nll, ode_sample
 from hosm_losses.likelihood.paths import Divergence, check_divergence
 from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance, check_solver
@@ -127,7 +127,7 @@ class ODEDistribution(Distribution):
             if tensor.shape[: len(batch)] != batch:
                 expected = f"a tensor whose shape begins with the batch_shape {tuple(batch)}"
                 remedy = "Mark what all distributions share: hosm_losses.Shared(tensor)."
-                raise ValueError(complaint(path, expected, tensor, remedy))
+                raise ValueError(error_message(path, expected, tensor, remedy))
             rest = tensor.shape[len(batch) :]
             return tensor.expand(outer + rest).reshape(-1, *rest)
 

@@ -31,8 +31,8 @@ from hosm_losses._checks import (
     check_not_empty,
     check_number,
     check_whole,
-    complaint,
-    over_elements,
+    error_message,
+    sum_elements,
 )
 from hosm_losses.likelihood.coordinates import Coordinates, accumulator
 from hosm_losses.likelihood.paths import Divergence
@@ -150,7 +150,7 @@ class TruncatedNormal:
         data = self.first + self._cell * levels
         # −log p_t − log σ is that of x_t/α but for log σ̂, which is the cell over 2 τ.
         constant = math.log(2 * HALF_CELL / math.sqrt(2 * math.pi) / mass) - start.alpha.log()
-        return start.alpha * data + start.sigma * u, over_elements(constant - u.square() / 2, 1)
+        return start.alpha * data + start.sigma * u, sum_elements(constant - u.square() / 2, 1)
 
 
 Dequantization = Uniform | TruncatedNormal
@@ -160,13 +160,13 @@ def check_dequantization(value: object, *, clean: bool = False) -> None:
     """Raise ValueError unless this is None or a dequantization that `clean` allows."""
     if not (value is None or isinstance(value, Dequantization)):
         expected = "Uniform(...), TruncatedNormal(...) or None"
-        raise ValueError(complaint("dequantization", expected, value))
+        raise ValueError(error_message("dequantization", expected, value))
     if clean and isinstance(value, TruncatedNormal):
         expected = "Uniform(...) or None for clean data, at t = 0"
         remedy = (
             "TruncatedNormal has the noise of its start already: use ode_nll with clean=False."
         )
-        raise ValueError(complaint("dequantization", expected, value, remedy, got=repr(value)))
+        raise ValueError(error_message("dequantization", expected, value, remedy, got=repr(value)))
 
 
 def refuse_flattery(value: Dequantization, divergence: Divergence | None) -> None:
@@ -187,7 +187,7 @@ def check_images(x: object) -> None:
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
         expected = "a uint8 tensor (B, *) of levels 0 to 255 with dequantization=Uniform()"
         remedy = "Dequantize other data yourself, and give levels, low and high to bits_per_dim."
-        raise TypeError(complaint("x", expected, x, remedy))
+        raise TypeError(error_message("x", expected, x, remedy))
     check_dense("x", x)
     check_not_empty("x", x)
 

@@ -19,17 +19,22 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from hosm_losses._checks import (
+    can_read_values,
     check_flag,
     check_generator,
     check_model_kwargs,
     check_sample_batch,
     check_whole,
-    complaint,
-    may_look,
+    error_message,
     warn,
 )
 from hosm_losses._progress import progress_bar
-from hosm_losses._torch_internals import differentiated, normal, outside_inference_mode, traced
+from hosm_losses._torch_internals import (
+    differentiated,
+    is_traced,
+    leave_inference_mode,
+    outside_inference_mode,
+)
 from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
 from hosm_losses.likelihood.coordinates import Coordinates
 from hosm_losses.likelihood.integers import (
@@ -108,7 +113,7 @@ class Job:
         modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
         differentiates = not (self.divergence is None or callable(self.divergence))
         watch = FirstEvaluation(
-            look_for_draws=not warn_of_training_mode(modules) and not traced(),
+            look_for_draws=not warn_of_training_mode(modules) and not is_traced(),
             look_for_constants=differentiates and model.primitives,
         )
         total = len(x) * self.draws
@@ -126,7 +131,7 @@ class Job:
             prior = self.log_prior is None and self.of_prior
             _warn_of_ends(coordinates, start=start, prior=prior)
             whole = Paths(
-                x=normal(x),
+                x=leave_inference_mode(x),
                 model=bind_model(model, len(x), self.kwargs, graph=self.graph),
                 coordinates=coordinates,
                 dtype=like_network(model, x).dtype,
@@ -166,18 +171,18 @@ def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor
             expected = f"a distribution of event_shape {tuple(x.shape[1:])} without a batch_shape"
             got = f"event_shape {tuple(prior.event_shape)}, batch_shape {tuple(prior.batch_shape)}"
             remedy = "torch.distributions.Independent makes one of a batch."
-            raise ValueError(complaint("log_prior", expected, prior, remedy, got=got))
+            raise ValueError(error_message("log_prior", expected, prior, remedy, got=got))
         return prior.log_prob
     if not (prior is None or callable(prior)):
         expected = "a callable of latents (n, *) that returns their log-densities (n,), a "
-        raise TypeError(complaint("log_prior", expected + "torch Distribution or None", prior))
+        raise TypeError(error_message("log_prior", expected + "torch Distribution or None", prior))
     return prior
 
 
 def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None:
     """Warn, on the CPU, where x at t_min is not the data, or the latent not that of the prior."""
     schedule, mean = coordinates.schedule, coordinates.mean
-    if not may_look(mean):
+    if not can_read_values(mean):
         return
     times = torch.tensor([schedule.t_min, schedule.t_max], dtype=mean.dtype, device="cpu")
     (first, alpha), (_, sigma) = (each.detach().unbind() for each in schedule(times))

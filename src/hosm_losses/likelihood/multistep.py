@@ -53,7 +53,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hosm_losses._checks import over_elements, warn
+from hosm_losses._checks import sum_elements, warn
 from hosm_losses._torch_internals import vmapped
 from hosm_losses.likelihood.coordinates import NoiseLevel, Span
 from hosm_losses.likelihood.paths import ODESolution, Paths
@@ -149,9 +149,9 @@ class AdamsSolver:
 
     def _estimate(self, covector: Tensor, correction: Tensor) -> None:
         """Add what the errors of a step do to the answer, e."""
-        effect = over_elements((covector - self.covector) * correction, 1)
+        effect = sum_elements((covector - self.covector) * correction, 1)
         if len(self.slopes) == len(NEXT_TERM):
-            effect = effect + over_elements(covector * self.h * combine(NEXT_TERM, self.slopes), 1)
+            effect = effect + sum_elements(covector * self.h * combine(NEXT_TERM, self.slopes), 1)
         self.total = self.total + effect
         self.lowest = torch.minimum(self.lowest, self.total)
         self.highest = torch.maximum(self.highest, self.total)

@@ -20,8 +20,8 @@ from hosm_losses._checks import (
     check_flag,
     check_generator,
     check_whole,
-    complaint,
-    over_elements,
+    error_message,
+    sum_elements,
 )
 from hosm_losses.likelihood.adaptive import solve_adaptive
 from hosm_losses.likelihood.integers import Dequantization, check_dequantization
@@ -189,7 +189,7 @@ def ode_sample(
     """
     if isinstance(check_solver(solver), FixedGrid) and solver.companion:
         expected = "one without a companion, which compares densities of the prior at t_max"
-        raise ValueError(complaint("solver", expected, solver, got=repr(solver)))
+        raise ValueError(error_message("solver", expected, solver, got=repr(solver)))
     check_divergence(divergence, optional=True)
     drawn = not isinstance(latent, Tensor)
     if drawn and log_prior is not None:
@@ -277,7 +277,7 @@ def _add_noise(paths: Paths) -> tuple[Paths, Tensor]:
     noise = paths.draw_noise()
     points = start.alpha * x + start.sigma * noise
     error = paths.noise_at(points, start) - noise
-    correction = over_elements(error.square() - noise.square(), 1) / 2
+    correction = sum_elements(error.square() - noise.square(), 1) / 2
     correction = correction - x[0].numel() * start.alpha.log().reshape(())
     return replace(paths, x=points), correction
 
@@ -286,7 +286,7 @@ def _draw(model: ScoreModel, shape: object, generator: torch.Generator | None) -
     """Latents of a shape, of the prior."""
     if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
         expected = "a tensor (B, *) at t_max, or its shape, which begins with B"
-        raise TypeError(complaint("latent", expected, shape))
+        raise TypeError(error_message("latent", expected, shape))
     sizes = [check_whole("latent's shape", size, 1) for size in shape]
     like = like_network(model)
     source = check_generator(generator, like.device)

@@ -40,12 +40,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from hosm_losses._checks import (
     DerivativeError,
+    can_read_values,
     check_like,
     check_prediction,
-    complaint,
+    error_message,
     expand_right,
-    may_look,
-    over_elements,
+    sum_elements,
 )
 from hosm_losses.derivatives import derive, quadratic_forms
 from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
@@ -74,7 +74,7 @@ def check_divergence(divergence: object, *, optional: bool = False) -> None:
     known = known or (optional and divergence is None)
     if not (known or (isinstance(divergence, str) and divergence in ("auto", "exact"))):
         expected = "'auto', 'exact', Hutchinson(...)" + ", None" * optional + " or a callable"
-        raise ValueError(complaint("divergence", expected, divergence))
+        raise ValueError(error_message("divergence", expected, divergence))
 
 
 def choose_divergence(divergence: Divergence | None, x: Tensor) -> Chosen | None:
@@ -173,7 +173,7 @@ class Paths:
                 value, forms = value_and_divergence(model, x, divergence, probes)
             self.watch.compare(before, x)
             return value, forms
-        lost, look = ~all_finite(x), may_look(x)
+        lost, look = ~all_finite(x), can_read_values(x)
         if not look:
             with torch.no_grad():
                 points = torch.where(expand_right(lost, x), 1.0, x)
@@ -204,7 +204,7 @@ class Paths:
         if self.log_prior is None:
             std = self.coordinates.schedule.prior_std
             normalisation = latent[0].numel() * math.log(2 * math.pi * std**2)
-            value = -0.5 * (over_elements(given.square(), 1) / std**2 + normalisation)
+            value = -0.5 * (sum_elements(given.square(), 1) / std**2 + normalisation)
         else:
             value = self.log_prior(given)
             own = value.dtype if isinstance(value, Tensor) else wide
@@ -249,7 +249,7 @@ def value_and_divergence(
         prediction, forms = quadratic_forms(model, x, unit_vector_chunks(x))
         forms, squares = forms.to(dtype).sum(0, keepdim=True), elements
     else:
-        squares = over_elements(probes.square())
+        squares = sum_elements(probes.square())
         if isinstance(divergence, Hutchinson) and divergence.mode == "forward":
             prediction, forms = _forward(model, x, probes)
         else:
@@ -274,7 +274,7 @@ def _forward(model: BoundModel, x: Tensor, probes: Tensor) -> tuple[Tensor, Tens
         raise DerivativeError(
             f"divergence: expected mode='reverse' for this network; got 'forward'. {error}"
         ) from error
-    return value[0], over_elements(along * probes)
+    return value[0], sum_elements(along * probes)
 
 
 def _refuse_a_pass_back(_: object) -> Tensor:
@@ -287,7 +287,7 @@ def _of_function(function: Function, model: BoundModel, x: Tensor) -> tuple[Tens
     found: Any = function(*arguments, **kwargs)
     if not isinstance(found, tuple) or len(found) != 2:
         expected = "two tensors, the prediction (B, *) and its divergence (B,)"
-        raise TypeError(complaint("divergence(x, t)", expected, found))
+        raise TypeError(error_message("divergence(x, t)", expected, found))
     prediction, divergence = found
     check_prediction(prediction, x)
     dtype = getattr(divergence, "dtype", x.dtype)

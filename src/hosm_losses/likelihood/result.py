@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_number, check_whole, describe, owns_values
+from hosm_losses._checks import check_number, check_whole, describe_value, owns_values
 
 # A sample fails with a solver_error above the larger of these, in nats and in nats an element.
 SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
@@ -264,7 +264,7 @@ class Result:
         every: list[Any] = [results] if alone else list(results)
         for result in every:
             if alone or not isinstance(result, cls):
-                got = describe(result)
+                got = describe_value(result)
                 raise TypeError(f"cat: expected {cls.__name__}s in a list; got {got}.")
         kinds = {result._kind() for result in every}
         if len(kinds) != 1:
@@ -317,7 +317,9 @@ class Result:
             ValueError: for a key that is missing or unknown.
         """
         if not isinstance(values, Mapping):
-            raise TypeError(f"from_dict: expected what to_dict returned; got {describe(values)}.")
+            raise TypeError(
+                f"from_dict: expected what to_dict returned; got {describe_value(values)}."
+            )
         kinds: dict[str, Any] = {each.name: each.type for each in fields(cls)}
         if values.keys() != kinds.keys():
             raise ValueError(
@@ -328,7 +330,7 @@ class Result:
         given = {**values, "quantization": Quantization(**known) if known else None}
         for name, value in given.items():
             if not isinstance(value, kinds[name]):
-                got = describe(value)
+                got = describe_value(value)
                 raise TypeError(f"from_dict: expected {kinds[name]} for {name!r}; got {got}.")
         return cls(**given)
 

@@ -18,7 +18,7 @@ from hosm_losses._checks import (
     check_flag,
     check_number,
     check_whole,
-    complaint,
+    error_message,
 )
 from hosm_losses.likelihood.coordinates import accumulator
 from hosm_losses.likelihood.multistep import MINIMUM_STEPS
@@ -93,7 +93,7 @@ class FixedGrid(Solver):
         least = 2 * MINIMUM_STEPS
         if self.companion and (steps % 2 or steps < least):
             expected, got = f"False, or even steps of {least} or more", f"True with {steps} steps"
-            raise ValueError(complaint(self._name("companion"), expected, True, got=got))
+            raise ValueError(error_message(self._name("companion"), expected, True, got=got))
         self._set(steps=steps)
 
 
@@ -134,14 +134,16 @@ class ToTolerance(Solver):
         """Check the fields."""
         check_flag(self._name("companion"), self.companion)
         if not (self.group is None or isinstance(self.group, dist.ProcessGroup)):
-            raise ValueError(complaint(self._name("group"), "a process group or None", self.group))
+            raise ValueError(
+                error_message(self._name("group"), "a process group or None", self.group)
+            )
         self._set(tolerance=self._nats("tolerance"))
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields; a TypeError where a group is among them."""
         if self.group is not None:
             expected, remedy = "None in a value to pickle", "Make the value in every process."
-            raise TypeError(complaint(self._name("group"), expected, self.group, remedy))
+            raise TypeError(error_message(self._name("group"), expected, self.group, remedy))
         return vars(self)
 
 
@@ -181,7 +183,7 @@ def check_solver(value: object) -> FixedGrid | ToTolerance | Adaptive:
     """Return `value` if it is a solver."""
     if not isinstance(value, FixedGrid | ToTolerance | Adaptive):
         expected = "FixedGrid(...), ToTolerance(...) or Adaptive(...)"
-        raise TypeError(complaint("solver", expected, value))
+        raise TypeError(error_message("solver", expected, value))
     return value
 
 
@@ -194,13 +196,13 @@ def plain_moment(field: str, value: Any, name: str) -> PlainMoment:
         found = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
         nested = found.tolist()
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(complaint(name, expected, value)) from None
+        raise TypeError(error_message(name, expected, value)) from None
     if found.is_complex() or found.dtype == torch.bool:
-        raise TypeError(complaint(name, expected, value))
+        raise TypeError(error_message(name, expected, value))
     numbers = torch.as_tensor(nested, dtype=torch.float64, device="cpu")
     check_finite(name, numbers)
     if field == "data_std" and not bool((numbers > 0).all()):
-        raise ValueError(complaint(name, "positive values", value))
+        raise ValueError(error_message(name, "positive values", value))
     return _as_tuples(nested)
 
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_whole, complaint, over_elements
+from hosm_losses._checks import check_whole, error_message, sum_elements
 from hosm_losses.likelihood.coordinates import NoiseLevel
 from hosm_losses.likelihood.integers import Uniform, check_dequantization
 from hosm_losses.likelihood.job import Job, LogPrior
@@ -79,7 +79,7 @@ def variational_nll(
     """
     samples = check_whole("samples", samples, 2)
     if samples % 2:
-        raise ValueError(complaint("samples", "an even number", samples))
+        raise ValueError(error_message("samples", "an even number", samples))
     check_dequantization(dequantization, clean=True)
     mean = plain_moment("data_mean", data_mean, "data_mean")
     std = plain_moment("data_std", data_std, "data_std")
@@ -120,13 +120,13 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
         noise = paths.draw_noise()
         error = paths.noise_at(level.alpha * x + level.sigma * noise, level) - noise
         gaussian = (level.sigma_hat * centred - variance * noise) / level.scale.square()
-        return over_elements(error.square() - gaussian.square(), 1)
+        return sum_elements(error.square() - gaussian.square(), 1)
 
     def antiderivative(level: NoiseLevel) -> Tensor:
         """That of E‖r‖², (B,)."""
         logarithm = 2 * (level.sigma_hat.log() - level.scale.log())
         return (
-            over_elements(logarithm + (variance - centred.square()) / level.scale.square(), 1) / 2
+            sum_elements(logarithm + (variance - centred.square()) / level.scale.square(), 1) / 2
         )
 
     estimate = spread = x.new_zeros(count)
@@ -139,7 +139,7 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
 
     squares = start.sigma_hat.square() * centred.square() + variance.square()
     decoder = (
-        over_elements(squares / start.scale**4 + math.log(2 * math.pi), 1) / 2 + elements * low
+        sum_elements(squares / start.scale**4 + math.log(2 * math.pi), 1) / 2 + elements * low
     )
     prior, prior_spread, latent = _prior(paths, end, samples)
     nll = estimate + antiderivative(end) - antiderivative(start) + decoder + prior

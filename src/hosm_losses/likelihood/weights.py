@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_choice, check_like, check_whole, complaint, warn
+from hosm_losses._checks import check_choice, check_like, check_whole, error_message, warn
 from hosm_losses.likelihood.result import NLLResult, SampleResult
 
 LogTarget = Callable[[Tensor], Tensor]
@@ -157,7 +157,7 @@ class Weights:
         values = function(self.x)
         if not isinstance(values, Tensor) or values.shape[:1] != (len(self.x),):
             expected = f"a tensor of one value or more for each of the {len(self.x)} samples"
-            raise ValueError(complaint("function(x)", expected, values))
+            raise ValueError(error_message("function(x)", expected, values))
         values, w = values.detach().double(), self.normalized
         flat = values.reshape(len(w), -1)
         # Where the weight is zero the value may be NaN.
@@ -189,13 +189,13 @@ class Weights:
         """
         if len(x) != len(result.nll):
             expected = f"the {len(result.nll)} points whose likelihood the result is"
-            raise ValueError(complaint("x", expected, x))
+            raise ValueError(error_message("x", expected, x))
         log_target = _log_target(self.log_target, x)
         outside = int(log_target.isneginf().sum())
         if outside:
             got = f"{outside} of {len(x)} where it is zero"
             raise ValueError(
-                complaint("x", "points at which the target is above zero", x, got=got)
+                error_message("x", "points at which the target is above zero", x, got=got)
             )
         above = log_target + result.nll.detach().double()
         above = torch.where(result.failed, torch.inf, above)
@@ -271,9 +271,9 @@ def importance_weights(
         1.84, exactly 1.84
     """
     if not isinstance(result, SampleResult):
-        raise TypeError(complaint("result", "the SampleResult of ode_sample", result))
+        raise TypeError(error_message("result", "the SampleResult of ode_sample", result))
     if not callable(log_target):
-        raise TypeError(complaint("log_target", "a callable x (B, *) → (B,)", log_target))
+        raise TypeError(error_message("log_target", "a callable x (B, *) → (B,)", log_target))
     check_choice("probe_noise", probe_noise, ("corrected", "ignored"))
     if result.nll is None or result.solver_error is None:
         raise ValueError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor, nn
 
-from hosm_losses._checks import check_flag, complaint
+from hosm_losses._checks import check_flag, error_message
 from hosm_losses.derivatives import Engine
 from hosm_losses.losses.objective import dsm
 from hosm_losses.losses.options import (
@@ -308,7 +308,7 @@ class _DSM(nn.Module):
         super().__init__()
         if isinstance(weights, nn.Parameter):  # which a module registers as one to be trained
             expected = "numbers, or tensors that are not trained"
-            raise ValueError(complaint("weights", expected, weights, got="a Parameter"))
+            raise ValueError(error_message("weights", expected, weights, got="a Parameter"))
         self.options, self.weights = options, weights
         self.targets, self.model = check_targets(targets, tensor=False), check_model(model)
         if options.order > 1:

@@ -18,10 +18,15 @@ from hosm_losses._checks import (
     check_model_kwargs,
     check_sample_batch,
     expand_right,
-    source,
+    generator_kwargs,
 )
-from hosm_losses._torch_internals import normal, outside_inference_mode, traced, versions
-from hosm_losses.losses.options import LossOptions, Weights, check_weights, counts, needed_order
+from hosm_losses._torch_internals import (
+    is_traced,
+    leave_inference_mode,
+    outside_inference_mode,
+    versions,
+)
+from hosm_losses.losses.options import LossOptions, Weights, check_weights, is_used, needed_order
 from hosm_losses.losses.paired import paired_terms
 from hosm_losses.losses.targets import AveragedTargets, check_conditions, check_targets
 from hosm_losses.losses.terms import (
@@ -71,7 +76,7 @@ def dsm(
     weighting, sampler, higher = options.weighting, options.time_sampler, options.order > 1
     averaged = check_targets(targets, tensor=not higher)
     with outside_inference_mode():
-        score_model, x0 = check_model(model), normal(check_sample_batch("x0", x0))
+        score_model, x0 = check_model(model), leave_inference_mode(check_sample_batch("x0", x0))
         rng, drawn = check_generator(generator, x0.device), t is None
         if drawn:
             time = draw_time(score_model, x0, weighting, rng, sampler)
@@ -102,7 +107,7 @@ def dsm(
             v = _probes(batch.x, rows, v, options, rng)
             chosen, part = (bound, batch) if rows is None else (bound.rows(rows), batch.at(rows))
             if isinstance(options.probes, Paired):
-                second = counts(weights[1])
+                second = is_used(weights[1])
                 terms = paired_terms(chosen, part, v, order, options, second=second)
             else:
                 terms = squared_terms(chosen, part, v, order, options)
@@ -127,7 +132,9 @@ def perturb(
 ) -> NoisyBatch:
     """x = α(t) x₀ + σ(t) ε and the targets that go with it, less q x as in `terms`."""
     if noise is None:
-        eps = torch.randn(x0.shape, device=x0.device, dtype=x0.dtype, **source(generator))
+        eps = torch.randn(
+            x0.shape, device=x0.device, dtype=x0.dtype, **generator_kwargs(generator)
+        )
     else:
         eps = _like_data("noise", noise, x0)
     alpha, sigma = model.coefficients(t, x0)
@@ -144,7 +151,9 @@ def perturb(
 
 def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
     """The caller's tensor, if it is a finite one like the data."""
-    tensor = normal(check_like(name, value, tuple(x0.shape), x0.dtype, x0.device, "x0"))
+    tensor = leave_inference_mode(
+        check_like(name, value, tuple(x0.shape), x0.dtype, x0.device, "x0")
+    )
     check_finite(name, tensor)
     return tensor
 
@@ -165,7 +174,7 @@ def _first_of_all(
     """The first term of all samples: that of `rows`, and that of the others by their own call."""
     if not len(remaining):
         return torch.empty_like(first).index_copy(0, rows, first)
-    graph = torch.is_grad_enabled() and not traced()
+    graph = torch.is_grad_enabled() and not is_traced()
     trained = [p for p in bound.model.parameters() if p.requires_grad and graph]
     before = versions(trained)
     bound, batch = bound.rows(remaining), batch.at(remaining)
@@ -186,7 +195,7 @@ def _select_rows(
     """The rows that have the higher terms, and the others; None for all rows."""
     if options.fraction == 1:
         return None, None
-    order = torch.randperm(len(x), device=x.device, **source(generator))
+    order = torch.randperm(len(x), device=x.device, **generator_kwargs(generator))
     count = max(1, round(options.fraction * len(x)))
     return order[:count], order[count:]
 
@@ -222,7 +231,7 @@ def _check_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
             "probes out when you give the probe."
         )
     check_finite("probe", checked)
-    return normal(checked)
+    return leave_inference_mode(checked)
 
 
 def _reduce(
@@ -239,7 +248,7 @@ def _reduce(
     copied = reduction == "none"  # the loss must be no term itself
     products: list[Tensor] = []
     for weight, term, factor in zip(weights, terms, (of_first, *[of_higher] * 3), strict=False):
-        if term is not None and counts(weight):
+        if term is not None and is_used(weight):
             is_one = not isinstance(weight, Tensor) and weight == 1
             product = term if is_one and not copied else weight * term
             products.append(product if factor is None else product * factor)

@@ -12,12 +12,12 @@ import numpy as np
 from torch import Tensor
 
 from hosm_losses._checks import (
+    can_read_values,
     check_choice,
     check_finite,
     check_number,
     check_whole,
-    complaint,
-    may_look,
+    error_message,
 )
 from hosm_losses.derivatives import ENGINES, Engine
 from hosm_losses.losses.weighting import TimeSampler, Weighting, check_weighting
@@ -87,11 +87,11 @@ def _check_probes(probes: object) -> Any:
     if isinstance(probes, Hutchinson) and probes.mode != "reverse":
         expected = "probes without a mode, which is for the divergence of a likelihood"
         remedy = "Losses have engine='taylor' and engine='reverse' in its place."
-        raise ValueError(complaint("probes", expected, probes, remedy, got=repr(probes)))
+        raise ValueError(error_message("probes", expected, probes, remedy, got=repr(probes)))
     if isinstance(probes, Hutchinson | Paired) or (isinstance(probes, str) and probes == "exact"):
         return probes
     expected = "a whole number of at least 1, 'exact', Hutchinson() or Paired()"
-    raise ValueError(complaint("probes", expected, probes, got=repr(probes)))
+    raise ValueError(error_message("probes", expected, probes, got=repr(probes)))
 
 
 def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
@@ -115,26 +115,26 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     one = isinstance(weights, str | bytes) or getattr(weights, "ndim", 1) == 0
     if one or not isinstance(weights, Sequence | np.ndarray | Tensor):
         kind = ValueError if isinstance(weights, str) else TypeError
-        raise kind(complaint("weights", expected, weights))
+        raise kind(error_message("weights", expected, weights))
     if len(weights) not in COUNTS[order]:
         got = f"{len(weights)} at order {order}"
-        raise ValueError(complaint("weights", expected, weights, got=got))
+        raise ValueError(error_message("weights", expected, weights, got=got))
     given = tuple(check_weight("weights", weight) for weight in weights)
-    if not any(map(counts, given[: order + 1])):
+    if not any(map(is_used, given[: order + 1])):
         raise ValueError(f"weights: expected one at least that is not 0; got {weights!r}.")
     return given
 
 
 def needed_order(order: int, weights: Weights) -> int:
     """The lowest order that has every term whose weight counts."""
-    if order == 3 and not counts(weights[3]):
+    if order == 3 and not is_used(weights[3]):
         order = 2
-    if order == 2 and not (counts(weights[1]) or counts(weights[2])):
+    if order == 2 and not (is_used(weights[1]) or is_used(weights[2])):
         order = 1
     return order
 
 
-def counts(weight: float | Tensor) -> bool:
+def is_used(weight: float | Tensor) -> bool:
     """Whether a term of this weight is needed: not where it is the number 0."""
     return isinstance(weight, Tensor) or weight != 0
 
@@ -143,11 +143,11 @@ def check_weight(name: str, weight: object) -> float | Tensor:
     """Return a weight as a number of at least 0, or as a 0-dim tensor."""
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
-            raise ValueError(complaint(name, "numbers", weight))
+            raise ValueError(error_message(name, "numbers", weight))
         check_finite(name, weight)
         number = weight.reshape(())
     else:
         number = check_number(name, weight, "finite numbers of at least 0")
-    if (not isinstance(number, Tensor) or may_look(number)) and number < 0:
+    if (not isinstance(number, Tensor) or can_read_values(number)) and number < 0:
         raise ValueError(f"{name}: expected numbers of at least 0; got {float(number)}.")
     return number

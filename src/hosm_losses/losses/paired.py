@@ -32,7 +32,7 @@ Source:
 
 from torch import Tensor
 
-from hosm_losses._checks import at_least_float32, expand_right, over_elements
+from hosm_losses._checks import at_least_float32, expand_right, sum_elements
 from hosm_losses.derivatives import derive
 from hosm_losses.losses.options import LossOptions
 from hosm_losses.losses.terms import (
@@ -81,13 +81,13 @@ def paired_terms(
     held, skew = batch.cumulants(v, third=order == 3)
     Dv_plus_v, held_ell = Dv + held, batch.cumulants(ell)[0]
     square = dot(ell, ell)
-    beyond = d - over_elements(v.square())  # 0 but for rounding and "gaussian"
+    beyond = d - sum_elements(v.square())  # 0 but for rounding and "gaussian"
     trace = dot(v, Dv_plus_v) + beyond - square  # a_k
     first_half, second_half = means_of_halves(trace)
     terms = DSMTerms(first_term(residual), None, first_half * second_half / d**2)
     if second and vjp_c is not None:
         cross = dot(ell, sigma * at_least_float32(vjp_c) + held_ell)
-        value = (over_elements(Dv_plus_v.square()) + beyond).mean(0)
+        value = (sum_elements(Dv_plus_v.square()) + beyond).mean(0)
         value = value + (square.square() - 2 * cross).mean(0)
         terms = terms._replace(second=value / d**2)
     if third is None or jvp_c is None:
@@ -95,4 +95,4 @@ def paired_terms(
     A_ell_plus_ell = (sigma * at_least_float32(jvp_c)).detach() + held_ell
     estimate = at_least_float32(third) + skew - scale_rows(trace.detach(), ell)
     first_half, second_half = means_of_halves(estimate - 2 * A_ell_plus_ell)
-    return terms._replace(third=over_elements(first_half * second_half, 1) / d**3)
+    return terms._replace(third=sum_elements(first_half * second_half, 1) / d**3)

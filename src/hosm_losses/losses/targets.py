@@ -42,8 +42,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses._checks import check_flag, check_like, check_sample_batch, complaint, may_look
-from hosm_losses._torch_internals import normal
+from hosm_losses._checks import (
+    can_read_values,
+    check_flag,
+    check_like,
+    check_sample_batch,
+    error_message,
+)
+from hosm_losses._torch_internals import leave_inference_mode
 from hosm_losses.model import per_sample
 
 # Elements of a tensor over probes, samples and references, above which it is split. On the CPU
@@ -104,7 +110,7 @@ class AveragedTargets:
             check_sample_batch("reference", self.reference)
         check_flag("own", self.own)
         if not (self.same is None or callable(self.same)):
-            raise TypeError(complaint("same", "a callable of model_kwargs or None", self.same))
+            raise TypeError(error_message("same", "a callable of model_kwargs or None", self.same))
 
     def __repr__(self) -> str:
         """The call that makes it, with the shape of its reference."""
@@ -123,7 +129,7 @@ class AveragedTargets:
         if self.reference is not None:
             shape, given = (len(self.reference), *x0.shape[1:]), self.reference
             given = check_like("targets.reference", given, shape, x0.dtype, x0.device, "x0")
-            reference = normal(given).detach().reshape(len(given), -1).to(dtype)
+            reference = leave_inference_mode(given).detach().reshape(len(given), -1).to(dtype)
         # Differences alone count. Squares of data that lie far from zero would take their digits.
         origin = reference.mean(0)
         data, reference = data - origin, reference - origin
@@ -140,7 +146,7 @@ class AveragedTargets:
         if self.reference is None:
             logits.diagonal().fill_(-torch.inf)
         elif not self.own:
-            if may_look(logits):
+            if can_read_values(logits):
                 # That of x₀ itself is 0 but for rounding; −∞ is a row of which `same` leaves none.
                 best, slack = logits[:, :-1].amax(1), 1 + 1e-12 * (scale * data).square().sum(1)
                 outside = int(((best < -slack) & ~best.isneginf()).sum())
@@ -205,7 +211,7 @@ def check_targets(targets: object, *, tensor: bool) -> Targets:
     if targets is None or isinstance(targets, AveragedTargets) or (is_tensor and tensor):
         return targets
     expected = "AveragedTargets(...) or None; in a call of a loss of order one a tensor as well"
-    raise (ValueError if is_tensor else TypeError)(complaint("targets", expected, targets))
+    raise (ValueError if is_tensor else TypeError)(error_message("targets", expected, targets))
 
 
 def check_conditions(targets: Targets, kwargs: Mapping[str, Any]) -> None:

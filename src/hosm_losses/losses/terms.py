@@ -55,9 +55,9 @@ from torch import Tensor
 from hosm_losses._checks import (
     DerivativeError,
     at_least_float32,
+    can_read_values,
     expand_right,
-    may_look,
-    over_elements,
+    sum_elements,
 )
 from hosm_losses.derivatives import derive
 from hosm_losses.losses.options import LossOptions
@@ -136,7 +136,7 @@ class NoisyBatch(NamedTuple):
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over the elements of a sample: (K, B, *) and (K, B, *) to (K, B)."""
-    return over_elements(a * b)
+    return sum_elements(a * b)
 
 
 def scale_rows(coefficient: Tensor, vector: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def first_residual(model: BoundModel, batch: NoisyBatch, prediction: Tensor) -> 
 
 def first_term(residual: Tensor) -> Tensor:
     """‖r1‖²/d, (B,), of r1 (K, B, *)."""
-    return mean_over_probes(over_elements(residual.square())) / residual[0, 0].numel()
+    return mean_over_probes(sum_elements(residual.square())) / residual[0, 0].numel()
 
 
 def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,7 +188,7 @@ def squared_terms(
     first = f + noise
     second, trace, target = higher_residuals(first.detach(), Dv + held, v)
     # Over all unit vectors ‖r2‖² is summed, but rt and r3 are summed before they are squared.
-    second_term = over_elements(second.square()).sum(0) / (1 if exact else len(v))
+    second_term = sum_elements(second.square()).sum(0) / (1 if exact else len(v))
     trace = trace.sum(0, keepdim=True) if exact else trace
     terms = DSMTerms(
         first_term(first), second_term / d**2, mean_over_probes(trace.square()) / d**2
@@ -198,13 +198,13 @@ def squared_terms(
     third, target = at_least_float32(derived.third), target - skew
     if exact:
         third, target = third.sum(0, keepdim=True), target.sum(0, keepdim=True)
-    squares = over_elements((third - target).square())
+    squares = sum_elements((third - target).square())
     return terms._replace(third=mean_over_probes(squares) / d**3)
 
 
 def check_result(loss: Tensor, terms: Any, inputs: NoisyBatch) -> None:
     """Raise where a loss on the CPU is not finite: one number is looked at, and then why."""
-    if not may_look(loss) or bool(torch.isfinite(loss).all()):
+    if not can_read_values(loss) or bool(torch.isfinite(loss).all()):
         return
     present = {name: term for name, term in terms._asdict().items() if term is not None}
     names = [name for name, term in present.items() if not bool(torch.isfinite(term).all())]

@@ -36,13 +36,13 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import (
+    can_read_values,
     check_choice,
     check_finite,
     check_like,
     check_number,
-    complaint,
-    may_look,
-    source,
+    error_message,
+    generator_kwargs,
 )
 from hosm_losses.model import ScoreModel, check_time
 from hosm_losses.schedules import Schedule
@@ -86,7 +86,7 @@ def check_weighting(weighting: Any, time_sampler: object) -> None:
     """Raise ValueError unless these are a weighting and a time sampler."""
     if isinstance(weighting, tuple) and len(weighting) != 2:
         expected, got = "one weighting or a pair (first term, higher terms)", str(len(weighting))
-        raise ValueError(complaint("weighting", expected, weighting, got=got))
+        raise ValueError(error_message("weighting", expected, weighting, got=got))
     first, higher = _pair(weighting)
     if not (callable(first) or isinstance(first, EDMWeighting)):
         check_choice("weighting (or EDMWeighting(), or a callable of t)", first, get_args(Name))
@@ -128,7 +128,7 @@ def draw_time(
     if sampler == "schedule":
         return schedule.sample_time(len(x0), generator, device=x0.device, dtype=dtype)
     low, span = _range(schedule)
-    unit = torch.rand((len(x0),), device=x0.device, dtype=dtype, **source(generator))
+    unit = torch.rand((len(x0),), device=x0.device, dtype=dtype, **generator_kwargs(generator))
     return schedule._training_time(low + span * unit)
 
 
@@ -193,9 +193,9 @@ def _call_weighting(
     like = model.coefficients(t, x0)[1]
     check_like("weighting(t)", factor, tuple(like.shape), like.dtype, like.device, "t")
     check_finite("weighting(t)", factor)
-    if may_look(factor) and bool((factor < 0).any()):
+    if can_read_values(factor) and bool((factor < 0).any()):
         got = f"{float(factor.min()):g}"
-        raise ValueError(complaint("weighting(t)", "factors of 0 or more", factor, got=got))
+        raise ValueError(error_message("weighting(t)", "factors of 0 or more", factor, got=got))
     return factor
 
 

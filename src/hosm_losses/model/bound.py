@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hosm_losses._checks import complaint
-from hosm_losses._torch_internals import COMPILED_PART, normal
+from hosm_losses._checks import error_message
+from hosm_losses._torch_internals import COMPILED_PART, leave_inference_mode
 from hosm_losses.derivatives import Derivatives, Products, derive, derive_with_products
 from hosm_losses.model.conditions import bind, map_tensors, per_sample, rows_note
 from hosm_losses.model.score_model import ScoreModel, apply_affine
@@ -79,11 +79,11 @@ class BoundModel:
 
     def at(self, t: Tensor) -> "BoundModel":
         """The same at other times (B,)."""
-        return self._with(normal(t), self.kwargs)
+        return self._with(leave_inference_mode(t), self.kwargs)
 
     def rows(self, index: Tensor | slice) -> "BoundModel":
         """The same for the samples at `index`."""
-        t = None if self.t is None else normal(self.t[index])
+        t = None if self.t is None else leave_inference_mode(self.t[index])
         return self._with(t, per_sample(self.kwargs, lambda _, tensor: tensor[index]))
 
     def repeat(self, count: int) -> "BoundModel":
@@ -142,9 +142,11 @@ def bind_model(
 
     Without a `graph` its derivatives are not differentiated again.
     """
-    kwargs = map_tensors(bind(model_kwargs, batch), normal) if model_kwargs else {}
+    kwargs = map_tensors(bind(model_kwargs, batch), leave_inference_mode) if model_kwargs else {}
     primitives = ("all" if graph else "one sample") if model.primitives else "none"
-    return BoundModel(model, None if t is None else normal(t), kwargs, batch, primitives)
+    return BoundModel(
+        model, None if t is None else leave_inference_mode(t), kwargs, batch, primitives
+    )
 
 
 SCRIPTED = "ScriptModule"  # of torch.jit, traced or scripted
@@ -167,4 +169,4 @@ def refuse_wrapped(network: object) -> None:
     for name in sorted(found):
         expected = "a bare network where it is differentiated twice"
         remedy = GIVE_THE_SOURCE if name == SCRIPTED else WRAP_THE_LOSS
-        raise TypeError(complaint("network", expected, network, remedy, got=name))
+        raise TypeError(error_message("network", expected, network, remedy, got=name))

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hosm_losses._checks import complaint, describe, warn
-from hosm_losses._torch_internals import traced
+from hosm_losses._checks import describe_value, error_message, warn
+from hosm_losses._torch_internals import is_traced
 
 
 class Shared:
@@ -117,14 +117,14 @@ def bind(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
         own = isinstance(found, Tensor) and found.ndim > 0 and len(found) == batch
         return found if own or isinstance(found, Shared) else Shared(found)
 
-    for name, value in () if traced() or batch == 1 else kwargs.items():
+    for name, value in () if is_traced() or batch == 1 else kwargs.items():
         labels = isinstance(value, np.ndarray) and value.ndim > 0
         labels = labels or (isinstance(value, list) and not tensors_in(value))
         if labels and len(value) == batch:
             expected = "tensors of what belongs to the samples, which are split with them"
-            got = f"{describe(value)} as long as the batch"
+            got = f"{describe_value(value)} as long as the batch"
             remedy = "Give a tensor; or Shared(...) for what all samples share."
-            warn(complaint(f"model_kwargs[{name!r}]", expected, value, remedy, got=got))
+            warn(error_message(f"model_kwargs[{name!r}]", expected, value, remedy, got=got))
     return _walk(dict(kwargs), visit)
 
 

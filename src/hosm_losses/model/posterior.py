@@ -24,11 +24,11 @@ from hosm_losses._checks import (
     check_generator,
     check_model_kwargs,
     check_sample_batch,
-    complaint,
+    error_message,
     expand_right,
-    over_elements,
+    sum_elements,
 )
-from hosm_losses._torch_internals import normal, outside_inference_mode
+from hosm_losses._torch_internals import leave_inference_mode, outside_inference_mode
 from hosm_losses.derivatives import derive_with_products, quadratic_forms
 from hosm_losses.model.bound import BoundModel, bind_model, refuse_wrapped
 from hosm_losses.model.score_model import ScoreModel, apply_affine, check_model, check_time
@@ -71,11 +71,11 @@ class PosteriorCovariance:
         x = self._x
         if not isinstance(v, Tensor) or v.shape[-x.ndim :] != x.shape or v.ndim > x.ndim + 1:
             expected = f"a tensor of shape {tuple(x.shape)}, or K of these"
-            raise ValueError(complaint("v", expected, v))
+            raise ValueError(error_message("v", expected, v))
         vectors = v.reshape(-1, *x.shape).to(x.dtype)
         with torch.no_grad(), outside_inference_mode():
-            copies = normal(x).expand(vectors.shape).flatten(0, 1)
-            rows = normal(vectors).reshape(1, *copies.shape)
+            copies = leave_inference_mode(x).expand(vectors.shape).flatten(0, 1)
+            rows = leave_inference_mode(vectors).reshape(1, *copies.shape)
             products = derive_with_products(
                 self._bound.repeat(len(vectors)), copies, rows, lambda _: rows, order=2
             )
@@ -95,7 +95,7 @@ class PosteriorCovariance:
             v = draw_probes(x, probes.count, probes.distribution, source)
             return (v * (self @ v)).mean(0)
         if probes != "exact":
-            raise ValueError(complaint("probes", "'exact' or Hutchinson(...)", probes))
+            raise ValueError(error_message("probes", "'exact' or Hutchinson(...)", probes))
         with torch.no_grad(), outside_inference_mode():
             _, forms = quadratic_forms(self._bound, x, unit_vector_chunks(x))
         jacobian = forms.T.reshape(x.shape)
@@ -103,7 +103,7 @@ class PosteriorCovariance:
 
     def trace(self, probes: Probes = "exact", generator: torch.Generator | None = None) -> Tensor:
         """Sums (B,) of the variances, as `diagonal` gives them."""
-        return over_elements(self.diagonal(probes, generator), 1)
+        return sum_elements(self.diagonal(probes, generator), 1)
 
     def dense(self) -> Tensor:
         """The symmetric part as matrices (B, d, d), from d products."""
@@ -163,7 +163,7 @@ def denoising_posterior(
         (tensor([[0.5000, 0.5000]]), tensor([[0.5000, 0.5000]]))
     """
     refuse_wrapped(check_model(model).network)
-    x, kwargs = normal(check_sample_batch("x", x)), check_model_kwargs(model_kwargs)
+    x, kwargs = leave_inference_mode(check_sample_batch("x", x)), check_model_kwargs(model_kwargs)
     bound = bind_model(model, len(x), kwargs, check_time(model, x, t))
     with torch.no_grad(), outside_inference_mode():
         mean = model.denoise(x, bound.t, **bound.kwargs)

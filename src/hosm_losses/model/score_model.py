@@ -31,18 +31,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from hosm_losses._checks import (
+    can_read_values,
     check_choice,
     check_flag,
     check_like,
     check_number,
     check_prediction,
     check_range,
-    complaint,
+    error_message,
     expand_right,
-    may_look,
     warn,
 )
-from hosm_losses._torch_internals import normal
+from hosm_losses._torch_internals import leave_inference_mode
 from hosm_losses.model.conditions import unmark
 from hosm_losses.schedules import Schedule, check_schedule
 from hosm_losses.taylor import Jet
@@ -111,7 +111,7 @@ class ScoreModel(nn.Module):
     ) -> None:
         super().__init__()
         if not callable(network):
-            raise TypeError(complaint("network", "an nn.Module or a callable", network))
+            raise TypeError(error_message("network", "an nn.Module or a callable", network))
         check_schedule(schedule)
         check_choice("prediction", prediction, [*get_args(Kind), *SAME])
         if not (time is None or callable(time)):
@@ -119,7 +119,7 @@ class ScoreModel(nn.Module):
         check_flag("primitives", primitives)
         for name, given in (("output", output), ("call", call)):
             if not (given is None or callable(given)):
-                raise TypeError(complaint(name, "a callable or None", given))
+                raise TypeError(error_message(name, "a callable or None", given))
         self.network = network
         self.schedule, self.prediction = schedule, SAME.get(prediction, prediction)
         self.time, self.output, self.call = time, output, call
@@ -130,7 +130,7 @@ class ScoreModel(nn.Module):
         if not isinstance(self.network, nn.Module):
             remedy = "Give it: ScoreModel(module, schedule, call=lambda module, x, t: ...)."
             raise TypeError(
-                complaint("network", "an nn.Module in a model to copy", self.network, remedy)
+                error_message("network", "an nn.Module in a model to copy", self.network, remedy)
             )
         return self._deep_copy(memo)
 
@@ -172,7 +172,7 @@ class ScoreModel(nn.Module):
     def _check_times(self, t: Tensor) -> None:
         if not (t.is_floating_point() or self.schedule.integer_time):
             expected = "floating-point times, as only a DiscreteSchedule takes indices"
-            raise TypeError(complaint("t", expected, t))
+            raise TypeError(error_message("t", expected, t))
         check_range("t", t, self.schedule.t_min, self.schedule.t_max)
 
     def affine(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -217,7 +217,7 @@ class ScoreModel(nn.Module):
             rates = self.schedule.rates(self.time_in(t, like))
             of_data, of_noise = (expand_right(each, like) for each in rates)
             return alpha, sigma, of_data, of_noise
-        raise ValueError(complaint("prediction", "one with a formula here", self.prediction))
+        raise ValueError(error_message("prediction", "one with a formula here", self.prediction))
 
     def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
         """Squared error of the network's own prediction for a unit squared error of ε̂, (B,)."""
@@ -314,7 +314,7 @@ def check_model(value: object) -> ScoreModel:
         remedy = "Wrap your network: ScoreModel(network, VPSchedule(), prediction='epsilon')."
         if isinstance(value, AveragedModel):
             remedy = "Give its .module, the copy of your ScoreModel."
-        raise TypeError(complaint("model", "a ScoreModel", value, remedy))
+        raise TypeError(error_message("model", "a ScoreModel", value, remedy))
     return value
 
 
@@ -327,9 +327,13 @@ def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
     time = check_like("t", t, (len(x0),), dtype, x0.device, "the batch dimension of x0")
     check_range("t", time, schedule.t_min, schedule.t_max)
     fractions = schedule.integer_time and time.is_floating_point() and schedule.t_max > 1
-    if fractions and may_look(time) and bool((time <= 1).all() & (time != time.round()).any()):
+    if (
+        fractions
+        and can_read_values(time)
+        and bool((time <= 1).all() & (time != time.round()).any())
+    ):
         warn(
             f"t: expected indices from 0 to {schedule.t_max:g}, the last of the table; got "
             "fractions of the first step alone. Times in [0, 1] have to be multiplied by it."
         )
-    return normal(time)
+    return leave_inference_mode(time)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import at_least_float32, complaint, describe, source
+from hosm_losses._checks import at_least_float32, describe_value, error_message, generator_kwargs
 from hosm_losses._torch_internals import forward_mode
 
 UNDEFINED = "{}: a schedule defines alpha(t) and sigma(t)."
@@ -146,7 +146,7 @@ class Schedule:
         """
         if device is None and generator is not None:
             device = generator.device
-        return self._draw((batch,), device=device, dtype=dtype, **source(generator))
+        return self._draw((batch,), device=device, dtype=dtype, **generator_kwargs(generator))
 
     def _draw(self, shape: tuple[int], **options: Any) -> Tensor:
         unit = torch.rand(shape, **options)
@@ -170,7 +170,7 @@ class Schedule:
                 "Write time_density(t), per unit of t, in the class as well; or leave sample_time "
                 "as it is and give time_sampler=lambda batch, generator: ... to the loss."
             )
-            raise ValueError(complaint("schedule", expected, self, remedy, got=got))
+            raise ValueError(error_message("schedule", expected, self, remedy, got=got))
         return self._density(as_time(t))
 
     def _density(self, t: Tensor) -> Tensor:
@@ -181,10 +181,10 @@ class Schedule:
 def as_time(t: Tensor | float) -> Tensor:
     """Return t as a tensor, float32 at least; numbers, arrays and lists become CPU tensors."""
     if not (isinstance(t, (Tensor, Number, list, tuple)) or hasattr(t, "__array__")):
-        raise TypeError(complaint("t", "times as a tensor, a number, an array or a list", t))
+        raise TypeError(error_message("t", "times as a tensor, a number, an array or a list", t))
     time = t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu")
     if time.is_complex():
-        raise TypeError(f"t: expected real times; got {describe(t)}.")
+        raise TypeError(f"t: expected real times; got {describe_value(t)}.")
     if not time.is_floating_point():  # nor by way of a half default dtype, which rounds indices
         return time.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
     if time.itemsize < 4 and not (isinstance(t, Tensor) or hasattr(t, "__array__")):

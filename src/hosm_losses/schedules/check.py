@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_number, complaint, describe
+from hosm_losses._checks import check_number, describe_value, error_message
 from hosm_losses._torch_internals import outside_inference_mode
 from hosm_losses.schedules.base import Schedule
 
@@ -39,7 +39,7 @@ def check_schedule(schedule: object) -> Schedule:
     if not isinstance(schedule, Schedule):
         remedy = "With a scheduler of diffusers write from_diffusers(network, scheduler)."
         expected = "a schedule such as VPSchedule(), or a subclass of Schedule"
-        raise TypeError(complaint("schedule", expected, schedule, remedy))
+        raise TypeError(error_message("schedule", expected, schedule, remedy))
     name = type(schedule).__name__
     low, high = (
         check_number("schedule", getattr(schedule, end, None), f"{end} of {name} to be a number")
@@ -47,7 +47,7 @@ def check_schedule(schedule: object) -> Schedule:
     )
     if low >= high:
         expected, got = f"{name} to have t_min < t_max", f"t_min = {low:g} and t_max = {high:g}"
-        raise ValueError(complaint("schedule", expected, schedule, RANGE, got=got))
+        raise ValueError(error_message("schedule", expected, schedule, RANGE, got=got))
     places = torch.tensor(PLACES, dtype=torch.float64, device="cpu")
     if not torch.compiler.is_compiling() and type(places) is Tensor:
         with outside_inference_mode(), torch.no_grad():
@@ -105,7 +105,7 @@ def _values(schedule: Schedule, method: str, t: Tensor) -> Tensor:
     like = isinstance(value, Tensor) and value.dtype == t.dtype and value.device == t.device
     if not like or value.shape != t.shape:
         where = f"{type(schedule).__name__}.{method}"
-        expected = f"{where} to return a tensor like its argument, {describe(t)}"
+        expected = f"{where} to return a tensor like its argument, {describe_value(t)}"
         remedy = "Compute it from the argument: torch.ones_like(t) for a constant."
-        raise TypeError(complaint("schedule", expected, value, remedy))
+        raise TypeError(error_message("schedule", expected, value, remedy))
     return value

@@ -20,7 +20,7 @@ from hosm_losses._checks import (
     check_number,
     check_range,
     check_whole,
-    complaint,
+    error_message,
     owns_values,
 )
 from hosm_losses._torch_internals import outside_inference_mode
@@ -289,9 +289,9 @@ def _numbers(name: str, table: object) -> np.ndarray:
         values: Any = table.tolist() if isinstance(table, Tensor) else table
         numbers = np.asarray(values).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(complaint(name, expected, table)) from error
+        raise TypeError(error_message(name, expected, table)) from error
     if numbers.ndim != 1:
-        raise ValueError(complaint(name, expected, table, got=f"shape {numbers.shape}"))
+        raise ValueError(error_message(name, expected, table, got=f"shape {numbers.shape}"))
     return numbers
 
 

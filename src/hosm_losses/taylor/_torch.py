@@ -20,12 +20,12 @@ TELLS_HOOKS = _look is not None
 dispatch_depth: Any = _C._len_torch_dispatch_stack  # how many dispatch modes surround a call
 
 
-def transformed() -> bool:
+def in_functorch() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp, …) surrounds this call."""
     return not torch.compiler.is_compiling() and _C._functorch.peek_interpreter_stack() is not None
 
 
-def traced() -> bool:
+def is_traced() -> bool:
     """Whether torch.compile or a transform of torch.func is around: no value can be read."""
     return torch.compiler.is_compiling() or _C._functorch.peek_interpreter_stack() is not None
 
@@ -166,7 +166,7 @@ def _left() -> Iterator[None]:
         yield
 
 
-def normal(tensor: Tensor) -> Tensor:
+def leave_inference_mode(tensor: Tensor) -> Tensor:
     """Copy a tensor made in inference mode, so that autograd can save it; return any other."""
     made_in_it = not torch.compiler.is_compiling() and tensor.is_inference()
     return tensor.clone() if made_in_it else tensor

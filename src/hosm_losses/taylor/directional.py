@@ -6,7 +6,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from hosm_losses.taylor._torch import normal, outside_inference_mode
+from hosm_losses.taylor._torch import leave_inference_mode, outside_inference_mode
 from hosm_losses.taylor.stacks import Pairs, components
 from hosm_losses.taylor.tensor import propagate
 
@@ -73,7 +73,9 @@ def jet(
     if pairs not in PAIRS:
         raise ValueError(f"pairs: expected one of {PAIRS}; got {pairs!r}.")
     with outside_inference_mode():
-        stack = propagate(function, normal(x), normal(directions).to(x.dtype), pairs)
+        stack = propagate(
+            function, leave_inference_mode(x), leave_inference_mode(directions).to(x.dtype), pairs
+        )
     stack = stack if torch.is_grad_enabled() else stack.detach()
     value, first, second = components(stack, len(directions))
     if pairs == "none":

@@ -20,7 +20,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hosm_losses.taylor._torch import carries_gradient, checkpoint_hook, traced
+from hosm_losses.taylor._torch import carries_gradient, checkpoint_hook, is_traced
 from hosm_losses.taylor.errors import DerivativeError
 from hosm_losses.taylor.hooks import guard_hook
 from hosm_losses.taylor.registry import OF_ONE, PRIMITIVES
@@ -75,9 +75,9 @@ class _SafePrimitives(TorchFunctionMode):
         if func is Tensor.register_hook:
             tensor, hook = *args, *(kwargs or {}).values()
             return tensor.register_hook(guard_hook(hook))
-        if func == _DATA and traced():  # which is shallow, as .detach_() is
+        if func == _DATA and is_traced():  # which is shallow, as .detach_() is
             return args[0].detach()
-        if func in (Tensor.detach_, torch.detach_) and traced():
+        if func in (Tensor.detach_, torch.detach_) and is_traced():
             raise DerivativeError(
                 "network: got .detach_(), which is wrong under torch.func. Write x = x.detach()."
             )

@@ -34,8 +34,8 @@ from torch import Tensor
 from hosm_losses.taylor._torch import (
     autocast_type,
     in_autocast,
+    is_traced,
     selective_checkpoint,
-    traced,
     without_autocast,
 )
 from hosm_losses.taylor.aliases import share
@@ -151,7 +151,7 @@ def with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     if bias is None:
         return output
     # A selective checkpoint may keep the output for its recomputation, as it is without a bias.
-    if traced() or selective_checkpoint():
+    if is_traced() or selective_checkpoint():
         return torch.cat([(output[:rows] + bias).to(output.dtype), output[rows:]])
     return _AddInPlace.apply(output, bias, rows)  # pyright: ignore[reportReturnType]
 
@@ -189,7 +189,7 @@ def _convolution(
         raise NoRule
 
     def biased(samples: Tensor) -> Tensor:
-        if traced() or not plain(samples, weight) or isinstance(options["padding"], str):
+        if is_traced() or not plain(samples, weight) or isinstance(options["padding"], str):
             convolved = function(samples, weight, None, *args, **named)
         else:
             form = _convolution_form(samples, weight, transposed, *options.values())
@@ -295,7 +295,7 @@ def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | N
 
 def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
     """A sum over indices as products of matrices; None where `product_rule` has to do it."""
-    if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MOST or traced():
+    if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MOST or is_traced():
         return None
     groups, sizes = _groups(left, right, result), dict(zip(left, a.shape, strict=False))
     if groups is None or len(left) != a.ndim or len(right) != b.ndim:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses.taylor._torch import traced, will_run
+from hosm_losses.taylor._torch import is_traced, will_run
 
 Some = Tensor | None
 Function = Callable[..., Any]
@@ -53,7 +53,7 @@ def with_recomputation(
         torch.Size([3])
     """
     again = again or function
-    if traced():
+    if is_traced():
         return _as_tuple(again(*tensors))[0]
     found: Any = _Recomputed.apply((function, again, pullbacks, by_result), *tensors)
     return found[0]
