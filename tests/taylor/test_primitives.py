@@ -72,12 +72,12 @@ def network_of(name):
     return nn.Sequential(nn.Linear(width, width), layer, nn.Tanh(), nn.Linear(width, width)), shape
 
 
-def by_products(field, x, w, order, b):
+def by_products(f, x, w, order, b):
     """⟨D, b⟩ or ⟨G, b⟩ from values and first-order vector-Jacobian products only."""
 
     def pulled(point, cotangent):
         point = point.clone().requires_grad_()
-        return (torch.autograd.grad(field(point), point, cotangent)[0] * w).sum()
+        return (torch.autograd.grad(f(point), point, cotangent)[0] * w).sum()
 
     if order == 2:  # ⟨J w, b⟩ = ⟨w, Jᵀ b⟩
         return float(pulled(x, b))
@@ -101,7 +101,7 @@ def test_parameter_gradients_through_every_layer_are_differences(name, engine):
         ends = []
         for sign in (1, -1):
             vector_to_parameters(start + sign * h * direction, network.parameters())
-            ends.append(by_products(bound, x, w, order, b))
+            ends.append(by_products(bound.f, x, w, order, b))
         vector_to_parameters(start, network.parameters())
         difference = (ends[0] - ends[1]) / (2 * h)
         assert float(gradient @ direction) == pytest.approx(difference, rel=tolerance)
