@@ -45,16 +45,19 @@ def saving_hooks() -> Any:
 
 def checkpoint_hook(kind: str | tuple[str, ...] = "_checkpoint_hook") -> object:
     """The innermost hook that saves tensors, if it is one of a checkpoint (or of other kinds)."""
-    hooks = saving_hooks()
-    hook = None if hooks is None else hooks[0]
+    if _look is None or torch.compiler.is_compiling():
+        return None
+    hook, _ = _look(True) or (None, None)
     return hook if getattr(hook, "__qualname__", "").startswith(kind) else None
 
 
 def selective_checkpoint() -> bool:
     """Whether a checkpoint that keeps what some operators return, or its recomputation, is on."""
-    modes = map(_C._get_dispatch_stack_at, range(dispatch_depth()))
-    names = "_CachingTorchDispatchMode", "_CachedTorchDispatchMode"
-    return any(type(mode).__name__ in names for mode in modes)
+    for depth in range(dispatch_depth()):
+        name = type(_C._get_dispatch_stack_at(depth)).__name__
+        if name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode"):
+            return True
+    return False
 
 
 def autocast_type(x: Tensor) -> torch.dtype:

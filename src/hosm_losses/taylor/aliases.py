@@ -80,7 +80,12 @@ THREAD = _Thread()
 
 def alive(references: Iterable[Callable[[], Any]]) -> list[Any]:
     """What weak references still refer to."""
-    return [each for each in (reference() for reference in references) if each is not None]
+    referents: list[Any] = []
+    for reference in references:
+        referent = reference()
+        if referent is not None:
+            referents.append(referent)
+    return referents
 
 
 def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
@@ -137,8 +142,11 @@ def end(propagation: Propagation) -> None:
     for jet in jets if TELLS_HOOKS else ():
         with suppress(RuntimeError):  # one that a checkpoint saved will be needed as it is
             swap(jet, jet.stack[0])
-    if any(versions([each]) != [version] for each, version in propagation.detached):
-        raise TaylorError("a change in place of what was detached from a tensor. Put .clone().")
+    for value, version in propagation.detached:
+        if versions([value]) != [version]:
+            raise TaylorError(
+                "a change in place of what was detached from a tensor. Put .clone()."
+            )
 
 
 def demote(count: int, finished: bool) -> None:

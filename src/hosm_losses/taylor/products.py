@@ -159,7 +159,7 @@ def with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
 @rule(F.linear, kind="bilinear")
 def linear(x: Any, weight: Any, bias: Any = None) -> Jet:
     """The layer of a weight and a bias."""
-    if weight.ndim != 2 or x.ndim == 0:
+    if weight.ndim != 2 or x.stack.ndim < 2:  # of a number
         raise NoRule
     return x.like(with_bias(F.linear(x.stack, weight), bias, 1))
 

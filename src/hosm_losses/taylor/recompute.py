@@ -73,7 +73,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Some) -> tuple[Some, ...]:
         saved = ctx.saved_tensors  # once, as a checkpoint allows
         needed = needed_gradients(ctx, saved)
-        results = [place for place, each in enumerate(cotangents) if each is not None]
+        results = [place for place, c in enumerate(cotangents) if c is not None]
         function, again, pullbacks, _ = ctx.functions
         further: Sequence[Function] = ()
         if pullbacks and results == [0]:
@@ -81,13 +81,13 @@ class _Recomputed(torch.autograd.Function):
             further = pullbacks[1:] if needed[0] else ()
         else:
             gradients = partial(_by_autograd, function, again, needed, results)
-        everything = (*saved, *(cotangents[place] for place in results))
+        everything = (*saved, *[cotangents[place] for place in results])
         evaluate = gradients
         if torch.is_grad_enabled():
             evaluate = partial(_Recomputed.apply, (gradients, gradients, further, False))
         found: Any = evaluate(*everything)
         values = iter(found)
-        return None, *(next(values) if need else None for need in needed)
+        return None, *[next(values) if need else None for need in needed]
 
 
 def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
@@ -95,10 +95,12 @@ def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
 
     A pass back to x alone needs none of the weights', which a Function is not told.
     """
-    nodes = iter(node for node, _ in ctx.next_functions)
-    ahead = [tensor is not None and will_run(next(nodes)) for tensor in tensors]
-    needs = ctx.needs_input_grad[-len(tensors) :]
-    return [need and runs for need, runs in zip(needs, ahead, strict=True)]
+    nodes = iter(ctx.next_functions)  # of those that are tensors
+    needed: list[bool] = []
+    for tensor, requires_grad in zip(tensors, ctx.needs_input_grad[-len(tensors) :], strict=True):
+        node = None if tensor is None else next(nodes)[0]
+        needed.append(requires_grad and will_run(node))
+    return needed
 
 
 def _as_tuple(found: Any) -> tuple[Any, ...]:

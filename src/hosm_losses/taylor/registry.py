@@ -52,18 +52,22 @@ class Rule:
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """The arguments as the rule is called with them; None if it does not take them."""
-        named = {
-            SPELLINGS.get(name, name): value
-            for name, value in kwargs.items()
-            if name not in ("inplace", "out")
-        }
+        named: dict[str, Any] = {}
+        for name, value in kwargs.items():
+            if name not in ("inplace", "out"):
+                named[SPELLINGS.get(name, name)] = value
         if not args and "input" in named:
             args = (named.pop("input"),)
         count = len(args)
-        known = all(self.anything or name in self.names[count:] for name in named)
-        whole = all(name in named for name in self.needed[count:])
-        few = self.most is None or count <= self.most
-        return (args, named) if known and whole and few else None
+        if self.most is not None and count > self.most:
+            return None
+        for name in named:
+            if not self.anything and name not in self.names[count:]:
+                return None
+        for name in self.needed[count:]:
+            if name not in named:
+                return None
+        return args, named
 
 
 RULES: dict[Function, Rule] = {}

@@ -179,6 +179,14 @@ def unpack(x: Any) -> Any:
     return row
 
 
+def _rule_of(func: Callable[..., Any]) -> Rule | None:
+    """The rule of a function under torch.compile, which finds no method in a dictionary."""
+    for method, rule in IN_PYTHON:
+        if func is method:
+            return rule
+    return RULES.get(func)
+
+
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Evaluate a function of PyTorch on arguments with Jets among them."""
     compiling = torch.compiler.is_compiling()
@@ -199,27 +207,19 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     if kwargs.get("inplace"):
         target = args[0] if args else kwargs["input"]
         return write_jet(target, call(func, args, {**kwargs, "inplace": False}))
-    if compiling:
-        for method, found in IN_PYTHON:
-            if func is method:
-                return _run(found, func, args, kwargs)
-    found = RULES.get(func)
-    if found is None and name_of(func) == "__get__":
+    rule = _rule_of(func) if compiling else RULES.get(func)
+    if rule is None and name_of(func) == "__get__":
         answer = on_values(func, args, kwargs)
         # A property that is a tensor, such as .real, is a function like any other.
         return differentiate(func, args, kwargs) if isinstance(answer, Tensor) else answer
-    if found is None and name_of(func) == "__set__":
+    if rule is None and name_of(func) == "__set__":
         raise TaylorError(f"a property {CHANGES}")
-    return _run(found, func, args, kwargs)
-
-
-def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
         raise TaylorError(f"{name_of(func)}: {CUSTOM if in_custom_function() else NO_GRAD}")
-    taken = None if found is None else found.takes(args, kwargs)
-    if found is not None and taken is not None and (found.several or _is_first(*taken)):
+    taken = None if rule is None else rule.takes(args, kwargs)
+    if rule is not None and taken is not None and (rule.several or _is_first(*taken)):
         try:
-            return found.function(*taken[0], **taken[1])
+            return rule.function(*taken[0], **taken[1])
         except NoRule:
             pass
     return differentiate(func, args, kwargs)
@@ -282,8 +282,11 @@ def write_jet(x: Tensor, result: Any) -> Tensor:
 
 def _is_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the first argument is a Jet and no other is."""
-    jets = [isinstance(each, Jet) for each in (*args, *kwargs.values())]
-    return jets[0] and sum(jets) == 1
+    first, *others = *args, *kwargs.values()
+    for other in others:
+        if isinstance(other, Jet):
+            return False
+    return isinstance(first, Jet)
 
 
 def propagate(
