@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
 MUTANTS = [
     # taylor/
     Mutant(
-        "taylor/arithmetic.py",
+        "taylor/pointwise.py",
         "collect(2 * tangents * b_tangents, pairs)",
         "collect(2 * tangents * tangents, pairs)",
         "tests/taylor/test_calls.py",
@@ -92,7 +92,7 @@ MUTANTS = [
         "tests/taylor/test_calls.py",
     ),
     Mutant(
-        "taylor/softmax.py",
+        "taylor/attention.py",
         "add_products(of_weights, again[:1], total(value), -1)",
         "add_products(of_weights, again[:1], total(weights * a), -1)",
         "tests/taylor/test_pullbacks.py",
@@ -104,13 +104,13 @@ MUTANTS = [
         "tests/taylor/test_in_place.py",
     ),
     Mutant(
-        "taylor/aliases.py",
+        "taylor/memory.py",
         "    if jet.memory is not None and len(alive(jet.memory)) > 1:\n",
         "    if False:\n",
         "tests/taylor/test_in_place.py",
     ),
     Mutant(
-        "taylor/aliases.py",
+        "taylor/memory.py",
         "if versions([value]) != [version]:",
         "if False:",
         "tests/taylor/test_in_place.py",
@@ -122,55 +122,55 @@ MUTANTS = [
         "tests/taylor/test_in_place.py",
     ),
     Mutant(
-        "taylor/tensor.py",
+        "taylor/jets.py",
         "            refuse_constant(func, floats[0])\n",
         "            pass\n",
         "tests/taylor/test_constants.py",
     ),
     Mutant(
-        "taylor/primitive_mode.py",
+        "taylor/primitives.py",
         "                refuse_constant(func, result)\n",
         "                pass\n",
         "tests/taylor/test_constants.py",
     ),
     Mutant(
-        "taylor/tensor.py",
+        "taylor/jets.py",
         "(func not in OF_COMPLEX or len(jets) > 1)",
         "func not in OF_COMPLEX",
         "tests/taylor/test_complex.py",
     ),
     Mutant(
-        "taylor/unknown.py",
+        "taylor/jets.py",
         "parts[1] = pytree.tree_map(partial(collect, pairs=pairs), parts[1])\n",
         'parts[1] = pytree.tree_map(partial(collect, pairs="squares"), parts[1])\n',
         "tests/taylor/test_calls.py",
     ),
     Mutant(
-        "taylor/lengths.py",
+        "taylor/composites.py",
         "short = ops.value(length) * largest <= eps",
         "short = ops.value(length) <= eps",
         "tests/taylor/test_edges.py",
     ),
     Mutant(
-        "taylor/properties.py",
+        "taylor/linear.py",
         "any is_nonzero floor ceil round\n",
         "any is_nonzero floor ceil round frac\n",
         "tests/taylor/test_calls.py",
     ),
     Mutant(
-        "taylor/properties.py",
+        "taylor/linear.py",
         "lambda cotangent: guarded(cotangent[0])",
         "lambda cotangent: guarded(cotangent.sum(0))",
         "tests/taylor/test_jet.py",
     ),
     Mutant(
-        "taylor/directional.py",
+        "taylor/jets.py",
         "    stack = stack if torch.is_grad_enabled() else stack.detach()\n",
         "",
         "tests/taylor/test_directional.py",
     ),
     Mutant(
-        "taylor/directional.py",
+        "taylor/jets.py",
         'directions, "sum")[2]',
         'directions, "squares")[2]',
         "tests/taylor/test_directional.py",
@@ -195,19 +195,19 @@ MUTANTS = [
         "tests/test_training_loops.py",
     ),
     Mutant(
-        "taylor/hooks.py",
+        "taylor/registry.py",
         "if not same or versions([gradient]) != before:",
         "if not same:",
         "tests/derivatives/test_engines_agree.py",
     ),
     Mutant(
-        "taylor/primitive_mode.py",
+        "taylor/primitives.py",
         "_SafePrimitives(tables[-1]) if tables else nullcontext()",
         "nullcontext()",
         "tests/taylor/test_primitive_mode.py",
     ),
     Mutant(
-        "taylor/primitive_mode.py",
+        "taylor/primitives.py",
         "        if func == _DATA and is_traced():  # which is shallow, as .detach_() is\n"
         "            return args[0].detach()\n",
         "",
@@ -275,7 +275,7 @@ MUTANTS = [
         "tests/losses/test_frozen.py",
     ),
     Mutant(
-        "taylor/recompute.py",
+        "taylor/memory.py",
         "further = pullbacks[1:] if needed[0] else ()",
         "further = pullbacks[1:]",
         "tests/taylor/test_recompute.py",

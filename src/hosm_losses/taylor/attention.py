@@ -1,18 +1,135 @@
-r"""Attention: two products of matrices and a softmax, whose result is kept."""
+r"""Softmax with its gradients, and attention: two products of matrices and a softmax.
+
+Formula of p = softmax(x), with ⟨z⟩ the mean under p, z̃ = z − ⟨z⟩ and u_l = x̃_l:
+    p_l = p u_l        p_ll = p c̃ of c = u_l² + x_ll
+
+Gradients, for cotangents a of p, b_l of p_l and d_l of p_ll, where Σ without an index is over the
+axis. With β_l = Σ p b_l, δ_l = Σ p d_l, σ_l = 2 Σ p_l (d_l − δ_l) and
+w = p a + Σ_l [p_l (b_l − β_l − σ_l) + p_ll (d_l − δ_l)]:
+    in x_ll   p (d_l − δ_l)
+    in x_l    p (b_l − β_l − σ_l) + 2 p_l (d_l − δ_l)
+    in x      w − p Σ w
+    Nothing but the result is needed for them, so it is kept, and x is not.
+
+Gradients of those in x and x_l, in the result and in its cotangents, where there is no d. For
+cotangents A of that in x and B_l of that in x_l, with Ã = A − Σ p A and h_l = p_l Ã + p B_l:
+    in a      p Ã
+    in b_l    h_l − p Σ h_l
+    in p_l    Ã (b_l − β_l)
+    in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
+
+The product with the values of attention keeps the result too, if it is not rounded or dropped
+before.
+In a short type gradients are as exact as PyTorch's, which come from a rounded result as well.
+"""
 
 import math
+from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.taylor.composites import composite
-from hosm_losses.taylor.errors import NoRule
-from hosm_losses.taylor.tensor import Jet
+from hosm_losses.taylor.jets import Jet
+from hosm_losses.taylor.memory import Needed, with_recomputation
+from hosm_losses.taylor.registry import NoRule, axis, rule
+from hosm_losses.taylor.stacks import Pairs, add_products, at_least_float32, collect, components
 
 
+class Softmax(NamedTuple):
+    """Softmax of a stack along an axis, with the gradients from its result."""
+
+    dim: int
+    firsts: int
+    pairs: Pairs
+    length: int  # of the stack
+
+    def evaluate(self, stack: Tensor) -> Tensor:
+        """The stack of p = softmax(x)."""
+        logits, tangents, seconds = components(at_least_float32(stack), self.firsts)
+        weights = torch.softmax(logits, self.dim)
+
+        def subtract_mean(x: Tensor) -> Tensor:
+            return x - (weights * x).sum(self.dim, keepdim=True)
+
+        u = subtract_mean(tangents)
+        parts = [weights, weights * u]
+        if self.pairs != "none":
+            c = collect(u * u, self.pairs)
+            parts.append(weights * subtract_mean(c + seconds if len(seconds) else c))
+        return torch.cat(parts).to(stack.dtype)
+
+    def pull_back(self, _needed: Needed, result: Tensor, cotangent: Tensor) -> tuple[Tensor]:
+        """The gradient in the stack."""
+        dtype, dim, firsts = result.dtype, self.dim, self.firsts
+        result, cotangent = at_least_float32(result), at_least_float32(cotangent)
+        weights, tangents, seconds = components(result, firsts)
+        gradient = weights * cotangent
+        sums = gradient[1:].sum(dim, keepdim=True)
+        of_firsts, of_seconds = sums.split_with_sizes((firsts, len(sums) - firsts))
+        b, d = (cotangent[1:] - sums).split_with_sizes((firsts, len(of_seconds)))
+        of_value = gradient[:1]
+        add_products(of_value, tangents, b)
+        if self.pairs != "none":
+            add_products(of_value, seconds, d)
+            dp = 2 * d * tangents
+            gradient[1 : 1 + firsts].add_(dp)
+            dp = dp.sum(dim, keepdim=True)
+            add_products(of_value, tangents, dp, -1)
+            of_firsts = of_firsts + dp
+        sums = torch.cat([of_value.sum(dim, keepdim=True), of_firsts, of_seconds])
+        # Of second derivatives that are zero everywhere there is no gradient.
+        gradient, sums = gradient[: self.length], sums[: self.length]
+        return (gradient.addcmul_(weights, sums, value=-1).to(dtype),)
+
+    def pull_back_again(
+        self, _needed: Needed, result: Tensor, cotangent: Tensor, again: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients, in the result and in the cotangent, of what `pull_back` returns.
+
+        There are no second derivatives.
+        """
+        dtype = result.dtype
+        result, cotangent, again = map(at_least_float32, (result, cotangent, again))
+        sizes = 1, len(result) - 1
+        weights, tangents = result.split_with_sizes(sizes)
+        a, b = cotangent.split_with_sizes(sizes)
+        centred, of_firsts = again.split_with_sizes(sizes)
+        total = partial(torch.sum, dim=self.dim, keepdim=True)
+        of_cotangent = weights * again
+        mean = total(of_cotangent[:1])
+        of_cotangent[:1].addcmul_(weights, mean, value=-1)
+        centred = centred - mean
+        of_cotangent[1:].addcmul_(tangents, centred)
+        sums = total(of_cotangent[1:])
+        of_cotangent[1:].addcmul_(weights, sums, value=-1)
+        of_result = centred * cotangent
+        means = total(weights * b)
+        of_result[1:].addcmul_(centred, means, value=-1)
+        of_weights = of_result[:1]
+        value = weights * a
+        add_products(value, tangents, b - means)
+        add_products(of_weights, again[:1], total(value), -1)
+        add_products(of_weights, of_firsts, b - means)
+        add_products(of_weights, b, sums, -1)
+        return of_result.to(dtype), of_cotangent.to(dtype)
+
+
+@rule("softmax", kind="stack")
+def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3) -> Jet:
+    """exp(x) over its sum along an axis, of x in another type if one is given."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise NoRule
+    stack = x.stack if dtype is None else x.stack.to(dtype)
+    row = Softmax(axis(dim, x.ndim), x.firsts, x.pairs, len(stack))
+    pullbacks = [row.pull_back, row.pull_back_again] if x.pairs == "none" else [row.pull_back]
+    return x.like(with_recomputation(row.evaluate, stack, pullbacks=pullbacks, by_result=True))
+
+
+# --------------------------------------------------------------------------------------- attention
 @composite(F.scaled_dot_product_attention, primitive=True)
 def _attention(
     ops: Any,

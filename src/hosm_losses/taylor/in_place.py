@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses.taylor.errors import TaylorError
-from hosm_losses.taylor.registry import HOMES, RULES, Function, functions_named, rule
+from hosm_losses.taylor.jets import Jet, call, differentiate, jet_among, write_jet
+from hosm_losses.taylor.primitives import WRONG, wrong_in_forward_mode
+from hosm_losses.taylor.registry import HOMES, RULES, Function, TaylorError, functions_named, rule
 from hosm_losses.taylor.stacks import align, extend
-from hosm_losses.taylor.tensor import Jet, call, differentiate, jet_among, write_jet
-from hosm_losses.taylor.unknown import WRONG, wrong_in_forward_mode
 
 # What changes more than the values of its object.
 REFUSED = """
@@ -67,12 +66,18 @@ _METHODS = {
     name: name.removesuffix("_")
     for home in HOMES
     for name in dir(home)
-    if name.endswith("_") and not name.startswith("_") and name not in REFUSED.split()
+    if name.endswith("_") and not name.startswith("_")
 } | {f"__i{name}__": f"__{name}__" for name in OPERATORS.split()}
-for _name, _plain in _METHODS.items():
-    _with_rule = next((each for each in functions_named(_plain) if each in RULES), None)
-    for _change in functions_named(_name):
-        rule(_change, several=True)(partial(_change_in_place, _change, _with_rule))
+
+
+def register_changes() -> None:
+    """Give every method that changes its object a rule, when those of all functions are known."""
+    for name, plain in _METHODS.items():
+        functions = [function for function in functions_named(plain) if function in RULES]
+        for change in functions_named(name):
+            if change not in RULES:
+                changed = partial(_change_in_place, change, functions[0] if functions else None)
+                rule(change, several=True)(changed)
 
 
 @rule("requires_grad_ retain_grad")

@@ -38,13 +38,11 @@ from hosm_losses.taylor._torch import (
     selective_checkpoint,
     without_autocast,
 )
-from hosm_losses.taylor.aliases import share
-from hosm_losses.taylor.errors import NoRule
+from hosm_losses.taylor.jets import Jet
 from hosm_losses.taylor.linear import per_sample
-from hosm_losses.taylor.recompute import needed_gradients
-from hosm_losses.taylor.registry import Function, rule, swapped
+from hosm_losses.taylor.memory import needed_gradients, share
+from hosm_losses.taylor.registry import Function, NoRule, rule, swapped
 from hosm_losses.taylor.stacks import Pairs, align, collect, components
-from hosm_losses.taylor.tensor import Jet
 
 
 def ndim_of(x: Any) -> int:

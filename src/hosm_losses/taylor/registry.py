@@ -1,20 +1,22 @@
-r"""The registry: which function of PyTorch has which rule, by kind.
+r"""Which function of PyTorch has which rule; the errors of the engine; hooks inside a network.
 
-Kinds:
+Kinds of rules:
     linear      the same function of every component of a stack, `linear(function, name, …)`
-    bilinear    a product of two factors, `bilinear(function, name, …)`
+    bilinear    a product of two factors, `product_rule(a, b, product, ndim)`
     pointwise   a function of one number, by its first three derivatives; see `pointwise`
     composite   a few other functions; one body serves Jets and plain tensors
     stack       a function of Jets that computes with their stacks
     other       what is asked of a tensor, a change in place, or an error
 
-A rule is written with the arguments that networks give. A call with others, or one for which it
+A rule is written with the arguments that networks pass. A call with others, or one for which it
 raises `NoRule`, goes to PyTorch's own function with exactly those arguments; see
-`hosm_losses.taylor.tensor`.
+`hosm_losses.taylor.jets`.
+
+Hooks on tensors and modules inside a network may look at gradients and not change them.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -23,8 +25,27 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor.errors import NoRule
+from hosm_losses.taylor._torch import versions
 
+
+# ------------------------------------------------------------------------------------------ errors
+class DerivativeError(ValueError):
+    """A derivative that cannot be taken, or would be wrong, with the remedy in its message."""
+
+
+class ConstantError(DerivativeError):
+    """An operator without a derivative in PyTorch; each engine would take it for a constant."""
+
+
+class TaylorError(RuntimeError):
+    """A function the Taylor engine cannot differentiate; reverse mode may."""
+
+
+class NoRule(Exception):  # noqa: N818 - it never reaches a user
+    """A call that a rule does not know; PyTorch's own function is differentiated in its place."""
+
+
+# ------------------------------------------------------------------------------------------- rules
 Function = Callable[..., Any]
 Kind = Literal["linear", "bilinear", "pointwise", "composite", "stack", "other"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -142,3 +163,46 @@ def axes(dim: Any, ndim: int) -> tuple[int, ...]:
     if not dims:  # which PyTorch reads in different ways
         raise NoRule
     return tuple(axis(each, ndim) for each in dims)
+
+
+# ------------------------------------------------------------------------------------------- hooks
+CHANGING_HOOK = (
+    "network: expected hooks that look at gradients; got one that changes them inside it, and "
+    "so the loss. Change gradients of the parameters, after loss.backward()."
+)
+
+
+class ChangedGradientError(DerivativeError):
+    """A hook that changes a gradient; with another engine it would change the loss."""
+
+
+class ScriptedError(DerivativeError):
+    """A part of torch.jit; another engine would not see the norms inside it either."""
+
+
+GIVE_THE_SOURCE = (
+    "Inside it PyTorch takes higher derivatives of norms, which versions 2.6 to 2.13 get wrong "
+    "without an error. Use the module that it was made of."
+)
+# What no other engine does better.
+FINAL = (ChangedGradientError, ScriptedError, ConstantError)
+
+
+def check_unchanged(returned: Sequence[Any], incoming: Sequence[Any]) -> None:
+    """Compare what comes out of a module's hooks with what went in."""
+    for one, other in zip(returned, incoming, strict=True):
+        if isinstance(one, Tensor) and isinstance(other, Tensor) and one is not other:
+            raise ChangedGradientError(CHANGING_HOOK)
+
+
+def guard_hook(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
+    """A hook that raises where the given one changes a gradient."""
+
+    def guarded(gradient: Tensor) -> None:
+        before = versions([gradient])
+        found = hook(gradient)
+        same = found is None or found is gradient
+        if not same or versions([gradient]) != before:
+            raise ChangedGradientError(CHANGING_HOOK)
+
+    return guarded
