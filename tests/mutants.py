@@ -81,14 +81,14 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/linear.py",
-        "found = x.like(x.stack * function(torch.ones_like(x.stack[0]), p, True))",
-        "found = x.like(function(x.stack, p, True))",
+        "dropped = x.like(x.stack * function(torch.ones_like(x.stack[0]), p, True))",
+        "dropped = x.like(function(x.stack, p, True))",
         "tests/taylor/test_edges.py",
     ),
     Mutant(
         "taylor/linear.py",
-        "found = torch.stack([each[index] for each in x.stack.unbind()])",
-        "found = x.stack[(slice(None), *parts)]",
+        "stack = torch.stack([component[index] for component in x.stack.unbind()])",
+        "stack = x.stack[(slice(None), *parts)]",
         "tests/taylor/test_calls.py",
     ),
     Mutant(
@@ -99,8 +99,8 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/in_place.py",
-        "given += [0] * (count - len(given))",
-        "given += given[:1] * (count - len(given))",
+        "values += [0] * (count - len(values))",
+        "values += values[:1] * (count - len(values))",
         "tests/taylor/test_in_place.py",
     ),
     Mutant(
@@ -215,14 +215,14 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/attention.py",
-        "key, value = (ops.repeat_interleave(each, times, -3) for each in (key, value))",
-        "key, value = (ops.cat([each] * times, -3) for each in (key, value))",
+        "key, value = (ops.repeat_interleave(tensor, times, -3) for tensor in (key, value))",
+        "key, value = (ops.cat([tensor] * times, -3) for tensor in (key, value))",
         "tests/taylor/test_calls.py",
     ),
     Mutant(
         "taylor/composites.py",
-        "PRIMITIVES[each] = partial(_primitive, each, body)",
-        "PRIMITIVES[each] = each",
+        "PRIMITIVES[function] = partial(_primitive, function, body)",
+        "PRIMITIVES[function] = function",
         "tests/taylor/test_primitives.py",
     ),
     Mutant(

@@ -120,7 +120,7 @@ class Softmax(NamedTuple):
 
 @rule("softmax", kind="stack")
 def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3) -> Jet:
-    """exp(x) over its sum along an axis, of x in another type if one is given."""
+    """exp(x) over its sum along an axis, with x cast to `dtype` first."""
     if dtype is not None and not dtype.is_floating_point:
         raise NoRule
     stack = x.stack if dtype is None else x.stack.to(dtype)
@@ -148,7 +148,7 @@ def _attention(
         if min(query.ndim, key.ndim) < 4 or query.shape[-3] % key.shape[-3]:
             raise NoRule
         times = query.shape[-3] // key.shape[-3]
-        key, value = (ops.repeat_interleave(each, times, -3) for each in (key, value))
+        key, value = (ops.repeat_interleave(tensor, times, -3) for tensor in (key, value))
     if is_causal:
         places = query.shape[-2], key.shape[-2]
         attn_mask = torch.ones(places, dtype=torch.bool, device=query.device).tril()
@@ -174,13 +174,13 @@ def _attend(
 
 
 def _allows_any(attn_mask: Tensor) -> Tensor:
-    """Whether each row of a mask allows anything: the others are zeros in PyTorch's attention."""
+    """Which rows of a mask allow anything: the others are zeros in PyTorch's attention."""
     allowed = attn_mask if attn_mask.dtype == torch.bool else ~attn_mask.isneginf()
     return allowed.any(-1, keepdim=True)
 
 
 def _additive_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a mask of attention adds to logits: nothing in a row of -inf alone, which makes NaN."""
+    """The logits that a mask adds: zero, not NaN, in a row that allows nothing."""
     rows = _allows_any(attn_mask)
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, -math.inf)
@@ -188,7 +188,7 @@ def _additive_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _merge_masks(attn_mask: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:
-    """Both masks of nn.MultiheadAttention, in which True blocks, as one that is added."""
+    """The two masks of nn.MultiheadAttention, in which True blocks, as one additive mask."""
     masks = []
     if attn_mask is not None:
         masks.append(attn_mask.unflatten(0, (-1, heads)) if attn_mask.ndim == 3 else attn_mask)
@@ -199,27 +199,29 @@ def _merge_masks(attn_mask: Tensor | None, padding: Tensor | None, heads: int) -
 
 
 _PARAMETERS = signature(F.multi_head_attention_forward).parameters.values()
-_NAMES = [each.name for each in _PARAMETERS]
-_DEFAULTS = {each.name: each.default for each in _PARAMETERS}
+_NAMES = [parameter.name for parameter in _PARAMETERS]
+_DEFAULTS = {parameter.name: parameter.default for parameter in _PARAMETERS}
 
 
 @composite(F.multi_head_attention_forward, primitive=True)
 def _multi_head_attention(ops: Any, *args: Any, **named: Any) -> tuple[Any, Any]:
-    given = _DEFAULTS | dict(zip(_NAMES, args, strict=False)) | named
-    query, key, value = given["query"], given["key"], given["value"]
-    heads, need_weights = given["num_heads"], given["need_weights"]
-    masks = given["attn_mask"], given["key_padding_mask"]
-    added = [given[name] for name in ("bias_k", "bias_v", "static_k", "static_v")]
-    if any(each is not None for each in added) or given["add_zero_attn"] or query.ndim != 3:
+    arguments = _DEFAULTS | dict(zip(_NAMES, args, strict=False)) | named
+    query, key, value = arguments["query"], arguments["key"], arguments["value"]
+    heads, need_weights = arguments["num_heads"], arguments["need_weights"]
+    masks = arguments["attn_mask"], arguments["key_padding_mask"]
+    added = [arguments[name] for name in ("bias_k", "bias_v", "static_k", "static_v")]
+    if any(extra is not None for extra in added) or arguments["add_zero_attn"] or query.ndim != 3:
         raise NoRule
-    if any(isinstance(each, Jet) for each in masks) or (given["is_causal"] and masks[0] is None):
+    without_mask = arguments["is_causal"] and masks[0] is None
+    if without_mask or any(isinstance(mask, Jet) for mask in masks):
         raise NoRule
-    weight, bias = given["in_proj_weight"], given["in_proj_bias"]
-    separate = given["use_separate_proj_weight"]
+    weight, bias = arguments["in_proj_weight"], arguments["in_proj_bias"]
+    separate = arguments["use_separate_proj_weight"]
     if query is key is value and not separate:
         parts = ops.chunk(ops.linear(query, weight, bias), 3, -1)
     else:
-        weights = [given[f"{name}_proj_weight"] for name in "qkv"] if separate else weight.chunk(3)
+        separate_weights = [arguments[f"{name}_proj_weight"] for name in "qkv"]
+        weights = separate_weights if separate else weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         parts = map(ops.linear, (query, key, value), weights, biases)
     # (L, N, E) as (N, heads, L, E/heads)
@@ -227,10 +229,10 @@ def _multi_head_attention(ops: Any, *args: Any, **named: Any) -> tuple[Any, Any]
     mask = _merge_masks(*masks, heads)
     if need_weights and mask is not None:  # where PyTorch makes NaN of a row without weights
         mask = _additive_mask(mask, q.dtype).masked_fill(~_allows_any(mask), math.nan)
-    dropout_p = given["dropout_p"] if given["training"] else 0.0
+    dropout_p = arguments["dropout_p"] if arguments["training"] else 0.0
     mixed, weights = _attend(ops, q, k, v, mask, dropout_p)
     output = ops.flatten(ops.permute(mixed, (2, 0, 1, 3)), -2)
-    output = ops.linear(output, given["out_proj_weight"], given["out_proj_bias"])
+    output = ops.linear(output, arguments["out_proj_weight"], arguments["out_proj_bias"])
     if not need_weights:
         return output, None
-    return output, ops.mean(weights, 1) if given["average_attn_weights"] else weights
+    return output, ops.mean(weights, 1) if arguments["average_attn_weights"] else weights

@@ -35,12 +35,12 @@ from hosm_losses.taylor.registry import (
 
 
 def _on_jets(function: Function) -> Function:
-    """A function by its rule, where an argument is a Jet or has one in a list."""
+    """A function by its rule, where an argument is a Jet or a list with one in it."""
 
     def called(*args: Any, **named: Any) -> Any:
-        for each in args:
-            for one in each if isinstance(each, list) else (each,):
-                if isinstance(one, Jet):
+        for arg in args:
+            for item in arg if isinstance(arg, list) else (arg,):
+                if isinstance(item, Jet):
                     return call(function, args, named)
         return function(*args, **named)
 
@@ -54,7 +54,7 @@ _FUNCTIONS = {
     if callable(function) and not name.startswith("_")
 }
 ON_TENSORS: Any = SimpleNamespace(**_FUNCTIONS)
-ON_JETS: Any = SimpleNamespace(**{name: _on_jets(each) for name, each in _FUNCTIONS.items()})
+ON_JETS: Any = SimpleNamespace(**{name: _on_jets(f) for name, f in _FUNCTIONS.items()})
 ON_TENSORS.value = Tensor.detach  # the plain value of what may be a Jet
 ON_JETS.value = lambda x: (x.stack[0] if isinstance(x, Jet) else x).detach()
 
@@ -72,8 +72,8 @@ def composite(
 
     def register(body: Function) -> Function:
         rule(*names, several=several, kind="composite")(partial(body, ON_JETS))
-        for each in functions_named(*names) if primitive else ():
-            PRIMITIVES[each] = partial(_primitive, each, body)
+        for function in functions_named(*names) if primitive else ():
+            PRIMITIVES[function] = partial(_primitive, function, body)
         return body
 
     return register
@@ -83,11 +83,11 @@ def _primitive(function: Function, body: Function, *args: Any, **named: Any) -> 
     taken = RULES[function].takes(args, named)
     if taken is not None:
         try:
-            found = body(ON_TENSORS, *taken[0], **taken[1])
+            result = body(ON_TENSORS, *taken[0], **taken[1])
         except NoRule:
             pass
         else:
-            return taken[0][0].copy_(found) if named.get("inplace") else found
+            return taken[0][0].copy_(result) if named.get("inplace") else result
     return function(*args, **named)
 
 
@@ -120,7 +120,7 @@ def _wide(ops: Any, x: Any) -> Any:
 
 
 def _over_largest(ops: Any, x: Any, dim: Any) -> tuple[Any, Tensor]:
-    """x in float32 at least over the largest element of each row, and that.
+    """x divided by the largest element of each row, in float32 at least, and that element.
 
     A length is homogeneous, so the divisor counts as constant. Without it the powers that are in
     derivatives of short vectors are out of float32's range.
@@ -141,7 +141,7 @@ def _sum_of_powers(ops: Any, x: Any, p: float, dim: Any, keepdim: bool) -> Any:
 
 
 def _root(ops: Any, powers: Any, p: float) -> Any:
-    """The p-th root of what is zero or more, constant at zero."""
+    """The p-th root of nonnegative numbers, constant at zero."""
     zero = ops.value(powers) == 0
     root = ops.pow(ops.masked_fill(powers, zero, 1.0), 1 / p)
     return ops.masked_fill(root, zero, 0.0)
@@ -182,18 +182,18 @@ def _norm(
 
 
 @composite(torch.linalg.vector_norm, several=False)
-def _vector_norm(ops: Any, x: Any, p: Any = 2, *rest: Any, **named: Any) -> Any:
-    return _norm(ops, x, None if p == "fro" else p, *rest, **named)
+def _vector_norm(ops: Any, x: Any, p: Any = 2, *args: Any, **named: Any) -> Any:
+    return _norm(ops, x, None if p == "fro" else p, *args, **named)
 
 
 @composite(torch.linalg.norm, several=False)
 def _vector_or_matrix_norm(
-    ops: Any, x: Any, p: Any = None, dim: Any = None, *rest: Any, **named: Any
+    ops: Any, x: Any, p: Any = None, dim: Any = None, *args: Any, **named: Any
 ) -> Any:
     count = x.ndim if dim is None else 1 if isinstance(dim, int) else len(dim)
     if p is not None and (count > 2 or (p == "fro") != (count == 2)):
         raise NoRule
-    return _norm(ops, x, 2 if p is None else p, dim, *rest, **named)
+    return _norm(ops, x, 2 if p is None else p, dim, *args, **named)
 
 
 def _spread(
@@ -207,22 +207,22 @@ def _spread(
     *,
     correction: Any = None,
 ) -> Any:
-    """The variance over some axes, or its root, with the mean if asked for."""
+    """The variance over some axes or its root, and with `with_mean` the mean."""
     if isinstance(dim, bool):  # `unbiased` in its place
         dim, unbiased = None, dim
     if correction is None:
         correction = 1 if unbiased is None else int(unbiased)
     wide, dims = _wide(ops, x), axes(dim, x.ndim)
-    count = prod([x.shape[each] for each in dims]) - correction
-    if count <= 0:  # of which PyTorch says what it thinks of that
+    count = prod([x.shape[axis] for axis in dims]) - correction
+    if count <= 0:  # PyTorch warns and returns NaN
         raise NoRule
     centred = ops.sub(wide, ops.mean(wide, dims, True))
     if root:
-        found = ops.div(_length(ops, centred, 2, dims, keepdim), count**0.5)
+        spread = ops.div(_length(ops, centred, 2, dims, keepdim), count**0.5)
     else:
-        found = ops.div(_sum_of_powers(ops, centred, 2, dims, keepdim), count)
-    found = ops.to(found, x.dtype)
-    return (found, ops.mean(x, dims, keepdim)) if with_mean else found
+        spread = ops.div(_sum_of_powers(ops, centred, 2, dims, keepdim), count)
+    spread = ops.to(spread, x.dtype)
+    return (spread, ops.mean(x, dims, keepdim)) if with_mean else spread
 
 
 for _names in ("var", "std", "var_mean", "std_mean"):

@@ -87,7 +87,7 @@ class Jet(Tensor):
     def make(
         stack: Tensor, firsts: int, pairs: Pairs = "none", *, of_complex: bool = False
     ) -> "Jet":
-        """Return the Jet of a stack, which may be one of complex numbers where that is said."""
+        """Return the Jet of a stack, of complex numbers only if `of_complex`."""
         if stack.is_complex() and (not of_complex or torch.compiler.is_compiling()):
             raise TaylorError(f"an operator {COMPLEX}")
         if torch.compiler.is_compiling():
@@ -106,11 +106,11 @@ class Jet(Tensor):
         return Jet.make(stack, self.firsts, self.pairs)
 
     def with_dtype(self, dtype: torch.dtype) -> "Jet":
-        """Return the Jet in a floating type, itself if it is in that."""
+        """Return the Jet in a floating type, itself if it has that type."""
         return self if self.stack.dtype == dtype else self.like(self.stack.to(dtype))
 
     def of(self, stack: Tensor) -> Tensor:
-        """Return the Jet of a stack, or the plain value of one of integers or masks."""
+        """Return the Jet of a stack, or the plain value if it holds integers or masks."""
         differentiable = stack.is_floating_point() or stack.is_complex()
         return self.like(stack) if differentiable else stack[0]
 
@@ -149,7 +149,7 @@ class _Complex(_Opaque):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        jets = [each for each in (*args, *(kwargs or {}).values()) if isinstance(each, Jet)]
+        jets = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, Jet)]
         if func not in CONSTANT and (func not in OF_COMPLEX or len(jets) > 1):
             raise TaylorError(f"{name_of(func)}: {ROTARY}")
         return call(func, args, kwargs or {})
@@ -177,7 +177,7 @@ for _entry, _answer in _ASKED.items():
 
 
 def unpack(x: Any) -> Any:
-    """An argument, which may be a row that torch.compile unpacked, or several of them."""
+    """Make Jets of rows that torch.compile unpacked, in an argument or in a list of them."""
     if type(x) in (list, tuple):
         return type(x)(map(unpack, x))
     if not isinstance(x, Jet) or hasattr(x, "stack"):
@@ -253,17 +253,17 @@ def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         filled = list(flat)
         for place, value in zip(places, values, strict=True):
             filled[place] = value
-        given, named = pytree.tree_unflatten(filled, form)
+        new_args, new_kwargs = pytree.tree_unflatten(filled, form)
         with safe_primitives():
-            seen[:] = pytree.tree_flatten(func(*given, **named))
+            seen[:] = pytree.tree_flatten(func(*new_args, **new_kwargs))
         if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in seen[0]):
             raise TaylorError(f"{name_of(func)}: {COMPLEX}")
         # One result at least, where the function returns no tensor.
-        found = tuple(leaf for leaf in seen[0] if isinstance(leaf, Tensor))
-        floats = [leaf for leaf in found if leaf.is_floating_point()]
+        results = tuple(leaf for leaf in seen[0] if isinstance(leaf, Tensor))
+        floats = [leaf for leaf in results if leaf.is_floating_point()]
         if floats and all(unpack_dual(leaf).tangent is None for leaf in floats):
             refuse_constant(func, floats[0])
-        return found or (values[0].new_zeros(()),)
+        return results or (values[0].new_zeros(()),)
 
     # Copies: torch.func writes to what it is given, which elements in one place do not allow.
     values = tuple(jet.stack[0].clone() for jet in jets)
@@ -272,10 +272,10 @@ def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     )
     stacks = iter(along(function, values, derivatives, jets[0].firsts, jets[0].pairs))
     leaves, tree = seen
-    found = [jets[0].of(next(stacks)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    for each in found if name_of(func) in memory.PERHAPS_VIEWS else ():
-        memory.share(jets[0], each)
-    return pytree.tree_unflatten(found, tree)
+    outputs = [jets[0].of(next(stacks)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    for output in outputs if name_of(func) in memory.MAY_RETURN_VIEW else ():
+        memory.share(jets[0], output)
+    return pytree.tree_unflatten(outputs, tree)
 
 
 def along(
@@ -285,7 +285,7 @@ def along(
     firsts: int,
     pairs: Pairs,
 ) -> list[Tensor]:
-    """The stacks of the results of a function, value first; in one evaluation.
+    """The stacks of the results of a function, by nested torch.func.jvp, in one evaluation.
 
     `derivatives` has for each value the stack of its `firsts` first derivatives and, unless they
     are zero, of its second ones.
@@ -293,24 +293,24 @@ def along(
     inner: Any = partial(torch.func.jvp, function)
 
     def second(tangents: tuple[Tensor, ...], seconds: tuple[Tensor, ...]) -> Any:
-        found: Any = torch.func.jvp(inner, (values, tangents), (tangents, seconds))
-        (value, first), (_, second) = found
+        nested: Any = torch.func.jvp(inner, (values, tangents), (tangents, seconds))
+        (value, first), (_, second) = nested
         return value, first, second
 
     if pairs == "none":
         value, *parts = _map_directions(partial(inner, values), derivatives)
     else:
-        tangents = tuple(each[:firsts] for each in derivatives)
+        tangents = tuple(derivative[:firsts] for derivative in derivatives)
         # Of a sum the first direction has it all.
-        seconds = tuple(extend(each[firsts:], firsts) for each in derivatives)
+        seconds = tuple(extend(derivative[firsts:], firsts) for derivative in derivatives)
         value, *parts = _map_directions(second, tangents, seconds)
         parts[1] = pytree.tree_map(partial(collect, pairs=pairs), parts[1])
     stacks = zip(value, *parts, strict=True)
-    return [torch.cat([one.unsqueeze(0), *rest]) for one, *rest in stacks]
+    return [torch.cat([value.unsqueeze(0), *parts]) for value, *parts in stacks]
 
 
 def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> Any:
-    """(value, *derivatives) of a function for several directions.
+    """The value and the derivatives of a function for several directions.
 
     Under vmap where there are several: one mask of a dropout then serves all of them.
     """
@@ -326,14 +326,14 @@ def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> 
 
 
 def write_jet(x: Tensor, result: Any) -> Tensor:
-    """Give a Jet or a plain tensor, in place and in its type, what a Jet carries; return it."""
+    """Write a result to a Jet or a plain tensor in place, in its type, and return it."""
     if result.shape != x.shape:
         raise TaylorError(
             f"a change in place of what has shape {tuple(x.shape)} into {tuple(result.shape)}."
         )
     if not isinstance(x, Jet):
         # A Jet of its own, for it changes places with x.
-        memory.promote(x, result.like(result.stack.to(x.dtype)))
+        memory.to_jet(x, result.like(result.stack.to(x.dtype)))
         return x
     if not isinstance(result, Jet):
         result = x.constant(result)
@@ -365,7 +365,7 @@ def propagate(
     count = len(directions)
     # Joined along the batch, which keeps a channels-last layout.
     stack = torch.cat([x, *directions]).unflatten(0, (1 + count, len(x)))
-    before, finished = len(memory.THREAD.promoted), False
+    before, finished = len(memory.THREAD.became_jets), False
     propagation = memory.Propagation(count, pairs, [], [], [])
     memory.THREAD.propagations.append(propagation)
     try:
@@ -377,7 +377,7 @@ def propagate(
     finally:
         memory.THREAD.propagations.pop()
         memory.end(propagation)
-        memory.demote(before, finished)
+        memory.to_tensor(before, finished)
     if not issubclass(kind, Jet):
         raise TaylorError(f"its output does not carry derivatives in x; got {kind.__name__}.")
     if stack.is_complex():
@@ -395,18 +395,18 @@ def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 def stacks_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Equally long stacks of Jets and plain tensors, which have derivatives of zero."""
-    stacks = [each.stack if isinstance(each, Jet) else each.unsqueeze(0) for each in tensors]
+    stacks = [x.stack if isinstance(x, Jet) else x.unsqueeze(0) for x in tensors]
     count = max([stack.shape[0] for stack in stacks])
     return [extend(stack, count) for stack in stacks]
 
 
 def jet_among(candidates: Iterable[Any]) -> Jet:
-    """The first Jet of several values, of which one is."""
-    return next(each for each in candidates if isinstance(each, Jet))
+    """The first Jet among several values."""
+    return next(candidate for candidate in candidates if isinstance(candidate, Jet))
 
 
 def result_type(a: Any, b: Any) -> torch.dtype:
-    """The type that PyTorch gives the values of a and b, Jets or not, together."""
+    """The type of what PyTorch computes from a and b, Jets or not."""
     values = [x.stack[0] if isinstance(x, Jet) else x for x in (a, b)]
     # Of tensors without elements: torch.compile does not trace torch.result_type.
     empty = [x.new_empty((0,) * min(x.ndim, 1)) if isinstance(x, Tensor) else x for x in values]
@@ -524,6 +524,6 @@ def laplacian(function: Function, x: Tensor) -> Tensor:
     _check_batch(x)
     units = torch.eye(x.shape[1:].numel(), dtype=x.dtype, device=x.device)
     directions = units.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
-    found = jet(function, x, directions, "sum")[2]
-    assert found is not None
-    return found
+    second = jet(function, x, directions, "sum")[2]
+    assert second is not None
+    return second

@@ -68,11 +68,11 @@ _VIEWS = """
     swapdims t tensor_split to_dense transpose unbind unflatten unfold unsafe_chunk unsafe_split
     unsqueeze view view_as view_as_real vsplit
 """
-PERHAPS_VIEWS = _VIEWS.split()
+MAY_RETURN_VIEW = _VIEWS.split()
 
 
 class Propagation(NamedTuple):
-    """What goes on while derivatives are propagated through a function."""
+    """State of one propagation of derivatives through a function."""
 
     firsts: int
     pairs: Pairs
@@ -82,19 +82,19 @@ class Propagation(NamedTuple):
 
 
 class _Thread(threading.local):
-    """What goes on in a thread."""
+    """Thread-local state."""
 
     def __init__(self) -> None:
         self.propagations: list[Propagation] = []
         # Plain tensors that became Jets, by weak references, and what they were.
-        self.promoted: list[tuple[weakref.ref[Tensor], Tensor]] = []
+        self.became_jets: list[tuple[weakref.ref[Tensor], Tensor]] = []
 
 
 THREAD = _Thread()
 
 
 def alive(references: Iterable[Callable[[], Any]]) -> list[Any]:
-    """What weak references still refer to."""
+    """The referents that are still alive."""
     referents: list[Any] = []
     for reference in references:
         referent = reference()
@@ -104,7 +104,7 @@ def alive(references: Iterable[Callable[[], Any]]) -> list[Any]:
 
 
 def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
-    """Weak, for what a network drops; torch.compile has no weak references."""
+    """A weak reference, or under torch.compile, which has none, a strong one."""
     return (lambda: tensor) if torch.compiler.is_compiling() else weakref.ref(tensor)
 
 
@@ -131,7 +131,7 @@ def detached(source: Any, value: Tensor) -> Tensor:
 
 
 def write(jet: Any, stack: Tensor) -> Any:
-    """Give a Jet that shares its memory with nothing the stack that a change in place leaves."""
+    """Replace the stack of a Jet that shares its memory with nothing, for a change in place."""
     if checkpoint_hook("_recomputation_hook") is not None and jet.changed:
         raise DerivativeError(CHANGED_ARGUMENT)
     if checkpoint_hook() is not None:
@@ -145,7 +145,7 @@ def write(jet: Any, stack: Tensor) -> Any:
 
 
 def end(propagation: Propagation) -> None:
-    """Make what is left of Jets plain tensors, for they may be kept by the function.
+    """Make the Jets that are still alive plain tensors, for the function may keep them.
 
     TaylorError where what was detached was changed in place.
     """
@@ -164,13 +164,13 @@ def end(propagation: Propagation) -> None:
             )
 
 
-def demote(count: int, finished: bool) -> None:
-    """Make all but the first `count` promoted tensors plain again, with their new values.
+def to_tensor(count: int, finished: bool) -> None:
+    """Make all but the first `count` tensors that became Jets plain again, with their new values.
 
     Without those where the call has not finished.
     """
-    while len(THREAD.promoted) > count:
-        reference, plain = THREAD.promoted.pop()
+    while len(THREAD.became_jets) > count:
+        reference, plain = THREAD.became_jets.pop()
         jet: Any = reference()
         if jet is None:
             continue
@@ -182,21 +182,21 @@ def demote(count: int, finished: bool) -> None:
             jet.copy_(value)
 
 
-def promote(tensor: Tensor, jet: Any) -> None:
-    """Make a plain tensor the Jet that is given, in place."""
+def to_jet(tensor: Tensor, jet: Any) -> None:
+    """Make a plain tensor a Jet in place."""
     refused = "a plain tensor that shares memory is given values that depend on x in place."
     leaf = tensor.requires_grad and tensor.is_leaf
     if torch.compiler.is_compiling() or leaf or tensor._base is not None:
         raise TaylorError(refused)
     for propagation in THREAD.propagations[-1:]:
-        propagation.jets[:] = [each for each in propagation.jets if each() is not jet]
+        propagation.jets[:] = [made for made in propagation.jets if made() is not jet]
     try:
         if has_alias(tensor):  # which is not known under torch.func
             raise TaylorError(refused)
         swap(tensor, jet)
     except RuntimeError as error:
         raise TaylorError(refused) from error
-    THREAD.promoted.append((weakref.ref(tensor), jet))
+    THREAD.became_jets.append((weakref.ref(tensor), jet))
 
 
 # ----------------------------------------------------------------------------------- recomputation
@@ -212,14 +212,14 @@ def with_recomputation(
     again: Function | None = None,
     by_result: bool = False,
 ) -> Tensor:
-    """The value of a function, of which only the arguments are kept for the backward passes.
+    """Evaluate a function and keep only its arguments for the backward passes.
 
     Args:
         function: of the tensors, without side effects; returns one tensor.
         tensors: its arguments.
         pullbacks: the first, of the tensors and a cotangent, returns the gradients of `function`
-            in all of them, None for one that is None. It is told before them of which gradients
-            are asked for, and may return None for the others. The second is that of the first
+            in all of them, None for one that is None. Its first argument says which gradients are
+            needed; it may return None for the others. The second is that of the first
             result of the first, and so on. Where there is none, autograd finds the gradients.
         again: the same function, for where it is differentiated more than once, as a transform
             may do; `function` if None.
@@ -235,45 +235,45 @@ def with_recomputation(
     again = again or function
     if is_traced():
         return _as_tuple(again(*tensors))[0]
-    found: Any = _Recomputed.apply((function, again, pullbacks, by_result), *tensors)
-    return found[0]
+    results: Any = _Recomputed.apply((function, again, pullbacks, by_result), *tensors)
+    return results[0]
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, functions: Sequence[Any], *tensors: Some) -> tuple[Tensor, ...]:
         function, *_, by_result = functions
-        found = _as_tuple(function(*tensors))
+        results = _as_tuple(function(*tensors))
         ctx.functions = functions
-        ctx.save_for_backward(*(found if by_result else tensors))
+        ctx.save_for_backward(*(results if by_result else tensors))
         ctx.set_materialize_grads(False)
-        return found
+        return results
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Some) -> tuple[Some, ...]:
         saved = ctx.saved_tensors  # once, as a checkpoint allows
         needed = needed_gradients(ctx, saved)
-        results = [place for place, c in enumerate(cotangents) if c is not None]
+        places = [place for place, c in enumerate(cotangents) if c is not None]
         function, again, pullbacks, _ = ctx.functions
         further: Sequence[Function] = ()
-        if pullbacks and results == [0]:
-            gradients: Function = partial(_chosen, pullbacks[0], needed)
+        if pullbacks and places == [0]:
+            pull_back: Function = partial(_pull_back_needed, pullbacks[0], needed)
             further = pullbacks[1:] if needed[0] else ()
         else:
-            gradients = partial(_by_autograd, function, again, needed, results)
-        everything = (*saved, *[cotangents[place] for place in results])
-        evaluate = gradients
+            pull_back = partial(_by_autograd, function, again, needed, places)
+        everything = (*saved, *[cotangents[place] for place in places])
+        evaluate = pull_back
         if torch.is_grad_enabled():
-            evaluate = partial(_Recomputed.apply, (gradients, gradients, further, False))
-        found: Any = evaluate(*everything)
-        values = iter(found)
+            evaluate = partial(_Recomputed.apply, (pull_back, pull_back, further, False))
+        gradients: Any = evaluate(*everything)
+        values = iter(gradients)
         return None, *[next(values) if need else None for need in needed]
 
 
 def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
-    """Of which tensors, the last arguments of a Function, this backward pass needs the gradient.
+    """Which tensors, the last arguments of a Function, need gradients in this backward pass.
 
-    A pass back to x alone needs none of the weights', which a Function is not told.
+    A pass back to x alone needs none of the weights', of which a Function does not hear.
     """
     nodes = iter(ctx.next_functions)  # of those that are tensors
     needed: list[bool] = []
@@ -283,11 +283,11 @@ def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
     return needed
 
 
-def _as_tuple(found: Any) -> tuple[Any, ...]:
-    return found if isinstance(found, tuple) else (found,)
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
-def _chosen(pullback: Function, needed: Needed, *everything: Some) -> tuple[Any, ...]:
+def _pull_back_needed(pullback: Function, needed: Needed, *everything: Some) -> tuple[Any, ...]:
     """The gradients that are needed, of those that a pullback returns."""
     return tuple(compress(_as_tuple(pullback(needed, *everything)), needed))
 
@@ -296,10 +296,10 @@ def _by_autograd(
     function: Function,
     again: Function,
     needed: Needed,
-    results: Sequence[int],
+    places: Sequence[int],
     *everything: Some,
 ) -> tuple[Tensor, ...]:
-    """The gradients that are needed, of tensors and the cotangents of some results."""
+    """The gradients that are needed, of tensors and the cotangents of results in some places."""
     tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
     tracked = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -310,14 +310,15 @@ def _by_autograd(
             else tensor.detach().requires_grad_(need)
             for tensor, need in zip(tensors, needed, strict=True)
         ]
-        found = _as_tuple((again if tracked else function)(*points))
+        results = _as_tuple((again if tracked else function)(*points))
         wanted = list(compress(points, needed))
-        outputs = [(found[place], c) for place, c in zip(results, cotangents, strict=True)]
-        outputs = [(each, c) for each, c in outputs if each.requires_grad]  # as a bias's is not
+        outputs = [(results[place], c) for place, c in zip(places, cotangents, strict=True)]
+        # Without those that depend on nothing, such as the gradient in a bias.
+        outputs = [(output, c) for output, c in outputs if output.requires_grad]
         if not outputs:
             return tuple(map(torch.zeros_like, wanted))
         return torch.autograd.grad(
-            [each for each, _ in outputs],
+            [output for output, _ in outputs],
             wanted,
             [c for _, c in outputs],
             create_graph=tracked,

@@ -328,9 +328,9 @@ def _group_norm(
 ) -> Any:
     if x.ndim < 2 or x.shape[1] % num_groups:
         raise NoRule
-    each = x.shape[1] // num_groups
-    shape = (x.shape[0], num_groups, each, x.shape[2:].numel())
-    return ops.norm(Rows(shape, (-2, -1), (num_groups, each, 1), eps), x, weight, bias)
+    channels = x.shape[1] // num_groups
+    shape = (x.shape[0], num_groups, channels, x.shape[2:].numel())
+    return ops.norm(Rows(shape, (-2, -1), (num_groups, channels, 1), eps), x, weight, bias)
 
 
 def _move_statistics(norm: Any, ops: Any, x: Any, mean: Any, variance: Any, *options: Any) -> None:

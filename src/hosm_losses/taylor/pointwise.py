@@ -154,8 +154,10 @@ def pointwise(
         @rule(*names, kind="pointwise")
         @wraps(series)
         def evaluated(x: Jet, *args: Any, **named: Any) -> Jet:
-            known = operators and Operators(*(_with(each, args, named) for each in operators))
-            return apply(_with(series, args, named), x, known)
+            bound = operators and Operators(
+                *(_with(operator, args, named) for operator in operators)
+            )
+            return apply(_with(series, args, named), x, bound)
 
         return series
 
@@ -167,9 +169,9 @@ def _silu(x: Tensor) -> Iterator[Tensor]:
     s = torch.sigmoid(x)
     q = torch.addcmul(s, s, s, value=-1)
     yield torch.addcmul(s, x, q)
-    bent = torch.addcmul(q, q, s, value=-2)
-    yield torch.addcmul(2 * q, x, bent)
-    yield torch.addcmul(3 * bent, x, torch.addcmul(q, q, q, value=-6))
+    curvature = torch.addcmul(q, q, s, value=-2)
+    yield torch.addcmul(2 * q, x, curvature)
+    yield torch.addcmul(3 * curvature, x, torch.addcmul(q, q, q, value=-6))
 
 
 @pointwise("sigmoid")
@@ -211,15 +213,15 @@ def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
     w = x * (scale * cube * square + scale)
     share = torch.sigmoid(w)
     w1 = 3 * scale * cube * square + scale  # derivatives of w
-    other = torch.sigmoid(-w)  # 1 − S, exact where S is nearly 1
-    q = share * other
+    complement = torch.sigmoid(-w)  # 1 − S, exact where S is nearly 1
+    q = share * complement
     s1 = q * w1
     yield torch.addcmul(share, x, s1)
     w2 = 6 * scale * cube * x
-    bent = q * (other - share)
-    s2 = torch.addcmul(q * w2, bent * w1, w1)
+    curvature = q * (complement - share)
+    s2 = torch.addcmul(q * w2, curvature * w1, w1)
     yield torch.addcmul(2 * s1, x, s2)
-    inner = torch.addcmul(torch.addcmul(q, q, q, value=-6) * w1 * w1, bent, w2, value=3)
+    inner = torch.addcmul(torch.addcmul(q, q, q, value=-6) * w1 * w1, curvature, w2, value=3)
     s3 = torch.addcmul(6 * scale * cube * q, w1, inner)
     yield torch.addcmul(3 * s2, x, s3)
 
@@ -245,7 +247,7 @@ def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
 
 @pointwise("hardsigmoid")
 def _hardsigmoid(x: Tensor) -> Iterator[Tensor]:
-    """PyTorch's has no second derivative, not even the one of zero."""
+    """The rule is needed: PyTorch's own has no second derivative, not even zero."""
     inside = (x > -3) & (x < 3)
     return piecewise_linear(F.relu6(x + 3) / 6, inside.to(x.dtype) / 6)
 
@@ -278,11 +280,11 @@ def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
     factor, largest = 1.0, torch.finfo(x.dtype).max
     for order in range(4):
         # Not 0 · x^-1, which is NaN at 0.
-        found = factor * x.pow(exponent - order) if factor else torch.zeros_like(x)
+        derivative = factor * x.pow(exponent - order) if factor else torch.zeros_like(x)
         if factor and order > max(exponent, 0):
             # Near zero it may be out of range, and is multiplied by what may be zero.
-            found = torch.where(x == 0, found, found.clamp(-largest, largest))
-        yield found
+            derivative = torch.where(x == 0, derivative, derivative.clamp(-largest, largest))
+        yield derivative
         factor *= exponent - order
 
 
@@ -327,14 +329,14 @@ for _name, _exponent in {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": 
 
 # ------------------------------------------------------------ sums, products, quotients and powers
 def _operands(a: Any, b: Any) -> int:
-    """The axes of what PyTorch computes with: tensors and real numbers, of which one is a Jet."""
+    """The number of axes of the result; NoRule unless both are tensors or real numbers."""
     if not (isinstance(a, (Tensor, float, int)) and isinstance(b, (Tensor, float, int))):
         raise NoRule
     return max(ndim_of(a), ndim_of(b))
 
 
 def _type(a: Any, b: Any) -> torch.dtype:
-    """The type of a and b together, found at once where it is that of both."""
+    """The type of what PyTorch computes from a and b, without asking where both have it."""
     if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype != b.dtype:
         return result_type(a, b)
     return (a if isinstance(a, Jet) else b).dtype
@@ -354,15 +356,15 @@ def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     stack = align(jet.stack, ndim)
     if alpha != 1:
         stack, plain = (stack, plain * alpha) if jet is a else (stack * alpha, plain)
-    value, rest = stack.split((1, len(stack) - 1))
+    value, derivatives = stack.split((1, len(stack) - 1))
     value = value.squeeze(0) + plain
-    rest = rest.expand(-1, *value.shape).to(value.dtype)
-    return jet.like(torch.cat([value.unsqueeze(0), rest]).to(dtype))
+    derivatives = derivatives.expand(-1, *value.shape).to(value.dtype)
+    return jet.like(torch.cat([value.unsqueeze(0), derivatives]).to(dtype))
 
 
 @rule("sub subtract __sub__", several=True, kind="linear")
 def _sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
-    if any(getattr(each, "dtype", type(each)) in (bool, torch.bool) for each in (a, b)):
+    if any(getattr(operand, "dtype", type(operand)) in (bool, torch.bool) for operand in (a, b)):
         raise NoRule  # of which PyTorch says that masks are not subtracted
     return add(a, b, alpha=-alpha)
 
@@ -390,7 +392,7 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
     else:  # a number, or a tensor that may be on another device
         wide = None if isinstance(a, Tensor) else torch.promote_types(dtype, torch.float32)
         above = torch.as_tensor(a, dtype=wide, device=b.device).unsqueeze(0)
-    stacks = (align(each, ndim) for each in (above, b.stack))
+    stacks = (align(stack, ndim) for stack in (above, b.stack))
     return b.like(with_recomputation(partial(_quotient, b.firsts, b.pairs), *stacks)).with_dtype(
         dtype
     )
@@ -402,16 +404,16 @@ def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
     From those of a = y b, as in y_l = (a_l − y b_l) / b.
     """
     (a_value, a_tangents, a_seconds), (b_value, b_tangents, b_seconds) = (
-        components(at_least_float32(each), min(firsts, len(each) - 1)) for each in (a, b)
+        components(at_least_float32(stack), min(firsts, len(stack) - 1)) for stack in (a, b)
     )
     value = a_value / b_value
-    rest = value * b_tangents
-    tangents = (a_tangents - rest if len(a_tangents) else -rest) / b_value
+    product = value * b_tangents
+    tangents = (a_tangents - product if len(a_tangents) else -product) / b_value
     if pairs == "none":
         return torch.cat([value, tangents])
-    rest = collect(2 * tangents * b_tangents, pairs)
-    rest = rest + value * b_seconds if len(b_seconds) else rest
-    seconds = (a_seconds - rest if len(a_seconds) else -rest) / b_value
+    product = collect(2 * tangents * b_tangents, pairs)
+    product = product + value * b_seconds if len(b_seconds) else product
+    seconds = (a_seconds - product if len(a_seconds) else -product) / b_value
     return torch.cat([value, tangents, seconds])
 
 
@@ -436,11 +438,11 @@ def _addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
 def _added(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
     if not isinstance(a, Jet) and not isinstance(b, Jet):
         raise NoRule
-    found = multiply(of_matrices(a, b), alpha)
+    product = multiply(of_matrices(a, b), alpha)
     if beta == 0:
-        return found
+        return product
     # Under autocast x may be in a wider type.
-    return add(found, x, alpha=beta).with_dtype(found.dtype)
+    return add(product, x, alpha=beta).with_dtype(product.dtype)
 
 
 rule("__rsub__ rsub", several=True, kind="linear")(swapped(_sub))

@@ -58,7 +58,7 @@ from hosm_losses.taylor.registry import (
 
 def _operators_named(names: str) -> set[Any]:
     """The functions and methods of PyTorch with these names, and the operators below them."""
-    return {*functions_named(names), *(each for name in names.split() for each in operators(name))}
+    return {*functions_named(names), *(op for name in names.split() for op in operators(name))}
 
 
 # What PyTorch derives in forward mode by a formula that it does not differentiate rightly:
@@ -87,12 +87,12 @@ def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[
     if of_a_package(function):
         return True
     if function in _PRODUCTS:
-        return any(isinstance(each, str) and each == "prod" for each in (*args, *named.values()))
+        return any(isinstance(arg, str) and arg == "prod" for arg in (*args, *named.values()))
     return function in _FORWARD
 
 
 def refuse_constant(function: Any, result: Tensor) -> None:
-    """Raise for a result without a derivative, of a function of what carries derivatives.
+    """Raise if a result has no derivative though an argument of the function has one.
 
     It may be a constant on purpose: a new tensor, a draw, or what is detached.
     """
@@ -100,7 +100,7 @@ def refuse_constant(function: Any, result: Tensor) -> None:
         return
     # An operator of torch.ops.aten has a name such as new_zeros.default.
     name = name_of(function).split(".")[0]
-    if name in _CONSTANT_TOO or any(name == name_of(each) for each in CONSTANT):
+    if name in _CONSTANT_TOO or any(name == name_of(constant) for constant in CONSTANT):
         return
     raise ConstantError(
         f"network: expected operators that PyTorch differentiates; got {name}, which it takes for "
@@ -126,7 +126,7 @@ class ForeignCheckpointError(DerivativeError):
 
 
 class _Thread(threading.local):
-    """What is on in a thread."""
+    """Thread-local state."""
 
     def __init__(self) -> None:
         # Not of the class: torch.compile guards what there is, and none is to be added later.
@@ -140,11 +140,11 @@ class _SafePrimitives(TorchFunctionMode):
     def __init__(self, table: Mapping[Any, Callable[..., Any]]) -> None:
         super().__init__()
         self.table = table
-        self.around: object = None  # the checkpoint's hook that surrounds the mode
+        self.outer_hook: object = None  # the checkpoint's hook that surrounds the mode
 
     def __enter__(self) -> Self:
         super().__enter__()
-        self.around = checkpoint_hook()
+        self.outer_hook = checkpoint_hook()
         _thread.modes = (*_thread.modes, self)
         return self
 
@@ -181,7 +181,7 @@ def _refuse_foreign_checkpoint() -> None:
     That is a primitive. One that was on before the mode is ours, or surrounds the loss: it enters
     the mode again and is right.
     """
-    if checkpoint_hook() not in (None, _thread.modes[-1].around):
+    if checkpoint_hook() not in (None, _thread.modes[-1].outer_hook):
         raise ForeignCheckpointError(CHECKPOINT_ADVICE)
 
 
@@ -217,7 +217,7 @@ def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 # ---------------------------------------------------------------------------------- the primitives
 def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
-    """Batch norm's count of batches: torch.func forbids the in-place method, not out=."""
+    """Add to batch norm's count of batches: torch.func forbids the in-place method, not out=."""
     if counter.is_floating_point():
         return counter.add_(other, alpha=alpha)
     return torch.add(counter, other, alpha=alpha, out=counter)
@@ -250,7 +250,7 @@ NOT_A_NUMBER = (
 
 
 def complete_primitives() -> None:
-    """Add to the composites, when all are registered, the primitives that are none."""
+    """Register the primitives that are not composites, when all of those are registered."""
     refuse_norms = partial(_refuse, NORMS)
     primitives: dict[Any, Any] = {
         Tensor.add_: _add_in_place,

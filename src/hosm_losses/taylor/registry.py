@@ -105,37 +105,40 @@ OF_COMPLEX: dict[Function, None] = {}
 
 
 def functions_named(*names: str | Function) -> list[Function]:
-    """The functions of PyTorch that are given, and those and the methods with given names."""
-    found = [each for each in names if not isinstance(each, str)]
-    for name in " ".join(each for each in names if isinstance(each, str)).split():
-        found += [getattr(home, name, None) for home in HOMES]
+    """The functions among the arguments, and those and the methods of PyTorch that they name."""
+    functions = [name for name in names if not isinstance(name, str)]
+    for name in " ".join(name for name in names if isinstance(name, str)).split():
+        functions += [getattr(home, name, None) for home in HOMES]
     # A type such as torch.float is none, and some names are those of one function.
-    return list(dict.fromkeys(each for each in found if callable(each)))
+    return list(dict.fromkeys(function for function in functions if callable(function)))
 
 
 def rule(
-    *names: str | Function, several: bool = False, kind: Kind = "other", told: bool = False
+    *names: str | Function,
+    several: bool = False,
+    kind: Kind = "other",
+    with_function: bool = False,
 ) -> Callable[[Function], Function]:
-    """Register a rule for functions of PyTorch, with arguments as theirs, of which one is a Jet.
+    """Register a rule for functions of PyTorch, with arguments like theirs.
 
-    The Jet is the first argument, unless `several` says that any may be one. A rule that is `told`
-    is given the function that was called before its arguments.
+    The Jet is the first argument, unless `several` says that any may be one. A rule
+    `with_function` takes the function that was called before its arguments.
     """
 
     def register(function: Function) -> Function:
-        for each in functions_named(*names):
-            called = partial(function, each) if told else function
+        for operator in functions_named(*names):
+            called = partial(function, operator) if with_function else function
             parameters = inspect.signature(called).parameters.values()
-            places = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-            named = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
-            kinds = [each.kind for each in parameters]
-            RULES[each] = Rule(
+            places = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+            named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+            kinds = [p.kind for p in parameters]
+            RULES[operator] = Rule(
                 called,
                 kind,
                 several,
-                tuple(each.name for each in (*places, *named)),
+                tuple(p.name for p in (*places, *named)),
                 None if inspect.Parameter.VAR_POSITIONAL in kinds else len(places),
-                tuple(each.name for each in places if each.default is each.empty),
+                tuple(p.name for p in places if p.default is p.empty),
                 inspect.Parameter.VAR_KEYWORD in kinds,
             )
         return function
@@ -162,7 +165,7 @@ def axes(dim: Any, ndim: int) -> tuple[int, ...]:
     dims = tuple(dim) if isinstance(dim, tuple | list) else (dim,)
     if not dims:  # which PyTorch reads in different ways
         raise NoRule
-    return tuple(axis(each, ndim) for each in dims)
+    return tuple(axis(dim, ndim) for dim in dims)
 
 
 # ------------------------------------------------------------------------------------------- hooks
@@ -190,8 +193,8 @@ FINAL = (ChangedGradientError, ScriptedError, ConstantError)
 
 def check_unchanged(returned: Sequence[Any], incoming: Sequence[Any]) -> None:
     """Compare what comes out of a module's hooks with what went in."""
-    for one, other in zip(returned, incoming, strict=True):
-        if isinstance(one, Tensor) and isinstance(other, Tensor) and one is not other:
+    for after, before in zip(returned, incoming, strict=True):
+        if isinstance(after, Tensor) and isinstance(before, Tensor) and after is not before:
             raise ChangedGradientError(CHANGING_HOOK)
 
 
@@ -200,8 +203,8 @@ def guard_hook(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
 
     def guarded(gradient: Tensor) -> None:
         before = versions([gradient])
-        found = hook(gradient)
-        same = found is None or found is gradient
+        returned = hook(gradient)
+        same = returned is None or returned is gradient
         if not same or versions([gradient]) != before:
             raise ChangedGradientError(CHANGING_HOOK)
 
