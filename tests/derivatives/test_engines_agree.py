@@ -12,7 +12,7 @@ from torch import nn
 import hosm_losses as hosm
 from hosm_losses.derivatives import quadratic_forms
 from hosm_losses.model import bind_model
-from hosm_losses.taylor.hooks import ChangedGradientError
+from hosm_losses.taylor.registry import ChangedGradientError
 from tests.cases import (
     ENGINES,
     VP,

@@ -3,7 +3,7 @@
 import torch
 
 from hosm_losses.taylor import propagate
-from hosm_losses.taylor.primitive_mode import safe_primitives
+from hosm_losses.taylor.primitives import safe_primitives
 from tests.cases import gradients
 
 BATCH = 3

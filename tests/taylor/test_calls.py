@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hosm_losses.taylor import propagate, tensor
+from hosm_losses.taylor import jets, propagate
 from hosm_losses.taylor.registry import RULES
 from tests.cases import assert_same, gradients
 from tests.taylor import table
@@ -65,8 +65,8 @@ def right(function, pick, **options):
 @pytest.mark.parametrize("function", ENTRIES, ids=name)
 def test_every_name(function, monkeypatch):
     """The first choices go by the rule, and not by that for all functions; others are random."""
-    along, calls = tensor.along, []
-    monkeypatch.setattr(tensor, "along", lambda *given: calls.append(1) or along(*given))
+    along, calls = jets.along, []
+    monkeypatch.setattr(jets, "along", lambda *given: calls.append(1) or along(*given))
     assert (right(function, lambda _: 0) and not calls) or function not in RULES
     right(function, Random(0).randrange, curved=False, kinds=KINDS[4:5])
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from hosm_losses.taylor import TaylorError, propagate
-from hosm_losses.taylor.tensor import result_type
+from hosm_losses.taylor.jets import result_type
 from tests.cases import gradients
 from tests.taylor.checks import check, expected
 

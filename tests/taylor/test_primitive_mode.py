@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import hosm_losses as hosm
-from hosm_losses.taylor import primitive_mode
-from hosm_losses.taylor.primitive_mode import safe_primitives
+from hosm_losses.taylor import primitives
+from hosm_losses.taylor.primitives import safe_primitives
 from tests.cases import ENGINES, VP, OfX, assert_same, loss_and_gradients
 from tests.taylor.test_primitives import LAYERS, SDPA, network_of
 from tests.versions import tells_hooks
@@ -144,7 +144,7 @@ def test_torchs_own_checkpoint_is_an_error_around_every_primitive(name, seen, mo
     What a primitive saves never looks like what the operator saves.
     """
     if not seen:
-        monkeypatch.setattr(primitive_mode, "checkpoint_hook", lambda: None)
+        monkeypatch.setattr(primitives, "checkpoint_hook", lambda: None)
     network, shape = network_of(name.split()[-1])
     if name == "math attention":
         network[1].forward = lambda x: SDPA(*network[1].qkv(x).chunk(3, -1))

@@ -15,7 +15,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import hosm_losses as hosm
 from hosm_losses._torch_internals import graph_nodes
 from hosm_losses.model import bind_model
-from hosm_losses.taylor.primitive_mode import safe_primitives
+from hosm_losses.taylor.primitives import safe_primitives
 from tests.cases import VP, Function, OfX, assert_same, gradients, randomise
 
 ENGINES = ("taylor", "reverse")

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from hosm_losses.taylor import norms, softmax
-from hosm_losses.taylor.norms import Rows
-from hosm_losses.taylor.recompute import with_recomputation
+from hosm_losses.taylor.attention import Softmax
+from hosm_losses.taylor.memory import with_recomputation
+from hosm_losses.taylor.norms import Norm, Rows
 
 # Pairs, first derivatives, and second derivatives that the argument has itself.
 KINDS = [
@@ -69,10 +69,10 @@ def agree(function, pullbacks, tensors, order=3, through=with_recomputation):
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_softmax(dim, pairs, firsts, seconds):
     stack = numbers(1 + firsts + seconds, 2, 3, 5).requires_grad_()
-    function = partial(softmax._softmax, dim, firsts, pairs)
-    first = partial(softmax._pull_back, dim, firsts, pairs, len(stack))
-    again = [partial(softmax._pull_back_again, dim)] if pairs == "none" else []
-    agree(function, [first, *again], [stack], through=partial(with_recomputation, by_result=True))
+    softmax = Softmax(dim, firsts, pairs, len(stack))
+    again = [softmax.pull_back_again] if pairs == "none" else []
+    through = partial(with_recomputation, by_result=True)
+    agree(softmax.evaluate, [softmax.pull_back, *again], [stack], through=through)
 
 
 @pytest.mark.parametrize("parameters", [("weight",), ("bias",), ("weight", "bias")])
@@ -81,14 +81,12 @@ def test_every_parameter_of_a_norm_has_a_gradient(parameters):
     rows = NORMS["rms"]
     stack = numbers(2, 2, 6, 4).requires_grad_()
     given = {name: numbers(4, seed=3).requires_grad_() for name in parameters}
-    function, first = (
-        partial(each, rows, 1, "none") for each in (norms.normalize_stack, norms.pull_back)
-    )
-    pullbacks = [first, partial(norms.pull_back_again, rows)]
+    norm = Norm(rows, 1, "none")
+    pullbacks = [norm.pull_back, norm.pull_back_again]
     found = []
     for each, strict in (
-        (function, False),
-        (partial(with_recomputation, function, pullbacks=pullbacks), True),
+        (norm.evaluate, False),
+        (partial(with_recomputation, norm.evaluate, pullbacks=pullbacks), True),
     ):
         value = each(stack, given.get("weight"), given.get("bias"))
         (slope,) = torch.autograd.grad(value[1].sum(), stack, create_graph=True)
@@ -102,14 +100,15 @@ def test_every_parameter_of_a_norm_has_a_gradient(parameters):
 @pytest.mark.parametrize("pairs", ["none", "squares"])
 def test_a_short_type_is_kept_and_gradients_have_it(dtype, pairs):
     stack = numbers(3, 2, 6, 4).to(dtype).requires_grad_()
-    function = partial(softmax._softmax, -1, 2, pairs)
-    first = partial(softmax._pull_back, -1, 2, pairs, len(stack))
+    softmax = Softmax(-1, 2, pairs, len(stack))
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
-        value = with_recomputation(function, stack, pullbacks=[first], by_result=True)
+        value = with_recomputation(
+            softmax.evaluate, stack, pullbacks=[softmax.pull_back], by_result=True
+        )
     assert {each.dtype for each in seen} == {dtype}
     (mine,) = torch.autograd.grad(value.square().sum(), stack)
-    (theirs,) = torch.autograd.grad(function(stack).square().sum(), stack)
+    (theirs,) = torch.autograd.grad(softmax.evaluate(stack).square().sum(), stack)
     assert mine.dtype == dtype
     # The result is kept in this type, as PyTorch keeps its own.
     error = torch.finfo(dtype).eps * float(theirs.abs().max())
@@ -126,8 +125,6 @@ def test_norms(norm, weighted, pairs, firsts, seconds):
         numbers(torch.Size(rows.weights).numel(), seed=seed).requires_grad_() if weighted else None
         for seed in (3, 4)
     )
-    function, first = (
-        partial(each, rows, firsts, pairs) for each in (norms.normalize_stack, norms.pull_back)
-    )
-    again = [partial(norms.pull_back_again, rows)] if pairs == "none" else []
-    agree(function, [first, *again], [stack, weight, bias])
+    mine = Norm(rows, firsts, pairs)
+    again = [mine.pull_back_again] if pairs == "none" else []
+    agree(mine.evaluate, [mine.pull_back, *again], [stack, weight, bias])

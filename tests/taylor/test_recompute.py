@@ -2,7 +2,7 @@
 
 import torch
 
-from hosm_losses.taylor.recompute import with_recomputation
+from hosm_losses.taylor.memory import with_recomputation
 from tests.cases import assert_same
 
 

@@ -54,47 +54,41 @@ Source:
     Griewank and Walther, "Evaluating derivatives" (2008), chapter 13; Bettencourt, Johnson and
     Duvenaud, "Taylor-mode automatic differentiation for higher-order derivatives in JAX" (2019).
 
-Files:
-- `directional`: `jet` and `laplacian`.
-- `tensor`: the Jet, and what happens to a function that is called on one; `unknown`: functions
-  without a rule. `stacks`: stacks of components. `registry`: which functions have which rule.
-- `linear`, `products`, `pointwise`, `arithmetic`, `composites`, `attention`, `norms`, `lengths`,
-  `softmax`, `properties`: the rules, registered on import.
-- `recompute`: functions of which only the arguments are kept for the backward passes.
-- `aliases`, `in_place`: which tensors share memory; rules for changes in place.
-- `primitives`, `primitive_mode`: operators whose double backward is right, and the mode that puts
-  them in place of PyTorch's in reverse mode.
-- `hooks`: hooks inside a function, which may look at gradients and not change them.
-- `errors`, `_torch`: the errors; private names of PyTorch.
+Files, from the bottom up:
+- `_torch`, `stacks`: private names of PyTorch; stacks of components.
+- `registry`: which functions have which rule; errors; hooks inside a network.
+- `memory`: which tensors share memory; functions of which only the arguments are kept for the
+  backward passes.
+- `primitives`: operators whose double backward is right, and the mode that puts them in place of
+  PyTorch's in reverse mode.
+- `jets`: the Jet, what happens to a function that is called on one, `jet` and `laplacian`.
+- `linear`, `products`, `pointwise`, `composites`, `attention`, `norms`, `in_place`: the rules,
+  registered on import, each beside its gradients.
 """
 
-from hosm_losses.taylor import (  # noqa: F401
-    arithmetic,
-    attention,
-    in_place,
-    lengths,
-    norms,
-    primitives,
-    properties,
-    softmax,
-)
-from hosm_losses.taylor.aliases import CHANGED_ARGUMENT as CHANGED_ARGUMENT
-from hosm_losses.taylor.directional import jet as jet
-from hosm_losses.taylor.directional import laplacian as laplacian
-from hosm_losses.taylor.errors import DerivativeError as DerivativeError
-from hosm_losses.taylor.errors import TaylorError as TaylorError
-from hosm_losses.taylor.hooks import FINAL as FINAL
-from hosm_losses.taylor.hooks import GIVE_THE_SOURCE as GIVE_THE_SOURCE
-from hosm_losses.taylor.hooks import ScriptedError as ScriptedError
-from hosm_losses.taylor.hooks import check_unchanged as check_unchanged
-from hosm_losses.taylor.primitive_mode import CHECKPOINT_ADVICE as CHECKPOINT_ADVICE
-from hosm_losses.taylor.primitive_mode import ForeignCheckpointError as ForeignCheckpointError
-from hosm_losses.taylor.primitive_mode import recomputable as recomputable
-from hosm_losses.taylor.primitive_mode import refuse_constants as refuse_constants
-from hosm_losses.taylor.primitive_mode import safe_primitives as safe_primitives
+from hosm_losses.taylor import attention, norms, pointwise  # noqa: F401
+from hosm_losses.taylor.in_place import register_changes
+from hosm_losses.taylor.jets import Jet as Jet
+from hosm_losses.taylor.jets import define_methods
+from hosm_losses.taylor.jets import jet as jet
+from hosm_losses.taylor.jets import laplacian as laplacian
+from hosm_losses.taylor.jets import propagate as propagate
+from hosm_losses.taylor.memory import CHANGED_ARGUMENT as CHANGED_ARGUMENT
+from hosm_losses.taylor.primitives import CHECKPOINT_ADVICE as CHECKPOINT_ADVICE
+from hosm_losses.taylor.primitives import ForeignCheckpointError as ForeignCheckpointError
+from hosm_losses.taylor.primitives import complete_primitives
+from hosm_losses.taylor.primitives import recomputable as recomputable
+from hosm_losses.taylor.primitives import refuse_constants as refuse_constants
+from hosm_losses.taylor.primitives import safe_primitives as safe_primitives
+from hosm_losses.taylor.registry import FINAL as FINAL
+from hosm_losses.taylor.registry import GIVE_THE_SOURCE as GIVE_THE_SOURCE
+from hosm_losses.taylor.registry import DerivativeError as DerivativeError
+from hosm_losses.taylor.registry import ScriptedError as ScriptedError
+from hosm_losses.taylor.registry import TaylorError as TaylorError
+from hosm_losses.taylor.registry import check_unchanged as check_unchanged
 from hosm_losses.taylor.stacks import at_least_float32 as at_least_float32
-from hosm_losses.taylor.tensor import Jet as Jet
-from hosm_losses.taylor.tensor import define_methods
-from hosm_losses.taylor.tensor import propagate as propagate
 
+# When every rule is registered.
+register_changes()
+complete_primitives()
 define_methods()

@@ -26,7 +26,7 @@ def in_functorch() -> bool:
 
 
 def is_traced() -> bool:
-    """Whether torch.compile or a transform of torch.func is around: no value can be read."""
+    """Whether values cannot be read, under torch.compile or a transform of torch.func."""
     return torch.compiler.is_compiling() or _C._functorch.peek_interpreter_stack() is not None
 
 
@@ -45,16 +45,19 @@ def saving_hooks() -> Any:
 
 def checkpoint_hook(kind: str | tuple[str, ...] = "_checkpoint_hook") -> object:
     """The innermost hook that saves tensors, if it is one of a checkpoint (or of other kinds)."""
-    hooks = saving_hooks()
-    hook = None if hooks is None else hooks[0]
+    if _look is None or torch.compiler.is_compiling():
+        return None
+    hook, _ = _look(True) or (None, None)
     return hook if getattr(hook, "__qualname__", "").startswith(kind) else None
 
 
 def selective_checkpoint() -> bool:
-    """Whether a checkpoint that keeps what some operators return, or its recomputation, is on."""
-    modes = map(_C._get_dispatch_stack_at, range(dispatch_depth()))
-    names = "_CachingTorchDispatchMode", "_CachedTorchDispatchMode"
-    return any(type(mode).__name__ in names for mode in modes)
+    """Whether a selective checkpoint, or its recomputation, surrounds this call."""
+    for depth in range(dispatch_depth()):
+        name = type(_C._get_dispatch_stack_at(depth)).__name__
+        if name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode"):
+            return True
+    return False
 
 
 def autocast_type(x: Tensor) -> torch.dtype:
@@ -65,7 +68,7 @@ def autocast_type(x: Tensor) -> torch.dtype:
 
 
 def in_autocast(x: Tensor) -> Tensor:
-    """A tensor in that type."""
+    """A tensor in the type in which autocast multiplies it."""
     return x.to(autocast_type(x))
 
 
@@ -75,7 +78,7 @@ def _autocast(kind: str) -> bool:
 
 
 def without_autocast(kind: str) -> AbstractContextManager[object]:
-    """Compute in the types that are given."""
+    """A block without autocast."""
     return torch.autocast(kind, enabled=False) if _autocast(kind) else nullcontext()
 
 
@@ -94,15 +97,17 @@ def forward_mode_on() -> AbstractContextManager[object]:
 
 
 def operators(name: str) -> list[Any]:
-    """The operators of torch.ops.aten below a function with this name, and each of their kinds."""
-    names = name, f"linalg_{name}", f"_linalg_{name}"
-    packets = [getattr(torch.ops.aten, each, None) for each in names]
-    found = [packet for packet in packets if packet is not None]
-    return [each for p in found for each in (p, *(getattr(p, kind) for kind in p.overloads()))]
+    """The operators of torch.ops.aten below a function with this name, and their overloads."""
+    overloads: list[Any] = []
+    for aten_name in (name, f"linalg_{name}", f"_linalg_{name}"):
+        packet = getattr(torch.ops.aten, aten_name, None)
+        if packet is not None:
+            overloads += [packet, *(getattr(packet, kind) for kind in packet.overloads())]
+    return overloads
 
 
 def of_a_package(function: object) -> bool:
-    """Whether this is an operator of torch.library, that is not made of those of PyTorch."""
+    """Whether this is an operator of torch.library that is not composed of PyTorch's own."""
     if isinstance(function, torch._ops.OpOverloadPacket):
         function = getattr(function, function.overloads()[0])
     if not isinstance(function, torch._ops.OpOverload) or function.namespace == "aten":
@@ -133,23 +138,23 @@ def shell(kind: type[Tensor], stack: Tensor) -> Any:
 
 
 def without_subclasses() -> AbstractContextManager[None]:
-    """A block in which no __torch_function__ of a subclass is asked."""
+    """A block in which no __torch_function__ of a subclass is called."""
     return _C.DisableTorchFunctionSubclass()
 
 
 def has_alias(x: Tensor) -> bool:
-    """Whether another tensor has the memory of one, such as what .detach() made of it."""
+    """Whether another tensor shares the memory of x, such as what .detach() made of it."""
     uses, fresh = (
-        _C._storage_Use_Count(each.untyped_storage()._cdata)
-        for each in (x, torch.empty(0, device=x.device))
+        _C._storage_Use_Count(tensor.untyped_storage()._cdata)
+        for tensor in (x, torch.empty(0, device=x.device))
     )
     return uses > fresh
 
 
-def swap(one: Tensor, other: Tensor) -> None:
-    """Let two tensors change places; RuntimeError if one has views, weak references or a graph."""
+def swap(a: Tensor, b: Tensor) -> None:
+    """Swap two tensors in place; RuntimeError if one has views, weak references or a graph."""
     with without_subclasses():
-        torch.utils.swap_tensors(one, other)
+        torch.utils.swap_tensors(a, b)
 
 
 def outside_inference_mode() -> AbstractContextManager[None]:
@@ -173,7 +178,7 @@ def leave_inference_mode(tensor: Tensor) -> Tensor:
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often tensors were changed in place, those that know: none under torch.compile."""
+    """How often tensors were changed in place, where that is known: not under torch.compile."""
     if torch.compiler.is_compiling():
         return []
     return [tensor._version for tensor in tensors if not tensor.is_inference()]

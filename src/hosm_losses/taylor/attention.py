@@ -1,18 +1,135 @@
-r"""Attention: two products of matrices and a softmax, whose result is kept."""
+r"""Softmax with its gradients, and attention: two products of matrices and a softmax.
+
+Formula of p = softmax(x), with ⟨z⟩ the mean under p, z̃ = z − ⟨z⟩ and u_l = x̃_l:
+    p_l = p u_l        p_ll = p c̃ of c = u_l² + x_ll
+
+Gradients, for cotangents a of p, b_l of p_l and d_l of p_ll, where Σ without an index is over the
+axis. With β_l = Σ p b_l, δ_l = Σ p d_l, σ_l = 2 Σ p_l (d_l − δ_l) and
+w = p a + Σ_l [p_l (b_l − β_l − σ_l) + p_ll (d_l − δ_l)]:
+    in x_ll   p (d_l − δ_l)
+    in x_l    p (b_l − β_l − σ_l) + 2 p_l (d_l − δ_l)
+    in x      w − p Σ w
+    Nothing but the result is needed for them, so it is kept, and x is not.
+
+Gradients of those in x and x_l, in the result and in its cotangents, where there is no d. For
+cotangents A of that in x and B_l of that in x_l, with Ã = A − Σ p A and h_l = p_l Ã + p B_l:
+    in a      p Ã
+    in b_l    h_l − p Σ h_l
+    in p_l    Ã (b_l − β_l)
+    in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
+
+The product with the values of attention keeps the result too, if it is not rounded or dropped
+before.
+In a short type gradients are as exact as PyTorch's, which come from a rounded result as well.
+"""
 
 import math
+from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.taylor.composites import composite
-from hosm_losses.taylor.errors import NoRule
-from hosm_losses.taylor.tensor import Jet
+from hosm_losses.taylor.jets import Jet
+from hosm_losses.taylor.memory import Needed, with_recomputation
+from hosm_losses.taylor.registry import NoRule, axis, rule
+from hosm_losses.taylor.stacks import Pairs, add_products, at_least_float32, collect, components
 
 
+class Softmax(NamedTuple):
+    """Softmax of a stack along an axis, with the gradients from its result."""
+
+    dim: int
+    firsts: int
+    pairs: Pairs
+    length: int  # of the stack
+
+    def evaluate(self, stack: Tensor) -> Tensor:
+        """The stack of p = softmax(x)."""
+        logits, tangents, seconds = components(at_least_float32(stack), self.firsts)
+        weights = torch.softmax(logits, self.dim)
+
+        def subtract_mean(x: Tensor) -> Tensor:
+            return x - (weights * x).sum(self.dim, keepdim=True)
+
+        u = subtract_mean(tangents)
+        parts = [weights, weights * u]
+        if self.pairs != "none":
+            c = collect(u * u, self.pairs)
+            parts.append(weights * subtract_mean(c + seconds if len(seconds) else c))
+        return torch.cat(parts).to(stack.dtype)
+
+    def pull_back(self, _needed: Needed, result: Tensor, cotangent: Tensor) -> tuple[Tensor]:
+        """The gradient in the stack."""
+        dtype, dim, firsts = result.dtype, self.dim, self.firsts
+        result, cotangent = at_least_float32(result), at_least_float32(cotangent)
+        weights, tangents, seconds = components(result, firsts)
+        gradient = weights * cotangent
+        sums = gradient[1:].sum(dim, keepdim=True)
+        of_firsts, of_seconds = sums.split_with_sizes((firsts, len(sums) - firsts))
+        b, d = (cotangent[1:] - sums).split_with_sizes((firsts, len(of_seconds)))
+        of_value = gradient[:1]
+        add_products(of_value, tangents, b)
+        if self.pairs != "none":
+            add_products(of_value, seconds, d)
+            dp = 2 * d * tangents
+            gradient[1 : 1 + firsts].add_(dp)
+            dp = dp.sum(dim, keepdim=True)
+            add_products(of_value, tangents, dp, -1)
+            of_firsts = of_firsts + dp
+        sums = torch.cat([of_value.sum(dim, keepdim=True), of_firsts, of_seconds])
+        # Of second derivatives that are zero everywhere there is no gradient.
+        gradient, sums = gradient[: self.length], sums[: self.length]
+        return (gradient.addcmul_(weights, sums, value=-1).to(dtype),)
+
+    def pull_back_again(
+        self, _needed: Needed, result: Tensor, cotangent: Tensor, again: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients, in the result and in the cotangent, of what `pull_back` returns.
+
+        There are no second derivatives.
+        """
+        dtype = result.dtype
+        result, cotangent, again = map(at_least_float32, (result, cotangent, again))
+        sizes = 1, len(result) - 1
+        weights, tangents = result.split_with_sizes(sizes)
+        a, b = cotangent.split_with_sizes(sizes)
+        centred, of_firsts = again.split_with_sizes(sizes)
+        total = partial(torch.sum, dim=self.dim, keepdim=True)
+        of_cotangent = weights * again
+        mean = total(of_cotangent[:1])
+        of_cotangent[:1].addcmul_(weights, mean, value=-1)
+        centred = centred - mean
+        of_cotangent[1:].addcmul_(tangents, centred)
+        sums = total(of_cotangent[1:])
+        of_cotangent[1:].addcmul_(weights, sums, value=-1)
+        of_result = centred * cotangent
+        means = total(weights * b)
+        of_result[1:].addcmul_(centred, means, value=-1)
+        of_weights = of_result[:1]
+        value = weights * a
+        add_products(value, tangents, b - means)
+        add_products(of_weights, again[:1], total(value), -1)
+        add_products(of_weights, of_firsts, b - means)
+        add_products(of_weights, b, sums, -1)
+        return of_result.to(dtype), of_cotangent.to(dtype)
+
+
+@rule("softmax", kind="stack")
+def softmax(x: Any, dim: Any = None, dtype: Any = None, *, _stacklevel: int = 3) -> Jet:
+    """exp(x) over its sum along an axis, with x cast to `dtype` first."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise NoRule
+    stack = x.stack if dtype is None else x.stack.to(dtype)
+    row = Softmax(axis(dim, x.ndim), x.firsts, x.pairs, len(stack))
+    pullbacks = [row.pull_back, row.pull_back_again] if x.pairs == "none" else [row.pull_back]
+    return x.like(with_recomputation(row.evaluate, stack, pullbacks=pullbacks, by_result=True))
+
+
+# --------------------------------------------------------------------------------------- attention
 @composite(F.scaled_dot_product_attention, primitive=True)
 def _attention(
     ops: Any,
@@ -31,7 +148,7 @@ def _attention(
         if min(query.ndim, key.ndim) < 4 or query.shape[-3] % key.shape[-3]:
             raise NoRule
         times = query.shape[-3] // key.shape[-3]
-        key, value = (ops.repeat_interleave(each, times, -3) for each in (key, value))
+        key, value = (ops.repeat_interleave(tensor, times, -3) for tensor in (key, value))
     if is_causal:
         places = query.shape[-2], key.shape[-2]
         attn_mask = torch.ones(places, dtype=torch.bool, device=query.device).tril()
@@ -57,13 +174,13 @@ def _attend(
 
 
 def _allows_any(attn_mask: Tensor) -> Tensor:
-    """Whether each row of a mask allows anything: the others are zeros in PyTorch's attention."""
+    """Which rows of a mask allow anything: the others are zeros in PyTorch's attention."""
     allowed = attn_mask if attn_mask.dtype == torch.bool else ~attn_mask.isneginf()
     return allowed.any(-1, keepdim=True)
 
 
 def _additive_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a mask of attention adds to logits: nothing in a row of -inf alone, which makes NaN."""
+    """The logits that a mask adds: zero, not NaN, in a row that allows nothing."""
     rows = _allows_any(attn_mask)
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, -math.inf)
@@ -71,7 +188,7 @@ def _additive_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _merge_masks(attn_mask: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:
-    """Both masks of nn.MultiheadAttention, in which True blocks, as one that is added."""
+    """The two masks of nn.MultiheadAttention, in which True blocks, as one additive mask."""
     masks = []
     if attn_mask is not None:
         masks.append(attn_mask.unflatten(0, (-1, heads)) if attn_mask.ndim == 3 else attn_mask)
@@ -82,27 +199,29 @@ def _merge_masks(attn_mask: Tensor | None, padding: Tensor | None, heads: int) -
 
 
 _PARAMETERS = signature(F.multi_head_attention_forward).parameters.values()
-_NAMES = [each.name for each in _PARAMETERS]
-_DEFAULTS = {each.name: each.default for each in _PARAMETERS}
+_NAMES = [parameter.name for parameter in _PARAMETERS]
+_DEFAULTS = {parameter.name: parameter.default for parameter in _PARAMETERS}
 
 
 @composite(F.multi_head_attention_forward, primitive=True)
 def _multi_head_attention(ops: Any, *args: Any, **named: Any) -> tuple[Any, Any]:
-    given = _DEFAULTS | dict(zip(_NAMES, args, strict=False)) | named
-    query, key, value = given["query"], given["key"], given["value"]
-    heads, need_weights = given["num_heads"], given["need_weights"]
-    masks = given["attn_mask"], given["key_padding_mask"]
-    added = [given[name] for name in ("bias_k", "bias_v", "static_k", "static_v")]
-    if any(each is not None for each in added) or given["add_zero_attn"] or query.ndim != 3:
+    arguments = _DEFAULTS | dict(zip(_NAMES, args, strict=False)) | named
+    query, key, value = arguments["query"], arguments["key"], arguments["value"]
+    heads, need_weights = arguments["num_heads"], arguments["need_weights"]
+    masks = arguments["attn_mask"], arguments["key_padding_mask"]
+    added = [arguments[name] for name in ("bias_k", "bias_v", "static_k", "static_v")]
+    if any(extra is not None for extra in added) or arguments["add_zero_attn"] or query.ndim != 3:
         raise NoRule
-    if any(isinstance(each, Jet) for each in masks) or (given["is_causal"] and masks[0] is None):
+    without_mask = arguments["is_causal"] and masks[0] is None
+    if without_mask or any(isinstance(mask, Jet) for mask in masks):
         raise NoRule
-    weight, bias = given["in_proj_weight"], given["in_proj_bias"]
-    separate = given["use_separate_proj_weight"]
+    weight, bias = arguments["in_proj_weight"], arguments["in_proj_bias"]
+    separate = arguments["use_separate_proj_weight"]
     if query is key is value and not separate:
         parts = ops.chunk(ops.linear(query, weight, bias), 3, -1)
     else:
-        weights = [given[f"{name}_proj_weight"] for name in "qkv"] if separate else weight.chunk(3)
+        separate_weights = [arguments[f"{name}_proj_weight"] for name in "qkv"]
+        weights = separate_weights if separate else weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         parts = map(ops.linear, (query, key, value), weights, biases)
     # (L, N, E) as (N, heads, L, E/heads)
@@ -110,10 +229,10 @@ def _multi_head_attention(ops: Any, *args: Any, **named: Any) -> tuple[Any, Any]
     mask = _merge_masks(*masks, heads)
     if need_weights and mask is not None:  # where PyTorch makes NaN of a row without weights
         mask = _additive_mask(mask, q.dtype).masked_fill(~_allows_any(mask), math.nan)
-    dropout_p = given["dropout_p"] if given["training"] else 0.0
+    dropout_p = arguments["dropout_p"] if arguments["training"] else 0.0
     mixed, weights = _attend(ops, q, k, v, mask, dropout_p)
     output = ops.flatten(ops.permute(mixed, (2, 0, 1, 3)), -2)
-    output = ops.linear(output, given["out_proj_weight"], given["out_proj_bias"])
+    output = ops.linear(output, arguments["out_proj_weight"], arguments["out_proj_bias"])
     if not need_weights:
         return output, None
-    return output, ops.mean(weights, 1) if given["average_attn_weights"] else weights
+    return output, ops.mean(weights, 1) if arguments["average_attn_weights"] else weights

@@ -6,10 +6,15 @@ Jets. Written as `torch.softmax(x, -1)` torch.compile would take a Jet for a pla
 
 With `primitive=True` the body also takes the operator's place where reverse mode differentiates a
 network: see `primitives`.
+
+Lengths of vectors, and what is made of them, such as distances, angles and spreads, are composites
+because PyTorch's own formulas in forward mode cannot be differentiated again where they fill in a
+zero. At zero a length has no derivative; as in PyTorch it is taken to be constant there.
 """
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,18 +22,25 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor.errors import NoRule
-from hosm_losses.taylor.registry import PRIMITIVES, RULES, Function, functions_named, rule
-from hosm_losses.taylor.tensor import Jet, call
+from hosm_losses.taylor.jets import Jet, call
+from hosm_losses.taylor.registry import (
+    PRIMITIVES,
+    RULES,
+    Function,
+    NoRule,
+    axes,
+    functions_named,
+    rule,
+)
 
 
 def _on_jets(function: Function) -> Function:
-    """A function by its rule, where an argument is a Jet or has one in a list."""
+    """A function by its rule, where an argument is a Jet or a list with one in it."""
 
     def called(*args: Any, **named: Any) -> Any:
-        for each in args:
-            for one in each if isinstance(each, list) else (each,):
-                if isinstance(one, Jet):
+        for arg in args:
+            for item in arg if isinstance(arg, list) else (arg,):
+                if isinstance(item, Jet):
                     return call(function, args, named)
         return function(*args, **named)
 
@@ -42,7 +54,7 @@ _FUNCTIONS = {
     if callable(function) and not name.startswith("_")
 }
 ON_TENSORS: Any = SimpleNamespace(**_FUNCTIONS)
-ON_JETS: Any = SimpleNamespace(**{name: _on_jets(each) for name, each in _FUNCTIONS.items()})
+ON_JETS: Any = SimpleNamespace(**{name: _on_jets(f) for name, f in _FUNCTIONS.items()})
 ON_TENSORS.value = Tensor.detach  # the plain value of what may be a Jet
 ON_JETS.value = lambda x: (x.stack[0] if isinstance(x, Jet) else x).detach()
 
@@ -60,8 +72,8 @@ def composite(
 
     def register(body: Function) -> Function:
         rule(*names, several=several, kind="composite")(partial(body, ON_JETS))
-        for each in functions_named(*names) if primitive else ():
-            PRIMITIVES[each] = partial(_primitive, each, body)
+        for function in functions_named(*names) if primitive else ():
+            PRIMITIVES[function] = partial(_primitive, function, body)
         return body
 
     return register
@@ -71,11 +83,11 @@ def _primitive(function: Function, body: Function, *args: Any, **named: Any) -> 
     taken = RULES[function].takes(args, named)
     if taken is not None:
         try:
-            found = body(ON_TENSORS, *taken[0], **taken[1])
+            result = body(ON_TENSORS, *taken[0], **taken[1])
         except NoRule:
             pass
         else:
-            return taken[0][0].copy_(found) if named.get("inplace") else found
+            return taken[0][0].copy_(result) if named.get("inplace") else result
     return function(*args, **named)
 
 
@@ -100,3 +112,118 @@ def _logaddexp(ops: Any, input: Any, other: Any) -> Any:  # noqa: A002
     high, low = ops.where(larger, input, other), ops.where(larger, other, input)
     infinite = ops.eq(high, low) & ops.isinf(high)
     return ops.add(high, ops.softplus(ops.masked_fill(ops.sub(low, high), infinite, 0.0)))
+
+
+# ----------------------------------------------------------------------------- lengths and spreads
+def _wide(ops: Any, x: Any) -> Any:
+    return ops.to(x, torch.promote_types(x.dtype, torch.float32))
+
+
+def _over_largest(ops: Any, x: Any, dim: Any) -> tuple[Any, Tensor]:
+    """x divided by the largest element of each row, in float32 at least, and that element.
+
+    A length is homogeneous, so the divisor counts as constant. Without it the powers that are in
+    derivatives of short vectors are out of float32's range.
+    """
+    if x.ndim == 0:
+        raise NoRule
+    wide = _wide(ops, x)
+    largest = ops.value(wide).abs().amax(axes(dim, x.ndim), keepdim=True)
+    largest = largest.where((largest > 0) & largest.isfinite(), 1.0)
+    return ops.div(wide, largest), largest
+
+
+def _sum_of_powers(ops: Any, x: Any, p: float, dim: Any, keepdim: bool) -> Any:
+    """Σ |x|^p."""
+    powers = x if p == 2 else ops.abs(x)
+    powers = powers if p == 1 else ops.pow(powers, p)
+    return ops.sum(powers, axes(dim, x.ndim), keepdim)
+
+
+def _root(ops: Any, powers: Any, p: float) -> Any:
+    """The p-th root of nonnegative numbers, constant at zero."""
+    zero = ops.value(powers) == 0
+    root = ops.pow(ops.masked_fill(powers, zero, 1.0), 1 / p)
+    return ops.masked_fill(root, zero, 0.0)
+
+
+def _length(ops: Any, x: Any, p: float, dim: Any, keepdim: bool) -> Any:
+    """(Σ |x|^p)^(1/p)."""
+    over, largest = _over_largest(ops, x, dim)
+    powers = _sum_of_powers(ops, over, p, dim, keepdim)
+    root = powers if p == 1 else _root(ops, powers, p)
+    return ops.mul(root, largest if keepdim else largest.squeeze(axes(dim, x.ndim)))
+
+
+@composite(F.normalize, several=False)
+def _normalize(ops: Any, x: Any, p: Any = 2.0, dim: Any = 1, eps: float = 1e-12) -> Any:
+    if not isinstance(p, float | int) or not 1 <= p < float("inf"):
+        raise NoRule
+    over, largest = _over_largest(ops, x, dim)
+    length = _root(ops, _sum_of_powers(ops, over, p, dim, True), p)
+    # A length below eps counts as eps, which does not depend on x.
+    short = ops.value(length) * largest <= eps
+    factor = ops.div(torch.where(short, largest / eps, 1.0), ops.masked_fill(length, short, 1.0))
+    return ops.to(ops.mul(over, factor), x.dtype)
+
+
+@composite("norm", several=False)
+def _norm(
+    ops: Any, x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    """The length of vectors: other norms of matrices have no rule."""
+    if p == "fro" and (dim is None or isinstance(dim, int) or len(dim) <= 2):
+        p = 2
+    floating = dtype is None or dtype.is_floating_point
+    if not floating or not isinstance(p, float | int) or not 1 <= p < float("inf"):
+        raise NoRule
+    x = x if dtype is None else ops.to(x, dtype)
+    return ops.to(_length(ops, x, p, dim, keepdim), x.dtype)
+
+
+@composite(torch.linalg.vector_norm, several=False)
+def _vector_norm(ops: Any, x: Any, p: Any = 2, *args: Any, **named: Any) -> Any:
+    return _norm(ops, x, None if p == "fro" else p, *args, **named)
+
+
+@composite(torch.linalg.norm, several=False)
+def _vector_or_matrix_norm(
+    ops: Any, x: Any, p: Any = None, dim: Any = None, *args: Any, **named: Any
+) -> Any:
+    count = x.ndim if dim is None else 1 if isinstance(dim, int) else len(dim)
+    if p is not None and (count > 2 or (p == "fro") != (count == 2)):
+        raise NoRule
+    return _norm(ops, x, 2 if p is None else p, dim, *args, **named)
+
+
+def _spread(
+    root: bool,
+    with_mean: bool,
+    ops: Any,
+    x: Any,
+    dim: Any = None,
+    unbiased: Any = None,
+    keepdim: bool = False,
+    *,
+    correction: Any = None,
+) -> Any:
+    """The variance over some axes or its root, and with `with_mean` the mean."""
+    if isinstance(dim, bool):  # `unbiased` in its place
+        dim, unbiased = None, dim
+    if correction is None:
+        correction = 1 if unbiased is None else int(unbiased)
+    wide, dims = _wide(ops, x), axes(dim, x.ndim)
+    count = prod([x.shape[axis] for axis in dims]) - correction
+    if count <= 0:  # PyTorch warns and returns NaN
+        raise NoRule
+    centred = ops.sub(wide, ops.mean(wide, dims, True))
+    if root:
+        spread = ops.div(_length(ops, centred, 2, dims, keepdim), count**0.5)
+    else:
+        spread = ops.div(_sum_of_powers(ops, centred, 2, dims, keepdim), count)
+    spread = ops.to(spread, x.dtype)
+    return (spread, ops.mean(x, dims, keepdim)) if with_mean else spread
+
+
+for _names in ("var", "std", "var_mean", "std_mean"):
+    composite(_names, several=False)(partial(_spread, "std" in _names, "mean" in _names))

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosm_losses.taylor.errors import TaylorError
-from hosm_losses.taylor.registry import HOMES, RULES, Function, functions_named, rule
+from hosm_losses.taylor.jets import Jet, call, differentiate, jet_among, write_jet
+from hosm_losses.taylor.primitives import WRONG, wrong_in_forward_mode
+from hosm_losses.taylor.registry import HOMES, RULES, Function, TaylorError, functions_named, rule
 from hosm_losses.taylor.stacks import align, extend
-from hosm_losses.taylor.tensor import Jet, call, differentiate, jet_among, write_jet
-from hosm_losses.taylor.unknown import WRONG, wrong_in_forward_mode
 
 # What changes more than the values of its object.
 REFUSED = """
@@ -30,7 +29,7 @@ OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
 def _change_in_place(
     change: Function, plain: Function | None, x: Any, *args: Any, **named: Any
 ) -> Tensor:
-    """Change x by a method in place; `plain` is the function with a rule that is not in place."""
+    """Change x in place by way of `plain`, the function with a rule that is not in place."""
     start = _as_jet(x, *args, *named.values())
     # Of another type, what the copy says decides.
     if plain is None or start.dtype != x.dtype:
@@ -39,7 +38,7 @@ def _change_in_place(
 
 
 def _change_a_copy(change: Function, x: Tensor, *args: Any, **named: Any) -> Tensor:
-    """Change x as PyTorch changes a copy of it."""
+    """Change x in place by differentiating the change of a copy."""
 
     def changed(x: Tensor, *args: Any, **named: Any) -> Tensor:
         copy = x.clone()
@@ -58,7 +57,7 @@ def _as_jet(x: Tensor, *others: Any) -> Jet:
     return x if isinstance(x, Jet) else jet_among(others).constant(x)
 
 
-@rule(REFUSED, *LISTS, several=True, told=True)
+@rule(REFUSED, *LISTS, several=True, with_function=True)
 def _refused(change: Function, *_args: Any, **_named: Any) -> Any:
     raise TaylorError(f"{change.__name__}: changes more in place than the values of a tensor.")
 
@@ -67,17 +66,23 @@ _METHODS = {
     name: name.removesuffix("_")
     for home in HOMES
     for name in dir(home)
-    if name.endswith("_") and not name.startswith("_") and name not in REFUSED.split()
+    if name.endswith("_") and not name.startswith("_")
 } | {f"__i{name}__": f"__{name}__" for name in OPERATORS.split()}
-for _name, _plain in _METHODS.items():
-    _with_rule = next((each for each in functions_named(_plain) if each in RULES), None)
-    for _change in functions_named(_name):
-        rule(_change, several=True)(partial(_change_in_place, _change, _with_rule))
+
+
+def register_changes() -> None:
+    """Register a rule for every method that changes its object, when all functions have theirs."""
+    for name, plain in _METHODS.items():
+        functions = [function for function in functions_named(plain) if function in RULES]
+        for change in functions_named(name):
+            if change not in RULES:
+                changed = partial(_change_in_place, change, functions[0] if functions else None)
+                rule(change, several=True)(changed)
 
 
 @rule("requires_grad_ retain_grad")
 def _requires_grad(x: Jet, requires_grad: bool = True) -> Jet:
-    """Nothing to do, for what depends on x requires a gradient."""
+    """Return x, which requires a gradient already."""
     if not requires_grad:
         raise TaylorError("requires_grad_: False would cut the graph of what depends on x.")
     return x
@@ -94,10 +99,10 @@ def _copy(x: Any, source: Any, non_blocking: bool = False) -> Tensor:  # noqa: A
 @rule(Tensor.__setitem__, several=True)
 def _set_item(x: Any, index: Any, value: Any) -> None:
     start = _as_jet(x, value)
-    given: list[Any] = list(value.stack) if isinstance(value, Jet) else [value]
-    count = max(len(start.stack), len(given))
-    given += [0] * (count - len(given))  # the derivatives of what does not depend on x
-    parts = [each.clone() for each in extend(start.stack, count)]
-    for part, item in zip(parts, given, strict=True):
+    values: list[Any] = list(value.stack) if isinstance(value, Jet) else [value]
+    count = max(len(start.stack), len(values))
+    values += [0] * (count - len(values))  # the derivatives of what does not depend on x
+    parts = [part.clone() for part in extend(start.stack, count)]
+    for part, item in zip(parts, values, strict=True):
         part[index] = item
     write_jet(x, start.like(torch.stack(parts)))

@@ -4,8 +4,16 @@ All dimensions are counted from the back, where an axis of the value is one of t
 
 What a function does to a stack at once is written down for those that networks call most. Others
 are called on one component after the other, with the user's own arguments.
+
+Questions and casts:
+    A property that says how a tensor hangs in the graph is answered for the stack. So tools that
+    watch modules, such as PyTorch's counter of operations, find what they find on an ordinary
+    tensor. A cast to another floating type casts every component. One to integers or to bool has
+    no derivatives, as in PyTorch: its result is a plain tensor, and casting that back brings none.
+    One to complex numbers is refused by `Jet.make`.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -13,19 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from hosm_losses.taylor.aliases import share
-from hosm_losses.taylor.errors import NoRule, TaylorError
-from hosm_losses.taylor.registry import (
-    OF_COMPLEX,
-    Function,
-    axes,
-    axis,
-    functions_named,
-    rule,
-)
-from hosm_losses.taylor.stacks import align
-from hosm_losses.taylor.tensor import (
+from hosm_losses.taylor.jets import (
     Jet,
     call,
     jet_among,
@@ -34,6 +32,20 @@ from hosm_losses.taylor.tensor import (
     stacks_of,
     write_jet,
 )
+from hosm_losses.taylor.memory import share
+from hosm_losses.taylor.registry import (
+    CONSTANT,
+    OF_COMPLEX,
+    Function,
+    NoRule,
+    TaylorError,
+    axes,
+    axis,
+    functions_named,
+    guard_hook,
+    rule,
+)
+from hosm_losses.taylor.stacks import align
 
 
 def linear(move: Function, *names: str | Function, view: bool = False) -> None:
@@ -48,17 +60,17 @@ def linear(move: Function, *names: str | Function, view: bool = False) -> None:
         def moved(x: Any, *args: Any, **named: Any) -> Any:
             if not isinstance(x, Jet):  # beside one that is asked for its shape, as by expand_as
                 return on_values(function, (x, *args), named)
-            found = move(x.stack, *args, **named)
-            parts = [x.like(part) for part in (found if isinstance(found, tuple) else (found,))]
+            output = move(x.stack, *args, **named)
+            parts = [x.like(part) for part in (output if isinstance(output, tuple) else (output,))]
             parts = [share(x, part) for part in parts] if view else parts
-            return tuple(parts) if isinstance(found, tuple) else parts[0]
+            return tuple(parts) if isinstance(output, tuple) else parts[0]
 
-    for each in functions_named(*names):
-        register(each)
+    for function in functions_named(*names):
+        register(function)
 
 
 def _numbers(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The sizes or dimensions of a method that takes them one by one or in a sequence."""
+    """The sizes or dimensions of a method that takes them separately or in a sequence."""
     if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
         return tuple(sizes[0])
     return sizes
@@ -149,7 +161,7 @@ def _reduced(reduce: Function) -> Function:
 
 
 def per_sample(stack: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """A function that treats every sample alone, with the components as more samples."""
+    """Apply a function that treats every sample alone, with the components as more samples."""
     return function(stack.flatten(0, 1)).unflatten(0, stack.shape[:2])
 
 
@@ -189,7 +201,7 @@ OF_COMPLEX.update(dict.fromkeys(functions_named(_TURNS, *VIEWS, *_ASKED)))
     "avg_pool1d avg_pool2d avg_pool3d interpolate upsample",
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
     kind="linear",
-    told=True,
+    with_function=True,
 )
 def _by_samples(function: Function, x: Jet, *args: Any, **named: Any) -> Jet:
     return x.like(per_sample(x.stack, lambda samples: function(samples, *args, **named)))
@@ -199,10 +211,11 @@ def _by_samples(function: Function, x: Jet, *args: Any, **named: Any) -> Jet:
     "cumsum flip gather index_select pixel_shuffle pixel_unshuffle repeat repeat_interleave roll",
     "tile",
     kind="linear",
-    told=True,
+    with_function=True,
 )
 def _by_components(function: Function, x: Jet, *args: Any, **named: Any) -> Tensor:
-    return x.of(torch.stack([function(each, *args, **named) for each in x.stack.unbind()]))
+    components = [function(component, *args, **named) for component in x.stack.unbind()]
+    return x.of(torch.stack(components))
 
 
 @rule("pad", kind="linear")
@@ -212,15 +225,15 @@ def _pad(x: Jet, pad: Any, mode: str = "constant", value: float | None = None) -
     return _by_components(F.pad, x, pad, mode)
 
 
-@rule("dropout dropout1d dropout2d dropout3d", kind="linear", told=True)
+@rule("dropout dropout1d dropout2d dropout3d", kind="linear", with_function=True)
 def _dropout(
     function: Function, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Any:
     if not training or p == 0:
         return x
     # One mask for the value and its derivatives.
-    found = x.like(x.stack * function(torch.ones_like(x.stack[0]), p, True))
-    return write_jet(x, found) if inplace else found
+    dropped = x.like(x.stack * function(torch.ones_like(x.stack[0]), p, True))
+    return write_jet(x, dropped) if inplace else dropped
 
 
 @rule(Tensor.__iter__, kind="linear")
@@ -232,7 +245,7 @@ def _iterator(x: Jet) -> Any:
 @rule("cat concat concatenate", several=True, kind="linear")
 def _cat(tensors: Any, dim: int = 0) -> Jet:
     ndim = tensors[0].ndim
-    if any(each.ndim != ndim for each in tensors):
+    if any(tensor.ndim != ndim for tensor in tensors):
         raise NoRule
     return jet_among(tensors).like(torch.cat(stacks_of(tensors), axis(dim, ndim)))
 
@@ -244,9 +257,9 @@ def _stack(tensors: Any, dim: int = 0) -> Jet:
 
 
 @rule(torch.where, several=True, kind="linear")
-def _chosen(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) -> Jet:
+def _where(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) -> Jet:
     """The elements of a where a mask holds and those of b elsewhere, of each component."""
-    known = all(isinstance(each, Tensor | float | int) for each in (a, b))
+    known = all(isinstance(operand, Tensor | float | int) for operand in (a, b))
     if not known or not isinstance(condition, Tensor) or condition.dtype != torch.bool:
         raise NoRule
     if not isinstance(a, Jet) and not isinstance(b, Jet):
@@ -255,36 +268,37 @@ def _chosen(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) ->
     if dtype is None:
         dtype = result_type(a, b)
     tensors = [
-        each if isinstance(each, Tensor) else jet.stack.new_full((), each) for each in (a, b)
+        operand if isinstance(operand, Tensor) else jet.stack.new_full((), operand)
+        for operand in (a, b)
     ]
-    ndim = max(condition.ndim, *(each.ndim for each in tensors))
+    ndim = max(condition.ndim, *(operand.ndim for operand in tensors))
     stacks = (align(stack, ndim) for stack in stacks_of(tensors))
     return jet.like(torch.where(condition, *stacks).to(dtype))
 
 
 @rule(Tensor.where, several=True, kind="linear")
 def _where_of(a: Any, condition: Any, b: Any) -> Jet:
-    return _chosen(condition, a, b)
+    return _where(condition, a, b)
 
 
 @rule("masked_fill", several=True, kind="linear")
 def masked_fill(x: Any, mask: Any, value: Any) -> Jet:
-    """x with a number in its place where a mask holds."""
+    """x with its elements replaced by a number where a mask holds."""
     if (isinstance(value, Tensor) and value.ndim) or not x.is_floating_point():
         raise NoRule
-    return _chosen(mask, value, x, x.dtype)
+    return _where(mask, value, x, x.dtype)
 
 
 @rule(Tensor.__getitem__, kind="linear")
 def _item(x: Jet, index: Any) -> Tensor:
     parts = index if isinstance(index, tuple) else (index,)
     if all(map(_slices, parts)):
-        found = x.stack[(slice(None), *parts)]
+        stack = x.stack[(slice(None), *parts)]
     else:
-        found = torch.stack([each[index] for each in x.stack.unbind()])
+        stack = torch.stack([component[index] for component in x.stack.unbind()])
     # A tensor without axes makes a view too.
     copied = any(isinstance(part, list) or getattr(part, "ndim", 0) for part in parts)
-    return x.like(found) if copied else share(x, x.like(found))
+    return x.like(stack) if copied else share(x, x.like(stack))
 
 
 def _slices(part: Any) -> bool:
@@ -292,3 +306,71 @@ def _slices(part: Any) -> bool:
     if isinstance(part, bool):  # which makes a new axis, and is read as a mask
         return False
     return part is None or part is Ellipsis or isinstance(part, int | slice)
+
+
+# ---------------------------------------------------------------------- questions, casts and hooks
+_PROPERTIES = """
+    size dim ndimension numel nelement stride __len__ element_size is_contiguous is_floating_point
+    is_complex is_same_size get_device __hash__ __repr__ result_type
+"""
+_WITHOUT_SLOPE = """
+    zeros_like ones_like empty_like full_like rand_like randn_like randint_like new new_zeros
+    new_ones new_empty new_empty_strided new_full new_tensor lt le gt ge eq ne __lt__ __le__ __gt__
+    __ge__ __eq__ __ne__ isnan isinf isfinite argmax argmin argsort sign logical_and logical_or
+    logical_not allclose equal all any is_nonzero floor ceil round
+"""
+_CASTS = """
+    to type type_as float double half bfloat16 int long short char byte bool cfloat cdouble chalf
+    cpu cuda
+"""
+CONSTANT.update(dict.fromkeys(functions_named(_PROPERTIES + _WITHOUT_SLOPE), False))
+CONSTANT.update(dict.fromkeys(functions_named("detach"), True))
+CONSTANT[Tensor.data.__get__] = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@rule(Tensor.requires_grad.__get__)  # pyright: ignore[reportAttributeAccessIssue]
+def _requires_grad(x: Jet) -> bool:  # noqa: ARG001
+    """True, as in the engine that goes backward, so that a checkpoint does not warn."""
+    return True
+
+
+@rule(Tensor.grad_fn.__get__)  # pyright: ignore
+def _grad_fn(x: Jet) -> Any:
+    """The node of the stack; without a graph a node that leads nowhere, never None."""
+    if x.stack.requires_grad:
+        return x.stack.grad_fn
+    return torch.ones((), requires_grad=True).view(()).grad_fn
+
+
+@rule(Tensor.register_hook)
+def _register_hook(x: Jet, hook: Callable[[Tensor], Any]) -> RemovableHandle:
+    """Show a hook the gradient in the value, which it may not change."""
+    if not x.stack.requires_grad:
+        return RemovableHandle(OrderedDict())
+
+    guarded = guard_hook(hook)
+    return x.stack.register_hook(lambda cotangent: guarded(cotangent[0]))
+
+
+@rule("as_strided as_strided_copy as_strided_scatter", several=True)
+def _strided(*_args: Any, **_named: Any) -> Any:
+    raise TaylorError("as_strided: its result depends on where the elements of a tensor lie.")
+
+
+@rule(_CASTS, several=True, with_function=True)
+def _cast(function: Function, x: Any, *args: Any, **named: Any) -> Any:
+    if not isinstance(x, Jet):  # a plain tensor in the type of a Jet
+        return on_values(function, (x, *args), named)
+    args = tuple(arg.stack if isinstance(arg, Jet) else arg for arg in args)
+    named = {k: v.stack if isinstance(v, Jet) else v for k, v in named.items()}
+    named.pop("memory_format", None)  # of a value, and not of its stack
+    cast = function(x.stack, *args, **named)
+    if cast is x.stack:
+        return x
+    return x.of(cast) if isinstance(cast, Tensor) else cast
+
+
+@rule(torch.as_tensor, torch.asarray)
+def _as_tensor(x: Any, dtype: Any = None, device: Any = None) -> Any:
+    """The cast under torch.compile; elsewhere it is done below autograd, and refused."""
+    return x.of(x.stack.to(dtype=dtype, device=device))

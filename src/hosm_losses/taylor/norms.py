@@ -3,29 +3,28 @@ r"""Norms over rows, and their gradients.
 Formula over a row of N elements, with c = x − ⟨x⟩ and ⟨·⟩ the mean over the row (RMS norm: c = x),
 z·w the sum of products over the row, u = (c·c + N eps)^(−1/2), ρ = √N u, and capitals for what
 lies along c, Z = u² c·z:
-    y = ρ c        y_l = J c_l        y_ll = J c_ll + bent(c_l, c_l)
+    y = ρ c        y_l = J c_l        y_ll = J c_ll + second(c_l, c_l)
     The first three derivatives of y, with {z w} = u² z·w − 3 Z W:
     J z = ρ (z − c Z)
-    bent(z, w) = −ρ (Z w + W z + c {z w})
+    second(z, w) = −ρ (Z w + W z + c {z w})
     third(z, w, v) = −ρ (z {w v} + w {z v} + v {z w} − 3 c (Z {w v} + W {z v} + V {z w} + 4 Z W V))
 
 Gradients, for cotangents a of y, b_l of y_l and d_l of y_ll, all of them centred as c is:
     A derivative is symmetric in its directions and its result, and so pulls back as it is:
     in x_ll   J d_l
-    in x_l    J b_l + 2 bent(d_l, c_l)
-    in x      J a + Σ_l [bent(b_l, c_l) + bent(d_l, c_ll) + third(d_l, c_l, c_l)]
+    in x_l    J b_l + 2 second(d_l, c_l)
+    in x      J a + Σ_l [second(b_l, c_l) + second(d_l, c_ll) + third(d_l, c_l, c_l)]
     Gradients of those in x and x_l, for cotangents p and q_l of them, where there is no d:
     in a      J p
-    in b_l    J q_l + bent(p, c_l)
-    in x_l    bent(p, b_l)
-    in x      bent(p, a) + Σ_l [bent(q_l, b_l) + third(p, b_l, c_l)]
+    in b_l    J q_l + second(p, c_l)
+    in x_l    second(p, b_l)
+    in x      second(p, a) + Σ_l [second(q_l, b_l) + third(p, b_l, c_l)]
 
 Autograd, with the formula evaluated again, reads and writes the activations 1.6 times as often.
 """
 
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +32,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from hosm_losses.taylor.composites import ON_JETS, ON_TENSORS, composite
-from hosm_losses.taylor.errors import NoRule
+from hosm_losses.taylor.memory import Needed, with_recomputation
 from hosm_losses.taylor.products import with_bias
-from hosm_losses.taylor.recompute import Needed, with_recomputation
-from hosm_losses.taylor.registry import axes
+from hosm_losses.taylor.registry import NoRule, axes
 from hosm_losses.taylor.stacks import (
     Pairs,
     add_products,
@@ -64,7 +62,7 @@ class Rows(NamedTuple):
         """The elements of a row."""
         return math.prod([self.shape[dim] for dim in self.dims])
 
-    def seen(self, stack: Tensor) -> Tensor:
+    def reshape(self, stack: Tensor) -> Tensor:
         """A stack in this shape, in float32 at least."""
         return at_least_float32(stack).reshape(len(stack), *self.shape)
 
@@ -72,9 +70,9 @@ class Rows(NamedTuple):
         """The sum over each row."""
         return x.sum(self.dims, keepdim=True)
 
-    def measured(self, stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
+    def centre(self, stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
         """A stack without its means, u and C_l of each row."""
-        centred = self.seen(stack)
+        centred = self.reshape(stack)
         if self.centred:
             # Not times 1/N, which is rounded: of equal numbers nothing may be left.
             centred = centred - self.total(centred) / self.length
@@ -82,88 +80,74 @@ class Rows(NamedTuple):
         u = torch.rsqrt(self.total(value * value) + self.length * self.eps)
         return centred, u, u * u * self.total(value * tangents)
 
-    def weighted(self, x: Tensor, weight: Some) -> Tensor:
+    def multiply(self, x: Tensor, weight: Some) -> Tensor:
         """A stack times the weight."""
         return x if weight is None else x * weight.reshape(self.weights)
 
-    def cotangents(self, raw: Tensor, weight: Some = None) -> Tensor:
+    def centre_cotangents(self, cotangents: Tensor, weight: Some = None) -> Tensor:
         """A stack times the weight, less its mean where the norm subtracts that."""
-        weighted = self.weighted(raw, weight)
+        weighted = self.multiply(cotangents, weight)
         if not self.centred:
             return weighted
         mean = weighted.mean(self.dims, keepdim=True)
         return weighted - mean if weight is None else weighted.sub_(mean)
 
-    def of_weight(self, x: Tensor, weight: Some) -> Some:
-        """The gradient in a weight or bias, of that in its product with ones."""
+    def reduce_to(self, weight: Some, gradient: Tensor) -> Some:
+        """The gradient in a weight or bias, from that in its product with ones."""
         if weight is None:
             return None
-        return x.sum_to_size(self.weights).reshape(weight.shape).to(weight.dtype)
+        return gradient.sum_to_size(self.weights).reshape(weight.shape).to(weight.dtype)
 
 
-def normalize_stack(
-    rows: Rows, firsts: int, pairs: Pairs, stack: Tensor, weight: Some, bias: Some
-) -> Tensor:
-    """The stack of a norm, with weight and bias; computed in float32 at least."""
-    centred, u, along = rows.measured(stack, firsts)
-    value, tangents, seconds = components(centred, firsts)
-    norm, c = _Norm(rows, value, u), _Seen(tangents, along)
-    parts = [value, norm.turned(c)]
-    if pairs != "none":
-        parts.append(norm.curved(c, seconds, pairs))
-    bias = None if bias is None else bias.reshape(rows.weights)
-    found = with_bias(torch.cat(parts) * rows.weighted(norm.rho, weight), bias, 1)
-    return found.reshape(-1, *stack.shape[1:]).to(stack.dtype)
-
-
-class _Seen(NamedTuple):
+class _Stack(NamedTuple):
     """A stack of centred rows z, and Z = u² c·z."""
 
     z: Tensor
     along: Tensor
 
-    def split(self, *sizes: int) -> "list[_Seen]":
+    def split(self, *sizes: int) -> "list[_Stack]":
         """Its parts, of so many components."""
-        return list(map(_Seen, self.z.split_with_sizes(sizes), self.along.split_with_sizes(sizes)))
+        z, along = self.z.split_with_sizes(sizes), self.along.split_with_sizes(sizes)
+        return list(map(_Stack, z, along))
 
 
-class _Norm:
-    """J, −bent and −third of some rows, divided by ρ; the last two as lists of terms."""
+class _Derivatives:
+    """J, −second and −third of some rows, divided by ρ; the last two as lists of terms."""
 
     def __init__(self, rows: Rows, value: Tensor, u: Tensor) -> None:
         self.rows, self.value = rows, value
         self.square, self.rho = u * u, math.sqrt(rows.length) * u
 
-    def seen(self, z: Tensor) -> _Seen:
-        """A stack of centred rows."""
-        return _Seen(z, self.square * self.rows.total(self.value * z))
+    def stack(self, z: Tensor) -> _Stack:
+        """A stack of centred rows, with their Z."""
+        return _Stack(z, self.square * self.rows.total(self.value * z))
 
-    def product(self, x: _Seen, y: _Seen) -> Tensor:
+    def product(self, x: _Stack, y: _Stack) -> Tensor:
         """The {z w} of each component."""
         product = self.square * self.rows.total(x.z * y.z)
         return torch.addcmul(product, x.along, y.along, value=-3)
 
-    def turned(self, x: _Seen) -> Tensor:
+    def jacobian(self, x: _Stack) -> Tensor:
         """The stack of J z."""
         return torch.addcmul(x.z, self.value, x.along, value=-1)
 
-    def bent(self, x: _Seen, y: _Seen, product: Some = None) -> list[Term]:
-        """The terms of −bent(z, w) / ρ."""
+    def second(self, x: _Stack, y: _Stack, product: Some = None) -> list[Term]:
+        """The terms of −second(z, w) / ρ."""
         product = self.product(x, y) if product is None else product
         return [(x.along, y.z), (y.along, x.z), (product, self.value)]
 
-    def third(self, x: _Seen, y: _Seen) -> list[Term]:
+    def third(self, x: _Stack, y: _Stack) -> list[Term]:
         """The terms of −third(z, w, w) / ρ."""
         xy, yy = self.product(x, y), self.product(y, y)
         along = -3 * _third_along(x.along, y.along, y.along, xy, xy, yy)
         return [(yy, x.z), (2 * xy, y.z), (along, self.value)]
 
-    def curved(self, firsts: _Seen, seconds: Tensor, pairs: Pairs) -> Tensor:
-        """bent and J of second derivatives, if there are any, divided by ρ."""
+    def of_seconds(self, firsts: _Stack, seconds: Tensor, pairs: Pairs) -> Tensor:
+        """y_ll / ρ: second(c_l, c_l), and J of second derivatives if there are any."""
         product = self.product(firsts, firsts)
-        bent = torch.addcmul(2 * firsts.along * firsts.z, self.value, product)
-        found = -collect(bent, pairs)
-        return found + self.turned(self.seen(seconds)) if len(seconds) else found
+        second = torch.addcmul(2 * firsts.along * firsts.z, self.value, product)
+        second = -collect(second, pairs)
+        return second + self.jacobian(self.stack(seconds)) if len(seconds) else second
 
 
 def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Tensor) -> Tensor:
@@ -171,116 +155,130 @@ def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Te
     return torch.addcmul(torch.addcmul(x * yz, y, xz), z, torch.addcmul(xy, x, y, value=4))
 
 
-def _added(whole: Tensor, terms: Iterable[Term], value: float) -> Tensor:
+def _add_terms(whole: Tensor, terms: Iterable[Term], value: float) -> Tensor:
     """Add terms to a stack in place: of each component, or all of them to a stack of one."""
     for factor, stack in terms:
         add_products(whole, factor, stack, value)
     return whole
 
 
-def pull_back(
-    rows: Rows,
-    firsts: int,
-    pairs: Pairs,
-    needed: Needed,
-    stack: Tensor,
-    weight: Some,
-    bias: Some,
-    cotangent: Tensor,
-) -> tuple[Some, ...]:
-    """The gradients of a norm in the stack, the weight and the bias."""
-    centred, u, along = rows.measured(stack, firsts)
-    value, tangents, seconds = components(centred, firsts)
-    norm, raw = _Norm(rows, value, u), rows.seen(cotangent)
-    seen = norm.seen(rows.cotangents(raw, weight))
-    _, b, d = seen.split(1, firsts, len(raw) - 1 - firsts)
-    c = _Seen(tangents, along)
-    if len(stack) < len(raw):  # where second derivatives are zero, of which there is no gradient
-        seen = _Seen(seen.z[: len(stack)], seen.along[: len(stack)])
-    of_stack = norm.turned(seen)
-    of_value = of_stack[:1]
-    _added(of_value, norm.bent(b, c), -1)
-    if pairs != "none":
-        _added(of_stack[1 : 1 + firsts], norm.bent(d, c), -2)
-        _added(of_value, norm.third(d, c), -1)
-        if len(seconds):
-            _added(of_value, norm.bent(d, norm.seen(seconds)), -1)
-    of_weight = None
-    if needed[1]:
-        terms = [(raw[1 : 1 + firsts], norm.turned(c))]
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    return x.reshape(other.shape).to(other.dtype)
+
+
+class Norm(NamedTuple):
+    """A norm of a stack, with its gradients, in float32 at least."""
+
+    rows: Rows
+    firsts: int
+    pairs: Pairs
+
+    def evaluate(self, stack: Tensor, weight: Some, bias: Some) -> Tensor:
+        """The stack of the norm, with weight and bias."""
+        rows = self.rows
+        centred, u, along = rows.centre(stack, self.firsts)
+        value, tangents, seconds = components(centred, self.firsts)
+        norm, c = _Derivatives(rows, value, u), _Stack(tangents, along)
+        parts = [value, norm.jacobian(c)]
+        if self.pairs != "none":
+            parts.append(norm.of_seconds(c, seconds, self.pairs))
+        bias = None if bias is None else bias.reshape(rows.weights)
+        output = with_bias(torch.cat(parts) * rows.multiply(norm.rho, weight), bias, 1)
+        return output.reshape(-1, *stack.shape[1:]).to(stack.dtype)
+
+    def pull_back(
+        self, needed: Needed, stack: Tensor, weight: Some, bias: Some, cotangent: Tensor
+    ) -> tuple[Some, ...]:
+        """The gradients in the stack, the weight and the bias."""
+        rows, firsts, pairs = self
+        centred, u, along = rows.centre(stack, firsts)
+        value, tangents, seconds = components(centred, firsts)
+        norm, cotangents = _Derivatives(rows, value, u), rows.reshape(cotangent)
+        abd = norm.stack(rows.centre_cotangents(cotangents, weight))
+        _, b, d = abd.split(1, firsts, len(cotangents) - 1 - firsts)
+        c = _Stack(tangents, along)
+        if len(stack) < len(cotangents):  # second derivatives are zero, and have no gradient
+            abd = _Stack(abd.z[: len(stack)], abd.along[: len(stack)])
+        of_stack = norm.jacobian(abd)
+        of_value = of_stack[:1]
+        _add_terms(of_value, norm.second(b, c), -1)
         if pairs != "none":
-            terms.append((raw[1 + firsts :], norm.curved(c, seconds, pairs)))
-        of_weight = _added(raw[:1] * value, terms, 1).mul_(norm.rho)
-        of_weight = rows.of_weight(of_weight, weight)
-    of_bias = rows.of_weight(raw[:1], bias) if needed[2] else None
-    return _as(of_stack.mul_(norm.rho), stack), of_weight, of_bias
+            _add_terms(of_stack[1 : 1 + firsts], norm.second(d, c), -2)
+            _add_terms(of_value, norm.third(d, c), -1)
+            if len(seconds):
+                _add_terms(of_value, norm.second(d, norm.stack(seconds)), -1)
+        of_weight = None
+        if needed[1]:
+            terms = [(cotangents[1 : 1 + firsts], norm.jacobian(c))]
+            if pairs != "none":
+                terms.append((cotangents[1 + firsts :], norm.of_seconds(c, seconds, pairs)))
+            of_weight = _add_terms(cotangents[:1] * value, terms, 1).mul_(norm.rho)
+            of_weight = rows.reduce_to(weight, of_weight)
+        of_bias = rows.reduce_to(bias, cotangents[:1]) if needed[2] else None
+        return _like(of_stack.mul_(norm.rho), stack), of_weight, of_bias
 
+    def pull_back_again(
+        self,
+        needed: Needed,
+        stack: Tensor,
+        weight: Some,
+        bias: Some,
+        cotangent: Tensor,
+        again: Tensor,
+    ) -> tuple[Some, ...]:
+        """The gradients in the arguments of `pull_back` of what it returns first.
 
-def pull_back_again(
-    rows: Rows,
-    needed: Needed,
-    stack: Tensor,
-    weight: Some,
-    bias: Some,
-    cotangent: Tensor,
-    again: Tensor,
-) -> tuple[Some, ...]:
-    """The gradients in the arguments of `pull_back` of what it returns first, for no pairs."""
-    centred, u, along = rows.measured(stack, len(stack) - 1)
-    value, tangents, _ = components(centred, len(stack) - 1)
-    norm, raw, sizes = _Norm(rows, value, u), rows.seen(cotangent), (1, len(tangents))
-    c = _Seen(tangents, along)
-    given = norm.seen(rows.cotangents(raw, weight))
-    other = norm.seen(rows.cotangents(rows.seen(again)))
-    (_, b), (p, _) = given.split(*sizes), other.split(*sizes)
-    pb, pc, bc = norm.product(p, b), norm.product(p, c), norm.product(b, c)
-    # bent(p, a), bent(q_l, b_l) and third(p, b_l, c_l) in one term for each stack.
-    of_given, of_other = other.along.clone(), given.along.clone()
-    of_given[1:].add_(pc)
-    of_other[:1].add_(total(bc))
-    third = total(_third_along(p.along, b.along, c.along, pb, pc, bc))
-    of_c = torch.add(total(norm.product(other, given)), third, alpha=-3)
-    terms = [(of_given, given.z), (of_other, other.z), (pb, c.z)]
-    of_value = _added(value * of_c, terms, 1)
-    of_firsts = _added(b.z * p.along, [(b.along, p.z), (pb, value)], 1)
-    of_stack = torch.cat([of_value, of_firsts]).mul_(-norm.rho)
-    of_outputs = norm.turned(other)
-    _added(of_outputs[1:], norm.bent(p, c, pc), -1)
-    of_outputs.mul_(norm.rho)
-    of_weight = rows.of_weight(raw * of_outputs, weight) if needed[1] else None
-    of_cotangent = rows.weighted(of_outputs, weight)
-    of_bias = None if bias is None else torch.zeros_like(bias)
-    return _as(of_stack, stack), of_weight, of_bias, _as(of_cotangent, cotangent)
-
-
-def _as(x: Tensor, like: Tensor) -> Tensor:
-    return x.reshape(like.shape).to(like.dtype)
+        There are no second derivatives.
+        """
+        rows, sizes = self.rows, (1, self.firsts)
+        centred, u, along = rows.centre(stack, self.firsts)
+        value, tangents, _ = components(centred, self.firsts)
+        norm, cotangents = _Derivatives(rows, value, u), rows.reshape(cotangent)
+        c = _Stack(tangents, along)
+        ab = norm.stack(rows.centre_cotangents(cotangents, weight))
+        pq = norm.stack(rows.centre_cotangents(rows.reshape(again)))
+        (_, b), (p, _) = ab.split(*sizes), pq.split(*sizes)
+        pb, pc, bc = norm.product(p, b), norm.product(p, c), norm.product(b, c)
+        # second(p, a), second(q_l, b_l) and third(p, b_l, c_l) in one term for each stack.
+        of_ab, of_pq = pq.along.clone(), ab.along.clone()
+        of_ab[1:].add_(pc)
+        of_pq[:1].add_(total(bc))
+        third = total(_third_along(p.along, b.along, c.along, pb, pc, bc))
+        of_c = torch.add(total(norm.product(pq, ab)), third, alpha=-3)
+        of_value = _add_terms(value * of_c, [(of_ab, ab.z), (of_pq, pq.z), (pb, c.z)], 1)
+        of_firsts = _add_terms(b.z * p.along, [(b.along, p.z), (pb, value)], 1)
+        of_stack = torch.cat([of_value, of_firsts]).mul_(-norm.rho)
+        of_outputs = norm.jacobian(pq)
+        _add_terms(of_outputs[1:], norm.second(p, c, pc), -1)
+        of_outputs.mul_(norm.rho)
+        of_weight = rows.reduce_to(weight, cotangents * of_outputs) if needed[1] else None
+        of_cotangent = rows.multiply(of_outputs, weight)
+        of_bias = None if bias is None else torch.zeros_like(bias)
+        return _like(of_stack, stack), of_weight, of_bias, _like(of_cotangent, cotangent)
 
 
 # ------------------------------------------------------------------------------------ the norms
-def _of_jet(rows: Rows, x: Any, weight: Any = None, bias: Any = None) -> Any:
+def _norm_of_jet(rows: Rows, x: Any, weight: Any = None, bias: Any = None) -> Any:
     if len(rows.dims) == len(rows.shape):
         raise NoRule  # where a row is not a part of a sample
-    pullbacks: list[Any] = [partial(pull_back, rows, x.firsts, x.pairs)]
-    if x.pairs == "none":
-        pullbacks.append(partial(pull_back_again, rows))
-    function = partial(normalize_stack, rows, x.firsts, x.pairs)
-    return x.like(with_recomputation(function, x.stack, weight, bias, pullbacks=pullbacks))
+    norm = Norm(rows, x.firsts, x.pairs)
+    pullbacks = [norm.pull_back, norm.pull_back_again] if x.pairs == "none" else [norm.pull_back]
+    return x.like(with_recomputation(norm.evaluate, x.stack, weight, bias, pullbacks=pullbacks))
 
 
-def _of_tensor(rows: Rows, x: Tensor, weight: Some = None, bias: Some = None) -> Tensor:
+def _norm_of_tensor(rows: Rows, x: Tensor, weight: Some = None, bias: Some = None) -> Tensor:
     """The norm by operators that PyTorch differentiates rightly, in float32 at least."""
     centred = at_least_float32(x).reshape(rows.shape)
     # Sums divided afterwards: the gradient of a mean is written out, that of a sum is a view.
     if rows.centred:
         centred = centred - rows.total(centred) / rows.length
     variance = rows.total(centred * centred) / rows.length
-    standard = rows.weighted(centred * torch.rsqrt(variance + rows.eps), weight)
+    standard = rows.multiply(centred * torch.rsqrt(variance + rows.eps), weight)
     standard = standard if bias is None else standard + bias.reshape(rows.weights)
     return standard.reshape(x.shape).to(x.dtype)
 
 
-ON_JETS.norm, ON_TENSORS.norm = _of_jet, _of_tensor
+ON_JETS.norm, ON_TENSORS.norm = _norm_of_jet, _norm_of_tensor
 # Whether the eps that PyTorch adds by itself for a short type is that of float32.
 _WIDE = bool(F.rms_norm(torch.full((1, 1), 2**-8, dtype=torch.bfloat16, device="cpu"), (1,)) > 0.5)
 
@@ -330,9 +328,9 @@ def _group_norm(
 ) -> Any:
     if x.ndim < 2 or x.shape[1] % num_groups:
         raise NoRule
-    each = x.shape[1] // num_groups
-    shape = (x.shape[0], num_groups, each, x.shape[2:].numel())
-    return ops.norm(Rows(shape, (-2, -1), (num_groups, each, 1), eps), x, weight, bias)
+    channels = x.shape[1] // num_groups
+    shape = (x.shape[0], num_groups, channels, x.shape[2:].numel())
+    return ops.norm(Rows(shape, (-2, -1), (num_groups, channels, 1), eps), x, weight, bias)
 
 
 def _move_statistics(norm: Any, ops: Any, x: Any, mean: Any, variance: Any, *options: Any) -> None:

@@ -1,4 +1,4 @@
-r"""Rules for functions of one number: activations and their like.
+r"""Rules for functions of each element: activations and their like, and arithmetic.
 
 Formula, for y = a(x):
     y_l = a'(x) x_l        y_ll = a'(x) x_ll + a''(x) x_l²
@@ -10,23 +10,27 @@ name them; see `_silu`.
 
 Formula of softplus:
     log(1 + eᵝˣ)/β, whose first derivative is 1/(1 + e^(−βx))
+
+Arithmetic:
+    The type of a result is that of PyTorch for the values: a number without axes does not widen a
+    tensor with some, though its stack has an axis.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
-from itertools import chain, islice, repeat
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor.errors import NoRule
-from hosm_losses.taylor.recompute import Needed, with_recomputation
-from hosm_losses.taylor.registry import Function, rule
-from hosm_losses.taylor.stacks import Pairs, at_least_float32, collect, components
-from hosm_losses.taylor.tensor import Jet
+from hosm_losses.taylor.jets import Jet, result_type, stacks_of
+from hosm_losses.taylor.memory import Needed, with_recomputation
+from hosm_losses.taylor.products import ndim_of, of_matrices, product_rule
+from hosm_losses.taylor.registry import Function, NoRule, TaylorError, rule, swapped
+from hosm_losses.taylor.stacks import Pairs, align, at_least_float32, collect, components
 
 Series = Callable[[Tensor], Iterator[Tensor]]
 
@@ -38,80 +42,99 @@ class Operators(NamedTuple):
     slope: Function  # of a tensor and x: the derivative at x times that
 
 
+class Pointwise(NamedTuple):
+    """A function of each element on stacks, with its gradients."""
+
+    series: Series  # yields the function and its first three derivatives at x
+    operators: Operators | None  # with which the series yields the derivatives alone
+    firsts: int
+    pairs: Pairs
+
+    def derivatives(self, x: Tensor) -> Iterator[Tensor]:
+        """The first three derivatives at x, one after the other."""
+        series = self.series(x)
+        if self.operators is None:
+            next(series)
+        return series
+
+    def evaluate(self, stack: Tensor) -> Tensor:
+        """y = a(x), y_l = a'(x) x_l and y_ll = a'(x) x_ll + a''(x) x_l²."""
+        x, tangents, seconds = components(at_least_float32(stack), self.firsts)
+        series = self.series(x)
+        value = next(series) if self.operators is None else self.operators.value(x)
+        slope = next(series)
+        parts = [value, tangents * slope]
+        if self.pairs != "none":
+            curvature = collect(tangents * tangents, self.pairs) * next(series)
+            if len(seconds):
+                curvature = torch.addcmul(curvature, seconds, slope)
+            parts.append(curvature)
+        return torch.cat(parts).to(stack.dtype)
+
+    def evaluate_by_operators(self, stack: Tensor) -> Tensor:
+        """The same by PyTorch's operators for a(x) and a'(x) x_l, without second derivatives."""
+        assert self.operators is not None
+        x, tangents, _ = components(at_least_float32(stack), self.firsts)
+        # Expanded, for gelu_backward of oneDNN takes no shapes that broadcast.
+        slopes = self.operators.slope(tangents, x.expand_as(tangents))
+        return torch.cat([self.operators.value(x), slopes]).to(stack.dtype)
+
+    def pull_back(self, _needed: Needed, stack: Tensor, cotangent: Tensor) -> tuple[Tensor]:
+        """The first derivative times the cotangents, and what the second and third add."""
+        dtype, firsts = stack.dtype, self.firsts
+        stack, cotangent = at_least_float32(stack), at_least_float32(cotangent)
+        derivatives = self.derivatives(stack[0])
+        slope, curvature = next(derivatives), next(derivatives)
+        gradient = cotangent[: len(stack)] * slope
+        gradient[0].addcmul_(curvature, _sum_products(stack[1:], cotangent[1 : len(stack)]))
+        if self.pairs != "none":
+            tangents, of_seconds = stack[1 : 1 + firsts], cotangent[1 + firsts :]
+            squares = collect(tangents * tangents, self.pairs)
+            gradient[0].addcmul_(next(derivatives), _sum_products(of_seconds, squares))
+            gradient[1 : 1 + firsts].addcmul_(of_seconds * curvature, tangents, value=2)
+        return (gradient.to(dtype),)
+
+    def pull_back_again(
+        self, _needed: Needed, stack: Tensor, cotangent: Tensor, again: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients, in the stack and in the cotangent, of what `pull_back` returns.
+
+        There are no second derivatives.
+        """
+        dtype = stack.dtype
+        stack, cotangent, again = map(at_least_float32, (stack, cotangent, again))
+        slope, curvature, third = islice(self.derivatives(stack[0]), 3)
+        bend = curvature * again[0]
+        of_cotangent = again * slope
+        of_cotangent[1:].addcmul_(stack[1:], bend)
+        of_value = cotangent[0] * bend
+        of_value.addcmul_(curvature, _sum_products(cotangent[1:], again[1:]))
+        of_value.addcmul_(third * again[0], _sum_products(stack[1:], cotangent[1:]))
+        of_stack = torch.cat([of_value.unsqueeze(0), cotangent[1:] * bend])
+        return of_stack.to(dtype), of_cotangent.to(dtype)
+
+
+def _sum_products(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_l a_l b_l."""
+    return a[0] * b[0] if len(a) == 1 else (a * b).sum(0)
+
+
 def apply(series: Series, jet: Jet, operators: Operators | None = None) -> Jet:
     """The function of a Jet whose `series` yields it and its first three derivatives at x.
 
     With `operators` it yields the derivatives alone.
     """
-    whole, derivatives = series, lambda x: islice(series(x), 1, None)
-    if operators is not None:
-        whole, derivatives = lambda x: chain([operators.value(x)], series(x)), series
-    once: Function = partial(_evaluate, whole, jet.firsts, jet.pairs)
-    again = once
-    pullbacks: list[Function] = [partial(_pull_back, derivatives, jet.firsts, jet.pairs)]
-    if jet.pairs == "none":
-        pullbacks.append(partial(_pull_back_again, derivatives))
-        if operators is not None:
-            once = partial(_evaluate_by, operators, jet.firsts)
-    return jet.like(with_recomputation(once, jet.stack, pullbacks=pullbacks, again=again))
-
-
-def _evaluate(series: Series, firsts: int, pairs: Pairs, stack: Tensor) -> Tensor:
-    dtype = stack.dtype
-    point, tangents, seconds = components(at_least_float32(stack), firsts)
-    numbers = series(point)
-    value, slope = islice(numbers, 2)
-    parts = [value, tangents * slope]
-    if pairs != "none":
-        bent = collect(tangents * tangents, pairs) * next(numbers)
-        parts.append(torch.addcmul(bent, seconds, slope) if len(seconds) else bent)
-    return torch.cat(parts).to(dtype)
-
-
-def _evaluate_by(operators: Operators, firsts: int, stack: Tensor) -> Tensor:
-    point, tangents, _ = components(at_least_float32(stack), firsts)
-    # Expanded, for gelu_backward of oneDNN takes no shapes that broadcast.
-    slopes = operators.slope(tangents, point.expand_as(tangents))
-    return torch.cat([operators.value(point), slopes]).to(stack.dtype)
-
-
-def _over(a: Tensor, b: Tensor) -> Tensor:
-    """Σ_l a_l b_l."""
-    return a[0] * b[0] if len(a) == 1 else (a * b).sum(0)
-
-
-def _pull_back(
-    slopes: Series, firsts: int, pairs: Pairs, _needed: Needed, stack: Tensor, cotangent: Tensor
-) -> Tensor:
-    """The first derivative times the cotangents, and what the second and third add."""
-    dtype = stack.dtype
-    stack, cotangent = at_least_float32(stack), at_least_float32(cotangent)
-    numbers = slopes(stack[0])
-    slope, bend = islice(numbers, 2)
-    gradient = cotangent[: len(stack)] * slope
-    gradient[0].addcmul_(bend, _over(stack[1:], cotangent[1 : len(stack)]))
-    if pairs != "none":
-        tangents, bent = stack[1 : 1 + firsts], cotangent[1 + firsts :]
-        gradient[0].addcmul_(next(numbers), _over(bent, collect(tangents * tangents, pairs)))
-        gradient[1 : 1 + firsts].addcmul_(bent * bend, tangents, value=2)
-    return gradient.to(dtype)
-
-
-def _pull_back_again(
-    slopes: Series, _needed: Needed, stack: Tensor, cotangent: Tensor, again: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradients, in the stack and in the cotangent, of what `_pull_back` returns."""
-    dtype = stack.dtype
-    stack, cotangent, again = map(at_least_float32, (stack, cotangent, again))
-    slope, bend, third = islice(slopes(stack[0]), 3)
-    bent = bend * again[0]
-    of_cotangent = again * slope
-    of_cotangent[1:].addcmul_(stack[1:], bent)
-    of_value = cotangent[0] * bent
-    of_value.addcmul_(bend, _over(cotangent[1:], again[1:]))
-    of_value.addcmul_(third * again[0], _over(stack[1:], cotangent[1:]))
-    of_stack = torch.cat([of_value.unsqueeze(0), cotangent[1:] * bent])
-    return of_stack.to(dtype), of_cotangent.to(dtype)
+    rule = Pointwise(series, operators, jet.firsts, jet.pairs)
+    if jet.pairs != "none":
+        stack = with_recomputation(rule.evaluate, jet.stack, pullbacks=[rule.pull_back])
+        return jet.like(stack)
+    stack = with_recomputation(
+        rule.evaluate if operators is None else rule.evaluate_by_operators,
+        jet.stack,
+        pullbacks=[rule.pull_back, rule.pull_back_again],
+        again=rule.evaluate,
+    )
+    return jet.like(stack)
 
 
 def _with(function: Function, args: tuple[Any, ...], named: dict[str, Any]) -> Function:
@@ -131,8 +154,10 @@ def pointwise(
         @rule(*names, kind="pointwise")
         @wraps(series)
         def evaluated(x: Jet, *args: Any, **named: Any) -> Jet:
-            known = operators and Operators(*(_with(each, args, named) for each in operators))
-            return apply(_with(series, args, named), x, known)
+            bound = operators and Operators(
+                *(_with(operator, args, named) for operator in operators)
+            )
+            return apply(_with(series, args, named), x, bound)
 
         return series
 
@@ -144,9 +169,9 @@ def _silu(x: Tensor) -> Iterator[Tensor]:
     s = torch.sigmoid(x)
     q = torch.addcmul(s, s, s, value=-1)
     yield torch.addcmul(s, x, q)
-    bent = torch.addcmul(q, q, s, value=-2)
-    yield torch.addcmul(2 * q, x, bent)
-    yield torch.addcmul(3 * bent, x, torch.addcmul(q, q, q, value=-6))
+    curvature = torch.addcmul(q, q, s, value=-2)
+    yield torch.addcmul(2 * q, x, curvature)
+    yield torch.addcmul(3 * curvature, x, torch.addcmul(q, q, q, value=-6))
 
 
 @pointwise("sigmoid")
@@ -188,15 +213,15 @@ def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
     w = x * (scale * cube * square + scale)
     share = torch.sigmoid(w)
     w1 = 3 * scale * cube * square + scale  # derivatives of w
-    other = torch.sigmoid(-w)  # 1 − S, exact where S is nearly 1
-    q = share * other
+    complement = torch.sigmoid(-w)  # 1 − S, exact where S is nearly 1
+    q = share * complement
     s1 = q * w1
     yield torch.addcmul(share, x, s1)
     w2 = 6 * scale * cube * x
-    bent = q * (other - share)
-    s2 = torch.addcmul(q * w2, bent * w1, w1)
+    curvature = q * (complement - share)
+    s2 = torch.addcmul(q * w2, curvature * w1, w1)
     yield torch.addcmul(2 * s1, x, s2)
-    inner = torch.addcmul(torch.addcmul(q, q, q, value=-6) * w1 * w1, bent, w2, value=3)
+    inner = torch.addcmul(torch.addcmul(q, q, q, value=-6) * w1 * w1, curvature, w2, value=3)
     s3 = torch.addcmul(6 * scale * cube * q, w1, inner)
     yield torch.addcmul(3 * s2, x, s3)
 
@@ -222,7 +247,7 @@ def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
 
 @pointwise("hardsigmoid")
 def _hardsigmoid(x: Tensor) -> Iterator[Tensor]:
-    """PyTorch's has no second derivative, not even the one of zero."""
+    """The rule is needed: PyTorch's own has no second derivative, not even zero."""
     inside = (x > -3) & (x < 3)
     return piecewise_linear(F.relu6(x + 3) / 6, inside.to(x.dtype) / 6)
 
@@ -255,11 +280,11 @@ def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
     factor, largest = 1.0, torch.finfo(x.dtype).max
     for order in range(4):
         # Not 0 · x^-1, which is NaN at 0.
-        found = factor * x.pow(exponent - order) if factor else torch.zeros_like(x)
+        derivative = factor * x.pow(exponent - order) if factor else torch.zeros_like(x)
         if factor and order > max(exponent, 0):
             # Near zero it may be out of range, and is multiplied by what may be zero.
-            found = torch.where(x == 0, found, found.clamp(-largest, largest))
-        yield found
+            derivative = torch.where(x == 0, derivative, derivative.clamp(-largest, largest))
+        yield derivative
         factor *= exponent - order
 
 
@@ -300,3 +325,125 @@ def _clamp_max(x: Tensor, max: Any) -> Iterator[Tensor]:  # noqa: A002
 
 for _name, _exponent in {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1}.items():
     pointwise(_name)(partial(power, exponent=_exponent))
+
+
+# ------------------------------------------------------------ sums, products, quotients and powers
+def _operands(a: Any, b: Any) -> int:
+    """The number of axes of the result; NoRule unless both are tensors or real numbers."""
+    if not (isinstance(a, (Tensor, float, int)) and isinstance(b, (Tensor, float, int))):
+        raise NoRule
+    return max(ndim_of(a), ndim_of(b))
+
+
+def _type(a: Any, b: Any) -> torch.dtype:
+    """The type of what PyTorch computes from a and b, without asking where both have it."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype != b.dtype:
+        return result_type(a, b)
+    return (a if isinstance(a, Jet) else b).dtype
+
+
+@rule("add __add__ __radd__", several=True, kind="linear")
+def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
+    """a + alpha · b, of which one at least is a Jet."""
+    ndim, dtype = _operands(a, b), _type(a, b)
+    jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
+    if isinstance(plain, Jet) or ndim_of(plain):
+        first, second = stacks_of((a, b))
+        total = torch.add(align(first, ndim), align(second, ndim), alpha=alpha)
+        return jet.like(total.to(dtype))
+    # As a stack a number would be rounded to a type, and a tensor without axes, which may be on
+    # another device, would have one.
+    stack = align(jet.stack, ndim)
+    if alpha != 1:
+        stack, plain = (stack, plain * alpha) if jet is a else (stack * alpha, plain)
+    value, derivatives = stack.split((1, len(stack) - 1))
+    value = value.squeeze(0) + plain
+    derivatives = derivatives.expand(-1, *value.shape).to(value.dtype)
+    return jet.like(torch.cat([value.unsqueeze(0), derivatives]).to(dtype))
+
+
+@rule("sub subtract __sub__", several=True, kind="linear")
+def _sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
+    if any(getattr(operand, "dtype", type(operand)) in (bool, torch.bool) for operand in (a, b)):
+        raise NoRule  # of which PyTorch says that masks are not subtracted
+    return add(a, b, alpha=-alpha)
+
+
+@rule("mul multiply __mul__ __rmul__", several=True, kind="bilinear")
+def multiply(a: Any, b: Any) -> Jet:
+    """a b, of which one at least is a Jet."""
+    ndim = _operands(a, b)
+    if a is b:
+        return apply(partial(power, exponent=2), a)
+    return product_rule(a, b, torch.mul, ndim).with_dtype(_type(a, b))
+
+
+@rule("div divide true_divide __truediv__", several=True, kind="stack")
+def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
+    if rounding_mode is not None:
+        raise NoRule
+    ndim, dtype = _operands(a, b), _type(a, b)
+    if not isinstance(b, Jet):
+        return product_rule(a, b, torch.div, ndim).with_dtype(dtype)
+    if isinstance(a, Jet):
+        above = a.stack
+    elif ndim_of(a):
+        above = a.unsqueeze(0)
+    else:  # a number, or a tensor that may be on another device
+        wide = None if isinstance(a, Tensor) else torch.promote_types(dtype, torch.float32)
+        above = torch.as_tensor(a, dtype=wide, device=b.device).unsqueeze(0)
+    stacks = (align(stack, ndim) for stack in (above, b.stack))
+    return b.like(with_recomputation(partial(_quotient, b.firsts, b.pairs), *stacks)).with_dtype(
+        dtype
+    )
+
+
+def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
+    """The stack of y = a / b, without powers of 1/b, which may be out of range where y is not.
+
+    From those of a = y b, as in y_l = (a_l − y b_l) / b.
+    """
+    (a_value, a_tangents, a_seconds), (b_value, b_tangents, b_seconds) = (
+        components(at_least_float32(stack), min(firsts, len(stack) - 1)) for stack in (a, b)
+    )
+    value = a_value / b_value
+    product = value * b_tangents
+    tangents = (a_tangents - product if len(a_tangents) else -product) / b_value
+    if pairs == "none":
+        return torch.cat([value, tangents])
+    product = collect(2 * tangents * b_tangents, pairs)
+    product = product + value * b_seconds if len(b_seconds) else product
+    seconds = (a_seconds - product if len(a_seconds) else -product) / b_value
+    return torch.cat([value, tangents, seconds])
+
+
+@rule("pow __pow__", kind="pointwise")
+def _pow(x: Any, exponent: Any) -> Jet:
+    constant = isinstance(exponent, Tensor) and not isinstance(exponent, Jet)
+    if constant and not exponent.requires_grad:
+        # Of which PyTorch's forward derivative is NaN for x below zero.
+        raise TaylorError("pow: a power by a tensor. Take each power by a number, as in x**2.")
+    if not isinstance(exponent, float | int) or isinstance(exponent, bool):
+        raise NoRule
+    return apply(partial(power, exponent=exponent), x)
+
+
+@rule("addcmul", several=True, kind="composite")
+def _addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Jet:
+    product = multiply(a, b) if isinstance(a, Jet) or isinstance(b, Jet) else a * b
+    return add(x, product, alpha=value)
+
+
+@rule("baddbmm addmm", several=True, kind="composite")
+def _added(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
+    if not isinstance(a, Jet) and not isinstance(b, Jet):
+        raise NoRule
+    product = multiply(of_matrices(a, b), alpha)
+    if beta == 0:
+        return product
+    # Under autocast x may be in a wider type.
+    return add(product, x, alpha=beta).with_dtype(product.dtype)
+
+
+rule("__rsub__ rsub", several=True, kind="linear")(swapped(_sub))
+rule("__rdiv__ __rtruediv__", several=True, kind="stack")(swapped(_div))

@@ -1,4 +1,4 @@
-r"""The few operators whose higher derivatives PyTorch gets wrong, written so that all are right.
+r"""The few operators whose derivatives PyTorch gets wrong: what replaces them, or refuses them.
 
 What:
     PyTorch 2.6 to 2.13 do not differentiate layer norm, batch norm (in training) and instance norm
@@ -6,25 +6,218 @@ What:
     three sometimes the derivative's own value, is off by several to more than a hundred percent,
     in silence. Later versions may raise there, as the pull requests below do. Group norm,
     attention and the gated linear unit fail loudly on common inputs. Composed of means, products
-    and softmax, each is right by every route. `primitive_mode` puts them in.
+    and softmax, each is right by every route.
+
+The mode:
+    A `TorchFunctionMode` replaces these operators where a network calls them, while a loss
+    evaluates the network and in its thread alone. Nothing is patched. An activation checkpoint
+    evaluates its part of the network again in the backward pass, when the mode is off:
+    `recomputable` puts it on there.
+
+Refused:
+    A few operators whose forward derivatives PyTorch does not differentiate rightly again, where
+    one is needed; and in both engines operators that it does not differentiate at all, such as
+    torch.special.bessel_j0.
 
 Source:
-    PyTorch issues 175754, 186256, 196699 and 196700; pull requests 176234 and 186779.
+    PyTorch issues 175754, 186256, 196699 and 196700; pull requests 176234 and 186779. The
+    documentation of `torch.overrides`; that of `torch.utils.checkpoint` for `context_fn`.
 """
 
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from hosm_losses.taylor._torch import operators
-from hosm_losses.taylor.errors import DerivativeError
-from hosm_losses.taylor.registry import OF_ONE, PRIMITIVES, functions_named
+from hosm_losses.taylor._torch import (
+    carries_gradient,
+    checkpoint_hook,
+    is_traced,
+    of_a_package,
+    operators,
+)
+from hosm_losses.taylor.registry import (
+    CONSTANT,
+    OF_ONE,
+    PRIMITIVES,
+    ConstantError,
+    DerivativeError,
+    functions_named,
+    guard_hook,
+    name_of,
+)
+
+# --------------------------------------------------------------- operators that PyTorch gets wrong
 
 
+def _operators_named(names: str) -> set[Any]:
+    """The functions and methods of PyTorch with these names, and the operators below them."""
+    return {*functions_named(names), *(op for name in names.split() for op in operators(name))}
+
+
+# What PyTorch derives in forward mode by a formula that it does not differentiate rightly:
+# cumprod where a factor is zero, and those of the second row where it derives them twice.
+_FORWARD = _operators_named(
+    "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_ "
+    "cholesky_inverse linear_cross_entropy dist pairwise_distance matrix_norm float_power "
+    "cosine_similarity "
+    "eigh eigvalsh copysign copysign_ renorm renorm_ cosine_embedding_loss triplet_margin_loss"
+)
+# And these where they multiply.
+_PRODUCTS = _operators_named("scatter_reduce index_reduce scatter_reduce_ index_reduce_")
+WRONG = (
+    "PyTorch's derivative of it in forward mode is not differentiated rightly. Write it with "
+    "other operators."
+)
+# Functions that take the type or the shape of an argument alone; and torch.tensor, which detaches.
+_CONSTANT_TOO = ("to", "type_as", "view_as", "reshape_as", "expand_as", "fill", "fill_", "tensor")
+
+
+def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[str, Any]) -> bool:
+    """Whether PyTorch gets a function's forward derivative, or the gradient of it, wrong.
+
+    Of a package's own operator, as `torch.library.custom_op` makes it, it takes it for zero.
+    """
+    if of_a_package(function):
+        return True
+    if function in _PRODUCTS:
+        return any(isinstance(arg, str) and arg == "prod" for arg in (*args, *named.values()))
+    return function in _FORWARD
+
+
+def refuse_constant(function: Any, result: Tensor) -> None:
+    """Raise if a result has no derivative though an argument of the function has one.
+
+    It may be a constant on purpose: a new tensor, a draw, or what is detached.
+    """
+    if not result.is_floating_point() or function in CONSTANT:
+        return
+    # An operator of torch.ops.aten has a name such as new_zeros.default.
+    name = name_of(function).split(".")[0]
+    if name in _CONSTANT_TOO or any(name == name_of(constant) for constant in CONSTANT):
+        return
+    raise ConstantError(
+        f"network: expected operators that PyTorch differentiates; got {name}, which it takes for "
+        "a constant. Write it with other operators, or give it x.detach() if it is meant as one."
+    )
+
+
+# ---------------------------------------------------------------------------------------- the mode
+CHECKPOINT_ADVICE = (
+    "checkpoint: expected hosm_losses.checkpoint inside a network that is trained with order "
+    "two or three; got torch's own, which recomputes with other operators. Use the other "
+    "(diffusers: "
+    "model.enable_gradient_checkpointing(gradient_checkpointing_func=hosm_losses.checkpoint)), "
+    "or checkpoint around the loss module."
+)
+
+
+_DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class ForeignCheckpointError(DerivativeError):
+    """Torch's own checkpoint is inside the network, around what it cannot recompute."""
+
+
+class _Thread(threading.local):
+    """Thread-local state."""
+
+    def __init__(self) -> None:
+        # Not of the class: torch.compile guards what there is, and none is to be added later.
+        self.modes: tuple[_SafePrimitives, ...] = ()
+
+
+_thread = _Thread()
+
+
+class _SafePrimitives(TorchFunctionMode):
+    def __init__(self, table: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.table = table
+        self.outer_hook: object = None  # the checkpoint's hook that surrounds the mode
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.outer_hook = checkpoint_hook()
+        _thread.modes = (*_thread.modes, self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _thread.modes = _thread.modes[:-1]
+        super().__exit__(*exception)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.register_hook:
+            tensor, hook = *args, *(kwargs or {}).values()
+            return tensor.register_hook(guard_hook(hook))
+        if func == _DATA and is_traced():  # which is shallow, as .detach_() is
+            return args[0].detach()
+        if func in (Tensor.detach_, torch.detach_) and is_traced():
+            raise DerivativeError(
+                "network: got .detach_(), which is wrong under torch.func. Write x = x.detach()."
+            )
+        primitive = self.table.get(func)
+        if primitive is not None:
+            _refuse_foreign_checkpoint()
+        result = (primitive or func)(*args, **(kwargs or {}))
+        if type(result) is Tensor and not result.requires_grad and self.table is not OF_ONE:
+            arguments = *args, *(kwargs or {}).values()
+            if torch.is_grad_enabled() and any(map(carries_gradient, arguments)):
+                refuse_constant(func, result)
+        return result
+
+
+def _refuse_foreign_checkpoint() -> None:
+    """Raise where torch's own checkpoint surrounds what it cannot recompute as the loss did.
+
+    That is a primitive. One that was on before the mode is ours, or surrounds the loss: it enters
+    the mode again and is right.
+    """
+    if checkpoint_hook() not in (None, _thread.modes[-1].outer_hook):
+        raise ForeignCheckpointError(CHECKPOINT_ADVICE)
+
+
+def safe_primitives(
+    enabled: bool = True, *, of_one_sample: bool = False
+) -> AbstractContextManager[Any]:
+    """A block in which this thread has the primitives in place of the operators, if `enabled`.
+
+    They may be those alone that a first derivative of one sample needs.
+    """
+    return _SafePrimitives(OF_ONE if of_one_sample else PRIMITIVES) if enabled else nullcontext()
+
+
+def refuse_constants() -> AbstractContextManager[Any]:
+    """A block with no primitive, in which operators without a derivative are refused."""
+    return _SafePrimitives({})
+
+
+def recomputable(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """torch's non-reentrant checkpoint; its recomputation has the primitives if this call has.
+
+    The first computation enters the mode again, inside the hooks that save its tensors.
+    """
+    tables = [mode.table for mode in _thread.modes]
+
+    def mode() -> AbstractContextManager[Any]:
+        return _SafePrimitives(tables[-1]) if tables else nullcontext()
+
+    return torch.utils.checkpoint.checkpoint(
+        function, *args, use_reentrant=False, context_fn=lambda: (mode(), mode()), **kwargs
+    )
+
+
+# ---------------------------------------------------------------------------------- the primitives
 def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
-    """Batch norm's count of batches: torch.func forbids the in-place method, not out=."""
+    """Add to batch norm's count of batches: torch.func forbids the in-place method, not out=."""
     if counter.is_floating_point():
         return counter.add_(other, alpha=alpha)
     return torch.add(counter, other, alpha=alpha, out=counter)
@@ -42,8 +235,8 @@ def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  
     return torch.where(mask, value, input).to(input.dtype)
 
 
-def _refuse(told: str, *_: Any, **__: Any) -> Tensor:
-    raise DerivativeError(told)
+def _refuse(message: str, *_: Any, **__: Any) -> Tensor:
+    raise DerivativeError(message)
 
 
 NORMS = (
@@ -54,26 +247,29 @@ NORMS = (
 NOT_A_NUMBER = (
     "network: expected no logcumsumexp, whose second derivative is NaN. Write torch.logsumexp."
 )
-_OTHERS: dict[Any, Any] = {
-    Tensor.add_: _add_in_place,
-    "logcumsumexp": partial(_refuse, NOT_A_NUMBER),
-    Tensor.index_fill_: lambda x, *given, **named: x.copy_(_index_fill(x, *given, **named)),
-    "select_scatter": _select_scatter,
-    "index_fill": _index_fill,
-    "native_layer_norm native_group_norm native_batch_norm": partial(_refuse, NORMS),
-    torch.batch_norm: partial(_refuse, NORMS),
-    torch.instance_norm: partial(_refuse, NORMS),
-}
-for _names, _other in _OTHERS.items():
-    for _function in functions_named(_names):
-        PRIMITIVES[_function] = _other
-# As programs of torch.export call them, with the arguments of the functions of torch.
-for _function, _primitive in list(PRIMITIVES.items()):
-    if not _function.__name__.endswith("_"):
-        PRIMITIVES.update(dict.fromkeys(operators(_function.__name__), _primitive))
-PRIMITIVES.update(dict.fromkeys(operators("_native_batch_norm_legit"), partial(_refuse, NORMS)))
 
 
-# What PyTorch gets wrong once already: of one sample, in channels_last on the CPU.
-_INSTANCE_NORMS = *functions_named("instance_norm"), *operators("instance_norm")
-OF_ONE.update({each: PRIMITIVES[each] for each in _INSTANCE_NORMS})
+def complete_primitives() -> None:
+    """Register the primitives that are not composites, when all of those are registered."""
+    refuse_norms = partial(_refuse, NORMS)
+    primitives: dict[Any, Any] = {
+        Tensor.add_: _add_in_place,
+        "logcumsumexp": partial(_refuse, NOT_A_NUMBER),
+        Tensor.index_fill_: lambda x, *args, **named: x.copy_(_index_fill(x, *args, **named)),
+        "select_scatter": _select_scatter,
+        "index_fill": _index_fill,
+        "native_layer_norm native_group_norm native_batch_norm": refuse_norms,
+        torch.batch_norm: refuse_norms,
+        torch.instance_norm: refuse_norms,
+    }
+    for names, primitive in primitives.items():
+        for function in functions_named(names):
+            PRIMITIVES[function] = primitive
+    # As programs of torch.export call them, with the arguments of the functions of torch.
+    for function, primitive in list(PRIMITIVES.items()):
+        if not function.__name__.endswith("_"):
+            PRIMITIVES.update(dict.fromkeys(operators(function.__name__), primitive))
+    PRIMITIVES.update(dict.fromkeys(operators("_native_batch_norm_legit"), refuse_norms))
+    # What PyTorch gets wrong once already: of one sample, in channels_last on the CPU.
+    for function in *functions_named("instance_norm"), *operators("instance_norm"):
+        OF_ONE[function] = PRIMITIVES[function]

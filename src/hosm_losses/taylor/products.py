@@ -38,17 +38,15 @@ from hosm_losses.taylor._torch import (
     selective_checkpoint,
     without_autocast,
 )
-from hosm_losses.taylor.aliases import share
-from hosm_losses.taylor.errors import NoRule
+from hosm_losses.taylor.jets import Jet
 from hosm_losses.taylor.linear import per_sample
-from hosm_losses.taylor.recompute import needed_gradients
-from hosm_losses.taylor.registry import Function, rule, swapped
+from hosm_losses.taylor.memory import needed_gradients, share
+from hosm_losses.taylor.registry import Function, NoRule, rule, swapped
 from hosm_losses.taylor.stacks import Pairs, align, collect, components
-from hosm_losses.taylor.tensor import Jet
 
 
 def ndim_of(x: Any) -> int:
-    """The axes of a tensor; none of a number."""
+    """The number of axes of a tensor, or 0 for a number."""
     return x.ndim if isinstance(x, Tensor) else 0
 
 
@@ -88,14 +86,14 @@ class Form(NamedTuple):
 
 
 def plain(*tensors: Tensor) -> bool:
-    """Whether these are no subclasses of Tensor with a meaning of their own."""
-    return all(type(each) in (Tensor, torch.nn.Parameter) for each in tensors)
+    """Whether these are tensors or parameters, not of another subclass."""
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def product(form: Form, a: Tensor, b: Tensor) -> Tensor:
     """The product of a and b, whose derivatives are parts of the form."""
-    found: Any = _Gradient.apply(form, 2, a, b)
-    return found
+    value: Any = _Gradient.apply(form, 2, a, b)
+    return value
 
 
 class _Gradient(torch.autograd.Function):
@@ -115,23 +113,23 @@ class _Gradient(torch.autograd.Function):
         needed.insert(ctx.place, False)
         # Where gradients are off a transform may be around, under which no Function is applied.
         evaluate: Any = _Gradient.apply if torch.is_grad_enabled() else _evaluate_form
-        found = [
+        gradients = [
             evaluate(ctx.form, place, *others[:place], *others[place + 1 :]) if need else None
             for place, need in enumerate(needed)
         ]
-        del found[ctx.place]
-        return None, None, *found
+        del gradients[ctx.place]
+        return None, None, *gradients
 
 
 def _evaluate_form(form: Form, place: int, *others: Tensor) -> Tensor:
-    """In the types that the product was given, also in a backward pass under autocast."""
+    """Evaluate a part of a form in the types of its factors, also under autocast."""
     with without_autocast(others[0].device.type):
         return form[place](*others)
 
 
 # ------------------------------------------------------------------------------- layers of weights
 class _AddInPlace(torch.autograd.Function):
-    """Add a bias to the first rows of what a layer has just made, without a copy of the rest."""
+    """Add a bias to the first rows of a layer's output in place, without a copy of the others."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, bias: Tensor, rows: int) -> Tensor:
@@ -147,7 +145,7 @@ class _AddInPlace(torch.autograd.Function):
 
 
 def with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """The output of a layer, changed, with the bias on its first rows."""
+    """Add the bias to the first rows of a layer's output, in place where that is allowed."""
     if bias is None:
         return output
     # A selective checkpoint may keep the output for its recomputation, as it is without a bias.
@@ -159,7 +157,7 @@ def with_bias(output: Tensor, bias: Tensor | None, rows: int) -> Tensor:
 @rule(F.linear, kind="bilinear")
 def linear(x: Any, weight: Any, bias: Any = None) -> Jet:
     """The layer of a weight and a bias."""
-    if weight.ndim != 2 or x.ndim == 0:
+    if weight.ndim != 2 or x.stack.ndim < 2:  # of a number
         raise NoRule
     return x.like(with_bias(F.linear(x.stack, weight), bias, 1))
 
@@ -174,7 +172,7 @@ TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
 @rule(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
     kind="bilinear",
-    told=True,
+    with_function=True,
 )
 def _convolution(
     function: Function, x: Any, weight: Any, bias: Any = None, *args: Any, **named: Any
@@ -183,8 +181,8 @@ def _convolution(
         raise NoRule
     bias = None if bias is None else bias.reshape(-1, *(1,) * (x.ndim - 2))
     transposed = function in TRANSPOSING  # torch.compile knows no name of it
-    given = zip(TRANSPOSED if transposed else PLAIN, args, strict=False)
-    options: dict[str, Any] = OPTIONS | dict(given) | named
+    positional = zip(TRANSPOSED if transposed else PLAIN, args, strict=False)
+    options: dict[str, Any] = OPTIONS | dict(positional) | named
     if len(options) > len(OPTIONS):  # a name that PyTorch does not know
         raise NoRule
 
@@ -199,32 +197,32 @@ def _convolution(
     return x.like(per_sample(x.stack, biased))
 
 
-def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *given: Any) -> Form:
+def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settings: Any) -> Form:
     """The gradients of a convolution.
 
     The weight is kept in its own type, and multiplied in that of autocast, if it is on now.
     """
-    *sizes, groups = given
+    *sizes, groups = settings
     stride, padding, output_padding, dilation = (
-        [each] * (weight.ndim - 2) if isinstance(each, int) else each for each in sizes
+        [size] * (weight.ndim - 2) if isinstance(size, int) else size for size in sizes
     )
     options = stride, padding, dilation, transposed, output_padding, groups
     backward = torch.ops.aten.convolution_backward
     shapes, dtype = (samples.shape, weight.shape), weight.dtype
     cast = autocast_type(weight)
 
-    def per_sample(weight: Tensor, cotangent: Tensor) -> Tensor:
+    def vjp_in_input(weight: Tensor, cotangent: Tensor) -> Tensor:
         # Of what is expanded only the shape is used.
         samples, weight = cotangent.new_empty(1).expand(shapes[0]), weight.to(cast)
         return backward(cotangent, samples, weight, None, *options, (True, False, False))[0]
 
-    def of_weight(samples: Tensor, cotangent: Tensor) -> Tensor:
+    def vjp_in_weight(samples: Tensor, cotangent: Tensor) -> Tensor:
         weight = cotangent.new_empty(1).expand(shapes[1])
-        found = backward(cotangent, samples, weight, None, *options, (False, True, False))[1]
-        return found.to(dtype)
+        gradient = backward(cotangent, samples, weight, None, *options, (False, True, False))[1]
+        return gradient.to(dtype)
 
     return Form(
-        per_sample, of_weight, lambda a, b: torch.convolution(a, b.to(cast), None, *options)
+        vjp_in_input, vjp_in_weight, lambda a, b: torch.convolution(a, b.to(cast), None, *options)
     )
 
 
@@ -282,7 +280,7 @@ def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
 
 @cache
 def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | None:
-    """Indices of batch, rows, sum and columns; None as where one is in one factor alone."""
+    """Indices of batch, rows, sum and columns; None where it is no product of matrices."""
     batch = "".join(index for index in result if index in left and index in right)
     rows = "".join(index for index in result if index not in right)
     inner = "".join(index for index in left if index in right and index not in result)
@@ -294,13 +292,13 @@ def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | N
 
 
 def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
-    """A sum over indices as products of matrices; None where `product_rule` has to do it."""
+    """A sum over indices as products of matrices; None where `product_rule` is needed."""
     if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MOST or is_traced():
         return None
     groups, sizes = _groups(left, right, result), dict(zip(left, a.shape, strict=False))
     if groups is None or len(left) != a.ndim or len(right) != b.ndim:
         return None
-    if any(sizes.setdefault(*each) != each[1] for each in zip(right, b.shape, strict=True)):
+    if any(sizes.setdefault(i, size) != size for i, size in zip(right, b.shape, strict=True)):
         return None
     batch, rows, inner, columns = groups
     # It is the last axis in memory as well, in the other order.
@@ -312,15 +310,15 @@ def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
     n, m, k, p = (prod([sizes[index] for index in group]) for group in groups)
     x = _reorder_axes(x, left, batch + rows + inner).reshape(len(x), n, m, k)
     y = _reorder_axes(y, right, batch + inner + columns).reshape(len(y), n, k, p)
-    found = product(_form(_terms(a.firsts, a.pairs, len(x), len(y)), x, y), x, y)
-    given = batch + rows + columns
-    found = found.reshape(len(found), *[sizes[index] for index in given])
-    return a.like(_reorder_axes(found, given, result))
+    output = product(_form(_terms(a.firsts, a.pairs, len(x), len(y)), x, y), x, y)
+    order = batch + rows + columns
+    output = output.reshape(len(output), *[sizes[index] for index in order])
+    return a.like(_reorder_axes(output, order, result))
 
 
-def _reorder_axes(stack: Tensor, given: str, wanted: str) -> Tensor:
+def _reorder_axes(stack: Tensor, order: str, wanted: str) -> Tensor:
     """A stack with the axes of its value in another order."""
-    return stack.permute(0, *(1 + given.index(index) for index in wanted))
+    return stack.permute(0, *(1 + order.index(index) for index in wanted))
 
 
 @rule("matmul __matmul__", several=True, kind="bilinear")
@@ -330,8 +328,10 @@ def matmul(a: Any, b: Any) -> Jet:
         raise NoRule
     ndim = max(ndim_of(a), ndim_of(b))
     batch = ascii_lowercase[: ndim - 2]
-    found = _contract(f"{batch}MK", f"{batch}KN", f"{batch}MN", a, b) if a.ndim == b.ndim else None
-    return product_rule(a, b, torch.matmul, ndim) if found is None else found
+    contracted = None
+    if a.ndim == b.ndim:
+        contracted = _contract(f"{batch}MK", f"{batch}KN", f"{batch}MN", a, b)
+    return product_rule(a, b, torch.matmul, ndim) if contracted is None else contracted
 
 
 @rule("mm bmm", several=True, kind="bilinear")
@@ -368,14 +368,14 @@ def _einsum(equation: Any, *operands: Any) -> Jet:
         raise NoRule
     equation = _without_dots(equation, factors)
     new = next(letter for letter in ascii_letters if letter not in equation)
-    given, _, result = equation.replace(" ", "").partition("->")
+    indices, _, result = equation.replace(" ", "").partition("->")
     terms = [
         new + term if isinstance(factor, Jet) else term
-        for term, factor in zip(given.split(","), factors, strict=True)
+        for term, factor in zip(indices.split(","), factors, strict=True)
     ]
     summed = partial(torch.einsum, f"{','.join(terms)}->{new}{result}")
     if len(factors) == 1:
         return share(factors[0], factors[0].like(summed(factors[0].stack)))
-    left, right = given.split(",")
-    found = _contract(left, right, result, factors[0], factors[1])
-    return product_rule(factors[0], factors[1], summed, 0) if found is None else found
+    left, right = indices.split(",")
+    contracted = _contract(left, right, result, factors[0], factors[1])
+    return product_rule(factors[0], factors[1], summed, 0) if contracted is None else contracted

@@ -1,20 +1,22 @@
-r"""The registry: which function of PyTorch has which rule, by kind.
+r"""Which function of PyTorch has which rule; the errors of the engine; hooks inside a network.
 
-Kinds:
+Kinds of rules:
     linear      the same function of every component of a stack, `linear(function, name, …)`
-    bilinear    a product of two factors, `bilinear(function, name, …)`
+    bilinear    a product of two factors, `product_rule(a, b, product, ndim)`
     pointwise   a function of one number, by its first three derivatives; see `pointwise`
     composite   a few other functions; one body serves Jets and plain tensors
     stack       a function of Jets that computes with their stacks
     other       what is asked of a tensor, a change in place, or an error
 
-A rule is written with the arguments that networks give. A call with others, or one for which it
+A rule is written with the arguments that networks pass. A call with others, or one for which it
 raises `NoRule`, goes to PyTorch's own function with exactly those arguments; see
-`hosm_losses.taylor.tensor`.
+`hosm_losses.taylor.jets`.
+
+Hooks on tensors and modules inside a network may look at gradients and not change them.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -23,8 +25,27 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from hosm_losses.taylor.errors import NoRule
+from hosm_losses.taylor._torch import versions
 
+
+# ------------------------------------------------------------------------------------------ errors
+class DerivativeError(ValueError):
+    """A derivative that cannot be taken, or would be wrong, with the remedy in its message."""
+
+
+class ConstantError(DerivativeError):
+    """An operator without a derivative in PyTorch; each engine would take it for a constant."""
+
+
+class TaylorError(RuntimeError):
+    """A function the Taylor engine cannot differentiate; reverse mode may."""
+
+
+class NoRule(Exception):  # noqa: N818 - it never reaches a user
+    """A call that a rule does not know; PyTorch's own function is differentiated in its place."""
+
+
+# ------------------------------------------------------------------------------------------- rules
 Function = Callable[..., Any]
 Kind = Literal["linear", "bilinear", "pointwise", "composite", "stack", "other"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -52,18 +73,22 @@ class Rule:
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """The arguments as the rule is called with them; None if it does not take them."""
-        named = {
-            SPELLINGS.get(name, name): value
-            for name, value in kwargs.items()
-            if name not in ("inplace", "out")
-        }
+        named: dict[str, Any] = {}
+        for name, value in kwargs.items():
+            if name not in ("inplace", "out"):
+                named[SPELLINGS.get(name, name)] = value
         if not args and "input" in named:
             args = (named.pop("input"),)
         count = len(args)
-        known = all(self.anything or name in self.names[count:] for name in named)
-        whole = all(name in named for name in self.needed[count:])
-        few = self.most is None or count <= self.most
-        return (args, named) if known and whole and few else None
+        if self.most is not None and count > self.most:
+            return None
+        for name in named:
+            if not self.anything and name not in self.names[count:]:
+                return None
+        for name in self.needed[count:]:
+            if name not in named:
+                return None
+        return args, named
 
 
 RULES: dict[Function, Rule] = {}
@@ -80,37 +105,40 @@ OF_COMPLEX: dict[Function, None] = {}
 
 
 def functions_named(*names: str | Function) -> list[Function]:
-    """The functions of PyTorch that are given, and those and the methods with given names."""
-    found = [each for each in names if not isinstance(each, str)]
-    for name in " ".join(each for each in names if isinstance(each, str)).split():
-        found += [getattr(home, name, None) for home in HOMES]
+    """The functions among the arguments, and those and the methods of PyTorch that they name."""
+    functions = [name for name in names if not isinstance(name, str)]
+    for name in " ".join(name for name in names if isinstance(name, str)).split():
+        functions += [getattr(home, name, None) for home in HOMES]
     # A type such as torch.float is none, and some names are those of one function.
-    return list(dict.fromkeys(each for each in found if callable(each)))
+    return list(dict.fromkeys(function for function in functions if callable(function)))
 
 
 def rule(
-    *names: str | Function, several: bool = False, kind: Kind = "other", told: bool = False
+    *names: str | Function,
+    several: bool = False,
+    kind: Kind = "other",
+    with_function: bool = False,
 ) -> Callable[[Function], Function]:
-    """Register a rule for functions of PyTorch, with arguments as theirs, of which one is a Jet.
+    """Register a rule for functions of PyTorch, with arguments like theirs.
 
-    The Jet is the first argument, unless `several` says that any may be one. A rule that is `told`
-    is given the function that was called before its arguments.
+    The Jet is the first argument, unless `several` says that any may be one. A rule
+    `with_function` takes the function that was called before its arguments.
     """
 
     def register(function: Function) -> Function:
-        for each in functions_named(*names):
-            called = partial(function, each) if told else function
+        for operator in functions_named(*names):
+            called = partial(function, operator) if with_function else function
             parameters = inspect.signature(called).parameters.values()
-            places = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-            named = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
-            kinds = [each.kind for each in parameters]
-            RULES[each] = Rule(
+            places = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+            named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+            kinds = [p.kind for p in parameters]
+            RULES[operator] = Rule(
                 called,
                 kind,
                 several,
-                tuple(each.name for each in (*places, *named)),
+                tuple(p.name for p in (*places, *named)),
                 None if inspect.Parameter.VAR_POSITIONAL in kinds else len(places),
-                tuple(each.name for each in places if each.default is each.empty),
+                tuple(p.name for p in places if p.default is p.empty),
                 inspect.Parameter.VAR_KEYWORD in kinds,
             )
         return function
@@ -137,4 +165,47 @@ def axes(dim: Any, ndim: int) -> tuple[int, ...]:
     dims = tuple(dim) if isinstance(dim, tuple | list) else (dim,)
     if not dims:  # which PyTorch reads in different ways
         raise NoRule
-    return tuple(axis(each, ndim) for each in dims)
+    return tuple(axis(dim, ndim) for dim in dims)
+
+
+# ------------------------------------------------------------------------------------------- hooks
+CHANGING_HOOK = (
+    "network: expected hooks that look at gradients; got one that changes them inside it, and "
+    "so the loss. Change gradients of the parameters, after loss.backward()."
+)
+
+
+class ChangedGradientError(DerivativeError):
+    """A hook that changes a gradient; with another engine it would change the loss."""
+
+
+class ScriptedError(DerivativeError):
+    """A part of torch.jit; another engine would not see the norms inside it either."""
+
+
+GIVE_THE_SOURCE = (
+    "Inside it PyTorch takes higher derivatives of norms, which versions 2.6 to 2.13 get wrong "
+    "without an error. Use the module that it was made of."
+)
+# What no other engine does better.
+FINAL = (ChangedGradientError, ScriptedError, ConstantError)
+
+
+def check_unchanged(returned: Sequence[Any], incoming: Sequence[Any]) -> None:
+    """Compare what comes out of a module's hooks with what went in."""
+    for after, before in zip(returned, incoming, strict=True):
+        if isinstance(after, Tensor) and isinstance(before, Tensor) and after is not before:
+            raise ChangedGradientError(CHANGING_HOOK)
+
+
+def guard_hook(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
+    """A hook that raises where the given one changes a gradient."""
+
+    def guarded(gradient: Tensor) -> None:
+        before = versions([gradient])
+        returned = hook(gradient)
+        same = returned is None or returned is gradient
+        if not same or versions([gradient]) != before:
+            raise ChangedGradientError(CHANGING_HOOK)
+
+    return guarded

@@ -10,7 +10,7 @@ Pairs = Literal["none", "squares", "sum"]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32 where its type is shorter, else as it is."""
+    """Cast a tensor in a shorter type to float32; return any other as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -23,18 +23,18 @@ def components(stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def collect(squares: Tensor, pairs: Pairs) -> Tensor:
-    """What squares of first derivatives add to the second ones."""
+    """The squares of first derivatives that second ones need: all of them, or their sum."""
     return squares.sum(0, keepdim=True) if pairs == "sum" else squares
 
 
 def extend(stack: Tensor, count: int) -> Tensor:
-    """A stack of `count` components, of which those added are derivatives of zero."""
+    """Extend a stack to `count` components by derivatives of zero."""
     missing = count - stack.shape[0]
     return torch.cat([stack, stack.new_zeros(missing, *stack.shape[1:])]) if missing else stack
 
 
 def align(stack: Tensor, ndim: int) -> Tensor:
-    """A stack with axes of size one after its first, for a value of `ndim` axes at least."""
+    """Insert axes of size one after the first, for a value of `ndim` axes at least."""
     missing = ndim + 1 - stack.ndim
     if missing <= 0:
         return stack
@@ -58,5 +58,5 @@ def add_products(whole: Tensor, left: Tensor, right: Tensor, value: float = 1.0)
     elif len(right) == 1:
         whole.addcmul_(total(left), right, value=value)
     else:
-        for one, other in zip(left.unbind(), right.unbind(), strict=True):
-            whole[0].addcmul_(one, other, value=value)
+        for a, b in zip(left.unbind(), right.unbind(), strict=True):
+            whole[0].addcmul_(a, b, value=value)

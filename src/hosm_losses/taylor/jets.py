@@ -1,4 +1,4 @@
-r"""A tensor with its derivatives along directions, and what a function makes of one.
+r"""A tensor with its derivatives along directions, and a function with its derivatives.
 
 What:
     A Jet stands for x and carries a stack (C, B, *): the value; `firsts` first derivatives, one
@@ -8,12 +8,14 @@ What:
 
     Second derivatives that are zero everywhere, as those of the input are, are not stored.
 
+    `jet` and `laplacian` are for users, `propagate` is for the engines.
+
 Without a rule:
     The function is differentiated by `torch.func.jvp`, by itself and with the user's own
     arguments, with the safe primitives in place: right, but not as fast. What cannot be right
     raises TaylorError: complex numbers, but for those of rotary embeddings, and anything under
     torch.no_grad, where a custom autograd.Function computes. What PyTorch does not differentiate
-    raises ConstantError. Changes in place are those of `aliases` and `in_place`.
+    raises ConstantError. Changes in place are those of `memory` and `in_place`.
 
 A rule calls other rules, and PyTorch on stacks; it does not call PyTorch on Jets, which
 torch.compile would take for plain tensors there.
@@ -22,31 +24,42 @@ torch.compile would take for plain tensors there.
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from hosm_losses.taylor import aliases
+from hosm_losses.taylor import memory
 from hosm_losses.taylor._torch import (
+    forward_mode,
     forward_mode_on,
     in_custom_function,
+    leave_inference_mode,
+    outside_inference_mode,
     pytree,
     shell,
     without_subclasses,
 )
-from hosm_losses.taylor.errors import NoRule, TaylorError
-from hosm_losses.taylor.hooks import GIVE_THE_SOURCE, ScriptedError
-from hosm_losses.taylor.primitive_mode import safe_primitives
-from hosm_losses.taylor.registry import CONSTANT, OF_COMPLEX, RULES, Rule, name_of
-from hosm_losses.taylor.stacks import Pairs, extend
-from hosm_losses.taylor.unknown import (
+from hosm_losses.taylor.primitives import (
     WRONG,
-    along,
     refuse_constant,
+    safe_primitives,
     wrong_in_forward_mode,
 )
+from hosm_losses.taylor.registry import (
+    CONSTANT,
+    GIVE_THE_SOURCE,
+    OF_COMPLEX,
+    RULES,
+    NoRule,
+    Rule,
+    ScriptedError,
+    TaylorError,
+    name_of,
+)
+from hosm_losses.taylor.stacks import Pairs, collect, components, extend
 
 # The methods that Tensor has in Python. torch.compile looks into them in place of asking
 # `__torch_function__`, so Jet has its own; with their rules, which it does not find in a
@@ -74,7 +87,7 @@ class Jet(Tensor):
     def make(
         stack: Tensor, firsts: int, pairs: Pairs = "none", *, of_complex: bool = False
     ) -> "Jet":
-        """Return the Jet of a stack, which may be one of complex numbers where that is said."""
+        """Return the Jet of a stack, of complex numbers only if `of_complex`."""
         if stack.is_complex() and (not of_complex or torch.compiler.is_compiling()):
             raise TaylorError(f"an operator {COMPLEX}")
         if torch.compiler.is_compiling():
@@ -82,7 +95,7 @@ class Jet(Tensor):
             jet = marked.movedim(0, -1).as_subclass(_Traced)
         else:
             jet = shell(_Complex if of_complex else _Opaque, stack)
-            for propagation in aliases.THREAD.propagations[-1:]:
+            for propagation in memory.THREAD.propagations[-1:]:
                 propagation.jets.append(weakref.ref(jet))
         jet.stack, jet.firsts, jet.pairs = stack, firsts, pairs
         jet.memory = None
@@ -93,11 +106,11 @@ class Jet(Tensor):
         return Jet.make(stack, self.firsts, self.pairs)
 
     def with_dtype(self, dtype: torch.dtype) -> "Jet":
-        """Return the Jet in a floating type, itself if it is in that."""
+        """Return the Jet in a floating type, itself if it has that type."""
         return self if self.stack.dtype == dtype else self.like(self.stack.to(dtype))
 
     def of(self, stack: Tensor) -> Tensor:
-        """Return the Jet of a stack, or the plain value of one of integers or masks."""
+        """Return the Jet of a stack, or the plain value if it holds integers or masks."""
         differentiable = stack.is_floating_point() or stack.is_complex()
         return self.like(stack) if differentiable else stack[0]
 
@@ -136,7 +149,7 @@ class _Complex(_Opaque):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        jets = [each for each in (*args, *(kwargs or {}).values()) if isinstance(each, Jet)]
+        jets = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, Jet)]
         if func not in CONSTANT and (func not in OF_COMPLEX or len(jets) > 1):
             raise TaylorError(f"{name_of(func)}: {ROTARY}")
         return call(func, args, kwargs or {})
@@ -164,19 +177,27 @@ for _entry, _answer in _ASKED.items():
 
 
 def unpack(x: Any) -> Any:
-    """An argument, which may be a row that torch.compile unpacked, or several of them."""
+    """Make Jets of rows that torch.compile unpacked, in an argument or in a list of them."""
     if type(x) in (list, tuple):
         return type(x)(map(unpack, x))
     if not isinstance(x, Jet) or hasattr(x, "stack"):
         return x
-    propagation = aliases.THREAD.propagations[-1]
+    propagation = memory.THREAD.propagations[-1]
     with without_subclasses():
         stack = x.movedim(-1, 0)[:-1]
     if tuple(stack.shape[1:]) in propagation.changed:
-        raise TaylorError(aliases.UNPACKED)
+        raise TaylorError(memory.UNPACKED)
     row = Jet.make(stack, propagation.firsts, propagation.pairs)
-    aliases.share_value(row, stack)  # and is not changed in place
+    memory.share_value(row, stack)  # and is not changed in place
     return row
+
+
+def _rule_of(func: Callable[..., Any]) -> Rule | None:
+    """The rule of a function under torch.compile, which finds no method in a dictionary."""
+    for method, rule in IN_PYTHON:
+        if func is method:
+            return rule
+    return RULES.get(func)
 
 
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -192,34 +213,26 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         if isinstance(answer, Tensor) and in_custom_function():
             raise TaylorError(f"{name_of(func)}: {CUSTOM}")
         if shares:
-            return aliases.detached(args[0] if args else kwargs["input"], answer)
+            return memory.detached(args[0] if args else kwargs["input"], answer)
         return answer
     if kwargs.get("out") is not None:
         raise TaylorError(f"{name_of(func)}: out= {CHANGES}")
     if kwargs.get("inplace"):
         target = args[0] if args else kwargs["input"]
         return write_jet(target, call(func, args, {**kwargs, "inplace": False}))
-    if compiling:
-        for method, found in IN_PYTHON:
-            if func is method:
-                return _run(found, func, args, kwargs)
-    found = RULES.get(func)
-    if found is None and name_of(func) == "__get__":
+    rule = _rule_of(func) if compiling else RULES.get(func)
+    if rule is None and name_of(func) == "__get__":
         answer = on_values(func, args, kwargs)
         # A property that is a tensor, such as .real, is a function like any other.
         return differentiate(func, args, kwargs) if isinstance(answer, Tensor) else answer
-    if found is None and name_of(func) == "__set__":
+    if rule is None and name_of(func) == "__set__":
         raise TaylorError(f"a property {CHANGES}")
-    return _run(found, func, args, kwargs)
-
-
-def _run(found: Rule | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():
         raise TaylorError(f"{name_of(func)}: {CUSTOM if in_custom_function() else NO_GRAD}")
-    taken = None if found is None else found.takes(args, kwargs)
-    if found is not None and taken is not None and (found.several or _is_first(*taken)):
+    taken = None if rule is None else rule.takes(args, kwargs)
+    if rule is not None and taken is not None and (rule.several or _is_first(*taken)):
         try:
-            return found.function(*taken[0], **taken[1])
+            return rule.function(*taken[0], **taken[1])
         except NoRule:
             pass
     return differentiate(func, args, kwargs)
@@ -240,17 +253,17 @@ def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         filled = list(flat)
         for place, value in zip(places, values, strict=True):
             filled[place] = value
-        given, named = pytree.tree_unflatten(filled, form)
+        new_args, new_kwargs = pytree.tree_unflatten(filled, form)
         with safe_primitives():
-            seen[:] = pytree.tree_flatten(func(*given, **named))
+            seen[:] = pytree.tree_flatten(func(*new_args, **new_kwargs))
         if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in seen[0]):
             raise TaylorError(f"{name_of(func)}: {COMPLEX}")
         # One result at least, where the function returns no tensor.
-        found = tuple(leaf for leaf in seen[0] if isinstance(leaf, Tensor))
-        floats = [leaf for leaf in found if leaf.is_floating_point()]
+        results = tuple(leaf for leaf in seen[0] if isinstance(leaf, Tensor))
+        floats = [leaf for leaf in results if leaf.is_floating_point()]
         if floats and all(unpack_dual(leaf).tangent is None for leaf in floats):
             refuse_constant(func, floats[0])
-        return found or (values[0].new_zeros(()),)
+        return results or (values[0].new_zeros(()),)
 
     # Copies: torch.func writes to what it is given, which elements in one place do not allow.
     values = tuple(jet.stack[0].clone() for jet in jets)
@@ -259,31 +272,81 @@ def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     )
     stacks = iter(along(function, values, derivatives, jets[0].firsts, jets[0].pairs))
     leaves, tree = seen
-    found = [jets[0].of(next(stacks)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    for each in found if name_of(func) in aliases.PERHAPS_VIEWS else ():
-        aliases.share(jets[0], each)
-    return pytree.tree_unflatten(found, tree)
+    outputs = [jets[0].of(next(stacks)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    for output in outputs if name_of(func) in memory.MAY_RETURN_VIEW else ():
+        memory.share(jets[0], output)
+    return pytree.tree_unflatten(outputs, tree)
+
+
+def along(
+    function: Callable[..., Any],
+    values: tuple[Tensor, ...],
+    derivatives: tuple[Tensor, ...],
+    firsts: int,
+    pairs: Pairs,
+) -> list[Tensor]:
+    """The stacks of the results of a function, by nested torch.func.jvp, in one evaluation.
+
+    `derivatives` has for each value the stack of its `firsts` first derivatives and, unless they
+    are zero, of its second ones.
+    """
+    inner: Any = partial(torch.func.jvp, function)
+
+    def second(tangents: tuple[Tensor, ...], seconds: tuple[Tensor, ...]) -> Any:
+        nested: Any = torch.func.jvp(inner, (values, tangents), (tangents, seconds))
+        (value, first), (_, second) = nested
+        return value, first, second
+
+    if pairs == "none":
+        value, *parts = _map_directions(partial(inner, values), derivatives)
+    else:
+        tangents = tuple(derivative[:firsts] for derivative in derivatives)
+        # Of a sum the first direction has it all.
+        seconds = tuple(extend(derivative[firsts:], firsts) for derivative in derivatives)
+        value, *parts = _map_directions(second, tangents, seconds)
+        parts[1] = pytree.tree_map(partial(collect, pairs=pairs), parts[1])
+    stacks = zip(value, *parts, strict=True)
+    return [torch.cat([value.unsqueeze(0), *parts]) for value, *parts in stacks]
+
+
+def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> Any:
+    """The value and the derivatives of a function for several directions.
+
+    Under vmap where there are several: one mask of a dropout then serves all of them.
+    """
+    with forward_mode():
+        if torch.compiler.is_compiling():
+            # PyTorch asks for the offset of a view, which it does not know for all sizes.
+            args = pytree.tree_map(torch.clone, args)
+        if len(args[0][0]) > 1:
+            outs: Any = (None, *(0,) * len(args))
+            return torch.func.vmap(function, out_dims=outs, randomness="same")(*args)
+        value, *parts = function(*pytree.tree_map(lambda stack: stack[0], args))
+    return value, *pytree.tree_map(lambda part: part.unsqueeze(0), parts)
 
 
 def write_jet(x: Tensor, result: Any) -> Tensor:
-    """Give a Jet or a plain tensor, in place and in its type, what a Jet carries; return it."""
+    """Write a result to a Jet or a plain tensor in place, in its type, and return it."""
     if result.shape != x.shape:
         raise TaylorError(
             f"a change in place of what has shape {tuple(x.shape)} into {tuple(result.shape)}."
         )
     if not isinstance(x, Jet):
         # A Jet of its own, for it changes places with x.
-        aliases.promote(x, result.like(result.stack.to(x.dtype)))
+        memory.to_jet(x, result.like(result.stack.to(x.dtype)))
         return x
     if not isinstance(result, Jet):
         result = x.constant(result)
-    return aliases.write(x, result.stack if result.dtype == x.dtype else result.stack.to(x.dtype))
+    return memory.write(x, result.stack if result.dtype == x.dtype else result.stack.to(x.dtype))
 
 
 def _is_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the first argument is a Jet and no other is."""
-    jets = [isinstance(each, Jet) for each in (*args, *kwargs.values())]
-    return jets[0] and sum(jets) == 1
+    first, *others = *args, *kwargs.values()
+    for other in others:
+        if isinstance(other, Jet):
+            return False
+    return isinstance(first, Jet)
 
 
 def propagate(
@@ -302,9 +365,9 @@ def propagate(
     count = len(directions)
     # Joined along the batch, which keeps a channels-last layout.
     stack = torch.cat([x, *directions]).unflatten(0, (1 + count, len(x)))
-    before, finished = len(aliases.THREAD.promoted), False
-    propagation = aliases.Propagation(count, pairs, [], [], [])
-    aliases.THREAD.propagations.append(propagation)
+    before, finished = len(memory.THREAD.became_jets), False
+    propagation = memory.Propagation(count, pairs, [], [], [])
+    memory.THREAD.propagations.append(propagation)
     try:
         # Gradients are off in the forward of a custom Function, which is how one is found.
         with torch.enable_grad(), forward_mode_on():
@@ -312,9 +375,9 @@ def propagate(
         stack, kind, finished = getattr(result, "stack", stack), type(result), True
         del result
     finally:
-        aliases.THREAD.propagations.pop()
-        aliases.end(propagation)
-        aliases.demote(before, finished)
+        memory.THREAD.propagations.pop()
+        memory.end(propagation)
+        memory.to_tensor(before, finished)
     if not issubclass(kind, Jet):
         raise TaylorError(f"its output does not carry derivatives in x; got {kind.__name__}.")
     if stack.is_complex():
@@ -332,18 +395,18 @@ def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 def stacks_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Equally long stacks of Jets and plain tensors, which have derivatives of zero."""
-    stacks = [each.stack if isinstance(each, Jet) else each.unsqueeze(0) for each in tensors]
+    stacks = [x.stack if isinstance(x, Jet) else x.unsqueeze(0) for x in tensors]
     count = max([stack.shape[0] for stack in stacks])
     return [extend(stack, count) for stack in stacks]
 
 
 def jet_among(candidates: Iterable[Any]) -> Jet:
-    """The first Jet of several values, of which one is."""
-    return next(each for each in candidates if isinstance(each, Jet))
+    """The first Jet among several values."""
+    return next(candidate for candidate in candidates if isinstance(candidate, Jet))
 
 
 def result_type(a: Any, b: Any) -> torch.dtype:
-    """The type that PyTorch gives the values of a and b, Jets or not, together."""
+    """The type of what PyTorch computes from a and b, Jets or not."""
     values = [x.stack[0] if isinstance(x, Jet) else x for x in (a, b)]
     # Of tensors without elements: torch.compile does not trace torch.result_type.
     empty = [x.new_empty((0,) * min(x.ndim, 1)) if isinstance(x, Tensor) else x for x in values]
@@ -365,3 +428,102 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
         return call(function, (self, *args), named) if ask else function(self, *args, **named)
 
     return method
+
+
+# ----------------------------------------------------------------- a function with its derivatives
+Function = Callable[[Tensor], Tensor]
+PAIRS = get_args(Pairs)
+
+
+def _check_floats(name: str, value: object) -> None:
+    """Raise TypeError unless this is a tensor in floating point."""
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"{name}: expected a tensor in floating point; got {came}. Convert it with "
+            f"torch.as_tensor({name}, dtype=torch.float32)."
+        )
+
+
+def _check_batch(x: Tensor) -> None:
+    """Raise unless this is a batch (B, *) in floating point."""
+    _check_floats("x", x)
+    if x.ndim == 0:
+        raise ValueError("x: expected a batch (B, *); got no axes. Give it one by x.reshape(1).")
+
+
+def jet(
+    function: Function, x: Tensor, directions: Tensor, pairs: Pairs = "none"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    r"""Return f(x), its first derivatives along directions, and second ones if asked for.
+
+    One call of the function gives all of them, differentiable in x, the directions and what the
+    function trains, and by hand where those of PyTorch 2.6 to 2.13 are wrong, as of norms.
+
+    Args:
+        function: of x (B, \*), every sample alone; such as a network with its conditions bound.
+        x: a batch (B, \*), in floating point.
+        directions: K directions for every sample, (K, B, \*), taken in the dtype of x.
+        pairs: which second derivatives there are: "none"; "squares", ∂²f[v, v] of every direction;
+            "sum", the sum of those.
+
+    Returns:
+        f (B, \*), first derivatives (K, B, \*), and second ones, which are None for "none",
+        (K, B, \*) for "squares" and (B, \*) for "sum".
+
+    Raises:
+        TaylorError: what the function does cannot be followed, and why.
+        DerivativeError: an operator inside it has no derivative in PyTorch, or a hook changes a
+            gradient.
+        TypeError: x or directions that are no tensors in floating point.
+        ValueError: x without axes, directions of another shape, or pairs of another name.
+
+    Example:
+        >>> x, v = torch.tensor([[0.0], [1.0]]), torch.ones(1, 2, 1)
+        >>> f, first, second = jet(lambda x: x**3, x, v, "squares")
+        >>> first.flatten().tolist(), second.flatten().tolist()
+        ([0.0, 3.0], [0.0, 6.0])
+    """
+    _check_batch(x)
+    _check_floats("directions", directions)
+    if directions.shape[1:] != x.shape or not len(directions):
+        shape = ", ".join(map(str, x.shape))
+        raise ValueError(
+            f"directions: expected the shape (K, {shape}); got {tuple(directions.shape)}."
+        )
+    if pairs not in PAIRS:
+        raise ValueError(f"pairs: expected one of {PAIRS}; got {pairs!r}.")
+    with outside_inference_mode():
+        stack = propagate(
+            function, leave_inference_mode(x), leave_inference_mode(directions).to(x.dtype), pairs
+        )
+    stack = stack if torch.is_grad_enabled() else stack.detach()
+    value, first, second = components(stack, len(directions))
+    if pairs == "none":
+        return value[0], first, None
+    return value[0], first, second[0] if pairs == "sum" else second
+
+
+def laplacian(function: Function, x: Tensor) -> Tensor:
+    r"""Return Δf, the sum over the elements of a sample of the second derivatives ∂²f/∂x_i².
+
+    It takes a direction for each of the d elements of a sample, and so d + 2 times the memory of
+    the function's value. See `jet` for what the function may be.
+
+    Args:
+        function: of x (B, \*), every sample alone.
+        x: a batch (B, \*), in floating point.
+
+    Returns:
+        Δf, of the shape of f(x).
+
+    Example:
+        >>> laplacian(lambda x: (x**3).sum(1), torch.tensor([[1.0, 2.0]]))
+        tensor([18.])
+    """
+    _check_batch(x)
+    units = torch.eye(x.shape[1:].numel(), dtype=x.dtype, device=x.device)
+    directions = units.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
+    second = jet(function, x, directions, "sum")[2]
+    assert second is not None
+    return second

@@ -1,0 +1,326 @@
+r"""Which tensors may share the memory of a Jet, and what is kept for a backward pass.
+
+Changes in place:
+    A Jet that is changed in place gets another stack, and no stack is ever written to. So autograd
+    keeps what it saved, and a change costs what the function costs that is not in place. In
+    PyTorch every tensor of the same memory, such as a view, sees the change; here none would. So
+    it is refused while another tensor that may share the memory is in use: a view, what a reshape
+    made, or what was detached. Under torch.compile, which has no weak references, what was ever
+    taken of a Jet counts as in use.
+
+    What was detached shares the memory of a stack. It is refused that it is changed: a Jet made
+    by a reshape may have a copy of that memory, or not. The versions of all that was detached
+    are looked at when the function returns.
+
+    A plain tensor that receives values that depend on x, as by `out[:, :2] = x`, becomes a Jet
+    until the function returns.
+
+Recomputation:
+    Autograd keeps what every operator of a composition needs. An elementwise rule is a handful of
+    operators on tensors as large as the activations; keeping all of that would cost several times
+    the memory of the network itself. `with_recomputation` keeps the arguments of a rule, or its
+    result, and evaluates it again when a gradient is asked for. The gradient is such a function of
+    the arguments and the cotangents, and so on to any order.
+
+    Under torch.compile and the transforms of torch.func the function is evaluated as it stands:
+    they decide themselves what to keep.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import compress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hosm_losses.taylor._torch import (
+    TELLS_HOOKS,
+    checkpoint_hook,
+    has_alias,
+    is_traced,
+    swap,
+    versions,
+    will_run,
+)
+from hosm_losses.taylor.registry import DerivativeError, TaylorError
+from hosm_losses.taylor.stacks import Pairs
+
+# ----------------------------------------------------------------------- tensors that share memory
+CHANGED_ARGUMENT = (
+    "checkpoint: expected a function that leaves its arguments as they are; got one that "
+    "changes an argument in place. Put .clone() before the change."
+)
+IN_USE = "a change in place of what may share memory with a view in use. Put .clone() before it."
+UNPACKED = (
+    "torch.compile unpacks a tensor, as in q, k, v = qkv, and one of such a shape was changed "
+    "in place. Write q, k, v = qkv.unbind(0)."
+)
+# Functions without a rule that may return their argument, or a view of it.
+_VIEWS = """
+    __get__ __pos__ adjoint alpha_dropout atleast_1d atleast_2d atleast_3d broadcast_tensors
+    broadcast_to chunk conj diagonal dsplit expand feature_alpha_dropout feature_dropout flatten
+    hsplit linalg_diagonal meshgrid movedim moveaxis narrow permute positive ravel real reshape
+    resolve_conj resolve_neg select slice split split_with_sizes squeeze sum_to_size swapaxes
+    swapdims t tensor_split to_dense transpose unbind unflatten unfold unsafe_chunk unsafe_split
+    unsqueeze view view_as view_as_real vsplit
+"""
+MAY_RETURN_VIEW = _VIEWS.split()
+
+
+class Propagation(NamedTuple):
+    """State of one propagation of derivatives through a function."""
+
+    firsts: int
+    pairs: Pairs
+    jets: "list[weakref.ref[Any]]"  # all that were made
+    detached: list[tuple[Tensor, int]]  # from Jets, with their versions
+    changed: list[tuple[int, ...]]  # under torch.compile, the shapes of rows of what was changed
+
+
+class _Thread(threading.local):
+    """Thread-local state."""
+
+    def __init__(self) -> None:
+        self.propagations: list[Propagation] = []
+        # Plain tensors that became Jets, by weak references, and what they were.
+        self.became_jets: list[tuple[weakref.ref[Tensor], Tensor]] = []
+
+
+THREAD = _Thread()
+
+
+def alive(references: Iterable[Callable[[], Any]]) -> list[Any]:
+    """The referents that are still alive."""
+    referents: list[Any] = []
+    for reference in references:
+        referent = reference()
+        if referent is not None:
+            referents.append(referent)
+    return referents
+
+
+def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
+    """A weak reference, or under torch.compile, which has none, a strong one."""
+    return (lambda: tensor) if torch.compiler.is_compiling() else weakref.ref(tensor)
+
+
+def share(source: Any, result: Any) -> Any:
+    """Note that the Jet `result` may share memory with the Jet `source`; return it."""
+    share_value(source, result)
+    result.memory = source.memory
+    return result
+
+
+def share_value(source: Any, value: Tensor) -> None:
+    """Note that a tensor, such as the plain one of .detach(), may share memory with a Jet."""
+    if source.memory is None:
+        source.memory = [_reference(source)]
+    source.memory.append(_reference(value))
+
+
+def detached(source: Any, value: Tensor) -> Tensor:
+    """Return the value that was detached from a Jet, and remember its version."""
+    share_value(source, value)
+    for propagation in THREAD.propagations[-1:]:
+        propagation.detached.extend((value, version) for version in versions([value]))
+    return value
+
+
+def write(jet: Any, stack: Tensor) -> Any:
+    """Replace the stack of a Jet that shares its memory with nothing, for a change in place."""
+    if checkpoint_hook("_recomputation_hook") is not None and jet.changed:
+        raise DerivativeError(CHANGED_ARGUMENT)
+    if checkpoint_hook() is not None:
+        jet.changed = True
+    if jet.memory is not None and len(alive(jet.memory)) > 1:
+        raise TaylorError(IN_USE)
+    if torch.compiler.is_compiling():
+        THREAD.propagations[-1].changed.append(tuple(stack.shape[2:]))
+    jet.stack, jet.memory = stack, None
+    return jet
+
+
+def end(propagation: Propagation) -> None:
+    """Make the Jets that are still alive plain tensors, for the function may keep them.
+
+    TaylorError where what was detached was changed in place.
+    """
+    jets = alive(propagation.jets)
+    for jet in jets:
+        jet.memory = None  # weak references, with which tensors do not change places
+    propagation.jets.clear()
+    # An older PyTorch does not refuse what a checkpoint saved, and crashes in its recomputation.
+    for jet in jets if TELLS_HOOKS else ():
+        with suppress(RuntimeError):  # one that a checkpoint saved will be needed as it is
+            swap(jet, jet.stack[0])
+    for value, version in propagation.detached:
+        if versions([value]) != [version]:
+            raise TaylorError(
+                "a change in place of what was detached from a tensor. Put .clone()."
+            )
+
+
+def to_tensor(count: int, finished: bool) -> None:
+    """Make all but the first `count` tensors that became Jets plain again, with their new values.
+
+    Without those where the call has not finished.
+    """
+    while len(THREAD.became_jets) > count:
+        reference, plain = THREAD.became_jets.pop()
+        jet: Any = reference()
+        if jet is None:
+            continue
+        del reference
+        jet.memory = None
+        value = jet.stack[0]
+        swap(jet, plain)
+        if finished:
+            jet.copy_(value)
+
+
+def to_jet(tensor: Tensor, jet: Any) -> None:
+    """Make a plain tensor a Jet in place."""
+    refused = "a plain tensor that shares memory is given values that depend on x in place."
+    leaf = tensor.requires_grad and tensor.is_leaf
+    if torch.compiler.is_compiling() or leaf or tensor._base is not None:
+        raise TaylorError(refused)
+    for propagation in THREAD.propagations[-1:]:
+        propagation.jets[:] = [made for made in propagation.jets if made() is not jet]
+    try:
+        if has_alias(tensor):  # which is not known under torch.func
+            raise TaylorError(refused)
+        swap(tensor, jet)
+    except RuntimeError as error:
+        raise TaylorError(refused) from error
+    THREAD.became_jets.append((weakref.ref(tensor), jet))
+
+
+# ----------------------------------------------------------------------------------- recomputation
+Some = Tensor | None
+Function = Callable[..., Any]
+Needed = Sequence[bool]
+
+
+def with_recomputation(
+    function: Function,
+    *tensors: Some,
+    pullbacks: Sequence[Function] = (),
+    again: Function | None = None,
+    by_result: bool = False,
+) -> Tensor:
+    """Evaluate a function and keep only its arguments for the backward passes.
+
+    Args:
+        function: of the tensors, without side effects; returns one tensor.
+        tensors: its arguments.
+        pullbacks: the first, of the tensors and a cotangent, returns the gradients of `function`
+            in all of them, None for one that is None. Its first argument says which gradients are
+            needed; it may return None for the others. The second is that of the first
+            result of the first, and so on. Where there is none, autograd finds the gradients.
+        again: the same function, for where it is differentiated more than once, as a transform
+            may do; `function` if None.
+        by_result: whether the result is kept in place of the arguments, and given to the pullbacks
+            in their place.
+
+    Example:
+        >>> x = torch.ones(3, requires_grad=True)
+        >>> with_recomputation(lambda x: x.sin().cos(), x).sum().backward()
+        >>> x.grad.shape
+        torch.Size([3])
+    """
+    again = again or function
+    if is_traced():
+        return _as_tuple(again(*tensors))[0]
+    results: Any = _Recomputed.apply((function, again, pullbacks, by_result), *tensors)
+    return results[0]
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, functions: Sequence[Any], *tensors: Some) -> tuple[Tensor, ...]:
+        function, *_, by_result = functions
+        results = _as_tuple(function(*tensors))
+        ctx.functions = functions
+        ctx.save_for_backward(*(results if by_result else tensors))
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Some) -> tuple[Some, ...]:
+        saved = ctx.saved_tensors  # once, as a checkpoint allows
+        needed = needed_gradients(ctx, saved)
+        places = [place for place, c in enumerate(cotangents) if c is not None]
+        function, again, pullbacks, _ = ctx.functions
+        further: Sequence[Function] = ()
+        if pullbacks and places == [0]:
+            pull_back: Function = partial(_pull_back_needed, pullbacks[0], needed)
+            further = pullbacks[1:] if needed[0] else ()
+        else:
+            pull_back = partial(_by_autograd, function, again, needed, places)
+        everything = (*saved, *[cotangents[place] for place in places])
+        evaluate = pull_back
+        if torch.is_grad_enabled():
+            evaluate = partial(_Recomputed.apply, (pull_back, pull_back, further, False))
+        gradients: Any = evaluate(*everything)
+        values = iter(gradients)
+        return None, *[next(values) if need else None for need in needed]
+
+
+def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
+    """Which tensors, the last arguments of a Function, need gradients in this backward pass.
+
+    A pass back to x alone needs none of the weights', of which a Function does not hear.
+    """
+    nodes = iter(ctx.next_functions)  # of those that are tensors
+    needed: list[bool] = []
+    for tensor, requires_grad in zip(tensors, ctx.needs_input_grad[-len(tensors) :], strict=True):
+        node = None if tensor is None else next(nodes)[0]
+        needed.append(requires_grad and will_run(node))
+    return needed
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _pull_back_needed(pullback: Function, needed: Needed, *everything: Some) -> tuple[Any, ...]:
+    """The gradients that are needed, of those that a pullback returns."""
+    return tuple(compress(_as_tuple(pullback(needed, *everything)), needed))
+
+
+def _by_autograd(
+    function: Function,
+    again: Function,
+    needed: Needed,
+    places: Sequence[int],
+    *everything: Some,
+) -> tuple[Tensor, ...]:
+    """The gradients that are needed, of tensors and the cotangents of results in some places."""
+    tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
+    tracked = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Without a graph of their own: one of the tensors may be made of another.
+        points: list[Any] = [
+            tensor
+            if tensor is None or (tracked and (tensor.requires_grad or not need))
+            else tensor.detach().requires_grad_(need)
+            for tensor, need in zip(tensors, needed, strict=True)
+        ]
+        results = _as_tuple((again if tracked else function)(*points))
+        wanted = list(compress(points, needed))
+        outputs = [(results[place], c) for place, c in zip(places, cotangents, strict=True)]
+        # Without those that depend on nothing, such as the gradient in a bias.
+        outputs = [(output, c) for output, c in outputs if output.requires_grad]
+        if not outputs:
+            return tuple(map(torch.zeros_like, wanted))
+        return torch.autograd.grad(
+            [output for output, _ in outputs],
+            wanted,
+            [c for _, c in outputs],
+            create_graph=tracked,
+            materialize_grads=True,
+        )
