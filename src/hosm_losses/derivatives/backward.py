@@ -118,8 +118,17 @@ def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
     """Whether a gradient of a value at an engine's copy of x may go to anything but that copy."""
     if point is x:
         return True
-    leaf_node = type(internals.gradient_node(point))
-    return any(isinstance(node, leaf_node) for node in internals.graph_nodes([value], point))
+    point_node = internals.gradient_node(point)
+    seen, nodes = {point_node}, [] if value.grad_fn is None else [value.grad_fn]
+    while nodes:
+        for node, _ in nodes.pop().next_functions:
+            if node is None or node in seen:
+                continue
+            if type(node) is type(point_node):  # accumulates the gradient of another leaf
+                return True
+            seen.add(node)
+            nodes.append(node)
+    return False
 
 
 def leaf(x: Tensor, wanted: bool = True) -> Tensor:

@@ -86,19 +86,17 @@ class NodeValue(NamedTuple):
 def mesh_points(span: Span, s: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """u and du/ds of the mesh at s in [0, 1], (n,); `centre` is that of the logistic law."""
     start, end = span
-
-    def logistic(u: Tensor) -> Tensor:
-        return torch.sigmoid((u - centre) / WIDTH)
-
-    first, last = torch.full_like(s, start), torch.full_like(s, end)
-    least, mass = logistic(first), logistic(last) - logistic(first)
+    low, high = torch.full_like(s, start), torch.full_like(s, end)
+    logistic_start = torch.sigmoid((low - centre) / WIDTH)
+    mass = torch.sigmoid((high - centre) / WIDTH) - logistic_start
     for _ in range(BISECTIONS):
-        middle = (first + last) / 2
-        share = ((middle - start) / (end - start) + (logistic(middle) - least) / mass) / 2
-        before = share < s
-        first, last = torch.where(before, middle, first), torch.where(before, last, middle)
-    density = logistic(first) * logistic(2 * centre - first) / WIDTH
-    return first, 2 / (1 / (end - start) + density / mass)
+        u = (low + high) / 2
+        logistic = torch.sigmoid((u - centre) / WIDTH)
+        is_below = ((u - start) / (end - start) + (logistic - logistic_start) / mass) / 2 < s
+        low, high = torch.where(is_below, u, low), torch.where(is_below, high, u)
+    logistic = torch.sigmoid((low - centre) / WIDTH)
+    density = logistic * torch.sigmoid((centre - low) / WIDTH) / WIDTH
+    return low, 2 / (1 / (end - start) + density / mass)
 
 
 def gregory_weights(steps: int) -> list[float]:

@@ -76,10 +76,11 @@ class EDMWeighting:
 
 
 Name = Literal["noise", "native", "likelihood"]
-One = Name | EDMWeighting | Callable[[Tensor], Tensor]
-Weighting = One | tuple[One, One]
+TermWeighting = Name | EDMWeighting | Callable[[Tensor], Tensor]
+Weighting = TermWeighting | tuple[TermWeighting, TermWeighting]
 Sampler = Literal["schedule", "log_sigma_hat"]
-TimeSampler = Sampler | Callable[[int, torch.Generator | None], Tensor] | None
+DrawTime = Callable[[int, torch.Generator | None], Tensor]
+TimeSampler = Sampler | DrawTime | None
 
 
 def check_weighting(weighting: Any, time_sampler: object) -> None:
@@ -87,7 +88,7 @@ def check_weighting(weighting: Any, time_sampler: object) -> None:
     if isinstance(weighting, tuple) and len(weighting) != 2:
         expected, got = "one weighting or a pair (first term, higher terms)", str(len(weighting))
         raise ValueError(error_message("weighting", expected, weighting, got=got))
-    first, higher = _pair(weighting)
+    first, higher, _ = _resolve(weighting, None)
     if not (callable(first) or isinstance(first, EDMWeighting)):
         check_choice("weighting (or EDMWeighting(), or a callable of t)", first, get_args(Name))
     if higher != "noise" and not callable(higher):
@@ -100,16 +101,17 @@ def check_weighting(weighting: Any, time_sampler: object) -> None:
         check_choice(expected, time_sampler, get_args(Sampler))
 
 
-def _pair(weighting: Weighting) -> tuple[One, One]:
+def _resolve(
+    weighting: Weighting, time_sampler: TimeSampler
+) -> tuple[TermWeighting, TermWeighting, Sampler | DrawTime]:
+    """The weightings of the first term and of the higher terms, and the time sampler."""
     if isinstance(weighting, tuple):
-        return weighting
-    return weighting, weighting if callable(weighting) else "noise"
-
-
-def _sampler(weighting: Weighting, time_sampler: TimeSampler) -> TimeSampler:
-    if time_sampler is not None:
-        return time_sampler
-    return "log_sigma_hat" if _pair(weighting)[0] == "likelihood" else "schedule"
+        first, higher = weighting
+    else:
+        first, higher = weighting, weighting if callable(weighting) else "noise"
+    if time_sampler is None:
+        time_sampler = "log_sigma_hat" if first == "likelihood" else "schedule"
+    return first, higher, time_sampler
 
 
 def draw_time(
@@ -121,7 +123,7 @@ def draw_time(
 ) -> Tensor:
     """Draw a time for every sample of x0, on its device: t of shape (B,)."""
     schedule = model.schedule
-    sampler = _sampler(weighting, time_sampler)
+    _, _, sampler = _resolve(weighting, time_sampler)
     if callable(sampler):
         return check_time(model, x0, sampler(len(x0), generator))
     dtype = torch.promote_types(x0.dtype, torch.float32)
@@ -146,8 +148,7 @@ def time_factors(
 
     `drawn` says whether `draw_time` drew t. A t from elsewhere counts as uniform.
     """
-    first, higher = _pair(weighting)
-    sampler = _sampler(weighting, time_sampler)
+    first, higher, sampler = _resolve(weighting, time_sampler)
     importance = drawn and sampler == "log_sigma_hat"
     if first == higher == "noise" and not importance:
         return None, None
@@ -167,14 +168,15 @@ def time_factors(
     if span is not None and not (first == "likelihood" and order == 1):
         ratio = schedule.time_density(time) * span / rate()
 
-    def factor(one: One) -> Tensor | None:
-        if callable(one):
-            return _call_weighting(one, model, x0, t) * ratio
-        if one == "noise":
+    def factor(term_weighting: TermWeighting) -> Tensor | None:
+        if callable(term_weighting):
+            return _call_weighting(term_weighting, model, x0, t) * ratio
+        if term_weighting == "noise":
             return ratio if isinstance(ratio, Tensor) else None
-        if isinstance(one, EDMWeighting):
-            return (1 + (schedule.log_sigma_hat(time).exp() / one.sigma_data).square()) * ratio
-        if one == "native":
+        if isinstance(term_weighting, EDMWeighting):
+            sigma_hat = schedule.log_sigma_hat(time).exp()
+            return (1 + (sigma_hat / term_weighting.sigma_data).square()) * ratio
+        if term_weighting == "native":
             return model.native_weight(t, x0) * ratio
         if span is not None:
             return torch.ones_like(time) * (span * elements)

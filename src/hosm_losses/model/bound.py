@@ -162,11 +162,16 @@ WRAP_THE_LOSS = (
 
 def refuse_wrapped(network: object) -> None:
     """Raise TypeError for a network in DDP, or with compiled, scripted or sharded parts."""
-    parts = list(network.modules()) if isinstance(network, nn.Module) else [network]
-    found = {base.__name__ for kind in set(map(type, parts)) for base in kind.__mro__} & WRAPPERS
-    if any(getattr(part, COMPILED_PART, None) is not None for part in parts):
-        found.add("a part compiled by its own .compile()")
-    for name in sorted(found):
+    wrappers, kinds = set[str](), set[type]()
+    for part in network.modules() if isinstance(network, nn.Module) else [network]:
+        kinds.add(type(part))
+        if getattr(part, COMPILED_PART, None) is not None:
+            wrappers.add("a part compiled by its own .compile()")
+    for kind in kinds:
+        for base in kind.__mro__:
+            if base.__name__ in WRAPPERS:
+                wrappers.add(base.__name__)
+    for name in sorted(wrappers):
         expected = "a bare network where it is differentiated twice"
         remedy = GIVE_THE_SOURCE if name == SCRIPTED else WRAP_THE_LOSS
         raise TypeError(error_message("network", expected, network, remedy, got=name))
