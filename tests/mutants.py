@@ -306,8 +306,8 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/select.py",
-        "            return\n        before = Snapshot(",
-        "            pass\n        before = Snapshot(",
+        "            return\n        before = NetworkState(",
+        "            pass\n        before = NetworkState(",
         "tests/derivatives/test_choice.py",
     ),
     Mutant(
@@ -527,8 +527,8 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/job.py",
-        "self.integers.spread(self.x, whole.coordinates, self.generator)",
-        "self.integers.spread(self.x, whole.coordinates, None)",
+        "self.dequantization.draw(self.x, paths.coordinates, self.generator)",
+        "self.dequantization.draw(self.x, paths.coordinates, None)",
         "tests/likelihood/test_random_settings.py",
     ),
     Mutant(
@@ -559,8 +559,8 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/variational.py",
-        "spread + found.var(0) / at_start",
-        "spread + found.var(0) / samples",
+        "integral_variance + draws.var(0) / at_start",
+        "integral_variance + draws.var(0) / samples",
         "tests/likelihood/test_variational.py",
     ),
     Mutant(
@@ -738,7 +738,7 @@ MUTANTS = [
     ),
     # The density of x_t for that of x_t/α.
     Mutant(
-        "likelihood/integers.py",
+        "likelihood/dequantize.py",
         "/ mass) - start.alpha.log()",
         "/ mass) + start.alpha.log()",
         "tests/likelihood/test_bounds.py",

@@ -38,25 +38,25 @@ WARNING = (
 
 
 @dataclass
-class Memory:
+class NetworkMemory:
     """What is remembered of a network.
 
     Attributes:
         refused: why an engine does not take a call, by the engine and the kind of call.
         failed: why one failed once, in a call that another engine could take.
         served: the engines and kinds of call that were served, and what surrounded them.
-        said: whether the warning that reverse mode takes over was given.
+        warned: whether the warning that reverse mode takes over was given.
         orders: those, of 2 and 3, at which nothing more is to be said of derivatives that jump.
     """
 
     refused: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
     failed: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
     served: set[tuple[Any, ...]] = field(default_factory=set)
-    said: bool = False
+    warned: bool = False
     orders: set[int] = field(default_factory=set)
 
 
-_MEMORIES: "weakref.WeakKeyDictionary[Any, Memory]" = weakref.WeakKeyDictionary()
+_MEMORIES: "weakref.WeakKeyDictionary[Any, NetworkMemory]" = weakref.WeakKeyDictionary()
 
 
 def refusal(owner: object, order: int) -> str | None:
@@ -67,12 +67,12 @@ def refusal(owner: object, order: int) -> str | None:
     return None
 
 
-def memory_of(owner: object) -> Memory:
+def memory_of(owner: object) -> NetworkMemory:
     """What is remembered of a network; nothing, if it cannot be referred to weakly, or hashed."""
     try:
-        return _MEMORIES.setdefault(owner, Memory())
+        return _MEMORIES.setdefault(owner, NetworkMemory())
     except TypeError:
-        return Memory()
+        return NetworkMemory()
 
 
 def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:

@@ -46,7 +46,7 @@ ASK_THE_CHECK = "check_derivatives(model, x0) names the module and what to do."
 JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
-class Snapshot:
+class NetworkState:
     """The buffers of a network and the state of torch's generators, to be restored.
 
     Of a network that is no Module, nor a method of one, no buffers are seen. `x` is its input, for
@@ -131,7 +131,7 @@ def _derive_eagerly(
     if not attempts.is_refused("taylor"):
         with attempts.attempt("taylor"):
             return engines.taylor(network, x, w, order, laplacian, summed)
-    before = Snapshot(network.owner, x) if laplacian else None
+    before = NetworkState(network.owner, x) if laplacian else None
     if not attempts.is_refused("reverse"):
         with attempts.attempt("reverse"):
             derivatives = engines.reverse(network, x, w, order)
@@ -263,7 +263,7 @@ class EngineAttempts:
             except TaylorError as error:
                 raise unknown(error) from error
             return
-        before = Snapshot(self.owner, self.x)
+        before = NetworkState(self.owner, self.x)
         try:
             yield
         except Exception as error:
@@ -303,8 +303,8 @@ def _another_may_do(engine: str, error: Exception) -> bool:
 
 def _warn_once(attempts: EngineAttempts) -> None:
     """Say that reverse mode takes over, once for a network."""
-    if not attempts.memory.said:
-        attempts.memory.said = True
+    if not attempts.memory.warned:
+        attempts.memory.warned = True
         warn(
             f"engine='auto': the engine 'taylor' could not differentiate "
             f"{type(attempts.owner).__name__} ({attempts.reasons['taylor']}), so reverse "
@@ -315,5 +315,5 @@ def _warn_once(attempts: EngineAttempts) -> None:
 def never_warn(owner: object) -> None:
     """Give no warning about this network: it is a copy, and no training step is taken."""
     memory = memory_of(owner)
-    memory.said = True
+    memory.warned = True
     memory.orders.update((2, 3))

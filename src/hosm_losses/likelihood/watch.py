@@ -10,7 +10,7 @@ from torch.utils.checkpoint import get_device_states
 
 from hosm_losses._checks import warn
 from hosm_losses._torch_internals import is_traced
-from hosm_losses.derivatives import Snapshot
+from hosm_losses.derivatives import NetworkState
 from hosm_losses.taylor import refuse_constants
 
 TRAINING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -22,7 +22,7 @@ TRAINING += (nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention)
 def buffers_restored(modules: Mapping[str, nn.Module], x: Tensor) -> Iterator[None]:
     """A block after which the buffers of a network, such as running statistics, are as before."""
     may_change = any(part.training and part._buffers for part in modules.values())
-    before = Snapshot(modules[""], x) if may_change and not is_traced() else None
+    before = NetworkState(modules[""], x) if may_change and not is_traced() else None
     try:
         yield
     finally:

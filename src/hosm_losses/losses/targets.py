@@ -119,7 +119,7 @@ class AveragedTargets:
 
     def posterior(
         self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, kwargs: dict[str, Any]
-    ) -> "Posterior":
+    ) -> "NoiseMoments":
         """What may have led to x = α x₀ + σ ε, for α and σ (B,)."""
         dtype = torch.float32 if x0.device.type == "mps" else torch.float64
         data, eps, alpha, sigma = (
@@ -159,11 +159,11 @@ class AveragedTargets:
             logits[:, -1] = torch.finfo(dtype).min  # but where there is no other
         weights = logits.sub_(logits.amax(1, keepdim=True)).exp_()
         weights.div_(weights.sum(1, keepdim=True))
-        found = Posterior(weights, scale, data, data, points[:, 1:])
+        found = NoiseMoments(weights, scale, data, data, points[:, 1:])
         return found._replace(mean=found.sum_of(found.weights))
 
 
-class Posterior(NamedTuple):
+class NoiseMoments(NamedTuple):
     """What may have led to each x: moments of δ_j = ε_j − ε, which is 0 for the own sample."""
 
     weights: Tensor  # of the references, and the own sample, (B, R + 1)
@@ -172,7 +172,7 @@ class Posterior(NamedTuple):
     mean: Tensor  # ε̄ − ε, (B, d)
     points: Tensor  # the references, with a column of ones, and a row of zeros, (R + 1, d + 1)
 
-    def at(self, index: Tensor | slice) -> "Posterior":
+    def at(self, index: Tensor | slice) -> "NoiseMoments":
         """Return the rows at `index`."""
         return self._make([*(part[index] for part in self[:4]), self.points])
 

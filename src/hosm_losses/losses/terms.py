@@ -61,7 +61,7 @@ from hosm_losses._checks import (
 )
 from hosm_losses.derivatives import derive
 from hosm_losses.losses.options import LossOptions
-from hosm_losses.losses.targets import Posterior
+from hosm_losses.losses.targets import NoiseMoments
 from hosm_losses.model import BoundModel
 
 
@@ -119,7 +119,7 @@ class NoisyBatch(NamedTuple):
     t: Tensor  # (B,), as the caller gave them
     noise: Tensor  # ε − q x, or that of averaged targets, (B, *)
     sigma: Tensor  # σ(t), of shape (B,)
-    posterior: Posterior | None = None  # of averaged targets
+    posterior: NoiseMoments | None = None  # of averaged targets
 
     def at(self, index: Tensor | slice) -> "NoisyBatch":
         """Return the rows at `index`."""
