@@ -1,4 +1,4 @@
-r"""Passes back through a network, and what they say where the graph is lost.
+r"""Backward passes through a network, and the errors they raise if the graph is lost.
 
 What:
     A network may cut the graph: by .detach(), or by a custom autograd.Function whose backward
@@ -91,8 +91,8 @@ def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = No
     """Make a pass back from `value`, with a graph if `wanted`, raise where a Function drops it.
 
     That is a node whose incoming gradient requires a gradient while no gradient that it returns
-    does. The pass ends at `point`, if one is given: what is behind it is not looked at. Returns
-    whether there is a Function, of which passes under vmap tell nothing.
+    does. Nodes behind `point` are not checked. Returns whether there is a Function: hooks do not
+    see what it does under vmap.
     """
     watched = False
     if not wanted or torch.compiler.is_compiling():
@@ -108,9 +108,11 @@ def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = No
 
 
 def _check_graph(name: str, returned: Sequence[Any], incoming: Sequence[Any]) -> None:
-    given = [each for each in returned if isinstance(each, Tensor)]
-    had = any(isinstance(each, Tensor) and each.requires_grad for each in incoming)
-    if torch.is_grad_enabled() and had and given and not any(map(internals.has_graph, given)):
+    outgoing = [grad for grad in returned if isinstance(grad, Tensor)]
+    wanted = any(isinstance(grad, Tensor) and grad.requires_grad for grad in incoming)
+    if not (torch.is_grad_enabled() and wanted and outgoing):
+        return
+    if not any(map(internals.has_graph, outgoing)):
         raise DroppedGraphError(DROPPED.format(name))
 
 

@@ -75,12 +75,12 @@ GRIDS = (32, 64, 128, 256, 512, 1024)
 
 
 class NodeValue(NamedTuple):
-    """What is known at a node of the fixed grid; slope and integrand are per unit of s."""
+    """The evaluation at a node of the fixed grid; slope and integrand are per unit of s."""
 
     slope: Tensor  # dy/ds, of the shape of y
     integrand: Tensor  # q, (B,), integrated along the path
     variance: Tensor | None  # of q as an estimate, (B,), from several probes
-    covector: Tensor  # what a small error of y is multiplied with to be felt in the answer
+    covector: Tensor  # estimate of the gradient of the answer in y
 
 
 def mesh_points(span: Span, s: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def gregory_weights(steps: int) -> list[float]:
 
 
 class AdamsSolver:
-    """The multistep method on its way: `y` at the node that is due, at last at the end."""
+    """The state of the multistep method; `y` is the prediction for the next node, then the end."""
 
     def __init__(self, y: Tensor, h: float, steps: int) -> None:
         self.h, self.steps = h, steps
@@ -127,7 +127,7 @@ class AdamsSolver:
         return len(self.integrands) <= min(START, self.steps)
 
     def correct(self, node: NodeValue) -> None:
-        """Correct y by what is known at its node."""
+        """Correct y by the evaluation at its node."""
         index = len(self.integrands)
         self.integrands.append(node.integrand)
         if node.variance is not None:
@@ -146,7 +146,7 @@ class AdamsSolver:
             self.y = self.y + self.h * combine(BASHFORTH, self.slopes)
 
     def _estimate(self, covector: Tensor, correction: Tensor) -> None:
-        """Add what the errors of a step do to the answer, e."""
+        """Add the effect of a step's error on the answer, e."""
         effect = sum_elements((covector - self.covector) * correction, 1)
         if len(self.slopes) == len(NEXT_TERM):
             effect = effect + sum_elements(covector * self.h * combine(NEXT_TERM, self.slopes), 1)
@@ -189,10 +189,10 @@ class AdamsSolver:
         if len(differences) == 1:  # of no known order
             return differences[0]
         first, second, *_ = differences
-        medians = [each.nanmedian() for each in differences]
+        medians = [difference.nanmedian() for difference in differences]
         kinks = medians[1] < 2**2.5 * medians[0]
-        for each in medians[2:]:
-            kinks = kinks & (each < 2**5.5 * medians[0])
+        for median in medians[2:]:
+            kinks = kinks & (median < 2**5.5 * medians[0])
         kinked = torch.maximum(first, second / 2)
         kinked = torch.maximum(kinked, kinked.nanmedian())
         smooth = torch.maximum(first / 15, torch.where(second > 32 * first, second / 64, 0.0))
@@ -217,8 +217,8 @@ def solve_on_grid(
 ) -> ODESolution:
     """Solve from z at the start of a span of u = log σ̂ with fresh probes.
 
-    A companion is for the way from data to latents, at whose end the prior is. `companion_ratio`
-    keeps its quantile of r in the last batch of 8 or more, for a smaller one.
+    A companion needs the prior at the end of the span, so it works from data to latents alone.
+    `companion_ratio` holds the quantile of r in the last batch of 8 or more, for smaller batches.
     """
     coordinates, divergence = paths.coordinates, paths.divergence
     whole, piloted = paths, None
@@ -311,8 +311,8 @@ def integrate_to_standard_error(
             _, _, q = part.slope_at(z, level(index), part.draw_probes(z), rows)
             total = total.index_add(0, rows, weights[index] * q.mean(0))
             if count < d:
-                spread = weights[index] ** 2 * q.detach().var(0) / count
-                variance = variance.index_add(0, rows, spread)
+                node_variance = weights[index] ** 2 * q.detach().var(0) / count
+                variance = variance.index_add(0, rows, node_variance)
     return total, variance.sqrt(), counts.clamp(max=d).sum(0)
 
 
@@ -323,20 +323,20 @@ def companion_error(
     end: NoiseLevel,
     companion_ratio: list[Tensor],
 ) -> Tensor:
-    """Estimate the path's error (B,) from a solution and its companion, that end at a level."""
+    """Estimate the path's error (B,) from a solution and its companion, with their end's level."""
     to_x, log_prior = paths.coordinates.to_x, paths.log_prior_at
     difference = log_prior(to_x(solution.y, end)) - log_prior(to_x(coarse.y, end))
     difference = difference + solution.integral(2, coarse.steps) - coarse.integral()
-    difference, plain, of_coarse = difference.abs(), solution.path_error, coarse.path_error
-    known = (of_coarse > plain) & of_coarse.isfinite()
-    ratio = torch.where(known, difference / (of_coarse - plain), 1.0)
-    error = plain
-    if len(plain) >= POOL:
+    path_error, coarse_error, difference = solution.path_error, coarse.path_error, difference.abs()
+    known = (coarse_error > path_error) & coarse_error.isfinite()
+    ratio = torch.where(known, difference / (coarse_error - path_error), 1.0)
+    error = path_error
+    if len(ratio) >= POOL:
         companion_ratio[:] = [ratio.nanquantile(0.9)]
     if companion_ratio:
-        error = plain * (1.5 * torch.maximum(ratio, companion_ratio[0])).clamp(max=1.0)
+        error = path_error * (1.5 * torch.maximum(ratio, companion_ratio[0])).clamp(max=1.0)
     error = torch.maximum(error, difference / torch.where(ratio < 1, 16, 8))
-    return torch.where(error.isfinite(), error, plain)
+    return torch.where(error.isfinite(), error, path_error)
 
 
 def refuse_vmap(solver: str) -> None:
@@ -360,29 +360,30 @@ def fewest_steps(
     """The coarsest of GRIDS whose solver error on a batch is within a tolerance.
 
     Processes of a group agree after every trial, so that all take part in as many. Trials leave
-    the generator alone. A sample that failed, and was lost on the grid before, does not count.
+    the generator alone. A sample that failed on this grid and the one before does not count.
     """
     refuse_vmap("ToTolerance")
     kind = paths.divergence
     kind = Hutchinson(PILOTS, kind.distribution) if isinstance(kind, ToStandardError) else kind
     if isinstance(kind, Hutchinson) and not companion:
-        kind = None  # the claim is of the path alone
+        kind = None  # the error is that of the path alone
     # The probes of a difference from a companion come from a generator of their own.
     own = torch.Generator(z.device).manual_seed(0)
     trial = replace(paths, advance=lambda _: None, generator=own, divergence=kind)
-    largest, lost = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    largest, failed_before = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
     for steps in GRIDS:
         with torch.no_grad():
             error = solve_on_grid(trial, z, span, steps, companion, []).solver_error
         failed = ~(error <= solver_limit(z[0].numel()))
-        error = error.masked_fill(failed, math.inf).masked_fill(failed & lost, -math.inf)
+        error = error.masked_fill(failed, math.inf)
+        error = error.masked_fill(failed & failed_before, -math.inf)
         most = error.max()  # infinite where a sample failed; −∞ where none counts
         if group is not None:
             dist.all_reduce(most, dist.ReduceOp.MAX, group)
         largest = math.inf if most < 0 else float(most)
         if largest <= tolerance:
             return steps
-        lost = failed
+        failed_before = failed
     got = f"{largest:.2g}" if math.isfinite(largest) else "no finite error of any sample"
     warn(
         f"solver: expected a solver_error of at most {tolerance:g} nats on a grid of at most "

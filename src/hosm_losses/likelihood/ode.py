@@ -78,10 +78,10 @@ def ode_nll(
             that were trained on the levels themselves. None for continuous data.
         batch_size: samples solved at a time, all if None.
         progress: whether to show a progress bar, for which tqdm has to be installed.
-        enable_grad: whether the result carries a graph, for gradients through it. Of an evaluation
-            the state alone is kept, and the network is called again in the pass back. A sample
-            that fails has no gradient, and leaves those of the others; on an accelerator the
-            network is called once more for each evaluation, without a graph, to find it.
+        enable_grad: whether the result carries a graph, for gradients through it. Only the state
+            is stored; the backward pass evaluates the network again. A sample that fails has no
+            gradient and does not affect those of other samples; to find it on an accelerator, the
+            network is called once more for each evaluation, without a graph.
         generator: the source of all that is drawn, on the device of x; the global one if None.
         model_kwargs: keyword arguments of the network.
 
@@ -89,11 +89,10 @@ def ode_nll(
         The result, in nats; `bits_per_dim` converts. A sample that failed has NaN.
 
     Raises:
-        TypeError: for tensors, containers, flags and other objects of a wrong type or dtype,
-            integer images included.
-        ValueError: for a wrong shape, device, name or number, also one of a wrong type.
-        DerivativeError: where the network's output does not depend on its input differentiably.
-        ImportError: for a progress bar without tqdm.
+        TypeError: if an argument has an invalid type or dtype, such as integer images.
+        ValueError: if an argument has an invalid shape, device, name or value.
+        DerivativeError: if the network's output has no derivative in its input.
+        ImportError: if `progress` is True and tqdm is not installed.
 
     Example:
         >>> from hosm_losses import VESchedule
@@ -170,10 +169,10 @@ def ode_sample(
         The samples, at the schedule's t_min, where they carry noise of σ(t_min).
 
     Raises:
-        TypeError: for tensors, containers, flags and other objects of a wrong type or dtype.
-        ValueError: for a wrong shape, device, name or number, also one of a wrong type.
-        DerivativeError: where the network's output does not depend on its input differentiably.
-        ImportError: for a progress bar without tqdm.
+        TypeError: if an argument has an invalid type or dtype.
+        ValueError: if an argument has an invalid shape, device, name or value.
+        DerivativeError: if the network's output has no derivative in its input.
+        ImportError: if `progress` is True and tqdm is not installed.
 
     Example:
         >>> from hosm_losses import VESchedule

@@ -1,4 +1,4 @@
-r"""What a likelihood is reported as.
+r"""The results of likelihoods: `NLLResult`, `SampleResult` and `NLLSummary`.
 
 Formula:
     bits/dim = nll/(d ln 2) + log2(levels/(high − low))
@@ -141,19 +141,19 @@ class Result:
         return torch.zeros_like(self.nfe) if self.solver_error is None else self.solver_error
 
     def _quantization(self, options: dict[str, int | float | None]) -> Quantization | None:
-        """The data's levels: those of the call, or those that the options say."""
-        given = {name: value for name, value in options.items() if value is not None}
+        """The data's levels: those of the call's dequantization, or those in the options."""
+        options = {name: value for name, value in options.items() if value is not None}
         known = self.quantization
-        if known is None and "levels" in given:
-            levels = check_whole("levels", given["levels"], 1)
-            low = check_number("low", given.get("low", -1.0), "a number")
-            high = check_number("high", given.get("high", 1.0), "a number")
+        if known is None and "levels" in options:
+            levels = check_whole("levels", options["levels"], 1)
+            low = check_number("low", options.get("low", -1.0), "a number")
+            high = check_number("high", options.get("high", 1.0), "a number")
             if low >= high:
                 raise ValueError(f"bits_per_dim: expected low < high; got {low}, {high}.")
             return Quantization(levels, low, high)
-        if not given.items() <= (known._asdict() if known else {}).items():
+        if not options.items() <= (known._asdict() if known else {}).items():
             expected = known or "levels beside a range, as continuous data has no range"
-            raise ValueError(f"bits_per_dim: expected {expected}; got {given}.")
+            raise ValueError(f"bits_per_dim: expected {expected}; got {options}.")
         return known
 
     def summary(
@@ -276,8 +276,8 @@ class Result:
         device = every[0].latent.device
         for name, first in joined.items():
             if isinstance(first, Tensor):
-                joined[name] = torch.cat([getattr(each, name).to(device) for each in every])
-        if len({each.steps for each in every}) > 1:
+                joined[name] = torch.cat([getattr(result, name).to(device) for result in every])
+        if len({result.steps for result in every}) > 1:
             joined["steps"] = None
         return cls(**joined)
 
@@ -320,19 +320,19 @@ class Result:
             raise TypeError(
                 f"from_dict: expected what to_dict returned; got {describe_value(values)}."
             )
-        kinds: dict[str, Any] = {each.name: each.type for each in fields(cls)}
+        kinds: dict[str, Any] = {entry.name: entry.type for entry in fields(cls)}
         if values.keys() != kinds.keys():
             raise ValueError(
                 f"from_dict: expected the keys {list(kinds)}; got {list(values)}. Give it what "
                 "to_dict returned in this version of hosm_losses."
             )
         known = values["quantization"]
-        given = {**values, "quantization": Quantization(**known) if known else None}
-        for name, value in given.items():
+        entries = {**values, "quantization": Quantization(**known) if known else None}
+        for name, value in entries.items():
             if not isinstance(value, kinds[name]):
                 got = describe_value(value)
                 raise TypeError(f"from_dict: expected {kinds[name]} for {name!r}; got {got}.")
-        return cls(**given)
+        return cls(**entries)
 
 
 @dataclass(frozen=True, repr=False)

@@ -28,7 +28,7 @@ Moment = PlainMoment | Tensor | np.ndarray
 
 
 class Solver:
-    """What `ode_nll` and `ode_sample` take as `solver`."""
+    """Base class of the solvers."""
 
     data_mean: Moment
     data_std: Moment
@@ -47,7 +47,7 @@ class Solver:
         return check_number(name, getattr(self, field), what, above=0.0)
 
     def _set(self, **values: object) -> None:
-        """Put values that are checked in place of those that were given."""
+        """Set checked values of fields, and the moments as plain numbers."""
         for field in ("data_mean", "data_std"):
             values[field] = plain_moment(field, getattr(self, field), self._name(field))
         for field, value in values.items():
@@ -115,8 +115,8 @@ class ToTolerance(Solver):
         data_std: standard deviation of the data.
 
     Raises:
-        TypeError: for a flag or moments of a wrong type.
-        ValueError: for other numbers than these, or a group that is none.
+        TypeError: if a flag or a moment has the wrong type.
+        ValueError: if a number is out of range, or if `group` is not a process group.
 
     Example:
         >>> ToTolerance(0.1)
@@ -193,11 +193,11 @@ def plain_moment(field: str, value: Any, name: str) -> PlainMoment:
     if isinstance(value, Tensor):
         check_dense(name, value)
     try:
-        found = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-        nested = found.tolist()
+        moments = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        nested = moments.tolist()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(error_message(name, expected, value)) from None
-    if found.is_complex() or found.dtype == torch.bool:
+    if moments.is_complex() or moments.dtype == torch.bool:
         raise TypeError(error_message(name, expected, value))
     numbers = torch.as_tensor(nested, dtype=torch.float64, device="cpu")
     check_finite(name, numbers)

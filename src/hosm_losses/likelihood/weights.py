@@ -10,8 +10,8 @@ Formula, for draws x_i of the density q of the ODE and an unnormalised target π
     Errors are those of the jackknife over samples, each with its probes.
 
     The weights belong to x itself: q is its exact density at t_min, where x carries noise of
-    σ(t_min). That noise costs effective sample size and biases nothing. Samples that were denoised
-    afterwards have another density and must not be weighted.
+    σ(t_min). That noise lowers the effective sample size but adds no bias. Samples that were
+    denoised afterwards have another density and must not be weighted.
 
 Source:
     Owen, "Monte Carlo theory, methods and examples" (2013), chapter 9. Vehtari, Simpson, Gelman,
@@ -115,7 +115,7 @@ class Weights:
     def effective_sample_size_without_probes(self) -> float | None:
         """What the effective sample size would be without random probes.
 
-        None where the weighted mean of `variance` is above 0.25, as it cannot be told there.
+        None where the weighted mean of `variance` is above 0.25, as it cannot be estimated there.
         """
         if self.probe_variance > SMALL:
             return None
@@ -199,11 +199,13 @@ class Weights:
             )
         above = log_target + result.nll.detach().double()
         above = torch.where(result.failed, torch.inf, above)
-        bounds = [
-            (float(each.mean()), float(each.std() / len(each) ** 0.5))
-            for each in (self.log_weights, above)
-        ]
-        return Sandwich(*bounds[0], *bounds[1])
+        lower, upper = self.log_weights, above
+        return Sandwich(
+            lower=float(lower.mean()),
+            lower_error=float(lower.std() / len(lower) ** 0.5),
+            upper=float(upper.mean()),
+            upper_error=float(upper.std() / len(upper) ** 0.5),
+        )
 
     def __str__(self) -> str:
         """Log Z, effective sample size, and what to doubt."""
@@ -289,9 +291,8 @@ def importance_weights(
     noise = variance / 2 if probe_noise == "corrected" else 0.0
     log_weights = _log_target(log_target, result.x) + result.nll.detach().double() - noise
     log_weights = torch.where(result.failed, -torch.inf, log_weights)
-    variance, solver_error = (
-        torch.where(result.failed, 0.0, each.detach()) for each in (variance, result.solver_error)
-    )
+    variance = torch.where(result.failed, 0.0, variance)
+    solver_error = torch.where(result.failed, 0.0, result.solver_error.detach())
     if bool((log_weights.isnan() | log_weights.isposinf()).any()):
         raise ValueError("log_target(x): expected log-densities below infinity; got NaN or inf.")
     if bool(log_weights.isneginf().all()):
@@ -299,14 +300,14 @@ def importance_weights(
             f"log_target(x): expected a weight above zero; got none of {len(log_weights)}."
         )
     failed = float(result.failed.double().mean())
-    found = Weights(result.x.detach(), log_weights, variance, solver_error, log_target, failed)
-    if found.probe_variance > LARGE:
+    weights = Weights(result.x.detach(), log_weights, variance, solver_error, log_target, failed)
+    if weights.probe_variance > LARGE:
         warn(
-            f"The probes' variance of the log-weights, {found.probe_variance:.2g} nats², is above "
-            f"{LARGE:g}: the weights say more of the probes than of the model. Use more probes, "
-            "or divergence='exact'."
+            f"The probes' variance of the log-weights, {weights.probe_variance:.2g} nats², is "
+            f"above {LARGE:g}: the weights say more of the probes than of the model. Use more "
+            "probes, or divergence='exact'."
         )
-    return found
+    return weights
 
 
 def _log_target(log_target: LogTarget, x: Tensor) -> Tensor:
@@ -344,5 +345,5 @@ def _pareto_k(weights: Tensor) -> float:
     k = torch.log1p(-b[:, None] * y).mean(1)
     likelihood = tail * (torch.log(-b / k) - k - 1)
     mean = likelihood.softmax(0) @ b
-    found = float(torch.log1p(-mean * y).mean())
-    return (tail * found + 10 * 0.5) / (tail + 10)
+    shape = float(torch.log1p(-mean * y).mean())
+    return (tail * shape + 10 * 0.5) / (tail + 10)

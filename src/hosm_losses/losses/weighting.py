@@ -1,4 +1,4 @@
-r"""Which times a loss draws, and how much each counts: all of a weighting stands here.
+r"""The times that a loss draws, and the factors of its terms at these times.
 
 Formula, of the factor of the first term; that of the higher terms is 1:
     "noise"        1
@@ -144,9 +144,9 @@ def time_factors(
     drawn: bool,
     order: int = 3,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The factors (B,) of the first term and of the higher terms at t; None stands for 1.
+    """Return the factors (B,) of the first term and of the higher terms at t; None stands for 1.
 
-    `drawn` says whether `draw_time` drew t. A t from elsewhere counts as uniform.
+    `drawn` says whether `draw_time` drew t. Other times count as uniform.
     """
     first, higher, sampler = _resolve(weighting, time_sampler)
     importance = drawn and sampler == "log_sigma_hat"
@@ -156,7 +156,7 @@ def time_factors(
     indices = not t.is_floating_point()
 
     def rate() -> Tensor:
-        """du/dt = g²/(2σ²), of an index the width of its part of log σ̂."""
+        """du/dt = g²/(2σ²), or for an index the width w_i."""
         if indices:
             above, below = (schedule.clip(time + half) for half in (0.5, -0.5))
             return schedule.log_sigma_hat(above) - schedule.log_sigma_hat(below)

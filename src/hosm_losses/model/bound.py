@@ -27,7 +27,7 @@ Primitives = Literal["all", "one sample", "none"]
 
 @dataclass(frozen=True, eq=False)  # torch.compile of PyTorch 2.6 hashes it before it is made
 class BoundModel:
-    """What the network predicts, as a function of x (B, *) alone.
+    """The network's prediction as a function of x (B, *) alone.
 
     Engines differentiate the prediction and not f = −ε̂: the part of x in f would hide that a
     network has lost its own graph.
@@ -47,14 +47,14 @@ class BoundModel:
     primitives: Primitives
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What the network predicts at x, which is given its own copies of the arguments."""
+        """The prediction at x; the network gets its own copies of the arguments."""
         # A Jet has rules of its own.
         all_of_them = self.primitives == "all" and not isinstance(x, Jet)
         # PyTorch's first gradient of instance norm is wrong for one sample in channels_last.
-        one = self.primitives == "one sample" and len(x) == 1 and x.device.type == "cpu"
+        one_sample = self.primitives == "one sample" and len(x) == 1 and x.device.type == "cpu"
         # A network may write to its arguments, shared ones too, and is called several times.
         kwargs = map_tensors(self.kwargs, Tensor.clone) if self.kwargs else self.kwargs
-        with safe_primitives(all_of_them or one, of_one_sample=one):
+        with safe_primitives(all_of_them or one_sample, of_one_sample=one_sample):
             if torch.compiler.is_compiling() or len(x) == self.batch:
                 return self.model.predict(x, self.t, **kwargs)
             try:
@@ -140,7 +140,7 @@ def bind_model(
 ) -> BoundModel:
     """Bind keyword arguments of the network, and times (B,), to a batch.
 
-    Without a `graph` its derivatives are not differentiated again.
+    `graph` says whether its derivatives are differentiated again.
     """
     kwargs = map_tensors(bind(model_kwargs, batch), leave_inference_mode) if model_kwargs else {}
     primitives = ("all" if graph else "one sample") if model.primitives else "none"

@@ -1,4 +1,4 @@
-r"""A network, its schedule and its prediction, seen as one predictor of the noise.
+r"""`ScoreModel`: a network with its schedule and prediction, as one predictor of the noise.
 
 What:
     Whatever a network predicts is a function ε̂(x, t) that estimates the noise ε of x = α x₀ + σ
@@ -117,9 +117,9 @@ class ScoreModel(nn.Module):
         if not (time is None or callable(time)):
             check_number("time", time, "a finite factor, a callable or None")
         check_flag("primitives", primitives)
-        for name, given in (("output", output), ("call", call)):
-            if not (given is None or callable(given)):
-                raise TypeError(error_message(name, "a callable or None", given))
+        for name, function in (("output", output), ("call", call)):
+            if not (function is None or callable(function)):
+                raise TypeError(error_message(name, "a callable or None", function))
         self.network = network
         self.schedule, self.prediction = schedule, SAME.get(prediction, prediction)
         self.time, self.output, self.call = time, output, call
@@ -204,7 +204,8 @@ class ScoreModel(nn.Module):
         self, t: Tensor, like: Tensor
     ) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor]:
         """α, σ, a and b of what the network should predict, a x₀ + b ε, expanded to `like`."""
-        alpha, sigma = (expand_right(each, like) for each in self.coefficients(t, like))
+        alpha, sigma = self.coefficients(t, like)
+        alpha, sigma = expand_right(alpha, like), expand_right(sigma, like)
         if self.prediction == "epsilon":
             return alpha, sigma, 0.0, 1.0
         if self.prediction == "score":
@@ -214,9 +215,8 @@ class ScoreModel(nn.Module):
         if self.prediction == "v_prediction":
             return alpha, sigma, -sigma, alpha
         if self.prediction == "flow_prediction":
-            rates = self.schedule.rates(self.time_in(t, like))
-            of_data, of_noise = (expand_right(each, like) for each in rates)
-            return alpha, sigma, of_data, of_noise
+            alpha_rate, sigma_rate = self.schedule.rates(self.time_in(t, like))
+            return alpha, sigma, expand_right(alpha_rate, like), expand_right(sigma_rate, like)
         raise ValueError(error_message("prediction", "one with a formula here", self.prediction))
 
     def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class ScoreModel(nn.Module):
         return t if t.is_floating_point() else t.to(torch.promote_types(like.dtype, torch.float32))
 
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        """What the network predicts, of the shape of x."""
+        """Return the network's prediction, of the shape of x."""
         x, network_time, kwargs = self.network_arguments(x, t, kwargs)
         call = self.network if self.call is None else partial(self.call, self.network)
         if torch.compiler.is_compiling():  # a graph that breaks in `try` is not resumed
@@ -278,25 +278,26 @@ class ScoreModel(nn.Module):
         return x, network_time, unmark(kwargs) if kwargs else kwargs
 
     def _note(self, of_x: torch.dtype, of_t: torch.dtype, error: Exception) -> str | None:
-        """What to do where a network does not take the dtypes that it was called with."""
+        """A note for an error of a network that was called with other dtypes than its own."""
         if "DTensor" in str(error):
             return UNSHARD
-        own = next((each.dtype for each in self.parameters() if each.is_floating_point()), of_x)
-        told = f"It was called with x in {of_x} and t in {of_t}; its parameters are in {own}."
+        dtypes = (p.dtype for p in self.parameters() if p.is_floating_point())
+        own = next(dtypes, of_x)
+        called = f"It was called with x in {of_x} and t in {of_t}; its parameters are in {own}."
         if own != of_x:
-            return f"{told} Convert the data with .to({own}), or the network with .to({of_x})."
+            return f"{called} Convert the data with .to({own}), or the network with .to({of_x})."
         if self.schedule.integer_time and of_t.is_floating_point:
             return (
-                f"{told} t may lie between the indices of the table: where the network looks it "
+                f"{called} t may lie between the indices of the table: where the network looks it "
                 "up, give ScoreModel(..., time=lambda t: t.round().long()), or let it interpolate."
             )
         if of_t.is_floating_point and of_t != of_x:
-            return f"{told} Convert t with ScoreModel(..., time=lambda t: t.to({of_x}))."
+            return f"{called} Convert t with ScoreModel(..., time=lambda t: t.to({of_x}))."
         return None
 
 
 def _raised_by_the_call(error: TypeError) -> bool:
-    """Whether no code of the network's own is between our call, which caught this, and it."""
+    """Whether our call raised this TypeError, and no code inside the network."""
     behind = error.__traceback__ and error.__traceback__.tb_next
     names = {frame.f_globals.get("__name__") for frame, _ in walk_tb(behind)}
     return names <= {nn.Module.__module__}
