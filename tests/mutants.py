@@ -270,9 +270,16 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/engines.py",
-        "    wanted = wanted and may_train(value, x, point)\n",
-        "",
+        "graph=wanted or push)\n    wanted = wanted and may_train(value, x, point)\n",
+        "graph=wanted or push)\n",
         "tests/losses/test_frozen.py",
+    ),
+    # The same of a likelihood.
+    Mutant(
+        "derivatives/engines.py",
+        "        wanted = wanted and may_train(value, x, point)\n",
+        "",
+        "tests/likelihood/test_graph.py",
     ),
     Mutant(
         "taylor/recompute.py",

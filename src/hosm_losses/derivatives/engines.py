@@ -284,6 +284,7 @@ def quadratic_forms(
             except EXPLAINED as error:
                 explain(error)
                 raise
+        wanted = wanted and may_train(value, x, point)
         # Behind the point are all earlier evaluations of a path.
         in_turn = refuse_dropped(value, wanted, point)
         back = pass_back(value, (point,), wanted, LOST_ONCE)
