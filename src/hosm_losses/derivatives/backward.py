@@ -69,11 +69,11 @@ REMEDIES = {
 
 
 class DroppedGraphError(DerivativeError):
-    """A custom autograd.Function whose backward drops the graph: no fault of the taylor engine."""
+    """A custom autograd.Function whose backward drops the graph, in either engine."""
 
 
 def explain(error: Exception) -> None:
-    """Raise a DerivativeError that says what to do, if that is known of an error of PyTorch."""
+    """Raise a DerivativeError with the remedy, if one is known for an error of PyTorch."""
     if isinstance(error, CheckpointError):
         raise DerivativeError(CHECKPOINT_ADVICE) from error
     for words, advice in REMEDIES.items():
@@ -82,13 +82,13 @@ def explain(error: Exception) -> None:
 
 
 def refuse_scripted(engine: str, error: Exception) -> None:
-    """Raise in the place of an error of the taylor engine if a function of torch.jit raised it."""
+    """Raise ScriptedError if a function of torch.jit caused an error of the taylor engine."""
     if engine == "taylor" and _torch_errors.IN_SCRIPT in str(error):
         raise ScriptedError(SCRIPTED_FUNCTION) from error
 
 
 def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = None) -> bool:
-    """Make a pass back from `value`, with a graph if `wanted`, raise where a Function drops it.
+    """Make the pass back from `value` raise if a Function drops its graph, if that is `wanted`.
 
     That is a node whose incoming gradient requires a gradient while no gradient that it returns
     does. Nodes behind `point` are not checked. Returns whether there is a Function: hooks do not
@@ -117,7 +117,7 @@ def _check_graph(name: str, returned: Sequence[Any], incoming: Sequence[Any]) ->
 
 
 def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
-    """Whether a gradient of a value at an engine's copy of x may go to anything but that copy."""
+    """Whether a value, computed at an engine's copy `point` of x, depends on another leaf."""
     if point is x:
         return True
     point_node = internals.gradient_node(point)
@@ -134,7 +134,7 @@ def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
 
 
 def leaf(x: Tensor, wanted: bool = True) -> Tensor:
-    """A point to differentiate at: x itself where a gradient of the result may go to it."""
+    """A point to differentiate at: x itself if the result may need a gradient in x, or a copy."""
     own = internals.is_traced() or (wanted and x.requires_grad)
     return x if own else x.detach().requires_grad_()
 
@@ -145,11 +145,11 @@ def vjp(
     graph: bool = True,
     lost: str | None = None,
 ) -> tuple[Tensor, Any, PassBack]:
-    """Return what a function (value, more) gives at points, and its pass back.
+    """Return the value and the rest of a function's result (value, more), and its pass back.
 
-    The pass back takes a cotangent like the value to a gradient for every point, with a `graph` or
-    without. Where the value does not depend on a point that is zero, or the error `lost`. Under
-    torch.compile and the transforms of torch.func it is that of torch.func.
+    The pass back maps a cotangent like the value to a gradient for every point, with a `graph` or
+    without. The gradient in a point that the value does not depend on is zero; if `lost` is given,
+    it raises an error with that text. Under torch.compile and torch.func it is `torch.func.vjp`.
     """
     if internals.is_traced():
         result: Any = torch.func.vjp(function, *points, has_aux=True)
@@ -167,7 +167,7 @@ def vjp(
 def pass_back(
     value: Tensor, points: Sequence[Tensor], graph: bool = True, lost: str | None = None
 ) -> PassBack:
-    """The pass back of `vjp` from a value that is at hand, in eager mode."""
+    """Return the pass back of `vjp` for a value computed before, in eager mode."""
 
     def back(cotangent: Tensor | None, batched: bool = False) -> tuple[Tensor, ...]:
         if lost is not None and not value.requires_grad:
@@ -193,7 +193,7 @@ def pass_back(
 
 
 def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tensor:
-    """The gradients of a pass back in its one point for K cotangents, (K, B, *).
+    """Return the gradients of a pass back in its one point for K cotangents, (K, B, *).
 
     At once by vmap, or where that fails in turn: a custom autograd.Function whose backward vmap
     cannot follow can still be called K times.
@@ -211,7 +211,7 @@ def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tens
 
 
 def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of a number in tensors, zero where it does not depend on one."""
+    """Return the gradients of a number in tensors, zero if it does not depend on one."""
     if not (inputs and value.requires_grad):
         return tuple(torch.zeros_like(tensor) for tensor in inputs)
     return torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True)

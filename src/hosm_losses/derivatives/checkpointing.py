@@ -31,8 +31,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         What `function` returns.
 
     Raises:
-        ValueError: for use_reentrant=True, or a context_fn.
-        DerivativeError: where `function` changes an argument in place, and would be evaluated
+        ValueError: if use_reentrant is True, or if a context_fn is given.
+        DerivativeError: if `function` changes an argument in place, as it would be evaluated
             again with the changed one.
 
     Example:

@@ -1,4 +1,4 @@
-r"""Operators whose derivative jumps, the warning about them, and what is remembered of a network.
+r"""Operators whose derivative jumps, the warning about them, and the memory of a network.
 
 What:
     Almost everywhere ∂f/∂x of a network of ReLUs does not depend on the bias before one. So a term

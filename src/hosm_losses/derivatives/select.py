@@ -68,7 +68,7 @@ class NetworkState:
         self.generators = None if captured else (torch.get_rng_state(), get_device_states(x))
 
     def restore(self, *, generators: bool = True) -> None:
-        """Put the buffers back, and the generators unless they are to stay where they are."""
+        """Restore the buffers and, unless told otherwise, the generators."""
         with torch.no_grad():
             for module, name, buffer, value, version in self.buffers:
                 setattr(module, name, buffer)
@@ -90,7 +90,7 @@ def derive(
     laplacian: bool = False,
     summed: bool = False,
 ) -> Derivatives:
-    """The value of a network at x (B, *) and its derivatives along directions w (K, B, *).
+    """Return the value of a network at x (B, *) and its derivatives along w (K, B, *).
 
     Order 2 gives D; order 3 gives G as well, or in its place C = ∂²f[w, w] if `laplacian` is asked
     for, by the taylor engine alone. If `summed` the sum of either over the directions is enough;
@@ -160,7 +160,7 @@ def derive_with_products(
     laplacian: bool = False,
     push: bool = False,
 ) -> Products:
-    """The same as `derive` with (∂f/∂x)ᵀ c, and if `push` ∂f/∂x c; c = cotangent(f) (C, B, *).
+    """Return what `derive` does, with (∂f/∂x)ᵀ c and, if `push`, ∂f/∂x c for c = cotangent(f).
 
     "auto" is reverse mode, which costs least here, where it can be; then as in `derive`.
     """

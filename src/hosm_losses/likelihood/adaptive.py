@@ -150,7 +150,13 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
         fine = _solve(paths, z, span, None, tolerance / FINER)
         end, zero = fine.state[:, :size].reshape(z.shape), torch.zeros_like(fine.error)
         return ODESolution(
-            end, zero, fine.evaluations, fine.evaluations * 0, None, zero, fine.failed
+            end,
+            zero,
+            nfe=fine.evaluations,
+            products=torch.zeros_like(fine.evaluations),
+            standard_error=None,
+            solver_error=zero,
+            failed=fine.failed,
         )
     paths = replace(paths, advance=lambda work, advance=paths.advance: advance(work / 2))
     with torch.no_grad():

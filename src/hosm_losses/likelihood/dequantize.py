@@ -52,7 +52,7 @@ class Uniform:
             tighter bound, at K times the cost; above 1 with divergence="exact" alone.
 
     Raises:
-        ValueError: for draws that are no whole number of at least 1.
+        ValueError: if `draws` is not a whole number of at least 1.
 
     Example:
         >>> Uniform()
@@ -98,7 +98,7 @@ class TruncatedNormal:
         last: what level 255 was.
 
     Raises:
-        ValueError: for draws that are no whole number of at least 1, or an empty range.
+        ValueError: if `draws` is not a whole number of at least 1, or if the range is empty.
 
     Example:
         >>> TruncatedNormal()

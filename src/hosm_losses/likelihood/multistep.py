@@ -220,11 +220,10 @@ def solve_on_grid(
     A companion needs the prior at the end of the span, so it works from data to latents alone.
     `companion_ratio` holds the quantile of r in the last batch of 8 or more, for smaller batches.
     """
-    coordinates, divergence = paths.coordinates, paths.divergence
-    whole, piloted = paths, None
+    coordinates, divergence, with_pilots = paths.coordinates, paths.divergence, paths
+    pilots: list[tuple[Tensor, Tensor]] = []  # at each node the state, and a probe's variance
     if isinstance(divergence, ToStandardError):
-        piloted = list[tuple[Tensor, Tensor]]()  # states, and variances of a probe
-        paths = replace(paths, divergence=Hutchinson(PILOTS, divergence.distribution))
+        with_pilots = replace(paths, divergence=Hutchinson(PILOTS, divergence.distribution))
     # The nodes, and the midpoints between them: place 2 i is node i.
     s = torch.linspace(0, 1, 2 * steps + 1, dtype=z.dtype, device=z.device)
     centre = coordinates.std.square().mean().log() / 2
@@ -241,20 +240,20 @@ def solve_on_grid(
         coarse = AdamsSolver(z.detach(), 2 / steps, steps // 2)
     for place in range(0, 2 * steps + 1, 2):
         paths.advance(len(z) / (steps + 1))
-        level, probes = levels(slice(place, place + 1)), paths.draw_probes(z)
+        level, probes = levels(slice(place, place + 1)), with_pilots.draw_probes(z)
         for solver, stride in ((solution, 2), (coarse, 4)):
             if solver is None or place % stride:
                 continue
             with torch.set_grad_enabled(torch.is_grad_enabled() and solver is solution):
-                noise, slope_u, samples = paths.slope_at(solver.y, level, probes)
-                if piloted is not None and solver is solution:
-                    piloted.append((solver.y, samples.detach().var(0)))
-                samples, count = rates[place] * samples, len(samples)
-                variance = samples.detach().var(0) / count if count > 1 else None
+                noise, dz_du, integrands = with_pilots.slope_at(solver.y, level, probes)
+                if with_pilots is not paths and solver is solution:
+                    pilots.append((solver.y, integrands.detach().var(0)))
+                integrands, count = rates[place] * integrands, len(integrands)
+                variance = integrands.detach().var(0) / count if count > 1 else None
                 covector = coordinates.covector(noise.detach(), level)
-                node = NodeValue(rates[place] * slope_u, samples.mean(0), variance, covector)
+                node = NodeValue(rates[place] * dz_du, integrands.mean(0), variance, covector)
                 solver.correct(node)
-                if solver.starting:
+                if solver.starting:  # by the classical Runge-Kutta method
                     y, h, first = solver.y, solver.h, node.slope
                     second = slope(place + stride // 2, y + h / 2 * first)
                     third = slope(place + stride // 2, y + h / 2 * second)
@@ -268,22 +267,30 @@ def solve_on_grid(
         with torch.no_grad():
             end = coordinates.ends(span)[1]
             solver_error = companion_error(paths, solution, coarse, end, companion_ratio)
-    if isinstance(paths.divergence, Hutchinson):
+    if isinstance(with_pilots.divergence, Hutchinson):
         standard_error = solution.variance.sqrt()
     elif divergence is not None:
         solver_error = solver_error + solution.quadrature_error
         standard_error = torch.zeros_like(solver_error)
-    evaluated = steps + 1 + (steps // 2 + 1 if companion else 0)
-    nfe = torch.full((len(z),), evaluated + 3 * START * (1 + companion), device=z.device)
-    products = torch.full_like(nfe, evaluated * paths.products)
-    if piloted is not None:
+    nodes = steps + 1 + (steps // 2 + 1 if companion else 0)
+    nfe = torch.full((len(z),), nodes + 3 * START * (1 + companion), device=z.device)
+    products = torch.full_like(nfe, nodes * with_pilots.products)
+    if with_pilots is not paths:
         weights = rates[::2] * z.new_tensor(gregory_weights(steps)) / steps
         integral, standard_error, probes = integrate_to_standard_error(
-            whole, piloted, weights, lambda index: levels(slice(2 * index, 2 * index + 1))
+            paths, pilots, weights, lambda index: levels(slice(2 * index, 2 * index + 1))
         )
         nfe, products = nfe + steps + 1, products + probes
-    errors = standard_error, solver_error, torch.zeros_like(nfe).bool()
-    return ODESolution(solution.y, integral, nfe, products, *errors, steps)
+    return ODESolution(
+        solution.y,
+        integral,
+        nfe=nfe,
+        products=products,
+        standard_error=standard_error,
+        solver_error=solver_error,
+        failed=torch.zeros_like(nfe).bool(),
+        steps=steps,
+    )
 
 
 def integrate_to_standard_error(
@@ -298,6 +305,8 @@ def integrate_to_standard_error(
     """
     target, d = paths.divergence, nodes[0][0][0].numel()
     assert isinstance(target, ToStandardError)
+    # A variance of nats² takes fewest probes if their count at each node is in proportion to the
+    # error that one probe makes there, (N, B).
     one_probe = torch.stack([variance for _, variance in nodes]).sqrt()
     error_in_nats = weights.abs()[:, None] * one_probe
     counts = error_in_nats * error_in_nats.sum(0) / target.nats**2

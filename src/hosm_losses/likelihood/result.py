@@ -116,8 +116,8 @@ class Result:
             high: what level `levels` was scaled to; 1 if None.
 
         Raises:
-            ValueError: for levels below 1, an empty range, a range without levels, or what
-                contradicts the `dequantization` of the call; for samples without their density.
+            ValueError: if `levels` is below 1, the range is empty or has no levels, an argument
+                contradicts the `dequantization` of the call, or the samples have no density.
 
         Example:
             >>> one = torch.ones(1)
@@ -206,7 +206,7 @@ class Result:
         )
 
     def __repr__(self) -> str:
-        """The summary, or what there is in its place."""
+        """Return the summary, or a shorter text if there is no value to summarise."""
         count = f"{len(self.failed)} samples"
         if self.failed.is_meta or not owns_values(self.failed):
             return f"{type(self).__name__} of {count}, not on hand"
@@ -218,7 +218,7 @@ class Result:
         return str(self.summary())
 
     def failures(self) -> dict[int, str]:
-        """Why each sample that failed did, and what to do, by its row.
+        """Return for each failed sample, by its row, why it failed and what to do.
 
         Example:
             >>> one = torch.ones(1)
@@ -239,20 +239,20 @@ class Result:
         return texts
 
     def _end(self) -> Tensor:
-        """The end of the paths that was solved for."""
+        """The end of the paths that the solver computed."""
         return self.latent
 
     @classmethod
     def cat(cls, results: Sequence[Self]) -> Self:
-        """The result of all samples from those of batches or ranks, on the device of the first.
+        """Concatenate results of batches or ranks, on the device of the first.
 
         `steps` is None where they differ.
 
         Raises:
-            TypeError: if something else is among them.
-            ValueError: for no result at all, samples of different shapes, or results of which some
-                have a standard error, products, a quantization or steps that others lack, or
-                another widening: a bound is not joined with a likelihood.
+            TypeError: if `results` is not a list of results.
+            ValueError: if there is no result, if their samples differ in shape, if some have a
+                standard error, products, a quantization or steps and others do not, or if their
+                widenings differ. A bound cannot be concatenated with likelihoods of the ODE.
 
         Example:
             >>> zero = torch.zeros(2)
@@ -282,7 +282,7 @@ class Result:
         return cls(**joined)
 
     def _kind(self) -> str:
-        """What results that are joined have in common."""
+        """Describe what has to be equal in results that are concatenated."""
         lacking = [name for name, value in vars(self).items() if value is None]
         shape = tuple(self.latent.shape[1:])
         known = f"widening {self.widening:.4g}, {self.quantization}"
@@ -313,8 +313,8 @@ class Result:
         """The result whose `to_dict` gave these values, bit for bit.
 
         Raises:
-            TypeError: for something else than a mapping, or than a tensor where one belongs.
-            ValueError: for a key that is missing or unknown.
+            TypeError: if `values` is not a mapping, or if a value has the wrong type.
+            ValueError: if a key is missing or unknown.
         """
         if not isinstance(values, Mapping):
             raise TypeError(

@@ -60,7 +60,7 @@ class Sandwich(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """Importance weights of samples, and what follows from them; prints as a summary.
+    """Importance weights of samples, with the estimates made from them; prints as a summary.
 
     Attributes:
         x: the samples, (B, *).
@@ -98,7 +98,7 @@ class Weights:
 
     @property
     def log_z_bias(self) -> float:
-        """What the solver's error may shift `log_z` by, in nats, as its mean under the weights."""
+        """Estimate in nats of the bias of `log_z` from the solver, the weighted mean error."""
         return float(self.normalized @ self.solver_error.double())
 
     @property
@@ -113,7 +113,7 @@ class Weights:
 
     @property
     def effective_sample_size_without_probes(self) -> float | None:
-        """What the effective sample size would be without random probes.
+        """Estimate of the effective sample size without the noise of random probes.
 
         None where the weighted mean of `variance` is above 0.25, as it cannot be estimated there.
         """
@@ -126,7 +126,7 @@ class Weights:
 
     @property
     def largest_share(self) -> float:
-        """The part that the largest weight has of their sum."""
+        """The largest weight as a part of the sum of all."""
         return float(self.normalized.max())
 
     @property
@@ -145,7 +145,7 @@ class Weights:
             A named tuple of `value` and `error`, of the shape of one of the function's values.
 
         Raises:
-            ValueError: for values of another length.
+            ValueError: if `function` does not return one value or more for each sample.
 
         Example:
             >>> x = torch.tensor([[0.0], [1.0]])
@@ -185,7 +185,7 @@ class Weights:
             upper bound sees modes that the samples miss.
 
         Raises:
-            ValueError: for another number of points than the result has, or where log π is −inf.
+            ValueError: if x and `result` differ in length, or if log π is −inf at a point.
         """
         if len(x) != len(result.nll):
             expected = f"the {len(result.nll)} points whose likelihood the result is"
@@ -208,7 +208,7 @@ class Weights:
         )
 
     def __str__(self) -> str:
-        """Log Z, effective sample size, and what to doubt."""
+        """Return log Z, the effective sample size and warnings, as a sentence."""
         count, k = len(self.x), self.pareto_k
         error, positive = f"± {self.log_z_error:.4f} nats", int((self.normalized > 0).sum())
         if math.isnan(self.log_z_error):
@@ -256,9 +256,9 @@ def importance_weights(
         The weights. A failed sample has weight zero and counts as a sample.
 
     Raises:
-        TypeError: for something else than a `SampleResult` or a callable.
-        ValueError: for samples without a density, random probes without a standard error, values
-            of log π of a wrong shape, NaN or +inf among them, or if no weight is above zero.
+        TypeError: if `result` is not a `SampleResult`, or `log_target` is not callable.
+        ValueError: if the samples have no density or no standard error, if log π has an invalid
+            shape, is NaN or +inf, or if no weight is above zero.
 
     Example:
         >>> from hosm_losses import VESchedule, ScoreModel, ode_sample, FixedGrid

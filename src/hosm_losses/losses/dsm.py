@@ -45,7 +45,7 @@ def first_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of order one, ‖ε̂ − ε‖²/d: that of every diffusion trainer.
+    """Return the loss of order one, ‖ε̂ − ε‖²/d, as every diffusion trainer has it.
 
     The safe primitives are not used: with prediction="epsilon" it is the old loss to rounding,
     given the same α and σ and data in float32 or float64. Half precision is squared in float32.
@@ -86,7 +86,7 @@ def second_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of orders one and two: the Jacobian of the score and its trace as well.
+    """Return the loss of orders one and two, which adds the score's Jacobian and its trace.
 
     The arguments, and what is raised, are those of `third_order_dsm`. Of `weights` (first, second,
     trace) a fourth number, that of order three, is not used.
@@ -143,7 +143,7 @@ def third_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of orders one, two and three: the gradient of the trace as well.
+    """Return the loss of orders one, two and three, which adds the gradient of the trace.
 
     These three orders together bound the KL divergence of the model's probability-flow ODE.
 
@@ -315,7 +315,7 @@ class _DSM(nn.Module):
             refuse_wrapped(model.network)
 
     def extra_repr(self) -> str:
-        """The arguments of the constructor, for print."""
+        """Return the constructor's arguments, for the printed form."""
         values = vars(self.options) | vars(self)
         names = list(inspect.signature(type(self).__init__).parameters)[2:]
         return ", ".join(f"{name}={values[name]!r}" for name in names)

@@ -1,4 +1,4 @@
-"""A loss from its arguments: check, perturb, derive, residuals, weights, reduce.
+"""The path from arguments to a loss: check, perturb, derive, residuals, weights, reduce.
 
 Formula, with the terms of `terms` or `paired`:
     x = α x₀ + σ ε,  loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch
@@ -50,7 +50,7 @@ from hosm_losses.probes import Paired, draw_probes, unit_vectors
 
 
 class LossAndTerms(NamedTuple):
-    """A loss with its terms, and where they were evaluated."""
+    """A loss with its terms, their times and their rows."""
 
     loss: Tensor  # reduced
     terms: DSMTerms  # per sample, with their graph
@@ -71,7 +71,10 @@ def dsm(
     generator: object = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> LossAndTerms:
-    """Return the loss and its terms. What is None is drawn, in the order t, ε, rows, v."""
+    """Return the loss and its terms.
+
+    Arguments that are None are drawn, in the order t, ε, rows, v.
+    """
     kwargs = check_model_kwargs(model_kwargs)
     weighting, sampler, higher = options.weighting, options.time_sampler, options.order > 1
     averaged = check_targets(targets, tensor=not higher)
@@ -161,7 +164,7 @@ def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
 
 
 def _weights(weights: object, options: LossOptions, x: Tensor) -> Weights:
-    """The weights of the terms, checked."""
+    """Return the weights of the terms, checked."""
     if weights is None and options.order > 1 and options.weighting == "likelihood":
         raise ValueError(
             "weights: expected numbers or 'paper' with weighting='likelihood', which puts the "

@@ -1,4 +1,4 @@
-r"""The terms of orders two and three from paired probes: those of probes="exact", at few probes.
+r"""Unbiased estimates of the terms of probes="exact" from a few paired probes.
 
 What:
     With one probe a residual is squared whose target is random in v, and the mean of a square is
@@ -47,7 +47,7 @@ from hosm_losses.model import BoundModel
 
 
 def means_of_halves(estimates: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over the first half of K estimates, and that over the second."""
+    """Return the means over the first and the second half of K estimates."""
     half = len(estimates) // 2
     return mean_over_probes(estimates[:half]), mean_over_probes(estimates[half:])
 

@@ -85,9 +85,9 @@ class AveragedTargets:
             that finds none has its own x₀.
 
     Raises:
-        TypeError: for a reference that is no floating-point tensor, an `own` that is no bool, or a
-            `same` that cannot be called.
-        ValueError: for an empty reference, or one that is not finite.
+        TypeError: if `reference` is not a floating-point tensor, `own` is not a bool, or `same` is
+            not callable.
+        ValueError: if `reference` is empty or not finite.
 
     Example:
         >>> import torch
@@ -113,7 +113,7 @@ class AveragedTargets:
             raise TypeError(error_message("same", "a callable of model_kwargs or None", self.same))
 
     def __repr__(self) -> str:
-        """The call that makes it, with the shape of its reference."""
+        """Return the constructor's call, with the shape of the reference."""
         shape = None if self.reference is None else f"<{tuple(self.reference.shape)}>"
         return f"AveragedTargets(reference={shape}, own={self.own}, same={self.same!r})"
 
@@ -184,7 +184,7 @@ class NoiseMoments(NamedTuple):
         return self.scale * (sums[..., -1:] * self.data - sums[..., :-1])
 
     def cumulants(self, probe: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
-        """v − C₂v and, if it is wanted, C₃(v, v, ·), along probes (K, B, *) and like them."""
+        """v − C₂v and, if `third`, C₃(v, v, ·), for probes (K, B, *) and of their shape."""
         half = len(self.weights) // 2
         if half and len(probe) * self.weights.numel() > LARGEST.get(probe.device.type, ELSEWHERE):
             parts = slice(None, half), slice(half, None)

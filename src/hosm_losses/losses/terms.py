@@ -135,7 +135,7 @@ class NoisyBatch(NamedTuple):
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product over the elements of a sample: (K, B, *) and (K, B, *) to (K, B)."""
+    """Inner product over the elements of a sample, of two tensors (K, B, *) to (K, B)."""
     return sum_elements(a * b)
 
 
@@ -164,7 +164,7 @@ def first_term(residual: Tensor) -> Tensor:
 def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """r2 (K, B, *), rt (K, B) and the G at which r3 is zero, from ℓ, D + v (or D + v − C₂v) and v.
 
-    For G the Laplacian form σ² ∂²f[v, v] may stand, which is the same where ∂f/∂x is symmetric.
+    The Laplacian form σ² ∂²f[v, v] is equal to G where ∂f/∂x is symmetric, and may replace it.
     """
     ell_dot_v = dot(ell, v)
     second = Dv_plus_v - scale_rows(ell_dot_v, ell)

@@ -50,7 +50,7 @@ from hosm_losses.schedules import Schedule
 
 @dataclass(frozen=True)
 class EDMWeighting:
-    """The weighting by which the first term is the loss of EDM's trainer, averaged over elements.
+    """Weighting that makes the first term the loss of EDM's trainer, averaged over elements.
 
     With λ(σ) = (σ² + σ_d²)/(σ σ_d)² that is λ(σ) ‖D(x, σ) − x₀‖²/d for the denoiser D that the
     network stands for, whatever it predicts, and σ in units of the data, σ̂ = σ/α.
@@ -59,7 +59,7 @@ class EDMWeighting:
         sigma_data: σ_d, the standard deviation of the data that the trainer assumes.
 
     Raises:
-        ValueError: for a sigma_data that is no finite number above 0.
+        ValueError: if `sigma_data` is not a finite number above 0.
 
     Example:
         >>> EDMWeighting()
@@ -69,7 +69,7 @@ class EDMWeighting:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        """Check it; a number of NumPy becomes Python's."""
+        """Check `sigma_data`; a number of NumPy becomes Python's."""
         what = "a finite number above 0"
         number = check_number("EDMWeighting.sigma_data", self.sigma_data, what, above=0)
         object.__setattr__(self, "sigma_data", number)

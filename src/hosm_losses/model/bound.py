@@ -70,7 +70,7 @@ class BoundModel:
 
     @property
     def native(self) -> "BoundModel":
-        """The same with PyTorch's operators, whose values and first derivatives are right."""
+        """The same model with PyTorch's own operators, enough for values and first derivatives."""
         return self._with(self.t, self.kwargs, "none")
 
     def _with(self, t: Any, kwargs: Any, primitives: Primitives | None = None) -> "BoundModel":
@@ -78,16 +78,16 @@ class BoundModel:
         return BoundModel(self.model, t, kwargs, self.batch, primitives or self.primitives)
 
     def at(self, t: Tensor) -> "BoundModel":
-        """The same at other times (B,)."""
+        """Return the same model at times (B,)."""
         return self._with(leave_inference_mode(t), self.kwargs)
 
     def rows(self, index: Tensor | slice) -> "BoundModel":
-        """The same for the samples at `index`."""
+        """Return the same model for the samples at `index`."""
         t = None if self.t is None else leave_inference_mode(self.t[index])
         return self._with(t, per_sample(self.kwargs, lambda _, tensor: tensor[index]))
 
     def repeat(self, count: int) -> "BoundModel":
-        """The same for `count` copies of the batch, one after the other."""
+        """Return the same model for `count` copies of the batch, one after the other."""
 
         def copies(tensor: Tensor) -> Tensor:
             return tensor.repeat(count, *(1,) * (tensor.ndim - 1))

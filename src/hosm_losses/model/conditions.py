@@ -1,4 +1,4 @@
-r"""The keyword arguments of a network: which of their tensors belong to the samples.
+r"""Keyword arguments of a network, and which of their tensors belong to the samples.
 
 What:
     Losses evaluate some rows of a batch, or every row several times, so what belongs to a sample
@@ -22,7 +22,7 @@ from hosm_losses._torch_internals import is_traced
 
 
 class Shared:
-    """Marks a value in `model_kwargs` that all samples share; the network is given the value.
+    """Mark for a value in `model_kwargs` that all samples share; the network gets the value.
 
     Needed only for a tensor whose first dimension may equal the batch size, such as a table of
     positions. `check_derivatives` names those that need it.
@@ -54,7 +54,7 @@ Visit = Callable[[str, Any], Any]
 
 
 def _walk(value: Any, visit: Visit, path: str = "model_kwargs") -> Any:
-    """Replace every tensor and every Shared; a container without any is returned as it is."""
+    """Replace every tensor and every Shared; return a container without any as it is."""
     # Without unions of types, and exact types of containers first, for torch.compile.
     if isinstance(value, Tensor) or isinstance(value, Shared):  # noqa: SIM101
         return visit(path, value)
@@ -111,7 +111,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def bind(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """Return the arguments with a mark at everything that does not belong to the samples."""
+    """Return the arguments with everything that does not belong to the samples marked Shared."""
 
     def visit(_path: str, entry: Any) -> Any:
         own = isinstance(entry, Tensor) and entry.ndim > 0 and len(entry) == batch
@@ -136,7 +136,7 @@ def per_sample(kwargs: Mapping[str, Any], function: Callable[[str, Tensor], Any]
 
 
 def unmark(kwargs: Mapping[str, Any]) -> Any:
-    """Return the arguments as the network wants them, without marks."""
+    """Return the arguments without marks, for the network."""
 
     def visit(path: str, entry: Any) -> Any:
         return _walk(entry.value, visit, path) if isinstance(entry, Shared) else entry

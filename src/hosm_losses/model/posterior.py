@@ -65,8 +65,8 @@ class PosteriorCovariance:
             The products, of the shape of v, without a graph.
 
         Raises:
-            ValueError: for another shape.
-            DerivativeError: where the network cannot be differentiated twice.
+            ValueError: if v has another shape.
+            DerivativeError: if the network cannot be differentiated twice.
         """
         x = self._x
         if not isinstance(v, Tensor) or v.shape[-x.ndim :] != x.shape or v.ndim > x.ndim + 1:

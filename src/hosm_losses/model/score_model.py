@@ -49,7 +49,7 @@ from hosm_losses.taylor import Jet
 
 Kind = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
 Prediction = Kind | Literal["x0", "denoiser", "v", "velocity"]
-# Other words, and the one by which `ScoreModel.prediction` knows them.
+# Synonyms, and the names that `ScoreModel.prediction` stores.
 SAME = {"x0": "sample", "denoiser": "sample", "v": "v_prediction", "velocity": "flow_prediction"}
 UNSHARD = (
     "If fully_shard is around it, its parameters are shards between the steps: call unshard() on "
@@ -86,10 +86,10 @@ class ScoreModel(nn.Module):
         primitives: whether the losses of order two and three put the safe primitives in.
 
     Raises:
-        TypeError: if the schedule is no `Schedule` or returns no tensors like t, or the network,
-            `output` or `call` cannot be called, or `primitives` is no bool.
-        ValueError: for a prediction of another name, a `time` of another kind, or a schedule
-            under which the noise in units of the data, σ/α, is not finite or does not grow with t.
+        TypeError: if the schedule is not a `Schedule` or does not return tensors like t, if the
+            network, `output` or `call` is not callable, or if `primitives` is not a bool.
+        ValueError: if `prediction` or `time` is invalid, or if the schedule's noise in units of
+            the data, σ/α, is not finite or does not grow with t.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -126,7 +126,7 @@ class ScoreModel(nn.Module):
         self.primitives = primitives
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Raise TypeError for a function, whose weights a copy, as one for an EMA, would share."""
+        """Copy the model; a TypeError for a function, whose weights a copy would share."""
         if not isinstance(self.network, nn.Module):
             remedy = "Give it: ScoreModel(module, schedule, call=lambda module, x, t: ...)."
             raise TypeError(
@@ -135,7 +135,7 @@ class ScoreModel(nn.Module):
         return self._deep_copy(memo)
 
     def _deep_copy(self, memo: dict[int, Any]) -> Self:
-        """A deep copy; functions, and the modules that they refer to, are not copied."""
+        """Copy the model, but no functions nor the modules that they refer to."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         # Not its __dict__: what .compile() has put there calls the original.
@@ -144,7 +144,7 @@ class ScoreModel(nn.Module):
         return copied
 
     def extra_repr(self) -> str:
-        """Schedule and prediction, for the printed form."""
+        """Return schedule and prediction, for the printed form."""
         return f"schedule={self.schedule!r}, prediction={self.prediction!r}"
 
     def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
@@ -304,7 +304,7 @@ def _raised_by_the_call(error: TypeError) -> bool:
 
 
 def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:
-    """p · part + q x for what `ScoreModel.affine` returns; None stands for 1 and for 0."""
+    """p · part + q x for (p, q) of `ScoreModel.affine`; None stands for 1 and for 0."""
     scaled = part if p is None else p * part
     return scaled if q is None or of_x is None else scaled + q * of_x
 
