@@ -190,7 +190,7 @@ class Ensemble(nn.Module):
 
 
 class Posteriors:
-    """The posteriors of all members, used by the losses as one `Posterior`."""
+    """The posteriors of all members, used by the losses as one `NoiseMoments`."""
 
     def __init__(self, members: Sequence[object]) -> None:
         self.members = members

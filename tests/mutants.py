@@ -239,13 +239,13 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/kinks.py",
-        "found, nodes = set[Any](), [internals.gradient_node(point)]",
-        "found, nodes = set[Any](above), []",
+        "between, nodes = set[Any](), [internals.gradient_node(point)]",
+        "between, nodes = set[Any](above), []",
         "tests/derivatives/test_kinks.py",
     ),
     Mutant(
         "derivatives/kinks.py",
-        "update((2, 3) if told or order == 3 else (2,))",
+        "update((2, 3) if jumping or order == 3 else (2,))",
         "update((2, 3))",
         "tests/derivatives/test_kinks.py",
     ),
@@ -264,15 +264,22 @@ MUTANTS = [
     # A loss of a frozen network that can be passed back, and trains nothing.
     Mutant(
         "derivatives/backward.py",
-        "for node in internals.graph_nodes([value], point))",
-        "for node in internals.graph_nodes([value]))",
+        "seen, nodes = {point_node}, []",
+        "seen, nodes = set(), []",
         "tests/losses/test_frozen.py",
     ),
     Mutant(
         "derivatives/engines.py",
-        "    wanted = wanted and may_train(value, x, point)\n",
-        "",
+        "graph=wanted or push)\n    wanted = wanted and may_train(value, x, point)\n",
+        "graph=wanted or push)\n",
         "tests/losses/test_frozen.py",
+    ),
+    # The same of a likelihood.
+    Mutant(
+        "derivatives/engines.py",
+        "        wanted = wanted and may_train(value, x, point)\n",
+        "",
+        "tests/likelihood/test_graph.py",
     ),
     Mutant(
         "taylor/memory.py",
@@ -306,8 +313,8 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/select.py",
-        "            return\n        before = Snapshot(",
-        "            pass\n        before = Snapshot(",
+        "            return\n        before = NetworkState(",
+        "            pass\n        before = NetworkState(",
         "tests/derivatives/test_choice.py",
     ),
     Mutant(
@@ -318,7 +325,7 @@ MUTANTS = [
     ),
     Mutant(
         "derivatives/checkpointing.py",
-        "        if any(given[place].stack is not entries[place] for place in jets):\n"
+        "        if any(inputs[place].stack is not entries[place] for place in jets):\n"
         "            raise DerivativeError(CHANGED_ARGUMENT)\n",
         "",
         "tests/taylor/test_in_place.py",
@@ -354,7 +361,7 @@ MUTANTS = [
     ),
     Mutant(
         "losses/targets.py",
-        " - (v * second).sum(-1, keepdim=True) * self.mean",
+        " - (v * C2v).sum(-1, keepdim=True) * self.mean",
         "",
         "tests/losses/test_averaged_targets.py",
     ),
@@ -426,8 +433,8 @@ MUTANTS = [
     # f counts q x, which the noise leaves out.
     Mutant(
         "losses/terms.py",
-        "derive(model, batch.x, w, order=order, **how), None, w)",
-        "derive(model, batch.x, w, order=order, **how), batch.x, w)",
+        "derived = model.of_f(derivatives, None, w)",
+        "derived = model.of_f(derivatives, batch.x, w)",
         "tests/losses/test_random_options.py",
     ),
     # Indices of a table rounded to the precision of half data.
@@ -527,8 +534,8 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/job.py",
-        "self.integers.spread(self.x, whole.coordinates, self.generator)",
-        "self.integers.spread(self.x, whole.coordinates, None)",
+        "self.dequantization.draw(self.x, paths.coordinates, self.generator)",
+        "self.dequantization.draw(self.x, paths.coordinates, None)",
         "tests/likelihood/test_random_settings.py",
     ),
     Mutant(
@@ -540,15 +547,15 @@ MUTANTS = [
     # A companion lowers the claims of few samples, of which one may be right by chance.
     Mutant(
         "likelihood/multistep.py",
-        "if len(plain) >= POOL:",
+        "if len(ratio) >= POOL:",
         "if True:",
         "tests/likelihood/test_multistep.py",
     ),
     # The probes of the first rows, for those that are still on their way.
     Mutant(
         "likelihood/adaptive.py",
-        "chosen = None if probes is None else probes[:, rows]",
-        "chosen = None if probes is None else probes[:, : len(rows)]",
+        "row_probes = None if probes is None else probes[:, rows]",
+        "row_probes = None if probes is None else probes[:, : len(rows)]",
         "tests/likelihood/test_adaptive.py",
     ),
     Mutant(
@@ -559,8 +566,8 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/variational.py",
-        "spread + found.var(0) / at_start",
-        "spread + found.var(0) / samples",
+        "integral_variance + draws.var(0) / at_start",
+        "integral_variance + draws.var(0) / samples",
         "tests/likelihood/test_variational.py",
     ),
     Mutant(
@@ -698,14 +705,14 @@ MUTANTS = [
     # Conditions repeated sample by sample, and not distribution by distribution.
     Mutant(
         "likelihood/distribution.py",
-        "return tensor.expand(outer + rest).reshape(-1, *rest)",
+        "return tensor.expand(outer + shape).reshape(-1, *shape)",
         "return tensor.reshape(-1, *rest).repeat_interleave(outer.numel() // batch.numel(), 0)",
         "tests/likelihood/test_distribution.py",
     ),
     # Where paths have kinks, claims that are small by chance.
     Mutant(
         "likelihood/adaptive.py",
-        "torch.where(kinks, torch.maximum(solver_error, usual), solver_error)",
+        "torch.where(kinks, torch.maximum(solver_error, median), solver_error)",
         "solver_error",
         "tests/likelihood/test_adaptive.py",
     ),
@@ -725,8 +732,8 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/weights.py",
-        "(tail * found + 10 * 0.5) / (tail + 10)",
-        "found",
+        "(tail * shape + 10 * 0.5) / (tail + 10)",
+        "shape",
         "tests/likelihood/test_weights.py",
     ),
     # A sample at 1e20 takes all of the evaluations.
@@ -738,7 +745,7 @@ MUTANTS = [
     ),
     # The density of x_t for that of x_t/α.
     Mutant(
-        "likelihood/integers.py",
+        "likelihood/dequantize.py",
         "/ mass) - start.alpha.log()",
         "/ mass) + start.alpha.log()",
         "tests/likelihood/test_bounds.py",

@@ -247,8 +247,8 @@ class Normed(nn.Module):
     ],
 )
 def test_no_buffer_is_copied_once_an_engine_has_served_a_call(make, options, around, monkeypatch):
-    network, whole, copied = make(), select.Snapshot, []
-    monkeypatch.setattr(select, "Snapshot", lambda *given: copied.append(1) or whole(*given))
+    network, whole, copied = make(), select.NetworkState, []
+    monkeypatch.setattr(select, "NetworkState", lambda *given: copied.append(1) or whole(*given))
     for step in range(4):
         copied.clear()
         with quiet():

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Normal
 
 import hosm_losses as hosm
-from hosm_losses.likelihood.integers import importance_weighted
+from hosm_losses.likelihood.dequantize import importance_weighted
 from hosm_losses.likelihood.result import Quantization
 from tests.cases import VP, networks
 from tests.likelihood.problems import gaussian, marginals, total

@@ -125,7 +125,7 @@ def test_a_gradient_keeps_no_activations_and_is_the_same(divergence, solver, mon
         return [value, first, *gradients(first.square().sum(), [x, *network.parameters()])]
 
     checkpointed = found()
-    monkeypatch.setattr(RecomputedEvaluations, "due", lambda _: False)
+    monkeypatch.setattr(RecomputedEvaluations, "applies", lambda _: False)
     torch.testing.assert_close(checkpointed, found(), rtol=1e-12, atol=1e-14)
 
 

@@ -1,5 +1,6 @@
 """With a graph: a sample that failed, or a step that did, leaves the gradients of the others."""
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 import hosm_losses as hosm
 from hosm_losses.likelihood import adaptive as adaptive_of
 from hosm_losses.likelihood import paths
-from tests.cases import VP, gradients
+from tests.cases import MLP, VP, gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:network.*jumps")
 
@@ -122,3 +123,26 @@ def test_a_network_with_torch_func_inside_has_the_same_gradient(solver):
     energy = torch.func.grad(lambda x: x.sin().sum())
     found, expected = of(lambda x, t: energy(x)), of(lambda x, t: x.cos())
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "divergence", ["exact", hosm.Hutchinson(2), hosm.Hutchinson(2, mode="forward")]
+)
+def test_a_frozen_network_has_no_graph_but_in_x(divergence):
+    network, x = MLP(2).requires_grad_(False), torch.randn(3, 2)
+    options = {"solver": hosm.FixedGrid(4), "divergence": divergence, "enable_grad": True}
+
+    def solve(x, network=network):
+        generator = torch.Generator().manual_seed(0)
+        return hosm.ode_nll(hosm.ScoreModel(network, VP), x, generator=generator, **options)
+
+    frozen = solve(x)
+    assert not frozen.nll.requires_grad
+    assert not frozen.latent.requires_grad
+    points = x.clone().requires_grad_()
+    in_x = gradients(solve(points).nll.sum(), [points])
+    trained = copy.deepcopy(network).requires_grad_()
+    result = solve(points, trained)
+    torch.testing.assert_close(result.nll.detach(), frozen.nll)
+    assert all(bool(g.any()) for g in gradients(solve(x, trained).nll.sum(), trained.parameters()))
+    torch.testing.assert_close(gradients(result.nll.sum(), [points]), in_x)

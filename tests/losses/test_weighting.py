@@ -138,7 +138,7 @@ def test_the_default_sampler_is_that_of_the_first_terms_weighting():
 
     by_schedule, by_u = drawn("noise"), drawn("noise", "log_sigma_hat")
     assert not torch.equal(by_schedule, by_u)
-    for weighting in ("native", torch.exp, ("noise", torch.exp), ("noise",)):
+    for weighting in ("native", torch.exp, ("noise", torch.exp), ("noise", "noise")):
         assert torch.equal(drawn(weighting), by_schedule)
     for weighting in ("likelihood", ("likelihood", torch.exp)):
         assert torch.equal(drawn(weighting), by_u)

@@ -19,7 +19,7 @@ from hosm_losses.derivatives.kinks import refusal as refusal
 from hosm_losses.derivatives.select import ASK_THE_CHECK as ASK_THE_CHECK
 from hosm_losses.derivatives.select import ENGINES as ENGINES
 from hosm_losses.derivatives.select import Engine as Engine
-from hosm_losses.derivatives.select import Snapshot as Snapshot
+from hosm_losses.derivatives.select import NetworkState as NetworkState
 from hosm_losses.derivatives.select import derive as derive
 from hosm_losses.derivatives.select import derive_with_products as derive_with_products
 from hosm_losses.derivatives.select import never_warn as never_warn

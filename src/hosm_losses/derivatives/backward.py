@@ -1,4 +1,4 @@
-r"""Passes back through a network, and what they say where the graph is lost.
+r"""Backward passes through a network, and the errors they raise if the graph is lost.
 
 What:
     A network may cut the graph: by .detach(), or by a custom autograd.Function whose backward
@@ -69,11 +69,11 @@ REMEDIES = {
 
 
 class DroppedGraphError(DerivativeError):
-    """A custom autograd.Function whose backward drops the graph: no fault of the taylor engine."""
+    """A custom autograd.Function whose backward drops the graph, in either engine."""
 
 
 def explain(error: Exception) -> None:
-    """Raise a DerivativeError that says what to do, if that is known of an error of PyTorch."""
+    """Raise a DerivativeError with the remedy, if one is known for an error of PyTorch."""
     if isinstance(error, CheckpointError):
         raise DerivativeError(CHECKPOINT_ADVICE) from error
     for words, advice in REMEDIES.items():
@@ -82,17 +82,17 @@ def explain(error: Exception) -> None:
 
 
 def refuse_scripted(engine: str, error: Exception) -> None:
-    """Raise in the place of an error of the taylor engine if a function of torch.jit raised it."""
+    """Raise ScriptedError if a function of torch.jit caused an error of the taylor engine."""
     if engine == "taylor" and _torch_errors.IN_SCRIPT in str(error):
         raise ScriptedError(SCRIPTED_FUNCTION) from error
 
 
 def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = None) -> bool:
-    """Make a pass back from `value`, with a graph if `wanted`, raise where a Function drops it.
+    """Make the pass back from `value` raise if a Function drops its graph, if that is `wanted`.
 
     That is a node whose incoming gradient requires a gradient while no gradient that it returns
-    does. The pass ends at `point`, if one is given: what is behind it is not looked at. Returns
-    whether there is a Function, of which passes under vmap tell nothing.
+    does. Nodes behind `point` are not checked. Returns whether there is a Function: hooks do not
+    see what it does under vmap.
     """
     watched = False
     if not wanted or torch.compiler.is_compiling():
@@ -108,22 +108,33 @@ def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = No
 
 
 def _check_graph(name: str, returned: Sequence[Any], incoming: Sequence[Any]) -> None:
-    given = [each for each in returned if isinstance(each, Tensor)]
-    had = any(isinstance(each, Tensor) and each.requires_grad for each in incoming)
-    if torch.is_grad_enabled() and had and given and not any(map(internals.has_graph, given)):
+    outgoing = [grad for grad in returned if isinstance(grad, Tensor)]
+    wanted = any(isinstance(grad, Tensor) and grad.requires_grad for grad in incoming)
+    if not (torch.is_grad_enabled() and wanted and outgoing):
+        return
+    if not any(map(internals.has_graph, outgoing)):
         raise DroppedGraphError(DROPPED.format(name))
 
 
 def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
-    """Whether a gradient of a value at an engine's copy of x may go to anything but that copy."""
+    """Whether a value, computed at an engine's copy `point` of x, depends on another leaf."""
     if point is x:
         return True
-    leaf_node = type(internals.gradient_node(point))
-    return any(isinstance(node, leaf_node) for node in internals.graph_nodes([value], point))
+    point_node = internals.gradient_node(point)
+    seen, nodes = {point_node}, [] if value.grad_fn is None else [value.grad_fn]
+    while nodes:
+        for node, _ in nodes.pop().next_functions:
+            if node is None or node in seen:
+                continue
+            if type(node) is type(point_node):  # accumulates the gradient of another leaf
+                return True
+            seen.add(node)
+            nodes.append(node)
+    return False
 
 
 def leaf(x: Tensor, wanted: bool = True) -> Tensor:
-    """A point to differentiate at: x itself where a gradient of the result may go to it."""
+    """A point to differentiate at: x itself if the result may need a gradient in x, or a copy."""
     own = internals.is_traced() or (wanted and x.requires_grad)
     return x if own else x.detach().requires_grad_()
 
@@ -134,11 +145,11 @@ def vjp(
     graph: bool = True,
     lost: str | None = None,
 ) -> tuple[Tensor, Any, PassBack]:
-    """Return what a function (value, more) gives at points, and its pass back.
+    """Return the value and the rest of a function's result (value, more), and its pass back.
 
-    The pass back takes a cotangent like the value to a gradient for every point, with a `graph` or
-    without. Where the value does not depend on a point that is zero, or the error `lost`. Under
-    torch.compile and the transforms of torch.func it is that of torch.func.
+    The pass back maps a cotangent like the value to a gradient for every point, with a `graph` or
+    without. The gradient in a point that the value does not depend on is zero; if `lost` is given,
+    it raises an error with that text. Under torch.compile and torch.func it is `torch.func.vjp`.
     """
     if internals.is_traced():
         result: Any = torch.func.vjp(function, *points, has_aux=True)
@@ -156,7 +167,7 @@ def vjp(
 def pass_back(
     value: Tensor, points: Sequence[Tensor], graph: bool = True, lost: str | None = None
 ) -> PassBack:
-    """The pass back of `vjp` from a value that is at hand, in eager mode."""
+    """Return the pass back of `vjp` for a value computed before, in eager mode."""
 
     def back(cotangent: Tensor | None, batched: bool = False) -> tuple[Tensor, ...]:
         if lost is not None and not value.requires_grad:
@@ -182,7 +193,7 @@ def pass_back(
 
 
 def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tensor:
-    """The gradients of a pass back in its one point for K cotangents, (K, B, *).
+    """Return the gradients of a pass back in its one point for K cotangents, (K, B, *).
 
     At once by vmap, or where that fails in turn: a custom autograd.Function whose backward vmap
     cannot follow can still be called K times.
@@ -200,7 +211,7 @@ def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tens
 
 
 def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of a number in tensors, zero where it does not depend on one."""
+    """Return the gradients of a number in tensors, zero if it does not depend on one."""
     if not (inputs and value.requires_grad):
         return tuple(torch.zeros_like(tensor) for tensor in inputs)
     return torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True)

@@ -31,8 +31,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         What `function` returns.
 
     Raises:
-        ValueError: for use_reentrant=True, or a context_fn.
-        DerivativeError: where `function` changes an argument in place, and would be evaluated
+        ValueError: if use_reentrant is True, or if a context_fn is given.
+        DerivativeError: if `function` changes an argument in place, as it would be evaluated
             again with the changed one.
 
     Example:
@@ -52,10 +52,10 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not jets:
         tensors = [entry for entry in flat if isinstance(entry, Tensor)]
         before = versions(tensors)
-        found = recomputable(function, *args, **kwargs, **own)
+        result = recomputable(function, *args, **kwargs, **own)
         if versions(tensors) != before:
             raise DerivativeError(CHANGED_ARGUMENT)
-        return found
+        return result
     # Not the Jets, which are none any more when the pass back calls the function again.
     like = partial(Jet.make, firsts=flat[jets[0]].firsts, pairs=flat[jets[0]].pairs)
     shape: list[Any] = []
@@ -63,17 +63,19 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # A Jet goes through as its stack: another checkpoint, or an offload to the host, around the
     # loss saves plain tensors.
     def on_stacks(*entries: Any) -> tuple[Any, ...]:
-        given = [like(each) if place in jets else each for place, each in enumerate(entries)]
-        its_args, its_kwargs = pytree.tree_unflatten(given, form)
+        inputs: list[Any] = list(entries)
+        for place in jets:
+            inputs[place] = like(entries[place])
+        its_args, its_kwargs = pytree.tree_unflatten(inputs, form)
         leaves, tree = pytree.tree_flatten(function(*its_args, **its_kwargs))
-        if any(given[place].stack is not entries[place] for place in jets):
+        if any(inputs[place].stack is not entries[place] for place in jets):
             raise DerivativeError(CHANGED_ARGUMENT)
         shape[:] = tree, [isinstance(leaf, Jet) for leaf in leaves]
         return tuple(leaf.stack if isinstance(leaf, Jet) else leaf for leaf in leaves)
 
     stacks = [entry.stack if place in jets else entry for place, entry in enumerate(flat)]
     del flat, args, kwargs
-    found = recomputable(on_stacks, *stacks, **own)
-    tree, carried = shape
-    leaves = [like(leaf) if is_jet else leaf for leaf, is_jet in zip(found, carried, strict=True)]
+    outputs = recomputable(on_stacks, *stacks, **own)
+    tree, is_jet = shape
+    leaves = [like(leaf) if jet else leaf for leaf, jet in zip(outputs, is_jet, strict=True)]
     return pytree.tree_unflatten(leaves, tree)

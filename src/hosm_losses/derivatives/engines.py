@@ -76,7 +76,7 @@ class Network(Protocol):
 
 
 class Derivatives(NamedTuple):
-    """What an engine returns.
+    """The value of a network and its derivatives along directions.
 
     Attributes:
         value: f, of shape (1, B, *) where the directions share it, (K, B, *) where each has its
@@ -109,7 +109,7 @@ class Products(NamedTuple):
 
 
 def copies(network: Network, x: Tensor, w: Tensor) -> tuple[Network, Tensor, Tensor]:
-    """The network, x and the directions with the K directions as one larger batch."""
+    """Return the network, x and the directions with the K directions as one larger batch."""
     count = len(w)
     rows = x.repeat(count, *(1,) * (x.ndim - 1))
     return (network.repeat(count) if count > 1 else network), rows, w.flatten(0, 1)
@@ -123,7 +123,7 @@ def taylor(
     laplacian: bool = False,
     summed: bool = False,
 ) -> Derivatives:
-    """The value and its derivatives in one batch; TaylorError where they cannot be carried."""
+    """Return the value and its derivatives by one call; TaylorError for unknown operators."""
     wanted, shape = torch.is_grad_enabled(), w.shape
     exact = order == 3 and not laplacian  # G, by a pass back from w·D
     copied = exact and not summed  # each direction has a copy of x
@@ -161,7 +161,10 @@ def taylor(
 
 
 def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
-    """Two passes back, for G and never for C; DerivativeError where autograd cannot follow."""
+    """Return the value and its derivatives by two passes back, with G and never C.
+
+    A DerivativeError if autograd cannot differentiate the network twice.
+    """
     if order == 2 and not internals.in_functorch():  # any cotangent will do
         return reverse_products(network, x, w, order, torch.zeros_like, False).derived
     wanted, shape = torch.is_grad_enabled(), w.shape
@@ -194,7 +197,7 @@ def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
 def reverse_products(
     network: Network, x: Tensor, w: Tensor, order: int, cotangent: Cotangent, push: bool
 ) -> Products:
-    """The products in reverse mode; DerivativeError where autograd cannot follow."""
+    """Return derivatives and products in reverse mode; DerivativeError as in `reverse`."""
     wanted = torch.is_grad_enabled()
     point = leaf(x, wanted)
     value, _, back = vjp(
@@ -236,7 +239,7 @@ def products_beside(
     push: bool,
     copied: bool,
 ) -> Products:
-    """The products beside what an engine derives, by passes back from its value.
+    """Return an engine's derivatives, with products by passes back from its value.
 
     If `copied`, each direction has a copy of x, and so there is one value for each.
     """
@@ -267,10 +270,10 @@ def products_beside(
 def quadratic_forms(
     network: Network, x: Tensor, directions: Iterable[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The value (B, *) of a network, and wᵀ ∂f/∂x w for each w: the forms (K, B).
+    """Return the value (B, *) of a network, and the forms wᵀ ∂f/∂x w, (K, B), of directions w.
 
-    One forward pass, and one pass back for each chunk (k, B, *) of directions. A DerivativeError
-    where autograd cannot follow the output to x, or the graph of the result is dropped.
+    It takes one forward pass, and one pass back for each chunk (k, B, *) of directions. A
+    DerivativeError if the output has no graph to x, or if the graph of the result is dropped.
     """
     wanted = torch.is_grad_enabled()
     f, in_turn = watch_once(network, 2, wanted), False
@@ -284,6 +287,7 @@ def quadratic_forms(
             except EXPLAINED as error:
                 explain(error)
                 raise
+        wanted = wanted and may_train(value, x, point)
         # Behind the point are all earlier evaluations of a path.
         in_turn = refuse_dropped(value, wanted, point)
         back = pass_back(value, (point,), wanted, LOST_ONCE)

@@ -1,4 +1,4 @@
-r"""Operators whose derivative jumps, the warning about them, and what is remembered of a network.
+r"""Operators whose derivative jumps, the warning about them, and the memory of a network.
 
 What:
     Almost everywhere ∂f/∂x of a network of ReLUs does not depend on the bias before one. So a term
@@ -38,54 +38,53 @@ WARNING = (
 
 
 @dataclass
-class Memory:
-    """What is remembered of a network.
+class NetworkMemory:
+    """What earlier calls have shown about a network.
 
     Attributes:
-        refused: why an engine does not take a call, by the engine and the kind of call.
-        failed: why one failed once, in a call that another engine could take.
-        served: the engines and kinds of call that were served, and what surrounded them.
-        said: whether the warning that reverse mode takes over was given.
-        orders: those, of 2 and 3, at which nothing more is to be said of derivatives that jump.
+        refused: why an engine refuses a kind of call, by (engine, kind).
+        failed: why an engine failed once, in a call that another engine could take.
+        served: engines and kinds of calls that succeeded, with the transforms and modes around.
+        warned: whether the warning that reverse mode takes over was given.
+        orders: the orders, of 2 and 3, at which no further warning of jumps is due.
     """
 
     refused: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
     failed: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
     served: set[tuple[Any, ...]] = field(default_factory=set)
-    said: bool = False
+    warned: bool = False
     orders: set[int] = field(default_factory=set)
 
 
-_MEMORIES: "weakref.WeakKeyDictionary[Any, Memory]" = weakref.WeakKeyDictionary()
+_MEMORIES: "weakref.WeakKeyDictionary[Any, NetworkMemory]" = weakref.WeakKeyDictionary()
 
 
 def refusal(owner: object, order: int) -> str | None:
-    """Why the taylor engine could not take a call of this order, None where none is remembered."""
+    """Why the taylor engine refused a call of this order; None if it refused none."""
     for (engine, kind), why in memory_of(owner).refused.items():
         if engine == "taylor" and kind[0] == order:
             return why
     return None
 
 
-def memory_of(owner: object) -> Memory:
-    """What is remembered of a network; nothing, if it cannot be referred to weakly, or hashed."""
+def memory_of(owner: object) -> NetworkMemory:
+    """The memory of a network; a new one if the network has no weak references or hash."""
     try:
-        return _MEMORIES.setdefault(owner, Memory())
+        return _MEMORIES.setdefault(owner, NetworkMemory())
     except TypeError:
-        return Memory()
+        return NetworkMemory()
 
 
 def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:
-    """The field, which in a first call with gradients warns of derivatives that jump."""
+    """Return the field; if no call with gradients came before, one that warns of jumps."""
     if torch.compiler.is_compiling() or not wanted or order in memory_of(field.owner).orders:
         return field
 
     def first(point: Tensor) -> Tensor:
-        value, told = find_jumps(field, point, order)
-        memory_of(field.owner).orders.update((2, 3) if told or order == 3 else (2,))
-        if told:
-            name = type(field.owner).__name__
-            warn(WARNING.format(name, told))
+        value, jumping = find_jumps(field, point, order)
+        memory_of(field.owner).orders.update((2, 3) if jumping or order == 3 else (2,))
+        if jumping:
+            warn(WARNING.format(type(field.owner).__name__, jumping))
         return value
 
     return first
@@ -94,17 +93,17 @@ def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tenso
 def find_jumps(
     field: Callable[[Tensor], Tensor], point: Tensor, order: int
 ) -> tuple[Tensor, str | None]:
-    """A field's value, and the operators that it goes through whose derivatives jump, in words.
+    """Return a field's value, and the operators on the way whose derivatives jump, in words.
 
-    That is the first derivative, or at order three the first or the second.
+    At order two these are first derivatives, at order three first or second ones.
     """
     with _Watch(Jet if isinstance(point, Jet) else Tensor) as watch:
         value = field(point)
-    found = [*watch.find(_between(point, value))]
-    for at, which in ((1, ""), (2, "second "))[: order - 1]:
-        names = sorted({name for name, jumps in found if jumps == at})
+    operators = [*watch.find(_between(point, value))]
+    for derivative, ordinal in ((1, ""), (2, "second "))[: order - 1]:
+        names = sorted({name for name, jumps in operators if jumps == derivative})
         if names:
-            return value, f"{' and '.join(names)}, whose {which}derivative jumps"
+            return value, f"{' and '.join(names)}, whose {ordinal}derivative jumps"
     return value, None
 
 
@@ -120,7 +119,7 @@ def _jumps(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> int:
 
 
 class _Noted(NamedTuple):
-    """What an operator returned whose derivative jumps."""
+    """The result of an operator whose derivative jumps."""
 
     name: str
     jumps: int
@@ -144,18 +143,18 @@ class _Watch(TorchFunctionMode):
         first = args[0] if args else named.get("input")
         power = 2 if name == "square" else args[-1] if name == "pow" and args else 1
         for noted in self.noted if name != "get" else ():  # a property is asked for
-            if any(noted.result() is each for each in args):
+            if any(noted.result() is argument for argument in args):
                 noted.powers.append(power if isinstance(power, int | float) else 1)
         x = _stack(first)
         jumps = _jumps(name, args, named) if isinstance(x, Tensor) and not x.is_complex() else 0
         result = func(*args, **named)
-        for each in internals.pytree.tree_leaves(result) if jumps else ():
-            if isinstance(each, self.kind):
-                self.noted.append(_Noted(name, jumps, weakref.ref(each), _stack(each).grad_fn, []))
+        for leaf in internals.pytree.tree_leaves(result) if jumps else ():
+            if isinstance(leaf, self.kind):
+                self.noted.append(_Noted(name, jumps, weakref.ref(leaf), _stack(leaf).grad_fn, []))
         return result
 
     def find(self, nodes: set[Any]) -> Iterator[tuple[str, float]]:
-        """Names, and derivatives that jump, of what is noted among some nodes of the graph."""
+        """Yield the names of noted operators among nodes of the graph, with what jumps: 1 or 2."""
         for name, jumps, _, node, powers in self.noted:
             if node in nodes:
                 if name in ("relu", "abs") and powers:
@@ -173,13 +172,13 @@ def _between(point: Tensor, value: Tensor) -> set[Any]:
             above[below].append(node)
     if isinstance(point, Jet):
         return {None, _stack(value).grad_fn, *above}
-    found, nodes = set[Any](), [internals.gradient_node(point)]
+    between, nodes = set[Any](), [internals.gradient_node(point)]
     while nodes:
         node = nodes.pop()
-        if node not in found:
-            found.add(node)
+        if node not in between:
+            between.add(node)
             nodes.extend(above[node])
-    return found
+    return between
 
 
 def _stack(x: Any) -> Any:

@@ -1,4 +1,4 @@
-r"""The choice of the engine that differentiates a field, and what "auto" remembers of a network.
+r"""The choice of the engine that differentiates a network, and the memory of "auto".
 
 What:
     "auto" is the taylor engine. A network that it cannot carry derivatives through is given to
@@ -46,11 +46,11 @@ ASK_THE_CHECK = "check_derivatives(model, x0) names the module and what to do."
 JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
-class Snapshot:
+class NetworkState:
     """The buffers of a network and the state of torch's generators, to be restored.
 
-    Of a network that is no Module, nor a method of one, no buffers are seen. `x` is its input, for
-    the devices.
+    The network has no buffers to restore if it is neither a Module nor a method of one. The
+    generators are those of the CPU and of the devices of x.
     """
 
     def __init__(self, network: object, x: Tensor) -> None:
@@ -68,7 +68,7 @@ class Snapshot:
         self.generators = None if captured else (torch.get_rng_state(), get_device_states(x))
 
     def restore(self, *, generators: bool = True) -> None:
-        """Put the buffers back, and the generators unless they are to stay where they are."""
+        """Restore the buffers and, unless told otherwise, the generators."""
         with torch.no_grad():
             for module, name, buffer, value, version in self.buffers:
                 setattr(module, name, buffer)
@@ -90,7 +90,7 @@ def derive(
     laplacian: bool = False,
     summed: bool = False,
 ) -> Derivatives:
-    """The value of a network at x (B, *) and its derivatives along directions w (K, B, *).
+    """Return the value of a network at x (B, *) and its derivatives along w (K, B, *).
 
     Order 2 gives D; order 3 gives G as well, or in its place C = ∂²f[w, w] if `laplacian` is asked
     for, by the taylor engine alone. If `summed` the sum of either over the directions is enough;
@@ -131,7 +131,7 @@ def _derive_eagerly(
     if not attempts.is_refused("taylor"):
         with attempts.attempt("taylor"):
             return engines.taylor(network, x, w, order, laplacian, summed)
-    before = Snapshot(network.owner, x) if laplacian else None
+    before = NetworkState(network.owner, x) if laplacian else None
     if not attempts.is_refused("reverse"):
         with attempts.attempt("reverse"):
             derivatives = engines.reverse(network, x, w, order)
@@ -160,7 +160,7 @@ def derive_with_products(
     laplacian: bool = False,
     push: bool = False,
 ) -> Products:
-    """The same as `derive` with (∂f/∂x)ᵀ c, and if `push` ∂f/∂x c; c = cotangent(f) (C, B, *).
+    """Return what `derive` does, with (∂f/∂x)ᵀ c and, if `push`, ∂f/∂x c for c = cotangent(f).
 
     "auto" is reverse mode, which costs least here, where it can be; then as in `derive`.
     """
@@ -184,31 +184,30 @@ def _products(
 ) -> Products:
     attempts = None
     if engine in ("auto", "reverse") and not laplacian and not is_traced():
-        given = network, x, w, order, cotangent, push
         if engine == "reverse":
-            return engines.reverse_products(*given)
+            return engines.reverse_products(network, x, w, order, cotangent, push)
         attempts = EngineAttempts(network, x, "products", order, push, len(w) > 1)
         if not attempts.is_refused("reverse"):
             with attempts.attempt("reverse"):
-                return engines.reverse_products(*given)
+                return engines.reverse_products(network, x, w, order, cotangent, push)
 
     def derived(network: Network, x: Tensor, w: Tensor) -> Derivatives:
         return derive(network, x, w, order=order, engine=engine, laplacian=laplacian)
 
     exact = order == 3 and not laplacian
-    found = engines.products_beside(derived, network, x, w, cotangent, push=push, copied=exact)
+    products = engines.products_beside(derived, network, x, w, cotangent, push=push, copied=exact)
     if attempts is not None:
         attempts.remember()
-    return found
+    return products
 
 
 def unknown(error: TaylorError) -> DerivativeError:
-    """The error in the library's words where the taylor engine cannot carry derivatives."""
+    """The DerivativeError for an operator that the taylor engine does not know."""
     return DerivativeError(UNKNOWN.format(str(error).rstrip(".")))
 
 
 def _refuse_statistics(network: Network, *, exact: bool) -> None:
-    """Raise where a buffer would change: PyTorch breaks off, without a way back to eager mode."""
+    """Raise if a buffer would change: PyTorch fails then, without a fallback to eager mode."""
     for part in getattr(network.owner, "modules", list)() if exact else ():
         if part.training and getattr(part, "track_running_stats", False):
             raise DerivativeError(STATISTICS.format(type(part).__name__))
@@ -216,7 +215,7 @@ def _refuse_statistics(network: Network, *, exact: bool) -> None:
 
 @contextlib.contextmanager
 def _translated(engine: str) -> Iterator[None]:
-    """A block in which what stops an engine is said in the library's words."""
+    """A block that turns errors which stop an engine into DerivativeErrors."""
     try:
         yield
     except TaylorError as error:
@@ -246,7 +245,7 @@ class EngineAttempts:
         self.notes: dict[Any, dict[Any, str]] = {}
 
     def is_refused(self, engine: str) -> bool:
-        """Whether this engine is known not to take such a call."""
+        """Whether this engine refused such a call before."""
         why = self.memory.refused.get((engine, self.kind))
         if why is not None:
             self.reasons[engine] = why
@@ -254,7 +253,7 @@ class EngineAttempts:
 
     @contextlib.contextmanager
     def attempt(self, engine: str) -> Iterator[None]:
-        """A block that ends without an error where this engine cannot, and another may."""
+        """A block that ends without an error if this engine fails and another may not."""
         call = engine, self.kind
         served = (*call, self.surroundings)
         if served in self.memory.served:  # buffers may be large: none is copied
@@ -263,7 +262,7 @@ class EngineAttempts:
             except TaylorError as error:
                 raise unknown(error) from error
             return
-        before = Snapshot(self.owner, self.x)
+        before = NetworkState(self.owner, self.x)
         try:
             yield
         except Exception as error:
@@ -281,13 +280,13 @@ class EngineAttempts:
             self.memory.served.add(served)
 
     def remember(self) -> None:
-        """Keep why engines failed, unless that may lie in what surrounds the call."""
+        """Keep why engines failed, unless the transforms or modes around may be the cause."""
         for call, notes in self.notes.items():
             notes[call] = self.reasons[call[0]]
 
 
 def _another_may_do(engine: str, error: Exception) -> bool:
-    """Whether the other engine may do better; what is wrong with the network is raised by both."""
+    """Whether the other engine may succeed; errors of the network itself are raised by both."""
     text, kinds = str(error), DroppedGraphError | ForeignCheckpointError
     if engine == "reverse":
         return isinstance(error, kinds) or any(words in text for words in NOT_TWICE)
@@ -302,9 +301,9 @@ def _another_may_do(engine: str, error: Exception) -> bool:
 
 
 def _warn_once(attempts: EngineAttempts) -> None:
-    """Say that reverse mode takes over, once for a network."""
-    if not attempts.memory.said:
-        attempts.memory.said = True
+    """Warn that reverse mode takes over, once for each network."""
+    if not attempts.memory.warned:
+        attempts.memory.warned = True
         warn(
             f"engine='auto': the engine 'taylor' could not differentiate "
             f"{type(attempts.owner).__name__} ({attempts.reasons['taylor']}), so reverse "
@@ -313,7 +312,7 @@ def _warn_once(attempts: EngineAttempts) -> None:
 
 
 def never_warn(owner: object) -> None:
-    """Give no warning about this network: it is a copy, and no training step is taken."""
+    """Suppress warnings about a network that is only examined, and not trained."""
     memory = memory_of(owner)
-    memory.said = True
+    memory.warned = True
     memory.orders.update((2, 3))

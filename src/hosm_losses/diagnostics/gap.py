@@ -43,7 +43,7 @@ from hosm_losses._checks import (
 )
 from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import leave_inference_mode, outside_inference_mode
-from hosm_losses.derivatives import Snapshot, gradients
+from hosm_losses.derivatives import NetworkState, gradients
 from hosm_losses.likelihood import FixedGrid, ode_nll, variational_nll
 from hosm_losses.model import ScoreModel, bind_model, check_model
 from hosm_losses.probes import unit_vectors
@@ -171,7 +171,7 @@ def likelihood_gap(
     levels = [low + (high - low) * (place + 1) / 2 for place in places]
     options: dict[str, Any] = {"model_kwargs": kwargs, "generator": source}
     exact: dict[str, Any] = {"solver": FixedGrid(steps), "divergence": "exact", "clean": True}
-    before = Snapshot(model.network, data)
+    before = NetworkState(model.network, data)
     with ExitStack() as stack:
         stack.callback(before.restore, generators=False)
         stack.enter_context(outside_inference_mode())

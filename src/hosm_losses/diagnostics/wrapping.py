@@ -42,7 +42,7 @@ from hosm_losses._checks import (
     expand_right,
 )
 from hosm_losses._torch_internals import leave_inference_mode, outside_inference_mode
-from hosm_losses.derivatives import Snapshot
+from hosm_losses.derivatives import NetworkState
 from hosm_losses.diagnostics.values import check_rows
 from hosm_losses.model import ScoreModel, bind_model, check_model
 from hosm_losses.schedules import (
@@ -268,7 +268,7 @@ def check_wrapping(
     source = check_generator(generator, data.device)
     if len(data) < LEAST_SAMPLES:
         raise ValueError(error_message("x0", f"{LEAST_SAMPLES} samples or more", data))
-    before = Snapshot(model.network, data)
+    before = NetworkState(model.network, data)
     try:
         with outside_inference_mode(), torch.no_grad():
             report = _Search(model, data, source, kwargs).report()

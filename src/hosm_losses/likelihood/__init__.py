@@ -9,15 +9,15 @@
 - `coordinates`: the coordinates in which the paths are solved.
 - `job`: the arguments of a call, checked; its pieces; the result.
 - `checkpoints`: evaluations whose activations are recomputed in the pass back.
-- `integers`: `Uniform`, `TruncatedNormal`, and one density from several draws.
+- `dequantize`: `Uniform`, `TruncatedNormal`, and one density from several draws.
 - `watch`: networks whose output is random.
 - `distribution`: `ODEDistribution`.
 - `result`: `NLLResult`, `SampleResult`, and `NLLSummary`, the means over samples.
 """
 
+from hosm_losses.likelihood.dequantize import TruncatedNormal as TruncatedNormal
+from hosm_losses.likelihood.dequantize import Uniform as Uniform
 from hosm_losses.likelihood.distribution import ODEDistribution as ODEDistribution
-from hosm_losses.likelihood.integers import TruncatedNormal as TruncatedNormal
-from hosm_losses.likelihood.integers import Uniform as Uniform
 from hosm_losses.likelihood.ode import ode_nll as ode_nll
 from hosm_losses.likelihood.ode import ode_sample as ode_sample
 from hosm_losses.likelihood.paths import Divergence as Divergence

@@ -1,4 +1,4 @@
-r"""Steps of each sample's own, for `Adaptive`.
+r"""A Runge-Kutta solver with a step size for each sample, for `Adaptive`.
 
 What:
     A solver of dy/ds = f(s, y). It needs a smooth integrand, so it keeps its probes along the
@@ -64,13 +64,13 @@ SHRINK, GROW, SAFETY = 0.2, 5.0, 0.9
 
 
 class AdaptiveSolution(NamedTuple):
-    """What `adaptive` returns."""
+    """Solutions of dy/ds = f at the end of the span, with their cost and error."""
 
-    state: Tensor  # y at the end, (B, m); where it failed, as far as it came
+    state: Tensor  # y at the end, (B, m); if it failed, at the last accepted step
     evaluations: Tensor  # calls of f in which the sample took part, (B,), int64
     error: Tensor  # sum of the errors of the accepted steps, (B,)
     failed: Tensor  # whether the cap was met, the step vanished or a value was not finite, (B,)
-    rejected: Tensor  # part of the evaluations that were of steps not accepted, (B,)
+    rejected: Tensor  # part of the evaluations that was spent on rejected steps, (B,)
 
 
 def adaptive(
@@ -82,10 +82,10 @@ def adaptive(
 ) -> AdaptiveSolution:
     """Solve from y (B, m) at the start of the span to its larger end, never outside it.
 
-    `slope` gives dy/ds at (s, y, rows) for the rows (n,) of the batch still on their way, s of
-    shape (n,) and y of shape (n, m), and a covector. `judge` turns the absolute errors (n, m) of a
-    step, and the covector at its end, into what is acceptable up to 1, and into the error that is
-    summed, both (n,). A sample fails at `max_evaluations`.
+    `slope` gives dy/ds and a covector at (s, y, rows) for the rows (n,) of the batch that have not
+    arrived, s of shape (n,) and y of shape (n, m). `judge` takes the errors (n, m) of a step and
+    the covector at its end. It returns the error relative to the tolerance, accepted up to 1, and
+    the error to be summed, both (n,). A sample fails at `max_evaluations`.
     """
     start, end = span
     rows = torch.arange(len(y), device=y.device)
@@ -102,7 +102,8 @@ def adaptive(
         leaving = arrived | stuck
         if bool(leaving.any()):
             state = state.index_copy(0, rows[leaving], y[leaving])
-            rows, s, h, y, first = (each[~leaving] for each in (rows, s, h, y, first))
+            remaining = ~leaving
+            rows, s, h, y, first = (part[remaining] for part in (rows, s, h, y, first))
         if not len(rows):
             share = len(STAGES) * rejected / evaluations
             return AdaptiveSolution(state, evaluations, error, failed, share)
@@ -113,7 +114,7 @@ def adaptive(
             new = y + h[:, None] * combine(coefficients, stages)
             stage, covector = slope(torch.clamp(s + node * h, max=end), new, rows)
             stages.append(stage)
-        size, felt = judge((h[:, None] * combine(ERROR, stages)).detach(), covector)
+        size, error_in_nats = judge((h[:, None] * combine(ERROR, stages)).detach(), covector)
         finite = torch.isfinite(size) & torch.isfinite(new.detach()).all(1)
         accepted = finite & (size <= 1)
         evaluations[rows] += len(STAGES)
@@ -121,7 +122,8 @@ def adaptive(
         keep = accepted[:, None]
         y = torch.where(keep, new, y)
         first = torch.where(keep, stages[-1], first)
-        error = error.index_add(0, rows, torch.where(accepted, felt, torch.zeros_like(felt)))
+        step_error = torch.where(accepted, error_in_nats, torch.zeros_like(error_in_nats))
+        error = error.index_add(0, rows, step_error)
         s = torch.where(accepted, torch.where(last, torch.full_like(s, end), s + h), s)
         factor = (SAFETY * size.clamp(min=1e-10) ** (-1 / ORDER)).clamp(SHRINK, GROW)
         h = h * torch.where(finite, factor, torch.full_like(factor, SHRINK))
@@ -130,12 +132,12 @@ def adaptive(
 
 
 def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> ODESolution:
-    """Solve from the start of a span, at either end, with steps of each sample's own.
+    """Solve from the start of a span, at either end, with a step size for each sample.
 
-    The answer is that of a second solution, at a tenth of the tolerance. What it claims is the
-    larger of their difference and of the sum of its steps' errors. Where the path seems to have
-    kinks it is three times that, and at least the median of such claims in the batch: errors of
-    steps say little there, and a difference may be small by chance.
+    The answer is a second solution, at a tenth of the tolerance. Its `solver_error` is the larger
+    of two estimates: the difference of both solutions, and the sum of its steps' errors. If the
+    path seems to have kinks, it is three times that and at least the median of such paths in the
+    batch, because errors of steps are unreliable at kinks and a difference may be small by chance.
     """
     refuse_vmap("Adaptive")
     if isinstance(paths.divergence, ToStandardError):
@@ -144,55 +146,62 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
             "at nodes that are known; got Adaptive."
         )
     size, probes = z[0].numel(), paths.draw_probes(z)
-    if paths.divergence is None:  # nothing is claimed of samples alone
-        found = _solve(paths, z, span, None, tolerance / FINER)
-        end, none = found.state[:, :size].reshape(z.shape), torch.zeros_like(found.error)
+    if paths.divergence is None:  # samples without a density, whose error is not estimated
+        fine = _solve(paths, z, span, None, tolerance / FINER)
+        end, zero = fine.state[:, :size].reshape(z.shape), torch.zeros_like(fine.error)
         return ODESolution(
-            end, none, found.evaluations, found.evaluations * 0, None, none, found.failed
+            end,
+            zero,
+            nfe=fine.evaluations,
+            products=torch.zeros_like(fine.evaluations),
+            standard_error=None,
+            solver_error=zero,
+            failed=fine.failed,
         )
     paths = replace(paths, advance=lambda work, advance=paths.advance: advance(work / 2))
     with torch.no_grad():
-        rough = _solve(paths, z, span, probes, tolerance)
-    found = _solve(paths, z, span, probes, tolerance / FINER)
-    (end, integrals), (other, others) = (
-        (each.state[:, :size].reshape(z.shape), each.state[:, size:]) for each in (found, rough)
-    )
+        coarse = _solve(paths, z, span, probes, tolerance)
+    fine = _solve(paths, z, span, probes, tolerance / FINER)
+    end, integrals = fine.state[:, :size].reshape(z.shape), fine.state[:, size:]
+    coarse_end, coarse_integrals = coarse.state[:, :size].reshape(z.shape), coarse.state[:, size:]
     with torch.no_grad():
-        apart = (integrals - others).mean(1) + _difference(paths, end, other, span)
-    kinks = found.evaluations > KINK_COST * rough.evaluations
-    kinks = kinks & (found.rejected > KINK_REJECTED)
+        difference = (integrals - coarse_integrals).mean(1)
+        difference = difference + _difference_of_ends(paths, end, coarse_end, span)
+    kinks = fine.evaluations > KINK_COST * coarse.evaluations
+    kinks = kinks & (fine.rejected > KINK_REJECTED)
     kinks = kinks | (kinks.double().mean() >= KINK_SHARE)
-    solver_error = torch.maximum(apart.abs(), found.error) * (1 + 2 * kinks)
-    usual = torch.where(kinks, solver_error, math.nan).nanmedian()
-    solver_error = torch.where(kinks, torch.maximum(solver_error, usual), solver_error)
+    solver_error = torch.maximum(difference.abs(), fine.error) * (1 + 2 * kinks)
+    median = torch.where(kinks, solver_error, math.nan).nanmedian()
+    solver_error = torch.where(kinks, torch.maximum(solver_error, median), solver_error)
     standard_error, widening, count = None, 1.0, integrals.shape[1]
     if probes is None:
         standard_error = torch.zeros_like(solver_error)
     elif count >= MINIMUM_PATHS:
         widening = student_factor(count - 1)
         standard_error = widening * integrals.detach().std(1) / count**0.5
-    evaluations = found.evaluations + rough.evaluations
+    evaluations = fine.evaluations + coarse.evaluations
     return ODESolution(
         end,
         integrals.mean(1),
-        nfe=evaluations + (span[1] < span[0]),  # that of `_difference`
+        nfe=evaluations + (span[1] < span[0]),  # one in `_difference_of_ends`
         products=evaluations * paths.products,
         standard_error=standard_error,
         solver_error=solver_error,
-        failed=found.failed | rough.failed,
+        failed=fine.failed | coarse.failed,
         widening=widening,
         kinks=kinks,
     )
 
 
-def _difference(paths: Paths, end: Tensor, other: Tensor, span: Span) -> Tensor:
-    """What the difference of two ends of a path makes in the log-density, (B,)."""
+def _difference_of_ends(paths: Paths, end: Tensor, coarse_end: Tensor, span: Span) -> Tensor:
+    """The difference in log-density between two solutions for the end of a path, (B,)."""
     coordinates = paths.coordinates
-    far = coordinates.ends(span)[1]
-    one, two = coordinates.to_x(end, far), coordinates.to_x(other, far)
+    _, level = coordinates.ends(span)
+    x = coordinates.to_x(end, level)
     if span[1] > span[0]:
-        return paths.log_prior_at(one) - paths.log_prior_at(two)
-    return sum_elements(coordinates.covector(paths.noise_at(one, far), far) * (end - other), 1)
+        return paths.log_prior_at(x) - paths.log_prior_at(coordinates.to_x(coarse_end, level))
+    covector = coordinates.covector(paths.noise_at(x, level), level)
+    return sum_elements(covector * (end - coarse_end), 1)
 
 
 def _solve(
@@ -200,43 +209,44 @@ def _solve(
 ) -> AdaptiveSolution:
     """Solve with steps in r = σ̂/(σ̂ + s), du = dr/(r (1 − r)), s the data's standard deviation.
 
-    Neither end is at infinity, and the noise end is no farther than the data end. A step may err
-    by `tolerance` nats in the integral, in what the error of the state is felt as, and in the
-    state by 0.03 of it in root mean square.
+    Both ends are finite in r. A step is accepted if its error is at most `tolerance` nats in the
+    integral, at most `tolerance` nats in the log-density by way of the state, and at most 0.03
+    times `tolerance` in the state, in root mean square.
     """
-    coordinates, on_their_way, elements = paths.coordinates, len(z), z[0].numel()
+    coordinates, active, elements = paths.coordinates, len(z), z[0].numel()
     reference = float(coordinates.std.log().mean())
     low, high = (1 / (1 + math.exp(reference - u)) for u in span)
     sign = 1.0 if high > low else -1.0  # the solver goes up, in −r where r goes down
 
     def slope(s: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal on_their_way
+        nonlocal active
         r = sign * s
-        paths.advance(on_their_way - len(rows))
-        on_their_way = len(rows)
-        here = coordinates.level(torch.logit(r) + reference)
+        paths.advance(active - len(rows))
+        active = len(rows)
+        level = coordinates.level(torch.logit(r) + reference)
         state = y[:, :elements].reshape(len(y), *z.shape[1:])
-        chosen = None if probes is None else probes[:, rows]
-        noise, moved, integrand = paths.slope_at(state, here, chosen, rows)
-        moved = torch.cat([moved.reshape(len(y), -1), integrand.T], 1)
-        covector = coordinates.covector(noise.detach(), here).reshape(len(y), -1)
-        # Where a rounding of the state is felt as an error that fails, no step is small enough.
+        row_probes = None if probes is None else probes[:, rows]
+        noise, dz_du, integrand = paths.slope_at(state, level, row_probes, rows)
+        dy_du = torch.cat([dz_du.reshape(len(y), -1), integrand.T], 1)
+        covector = coordinates.covector(noise.detach(), level).reshape(len(y), -1)
+        # If rounding the state alone changes the answer beyond the limit, no step is small enough.
         rounding = torch.finfo(y.dtype).eps * (covector * y[:, :elements].detach()).abs().sum(1)
         hopeless = rounding > solver_limit(elements)
-        moved = moved.masked_fill(hopeless[:, None], math.nan)
-        return sign * moved / (r * (1 - r))[:, None], covector
+        dy_du = dy_du.masked_fill(hopeless[:, None], math.nan)
+        return sign * dy_du / (r * (1 - r))[:, None], covector
 
     def judge(error: Tensor, covector: Tensor) -> tuple[Tensor, Tensor]:
         state, integral = error[:, :elements], error[:, elements:].abs().mean(1)
-        felt = (covector * state).sum(1).abs()
-        largest = torch.stack([integral, felt, state.square().mean(1).sqrt() / STATE_TOLERANCE])
-        return largest.amax(0) / tolerance, integral + felt
+        by_state = (covector * state).sum(1).abs()
+        root_mean_square = state.square().mean(1).sqrt() / STATE_TOLERANCE
+        errors = torch.stack([integral, by_state, root_mean_square])
+        return errors.amax(0) / tolerance, integral + by_state
 
     count = 1 if probes is None else len(probes)
     start = torch.cat([z.reshape(len(z), -1), z.new_zeros(len(z), count)], 1)
-    found = adaptive(slope, start, (sign * low, sign * high), judge, MAX_EVALUATIONS)
-    paths.advance(on_their_way)
-    return found
+    solution = adaptive(slope, start, (sign * low, sign * high), judge, MAX_EVALUATIONS)
+    paths.advance(active)
+    return solution
 
 
 def student_factor(freedom: int) -> float:

@@ -1,9 +1,9 @@
-"""Evaluations of a network of whose graph no activation stays.
+"""Evaluations of a network whose backward pass evaluates the network again.
 
 What:
     torch's checkpoint of a function that takes a gradient itself keeps all that this gradient had
-    no use for. Here nothing stays: what a pass back asks for is made again, for one evaluation of
-    a call at a time. Values and gradients are the same.
+    no use for. Here no activation is stored: the backward pass makes them again, for one
+    evaluation of a call at a time. Values and gradients are the same.
 """
 
 import weakref
@@ -19,84 +19,87 @@ from torch.autograd.graph import saved_tensors_hooks
 from hosm_losses._checks import DerivativeError
 from hosm_losses._torch_errors import HOOKS_IN_TRANSFORM
 from hosm_losses._torch_internals import is_traced
-from hosm_losses.derivatives import Snapshot
+from hosm_losses.derivatives import NetworkState
 
 
 class RecomputedEvaluations:
-    """The evaluations of one call, the latest of which has its saved tensors."""
+    """The evaluations of one call, of which only the latest to be recomputed holds activations."""
 
     def __init__(self, network: object) -> None:
-        self.network, self.refused, self.running = network, False, False
-        self.latest: Callable[[], _Evaluation | None] = lambda: None
+        self.network, self.refused, self.is_inside = network, False, False
+        self.latest: Callable[[], RecomputedEvaluation | None] = lambda: None
 
-    def due(self) -> bool:
-        """Whether an evaluation that begins here is to be made again in a pass back."""
-        return torch.is_grad_enabled() and not (self.running or self.refused or is_traced())
+    def applies(self) -> bool:
+        """Whether an evaluation that begins now is one to recompute, and not inside such a one."""
+        return torch.is_grad_enabled() and not (self.is_inside or self.refused or is_traced())
 
-    def __call__(self, function: Callable[[], Any], x: Tensor) -> Any:
-        """Evaluate a function of nothing on the device of x."""
-        evaluation = _Evaluation(self, function, x)
+    def evaluate(self, function: Callable[[], Any], x: Tensor) -> Any:
+        """Return function(), on the device of x, without keeping its activations."""
+        evaluation = RecomputedEvaluation(self, function, x)
         try:
-            return evaluation.first()
+            result, saved = evaluation.run()
         except RuntimeError as error:
             if HOOKS_IN_TRANSFORM not in str(error):
                 raise
             self.refused = True  # by torch.func inside of the network: all activations stay
             evaluation.before.restore()
             return function()
-
-
-class _Evaluation:
-    def __init__(
-        self, checkpoints: RecomputedEvaluations, function: Callable[[], Any], x: Tensor
-    ) -> None:
-        self.checkpoints, self.function, self.x = checkpoints, function, x
-        self.before, kind = Snapshot(None, x), x.device.type
-        self.autocast: Any = nullcontext
-        if torch.amp.is_autocast_available(kind):
-            given: dict[str, Any] = {"enabled": torch.is_autocast_enabled(kind)}
-            given["dtype"] = torch.get_autocast_dtype(kind)
-            self.autocast = partial(torch.autocast, kind, **given)
-        self.saved: dict[int, Tensor] = {}
-
-    def first(self) -> Any:
-        result, saved = self._run()
-        self.count = len(saved)
+        evaluation.saved_count = len(saved)
         saved.clear()
         return result
 
-    def _run(self) -> tuple[Any, dict[int, Tensor]]:
+
+class RecomputedEvaluation:
+    """One evaluation: what has to be restored to repeat it, and the tensors of its repetition."""
+
+    def __init__(
+        self, evaluations: RecomputedEvaluations, function: Callable[[], Any], x: Tensor
+    ) -> None:
+        self.evaluations, self.function, self.x = evaluations, function, x
+        self.before, device = NetworkState(None, x), x.device.type
+        self.autocast: Any = nullcontext
+        if torch.amp.is_autocast_available(device):
+            options: dict[str, Any] = {"enabled": torch.is_autocast_enabled(device)}
+            options["dtype"] = torch.get_autocast_dtype(device)
+            self.autocast = partial(torch.autocast, device, **options)
+        self.saved_count = 0
+        self.recomputed: dict[int, Tensor] = {}
+
+    def run(self) -> tuple[Any, dict[int, Tensor]]:
+        """Return function() and the tensors its graph saved; the graph holds their numbers."""
         saved: dict[int, Tensor] = {}
 
         def pack(tensor: Tensor) -> int:
             saved[len(saved)] = tensor.detach()
             return len(saved) - 1
 
-        def unpack(index: int) -> Tensor:  # for a gradient in the function, or in a pass back
-            return saved[index] if index in saved else self._unpack(index)
+        def unpack(index: int) -> Tensor:
+            # A gradient that the function takes itself finds them; a later pass back does not.
+            return saved[index] if index in saved else self.recompute(index)
 
-        self.checkpoints.running = True
+        self.evaluations.is_inside = True
         try:
             with saved_tensors_hooks(pack, unpack):
                 return self.function(), saved
         finally:
-            self.checkpoints.running = False
+            self.evaluations.is_inside = False
 
-    def _unpack(self, index: int) -> Tensor:
-        if index not in self.saved:
-            latest = self.checkpoints.latest()
+    def recompute(self, index: int) -> Tensor:
+        """Return a saved tensor for the backward pass, which needs each of them once."""
+        if index not in self.recomputed:
+            latest = self.evaluations.latest()
             if latest is not None:
-                latest.saved = {}
-            self.checkpoints.latest = weakref.ref(self)
-            now = Snapshot(self.checkpoints.network, self.x)
+                latest.recomputed = {}
+            self.evaluations.latest = weakref.ref(self)
+            now = NetworkState(self.evaluations.network, self.x)
             self.before.restore()
             with torch.enable_grad(), self.autocast():
-                _, self.saved = self._run()
+                _, self.recomputed = self.run()
             now.restore()
-            if len(self.saved) != self.count:
+            if len(self.recomputed) != self.saved_count:
                 raise DerivativeError(
                     "network: expected the same evaluation in a pass back as before; got one that "
-                    f"saves {len(self.saved)} tensors in place of {self.count}. Leave the network "
-                    "as it is between the likelihood and its gradient."
+                    f"saves {len(self.recomputed)} tensors in place of {self.saved_count}. Leave "
+                    "the network as it is between the likelihood and its gradient."
                 )
-        return self.saved.pop(index)
+        return self.recomputed.pop(index)

@@ -14,7 +14,7 @@ Span = tuple[float, float]  # of u = log σ̂, from the start of a path to its e
 
 
 class NoiseLevel(NamedTuple):
-    """What α, σ and the scale are at some u; all but t are expanded to multiply a batch."""
+    """α, σ and the scale at some u; all but t are expanded to multiply a batch."""
 
     t: Tensor  # the schedule's time (n,), never outside [t_min, t_max]
     alpha: Tensor
@@ -39,19 +39,22 @@ class Coordinates:
         return low if self.start is None else self.start, high
 
     def levels(self, log_sigma_hat: Tensor) -> Callable[[slice], NoiseLevel]:
-        """A function that gives levels of a grid u (n,) to a batch; a slice of one for all of it.
+        """Return a function from slices of a grid u (n,) to their noise levels.
 
-        The schedule is asked once for all; the scale, as large as a sample, is made when due.
+        A slice of length one gives the level of a whole batch, one of length B a level for each
+        sample. The schedule is evaluated once for the grid. The scale, which is as large as a
+        sample, is computed for the slice alone.
         """
         t = self.schedule.time(log_sigma_hat)
-        alphas, sigmas = (expand_right(each, self.mean) for each in self.schedule(t))
+        alpha, sigma = self.schedule(t)
+        alphas, sigmas = expand_right(alpha, self.mean), expand_right(sigma, self.mean)
 
-        def chosen(rows: slice) -> NoiseLevel:
-            sigma_hat = sigmas[rows] / alphas[rows]
+        def level(place: slice) -> NoiseLevel:
+            sigma_hat = sigmas[place] / alphas[place]
             scale = torch.sqrt(self.std.square() + sigma_hat.square())
-            return NoiseLevel(t[rows], alphas[rows], sigmas[rows], sigma_hat, scale)
+            return NoiseLevel(t[place], alphas[place], sigmas[place], sigma_hat, scale)
 
-        return chosen
+        return level
 
     def level(self, log_sigma_hat: Tensor) -> NoiseLevel:
         """The noise level at u = log σ̂ (n,), in the precision of u."""
@@ -63,11 +66,11 @@ class Coordinates:
         return level(slice(0, 1)), level(slice(1, 2))
 
     def to_z(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """Data coordinates to z."""
+        """Convert data coordinates to z."""
         return (x / level.alpha - self.mean) / level.scale
 
     def to_x(self, z: Tensor, level: NoiseLevel) -> Tensor:
-        """Z to data coordinates."""
+        """Convert z to data coordinates."""
         return level.alpha * (level.scale * z + self.mean)
 
     def slope(self, z: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
@@ -90,5 +93,5 @@ class Coordinates:
 
 
 def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype sums are kept in: float64, but float32 on devices that have no other."""
+    """The dtype of states and sums: float64, or float32 on devices without float64."""
     return torch.float32 if x.device.type == "mps" else torch.float64

@@ -112,7 +112,7 @@ class ODEDistribution(Distribution):
         outer = torch.Size(sample_shape) + self.batch_shape
         size, options = (outer.numel(), *self.event_shape), self._options(outer)
         solver: Any = self.solver
-        if solver.companion:  # which is for the likelihood of given points alone
+        if solver.companion:  # for the likelihood of data alone
             solver = replace(solver, companion=False)
         drawn = ode_sample(self.model, size, solver=solver, divergence=divergence, **options)
         _all_good(drawn)
@@ -120,7 +120,7 @@ class ODEDistribution(Distribution):
         return drawn.x.reshape(outer + self.event_shape), log_prob
 
     def _options(self, outer: torch.Size) -> dict[str, Any]:
-        """What a solve for rows of this shape, whose end is the batch_shape, is told."""
+        """Return the options of a solve for rows of a shape that ends in the batch_shape."""
         batch = self.batch_shape
 
         def rows(path: str, tensor: Tensor) -> Tensor:
@@ -128,8 +128,8 @@ class ODEDistribution(Distribution):
                 expected = f"a tensor whose shape begins with the batch_shape {tuple(batch)}"
                 remedy = "Mark what all distributions share: hosm_losses.Shared(tensor)."
                 raise ValueError(error_message(path, expected, tensor, remedy))
-            rest = tensor.shape[len(batch) :]
-            return tensor.expand(outer + rest).reshape(-1, *rest)
+            shape = tensor.shape[len(batch) :]
+            return tensor.expand(outer + shape).reshape(-1, *shape)
 
         kwargs = per_sample(self.model_kwargs, rows)
         grad = torch.is_grad_enabled()
@@ -137,7 +137,7 @@ class ODEDistribution(Distribution):
 
 
 def _all_good(result: Any) -> Any:
-    """Return a result without failed samples."""
+    """Return `result` unless a sample failed."""
     failures = result.failures()
     if failures:
         row, why = next(iter(failures.items()))

@@ -1,17 +1,15 @@
-r"""What the likelihoods share: a call with its arguments, in chunks and draws, to one result.
+r"""The arguments that all likelihoods share, checked; their batches, and one result of these.
 
 Failures:
-    A sample fails where its number says nothing: one that is not finite in the network's own range
-    (float32's at least), a path that did not arrive, or a solver error above 1000 nats and above
-    0.1 nats an element, 0.14 bits per dimension, where the first-order estimate has lost its
-    meaning.
+    A sample fails if its nll is not finite in the network's dtype (float32 at least), if its path
+    did not arrive, or if its solver error is above both 1000 nats and 0.1 nats per element
+    (0.14 bits per dimension), where the first-order estimate has lost its meaning.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -37,13 +35,13 @@ from hosm_losses._torch_internals import (
 )
 from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
 from hosm_losses.likelihood.coordinates import Coordinates
-from hosm_losses.likelihood.integers import (
+from hosm_losses.likelihood.dequantize import (
     Dequantization,
     check_images,
     importance_weighted,
-    refuse_flattery,
+    refuse_biased_draws,
 )
-from hosm_losses.likelihood.paths import Chosen, Divergence, Paths, choose_divergence
+from hosm_losses.likelihood.paths import Divergence, Paths, ResolvedDivergence, resolve_divergence
 from hosm_losses.likelihood.result import NLLResult, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
 from hosm_losses.likelihood.watch import FirstEvaluation, buffers_restored, warn_of_training_mode
@@ -58,8 +56,11 @@ SCALED = 0.05  # of α(t_min) from 1
 class Job:
     """The arguments that `ode_nll`, `ode_sample` and `variational_nll` share, checked.
 
-    In its `with` block, in which modes and buffers of the network are put back, `paths()` gives
-    the batch in pieces, for which `add` takes results; `result()` puts them together.
+    A likelihood evaluates them in three steps:
+
+        with job.running() as paths:
+            results = [solve(batch) for batch in job.batches(paths)]
+            result = job.result(results)
     """
 
     def __init__(
@@ -80,15 +81,16 @@ class Job:
         at_start: bool = True,
         of_prior: bool = True,
     ) -> None:
-        """`name` is that of x in errors; `at_start` whether it is, or leads to, a point at t_min.
+        """Check the arguments.
 
-        `of_prior` says whether it leads to, or was drawn at, latents of the prior.
+        `name` is the name of x in errors. `at_start` says whether the paths start or end at t_min,
+        `of_prior` whether their latents should follow the prior.
         """
-        self.model, self.x, self.integers = check_model(model), x, dequantization
+        self.model, self.x, self.dequantization = check_model(model), x, dequantization
         check_sample_batch(name, x) if dequantization is None else check_images(x)
-        self.divergence: Chosen | None = choose_divergence(divergence, x)
+        self.divergence: ResolvedDivergence | None = resolve_divergence(divergence, x)
         if dequantization is not None:
-            refuse_flattery(dequantization, self.divergence)
+            refuse_biased_draws(dequantization, self.divergence)
         self.log_prior = _log_density(log_prior, x)
         self.generator = check_generator(generator, x.device)
         self.kwargs = check_model_kwargs(model_kwargs)
@@ -104,11 +106,10 @@ class Job:
         self.size = len(x) if batch_size is None else check_whole("batch_size", batch_size, 1)
         self.moments, self.progress, self.graph = moments, progress, enable_grad
         self.at_start, self.of_prior = at_start, of_prior
-        self.results: list[list[NLLResult]] = []
 
     @contextmanager
-    def running(self) -> Iterator[Iterator[Paths]]:
-        """A block in which the pieces are evaluated, `batch_size` samples at a time."""
+    def running(self) -> Iterator[Paths]:
+        """Yield the paths of all samples, in a block that restores the network's buffers."""
         model, x, network = self.model, self.x, self.model.network
         modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
         differentiates = not (self.divergence is None or callable(self.divergence))
@@ -125,47 +126,47 @@ class Job:
         ):
             mean, std = map(expand_moment, MOMENTS, self.moments, (x, x))
             coordinates = Coordinates(model.schedule, mean, std)
-            if self.integers is not None:
-                coordinates = self.integers.starting(coordinates)
+            if self.dequantization is not None:
+                coordinates = self.dequantization.start_coordinates(coordinates)
             start = self.at_start and coordinates.start is None
             prior = self.log_prior is None and self.of_prior
             _warn_of_ends(coordinates, start=start, prior=prior)
-            whole = Paths(
+            yield Paths(
                 x=leave_inference_mode(x),
                 model=bind_model(model, len(x), self.kwargs, graph=self.graph),
                 coordinates=coordinates,
-                dtype=like_network(model, x).dtype,
+                dtype=x.dtype if x.is_floating_point() else network_options(model)["dtype"],
                 log_prior=self.log_prior,
                 generator=self.generator,
                 advance=advance,
                 watch=watch,
                 divergence=self.divergence,
-                checkpoints=RecomputedEvaluations(network),
+                evaluations=RecomputedEvaluations(network),
             )
-            yield self._pieces(whole)
 
-    def _pieces(self, whole: Paths) -> Iterator[Paths]:
-        chunks = torch.arange(len(self.x), device=self.x.device).split(self.size)
+    def batches(self, paths: Paths) -> Iterator[Paths]:
+        """Split the paths into batches of `batch_size`, for each draw of the dequantization."""
         for _ in range(self.draws):
-            points, extra, parts = whole.x, 0.0, list[NLLResult]()
-            if self.integers is not None:
-                points, extra = self.integers.spread(self.x, whole.coordinates, self.generator)
-            self.results.append(parts)
-            for rows in chunks:
-                yield whole.rows(points, rows)
-            found = parts[0] if len(parts) == 1 else NLLResult.cat(parts)
-            parts[:] = [mark_failed(replace(found, nll=found.nll + extra))]
+            x, nll_offset = paths.x, None
+            if self.dequantization is not None:
+                x, nll_offset = self.dequantization.draw(self.x, paths.coordinates, self.generator)
+            for rows in torch.arange(len(x), device=x.device).split(self.size):
+                yield paths.rows(x, rows, nll_offset)
 
-    def result(self) -> NLLResult:
-        """What `results` come to together."""
-        results = [parts[0] for parts in self.results]
-        if self.integers is None:
-            return results[0]
-        return importance_weighted(results, self.integers.quantization)
+    def result(self, results: Sequence[NLLResult]) -> NLLResult:
+        """Join the results of all batches, and weigh those of several draws."""
+        batches = len(results) // self.draws
+        draws = [
+            NLLResult.cat(results[start : start + batches]) if batches > 1 else results[start]
+            for start in range(0, len(results), batches)
+        ]
+        if self.dequantization is None:
+            return draws[0]
+        return importance_weighted(draws, self.dequantization.quantization)
 
 
 def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The log-density of a prior that was given for samples like those of x."""
+    """Return the log-density of a prior for samples like those of x, checked."""
     if isinstance(prior, Distribution):
         if tuple(prior.event_shape) != x.shape[1:] or prior.batch_shape:
             expected = f"a distribution of event_shape {tuple(x.shape[1:])} without a batch_shape"
@@ -180,33 +181,38 @@ def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor
 
 
 def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None:
-    """Warn, on the CPU, where x at t_min is not the data, or the latent not that of the prior."""
+    """Warn on the CPU if α(t_min) is far from 1, or if q at t_max is far from the prior."""
     schedule, mean = coordinates.schedule, coordinates.mean
     if not can_read_values(mean):
         return
     times = torch.tensor([schedule.t_min, schedule.t_max], dtype=mean.dtype, device="cpu")
-    (first, alpha), (_, sigma) = (each.detach().unbind() for each in schedule(times))
-    if start and schedule._starts_at_data and abs(float(first) - 1) > SCALED:
+    alphas, sigmas = (coefficient.detach() for coefficient in schedule(times))
+    alpha_start, alpha, sigma = float(alphas[0]), alphas[1], sigmas[1]
+    if start and schedule._starts_at_data and abs(alpha_start - 1) > SCALED:
         warn(
-            f"schedule: expected α(t_min) near 1; got {schedule!r}, with {float(first):g}. x and "
+            f"schedule: expected α(t_min) near 1; got {schedule!r}, with {alpha_start:g}. x and "
             "its density are those of a point at t_min, that many times the data: give ode_nll "
             "α x and subtract d log α from its nll, or give clean=True; divide samples by α."
         )
-    spread = schedule.prior_std
-    variance = ((alpha * coordinates.std).square() + sigma.square()) / spread**2
-    shift = (alpha * mean / spread).square()
-    apart = float((variance + shift - 1 - variance.log()).detach().sum()) / 2
-    if prior and apart > MISMATCH * mean.numel():
+    # The KL divergence of q at t_max from the prior, both Gaussian.
+    std = schedule.prior_std
+    variance = ((alpha * coordinates.std).square() + sigma.square()) / std**2
+    shift = (alpha * mean / std).square()
+    divergence = float((variance + shift - 1 - variance.log()).detach().sum()) / 2
+    if prior and divergence > MISMATCH * mean.numel():
         warn(
-            f"schedule: expected one that ends in its prior, N(0, {spread:g}²); got "
-            f"{schedule!r}, which ends {apart:.2g} nats a sample from it for data of this "
+            f"schedule: expected one that ends in its prior, N(0, {std:g}²); got "
+            f"{schedule!r}, which ends {divergence:.2g} nats a sample from it for data of this "
             "data_mean and data_std: likelihoods and samples are off by them. Look at the numbers "
             "of the schedule, or give log_prior, and to ode_sample latents of it."
         )
 
 
 def mark_failed(result: NLLResult) -> NLLResult:
-    """Put NaN where the number says nothing, judged in the dtype of the latent, the network's."""
+    """Mark unusable samples as failed, with NaN for their nll.
+
+    The nll has to be finite in the dtype of the latent, which is the network's.
+    """
     dtype, limit = result.latent.dtype, solver_limit(result.latent[0].numel())
     in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))
     good = torch.isfinite(in_range) & (result.solver_error.detach() <= limit)
@@ -214,8 +220,9 @@ def mark_failed(result: NLLResult) -> NLLResult:
     return replace(result, nll=result.nll.masked_fill(failed, math.nan), failed=failed)
 
 
-def like_network(model: ScoreModel, *first: Tensor) -> Tensor:
-    """The first floating-point tensor among these and the network's parameters."""
-    parameters = model.network.parameters() if isinstance(model.network, nn.Module) else ()
-    each = (each for each in chain(first, parameters) if each.is_floating_point())
-    return next(each, torch.empty(0))
+def network_options(model: ScoreModel) -> dict[str, Any]:
+    """The dtype and device of the network's first floating-point parameter, or the defaults."""
+    for parameter in model.network.parameters() if isinstance(model.network, nn.Module) else ():
+        if parameter.is_floating_point():
+            return {"dtype": parameter.dtype, "device": parameter.device}
+    return {"dtype": torch.get_default_dtype(), "device": torch.empty(0).device}

@@ -75,30 +75,28 @@ GRIDS = (32, 64, 128, 256, 512, 1024)
 
 
 class NodeValue(NamedTuple):
-    """What is known at a node of the fixed grid; slope and integrand are per unit of s."""
+    """The evaluation at a node of the fixed grid; slope and integrand are per unit of s."""
 
     slope: Tensor  # dy/ds, of the shape of y
     integrand: Tensor  # q, (B,), integrated along the path
     variance: Tensor | None  # of q as an estimate, (B,), from several probes
-    covector: Tensor  # what a small error of y is multiplied with to be felt in the answer
+    covector: Tensor  # estimate of the gradient of the answer in y
 
 
 def mesh_points(span: Span, s: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """u and du/ds of the mesh at s in [0, 1], (n,); `centre` is that of the logistic law."""
     start, end = span
-
-    def logistic(u: Tensor) -> Tensor:
-        return torch.sigmoid((u - centre) / WIDTH)
-
-    first, last = torch.full_like(s, start), torch.full_like(s, end)
-    least, mass = logistic(first), logistic(last) - logistic(first)
+    low, high = torch.full_like(s, start), torch.full_like(s, end)
+    logistic_start = torch.sigmoid((low - centre) / WIDTH)
+    mass = torch.sigmoid((high - centre) / WIDTH) - logistic_start
     for _ in range(BISECTIONS):
-        middle = (first + last) / 2
-        share = ((middle - start) / (end - start) + (logistic(middle) - least) / mass) / 2
-        before = share < s
-        first, last = torch.where(before, middle, first), torch.where(before, last, middle)
-    density = logistic(first) * logistic(2 * centre - first) / WIDTH
-    return first, 2 / (1 / (end - start) + density / mass)
+        u = (low + high) / 2
+        logistic = torch.sigmoid((u - centre) / WIDTH)
+        is_below = ((u - start) / (end - start) + (logistic - logistic_start) / mass) / 2 < s
+        low, high = torch.where(is_below, u, low), torch.where(is_below, high, u)
+    logistic = torch.sigmoid((low - centre) / WIDTH)
+    density = logistic * torch.sigmoid((centre - low) / WIDTH) / WIDTH
+    return low, 2 / (1 / (end - start) + density / mass)
 
 
 def gregory_weights(steps: int) -> list[float]:
@@ -113,7 +111,7 @@ def gregory_weights(steps: int) -> list[float]:
 
 
 class AdamsSolver:
-    """The multistep method on its way: `y` at the node that is due, at last at the end."""
+    """The state of the multistep method; `y` is the prediction for the next node, then the end."""
 
     def __init__(self, y: Tensor, h: float, steps: int) -> None:
         self.h, self.steps = h, steps
@@ -129,7 +127,7 @@ class AdamsSolver:
         return len(self.integrands) <= min(START, self.steps)
 
     def correct(self, node: NodeValue) -> None:
-        """Correct y by what is known at its node."""
+        """Correct y by the evaluation at its node."""
         index = len(self.integrands)
         self.integrands.append(node.integrand)
         if node.variance is not None:
@@ -148,7 +146,7 @@ class AdamsSolver:
             self.y = self.y + self.h * combine(BASHFORTH, self.slopes)
 
     def _estimate(self, covector: Tensor, correction: Tensor) -> None:
-        """Add what the errors of a step do to the answer, e."""
+        """Add the effect of a step's error on the answer, e."""
         effect = sum_elements((covector - self.covector) * correction, 1)
         if len(self.slopes) == len(NEXT_TERM):
             effect = effect + sum_elements(covector * self.h * combine(NEXT_TERM, self.slopes), 1)
@@ -191,10 +189,10 @@ class AdamsSolver:
         if len(differences) == 1:  # of no known order
             return differences[0]
         first, second, *_ = differences
-        medians = [each.nanmedian() for each in differences]
+        medians = [difference.nanmedian() for difference in differences]
         kinks = medians[1] < 2**2.5 * medians[0]
-        for each in medians[2:]:
-            kinks = kinks & (each < 2**5.5 * medians[0])
+        for median in medians[2:]:
+            kinks = kinks & (median < 2**5.5 * medians[0])
         kinked = torch.maximum(first, second / 2)
         kinked = torch.maximum(kinked, kinked.nanmedian())
         smooth = torch.maximum(first / 15, torch.where(second > 32 * first, second / 64, 0.0))
@@ -219,14 +217,13 @@ def solve_on_grid(
 ) -> ODESolution:
     """Solve from z at the start of a span of u = log σ̂ with fresh probes.
 
-    A companion is for the way from data to latents, at whose end the prior is. `companion_ratio`
-    keeps its quantile of r in the last batch of 8 or more, for a smaller one.
+    A companion needs the prior at the end of the span, so it works from data to latents alone.
+    `companion_ratio` holds the quantile of r in the last batch of 8 or more, for smaller batches.
     """
-    coordinates, divergence = paths.coordinates, paths.divergence
-    whole, piloted = paths, None
+    coordinates, divergence, with_pilots = paths.coordinates, paths.divergence, paths
+    pilots: list[tuple[Tensor, Tensor]] = []  # at each node the state, and a probe's variance
     if isinstance(divergence, ToStandardError):
-        piloted = list[tuple[Tensor, Tensor]]()  # states, and variances of a probe
-        paths = replace(paths, divergence=Hutchinson(PILOTS, divergence.distribution))
+        with_pilots = replace(paths, divergence=Hutchinson(PILOTS, divergence.distribution))
     # The nodes, and the midpoints between them: place 2 i is node i.
     s = torch.linspace(0, 1, 2 * steps + 1, dtype=z.dtype, device=z.device)
     centre = coordinates.std.square().mean().log() / 2
@@ -243,20 +240,20 @@ def solve_on_grid(
         coarse = AdamsSolver(z.detach(), 2 / steps, steps // 2)
     for place in range(0, 2 * steps + 1, 2):
         paths.advance(len(z) / (steps + 1))
-        level, probes = levels(slice(place, place + 1)), paths.draw_probes(z)
+        level, probes = levels(slice(place, place + 1)), with_pilots.draw_probes(z)
         for solver, stride in ((solution, 2), (coarse, 4)):
             if solver is None or place % stride:
                 continue
             with torch.set_grad_enabled(torch.is_grad_enabled() and solver is solution):
-                noise, slope_u, samples = paths.slope_at(solver.y, level, probes)
-                if piloted is not None and solver is solution:
-                    piloted.append((solver.y, samples.detach().var(0)))
-                samples, count = rates[place] * samples, len(samples)
-                variance = samples.detach().var(0) / count if count > 1 else None
+                noise, dz_du, integrands = with_pilots.slope_at(solver.y, level, probes)
+                if with_pilots is not paths and solver is solution:
+                    pilots.append((solver.y, integrands.detach().var(0)))
+                integrands, count = rates[place] * integrands, len(integrands)
+                variance = integrands.detach().var(0) / count if count > 1 else None
                 covector = coordinates.covector(noise.detach(), level)
-                node = NodeValue(rates[place] * slope_u, samples.mean(0), variance, covector)
+                node = NodeValue(rates[place] * dz_du, integrands.mean(0), variance, covector)
                 solver.correct(node)
-                if solver.starting:
+                if solver.starting:  # by the classical Runge-Kutta method
                     y, h, first = solver.y, solver.h, node.slope
                     second = slope(place + stride // 2, y + h / 2 * first)
                     third = slope(place + stride // 2, y + h / 2 * second)
@@ -270,22 +267,30 @@ def solve_on_grid(
         with torch.no_grad():
             end = coordinates.ends(span)[1]
             solver_error = companion_error(paths, solution, coarse, end, companion_ratio)
-    if isinstance(paths.divergence, Hutchinson):
+    if isinstance(with_pilots.divergence, Hutchinson):
         standard_error = solution.variance.sqrt()
     elif divergence is not None:
         solver_error = solver_error + solution.quadrature_error
         standard_error = torch.zeros_like(solver_error)
-    evaluated = steps + 1 + (steps // 2 + 1 if companion else 0)
-    nfe = torch.full((len(z),), evaluated + 3 * START * (1 + companion), device=z.device)
-    products = torch.full_like(nfe, evaluated * paths.products)
-    if piloted is not None:
+    nodes = steps + 1 + (steps // 2 + 1 if companion else 0)
+    nfe = torch.full((len(z),), nodes + 3 * START * (1 + companion), device=z.device)
+    products = torch.full_like(nfe, nodes * with_pilots.products)
+    if with_pilots is not paths:
         weights = rates[::2] * z.new_tensor(gregory_weights(steps)) / steps
         integral, standard_error, probes = integrate_to_standard_error(
-            whole, piloted, weights, lambda index: levels(slice(2 * index, 2 * index + 1))
+            paths, pilots, weights, lambda index: levels(slice(2 * index, 2 * index + 1))
         )
         nfe, products = nfe + steps + 1, products + probes
-    errors = standard_error, solver_error, torch.zeros_like(nfe).bool()
-    return ODESolution(solution.y, integral, nfe, products, *errors, steps)
+    return ODESolution(
+        solution.y,
+        integral,
+        nfe=nfe,
+        products=products,
+        standard_error=standard_error,
+        solver_error=solver_error,
+        failed=torch.zeros_like(nfe).bool(),
+        steps=steps,
+    )
 
 
 def integrate_to_standard_error(
@@ -300,6 +305,8 @@ def integrate_to_standard_error(
     """
     target, d = paths.divergence, nodes[0][0][0].numel()
     assert isinstance(target, ToStandardError)
+    # A variance of nats² takes fewest probes if their count at each node is in proportion to the
+    # error that one probe makes there, (N, B).
     one_probe = torch.stack([variance for _, variance in nodes]).sqrt()
     error_in_nats = weights.abs()[:, None] * one_probe
     counts = error_in_nats * error_in_nats.sum(0) / target.nats**2
@@ -313,8 +320,8 @@ def integrate_to_standard_error(
             _, _, q = part.slope_at(z, level(index), part.draw_probes(z), rows)
             total = total.index_add(0, rows, weights[index] * q.mean(0))
             if count < d:
-                spread = weights[index] ** 2 * q.detach().var(0) / count
-                variance = variance.index_add(0, rows, spread)
+                node_variance = weights[index] ** 2 * q.detach().var(0) / count
+                variance = variance.index_add(0, rows, node_variance)
     return total, variance.sqrt(), counts.clamp(max=d).sum(0)
 
 
@@ -325,20 +332,20 @@ def companion_error(
     end: NoiseLevel,
     companion_ratio: list[Tensor],
 ) -> Tensor:
-    """Estimate the path's error (B,) from a solution and its companion, that end at a level."""
+    """Estimate the path's error (B,) from a solution and its companion, with their end's level."""
     to_x, log_prior = paths.coordinates.to_x, paths.log_prior_at
     difference = log_prior(to_x(solution.y, end)) - log_prior(to_x(coarse.y, end))
     difference = difference + solution.integral(2, coarse.steps) - coarse.integral()
-    difference, plain, of_coarse = difference.abs(), solution.path_error, coarse.path_error
-    known = (of_coarse > plain) & of_coarse.isfinite()
-    ratio = torch.where(known, difference / (of_coarse - plain), 1.0)
-    error = plain
-    if len(plain) >= POOL:
+    path_error, coarse_error, difference = solution.path_error, coarse.path_error, difference.abs()
+    known = (coarse_error > path_error) & coarse_error.isfinite()
+    ratio = torch.where(known, difference / (coarse_error - path_error), 1.0)
+    error = path_error
+    if len(ratio) >= POOL:
         companion_ratio[:] = [ratio.nanquantile(0.9)]
     if companion_ratio:
-        error = plain * (1.5 * torch.maximum(ratio, companion_ratio[0])).clamp(max=1.0)
+        error = path_error * (1.5 * torch.maximum(ratio, companion_ratio[0])).clamp(max=1.0)
     error = torch.maximum(error, difference / torch.where(ratio < 1, 16, 8))
-    return torch.where(error.isfinite(), error, plain)
+    return torch.where(error.isfinite(), error, path_error)
 
 
 def refuse_vmap(solver: str) -> None:
@@ -362,29 +369,30 @@ def fewest_steps(
     """The coarsest of GRIDS whose solver error on a batch is within a tolerance.
 
     Processes of a group agree after every trial, so that all take part in as many. Trials leave
-    the generator alone. A sample that failed, and was lost on the grid before, does not count.
+    the generator alone. A sample that failed on this grid and the one before does not count.
     """
     refuse_vmap("ToTolerance")
     kind = paths.divergence
     kind = Hutchinson(PILOTS, kind.distribution) if isinstance(kind, ToStandardError) else kind
     if isinstance(kind, Hutchinson) and not companion:
-        kind = None  # the claim is of the path alone
+        kind = None  # the error is that of the path alone
     # The probes of a difference from a companion come from a generator of their own.
     own = torch.Generator(z.device).manual_seed(0)
     trial = replace(paths, advance=lambda _: None, generator=own, divergence=kind)
-    largest, lost = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
+    largest, failed_before = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
     for steps in GRIDS:
         with torch.no_grad():
             error = solve_on_grid(trial, z, span, steps, companion, []).solver_error
         failed = ~(error <= solver_limit(z[0].numel()))
-        error = error.masked_fill(failed, math.inf).masked_fill(failed & lost, -math.inf)
+        error = error.masked_fill(failed, math.inf)
+        error = error.masked_fill(failed & failed_before, -math.inf)
         most = error.max()  # infinite where a sample failed; −∞ where none counts
         if group is not None:
             dist.all_reduce(most, dist.ReduceOp.MAX, group)
         largest = math.inf if most < 0 else float(most)
         if largest <= tolerance:
             return steps
-        lost = failed
+        failed_before = failed
     got = f"{largest:.2g}" if math.isfinite(largest) else "no finite error of any sample"
     warn(
         f"solver: expected a solver_error of at most {tolerance:g} nats on a grid of at most "

@@ -1,9 +1,9 @@
 """`ode_nll`, the log-density along the probability-flow ODE, and `ode_sample`, its samples.
 
 What:
-    The paths are followed from x at t_min to a latent at t_max, or back. The log-density is
-    integrated on the way by the same quadrature, so that of a sample needs no second solve.
-    Without a divergence a node is one evaluation of the network, and nothing is differentiated.
+    The ODE is solved from x at t_min to a latent at t_max, or from a latent back to x. The
+    log-density is integrated along the same solution, so a sample needs no second solve for it.
+    If no density is wanted, a node is one evaluation of the network, without any derivative.
 
 Source:
     Song et al., arXiv 2011.13456, appendix D.2, and see `paths`.
@@ -24,8 +24,8 @@ from hosm_losses._checks import (
     sum_elements,
 )
 from hosm_losses.likelihood.adaptive import solve_adaptive
-from hosm_losses.likelihood.integers import Dequantization, check_dequantization
-from hosm_losses.likelihood.job import Job, LogPrior, like_network
+from hosm_losses.likelihood.dequantize import Dequantization, check_dequantization
+from hosm_losses.likelihood.job import Job, LogPrior, mark_failed, network_options
 from hosm_losses.likelihood.multistep import fewest_steps, solve_on_grid
 from hosm_losses.likelihood.paths import Divergence, Paths, check_divergence
 from hosm_losses.likelihood.result import NLLResult, SampleResult
@@ -78,10 +78,10 @@ def ode_nll(
             that were trained on the levels themselves. None for continuous data.
         batch_size: samples solved at a time, all if None.
         progress: whether to show a progress bar, for which tqdm has to be installed.
-        enable_grad: whether the result carries a graph, for gradients through it. Of an evaluation
-            the state alone is kept, and the network is called again in the pass back. A sample
-            that fails has no gradient, and leaves those of the others; on an accelerator the
-            network is called once more for each evaluation, without a graph, to find it.
+        enable_grad: whether the result carries a graph, for gradients through it. Only the state
+            is stored; the backward pass evaluates the network again. A sample that fails has no
+            gradient and does not affect those of other samples; to find it on an accelerator, the
+            network is called once more for each evaluation, without a graph.
         generator: the source of all that is drawn, on the device of x; the global one if None.
         model_kwargs: keyword arguments of the network.
 
@@ -89,11 +89,10 @@ def ode_nll(
         The result, in nats; `bits_per_dim` converts. A sample that failed has NaN.
 
     Raises:
-        TypeError: for tensors, containers, flags and other objects of a wrong type or dtype,
-            integer images included.
-        ValueError: for a wrong shape, device, name or number, also one of a wrong type.
-        DerivativeError: where the network's output does not depend on its input differentiably.
-        ImportError: for a progress bar without tqdm.
+        TypeError: if an argument has an invalid type or dtype, such as integer images.
+        ValueError: if an argument has an invalid shape, device, name or value.
+        DerivativeError: if the network's output has no derivative in its input.
+        ImportError: if `progress` is True and tqdm is not installed.
 
     Example:
         >>> from hosm_losses import VESchedule
@@ -124,15 +123,13 @@ def ode_nll(
         enable_grad=enable_grad,
         at_start=not clean,
     )
-    earlier, correction = EarlierBatches(), 0.0
-    with job.running() as pieces:
-        for paths in pieces:
-            if clean:
-                paths, correction = _add_noise(paths)
-            result = solve(paths, solver, earlier)
-            nll, nfe = result.nll + correction, result.nfe + clean
-            job.results[-1].append(replace(result, nll=nll, nfe=nfe))
-    return job.result()
+    results, earlier = list[NLLResult](), EarlierBatches()
+    with job.running() as paths:
+        for batch in job.batches(paths):
+            noisy = _from_clean(batch) if clean else batch
+            result = solve(noisy, solver, earlier)
+            results.append(replace(result, nfe=result.nfe + clean))
+        return job.result(results)
 
 
 def ode_sample(
@@ -172,10 +169,10 @@ def ode_sample(
         The samples, at the schedule's t_min, where they carry noise of σ(t_min).
 
     Raises:
-        TypeError: for tensors, containers, flags and other objects of a wrong type or dtype.
-        ValueError: for a wrong shape, device, name or number, also one of a wrong type.
-        DerivativeError: where the network's output does not depend on its input differentiably.
-        ImportError: for a progress bar without tqdm.
+        TypeError: if an argument has an invalid type or dtype.
+        ValueError: if an argument has an invalid shape, device, name or value.
+        DerivativeError: if the network's output has no derivative in its input.
+        ImportError: if `progress` is True and tqdm is not installed.
 
     Example:
         >>> from hosm_losses import VESchedule
@@ -197,8 +194,7 @@ def ode_sample(
             "latent: expected latents drawn from the prior of log_prior; got a shape, for which "
             "they would be drawn from N(0, prior_std²)."
         )
-    start = _draw(check_model(model), latent, generator) if drawn else latent
-    assert isinstance(start, Tensor)
+    start: Any = _draw(check_model(model), latent, generator) if drawn else latent
     job = Job(
         model,
         start,
@@ -213,18 +209,20 @@ def ode_sample(
         name="latent",
         of_prior=drawn,
     )
-    earlier = EarlierBatches()
-    with job.running() as pieces:
-        for paths in pieces:
-            job.results[-1].append(solve(paths, solver, earlier, backwards=True))
-    result = vars(job.result())
-    known = {} if divergence is not None else {"nll": None, "solver_error": None}
-    return SampleResult(**{**result, **known, "x": result["latent"], "latent": start})
+    results, earlier = list[NLLResult](), EarlierBatches()
+    with job.running() as paths:
+        for batch in job.batches(paths):
+            results.append(solve(batch, solver, earlier, backwards=True))
+        result = job.result(results)
+    fields = {**vars(result), "x": result.latent, "latent": start}
+    if divergence is None:
+        fields |= {"nll": None, "solver_error": None}
+    return SampleResult(**fields)
 
 
 @dataclass
 class EarlierBatches:
-    """What the earlier batches of a call leave to the later ones."""
+    """State that the batches of a call share."""
 
     steps: int | None = None  # of ToTolerance
     companion_ratio: list[Tensor] = field(default_factory=list)  # see `companion_error`
@@ -237,7 +235,7 @@ def solve(
     *,
     backwards: bool = False,
 ) -> NLLResult:
-    """Follow paths from data to latents, or back; `latent` is the other end, data if backwards."""
+    """Solve from data to latents, or backwards; `latent` of the result is the end solved for."""
     coordinates = paths.coordinates
     low, high = coordinates.span
     data, noise = coordinates.ends((low, high))
@@ -254,41 +252,39 @@ def solve(
             steps = earlier.steps or fewest_steps(paths, z, span, companion, **options)
             earlier.steps = steps
         solution = solve_on_grid(paths, z, span, steps, companion, earlier.companion_ratio)
-    # Along the ODE d log p = −∇·(dx/dt) dt: what is left of it is `integral`, and two volumes.
     fields = solution._asdict()
     x, integral = coordinates.to_x(fields.pop("z"), end), fields.pop("integral")
     latent, integral = (paths.x, -integral) if backwards else (x, integral)
+    # log p_x(x₀) − log p_T(x_T), see `paths`
     log_density = coordinates.log_volume(noise) - coordinates.log_volume(data) + integral
     if paths.divergence is not None:
         log_density = log_density + paths.log_prior_at(latent)
-    return NLLResult(-log_density, x.to(paths.dtype), **fields)
+    nll = -log_density if paths.nll_offset is None else paths.nll_offset - log_density
+    return mark_failed(NLLResult(nll, x.to(paths.dtype), **fields))
 
 
-def _add_noise(paths: Paths) -> tuple[Paths, Tensor]:
-    """The paths at t_min by a draw of noise, and what to add to its nll for that of x, (B,).
+def _from_clean(paths: Paths) -> Paths:
+    """Return the paths from t_min, where a draw of noise takes clean x, with their `nll_offset`.
 
     −log p(x) ≤ E[−log p(x_tmin) + log q(x_tmin|x) − log p(x|x_tmin)], with the decoder of
     `variational`: the last two are ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). They go with the noise
     that was drawn, ‖ε‖² and not its mean d: a change of p(x_tmin) with ε cancels, and the mean of
     exp(−nll) over draws is a density of x.
     """
-    x, coordinates = paths.x, paths.coordinates
-    start, _ = coordinates.ends(coordinates.span)
-    noise = paths.draw_noise()
-    points = start.alpha * x + start.sigma * noise
+    start, _ = paths.coordinates.ends(paths.coordinates.span)
+    points, noise = paths.add_noise(start)
     error = paths.noise_at(points, start) - noise
-    correction = sum_elements(error.square() - noise.square(), 1) / 2
-    correction = correction - x[0].numel() * start.alpha.log().reshape(())
-    return replace(paths, x=points), correction
+    offset = sum_elements(error.square() - noise.square(), 1) / 2
+    offset = offset - points[0].numel() * start.alpha.log().reshape(())
+    return replace(paths, x=points, nll_offset=offset)
 
 
 def _draw(model: ScoreModel, shape: object, generator: torch.Generator | None) -> Tensor:
-    """Latents of a shape, of the prior."""
+    """Draw latents of a shape from N(0, prior_std²)."""
     if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
         expected = "a tensor (B, *) at t_max, or its shape, which begins with B"
         raise TypeError(error_message("latent", expected, shape))
     sizes = [check_whole("latent's shape", size, 1) for size in shape]
-    like = like_network(model)
-    source = check_generator(generator, like.device)
-    noise = torch.randn(sizes, generator=source, dtype=like.dtype, device=like.device)
-    return model.schedule.prior_std * noise
+    options = network_options(model)
+    rng = check_generator(generator, options["device"])
+    return model.schedule.prior_std * torch.randn(sizes, generator=rng, **options)

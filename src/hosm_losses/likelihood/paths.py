@@ -58,8 +58,8 @@ from hosm_losses.probes import Hutchinson, ToStandardError, draw_probes, unit_ve
 EXACT_UP_TO = 16
 # A user's own: (x, t, **model_kwargs), as the network gets them, → (prediction, its divergence).
 Function = Callable[..., tuple[Tensor, Tensor]]
-Chosen = Literal["exact"] | Hutchinson | ToStandardError | Function
-Divergence = Literal["auto"] | Chosen
+ResolvedDivergence = Literal["exact"] | Hutchinson | ToStandardError | Function
+Divergence = Literal["auto"] | ResolvedDivergence
 
 
 def all_finite(samples: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ def check_divergence(divergence: object, *, optional: bool = False) -> None:
         raise ValueError(error_message("divergence", expected, divergence))
 
 
-def choose_divergence(divergence: Divergence | None, x: Tensor) -> Chosen | None:
-    """The divergence for samples like those of x (B, *): what is given, or what "auto" takes."""
+def resolve_divergence(divergence: Divergence | None, x: Tensor) -> ResolvedDivergence | None:
+    """Return the divergence for samples like those of x (B, *), with "auto" replaced."""
     if isinstance(divergence, str):
         small = x[0].numel() <= EXACT_UP_TO
         return "exact" if divergence == "exact" or small else Hutchinson()
@@ -87,135 +87,149 @@ def choose_divergence(divergence: Divergence | None, x: Tensor) -> Chosen | None
 
 @dataclass(frozen=True)
 class Paths:
-    """Samples whose likelihood is asked for, and all that goes with them."""
+    """Samples at one end of their paths, with all that solving the ODE from there needs."""
 
     x: Tensor  # (B, *), in the precision of sums
     model: BoundModel
     coordinates: Coordinates
     dtype: torch.dtype  # the network's
-    log_prior: Callable[[Tensor], Tensor] | None
+    log_prior: Callable[[Tensor], Tensor] | None  # of latents; None for N(0, prior_std² I)
     generator: torch.Generator | None
-    advance: Callable[[float], object]  # told the samples' worth of work done
+    advance: Callable[[float], object]  # moves the progress bar on, by a number of samples
     watch: FirstEvaluation
-    divergence: Chosen | None
-    checkpoints: RecomputedEvaluations
+    divergence: ResolvedDivergence | None  # None where only the ends of the paths are wanted
+    evaluations: RecomputedEvaluations
+    nll_offset: Tensor | None = None  # to be added to the nll of x, (B,); None for zero
 
     @property
     def products(self) -> int:
-        """Products with the Jacobian that a divergence takes."""
+        """The number of products with the Jacobian that one divergence takes."""
         if isinstance(self.divergence, Hutchinson):
             return self.divergence.count
         return self.x[0].numel() if self.divergence == "exact" else 0
 
-    def rows(self, x: Tensor, rows: Tensor) -> "Paths":
-        """Return the rows alone, at the points x of the whole batch."""
-        points = x[rows].to(accumulator(x))
-        return replace(self, x=points, model=self.model.rows(rows))
+    def rows(self, x: Tensor, rows: Tensor, nll_offset: Tensor | None) -> "Paths":
+        """Return the paths of some rows, of which x and `nll_offset` are those of all samples."""
+        points, model = x[rows].to(accumulator(x)), self.model.rows(rows)
+        offset = None if nll_offset is None else nll_offset[rows]
+        return replace(self, x=points, model=model, nll_offset=offset)
 
     def draw_probes(self, z: Tensor) -> Tensor | None:
-        """Fresh probes (K, B, *), or None where the divergence takes none."""
+        """Draw probes (K, B, *), or return None if the divergence takes none."""
         if not isinstance(self.divergence, Hutchinson):
             return None
         count, distribution = self.divergence.count, self.divergence.distribution
         like = torch.empty_like(z, dtype=self.dtype)
         return draw_probes(like, count, distribution, self.generator)
 
-    def draw_noise(self) -> Tensor:
-        """ε like x."""
+    def add_noise(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """Draw ε, and return α x + σ ε at a noise level with it."""
         x = self.x
-        return torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+        noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+        return level.alpha * x + level.sigma * noise, noise
 
     def model_at(self, level: NoiseLevel, rows: Tensor | None = None) -> BoundModel:
-        """The model at a level, for the rows (n,) of the batch, all if None."""
+        """Bind the model to a noise level, for the rows (n,) of the batch, all if None."""
         model = self.model if rows is None else self.model.rows(rows)
         t = level.t.to(torch.promote_types(self.dtype, torch.float32))
         return model.at(t.expand(len(self.x) if rows is None else len(rows)))
 
     def noise_at(self, x: Tensor, level: NoiseLevel) -> Tensor:
         """ε̂ at points (B, *), in their precision."""
-        if self.checkpoints.due():
-            return self.checkpoints(partial(self.noise_at, x, level), x)
-        value, _ = self._evaluate(self.model_at(level), x.to(self.dtype), None, None)
-        return -value.to(x.dtype)
+        if self.evaluations.applies():
+            return self.evaluations.evaluate(partial(self.noise_at, x, level), x)
+        model, points = self.model_at(level), x.to(self.dtype)
+        if torch.is_grad_enabled() or self.watch.due:
+            f, _ = self._evaluate(model, points, None, None)
+        else:
+            f = model.f(points)
+        return -f.to(x.dtype)
 
     def slope_at(
         self, z: Tensor, level: NoiseLevel, probes: Tensor | None, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """ε̂ of the rows (all if None), dz/du, and samples (K, n) of what is integrated over u."""
-        if self.checkpoints.due():  # the state z alone is kept
-            return self.checkpoints(partial(self.slope_at, z, level, probes, rows), z)
+        """ε̂ of the rows (all if None), dz/du, and the integrand over u for each probe, (K, n)."""
+        if self.evaluations.applies():
+            return self.evaluations.evaluate(partial(self.slope_at, z, level, probes, rows), z)
         x = self.coordinates.to_x(z, level).to(self.dtype)
         model, divergence = self.model_at(level, rows), self.divergence
         if torch.is_grad_enabled() or self.watch.due:
-            value, forms = self._evaluate(model, x, divergence, probes)
+            f, divergences = self._evaluate(model, x, divergence, probes)
         else:
-            value, forms = value_and_divergence(model, x, divergence, probes)
-        noise = -value.to(z.dtype)
+            f, divergences = value_and_divergence(model, x, divergence, probes)
+        noise = -f.to(z.dtype)
         slope = self.coordinates.slope(z, noise, level)
-        if forms is None:
+        if divergences is None:
             return noise, slope, z.new_zeros(1, len(z))
-        return noise, slope, self.coordinates.integrand(-forms, level)
+        return noise, slope, self.coordinates.integrand(-divergences, level)
 
     def _evaluate(
-        self, model: BoundModel, x: Tensor, divergence: Chosen | None, probes: Tensor | None
+        self,
+        model: BoundModel,
+        x: Tensor,
+        divergence: ResolvedDivergence | None,
+        probes: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """f and ∇·f, with a look at what the network draws and at samples that are lost.
+        """f and ∇·f in a call's first evaluation, or with a graph.
 
-        With a graph, samples that are not finite are kept apart, as 0 · NaN is NaN: one of them
-        would take the gradients of all parameters with it. They are replaced by ones, and their
-        values are NaN. Those that come out of finite x are found where that is free, and evaluated
-        again; elsewhere the value alone is evaluated before, without a graph, so that nothing is
-        read back from an accelerator.
+        In the first evaluation `watch` looks for random draws and for constants.
+
+        With a graph, one sample that is not finite would make the gradients of all parameters NaN,
+        as 0 · NaN is NaN. The network is given ones in the place of such a sample, and its results
+        are set to NaN. If a finite x gives results that are not, the batch is evaluated again
+        without that sample. On an accelerator, where reading a result would make the host wait,
+        f alone is evaluated first, without a graph, to find these samples.
         """
-        before = self.watch.before(x)
+        generator_states = self.watch.before(x)
         if not torch.is_grad_enabled():
             with self.watch.with_divergence() if divergence is not None else nullcontext():
-                value, forms = value_and_divergence(model, x, divergence, probes)
-            self.watch.compare(before, x)
-            return value, forms
-        lost, look = ~all_finite(x), can_read_values(x)
-        if not look:
+                f, divergences = value_and_divergence(model, x, divergence, probes)
+            self.watch.compare(generator_states, x)
+            return f, divergences
+        nonfinite, readable = ~all_finite(x), can_read_values(x)
+        if not readable:
             with torch.no_grad():
-                points = torch.where(expand_right(lost, x), 1.0, x)
-                lost = lost | ~all_finite(model.f(points))
+                points = torch.where(expand_right(nonfinite, x), 1.0, x)
+                nonfinite = nonfinite | ~all_finite(model.f(points))
         while True:
-            points = torch.where(expand_right(lost, x), 1.0, x)
+            points = torch.where(expand_right(nonfinite, x), 1.0, x)
             with self.watch.with_divergence() if divergence is not None else nullcontext():
-                value, forms = value_and_divergence(model, points, divergence, probes)
-            good = all_finite(value.detach())
-            good = good if forms is None else good & torch.isfinite(forms.detach()).all(0)
-            if not look or bool((good | lost).all()):
+                f, divergences = value_and_divergence(model, points, divergence, probes)
+            finite = all_finite(f.detach())
+            if divergences is not None:
+                finite = finite & torch.isfinite(divergences.detach()).all(0)
+            if not readable or bool((finite | nonfinite).all()):
                 break
-            lost = lost | ~good
-        self.watch.compare(before, x)
-        value = value.masked_fill(expand_right(lost, value), math.nan)
-        return value, None if forms is None else forms.masked_fill(lost, math.nan)
+            nonfinite = nonfinite | ~finite
+        self.watch.compare(generator_states, x)
+        f = f.masked_fill(expand_right(nonfinite, f), math.nan)
+        return f, None if divergences is None else divergences.masked_fill(nonfinite, math.nan)
 
     def log_prior_at(self, latent: Tensor) -> Tensor:
         """Log-density (B,) of the prior at latents (B, *), in their precision.
 
-        It is NaN where a latent is not finite. A prior that looks at its argument is shown zeros
-        there, and no gradient comes from them.
+        It is NaN if a latent is not finite. The prior is given zeros in its place, since it may
+        check its argument, and no gradient comes from them.
         """
         wide = torch.promote_types(self.dtype, torch.float32)
-        given = latent if self.log_prior is None else latent.to(wide)
-        finite = all_finite(given)
-        given = torch.where(expand_right(finite, given), given, 0.0)
+        points = latent if self.log_prior is None else latent.to(wide)
+        finite = all_finite(points)
+        points = torch.where(expand_right(finite, points), points, 0.0)
         if self.log_prior is None:
             std = self.coordinates.schedule.prior_std
             normalisation = latent[0].numel() * math.log(2 * math.pi * std**2)
-            value = -0.5 * (sum_elements(given.square(), 1) / std**2 + normalisation)
+            value = -0.5 * (sum_elements(points.square(), 1) / std**2 + normalisation)
         else:
-            value = self.log_prior(given)
+            value = self.log_prior(points)
             own = value.dtype if isinstance(value, Tensor) else wide
-            whole = own.is_floating_point and torch.promote_types(own, self.dtype) == own
-            dtype = own if whole else wide
-            check_like("log_prior(latent)", value, (len(given),), dtype, given.device, "x")
+            is_wide = own.is_floating_point and torch.promote_types(own, self.dtype) == own
+            dtype = own if is_wide else wide
+            check_like("log_prior(latent)", value, (len(points),), dtype, points.device, "x")
         return value.to(latent.dtype).masked_fill(~finite, math.nan)
 
 
 class ODESolution(NamedTuple):
-    """Where the paths end, what was integrated on the way, and fields of the result."""
+    """The ends of the paths, the integral along them, and fields of the result."""
 
     z: Tensor  # the states at the other end, (B, *)
     integral: Tensor  # ∫ (σ ∇·ε̂ − Σ_i σ̂²/c²) du in the direction that was solved, (B,)
@@ -226,55 +240,59 @@ class ODESolution(NamedTuple):
     failed: Tensor  # (B,)
     steps: int | None = None  # of a grid that the batch shares
     widening: float = 1.0  # Student's factor in standard_error
-    kinks: Tensor | None = None  # whether the path seems to have some, (B,); None if not known
+    kinks: Tensor | None = None  # whether the path seems to have kinks, (B,); None if not known
 
 
 def value_and_divergence(
-    model: BoundModel, x: Tensor, divergence: Chosen | None, probes: Tensor | None = None
+    model: BoundModel,
+    x: Tensor,
+    divergence: ResolvedDivergence | None,
+    probes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """f = −ε̂ at x (B, *), and an estimate of ∇·f for each of the probes (K, B, *), as (K, B).
+    """f = −ε̂ at x (B, *), and ∇·f as estimated by each of the probes (K, B, *), as (K, B).
 
-    Without probes there is one without error, by passes back of all unit vectors, or that of a
-    user's function; without a divergence None.
+    If there are no probes, ∇·f is exact, from all unit vectors or a user's function, as (1, B). It
+    is None if `divergence` is.
     """
     if divergence is None:
         return model.f(x), None
-    p, q = model.model.affine(model.t, x)
-    dtype = accumulator(x)
-    elements = x.new_full((1, len(x)), x[0].numel(), dtype=dtype)
+    dtype, d = accumulator(x), x[0].numel()
+    # ∇·(p · prediction + q x) by vᵀ ∂prediction/∂x v and ‖v‖².
     if callable(divergence):
         prediction, forms = _of_function(divergence, model, x)
-        squares = elements
+        squares = x.new_full((1, len(x)), d, dtype=dtype)
     elif probes is None:
         prediction, forms = quadratic_forms(model, x, unit_vector_chunks(x))
-        forms, squares = forms.to(dtype).sum(0, keepdim=True), elements
+        forms = forms.to(dtype).sum(0, keepdim=True)
+        squares = x.new_full((1, len(x)), d, dtype=dtype)
     else:
         squares = sum_elements(probes.square())
         if isinstance(divergence, Hutchinson) and divergence.mode == "forward":
             prediction, forms = _forward(model, x, probes)
         else:
             prediction, forms = quadratic_forms(model, x, [probes])
-    scale = None if p is None else p.flatten()
-    shift = None if q is None else q.flatten()
-    divergences = -apply_affine(forms.to(dtype), squares, scale, shift)
+    p, q = model.model.affine(model.t, x)
+    p_rows = None if p is None else p.flatten()
+    q_rows = None if q is None else q.flatten()
+    divergences = -apply_affine(forms.to(dtype), squares, p_rows, q_rows)
     return -apply_affine(prediction, x, p, q), divergences
 
 
 def _forward(model: BoundModel, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
-    """The prediction and its forms, in one evaluation with its derivatives; no activation stays.
+    """The prediction and its quadratic forms by the taylor engine, which stores no activation.
 
-    A DerivativeError where the taylor engine cannot take the network.
+    A DerivativeError if the engine cannot differentiate the network.
     """
-    # The engine makes a graph whatever the mode; it holds nothing here unless one is wanted.
+    # The engine makes a graph in any mode. It saves nothing here unless a gradient is wanted.
     empty = saved_tensors_hooks(lambda _: None, _refuse_a_pass_back)
     try:
         with nullcontext() if torch.is_grad_enabled() else empty:
-            value, along, _ = derive(model, x, probes, order=2, engine="taylor")
+            value, Dv, _ = derive(model, x, probes, order=2, engine="taylor")
     except DerivativeError as error:
         raise DerivativeError(
             f"divergence: expected mode='reverse' for this network; got 'forward'. {error}"
         ) from error
-    return value[0], sum_elements(along * probes)
+    return value[0], sum_elements(Dv * probes)
 
 
 def _refuse_a_pass_back(_: object) -> Tensor:
@@ -284,11 +302,11 @@ def _refuse_a_pass_back(_: object) -> Tensor:
 def _of_function(function: Function, model: BoundModel, x: Tensor) -> tuple[Tensor, Tensor]:
     """The prediction and its divergence (1, B) by a user's function."""
     *arguments, kwargs = model.model.network_arguments(x, model.t, model.kwargs)
-    found: Any = function(*arguments, **kwargs)
-    if not isinstance(found, tuple) or len(found) != 2:
+    returned: Any = function(*arguments, **kwargs)
+    if not isinstance(returned, tuple) or len(returned) != 2:
         expected = "two tensors, the prediction (B, *) and its divergence (B,)"
-        raise TypeError(error_message("divergence(x, t)", expected, found))
-    prediction, divergence = found
+        raise TypeError(error_message("divergence(x, t)", expected, returned))
+    prediction, divergence = returned
     check_prediction(prediction, x)
     dtype = getattr(divergence, "dtype", x.dtype)
     check_like("divergence(x, t)[1]", divergence, (len(x),), dtype, x.device, "x")

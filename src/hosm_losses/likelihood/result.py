@@ -1,4 +1,4 @@
-r"""What a likelihood is reported as.
+r"""The results of likelihoods: `NLLResult`, `SampleResult` and `NLLSummary`.
 
 Formula:
     bits/dim = nll/(d ln 2) + log2(levels/(high − low))
@@ -116,8 +116,8 @@ class Result:
             high: what level `levels` was scaled to; 1 if None.
 
         Raises:
-            ValueError: for levels below 1, an empty range, a range without levels, or what
-                contradicts the `dequantization` of the call; for samples without their density.
+            ValueError: if `levels` is below 1, the range is empty or has no levels, an argument
+                contradicts the `dequantization` of the call, or the samples have no density.
 
         Example:
             >>> one = torch.ones(1)
@@ -141,19 +141,19 @@ class Result:
         return torch.zeros_like(self.nfe) if self.solver_error is None else self.solver_error
 
     def _quantization(self, options: dict[str, int | float | None]) -> Quantization | None:
-        """The data's levels: those of the call, or those that the options say."""
-        given = {name: value for name, value in options.items() if value is not None}
+        """The data's levels: those of the call's dequantization, or those in the options."""
+        options = {name: value for name, value in options.items() if value is not None}
         known = self.quantization
-        if known is None and "levels" in given:
-            levels = check_whole("levels", given["levels"], 1)
-            low = check_number("low", given.get("low", -1.0), "a number")
-            high = check_number("high", given.get("high", 1.0), "a number")
+        if known is None and "levels" in options:
+            levels = check_whole("levels", options["levels"], 1)
+            low = check_number("low", options.get("low", -1.0), "a number")
+            high = check_number("high", options.get("high", 1.0), "a number")
             if low >= high:
                 raise ValueError(f"bits_per_dim: expected low < high; got {low}, {high}.")
             return Quantization(levels, low, high)
-        if not given.items() <= (known._asdict() if known else {}).items():
+        if not options.items() <= (known._asdict() if known else {}).items():
             expected = known or "levels beside a range, as continuous data has no range"
-            raise ValueError(f"bits_per_dim: expected {expected}; got {given}.")
+            raise ValueError(f"bits_per_dim: expected {expected}; got {options}.")
         return known
 
     def summary(
@@ -206,7 +206,7 @@ class Result:
         )
 
     def __repr__(self) -> str:
-        """The summary, or what there is in its place."""
+        """Return the summary, or a shorter text if there is no value to summarise."""
         count = f"{len(self.failed)} samples"
         if self.failed.is_meta or not owns_values(self.failed):
             return f"{type(self).__name__} of {count}, not on hand"
@@ -218,7 +218,7 @@ class Result:
         return str(self.summary())
 
     def failures(self) -> dict[int, str]:
-        """Why each sample that failed did, and what to do, by its row.
+        """Return for each failed sample, by its row, why it failed and what to do.
 
         Example:
             >>> one = torch.ones(1)
@@ -239,20 +239,20 @@ class Result:
         return texts
 
     def _end(self) -> Tensor:
-        """The end of the paths that was solved for."""
+        """The end of the paths that the solver computed."""
         return self.latent
 
     @classmethod
     def cat(cls, results: Sequence[Self]) -> Self:
-        """The result of all samples from those of batches or ranks, on the device of the first.
+        """Concatenate results of batches or ranks, on the device of the first.
 
         `steps` is None where they differ.
 
         Raises:
-            TypeError: if something else is among them.
-            ValueError: for no result at all, samples of different shapes, or results of which some
-                have a standard error, products, a quantization or steps that others lack, or
-                another widening: a bound is not joined with a likelihood.
+            TypeError: if `results` is not a list of results.
+            ValueError: if there is no result, if their samples differ in shape, if some have a
+                standard error, products, a quantization or steps and others do not, or if their
+                widenings differ. A bound cannot be concatenated with likelihoods of the ODE.
 
         Example:
             >>> zero = torch.zeros(2)
@@ -276,13 +276,13 @@ class Result:
         device = every[0].latent.device
         for name, first in joined.items():
             if isinstance(first, Tensor):
-                joined[name] = torch.cat([getattr(each, name).to(device) for each in every])
-        if len({each.steps for each in every}) > 1:
+                joined[name] = torch.cat([getattr(result, name).to(device) for result in every])
+        if len({result.steps for result in every}) > 1:
             joined["steps"] = None
         return cls(**joined)
 
     def _kind(self) -> str:
-        """What results that are joined have in common."""
+        """Describe what has to be equal in results that are concatenated."""
         lacking = [name for name, value in vars(self).items() if value is None]
         shape = tuple(self.latent.shape[1:])
         known = f"widening {self.widening:.4g}, {self.quantization}"
@@ -313,26 +313,26 @@ class Result:
         """The result whose `to_dict` gave these values, bit for bit.
 
         Raises:
-            TypeError: for something else than a mapping, or than a tensor where one belongs.
-            ValueError: for a key that is missing or unknown.
+            TypeError: if `values` is not a mapping, or if a value has the wrong type.
+            ValueError: if a key is missing or unknown.
         """
         if not isinstance(values, Mapping):
             raise TypeError(
                 f"from_dict: expected what to_dict returned; got {describe_value(values)}."
             )
-        kinds: dict[str, Any] = {each.name: each.type for each in fields(cls)}
+        kinds: dict[str, Any] = {entry.name: entry.type for entry in fields(cls)}
         if values.keys() != kinds.keys():
             raise ValueError(
                 f"from_dict: expected the keys {list(kinds)}; got {list(values)}. Give it what "
                 "to_dict returned in this version of hosm_losses."
             )
         known = values["quantization"]
-        given = {**values, "quantization": Quantization(**known) if known else None}
-        for name, value in given.items():
+        entries = {**values, "quantization": Quantization(**known) if known else None}
+        for name, value in entries.items():
             if not isinstance(value, kinds[name]):
                 got = describe_value(value)
                 raise TypeError(f"from_dict: expected {kinds[name]} for {name!r}; got {got}.")
-        return cls(**given)
+        return cls(**entries)
 
 
 @dataclass(frozen=True, repr=False)

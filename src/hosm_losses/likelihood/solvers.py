@@ -1,4 +1,4 @@
-"""How the ODE is solved, as values: `FixedGrid`, `ToTolerance` and `Adaptive`.
+"""The options of the ODE solvers: `FixedGrid`, `ToTolerance` and `Adaptive`.
 
 They check themselves, compare, hash and pickle. `data_mean` and `data_std` set coordinates in
 which Gaussian data does not move (see `paths`): they change the solver's error alone.
@@ -28,7 +28,7 @@ Moment = PlainMoment | Tensor | np.ndarray
 
 
 class Solver:
-    """What `ode_nll` and `ode_sample` take as `solver`."""
+    """Base class of the solvers."""
 
     data_mean: Moment
     data_std: Moment
@@ -36,7 +36,7 @@ class Solver:
 
     @property
     def moments(self) -> tuple[Any, Any]:
-        """(data_mean, data_std), plain since the value was made."""
+        """(data_mean, data_std), as numbers or nested tuples."""
         return self.data_mean, self.data_std
 
     def _name(self, field: str) -> str:
@@ -47,7 +47,7 @@ class Solver:
         return check_number(name, getattr(self, field), what, above=0.0)
 
     def _set(self, **values: object) -> None:
-        """Put values that are checked in place of those that were given."""
+        """Set checked values of fields, and the moments as plain numbers."""
         for field in ("data_mean", "data_std"):
             values[field] = plain_moment(field, getattr(self, field), self._name(field))
         for field, value in values.items():
@@ -72,8 +72,8 @@ class FixedGrid(Solver):
         data_std: standard deviation of the data, likewise.
 
     Raises:
-        TypeError: for a flag or moments of a wrong type.
-        ValueError: for other numbers than these.
+        TypeError: if a flag or a moment has the wrong type.
+        ValueError: if a number is out of range.
 
     Example:
         >>> FixedGrid(128, data_std=torch.tensor([0.5, 0.25]))
@@ -99,7 +99,7 @@ class FixedGrid(Solver):
 
 @dataclass(frozen=True)
 class ToTolerance(Solver):
-    """The fixed grid of the fewest steps whose `solver_error` is within a tolerance.
+    """The coarsest fixed grid whose `solver_error` is within a tolerance.
 
     The fewest of 32, 64, …, 1024 steps are found on the first batch and kept for the others of the
     call. The trials change no number and are not in `nfe`.
@@ -115,8 +115,8 @@ class ToTolerance(Solver):
         data_std: standard deviation of the data.
 
     Raises:
-        TypeError: for a flag or moments of a wrong type.
-        ValueError: for other numbers than these, or a group that is none.
+        TypeError: if a flag or a moment has the wrong type.
+        ValueError: if a number is out of range, or if `group` is not a process group.
 
     Example:
         >>> ToTolerance(0.1)
@@ -140,7 +140,7 @@ class ToTolerance(Solver):
         self._set(tolerance=self._nats("tolerance"))
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields; a TypeError where a group is among them."""
+        """Return the fields to pickle; a TypeError if there is a group."""
         if self.group is not None:
             expected, remedy = "None in a value to pickle", "Make the value in every process."
             raise TypeError(error_message(self._name("group"), expected, self.group, remedy))
@@ -149,7 +149,7 @@ class ToTolerance(Solver):
 
 @dataclass(frozen=True)
 class Adaptive(Solver):
-    """Steps of each sample's own, with probes that are kept along its path.
+    """Adaptive steps for each sample, with the same probes along its whole path.
 
     It solves twice, and the difference is in `solver_error`. For `ode_sample` without a divergence
     it solves once, at a tenth of the tolerance.
@@ -161,8 +161,8 @@ class Adaptive(Solver):
         data_std: standard deviation of the data.
 
     Raises:
-        TypeError: for moments of a wrong type.
-        ValueError: for other numbers than these.
+        TypeError: if a moment has the wrong type.
+        ValueError: if a number is out of range.
 
     Example:
         >>> Adaptive(1e-5)
@@ -188,16 +188,16 @@ def check_solver(value: object) -> FixedGrid | ToTolerance | Adaptive:
 
 
 def plain_moment(field: str, value: Any, name: str) -> PlainMoment:
-    """`data_mean` or `data_std` as a number, or as nested tuples; `name` is that in errors."""
+    """Return `data_mean` or `data_std` as a number or nested tuples; errors call it `name`."""
     expected = "a number or a tensor of numbers"
     if isinstance(value, Tensor):
         check_dense(name, value)
     try:
-        found = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-        nested = found.tolist()
+        moments = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        nested = moments.tolist()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(error_message(name, expected, value)) from None
-    if found.is_complex() or found.dtype == torch.bool:
+    if moments.is_complex() or moments.dtype == torch.bool:
         raise TypeError(error_message(name, expected, value))
     numbers = torch.as_tensor(nested, dtype=torch.float64, device="cpu")
     check_finite(name, numbers)

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from hosm_losses._checks import check_whole, error_message, sum_elements
 from hosm_losses.likelihood.coordinates import NoiseLevel
-from hosm_losses.likelihood.integers import Uniform, check_dequantization
-from hosm_losses.likelihood.job import Job, LogPrior
+from hosm_losses.likelihood.dequantize import Uniform, check_dequantization
+from hosm_losses.likelihood.job import Job, LogPrior, mark_failed
 from hosm_losses.likelihood.paths import Paths
 from hosm_losses.likelihood.result import NLLResult
 from hosm_losses.likelihood.solvers import Moment, plain_moment
@@ -95,13 +95,12 @@ def variational_nll(
         dequantization=dequantization,
         at_start=False,
     )
-    with job.running() as pieces:
-        for paths in pieces:
-            job.results[-1].append(_bound(paths, samples))
-    return job.result()
+    with job.running() as paths:
+        return job.result([_bound(batch, samples) for batch in job.batches(paths)])
 
 
 def _bound(paths: Paths, samples: int) -> NLLResult:
+    """The bound for a batch, from `samples` noise levels for each sample."""
     x, coordinates = paths.x, paths.coordinates
     count, elements = len(x), x[0].numel()
     centred, variance = x - coordinates.mean, coordinates.std.square()
@@ -117,46 +116,51 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
     def excess(level: NoiseLevel) -> Tensor:
         """‖ε̂ − ε‖² − ‖r‖² for one draw of ε, (B,)."""
         paths.advance(count / evaluations)
-        noise = paths.draw_noise()
-        error = paths.noise_at(level.alpha * x + level.sigma * noise, level) - noise
+        points, noise = paths.add_noise(level)
+        error = paths.noise_at(points, level) - noise
         gaussian = (level.sigma_hat * centred - variance * noise) / level.scale.square()
         return sum_elements(error.square() - gaussian.square(), 1)
 
     def antiderivative(level: NoiseLevel) -> Tensor:
-        """That of E‖r‖², (B,)."""
-        logarithm = 2 * (level.sigma_hat.log() - level.scale.log())
-        return (
-            sum_elements(logarithm + (variance - centred.square()) / level.scale.square(), 1) / 2
-        )
+        """The antiderivative of E‖r‖² in u, (B,)."""
+        log_ratio = 2 * (level.sigma_hat.log() - level.scale.log())
+        summands = log_ratio + (variance - centred.square()) / level.scale.square()
+        return sum_elements(summands, 1) / 2
 
-    estimate = spread = x.new_zeros(count)
+    # The integral of ‖ε̂ − ε‖² − ‖r‖², two levels drawn in each stratum, and its variance
+    integral = integral_variance = x.new_zeros(count)
     for stratum in range(strata):
-        pair = [drawn_level(stratum), drawn_level(stratum)]
-        found = torch.stack([excess(level) for level in pair]) * width
-        estimate, spread = estimate + found.mean(0), spread + found.var(0) / 2
-    found = torch.stack([excess(start) for _ in range(at_start)]) / 2
-    estimate, spread = estimate + found.mean(0), spread + found.var(0) / at_start
-
+        levels = [drawn_level(stratum), drawn_level(stratum)]
+        draws = torch.stack([excess(level) for level in levels]) * width
+        integral = integral + draws.mean(0)
+        integral_variance = integral_variance + draws.var(0) / 2
+    # −log p(x|x_tmin), its r part in closed form
+    draws = torch.stack([excess(start) for _ in range(at_start)]) / 2
+    integral = integral + draws.mean(0)
+    integral_variance = integral_variance + draws.var(0) / at_start
     squares = start.sigma_hat.square() * centred.square() + variance.square()
-    decoder = (
-        sum_elements(squares / start.scale**4 + math.log(2 * math.pi), 1) / 2 + elements * low
-    )
-    prior, prior_spread, latent = _prior(paths, end, samples)
-    nll = estimate + antiderivative(end) - antiderivative(start) + decoder + prior
-    nfe, standard_error = torch.full_like(nll, evaluations).long(), (spread + prior_spread).sqrt()
-    zero = torch.zeros_like(nll)
-    return NLLResult(nll, latent.to(paths.dtype), nfe, standard_error, zero, zero > 0)
+    summands = squares / start.scale**4 + math.log(2 * math.pi)
+    decoder = sum_elements(summands, 1) / 2 + elements * low
+
+    prior, prior_variance, latent = _prior(paths, end, samples)
+    nll = integral + antiderivative(end) - antiderivative(start) + decoder + prior
+    standard_error = (integral_variance + prior_variance).sqrt()
+    nfe, zero = torch.full_like(nll, evaluations).long(), torch.zeros_like(nll)
+    result = NLLResult(nll, latent.to(paths.dtype), nfe, standard_error, zero, zero > 0)
+    return mark_failed(result)
 
 
 def _prior(paths: Paths, end: NoiseLevel, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """KL(q(x_T|x) ‖ π), the variance of its estimate, and a draw of x_T."""
     x, elements, sigma = paths.x, paths.x[0].numel(), end.sigma.reshape(())
-    latent = end.alpha * x + end.sigma * paths.draw_noise()
+    latent, _ = paths.add_noise(end)
     entropy = elements / 2 * (math.log(2 * math.pi) + 1) + elements * sigma.log()
-    if paths.log_prior is None:  # at the mean of x_T, and what its spread adds
+    if paths.log_prior is None:  # at the mean of x_T, and what its variance adds
         ratio = sigma / paths.coordinates.schedule.prior_std
         cross = elements / 2 * ratio.square() - paths.log_prior_at(end.alpha * x)
         return cross - entropy, torch.zeros_like(cross), latent
-    others = (end.alpha * x + end.sigma * paths.draw_noise() for _ in range(samples - 1))
-    values = torch.stack([paths.log_prior_at(each) for each in (latent, *others)])
+    values = [paths.log_prior_at(latent)]
+    for _ in range(samples - 1):
+        values.append(paths.log_prior_at(paths.add_noise(end)[0]))
+    values = torch.stack(values)
     return -values.mean(0) - entropy, values.var(0) / samples, latent

@@ -1,4 +1,4 @@
-"""What makes the likelihood of a network random: its training mode, or draws by its own code."""
+"""Checks for networks with random outputs: training mode, and draws by their own code."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import get_device_states
 
 from hosm_losses._checks import warn
 from hosm_losses._torch_internals import is_traced
-from hosm_losses.derivatives import Snapshot
+from hosm_losses.derivatives import NetworkState
 from hosm_losses.taylor import refuse_constants
 
 TRAINING = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -20,9 +20,9 @@ TRAINING += (nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention)
 
 @contextmanager
 def buffers_restored(modules: Mapping[str, nn.Module], x: Tensor) -> Iterator[None]:
-    """A block after which the buffers of a network, such as running statistics, are as before."""
+    """A block that restores the buffers of a network, such as running statistics."""
     may_change = any(part.training and part._buffers for part in modules.values())
-    before = Snapshot(modules[""], x) if may_change and not is_traced() else None
+    before = NetworkState(modules[""], x) if may_change and not is_traced() else None
     try:
         yield
     finally:
@@ -70,7 +70,7 @@ class FirstEvaluation:
         return refuse_constants() if due else nullcontext()
 
     def before(self, x: Tensor) -> list[Tensor]:
-        """The states of torch's generators on the devices of x; none if nobody looks."""
+        """The states of torch's generators on the devices of x; none if no check is due."""
         # Inside a CUDA graph the states cannot be asked for.
         if not self.look_for_draws or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return []

@@ -10,8 +10,8 @@ Formula, for draws x_i of the density q of the ODE and an unnormalised target π
     Errors are those of the jackknife over samples, each with its probes.
 
     The weights belong to x itself: q is its exact density at t_min, where x carries noise of
-    σ(t_min). That noise costs effective sample size and biases nothing. Samples that were denoised
-    afterwards have another density and must not be weighted.
+    σ(t_min). That noise lowers the effective sample size but adds no bias. Samples that were
+    denoised afterwards have another density and must not be weighted.
 
 Source:
     Owen, "Monte Carlo theory, methods and examples" (2013), chapter 9. Vehtari, Simpson, Gelman,
@@ -60,7 +60,7 @@ class Sandwich(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """Importance weights of samples, and what follows from them; prints as a summary.
+    """Importance weights of samples, with the estimates made from them; prints as a summary.
 
     Attributes:
         x: the samples, (B, *).
@@ -98,7 +98,7 @@ class Weights:
 
     @property
     def log_z_bias(self) -> float:
-        """What the solver's error may shift `log_z` by, in nats, as its mean under the weights."""
+        """Estimate in nats of the bias of `log_z` from the solver, the weighted mean error."""
         return float(self.normalized @ self.solver_error.double())
 
     @property
@@ -113,9 +113,9 @@ class Weights:
 
     @property
     def effective_sample_size_without_probes(self) -> float | None:
-        """What the effective sample size would be without random probes.
+        """Estimate of the effective sample size without the noise of random probes.
 
-        None where the weighted mean of `variance` is above 0.25, as it cannot be told there.
+        None where the weighted mean of `variance` is above 0.25, as it cannot be estimated there.
         """
         if self.probe_variance > SMALL:
             return None
@@ -126,7 +126,7 @@ class Weights:
 
     @property
     def largest_share(self) -> float:
-        """The part that the largest weight has of their sum."""
+        """The largest weight as a part of the sum of all."""
         return float(self.normalized.max())
 
     @property
@@ -145,7 +145,7 @@ class Weights:
             A named tuple of `value` and `error`, of the shape of one of the function's values.
 
         Raises:
-            ValueError: for values of another length.
+            ValueError: if `function` does not return one value or more for each sample.
 
         Example:
             >>> x = torch.tensor([[0.0], [1.0]])
@@ -185,7 +185,7 @@ class Weights:
             upper bound sees modes that the samples miss.
 
         Raises:
-            ValueError: for another number of points than the result has, or where log π is −inf.
+            ValueError: if x and `result` differ in length, or if log π is −inf at a point.
         """
         if len(x) != len(result.nll):
             expected = f"the {len(result.nll)} points whose likelihood the result is"
@@ -199,14 +199,16 @@ class Weights:
             )
         above = log_target + result.nll.detach().double()
         above = torch.where(result.failed, torch.inf, above)
-        bounds = [
-            (float(each.mean()), float(each.std() / len(each) ** 0.5))
-            for each in (self.log_weights, above)
-        ]
-        return Sandwich(*bounds[0], *bounds[1])
+        lower, upper = self.log_weights, above
+        return Sandwich(
+            lower=float(lower.mean()),
+            lower_error=float(lower.std() / len(lower) ** 0.5),
+            upper=float(upper.mean()),
+            upper_error=float(upper.std() / len(upper) ** 0.5),
+        )
 
     def __str__(self) -> str:
-        """Log Z, effective sample size, and what to doubt."""
+        """Return log Z, the effective sample size and warnings, as a sentence."""
         count, k = len(self.x), self.pareto_k
         error, positive = f"± {self.log_z_error:.4f} nats", int((self.normalized > 0).sum())
         if math.isnan(self.log_z_error):
@@ -254,9 +256,9 @@ def importance_weights(
         The weights. A failed sample has weight zero and counts as a sample.
 
     Raises:
-        TypeError: for something else than a `SampleResult` or a callable.
-        ValueError: for samples without a density, random probes without a standard error, values
-            of log π of a wrong shape, NaN or +inf among them, or if no weight is above zero.
+        TypeError: if `result` is not a `SampleResult`, or `log_target` is not callable.
+        ValueError: if the samples have no density or no standard error, if log π has an invalid
+            shape, is NaN or +inf, or if no weight is above zero.
 
     Example:
         >>> from hosm_losses import VESchedule, ScoreModel, ode_sample, FixedGrid
@@ -289,9 +291,8 @@ def importance_weights(
     noise = variance / 2 if probe_noise == "corrected" else 0.0
     log_weights = _log_target(log_target, result.x) + result.nll.detach().double() - noise
     log_weights = torch.where(result.failed, -torch.inf, log_weights)
-    variance, solver_error = (
-        torch.where(result.failed, 0.0, each.detach()) for each in (variance, result.solver_error)
-    )
+    variance = torch.where(result.failed, 0.0, variance)
+    solver_error = torch.where(result.failed, 0.0, result.solver_error.detach())
     if bool((log_weights.isnan() | log_weights.isposinf()).any()):
         raise ValueError("log_target(x): expected log-densities below infinity; got NaN or inf.")
     if bool(log_weights.isneginf().all()):
@@ -299,14 +300,14 @@ def importance_weights(
             f"log_target(x): expected a weight above zero; got none of {len(log_weights)}."
         )
     failed = float(result.failed.double().mean())
-    found = Weights(result.x.detach(), log_weights, variance, solver_error, log_target, failed)
-    if found.probe_variance > LARGE:
+    weights = Weights(result.x.detach(), log_weights, variance, solver_error, log_target, failed)
+    if weights.probe_variance > LARGE:
         warn(
-            f"The probes' variance of the log-weights, {found.probe_variance:.2g} nats², is above "
-            f"{LARGE:g}: the weights say more of the probes than of the model. Use more probes, "
-            "or divergence='exact'."
+            f"The probes' variance of the log-weights, {weights.probe_variance:.2g} nats², is "
+            f"above {LARGE:g}: the weights say more of the probes than of the model. Use more "
+            "probes, or divergence='exact'."
         )
-    return found
+    return weights
 
 
 def _log_target(log_target: LogTarget, x: Tensor) -> Tensor:
@@ -344,5 +345,5 @@ def _pareto_k(weights: Tensor) -> float:
     k = torch.log1p(-b[:, None] * y).mean(1)
     likelihood = tail * (torch.log(-b / k) - k - 1)
     mean = likelihood.softmax(0) @ b
-    found = float(torch.log1p(-mean * y).mean())
-    return (tail * found + 10 * 0.5) / (tail + 10)
+    shape = float(torch.log1p(-mean * y).mean())
+    return (tail * shape + 10 * 0.5) / (tail + 10)

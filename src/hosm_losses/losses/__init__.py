@@ -1,11 +1,11 @@
 """The losses: first-, second- and third-order denoising score matching.
 
-- `dsm`: the public face, functions and modules.
-- `arguments`: what the public face takes, checked.
-- `objective`: from arguments to a loss: perturbs the data, sums the terms, checks the result.
-- `targets`: what stands for the noise in the residuals, averaged over data.
-- `terms`: the residuals with their detach, and the terms for each sample along its probes.
-- `paired`: the same terms by products of two probes' estimates.
+- `dsm`: the public functions and modules.
+- `objective`: the path from arguments to a loss: check, perturb, derive, residuals, reduce.
+- `options`: checks of options and weights.
+- `targets`: averaged targets, which take the place of the noise in the residuals.
+- `terms`: the residuals with their detach, and the terms of each sample as their squares.
+- `paired`: the same terms from products of two probes' estimates.
 - `weighting`: weights over noise levels, and the draw of t.
 """
 

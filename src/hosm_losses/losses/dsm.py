@@ -45,7 +45,7 @@ def first_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of order one, ‖ε̂ − ε‖²/d: that of every diffusion trainer.
+    """Return the loss of order one, ‖ε̂ − ε‖²/d, as every diffusion trainer has it.
 
     The safe primitives are not used: with prediction="epsilon" it is the old loss to rounding,
     given the same α and σ and data in float32 or float64. Half precision is squared in float32.
@@ -86,7 +86,7 @@ def second_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of orders one and two: the Jacobian of the score and its trace as well.
+    """Return the loss of orders one and two, which adds the score's Jacobian and its trace.
 
     The arguments, and what is raised, are those of `third_order_dsm`. Of `weights` (first, second,
     trace) a fourth number, that of order three, is not used.
@@ -143,7 +143,7 @@ def third_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of orders one, two and three: the gradient of the trace as well.
+    """Return the loss of orders one, two and three, which adds the gradient of the trace.
 
     These three orders together bound the KL divergence of the model's probability-flow ODE.
 
@@ -152,19 +152,19 @@ def third_order_dsm(
         x0: data (B, *).
         t: times (B,) in the schedule's units; drawn as `time_sampler` says if None.
         noise: ε (B, *); drawn if None.
-        probe: v, of shape (B, *) or (K, B, *), used as it is; drawn if None. Beside it `probes`
-            only says how: `Paired()` takes K ≥ 2 vectors.
-        probes: how many probes each sample has, and what becomes of their estimates. A whole
+        probe: v, of shape (B, *) or (K, B, *), used as it is; drawn if None. If `probe` is given,
+            `probes` only selects how estimates are combined: `Paired()` takes K ≥ 2 vectors.
+        probes: how many probes each sample has, and how their estimates are combined. A whole
             number K is `Hutchinson(K)`: the residual along each probe is squared, as in the paper.
             `Paired()` multiplies the estimates of two independent probes, or halves of the probes,
             with each other: the mean is that of "exact", almost without the noise of the probes,
             for about twice the cost of a step with one. "exact" takes all d unit vectors. Dropout
             draws one mask for all probes of a sample; at exact order three one for each, unless
             they are paired in reverse mode.
-        targets: what the residuals compare with. None is ε, as in the paper. `AveragedTargets()`
-            averages over all data that may have led to x, which takes the noise of the data out
-            of every order. A tensor (B, *), in a call of order one, stands in the place of ε in
-            the residual and not in x: the prediction of a teacher, for example.
+        targets: regression target; None uses the drawn noise ε, as in the paper.
+            `AveragedTargets()` averages over all data that may have led to x, which takes the
+            noise of the data out of every order. A tensor (B, *), in a call of order one, replaces
+            ε in the residual but not in x: the prediction of a teacher, for example.
         weights: (first, second, trace, third), numbers of at least 0 or tensors of one element, in
             a list, a tuple, an array or a tensor. "paper" is (1, 1, 1, 1), that of the paper's
             code for images; "paper-toy" (1, 0.5, 0, 0.1 d²), that of its script for few
@@ -200,12 +200,11 @@ def third_order_dsm(
         The loss, w₁ first + w₂ second + w_t trace + w₃ third.
 
     Raises:
-        TypeError: for tensors, containers and other objects of a wrong type or dtype, integer
-            images included.
-        ValueError: for a wrong shape, device, name or number, also one of a wrong type; on the CPU
-            also for values that are not finite, in an argument or the result.
-        DerivativeError: where the derivatives of the network cannot be taken, or (on the CPU) are
-            not finite.
+        TypeError: if an argument has an invalid type or dtype, such as integer images.
+        ValueError: if an argument has an invalid shape, device, name or value; on the CPU also if
+            an argument or the result is not finite.
+        DerivativeError: if the network cannot be differentiated, or (on the CPU) if its
+            derivatives are not finite.
 
     Example:
         >>> import torch
@@ -296,7 +295,7 @@ class _Inputs(TypedDict, total=False):
 
 
 class _DSM(nn.Module):
-    """What the modules share: the model, the options, and what a call need not give."""
+    """Base class of the loss modules: holds the model and its options."""
 
     def __init__(
         self,
@@ -316,15 +315,15 @@ class _DSM(nn.Module):
             refuse_wrapped(model.network)
 
     def extra_repr(self) -> str:
-        """The arguments of the constructor, for print."""
-        known = vars(self.options) | vars(self)
+        """Return the constructor's arguments, for the printed form."""
+        values = vars(self.options) | vars(self)
         names = list(inspect.signature(type(self).__init__).parameters)[2:]
-        return ", ".join(f"{name}={known[name]!r}" for name in names)
+        return ", ".join(f"{name}={values[name]!r}" for name in names)
 
     def _evaluate(
         self, x0: Tensor, return_terms: bool, *, targets: Any, weights: Any = None, **inputs: Any
     ) -> Any:
-        """The loss, or (loss, detached terms); what is None is that of the constructor."""
+        """Return the loss, or (loss, detached terms); None takes the constructor's argument."""
         check_flag("return_terms", return_terms)
         evaluated = dsm(
             self.model,
@@ -344,7 +343,7 @@ class _DSM(nn.Module):
             first._logged = {"t": terms.t, "rows": terms.rows}
         return evaluated.loss, terms
 
-    if TYPE_CHECKING:  # nn.Module gives no type to a call; each forward says what it takes
+    if TYPE_CHECKING:  # nn.Module does not type a call
 
         @overload
         def __call__(
@@ -395,7 +394,7 @@ class FirstOrderDSM(_DSM):
     ) -> Tensor | tuple[Tensor, LoggedTerms]:
         """Return the loss, or (loss, detached terms); inputs as in `first_order_dsm`.
 
-        `targets` given here stand before those of the constructor.
+        `targets` override those of the constructor.
         """
         inputs = {"t": t, "noise": noise, "generator": generator, "model_kwargs": model_kwargs}
         return self._evaluate(x0, return_terms, targets=targets, **inputs)
@@ -417,8 +416,8 @@ class _HigherOrderDSM(_DSM):
     ) -> Tensor | tuple[Tensor, LoggedTerms]:
         """Return the loss, or (loss, detached terms); inputs as in `third_order_dsm`.
 
-        `weights` and `targets` given here, for a ramp or a reference that changes, stand before
-        those of the constructor.
+        `weights` and `targets` override those of the constructor, for a ramp or a reference that
+        changes.
         """
         inputs = {"t": t, "noise": noise, "probe": probe, "weights": weights}
         inputs |= {"generator": generator, "model_kwargs": model_kwargs}

@@ -1,4 +1,4 @@
-"""A loss from its arguments: check, perturb, derive, residuals, weights, reduce.
+"""The path from arguments to a loss: check, perturb, derive, residuals, weights, reduce.
 
 Formula, with the terms of `terms` or `paired`:
     x = α x₀ + σ ε,  loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch
@@ -50,7 +50,7 @@ from hosm_losses.probes import Paired, draw_probes, unit_vectors
 
 
 class LossAndTerms(NamedTuple):
-    """A loss with its terms, and where they were evaluated."""
+    """A loss with its terms, their times and their rows."""
 
     loss: Tensor  # reduced
     terms: DSMTerms  # per sample, with their graph
@@ -71,7 +71,10 @@ def dsm(
     generator: object = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> LossAndTerms:
-    """Return the loss and its terms. What is None is drawn, in the order t, ε, rows, v."""
+    """Return the loss and its terms.
+
+    Arguments that are None are drawn, in the order t, ε, rows, v.
+    """
     kwargs = check_model_kwargs(model_kwargs)
     weighting, sampler, higher = options.weighting, options.time_sampler, options.order > 1
     averaged = check_targets(targets, tensor=not higher)
@@ -96,7 +99,7 @@ def dsm(
         check_conditions(averaged, bound.kwargs)
         rows = None
         if order == 1:
-            # The network is given what a trainer gives it, once.
+            # As in any trainer: one call, without primitives or copies.
             prediction = score_model.predict(batch.x, time, **bound.kwargs)
             residual = first_residual(bound, batch, prediction)
             reduced = terms = DSMTerms(first_term(residual))
@@ -105,12 +108,14 @@ def dsm(
         else:
             rows, remaining = _select_rows(batch.x, options, rng)
             v = _probes(batch.x, rows, v, options, rng)
-            chosen, part = (bound, batch) if rows is None else (bound.rows(rows), batch.at(rows))
+            bound_rows, noisy_rows = bound, batch
+            if rows is not None:
+                bound_rows, noisy_rows = bound.rows(rows), batch.at(rows)
             if isinstance(options.probes, Paired):
                 second = is_used(weights[1])
-                terms = paired_terms(chosen, part, v, order, options, second=second)
+                terms = paired_terms(bound_rows, noisy_rows, v, order, options, second=second)
             else:
-                terms = squared_terms(chosen, part, v, order, options)
+                terms = squared_terms(bound_rows, noisy_rows, v, order, options)
             if rows is not None and remaining is not None:
                 first = _first_of_all(terms.first, bound, batch, rows, remaining)
                 terms = terms._replace(first=first)
@@ -130,7 +135,7 @@ def perturb(
     generator: torch.Generator | None,
     kwargs: dict[str, Any],
 ) -> NoisyBatch:
-    """x = α(t) x₀ + σ(t) ε and the targets that go with it, less q x as in `terms`."""
+    """Return x = α(t) x₀ + σ(t) ε with its targets, less q x as in `terms`."""
     if noise is None:
         eps = torch.randn(
             x0.shape, device=x0.device, dtype=x0.dtype, **generator_kwargs(generator)
@@ -139,18 +144,18 @@ def perturb(
         eps = _like_data("noise", noise, x0)
     alpha, sigma = model.coefficients(t, x0)
     x = expand_right(alpha, x0) * x0 + expand_right(sigma, x0) * eps
-    target, posterior = model.noise_without_x(t, x0, eps), None
+    target, moments = model.noise_without_x(t, x0, eps), None
     if isinstance(targets, Tensor):
         target = target + (at_least_float32(_like_data("targets", targets, x0).detach()) - eps)
     elif targets is not None:  # their mean in the place of ε, without a gradient
-        posterior = targets.posterior(x0, eps, alpha, sigma, kwargs)
-        shift = posterior.mean.reshape(eps.shape).to(at_least_float32(eps).dtype)
+        moments = targets.posterior(x0, eps, alpha, sigma, kwargs)
+        shift = moments.mean.reshape(eps.shape).to(at_least_float32(eps).dtype)
         target = target + (shift + (eps.detach() - eps))
-    return NoisyBatch(x.to(x0.dtype), t, target, sigma, posterior)
+    return NoisyBatch(x.to(x0.dtype), t, target, sigma, moments)
 
 
 def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
-    """The caller's tensor, if it is a finite one like the data."""
+    """Return the caller's tensor if it is finite and like the data."""
     tensor = leave_inference_mode(
         check_like(name, value, tuple(x0.shape), x0.dtype, x0.device, "x0")
     )
@@ -159,7 +164,7 @@ def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
 
 
 def _weights(weights: object, options: LossOptions, x: Tensor) -> Weights:
-    """The weights of the terms, checked."""
+    """Return the weights of the terms, checked."""
     if weights is None and options.order > 1 and options.weighting == "likelihood":
         raise ValueError(
             "weights: expected numbers or 'paper' with weighting='likelihood', which puts the "
@@ -171,7 +176,7 @@ def _weights(weights: object, options: LossOptions, x: Tensor) -> Weights:
 def _first_of_all(
     first: Tensor, bound: BoundModel, batch: NoisyBatch, rows: Tensor, remaining: Tensor
 ) -> Tensor:
-    """The first term of all samples: that of `rows`, and that of the others by their own call."""
+    """The first term of all samples: at `rows` as it is, at the remaining rows by a call."""
     if not len(remaining):
         return torch.empty_like(first).index_copy(0, rows, first)
     graph = torch.is_grad_enabled() and not is_traced()
@@ -192,7 +197,7 @@ def _first_of_all(
 def _select_rows(
     x: Tensor, options: LossOptions, generator: torch.Generator | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The rows that have the higher terms, and the others; None for all rows."""
+    """Choose the rows for the higher terms; (rows, remaining rows), or None for all rows."""
     if options.fraction == 1:
         return None, None
     order = torch.randperm(len(x), device=x.device, **generator_kwargs(generator))
@@ -210,25 +215,25 @@ def _probes(
     """The probes (K, n, *) of the rows: the caller's, all unit vectors, or drawn."""
     if probe is not None:
         return probe if rows is None else probe[:, rows]
-    chosen, how = x if rows is None else x[rows], options.probes
-    if isinstance(how, str):
-        return unit_vectors(chosen)
-    return draw_probes(chosen, how.count, how.distribution, generator)
+    like, probes = x if rows is None else x[rows], options.probes
+    if isinstance(probes, str):
+        return unit_vectors(like)
+    return draw_probes(like, probes.count, probes.distribution, generator)
 
 
 def _check_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
-    """The caller's probe, checked, as (K, B, *)."""
+    """Return the caller's probe, checked, as (K, B, *)."""
     if isinstance(probe, Tensor) and probe.ndim == x.ndim and not probe.is_nested:
         probe = probe.unsqueeze(0)
-    how = options.probes
-    fewest = 2 if isinstance(how, Paired) else 1
+    probes = options.probes
+    fewest = 2 if isinstance(probes, Paired) else 1
     count = len(probe) if isinstance(probe, Tensor) and probe.ndim == x.ndim + 1 else 1
     shape = (max(count, fewest), *x.shape)
     checked = check_like("probe", probe, shape, x.dtype, x.device, "x0 after one for the probes")
-    if isinstance(how, str) or how.count not in (fewest, count):
+    if isinstance(probes, str) or probes.count not in (fewest, count):
         raise ValueError(
-            f"probe: expected as many as probes={how!r} asks for; got {count}. Leave the count of "
-            "probes out when you give the probe."
+            f"probe: expected as many as probes={probes!r} asks for; got {count}. Leave the count "
+            "of probes out when you give the probe."
         )
     check_finite("probe", checked)
     return leave_inference_mode(checked)
@@ -241,7 +246,7 @@ def _reduce(
     rows: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    """The sum of the terms times their weights and factors; what has weight zero is left out."""
+    """Sum the terms times their weights and factors; terms of weight 0 are left out."""
     of_first, of_higher = factors
     if of_higher is not None and rows is not None:
         of_higher = of_higher[rows]

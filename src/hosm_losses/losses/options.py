@@ -1,7 +1,4 @@
-"""The arguments of a loss, checked: options, chosen once, and what a call is given.
-
-`third_order_dsm` says what each does.
-"""
+"""Checks of a loss's options and weights, which `third_order_dsm` documents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +30,7 @@ COUNTS = {1: (1,), 2: (3, 4), 3: (4,)}  # of weights, by order
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What is chosen once for a loss, checked; numbers of NumPy become Python's."""
+    """Validated options of a loss; numbers of NumPy become Python's."""
 
     order: int
     probes: Any = 1  # Hutchinson, Paired or "exact"
@@ -69,19 +66,9 @@ class LossOptions:
                 f"higher terms; got {part!r}."
             )
 
-    @property
-    def exact(self) -> bool:
-        """Whether the probes are all unit vectors, over which is summed."""
-        return isinstance(self.probes, str)
-
-    @property
-    def laplacian(self) -> bool:
-        """Whether the third order is in the Laplacian form."""
-        return self.third == "laplacian"
-
 
 def _check_probes(probes: object) -> Any:
-    """The probes as a value; a whole number is that of `Hutchinson`."""
+    """Return probes as a value: a whole number K as Hutchinson(K)."""
     if isinstance(probes, Integral) and not isinstance(probes, bool) and int(probes) >= 1:
         return Hutchinson(int(probes))
     if isinstance(probes, Hutchinson) and probes.mode != "reverse":
@@ -95,11 +82,11 @@ def _check_probes(probes: object) -> Any:
 
 
 def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
-    """The weights (first, second, trace, third) as numbers and 0-dim tensors.
+    """Return the weights (first, second, trace, third) as numbers and 0-dim tensors.
 
-    There are as many as the order has terms; at order 2 a fourth may follow. One at least is not
-    zero. The values of tensors are looked at on the CPU only. `elements` is d, on which the fourth
-    of None and of "paper-toy" depend.
+    There are as many as the order has terms; at order 2 a fourth may follow. At least one is not
+    zero. Values of tensors are checked on the CPU only. `elements` is d, by which the third-order
+    weight of None and of "paper-toy" is set.
     """
     toy = 0.1 * elements**2
     if weights is None:
@@ -112,21 +99,21 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
         "four numbers (first, second, trace, third), at order 2 three or four, 'paper' or "
         "'paper-toy'"
     )
-    one = isinstance(weights, str | bytes) or getattr(weights, "ndim", 1) == 0
-    if one or not isinstance(weights, Sequence | np.ndarray | Tensor):
+    is_scalar = isinstance(weights, str | bytes) or getattr(weights, "ndim", 1) == 0
+    if is_scalar or not isinstance(weights, Sequence | np.ndarray | Tensor):
         kind = ValueError if isinstance(weights, str) else TypeError
         raise kind(error_message("weights", expected, weights))
     if len(weights) not in COUNTS[order]:
         got = f"{len(weights)} at order {order}"
         raise ValueError(error_message("weights", expected, weights, got=got))
-    given = tuple(check_weight("weights", weight) for weight in weights)
-    if not any(map(is_used, given[: order + 1])):
+    checked = tuple(check_weight("weights", weight) for weight in weights)
+    if not any(map(is_used, checked[: order + 1])):
         raise ValueError(f"weights: expected one at least that is not 0; got {weights!r}.")
-    return given
+    return checked
 
 
 def needed_order(order: int, weights: Weights) -> int:
-    """The lowest order that has every term whose weight counts."""
+    """The lowest order that has every term with a weight other than the number 0."""
     if order == 3 and not is_used(weights[3]):
         order = 2
     if order == 2 and not (is_used(weights[1]) or is_used(weights[2])):

@@ -1,4 +1,4 @@
-r"""The terms of orders two and three from paired probes: those of probes="exact", at few probes.
+r"""Unbiased estimates of the terms of probes="exact" from a few paired probes.
 
 What:
     With one probe a residual is squared whose target is random in v, and the mean of a square is
@@ -47,7 +47,7 @@ from hosm_losses.model import BoundModel
 
 
 def means_of_halves(estimates: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over the first half of K estimates, and that over the second."""
+    """Return the means over the first and the second half of K estimates."""
     half = len(estimates) // 2
     return mean_over_probes(estimates[:half]), mean_over_probes(estimates[half:])
 
@@ -61,11 +61,11 @@ def paired_terms(
     *,
     second: bool = True,
 ) -> DSMTerms:
-    """The terms of every sample; `second` only if it is wanted."""
+    """The terms of each sample; `second` only if it is wanted."""
     x, noise = batch.x, at_least_float32(batch.noise)
     sigma, d = expand_right(batch.sigma, x), float(x[0].numel())
     w = (sigma * v).to(x.dtype)
-    laplacian = options.laplacian and order == 3
+    laplacian = options.third == "laplacian" and order == 3
     how = {"order": order, "engine": options.engine, "laplacian": laplacian}
     vjp_c = jvp_c = None
     if second or order == 3:
@@ -78,21 +78,22 @@ def paired_terms(
     residual = f + noise
     ell = residual.detach()
     # D tends to −v at the noisy end: their sum keeps the digits that those of squares lose.
-    held, skew = batch.cumulants(v, third=order == 3)
-    Dv_plus_v, held_ell = Dv + held, batch.cumulants(ell)[0]
+    v_minus_C2v, C3v = batch.cumulants(v, third=order == 3)
+    ell_minus_C2ell, _ = batch.cumulants(ell)
+    Dv_plus_v = Dv + v_minus_C2v
     square = dot(ell, ell)
-    beyond = d - sum_elements(v.square())  # 0 but for rounding and "gaussian"
-    trace = dot(v, Dv_plus_v) + beyond - square  # a_k
+    d_minus_vv = d - sum_elements(v.square())  # 0 but for rounding and "gaussian"
+    trace = dot(v, Dv_plus_v) + d_minus_vv - square  # a_k
     first_half, second_half = means_of_halves(trace)
     terms = DSMTerms(first_term(residual), None, first_half * second_half / d**2)
     if second and vjp_c is not None:
-        cross = dot(ell, sigma * at_least_float32(vjp_c) + held_ell)
-        value = (sum_elements(Dv_plus_v.square()) + beyond).mean(0)
+        cross = dot(ell, sigma * at_least_float32(vjp_c) + ell_minus_C2ell)
+        value = (sum_elements(Dv_plus_v.square()) + d_minus_vv).mean(0)
         value = value + (square.square() - 2 * cross).mean(0)
         terms = terms._replace(second=value / d**2)
     if third is None or jvp_c is None:
         return terms
-    A_ell_plus_ell = (sigma * at_least_float32(jvp_c)).detach() + held_ell
-    estimate = at_least_float32(third) + skew - scale_rows(trace.detach(), ell)
+    A_ell_plus_ell = (sigma * at_least_float32(jvp_c)).detach() + ell_minus_C2ell
+    estimate = at_least_float32(third) + C3v - scale_rows(trace.detach(), ell)
     first_half, second_half = means_of_halves(estimate - 2 * A_ell_plus_ell)
     return terms._replace(third=sum_elements(first_half * second_half, 1) / d**3)

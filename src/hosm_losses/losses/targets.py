@@ -1,4 +1,4 @@
-r"""Targets other than the noise that was drawn: its moments over a reference, or a tensor.
+r"""Regression targets in place of the drawn noise: its moments over a reference, or a tensor.
 
 What:
     A batch fixes one noise ε for every x = α x₀ + σ ε. But x may have come from other data x_j as
@@ -85,9 +85,9 @@ class AveragedTargets:
             that finds none has its own x₀.
 
     Raises:
-        TypeError: for a reference that is no floating-point tensor, an `own` that is no bool, or a
-            `same` that cannot be called.
-        ValueError: for an empty reference, or one that is not finite.
+        TypeError: if `reference` is not a floating-point tensor, `own` is not a bool, or `same` is
+            not callable.
+        ValueError: if `reference` is empty or not finite.
 
     Example:
         >>> import torch
@@ -113,23 +113,25 @@ class AveragedTargets:
             raise TypeError(error_message("same", "a callable of model_kwargs or None", self.same))
 
     def __repr__(self) -> str:
-        """The call that makes it, with the shape of its reference."""
+        """Return the constructor's call, with the shape of the reference."""
         shape = None if self.reference is None else f"<{tuple(self.reference.shape)}>"
         return f"AveragedTargets(reference={shape}, own={self.own}, same={self.same!r})"
 
     def posterior(
         self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, kwargs: dict[str, Any]
-    ) -> "Posterior":
-        """What may have led to x = α x₀ + σ ε, for α and σ (B,)."""
+    ) -> "NoiseMoments":
+        """Posterior moments of the noise in x = α x₀ + σ ε, for α and σ (B,)."""
         dtype = torch.float32 if x0.device.type == "mps" else torch.float64
         data, eps, alpha, sigma = (
             part.detach().reshape(len(x0), -1).to(dtype) for part in (x0, noise, alpha, sigma)
         )
         reference, scale = data, alpha / sigma
         if self.reference is not None:
-            shape, given = (len(self.reference), *x0.shape[1:]), self.reference
-            given = check_like("targets.reference", given, shape, x0.dtype, x0.device, "x0")
-            reference = leave_inference_mode(given).detach().reshape(len(given), -1).to(dtype)
+            shape = (len(self.reference), *x0.shape[1:])
+            reference = check_like(
+                "targets.reference", self.reference, shape, x0.dtype, x0.device, "x0"
+            )
+            reference = leave_inference_mode(reference).detach().flatten(1).to(dtype)
         # Differences alone count. Squares of data that lie far from zero would take their digits.
         origin = reference.mean(0)
         data, reference = data - origin, reference - origin
@@ -159,12 +161,12 @@ class AveragedTargets:
             logits[:, -1] = torch.finfo(dtype).min  # but where there is no other
         weights = logits.sub_(logits.amax(1, keepdim=True)).exp_()
         weights.div_(weights.sum(1, keepdim=True))
-        found = Posterior(weights, scale, data, data, points[:, 1:])
-        return found._replace(mean=found.sum_of(found.weights))
+        moments = NoiseMoments(weights, scale, data, data, points[:, 1:])
+        return moments._replace(mean=moments.sum_of(weights))
 
 
-class Posterior(NamedTuple):
-    """What may have led to each x: moments of δ_j = ε_j − ε, which is 0 for the own sample."""
+class NoiseMoments(NamedTuple):
+    """Moments of δ_j = ε_j − ε over the data that may have led to x; the own sample has δ = 0."""
 
     weights: Tensor  # of the references, and the own sample, (B, R + 1)
     scale: Tensor  # α/σ, (B, 1)
@@ -172,7 +174,7 @@ class Posterior(NamedTuple):
     mean: Tensor  # ε̄ − ε, (B, d)
     points: Tensor  # the references, with a column of ones, and a row of zeros, (R + 1, d + 1)
 
-    def at(self, index: Tensor | slice) -> "Posterior":
+    def at(self, index: Tensor | slice) -> "NoiseMoments":
         """Return the rows at `index`."""
         return self._make([*(part[index] for part in self[:4]), self.points])
 
@@ -182,31 +184,31 @@ class Posterior(NamedTuple):
         return self.scale * (sums[..., -1:] * self.data - sums[..., :-1])
 
     def cumulants(self, probe: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
-        """v − C₂v and, if it is wanted, C₃(v, v, ·), along probes (K, B, *) and like them."""
+        """v − C₂v and, if `third`, C₃(v, v, ·), for probes (K, B, *) and of their shape."""
         half = len(self.weights) // 2
         if half and len(probe) * self.weights.numel() > LARGEST.get(probe.device.type, ELSEWHERE):
             parts = slice(None, half), slice(half, None)
-            found = [self.at(part).cumulants(probe[:, part], third=third) for part in parts]
-            held, skews = zip(*found, strict=True)
-            return torch.cat(held, 1), torch.cat(skews, 1) if third else None
+            halves = [self.at(part).cumulants(probe[:, part], third=third) for part in parts]
+            v_minus_C2v, C3v = zip(*halves, strict=True)
+            return torch.cat(v_minus_C2v, 1), torch.cat(C3v, 1) if third else None
         v = probe.detach().reshape(*probe.shape[:2], -1).to(self.data.dtype)
         along = (v * (self.scale * self.data - self.mean)).sum(-1, keepdim=True)
         # (ε_j − ε̄)·v, (K, B, R + 1); that of the own sample is not needed.
         slope = torch.cat([-self.scale * v, along], -1) @ self.points.T
         weighted = self.weights * slope
-        second = self.sum_of(weighted)
-        held = probe - second.reshape(probe.shape).to(probe.dtype)
+        C2v = self.sum_of(weighted)
+        v_minus_C2v = probe - C2v.reshape(probe.shape).to(probe.dtype)
         if not third:
-            return held, None
-        skew = self.sum_of(weighted.mul_(slope)) - (v * second).sum(-1, keepdim=True) * self.mean
-        return held, skew.reshape(probe.shape).to(probe.dtype)
+            return v_minus_C2v, None
+        C3v = self.sum_of(weighted.mul_(slope)) - (v * C2v).sum(-1, keepdim=True) * self.mean
+        return v_minus_C2v, C3v.reshape(probe.shape).to(probe.dtype)
 
 
 Targets = AveragedTargets | Tensor | None
 
 
 def check_targets(targets: object, *, tensor: bool) -> Targets:
-    """Return these if they are AveragedTargets, None or, where it may be one, a tensor."""
+    """Return the targets if they are AveragedTargets, None or, if `tensor`, a tensor."""
     is_tensor = isinstance(targets, Tensor)
     if targets is None or isinstance(targets, AveragedTargets) or (is_tensor and tensor):
         return targets
@@ -215,7 +217,7 @@ def check_targets(targets: object, *, tensor: bool) -> Targets:
 
 
 def check_conditions(targets: Targets, kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError where averaged targets would mix samples of different conditions."""
+    """Raise ValueError if averaged targets would mix samples of different conditions."""
     paths: list[str] = []
     if isinstance(targets, AveragedTargets) and targets.same is None:
         per_sample(kwargs, lambda path, _: paths.append(path))

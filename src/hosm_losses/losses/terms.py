@@ -61,7 +61,7 @@ from hosm_losses._checks import (
 )
 from hosm_losses.derivatives import derive
 from hosm_losses.losses.options import LossOptions
-from hosm_losses.losses.targets import Posterior
+from hosm_losses.losses.targets import NoiseMoments
 from hosm_losses.model import BoundModel
 
 
@@ -85,17 +85,17 @@ class DSMTerms(NamedTuple):
 
 
 class Logged:
-    """What detached terms are plotted against, which their first one carries as well.
+    """Attaches t and rows to logged terms, so that they survive repacking by DDP.
 
-    Wrappers, as DistributedDataParallel with static_graph=True, make named tuples again from their
-    entries.
+    Wrappers such as DistributedDataParallel with static_graph=True rebuild named tuples from their
+    entries, so the first entry carries them as well.
     """
 
     t: Tensor
     rows: Tensor | None
 
     def __getattr__(self: Any, name: str) -> Any:
-        """Return t or rows where the tuple has lost them."""
+        """Return t or rows of a rebuilt tuple."""
         logged = getattr(self[0], "_logged", {}) if name in ("t", "rows") else {}
         if name not in logged:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -103,7 +103,7 @@ class Logged:
 
 
 class LoggedTerms(Logged, DSMTerms):
-    """Detached terms with what they are plotted against; unpacks to the four as `DSMTerms` does.
+    """Detached terms with their times and rows; unpacks to the four as `DSMTerms` does.
 
     Attributes:
         t: the times of the batch, (B,).
@@ -119,38 +119,38 @@ class NoisyBatch(NamedTuple):
     t: Tensor  # (B,), as the caller gave them
     noise: Tensor  # ε − q x, or that of averaged targets, (B, *)
     sigma: Tensor  # σ(t), of shape (B,)
-    posterior: Posterior | None = None  # of averaged targets
+    moments: NoiseMoments | None = None  # of averaged targets
 
     def at(self, index: Tensor | slice) -> "NoisyBatch":
         """Return the rows at `index`."""
         x, t, noise, sigma = (tensor[index] for tensor in self[:4])
-        return NoisyBatch(x, t, noise, sigma, self.posterior and self.posterior.at(index))
+        return NoisyBatch(x, t, noise, sigma, self.moments and self.moments.at(index))
 
     def cumulants(self, v: Tensor, *, third: bool = False) -> tuple[Tensor, Tensor | float]:
-        """v − C₂v and C₃(v, v, ·): of the noise that was drawn, without a spread, v and 0."""
-        if self.posterior is None:
+        """v − C₂v and C₃(v, v, ·), which are v and 0 for the drawn noise."""
+        if self.moments is None:
             return v, 0.0
-        held, skew = self.posterior.cumulants(v, third=third)
-        return held, 0.0 if skew is None else skew
+        v_minus_C2v, C3v = self.moments.cumulants(v, third=third)
+        return v_minus_C2v, 0.0 if C3v is None else C3v
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product over the elements of a sample: (K, B, *) and (K, B, *) to (K, B)."""
+    """Inner product over the elements of a sample, of two tensors (K, B, *) to (K, B)."""
     return sum_elements(a * b)
 
 
 def scale_rows(coefficient: Tensor, vector: Tensor) -> Tensor:
-    """Multiply the vector (K, B, *) of every probe and sample by its number (K, B)."""
+    """Multiply the vectors (K, B, *) of every probe and sample by their coefficients (K, B)."""
     return expand_right(coefficient, vector) * vector
 
 
 def mean_over_probes(estimates: Tensor) -> Tensor:
-    """The mean over the first of all dimensions."""
+    """The mean over the first dimension."""
     return estimates.squeeze(0) if len(estimates) == 1 else estimates.mean(0)
 
 
 def first_residual(model: BoundModel, batch: NoisyBatch, prediction: Tensor) -> Tensor:
-    """r1 = f + ε (1, B, *) from what the network predicted at x, in float32 at least."""
+    """r1 = f + ε (1, B, *) from the network's prediction at x, in float32 at least."""
     p, _ = model.model.affine(model.t, batch.x)
     value = -(prediction if p is None else p * prediction)
     return (at_least_float32(value) + at_least_float32(batch.noise)).unsqueeze(0)
@@ -164,7 +164,7 @@ def first_term(residual: Tensor) -> Tensor:
 def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """r2 (K, B, *), rt (K, B) and the G at which r3 is zero, from ℓ, D + v (or D + v − C₂v) and v.
 
-    For G the Laplacian form σ² ∂²f[v, v] may stand, which is the same where ∂f/∂x is symmetric.
+    The Laplacian form σ² ∂²f[v, v] is equal to G where ∂f/∂x is symmetric, and may replace it.
     """
     ell_dot_v = dot(ell, v)
     second = Dv_plus_v - scale_rows(ell_dot_v, ell)
@@ -176,17 +176,24 @@ def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor,
 def squared_terms(
     model: BoundModel, batch: NoisyBatch, v: Tensor, order: int, options: LossOptions
 ) -> DSMTerms:
-    """The terms of every sample: squared residuals along probes (K, B, *), or all unit vectors."""
-    exact, d = options.exact, float(batch.x[0].numel())
+    """The terms of each sample: squared residuals along probes (K, B, *), or all unit vectors."""
+    exact, d = isinstance(options.probes, str), float(batch.x[0].numel())
     w = (expand_right(batch.sigma, batch.x) * v).to(batch.x.dtype)
-    laplacian = options.laplacian and order == 3
-    how = {"engine": options.engine, "laplacian": laplacian, "summed": exact}
+    derivatives = derive(
+        model,
+        batch.x,
+        w,
+        order=order,
+        engine=options.engine,
+        laplacian=options.third == "laplacian" and order == 3,
+        summed=exact,
+    )
     # Without q x, which the noise leaves out as well.
-    derived = model.of_f(derive(model, batch.x, w, order=order, **how), None, w)
+    derived = model.of_f(derivatives, None, w)
     f, Dv, noise, v = map(at_least_float32, (*derived[:2], batch.noise, v))
-    held, skew = batch.cumulants(v, third=order == 3)
+    v_minus_C2v, C3v = batch.cumulants(v, third=order == 3)
     first = f + noise
-    second, trace, target = higher_residuals(first.detach(), Dv + held, v)
+    second, trace, target = higher_residuals(first.detach(), Dv + v_minus_C2v, v)
     # Over all unit vectors ‖r2‖² is summed, but rt and r3 are summed before they are squared.
     second_term = sum_elements(second.square()).sum(0) / (1 if exact else len(v))
     trace = trace.sum(0, keepdim=True) if exact else trace
@@ -195,22 +202,22 @@ def squared_terms(
     )
     if derived.third is None:
         return terms
-    third, target = at_least_float32(derived.third), target - skew
+    third, target = at_least_float32(derived.third), target - C3v
     if exact:
         third, target = third.sum(0, keepdim=True), target.sum(0, keepdim=True)
     squares = sum_elements((third - target).square())
     return terms._replace(third=mean_over_probes(squares) / d**3)
 
 
-def check_result(loss: Tensor, terms: Any, inputs: NoisyBatch) -> None:
-    """Raise where a loss on the CPU is not finite: one number is looked at, and then why."""
+def check_result(loss: Tensor, terms: Any, batch: NoisyBatch) -> None:
+    """Raise if a loss on the CPU is not finite, with the term and the times that caused it."""
     if not can_read_values(loss) or bool(torch.isfinite(loss).all()):
         return
     present = {name: term for name, term in terms._asdict().items() if term is not None}
     names = [name for name, term in present.items() if not bool(torch.isfinite(term).all())]
     if "first" in names:
         bad = ~torch.isfinite(terms.first)
-        times = inputs.t[bad]
+        times = batch.t[bad]
         raise ValueError(
             f"network: expected finite outputs; got NaN or infinite ones for {int(bad.sum())} of "
             f"{len(bad)} samples, at t from {float(times.min()):g} to {float(times.max()):g}. "

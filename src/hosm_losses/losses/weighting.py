@@ -1,4 +1,4 @@
-r"""Which times a loss draws, and how much each counts: all of a weighting stands here.
+r"""The times that a loss draws, and the factors of its terms at these times.
 
 Formula, of the factor of the first term; that of the higher terms is 1:
     "noise"        1
@@ -50,7 +50,7 @@ from hosm_losses.schedules import Schedule
 
 @dataclass(frozen=True)
 class EDMWeighting:
-    """The weighting by which the first term is the loss of EDM's trainer, averaged over elements.
+    """Weighting that makes the first term the loss of EDM's trainer, averaged over elements.
 
     With λ(σ) = (σ² + σ_d²)/(σ σ_d)² that is λ(σ) ‖D(x, σ) − x₀‖²/d for the denoiser D that the
     network stands for, whatever it predicts, and σ in units of the data, σ̂ = σ/α.
@@ -59,7 +59,7 @@ class EDMWeighting:
         sigma_data: σ_d, the standard deviation of the data that the trainer assumes.
 
     Raises:
-        ValueError: for a sigma_data that is no finite number above 0.
+        ValueError: if `sigma_data` is not a finite number above 0.
 
     Example:
         >>> EDMWeighting()
@@ -69,17 +69,18 @@ class EDMWeighting:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        """Check it; a number of NumPy becomes Python's."""
+        """Check `sigma_data`; a number of NumPy becomes Python's."""
         what = "a finite number above 0"
         number = check_number("EDMWeighting.sigma_data", self.sigma_data, what, above=0)
         object.__setattr__(self, "sigma_data", number)
 
 
 Name = Literal["noise", "native", "likelihood"]
-One = Name | EDMWeighting | Callable[[Tensor], Tensor]
-Weighting = One | tuple[One, One]
+TermWeighting = Name | EDMWeighting | Callable[[Tensor], Tensor]
+Weighting = TermWeighting | tuple[TermWeighting, TermWeighting]
 Sampler = Literal["schedule", "log_sigma_hat"]
-TimeSampler = Sampler | Callable[[int, torch.Generator | None], Tensor] | None
+DrawTime = Callable[[int, torch.Generator | None], Tensor]
+TimeSampler = Sampler | DrawTime | None
 
 
 def check_weighting(weighting: Any, time_sampler: object) -> None:
@@ -87,7 +88,7 @@ def check_weighting(weighting: Any, time_sampler: object) -> None:
     if isinstance(weighting, tuple) and len(weighting) != 2:
         expected, got = "one weighting or a pair (first term, higher terms)", str(len(weighting))
         raise ValueError(error_message("weighting", expected, weighting, got=got))
-    first, higher = _pair(weighting)
+    first, higher, _ = _resolve(weighting, None)
     if not (callable(first) or isinstance(first, EDMWeighting)):
         check_choice("weighting (or EDMWeighting(), or a callable of t)", first, get_args(Name))
     if higher != "noise" and not callable(higher):
@@ -100,16 +101,17 @@ def check_weighting(weighting: Any, time_sampler: object) -> None:
         check_choice(expected, time_sampler, get_args(Sampler))
 
 
-def _pair(weighting: Weighting) -> tuple[One, One]:
+def _resolve(
+    weighting: Weighting, time_sampler: TimeSampler
+) -> tuple[TermWeighting, TermWeighting, Sampler | DrawTime]:
+    """The weightings of the first term and of the higher terms, and the time sampler."""
     if isinstance(weighting, tuple):
-        return weighting
-    return weighting, weighting if callable(weighting) else "noise"
-
-
-def _sampler(weighting: Weighting, time_sampler: TimeSampler) -> TimeSampler:
-    if time_sampler is not None:
-        return time_sampler
-    return "log_sigma_hat" if _pair(weighting)[0] == "likelihood" else "schedule"
+        first, higher = weighting
+    else:
+        first, higher = weighting, weighting if callable(weighting) else "noise"
+    if time_sampler is None:
+        time_sampler = "log_sigma_hat" if first == "likelihood" else "schedule"
+    return first, higher, time_sampler
 
 
 def draw_time(
@@ -121,7 +123,7 @@ def draw_time(
 ) -> Tensor:
     """Draw a time for every sample of x0, on its device: t of shape (B,)."""
     schedule = model.schedule
-    sampler = _sampler(weighting, time_sampler)
+    _, _, sampler = _resolve(weighting, time_sampler)
     if callable(sampler):
         return check_time(model, x0, sampler(len(x0), generator))
     dtype = torch.promote_types(x0.dtype, torch.float32)
@@ -142,12 +144,11 @@ def time_factors(
     drawn: bool,
     order: int = 3,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The factors (B,) of the first term and of the higher terms at t; None stands for 1.
+    """Return the factors (B,) of the first term and of the higher terms at t; None stands for 1.
 
-    `drawn` says whether `draw_time` drew t. A t from elsewhere counts as uniform.
+    `drawn` says whether `draw_time` drew t. Other times count as uniform.
     """
-    first, higher = _pair(weighting)
-    sampler = _sampler(weighting, time_sampler)
+    first, higher, sampler = _resolve(weighting, time_sampler)
     importance = drawn and sampler == "log_sigma_hat"
     if first == higher == "noise" and not importance:
         return None, None
@@ -155,7 +156,7 @@ def time_factors(
     indices = not t.is_floating_point()
 
     def rate() -> Tensor:
-        """du/dt = g²/(2σ²), of an index the width of its part of log σ̂."""
+        """du/dt = g²/(2σ²), or for an index the width w_i."""
         if indices:
             above, below = (schedule.clip(time + half) for half in (0.5, -0.5))
             return schedule.log_sigma_hat(above) - schedule.log_sigma_hat(below)
@@ -167,14 +168,15 @@ def time_factors(
     if span is not None and not (first == "likelihood" and order == 1):
         ratio = schedule.time_density(time) * span / rate()
 
-    def factor(one: One) -> Tensor | None:
-        if callable(one):
-            return _call_weighting(one, model, x0, t) * ratio
-        if one == "noise":
+    def factor(term_weighting: TermWeighting) -> Tensor | None:
+        if callable(term_weighting):
+            return _call_weighting(term_weighting, model, x0, t) * ratio
+        if term_weighting == "noise":
             return ratio if isinstance(ratio, Tensor) else None
-        if isinstance(one, EDMWeighting):
-            return (1 + (schedule.log_sigma_hat(time).exp() / one.sigma_data).square()) * ratio
-        if one == "native":
+        if isinstance(term_weighting, EDMWeighting):
+            sigma_hat = schedule.log_sigma_hat(time).exp()
+            return (1 + (sigma_hat / term_weighting.sigma_data).square()) * ratio
+        if term_weighting == "native":
             return model.native_weight(t, x0) * ratio
         if span is not None:
             return torch.ones_like(time) * (span * elements)

@@ -1,7 +1,7 @@
 """The network as ε̂(x, t), and as the function of x that losses and likelihoods differentiate.
 
-- `score_model`: `ScoreModel`, network + schedule + prediction.
-- `bound`: what the network predicts, as a function of x at given times and conditions.
+- `score_model`: `ScoreModel`, a network with its schedule and prediction.
+- `bound`: `BoundModel`, the network's prediction as a function of x, at times and conditions.
 - `posterior`: mean and covariance of clean data given noised ones.
 - `conditions`: which tensors of model_kwargs go with the samples.
 """

@@ -27,7 +27,7 @@ Primitives = Literal["all", "one sample", "none"]
 
 @dataclass(frozen=True, eq=False)  # torch.compile of PyTorch 2.6 hashes it before it is made
 class BoundModel:
-    """What the network predicts, as a function of x (B, *) alone.
+    """The network's prediction as a function of x (B, *) alone.
 
     Engines differentiate the prediction and not f = −ε̂: the part of x in f would hide that a
     network has lost its own graph.
@@ -47,14 +47,14 @@ class BoundModel:
     primitives: Primitives
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What the network predicts at x, which is given its own copies of the arguments."""
+        """The prediction at x; the network gets its own copies of the arguments."""
         # A Jet has rules of its own.
         all_of_them = self.primitives == "all" and not isinstance(x, Jet)
         # PyTorch's first gradient of instance norm is wrong for one sample in channels_last.
-        one = self.primitives == "one sample" and len(x) == 1 and x.device.type == "cpu"
+        one_sample = self.primitives == "one sample" and len(x) == 1 and x.device.type == "cpu"
         # A network may write to its arguments, shared ones too, and is called several times.
         kwargs = map_tensors(self.kwargs, Tensor.clone) if self.kwargs else self.kwargs
-        with safe_primitives(all_of_them or one, of_one_sample=one):
+        with safe_primitives(all_of_them or one_sample, of_one_sample=one_sample):
             if torch.compiler.is_compiling() or len(x) == self.batch:
                 return self.model.predict(x, self.t, **kwargs)
             try:
@@ -70,7 +70,7 @@ class BoundModel:
 
     @property
     def native(self) -> "BoundModel":
-        """The same with PyTorch's operators, whose values and first derivatives are right."""
+        """The same model with PyTorch's own operators, enough for values and first derivatives."""
         return self._with(self.t, self.kwargs, "none")
 
     def _with(self, t: Any, kwargs: Any, primitives: Primitives | None = None) -> "BoundModel":
@@ -78,16 +78,16 @@ class BoundModel:
         return BoundModel(self.model, t, kwargs, self.batch, primitives or self.primitives)
 
     def at(self, t: Tensor) -> "BoundModel":
-        """The same at other times (B,)."""
+        """Return the same model at times (B,)."""
         return self._with(leave_inference_mode(t), self.kwargs)
 
     def rows(self, index: Tensor | slice) -> "BoundModel":
-        """The same for the samples at `index`."""
+        """Return the same model for the samples at `index`."""
         t = None if self.t is None else leave_inference_mode(self.t[index])
         return self._with(t, per_sample(self.kwargs, lambda _, tensor: tensor[index]))
 
     def repeat(self, count: int) -> "BoundModel":
-        """The same for `count` copies of the batch, one after the other."""
+        """Return the same model for `count` copies of the batch, one after the other."""
 
         def copies(tensor: Tensor) -> Tensor:
             return tensor.repeat(count, *(1,) * (tensor.ndim - 1))
@@ -140,7 +140,7 @@ def bind_model(
 ) -> BoundModel:
     """Bind keyword arguments of the network, and times (B,), to a batch.
 
-    Without a `graph` its derivatives are not differentiated again.
+    `graph` says whether its derivatives are differentiated again.
     """
     kwargs = map_tensors(bind(model_kwargs, batch), leave_inference_mode) if model_kwargs else {}
     primitives = ("all" if graph else "one sample") if model.primitives else "none"
@@ -162,11 +162,16 @@ WRAP_THE_LOSS = (
 
 def refuse_wrapped(network: object) -> None:
     """Raise TypeError for a network in DDP, or with compiled, scripted or sharded parts."""
-    parts = list(network.modules()) if isinstance(network, nn.Module) else [network]
-    found = {base.__name__ for kind in set(map(type, parts)) for base in kind.__mro__} & WRAPPERS
-    if any(getattr(part, COMPILED_PART, None) is not None for part in parts):
-        found.add("a part compiled by its own .compile()")
-    for name in sorted(found):
+    wrappers, kinds = set[str](), set[type]()
+    for part in network.modules() if isinstance(network, nn.Module) else [network]:
+        kinds.add(type(part))
+        if getattr(part, COMPILED_PART, None) is not None:
+            wrappers.add("a part compiled by its own .compile()")
+    for kind in kinds:
+        for base in kind.__mro__:
+            if base.__name__ in WRAPPERS:
+                wrappers.add(base.__name__)
+    for name in sorted(wrappers):
         expected = "a bare network where it is differentiated twice"
         remedy = GIVE_THE_SOURCE if name == SCRIPTED else WRAP_THE_LOSS
         raise TypeError(error_message("network", expected, network, remedy, got=name))

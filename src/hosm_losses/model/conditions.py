@@ -1,4 +1,4 @@
-r"""The keyword arguments of a network: which of their tensors belong to the samples.
+r"""Keyword arguments of a network, and which of their tensors belong to the samples.
 
 What:
     Losses evaluate some rows of a batch, or every row several times, so what belongs to a sample
@@ -22,7 +22,7 @@ from hosm_losses._torch_internals import is_traced
 
 
 class Shared:
-    """Marks a value in `model_kwargs` that all samples share; the network is given the value.
+    """Mark for a value in `model_kwargs` that all samples share; the network gets the value.
 
     Needed only for a tensor whose first dimension may equal the batch size, such as a table of
     positions. `check_derivatives` names those that need it.
@@ -54,14 +54,14 @@ Visit = Callable[[str, Any], Any]
 
 
 def _walk(value: Any, visit: Visit, path: str = "model_kwargs") -> Any:
-    """Replace every tensor and every Shared; a container without any is returned as it is."""
+    """Replace every tensor and every Shared; return a container without any as it is."""
     # Without unions of types, and exact types of containers first, for torch.compile.
     if isinstance(value, Tensor) or isinstance(value, Shared):  # noqa: SIM101
         return visit(path, value)
     if type(value) is dict:
-        return {key: _walk(each, visit, f"{path}[{key!r}]") for key, each in value.items()}
+        return {key: _walk(entry, visit, f"{path}[{key!r}]") for key, entry in value.items()}
     if type(value) in (list, tuple):
-        return type(value)([_walk(each, visit, f"{path}[{i}]") for i, each in enumerate(value)])
+        return type(value)([_walk(entry, visit, f"{path}[{i}]") for i, entry in enumerate(value)])
     entries: dict[Any, Any]
     if isinstance(value, Mapping):
         entries, step = dict(value), "[{!r}]"
@@ -70,11 +70,11 @@ def _walk(value: Any, visit: Visit, path: str = "model_kwargs") -> Any:
     elif isinstance(value, SimpleNamespace):
         entries, step = dict(vars(value)), ".{}"
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [each.name for each in dataclasses.fields(value)]
+        names = [field.name for field in dataclasses.fields(value)]
         entries, step = {name: getattr(value, name) for name in names}, ".{}"
     else:
         return value
-    new = {key: _walk(each, visit, path + step.format(key)) for key, each in entries.items()}
+    new = {key: _walk(entry, visit, path + step.format(key)) for key, entry in entries.items()}
     return value if all(new[key] is entries[key] for key in entries) else _rebuild(value, new)
 
 
@@ -85,37 +85,37 @@ def _rebuild(value: Any, entries: dict[Any, Any]) -> Any:
     if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
         return type(value)(entries)  # pyright: ignore[reportCallIssue]
     new = copy.copy(value)
-    for key, each in entries.items():
+    for key, entry in entries.items():
         if isinstance(value, MutableMapping | list):
-            new[key] = each
+            new[key] = entry
         else:  # a dataclass, frozen perhaps, or a namespace
-            object.__setattr__(new, key, each)
+            object.__setattr__(new, key, entry)
     return new
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply a function to every tensor, shared ones included."""
 
-    def visit(path: str, found: Any) -> Any:
-        shared = isinstance(found, Shared)
-        return Shared(_walk(found.value, visit, path)) if shared else function(found)
+    def visit(path: str, entry: Any) -> Any:
+        shared = isinstance(entry, Shared)
+        return Shared(_walk(entry.value, visit, path)) if shared else function(entry)
 
     return _walk(value, visit)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Return the tensors in a value, however deep in containers, shared ones included."""
-    found: list[Tensor] = []
-    map_tensors(value, lambda tensor: found.append(tensor) or tensor)
-    return found
+    tensors: list[Tensor] = []
+    map_tensors(value, lambda tensor: tensors.append(tensor) or tensor)
+    return tensors
 
 
 def bind(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """Return the arguments with a mark at everything that does not belong to the samples."""
+    """Return the arguments with everything that does not belong to the samples marked Shared."""
 
-    def visit(_path: str, found: Any) -> Any:
-        own = isinstance(found, Tensor) and found.ndim > 0 and len(found) == batch
-        return found if own or isinstance(found, Shared) else Shared(found)
+    def visit(_path: str, entry: Any) -> Any:
+        own = isinstance(entry, Tensor) and entry.ndim > 0 and len(entry) == batch
+        return entry if own or isinstance(entry, Shared) else Shared(entry)
 
     for name, value in () if is_traced() or batch == 1 else kwargs.items():
         labels = isinstance(value, np.ndarray) and value.ndim > 0
@@ -131,29 +131,29 @@ def bind(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
 def per_sample(kwargs: Mapping[str, Any], function: Callable[[str, Tensor], Any]) -> Any:
     """Apply function(path, tensor) to what belongs to the samples in bound arguments."""
     return _walk(
-        kwargs, lambda path, each: each if isinstance(each, Shared) else function(path, each)
+        kwargs, lambda path, entry: entry if isinstance(entry, Shared) else function(path, entry)
     )
 
 
 def unmark(kwargs: Mapping[str, Any]) -> Any:
-    """Return the arguments as the network wants them, without marks."""
+    """Return the arguments without marks, for the network."""
 
-    def visit(path: str, found: Any) -> Any:
-        return _walk(found.value, visit, path) if isinstance(found, Shared) else found
+    def visit(path: str, entry: Any) -> Any:
+        return _walk(entry.value, visit, path) if isinstance(entry, Shared) else entry
 
     return _walk(kwargs, visit)
 
 
 def rows_note(kwargs: Mapping[str, Any], rows: int, batch: int) -> str:
-    """Say, beside an error of a network, with how many rows it was called, and what has them."""
+    """A note for an error of a network: how many rows it was called with, and which shapes."""
     split: list[str] = []
     unchanged: list[str] = []
 
-    def visit(path: str, found: Any) -> Any:
-        for tensor in tensors_in(found):
-            shapes = unchanged if isinstance(found, Shared) else split
+    def visit(path: str, entry: Any) -> Any:
+        for tensor in tensors_in(entry):
+            shapes = unchanged if isinstance(entry, Shared) else split
             shapes.append(f"{path} {tuple(tensor.shape)}")
-        return found
+        return entry
 
     _walk(kwargs, visit)
     note = (

@@ -65,8 +65,8 @@ class PosteriorCovariance:
             The products, of the shape of v, without a graph.
 
         Raises:
-            ValueError: for another shape.
-            DerivativeError: where the network cannot be differentiated twice.
+            ValueError: if v has another shape.
+            DerivativeError: if the network cannot be differentiated twice.
         """
         x = self._x
         if not isinstance(v, Tensor) or v.shape[-x.ndim :] != x.shape or v.ndim > x.ndim + 1:
@@ -91,8 +91,8 @@ class PosteriorCovariance:
         """Variances (B, *) of the elements: exact, or the mean of v ∘ Σv over random probes."""
         x = self._x
         if isinstance(probes, Hutchinson):
-            source = check_generator(generator, x.device)
-            v = draw_probes(x, probes.count, probes.distribution, source)
+            rng = check_generator(generator, x.device)
+            v = draw_probes(x, probes.count, probes.distribution, rng)
             return (v * (self @ v)).mean(0)
         if probes != "exact":
             raise ValueError(error_message("probes", "'exact' or Hutchinson(...)", probes))

@@ -1,4 +1,4 @@
-r"""A network, its schedule and its prediction, seen as one predictor of the noise.
+r"""`ScoreModel`: a network with its schedule and prediction, as one predictor of the noise.
 
 What:
     Whatever a network predicts is a function ε̂(x, t) that estimates the noise ε of x = α x₀ + σ
@@ -49,7 +49,7 @@ from hosm_losses.taylor import Jet
 
 Kind = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
 Prediction = Kind | Literal["x0", "denoiser", "v", "velocity"]
-# Other words, and the one by which `ScoreModel.prediction` knows them.
+# Synonyms, and the names that `ScoreModel.prediction` stores.
 SAME = {"x0": "sample", "denoiser": "sample", "v": "v_prediction", "velocity": "flow_prediction"}
 UNSHARD = (
     "If fully_shard is around it, its parameters are shards between the steps: call unshard() on "
@@ -86,10 +86,10 @@ class ScoreModel(nn.Module):
         primitives: whether the losses of order two and three put the safe primitives in.
 
     Raises:
-        TypeError: if the schedule is no `Schedule` or returns no tensors like t, or the network,
-            `output` or `call` cannot be called, or `primitives` is no bool.
-        ValueError: for a prediction of another name, a `time` of another kind, or a schedule
-            under which the noise in units of the data, σ/α, is not finite or does not grow with t.
+        TypeError: if the schedule is not a `Schedule` or does not return tensors like t, if the
+            network, `output` or `call` is not callable, or if `primitives` is not a bool.
+        ValueError: if `prediction` or `time` is invalid, or if the schedule's noise in units of
+            the data, σ/α, is not finite or does not grow with t.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -117,16 +117,16 @@ class ScoreModel(nn.Module):
         if not (time is None or callable(time)):
             check_number("time", time, "a finite factor, a callable or None")
         check_flag("primitives", primitives)
-        for name, given in (("output", output), ("call", call)):
-            if not (given is None or callable(given)):
-                raise TypeError(error_message(name, "a callable or None", given))
+        for name, function in (("output", output), ("call", call)):
+            if not (function is None or callable(function)):
+                raise TypeError(error_message(name, "a callable or None", function))
         self.network = network
         self.schedule, self.prediction = schedule, SAME.get(prediction, prediction)
         self.time, self.output, self.call = time, output, call
         self.primitives = primitives
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Raise TypeError for a function, whose weights a copy, as one for an EMA, would share."""
+        """Copy the model; a TypeError for a function, whose weights a copy would share."""
         if not isinstance(self.network, nn.Module):
             remedy = "Give it: ScoreModel(module, schedule, call=lambda module, x, t: ...)."
             raise TypeError(
@@ -135,7 +135,7 @@ class ScoreModel(nn.Module):
         return self._deep_copy(memo)
 
     def _deep_copy(self, memo: dict[int, Any]) -> Self:
-        """A deep copy; functions, and the modules that they refer to, are not copied."""
+        """Copy the model, but no functions nor the modules that they refer to."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         # Not its __dict__: what .compile() has put there calls the original.
@@ -144,7 +144,7 @@ class ScoreModel(nn.Module):
         return copied
 
     def extra_repr(self) -> str:
-        """Schedule and prediction, for the printed form."""
+        """Return schedule and prediction, for the printed form."""
         return f"schedule={self.schedule!r}, prediction={self.prediction!r}"
 
     def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
@@ -204,7 +204,8 @@ class ScoreModel(nn.Module):
         self, t: Tensor, like: Tensor
     ) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor]:
         """α, σ, a and b of what the network should predict, a x₀ + b ε, expanded to `like`."""
-        alpha, sigma = (expand_right(each, like) for each in self.coefficients(t, like))
+        alpha, sigma = self.coefficients(t, like)
+        alpha, sigma = expand_right(alpha, like), expand_right(sigma, like)
         if self.prediction == "epsilon":
             return alpha, sigma, 0.0, 1.0
         if self.prediction == "score":
@@ -214,9 +215,8 @@ class ScoreModel(nn.Module):
         if self.prediction == "v_prediction":
             return alpha, sigma, -sigma, alpha
         if self.prediction == "flow_prediction":
-            rates = self.schedule.rates(self.time_in(t, like))
-            of_data, of_noise = (expand_right(each, like) for each in rates)
-            return alpha, sigma, of_data, of_noise
+            alpha_rate, sigma_rate = self.schedule.rates(self.time_in(t, like))
+            return alpha, sigma, expand_right(alpha_rate, like), expand_right(sigma_rate, like)
         raise ValueError(error_message("prediction", "one with a formula here", self.prediction))
 
     def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class ScoreModel(nn.Module):
         return t if t.is_floating_point() else t.to(torch.promote_types(like.dtype, torch.float32))
 
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        """What the network predicts, of the shape of x."""
+        """Return the network's prediction, of the shape of x."""
         x, network_time, kwargs = self.network_arguments(x, t, kwargs)
         call = self.network if self.call is None else partial(self.call, self.network)
         if torch.compiler.is_compiling():  # a graph that breaks in `try` is not resumed
@@ -278,32 +278,33 @@ class ScoreModel(nn.Module):
         return x, network_time, unmark(kwargs) if kwargs else kwargs
 
     def _note(self, of_x: torch.dtype, of_t: torch.dtype, error: Exception) -> str | None:
-        """What to do where a network does not take the dtypes that it was called with."""
+        """A note for an error of a network that was called with other dtypes than its own."""
         if "DTensor" in str(error):
             return UNSHARD
-        own = next((each.dtype for each in self.parameters() if each.is_floating_point()), of_x)
-        told = f"It was called with x in {of_x} and t in {of_t}; its parameters are in {own}."
+        dtypes = (p.dtype for p in self.parameters() if p.is_floating_point())
+        own = next(dtypes, of_x)
+        called = f"It was called with x in {of_x} and t in {of_t}; its parameters are in {own}."
         if own != of_x:
-            return f"{told} Convert the data with .to({own}), or the network with .to({of_x})."
+            return f"{called} Convert the data with .to({own}), or the network with .to({of_x})."
         if self.schedule.integer_time and of_t.is_floating_point:
             return (
-                f"{told} t may lie between the indices of the table: where the network looks it "
+                f"{called} t may lie between the indices of the table: where the network looks it "
                 "up, give ScoreModel(..., time=lambda t: t.round().long()), or let it interpolate."
             )
         if of_t.is_floating_point and of_t != of_x:
-            return f"{told} Convert t with ScoreModel(..., time=lambda t: t.to({of_x}))."
+            return f"{called} Convert t with ScoreModel(..., time=lambda t: t.to({of_x}))."
         return None
 
 
 def _raised_by_the_call(error: TypeError) -> bool:
-    """Whether no code of the network's own is between our call, which caught this, and it."""
+    """Whether our call raised this TypeError, and no code inside the network."""
     behind = error.__traceback__ and error.__traceback__.tb_next
     names = {frame.f_globals.get("__name__") for frame, _ in walk_tb(behind)}
     return names <= {nn.Module.__module__}
 
 
 def apply_affine(part: Tensor, of_x: Tensor | None, p: Tensor | None, q: Tensor | None) -> Tensor:
-    """p · part + q x for what `ScoreModel.affine` returns; None stands for 1 and for 0."""
+    """p · part + q x for (p, q) of `ScoreModel.affine`; None stands for 1 and for 0."""
     scaled = part if p is None else p * part
     return scaled if q is None or of_x is None else scaled + q * of_x
 

@@ -52,7 +52,7 @@ class Uniform:
             tighter bound, at K times the cost; above 1 with divergence="exact" alone.
 
     Raises:
-        ValueError: for draws that are no whole number of at least 1.
+        ValueError: if `draws` is not a whole number of at least 1.
 
     Example:
         >>> Uniform()
@@ -70,16 +70,16 @@ class Uniform:
         """The cells of the levels."""
         return Quantization(LEVELS, -1.0, 1.0)
 
-    def starting(self, coordinates: Coordinates) -> Coordinates:
-        """Coordinates that start where the points of `spread` are: at t_min."""
+    def start_coordinates(self, coordinates: Coordinates) -> Coordinates:
+        """Return coordinates that start where `draw` puts the points: at t_min."""
         return coordinates
 
-    def spread(
+    def draw(
         self, levels: Tensor, _: Coordinates, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor | float]:
-        """Points x of the cells, and what to add to their nll."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw points x in the cells; nothing is to be added to their nll."""
         low, high = self.quantization[1:]
-        return low + (high - low) * (levels + _unit(levels, generator)) / LEVELS, 0.0
+        return low + (high - low) * (levels + _unit(levels, generator)) / LEVELS, None
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class TruncatedNormal:
         last: what level 255 was.
 
     Raises:
-        ValueError: for draws that are no whole number of at least 1, or an empty range.
+        ValueError: if `draws` is not a whole number of at least 1, or if the range is empty.
 
     Example:
         >>> TruncatedNormal()
@@ -127,8 +127,8 @@ class TruncatedNormal:
         """The cells of the levels, which are in their middle."""
         return Quantization(LEVELS, self.first - self._cell / 2, self.last + self._cell / 2)
 
-    def starting(self, coordinates: Coordinates) -> Coordinates:
-        """Coordinates that start at the noise σ̂ of a sixth of a cell; a ValueError below t_min."""
+    def start_coordinates(self, coordinates: Coordinates) -> Coordinates:
+        """Return coordinates that start where σ̂ is a sixth of a cell; a ValueError below t_min."""
         sigma_hat = self._cell / (2 * HALF_CELL)
         lowest = math.exp(coordinates.span[0])
         if lowest > sigma_hat:
@@ -140,10 +140,10 @@ class TruncatedNormal:
             )
         return replace(coordinates, start=math.log(sigma_hat))
 
-    def spread(
+    def draw(
         self, levels: Tensor, coordinates: Coordinates, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor | float]:
-        """Points x_t of the cells at the start, and what to add to their nll."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw points x_t in the cells at the start, with what to add to their nll, (B,)."""
         start, _ = coordinates.ends(coordinates.span)
         mass = math.erf(HALF_CELL / math.sqrt(2))
         u = math.sqrt(2) * torch.erfinv(mass * (2 * _unit(levels, generator) - 1))
@@ -169,7 +169,7 @@ def check_dequantization(value: object, *, clean: bool = False) -> None:
         raise ValueError(error_message("dequantization", expected, value, remedy, got=repr(value)))
 
 
-def refuse_flattery(value: Dequantization, divergence: Divergence | None) -> None:
+def refuse_biased_draws(value: Dequantization, divergence: Divergence | None) -> None:
     """Raise ValueError for several draws of u with random probes.
 
     With 7 nats of noise in log p, as of Hutchinson's estimator, 20 draws seem to gain 11 nats.
