@@ -97,7 +97,13 @@ def derive(
     an engine may give that. Under `torch.no_grad` there is no graph. A DerivativeError where the
     engine, or with "auto" either engine, cannot differentiate the network.
     """
-    if torch.compiler.is_compiling() and engine != "reverse":
+    if engine == "reverse":  # in this frame, for torch.compile to find that it cannot trace it
+        try:
+            return engines.reverse(network, x, w, order)
+        except RuntimeError as error:
+            _explain_engine(engine, error)
+            raise
+    if torch.compiler.is_compiling():
         _refuse_statistics(network, exact=order == 3 and not laplacian)
         # Where the graph breaks in such a block, all of this call is made again in eager mode.
         # torch.compile cannot look into what the engine calls there, Jets and double passes back.
@@ -122,11 +128,13 @@ def _derive_eagerly(
     summed: bool,
 ) -> Derivatives:
     if engine == "taylor":
-        with _translated(engine):
+        try:
             return engines.taylor(network, x, w, order, laplacian, summed)
-    if engine == "reverse":
-        with _translated(engine):
-            return engines.reverse(network, x, w, order)
+        except TaylorError as error:
+            raise unknown(error) from error
+        except RuntimeError as error:
+            _explain_engine(engine, error)
+            raise
     attempts, derivatives = EngineAttempts(network, x, order, laplacian, summed, len(w) > 1), None
     if not attempts.is_refused("taylor"):
         with attempts.attempt("taylor"):
@@ -164,6 +172,8 @@ def derive_with_products(
 
     "auto" is reverse mode, which costs least here, where it can be; then as in `derive`.
     """
+    if engine == "reverse" and not laplacian and not is_traced():
+        return engines.reverse_products(network, x, w, order, cotangent, push)
     if torch.compiler.is_compiling():
         with contextlib.suppress():  # noqa: B022 - as in `derive`
             return _products(network, x, w, cotangent, order, engine, laplacian, push)
@@ -183,9 +193,7 @@ def _products(
     push: bool,
 ) -> Products:
     attempts = None
-    if engine in ("auto", "reverse") and not laplacian and not is_traced():
-        if engine == "reverse":
-            return engines.reverse_products(network, x, w, order, cotangent, push)
+    if engine == "auto" and not laplacian and not is_traced():
         attempts = EngineAttempts(network, x, "products", order, push, len(w) > 1)
         if not attempts.is_refused("reverse"):
             with attempts.attempt("reverse"):
@@ -213,19 +221,12 @@ def _refuse_statistics(network: Network, *, exact: bool) -> None:
             raise DerivativeError(STATISTICS.format(type(part).__name__))
 
 
-@contextlib.contextmanager
-def _translated(engine: str) -> Iterator[None]:
-    """A block that turns errors which stop an engine into DerivativeErrors."""
-    try:
-        yield
-    except TaylorError as error:
-        raise unknown(error) from error
-    except RuntimeError as error:
-        refuse_scripted(engine, error)
-        why = str(error)
-        energy = engine == "taylor" and NO_GRAPH in why
-        if not energy and not any(words in why for words in (NO_FORWARD, *NOT_TWICE)):
-            raise
+def _explain_engine(engine: str, error: RuntimeError) -> None:
+    """Raise a DerivativeError if PyTorch's error says that this engine cannot be taken."""
+    refuse_scripted(engine, error)
+    why = str(error)
+    energy = engine == "taylor" and NO_GRAPH in why
+    if energy or any(words in why for words in (NO_FORWARD, *NOT_TWICE)):
         after = ", which differentiates a network that takes a gradient itself" if energy else ""
         raise DerivativeError(
             f"network: expected operators that the engine {engine!r} can differentiate; got: "

@@ -310,6 +310,7 @@ def integrate_to_standard_error(
     one_probe = torch.stack([variance for _, variance in nodes]).sqrt()
     error_in_nats = weights.abs()[:, None] * one_probe
     counts = error_in_nats * error_in_nats.sum(0) / target.nats**2
+    counts = counts.nan_to_num(2.0)  # of a sample that fails, and must not fail the others
     counts = counts.clamp(2, 2 * d).log2().ceil().exp2().long()
     total = variance = torch.zeros_like(error_in_nats[0])
     for index, (state, _) in enumerate(nodes):
