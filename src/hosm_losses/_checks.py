@@ -71,10 +71,11 @@ def owns_values(tensor: Tensor) -> bool:
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raise ValueError unless `value` is one of the names in `choices`."""
+    """Raise TypeError unless `value` is a string, ValueError unless it is one of `choices`."""
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(error_message(name, f"one of {', '.join(map(repr, choices))}", value))
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(error_message(name, f"one of {', '.join(map(repr, choices))}", value))
 
 
 def check_flag(name: str, value: object) -> None:
@@ -84,17 +85,29 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_whole(name: str, value: object, minimum: int) -> int:
-    """Return `value` as an int if it is a whole number, of Python or NumPy; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ValueError(error_message(name, f"a whole number of at least {minimum}", value))
+    """Return `value` as an int.
+
+    TypeError unless it is an integer of Python or NumPy, ValueError below the minimum.
+    """
+    expected = f"a whole number of at least {minimum}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(error_message(name, expected, value))
+    if value < minimum:
+        raise ValueError(error_message(name, expected, value))
     return int(value)
 
 
 def check_number(
     name: str, value: object, what: str, *, above: float = -math.inf, at_most: float = math.inf
 ) -> float:
-    """Return `value` as a float if it is `what`, a finite number in (above, at_most], no bool."""
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    """Return `value` as a float.
+
+    TypeError unless it is a real number of Python or NumPy, ValueError unless it is finite and in
+    (above, at_most]; `what` says so in words.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(error_message(name, what, value))
+    number = float(value)
     # By comparisons alone, which torch.compile follows.
     if not (-math.inf < number < math.inf and above < number <= at_most):
         raise ValueError(error_message(name, what, value))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosm_losses._checks import check_flag, check_number, describe_value
+from hosm_losses._checks import check_flag, check_number, describe_value, error_message
 from hosm_losses.model import Prediction, ScoreModel
 from hosm_losses.schedules import (
     DiscreteSchedule,
@@ -79,7 +79,7 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
     Raises:
         TypeError: for a model that is no nn.Module, such as a pipeline, or a scheduler that is
-            neither of the two.
+            neither of the two or has no prediction type.
         ValueError: for zero terminal SNR, an unknown prediction type, one other than
             "flow_prediction" with `use_flow_sigmas`, or a model as Lumina2 and ZImage, which are
             given 1 - t and predict data less noise.
@@ -373,10 +373,9 @@ def our_prediction(value: object, names: Mapping[str, Prediction], where: str) -
     """Our name of the foreign prediction type that stands at `where`; ValueError for another."""
     if isinstance(value, str) and value in names:
         return names[value]
-    raise ValueError(
-        f"{where}: expected one of {', '.join(map(repr, names))}; got {describe_value(value)}. "
-        "Build a ScoreModel with the prediction it stands for, or convert its output."
-    )
+    remedy = "Build a ScoreModel with the prediction it stands for, or convert its output."
+    kind = ValueError if isinstance(value, str) else TypeError
+    raise kind(error_message(where, f"one of {', '.join(map(repr, names))}", value, remedy))
 
 
 def first_half(returned: Tensor) -> Tensor:

@@ -109,7 +109,8 @@ class Hutchinson:
             refuses "forward": it has `engine`.
 
     Raises:
-        ValueError: for a count that is no whole number of at least 1, or another name.
+        TypeError: if the count is not a whole number, or a name not a string.
+        ValueError: if the count is below 1, or a name unknown.
 
     Example:
         >>> Hutchinson(4, "dct")
@@ -139,7 +140,8 @@ class ToStandardError:
         distribution: as in `Hutchinson`.
 
     Raises:
-        ValueError: for nats that are no positive number, or another distribution.
+        TypeError: if `nats` is not a number, or the distribution not a string.
+        ValueError: if `nats` is not positive and finite, or the distribution unknown.
 
     Example:
         >>> ToStandardError(0.1)
@@ -170,7 +172,8 @@ class Paired:
         distribution: as in `Hutchinson`.
 
     Raises:
-        ValueError: for a count that is no whole number of at least 2, or another distribution.
+        TypeError: if the count is not a whole number, or the distribution not a string.
+        ValueError: if the count is below 2, or the distribution unknown.
 
     Example:
         >>> Paired()
@@ -193,8 +196,8 @@ def draw_probes(
 ) -> Tensor:
     """Draw K = `count` independent probes (K, B, *) for a batch (B, *), like it in all else.
 
-    E[v vᵀ] = I over the elements of a sample. A ValueError for a distribution of another name or
-    a count below 1. The generator is the global one of the device if None.
+    E[v vᵀ] = I over the elements of a sample. The generator is the global one of the device if
+    None.
     """
     check_choice("distribution", distribution, DISTRIBUTIONS)
     count = check_whole("probes", count, 1)

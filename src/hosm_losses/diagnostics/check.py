@@ -9,7 +9,6 @@ gradient another number than its slope.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from hosm_losses._checks import (
     check_choice,
     check_model_kwargs,
     check_sample_batch,
+    check_whole,
     describe_value,
     error_message,
 )
@@ -155,9 +155,9 @@ def check_derivatives(
 
     Raises:
         DerivativeError: for what is listed above, or where a derivative cannot be taken at all.
-        TypeError: for tensors, containers and other objects of a wrong type, half precision
-            (check a float32 copy), or a wrapped network (DataParallel: give model.module).
-        ValueError: for a wrong value, shape, device, name or number, also one of a wrong type.
+        TypeError: if an argument has the wrong type, in half precision (check a float32 copy), or
+            for a wrapped network (DataParallel: give model.module).
+        ValueError: if an argument has an invalid shape, device, name or value.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -174,7 +174,7 @@ def check_derivatives(
         network: expected derivatives that agree with differen
     """
     check_model(model)
-    if not isinstance(order, Integral) or order not in (2, 3):
+    if check_whole("order", order, 2) > 3:
         raise ValueError(error_message("order", "2 or 3", order))
     check_choice("engine", engine, ENGINES)
     check_sample_batch("x0", x0)

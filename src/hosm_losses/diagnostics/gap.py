@@ -142,8 +142,8 @@ def likelihood_gap(
         t_min. `solver error of ode nll` is what more steps would change of it, estimated.
 
     Raises:
-        TypeError: for tensors, containers, flags and other objects of a wrong type or dtype.
-        ValueError: for a wrong shape, device or number, also one of a wrong type.
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if an argument has an invalid shape, device or value.
         DerivativeError: where the derivatives of a network cannot be taken.
 
     Example:

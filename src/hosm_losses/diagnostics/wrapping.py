@@ -247,8 +247,8 @@ def check_wrapping(
     Raises:
         DerivativeError: for a tensor of `model_kwargs` that is as long as the batch and belongs to
             no sample: mark it as `Shared`.
-        TypeError: for tensors, containers and other objects of a wrong type or dtype.
-        ValueError: for a wrong shape or device, too few samples, or data so small or large that
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: for an invalid shape or device, too few samples, or data so small or large that
             the schedule has no noise level of their size.
 
     Example:

@@ -42,7 +42,7 @@ class ODEDistribution(Distribution):
         batch_size: samples solved at a time, all if None.
 
     Raises:
-        TypeError: if `model`, `solver` or `model_kwargs` has the wrong type.
+        TypeError: if an argument has the wrong type.
         ValueError: if `divergence` or a shape is invalid, or shapes contradict each other.
 
     Example:

@@ -89,9 +89,8 @@ def ode_nll(
         The result, in nats; `bits_per_dim` converts. A sample that failed has NaN.
 
     Raises:
-        TypeError: for tensors, containers, flags and other objects of a wrong type or dtype,
-            integer images included.
-        ValueError: for a wrong shape, device, name or number, also one of a wrong type.
+        TypeError: if an argument has the wrong type or dtype, integer images included.
+        ValueError: if an argument has an invalid shape, device, name or value.
         DerivativeError: where the network's output does not depend on its input differentiably.
         ImportError: for a progress bar without tqdm.
 
@@ -172,8 +171,8 @@ def ode_sample(
         The samples, at the schedule's t_min, where they carry noise of σ(t_min).
 
     Raises:
-        TypeError: for tensors, containers, flags and other objects of a wrong type or dtype.
-        ValueError: for a wrong shape, device, name or number, also one of a wrong type.
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if an argument has an invalid shape, device, name or value.
         DerivativeError: where the network's output does not depend on its input differentiably.
         ImportError: for a progress bar without tqdm.
 
@@ -286,7 +285,8 @@ def _draw(model: ScoreModel, shape: object, generator: torch.Generator | None) -
     """Latents of a shape, of the prior."""
     if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
         expected = "a tensor (B, *) at t_max, or its shape, which begins with B"
-        raise TypeError(error_message("latent", expected, shape))
+        kind = ValueError if isinstance(shape, list | tuple) else TypeError
+        raise kind(error_message("latent", expected, shape))
     sizes = [check_whole("latent's shape", size, 1) for size in shape]
     like = like_network(model)
     source = check_generator(generator, like.device)

@@ -72,8 +72,8 @@ class FixedGrid(Solver):
         data_std: standard deviation of the data, likewise.
 
     Raises:
-        TypeError: for a flag or moments of a wrong type.
-        ValueError: for other numbers than these.
+        TypeError: if a number, the flag or the moments have the wrong type.
+        ValueError: if a number is out of range.
 
     Example:
         >>> FixedGrid(128, data_std=torch.tensor([0.5, 0.25]))
@@ -115,8 +115,9 @@ class ToTolerance(Solver):
         data_std: standard deviation of the data.
 
     Raises:
-        TypeError: for a flag or moments of a wrong type.
-        ValueError: for other numbers than these, or a group that is none.
+        TypeError: if a number, a flag or the moments have the wrong type, or `group` is not a
+            process group.
+        ValueError: if a number is out of range.
 
     Example:
         >>> ToTolerance(0.1)
@@ -134,7 +135,7 @@ class ToTolerance(Solver):
         """Check the fields."""
         check_flag(self._name("companion"), self.companion)
         if not (self.group is None or isinstance(self.group, dist.ProcessGroup)):
-            raise ValueError(
+            raise TypeError(
                 error_message(self._name("group"), "a process group or None", self.group)
             )
         self._set(tolerance=self._nats("tolerance"))
@@ -161,8 +162,8 @@ class Adaptive(Solver):
         data_std: standard deviation of the data.
 
     Raises:
-        TypeError: for moments of a wrong type.
-        ValueError: for other numbers than these.
+        TypeError: if the tolerance or the moments have the wrong type.
+        ValueError: if a number is out of range.
 
     Example:
         >>> Adaptive(1e-5)

@@ -200,10 +200,9 @@ def third_order_dsm(
         The loss, w₁ first + w₂ second + w_t trace + w₃ third.
 
     Raises:
-        TypeError: for tensors, containers and other objects of a wrong type or dtype, integer
-            images included.
-        ValueError: for a wrong shape, device, name or number, also one of a wrong type; on the CPU
-            also for values that are not finite, in an argument or the result.
+        TypeError: if an argument has the wrong type or dtype, integer images included.
+        ValueError: if an argument has an invalid shape, device, name or value; on the CPU also if
+            values are not finite, in an argument or the result.
         DerivativeError: where the derivatives of the network cannot be taken, or (on the CPU) are
             not finite.
 
@@ -308,7 +307,7 @@ class _DSM(nn.Module):
         super().__init__()
         if isinstance(weights, nn.Parameter):  # which a module registers as one to be trained
             expected = "numbers, or tensors that are not trained"
-            raise ValueError(error_message("weights", expected, weights, got="a Parameter"))
+            raise TypeError(error_message("weights", expected, weights, got="a Parameter"))
         self.options, self.weights = options, weights
         self.targets, self.model = check_targets(targets, tensor=False), check_model(model)
         if options.order > 1:

@@ -211,7 +211,7 @@ def check_targets(targets: object, *, tensor: bool) -> Targets:
     if targets is None or isinstance(targets, AveragedTargets) or (is_tensor and tensor):
         return targets
     expected = "AveragedTargets(...) or None; in a call of a loss of order one a tensor as well"
-    raise (ValueError if is_tensor else TypeError)(error_message("targets", expected, targets))
+    raise TypeError(error_message("targets", expected, targets))
 
 
 def check_conditions(targets: Targets, kwargs: Mapping[str, Any]) -> None:

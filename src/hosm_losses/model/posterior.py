@@ -65,13 +65,15 @@ class PosteriorCovariance:
             The products, of the shape of v, without a graph.
 
         Raises:
-            ValueError: for another shape.
+            TypeError: if v is not a tensor.
+            ValueError: if it has another shape.
             DerivativeError: where the network cannot be differentiated twice.
         """
         x = self._x
         if not isinstance(v, Tensor) or v.shape[-x.ndim :] != x.shape or v.ndim > x.ndim + 1:
             expected = f"a tensor of shape {tuple(x.shape)}, or K of these"
-            raise ValueError(error_message("v", expected, v))
+            kind = ValueError if isinstance(v, Tensor) else TypeError
+            raise kind(error_message("v", expected, v))
         vectors = v.reshape(-1, *x.shape).to(x.dtype)
         with torch.no_grad(), outside_inference_mode():
             copies = leave_inference_mode(x).expand(vectors.shape).flatten(0, 1)
@@ -95,7 +97,8 @@ class PosteriorCovariance:
             v = draw_probes(x, probes.count, probes.distribution, source)
             return (v * (self @ v)).mean(0)
         if probes != "exact":
-            raise ValueError(error_message("probes", "'exact' or Hutchinson(...)", probes))
+            kind = ValueError if isinstance(probes, str) else TypeError
+            raise kind(error_message("probes", "'exact' or Hutchinson(...)", probes))
         with torch.no_grad(), outside_inference_mode():
             _, forms = quadratic_forms(self._bound, x, unit_vector_chunks(x))
         jacobian = forms.T.reshape(x.shape)

@@ -87,8 +87,9 @@ class ScoreModel(nn.Module):
 
     Raises:
         TypeError: if the schedule is no `Schedule` or returns no tensors like t, or the network,
-            `output` or `call` cannot be called, or `primitives` is no bool.
-        ValueError: for a prediction of another name, a `time` of another kind, or a schedule
+            `output` or `call` cannot be called, `time` is no number or callable, `prediction` no
+            string, or `primitives` no bool.
+        ValueError: for a prediction of another name, a `time` that is not finite, or a schedule
             under which the noise in units of the data, σ/α, is not finite or does not grow with t.
 
     Example:

@@ -71,7 +71,9 @@ def jet(
             f"directions: expected the shape (K, {shape}); got {tuple(directions.shape)}."
         )
     if pairs not in PAIRS:
-        raise ValueError(f"pairs: expected one of {PAIRS}; got {pairs!r}.")
+        raise (ValueError if isinstance(pairs, str) else TypeError)(
+            f"pairs: expected one of {PAIRS}; got {pairs!r}."
+        )
     with outside_inference_mode():
         stack = propagate(
             function, leave_inference_mode(x), leave_inference_mode(directions).to(x.dtype), pairs
