@@ -541,7 +541,7 @@ WITHOUT_ROWS = {
 
 
 def test_every_public_name_has_its_rows():
-    public = {name for name, each in vars(hosm).items() if callable(each)}
+    public = set(hosm.__all__) - {"taylor"}
     public |= {name for name in vars(interop) if name.startswith("from_")}
     assert public - {CALL(call).partition(".")[0] for call in CALLS} == WITHOUT_ROWS
 

@@ -10,6 +10,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from numbers import Integral, Number, Real
 from typing import Any
 
@@ -47,6 +48,19 @@ def describe_value(value: object) -> str:
     if value is None or isinstance(value, str | Number):
         return repr(value)
     return f"an object of type {type(value).__name__}"
+
+
+def shown(value: object) -> str:
+    """The repr of an argument, with tensors by their shape and functions by their name."""
+    if isinstance(value, Tensor) and value.ndim:
+        return f"<{tuple(value.shape)}>"
+    if type(value) is tuple:
+        return f"({', '.join(map(shown, value))}{',' * (len(value) == 1)})"
+    if isinstance(value, partial):
+        return f"partial({shown(value.func)}, ...)"
+    if type(value).__repr__ is object.__repr__:  # which would print an address
+        return f"<{type(value).__name__}>"
+    return getattr(value, "__qualname__", None) or repr(value)
 
 
 def warn(message: str) -> None:

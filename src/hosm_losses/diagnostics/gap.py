@@ -68,7 +68,7 @@ class GapEstimate:
     samples: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GapReport:
     """What `likelihood_gap` found; it prints as a table.
 
@@ -91,6 +91,12 @@ class GapReport:
     def to_dict(self) -> dict[str, Any]:
         """The same as dicts, lists and numbers, for JSON."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        """The numbers, without the curves."""
+        numbers = "".join(f", {name} {number.value:.4g}" for name, number in self.numbers.items())
+        levels = len(self.log_sigma_hat)
+        return f"GapReport({self.samples} samples, {levels} noise levels{numbers})"
 
     def __str__(self) -> str:
         """The curves at the nodes, then the numbers."""
@@ -168,7 +174,7 @@ def likelihood_gap(
     truth = _reference(reference, model.schedule, data)
     low, high = model.schedule.log_sigma_hat_range
     places, weights = np.polynomial.legendre.leggauss(count)
-    levels = [low + (high - low) * (place + 1) / 2 for place in places]
+    levels = [low + (high - low) * (place + 1) / 2 for place in places.tolist()]
     options: dict[str, Any] = {"model_kwargs": kwargs, "generator": source}
     exact: dict[str, Any] = {"solver": FixedGrid(steps), "divergence": "exact", "clean": True}
     before = Snapshot(model.network, data)

@@ -107,7 +107,7 @@ class WrappingCandidate:
         return text + (f", the data as {self.units}" if self.units != "x0" else "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WrappingReport:
     """The result of `check_wrapping`; it prints as a table and a verdict.
 
@@ -147,6 +147,10 @@ class WrappingReport:
     def to_dict(self) -> dict[str, Any]:
         """The same as dicts, lists and numbers, for JSON."""
         return asdict(self) | {"worse": self.worse}
+
+    def __repr__(self) -> str:
+        """The verdict, without the losses."""
+        return f"WrappingReport({self._verdict()})"
 
     def __str__(self) -> str:
         """The losses by noise level, then the verdict."""

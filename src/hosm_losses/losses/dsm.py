@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor, nn
 
-from hosm_losses._checks import check_flag, error_message
+from hosm_losses._checks import check_flag, error_message, shown
 from hosm_losses.derivatives import Engine
 from hosm_losses.losses.objective import dsm
 from hosm_losses.losses.options import (
@@ -318,7 +318,8 @@ class _DSM(nn.Module):
         """The arguments of the constructor, for print."""
         known = vars(self.options) | vars(self)
         names = list(inspect.signature(type(self).__init__).parameters)[2:]
-        return ", ".join(f"{name}={known[name]!r}" for name in names)
+        numbers = {"weights": repr(known.get("weights"))}  # also where they are a tensor
+        return ", ".join(f"{name}={numbers.get(name) or shown(known[name])}" for name in names)
 
     def _evaluate(
         self, x0: Tensor, return_terms: bool, *, targets: Any, weights: Any = None, **inputs: Any

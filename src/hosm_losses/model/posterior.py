@@ -26,6 +26,7 @@ from hosm_losses._checks import (
     check_sample_batch,
     error_message,
     expand_right,
+    shown,
     sum_elements,
 )
 from hosm_losses._torch_internals import leave_inference_mode, outside_inference_mode
@@ -49,6 +50,11 @@ class PosteriorCovariance:
     _x: Tensor
     _scale: Tensor  # σ²/α, as x
     _affine: tuple[Tensor | None, Tensor | None]
+
+    def __repr__(self) -> str:
+        """The shape of the samples."""
+        count, *shape = self._x.shape
+        return f"PosteriorCovariance({count} operators on samples of shape {tuple(shape)})"
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """The symmetric part of the covariance times v, for each sample."""
@@ -125,6 +131,10 @@ class DenoisingPosterior:
 
     mean: Tensor
     covariance: PosteriorCovariance
+
+    def __repr__(self) -> str:
+        """Both by their shape."""
+        return f"DenoisingPosterior(mean={shown(self.mean)}, covariance={self.covariance!r})"
 
 
 def denoising_posterior(

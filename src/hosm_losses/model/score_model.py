@@ -40,6 +40,7 @@ from hosm_losses._checks import (
     check_range,
     error_message,
     expand_right,
+    shown,
     warn,
 )
 from hosm_losses._torch_internals import leave_inference_mode
@@ -145,8 +146,12 @@ class ScoreModel(nn.Module):
         return copied
 
     def extra_repr(self) -> str:
-        """Schedule and prediction, for the printed form."""
-        return f"schedule={self.schedule!r}, prediction={self.prediction!r}"
+        """What the constructor was given, but for defaults and what is listed as a module."""
+        parts = [f"schedule={self.schedule!r}", f"prediction={self.prediction!r}"]
+        for name in ("network", "time", "output", "call"):
+            if (value := vars(self).get(name)) is not None:
+                parts.append(f"{name}={shown(value)}")
+        return ", ".join(parts + ["primitives=False"] * (not self.primitives))
 
     def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """The noise ε̂(x, t): the same as `noise`."""

@@ -66,8 +66,9 @@ class Schedule:
     _starts_at_data: ClassVar[bool] = True
 
     def __repr__(self) -> str:
-        """The name and the range."""
-        return f"{type(self).__name__}(t_min={self.t_min!r}, t_max={self.t_max!r})"
+        """The name and the range, which a class may lack."""
+        low, high = (getattr(self, name, None) for name in ("t_min", "t_max"))
+        return f"{type(self).__name__}(t_min={low!r}, t_max={high!r})"
 
     def alpha(self, t: Tensor) -> Tensor:
         """α(t), the factor of the data."""
