@@ -474,8 +474,8 @@ MUTANTS = [
     ),
     # Building a model seeds the user's global generator.
     Mutant(
-        "schedules/check.py",
-        "(grown > 0) & torch.isclose(diffusion, grown, rtol=TOLERANCE)",
+        "schedules/base.py",
+        "(by_rates > 0) & torch.isclose(diffusion, by_rates, rtol=TOLERANCE)",
         "(diffusion > 0)",
         "tests/test_errors.py",
     ),

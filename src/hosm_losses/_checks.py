@@ -1,4 +1,4 @@
-"""Checks of arguments, the one style of error, and the arithmetic of per-sample numbers.
+"""What all packages share: checks, the one style of error, per-sample sums, a progress bar.
 
 Every public function checks its arguments before any work. Names, shapes, dtypes and devices are
 always checked, for they cost nothing. Values are checked only where looking at them is free: on
@@ -9,7 +9,8 @@ would make the host wait for the device.
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from numbers import Integral, Number, Real
 from typing import Any
@@ -21,6 +22,8 @@ from torch import Tensor
 from hosm_losses._torch_internals import is_traced
 from hosm_losses.taylor import DerivativeError as DerivativeError
 from hosm_losses.taylor import at_least_float32 as at_least_float32
+
+BAR_FORMAT = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 def error_message(
@@ -274,3 +277,18 @@ def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
     It does where a size may differ from call to call.
     """
     return {} if generator is None else {"generator": generator}
+
+
+@contextmanager
+def progress_bar(visible: bool, total: float, unit: str) -> Iterator[Callable[[float], object]]:
+    """Yield a function to call with the amount, in `unit` and of `total`, that was just done.
+
+    It shows nothing, and needs no tqdm, unless `visible`. The extra `progress` installs tqdm.
+    """
+    if not visible:
+        yield lambda _: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, unit=unit, bar_format=BAR_FORMAT) as bar:
+        yield bar.update

@@ -39,9 +39,9 @@ from hosm_losses._checks import (
     check_whole,
     error_message,
     expand_right,
+    progress_bar,
     sum_elements,
 )
-from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import leave_inference_mode, outside_inference_mode
 from hosm_losses.derivatives import Snapshot, gradients
 from hosm_losses.likelihood import FixedGrid, ode_nll, variational_nll
