@@ -673,7 +673,7 @@ MUTANTS = [
     ),
     Mutant(
         "interop.py",
-        "    if not (continuous and kept):\n",
+        "    if not (continuous and configured):\n",
         "    if not continuous:\n",
         "tests/interop/test_stand_ins.py",
     ),
