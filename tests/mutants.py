@@ -565,20 +565,20 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/gap.py",
-        "    if (one.t_min, one.t_max) != (other.t_min, other.t_max):\n",
-        "    if one.t_min != other.t_min:\n",
+        "    if (a.t_min, a.t_max) != (b.t_min, b.t_max):\n",
+        "    if a.t_min != b.t_min:\n",
         "tests/diagnostics/test_gap.py",
     ),
     Mutant(
         "diagnostics/gap.py",
-        "widths = (high - low) / 2 * weights",
-        "widths = (high - low) * weights",
+        "widths, curves = (high - low) / 2 * weights,",
+        "widths, curves = (high - low) * weights,",
         "tests/diagnostics/test_gap.py",
     ),
     Mutant(
         "diagnostics/gap.py",
-        'found["ode"] = sum_elements(wrong * (score - true), 1)',
-        'found["ode"] = sum_elements(wrong * (score - f), 1)',
+        'values["ode"] = sum_elements(error * (score - true), 1)',
+        'values["ode"] = sum_elements(error * (score - f), 1)',
         "tests/diagnostics/test_gap.py",
     ),
     Mutant(
@@ -631,13 +631,13 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/differences.py",
-        "part = max((low, middle), (middle, high), key=lost)",
-        "part = min((low, middle), (middle, high), key=lost)",
+        "part = max((low, middle), (middle, high), key=error)",
+        "part = min((low, middle), (middle, high), key=error)",
         "tests/diagnostics/test_check.py",
     ),
     Mutant(
         "diagnostics/differences.py",
-        "if lost(part) <= least[lower] and (bends[-1] <= least)[levels].all():",
+        "if error(part) <= least[lower] and (bends[-1] <= least)[levels].all():",
         "if False:",
         "tests/diagnostics/test_check.py",
     ),
