@@ -481,8 +481,8 @@ MUTANTS = [
     ),
     # Building a model seeds the user's global generator.
     Mutant(
-        "schedules/check.py",
-        "(grown > 0) & torch.isclose(diffusion, grown, rtol=TOLERANCE)",
+        "schedules/base.py",
+        "(by_rates > 0) & torch.isclose(diffusion, by_rates, rtol=TOLERANCE)",
         "(diffusion > 0)",
         "tests/test_errors.py",
     ),
@@ -572,20 +572,20 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/gap.py",
-        "    if (one.t_min, one.t_max) != (other.t_min, other.t_max):\n",
-        "    if one.t_min != other.t_min:\n",
+        "    if (a.t_min, a.t_max) != (b.t_min, b.t_max):\n",
+        "    if a.t_min != b.t_min:\n",
         "tests/diagnostics/test_gap.py",
     ),
     Mutant(
         "diagnostics/gap.py",
-        "widths = (high - low) / 2 * weights",
-        "widths = (high - low) * weights",
+        "widths, curves = (high - low) / 2 * weights,",
+        "widths, curves = (high - low) * weights,",
         "tests/diagnostics/test_gap.py",
     ),
     Mutant(
         "diagnostics/gap.py",
-        'found["ode"] = sum_elements(wrong * (score - true), 1)',
-        'found["ode"] = sum_elements(wrong * (score - f), 1)',
+        'values["ode"] = sum_elements(error * (score - true), 1)',
+        'values["ode"] = sum_elements(error * (score - f), 1)',
         "tests/diagnostics/test_gap.py",
     ),
     Mutant(
@@ -638,13 +638,13 @@ MUTANTS = [
     ),
     Mutant(
         "diagnostics/differences.py",
-        "part = max((low, middle), (middle, high), key=lost)",
-        "part = min((low, middle), (middle, high), key=lost)",
+        "part = max((low, middle), (middle, high), key=error)",
+        "part = min((low, middle), (middle, high), key=error)",
         "tests/diagnostics/test_check.py",
     ),
     Mutant(
         "diagnostics/differences.py",
-        "if lost(part) <= least[lower] and (bends[-1] <= least)[levels].all():",
+        "if error(part) <= least[lower] and (bends[-1] <= least)[levels].all():",
         "if False:",
         "tests/diagnostics/test_check.py",
     ),
@@ -680,7 +680,7 @@ MUTANTS = [
     ),
     Mutant(
         "interop.py",
-        "    if not (continuous and kept):\n",
+        "    if not (continuous and configured):\n",
         "    if not continuous:\n",
         "tests/interop/test_stand_ins.py",
     ),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
-from hosm_losses._progress import progress_bar
+from hosm_losses._checks import progress_bar
 from tests.cases import MLP, VP
 
 MODEL, X = hosm.ScoreModel(MLP(3).double(), VP), torch.linspace(-1, 1, 15).double().reshape(5, 3)

@@ -1,7 +1,7 @@
 """What could change in silence of the texts and private names of PyTorch, with its versions.
 
-A test that fails after an upgrade of PyTorch names what to change in `_torch_internals` or
-`_torch_errors`. Names that are gone are an AttributeError in many other tests.
+A test that fails after an upgrade of PyTorch names what to change in `_torch_internals`. Names
+that are gone are an AttributeError in many other tests.
 """
 
 from functools import partial
@@ -13,7 +13,6 @@ from torch import nn
 from torch.func import grad, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from hosm_losses import _torch_errors
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import can_read_values
 from tests.cases import OnceDifferentiable
@@ -113,7 +112,7 @@ SAID = {
     [pytest.param(each, marks=pytest.mark.slow) if "COMPILED" in each else each for each in SAID],
 )
 def test_texts_of_errors(name):
-    words = getattr(_torch_errors, name)
+    words = getattr(internals, name)
     words = (words,) if isinstance(words, str) else words
     for function in SAID[name]:
         with pytest.raises((RuntimeError, IndexError, AttributeError)) as error:

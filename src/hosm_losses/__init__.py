@@ -1,60 +1,135 @@
 """High-order denoising score matching, and the exact likelihood of diffusion ODEs, for PyTorch."""
 
-from hosm_losses._checks import DerivativeError as DerivativeError
-from hosm_losses.derivatives import checkpoint as checkpoint
-from hosm_losses.diagnostics import DerivativeReport as DerivativeReport
-from hosm_losses.diagnostics import GapEstimate as GapEstimate
-from hosm_losses.diagnostics import GapReport as GapReport
-from hosm_losses.diagnostics import WrappingCandidate as WrappingCandidate
-from hosm_losses.diagnostics import WrappingReport as WrappingReport
-from hosm_losses.diagnostics import check_derivatives as check_derivatives
-from hosm_losses.diagnostics import check_wrapping as check_wrapping
-from hosm_losses.diagnostics import likelihood_gap as likelihood_gap
-from hosm_losses.interop import from_denoising_diffusion as from_denoising_diffusion
-from hosm_losses.interop import from_diffusers as from_diffusers
-from hosm_losses.interop import from_edm as from_edm
-from hosm_losses.interop import from_guided_diffusion as from_guided_diffusion
-from hosm_losses.interop import from_score_sde as from_score_sde
-from hosm_losses.likelihood import Adaptive as Adaptive
-from hosm_losses.likelihood import FixedGrid as FixedGrid
-from hosm_losses.likelihood import NLLResult as NLLResult
-from hosm_losses.likelihood import NLLSummary as NLLSummary
-from hosm_losses.likelihood import ODEDistribution as ODEDistribution
-from hosm_losses.likelihood import SampleResult as SampleResult
-from hosm_losses.likelihood import ToTolerance as ToTolerance
-from hosm_losses.likelihood import TruncatedNormal as TruncatedNormal
-from hosm_losses.likelihood import Uniform as Uniform
-from hosm_losses.likelihood import Weights as Weights
-from hosm_losses.likelihood import importance_weights as importance_weights
-from hosm_losses.likelihood import ode_nll as ode_nll
-from hosm_losses.likelihood import ode_sample as ode_sample
-from hosm_losses.likelihood import variational_nll as variational_nll
-from hosm_losses.losses import AveragedTargets as AveragedTargets
-from hosm_losses.losses import DSMTerms as DSMTerms
-from hosm_losses.losses import EDMWeighting as EDMWeighting
-from hosm_losses.losses import FirstOrderDSM as FirstOrderDSM
-from hosm_losses.losses import LoggedTerms as LoggedTerms
-from hosm_losses.losses import SecondOrderDSM as SecondOrderDSM
-from hosm_losses.losses import ThirdOrderDSM as ThirdOrderDSM
-from hosm_losses.losses import dsm_terms as dsm_terms
-from hosm_losses.losses import first_order_dsm as first_order_dsm
-from hosm_losses.losses import second_order_dsm as second_order_dsm
-from hosm_losses.losses import third_order_dsm as third_order_dsm
-from hosm_losses.model import DenoisingPosterior as DenoisingPosterior
-from hosm_losses.model import PosteriorCovariance as PosteriorCovariance
-from hosm_losses.model import ScoreModel as ScoreModel
-from hosm_losses.model import Shared as Shared
-from hosm_losses.model import denoising_posterior as denoising_posterior
-from hosm_losses.probes import Hutchinson as Hutchinson
-from hosm_losses.probes import Paired as Paired
-from hosm_losses.probes import ToStandardError as ToStandardError
-from hosm_losses.schedules import CosineSchedule as CosineSchedule
-from hosm_losses.schedules import DiscreteSchedule as DiscreteSchedule
-from hosm_losses.schedules import EDMSchedule as EDMSchedule
-from hosm_losses.schedules import LinearFlowSchedule as LinearFlowSchedule
-from hosm_losses.schedules import Schedule as Schedule
-from hosm_losses.schedules import SubVPSchedule as SubVPSchedule
-from hosm_losses.schedules import VESchedule as VESchedule
-from hosm_losses.schedules import VPSchedule as VPSchedule
+from hosm_losses import taylor
+from hosm_losses._checks import DerivativeError
+from hosm_losses.derivatives import checkpoint
+from hosm_losses.diagnostics import (
+    DerivativeReport,
+    GapEstimate,
+    GapReport,
+    WrappingCandidate,
+    WrappingReport,
+    check_derivatives,
+    check_wrapping,
+    likelihood_gap,
+)
+from hosm_losses.interop import (
+    from_denoising_diffusion,
+    from_diffusers,
+    from_edm,
+    from_guided_diffusion,
+    from_score_sde,
+)
+from hosm_losses.likelihood import (
+    Adaptive,
+    FixedGrid,
+    NLLResult,
+    NLLSummary,
+    ODEDistribution,
+    SampleResult,
+    ToTolerance,
+    TruncatedNormal,
+    Uniform,
+    Weights,
+    importance_weights,
+    ode_nll,
+    ode_sample,
+    variational_nll,
+)
+from hosm_losses.losses import (
+    AveragedTargets,
+    DSMTerms,
+    EDMWeighting,
+    FirstOrderDSM,
+    LoggedTerms,
+    SecondOrderDSM,
+    ThirdOrderDSM,
+    dsm_terms,
+    first_order_dsm,
+    second_order_dsm,
+    third_order_dsm,
+)
+from hosm_losses.model import (
+    DenoisingPosterior,
+    PosteriorCovariance,
+    ScoreModel,
+    Shared,
+    denoising_posterior,
+)
+from hosm_losses.probes import Hutchinson, Paired, ToStandardError
+from hosm_losses.schedules import (
+    CosineSchedule,
+    DiscreteSchedule,
+    EDMSchedule,
+    LinearFlowSchedule,
+    Schedule,
+    SubVPSchedule,
+    VESchedule,
+    VPSchedule,
+)
 
 __version__ = "0.1.0"
+__all__ = [
+    "Adaptive",
+    "AveragedTargets",
+    "CosineSchedule",
+    "DSMTerms",
+    "DenoisingPosterior",
+    "DerivativeError",
+    "DerivativeReport",
+    "DiscreteSchedule",
+    "EDMSchedule",
+    "EDMWeighting",
+    "FirstOrderDSM",
+    "FixedGrid",
+    "GapEstimate",
+    "GapReport",
+    "Hutchinson",
+    "LinearFlowSchedule",
+    "LoggedTerms",
+    "NLLResult",
+    "NLLSummary",
+    "ODEDistribution",
+    "Paired",
+    "PosteriorCovariance",
+    "SampleResult",
+    "Schedule",
+    "ScoreModel",
+    "SecondOrderDSM",
+    "Shared",
+    "SubVPSchedule",
+    "ThirdOrderDSM",
+    "ToStandardError",
+    "ToTolerance",
+    "TruncatedNormal",
+    "Uniform",
+    "VESchedule",
+    "VPSchedule",
+    "Weights",
+    "WrappingCandidate",
+    "WrappingReport",
+    "check_derivatives",
+    "check_wrapping",
+    "checkpoint",
+    "denoising_posterior",
+    "dsm_terms",
+    "first_order_dsm",
+    "from_denoising_diffusion",
+    "from_diffusers",
+    "from_edm",
+    "from_guided_diffusion",
+    "from_score_sde",
+    "importance_weights",
+    "likelihood_gap",
+    "ode_nll",
+    "ode_sample",
+    "second_order_dsm",
+    "taylor",
+    "third_order_dsm",
+    "variational_nll",
+]
+
+
+def __dir__() -> list[str]:
+    """List public names alone: submodules such as `model` and `losses` would hide users' own."""
+    return [*__all__, "__all__", "__doc__", "__version__"]

@@ -1,15 +1,18 @@
-"""Checks of arguments, the one style of error, and the arithmetic of per-sample numbers.
+"""Shared by all packages: checks, the one style of error, per-sample sums, a progress bar.
 
-Every public function checks its arguments before any work. Names, shapes, dtypes and devices are
-always checked, for they cost nothing. Values are checked only where looking at them is free: on
-CPU tensors outside `torch.compile` and the transforms of `torch.func`. On an accelerator a look
-would make the host wait for the device.
+Every public function checks its arguments before any work. Types, names, shapes, dtypes and
+devices are always checked, as that costs nothing: a wrong type or dtype is a TypeError, anything
+else a ValueError. Values are checked only where reading them is free: on CPU tensors outside
+`torch.compile` and the transforms of `torch.func`, but not on accelerators, to avoid a
+synchronisation.
 """
 
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from numbers import Integral, Number, Real
 from typing import Any
 
@@ -21,24 +24,26 @@ from hosm_losses._torch_internals import is_traced
 from hosm_losses.taylor import DerivativeError as DerivativeError
 from hosm_losses.taylor import at_least_float32 as at_least_float32
 
+BAR_FORMAT = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
+
 
 def error_message(
     name: str, expected: str, value: object, remedy: str = "", *, got: str | None = None
 ) -> str:
-    """The text of an error: what was expected, what came (`got` or a description), what to do."""
-    came = describe_value(value) if got is None else got
-    return f"{name}: expected {expected}; got {came}. {remedy}".rstrip()
+    """The text of an error: what was expected, `got` or a description of the value, a remedy."""
+    got = describe_value(value) if got is None else got
+    return f"{name}: expected {expected}; got {got}. {remedy}".rstrip()
 
 
 def not_a_tensor(name: str, expected: str, value: object) -> TypeError:
-    """The error where a tensor was expected; of a NumPy array it says how to make one."""
-    array = isinstance(value, np.ndarray)
-    remedy = f"Convert it with torch.from_numpy({name})." if array else ""
+    """The error where a tensor was expected; for a NumPy array it says how to convert it."""
+    is_array = isinstance(value, np.ndarray)
+    remedy = f"Convert it with torch.from_numpy({name})." if is_array else ""
     return TypeError(error_message(name, expected, value, remedy))
 
 
 def describe_value(value: object) -> str:
-    """Say what came: dtype, shape and device of a tensor or array, the type of anything else."""
+    """Describe a value: dtype, shape and device of a tensor or array, the type of an object."""
     if isinstance(value, Tensor):
         shape = "several shapes" if value.is_nested else f"shape {tuple(value.shape)}"
         return f"a {value.dtype} tensor of {shape} on {value.device}"
@@ -49,8 +54,21 @@ def describe_value(value: object) -> str:
     return f"an object of type {type(value).__name__}"
 
 
+def shown(value: object) -> str:
+    """The repr of an argument, with tensors by their shape and functions by their name."""
+    if isinstance(value, Tensor) and value.ndim:
+        return f"<{tuple(value.shape)}>"
+    if type(value) is tuple:
+        return f"({', '.join(map(shown, value))}{',' * (len(value) == 1)})"
+    if isinstance(value, partial):
+        return f"partial({shown(value.func)}, ...)"
+    if type(value).__repr__ is object.__repr__:  # which would print an address
+        return f"<{type(value).__name__}>"
+    return getattr(value, "__qualname__", None) or repr(value)
+
+
 def warn(message: str) -> None:
-    """Give a warning that points at the user's line, the first outside this package and torch."""
+    """Warn at the user's line, the first outside this package and torch."""
     level, frame, libraries = 1, sys._getframe(), ("hosm_losses.", "torch.")
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(libraries):
         level, frame = level + 1, frame.f_back
@@ -63,7 +81,7 @@ def can_read_values(tensor: Tensor) -> bool:
 
 
 def owns_values(tensor: Tensor) -> bool:
-    """Whether these are values in memory: not a fake tensor, nor one of a torch.func transform."""
+    """Whether a tensor has values in memory, unlike fake tensors and those of torch.func."""
     try:
         return tensor.untyped_storage().device.type == tensor.device.type
     except (NotImplementedError, RuntimeError):
@@ -71,30 +89,43 @@ def owns_values(tensor: Tensor) -> bool:
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raise ValueError unless `value` is one of the names in `choices`."""
+    """Raise TypeError unless `value` is a string, ValueError unless it is one of `choices`."""
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(error_message(name, f"one of {', '.join(map(repr, choices))}", value))
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(error_message(name, f"one of {', '.join(map(repr, choices))}", value))
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raise TypeError unless this is True or False."""
+    """Raise TypeError unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(error_message(name, "True or False", value))
 
 
 def check_whole(name: str, value: object, minimum: int) -> int:
-    """Return `value` as an int if it is a whole number, of Python or NumPy; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ValueError(error_message(name, f"a whole number of at least {minimum}", value))
+    """Return `value` as an int.
+
+    TypeError unless it is an integer of Python or NumPy, ValueError below the minimum.
+    """
+    expected = f"a whole number of at least {minimum}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(error_message(name, expected, value))
+    if value < minimum:
+        raise ValueError(error_message(name, expected, value))
     return int(value)
 
 
 def check_number(
     name: str, value: object, what: str, *, above: float = -math.inf, at_most: float = math.inf
 ) -> float:
-    """Return `value` as a float if it is `what`, a finite number in (above, at_most], no bool."""
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    """Return `value` as a float.
+
+    TypeError unless it is a real number of Python or NumPy, ValueError unless it is finite and in
+    (above, at_most]; `what` says so in words.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(error_message(name, what, value))
+    number = float(value)
     # By comparisons alone, which torch.compile follows.
     if not (-math.inf < number < math.inf and above < number <= at_most):
         raise ValueError(error_message(name, what, value))
@@ -102,7 +133,7 @@ def check_number(
 
 
 def check_generator(generator: object, device: torch.device) -> torch.Generator | None:
-    """Return `generator` if it is None or a generator of the device that draws are made on."""
+    """Return `generator` if it is None or a generator of the device of the draws."""
     if generator is None:
         return None
     remedy = f"Make one with torch.Generator({str(device)!r}).manual_seed(0)."
@@ -112,7 +143,7 @@ def check_generator(generator: object, device: torch.device) -> torch.Generator 
     # Nothing is drawn on meta, which has no generators.
     if device.type != "meta" and (own.type, own.index or 0) != (device.type, device.index or 0):
         expected, got = f"one on {device}, the device of the data", f"one on {own}"
-        raise ValueError(error_message("generator", expected, own, remedy, got=got))
+        raise ValueError(error_message("generator", expected, generator, remedy, got=got))
     return generator
 
 
@@ -139,7 +170,7 @@ def check_dense(name: str, value: Tensor) -> None:
 
 
 def check_not_empty(name: str, value: Tensor) -> None:
-    """Raise ValueError unless this is a batch (B, *) with something in it."""
+    """Raise ValueError unless `value` is a batch (B, *) with at least one element."""
     if value.ndim == 0 or value.numel() == 0:
         expected = "a batch (B, *) with at least one sample and one element"
         remedy = "Skip empty batches, or set drop_last in the loader."
@@ -171,7 +202,7 @@ def check_like(
     device: torch.device,
     of: str,
 ) -> Tensor:
-    """Return `value` if it is a tensor of exactly this shape, dtype and device, those of `of`."""
+    """Return `value` if it is a tensor of this shape, dtype and device, which `of` names."""
     if not isinstance(value, Tensor):
         raise not_a_tensor(name, f"a tensor of shape {shape}", value)
     check_dense(name, value)
@@ -188,7 +219,7 @@ def check_like(
 
 
 def check_prediction(predicted: object, x: Tensor) -> None:
-    """Raise unless this, which a network returned, is a real tensor like x."""
+    """Raise unless what a network returned is a real tensor like x."""
     kind = TypeError
     if isinstance(predicted, Tensor) and predicted.is_floating_point():
         if predicted.shape == x.shape and predicted.device == x.device:
@@ -198,7 +229,7 @@ def check_prediction(predicted: object, x: Tensor) -> None:
     remedy = (
         "Pick the prediction out with ScoreModel(..., output=...): output=lambda out: out[0], "
         "operator.attrgetter('sample') or, if it predicts a variance too, the first channels, "
-        "lambda out: out[:, :C]. Of one sample give x[None]."
+        "lambda out: out[:, :C]. Give a single sample as x[None]."
     )
     raise kind(error_message("network", expected, predicted, remedy))
 
@@ -218,7 +249,8 @@ def check_range(name: str, value: Tensor, low: float, high: float) -> None:
     """Raise ValueError if a CPU tensor leaves [low, high]; NaN counts as outside."""
     if can_read_values(value) and not bool(((value >= low) & (value <= high)).all()):
         expected = f"values in [{low:.9g}, {high:.9g}], the range of the schedule"
-        got = f"values in [{float(value.min()):.9g}, {float(value.max()):.9g}]"
+        least, largest = float(value.min()), float(value.max())
+        got = f"{least:.9g}" if least == largest else f"values in [{least:.9g}, {largest:.9g}]"
         remedy = (
             "If the network counts time otherwise, convert it with ScoreModel(..., time=...), "
             "and give t in the schedule's units. If a solver steps over the end, give it "
@@ -232,18 +264,33 @@ def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
     return per_sample.reshape(per_sample.shape + (1,) * (like.ndim - per_sample.ndim))
 
 
-def sum_elements(tensor: Tensor, kept: int = 2) -> Tensor:
+def sum_elements(tensor: Tensor, leading: int = 2) -> Tensor:
     """Sum over the elements of a sample, (K, B, *) to (K, B), in float32 at least.
 
-    `kept` is the number of dimensions before those of a sample, 1 for (B, *).
+    `leading` is the number of dimensions before those of a sample, 1 for (B, *).
     """
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    return tensor.reshape(*tensor.shape[:kept], -1).sum(-1, dtype=wide)
+    return tensor.reshape(*tensor.shape[:leading], -1).sum(-1, dtype=wide)
 
 
 def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
-    """What random functions are told of a generator: torch.compile refuses generator=None.
+    """Keyword arguments that pass a generator.
 
-    It does where a size may differ from call to call.
+    torch.compile refuses generator=None where a size may differ from call to call.
     """
     return {} if generator is None else {"generator": generator}
+
+
+@contextmanager
+def progress_bar(visible: bool, total: float, unit: str) -> Iterator[Callable[[float], object]]:
+    """Yield a function to call with the amount, in `unit` and of `total`, that was just done.
+
+    It shows nothing, and needs no tqdm, unless `visible`. The extra `progress` installs tqdm.
+    """
+    if not visible:
+        yield lambda _: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, unit=unit, bar_format=BAR_FORMAT) as bar:
+        yield bar.update

@@ -1,7 +1,7 @@
-"""Private names of PyTorch, and what surrounds a call; those of the engine are in `taylor`.
+"""Private names and error texts of PyTorch; the engine's are in `taylor._torch`.
 
-PyTorch keeps no private name stable. `tests/test_torch_internals.py` has tests of those that could
-change in silence, with the versions that have them; where one fails, this file is what to change.
+PyTorch keeps neither stable. `tests/test_torch_internals.py` has tests of those that could change
+in silence, with the versions that have them; where one fails, this file is what to change.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,6 +26,21 @@ MODULE_HOOK = BackwardHookFunction  # around the inputs and outputs of a module 
 COMPILED_PART = "_compiled_call_impl"  # the attribute of a module that .compile() sets
 ANY_CHECKPOINT = ("_checkpoint_hook", "_recomputation_hook")  # hooks that save tensors
 
+# Substrings that identify PyTorch errors. NOT_TWICE: an operator without a second derivative in
+# reverse mode.
+NOT_TWICE = ("derivative for aten::", "derivative for '", "@once_diff", "not differentiable with")
+NO_FORWARD = "use forward AD with"  # an operator without a forward derivative
+NO_GRAPH = (
+    "does not require grad and does not have a grad_fn"  # a gradient taken inside the network
+)
+REENTRANT_CHECKPOINT = "compatible with .grad()"
+HOOKS_IN_TRANSFORM = "saved tensor hooks"  # such as a checkpoint's, under torch.func
+DOUBLE_BACKWARD_OF_COMPILED = "does not currently support double backward"
+CHANGED_SINCE = "modified by an inplace operation"
+LOST_ATTRIBUTE = "Backward' object has no attribute"  # a custom Function that dropped it
+IN_SCRIPT = "TorchScript interpreter"  # raised inside a function of torch.jit
+DEVICE_ERROR_TEXT = ("CUDA", "CUBLAS", "cuDNN", "CUDNN", "HIP error", "out of memory")
+
 _C: Any = torch._C
 _autograd: Any = torch.autograd
 
@@ -41,13 +56,13 @@ def differentiated() -> bool:
 
 
 def _transforms() -> list[Any]:
-    """The types of the transforms of torch.func around this call."""
+    """The types of the torch.func transforms around this call."""
     stack = _C._functorch.get_interpreter_stack() if in_functorch() else None
-    return [each.key() for each in stack or ()]
+    return [interpreter.key() for interpreter in stack or ()]
 
 
 def surroundings() -> tuple[Any, ...]:
-    """The transforms, modes, saved-tensor hooks and profiler of the user's around this call."""
+    """The user's transforms, modes, saved-tensor hooks and profiler around this call."""
     return (
         tuple(_transforms()),
         tuple(map(type, _get_current_function_mode_stack())),
@@ -58,7 +73,7 @@ def surroundings() -> tuple[Any, ...]:
 
 
 def graph_nodes(tensors: Iterable[Tensor], point: Tensor | None = None) -> Iterator[Any]:
-    """Every node of the autograd graphs of tensors, once; not that of a point, nor behind it."""
+    """Yield every node of the tensors' autograd graphs once, up to the node of `point`."""
     nodes = [tensor.grad_fn for tensor in tensors]
     seen = set() if point is None else {gradient_node(point)}
     while nodes:
@@ -70,16 +85,16 @@ def graph_nodes(tensors: Iterable[Tensor], point: Tensor | None = None) -> Itera
 
 
 def gradient_node(tensor: Tensor) -> Any:
-    """The node of an autograd graph that is given the gradient of a tensor."""
+    """The autograd node that receives the gradient of a tensor."""
     return _autograd.graph.get_gradient_edge(tensor).node
 
 
 def custom_function(node: object) -> type | None:
-    """The torch.autograd.Function of a node in an autograd graph; None for PyTorch's own nodes."""
+    """The torch.autograd.Function of an autograd node; None for PyTorch's own nodes."""
     return getattr(type(node), "_forward_cls", None)
 
 
 def has_graph(gradient: Tensor) -> bool:
-    """Whether a gradient can be differentiated again: not that of a once_differentiable one."""
+    """Whether a gradient can be differentiated again; once_differentiable ones cannot."""
     node = gradient.grad_fn
     return gradient.requires_grad and (node is None or node.name() != DELAYED_ERROR)

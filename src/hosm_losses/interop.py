@@ -1,6 +1,6 @@
-"""ScoreModels from the objects that users of other projects hold, none of which is imported.
+"""ScoreModels from the objects of other projects, none of which is imported.
 
-Each function reads the attributes that it needs, and an error names the one that is missing.
+Each function reads the attributes it needs, and an error names the one that is missing.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosm_losses._checks import check_flag, check_number, describe_value
+from hosm_losses._checks import check_flag, check_number, describe_value, error_message
 from hosm_losses.model import Prediction, ScoreModel
 from hosm_losses.schedules import (
     DiscreteSchedule,
@@ -23,7 +23,7 @@ from hosm_losses.schedules import (
     step_labels,
 )
 
-# Each project's names of what its networks predict, and ours.
+# Each project's names of predictions, and ours.
 OBJECTIVES: dict[str, Prediction] = {
     "pred_noise": "epsilon",
     "pred_x0": "sample",
@@ -35,22 +35,19 @@ PREDICTION_TYPES: dict[str, Prediction] = {
     "v_prediction": "v_prediction",
 }
 MEAN_TYPES: dict[str, Prediction] = {"EPSILON": "epsilon", "START_X": "sample"}
-ZERO = (0.0, 2.0**-24)  # the second is what diffusers writes in the place of the first
+ZERO = (0.0, 2.0**-24)  # diffusers writes the second in place of the first
 BUILD = "For another object, build a ScoreModel with its schedule and prediction."
 # Models of diffusers under flow matching that multiply by the number of timesteps themselves.
 TAKE_FRACTIONS = ("Flux", "Chroma", "QwenImage", "AuraFlow", "LongCatImage", "OvisImage", "Krea2")
 TAKE_FRACTIONS += ("BriaFibo2", "PRX")
-# And those whose pipelines turn the sign of the velocity, or the time.
+# Models whose pipelines negate the velocity or reverse the time.
 REVERSED = ("Lumina", "ZImage", "NucleusMoE", "HiDream", "Ideogram4")
-# It computes in the dtype of its timestep. UNets may look up theirs, a whole one, in a table.
+# A model that computes in the dtype of its timestep. UNets may look up an integer in a table.
 TAKES_ITS_DTYPE_FROM_T = "HunyuanDiT"
 WRAPPED = ("_orig_mod", "module", "base_model", "model")  # in torch.compile, DDP and PEFT
-TURNED = "model: expected one that is given the noise level and predicts noise less data; got {}, "
-TURNED += "which turns one. Write ScoreModel(model, LinearFlowSchedule(), 'flow_prediction', ...)."
-DISCRETE = (
-    "continuous: expected True, for a network trained in continuous time; got False{}. One "
-    "trained on sde.N discrete steps is given their numbers as labels: "
-)
+FLOW = "one that is given the noise level and predicts noise less data"
+WRITE_FLOW = "Write ScoreModel(model, LinearFlowSchedule(), 'flow_prediction', ...)."
+LABELS = "A network trained on sde.N discrete steps is given their numbers as labels: "
 DISCRETE_VP = "ScoreModel(model, DiscreteSchedule(sde.alphas_cumprod)), whose t is the label."
 DISCRETE_VE = (
     "ScoreModel(model, VESchedule(sigma_min=sde.sigma_min, sigma_max=sde.sigma_max), 'score', "
@@ -62,10 +59,10 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
     """Return the ScoreModel of a diffusers model, with the scheduler's table and prediction type.
 
     Schedulers with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) become a
-    DiscreteSchedule: t is the timestep, integer in training, between two of them in the
-    likelihood; a HunyuanDiT is given it in the dtype of x. x is what the model is given: for Euler
-    that is `scheduler.scale_model_input` of its sample. A flow-matching scheduler, or one with
-    `use_flow_sigmas` and "flow_prediction" as UniPC may be, becomes a LinearFlowSchedule: t is its
+    DiscreteSchedule: t is the timestep, an integer in training and fractional in the likelihood; a
+    HunyuanDiT is given it in the dtype of x. x is the model's input: for Euler that is
+    `scheduler.scale_model_input` of its sample. A flow-matching scheduler, or one with
+    `use_flow_sigmas` and "flow_prediction" such as UniPC, becomes a LinearFlowSchedule: t is its
     sigma, and the model is given t · num_train_timesteps; Flux, QwenImage, AuraFlow and others are
     given t, as by their pipelines. A scheduler's shift only says which times are drawn: draw them
     yourself and pass t. With timestep_type="continuous" and "v_prediction" the model is given
@@ -79,10 +76,10 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
     Raises:
         TypeError: for a model that is no nn.Module, such as a pipeline, or a scheduler that is
-            neither of the two.
+            neither of the two or has no prediction type.
         ValueError: for zero terminal SNR, an unknown prediction type, one other than
-            "flow_prediction" with `use_flow_sigmas`, or a model as Lumina2 and ZImage, which are
-            given 1 - t and predict data less noise.
+            "flow_prediction" with `use_flow_sigmas`, or a model such as Lumina2 and ZImage, which
+            are given 1 - t and predict data less noise.
 
     Example:
         A pipeline holds both parts::
@@ -92,12 +89,12 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
             loss = third_order_dsm(model, images, weighting="native")
     """
     if not isinstance(model, nn.Module):  # a pipeline, perhaps
-        expected = "model: expected an nn.Module, such as pipeline.unet or pipeline.transformer"
-        raise TypeError(f"{expected}; got {describe_value(model)}.")
-    own = getattr(model, "config", None)
-    inputs, outputs = (getattr(own, f"{end}_channels", None) for end in ("in", "out"))
+        expected = "an nn.Module, such as pipeline.unet or pipeline.transformer"
+        raise TypeError(error_message("model", expected, model))
+    of_model = getattr(model, "config", None)
+    inputs, outputs = (getattr(of_model, f"{end}_channels", None) for end in ("in", "out"))
     learned = inputs is not None and outputs == 2 * inputs
-    learned |= bool(getattr(own, "learn_sigma", False))  # which says it where no channels do
+    learned |= bool(getattr(of_model, "learn_sigma", False))  # where no channels say so
     names = _class_names(model)
     like_x = any(name.startswith(TAKES_ITS_DTYPE_FROM_T) for name in names)
     options = dict[str, Any](
@@ -109,13 +106,16 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
         where = "scheduler.config.num_train_timesteps"
         factor = getattr(config, "num_train_timesteps", None)
         factor = check_number(where, factor, "a number above 0", above=0)
-        turned = getattr(config, "invert_sigmas", False)
-        for name in ["invert_sigmas=True"] * turned + [n for n in names if n.startswith(REVERSED)]:
-            raise ValueError(TURNED.format(name))
-        factor = 1.0 if any(each.startswith(TAKE_FRACTIONS) for each in names) else factor
+        reversed_by = [name for name in names if name.startswith(REVERSED)]
+        if getattr(config, "invert_sigmas", False):
+            reversed_by.insert(0, "invert_sigmas=True")
+        if reversed_by:
+            got = f"{reversed_by[0]}, which reverses one of these"
+            raise ValueError(error_message("model", FLOW, model, WRITE_FLOW, got=got))
+        factor = 1.0 if any(name.startswith(TAKE_FRACTIONS) for name in names) else factor
         return ScoreModel(model, LinearFlowSchedule(), "flow_prediction", time=factor, **options)
-    expected = "scheduler: expected one with {}, such as DDPMScheduler, or a flow-matching one"
-    check_has(scheduler, expected, "alphas_cumprod")
+    expected = "one with {}, such as DDPMScheduler, or a flow-matching one"
+    check_has("scheduler", scheduler, expected, "alphas_cumprod")
     kind = getattr(config, "prediction_type", None)
     prediction = our_prediction(kind, PREDICTION_TYPES, "scheduler.config.prediction_type")
     schedule = table_schedule(scheduler, "scheduler")
@@ -125,27 +125,28 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
 
 def _class_names(model: nn.Module) -> list[str]:
-    """The names of the classes of a module, and of one in a wrapper."""
+    """The names of the classes of a module and, if it is a wrapper, of those inside."""
     names, modules = list[str](), [model]
     for module in modules:  # which grows
         names += [kind.__name__ for kind in type(module).__mro__]
         inside = (module._modules.get(name) for name in WRAPPED)
-        modules += [each for each in inside if each is not None]
+        modules += [wrapped for wrapped in inside if wrapped is not None]
     return names
 
 
 def _samples_a_flow(scheduler: Any, config: Any) -> bool:
-    """Whether a scheduler with a table goes along alpha = 1 - sigma, and not along the table."""
+    """Whether a scheduler with a table samples along alpha = 1 - sigma instead of the table."""
     if not (getattr(config, "use_flow_sigmas", False) and hasattr(scheduler, "alphas_cumprod")):
         return False
     if (kind := getattr(config, "prediction_type", None)) == "flow_prediction":
         return True
-    raise ValueError(
-        "scheduler.config: expected prediction_type='flow_prediction' with use_flow_sigmas=True; "
-        f"got {kind!r}. It samples along alpha = 1 - sigma, not by its table "
-        "alphas_cumprod. Set use_flow_sigmas=False for a model trained with the table, or write "
+    expected = "prediction_type='flow_prediction' with use_flow_sigmas=True"
+    remedy = (
+        "It samples along alpha = 1 - sigma, not by its table alphas_cumprod. Set "
+        "use_flow_sigmas=False for a model trained with the table, or write "
         "ScoreModel(model, LinearFlowSchedule(), ...) for one trained with the flow."
     )
+    raise ValueError(error_message("scheduler.config", expected, kind, remedy))
 
 
 def _quarter_of_log_sigma_hat(schedule: DiscreteSchedule, t: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ def _quarter_of_log_sigma_hat(schedule: DiscreteSchedule, t: Tensor) -> Tensor:
 
 
 def _by_name(model: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
-    return model(x, timestep=t, **kwargs)  # not every model takes it in the second place
+    return model(x, timestep=t, **kwargs)  # not every model has it as the second argument
 
 
 def _by_name_like_x(model: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
@@ -175,11 +176,11 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
     `diffusion.normalize(images)` to the losses and to `ode_nll`. The project's own loss is the
     first term here; with min_snr_loss_weight give the weighting min(SNR, min_snr_gamma)/SNR, for
     any objective. The network is `diffusion.model`, so the project's Trainer, optimizer and EMA
-    hold its parameters. The one of `classifier_free_guidance` drops classes at every call, as in
-    the project's loss, none after `.eval()`. The variance of a LearnedGaussianDiffusion is unused.
+    hold its parameters. That of `classifier_free_guidance` drops classes at every call, as in the
+    project's loss, but none after `.eval()`. The variance of a LearnedGaussianDiffusion is unused.
 
     Raises:
-        TypeError: for an object that is no GaussianDiffusion.
+        TypeError: for an object that is not a GaussianDiffusion.
         ValueError: for self-conditioning, an unknown objective, or zero terminal SNR.
 
     Example:
@@ -190,13 +191,14 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
             loss = third_order_dsm(model, diffusion.normalize(images))
     """
     names = ("model", "objective", "alphas_cumprod")
-    check_has(diffusion, "diffusion: expected a GaussianDiffusion with {}", *names)
+    check_has("diffusion", diffusion, "a GaussianDiffusion with {}", *names)
     if getattr(diffusion, "self_condition", False):
-        raise ValueError(
-            "diffusion: expected a network without self-conditioning; got self_condition=True. "
+        remedy = (
             "Its prediction depends on an earlier one, so it has no score that could be matched "
             "or integrated: build the Unet with self_condition=False."
         )
+        expected, got = "a network without self-conditioning", "self_condition=True"
+        raise ValueError(error_message("diffusion", expected, diffusion, remedy, got=got))
     schedule = table_schedule(diffusion, "diffusion")
     prediction = our_prediction(diffusion.objective, OBJECTIVES, "diffusion.objective")
     network = diffusion.model
@@ -208,8 +210,8 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
 
 
 def _call_dropping_classes(network: Any, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-    kept = {} if getattr(network, "training", True) else {"cond_drop_prob": 0.0}
-    return network(x, t, **kept | kwargs)
+    drop_none = {} if getattr(network, "training", True) else {"cond_drop_prob": 0.0}
+    return network(x, t, **drop_none | kwargs)
 
 
 def from_edm(net: Any) -> ScoreModel:
@@ -233,9 +235,9 @@ def from_edm(net: Any) -> ScoreModel:
         >>> from_edm(net).schedule.t_max
         80.0
     """
-    expected = "net: expected an EDM network with {}, such as EDMPrecond"
-    advice = "For another denoiser D(x, sigma): ScoreModel(net, EDMSchedule(), 'sample')."
-    check_has(net, expected, "sigma_min", "sigma_max", advice=advice)
+    expected = "an EDM network with {}, such as EDMPrecond"
+    remedy = "For another denoiser D(x, sigma): ScoreModel(net, EDMSchedule(), 'sample')."
+    check_has("net", net, expected, "sigma_min", "sigma_max", remedy=remedy)
     low = max(float(net.sigma_min), EDMSchedule.t_min)
     high = min(float(net.sigma_max), EDMSchedule.t_max)
     return ScoreModel(net, EDMSchedule(t_min=low, t_max=high), "sample")
@@ -244,11 +246,11 @@ def from_edm(net: Any) -> ScoreModel:
 def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     """Return the ScoreModel of a model and its GaussianDiffusion or SpacedDiffusion.
 
-    t is an index of the diffusion's own table, and the model is given what the project gives it:
-    the step before respacing, between two indices the one with that noise; times 1000 over its
-    number of steps with rescale_timesteps. Class labels go into `model_kwargs` as y. Of a model
-    that learns its variance the first half of the channels is used. The project's own checkpoint,
-    which its attention calls as well, has to be replaced above order one.
+    t is an index of the diffusion's own table. The model is given the step before respacing, as in
+    the project, and between two indices the step with that noise; with rescale_timesteps it is
+    multiplied by 1000 over the number of steps. Class labels go into `model_kwargs` as y. If the
+    model learns its variance, the first half of its channels is used. Above order one the
+    project's own checkpoint, which its attention calls as well, has to be replaced.
 
     Raises:
         TypeError: for a diffusion that is neither.
@@ -262,7 +264,7 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
             loss = third_order_dsm(model, images, model_kwargs={"y": classes})
     """
     names = ("alphas_cumprod", "model_mean_type", "model_var_type")
-    check_has(diffusion, "diffusion: expected a GaussianDiffusion with {}", *names)
+    check_has("diffusion", diffusion, "a GaussianDiffusion with {}", *names)
     schedule = table_schedule(diffusion, "diffusion")
     kind = getattr(diffusion.model_mean_type, "name", None)
     prediction = our_prediction(kind, MEAN_TYPES, "diffusion.model_mean_type")
@@ -280,15 +282,15 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
     """Return the ScoreModel of a network trained in continuous time; t runs from 1e-5 to 1.
 
     Under VPSDE and subVPSDE the network predicts the noise and is given 999 t. Under VESDE it
-    predicts the score and is given σ(t). Of the DataParallel that `create_model` returns
-    orders two and three take the network inside, `model.module`.
+    predicts the score and is given σ(t). `create_model` returns a DataParallel: give orders two
+    and three the network inside it, `model.module`.
 
     Args:
         model: the network, model(x, labels).
         sde: a VPSDE, subVPSDE or VESDE, told apart by their attributes.
         continuous: what `config.training.continuous` says. A network trained with False, except
             under subVPSDE, is given step numbers: it is refused, and the error says what to write
-            instead. The configuration that a network keeps, as NCSN++ does, is checked as well.
+            instead. The configuration that a network stores, as NCSN++ does, is checked as well.
 
     Raises:
         TypeError: for another SDE, by its attributes or its `marginal_prob`.
@@ -306,10 +308,10 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
         _refuse_discrete(model, continuous, DISCRETE_VE)
         exploding = VESchedule(sigma_min=float(sde.sigma_min), sigma_max=float(sde.sigma_max))
         return ScoreModel(model, _check_marginal(exploding, sde), "score", time=exploding.sigma)
-    expected = "sde: expected a VPSDE or subVPSDE with {}, a VESDE with sigma_min, sigma_max"
-    check_has(sde, expected, "beta_0", "beta_1")
+    expected = "a VPSDE or subVPSDE with {}, a VESDE with sigma_min, sigma_max"
+    check_has("sde", sde, expected, "beta_0", "beta_1")
     kind = SubVPSchedule
-    # VPSDE has the discrete betas of DDPM beside the continuous ones; subVPSDE has not.
+    # VPSDE has DDPM's discrete betas besides the continuous ones; subVPSDE does not.
     if hasattr(sde, "discrete_betas"):
         _refuse_discrete(model, continuous, DISCRETE_VP)
         kind = VPSchedule
@@ -318,67 +320,72 @@ def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> Sc
 
 
 def _refuse_discrete(model: nn.Module, continuous: bool, advice: str) -> None:
-    """Raise ValueError where the caller or the network says that it was trained on steps."""
+    """Raise ValueError if the caller or the network says that it was trained on steps."""
     config = getattr(getattr(model, "module", model), "config", None)
-    kept = getattr(getattr(config, "training", None), "continuous", True)
-    if not (continuous and kept):
-        where = " in model.config.training" if continuous else ""
-        raise ValueError(DISCRETE.format(where) + advice)
+    configured = getattr(getattr(config, "training", None), "continuous", True)
+    if not (continuous and configured):
+        got = "False in model.config.training" if continuous else "False"
+        expected = "True, for a network trained in continuous time"
+        raise ValueError(error_message("continuous", expected, False, LABELS + advice, got=got))
 
 
 def _check_marginal(schedule: Schedule, sde: Any) -> Schedule:
-    """The schedule; TypeError if the SDE says another α and σ than those of its attributes."""
+    """Return the schedule; TypeError if the SDE's `marginal_prob` has another α and σ."""
     if marginal := getattr(sde, "marginal_prob", None):
         t = torch.tensor([0.3], dtype=torch.float64, device="cpu")
         # One number at one time, which may be data of any dimension.
-        own = torch.cat([part.flatten().to(t) for part in marginal(torch.ones_like(t), t)])
-        if not torch.allclose(own, torch.cat(schedule(t)), rtol=1e-3):
-            expected = f"sde: expected the marginal_prob(x, t) of {schedule}"
-            raise TypeError(f"{expected}; got {describe_value(sde)}, with another. {BUILD}")
+        alpha_sigma = torch.cat([part.flatten().to(t) for part in marginal(torch.ones_like(t), t)])
+        if not torch.allclose(alpha_sigma, torch.cat(schedule(t)), rtol=1e-3):
+            expected = f"the marginal_prob(x, t) of {schedule}"
+            got = f"{describe_value(sde)}, with another"
+            raise TypeError(error_message("sde", expected, sde, BUILD, got=got))
     return schedule
 
 
-def check_has(value: object, expected: str, *names: str, advice: str = BUILD) -> None:
-    """Raise TypeError unless a foreign object has these attributes, each named in `expected`."""
-    for name in names:
-        if getattr(value, name, None) is None:
-            raise TypeError(f"{expected.format(name)}; got {describe_value(value)}. {advice}")
+def check_has(
+    name: str, value: object, expected: str, *attributes: str, remedy: str = BUILD
+) -> None:
+    """Raise TypeError unless a foreign object has these attributes, which fill in `expected`."""
+    for attribute in attributes:
+        if getattr(value, attribute, None) is None:
+            raise TypeError(error_message(name, expected.format(attribute), value, remedy))
 
 
 def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
-    """The schedule of the table ᾱ of a foreign object of this name; ValueError if it ends at 0."""
+    """The schedule of a foreign object's table ᾱ; ValueError if it ends at 0."""
     where, kind = f"{name}.alphas_cumprod", getattr(owner.alphas_cumprod, "dtype", None)
     table = torch.as_tensor(owner.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
     zero = table.ndim == 1 and len(table) > 0 and float(table[-1]) in ZERO
     if (sigma := getattr(owner, "sqrt_one_minus_alphas_cumprod", None)) is not None:
-        # Where both are kept in float32 it has the digits that 1 − ᾱ has lost at the first steps.
+        # Where both are in float32 it has the digits that 1 − ᾱ has lost at the first steps.
         table = table / (table + torch.as_tensor(sigma).detach().to(table).square())
     if getattr(kind, "itemsize", 8) < 4 and (zero or bool((table.diff() >= 0).any())):
-        raise ValueError(
-            f"{where}: expected a table that falls to above 0; got one in {kind}, which rounds "
-            "neighbours to one number and the smallest to 0. Make the ScoreModel before .half() "
-            f"or .to({kind}) of what has the table, or convert its network alone."
+        expected = "a table that falls to above 0"
+        got = f"one in {kind}, which rounds neighbours to one number and the smallest to 0"
+        remedy = (
+            f"Make the ScoreModel before .half() or .to({kind}) of the {name}, or convert its "
+            "network alone."
         )
+        raise ValueError(error_message(where, expected, table, remedy, got=got))
     if zero:
-        raise ValueError(
-            f"{where}: expected a table that ends above 0; got one that ends at "
-            f"{float(owner.alphas_cumprod[-1]):g} (zero terminal SNR), where sigma/alpha has no "
-            "finite value. Cut it and say the rest yourself: ScoreModel(network, "
-            f"DiscreteSchedule({where}[:-1]), prediction=..., ...)."
+        got = f"one that ends at {float(owner.alphas_cumprod[-1]):g} (zero terminal SNR)"
+        remedy = (
+            "There sigma/alpha has no finite value. Leave the last entry out and wrap the network "
+            f"yourself: ScoreModel(network, DiscreteSchedule({where}[:-1]), prediction=..., ...)."
         )
+        raise ValueError(error_message(where, "a table that ends above 0", table, remedy, got=got))
     return DiscreteSchedule(table)
 
 
 def our_prediction(value: object, names: Mapping[str, Prediction], where: str) -> Prediction:
-    """Our name of the foreign prediction type that stands at `where`; ValueError for another."""
+    """Translate the prediction type of another project, which stands at `where`."""
     if isinstance(value, str) and value in names:
         return names[value]
-    raise ValueError(
-        f"{where}: expected one of {', '.join(map(repr, names))}; got {describe_value(value)}. "
-        "Build a ScoreModel with the prediction it stands for, or convert its output."
-    )
+    remedy = "Build a ScoreModel with the prediction it stands for, or convert its output."
+    kind = ValueError if isinstance(value, str) else TypeError
+    raise kind(error_message(where, f"one of {', '.join(map(repr, names))}", value, remedy))
 
 
 def first_half(returned: Tensor) -> Tensor:
-    """The prediction of a network that returns a variance as well, in as many channels more."""
+    """The prediction of a network that returns as many channels again for a variance."""
     return returned.chunk(2, 1)[0]

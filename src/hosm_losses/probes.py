@@ -1,6 +1,6 @@
 r"""Random directions v with E[v vᵀ] = I.
 
-What:
+Estimates:
     E[vᵀ A v] = tr A and E‖A v‖² = ‖A‖²_F: matrix-vector products in place of a Jacobian.
 
 Formula:
@@ -35,12 +35,14 @@ from hosm_losses._checks import (
     check_choice,
     check_number,
     check_whole,
+    error_message,
     generator_kwargs,
 )
 
-CHUNK_ELEMENTS = 2**22  # of unit vectors at a time
+CHUNK_ELEMENTS = 2**22  # elements of unit vectors in one chunk
 Distribution = Literal["rademacher", "gaussian", "sphere", "dct"]
-# Bytes. A loss holds several tensors of this size, and the network many: no device has the memory.
+# In bytes. A loss holds several tensors of this size and the network many, for which no device has
+# the memory.
 LARGEST_UNITS = 16 * 2**30
 
 
@@ -104,12 +106,13 @@ class Hutchinson:
         count: K, the number of independent probes per sample, at least 1.
         distribution: "rademacher" (random signs), "gaussian", "sphere" (uniform, of radius √d) or
             "dct" (random signs in the cosine basis, with less variance for images).
-        mode: of likelihoods alone, how a divergence is taken: "reverse", by passes back, which
-            costs least; or "forward", along the evaluation, which keeps no activations. A loss
-            refuses "forward": it has `engine`.
+        mode: how a likelihood computes divergences: "reverse", by vector-Jacobian products, which
+            costs least; or "forward", by derivatives along the evaluation, which stores no
+            activations. Losses refuse "forward": they have `engine`.
 
     Raises:
-        ValueError: for a count that is no whole number of at least 1, or another name.
+        TypeError: if the count is not a whole number, or a name not a string.
+        ValueError: if the count is below 1, or a name unknown.
 
     Example:
         >>> Hutchinson(4, "dct")
@@ -130,16 +133,17 @@ class Hutchinson:
 class ToStandardError:
     """As many random probes as each sample needs for a standard error of its likelihood.
 
-    Four pilot probes at each node of a fixed grid fix how many more are drawn there, up to all
-    unit vectors. The pilots are not in the answer, which is unbiased.
+    Four pilot probes at each node of a fixed grid determine how many more are drawn there, up to
+    all unit vectors. The pilots do not enter the estimate, which is unbiased.
 
     Args:
-        nats: the standard error of a sample, in nats, on average over samples. That of a single
-            sample may be above it, as pilots only estimate a variance; the result has it.
+        nats: the standard error of a sample, in nats, on average over samples. A single sample's
+            may be larger, as pilots only estimate a variance; the result reports it.
         distribution: as in `Hutchinson`.
 
     Raises:
-        ValueError: for nats that are no positive number, or another distribution.
+        TypeError: if `nats` is not a number, or the distribution not a string.
+        ValueError: if `nats` is not positive and finite, or the distribution unknown.
 
     Example:
         >>> ToStandardError(0.1)
@@ -161,8 +165,9 @@ class ToStandardError:
 class Paired:
     """Random probes whose estimates are multiplied in pairs, not squared.
 
-    A square of a noisy estimate is too large by its variance; a product of two independent ones is
-    unbiased. The terms have the mean of `probes="exact"`, and may be negative for single samples.
+    The square of a noisy estimate is too large by its variance; the product of two independent
+    estimates is unbiased. The terms have the mean of `probes="exact"`, and may be negative for
+    single samples.
 
     Args:
         count: K, the number of independent probes per sample, at least 2: the estimates of the
@@ -170,7 +175,8 @@ class Paired:
         distribution: as in `Hutchinson`.
 
     Raises:
-        ValueError: for a count that is no whole number of at least 2, or another distribution.
+        TypeError: if the count is not a whole number, or the distribution not a string.
+        ValueError: if the count is below 2, or the distribution unknown.
 
     Example:
         >>> Paired()
@@ -191,10 +197,10 @@ def draw_probes(
     distribution: str = "rademacher",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw K = `count` independent probes (K, B, *) for a batch (B, *), like it in all else.
+    """Draw K = `count` independent probes (K, B, *) for a batch (B, *), of its dtype and device.
 
-    E[v vᵀ] = I over the elements of a sample. A ValueError for a distribution of another name or
-    a count below 1. The generator is the global one of the device if None.
+    E[v vᵀ] = I over the elements of a sample. The generator is the global one of the device if
+    None.
     """
     check_choice("distribution", distribution, DISTRIBUTIONS)
     count = check_whole("probes", count, 1)
@@ -204,23 +210,25 @@ def draw_probes(
 def unit_vectors(like: Tensor) -> Tensor:
     """All d unit vectors as probes (d, B, *), with which a SUM over probes is exact.
 
-    A ValueError where they alone would take more than 16 GiB.
+    Raises ValueError if they alone would take more than 16 GiB.
     """
     d = like[0].numel()
     size = d * like.numel() * like.element_size()
     if size > LARGEST_UNITS:
-        raise ValueError(
-            f"probes: expected a number of probes for samples of d = {d} elements; got 'exact', "
-            f"which evaluates the network on all d unit vectors at once, {size / 2**30:.0f} GiB "
-            f"for a batch of {len(like)} before anything is computed with them. Use probes=2 or "
-            "so; the likelihood has divergence='exact', in chunks."
+        expected = f"a number of probes for samples of d = {d} elements"
+        got = (
+            f"'exact', which evaluates the network on all d unit vectors at once, "
+            f"{size / 2**30:.0f} GiB for a batch of {len(like)} before anything is computed with "
+            "them"
         )
+        remedy = "Use probes=2 or so; the likelihood has divergence='exact', in chunks."
+        raise ValueError(error_message("probes", expected, like, remedy, got=got))
     (units,) = unit_vector_chunks(like, d)
     return units
 
 
 def unit_vector_chunks(like: Tensor, size: int | None = None) -> Iterator[Tensor]:
-    """The d unit vectors as probes (k, B, *), k up to `size`, each chunk made when it is due.
+    """Yield the d unit vectors as probes (k, B, *), k up to `size`.
 
     By default a chunk has up to CHUNK_ELEMENTS elements.
     """

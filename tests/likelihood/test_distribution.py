@@ -143,8 +143,8 @@ def test_importance_sampling_with_the_density_apart_from_the_samples():
     ("options", "error", "told"),
     [
         ({"event_shape": (0,)}, ValueError, "event_shape: expected a whole number"),
-        ({"batch_shape": (2.5,)}, ValueError, "batch_shape: expected a whole number"),
-        ({"divergence": None}, ValueError, "divergence: expected"),
+        ({"batch_shape": (2.5,)}, TypeError, "batch_shape: expected a whole number"),
+        ({"divergence": None}, TypeError, "divergence: expected"),
         ({"solver": "dopri5"}, TypeError, "solver: expected FixedGrid"),
         ({"model_kwargs": [1]}, TypeError, "model_kwargs: expected a mapping"),
         (

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from hosm_losses import _torch_errors
 from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError
 from hosm_losses.taylor import CHECKPOINT_ADVICE, ScriptedError, check_unchanged
@@ -61,10 +60,10 @@ SCRIPTED_FUNCTION = (
 )
 EXPLAINED = (CheckpointError, RuntimeError, AttributeError)
 REMEDIES = {
-    _torch_errors.REENTRANT_CHECKPOINT: REENTRANT,
-    _torch_errors.DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
-    _torch_errors.CHANGED_SINCE: CHANGED,
-    _torch_errors.LOST_ATTRIBUTE: LOST_TWICE,
+    internals.REENTRANT_CHECKPOINT: REENTRANT,
+    internals.DOUBLE_BACKWARD_OF_COMPILED: COMPILED,
+    internals.CHANGED_SINCE: CHANGED,
+    internals.LOST_ATTRIBUTE: LOST_TWICE,
 }
 
 
@@ -83,7 +82,7 @@ def explain(error: Exception) -> None:
 
 def refuse_scripted(engine: str, error: Exception) -> None:
     """Raise ScriptedError if a function of torch.jit caused an error of the taylor engine."""
-    if engine == "taylor" and _torch_errors.IN_SCRIPT in str(error):
+    if engine == "taylor" and internals.IN_SCRIPT in str(error):
         raise ScriptedError(SCRIPTED_FUNCTION) from error
 
 

@@ -22,8 +22,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hosm_losses._checks import DerivativeError, warn
-from hosm_losses._torch_errors import DEVICE_ERROR_TEXT, NO_FORWARD, NO_GRAPH, NOT_TWICE
-from hosm_losses._torch_internals import is_traced, surroundings, versions
+from hosm_losses._torch_internals import (
+    DEVICE_ERROR_TEXT,
+    NO_FORWARD,
+    NO_GRAPH,
+    NOT_TWICE,
+    is_traced,
+    surroundings,
+    versions,
+)
 from hosm_losses.derivatives import engines
 from hosm_losses.derivatives.backward import DroppedGraphError, refuse_scripted
 from hosm_losses.derivatives.engines import Cotangent, Derivatives, Network, Products

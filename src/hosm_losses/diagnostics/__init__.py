@@ -1,11 +1,10 @@
-"""Whether a model is wrapped and differentiated right, and how far its ODE is from its SDE.
+"""Checks of how a model is wrapped and differentiated, and the gap between its ODE and its SDE.
 
-- `gap`: `likelihood_gap`, the errors of all orders by noise level, and both
-  likelihoods.
+- `gap`: `likelihood_gap`, the errors of all orders by noise level, and both likelihoods.
 - `wrapping`: `check_wrapping`, which measures a trained network as if it were wrapped otherwise.
 - `check`: `check_derivatives`, and the remedies.
-- `values`: what has to hold of values before derivatives mean anything.
-- `differences`: the faults looked for, derivatives that disagree with differences, and jumps.
+- `values`: conditions on values without which derivatives mean nothing.
+- `differences`: comparison of derivatives with differences, and search for jumps.
 - `localize`: the module at fault.
 """
 

@@ -1,15 +1,14 @@
 """A start-up check that the derivatives of a network are right.
 
-An operator may have wrong higher derivatives in silence: a custom autograd.Function whose backward
-drops the graph, a kernel whose forward derivative drops the parameters, a detach. A copy of the
-network is compared with differences of its values. Never the loss, whose detached parts make its
-gradient another number than its slope.
+An operator may have wrong higher derivatives without an error: a custom autograd.Function whose
+backward drops the graph, a kernel whose forward derivative drops the parameters, a detach. The
+derivatives of a copy of the network are compared with differences of its values. The loss itself
+cannot be checked so: its detached parts make its gradient differ from its slope.
 """
 
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from hosm_losses._checks import (
     check_choice,
     check_model_kwargs,
     check_sample_batch,
+    check_whole,
     describe_value,
     error_message,
 )
@@ -29,8 +29,8 @@ from hosm_losses.diagnostics.differences import NOT_FINITE, TOLERANCE, Agreement
 from hosm_losses.diagnostics.localize import (
     NO_DERIVATIVE,
     attempt,
-    culprit,
     custom_functions,
+    find_culprit,
     record_calls,
 )
 from hosm_losses.diagnostics.values import check_samples, check_values
@@ -72,7 +72,7 @@ FUSED = (
     "Fused attention kernels have no second derivative: switch to the package's plain attention, "
     "or to torch's scaled_dot_product_attention, which is then taken over."
 )
-# By a part of the name of a Function, in lower case.
+# By a substring of a Function's name in lower case.
 REMEDIES = {
     "checkpoint": (
         "This activation checkpoint recomputes outside the graph, so that second derivatives are "
@@ -93,12 +93,12 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class DerivativeReport:
-    """What `check_derivatives` found to be right; it prints as a verdict.
+    """The result of `check_derivatives`, orders and engine that are right; it prints as a verdict.
 
     Attributes:
         orders: the orders whose values and derivatives are right, (1, 2) or (1, 2, 3).
         engine: the engine that a loss of the last of them takes, "taylor" or "reverse".
-        advice: sentences about what was not seen, or costs time.
+        advice: sentences about what was not checked, or costs time.
     """
 
     orders: tuple[int, ...]
@@ -138,9 +138,9 @@ def check_derivatives(
     In float32 the derivatives of the whole network may be off by 1 %, in float64 by 1e-6; check a
     float64 copy to find smaller faults. The page on derivatives says what it cannot see.
 
-    It works on a copy of the network, and random numbers are forked, so that all stays as it was.
-    Of a network that is no nn.Module the derivatives in x alone are checked. Call it once before
-    training, on a small batch, on one device.
+    It works on a copy of the network and forks the random number generators, so that nothing
+    changes. If the network is not an nn.Module, only derivatives in x are checked. Call it once
+    before training, on a small batch, on one device.
 
     Args:
         model: the score model, in the mode it will be trained in.
@@ -155,9 +155,9 @@ def check_derivatives(
 
     Raises:
         DerivativeError: for what is listed above, or where a derivative cannot be taken at all.
-        TypeError: for tensors, containers and other objects of a wrong type, half precision
-            (check a float32 copy), or a wrapped network (DataParallel: give model.module).
-        ValueError: for a wrong value, shape, device, name or number, also one of a wrong type.
+        TypeError: if an argument has the wrong type, in half precision (check a float32 copy), or
+            for a wrapped network (DataParallel: give model.module).
+        ValueError: if an argument has an invalid shape, device, name or value.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -174,7 +174,7 @@ def check_derivatives(
         network: expected derivatives that agree with differen
     """
     check_model(model)
-    if not isinstance(order, Integral) or order not in (2, 3):
+    if check_whole("order", order, 2) > 3:
         raise ValueError(error_message("order", "2 or 3", order))
     check_choice("engine", engine, ENGINES)
     check_sample_batch("x0", x0)
@@ -183,7 +183,7 @@ def check_derivatives(
         raise TypeError(error_message("x0", expected, x0, "Check a float32 copy of the network."))
     refuse_wrapped(model.network)
     times = _spread_times(model, x0) if t is None else check_time(model, x0, t)
-    given = check_model_kwargs(model_kwargs)
+    kwargs = check_model_kwargs(model_kwargs)
     device = x0.device
     devices = [] if device.type == "cpu" else [device]
     with (
@@ -192,15 +192,15 @@ def check_derivatives(
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
     ):
-        own, x = _copy_model(model), leave_inference_mode(x0.detach())
-        given = map_tensors(given, lambda tensor: tensor.detach().clone())
-        field = bind_model(own, len(times), given, times)
-        precision = check_values(field, x)
-        check_samples(field, x, precision)
+        copied, x = _copy_model(model), leave_inference_mode(x0.detach())
+        kwargs = map_tensors(kwargs, lambda tensor: tensor.detach().clone())
+        bound = bind_model(copied, len(times), kwargs, times)
+        precision = check_values(bound, x)
+        check_samples(bound, x, precision)
         checks = [kind(int(order), engine, precision) for kind in (Smoothness, Agreement)]
-        rounded = [_check(each, field, x) for each in checks]
+        rounded = [_check(check, bound, x) for check in checks]
         advice = [ROUNDING] if any(rounded) else []
-        return _report(own.network, int(order), engine, precision, len(x), advice)
+        return _report(copied.network, int(order), engine, precision, len(x), advice)
 
 
 def _report(
@@ -211,13 +211,13 @@ def _report(
     samples: int,
     advice: list[str],
 ) -> DerivativeReport:
-    why = refusal(network, order) if engine == "auto" else None
+    reason = refusal(network, order) if engine == "auto" else None
     if engine == "auto":
-        engine = "taylor" if why is None else "reverse"
-    if why is not None:
+        engine = "taylor" if reason is None else "reverse"
+    if reason is not None:
         advice.append(
-            f"The engine 'taylor' cannot differentiate it ({why.rstrip('.')}): reverse mode takes "
-            "its place, which is slower, and third='laplacian' is an error."
+            f"The engine 'taylor' cannot differentiate it ({reason.rstrip('.')}): reverse mode "
+            "takes its place, which is slower, and third='laplacian' is an error."
         )
     if samples < 2:
         advice.append("One sample sees no others: check two.")
@@ -230,30 +230,30 @@ def _report(
 
 def _copy_model(model: ScoreModel) -> ScoreModel:
     try:
-        # Of a function that refers to modules too, which copy.deepcopy refuses.
-        own = model._deep_copy({})
+        # copy.deepcopy itself refuses a function, which may refer to modules.
+        copied = model._deep_copy({})
     except Exception as error:
-        sharded = any(type(each).__name__ == "DTensor" for each in model.parameters())
+        sharded = any(type(p).__name__ == "DTensor" for p in model.parameters())
         remedy = UNSHARD if sharded else "Check it in a fresh process before its first call."
-        raise TypeError(
-            "network: expected one that copy.deepcopy can copy, so that yours stays as it is; got "
-            f"{describe_value(model.network)}, which says: {str(error).splitlines()[0]}. {remedy}"
-        ) from error
-    if not isinstance(own.network, nn.Module) and own.network is model.network:
-        # A function has no copy, and what is remembered of this one is not to stay.
-        own.network = functools.partial(own.network)
-    return own
+        expected = "one that copy.deepcopy can copy, so that yours stays as it is"
+        got = f"{describe_value(model.network)}, which says: {str(error).splitlines()[0]}"
+        text = error_message("network", expected, model.network, remedy, got=got)
+        raise TypeError(text) from error
+    if not isinstance(copied.network, nn.Module) and copied.network is model.network:
+        # A function has no copy, but what is remembered of this one must not outlive the check.
+        copied.network = functools.partial(copied.network)
+    return copied
 
 
 def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
-    """Raise an error that names the innermost module with the fault.
+    """Raise an error that names the innermost module with a fault.
 
-    Return whether there is one that a float64 copy does not have.
+    Return whether the network has a fault that its float64 copy does not have.
     """
-    # What the losses differentiate: the network alone, without the part of x in a prediction.
+    # As the losses do: the network alone is differentiated, without the part of x in a prediction.
     field: Network = bound
     fault = attempt(check, field, x)
-    # In float32 a Function at fault may be too small a part of the whole to be seen in it.
+    # In float32 a faulty Function may be too small a part of the network to show in its output.
     opaque = fault is None and isinstance(check, Agreement) and check.precision == torch.float32
     if fault is None and not (opaque and custom_functions(field, x)):
         return False
@@ -261,39 +261,40 @@ def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
     missing = fault is None or fault.startswith(NO_DERIVATIVE)
     if not missing and _right_in_float64(check, bound, x):
         return True
-    mended: Network = replace(bound, primitives="all")
-    found = culprit(check, record_calls(bound, x), primitives, opaque)
-    if found is not None:
-        field, fault = found
-        where, x, mended = field.call.where, field.x, replace(field, primitives=True)
+    with_primitives: Network = replace(bound, primitives="all")
+    culprit = find_culprit(check, record_calls(bound, x), primitives, opaque)
+    if culprit is not None:
+        field, fault = culprit
+        where, x, with_primitives = field.call.where, field.x, replace(field, primitives=True)
     elif opaque:
         return False
     if isinstance(check, Smoothness):
         expected, advice = f"a smooth function of x, for order {check.order}", SMOOTH
     else:
         expected = "derivatives that agree with differences"
-        if not primitives and attempt(check, mended, x) is None:
+        if not primitives and attempt(check, with_primitives, x) is None:
             advice = "Leave primitives=True in ScoreModel, which replaces such operators."
         elif fault is not None and fault.endswith(NOT_FINITE):
             advice = FINITE
         else:
             advice = _remedy(custom_functions(field, x))
-    raise DerivativeError(f"network: expected {expected}; got {fault}, in {where}. {advice}")
+    got = f"{fault}, in {where}"
+    raise DerivativeError(error_message("network", expected, field, advice, got=got))
 
 
-def _right_in_float64(check: Check, field: BoundModel, x: Tensor) -> bool:
+def _right_in_float64(check: Check, bound: BoundModel, x: Tensor) -> bool:
     """Whether a network in float32 has no fault in float64."""
     if check.precision != torch.float32 or not isinstance(check, Agreement):
         return False
-    if custom_functions(field, x):  # whose kernels may be others there
+    if custom_functions(bound, x):  # which may have other kernels in float64
         return False
 
     def wide(tensor: Tensor) -> Tensor:
         return tensor.double() if tensor.is_floating_point() else tensor
 
-    model = field.model._deep_copy({}).double()
-    kwargs = map_tensors(field.kwargs, wide)
-    copied = replace(field, model=model, t=wide(field.t), kwargs=kwargs)
+    model = bound.model._deep_copy({}).double()
+    kwargs = map_tensors(bound.kwargs, wide)
+    copied = replace(bound, model=model, t=wide(bound.t), kwargs=kwargs)
     return attempt(replace(check, precision=torch.float64), copied, wide(x)) is None
 
 
@@ -301,15 +302,15 @@ def _remedy(functions: list[str]) -> str:
     """The advice for a fault in a graph with custom autograd.Functions of these names."""
     if not functions:
         return GENERAL
-    told = dict.fromkeys(  # each advice once
-        next((advice for part, advice in REMEDIES.items() if part in name.lower()), CUSTOM)
+    remedies = dict.fromkeys(  # without repetition
+        next((remedy for part, remedy in REMEDIES.items() if part in name.lower()), CUSTOM)
         for name in functions
     )
-    return f"In its graph: {', '.join(functions)}. {' '.join(told)} Otherwise: {GENERAL}"
+    return f"In its graph: {', '.join(functions)}. {' '.join(remedies)} Otherwise: {GENERAL}"
 
 
 def _spread_times(model: ScoreModel, x0: Tensor) -> Tensor:
-    """Times (B,) evenly spread in log σ̂, away from both ends; of a table whole indices."""
+    """Times (B,) evenly spread in log σ̂, away from both ends; whole indices of a table."""
     low, high = model.schedule.log_sigma_hat_range
     place = (torch.arange(len(x0), dtype=x0.dtype, device=x0.device) + 1) / (len(x0) + 1)
     return model.schedule._training_time(low + (high - low) * (0.3 + 0.5 * place))

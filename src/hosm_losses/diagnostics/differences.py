@@ -1,4 +1,4 @@
-r"""What may be wrong with a field: derivatives that disagree with its values, or jumps.
+r"""Faults of a field: derivatives that disagree with differences of its values, or jumps.
 
 Formula:
     `Agreement` compares ⟨D, b⟩ with a difference of ⟨f, b⟩ along w, ⟨G, c⟩ with one of ⟨w, D⟩
@@ -11,7 +11,7 @@ Formula:
     term of third order trains nothing. A line on which something is missing is halved, always
     towards the half where the trapezoidal rule misses more: the same over any distance h if p
     jumps, ∝ h if p′ jumps, ∝ h³ if neither has a kink. So the search ends at a jump, with one
-    evaluation a halving. There the bend |p(m) − (p(a) + p(b))/2|, m between a and b, stays half
+    evaluation per halving. There the bend |p(m) − (p(a) + p(b))/2|, m between a and b, stays half
     the jump. Elsewhere it is ∝ h², or ∝ h at a kink of p. So |x|³ passes: G has a kink, which is
     differentiated once, and nothing is missed.
 
@@ -32,29 +32,30 @@ from torch import Tensor, nn
 from hosm_losses.derivatives import Network, derive, find_jumps, gradients
 
 NOT_FINITE = "that is not finite"
-# By the precision in which the network works: the relative error that counts as wrong, and the
-# step, relative to the size of what is varied.
+# By the network's precision: the relative error that counts as wrong, and the step relative to
+# the size of what is varied.
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 STEP = {torch.float32: 3e-3, torch.float64: 3e-4}
-# What steps are divided by. Between the last ones hardly a unit of a ReLU network has its kink, at
-# which a difference of a derivative that jumps says nothing; in float32 they would be rounding.
+# Divisors of the steps. Across a kink of a ReLU unit the difference of a derivative, which jumps,
+# says nothing; within the last steps hardly a unit has one. In float32 they would be rounding.
 SHRINKS = {torch.float32: (1, 4, 16), torch.float64: (1, 4, 16, 2**12, 2**16)}
 DRAWS = 3
-# Sizes of the ways in x that are tried where x is smaller.
+# Sizes of directions in x that are tried in addition if x is smaller.
 LONGER = (1e-3, 1e-2, 1e-1, 1.0)
 NAMES = ("value", "directional derivative", "gradient of the quadratic form")
-# What jumps, by the derivative of f that does.
+# Faults by the derivative of f that jumps.
 JUMPS = ("values that jump", "a first derivative that jumps", "a second derivative that jumps")
-# Of the lines, in sizes of x.
+# Lengths of the lines, in sizes of x.
 LENGTHS = (1, 1, 2, 4)
 # Where a line is evaluated, and the weights of all but its ends.
 _PLACES, _WEIGHTS = np.polynomial.legendre.leggauss(5)
 NODES, WEIGHTS = (-0.5, *(_PLACES / 2).tolist(), 0.5), _WEIGHTS / 2
 HALVINGS = {torch.float32: 14, torch.float64: 24}
-# Of the change, what may be missing over all lines, and on one of them be missing or a bend. Of
-# the largest of three bends, what is left by the next at a jump.
+# SHARE: the fraction of the change that may be missing over all lines. SMOOTH: the fraction that
+# may be missing, or a bend, on one line. HALF: the least fraction of the largest of three bends
+# that the next bend has at a jump.
 SHARE, SMOOTH, HALF = 0.01, 1e-3, 0.5
-# Of what is tolerated, what rounding can be.
+# Rounding as a fraction of the tolerance.
 ROUNDING = 1e-3
 
 # (p₀, p₁, p₂) at s.
@@ -63,34 +64,34 @@ Line = Callable[[float], np.ndarray]
 
 @dataclass(frozen=True)
 class Check:
-    """A search for one kind of fault in a field, by the precision in which the network works."""
+    """Base class of a search for one kind of fault in a field."""
 
     order: int
     engine: str
     precision: torch.dtype
 
     def find(self, field: Network, x: Tensor) -> str | None:
-        """Say what is wrong, or None."""
+        """Describe the fault; None if there is none."""
         raise NotImplementedError
 
     def derived(self, field: Network, x: Tensor, w: Tensor) -> list[Tensor]:
-        """f, D and at order three G at x along w, each (B, *), with the generators started."""
+        """f, D and at order three G at x along w, (B, *), after seeding the generators."""
         reseed(x)
         parts = derive(field, x, w[None], order=self.order, engine=self.engine)
         return [part[0] for part in parts if part is not None]
 
 
 class Agreement(Check):
-    """A comparison of a field's derivatives with differences."""
+    """Comparison of a field's derivatives with differences."""
 
     def find(self, field: Network, x: Tensor) -> str | None:
-        """Say what disagrees however small the step, or None."""
+        """Name the derivative that disagrees at every step size; None if all agree."""
         fault = None
-        # Next to an x that is small against what the field is curved over, differences of values
-        # are their rounding: longer ways in x, up to 1, leave it behind.
+        # If x is small against the length over which the field curves, differences of values are
+        # rounding errors: longer directions in x, up to 1, exceed them.
         size = size_of(x)
         scales = [size, *(scale for scale in LONGER if scale > size)]
-        # A curved field needs a smaller step; what is wrong agrees with a difference of none.
+        # A curved field needs a smaller step; a wrong derivative agrees at no step.
         for scale, shrink in product(scales, SHRINKS[self.precision]):
             fault = self._disagreement(field, x, scale, STEP[self.precision] / shrink)
             if fault is None:
@@ -99,13 +100,13 @@ class Agreement(Check):
 
     def _disagreement(self, field: Network, x: Tensor, scale: float, step: float) -> str | None:
         varied, randn = _varied(field, x), random_like(x, seed=0)
-        # Its own direction in every draw: along one of them a derivative may happen to vanish.
+        # A new direction in every draw: along one of them a derivative may happen to vanish.
         draws = [self._numbers(field, varied, randn, scale, step) for _ in range(DRAWS)]
         analytic, numeric = torch.tensor(draws, dtype=torch.float64, device="cpu").unbind(1)
         size = torch.maximum(analytic.norm(dim=0), numeric.norm(dim=0))
         errors = (analytic - numeric).norm(dim=0) / size.where(size != 0, 1)
-        own = NAMES[: self.order]
-        names = (*own[1:], *(f"the gradient of the {name}" for name in own))
+        parts = NAMES[: self.order]
+        names = (*parts[1:], *(f"the gradient of the {name}" for name in parts))
         for name, error in zip(names, errors.tolist(), strict=True):
             if not error <= TOLERANCE[self.precision]:
                 return f"{name} " + (
@@ -125,30 +126,34 @@ class Agreement(Check):
         x = varied[0]
         w = scale * randn(x)
         covectors = [randn(x) for _ in range(self.order)]
-        ways = [scale * randn(x), *(size_of(v) * randn(v) for v in varied[1:])]
+        directions = [scale * randn(x), *(size_of(v) * randn(v) for v in varied[1:])]
         modules = field.owner.modules() if isinstance(field.owner, nn.Module) else ()
-        tables = [each for each in modules if isinstance(each, nn.Embedding | nn.EmbeddingBag)]
-        for table, (tensor, way) in product(tables, zip(varied, ways, strict=True)):
+        tables = [m for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        for table, (tensor, direction) in product(tables, zip(varied, directions, strict=True)):
             # The row of a padding index has no gradient, by definition.
             if tensor is table.weight and table.padding_idx is not None:
-                way[table.padding_idx] = 0
+                direction[table.padding_idx] = 0
 
-        # Before the differences, which write to what the graph has saved.
-        found, grads = self._slopes(field, varied, w, covectors)
+        # Before the differences, which write to tensors that the graph has saved.
+        forms, gradients_of_forms = self._slopes(field, varied, w, covectors)
         slopes = [
-            sum(float((grad * way).sum()) for grad, way in zip(each, ways, strict=True))
-            for each in grads
+            sum(
+                float((g * direction).sum())
+                for g, direction in zip(grads, directions, strict=True)
+            )
+            for grads in gradients_of_forms
         ]
-        # A value needs no primitives, which torch's own checkpoint could not recompute.
+        # Values need no primitives, which torch's own checkpoint could not recompute.
         along_w = _difference(lambda: field.native(x), [x], [w], step)
         references = [(along_w * covectors[1]).sum()]
         if self.order == 3:
             c = scale * covectors[2]
             along_c = _difference(lambda: self.derived(field, x, w)[1], [x], [c], step)
             references.append((along_c * w).sum() / scale)
-        forms = _difference(lambda: self._forms(field, x, w, covectors), varied, ways, step)
-        references.extend(forms)
-        return [*found[1:].tolist(), *slopes], [float(each) for each in references]
+        references.extend(
+            _difference(lambda: self._forms(field, x, w, covectors), varied, directions, step)
+        )
+        return [*forms[1:].tolist(), *slopes], [float(reference) for reference in references]
 
     def _forms(self, field: Network, x: Tensor, w: Tensor, covectors: Sequence[Tensor]) -> Tensor:
         """⟨f, a⟩, ⟨D, b⟩ and ⟨G, c⟩."""
@@ -158,36 +163,39 @@ class Agreement(Check):
     def _slopes(
         self, field: Network, varied: Sequence[Tensor], w: Tensor, covectors: Sequence[Tensor]
     ) -> tuple[Tensor, list[list[Tensor]]]:
-        """The forms, and the gradients of each in what is varied."""
+        """The forms, and the gradient of each form in every varied tensor."""
         x = varied[0]
-        found = self._forms(field, x, w, covectors)
-        # In x, and as in training, where x asks for no gradient, in the parameters.
-        trained = self._forms(field, x.detach(), w, covectors)
-        return found, [
-            [*gradients(one, varied[:1]), *gradients(other, varied[1:])]
-            for one, other in zip(found, trained, strict=True)
+        forms = self._forms(field, x, w, covectors)
+        # As in training x requires no gradient where those in the parameters are computed.
+        in_training = self._forms(field, x.detach(), w, covectors)
+        return forms, [
+            [*gradients(form, varied[:1]), *gradients(trained, varied[1:])]
+            for form, trained in zip(forms, in_training, strict=True)
         ]
 
 
 def _varied(field: Network, x: Tensor) -> list[Tensor]:
-    """A copy of x that asks for a gradient, and the parameters that are trained."""
+    """A copy of x that requires a gradient, and the parameters that are trained."""
     owner = field.owner
-    # Those of a network that is no Module nobody knows.
+    # The parameters of a network that is not a Module are unknown.
     parameters = owner.parameters() if isinstance(owner, nn.Module) else ()
     trained = [p for p in parameters if p.requires_grad and p.is_floating_point()]
     return [x.detach().clone().requires_grad_(), *trained]
 
 
 def _difference(
-    function: Callable[[], Tensor], varied: Sequence[Tensor], ways: Sequence[Tensor], step: float
+    function: Callable[[], Tensor],
+    varied: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    step: float,
 ) -> Tensor:
-    """Derivative of a function along `ways` of the tensors `varied`, left as they were."""
+    """Difference quotient of a function of `varied`, which it restores, along `directions`."""
     start = [v.detach().clone() for v in varied]
 
     @torch.no_grad()
     def move(steps: int) -> None:
-        for v, origin, way in zip(varied, start, ways, strict=True):
-            v.copy_(origin + steps * step * way)
+        for v, origin, direction in zip(varied, start, directions, strict=True):
+            v.copy_(origin + steps * step * direction)
 
     values: list[Tensor] = []
     for steps, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
@@ -199,21 +207,21 @@ def _difference(
 
 
 class Smoothness(Check):
-    """A search for jumps: in values, in first derivatives, and at order three in second ones."""
+    """Search for jumps in values, in first derivatives, and at order three in second ones."""
 
     def find(self, field: Network, x: Tensor) -> str | None:
-        """Say what jumps, or None."""
-        _, told = find_jumps(field, x.detach().clone().requires_grad_(), self.order)
-        if told is not None:
-            return told
+        """Name what jumps; None if nothing does."""
+        _, fault = find_jumps(field, x.detach().clone().requires_grad_(), self.order)
+        if fault is not None:
+            return fault
         randn = random_like(x, seed=3)
         lines = [self._line(field, x, length * size_of(x) * randn(x)) for length in LENGTHS]
         rules = [_integrate(line) for line in lines]
         missing, change, size = np.sum(rules, axis=0)
-        lost = missing > np.maximum(SHARE * change, TOLERANCE[self.precision] * size)
-        wanted = (lost[0], lost[1], self.order == 3)
+        misses = missing > np.maximum(SHARE * change, TOLERANCE[self.precision] * size)
+        searched = (misses[0], misses[1], self.order == 3)
         for lower, candidates in ((0, (0,)), (1, (1, 2))):
-            levels = [level for level in candidates if wanted[level]]
+            levels = [level for level in candidates if searched[level]]
             # Along one line two jumps may cancel.
             for line, rule in zip(lines, rules, strict=True) if levels else ():
                 level = self._jump(line, lower, levels, rule)
@@ -231,31 +239,31 @@ class Smoothness(Check):
         return line
 
     def _jump(self, line: Line, lower: int, levels: Sequence[int], rule: np.ndarray) -> int | None:
-        """The first of these levels that jumps, where the rule for p[lower] misses most."""
+        """The first of `levels` that jumps, searched where the rule for p[lower] misses most."""
         missing, change, size = rule
         least = np.maximum(SMOOTH * change, ROUNDING * TOLERANCE[self.precision] * size)
         if missing[lower] <= least[lower]:
             return None
 
-        def lost(part: tuple[float, float]) -> float:
+        def error(part: tuple[float, float]) -> float:
             start, end = map(line, part)
             integral = (part[1] - part[0]) / 2 * (start + end)[lower + 1]
             return abs(float((end - start)[lower] - integral))
 
-        part, bends = max(pairwise(NODES), key=lost), list[np.ndarray]()
+        part, bends = max(pairwise(NODES), key=error), list[np.ndarray]()
         for _ in range(HALVINGS[self.precision]):
             low, high = part
             middle = (low + high) / 2
             bends.append(np.abs(line(middle) - (line(low) + line(high)) / 2))
-            if lost(part) <= least[lower] and (bends[-1] <= least)[levels].all():
+            if error(part) <= least[lower] and (bends[-1] <= least)[levels].all():
                 return None
-            part = max((low, middle), (middle, high), key=lost)
+            part = max((low, middle), (middle, high), key=error)
         jumps = bends[-1] > np.maximum(least, HALF * np.max(bends[-4:-1], axis=0))
         return next((level for level in levels if jumps[level]), None)
 
 
 def _integrate(line: Line) -> np.ndarray:
-    """Of each p: what Gauss and Legendre's rule for p′ misses, the change, and the largest |p|."""
+    """For every p: what Gauss and Legendre's rule for p′ misses, the change, the largest |p|."""
     nodes = np.array([line(s) for s in NODES])
     missing, change = np.zeros(3), np.ptp(nodes, axis=0)
     missing[:2] = np.abs((nodes[-1] - nodes[0])[:2] - WEIGHTS @ nodes[1:-1, 1:])
@@ -272,7 +280,7 @@ def random_like(x: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
 
 
 def reseed(x: Tensor, seed: int = 0) -> None:
-    """Start the generators that a network draws from on the device of x; no other device's."""
+    """Seed the generators that a network draws from on the device of x, but no other device's."""
     torch.default_generator.manual_seed(seed)
     if x.is_cuda:
         with torch.cuda.device(x.device):
@@ -282,6 +290,6 @@ def reseed(x: Tensor, seed: int = 0) -> None:
 
 
 def size_of(tensor: Tensor) -> float:
-    """Root mean square, or 1 where it vanishes."""
+    """Root mean square; 1 if it vanishes."""
     size = float(tensor.detach().double().square().mean().sqrt())
     return size if size > 0 else 1.0

@@ -2,13 +2,13 @@ r"""The gap between the likelihood of a model's SDE and that of its ODE, by nois
 
 Formula, at x_t = α x₀ + σ ε, with f = σ s of the model, f* of the reference, u = log σ̂, and
 p = p_t^ODE the density of the model's own ODE:
-    first        E‖f − f*‖²                           what order one makes small
-    trace        E (tr A − tr A*)², A = σ ∂f/∂x       order two
-    second       E‖A − A*‖²_F                         order two
-    third        E‖σ² ∇∇·f − σ² ∇∇·f*‖²               order three
-    rate         E a², a = tr A − tr A* + (f − f*)·f*  what the ODE's log-density feels
+    first        E‖f − f*‖²                            reduced by order one
+    trace        E (tr A − tr A*)², A = σ ∂f/∂x        by order two
+    second       E‖A − A*‖²_F                          by order two
+    third        E‖σ² ∇∇·f − σ² ∇∇·f*‖²                by order three
+    rate         E a², a = tr A − tr A* + (f − f*)·f*  error in the rate of the ODE's log-density
     fisher       E‖σ ∇log p − f*‖²
-    own score    E‖σ ∇log p − f‖²                     how far the ODE's score is from the model's
+    own score    E‖σ ∇log p − f‖²                      between the ODE's score and the model's
 
     J_SM = ∫ first du,   J_Fisher = ∫ fisher du,   J_ODE = ∫ E (f − f*)·(σ ∇log p − f*) du
     KL(q₀ ‖ p₀) − KL(q_T ‖ p_T) = J_ODE ≤ √(J_SM J_Fisher) for the ODE, and at most J_SM for the
@@ -39,9 +39,9 @@ from hosm_losses._checks import (
     check_whole,
     error_message,
     expand_right,
+    progress_bar,
     sum_elements,
 )
-from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import leave_inference_mode, outside_inference_mode
 from hosm_losses.derivatives import NetworkState, gradients
 from hosm_losses.likelihood import FixedGrid, ode_nll, variational_nll
@@ -68,16 +68,16 @@ class GapEstimate:
     samples: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GapReport:
-    """What `likelihood_gap` found; it prints as a table.
+    """The result of `likelihood_gap`; it prints as a table.
 
     Attributes:
         log_sigma_hat: the nodes u.
         curves: by name, an estimate at every node.
-        numbers: by name, in nats.
+        numbers: by name, estimates in nats.
         evaluations: how often the network was evaluated for each sample.
-        samples: the number of samples that were given.
+        samples: the number of samples, failed ones included.
 
     Without a reference, or with ode_score=False, some curves and numbers are absent.
     """
@@ -89,8 +89,14 @@ class GapReport:
     samples: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as dicts, lists and numbers, for JSON."""
+        """Return all fields as dicts, lists and numbers, for JSON."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        """The numbers, without the curves."""
+        numbers = "".join(f", {name} {number.value:.4g}" for name, number in self.numbers.items())
+        levels = len(self.log_sigma_hat)
+        return f"GapReport({self.samples} samples, {levels} noise levels{numbers})"
 
     def __str__(self) -> str:
         """The curves at the nodes, then the numbers."""
@@ -99,9 +105,9 @@ class GapReport:
             cells = "".join(f"{curve[row].value:12.4g}" for curve in self.curves.values())
             lines.append(f"{level:12.3f}{cells}")
         for name, number in self.numbers.items():
-            left_out = self.samples - number.samples
-            told = f"; failed and left out: {left_out}" if left_out else ""
-            lines.append(f"{name}: {number.value:.4f} ± {number.error:.4f} nats{told}")
+            failed = self.samples - number.samples
+            note = f"; failed and left out: {failed}" if failed else ""
+            lines.append(f"{name}: {number.value:.4f} ± {number.error:.4f} nats{note}")
         return "\n".join(lines)
 
 
@@ -119,17 +125,18 @@ def likelihood_gap(
 ) -> GapReport:
     """Measure how far a model's ODE is from its SDE in likelihood, and which order is at fault.
 
-    All derivatives are exact, with d directions: for small d. A sample whose path failed is left
-    out where it is needed, and counted. Call `model.eval()` first if the network has dropout or
-    batch norm; its buffers stay as they were. The cost for each sample is in
-    `evaluations`; the gradients of the ODE's density, most of it, hold a graph of steps + 10
-    evaluations.
+    All derivatives are exact, along d directions, so d should be small. A sample whose path failed
+    is left out of the means that need it, and counted. Call `model.eval()` first if the network
+    has dropout or batch norm; its buffers stay as they were. The cost per sample is in
+    `evaluations`; most of it is the gradient of the ODE's density, which stores a graph of
+    steps + 10 evaluations.
 
     Args:
         model: the score model.
         x0: clean data (B, *).
         reference: the true score as a `ScoreModel`, atoms (N, *) that all data is made of, or a
-            better model, of which the curves are then differences. Without one some cannot be had.
+            better model, to which the curves are then differences. Without a reference some curves
+            and numbers are absent.
         nodes: noise levels, 2 or more.
         steps: of `ode_nll`.
         ode_score: whether the score of the ODE's own density is computed.
@@ -139,11 +146,11 @@ def likelihood_gap(
 
     Returns:
         The report. `ode nll` and `sde bound` are those of x0, both corrected for the start at
-        t_min. `solver error of ode nll` is what more steps would change of it, estimated.
+        t_min. `solver error of ode nll` estimates how much more steps would change it.
 
     Raises:
-        TypeError: for tensors, containers, flags and other objects of a wrong type or dtype.
-        ValueError: for a wrong shape, device or number, also one of a wrong type.
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if an argument has an invalid shape, device or value.
         DerivativeError: where the derivatives of a network cannot be taken.
 
     Example:
@@ -168,43 +175,43 @@ def likelihood_gap(
     truth = _reference(reference, model.schedule, data)
     low, high = model.schedule.log_sigma_hat_range
     places, weights = np.polynomial.legendre.leggauss(count)
-    levels = [low + (high - low) * (place + 1) / 2 for place in places]
+    levels = [low + (high - low) * (place + 1) / 2 for place in places.tolist()]
     options: dict[str, Any] = {"model_kwargs": kwargs, "generator": source}
     exact: dict[str, Any] = {"solver": FixedGrid(steps), "divergence": "exact", "clean": True}
     before = NetworkState(model.network, data)
     with ExitStack() as stack:
         stack.callback(before.restore, generators=False)
         stack.enter_context(outside_inference_mode())
-        done = stack.enter_context(progress_bar(progress, count, "node"))
-        found: list[dict[str, Tensor]] = []
+        advance = stack.enter_context(progress_bar(progress, count, "node"))
+        at_nodes: list[dict[str, Tensor]] = []
         for level in levels:
             x, t = _perturb(model.schedule, data, level, source)
             score = _ode_score(model, x, t, steps, kwargs) if ode_score else None
-            found.append(at_node(model, truth, x, t, score, kwargs))
-            done(1)
+            at_nodes.append(at_node(model, truth, x, t, score, kwargs))
+            advance(1)
         solved = ode_nll(model, data, **exact, **options)
         bound = variational_nll(model, data, **options).nll
     difference = bound - solved.nll
-    lost = ~torch.isfinite(difference)  # the same samples for all of them
+    nonfinite = ~torch.isfinite(difference)  # the same samples for all of them
     numbers = {
-        "ode nll": solved.nll.masked_fill(lost, math.nan),
-        "sde bound": bound.masked_fill(lost, math.nan),
+        "ode nll": solved.nll.masked_fill(nonfinite, math.nan),
+        "sde bound": bound.masked_fill(nonfinite, math.nan),
         "sde bound less ode nll": difference,
-        "solver error of ode nll": solved.solver_error.masked_fill(lost, math.nan),
+        "solver error of ode nll": solved.solver_error.masked_fill(nonfinite, math.nan),
     }
-    widths = (high - low) / 2 * weights
+    widths, curves = (high - low) / 2 * weights, at_nodes[0].keys()
     for number, curve in INTEGRALS.items():
-        if curve in found[0]:
-            parts = [width * each[curve] for width, each in zip(widths, found, strict=True)]
+        if curve in curves:
+            parts = [width * node[curve] for width, node in zip(widths, at_nodes, strict=True)]
             numbers[number] = torch.stack(parts).sum(0)
-    at_nodes = count * (2 + 2 * data[0].numel())
+    evaluations = count * (2 + 2 * data[0].numel()) + (1 + ode_score * count) * (steps + 10) + 73
     return GapReport(
         log_sigma_hat=levels,
         curves={
-            name: [_mean(each[name]) for each in found] for name in CURVES if name in found[0]
+            curve: [_mean(node[curve]) for node in at_nodes] for curve in CURVES if curve in curves
         },
-        numbers={name: _mean(each) for name, each in numbers.items()},
-        evaluations=at_nodes + (1 + ode_score * count) * (steps + 10) + 73,
+        numbers={name: _mean(values) for name, values in numbers.items()},
+        evaluations=evaluations,
         samples=len(data),
     )
 
@@ -216,7 +223,7 @@ def _perturb(
     t = torch.full((len(data),), level, dtype=torch.float64, device="cpu")
     t = schedule.time(t).to(data.device, torch.promote_types(data.dtype, torch.float32))
     t = schedule.clip(t)
-    alpha, sigma = (expand_right(each, data) for each in schedule(t))
+    alpha, sigma = (expand_right(number, data) for number in schedule(t))
     noise = torch.randn(data.shape, generator=generator, dtype=data.dtype, device=data.device)
     return (alpha * data + sigma * noise).to(data.dtype), t
 
@@ -229,27 +236,27 @@ def at_node(
     score: Tensor | None,
     kwargs: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """What is averaged at x (B, *) and t (B,), each (B,); `score` is σ ∇log p of the ODE."""
+    """The integrands (B,) of all means at x (B, *) and t (B,); `score` is σ ∇log p of the ODE."""
     f, jacobian, third = _orders(model, x, t, kwargs)
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     if score is not None:
-        found["own score"] = _square(score - f)
+        values["own score"] = _square(score - f)
     if truth is None:
-        return found
+        return values
     true, true_jacobian, true_third = _orders(truth, x, t, kwargs)
-    wrong, units = f - true, unit_vectors(x)
-    traces = sum_elements(units * (jacobian - true_jacobian)).sum(0)
-    found |= {
-        "first": _square(wrong),
-        "trace": traces.square(),
-        "second": sum_elements((jacobian - true_jacobian).square()).sum(0),
+    error, jacobian_error = f - true, jacobian - true_jacobian
+    trace_error = sum_elements(unit_vectors(x) * jacobian_error).sum(0)
+    values |= {
+        "first": _square(error),
+        "trace": trace_error.square(),
+        "second": sum_elements(jacobian_error.square()).sum(0),
         "third": _square(third - true_third),
-        "rate": (traces + sum_elements(wrong * true, 1)).square(),
+        "rate": (trace_error + sum_elements(error * true, 1)).square(),
     }
     if score is not None:
-        found["fisher"] = _square(score - true)
-        found["ode"] = sum_elements(wrong * (score - true), 1)
-    return found
+        values["fisher"] = _square(score - true)
+        values["ode"] = sum_elements(error * (score - true), 1)
+    return values
 
 
 def _orders(
@@ -258,9 +265,9 @@ def _orders(
     """f (B, *), σ ∂f/∂x e_i for every unit vector (d, B, *), and σ² ∇∇·f (B, *)."""
     sigma = expand_right(model.coefficients(t, x)[1], x).to(x.dtype)
     with torch.no_grad():
-        field_of = bind_model(model, len(t), kwargs, t)
-        found: Any = field_of.derive(x, sigma * unit_vectors(x), order=3, summed=True)
-    value, directional, third = found
+        bound = bind_model(model, len(t), kwargs, t)
+        derived: Any = bound.derive(x, sigma * unit_vectors(x), order=3, summed=True)
+    value, directional, third = derived
     return value[0], directional, third.sum(0)
 
 
@@ -303,21 +310,20 @@ def _reference(
         raise ValueError(error_message("reference", "atoms of the shape of the data", reference))
 
     def noise(x: Tensor, t: Tensor, **_: Any) -> Tensor:
-        alpha, sigma = (expand_right(each, x).unsqueeze(1) for each in schedule(t))
+        alpha, sigma = (expand_right(number, x).unsqueeze(1) for number in schedule(t))
         noises = (x.unsqueeze(1) - alpha * atoms) / sigma
-        shares = (-0.5 * sum_elements(noises.square())).softmax(1).to(x.dtype)
-        return (expand_right(shares, noises) * noises).sum(1)
+        weights = (-0.5 * sum_elements(noises.square())).softmax(1).to(x.dtype)
+        return (expand_right(weights, noises) * noises).sum(1)
 
     return ScoreModel(noise, schedule)
 
 
-def _same(one: Schedule, other: Schedule) -> bool:
+def _same(a: Schedule, b: Schedule) -> bool:
     """Whether two schedules have the same range, and the same α and σ on it."""
-    if (one.t_min, one.t_max) != (other.t_min, other.t_max):
+    if (a.t_min, a.t_max) != (b.t_min, b.t_max):
         return False
-    t = torch.linspace(one.t_min, one.t_max, 65, dtype=torch.float64, device="cpu")
-    pairs = zip(one(t), other(t), strict=True)
-    return all(torch.allclose(value, same, rtol=1e-6, atol=0.0) for value, same in pairs)
+    t = torch.linspace(a.t_min, a.t_max, 65, dtype=torch.float64, device="cpu")
+    return torch.allclose(torch.cat(a(t)), torch.cat(b(t)), rtol=1e-6, atol=0.0)
 
 
 def _square(difference: Tensor) -> Tensor:
@@ -325,7 +331,7 @@ def _square(difference: Tensor) -> Tensor:
 
 
 def _mean(values: Tensor) -> GapEstimate:
-    good = values.detach().double()
-    good = good[torch.isfinite(good)]
-    error = float(good.std()) / len(good) ** 0.5 if len(good) > 1 else math.nan
-    return GapEstimate(float(good.mean()), error, len(good))
+    values = values.detach().double()
+    values = values[torch.isfinite(values)]
+    error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return GapEstimate(float(values.mean()), error, len(values))

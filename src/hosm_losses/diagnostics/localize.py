@@ -1,9 +1,9 @@
 r"""The part of a network at fault: the innermost module that has the fault alone.
 
 Formula:
-    A module is taken with the arguments that it got in the network. Of whatever it returns,
-    (Σ returned · r) u for fixed random r and u is a field whose D and G hold all first and second
-    derivatives.
+    A module is evaluated with the arguments that it had in the network. For any returned tensors
+    y_k and fixed random r_k and u, x → (Σ_k y_k · r_k) u is a field of the shape of x whose D and
+    G hold all first and second derivatives.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ NO_DERIVATIVE = "no derivative at all"
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its arguments by place or name, and what it returned, all copied."""
+    """One call of a module: its arguments by position or name, and what it returned, copied."""
 
     name: str
     module: nn.Module
@@ -39,23 +39,23 @@ class Call:
         return f"the module {self.name!r} ({type(self.module).__name__})"
 
 
-def evaluate(field: BoundModel, x: Tensor, seed: int = 0) -> Tensor:
-    """What the network predicts at x, without a graph, by PyTorch's own operators."""
+def evaluate(bound: BoundModel, x: Tensor, seed: int = 0) -> Tensor:
+    """The network's prediction at x, without a graph, by PyTorch's own operators."""
     reseed(x, seed)
     with torch.no_grad():
-        return field.native(x.clone()).detach().clone()
+        return bound.native(x.clone()).detach().clone()
 
 
-def record_calls(field: BoundModel, x: Tensor) -> list[Call]:
-    """The calls of the modules inside a network at x, in the order they ended."""
-    network: object = field.model.network
+def record_calls(bound: BoundModel, x: Tensor) -> list[Call]:
+    """Record the calls of a network's modules at x, in the order they ended."""
+    network: object = bound.model.network
     calls: list[Call] = []
     entered: list[dict[int | str, Any]] = []
     handles = []
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*enumerate(args), *kwargs.items()]
-        entered.append({key: _copy(each) for key, each in given})
+        arguments = [*enumerate(args), *kwargs.items()]
+        entered.append({key: _copy(value) for key, value in arguments})
 
     def after(name: str, module: nn.Module, _args: Any, _kwargs: Any, returned: Any) -> None:
         calls.append(Call(name, module, entered.pop(), _copy(returned)))
@@ -65,7 +65,7 @@ def record_calls(field: BoundModel, x: Tensor) -> list[Call]:
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(partial(after, name), with_kwargs=True))
     try:
-        evaluate(field, x)
+        evaluate(bound, x)
     finally:
         for handle in handles:
             handle.remove()
@@ -73,7 +73,7 @@ def record_calls(field: BoundModel, x: Tensor) -> list[Call]:
 
 
 def _copy(value: Any) -> Any:
-    """The value with tensors of its own: a network may write to those that it passed on."""
+    """Copy the tensors of a value, as the network may write to them later."""
     try:
         return map_tensors(value, lambda tensor: tensor.detach().clone())
     except TypeError:
@@ -96,13 +96,13 @@ def attempt(check: Check, field: Network, x: Tensor) -> str | None:
     except Exception as error:
         if isinstance(check, Smoothness):  # a fault for Agreement to find
             return None
-        said = (str(error) or repr(error)).splitlines()[0].replace(ASK_THE_CHECK, "").strip()
-        return f"{NO_DERIVATIVE} ({said})"
+        reason = (str(error) or repr(error)).splitlines()[0].replace(ASK_THE_CHECK, "").strip()
+        return f"{NO_DERIVATIVE} ({reason})"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A module as a field of one of its arguments, with the others as the network gave them."""
+    """A module as a function of one of its arguments, the others as in the network."""
 
     call: Call
     place: int | str
@@ -111,19 +111,19 @@ class Part:
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate the module at x, contracted to the shape of x."""
         arguments = {**self.call.arguments, self.place: x}
-        args = [each for key, each in arguments.items() if isinstance(key, int)]
-        kwargs = {key: each for key, each in arguments.items() if isinstance(key, str)}
+        args = [value for key, value in arguments.items() if isinstance(key, int)]
+        kwargs = {key: value for key, value in arguments.items() if isinstance(key, str)}
         with safe_primitives(self.primitives):
             returned = floats_in(self.call.module(*args, **kwargs))
         randn = random_like(x, seed=1)
         total = x.new_zeros(())
-        for each in returned:
-            total = total + (each * randn(each)).sum().to(x.dtype)
+        for tensor in returned:
+            total = total + (tensor * randn(tensor)).sum().to(x.dtype)
         return total * randn(x)
 
     @property
     def x(self) -> Tensor:
-        """What the network gave at that place."""
+        """The argument as in the network."""
         return self.call.arguments[self.place]
 
     @property
@@ -137,19 +137,19 @@ class Part:
         return replace(self, primitives=False)
 
     def repeat(self, count: int) -> "Part":
-        """Raise: no part is asked for more probes than one."""
+        """Raise NotImplementedError: parts are checked with one probe."""
         raise NotImplementedError(f"a part is checked with one probe; got {count}")
 
 
-def culprit(
+def find_culprit(
     check: Check, calls: Iterable[Call], primitives: bool, opaque: bool
 ) -> tuple[Part, str] | None:
-    """The innermost module that has a fault alone, and the fault.
+    """Return the innermost module that has a fault by itself, and the fault.
 
-    With `opaque` only modules around a custom Function are tried, of a network without a fault as
-    a whole. One that cannot be differentiated alone is then no finding.
+    `opaque` says that the network as a whole shows no fault: only modules around a custom Function
+    are tried then, and a module that cannot be differentiated by itself is not reported.
     """
-    parts = _each_alone(calls, primitives)
+    parts = _parts(calls, primitives)
     for part in _around_functions(parts) if opaque else parts:
         fault = attempt(check, part, part.x)
         if fault is not None and not (opaque and fault.startswith(NO_DERIVATIVE)):
@@ -157,8 +157,8 @@ def culprit(
     return None
 
 
-def _each_alone(calls: Iterable[Call], primitives: bool) -> Iterator[Part]:
-    """Every module with the arguments of its first call, the innermost first."""
+def _parts(calls: Iterable[Call], primitives: bool) -> Iterator[Part]:
+    """Yield every module with the arguments of its first call, the innermost first."""
     first: dict[str, Call] = {}
     for call in calls:
         first.setdefault(call.name, call)
@@ -170,12 +170,12 @@ def _each_alone(calls: Iterable[Call], primitives: bool) -> Iterator[Part]:
 
 
 def _around_functions(parts: Iterable[Part]) -> Iterator[Part]:
-    """The innermost with a custom Function in their graph."""
-    found: set[nn.Module] = set()
+    """Yield the innermost modules with a custom Function in their graph."""
+    seen: set[nn.Module] = set()
     for part in parts:
-        with suppress(Exception):  # some modules cannot be called alone
-            if found.isdisjoint(part.owner.modules()) and custom_functions(part, part.x):
-                found.add(part.owner)
+        with suppress(Exception):  # some modules cannot be called by themselves
+            if seen.isdisjoint(part.owner.modules()) and custom_functions(part, part.x):
+                seen.add(part.owner)
                 yield part
 
 
@@ -184,4 +184,4 @@ def custom_functions(field: Network, x: Tensor) -> list[str]:
     reseed(x)
     value = field.native(x.detach().clone().requires_grad_())
     functions = [custom_function(node) for node in graph_nodes([value])]
-    return list(dict.fromkeys(each.__name__ for each in functions if each is not None))
+    return list(dict.fromkeys(kind.__name__ for kind in functions if kind is not None))

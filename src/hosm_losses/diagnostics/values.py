@@ -1,15 +1,17 @@
-"""What has to hold of a network's values before its derivatives can be compared with differences.
+"""Conditions on a network's values, without which its derivatives cannot be checked.
 
-The output is finite and depends on the arguments and the seed alone. Every sample is treated
-alone: one is kept and the others, with their times, are replaced, so that the batch keeps its size
-and dropout its mask. Then the samples are permuted, and one of them repeated in the place of all,
-with all that is taken to belong to them: a set that they share is the same when permuted. It is
-not done if the network draws random numbers, which go by place.
+- The output is finite and depends on the arguments and the seed alone.
+- Every sample is treated alone. The test replaces all samples but one, with their times, so that
+  the batch size and a dropout mask stay the same.
+- Outputs follow their samples. The test permutes the samples, or repeats one of them, with all
+  tensors that are taken to belong to them; repetition is needed because a set that all samples
+  share is the same when permuted. It is left out if the network draws random numbers, which belong
+  to places in the batch.
 """
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from itertools import combinations, islice
+from itertools import chain, combinations, islice
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from hosm_losses.diagnostics.differences import TOLERANCE, random_like, reseed, 
 from hosm_losses.diagnostics.localize import evaluate, floats_in, record_calls
 from hosm_losses.model import BoundModel, per_sample
 
-# Of the size of an output, what sums in another order may change.
+# Relative change of an output by sums in another order.
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
 ATTEMPTS = 64
 IN_FLOAT32 = "Check a float32 copy, with its own switches to half precision off."
@@ -32,20 +34,20 @@ ALONE = (
 )
 
 
-def check_values(field: BoundModel, x: Tensor) -> torch.dtype:
-    """Return the precision in which a network works, if its values are finite and determined."""
-    value = evaluate(field, x)
+def check_values(bound: BoundModel, x: Tensor) -> torch.dtype:
+    """Return the precision of a network whose values are finite and deterministic, else raise."""
+    value = evaluate(bound, x)
     bad = int((~torch.isfinite(value)).sum())
     if bad:
-        where = _first_module(field, x, lambda tensor: not bool(torch.isfinite(tensor).all()))
+        where = _first_module(bound, x, lambda tensor: not bool(torch.isfinite(tensor).all()))
         raise DerivativeError(
             f"network: expected finite values; got {bad} NaN or infinite of {value.numel()}, "
             f"first in {where}. Check its weights, and the range of x0, t and model_kwargs."
         )
-    _check_deterministic(field, x)
-    precision = _precision(field, x)
+    _check_deterministic(bound, x)
+    precision = _precision(bound, x)
     if precision not in TOLERANCE:
-        where = _first_module(field, x, lambda tensor: tensor.dtype == precision)
+        where = _first_module(bound, x, lambda tensor: tensor.dtype == precision)
         raise TypeError(
             "network: expected one that works in float32 or float64, in which differences mean "
             f"something; got {precision}, in {where}. {IN_FLOAT32}"
@@ -53,20 +55,20 @@ def check_values(field: BoundModel, x: Tensor) -> torch.dtype:
     return precision
 
 
-def _first_module(field: BoundModel, x: Tensor, has: Callable[[Tensor], bool]) -> str:
+def _first_module(bound: BoundModel, x: Tensor, has: Callable[[Tensor], bool]) -> str:
     """The first module that returns a tensor of which this holds."""
-    for call in record_calls(field, x):
+    for call in record_calls(bound, x):
         if any(map(has, floats_in(call.returned))):
             return call.where
     return "its own forward"
 
 
-def _check_deterministic(field: BoundModel, x: Tensor) -> None:
-    """Raise where the same input, seed and parameters do not give the same output."""
-    network: object = field.model.network
+def _check_deterministic(bound: BoundModel, x: Tensor) -> None:
+    """Raise if the same input, seed and parameters do not give the same output."""
+    network: object = bound.model.network
     buffers = dict(network.named_buffers()) if isinstance(network, nn.Module) else {}
     before = {name: buffer.clone() for name, buffer in buffers.items()}
-    first, second = evaluate(field, x), evaluate(field, x)
+    first, second = evaluate(bound, x), evaluate(bound, x)
     if torch.equal(first, second):
         return
     changed = [name for name, buffer in buffers.items() if not torch.equal(buffer, before[name])]
@@ -99,62 +101,62 @@ class _Dtypes(TorchFunctionMode):
         return returned
 
 
-def _precision(field: BoundModel, x: Tensor) -> torch.dtype:
+def _precision(bound: BoundModel, x: Tensor) -> torch.dtype:
     """The least precise dtype of what depends on x or on a trained parameter."""
     reseed(x)
     with _Dtypes() as dtypes:
-        value = field.native(x.clone().requires_grad_())
+        value = bound.native(x.clone().requires_grad_())
     return max(dtypes.seen | {x.dtype, value.dtype}, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def check_samples(field: BoundModel, x: Tensor, precision: torch.dtype) -> None:
-    """Raise where samples see each other, or do not go with what is taken to belong to them."""
+def check_samples(bound: BoundModel, x: Tensor, precision: torch.dtype) -> None:
+    """Raise if samples see each other, or outputs do not follow their samples."""
     if len(x) < 2:
         return
     rounding = ROUNDING[precision]
-    value = evaluate(field, x)
-    for kept in (0, len(x) - 1):
-        around, t = x + size_of(x) * random_like(x, seed=2)(x), field.t.roll(1, 0)
-        around[kept], t[kept] = x[kept], field.t[kept]
-        others = replace(field, t=t)
-        if _same(evaluate(others, around)[kept], value[kept], rounding):
+    value = evaluate(bound, x)
+    for row in (0, len(x) - 1):
+        replaced, t = x + size_of(x) * random_like(x, seed=2)(x), bound.t.roll(1, 0)
+        replaced[row], t[row] = x[row], bound.t[row]
+        rebound = replace(bound, t=t)
+        if _same(evaluate(rebound, replaced)[row], value[row], rounding):
             continue
-        where = _first_difference((field, x), (others, around), kept, rounding)
+        where = _first_difference((bound, x), (rebound, replaced), row, rounding)
         raise DerivativeError(
             "network: expected every sample to be treated alone; got an output that changes with "
             f"the other samples of the batch, in {where}. {ALONE}"
         )
-    check_rows(field, x, precision)
+    check_rows(bound, x, precision)
 
 
-def check_rows(field: BoundModel, x: Tensor, precision: torch.dtype | None = None) -> None:
-    """Raise where outputs do not follow their samples, with what is taken to belong to them."""
-    precision = _precision(field, x) if precision is None else precision
-    value = evaluate(field, x)
-    if precision in ROUNDING and torch.equal(evaluate(field, x, seed=1), value):
-        _check_permuted(field, x, value, ROUNDING[precision])
+def check_rows(bound: BoundModel, x: Tensor, precision: torch.dtype | None = None) -> None:
+    """Raise if outputs do not follow their samples and the tensors that belong to them."""
+    precision = _precision(bound, x) if precision is None else precision
+    value = evaluate(bound, x)
+    if precision in ROUNDING and torch.equal(evaluate(bound, x, seed=1), value):
+        _check_permuted(bound, x, value, ROUNDING[precision])
 
 
-def _same(one: Tensor, other: Tensor, rounding: float) -> bool:
-    size = max(float(one.double().norm()), float(other.double().norm()))
-    return float((one.double() - other.double()).norm()) <= rounding * size
+def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
+    size = max(float(a.double().norm()), float(b.double().norm()))
+    return float((a.double() - b.double()).norm()) <= rounding * size
 
 
 def _first_difference(
-    one: tuple[BoundModel, Tensor], other: tuple[BoundModel, Tensor], kept: int, rounding: float
+    before: tuple[BoundModel, Tensor], after: tuple[BoundModel, Tensor], row: int, rounding: float
 ) -> str:
-    """The innermost module that was given the same for the kept sample and returned another."""
-    batch = len(one[1])
+    """The innermost module whose arguments agree at a row while what it returns does not."""
+    batch = len(before[1])
 
-    def row(tensor: Tensor) -> Tensor:
-        own = tensor.ndim and len(tensor) % batch == 0 and tensor.numel()
-        return tensor.reshape(batch, -1)[kept] if own else tensor
+    def at_row(tensor: Tensor) -> Tensor:
+        has_rows = tensor.ndim and len(tensor) % batch == 0 and tensor.numel()
+        return tensor.reshape(batch, -1)[row] if has_rows else tensor
 
     def same(left: object, right: object) -> bool:
         pairs = zip(floats_in(left), floats_in(right), strict=False)
-        return all(_same(row(a), row(b), rounding) for a, b in pairs)
+        return all(_same(at_row(a), at_row(b), rounding) for a, b in pairs)
 
-    for left, right in zip(record_calls(*one), record_calls(*other), strict=False):
+    for left, right in zip(record_calls(*before), record_calls(*after), strict=False):
         if left.name != right.name:
             break
         if same(left.arguments, right.arguments) and not same(left.returned, right.returned):
@@ -162,33 +164,33 @@ def _first_difference(
     return "its own forward"
 
 
-def _check_permuted(field: BoundModel, x: Tensor, value: Tensor, rounding: float) -> None:
+def _check_permuted(bound: BoundModel, x: Tensor, value: Tensor, rounding: float) -> None:
     places = torch.arange(len(x), device=x.device)
     moves = places.roll(1), places[:1].expand_as(places), places[-1:].expand_as(places)
 
-    def follows(left: Collection[str]) -> bool:
-        """Whether the outputs follow, if the tensors at these paths are left as they are."""
-        return all(moved(left, rows) for rows in moves)
+    def all_follow(shared: Collection[str]) -> bool:
+        """Whether the outputs follow if the tensors at these paths are not moved."""
+        return all(follow(shared, rows) for rows in moves)
 
-    def moved(left: Collection[str], rows: Tensor) -> bool:
+    def follow(shared: Collection[str], rows: Tensor) -> bool:
         kwargs = per_sample(
-            field.kwargs, lambda path, tensor: tensor if path in left else tensor[rows]
+            bound.kwargs, lambda path, tensor: tensor if path in shared else tensor[rows]
         )
         try:
-            found = evaluate(replace(field, t=field.t[rows], kwargs=kwargs), x[rows])
+            moved = evaluate(replace(bound, t=bound.t[rows], kwargs=kwargs), x[rows])
         except (RuntimeError, ValueError, LookupError):
             return False
-        return _same(found, value[rows], rounding)
+        return _same(moved, value[rows], rounding)
 
-    if follows(()):
+    if all_follow(()):
         return
     paths: list[str] = []
-    per_sample(field.kwargs, lambda path, tensor: paths.append(path) or tensor)
-    some = (each for count in range(1, len(paths) + 1) for each in combinations(paths, count))
-    for left in islice(some, ATTEMPTS):
-        if follows(left):
+    per_sample(bound.kwargs, lambda path, tensor: paths.append(path) or tensor)
+    subsets = chain.from_iterable(combinations(paths, n) for n in range(1, len(paths) + 1))
+    for shared in islice(subsets, ATTEMPTS):
+        if all_follow(shared):
             raise DerivativeError(
-                f"{' and '.join(left)}: expected a tensor that belongs to the samples, as its "
+                f"{' and '.join(shared)}: expected a tensor that belongs to the samples, as its "
                 f"first dimension is their number, {len(x)}; got one of which they use other "
                 "rows than their own. Mark what all samples share: hosm_losses.Shared(tensor)."
             )

@@ -57,13 +57,13 @@ from hosm_losses.schedules import (
 
 LEAST_SAMPLES, LEVELS = 16, 12
 SMALLEST, LARGEST = 0.02, 0.99  # losses of the linear predictor, between which networks differ
-MARGIN, ERRORS = 0.1, 2.0  # a loss is another one beyond this share of it and standard errors
-WORSE = 0.25  # the share of levels at which a trained network is not worse than linear
+MARGIN, ERRORS = 0.1, 2.0  # losses differ beyond this fraction and these standard errors
+WORSE = 0.25  # a network is not trained if it is worse than linear at this fraction of levels
 REPEATED, DRAWS = 3, 8  # candidates that are measured again, and fresh draws of noise for them
 STEP = 7  # by which levels move on from draw to draw; it shares no factor with 8 to 12 levels
-FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # beyond which those draws tell losses apart
-CLIP = 10.0  # of a sample's multiple of ℓ: outliers do not make a mean
-SIMILAR = 0.02  # of a loss, within which the candidate that changes least is preferred
+FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # beyond which those draws distinguish losses
+CLIP = 10.0  # of a sample's multiple of ℓ, so that outliers do not dominate a mean
+SIMILAR = 0.02  # the fraction of a loss within which the least change is preferred
 REFINED = 3  # schedules and times that are tried with other units of the data
 KINDS = {  # as a model stores them, and as they are written
     "epsilon": "epsilon",
@@ -107,7 +107,7 @@ class WrappingCandidate:
         return text + (f", the data as {self.units}" if self.units != "x0" else "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WrappingReport:
     """The result of `check_wrapping`; it prints as a table and a verdict.
 
@@ -145,8 +145,12 @@ class WrappingReport:
         return sum(self.is_worse)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as dicts, lists and numbers, for JSON."""
+        """Return all fields as dicts, lists and numbers, for JSON."""
         return asdict(self) | {"worse": self.worse}
+
+    def __repr__(self) -> str:
+        """The verdict, without the losses."""
+        return f"WrappingReport({self._verdict()})"
 
     def __str__(self) -> str:
         """The losses by noise level, then the verdict."""
@@ -207,8 +211,9 @@ class Read(NamedTuple):
 
     def text(self) -> tuple[str, ...]:
         """Its parts as they are written, in the order of `WrappingCandidate`."""
-        each = self.inputs
-        return each.schedule_text, self.kind, each.time_text, str(self.sign), each.units.text
+        inputs = self.inputs
+        sign = str(self.sign)
+        return inputs.schedule_text, self.kind, inputs.time_text, sign, inputs.units.text
 
 
 def check_wrapping(
@@ -247,8 +252,8 @@ def check_wrapping(
     Raises:
         DerivativeError: for a tensor of `model_kwargs` that is as long as the batch and belongs to
             no sample: mark it as `Shared`.
-        TypeError: for tensors, containers and other objects of a wrong type or dtype.
-        ValueError: for a wrong shape or device, too few samples, or data so small or large that
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: for an invalid shape or device, too few samples, or data so small or large that
             the schedule has no noise level of their size.
 
     Example:
@@ -393,17 +398,17 @@ class _Search:
         t = schedule.clip(t)
         if schedule.integer_time:
             t = t.round().long() if self.model.schedule.integer_time else t.round()
-        other = _with(self.model, schedule=schedule, time=inputs.time)
-        alpha, sigma = (expand_right(each, data) for each in other.coefficients(t, data))
+        candidate = _with(self.model, schedule=schedule, time=inputs.time)
+        alpha, sigma = (expand_right(c, data) for c in candidate.coefficients(t, data))
         x = (alpha * (units.scale * data + units.shift) + sigma * noise).to(data.dtype)
         self.calls += 1
-        output, losses = other.predict(x, t, **self.kwargs), {}
+        output, losses = candidate.predict(x, t, **self.kwargs), {}
         for kind in KINDS:
-            p, q = _with(other, prediction=kind).affine(t, x)
+            p, q = _with(candidate, prediction=kind).affine(t, x)
             part = output if p is None else p * output
-            rest = -noise if q is None else q * x - noise
+            of_x = -noise if q is None else q * x - noise
             for sign in (1, -1):
-                loss = _mean_square(sign * part + rest).nan_to_num(math.inf)
+                loss = _mean_square(sign * part + of_x).nan_to_num(math.inf)
                 losses[Read(inputs, kind, sign)] = loss.masked_fill(outside, math.nan)
         return losses
 
@@ -426,34 +431,34 @@ class _Search:
         return dict(zip(self.losses, scores.tolist(), strict=True))
 
     def _excess(
-        self, one: Tensor, other: Tensor, place: int | None = None
+        self, losses: Tensor, reference: Tensor, place: int | None = None
     ) -> tuple[float, float, float]:
-        """Mean of one loss less the other, its standard error, and the mean of the one.
+        """Mean difference of two losses, its standard error, and the mean of the first loss.
 
         With a place, at that level alone. A sample's draws are averaged: they are not independent.
         """
-        one, other = self._multiples(one), self._multiples(other)
-        apart = (one + other).isnan()
-        apart = apart if place is None else apart | (self.place != place)
-        difference = (one - other).masked_fill(apart, math.nan).nanmean(0)
+        losses, reference = self._multiples(losses), self._multiples(reference)
+        left_out = (losses + reference).isnan()
+        left_out = left_out if place is None else left_out | (self.place != place)
+        difference = (losses - reference).masked_fill(left_out, math.nan).nanmean(0)
         difference = difference[~difference.isnan()]
         if len(difference) < 2:
             return 0.0, math.inf, 1.0
         error = float(difference.std()) / math.sqrt(len(difference))
-        return float(difference.mean()), error, float(one[~apart].mean())
+        return float(difference.mean()), error, float(losses[~left_out].mean())
 
     def _is_worse(self, losses: Tensor) -> list[bool]:
-        """For each level, whether this is worse there than the linear predictor."""
+        """For each level, whether the losses are worse there than the linear predictor's."""
         levels = range(len(self.levels))
         compared = (self._excess(losses, self.linear, place) for place in levels)
         return [excess - ERRORS * error > MARGIN * whole for excess, error, whole in compared]
 
     def _is_trained(self, read: Read) -> bool:
-        """Whether this is a good prediction, though perhaps made by q x alone."""
+        """Whether a candidate predicts well, though perhaps by q x alone."""
         return sum(self._is_worse(self.losses[read])) < WORSE * len(self.levels)
 
     def _first(self) -> list[Read]:
-        """The candidates that fit best; of those as good, the one that changes least is first."""
+        """The candidates that fit best; among equally good ones the least change is first."""
         scores = self._scores()
         order = [read for read in scores if scores[read] < math.inf and read != self.own]
         order.sort(key=scores.__getitem__)
@@ -474,7 +479,7 @@ class _Search:
         return list(chosen)[:REPEATED]
 
     def _beats_linear(self, read: Read) -> bool:
-        """Whether this is better than the linear predictor, as nothing is without training."""
+        """Whether a candidate is better than the linear predictor, which takes training."""
         excess, error, _ = self._excess(self.linear, self.losses[read])
         return excess > ERRORS * error
 
@@ -520,24 +525,24 @@ class _Search:
 
 
 def _with(model: ScoreModel, **changes: Any) -> ScoreModel:
-    """The model with other attributes, which may stand before modules of the same name."""
-    other = copy.copy(model)
-    vars(other).update(changes)
-    return other
+    """Copy a model with other attributes, which shadow modules of the same name."""
+    changed = copy.copy(model)
+    vars(changed).update(changes)
+    return changed
 
 
 def _mean_square(error: Tensor) -> Tensor:
-    """Over the elements of a sample, (B, *) to (B,), on the CPU."""
+    """The mean square over the elements of a sample, (B, *) to (B,), on the CPU."""
     return at_least_float32(error).flatten(1).square().mean(1).double().cpu()
 
 
 def own_inputs(model: ScoreModel) -> Inputs:
-    """What the model gives its network."""
+    """The inputs that the model gives its network."""
     return Inputs(model.schedule, OWN, model.time, "" if model.time is None else "yours")
 
 
 def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
-    """What the network may have been given in its training, with the data as they are."""
+    """Yield inputs that the network may have had in training, with the data as they are."""
     own = model.schedule
     steps = len(own.alphas_cumprod) if isinstance(own, DiscreteSchedule) else 1000
     steps = steps if steps >= LEAST_STEPS else 1000
@@ -553,7 +558,7 @@ def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
 
 
 def _known(steps: int) -> Iterator[tuple[str, Schedule, Times]]:
-    """Schedules, as they are written, and what stands for their time beside the time itself."""
+    """Yield schedules as they are written, with alternatives to their time."""
     last: Times = {f"{steps - 1}": steps - 1.0}
     yield "VPSchedule()", VPSchedule(), last
     yield "CosineSchedule()", CosineSchedule(), {f"{steps}": float(steps)}
@@ -596,7 +601,7 @@ def _of_sigma(text: str, schedule: Schedule) -> Times:
 
 
 def all_units(data: Tensor) -> Iterator[Units]:
-    """Other units of the data: of bytes, centred bytes, unit variance, EDM's and latents'."""
+    """Yield other units of the data: bytes, centred bytes, unit variance, EDM's and latents'."""
     yield Units("2 * x0 - 1", 2.0, -1.0)
     yield Units("(x0 + 1) / 2", 0.5, 0.5)
     yield Units("x0 / 255", 1 / 255)

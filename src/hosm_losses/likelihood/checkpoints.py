@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from hosm_losses._checks import DerivativeError
-from hosm_losses._torch_errors import HOOKS_IN_TRANSFORM
-from hosm_losses._torch_internals import is_traced
+from hosm_losses._torch_internals import HOOKS_IN_TRANSFORM, is_traced
 from hosm_losses.derivatives import NetworkState
 
 

@@ -52,7 +52,8 @@ class Uniform:
             tighter bound, at K times the cost; above 1 with divergence="exact" alone.
 
     Raises:
-        ValueError: if `draws` is not a whole number of at least 1.
+        TypeError: if `draws` is not a whole number.
+        ValueError: if it is below 1.
 
     Example:
         >>> Uniform()
@@ -98,7 +99,8 @@ class TruncatedNormal:
         last: what level 255 was.
 
     Raises:
-        ValueError: if `draws` is not a whole number of at least 1, or if the range is empty.
+        TypeError: if `draws` is not a whole number, or an end of the range not a number.
+        ValueError: if `draws` is below 1, or the range is empty.
 
     Example:
         >>> TruncatedNormal()
@@ -157,10 +159,10 @@ Dequantization = Uniform | TruncatedNormal
 
 
 def check_dequantization(value: object, *, clean: bool = False) -> None:
-    """Raise ValueError unless this is None or a dequantization that `clean` allows."""
+    """Raise unless this is None or a dequantization that `clean` allows."""
     if not (value is None or isinstance(value, Dequantization)):
         expected = "Uniform(...), TruncatedNormal(...) or None"
-        raise ValueError(error_message("dequantization", expected, value))
+        raise TypeError(error_message("dequantization", expected, value))
     if clean and isinstance(value, TruncatedNormal):
         expected = "Uniform(...) or None for clean data, at t = 0"
         remedy = (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from hosm_losses._checks import check_model_kwargs, check_whole, error_message
+from hosm_losses._checks import check_model_kwargs, check_whole, error_message, shown
 from hosm_losses.likelihood.ode import ode_nll, ode_sample
 from hosm_losses.likelihood.paths import Divergence, check_divergence
 from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance, check_solver
@@ -42,7 +42,7 @@ class ODEDistribution(Distribution):
         batch_size: samples solved at a time, all if None.
 
     Raises:
-        TypeError: if `model`, `solver` or `model_kwargs` has the wrong type.
+        TypeError: if an argument has the wrong type.
         ValueError: if `divergence` or a shape is invalid, or shapes contradict each other.
 
     Example:
@@ -82,6 +82,12 @@ class ODEDistribution(Distribution):
         )
         super().__init__(batch, event)
         self._options(batch)  # refuses tensors of other shapes
+
+    def __repr__(self) -> str:
+        """The shapes, and how the ODE is solved."""
+        shapes = f"event_shape={tuple(self.event_shape)}, batch_shape={tuple(self.batch_shape)}"
+        divergence = shown(self.divergence)
+        return f"ODEDistribution({shapes}, solver={self.solver!r}, divergence={divergence})"
 
     @property
     def support(self) -> constraints.Constraint:

@@ -24,9 +24,9 @@ from hosm_losses._checks import (
     check_sample_batch,
     check_whole,
     error_message,
+    progress_bar,
     warn,
 )
-from hosm_losses._progress import progress_bar
 from hosm_losses._torch_internals import (
     differentiated,
     is_traced,

@@ -283,7 +283,8 @@ def _draw(model: ScoreModel, shape: object, generator: torch.Generator | None) -
     """Draw latents of a shape from N(0, prior_std²)."""
     if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
         expected = "a tensor (B, *) at t_max, or its shape, which begins with B"
-        raise TypeError(error_message("latent", expected, shape))
+        kind = ValueError if isinstance(shape, list | tuple) else TypeError
+        raise kind(error_message("latent", expected, shape))
     sizes = [check_whole("latent's shape", size, 1) for size in shape]
     options = network_options(model)
     rng = check_generator(generator, options["device"])

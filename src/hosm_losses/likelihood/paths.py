@@ -68,13 +68,14 @@ def all_finite(samples: Tensor) -> Tensor:
 
 
 def check_divergence(divergence: object, *, optional: bool = False) -> None:
-    """Raise ValueError unless this is a divergence, or None where that is an option."""
+    """Raise unless this is a divergence, or None where that is an option."""
     known = isinstance(divergence, Hutchinson | ToStandardError)
     known = known or (callable(divergence) and not isinstance(divergence, type))
     known = known or (optional and divergence is None)
     if not (known or (isinstance(divergence, str) and divergence in ("auto", "exact"))):
         expected = "'auto', 'exact', Hutchinson(...)" + ", None" * optional + " or a callable"
-        raise ValueError(error_message("divergence", expected, divergence))
+        kind = ValueError if isinstance(divergence, str) else TypeError
+        raise kind(error_message("divergence", expected, divergence))
 
 
 def resolve_divergence(divergence: Divergence | None, x: Tensor) -> ResolvedDivergence | None:

@@ -116,8 +116,9 @@ class Result:
             high: what level `levels` was scaled to; 1 if None.
 
         Raises:
-            ValueError: if `levels` is below 1, the range is empty or has no levels, an argument
-                contradicts the `dequantization` of the call, or the samples have no density.
+            TypeError: if `levels` is not a whole number, or `low` or `high` not a number.
+            ValueError: for levels below 1, an empty range, a range without levels, or what
+                contradicts the `dequantization` of the call; for samples without their density.
 
         Example:
             >>> one = torch.ones(1)
@@ -164,6 +165,7 @@ class Result:
         Arguments are those of `bits_per_dim`. NaN counts as failed, whatever `failed` says.
 
         Raises:
+            TypeError: as in `bits_per_dim`.
             ValueError: if every sample failed, or as in `bits_per_dim`.
 
         Example:

@@ -72,7 +72,7 @@ class FixedGrid(Solver):
         data_std: standard deviation of the data, likewise.
 
     Raises:
-        TypeError: if a flag or a moment has the wrong type.
+        TypeError: if a number, the flag or the moments have the wrong type.
         ValueError: if a number is out of range.
 
     Example:
@@ -115,8 +115,9 @@ class ToTolerance(Solver):
         data_std: standard deviation of the data.
 
     Raises:
-        TypeError: if a flag or a moment has the wrong type.
-        ValueError: if a number is out of range, or if `group` is not a process group.
+        TypeError: if a number, a flag or the moments have the wrong type, or `group` is not a
+            process group.
+        ValueError: if a number is out of range.
 
     Example:
         >>> ToTolerance(0.1)
@@ -134,7 +135,7 @@ class ToTolerance(Solver):
         """Check the fields."""
         check_flag(self._name("companion"), self.companion)
         if not (self.group is None or isinstance(self.group, dist.ProcessGroup)):
-            raise ValueError(
+            raise TypeError(
                 error_message(self._name("group"), "a process group or None", self.group)
             )
         self._set(tolerance=self._nats("tolerance"))
@@ -161,7 +162,7 @@ class Adaptive(Solver):
         data_std: standard deviation of the data.
 
     Raises:
-        TypeError: if a moment has the wrong type.
+        TypeError: if the tolerance or the moments have the wrong type.
         ValueError: if a number is out of range.
 
     Example:

@@ -145,7 +145,8 @@ class Weights:
             A named tuple of `value` and `error`, of the shape of one of the function's values.
 
         Raises:
-            ValueError: if `function` does not return one value or more for each sample.
+            TypeError: if the function returns no tensor.
+            ValueError: if it returns values of another length.
 
         Example:
             >>> x = torch.tensor([[0.0], [1.0]])
@@ -157,7 +158,8 @@ class Weights:
         values = function(self.x)
         if not isinstance(values, Tensor) or values.shape[:1] != (len(self.x),):
             expected = f"a tensor of one value or more for each of the {len(self.x)} samples"
-            raise ValueError(error_message("function(x)", expected, values))
+            kind = ValueError if isinstance(values, Tensor) else TypeError
+            raise kind(error_message("function(x)", expected, values))
         values, w = values.detach().double(), self.normalized
         flat = values.reshape(len(w), -1)
         # Where the weight is zero the value may be NaN.

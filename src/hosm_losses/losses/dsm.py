@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor, nn
 
-from hosm_losses._checks import check_flag, error_message
+from hosm_losses._checks import check_flag, error_message, shown
 from hosm_losses.derivatives import Engine
 from hosm_losses.losses.objective import dsm
 from hosm_losses.losses.options import (
@@ -307,7 +307,7 @@ class _DSM(nn.Module):
         super().__init__()
         if isinstance(weights, nn.Parameter):  # which a module registers as one to be trained
             expected = "numbers, or tensors that are not trained"
-            raise ValueError(error_message("weights", expected, weights, got="a Parameter"))
+            raise TypeError(error_message("weights", expected, weights, got="a Parameter"))
         self.options, self.weights = options, weights
         self.targets, self.model = check_targets(targets, tensor=False), check_model(model)
         if options.order > 1:
@@ -318,7 +318,8 @@ class _DSM(nn.Module):
         """Return the constructor's arguments, for the printed form."""
         values = vars(self.options) | vars(self)
         names = list(inspect.signature(type(self).__init__).parameters)[2:]
-        return ", ".join(f"{name}={values[name]!r}" for name in names)
+        numbers = {"weights": repr(values.get("weights"))}  # also where they are a tensor
+        return ", ".join(f"{name}={numbers.get(name) or shown(values[name])}" for name in names)
 
     def _evaluate(
         self, x0: Tensor, return_terms: bool, *, targets: Any, weights: Any = None, **inputs: Any

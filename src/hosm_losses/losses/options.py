@@ -78,7 +78,10 @@ def _check_probes(probes: object) -> Any:
     if isinstance(probes, Hutchinson | Paired) or (isinstance(probes, str) and probes == "exact"):
         return probes
     expected = "a whole number of at least 1, 'exact', Hutchinson() or Paired()"
-    raise ValueError(error_message("probes", expected, probes, got=repr(probes)))
+    right = isinstance(probes, str | Integral) and not isinstance(probes, bool)
+    raise (ValueError if right else TypeError)(
+        error_message("probes", expected, probes, got=repr(probes))
+    )
 
 
 def check_weights(weights: object, order: int, elements: int = 1) -> Weights:

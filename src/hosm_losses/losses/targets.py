@@ -48,6 +48,7 @@ from hosm_losses._checks import (
     check_like,
     check_sample_batch,
     error_message,
+    shown,
 )
 from hosm_losses._torch_internals import leave_inference_mode
 from hosm_losses.model import per_sample
@@ -114,8 +115,8 @@ class AveragedTargets:
 
     def __repr__(self) -> str:
         """Return the constructor's call, with the shape of the reference."""
-        shape = None if self.reference is None else f"<{tuple(self.reference.shape)}>"
-        return f"AveragedTargets(reference={shape}, own={self.own}, same={self.same!r})"
+        reference, same = shown(self.reference), shown(self.same)
+        return f"AveragedTargets(reference={reference}, own={self.own}, same={same})"
 
     def posterior(
         self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, kwargs: dict[str, Any]
@@ -213,7 +214,7 @@ def check_targets(targets: object, *, tensor: bool) -> Targets:
     if targets is None or isinstance(targets, AveragedTargets) or (is_tensor and tensor):
         return targets
     expected = "AveragedTargets(...) or None; in a call of a loss of order one a tensor as well"
-    raise (ValueError if is_tensor else TypeError)(error_message("targets", expected, targets))
+    raise TypeError(error_message("targets", expected, targets))
 
 
 def check_conditions(targets: Targets, kwargs: Mapping[str, Any]) -> None:

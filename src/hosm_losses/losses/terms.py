@@ -57,6 +57,7 @@ from hosm_losses._checks import (
     at_least_float32,
     can_read_values,
     expand_right,
+    shown,
     sum_elements,
 )
 from hosm_losses.derivatives import derive
@@ -82,6 +83,11 @@ class DSMTerms(NamedTuple):
     second: Tensor | None = None
     trace: Tensor | None = None
     third: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """The terms by their shape."""
+        terms = (f"{name}={shown(term)}" for name, term in self._asdict().items())
+        return f"{type(self).__name__}({', '.join(terms)})"
 
 
 class Logged:

@@ -59,7 +59,8 @@ class EDMWeighting:
         sigma_data: σ_d, the standard deviation of the data that the trainer assumes.
 
     Raises:
-        ValueError: if `sigma_data` is not a finite number above 0.
+        TypeError: if sigma_data is not a number.
+        ValueError: if it is not finite and above 0.
 
     Example:
         >>> EDMWeighting()
@@ -84,7 +85,7 @@ TimeSampler = Sampler | DrawTime | None
 
 
 def check_weighting(weighting: Any, time_sampler: object) -> None:
-    """Raise ValueError unless these are a weighting and a time sampler."""
+    """Raise unless these are a weighting and a time sampler."""
     if isinstance(weighting, tuple) and len(weighting) != 2:
         expected, got = "one weighting or a pair (first term, higher terms)", str(len(weighting))
         raise ValueError(error_message("weighting", expected, weighting, got=got))
@@ -92,7 +93,7 @@ def check_weighting(weighting: Any, time_sampler: object) -> None:
     if not (callable(first) or isinstance(first, EDMWeighting)):
         check_choice("weighting (or EDMWeighting(), or a callable of t)", first, get_args(Name))
     if higher != "noise" and not callable(higher):
-        raise ValueError(
+        raise (ValueError if isinstance(higher, str | EDMWeighting) else TypeError)(
             "weighting: expected 'noise' or a callable of t for the higher terms, the second of "
             f"the pair; got {higher!r}, which has a meaning for the first term only."
         )

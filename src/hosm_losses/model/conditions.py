@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hosm_losses._checks import describe_value, error_message, warn
+from hosm_losses._checks import describe_value, error_message, shown, warn
 from hosm_losses._torch_internals import is_traced
 
 
@@ -45,8 +45,9 @@ class Shared:
         self.value = value
 
     def __repr__(self) -> str:
-        """Shared(what it holds)."""
-        return f"Shared({self.value!r})"
+        """The shapes of the tensors that it holds."""
+        tensors = ", ".join(map(shown, tensors_in(self.value)))
+        return f"Shared({tensors or repr(self.value)})"
 
 
 # Takes a path such as model_kwargs['cond'][0], and the tensor or the Shared at that path.

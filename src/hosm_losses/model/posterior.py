@@ -26,6 +26,7 @@ from hosm_losses._checks import (
     check_sample_batch,
     error_message,
     expand_right,
+    shown,
     sum_elements,
 )
 from hosm_losses._torch_internals import leave_inference_mode, outside_inference_mode
@@ -50,6 +51,11 @@ class PosteriorCovariance:
     _scale: Tensor  # σ²/α, as x
     _affine: tuple[Tensor | None, Tensor | None]
 
+    def __repr__(self) -> str:
+        """The shape of the samples."""
+        count, *shape = self._x.shape
+        return f"PosteriorCovariance({count} operators on samples of shape {tuple(shape)})"
+
     def __matmul__(self, v: Tensor) -> Tensor:
         """The symmetric part of the covariance times v, for each sample."""
         return self.product(v)
@@ -65,13 +71,15 @@ class PosteriorCovariance:
             The products, of the shape of v, without a graph.
 
         Raises:
-            ValueError: if v has another shape.
-            DerivativeError: if the network cannot be differentiated twice.
+            TypeError: if v is not a tensor.
+            ValueError: if it has another shape.
+            DerivativeError: where the network cannot be differentiated twice.
         """
         x = self._x
         if not isinstance(v, Tensor) or v.shape[-x.ndim :] != x.shape or v.ndim > x.ndim + 1:
             expected = f"a tensor of shape {tuple(x.shape)}, or K of these"
-            raise ValueError(error_message("v", expected, v))
+            kind = ValueError if isinstance(v, Tensor) else TypeError
+            raise kind(error_message("v", expected, v))
         vectors = v.reshape(-1, *x.shape).to(x.dtype)
         with torch.no_grad(), outside_inference_mode():
             copies = leave_inference_mode(x).expand(vectors.shape).flatten(0, 1)
@@ -95,7 +103,8 @@ class PosteriorCovariance:
             v = draw_probes(x, probes.count, probes.distribution, rng)
             return (v * (self @ v)).mean(0)
         if probes != "exact":
-            raise ValueError(error_message("probes", "'exact' or Hutchinson(...)", probes))
+            kind = ValueError if isinstance(probes, str) else TypeError
+            raise kind(error_message("probes", "'exact' or Hutchinson(...)", probes))
         with torch.no_grad(), outside_inference_mode():
             _, forms = quadratic_forms(self._bound, x, unit_vector_chunks(x))
         jacobian = forms.T.reshape(x.shape)
@@ -122,6 +131,10 @@ class DenoisingPosterior:
 
     mean: Tensor
     covariance: PosteriorCovariance
+
+    def __repr__(self) -> str:
+        """Both by their shape."""
+        return f"DenoisingPosterior(mean={shown(self.mean)}, covariance={self.covariance!r})"
 
 
 def denoising_posterior(

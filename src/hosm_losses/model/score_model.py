@@ -40,6 +40,7 @@ from hosm_losses._checks import (
     check_range,
     error_message,
     expand_right,
+    shown,
     warn,
 )
 from hosm_losses._torch_internals import leave_inference_mode
@@ -87,9 +88,10 @@ class ScoreModel(nn.Module):
 
     Raises:
         TypeError: if the schedule is not a `Schedule` or does not return tensors like t, if the
-            network, `output` or `call` is not callable, or if `primitives` is not a bool.
-        ValueError: if `prediction` or `time` is invalid, or if the schedule's noise in units of
-            the data, σ/α, is not finite or does not grow with t.
+            network, `output` or `call` is not callable, or if `prediction`, `time` or `primitives`
+            has the wrong type.
+        ValueError: if `prediction` is not one of the names, if `time` is not finite, or if the
+            schedule's noise in units of the data, σ/α, is not finite or does not grow with t.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -144,8 +146,12 @@ class ScoreModel(nn.Module):
         return copied
 
     def extra_repr(self) -> str:
-        """Return schedule and prediction, for the printed form."""
-        return f"schedule={self.schedule!r}, prediction={self.prediction!r}"
+        """Return the constructor's arguments other than defaults and modules, for print."""
+        parts = [f"schedule={self.schedule!r}", f"prediction={self.prediction!r}"]
+        for name in ("network", "time", "output", "call"):
+            if (value := vars(self).get(name)) is not None:
+                parts.append(f"{name}={shown(value)}")
+        return ", ".join(parts + ["primitives=False"] * (not self.primitives))
 
     def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """The noise ε̂(x, t): the same as `noise`."""

@@ -1,8 +1,13 @@
-r"""What a noise schedule is, and what follows from α and σ alone.
+r"""The base class of noise schedules, all of which follows from α and σ, and its check.
 
 Formula:
     x_t = α(t) x₀ + σ(t) ε on [t_min, t_max], t_min the data end; σ̂ = σ/α. In log σ̂ every schedule
     is the same diffusion dx = f x dt + g dw.
+
+Check, where a ScoreModel is built:
+    α and σ are positive, log σ̂ grows from the data at t_min to the noise at t_max, also by its
+    derivative, and `time` is its inverse. All this is evaluated on a grid, on the CPU and in
+    float64, whatever device the model is for: nothing is read from an accelerator.
 
 Source:
     Song et al., arXiv 2011.13456; Kingma et al., "Variational Diffusion Models", arXiv
@@ -17,14 +22,37 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import at_least_float32, describe_value, error_message, generator_kwargs
-from hosm_losses._torch_internals import forward_mode
+from hosm_losses._checks import (
+    at_least_float32,
+    check_number,
+    describe_value,
+    error_message,
+    generator_kwargs,
+)
+from hosm_losses._torch_internals import forward_mode, outside_inference_mode
 
 UNDEFINED = "{}: a schedule defines alpha(t) and sigma(t)."
 
+# Where a schedule is checked, as fractions of [t_min, t_max], and how closely.
+NEAR = (1e-4, 1e-3, 1e-2)
+PLACES = (0.0, *NEAR, *(k / 64 for k in range(1, 64)), *(1 - p for p in reversed(NEAR)), 1.0)
+INNER = (math.pi / 16, math.pi / 6, math.pi / 4)  # between the entries of any table
+TOLERANCE = 1e-2
+
+RANGE = (
+    "Correct the formula, or the range. At t_min, the data's end, there is some noise already: "
+    "begin at 1e-5, for example. At t_max, the noise's end, alpha is above 0: end at 0.999 for a "
+    "flow, 0.9946 for a cosine, 1 for VPSchedule. For a network that counts time otherwise write "
+    "ScoreModel(..., time=999.0), or time=lambda t: 1 - t where its data are at 1."
+)
+FOLLOW = (
+    "Write alpha and sigma with operators of PyTorch on t, linear between the entries of a table, "
+    "without .detach(), NumPy or Python's numbers; or override drift, squared_diffusion and rates."
+)
+
 
 def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """Derivative of an elementwise function of time, of the dtype of t."""
+    """Derivative of an elementwise function of time, in the dtype of t."""
     t = t.contiguous()  # torch.func takes no tensor whose elements share their memory
     with forward_mode():
         slope = torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
@@ -39,13 +67,12 @@ class Schedule:
     the derivatives by `torch.func`. The schedules of this package have closed forms of `time` and
     `squared_diffusion`, which losses and likelihoods call.
 
-    t is a tensor of any shape, a number or an array. What is returned has its shape, its device
-    and its dtype, float32 at least; integers take the default dtype, and numbers and arrays
-    become CPU tensors whatever the default device.
+    t is a tensor of any shape, a number or an array. Methods return tensors of its shape, device
+    and dtype, float32 at least; integers become the default dtype, and numbers and arrays become
+    CPU tensors whatever the default device.
 
-    `alpha` and `sigma` of your own are called with floating-point tensors only. They return a
-    tensor like t and hold no tensor of another device. A ScoreModel checks all this when it is
-    built.
+    Your own `alpha` and `sigma` are called with floating-point tensors only. They return a tensor
+    like t and hold no tensor of another device. A ScoreModel checks all this when it is built.
 
     The check is in float64, but losses call them in float32, where 1 − α² has few digits left near
     t_min: with α = exp(−B/2) write σ as torch.sqrt(-torch.expm1(-B)).
@@ -66,8 +93,9 @@ class Schedule:
     _starts_at_data: ClassVar[bool] = True
 
     def __repr__(self) -> str:
-        """The name and the range."""
-        return f"{type(self).__name__}(t_min={self.t_min!r}, t_max={self.t_max!r})"
+        """The name and the range, which a class may lack."""
+        low, high = (getattr(self, name, None) for name in ("t_min", "t_max"))
+        return f"{type(self).__name__}(t_min={low!r}, t_max={high!r})"
 
     def alpha(self, t: Tensor) -> Tensor:
         """α(t), the factor of the data."""
@@ -140,9 +168,9 @@ class Schedule:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Draw (batch,) times for training: uniform in [t_min, t_max], but for `EDMSchedule`.
+        """Draw (batch,) times for training, uniform in [t_min, t_max] except for `EDMSchedule`.
 
-        Without a device they are on the generator's, or the default one.
+        Without `device` they are on the generator's device, or the default one.
         """
         if device is None and generator is not None:
             device = generator.device
@@ -153,16 +181,16 @@ class Schedule:
         return self.clip(self.t_min + (self.t_max - self.t_min) * unit)
 
     def clip(self, t: Tensor) -> Tensor:
-        """Return t, no smaller than t_min and no larger than t_max, both rounded to its dtype."""
+        """Clamp t to [t_min, t_max], both rounded to its dtype."""
         return t.clamp(float(self.t_min), float(self.t_max))
 
     def _training_time(self, log_sigma_hat: Tensor) -> Tensor:
-        """The time at a log σ̂, as a network may be given it: of a table a whole index."""
+        """The time at a log σ̂; a whole index if the schedule is a table."""
         t = self.time(log_sigma_hat)
         return t.round().long() if self.integer_time else t
 
     def time_density(self, t: Tensor | float) -> Tensor:
-        """Density of `sample_time` at t, per unit of t. A subclass overrides both or neither."""
+        """Density of `sample_time` at t, per unit of t; a subclass overrides both or neither."""
         if type(self).sample_time is not Schedule.sample_time:
             expected = f"{type(self).__name__} to have the density of its own sample_time"
             got = "the time_density that it inherits"
@@ -179,14 +207,98 @@ class Schedule:
 
 
 def as_time(t: Tensor | float) -> Tensor:
-    """Return t as a tensor, float32 at least; numbers, arrays and lists become CPU tensors."""
+    """Return t as a tensor in float32 at least; numbers, arrays and lists become CPU tensors."""
     if not (isinstance(t, (Tensor, Number, list, tuple)) or hasattr(t, "__array__")):
         raise TypeError(error_message("t", "times as a tensor, a number, an array or a list", t))
     time = t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu")
     if time.is_complex():
-        raise TypeError(f"t: expected real times; got {describe_value(t)}.")
-    if not time.is_floating_point():  # nor by way of a half default dtype, which rounds indices
+        raise TypeError(error_message("t", "real times", t))
+    if not time.is_floating_point():  # a default dtype in half precision would round indices
         return time.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
     if time.itemsize < 4 and not (isinstance(t, Tensor) or hasattr(t, "__array__")):
         return torch.as_tensor(t, dtype=torch.float32, device="cpu")
     return at_least_float32(time)
+
+
+def check_schedule(schedule: object) -> Schedule:
+    """Return `schedule` if it is a valid one.
+
+    Values are not checked while `torch.compile` traces, nor under a fake tensor mode.
+    """
+    if not isinstance(schedule, Schedule):
+        remedy = "With a scheduler of diffusers write from_diffusers(network, scheduler)."
+        expected = "a schedule such as VPSchedule(), or a subclass of Schedule"
+        raise TypeError(error_message("schedule", expected, schedule, remedy))
+    name = type(schedule).__name__
+    low, high = (
+        check_number("schedule", getattr(schedule, end, None), f"{end} of {name} to be a number")
+        for end in ("t_min", "t_max")
+    )
+    if low >= high:
+        expected, got = f"{name} to have t_min < t_max", f"t_min = {low:g} and t_max = {high:g}"
+        raise ValueError(error_message("schedule", expected, schedule, RANGE, got=got))
+    places = torch.tensor(PLACES, dtype=torch.float64, device="cpu")
+    if not torch.compiler.is_compiling() and type(places) is Tensor:
+        with outside_inference_mode(), torch.no_grad():
+            _check_values(schedule, (1 - places) * low + places * high)
+    return schedule
+
+
+def _check_values(schedule: Schedule, t: Tensor) -> None:
+    """Raise ValueError for the first rule that is broken at the times t, in increasing order."""
+    name = type(schedule).__name__
+    alpha, sigma = (_positive(schedule, part, t) for part in ("alpha", "sigma"))
+    u = sigma.log() - alpha.log()
+    grows = f"log(sigma/alpha) of {name} to grow with t"
+    if (i := _first_broken(u.diff() > 0)) is not None:
+        got = f"one that does not from t = {t[i]:g} to t = {t[i + 1]:g}"
+        raise ValueError(error_message("schedule", grows, schedule, RANGE, got=got))
+
+    # `time` is the inverse, and is clipped beyond both ends.
+    times = _values(schedule, "time", torch.cat([u[:1] - 1, u, u[-1:] + 1]))
+    sigma, alpha = (_positive(schedule, part, times[1:-1]) for part in ("sigma", "alpha"))
+    atol = TOLERANCE * float(u.abs().mean())
+    inverse = torch.isclose(sigma.log() - alpha.log(), u, rtol=TOLERANCE, atol=atol).all()
+    if not bool(inverse and times.min() >= t[0] and times.max() <= t[-1]):
+        expected = f"time of {name} to be the inverse of its log(sigma/alpha), in [t_min, t_max]"
+        remedy = (
+            "Return self.clip(t) from it and override log_sigma_hat as well, or subclass "
+            "Schedule, where both follow from alpha and sigma."
+        )
+        raise ValueError(error_message("schedule", expected, schedule, remedy, got="another"))
+
+    # g² = 2 σ² d log σ̂/dt > 0
+    inner = t[0] + (t[-1] - t[0]) * torch.tensor(INNER, dtype=t.dtype, device=t.device)
+    diffusion = _values(schedule, "squared_diffusion", inner)
+    (alpha, sigma), (alpha_rate, sigma_rate) = schedule(inner), schedule.rates(inner)
+    by_rates = 2 * sigma.square() * (sigma_rate / sigma - alpha_rate / alpha)
+    if not bool(((by_rates > 0) & torch.isclose(diffusion, by_rates, rtol=TOLERANCE)).all()):
+        got = "derivatives that do not say so"
+        raise ValueError(error_message("schedule", grows, schedule, FOLLOW, got=got))
+
+
+def _positive(schedule: Schedule, part: str, t: Tensor) -> Tensor:
+    """The values of alpha or sigma; ValueError unless they are positive and finite."""
+    values = _values(schedule, part, t)
+    if (i := _first_broken((values > 0) & values.isfinite())) is not None:
+        name, got = type(schedule).__name__, f"{values[i]:g} at t = {t[i]:g}"
+        expected = f"{name} to have a positive and finite {part}, for a finite log(sigma/alpha)"
+        raise ValueError(error_message("schedule", expected, schedule, RANGE, got=got))
+    return values
+
+
+def _first_broken(holds: Tensor) -> int | None:
+    """The first index at which a condition is False; None if it holds everywhere."""
+    return None if holds.all() else int(holds.int().argmin())
+
+
+def _values(schedule: Schedule, method: str, t: Tensor) -> Tensor:
+    """What a method returns for t; TypeError unless that is a tensor like t."""
+    value = getattr(schedule, method)(t.clone())
+    like = isinstance(value, Tensor) and value.dtype == t.dtype and value.device == t.device
+    if not like or value.shape != t.shape:
+        where = f"{type(schedule).__name__}.{method}"
+        expected = f"{where} to return a tensor like its argument, {describe_value(t)}"
+        remedy = "Compute it from the argument: torch.ones_like(t) for a constant."
+        raise TypeError(error_message("schedule", expected, value, remedy))
+    return value

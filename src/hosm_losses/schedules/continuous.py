@@ -2,7 +2,8 @@ r"""The noise schedules of the field, in closed form.
 
 Source:
     VP, VE and sub-VP: Song et al., arXiv 2011.13456, appendix B. Cosine: Nichol and Dhariwal,
-    arXiv 2102.09672, equation 17. Linear flow: Lipman et al., arXiv 2210.02747.
+    arXiv 2102.09672, equation 17. Linear flow: Lipman et al., arXiv 2210.02747. EDM: Karras et
+    al., arXiv 2206.00364, table 1.
 
 Precision:
     1 − α² loses every digit near t_min; σ is written with expm1 or a product of sines, and is
@@ -14,32 +15,36 @@ Precision:
 import math
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_number
+from hosm_losses._checks import check_number, error_message
 from hosm_losses.schedules.base import Schedule, as_time
 
 ORDERS = {"<": operator.lt, "<=": operator.le}
+SQRT_2 = math.sqrt(2)
+# The least mass of a normal distribution that draws in double precision can still resolve.
+LEAST_MASS = 1e-9
 
 
 class Parametric(Schedule):
-    """A few numbers that keep their `_rules`."""
+    """A schedule with a few parameters, which satisfy its `_rules`."""
 
     _rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Make every parameter with a rule a float, and hold it to the rule."""
-        owner = type(self).__name__
+        """Make every parameter with a rule a float, and check the rule."""
         for rule in ("t_min < t_max", *self._rules):
             left, order, right = rule.split()
-            got = {name: self._number(name) for name in (left, right) if hasattr(self, name)}
-            low, high = (got[side] if side in got else float(side) for side in (left, right))
+            values = {name: self._number(name) for name in (left, right) if hasattr(self, name)}
+            low, high = (values[side] if side in values else float(side) for side in (left, right))
             if not ORDERS[order](low, high):
-                listed = " and ".join(f"{name} = {value:g}" for name, value in got.items())
-                advice = " Are the two reversed?" if len(got) == 2 else ""
-                raise ValueError(f"{owner}: expected {rule}; got {listed}.{advice}")
+                got = " and ".join(f"{name} = {value:g}" for name, value in values.items())
+                remedy = "Are the two reversed?" if len(values) == 2 else ""
+                name = type(self).__name__
+                raise ValueError(error_message(name, rule, self, remedy, got=got))
 
     def _number(self, name: str) -> float:
         value = check_number(type(self).__name__, getattr(self, name), f"a finite {name}")
@@ -49,7 +54,7 @@ class Parametric(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class _LinearBeta(Parametric):
-    """What VP and sub-VP share: β, its integral B, α, and t from B."""
+    """Base class of VP and sub-VP: β, its integral B, α, and t from B."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -254,3 +259,78 @@ class LinearFlowSchedule(Parametric):
     def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         ones = torch.ones_like(as_time(t))
         return -ones, ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDMSchedule(Parametric):
+    """Karras et al.: α = 1, σ = t; training draws log σ from N(−1.2, 1.2²), t in the range.
+
+    Its drift is 0, its squared diffusion 2 t. Draws outside [t_min, t_max] (2e-5 of all for the
+    default range) are moved inside, so that `sample_time` has a density.
+    """
+
+    t_min: float = 0.002
+    t_max: float = 80.0
+    log_mean: float = -1.2
+    log_std: float = 1.2
+
+    _rules = ("log_mean < inf", "0 < log_std")
+
+    def alpha(self, t: Tensor | float) -> Tensor:
+        return torch.ones_like(as_time(t))
+
+    def sigma(self, t: Tensor | float) -> Tensor:
+        return as_time(t).clone()
+
+    def time(self, log_sigma_hat: Tensor | float) -> Tensor:
+        return self.clip(as_time(log_sigma_hat).exp())
+
+    def squared_diffusion(self, t: Tensor | float) -> Tensor:
+        return 2 * as_time(t)
+
+    def drift(self, t: Tensor | float) -> Tensor:
+        return torch.zeros_like(as_time(t))
+
+    def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        zeros = self.drift(t)
+        return zeros, torch.ones_like(zeros)
+
+    def _draw(self, shape: tuple[int], **options: Any) -> Tensor:
+        normal = torch.randn(shape, **options)
+        sign, low, high, inside = self._standard
+        z = sign * normal.to(torch.float32 if normal.device.type == "mps" else torch.float64)
+        # The place of a draw in the mass of its tail, uniform in [0, 1], becomes a place inside.
+        below = 0.5 * (1 + torch.erf(z / SQRT_2)) / _mass_below(low)
+        above = 0.5 * (1 - torch.erf(z / SQRT_2)) / _mass_below(-high)
+        mass = _mass_below(low) + inside * torch.where(z < low, below, above)
+        moved = (SQRT_2 * torch.erfinv(2 * mass - 1)).clamp(low, high)
+        truncated = torch.where((z < low) | (z > high), sign * moved.to(normal.dtype), normal)
+        return self.clip((self.log_mean + self.log_std * truncated).exp())
+
+    def _density(self, t: Tensor) -> Tensor:
+        standard = (t.log() - self.log_mean) / self.log_std
+        unit = self.log_std * math.sqrt(2 * math.pi) * self._standard[-1]
+        return torch.exp(-0.5 * standard.square()) / (t * unit)
+
+    @property
+    def _standard(self) -> tuple[int, float, float, float]:
+        """A sign, the range of sign · z for standard normal z, and the mass inside.
+
+        The sign moves most of the range below 0, where masses keep their digits.
+        """
+        low, high = (
+            (math.log(t) - self.log_mean) / self.log_std if t > 0 else -math.inf
+            for t in (self.t_min, self.t_max)
+        )
+        sign = 1 if low + high <= 0 else -1
+        low, high = (low, high) if sign == 1 else (-high, -low)
+        inside = _mass_below(high) - _mass_below(low)
+        if inside < LEAST_MASS:
+            expected = "log_mean and log_std by which some draws fall between t_min and t_max"
+            raise ValueError(error_message("EDMSchedule", expected, self, got=repr(self)))
+        return sign, low, high, inside
+
+
+def _mass_below(z: float) -> float:
+    """Mass of the standard normal distribution below z."""
+    return 0.5 * math.erfc(-z / SQRT_2)

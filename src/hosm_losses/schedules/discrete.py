@@ -32,9 +32,9 @@ BELOW_1 = math.nextafter(1.0, 0.0)
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers at the indices 0 … N−1, two or more, and linear between them.
+    """Two or more numbers at the indices 0 … N−1, interpolated linearly.
 
-    Copies are kept beside every device and dtype asked for: a training step copies nothing there.
+    It caches a copy for every device and dtype, so that a training step copies nothing to them.
     """
 
     values: tuple[float, ...]
@@ -45,19 +45,20 @@ class Table:
 
     def __post_init__(self) -> None:
         if len(self.values) < 2:
-            raise ValueError(f"table: expected two entries or more; got {len(self.values)}.")
-        # Here, for torch.compile takes the numbers of NumPy for a tensor's.
+            got = str(len(self.values))
+            raise ValueError(error_message("table", "two entries or more", None, got=got))
+        # Not in `beside`, where torch.compile would trace NumPy as tensors.
         object.__setattr__(self, "_slopes", (*np.diff(self.values).tolist(), 0.0))
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_copies": {}}
 
     def beside(self, like: Tensor) -> Tensor:
-        """The numbers and the slopes after them, (2, N), on the device of `like`, in its dtype."""
+        """The numbers and the slopes after them, (2, N), in the dtype and device of `like`."""
         key = (like.device, like.dtype)
         if key in self._copies:
             return self._copies[key]
-        # Rounded as differences: those of rounded entries have lost digits.
+        # The slopes are rounded from float64: differences of rounded entries have lost digits.
         both = self.values, self._slopes
         with outside_inference_mode():
             # By way of the CPU: elsewhere torch.tensor fails under forward-mode differentiation.
@@ -67,7 +68,7 @@ class Table:
         return copy
 
     def __call__(self, t: Tensor | float) -> Tensor:
-        """The number at the index t, an integer or between two; ValueError for one outside."""
+        """The number at the index t, interpolated; ValueError outside the table."""
         t = as_time(t)
         check_range("t", t, 0, len(self.values) - 1)
         table, left = self.beside(t)[0], self._left(t)
@@ -75,7 +76,7 @@ class Table:
         return low + (t - left) * (high - low)
 
     def inverse(self, value: Tensor) -> Tensor:
-        """The index, with its fraction, of a number in a table that rises."""
+        """The fractional index of a number in an increasing table."""
         table = self.beside(value)[0]
         right = torch.searchsorted(table, value.detach().contiguous(), right=True)
         left = (right - 1).clamp(0, len(table) - 2)
@@ -83,7 +84,7 @@ class Table:
         return left + (value - low) / (high - low)
 
     def slope(self, t: Tensor) -> Tensor:
-        """The slope from the entry at or before the index t, at the end from the one before."""
+        """The slope after the entry at or before the index t; at the end, the last slope."""
         return _entries(self.beside(t)[1], self._left(t))
 
     def _left(self, t: Tensor) -> Tensor:
@@ -95,13 +96,13 @@ class DiscreteSchedule(Schedule):
     """A table of ᾱ = α² with σ² = 1 − ᾱ; t is the index 0 … N−1, integer or float.
 
     Between the entries log σ̂ is linear in t. Losses draw integers, by any time_sampler, and sum
-    by the trapezoidal rule what they integrate under another schedule. The likelihood takes
-    indices between them. An index outside the table is a ValueError on the CPU; on an accelerator
-    a look would make the host wait.
+    by the trapezoidal rule what they integrate under another schedule. The likelihood evaluates
+    fractional indices. An index outside the table is a ValueError on the CPU; it is not checked on
+    accelerators, to avoid a synchronisation.
 
     Args:
         alphas_cumprod: the table ᾱ_0 > ᾱ_1 > … > ᾱ_{N−1}, each in (0, 1): a list, an array or a
-            tensor with one dimension. It is kept as a tuple.
+            tensor with one dimension. It is stored as a tuple.
 
     Raises:
         TypeError: for a table that is not made of real numbers.
@@ -122,17 +123,19 @@ class DiscreteSchedule(Schedule):
     _log_sigma_hat: Table = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Keep the table as a tuple of floats: hashable, comparable, picklable, on no device."""
+        """Store the table as a tuple of floats: hashable, comparable, picklable, on no device."""
         table = _numbers("alphas_cumprod", self.alphas_cumprod)
-        stays = np.flatnonzero(~(np.diff(table) < 0))  # NaN does not fall
-        if len(table) < 2 or len(stays) or not (table[-1] > 0 and table[0] < 1):
-            where = f", which do not fall at index {stays[0]}" if len(stays) else ""
-            raise ValueError(
-                "alphas_cumprod: expected two entries or more that fall from below 1 to above 0; "
-                f"got {_describe(table)}{where}. A table that ends at 0 (zero terminal SNR) has "
-                "an infinite sigma/alpha there: leave its last entry out. Half precision rounds "
-                "neighbours to one number. Betas go to DiscreteSchedule.from_betas."
+        rising = np.flatnonzero(~(np.diff(table) < 0))  # NaN does not fall
+        if len(table) < 2 or len(rising) or not (table[-1] > 0 and table[0] < 1):
+            where = f", which do not fall at index {rising[0]}" if len(rising) else ""
+            expected = "two entries or more that fall from below 1 to above 0"
+            remedy = (
+                "A table that ends at 0 (zero terminal SNR) has an infinite sigma/alpha there: "
+                "leave its last entry out. Half precision rounds neighbours to one number. Betas "
+                "go to DiscreteSchedule.from_betas."
             )
+            got = f"{_describe(table)}{where}"
+            raise ValueError(error_message("alphas_cumprod", expected, table, remedy, got=got))
         log_sigma_hat = 0.5 * (np.log1p(-table) - np.log(table))
         object.__setattr__(self, "alphas_cumprod", tuple(table.tolist()))
         object.__setattr__(self, "t_max", len(table) - 1.0)
@@ -142,8 +145,8 @@ class DiscreteSchedule(Schedule):
     def from_betas(cls, betas: Numbers) -> Self:
         """Return the schedule with ᾱ_i = (1 − β_0) … (1 − β_i), multiplied in float64.
 
-        The betas are a list, an array or a tensor (N,). One outside (0, 1), or another shape, is a
-        ValueError; what holds no real numbers is a TypeError.
+        The betas are a list, an array or a tensor (N,). A beta outside (0, 1), or another shape,
+        is a ValueError; values that are not real numbers are a TypeError.
 
         Example:
             >>> DiscreteSchedule.from_betas([0.1, 0.5])
@@ -151,11 +154,12 @@ class DiscreteSchedule(Schedule):
         """
         table = _numbers("betas", betas)
         if len(table) < 2 or not ((table > 0) & (table < 1)).all():
-            raise ValueError(
-                f"betas: expected two numbers or more, each in (0, 1); got {_describe(table)}. A "
-                "beta of 1 (zero terminal SNR) has an infinite sigma/alpha, and one of 0 adds no "
-                "noise: leave them out."
+            expected, got = "two numbers or more, each in (0, 1)", _describe(table)
+            remedy = (
+                "A beta of 1 (zero terminal SNR) has an infinite sigma/alpha, and one of 0 adds "
+                "no noise: leave them out."
             )
+            raise ValueError(error_message("betas", expected, table, remedy, got=got))
         return cls(np.cumprod(1 - table))
 
     @classmethod
@@ -169,8 +173,8 @@ class DiscreteSchedule(Schedule):
     ) -> Self:
         """Return DDPM's schedule: `steps` betas, from beta_start to beta_end in equal steps.
 
-        `scaled` takes equal steps of √β, as "scaled_linear" of diffusers. A ValueError says which
-        of 0 < beta_start ≤ beta_end < 1 and steps ≥ 2 does not hold.
+        `scaled` takes equal steps of √β, as "scaled_linear" of diffusers does. A ValueError says
+        which of 0 < beta_start ≤ beta_end < 1 and steps ≥ 2 does not hold.
 
         Example:
             >>> DiscreteSchedule.linear(1000, 0.00085, 0.012, scaled=True)  # Stable Diffusion
@@ -232,7 +236,7 @@ class DiscreteSchedule(Schedule):
         return -alpha * sigma.square() * slope, sigma * alpha.square() * slope
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        """Return the index, with its fraction, of this log σ̂, clipped to the table's ends."""
+        """Return the fractional index of this log σ̂, clipped to the table's ends."""
         return self.clip(self._log_sigma_hat.inverse(as_time(log_sigma_hat)))
 
     def _density(self, t: Tensor) -> Tensor:
@@ -245,15 +249,16 @@ class DiscreteSchedule(Schedule):
 
 
 def step_labels(
-    schedule: DiscreteSchedule, kept: Sequence[int], factor: float
+    schedule: DiscreteSchedule, respaced: Sequence[int], factor: float
 ) -> Callable[[Tensor], Tensor]:
-    """What a network of all steps is given at an index of a table of those kept: factor · step.
+    """Return the map from an index of a respaced table to the network's time, factor · step.
 
-    Between two of them it is the step with the noise of the index, as far as is known: α falls
-    smoothly from 1, so its slope is taken to be the mean one between two kept steps at their
-    middle, and linear from there to the next.
+    `respaced` lists the steps of the full table that the schedule's entries are. Between two of
+    them it is the step with the noise of the index, interpolated: α falls smoothly from 1, so its
+    slope halfway between two respaced steps is taken to be the mean slope, and linear from one
+    such point to the next.
     """
-    steps, alpha = np.asarray(kept), np.sqrt(schedule.alphas_cumprod)
+    steps, alpha = np.asarray(respaced), np.sqrt(schedule.alphas_cumprod)
     ends = np.append(-1, steps)
     slopes = -np.diff(alpha, prepend=1.0) / np.diff(ends)
     middles = (ends[:-1] + 1 + ends[1:]) / 2
@@ -266,14 +271,14 @@ def step_labels(
 
 
 def _label(places: Table, first: int, factor: float, t: Tensor) -> Tensor:
-    """factor · step at the index t, for the places among the indices of the steps from `first`."""
+    """factor · step at the index t; `places` are the indices of the steps from `first` on."""
     t = as_time(t)
     check_range("t", t, places.values[0], places.values[-1])
     return factor * (first + places.inverse(t))
 
 
 def _entries(table: Tensor, index: Tensor) -> Tensor:
-    """table[index], which for one index reads it back under torch.func.vmap, and fails."""
+    """table[index]; indexing itself reads a single index back under torch.func.vmap, and fails."""
     return table.index_select(0, index.reshape(-1)).reshape(index.shape)
 
 
@@ -283,7 +288,7 @@ def _check_beta(name: str, value: object, at_most: float = BELOW_1) -> float:
 
 
 def _numbers(name: str, table: object) -> np.ndarray:
-    """The numbers (N,) in float64, by NumPy, which no mode or transform of PyTorch reaches."""
+    """The numbers (N,) in float64 by NumPy, out of reach of PyTorch's modes and transforms."""
     expected = "real numbers (N,) in a list, an array or a tensor"
     try:
         values: Any = table.tolist() if isinstance(table, Tensor) else table

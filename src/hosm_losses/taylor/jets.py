@@ -492,7 +492,8 @@ def jet(
             f"directions: expected the shape (K, {shape}); got {tuple(directions.shape)}."
         )
     if pairs not in PAIRS:
-        raise ValueError(f"pairs: expected one of {PAIRS}; got {pairs!r}.")
+        kind = ValueError if isinstance(pairs, str) else TypeError
+        raise kind(f"pairs: expected one of {PAIRS}; got {pairs!r}.")
     with outside_inference_mode():
         stack = propagate(
             function, leave_inference_mode(x), leave_inference_mode(directions).to(x.dtype), pairs
