@@ -736,6 +736,20 @@ MUTANTS = [
         "rounding < 0",
         "tests/likelihood/test_adaptive.py",
     ),
+    # With a graph, a sample that is lost is evaluated again once another is; the first without a
+    # look at values.
+    Mutant(
+        "likelihood/paths.py",
+        "lost = lost | ~all_finite(model.f(points))",
+        "lost = ~all_finite(model.f(points))",
+        "tests/likelihood/test_graph.py",
+    ),
+    Mutant(
+        "likelihood/paths.py",
+        "lost = lost | ~good",
+        "lost = ~good",
+        "tests/likelihood/test_graph.py",
+    ),
     # The density of x_t for that of x_t/α.
     Mutant(
         "likelihood/integers.py",
