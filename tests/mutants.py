@@ -335,7 +335,7 @@ MUTANTS = [
         "losses/terms.py",
         "scale_rows(2 * ell_dot_v, Dv_plus_v.detach())",
         "scale_rows(2 * ell_dot_v, Dv_plus_v)",
-        "tests/losses/test_objective.py",
+        "tests/losses/test_random_options.py",
     ),
     # Averaged targets: each sample counts itself twice in a batch, the moments are not
     # about the mean, float32 loses close neighbours, data far from zero their digits, and samples
@@ -388,7 +388,7 @@ MUTANTS = [
         "losses/objective.py",
         "of_higher = of_higher[rows]",
         "of_higher = of_higher[: len(rows)]",
-        "tests/losses/test_modules.py",
+        "tests/losses/test_random_options.py",
     ),
     # A trace alone, and a ramp at order three, are not needed or cost all orders.
     Mutant(
@@ -505,7 +505,7 @@ MUTANTS = [
         "taylor/_torch.py",
         "with torch.inference_mode(False), torch.no_grad():",
         "with torch.inference_mode(False):",
-        "tests/losses/test_functions.py",
+        "tests/losses/test_random_options.py",
     ),
     Mutant(
         "likelihood/multistep.py",
