@@ -101,7 +101,7 @@ def test_parameter_gradients_through_every_layer_are_differences(name, engine):
         ends = []
         for sign in (1, -1):
             vector_to_parameters(start + sign * h * direction, network.parameters())
-            ends.append(by_products(bound, x, w, order, b))
+            ends.append(by_products(bound.f, x, w, order, b))
         vector_to_parameters(start, network.parameters())
         difference = (ends[0] - ends[1]) / (2 * h)
         assert float(gradient @ direction) == pytest.approx(difference, rel=tolerance)
