@@ -19,7 +19,7 @@ from benchmarks import page, results
 from benchmarks.experiment import alone, ask
 from benchmarks.trained import KEPT
 
-QUESTIONS = ("divergence_mode", "estimator_variance", "gradient_variance", "likelihood", "speed")
+QUESTIONS = ("estimator_variance", "gradient_variance", "likelihood", "speed")
 
 
 def main() -> None:

@@ -342,7 +342,7 @@ MUTANTS = [
         "losses/terms.py",
         "scale_rows(2 * ell_dot_v, Dv_plus_v.detach())",
         "scale_rows(2 * ell_dot_v, Dv_plus_v)",
-        "tests/losses/test_objective.py",
+        "tests/losses/test_random_options.py",
     ),
     # Averaged targets: each sample counts itself twice in a batch, the moments are not
     # about the mean, float32 loses close neighbours, data far from zero their digits, and samples
@@ -395,7 +395,7 @@ MUTANTS = [
         "losses/objective.py",
         "of_higher = of_higher[rows]",
         "of_higher = of_higher[: len(rows)]",
-        "tests/losses/test_modules.py",
+        "tests/losses/test_random_options.py",
     ),
     # A trace alone, and a ramp at order three, are not needed or cost all orders.
     Mutant(
@@ -512,7 +512,7 @@ MUTANTS = [
         "taylor/_torch.py",
         "with torch.inference_mode(False), torch.no_grad():",
         "with torch.inference_mode(False):",
-        "tests/losses/test_functions.py",
+        "tests/losses/test_random_options.py",
     ),
     Mutant(
         "likelihood/multistep.py",
@@ -742,6 +742,20 @@ MUTANTS = [
         "rounding > solver_limit(elements)",
         "rounding < 0",
         "tests/likelihood/test_adaptive.py",
+    ),
+    # With a graph, a sample that is lost is evaluated again once another is; the first without a
+    # look at values.
+    Mutant(
+        "likelihood/paths.py",
+        "lost = lost | ~all_finite(model.f(points))",
+        "lost = ~all_finite(model.f(points))",
+        "tests/likelihood/test_graph.py",
+    ),
+    Mutant(
+        "likelihood/paths.py",
+        "lost = lost | ~good",
+        "lost = ~good",
+        "tests/likelihood/test_graph.py",
     ),
     # The density of x_t for that of x_t/α.
     Mutant(

@@ -22,7 +22,8 @@ def tree(file: Path) -> Found:
     """What was found by question, where it was measured, and what other commands found.
 
     "gpu" is by card, batch and precision, "keeping" the question of speed with a C library that
-    keeps freed memory, "worth" and "longer" are the changes in worth.json.
+    keeps freed memory, "worth" and "longer" are the changes in worth.json. "divergence_mode",
+    "exact_up_to", "equal_cost" and "worth, quadratic" are answered: nothing measures them again.
     """
     found: Found = {"measured": {}, "gpu": {}}
     for question, report in results.read(file).items():
@@ -32,7 +33,7 @@ def tree(file: Path) -> Found:
         found["measured"][question] = where | peers
     for name in ("examples", "compiled"):
         found[name] = results.read(file.parent / f"{name}.json")
-    for name in ("coverage", "exact_up_to", "ode_accuracy"):
+    for name in ("coverage", "divergence_mode", "exact_up_to", "ode_accuracy"):
         found[name] = results.read(file.parent / f"{name}.json").get("found", {})
     found["keeping"] = results.read(file.parent / "keeping.json").get("speed", {}).get("found", {})
     found["equal_cost"] = {

@@ -1,7 +1,7 @@
 """The tables that are worked out.
 
 Those of the losses are in `study`, but for an earlier map: results/worth.json, an experiment on
-ten problems, "longer" of the same networks, and "quadratic" from benchmarks.quadratic.
+ten problems, "longer" of the same networks, and "quadratic", losses without an optimizer.
 """
 
 from collections.abc import Callable, Sequence

@@ -125,7 +125,7 @@ def drawn_weights(pick, loss):
 
 def drawn_targets(pick, x0, order):
     """Averaged targets whose references any sample may miss, or at order one a tensor."""
-    kind = pick.choice([None, None, "batch", "reference", "all", "tensor"])
+    kind = pick.choice([None, "batch", "batch", None, "reference", "all", "tensor"])
     if kind == "tensor":
         return torch.randn_like(x0) if order == 1 else None
     if kind is None:
@@ -167,14 +167,16 @@ def drawn_case(data):
     order = options.get("order", LOSSES[loss][2])
     targets = drawn_targets(pick, x0, order)
     as_module = loss != "terms" and pick.choice([False, True])
+    mode = pick.choice([None, None, torch.no_grad, torch.inference_mode])
     return SimpleNamespace(**locals())
 
 
-def evaluated(case):
+def evaluated(case, copied=lambda tensor: tensor):
     """The library's loss, and its detached terms where a module returns them."""
     function, module, _ = LOSSES[case.loss]
-    given = {"gain": case.gain, "rest": [case.shift, hosm.Shared(case.table)]}
-    inputs = {"t": case.t, "noise": case.noise, "model_kwargs": {"given": given}}
+    x0, t, noise, gain, shift = map(copied, (case.x0, case.t, case.noise, case.gain, case.shift))
+    given = {"gain": gain, "rest": [shift, hosm.Shared(case.table)]}
+    inputs = {"t": t, "noise": noise, "model_kwargs": {"given": given}}
     inputs["generator"] = torch.Generator().manual_seed(case.seed)
     if case.probe is not None:
         inputs["probe"] = case.probe
@@ -183,8 +185,8 @@ def evaluated(case):
     if case.weights is not None:
         inputs["weights"] = case.weights
     if case.as_module:
-        return module(case.model, **case.options)(case.x0, return_terms=True, **inputs)
-    found = function(case.model, case.x0, **case.options, **inputs)
+        return module(case.model, **case.options)(x0, return_terms=True, **inputs)
+    found = function(case.model, x0, **case.options, **inputs)
     if case.loss == "terms":
         found = torch.stack([each for each in found if each is not None])
     return found, None
@@ -330,3 +332,45 @@ def test_the_loss_its_terms_and_gradients_are_those_of_dense_arrays(data):
     mine, others = (gradients((loss * cotangent).sum(), case.leaves) for loss in (found, wanted))
     largest = max(float(each.abs().max()) for each in others)
     assert_same(mine, others, 1e-8, least=1e-3 * largest)
+    if case.mode is not None:
+        with case.mode():
+            made = {}  # inside the mode, as a validation loop makes them
+            validated, _ = evaluated(case, lambda tensor: made.setdefault(tensor, tensor.clone()))
+        assert not validated.requires_grad
+        torch.testing.assert_close(validated, found, rtol=1e-13, atol=1e-13)
+        trained, _ = evaluated(case, made.get)  # and they can be trained on
+        torch.testing.assert_close(trained, found)
+        trained.sum().backward()
+
+
+@given(
+    shape=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    schedule=st.sampled_from(sorted(SCHEDULES)),
+    place=st.floats(0.1, 1.0),
+    count=st.sampled_from([1, 2, "exact"]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_dtype_batch_schedule_and_time(shape, dtype, schedule, place, count, seed):
+    """All engines agree, and a batch equals its rows."""
+    schedule = SCHEDULES[schedule]
+    torch.manual_seed(seed)
+    network = MLP(int(torch.tensor([1, *shape[1:]]).prod())).to(dtype)
+    model = hosm.ScoreModel(network, schedule)
+    x0, noise = torch.randn(2, *shape, dtype=dtype).unbind()
+    t = torch.full((shape[0],), schedule.t_min + place * (schedule.t_max - schedule.t_min))
+    given = {"t": t.to(dtype).clamp(max=schedule.t_max), "noise": noise}
+    probes = {"probes": "exact"}
+    if count != "exact":
+        probes = {"probe": torch.randn(count, *shape, dtype=dtype)}
+    default, *others = (
+        hosm.dsm_terms(model, x0, **given, engine=engine, **probes) for engine in ENGINES
+    )
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-3
+    assert all((term.shape, term.dtype) == (x0.shape[:1], dtype) for term in default)
+    for other in others:
+        assert_same(other, default, tolerance, least=0.1)
+    row = {name: value[-1:] for name, value in given.items()}
+    row |= {name: value if count == "exact" else value[:, -1:] for name, value in probes.items()}
+    alone = hosm.dsm_terms(model, x0[-1:], **row)
+    assert_same(alone, [term[-1:] for term in default], tolerance, least=0.1)

@@ -117,7 +117,7 @@ def test_without_gradients_there_is_no_graph(network, points):
     [(2, (5, 4), "none"), (0, (5, 3), "none"), (2, (5, 3), "all")],
 )
 def test_arguments_that_do_not_go_together(network, points, count, shape, pairs):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError):
         taylor.jet(network, points, torch.ones(count, *shape), pairs)
 
 
