@@ -363,11 +363,32 @@ def test_running_statistics_compile_but_at_exact_order_three():
     assert_agrees(module, x0, inputs)
 
 
+class Drops(torch.autograd.Function):
+    """Cubes, with a backward that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return (3 * x**2 * grad).detach()
+
+
 @compiles_higher_orders
-def test_the_reverse_engine_does_not_compile_and_says_so():
-    module, x0, inputs = around(torch.sin, 3, engine="reverse")
-    with pytest.raises(hosm.DerivativeError):
-        compiled(module, fullgraph=False, **TRACED)(x0, **inputs)
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm(6)])
+def test_reverse_mode_runs_eagerly_and_still_finds_a_dropped_graph(norm, order):
+    options = TRACED | {"fullgraph": False}
+    module, x0, inputs = around(torch.sin, order, norm, engine="reverse")
+    assert_agrees(module, x0, inputs, **options)
+    for probes in (1, hosm.Paired()):
+        module, x0, inputs = around(Drops.apply, order, norm, engine="reverse", probes=probes)
+        inputs.pop("probe")
+        with pytest.raises(hosm.DerivativeError, match="whose backward is once_differentiable"):
+            compiled(module, **options)(x0, **inputs)
 
 
 @pytest.mark.parametrize("name", ["whole", "block", "in place", "function"])
@@ -390,10 +411,19 @@ def test_what_is_compiled_by_itself_is_refused_above_order_one(name):
             with pytest.raises(TypeError):
                 hosm.third_order_dsm(model, x0, engine=engine)
         return
-    # Which only a derivative shows.
+    # Which only a derivative shows, if the function is not run eagerly there.
+    bare = hosm.ScoreModel(networks()["mlp"][0], VP)
+    bare.load_state_dict(model.state_dict())
     for order in (2, 3):
-        with pytest.raises(hosm.DerivativeError):
-            FUNCTIONS[order](model, x0, engine="reverse")
+        draws = [
+            {"generator": torch.Generator().manual_seed(0), "engine": "reverse"} for _ in "ab"
+        ]
+        expected = with_gradients(FUNCTIONS[order](bare, x0, **draws[0]), bare)
+        try:
+            found = with_gradients(FUNCTIONS[order](model, x0, **draws[1]), model)
+        except hosm.DerivativeError:
+            continue
+        assert_same(found, expected)
     if not OLD:  # whose reverse mode is not reached
         with pytest.raises(RuntimeError, match="not currently support double backward"):
             hosm.third_order_dsm(model, x0).backward()

@@ -2,7 +2,7 @@ r"""The choice of the engine that differentiates a network, and the memory of "a
 
 What:
     "auto" is the taylor engine. A network that it cannot carry derivatives through is given to
-    reverse mode, which torch.compile cannot trace. A failed attempt leaves no trace in buffers and
+    reverse mode, in eager mode alone. A failed attempt leaves no trace in buffers and
     generators, and a warning is given once. What an engine refuses is remembered for such calls at
     once, any other error when it comes again in the next of them: it may be one of a bad batch.
     Once the engine has served such a call there is no other attempt, and an error is the user's.
@@ -104,13 +104,8 @@ def derive(
     an engine may give that. Under `torch.no_grad` there is no graph. A DerivativeError where the
     engine, or with "auto" either engine, cannot differentiate the network.
     """
-    if engine == "reverse":  # in this frame, for torch.compile to find that it cannot trace it
-        try:
-            return engines.reverse(network, x, w, order)
-        except RuntimeError as error:
-            _explain_engine(engine, error)
-            raise
-    if torch.compiler.is_compiling():
+    # Reverse mode is not traced: its checks of graphs that are dropped would be.
+    if torch.compiler.is_compiling() and engine != "reverse":
         _refuse_statistics(network, exact=order == 3 and not laplacian)
         # Where the graph breaks in such a block, all of this call is made again in eager mode.
         # torch.compile cannot look into what the engine calls there, Jets and double passes back.
@@ -134,8 +129,10 @@ def _derive_eagerly(
     laplacian: bool,
     summed: bool,
 ) -> Derivatives:
-    if engine == "taylor":
+    if engine != "auto":
         try:
+            if engine == "reverse":
+                return engines.reverse(network, x, w, order)
             return engines.taylor(network, x, w, order, laplacian, summed)
         except TaylorError as error:
             raise unknown(error) from error
@@ -179,9 +176,7 @@ def derive_with_products(
 
     "auto" is reverse mode, which costs least here, where it can be; then as in `derive`.
     """
-    if engine == "reverse" and not laplacian and not is_traced():
-        return engines.reverse_products(network, x, w, order, cotangent, push)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and engine != "reverse":
         with contextlib.suppress():  # noqa: B022 - as in `derive`
             return _products(network, x, w, cotangent, order, engine, laplacian, push)
     known = "torch._dynamo" in sys.modules
@@ -200,7 +195,9 @@ def _products(
     push: bool,
 ) -> Products:
     attempts = None
-    if engine == "auto" and not laplacian and not is_traced():
+    if engine in ("auto", "reverse") and not laplacian and not is_traced():
+        if engine == "reverse":
+            return engines.reverse_products(network, x, w, order, cotangent, push)
         attempts = EngineAttempts(network, x, "products", order, push, len(w) > 1)
         if not attempts.is_refused("reverse"):
             with attempts.attempt("reverse"):

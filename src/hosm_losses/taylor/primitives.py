@@ -168,7 +168,9 @@ class _SafePrimitives(TorchFunctionMode):
         if primitive is not None:
             _refuse_foreign_checkpoint()
         result = (primitive or func)(*args, **(kwargs or {}))
-        if type(result) is Tensor and not result.requires_grad and self.table is not OF_ONE:
+        if torch.compiler.is_compiling() or self.table is OF_ONE:
+            return result
+        if type(result) is Tensor and not result.requires_grad:
             arguments = *args, *(kwargs or {}).values()
             if torch.is_grad_enabled() and any(map(carries_gradient, arguments)):
                 refuse_constant(func, result)
