@@ -747,14 +747,14 @@ MUTANTS = [
     # look at values.
     Mutant(
         "likelihood/paths.py",
-        "lost = lost | ~all_finite(model.f(points))",
-        "lost = ~all_finite(model.f(points))",
+        "nonfinite = nonfinite | ~all_finite(model.f(points))",
+        "nonfinite = ~all_finite(model.f(points))",
         "tests/likelihood/test_graph.py",
     ),
     Mutant(
         "likelihood/paths.py",
-        "lost = lost | ~good",
-        "lost = ~good",
+        "nonfinite = nonfinite | ~finite",
+        "nonfinite = ~finite",
         "tests/likelihood/test_graph.py",
     ),
     # The density of x_t for that of x_t/α.

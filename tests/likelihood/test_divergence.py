@@ -1,5 +1,6 @@
 """Ways to a divergence: by the dimension, forward, a user's own; and gradients through it."""
 
+import math
 import weakref
 
 import pytest
@@ -173,6 +174,18 @@ def test_a_standard_error_is_met_without_a_bias(backwards):
             assert float(error.square().mean().sqrt() / claimed) == pytest.approx(1, abs=0.2)
     assert float(error.abs().max()) < 4e-3
     assert bool((found.products <= exact.products // 8 * 4 + 17 * 8).all())
+
+
+def test_a_sample_that_fails_does_not_fail_those_beside_it():
+    def network(x, t):
+        return x.tanh().masked_fill(x[:, :1] > 50, math.nan)
+
+    model, x = hosm.ScoreModel(network, VP), 0.1 * torch.randn(4, 20)
+    x[1] = 100.0
+    options = {"solver": hosm.FixedGrid(8), "divergence": hosm.ToStandardError(0.5)}
+    both = hosm.ode_nll(model, x, generator=seeded(), **options)
+    assert both.failed.tolist() == [False, True, False, False]
+    assert both.nll[[0, 2, 3]].isfinite().all()
 
 
 def test_a_standard_error_needs_nodes_that_are_known():
