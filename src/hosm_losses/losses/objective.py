@@ -200,9 +200,9 @@ def _select_rows(
     """Choose the rows for the higher terms; (rows, remaining rows), or None for all rows."""
     if options.fraction == 1:
         return None, None
-    order = torch.randperm(len(x), device=x.device, **generator_kwargs(generator))
+    shuffled = torch.randperm(len(x), device=x.device, **generator_kwargs(generator))
     count = max(1, round(options.fraction * len(x)))
-    return order[:count], order[count:]
+    return shuffled[:count], shuffled[count:]
 
 
 def _probes(

@@ -198,14 +198,12 @@ def squared_terms(
     derived = model.of_f(derivatives, None, w)
     f, Dv, noise, v = map(at_least_float32, (*derived[:2], batch.noise, v))
     v_minus_C2v, C3v = batch.cumulants(v, third=order == 3)
-    first = f + noise
-    second, trace, target = higher_residuals(first.detach(), Dv + v_minus_C2v, v)
+    r1 = f + noise  # f + q x, and ε − q x
+    r2, trace, target = higher_residuals(r1.detach(), Dv + v_minus_C2v, v)
     # Over all unit vectors ‖r2‖² is summed, but rt and r3 are summed before they are squared.
-    second_term = sum_elements(second.square()).sum(0) / (1 if exact else len(v))
+    second_term = sum_elements(r2.square()).sum(0) / (1 if exact else len(v))
     trace = trace.sum(0, keepdim=True) if exact else trace
-    terms = DSMTerms(
-        first_term(first), second_term / d**2, mean_over_probes(trace.square()) / d**2
-    )
+    terms = DSMTerms(first_term(r1), second_term / d**2, mean_over_probes(trace.square()) / d**2)
     if derived.third is None:
         return terms
     third, target = at_least_float32(derived.third), target - C3v
