@@ -17,7 +17,7 @@ IMPORTS = re.compile(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//")
 CODE = re.compile(r"(?s)<(code|pre|script|style|dt)\b.*?</\1>")
 # Methods and properties of public classes that the package calls, and PyTorch, but no user.
 INTERNAL = {"affine", "affine_of_data", "noise_without_x", "network_arguments", "predict"}
-INTERNAL |= {"extra_repr", "moments", "posterior", "quantization", "spread", "start", "starting"}
+INTERNAL |= {"draw", "extra_repr", "moments", "posterior", "quantization", "start_coordinates"}
 INTERNAL |= {"support"}
 
 

@@ -157,7 +157,7 @@ def denoising_posterior(
         model_kwargs: keyword arguments of the network.
 
     Returns:
-        The posterior: `.mean` (B, *), and `.covariance`, an operator with `@ v`, `diagonal`,
+        The posterior, with `.mean` (B, *) and `.covariance`, an operator with `@ v`, `diagonal`,
         `trace` and `dense`. Nothing in it has a graph.
 
     Raises:
