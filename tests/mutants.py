@@ -395,7 +395,7 @@ MUTANTS = [
         "losses/objective.py",
         "of_higher = of_higher[rows]",
         "of_higher = of_higher[: len(rows)]",
-        "tests/losses/test_random_options.py",
+        "tests/losses/test_modules.py",
     ),
     # A trace alone, and a ramp at order three, are not needed or cost all orders.
     Mutant(
