@@ -746,6 +746,48 @@ MUTANTS = [
     # With a graph, a sample that is lost is evaluated again once another is; the first without a
     # look at values.
     Mutant(
+        "likelihood/ode.py",
+        "        (Cause.DIVERGENCE, ~integral.isfinite()),\n",
+        "",
+        "tests/likelihood/test_failures.py",
+    ),
+    Mutant(
+        "likelihood/ode.py",
+        "solution.cause.masked_fill(~all_finite(paths.x), Cause.START)",
+        "solution.cause",
+        "tests/likelihood/test_failures.py",
+    ),
+    Mutant(
+        "likelihood/ode.py",
+        "        (Cause.RANGE, ~all_finite(at_end)),\n",
+        "",
+        "tests/likelihood/test_failures.py",
+    ),
+    Mutant(
+        "likelihood/job.py",
+        "cause.masked_fill(failed & holds & (cause == 0), value)",
+        "cause.masked_fill(failed & holds, value)",
+        "tests/likelihood/test_failures.py",
+    ),
+    Mutant(
+        "likelihood/adaptive.py",
+        "reason = torch.where(reason == 0, why, reason)",
+        "reason = why",
+        "tests/likelihood/test_failures.py",
+    ),
+    Mutant(
+        "likelihood/adaptive.py",
+        "cause = cause.masked_fill(~all_finite(noise), Cause.OUTPUT)",
+        "cause = cause",
+        "tests/likelihood/test_failures.py",
+    ),
+    Mutant(
+        "likelihood/adaptive.py",
+        "reason.masked_fill(reason == 0, Cause.ARRIVAL).masked_fill(~stuck, 0)",
+        "reason.masked_fill(~stuck, 0)",
+        "tests/likelihood/test_failures.py",
+    ),
+    Mutant(
         "likelihood/paths.py",
         "nonfinite = nonfinite | ~all_finite(model.f(points))",
         "nonfinite = ~all_finite(model.f(points))",

@@ -8,6 +8,7 @@ import torch
 import hosm_losses as hosm
 from hosm_losses.likelihood import adaptive as source
 from hosm_losses.likelihood.adaptive import ERROR, NODES, STAGES, adaptive
+from hosm_losses.likelihood.result import Cause
 from tests.cases import SCHEDULES, VP
 from tests.likelihood.problems import gaussian, marginals, problem, total
 from tests.oracles import GaussianMixture
@@ -21,7 +22,7 @@ def run(rates, span=(0.0, 1.0), seen=None, cap=10_000):
     def slope(s, y, rows):
         if seen is not None:
             seen.append((s.min().item(), s.max().item(), len(rows)))
-        return rates[rows, None] * torch.stack([-y[:, 1], y[:, 0]], 1), y
+        return rates[rows, None] * torch.stack([-y[:, 1], y[:, 0]], 1), y, (rows * 0).byte()
 
     def judge(error, _):
         return error.abs().amax(1) / TOLERANCE, error.abs().sum(1)
@@ -87,7 +88,7 @@ def test_each_sample_is_solved_to_the_tolerance_as_if_alone():
 
 def test_the_cap_fails_one_sample_and_spares_the_others():
     solution = run(torch.tensor([1.0, 1e5]), cap=200)
-    assert solution.failed.tolist() == [False, True]
+    assert solution.cause.tolist() == [0, Cause.ARRIVAL]
     assert int(solution.evaluations[1]) <= 200
     expected = torch.tensor([math.cos(1.0), math.sin(1.0)])
     torch.testing.assert_close(solution.state[0], expected, rtol=0, atol=1e-6)
@@ -97,13 +98,14 @@ def test_the_cap_fails_one_sample_and_spares_the_others():
 @pytest.mark.parametrize("start", [0.5, -1.0])
 def test_a_sample_that_is_not_finite_fails_and_spares_the_others(start, bad):
     def slope(s, y, rows):
-        return torch.where(((rows == 1) & (s > start))[:, None], bad, torch.ones_like(y)), y
+        wrong = (rows == 1) & (s > start)
+        return torch.where(wrong[:, None], bad, torch.ones_like(y)), y, wrong.byte() * Cause.OUTPUT
 
     def judge(error, _):
         return error.abs().amax(1), error.abs().amax(1)
 
     solution = adaptive(slope, torch.zeros(3, 1), (0.0, 1.0), judge, 10_000)
-    assert solution.failed.tolist() == [False, True, False]
+    assert solution.cause.tolist() == [0, Cause.OUTPUT, 0]
     torch.testing.assert_close(solution.state[[0, 2]], torch.ones(2, 1))
     assert start > 0 or int(solution.evaluations[1]) == 1  # no step is taken
 
@@ -121,7 +123,7 @@ def test_a_sample_whose_rounding_alone_is_too_large_fails_at_once(solve, network
     found = solve(model, x, solver=hosm.Adaptive())
     assert found.failed.tolist() == [False, True, True, False]
     assert found.nfe[1:3].tolist() == [2 + (solve is hosm.ode_sample)] * 2
-    assert "path did not arrive" in found.failures()[1]
+    assert found.cause.tolist() == [0, Cause.ROUNDING, Cause.ROUNDING, 0]
     alone = solve(model, x[[0, 3]], solver=hosm.Adaptive())
     assert torch.equal(found.nfe[[0, 3]], alone.nfe)
     torch.testing.assert_close(found.nll[[0, 3]], alone.nll, rtol=1e-12, atol=0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hosm_losses import NLLResult, SampleResult
-from hosm_losses.likelihood.result import Quantization
+from hosm_losses.likelihood.result import Cause, Quantization
 
 
 def full(n=3, d=4, **changes):
@@ -22,6 +22,7 @@ def full(n=3, d=4, **changes):
         "failed": torch.zeros(n, dtype=torch.bool),
         "products": torch.arange(n) + 140,
         "kinks": torch.arange(n) % 2 == 0,
+        "cause": torch.zeros(n, dtype=torch.uint8),
         "quantization": Quantization(256, -1.0, 1.0),
     }
     return NLLResult(**(parts | changes))
@@ -63,21 +64,15 @@ def test_cat_joins_every_field_in_order():
 
 
 def test_what_failed_says_why():
-    """An error above the limit, one below it, NaN on the path and in the error, and no arrival."""
-    latent, error = torch.zeros(5, 2), torch.tensor([0.1, 2000.0, 0.0, math.nan, 0.5])
-    latent[2, 1] = math.inf
-    failed = torch.tensor([False, True, True, True, True])
-    found = full(n=5, latent=latent, solver_error=error, failed=failed).failures()
-    assert list(found) == [1, 2, 3, 4]
-    assert "2e+03 nats is above 1000" in found[1]
-    assert "on its path is not finite" in found[2]
-    assert found[3] == found[2]
-    assert "did not arrive" in found[4]
-    # Of many elements the limit is a tenth of a nat each.
-    error = torch.tensor([1500.0, 2500.0])
-    found = full(n=2, d=20_000, solver_error=error, failed=error > 0).failures()
-    assert "did not arrive" in found[0]
-    assert "is above 2000" in found[1]
+    """By its cause; the limit of errors is a tenth of a nat for each of many elements."""
+    error, cause = torch.tensor([0.1, 2000.0, 0.5]), torch.tensor([0, Cause.SOLVER, Cause.RANGE])
+    found = full(solver_error=error, failed=cause > 0, cause=cause).failures()
+    assert list(found) == [1, 2]
+    assert "2e+03 nats is not within 1000" in found[1]
+    assert "beyond torch.float64" in found[2]
+    (reason,) = full(n=1, d=20_000, failed=cause[1:2] > 0, cause=cause[1:2]).failures().values()
+    assert "is not within 2000" in reason
+    assert "does not say why" in full(n=1, failed=cause[1:2] > 0).failures()[0]
 
 
 def test_summary_leaves_out_what_failed_and_separates_the_estimators_part():

@@ -52,4 +52,4 @@ def test_a_failed_sample_is_marked_and_says_why(divergence):
         assert torch.isnan(drawn.nll).tolist() == [False, True]
     ((row, reason),) = drawn.failures().items()
     assert row == 1
-    assert "a value on its path is not finite" in reason
+    assert "the network's output is not finite" in reason

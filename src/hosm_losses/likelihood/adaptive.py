@@ -27,8 +27,8 @@ from torch import Tensor
 from hosm_losses._checks import sum_elements
 from hosm_losses.likelihood.coordinates import Span
 from hosm_losses.likelihood.multistep import combine, refuse_vmap
-from hosm_losses.likelihood.paths import ODESolution, Paths
-from hosm_losses.likelihood.result import solver_limit
+from hosm_losses.likelihood.paths import ODESolution, Paths, all_finite
+from hosm_losses.likelihood.result import Cause, solver_limit
 from hosm_losses.probes import ToStandardError
 
 NODES = (0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0)
@@ -69,12 +69,12 @@ class AdaptiveSolution(NamedTuple):
     state: Tensor  # y at the end, (B, m); if it failed, at the last accepted step
     evaluations: Tensor  # calls of f in which the sample took part, (B,), int64
     error: Tensor  # sum of the errors of the accepted steps, (B,)
-    failed: Tensor  # whether the cap was met, the step vanished or a value was not finite, (B,)
+    cause: Tensor  # the `Cause` for which it failed, (B,), or 0
     rejected: Tensor  # part of the evaluations that was spent on rejected steps, (B,)
 
 
 def adaptive(
-    slope: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    slope: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
     y: Tensor,
     span: tuple[float, float],
     judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
@@ -82,23 +82,26 @@ def adaptive(
 ) -> AdaptiveSolution:
     """Solve from y (B, m) at the start of the span to its larger end, never outside it.
 
-    `slope` gives dy/ds and a covector at (s, y, rows) for the rows (n,) of the batch that have not
-    arrived, s of shape (n,) and y of shape (n, m). `judge` takes the errors (n, m) of a step and
-    the covector at its end. It returns the error relative to the tolerance, accepted up to 1, and
-    the error to be summed, both (n,). A sample fails at `max_evaluations`.
+    `slope` gives dy/ds, a covector and the cause of what is not finite, or 0, at (s, y, rows) for
+    the rows (n,) of the batch that have not arrived, s of shape (n,) and y of shape (n, m).
+    `judge` takes the errors (n, m) of a step and the covector at its end. It returns the error
+    relative to the tolerance, accepted up to 1, and the error to be summed, both (n,). A sample
+    fails at `max_evaluations`.
     """
     start, end = span
     rows = torch.arange(len(y), device=y.device)
     state, error = y, y.new_zeros(len(y))
-    arrived = failed = torch.zeros_like(rows, dtype=torch.bool)
+    arrived = torch.zeros_like(rows, dtype=torch.bool)
+    cause = torch.zeros_like(rows, dtype=torch.uint8)
     s = torch.full((len(y),), start, dtype=y.dtype, device=y.device)
     h = torch.full_like(s, FIRST_STEP * (end - start))
     smallest = (end - start) * 16 * torch.finfo(y.dtype).eps
-    (first, _), evaluations = slope(s, y, rows), torch.ones_like(rows)
+    (first, _, reason), evaluations = slope(s, y, rows), torch.ones_like(rows)
     rejected = torch.zeros_like(rows)
     stuck = ~torch.isfinite(first.detach()).all(1)  # no step is small enough
     while True:
-        failed = failed.index_copy(0, rows, stuck)
+        reason = reason.masked_fill(reason == 0, Cause.ARRIVAL).masked_fill(~stuck, 0)
+        cause = cause.index_copy(0, rows, reason)
         leaving = arrived | stuck
         if bool(leaving.any()):
             state = state.index_copy(0, rows[leaving], y[leaving])
@@ -106,14 +109,15 @@ def adaptive(
             rows, s, h, y, first = (part[remaining] for part in (rows, s, h, y, first))
         if not len(rows):
             share = len(STAGES) * rejected / evaluations
-            return AdaptiveSolution(state, evaluations, error, failed, share)
+            return AdaptiveSolution(state, evaluations, error, cause, share)
         last = h >= end - s
         h = torch.where(last, end - s, h)
-        stages, new, covector = [first], y, y
+        stages, new, covector, reason = [first], y, y, torch.zeros_like(cause[rows])
         for node, coefficients in zip(NODES[1:], STAGES, strict=True):
             new = y + h[:, None] * combine(coefficients, stages)
-            stage, covector = slope(torch.clamp(s + node * h, max=end), new, rows)
+            stage, covector, why = slope(torch.clamp(s + node * h, max=end), new, rows)
             stages.append(stage)
+            reason = torch.where(reason == 0, why, reason)  # of the first stage that has one
         size, error_in_nats = judge((h[:, None] * combine(ERROR, stages)).detach(), covector)
         finite = torch.isfinite(size) & torch.isfinite(new.detach()).all(1)
         accepted = finite & (size <= 1)
@@ -156,7 +160,7 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
             products=torch.zeros_like(fine.evaluations),
             standard_error=None,
             solver_error=zero,
-            failed=fine.failed,
+            cause=fine.cause,
         )
     paths = replace(paths, advance=lambda work, advance=paths.advance: advance(work / 2))
     with torch.no_grad():
@@ -187,7 +191,7 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
         products=evaluations * paths.products,
         standard_error=standard_error,
         solver_error=solver_error,
-        failed=fine.failed | coarse.failed,
+        cause=torch.where(fine.cause == 0, coarse.cause, fine.cause),
         widening=widening,
         kinks=kinks,
     )
@@ -218,7 +222,7 @@ def _solve(
     low, high = (1 / (1 + math.exp(reference - u)) for u in span)
     sign = 1.0 if high > low else -1.0  # the solver goes up, in −r where r goes down
 
-    def slope(s: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(s: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal active
         r = sign * s
         paths.advance(active - len(rows))
@@ -233,7 +237,10 @@ def _solve(
         rounding = torch.finfo(y.dtype).eps * (covector * y[:, :elements].detach()).abs().sum(1)
         hopeless = rounding > solver_limit(elements)
         dy_du = dy_du.masked_fill(hopeless[:, None], math.nan)
-        return sign * dy_du / (r * (1 - r))[:, None], covector
+        cause = torch.zeros_like(rows, dtype=torch.uint8).masked_fill(hopeless, Cause.ROUNDING)
+        cause = cause.masked_fill(~integrand.isfinite().all(0), Cause.DIVERGENCE)
+        cause = cause.masked_fill(~all_finite(noise), Cause.OUTPUT)
+        return sign * dy_du / (r * (1 - r))[:, None], covector, cause
 
     def judge(error: Tensor, covector: Tensor) -> tuple[Tensor, Tensor]:
         state, integral = error[:, :elements], error[:, elements:].abs().mean(1)

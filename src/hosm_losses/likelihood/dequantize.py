@@ -221,4 +221,5 @@ def importance_weighted(draws: Sequence[NLLResult], quantization: Quantization) 
         products=None if first.products is None else stacked("products").sum(0),
         solver_error=(weight * stacked("solver_error")).sum(0),
         failed=stacked("failed").any(0),
+        cause=stacked("cause").amax(0),
     )

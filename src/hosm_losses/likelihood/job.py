@@ -42,7 +42,7 @@ from hosm_losses.likelihood.dequantize import (
     refuse_biased_draws,
 )
 from hosm_losses.likelihood.paths import Divergence, Paths, ResolvedDivergence, resolve_divergence
-from hosm_losses.likelihood.result import NLLResult, solver_limit
+from hosm_losses.likelihood.result import Cause, NLLResult, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
 from hosm_losses.likelihood.watch import FirstEvaluation, buffers_restored, warn_of_training_mode
 from hosm_losses.model import ScoreModel, bind_model, check_model
@@ -208,16 +208,22 @@ def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None
         )
 
 
-def mark_failed(result: NLLResult) -> NLLResult:
-    """Mark unusable samples as failed, with NaN for their nll.
+def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResult:
+    """Mark unusable samples as failed, with NaN for their nll, and the cause.
 
-    The nll has to be finite in the dtype of the latent, which is the network's.
+    The nll has to be finite in the dtype of the latent, which is the network's. The cause is the
+    result's own, or the first of which the condition (B,) holds.
     """
     dtype, limit = result.latent.dtype, solver_limit(result.latent[0].numel())
     in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))
-    good = torch.isfinite(in_range) & (result.solver_error.detach() <= limit)
-    failed = result.failed | ~good
-    return replace(result, nll=result.nll.masked_fill(failed, math.nan), failed=failed)
+    inaccurate = ~(result.solver_error.detach() <= limit)
+    failed = result.failed | inaccurate | ~torch.isfinite(in_range)
+    own = result.cause
+    cause = torch.zeros_like(failed, dtype=torch.uint8) if own is None else own
+    for value, holds in (*conditions, (Cause.SOLVER, inaccurate), (Cause.RANGE, failed)):
+        cause = cause.masked_fill(failed & holds & (cause == 0), value)
+    nll = result.nll.masked_fill(failed, math.nan)
+    return replace(result, nll=nll, failed=failed, cause=cause)
 
 
 def network_options(model: ScoreModel) -> dict[str, Any]:

@@ -288,7 +288,7 @@ def solve_on_grid(
         products=products,
         standard_error=standard_error,
         solver_error=solver_error,
-        failed=torch.zeros_like(nfe).bool(),
+        cause=torch.zeros_like(nfe, dtype=torch.uint8),
         steps=steps,
     )
 

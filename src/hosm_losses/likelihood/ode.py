@@ -27,8 +27,8 @@ from hosm_losses.likelihood.adaptive import solve_adaptive
 from hosm_losses.likelihood.dequantize import Dequantization, check_dequantization
 from hosm_losses.likelihood.job import Job, LogPrior, mark_failed, network_options
 from hosm_losses.likelihood.multistep import fewest_steps, solve_on_grid
-from hosm_losses.likelihood.paths import Divergence, Paths, check_divergence
-from hosm_losses.likelihood.result import NLLResult, SampleResult
+from hosm_losses.likelihood.paths import Divergence, Paths, all_finite, check_divergence
+from hosm_losses.likelihood.result import Cause, NLLResult, SampleResult
 from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance, check_solver
 from hosm_losses.model import ScoreModel, check_model
 
@@ -252,15 +252,24 @@ def solve(
             steps = earlier.steps or fewest_steps(paths, z, span, companion, **options)
             earlier.steps = steps
         solution = solve_on_grid(paths, z, span, steps, companion, earlier.companion_ratio)
-    fields = solution._asdict()
+    cause = solution.cause.masked_fill(~all_finite(paths.x), Cause.START)
+    fields = solution._asdict() | {"cause": cause, "failed": cause > 0}
     x, integral = coordinates.to_x(fields.pop("z"), end), fields.pop("integral")
     latent, integral = (paths.x, -integral) if backwards else (x, integral)
     # log p_x(x₀) − log p_T(x_T), see `paths`
     log_density = coordinates.log_volume(noise) - coordinates.log_volume(data) + integral
+    at_end = x.to(torch.promote_types(paths.dtype, torch.float32))
+    causes = [
+        (Cause.OUTPUT, ~all_finite(x)),  # NaN stays in the state
+        (Cause.DIVERGENCE, ~integral.isfinite()),
+        (Cause.RANGE, ~all_finite(at_end)),
+    ]
     if paths.divergence is not None:
-        log_density = log_density + paths.log_prior_at(latent)
+        log_prior = paths.log_prior_at(latent)
+        log_density = log_density + log_prior
+        causes.append((Cause.PRIOR, ~log_prior.isfinite()))
     nll = -log_density if paths.nll_offset is None else paths.nll_offset - log_density
-    return mark_failed(NLLResult(nll, x.to(paths.dtype), **fields))
+    return mark_failed(NLLResult(nll, x.to(paths.dtype), **fields), *causes)
 
 
 def _from_clean(paths: Paths) -> Paths:

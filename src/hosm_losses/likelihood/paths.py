@@ -238,7 +238,7 @@ class ODESolution(NamedTuple):
     products: Tensor  # with the network's Jacobian, (B,)
     standard_error: Tensor | None  # of the integral, from the probes, (B,); None if not known
     solver_error: Tensor  # estimate, (B,)
-    failed: Tensor  # (B,)
+    cause: Tensor  # of a path that the solver gave up, (B,), else 0, see `result`
     steps: int | None = None  # of a grid that the batch shares
     widening: float = 1.0  # Student's factor in standard_error
     kinks: Tensor | None = None  # whether the path seems to have kinks, (B,); None if not known

@@ -16,6 +16,7 @@ Source:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from enum import IntEnum
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -26,8 +27,31 @@ from hosm_losses._checks import check_number, check_whole, describe_value, owns_
 # A sample fails with a solver_error above the larger of these, in nats and in nats an element.
 SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
 FINER = "take more steps or a lower tolerance, or give the solver data_mean and data_std"
-NOT_ARRIVED = "its path did not arrive: look at x, nfe, the network and log_prior"
-LOOK = "look at x and at the network's outputs from t_min to t_max, or take smaller steps"
+
+
+class Cause(IntEnum):
+    """What made a sample fail; 0 in a result where nothing did, or nobody looked."""
+
+    START, OUTPUT, DIVERGENCE, ROUNDING, ARRIVAL, RANGE, PRIOR, SOLVER = range(1, 9)
+
+
+REASONS = {
+    0: "the result does not say why: look at x, log_prior and the network from t_min to t_max",
+    Cause.START: "its path starts at values that are not finite: look at x, or the given latent",
+    Cause.OUTPUT: "the network's output is not finite on its path, or a point is beyond {dtype}: "
+    "look at the outputs from t_min to t_max, and take smaller steps if they are finite. With "
+    "enable_grad=True it may be the divergence alone",
+    Cause.DIVERGENCE: "the divergence is not finite on its path, and the network's outputs are: "
+    "look for an infinite derivative, as that of sqrt at 0",
+    Cause.ROUNDING: "rounding its path alone changes the nll by more than {limit:g} nats: look at "
+    "x, which may be far from the data",
+    Cause.ARRIVAL: "Adaptive ran out of evaluations, see nfe, or its smallest step: "
+    "give it a larger step_tolerance, take FixedGrid(), or look for jumps",
+    Cause.RANGE: "its nll or the end of its path is beyond {dtype}: look at x, and at the size of "
+    "the network's outputs",
+    Cause.PRIOR: "log_prior is not finite at its latent, which is: look at log_prior there",
+    Cause.SOLVER: "its solver_error of {error:.2g} nats is not within {limit:g}: " + FINER,
+}
 
 
 @dataclass(frozen=True)
@@ -103,6 +127,7 @@ class Result:
     steps: int | None = None
     widening: float = 1.0
     kinks: Tensor | None = None
+    cause: Tensor | None = None
 
     def bits_per_dim(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
@@ -223,26 +248,17 @@ class Result:
         """Return for each failed sample, by its row, why it failed and what to do.
 
         Example:
-            >>> one = torch.ones(1)
-            >>> result = NLLResult(one, torch.zeros(1, 3) / 0, one, None, one, one > 0)
-            >>> print(result.failures()[0])  # doctest: +ELLIPSIS
-            a value on its path is not finite: look at x and at the network's outputs from t_min...
+            >>> one, cause = torch.ones(1), torch.tensor([7])
+            >>> result = NLLResult(one, torch.zeros(1, 3), one, None, one, one > 0, cause=cause)
+            >>> print(result.failures()[0])
+            log_prior is not finite at its latent, which is: look at log_prior there
         """
-        limit, end, errors = solver_limit(self.latent[0].numel()), self._end(), self._errors()
-        texts = {}
+        limit, dtype = solver_limit(self.latent[0].numel()), self.latent.dtype
+        errors, texts = self._errors(), {}
         for row in self.failed.nonzero().flatten().tolist():
-            error = float(errors[row])
-            if limit < error < math.inf:
-                texts[row] = f"its solver_error of {error:.2g} nats is above {limit:g}: {FINER}"
-            elif math.isfinite(error) and bool(end[row].isfinite().all()):
-                texts[row] = f"its number is not finite or beyond {end.dtype}, or {NOT_ARRIVED}"
-            else:
-                texts[row] = f"a value on its path is not finite: {LOOK}"
+            reason = REASONS[0 if self.cause is None else int(self.cause[row])]
+            texts[row] = reason.format(dtype=dtype, limit=limit, error=float(errors[row]))
         return texts
-
-    def _end(self) -> Tensor:
-        """The end of the paths that the solver computed."""
-        return self.latent
 
     @classmethod
     def cat(cls, results: Sequence[Self]) -> Self:
@@ -358,6 +374,7 @@ class NLLResult(Result):
         widening: Student's factor in standard_error, of `Adaptive`; 1 elsewhere.
         kinks: whether the path seems to have kinks, as of ReLU, at which the method loses its
             order, and solver_error was raised, (B,); None where that is not known.
+        cause: the number of what `failures` says, (B,); 0 where the sample did not fail.
     """
 
     nll: Tensor
@@ -383,9 +400,7 @@ class SampleResult(Result):
         steps: of the fixed grid; None with `Adaptive`.
         widening: as in `NLLResult`.
         kinks: as in `NLLResult`.
+        cause: as in `NLLResult`.
     """
 
     x: Tensor = field(kw_only=True)
-
-    def _end(self) -> Tensor:
-        return self.x

@@ -33,8 +33,8 @@ from hosm_losses._checks import check_whole, error_message, sum_elements
 from hosm_losses.likelihood.coordinates import NoiseLevel
 from hosm_losses.likelihood.dequantize import Uniform, check_dequantization
 from hosm_losses.likelihood.job import Job, LogPrior, mark_failed
-from hosm_losses.likelihood.paths import Paths
-from hosm_losses.likelihood.result import NLLResult
+from hosm_losses.likelihood.paths import Paths, all_finite
+from hosm_losses.likelihood.result import Cause, NLLResult
 from hosm_losses.likelihood.solvers import Moment, plain_moment
 from hosm_losses.model import ScoreModel
 
@@ -147,7 +147,8 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
     standard_error = (integral_variance + prior_variance).sqrt()
     nfe, zero = torch.full_like(nll, evaluations).long(), torch.zeros_like(nll)
     result = NLLResult(nll, latent.to(paths.dtype), nfe, standard_error, zero, zero > 0)
-    return mark_failed(result)
+    start, output = (Cause.START, ~all_finite(x)), (Cause.OUTPUT, ~integral.isfinite())
+    return mark_failed(result, start, output, (Cause.PRIOR, ~prior.isfinite()))
 
 
 def _prior(paths: Paths, end: NoiseLevel, samples: int) -> tuple[Tensor, Tensor, Tensor]:
