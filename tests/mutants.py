@@ -75,6 +75,30 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/norms.py",
+        "along + self.stack(seconds).along",
+        "along",
+        "tests/taylor/test_pullbacks.py",
+    ),
+    Mutant(
+        "taylor/norms.py",
+        "torch.cat([torch.zeros_like(rho), c.along])",
+        "torch.cat([torch.ones_like(rho), c.along])",
+        "tests/taylor/test_calls.py",
+    ),
+    Mutant(
+        "taylor/pointwise.py",
+        "s, t1, value=2)  # −1",
+        "s, t1, value=1)  # −1",
+        "tests/taylor/test_calls.py",
+    ),
+    Mutant(
+        "taylor/primitives.py",
+        "return input.copy_(result) if inplace else result",
+        "return result",
+        "tests/taylor/test_primitives.py",
+    ),
+    Mutant(
+        "taylor/norms.py",
         "norm(ops.value(x), mean, variance, None, None, True, *options)",
         "norm(ops.value(x).cos(), mean, variance, None, None, True, *options)",
         "tests/taylor/test_primitives.py",

@@ -132,6 +132,14 @@ def test_far_from_zero_derivatives_are_finite(name, engine):
         torch.testing.assert_close(-found.value[0], FAR[name](x), rtol=1e-12, atol=1e-300)
 
 
+def test_mish_in_place():
+    x = torch.linspace(-3, 3, 7)
+    with safe_primitives():
+        changed = x.clone()
+        assert F.mish(changed, inplace=True) is changed
+    torch.testing.assert_close(changed, F.mish(x))
+
+
 def test_group_norm_on_channels_last():
     norm, plain = nn.GroupNorm(2, 4), torch.randn(2, 4, 3, 3)
     x = plain.to(memory_format=torch.channels_last)

@@ -83,11 +83,9 @@ def _primitive(function: Function, body: Function, *args: Any, **named: Any) -> 
     taken = RULES[function].takes(args, named)
     if taken is not None:
         try:
-            result = body(ON_TENSORS, *taken[0], **taken[1])
+            return body(ON_TENSORS, *taken[0], **taken[1])
         except NoRule:
             pass
-        else:
-            return taken[0][0].copy_(result) if named.get("inplace") else result
     return function(*args, **named)
 
 
@@ -97,12 +95,6 @@ def _glu(ops: Any, input: Any, dim: int = -1) -> Any:  # noqa: A002
         raise NoRule  # for PyTorch to refuse
     value, gate = ops.chunk(input, 2, dim)
     return ops.mul(value, ops.sigmoid(gate))
-
-
-@composite(F.mish, primitive=True)
-def _mish(ops: Any, input: Any) -> Any:  # noqa: A002
-    """By softplus: the second derivative of PyTorch's own is NaN above 88 in float32."""
-    return ops.mul(input, ops.tanh(ops.softplus(input)))
 
 
 @composite("logaddexp", primitive=True)

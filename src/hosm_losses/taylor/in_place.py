@@ -2,7 +2,7 @@ r"""Rules for what changes a tensor in place: the function that is not in place,
 
 PyTorch names a method that changes its object by a last underscore. Where the method without it
 has a rule, that is used. Where it has none, or there is no such method, a copy is changed in
-PyTorch's own words and differentiated by torch.func.jvp; see `hosm_losses.taylor.tensor`.
+PyTorch's own words and differentiated by torch.func.jvp; see `hosm_losses.taylor.jets`.
 """
 
 from functools import partial

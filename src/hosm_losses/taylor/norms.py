@@ -1,15 +1,16 @@
 r"""Norms over rows, and their gradients.
 
-Formula over a row of N elements, with c = x − ⟨x⟩ and ⟨·⟩ the mean over the row (RMS norm: c = x),
-z·w the sum of products over the row, u = (c·c + N eps)^(−1/2), ρ = √N u, and capitals for what
-lies along c, Z = u² c·z:
+Formula over a row, with ⟨·⟩ the mean over it, c = x − ⟨x⟩ (RMS norm: c = x), and
+ρ = (⟨c c⟩ + eps)^(−1/2):
     y = ρ c        y_l = J c_l        y_ll = J c_ll + second(c_l, c_l)
-    The first three derivatives of y, with {z w} = u² z·w − 3 Z W:
-    J z = ρ (z − c Z)
-    second(z, w) = −ρ (Z w + W z + c {z w})
-    third(z, w, v) = −ρ (z {w v} + w {z v} + v {z w} − 3 c (Z {w v} + W {z v} + V {z w} + 4 Z W V))
+    The first three derivatives of y, of rows z, w and v that are already multiplied by ρ, with
+    capitals for what lies along y, Z = ⟨y z⟩, and {z w} = ⟨z w⟩ − 3 Z W:
+    J z = z − y Z
+    second(z, w) = −(Z w + W z + y {z w})
+    third(z, w, v) = −(z {w v} + w {z v} + v {z w} − 3 y (Z {w v} + W {z v} + V {z w} + 4 Z W V))
 
-Gradients, for cotangents a of y, b_l of y_l and d_l of y_ll, all of them centred as c is:
+Gradients, for cotangents a of y, b_l of y_l and d_l of y_ll, all of them centred as c is, and
+multiplied by ρ:
     A derivative is symmetric in its directions and its result, and so pulls back as it is:
     in x_ll   J d_l
     in x_l    J b_l + 2 second(d_l, c_l)
@@ -70,27 +71,28 @@ class Rows(NamedTuple):
         """The sum over each row."""
         return x.sum(self.dims, keepdim=True)
 
-    def centre(self, stack: Tensor, firsts: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A stack without its means, u and C_l of each row."""
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over each row."""
+        return x.mean(self.dims, keepdim=True)
+
+    def standardize(self, stack: Tensor) -> tuple[Tensor, Tensor]:
+        """A stack without its means and times ρ, the first of it y; and ρ of each row."""
         centred = self.reshape(stack)
         if self.centred:
             # Not times 1/N, which is rounded: of equal numbers nothing may be left.
             centred = centred - self.total(centred) / self.length
-        value, tangents, _ = components(centred, firsts)
-        u = torch.rsqrt(self.total(value * value) + self.length * self.eps)
-        return centred, u, u * u * self.total(value * tangents)
+        value = centred[:1]
+        rho = torch.rsqrt(self.mean(value * value) + self.eps)
+        return centred * rho, rho
 
     def multiply(self, x: Tensor, weight: Some) -> Tensor:
         """A stack times the weight."""
         return x if weight is None else x * weight.reshape(self.weights)
 
-    def centre_cotangents(self, cotangents: Tensor, weight: Some = None) -> Tensor:
-        """A stack times the weight, less its mean where the norm subtracts that."""
-        weighted = self.multiply(cotangents, weight)
-        if not self.centred:
-            return weighted
-        mean = weighted.mean(self.dims, keepdim=True)
-        return weighted - mean if weight is None else weighted.sub_(mean)
+    def scale_cotangents(self, cotangents: Tensor, rho: Tensor, weight: Some = None) -> Tensor:
+        """A stack times the weight and ρ, less its mean where the norm subtracts that."""
+        scaled = cotangents * self.multiply(rho, weight)
+        return scaled.sub_(self.mean(scaled)) if self.centred else scaled
 
     def reduce_to(self, weight: Some, gradient: Tensor) -> Some:
         """The gradient in a weight or bias, from that in its product with ones."""
@@ -100,7 +102,7 @@ class Rows(NamedTuple):
 
 
 class _Stack(NamedTuple):
-    """A stack of centred rows z, and Z = u² c·z."""
+    """A stack of rows z, and Z = ⟨y z⟩."""
 
     z: Tensor
     along: Tensor
@@ -112,42 +114,41 @@ class _Stack(NamedTuple):
 
 
 class _Derivatives:
-    """J, −second and −third of some rows, divided by ρ; the last two as lists of terms."""
+    """J, −second and −third of some rows; the last two as lists of terms."""
 
-    def __init__(self, rows: Rows, value: Tensor, u: Tensor) -> None:
+    def __init__(self, rows: Rows, value: Tensor) -> None:
         self.rows, self.value = rows, value
-        self.square, self.rho = u * u, math.sqrt(rows.length) * u
 
     def stack(self, z: Tensor) -> _Stack:
-        """A stack of centred rows, with their Z."""
-        return _Stack(z, self.square * self.rows.total(self.value * z))
+        """A stack of rows, with their Z."""
+        return _Stack(z, self.rows.mean(self.value * z))
 
     def product(self, x: _Stack, y: _Stack) -> Tensor:
         """The {z w} of each component."""
-        product = self.square * self.rows.total(x.z * y.z)
-        return torch.addcmul(product, x.along, y.along, value=-3)
+        return torch.addcmul(self.rows.mean(x.z * y.z), x.along, y.along, value=-3)
 
     def jacobian(self, x: _Stack) -> Tensor:
         """The stack of J z."""
         return torch.addcmul(x.z, self.value, x.along, value=-1)
 
     def second(self, x: _Stack, y: _Stack, product: Some = None) -> list[Term]:
-        """The terms of −second(z, w) / ρ."""
+        """The terms of −second(z, w)."""
         product = self.product(x, y) if product is None else product
         return [(x.along, y.z), (y.along, x.z), (product, self.value)]
 
     def third(self, x: _Stack, y: _Stack) -> list[Term]:
-        """The terms of −third(z, w, w) / ρ."""
+        """The terms of −third(z, w, w)."""
         xy, yy = self.product(x, y), self.product(y, y)
         along = -3 * _third_along(x.along, y.along, y.along, xy, xy, yy)
         return [(yy, x.z), (2 * xy, y.z), (along, self.value)]
 
     def of_seconds(self, firsts: _Stack, seconds: Tensor, pairs: Pairs) -> Tensor:
-        """y_ll / ρ: second(c_l, c_l), and J of second derivatives if there are any."""
-        product = self.product(firsts, firsts)
-        second = torch.addcmul(2 * firsts.along * firsts.z, self.value, product)
-        second = -collect(second, pairs)
-        return second + self.jacobian(self.stack(seconds)) if len(seconds) else second
+        """y_ll: second(c_l, c_l), and J of second derivatives if there are any."""
+        second = collect(-2 * firsts.along * firsts.z, pairs)
+        along = collect(self.product(firsts, firsts), pairs)
+        if len(seconds):
+            second, along = second + seconds, along + self.stack(seconds).along
+        return torch.addcmul(second, self.value, along, value=-1)
 
 
 def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Tensor) -> Tensor:
@@ -163,6 +164,7 @@ def _add_terms(whole: Tensor, terms: Iterable[Term], value: float) -> Tensor:
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
+    """A stack in the shape and the type of another."""
     return x.reshape(other.shape).to(other.dtype)
 
 
@@ -176,14 +178,17 @@ class Norm(NamedTuple):
     def evaluate(self, stack: Tensor, weight: Some, bias: Some) -> Tensor:
         """The stack of the norm, with weight and bias."""
         rows = self.rows
-        centred, u, along = rows.centre(stack, self.firsts)
-        value, tangents, seconds = components(centred, self.firsts)
-        norm, c = _Derivatives(rows, value, u), _Stack(tangents, along)
-        parts = [value, norm.jacobian(c)]
+        scaled, rho = rows.standardize(stack)
+        value, tangents, seconds = components(scaled, self.firsts)
+        norm = _Derivatives(rows, value)
+        c = norm.stack(tangents)
+        # Nothing is taken from the value, so that no copy joins it to the derivatives.
+        along = torch.cat([torch.zeros_like(rho), c.along])
+        output = norm.jacobian(_Stack(scaled[: len(along)], along))
         if self.pairs != "none":
-            parts.append(norm.of_seconds(c, seconds, self.pairs))
+            output = torch.cat([output, norm.of_seconds(c, seconds, self.pairs)])
         bias = None if bias is None else bias.reshape(rows.weights)
-        output = with_bias(torch.cat(parts) * rows.multiply(norm.rho, weight), bias, 1)
+        output = with_bias(rows.multiply(output, weight), bias, 1)
         return output.reshape(-1, *stack.shape[1:]).to(stack.dtype)
 
     def pull_back(
@@ -191,12 +196,12 @@ class Norm(NamedTuple):
     ) -> tuple[Some, ...]:
         """The gradients in the stack, the weight and the bias."""
         rows, firsts, pairs = self
-        centred, u, along = rows.centre(stack, firsts)
-        value, tangents, seconds = components(centred, firsts)
-        norm, cotangents = _Derivatives(rows, value, u), rows.reshape(cotangent)
-        abd = norm.stack(rows.centre_cotangents(cotangents, weight))
+        scaled, rho = rows.standardize(stack)
+        value, tangents, seconds = components(scaled, firsts)
+        norm, cotangents = _Derivatives(rows, value), rows.reshape(cotangent)
+        abd = norm.stack(rows.scale_cotangents(cotangents, rho, weight))
         _, b, d = abd.split(1, firsts, len(cotangents) - 1 - firsts)
-        c = _Stack(tangents, along)
+        c = norm.stack(tangents)
         if len(stack) < len(cotangents):  # second derivatives are zero, and have no gradient
             abd = _Stack(abd.z[: len(stack)], abd.along[: len(stack)])
         of_stack = norm.jacobian(abd)
@@ -212,10 +217,10 @@ class Norm(NamedTuple):
             terms = [(cotangents[1 : 1 + firsts], norm.jacobian(c))]
             if pairs != "none":
                 terms.append((cotangents[1 + firsts :], norm.of_seconds(c, seconds, pairs)))
-            of_weight = _add_terms(cotangents[:1] * value, terms, 1).mul_(norm.rho)
+            of_weight = _add_terms(cotangents[:1] * value, terms, 1)
             of_weight = rows.reduce_to(weight, of_weight)
         of_bias = rows.reduce_to(bias, cotangents[:1]) if needed[2] else None
-        return _like(of_stack.mul_(norm.rho), stack), of_weight, of_bias
+        return _like(of_stack, stack), of_weight, of_bias
 
     def pull_back_again(
         self,
@@ -231,26 +236,24 @@ class Norm(NamedTuple):
         There are no second derivatives.
         """
         rows, sizes = self.rows, (1, self.firsts)
-        centred, u, along = rows.centre(stack, self.firsts)
-        value, tangents, _ = components(centred, self.firsts)
-        norm, cotangents = _Derivatives(rows, value, u), rows.reshape(cotangent)
-        c = _Stack(tangents, along)
-        ab = norm.stack(rows.centre_cotangents(cotangents, weight))
-        pq = norm.stack(rows.centre_cotangents(rows.reshape(again)))
-        (_, b), (p, _) = ab.split(*sizes), pq.split(*sizes)
+        scaled, rho = rows.standardize(stack)
+        value, tangents = scaled.split_with_sizes(sizes)
+        norm, cotangents = _Derivatives(rows, value), rows.reshape(cotangent)
+        c = norm.stack(tangents)
+        ab = norm.stack(rows.scale_cotangents(cotangents, rho, weight))
+        pq = norm.stack(rows.scale_cotangents(rows.reshape(again), rho))
+        (a, b), (p, q) = ab.split(*sizes), pq.split(*sizes)
         pb, pc, bc = norm.product(p, b), norm.product(p, c), norm.product(b, c)
         # second(p, a), second(q_l, b_l) and third(p, b_l, c_l) in one term for each stack.
-        of_ab, of_pq = pq.along.clone(), ab.along.clone()
-        of_ab[1:].add_(pc)
-        of_pq[:1].add_(total(bc))
+        of_ab = torch.cat([p.along, q.along + pc])
+        of_pq = torch.cat([a.along + total(bc), b.along])
         third = total(_third_along(p.along, b.along, c.along, pb, pc, bc))
-        of_c = torch.add(total(norm.product(pq, ab)), third, alpha=-3)
-        of_value = _add_terms(value * of_c, [(of_ab, ab.z), (of_pq, pq.z), (pb, c.z)], 1)
+        of_y = torch.add(total(norm.product(pq, ab)), third, alpha=-3)
+        of_value = _add_terms(value * of_y, [(of_ab, ab.z), (of_pq, pq.z), (pb, c.z)], 1)
         of_firsts = _add_terms(b.z * p.along, [(b.along, p.z), (pb, value)], 1)
-        of_stack = torch.cat([of_value, of_firsts]).mul_(-norm.rho)
+        of_stack = torch.cat([of_value, of_firsts]).neg_()
         of_outputs = norm.jacobian(pq)
         _add_terms(of_outputs[1:], norm.second(p, c, pc), -1)
-        of_outputs.mul_(norm.rho)
         of_weight = rows.reduce_to(weight, cotangents * of_outputs) if needed[1] else None
         of_cotangent = rows.multiply(of_outputs, weight)
         of_bias = None if bias is None else torch.zeros_like(bias)

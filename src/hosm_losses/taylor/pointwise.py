@@ -30,7 +30,7 @@ from hosm_losses.taylor.jets import Jet, result_type, stacks_of
 from hosm_losses.taylor.memory import Needed, with_recomputation
 from hosm_losses.taylor.products import ndim_of, of_matrices, product_rule
 from hosm_losses.taylor.registry import Function, NoRule, TaylorError, rule, swapped
-from hosm_losses.taylor.stacks import Pairs, align, at_least_float32, collect, components
+from hosm_losses.taylor.stacks import Pairs, align, at_least_float32, collect, components, total
 
 Series = Callable[[Tensor], Iterator[Tensor]]
 
@@ -83,14 +83,16 @@ class Pointwise(NamedTuple):
         """The first derivative times the cotangents, and what the second and third add."""
         dtype, firsts = stack.dtype, self.firsts
         stack, cotangent = at_least_float32(stack), at_least_float32(cotangent)
-        derivatives = self.derivatives(stack[0])
+        x, along = stack.split_with_sizes((1, len(stack) - 1))
+        derivatives = self.derivatives(x)
         slope, curvature = next(derivatives), next(derivatives)
         gradient = cotangent[: len(stack)] * slope
-        gradient[0].addcmul_(curvature, _sum_products(stack[1:], cotangent[1 : len(stack)]))
+        of_value = gradient[:1]
+        of_value.addcmul_(curvature, total(along * cotangent[1 : len(stack)]))
         if self.pairs != "none":
-            tangents, of_seconds = stack[1 : 1 + firsts], cotangent[1 + firsts :]
+            tangents, of_seconds = along[:firsts], cotangent[1 + firsts :]
             squares = collect(tangents * tangents, self.pairs)
-            gradient[0].addcmul_(next(derivatives), _sum_products(of_seconds, squares))
+            of_value.addcmul_(next(derivatives), total(of_seconds * squares))
             gradient[1 : 1 + firsts].addcmul_(of_seconds * curvature, tangents, value=2)
         return (gradient.to(dtype),)
 
@@ -103,20 +105,18 @@ class Pointwise(NamedTuple):
         """
         dtype = stack.dtype
         stack, cotangent, again = map(at_least_float32, (stack, cotangent, again))
-        slope, curvature, third = islice(self.derivatives(stack[0]), 3)
-        bend = curvature * again[0]
+        sizes = 1, self.firsts
+        (x, tangents), (a, b), (p, q) = (
+            part.split_with_sizes(sizes) for part in (stack, cotangent, again)
+        )
+        slope, curvature, third = islice(self.derivatives(x), 3)
+        bend = curvature * p
         of_cotangent = again * slope
-        of_cotangent[1:].addcmul_(stack[1:], bend)
-        of_value = cotangent[0] * bend
-        of_value.addcmul_(curvature, _sum_products(cotangent[1:], again[1:]))
-        of_value.addcmul_(third * again[0], _sum_products(stack[1:], cotangent[1:]))
-        of_stack = torch.cat([of_value.unsqueeze(0), cotangent[1:] * bend])
-        return of_stack.to(dtype), of_cotangent.to(dtype)
-
-
-def _sum_products(a: Tensor, b: Tensor) -> Tensor:
-    """Σ_l a_l b_l."""
-    return a[0] * b[0] if len(a) == 1 else (a * b).sum(0)
+        of_cotangent[1:].addcmul_(tangents, bend)
+        of_value = a * bend
+        of_value.addcmul_(curvature, total(b * q))
+        of_value.addcmul_(third * p, total(tangents * b))
+        return torch.cat([of_value, b * bend]).to(dtype), of_cotangent.to(dtype)
 
 
 def apply(series: Series, jet: Jet, operators: Operators | None = None) -> Jet:
@@ -172,6 +172,22 @@ def _silu(x: Tensor) -> Iterator[Tensor]:
     curvature = torch.addcmul(q, q, s, value=-2)
     yield torch.addcmul(2 * q, x, curvature)
     yield torch.addcmul(3 * curvature, x, torch.addcmul(q, q, q, value=-6))
+
+
+@pointwise(F.mish, operators=Operators(F.mish, torch.ops.aten.mish_backward.default))
+def _mish(x: Tensor) -> Iterator[Tensor]:
+    # x t, of t = tanh(softplus(x)).
+    t, s = torch.tanh(F.softplus(x)), torch.sigmoid(x)
+    product, complement = s * t, 1 - s
+    t1 = torch.addcmul(s, product, t, value=-1)  # derivatives of t
+    yield torch.addcmul(t, x, t1)
+    ratio = torch.sub(complement, product, alpha=2)
+    t2 = t1 * ratio
+    yield torch.addcmul(2 * t1, x, t2)
+    q = s * complement
+    bend = torch.addcmul(torch.addcmul(q, q, t, value=2), s, t1, value=2)  # −1 times that of ratio
+    t3 = torch.addcmul(t2 * ratio, t1, bend, value=-1)
+    yield torch.addcmul(3 * t2, x, t3)
 
 
 @pointwise("sigmoid")

@@ -31,6 +31,7 @@ from functools import partial
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -225,6 +226,12 @@ def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
     return torch.add(counter, other, alpha=alpha, out=counter)
 
 
+def _mish(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
+    """By softplus: the second derivative of PyTorch's own is NaN above 88 in float32."""
+    result = input * torch.tanh(F.softplus(input))
+    return input.copy_(result) if inplace else result
+
+
 def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:  # noqa: A002
     """As a slice of one: the gradient of PyTorch's own through a vmap is wrong."""
     place = range(input.shape[dim])[index]
@@ -256,6 +263,7 @@ def complete_primitives() -> None:
     refuse_norms = partial(_refuse, NORMS)
     primitives: dict[Any, Any] = {
         Tensor.add_: _add_in_place,
+        F.mish: _mish,
         "logcumsumexp": partial(_refuse, NOT_A_NUMBER),
         Tensor.index_fill_: lambda x, *args, **named: x.copy_(_index_fill(x, *args, **named)),
         "select_scatter": _select_scatter,

@@ -162,11 +162,11 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Jet:
     return x.like(with_bias(F.linear(x.stack, weight), bias, 1))
 
 
-# In the order in which `_convolution_form` takes them.
+# In the order in which `_convolution_form` takes them; and in those of PyTorch's arguments.
 OPTIONS = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
-PLAIN = ("stride", "padding", "dilation", "groups")
-TRANSPOSING = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
+NAMES = ("stride", "padding", "dilation", "groups")
+NAMES_TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
+TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 
 
 @rule(
@@ -180,8 +180,8 @@ def _convolution(
     if x.ndim != weight.ndim:  # as of one sample
         raise NoRule
     bias = None if bias is None else bias.reshape(-1, *(1,) * (x.ndim - 2))
-    transposed = function in TRANSPOSING  # torch.compile knows no name of it
-    positional = zip(TRANSPOSED if transposed else PLAIN, args, strict=False)
+    transposed = function in TRANSPOSED  # torch.compile knows no name of it
+    positional = zip(NAMES_TRANSPOSED if transposed else NAMES, args, strict=False)
     options: dict[str, Any] = OPTIONS | dict(positional) | named
     if len(options) > len(OPTIONS):  # a name that PyTorch does not know
         raise NoRule
@@ -208,16 +208,16 @@ def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settin
     )
     options = stride, padding, dilation, transposed, output_padding, groups
     backward = torch.ops.aten.convolution_backward
-    shapes, dtype = (samples.shape, weight.shape), weight.dtype
+    shapes, flat, dtype = (samples.shape, weight.shape), [0] * weight.ndim, weight.dtype
     cast = autocast_type(weight)
 
     def vjp_in_input(weight: Tensor, cotangent: Tensor) -> Tensor:
-        # Of what is expanded only the shape is used.
-        samples, weight = cotangent.new_empty(1).expand(shapes[0]), weight.to(cast)
+        # Of what has no strides only the shape is used.
+        samples, weight = cotangent.new_empty_strided(shapes[0], flat), weight.to(cast)
         return backward(cotangent, samples, weight, None, *options, (True, False, False))[0]
 
     def vjp_in_weight(samples: Tensor, cotangent: Tensor) -> Tensor:
-        weight = cotangent.new_empty(1).expand(shapes[1])
+        weight = cotangent.new_empty_strided(shapes[1], flat)
         gradient = backward(cotangent, samples, weight, None, *options, (False, True, False))[1]
         return gradient.to(dtype)
 
@@ -227,7 +227,7 @@ def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settin
 
 
 # --------------------------------------------------------------------------------------- matrices
-# Directions. Every term of a form is a call, of which many directions have many.
+# Of directions. Every term of a form is a call, of which more directions have more.
 MOST = 2
 
 

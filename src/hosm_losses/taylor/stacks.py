@@ -58,5 +58,5 @@ def add_products(whole: Tensor, left: Tensor, right: Tensor, value: float = 1.0)
     elif len(right) == 1:
         whole.addcmul_(total(left), right, value=value)
     else:
-        for a, b in zip(left.unbind(), right.unbind(), strict=True):
-            whole[0].addcmul_(a, b, value=value)
+        for a, b in zip(left.split(1), right.split(1), strict=True):
+            whole.addcmul_(a, b, value=value)
