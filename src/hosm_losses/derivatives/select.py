@@ -104,7 +104,7 @@ def derive(
     an engine may give that. Under `torch.no_grad` there is no graph. A DerivativeError where the
     engine, or with "auto" either engine, cannot differentiate the network.
     """
-    # Reverse mode is not traced: its checks of graphs that are dropped would be.
+    # Reverse mode is not traced: its checks of graphs that are dropped would be lost.
     if torch.compiler.is_compiling() and engine != "reverse":
         _refuse_statistics(network, exact=order == 3 and not laplacian)
         # Where the graph breaks in such a block, all of this call is made again in eager mode.
@@ -234,7 +234,7 @@ def _explain_engine(engine: str, error: RuntimeError) -> None:
         after = ", which differentiates a network that takes a gradient itself" if energy else ""
         raise DerivativeError(
             f"network: expected operators that the engine {engine!r} can differentiate; got: "
-            f"{why.splitlines()[0].rstrip('.')}. Leave engine at 'auto', which attempts the other "
+            f"{why.splitlines()[0].rstrip('.')}. Leave engine at 'auto', which tries the other "
             f"engine{after}."
         ) from error
 
