@@ -59,7 +59,7 @@ MUTANTS = [
         "taylor/products.py",
         "    with without_autocast(others[0].device.type):\n        return form[place](*others)",
         "    return form[place](*others)",
-        "tests/taylor/test_bilinear.py",
+        "tests/taylor/test_edges.py",
     ),
     Mutant(
         "taylor/products.py",

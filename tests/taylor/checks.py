@@ -68,6 +68,8 @@ def check(function, shape, *parameters, reference=None, kinds=KINDS):
         got = propagate(function, x, directions, pairs)
         theirs = expected(reference or function, x, directions, pairs)
         close(got, theirs)
+        with torch.no_grad():  # as in validation
+            close(propagate(function, x, directions, pairs), theirs)
         same_gradients(got, theirs, leaves)
         if pairs != "none":
             continue

@@ -195,7 +195,7 @@ def last_norm(f, x, c):
 
 def ordered(f, x, c):
     """Products with the places show that they are plain."""
-    first = (c(1, 2),) if "topk" in f.__name__ else ()
+    first = () if "sort" in f.__name__ else (c(1, 2),)
     values, at = f(cube(x), *first, *c((), (1,), (-1, True), (2, False)))
     return values * (1 + at)
 
@@ -301,12 +301,17 @@ def dropped(f, x, c):
     return f(x.reshape(shape), *c((0.0, True), (0.7, False)))
 
 
+class Own(Tensor):
+    """A tensor with a meaning of its own, as of an integer or a sharded weight."""
+
+
 def convolution(f, x, c):
     axes, grouped = int(f.__name__[-2]), c(False, False, True)
     shape = {1: (3, 2, 4), 2: (3, 2, 2, 2), 3: (3, 2, 2, 2, 1)}[axes]
     x = c(x.reshape(shape), x.reshape(shape), x.reshape(shape)[0])
     weight = WEIGHT.reshape(-1)[: 4 * 2**axes].reshape(2, 2, *(2,) * axes)[:, : 2 - grouped]
-    weight, padding = c(weight, weight, weight * x.mean()), c(1, (1, 2, 0)[:axes], 0)
+    weight = c(weight, weight, weight * x.mean(), weight.as_subclass(Own))
+    padding = c(1, (1, 2, 0)[:axes], 0)
     groups, stride, dilation = 1 + grouped, c(1, 2, (2, 1, 1)[:axes]), c(1, [2, 1, 1][:axes])
     rest = (dilation, groups)
     if "transpose" in f.__name__:
@@ -320,6 +325,8 @@ def product(f, x, c):
     y, three = x.cos(), cube(x)
     forms = [(x, y.mT), (x, WEIGHT), (WEIGHT, x.mT), (x, x[0]), (x[0], x.mT), (WEIGHT, x[0])]
     forms += [(three, three.cos().mT), (three, OTHER.mT), (three, WEIGHT[:4, :2]), (x, y, x)]
+    few = c(x[:, :0], x[:0])
+    forms += [(few, few.cos().mT), (few.mT, few), (x, y[:0].mT), (x[:0], y.mT)]
     return f(*c(*forms))
 
 
@@ -369,7 +376,7 @@ TABLE = {
     ),
     "broadcast_tensors": lambda f, x, c: f(*c((x[:, None], WEIGHT[:3]), (x, x.mean(0)))),
     "__getitem__": indexed,
-    "topk sort": ordered,
+    "topk kthvalue sort": ordered,
     "gather": gathered,
     "scatter_add index_add": added_at,
     "softmax": lambda f, x, c: moves((0,), (-1,), (1,))(

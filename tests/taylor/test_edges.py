@@ -1,6 +1,7 @@
 """What random calls do not draw: the edges of domains, short types, masks and statistics."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -34,6 +35,51 @@ def test_a_power_by_a_tensor_is_refused(name):
         stack_of(POWERS[name], torch.tensor([[-1.0, 0.0, 2.0]]))
 
 
+SLOPE = 1 / (1 + math.exp(-6))  # of softplus at 3, with beta 2
+# A function, a row x, and by hand the value, the slope and the second derivative along v.
+BY_HAND = {
+    "a root": (torch.sqrt, [0.0], lambda v: (0, math.inf * v, -math.inf * v * v)),
+    "powers": (lambda x: x**3 + x**2, [0.0], lambda v: (0, 0, 2 * v * v)),
+    # Constant there, as in PyTorch.
+    "a length": (lambda x: x.norm(dim=1), [0.0, 0.0], lambda v: (0, 0, 0)),
+    "a spread": (lambda x: x.std(1), [1.0, 1.0], lambda v: (0, 0, 0)),
+    "below eps": (F.normalize, [1e-14] * 3, lambda v: (0.01, 1e12 * v, 0)),
+    "softplus": (
+        lambda x: F.softplus(x, 2, threshold=8),
+        [3.0],
+        lambda v: (3 - math.log(SLOPE) / 2, SLOPE * v, 2 * SLOPE * (1 - SLOPE) * v * v),
+    ),
+    "softplus, straight": (
+        lambda x: F.softplus(x, 2, threshold=8),
+        [5.0],
+        lambda v: (5, v, 0),
+    ),
+    **{
+        f"{size} equal numbers": (
+            lambda x: F.layer_norm(x, x.shape[1:]),
+            [1e6] * size,
+            lambda v: (0, (v - v.mean()) / 1e-5**0.5, 0),
+        )
+        for size in (3, 6, 10, 48)
+    },
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_derivatives_at_the_edge_of_a_domain_by_hand(name):
+    function, x, by_hand = BY_HAND[name]
+    v = torch.rand(1, len(x)) - 0.3
+    got = propagate(function, torch.tensor([x]), v[None], "squares")
+    for part, right in zip(got, by_hand(v), strict=True):
+        torch.testing.assert_close(part, torch.zeros_like(part) + right, rtol=1e-9, atol=0)
+
+
+def test_hardsigmoid_whose_second_derivative_pytorch_lacks():
+    check(lambda x: F.hardsigmoid(4 * x), (5,), reference=lambda x: F.relu6(4 * x + 3) / 6)
+
+
+# --------------------------------------------------------------------------- digits and types
+# Their powers are out of range where what they are multiplied by is zero.
 SMALL = {
     "num / (den + 1e-15)": lambda den: 3 * den / (den + 1e-15),
     "1e-15 / (den + 1e-15)": lambda den: torch.full_like(den, 1e-15) / (den + 1e-15),
@@ -41,92 +87,27 @@ SMALL = {
     "reciprocal": lambda den: den * (den + 1e-15).reciprocal(),
     "rsqrt": lambda den: den * torch.rsqrt(den * den + 1e-14),
 }
+SMOOTH = [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), torch.tanh, F.mish]
+SINGLE = [
+    *((lambda x, f=f: f(torch.relu(x)), [-1.0, 0.5], 1e-5) for f in SMALL.values()),
+    # Also where the function is nearly straight, as at 5. Some units in the last place of 8.
+    *((function, torch.linspace(-8, 8, 4001), 4e-6) for function in SMOOTH),
+]
 
 
 @pytest.mark.parametrize("pairs", ["none", "squares", "sum"])
-@pytest.mark.parametrize("name", SMALL)
-def test_inverses_of_the_smallest_numbers_in_float32(name, pairs):
-    """Their powers are out of range where what they are multiplied by is zero."""
-
-    def found(dtype):
-        x, weight = torch.tensor([[-1.0, 0.5]], dtype=dtype), torch.ones(2, dtype=dtype)
-        weight.requires_grad_()
-        directions = torch.ones(2, 1, 2, dtype=dtype)
-        stack = propagate(lambda x: SMALL[name](torch.relu(weight * x)), x, directions, pairs)
-        (slope,) = gradients(stack.sum(), [weight], create_graph=True)
-        # Of pairs no loss takes two passes back.
-        return stack, slope, *(gradients(slope.sum(), [weight]) if pairs == "none" else ())
-
-    for short, exact in zip(found(torch.float32), found(torch.float64), strict=True):
-        torch.testing.assert_close(short.double(), exact.double(), rtol=1e-5, atol=1e-6)
-
-
-def test_a_root_at_zero_has_no_derivative_and_a_power_has():
-    x = torch.zeros(1, 2)
-    assert not stack_of(torch.sqrt, x).isfinite().all()
-    assert not propagate(torch.sqrt, x, torch.zeros(1, 1, 2)).isfinite().all()
-    assert stack_of(lambda x: x**3 + x**2, x, "squares")[:, 0, 0].tolist() == [0.0, 0.0, 2.0]
-
-
-def test_a_length_of_zero_is_constant_as_in_pytorch():
-    x = torch.zeros(2, 3)
-    x[1] = 1
-    for function in (lambda x: x.norm(dim=1), lambda x: x.std(1)):
-        got = stack_of(function, x, "squares")
-        assert got[1:, 0].tolist() == [0, 0]
-        assert got.isfinite().all()
-
-
-def test_a_vector_whose_length_is_below_eps_is_divided_by_eps():
-    found = stack_of(F.normalize, torch.full((1, 3), 1e-14), "squares")
-    torch.testing.assert_close(found[1], torch.full((1, 3), 1e12))
-    assert torch.equal(found[2], torch.zeros(1, 3))
-
-
-def test_softplus_is_straight_where_pytorch_takes_it_for_x():
-    x = torch.tensor([[3.0, 5.0]])
-    stack = stack_of(lambda x: F.softplus(x, 2, threshold=8), x, "squares")
-    slope = torch.sigmoid(2 * x)
-    by_hand = torch.cat([F.softplus(x, 2, threshold=8), slope, 2 * slope * (1 - slope)])
-    assert stack[:, 0, 1].tolist() == [5.0, 1.0, 0.0]
-    torch.testing.assert_close(stack[:, 0, 0], by_hand[:, 0])
-
-
-def test_hardsigmoid_whose_second_derivative_pytorch_lacks():
-    check(lambda x: F.hardsigmoid(4 * x), (5,), reference=lambda x: F.relu6(4 * x + 3) / 6)
-
-
-@pytest.mark.parametrize(
-    "sizes", [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2), (2, 3, 4, 0)], ids=str
-)
-def test_empty_matrices(sizes):
-    batch, m, k, n = sizes
-
-    def function(x):
-        h = x.sin().sum(-1)[..., None, None]
-        return (h.expand(-1, m, k) @ h.cos().expand(-1, k, n)).flatten(1)
-
-    found = stack_of(function, torch.ones(batch, 3))
-    assert found.shape == (2, batch, m * n)
-    assert not found.any() or k
-
-
-# --------------------------------------------------------------------------- digits and types
-@pytest.mark.parametrize("pairs", ["none", "squares"])
-@pytest.mark.parametrize(
-    "function", [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), torch.tanh, F.mish]
-)
-def test_float32_keeps_its_digits(function, pairs):
-    """Also where the function is nearly straight, as at 5."""
-
+@pytest.mark.parametrize(("function", "x", "near"), SINGLE)
+def test_float32_keeps_its_digits(function, x, near, pairs):
     def numbers(x):
-        stack = stack_of(function, x.requires_grad_(), pairs)
-        return *stack.detach(), *gradients(stack[-1].sum(), [x])
+        x = x[:, None].requires_grad_()
+        stack = propagate(function, x, torch.ones(2, *x.shape, dtype=x.dtype), pairs)
+        (slope,) = gradients(stack.sum(), [x], create_graph=True)
+        # Of pairs no loss takes two passes back.
+        return stack, slope, *(gradients(slope.sum(), [x]) if pairs == "none" else ())
 
-    # Four units in the last place of 8.
-    x = torch.linspace(-8, 8, 4001, dtype=torch.float32)[:, None]
+    x = torch.as_tensor(x, dtype=torch.float32)
     for one, other in zip(numbers(x), numbers(x.double()), strict=True):
-        assert (one - other).abs().max() < 2e-6
+        torch.testing.assert_close(one.double(), other, rtol=near, atol=near)
 
 
 @SHORT
@@ -139,22 +120,24 @@ def test_short_types_are_computed_in_float32_and_rounded_once(dtype):
         torch.testing.assert_close(got, exact.to(got.dtype), rtol=0, atol=0)
 
 
+EQUAL = torch.full((2, 4), 1e-4)
+
+
 @SHORT
-def test_an_rms_norm_of_a_short_type_adds_the_eps_that_pytorch_adds(dtype):
-    x = torch.randn(3, 4).to(dtype) * 1e-3
-    got = stack_of(lambda x: F.rms_norm(x, (4,)), x)[0]
-    torch.testing.assert_close(got, F.rms_norm(x, (4,)), rtol=1e-2, atol=1e-3)
-
-
-def test_short_types_do_not_underflow():
-    x = torch.full((2, 4), 1e-4, dtype=torch.float16)
-    half = torch.full_like(x, 0.5)
-    for function in (F.normalize, lambda x: x / x.norm(dim=1, keepdim=True)):
-        got = stack_of(function, x)
-        torch.testing.assert_close(got[0], half, rtol=1e-2, atol=0)
-        assert got.isfinite().all()
-    got = stack_of(lambda x: x / (x * 1e-2), 10 * x)[0]
-    torch.testing.assert_close(got, 10 * x / (10 * x * 1e-2), rtol=1e-2, atol=0)
+@pytest.mark.parametrize(
+    ("function", "x"),
+    [
+        (F.normalize, EQUAL),
+        (lambda x: x / x.norm(dim=1, keepdim=True), EQUAL),
+        (lambda x: x / (x * 1e-2), 10 * EQUAL),
+        (lambda x: F.rms_norm(x, (4,)), torch.linspace(-1e-3, 2e-3, 8).reshape(2, 4)),
+    ],
+)
+def test_short_types_do_not_underflow(function, x, dtype):
+    """Nor is another eps added than PyTorch adds."""
+    got = stack_of(function, x.to(dtype))
+    torch.testing.assert_close(got[0], function(x.to(dtype)), rtol=1e-2, atol=1e-3)
+    assert got.isfinite().all()
 
 
 def test_short_types_take_softmax_in_float32():
@@ -166,30 +149,70 @@ def test_short_types_take_softmax_in_float32():
     torch.testing.assert_close(got.double(), exact, rtol=3e-2, atol=3e-2)
 
 
+def one_layer():
+    return nn.Linear(8, 8)
+
+
+def convolutions():
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 3))
+
+
 @SHORT
-def test_autocast_rounds_every_component_as_it_rounds_the_value(dtype):
-    layer, x = nn.Linear(8, 8).float(), torch.randn(2, 3, 8, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=dtype):
-        found = propagate(lambda x: layer(x), x[0], x[1:])
-        assert found.dtype == dtype
-        torch.testing.assert_close(found[0], layer(x[0]), rtol=1e-2, atol=1e-2)
-    found.float().sum().backward()
-    assert layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float32
-    torch.testing.assert_close(layer.bias.grad, torch.full((8,), 3.0, dtype=torch.float32))
+@pytest.mark.parametrize(("make", "shape"), [(one_layer, (3, 8)), (convolutions, (3, 2, 8, 8))])
+def test_autocast_rounds_every_component_and_keeps_the_short_type_alone(make, shape, dtype):
+    """Of what is kept for the backward passes, as PyTorch does."""
+    network, x, kept = make().float(), torch.randn(shape, dtype=torch.float32), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with torch.autocast("cpu", dtype):
+        native = network(x)
+        with hooks:
+            found = propagate(network, x, x.unsqueeze(0))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found[0], native, rtol=1e-2, atol=1e-2)
+    weights = {each.data_ptr() for each in network.parameters()}
+    assert {each.dtype for each in kept if each.data_ptr() not in weights} == {dtype}
+    found.float().square().sum().backward()
+    exact = gradients(propagate(network, x, x.unsqueeze(0)).square().sum(), network)
+    for mine, theirs in zip(network.parameters(), exact, strict=True):
+        assert mine.grad.dtype == torch.float32
+        largest = float(theirs.abs().max())
+        torch.testing.assert_close(mine.grad, theirs, rtol=0.05, atol=0.05 * largest)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: torch.einsum("bij,bkj->bijk", x.sin(), x.cos()),
-        lambda x: torch.einsum("bij,bij->b", x.sin(), x.cos()),
-        lambda x: torch.baddbmm(torch.ones(3, 2, 2, dtype=torch.float32), x, x.mT),
-    ],
-)
-def test_a_product_has_the_type_of_pytorch_under_autocast(function):
-    x = torch.rand(3, 2, 4, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert stack_of(function, x).dtype == function(x).dtype
+def products(x, pairs="none"):
+    """A convolution and products of what depends on x, between curved functions."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(1, 2, 3, padding=1, dtype=x.dtype)
+
+    def function(x):
+        h = layer(x.sin()).sin().flatten(2)
+        return (h @ h.mT.cos() @ h).sin()
+
+    return list(layer.parameters()), stack_of(function, x, pairs)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("pairs", ["none", "squares"])
+def test_several_gradients_in_one_pass(pairs):
+    parameters, stack = products(torch.randn(2, 1, 3, 3), pairs)
+
+    def back(cotangent, **batched):
+        return torch.autograd.grad(stack, parameters, cotangent, retain_graph=True, **batched)
+
+    cotangents = torch.stack([stack, stack.cos()]).detach()
+    one_by_one = [torch.stack(each) for each in zip(*map(back, cotangents), strict=True)]
+    for got in (torch.func.vmap(back)(cotangents), back(cotangents, is_grads_batched=True)):
+        torch.testing.assert_close(list(got), one_by_one, rtol=1e-11, atol=1e-12)
+
+
+def test_autocast_around_a_backward_pass_changes_nothing():
+    x, found = torch.randn(2, 1, 3, 3, dtype=torch.float32), []
+    for around in (False, True):
+        (weight, _), stack = products(x)  # which autocast rounds
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+            (slope,) = torch.autograd.grad(stack.sum(), [weight], create_graph=True)
+            found.append(torch.autograd.grad(slope.square().sum(), weight)[0])
+    assert torch.equal(*found)
 
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -256,15 +279,6 @@ def test_a_mean_that_is_large_costs_no_digits_that_the_native_norm_keeps():
     native = F.group_norm(x, 2)
     assert (got[0] - exact[0]).abs().max() < 3 * (native - exact[0]).abs().max() + 1e-6
     assert (got[1] - exact[1]).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("size", [3, 6, 10, 48])
-def test_rows_of_equal_numbers_have_no_residue(size):
-    x, v = torch.full((2, size), 1e6), torch.randn(1, 2, size)
-    value, slope, bend = propagate(lambda x: F.layer_norm(x, (size,)), x, v, "squares")
-    assert torch.equal(value, torch.zeros_like(x))
-    assert torch.equal(bend, torch.zeros_like(x))
-    torch.testing.assert_close(slope, (v[0] - v[0].mean(1, keepdim=True)) / 1e-5**0.5)
 
 
 # ------------------------------------------------------------------------------------- dropout
