@@ -7,7 +7,6 @@ from torch import nn
 
 import hosm_losses as hosm
 from tests.cases import ENGINES, FUNCTIONS, MLP, VP, AttentionNet, assert_same, gradients
-from tests.oracles import anisotropic, mixture_noise, ring
 
 
 def setting(size=4):
@@ -32,18 +31,6 @@ def test_order_one_is_the_old_loss_to_the_last_bit(dtype, image):
     assert all(map(torch.equal, gradients(new, layer), gradients(old, layer)))
 
 
-@pytest.mark.parametrize("mixture", [ring(), anisotropic(6, 3)], ids=["ring", "anisotropic"])
-def test_laplacian_is_exact_on_a_gradient_field(mixture):
-    """As the true score is one."""
-    model = hosm.ScoreModel(mixture_noise(mixture, VP), VP)
-    x0 = mixture.sample(5, torch.Generator().manual_seed(0))
-    given = {"t": torch.linspace(0.05, 0.9, 5), "noise": torch.randn_like(x0)}
-    given["probe"] = torch.randn(2, *x0.shape)
-    assert_same(
-        *(hosm.dsm_terms(model, x0, third=each, **given) for each in ("laplacian", "exact"))
-    )
-
-
 def test_dropout_has_one_mask_for_value_and_derivatives():
     inner, outer = MLP(3), nn.Linear(3, 3)
     model = hosm.ScoreModel(lambda x, t: outer(F.dropout(inner(x, t), 0.5)), VP)
@@ -56,16 +43,6 @@ def test_dropout_has_one_mask_for_value_and_derivatives():
     torch.manual_seed(7)
     both = hosm.dsm_terms(model, x0, order=2, probe=probe, **given)
     assert_same(both.first, values["auto"].first)
-
-
-@pytest.mark.parametrize("engine", ["taylor", "reverse"])
-def test_without_the_first_term_the_last_bias_has_a_gradient_of_zero_or_none(engine):
-    model, x0, given = setting()
-    weights = (0, 1, 1, 1)
-    hosm.third_order_dsm(model, x0, weights=weights, engine=engine, **given).backward()
-    gradient = model.network.outer.bias.grad
-    assert gradient is None if engine == "reverse" else gradient.abs().max() == 0
-    assert model.network.outer.weight.grad.abs().max() > 0
 
 
 def test_penalties_on_gradients_are_differentiated():
@@ -107,7 +84,7 @@ def test_a_network_that_writes_to_its_parameters_takes_no_fraction():
     model, x0 = hosm.ScoreModel(Normalised(), VP), torch.randn(4, 3)
     for function in (FUNCTIONS[2], FUNCTIONS[3]):
         function(model, x0).backward()
-        with pytest.raises(ValueError, match="fraction: expected 1 with a network that changes"):
+        with pytest.raises(ValueError, match=r"fraction: .*changes"):
             function(model, x0, fraction=0.5)
         function(model.eval(), x0, fraction=0.5).backward()
         with torch.no_grad():

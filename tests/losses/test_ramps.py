@@ -59,19 +59,6 @@ def test_the_loss_is_that_of_the_lower_order_and_nothing_else_is_drawn(
     assert all(map(torch.equal, mine, theirs))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_first_weight_multiplies_what_is_left(reduction):
-    model, x0 = setting()
-    options = {"t": torch.full((BATCH,), 0.3), "noise": torch.randn(BATCH, D)}
-    options["reduction"] = reduction
-    expected = hosm.first_order_dsm(model, x0, **options)
-    for first in (3.0, torch.tensor(3.0, requires_grad=True)):
-        found = hosm.third_order_dsm(model, x0, **options, weights=(first, 0, 0, 0))
-        torch.testing.assert_close(found, 3 * expected)
-    (gradient,) = torch.autograd.grad(found.sum(), first)
-    torch.testing.assert_close(gradient, expected.sum())
-
-
 def test_a_ramp_begins_without_the_higher_terms():
     model, x0 = setting()
     loss = MODULES[3](model, fraction=0.5)

@@ -179,23 +179,6 @@ def test_edm_weighting_is_the_loss_of_edms_trainer(dtype, tolerance):
         assert_same(found, expected, tolerance)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_edm_weighting_weighs_the_denoiser_in_units_of_the_data(name):
-    """Under any schedule, and the first term alone."""
-    schedule, x0 = SCHEDULES[name], torch.randn(5, 3)
-    model = hosm.ScoreModel(MLP(3), schedule, "v_prediction")
-    t = schedule.t_min + (schedule.t_max - schedule.t_min) * torch.linspace(0.1, 0.9, 5)
-    noise, (alpha, sigma) = torch.randn(5, 3), schedule(t)
-    x_t = alpha[:, None] * x0 + sigma[:, None] * noise
-    level = sigma / alpha
-    weight = (level**2 + 0.25) / (level * 0.5) ** 2
-    expected = (weight[:, None] * (model.denoise(x_t, t) - x0) ** 2).mean(1)
-    given = {"t": t, "noise": noise, "weighting": hosm.EDMWeighting(), "reduction": "none"}
-    assert_same(hosm.first_order_dsm(model, x0, **given), expected, 1e-9)
-    _, higher = time_factors(model, x0, t, hosm.EDMWeighting(), drawn=True)
-    assert higher is None
-
-
 def test_edm_weighting_is_a_value():
     made = hosm.EDMWeighting(np.float32(0.25))
     assert type(made.sigma_data) is float
