@@ -195,11 +195,13 @@ class Posteriors:
     def __init__(self, members: Sequence[object]) -> None:
         self.members = members
         self.mean = together([each.mean for each in members])
+        self.weights = members[0].weights[:1]  # one row: the rows are not split any further
 
-    def cumulants(self, probe: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
+    def along(self, v: Tensor, ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
         count = len(self.members)
         found = [
-            each.cumulants(probe[:, i::count], third=third) for i, each in enumerate(self.members)
+            each.along(v[:, i::count], ell[:, i::count], third=third)
+            for i, each in enumerate(self.members)
         ]
         second, skew = zip(*found, strict=True)
         return together(second, 1), together(skew, 1) if third else None

@@ -385,13 +385,13 @@ MUTANTS = [
     ),
     Mutant(
         "losses/targets.py",
-        " - (v * C2v).sum(-1, keepdim=True) * self.mean",
+        " - inner(v, C2v) * self.mean",
         "",
         "tests/losses/test_averaged_targets.py",
     ),
     Mutant(
         "losses/targets.py",
-        'torch.float32 if x0.device.type == "mps" else torch.float64',
+        'torch.float32 if tensor.device.type == "mps" else torch.float64',
         "torch.float32",
         "tests/losses/test_averaged_targets.py",
     ),
@@ -406,6 +406,63 @@ MUTANTS = [
         "slack = logits[:, :-1].amax(1), 1 + 1e-12 * (scale * data).square().sum(1)",
         "slack = logits[:, :-1].amax(1), 1.0",
         "tests/losses/test_averaged_targets.py",
+    ),
+    # Scores: the own ones choose C, a part of order two, three or of the sums over j is left out,
+    # float32 takes the digits of what cancels, padded coordinates and conditions are not looked
+    # at, and no wrong temperature is noticed.
+    Mutant(
+        "losses/targets.py",
+        "(squares.sum(0) - squares) / max(count - 1, 1)",
+        "squares.mean(0).expand_as(squares)",
+        "tests/losses/test_target_scores.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        "Cv + (ell_v * c + c_v * ell + p + q) / 2",
+        "Cv + (ell_v * c + p + q) / 2",
+        "tests/losses/test_target_scores.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        "of_ell = c_v.square() - inner(v, Cv) +",
+        "of_ell = c_v.square() +",
+        "tests/losses/test_target_scores.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        "(ell_v + 2 * c_v) * q - ell_v * p",
+        "2 * c_v * q",
+        "tests/losses/test_target_scores.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        "(v - C2v).reshape(probe.shape).to(probe.dtype)",
+        "probe - C2v.reshape(probe.shape).to(probe.dtype)",
+        "tests/losses/test_target_scores.py",
+    ),
+    Mutant(
+        "losses/objective.py",
+        "moments.mean.reshape(eps.shape)\n",
+        "moments.mean.reshape(eps.shape).to(eps.dtype)\n",
+        "tests/losses/test_target_scores.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        "information = torch.where(information > 0, information, math.inf)",
+        "pass",
+        "tests/losses/test_target_scores.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        "averaged = targets.averaged if isinstance(targets, TargetScores) else targets",
+        "averaged = targets",
+        "tests/losses/test_target_scores.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        "<= 5 * error",
+        "<= 50 * error",
+        "tests/losses/test_target_scores.py",
     ),
     # Indices that the caller gives stand for N - 1 times in place of N.
     Mutant(

@@ -165,6 +165,25 @@ def test_averaged_targets_are_part_of_the_graph_and_may_be_given_to_a_call():
         assert_agrees(module, x0, inputs | each, step)
 
 
+@pytest.mark.parametrize("order", [1, pytest.param(3, marks=compiles_higher_orders)])
+@pytest.mark.parametrize("averaged", [None, hosm.AveragedTargets()])
+def test_scores_of_the_data_are_part_of_the_graph(order, averaged):
+    """Computed by a callable, with a decomposed matrix, or made in the graph of a batch."""
+    network, shape = networks()["mlp"]
+    model, F = hosm.ScoreModel(network, VP), torch.diag(torch.tensor([1.0, 2.0, 3.0]).double())
+    scores = hosm.TargetScores(lambda x: -x * F.diagonal(), F, averaged)
+    module = MODULES[order](model, targets=scores)
+    x0, inputs = given((4, *shape), order)
+    step = compiled(module)
+    for each in ({}, {"targets": hosm.TargetScores(-x0, averaged=averaged)}):
+        assert_agrees(module, x0, inputs | each, step)
+
+    def made(x0, g):
+        return module(x0, targets=hosm.TargetScores(g, 2.0), **inputs)
+
+    assert_same(compiled(made)(x0, -x0), made(x0, -x0))
+
+
 @compiles_higher_orders
 def test_a_ramp_is_compiled_for_its_beginning_and_for_its_rest():
     network, shape = networks()["mlp"]

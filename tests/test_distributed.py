@@ -21,6 +21,7 @@ from tests.versions import SHARDS_ON_CPU
 pytestmark = pytest.mark.slow
 
 CASES = [(1, {}), (2, {}), (3, {}), (3, {"engine": "reverse"}), (3, {"probes": hosm.Paired()})]
+CASES.append((3, {"targets": hosm.TargetScores(torch.neg, 2.0)}))
 BATCH = 4
 
 

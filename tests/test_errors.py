@@ -115,7 +115,7 @@ BAD = {
     **dict.fromkeys(("ode_score", "primitives", "scaled"), FLAG),
     # Of the losses.
     "model": bad(TypeError, None, NETWORK, lambda x, t: x),
-    **dict.fromkeys(("x0", "x"), TENSORS + bad(TypeError, [1.0])),
+    **dict.fromkeys(("x0", "x", "data"), TENSORS + bad(TypeError, [1.0])),
     "noise": [
         *bad(TypeError, 0.0, X.numpy(), X.float(), X.long(), X + 0j, *NOT_DENSE),
         *bad(ValueError, X[:3], X[:1], X[:, :1], X[None], X * NAN, X * INF, X.to("meta")),
@@ -156,6 +156,15 @@ BAD = {
     "targets": bad(TypeError, "averaged", True, hosm.AveragedTargets),
     "own": FLAG,
     "same": bad(TypeError, 1, "y"),
+    "scores": bad(TypeError, None, 1.0, X.numpy(), X.long(), *NOT_DENSE)
+    + bad(ValueError, X[:0], X * NAN),
+    "information": [
+        *bad(TypeError, "all", True, 1j, X.long(), [1.0, 2.0]),
+        *bad(ValueError, NAN, -1.0, -INF, X / 0, X[:0]),
+    ],
+    "averaged": bad(TypeError, True, "batch", hosm.AveragedTargets, X),
+    "matrix": FLAG,
+    "dimensions": bad(ValueError, 0, -1) + bad(TypeError, True, 2.0, "2"),
     "probes": [
         *bad(TypeError, None, True, False, 2.0, np.array([1, 2]), hosm.Hutchinson),
         *bad(ValueError, 0, -1, "2", "all", FORWARD_MODE),
@@ -253,6 +262,8 @@ CALLS = {
     hosm.NLLResult.from_dict: {"values": VALUES},
     **{getattr(hosm.NLLResult, name): {"self": result()} for name in ("bits_per_dim", "summary")},
     **{value: {} for value in (hosm.AveragedTargets, hosm.EDMWeighting)},
+    hosm.TargetScores: {"scores": -X},
+    hosm.TargetScores.information_of: {"data": X, "scores": -X},
     **{value: {} for value in (hosm.Hutchinson, hosm.Paired, hosm.ToStandardError)},
     hosm.ScoreModel: {"network": NETWORK, "schedule": VP},
     hosm.DiscreteSchedule: {"alphas_cumprod": [0.9, 0.1]},
@@ -264,7 +275,16 @@ CALLS = {
     interop.from_score_sde: {"model": NETWORK, "sde": SDE},
     interop.from_edm: {"net": module("EDMPrecond", sigma_min=0.0, sigma_max=INF)},
 }
+SCORES = [
+    *bad(TypeError, *map(hosm.TargetScores, (X.float(), lambda x: None, lambda x: x.float()))),
+    *bad(ValueError, hosm.TargetScores(X[:3]), hosm.TargetScores(X[:, :1])),
+    *bad(ValueError, hosm.TargetScores(lambda x: x * NAN), hosm.TargetScores(X.to("meta"))),
+    *bad(ValueError, *(hosm.TargetScores(X, each) for each in (X, X[0], T[:1]))),
+    *bad(ValueError, hosm.TargetScores(X, torch.tensor([[1.0, 0.5], [0.4, 1.0]]))),
+    *bad(ValueError, hosm.TargetScores(X, torch.ones(2, device="meta"))),
+]
 TO_AVERAGE = [
+    *SCORES,
     *bad(TypeError, hosm.AveragedTargets(X.float()), hosm.AveragedTargets(same=lambda _: X @ X.T)),
     *bad(ValueError, hosm.AveragedTargets(X[:, :1]), hosm.AveragedTargets(X.to("meta"))),
     *bad(ValueError, hosm.AveragedTargets(same=lambda _: T > 0)),
@@ -276,7 +296,7 @@ MORE = {
         (call, "targets"): TO_AVERAGE + bad(TypeError, X)
         for call in (SECOND, THIRD, hosm.dsm_terms, FORWARD)
     },
-    **{(call, "targets"): bad(TypeError, X) for call in MODULES},
+    **{(call, "targets"): bad(TypeError, X, hosm.TargetScores(X)) for call in MODULES},
     (hosm.Paired, "count"): bad(ValueError, 1),
     (hosm.FixedGrid, "steps"): bad(TypeError, None) + bad(ValueError, 3),
     (hosm.ode_sample, "solver"): bad(ValueError, hosm.FixedGrid(companion=True)),

@@ -41,6 +41,7 @@ DRAWS = {
     "fraction": loss(FUNCTIONS[2], fraction=0.5, probes="exact", t=X[:, 0] * 0 + 0.5, noise=X),
     "paired": loss(FUNCTIONS[3], probes=hosm.Paired()),
     "averaged": loss(FUNCTIONS[3], targets=hosm.AveragedTargets()),
+    "scores": loss(FUNCTIONS[3], targets=hosm.TargetScores(-X)),
     "likelihood weighting": loss(FUNCTIONS[1], weighting="likelihood"),
     "terms": lambda model, **options: hosm.dsm_terms(model, X, **options).third,
     "nll": density(hosm.ode_nll, divergence=hosm.Hutchinson()),

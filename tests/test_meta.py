@@ -56,7 +56,9 @@ def test_a_loss_reads_no_value(data):
     weights = tree_map(lambda each: each.detach() if torch.is_tensor(each) else each, weights)
     inputs = {} if weights is None else {"weights": weights}
     if pick.now_and_then():
-        inputs |= {"targets": hosm.AveragedTargets(pick.choice([None, x0]))}
+        averaged = hosm.AveragedTargets(pick.choice([None, x0]))
+        scores = hosm.TargetScores(torch.neg, pick.choice([None, 1.0, x0[0]]), averaged)
+        inputs |= {"targets": pick.choice([averaged, scores, hosm.TargetScores(x0)])}
     if pick.now_and_then():
         inputs |= {"noise": x0.clone()}
         whole = schedule is SCHEDULES["discrete"] and pick.now_and_then()

@@ -62,6 +62,7 @@ def examples():
     yield hosm.ODEDistribution(model, (2,), model_kwargs={"y": x}, batch_shape=(32,))
     yield from (hosm.Shared(x), hosm.Shared({"y": x, "z": [x]}), hosm.Shared(1))
     yield from (hosm.AveragedTargets(x), hosm.AveragedTargets(same=lambda kwargs: None))
+    yield hosm.TargetScores(lambda x: -x, x[0], hosm.AveragedTargets(x))
     yield from (hosm.Adaptive(), hosm.FixedGrid(), hosm.ToTolerance(), hosm.EDMWeighting())
     yield from (hosm.Uniform(), hosm.TruncatedNormal(), hosm.Hutchinson(), hosm.Paired())
     yield from (hosm.ToStandardError(), hosm.Schedule(), hosm.VPSchedule(), hosm.SubVPSchedule())

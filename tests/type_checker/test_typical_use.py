@@ -42,6 +42,7 @@ def test_a_training_step() -> None:
         hosm.second_order_dsm(model, x0, probes=hosm.Paired(), weights="paper"),
         hosm.first_order_dsm(model, x0, targets=torch.randn(4, 3)),
         hosm.third_order_dsm(model, x0, targets=hosm.AveragedTargets(torch.randn(9, 3))),
+        hosm.third_order_dsm(model, x0, targets=hosm.TargetScores(-x0, information=1.0)),
     ]
     torch.stack(losses).sum().backward()
     terms: hosm.DSMTerms = hosm.dsm_terms(model, x0, order=2, engine="taylor")

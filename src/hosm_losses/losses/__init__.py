@@ -3,7 +3,7 @@
 - `dsm`: the public functions and modules.
 - `objective`: the path from arguments to a loss: check, perturb, derive, residuals, reduce.
 - `options`: checks of options and weights.
-- `targets`: averaged targets, which take the place of the noise in the residuals.
+- `targets`: averages and scores of the data, which leave less noise in the residuals.
 - `terms`: the residuals with their detach, and the terms of each sample as their squares.
 - `paired`: the same terms from products of two probes' estimates.
 - `weighting`: weights over noise levels, and the draw of t.
@@ -17,6 +17,7 @@ from hosm_losses.losses.dsm import first_order_dsm as first_order_dsm
 from hosm_losses.losses.dsm import second_order_dsm as second_order_dsm
 from hosm_losses.losses.dsm import third_order_dsm as third_order_dsm
 from hosm_losses.losses.targets import AveragedTargets as AveragedTargets
+from hosm_losses.losses.targets import TargetScores as TargetScores
 from hosm_losses.losses.terms import DSMTerms as DSMTerms
 from hosm_losses.losses.terms import LoggedTerms as LoggedTerms
 from hosm_losses.losses.weighting import EDMWeighting as EDMWeighting

@@ -26,7 +26,7 @@ from hosm_losses.losses.options import (
     Weights,
     check_weights,
 )
-from hosm_losses.losses.targets import AveragedTargets, Targets, check_targets
+from hosm_losses.losses.targets import AveragedTargets, Targets, TargetScores, check_targets
 from hosm_losses.losses.terms import DSMTerms, LoggedTerms
 from hosm_losses.losses.weighting import TimeSampler, Weighting
 from hosm_losses.model import ScoreModel, check_model, refuse_wrapped
@@ -76,7 +76,7 @@ def second_order_dsm(
     noise: Tensor | None = None,
     probe: Tensor | None = None,
     probes: Probes = 1,
-    targets: AveragedTargets | None = None,
+    targets: AveragedTargets | TargetScores | None = None,
     weights: Weights | Recipe | None = None,
     weighting: Weighting = "noise",
     time_sampler: TimeSampler = None,
@@ -132,7 +132,7 @@ def third_order_dsm(
     noise: Tensor | None = None,
     probe: Tensor | None = None,
     probes: Probes = 1,
-    targets: AveragedTargets | None = None,
+    targets: AveragedTargets | TargetScores | None = None,
     weights: Weights | Recipe | None = None,
     weighting: Weighting = "noise",
     time_sampler: TimeSampler = None,
@@ -163,8 +163,9 @@ def third_order_dsm(
             they are paired in reverse mode.
         targets: regression target; None uses the drawn noise ε, as in the paper.
             `AveragedTargets()` averages over all data that may have led to x, which takes the
-            noise of the data out of every order. A tensor (B, *), in a call of order one, replaces
-            ε in the residual but not in x: the prediction of a teacher, for example.
+            noise of the data out of every order. `TargetScores(scores)` does so without other
+            data, where the score ∇log p₀ is known. A tensor (B, *), in a call of order one,
+            replaces ε in the residual but not in x: the prediction of a teacher, for example.
         weights: (first, second, trace, third), numbers of at least 0 or tensors of one element, in
             a list, a tuple, an array or a tensor. "paper" is (1, 1, 1, 1), that of the paper's
             code for images; "paper-toy" (1, 0.5, 0, 0.1 d²), that of its script for few
@@ -301,13 +302,16 @@ class _DSM(nn.Module):
         self,
         model: ScoreModel,
         options: LossOptions,
-        targets: AveragedTargets | None,
+        targets: AveragedTargets | TargetScores | None,
         weights: Weights | Recipe | None = None,
     ) -> None:
         super().__init__()
         if isinstance(weights, nn.Parameter):  # which a module registers as one to be trained
             expected = "numbers, or tensors that are not trained"
             raise TypeError(error_message("weights", expected, weights, got="a Parameter"))
+        if isinstance(targets, TargetScores) and isinstance(targets.scores, Tensor):
+            expected = "a callable in a constructor, or in each call the scores of its batch"
+            raise TypeError(error_message("targets", expected, targets.scores))
         self.options, self.weights = options, weights
         self.targets, self.model = check_targets(targets, tensor=False), check_model(model)
         if options.order > 1:
@@ -372,7 +376,7 @@ class FirstOrderDSM(_DSM):
         self,
         model: ScoreModel,
         *,
-        targets: AveragedTargets | None = None,
+        targets: AveragedTargets | TargetScores | None = None,
         weighting: Weighting = "noise",
         time_sampler: TimeSampler = None,
         reduction: Reduction = "mean",
@@ -409,7 +413,7 @@ class _HigherOrderDSM(_DSM):
         t: Tensor | None = None,
         noise: Tensor | None = None,
         probe: Tensor | None = None,
-        targets: AveragedTargets | None = None,
+        targets: AveragedTargets | TargetScores | None = None,
         weights: Weights | Recipe | None = None,
         generator: torch.Generator | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
@@ -442,7 +446,7 @@ class SecondOrderDSM(_HigherOrderDSM):
         model: ScoreModel,
         *,
         probes: Probes = 1,
-        targets: AveragedTargets | None = None,
+        targets: AveragedTargets | TargetScores | None = None,
         weights: Weights | Recipe | None = None,
         weighting: Weighting = "noise",
         time_sampler: TimeSampler = None,
@@ -480,7 +484,7 @@ class ThirdOrderDSM(_HigherOrderDSM):
         model: ScoreModel,
         *,
         probes: Probes = 1,
-        targets: AveragedTargets | None = None,
+        targets: AveragedTargets | TargetScores | None = None,
         weights: Weights | Recipe | None = None,
         weighting: Weighting = "noise",
         time_sampler: TimeSampler = None,

@@ -28,7 +28,7 @@ from hosm_losses._torch_internals import (
 )
 from hosm_losses.losses.options import LossOptions, Weights, check_weights, is_used, needed_order
 from hosm_losses.losses.paired import paired_terms
-from hosm_losses.losses.targets import AveragedTargets, check_conditions, check_targets
+from hosm_losses.losses.targets import Targets, check_conditions, check_targets
 from hosm_losses.losses.terms import (
     DSMTerms,
     NoisyBatch,
@@ -77,7 +77,7 @@ def dsm(
     """
     kwargs = check_model_kwargs(model_kwargs)
     weighting, sampler, higher = options.weighting, options.time_sampler, options.order > 1
-    averaged = check_targets(targets, tensor=not higher)
+    targets = check_targets(targets, tensor=not higher)
     with outside_inference_mode():
         score_model, x0 = check_model(model), leave_inference_mode(check_sample_batch("x0", x0))
         rng, drawn = check_generator(generator, x0.device), t is None
@@ -85,7 +85,7 @@ def dsm(
             time = draw_time(score_model, x0, weighting, rng, sampler)
         else:
             time = check_time(score_model, x0, t)
-        batch = perturb(score_model, x0, time, noise, averaged, rng, kwargs)
+        batch = perturb(score_model, x0, time, noise, targets, rng, kwargs)
         weights = _weights(weights, options, x0)
         order, v = needed_order(options.order, weights), None
         if higher and probe is not None:
@@ -96,7 +96,7 @@ def dsm(
         if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)
         bound = bind_model(score_model, len(x0), kwargs, time)
-        check_conditions(averaged, bound.kwargs)
+        check_conditions(targets, bound.kwargs)
         rows = None
         if order == 1:
             # As in any trainer: one call, without primitives or copies.
@@ -131,7 +131,7 @@ def perturb(
     x0: Tensor,
     t: Tensor,
     noise: object,
-    targets: AveragedTargets | Tensor | None,
+    targets: Targets,
     generator: torch.Generator | None,
     kwargs: dict[str, Any],
 ) -> NoisyBatch:
@@ -149,8 +149,9 @@ def perturb(
         target = target + (at_least_float32(_like_data("targets", targets, x0).detach()) - eps)
     elif targets is not None:  # their mean in the place of ε, without a gradient
         moments = targets.posterior(x0, eps, alpha, sigma, kwargs)
-        shift = moments.mean.reshape(eps.shape).to(at_least_float32(eps).dtype)
-        target = target + (shift + (eps.detach() - eps))
+        # Added in the type of the moments: it may be all of ε, and then leaves a small number.
+        target = target + (eps.detach() - eps) + moments.mean.reshape(eps.shape)
+        target = target.to(at_least_float32(eps).dtype)
     return NoisyBatch(x.to(x0.dtype), t, target, sigma, moments)
 
 

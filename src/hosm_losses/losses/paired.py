@@ -15,9 +15,9 @@ or σ² ∂²f[v_k, v_k] for the Laplacian form:
     over independent v_k with E[v vᵀ] = I are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖²: each term, and its
     gradient, has the mean of probes="exact". A product is negative for some samples.
 
-    With averaged targets v − C₂v stands for each vector v that is added to Av, and C₃(v_k, v_k, ·)
-    beside C_k. They share the probe of what they are compared with, so that its noise, too, is
-    gone where the two are equal.
+    With `targets` of less noise v − C₂v stands for each vector v that is added to Av, and
+    C₃(v_k, v_k, ·) beside C_k. They share the probe of what they are compared with, so that its
+    noise, too, is gone where the two are equal.
 
     ℓ·(Aℓ) is taken by a pass back from the value, Aℓ without a graph: the network is called once.
 
@@ -78,8 +78,8 @@ def paired_terms(
     residual = f + noise
     ell = residual.detach()
     # D tends to −v at the noisy end: their sum keeps the digits that those of squares lose.
-    v_minus_C2v, C3v = batch.cumulants(v, third=order == 3)
-    ell_minus_C2ell, _ = batch.cumulants(ell)
+    v_minus_C2v, C3v = batch.cumulants(v, ell, third=order == 3)
+    ell_minus_C2ell, _ = batch.cumulants(ell, ell)
     Dv_plus_v = Dv + v_minus_C2v
     square = dot(ell, ell)
     d_minus_vv = d - sum_elements(v.square())  # 0 but for rounding and "gaussian"

@@ -1,9 +1,10 @@
-r"""Regression targets in place of the drawn noise: its moments over a reference, or a tensor.
+r"""Regression targets in place of the drawn noise: with less noise in them, or a tensor.
 
 What:
     A batch fixes one noise ε for every x = α x₀ + σ ε. But x may have come from other data x_j as
     well, with the noises ε_j = (x − α x_j)/σ. Averaging over these, in place of ε alone, takes the
-    noise of the data out of the targets of every order, at no call of the network.
+    noise of the data out of the targets of every order, at no call of the network. Where the score
+    g = ∇log p₀ of the data is known at x₀, a control variate takes out noise without a reference.
 
 Formula, with ε_j of a reference and the own sample, whose ε_j is ε:
     w_j ∝ exp(−‖ε_j‖²/2), Σ w_j = 1
@@ -21,6 +22,24 @@ Formula, with ε_j of a reference and the own sample, whose ε_j is ε:
     Where the reference has every point of the data they are zero at the true score, without noise.
     The weights normalise themselves, which is biased by O(1/R) for R references.
 
+Formula, with scores g_j = ∇log p₀(x_j) as well, and σ̂ = σ/α:
+    z_j = ε_j + σ̂ g_j      e_j = ε_j − C z_j      C = (I + σ̂² F)⁻¹      F = E g gᵀ
+
+    Given x, z has the mean zero, and z h the mean −σ̂ E[∇h] for any h(x₀) whose ε moves along with
+    x₀, by parts. So for every symmetric C, with c = C z and ℓ = e + f, these have the conditional
+    means of the paper's residuals, whatever f, D and G are; C = 0 has the paper's themselves:
+        r1 = f + e
+        r2 = D + v − C v − ½ [(ℓ·v) (ℓ + c) + ((ℓ + c)·v) ℓ]
+        rt = v·(D + v − C v) − (ℓ·v) ((ℓ + c)·v)
+        r3 = G + [((ℓ + c)·v)² − v·(D + v)] ℓ − 2 (ℓ·v) (D + v − C v)
+
+    This C has the least noise of e, and none for Gaussian data. Averaged over w, with ℓ = ē + f
+    and c = C z̄, they are the residuals of ē above, in which stand for C₂v and C₃(v, v, ·)
+        C v + ½ [(ℓ·v) c + (c·v) ℓ + p + q]
+        [(c·v)² − v·C v + Var(ε·v) − Cov(ε·v, e·v)] ℓ − (ℓ·v)² c + (ℓ·v + 2 c·v) q − (ℓ·v) p
+            + κ₃(ε·v, ε·v, e)
+    with p = Cov(ε, e·v), q = Cov(e, ε·v) and the third cumulant κ₃ over w, 0 for one sample.
+
     Shapes: weights (B, R), ε̄ (B, *); C₂v and C₃(v, v, ·) as the probes, (K, B, *).
 
 Precision:
@@ -28,14 +47,18 @@ Precision:
     has no weight beside it adds exact zeros. Sums over j of differences are differences of sums,
     products of matrices that cancel as σ/α → 0. So they are in float64, where α/σ = 1e4 leaves
     eight digits, and which neither autocast nor TF32 shortens; in float32 on a device without it.
+    The differences ε − c and v − C v, which vanish as σ̂ → 0, are taken there too.
 
 Source:
     Xu, Tong and Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion
-    Models", ICLR 2023, for order one. Orders two and three were derived for this library.
+    Models", ICLR 2023, for averages, and De Bortoli et al., "Target Score Matching", arXiv
+    2402.08667, for scores, both at order one. Orders two and three were derived for this library.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -44,11 +67,14 @@ from torch import Tensor
 
 from hosm_losses._checks import (
     can_read_values,
+    check_finite,
     check_flag,
     check_like,
     check_sample_batch,
+    check_whole,
     error_message,
     shown,
+    warn,
 )
 from hosm_losses._torch_internals import leave_inference_mode
 from hosm_losses.model import per_sample
@@ -57,6 +83,16 @@ from hosm_losses.model import per_sample
 # small tensors are faster, since they take memory that was in use before.
 LARGEST = {"cpu": 2**18}
 ELSEWHERE = 2**24
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """The type in which targets are computed: float64, or float32 on a device without it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product along the last dimension, which is kept."""
+    return (a * b).sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -122,7 +158,7 @@ class AveragedTargets:
         self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, kwargs: dict[str, Any]
     ) -> "NoiseMoments":
         """Posterior moments of the noise in x = α x₀ + σ ε, for α and σ (B,)."""
-        dtype = torch.float32 if x0.device.type == "mps" else torch.float64
+        dtype = wide(x0)
         data, eps, alpha, sigma = (
             part.detach().reshape(len(x0), -1).to(dtype) for part in (x0, noise, alpha, sigma)
         )
@@ -162,8 +198,7 @@ class AveragedTargets:
             logits[:, -1] = torch.finfo(dtype).min  # but where there is no other
         weights = logits.sub_(logits.amax(1, keepdim=True)).exp_()
         weights.div_(weights.sum(1, keepdim=True))
-        moments = NoiseMoments(weights, scale, data, data, points[:, 1:])
-        return moments._replace(mean=moments.sum_of(weights))
+        return moments_of(weights, scale, data, points[:, 1:])
 
 
 class NoiseMoments(NamedTuple):
@@ -184,43 +219,311 @@ class NoiseMoments(NamedTuple):
         sums = weights @ self.points
         return self.scale * (sums[..., -1:] * self.data - sums[..., :-1])
 
-    def cumulants(self, probe: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
-        """v − C₂v and, if `third`, C₃(v, v, ·), for probes (K, B, *) and of their shape."""
-        half = len(self.weights) // 2
-        if half and len(probe) * self.weights.numel() > LARGEST.get(probe.device.type, ELSEWHERE):
-            parts = slice(None, half), slice(half, None)
-            halves = [self.at(part).cumulants(probe[:, part], third=third) for part in parts]
-            v_minus_C2v, C3v = zip(*halves, strict=True)
-            return torch.cat(v_minus_C2v, 1), torch.cat(C3v, 1) if third else None
-        v = probe.detach().reshape(*probe.shape[:2], -1).to(self.data.dtype)
+    def slopes(self, v: Tensor) -> Tensor:
+        """(ε_j − ε̄)·v along v (K, B, d), (K, B, R + 1)."""
         along = (v * (self.scale * self.data - self.mean)).sum(-1, keepdim=True)
-        # (ε_j − ε̄)·v, (K, B, R + 1); that of the own sample is not needed.
-        slope = torch.cat([-self.scale * v, along], -1) @ self.points.T
+        return torch.cat([-self.scale * v, along], -1) @ self.points.T
+
+    def along(self, v: Tensor, _ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
+        """C₂v and, if `third`, C₃(v, v, ·) along v (K, B, d)."""
+        slope = self.slopes(v)  # that of the own sample is not needed
         weighted = self.weights * slope
         C2v = self.sum_of(weighted)
-        v_minus_C2v = probe - C2v.reshape(probe.shape).to(probe.dtype)
         if not third:
-            return v_minus_C2v, None
-        C3v = self.sum_of(weighted.mul_(slope)) - (v * C2v).sum(-1, keepdim=True) * self.mean
-        return v_minus_C2v, C3v.reshape(probe.shape).to(probe.dtype)
+            return C2v, None
+        return C2v, self.sum_of(weighted.mul_(slope)) - inner(v, C2v) * self.mean
 
 
-Targets = AveragedTargets | Tensor | None
+def moments_of(weights: Tensor, scale: Tensor, data: Tensor, points: Tensor) -> NoiseMoments:
+    """The moments with their mean."""
+    mean = NoiseMoments(weights, scale, data, data, points).sum_of(weights)
+    return NoiseMoments(weights, scale, data, mean, points)
+
+
+class ControlledMoments(NamedTuple):
+    """Moments of e_j = ε_j − C z_j, z_j = ε_j + σ̂ g_j, over the data that may have led to x."""
+
+    noises: NoiseMoments
+    scores: NoiseMoments  # of σ̂ g_j − σ̂ g in the place of ε_j − ε
+    control: Tensor  # the eigenvalues of C, (B, 1 or d)
+    basis: Tensor | None  # its eigenvectors, (d, d); None for the unit vectors
+    c: Tensor  # C z̄, (B, d)
+    mean: Tensor  # ē − ε, (B, d)
+
+    @property
+    def weights(self) -> Tensor:
+        """Those of the references, and of the own sample, (B, R + 1)."""
+        return self.noises.weights
+
+    def at(self, index: Tensor | slice) -> "ControlledMoments":
+        """Return the rows at `index`."""
+        noises, scores = self.noises.at(index), self.scores.at(index)
+        control, c, mean = (part[index] for part in (self.control, self.c, self.mean))
+        return ControlledMoments(noises, scores, control, self.basis, c, mean)
+
+    def along(self, v: Tensor, ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
+        """What stands for C₂v and, if `third`, for C₃(v, v, ·) along v (K, B, d), from ℓ."""
+        noises, c = self.noises, self.c
+        Cv, ell_v, c_v = times(self.control, self.basis, v), inner(ell, v), inner(c, v)
+        slope = noises.slopes(v)  # (ε_j − ε̄)·v
+        slope_of_e = noises.slopes(v - Cv) - self.scores.slopes(Cv)  # (e_j − ē)·v
+        weighted = self.weights * slope
+        covariance = noises.sum_of(weighted)  # Cov(ε, ε·v)
+        p, q = noises.sum_of(self.weights * slope_of_e), self._less_control(covariance, weighted)
+        C2v = Cv + (ell_v * c + c_v * ell + p + q) / 2
+        if not third:
+            return C2v, None
+        of_ell = c_v.square() - inner(v, Cv) + inner(v, covariance) - inner(v, p)
+        C3v = of_ell * ell - ell_v.square() * c + (ell_v + 2 * c_v) * q - ell_v * p
+        mean = self._less_control(noises.mean, self.weights)  # ē − e
+        squares = weighted * slope
+        kappa3 = self._less_control(noises.sum_of(squares), squares)
+        return C2v, C3v + kappa3 - inner(v, covariance) * mean
+
+    def _less_control(self, sums: Tensor, weights: Tensor) -> Tensor:
+        """Σ_j of weights times e_j − e, from the same sum of ε_j − ε."""
+        return sums - times(self.control, self.basis, sums + self.scores.sum_of(weights))
+
+
+def times(eigenvalues: Tensor, basis: Tensor | None, v: Tensor) -> Tensor:
+    """A symmetric matrix of eigenvalues (B, 1 or d) times v (*, B, d)."""
+    return eigenvalues * v if basis is None else (eigenvalues * (v @ basis)) @ basis.T
+
+
+def cumulants(
+    moments: NoiseMoments | ControlledMoments, probe: Tensor, ell: Tensor, *, third: bool
+) -> tuple[Tensor, Tensor | None]:
+    """v − C₂v and, if `third`, C₃(v, v, ·), for probes (K, B, *) and of their shape."""
+    half, most = len(moments.weights) // 2, LARGEST.get(probe.device.type, ELSEWHERE)
+    if half and len(probe) * moments.weights.numel() > most:
+        parts = slice(None, half), slice(half, None)
+        halves = [cumulants(moments.at(i), probe[:, i], ell[:, i], third=third) for i in parts]
+        v_minus_C2v, C3v = zip(*halves, strict=True)
+        return torch.cat(v_minus_C2v, 1), torch.cat(C3v, 1) if third else None
+    v, flat_ell = (
+        part.detach().reshape(*part.shape[:2], -1).to(moments.weights.dtype)
+        for part in (probe, ell)
+    )
+    C2v, C3v = moments.along(v, flat_ell, third=third)
+    v_minus_C2v = (v - C2v).reshape(probe.shape).to(probe.dtype)
+    return v_minus_C2v, None if C3v is None else C3v.reshape(probe.shape).to(probe.dtype)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TargetScores:
+    """Targets with less noise, where the score ∇log p₀ of the data is known at x₀.
+
+    Such as the forces over kT that a data set of molecules stores, or the gradient that a
+    simulator gives. With σ̂ = σ/α and C = (I + σ̂² F)⁻¹ order one has e = ε − C (ε + σ̂ g) in place
+    of ε, for g = ∇log p₀(x₀): target score matching (De Bortoli et al., arXiv 2402.08667) with the
+    weights that leave the least noise. Orders two and three, new here, need neither Hessians nor
+    calls of the network. The objective is the same, up to its constant: every residual keeps its
+    conditional mean given x, whatever the model is. For Gaussian data e has no noise.
+
+    That holds for a density that is continuous and vanishes at the edge of its support. Data that
+    are uniform, clipped, padded or rounded have no such score, and then the targets are wrong:
+    `information_of` looks for that.
+
+    Args:
+        scores: g at x₀, a tensor like x₀ in a call of a loss, or a callable of data (N, *), which
+            is all that a module's constructor takes. Any graph that it makes is dropped.
+        information: F = E g gᵀ over the data, by which C is chosen: a number from 0 to math.inf,
+            which gives the paper's targets; numbers by element, in the shape of a sample; or a
+            matrix (d, d), whose eigenvectors are computed here, once. None takes for each sample
+            the means by element over the other samples of the batch (under DDP of the process).
+            Where there are no others, and along what has the information 0 in any tensor, such as
+            a coordinate that never changes, the targets are the paper's.
+        averaged: averages over all data that may have led to x as well. With a reference of its
+            own, on which they are called too, `scores` must be a callable.
+
+    Raises:
+        TypeError: if `scores` is neither a floating-point tensor nor a callable, or not a callable
+            beside a given reference, or another argument has a wrong type.
+        ValueError: if `scores` or `information` is not finite, or a number is negative; in a loss
+            if they do not go with the batch.
+
+    Example:
+        >>> import torch
+        >>> from hosm_losses import ScoreModel, VPSchedule, third_order_dsm
+        >>> model = ScoreModel(lambda x, t: 0.5 * x, VPSchedule())
+        >>> x0 = torch.randn(8, 2)
+        >>> third_order_dsm(model, x0, targets=TargetScores(-x0)).shape
+        torch.Size([])
+        >>> TargetScores(-x0, TargetScores.information_of(x0, -x0))
+        TargetScores(scores=<(8, 2)>, information=<(2,)>, averaged=None)
+    """
+
+    scores: Tensor | Callable[[Tensor], Tensor]
+    information: float | Tensor | None = None
+    averaged: AveragedTargets | None = None
+    _eigen: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        """Check every argument, and decompose a matrix."""
+        if not callable(self.scores):
+            check_sample_batch("scores", self.scores)
+        averaged: object = self.averaged
+        if not (averaged is None or isinstance(averaged, AveragedTargets)):
+            raise TypeError(error_message("averaged", "AveragedTargets(...) or None", averaged))
+        if averaged is not None and averaged.reference is not None and not callable(self.scores):
+            expected = "a callable beside a reference, whose scores count as well"
+            raise TypeError(error_message("scores", expected, self.scores))
+        information: object = self.information
+        if isinstance(information, Tensor):
+            check_sample_batch("information", information[None])
+            if information.ndim == 2 and information.shape[0] == information.shape[1]:
+                matrix = leave_inference_mode(information).detach().to(wide(information))
+                eigenvalues, basis = torch.linalg.eigh(matrix)
+                rounding = len(matrix) * torch.finfo(information.dtype).eps * eigenvalues.amax()
+                eigenvalues = torch.where(eigenvalues > rounding, eigenvalues, 0.0)
+                object.__setattr__(self, "_eigen", (eigenvalues, basis))
+        elif information is not None:
+            expected = "a number from 0 to math.inf, a tensor or None"
+            if isinstance(information, bool) or not isinstance(information, Real):
+                raise TypeError(error_message("information", expected, information))
+            if not float(information) >= 0:
+                raise ValueError(error_message("information", expected, information))
+
+    def __repr__(self) -> str:
+        """Return the constructor's call, with the shapes of its tensors."""
+        names = ("scores", "information", "averaged")
+        return f"TargetScores({', '.join(f'{n}={shown(getattr(self, n))}' for n in names)})"
+
+    @staticmethod
+    def information_of(
+        data: Tensor, scores: Tensor, *, matrix: bool = False, dimensions: int | None = None
+    ) -> Tensor:
+        """Return E g gᵀ for the scores g of data, by element or as a matrix.
+
+        The mean of −(x − x̄)·g is the dimension of the data, by parts; where it is not within five
+        standard errors, the scores or the density are not what `TargetScores` needs: a warning.
+
+        Args:
+            data: samples x (N, *), whole rather than a batch.
+            scores: ∇log p₀ at each, like `data`.
+            matrix: whether to return the matrix (d, d), which pays ½ log(∏ F_ii / det F) more,
+                integrated over log σ̂; by element a sample's shape.
+            dimensions: of the data, if they lie in a subspace; None is d.
+
+        Returns:
+            F in float64, in units of 1/x².
+
+        Raises:
+            TypeError: if an argument has a wrong type.
+            ValueError: if the tensors are not alike and finite, or hold fewer than 4 d samples
+                for a matrix.
+
+        Example:
+            >>> import torch
+            >>> x = 2 * torch.randn(10_000, 3, generator=torch.Generator().manual_seed(0))
+            >>> TargetScores.information_of(x, -x / 4, matrix=True).diagonal().round(decimals=1)
+            tensor([0.2000, 0.2000, 0.2000], dtype=torch.float64)
+        """
+        data = check_sample_batch("data", data)
+        like = tuple(data.shape), data.dtype, data.device, "data"
+        check_finite("scores", check_like("scores", scores, *like))
+        check_flag("matrix", matrix)
+        count, d = len(data), data[0].numel()
+        wanted = d if dimensions is None else check_whole("dimensions", dimensions, 1)
+        if matrix and count < 4 * d:
+            expected, remedy = f"4 d = {4 * d} samples or more for a matrix", "Leave out matrix."
+            raise ValueError(error_message("data", expected, data, remedy, got=f"{count}"))
+        x, g = (part.detach().reshape(count, d).to(wide(part)) for part in (data, scores))
+        if count > 1:
+            products = -((x - x.mean(0)) * g).sum(1) * (count / (count - 1))
+            mean, error = float(products.mean()), float(products.std()) / math.sqrt(count)
+            if not abs(mean - wanted) <= 5 * error:
+                warn(
+                    "TargetScores.information_of: expected scores of which the mean of −(x − x̄)·g "
+                    f"is {wanted}, the dimension; got {mean:.3g} ± {error:.1g}. Look at their sign"
+                    ", units and temperature, for edges of the density, and for a subspace, whose "
+                    "dimensions=... you can give."
+                )
+        return g.T @ g / count if matrix else g.square().mean(0).reshape(data.shape[1:])
+
+    def posterior(
+        self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, kwargs: dict[str, Any]
+    ) -> ControlledMoments:
+        """Moments of what stands for the noise in x = α x₀ + σ ε, for α and σ (B,)."""
+        g = self._scores_at(x0)
+        eps, alpha, sigma = (
+            part.detach().reshape(len(x0), -1).to(g.dtype) for part in (noise, alpha, sigma)
+        )
+        if self.averaged is None:  # over the own sample alone
+            own, zero = torch.ones_like(alpha), torch.zeros_like(g)
+            noises = moments_of(own, alpha / sigma, zero, g.new_zeros(1, g.shape[1] + 1))
+            others = g[:0]
+        else:
+            noises = self.averaged.posterior(x0, noise, alpha[:, 0], sigma[:, 0], kwargs)
+            reference = self.averaged.reference
+            others = g if reference is None else self._scores_at(reference)
+        points = F.pad(F.pad(others, (0, 1), value=1.0), (0, 0, 0, 1))
+        sigma_hat = sigma / alpha
+        scores = moments_of(noises.weights, -sigma_hat, g, points)
+        information, basis = self._information_for(g, x0)
+        if isinstance(information, Tensor):  # a coordinate without a score has the paper's target
+            information = torch.where(information > 0, information, math.inf)
+        control = 1 / (1 + sigma_hat.square() * information)
+        c = times(control, basis, eps + noises.mean + sigma_hat * g + scores.mean)
+        return ControlledMoments(noises, scores, control, basis, c, noises.mean - c)
+
+    def _scores_at(self, data: Tensor) -> Tensor:
+        """∇log p₀ at data (N, *), as (N, d)."""
+        scores: Any = self.scores
+        if callable(scores):
+            # In full precision, and with a gradient for a callable that takes one of an energy.
+            kind = "cuda" if data.is_cuda else "cpu"
+            with torch.enable_grad(), torch.autocast(kind, enabled=False):
+                scores = scores(data.detach())
+        like = tuple(data.shape), data.dtype, data.device, "the data"
+        scores = leave_inference_mode(check_like("targets.scores", scores, *like)).detach()
+        check_finite("targets.scores", scores)
+        return scores.reshape(len(data), -1).to(wide(data))
+
+    def _information_for(self, g: Tensor, x0: Tensor) -> tuple[Tensor | float, Tensor | None]:
+        """F, or its eigenvalues and eigenvectors, from the scores (B, d) of a batch if need be."""
+        information, (count, d) = self.information, g.shape
+        if information is None:
+            # Of the others alone, so that C does not depend on the own sample.
+            squares = g.square()
+            return (squares.sum(0) - squares) / max(count - 1, 1), None
+        if not isinstance(information, Tensor):
+            return float(information), None
+        shape = tuple(x0.shape[1:])
+        is_matrix = information.shape == (d, d) != shape
+        like = (d, d) if is_matrix else shape, information.dtype, x0.device
+        check_like("targets.information", information, *like, "a sample of x0, or (d, d)")
+        if can_read_values(information):
+            same = torch.allclose(information, information.mT, 1e-4) if is_matrix else True
+            if not (same if is_matrix else bool((information >= 0).all())):
+                expected = "a symmetric matrix" if is_matrix else "numbers of at least 0"
+                raise ValueError(error_message("targets.information", expected, information))
+        if is_matrix and self._eigen is not None:
+            return self._eigen
+        return leave_inference_mode(information).detach().reshape(1, d).to(g.dtype), None
+
+
+Targets = AveragedTargets | TargetScores | Tensor | None
 
 
 def check_targets(targets: object, *, tensor: bool) -> Targets:
-    """Return the targets if they are AveragedTargets, None or, if `tensor`, a tensor."""
-    is_tensor = isinstance(targets, Tensor)
-    if targets is None or isinstance(targets, AveragedTargets) or (is_tensor and tensor):
+    """Return the targets if they have a known type, or are None or, if `tensor`, a tensor."""
+    if targets is None or isinstance(targets, (AveragedTargets, TargetScores)):
         return targets
-    expected = "AveragedTargets(...) or None; in a call of a loss of order one a tensor as well"
+    if tensor and isinstance(targets, Tensor):
+        return targets
+    expected = (
+        "AveragedTargets(...), TargetScores(...) or None; in a call of a loss of order one a "
+        "tensor as well"
+    )
     raise TypeError(error_message("targets", expected, targets))
 
 
 def check_conditions(targets: Targets, kwargs: Mapping[str, Any]) -> None:
     """Raise ValueError if averaged targets would mix samples of different conditions."""
     paths: list[str] = []
-    if isinstance(targets, AveragedTargets) and targets.same is None:
+    averaged = targets.averaged if isinstance(targets, TargetScores) else targets
+    if isinstance(averaged, AveragedTargets) and averaged.same is None:
         per_sample(kwargs, lambda path, _: paths.append(path))
     if paths:
         raise ValueError(

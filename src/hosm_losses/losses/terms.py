@@ -17,7 +17,8 @@ Formula, with ℓ = ε + f held fixed, and D held fixed inside r3 as well:
 
     The targets are conditional cumulants of ε given x: f = −κ₁, σ ∂f/∂x + I = κ₂, G = −κ₃(v, v,
     ·). With `targets` averaged over data, ε is a mean, and the covariance C₂ and third cumulant
-    C₃ about it go to their side: D + v − C₂v for D + v, and G + C₃(v, v, ·) for G.
+    C₃ about it go to their side: D + v − C₂v for D + v, and G + C₃(v, v, ·) for G. With the score
+    of the data other vectors, which depend on ℓ, go to the same places.
 
 Why the detach:
     It is part of the method, not an optimisation. Held fixed, the lower orders enter the targets
@@ -62,7 +63,7 @@ from hosm_losses._checks import (
 )
 from hosm_losses.derivatives import derive
 from hosm_losses.losses.options import LossOptions
-from hosm_losses.losses.targets import NoiseMoments
+from hosm_losses.losses.targets import ControlledMoments, NoiseMoments, cumulants
 from hosm_losses.model import BoundModel
 
 
@@ -123,20 +124,22 @@ class NoisyBatch(NamedTuple):
 
     x: Tensor  # α x₀ + σ ε, of shape (B, *)
     t: Tensor  # (B,), as the caller gave them
-    noise: Tensor  # ε − q x, or that of averaged targets, (B, *)
+    noise: Tensor  # ε − q x, or what targets have in the place of ε, (B, *)
     sigma: Tensor  # σ(t), of shape (B,)
-    moments: NoiseMoments | None = None  # of averaged targets
+    moments: NoiseMoments | ControlledMoments | None = None  # of targets of less noise
 
     def at(self, index: Tensor | slice) -> "NoisyBatch":
         """Return the rows at `index`."""
         x, t, noise, sigma = (tensor[index] for tensor in self[:4])
         return NoisyBatch(x, t, noise, sigma, self.moments and self.moments.at(index))
 
-    def cumulants(self, v: Tensor, *, third: bool = False) -> tuple[Tensor, Tensor | float]:
-        """v − C₂v and C₃(v, v, ·), which are v and 0 for the drawn noise."""
+    def cumulants(
+        self, v: Tensor, ell: Tensor, *, third: bool = False
+    ) -> tuple[Tensor, Tensor | float]:
+        """v − C₂v and C₃(v, v, ·) from v and ℓ, which are v and 0 for the drawn noise."""
         if self.moments is None:
             return v, 0.0
-        v_minus_C2v, C3v = self.moments.cumulants(v, third=third)
+        v_minus_C2v, C3v = cumulants(self.moments, v, ell, third=third)
         return v_minus_C2v, 0.0 if C3v is None else C3v
 
 
@@ -197,9 +200,10 @@ def squared_terms(
     # Without q x, which the noise leaves out as well.
     derived = model.of_f(derivatives, None, w)
     f, Dv, noise, v = map(at_least_float32, (*derived[:2], batch.noise, v))
-    v_minus_C2v, C3v = batch.cumulants(v, third=order == 3)
     r1 = f + noise  # f + q x, and ε − q x
-    r2, trace, target = higher_residuals(r1.detach(), Dv + v_minus_C2v, v)
+    ell = r1.detach()
+    v_minus_C2v, C3v = batch.cumulants(v, ell, third=order == 3)
+    r2, trace, target = higher_residuals(ell, Dv + v_minus_C2v, v)
     # Over all unit vectors ‖r2‖² is summed, but rt and r3 are summed before they are squared.
     second_term = sum_elements(r2.square()).sum(0) / (1 if exact else len(v))
     trace = trace.sum(0, keepdim=True) if exact else trace

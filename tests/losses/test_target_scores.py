@@ -1,0 +1,490 @@
+"""Scores of the data in the targets: the paper's objective, with less noise.
+
+What is expected is written from definitions: the posterior of x₀ on a grid, sums over j, and
+Gaussian data.
+"""
+
+import math
+
+import pytest
+import torch
+
+import hosm_losses as hosm
+from hosm_losses.losses import targets as source
+from tests.cases import (
+    FUNCTIONS,
+    MLP,
+    MODULES,
+    SCHEDULES,
+    VP,
+    assert_same,
+    gradients,
+    randomise,
+    with_gradients,
+)
+from tests.oracles import GaussianMixture, sign_vectors
+
+PAIRED, EXACT = {"probes": hosm.Paired()}, {"probes": "exact"}
+LAPLACIAN = {"third": "laplacian"}
+LOSSES = [
+    (1, {}),
+    (2, {"probes": 3, "engine": "reverse"}),
+    *((2, each) for each in (PAIRED, EXACT)),
+    *((3, each) for each in ({}, LAPLACIAN, {"engine": "reverse"})),
+    *((3, each) for each in (PAIRED, PAIRED | LAPLACIAN, EXACT)),
+]
+SETTINGS = [
+    ("vp", "epsilon", 0.3),
+    ("vp", "v_prediction", 0.6),
+    ("ve", "score", 0.5),
+    ("edm", "sample", 0.8),
+    ("flow", "flow_prediction", 0.4),
+]
+LINE = GaussianMixture([[-1.0], [0.8]], [[[0.3]], [[0.2]]], [0.4, 0.6])
+PLANE = GaussianMixture(
+    [[-0.6, 0.3], [0.5, -0.2]],
+    [[[0.5, 0.1], [0.1, 0.3]], [[0.35, -0.05], [-0.05, 0.3]]],
+    [0.4, 0.6],
+)
+ONE, ZERO = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+F_PLANE = torch.tensor([[2.5, -1.0], [-1.0, 4.0]], dtype=torch.float64)
+INFORMATION = {"number": 3.0, "zero": 0.0, "elements": torch.tensor([2.0, 5.0]), "matrix": F_PLANE}
+
+
+def score_of(mixture):
+    return lambda x: mixture.score(x, ONE, ZERO)
+
+
+def model_of(schedule="vp", prediction="epsilon", d=2):
+    network = MLP(d)
+    randomise(network)
+    return hosm.ScoreModel(network, SCHEDULES[schedule], prediction)
+
+
+def posterior(mixture, schedule, t, x, span=6.5, nodes=45):
+    """Data on a grid that leads to x at t, with its noise and its probability."""
+    d = mixture.means.shape[1]
+    line = torch.linspace(-span, span, nodes)
+    x0 = torch.cartesian_prod(*[line] * d).reshape(-1, d)
+    alpha, sigma = schedule(torch.tensor(t))
+    noise = (x - alpha * x0) / sigma
+    log_joint = mixture.log_density(x0, ONE, ZERO) - noise.square().sum(1) / 2
+    weights = log_joint.softmax(0)
+    likely = weights > 1e-20
+    return x0[likely], noise[likely], weights[likely]
+
+
+def draws(seed=3):
+    return torch.Generator().manual_seed(seed)
+
+
+def probes_of(order, options, d=2):
+    """Vectors (K, n, d): every pair of signs of paired probes, else K that are drawn, n = 1."""
+    probes = options.get("probes", 1)
+    if order == 1 or probes == "exact":
+        return None
+    if not isinstance(probes, hosm.Paired):
+        return torch.randn(probes, 1, d, generator=draws())
+    signs = sign_vectors(d)
+    return signs[torch.cartesian_prod(*[torch.arange(len(signs))] * 2)].transpose(0, 1)
+
+
+def conditional_mean(model, order, options, x0, noise, weights, t, targets=None):
+    """Of the gradient in the parameters, given x, over x₀ and where they are paired the probes."""
+    probe = probes_of(order, options, x0.shape[1])
+    pairs = 1 if probe is None else probe.shape[1]
+    inputs = {"t": torch.full((len(x0) * pairs,), t), **options}
+    if probe is not None:
+        inputs["probe"] = probe.repeat_interleave(len(x0), 1)
+    if targets is not None:
+        inputs["targets"] = hosm.TargetScores(targets.scores.repeat(pairs, 1), targets.information)
+    x0, noise, weights = x0.repeat(pairs, 1), noise.repeat(pairs, 1), weights.repeat(pairs) / pairs
+    loss = FUNCTIONS[order](model, x0, noise=noise, **inputs, reduction="none")
+    return torch.cat([g.flatten() for g in gradients((weights * loss).sum(), model)])
+
+
+@pytest.mark.parametrize(("order", "options"), LOSSES)
+@pytest.mark.parametrize(("schedule", "prediction", "t"), SETTINGS)
+def test_the_conditional_mean_of_the_gradient_is_the_papers(
+    schedule, prediction, t, order, options
+):
+    """Given x, over the posterior of x₀, for a network that is wrong in every order."""
+    model = model_of(schedule, prediction)
+    parts = *posterior(PLANE, model.schedule, t, torch.tensor([0.3, -0.4])), t
+    plain, g = conditional_mean(model, order, options, *parts), score_of(PLANE)(parts[0])
+    for name, information in INFORMATION.items():
+        targets = hosm.TargetScores(g, information)
+        found = conditional_mean(model, order, options, *parts, targets)
+        assert float((found - plain).abs().max()) < 1e-12 * max(float(plain.abs().max()), 1), name
+
+
+def test_information_of_the_others_leaves_the_conditional_mean_as_it_is():
+    """One sample beside two others; with its own scores counted C would depend on them."""
+    model, t = model_of(d=1), 0.3
+    x0, noise, weights = posterior(LINE, VP, t, torch.tensor([0.3]), nodes=121)
+    found = []
+    for targets in (None, hosm.TargetScores(score_of(LINE))):
+        total = 0.0
+        for own, eps, weight in zip(x0, noise, weights, strict=True):
+            batch = torch.stack([own, torch.tensor([0.2]), torch.tensor([-1.4])])
+            inputs = {"t": torch.full((3,), t), "noise": torch.cat([eps[None], 0 * batch[1:]])}
+            inputs |= {"probe": torch.ones(3, 1), "targets": targets, "reduction": "none"}
+            total = total + weight * hosm.third_order_dsm(model, batch, **inputs)[0]
+        found.append(gradients(total, model))
+    assert_same(*found, 1e-12, least=1.0)
+
+
+@pytest.mark.parametrize(("order", "options"), LOSSES)
+@pytest.mark.parametrize("averaged", [None, hosm.AveragedTargets()])
+def test_infinite_information_gives_the_same_loss_without_scores(order, options, averaged):
+    model, inputs = model_of(), {"t": torch.linspace(0.1, 0.6, 5), "noise": torch.randn(5, 2)}
+    x0, found = torch.randn(5, 2), []
+    scores = hosm.TargetScores(torch.randn(5, 2), math.inf, averaged)
+    for targets in (averaged, scores):
+        loss = FUNCTIONS[order](model, x0, **inputs, **options, targets=targets, generator=draws())
+        found.append(with_gradients(loss, model))
+    assert all(map(torch.equal, *found))
+
+
+def residuals(v, f, Dv, G, C, pairs):
+    """r2, rt and r3 along v, summed over (w_j, ε_j, z_j) one by one."""
+    r2, rt, r3 = Dv + v - C @ v, v.dot(Dv) + v.dot(v) - v.dot(C @ v), G
+    for w, eps, z in pairs:
+        ell, ell_c = f + eps, f + eps - C @ z
+        r2 = r2 - w / 2 * (ell_c.dot(v) * ell + ell.dot(v) * ell_c)
+        rt = rt - w * ell_c.dot(v) * ell.dot(v)
+        r3 = r3 + w * (ell.dot(v) ** 2 - v.dot(Dv) - v.dot(v)) * ell_c
+        r3 = r3 + w * 2 * ell_c.dot(v) * (C @ v - Dv - v)
+    return r2, rt, r3
+
+
+@pytest.mark.parametrize("information", ["number", "elements", "matrix", None])
+@pytest.mark.parametrize("kind", ["alone", "batch", "reference", "masked"])
+def test_terms_are_sums_over_all_data_that_may_have_led_to_x(information, kind):
+    """Of a linear network, whose derivatives are a matrix and zero, along probes and of all."""
+    torch.manual_seed(0)
+    A, x0, noise = 0.4 * torch.randn(2, 2), *torch.randn(2, 5, 2)
+    model = hosm.ScoreModel(lambda x, t: x @ A.T, VP)
+    t, others, mask = torch.linspace(0.2, 0.6, 5), torch.randn(4, 2), torch.rand(5, 5) < 0.6
+    averaged = {
+        "alone": None,
+        "batch": hosm.AveragedTargets(),
+        "reference": hosm.AveragedTargets(others),
+        "masked": hosm.AveragedTargets(same=lambda kwargs: mask),
+    }[kind]
+    scores = lambda x: torch.sin(2 * x) - x.flip(-1) ** 2  # noqa: E731
+    F = INFORMATION.get(information)
+    targets = hosm.TargetScores(scores, F, averaged)
+    probe = torch.randn(3, 5, 2)
+    inputs = {"t": t, "noise": noise, "targets": targets}
+    along = hosm.dsm_terms(model, x0, **inputs, probe=probe)
+    exact = hosm.dsm_terms(model, x0, **inputs, probes="exact")
+    for i in range(5):
+        alpha, sigma = VP(t[i])
+        x = alpha * x0[i] + sigma * noise[i]
+        points = {"alone": [], "reference": [*others]}.get(kind, [*x0])
+        points = [p for j, p in enumerate(points) if kind != "masked" or mask[i, j] or j == i]
+        points = [p for p in points if not torch.equal(p, x0[i])] + [x0[i]]
+        eps = [(x - alpha * p) / sigma for p in points]
+        w = torch.stack([-e.square().sum() / 2 for e in eps]).softmax(0)
+        z = [e + sigma / alpha * scores(p) for e, p in zip(eps, points, strict=True)]
+        if information is None:
+            F = scores(torch.cat([x0[:i], x0[i + 1 :]])).square().mean(0)
+        whole = F * torch.eye(2) if not (torch.is_tensor(F) and F.ndim == 2) else F
+        C = torch.linalg.inv(torch.eye(2) + (sigma / alpha) ** 2 * whole)
+        f, J = -A @ x, -sigma * A
+        first = f + sum(weight * (e - C @ b) for weight, e, b in zip(w, eps, z, strict=True))
+        pairs = [*zip(w, eps, z, strict=True)]
+        for terms, vectors in ((along, probe[:, i]), (exact, torch.eye(2))):
+            found = [residuals(v, f, J @ v, 0 * f, C, pairs) for v in vectors]
+            r2, rt, r3 = (torch.stack(part) for part in zip(*found, strict=True))
+            if terms is exact:  # the sums over unit vectors are squared
+                squares = r2.square().sum(), rt.sum() ** 2, r3.sum(0).square().sum()
+            else:
+                squares = (part.square().sum() / 3 for part in (r2, rt, r3))
+            second, trace, third = squares
+            wanted = [first.square().sum() / 2, second / 4, trace / 4, third / 8]
+            assert_same([term[i] for term in terms], wanted, 1e-11, least=1e-2)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("averaged", [None, hosm.AveragedTargets()])
+def test_the_mean_over_all_pairs_of_sign_vectors_is_the_exact_form(order, averaged):
+    model, probe = model_of(), probes_of(order, PAIRED)
+    reference = averaged and hosm.AveragedTargets(torch.randn(4, 2))
+    targets = hosm.TargetScores(score_of(PLANE), F_PLANE, reference)
+    x0, t, noise = torch.randn(2, 2), torch.tensor([0.2, 0.5]), torch.randn(2, 2)
+    exact = FUNCTIONS[order](model, x0, t=t, noise=noise, targets=targets, **EXACT)
+    count = probe.shape[1]
+    x0, t, noise = (each.repeat_interleave(count, 0) for each in (x0, t, noise))
+    inputs = {"t": t, "noise": noise, "probe": probe.repeat(1, 2, 1), "targets": targets}
+    found = FUNCTIONS[order](model, x0, **inputs, **PAIRED)
+    assert_same(with_gradients(found, model), with_gradients(exact, model), 1e-10)
+
+
+COVARIANCE = torch.tensor([[1.5, 0.6], [0.6, 0.5]], dtype=torch.float64)
+MEAN = torch.tensor([0.5, -2.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("schedule", "prediction", "t"), SETTINGS)
+@pytest.mark.parametrize("averaged", [None, hosm.AveragedTargets()])
+def test_gaussian_data_leave_no_noise(schedule, prediction, t, averaged):
+    """In order one for any network, in orders two and three for the true score."""
+    model = model_of(schedule, prediction)
+    alpha, sigma = model.schedule(torch.tensor(t))
+    F = torch.linalg.inv(COVARIANCE)
+    x0, noise = MEAN + torch.randn(6, 2), torch.randn(6, 2)  # wherever they are drawn
+    targets = hosm.TargetScores(lambda x: (MEAN - x) @ F, F, averaged)
+    inputs = {"t": torch.full((6,), t), "noise": noise, "targets": targets}
+    precision = torch.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * torch.eye(2))
+
+    def true_noise(x):
+        return sigma * (x - alpha * MEAN) @ precision
+
+    x = alpha * x0 + sigma * noise
+    first = hosm.dsm_terms(model, x0, order=1, **inputs).first
+    error = (model.noise(x, inputs["t"]) - true_noise(x)).square().mean(1)
+    assert_same(first, error, 1e-12)
+    truth = hosm.ScoreModel(lambda x, t: true_noise(x), model.schedule)
+    for options in ({}, EXACT, PAIRED, LAPLACIAN):
+        terms = hosm.dsm_terms(truth, x0, **inputs, **options)
+        assert max(float(term.detach().abs().max()) for term in terms) < 1e-20, options
+
+
+@pytest.mark.parametrize("averaged", [None, hosm.AveragedTargets()])
+def test_a_matrix_goes_with_the_data_where_they_are_rotated(averaged):
+    angle, network = torch.tensor(0.7), MLP(2)
+    randomise(network)
+    Q = torch.stack(
+        [torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])]
+    )
+    x0, noise, g = torch.randn(3, 5, 2)
+    probe, F = torch.randn(2, 5, 2), torch.tensor([0.5, 6.0])
+    found = []
+    for R, information in ((torch.eye(2), F), (Q, Q @ F.diag() @ Q.T)):
+        model = hosm.ScoreModel(lambda x, t, R=R: network(x @ R, t) @ R.T, VP)
+        targets = hosm.TargetScores(g @ R.T, information, averaged)
+        inputs = {"targets": targets, "noise": noise @ R.T}
+        inputs |= {"t": torch.linspace(0.1, 0.6, 5), "probe": probe @ R.T}
+        terms = (hosm.dsm_terms(model, x0 @ R.T, **inputs, **how) for how in ({}, PAIRED))
+        found.append([each for part in terms for each in part])
+    assert_same(*found, 1e-11)
+
+
+WIDE = hosm.VESchedule(sigma_min=1e-4, sigma_max=1e3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("averaged", [None, hosm.AveragedTargets()])
+@pytest.mark.parametrize("information", [None, 2.0, F_PLANE])
+def test_short_types_lose_no_digits_at_any_noise(dtype, averaged, information):
+    """A network that is zero leaves the targets alone, of which almost all cancels at small σ̂."""
+    model = hosm.ScoreModel(lambda x, t: 0 * x, WIDE)
+    x0, noise, g = torch.randn(3, 40, 2).to(dtype)
+    probe, found = torch.randn(2, 40, 2).to(dtype), []
+    for kind, autocast in ((dtype, dtype == torch.float32), (torch.float64, False)):
+        t = torch.linspace(1e-5, 1, 40, dtype=torch.promote_types(kind, torch.float32))
+        inputs = {"t": t, "noise": noise.to(kind), "probe": probe.to(kind)}
+        inputs["targets"] = hosm.TargetScores(g.to(kind), information, averaged)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            terms = hosm.dsm_terms(model, x0.to(kind), **inputs)
+            paired = hosm.dsm_terms(model, x0.to(kind), **inputs, **PAIRED)
+        found.append([[each.double() for each in part] for part in (terms, paired)])
+    (terms, paired), (wide_terms, wide_paired) = found
+    torch.testing.assert_close(terms, wide_terms, rtol=3e-5, atol=0)
+    torch.testing.assert_close(paired, wide_paired, rtol=3e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize(("order", "options"), LOSSES)
+@pytest.mark.parametrize("averaged", [None, hosm.AveragedTargets()])
+def test_pieces_are_the_whole(order, options, averaged, monkeypatch):
+    model, inputs = model_of(), {"t": torch.linspace(0.1, 0.6, 5), "noise": torch.randn(5, 2)}
+    inputs["targets"] = hosm.TargetScores(torch.randn(5, 2), F_PLANE, averaged)
+    x0, found = torch.randn(5, 2), []
+    for most in (2**18, 2):
+        monkeypatch.setitem(source.LARGEST, "cpu", most)
+        loss = FUNCTIONS[order](model, x0, **inputs, **options, generator=draws())
+        found.append(with_gradients(loss, model))
+    assert_same(*found, 1e-13)
+
+
+def test_a_fraction_has_the_information_of_the_whole_batch():
+    model, x0, probe = model_of(), torch.randn(6, 2), torch.randn(1, 6, 2)
+    inputs = {"t": torch.linspace(0.1, 0.6, 6), "noise": torch.randn(6, 2), "probe": probe}
+    inputs["targets"] = hosm.TargetScores(torch.randn(6, 2), averaged=hosm.AveragedTargets())
+    module = hosm.ThirdOrderDSM(model, fraction=0.5)
+    _, terms = module(x0, **inputs, return_terms=True)
+    whole = hosm.dsm_terms(model, x0, **inputs)
+    assert len(terms.rows) == 3
+    expected = [whole.first, *(term[terms.rows] for term in whole[1:])]
+    assert_same([*terms], [each.detach() for each in expected], 1e-12)
+
+
+def energy(x):
+    return x.pow(4).sum(1) - 3 * x.square().sum(1)
+
+
+CALLABLES = {
+    "closed form": lambda x: 6 * x - 4 * x**3,
+    "autograd": lambda x: -torch.autograd.grad(energy(x.requires_grad_()).sum(), x)[0],
+    "torch.func": lambda x: -torch.func.grad(lambda x: energy(x).sum())(x),
+    "a product": lambda x: (x @ torch.eye(2, dtype=x.dtype)) * 6 - 4 * x**3,
+}
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_that_are_computed_are_those_of_a_tensor(name, mode, autocast):
+    """Under autocast too, without its short types; in a module's constructor and in a call."""
+    torch.manual_seed(0)
+    x0, noise = torch.randn(2, 5, 2).float()
+    model = model_of().float()
+    inputs = {"t": torch.linspace(0.1, 0.6, 5).float(), "noise": noise}
+    module = hosm.ThirdOrderDSM(model, targets=hosm.TargetScores(CALLABLES[name], 2.0))
+    g = 6 * x0 - 4 * x0**3
+    with mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        made = x0 * 1  # inside of the mode, as a validation loop makes it
+        loss = module(made, **inputs, generator=draws())
+        targets = hosm.TargetScores(g * 1, 2.0)
+        other = hosm.third_order_dsm(model, x0, **inputs, targets=targets, generator=draws())
+    torch.testing.assert_close(loss, other, rtol=1e-5, atol=0)
+    assert loss.requires_grad == (mode is torch.enable_grad)
+    assert not made.requires_grad
+    module(x0, **inputs, targets=targets).backward()  # which can be trained on
+
+
+def test_nothing_of_the_targets_has_a_gradient():
+    """Nor has ε, where it is given, through them: as with averaged targets."""
+    weight, model = torch.tensor(2.0, requires_grad=True), model_of()
+    x0, noise = torch.randn(5, 2), torch.randn(5, 2)
+    kept = [x0.clone().requires_grad_() for _ in "ab"]
+    F = torch.tensor([2.0, 1.0], requires_grad=True)
+    for g in (lambda x: weight * x, weight * x0):
+        targets = hosm.TargetScores(g, F, hosm.AveragedTargets())
+        inputs = {"t": torch.full((5,), 0.4), "noise": noise, "targets": targets}
+        loss = hosm.third_order_dsm(model, kept[0], **inputs, generator=draws())
+        assert loss.requires_grad
+        assert torch.autograd.grad(loss, [weight, F], allow_unused=True) == (None, None)
+
+
+def test_gradients_of_every_sample_by_torch_func():
+    """A sample by itself has no others to take the information from."""
+    model, x0, g, noise, probe = model_of(), *torch.randn(4, 5, 2)
+    module, t = hosm.ThirdOrderDSM(model), torch.linspace(0.1, 0.6, 5)
+    parameters = dict(module.named_parameters())
+
+    def loss(parameters, information, *row):
+        x0, g, t, noise, probe = (part[None] for part in row)
+        targets = hosm.TargetScores(g, information)
+        inputs = {"t": t, "noise": noise, "probe": probe, "targets": targets}
+        return torch.func.functional_call(module, parameters, (x0,), inputs)
+
+    for information, alone in ((F_PLANE, F_PLANE), (None, math.inf)):
+        batched = torch.func.vmap(torch.func.grad(loss), (None, None, *[0] * 5))
+        found = batched(parameters, information, x0, g, t, noise, probe)
+        targets = hosm.TargetScores(g, alone)
+        inputs = {"t": t, "noise": noise, "probe": probe, "targets": targets}
+        whole = gradients(module(x0, **inputs), module)
+        assert_same([each.mean(0) for each in found.values()], whole, 1e-10)
+
+
+@pytest.mark.parametrize("kind", ["others", "elements", "matrix"])
+def test_what_has_no_information_has_the_papers_target(kind):
+    """As a padded coordinate, which has no density and so no score; along any direction."""
+    x0, g, noise = torch.randn(3, 5, 3)
+    x0[:, 1] = g[:, 1] = 0
+    inputs, keep = {"t": torch.linspace(0.1, 0.6, 5), "order": 1}, [0, 2]
+    model = hosm.ScoreModel(lambda x, t: 0 * x, VP)
+    F = {"others": None}.get(kind, torch.tensor([2.0, 0.0, 3.0]))
+    part = hosm.TargetScores(g[:, keep], F if F is None else F[keep])
+    first = hosm.dsm_terms(model, x0[:, keep], noise=noise[:, keep], **inputs, targets=part).first
+    wanted = (2 * first + noise[:, 1].square()) / 3
+    R = torch.linalg.qr(torch.randn(3, 3)).Q if kind == "matrix" else torch.eye(3)
+    F = R @ F.diag() @ R.T if kind == "matrix" else F
+    x0, g, noise = (each @ R.T for each in (x0, g, noise))
+    found = hosm.dsm_terms(model, x0, noise=noise, **inputs, targets=hosm.TargetScores(g, F))
+    assert_same(found.first, wanted, 1e-12)
+
+
+def test_averages_still_have_to_know_what_goes_with_whom():
+    model, x0 = model_of(), torch.randn(4, 2)
+    model.call = lambda network, x, t, y: network(x + y[:, None], t)
+    kwargs = {"model_kwargs": {"y": torch.arange(4) % 2}}
+    hosm.third_order_dsm(model, x0, **kwargs, targets=hosm.TargetScores(-x0))
+    same = hosm.AveragedTargets(same=lambda kwargs: kwargs["y"][:, None] == kwargs["y"])
+    hosm.third_order_dsm(model, x0, **kwargs, targets=hosm.TargetScores(-x0, averaged=same))
+    targets = hosm.TargetScores(-x0, averaged=hosm.AveragedTargets())
+    with pytest.raises(ValueError, match=r"targets: .*same=.*model_kwargs\['y'\]"):
+        hosm.third_order_dsm(model, x0, **kwargs, targets=targets)
+
+
+def minus(x):
+    return -x
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_scores_of_one_batch_are_refused_where_a_module_is_made(order):
+    model, x0 = model_of(), torch.randn(4, 2)
+    targets = hosm.TargetScores(-x0)
+    with pytest.raises(TypeError, match="targets: expected a callable in a constructor, or in "):
+        MODULES[order](model, targets=targets)
+    module = MODULES[order](model, targets=hosm.TargetScores(minus, 1.0))
+    assert "targets=TargetScores(scores=minus, information=1.0, averaged=None)" in repr(module)
+    inputs = {"t": torch.full((4,), 0.3), "noise": x0}
+    found = [module(x0, **inputs, generator=draws()).item()]
+    given = hosm.TargetScores(-x0, 1.0)
+    found.append(module(x0, **inputs, targets=given, generator=draws()).item())
+    assert found[0] == found[1]
+
+
+def test_a_given_reference_needs_scores_of_its_own():
+    x0, reference = torch.randn(4, 2), hosm.AveragedTargets(torch.randn(3, 2))
+    with pytest.raises(TypeError, match="scores: expected a callable beside a reference"):
+        hosm.TargetScores(-x0, averaged=reference)
+    hosm.third_order_dsm(model_of(), x0, targets=hosm.TargetScores(minus, averaged=reference))
+
+
+def data_and_scores(count=20_000, seed=3):
+    x = PLANE.sample(count, draws(seed))
+    return x, score_of(PLANE)(x)
+
+
+def test_information_is_the_mean_of_products():
+    x, g = data_and_scores(50)
+    found = hosm.TargetScores.information_of(x.reshape(50, 1, 2), g.reshape(50, 1, 2))
+    assert_same(found, (g**2).mean(0)[None], 1e-14)
+    found = hosm.TargetScores.information_of(x.float(), g.float(), matrix=True)
+    assert found.dtype == torch.float64
+    assert_same(found, sum(torch.outer(one, one) for one in g) / 50, 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_right_scores_give_no_warning(seed):
+    x, g = data_and_scores(1000, seed)
+    hosm.TargetScores.information_of(3.0 + x, g)
+
+
+WRONG = {
+    "sign": lambda x, g: (x, -g),
+    "temperature": lambda x, g: (x, g / 1.1),
+    "units": lambda x, g: (10 * x, g),
+    "edges": lambda x, g: (x.clamp(-0.5, 0.5), g * ((x > -0.5) & (x < 0.5))),
+    "subspace": lambda x, g: (torch.cat([x, x[:, :1]], 1), torch.cat([g, 0 * x[:, :1]], 1)),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_scores_that_are_not_those_of_the_data_give_a_warning(fault):
+    x, g = WRONG[fault](*data_and_scores())
+    with pytest.warns(UserWarning, match=r"mean of .* is [23], the dimension; got .* ± "):
+        hosm.TargetScores.information_of(x, g)
+    if fault == "subspace":
+        hosm.TargetScores.information_of(x, g, dimensions=2)
+
+
+def test_a_matrix_takes_enough_samples():
+    x, g = data_and_scores(8)
+    hosm.TargetScores.information_of(x, g, matrix=True)
+    with pytest.raises(ValueError, match="expected 4 d = 8 samples or more for a matrix; got 7"):
+        hosm.TargetScores.information_of(x[:7], g[:7], matrix=True)
