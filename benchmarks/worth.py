@@ -1,34 +1,38 @@
-"""Which loss gives the best likelihood and score of the ODE, at equal cost?
+"""What are quiet targets, and orders two and three, worth at equal evaluations of the network?
 
-    python -m benchmarks.worth [--cells REGEX] [--losses REGEX] [--levels N] [--out DIR] [--smoke]
+    python -m benchmarks.worth [--cells REGEX] [--rows REGEX] [--out DIR] [--smoke]
 
-For each cell of worth_problems and worth_reserved:
-    1. Order one chooses between two networks, plain and averaged targets, and three rates, by the
-       KL divergence of seeds that are not reported: one, or three where some networks miss a mode.
-    2. It trains with that choice, and goes on until it has had three times the steps, with a fresh
-       Adam and a cosine decay, at its rate or a third of it. This repeats, --levels in all, until
-       three times lower the KL divergence by less than GATE, or by more than HOPELESS.
-       `converged` says whether by less than GATE: no loss is recommended as a second stage from a
-       cell where order one has not converged.
-    3. Every loss goes on from the weights of the longest training, with a fresh Adam and a cosine
-       decay, for as many steps as cost what the cell's budget of order one costs. Step times are
-       measured once, in turns. The rate is chosen on the seeds that are not reported.
-    4. The losses of WHOLE train from scratch, at the cost of order one's three budgets.
-    5. That of SWITCHED does as well, with order one for the first of the three budgets. One Adam
-       and one cosine decay serve the whole training.
+The protocol, fixed before anything was run. For each cell of worth_problems:
+    1. From scratch, every row of `rows` trains for as many evaluations of the network as order one
+       takes in the cell's budget of steps. A sample costs 3 evaluations at order one, 6 at order
+       two, 12 at order three, and 3 + 9 f at order three with fraction f. One Adam, one cosine
+       decay to zero, batches of the cell's size, times uniform in log σ̂. Weights are the library's
+       defaults; "weights × .1" has a tenth of those of the higher terms.
+    2. Where d ≤ 4 the rate of each family of rows (FAMILIES) is chosen by two seeds that are not
+       reported, from RATES. Elsewhere a family has the median, on that grid, of what it chose
+       in these cells.
+    3. Where the cell has `long` steps, order one with averaged targets trains for so many, and
+       then the losses of SECOND_STAGE go on from its weights with a fresh Adam and decay for the
+       evaluations of the budget, at rates chosen as in 2. `gate` says by how much the KL
+       divergence is below that of a training of a third of the steps: 2 % or less counts as
+       converged.
+    4. Ratios are geometric means over five seeds, with 95 % intervals of log-ratios paired by seed
+       (`worth_quantities.compare`). A seed that has lost a mode is counted in a column of its own
+       and left out of the ratios.
+    5. What a step of each loss costs in time is `python -m benchmarks speed`: on networks of at
+       least 20 ms, and never measured here, where the networks are tiny.
 
-Five seeds and those that are not reported train as one ensemble. Each row is written to
-results/worth/CELL.json at once, with its environment, and a second run goes on where the first one
-stopped. Two runs may share the work by cells. The weights that the losses start from are in --out;
-without that file they are trained again, and so are the losses if other weights come out of it.
+All seeds of a row train as one ensemble. Each row is written to results/orders/CELL.json at once,
+with its environment, and a second run goes on where the first one stopped; two runs may share the
+work by cells. --out has the weights that second stages start from.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import count, product
 from pathlib import Path
+from statistics import median_low
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,93 +42,173 @@ from tqdm import tqdm
 
 import hosm_losses as hosm
 from benchmarks import experiment, results
-from benchmarks.worth_problems import CELLS, KINDS, Cell, MemberTargets
+from benchmarks.worth_problems import CELLS, Cell, together
 from benchmarks.worth_quantities import Row, by_rate, compare, judge, judge_briefly
-from benchmarks.worth_reserved import RESERVED
 
-DIRECTORY = results.DIRECTORY / "worth"
-BASELINE_RATES, RATES = (1e-2, 3e-3, 1e-3), (1e-3, 3e-4, 1e-4)
-GATE, HOPELESS, LEVELS, ROUNDS = 0.02, 0.2, 3, 20
-ONE, AVERAGED = TARGETS = ("order one", "order one, averaged")
-SWITCHED, EXACT = "order three, averaged", "order three, averaged, exact probes"
-WHOLE, COST = (SWITCHED, EXACT), 3  # budgets of order one
-FEW = 4  # elements up to which all unit vectors are tried as probes
-LIKELIHOOD_ROWS, LIKELIHOOD_STEPS, LIKELIHOOD_ELEMENTS = 32, 32, 8
-Loss = Callable[[hosm.ScoreModel], Callable[..., Tensor]]
-Models = Callable[[Sequence[int]], hosm.ScoreModel]  # of seeds; from scratch, or to go on from
+DIRECTORY = results.DIRECTORY / "orders"
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+FAMILIES = ("one", "one, averaged", "two, averaged", "three, averaged")
+SECOND_STAGE = ("one, averaged", "two, averaged", "three, averaged")
+WEIGHTS = {1: (1.0,), 2: (1.0, 0.5, 0.0)}
+INFORMATION_DRAWS = 2**16
+SEARCHED = [name for name in CELLS if re.search(r"d = [124]\b", name)]
 
 
-def losses(cell: Cell, members: int, baseline: str = "") -> dict[str, Loss]:
-    """Every loss, as a function of a model that gives one of data and a generator.
+class Recipe(NamedTuple):
+    """A row of the study: a loss with its targets."""
 
-    Times are uniform in log σ̂ for all of them unless their name says otherwise.
-    """
-    elements = cell.density.elements
-    low, high = cell.schedule.log_sigma_hat_range
-    averaged = {"targets": MemberTargets(members=members)}
+    order: int
+    family: str  # whose rate it has
+    averaged: bool = False
+    scores: str = ""  # "by element", "matrix" or none
+    fraction: float = 1.0
+    scale: float = 1.0  # of the weights of the higher terms
 
-    def times(power: int, rows: int, generator: torch.Generator | None) -> Tensor:
-        return cell.schedule.time(
-            low + (high - low) * torch.rand(rows, generator=generator) ** power
+    @property
+    def evaluations(self) -> float:
+        """Of the network for a sample in a step."""
+        return {1: 3.0, 2: 6.0, 3: 3 + 9 * self.fraction}[self.order]
+
+
+def weights_of(recipe: Recipe, elements: int) -> tuple[float, ...]:
+    """The library's default weights (a test compares), those of higher terms times `scale`."""
+    third = (1.0, 0.5, 0.0, min(1.0, 0.1 * elements**2))
+    first, *higher = WEIGHTS.get(recipe.order, third)
+    return first, *(recipe.scale * weight for weight in higher)
+
+
+def rows(cell: Cell) -> dict[str, Recipe]:
+    """What trains from scratch, by name."""
+    one, one_averaged, two, three = FAMILIES
+    recipes = {
+        one: Recipe(1, one),
+        one_averaged: Recipe(1, one_averaged, averaged=True),
+        two: Recipe(2, two, averaged=True),
+        three: Recipe(3, three, averaged=True),
+    }
+    for fraction, scale in ((1, 0.1), (1 / 4, 1.0), (1 / 4, 0.1), (1 / 8, 1.0), (1 / 8, 0.1)):
+        name = f"{three}, fraction {fraction:g}" + ", weights × .1" * (scale != 1)
+        recipes[name] = Recipe(3, three, averaged=True, fraction=fraction, scale=scale)
+    if not hasattr(cell.density, "data_score"):
+        return recipes
+    recipes["one, scores"] = Recipe(1, one_averaged, scores="by element")
+    best = Recipe(1, one_averaged, averaged=True, scores="by element")
+    if cell.density.elements > 1:
+        recipes["one, scores, matrix"] = Recipe(1, one_averaged, scores="matrix")
+        best = best._replace(scores="matrix")
+    recipes["one, scores, averaged"] = best
+    recipes["two, scores, averaged"] = best._replace(order=2, family=two)
+    recipes["three, scores, averaged"] = best._replace(order=3, family=three)
+    eighth = best._replace(order=3, family=three, fraction=1 / 8)
+    return recipes | {"three, scores, averaged, fraction 0.125": eighth}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MemberTargets(hosm.AveragedTargets):
+    """Targets of an ensemble: the reference of a sample is the part of the batch of its member."""
+
+    members: int = 1
+    batch: Tensor | None = None  # all rows, of which those of a call are the first
+    averaged: bool = False
+    scores: Callable[[Tensor], Tensor] | None = None
+    information: Tensor | None = None
+
+    def posterior(self, *args: Any) -> "Members":
+        """The posteriors of each member, as one."""
+        *tensors, conditions = args
+        return Members(
+            [
+                self._member(i).posterior(
+                    *(part[i :: self.members] for part in tensors), conditions
+                )
+                for i in range(self.members)
+            ]
         )
 
-    def of(function: Callable[..., Any], power: int = 1, **options: Any) -> Loss:
-        sampler = partial(times, power)
-        return lambda model: partial(function, model, time_sampler=sampler, **options)
-
-    def likelihood(model: hosm.ScoreModel) -> Callable[..., Tensor]:
-        alpha, sigma = cell.schedule(torch.tensor(cell.schedule.t_min))
-
-        def loss(x0: Tensor, generator: torch.Generator) -> Tensor:
-            x0 = x0[: LIKELIHOOD_ROWS * members]
-            x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator)
-            given: Any = cell.ode(min(LIKELIHOOD_STEPS, cell.solver))
-            return hosm.ode_nll(model, x, enable_grad=True, **given).nll.nanmean()
-
-        return loss
-
-    second = partial(of, hosm.second_order_dsm, weights=(1, 0.5, 0))
-    third = partial(of, hosm.third_order_dsm, weights=(1, 0.5, 0, 0.1 * elements**2))
-    found: dict[str, Loss] = {
-        ONE: of(hosm.first_order_dsm),
-        AVERAGED: of(hosm.first_order_dsm, **averaged),
-        # Half of the times in the lowest quarter.
-        "order one, small σ": of(
-            hosm.first_order_dsm, 2, **(averaged if baseline == AVERAGED else {})
-        ),
-        "order two": second(),
-        "order two, averaged": second(**averaged),
-        "order three": third(),
-        SWITCHED: third(**averaged),
-    }
-    if 1 < elements <= FEW:
-        found[EXACT] = third(probes="exact", **averaged)
-    if elements <= LIKELIHOOD_ELEMENTS:
-        found["likelihood"] = likelihood
-    return found
+    def _member(self, i: int) -> Any:
+        averaged = None
+        if self.averaged:
+            assert self.batch is not None
+            averaged = hosm.AveragedTargets(self.batch[i :: self.members], own=False)
+        if self.scores is None:
+            return averaged
+        return hosm.TargetScores(self.scores, information=self.information, averaged=averaged)
 
 
-def in_turn(first: Loss, second: Loss, steps: int) -> Loss:
-    """A loss for so many calls, and another one after them."""
+class Members:
+    """The posteriors of all members, used by the losses as one `NoiseMoments`."""
 
-    def of(model: hosm.ScoreModel) -> Callable[..., Tensor]:
-        both, calls = (first(model), second(model)), count()
-        return lambda *given, **options: both[next(calls) >= steps](*given, **options)
+    def __init__(self, members: Sequence[Any]) -> None:
+        self.members = members
+        self.mean = together([member.mean for member in members])
+        self.weights = members[0].weights[:1]  # one row: the rows are not split any further
 
-    return of
+    def along(self, v: Tensor, ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
+        count = len(self.members)
+        parts = [
+            member.along(v[:, i::count], ell[:, i::count], third=third)
+            for i, member in enumerate(self.members)
+        ]
+        C2v, C3v = zip(*parts, strict=True)
+        return together(C2v, 1), together(C3v, 1) if third else None
+
+
+Loss = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def loss_of(cell: Cell, recipe: Recipe, model: hosm.ScoreModel, members: int) -> Loss:
+    """The loss of a batch, rows of all members in turns, with everything drawn anew.
+
+    `fraction` draws rows at random, which would mix the members. The first rows of a batch are as
+    random: the higher terms are of these, and the first term is of all.
+    """
+    low, high = cell.schedule.log_sigma_hat_range
+    weights = weights_of(recipe, cell.density.elements)
+    quiet = {"members": members, "averaged": recipe.averaged}
+    if recipe.scores:
+        data = cell.draw(INFORMATION_DRAWS, torch.Generator().manual_seed(2)).double()
+        scores = cell.density.data_score(data)
+        information = scores.square().mean(0)
+        if recipe.scores == "matrix":
+            information = scores.T @ scores / len(scores)
+        quiet |= {
+            "scores": lambda x: cell.density.data_score(x.double()).to(x.dtype),
+            "information": information,
+        }
+
+    def times(count: int, generator: torch.Generator | None) -> Tensor:
+        return cell.schedule.time(low + (high - low) * torch.rand(count, generator=generator))
+
+    def loss(x0: Tensor, generator: torch.Generator) -> Tensor:
+        how: dict[str, Any] = {"time_sampler": times, "generator": generator}
+        if recipe.averaged or recipe.scores:
+            how["targets"] = MemberTargets(batch=x0, **quiet)
+        if recipe.order == 1:
+            return hosm.first_order_dsm(model, x0, **how)
+        higher = {2: hosm.second_order_dsm, 3: hosm.third_order_dsm}[recipe.order]
+        if recipe.fraction == 1:
+            return higher(model, x0, weights=weights, **how)
+        chosen = round(recipe.fraction * len(x0) / members) * members
+        share = chosen / len(x0)
+        value = higher(model, x0[:chosen], weights=(share, *weights[1:]), **how)
+        # AveragedTargets(own=False) finds these rows in the batch as well.
+        return value + (1 - share) * hosm.first_order_dsm(model, x0[chosen:], **how)
+
+    return loss
 
 
 def training(
-    cell: Cell, model: hosm.ScoreModel, loss: Loss, steps: int, rates: Sequence[float]
+    cell: Cell, model: hosm.ScoreModel, recipe: Recipe, steps: int, rates: Sequence[float]
 ) -> Iterator[None]:
     """A training of all members, each at its own rate, a step each time it is advanced."""
-    generator, objective = torch.Generator().manual_seed(1), loss(model)
+    generator = torch.Generator().manual_seed(1)
+    loss = loss_of(cell, recipe, model, len(rates))
 
     def value() -> Tensor:
-        return objective(cell.draw(cell.batch * len(rates), generator), generator=generator)
+        return loss(cell.draw(cell.batch * len(rates), generator), generator)
 
     share = torch.tensor(rates)[:, None, None] / max(rates)
-    before = [each.detach().clone() for each in model.parameters()]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     for _ in experiment.training(model, value, steps, max(rates)):
         if min(rates) < max(rates):  # a step of Adam is proportional to its rate
             with torch.no_grad():
@@ -135,313 +219,181 @@ def training(
 
 
 class Study:
-    """The rows of a cell, in a file, and the weights that its losses start from.
-
-    The seeds after those of the cell are spare: they choose and are not reported.
-    """
-
-    overfits = False  # whether a longer training may fail
-    chooses = "kl"  # of each seed, by which networks, targets and rates are chosen
+    """The rows of a cell, in a file."""
 
     def __init__(self, name: str, cell: Cell, directory: Path, out: Path) -> None:
         slug = re.sub(r"\W+", "_", name)
-        self.name, self.cell, self.seeds = name, cell, cell.seeds
-        self.spares = range(cell.seeds, cell.seeds + cell.spares)
-        self.file, self.out = directory / f"{slug}.json", out / slug
+        self.name, self.cell, self.directory = name, cell, directory
+        self.file, self.weights = directory / f"{slug}.json", out / f"{slug}.pt"
         self.report = {"name": name} | results.read(self.file)
-        sizes = ("budget", "solver", "batch", "points", "scored")
-        told = cell.sizes._asdict() | {key: getattr(cell, key) for key in sizes}
-        if self.report.setdefault("cell", told) != told:
-            raise ValueError(f"{self.file}: expected rows of {told}; got {self.report['cell']}.")
+        sizes = ("predictor", "budget", "long", "solver", "batch", "points", "scored", "seeds")
+        settings = cell.sizes._asdict() | {key: getattr(cell, key) for key in sizes}
+        if self.report.setdefault("cell", settings) != settings:
+            raise ValueError(
+                f"{self.file}: expected rows of {settings}; got {self.report['cell']}."
+            )
         self.environments: list[Row] = self.report.setdefault("environments", [])
-        self.here: Row | None = None  # written with the first row that is made
+        self.environment: Row | None = None  # written with the first row that is made
         self.rows: Row = self.report.setdefault("rows", {})
 
-    def row(self, name: str, make: Callable[[], Row], start: str | None = None) -> Row:
-        """The row of a name, made now if there is none of these starting weights."""
-        if name not in self.rows or self.rows[name].get("start") != start:
+    def row(self, name: str, make: Callable[[], Row]) -> Row:
+        """The row of a name, made now if there is none."""
+        if name not in self.rows:
             try:
                 made = make()
             except (ValueError, hosm.DerivativeError) as error:
                 made = {"failed": experiment.reason(error)}
-            if self.here is None:
-                self.here = results.environment()
-                self.environments.append(self.here)
+            if self.environment is None:
+                self.environment = results.environment()
+                self.environments.append(self.environment)
             self.rows[name] = made | {"environment": len(self.environments) - 1}
-            if start is not None:
-                self.rows[name]["start"] = start
             results.write(self.file, self.report)
         return self.rows[name]
 
     def train(
-        self, model: hosm.ScoreModel, loss: Loss, steps: int, rates: Sequence[float], bar: str
+        self, model: hosm.ScoreModel, recipe: Recipe, steps: int, rates: Sequence[float], bar: str
     ) -> Row:
-        every = training(self.cell, model, loss, steps, rates)
-        every = tqdm(every, f"{self.name}: {bar}", steps, leave=False, mininterval=10)
-        return {"steps": steps, "seconds": experiment.clocked(lambda: list(every))[1]}
+        every = training(self.cell, model, recipe, steps, rates)
+        for _ in tqdm(every, f"{self.name}: {bar}", steps, leave=False, mininterval=30):
+            pass
+        weights = weights_of(recipe, self.cell.density.elements)
+        return {"steps": steps, "weights": weights, "evaluations": recipe.evaluations * steps}
 
-    def choose(self) -> tuple[str, str, float]:
-        """Network, targets and rate of order one, by the KL divergence of the spare seeds."""
-        found: dict[tuple[str, str, float], float] = {}
-        for kind, name in product(KINDS, TARGETS):
-            make = partial(self.tune, self.fresh(kind), name, self.cell.budget, BASELINE_RATES)
-            row = self.row(f"choice: {kind}, {name}", make)
-            found |= {
-                (kind, name, rate): kl
-                for rate, kl in by_rate(row, self.chooses, BASELINE_RATES).items()
-            }
-        return min(found, key=lambda each: found[each])
+    def steps(self, recipe: Recipe) -> int:
+        return round(self.cell.budget * 3 / recipe.evaluations)
 
-    def fresh(self, kind: str) -> Models:
-        """Networks of a kind, with new weights."""
-        return partial(self.cell.model, kind=kind)
-
-    @property
-    def targets(self) -> str:
-        """The targets that order one chose, if it has."""
-        return self.rows.get("budget 1", {}).get("targets", "")
-
-    def baseline(self, levels: int) -> int:
-        """Train order one, and return after how many budgets the losses go on from it."""
-        kind, name, rate = self.choose()
-        for times in (3**level for level in range(levels)):
-            if times > 1 and f"budget {times}" not in self.rows:
-                start, rates = self.start(times // 3), [rate, rate / 3]
-                given = start.model, name, self.steps(times), rates, start.digest
-                rate = self.best_rate(f"budget {times}", *given) or rate
-            row = self.row(f"budget {times}", partial(self.go_further, kind, name, rate, times))
-            if "failed" in row and not (self.overfits and times > 1):
-                raise ValueError(f"{self.name}: budget {times} of order one: {row['failed']}")
-            if times > 1 and self.is_settled():
-                break
-        self.report["converged"] = levels > 1 and self.converged()
-        self.report["start"] = self.chosen_budget()
-        return self.report["start"]
-
-    def is_settled(self) -> bool:
-        """Whether three times the budget would tell no more of whether order one converges."""
-        return self.converged() or self.gain() > HOPELESS
-
-    def converged(self) -> bool:
-        """Whether three times the budget lowered order one's KL divergence by less than GATE."""
-        return self.gain() < GATE
-
-    def gain(self) -> float:
-        """What three times the budget took off order one's KL divergence, of all."""
-        *_, before, after = self.budgets().values()
-        return 1 - compare(after, before)["kl"].value
-
-    def budgets(self) -> dict[int, Row]:
-        """The rows of order one, by budget, without one that failed."""
-        done = {name: row for name, row in self.rows.items() if "failed" not in row}
-        found = {int(name.split()[1]): name for name in done if name.startswith("budget")}
-        return {times: done[found[times]] for times in sorted(found)}
-
-    def chosen_budget(self) -> int:
-        """The budget of the weights that the losses start from: the longest."""
-        return max(self.budgets())
-
-    def judge(self, model: hosm.ScoreModel) -> Row:
-        return judge(self.cell, model, self.seeds)
-
-    def judge_budget(self, model: hosm.ScoreModel) -> Row:
-        """What is kept of a training of order one."""
-        return self.judge(model)
-
-    def judge_briefly(self, model: hosm.ScoreModel, members: int) -> Row:
-        return judge_briefly(self.cell, model, members)
-
-    def steps(self, times: int) -> int:
-        """What is left of so many budgets after a third of them."""
-        return (times - times // 3) * self.cell.budget
-
-    def start(self, times: int) -> "Start":
-        """The weights of a row of order one, from a file, or trained again."""
-        row, file = self.rows[f"budget {times}"], self.out / f"{times}.pt"
-        kind, name = row["network"], row["targets"]
-        if file.exists():
-            weights = torch.load(file, weights_only=True)
-        else:
-            weights = self.train_further(kind, name, row["rate"], times)[1]
-        return Start(self.cell, kind, name, weights)
-
-    def train_further(
-        self, kind: str, name: str, rate: float, times: int
-    ) -> tuple[Row, dict[str, Tensor]]:
-        """Train all seeds for so many budgets in all; their weights go to a file as well."""
-        members = range(self.seeds + len(self.spares))
-        models = self.fresh(kind) if times == 1 else self.start(times // 3).model
-        model = models(members)
-        loss = losses(self.cell, len(members))[name]
-        row = self.train(model, loss, self.steps(times), [rate] * len(members), f"budget {times}")
-        weights = {key: each.detach().clone() for key, each in model.named_parameters()}
-        self.out.mkdir(parents=True, exist_ok=True)
-        torch.save(weights, self.out / f"{times}.pt")
-        return row | {"network": kind, "targets": name, "rate": rate}, weights
-
-    def go_further(self, kind: str, name: str, rate: float, times: int) -> Row:
-        """The row of so many budgets of order one."""
-        row, weights = self.train_further(kind, name, rate, times)
-        start = Start(self.cell, kind, name, weights)
-        return row | self.judge_budget(start.model(range(self.seeds)))
-
-    def run(self, pattern: str = "", levels: int = LEVELS, rounds: int = ROUNDS) -> None:
-        """Do all that is not done."""
-        chosen, first = self.baseline(levels), self.rows["budget 1"]
-        every = losses(self.cell, self.seeds, self.targets)
-        fresh, start = self.fresh(first["network"]), None
-        given = every, fresh, rounds
-        self.row("step times", partial(self.step_times, *given))
-        ratios = {name: self.step_ratio(name, *given) for name in every}
-        for name in every:
-            if re.search(pattern, name):
-                start = self.start(chosen) if start is None else start
-                steps = [max(1, round(self.cell.budget / ratios[name]))] * 2
-                self.tuned(name, name, start.model, steps, RATES, start.digest)
-        if levels > 1:
-            dear = {name: ratio / ratios[self.targets] for name, ratio in ratios.items()}
-            for name in filter(every.__contains__, WHOLE):
-                if re.search(pattern, f"whole: {name}"):
-                    steps = [max(1, round(k * self.cell.budget / dear[name])) for k in (1, COST)]
-                    self.tuned(f"whole: {name}", name, fresh, steps, BASELINE_RATES)
-            if re.search(pattern, f"switch: {SWITCHED}"):
-                late = max(1, round((COST - 1) * self.cell.budget / dear[SWITCHED]))
-                name, steps = f"switch: {SWITCHED}", self.cell.budget + late
-                self.tuned(name, name, fresh, [steps] * 2, BASELINE_RATES)
-
-    def step_ratio(self, name: str, *given: Any) -> float:
-        """The time of a step over that of order one; timed now if it was no row of the others."""
-        ratios = self.rows["step times"]["ratios"]
-        if name not in ratios:
-            every, *rest = given
-            both = {key: every[key] for key in (ONE, name)}
-            make = partial(self.step_times, both, *rest)
-            ratios = self.row(f"step times: {name}", make)["ratios"]
-        return ratios[name]
-
-    def tuned(
-        self,
-        row: str,
-        name: str,
-        models: Models,
-        steps: Sequence[int],
-        rates: Sequence[float],
-        digest: str | None = None,
-    ) -> None:
-        """The row of a loss at its best rate; `steps` are those of the choice, and of the row."""
-        rate = self.best_rate(row, models, name, steps[0], rates, digest)
-        if rate is not None:
-            self.row(row, partial(self.finish, models, name, steps[1], rate, row), digest)
-
-    def best_rate(
-        self,
-        row: str,
-        models: Models,
-        name: str,
-        steps: int,
-        rates: Sequence[float],
-        digest: str | None,
-    ) -> float | None:
-        """The rate of a loss at which the spare seeds do best; None where all fail."""
-        make = partial(self.tune, models, name, steps, rates)
-        found = by_rate(self.row(f"rates: {row}", make, digest), self.chooses, rates)
-        return min(found, key=lambda rate: found[rate], default=None)
-
-    def step_times(self, every: Mapping[str, Loss], models: Models, rounds: int) -> Row:
-        """Median times of a step over that of order one."""
-
-        def begin(name: str, steps: int) -> Iterator[None]:
-            model = models(range(self.seeds))
-            return training(self.cell, model, every[name], steps, [RATES[0]] * self.seeds)
-
-        seconds = experiment.step_times(begin, every, rounds)
-        ratios = {name: each / seconds[ONE] for name, each in seconds.items()}
-        return {"seconds": seconds[ONE], "ratios": ratios, "rounds": rounds}
-
-    def tune(self, models: Models, name: str, steps: int, rates: Sequence[float]) -> Row:
+    def search(self, models: Callable[[Sequence[int]], hosm.ScoreModel], recipe: Recipe) -> Row:
         """The spare seeds at every rate."""
-        members, each = [*self.spares] * len(rates), np.repeat(rates, len(self.spares)).tolist()
-        model = models(members)
-        row = self.train(model, self.loss(name, len(members)), steps, each, f"rates of {name}")
-        return row | {"rates": list(rates)} | self.judge_briefly(model, len(members))
+        assert self.cell.spares is not None
+        spares = range(self.cell.seeds, self.cell.seeds + self.cell.spares)
+        rates = np.repeat(RATES, len(spares)).tolist()
+        model = models([*spares] * len(RATES))
+        row = self.train(model, recipe, self.steps(recipe), rates, f"rates of {recipe.family}")
+        return row | judge_briefly(self.cell, model, len(rates))
 
-    def loss(self, name: str, members: int) -> Loss:
-        """The loss of a row, that of "switch" after a budget of order one."""
-        every = losses(self.cell, members, self.targets)
-        if name in every:
-            return every[name]
-        after = every[name.removeprefix("switch: ")]
-        return in_turn(every[self.targets], after, self.cell.budget)
+    def rate(
+        self,
+        recipe: Recipe,
+        models: Callable[[Sequence[int]], hosm.ScoreModel],
+        stage: str = "rates: ",
+    ) -> float:
+        """That of the family: chosen here, or the median of what other cells chose."""
+        family = recipe.family
+        if self.cell.spares is None:
+            return transferred_rate(family, self.directory)
+        representative = rows(self.cell)[family]
+        row = self.row(stage + family, partial(self.search, models, representative))
+        means = by_rate(row, RATES)
+        return min(means, key=lambda rate: means[rate])
 
-    def finish(self, models: Models, name: str, steps: int, rate: float, bar: str) -> Row:
-        """The reported seeds, trained with a loss."""
-        model = models(range(self.seeds))
-        loss = self.loss(name, self.seeds)
-        row = self.train(model, loss, steps, [rate] * self.seeds, bar) | {"rate": rate}
-        return row | self.judge(model)
+    def finish(
+        self,
+        models: Callable[[Sequence[int]], hosm.ScoreModel],
+        recipe: Recipe,
+        rate: float,
+        bar: str,
+    ) -> Row:
+        """The reported seeds, trained and judged."""
+        seeds = self.cell.seeds
+        model = models(range(seeds))
+        row = self.train(model, recipe, self.steps(recipe), [rate] * seeds, bar)
+        return row | {"rate": rate} | judge(self.cell, model, seeds)
 
-    def summary(self) -> Row:
-        """Each loss over the better order one: KL divergence and score error, with intervals."""
-        done = {name: row for name, row in self.rows.items() if "log_score" in row}
-        base = min((done[name] for name in TARGETS if name in done), key=kl_of, default=None)
-        if base is None:
-            return {
-                name: {"nats": kl_of(row), "score": row["score_mean"]}
-                for name, row in done.items()
-            }
-        return {name: {"nats": kl_of(row), **compare(row, base)} for name, row in done.items()}
+    def run(self, pattern: str = "") -> None:
+        """Do all that is not done."""
+        recipes = rows(self.cell)
+        for name, recipe in recipes.items():
+            if re.search(pattern, name):
+                rate = self.rate(recipe, self.cell.model)
+                self.row(name, partial(self.finish, self.cell.model, recipe, rate, name))
+        if self.cell.long is None or not re.search(pattern, "long"):
+            return
+        long = self.row("long", self.train_long)
+        if "failed" in long:
+            return
+        for name in SECOND_STAGE:
+            rate = self.rate(recipes[name], self.from_long, "rates after: ")
+            make = partial(self.finish, self.from_long, recipes[name], rate, f"after: {name}")
+            self.row(f"after: {name}", make)
 
+    def train_long(self) -> Row:
+        """Order one with averaged targets for long, judged after a third and at the end.
 
-class Start(NamedTuple):
-    """What the losses go on from."""
+        Both are whole trainings, each with its own decay.
+        """
+        cell, recipe = self.cell, rows(self.cell)["one, averaged"]
+        assert cell.long is not None
+        assert cell.spares is not None
+        rate, seeds = self.rate(recipe, cell.model), cell.seeds + cell.spares
+        divergences = []
+        for steps in (cell.long // 3, cell.long):
+            model = cell.model(range(seeds))
+            row = self.train(model, recipe, steps, [rate] * seeds, f"{steps} steps")
+            divergences.append(judge_briefly(cell, model, seeds)["kl"][: cell.seeds])
+        self.weights.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({key: p.detach() for key, p in model.named_parameters()}, self.weights)
+        before, after = (np.array(values, float) for values in divergences)
+        gate = {"gate": float(1 - np.exp(np.mean(np.log(after / before)))), "rate": rate}
+        return row | gate | judge(cell, self.from_long(range(cell.seeds)), cell.seeds)
 
-    cell: Cell
-    kind: str
-    targets: str
-    weights: dict[str, Tensor]  # of all seeds, the spare ones last
-
-    def model(self, members: Sequence[int]) -> hosm.ScoreModel:
-        """A model of these members."""
-        model = self.cell.model([0] * len(members), self.kind)
+    def from_long(self, seeds: Sequence[int]) -> hosm.ScoreModel:
+        """Networks with the weights after the long training."""
+        if not self.weights.exists():
+            raise ValueError(
+                "expected the weights of the row 'long'; remove that row and run again"
+            )
+        weights, model = torch.load(self.weights, weights_only=True), self.cell.model(seeds)
         with torch.no_grad():
-            for name, each in model.named_parameters():
-                each.copy_(self.weights[name][list(members)])
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name][list(seeds)])
         return model
 
-    @property
-    def digest(self) -> str:
-        joined = torch.cat([each.flatten() for each in self.weights.values()])
-        return hashlib.sha256(joined.numpy().tobytes()).hexdigest()[:12]
+    def summary(self) -> Row:
+        """Each row over plain order one, and each second stage over order one continued."""
+        done = {name: row for name, row in self.rows.items() if "lost" in row}
+        summary = {}
+        for name, row in done.items():
+            base = done.get("after: one, averaged" if name.startswith("after") else "one")
+            ratios: Mapping[str, Any] = {} if base is None else compare(row, base)
+            summary[name] = {"nats": float(np.mean(row["kl"])), **ratios}
+        return summary
 
 
-def kl_of(row: Row) -> float:
-    return float(np.mean(row["kl"]))
+def transferred_rate(family: str, directory: Path) -> float:
+    """The median, on the grid of rates, of what a family chose in cells that searched."""
+    chosen = []
+    for file in sorted(directory.glob("*.json")):
+        means = by_rate(results.read(file)["rows"].get(f"rates: {family}", {}), RATES)
+        if means:
+            chosen.append(min(means, key=lambda rate: means[rate]))
+    if len(chosen) < len(SEARCHED):
+        raise SystemExit(
+            f"expected rates of {family!r} from {len(SEARCHED)} cells; got {len(chosen)}: run "
+            "those of d <= 4 first."
+        )
+    return median_low(chosen)
 
 
-def run_all(
-    doc: str | None, cells: Mapping[str, Callable[[], Cell]], study_of: type[Study] = Study
-) -> None:
-    """The command line: run cells, and print what they found."""
-    parser = experiment.parser(doc)
+def main() -> None:
+    parser = experiment.parser(__doc__)
     parser.add_argument("--cells", default="", metavar="REGEX", help="those it is found in")
-    parser.add_argument("--losses", default="", metavar="REGEX", help="those it is found in")
-    parser.add_argument("--levels", type=int, default=LEVELS, help="of order one, 1, 3, 9")
+    parser.add_argument("--rows", default="", metavar="REGEX", help="those it is found in")
     parser.add_argument("--out", type=Path, default=Path("worth_out"), help="for weights")
-    options = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name, make in cells.items():
-        if re.search(options.cells, name):
+    for name, make in CELLS.items():
+        if re.search(arguments.cells, name):
             try:
-                cell, directory, rounds = make(), DIRECTORY, ROUNDS
+                cell, directory = make(), DIRECTORY
             except ModuleNotFoundError as error:
                 print(f"{name}: left out, as {error.name} is not installed")
                 continue
-            if options.smoke:
-                cell, directory, rounds = cell.small(), options.out, 1
-            study = study_of(name, cell, directory, options.out)
-            study.run(options.losses, options.levels, rounds)
+            if arguments.smoke:
+                cell, directory = cell.small(), arguments.out
+            study = Study(name, cell, directory, arguments.out)
+            study.run(arguments.rows)
             results.show(name, study.summary())
 
 
 if __name__ == "__main__":
-    run_all(__doc__, {**CELLS, **RESERVED})
+    main()

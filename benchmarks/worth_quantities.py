@@ -7,6 +7,9 @@ sample mean then misses it, misses more of it the worse a network is, and its st
 not tell. The mean of r is free of this. Its noise, of variance near 2 KL, is kept small by Sobol
 points, and most of it cancels between networks judged at the same points.
 
+A seed has lost a mode where more than LOST_SHARE of the draws of q have r > LOST_RATIO. It is
+counted, and left out of ratios: one such seed is most of any mean.
+
 Values are kept by member and block of points, (S, BLOCKS). Differences between any two rows are
 then paired by seed and by points, and so are log-ratios of score errors.
 """
@@ -20,39 +23,45 @@ from torch import Tensor
 
 import hosm_losses as hosm
 from benchmarks.intervals import Estimate, over_seeds
-from benchmarks.worth_problems import BLOCKS, Cell
+from benchmarks.worth_problems import BLOCKS, Cell, Digits, Lattice
 
 ROWS = 8192  # of a batch, over the elements of a sample; larger ones cost more than they save
+LOST_RATIO, LOST_SHARE = 5.0, 0.01
 Row = dict[str, Any]
-LOW = -5.0  # log-weights below it are of samples where the model has far too much mass
 
 
 def judge(cell: Cell, model: hosm.ScoreModel, members: int) -> Row:
     """All quantities: `kl` and `log_score` (S, BLOCKS), the others (S,).
+
+    Of digits, whose density is not known, `kl` is the negative log-likelihood of the test split.
 
     Raises:
         ValueError: where one is not finite.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)  # no graph of theirs beside that of x
-    row = {"kl": by_block(finite(log_ratio(cell, model, members))).tolist()}
+    ratios = finite(log_ratio(cell, model, members))
+    row = {"kl": by_block(ratios).tolist()}
+    if isinstance(cell.density, Digits):
+        return row | {"lost": [0.0] * members}
+    row |= {"lost": (ratios > LOST_RATIO).double().mean(1).tolist()}
     return row | score(cell, model, members) | samples(cell, model, members)
 
 
 def judge_briefly(cell: Cell, model: hosm.ScoreModel, members: int) -> Row:
     """The KL divergence of each member, None where it is not finite."""
-    means = log_ratio(cell, model, members).mean(1)
+    means = log_ratio(cell, model, members, validation=True).mean(1)
     return {"kl": [float(mean) if mean.isfinite() else None for mean in means]}
 
 
-def by_rate(row: Row, key: str, rates: Sequence[float]) -> dict[float, float]:
-    """The mean over the spare seeds at each rate, of a row with all seeds of one after the other.
+def by_rate(row: Row, rates: Sequence[float]) -> dict[float, float]:
+    """The mean KL divergence over the spare seeds at each rate.
 
     Rates at which a seed failed are left out; all are, of a row that failed.
     """
-    if key not in row:
+    if "kl" not in row:
         return {}
-    means = np.reshape(np.array(row[key], float), (len(rates), -1)).mean(1).tolist()
+    means = np.reshape(np.array(row["kl"], float), (len(rates), -1)).mean(1).tolist()
     return {rate: mean for rate, mean in zip(rates, means, strict=True) if not np.isnan(mean)}
 
 
@@ -80,81 +89,98 @@ def options(cell: Cell, members: int) -> dict[str, Any]:
     return {**cell.ode(), "batch_size": size}
 
 
-def log_ratio(cell: Cell, model: hosm.ScoreModel, members: int) -> Tensor:
-    """r = log q − log p at draws of q, (S, N)."""
-    points = cell.at_t_min
-    x = points.x.float().repeat_interleave(members, 0)
-    nll = hosm.ode_nll(model, x, **options(cell, members)).nll
-    return points.log_q + by_member(nll, members)
+def log_ratio(
+    cell: Cell, model: hosm.ScoreModel, members: int, *, validation: bool = False
+) -> Tensor:
+    """r = log q − log p at draws of q, (S, N); −log p of digits, of the test split if not told."""
+    if isinstance(cell.density, Digits):
+        rows = cell.density.validation if validation else cell.density.test
+        points = cell.density.dequantize(rows, torch.Generator().manual_seed(1))
+        log_q = torch.zeros(len(points), dtype=torch.float64)
+    else:
+        points, log_q, _ = cell.at_t_min
+    x = points.float().repeat_interleave(members, 0)
+    return log_q + by_member(hosm.ode_nll(model, x, **options(cell, members)).nll, members)
 
 
 def score(cell: Cell, model: hosm.ScoreModel, members: int) -> Row:
     """Errors of the score of the ODE, ‖∇log p − ∇log q‖² at t_min, and J_SM in nats.
 
-    J_SM = ∫ E‖ε̂ + σ∇log q‖² du, u = log σ̂, is that of the network's own score at all levels.
+    J_SM = ∫ E‖ε̂ + σ∇log q_t‖² du, u = log σ̂, is that of the network's own score at all levels;
+    left out where q is known at t_min alone.
     """
-    points, errors = cell.at_t_min, []
-    rows = torch.arange(len(points.x)).reshape(BLOCKS, -1)[:, : cell.scored].flatten()
+    points, _, exact = cell.at_t_min
+    errors = []
+    rows = torch.arange(len(points)).reshape(BLOCKS, -1)[:, : cell.scored].flatten()
     for part in rows.split(max(1, ROWS // 16 // members // cell.density.elements)):
-        x = points.x[part].float().repeat_interleave(members, 0).requires_grad_()
-        given = options(cell, members) | {"batch_size": None}
-        nll = hosm.ode_nll(model, x, enable_grad=True, **given).nll
+        x = points[part].float().repeat_interleave(members, 0).requires_grad_()
+        how = options(cell, members) | {"batch_size": None}
+        nll = hosm.ode_nll(model, x, enable_grad=True, **how).nll
         (slope,) = torch.autograd.grad(nll.sum(), x)
-        truth = points.score[part].repeat_interleave(members, 0)
+        truth = exact[part].repeat_interleave(members, 0)
         errors.append((slope + truth).square().sum(1))
     error = finite(by_member(torch.cat(errors), members))
-    x, t, noise = (each.repeat_interleave(members, 0) for each in cell.at_all_levels)
+    row = {"log_score": by_block(error.log()).tolist(), "score_mean": error.mean(1).tolist()}
+    if isinstance(cell.density, Lattice):
+        return row
+    x, t, noise = (part.repeat_interleave(members, 0) for part in cell.at_all_levels[:3])
     with torch.no_grad():
         off = (model.noise(x.float(), t.float()).double() - noise).square().sum(1)
     low, high = cell.schedule.log_sigma_hat_range
-    return {
-        "log_score": by_block(error.log()).tolist(),
-        "score_mean": error.mean(1).tolist(),
-        "score_median": error.median(1).values.tolist(),
-        "j_sm": ((high - low) * by_member(off, members).mean(1)).tolist(),
-    }
+    return row | {"j_sm": ((high - low) * by_member(off, members).mean(1)).tolist()}
 
 
 def samples(cell: Cell, model: hosm.ScoreModel, members: int) -> Row:
-    """Of draws of the ODE, from latents that all networks share."""
+    """The effective size of draws of the ODE, weighted by q/p, over their number, (S,).
+
+    The latents are those of all networks.
+    """
     mean, std = cell.prior
     latent = mean + std * torch.special.ndtri(cell.sobol(len(std), 3 * BLOCKS))
     latent = latent.float().repeat_interleave(members, 0)
     drawn = hosm.ode_sample(model, latent, **options(cell, members))
     assert drawn.nll is not None
-    count = (len(drawn.x),)
     levels = cell.schedule(torch.full((1,), cell.schedule.t_min, dtype=torch.float64))
-    alpha, sigma = (each.expand(count) for each in levels)
+    alpha, sigma = (level.expand(len(latent)) for level in levels)
     log_q, _ = cell.density.diffuse(drawn.x.double(), alpha, sigma)
-    return weights(finite(by_member(log_q + drawn.nll, members)))
+    return {"effective_size": effective_size(finite(by_member(log_q + drawn.nll, members)))}
 
 
-def weights(log_w: Tensor) -> Row:
-    """Importance sampling with weights log w = log q − log p (S, N) at draws of p.
+def effective_size(log_w: Tensor) -> list[float]:
+    """(Σ w)²/(N Σ w²) of log-weights (S, N)."""
+    size = (2 * log_w.logsumexp(1) - (2 * log_w).logsumexp(1)).exp()
+    return (size / log_w.shape[1]).tolist()
 
-    The weights have mean 1, so the log of their mean is the error of log Z.
-    """
-    total = log_w.logsumexp(1)
-    size = (2 * total - (2 * log_w).logsumexp(1)).exp() / log_w.shape[1]
-    return {
-        "effective_size": size.tolist(),  # over the number of samples
-        "reverse_kl": (-log_w.mean(1)).tolist(),
-        "low_share": (log_w < LOW).double().mean(1).tolist(),
-        "log_z_error": (total - torch.tensor(log_w.shape[1]).log()).tolist(),
-    }
+
+def lost(row: Mapping[str, Any]) -> np.ndarray:
+    """Which seeds have lost a mode, (S,)."""
+    return np.array(row["lost"]) > LOST_SHARE
 
 
 def compare(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Estimate]:
     """A row over another of the same seeds: the ratios of KL divergences and of score errors.
 
-    Both are geometric means with the interval of log-ratios. Those of KL are of seeds, over all
-    points: a mean over a block may be below 0. The chance of the points, which all seeds share, is
-    not in it. Those of the score are of single points. NaN where a KL divergence is not above 0.
+    Both are geometric means with the interval of log-ratios, over the seeds that have lost no mode
+    in either. Those of KL are of seeds, over all points: a mean over a block may be below 0. The
+    chance of the points, which all seeds share, is not in it. Those of the score are of single
+    points. NaN where fewer than two seeds are left, or a KL divergence is not above 0.
     """
+    whole = ~(lost(row) | lost(base))
+    log_ratios = {}
     with np.errstate(divide="ignore", invalid="ignore"):
-        of_kl = np.log(np.mean(row["kl"], 1) / np.mean(base["kl"], 1))
-    of_score = np.subtract(row["log_score"], base["log_score"])
+        kl = np.log(np.mean(row["kl"], 1) / np.mean(base["kl"], 1))
+    log_ratios["kl"] = kl[whole, None]
+    if "log_score" in row:
+        log_ratios["score"] = np.subtract(row["log_score"], base["log_score"])[whole]
     return {
-        name: Estimate(*(float(np.exp(each)) for each in over_seeds(log_ratios)))
-        for name, log_ratios in (("kl", of_kl[:, None]), ("score", of_score))
+        name: Estimate(*np.exp(over_seeds(values)).tolist())
+        if len(values) > 1
+        else Estimate(np.nan, np.nan, np.nan)
+        for name, values in log_ratios.items()
     }
+
+
+def difference(row: Mapping[str, Any], base: Mapping[str, Any]) -> Estimate:
+    """The nats of a row less those of another, with the chance of seeds and points."""
+    whole = ~(lost(row) | lost(base))
+    return over_seeds(np.subtract(row["kl"], base["kl"])[whole])
