@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hosm_losses._checks import DerivativeError
+from hosm_losses._checks import DerivativeError, error_message
 from hosm_losses.diagnostics.differences import TOLERANCE, random_like, reseed, size_of
 from hosm_losses.diagnostics.localize import evaluate, floats_in, record_calls
 from hosm_losses.model import BoundModel, per_sample
@@ -40,18 +40,16 @@ def check_values(bound: BoundModel, x: Tensor) -> torch.dtype:
     bad = int((~torch.isfinite(value)).sum())
     if bad:
         where = _first_module(bound, x, lambda tensor: not bool(torch.isfinite(tensor).all()))
-        raise DerivativeError(
-            f"network: expected finite values; got {bad} NaN or infinite of {value.numel()}, "
-            f"first in {where}. Check its weights, and the range of x0, t and model_kwargs."
-        )
+        got = f"{bad} NaN or infinite of {value.numel()}, first in {where}"
+        remedy = "Check its weights, and the range of x0, t and model_kwargs."
+        raise DerivativeError(error_message("network", "finite values", value, remedy, got=got))
     _check_deterministic(bound, x)
     precision = _precision(bound, x)
     if precision not in TOLERANCE:
         where = _first_module(bound, x, lambda tensor: tensor.dtype == precision)
-        raise TypeError(
-            "network: expected one that works in float32 or float64, in which differences mean "
-            f"something; got {precision}, in {where}. {IN_FLOAT32}"
-        )
+        expected = "one that works in float32 or float64, in which differences mean something"
+        got = f"{precision}, in {where}"
+        raise TypeError(error_message("network", expected, value, IN_FLOAT32, got=got))
     return precision
 
 
@@ -73,16 +71,14 @@ def _check_deterministic(bound: BoundModel, x: Tensor) -> None:
         return
     changed = [name for name, buffer in buffers.items() if not torch.equal(buffer, before[name])]
     if changed:
-        raise DerivativeError(
-            "network: expected an output that depends on x, t and the parameters alone; got one "
-            f"that changes with the buffers {', '.join(changed)}, which every call updates. "
-            "Freeze them while you train, by module.eval() or the module's own switch."
-        )
+        expected = "an output that depends on x, t and the parameters alone"
+        got = f"one that changes with the buffers {', '.join(changed)}, which every call updates"
+        remedy = "Freeze them while you train, by module.eval() or the module's own switch."
+        raise DerivativeError(error_message("network", expected, first, remedy, got=got))
     if float((first - second).abs().max()) > 1e-3 * float(first.abs().max()):
-        raise DerivativeError(
-            "network: expected the same output for the same input and seed; got another. Make it "
-            "draw from torch's generators only, and use deterministic operators."
-        )
+        expected = "the same output for the same input and seed"
+        remedy = "Make it draw from torch's generators only, and use deterministic operators."
+        raise DerivativeError(error_message("network", expected, first, remedy, got="another"))
 
 
 class _Dtypes(TorchFunctionMode):
@@ -122,10 +118,9 @@ def check_samples(bound: BoundModel, x: Tensor, precision: torch.dtype) -> None:
         if _same(evaluate(rebound, replaced)[row], value[row], rounding):
             continue
         where = _first_difference((bound, x), (rebound, replaced), row, rounding)
-        raise DerivativeError(
-            "network: expected every sample to be treated alone; got an output that changes with "
-            f"the other samples of the batch, in {where}. {ALONE}"
-        )
+        got = f"an output that changes with the other samples of the batch, in {where}"
+        expected = "every sample to be treated alone"
+        raise DerivativeError(error_message("network", expected, value, ALONE, got=got))
     check_rows(bound, x, precision)
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from hosm_losses._checks import check_number, check_whole, describe_value, owns_values
+from hosm_losses._checks import check_number, check_whole, error_message, owns_values
 
 # A sample fails with a solver_error above the larger of these, in nats and in nats an element.
 SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
@@ -282,8 +282,7 @@ class Result:
         every: list[Any] = [results] if alone else list(results)
         for result in every:
             if alone or not isinstance(result, cls):
-                got = describe_value(result)
-                raise TypeError(f"cat: expected {cls.__name__}s in a list; got {got}.")
+                raise TypeError(error_message("cat", f"{cls.__name__}s in a list", result))
         kinds = {result._kind() for result in every}
         if len(kinds) != 1:
             raise ValueError(
@@ -335,9 +334,7 @@ class Result:
             ValueError: if a key is missing or unknown.
         """
         if not isinstance(values, Mapping):
-            raise TypeError(
-                f"from_dict: expected what to_dict returned; got {describe_value(values)}."
-            )
+            raise TypeError(error_message("from_dict", "what to_dict returned", values))
         kinds: dict[str, Any] = {entry.name: entry.type for entry in fields(cls)}
         if values.keys() != kinds.keys():
             raise ValueError(
@@ -348,8 +345,8 @@ class Result:
         entries = {**values, "quantization": Quantization(**known) if known else None}
         for name, value in entries.items():
             if not isinstance(value, kinds[name]):
-                got = describe_value(value)
-                raise TypeError(f"from_dict: expected {kinds[name]} for {name!r}; got {got}.")
+                expected = f"{kinds[name]} for {name!r}"
+                raise TypeError(error_message("from_dict", expected, value))
         return cls(**entries)
 
 

@@ -219,5 +219,5 @@ def expand_moment(name: str, value: PlainMoment, x: Tensor) -> Tensor:
     try:
         return numbers.expand(shape)
     except RuntimeError:
-        expected, got = f"a shape that broadcasts to {shape}, one sample", tuple(numbers.shape)
-        raise ValueError(f"{name}: expected {expected}; got {got}.") from None
+        expected = f"a shape that broadcasts to {shape}, one sample"
+        raise ValueError(error_message(name, expected, numbers)) from None

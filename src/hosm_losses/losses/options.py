@@ -45,7 +45,7 @@ class LossOptions:
         """Check every option."""
         order = check_whole("order", self.order, 1)
         if order not in COUNTS:
-            raise ValueError(f"order: expected 1, 2 or 3; got {order}.")
+            raise ValueError(error_message("order", "1, 2 or 3", order))
         part = check_number("fraction", self.fraction, "a number in (0, 1]", above=0, at_most=1)
         probes = _check_probes(self.probes)
         for name, value in (("order", order), ("fraction", part), ("probes", probes)):
@@ -139,5 +139,5 @@ def check_weight(name: str, weight: object) -> float | Tensor:
     else:
         number = check_number(name, weight, "finite numbers of at least 0")
     if (not isinstance(number, Tensor) or can_read_values(number)) and number < 0:
-        raise ValueError(f"{name}: expected numbers of at least 0; got {float(number)}.")
+        raise ValueError(error_message(name, "numbers of at least 0", float(number)))
     return number
