@@ -827,6 +827,24 @@ MUTANTS = [
     # With a graph, a sample that is lost is evaluated again once another is; the first without a
     # look at values.
     Mutant(
+        "likelihood/divergence.py",
+        "sum_elements(Dv * probes), sum_elements(probes.square())",
+        "sum_elements(Dv * probes), sum_elements(probes.abs())",
+        "tests/likelihood/test_divergence.py",
+    ),
+    Mutant(
+        "likelihood/divergence.py",
+        "RandomProbes(PILOTS, target=divergence, distribution=divergence.distribution)",
+        "RandomProbes(PILOTS, distribution=divergence.distribution)",
+        "tests/likelihood/test_divergence.py",
+    ),
+    Mutant(
+        "likelihood/watch.py",
+        'self.due.discard("draws")',
+        "pass",
+        "tests/likelihood/test_said.py",
+    ),
+    Mutant(
         "likelihood/ode.py",
         "        (Cause.DIVERGENCE, ~integral.isfinite()),\n",
         "",

@@ -74,7 +74,7 @@ def test_each_sample_is_solved_to_the_tolerance_as_if_alone():
     error = (solution.state - exact).abs().amax(1)
     assert bool((error[[0, 2]] < 50 * TOLERANCE).all())
     assert bool((error <= solution.error + 1e-12).all())
-    assert not bool(solution.failed.any())
+    assert not bool(solution.cause.any())
     (gradient,) = torch.autograd.grad(solution.state[:, 0].sum(), rates)
     torch.testing.assert_close(gradient, -0.6 * angles.sin(), rtol=1e-5, atol=1e-5)
     assert sum(rows for _, _, rows in seen) == int(solution.evaluations.sum())

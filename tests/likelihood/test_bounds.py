@@ -83,12 +83,13 @@ def test_draws_are_weighed_by_their_density():
     def draw(density, error, failed):
         zero = torch.zeros(1)
         parts = {"latent": zero[:, None], "nfe": zero + 9, "standard_error": zero}
-        parts["products"] = zero
+        parts |= {"products": zero, "cause": zero.byte() + 2 * failed}
         nll, failed = -torch.tensor([density]).log(), torch.tensor([failed])
         return hosm.NLLResult(nll, solver_error=zero + error, failed=failed, **parts)
 
     draws = [draw(0.1, 4.0, False), draw(0.3, 8.0, True)]
     result = importance_weighted(draws, hosm.Uniform().quantization)
+    assert result.cause.tolist() == [2]
     assert float(result.nll) == pytest.approx(-math.log(0.2))
     assert float(result.solver_error) == pytest.approx(7.0)
     assert (float(result.nfe), bool(result.failed)) == (18, True)

@@ -163,7 +163,7 @@ def test_what_it_cannot_take_is_an_error(options, error, told):
 def test_a_failed_sample_and_another_shape_raise():
     bad = hosm.ODEDistribution(hosm.ScoreModel(lambda x, t: x / 0, SCHEDULE), (2,), solver=GRID)
     for call in (bad.sample, bad.rsample_and_log_prob, lambda: bad.log_prob(torch.zeros(2))):
-        with pytest.raises(ValueError, match=r"distribution: expected .* Row 0: a value on its"):
+        with pytest.raises(ValueError, match=r"distribution: expected .* Row 0: the network"):
             call()
     q = hosm.ODEDistribution(hosm.ScoreModel(Shifted(), SCHEDULE), (2,), solver=GRID)
     with pytest.raises(ValueError, match="event_shape"):

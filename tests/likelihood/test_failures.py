@@ -28,6 +28,11 @@ def nan_later(x, t):
     return torch.where((x[:, :1] > 0) | (t[:, None] < 0.5), x, math.nan)
 
 
+def nan_hidden(x, t):
+    """It hides that its point is not finite any more."""
+    return torch.where(x.isnan(), 0.0, nan_later(x, t))
+
+
 def nan_divergence(x, t):
     """Of a square root that `where` takes no value of, but the derivative, which is 0 · NaN."""
     first = x[:, :1]
@@ -54,7 +59,7 @@ def check(result, causes):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("network", [nan_output, nan_later])
+@pytest.mark.parametrize("network", [nan_output, nan_later, nan_hidden])
 def test_an_output_that_is_not_finite(network, solver):
     check(likelihood(network, solver=solver), second(Cause.OUTPUT))
     check(likelihood(network, solver=solver, clean=network is nan_output), second(Cause.OUTPUT))

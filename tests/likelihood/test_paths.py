@@ -9,7 +9,7 @@ import torch
 import hosm_losses as hosm
 from hosm_losses import probes as probes_of
 from hosm_losses.likelihood.adaptive import student_factor
-from hosm_losses.likelihood.paths import value_and_divergence
+from hosm_losses.likelihood.divergence import resolve_divergence
 from hosm_losses.model import bind_model
 from tests.cases import VP, Largest, networks
 from tests.oracles import dense_derivatives, sign_vectors
@@ -52,12 +52,12 @@ def test_the_divergence_is_the_trace_in_one_call(name, chunk, monkeypatch):
         return network(x, t)
 
     bound, x = bind_model(hosm.ScoreModel(counted, VP), 2, t=T), torch.randn(2, *shape)
-    value, samples = value_and_divergence(bound, x, "exact")
+    value, samples = resolve_divergence("exact", x).estimate(bound, x, None)
     torch.testing.assert_close(samples, traces(network, x)[None], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(value, -network(x, T))
     if name == "mlp":
         signs = sign_vectors(3)[:, None].expand(8, 2, 3)
-        value, samples = value_and_divergence(bound, x, hosm.Hutchinson(8), signs)
+        value, samples = resolve_divergence(hosm.Hutchinson(8), x).estimate(bound, x, signs)
         torch.testing.assert_close(samples.mean(0), traces(network, x))
         torch.testing.assert_close(value, -network(x, T))
         calls.pop()
@@ -68,7 +68,7 @@ def test_sums_are_kept_in_double_precision():
     network = networks()["mlp"][0].float()
     bound, x = bind_model(hosm.ScoreModel(network, VP), 2, t=T.float()), torch.randn(2, 3).float()
     for divergence, probes in (("exact", None), (hosm.Hutchinson(), x[None])):
-        value, samples = value_and_divergence(bound, x, divergence, probes)
+        value, samples = resolve_divergence(divergence, x).estimate(bound, x, probes)
         assert (value.dtype, samples.dtype) == (torch.float32, torch.float64)
 
 
@@ -78,7 +78,8 @@ def test_exact_makes_its_unit_vectors_when_they_are_due(monkeypatch):
     monkeypatch.setattr(probes_of, "CHUNK_ELEMENTS", chunk * d)
     model, x, t = hosm.ScoreModel(lambda x, t: x**2, VP, "sample"), torch.randn(1, d), T[:1]
     with Largest() as largest, torch.no_grad():
-        _, samples = value_and_divergence(bind_model(model, 1, t=t), x, "exact")
+        bound = bind_model(model, 1, t=t)
+        _, samples = resolve_divergence("exact", x).estimate(bound, x, None)
     assert largest.elements <= chunk * d
     alpha, sigma = VP(t)
     torch.testing.assert_close(samples, ((2 * alpha * x.sum(1) - d) / sigma)[None])

@@ -6,6 +6,7 @@
 - `multistep`: the fixed grid that the batch shares, its steps, and probes to a standard error.
 - `adaptive`: steps of each sample's own.
 - `paths`: the evaluation at a node: slope, divergence and prior.
+- `divergence`: how a divergence is estimated, a class for each way.
 - `coordinates`: the coordinates in which the paths are solved.
 - `job`: the arguments of a call, checked; its pieces; the result.
 - `checkpoints`: evaluations whose activations are recomputed in the pass back.
@@ -18,9 +19,9 @@
 from hosm_losses.likelihood.dequantize import TruncatedNormal as TruncatedNormal
 from hosm_losses.likelihood.dequantize import Uniform as Uniform
 from hosm_losses.likelihood.distribution import ODEDistribution as ODEDistribution
+from hosm_losses.likelihood.divergence import Divergence as Divergence
 from hosm_losses.likelihood.ode import ode_nll as ode_nll
 from hosm_losses.likelihood.ode import ode_sample as ode_sample
-from hosm_losses.likelihood.paths import Divergence as Divergence
 from hosm_losses.likelihood.result import NLLResult as NLLResult
 from hosm_losses.likelihood.result import NLLSummary as NLLSummary
 from hosm_losses.likelihood.result import SampleResult as SampleResult

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from hosm_losses._checks import sum_elements
 from hosm_losses.likelihood.coordinates import Span
+from hosm_losses.likelihood.divergence import NO_DIVERGENCE
 from hosm_losses.likelihood.multistep import combine, refuse_vmap
 from hosm_losses.likelihood.paths import ODESolution, Paths, all_finite
 from hosm_losses.likelihood.result import Cause, solver_limit
-from hosm_losses.probes import ToStandardError
 
 NODES = (0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0)
 # fmt: off
@@ -144,13 +144,13 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
     batch, because errors of steps are unreliable at kinks and a difference may be small by chance.
     """
     refuse_vmap("Adaptive")
-    if isinstance(paths.divergence, ToStandardError):
+    if paths.divergence.target is not None:
         raise ValueError(
             "solver: expected FixedGrid or ToTolerance with ToStandardError, which draws probes "
             "at nodes that are known; got Adaptive."
         )
-    size, probes = z[0].numel(), paths.draw_probes(z)
-    if paths.divergence is None:  # samples without a density, whose error is not estimated
+    size, probes = z[0].numel(), paths.divergence.draw(z, paths.dtype, paths.generator)
+    if paths.divergence == NO_DIVERGENCE:  # no density, and no estimate of its error
         fine = _solve(paths, z, span, None, tolerance / FINER)
         end, zero = fine.state[:, :size].reshape(z.shape), torch.zeros_like(fine.error)
         return ODESolution(
@@ -188,7 +188,7 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
         end,
         integrals.mean(1),
         nfe=evaluations + (span[1] < span[0]),  # one in `_difference_of_ends`
-        products=evaluations * paths.products,
+        products=evaluations * paths.divergence.products,
         standard_error=standard_error,
         solver_error=solver_error,
         cause=torch.where(fine.cause == 0, coarse.cause, fine.cause),

@@ -35,9 +35,8 @@ from hosm_losses._checks import (
     sum_elements,
 )
 from hosm_losses.likelihood.coordinates import Coordinates, accumulator
-from hosm_losses.likelihood.paths import Divergence
+from hosm_losses.likelihood.divergence import Estimator
 from hosm_losses.likelihood.result import NLLResult, Quantization
-from hosm_losses.probes import Hutchinson, ToStandardError
 
 LEVELS = 256
 HALF_CELL = 3.0  # τ, of σ̂
@@ -171,14 +170,14 @@ def check_dequantization(value: object, *, clean: bool = False) -> None:
         raise ValueError(error_message("dequantization", expected, value, remedy, got=repr(value)))
 
 
-def refuse_biased_draws(value: Dequantization, divergence: Divergence | None) -> None:
+def refuse_biased_draws(value: Dequantization, divergence: Estimator) -> None:
     """Raise ValueError for several draws of u with random probes.
 
     With 7 nats of noise in log p, as of Hutchinson's estimator, 20 draws seem to gain 11 nats.
     """
-    if value.draws > 1 and isinstance(divergence, Hutchinson | ToStandardError):
+    if value.draws > 1 and divergence.is_random:
         raise ValueError(
-            f"dequantization: expected one draw with divergence={divergence!r}; got "
+            "dequantization: expected one draw with random probes for the divergence; got "
             f"{value.draws}. The mean of exp(log p) turns the noise of log p into a gain, which "
             "flatters the model: use divergence='exact'."
         )

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from hosm_losses._checks import check_model_kwargs, check_whole, error_message, shown
+from hosm_losses.likelihood.divergence import Divergence, check_divergence
 from hosm_losses.likelihood.ode import ode_nll, ode_sample
-from hosm_losses.likelihood.paths import Divergence, check_divergence
 from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance, check_solver
 from hosm_losses.model import ScoreModel, check_model, per_sample
 

@@ -41,7 +41,8 @@ from hosm_losses.likelihood.dequantize import (
     importance_weighted,
     refuse_biased_draws,
 )
-from hosm_losses.likelihood.paths import Divergence, Paths, ResolvedDivergence, resolve_divergence
+from hosm_losses.likelihood.divergence import Divergence, resolve_divergence
+from hosm_losses.likelihood.paths import Paths
 from hosm_losses.likelihood.result import Cause, NLLResult, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
 from hosm_losses.likelihood.watch import FirstEvaluation, buffers_restored, warn_of_training_mode
@@ -88,7 +89,7 @@ class Job:
         """
         self.model, self.x, self.dequantization = check_model(model), x, dequantization
         check_sample_batch(name, x) if dequantization is None else check_images(x)
-        self.divergence: ResolvedDivergence | None = resolve_divergence(divergence, x)
+        self.divergence = resolve_divergence(divergence, x)
         if dequantization is not None:
             refuse_biased_draws(dequantization, self.divergence)
         self.log_prior = _log_density(log_prior, x)
@@ -112,10 +113,9 @@ class Job:
         """Yield the paths of all samples, in a block that restores the network's buffers."""
         model, x, network = self.model, self.x, self.model.network
         modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
-        differentiates = not (self.divergence is None or callable(self.divergence))
         watch = FirstEvaluation(
             look_for_draws=not warn_of_training_mode(modules) and not is_traced(),
-            look_for_constants=differentiates and model.primitives,
+            look_for_constants=self.divergence.differentiates and model.primitives,
         )
         total = len(x) * self.draws
         with (

@@ -56,11 +56,11 @@ from torch import Tensor
 from hosm_losses._checks import sum_elements, warn
 from hosm_losses._torch_internals import vmapped
 from hosm_losses.likelihood.coordinates import NoiseLevel, Span
+from hosm_losses.likelihood.divergence import NO_DIVERGENCE, resolve_divergence
 from hosm_losses.likelihood.paths import ODESolution, Paths
 from hosm_losses.likelihood.result import solver_limit
-from hosm_losses.probes import Hutchinson, ToStandardError
+from hosm_losses.probes import Hutchinson
 
-PILOTS = 4  # probes at a node, by which `ToStandardError` counts
 WIDTH = 1.0  # of the logistic law
 BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 MOULTON = (251 / 720, 646 / 720, -264 / 720, 106 / 720, -19 / 720)
@@ -220,10 +220,8 @@ def solve_on_grid(
     A companion needs the prior at the end of the span, so it works from data to latents alone.
     `companion_ratio` holds the quantile of r in the last batch of 8 or more, for smaller batches.
     """
-    coordinates, divergence, with_pilots = paths.coordinates, paths.divergence, paths
+    coordinates, divergence = paths.coordinates, paths.divergence
     pilots: list[tuple[Tensor, Tensor]] = []  # at each node the state, and a probe's variance
-    if isinstance(divergence, ToStandardError):
-        with_pilots = replace(paths, divergence=Hutchinson(PILOTS, divergence.distribution))
     # The nodes, and the midpoints between them: place 2 i is node i.
     s = torch.linspace(0, 1, 2 * steps + 1, dtype=z.dtype, device=z.device)
     centre = coordinates.std.square().mean().log() / 2
@@ -240,13 +238,14 @@ def solve_on_grid(
         coarse = AdamsSolver(z.detach(), 2 / steps, steps // 2)
     for place in range(0, 2 * steps + 1, 2):
         paths.advance(len(z) / (steps + 1))
-        level, probes = levels(slice(place, place + 1)), with_pilots.draw_probes(z)
+        level = levels(slice(place, place + 1))
+        probes = divergence.draw(z, paths.dtype, paths.generator)
         for solver, stride in ((solution, 2), (coarse, 4)):
             if solver is None or place % stride:
                 continue
             with torch.set_grad_enabled(torch.is_grad_enabled() and solver is solution):
-                noise, dz_du, integrands = with_pilots.slope_at(solver.y, level, probes)
-                if with_pilots is not paths and solver is solution:
+                noise, dz_du, integrands = paths.slope_at(solver.y, level, probes)
+                if divergence.target is not None and solver is solution:
                     pilots.append((solver.y, integrands.detach().var(0)))
                 integrands, count = rates[place] * integrands, len(integrands)
                 variance = integrands.detach().var(0) / count if count > 1 else None
@@ -267,15 +266,15 @@ def solve_on_grid(
         with torch.no_grad():
             end = coordinates.ends(span)[1]
             solver_error = companion_error(paths, solution, coarse, end, companion_ratio)
-    if isinstance(with_pilots.divergence, Hutchinson):
+    if divergence.is_random:
         standard_error = solution.variance.sqrt()
-    elif divergence is not None:
+    elif divergence != NO_DIVERGENCE:
         solver_error = solver_error + solution.quadrature_error
         standard_error = torch.zeros_like(solver_error)
     nodes = steps + 1 + (steps // 2 + 1 if companion else 0)
     nfe = torch.full((len(z),), nodes + 3 * START * (1 + companion), device=z.device)
-    products = torch.full_like(nfe, nodes * with_pilots.products)
-    if with_pilots is not paths:
+    products = torch.full_like(nfe, nodes * divergence.products)
+    if divergence.target is not None:
         weights = rates[::2] * z.new_tensor(gregory_weights(steps)) / steps
         integral, standard_error, probes = integrate_to_standard_error(
             paths, pilots, weights, lambda index: levels(slice(2 * index, 2 * index + 1))
@@ -303,8 +302,8 @@ def integrate_to_standard_error(
 
     `paths` has the `ToStandardError`, `level` gives the noise level of a node.
     """
-    target, d = paths.divergence, nodes[0][0][0].numel()
-    assert isinstance(target, ToStandardError)
+    target, d = paths.divergence.target, nodes[0][0][0].numel()
+    assert target is not None
     # A variance of nats² takes fewest probes if their count at each node is in proportion to the
     # error that one probe makes there, (N, B).
     one_probe = torch.stack([variance for _, variance in nodes]).sqrt()
@@ -316,9 +315,11 @@ def integrate_to_standard_error(
     for index, (state, _) in enumerate(nodes):
         for count in counts[index].unique().tolist():
             rows = (counts[index] == count).nonzero().flatten()
-            probes = Hutchinson(count, target.distribution) if count < d else "exact"
-            part, z = replace(paths, divergence=probes), state[rows]
-            _, _, q = part.slope_at(z, level(index), part.draw_probes(z), rows)
+            z, kind = state[rows], Hutchinson(count, target.distribution) if count < d else "exact"
+            divergence = resolve_divergence(kind, z)
+            probes = divergence.draw(z, paths.dtype, paths.generator)
+            part = replace(paths, divergence=divergence)
+            _, _, q = part.slope_at(z, level(index), probes, rows)
             total = total.index_add(0, rows, weights[index] * q.mean(0))
             if count < d:
                 node_variance = weights[index] ** 2 * q.detach().var(0) / count
@@ -373,13 +374,12 @@ def fewest_steps(
     the generator alone. A sample that failed on this grid and the one before does not count.
     """
     refuse_vmap("ToTolerance")
-    kind = paths.divergence
-    kind = Hutchinson(PILOTS, kind.distribution) if isinstance(kind, ToStandardError) else kind
-    if isinstance(kind, Hutchinson) and not companion:
-        kind = None  # the error is that of the path alone
+    divergence = replace(paths.divergence, target=None)
+    if divergence.is_random and not companion:
+        divergence = NO_DIVERGENCE  # the error is that of the path alone
     # The probes of a difference from a companion come from a generator of their own.
     own = torch.Generator(z.device).manual_seed(0)
-    trial = replace(paths, advance=lambda _: None, generator=own, divergence=kind)
+    trial = replace(paths, advance=lambda _: None, generator=own, divergence=divergence)
     largest, failed_before = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
     for steps in GRIDS:
         with torch.no_grad():

@@ -25,9 +25,10 @@ from hosm_losses._checks import (
 )
 from hosm_losses.likelihood.adaptive import solve_adaptive
 from hosm_losses.likelihood.dequantize import Dequantization, check_dequantization
+from hosm_losses.likelihood.divergence import NO_DIVERGENCE, Divergence, check_divergence
 from hosm_losses.likelihood.job import Job, LogPrior, mark_failed, network_options
 from hosm_losses.likelihood.multistep import fewest_steps, solve_on_grid
-from hosm_losses.likelihood.paths import Divergence, Paths, all_finite, check_divergence
+from hosm_losses.likelihood.paths import Paths, all_finite
 from hosm_losses.likelihood.result import Cause, NLLResult, SampleResult
 from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance, check_solver
 from hosm_losses.model import ScoreModel, check_model
@@ -253,7 +254,7 @@ def solve(
             earlier.steps = steps
         solution = solve_on_grid(paths, z, span, steps, companion, earlier.companion_ratio)
     cause = solution.cause.masked_fill(~all_finite(paths.x), Cause.START)
-    fields = solution._asdict() | {"cause": cause, "failed": cause > 0}
+    fields: dict[str, Any] = solution._asdict() | {"cause": cause, "failed": cause > 0}
     x, integral = coordinates.to_x(fields.pop("z"), end), fields.pop("integral")
     latent, integral = (paths.x, -integral) if backwards else (x, integral)
     # log p_x(x₀) − log p_T(x_T), see `paths`
@@ -264,7 +265,7 @@ def solve(
         (Cause.DIVERGENCE, ~integral.isfinite()),
         (Cause.RANGE, ~all_finite(at_end)),
     ]
-    if paths.divergence is not None:
+    if paths.divergence != NO_DIVERGENCE:
         log_prior = paths.log_prior_at(latent)
         log_density = log_density + log_prior
         causes.append((Cause.PRIOR, ~log_prior.isfinite()))

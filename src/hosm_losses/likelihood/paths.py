@@ -15,75 +15,38 @@ Formula:
     log p_x(x₀) = log p_T(x_T) + Σ_i log(α₁ c₁/(α₀ c₀)) + ∫ (σ ∇·ε̂ − Σ_i σ̂²/c²) du
     0 the data end, 1 the noise end; the sums run over the elements of a sample.
 
-    exact        ∇·f = tr ∂f/∂x = Σ_i e_iᵀ ∂f/∂x e_i
-    hutchinson   ∇·f = E[vᵀ ∂f/∂x v], the mean of K probes with variance Var[vᵀ ∂f/∂x v]/K
-    The forward pass is shared; every direction costs one vector-Jacobian product.
-
 Source:
     Kingma et al., "Variational Diffusion Models", arXiv 2107.00630; Karras et al.,
     arXiv 2206.00364, for y and the scaling; Zheng et al., ICML 2023, for log SNR as time; Chen et
     al., arXiv 1806.07366, for the change of variables; Song et al., arXiv 2011.13456, appendix
-    D.2, for the likelihood of this ODE; Grathwohl et al., arXiv 1810.01367, for the estimator in
-    a likelihood.
+    D.2, for the likelihood of this ODE.
 """
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from hosm_losses._checks import (
-    DerivativeError,
     can_read_values,
     check_like,
-    check_prediction,
-    error_message,
     expand_right,
     sum_elements,
 )
-from hosm_losses.derivatives import derive, quadratic_forms
 from hosm_losses.likelihood.checkpoints import RecomputedEvaluations
 from hosm_losses.likelihood.coordinates import Coordinates, NoiseLevel, accumulator
+from hosm_losses.likelihood.divergence import NO_DIVERGENCE, Estimator
 from hosm_losses.likelihood.watch import FirstEvaluation
-from hosm_losses.model import BoundModel, apply_affine
-from hosm_losses.probes import Hutchinson, ToStandardError, draw_probes, unit_vector_chunks
-
-# Elements of a sample up to which "auto" is "exact": one probe errs by 0.6 nats at d = 8.
-EXACT_UP_TO = 16
-# A user's own: (x, t, **model_kwargs), as the network gets them, → (prediction, its divergence).
-Function = Callable[..., tuple[Tensor, Tensor]]
-ResolvedDivergence = Literal["exact"] | Hutchinson | ToStandardError | Function
-Divergence = Literal["auto"] | ResolvedDivergence
+from hosm_losses.model import BoundModel
 
 
 def all_finite(samples: Tensor) -> Tensor:
     """Whether all elements of each sample (B, *) are finite, (B,)."""
     return torch.isfinite(samples).reshape(len(samples), -1).all(1)
-
-
-def check_divergence(divergence: object, *, optional: bool = False) -> None:
-    """Raise unless this is a divergence, or None where that is an option."""
-    known = isinstance(divergence, Hutchinson | ToStandardError)
-    known = known or (callable(divergence) and not isinstance(divergence, type))
-    known = known or (optional and divergence is None)
-    if not (known or (isinstance(divergence, str) and divergence in ("auto", "exact"))):
-        expected = "'auto', 'exact', Hutchinson(...)" + ", None" * optional + " or a callable"
-        kind = ValueError if isinstance(divergence, str) else TypeError
-        raise kind(error_message("divergence", expected, divergence))
-
-
-def resolve_divergence(divergence: Divergence | None, x: Tensor) -> ResolvedDivergence | None:
-    """Return the divergence for samples like those of x (B, *), with "auto" replaced."""
-    if isinstance(divergence, str):
-        small = x[0].numel() <= EXACT_UP_TO
-        return "exact" if divergence == "exact" or small else Hutchinson()
-    return divergence
 
 
 @dataclass(frozen=True)
@@ -98,30 +61,15 @@ class Paths:
     generator: torch.Generator | None
     advance: Callable[[float], object]  # moves the progress bar on, by a number of samples
     watch: FirstEvaluation
-    divergence: ResolvedDivergence | None  # None where only the ends of the paths are wanted
+    divergence: Estimator  # NO_DIVERGENCE where only the ends of the paths are wanted
     evaluations: RecomputedEvaluations
     nll_offset: Tensor | None = None  # to be added to the nll of x, (B,); None for zero
-
-    @property
-    def products(self) -> int:
-        """The number of products with the Jacobian that one divergence takes."""
-        if isinstance(self.divergence, Hutchinson):
-            return self.divergence.count
-        return self.x[0].numel() if self.divergence == "exact" else 0
 
     def rows(self, x: Tensor, rows: Tensor, nll_offset: Tensor | None) -> "Paths":
         """Return the paths of some rows, of which x and `nll_offset` are those of all samples."""
         points, model = x[rows].to(accumulator(x)), self.model.rows(rows)
         offset = None if nll_offset is None else nll_offset[rows]
         return replace(self, x=points, model=model, nll_offset=offset)
-
-    def draw_probes(self, z: Tensor) -> Tensor | None:
-        """Draw probes (K, B, *), or return None if the divergence takes none."""
-        if not isinstance(self.divergence, Hutchinson):
-            return None
-        count, distribution = self.divergence.count, self.divergence.distribution
-        like = torch.empty_like(z, dtype=self.dtype)
-        return draw_probes(like, count, distribution, self.generator)
 
     def add_noise(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """Draw ε, and return α x + σ ε at a noise level with it."""
@@ -141,7 +89,7 @@ class Paths:
             return self.evaluations.evaluate(partial(self.noise_at, x, level), x)
         model, points = self.model_at(level), x.to(self.dtype)
         if torch.is_grad_enabled() or self.watch.due:
-            f, _ = self._evaluate(model, points, None, None)
+            f, _ = self._evaluate(model, points, NO_DIVERGENCE, None)
         else:
             f = model.f(points)
         return -f.to(x.dtype)
@@ -157,7 +105,7 @@ class Paths:
         if torch.is_grad_enabled() or self.watch.due:
             f, divergences = self._evaluate(model, x, divergence, probes)
         else:
-            f, divergences = value_and_divergence(model, x, divergence, probes)
+            f, divergences = divergence.estimate(model, x, probes)
         noise = -f.to(z.dtype)
         slope = self.coordinates.slope(z, noise, level)
         if divergences is None:
@@ -168,7 +116,7 @@ class Paths:
         self,
         model: BoundModel,
         x: Tensor,
-        divergence: ResolvedDivergence | None,
+        divergence: Estimator,
         probes: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """f and ∇·f in a call's first evaluation, or with a graph.
@@ -183,8 +131,8 @@ class Paths:
         """
         generator_states = self.watch.before(x)
         if not torch.is_grad_enabled():
-            with self.watch.with_divergence() if divergence is not None else nullcontext():
-                f, divergences = value_and_divergence(model, x, divergence, probes)
+            with self.watch.refusing_constants(divergence.differentiates):
+                f, divergences = divergence.estimate(model, x, probes)
             self.watch.compare(generator_states, x)
             return f, divergences
         nonfinite, readable = ~all_finite(x), can_read_values(x)
@@ -194,8 +142,8 @@ class Paths:
                 nonfinite = nonfinite | ~all_finite(model.f(points))
         while True:
             points = torch.where(expand_right(nonfinite, x), 1.0, x)
-            with self.watch.with_divergence() if divergence is not None else nullcontext():
-                f, divergences = value_and_divergence(model, points, divergence, probes)
+            with self.watch.refusing_constants(divergence.differentiates):
+                f, divergences = divergence.estimate(model, points, probes)
             finite = all_finite(f.detach())
             if divergences is not None:
                 finite = finite & torch.isfinite(divergences.detach()).all(0)
@@ -242,73 +190,3 @@ class ODESolution(NamedTuple):
     steps: int | None = None  # of a grid that the batch shares
     widening: float = 1.0  # Student's factor in standard_error
     kinks: Tensor | None = None  # whether the path seems to have kinks, (B,); None if not known
-
-
-def value_and_divergence(
-    model: BoundModel,
-    x: Tensor,
-    divergence: ResolvedDivergence | None,
-    probes: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """f = −ε̂ at x (B, *), and ∇·f as estimated by each of the probes (K, B, *), as (K, B).
-
-    If there are no probes, ∇·f is exact, from all unit vectors or a user's function, as (1, B). It
-    is None if `divergence` is.
-    """
-    if divergence is None:
-        return model.f(x), None
-    dtype, d = accumulator(x), x[0].numel()
-    # ∇·(p · prediction + q x) by vᵀ ∂prediction/∂x v and ‖v‖².
-    if callable(divergence):
-        prediction, forms = _of_function(divergence, model, x)
-        squares = x.new_full((1, len(x)), d, dtype=dtype)
-    elif probes is None:
-        prediction, forms = quadratic_forms(model, x, unit_vector_chunks(x))
-        forms = forms.to(dtype).sum(0, keepdim=True)
-        squares = x.new_full((1, len(x)), d, dtype=dtype)
-    else:
-        squares = sum_elements(probes.square())
-        if isinstance(divergence, Hutchinson) and divergence.mode == "forward":
-            prediction, forms = _forward(model, x, probes)
-        else:
-            prediction, forms = quadratic_forms(model, x, [probes])
-    p, q = model.model.affine(model.t, x)
-    p_rows = None if p is None else p.flatten()
-    q_rows = None if q is None else q.flatten()
-    divergences = -apply_affine(forms.to(dtype), squares, p_rows, q_rows)
-    return -apply_affine(prediction, x, p, q), divergences
-
-
-def _forward(model: BoundModel, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
-    """The prediction and its quadratic forms by the taylor engine, which stores no activation.
-
-    A DerivativeError if the engine cannot differentiate the network.
-    """
-    # The engine makes a graph in any mode. It saves nothing here unless a gradient is wanted.
-    empty = saved_tensors_hooks(lambda _: None, _refuse_a_pass_back)
-    try:
-        with nullcontext() if torch.is_grad_enabled() else empty:
-            value, Dv, _ = derive(model, x, probes, order=2, engine="taylor")
-    except DerivativeError as error:
-        raise DerivativeError(
-            f"divergence: expected mode='reverse' for this network; got 'forward'. {error}"
-        ) from error
-    return value[0], sum_elements(Dv * probes)
-
-
-def _refuse_a_pass_back(_: object) -> Tensor:
-    raise DerivativeError("It takes a gradient itself.")
-
-
-def _of_function(function: Function, model: BoundModel, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The prediction and its divergence (1, B) by a user's function."""
-    *arguments, kwargs = model.model.network_arguments(x, model.t, model.kwargs)
-    returned: Any = function(*arguments, **kwargs)
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        expected = "two tensors, the prediction (B, *) and its divergence (B,)"
-        raise TypeError(error_message("divergence(x, t)", expected, returned))
-    prediction, divergence = returned
-    check_prediction(prediction, x)
-    dtype = getattr(divergence, "dtype", x.dtype)
-    check_like("divergence(x, t)[1]", divergence, (len(x),), dtype, x.device, "x")
-    return prediction, divergence[None]

@@ -57,28 +57,27 @@ class FirstEvaluation:
     """
 
     def __init__(self, *, look_for_draws: bool, look_for_constants: bool) -> None:
-        self.look_for_draws, self.look_for_constants = look_for_draws, look_for_constants
+        checks = {"draws": look_for_draws, "constants": look_for_constants}
+        self.due = {check for check, wanted in checks.items() if wanted}
 
-    @property
-    def due(self) -> bool:
-        """Whether a check is due."""
-        return self.look_for_draws or self.look_for_constants
-
-    def with_divergence(self) -> AbstractContextManager[Any]:
-        """A block for an evaluation with a divergence, in which constants are refused once."""
-        due, self.look_for_constants = self.look_for_constants, False
-        return refuse_constants() if due else nullcontext()
+    def refusing_constants(self, differentiates: bool) -> AbstractContextManager[Any]:
+        """A block for an evaluation, in which constants are refused once if it differentiates."""
+        if not (differentiates and "constants" in self.due):
+            return nullcontext()
+        self.due.remove("constants")
+        return refuse_constants()
 
     def before(self, x: Tensor) -> list[Tensor]:
         """The states of torch's generators on the devices of x; none if no check is due."""
         # Inside a CUDA graph the states cannot be asked for.
-        if not self.look_for_draws or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if "draws" not in self.due or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return []
         return [torch.get_rng_state(), *get_device_states(x)[1]]
 
     def compare(self, before: list[Tensor], x: Tensor) -> None:
         """Warn if the first evaluation, at x, moved the generators."""
-        after, self.look_for_draws = self.before(x), False
+        after = self.before(x)
+        self.due.discard("draws")
         if not all(map(torch.equal, before, after)):
             warn(
                 "network: expected an output that its input determines; got one that draws random "

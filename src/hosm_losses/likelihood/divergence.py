@@ -1,0 +1,186 @@
+r"""How the divergence of the network is estimated: a class for each way, and the choice of one.
+
+Formula:
+    exact        ∇·f = tr ∂f/∂x = Σ_i e_iᵀ ∂f/∂x e_i
+    hutchinson   ∇·f = E[vᵀ ∂f/∂x v], the mean of K probes with variance Var[vᵀ ∂f/∂x v]/K
+    With the network's prediction, ε̂ = p · prediction + q x: ∇·ε̂ follows from vᵀ ∂prediction/∂x v
+    and ‖v‖². The forward pass is shared; every direction costs one vector-Jacobian product.
+
+Source:
+    Grathwohl et al., arXiv 1810.01367, for the estimator in a likelihood.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from hosm_losses._checks import (
+    DerivativeError,
+    check_like,
+    check_prediction,
+    error_message,
+    sum_elements,
+)
+from hosm_losses.derivatives import derive, quadratic_forms
+from hosm_losses.likelihood.coordinates import accumulator
+from hosm_losses.model import BoundModel, apply_affine
+from hosm_losses.probes import Hutchinson, ToStandardError, draw_probes, unit_vector_chunks
+
+# Elements of a sample up to which "auto" is "exact": one probe errs by 0.6 nats at d = 8.
+EXACT_UP_TO = 16
+PILOTS = 4  # probes at a node, by which `ToStandardError` counts
+# A user's own: (x, t, **model_kwargs), as the network gets them, → (prediction, its divergence).
+Function = Callable[..., tuple[Tensor, Tensor]]
+Divergence = Literal["auto", "exact"] | Hutchinson | ToStandardError | Function
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """No estimate, of which this is the class, and what every estimator has."""
+
+    products: int = 0  # with the Jacobian, for one divergence
+    is_random: bool = False  # whether estimates scatter, so that a likelihood has a standard error
+    differentiates: bool = False  # the network
+    target: ToStandardError | None = None  # for which estimates are pilots: more probes follow
+
+    def draw(
+        self, _z: Tensor, _dtype: torch.dtype, _generator: torch.Generator | None, /
+    ) -> Tensor | None:
+        """Draw probes (K, B, *) for states (B, *), or return None if the estimate takes none."""
+        return None
+
+    def estimate(
+        self, model: BoundModel, x: Tensor, _: Tensor | None, /
+    ) -> tuple[Tensor, Tensor | None]:
+        """f = −ε̂ at x (B, *), and ∇·f by each of the probes, (K, B), or (1, B) without probes."""
+        return model.f(x), None
+
+
+NO_DIVERGENCE = Estimator()
+
+
+@dataclass(frozen=True)
+class Exact(Estimator):
+    """By all unit vectors, in chunks."""
+
+    differentiates: bool = True
+
+    def estimate(self, model: BoundModel, x: Tensor, _: Tensor | None, /) -> tuple[Tensor, Tensor]:
+        """f and ∇·f."""
+        prediction, forms = quadratic_forms(model, x, unit_vector_chunks(x))
+        trace = forms.to(accumulator(x)).sum(0, keepdim=True)
+        return _of_f(model, x, prediction, trace, torch.full_like(trace, self.products))
+
+
+@dataclass(frozen=True)
+class OfFunction(Estimator):
+    """By a user's function, which says it."""
+
+    function: Function | None = None
+
+    def estimate(self, model: BoundModel, x: Tensor, _: Tensor | None, /) -> tuple[Tensor, Tensor]:
+        """f and ∇·f."""
+        *arguments, kwargs = model.model.network_arguments(x, model.t, model.kwargs)
+        function: Any = self.function
+        returned = function(*arguments, **kwargs)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            expected = "two tensors, the prediction (B, *) and its divergence (B,)"
+            raise TypeError(error_message("divergence(x, t)", expected, returned))
+        prediction, divergence = returned
+        check_prediction(prediction, x)
+        dtype = getattr(divergence, "dtype", x.dtype)
+        check_like("divergence(x, t)[1]", divergence, (len(x),), dtype, x.device, "x")
+        trace = divergence[None].to(accumulator(x))
+        return _of_f(model, x, prediction, trace, torch.full_like(trace, x[0].numel()))
+
+
+@dataclass(frozen=True)
+class RandomProbes(Estimator):
+    """Hutchinson's, by vector-Jacobian products."""
+
+    is_random: bool = True
+    differentiates: bool = True
+    distribution: str = "rademacher"
+
+    def draw(self, z: Tensor, dtype: torch.dtype, generator: torch.Generator | None, /) -> Tensor:
+        """Draw `products` probes."""
+        like = torch.empty_like(z, dtype=dtype)
+        return draw_probes(like, self.products, self.distribution, generator)
+
+    def estimate(
+        self, model: BoundModel, x: Tensor, probes: Tensor | None, /
+    ) -> tuple[Tensor, Tensor]:
+        """f and vᵀ ∂f/∂x v."""
+        assert probes is not None
+        prediction, forms = quadratic_forms(model, x, [probes])
+        squares = sum_elements(probes.square())
+        return _of_f(model, x, prediction, forms.to(accumulator(x)), squares)
+
+
+class ForwardProbes(RandomProbes):
+    """Hutchinson's, by the taylor engine, which stores no activation."""
+
+    def estimate(
+        self, model: BoundModel, x: Tensor, probes: Tensor | None, /
+    ) -> tuple[Tensor, Tensor]:
+        """f and vᵀ ∂f/∂x v; a DerivativeError if the engine cannot differentiate the network."""
+        assert probes is not None
+        # The engine makes a graph in any mode. It saves nothing here unless a gradient is wanted.
+        empty = saved_tensors_hooks(lambda _: None, _refuse_a_pass_back)
+        try:
+            with nullcontext() if torch.is_grad_enabled() else empty:
+                value, Dv, _ = derive(model, x, probes, order=2, engine="taylor")
+        except DerivativeError as error:
+            got, remedy = "'forward'", str(error)
+            expected = "mode='reverse' for this network"
+            text = error_message("divergence", expected, self, remedy, got=got)
+            raise DerivativeError(text) from error
+        forms, squares = sum_elements(Dv * probes), sum_elements(probes.square())
+        return _of_f(model, x, value[0], forms.to(accumulator(x)), squares)
+
+
+def _refuse_a_pass_back(_: object) -> Tensor:
+    raise DerivativeError("It takes a gradient itself.")
+
+
+def _of_f(
+    model: BoundModel, x: Tensor, prediction: Tensor, forms: Tensor, squares: Tensor
+) -> tuple[Tensor, Tensor]:
+    """f and ∇·f by the prediction, vᵀ ∂prediction/∂x v and ‖v‖², (K, B), or their sums over v."""
+    p, q = model.model.affine(model.t, x)
+    p_rows = None if p is None else p.flatten()
+    q_rows = None if q is None else q.flatten()
+    return -apply_affine(prediction, x, p, q), -apply_affine(forms, squares, p_rows, q_rows)
+
+
+def check_divergence(divergence: object, *, optional: bool = False) -> None:
+    """Raise unless this is a divergence, or None where that is an option."""
+    known = isinstance(divergence, Hutchinson | ToStandardError)
+    known = known or (callable(divergence) and not isinstance(divergence, type))
+    known = known or (optional and divergence is None)
+    if not (known or (isinstance(divergence, str) and divergence in ("auto", "exact"))):
+        expected = "'auto', 'exact', Hutchinson(...)" + ", None" * optional + " or a callable"
+        kind = ValueError if isinstance(divergence, str) else TypeError
+        raise kind(error_message("divergence", expected, divergence))
+
+
+def resolve_divergence(divergence: Divergence | None, x: Tensor) -> Estimator:
+    """Return the estimator for samples like those of x (B, *)."""
+    d = x[0].numel()
+    if divergence is None:
+        return NO_DIVERGENCE
+    if isinstance(divergence, str):
+        if divergence == "exact" or d <= EXACT_UP_TO:
+            return Exact(d)
+        divergence = Hutchinson()
+    if isinstance(divergence, Hutchinson):
+        kind = RandomProbes if divergence.mode == "reverse" else ForwardProbes
+        return kind(divergence.count, distribution=divergence.distribution)
+    if isinstance(divergence, ToStandardError):
+        return RandomProbes(PILOTS, target=divergence, distribution=divergence.distribution)
+    return OfFunction(function=divergence)
