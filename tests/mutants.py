@@ -830,7 +830,7 @@ MUTANTS = [
         "likelihood/divergence.py",
         "sum_elements(Dv * probes), sum_elements(probes.square())",
         "sum_elements(Dv * probes), sum_elements(probes.abs())",
-        "tests/likelihood/test_divergence.py",
+        "tests/likelihood/test_paths.py",
     ),
     Mutant(
         "likelihood/divergence.py",
