@@ -406,7 +406,7 @@ def test_reverse_mode_runs_eagerly_and_still_finds_a_dropped_graph(norm, order):
     for probes in (1, hosm.Paired()):
         module, x0, inputs = around(Drops.apply, order, norm, engine="reverse", probes=probes)
         inputs.pop("probe")
-        with pytest.raises(hosm.DerivativeError, match="whose backward is once_differentiable"):
+        with pytest.raises(hosm.DerivativeError, match="once_differentiable"):
             compiled(module, **options)(x0, **inputs)
 
 
@@ -444,7 +444,7 @@ def test_what_is_compiled_by_itself_is_refused_above_order_one(name):
             continue
         assert_same(found, expected)
     if not OLD:  # whose reverse mode is not reached
-        with pytest.raises(RuntimeError, match="not currently support double backward"):
+        with pytest.raises(RuntimeError, match="double backward"):
             hosm.third_order_dsm(model, x0).backward()
 
 

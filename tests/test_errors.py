@@ -26,6 +26,7 @@ from tests.schedules.checks import own
 
 NAN, INF = math.nan, math.inf
 NORMAL = torch.distributions.Normal(0.0, 1.0)  # of numbers
+ROWS = torch.distributions.Normal(torch.zeros(2), 1.0)  # of as many as a sample has
 X = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
 T = torch.full((4,), 0.5, dtype=torch.float64)
 PROBES, FORWARD_MODE = torch.stack([X, -X]), hosm.Hutchinson(2, mode="forward")
@@ -191,7 +192,7 @@ BAD = {
     "group": bad(TypeError, "world", 1),
     "data_mean": MOMENT,
     "data_std": MOMENT + bad(ValueError, 0.0, -1.0, X[0] * 0),
-    "log_prior": bad(TypeError, 5, "normal", X) + bad(ValueError, NORMAL),
+    "log_prior": bad(TypeError, 5, "normal", X) + bad(ValueError, NORMAL, ROWS),
     "dequantization": bad(TypeError, "uniform", 1, hosm.Uniform),
     "result": [
         *bad(TypeError, None, X, result()),

@@ -132,7 +132,7 @@ def test_too_many_unit_vectors_are_refused_before_they_are_made():
 
 
 @pytest.mark.parametrize(("value", "fewest"), [(Hutchinson, 1), (Paired, 2)])
-def test_values_compare_hash_pickle_print_as_written_and_check_themselves(value, fewest):
+def test_values_compare_hash_pickle_and_print_as_written(value, fewest):
     made = value(np.int64(4), "dct")
     assert type(made.count) is int
     assert made == value(count=4, distribution="dct") == pickle.loads(pickle.dumps(made))
@@ -141,9 +141,3 @@ def test_values_compare_hash_pickle_print_as_written_and_check_themselves(value,
     assert value().count == fewest
     with pytest.raises(AttributeError):
         made.count = 1
-    for wrong in (fewest - 1, 2.0, True, "exact", None):
-        error = ValueError if wrong == fewest - 1 and wrong is not True else TypeError
-        with pytest.raises(error, match=f"{value.__name__}.count: expected a whole number"):
-            value(wrong)
-    with pytest.raises(ValueError, match=f"{value.__name__}.distribution: expected one of"):
-        value(distribution="uniform")

@@ -179,13 +179,11 @@ def test_levels_may_have_another_range():
 
 def test_where_a_truncated_normal_does_not_hold_it_is_refused():
     x, options = torch.zeros(1, 2, dtype=torch.uint8), {"dequantization": hosm.TruncatedNormal()}
-    with pytest.raises(ValueError, match=r"dequantization: expected a schedule that starts at .*"):
+    with pytest.raises(ValueError, match="dequantization: expected a schedule"):
         hosm.ode_nll(gaussian(hosm.VPSchedule(t_min=1e-3)), x, **options)
     narrow = gaussian(NARROW)
     for call in (hosm.variational_nll, partial(hosm.ode_nll, clean=True)):
-        with pytest.raises(
-            ValueError, match=r"dequantization: expected Uniform\(...\) or None for"
-        ):
+        with pytest.raises(ValueError, match=r"dequantization: expected Uniform\("):
             call(narrow, x, **options)
-    with pytest.raises(ValueError, match=r"TruncatedNormal.last: expected a number above 1"):
+    with pytest.raises(ValueError, match=r"TruncatedNormal\.last"):
         hosm.TruncatedNormal(first=1)

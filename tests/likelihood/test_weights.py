@@ -100,7 +100,7 @@ def test_where_the_target_is_zero_samples_have_no_weight_and_did_not_fail():
     bounds = found.sandwich(x[inside], NLLResult(*[nll[inside]] * 5, nll[inside] < 0))
     assert bounds.lower == -math.inf
     assert bounds.upper == pytest.approx(float(nll[inside].mean() / 2))
-    with pytest.raises(ValueError, match="got 67 of 100 where it is zero"):
+    with pytest.raises(ValueError, match="got 67 of 100"):
         found.sandwich(x, NLLResult(*[nll] * 5, nll < 0))
 
 
@@ -209,33 +209,8 @@ def test_the_sandwich_of_two_gaussians_holds_its_divergences():
     assert bounds.lower_error == pytest.approx(m / count**0.5, rel=1e-2)
     failed = NLLResult(nll(y), y, zero, zero, zero, torch.arange(count) == 0)
     assert found.sandwich(y, failed).upper == math.inf
-    with pytest.raises(ValueError, match="the 100000 points"):
+    with pytest.raises(ValueError, match="100000 points"):
         found.sandwich(y[:3], failed)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"nll": None}, "divergence=None"),
-        ({"standard_error": None}, "expected a standard error"),
-    ],
-)
-def test_samples_without_what_weights_need_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        hosm.importance_weights(replace(drawn([0.0, 1.0]), **change), lambda x: x[:, 0])
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ([0.0, math.nan], "NaN or inf"),
-        ([0.0, math.inf], "NaN or inf"),
-        ([-math.inf, -math.inf], "a weight above zero"),
-    ],
-)
-def test_targets_without_weights_are_refused(values, message):
-    with pytest.raises(ValueError, match=message):
-        of_logs(values)
 
 
 @pytest.mark.slow

@@ -104,14 +104,6 @@ def test_half_precision_is_near(network, points, dtype):
         assert (one.double() - other).norm() < near * other.norm()
 
 
-def test_without_gradients_there_is_no_graph(network, points):
-    with torch.no_grad():
-        assert not any(
-            each.requires_grad for each in taylor.jet(network, points, directions())[:2]
-        )
-        assert not taylor.laplacian(network, points).requires_grad
-
-
 @pytest.mark.parametrize(
     ("count", "shape", "pairs"),
     [(2, (5, 4), "none"), (0, (5, 3), "none"), (2, (5, 3), "all")],
@@ -153,7 +145,7 @@ def test_what_is_no_batch_in_floating_point_is_refused_in_a_sentence(call, name)
 
 @pytest.mark.parametrize("w", [BATCH[None].long(), BATCH[None].numpy()])
 def test_directions_are_refused_likewise(w):
-    with pytest.raises(TypeError, match=r"directions: expected .*torch\.as_tensor\(directions"):
+    with pytest.raises(TypeError, match=r"directions: .*torch\.as_tensor\("):
         taylor.jet(torch.sin, BATCH, w)
 
 
