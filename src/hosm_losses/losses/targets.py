@@ -25,9 +25,9 @@ Formula, with ε_j of a reference and the own sample, whose ε_j is ε:
 Formula, with scores g_j = ∇log p₀(x_j) as well, and σ̂ = σ/α:
     z_j = ε_j + σ̂ g_j      e_j = ε_j − C z_j      C = (I + σ̂² F)⁻¹      F = E g gᵀ
 
-    Given x, z has the mean zero, and z h the mean −σ̂ E[∇h] for any h(x₀) whose ε moves along with
-    x₀, by parts. So for every symmetric C, with c = C z and ℓ = e + f, these have the conditional
-    means of the paper's residuals, whatever f, D and G are; C = 0 has the paper's themselves:
+    The score of x₀ given x is z/σ̂, so E[z h(ε) | x] = E[∇h(ε) | x] for any h, by parts. Thus for
+    every symmetric C, with c = C z and ℓ = e + f, these have the conditional means of the paper's
+    residuals, whatever f, D and G are; C = 0 has the paper's themselves:
         r1 = f + e
         r2 = D + v − C v − ½ [(ℓ·v) (ℓ + c) + ((ℓ + c)·v) ℓ]
         rt = v·(D + v − C v) − (ℓ·v) ((ℓ + c)·v)
