@@ -6,6 +6,7 @@ enters, the norm, how attention and resampling are computed. Sizes are small.
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -175,6 +176,63 @@ class Guided(nn.Module):
         small = self.through(self.attend, small)
         h = torch.cat([F.interpolate(small, scale_factor=2, mode="nearest"), large], 1)
         return self.outer(F.silu(self.norm(self.through(self.up, h, embedding))))
+
+
+class PolicyBlock(nn.Module):
+    """The block of Diffusion Policy: convolution, group norm and Mish; t scales and shifts."""
+
+    def __init__(self, inner: int, outer: int, embedding: int) -> None:
+        super().__init__()
+        self.first, self.second = policy_layers(inner, outer), policy_layers(outer, outer)
+        self.time = nn.Sequential(nn.Mish(), nn.Linear(embedding, 2 * outer))
+        self.skip = nn.Conv1d(inner, outer, 1) if inner != outer else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        parts = self.time(embedding).reshape(len(x), 2, -1, 1)
+        h = parts[:, 0] * self.first(x) + parts[:, 1]
+        return self.second(h) + self.skip(x)
+
+
+def policy_layers(inner: int, outer: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv1d(inner, outer, 5, padding=2), nn.GroupNorm(8, outer), nn.Mish())
+
+
+class PolicyUNet(nn.Module):
+    """Diffusion Policy's U-Net of actions (B, channels, horizon), with 25 group norms."""
+
+    def __init__(self, channels: int = 2, widths: tuple[int, ...] = (32, 64, 128), time: int = 32):
+        super().__init__()
+        self.width, pairs = time, list(pairwise((channels, *widths)))
+        self.time = nn.Sequential(nn.Linear(time, 4 * time), nn.Mish(), nn.Linear(4 * time, time))
+        make = partial(PolicyBlock, embedding=time)
+        self.down = nn.ModuleList(
+            nn.ModuleList([make(inner, outer), make(outer, outer)]) for inner, outer in pairs
+        )
+        self.smaller = nn.ModuleList(nn.Conv1d(each, each, 3, 2, 1) for each in widths[:-1])
+        self.middle = nn.ModuleList(make(widths[-1], widths[-1]) for _ in range(2))
+        self.up = nn.ModuleList(
+            nn.ModuleList([make(2 * outer, inner), make(inner, inner)])
+            for inner, outer in reversed(pairs[1:])
+        )
+        self.larger = nn.ModuleList(nn.ConvTranspose1d(w, w, 4, 2, 1) for w in widths[-2::-1])
+        last = nn.Conv1d(widths[0], channels, 1)
+        self.outer = nn.Sequential(*policy_layers(widths[0], widths[0]), last)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        embedding, skips = self.time(waves(t, self.width)), []
+        for blocks, smaller in zip(self.down, [*self.smaller, nn.Identity()], strict=True):
+            for block in blocks:
+                x = block(x, embedding)
+            skips.append(x)
+            x = smaller(x)
+        for block in self.middle:
+            x = block(x, embedding)
+        for blocks, larger in zip(self.up, self.larger, strict=True):
+            x = torch.cat([x, skips.pop()], 1)
+            for block in blocks:
+                x = block(x, embedding)
+            x = larger(x)
+        return self.outer(x)
 
 
 NCSNpp = partial(_TwoLevels, SongBlock, SongAttention)

@@ -31,7 +31,7 @@ def tree(file: Path) -> Found:
         where = {"size": report["size"], **report["environment"]}
         peers = {name: each or "not installed" for name, each in where.pop("peers").items()}
         found["measured"][question] = where | peers
-    for name in ("examples", "compiled"):
+    for name in ("examples", "compiled", "operators"):
         found[name] = results.read(file.parent / f"{name}.json")
     for name in ("coverage", "divergence_mode", "exact_up_to", "ode_accuracy"):
         found[name] = results.read(file.parent / f"{name}.json").get("found", {})
