@@ -216,6 +216,20 @@ def test_autocast_around_a_backward_pass_changes_nothing():
     assert torch.equal(*found)
 
 
+class Own(torch.Tensor):
+    """A tensor with a meaning of its own, as of an integer or a sharded weight."""
+
+
+def test_a_weight_of_a_subclass_is_left_to_pytorch():
+    weight, bias = nn.Parameter(torch.randn(2, 1, 3, 3)), nn.Parameter(torch.randn(2))
+    x = torch.randn(2, 1, 4, 4)
+    plain, own = (
+        stack_of(lambda x, kernel=kernel: F.conv2d(x.sin(), kernel, bias), x)
+        for kernel in (weight, weight.as_subclass(Own))
+    )
+    torch.testing.assert_close(own.as_subclass(torch.Tensor), plain)
+
+
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OPERATIONS = {
     "add": torch.add,
