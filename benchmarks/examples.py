@@ -31,6 +31,7 @@ COMMANDS = {
     "gap_1d": "gap_1d.py --steps 1500",
     "inverse_problem": "inverse_problem.py",
     "many_well": "many_well.py",
+    "target_scores": "target_scores.py",
     "velocity_2d": "velocity_2d.py",
 }
 FIRST = {command.split()[0]: command for command in reversed(COMMANDS.values())}

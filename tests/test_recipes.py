@@ -59,7 +59,7 @@ def takes_few_bits(text):
 
 
 def has_two_kl(text):
-    """One of each loss, and no less than zero by much."""
+    """One of each loss, or four, and no less than zero by much."""
     return len(found := numbers(text, r"KL (\S+) ±")) % 2 == 0 and min(found) > -0.5
 
 
@@ -85,6 +85,7 @@ RECIPES = [
     ("gap_1d.py --steps 150 --nodes 4 --out {out}", "matplotlib", fisher_falls),
     ("digits.py --seconds 1 --held-out 8 --out {out}", "matplotlib sklearn tqdm", takes_few_bits),
     ("many_well.py --seconds 0.3 --samples 40 --out {out}", "matplotlib tqdm", has_two_kl),
+    ("target_scores.py --steps 40 --samples 40", "matplotlib tqdm", has_two_kl),
     ("inverse_problem.py --seconds 0.5 --out {out}", "matplotlib tqdm", has_two_kl),
     ("torch_func.py --steps 20", "", trains_every_member),
     ("nll_metric.py", "torchmetrics", numbers),

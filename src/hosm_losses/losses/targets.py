@@ -474,7 +474,7 @@ class TargetScores:
             # In full precision, and with a gradient for a callable that takes one of an energy.
             kind = "cuda" if data.is_cuda else "cpu"
             with torch.enable_grad(), torch.autocast(kind, enabled=False):
-                scores = scores(data.detach())
+                scores = scores(data.detach().clone())  # which it may write to
         like = tuple(data.shape), data.dtype, data.device, "the data"
         scores = leave_inference_mode(check_like("targets.scores", scores, *like)).detach()
         check_finite("targets.scores", scores)
