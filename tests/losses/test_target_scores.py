@@ -391,6 +391,24 @@ def test_gradients_of_every_sample_by_torch_func():
         assert_same([each.mean(0) for each in found.values()], whole, 1e-10)
 
 
+@pytest.mark.parametrize("information", [None, torch.arange(1.0, 5.0).double(), "matrix"])
+def test_samples_of_any_shape_are_vectors(information):
+    """A square of numbers is by element where a sample is as large, and a matrix elsewhere."""
+    network, t = MLP(4), torch.linspace(0.1, 0.6, 5)
+    x0, noise, g, probe = torch.randn(4, 5, 4)
+    root = torch.randn(4, 4)
+    F = root @ root.T if isinstance(information, str) else information
+    found = []
+    for shape in ((4,), (2, 2), (1, 4, 1)):
+        model = hosm.ScoreModel(network, VP)
+        by_element = torch.is_tensor(F) and F.ndim == 1
+        targets = hosm.TargetScores(g.reshape(5, *shape), F.reshape(shape) if by_element else F)
+        inputs = {"noise": noise.reshape(5, *shape), "probe": probe.reshape(5, *shape), "t": t}
+        found.append([*hosm.dsm_terms(model, x0.reshape(5, *shape), targets=targets, **inputs)])
+    assert_same(found[1], found[0], 1e-12)
+    assert_same(found[2], found[0], 1e-12)
+
+
 @pytest.mark.parametrize("kind", ["others", "elements", "matrix"])
 def test_what_has_no_information_has_the_papers_target(kind):
     """As a padded coordinate, which has no density and so no score; along any direction."""
