@@ -34,7 +34,8 @@ SCHEDULES = {
     "cosine": hosm.CosineSchedule(),
 }
 WIDTH, TRAINING, BATCH, SAMPLES = 96, 3000, 256, 200
-STEPS, FINEST = (64, 128), 512
+STEPS, FINEST = (72, 136), 512
+EXTRA = 2  # evaluations beside one a step
 TOLERANCES = tuple(10 ** (-power / 2) for power in range(4, 17))
 
 
@@ -173,7 +174,10 @@ def measure(data: str, schedule: str, steps: int, directory: Path | None, *, bef
     truth = ours(FINEST)
     found: dict[str, float] = {}
     for count in STEPS:
-        found[f"{'before' if before else 'ours'}, {count + 10} calls"] = error(ours(count))
+        if before:  # ten evaluations beside one a step
+            found[f"before, {count + EXTRA} calls"] = error(ours(count + EXTRA - 10))
+        else:
+            found[f"ours, {count + EXTRA} calls"] = error(ours(count))
     for name, solve in PEERS.items():
         if before or not results.installed(name):
             continue
@@ -183,12 +187,12 @@ def measure(data: str, schedule: str, steps: int, directory: Path | None, *, bef
         for tolerance in TOLERANCES:
             calls.clear()
             reached = error(solve(model, x, tolerance))
-            best = {n: min(e, reached) if len(calls) <= n + 10 else e for n, e in best.items()}
-            if len(calls) > STEPS[-1] + 10:
+            best = {n: min(e, reached) if len(calls) <= n + EXTRA else e for n, e in best.items()}
+            if len(calls) > STEPS[-1] + EXTRA:
                 break
         hook.remove()
         reached_by = {n: each for n, each in best.items() if math.isfinite(each)}
-        found |= {f"{name}, {count + 10} calls": each for count, each in reached_by.items()}
+        found |= {f"{name}, {count + EXTRA} calls": each for count, each in reached_by.items()}
         found[f"{name} at its finest, {len(calls)} calls"] = reached
     return found
 

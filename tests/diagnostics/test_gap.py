@@ -219,7 +219,7 @@ def test_the_derivatives_of_a_schedule_are_its_own():
     for one, other in zip(*(each.curves["own score"] for each in (found, expected)), strict=True):
         assert one.value == pytest.approx(other.value)
     # Derivatives at two nodes, three solutions, the draw of clean=True, and the bound.
-    assert found.evaluations == 2 * (2 + 2 * 2) + 3 * (16 + 10) + 1 + 72
+    assert found.evaluations == 2 * (2 + 2 * 2) + 3 * (16 + 2) + 1 + 72
 
 
 class Line(hosm.Schedule):

@@ -11,6 +11,7 @@ import torch
 import hosm_losses as hosm
 from hosm_losses.likelihood import multistep
 from hosm_losses.likelihood.multistep import (
+    RUNGE_KUTTA,
     WIDTH,
     AdamsSolver,
     NodeValue,
@@ -30,19 +31,25 @@ def growth(s):
     return math.exp(s**5 / 5)
 
 
-def walk_of(slope, node, y, h, steps):
-    """The solution from `node`, what is known at a node, and `slope`, for the first steps."""
-    solver = AdamsSolver(y, h, steps)
+def walk_of(node, y, h, steps, slope=None):
+    """The solution from `node`, what is known at a node.
+
+    It starts by the Runge-Kutta method if there is a `slope`; else node 1 is evaluated twice.
+    """
+    first_steps = 0 if slope is None else RUNGE_KUTTA
+    solver = AdamsSolver(y, h, steps, first_steps)
     for index in range(steps + 1):
         solver.correct(node(index, solver.y))
-        if solver.starting:
-            y, first = solver.y, solver.slopes[0]
-            second = slope(index + 0.5, y + h / 2 * first)
-            third = slope(index + 0.5, y + h / 2 * second)
-            fourth = slope(index + 1, y + h * third)
-            solver.y = y + h / 6 * (first + 2 * second + 2 * third + fourth)
-        else:
+        if index == 1 and slope is None:
+            solver.correct_again(node(index, solver.y))
+        if index >= first_steps:
             solver.predict()
+            continue
+        y, first = solver.y, solver.slopes[0]
+        second = slope(index + 0.5, y + h / 2 * first)
+        third = slope(index + 0.5, y + h / 2 * second)
+        fourth = slope(index + 1, y + h * third)
+        solver.y = y + h / 6 * (first + 2 * second + 2 * third + fourth)
     return solver
 
 
@@ -63,7 +70,7 @@ def solve(steps):
         integrand = SHARE * slope(place, y)[:, 0]
         return NodeValue(slope(place, y), integrand, None, torch.full_like(y, covector))
 
-    return walk_of(slope, node, START, h, steps)
+    return walk_of(node, START, h, steps)
 
 
 def error(walk):
@@ -79,10 +86,7 @@ def given(integrand, steps, covector=lambda s: 1.0, slope=lambda s: 0.0):
         s = place / steps
         return NodeValue(0 * y + slope(s), integrand(s) + 0 * y[:, 0], None, 0 * y + covector(s))
 
-    def slopes(place, y):
-        return 0 * y + slope(place / steps)
-
-    return walk_of(slopes, node, torch.zeros_like(START), 1 / steps, steps)
+    return walk_of(node, torch.zeros_like(START), 1 / steps, steps)
 
 
 @pytest.mark.parametrize("steps", range(4, 10))
@@ -96,8 +100,8 @@ def test_the_rule_is_exact_for_quintics_and_has_positive_weights(steps):
 @pytest.mark.parametrize("span", [(-9.0, 3.0), (3.0, -9.0)])
 @pytest.mark.parametrize("centre", [-1.0, -9.0, 3.0])
 def test_the_mesh_has_the_density_of_its_two_laws(span, centre):
-    s, middle = torch.linspace(0, 1, 41).double(), torch.tensor(centre).double()
-    u, rates = mesh_points(span, s, middle)
+    s = torch.linspace(0, 1, 41).double()
+    u, rates = mesh_points(span, s, centre)
 
     def law(u):  # the logistic one, by another formula
         return (1 + torch.tanh((torch.as_tensor(u).double() - centre) / (2 * WIDTH))) / 2
@@ -106,33 +110,69 @@ def test_the_mesh_has_the_density_of_its_two_laws(span, centre):
     logistic = (law(u) - law(start)) / (law(end) - law(start))
     torch.testing.assert_close(((u - start) / (end - start) + logistic) / 2, s)
     step = 1e-4
-    after, before = (mesh_points(span, s + by, middle)[0] for by in (step, -step))
+    after, before = (mesh_points(span, s + by, centre)[0] for by in (step, -step))
     inner = slice(1, -1)
     torch.testing.assert_close(
         (after - before)[inner] / (2 * step), rates[inner], rtol=1e-5, atol=0
     )
-    back, _ = mesh_points((end, start), s, middle)
+    back, _ = mesh_points((end, start), s, centre)
     torch.testing.assert_close(back.flip(0), u)
 
 
-def test_the_path_error_is_that_of_the_largest_stretch():
-    """Slopes s⁵, and a covector that changes its sign twice."""
-    steps = 20
-    h = 1 / steps
+def lagrange(nodes, start, end):
+    """Weights that integrate polynomials through values at whole numbers from start to end."""
+    powers = range(len(nodes))
+    integrals = [(end ** (k + 1) - start ** (k + 1)) / (k + 1) for k in powers]
+    return np.linalg.solve([[float(node) ** k for node in nodes] for k in powers], integrals)
 
-    def covector(s):
-        return 1.0 if s < 0.47 or s > 0.83 else -2.0
 
-    found = given(lambda s: 0.0, steps, covector, lambda s: s**5)
-    # The corrector leaves out 3/160 h ∇⁵f, the predictor 251/720 h ∇⁴f of the corrector's sum.
-    f, g = (np.arange(steps + 1) * h) ** 5, [covector(h * i) for i in range(steps + 1)]
-    effects = [0.0] * (steps + 1)
-    for i in range(4, steps + 1):
-        effects[i] += (g[i] - g[i - 1]) * 251 / 720 * h * np.diff(f, 4)[i - 4]
-        effects[i] += g[i] * 3 / 160 * h * np.diff(f, 5)[i - 5] if i > 4 else 0.0
-    stretches = [sum(effects[j:k]) for j in range(steps + 1) for k in range(j, steps + 2)]
+@pytest.mark.parametrize("first_steps", [0, RUNGE_KUTTA])
+@pytest.mark.parametrize("kappa", [0.2, 30.0, 200.0])
+def test_the_solution_and_its_error_by_hand(kappa, first_steps):
+    """dy/ds = 3 y and q = κ y, and a covector that changes its sign twice."""
+    steps, rate = 20, 3.0
+    h, y, before, q, f = 1 / steps, 1.0, 1.0, [], []
+    g = [1.0 if s < 0.47 or s > 0.83 else -2.0 for s in (i * h for i in range(steps + 1))]
+    g[0], share, effects = 9.0, 1.0, [0.0]
+    for i in range(steps + 1):
+        f, q = [*f, rate * y], [*q, kappa * y]
+        if i > first_steps:
+            last = range(max(i - 4, 0), i + 1)
+            corrected = before + h * lagrange(last, i - 1, i) @ f[-len(last) :]
+            if i == 4:
+                corrected = 1.0 + h * lagrange(last, 0, 4) @ f
+            change, y = corrected - y, corrected
+            effect = (g[i] - g[i - 1]) * change
+            if i == 1:
+                true = h * (kappa * change + g[1] * rate * change)
+                share, effect = min(1.0, 2 * abs(true / effect)), 0.0
+                f[1], q[1] = rate * y, kappa * y
+            effect *= share if i < 4 else max(0.3, share)
+            effects.append(effect + (g[i] * 3 / 160 * h * np.diff(f, 5)[-1] if i > 4 else 0.0))
+        before, last = y, range(max(i - 3, 0), i + 1)
+        if i < first_steps:
+            y *= sum((h * rate) ** k / math.factorial(k) for k in range(5))
+        elif i < steps:
+            y += h * lagrange(last, i, i + 1) @ f[-len(last) :]
+
+    def node(place, y):
+        return NodeValue(rate * y, kappa * y[:, 0], None, 0 * y + g[place])
+
+    slope = (lambda _, y: rate * y) if first_steps else None
+    found = walk_of(node, torch.ones(2, 1).double(), h, steps, slope)
+    # Below the least share of later steps, above it, and all.
+    assert first_steps or [share > 0.3, share == 1] == [kappa > 1, kappa > 100]
+    torch.testing.assert_close(found.y, torch.full((2, 1), y).double())
+    torch.testing.assert_close(found.integral(), torch.full((2,), h * rule_of(q)).double())
+    stretches = [
+        sum(effects[j:k]) for j in range(len(effects)) for k in range(j, len(effects) + 1)
+    ]
     expected = torch.full((2,), float(np.abs(stretches).max())).double()
     torch.testing.assert_close(found.path_error, expected)
+
+
+def rule_of(values):
+    return float(np.dot(gregory_weights(len(values) - 1), values))
 
 
 @pytest.mark.parametrize(("steps", "apart"), [(65, 0.25), (256, 0.07)])
@@ -202,7 +242,7 @@ def test_the_variance_of_one_probe_is_that_of_its_neighbours():
     def node(place, y):
         return NodeValue(0 * y, 10.0 * place + noise[place], None, y)
 
-    walk = walk_of(lambda _, y: 0 * y, node, y, 0.125, 8)
+    walk = walk_of(node, y, 0.125, 8)
     expected = sum((0.125 * weight) ** 2 for weight in gregory_weights(8))
     assert float(walk.integral().var()) == pytest.approx(expected, rel=0.05)
     assert float(walk.variance.mean()) == pytest.approx(expected, rel=0.05)
@@ -321,4 +361,4 @@ def test_a_tolerance_takes_a_companion_because_the_path_alone_misses_it():
     )
     assert float((alone.nll - truth).abs().min()) > 0.02
     assert float((both.nll - truth).abs().max()) < 0.01
-    assert both.nfe.tolist() == [both.steps * 3 // 2 + 20] * 4
+    assert both.nfe.tolist() == [both.steps * 3 // 2 + 4] * 4

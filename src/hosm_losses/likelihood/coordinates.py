@@ -30,6 +30,7 @@ class Coordinates:
     schedule: Schedule
     mean: Tensor  # of the data, broadcast to (1, *)
     std: Tensor  # of the data, broadcast to (1, *)
+    log_size: float  # log of the root mean square of std, on the host
     start: float | None = None  # log σ̂ of the data end, if not at t_min
 
     @property

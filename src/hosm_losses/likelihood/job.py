@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -125,7 +126,8 @@ class Job:
             progress_bar(self.progress, total, "sample") as advance,
         ):
             mean, std = map(expand_moment, MOMENTS, self.moments, (x, x))
-            coordinates = Coordinates(model.schedule, mean, std)
+            log_size = float(np.log(np.square(self.moments[1]).mean()) / 2)
+            coordinates = Coordinates(model.schedule, mean, std, log_size)
             if self.dequantization is not None:
                 coordinates = self.dequantization.start_coordinates(coordinates)
             start = self.at_start and coordinates.start is None

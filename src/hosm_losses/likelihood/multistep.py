@@ -10,8 +10,13 @@ Formula:
         ŷ_{i+1} = y_i + h (55 f_i − 59 f_{i−1} + 37 f_{i−2} − 9 f_{i−3})/24,
         y_{i+1} = y_i + h (251 f_{i+1} + 646 f_i − 264 f_{i−1} + 106 f_{i−2} − 19 f_{i−3})/720,
     by Adams and Bashforth, corrected by Adams and Moulton. f_i is the slope at ŷ_i, of the one
-    evaluation of the node. The classical Runge-Kutta method starts. ∫ q ds is by the trapezoid
-    rule with Gregory's end corrections up to fourth differences, of order six.
+    evaluation of the node. The first steps are those of lower orders, from Euler's on. Node 1 is
+    evaluated again, at y₁, and y₄ is computed anew by Boole's rule, of order six,
+        y₄ = y₀ + h (14 f₀ + 64 f₁ + 24 f₂ + 64 f₃ + 14 f₄)/45.
+    Where σ̂ is near the data's size z moves from the start on. Two steps of the classical
+    Runge-Kutta method go first there, and no node is evaluated again.
+    ∫ q ds is by the trapezoid rule with Gregory's end corrections up to fourth differences, of
+    order six.
 
 Errors:
     With g the gradient of the answer in y, ∇⁵ the fifth backward difference and c_i = y_i − ŷ_i,
@@ -19,7 +24,12 @@ Errors:
         e_i = g_iᵀ (3/160) h ∇⁵f_i + (g_i − g_{i−1})ᵀ c_i,
     the next term of the corrector, and what follows from f and q at ŷ_i: dg/ds = −(∂f/∂y)ᵀ g − ∇q.
     The path's error is estimated by p = max_{j≤k} |Σ_{i=j}^k e_i|, the largest sum over a stretch
-    of the path, with the covector of the node for g.
+    of the path, with the covector of the node for g. That is the network's score, which near the
+    data is wrong by its own error over σ̂, and (g_i − g_{i−1})ᵀ c_i far too large. The second
+    evaluation of node 1, less the first, is by Δf and Δq what (g₁ − g₀)ᵀ c₁ should be:
+        ρ = min(1, 2 |h (Δq + g₁ᵀ Δf)|/|(g₁ − g₀)ᵀ c₁|),
+    1 for 0/0, with g₁ of the second evaluation above and of the first below. e₁ is left out,
+    since y₁ is mended; the terms of c₂ and c₃ are multiplied by ρ, later ones by max(0.3, ρ).
     The error of ∫ is estimated from the differences d₁, d₂, d₃ of the integrals over every node,
     second, fourth and eighth one: by d₁/15, and at least d₂/64 where d₂ > 32 d₁, because d₁ may be
     small by chance there. Where q has kinks, as with ReLU, or jumps, it is max(d₁, d₂/2), and at
@@ -62,14 +72,27 @@ from hosm_losses.likelihood.result import solver_limit
 from hosm_losses.probes import Hutchinson
 
 WIDTH = 1.0  # of the logistic law
-BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
-MOULTON = (251 / 720, 646 / 720, -264 / 720, 106 / 720, -19 / 720)
+BASHFORTH = (  # orders one to four
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+MOULTON = (  # orders two to five
+    (1 / 2, 1 / 2),
+    (5 / 12, 8 / 12, -1 / 12),
+    (9 / 24, 19 / 24, -5 / 24, 1 / 24),
+    (251 / 720, 646 / 720, -264 / 720, 106 / 720, -19 / 720),
+)
+BOOLE = (14 / 45, 64 / 45, 24 / 45, 64 / 45, 14 / 45)
 NEXT_TERM = tuple(3 / 160 * weight for weight in (1, -5, 10, -10, 5, -1))
 GREGORY = (1 / 12, -1 / 24, 19 / 720, -3 / 160)  # of the differences at an end
 BISECTIONS = 60
 POOL = 8  # samples that say together how much of an estimate is true
-START = 3  # steps by the Runge-Kutta method
-MINIMUM_STEPS = START + 1
+RUNGE_KUTTA = 2  # steps from a start in the middle
+MIDDLE = 3.0  # |log σ̂ − log of the data's size| below which a start is one in the middle
+LEAST_SHARE = 0.3  # of ρ after the start
+MINIMUM_STEPS = 4
 # What ToTolerance chooses from. Below 32 steps the estimate of the error is no guide.
 GRIDS = (32, 64, 128, 256, 512, 1024)
 
@@ -83,7 +106,7 @@ class NodeValue(NamedTuple):
     covector: Tensor  # estimate of the gradient of the answer in y
 
 
-def mesh_points(span: Span, s: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+def mesh_points(span: Span, s: Tensor, centre: float) -> tuple[Tensor, Tensor]:
     """u and du/ds of the mesh at s in [0, 1], (n,); `centre` is that of the logistic law."""
     start, end = span
     low, high = torch.full_like(s, start), torch.full_like(s, end)
@@ -113,18 +136,14 @@ def gregory_weights(steps: int) -> list[float]:
 class AdamsSolver:
     """The state of the multistep method; `y` is the prediction for the next node, then the end."""
 
-    def __init__(self, y: Tensor, h: float, steps: int) -> None:
-        self.h, self.steps = h, steps
-        self.y = self.before = self.covector = y
+    def __init__(self, y: Tensor, h: float, steps: int, runge_kutta: int = 0) -> None:
+        self.h, self.steps, self.runge_kutta = h, steps, runge_kutta
+        self.y = self.first = self.before = self.covector = y
         self.total = self.lowest = self.highest = y.new_zeros(len(y))
+        self.share = torch.ones_like(self.total)  # ρ
         self.slopes: list[Tensor] = []
         self.integrands: list[Tensor] = []
         self.variances: list[Tensor] = []
-
-    @property
-    def starting(self) -> bool:
-        """Whether the next step is one of the first, by the Runge-Kutta method."""
-        return len(self.integrands) <= min(START, self.steps)
 
     def correct(self, node: NodeValue) -> None:
         """Correct y by the evaluation at its node."""
@@ -133,21 +152,38 @@ class AdamsSolver:
         if node.variance is not None:
             self.variances.append(node.variance)
         self.slopes = [node.slope, *self.slopes[: len(NEXT_TERM) - 1]]
-        if index > START:
-            corrected = self.before + self.h * combine(MOULTON, self.slopes)
+        if index > self.runge_kutta:
+            corrected = self.before + self.h * combine(MOULTON[min(index, 4) - 1], self.slopes)
+            if index == 4:
+                corrected = self.first + self.h * combine(BOOLE, self.slopes)
             with torch.no_grad():
-                self._estimate(node.covector, corrected - self.y)
+                self._estimate(index, node.covector, corrected - self.y)
             self.y = corrected
         self.before, self.covector = self.y, node.covector
 
+    def correct_again(self, node: NodeValue) -> None:
+        """Take the second evaluation of node 1, at its corrected state."""
+        with torch.no_grad():
+            moved = node.integrand - self.integrands[1]
+            moved = moved + sum_elements(node.covector * (node.slope - self.slopes[0]), 1)
+            true = 2 * (self.h * moved / self.total).abs()
+            self.share = true.nan_to_num(1.0).clamp(max=1.0)
+        self.total = self.lowest = self.highest = torch.zeros_like(self.total)
+        self.integrands[1], self.slopes[0] = node.integrand, node.slope
+        if node.variance is not None:
+            self.variances[1] = node.variance
+        self.covector = node.covector
+
     def predict(self) -> None:
         """Step to the next node, if there is one."""
-        if len(self.integrands) <= self.steps:
-            self.y = self.y + self.h * combine(BASHFORTH, self.slopes)
+        count = len(self.integrands)
+        if count <= self.steps:
+            self.y = self.y + self.h * combine(BASHFORTH[min(count, 4) - 1], self.slopes)
 
-    def _estimate(self, covector: Tensor, correction: Tensor) -> None:
+    def _estimate(self, index: int, covector: Tensor, correction: Tensor) -> None:
         """Add the effect of a step's error on the answer, e."""
-        effect = sum_elements((covector - self.covector) * correction, 1)
+        share = self.share if index < 4 else self.share.clamp(min=LEAST_SHARE)
+        effect = share * sum_elements((covector - self.covector) * correction, 1)
         if len(self.slopes) == len(NEXT_TERM):
             effect = effect + sum_elements(covector * self.h * combine(NEXT_TERM, self.slopes), 1)
         self.total = self.total + effect
@@ -221,11 +257,11 @@ def solve_on_grid(
     `companion_ratio` holds the quantile of r in the last batch of 8 or more, for smaller batches.
     """
     coordinates, divergence = paths.coordinates, paths.divergence
-    pilots: list[tuple[Tensor, Tensor]] = []  # at each node the state, and a probe's variance
+    pilots: dict[int, tuple[Tensor, Tensor]] = {}  # at each place the state, a probe's variance
     # The nodes, and the midpoints between them: place 2 i is node i.
     s = torch.linspace(0, 1, 2 * steps + 1, dtype=z.dtype, device=z.device)
-    centre = coordinates.std.square().mean().log() / 2
-    grid, rates = mesh_points(span, s, centre.clamp(min(span), max(span)))
+    centre = sorted((*span, coordinates.log_size))[1]
+    grid, rates = mesh_points(span, s, centre)
     levels = coordinates.levels(grid)
 
     def slope(place: int, z: Tensor) -> Tensor:
@@ -233,9 +269,11 @@ def solve_on_grid(
         noise = paths.noise_at(coordinates.to_x(z, level), level)
         return rates[place] * coordinates.slope(z, noise, level)
 
-    solution, coarse = AdamsSolver(z, 1 / steps, steps), None
+    # Where σ̂ is far from the data's size z hardly moves, and low orders will do for a start.
+    runge_kutta = RUNGE_KUTTA if abs(span[0] - coordinates.log_size) < MIDDLE else 0
+    solution, coarse = AdamsSolver(z, 1 / steps, steps, runge_kutta), None
     if companion:  # half as many steps, without a graph
-        coarse = AdamsSolver(z.detach(), 2 / steps, steps // 2)
+        coarse = AdamsSolver(z.detach(), 2 / steps, steps // 2, runge_kutta)
     for place in range(0, 2 * steps + 1, 2):
         paths.advance(len(z) / (steps + 1))
         level = levels(slice(place, place + 1))
@@ -243,23 +281,25 @@ def solve_on_grid(
         for solver, stride in ((solution, 2), (coarse, 4)):
             if solver is None or place % stride:
                 continue
+            twice = place == stride and not runge_kutta
             with torch.set_grad_enabled(torch.is_grad_enabled() and solver is solution):
-                noise, dz_du, integrands = paths.slope_at(solver.y, level, probes)
-                if divergence.target is not None and solver is solution:
-                    pilots.append((solver.y, integrands.detach().var(0)))
-                integrands, count = rates[place] * integrands, len(integrands)
-                variance = integrands.detach().var(0) / count if count > 1 else None
-                covector = coordinates.covector(noise.detach(), level)
-                node = NodeValue(rates[place] * dz_du, integrands.mean(0), variance, covector)
-                solver.correct(node)
-                if solver.starting:  # by the classical Runge-Kutta method
-                    y, h, first = solver.y, solver.h, node.slope
+                for take in (solver.correct, solver.correct_again)[: 1 + twice]:
+                    y = solver.y
+                    noise, dz_du, integrands = paths.slope_at(y, level, probes)
+                    if divergence.target is not None and solver is solution:
+                        pilots[place] = y, integrands.detach().var(0)
+                    integrands, count = rates[place] * integrands, len(integrands)
+                    variance = integrands.detach().var(0) / count if count > 1 else None
+                    covector = coordinates.covector(noise.detach(), level)
+                    take(NodeValue(rates[place] * dz_du, integrands.mean(0), variance, covector))
+                if len(solver.integrands) > runge_kutta:
+                    solver.predict()
+                else:
+                    y, h, first = solver.y, solver.h, solver.slopes[0]
                     second = slope(place + stride // 2, y + h / 2 * first)
                     third = slope(place + stride // 2, y + h / 2 * second)
                     fourth = slope(place + stride, y + h * third)
                     solver.y = y + h / 6 * (first + 2 * second + 2 * third + fourth)
-                else:
-                    solver.predict()
 
     solver_error, standard_error, integral = solution.path_error, None, solution.integral()
     if coarse is not None:
@@ -271,13 +311,18 @@ def solve_on_grid(
     elif divergence != NO_DIVERGENCE:
         solver_error = solver_error + solution.quadrature_error
         standard_error = torch.zeros_like(solver_error)
-    nodes = steps + 1 + (steps // 2 + 1 if companion else 0)
-    nfe = torch.full((len(z),), nodes + 3 * START * (1 + companion), device=z.device)
+    nodes, midpoints = steps + 1 + (steps // 2 + 1 if companion else 0), 0
+    if runge_kutta:
+        midpoints = 3 * runge_kutta * (1 + companion)
+    else:  # node 1 once more
+        nodes += 1 + companion
+    nfe = torch.full((len(z),), nodes + midpoints, device=z.device)
     products = torch.full_like(nfe, nodes * divergence.products)
     if divergence.target is not None:
         weights = rates[::2] * z.new_tensor(gregory_weights(steps)) / steps
+        states = list(pilots.values())
         integral, standard_error, probes = integrate_to_standard_error(
-            paths, pilots, weights, lambda index: levels(slice(2 * index, 2 * index + 1))
+            paths, states, weights, lambda index: levels(slice(2 * index, 2 * index + 1))
         )
         nfe, products = nfe + steps + 1, products + probes
     return ODESolution(
