@@ -787,8 +787,20 @@ MUTANTS = [
     ),
     Mutant(
         "model/posterior.py",
-        "(jacobian_v + products.vjp_c) / 2",
-        "products.vjp_c",
+        "(products + jacobian_v) / 2",
+        "products",
+        "tests/model/test_posterior.py",
+    ),
+    Mutant(
+        "model/posterior.py",
+        "(matrices + matrices.mT) / 2",
+        "matrices",
+        "tests/model/test_posterior.py",
+    ),
+    Mutant(
+        "model/posterior.py",
+        "self.product(v, symmetric=False)).mean(0)",
+        "self.product(v)).mean(0)",
         "tests/model/test_posterior.py",
     ),
     Mutant(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import hosm_losses as hosm
-from tests.cases import PREDICTIONS, SCHEDULES, VP, networks
+from tests.cases import PREDICTIONS, SCHEDULES, VP, CountFlops, OfX, networks
 from tests.oracles import (
     PREDICTIONS_OF_ORACLE,
     GaussianMixture,
@@ -115,7 +115,7 @@ def test_a_network_that_is_no_gradient_has_the_covariance_of_its_jacobian(predic
     assert (whole - whole.mT).abs().max() > 1e-3 * whole.abs().max()
     v = torch.randn(3, *x.shape)
     flat = v.reshape(3, 2, -1)
-    for matrix, kind in ((symmetric, True), (whole, False)):
+    for matrix, kind in ((symmetric, True), (whole.mT, False)):
         expected = torch.einsum("bij,kbj->kbi", matrix, flat).reshape(v.shape)
         torch.testing.assert_close(covariance.product(v, symmetric=kind), expected)
     torch.testing.assert_close(covariance.dense(), symmetric)
@@ -135,6 +135,39 @@ def test_random_probes_have_the_mean_of_the_exact_numbers():
     assert bool(((covariance.trace(probes, generator) - covariance.trace()).abs() <= bound).all())
     again = [covariance.trace(hosm.Hutchinson(2), torch.Generator().manual_seed(1)) for _ in "ab"]
     assert torch.equal(*again)
+
+
+@pytest.mark.parametrize(("count", "one_side"), [(1, 2), (4, 5), (16, 17)])
+def test_products_share_one_forward_pass(count, one_side):
+    """In FLOPs of the network: one, and K passes back; for the symmetric part 1 + K more."""
+    layers = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU())
+    network = OfX(nn.Sequential(layers, nn.Linear(32, 8)))
+    x, t, calls = torch.randn(2, 8), torch.tensor([0.2, 0.7]), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    covariance = hosm.denoising_posterior(hosm.ScoreModel(network, VP), x, t).covariance
+    v, once = torch.randn(count, 2, 8), 2 * 2 * (8 * 32 + 32 * 32 + 32 * 8)
+    calls.clear()
+    for product, passes, expected in (
+        (lambda: covariance.product(v, symmetric=False), one_side, 1),
+        (lambda: covariance @ v, 2 * one_side, 2),
+        (lambda: covariance.dense(), 1 + 8, 1),
+        (lambda: covariance.diagonal(hosm.Hutchinson(count)), one_side, 1),
+    ):
+        with CountFlops() as flops:
+            product()
+        assert flops.total == passes * once
+        assert len(calls) == expected
+        calls.clear()
+
+
+def test_the_matrix_is_that_of_its_chunks(monkeypatch):
+    monkeypatch.setattr("hosm_losses.probes.CHUNK_ELEMENTS", 12)
+    network, shape = networks()["mlp"]
+    x, t = torch.randn(2, *shape), torch.tensor([0.2, 0.7])
+    covariance = hosm.denoising_posterior(hosm.ScoreModel(network, VP), x, t).covariance
+    units = torch.eye(x[0].numel()).reshape(-1, 1, *shape).expand(-1, *x.shape)
+    columns = (covariance @ units).flatten(2).movedim(0, 2)
+    torch.testing.assert_close(covariance.dense(), columns)
 
 
 def test_a_denoiser_keeps_its_digits_at_large_noise():
@@ -186,6 +219,8 @@ def test_conditions_go_with_their_samples_and_nothing_has_a_graph():
             model, x.detach().clone(), t, model_kwargs=kwargs
         ).covariance
         torch.testing.assert_close(inside @ torch.ones(2, 3), expected)
+        torch.testing.assert_close(inside.diagonal(), expected)
+        torch.testing.assert_close(inside.dense(), torch.diag_embed(expected))
 
 
 def test_what_it_cannot_take_is_an_error():

@@ -13,6 +13,7 @@ from hosm_losses.derivatives.checkpointing import checkpoint as checkpoint
 from hosm_losses.derivatives.engines import Derivatives as Derivatives
 from hosm_losses.derivatives.engines import Network as Network
 from hosm_losses.derivatives.engines import Products as Products
+from hosm_losses.derivatives.engines import pull_backs as pull_backs
 from hosm_losses.derivatives.engines import quadratic_forms as quadratic_forms
 from hosm_losses.derivatives.kinks import find_jumps as find_jumps
 from hosm_losses.derivatives.kinks import refusal as refusal

@@ -27,7 +27,7 @@ Source:
     the "double backward trick" of J. Townsend (2017).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -266,6 +266,17 @@ def products_beside(
     if copied:
         parts = [part.reshape(shape) for part in parts]
     return Products(Derivatives(*parts), c, vjp_c.reshape(shape), jvp_c)
+
+
+def pull_backs(network: Network, x: Tensor, directions: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield (∂f/∂x)ᵀ w for chunks w (k, B, *) of directions, from one forward pass.
+
+    Without a graph. A DerivativeError if the output has no graph to x.
+    """
+    point = leaf(x, wanted=False)
+    _, _, back = vjp(lambda point: (network(point), ()), point, graph=False, lost=LOST_ONCE)
+    for w in directions:
+        yield pull_each(back, w)
 
 
 def quadratic_forms(

@@ -30,7 +30,7 @@ from hosm_losses._checks import (
     sum_elements,
 )
 from hosm_losses._torch_internals import leave_inference_mode, outside_inference_mode
-from hosm_losses.derivatives import derive_with_products, quadratic_forms
+from hosm_losses.derivatives import derive, pull_backs, quadratic_forms
 from hosm_losses.model.bound import BoundModel, bind_model, refuse_wrapped
 from hosm_losses.model.score_model import ScoreModel, apply_affine, check_model, check_time
 from hosm_losses.probes import Hutchinson, draw_probes, unit_vector_chunks
@@ -42,11 +42,13 @@ Probes = Literal["exact"] | Hutchinson
 class PosteriorCovariance:
     """The covariance of x₀ given x_t, an operator with `@ v`, `diagonal`, `trace` and `dense`.
 
-    Nothing is stored: each product calls the network once. It is the network's, not clipped: the
-    Jacobian of a network need not be symmetric, nor its symmetric part positive.
+    Nothing is stored: each method calls the network once, a product of the symmetric part once
+    more. It is the network's, not clipped: the Jacobian of a network need not be symmetric, nor
+    its symmetric part positive.
     """
 
-    _bound: BoundModel
+    _bound: BoundModel  # with PyTorch's own operators, whose first derivatives are right
+    _bound_twice: BoundModel  # with those that can be differentiated twice
     _x: Tensor
     _scale: Tensor  # σ²/α, as x
     _affine: tuple[Tensor | None, Tensor | None]
@@ -63,9 +65,14 @@ class PosteriorCovariance:
     def product(self, v: Tensor, *, symmetric: bool = True) -> Tensor:
         """The covariance of each sample times its part of v.
 
+        All K share one forward pass, with a pass back for each. The symmetric part takes the
+        derivatives along v as well, more than twice the time.
+
         Args:
             v: vectors (B, *), or K of them for each sample, (K, B, *).
-            symmetric: whether to take the symmetric part, as a covariance has no other.
+            symmetric: whether to take the symmetric part, as a covariance has no other; False
+                gives σ²/α (∂x̂₀/∂x)ᵀ v, the gradient of σ²/α x̂₀·v in x, which is the same for a
+                network that is a gradient itself.
 
         Returns:
             The products, of the shape of v, without a graph.
@@ -73,7 +80,7 @@ class PosteriorCovariance:
         Raises:
             TypeError: if v is not a tensor.
             ValueError: if it has another shape.
-            DerivativeError: where the network cannot be differentiated twice.
+            DerivativeError: where the network cannot be differentiated.
         """
         x = self._x
         if not isinstance(v, Tensor) or v.shape[-x.ndim :] != x.shape or v.ndim > x.ndim + 1:
@@ -82,26 +89,22 @@ class PosteriorCovariance:
             raise kind(error_message("v", expected, v))
         vectors = v.reshape(-1, *x.shape).to(x.dtype)
         with torch.no_grad(), outside_inference_mode():
-            copies = leave_inference_mode(x).expand(vectors.shape).flatten(0, 1)
-            rows = leave_inference_mode(vectors).reshape(1, *copies.shape)
-            products = derive_with_products(
-                self._bound.repeat(len(vectors)), copies, rows, lambda _: rows, order=2
-            )
-        jacobian_v = products.derived.directional
-        if symmetric:
-            jacobian_v = (jacobian_v + products.vjp_c) / 2
-        x0_jacobian_v = apply_affine(jacobian_v.reshape(vectors.shape), vectors, *self._affine)
-        return (self._scale * x0_jacobian_v).reshape(v.shape)
+            vectors = leave_inference_mode(vectors)
+            (products,) = pull_backs(self._bound, x, [vectors])
+            if symmetric:
+                jacobian_v = derive(self._bound_twice, x, vectors, order=2).directional
+                products = (products + jacobian_v) / 2
+        return (self._scale * apply_affine(products, vectors, *self._affine)).reshape(v.shape)
 
     def diagonal(
         self, probes: Probes = "exact", generator: torch.Generator | None = None
     ) -> Tensor:
-        """Variances (B, *) of the elements: exact, or the mean of v ∘ Σv over random probes."""
+        """Variances (B, *) of the elements: exact, or the mean of v ∘ Σᵀv over random probes."""
         x = self._x
         if isinstance(probes, Hutchinson):
             rng = check_generator(generator, x.device)
             v = draw_probes(x, probes.count, probes.distribution, rng)
-            return (v * (self @ v)).mean(0)
+            return (v * self.product(v, symmetric=False)).mean(0)
         if probes != "exact":
             kind = ValueError if isinstance(probes, str) else TypeError
             raise kind(error_message("probes", "'exact' or Hutchinson(...)", probes))
@@ -115,9 +118,14 @@ class PosteriorCovariance:
         return sum_elements(self.diagonal(probes, generator), 1)
 
     def dense(self) -> Tensor:
-        """The symmetric part as matrices (B, d, d), from d products."""
-        columns = torch.cat([self @ units for units in unit_vector_chunks(self._x)])
-        return columns.flatten(2).movedim(0, 2)
+        """The symmetric part as matrices (B, d, d), from d passes back."""
+        x = self._x
+        with torch.no_grad(), outside_inference_mode():
+            rows = torch.cat(list(pull_backs(self._bound, x, unit_vector_chunks(x))))
+        units = torch.cat(list(unit_vector_chunks(x)))
+        rows = self._scale * apply_affine(rows, units, *self._affine)
+        matrices = rows.flatten(2).movedim(0, 1)
+        return (matrices + matrices.mT) / 2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -176,11 +184,13 @@ def denoising_posterior(
         (tensor([[0.5000, 0.5000]]), tensor([[0.5000, 0.5000]]))
     """
     refuse_wrapped(check_model(model).network)
-    x, kwargs = leave_inference_mode(check_sample_batch("x", x)), check_model_kwargs(model_kwargs)
-    bound = bind_model(model, len(x), kwargs, check_time(model, x, t))
+    check_sample_batch("x", x)
+    arguments = len(x), check_model_kwargs(model_kwargs), check_time(model, x, t)
     with torch.no_grad(), outside_inference_mode():
+        x, bound = leave_inference_mode(x), bind_model(model, *arguments, graph=False)
+        bound_twice = bind_model(model, *arguments)
         mean = model.denoise(x, bound.t, **bound.kwargs)
         alpha, sigma = (expand_right(number, x) for number in model.coefficients(bound.t, x))
         affine = model.affine_of_data(bound.t, x)
     scale = sigma.square() / alpha
-    return DenoisingPosterior(mean, PosteriorCovariance(bound, x, scale, affine))
+    return DenoisingPosterior(mean, PosteriorCovariance(bound, bound_twice, x, scale, affine))
