@@ -415,9 +415,9 @@ class TargetScores:
 
         Example:
             >>> import torch
-            >>> x = 2 * torch.randn(10_000, 3, generator=torch.Generator().manual_seed(0))
-            >>> TargetScores.information_of(x, -x / 4, matrix=True).diagonal().round(decimals=1)
-            tensor([0.2000, 0.2000, 0.2000], dtype=torch.float64)
+            >>> x = torch.randn(10_000, 3, generator=torch.Generator().manual_seed(0)) / 2
+            >>> TargetScores.information_of(x, -4 * x, matrix=True).diagonal().round()
+            tensor([4., 4., 4.], dtype=torch.float64)
         """
         data = check_sample_batch("data", data)
         like = tuple(data.shape), data.dtype, data.device, "data"
