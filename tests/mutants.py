@@ -818,9 +818,42 @@ MUTANTS = [
     # Conditions repeated sample by sample, and not distribution by distribution.
     Mutant(
         "likelihood/distribution.py",
-        "return tensor.expand(outer + shape).reshape(-1, *shape)",
-        "return tensor.reshape(-1, *rest).repeat_interleave(outer.numel() // batch.numel(), 0)",
+        "return tensor.expand(outer + tensor.shape[len(batch) :])",
+        "return tensor.repeat_interleave(outer.numel() // max(batch.numel(), 1), 0).reshape("
+        "outer + tensor.shape[len(batch) :])",
         "tests/likelihood/test_distribution.py",
+    ),
+    Mutant(
+        "likelihood/distribution.py",
+        "any(a not in (1, b) for a, b in zip(own, batch, strict=True))",
+        "False",
+        "tests/likelihood/test_distribution.py",
+    ),
+    Mutant(
+        "likelihood/distribution.py",
+        "t.to(dtype) if t.is_floating_point() else t",
+        "t",
+        "tests/likelihood/test_distribution.py",
+    ),
+    # An index that leaves what is not the nll as it was, and an interrupt in a second draw that
+    # takes the batches of both for one.
+    Mutant(
+        "likelihood/result.py",
+        "name: value[rows] if isinstance(value, Tensor) else value",
+        'name: value[rows] if name == "nll" else value',
+        "tests/likelihood/test_result.py",
+    ),
+    Mutant(
+        "likelihood/job.py",
+        "results = results[: len(results) // batches * batches] or results",
+        "results = list(results)",
+        "tests/likelihood/test_interrupt.py",
+    ),
+    Mutant(
+        "likelihood/ode.py",
+        '"latent": latent[: len(result.latent)]}',
+        '"latent": latent}',
+        "tests/likelihood/test_interrupt.py",
     ),
     # Where paths have kinks, claims that are small by chance.
     Mutant(

@@ -87,6 +87,76 @@ def test_one_call_takes_observations_and_draws():
         torch.testing.assert_close(q.log_prob(point[None]), expected, rtol=0, atol=1e-4)
 
 
+def test_expanded_distributions_are_those_of_expanded_conditions():
+    mean = torch.randn(3, 2)
+    shared = {"std": hosm.Shared(torch.ones(2)), "table": hosm.Shared(torch.zeros(6, 3))}
+    q = hosm.ODEDistribution(
+        hosm.ScoreModel(Shifted(), SCHEDULE),
+        (2,),
+        solver=GRID,
+        model_kwargs={"mean": mean} | shared,
+        batch_shape=(3,),
+    )
+    wide, x = q.expand((4, 3)), torch.randn(4, 3, 2)
+    with torch.no_grad():
+        expected = exact(mean).log_prob(x).sum(-1)
+        torch.testing.assert_close(wide.log_prob(x), expected, rtol=0, atol=1e-4)
+        assert wide.sample((2,)).shape == (2, 4, 3, 2)
+        alone = hosm.ODEDistribution(
+            q.model, (2,), solver=GRID, model_kwargs={"mean": mean[:1]}, batch_shape=(1,)
+        ).expand([5])
+        point = torch.zeros(2)
+        expected = exact(mean[0]).log_prob(point).sum(-1).expand(5)
+        torch.testing.assert_close(alone.log_prob(point), expected, rtol=0, atol=1e-4)
+    assert q.batch_shape == (3,)
+    assert "batch_shape=(4, 3)" in repr(wide)
+    assert Independent(q, 1).expand((7,)).batch_shape == (7,)
+    for sizes in ((4,), (), (3, 1)):
+        with pytest.raises(ValueError, match=r"expected sizes that \(3,\) expands to"):
+            q.expand(sizes)
+
+
+def test_conditions_come_in_the_dtype_of_x():
+    class Float32(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2, dtype=torch.float32)
+
+        def forward(self, x, t, mean, label, table):
+            assert (mean.dtype, table.dtype, label.dtype) == (x.dtype, x.dtype, torch.int64)
+            return 0 * self.layer(torch.cat([mean, x])[: len(x)])
+
+    model = hosm.ScoreModel(Float32(), SCHEDULE)
+    kwargs = {
+        "mean": torch.zeros(3, 2, dtype=torch.float64),
+        "label": torch.zeros(3, dtype=torch.int64),
+        "table": hosm.Shared(torch.zeros(2, dtype=torch.float64)),
+    }
+    q = hosm.ODEDistribution(model, (2,), solver=GRID, model_kwargs=kwargs, batch_shape=(3,))
+    assert q.sample().dtype == torch.float32
+    assert q.log_prob(torch.zeros(2, dtype=torch.float32)).shape == (3,)
+
+
+def test_what_has_no_closed_form_says_how_to_estimate_it():
+    q = hosm.ODEDistribution(hosm.ScoreModel(Shifted(), SCHEDULE), (2,), solver=GRID)
+    for call, estimate in (
+        (lambda: q.mean, "q.sample((1000,)).mean(0)"),
+        (lambda: q.variance, "q.sample((1000,)).var(0)"),
+        (lambda: q.stddev, "q.sample((1000,)).var(0)"),
+        (lambda: q.entropy(), "-q.rsample_and_log_prob((1000,))[1].mean(0)"),
+    ):
+        with pytest.raises(NotImplementedError, match="no closed form") as raised:
+            call()
+        assert f"Take {estimate} of the distribution q." in str(raised.value)
+        number = eval(estimate.replace("1000", "400"), {"q": q})
+        assert number.shape in ((2,), ())
+    with torch.no_grad():
+        log_prob = q.rsample_and_log_prob((400,))[1]
+    error = float(log_prob.std()) / 400**0.5
+    exactly = float(exact().entropy()) * 2
+    assert abs(float(-log_prob.mean()) - exactly) < 5 * error
+
+
 def test_a_condition_of_one_distribution_belongs_to_each_sample():
     mean = torch.tensor([1.0, -1.0])
     q = hosm.ODEDistribution(

@@ -49,6 +49,41 @@ def test_what_agrees_with_the_dequantization_changes_nothing(options):
     assert full().summary(**options) == full().summary()
 
 
+@pytest.mark.parametrize(
+    "index",
+    [slice(1, None), slice(-2, None), torch.tensor([False, True, True]), torch.tensor([1, 2])],
+)
+def test_an_index_takes_the_rows_of_every_field(index):
+    result, rows = full(), torch.tensor([1, 2])
+    samples = SampleResult(**vars(result), x=result.latent + 1)
+    for whole in (result, samples):
+        part = whole[index]
+        assert type(part) is type(whole)
+        for field in dataclasses.fields(whole):
+            value = getattr(whole, field.name)
+            expected = value[rows] if isinstance(value, torch.Tensor) else value
+            torch.testing.assert_close(getattr(part, field.name), expected, rtol=0, atol=0)
+    halves = [result[:1], result[1:]]
+    assert torch.equal(NLLResult.cat(halves).nll, result.nll)
+    assert result[1:].summary().nll == 2.5
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (0, TypeError, r"index: expected a slice, a mask of shape \(3,\).*Take \[i : i \+ 1\]"),
+        ([0, 1], TypeError, "index: expected a slice"),
+        (torch.ones(2, dtype=torch.bool), ValueError, "index: expected a slice, a mask of shape"),
+        (torch.ones(3), TypeError, "index: expected a slice"),
+        (torch.zeros(3, dtype=torch.bool), ValueError, "index: expected one that leaves a sample"),
+        (slice(3, None), ValueError, "index: expected one that leaves a sample"),
+    ],
+)
+def test_other_indices_are_errors(index, error, message):
+    with pytest.raises(error, match=message):
+        full()[index]
+
+
 def test_cat_joins_every_field_in_order():
     parts = [full(), full(n=2, nll=torch.tensor([9.0, 8.0]), failed=torch.tensor([True, False]))]
     joined = NLLResult.cat(iter(parts))

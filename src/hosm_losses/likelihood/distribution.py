@@ -19,9 +19,10 @@ from torch.distributions import Distribution, constraints
 
 from hosm_losses._checks import check_model_kwargs, check_whole, error_message, shown
 from hosm_losses.likelihood.divergence import Divergence, check_divergence
+from hosm_losses.likelihood.job import network_options
 from hosm_losses.likelihood.ode import ode_nll, ode_sample
 from hosm_losses.likelihood.solvers import Adaptive, FixedGrid, ToTolerance, check_solver
-from hosm_losses.model import ScoreModel, check_model, per_sample
+from hosm_losses.model import ScoreModel, check_model, map_tensors, per_sample
 
 
 class ODEDistribution(Distribution):
@@ -37,7 +38,8 @@ class ODEDistribution(Distribution):
         solver: as in `ode_nll`.
         divergence: as in `ode_nll`; "exact" makes `log_prob` a function of its argument.
         model_kwargs: keyword arguments of the network. The shape of every tensor in it begins with
-            `batch_shape`, except for tensors marked `Shared`.
+            `batch_shape`, except for tensors marked `Shared`. Real floating-point ones are cast to
+            the dtype of x: that of the value, or of the network's first parameter for samples.
         batch_shape: the shape of the batch of distributions, one for each condition.
         batch_size: samples solved at a time, all if None.
 
@@ -81,7 +83,7 @@ class ODEDistribution(Distribution):
             for name, sizes in (("event_shape", event_shape), ("batch_shape", batch_shape))
         )
         super().__init__(batch, event)
-        self._options(batch)  # refuses tensors of other shapes
+        self._repeated(batch)  # refuses tensors of other shapes
 
     def __repr__(self) -> str:
         """The shapes, and how the ODE is solved."""
@@ -94,13 +96,45 @@ class ODEDistribution(Distribution):
         """All real numbers."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "ODEDistribution":
+        """The same distributions, repeated to another batch_shape; it takes no memory.
+
+        Raises:
+            TypeError: if a size is not a whole number.
+            ValueError: if this batch_shape does not expand to that one.
+        """
+        batch = torch.Size([check_whole("batch_shape", size, 1) for size in batch_shape])
+        own = (1,) * (len(batch) - len(self.batch_shape)) + self.batch_shape
+        if len(own) != len(batch) or any(a not in (1, b) for a, b in zip(own, batch, strict=True)):
+            expected = f"sizes that {tuple(self.batch_shape)} expands to"
+            raise ValueError(error_message("batch_shape", expected, None, got=f"{tuple(batch)}"))
+        new = self._get_checked_instance(ODEDistribution, _instance)
+        vars(new).update(vars(self))
+        new._batch_shape, new.model_kwargs = batch, self._repeated(batch)
+        return new
+
+    @property
+    def mean(self) -> Tensor:
+        """An error that says how to estimate it."""
+        raise NotImplementedError(_no_closed_form("mean", "q.sample((1000,)).mean(0)"))
+
+    @property
+    def variance(self) -> Tensor:
+        """An error that says how to estimate it."""
+        raise NotImplementedError(_no_closed_form("variance", "q.sample((1000,)).var(0)"))
+
+    def entropy(self) -> Tensor:
+        """Raise an error that says how to estimate it."""
+        estimate = "-q.rsample_and_log_prob((1000,))[1].mean(0)"
+        raise NotImplementedError(_no_closed_form("entropy", estimate))
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of values (..., batch_shape, event_shape), in float64."""
         self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
         outer = shape[: len(shape) - len(self.event_shape)]
         x = value.expand(shape).reshape(-1, *self.event_shape)
-        options = self._options(outer)
+        options = self._options(outer, value.dtype)
         result = ode_nll(self.model, x, solver=self.solver, divergence=self.divergence, **options)
         return -_all_good(result).nll.reshape(outer)
 
@@ -116,7 +150,8 @@ class ODEDistribution(Distribution):
         self, sample_shape: Sequence[int], divergence: Divergence | None
     ) -> tuple[Tensor, Any]:
         outer = torch.Size(sample_shape) + self.batch_shape
-        size, options = (outer.numel(), *self.event_shape), self._options(outer)
+        dtype = network_options(self.model)["dtype"]
+        size, options = (outer.numel(), *self.event_shape), self._options(outer, dtype)
         solver: Any = self.solver
         if solver.companion:  # for the likelihood of data alone
             solver = replace(solver, companion=False)
@@ -125,21 +160,34 @@ class ODEDistribution(Distribution):
         log_prob = None if drawn.nll is None else -drawn.nll.reshape(outer)
         return drawn.x.reshape(outer + self.event_shape), log_prob
 
-    def _options(self, outer: torch.Size) -> dict[str, Any]:
-        """Return the options of a solve for rows of a shape that ends in the batch_shape."""
+    def _options(self, outer: torch.Size, dtype: torch.dtype) -> dict[str, Any]:
+        """Return the options of a solve for rows (outer,) of this dtype."""
+
+        def rows(_: str, tensor: Tensor) -> Tensor:
+            return tensor.reshape(-1, *tensor.shape[len(outer) :])
+
+        kwargs = per_sample(self._repeated(outer), rows)
+        kwargs = map_tensors(kwargs, lambda t: t.to(dtype) if t.is_floating_point() else t)
+        grad = torch.is_grad_enabled()
+        return {"model_kwargs": kwargs, "batch_size": self.batch_size, "enable_grad": grad}
+
+    def _repeated(self, outer: torch.Size) -> dict[str, Any]:
+        """Return the conditions of each distribution for a shape that ends in the batch_shape."""
         batch = self.batch_shape
 
-        def rows(path: str, tensor: Tensor) -> Tensor:
+        def repeated(path: str, tensor: Tensor) -> Tensor:
             if tensor.shape[: len(batch)] != batch:
                 expected = f"a tensor whose shape begins with the batch_shape {tuple(batch)}"
                 remedy = "Mark what all distributions share: hosm_losses.Shared(tensor)."
                 raise ValueError(error_message(path, expected, tensor, remedy))
-            shape = tensor.shape[len(batch) :]
-            return tensor.expand(outer + shape).reshape(-1, *shape)
+            return tensor.expand(outer + tensor.shape[len(batch) :])
 
-        kwargs = per_sample(self.model_kwargs, rows)
-        grad = torch.is_grad_enabled()
-        return {"model_kwargs": kwargs, "batch_size": self.batch_size, "enable_grad": grad}
+        return per_sample(self.model_kwargs, repeated)
+
+
+def _no_closed_form(name: str, estimate: str) -> str:
+    remedy = f"Take {estimate} of the distribution q."
+    return error_message(name, "an estimate from samples", None, remedy, got="no closed form")
 
 
 def _all_good(result: Any) -> Any:

@@ -44,7 +44,7 @@ from hosm_losses.likelihood.dequantize import (
 )
 from hosm_losses.likelihood.divergence import Divergence, resolve_divergence
 from hosm_losses.likelihood.paths import Paths
-from hosm_losses.likelihood.result import Cause, NLLResult, solver_limit
+from hosm_losses.likelihood.result import Cause, NLLResult, Result, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
 from hosm_losses.likelihood.watch import FirstEvaluation, buffers_restored, warn_of_training_mode
 from hosm_losses.model import ScoreModel, bind_model, check_model
@@ -156,15 +156,28 @@ class Job:
                 yield paths.rows(x, rows, nll_offset)
 
     def result(self, results: Sequence[NLLResult]) -> NLLResult:
-        """Join the results of all batches, and weigh those of several draws."""
-        batches = len(results) // self.draws
-        draws = [
-            NLLResult.cat(results[start : start + batches]) if batches > 1 else results[start]
-            for start in range(0, len(results), batches)
-        ]
+        """Join the results of all batches, and weigh those of several draws.
+
+        Of the batches of an interrupted call those of whole draws, or of a part of the first.
+        """
+        batches = math.ceil(len(self.x) / self.size)
+        results = results[: len(results) // batches * batches] or results
+        parts = [results[start : start + batches] for start in range(0, len(results), batches)]
+        draws = [NLLResult.cat(part) if len(part) > 1 else part[0] for part in parts]
         if self.dequantization is None:
             return draws[0]
         return importance_weighted(draws, self.dequantization.quantization)
+
+
+def keep_finished(interrupt: KeyboardInterrupt, result: Result | None) -> None:
+    """Give an interrupt the result of the batches that are done, and a note that says so."""
+    carrier: Any = interrupt
+    carrier.result = result
+    done = 0 if result is None else len(result.nfe)
+    interrupt.add_note(
+        f"The first {done} samples are done: `.result` of this exception has them, in a notebook "
+        "sys.last_value.result."
+    )
 
 
 def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -26,7 +26,7 @@ from hosm_losses._checks import (
 from hosm_losses.likelihood.adaptive import solve_adaptive
 from hosm_losses.likelihood.dequantize import Dequantization, check_dequantization
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE, Divergence, check_divergence
-from hosm_losses.likelihood.job import Job, LogPrior, mark_failed, network_options
+from hosm_losses.likelihood.job import Job, LogPrior, keep_finished, mark_failed, network_options
 from hosm_losses.likelihood.multistep import fewest_steps, solve_on_grid
 from hosm_losses.likelihood.paths import Paths, all_finite
 from hosm_losses.likelihood.result import Cause, NLLResult, SampleResult
@@ -87,7 +87,8 @@ def ode_nll(
         model_kwargs: keyword arguments of the network.
 
     Returns:
-        The result, in nats; `bits_per_dim` converts. A sample that failed has NaN.
+        The result, in nats; `bits_per_dim` converts. A sample that failed has NaN. After a
+        KeyboardInterrupt, its `.result` is that of the finished batches, None before the first.
 
     Raises:
         TypeError: if an argument has an invalid type or dtype, such as integer images.
@@ -126,10 +127,14 @@ def ode_nll(
     )
     results, earlier = list[NLLResult](), EarlierBatches()
     with job.running() as paths:
-        for batch in job.batches(paths):
-            noisy = _from_clean(batch) if clean else batch
-            result = solve(noisy, solver, earlier)
-            results.append(replace(result, nfe=result.nfe + clean))
+        try:
+            for batch in job.batches(paths):
+                noisy = _from_clean(batch) if clean else batch
+                result = solve(noisy, solver, earlier)
+                results.append(replace(result, nfe=result.nfe + clean))
+        except KeyboardInterrupt as interrupt:
+            keep_finished(interrupt, job.result(results) if results else None)
+            raise
         return job.result(results)
 
 
@@ -167,7 +172,8 @@ def ode_sample(
         model_kwargs: keyword arguments of the network.
 
     Returns:
-        The samples, at the schedule's t_min, where they carry noise of σ(t_min).
+        The samples, at the schedule's t_min, where they carry noise of σ(t_min). A
+        KeyboardInterrupt has those of finished batches, as in `ode_nll`.
 
     Raises:
         TypeError: if an argument has an invalid type or dtype.
@@ -212,10 +218,19 @@ def ode_sample(
     )
     results, earlier = list[NLLResult](), EarlierBatches()
     with job.running() as paths:
-        for batch in job.batches(paths):
-            results.append(solve(batch, solver, earlier, backwards=True))
-        result = job.result(results)
-    fields = {**vars(result), "x": result.latent, "latent": start}
+        try:
+            for batch in job.batches(paths):
+                results.append(solve(batch, solver, earlier, backwards=True))
+        except KeyboardInterrupt as interrupt:
+            samples = _samples(job.result(results), start, divergence) if results else None
+            keep_finished(interrupt, samples)
+            raise
+        return _samples(job.result(results), start, divergence)
+
+
+def _samples(result: NLLResult, latent: Tensor, divergence: Divergence | None) -> SampleResult:
+    """Return a result whose `latent` is the samples as theirs, of the first latents or all."""
+    fields = {**vars(result), "x": result.latent, "latent": latent[: len(result.latent)]}
     if divergence is None:
         fields |= {"nll": None, "solver_error": None}
     return SampleResult(**fields)

@@ -155,6 +155,37 @@ class Result:
         known = self._quantization({"levels": levels, "low": low, "high": high})
         return bits if known is None else bits + math.log2(known.levels / (known.high - known.low))
 
+    def __getitem__(self, index: slice | Tensor) -> Self:
+        """The result of some samples, for errors by part: `result[:200]`, `result[mask]`.
+
+        Args:
+            index: a slice, a mask (B,), or the rows as an index tensor.
+
+        Raises:
+            TypeError: if it is another kind of index.
+            ValueError: if a mask has another length, or if it leaves no sample.
+
+        Example:
+            >>> nll, none = torch.tensor([1.0, 3.0, 8.0]), torch.zeros(3)
+            >>> result = NLLResult(nll, torch.zeros(3, 4), none + 74, None, none, none > 0)
+            >>> result[:2].summary().nll, result[nll > 2].nll
+            (2.0, tensor([3., 8.]))
+        """
+        rows, count = index, len(self.nfe)
+        expected = f"a slice, a mask of shape ({count},) or an index tensor (n,)"
+        if isinstance(rows, Tensor) and rows.ndim == 1 and not rows.is_floating_point():
+            if rows.dtype is torch.bool and len(rows) != count:
+                raise ValueError(error_message("index", expected, rows))
+        elif not isinstance(rows, slice):
+            raise TypeError(error_message("index", expected, rows, "Take [i : i + 1] for one."))
+        chosen: dict[str, Any] = {
+            name: value[rows] if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        if not len(chosen["nfe"]):
+            raise ValueError(error_message("index", "one that leaves a sample", rows))
+        return type(self)(**chosen)
+
     def _density(self) -> Tensor:
         if self.nll is None:
             raise ValueError(
