@@ -1,5 +1,6 @@
 """Checkpoints that a kill cannot spoil, and logs that go with them."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -38,12 +39,21 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_same(kept: dict[str, Any], given: dict[str, Any], names: Iterable[str]) -> None:
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """A short text that differs where weights do."""
+    summed = hashlib.sha256()
+    for name, tensor in tensors.items():
+        summed.update(name.encode())
+        summed.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return summed.hexdigest()[:16]
+
+
+def check_same(saved: dict[str, Any], args: dict[str, Any], names: Iterable[str]) -> None:
     """Raise ValueError unless the options of a checkpoint and of this command agree."""
     differing = [
-        f"--{name.replace('_', '-')} {given[name]} where it has {kept[name]}"
+        f"--{name.replace('_', '-')} {args[name]} where it has {saved.get(name)}"
         for name in names
-        if kept[name] != given[name]
+        if saved.get(name) != args[name]
     ]
     if differing:
         raise ValueError(
@@ -56,14 +66,14 @@ def truncate_log(path: Path, step: int) -> None:
     """Drop from a log of JSON lines what came after a step, and a line that a kill cut off."""
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
             break
         if entry["step"] <= step:
-            kept.append(line + "\n")
+            lines.append(line + "\n")
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_text("".join(lines), encoding="utf-8")
     partial.replace(path)

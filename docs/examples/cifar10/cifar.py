@@ -81,9 +81,14 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def prepared(images: torch.Tensor, *, flip: bool) -> torch.Tensor:
-    """Return uint8 images as float32 in [-1, 1], uniformly dequantized, flipped by a coin."""
-    x = -1 + 2 * (images.float() + torch.rand(images.shape, device=images.device)) / 256
+def prepared(images: torch.Tensor, *, flip: bool, dequantize: bool) -> torch.Tensor:
+    """Return uint8 images as float32 in [-1, 1], uniformly dequantized or not, flipped by a coin.
+
+    Without dequantization level 0 is -1 and level 255 is 1, as `TruncatedNormal` has them.
+    """
+    x = -1 + 2 * images.float() / 255
+    if dequantize:
+        x = -1 + 2 * (images.float() + torch.rand(images.shape, device=images.device)) / 256
     if not flip:
         return x
     coin = torch.rand((len(x), 1, 1, 1), device=x.device) < 0.5

@@ -13,10 +13,12 @@ Data in [-1, 1] has twice the scale of data in [0, 1]. So σ from 0.02 to 100 is
 """
 
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
+from score_sde import score_sde_model
 from torch import nn
 
 from hosm_losses import (
@@ -46,14 +48,26 @@ LOSSES: dict[str, tuple[type[nn.Module], type[Hutchinson | Paired]]] = {
     "paired2": (SecondOrderDSM, Paired),
     "paired3": (ThirdOrderDSM, Paired),
 }
+# The library's default weights for d = 3072.
+WEIGHTS = {"second": [1.0, 0.5, 0.0], "third": [1.0, 0.5, 0.0, 1.0]}
+WEIGHTS |= {"paired2": WEIGHTS["second"], "paired3": WEIGHTS["third"]}
 TIMES = ("log_sigma_hat", "schedule")
+
+
+def model_of(options: dict[str, Any], code: Path | None) -> ScoreModel:
+    """Return the new network that options of train.py name; `code` is score_sde's."""
+    if (name := options["score_sde_config"]) is None:
+        return score_model(options["sde"], options["size"], options["dropout"])
+    if code is None:
+        raise ValueError(f"{name}: expected --score-sde-code FOLDER, where its code is; got none.")
+    return score_sde_model(code, name)
 
 
 def score_model(sde: str, size: str, dropout: float = 0.0) -> ScoreModel:
     """Return a new network of a size, with its schedule, "ve" or "vp"."""
     channels, layers, groups = SIZES[size]
     if sde == "ve":  # whose blocks have group norms of 32 groups
-        channels = tuple(max(32, each) for each in channels)
+        channels = tuple(max(32, width) for width in channels)
     skip = "Skip" if sde == "ve" else ""
     down = [f"{skip}DownBlock2D"] * len(channels)
     down[1] = f"Attn{skip}DownBlock2D"
@@ -85,13 +99,10 @@ def objective(model: ScoreModel, loss: str, *, times: str, **options: Any) -> nn
     """
     kind, probes = LOSSES[loss]
     chosen = {name: value for name, value in options.items() if value is not None}
-    weights, count = chosen.pop("weights", None), chosen.pop("probes", None)
-    if count is not None:
+    if (count := chosen.pop("probes", None)) is not None:
         chosen["probes"] = probes(count)
     elif probes is Paired:
         chosen["probes"] = Paired()
-    if loss != "first" and weights is not None:
-        chosen["weights"] = weights
     if times == "log_sigma_hat":
         low, high = model.schedule.log_sigma_hat_range
 
