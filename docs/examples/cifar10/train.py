@@ -46,7 +46,7 @@ FIXED = (
     *("seed", "parts"),
 )
 NETWORK = ("sde", "size", "score_sde_config", "dequantize")
-LEVELS = 8  # of noise, in a validation
+LEVELS, VALIDATED = 8, 100  # noise levels of a validation, and images at a time
 ASKED_EVERY = 10  # steps after which many processes agree on whether to stop
 LEAST_SHARE = 0.01  # of the gradient's norm, below which a term is warned of
 
@@ -80,8 +80,10 @@ class Run:
         elif args.score_sde_checkpoint is not None:
             load_score_sde(network, args.score_sde_checkpoint)
             self.origin = digest(network.state_dict())
-        layout = torch.channels_last if args.bf16 else torch.preserve_format
-        self.model.to(device, memory_format=layout)
+        self.model.to(device)
+        for weight in network.parameters() if args.bf16 else ():
+            if weight.ndim == 4 and weight.shape[-1] > 1:  # of a convolution, for tensor cores
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         higher = ("weights", "probes", "fraction") if args.loss != "first" else ()
         chosen = {name: getattr(args, name) for name in higher}
         self.objective = objective(self.model, args.loss, times=args.times, **chosen)
@@ -275,7 +277,7 @@ def validate(run: Run, images: torch.Tensor, processes: Processes) -> None:
     levels = low + (high - low) * (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
     sums = torch.zeros(LEVELS + 1, dtype=torch.float64, device=images.device)
     torch.manual_seed(args.seed + processes.rank)  # the same noise every time
-    for part in images[processes.rank :: processes.count].split(args.batch):
+    for part in images[processes.rank :: processes.count].split(VALIDATED):
         x0 = prepared(part, flip=False, dequantize=args.dequantize)
         for place, t in enumerate(schedule.time(levels).tolist()):
             loss = first_order_dsm(run.average, x0, t=x0.new_full((len(x0),), t), reduction="sum")
