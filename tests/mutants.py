@@ -50,6 +50,42 @@ MUTANTS = [
         "tests/taylor/test_edges.py",
     ),
     Mutant(
+        "taylor/matrices.py",
+        "(products * products.mT).sum((-2, -1))",
+        "(products * products).sum((-2, -1))",
+        "tests/taylor/test_matrices.py",
+    ),
+    Mutant(
+        "taylor/matrices.py",
+        "seconds = seconds + collect(firsts.square(), A.pairs)",
+        "seconds = seconds",
+        "tests/taylor/test_matrices.py",
+    ),
+    Mutant(
+        "taylor/matrices.py",
+        "inverse = inverse.where(info[..., None, None] == 0, torch.nan)",
+        "inverse = inverse.where(info[..., None, None] == 0, 0.0)",
+        "tests/taylor/test_matrices.py",
+    ),
+    Mutant(
+        "taylor/matrices.py",
+        "    with without_autocast(a.device.type):\n        stack = _solution",
+        "    if True:\n        stack = _solution",
+        "tests/taylor/test_matrices.py",
+    ),
+    Mutant(
+        "taylor/matrices.py",
+        "((change + change.mT) / 2)",
+        "change",
+        "tests/taylor/test_matrices.py",
+    ),
+    Mutant(
+        "taylor/jets.py",
+        "first.movedim(0, -1).reshape(",
+        "first.reshape(",
+        "tests/taylor/test_directional.py",
+    ),
+    Mutant(
         "taylor/attention.py",
         "return (mixed if mask is None else ops.mul(mixed, _allows_any(mask))), weights",
         "return mixed, weights",
@@ -195,8 +231,8 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/jets.py",
-        'directions, "sum")[2]',
-        'directions, "squares")[2]',
+        'second = jet(function, x, directions, "sum")',
+        'second = jet(function, x, directions, "squares")',
         "tests/taylor/test_directional.py",
     ),
     Mutant(

@@ -214,14 +214,26 @@ def symmetric(h):
     return matrix(h) + matrix(h).mT + torch.diag(torch.arange(3.0)) * 20
 
 
-PLACES = torch.tensor([[0, 0, 1, 1, 2, 3, 4, 5, 6]] * 4)
-WRONG_FORWARD = {
+MATRICES = {
     "solve": lambda h: torch.linalg.solve(shifted(h), matrix(h)).flatten(1),
-    "solve_ex": lambda h: torch.linalg.solve_ex(shifted(h), matrix(h))[0].flatten(1),
+    "inv": lambda h: torch.linalg.inv(shifted(h)).flatten(1),
     "det": lambda h: h * torch.linalg.det(shifted(h))[:, None],
     "Tensor.det": lambda h: h * shifted(h).det()[:, None],
     "slogdet": lambda h: h * torch.linalg.slogdet(shifted(h))[1][:, None],
     "logdet": lambda h: h * torch.logdet(shifted(h))[:, None],
+    "cholesky": lambda h: torch.linalg.cholesky(symmetric(h) + 9 * torch.eye(3)).flatten(1),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_matrices_that_forward_mode_gets_wrong_have_rules(name):
+    for options in ({"order": 2}, {}, {"probe": torch.randn(3, 4, 2)}):
+        agree(MATRICES[name], "taylor", **options)
+
+
+PLACES = torch.tensor([[0, 0, 1, 1, 2, 3, 4, 5, 6]] * 4)
+WRONG_FORWARD = {
+    "solve_ex": lambda h: torch.linalg.solve_ex(shifted(h), matrix(h))[0].flatten(1),
     "cumprod": lambda h: torch.cumprod(F.relu(h), 1),
     "scatter_reduce": lambda h: torch.zeros(4, 9).scatter_reduce(
         1, PLACES, h + 2, "prod", include_self=False

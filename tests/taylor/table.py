@@ -325,6 +325,28 @@ def product(f, x, c):
     return f(*c(*forms))
 
 
+def square(x, c):
+    """Square matrices: some of x alone, a batch of batches, a single one; none is singular."""
+    y = 0.3 * x + 0.2 * x.roll(1, 0)
+    shape = c((3, 2, 2), (3, 1, 2, 2), (2, 2))
+    return y[:, :4].tanh().reshape(-1)[: math.prod(shape)].reshape(shape) + 2 * torch.eye(2)
+
+
+def factored(f, x, c):
+    """Cholesky factors; of the torch of old and of methods `upper` may have no name."""
+    y = square(x, c)
+    upper = c({}, {"upper": True}, {"upper": False})
+    return f(y + y.mT, **upper)
+
+
+def system(f, x, c):
+    """A matrix, a right-hand side or both of x; matrices and vectors; from the right as well."""
+    A, plain = square(x, c), WEIGHT[:2, :2] + 3 * torch.eye(2)
+    B = c(x.cos().reshape(3, 2, 4), WEIGHT[:2, :3], x[:, 4:].reshape(3, 2, 2), x[:, :2], x[0, :2])
+    left = c(True, True, False)
+    return f(c(A, A, A, plain), B if left else B.mT if B.ndim > 1 else B, **c({"left": left}))
+
+
 def sum_of_products(f, x, c):
     three, y = cube(x), x.cos()
     if "baddbmm" in f.__name__:
@@ -360,7 +382,10 @@ TABLE = {
     "mm": lambda f, x, c: f(*c((x, WEIGHT), (WEIGHT, x.mT), (x, x.mT.cos()))),
     "bmm": lambda f, x, c: f(*c((cube(x), cube(x).mT.cos()), (cube(x), OTHER.mT))),
     "baddbmm addmm": sum_of_products,
+    "det slogdet logdet inv inverse": lambda f, x, c: f(square(x, c)),
+    "cholesky": factored,
     "einsum": einsum,
+    "solve": system,
     "cat concat concatenate": concatenated,
     "stack": lambda f, x, c: f(
         c([x, x * x], (WEIGHT[:3], x), [x.mean(), x[0, 0], ROW[0]]), *c((), (-1,), (1,))

@@ -61,6 +61,95 @@ def test_laplacian_is_the_trace_of_the_hessian(network, points, flat):
     same(found, torch.einsum("b...ii->b...", whole), [points, *network.parameters()])
 
 
+@pytest.mark.parametrize("flat", [True, False], ids=["a number for each sample", "a vector"])
+def test_value_and_gradient_come_with_the_laplacian(network, points, flat):
+    function = (lambda x: network(x).prod(-1)) if flat else network
+    value, gradient, found = taylor.laplacian(function, points, gradient=True)
+    leaves = [points, *network.parameters()]
+    same(value, function(points), leaves)
+    same(gradient, vmap(jacrev(function))(points), leaves)
+    same(found, taylor.laplacian(function, points), leaves)
+
+
+def test_gradients_of_images_and_of_numbers():
+    x = torch.randn(2, 1, 4, 4)
+    found = taylor.laplacian(lambda x: x**3, x, gradient=True)
+    units = torch.eye(16).reshape(1, 1, 4, 4, 1, 4, 4)
+    gradient = 3 * x.square().reshape(2, 1, 4, 4, 1, 1, 1) * units
+    torch.testing.assert_close(found, (x**3, gradient, 6 * x))
+    numbers = taylor.laplacian(torch.sin, x[0, 0, 0], gradient=True)
+    assert [each.shape for each in numbers] == [(4,)] * 3
+
+
+def heat(x, t, label=None):
+    """A function that mixes all of its inputs, with the shapes (B, 3), (B,) and (B, 1)."""
+    wave = torch.exp(-t[:, None] * x.square()) * torch.cos(t)[:, None]
+    return wave if label is None else wave * label
+
+
+@pytest.mark.parametrize("pairs", ["none", "squares", "sum"])
+def test_several_inputs_are_one_of_their_columns(points, pairs):
+    t, label = torch.rand(5, requires_grad=True), torch.arange(5)[:, None]
+    w = directions().requires_grad_(), torch.randn(4, 5, requires_grad=True)
+    columns = torch.cat([points, t[:, None]], 1), torch.cat([w[0], w[1][..., None]], 2)
+    expected = taylor.jet(lambda xt: heat(xt[:, :3], xt[:, 3], label), *columns, pairs)
+    found = taylor.jet(heat, (points, t, label), (*w, None), pairs)
+    for one, other in zip(found, expected, strict=True):
+        if other is not None:
+            same(one, other, [points, t, *w])
+
+
+def test_an_input_without_directions_is_held(points):
+    t = torch.rand(5, requires_grad=True)
+    found = taylor.jet(heat, (points, t), (directions(), None), "sum")
+    expected = taylor.jet(lambda x: heat(x, t), points, directions(), "sum")
+    for one, other in zip(found, expected, strict=True):
+        same(one, other, [points, t])
+
+
+def test_inputs_keep_their_own_types_and_inference_mode_is_left(points):
+    x, t = points.detach(), torch.rand(5).float()
+    w = directions(), torch.randn(4, 5)
+    expected = taylor.jet(heat, (x, t), w, "squares")
+    with torch.inference_mode():
+        found = taylor.jet(heat, (x.clone(), t.clone()), tuple(map(torch.clone, w)), "squares")
+        held = taylor.jet(heat, (x.clone(), t.clone()), (w[0].clone(), None))
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(held[0], expected[0])
+    rounded = taylor.jet(heat, (x, t.double()), (w[0], w[1].float().double()), "squares")
+    assert torch.allclose(expected[1], rounded[1], rtol=1e-5, atol=1e-6)
+
+
+SEVERAL = {
+    "one tensor of directions": (torch.ones(4, 5, 3), TypeError, r"a tuple like x, of 2 .*Tensor"),
+    "too few": ((torch.ones(4, 5, 3),), TypeError, "of 2 entries; got 1 entries"),
+    "none at all": ((None, None), ValueError, "one of them at least"),
+    "another K": ((torch.ones(4, 5, 3), torch.ones(2, 5)), ValueError, "one K and one B"),
+    "another shape": (
+        (None, torch.ones(4, 5, 1)),
+        ValueError,
+        r"directions\[1\]: .*\(K, 5\); got \(4, 5, 1\)",
+    ),
+    "integers": ((torch.ones(4, 5, 3).long(), None), TypeError, r"directions\[0\]: "),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_directions_of_several_inputs_are_refused_in_a_sentence(name, points):
+    w, kind, match = SEVERAL[name]
+    with pytest.raises(kind, match=match):
+        taylor.jet(heat, (points, torch.ones(5)), w)
+
+
+def test_several_inputs_have_one_batch(points):
+    with pytest.raises(ValueError, match="one K and one B"):
+        taylor.jet(heat, (points, torch.ones(1)), (torch.ones(1, 5, 3), torch.ones(1, 1)))
+    with pytest.raises(ValueError, match=r"x\[1\]: expected a batch"):
+        taylor.jet(heat, (points, torch.tensor(1.0)), (None, torch.ones(1)))
+    with pytest.raises(TypeError, match="tensor in floating point; got tuple"):
+        taylor.jet(torch.sin, points, (torch.ones(1, 5, 3),))
+
+
 def test_laplacian_of_images():
     """Of the sum of cubes of a convolution, whose Laplacian is written out."""
     layer = nn.Conv2d(1, 2, 3, padding=1, bias=False)
@@ -173,7 +262,7 @@ def test_in_inference_mode_they_are_what_they_are_outside(network):
 
 def test_advice_names_no_argument_of_another_function():
     functions = (
-        torch.linalg.det,
+        torch.linalg.eigvalsh,
         torch.fft.fft,
         torch.no_grad()(torch.sin),
         torch.special.bessel_j0,

@@ -12,6 +12,12 @@ from hypothesis import strategies as st
 from hosm_losses.taylor import TaylorError
 from tests.taylor.checks import KINDS, check, close
 
+
+def square(y):
+    """Matrices (3, 2, 2) that have an inverse."""
+    return 0.4 * y[..., :2].tanh() + torch.eye(2)
+
+
 # New tensors of one shape (3, 2, 3), of two such and a weight (3, 3).
 MAKES = {
     "copy": lambda y, z, w: y.clone(),
@@ -26,6 +32,9 @@ MAKES = {
     "softmax": lambda y, z, w: y.softmax(-1) * z,
     "attention": lambda y, z, w: F.scaled_dot_product_attention(y, z, y.tanh()),
     "einsum": lambda y, z, w: torch.einsum("bij,bkj->bik", y, z) @ y,
+    "determinant": lambda y, z, w: z * torch.linalg.slogdet(square(y))[1][:, None, None],
+    "system": lambda y, z, w: torch.linalg.solve(square(y), z),
+    "factor": lambda y, z, w: torch.linalg.cholesky(square(y) + square(y).mT) @ z,
     "linear": lambda y, z, w: F.linear(y, w, w[0]),
     "convolution": lambda y, z, w: F.conv1d(y, w[:2, :2, None].tile(3), w[0, :2], padding=1),
     "layer norm": lambda y, z, w: F.layer_norm(y, (3,), w[0], w[1]),

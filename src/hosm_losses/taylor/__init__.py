@@ -62,11 +62,11 @@ Files, from the bottom up:
 - `primitives`: operators whose double backward is right, and the mode that puts them in place of
   PyTorch's in reverse mode.
 - `jets`: the Jet, what happens to a function that is called on one, `jet` and `laplacian`.
-- `linear`, `products`, `pointwise`, `composites`, `attention`, `norms`, `in_place`: the rules,
-  registered on import, each beside its gradients.
+- `linear`, `products`, `matrices`, `pointwise`, `composites`, `attention`, `norms` and `in_place`:
+  the rules, registered on import, each beside its gradients.
 """
 
-from hosm_losses.taylor import attention, norms, pointwise  # noqa: F401
+from hosm_losses.taylor import attention, matrices, norms, pointwise  # noqa: F401
 from hosm_losses.taylor.in_place import register_changes
 from hosm_losses.taylor.jets import Jet as Jet
 from hosm_losses.taylor.jets import define_methods

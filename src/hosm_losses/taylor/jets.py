@@ -25,7 +25,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -349,30 +349,48 @@ def _is_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return isinstance(first, Jet)
 
 
+# An input, or several; and their directions.
+Inputs = Tensor | tuple[Any, ...]
+Directions = Tensor | tuple[Tensor | None, ...]
+
+
 def propagate(
-    function: Callable[[Tensor], object], x: Tensor, directions: Tensor, pairs: Pairs = "none"
+    function: Callable[..., object], x: Inputs, directions: Directions, pairs: Pairs = "none"
 ) -> Tensor:
     """The stack (C, B, *) of a function at x (B, *): f, ∂f w for the K directions, and pairs.
 
     `pairs` is "none"; "squares" for ∂²f[w, w] of every direction; "sum" for the sum of those,
-    carried as one. TaylorError says what cannot be carried.
+    carried as one. TaylorError says what cannot be carried. For a tuple of inputs there is a tuple
+    of directions; an input with None in their place stays a plain tensor.
 
     Example:
         >>> x = torch.tensor([[0.5]])
         >>> propagate(torch.square, x, torch.ones(1, 1, 1), "squares").flatten()
         tensor([0.2500, 1.0000, 2.0000])
     """
-    count = len(directions)
+    inputs: Any = x if isinstance(x, tuple) else (x,)
+    ways: Any = directions if isinstance(directions, tuple) else (directions,)
+    count = next(len(w) for w in ways if w is not None)
     # Joined along the batch, which keeps a channels-last layout.
-    stack = torch.cat([x, *directions]).unflatten(0, (1 + count, len(x)))
+    stacks = [
+        None if w is None else torch.cat([point, *w]).unflatten(0, (1 + count, len(point)))
+        for point, w in zip(inputs, ways, strict=True)
+    ]
     before, finished = len(memory.THREAD.became_jets), False
     propagation = memory.Propagation(count, pairs, [], [], [])
     memory.THREAD.propagations.append(propagation)
     try:
         # Gradients are off in the forward of a custom Function, which is how one is found.
         with torch.enable_grad(), forward_mode_on():
-            result: Any = unpack(function(Jet.make(stack, count, pairs)))
-        stack, kind, finished = getattr(result, "stack", stack), type(result), True
+            jets = [
+                point if stack is None else Jet.make(stack, count, pairs)
+                for point, stack in zip(inputs, stacks, strict=True)
+            ]
+            # One alone is handed over: held here too, it would be in use when it is changed.
+            result: Any = unpack(function(*jets) if len(jets) > 1 else function(jets.pop()))
+            del jets
+        stack: Any = getattr(result, "stack", None)
+        kind, finished = type(result), True
         del result
     finally:
         memory.THREAD.propagations.pop()
@@ -431,7 +449,7 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # ----------------------------------------------------------------- a function with its derivatives
-Function = Callable[[Tensor], Tensor]
+Function = Callable[..., Tensor]
 PAIRS = get_args(Pairs)
 
 
@@ -445,15 +463,39 @@ def _check_floats(name: str, value: object) -> None:
         )
 
 
-def _check_batch(x: Tensor) -> None:
+def _check_batch(x: object, place: str = "") -> None:
     """Raise unless this is a batch (B, *) in floating point."""
-    _check_floats("x", x)
-    if x.ndim == 0:
-        raise ValueError("x: expected a batch (B, *); got no axes. Give it one by x.reshape(1).")
+    _check_floats(f"x{place}", x)
+    if isinstance(x, Tensor) and x.ndim == 0:
+        raise ValueError(
+            f"x{place}: expected a batch (B, *); got no axes. Give it one by x{place}.reshape(1)."
+        )
+
+
+def _check_inputs(inputs: tuple[Any, ...], ways: tuple[Any, ...], places: list[str]) -> None:
+    """Raise unless there are as many directions (K, B, *) for the batches (B, *) that have any."""
+    sizes: set[tuple[int, ...]] = set()
+    for x, directions, place in zip(inputs, ways, places, strict=True):
+        if place and directions is None:
+            continue
+        _check_batch(x, place)
+        _check_floats(f"directions{place}", directions)
+        if directions.shape[1:] != x.shape or not len(directions):
+            shape = ", ".join(map(str, x.shape))
+            raise ValueError(
+                f"directions{place}: expected the shape (K, {shape}); got "
+                f"{tuple(directions.shape)}."
+            )
+        sizes.add(tuple(directions.shape[:2]))
+    if len(sizes) != 1:
+        raise ValueError(
+            "directions: expected one K and one B for all inputs, with directions for one of them "
+            f"at least; got (K, B) of {sorted(sizes)}."
+        )
 
 
 def jet(
-    function: Function, x: Tensor, directions: Tensor, pairs: Pairs = "none"
+    function: Function, x: Inputs, directions: Directions, pairs: Pairs = "none"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     r"""Return f(x), its first derivatives along directions, and second ones if asked for.
 
@@ -462,8 +504,11 @@ def jet(
 
     Args:
         function: of x (B, \*), every sample alone; such as a network with its conditions bound.
-        x: a batch (B, \*), in floating point.
-        directions: K directions for every sample, (K, B, \*), taken in the dtype of x.
+        x: a batch (B, \*), in floating point; or a tuple of them, each with a shape of its own,
+            for a function of as many arguments.
+        directions: K directions for every sample, (K, B, \*), taken in the dtype of x. For a tuple
+            a tuple: direction k moves all inputs at once. An input with None in its place is held
+            and may be of any kind, such as labels.
         pairs: which second derivatives there are: "none"; "squares", ∂²f[v, v] of every direction;
             "sum", the sum of those.
 
@@ -475,37 +520,59 @@ def jet(
         TaylorError: what the function does cannot be followed, and why.
         DerivativeError: an operator inside it has no derivative in PyTorch, or a hook changes a
             gradient.
-        TypeError: x or directions that are no tensors in floating point.
-        ValueError: x without axes, directions of another shape, or pairs of another name.
+        TypeError: x or directions that are no tensors in floating point, or no tuples of as many.
+        ValueError: x without axes, directions of another shape, several K or B, None for all
+            inputs, or pairs of another name.
 
     Example:
         >>> x, v = torch.tensor([[0.0], [1.0]]), torch.ones(1, 2, 1)
         >>> f, first, second = jet(lambda x: x**3, x, v, "squares")
         >>> first.flatten().tolist(), second.flatten().tolist()
         ([0.0, 3.0], [0.0, 6.0])
+        >>> t = torch.tensor([2.0, 3.0])
+        >>> jet(lambda x, t: t[:, None] * x, (x, t), (v, torch.ones(1, 2)))[1].flatten().tolist()
+        [2.0, 4.0]
     """
-    _check_batch(x)
-    _check_floats("directions", directions)
-    if directions.shape[1:] != x.shape or not len(directions):
-        shape = ", ".join(map(str, x.shape))
-        raise ValueError(
-            f"directions: expected the shape (K, {shape}); got {tuple(directions.shape)}."
-        )
+    inputs: Any = (x,)
+    ways: Any = (directions,)
+    places = [""]
+    if isinstance(x, tuple):
+        if not isinstance(directions, tuple) or len(directions) != len(x):
+            came = type(directions).__name__
+            came = f"{len(directions)} entries" if isinstance(directions, tuple) else came
+            raise TypeError(
+                f"directions: expected a tuple like x, of {len(x)} entries; got {came}. Give each "
+                "input its directions, or None."
+            )
+        inputs, ways, places = x, directions, [f"[{place}]" for place in range(len(x))]
+    _check_inputs(inputs, ways, places)
     if pairs not in PAIRS:
         kind = ValueError if isinstance(pairs, str) else TypeError
         raise kind(f"pairs: expected one of {PAIRS}; got {pairs!r}.")
     with outside_inference_mode():
-        stack = propagate(
-            function, leave_inference_mode(x), leave_inference_mode(directions).to(x.dtype), pairs
+        inputs = tuple(leave_inference_mode(x) if isinstance(x, Tensor) else x for x in inputs)
+        ways = tuple(
+            None if w is None else leave_inference_mode(w).to(x.dtype)
+            for x, w in zip(inputs, ways, strict=True)
         )
+        stack = propagate(function, inputs, ways, pairs)
     stack = stack if torch.is_grad_enabled() else stack.detach()
-    value, first, second = components(stack, len(directions))
+    count = next(len(w) for w in ways if w is not None)
+    value, first, second = components(stack, count)
     if pairs == "none":
         return value[0], first, None
     return value[0], first, second[0] if pairs == "sum" else second
 
 
-def laplacian(function: Function, x: Tensor) -> Tensor:
+@overload
+def laplacian(function: Function, x: Tensor, *, gradient: Literal[False] = False) -> Tensor: ...
+@overload
+def laplacian(
+    function: Function, x: Tensor, *, gradient: Literal[True]
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def laplacian(
+    function: Function, x: Tensor, *, gradient: bool = False
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     r"""Return Δf, the sum over the elements of a sample of the second derivatives ∂²f/∂x_i².
 
     It takes a direction for each of the d elements of a sample, and so d + 2 times the memory of
@@ -514,17 +581,23 @@ def laplacian(function: Function, x: Tensor) -> Tensor:
     Args:
         function: of x (B, \*), every sample alone.
         x: a batch (B, \*), in floating point.
+        gradient: whether to return f(x) and ∇f as well, which the same pass has.
 
     Returns:
-        Δf, of the shape of f(x).
+        Δf, of the shape of f(x). With `gradient` f(x), ∇f and Δf: ∇f has the axes of f(x), and
+        after them those of a sample. Of one number for each sample it has the shape of x.
 
     Example:
         >>> laplacian(lambda x: (x**3).sum(1), torch.tensor([[1.0, 2.0]]))
         tensor([18.])
+        >>> laplacian(lambda x: (x**3).sum(1), torch.tensor([[1.0, 2.0]]), gradient=True)
+        (tensor([9.]), tensor([[ 3., 12.]]), tensor([18.]))
     """
     _check_batch(x)
     units = torch.eye(x.shape[1:].numel(), dtype=x.dtype, device=x.device)
     directions = units.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
-    second = jet(function, x, directions, "sum")[2]
+    value, first, second = jet(function, x, directions, "sum")
     assert second is not None
-    return second
+    if not gradient:
+        return second
+    return value, first.movedim(0, -1).reshape(*value.shape, *x.shape[1:]), second
