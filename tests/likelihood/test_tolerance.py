@@ -73,7 +73,7 @@ def test_what_the_first_batch_found_is_kept():
     """The network is harder for the samples of a larger rate."""
     rates, x = torch.tensor([2.0, 2.0, 4.0, 4.0]), points(4)
     model = model_of(lambda x, t, rate: rate[:, None] * x.tanh())
-    options = {"solver": hosm.ToTolerance(0.003, companion=False), **EXACT}
+    options = {"solver": hosm.ToTolerance(0.002, companion=False), **EXACT}
 
     def taken(*rows, **more):
         kwargs, rows = {"rate": rates[list(rows)]}, list(rows)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hosm_losses._checks import sum_elements
-from hosm_losses.likelihood.coordinates import Span
+from hosm_losses.likelihood.coordinates import Span, rounding
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE
 from hosm_losses.likelihood.multistep import combine, refuse_vmap
 from hosm_losses.likelihood.paths import ODESolution, Paths, all_finite
@@ -56,7 +56,6 @@ FINER = 10  # of the second solution
 # Of paths with kinks: times as many evaluations at a tenth of the tolerance, and the part of them
 # that is rejected. Sharp densities have the first alone, up to 1.85, smooth networks the second.
 KINK_COST, KINK_REJECTED = 1.45, 0.3
-KINK_SHARE = 0.5  # of the batch, from which on every path is taken to have kinks
 MINIMUM_PATHS = 4
 # Of t/2 − 1 in powers of 1/ν, t the quantile of Student's law where the normal law has 2.
 STUDENT = (5 / 4, 49 / 32, 183 / 128, 5665 / 6144)
@@ -140,8 +139,7 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
 
     The answer is a second solution, at a tenth of the tolerance. Its `solver_error` is the larger
     of two estimates: the difference of both solutions, and the sum of its steps' errors. If the
-    path seems to have kinks, it is three times that and at least the median of such paths in the
-    batch, because errors of steps are unreliable at kinks and a difference may be small by chance.
+    path seems to have kinks, where errors of steps are unreliable, it is three times that.
     """
     refuse_vmap("Adaptive")
     if paths.divergence.target is not None:
@@ -173,10 +171,7 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
         difference = difference + _difference_of_ends(paths, end, coarse_end, span)
     kinks = fine.evaluations > KINK_COST * coarse.evaluations
     kinks = kinks & (fine.rejected > KINK_REJECTED)
-    kinks = kinks | (kinks.double().mean() >= KINK_SHARE)
     solver_error = torch.maximum(difference.abs(), fine.error) * (1 + 2 * kinks)
-    median = torch.where(kinks, solver_error, math.nan).nanmedian()
-    solver_error = torch.where(kinks, torch.maximum(solver_error, median), solver_error)
     standard_error, widening, count = None, 1.0, integrals.shape[1]
     if probes is None:
         standard_error = torch.zeros_like(solver_error)
@@ -190,7 +185,7 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
         nfe=evaluations + (span[1] < span[0]),  # one in `_difference_of_ends`
         products=evaluations * paths.divergence.products,
         standard_error=standard_error,
-        solver_error=solver_error,
+        solver_error=solver_error.clamp(min=rounding(paths.dtype)),
         cause=torch.where(fine.cause == 0, coarse.cause, fine.cause),
         widening=widening,
         kinks=kinks,

@@ -96,3 +96,8 @@ class Coordinates:
 def accumulator(x: Tensor) -> torch.dtype:
     """The dtype of states and sums: float64, or float32 on devices without float64."""
     return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The nats by which rounding in a network of a dtype moves a log-density at least."""
+    return 0.0 if dtype == torch.float64 else 1e-6

@@ -108,7 +108,7 @@ class ODEDistribution(Distribution):
         if len(own) != len(batch) or any(a not in (1, b) for a, b in zip(own, batch, strict=True)):
             expected = f"sizes that {tuple(self.batch_shape)} expands to"
             raise ValueError(error_message("batch_shape", expected, None, got=f"{tuple(batch)}"))
-        new = self._get_checked_instance(ODEDistribution, _instance)
+        new: Any = self._get_checked_instance(ODEDistribution, _instance)
         vars(new).update(vars(self))
         new._batch_shape, new.model_kwargs = batch, self._repeated(batch)
         return new

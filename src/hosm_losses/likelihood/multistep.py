@@ -30,18 +30,13 @@ Errors:
         ρ = min(1, 2 |h (Δq + g₁ᵀ Δf)|/|(g₁ − g₀)ᵀ c₁|),
     1 for 0/0, with g₁ of the second evaluation above and of the first below. e₁ is left out,
     since y₁ is mended; the terms of c₂ and c₃ are multiplied by ρ, later ones by max(0.3, ρ).
-    The error of ∫ is estimated from the differences d₁, d₂, d₃ of the integrals over every node,
-    second, fourth and eighth one: by d₁/15, and at least d₂/64 where d₂ > 32 d₁, because d₁ may be
-    small by chance there. Where q has kinks, as with ReLU, or jumps, it is max(d₁, d₂/2), and at
-    least its median over the batch: the order log₂(d₂/d₁), of medians, is below 2.5 then, and
-    log₂(d₃/d₁) below 5.5, because d₂ alone may be small by chance.
+    The error of ∫ is estimated by max(d/15, h ‖∇⁷q‖/30), d the difference of the integrals over
+    every node and every second one, which may be small by chance, and the norm of the seventh
+    differences of q along the path, which sees kinks and what the nodes do not resolve: a jump J
+    at a random place errs by h J/√12 in root mean square, and has ‖∇⁷q‖ = 30 J.
     A companion is the path with half the steps and the same probes. Let D be the difference of
-    both answers, with ∫ taken over every second node in both, p′ the companion's own estimate, and
-    r = |D|/(p′ − p), which would be 1 if both estimates were right, and is taken as 1 for p′ ≤ p.
-    The path's error is then |D|/8 or more, |D|/16 for r < 1. p is multiplied by min(1, 1.5 r) with
-    r its own or the 0.9 quantile over the batch, whichever is larger; in a batch of fewer than 8
-    with the quantile of an earlier batch, if there is one. Where D is not finite, p stays. The
-    constants were chosen with benchmarks/coverage.py.
+    both answers, with ∫ taken over every second node in both. The path's error is then |D|/8 or
+    more. Where D is not finite, p stays.
     The variance of one probe is that of three neighbours, (q_{i−1} − 2 q_i + q_{i+1})²/6.
 
 Why a stretch:
@@ -65,7 +60,7 @@ from torch import Tensor
 
 from hosm_losses._checks import sum_elements, warn
 from hosm_losses._torch_internals import vmapped
-from hosm_losses.likelihood.coordinates import NoiseLevel, Span
+from hosm_losses.likelihood.coordinates import NoiseLevel, Span, rounding
 from hosm_losses.likelihood.divergence import NO_DIVERGENCE, resolve_divergence
 from hosm_losses.likelihood.paths import ODESolution, Paths
 from hosm_losses.likelihood.result import solver_limit
@@ -88,7 +83,7 @@ BOOLE = (14 / 45, 64 / 45, 24 / 45, 64 / 45, 14 / 45)
 NEXT_TERM = tuple(3 / 160 * weight for weight in (1, -5, 10, -10, 5, -1))
 GREGORY = (1 / 12, -1 / 24, 19 / 720, -3 / 160)  # of the differences at an end
 BISECTIONS = 60
-POOL = 8  # samples that say together how much of an estimate is true
+KNOWN_ORDER = 16  # steps from which a difference of two integrals is taken to be of some order
 RUNGE_KUTTA = 2  # steps from a start in the middle
 MIDDLE = 3.0  # |log σ̂ − log of the data's size| below which a start is one in the middle
 LEAST_SHARE = 0.3  # of ρ after the start
@@ -215,24 +210,12 @@ class AdamsSolver:
     @property
     def quadrature_error(self) -> Tensor:
         """Estimate of the error of the integral of a q without noise, (B,)."""
-        differences: list[Tensor] = []
-        for stride in (1, 2, 4):
-            count = self.steps // (2 * stride)
-            if stride == 1 or count >= MINIMUM_STEPS:
-                fine, coarse = self.integral(stride, 2 * count), self.integral(2 * stride, count)
-                differences.append((fine - coarse).detach().abs())
-
-        if len(differences) == 1:  # of no known order
-            return differences[0]
-        first, second, *_ = differences
-        medians = [difference.nanmedian() for difference in differences]
-        kinks = medians[1] < 2**2.5 * medians[0]
-        for median in medians[2:]:
-            kinks = kinks & (median < 2**5.5 * medians[0])
-        kinked = torch.maximum(first, second / 2)
-        kinked = torch.maximum(kinked, kinked.nanmedian())
-        smooth = torch.maximum(first / 15, torch.where(second > 32 * first, second / 64, 0.0))
-        return torch.where(kinks, kinked, smooth)
+        count, q = self.steps // 2, torch.stack(self.integrands).detach()
+        difference = (self.integral(1, 2 * count) - self.integral(2, count)).detach().abs()
+        if self.steps < KNOWN_ORDER:
+            return difference
+        rough = self.h * q.diff(n=7, dim=0).norm(dim=0)
+        return torch.maximum(difference / 15, rough / 30)
 
 
 def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
@@ -243,18 +226,10 @@ def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
     return total
 
 
-def solve_on_grid(
-    paths: Paths,
-    z: Tensor,
-    span: Span,
-    steps: int,
-    companion: bool,
-    companion_ratio: list[Tensor],
-) -> ODESolution:
+def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bool) -> ODESolution:
     """Solve from z at the start of a span of u = log σ̂ with fresh probes.
 
     A companion needs the prior at the end of the span, so it works from data to latents alone.
-    `companion_ratio` holds the quantile of r in the last batch of 8 or more, for smaller batches.
     """
     coordinates, divergence = paths.coordinates, paths.divergence
     pilots: dict[int, tuple[Tensor, Tensor]] = {}  # at each place the state, a probe's variance
@@ -305,7 +280,7 @@ def solve_on_grid(
     if coarse is not None:
         with torch.no_grad():
             end = coordinates.ends(span)[1]
-            solver_error = companion_error(paths, solution, coarse, end, companion_ratio)
+            solver_error = companion_error(paths, solution, coarse, end)
     if divergence.is_random:
         standard_error = solution.variance.sqrt()
     elif divergence != NO_DIVERGENCE:
@@ -331,7 +306,7 @@ def solve_on_grid(
         nfe=nfe,
         products=products,
         standard_error=standard_error,
-        solver_error=solver_error,
+        solver_error=solver_error.clamp(min=rounding(paths.dtype)),
         cause=torch.zeros_like(nfe, dtype=torch.uint8),
         steps=steps,
     )
@@ -373,26 +348,14 @@ def integrate_to_standard_error(
 
 
 def companion_error(
-    paths: Paths,
-    solution: AdamsSolver,
-    coarse: AdamsSolver,
-    end: NoiseLevel,
-    companion_ratio: list[Tensor],
+    paths: Paths, solution: AdamsSolver, coarse: AdamsSolver, end: NoiseLevel
 ) -> Tensor:
     """Estimate the path's error (B,) from a solution and its companion, with their end's level."""
     to_x, log_prior = paths.coordinates.to_x, paths.log_prior_at
     difference = log_prior(to_x(solution.y, end)) - log_prior(to_x(coarse.y, end))
     difference = difference + solution.integral(2, coarse.steps) - coarse.integral()
-    path_error, coarse_error, difference = solution.path_error, coarse.path_error, difference.abs()
-    known = (coarse_error > path_error) & coarse_error.isfinite()
-    ratio = torch.where(known, difference / (coarse_error - path_error), 1.0)
-    error = path_error
-    if len(ratio) >= POOL:
-        companion_ratio[:] = [ratio.nanquantile(0.9)]
-    if companion_ratio:
-        error = path_error * (1.5 * torch.maximum(ratio, companion_ratio[0])).clamp(max=1.0)
-    error = torch.maximum(error, difference / torch.where(ratio < 1, 16, 8))
-    return torch.where(error.isfinite(), error, path_error)
+    error = torch.maximum(solution.path_error, difference.abs() / 8)
+    return torch.where(error.isfinite(), error, solution.path_error)
 
 
 def refuse_vmap(solver: str) -> None:
@@ -428,7 +391,7 @@ def fewest_steps(
     largest, failed_before = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)
     for steps in GRIDS:
         with torch.no_grad():
-            error = solve_on_grid(trial, z, span, steps, companion, []).solver_error
+            error = solve_on_grid(trial, z, span, steps, companion).solver_error
         failed = ~(error <= solver_limit(z[0].numel()))
         error = error.masked_fill(failed, math.inf)
         error = error.masked_fill(failed & failed_before, -math.inf)

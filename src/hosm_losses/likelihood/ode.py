@@ -10,7 +10,7 @@ Source:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -125,12 +125,12 @@ def ode_nll(
         enable_grad=enable_grad,
         at_start=not clean,
     )
-    results, earlier = list[NLLResult](), EarlierBatches()
+    results = list[NLLResult]()
     with job.running() as paths:
         try:
             for batch in job.batches(paths):
                 noisy = _from_clean(batch) if clean else batch
-                result = solve(noisy, solver, earlier)
+                result = solve(noisy, solver, _steps_of(results))
                 results.append(replace(result, nfe=result.nfe + clean))
         except KeyboardInterrupt as interrupt:
             keep_finished(interrupt, job.result(results) if results else None)
@@ -216,11 +216,11 @@ def ode_sample(
         name="latent",
         of_prior=drawn,
     )
-    results, earlier = list[NLLResult](), EarlierBatches()
+    results = list[NLLResult]()
     with job.running() as paths:
         try:
             for batch in job.batches(paths):
-                results.append(solve(batch, solver, earlier, backwards=True))
+                results.append(solve(batch, solver, _steps_of(results), backwards=True))
         except KeyboardInterrupt as interrupt:
             samples = _samples(job.result(results), start, divergence) if results else None
             keep_finished(interrupt, samples)
@@ -236,22 +236,17 @@ def _samples(result: NLLResult, latent: Tensor, divergence: Divergence | None) -
     return SampleResult(**fields)
 
 
-@dataclass
-class EarlierBatches:
-    """State that the batches of a call share."""
-
-    steps: int | None = None  # of ToTolerance
-    companion_ratio: list[Tensor] = field(default_factory=list)  # see `companion_error`
-
-
 def solve(
     paths: Paths,
     solver: FixedGrid | ToTolerance | Adaptive,
-    earlier: EarlierBatches,
+    steps: int | None = None,
     *,
     backwards: bool = False,
 ) -> NLLResult:
-    """Solve from data to latents, or backwards; `latent` of the result is the end solved for."""
+    """Solve from data to latents, or backwards; `latent` of the result is the end solved for.
+
+    `steps` are those that `ToTolerance` found for an earlier batch.
+    """
     coordinates = paths.coordinates
     low, high = coordinates.span
     data, noise = coordinates.ends((low, high))
@@ -263,11 +258,10 @@ def solve(
         companion = solver.companion and not backwards
         if isinstance(solver, FixedGrid):
             steps = solver.steps
-        else:
+        elif steps is None:
             options = {"tolerance": solver.tolerance, "group": solver.group}
-            steps = earlier.steps or fewest_steps(paths, z, span, companion, **options)
-            earlier.steps = steps
-        solution = solve_on_grid(paths, z, span, steps, companion, earlier.companion_ratio)
+            steps = fewest_steps(paths, z, span, companion, **options)
+        solution = solve_on_grid(paths, z, span, steps, companion)
     cause = solution.cause.masked_fill(~all_finite(paths.x), Cause.START)
     fields: dict[str, Any] = solution._asdict() | {"cause": cause, "failed": cause > 0}
     x, integral = coordinates.to_x(fields.pop("z"), end), fields.pop("integral")
@@ -286,6 +280,10 @@ def solve(
         causes.append((Cause.PRIOR, ~log_prior.isfinite()))
     nll = -log_density if paths.nll_offset is None else paths.nll_offset - log_density
     return mark_failed(NLLResult(nll, x.to(paths.dtype), **fields), *causes)
+
+
+def _steps_of(results: Sequence[NLLResult]) -> int | None:
+    return results[0].steps if results else None
 
 
 def _from_clean(paths: Paths) -> Paths:

@@ -65,9 +65,8 @@ class FixedGrid(Solver):
         steps: 4 or more, with steps + 2 evaluations of the network, or steps + 7 where the path
             starts at a σ̂ of a twentieth to twenty times the data's standard deviation.
         companion: whether to solve with half the steps as well, for a `solver_error` that covers
-            networks whose paths stretch small errors too, and is nearer to the error elsewhere, at
-            52 % more evaluations for 64 steps. The steps are even then, 8 or more. Of `ode_nll`
-            alone.
+            networks whose paths stretch small errors too, at 52 % more evaluations for 64 steps.
+            The steps are even then, 8 or more. Of `ode_nll` alone.
         data_mean: mean of the data, a number or a tensor that broadcasts to a sample; kept as a
             number or nested tuples.
         data_std: standard deviation of the data, likewise.
