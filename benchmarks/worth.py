@@ -115,12 +115,10 @@ class MemberTargets(hosm.AveragedTargets):
 
     def posterior(self, *args: Any) -> "Members":
         """The posteriors of each member, as one."""
-        *tensors, conditions = args
+        tensors, others = args[:4], args[4:]
         return Members(
             [
-                self._member(i).posterior(
-                    *(part[i :: self.members] for part in tensors), conditions
-                )
+                self._member(i).posterior(*(part[i :: self.members] for part in tensors), *others)
                 for i in range(self.members)
             ]
         )

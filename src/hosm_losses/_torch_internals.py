@@ -19,6 +19,7 @@ checkpoint_hook, forward_mode = _torch.checkpoint_hook, _torch.forward_mode
 versions = _torch.versions
 outside_inference_mode = _torch.outside_inference_mode
 leave_inference_mode = _torch.leave_inference_mode
+without_autocast = _torch.without_autocast
 
 # The node behind the result of a once_differentiable backward, which autograd.grad never meets.
 DELAYED_ERROR = "torch::autograd::Error"

@@ -172,7 +172,10 @@ def likelihood_gap(
     check_flag("progress", progress)
     kwargs = check_model_kwargs(model_kwargs)
     source = check_generator(generator, data.device)
-    truth = _reference(reference, model.schedule, data)
+    if model.subspace is not None:
+        model.subspace_of("x0", data)
+        data = model.project(data)
+    truth = _reference(reference, model, data)
     low, high = model.schedule.log_sigma_hat_range
     places, weights = np.polynomial.legendre.leggauss(count)
     levels = [low + (high - low) * (place + 1) / 2 for place in places.tolist()]
@@ -186,7 +189,7 @@ def likelihood_gap(
         at_nodes: list[dict[str, Tensor]] = []
         evaluations = 72  # of the bound
         for level in levels:
-            x, t = _perturb(model.schedule, data, level, source)
+            x, t = _perturb(model, data, level, source)
             score, calls = _ode_score(model, x, t, steps, kwargs) if ode_score else (None, 0)
             evaluations += calls + 2 + 2 * data[0].numel()
             at_nodes.append(at_node(model, truth, x, t, score, kwargs))
@@ -219,15 +222,16 @@ def likelihood_gap(
 
 
 def _perturb(
-    schedule: Schedule, data: Tensor, level: float, generator: torch.Generator | None
+    model: ScoreModel, data: Tensor, level: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """A draw of x_t (B, *) at a noise level u, and t (B,)."""
+    schedule = model.schedule
     t = torch.full((len(data),), level, dtype=torch.float64, device="cpu")
     t = schedule.time(t).to(data.device, torch.promote_types(data.dtype, torch.float32))
     t = schedule.clip(t)
     alpha, sigma = (expand_right(number, data) for number in schedule(t))
     noise = torch.randn(data.shape, generator=generator, dtype=data.dtype, device=data.device)
-    return (alpha * data + sigma * noise).to(data.dtype), t
+    return (alpha * data + sigma * model.project(noise)).to(data.dtype), t
 
 
 def at_node(
@@ -268,7 +272,8 @@ def _orders(
     sigma = expand_right(model.coefficients(t, x)[1], x).to(x.dtype)
     with torch.no_grad():
         bound = bind_model(model, len(t), kwargs, t)
-        derived: Any = bound.derive(x, sigma * unit_vectors(x), order=3, summed=True)
+        units = model.project(unit_vectors(x), 2)
+        derived: Any = bound.derive(x, sigma * units, order=3, summed=True)
     value, directional, third = derived
     return value[0], directional, third.sum(0)
 
@@ -277,9 +282,8 @@ def _ode_score(
     model: ScoreModel, x: Tensor, t: Tensor, steps: int, kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, int]:
     """σ ∇log p_t of the model's ODE at x (B, *), t the same for all, and the evaluations."""
-    names = ("prediction", "time", "output", "call", "primitives")
-    chosen: dict[str, Any] = {name: getattr(model, name) for name in names}
-    later = ScoreModel(model.network, _starting_at(model.schedule, float(t[0])), **chosen)
+    later = copy.copy(model)
+    later.schedule = _starting_at(model.schedule, float(t[0]))
     point = x.detach().requires_grad_()
     options: dict[str, Any] = {"divergence": "exact", "enable_grad": True, "model_kwargs": kwargs}
     result = ode_nll(later, point, solver=FixedGrid(steps), **options)
@@ -298,11 +302,15 @@ def _starting_at(schedule: Schedule, t_min: float) -> Schedule:
 
 
 def _reference(
-    reference: ScoreModel | Tensor | None, schedule: Schedule, data: Tensor
+    reference: ScoreModel | Tensor | None, model: ScoreModel, data: Tensor
 ) -> ScoreModel | None:
+    schedule = model.schedule
     if reference is None:
         return None
     if isinstance(reference, ScoreModel):
+        if (reference.subspace is None) != (model.subspace is None):
+            expected, got = "a model on the subspace of the other", "one of the two without any"
+            raise ValueError(error_message("reference", expected, reference, got=got))
         if not _same(reference.schedule, schedule):
             expected = f"a model under the schedule {schedule!r}"
             got = f"one under {reference.schedule!r}, with another range, alpha or sigma"
@@ -318,7 +326,7 @@ def _reference(
         weights = (-0.5 * sum_elements(noises.square())).softmax(1).to(x.dtype)
         return (expand_right(weights, noises) * noises).sum(1)
 
-    return ScoreModel(noise, schedule)
+    return ScoreModel(noise, schedule, subspace=model.subspace)
 
 
 def _same(a: Schedule, b: Schedule) -> bool:

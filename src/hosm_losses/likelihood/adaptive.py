@@ -213,7 +213,7 @@ def _solve(
     times `tolerance` in the state, in root mean square.
     """
     coordinates, active, elements = paths.coordinates, len(z), z[0].numel()
-    reference = float(coordinates.std.log().mean())
+    reference = float(coordinates.trace(coordinates.std.log()).mean()) / paths.dimensions
     low, high = (1 / (1 + math.exp(reference - u)) for u in span)
     sign = 1.0 if high > low else -1.0  # the solver goes up, in −r where r goes down
 
@@ -230,7 +230,7 @@ def _solve(
         covector = coordinates.covector(noise.detach(), level).reshape(len(y), -1)
         # If rounding the state alone changes the answer beyond the limit, no step is small enough.
         rounding = torch.finfo(y.dtype).eps * (covector * y[:, :elements].detach()).abs().sum(1)
-        hopeless = rounding > solver_limit(elements)
+        hopeless = rounding > solver_limit(paths.dimensions)
         dy_du = dy_du.masked_fill(hopeless[:, None], math.nan)
         cause = torch.zeros_like(rows, dtype=torch.uint8).masked_fill(hopeless, Cause.ROUNDING)
         cause = cause.masked_fill(~integrand.isfinite().all(0), Cause.DIVERGENCE)
@@ -240,7 +240,7 @@ def _solve(
     def judge(error: Tensor, covector: Tensor) -> tuple[Tensor, Tensor]:
         state, integral = error[:, :elements], error[:, elements:].abs().mean(1)
         by_state = (covector * state).sum(1).abs()
-        root_mean_square = state.square().mean(1).sqrt() / STATE_TOLERANCE
+        root_mean_square = (state.square().sum(1) / paths.dimensions).sqrt() / STATE_TOLERANCE
         errors = torch.stack([integral, by_state, root_mean_square])
         return errors.amax(0) / tolerance, integral + by_state
 

@@ -32,6 +32,8 @@ class Coordinates:
     std: Tensor  # of the data, broadcast to (1, *)
     log_size: float  # log of the root mean square of std, on the host
     start: float | None = None  # log σ̂ of the data end, if not at t_min
+    dimensions: int | None = None  # of the subspace of the data; None where they fill all
+    share: Tensor | None = None  # the diagonal of the projection to it, (1, *)
 
     @property
     def span(self) -> Span:
@@ -81,12 +83,18 @@ class Coordinates:
 
     def integrand(self, divergence: Tensor, level: NoiseLevel) -> Tensor:
         """σ ∇·ε̂ − Σ_i σ̂²/c² from the divergence ∇·ε̂ (K, n)."""
-        shrinking = sum_elements((level.sigma_hat / level.scale).square(), 1)
-        return level.sigma.reshape(-1) * divergence - shrinking
+        shrinking = (level.sigma_hat / level.scale).square()
+        if self.share is not None:
+            shrinking = self.share * shrinking
+        return level.sigma.reshape(-1) * divergence - sum_elements(shrinking, 1)
+
+    def trace(self, diagonal: Tensor) -> Tensor:
+        """Σ_i h_i of a diagonal (n, *), or in a subspace Σ_i P_ii h_i, (n,)."""
+        return sum_elements(diagonal if self.share is None else self.share * diagonal, 1)
 
     def log_volume(self, level: NoiseLevel) -> Tensor:
         """Σ_i log(α c), (n,)."""
-        return sum_elements((level.alpha * level.scale).log(), 1)
+        return self.trace((level.alpha * level.scale).log())
 
     def covector(self, noise: Tensor, level: NoiseLevel) -> Tensor:
         """The gradient in z of the log-density, where the model's score is that of its ODE."""

@@ -69,12 +69,14 @@ class Exact(Estimator):
     """By all unit vectors, in chunks."""
 
     differentiates: bool = True
+    dimensions: int = 0  # d, or those of the subspace
 
     def estimate(self, model: BoundModel, x: Tensor, _: Tensor | None, /) -> tuple[Tensor, Tensor]:
         """f and ∇·f."""
+        # Outside of the subspace of a model its Jacobian is zero.
         prediction, forms = quadratic_forms(model, x, unit_vector_chunks(x))
         trace = forms.to(accumulator(x)).sum(0, keepdim=True)
-        return _of_f(model, x, prediction, trace, torch.full_like(trace, self.products))
+        return _of_f(model, x, prediction, trace, torch.full_like(trace, self.dimensions))
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class OfFunction(Estimator):
     """By a user's function, which says it."""
 
     function: Function | None = None
+    dimensions: int = 0  # d, or those of the subspace
 
     def estimate(self, model: BoundModel, x: Tensor, _: Tensor | None, /) -> tuple[Tensor, Tensor]:
         """f and ∇·f."""
@@ -95,8 +98,8 @@ class OfFunction(Estimator):
         check_prediction(prediction, x)
         dtype = getattr(divergence, "dtype", x.dtype)
         check_like("divergence(x, t)[1]", divergence, (len(x),), dtype, x.device, "x")
-        trace = divergence[None].to(accumulator(x))
-        return _of_f(model, x, prediction, trace, torch.full_like(trace, x[0].numel()))
+        prediction, trace = model.model.project(prediction), divergence[None].to(accumulator(x))
+        return _of_f(model, x, prediction, trace, torch.full_like(trace, self.dimensions))
 
 
 @dataclass(frozen=True)
@@ -169,18 +172,21 @@ def check_divergence(divergence: object, *, optional: bool = False) -> None:
         raise kind(error_message("divergence", expected, divergence))
 
 
-def resolve_divergence(divergence: Divergence | None, x: Tensor) -> Estimator:
-    """Return the estimator for samples like those of x (B, *)."""
+def resolve_divergence(
+    divergence: Divergence | None, x: Tensor, dimensions: int | None = None
+) -> Estimator:
+    """Return the estimator for samples like those of x (B, *); `dimensions` are of a subspace."""
     d = x[0].numel()
+    own = d if dimensions is None else dimensions
     if divergence is None:
         return NO_DIVERGENCE
     if isinstance(divergence, str):
         if divergence == "exact" or d <= EXACT_UP_TO:
-            return Exact(d)
+            return Exact(d, dimensions=own)
         divergence = Hutchinson()
     if isinstance(divergence, Hutchinson):
         kind = RandomProbes if divergence.mode == "reverse" else ForwardProbes
         return kind(divergence.count, distribution=divergence.distribution)
     if isinstance(divergence, ToStandardError):
         return RandomProbes(PILOTS, target=divergence, distribution=divergence.distribution)
-    return OfFunction(function=divergence)
+    return OfFunction(function=divergence, dimensions=own)

@@ -26,6 +26,7 @@ from hosm_losses._checks import (
     check_whole,
     error_message,
     progress_bar,
+    sum_elements,
     warn,
 )
 from hosm_losses._torch_internals import (
@@ -47,7 +48,7 @@ from hosm_losses.likelihood.paths import Paths
 from hosm_losses.likelihood.result import Cause, NLLResult, Result, solver_limit
 from hosm_losses.likelihood.solvers import PlainMoment, expand_moment
 from hosm_losses.likelihood.watch import FirstEvaluation, buffers_restored, warn_of_training_mode
-from hosm_losses.model import ScoreModel, bind_model, check_model
+from hosm_losses.model import ScoreModel, Subspace, bind_model, check_commutes, check_model
 
 LogPrior = Callable[[Tensor], Tensor] | Distribution
 MOMENTS = ("data_mean", "data_std")
@@ -90,7 +91,14 @@ class Job:
         """
         self.model, self.x, self.dequantization = check_model(model), x, dequantization
         check_sample_batch(name, x) if dequantization is None else check_images(x)
-        self.divergence = resolve_divergence(divergence, x)
+        self.subspace = None
+        if self.model.subspace is not None:
+            if dequantization is not None:
+                expected = "None with a subspace, which the noise on the levels would leave"
+                raise ValueError(error_message("dequantization", expected, dequantization))
+            self.subspace = self.model.subspace_of(name, x)
+        dimensions = None if self.subspace is None else self.subspace.dimensions
+        self.divergence = resolve_divergence(divergence, x, dimensions)
         if dequantization is not None:
             refuse_biased_draws(dequantization, self.divergence)
         self.log_prior = _log_density(log_prior, x)
@@ -128,6 +136,8 @@ class Job:
             mean, std = map(expand_moment, MOMENTS, self.moments, (x, x))
             log_size = float(np.log(np.square(self.moments[1]).mean()) / 2)
             coordinates = Coordinates(model.schedule, mean, std, log_size)
+            if self.subspace is not None:
+                coordinates = _on_subspace(coordinates, model, self.subspace)
             if self.dequantization is not None:
                 coordinates = self.dequantization.start_coordinates(coordinates)
             start = self.at_start and coordinates.start is None
@@ -180,6 +190,21 @@ def keep_finished(interrupt: KeyboardInterrupt, result: Result | None) -> None:
     )
 
 
+def _on_subspace(coordinates: Coordinates, model: ScoreModel, subspace: Subspace) -> Coordinates:
+    """Return the coordinates of data on a subspace, with which their std has to commute."""
+    mean, std = coordinates.mean.contiguous(), coordinates.std
+    check_commutes(model.project, std)
+    is_one_number = std.untyped_storage().nbytes() == std.element_size()  # which is expanded
+    if not (subspace.is_known or is_one_number):
+        expected = "one number on a subspace of so many elements that is no mask"
+        raise ValueError(error_message("data_std", expected, std))
+    share, dimensions = subspace.diagonal.to(std)[None], subspace.dimensions
+    variance = (share * std.square()).sum() / dimensions
+    log_size = coordinates.log_size if is_one_number else float(variance.log() / 2)
+    mean = model.project(mean)
+    return replace(coordinates, mean=mean, log_size=log_size, dimensions=dimensions, share=share)
+
+
 def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor] | None:
     """Return the log-density of a prior for samples like those of x, checked."""
     if isinstance(prior, Distribution):
@@ -212,9 +237,9 @@ def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None
     # The KL divergence of q at t_max from the prior, both Gaussian.
     std = schedule.prior_std
     variance = ((alpha * coordinates.std).square() + sigma.square()) / std**2
-    shift = (alpha * mean / std).square()
-    divergence = float((variance + shift - 1 - variance.log()).detach().sum()) / 2
-    if prior and divergence > MISMATCH * mean.numel():
+    shift = sum_elements((alpha * mean / std).square(), 1)
+    divergence = float((coordinates.trace(variance - 1 - variance.log()) + shift).detach()) / 2
+    if prior and divergence > MISMATCH * (coordinates.dimensions or mean.numel()):
         warn(
             f"schedule: expected one that ends in its prior, N(0, {std:g}²); got "
             f"{schedule!r}, which ends {divergence:.2g} nats a sample from it for data of this "
@@ -229,7 +254,7 @@ def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResu
     The nll has to be finite in the dtype of the latent, which is the network's. The cause is the
     result's own, or the first of which the condition (B,) holds.
     """
-    dtype, limit = result.latent.dtype, solver_limit(result.latent[0].numel())
+    dtype, limit = result.latent.dtype, solver_limit(result._d)
     in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))
     inaccurate = ~(result.solver_error.detach() <= limit)
     failed = result.failed | inaccurate | ~torch.isfinite(in_range)

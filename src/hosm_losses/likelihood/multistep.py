@@ -336,7 +336,7 @@ def integrate_to_standard_error(
         for count in counts[index].unique().tolist():
             rows = (counts[index] == count).nonzero().flatten()
             z, kind = state[rows], Hutchinson(count, target.distribution) if count < d else "exact"
-            divergence = resolve_divergence(kind, z)
+            divergence = resolve_divergence(kind, z, paths.dimensions)
             probes = divergence.draw(z, paths.dtype, paths.generator)
             part = replace(paths, divergence=divergence)
             _, _, q = part.slope_at(z, level(index), probes, rows)
@@ -392,7 +392,7 @@ def fewest_steps(
     for steps in GRIDS:
         with torch.no_grad():
             error = solve_on_grid(trial, z, span, steps, companion).solver_error
-        failed = ~(error <= solver_limit(z[0].numel()))
+        failed = ~(error <= solver_limit(paths.dimensions))
         error = error.masked_fill(failed, math.inf)
         error = error.masked_fill(failed & failed_before, -math.inf)
         most = error.max()  # infinite where a sample failed; −∞ where none counts

@@ -279,6 +279,7 @@ def solve(
         log_density = log_density + log_prior
         causes.append((Cause.PRIOR, ~log_prior.isfinite()))
     nll = -log_density if paths.nll_offset is None else paths.nll_offset - log_density
+    fields["dimensions"] = coordinates.dimensions
     return mark_failed(NLLResult(nll, x.to(paths.dtype), **fields), *causes)
 
 
@@ -298,7 +299,7 @@ def _from_clean(paths: Paths) -> Paths:
     points, noise = paths.add_noise(start)
     error = paths.noise_at(points, start) - noise
     offset = sum_elements(error.square() - noise.square(), 1) / 2
-    offset = offset - points[0].numel() * start.alpha.log().reshape(())
+    offset = offset - paths.dimensions * start.alpha.log().reshape(())
     return replace(paths, x=points, nll_offset=offset)
 
 
@@ -311,4 +312,4 @@ def _draw(model: ScoreModel, shape: object, generator: torch.Generator | None) -
     sizes = [check_whole("latent's shape", size, 1) for size in shape]
     options = network_options(model)
     rng = check_generator(generator, options["device"])
-    return model.schedule.prior_std * torch.randn(sizes, generator=rng, **options)
+    return model.project(model.schedule.prior_std * torch.randn(sizes, generator=rng, **options))

@@ -68,13 +68,20 @@ class Paths:
     def rows(self, x: Tensor, rows: Tensor, nll_offset: Tensor | None) -> "Paths":
         """Return the paths of some rows, of which x and `nll_offset` are those of all samples."""
         points, model = x[rows].to(accumulator(x)), self.model.rows(rows)
+        points = model.model.project(points)
         offset = None if nll_offset is None else nll_offset[rows]
         return replace(self, x=points, model=model, nll_offset=offset)
+
+    @property
+    def dimensions(self) -> int:
+        """d, of a sample or of the subspace."""
+        return self.coordinates.dimensions or self.x[0].numel()
 
     def add_noise(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """Draw ε, and return α x + σ ε at a noise level with it."""
         x = self.x
         noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+        noise = self.model.model.project(noise)
         return level.alpha * x + level.sigma * noise, noise
 
     def model_at(self, level: NoiseLevel, rows: Tensor | None = None) -> BoundModel:
@@ -92,7 +99,8 @@ class Paths:
             f, _ = self._evaluate(model, points, NO_DIVERGENCE, None)
         else:
             f = model.f(points)
-        return -f.to(x.dtype)
+        noise = -f.to(x.dtype)
+        return noise if self.model.model.subspace is None else self.model.model.project(noise)
 
     def slope_at(
         self, z: Tensor, level: NoiseLevel, probes: Tensor | None, rows: Tensor | None = None
@@ -102,11 +110,16 @@ class Paths:
             return self.evaluations.evaluate(partial(self.slope_at, z, level, probes, rows), z)
         x = self.coordinates.to_x(z, level).to(self.dtype)
         model, divergence = self.model_at(level, rows), self.divergence
+        subspace = model.model.subspace
+        if probes is not None and subspace is not None:
+            probes = model.model.project(probes, 2)
         if torch.is_grad_enabled() or self.watch.due:
             f, divergences = self._evaluate(model, x, divergence, probes)
         else:
             f, divergences = divergence.estimate(model, x, probes)
         noise = -f.to(z.dtype)
+        if subspace is not None:  # or rounding outside would grow from one end to the other
+            noise = model.model.project(noise)
         slope = self.coordinates.slope(z, noise, level)
         if divergences is None:
             return noise, slope, z.new_zeros(1, len(z))
@@ -166,7 +179,7 @@ class Paths:
         points = torch.where(expand_right(finite, points), points, 0.0)
         if self.log_prior is None:
             std = self.coordinates.schedule.prior_std
-            normalisation = latent[0].numel() * math.log(2 * math.pi * std**2)
+            normalisation = self.dimensions * math.log(2 * math.pi * std**2)
             value = -0.5 * (sum_elements(points.square(), 1) / std**2 + normalisation)
         else:
             value = self.log_prior(points)

@@ -128,6 +128,11 @@ class Result:
     widening: float = 1.0
     kinks: Tensor | None = None
     cause: Tensor | None = None
+    dimensions: int | None = None
+
+    @property
+    def _d(self) -> int:
+        return self.dimensions or self.latent[0].numel()
 
     def bits_per_dim(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
@@ -151,7 +156,7 @@ class Result:
             >>> result.bits_per_dim(levels=256)
             tensor([7.])
         """
-        bits = self._density() / (self.latent[0].numel() * math.log(2))
+        bits = self._density() / (self._d * math.log(2))
         known = self._quantization({"levels": levels, "low": low, "high": high})
         return bits if known is None else bits + math.log2(known.levels / (known.high - known.low))
 
@@ -244,7 +249,7 @@ class Result:
             return float(numbers.detach()[good].double().mean())
 
         error = float(nll.detach()[good].double().std()) / count**0.5 if count > 1 else None
-        bit, part = self.latent[0].numel() * math.log(2), None
+        bit, part = self._d * math.log(2), None
         if self.standard_error is not None:
             part = (mean((self.standard_error / self.widening).square()) / count) ** 0.5
             part = part if error is None else min(part, error)  # both are estimates
@@ -284,7 +289,7 @@ class Result:
             >>> print(result.failures()[0])
             log_prior is not finite at its latent, which is: look at log_prior there
         """
-        limit, dtype = solver_limit(self.latent[0].numel()), self.latent.dtype
+        limit, dtype = solver_limit(self._d), self.latent.dtype
         errors, texts = self._errors(), {}
         for row in self.failed.nonzero().flatten().tolist():
             reason = REASONS[0 if self.cause is None else int(self.cause[row])]
@@ -333,7 +338,7 @@ class Result:
         """Describe what has to be equal in results that are concatenated."""
         lacking = [name for name, value in vars(self).items() if value is None]
         shape = tuple(self.latent.shape[1:])
-        known = f"widening {self.widening:.4g}, {self.quantization}"
+        known = f"widening {self.widening:.4g}, {self.quantization}, d = {self._d}"
         return f"samples {shape} without {', '.join(lacking) or 'nothing'}, {known}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -403,6 +408,7 @@ class NLLResult(Result):
         kinks: whether the path seems to have kinks, as of ReLU, at which the method loses its
             order, and solver_error was raised, (B,); None where that is not known.
         cause: the number of what `failures` says, (B,); 0 where the sample did not fail.
+        dimensions: those of the model's subspace, in which nll is a density; None without one.
     """
 
     nll: Tensor
@@ -429,6 +435,7 @@ class SampleResult(Result):
         widening: as in `NLLResult`.
         kinks: as in `NLLResult`.
         cause: as in `NLLResult`.
+        dimensions: as in `NLLResult`.
     """
 
     x: Tensor = field(kw_only=True)

@@ -24,6 +24,7 @@ Source:
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def variational_nll(
 def _bound(paths: Paths, samples: int) -> NLLResult:
     """The bound for a batch, from `samples` noise levels for each sample."""
     x, coordinates = paths.x, paths.coordinates
-    count, elements = len(x), x[0].numel()
+    count, elements = len(x), paths.dimensions
     centred, variance = x - coordinates.mean, coordinates.std.square()
     low, high = span = coordinates.schedule.log_sigma_hat_range
     start, end = coordinates.ends(span)
@@ -131,8 +132,8 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
     def antiderivative(level: NoiseLevel) -> Tensor:
         """The antiderivative of E‖r‖² in u, (B,)."""
         log_ratio = 2 * (level.sigma_hat.log() - level.scale.log())
-        summands = log_ratio + (variance - centred.square()) / level.scale.square()
-        return sum_elements(summands, 1) / 2
+        in_mean = coordinates.trace(log_ratio + variance / level.scale.square())
+        return (in_mean - sum_elements((centred / level.scale).square(), 1)) / 2
 
     # The integral of ‖ε̂ − ε‖² − ‖r‖², two levels drawn in each stratum, and its variance
     integral = integral_variance = x.new_zeros(count)
@@ -145,22 +146,23 @@ def _bound(paths: Paths, samples: int) -> NLLResult:
     draws = torch.stack([excess(start) for _ in range(at_start)]) / 2
     integral = integral + draws.mean(0)
     integral_variance = integral_variance + draws.var(0) / at_start
-    squares = start.sigma_hat.square() * centred.square() + variance.square()
-    summands = squares / start.scale**4 + math.log(2 * math.pi)
-    decoder = sum_elements(summands, 1) / 2 + elements * low
+    squares = sum_elements((start.sigma_hat * centred / start.scale.square()).square(), 1)
+    squares = squares + coordinates.trace((variance / start.scale.square()).square())
+    decoder = squares / 2 + elements * (math.log(2 * math.pi) / 2 + low)
 
     prior, prior_variance, latent = _prior(paths, end, samples)
     nll = integral + antiderivative(end) - antiderivative(start) + decoder + prior
     standard_error = (integral_variance + prior_variance).sqrt()
     nfe, zero = torch.full_like(nll, evaluations).long(), torch.zeros_like(nll)
     result = NLLResult(nll, latent.to(paths.dtype), nfe, standard_error, zero, zero > 0)
+    result = replace(result, dimensions=coordinates.dimensions)
     start, output = (Cause.START, ~all_finite(x)), (Cause.OUTPUT, ~integral.isfinite())
     return mark_failed(result, start, output, (Cause.PRIOR, ~prior.isfinite()))
 
 
 def _prior(paths: Paths, end: NoiseLevel, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """KL(q(x_T|x) ‖ π), the variance of its estimate, and a draw of x_T."""
-    x, elements, sigma = paths.x, paths.x[0].numel(), end.sigma.reshape(())
+    x, elements, sigma = paths.x, paths.dimensions, end.sigma.reshape(())
     latent, _ = paths.add_noise(end)
     entropy = elements / 2 * (math.log(2 * math.pi) + 1) + elements * sigma.log()
     if paths.log_prior is None:  # at the mean of x_T, and what its variance adds

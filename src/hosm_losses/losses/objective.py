@@ -86,13 +86,12 @@ def dsm(
         else:
             time = check_time(score_model, x0, t)
         batch = perturb(score_model, x0, time, noise, targets, rng, kwargs)
-        weights = _weights(weights, options, x0)
+        weights = _weights(weights, options, batch.dimensions)
         order, v = needed_order(options.order, weights), None
         if higher and probe is not None:
             v = _check_probe(x0, probe, options)
-        factors = time_factors(
-            score_model, batch.x, time, weighting, sampler, drawn=drawn, order=order
-        )
+        how = {"drawn": drawn, "order": order, "dimensions": batch.dimensions}
+        factors = time_factors(score_model, batch.x, time, weighting, sampler, **how)
         if higher and not torch.compiler.is_compiling():
             refuse_wrapped(score_model.network)
         bound = bind_model(score_model, len(x0), kwargs, time)
@@ -102,12 +101,15 @@ def dsm(
             # As in any trainer: one call, without primitives or copies.
             prediction = score_model.predict(batch.x, time, **bound.kwargs)
             residual = first_residual(bound, batch, prediction)
-            reduced = terms = DSMTerms(first_term(residual))
-            if factors[0] is None and options.reduction == "mean":
+            reduced = terms = DSMTerms(first_term(residual, batch.dimensions))
+            is_whole = score_model.subspace is None
+            if factors[0] is None and options.reduction == "mean" and is_whole:
                 reduced = DSMTerms(residual.square())  # one mean, as every trainer has it
         else:
             rows, remaining = _select_rows(batch.x, options, rng)
             v = _probes(batch.x, rows, v, options, rng)
+            if score_model.subspace is not None:
+                v = score_model.project(v, 2)
             bound_rows, noisy_rows = bound, batch
             if rows is not None:
                 bound_rows, noisy_rows = bound.rows(rows), batch.at(rows)
@@ -142,17 +144,22 @@ def perturb(
         )
     else:
         eps = _like_data("noise", noise, x0)
+    dimensions, project = x0[0].numel(), None
+    if model.subspace is not None:
+        dimensions, project = model.subspace_of("x0", x0).dimensions, model.project
+        x0, eps = project(x0), project(eps)
     alpha, sigma = model.coefficients(t, x0)
     x = expand_right(alpha, x0) * x0 + expand_right(sigma, x0) * eps
     target, moments = model.noise_without_x(t, x0, eps), None
     if isinstance(targets, Tensor):
-        target = target + (at_least_float32(_like_data("targets", targets, x0).detach()) - eps)
+        instead = at_least_float32(_like_data("targets", targets, x0).detach())
+        target = target + (model.project(instead) - eps)
     elif targets is not None:  # their mean in the place of ε, without a gradient
-        moments = targets.posterior(x0, eps, alpha, sigma, kwargs)
+        moments = targets.posterior(x0, eps, alpha, sigma, kwargs, project)
         # Added in the type of the moments: it may be all of ε, and then leaves a small number.
         target = target + (eps.detach() - eps) + moments.mean.reshape(eps.shape)
         target = target.to(at_least_float32(eps).dtype)
-    return NoisyBatch(x.to(x0.dtype), t, target, sigma, moments)
+    return NoisyBatch(x.to(x0.dtype), t, target, sigma, dimensions, moments)
 
 
 def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
@@ -164,14 +171,14 @@ def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
     return tensor
 
 
-def _weights(weights: object, options: LossOptions, x: Tensor) -> Weights:
+def _weights(weights: object, options: LossOptions, dimensions: int) -> Weights:
     """Return the weights of the terms, checked."""
     if weights is None and options.order > 1 and options.weighting == "likelihood":
         raise ValueError(
             "weights: expected numbers or 'paper' with weighting='likelihood', which puts the "
             "first term alone in nats; got None."
         )
-    return check_weights(weights, options.order, x[0].numel())
+    return check_weights(weights, options.order, dimensions)
 
 
 def _first_of_all(
@@ -184,7 +191,7 @@ def _first_of_all(
     trained = [p for p in bound.model.parameters() if p.requires_grad and graph]
     before = versions(trained)
     bound, batch = bound.rows(remaining), batch.at(remaining)
-    others = first_term(first_residual(bound, batch, bound.native(batch.x)))
+    others = first_term(first_residual(bound, batch, bound.native(batch.x)), batch.dimensions)
     if versions(trained) != before:
         raise ValueError(
             "fraction: expected 1 with a network that changes its parameters in its forward, as "

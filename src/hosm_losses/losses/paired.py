@@ -63,7 +63,7 @@ def paired_terms(
 ) -> DSMTerms:
     """The terms of each sample; `second` only if it is wanted."""
     x, noise = batch.x, at_least_float32(batch.noise)
-    sigma, d = expand_right(batch.sigma, x), float(x[0].numel())
+    sigma, d = expand_right(batch.sigma, x), float(batch.dimensions)
     w = (sigma * v).to(x.dtype)
     laplacian = options.third == "laplacian" and order == 3
     how = {"order": order, "engine": options.engine, "laplacian": laplacian}
@@ -82,10 +82,11 @@ def paired_terms(
     ell_minus_C2ell, _ = batch.cumulants(ell, ell)
     Dv_plus_v = Dv + v_minus_C2v
     square = dot(ell, ell)
-    d_minus_vv = d - sum_elements(v.square())  # 0 but for rounding and "gaussian"
+    d_minus_vv = d - sum_elements(v.square())  # 0 but for rounding, "gaussian" and subspaces
     trace = dot(v, Dv_plus_v) + d_minus_vv - square  # a_k
     first_half, second_half = means_of_halves(trace)
-    terms = DSMTerms(first_term(residual), None, first_half * second_half / d**2)
+    first = first_term(residual, batch.dimensions)
+    terms = DSMTerms(first, None, first_half * second_half / d**2)
     if second and vjp_c is not None:
         cross = dot(ell, sigma * at_least_float32(vjp_c) + ell_minus_C2ell)
         value = (sum_elements(Dv_plus_v.square()) + d_minus_vv).mean(0)

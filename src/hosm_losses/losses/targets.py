@@ -155,9 +155,18 @@ class AveragedTargets:
         return f"AveragedTargets(reference={reference}, own={self.own}, same={same})"
 
     def posterior(
-        self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, kwargs: dict[str, Any]
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        kwargs: dict[str, Any],
+        project: Callable[[Tensor], Tensor] | None = None,
     ) -> "NoiseMoments":
-        """Posterior moments of the noise in x = α x₀ + σ ε, for α and σ (B,)."""
+        """Posterior moments of the noise in x = α x₀ + σ ε, for α and σ (B,).
+
+        `project` takes the reference to the subspace of x₀ and ε.
+        """
         dtype = wide(x0)
         data, eps, alpha, sigma = (
             part.detach().reshape(len(x0), -1).to(dtype) for part in (x0, noise, alpha, sigma)
@@ -168,7 +177,9 @@ class AveragedTargets:
             reference = check_like(
                 "targets.reference", self.reference, shape, x0.dtype, x0.device, "x0"
             )
-            reference = leave_inference_mode(reference).detach().flatten(1).to(dtype)
+            reference = leave_inference_mode(reference).detach()
+            reference = reference if project is None else project(reference)
+            reference = reference.flatten(1).to(dtype)
         # Differences alone count. Squares of data that lie far from zero would take their digits.
         origin = reference.mean(0)
         data, reference = data - origin, reference - origin
@@ -249,6 +260,7 @@ class ControlledMoments(NamedTuple):
     basis: Tensor | None  # its eigenvectors, (d, d); None for the unit vectors
     c: Tensor  # C z̄, (B, d)
     mean: Tensor  # ē − ε, (B, d)
+    project: Callable[[Tensor], Tensor] | None  # vectors (*, d) to the subspace of the data
 
     @property
     def weights(self) -> Tensor:
@@ -259,12 +271,17 @@ class ControlledMoments(NamedTuple):
         """Return the rows at `index`."""
         noises, scores = self.noises.at(index), self.scores.at(index)
         control, c, mean = (part[index] for part in (self.control, self.c, self.mean))
-        return ControlledMoments(noises, scores, control, self.basis, c, mean)
+        return ControlledMoments(noises, scores, control, self.basis, c, mean, self.project)
+
+    def times_control(self, v: Tensor) -> Tensor:
+        """C v along v (*, B, d), in the subspace of the data."""
+        Cv = times(self.control, self.basis, v)
+        return Cv if self.project is None else self.project(Cv)
 
     def along(self, v: Tensor, ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
         """What stands for C₂v and, if `third`, for C₃(v, v, ·) along v (K, B, d), from ℓ."""
         noises, c = self.noises, self.c
-        Cv, ell_v, c_v = times(self.control, self.basis, v), inner(ell, v), inner(c, v)
+        Cv, ell_v, c_v = self.times_control(v), inner(ell, v), inner(c, v)
         slope = noises.slopes(v)  # (ε_j − ε̄)·v
         slope_of_e = noises.slopes(v - Cv) - self.scores.slopes(Cv)  # (e_j − ē)·v
         weighted = self.weights * slope
@@ -282,7 +299,7 @@ class ControlledMoments(NamedTuple):
 
     def _less_control(self, sums: Tensor, weights: Tensor) -> Tensor:
         """Σ_j of weights times e_j − e, from the same sum of ε_j − ε."""
-        return sums - times(self.control, self.basis, sums + self.scores.sum_of(weights))
+        return sums - self.times_control(sums + self.scores.sum_of(weights))
 
 
 def times(eigenvalues: Tensor, basis: Tensor | None, v: Tensor) -> Tensor:
@@ -442,10 +459,25 @@ class TargetScores:
         return g.T @ g / count if matrix else g.square().mean(0).reshape(data.shape[1:])
 
     def posterior(
-        self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, kwargs: dict[str, Any]
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        kwargs: dict[str, Any],
+        project: Callable[[Tensor], Tensor] | None = None,
     ) -> ControlledMoments:
-        """Moments of what stands for the noise in x = α x₀ + σ ε, for α and σ (B,)."""
-        g = self._scores_at(x0)
+        """Moments of what stands for the noise in x = α x₀ + σ ε, for α and σ (B,).
+
+        `project` takes the scores, and the control, to the subspace of x₀ and ε.
+        """
+
+        def inside(flat: Tensor) -> Tensor:
+            assert project is not None
+            return project(flat.reshape(-1, *x0.shape[1:])).reshape(flat.shape)
+
+        on_subspace = None if project is None else inside
+        g = self._scores_at(x0, project)
         eps, alpha, sigma = (
             part.detach().reshape(len(x0), -1).to(g.dtype) for part in (noise, alpha, sigma)
         )
@@ -454,9 +486,12 @@ class TargetScores:
             noises = moments_of(own, alpha / sigma, zero, g.new_zeros(1, g.shape[1] + 1))
             others = g[:0]
         else:
-            noises = self.averaged.posterior(x0, noise, alpha[:, 0], sigma[:, 0], kwargs)
+            noises = self.averaged.posterior(x0, noise, alpha[:, 0], sigma[:, 0], kwargs, project)
             reference = self.averaged.reference
-            others = g if reference is None else self._scores_at(reference)
+            others = g
+            if reference is not None:
+                reference = reference if project is None else project(reference)
+                others = self._scores_at(reference, project)
         points = F.pad(F.pad(others, (0, 1), value=1.0), (0, 0, 0, 1))
         sigma_hat = sigma / alpha
         scores = moments_of(noises.weights, -sigma_hat, g, points)
@@ -465,10 +500,14 @@ class TargetScores:
             information = torch.where(information > 0, information, math.inf)
         control = 1 / (1 + sigma_hat.square() * information)
         c = times(control, basis, eps + noises.mean + sigma_hat * g + scores.mean)
-        return ControlledMoments(noises, scores, control, basis, c, noises.mean - c)
+        c = c if on_subspace is None else on_subspace(c)
+        mean = noises.mean - c
+        return ControlledMoments(noises, scores, control, basis, c, mean, on_subspace)
 
-    def _scores_at(self, data: Tensor) -> Tensor:
-        """∇log p₀ at data (N, *), as (N, d)."""
+    def _scores_at(
+        self, data: Tensor, project: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """∇log p₀ at data (N, *), in their subspace, as (N, d)."""
         scores: Any = self.scores
         if callable(scores):
             # In full precision, and with a gradient for a callable that takes one of an energy.
@@ -478,7 +517,8 @@ class TargetScores:
         like = tuple(data.shape), data.dtype, data.device, "the data"
         scores = leave_inference_mode(check_like("targets.scores", scores, *like)).detach()
         check_finite("targets.scores", scores)
-        return scores.reshape(len(data), -1).to(wide(data))
+        scores = scores.to(wide(data))
+        return (scores if project is None else project(scores)).reshape(len(data), -1)
 
     def _information_for(self, g: Tensor, x0: Tensor) -> tuple[Tensor | float, Tensor | None]:
         """F, or its eigenvalues and eigenvectors, from the scores (B, d) of a batch if need be."""

@@ -126,12 +126,14 @@ class NoisyBatch(NamedTuple):
     t: Tensor  # (B,), as the caller gave them
     noise: Tensor  # ε − q x, or what targets have in the place of ε, (B, *)
     sigma: Tensor  # σ(t), of shape (B,)
+    dimensions: int  # d, of a sample, or of the subspace of the data
     moments: NoiseMoments | ControlledMoments | None = None  # of targets of less noise
 
     def at(self, index: Tensor | slice) -> "NoisyBatch":
         """Return the rows at `index`."""
         x, t, noise, sigma = (tensor[index] for tensor in self[:4])
-        return NoisyBatch(x, t, noise, sigma, self.moments and self.moments.at(index))
+        moments = self.moments and self.moments.at(index)
+        return NoisyBatch(x, t, noise, sigma, self.dimensions, moments)
 
     def cumulants(
         self, v: Tensor, ell: Tensor, *, third: bool = False
@@ -165,9 +167,9 @@ def first_residual(model: BoundModel, batch: NoisyBatch, prediction: Tensor) -> 
     return (at_least_float32(value) + at_least_float32(batch.noise)).unsqueeze(0)
 
 
-def first_term(residual: Tensor) -> Tensor:
+def first_term(residual: Tensor, dimensions: int) -> Tensor:
     """‖r1‖²/d, (B,), of r1 (K, B, *)."""
-    return mean_over_probes(sum_elements(residual.square())) / residual[0, 0].numel()
+    return mean_over_probes(sum_elements(residual.square())) / dimensions
 
 
 def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,7 +188,7 @@ def squared_terms(
     model: BoundModel, batch: NoisyBatch, v: Tensor, order: int, options: LossOptions
 ) -> DSMTerms:
     """The terms of each sample: squared residuals along probes (K, B, *), or all unit vectors."""
-    exact, d = isinstance(options.probes, str), float(batch.x[0].numel())
+    exact, d = isinstance(options.probes, str), float(batch.dimensions)
     w = (expand_right(batch.sigma, batch.x) * v).to(batch.x.dtype)
     derivatives = derive(
         model,
@@ -207,7 +209,8 @@ def squared_terms(
     # Over all unit vectors ‖r2‖² is summed, but rt and r3 are summed before they are squared.
     second_term = sum_elements(r2.square()).sum(0) / (1 if exact else len(v))
     trace = trace.sum(0, keepdim=True) if exact else trace
-    terms = DSMTerms(first_term(r1), second_term / d**2, mean_over_probes(trace.square()) / d**2)
+    first, trace_term = first_term(r1, batch.dimensions), mean_over_probes(trace.square())
+    terms = DSMTerms(first, second_term / d**2, trace_term / d**2)
     if derived.third is None:
         return terms
     third, target = at_least_float32(derived.third), target - C3v

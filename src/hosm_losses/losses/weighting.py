@@ -144,16 +144,19 @@ def time_factors(
     *,
     drawn: bool,
     order: int = 3,
+    dimensions: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the factors (B,) of the first term and of the higher terms at t; None stands for 1.
 
-    `drawn` says whether `draw_time` drew t. Other times count as uniform.
+    `drawn` says whether `draw_time` drew t. Other times count as uniform. `dimensions` is d; None
+    takes that of x0.
     """
     first, higher, sampler = _resolve(weighting, time_sampler)
     importance = drawn and sampler == "log_sigma_hat"
     if first == higher == "noise" and not importance:
         return None, None
-    schedule, time, elements = model.schedule, model.time_in(t, x0), x0[0].numel()
+    schedule, time = model.schedule, model.time_in(t, x0)
+    elements = x0[0].numel() if dimensions is None else dimensions
     indices = not t.is_floating_point()
 
     def rate() -> Tensor:

@@ -4,6 +4,7 @@
 - `bound`: `BoundModel`, the network's prediction as a function of x, at times and conditions.
 - `posterior`: mean and covariance of clean data given noised ones.
 - `conditions`: which tensors of model_kwargs go with the samples.
+- `subspace`: the linear subspace that data fill, by its projection.
 """
 
 from hosm_losses.model.bound import BoundModel as BoundModel
@@ -22,3 +23,5 @@ from hosm_losses.model.score_model import ScoreModel as ScoreModel
 from hosm_losses.model.score_model import apply_affine as apply_affine
 from hosm_losses.model.score_model import check_model as check_model
 from hosm_losses.model.score_model import check_time as check_time
+from hosm_losses.model.subspace import Subspace as Subspace
+from hosm_losses.model.subspace import check_commutes as check_commutes

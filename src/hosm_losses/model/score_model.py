@@ -21,6 +21,7 @@ Source:
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from functools import partial
 from traceback import walk_tb
@@ -38,13 +39,15 @@ from hosm_losses._checks import (
     check_number,
     check_prediction,
     check_range,
+    check_whole,
     error_message,
     expand_right,
     shown,
     warn,
 )
-from hosm_losses._torch_internals import leave_inference_mode
+from hosm_losses._torch_internals import leave_inference_mode, without_autocast
 from hosm_losses.model.conditions import unmark
+from hosm_losses.model.subspace import Projection, Subspace, check_on_subspace, examine
 from hosm_losses.schedules import Schedule, check_schedule
 from hosm_losses.taylor import Jet
 
@@ -85,11 +88,17 @@ class ScoreModel(nn.Module):
         call: how the network is called, for one that wants its arguments otherwise:
             `call(network, x, time, **kwargs)`. None calls `network(x, time, **kwargs)`.
         primitives: whether the losses of order two and three put the safe primitives in.
+        subspace: the orthogonal projection to the subspace that the data fill, as that without a
+            centre of mass: a callable of samples (n, *), the same for all, of any n and floating
+            type; or a pair of it and the dimensions of the subspace, which samples of more than
+            4,096 elements need. Noise, probes, latents and predictions are projected, and d is
+            these dimensions. It is checked, with a value read back, at the first call with samples
+            of a shape.
 
     Raises:
         TypeError: if the schedule is not a `Schedule` or does not return tensors like t, if the
-            network, `output` or `call` is not callable, or if `prediction`, `time` or `primitives`
-            has the wrong type.
+            network, `output`, `call` or `subspace` is not callable, or if `prediction`, `time`,
+            `primitives` or the dimensions have the wrong type.
         ValueError: if `prediction` is not one of the names, if `time` is not finite, or if the
             schedule's noise in units of the data, σ/α, is not finite or does not grow with t.
 
@@ -110,6 +119,7 @@ class ScoreModel(nn.Module):
         output: Callable[[Any], Tensor] | None = None,
         call: Callable[..., Any] | None = None,
         primitives: bool = True,
+        subspace: Projection | tuple[Projection, int] | None = None,
     ) -> None:
         super().__init__()
         if not callable(network):
@@ -119,13 +129,24 @@ class ScoreModel(nn.Module):
         if not (time is None or callable(time)):
             check_number("time", time, "a finite factor, a callable or None")
         check_flag("primitives", primitives)
-        for name, function in (("output", output), ("call", call)):
+        dimensions = None
+        if isinstance(subspace, tuple):
+            if len(subspace) != 2:
+                expected, got = (
+                    "a projection or (projection, dimensions)",
+                    f"{len(subspace)} values",
+                )
+                raise ValueError(error_message("subspace", expected, subspace, got=got))
+            subspace, dimensions = subspace
+            dimensions = check_whole("subspace's dimensions", dimensions, 1)
+        for name, function in (("output", output), ("call", call), ("subspace", subspace)):
             if not (function is None or callable(function)):
                 raise TypeError(error_message(name, "a callable or None", function))
         self.network = network
         self.schedule, self.prediction = schedule, SAME.get(prediction, prediction)
         self.time, self.output, self.call = time, output, call
-        self.primitives = primitives
+        self.primitives, self.subspace = primitives, subspace
+        self._dimensions, self._subspaces = dimensions, dict[Any, Subspace]()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the model; a TypeError for a function, whose weights a copy would share."""
@@ -148,7 +169,7 @@ class ScoreModel(nn.Module):
     def extra_repr(self) -> str:
         """Return the constructor's arguments other than defaults and modules, for print."""
         parts = [f"schedule={self.schedule!r}", f"prediction={self.prediction!r}"]
-        for name in ("network", "time", "output", "call"):
+        for name in ("network", "time", "output", "call", "subspace"):
             if (value := vars(self).get(name)) is not None:
                 parts.append(f"{name}={shown(value)}")
         return ", ".join(parts + ["primitives=False"] * (not self.primitives))
@@ -173,6 +194,7 @@ class ScoreModel(nn.Module):
             ValueError: if it returns another shape than that of x, or t is out of range.
         """
         self._check_times(t)
+        x = self.project(x)
         return apply_affine(self.predict(x, t, **kwargs), x, *self.affine(t, x))
 
     def _check_times(self, t: Tensor) -> None:
@@ -237,7 +259,34 @@ class ScoreModel(nn.Module):
     def denoise(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """x̂₀(x, t) = (x − σ ε̂)/α, the estimated mean of the data given x."""
         self._check_times(t)
+        x = self.project(x)
         return apply_affine(self.predict(x, t, **kwargs), x, *self.affine_of_data(t, x))
+
+    def project(self, vectors: Tensor, leading: int = 1) -> Tensor:
+        """Return vectors (B, *) projected to the `subspace`; as they are without one.
+
+        `leading` is the number of dimensions before those of a sample, 2 for probes (K, B, *).
+        """
+        if self.subspace is None:
+            return vectors
+        rows = vectors if leading == 1 else vectors.flatten(0, leading - 1)
+        with without_autocast(vectors.device.type):
+            projected = self.subspace(rows)
+        return projected if leading == 1 else projected.reshape(vectors.shape)
+
+    def subspace_of(self, name: str, x: Tensor) -> Subspace:
+        """Return what is known of the subspace for samples like x (B, *), which have to be on it.
+
+        The projection is checked for the first samples of a shape and type.
+        """
+        assert self.subspace is not None
+        key = tuple(x.shape[1:]), x.dtype
+        if key not in self._subspaces:
+            known = "torch._dynamo" in sys.modules  # which the decorator would import
+            eagerly: Any = torch.compiler.disable(examine) if known else examine
+            self._subspaces[key] = eagerly(self.subspace, x, self._dimensions)
+        check_on_subspace(name, x, self.project)
+        return self._subspaces[key]
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(α, σ) at t, of shape (B,), in the precision of t, float32 at least.
@@ -269,7 +318,7 @@ class ScoreModel(nn.Module):
                 raise
         predicted = returned if self.output is None else self.output(returned)
         check_prediction(predicted, x)
-        return predicted
+        return predicted if self.subspace is None else self.project(predicted)
 
     def network_arguments(
         self, x: Tensor, t: Tensor, kwargs: dict[str, Any]
@@ -277,6 +326,8 @@ class ScoreModel(nn.Module):
         """Return x, the times and the keyword arguments as the network gets them."""
         # Its own times and x: a network may write to them. A Jet is made for it anyway.
         x, network_time = x if isinstance(x, Jet) else x.clone(), t.clone()
+        if self.subspace is not None:
+            x = self.project(x)
         if callable(self.time):
             network_time = self.time(network_time)
         elif self.time is not None:

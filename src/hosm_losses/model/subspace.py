@@ -1,0 +1,137 @@
+r"""The linear subspace that data fill, as positions without their centre of mass do.
+
+What:
+    An orthogonal projection P, the same for every sample, onto a subspace of d − k of the d
+    dimensions. With orthonormal columns Q, P = Q Qᵀ and x = Q y, everything is what it would be in
+    the d − k coordinates y: data, noise and probes lie in the subspace, and the network counts as
+    P network(P x), whose Jacobian and higher derivatives stay in it.
+
+Formula:
+    d − k = tr P.    Σ over the subspace of a diagonal h that commutes with P: Σ_i P_ii h_i.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hosm_losses._checks import can_read_values, error_message
+from hosm_losses._torch_internals import outside_inference_mode, without_autocast
+from hosm_losses.probes import unit_vector_chunks
+
+Projection = Callable[[Tensor], Tensor]  # of samples (n, *), for any n and any floating type
+TRACED = 4096  # elements of a sample up to which the trace of P is taken
+VECTORS = 4  # random ones, on which P is checked
+ROUNDING = 1e-6  # of float64
+ERRORS = 6.0  # standard errors by which the dimensions may differ from an estimate
+OFF = 1e-4  # of the size of the data, or 4 ε of their type: further off, x is not on the subspace
+
+
+class Subspace(NamedTuple):
+    """What is known of the projection for samples of one shape."""
+
+    dimensions: int  # d − k
+    diagonal: Tensor  # P_ii, in the shape of a sample, on the CPU; (d − k)/d where it is not known
+    is_known: bool  # whether that is the diagonal
+
+
+def random_vectors(like: Tensor, count: int) -> Tensor:
+    """Normal vectors (count, *) for samples (B, *), which leave the generators alone."""
+    numbers = np.random.default_rng(0).standard_normal((count, *like.shape[1:]))
+    dtype = torch.float32 if like.device.type == "mps" else torch.float64
+    return torch.from_numpy(numbers).to(like.device, dtype)
+
+
+def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
+    """Return what is known of a projection for samples like x, with values read back.
+
+    A ValueError unless it is symmetric and idempotent, takes each sample alone, and has the rank
+    `dimensions` (if that is not None).
+    """
+
+    def project_or_explain(vectors: Tensor) -> Tensor:
+        expected = f"a projection that returns tensors like its argument, {tuple(vectors.shape)}"
+        remedy = "It is given samples alone, any number of them: a mask has to be that of all."
+        try:
+            projected: object = project(vectors.clone())
+        except (RuntimeError, TypeError, ValueError) as error:
+            remedy = f"Keep to the type of x in it, as by matrix.to(x.dtype). {remedy}"
+            got = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                error_message("subspace", expected, project, remedy, got=got)
+            ) from error
+        if not isinstance(projected, Tensor):
+            raise TypeError(error_message("subspace", expected, projected, remedy))
+        if projected.shape != vectors.shape or projected.dtype != vectors.dtype:
+            raise ValueError(
+                error_message("subspace", f"{expected} in {vectors.dtype}", projected, remedy)
+            )
+        return projected
+
+    def require(holds: Tensor | bool, expected: str, got: str, remedy: str = "") -> None:
+        if not holds:
+            raise ValueError(error_message("subspace", expected, project, remedy, got=got))
+
+    with torch.no_grad(), outside_inference_mode(), without_autocast(x.device.type):
+        v = random_vectors(x, VECTORS)
+        rounding, d = (ROUNDING if v.dtype == torch.float64 else 1e-3), v[0].numel()
+        project_or_explain(v.to(x.dtype))
+        Pv = project_or_explain(v)
+        alone = torch.cat([project_or_explain(row) for row in v.split(1)])
+        flat, Pv_flat = v.flatten(1), Pv.flatten(1)
+        products = flat @ Pv_flat.T
+        size = rounding * d**0.5
+        each = "a projection that treats every sample alone"
+        require((alone - Pv).abs().max() < size, each, "one that depends on the batch")
+        symmetric = (products - products.T).abs().max() < size
+        orthogonal = "an orthogonal projection, symmetric and idempotent"
+        remedy = "Its part outside has to be at right angles, as with x - x.mean(1, keepdim=True)."
+        require(symmetric, orthogonal, "one that is not symmetric", remedy)
+        again = project_or_explain(Pv)
+        remedy = "Applied twice it has to return the same."
+        require((again - Pv).abs().max() < size, orthogonal, "one that is not idempotent", remedy)
+        if d <= TRACED:
+            units = (chunk.flatten(0, 1) for chunk in unit_vector_chunks(v[:1]))
+            forms = [(project_or_explain(unit) * unit).flatten(1).sum(1) for unit in units]
+            diagonal = torch.cat(forms).reshape(v.shape[1:])
+            trace, error, is_known = float(diagonal.sum()), 0.5, True
+        else:
+            expected = f"(project, dimensions) for samples of more than {TRACED} elements"
+            require(dimensions is not None, expected, "the projection alone")
+            # Of each v the subspace has about its share.
+            trace = d * float(products.trace() / flat.square().sum())
+            error = ERRORS * (2 * trace * max(d - trace, 0.0) / d / VECTORS) ** 0.5 + 0.5
+            diagonal = project_or_explain(torch.ones_like(v[:1]))[0]
+            is_known = bool((diagonal * v - Pv).abs().max() < size)  # P is a mask
+        rank = round(trace) if dimensions is None else dimensions
+        expected = f"the {rank} dimensions that you gave"
+        require(abs(trace - rank) < error, expected, f"about {trace:.4g} in {d}")
+        require(rank > 0, "a subspace of one dimension or more", "a projection to zero")
+        if not is_known:
+            diagonal = torch.full_like(diagonal, rank / d)
+    return Subspace(rank, diagonal.cpu(), is_known)
+
+
+def check_on_subspace(name: str, x: Tensor, project: Projection) -> None:
+    """Raise ValueError if a CPU tensor is not its own projection, but for rounding."""
+    if not can_read_values(x):
+        return
+    off = float((x - project(x)).detach().abs().max())
+    tolerance = max(OFF, 4 * torch.finfo(x.dtype).eps)
+    if off > tolerance * float(x.detach().abs().max()):
+        expected, got = "samples on the subspace", f"some that lie {off:.2g} off it"
+        remedy = f"Give model.project({name})."
+        raise ValueError(error_message(name, expected, x, remedy, got=got))
+
+
+def check_commutes(project: Projection, std: Tensor) -> None:
+    """Raise ValueError if diag(std) of (1, *) on the CPU does not commute with the projection."""
+    if not can_read_values(std):
+        return
+    v = random_vectors(std, 1)
+    difference = float((project(std * v) - std * project(v)).detach().abs().max())
+    if difference > ROUNDING * float(std.detach().amax()) * v[0].numel() ** 0.5:
+        expected = "one number, or numbers that commute with the projection to the subspace"
+        raise ValueError(error_message("data_std", expected, std, "Give their mean."))
