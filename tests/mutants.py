@@ -920,7 +920,7 @@ MUTANTS = [
     # A sample at 1e20 takes all of the evaluations.
     Mutant(
         "likelihood/adaptive.py",
-        "rounding > solver_limit(elements)",
+        "rounding > solver_limit(paths.dimensions)",
         "rounding < 0",
         "tests/likelihood/test_adaptive.py",
     ),
@@ -1004,6 +1004,62 @@ MUTANTS = [
         "/ mass) - start.alpha.log()",
         "/ mass) + start.alpha.log()",
         "tests/likelihood/test_bounds.py",
+    ),
+    # A model on a subspace.
+    Mutant(
+        "model/score_model.py",
+        "return predicted if self.subspace is None else self.project(predicted)",
+        "return predicted",
+        "tests/losses/test_subspace.py",
+    ),
+    Mutant(
+        "model/score_model.py",
+        "        if self.subspace is not None:\n            x = self.project(x)\n",
+        "",
+        "tests/losses/test_subspace.py",
+    ),
+    Mutant(
+        "model/subspace.py",
+        "symmetric = (products - products.T).abs().max() < size",
+        "symmetric = True",
+        "tests/model/test_subspace.py",
+    ),
+    Mutant(
+        "model/subspace.py",
+        "alone = torch.cat([project_or_explain(row) for row in v.split(1)])",
+        "alone = Pv",
+        "tests/model/test_subspace.py",
+    ),
+    Mutant(
+        "likelihood/coordinates.py",
+        "shrinking = self.share * shrinking",
+        "pass",
+        "tests/likelihood/test_subspace.py",
+    ),
+    Mutant(
+        "likelihood/paths.py",
+        "probes = model.model.project(probes, 2)",
+        "pass",
+        "tests/likelihood/test_subspace.py",
+    ),
+    Mutant(
+        "likelihood/paths.py",
+        "        if subspace is not None:  # or rounding outside would grow\n"
+        "            noise = model.model.project(noise)\n",
+        "",
+        "tests/likelihood/test_subspace.py",
+    ),
+    Mutant(
+        "losses/targets.py",
+        "return Cv if self.project is None else self.project(Cv)",
+        "return Cv",
+        "tests/losses/test_subspace.py",
+    ),
+    Mutant(
+        "losses/weighting.py",
+        "elements = x0[0].numel() if dimensions is None else dimensions",
+        "elements = x0[0].numel()",
+        "tests/losses/test_subspace.py",
     ),
 ]
 

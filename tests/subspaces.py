@@ -68,7 +68,8 @@ class Outside(nn.Module):
 
     def forward(self, x, t):
         away = x - self.project(x)
-        y = (x + 3 * torch.sin(away)).flatten(1) @ self.Q
+        slopes = torch.arange(1.0, 1 + x[0].numel(), dtype=x.dtype).reshape(x.shape[1:])
+        y = (x + torch.sin(away).sum(1, keepdim=True) * slopes).flatten(1) @ self.Q
         junk = torch.cos(x + 1).sum(1, keepdim=True) + x.square()
         value = (self.inside(y, t) @ self.Q.T).reshape(x.shape)
         return value + 3 * away + junk - self.project(junk)

@@ -226,6 +226,10 @@ BAD = {
     "prediction": bad(TypeError, None, 1) + bad(ValueError, "noise"),
     "time": bad(TypeError, "t", True, X) + bad(ValueError, NAN, INF),
     **dict.fromkeys(("output", "call"), bad(TypeError, 0, "forward")),
+    "subspace": [
+        *bad(TypeError, 0, "centred", X, (abs, None), (abs, 2.0), (0, 2)),
+        *bad(ValueError, (abs,), (abs, 0), (abs, 1, 1)),
+    ],
     "alphas_cumprod": NUMBERS + bad(ValueError, [0.5, 0.6], [1.0, 0.5], ZERO, [0.9, 0.5, 0.5]),
     "betas": NUMBERS + bad(ValueError, [0.1, -0.1], [0.0, 0.1], [0.1, 1.0], np.array([0.1, 2])),
     "beta_start": BETA + bad(ValueError, 0.021),

@@ -9,6 +9,7 @@ from torch.distributions import Independent, Normal
 import hosm_losses as hosm
 from tests.cases import SCHEDULES, VP
 from tests.oracles import GaussianMixture, mixture_noise
+from tests.subspaces import PARTICLES, basis, centred
 
 EXACT = {"divergence": "exact"}
 
@@ -20,33 +21,40 @@ def mixture(d):
     return GaussianMixture(means, covariances, torch.full((4,), 0.25))
 
 
-def centred(x, particles=3):
-    parts = x.reshape(len(x), particles, -1)
-    return (parts - parts.mean(1, keepdim=True)).reshape(x.shape)
-
-
+@pytest.mark.parametrize("prediction", ["epsilon", "score", "x0", "v", "velocity"])
 @pytest.mark.parametrize("name", ["vp", "ve", "flow"])
-def test_the_density_in_the_subspace_without_a_centre_of_mass(name):
-    """Three particles in two dimensions, of which k = 2 are removed."""
-    schedule, std, k, d = SCHEDULES[name], 0.5, 2, 4
+def test_the_density_in_the_subspace_without_a_centre_of_mass(name, prediction):
+    """Three particles in two dimensions, normal in the four that are left, in closed form."""
+    schedule, Q = SCHEDULES[name], basis(centred, PARTICLES)
+    variances = torch.tensor([0.1, 0.3, 0.5, 1.0], dtype=torch.float64)
 
     def network(x, t):
         alpha, sigma = (each[:, None] for each in schedule(t))
-        return sigma * centred(x) / ((alpha * std) ** 2 + sigma**2)
+        y, junk = x.flatten(1) @ Q, torch.cos(x + 1)
+        eps = sigma * y / (alpha**2 * variances + sigma**2)
+        x0 = (y - sigma * eps) / alpha
+        if prediction == "velocity":
+            rates = (each[:, None] for each in schedule.rates(t))
+            value = sum(rate * part for rate, part in zip(rates, (x0, eps), strict=True))
+        else:
+            forms = {"epsilon": eps, "score": -eps / sigma, "x0": x0}
+            value = forms.get(prediction, alpha * eps - sigma * x0)
+        return (value @ Q.T).reshape(x.shape) + junk - centred(junk)
 
-    model, solver = hosm.ScoreModel(network, schedule), hosm.FixedGrid()
-    x = std * centred(torch.randn(4, 6))
+    model = hosm.ScoreModel(network, schedule, prediction, subspace=centred)
+    y = variances.sqrt() * torch.randn(4, 4, dtype=torch.float64)
     ends = [schedule(torch.tensor(t)) for t in (schedule.t_min, schedule.t_max)]
     (low, first), (high, last) = ends
-    prior = schedule.prior_std
-    removed = -k / 2 * math.log(2 * math.pi * prior**2) + k * math.log(high / low)
-    found = -hosm.ode_nll(model, x, solver=solver, **EXACT).nll - removed
-    wide = (((low * std) ** 2 + first**2) / ((high * std) ** 2 + last**2)).sqrt() * prior
-    exact = -x.square().sum(1) / wide**2 / 2 - d / 2 * (2 * math.pi * wide**2).log()
-    torch.testing.assert_close(found, exact, rtol=0, atol=1e-4)
-    latent = prior * centred(torch.randn(4, 6))
-    drawn = hosm.ode_sample(model, latent, solver=solver, **EXACT)
-    torch.testing.assert_close(centred(drawn.x), drawn.x)
+    # The prior is N(0, prior_std²) in place of the density at t_max.
+    wide = (low**2 * variances + first**2) / (high**2 * variances + last**2)
+    wide = wide * schedule.prior_std**2
+    exact = (y.square() / wide + torch.log(2 * math.pi * wide)).sum(1) / 2
+    x, solver = (y @ Q.T).reshape(4, *PARTICLES), hosm.FixedGrid(128, data_std=0.7)
+    found = hosm.ode_nll(model, x, solver=solver, **EXACT)
+    torch.testing.assert_close(found.nll, exact, rtol=0, atol=1e-6)
+    drawn = hosm.ode_sample(model, found.latent, solver=solver, **EXACT)
+    torch.testing.assert_close(drawn.x, x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(drawn.nll, exact, rtol=0, atol=1e-6)
 
 
 def test_tempered_latents_are_nearer_to_a_tempered_target():

@@ -66,7 +66,8 @@ def ode_nll(
             exact for samples of at most 16 elements, else `Hutchinson()`. All give a standard
             error on the fixed grid, four probes or more with `Adaptive`. On images "dct" is often
             the best distribution. Or a function `(x, t, **model_kwargs)` → (prediction, its
-            divergence (B,)), x and t as the network gets them, for one that knows its divergence.
+            divergence (B,)), x and t as the network gets them, for one that knows its divergence:
+            that on the model's subspace, if it has one.
         log_prior: log-density at t_max, latent (B, *) → (B,), or a distribution of samples;
             N(0, prior_std² I) if None. It is given latents in the network's dtype, float32 at
             least, and may return that or more.

@@ -118,7 +118,7 @@ class Paths:
         else:
             f, divergences = divergence.estimate(model, x, probes)
         noise = -f.to(z.dtype)
-        if subspace is not None:  # or rounding outside would grow from one end to the other
+        if subspace is not None:  # or rounding outside would grow
             noise = model.model.project(noise)
         slope = self.coordinates.slope(z, noise, level)
         if divergences is None:
