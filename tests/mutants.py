@@ -907,6 +907,12 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/weights.py",
+        "self.effective_sample_size < min(DOUBTED, count / 2)",
+        "self.effective_sample_size < DOUBTED",
+        "tests/likelihood/test_weights.py",
+    ),
+    Mutant(
+        "likelihood/weights.py",
         "_pareto_k(self.normalized[self.normalized > 0])",
         "_pareto_k(self.normalized)",
         "tests/likelihood/test_weights.py",

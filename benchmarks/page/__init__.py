@@ -33,7 +33,7 @@ def tree(file: Path) -> Found:
         found["measured"][question] = where | peers
     for name in ("examples", "compiled", "operators"):
         found[name] = results.read(file.parent / f"{name}.json")
-    for name in ("coverage", "divergence_mode", "exact_up_to", "ode_accuracy"):
+    for name in ("coverage", "divergence_mode", "exact_up_to", "ode_accuracy", "weights"):
         found[name] = results.read(file.parent / f"{name}.json").get("found", {})
     found["keeping"] = results.read(file.parent / "keeping.json").get("speed", {}).get("found", {})
     found["equal_cost"] = {

@@ -122,6 +122,28 @@ def test_what_is_unknown_says_why():
         assert bool(alone.expectation(lambda x: x).error.isnan())
 
 
+@pytest.mark.parametrize(
+    ("ones", "count", "doubted"),
+    [(49, 100, True), (50, 100, False), (199, 800, True), (201, 800, False)],
+)
+def test_errors_of_few_effective_samples_are_doubted(ones, count, doubted):
+    """`ones` weights near one and the others zero are as many effective samples."""
+    logs = torch.full((count,), -math.inf)
+    logs[:ones] = 1e-12 * torch.rand(ones, generator=torch.Generator().manual_seed(0)).double()
+    weights = of_logs(logs)
+    assert round(weights.effective_sample_size, 6) == ones
+    assert not weights.pareto_k > 0.7
+    message = "the errors may be too small, as fewer than 200 and than half of the samples"
+    assert (message in str(weights)) == doubted
+
+
+def test_every_summary_says_where_a_missed_mode_shows():
+    for logs in (torch.zeros(40), torch.linspace(0, 60, 100)):
+        assert str(of_logs(logs)).endswith(
+            "a mode that the samples miss shows only in sandwich(...)"
+        )
+
+
 def test_resampling_follows_the_weights():
     found, generator = of_logs([math.log(3), 0.0]), torch.Generator().manual_seed(0)
     x, rows = found.resample(4000, generator)
