@@ -623,6 +623,22 @@ def test_a_failed_evaluation_leaves_its_numbers_and_names_the_images(
     assert "failed images 0, 1, 2, 3" in capsys.readouterr().out
 
 
+def test_an_evaluation_that_breaks_off_leaves_what_it_had(
+    scripts, data, run, tmp_path, monkeypatch
+):
+    run("--sde", "ve", "--steps", 1)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scripts.evaluate, "variational_nll", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(scripts, data, tmp_path / "run" / "checkpoint.pt", "--limit", 1)
+    report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert {"uniform", "clean"} <= report.keys()
+    assert "bound" not in report
+
+
 def test_a_schedule_that_starts_at_more_noise_than_a_cell_leaves_truncated_normal_out(
     scripts, data, run, tmp_path
 ):
@@ -630,6 +646,7 @@ def test_a_schedule_that_starts_at_more_noise_than_a_cell_leaves_truncated_norma
     evaluated(scripts, data, tmp_path / "run" / "checkpoint.pt", "--limit", 1)
     report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert report["truncated normal"] == {"left_out": "σ/α starts at 0.02 > 0.0013"}
+    assert report["clean"]["bits"] != report["uniform"]["bits"]  # noise of 2.5 levels is added
 
 
 def evaluation(bits, *, origin="start", weights="other", steps=10, **settings):
