@@ -684,6 +684,12 @@ MUTANTS = [
     # The difference of one sample with kinks counts for all.
     Mutant(
         "likelihood/multistep.py",
+        "error = difference.abs() / 12",
+        "error = difference.abs() / 100",
+        "tests/likelihood/test_multistep.py",
+    ),
+    Mutant(
+        "likelihood/multistep.py",
         "q.diff(n=7, dim=0).norm(dim=0)",
         "q.diff(n=7, dim=0).norm(dim=0).amax()",
         "tests/likelihood/test_multistep.py",

@@ -304,7 +304,6 @@ MORE = {
     **{(call, "targets"): bad(TypeError, X, hosm.TargetScores(X)) for call in MODULES},
     (hosm.Paired, "count"): bad(ValueError, 1),
     (hosm.FixedGrid, "steps"): bad(TypeError, None) + bad(ValueError, 3),
-    (hosm.ode_sample, "solver"): bad(ValueError, hosm.FixedGrid(companion=True)),
     **{(call, "weights"): bad(TypeError, nn.Parameter(torch.ones(4))) for call in MODULES},
     (SECOND, "weights"): bad(ValueError, "balanced", (0, 0, 0, 1)),
     (THIRD, "weights"): bad(ValueError, "balanced"),

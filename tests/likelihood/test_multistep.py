@@ -256,15 +256,18 @@ def test_a_companion_is_the_solution_of_half_the_steps(steps, monkeypatch):
 
 
 def test_a_companion_raises_an_estimate_to_an_eighth_of_the_difference():
-    """Where that is a number."""
+    """Where that is a number. Of one latent it is a twelfth, whatever the estimate."""
     plain, difference = torch.tensor(
         [[1.0, 1.0, 1.0, 1.0], [8.0, -40.0, 160.0, math.nan]]
     ).double()
     zero = {"integral": lambda *_: 0.0, "steps": 8}
     found, other = (SimpleNamespace(y=y, path_error=plain, **zero) for y in (difference, 0.0))
-    there = SimpleNamespace(to_x=lambda y, _: y)
+    there = SimpleNamespace(to_x=lambda y, _: y, ends=lambda span: span)
     paths = SimpleNamespace(coordinates=there, log_prior_at=lambda x: x)
-    assert companion_error(paths, found, other, None).tolist() == [1.0, 5.0, 20.0, 1.0]
+    assert companion_error(paths, found, other, (0, 1)).tolist() == [1.0, 5.0, 20.0, 1.0]
+    found.integral = lambda *_: difference
+    expected = (difference.abs() / 12).nan_to_num(1.0)
+    torch.testing.assert_close(companion_error(paths, found, other, (1, 0)), expected)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])

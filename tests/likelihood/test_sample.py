@@ -5,13 +5,14 @@ import torch
 
 import hosm_losses as hosm
 from tests.cases import MLP, VP
+from tests.likelihood.problems import problem
+from tests.oracles import ring
 
 VE = hosm.VESchedule(sigma_max=20.0)
+TOLERANCE = hosm.ToTolerance(companion=False)  # a companion compares densities
 
 
-@pytest.mark.parametrize(
-    "solver", [hosm.FixedGrid(9), hosm.Adaptive(), hosm.ToTolerance()], ids=str
-)
+@pytest.mark.parametrize("solver", [hosm.FixedGrid(9), hosm.Adaptive(), TOLERANCE], ids=str)
 def test_without_a_divergence_nothing_is_differentiated(solver):
     """Not even what cannot be."""
     model, latent, calls = hosm.ScoreModel(MLP(3), VP), torch.randn(4, 3), []
@@ -23,7 +24,7 @@ def test_without_a_divergence_nothing_is_differentiated(solver):
     bare = hosm.ScoreModel(detached, VP)
     drawn = hosm.ode_sample(bare, latent, divergence=None, solver=solver)
     assert drawn.nll is drawn.standard_error is drawn.solver_error is None
-    if solver != hosm.ToTolerance():
+    if solver != TOLERANCE:
         assert sum(calls) == int(drawn.nfe.sum())
     tolerance = 1e-2 if solver == hosm.Adaptive() else 1e-12  # the density has a part in its steps
     same = hosm.ode_sample(model, latent, solver=solver)
@@ -53,3 +54,27 @@ def test_a_failed_sample_is_marked_and_says_why(divergence):
     ((row, reason),) = drawn.failures().items()
     assert row == 1
     assert "the network's output is not finite" in reason
+
+
+@pytest.mark.parametrize(("steps", "most"), [(32, 12), (64, 40)])
+@pytest.mark.parametrize("schedule", [hosm.LinearFlowSchedule(), hosm.EDMSchedule(), VE], ids=repr)
+def test_a_companion_tells_the_error_of_the_density_of_a_latent(schedule, steps, most):
+    """For 95 % of samples, and no larger than need be: the score at the data takes no part.
+
+    No network is differentiated for a companion where no density is wanted.
+    """
+    mixture = ring(5, 0.2)
+    model, _, _, log_prior = problem(schedule, mixture, 1)
+    latent = schedule.prior_std * torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    moments = {"data_std": float(mixture.sample(999, torch.Generator().manual_seed(1)).std())}
+    options = {"divergence": "exact", "log_prior": log_prior}
+    truth = hosm.ode_sample(model, latent, solver=hosm.FixedGrid(512, **moments), **options)
+    solver = hosm.FixedGrid(steps, companion=True, **moments)
+    drawn = hosm.ode_sample(model, latent, solver=solver, **options)
+    error = (drawn.nll - truth.nll).abs()
+    assert float((error <= 2 * drawn.solver_error).double().mean()) >= 0.95
+    assert float(drawn.solver_error.median() / error.median()) <= most
+    assert drawn.nfe.tolist() == [steps * 3 // 2 + 4] * 60
+    bare = hosm.ode_sample(model, latent, solver=solver, divergence=None)
+    torch.testing.assert_close(bare.x, drawn.x)
+    assert bare.nfe.tolist() == [steps + 2] * 60

@@ -10,7 +10,6 @@ Source:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -152,10 +151,7 @@ class ODEDistribution(Distribution):
         outer = torch.Size(sample_shape) + self.batch_shape
         dtype = network_options(self.model)["dtype"]
         size, options = (outer.numel(), *self.event_shape), self._options(outer, dtype)
-        solver: Any = self.solver
-        if solver.companion:  # for the likelihood of data alone
-            solver = replace(solver, companion=False)
-        drawn = ode_sample(self.model, size, solver=solver, divergence=divergence, **options)
+        drawn = ode_sample(self.model, size, solver=self.solver, divergence=divergence, **options)
         _all_good(drawn)
         log_prob = None if drawn.nll is None else -drawn.nll.reshape(outer)
         return drawn.x.reshape(outer + self.event_shape), log_prob

@@ -162,7 +162,8 @@ def ode_sample(
         latent: points at t_max, (B, *), in the coordinates of x; or a shape (B, *), for which they
             are drawn from N(0, prior_std² I) in the dtype and on the device of the network's first
             parameter.
-        solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`, without a companion.
+        solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. A companion compares the
+            densities of one latent, so there is none without a divergence.
         divergence: as in `ode_nll`, or None for samples without their density, which
             differentiates nothing.
         log_prior: log-density at t_max of the latents that are given, as in `ode_nll`.
@@ -192,9 +193,7 @@ def ode_sample(
         >>> print(drawn.x, f"{drawn.nll.item():.3f} nats")
         tensor([[0., 0.]]) 1.838 nats
     """
-    if isinstance(check_solver(solver), FixedGrid) and solver.companion:
-        expected = "one without a companion, which compares densities of the prior at t_max"
-        raise ValueError(error_message("solver", expected, solver, got=repr(solver)))
+    check_solver(solver)
     check_divergence(divergence, optional=True)
     drawn = not isinstance(latent, Tensor)
     if drawn and log_prior is not None:
@@ -256,7 +255,7 @@ def solve(
     if isinstance(solver, Adaptive):
         solution = solve_adaptive(paths, z, span, tolerance=solver.step_tolerance)
     else:
-        companion = solver.companion and not backwards
+        companion = solver.companion and paths.divergence != NO_DIVERGENCE
         if isinstance(solver, FixedGrid):
             steps = solver.steps
         elif steps is None:

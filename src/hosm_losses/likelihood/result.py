@@ -425,8 +425,8 @@ class SampleResult(Result):
         nll: −log p(x) in nats, (B,); None where no divergence was asked for.
         nfe: network evaluations, (B,).
         standard_error: of nll, from random probes, (B,); None where it is not known.
-        solver_error: estimate of what the solver's error does to nll, in nats, as in `NLLResult`,
-            (B,); None with nll.
+        solver_error: estimate of what the solver's error does to the nll of this latent, in nats,
+            (B,); None with nll. Without a companion it is often a hundred times too large.
         failed: where there is nothing to use, (B,): a number was not finite, the path did not
             arrive, or solver_error is too large; nll is NaN there. `failures` says why.
         products: as in `NLLResult`.

@@ -66,7 +66,7 @@ class FixedGrid(Solver):
             starts at a σ̂ of a twentieth to twenty times the data's standard deviation.
         companion: whether to solve with half the steps as well, for a `solver_error` that covers
             networks whose paths stretch small errors too, at 52 % more evaluations for 64 steps.
-            The steps are even then, 8 or more. Of `ode_nll` alone.
+            The steps are even then, 8 or more.
         data_mean: mean of the data, a number or a tensor that broadcasts to a sample; kept as a
             number or nested tuples.
         data_std: standard deviation of the data, likewise.
@@ -109,7 +109,7 @@ class ToTolerance(Solver):
         group: the processes that have to take the same steps; None where each may take its own.
             With a group the value cannot be pickled.
         companion: as in `FixedGrid`, for the trials too, which then take probes of their own.
-            `ode_sample` has none. Without one the tolerance is missed near almost singular
+            Without one the tolerance is missed near almost singular
             densities.
         data_mean: mean of the data, as in `FixedGrid`.
         data_std: standard deviation of the data.
