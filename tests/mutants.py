@@ -683,6 +683,18 @@ MUTANTS = [
     ),
     # The difference of one sample with kinks counts for all.
     Mutant(
+        "likelihood/ode.py",
+        "coordinates.log_gaussian(latent, end) - paths.log_prior_at(latent)",
+        "paths.log_prior_at(latent) - coordinates.log_gaussian(latent, end)",
+        "tests/likelihood/test_ode.py",
+    ),
+    Mutant(
+        "likelihood/dequantize.py",
+        "prior_error = corrected.logsumexp(0) - log_density.detach().logsumexp(0)",
+        'prior_error = stacked("prior_error").mean(0)',
+        "tests/likelihood/test_ode.py",
+    ),
+    Mutant(
         "likelihood/multistep.py",
         "error = difference.abs() / 12",
         "error = difference.abs() / 100",

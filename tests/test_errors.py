@@ -102,7 +102,7 @@ POSITIVE = NUMBER + bad(ValueError, 0.0, -1.0)
 NAME = bad(ValueError, "other") + bad(TypeError, 1, ["exact"])
 FLAG = bad(TypeError, None, 1, "yes", torch.ones(2))
 MOMENT = [
-    *bad(TypeError, None, "0", True, X[0] * 1j, X[0] > 0, X[0].to_sparse()),
+    *bad(TypeError, "0", True, X[0] * 1j, X[0] > 0, X[0].to_sparse()),
     *bad(ValueError, NAN, X / 0),
 ]
 NUMBERS = [

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch.distributions import Normal
 
 import hosm_losses as hosm
 from hosm_losses.likelihood import adaptive as adaptive_of
 from tests.cases import MLP, SCHEDULES, VP, gradients, networks
-from tests.likelihood.problems import problem
+from tests.likelihood.problems import gaussian, marginals, problem, total
 from tests.oracles import paper_mixture, ring
 
 
@@ -100,3 +101,45 @@ def test_finite_data_beyond_reason_fails():
         exact = hosm.ode_nll(model, x, solver=hosm.Adaptive(), divergence="exact")
         for result in (exact, hosm.ode_nll(model, x), hosm.variational_nll(model, x, samples=4)):
             assert result.failed.tolist() == result.nll.isnan().tolist() == [True, True, False]
+
+
+@pytest.mark.filterwarnings("ignore:schedule. expected one that ends")
+@pytest.mark.parametrize("solver", [hosm.FixedGrid, hosm.Adaptive])
+def test_the_error_of_the_prior_is_exact_for_gaussian_data(solver):
+    """Data of mean 3 under a prior of σ = 30, of which the mean error is much smaller."""
+    schedule, std = hosm.VESchedule(sigma_max=30.0), 0.5
+    model, (start, _) = gaussian(schedule, 3.0, std), marginals(schedule, 3.0, std)
+    x = start.sample((400, 2))
+    found = hosm.ode_nll(model, x, solver=solver(data_mean=3.0, data_std=std))
+    torch.testing.assert_close(
+        found.prior_error - found.nll, total(start.log_prob(x)), rtol=0, atol=1e-5
+    )
+    assert float(found.prior_error.abs().mean()) == pytest.approx(0.116, abs=0.01)
+    assert float(found.prior_error.mean()) == pytest.approx(0.010, abs=0.035)
+    assert "a sample for its prior" in str(found)
+    for options in ({"data_mean": 3.0}, {"data_std": std}):
+        assert hosm.ode_nll(model, x[:1], solver=solver(**options)).prior_error is None
+    known = solver(data_mean=3.0, data_std=std)
+    own = hosm.ode_nll(model, x[:1], solver=known, log_prior=lambda z: total(-z.abs()))
+    assert own.prior_error is None
+    assert hosm.ode_sample(model, x[:1], solver=known).prior_error is None
+
+
+@pytest.mark.filterwarnings("ignore:schedule. expected one that ends")
+def test_the_error_of_the_prior_over_several_draws_is_that_of_the_mean_density():
+    schedule, levels = hosm.VESchedule(sigma_max=3.0), torch.full((2, 3), 200, dtype=torch.uint8)
+    solver = hosm.FixedGrid(24, data_mean=0.5, data_std=0.3)
+    alpha, sigma = schedule(torch.tensor(schedule.t_max))
+    law = Normal(alpha * 0.5, ((alpha * 0.3) ** 2 + sigma**2).sqrt())
+    options = {"dequantization": hosm.Uniform(4), "solver": solver, "divergence": "exact"}
+    plain, corrected = (
+        hosm.ode_nll(
+            gaussian(schedule, 0.5, 0.3),
+            levels,
+            generator=torch.Generator().manual_seed(0),
+            log_prior=prior,
+            **options,
+        )
+        for prior in (None, lambda z: total(law.log_prob(z)))
+    )
+    torch.testing.assert_close(plain.nll - plain.prior_error, corrected.nll, rtol=0, atol=1e-6)

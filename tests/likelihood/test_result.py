@@ -23,6 +23,7 @@ def full(n=3, d=4, **changes):
         "products": torch.arange(n) + 140,
         "kinks": torch.arange(n) % 2 == 0,
         "cause": torch.zeros(n, dtype=torch.uint8),
+        "prior_error": 0.1 * torch.arange(n) - 0.1,
         "quantization": Quantization(256, -1.0, 1.0),
     }
     return NLLResult(**(parts | changes))

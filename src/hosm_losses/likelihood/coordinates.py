@@ -1,5 +1,6 @@
 """Coordinates in which Gaussian data does not move along the ODE; the formulas are in `paths`."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -95,6 +96,12 @@ class Coordinates:
     def log_volume(self, level: NoiseLevel) -> Tensor:
         """Σ_i log(α c), (n,)."""
         return self.trace((level.alpha * level.scale).log())
+
+    def log_gaussian(self, x: Tensor, level: NoiseLevel) -> Tensor:
+        """Log-density (B,) at x of Gaussian data of this mean and std, diffused to a level."""
+        normalisation = (self.dimensions or x[0].numel()) * math.log(2 * math.pi)
+        squares = sum_elements(self.to_z(x, level).square(), 1)
+        return -(squares + normalisation) / 2 - self.log_volume(level)
 
     def covector(self, noise: Tensor, level: NoiseLevel) -> Tensor:
         """The gradient in z of the log-density, where the model's score is that of its ODE."""

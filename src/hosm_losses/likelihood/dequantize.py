@@ -211,7 +211,10 @@ def importance_weighted(draws: Sequence[NLLResult], quantization: Quantization) 
     def stacked(name: str) -> Tensor:
         return torch.stack([getattr(draw, name) for draw in draws])
 
-    log_density = -stacked("nll")
+    log_density, prior_error = -stacked("nll"), None
+    if first.prior_error is not None:  # of the mean density
+        corrected = log_density.detach() + stacked("prior_error")
+        prior_error = corrected.logsumexp(0) - log_density.detach().logsumexp(0)
     weight = torch.softmax(log_density.detach(), 0)
     return replace(
         first,
@@ -221,4 +224,5 @@ def importance_weighted(draws: Sequence[NLLResult], quantization: Quantization) 
         solver_error=(weight * stacked("solver_error")).sum(0),
         failed=stacked("failed").any(0),
         cause=stacked("cause").amax(0),
+        prior_error=prior_error,
     )

@@ -132,7 +132,9 @@ def ode_nll(
             for batch in job.batches(paths):
                 noisy = _from_clean(batch) if clean else batch
                 result = solve(noisy, solver, _steps_of(results))
-                results.append(replace(result, nfe=result.nfe + clean))
+                prior_error = _prior_error(batch, result) if solver.knows_data else None
+                nfe = result.nfe + clean
+                results.append(replace(result, nfe=nfe, prior_error=prior_error))
         except KeyboardInterrupt as interrupt:
             keep_finished(interrupt, job.result(results) if results else None)
             raise
@@ -281,6 +283,16 @@ def solve(
     nll = -log_density if paths.nll_offset is None else paths.nll_offset - log_density
     fields["dimensions"] = coordinates.dimensions
     return mark_failed(NLLResult(nll, x.to(paths.dtype), **fields), *causes)
+
+
+@torch.no_grad()
+def _prior_error(paths: Paths, result: NLLResult) -> Tensor | None:
+    """What the diffused data's Gaussian adds to the log-density; None with a user's prior."""
+    if paths.log_prior is not None:
+        return None
+    coordinates, latent = paths.coordinates, result.latent.to(paths.x.dtype)
+    _, end = coordinates.ends(coordinates.span)
+    return coordinates.log_gaussian(latent, end) - paths.log_prior_at(latent)
 
 
 def _steps_of(results: Sequence[NLLResult]) -> int | None:

@@ -26,6 +26,7 @@ from hosm_losses._checks import check_number, check_whole, error_message, owns_v
 
 # A sample fails with a solver_error above the larger of these, in nats and in nats an element.
 SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
+SHOWN = 0.01  # nats of a prior's error, from which on it is printed
 FINER = "take more steps or a lower tolerance, or give the solver data_mean and data_std"
 
 
@@ -64,8 +65,9 @@ class NLLSummary:
     `bits_standard_error` is the same in bits per dimension; both are None for a single sample.
     `estimator_error` is the part of it that comes from the random probes, or from the draws of the
     bound of the SDE, whose `products` are None; None where unknown. `products` is a mean too, and
-    `kinks` counts the paths that seem to have some; None where unknown. Bits are printed where the
-    data are `discrete`.
+    `kinks` counts the paths that seem to have some; None where unknown. `prior_error` is the mean
+    of that of the samples and `prior_size` of its absolute value; None where unknown. Bits are
+    printed where the data are `discrete`.
     """
 
     samples: int
@@ -80,6 +82,8 @@ class NLLSummary:
     discrete: bool = False
     products: float | None = None
     kinks: int | None = None
+    prior_error: float | None = None
+    prior_size: float | None = None
 
     def __str__(self) -> str:
         bits, nats = f"{self.bits_per_dim:.4f}", f"{self.nll:.3f}"
@@ -96,6 +100,12 @@ class NLLSummary:
             shown += f" with {self.products:.0f} Jacobian products"
         if self.kinks:
             shown += f"; kinks suspected on {self.kinks} path{'s' * (self.kinks > 1)}"
+        if self.prior_size is not None and self.prior_size >= SHOWN:
+            shown += (
+                f"; off by {self.prior_size:.3f} nats a sample for its prior, "
+                f"{self.prior_error:+.3f} of log-likelihood in the mean: give log_prior the "
+                "Gaussian of data_mean and data_std at t_max"
+            )
         return shown + (f"; failed and left out: {self.failed}" if self.failed else "")
 
 
@@ -128,6 +138,7 @@ class Result:
     widening: float = 1.0
     kinks: Tensor | None = None
     cause: Tensor | None = None
+    prior_error: Tensor | None = None
     dimensions: int | None = None
 
     @property
@@ -266,6 +277,8 @@ class Result:
             discrete=levels is not None or self.quantization is not None,
             products=None if self.products is None else mean(self.products),
             kinks=None if self.kinks is None else int((self.kinks & good).sum()),
+            prior_error=None if self.prior_error is None else mean(self.prior_error),
+            prior_size=None if self.prior_error is None else mean(self.prior_error.abs()),
         )
 
     def __repr__(self) -> str:
@@ -409,6 +422,10 @@ class NLLResult(Result):
             order, and solver_error was raised, (B,); None where that is not known.
         cause: the number of what `failures` says, (B,); 0 where the sample did not fail.
         dimensions: those of the model's subspace, in which nll is a density; None without one.
+        prior_error: log N(z; α m, α² s² + σ²) − log N(z; 0, prior_std²) at the latent z, with the
+            solver's data_mean m and data_std s, (B,): what to add to log p(x) if the model's prior
+            stands for the diffused data. Exact for Gaussian data. None without both of them, with
+            `log_prior`, and of a bound.
     """
 
     nll: Tensor
@@ -436,6 +453,7 @@ class SampleResult(Result):
         kinks: as in `NLLResult`.
         cause: as in `NLLResult`.
         dimensions: as in `NLLResult`.
+        prior_error: None, as samples follow the prior.
     """
 
     x: Tensor = field(kw_only=True)

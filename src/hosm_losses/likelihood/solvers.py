@@ -1,7 +1,8 @@
 """The options of the ODE solvers: `FixedGrid`, `ToTolerance` and `Adaptive`.
 
 They check themselves, compare, hash and pickle. `data_mean` and `data_std` set coordinates in
-which Gaussian data does not move (see `paths`): they change the solver's error alone.
+which Gaussian data does not move (see `paths`), and by which `prior_error` is known: they change
+the solver's error alone.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -30,14 +31,20 @@ Moment = PlainMoment | Tensor | np.ndarray
 class Solver:
     """Base class of the solvers."""
 
-    data_mean: Moment
-    data_std: Moment
+    data_mean: Moment | None
+    data_std: Moment | None
     companion: bool = False
 
     @property
     def moments(self) -> tuple[Any, Any]:
-        """(data_mean, data_std), as numbers or nested tuples."""
-        return self.data_mean, self.data_std
+        """(data_mean, data_std), as numbers or nested tuples; 0 and 0.5 for None."""
+        mean, std = self.data_mean, self.data_std
+        return 0.0 if mean is None else mean, 0.5 if std is None else std
+
+    @property
+    def knows_data(self) -> bool:
+        """Whether both moments were given."""
+        return self.data_mean is not None and self.data_std is not None
 
     def _name(self, field: str) -> str:
         return f"{type(self).__name__}.{field}"
@@ -49,7 +56,8 @@ class Solver:
     def _set(self, **values: object) -> None:
         """Set checked values of fields, and the moments as plain numbers."""
         for field in ("data_mean", "data_std"):
-            values[field] = plain_moment(field, getattr(self, field), self._name(field))
+            value, name = getattr(self, field), self._name(field)
+            values[field] = None if value is None else plain_moment(field, value, name)
         for field, value in values.items():
             object.__setattr__(self, field, value)
 
@@ -68,8 +76,9 @@ class FixedGrid(Solver):
             networks whose paths stretch small errors too, at 52 % more evaluations for 64 steps.
             The steps are even then, 8 or more.
         data_mean: mean of the data, a number or a tensor that broadcasts to a sample; kept as a
-            number or nested tuples.
-        data_std: standard deviation of the data, likewise.
+            number or nested tuples. None is taken as 0.
+        data_std: standard deviation of the data, likewise; None is taken as 0.5. With both given
+            a result of `ode_nll` has a `prior_error`.
 
     Raises:
         TypeError: if a number, the flag or the moments have the wrong type.
@@ -77,14 +86,14 @@ class FixedGrid(Solver):
 
     Example:
         >>> FixedGrid(128, data_std=torch.tensor([0.5, 0.25]))
-        FixedGrid(steps=128, companion=False, data_mean=0.0, data_std=(0.5, 0.25))
+        FixedGrid(steps=128, companion=False, data_mean=None, data_std=(0.5, 0.25))
     """
 
     steps: int = 64
     _: KW_ONLY
     companion: bool = False
-    data_mean: Moment = 0.0
-    data_std: Moment = 0.5
+    data_mean: Moment | None = None
+    data_std: Moment | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -121,15 +130,15 @@ class ToTolerance(Solver):
 
     Example:
         >>> ToTolerance(0.1)
-        ToTolerance(tolerance=0.1, group=None, companion=True, data_mean=0.0, data_std=0.5)
+        ToTolerance(tolerance=0.1, group=None, companion=True, data_mean=None, data_std=None)
     """
 
     tolerance: float = 0.01
     _: KW_ONLY
     group: "dist.ProcessGroup | None" = None
     companion: bool = True
-    data_mean: Moment = 0.0
-    data_std: Moment = 0.5
+    data_mean: Moment | None = None
+    data_std: Moment | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -167,13 +176,13 @@ class Adaptive(Solver):
 
     Example:
         >>> Adaptive(1e-5)
-        Adaptive(step_tolerance=1e-05, data_mean=0.0, data_std=0.5)
+        Adaptive(step_tolerance=1e-05, data_mean=None, data_std=None)
     """
 
     step_tolerance: float = 3e-4
     _: KW_ONLY
-    data_mean: Moment = 0.0
-    data_std: Moment = 0.5
+    data_mean: Moment | None = None
+    data_std: Moment | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""

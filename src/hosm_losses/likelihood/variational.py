@@ -45,8 +45,8 @@ def variational_nll(
     x: Tensor,
     *,
     samples: int = 64,
-    data_mean: Moment = 0.0,
-    data_std: Moment = 0.5,
+    data_mean: Moment | None = None,
+    data_std: Moment | None = None,
     log_prior: LogPrior | None = None,
     dequantization: Uniform | None = None,
     batch_size: int | None = None,
@@ -61,7 +61,8 @@ def variational_nll(
 
     - `samples` noise levels are drawn for each x, an even number. One eighth as many evaluations,
       two at least, are added at t_min.
-    - `data_mean` and `data_std` set a control variate. They change the standard error alone.
+    - `data_mean` and `data_std`, 0 and 0.5 if None, set a control variate. They change the
+      standard error alone.
     - `log_prior` is averaged over draws of the latent; the default, N(0, prior_std² I), is
       integrated exactly.
 
@@ -82,8 +83,8 @@ def variational_nll(
     if samples % 2:
         raise ValueError(error_message("samples", "an even number", samples))
     check_dequantization(dequantization, clean=True)
-    mean = plain_moment("data_mean", data_mean, "data_mean")
-    std = plain_moment("data_std", data_std, "data_std")
+    mean = 0.0 if data_mean is None else plain_moment("data_mean", data_mean, "data_mean")
+    std = 0.5 if data_std is None else plain_moment("data_std", data_std, "data_std")
     job = Job(
         model,
         x,
