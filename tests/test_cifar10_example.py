@@ -377,11 +377,25 @@ def test_every_option_of_the_page_is_run():
     assert {"--init-from", "--beside", "--score-sde-checkpoint"} <= options
 
 
+def test_the_table_of_costs_is_that_of_the_page(scripts):
+    """Its first row, counted again; hours are FLOPs over 10¹⁴ a second."""
+    page = (FOLDER.parent.parent / "howto" / "cifar10.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| order one, 500000 steps \| (.*) \|$", page, re.MULTILINE)
+    flops, _, memory, *hours = map(float, row.split(" | "))
+    counted, taken = scripts.cost.step("ve", "deep", "first")
+    assert flops == pytest.approx(counted / 1e9, rel=5e-3)
+    assert memory == pytest.approx(taken / 2**20, rel=0.1)  # other versions keep other tensors
+    one = counted * 128 * 500_000 / 1e14 / 3600
+    assert hours == pytest.approx([one, one / 8], rel=5e-3)
+
+
 @pytest.mark.slow
-def test_sigterm_saves(scripts, data, run, tmp_path):
-    """The run that goes on is that of one which was not stopped."""
+@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "two processes"])
+def test_sigterm_saves(scripts, data, tmp_path, launcher):
+    """The processes agree on a step, and what is saved is finished up to it."""
     more = ["--steps", 10_000, "--cosine"]
-    script = [sys.executable, FOLDER / "train.py", *command(data, tmp_path / "run", *more)]
+    script = [*launcher, FOLDER / "train.py", *command(data, tmp_path / "run", *more)]
+    script = [sys.executable, *script]
     process = subprocess.Popen([*map(str, script)], env=ENVIRONMENT, stdout=subprocess.PIPE)
     lines = tmp_path / "run" / "log.jsonl"
     until = time.monotonic() + 300
@@ -391,7 +405,7 @@ def test_sigterm_saves(scripts, data, run, tmp_path):
         time.sleep(0.1)
     process.terminate()
     process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + signal.SIGTERM or launcher
     state = scripts.checkpoints.load(tmp_path / "run" / "checkpoint.pt")
     assert 3 <= state["step"] == log(tmp_path / "run")[-1]["step"] < 10_000
 

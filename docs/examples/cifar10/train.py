@@ -176,7 +176,7 @@ def train(
         last = stops or run.step == args.steps
         logs = last or run.step % args.log_every == 0
         saves = last or run.step % args.save_every == 0 or run.keeps()
-        if (logs or saves) and not torch.isfinite(worst):
+        if (logs or saves or norms) and not torch.isfinite(worst):
             raise RuntimeError(
                 f"expected finite gradients up to step {run.step}; got a norm of {float(worst)}. "
                 f"{run.path} is from before, if there is one. Take a smaller --lr or --clip, or "
