@@ -544,3 +544,14 @@ def test_what_takes_the_data_past_the_engine_is_nan():
     x0, inputs = given((4, 4), 3)
     assert module(x0, **inputs).isfinite()
     assert compiled(module)(x0, **inputs).isnan()
+
+
+def test_a_projection_is_traced_once_it_was_checked():
+    """In one graph after a call without torch.compile; as a first call the check breaks it."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(6, 6), nn.Unflatten(1, (3, 2)))
+    options = {"subspace": lambda x: x - x.mean(1, keepdim=True), "call": lambda f, x, t: f(x)}
+    module = hosm.FirstOrderDSM(hosm.ScoreModel(network, VP, **options))
+    x0, inputs = given((4, 3, 2))
+    x0 = module.model.project(x0)
+    assert_agrees(module, x0, inputs, fullgraph=False)
+    assert_agrees(module, x0, inputs)

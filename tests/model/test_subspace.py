@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import hosm_losses as hosm
+from hosm_losses.model.subspace import VECTORS
 from tests.cases import VP, assert_same
 from tests.subspaces import PARTICLES, centred, masked, pair
 
@@ -56,7 +57,7 @@ def test_a_map_that_is_no_projection_of_each_sample_is_refused(name):
 
 
 def test_a_mask_of_as_many_samples_as_there_are_checked_vectors_is_refused():
-    mask = torch.ones(4, 3, 1)
+    mask = torch.ones(VECTORS, 3, 1)
     mask[2:, 2] = 0
     with pytest.raises(ValueError, match="subspace: expected"):
         loss(lambda x: x * mask.to(x.dtype))
@@ -83,8 +84,21 @@ def test_dimensions_are_required_above_4096_elements_and_compared_with_an_estima
     assert loss((centred, 4999), large).isfinite()
     with pytest.raises(ValueError, match=r"\(project, dimensions\) for samples of more than 4096"):
         loss(centred, large)
-    with pytest.raises(ValueError, match="the 4990 dimensions that you gave; got about 4999"):
-        loss((centred, 4990), large)
+    mask = torch.ones(5000, 1)
+    mask[2000:] = 0
+    spread = torch.randn(5000, 40, generator=torch.Generator().manual_seed(0))
+    Q = torch.linalg.qr(spread.double())[0]
+    for project, dimensions, near in (
+        (centred, 4999, 1),  # what is left out has fewer dimensions than there are vectors
+        (lambda x: x.mean(1, keepdim=True).expand_as(x), 1, 1),
+        (lambda x: x * mask.to(x.dtype), 2000, 1),
+        (lambda x: x - (Q @ (Q.T @ x.double())).to(x.dtype), 4960, 40),  # by an estimate
+    ):
+        assert loss((project, dimensions), large).isfinite()
+        for wrong in (dimensions - near, min(dimensions + near, 5000)):
+            if wrong > 0:
+                with pytest.raises(ValueError, match=f"the {wrong} dimensions that you gave; got"):
+                    loss((project, wrong), large)
 
 
 def test_the_projection_is_checked_once_for_a_shape_and_type():
@@ -178,3 +192,32 @@ def test_transforms_of_torch_func_may_be_the_first_to_call():
         noises
     )
     assert_same(losses[1], hosm.first_order_dsm(model, X, t=t, noise=2 * noise))
+
+
+def test_a_projection_may_write_to_its_argument():
+    def in_place(x):
+        x -= x.mean(1, keepdim=True)
+        return x
+
+    x0, noise = centred(torch.randn(X.shape)), torch.randn(X.shape)
+    inputs = {"t": torch.full((4,), 0.5), "noise": noise, "probe": torch.randn(X.shape)}
+    before = [tensor.clone() for tensor in (x0, *inputs.values())]
+    losses = [
+        hosm.third_order_dsm(hosm.ScoreModel(network, VP, subspace=each), x0, **inputs)
+        for each in (in_place, centred)
+    ]
+    assert_same(*losses)
+    assert all(map(torch.equal, before, (x0, *inputs.values())))
+
+
+def test_half_precision_is_on_the_subspace_within_its_rounding():
+    model = hosm.ScoreModel(network, VP, subspace=centred)
+    for dtype in (torch.bfloat16, torch.float16):
+        x0 = centred(torch.randn(X.shape)).to(dtype)
+        losses = [
+            hosm.first_order_dsm(model, x, t=torch.full((4,), 0.5, dtype=t), noise=x)
+            for x, t in ((x0, torch.float32), (centred(x0.double()), torch.float64))
+        ]
+        assert_same(losses[0].double(), losses[1], 0.05)
+        with pytest.raises(ValueError, match="x0: expected samples on the subspace"):
+            hosm.first_order_dsm(model, x0 + 0.5)

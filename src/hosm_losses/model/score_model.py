@@ -270,7 +270,11 @@ class ScoreModel(nn.Module):
         if self.subspace is None:
             return vectors
         rows = vectors if leading == 1 else vectors.flatten(0, leading - 1)
-        with without_autocast(vectors.device.type):
+        rows = rows if isinstance(rows, Jet) else rows.clone()  # it may write to its argument
+        kind, is_compiling = vectors.device.type, torch.compiler.is_compiling()
+        # PyTorch 2.6 does not trace the question whether there is autocast for a device.
+        full = torch.autocast(kind, enabled=False) if is_compiling else without_autocast(kind)
+        with full:
             projected = self.subspace(rows)
         return projected if leading == 1 else projected.reshape(vectors.shape)
 

@@ -23,7 +23,7 @@ from hosm_losses.probes import unit_vector_chunks
 
 Projection = Callable[[Tensor], Tensor]  # of samples (n, *), for any n and any floating type
 TRACED = 4096  # elements of a sample up to which the trace of P is taken
-VECTORS = 4  # random ones, on which P is checked
+VECTORS = 16  # random ones, on which P is checked
 ROUNDING = 1e-6  # of float64
 ERRORS = 6.0  # standard errors by which the dimensions may differ from an estimate
 OFF = 1e-4  # of the size of the data, or 4 ε of their type: further off, x is not on the subspace
@@ -100,17 +100,28 @@ def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
         else:
             expected = f"(project, dimensions) for samples of more than {TRACED} elements"
             require(dimensions is not None, expected, "the projection alone")
-            # Of each v the subspace has about its share.
-            trace = d * float(products.trace() / flat.square().sum())
-            error = ERRORS * (2 * trace * max(d - trace, 0.0) / d / VECTORS) ** 0.5 + 0.5
             diagonal = project_or_explain(torch.ones_like(v[:1]))[0]
             is_known = bool((diagonal * v - Pv).abs().max() < size)  # P is a mask
+            # Of fewer dimensions than vectors, inside or outside, their products tell the rank.
+            pairs = ((products + products.T) / 2).cpu(), (flat @ flat.T).cpu()
+            inside, outside = (
+                int((torch.linalg.eigvalsh(each) > size).sum())
+                for each in (pairs[0], pairs[1] - pairs[0])
+            )
+            trace, error = float(d - outside), 0.5
+            if inside < VECTORS <= outside:
+                trace = float(inside)
+            elif outside == VECTORS and is_known:
+                trace = float(diagonal.sum())
+            elif outside == VECTORS:  # of each vector the subspace has about its share
+                trace = d * float(pairs[0].trace() / pairs[1].trace())
+                error += ERRORS * (2 * trace * max(d - trace, 0.0) / d / VECTORS) ** 0.5
+            if not is_known:
+                diagonal = torch.full_like(diagonal, (dimensions or trace) / d)
         rank = round(trace) if dimensions is None else dimensions
         expected = f"the {rank} dimensions that you gave"
         require(abs(trace - rank) < error, expected, f"about {trace:.4g} in {d}")
         require(rank > 0, "a subspace of one dimension or more", "a projection to zero")
-        if not is_known:
-            diagonal = torch.full_like(diagonal, rank / d)
     return Subspace(rank, diagonal.cpu(), is_known)
 
 
