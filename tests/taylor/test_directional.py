@@ -121,8 +121,12 @@ def test_inputs_keep_their_own_types_and_inference_mode_is_left(points):
 
 
 SEVERAL = {
-    "one tensor of directions": (torch.ones(4, 5, 3), TypeError, r"a tuple like x, of 2 .*Tensor"),
-    "too few": ((torch.ones(4, 5, 3),), TypeError, "of 2 entries; got 1 entries"),
+    "one tensor of directions": (
+        torch.ones(4, 5, 3),
+        TypeError,
+        r"a tuple like x, .*got 4 in a Tensor",
+    ),
+    "too few": ((torch.ones(4, 5, 3),), TypeError, "each of 2 inputs; got 1 in a tuple"),
     "none at all": ((None, None), ValueError, "one of them at least"),
     "another K": ((torch.ones(4, 5, 3), torch.ones(2, 5)), ValueError, "one K and one B"),
     "another shape": (

@@ -373,8 +373,8 @@ def propagate(
     count = next(len(w) for w in ways if w is not None)
     # Joined along the batch, which keeps a channels-last layout.
     stacks = [
-        None if w is None else torch.cat([point, *w]).unflatten(0, (1 + count, len(point)))
-        for point, w in zip(inputs, ways, strict=True)
+        x if w is None else torch.cat([x, *w.to(x.dtype)]).unflatten(0, (1 + count, len(x)))
+        for x, w in zip(inputs, ways, strict=True)
     ]
     before, finished = len(memory.THREAD.became_jets), False
     propagation = memory.Propagation(count, pairs, [], [], [])
@@ -383,8 +383,8 @@ def propagate(
         # Gradients are off in the forward of a custom Function, which is how one is found.
         with torch.enable_grad(), forward_mode_on():
             jets = [
-                point if stack is None else Jet.make(stack, count, pairs)
-                for point, stack in zip(inputs, stacks, strict=True)
+                stack if w is None else Jet.make(stack, count, pairs)
+                for stack, w in zip(stacks, ways, strict=True)
             ]
             # One alone is handed over: held here too, it would be in use when it is changed.
             result: Any = unpack(function(*jets) if len(jets) > 1 else function(jets.pop()))
@@ -472,20 +472,19 @@ def _check_batch(x: object, place: str = "") -> None:
         )
 
 
-def _check_inputs(inputs: tuple[Any, ...], ways: tuple[Any, ...], places: list[str]) -> None:
+def _check_inputs(inputs: tuple[Any, ...], ways: tuple[Any, ...], several: bool) -> None:
     """Raise unless there are as many directions (K, B, *) for the batches (B, *) that have any."""
     sizes: set[tuple[int, ...]] = set()
-    for x, directions, place in zip(inputs, ways, places, strict=True):
-        if place and directions is None:
+    for i, (x, directions) in enumerate(zip(inputs, ways, strict=True)):
+        if several and directions is None:
             continue
+        place = f"[{i}]" if several else ""
         _check_batch(x, place)
         _check_floats(f"directions{place}", directions)
         if directions.shape[1:] != x.shape or not len(directions):
             shape = ", ".join(map(str, x.shape))
-            raise ValueError(
-                f"directions{place}: expected the shape (K, {shape}); got "
-                f"{tuple(directions.shape)}."
-            )
+            came = tuple(directions.shape)
+            raise ValueError(f"directions{place}: expected the shape (K, {shape}); got {came}.")
         sizes.add(tuple(directions.shape[:2]))
     if len(sizes) != 1:
         raise ValueError(
@@ -533,29 +532,21 @@ def jet(
         >>> jet(lambda x, t: t[:, None] * x, (x, t), (v, torch.ones(1, 2)))[1].flatten().tolist()
         [2.0, 4.0]
     """
-    inputs: Any = (x,)
-    ways: Any = (directions,)
-    places = [""]
-    if isinstance(x, tuple):
-        if not isinstance(directions, tuple) or len(directions) != len(x):
-            came = type(directions).__name__
-            came = f"{len(directions)} entries" if isinstance(directions, tuple) else came
-            raise TypeError(
-                f"directions: expected a tuple like x, of {len(x)} entries; got {came}. Give each "
-                "input its directions, or None."
-            )
-        inputs, ways, places = x, directions, [f"[{place}]" for place in range(len(x))]
-    _check_inputs(inputs, ways, places)
+    several = isinstance(x, tuple)
+    if several and (not isinstance(directions, tuple) or len(directions) != len(x)):
+        raise TypeError(
+            f"directions: expected a tuple like x, with directions or None for each of {len(x)} "
+            f"inputs; got {len(directions)} in a {type(directions).__name__}."
+        )
+    inputs: Any = x if several else (x,)
+    ways: Any = directions if several else (directions,)
+    _check_inputs(inputs, ways, several)
     if pairs not in PAIRS:
         kind = ValueError if isinstance(pairs, str) else TypeError
         raise kind(f"pairs: expected one of {PAIRS}; got {pairs!r}.")
     with outside_inference_mode():
-        inputs = tuple(leave_inference_mode(x) if isinstance(x, Tensor) else x for x in inputs)
-        ways = tuple(
-            None if w is None else leave_inference_mode(w).to(x.dtype)
-            for x, w in zip(inputs, ways, strict=True)
-        )
-        stack = propagate(function, inputs, ways, pairs)
+        given: Any = pytree.tree_map_only(Tensor, leave_inference_mode, (x, directions))
+        stack = propagate(function, given[0], given[1], pairs)
     stack = stack if torch.is_grad_enabled() else stack.detach()
     count = next(len(w) for w in ways if w is not None)
     value, first, second = components(stack, count)

@@ -29,23 +29,27 @@ from torch import Tensor
 from hosm_losses.taylor._torch import without_autocast
 from hosm_losses.taylor.jets import Jet, jet_among
 from hosm_losses.taylor.registry import Function, NoRule, rule
-from hosm_losses.taylor.stacks import Pairs, align, collect, components
+from hosm_losses.taylor.stacks import align, collect, components, extend
+
+
+def _components(stack: Tensor, jet: Jet) -> tuple[Tensor, Tensor, Tensor]:
+    """The value, first and second derivatives of a stack as long as they get, filled by zeros."""
+    seconds = {"none": 0, "sum": 1}.get(jet.pairs, jet.firsts)
+    return components(extend(stack, 1 + jet.firsts + seconds), jet.firsts)
 
 
 # ------------------------------------------------------------------------------------ determinants
 def _of_log_determinant(A: Jet) -> tuple[Tensor, Tensor]:
-    """The first and second derivatives of log|det A|; of the second there may be none."""
-    value, tangents, seconds = components(A.stack, A.firsts)
+    """The first and second derivatives of log|det A|."""
+    value, tangents, seconds = _components(A.stack, A)
     with without_autocast(value.device.type):
         # Without a look at whether there is one, for which an accelerator would be waited for.
         inverse, info = torch.linalg.inv_ex(value)
         inverse = inverse.where(info[..., None, None] == 0, torch.nan)
         products = inverse @ tangents
-    firsts = products.diagonal(dim1=-2, dim2=-1).sum(-1)
-    if A.pairs == "none":
-        return firsts, firsts[:0]
-    curved = -collect((products * products.mT).sum((-2, -1)), A.pairs)
-    return firsts, curved + (inverse.mT * seconds).sum((-2, -1)) if len(seconds) else curved
+    squares = collect((products * products.mT).sum((-2, -1)), A.pairs)[: len(seconds)]
+    bends = (inverse.mT * seconds).sum((-2, -1)) - squares
+    return products.diagonal(dim1=-2, dim2=-1).sum(-1), bends
 
 
 @rule("slogdet", kind="stack", with_function=True)
@@ -57,40 +61,19 @@ def _slogdet(function: Function, A: Jet) -> Any:
 
 @rule("logdet", kind="stack")
 def _logdet(A: Jet) -> Jet:
-    sign, value = torch.linalg.slogdet(A.stack[0])
-    stack = torch.cat([value[None], *_of_log_determinant(A)])
-    return A.like(stack.where(sign >= 0, torch.nan))
+    sign, logarithm = _slogdet(torch.slogdet, A)
+    return A.like(logarithm.stack.where(sign >= 0, torch.nan))
 
 
 @rule("det", kind="stack")
 def _det(A: Jet) -> Jet:
     value = torch.linalg.det(A.stack[:1])
     firsts, seconds = _of_log_determinant(A)
-    if len(seconds):
-        seconds = seconds + collect(firsts.square(), A.pairs)
+    seconds = seconds + collect(firsts.square(), A.pairs)[: len(seconds)]
     return A.like(torch.cat([value, value * firsts, value * seconds]))
 
 
 # --------------------------------------------------------------------------------------- solutions
-def _solution(A: Tensor, B: Tensor, firsts: int, pairs: Pairs) -> Tensor:
-    """The stack of Y in A Y = B, of stacks of which one may hold the value alone."""
-    (A_value, A_tangents, A_seconds), (B_value, B_tangents, B_seconds) = (
-        components(stack, min(firsts, len(stack) - 1)) for stack in (A, B)
-    )
-    inverse = torch.linalg.inv(A_value)
-    if len(A) == 1:
-        return inverse @ B
-    value = inverse @ B_value
-    moved = A_tangents @ value
-    tangents = inverse @ (B_tangents - moved if len(B_tangents) else -moved)
-    if pairs == "none":
-        return torch.cat([value, tangents])
-    moved = collect(2 * A_tangents @ tangents, pairs)
-    moved = moved + A_seconds @ value if len(A_seconds) else moved
-    seconds = inverse @ (B_seconds - moved if len(B_seconds) else -moved)
-    return torch.cat([value, tangents, seconds])
-
-
 @rule(torch.linalg.solve, several=True, kind="stack")  # torch.solve is of an older PyTorch
 def _solve(A: Any, B: Any, *, left: bool = True) -> Jet:
     vector = B.ndim == 1 or B.shape == A.shape[:-1]
@@ -99,12 +82,25 @@ def _solve(A: Any, B: Any, *, left: bool = True) -> Jet:
     a, b = (x.stack if isinstance(x, Jet) else x.unsqueeze(0) for x in (A, B))
     b = b.unsqueeze(-1) if vector else b
     a, b = (a, b) if left else (a.mT, b.mT)
-    a, b = align(a, b.ndim - 1), align(b, a.ndim - 1)
     jet = jet_among((A, B))
     with without_autocast(a.device.type):
-        stack = _solution(a, b, jet.firsts, jet.pairs)
-    stack = stack if left else stack.mT
-    return jet.like(stack.squeeze(-1) if vector else stack)
+        y = _solution(align(a, b.ndim - 1), align(b, a.ndim - 1), jet)
+    return jet.like(y.squeeze(-1) if vector else y if left else y.mT)
+
+
+def _solution(A: Tensor, B: Tensor, jet: Jet) -> Tensor:
+    """The stack of Y in A Y = B, of stacks of which one may hold the value alone."""
+    inverse = torch.linalg.inv(A[:1])
+    if len(A) == 1:
+        return inverse @ B
+    _, A_tangents, A_seconds = _components(A, jet)
+    value, tangents, seconds = _components(B, jet)
+    value = inverse @ value
+    tangents = inverse @ (tangents - A_tangents @ value)
+    if jet.pairs == "none":
+        return torch.cat([value, tangents])
+    squares = collect(2 * A_tangents @ tangents, jet.pairs)
+    return torch.cat([value, tangents, inverse @ (seconds - A_seconds @ value - squares)])
 
 
 @rule("inv inverse", kind="stack")
@@ -115,7 +111,7 @@ def _inv(A: Jet) -> Jet:
 
 @rule("cholesky", kind="stack")
 def _cholesky(A: Jet, upper: bool = False) -> Jet:
-    value, tangents, seconds = components(A.stack.mT if upper else A.stack, A.firsts)
+    value, tangents, seconds = _components(A.stack.mT if upper else A.stack, A)
     with without_autocast(value.device.type):
         L = torch.linalg.cholesky(value)
         inverse = torch.linalg.inv(L)
@@ -125,8 +121,7 @@ def _cholesky(A: Jet, upper: bool = False) -> Jet:
             return L @ (symmetric.tril() + symmetric.tril(-1)) / 2
 
         tangents = factor(tangents)
-        stack = torch.cat([L, tangents])
         if A.pairs != "none":
-            squares = collect(2 * tangents @ tangents.mT, A.pairs)
-            stack = torch.cat([stack, factor(seconds - squares if len(seconds) else -squares)])
+            seconds = factor(seconds - collect(2 * tangents @ tangents.mT, A.pairs))
+    stack = torch.cat([L, tangents, seconds])
     return A.like(stack.mT if upper else stack)
