@@ -8,13 +8,13 @@ Formula, with X = A⁻¹, which is computed once, and derivatives along l and tw
     with Φ(M) the lower triangle of L⁻¹ M L⁻ᵀ and half its diagonal, for M made symmetric, as in
     PyTorch's gradients. An inverse is the solution for B = 1.
 
-Gradients are those of autograd. It sees products and an inverse, of which PyTorch has every
-derivative right. Of det, slogdet and solve it has not: under vmap, jvp of grad is wrong for all
-samples but the first.
+Gradients are those of autograd, through products and an inverse: PyTorch has all derivatives of
+these right, and those of the values in reverse mode. In forward mode it has not: under vmap, jvp
+of grad of slogdet is wrong for all samples but the first.
 
-Digits: a condition number κ costs log10 κ of them in X, and twice as many in second derivatives.
-In float32, which has seven, κ = 1000 leaves one: compute near-singular matrices in float64. Of an
-exactly singular one the derivatives of a determinant are NaN.
+Digits: a condition number κ costs up to log10 κ of them, and float32 has seven: compute
+near-singular matrices in float64. Of an exactly singular one the derivatives of a determinant are
+NaN, and an inverse or a solution is an error of PyTorch's.
 
 Source:
     Giles, "Collected matrix derivative results for forward and reverse mode algorithmic
