@@ -129,7 +129,7 @@ def lagrange(nodes, start, end):
 
 
 @pytest.mark.parametrize("first_steps", [0, RUNGE_KUTTA])
-@pytest.mark.parametrize("kappa", [0.2, 30.0, 200.0])
+@pytest.mark.parametrize("kappa", [0.2, 45.0, 200.0])
 def test_the_solution_and_its_error_by_hand(kappa, first_steps):
     """dy/ds = 3 y and q = κ y, and a covector that changes its sign twice."""
     steps, rate = 20, 3.0
@@ -149,7 +149,7 @@ def test_the_solution_and_its_error_by_hand(kappa, first_steps):
                 true = h * (kappa * change + g[1] * rate * change)
                 share, effect = min(1.0, 2 * abs(true / effect)), 0.0
                 f[1], q[1] = rate * y, kappa * y
-            effect *= share if i < 4 else max(0.3, share)
+            effect *= share if i < 4 else max(0.45, share)
             effects.append(effect + (g[i] * 3 / 160 * h * np.diff(f, 5)[-1] if i > 4 else 0.0))
         before, last = y, range(max(i - 3, 0), i + 1)
         if i < first_steps:
@@ -163,7 +163,7 @@ def test_the_solution_and_its_error_by_hand(kappa, first_steps):
     slope = (lambda _, y: rate * y) if first_steps else None
     found = walk_of(node, torch.ones(2, 1).double(), h, steps, slope)
     # Below the least share of later steps, above it, and all.
-    assert first_steps or [share > 0.3, share == 1] == [kappa > 1, kappa > 100]
+    assert first_steps or [share > 0.45, share == 1] == [kappa > 1, kappa > 100]
     torch.testing.assert_close(found.y, torch.full((2, 1), y).double())
     torch.testing.assert_close(found.integral(), torch.full((2,), h * rule_of(q)).double())
     stretches = [

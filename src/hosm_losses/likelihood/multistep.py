@@ -29,7 +29,7 @@ Errors:
     evaluation of node 1, less the first, is by Δf and Δq what (g₁ − g₀)ᵀ c₁ should be:
         ρ = min(1, 2 |h (Δq + g₁ᵀ Δf)|/|(g₁ − g₀)ᵀ c₁|),
     1 for 0/0, with g₁ of the second evaluation above and of the first below. e₁ is left out,
-    since y₁ is mended; the terms of c₂ and c₃ are multiplied by ρ, later ones by max(0.3, ρ).
+    since y₁ is mended; the terms of c₂ and c₃ are multiplied by ρ, later ones by max(0.45, ρ).
     The error of ∫ is estimated by max(d/15, h ‖∇⁷q‖/30), d the difference of the integrals over
     every node and every second one, which may be small by chance, and the norm of the seventh
     differences of q along the path, which sees kinks and what the nodes do not resolve: a jump J
@@ -87,7 +87,7 @@ BISECTIONS = 60
 KNOWN_ORDER = 16  # steps from which a difference of two integrals is taken to be of some order
 RUNGE_KUTTA = 2  # steps from a start in the middle
 MIDDLE = 3.0  # |log σ̂ − log of the data's size| below which a start is one in the middle
-LEAST_SHARE = 0.3  # of ρ after the start
+LEAST_SHARE = 0.45  # of ρ after the start
 MINIMUM_STEPS = 4
 # What ToTolerance chooses from. Below 32 steps the estimate of the error is no guide.
 GRIDS = (32, 64, 128, 256, 512, 1024)
