@@ -70,11 +70,16 @@ def test_losses_are_those_in_coordinates(schedule, prediction, kind):
         )
 
 
-WEIGHTINGS = ("likelihood", "native", hosm.EDMWeighting(), lambda t: 1 + t, ("native", "noise"))
-NAMES = ("likelihood", "native", "EDM", "function", "pair")
+WEIGHTINGS = {
+    "likelihood": "likelihood",
+    "native": "native",
+    "EDM": hosm.EDMWeighting(),
+    "callable": lambda t: 1 + t,
+    "pair": ("native", "noise"),
+}
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=NAMES)
+@pytest.mark.parametrize("weighting", WEIGHTINGS.values(), ids=WEIGHTINGS)
 def test_weightings_and_default_weights_count_the_dimensions_of_the_subspace(weighting):
     """Two particles in the plane, of which 2 dimensions of 4 are left: 0.1 d² is below 1."""
     shape = (2, 2)
