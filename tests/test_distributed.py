@@ -202,7 +202,7 @@ def test_a_group_takes_the_steps_of_its_most_demanding_rank(tmp_path):
     assert easy < hard
     steps, evaluations, drawn = of_easy
     assert of_hard == of_easy
-    assert (steps, evaluations) == (hard, hard + 10 + hard // 2 + 10)  # with the companion
+    assert (steps, evaluations) == (hard, hard + 2 + hard // 2 + 2)  # with the companion
     assert drawn > 10
 
 
