@@ -411,6 +411,7 @@ def test_sigterm_saves(scripts, data, tmp_path, launcher):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the gradient of the term")
 def test_two_processes_hold_one_network(data, run, tmp_path):
     more = "--loss", "second", "--steps", 2
     script = [*TORCHRUN, FOLDER / "train.py", *command(data, tmp_path / "two", *more)]
