@@ -256,7 +256,7 @@ MUTANTS = [
     ),
     Mutant(
         "taylor/registry.py",
-        "if not same or versions([gradient]) != before:",
+        "if not same or versions(incoming) != before:",
         "if not same:",
         "tests/derivatives/test_engines_agree.py",
     ),

@@ -6,6 +6,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import hosm_losses as hosm
 from tests.cases import FUNCTIONS, VP, CountFlops, OfX
@@ -180,3 +181,13 @@ def test_a_node_of_the_likelihood_is_one_call_and_a_pass_back():
         hosm.ode_nll(hosm.ScoreModel(network, VP), x, solver=hosm.FixedGrid(20))
     nodes = 20 + 2  # both ends, and node 1 twice
     assert count.total == pytest.approx(2 * nodes * forward.total, rel=0.01)
+
+
+def test_pytorchs_own_counter_counts_every_kind_of_probe():
+    """Its hooks on modules are given None for an output whose gradient nobody wants."""
+    model, x0 = hosm.ScoreModel(Residual(), VP), torch.randn(2, 1, 6, 6)
+    for probes in (1, hosm.Paired()):
+        with FlopCounterMode(display=False) as counter:
+            hosm.third_order_dsm(model, x0, probes=probes).backward()
+        total = flops(lambda p=probes: hosm.third_order_dsm(model, x0, probes=p))
+        assert counter.get_total_flops() == pytest.approx(total, rel=0.01)

@@ -198,14 +198,15 @@ def check_unchanged(returned: Sequence[Any], incoming: Sequence[Any]) -> None:
             raise ChangedGradientError(CHANGING_HOOK)
 
 
-def guard_hook(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
+def guard_hook(hook: Callable[[Any], Any]) -> Callable[[Tensor | None], None]:
     """A hook that raises where the given one changes a gradient."""
 
-    def guarded(gradient: Tensor) -> None:
-        before = versions([gradient])
+    def guarded(gradient: Tensor | None) -> None:
+        incoming = [] if gradient is None else [gradient]  # None for an output that is not used
+        before = versions(incoming)
         returned = hook(gradient)
         same = returned is None or returned is gradient
-        if not same or versions([gradient]) != before:
+        if not same or versions(incoming) != before:
             raise ChangedGradientError(CHANGING_HOOK)
 
     return guarded
