@@ -6,9 +6,9 @@ Networks of width 96 learn three densities in two dimensions under five schedule
 are exact, all in float64, calls are counted at the network. Errors are root mean squares over 200
 samples, against 1024 steps of ours; `doubt` is how far torchdiffeq at its finest is from those.
 
-Every solver has a curve: ours by steps, adaptive ones by tolerance, RK4 by steps, which are even in
-t or in log σ̂, whichever errs less. "within" has the least error of each in at most so many calls.
-`--out` keeps the networks. It takes about ten minutes on a core.
+Every solver has a curve: ours by steps, adaptive ones by tolerance, RK4 by steps, which are even
+in t or in log σ̂, whichever errs less. "within" has the least error of each in at most so many
+calls. `--out` keeps the networks. It takes five minutes on a core.
 """
 
 import math

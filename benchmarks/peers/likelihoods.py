@@ -31,7 +31,7 @@ def flow(model: hosm.ScoreModel, x: Tensor, t: Tensor) -> Tensor:
 
 def log_prior(model: hosm.ScoreModel, latent: Tensor) -> Tensor:
     """log N(0, prior_std² I) of a batch, (B,)."""
-    normal = torch.distributions.Normal(0.0, model.schedule.prior_std)
+    normal = torch.distributions.Normal(latent.new_zeros(()), model.schedule.prior_std)
     return normal.log_prob(latent).flatten(1).sum(1)
 
 
