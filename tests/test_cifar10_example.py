@@ -658,7 +658,7 @@ def test_a_schedule_that_starts_at_more_noise_than_a_cell_leaves_truncated_norma
     scripts, data, run, tmp_path
 ):
     run("--sde", "ve", "--steps", 1)
-    evaluated(scripts, data, tmp_path / "run" / "checkpoint.pt", "--limit", 1)
+    evaluated(scripts, data, tmp_path / "run" / "checkpoint.pt", "--limit", 1, "--steps", 32)
     report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert report["truncated normal"] == {"left_out": "σ/α starts at 0.02 > 0.0013"}
     assert report["clean"]["bits"] != report["uniform"]["bits"]  # noise of 2.5 levels is added

@@ -146,7 +146,8 @@ class ScoreModel(nn.Module):
         self.schedule, self.prediction = schedule, SAME.get(prediction, prediction)
         self.time, self.output, self.call = time, output, call
         self.primitives, self.subspace = primitives, subspace
-        self._dimensions, self._subspaces = dimensions, dict[Any, Subspace]()
+        self._dimensions = dimensions
+        self._subspaces: dict[Any, Subspace] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the model; a TypeError for a function, whose weights a copy would share."""
