@@ -641,7 +641,7 @@ def test_a_failed_evaluation_leaves_its_numbers_and_names_the_images(
 def test_an_evaluation_that_breaks_off_leaves_what_it_had(
     scripts, data, run, tmp_path, monkeypatch
 ):
-    run("--sde", "ve", "--steps", 1)
+    run("--sde", "ve", "--steps", 20)
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -657,7 +657,7 @@ def test_an_evaluation_that_breaks_off_leaves_what_it_had(
 def test_a_schedule_that_starts_at_more_noise_than_a_cell_leaves_truncated_normal_out(
     scripts, data, run, tmp_path
 ):
-    run("--sde", "ve", "--steps", 1)
+    run("--sde", "ve", "--steps", 20)
     evaluated(scripts, data, tmp_path / "run" / "checkpoint.pt", "--limit", 1, "--steps", 32)
     report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert report["truncated normal"] == {"left_out": "σ/α starts at 0.02 > 0.0013"}
