@@ -31,6 +31,14 @@ METHODS = {
     "torchdiffeq": "torchdiffeq, one kept",
     "torchdiffeq, exact": "torchdiffeq, exact",
 }
+# Solvers with the exact divergence, likewise.
+SOLVERS = {
+    "ours": "ours",
+    "torchdiffeq, dopri5": "dopri5",
+    "torchdiffeq, RK4": "RK4",
+    "zuko": "zuko",
+}
+MOST_CALLS = 140
 TICKS = (0.1, 0.3, 1, 3, 10)
 Points = Mapping[float, Sequence[float]]  # x → value, low, high
 
@@ -153,6 +161,28 @@ def likelihood_calls(problems: Found) -> Figure:
     return panels(problems, curves, [*METHODS.values()], ("digits", "images"), texts)
 
 
+def work_precision(problems: Found) -> Figure:
+    """The error of a likelihood with the exact divergence against evaluations of the network.
+
+    More calls than `MOST_CALLS`, and errors above a nat, are left out.
+    """
+
+    def curves(found: Found) -> dict[str, Points]:
+        points: dict[str, dict[float, Sequence[float]]] = {}
+        for (name, _), row in walk(found, "curves > * > *"):
+            if row["calls"] <= MOST_CALLS and row["error"] < 1:
+                points.setdefault(SOLVERS[name], {})[row["calls"]] = [row["error"]] * 3
+        return points
+
+    texts = {
+        "verdict": "At 66 evaluations ours errs a hundred times less, but under the flow",
+        "x": "network evaluations",
+        "y": "error, root mean square [nats]",
+    }
+    shown = [f"pinwheel, {name}" for name in ("flow", "VP", "EDM")]
+    return panels(problems, curves, [*SOLVERS.values()], shown, texts, (20, 50, 100))
+
+
 def worth(found: Found) -> Figure:
     """KL divergence and score error over those of order one, a line for each problem."""
     cells = study.densities(found)
@@ -190,5 +220,6 @@ FIGURES: dict[str, tuple[str, Callable[[Found], Figure]]] = {
     "estimator_variance": ("estimator_variance", estimator_variance),
     "gradient_variance": ("gradient_variance", gradient_variance),
     "likelihood_calls": ("likelihood", likelihood_calls),
+    "work_precision": ("ode_accuracy", work_precision),
     "worth": ("study", worth),
 }

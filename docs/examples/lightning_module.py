@@ -39,7 +39,7 @@ class Diffusion(pl.LightningModule):
 
     def validation_step(self, batch: list[torch.Tensor], _index: int) -> None:
         """Log the nats of the ODE. `ode_nll` works in Lightning's inference mode."""
-        model, solver = self.objective.model, FixedGrid(32)
+        model, solver = self.objective.model, FixedGrid(20)
         result = ode_nll(model, batch[0], solver=solver, divergence="exact")
         self.log("nll", result.nll.mean(), prog_bar=True)
 

@@ -101,7 +101,7 @@ for name, loss in {"order one": FirstOrderDSM, "order two": SecondOrderDSM}.item
 # divergence is cheap.
 axis = (torch.arange(64) + 0.5) / 64 * 2.4 - 1.2
 points = torch.cartesian_prod(axis, axis)
-solver = FixedGrid(48, data_std=0.6)
+solver = FixedGrid(40, data_std=0.6)
 density = {}
 for name, each in models.items():
     result = ode_nll(each, points, solver=solver, divergence="exact")

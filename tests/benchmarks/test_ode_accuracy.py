@@ -1,4 +1,4 @@
-"""Every solver of the comparison gives the likelihood that is known, at the calls that are counted."""
+"""Every solver of the comparison is right, and its calls are those of the network."""
 
 import pytest
 import torch

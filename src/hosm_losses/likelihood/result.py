@@ -183,7 +183,7 @@ class Result:
 
         Example:
             >>> nll, none = torch.tensor([1.0, 3.0, 8.0]), torch.zeros(3)
-            >>> result = NLLResult(nll, torch.zeros(3, 4), none + 74, None, none, none > 0)
+            >>> result = NLLResult(nll, torch.zeros(3, 4), none + 66, None, none, none > 0)
             >>> result[:2].summary().nll, result[nll > 2].nll
             (2.0, tensor([3., 8.]))
         """
@@ -242,7 +242,7 @@ class Result:
 
         Example:
             >>> nll, none = torch.tensor([1.0, 3.0]), torch.zeros(2)
-            >>> result = NLLResult(nll, torch.zeros(2, 4), none + 74, none + 0.2, none, none > 0)
+            >>> result = NLLResult(nll, torch.zeros(2, 4), none + 66, none + 0.2, none, none > 0)
             >>> summary = result.summary()
             >>> summary.nll, summary.standard_error, round(summary.estimator_error, 3)
             (2.0, 1.0, 0.141)

@@ -71,7 +71,8 @@ class FixedGrid(Solver):
 
     Args:
         steps: 4 or more, with steps + 2 evaluations of the network, or steps + 7 where the path
-            starts at a σ̂ of a twentieth to twenty times the data's standard deviation.
+            starts at a σ̂ of a twentieth to twenty times the data's standard deviation. 20 do for
+            a look during training, 40 for a report with the exact divergence.
         companion: whether to solve with half the steps as well, for a `solver_error` that covers
             networks whose paths stretch small errors too, at 52 % more evaluations for 64 steps.
             The steps are even then, 8 or more.
@@ -118,8 +119,7 @@ class ToTolerance(Solver):
         group: the processes that have to take the same steps; None where each may take its own.
             With a group the value cannot be pickled.
         companion: as in `FixedGrid`, for the trials too, which then take probes of their own.
-            Without one the tolerance is missed near almost singular
-            densities.
+            Without one the tolerance may be missed where a path stretches small errors.
         data_mean: mean of the data, as in `FixedGrid`.
         data_std: standard deviation of the data.
 
