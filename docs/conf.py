@@ -113,6 +113,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "show_signature": False,
     "backreferences_dir": None,
+    "capture_repr": (),  # or a script that ends in a title shows its Text(0.5, …)
     "within_subsection_order": "FileNameSortKey",
     "reset_modules": (),  # which would take the style back
     "write_computation_times": False,  # that page loads a script from another host
