@@ -18,7 +18,7 @@ CODE = re.compile(r"(?s)<(code|pre|script|style|dt)\b.*?</\1>")
 # Methods and properties of public classes that the package calls, and PyTorch, but no user.
 INTERNAL = {"affine", "affine_of_data", "noise_without_x", "network_arguments", "predict"}
 INTERNAL |= {"draw", "extra_repr", "moments", "posterior", "quantization", "start_coordinates"}
-INTERNAL |= {"support"}
+INTERNAL |= {"support", "knows_data", "subspace_of"}
 
 
 def lacking(directory: Path) -> list[str]:

@@ -62,8 +62,11 @@ napoleon_use_ivar = True  # a list of the attributes, where each would be a para
 # Methods on the page of a class; "" is all. autosummary has a "members" of its own in templates.
 autosummary_context = {
     "documented": {
-        "ScoreModel": "forward, noise, score, denoise, coefficients, native_weight, time_in",
-        "ODEDistribution": "log_prob, sample, rsample, rsample_and_log_prob",
+        "ScoreModel": "forward, noise, score, denoise, project, coefficients, native_weight, "
+        "time_in",
+        "ODEDistribution": "log_prob, sample, rsample, rsample_and_log_prob, expand, mean, "
+        "variance, entropy",
+        "TargetScores": "information_of",
         "NLLResult": "bits_per_dim, summary, failures, cat, to_dict, from_dict",
         "SampleResult": "bits_per_dim, summary, failures, cat, to_dict, from_dict",
     }
