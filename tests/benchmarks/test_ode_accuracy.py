@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from benchmarks import ode_accuracy
 from torch import nn
 
 import hosm_losses as hosm
+
+pytest.importorskip("matplotlib")
+
+from benchmarks import ode_accuracy
 
 STD = torch.tensor([0.5, 0.8], dtype=torch.float64)
 
