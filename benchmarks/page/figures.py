@@ -46,7 +46,7 @@ Points = Mapping[float, Sequence[float]]  # x → value, low, high
 def draw(found: Found, images: Path) -> Iterator[Path]:
     """Draw the figures whose questions were measured."""
     for name, (question, figure) in FIGURES.items():
-        if question in found:
+        if found.get(question):
             path = images / f"{name}.svg"
             path.parent.mkdir(parents=True, exist_ok=True)
             with style.context(STYLE):
