@@ -1068,15 +1068,14 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/paths.py",
-        "        if subspace is not None:  # or rounding outside would grow\n"
-        "            noise = model.model.project(noise)\n",
-        "",
+        "noise = model.model.project(-f.to(z.dtype))",
+        "noise = -f.to(z.dtype)",
         "tests/likelihood/test_subspace.py",
     ),
     Mutant(
         "losses/targets.py",
-        "return Cv if self.project is None else self.project(Cv)",
-        "return Cv",
+        "return self.project(times(self.control, self.basis, v))",
+        "return times(self.control, self.basis, v)",
         "tests/losses/test_subspace.py",
     ),
     Mutant(

@@ -99,8 +99,7 @@ class Paths:
             f, _ = self._evaluate(model, points, NO_DIVERGENCE, None)
         else:
             f = model.f(points)
-        noise = -f.to(x.dtype)
-        return noise if self.model.model.subspace is None else self.model.model.project(noise)
+        return model.model.project(-f.to(x.dtype))
 
     def slope_at(
         self, z: Tensor, level: NoiseLevel, probes: Tensor | None, rows: Tensor | None = None
@@ -110,16 +109,13 @@ class Paths:
             return self.evaluations.evaluate(partial(self.slope_at, z, level, probes, rows), z)
         x = self.coordinates.to_x(z, level).to(self.dtype)
         model, divergence = self.model_at(level, rows), self.divergence
-        subspace = model.model.subspace
-        if probes is not None and subspace is not None:
+        if probes is not None:
             probes = model.model.project(probes, 2)
         if torch.is_grad_enabled() or self.watch.due:
             f, divergences = self._evaluate(model, x, divergence, probes)
         else:
             f, divergences = divergence.estimate(model, x, probes)
-        noise = -f.to(z.dtype)
-        if subspace is not None:  # or rounding outside would grow
-            noise = model.model.project(noise)
+        noise = model.model.project(-f.to(z.dtype))  # or rounding outside a subspace would grow
         slope = self.coordinates.slope(z, noise, level)
         if divergences is None:
             return noise, slope, z.new_zeros(1, len(z))

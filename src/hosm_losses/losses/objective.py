@@ -144,10 +144,10 @@ def perturb(
         )
     else:
         eps = _like_data("noise", noise, x0)
-    dimensions, project = x0[0].numel(), None
+    dimensions = x0[0].numel()
     if model.subspace is not None:
-        dimensions, project = model.subspace_of("x0", x0).dimensions, model.project
-        x0, eps = project(x0), project(eps)
+        dimensions = model.subspace_of("x0", x0).dimensions
+        x0, eps = model.project(x0), model.project(eps)
     alpha, sigma = model.coefficients(t, x0)
     x = expand_right(alpha, x0) * x0 + expand_right(sigma, x0) * eps
     target, moments = model.noise_without_x(t, x0, eps), None
@@ -155,7 +155,7 @@ def perturb(
         instead = at_least_float32(_like_data("targets", targets, x0).detach())
         target = target + (model.project(instead) - eps)
     elif targets is not None:  # their mean in the place of ε, without a gradient
-        moments = targets.posterior(x0, eps, alpha, sigma, kwargs, project)
+        moments = targets.posterior(x0, eps, alpha, sigma, kwargs, model.project)
         # Added in the type of the moments: it may be all of ε, and then leaves a small number.
         target = target + (eps.detach() - eps) + moments.mean.reshape(eps.shape)
         target = target.to(at_least_float32(eps).dtype)

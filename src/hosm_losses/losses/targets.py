@@ -90,6 +90,11 @@ def wide(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
+def as_rows(tensor: Tensor) -> Tensor:
+    """A row of each sample (B, n), without a graph, in the type in which targets are computed."""
+    return tensor.detach().reshape(len(tensor), -1).to(wide(tensor))
+
+
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner product along the last dimension, which is kept."""
     return (a * b).sum(-1, keepdim=True)
@@ -161,25 +166,20 @@ class AveragedTargets:
         alpha: Tensor,
         sigma: Tensor,
         kwargs: dict[str, Any],
-        project: Callable[[Tensor], Tensor] | None = None,
+        project: Callable[[Tensor], Tensor],
     ) -> "NoiseMoments":
         """Posterior moments of the noise in x = α x₀ + σ ε, for α and σ (B,).
 
         `project` takes the reference to the subspace of x₀ and ε.
         """
-        dtype = wide(x0)
-        data, eps, alpha, sigma = (
-            part.detach().reshape(len(x0), -1).to(dtype) for part in (x0, noise, alpha, sigma)
-        )
-        reference, scale = data, alpha / sigma
+        data, eps, alpha, sigma = map(as_rows, (x0, noise, alpha, sigma))
+        dtype, reference, scale = data.dtype, data, alpha / sigma
         if self.reference is not None:
             shape = (len(self.reference), *x0.shape[1:])
             reference = check_like(
                 "targets.reference", self.reference, shape, x0.dtype, x0.device, "x0"
             )
-            reference = leave_inference_mode(reference).detach()
-            reference = reference if project is None else project(reference)
-            reference = reference.flatten(1).to(dtype)
+            reference = project(leave_inference_mode(reference).detach()).flatten(1).to(dtype)
         # Differences alone count. Squares of data that lie far from zero would take their digits.
         origin = reference.mean(0)
         data, reference = data - origin, reference - origin
@@ -260,7 +260,7 @@ class ControlledMoments(NamedTuple):
     basis: Tensor | None  # its eigenvectors, (d, d); None for the unit vectors
     c: Tensor  # C z̄, (B, d)
     mean: Tensor  # ē − ε, (B, d)
-    project: Callable[[Tensor], Tensor] | None  # vectors (*, d) to the subspace of the data
+    project: Callable[[Tensor], Tensor]  # vectors (*, d) to the subspace of the data
 
     @property
     def weights(self) -> Tensor:
@@ -275,8 +275,7 @@ class ControlledMoments(NamedTuple):
 
     def times_control(self, v: Tensor) -> Tensor:
         """C v along v (*, B, d), in the subspace of the data."""
-        Cv = times(self.control, self.basis, v)
-        return Cv if self.project is None else self.project(Cv)
+        return self.project(times(self.control, self.basis, v))
 
     def along(self, v: Tensor, ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
         """What stands for C₂v and, if `third`, for C₃(v, v, ·) along v (K, B, d), from ℓ."""
@@ -465,7 +464,7 @@ class TargetScores:
         alpha: Tensor,
         sigma: Tensor,
         kwargs: dict[str, Any],
-        project: Callable[[Tensor], Tensor] | None = None,
+        project: Callable[[Tensor], Tensor],
     ) -> ControlledMoments:
         """Moments of what stands for the noise in x = α x₀ + σ ε, for α and σ (B,).
 
@@ -473,14 +472,10 @@ class TargetScores:
         """
 
         def inside(flat: Tensor) -> Tensor:
-            assert project is not None
             return project(flat.reshape(-1, *x0.shape[1:])).reshape(flat.shape)
 
-        on_subspace = None if project is None else inside
         g = self._scores_at(x0, project)
-        eps, alpha, sigma = (
-            part.detach().reshape(len(x0), -1).to(g.dtype) for part in (noise, alpha, sigma)
-        )
+        eps, alpha, sigma = map(as_rows, (noise, alpha, sigma))
         if self.averaged is None:  # over the own sample alone
             own, zero = torch.ones_like(alpha), torch.zeros_like(g)
             noises = moments_of(own, alpha / sigma, zero, g.new_zeros(1, g.shape[1] + 1))
@@ -488,10 +483,7 @@ class TargetScores:
         else:
             noises = self.averaged.posterior(x0, noise, alpha[:, 0], sigma[:, 0], kwargs, project)
             reference = self.averaged.reference
-            others = g
-            if reference is not None:
-                reference = reference if project is None else project(reference)
-                others = self._scores_at(reference, project)
+            others = g if reference is None else self._scores_at(project(reference), project)
         points = F.pad(F.pad(others, (0, 1), value=1.0), (0, 0, 0, 1))
         sigma_hat = sigma / alpha
         scores = moments_of(noises.weights, -sigma_hat, g, points)
@@ -499,14 +491,10 @@ class TargetScores:
         if isinstance(information, Tensor):  # a coordinate without a score has the paper's target
             information = torch.where(information > 0, information, math.inf)
         control = 1 / (1 + sigma_hat.square() * information)
-        c = times(control, basis, eps + noises.mean + sigma_hat * g + scores.mean)
-        c = c if on_subspace is None else on_subspace(c)
-        mean = noises.mean - c
-        return ControlledMoments(noises, scores, control, basis, c, mean, on_subspace)
+        c = inside(times(control, basis, eps + noises.mean + sigma_hat * g + scores.mean))
+        return ControlledMoments(noises, scores, control, basis, c, noises.mean - c, inside)
 
-    def _scores_at(
-        self, data: Tensor, project: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
+    def _scores_at(self, data: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
         """∇log p₀ at data (N, *), in their subspace, as (N, d)."""
         scores: Any = self.scores
         if callable(scores):
@@ -517,8 +505,7 @@ class TargetScores:
         like = tuple(data.shape), data.dtype, data.device, "the data"
         scores = leave_inference_mode(check_like("targets.scores", scores, *like)).detach()
         check_finite("targets.scores", scores)
-        scores = scores.to(wide(data))
-        return (scores if project is None else project(scores)).reshape(len(data), -1)
+        return project(scores.to(wide(data))).reshape(len(data), -1)
 
     def _information_for(self, g: Tensor, x0: Tensor) -> tuple[Tensor | float, Tensor | None]:
         """F, or its eigenvalues and eigenvectors, from the scores (B, d) of a batch if need be."""
