@@ -8,14 +8,12 @@ import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -24,7 +22,6 @@ from benchmarks import results
 
 T = TypeVar("T")
 Row = dict[str, Any]
-WARM_UP = 5  # steps of a training before it is timed
 SIZES = ("smoke", "default", "full")
 Choose = Callable[..., Any]  # of three values, for the sizes smoke, default and full
 Routes = Mapping[str, Callable[[], object]]
@@ -100,18 +97,6 @@ def times(routes: Routes, rounds: int, bar: str | None = None) -> dict[str, list
         for key, route in routes.items():
             found[key].append(clocked(route)[1])
     return found
-
-
-def step_times(
-    start: Callable[[str, int], Iterator[None]], names: Iterable[str], rounds: int
-) -> dict[str, float]:
-    """Median seconds of a step of the training that `start` makes of a name and its steps.
-
-    They take turns, after some to warm up.
-    """
-    routes = {name: partial(next, start(name, WARM_UP + rounds)) for name in names}
-    times(routes, WARM_UP)
-    return {key: float(np.median(each)) for key, each in times(routes, rounds).items()}
 
 
 def alone(function: Callable[..., T], *args: Any, variables=results.ONE_THREAD, **options) -> T:

@@ -14,6 +14,14 @@ from hosm_losses.likelihood import divergence
 from tests.cases import SCHEDULES
 
 PARTICLES = (3, 2)  # their number and dimensions
+CASES = [  # of a schedule and a prediction
+    ("vp", "epsilon"),
+    ("ve", "score"),
+    ("flow", "velocity"),
+    ("vp", "v"),
+    ("flow", "x0"),
+    ("edm", "sample"),
+]
 
 
 def centred(x):

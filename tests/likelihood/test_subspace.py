@@ -8,16 +8,8 @@ import torch
 
 import hosm_losses as hosm
 from tests.cases import assert_same, gradients
-from tests.subspaces import PARTICLES, Draws, centred, masked, pair
+from tests.subspaces import CASES, PARTICLES, Draws, centred, masked, pair
 
-CASES = [
-    ("vp", "epsilon"),
-    ("ve", "score"),
-    ("flow", "velocity"),
-    ("vp", "v"),
-    ("flow", "x0"),
-    ("edm", "sample"),
-]
 SOLVERS = {
     "grid": hosm.FixedGrid(16, data_std=0.6),
     "companion": hosm.FixedGrid(16, companion=True),

@@ -8,16 +8,8 @@ import torch
 import hosm_losses as hosm
 from hosm_losses.probes import draw_probes
 from tests.cases import FUNCTIONS, assert_same, with_gradients
-from tests.subspaces import PARTICLES, centred, masked, pair
+from tests.subspaces import CASES, PARTICLES, centred, masked, pair
 
-CASES = [
-    ("vp", "epsilon"),
-    ("ve", "score"),
-    ("flow", "velocity"),
-    ("vp", "v"),
-    ("flow", "x0"),
-    ("edm", "sample"),
-]
 KINDS = {
     "one": {"probes": 1},
     "three": {"probes": 3},
