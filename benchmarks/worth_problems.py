@@ -85,8 +85,12 @@ class Product:
         return torch.stack([line.quantile(column) for line, column in pairs], 1)
 
     def data_score(self, x: Tensor) -> Tensor:
-        pairs = zip(self.lines, x.unbind(1), strict=True)
-        return torch.stack([line.data_score(column) for line, column in pairs], 1)
+        score = torch.empty_like(x)
+        for line in dict.fromkeys(self.lines):  # the columns of equal lines at once
+            columns = [i for i, of_column in enumerate(self.lines) if of_column is line]
+            values = x[:, columns]
+            score[:, columns] = line.data_score(values.flatten()).reshape(values.shape)
+        return score
 
     def diffuse(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         pairs = zip(self.lines, x.unbind(1), strict=True)
@@ -426,7 +430,7 @@ class Cell:
     points: int = 256
     scored: int = 64
     seeds: int = 5
-    spares: int | None = 2
+    spares: int | None = None
 
     def model(self, seeds: Sequence[int]) -> hosm.ScoreModel:
         return hosm.ScoreModel(Ensemble(self, seeds), self.schedule)
@@ -519,7 +523,8 @@ def many_well(elements: int) -> Product:
 def _cells() -> dict[str, Callable[[], Cell]]:
     ve = hosm.VESchedule(sigma_max=20.0)
     low, wide = Sizes(64, waves=4), Sizes(128)
-    transferred = {"solver": 48, "points": 128, "scored": 32, "spares": None}
+    transferred = {"solver": 48, "points": 128, "scored": 32}
+    searched = {"long": 81_000, "spares": 2}
 
     def wells(elements: int, **changes: Any) -> Cell:
         changes = {"solver": 96} | changes if elements < 8 else transferred | changes
@@ -530,14 +535,14 @@ def _cells() -> dict[str, Callable[[], Cell]]:
 
     return {
         "mixture, d = 1, VE": lambda: Cell(
-            mixture(), hosm.VESchedule(), low, solver=128, batch=512, long=81_000
+            mixture(), hosm.VESchedule(), low, solver=128, batch=512, **searched
         ),
         "mixture, d = 1, VP": lambda: Cell(
             mixture(), hosm.VPSchedule(), low, solver=192, batch=512
         ),
-        "checkerboard, d = 2": lambda: Cell(Checkerboard(), ve, low, solver=128, long=81_000),
+        "checkerboard, d = 2": lambda: Cell(Checkerboard(), ve, low, solver=128, **searched),
         "many-well, d = 2": partial(wells, 2),
-        "many-well, d = 4": partial(wells, 4, long=81_000),
+        "many-well, d = 4": partial(wells, 4, **searched),
         "many-well, d = 4, no predictor": partial(wells, 4, predictor=False),
         "ring, d = 4": lambda: Cell(Ring(), ve, wide, solver=96),
         "funnel, d = 4": lambda: Cell(Funnel(), hosm.VESchedule(sigma_max=60.0), wide, solver=96),
