@@ -95,7 +95,7 @@ def prepared(images: torch.Tensor, *, flip: bool, dequantize: bool) -> torch.Ten
     return torch.where(coin, x.flip(3), x)
 
 
-def write_stand_in(folder: str | Path, *, records: int = 1000, seed: int = 0) -> None:
+def write_stand_in(folder: str | Path, *, records: int = 400, seed: int = 0) -> None:
     """Write generated pictures to the six files of the format, `records` to each.
 
     A picture is a gradient with a few soft discs and a little noise, in colours of its own.

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from score_sde import score_sde_model
 from torch import nn
 
@@ -65,6 +64,8 @@ def model_of(options: dict[str, Any], code: Path | None) -> ScoreModel:
 
 def score_model(sde: str, size: str, dropout: float = 0.0) -> ScoreModel:
     """Return a new network of a size, with its schedule, "ve" or "vp"."""
+    from diffusers import UNet2DModel  # score_sde's networks do without
+
     channels, layers, groups = SIZES[size]
     if sde == "ve":  # whose blocks have group norms of 32 groups
         channels = tuple(max(32, width) for width in channels)
