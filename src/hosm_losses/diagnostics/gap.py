@@ -129,7 +129,7 @@ def likelihood_gap(
     is left out of the means that need it, and counted. Call `model.eval()` first if the network
     has dropout or batch norm; its buffers stay as they were. The cost per sample is in
     `evaluations`; most of it is the gradient of the ODE's density, which stores a graph of its
-    evaluations, steps + 7 at most.
+    evaluations, steps + 8 at most.
 
     Args:
         model: the score model.

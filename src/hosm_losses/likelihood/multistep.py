@@ -14,7 +14,7 @@ Formula:
     evaluated again, at y₁, and y₄ is computed anew by Boole's rule, of order six,
         y₄ = y₀ + h (14 f₀ + 64 f₁ + 24 f₂ + 64 f₃ + 14 f₄)/45.
     Where σ̂ is near the data's size z moves from the start on. Two steps of the classical
-    Runge-Kutta method go first there, and no node is evaluated again.
+    Runge-Kutta method go first there, and node 3, the first that is predicted, is evaluated again.
     ∫ q ds is by the trapezoid rule with Gregory's end corrections up to fourth differences, of
     order six.
 
@@ -29,7 +29,9 @@ Errors:
     evaluation of node 1, less the first, is by Δf and Δq what (g₁ − g₀)ᵀ c₁ should be:
         ρ = min(1, 2 |h (Δq + g₁ᵀ Δf)|/|(g₁ − g₀)ᵀ c₁|),
     1 for 0/0, with g₁ of the second evaluation above and of the first below. e₁ is left out,
-    since y₁ is mended; the terms of c₂ and c₃ are multiplied by ρ, later ones by max(0.45, ρ).
+    since y₁ is mended; the terms of c₂ and c₃ are multiplied by ρ. As σ̂ grows the score errs less:
+    later terms are multiplied by max(r, ρ), and r rises from 0.15 at node 4 to 1 within an eighth
+    of the path.
     The error of ∫ is estimated by max(d/15, h ‖∇⁷q‖/30), d the difference of the integrals over
     every node and every second one, which may be small by chance, and the norm of the seventh
     differences of q along the path, which sees kinks and what the nodes do not resolve: a jump J
@@ -87,7 +89,7 @@ BISECTIONS = 60
 KNOWN_ORDER = 16  # steps from which a difference of two integrals is taken to be of some order
 RUNGE_KUTTA = 2  # steps from a start in the middle
 MIDDLE = 3.0  # |log σ̂ − log of the data's size| below which a start is one in the middle
-LEAST_SHARE = 0.45  # of ρ after the start
+LEAST_SHARE = 0.15  # of ρ at node 4; it rises to 1 over an eighth of the path
 MINIMUM_STEPS = 4
 # What ToTolerance chooses from. Below 32 steps the estimate of the error is no guide.
 GRIDS = (32, 64, 128, 256, 512, 1024)
@@ -158,16 +160,17 @@ class AdamsSolver:
         self.before, self.covector = self.y, node.covector
 
     def correct_again(self, node: NodeValue) -> None:
-        """Take the second evaluation of node 1, at its corrected state."""
-        with torch.no_grad():
-            moved = node.integrand - self.integrands[1]
-            moved = moved + sum_elements(node.covector * (node.slope - self.slopes[0]), 1)
-            true = 2 * (self.h * moved / self.total).abs()
-            self.share = true.nan_to_num(1.0).clamp(max=1.0)
-        self.total = self.lowest = self.highest = torch.zeros_like(self.total)
-        self.integrands[1], self.slopes[0] = node.integrand, node.slope
+        """Take a second evaluation of the last node, at its corrected state."""
+        if not self.runge_kutta:
+            with torch.no_grad():
+                moved = node.integrand - self.integrands[1]
+                moved = moved + sum_elements(node.covector * (node.slope - self.slopes[0]), 1)
+                true = 2 * (self.h * moved / self.total).abs()
+                self.share = true.nan_to_num(1.0).clamp(max=1.0)
+            self.total = self.lowest = self.highest = torch.zeros_like(self.total)
+        self.integrands[-1], self.slopes[0] = node.integrand, node.slope
         if node.variance is not None:
-            self.variances[1] = node.variance
+            self.variances[-1] = node.variance
         self.covector = node.covector
 
     def predict(self) -> None:
@@ -178,7 +181,10 @@ class AdamsSolver:
 
     def _estimate(self, index: int, covector: Tensor, correction: Tensor) -> None:
         """Add the effect of a step's error on the answer, e."""
-        share = self.share if index < 4 else self.share.clamp(min=LEAST_SHARE)
+        share = self.share
+        if index >= 4:
+            least = LEAST_SHARE + (1 - LEAST_SHARE) * min(1.0, 8 * (index - 4) / self.steps)
+            share = share.clamp(min=least)
         effect = share * sum_elements((covector - self.covector) * correction, 1)
         if len(self.slopes) == len(NEXT_TERM):
             effect = effect + sum_elements(covector * self.h * combine(NEXT_TERM, self.slopes), 1)
@@ -254,7 +260,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
         for solver, stride in ((solution, 2), (coarse, 4)):
             if solver is None or place % stride:
                 continue
-            twice = place == stride and not runge_kutta
+            twice = place == stride * (runge_kutta + 1)  # the first node that is predicted
             with torch.set_grad_enabled(torch.is_grad_enabled() and solver is solution):
                 for take in (solver.correct, solver.correct_again)[: 1 + twice]:
                     y = solver.y
@@ -283,11 +289,8 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
     elif divergence != NO_DIVERGENCE:
         solver_error = solver_error + solution.quadrature_error
         standard_error = torch.zeros_like(solver_error)
-    nodes, midpoints = steps + 1 + (steps // 2 + 1 if companion else 0), 0
-    if runge_kutta:
-        midpoints = 3 * runge_kutta * (1 + companion)
-    else:  # node 1 once more
-        nodes += 1 + companion
+    nodes = steps + 2 + (steps // 2 + 2 if companion else 0)  # one of them twice
+    midpoints = 3 * runge_kutta * (1 + companion)
     nfe = torch.full((len(z),), nodes + midpoints, device=z.device)
     products = torch.full_like(nfe, nodes * divergence.products)
     if divergence.target is not None:

@@ -70,7 +70,7 @@ class FixedGrid(Solver):
     the log of the root mean square of data_std; half are spread evenly over log σ̂.
 
     Args:
-        steps: 4 or more, with steps + 2 evaluations of the network, or steps + 7 where the path
+        steps: 4 or more, with steps + 2 evaluations of the network, or steps + 8 where the path
             starts at a σ̂ of a twentieth to twenty times the data's standard deviation. 20 do for
             a look during training, 40 for a report with the exact divergence.
         companion: whether to solve with half the steps as well, for a `solver_error` that covers
