@@ -178,7 +178,9 @@ def loss_of(cell: Cell, recipe: Recipe, model: hosm.ScoreModel, members: int) ->
         return cell.schedule.time(low + (high - low) * torch.rand(count, generator=generator))
 
     def loss(x0: Tensor, generator: torch.Generator) -> Tensor:
-        how: dict[str, Any] = {"time_sampler": times, "generator": generator}
+        how: dict[str, Any] = {"generator": generator}
+        if not cell.uniform_in_t:
+            how["time_sampler"] = times
         if recipe.averaged or recipe.scores:
             how["targets"] = MemberTargets(batch=x0, **quiet)
         if recipe.order == 1:

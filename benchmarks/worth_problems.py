@@ -417,6 +417,7 @@ class Cell:
         scored: in a block, where the score of the ODE is measured.
         seeds: that are reported.
         spares: further seeds, by which rates are chosen; None where rates are transferred.
+        uniform_in_t: whether times are uniform in t, with the default weighting, and not in log σ̂.
     """
 
     density: Any
@@ -431,6 +432,7 @@ class Cell:
     scored: int = 64
     seeds: int = 5
     spares: int | None = None
+    uniform_in_t: bool = False
 
     def model(self, seeds: Sequence[int]) -> hosm.ScoreModel:
         return hosm.ScoreModel(Ensemble(self, seeds), self.schedule)

@@ -13,7 +13,7 @@ from tests.oracles import mixture_noise, paper_mixture
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import worth
+from benchmarks import recipe, worth
 from benchmarks.intervals import STUDENT, over_seeds
 from benchmarks.worth import Recipe
 from benchmarks.worth_problems import (
@@ -382,6 +382,35 @@ def test_one_cell_of_each_low_dimension_searches_its_rates():
     searched = [name for name, cell in cells.items() if cell.spares]
     assert searched == list(worth.SEARCHED)
     assert [cells[name].density.elements for name in searched] == [1, 2, 4]
+
+
+def test_settings_of_the_recipe_differ_from_its_base(tmp_path):
+    studies = list(recipe.studies("", smoke=False, out=tmp_path))
+    assert len(studies) == len(worth.SEARCHED) * len(recipe.SETTINGS)
+    cells = {}
+    for name, setting, study in studies:
+        rate = recipe.SETTINGS[setting].rate
+        cells.setdefault(name, set()).add((rate, repr(replace(study.cell, density=None))))
+    assert {len(settings) for settings in cells.values()} == {len(recipe.SETTINGS)}
+
+
+def test_times_are_those_of_the_schedule_where_a_cell_says_so():
+    levels = []
+    for uniform_in_t in (False, True):
+        cell, times = small(schedule=hosm.VPSchedule(), uniform_in_t=uniform_in_t), []
+
+        def network(x, t, times=times):
+            times.append(t)
+            return x
+
+        model = hosm.ScoreModel(network, cell.schedule)
+        loss = worth.loss_of(cell, Recipe(1, "one"), model, 1)
+        x0 = torch.zeros(4096, cell.density.elements)
+        loss(x0, torch.Generator().manual_seed(0))
+        levels.append(cell.schedule.log_sigma_hat(times[0]).mean())
+    low, high = cell.schedule.log_sigma_hat_range
+    assert levels[0] == pytest.approx((low + high) / 2, abs=0.2)
+    assert levels[1] > levels[0] + 1
 
 
 def test_scores_of_equal_factors_are_computed_at_once():
