@@ -13,8 +13,12 @@ from hosm_losses.taylor.registry import RULES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))  # README has a test of its own
-# A fence with anything after "python" is for reading only.
-BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+# A fence with anything after "python" is for reading only. A block of text right below one of code
+# is what that prints.
+BLOCK = re.compile(
+    r"^( *)```python\n(.*?)^\1```$(?:\n+\1```text\n(.*?)^\1```$)?", re.MULTILINE | re.DOTALL
+)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 
 
 def test_api_page_lists_exactly_the_public_names():
@@ -55,8 +59,11 @@ def rules():
 
 @pytest.mark.usefixtures("rules")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_code_runs(page, tmp_path, monkeypatch):
-    """All blocks of a page, in order, in one namespace, in the dtype a user has."""
+def test_code_runs(page, tmp_path, monkeypatch, capsys):
+    """All blocks of a page, in order, in one namespace, in the dtype a user has.
+
+    Where the page shows what a block prints, the words are the same and the numbers close.
+    """
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
@@ -64,3 +71,9 @@ def test_code_runs(page, tmp_path, monkeypatch):
     for block in BLOCK.finditer(text):
         line = text.count("\n", 0, block.start(2))  # for tracebacks that point into the page
         exec(compile("\n" * line + textwrap.dedent(block[2]), str(page), "exec"), namespace)
+        printed = capsys.readouterr().out
+        if block[3] is not None:
+            shown = textwrap.dedent(block[3])
+            assert NUMBER.sub("#", shown).split() == NUMBER.sub("#", printed).split(), printed
+            numbers = [[float(text) for text in NUMBER.findall(part)] for part in (shown, printed)]
+            assert numbers[0] == pytest.approx(numbers[1], rel=0.05), printed
