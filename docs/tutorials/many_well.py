@@ -111,4 +111,4 @@ ax.set_title(f"The samples are worth {share:.0%} as many of the energy itself")
 
 # %%
 # ``weights.expectation`` gives means under the energy with their errors, and ``weights.resample``
-# samples of it: :doc:`/densities`.
+# samples of it: :doc:`/energies`.
