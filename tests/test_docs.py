@@ -13,12 +13,11 @@ from hosm_losses.taylor.registry import RULES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))  # README has a test of its own
-# A fence with anything after "python" is for reading only. A block of text right below one of code
-# is what that prints.
+# A fence with anything after "python" is for reading only. Text below is what a block prints.
 BLOCK = re.compile(
-    r"^( *)```python\n(.*?)^\1```$(?:\n+\1```text\n(.*?)^\1```$)?", re.MULTILINE | re.DOTALL
+    r"^( *)```python\n(.*?)^\1```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL
 )
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 
 
 def test_api_page_lists_exactly_the_public_names():
@@ -62,7 +61,7 @@ def rules():
 def test_code_runs(page, tmp_path, monkeypatch, capsys):
     """All blocks of a page, in order, in one namespace, in the dtype a user has.
 
-    Where the page shows what a block prints, the words are the same and the numbers close.
+    A block prints what the page shows below it: lines may be wrapped, and numbers differ by 2 %.
     """
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)
@@ -71,9 +70,9 @@ def test_code_runs(page, tmp_path, monkeypatch, capsys):
     for block in BLOCK.finditer(text):
         line = text.count("\n", 0, block.start(2))  # for tracebacks that point into the page
         exec(compile("\n" * line + textwrap.dedent(block[2]), str(page), "exec"), namespace)
-        printed = capsys.readouterr().out
-        if block[3] is not None:
-            shown = textwrap.dedent(block[3])
-            assert NUMBER.sub("#", shown).split() == NUMBER.sub("#", printed).split(), printed
-            numbers = [[float(text) for text in NUMBER.findall(part)] for part in (shown, printed)]
-            assert numbers[0] == pytest.approx(numbers[1], rel=0.05), printed
+        printed, shown = capsys.readouterr().out, block[3]
+        if shown is not None:
+            words = [NUMBER.sub("0", text).split() for text in (printed, shown)]
+            numbers = [[*map(float, NUMBER.findall(text))] for text in (printed, shown)]
+            assert words[0] == words[1], printed
+            assert numbers[0] == pytest.approx(numbers[1], rel=0.02), printed
