@@ -846,6 +846,18 @@ MUTANTS = [
         "tests/interop/test_stand_ins.py",
     ),
     Mutant(
+        "interop.py",
+        "    return factor * (1 - t)\n",
+        "    return 1 - factor * t\n",
+        "tests/interop/test_one_expression.py",
+    ),
+    Mutant(
+        "interop.py",
+        "output=torch.neg if data_at == 1 else None",
+        "output=torch.neg",
+        "tests/interop/test_one_expression.py",
+    ),
+    Mutant(
         "model/posterior.py",
         "(products + jacobian_v) / 2",
         "products",

@@ -279,6 +279,7 @@ CALLS = {
     interop.from_denoising_diffusion: {"diffusion": diffusion()},
     interop.from_score_sde: {"model": NETWORK, "sde": SDE},
     interop.from_edm: {"net": module("EDMPrecond", sigma_min=0.0, sigma_max=INF)},
+    interop.from_flow_matching: {"network": NETWORK, "data_at": 1},
 }
 SCORES = [
     *bad(TypeError, *map(hosm.TargetScores, (X.float(), lambda x: None, lambda x: x.float()))),
@@ -347,6 +348,11 @@ MORE = {
     (interop.from_score_sde, "sde"): bad(TypeError, object(), OTHER_SDE),
     (interop.from_score_sde, "continuous"): FLAG + bad(ValueError, False),
     (interop.from_edm, "net"): bad(TypeError, object()),
+    (interop.from_flow_matching, "network"): bad(TypeError, None),
+    (interop.from_flow_matching, "schedule"): bad(TypeError, 1),
+    (interop.from_flow_matching, "data_at"): bad(TypeError, "1") + bad(ValueError, 0.5, -1),
+    (interop.from_flow_matching, "time"): bad(TypeError, torch.neg) + bad(ValueError, NAN),
+    (interop.from_flow_matching, "time_first"): FLAG,
 }
 BOTH = (*MODULES[1:], SECOND, THIRD, hosm.dsm_terms)
 IMAGES = {"x": X.byte(), "dequantization": hosm.Uniform()}

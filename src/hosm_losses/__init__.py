@@ -17,6 +17,7 @@ from hosm_losses.interop import (
     from_denoising_diffusion,
     from_diffusers,
     from_edm,
+    from_flow_matching,
     from_guided_diffusion,
     from_score_sde,
 )
@@ -119,6 +120,7 @@ __all__ = [
     "from_denoising_diffusion",
     "from_diffusers",
     "from_edm",
+    "from_flow_matching",
     "from_guided_diffusion",
     "from_score_sde",
     "importance_weights",

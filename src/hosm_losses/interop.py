@@ -3,9 +3,9 @@
 Each function reads the attributes it needs, and an error names the one that is missing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -241,6 +241,60 @@ def from_edm(net: Any) -> ScoreModel:
     low = max(float(net.sigma_min), EDMSchedule.t_min)
     high = min(float(net.sigma_max), EDMSchedule.t_max)
     return ScoreModel(net, EDMSchedule(t_min=low, t_max=high), "sample")
+
+
+def from_flow_matching(
+    network: Callable[..., Any],
+    schedule: Schedule | None = None,
+    *,
+    data_at: Literal[0, 1],
+    time: float = 1.0,
+    time_first: bool = False,
+) -> ScoreModel:
+    """Return the ScoreModel of a velocity network of flow matching or rectified flow.
+
+    The network predicts dx/dt in its own time. In this package the data are at t = 0: with
+    data_at=1 the network is given 1 - t, and its velocity changes sign.
+
+    Args:
+        network: network(x, t, **kwargs), or with `time_first` network(t, x, **kwargs).
+        schedule: the path in time counted from the data. None is the straight one,
+            `LinearFlowSchedule()`.
+        data_at: the network's time at the data: 1 in torchcfm, flow_matching and RectifiedFlow, 0
+            where the velocity is noise less data, as in Stable Diffusion 3.
+        time: the factor on the network's time, such as 999 for RectifiedFlow.
+        time_first: whether the network takes its time before x, as in torchcfm.
+
+    Raises:
+        TypeError: for an argument of the wrong type.
+        ValueError: if `data_at` is neither 0 nor 1, or `time` is not finite.
+
+    Example:
+        >>> model = from_flow_matching(lambda t, x: -x, data_at=1, time_first=True)
+        >>> model.denoise(torch.ones(1, 2), torch.tensor([0.5]))
+        tensor([[0.5000, 0.5000]])
+    """
+    expected = "0 or 1, the network's time at the data"
+    if check_number("data_at", data_at, expected) not in (0, 1):
+        raise ValueError(error_message("data_at", expected, data_at))
+    check_number("time", time, "a finite factor")
+    check_flag("time_first", time_first)
+    return ScoreModel(
+        network,
+        LinearFlowSchedule() if schedule is None else schedule,
+        "flow_prediction",
+        time=partial(_time_from_noise, time) if data_at == 1 else time,
+        output=torch.neg if data_at == 1 else None,
+        call=_by_time_first if time_first else None,
+    )
+
+
+def _time_from_noise(factor: float, t: Tensor) -> Tensor:
+    return factor * (1 - t)
+
+
+def _by_time_first(network: Callable[..., Any], x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+    return network(t, x, **kwargs)
 
 
 def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:

@@ -205,8 +205,7 @@ def test_flows(name):
         tuned = type("Tuned", (type(name, (Diffusers,), {}),), {})(network)
         model = interop.from_diffusers(tuned, scheduler)
     else:
-        options = {"time": lambda t: 1 - t, "output": torch.neg}
-        model = hosm.ScoreModel(network, FLOWS[name], "flow_prediction", **options)
+        model = interop.from_flow_matching(network, FLOWS[name], data_at=1)
     t = torch.tensor([1e-3, 0.2, 0.6, 0.99])
     options = {"weighting": "native", "model_kwargs": {"y": CLASSES}}
     check(model, t, levels(t), own, CLASSES, **options)
