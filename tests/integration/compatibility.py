@@ -31,7 +31,7 @@ HEAD = """\
 Each network is built at its smallest, with all parameters moved away from zero, on the CPU in
 float64. A cell is the verdict on the gradient in all parameters, with its relative error against a
 reference of the network's values, first-order products and central differences, which is exact to
-about 1e-8. {doc}`compatibility` says what to do about the verdicts.
+about 1e-8. {doc}`derivatives` says what to do about the verdicts.
 
 - *right*: an error below 1e-6 (1e-3 in float32, marked f32).
 - *falls back*: right, by reverse mode, because the default engine refuses the network.
