@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from benchmarks.networks import DiT
 from torch import nn
-from torch._dynamo.exc import Unsupported
+from torch._dynamo.exc import InternalTorchDynamoError, Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import hosm_losses as hosm
@@ -347,6 +347,21 @@ def test_a_cut_is_evaluated_in_eager_mode(cut):
     assert_agrees(module, x0, inputs, fullgraph=False)
     with pytest.raises(Unsupported, match=told):
         compiled(module)(x0, **inputs)
+
+
+@compiles_higher_orders
+def test_a_checkpoint_inside_is_evaluated_in_eager_mode_above_order_one():
+    def block(h):
+        return hosm.checkpoint(lambda h: h.sin() * h, h)
+
+    module, x0, inputs = around(block, 1)
+    with pytest.raises(InternalTorchDynamoError, match="checkpoint"):
+        compiled(module, fullgraph=False)(x0, **inputs)
+    for order, options in ((2, {}), (3, {}), (3, {"third": "laplacian"})):
+        module, x0, inputs = around(block, order, **options)
+        assert_agrees(module, x0, inputs, fullgraph=False)
+        with pytest.raises((Unsupported, InternalTorchDynamoError)):
+            compiled(module)(x0, **inputs)
 
 
 def broken(h):

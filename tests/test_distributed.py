@@ -16,12 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hosm_losses as hosm
 from tests.cases import MODULES, VP, assert_same, given
-from tests.versions import SHARDS_ON_CPU
+from tests.versions import OLD, SHARDS_ON_CPU
 
 pytestmark = pytest.mark.slow
 
 CASES = [(1, {}), (2, {}), (3, {}), (3, {"engine": "reverse"}), (3, {"probes": hosm.Paired()})]
-CASES.append((3, {"targets": hosm.TargetScores(torch.neg, 2.0)}))
+CASES += [(3, {"targets": hosm.TargetScores(torch.neg, 2.0)}), (3, {"third": "laplacian"})]
+COMPILES = [*CASES[:3], CASES[-1]]  # the losses that become one graph
 BATCH = 4
 
 
@@ -241,8 +242,49 @@ def test_what_is_wrapped_below_the_loss_is_refused_above_order_one(wrap):
     calls = [partial(hosm.third_order_dsm, model, x0), partial(hosm.ThirdOrderDSM, model)]
     if wrapped is network:
         calls.append(partial(module, x0))
-    else:
-        hosm.first_order_dsm(model, x0).backward()
+    hosm.first_order_dsm(model, x0).backward()
     for call in calls:
         with pytest.raises(TypeError, match="Wrap the loss module"):
             call()
+
+
+def shard(module):
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+
+
+def alone(module):
+    return module
+
+
+# The tests of two processes have DDP with a checkpoint.
+TOGETHER = [(alone, "checkpoint autocast"), (alone, "compile autocast"), (shard, "checkpoint")]
+TOGETHER += [(w, o) for w in (DistributedDataParallel, shard) for o in ("autocast", "compile")]
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(("wrap", "options"), TOGETHER)
+def test_the_matrix_of_the_page_on_large_networks(wrap, options):
+    """What is put around a loss, and into its network, leaves the gradient as it is."""
+    if (wrap is shard and not SHARDS_ON_CPU) or (OLD and "compile" in options):
+        pytest.skip("not with this PyTorch")
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled="autocast" in options)
+    for case in COMPILES if "compile" in options else CASES:
+        found = []
+        for changed in (False, True):
+            network, module, x0, inputs = setting(*case, changed and "checkpoint" in options)
+            if "autocast" in options:
+                module, x0 = module.float(), x0.float()
+                inputs = {name: value.float() for name, value in inputs.items()}
+            call = wrap(module) if changed else module
+            if changed and "compile" in options:
+                torch._dynamo.reset()
+                call = torch.compile(call, backend="aot_eager")
+            with autocast:
+                loss = call(x0, **inputs)
+            loss.backward()
+            gradients = [p.grad for p in network.parameters() if p.grad is not None]
+            found.append([g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients])
+        print(case)  # noqa: T201
+        assert_same(*found, 0.02 if "autocast" in options else 1e-8)
