@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 CASES = [(1, {}), (2, {}), (3, {}), (3, {"engine": "reverse"}), (3, {"probes": hosm.Paired()})]
 CASES += [(3, {"targets": hosm.TargetScores(torch.neg, 2.0)}), (3, {"third": "laplacian"})]
-COMPILES = [*CASES[:3], CASES[-1]]  # the losses that become one graph
+COMPILES = [CASES[0], CASES[2], CASES[-1]]  # losses that become one graph
 BATCH = 4
 
 
@@ -223,6 +223,7 @@ def one_process():
 
 
 @pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # at order one it works
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -242,7 +243,8 @@ def test_what_is_wrapped_below_the_loss_is_refused_above_order_one(wrap):
     calls = [partial(hosm.third_order_dsm, model, x0), partial(hosm.ThirdOrderDSM, model)]
     if wrapped is network:
         calls.append(partial(module, x0))
-    hosm.first_order_dsm(model, x0).backward()
+    if SHARDS_ON_CPU or wrapped is not network:
+        hosm.first_order_dsm(model, x0).backward()
     for call in calls:
         with pytest.raises(TypeError, match="Wrap the loss module"):
             call()
@@ -280,7 +282,7 @@ def test_the_matrix_of_the_page_on_large_networks(wrap, options):
             call = wrap(module) if changed else module
             if changed and "compile" in options:
                 torch._dynamo.reset()
-                call = torch.compile(call, backend="aot_eager")
+                call = torch.compile(call, backend="eager")
             with autocast:
                 loss = call(x0, **inputs)
             loss.backward()
