@@ -130,5 +130,5 @@ figure.suptitle(f"In the same time, order two comes to {ratio:.0%} of order one'
 # %%
 # Both know the squares. What differs is how even the density is inside them. That depends on the
 # divergence of the field along the whole path, which order two trains and order one does not:
-# :ref:`Theory <why>`. This is one seed; :doc:`/worth` has the study, and :doc:`/choosing` says
+# :ref:`Theory <why>`. This is one seed; :doc:`/worth` has the study, and :doc:`/which_loss` says
 # when a higher order is worth its price.

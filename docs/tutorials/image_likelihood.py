@@ -143,4 +143,4 @@ bits, given = (each.bits_per_dim(levels=17).mean() for each in (drawn, result))
 figure.suptitle(f"Samples take {bits:.2f} bits/dim, held-out images {given:.2f}")
 
 # %%
-# Continue with :doc:`/likelihood`, or let the network go on with another loss: :doc:`/choosing`.
+# Continue with :doc:`/likelihood`, or let the network go on with another loss: :doc:`/which_loss`.
