@@ -257,7 +257,7 @@ def from_flow_matching(
     data_at=1 the network is given 1 - t, and its velocity changes sign.
 
     Args:
-        network: network(x, t, **kwargs), or with `time_first` network(t, x, **kwargs).
+        network: `network(x, t, **kwargs)`, or `network(t, x, **kwargs)` with `time_first`.
         schedule: the path in time counted from the data. None is the straight one,
             `LinearFlowSchedule()`.
         data_at: the network's time at the data: 1 in torchcfm, flow_matching and RectifiedFlow, 0
