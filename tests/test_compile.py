@@ -412,6 +412,16 @@ class Drops(torch.autograd.Function):
 
 
 @compiles_higher_orders
+def test_exact_pairs_are_one_graph_as_reverse_mode_is_not():
+    module, x0, _ = around(torch.sin, 3, probes=hosm.Paired())
+    inputs = given((4, 4), 3, 2)[1]
+    assert_agrees(module, x0, inputs)
+    module, x0, inputs = around(torch.sin, 3, engine="reverse")
+    with pytest.raises(Unsupported):
+        compiled(module)(x0, **inputs)
+
+
+@compiles_higher_orders
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("norm", [None, nn.LayerNorm(6)])
 def test_reverse_mode_runs_eagerly_and_still_finds_a_dropped_graph(norm, order):
