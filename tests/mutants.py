@@ -653,9 +653,15 @@ MUTANTS = [
     ),
     Mutant(
         "likelihood/multistep.py",
-        "share = self.share if index < 4 else self.share.clamp(min=LEAST_SHARE)",
-        "share = self.share",
+        "share = share.clamp(min=least)",
+        "pass",
         "tests/likelihood/test_multistep.py",
+    ),
+    Mutant(
+        "likelihood/multistep.py",
+        "twice = place == stride * (runge_kutta + 1)",
+        "twice = place == stride and not runge_kutta",
+        "tests/likelihood/test_start.py",
     ),
     Mutant(
         "likelihood/multistep.py",
