@@ -154,11 +154,17 @@ def trained(
 
 
 def models(
-    name: str, key: str, steps: int | str, off: float | None, directory: Path | None
+    name: str,
+    key: str,
+    steps: int | str,
+    off: float | None,
+    directory: Path | None,
+    samples: int | None = None,
 ) -> tuple[hosm.ScoreModel, Tensor, dict[str, Any]]:
     """A model, points at t_min and the moments of the data."""
     kind, schedule, generator = KINDS[name], SCHEDULES[key], torch.Generator().manual_seed(1)
-    data, held_out = kind.draw(1500 + kind.samples, generator).split([1500, kind.samples])
+    samples = samples or kind.samples
+    data, held_out = kind.draw(1500 + samples, generator).split([1500, samples])
     alpha, sigma = schedule(torch.tensor(schedule.t_min, dtype=torch.float64))
     noise = torch.randn(held_out.shape, generator=generator, dtype=torch.float64)
     held_out, std = held_out.double(), data.std(0).double()

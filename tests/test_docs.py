@@ -31,20 +31,52 @@ def test_api_page_lists_exactly_the_public_names():
     assert sorted(listed) == sorted(public)
 
 
-def test_every_figure_is_on_a_page_and_has_a_transparent_ground():
-    """One that was drawn without the style file of the others is opaque, its text black."""
-    image = pytest.importorskip("PIL.Image")
-    figures = list((ROOT / "docs" / "images").iterdir())
+FIGURES = sorted((ROOT / "docs" / "images").iterdir())
+GROUNDS = {False: ("#ffffff",), True: ("#131416", "#0d1117")}  # of light pages, and of dark ones
+
+
+def contrast(color, ground):
+    """That of WCAG 2, from 1 to 21."""
+
+    def luminance(color):
+        parts = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        linear = [
+            part / 12.92 if part < 0.04 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        ]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(color), luminance(ground)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_figure_is_on_a_page_and_has_a_dark_version():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    assert {*re.findall(r"\(images/(\S+)\)", text)} == {path.name for path in figures}
-    for path in figures:
-        if path.suffix == ".svg":
-            drawn = path.read_text(encoding="utf-8")
-            assert "#7f7f7f" in drawn, path
-            assert "fill: #ffffff" not in drawn, path
-        else:
-            with image.open(path) as picture:
-                assert picture.convert("RGBA").getpixel((0, 0))[3] == 0, path
+    shown = {*re.findall(r"\(images/(\S+)\.svg\)", text)}
+    assert {*shown, *(f"{name}-dark" for name in shown)} == {path.stem for path in FIGURES}
+
+
+def test_contrast():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#767676", "#ffffff") == pytest.approx(4.54, abs=0.01)
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.name)
+def test_a_figure_reads_on_its_ground(path):
+    """Every text has a colour of the style, and no ground is drawn."""
+    drawn = path.read_text(encoding="utf-8")
+    colors = {*re.findall(r"(?:fill|stroke): (#\w+)", drawn)}
+    of_text = re.findall(r'<g id="text_\d+">\s*<!--[^>]*-->\s*<g style="fill: #', drawn)
+    assert len(of_text) == drawn.count('<g id="text_') > 2
+    for ground in GROUNDS[path.stem.endswith("-dark")]:
+        assert min(contrast(color, ground) for color in colors) >= 4.5, colors
+
+
+def test_every_colour_of_the_style_has_one_for_dark_pages():
+    pytest.importorskip("matplotlib")
+    from docs import pictures
+
+    style = pictures.STYLE.read_text(encoding="utf-8")
+    assert {f"#{color}" for color in re.findall(r"\b[0-9a-f]{6}\b", style)} == {*pictures.DARK}
 
 
 @pytest.fixture

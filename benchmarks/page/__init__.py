@@ -2,7 +2,7 @@
 
     numbers     the text of a number that a path names, and of a table of such numbers
     tables      the tables that are worked out
-    figures     every figure
+    figures     every figure; orders has that of the study of the losses
     marks       what stands between marks, and what moved
 
 The sentences are written by hand on the pages themselves. A check fails where a number on a page
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.page import figures, marks, study
+from benchmarks.page import figures, marks, orders, study
 from benchmarks.page.numbers import Found, named, table
 from benchmarks.page.tables import DATA, TABLES, changes
 
@@ -33,7 +33,15 @@ def tree(file: Path) -> Found:
         found["measured"][question] = where | peers
     for name in ("examples", "compiled", "operators"):
         found[name] = results.read(file.parent / f"{name}.json")
-    for name in ("coverage", "divergence_mode", "exact_up_to", "ode_accuracy", "weights"):
+    answers = (
+        "calibration",
+        "coverage",
+        "divergence_mode",
+        "exact_up_to",
+        "ode_accuracy",
+        "weights",
+    )
+    for name in answers:
         found[name] = results.read(file.parent / f"{name}.json").get("found", {})
     found["keeping"] = results.read(file.parent / "keeping.json").get("speed", {}).get("found", {})
     found["equal_cost"] = {
@@ -45,6 +53,8 @@ def tree(file: Path) -> Found:
         for key, report in (("worth", of_worth), ("longer", of_worth["longer"])):
             names = [name for name in DATA if name in report]
             found[key] = {name: changes(report[name]) for name in names}
+    reports = map(results.read, sorted((file.parent / "orders").glob("*.json")))
+    found["orders"] = orders.cells([*reports])
     cells = map(results.read, sorted((file.parent / "worth").glob("*.json")))
     found["study"] = {each["name"]: each | study.headlines(each) for each in cells}
     found["scale"] = results.read(file.parent / "scale.json").get("networks", {})

@@ -5,18 +5,17 @@ What it shows:
     score-matching loss does not suffice to make that density a good one. Here a small network is
     trained with each of the three orders, on the mixture of three Gaussians of Lu et al. (ICML
     2022, arXiv 2206.08265). In one dimension KL(q || p_ODE) is an integral over a grid, without
-    sampling error. q is the mixture at t_min, very nearly the data.
+    sampling error. q is the mixture at t_min, very nearly the data. The error of the ODE's score
+    is the root mean square of d/dx log p_ODE - d/dx log q under q, over that of d/dx log q.
 
     "averaged" is targets=AveragedTargets(): the batch takes the noise of the data out of the
-    targets. docs/worth.md compares the losses on more problems and by the score as well, and
-    recommends order three. Here, at equal cost, order two has the smaller KL divergence.
+    targets. docs/worth.md compares the losses on more problems.
 
 How the orders are compared:
-    equal steps   N steps each, from the same initial network, with the same data, times and noise.
-    equal cost    the processor time that order three needs for its N steps. The others take more
-                  steps, as their steps are cheaper, under a cosine decay of that length. Order
-                  three's run is the one above. The cost of a step is measured in the same run, so
-                  these numbers of steps differ a little every time.
+    At equal cost: as many evaluations of the network as order three takes in N steps. A sample
+    costs 3 of them at order one, 6 at order two and 12 at order three, a backward pass counted as
+    two. So order one takes 4 N steps and order two 2 N, all under a cosine decay of that length.
+    The table has the processor time, which is that of Python too in a network as small as this.
 
 How to run, on two cores for two to five minutes (pip install "hosm-losses[examples]"):
     python docs/examples/mixture_1d.py [--schedule vp] [--steps 1500] [--seed 0] [--out DIR]
@@ -26,7 +25,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from functools import partial
 from multiprocessing import get_context
@@ -49,7 +48,7 @@ FRACTIONS = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
 DATA_MEAN = float(FRACTIONS @ MEANS)
 DATA_STD = math.sqrt(float(FRACTIONS @ (VARIANCES + MEANS.square())) - DATA_MEAN**2)
 GRID = torch.linspace(-1.25, 1.55, 801, dtype=torch.float64)
-BATCH, WIDTH, TIMED_STEPS = 512, 128, 40
+BATCH, WIDTH = 512, 128
 # The paper's weights. In one dimension "exact" costs what one random probe costs. It draws no
 # number, so that every order sees the same noise.
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -59,7 +58,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 AVERAGED = hosm.AveragedTargets()
 LOSSES |= {f"{order} averaged": partial(LOSSES[order], targets=AVERAGED) for order in "123"}
-SHOWN = ("1", "1 averaged", "2 averaged", "3 averaged")
+EVALUATIONS = {"1": 3, "1 averaged": 3, "2 averaged": 6, "3 averaged": 12}  # a sample and step
 
 
 def waves(value: Tensor, count: int) -> Tensor:
@@ -96,21 +95,22 @@ class Network(nn.Module):
 
 
 class Job(NamedTuple):
-    """A training; `cost` is how far one of its steps moves the progress bar."""
+    """A training."""
 
     schedule: str
     loss: str
     steps: int
     seed: int
-    cost: float = 1.0
 
 
 class Outcome(NamedTuple):
-    """KL(q || p_ODE) in nats, processor seconds of training, and log p_ODE on GRID."""
+    """KL(q || p_ODE) in nats, the error of the score, seconds, and log p_ODE and score on GRID."""
 
     kl: float
+    score_error: float
     seconds: float
     log_density: np.ndarray
+    score: np.ndarray
 
 
 def draw_data(generator: torch.Generator) -> Tensor:
@@ -159,20 +159,6 @@ def start_process(counter: Any) -> None:
     torch.set_num_threads(1)
 
 
-def measure(schedule: str) -> list[float]:
-    """Median processor seconds of a step of each loss that is shown; they take turns."""
-    jobs = [Job(schedule, loss, TIMED_STEPS, seed=0) for loss in SHOWN]
-    trainings = [training(new_model(job), job) for job in jobs]
-    rounds = []
-    for _ in range(TIMED_STEPS):
-        ticks = [time.process_time()]
-        for steps in trainings:
-            next(steps)
-            ticks.append(time.process_time())
-        rounds.append(np.diff(ticks))
-    return np.median(rounds, axis=0).tolist()
-
-
 def exact_kl(model: hosm.ScoreModel) -> tuple[float, Tensor]:
     """Return KL(q || p_ODE) in nats, NaN where the ODE could not be solved, and log p_ODE."""
     # Tighter than the default: the KL is then right to about 1e-5 nats.
@@ -183,120 +169,108 @@ def exact_kl(model: hosm.ScoreModel) -> tuple[float, Tensor]:
     return math.nan if result.failed.any() else float(kl), -result.nll
 
 
+def score_of(model: hosm.ScoreModel) -> Tensor:
+    """Return the score of the ODE's density on GRID."""
+    x = GRID.float()[:, None].requires_grad_()
+    solver = hosm.FixedGrid(128, data_mean=DATA_MEAN, data_std=DATA_STD)
+    nll = hosm.ode_nll(model, x, solver=solver, divergence="exact", enable_grad=True).nll
+    return -torch.autograd.grad(nll.sum(), x)[0][:, 0].double()
+
+
 def train(job: Job) -> Outcome:
-    """Train a network, then find the density that its ODE gives every point of GRID."""
+    """Train a network, then find density and score of its ODE at every point of GRID."""
     model, start = new_model(job), time.process_time()
     for _ in training(model, job):
         with progress.get_lock():
-            progress.value += job.cost
+            progress.value += EVALUATIONS[job.loss]
     seconds = time.process_time() - start
     kl, log_density = exact_kl(model)
     if math.isnan(kl):
         raise RuntimeError(f"{job}: the ODE could not be solved from every point.")
-    return Outcome(kl, seconds, log_density.numpy())
+    score = score_of(model)
+    log_q, truth = true_density(model.schedule)
+    error, size = (torch.trapezoid(log_q.exp() * part**2, GRID) for part in (score - truth, truth))
+    return Outcome(kl, float((error / size).sqrt()), seconds, log_density.numpy(), score.numpy())
 
 
-def run_all(
-    schedule: str, steps: int, seed: int
-) -> tuple[list[float], dict[str, list[Job]], dict[Job, Outcome]]:
-    """Time the steps, then train in two processes; return step times, jobs and outcomes."""
+def train_all(jobs: Sequence[Job]) -> list[Outcome]:
+    """Train in two processes."""
     context = get_context("spawn")
     counter = context.Value("d", 0.0)
-    with ProcessPoolExecutor(2, context, start_process, (counter,)) as pool:
-        # Two at a time, because the trainings will share the machine in this way.
-        costs = np.mean(list(pool.map(measure, [schedule] * 2)), axis=0).tolist()
-        jobs = {"equal_steps": [], "equal_cost": []}
-        for loss, cost in zip(SHOWN, costs, strict=True):
-            jobs["equal_steps"].append(Job(schedule, loss, steps, seed, cost))
-            more = round(steps * costs[-1] / cost)
-            jobs["equal_cost"].append(Job(schedule, loss, more, seed, cost))
-        # The longest first, so that both processes end at about the same time.
-        distinct = {*jobs["equal_steps"], *jobs["equal_cost"]}
-        queue = sorted(distinct, key=lambda job: (-job.steps * job.cost, job.loss))
-        running = {job: pool.submit(train, job) for job in queue}
-        pending = set(running.values())
-        form = "training {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        with tqdm(total=sum(job.steps * job.cost for job in distinct), bar_format=form) as bar:
-            while pending:
-                _, pending = wait(pending, timeout=1)
-                # The sum of all parts may be more than the total, by rounding.
-                bar.update(min(counter.value, bar.total) - bar.n)
-    return costs, jobs, {job: future.result() for job, future in running.items()}
+    total = sum(job.steps * EVALUATIONS[job.loss] for job in jobs)
+    form = "training {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with (
+        ProcessPoolExecutor(2, context, start_process, (counter,)) as pool,
+        tqdm(total=total, bar_format=form) as bar,
+    ):
+        running = pending = [pool.submit(train, job) for job in jobs]
+        while pending:
+            pending = wait(pending, timeout=1).not_done
+            bar.update(counter.value - bar.n)
+    return [future.result() for future in running]
 
 
-def panels(*shape: int, height: float, **shared: Any) -> tuple[Figure, np.ndarray]:
-    """A figure as wide as a page, and its panels, in the style of the pages if it is at hand."""
-    style.use([*Path(__file__).parent.glob("style.mplstyle")])
-    figure = Figure((9.3, height), layout="constrained")
-    return figure, figure.subplots(*shape, **shared)
-
-
-def save(figure: Figure, verdict: str, path: Path) -> None:
-    """Write a figure under its verdict."""
-    figure.suptitle(verdict)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def draw(jobs: list[Job], outcomes: dict[Job, Outcome], path: Path) -> None:
-    """Draw densities and scores: in grey the true ones, in colour those of the ODEs."""
-    first, last = jobs[0], jobs[-1]
-    log_density, score = true_density(SCHEDULES[first.schedule])
-    figure, all_axes = panels(2, len(jobs), height=4.6, sharex=True, sharey="row")
-    truth: dict[str, Any] = {"color": "C5", "alpha": 0.5, "linewidth": 5}
-    for job, (upper, lower) in zip(jobs, all_axes.T, strict=True):
-        kl, _, ode = outcomes[job]
-        upper.plot(GRID, log_density.exp(), **truth)
-        upper.plot(GRID, np.exp(ode), "C1")
-        upper.set(title=f"order {job.loss}\nKL {kl:.5f} nats")
-        lower.plot(GRID, score, **truth)
-        lower.plot(GRID, np.gradient(ode, GRID.numpy()), "C1")
-        lower.set(xlabel="x", xlim=(-1.1, 1.1), ylim=(-90, 90))
-    all_axes[0, 0].set(ylabel="density p(x)")
-    all_axes[1, 0].set(ylabel="score d log p/dx")
-    all_axes[0, 0].text(1, 2.6, "mixture", color="C5", ha="right")
-    all_axes[0, 0].text(1, 2.1, "ODE", color="C1", ha="right")
-    left = outcomes[last].kl / outcomes[first].kl
-    verdict = (
-        f"After {first.steps} steps each, order {last.loss} has {left:.0%} of order "
-        f"{first.loss}'s KL divergence ({first.schedule.upper()})"
-    )
-    save(figure, verdict, path)
+def picture(report: Mapping[str, Any]) -> Figure:
+    """Draw density and score of the ODE, at equal cost, over those of the mixture in grey."""
+    curves = report["curves"]
+    figure = Figure((9.3, 4.8), layout="constrained")
+    rows = figure.subplots(2, len(report["equal_cost"]), sharex=True, sharey="row")
+    for (loss, kl), panels in zip(report["equal_cost"].items(), rows.T, strict=True):
+        for axes, quantity in zip(panels, ("density", "score"), strict=True):
+            axes.plot(curves["x"], curves["truth"][quantity], "C5", alpha=0.5, linewidth=5)
+            axes.plot(curves["x"], curves[loss][quantity], "C1")
+        error = f"KL {kl:.5f} nats\nscore error {report['score'][loss]:.1%}"
+        panels[0].set_title(f"order {loss.replace(' ', ', ')}\n{error}")
+        panels[1].set(xlabel="x", xlim=(-1.1, 1.1), ylim=(-90, 90))
+    rows[0, 0].set(ylabel="density p(x)")
+    rows[1, 0].set(ylabel="score d log p/dx")
+    for height, name, color in ((2.6, "mixture", "C5"), (2.1, "ODE", "C1")):
+        rows[0, 0].text(1, height, name, color=color, ha="right")
+    return figure
 
 
 def main() -> None:
-    """Read the options, train, print the tables and write the files."""
+    """Read the options, train, print the table and write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500, help="N, the steps at equal steps")
+    parser.add_argument("--steps", type=int, default=1500, help="N, the steps of order three")
     parser.add_argument("--schedule", choices=SCHEDULES, default="ve")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("mixture_1d_out"))
     options = parser.parse_args()
-    start = time.perf_counter()
-    costs, jobs, outcomes = run_all(options.schedule, options.steps, options.seed)
-    log_density, _ = true_density(SCHEDULES[options.schedule])
-    entropy = -float(torch.trapezoid(log_density.exp() * log_density, GRID))
-    report: dict[str, Any] = {"entropy": entropy, "seconds": {}, "steps": {}}
-    print(f"\nStep time, order 1: {1000 * costs[0]:.1f} ms", end="")
-    for loss, cost in zip(SHOWN[1:], costs[1:], strict=True):
-        print(f"; of order {loss}: {cost / costs[0]:.2f} times", end="")
-    print(f"\nEntropy of q: {entropy:.4f} nats; NLL = KL + entropy")
-    for kind, of_kind in jobs.items():
-        print(f"\n{kind.replace('_', ' ')}")
-        print("order        steps  seconds   KL [nats]  NLL [nats]  NLL [bits/dim]")
-        for job in of_kind:
-            kl, nll = outcomes[job].kl, outcomes[job].kl + entropy
-            print(f"{job.loss:10}{job.steps:8}{outcomes[job].seconds:9.1f}", end="")
-            print(f"{kl:12.5f}{nll:12.5f}{nll / math.log(2):16.5f}")
-        report[kind] = {job.loss: outcomes[job].kl for job in of_kind}
-        report["seconds"][kind] = {job.loss: outcomes[job].seconds for job in of_kind}
-        report["steps"][kind] = {job.loss: job.steps for job in of_kind}
-    report["seconds"]["total"] = time.perf_counter() - start
-    report |= {"schedule": options.schedule, "seed": options.seed, "step_seconds": costs}
+    start, most = time.perf_counter(), max(EVALUATIONS.values())
+    jobs = {
+        loss: Job(options.schedule, loss, options.steps * most // each, options.seed)
+        for loss, each in EVALUATIONS.items()
+    }
+    outcomes = dict(zip(jobs, train_all([*jobs.values()]), strict=True))
+    log_q, score = true_density(SCHEDULES[options.schedule])
+    entropy = -float(torch.trapezoid(log_q.exp() * log_q, GRID))
+    print(f"\nEntropy of q: {entropy:.4f} nats; NLL = KL + entropy\n")
+    print("order        steps  seconds   KL [nats]  score error  NLL [nats]  NLL [bits/dim]")
+    for loss, outcome in outcomes.items():
+        nll = outcome.kl + entropy
+        print(f"{loss:10}{jobs[loss].steps:8}{outcome.seconds:9.1f}{outcome.kl:12.5f}", end="")
+        print(f"{outcome.score_error:13.1%}{nll:12.5f}{nll / math.log(2):16.5f}")
+    shown = slice(None, None, 3)
+    curves: dict[str, Any] = {"x": GRID[shown].tolist()}
+    truth = log_q.exp().numpy(), score.numpy()
+    pairs = {loss: (np.exp(each.log_density), each.score) for loss, each in outcomes.items()}
+    for name, (density, slope) in {"truth": truth, **pairs}.items():
+        curves[name] = {"density": density[shown].tolist(), "score": slope[shown].tolist()}
+    report = {
+        "schedule": options.schedule,
+        "seed": options.seed,
+        "steps": {loss: job.steps for loss, job in jobs.items()},
+        "seconds": {loss: outcome.seconds for loss, outcome in outcomes.items()},
+        "equal_cost": {loss: outcome.kl for loss, outcome in outcomes.items()},
+        "score": {loss: outcome.score_error for loss, outcome in outcomes.items()},
+        "curves": curves,
+    }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-    draw(jobs["equal_steps"], outcomes, options.out / f"mixture_1d_{options.schedule}.svg")
-    print(f"\nFigure and results.json are in {options.out}; {report['seconds']['total']:.0f} s.")
+    (options.out / "results.json").write_text(json.dumps(report) + "\n")
+    with style.context([*Path(__file__).parent.glob("style.mplstyle")]):  # that of the pages
+        picture(report).savefig(options.out / f"mixture_1d_{options.schedule}.svg")
+    print(f"\nFigure and results.json are in {options.out}; {time.perf_counter() - start:.0f} s.")
 
 
 if __name__ == "__main__":
