@@ -4,6 +4,7 @@ A page asks no other host for anything: the script that sets the formulas comes 
 """
 
 import re
+import sys
 import textwrap
 import zlib
 from importlib.resources import files
@@ -11,9 +12,14 @@ from pathlib import Path
 
 import matplotlib.style
 from docutils import nodes
+from sphinx.transforms import SphinxTransform
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 import hosm_losses
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pictures
 
 project = "hosm-losses"
 project_copyright = author = "The hosm-losses maintainers"
@@ -107,7 +113,7 @@ nitpick_ignore = [
 ]
 
 # The tutorials name no style. Who downloads one gets matplotlib's own.
-matplotlib.style.use(Path(__file__).parent / "examples" / "style.mplstyle")
+matplotlib.style.use(pictures.STYLE)
 copybutton_exclude = ".linenos, .gp, .go"
 sphinx_gallery_conf = {
     "examples_dirs": "tutorials",
@@ -116,6 +122,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "show_signature": False,
     "backreferences_dir": None,
+    "image_scrapers": ("pictures.scrape",),
     "capture_repr": (),  # or a script that ends in a title shows its Text(0.5, …)
     "within_subsection_order": "FileNameSortKey",
     "reset_modules": (),  # which would take the style back
@@ -126,6 +133,23 @@ sphinx_gallery_conf = {
 def _escape_shapes(app, what, name, obj, options, lines: list[str]) -> None:  # noqa: ANN001, ARG001
     """Keep the star of a shape such as (B, *) from opening an emphasis."""
     lines[:] = [line.replace("*)", r"\*)") for line in lines]
+
+
+class BothVersions(SphinxTransform):
+    """Put the dark version of a picture beside the light one; furo shows one of them."""
+
+    default_priority = 500
+
+    def apply(self, **_: object) -> None:
+        """Add an image for each that has a dark version."""
+        for light in list(self.document.findall(nodes.image)):
+            file = Path(self.env.relfn2path(light["uri"], self.env.docname)[1])
+            if pictures.dark(file).exists():
+                dark = light.deepcopy()
+                dark["uri"] = light["uri"].replace(file.name, pictures.dark(file).name)
+                light["classes"].append("only-light")
+                dark["classes"].append("only-dark")
+                light.parent.insert(light.parent.index(light) + 1, dark)
 
 
 class Tidy(SphinxPostTransform):
@@ -160,4 +184,5 @@ class Tidy(SphinxPostTransform):
 def setup(app) -> None:  # noqa: ANN001
     """Escape before napoleon, whose priority is 500, writes any markup of its own."""
     app.connect("autodoc-process-docstring", _escape_shapes, priority=400)
+    app.add_transform(BothVersions)
     app.add_post_transform(Tidy)
