@@ -1,10 +1,11 @@
-"""Check a built site in headless Chromium: widths, mathematics and search.
+"""Check a built site in headless Chromium: widths, pictures, mathematics and search.
 
 python .ci/look.py DIRECTORY
 
 Every page is looked at 1400 and 390 pixels wide. No page may be wider than the window; at 1400 no
-table may be wider than its column. Every formula has to be rendered, and the search has to find
-the word "likelihood".
+table may be wider than its column. On a light ground the light version of a picture is shown, on
+a dark one the dark. Every formula has to be rendered, and the search has to find the word
+"likelihood".
 """
 
 import html
@@ -61,6 +62,12 @@ async function look() {
       }
     }
     const say = text => found.push(`${page}: ${text}`);
+    for (const theme of ["light", "dark"]) {
+      document.body.dataset.theme = theme;
+      for (const image of document.querySelectorAll("img.only-light, img.only-dark"))
+        if (image.classList.contains(`only-${theme}`) !== (image.getClientRects().length > 0))
+          say(`the wrong version on a ${theme} ground: ${image.getAttribute("src")}`);
+    }
     for (const formula of document.querySelectorAll(".math"))
       if (!formula.querySelector("mjx-container")) say("not rendered: " + formula.textContent);
     for (const error of document.querySelectorAll("mjx-merror"))

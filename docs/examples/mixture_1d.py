@@ -219,8 +219,8 @@ def picture(report: Mapping[str, Any]) -> Figure:
         for axes, quantity in zip(panels, ("density", "score"), strict=True):
             axes.plot(curves["x"], curves["truth"][quantity], "C5", alpha=0.5, linewidth=5)
             axes.plot(curves["x"], curves[loss][quantity], "C1")
-        error = f"KL {kl:.5f} nats\nscore error {report['score'][loss]:.1%}"
-        panels[0].set_title(f"order {loss.replace(' ', ', ')}\n{error}")
+        errors = f"KL {kl:.5f} nats\nscore error {report['score_percent'][loss]:.1f}%"
+        panels[0].set_title(f"order {loss.replace(' ', ', ')}\n{errors}")
         panels[1].set(xlabel="x", xlim=(-1.1, 1.1), ylim=(-90, 90))
     rows[0, 0].set(ylabel="density p(x)")
     rows[1, 0].set(ylabel="score d log p/dx")
@@ -263,7 +263,7 @@ def main() -> None:
         "steps": {loss: job.steps for loss, job in jobs.items()},
         "seconds": {loss: outcome.seconds for loss, outcome in outcomes.items()},
         "equal_cost": {loss: outcome.kl for loss, outcome in outcomes.items()},
-        "score": {loss: outcome.score_error for loss, outcome in outcomes.items()},
+        "score_percent": {loss: 100 * outcome.score_error for loss, outcome in outcomes.items()},
         "curves": curves,
     }
     options.out.mkdir(parents=True, exist_ok=True)
