@@ -1,5 +1,7 @@
 """Check a built site: nothing from other hosts, formulas are formulas, and methods have entries.
 
+Every picture has a version for light pages and one for dark pages.
+
 python .ci/site.py DIRECTORY
 """
 
@@ -15,6 +17,7 @@ LOADS = re.compile(r"<(?:link|script|img|iframe)[^>]+(?:href|src)=\"(?:https?:)?
 IMPORTS = re.compile(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//")
 # A line that opens with a plus or a minus inside $...$ becomes a list, and the dollar is shown.
 CODE = re.compile(r"(?s)<(code|pre|script|style|dt)\b.*?</\1>")
+PICTURE = re.compile(r'<img[^>]+src="[^"]*?([\w-]+)(?<!_thumb)\.svg"')
 # Methods and properties of public classes that the package calls, and PyTorch, but no user.
 INTERNAL = {"affine", "affine_of_data", "noise_without_x", "network_arguments", "predict"}
 INTERNAL |= {"draw", "extra_repr", "moments", "posterior", "quantization", "start_coordinates"}
@@ -50,6 +53,10 @@ def main() -> None:
             raise SystemExit(f"{page}: expected nothing from another host.")
         if "$" in CODE.sub("", html):
             raise SystemExit(f"{page}: expected every formula to be one; got a dollar.")
+        pictures = set(PICTURE.findall(html))
+        light = {name for name in pictures if not name.endswith("-dark")}
+        if pictures != light | {f"{name}-dark" for name in light}:
+            raise SystemExit(f"{page}: expected two versions of each picture; got {pictures}.")
     for style in Path(directory).rglob("*.css"):
         if IMPORTS.search(style.read_text(encoding="utf-8")):
             raise SystemExit(f"{style}: expected nothing from another host.")
