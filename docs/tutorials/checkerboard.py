@@ -137,8 +137,10 @@ for ax, (name, values) in zip(axes, density.items(), strict=True):
     ax.imshow(shown, origin="lower", vmin=0, vmax=0.8, extent=(-1.2, 1.2, -1.2, 1.2))
     title = f"{name}\nKL {kl[name]:.3f}, score {error[name]:.1f}" if name in kl else name
     ax.set(title=title, xticks=[], yticks=[])
-share = error["order three"] / error["order one"]
-figure.suptitle(f"The error of the ODE's score is {share:.0%} of order one's with order three")
+two, three = kl["order two"] / kl["order one"], error["order three"] / error["order one"]
+figure.suptitle(
+    f"Over order one: KL of order two {two:.0%}, score error of order three {three:.0%}"
+)
 
 # %%
 # The density depends on the divergence of the field along the whole path, and its score on how
