@@ -79,7 +79,7 @@ schedule = VESchedule(sigma_min=0.003, sigma_max=10.0)
 model = ScoreModel(Network(), schedule, time=schedule.sigma)
 objective = FirstOrderDSM(model)
 optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-steps = 9000
+steps = 14000
 for step in range(steps):
     optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
     optimizer.zero_grad()
