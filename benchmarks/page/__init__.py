@@ -13,17 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.page import figures, marks, orders, study
+from benchmarks.page import figures, marks, orders
 from benchmarks.page.numbers import Found, named, table
-from benchmarks.page.tables import DATA, TABLES, changes
+from benchmarks.page.tables import TABLES
 
 
 def tree(file: Path) -> Found:
     """What was found by question, where it was measured, and what other commands found.
 
     "gpu" is by card, batch and precision, "keeping" the question of speed with a C library that
-    keeps freed memory, "worth" and "longer" are the changes in worth.json. "divergence_mode",
-    "exact_up_to", "equal_cost" and "worth, quadratic" are answered: nothing measures them again.
+    keeps freed memory. "divergence_mode" and "exact_up_to" are answered: nothing measures them
+    again.
     """
     found: Found = {"measured": {}, "gpu": {}}
     for question, report in results.read(file).items():
@@ -44,19 +44,9 @@ def tree(file: Path) -> Found:
     for name in answers:
         found[name] = results.read(file.parent / f"{name}.json").get("found", {})
     found["keeping"] = results.read(file.parent / "keeping.json").get("speed", {}).get("found", {})
-    found["equal_cost"] = {
-        path.stem.removeprefix("equal_cost_"): results.read(path)["settings"]
-        for path in file.parent.glob("equal_cost_*.json")
-    }
-    if of_worth := results.read(file.parent / "worth.json"):
-        found["worth.json"] = of_worth
-        for key, report in (("worth", of_worth), ("longer", of_worth["longer"])):
-            names = [name for name in DATA if name in report]
-            found[key] = {name: changes(report[name]) for name in names}
-    reports = map(results.read, sorted((file.parent / "orders").glob("*.json")))
-    found["orders"] = orders.cells([*reports])
-    cells = map(results.read, sorted((file.parent / "worth").glob("*.json")))
-    found["study"] = {each["name"]: each | study.headlines(each) for each in cells}
+    for name, of_reports in (("orders", orders.cells), ("recipe", orders.settings)):
+        reports = map(results.read, sorted((file.parent / name).glob("*.json")))
+        found[name] = of_reports([*reports])
     found["scale"] = results.read(file.parent / "scale.json").get("networks", {})
     for gpu in sorted(file.parent.glob("gpu*.json")):
         report = results.read(gpu)

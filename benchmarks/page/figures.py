@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogFormatter, NullFormatter, NullLocator
 
-from benchmarks.page import orders, study, tables
+from benchmarks.page import orders, tables
 from benchmarks.page.numbers import Found, label, walk
 
 WIDTH = 9.3  # inches, as wide as a page
@@ -188,39 +188,6 @@ def work_precision(problems: Found) -> Figure:
     return panels(problems, curves, [*SOLVERS.values()], shown, texts, (20, 50, 100))
 
 
-def worth(found: Found) -> Figure:
-    """KL divergence and score error over those of order one, a line for each problem."""
-    cells = study.densities(found)
-    figure = Figure((WIDTH, 0.5 * len(cells) + 2.2), layout="constrained")
-    titles = {"kl": "KL divergence", "score": "error of the ODE's score"}
-    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        for i, loss in enumerate(study.SHOWN):
-            rows = {
-                place: study.ratio(report, loss)[key]
-                for place, report in enumerate(cells.values())
-                if loss in study.judged(report)
-            }
-            if rows:
-                value, low, high = np.transpose([*rows.values()])
-                reach = np.abs([value - low, high - value])
-                look = {"color": f"C{i}", "marker": MARKERS[i], "ls": "none", "capsize": 2}
-                places = np.array([*rows]) + (i - 1) / 5
-                axes.errorbar(value, places, xerr=reach, label=study.SHOWN[loss], **look)
-        axes.set(title=title, xscale="log", xlabel="over that of order one")
-        low = max(axes.get_xlim()[0], 0.01)
-        axes.axvspan(low, 1, color="C2", alpha=0.08, zorder=0, lw=0)
-        axes.axvline(1, color="C5", linewidth=1)
-        axes.set_xlim(low)
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(Plain())
-    names = [study.starred(name, report) for name, report in cells.items()]
-    figure.axes[0].set_yticks(range(len(cells)), names)
-    figure.axes[0].invert_yaxis()
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle("At equal cost order three mends the ODE's score up to four dimensions")
-    return figure
-
-
 def cost(networks: Found) -> Figure:
     """Time and memory of a step of each loss over one of order one: the median, every network."""
     figure = Figure((WIDTH, 3.4), layout="constrained")
@@ -289,5 +256,4 @@ FIGURES: dict[str, tuple[str, Callable[[Found], Figure]]] = {
     "estimator_variance": ("estimator_variance", estimator_variance),
     "gradient_variance": ("gradient_variance", gradient_variance),
     "likelihood_calls": ("likelihood", likelihood_calls),
-    "worth": ("study", worth),
 }

@@ -1,4 +1,4 @@
-"""The study of targets and orders: results/orders/*.json, written by benchmarks/worth.py.
+"""The study of targets and orders, of benchmarks/worth.py and benchmarks/recipe.py.
 
 A row is compared with that of the same seeds which differs in one respect: targets with plain
 order one, orders with order one under the same targets, second stages with order one continued.
@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from benchmarks.page.numbers import Found
+from benchmarks.recipe import SETTINGS
+from benchmarks.worth import SEARCHED
 from benchmarks.worth_problems import CELLS
 from benchmarks.worth_quantities import compare, lost
 
@@ -62,6 +64,19 @@ def cells(reports: list[Found]) -> Found:
     found = {report["name"]: ratios(report) for report in reports}
     done = {name for name, rows in found.items() if any("kl" in row for row in rows.values())}
     return {name: found[name] for name in CELLS if name in done}
+
+
+def settings(reports: list[Found]) -> Found:
+    """Every cell of the recipe by its settings, in the order of that measurement."""
+    by_title = {report["name"]: report for report in reports}
+    return {
+        name: {
+            setting: ratios(by_title[title])
+            for setting in SETTINGS
+            if (title := f"{name}, {setting}") in by_title
+        }
+        for name in SEARCHED
+    }
 
 
 def picture(found: Found) -> Figure:
