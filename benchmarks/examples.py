@@ -28,7 +28,6 @@ COMMANDS = {
     "inverse_problem": "inverse_problem.py",
     "many_well": "many_well.py",
     "pytorch_fault": "pytorch_fault.py",
-    "target_scores": "target_scores.py",
     "velocity_2d": "velocity_2d.py",
 }
 LINE = re.compile(r"^(?P<name>[^,:\n]+)[,:](?P<rest>.*\d.*)$", re.MULTILINE)

@@ -1,4 +1,4 @@
-"""README's blocks in an empty script, and its wrappings on networks that stand in for the reader's.
+"""README's blocks in an empty script, and its wrappings on networks that stand in for others.
 
 The networks have been trained like the projects they stand for, or are exact. The loss of a
 wrapping is compared with that project's own, written down here without the library.
