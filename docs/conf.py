@@ -3,15 +3,18 @@
 A page asks no other host for anything: the script that sets the formulas comes from a package.
 """
 
+import inspect
 import re
 import sys
 import textwrap
 import zlib
 from importlib.resources import files
 from pathlib import Path
+from typing import get_type_hints
 
 import matplotlib.style
 from docutils import nodes
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.transforms import SphinxTransform
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
@@ -49,10 +52,24 @@ html_static_path = ["_static", str(files("sphinx-mathjax-offline") / "static/mat
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
+# The unions that have a name, and the modules in which they are documented.
+TYPES = {
+    "Divergence": "likelihood.divergence",
+    "Prediction": "model.score_model",
+    "Probes": "losses.options",
+    "Targets": "losses.targets",
+    "TermWeights": "losses.options",
+    "TimeSampler": "losses.weighting",
+    "Weighting": "losses.weighting",
+}
 # A type is shown, and linked, by the name that a user imports.
-for each in vars(hosm_losses).values():
-    if isinstance(each, type):
-        each.__module__ = "hosm_losses"
+aliases = {name: type(name, (), {"__module__": "hosm_losses"}) for name in TYPES}
+for public in vars(hosm_losses).values():
+    call = public
+    if isinstance(public, type):
+        public.__module__, call = "hosm_losses", public.__init__
+    if inspect.isfunction(call):
+        call.__annotations__ = get_type_hints(call, localns=aliases)
 
 # Docstrings name code in single backticks.
 default_role = "code"
@@ -60,7 +77,7 @@ add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = False  # it reads the source, which does not spell out every argument
 autodoc_typehints = "description"
-autodoc_typehints_format = "fully-qualified"
+autodoc_typehints_format = "short"
 autodoc_typehints_description_target = "documented_params"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -90,7 +107,7 @@ LINKED = {
     "torch.nn.Module": f"{TORCH}/generated/torch.nn.Module.html",
     "torch.nn.modules.module.Module": f"{TORCH}/generated/torch.nn.Module.html",
     "torch.distributions.distribution.Distribution": f"{TORCH}/distributions.html",
-    "dist.ProcessGroup": f"{TORCH}/distributed.html",
+    "torch.distributed.distributed_c10d.ProcessGroup": f"{TORCH}/distributed.html",
     "numpy.ndarray": "numpy.org/doc/stable/reference/generated/numpy.ndarray.html",
     "collections.abc.Callable": f"{PYTHON}/collections.abc.html#collections.abc.Callable",
     "collections.abc.Mapping": f"{PYTHON}/collections.abc.html#collections.abc.Mapping",
@@ -104,9 +121,8 @@ inventory.write_bytes(
     b"# The remainder of this file is compressed using zlib.\n" + zlib.compress(lines.encode())
 )
 intersphinx_mapping = {"linked": ("https://", str(inventory))}
-# Types without a page: an alias, and named tuples whose fields are said where they are returned.
+# Named tuples without a page, whose fields are said where they are returned.
 nitpick_ignore = [
-    ("py:class", "Divergence"),
     ("py:class", "hosm_losses.likelihood.result.Quantization"),
     ("py:class", "hosm_losses.likelihood.weights.Expectation"),
     ("py:class", "hosm_losses.likelihood.weights.Sandwich"),
@@ -130,8 +146,11 @@ sphinx_gallery_conf = {
 }
 
 
-def _escape_shapes(app, what, name, obj, options, lines: list[str]) -> None:  # noqa: ANN001, ARG001
-    """Keep the star of a shape such as (B, *) from opening an emphasis."""
+def _tidy_docstring(app, what, name, obj, options, lines: list[str]) -> None:  # noqa: ANN001, ARG001
+    """Find the docstring of a union, and keep the star of (B, *) from opening an emphasis."""
+    if (alias := name.removeprefix("hosm_losses.")) in TYPES:
+        module = ModuleAnalyzer.for_module(f"hosm_losses.{TYPES[alias]}")
+        lines[:] = module.find_attr_docs()["", alias]
     lines[:] = [line.replace("*)", r"\*)") for line in lines]
 
 
@@ -182,7 +201,7 @@ class Tidy(SphinxPostTransform):
 
 
 def setup(app) -> None:  # noqa: ANN001
-    """Escape before napoleon, whose priority is 500, writes any markup of its own."""
-    app.connect("autodoc-process-docstring", _escape_shapes, priority=400)
+    """Tidy docstrings before napoleon, whose priority is 500, writes any markup of its own."""
+    app.connect("autodoc-process-docstring", _tidy_docstring, priority=400)
     app.add_transform(BothVersions)
     app.add_post_transform(Tidy)

@@ -567,6 +567,7 @@ WITHOUT_ROWS = {
     *("WrappingCandidate", "WrappingReport", "DerivativeReport", "Weights"),
     *("DenoisingPosterior", "PosteriorCovariance", "ODEDistribution"),
     "NLLResult",  # whose methods are those of its base
+    *("Divergence", "Prediction", "Probes", "Targets", "TermWeights", "TimeSampler", "Weighting"),
 }
 
 

@@ -1,8 +1,10 @@
 """What a user sees of the package: the names that complete, and what objects print as."""
 
+import inspect
 import re
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -27,6 +29,24 @@ def test_public_names_alone_complete():
 def test_a_star_import_leaves_the_names_of_users():
     code = "model = 1\nfrom hosm_losses import *\nassert model == 1\nassert ScoreModel"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_signatures_are_short():
+    assert len(str(inspect.signature(hosm.third_order_dsm))) < 600
+    for name in set(hosm.__all__) - {"DerivativeError", "taylor"}:
+        call = getattr(hosm, name)
+        assert not callable(call) or len(str(inspect.signature(call))) < 600, name
+
+
+def test_annotations_resolve_to_the_public_types():
+    hints = get_type_hints(hosm.third_order_dsm)
+    assert hints["weighting"] == hosm.Weighting
+    assert hints["time_sampler"] == hosm.TimeSampler
+    assert hints["probes"] == hosm.Probes
+    assert hints["weights"] == hosm.TermWeights | None
+    assert get_type_hints(hosm.first_order_dsm)["targets"] == hosm.Targets
+    assert get_type_hints(hosm.ode_nll)["divergence"] == hosm.Divergence
+    assert get_type_hints(hosm.ScoreModel.__init__)["prediction"] == hosm.Prediction
 
 
 def standard_normal(x, t):

@@ -20,6 +20,8 @@ Source:
     Lu et al., ICML 2022, arXiv 2206.08265, theorems 3.1 and 3.2.
 """
 
+from __future__ import annotations
+
 import copy
 import math
 from collections.abc import Mapping

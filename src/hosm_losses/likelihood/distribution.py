@@ -9,6 +9,8 @@ Source:
     Rozet et al., zuko (software), for `rsample_and_log_prob`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -95,7 +97,7 @@ class ODEDistribution(Distribution):
         """All real numbers."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "ODEDistribution":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ODEDistribution:
         """The same distributions, repeated to another batch_shape; it takes no memory.
 
         Raises:

@@ -37,6 +37,7 @@ PILOTS = 4  # probes at a node, by which `ToStandardError` counts
 # A user's own: (x, t, **model_kwargs), as the network gets them, → (prediction, its divergence).
 Function = Callable[..., tuple[Tensor, Tensor]]
 Divergence = Literal["auto", "exact"] | Hutchinson | ToStandardError | Function
+"""How the divergence of the ODE is computed; a callable (x, t) → (ε̂, divergence) knows its own."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ Source:
     Song et al., arXiv 2011.13456, appendix D.2, and see `paths`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any

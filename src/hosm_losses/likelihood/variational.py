@@ -22,6 +22,8 @@ Source:
     al., arXiv 2107.00630, equation 13, for the integral over log σ̂.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import replace

@@ -16,8 +16,13 @@ from hosm_losses.losses.dsm import dsm_terms as dsm_terms
 from hosm_losses.losses.dsm import first_order_dsm as first_order_dsm
 from hosm_losses.losses.dsm import second_order_dsm as second_order_dsm
 from hosm_losses.losses.dsm import third_order_dsm as third_order_dsm
+from hosm_losses.losses.options import Probes as Probes
+from hosm_losses.losses.options import TermWeights as TermWeights
 from hosm_losses.losses.targets import AveragedTargets as AveragedTargets
+from hosm_losses.losses.targets import Targets as Targets
 from hosm_losses.losses.targets import TargetScores as TargetScores
 from hosm_losses.losses.terms import DSMTerms as DSMTerms
 from hosm_losses.losses.terms import LoggedTerms as LoggedTerms
 from hosm_losses.losses.weighting import EDMWeighting as EDMWeighting
+from hosm_losses.losses.weighting import TimeSampler as TimeSampler
+from hosm_losses.losses.weighting import Weighting as Weighting

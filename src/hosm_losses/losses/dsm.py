@@ -7,6 +7,8 @@ around it sees every use of a parameter. The formula is in `objective`, the resi
 and the source in `terms`.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
@@ -20,10 +22,9 @@ from hosm_losses.losses.objective import dsm
 from hosm_losses.losses.options import (
     LossOptions,
     Probes,
-    Recipe,
     Reduction,
+    TermWeights,
     Third,
-    Weights,
     check_weights,
 )
 from hosm_losses.losses.targets import AveragedTargets, Targets, TargetScores, check_targets
@@ -77,7 +78,7 @@ def second_order_dsm(
     probe: Tensor | None = None,
     probes: Probes = 1,
     targets: AveragedTargets | TargetScores | None = None,
-    weights: Weights | Recipe | None = None,
+    weights: TermWeights | None = None,
     weighting: Weighting = "noise",
     time_sampler: TimeSampler = None,
     fraction: float = 1.0,
@@ -133,7 +134,7 @@ def third_order_dsm(
     probe: Tensor | None = None,
     probes: Probes = 1,
     targets: AveragedTargets | TargetScores | None = None,
-    weights: Weights | Recipe | None = None,
+    weights: TermWeights | None = None,
     weighting: Weighting = "noise",
     time_sampler: TimeSampler = None,
     third: Third = "exact",
@@ -290,7 +291,7 @@ class _Inputs(TypedDict, total=False):
     noise: Tensor | None
     probe: Tensor | None
     targets: Targets
-    weights: Weights | Recipe | None
+    weights: TermWeights | None
     generator: torch.Generator | None
     model_kwargs: Mapping[str, Any] | None
 
@@ -303,7 +304,7 @@ class _DSM(nn.Module):
         model: ScoreModel,
         options: LossOptions,
         targets: AveragedTargets | TargetScores | None,
-        weights: Weights | Recipe | None = None,
+        weights: TermWeights | None = None,
     ) -> None:
         super().__init__()
         if isinstance(weights, nn.Parameter):  # which a module registers as one to be trained
@@ -414,7 +415,7 @@ class _HigherOrderDSM(_DSM):
         noise: Tensor | None = None,
         probe: Tensor | None = None,
         targets: AveragedTargets | TargetScores | None = None,
-        weights: Weights | Recipe | None = None,
+        weights: TermWeights | None = None,
         generator: torch.Generator | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         return_terms: bool = False,
@@ -447,7 +448,7 @@ class SecondOrderDSM(_HigherOrderDSM):
         *,
         probes: Probes = 1,
         targets: AveragedTargets | TargetScores | None = None,
-        weights: Weights | Recipe | None = None,
+        weights: TermWeights | None = None,
         weighting: Weighting = "noise",
         time_sampler: TimeSampler = None,
         fraction: float = 1.0,
@@ -485,7 +486,7 @@ class ThirdOrderDSM(_HigherOrderDSM):
         *,
         probes: Probes = 1,
         targets: AveragedTargets | TargetScores | None = None,
-        weights: Weights | Recipe | None = None,
+        weights: TermWeights | None = None,
         weighting: Weighting = "noise",
         time_sampler: TimeSampler = None,
         third: Third = "exact",

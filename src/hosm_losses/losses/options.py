@@ -23,8 +23,10 @@ from hosm_losses.probes import Hutchinson, Paired
 Reduction = Literal["mean", "sum", "none"]
 Third = Literal["exact", "laplacian"]
 Probes = int | Literal["exact"] | Hutchinson | Paired
+"""The number of probes of a sample; `Paired` also says how their estimates are combined."""
 Weights = Sequence[float | Tensor] | np.ndarray | Tensor
-Recipe = Literal["paper", "paper-toy"]
+TermWeights = Weights | Literal["paper", "paper-toy"]
+"""Weights of the terms (first, second, trace, third), or the name of a set of weights."""
 COUNTS = {1: (1,), 2: (3, 4), 3: (4,)}  # of weights, by order
 
 

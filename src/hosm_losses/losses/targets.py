@@ -533,6 +533,7 @@ class TargetScores:
 
 
 Targets = AveragedTargets | TargetScores | Tensor | None
+"""Regression targets; None is the drawn noise. Only calls of order one take a tensor (B, *)."""
 
 
 def check_targets(targets: object, *, tensor: bool) -> Targets:

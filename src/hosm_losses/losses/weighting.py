@@ -79,9 +79,14 @@ class EDMWeighting:
 Name = Literal["noise", "native", "likelihood"]
 TermWeighting = Name | EDMWeighting | Callable[[Tensor], Tensor]
 Weighting = TermWeighting | tuple[TermWeighting, TermWeighting]
+"""A factor that depends on t, as a name, `EDMWeighting()`, a callable t → (B,) or a pair of these.
+
+The first of a pair multiplies the first term; the second, "noise" or a callable, the higher terms.
+"""
 Sampler = Literal["schedule", "log_sigma_hat"]
 DrawTime = Callable[[int, torch.Generator | None], Tensor]
 TimeSampler = Sampler | DrawTime | None
+"""How t is drawn, as a name or a callable (batch size, generator) → t of shape (B,)."""
 
 
 def check_weighting(weighting: Any, time_sampler: object) -> None:

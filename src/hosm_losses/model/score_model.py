@@ -20,6 +20,8 @@ Source:
     Salimans and Ho, arXiv 2202.00512, for v; Lipman et al., arXiv 2210.02747, for u.
 """
 
+from __future__ import annotations
+
 import copy
 import sys
 from collections.abc import Callable
@@ -53,6 +55,7 @@ from hosm_losses.taylor import Jet
 
 Kind = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
 Prediction = Kind | Literal["x0", "denoiser", "v", "velocity"]
+"""What a network predicts."""
 # Synonyms, and the names that `ScoreModel.prediction` stores.
 SAME = {"x0": "sample", "denoiser": "sample", "v": "v_prediction", "velocity": "flow_prediction"}
 UNSHARD = (
