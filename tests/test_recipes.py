@@ -54,7 +54,7 @@ def trains_every_member(text):
 
 def takes_few_bits(text):
     """Without a model a level of 17 takes log₂ 17 bits."""
-    bits = numbers(text, r": ([\d.]+) ± [\d.]+ bits/dim, ")
+    bits = numbers(text, r"NLL ([\d.]+) bits/dim")
     return len(bits) == 2 and all(1 < each < math.log2(17) for each in bits)
 
 
@@ -75,7 +75,7 @@ def first_and_last_fall(text):
 
 
 LONGEST = {"checkerboard.py": 105, "inverse_problem.py": 85, "many_well.py": 62}
-nats_fall = partial(falls, pattern=r"(\S+) ± \S+ nats")
+nats_fall = partial(falls, pattern=r"(\S+) nats ±")
 fisher_falls = partial(falls, pattern=r"j_fisher: ([\d.]+)")  # what order one leaves
 # A command, the packages that it needs, and what is true of what it prints.
 RECIPES = [
@@ -85,7 +85,7 @@ RECIPES = [
     ("fine_tuning.py --steps 300", "", falls),
     ("velocity_2d.py --steps 600", "", gains_by_order_two),
     ("mixed_precision.py", "", falls),
-    ("latents_and_text.py", "diffusers", lambda text: "nats over 4 samples" in text),
+    ("latents_and_text.py", "diffusers", lambda text: ", n = 4; " in text),
     ("fine_tune_unet.py --steps 20 --tuning 4 --held-out 8", "diffusers", nats_fall),
     ("gap_1d.py --steps 150 --nodes 4", "matplotlib tqdm", fisher_falls),
     ("digits.py --seconds 1 --held-out 8", "matplotlib sklearn tqdm", takes_few_bits),

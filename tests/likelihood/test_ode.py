@@ -116,7 +116,7 @@ def test_the_error_of_the_prior_is_exact_for_gaussian_data(solver):
     )
     assert float(found.prior_error.abs().mean()) == pytest.approx(0.116, abs=0.01)
     assert float(found.prior_error.mean()) == pytest.approx(0.010, abs=0.035)
-    assert "a sample for its prior" in str(found)
+    assert "the prior is off by " in str(found)
     for options in ({"data_mean": 3.0}, {"data_std": std}):
         assert hosm.ode_nll(model, x[:1], solver=solver(**options)).prior_error is None
     known = solver(data_mean=3.0, data_std=std)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hosm_losses import NLLResult, SampleResult
+from hosm_losses import NLLResult, NLLSummary, SampleResult
 from hosm_losses.likelihood.result import Cause, Quantization
 
 
@@ -125,9 +125,34 @@ def test_summary_leaves_out_what_failed_and_separates_the_estimators_part():
     assert summary.bits_standard_error == pytest.approx(math.sqrt(13 / 3) / (4 * math.log(2)))
     shown = str(summary)
     assert repr(full(n=5, nll=nll, failed=failed)) == shown
-    assert "8.4427 ± 0.7508 bits/dim, 4.000 ± 2.082 nats over 3 samples" in shown
-    assert "1.345 nats from the probes" in shown
-    assert "failed and left out: 2" in shown
+    line, warnings = shown.splitlines()
+    assert line == (
+        "NLL 8.4427 bits/dim ± 0.7508, 4.000 nats ± 2.082 (probes 1.345), n = 3; "
+        "solver error 1.7 nats; 72 evaluations"
+    )
+    assert warnings.startswith("2 failed and left out; kinks suspected on 2 paths; the prior is ")
+
+
+def test_a_summary_prints_in_a_line_and_its_warnings_in_another():
+    fields = {"samples": 256, "failed": 0, "nll": 10.336, "standard_error": 0.004}
+    fields |= {"estimator_error": 0.0, "solver_error": 2e-4, "bits_per_dim": 7.456}
+    summary = NLLSummary(**fields, bits_standard_error=0.003, nfe=66.0, products=64.0)
+    line = "NLL 10.336 nats ± 0.004 (probes 0.000), n = 256; solver error 2e-4; 66 evaluations"
+    assert str(summary) == line
+    doubtful = dataclasses.replace(summary, failed=1, kinks=2, prior_size=0.12, prior_error=0.1)
+    first, second = str(doubtful).splitlines()
+    assert first == line
+    assert second == (
+        "1 failed and left out; kinks suspected on 2 paths; the prior is off by 0.120 nats per "
+        "sample, by +0.100 in the mean log-likelihood: set log_prior to the Gaussian of data_mean "
+        "and data_std at t_max"
+    )
+    for error, written in ((0.0, "0"), (0.034, "0.034"), (1.0, "1"), (2345.0, "2.3e+03")):
+        changed = dataclasses.replace(summary, solver_error=error)
+        assert f"solver error {written};" in str(changed)
+    alone = dataclasses.replace(summary, standard_error=None, estimator_error=None, discrete=True)
+    alone = dataclasses.replace(alone, samples=1, bits_standard_error=None)
+    assert str(alone).startswith("NLL 7.4560 bits/dim, 10.336 nats, n = 1; solver error 2e-4 nats")
 
 
 def test_summary_says_no_more_than_it_knows():
@@ -183,7 +208,7 @@ def test_samples_have_what_likelihoods_have():
     assert joined.x.shape == (6, 4)
     assert joined.summary().nll == drawn.summary().nll
     bare = samples(nll=None, standard_error=None, solver_error=None)
-    assert str(bare) == "3 samples without their density, 71 evaluations; failed: 0"
+    assert str(bare) == "3 samples without density; 71 evaluations; 0 failed"
     for call in (bare.bits_per_dim, bare.summary):
         with pytest.raises(ValueError, match="divergence=None"):
             call()

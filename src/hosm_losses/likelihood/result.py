@@ -86,27 +86,28 @@ class NLLSummary:
     prior_size: float | None = None
 
     def __str__(self) -> str:
-        bits, nats = f"{self.bits_per_dim:.4f}", f"{self.nll:.3f}"
+        bits, nats = f"{self.bits_per_dim:.4f} bits/dim", f"{self.nll:.3f} nats"
         if self.standard_error is not None:
             bits += f" ± {self.bits_standard_error:.4f}"
             nats += f" ± {self.standard_error:.3f}"
-        shown = f"{bits} bits/dim, " if self.discrete else ""
-        shown += f"{nats} nats over {self.samples} sample{'s' * (self.samples > 1)}"
         if self.estimator_error is not None:
-            source = "draws of the bound" if self.products is None else "probes"
-            shown += f"; of which {self.estimator_error:.3f} nats from the {source}"
-        shown += f"; solver error about {self.solver_error:.2g} nats, {self.nfe:.0f} evaluations"
-        if self.products:
-            shown += f" with {self.products:.0f} Jacobian products"
+            source = "draws" if self.products is None else "probes"
+            nats += f" ({source} {self.estimator_error:.3f})"
+        small = 0 < self.solver_error < 0.01
+        error = f"{self.solver_error:.0e}" if small else f"{self.solver_error:.2g}"
+        error = error.replace("e-0", "e-") + " nats" * self.discrete
+        numbers = f"{bits}, {nats}" if self.discrete else nats
+        shown = f"NLL {numbers}, n = {self.samples}; solver error {error}"
+        warnings = [f"{self.failed} failed and left out"] if self.failed else []
         if self.kinks:
-            shown += f"; kinks suspected on {self.kinks} path{'s' * (self.kinks > 1)}"
+            warnings.append(f"kinks suspected on {self.kinks} path{'s' * (self.kinks > 1)}")
         if self.prior_size is not None and self.prior_size >= SHOWN:
-            shown += (
-                f"; off by {self.prior_size:.3f} nats a sample for its prior, "
-                f"{self.prior_error:+.3f} of log-likelihood in the mean: give log_prior the "
+            warnings.append(
+                f"the prior is off by {self.prior_size:.3f} nats per sample, by "
+                f"{self.prior_error:+.3f} in the mean log-likelihood: set log_prior to the "
                 "Gaussian of data_mean and data_std at t_max"
             )
-        return shown + (f"; failed and left out: {self.failed}" if self.failed else "")
+        return f"{shown}; {self.nfe:.0f} evaluations\n{'; '.join(warnings)}".rstrip()
 
 
 class Quantization(NamedTuple):
@@ -290,7 +291,7 @@ class Result:
             return f"{count}, all failed; the first one: {self.failures()[0]}"
         if self.nll is None:
             failed, nfe = int(self.failed.sum()), float(self.nfe.double().mean())
-            return f"{count} without their density, {nfe:.0f} evaluations; failed: {failed}"
+            return f"{count} without density; {nfe:.0f} evaluations; {failed} failed"
         return str(self.summary())
 
     def failures(self) -> dict[int, str]:
