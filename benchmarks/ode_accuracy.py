@@ -113,7 +113,7 @@ def moved(model: hosm.ScoreModel, t: Tensor, x: Tensor) -> Tensor:
     """dx/dt, which a velocity is."""
     t = model.schedule.clip(t)  # by rounding
     times = t.expand(len(x))
-    if model.prediction == "flow_prediction":
+    if model.prediction == "velocity":
         return model.network(x, times)
     (alpha, sigma), (da, ds) = model.schedule(t), model.schedule.rates(t)
     return da / alpha * x + (ds - da / alpha * sigma) * model.noise(x, times)

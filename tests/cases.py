@@ -28,7 +28,7 @@ SCHEDULES = {
     "flow": hosm.LinearFlowSchedule(),
     "discrete": hosm.DiscreteSchedule(torch.linspace(0.99, 0.01, 20)),
 }
-PREDICTIONS = ("epsilon", "score", "sample", "v_prediction", "flow_prediction")
+PREDICTIONS = ("epsilon", "score", "x0", "v", "velocity")
 ENGINES = ("auto", "taylor", "reverse")
 FUNCTIONS = {1: hosm.first_order_dsm, 2: hosm.second_order_dsm, 3: hosm.third_order_dsm}
 MODULES = {1: hosm.FirstOrderDSM, 2: hosm.SecondOrderDSM, 3: hosm.ThirdOrderDSM}

@@ -134,9 +134,9 @@ def noise_by_solving(prediction: str, raw: Tensor, x: Tensor, alpha, sigma, rate
         return -sigma * raw
     second = {
         "epsilon": (0.0, 1.0),
-        "sample": (1.0, 0.0),
-        "v_prediction": (-sigma, alpha),
-        "flow_prediction": rates,
+        "x0": (1.0, 0.0),
+        "v": (-sigma, alpha),
+        "velocity": rates,
     }[prediction]
     matrix = torch.tensor([[float(alpha), float(sigma)], [float(second[0]), float(second[1])]])
     sides = torch.stack([x.reshape(-1), raw.reshape(-1)])
@@ -146,11 +146,9 @@ def noise_by_solving(prediction: str, raw: Tensor, x: Tensor, alpha, sigma, rate
 PREDICTIONS_OF_ORACLE = {
     "epsilon": lambda noise, x, alpha, sigma, rates: noise,
     "score": lambda noise, x, alpha, sigma, rates: -noise / sigma,
-    "sample": lambda noise, x, alpha, sigma, rates: (x - sigma * noise) / alpha,
-    "v_prediction": lambda noise, x, alpha, sigma, rates: (
-        alpha * noise - sigma * (x - sigma * noise) / alpha
-    ),
-    "flow_prediction": lambda noise, x, alpha, sigma, rates: (
+    "x0": lambda noise, x, alpha, sigma, rates: (x - sigma * noise) / alpha,
+    "v": lambda noise, x, alpha, sigma, rates: alpha * noise - sigma * (x - sigma * noise) / alpha,
+    "velocity": lambda noise, x, alpha, sigma, rates: (
         rates[0] * (x - sigma * noise) / alpha + rates[1] * noise
     ),
 }

@@ -20,7 +20,7 @@ CASES = [  # of a schedule and a prediction
     ("flow", "velocity"),
     ("vp", "v"),
     ("flow", "x0"),
-    ("edm", "sample"),
+    ("edm", "x0"),
 ]
 
 

@@ -66,7 +66,7 @@ def off(found, expected):
 @pytest.mark.parametrize("half", HALVES)
 def test_losses_and_gradients_equal_float64(half, order, weighting, reduction):
     # With "epsilon" nothing but the loss widens what the network returns.
-    prediction, found = "v_prediction" if weighting == "native" else "epsilon", []
+    prediction, found = "v" if weighting == "native" else "epsilon", []
     for model, x0, inputs in both(Elementwise(), half, 4, prediction):
         probe = inputs.pop("probe")[:1]
         inputs |= {"probe": probe, "weights": "paper"} if order > 1 else {}
@@ -79,7 +79,7 @@ def test_losses_and_gradients_equal_float64(half, order, weighting, reduction):
 
 
 @pytest.mark.parametrize("end", ["t_min", "t_max"])
-@pytest.mark.parametrize("prediction", ["sample", "v_prediction", "flow_prediction"])
+@pytest.mark.parametrize("prediction", ["x0", "v", "velocity"])
 @pytest.mark.parametrize("half", HALVES)
 def test_the_native_error_at_an_end_is_that_of_the_prediction(half, prediction, end):
     schedule = hosm.LinearFlowSchedule()
@@ -89,9 +89,9 @@ def test_the_native_error_at_an_end_is_that_of_the_prediction(half, prediction, 
     alpha, sigma = (part[:, None] for part in schedule(t))
     predicted = model.network((alpha * x0 + sigma * noise).to(half), t)
     target = {
-        "sample": x0,
-        "v_prediction": alpha * noise - sigma * x0,
-        "flow_prediction": noise.float() - x0.float(),
+        "x0": x0,
+        "v": alpha * noise - sigma * x0,
+        "velocity": noise.float() - x0.float(),
     }[prediction]
     own = (predicted.float() - target.float()).square().mean()
     alone = {"weights": (1, 0, 0), "probe": inputs.pop("probe")}

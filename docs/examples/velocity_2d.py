@@ -57,7 +57,7 @@ def main() -> None:
     steps = parser.parse_args().steps
     torch.manual_seed(0)
     network = Velocity(Linear(4, 64), SiLU(), Linear(64, 64), SiLU(), Linear(64, 2))
-    model = hosm.ScoreModel(network, SCHEDULE, prediction="flow_prediction")
+    model = hosm.ScoreModel(network, SCHEDULE, prediction="velocity")
     train(model, hosm.first_order_dsm, steps, 2e-3)
     held_out = ring(1000, torch.Generator().manual_seed(1))
     for loss in LOSSES:

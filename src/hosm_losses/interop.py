@@ -26,15 +26,15 @@ from hosm_losses.schedules import (
 # Each project's names of predictions, and ours.
 OBJECTIVES: dict[str, Prediction] = {
     "pred_noise": "epsilon",
-    "pred_x0": "sample",
-    "pred_v": "v_prediction",
+    "pred_x0": "x0",
+    "pred_v": "v",
 }
 PREDICTION_TYPES: dict[str, Prediction] = {
     "epsilon": "epsilon",
-    "sample": "sample",
-    "v_prediction": "v_prediction",
+    "sample": "x0",
+    "v_prediction": "v",
 }
-MEAN_TYPES: dict[str, Prediction] = {"EPSILON": "epsilon", "START_X": "sample"}
+MEAN_TYPES: dict[str, Prediction] = {"EPSILON": "epsilon", "START_X": "x0"}
 ZERO = (0.0, 2.0**-24)  # diffusers writes the second in place of the first
 BUILD = "For another object, build a ScoreModel with its schedule and prediction."
 # Models of diffusers under flow matching that multiply by the number of timesteps themselves.
@@ -46,7 +46,7 @@ REVERSED = ("Lumina", "ZImage", "NucleusMoE", "HiDream", "Ideogram4")
 TAKES_ITS_DTYPE_FROM_T = "HunyuanDiT"
 WRAPPED = ("_orig_mod", "module", "base_model", "model")  # in torch.compile, DDP and PEFT
 FLOW = "one that is given the noise level and predicts noise less data"
-WRITE_FLOW = "Write ScoreModel(model, LinearFlowSchedule(), 'flow_prediction', ...)."
+WRITE_FLOW = "Write ScoreModel(model, LinearFlowSchedule(), 'velocity', ...)."
 LABELS = "A network trained on sde.N discrete steps is given their numbers as labels: "
 DISCRETE_VP = "ScoreModel(model, DiscreteSchedule(sde.alphas_cumprod)), whose t is the label."
 DISCRETE_VE = (
@@ -113,13 +113,13 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
             got = f"{reversed_by[0]}, which reverses one of these"
             raise ValueError(error_message("model", FLOW, model, WRITE_FLOW, got=got))
         factor = 1.0 if any(name.startswith(TAKE_FRACTIONS) for name in names) else factor
-        return ScoreModel(model, LinearFlowSchedule(), "flow_prediction", time=factor, **options)
+        return ScoreModel(model, LinearFlowSchedule(), "velocity", time=factor, **options)
     expected = "one with {}, such as DDPMScheduler, or a flow-matching one"
     check_has("scheduler", scheduler, expected, "alphas_cumprod")
     kind = getattr(config, "prediction_type", None)
     prediction = our_prediction(kind, PREDICTION_TYPES, "scheduler.config.prediction_type")
     schedule = table_schedule(scheduler, "scheduler")
-    if prediction == "v_prediction" and getattr(config, "timestep_type", None) == "continuous":
+    if prediction == "v" and getattr(config, "timestep_type", None) == "continuous":
         options["time"] = partial(_quarter_of_log_sigma_hat, schedule)
     return ScoreModel(model, schedule, prediction, **options)
 
@@ -236,11 +236,11 @@ def from_edm(net: Any) -> ScoreModel:
         80.0
     """
     expected = "an EDM network with {}, such as EDMPrecond"
-    remedy = "For another denoiser D(x, sigma): ScoreModel(net, EDMSchedule(), 'sample')."
+    remedy = "For another denoiser D(x, sigma): ScoreModel(net, EDMSchedule(), 'x0')."
     check_has("net", net, expected, "sigma_min", "sigma_max", remedy=remedy)
     low = max(float(net.sigma_min), EDMSchedule.t_min)
     high = min(float(net.sigma_max), EDMSchedule.t_max)
-    return ScoreModel(net, EDMSchedule(t_min=low, t_max=high), "sample")
+    return ScoreModel(net, EDMSchedule(t_min=low, t_max=high), "x0")
 
 
 def from_flow_matching(
@@ -282,7 +282,7 @@ def from_flow_matching(
     return ScoreModel(
         network,
         LinearFlowSchedule() if schedule is None else schedule,
-        "flow_prediction",
+        "velocity",
         time=partial(_time_from_noise, time) if data_at == 1 else time,
         output=torch.neg if data_at == 1 else None,
         call=_by_time_first if time_first else None,

@@ -175,7 +175,7 @@ def test_a_likelihood_with_a_gradient_refuses_it_and_one_without_does_not():
 
 
 @pytest.mark.parametrize("detached", [lambda x: x.detach(), torch.ones_like])
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "flow_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "velocity"])
 def test_the_part_of_x_in_a_prediction_does_not_hide_a_lost_graph(prediction, detached):
     """The network alone is differentiated: x itself has a graph that a lost one would hide in."""
     layer, w = nn.Linear(3, 3), torch.randn(1, 1, 3)

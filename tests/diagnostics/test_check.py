@@ -265,7 +265,7 @@ RIGHT = {
     "a time in float32": (within(beside_float32(torch.sin)), {}),
     "parameters in float32": (lambda: Net(InFloat32()), {}),
     "float32 inside": (around(lambda x: x.float().sin().to(x)), {}),
-    "complex numbers": (Spectral, {"shape": (3,), "prediction": "sample"}),
+    "complex numbers": (Spectral, {"shape": (3,), "prediction": "x0"}),
     "a function": (around(named("FlashKernel", Sine)), FLOAT32 | REVERSE),
     "batch norm in evaluation": (lambda: Net(nn.BatchNorm1d(4).eval()), {}),
     "dropout": (lambda: Net(nn.Dropout(0.5)), {}),
@@ -417,7 +417,7 @@ WRONG = {
     "no rule": (around(Partly.apply), TAYLOR, LAYER, "no derivative at all", "Partly"),
     "once": (
         lambda: OfX(nn.Sequential(nn.Linear(4, 4), Function(OnceDifferentiable.apply))),
-        REVERSE | {"prediction": "sample"},
+        REVERSE | {"prediction": "x0"},
         "no derivative at all",
         "OnceDifferentiable",
     ),

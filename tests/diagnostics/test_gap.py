@@ -213,7 +213,7 @@ def test_the_derivatives_of_a_schedule_are_its_own():
     """The score of the ODE of a flow needs α′ and σ′."""
     network, x0 = MLP(2), torch.randn(4, 2)
     found, expected = (
-        small(hosm.ScoreModel(network, schedule, "flow_prediction"), x0, steps=16)
+        small(hosm.ScoreModel(network, schedule, "velocity"), x0, steps=16)
         for schedule in (ByHand(), hosm.LinearFlowSchedule())
     )
     for one, other in zip(*(each.curves["own score"] for each in (found, expected)), strict=True):

@@ -144,7 +144,7 @@ NETWORKS = {
     "edm": Trained(
         bars,
         lambda: Preconditioned(64, polynomial(lambda t: 2 * t)),
-        {"schedule": EDM, "prediction": "sample"},
+        {"schedule": EDM, "prediction": "x0"},
         same,
         lambda t: t.log() / 4,
         "epsilon",
@@ -154,7 +154,7 @@ NETWORKS = {
     "flow": Trained(
         clusters,
         lambda: Network(2, polynomial(lambda t: 4 * t - 2)),
-        {"schedule": FLOW, "prediction": "flow_prediction"},
+        {"schedule": FLOW, "prediction": "velocity"},
         lambda x: (x - 0.03) / 0.6,
         1000.0,
         "epsilon",
@@ -167,14 +167,14 @@ NETWORKS = {
         {"schedule": LINEAR, "prediction": "epsilon"},
         same,
         lambda t: t / 1000,
-        "v_prediction",
+        "v",
         {"schedule": COSINE},
         halved,
     ),
     "v": Trained(
         clusters,
         lambda: Network(2, sines(1.0)),
-        {"schedule": SCALED, "prediction": "v_prediction"},
+        {"schedule": SCALED, "prediction": "v"},
         same,
         lambda t: t / 1000,
         "epsilon",
@@ -237,7 +237,7 @@ def timed(time, t):
 def is_right(name, fault, best):
     """Whether a remedy gives the network nearly what the training gave it."""
     made, (model, data) = NETWORKS[name], wrapped(name, fault)
-    expected = wrapping.KINDS[made.right["prediction"]], fault == "sign"
+    expected = made.right["prediction"], fault == "sign"
     if best is None or (best.prediction, best.negated) != expected:
         return False
     inputs = next(
@@ -387,7 +387,7 @@ def test_a_network_without_training_fits_nowhere(prediction, size):
     assert report.ok is (report.worse < 3)
     # The table marks the levels that the verdict counts.
     assert str(report).count("  worse\n") == report.worse
-    assert report.ok is (prediction in ("v_prediction", "flow_prediction"))
+    assert report.ok is (prediction in ("v", "velocity"))
     assert ("not trained, or no candidate fits" in str(report)) is not report.ok
 
 

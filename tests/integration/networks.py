@@ -319,7 +319,7 @@ def by_name(network: nn.Module, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
 
 THOUSAND = {"time": 1000.0}
 DIFFUSERS = {**THOUSAND, "output": operator.attrgetter("sample")}
-FLOW = {"schedule": hosm.LinearFlowSchedule(), "prediction": "flow_prediction"}
+FLOW = {"schedule": hosm.LinearFlowSchedule(), "prediction": "velocity"}
 CHECKPOINTS = partial(azula_vit, checkpointing=True)
 NETWORKS: Mapping[str, Network] = {
     "diffusers UNet2DModel": Network("diffusers", unet_2d, DIFFUSERS),

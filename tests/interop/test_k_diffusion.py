@@ -14,7 +14,7 @@ with warnings.catch_warnings():
 
 
 def model_of(denoiser):
-    return hosm.ScoreModel(denoiser, hosm.EDMSchedule(t_min=0.02, t_max=50.0), "sample")
+    return hosm.ScoreModel(denoiser, hosm.EDMSchedule(t_min=0.02, t_max=50.0), "x0")
 
 
 @pytest.mark.parametrize("weighting", ["karras", "soft-min-snr", "snr"])

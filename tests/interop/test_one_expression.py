@@ -92,7 +92,7 @@ def test_azula():
     denoiser = denoise.KarrasDenoiser(Net(), VESchedule(0.01, 50.0))
     schedule = hosm.VESchedule(sigma_min=0.01, sigma_max=50.0)
     output = operator.attrgetter("mean")
-    model = hosm.ScoreModel(denoiser.double(), schedule, "sample", output=output)
+    model = hosm.ScoreModel(denoiser.double(), schedule, "x0", output=output)
     x0, t = torch.randn(3, *SHAPE), torch.tensor([0.2, 0.5, 0.9])
     torch.manual_seed(3)
     own = denoiser.loss(x0, t)

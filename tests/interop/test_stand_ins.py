@@ -106,7 +106,7 @@ def test_a_scheduler_with_flow_sigmas_is_a_linear_flow():
     config = Is(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=9)
     scheduler = Is(alphas_cumprod=torch.as_tensor(TABLE), config=config)
     model = interop.from_diffusers(Diffusers(Net()), scheduler)
-    assert (model.schedule, model.prediction) == (hosm.LinearFlowSchedule(), "flow_prediction")
+    assert (model.schedule, model.prediction) == (hosm.LinearFlowSchedule(), "velocity")
     assert model.time == 9
 
 

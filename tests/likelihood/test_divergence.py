@@ -68,9 +68,8 @@ def test_forward_mode_says_what_to_take_instead():
 @pytest.mark.parametrize("solver", [FEW, hosm.Adaptive(1e-3)])
 def test_a_divergence_of_the_users_own(prediction, solver):
     """Of a linear prediction a(t) x, where it is d a(t); t and x are what the network gets."""
-    schedule, words = SCHEDULES["flow"], {"x0": "sample", "v": "v_prediction"}
-    words["velocity"] = "flow_prediction"
-    linear = gaussian(schedule, prediction=words.get(prediction, prediction)).network
+    schedule = SCHEDULES["flow"]
+    linear = gaussian(schedule, prediction=prediction).network
 
     def network(x, t, gain):
         return linear(x, t / 100, gain)

@@ -64,7 +64,7 @@ def test_the_divergence_is_the_trace_in_one_call(name, chunk, monkeypatch):
     assert calls == [2]
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_each_probe_has_its_quadratic_form(mode, prediction):
     """Of f and not of the prediction alone: x has a part in both, which goes with ‖v‖²."""
@@ -88,7 +88,7 @@ def test_exact_makes_its_unit_vectors_when_they_are_due(monkeypatch):
     """Nothing is larger than a chunk; with x² for x₀ the trace of σ ε̂ is d − 2 α Σ x."""
     d, chunk = 1000, 4
     monkeypatch.setattr(probes_of, "CHUNK_ELEMENTS", chunk * d)
-    model, x, t = hosm.ScoreModel(lambda x, t: x**2, VP, "sample"), torch.randn(1, d), T[:1]
+    model, x, t = hosm.ScoreModel(lambda x, t: x**2, VP, "x0"), torch.randn(1, d), T[:1]
     with Largest() as largest, torch.no_grad():
         bound = bind_model(model, 1, t=t)
         _, samples = resolve_divergence("exact", x).estimate(bound, x, None)

@@ -30,8 +30,8 @@ SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 CASES = [
     ("vp", "epsilon"),
     ("ve", "score"),
-    ("edm", "sample"),
-    ("cosine", "v_prediction"),
+    ("edm", "x0"),
+    ("cosine", "v"),
 ]
 PAIRED, EXACT = {"probes": hosm.Paired()}, {"probes": "exact"}
 LOSSES = [

@@ -69,7 +69,7 @@ def test_float32_keeps_the_digits_of_small_terms_at_the_noisy_end(distribution):
     probe = torch.stack(probe) if distribution == "gaussian" else torch.stack(probe).sign()
     found = []
     for dtype in (torch.float32, torch.float64):
-        model = hosm.ScoreModel(network.to(dtype), schedule, "flow_prediction")
+        model = hosm.ScoreModel(network.to(dtype), schedule, "velocity")
         t = torch.full((4,), 1 - 2**-9, dtype=dtype)
         given = {"t": t, "noise": noise.to(dtype), "probe": probe.to(dtype)}
         found.append(hosm.dsm_terms(model, x0.to(dtype), **given, probes=hosm.Paired()))

@@ -233,9 +233,9 @@ def dense_sample(case, row):
     a, b = {
         "epsilon": (0.0, 1.0),
         "score": (0.0, -1 / sigma),
-        "sample": (1.0, 0.0),
-        "v_prediction": (-sigma, alpha),
-        "flow_prediction": rates,
+        "x0": (1.0, 0.0),
+        "v": (-sigma, alpha),
+        "velocity": rates,
     }[prediction]
     wronskian = alpha * b - a * sigma
 

@@ -194,7 +194,7 @@ def test_information_by_element_leaves_the_conditional_means_on_the_subspace(inf
 
 
 def test_a_tensor_of_targets_and_the_terms_of_modules():
-    *models, Q = pair("ve", "sample")
+    *models, Q = pair("ve", "x0")
     teacher = torch.randn(4, *PARTICLES, dtype=torch.float64)
     both = inputs(models[1], Q)
     for (_, given), target in zip(both, (teacher, teacher.flatten(1) @ Q), strict=True):

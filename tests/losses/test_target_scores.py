@@ -35,10 +35,10 @@ LOSSES = [
 ]
 SETTINGS = [
     ("vp", "epsilon", 0.3),
-    ("vp", "v_prediction", 0.6),
+    ("vp", "v", 0.6),
     ("ve", "score", 0.5),
-    ("edm", "sample", 0.8),
-    ("flow", "flow_prediction", 0.4),
+    ("edm", "x0", 0.8),
+    ("flow", "velocity", 0.4),
 ]
 LINE = GaussianMixture([[-1.0], [0.8]], [[[0.3]], [[0.2]]], [0.4, 0.6])
 PLANE = GaussianMixture(

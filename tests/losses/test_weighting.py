@@ -84,7 +84,7 @@ def test_likelihood_draws_log_sigma_hat_uniformly(name, dtype):
 
 @pytest.mark.parametrize("weighting", ["noise", "native", "likelihood", torch.exp])
 def test_the_function_draws_and_weights_with_one_time(weighting):
-    model = hosm.ScoreModel(MLP(3), hosm.VPSchedule(), "v_prediction")
+    model = hosm.ScoreModel(MLP(3), hosm.VPSchedule(), "v")
     x0 = torch.randn(6, 3)
     got = hosm.third_order_dsm(
         model,
@@ -112,7 +112,7 @@ MEANS = {"noise": "noise", "likelihood": "likelihood", "pair": ("native", torch.
 def test_a_sampler_changes_the_mean_of_no_term(name, weighting):
     """Midpoint sums over u and over t, of the factors times a function of t."""
     schedule = SCHEDULES[name]
-    model = hosm.ScoreModel(MLP(3), schedule, "v_prediction")
+    model = hosm.ScoreModel(MLP(3), schedule, "v")
     count = 40_000
     low, high = schedule.log_sigma_hat_range
     middle = (torch.arange(count) + 0.5) / count
@@ -171,7 +171,7 @@ def test_edm_weighting_is_the_loss_of_edms_trainer(dtype, tolerance):
     weight = (sigma**2 + 0.3**2) / (sigma * 0.3) ** 2
     squares = (denoiser(y + n * sigma[:, None], sigma) - y) ** 2
     expected = with_gradients((weight[:, None] * squares).mean(), denoiser)
-    model = hosm.ScoreModel(denoiser, hosm.EDMSchedule(), "sample")
+    model = hosm.ScoreModel(denoiser, hosm.EDMSchedule(), "x0")
     given = {"t": sigma, "noise": n, "weighting": hosm.EDMWeighting(0.3)}
     for order in (1, 3):
         options = {} if order == 1 else {"weights": (1, *[torch.tensor(0.0)] * 3)}

@@ -32,7 +32,7 @@ def widths(schedule):
 
 
 def built(schedule):
-    return hosm.ScoreModel(MLP(3), schedule, "v_prediction", time=1e-3)
+    return hosm.ScoreModel(MLP(3), schedule, "v", time=1e-3)
 
 
 @pytest.mark.parametrize("weighting", ["likelihood", "noise"])
@@ -81,11 +81,11 @@ def test_the_mean_is_one_by_either_sampler_and_for_given_indices(name, weighting
 @pytest.mark.parametrize(
     ("order", "probes", "prediction"),
     [
-        (1, None, "sample"),
-        (2, 1, "v_prediction"),
-        (3, 1, "flow_prediction"),
-        (2, hosm.Paired(), "sample"),
-        (3, hosm.Paired(), "v_prediction"),
+        (1, None, "x0"),
+        (2, 1, "v"),
+        (3, 1, "velocity"),
+        (2, hosm.Paired(), "x0"),
+        (3, hosm.Paired(), "v"),
     ],
 )
 def test_native_keeps_its_digits_where_alpha_is_near_0(prediction, probes, order):

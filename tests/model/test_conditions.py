@@ -119,7 +119,7 @@ def test_a_network_may_write_to_all_that_it_is_given(use, container, write):
         label, found = torch.randn(3) if shared else torch.randn(4, 3), []
         for changes in (None, write):
             network, held = Conditioned(read, changes, inside), hold(label.clone())
-            model = hosm.ScoreModel(network, VP, "flow_prediction")
+            model = hosm.ScoreModel(network, VP, "velocity")
             kwargs = {"cond": hosm.Shared(held) if shared else held}
             given = {"generator": torch.Generator().manual_seed(0), "model_kwargs": kwargs}
             found.append(with_gradients(USES[use](model, x, **given), network))

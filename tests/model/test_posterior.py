@@ -100,7 +100,7 @@ def test_the_posterior_of_points_is_that_of_their_weights():
     )
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+@pytest.mark.parametrize("prediction", ["epsilon", "x0"])
 def test_a_network_that_is_no_gradient_has_the_covariance_of_its_jacobian(prediction):
     network, shape = networks()["mlp"]
     x, t = torch.randn(2, *shape), torch.tensor([0.2, 0.7])
@@ -178,16 +178,16 @@ def test_a_denoiser_keeps_its_digits_at_large_noise():
     gain = (exact[0] @ torch.linalg.inv(exact[0] + 999.0**2 * torch.eye(2))).float()
     mean = gaussian.means[0].float()
     errors = {}
-    for prediction in ("sample", "epsilon"):
+    for prediction in ("x0", "epsilon"):
 
         def network(x, t, prediction=prediction):
             denoised = mean + (x - mean) @ gain.T
-            return denoised if prediction == "sample" else (x - denoised) / t[:, None]
+            return denoised if prediction == "x0" else (x - denoised) / t[:, None]
 
         model = hosm.ScoreModel(network, schedule, prediction)
         found = hosm.denoising_posterior(model, torch.randn(1, 2).float() * 999, t)
         errors[prediction] = float((found.covariance.dense() - exact).abs().max())
-    assert errors["sample"] < 1e-5 < 1e-3 < errors["epsilon"]
+    assert errors["x0"] < 1e-5 < 1e-3 < errors["epsilon"]
 
 
 def test_conditions_go_with_their_samples_and_nothing_has_a_graph():

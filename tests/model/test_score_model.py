@@ -54,8 +54,7 @@ def test_times_outside_the_range_are_an_error_that_names_clip():
 
 
 def test_other_words_for_a_prediction_are_stored_as_the_one():
-    words = {"x0": "sample", "denoiser": "sample", "v": "v_prediction"}
-    words["velocity"] = "flow_prediction"
+    words = {"sample": "x0", "denoiser": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
     for word, kind in words.items():
         model, same = (hosm.ScoreModel(MLP(3), VP, each) for each in (word, kind))
         assert model.prediction == kind

@@ -128,7 +128,7 @@ def test_what_a_mode_makes_is_not_kept_for_the_time_after():
 
 def test_indices_are_as_precise_as_float_times():
     """Of data in half precision too, in which 999 is 1000."""
-    model = hosm.ScoreModel(lambda x, t: 0.5 * x, SCHEDULE, "v_prediction")
+    model = hosm.ScoreModel(lambda x, t: 0.5 * x, SCHEDULE, "v")
     index = torch.tensor([0, 501, 999])
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x0, noise = torch.randn(2, 3, 2).to(dtype)

@@ -20,7 +20,7 @@ def sampler(batch: int, generator: torch.Generator | None) -> Tensor:
 
 
 def test_a_training_step() -> None:
-    model = hosm.ScoreModel(Network(), hosm.VPSchedule(), "v_prediction", time=999.0)
+    model = hosm.ScoreModel(Network(), hosm.VPSchedule(), "v", time=999.0)
     x0 = torch.randn(4, 3)
     generator = torch.Generator().manual_seed(0)
     losses: list[Tensor] = [

@@ -66,13 +66,7 @@ FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # beyond which those draws distinguish lo
 CLIP = 10.0  # of a sample's multiple of ℓ, so that outliers do not dominate a mean
 SIMILAR = 0.02  # the fraction of a loss within which the least change is preferred
 REFINED = 3  # schedules and times that are tried with other units of the data
-KINDS = {  # as a model stores them, and as they are written
-    "epsilon": "epsilon",
-    "score": "score",
-    "sample": "x0",
-    "v_prediction": "v",
-    "flow_prediction": "velocity",
-}
+KINDS = ("epsilon", "score", "x0", "v", "velocity")
 LEAST_STEPS = 100  # with fewer the betas of the known tables would not stay below 1
 OWN = "your schedule"
 Times = dict[str, Any]
@@ -518,7 +512,7 @@ class _Search:
             inside, best_losses = ~losses.isnan(), self._by_level(losses).tolist()
             candidate = WrappingCandidate(
                 schedule=best.inputs.schedule_text,
-                prediction=KINDS[best.kind],
+                prediction=best.kind,
                 time=best.inputs.time_text,
                 negated=best.sign < 0,
                 units=best.inputs.units.text,

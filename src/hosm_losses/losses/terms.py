@@ -40,7 +40,7 @@ Precision:
     of float16. The network and its derivatives keep the precision of x.
 
     f = −(p · prediction + q x) and ε count by their sum alone, so both come without q x. Where α
-    is near 0 that of "sample" and "v_prediction" is all of f but α, and r1, which
+    is near 0 that of "x0" and "v" is all of f but α, and r1, which
     weighting="native" divides by p ~ α, would be the rounding of a difference.
 
 Source:

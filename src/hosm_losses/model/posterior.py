@@ -159,7 +159,7 @@ def denoising_posterior(
 ) -> DenoisingPosterior:
     """Return mean and covariance of clean data x₀ given x at time t, by Tweedie's formulas.
 
-    The covariance is σ²/α² (I + σ² ∂s/∂x). If the network predicts x₀ ("sample"), it is computed
+    The covariance is σ²/α² (I + σ² ∂s/∂x). If the network predicts x₀, it is computed
     as σ²/α times the Jacobian. For other predictions it is a difference that loses digits as σ̂²
     grows: in float32, all of them above σ̂ of a few hundred.
 

@@ -7,14 +7,14 @@ What:
 Formula:
     epsilon            ε̂ = network
     score              ε̂ = −σ s
-    sample             ε̂ = (x − α x̂₀)/σ              an EDM denoiser, under EDMSchedule, is one
-    v_prediction       ε̂ = (α v + σ x)/(α² + σ²)     v = α ε − σ x₀
-    flow_prediction    ε̂ = (α u − α′ x)/(α σ′ − α′ σ)        u = α′ x₀ + σ′ ε
+    x0                 ε̂ = (x − α x̂₀)/σ              an EDM denoiser, under EDMSchedule, is one
+    v                  ε̂ = (α v + σ x)/(α² + σ²)     v = α ε − σ x₀
+    velocity           ε̂ = (α u − α′ x)/(α σ′ − α′ σ)        u = α′ x₀ + σ′ ε
 
     A network that should predict a x₀ + b ε has ε̂ = p · prediction + q x with p = α/w and
     q = −a/w, w = α b − σ a; and x̂₀ the same with p = −σ/w and q = b/w.
 
-    "sample" divides a difference by σ: as σ → 0 it loses digits, and so do its derivatives.
+    "x0" divides a difference by σ: as σ → 0 it loses digits, and so do its derivatives.
 
 Source:
     Salimans and Ho, arXiv 2202.00512, for v; Lipman et al., arXiv 2210.02747, for u.
@@ -53,11 +53,10 @@ from hosm_losses.model.subspace import Projection, Subspace, check_on_subspace, 
 from hosm_losses.schedules import Schedule, check_schedule
 from hosm_losses.taylor import Jet
 
-Kind = Literal["epsilon", "score", "sample", "v_prediction", "flow_prediction"]
-Prediction = Kind | Literal["x0", "denoiser", "v", "velocity"]
-"""What a network predicts."""
-# Synonyms, and the names that `ScoreModel.prediction` stores.
-SAME = {"x0": "sample", "denoiser": "sample", "v": "v_prediction", "velocity": "flow_prediction"}
+Kind = Literal["epsilon", "score", "x0", "v", "velocity"]
+Prediction = Kind | Literal["sample", "denoiser", "v_prediction", "flow_prediction"]
+"""The quantity that a network predicts; the last four are diffusers' names and a synonym."""
+SAME = {"sample": "x0", "denoiser": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 UNSHARD = (
     "If fully_shard is around it, its parameters are shards between the steps: call unshard() on "
     "the sharded loss module in every process before, and reshard() after."
@@ -82,9 +81,9 @@ class ScoreModel(nn.Module):
             `train()`, `eval()`, `to()` and `parameters()` do not reach it, and copy.deepcopy of
             the model raises TypeError.
         schedule: the noise schedule it was, or is to be, trained with.
-        prediction: "epsilon", "score", "sample" (x₀; also "x0" or "denoiser"), "v_prediction"
-            (α ε − σ x₀; also "v") or "flow_prediction" (the velocity α′ x₀ + σ′ ε, from data to
-            noise; also "velocity"). Stored as the first of these words.
+        prediction: what the network predicts: "epsilon", "score", "x0" (also "sample" or
+            "denoiser"), "v" (α ε − σ x₀; also "v_prediction") or "velocity" (α′ x₀ + σ′ ε, from
+            data to noise; also "flow_prediction"). Synonyms are stored under the first name.
         time: what the network is given for t: a factor, or a callable of t. None gives t itself.
         output: picks the prediction out of what the network returns, for example
             `operator.attrgetter("sample")`. None takes what comes.
@@ -219,7 +218,7 @@ class ScoreModel(nn.Module):
 
     def affine_of_data(self, t: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(p, q) in x̂₀ = p · prediction + q x, expanded to `like`; None for 1 and for 0."""
-        if self.prediction == "sample":
+        if self.prediction == "x0":
             return None, None
         alpha, sigma, a, b = self._target(t, like)
         wronskian = alpha * b - sigma * a
@@ -242,11 +241,11 @@ class ScoreModel(nn.Module):
             return alpha, sigma, 0.0, 1.0
         if self.prediction == "score":
             return alpha, sigma, 0.0, -1 / sigma
-        if self.prediction == "sample":
+        if self.prediction == "x0":
             return alpha, sigma, 1.0, 0.0
-        if self.prediction == "v_prediction":
+        if self.prediction == "v":
             return alpha, sigma, -sigma, alpha
-        if self.prediction == "flow_prediction":
+        if self.prediction == "velocity":
             alpha_rate, sigma_rate = self.schedule.rates(self.time_in(t, like))
             return alpha, sigma, expand_right(alpha_rate, like), expand_right(sigma_rate, like)
         raise ValueError(error_message("prediction", "one with a formula here", self.prediction))
