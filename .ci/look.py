@@ -1,11 +1,11 @@
-"""Check a built site in headless Chromium: widths, pictures, mathematics and search.
+"""Check a built site in headless Chromium: widths, contrast, mathematics and search.
 
 python .ci/look.py DIRECTORY
 
-Every page is looked at 1400 and 390 pixels wide. No page may be wider than the window; at 1400 no
-table may be wider than its column. On a light ground the light version of a picture is shown, on
-a dark one the dark. Every formula has to be rendered, and the search has to find the word
-"likelihood".
+Every page is looked at 1400 and 390 pixels wide, in light and in dark. No page may be wider than
+the window; at 1400 no table may be wider than its column. Text has the contrast of WCAG AA, 4.5,
+and light and dark show as many pictures. At the start the sidebar shows the entry of the page.
+Every formula has to be rendered, and the search has to find the word "likelihood".
 """
 
 import html
@@ -46,12 +46,48 @@ async function open(page) {
   await inside.MathJax?.startup?.promise;
   return frame;
 }
+const rgba = color => {
+  const [red, green, blue, alpha = 1] = color.match(/[\\d.]+/g).map(Number);
+  return {red, green, blue, alpha};
+};
+const luminance = color => ["red", "green", "blue"].reduce((sum, name, i) => {
+  const share = color[name] / 255;
+  const linear = share <= 0.03928 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+  return sum + [0.2126, 0.7152, 0.0722][i] * linear;
+}, 0);
+function contrast(element, view) {
+  let ground = element, color;
+  do color = rgba(view.getComputedStyle(ground).backgroundColor);
+  while (color.alpha < 1 && (ground = ground.parentElement));
+  if (color.alpha < 1) color = rgba("rgb(255, 255, 255)");
+  const text = rgba(view.getComputedStyle(element).color);
+  const [less, more] = [luminance(color), luminance(text)].sort((a, b) => a - b);
+  return (more + 0.05) / (less + 0.05);
+}
+const TEXT = "article :is(p, li, dt, dd, th, td, h1, h2, h3, a:not(.headerlink), pre, pre span), "
+  + ".sidebar-tree a";
+const isShown = element => element.getClientRects().length > 0;
+const hasText = element => [...element.childNodes].some(
+  node => node.nodeType === Node.TEXT_NODE && node.textContent.trim());
 async function look() {
   for (const page of PAGES) {
     const frame = await open(page), document = frame.contentDocument;
-    for (const width of [1400, 390]) {
+    const entry = document.querySelector(".sidebar-tree .current-page");
+    const place = entry?.getBoundingClientRect();
+    if (place && (place.top < 0 || place.bottom > 900))
+      found.push(`${page}: the sidebar does not show the entry of the page`);
+    const pictures = new Set();
+    for (const theme of ["light", "dark"]) for (const width of [1400, 390]) {
       frame.style.width = `${width}px`;
-      const say = text => found.push(`${page} at ${width}: ${text}`);
+      document.body.dataset.theme = theme;
+      const say = text => found.push(`${page} at ${width}, ${theme}: ${text}`);
+      pictures.add([...document.querySelectorAll("article img")].filter(isShown).length);
+      if (width > 1000) for (const text of document.querySelectorAll(TEXT))
+        if (isShown(text) && hasText(text) && contrast(text, frame.contentWindow) < 4.5) {
+          const ratio = contrast(text, frame.contentWindow).toFixed(1);
+          say(`a contrast of ${ratio}: ${text.textContent.trim().slice(0, 40)}`);
+          break;
+        }
       const over = document.documentElement.scrollWidth - width;
       if (over > 1) say(`${over} pixels wider than the window`);
       if (width > 1000) for (const table of document.querySelectorAll("article table")) {
@@ -62,12 +98,7 @@ async function look() {
       }
     }
     const say = text => found.push(`${page}: ${text}`);
-    for (const theme of ["light", "dark"]) {
-      document.body.dataset.theme = theme;
-      for (const image of document.querySelectorAll("img.only-light, img.only-dark"))
-        if (image.classList.contains(`only-${theme}`) !== (image.getClientRects().length > 0))
-          say(`the wrong version on a ${theme} ground: ${image.getAttribute("src")}`);
-    }
+    if (pictures.size > 1) say("expected as many pictures in light and in dark");
     for (const formula of document.querySelectorAll(".math"))
       if (!formula.querySelector("mjx-container")) say("not rendered: " + formula.textContent);
     for (const error of document.querySelectorAll("mjx-merror"))
@@ -114,7 +145,8 @@ def main() -> None:
         print(f"no browser ({', '.join(NAMES)}): the look of the site was not checked")
         return
     paths = (path for path in sorted(site.rglob("*.html")) if path.name != "search.html")
-    pages = [path.relative_to(site).as_posix() for path in paths if "_static" not in path.parts]
+    hidden = {"_static", "_modules"}
+    pages = [path.relative_to(site).as_posix() for path in paths if not hidden & {*path.parts}]
     harness = HARNESS.replace("PAGES", json.dumps(pages)).encode()
     handler = partial(Handler, harness=harness, directory=str(site))
     with (

@@ -35,6 +35,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
 ]
@@ -44,6 +45,7 @@ templates_path = ["_templates"]
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_css_files = ["site.css"]
+html_js_files = [("site.js", {"defer": "defer"})]
 # MathJax in one file: its SVG output needs no fonts.
 mathjax_path = "tex-svg.js"
 html_favicon = "_static/favicon.svg"
@@ -64,9 +66,11 @@ TYPES = {
 }
 # A type is shown, and linked, by the name that a user imports.
 aliases = {name: type(name, (), {"__module__": "hosm_losses"}) for name in TYPES}
+sources = {}  # where classes are defined, for links to the source
 for public in vars(hosm_losses).values():
     call = public
     if isinstance(public, type):
+        sources[public.__name__] = public.__module__
         public.__module__, call = "hosm_losses", public.__init__
     if inspect.isfunction(call):
         call.__annotations__ = get_type_hints(call, localns=aliases)
@@ -203,5 +207,6 @@ class Tidy(SphinxPostTransform):
 def setup(app) -> None:  # noqa: ANN001
     """Tidy docstrings before napoleon, whose priority is 500, writes any markup of its own."""
     app.connect("autodoc-process-docstring", _tidy_docstring, priority=400)
+    app.connect("viewcode-follow-imported", lambda _, __, name: sources.get(name.split(".")[0]))
     app.add_transform(BothVersions)
     app.add_post_transform(Tidy)

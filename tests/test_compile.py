@@ -331,10 +331,10 @@ def filled(h):
 
 
 CUTS = {
-    "no_grad": (cut_by_a_block, 2, {}, "write .detach"),
-    "detach_": (lambda h: h * (h * 2).detach_().sin(), 2, {}, "write .detach"),
-    "a custom Function": (lambda h: h * Straight.apply(h), 2, {}, "write .detach"),
-    "filled": (filled, 3, {"third": "laplacian"}, "leave out fullgraph=True"),
+    "no_grad": (cut_by_a_block, 2, {}, "by .detach"),
+    "detach_": (lambda h: h * (h * 2).detach_().sin(), 2, {}, "by .detach"),
+    "a custom Function": (lambda h: h * Straight.apply(h), 2, {}, "by .detach"),
+    "filled": (filled, 3, {"third": "laplacian"}, "without fullgraph=True"),
 }
 
 

@@ -615,7 +615,7 @@ TOLD = [
     (lambda: hosm.second_order_dsm(WRAPPED, X), r"such as model\.module"),
     (lambda: loss(module("OptimizedModule")), r"torch\.compile around ThirdOrderDSM"),
     (lambda: loss(module("FSDPModule")), "fully_shard or torch"),
-    (traced, "Use the module that it was made of"),
+    (traced, "Use the module that it was compiled from"),
     (lambda: loss(checkpointed, engine="reverse"), r"expected hosm_losses\.checkpoint inside"),
     (lambda: loss(energy, engine="taylor"), "a network that takes a gradient itself"),
     (

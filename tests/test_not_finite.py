@@ -24,7 +24,7 @@ def sine(x, t):
 
 ZEROS, T = torch.zeros(4, 3, dtype=torch.float64), (0.1, 0.4, 0.2, 0.3)
 LOST = "network: expected finite outputs.*for 2 of 4 samples, at t from 0.3 to 0.4"
-HOLE = "network: .*for 2 of 4 samples, at t from 0.537 to 0.538. Look"
+HOLE = "network: .*for 2 of 4 samples, at t from 0.537 to 0.538. Check"
 HALF = "network: .*for 4 of 4 samples, at t from 1 to 1.*range of x"
 CASES = [
     *((broken(value), VP, ZEROS, T, LOST) for value in (torch.nan, torch.inf)),

@@ -31,6 +31,11 @@ def test_a_star_import_leaves_the_names_of_users():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_help_of_the_package_begins_with_what_to_start_from():
+    names = ("ScoreModel", "check_wrapping", "third_order_dsm", "AveragedTargets", "ode_nll")
+    assert re.search(".*".join(names), hosm.__doc__, re.DOTALL)
+
+
 def test_signatures_are_short():
     assert len(str(inspect.signature(hosm.third_order_dsm))) < 600
     for name in set(hosm.__all__) - {"DerivativeError", "taylor"}:

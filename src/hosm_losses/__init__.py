@@ -1,4 +1,41 @@
-"""High-order denoising score matching, and the exact likelihood of diffusion ODEs, for PyTorch."""
+"""High-order denoising score matching, and the likelihood of diffusion ODEs, for PyTorch.
+
+Five things to start from, here with standard normal data, whose best network is known:
+
+    >>> import torch
+    >>> import hosm_losses as hosm
+    >>> x0 = torch.randn(256, 2, generator=torch.Generator().manual_seed(0))
+    >>> schedule = hosm.VPSchedule()
+    >>> def network(x, t):
+    ...     return schedule.sigma(t)[:, None] * x
+
+`ScoreModel` wraps a network with its noise schedule and prediction:
+
+    >>> model = hosm.ScoreModel(network, schedule, "epsilon")
+
+`check_wrapping` tests on data whether a trained network is wrapped as it was trained:
+
+    >>> hosm.check_wrapping(model, x0).ok
+    True
+
+`first_order_dsm`, `second_order_dsm` and `third_order_dsm` are the losses; `FirstOrderDSM` and so
+on are their modules:
+
+    >>> loss = hosm.third_order_dsm(model, x0)
+
+Targets with less noise can replace the drawn noise in each of them:
+
+    >>> loss = hosm.third_order_dsm(model, x0, targets=hosm.AveragedTargets())
+
+`ode_nll` returns the likelihood of the model's ODE, with error estimates:
+
+    >>> summary = hosm.ode_nll(model, x0).summary()
+    >>> print(f"{summary.nll:.2f} ± {summary.standard_error:.2f} nats")
+    2.87 ± 0.08 nats
+
+`Weighting`, `TermWeights`, `TimeSampler`, `Targets`, `Probes`, `Prediction` and `Divergence` are
+the types of arguments in signatures.
+"""
 
 from hosm_losses import taylor
 from hosm_losses._checks import DerivativeError

@@ -1,4 +1,4 @@
-"""Shared by all packages: checks, the one style of error, per-sample sums, a progress bar.
+"""Helpers of all packages: argument checks, error texts, per-sample sums, a progress bar.
 
 Every public function checks its arguments before any work. Types, names, shapes, dtypes and
 devices are always checked, as that costs nothing: a wrong type or dtype is a TypeError, anything
@@ -30,13 +30,13 @@ BAR_FORMAT = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fm
 def error_message(
     name: str, expected: str, value: object, remedy: str = "", *, got: str | None = None
 ) -> str:
-    """The text of an error: what was expected, `got` or a description of the value, a remedy."""
+    """Return an error text: what was expected, `got` or a description of the value, a remedy."""
     got = describe_value(value) if got is None else got
     return f"{name}: expected {expected}; got {got}. {remedy}".rstrip()
 
 
 def not_a_tensor(name: str, expected: str, value: object) -> TypeError:
-    """The error where a tensor was expected; for a NumPy array it says how to convert it."""
+    """Return the error for a value that is no tensor; a NumPy array gets advice to convert it."""
     is_array = isinstance(value, np.ndarray)
     remedy = f"Convert it with torch.from_numpy({name})." if is_array else ""
     return TypeError(error_message(name, expected, value, remedy))
@@ -55,7 +55,7 @@ def describe_value(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """The repr of an argument, with tensors by their shape and functions by their name."""
+    """Return the repr of an argument; tensors appear by shape, functions by name."""
     if isinstance(value, Tensor) and value.ndim:
         return f"<{tuple(value.shape)}>"
     if type(value) is tuple:
@@ -121,19 +121,19 @@ def check_number(
     """Return `value` as a float.
 
     TypeError unless it is a real number of Python or NumPy, ValueError unless it is finite and in
-    (above, at_most]; `what` says so in words.
+    (above, at_most]; `what` is that condition in words.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(error_message(name, what, value))
     number = float(value)
-    # By comparisons alone, which torch.compile follows.
+    # Only comparisons, which torch.compile can trace.
     if not (-math.inf < number < math.inf and above < number <= at_most):
         raise ValueError(error_message(name, what, value))
     return number
 
 
 def check_generator(generator: object, device: torch.device) -> torch.Generator | None:
-    """Return `generator` if it is None or a generator of the device of the draws."""
+    """Return `generator` if it is None or lives on the device of the draws."""
     if generator is None:
         return None
     remedy = f"Make one with torch.Generator({str(device)!r}).manual_seed(0)."
@@ -156,7 +156,7 @@ def check_model_kwargs(model_kwargs: object) -> dict[str, Any]:
         expected = "a mapping of the network's keyword arguments, such as {'y': labels}, or None"
         raise TypeError(error_message(name, expected, model_kwargs))
     for key in {"x", "t", "self"} & model_kwargs.keys():
-        expected = "none of 'x', 't', 'self', which the call of the network sets itself"
+        expected = "no 'x', 't' or 'self', which are set when the network is called"
         remedy = "Leave it out, or rename it with ScoreModel(..., call=...)."
         raise ValueError(error_message(name, expected, key, remedy))
     return dict(model_kwargs)
@@ -219,7 +219,7 @@ def check_like(
 
 
 def check_prediction(predicted: object, x: Tensor) -> None:
-    """Raise unless what a network returned is a real tensor like x."""
+    """Raise unless a network returned a real tensor like x."""
     kind = TypeError
     if isinstance(predicted, Tensor) and predicted.is_floating_point():
         if predicted.shape == x.shape and predicted.device == x.device:
@@ -227,7 +227,7 @@ def check_prediction(predicted: object, x: Tensor) -> None:
         kind = ValueError
     expected = f"floating-point outputs like x, of shape {tuple(x.shape)} on {x.device}"
     remedy = (
-        "Pick the prediction out with ScoreModel(..., output=...): output=lambda out: out[0], "
+        "Select the prediction with ScoreModel(..., output=...): output=lambda out: out[0], "
         "operator.attrgetter('sample') or, if it predicts a variance too, the first channels, "
         "lambda out: out[:, :C]. Give a single sample as x[None]."
     )
@@ -252,8 +252,8 @@ def check_range(name: str, value: Tensor, low: float, high: float) -> None:
         least, largest = float(value.min()), float(value.max())
         got = f"{least:.9g}" if least == largest else f"values in [{least:.9g}, {largest:.9g}]"
         remedy = (
-            "If the network counts time otherwise, convert it with ScoreModel(..., time=...), "
-            "and give t in the schedule's units. If a solver steps over the end, give it "
+            "If the network uses another time, convert it with ScoreModel(..., time=...), and "
+            "give t in the schedule's units. If a solver steps over the end, give it "
             "schedule.clip(t)."
         )
         raise ValueError(error_message(name, expected, value, remedy, got=got))
@@ -283,9 +283,9 @@ def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
 
 @contextmanager
 def progress_bar(visible: bool, total: float, unit: str) -> Iterator[Callable[[float], object]]:
-    """Yield a function to call with the amount, in `unit` and of `total`, that was just done.
+    """Yield a function that advances the bar by an amount, in `unit` and out of `total`.
 
-    It shows nothing, and needs no tqdm, unless `visible`. The extra `progress` installs tqdm.
+    Nothing is shown, and tqdm is not needed, unless `visible`. The extra `progress` installs tqdm.
     """
     if not visible:
         yield lambda _: None

@@ -1,7 +1,7 @@
 """Private names and error texts of PyTorch; the engine's are in `taylor._torch`.
 
-PyTorch keeps neither stable. `tests/test_torch_internals.py` has tests of those that could change
-in silence, with the versions that have them; where one fails, this file is what to change.
+PyTorch keeps neither stable. `tests/test_torch_internals.py` tests those that could change
+silently, and lists the versions that have them; if a test fails, this is the file to change.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,9 +21,9 @@ outside_inference_mode = _torch.outside_inference_mode
 leave_inference_mode = _torch.leave_inference_mode
 without_autocast = _torch.without_autocast
 
-# The node behind the result of a once_differentiable backward, which autograd.grad never meets.
+# The node behind the result of a once_differentiable backward; autograd.grad never reaches it.
 DELAYED_ERROR = "torch::autograd::Error"
-MODULE_HOOK = BackwardHookFunction  # around the inputs and outputs of a module with such a hook
+MODULE_HOOK = BackwardHookFunction  # wraps the inputs and outputs of a module with a backward hook
 COMPILED_PART = "_compiled_call_impl"  # the attribute of a module that .compile() sets
 ANY_CHECKPOINT = ("_checkpoint_hook", "_recomputation_hook")  # hooks that save tensors
 
@@ -47,7 +47,7 @@ _autograd: Any = torch.autograd
 
 
 def vmapped() -> bool:
-    """Whether a vmap of torch.func surrounds this call: a tensor may stand for many."""
+    """Whether torch.func.vmap surrounds this call, so that a tensor may stand for many."""
     return _C._functorch.TransformType.Vmap in _transforms()
 
 

@@ -45,9 +45,9 @@ REVERSED = ("Lumina", "ZImage", "NucleusMoE", "HiDream", "Ideogram4")
 # A model that computes in the dtype of its timestep. UNets may look up an integer in a table.
 TAKES_ITS_DTYPE_FROM_T = "HunyuanDiT"
 WRAPPED = ("_orig_mod", "module", "base_model", "model")  # in torch.compile, DDP and PEFT
-FLOW = "one that is given the noise level and predicts noise less data"
+FLOW = "a model that takes the noise level and predicts noise minus data"
 WRITE_FLOW = "Write ScoreModel(model, LinearFlowSchedule(), 'velocity', ...)."
-LABELS = "A network trained on sde.N discrete steps is given their numbers as labels: "
+LABELS = "A network trained on sde.N discrete steps takes their numbers as labels: "
 DISCRETE_VP = "ScoreModel(model, DiscreteSchedule(sde.alphas_cumprod)), whose t is the label."
 DISCRETE_VE = (
     "ScoreModel(model, VESchedule(sigma_min=sde.sigma_min, sigma_max=sde.sigma_max), 'score', "
@@ -60,26 +60,27 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
     Schedulers with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) become a
     DiscreteSchedule: t is the timestep, an integer in training and fractional in the likelihood; a
-    HunyuanDiT is given it in the dtype of x. x is the model's input: for Euler that is
+    HunyuanDiT gets it in the dtype of x. x is the model's input: for Euler that is
     `scheduler.scale_model_input` of its sample. A flow-matching scheduler, or one with
     `use_flow_sigmas` and "flow_prediction" such as UniPC, becomes a LinearFlowSchedule: t is its
-    sigma, and the model is given t · num_train_timesteps; Flux, QwenImage, AuraFlow and others are
-    given t, as by their pipelines. A scheduler's shift only says which times are drawn: draw them
-    yourself and pass t. With timestep_type="continuous" and "v_prediction" the model is given
-    ¼ log(σ/α). Class labels, text states and so on go into `model_kwargs`.
+    sigma, and the model gets t · num_train_timesteps; Flux, QwenImage, AuraFlow and others get t,
+    as from their pipelines. A scheduler's shift only affects which times are drawn: draw them
+    yourself and pass t. With timestep_type="continuous" and "v_prediction" the model gets ¼
+    log(σ/α). Class labels, text embeddings and so on go into `model_kwargs`.
 
     Args:
         model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, or
             another that takes (sample, timestep=...) and returns an object with `.sample`. If it
-            has twice as many output as input channels, the second half, its variance, is left out.
-        scheduler: one with a table, or for flow matching.
+            has twice as many output channels as input channels, the second half, a variance, is
+            dropped.
+        scheduler: a scheduler with a table, or one for flow matching.
 
     Raises:
-        TypeError: for a model that is no nn.Module, such as a pipeline, or a scheduler that is
-            neither of the two or has no prediction type.
+        TypeError: if the model is not an nn.Module (but a pipeline, for example), or the scheduler
+            is of neither kind or has no prediction type.
         ValueError: for zero terminal SNR, an unknown prediction type, one other than
-            "flow_prediction" with `use_flow_sigmas`, or a model such as Lumina2 and ZImage, which
-            are given 1 - t and predict data less noise.
+            "flow_prediction" with `use_flow_sigmas`, or a model such as Lumina2 or ZImage, which
+            takes 1 - t and predicts data minus noise.
 
     Example:
         A pipeline holds both parts::
@@ -125,7 +126,7 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
 
 def _class_names(model: nn.Module) -> list[str]:
-    """The names of the classes of a module and, if it is a wrapper, of those inside."""
+    """Return the class names of a module and, if it is a wrapper, of the modules inside."""
     names, modules = list[str](), [model]
     for module in modules:  # which grows
         names += [kind.__name__ for kind in type(module).__mro__]
@@ -174,13 +175,14 @@ def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
 
     t is the index of the table. x is in the range the network sees: give
     `diffusion.normalize(images)` to the losses and to `ode_nll`. The project's own loss is the
-    first term here; with min_snr_loss_weight give the weighting min(SNR, min_snr_gamma)/SNR, for
+    first term here; with min_snr_loss_weight pass the weighting min(SNR, min_snr_gamma)/SNR, for
     any objective. The network is `diffusion.model`, so the project's Trainer, optimizer and EMA
-    hold its parameters. That of `classifier_free_guidance` drops classes at every call, as in the
-    project's loss, but none after `.eval()`. The variance of a LearnedGaussianDiffusion is unused.
+    hold its parameters. The network of `classifier_free_guidance` drops classes at every call, as
+    in the project's loss, but none after `.eval()`. The variance of a LearnedGaussianDiffusion is
+    unused.
 
     Raises:
-        TypeError: for an object that is not a GaussianDiffusion.
+        TypeError: if the object is not a GaussianDiffusion.
         ValueError: for self-conditioning, an unknown objective, or zero terminal SNR.
 
     Example:
@@ -217,16 +219,16 @@ def _call_dropping_classes(network: Any, x: Tensor, t: Tensor, **kwargs: Any) ->
 def from_edm(net: Any) -> ScoreModel:
     """Return the ScoreModel of an EDM denoiser D(x, σ, class_labels); t is σ.
 
-    The noise runs over the network's sigma_min and sigma_max, within [0.002, 80], the range of
-    EDM's sampler. One-hot labels go into `model_kwargs` as class_labels. third="laplacian" needs a
-    plain attention in the place of EDM's.
+    The noise level runs from the network's sigma_min to its sigma_max, within [0.002, 80], the
+    range of EDM's sampler. One-hot labels go into `model_kwargs` as class_labels.
+    third="laplacian" needs plain attention in place of EDM's.
 
     The first term is the loss of EDM's trainer with
 
         ThirdOrderDSM(from_edm(net), weighting=EDMWeighting(net.sigma_data))
 
     Raises:
-        TypeError: for a network without sigma_min and sigma_max.
+        TypeError: if the network has no sigma_min and sigma_max.
 
     Example:
         >>> from torch import nn
@@ -300,15 +302,15 @@ def _by_time_first(network: Callable[..., Any], x: Tensor, t: Tensor, **kwargs: 
 def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     """Return the ScoreModel of a model and its GaussianDiffusion or SpacedDiffusion.
 
-    t is an index of the diffusion's own table. The model is given the step before respacing, as in
-    the project, and between two indices the step with that noise; with rescale_timesteps it is
+    t is an index of the diffusion's own table. The model gets the step before respacing, as in the
+    project, and between two indices the step with the same noise; with rescale_timesteps it is
     multiplied by 1000 over the number of steps. Class labels go into `model_kwargs` as y. If the
     model learns its variance, the first half of its channels is used. Above order one the
     project's own checkpoint, which its attention calls as well, has to be replaced.
 
     Raises:
-        TypeError: for a diffusion that is neither.
-        ValueError: for a prediction of the previous x, or zero terminal SNR.
+        TypeError: if `diffusion` is neither.
+        ValueError: if the network predicts the previous x, or the table has zero terminal SNR.
 
     Example:
         Both come from the project's own function::
@@ -335,20 +337,20 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
 def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> ScoreModel:
     """Return the ScoreModel of a network trained in continuous time; t runs from 1e-5 to 1.
 
-    Under VPSDE and subVPSDE the network predicts the noise and is given 999 t. Under VESDE it
-    predicts the score and is given σ(t). `create_model` returns a DataParallel: give orders two
-    and three the network inside it, `model.module`.
+    Under VPSDE and subVPSDE the network predicts the noise and gets 999 t. Under VESDE it predicts
+    the score and gets σ(t). `create_model` returns a DataParallel: for orders two and three pass
+    the network inside it, `model.module`.
 
     Args:
         model: the network, model(x, labels).
-        sde: a VPSDE, subVPSDE or VESDE, told apart by their attributes.
-        continuous: what `config.training.continuous` says. A network trained with False, except
-            under subVPSDE, is given step numbers: it is refused, and the error says what to write
+        sde: a VPSDE, subVPSDE or VESDE, recognised by its attributes.
+        continuous: the value of `config.training.continuous`. A network trained with False, except
+            under subVPSDE, takes step numbers: it is rejected, and the error says what to write
             instead. The configuration that a network stores, as NCSN++ does, is checked as well.
 
     Raises:
-        TypeError: for another SDE, by its attributes or its `marginal_prob`.
-        ValueError: for a network trained on discrete steps.
+        TypeError: if the SDE is another one, by its attributes or its `marginal_prob`.
+        ValueError: if the network was trained on discrete steps.
 
     Example:
         The network inside of DataParallel, with the SDE it was trained under::
@@ -414,7 +416,7 @@ def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
         # Where both are in float32 it has the digits that 1 − ᾱ has lost at the first steps.
         table = table / (table + torch.as_tensor(sigma).detach().to(table).square())
     if getattr(kind, "itemsize", 8) < 4 and (zero or bool((table.diff() >= 0).any())):
-        expected = "a table that falls to above 0"
+        expected = "a table that falls and stays above 0"
         got = f"one in {kind}, which rounds neighbours to one number and the smallest to 0"
         remedy = (
             f"Make the ScoreModel before .half() or .to({kind}) of the {name}, or convert its "
@@ -424,7 +426,7 @@ def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
     if zero:
         got = f"one that ends at {float(owner.alphas_cumprod[-1]):g} (zero terminal SNR)"
         remedy = (
-            "There sigma/alpha has no finite value. Leave the last entry out and wrap the network "
+            "There sigma/alpha is infinite. Leave out the last entry and wrap the network "
             f"yourself: ScoreModel(network, DiscreteSchedule({where}[:-1]), prediction=..., ...)."
         )
         raise ValueError(error_message(where, "a table that ends above 0", table, remedy, got=got))
@@ -432,7 +434,7 @@ def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
 
 
 def our_prediction(value: object, names: Mapping[str, Prediction], where: str) -> Prediction:
-    """Translate the prediction type of another project, which stands at `where`."""
+    """Translate the prediction type of another project, found at `where`."""
     if isinstance(value, str) and value in names:
         return names[value]
     remedy = "Build a ScoreModel with the prediction it stands for, or convert its output."
@@ -441,5 +443,5 @@ def our_prediction(value: object, names: Mapping[str, Prediction], where: str) -
 
 
 def first_half(returned: Tensor) -> Tensor:
-    """The prediction of a network that returns as many channels again for a variance."""
+    """Return the prediction of a network that also returns as many channels for a variance."""
     return returned.chunk(2, 1)[0]

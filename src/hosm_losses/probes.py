@@ -10,10 +10,10 @@ Formula:
         sphere       2 d/(d + 2) (‖S‖²_F − (tr S)²/d)      radius √d
         dct          4 Σ_{i<j} (Q S Qᵀ)_ij²                v = Qᵀ ε with signs ε
 
-    Q is the orthonormal discrete cosine transform along every dimension of a sample, that of the
-    channels included: for three colours it is brightness and two opponent colours. Where
-    neighbouring elements act on each other alike everywhere, as in images, Q S Qᵀ is nearer to
-    diagonal than S. It is applied by FFT, along one dimension
+    Q is the orthonormal discrete cosine transform along every dimension of a sample, including the
+    channels: for three colours it gives brightness and two opponent colours. If neighbouring
+    elements interact in the same way everywhere, as in images, Q S Qᵀ is closer to diagonal than
+    S. It is applied by FFT, along one dimension
         v_j = Re Σ_k c_k ε_k e^{iπk(2j + 1)/(2n)},  c_0 = 1/√n, else c_k = √(2/n).
 
 Source:
@@ -41,8 +41,8 @@ from hosm_losses._checks import (
 
 CHUNK_ELEMENTS = 2**22  # elements of unit vectors in one chunk
 Distribution = Literal["rademacher", "gaussian", "sphere", "dct"]
-# In bytes. A loss holds several tensors of this size and the network many, for which no device has
-# the memory.
+# In bytes. A loss holds several tensors of this size and the network many: no device has the
+# memory.
 LARGEST_UNITS = 16 * 2**30
 
 
@@ -93,7 +93,7 @@ def _check_drawn(value: "Hutchinson | Paired", fewest: int) -> None:
     """Check both fields of a value; a whole number of NumPy becomes Python's."""
     name = type(value).__name__
     count = check_whole(f"{name}.count", value.count, fewest)
-    if count is not value.count:  # torch.compile need not see what changes nothing
+    if count is not value.count:  # a no-op write would be traced by torch.compile
         object.__setattr__(value, "count", count)
     check_choice(f"{name}.distribution", value.distribution, DISTRIBUTIONS)
 
@@ -108,7 +108,7 @@ class Hutchinson:
             "dct" (random signs in the cosine basis, with less variance for images).
         mode: how a likelihood computes divergences: "reverse", by vector-Jacobian products, which
             costs least; or "forward", by derivatives along the evaluation, which stores no
-            activations. Losses refuse "forward": they have `engine`.
+            activations. Losses reject "forward": they have `engine`.
 
     Raises:
         TypeError: if the count is not a whole number, or a name not a string.
@@ -131,7 +131,7 @@ class Hutchinson:
 
 @dataclass(frozen=True)
 class ToStandardError:
-    """As many random probes as each sample needs for a standard error of its likelihood.
+    """As many random probes as each sample needs to reach a standard error of its likelihood.
 
     Four pilot probes at each node of a fixed grid determine how many more are drawn there, up to
     all unit vectors. The pilots do not enter the estimate, which is unbiased.

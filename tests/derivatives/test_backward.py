@@ -199,7 +199,7 @@ REMEDIES = {
         lambda: losses(lambda h: Forgets.apply(torch.sin, h).sin()),
         "detaches: write it",
     ),
-    "a buffer": (lambda: loss_and_gradients(Running(), (4, 2)), "Assign a new tensor to the"),
+    "a buffer": (lambda: loss_and_gradients(Running(), (4, 2)), "Assign a new tensor to it"),
     "a scan": (lambda: losses(lambda h: ChangesInBackward.apply(h, h.sin())), "a fast scan"),
 }
 

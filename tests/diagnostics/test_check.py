@@ -299,14 +299,14 @@ def test_what_is_right_is_said_with_the_engine_and_advice():
     assert "check two" in str(report)
     assert "A float64 copy" in str(report)
     report = hosm.check_derivatives(hosm.ScoreModel(rounded, VP), x0)
-    assert "in a float64 copy they agree" in report.advice[0]
+    assert "agree in a float64 copy" in report.advice[0]
     own = hosm.ScoreModel(Spectral().double(), VP)
     for order in (2, 3):
         report = hosm.check_derivatives(own, wide[:, :3].double(), order)
         assert report.engine == "reverse"
         assert "cannot differentiate it (" in report.advice[0]
     report = hosm.check_derivatives(hosm.ScoreModel(lambda x, t: x.sin(), VP), wide.double())
-    assert "no nn.Module" in report.advice[0]
+    assert "not an nn.Module" in report.advice[0]
 
 
 @pytest.mark.parametrize("name", [*SECOND_JUMPS, *SMOOTH])
@@ -367,7 +367,7 @@ def test_neither_is_it_with_any_engine_and_dtype(case, name):
     check(lambda: network.to(dtype), dtype=dtype, shape=shape, engine=engine)
 
 
-JUMPS, ALONE = "a first derivative that jumps", "every sample to be treated alone"
+JUMPS, ALONE = "a first derivative that jumps", "samples that do not affect each other"
 WRONG = {
     "a detach": (around(detaching), TAYLOR | FLOAT32, LAYER, "off by", GENERAL),
     "the last order": (
@@ -485,9 +485,9 @@ WRONG = {
     "places": (
         within(lambda hidden, t: hidden * torch.arange(len(hidden))[:, None]),
         {},
-        "depends on the place in the batch",
+        "depends on the position in the batch",
     ),
-    "memory": (within(remembering()), {}, "what it keeps from an earlier call"),
+    "memory": (within(remembering()), {}, "state that it keeps from an earlier call"),
     "a set": (within(attends), given(tokens=TABLE), "model_kwargs['tokens']: expected"),
     "a set of five": (
         within(attends),

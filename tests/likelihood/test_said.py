@@ -84,7 +84,7 @@ def test_by_how_much_in_nats():
     mean = alpha * torch.tensor([0.3, -1.0, 0.0])
     expected = 0.5 * (variance + mean**2 - 1 - variance.log()).sum()
     moments = {"data_mean": torch.tensor([0.3, -1, 0]), "data_std": torch.tensor([0.5, 2, 1])}
-    with told(f"ends {float(expected):.2g} nats a sample"):
+    with told(f"ends {float(expected):.2g} nats per sample"):
         hosm.ode_nll(gaussian(schedule), torch.zeros(2, 3), solver=hosm.FixedGrid(**moments))
 
 

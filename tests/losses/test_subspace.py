@@ -213,7 +213,7 @@ def test_data_off_the_subspace_are_an_error_with_the_remedy():
     model, _, _ = pair()
     x0 = torch.randn(4, *PARTICLES, dtype=torch.float64)
     for loss in FUNCTIONS.values():
-        with pytest.raises(ValueError, match=r"x0: expected samples on .* Give model.project\(x0"):
+        with pytest.raises(ValueError, match=r"x0: expected samples on .* Pass model.project\(x0"):
             loss(model, x0)
     assert hosm.third_order_dsm(model, model.project(x0)).isfinite()
     rounded = centred(1000 + x0.float()) - 0  # of positions far from the origin

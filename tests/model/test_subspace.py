@@ -30,7 +30,7 @@ def by_matrix(matrix):
 slanted = torch.eye(6)
 slanted[0, 1] = 1
 slanted[1, 1] = 0
-ALONE = "treats every sample alone; got one that depends on the batch"
+ALONE = "treats samples independently; got one that depends on the batch"
 REFUSED = {
     "scaled": (lambda x: 0.5 * x, "idempotent; got one that is not idempotent"),
     "slanted": (by_matrix(slanted), "symmetric and idempotent; got one that is not symmetric"),
@@ -41,8 +41,8 @@ REFUSED = {
     "flat": (lambda x: x.flatten(1), "returns tensors like its argument"),
     "dtype": (lambda x: centred(x).float(), "returns tensors like its argument"),
     "bool": (lambda x: centred(x) > 0, "returns tensors like its argument"),
-    "mask of the samples": (lambda x: x * torch.ones(5, 3, 1), "a mask has to be that of all"),
-    "matrix in float32": (lambda x: x.flatten(1) @ MATRIX, "Keep to the type of x in it"),
+    "mask of the samples": (lambda x: x * torch.ones(5, 3, 1), "a mask must fit all of them"),
+    "matrix in float32": (lambda x: x.flatten(1) @ MATRIX, "Use the dtype of x in it"),
     "zero": (lambda x: 0 * x, "one dimension or more; got a projection to zero"),
     "other dimensions": ((centred, 5), "the 5 dimensions that you gave; got about 4 in 6"),
     "None": (lambda x: None, "returns tensors like its argument"),

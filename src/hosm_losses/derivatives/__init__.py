@@ -1,9 +1,9 @@
 """Derivatives of a network along probes, and their gradients in the parameters.
 
-- `select`: which engine runs, and what is put back after an attempt that failed.
+- `select`: the choice of the engine, and a clean state after a failed attempt.
 - `engines`: the two engines, "taylor" and "reverse", with products of the Jacobian and a vector.
-- `kinks`: operators whose derivative jumps, the warning about them, and the memory of a network.
-- `backward`: passes back, graphs that are lost or lead nowhere, and what to do about known errors.
+- `kinks`: operators whose derivative jumps, the warning about them, and facts about a network.
+- `backward`: backward passes, lost graphs, and remedies for known errors.
 - `checkpointing`: checkpoints inside a network.
 """
 

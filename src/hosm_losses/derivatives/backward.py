@@ -1,13 +1,13 @@
 r"""Backward passes through a network, and the errors they raise if the graph is lost.
 
-What:
-    A network may cut the graph: by .detach(), or by a custom autograd.Function whose backward
-    returns gradients without one. A second pass back would then give wrong values, so every cut
-    is noticed when it happens and is an error with its remedy.
+Purpose:
+    A network may cut the graph, by .detach() or by a custom autograd.Function whose backward
+    returns gradients without a graph. A second backward pass would then give wrong values, so
+    every cut raises an error with a remedy when it happens.
 
-    A derivative in x has a graph that ends at the engine's own copy of x. If it ends nowhere else,
-    as of a network all of whose parameters are frozen, there is nothing to train: what the engine
-    returns has no graph then, and PyTorch says so where such a loss is passed back.
+    The graph of a derivative in x ends at the engine's own copy of x. If it ends nowhere else, for
+    example because all parameters are frozen, there is nothing to train: the engine returns
+    tensors without a graph, and PyTorch raises its usual error when such a loss is differentiated.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,41 +22,41 @@ from hosm_losses import _torch_internals as internals
 from hosm_losses._checks import DerivativeError
 from hosm_losses.taylor import CHECKPOINT_ADVICE, ScriptedError, check_unchanged
 
-PassBack = Callable[..., tuple[Tensor, ...]]  # of a cotangent, to a gradient for every point
+PassBack = Callable[..., tuple[Tensor, ...]]  # maps a cotangent to a gradient for every point
 LOST_ONCE = (
     "network: expected a graph from the output to x; got none. Remove .detach(), .data and "
-    "torch.no_grad() from its forward, and give create_graph=True to gradients taken inside."
+    "torch.no_grad() from its forward, and pass create_graph=True to gradients taken inside."
 )
 LOST_TWICE = (
     "network: expected a derivative with a graph; got one without. The backward of a custom "
     "autograd.Function is once_differentiable or detaches: write it with other operators."
 )
 COMPILED = (
-    "network: expected one that is not compiled by itself; got a compiled part, which cannot be "
-    "differentiated twice. Compile the loss module as a whole, with engine='auto'."
+    "network: expected a network that is not compiled by itself; got a compiled part, which "
+    "cannot be differentiated twice. Compile the loss module as a whole, with engine='auto'."
 )
 FOREIGN_CHECKPOINTS = (
-    "Attention in guided-diffusion and latent-diffusion calls a checkpoint of its own even where "
+    "Attention in guided-diffusion and latent-diffusion calls its own checkpoint even if "
     "use_checkpoint is False: set `checkpoint` in guided_diffusion.nn and unet, or in "
-    "ldm.modules.attention and ldm.modules.diffusionmodules.util and openaimodel, to "
-    "lambda f, i, p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
+    "ldm.modules.attention and ldm.modules.diffusionmodules.util and openaimodel, to lambda f, i, "
+    "p, flag: hosm_losses.checkpoint(f, *i) if flag else f(*i)."
 )
 DROPPED = (
     "network: expected an autograd.Function whose backward keeps the graph; got {}, whose "
     "backward is once_differentiable or detaches, so that second derivatives through it would be "
-    "lost in silence. Write its backward with differentiable operators. If it is a checkpoint, "
+    "silently lost. Write its backward with differentiable operators. If it is a checkpoint, "
     f"put hosm_losses.checkpoint in its place. {FOREIGN_CHECKPOINTS}"
 )
 CHANGED = (
-    "network: expected what its forward reads to stay as it was until the pass back; got a change "
-    "in place, as of a buffer that is read and then updated. Assign a new tensor to the buffer, "
-    "or read a .clone() of it; turn off a fast scan or kernel that is an autograd.Function."
+    "network: expected tensors that its forward reads to stay unchanged until the backward pass; "
+    "got an in-place change, such as that of a buffer that is read and then updated. Assign a new "
+    "tensor to it, or read its .clone(); turn off a fast scan or kernel that is a Function."
 )
-REENTRANT = f"{CHECKPOINT_ADVICE} In a likelihood torch's own does with use_reentrant=False."
+REENTRANT = f"{CHECKPOINT_ADVICE} In a likelihood torch's own works with use_reentrant=False."
 SCRIPTED_FUNCTION = (
-    "network: expected functions that Python calls; got one of torch.jit, where PyTorch 2.6 to "
-    "2.13 get higher derivatives of norms wrong without an error. Use the function that it "
-    "was made of, as PYTORCH_JIT=0 does for all; or, where it has no norm, engine='reverse'."
+    "network: expected plain Python functions; got one of torch.jit, in which PyTorch 2.6 to 2.13 "
+    "silently get higher derivatives of norms wrong. Use the function it was compiled from "
+    "(PYTORCH_JIT=0 does so for all) or, if it has no norm, engine='reverse'."
 )
 EXPLAINED = (CheckpointError, RuntimeError, AttributeError)
 REMEDIES = {
@@ -87,11 +87,11 @@ def refuse_scripted(engine: str, error: Exception) -> None:
 
 
 def refuse_dropped(value: Tensor, wanted: bool = True, point: Tensor | None = None) -> bool:
-    """Make the pass back from `value` raise if a Function drops its graph, if that is `wanted`.
+    """Make the backward pass from `value` raise if a Function drops its graph, if `wanted`.
 
-    That is a node whose incoming gradient requires a gradient while no gradient that it returns
-    does. Nodes behind `point` are not checked. Returns whether there is a Function: hooks do not
-    see what it does under vmap.
+    Such a node receives a gradient that requires a gradient and returns none that does. Nodes
+    behind `point` are not checked. Returns whether there is a custom Function, as hooks do not see
+    what it does under vmap.
     """
     watched = False
     if not wanted or torch.compiler.is_compiling():
@@ -133,7 +133,7 @@ def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
 
 
 def leaf(x: Tensor, wanted: bool = True) -> Tensor:
-    """A point to differentiate at: x itself if the result may need a gradient in x, or a copy."""
+    """Return a point to differentiate at: x if a gradient in x may be needed, else a copy."""
     own = internals.is_traced() or (wanted and x.requires_grad)
     return x if own else x.detach().requires_grad_()
 
@@ -144,11 +144,12 @@ def vjp(
     graph: bool = True,
     lost: str | None = None,
 ) -> tuple[Tensor, Any, PassBack]:
-    """Return the value and the rest of a function's result (value, more), and its pass back.
+    """Return the value and the rest of a function's result (value, more), and its backward.
 
-    The pass back maps a cotangent like the value to a gradient for every point, with a `graph` or
-    without. The gradient in a point that the value does not depend on is zero; if `lost` is given,
-    it raises an error with that text. Under torch.compile and torch.func it is `torch.func.vjp`.
+    The backward pass maps a cotangent like the value to a gradient for every point, with or
+    without a `graph`. If the value does not depend on a point, the gradient there is zero; with
+    `lost`, it is an error with that text. Under torch.compile and torch.func it is
+    `torch.func.vjp`.
     """
     if internals.is_traced():
         result: Any = torch.func.vjp(function, *points, has_aux=True)
@@ -166,7 +167,7 @@ def vjp(
 def pass_back(
     value: Tensor, points: Sequence[Tensor], graph: bool = True, lost: str | None = None
 ) -> PassBack:
-    """Return the pass back of `vjp` for a value computed before, in eager mode."""
+    """Return the backward pass of `vjp` for a value computed before, in eager mode."""
 
     def back(cotangent: Tensor | None, batched: bool = False) -> tuple[Tensor, ...]:
         if lost is not None and not value.requires_grad:
@@ -192,25 +193,25 @@ def pass_back(
 
 
 def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tensor:
-    """Return the gradients of a pass back in its one point for K cotangents, (K, B, *).
+    """Return the gradients of a backward pass in its one point for K cotangents, (K, B, *).
 
-    At once by vmap, or where that fails in turn: a custom autograd.Function whose backward vmap
-    cannot follow can still be called K times.
+    It uses vmap, and K calls in turn if vmap fails, as it may in the backward of a custom
+    autograd.Function.
     """
     in_turn = in_turn or len(cotangents) == 1 or internals.in_functorch()
-    # A checkpoint around the loss recomputes it in here; under vmap nothing may be drawn again.
+    # A checkpoint around the loss recomputes it here, and under vmap it could not draw again.
     if not in_turn and internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None:
         try:
             return back(cotangents, batched=True)[0]
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # what is wrong without vmap as well is raised again
+        except RuntimeError:  # an error that does not come from vmap is raised again below
             pass
     return torch.stack([back(cotangent)[0] for cotangent in cotangents])
 
 
 def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the gradients of a number in tensors, zero if it does not depend on one."""
+    """Return the gradients of a scalar in some tensors; zero for one it does not depend on."""
     if not (inputs and value.requires_grad):
         return tuple(torch.zeros_like(tensor) for tensor in inputs)
     return torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True)

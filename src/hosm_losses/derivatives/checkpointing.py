@@ -10,7 +10,7 @@ from hosm_losses._checks import DerivativeError
 from hosm_losses._torch_internals import pytree, versions
 from hosm_losses.taylor import CHANGED_ARGUMENT, Jet, recomputable
 
-# What torch's checkpoint takes for itself.
+# Arguments of torch's checkpoint itself.
 ITS_OWN = ("preserve_rng_state", "determinism_check", "debug", "early_stop")
 
 
@@ -19,21 +19,22 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     It is torch's non-reentrant `torch.utils.checkpoint.checkpoint`, made to work with both
     engines: the recomputation uses the safe primitives if the first computation did. With torch's
-    own checkpoint a network that needs a primitive ends in an error in the reverse engine.
+    own checkpoint, a network that needs a primitive raises an error in the reverse engine.
 
     Args:
         function: a part of the network.
         args: its arguments.
         kwargs: its keyword arguments, and `preserve_rng_state`, `determinism_check`, `debug` and
-            `early_stop` of torch's checkpoint; `use_reentrant=False` says what is so anyway.
+            `early_stop` of torch's checkpoint; `use_reentrant=False` is accepted and changes
+            nothing.
 
     Returns:
-        What `function` returns.
+        The result of `function`.
 
     Raises:
         ValueError: if use_reentrant is True, or if a context_fn is given.
-        DerivativeError: if `function` changes an argument in place, as it would be evaluated
-            again with the changed one.
+        DerivativeError: if `function` changes an argument in place, as the recomputation would
+            start from the changed argument.
 
     Example:
         >>> import torch
@@ -43,8 +44,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     if kwargs.pop("use_reentrant", False) or "context_fn" in kwargs:
         raise ValueError(
-            "checkpoint: expected neither use_reentrant=True, of which nothing is differentiated "
-            "twice, nor a context_fn, which the safe primitives take. Leave them out."
+            "checkpoint: expected neither use_reentrant=True, which cannot be differentiated "
+            "twice, nor a context_fn, which the safe primitives occupy. Leave them out."
         )
     own = {name: kwargs.pop(name) for name in ITS_OWN if name in kwargs}
     flat, form = pytree.tree_flatten((args, kwargs))
@@ -56,12 +57,12 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if versions(tensors) != before:
             raise DerivativeError(CHANGED_ARGUMENT)
         return result
-    # Not the Jets, which are none any more when the pass back calls the function again.
+    # Not the Jets: they are plain tensors again when the backward pass calls the function.
     like = partial(Jet.make, firsts=flat[jets[0]].firsts, pairs=flat[jets[0]].pairs)
     shape: list[Any] = []
 
-    # A Jet goes through as its stack: another checkpoint, or an offload to the host, around the
-    # loss saves plain tensors.
+    # A Jet is passed as its stack, so that another checkpoint, or an offload to the host, around
+    # the loss saves plain tensors.
     def on_stacks(*entries: Any) -> tuple[Any, ...]:
         inputs: list[Any] = list(entries)
         for place in jets:

@@ -1,23 +1,23 @@
 r"""The two engines: value, directional derivative, third-order part and products of a network.
 
 Formula, along w = σ v:
-    taylor    the network is given a `Jet` of x; G is the gradient of w·D, reverse over that.
+    taylor    the network is called on a `Jet` of x; G is the gradient of w·D, by reverse mode.
     reverse   g = (∂f/∂x)ᵀ c is linear in c, so ∂(w·g)/∂c = ∂f/∂x w = D, the Jacobian itself and
               not its transpose; at c = w the same pass gives ∂(w·g)/∂x = G.
 
-    In place of G the taylor engine can carry C = ∂²f[w, w], the Laplacian form, without a pass
-    back. Where the sum of G, or of C, over the directions is enough, it takes one pass back, or
-    carries one second derivative: the directions share the value.
+    The taylor engine can compute C = ∂²f[w, w], the Laplacian form, instead of G, without a
+    backward pass. If only the sum of G or of C over the directions is needed, it takes one
+    backward pass or carries one second derivative, and the directions share the value.
 
-    With products, for the value f and c = cotangent(f) held fixed:
-    vjp_c = (∂f/∂x)ᵀ c    by a pass back from f, with its graph
+    Products, for the value f and a fixed c = cotangent(f):
+    vjp_c = (∂f/∂x)ᵀ c    by a backward pass from f, with its graph
     jvp_c = ∂f/∂x c       as the gradient of vjp_c·c in c, in which vjp_c is linear
 
-    The network is called once. In reverse mode vjp_c is at hand: D is its gradient in c as well,
-    and f is shared by all directions. Beside another engine each direction has its own copy of x
-    where it has G, and so its own dropout mask.
+    The network is called once. Reverse mode has vjp_c already: D is also its gradient in c, and
+    all directions share f. In the taylor engine each direction that needs G has its own copy of x,
+    and so its own dropout mask.
 
-Cost of a step with products and K directions, in network evaluations, where one of order one is 3:
+Cost of a step with products and K directions, in network evaluations, where order one takes 3:
     order 2    6 + 3 K in reverse mode, 6 + 6 K in the taylor engine
     order 3    7 + 9 K in reverse mode, 20 K in the taylor engine, each direction with its own f,
                or with C in the place of G 7 + 14 K
@@ -54,7 +54,7 @@ Cotangent = Callable[[Tensor], Tensor]
 
 
 class Network(Protocol):
-    """A function of x (B, *), every sample alone, with its conditions bound."""
+    """A function of x (B, *) that treats samples independently, with its conditions bound."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """The value at x (B, *)."""
@@ -62,12 +62,12 @@ class Network(Protocol):
 
     @property
     def owner(self) -> object:
-        """The network, for which a choice of the engine is remembered."""
+        """The network, under which the choice of an engine is remembered."""
         ...
 
     @property
     def native(self) -> "Network":
-        """The same with PyTorch's own operators, whose values and first derivatives are right."""
+        """The same with PyTorch's own operators, for values and first derivatives alone."""
         ...
 
     def repeat(self, count: int) -> "Network":
@@ -79,12 +79,11 @@ class Derivatives(NamedTuple):
     """The value of a network and its derivatives along directions.
 
     Attributes:
-        value: f, of shape (1, B, *) where the directions share it, (K, B, *) where each has its
-            own.
+        value: f, of shape (1, B, *) if the directions share it, (K, B, *) if each has its own.
         directional: D = ∂f/∂x w, of shape (K, B, *).
-        third: G = ∇_x (wᵀ ∂f/∂x w), or C = ∂²f[w, w] where that was asked for and the engine can
-            take it, of shape (K, B, *), or where the sum is enough perhaps that, (1, B, *); None
-            at order 2.
+        third: G = ∇_x (wᵀ ∂f/∂x w), or C = ∂²f[w, w] if requested and supported by the engine, of
+            shape (K, B, *); possibly only their sum, (1, B, *), if that is enough; None at order
+            2.
     """
 
     value: Tensor
@@ -96,10 +95,10 @@ class Products(NamedTuple):
     """Derivatives at x (B, *), with products; each has the shape of the value.
 
     Attributes:
-        derived: of an engine.
+        derived: the derivatives from an engine.
         cotangent: c.
         vjp_c: (∂f/∂x)ᵀ c.
-        jvp_c: ∂f/∂x c, without a graph; None where it was not asked for.
+        jvp_c: ∂f/∂x c, without a graph; None if not requested.
     """
 
     derived: Derivatives
@@ -125,7 +124,7 @@ def taylor(
 ) -> Derivatives:
     """Return the value and its derivatives by one call; TaylorError for unknown operators."""
     wanted, shape = torch.is_grad_enabled(), w.shape
-    exact = order == 3 and not laplacian  # G, by a pass back from w·D
+    exact = order == 3 and not laplacian  # G, by a backward pass from w·D
     copied = exact and not summed  # each direction has a copy of x
     if copied:
         network, x, w = copies(network, x, w)
@@ -143,7 +142,7 @@ def taylor(
                 return (w * directional).sum(), (value, directional)
 
             number, (value, directional), back = vjp(form, x)
-        else:  # the same as it stands: `vjp` would be two more frames around the network
+        else:  # inline, as `vjp` would put two more frames around the network
             with torch.enable_grad():
                 point = leaf(x, wanted)
                 try:
@@ -162,9 +161,9 @@ def taylor(
 
 
 def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
-    """Return the value and its derivatives by two passes back, with G and never C.
+    """Return the value and its derivatives by two backward passes, with G and never C.
 
-    A DerivativeError if autograd cannot differentiate the network twice.
+    Raises DerivativeError if autograd cannot differentiate the network twice.
     """
     if order == 2 and not internals.in_functorch():  # any cotangent will do
         return reverse_products(network, x, w, order, torch.zeros_like, False).derived
@@ -218,7 +217,7 @@ def reverse_products(
     if order == 2:
         parts = [value.unsqueeze(0), pull_each(again, w)]
     else:
-        # One after the other: G is that of each alone, and a batch would call f for each.
+        # In turn: G belongs to one direction, and a batch would call f for each.
         pairs = []
         for direction in w:
             start = leaf(direction, wanted)
@@ -240,9 +239,9 @@ def products_beside(
     push: bool,
     copied: bool,
 ) -> Products:
-    """Return an engine's derivatives, with products by passes back from its value.
+    """Return an engine's derivatives, with products by backward passes from its value.
 
-    If `copied`, each direction has a copy of x, and so there is one value for each.
+    If `copied`, each direction has its own copy of x and its own value.
     """
     wanted, shape = torch.is_grad_enabled(), w.shape if copied else (1, *x.shape)
     if copied:
@@ -258,7 +257,7 @@ def products_beside(
     value, parts, back = vjp(derived, point, graph=wanted or push)
     wanted = wanted and may_train(value, x, point)
     c = cotangent(value.reshape(shape)).detach()
-    # Differentiated in c, in which it is linear: so a Function that drops the graph is noticed.
+    # Differentiating in c, in which vjp_c is linear, reveals a Function that drops the graph.
     start = leaf(c.reshape(value.shape), False)
     vjp_c, _, again = vjp(lambda c: (back(c)[0], ()), start, graph=False)
     jvp_c = again(start)[0].detach().reshape(shape) if push else None
@@ -271,7 +270,7 @@ def products_beside(
 def pull_backs(network: Network, x: Tensor, directions: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield (∂f/∂x)ᵀ w for chunks w (k, B, *) of directions, from one forward pass.
 
-    Without a graph. A DerivativeError if the output has no graph to x.
+    The results have no graph. Raises DerivativeError if the output has no graph to x.
     """
     point = leaf(x, wanted=False)
     _, _, back = vjp(lambda point: (network(point), ()), point, graph=False, lost=LOST_ONCE)
@@ -284,7 +283,7 @@ def quadratic_forms(
 ) -> tuple[Tensor, Tensor]:
     """Return the value (B, *) of a network, and the forms wᵀ ∂f/∂x w, (K, B), of directions w.
 
-    It takes one forward pass, and one pass back for each chunk (k, B, *) of directions. A
+    It takes one forward pass, and one backward pass for each chunk (k, B, *) of directions. Raises
     DerivativeError if the output has no graph to x, or if the graph of the result is dropped.
     """
     wanted = torch.is_grad_enabled()

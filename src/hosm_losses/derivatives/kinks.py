@@ -1,11 +1,12 @@
-r"""Operators whose derivative jumps, the warning about them, and the memory of a network.
+r"""Operators whose derivative jumps, the warning about them, and facts about a network.
 
-What:
-    Almost everywhere ∂f/∂x of a network of ReLUs does not depend on the bias before one. So a term
-    of order two has no gradient for that bias, and too small a one for other parameters, though
-    its mean over the data does depend on them: by how often the data meet a kink. No derivative of
-    the network shows that, in any engine. The first call of a network is watched, for operators
-    between x and the output. Clamps are not looked for: most only guard against overflow.
+Purpose:
+    In a ReLU network, ∂f/∂x is almost everywhere independent of the bias before a ReLU. A term of
+    order two then has no gradient for that bias, and too small a gradient for other parameters,
+    although its mean over the data depends on them: they decide how often the data cross a kink.
+    No derivative of the network shows this, in any engine. The first call of a network is
+    therefore watched for such operators between x and the output. Clamps are ignored: most only
+    guard against overflow.
 """
 
 import weakref
@@ -28,25 +29,26 @@ _JUMPS = """
     cummin sort msort topk kthvalue median quantile special_i0e
 """
 JUMPS = frozenset(_JUMPS.split())
-# Operators whose second derivative jumps, and not the first.
+# Operators whose second derivative jumps but not the first.
 JUMPS_TWICE = frozenset({"celu", "softsign", "smooth_l1_loss", "huber_loss", "special_i1e"})
 WARNING = (
-    "network: {} depends on x through {}. Beyond order one a loss, or the gradient of a "
-    "likelihood, then misses how it depends on where that jumps, as on a bias before it: no "
-    "derivative shows it. Take a smooth operator, such as SiLU, GELU or softplus, in its place."
+    "network: {} depends on x through {}. Beyond order one, a loss or the gradient of a "
+    "likelihood then misses its dependence on the position of the jump, such as on a bias before "
+    "it: no derivative shows that. Use a smooth operator instead, such as SiLU or softplus."
 )
 
 
 @dataclass
 class NetworkMemory:
-    """What earlier calls have shown about a network.
+    """Facts about a network that earlier calls have shown.
 
     Attributes:
         refused: why an engine refuses a kind of call, by (engine, kind).
-        failed: why an engine failed once, in a call that another engine could take.
-        served: engines and kinds of calls that succeeded, with the transforms and modes around.
-        warned: whether the warning that reverse mode takes over was given.
-        orders: the orders, of 2 and 3, at which no further warning of jumps is due.
+        failed: why an engine failed once, in a call that another engine may be able to do.
+        served: engines and kinds of calls that succeeded, with the transforms and modes around
+            them.
+        warned: whether the user was warned that reverse mode takes over.
+        orders: the orders (2, 3) that need no further warning about jumps.
     """
 
     refused: dict[tuple[str, tuple[Any, ...]], str] = field(default_factory=dict)
@@ -76,7 +78,7 @@ def memory_of(owner: object) -> NetworkMemory:
 
 
 def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:
-    """Return the field; if no call with gradients came before, one that warns of jumps."""
+    """Return the field, wrapped to warn of jumps in the first call with gradients."""
     if torch.compiler.is_compiling() or not wanted or order in memory_of(field.owner).orders:
         return field
 
@@ -93,7 +95,7 @@ def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tenso
 def find_jumps(
     field: Callable[[Tensor], Tensor], point: Tensor, order: int
 ) -> tuple[Tensor, str | None]:
-    """Return a field's value, and the operators on the way whose derivatives jump, in words.
+    """Return a field's value, and a phrase that names the operators whose derivatives jump.
 
     At order two these are first derivatives, at order three first or second ones.
     """
@@ -129,7 +131,7 @@ class _Noted(NamedTuple):
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the Jets, or the plain tensors, that operators return whose derivative jumps."""
+    """Notes the Jets or plain tensors returned by operators whose derivative jumps."""
 
     def __init__(self, kind: type[Tensor]) -> None:
         super().__init__()
@@ -142,7 +144,7 @@ class _Watch(TorchFunctionMode):
         named, name = kwargs or {}, getattr(func, "__name__", "").strip("_")
         first = args[0] if args else named.get("input")
         power = 2 if name == "square" else args[-1] if name == "pow" and args else 1
-        for noted in self.noted if name != "get" else ():  # a property is asked for
+        for noted in self.noted if name != "get" else ():  # `get` is a property
             if any(noted.result() is argument for argument in args):
                 noted.powers.append(power if isinstance(power, int | float) else 1)
         x = _stack(first)
@@ -154,18 +156,19 @@ class _Watch(TorchFunctionMode):
         return result
 
     def find(self, nodes: set[Any]) -> Iterator[tuple[str, float]]:
-        """Yield the names of noted operators among nodes of the graph, with what jumps: 1 or 2."""
+        """Yield the names of noted operators among graph nodes, with 1 or 2, what jumps."""
         for name, jumps, _, node, powers in self.noted:
             if node in nodes:
                 if name in ("relu", "abs") and powers:
-                    # Of an nth power the nth derivative; of |x| to an even one none.
+                    # For an nth power the nth derivative jumps; for an even power of |x| none
+                    # does.
                     jumping = [max(n, 1) for n in powers if name == "relu" or n % 2]
                     jumps = min(jumping, default=0)
                 yield name, jumps
 
 
 def _between(point: Tensor, value: Tensor) -> set[Any]:
-    """The nodes of the graph from a point to a value; of a Jet, all below the value, and none."""
+    """Return the graph nodes from a point to a value; for a Jet, all below the value and None."""
     above: dict[Any, list[Any]] = defaultdict(list)
     for node in internals.graph_nodes([_stack(value)]):
         for below, _ in node.next_functions:
@@ -182,5 +185,5 @@ def _between(point: Tensor, value: Tensor) -> set[Any]:
 
 
 def _stack(x: Any) -> Any:
-    """The stack of a Jet; of anything else itself."""
+    """Return the stack of a Jet, and anything else unchanged."""
     return x.stack if isinstance(x, Jet) else x

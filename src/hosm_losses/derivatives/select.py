@@ -1,15 +1,15 @@
 r"""The choice of the engine that differentiates a network, and the memory of "auto".
 
-What:
-    "auto" is the taylor engine. A network that it cannot carry derivatives through is given to
-    reverse mode, in eager mode alone. A failed attempt leaves no trace in buffers and
-    generators, and a warning is given once. What an engine refuses is remembered for such calls at
-    once, any other error when it comes again in the next of them: it may be one of a bad batch.
-    Once the engine has served such a call there is no other attempt, and an error is the user's.
-    `check_derivatives` finds what a pass back would.
+Purpose:
+    "auto" tries the taylor engine. If it cannot carry derivatives through the network, reverse
+    mode takes over, in eager mode only. A failed attempt leaves buffers and generators unchanged,
+    and the user is warned once. A refusal is remembered at once for calls of the same kind; any
+    other error only if it repeats in the next such call, as a bad batch may have caused it. After
+    an engine has succeeded in a kind of call there is no fallback for that kind, and errors reach
+    the user. `check_derivatives` finds the errors that only a backward pass would raise.
 
-    An error that is raised here while torch.compile traces ends the graph, and the call is made
-    again in eager mode. With fullgraph=True it is the user's.
+    An error raised here while torch.compile traces breaks the graph, and the call is repeated in
+    eager mode. With fullgraph=True it reaches the user.
 """
 
 import contextlib
@@ -40,16 +40,16 @@ from hosm_losses.taylor import FINAL, ForeignCheckpointError, TaylorError
 Engine = Literal["auto", "taylor", "reverse"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 UNKNOWN = (
-    "network: expected operators that the engine 'taylor' knows; got {}. Take engine='reverse' "
-    "and third='exact', uncompiled; under torch.compile leave out fullgraph=True. Or write "
-    ".detach() in place of .detach_() and of torch.no_grad(), and the rest with other operators."
+    "network: expected operators that the engine 'taylor' knows; got {}. Use engine='reverse' and "
+    "third='exact' without torch.compile, or compile without fullgraph=True. Or replace "
+    ".detach_() and torch.no_grad() by .detach(), and the rest by other operators."
 )
 STATISTICS = (
-    "network: expected no running statistics in training, as of batch norm, in a compiled loss of "
-    "exact order three; got {}. Call .eval() on it, or take third='laplacian'."
+    "network: expected no running statistics in training, such as batch norm's, in a compiled "
+    "loss of exact order three; got {}. Call .eval() on it, or use third='laplacian'."
 )
 ASK_THE_CHECK = "check_derivatives(model, x0) names the module and what to do."
-# What code raises that meets a Jet and expected an ordinary tensor.
+# Errors of code that receives a Jet where it expects an ordinary tensor.
 JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
@@ -70,16 +70,16 @@ class NetworkState:
                 for name, buffer in module.named_buffers(recurse=False)
             ]
         self.device_type = x.device.type
-        # Inside a CUDA graph the state cannot be asked for.
+        # Inside a CUDA graph the state cannot be read.
         captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
         self.generators = None if captured else (torch.get_rng_state(), get_device_states(x))
 
     def restore(self, *, generators: bool = True) -> None:
-        """Restore the buffers and, unless told otherwise, the generators."""
+        """Restore the buffers and, by default, the generators."""
         with torch.no_grad():
             for module, name, buffer, value, version in self.buffers:
                 setattr(module, name, buffer)
-                # A graph may have kept one that counts no change, as batch norm does of its own.
+                # A graph may have saved a buffer without a count of changes, as batch norm does.
                 (buffer.data if versions([buffer]) == version else buffer).copy_(value)
         if generators and self.generators is not None:
             state, (devices, states) = self.generators
@@ -99,22 +99,22 @@ def derive(
 ) -> Derivatives:
     """Return the value of a network at x (B, *) and its derivatives along w (K, B, *).
 
-    Order 2 gives D; order 3 gives G as well, or in its place C = ∂²f[w, w] if `laplacian` is asked
-    for, by the taylor engine alone. If `summed` the sum of either over the directions is enough;
-    an engine may give that. Under `torch.no_grad` there is no graph. A DerivativeError where the
-    engine, or with "auto" either engine, cannot differentiate the network.
+    Order 2 gives D; order 3 also gives G or, with `laplacian`, C = ∂²f[w, w] from the taylor
+    engine. With `summed`, an engine may return only the sum of G or C over the directions. Under
+    `torch.no_grad` there is no graph. Raises DerivativeError if the engine (with "auto", both
+    engines) cannot differentiate the network.
     """
-    # Reverse mode is not traced: its checks of graphs that are dropped would be lost.
+    # Reverse mode is not traced: its checks for dropped graphs would be lost.
     if torch.compiler.is_compiling() and engine != "reverse":
         _refuse_statistics(network, exact=order == 3 and not laplacian)
-        # Where the graph breaks in such a block, all of this call is made again in eager mode.
-        # torch.compile cannot look into what the engine calls there, Jets and double passes back.
+        # If the graph breaks in this block, the whole call is repeated in eager mode:
+        # torch.compile cannot trace what the engine does there, Jets and double backward passes.
         with contextlib.suppress():  # noqa: B022
             try:  # not by a generator in a with statement, which PyTorch 2.6 does not trace
                 return engines.taylor(network, x, w, order, laplacian, summed)
             except TaylorError as error:
                 raise unknown(error) from error
-    # In this frame, which torch.compile has given up: one that it enters would be compiled.
+    # In this frame, which torch.compile has given up on: it would compile a new one.
     known = "torch._dynamo" in sys.modules
     eagerly: Any = torch.compiler.disable(_derive_eagerly) if known else _derive_eagerly
     return eagerly(engine, network, x, w, order, laplacian, summed)
@@ -174,7 +174,7 @@ def derive_with_products(
 ) -> Products:
     """Return what `derive` does, with (∂f/∂x)ᵀ c and, if `push`, ∂f/∂x c for c = cotangent(f).
 
-    "auto" is reverse mode, which costs least here, where it can be; then as in `derive`.
+    "auto" tries reverse mode first, which costs least here, then proceeds as in `derive`.
     """
     if torch.compiler.is_compiling() and engine != "reverse":
         with contextlib.suppress():  # noqa: B022 - as in `derive`
@@ -226,7 +226,7 @@ def _refuse_statistics(network: Network, *, exact: bool) -> None:
 
 
 def _explain_engine(engine: str, error: RuntimeError) -> None:
-    """Raise a DerivativeError if PyTorch's error says that this engine cannot be taken."""
+    """Raise a DerivativeError if PyTorch's error says that this engine cannot be used."""
     refuse_scripted(engine, error)
     why = str(error)
     energy = engine == "taylor" and NO_GRAPH in why
@@ -240,7 +240,7 @@ def _explain_engine(engine: str, error: RuntimeError) -> None:
 
 
 class EngineAttempts:
-    """Engines that are tried in turn for one call, each with the network as it was."""
+    """The engines tried in turn for one call, each with the network in its original state."""
 
     def __init__(self, network: Network, x: Tensor, *kind: object) -> None:
         self.owner, self.x, self.memory = network.owner, x, memory_of(network.owner)
@@ -258,7 +258,7 @@ class EngineAttempts:
 
     @contextlib.contextmanager
     def attempt(self, engine: str) -> Iterator[None]:
-        """A block that ends without an error if this engine fails and another may not."""
+        """Suppress an error of this engine if the other engine may succeed."""
         call = engine, self.kind
         served = (*call, self.surroundings)
         if served in self.memory.served:  # buffers may be large: none is copied
@@ -276,7 +276,7 @@ class EngineAttempts:
                 raise
             before.restore()
             self.reasons[engine] = (str(error) or repr(error)).splitlines()[0].rstrip(".")
-            # How deep calls go depends on who calls, and not on the network alone.
+            # The depth of calls depends on the caller, not on the network alone.
             if not any(self.surroundings) and not isinstance(error, RecursionError):
                 sure = isinstance(error, DerivativeError | TaylorError) or engine == "reverse"
                 sure = sure or call in self.memory.failed
@@ -285,7 +285,7 @@ class EngineAttempts:
             self.memory.served.add(served)
 
     def remember(self) -> None:
-        """Keep why engines failed, unless the transforms or modes around may be the cause."""
+        """Store why engines failed, unless surrounding transforms or modes may be the cause."""
         for call, notes in self.notes.items():
             notes[call] = self.reasons[call[0]]
 
@@ -297,8 +297,8 @@ def _another_may_do(engine: str, error: Exception) -> bool:
         return isinstance(error, kinds) or any(words in text for words in NOT_TWICE)
     if isinstance(error, FINAL):
         return False
-    # A device that failed says nothing about the network. What a checkpoint around the loss
-    # raises to end its recomputation is none of these errors.
+    # A failed device says nothing about the network. The exception with which a checkpoint around
+    # the loss ends its recomputation is none of these errors.
     failed = any(words in text for words in DEVICE_ERROR_TEXT)
     return isinstance(error, JET_ERRORS) and not (
         failed or isinstance(error, torch.OutOfMemoryError)

@@ -3,7 +3,7 @@
 An operator may have wrong higher derivatives without an error: a custom autograd.Function whose
 backward drops the graph, a kernel whose forward derivative drops the parameters, a detach. The
 derivatives of a copy of the network are compared with differences of its values. The loss itself
-cannot be checked so: its detached parts make its gradient differ from its slope.
+cannot be checked this way: its detached parts make its gradient differ from its slope.
 """
 
 import functools
@@ -46,23 +46,23 @@ from hosm_losses.model import (
 )
 
 GENERAL = (
-    "Write what it does with differentiable operators of PyTorch, without .detach(), .data or "
+    "Rewrite it with differentiable PyTorch operators, without .detach(), .data or "
     "torch.no_grad(), and check again."
 )
 FINITE = (
     "A root, a norm or a power has no derivative at zero: add a small number inside it. "
-    "torch.where passes back through both branches: write torch.where(x > 0, x, 1.0).sqrt(). "
-    "Where all derivatives are finite on paper, another `engine` may be right."
+    "torch.where differentiates both branches: write torch.where(x > 0, x, 1.0).sqrt(). If "
+    "all derivatives are finite on paper, try another `engine`."
 )
 ROUNDING = (
-    "In float32 derivatives disagree with differences, in a float64 copy they agree. That is the "
-    "rounding of one or the other, next to large values: divide the data by their deviation."
+    "Derivatives disagree with differences in float32 but agree in a float64 copy: this is "
+    "rounding next to large values. Divide the data by their standard deviation."
 )
 SMOOTH = (
     "Derivatives miss the jumps, so a loss does not train them. Use a smooth activation, such as "
-    "nn.SiLU, nn.GELU or nn.Softplus, and average in place of max pooling; or train with order "
-    "one, or two if only second derivatives jump. A factor under .detach() that oscillates fast "
-    "looks the same: remove the .detach()."
+    "nn.SiLU, nn.GELU or nn.Softplus, and average pooling instead of max pooling; or train with "
+    "order one, or two if only second derivatives jump. A factor under .detach() that oscillates "
+    "fast looks the same: remove the .detach()."
 )
 CUSTOM = (
     "A custom autograd.Function needs a backward that can be differentiated again: write it with "
@@ -70,7 +70,7 @@ CUSTOM = (
 )
 FUSED = (
     "Fused attention kernels have no second derivative: switch to the package's plain attention, "
-    "or to torch's scaled_dot_product_attention, which is then taken over."
+    "or to torch's scaled_dot_product_attention, which this library replaces."
 )
 # By a substring of a Function's name in lower case.
 REMEDIES = {
@@ -93,12 +93,12 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class DerivativeReport:
-    """The result of `check_derivatives`, orders and engine that are right; it prints as a verdict.
+    """The result of `check_derivatives`: the right orders and the engine; prints as a verdict.
 
     Attributes:
         orders: the orders whose values and derivatives are right, (1, 2) or (1, 2, 3).
-        engine: the engine that a loss of the last of them takes, "taylor" or "reverse".
-        advice: sentences about what was not checked, or costs time.
+        engine: the engine that a loss of the highest of these orders uses, "taylor" or "reverse".
+        advice: sentences on what was not checked or is slow.
     """
 
     orders: tuple[int, ...]
@@ -106,7 +106,7 @@ class DerivativeReport:
     advice: tuple[str, ...]
 
     def __str__(self) -> str:
-        """The verdict, and one line for each piece of advice."""
+        """Return the verdict, and one line for each piece of advice."""
         orders = ", ".join(map(str, self.orders[:-1]))
         verdict = f"ok: orders {orders} and {self.orders[-1]}, by the engine {self.engine!r}"
         return "\n".join([verdict, *self.advice])
@@ -125,26 +125,27 @@ def check_derivatives(
 
     Otherwise return a report that prints: the orders that are right, the engine, and advice.
 
-    It looks for what a loss cannot notice, in this order:
+    It checks, in this order, for faults that a loss cannot notice:
 
     - values that are not finite, or differ between two calls with the same seed;
-    - samples that see each other, as in batch norm in training;
-    - tensors of `model_kwargs` that were taken for the samples' and are not (not tried where the
-      network draws random numbers);
-    - values or first derivatives that jump, as in a network of ReLUs; for order 3 second
-      derivatives that jump, as in a network of ELUs;
+    - samples that affect each other, as in batch norm in training mode;
+    - tensors of `model_kwargs` that are treated as per sample but are not (skipped if the network
+      draws random numbers);
+    - values or first derivatives that jump, as in ReLU networks; for order 3 second derivatives
+      that jump, as in ELU networks;
     - derivatives, in x and in the parameters, that disagree with differences.
 
     In float32 the derivatives of the whole network may be off by 1 %, in float64 by 1e-6; check a
-    float64 copy to find smaller faults. The page on derivatives says what it cannot see.
+    float64 copy to find smaller faults. The page on derivatives lists what it cannot find.
 
-    It works on a copy of the network and forks the random number generators, so that nothing
-    changes. If the network is not an nn.Module, only derivatives in x are checked. Call it once
-    before training, on a small batch, on one device.
+    It works on a copy of the network and forks the random number generators, so nothing changes.
+    If the network is not an nn.Module, only derivatives in x are checked. Call it once before
+    training, on a small batch, on one device.
 
     Args:
         model: the score model, in the mode it will be trained in.
-        x0: a small batch of data (B, *); two samples are enough, and one sees no others.
+        x0: a small batch of data (B, *); two samples are enough; one cannot show effects between
+            samples.
         order: the order it will be trained with, 2 or 3.
         t: times (B,) as the losses take them; spread over the schedule if None.
         engine: the engine it will be trained with.
@@ -154,9 +155,10 @@ def check_derivatives(
         The report.
 
     Raises:
-        DerivativeError: for what is listed above, or where a derivative cannot be taken at all.
-        TypeError: if an argument has the wrong type, in half precision (check a float32 copy), or
-            for a wrapped network (DataParallel: give model.module).
+        DerivativeError: if one of these faults is found, or a derivative cannot be computed at
+            all.
+        TypeError: if an argument has the wrong type or half precision (check a float32 copy), or
+            the network is wrapped (for DataParallel, pass model.module).
         ValueError: if an argument has an invalid shape, device, name or value.
 
     Example:
@@ -179,7 +181,7 @@ def check_derivatives(
     check_choice("engine", engine, ENGINES)
     check_sample_batch("x0", x0)
     if x0.dtype not in TOLERANCE:
-        expected = "float32 or float64, in which differences mean something"
+        expected = "float32 or float64, which finite differences need"
         raise TypeError(error_message("x0", expected, x0, "Check a float32 copy of the network."))
     refuse_wrapped(model.network)
     times = _spread_times(model, x0) if t is None else check_time(model, x0, t)
@@ -220,9 +222,9 @@ def _report(
             "takes its place, which is slower, and third='laplacian' is an error."
         )
     if samples < 2:
-        advice.append("One sample sees no others: check two.")
+        advice.append("One sample cannot show effects between samples: check two.")
     if not isinstance(network, nn.Module):
-        advice.append("Gradients in parameters were not checked: the network is no nn.Module.")
+        advice.append("Gradients in parameters were not checked: the network is not an nn.Module.")
     if precision == torch.float32:
         advice.append("A float64 copy shows faults below 1 %: copy.deepcopy(model).double().")
     return DerivativeReport(tuple(range(1, order + 1)), engine, tuple(advice))
@@ -235,12 +237,12 @@ def _copy_model(model: ScoreModel) -> ScoreModel:
     except Exception as error:
         sharded = any(type(p).__name__ == "DTensor" for p in model.parameters())
         remedy = UNSHARD if sharded else "Check it in a fresh process before its first call."
-        expected = "one that copy.deepcopy can copy, so that yours stays as it is"
+        expected = "a network that copy.deepcopy can copy, so that yours stays unchanged"
         got = f"{describe_value(model.network)}, which says: {str(error).splitlines()[0]}"
         text = error_message("network", expected, model.network, remedy, got=got)
         raise TypeError(text) from error
     if not isinstance(copied.network, nn.Module) and copied.network is model.network:
-        # A function has no copy, but what is remembered of this one must not outlive the check.
+        # A function is not copied, but nothing remembered about this one may outlive the check.
         copied.network = functools.partial(copied.network)
     return copied
 
@@ -250,7 +252,7 @@ def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
 
     Return whether the network has a fault that its float64 copy does not have.
     """
-    # As the losses do: the network alone is differentiated, without the part of x in a prediction.
+    # As in the losses, only the network is differentiated, without the term in x of a prediction.
     field: Network = bound
     fault = attempt(check, field, x)
     # In float32 a faulty Function may be too small a part of the network to show in its output.

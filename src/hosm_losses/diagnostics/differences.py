@@ -36,8 +36,8 @@ NOT_FINITE = "that is not finite"
 # the size of what is varied.
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 STEP = {torch.float32: 3e-3, torch.float64: 3e-4}
-# Divisors of the steps. Across a kink of a ReLU unit the difference of a derivative, which jumps,
-# says nothing; within the last steps hardly a unit has one. In float32 they would be rounding.
+# Divisors of the steps. A difference of derivatives across the kink of a ReLU unit is meaningless;
+# the smallest steps cross hardly any kink. In float32 those would be rounding errors.
 SHRINKS = {torch.float32: (1, 4, 16), torch.float64: (1, 4, 16, 2**12, 2**16)}
 DRAWS = 3
 # Sizes of directions in x that are tried in addition if x is smaller.
@@ -87,8 +87,8 @@ class Agreement(Check):
     def find(self, field: Network, x: Tensor) -> str | None:
         """Name the derivative that disagrees at every step size; None if all agree."""
         fault = None
-        # If x is small against the length over which the field curves, differences of values are
-        # rounding errors: longer directions in x, up to 1, exceed them.
+        # If x is small compared with the length over which the field curves, differences of values
+        # drown in rounding errors: longer directions in x, up to 1, exceed them.
         size = size_of(x)
         scales = [size, *(scale for scale in LONGER if scale > size)]
         # A curved field needs a smaller step; a wrong derivative agrees at no step.
@@ -166,7 +166,7 @@ class Agreement(Check):
         """The forms, and the gradient of each form in every varied tensor."""
         x = varied[0]
         forms = self._forms(field, x, w, covectors)
-        # As in training x requires no gradient where those in the parameters are computed.
+        # As in training, x requires no gradient while those in the parameters are computed.
         in_training = self._forms(field, x.detach(), w, covectors)
         return forms, [
             [*gradients(form, varied[:1]), *gradients(trained, varied[1:])]

@@ -62,7 +62,7 @@ class GapEstimate:
     Attributes:
         value: the mean.
         error: its standard error; NaN for a single sample.
-        samples: how many there were. A sample whose path failed is not among them.
+        samples: the number of samples in the mean, without those whose path failed.
     """
 
     value: float
@@ -76,8 +76,8 @@ class GapReport:
 
     Attributes:
         log_sigma_hat: the nodes u.
-        curves: by name, an estimate at every node.
-        numbers: by name, estimates in nats.
+        curves: the estimates at the nodes, by name.
+        numbers: estimates in nats, by name.
         evaluations: how often the network was evaluated for each sample.
         samples: the number of samples, failed ones included.
 
@@ -125,22 +125,22 @@ def likelihood_gap(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> GapReport:
-    """Measure how far a model's ODE is from its SDE in likelihood, and which order is at fault.
+    """Measure how far a model's ODE is from its SDE in likelihood, and which order causes it.
 
-    All derivatives are exact, along d directions, so d should be small. A sample whose path failed
-    is left out of the means that need it, and counted. Call `model.eval()` first if the network
-    has dropout or batch norm; its buffers stay as they were. The cost per sample is in
+    All derivatives are exact, along d directions, so d should be small. Samples whose path fails
+    are left out of the means that need it, and counted. Call `model.eval()` first if the network
+    has dropout or batch norm; its buffers are left unchanged. The cost per sample is in
     `evaluations`; most of it is the gradient of the ODE's density, which stores a graph of its
     evaluations, steps + 8 at most.
 
     Args:
         model: the score model.
         x0: clean data (B, *).
-        reference: the true score as a `ScoreModel`, atoms (N, *) that all data is made of, or a
-            better model, to which the curves are then differences. Without a reference some curves
+        reference: the true score as a `ScoreModel`, the atoms (N, *) of a finite data set, or a
+            better model; the curves then are differences from it. Without a reference some curves
             and numbers are absent.
-        nodes: noise levels, 2 or more.
-        steps: of `ode_nll`.
+        nodes: the number of noise levels, at least 2.
+        steps: the steps of `ode_nll`.
         ode_score: whether the score of the ODE's own density is computed.
         progress: whether to show a progress bar.
         generator: the source of randomness, on the device of x0; the global one if None.
@@ -153,7 +153,7 @@ def likelihood_gap(
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if an argument has an invalid shape, device or value.
-        DerivativeError: where the derivatives of a network cannot be taken.
+        DerivativeError: if a network cannot be differentiated.
 
     Example:
         >>> from hosm_losses import VESchedule
@@ -320,7 +320,7 @@ def _reference(
         return reference
     atoms = check_sample_batch("reference", reference).to(data)
     if atoms.shape[1:] != data.shape[1:]:
-        raise ValueError(error_message("reference", "atoms of the shape of the data", reference))
+        raise ValueError(error_message("reference", "atoms shaped like the data", reference))
 
     def noise(x: Tensor, t: Tensor, **_: Any) -> Tensor:
         alpha, sigma = (expand_right(number, x).unsqueeze(1) for number in schedule(t))

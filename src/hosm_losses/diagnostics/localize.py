@@ -1,9 +1,9 @@
-r"""The part of a network at fault: the innermost module that has the fault alone.
+r"""Search for the faulty part of a network: the innermost module that shows the fault alone.
 
 Formula:
-    A module is evaluated with the arguments that it had in the network. For any returned tensors
-    y_k and fixed random r_k and u, x → (Σ_k y_k · r_k) u is a field of the shape of x whose D and
-    G hold all first and second derivatives.
+    A module is evaluated with the arguments that it received in the network. For any returned
+    tensors y_k and fixed random r_k and u, x → (Σ_k y_k · r_k) u is a field of the shape of x
+    whose D and G hold all first and second derivatives.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ NO_DERIVATIVE = "no derivative at all"
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its arguments by position or name, and what it returned, copied."""
+    """One call of a module: copies of its positional and keyword arguments and of its result."""
 
     name: str
     module: nn.Module
@@ -86,13 +86,13 @@ def floats_in(value: Any) -> list[Tensor]:
 
 
 def attempt(check: Check, field: Network, x: Tensor) -> str | None:
-    """Say what is wrong with a field, or that a derivative cannot be taken."""
+    """Describe the fault of a field, or a derivative that cannot be computed."""
     never_warn(field.owner)
     try:
         return check.find(field, x)
     except (torch.OutOfMemoryError, Warning):
         raise
-    # The values can be computed, so whatever is raised is raised by the derivatives.
+    # The values can be computed, so any error comes from the derivatives.
     except Exception as error:
         if isinstance(check, Smoothness):  # a fault for Agreement to find
             return None
@@ -102,7 +102,7 @@ def attempt(check: Check, field: Network, x: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class Part:
-    """A module as a function of one of its arguments, the others as in the network."""
+    """A module as a function of one of its arguments, with the others as in the network."""
 
     call: Call
     place: int | str

@@ -1,12 +1,12 @@
 """Conditions on a network's values, without which its derivatives cannot be checked.
 
 - The output is finite and depends on the arguments and the seed alone.
-- Every sample is treated alone. The test replaces all samples but one, with their times, so that
-  the batch size and a dropout mask stay the same.
+- Samples do not affect each other. The test replaces all samples but one, with their times, so
+  that the batch size and a dropout mask stay the same.
 - Outputs follow their samples. The test permutes the samples, or repeats one of them, with all
   tensors that are taken to belong to them; repetition is needed because a set that all samples
-  share is the same when permuted. It is left out if the network draws random numbers, which belong
-  to places in the batch.
+  share is the same when permuted. It is skipped if the network draws random numbers, which depend
+  on the position in the batch.
 """
 
 from collections.abc import Callable, Collection
@@ -23,14 +23,14 @@ from hosm_losses.diagnostics.differences import TOLERANCE, random_like, reseed, 
 from hosm_losses.diagnostics.localize import evaluate, floats_in, record_calls
 from hosm_losses.model import BoundModel, per_sample
 
-# Relative change of an output by sums in another order.
+# Relative change of an output from summing in another order.
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
 ATTEMPTS = 64
 IN_FLOAT32 = "Check a float32 copy, with its own switches to half precision off."
 ALONE = (
-    "Take no mean, norm or attention over the first dimension, which is the samples': use "
-    "GroupNorm or LayerNorm in place of batch norm, or .eval() on it; nn.MultiheadAttention and "
-    "recurrent layers want batch_first=True."
+    "Take no mean, norm or attention over the first dimension, which holds the samples: use "
+    "GroupNorm or LayerNorm instead of batch norm, or call .eval() on it; nn.MultiheadAttention "
+    "and recurrent layers need batch_first=True."
 )
 
 
@@ -47,14 +47,14 @@ def check_values(bound: BoundModel, x: Tensor) -> torch.dtype:
     precision = _precision(bound, x)
     if precision not in TOLERANCE:
         where = _first_module(bound, x, lambda tensor: tensor.dtype == precision)
-        expected = "one that works in float32 or float64, in which differences mean something"
+        expected = "a network that works in float32 or float64, which finite differences need"
         got = f"{precision}, in {where}"
         raise TypeError(error_message("network", expected, value, IN_FLOAT32, got=got))
     return precision
 
 
 def _first_module(bound: BoundModel, x: Tensor, has: Callable[[Tensor], bool]) -> str:
-    """The first module that returns a tensor of which this holds."""
+    """Return the first module that returns a tensor for which `has` is true."""
     for call in record_calls(bound, x):
         if any(map(has, floats_in(call.returned))):
             return call.where
@@ -106,7 +106,7 @@ def _precision(bound: BoundModel, x: Tensor) -> torch.dtype:
 
 
 def check_samples(bound: BoundModel, x: Tensor, precision: torch.dtype) -> None:
-    """Raise if samples see each other, or outputs do not follow their samples."""
+    """Raise if samples affect each other, or outputs do not follow their samples."""
     if len(x) < 2:
         return
     rounding = ROUNDING[precision]
@@ -119,7 +119,7 @@ def check_samples(bound: BoundModel, x: Tensor, precision: torch.dtype) -> None:
             continue
         where = _first_difference((bound, x), (rebound, replaced), row, rounding)
         got = f"an output that changes with the other samples of the batch, in {where}"
-        expected = "every sample to be treated alone"
+        expected = "samples that do not affect each other"
         raise DerivativeError(error_message("network", expected, value, ALONE, got=got))
     check_rows(bound, x, precision)
 
@@ -140,7 +140,7 @@ def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
 def _first_difference(
     before: tuple[BoundModel, Tensor], after: tuple[BoundModel, Tensor], row: int, rounding: float
 ) -> str:
-    """The innermost module whose arguments agree at a row while what it returns does not."""
+    """Return the innermost module whose arguments agree at a row but whose results do not."""
     batch = len(before[1])
 
     def at_row(tensor: Tensor) -> Tensor:
@@ -185,13 +185,13 @@ def _check_permuted(bound: BoundModel, x: Tensor, value: Tensor, rounding: float
     for shared in islice(subsets, ATTEMPTS):
         if all_follow(shared):
             raise DerivativeError(
-                f"{' and '.join(shared)}: expected a tensor that belongs to the samples, as its "
-                f"first dimension is their number, {len(x)}; got one of which they use other "
-                "rows than their own. Mark what all samples share: hosm_losses.Shared(tensor)."
+                f"{' and '.join(shared)}: expected a tensor with a row for each sample, as its "
+                f"first dimension is the batch size, {len(x)}; got one of which samples use other "
+                "rows. If all samples share it, mark it: hosm_losses.Shared(tensor)."
             )
     raise DerivativeError(
-        "network: expected outputs that follow their samples when the batch is permuted, or one "
-        "of them repeated; got others. Something depends on the place in the batch: the network, "
-        "what it keeps from an earlier call, or a tensor of model_kwargs that belongs to the "
-        "samples and is not split, or is Shared."
+        "network: expected outputs that follow their samples when the batch is permuted or one "
+        "sample is repeated; got others. Something depends on the position in the batch: the "
+        "network, state that it keeps from an earlier call, or a tensor of model_kwargs that "
+        "belongs to the samples but is not split or is marked Shared."
     )

@@ -1,4 +1,4 @@
-r"""Whether a network is wrapped as it was trained: schedule, time, prediction, units of the data.
+r"""Check that a network is wrapped as it was trained: schedule, time, prediction, data units.
 
 Formula:
     Data c x₀ + b under another schedule are x = α (c x₀ + b) + σ ε. With σ/α = c σ̂ that is
@@ -12,13 +12,13 @@ Formula:
     p · output + q x, so one call of the network serves every kind of prediction and both signs.
 
     All candidates are ranked with one draw of noise. The wrapping of the model and the first three
-    are then measured again with eight fresh draws, which decide: a schedule that puts a likelihood
-    off by a third of a nat may change the loss by only two per cent.
+    are then measured again with eight fresh draws, which decide: a schedule that shifts a
+    likelihood by a third of a nat may change the loss by only two per cent.
 
-Candidates are how networks are commonly trained. Those of tables are given an index, of 1000 or as
-many as the model's own table has. score_sde multiplies the time of VP by 999 and gives σ or its
-logarithm under VE; EDM gives log σ / 4 inside its preconditioning; flows count time from data to
-noise or back, diffusers up to 1000.
+The candidates are the ways in which networks are commonly trained. Under a table the network gets
+an index, of 1000 or as many entries as the model's own table has. score_sde passes 999 t under VP,
+and σ or its logarithm under VE; EDM passes log σ / 4 inside its preconditioning; flows run time
+from data to noise or back, in diffusers up to 1000.
 """
 
 import copy
@@ -61,7 +61,7 @@ SMALLEST, LARGEST = 0.02, 0.99  # losses of the linear predictor, between which 
 MARGIN, ERRORS = 0.1, 2.0  # losses differ beyond this fraction and these standard errors
 WORSE = 0.25  # a network is not trained if it is worse than linear at this fraction of levels
 REPEATED, DRAWS = 3, 8  # candidates that are measured again, and fresh draws of noise for them
-STEP = 7  # by which levels move on from draw to draw; it shares no factor with 8 to 12 levels
+STEP = 7  # shift of the levels from draw to draw; coprime to 8, 9, 10, 11 and 12 levels
 FINE_MARGIN, FINE_ERRORS = 0.005, 4.0  # beyond which those draws distinguish losses
 CLIP = 10.0  # of a sample's multiple of ℓ, so that outliers do not dominate a mean
 SIMILAR = 0.02  # the fraction of a loss within which the least change is preferred
@@ -77,13 +77,13 @@ class WrappingCandidate:
     """A way to wrap a network; it prints as the arguments of `ScoreModel`.
 
     Attributes:
-        schedule: the schedule, as it is written; "your schedule" for the model's own.
+        schedule: the schedule, as code; "your schedule" for the model's own.
         prediction: "epsilon", "score", "x0", "v" or "velocity".
-        time: the argument `time`, as it is written; "" for none, "yours" for the model's own.
+        time: the argument `time`, as code; "" for none, "yours" for the model's own.
         negated: whether the output has to be negated.
-        units: the data to give, as a function of x0; "x0" for the data as they are.
-        loss: its mean squared error of ε̂ for one element.
-        own_loss: that of the model as it is wrapped, at the same noise levels.
+        units: the data to pass, as an expression in x0; "x0" for unchanged data.
+        loss: its mean squared error of ε̂ per element.
+        own_loss: the same for the model as it is wrapped, at the same noise levels.
     """
 
     schedule: str
@@ -95,7 +95,7 @@ class WrappingCandidate:
     own_loss: float
 
     def __str__(self) -> str:
-        """The arguments, and what to do with the output and the data."""
+        """Return the arguments, and the changes of the output and the data."""
         text = f"{self.schedule}, prediction={self.prediction!r}"
         text += f", time={self.time}" if self.time else ""
         text += ", the output times -1" if self.negated else ""
@@ -106,21 +106,21 @@ class WrappingCandidate:
 class WrappingReport:
     """The result of `check_wrapping`; it prints as a table and a verdict.
 
-    Losses are means over the draws of noise that decide. In the table, "worse" marks the levels
-    that the verdict counts.
+    Losses are means over the final draws of noise. In the table, "worse" marks the levels that the
+    verdict counts.
 
     Attributes:
-        ok: True where no candidate fits better and the network does better than a linear one.
-        best: the candidate that fits better; None where there is none.
+        ok: True if no candidate fits better and the network beats the best linear predictor.
+        best: the candidate that fits better; None if there is none.
         undecided: whether `best` is better, but not by 10 % and two standard errors.
-        gain: how much better, as a share of the loss of your wrapping; 0 without `best`.
+        gain: how much better, as a fraction of the loss of your wrapping; 0 without `best`.
         log_sigma_hat: the noise levels, log σ/α in the units of the data.
         losses: at each level the mean squared error of ε̂ as the model is wrapped.
-        linear: that of the best linear predictor.
-        best_losses: that of the candidate; NaN outside its schedule; None without one.
+        linear: the same for the best linear predictor.
+        best_losses: the same for `best`; NaN outside its schedule; None without `best`.
         is_worse: for each level whether the network is worse than linear there, by 10 % and two
             standard errors.
-        calls: of the network.
+        calls: the number of calls of the network.
     """
 
     ok: bool
@@ -173,7 +173,7 @@ class WrappingReport:
 
 
 class Units(NamedTuple):
-    """Data scale · x0 + shift, and how that is written."""
+    """Data scale · x0 + shift, and their code."""
 
     text: str = "x0"
     scale: float = 1.0
@@ -185,9 +185,9 @@ AS_THEY_ARE = Units()
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a network is given: noised data and a time, both also as they are written.
+    """The inputs of a network, noised data and a time, both also as code.
 
-    It equals itself alone, as a user's schedule may have no hash.
+    Instances compare by identity, as a user's schedule may have no hash.
     """
 
     schedule: Schedule
@@ -198,14 +198,14 @@ class Inputs:
 
 
 class Read(NamedTuple):
-    """A candidate: what the network is given, and how its output is read."""
+    """A candidate: the inputs of the network, and how its output is read."""
 
     inputs: Inputs
     kind: str
     sign: int
 
     def text(self) -> tuple[str, ...]:
-        """Its parts as they are written, in the order of `WrappingCandidate`."""
+        """Its parts as code, in the order of `WrappingCandidate`."""
         inputs = self.inputs
         sign = str(self.sign)
         return inputs.schedule_text, self.kind, inputs.time_text, sign, inputs.units.text
@@ -218,38 +218,38 @@ def check_wrapping(
     model_kwargs: Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> WrappingReport:
-    """Compare the way a trained network is wrapped with others that it may have been trained for.
+    """Compare the wrapping of a trained network with others that it may have been trained for.
 
-    Nothing fails where a network is wrapped with another schedule, time, kind or sign of
-    prediction than in its training, or is given data in other units: its losses and likelihoods
-    are wrong numbers. The candidates are the schedules in use with the times that networks are
-    given, every kind of prediction with both signs, and the usual units of data. All are measured
-    at the same noise levels with the same noise. Only a trained network can be checked.
+    If a network is wrapped with another schedule, time, kind or sign of prediction than in its
+    training, or gets data in other units, no error is raised: its losses and likelihoods are just
+    wrong. The candidates combine the common schedules and times, every kind of prediction with
+    both signs, and the usual units of data. All are measured at the same noise levels with the
+    same noise. Only a trained network can be checked.
 
-    The network is called at most 182 times without gradients, about 100 as a rule, each time with
-    all of x0. The state of the network and of the global random numbers stays as it was. Call
+    The network is called at most 182 times, usually about 100, without gradients and each time on
+    all of x0. The state of the network and of the global random numbers is left unchanged. Call
     `model.eval()` first if the network has dropout or batch norm.
 
     Args:
         model: the score model, with trained weights.
-        x0: clean data (B, *) as the model is given them, 16 samples or more; a few hundred if
-            they have few elements.
+        x0: clean data (B, *) in the units that the model takes, at least 16 samples; a few hundred
+            if samples have few elements.
         model_kwargs: keyword arguments of the network.
         generator: the source of the noise, on the device of x0; the global one if None.
 
     Returns:
-        The report. `ok` is False where a candidate, which is then `best`, is better than your
-        wrapping and than the best linear predictor. By 10 % and two standard errors it is the
-        answer; by half a per cent and four standard errors the report is `undecided`. `ok` is
-        also False where the network is worse than the linear predictor at a quarter of the noise
-        levels: it is not trained, or nothing fits.
+        The report. `ok` is False if a candidate, then `best`, beats both your wrapping and the
+        best linear predictor: by 10 % and two standard errors it is the answer; by half a per cent
+        and four standard errors the report is `undecided`. `ok` is also False if the network is
+        worse than the linear predictor at a quarter of the noise levels: it is not trained, or no
+        candidate fits.
 
     Raises:
-        DerivativeError: for a tensor of `model_kwargs` that is as long as the batch and belongs to
-            no sample: mark it as `Shared`.
+        DerivativeError: if a tensor of `model_kwargs` is as long as the batch but is not per
+            sample: mark it as `Shared`.
         TypeError: if an argument has the wrong type or dtype.
-        ValueError: for an invalid shape or device, too few samples, or data so small or large that
-            the schedule has no noise level of their size.
+        ValueError: if a shape or device is invalid, there are too few samples, or the data are so
+            small or large that the schedule has no noise level of their size.
 
     Example:
         >>> from hosm_losses import VPSchedule
@@ -291,12 +291,12 @@ class _Linear:
         flat = data.flatten(1).double().cpu()
         self.centred, self.basis = flat - flat.mean(0), None
         self.variances = self.centred.square().mean(0)
-        if len(flat) >= 4 * flat.shape[1]:  # fewer samples do not tell how elements vary together
+        if len(flat) >= 4 * flat.shape[1]:  # fewer samples give no useful covariance
             covariance = self.centred.T @ self.centred / len(flat)
             variances, self.basis = torch.linalg.eigh(covariance)
             self.variances, self.centred = variances.clamp(min=0), self.centred @ self.basis
         self.dimensions, self.share = flat.shape[1], torch.ones_like(self.variances)
-        if subspace is not None:  # of it an element of the noise has the variance P_ii
+        if subspace is not None:  # on it an element of the noise has variance P_ii
             self.dimensions = subspace.dimensions
             if self.basis is None:
                 self.share = subspace.diagonal.flatten()
@@ -305,7 +305,7 @@ class _Linear:
         """ℓ(u), of the shape of the levels."""
         sum_of_both = self.variances + (2 * levels[..., None]).exp()
         share = self.variances / sum_of_both
-        # A P_ii below 1 takes (1 − P_ii) times the part of the noise, the square of λ/(λ + σ̂²).
+        # P_ii < 1 subtracts (1 − P_ii) times the part of the noise, the square of λ/(λ + σ̂²).
         return (share - (1 - self.share) * share.square()).sum(-1) / self.dimensions
 
     def losses(self, noise: Tensor, levels: Tensor) -> Tensor:
@@ -324,7 +324,7 @@ class _Linear:
         if not len(inside):
             size = f"a size between {math.exp(low):.2g} and {math.exp(high):.2g}"
             got = f"a standard deviation of {float(self.variances.mean().sqrt()):.2g}"
-            remedy = "Scale them as in the training of the network."
+            remedy = "Scale them as in the network's training."
             raise ValueError(error_message("x0", f"data of {size}", None, remedy, got=got))
         return torch.linspace(
             float(inside[0]), float(inside[-1]), count, dtype=torch.float64, device="cpu"
@@ -334,7 +334,7 @@ class _Linear:
 class _Search:
     """The losses of candidates, (draws, B), on one batch of data.
 
-    Each sample has another level in each draw, so that few differ by the levels they had.
+    Each sample gets another level in each draw, so that samples differ little in their levels.
     """
 
     def __init__(
@@ -364,7 +364,7 @@ class _Search:
             self._measure(inputs)
 
     def _draw(self, count: int) -> None:
-        """Draw noise and levels, (count, B), and forget the losses with others."""
+        """Draw noise and levels, (count, B), and discard the losses from earlier draws."""
         like, levels = self.data, len(self.levels)
         shape = (count, *like.shape)
         self.noise = torch.randn(
@@ -383,7 +383,7 @@ class _Search:
             self._measure(inputs)
 
     def _measure(self, inputs: Inputs) -> None:
-        """Call the network once a draw, and note the loss of every kind and sign."""
+        """Call the network once per draw, and note the loss of every kind and sign."""
         draws = [
             self._call(inputs, *draw)
             for draw in zip(self.noise, self.levels[self.place], strict=True)
@@ -394,8 +394,8 @@ class _Search:
     def _call(self, inputs: Inputs, noise: Tensor, level: Tensor) -> dict[Read, Tensor]:
         """Losses (B,) of every kind and sign from one call of the network.
 
-        They are NaN at levels outside the schedule. The new wrapping is not checked: what is wrong
-        with it shows in its loss.
+        They are NaN at levels outside the schedule. The new wrapping is not checked: its faults
+        show in its loss.
         """
         schedule, units, data = inputs.schedule, inputs.units, self.data
         level = level + math.log(units.scale)
@@ -561,14 +561,14 @@ def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
         if text == OWN or schedule != own:
             times = plain | times if model.time is None else {"yours": model.time} | plain | times
             for time_text, time in times.items():
-                # A network that looks an index up may not be given a negative one on CUDA.
+                # A network that looks up an index must not get a negative one on CUDA.
                 negative = own.integer_time and "log" in time_text
                 if not negative and (text != OWN or time is not model.time):
                     yield Inputs(schedule, text, time, time_text)
 
 
 def _known(steps: int) -> Iterator[tuple[str, Schedule, Times]]:
-    """Yield schedules as they are written, with alternatives to their time."""
+    """Yield the code of schedules, the schedules, and alternatives to their time."""
     last: Times = {f"{steps - 1}": steps - 1.0}
     yield "VPSchedule()", VPSchedule(), last
     yield "CosineSchedule()", CosineSchedule(), {f"{steps}": float(steps)}

@@ -4,12 +4,12 @@
 - `variational`: `variational_nll`.
 - `solvers`: the options `FixedGrid`, `ToTolerance` and `Adaptive`.
 - `multistep`: the fixed grid that the batch shares, its steps, and probes to a standard error.
-- `adaptive`: steps of each sample's own.
+- `adaptive`: a step size for each sample.
 - `paths`: the evaluation at a node: slope, divergence and prior.
-- `divergence`: how a divergence is estimated, a class for each way.
+- `divergence`: the estimators of a divergence.
 - `coordinates`: the coordinates in which the paths are solved.
-- `job`: the arguments of a call, checked; its pieces; the result.
-- `checkpoints`: evaluations whose activations are recomputed in the pass back.
+- `job`: the checked arguments of a call, its batches, and the result.
+- `checkpoints`: evaluations whose activations are recomputed in the backward pass.
 - `dequantize`: `Uniform`, `TruncatedNormal`, and one density from several draws.
 - `watch`: networks whose output is random.
 - `distribution`: `ODEDistribution`.

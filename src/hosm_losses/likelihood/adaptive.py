@@ -1,14 +1,14 @@
 r"""A Runge-Kutta solver with a step size for each sample, for `Adaptive`.
 
-What:
-    A solver of dy/ds = f(s, y). It needs a smooth integrand, so it keeps its probes along the
-    path, and their error.
+Purpose:
+    A solver of dy/ds = f(s, y). It needs a smooth integrand, so the probes, and with them their
+    error, stay the same along a path.
 
 Formula:
     The Runge-Kutta pair 5(4) of Tsitouras; the last stage is the first of the next step. A step is
-    accepted where its error is at most 1 in the caller's norm, and the next one is
-    h · min(5, max(0.2, 0.9 error^{−1/p})), p = 5 the order. Samples that have arrived leave the
-    paths.
+    accepted where its error is at most 1 in the caller's norm, and the next one is h · min(5,
+    max(0.2, 0.9 error^{−1/p})), p = 5 the order. Samples that have arrived are no longer
+    evaluated.
 
 Source:
     Tsitouras, "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying
@@ -53,11 +53,13 @@ FIRST_STEP = 0.003
 MAX_EVALUATIONS = 10_000
 STATE_TOLERANCE = 0.03
 FINER = 10  # of the second solution
-# Of paths with kinks: times as many evaluations at a tenth of the tolerance, and the part of them
-# that is rejected. Sharp densities have the first alone, up to 1.85, smooth networks the second.
+# Signs of kinks: the factor by which evaluations grow at a tenth of the tolerance, and the part of
+# them that is rejected. Sharp densities show only the first, up to 1.85, smooth networks only the
+# second.
 KINK_COST, KINK_REJECTED = 1.45, 0.3
 MINIMUM_PATHS = 4
-# Of t/2 − 1 in powers of 1/ν, t the quantile of Student's law where the normal law has 2.
+# Coefficients of t/2 − 1 in powers of 1/ν, where t is the Student quantile that matches the normal
+# quantile 2.
 STUDENT = (5 / 4, 49 / 32, 183 / 128, 5665 / 6144)
 SHRINK, GROW, SAFETY = 0.2, 5.0, 0.9
 
@@ -69,7 +71,7 @@ class AdaptiveSolution(NamedTuple):
     evaluations: Tensor  # calls of f in which the sample took part, (B,), int64
     error: Tensor  # sum of the errors of the accepted steps, (B,)
     cause: Tensor  # the `Cause` for which it failed, (B,), or 0
-    rejected: Tensor  # part of the evaluations that was spent on rejected steps, (B,)
+    rejected: Tensor  # fraction of the evaluations spent on rejected steps, (B,)
 
 
 def adaptive(
@@ -81,9 +83,9 @@ def adaptive(
 ) -> AdaptiveSolution:
     """Solve from y (B, m) at the start of the span to its larger end, never outside it.
 
-    `slope` gives dy/ds, a covector and the cause of what is not finite, or 0, at (s, y, rows) for
-    the rows (n,) of the batch that have not arrived, s of shape (n,) and y of shape (n, m).
-    `judge` takes the errors (n, m) of a step and the covector at its end. It returns the error
+    `slope` returns dy/ds, a covector and the cause of a non-finite value (else 0) at (s, y, rows),
+    for the rows (n,) of the batch that have not arrived, with s of shape (n,) and y of shape (n,
+    m). `judge` takes the errors (n, m) of a step and the covector at its end. It returns the error
     relative to the tolerance, accepted up to 1, and the error to be summed, both (n,). A sample
     fails at `max_evaluations`.
     """
@@ -145,7 +147,7 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
     if paths.divergence.target is not None:
         raise ValueError(
             "solver: expected FixedGrid or ToTolerance with ToStandardError, which draws probes "
-            "at nodes that are known; got Adaptive."
+            "at nodes known in advance; got Adaptive."
         )
     size, probes = z[0].numel(), paths.divergence.draw(z, paths.dtype, paths.generator)
     if paths.divergence == NO_DIVERGENCE:  # no density, and no estimate of its error
@@ -215,7 +217,7 @@ def _solve(
     coordinates, active, elements = paths.coordinates, len(z), z[0].numel()
     reference = float(coordinates.trace(coordinates.std.log()).mean()) / paths.dimensions
     low, high = (1 / (1 + math.exp(reference - u)) for u in span)
-    sign = 1.0 if high > low else -1.0  # the solver goes up, in −r where r goes down
+    sign = 1.0 if high > low else -1.0  # the solver goes up: in −r if r decreases
 
     def slope(s: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal active

@@ -1,8 +1,8 @@
 """Evaluations of a network whose backward pass evaluates the network again.
 
-What:
-    torch's checkpoint of a function that takes a gradient itself keeps all that this gradient had
-    no use for. Here no activation is stored: the backward pass makes them again, for one
+Purpose:
+    Around a function that takes a gradient itself, torch's checkpoint keeps everything that this
+    gradient did not use. Here no activation is stored: the backward pass recomputes them, for one
     evaluation of a call at a time. Values and gradients are the same.
 """
 
@@ -22,14 +22,14 @@ from hosm_losses.derivatives import NetworkState
 
 
 class RecomputedEvaluations:
-    """The evaluations of one call, of which only the latest to be recomputed holds activations."""
+    """The evaluations of one call; only the one recomputed last holds activations."""
 
     def __init__(self, network: object) -> None:
         self.network, self.refused, self.is_inside = network, False, False
         self.latest: Callable[[], RecomputedEvaluation | None] = lambda: None
 
     def applies(self) -> bool:
-        """Whether an evaluation that begins now is one to recompute, and not inside such a one."""
+        """Whether a new evaluation is to be recomputed: not if it is inside such an evaluation."""
         return torch.is_grad_enabled() and not (self.is_inside or self.refused or is_traced())
 
     def evaluate(self, function: Callable[[], Any], x: Tensor) -> Any:
@@ -40,7 +40,7 @@ class RecomputedEvaluations:
         except RuntimeError as error:
             if HOOKS_IN_TRANSFORM not in str(error):
                 raise
-            self.refused = True  # by torch.func inside of the network: all activations stay
+            self.refused = True  # by torch.func inside the network: all activations are kept
             evaluation.before.restore()
             return function()
         evaluation.saved_count = len(saved)
@@ -49,7 +49,7 @@ class RecomputedEvaluations:
 
 
 class RecomputedEvaluation:
-    """One evaluation: what has to be restored to repeat it, and the tensors of its repetition."""
+    """One evaluation: the state needed to repeat it, and the tensors of its repetition."""
 
     def __init__(
         self, evaluations: RecomputedEvaluations, function: Callable[[], Any], x: Tensor
@@ -65,7 +65,7 @@ class RecomputedEvaluation:
         self.recomputed: dict[int, Tensor] = {}
 
     def run(self) -> tuple[Any, dict[int, Tensor]]:
-        """Return function() and the tensors its graph saved; the graph holds their numbers."""
+        """Return function() and the tensors its graph saved; the graph holds their indices."""
         saved: dict[int, Tensor] = {}
 
         def pack(tensor: Tensor) -> int:
@@ -73,7 +73,7 @@ class RecomputedEvaluation:
             return len(saved) - 1
 
         def unpack(index: int) -> Tensor:
-            # A gradient that the function takes itself finds them; a later pass back does not.
+            # A gradient that the function takes itself finds them; a later backward pass does not.
             return saved[index] if index in saved else self.recompute(index)
 
         self.evaluations.is_inside = True
@@ -97,8 +97,8 @@ class RecomputedEvaluation:
             now.restore()
             if len(self.recomputed) != self.saved_count:
                 raise DerivativeError(
-                    "network: expected the same evaluation in a pass back as before; got one that "
-                    f"saves {len(self.recomputed)} tensors in place of {self.saved_count}. Leave "
-                    "the network as it is between the likelihood and its gradient."
+                    "network: expected the backward pass to repeat the evaluation; got one that "
+                    f"saves {len(self.recomputed)} tensors in place of {self.saved_count}. Do not "
+                    "change the network between the likelihood and its gradient."
                 )
         return self.recomputed.pop(index)

@@ -33,7 +33,7 @@ class Coordinates:
     std: Tensor  # of the data, broadcast to (1, *)
     log_size: float  # log of the root mean square of std, on the host
     start: float | None = None  # log σ̂ of the data end, if not at t_min
-    dimensions: int | None = None  # of the subspace of the data; None where they fill all
+    dimensions: int | None = None  # of the subspace of the data; None without a subspace
     share: Tensor | None = None  # the diagonal of the projection to it, (1, *)
 
     @property
@@ -114,5 +114,5 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """The nats by which rounding in a network of a dtype moves a log-density at least."""
+    """The least error of a log-density, in nats, from rounding in a network of a dtype."""
     return 0.0 if dtype == torch.float64 else 1e-6

@@ -1,4 +1,4 @@
-r"""Integer images: their dequantization, and one density from several draws of it.
+r"""Dequantization of integer images, and one density from several draws.
 
 Formula:
     Uniform noise u in [0, 1) spreads each integer k over its cell. With K draws of it
@@ -10,8 +10,8 @@ Formula:
     the peaks themselves spread the levels: with u from the normal distribution truncated to
     [−τ, τ],
     x_t = α y + σ u;    −log P(k) ≤ E[−log p_t(x_t) − Σ_i (log σ + ½u_i² + ½log 2π + log Z)],
-    Z = erf(τ/√2) its mass. For such peaks it is off by −log Z, 0.0027 nats an element; for a
-    density that is smooth over a cell by log 2τ less the entropy of u, 0.39 nats.
+    Z = erf(τ/√2) its mass. For such peaks it is off by −log Z, 0.0027 nats per element; for a
+    density that is smooth over a cell, by log 2τ minus the entropy of u, 0.39 nats.
 
 Source:
     Theis et al., arXiv 1511.01844, for the uniform dequantization; Burda et al.,
@@ -39,7 +39,7 @@ from hosm_losses.likelihood.divergence import Estimator
 from hosm_losses.likelihood.result import NLLResult, Quantization
 
 LEVELS = 256
-HALF_CELL = 3.0  # τ, of σ̂
+HALF_CELL = 3.0  # τ, in units of σ̂
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Uniform:
 
     Args:
         draws: K draws of u, and of the noise if `clean`, whose densities are averaged for a
-            tighter bound, at K times the cost; above 1 with divergence="exact" alone.
+            tighter bound, at K times the cost; more than one needs divergence="exact".
 
     Raises:
         TypeError: if `draws` is not a whole number.
@@ -77,25 +77,25 @@ class Uniform:
     def draw(
         self, levels: Tensor, _: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw points x in the cells; nothing is to be added to their nll."""
+        """Draw points x in the cells; their nll needs no correction."""
         low, high = self.quantization[1:]
         return low + (high - low) * (levels + _unit(levels, generator)) / LEVELS, None
 
 
 @dataclass(frozen=True)
 class TruncatedNormal:
-    """Dequantization of uint8 images by noise that the network was trained with.
+    """Dequantization of uint8 images by the noise that the network was trained with.
 
     For networks trained on the levels themselves, x = first + (last − first) k/255, without
     uniform noise on them. The likelihood starts at the t where half a cell is three σ̂, and the
-    noise of that t, truncated to the cell, is what spreads a level. Such a network has never seen
-    the noise of `Uniform`; for one that was trained with it the bound of `Uniform` is closer, by
-    0.56 bits per dimension. Of `ode_nll` alone, and without `clean`.
+    noise of that t, truncated to the cell, spreads each level. Such a network has never seen the
+    noise of `Uniform`; for a network trained with that noise the bound of `Uniform` is tighter, by
+    0.56 bits per dimension. Only `ode_nll` without `clean` takes it.
 
     Args:
         draws: K draws of the noise, as in `Uniform`.
-        first: what level 0 was in training.
-        last: what level 255 was.
+        first: the value of level 0 in training.
+        last: the value of level 255 in training.
 
     Raises:
         TypeError: if `draws` is not a whole number, or an end of the range not a number.
@@ -125,11 +125,11 @@ class TruncatedNormal:
 
     @property
     def quantization(self) -> Quantization:
-        """The cells of the levels, which are in their middle."""
+        """The cells, with the levels in their middle."""
         return Quantization(LEVELS, self.first - self._cell / 2, self.last + self._cell / 2)
 
     def start_coordinates(self, coordinates: Coordinates) -> Coordinates:
-        """Return coordinates that start where σ̂ is a sixth of a cell; a ValueError below t_min."""
+        """Return coordinates from where σ̂ is a sixth of a cell; ValueError if below t_min."""
         sigma_hat = self._cell / (2 * HALF_CELL)
         lowest = math.exp(coordinates.span[0])
         if lowest > sigma_hat:
@@ -144,7 +144,7 @@ class TruncatedNormal:
     def draw(
         self, levels: Tensor, coordinates: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw points x_t in the cells at the start, with what to add to their nll, (B,)."""
+        """Draw points x_t in the cells at the start, with the correction (B,) of their nll."""
         start, _ = coordinates.ends(coordinates.span)
         mass = math.erf(HALF_CELL / math.sqrt(2))
         u = math.sqrt(2) * torch.erfinv(mass * (2 * _unit(levels, generator) - 1))
@@ -173,7 +173,7 @@ def check_dequantization(value: object, *, clean: bool = False) -> None:
 def refuse_biased_draws(value: Dequantization, divergence: Estimator) -> None:
     """Raise ValueError for several draws of u with random probes.
 
-    With 7 nats of noise in log p, as of Hutchinson's estimator, 20 draws seem to gain 11 nats.
+    With 7 nats of noise in log p, as from Hutchinson's estimator, 20 draws seem to gain 11 nats.
     """
     if value.draws > 1 and divergence.is_random:
         raise ValueError(
@@ -200,9 +200,10 @@ def _unit(levels: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def importance_weighted(draws: Sequence[NLLResult], quantization: Quantization) -> NLLResult:
-    """−log of the mean density over K draws of u, from one result for each.
+    """Return −log of the mean density over K draws of u, from one result for each.
 
-    `latent` is the first draw's, nfe is the sum, errors are averaged as the densities weigh them.
+    `latent` is the first draw's, nfe is the sum, errors are averaged with the densities as
+    weights.
     """
     first = replace(draws[0], quantization=quantization)
     if len(draws) == 1:

@@ -1,6 +1,6 @@
 """The density of the probability-flow ODE as a `torch.distributions.Distribution`.
 
-What:
+Purpose:
     `log_prob` is −nll of `ode_nll`, samples are those of `ode_sample`; both are at the schedule's
     t_min. A condition of the network belongs to the batch of distributions unless it is marked
     `Shared`: nothing is inferred from a length.
@@ -27,10 +27,10 @@ from hosm_losses.model import ScoreModel, check_model, map_tensors, per_sample
 
 
 class ODEDistribution(Distribution):
-    """The density of a model's probability-flow ODE, of points at t_min.
+    """The density of a model's probability-flow ODE, for points at t_min.
 
     `log_prob`, `sample`, `rsample` and `rsample_and_log_prob` solve the ODE; the constructor only
-    checks its arguments. Gradients follow `torch.is_grad_enabled()`. A path that fails is a
+    checks its arguments. Gradients follow `torch.is_grad_enabled()`. A failed path raises
     ValueError.
 
     Args:
@@ -98,7 +98,7 @@ class ODEDistribution(Distribution):
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ODEDistribution:
-        """The same distributions, repeated to another batch_shape; it takes no memory.
+        """Return the same distributions, expanded to another batch_shape without copies.
 
         Raises:
             TypeError: if a size is not a whole number.

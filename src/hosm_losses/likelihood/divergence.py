@@ -1,4 +1,4 @@
-r"""How the divergence of the network is estimated: a class for each way, and the choice of one.
+r"""Estimators of the divergence of a network, and the choice of one.
 
 Formula:
     exact        ∇·f = tr ∂f/∂x = Σ_i e_iᵀ ∂f/∂x e_i
@@ -33,8 +33,9 @@ from hosm_losses.probes import Hutchinson, ToStandardError, draw_probes, unit_ve
 
 # Elements of a sample up to which "auto" is "exact": one probe errs by 0.6 nats at d = 8.
 EXACT_UP_TO = 16
-PILOTS = 4  # probes at a node, by which `ToStandardError` counts
-# A user's own: (x, t, **model_kwargs), as the network gets them, → (prediction, its divergence).
+PILOTS = 4  # probes at a node from which `ToStandardError` sets the count
+# A user's function: (x, t, **model_kwargs), as the network gets them, → (prediction, its
+# divergence).
 Function = Callable[..., tuple[Tensor, Tensor]]
 Divergence = Literal["auto", "exact"] | Hutchinson | ToStandardError | Function
 """How the divergence of the ODE is computed; a callable (x, t) → (ε̂, divergence) knows its own."""
@@ -42,12 +43,12 @@ Divergence = Literal["auto", "exact"] | Hutchinson | ToStandardError | Function
 
 @dataclass(frozen=True)
 class Estimator:
-    """No estimate, of which this is the class, and what every estimator has."""
+    """Base class of the estimators, which itself estimates nothing."""
 
     products: int = 0  # with the Jacobian, for one divergence
     is_random: bool = False  # whether estimates scatter, so that a likelihood has a standard error
-    differentiates: bool = False  # the network
-    target: ToStandardError | None = None  # for which estimates are pilots: more probes follow
+    differentiates: bool = False  # whether the network is differentiated
+    target: ToStandardError | None = None  # if set, estimates are pilots and more probes follow
 
     def draw(
         self, _z: Tensor, _dtype: torch.dtype, _generator: torch.Generator | None, /
@@ -58,7 +59,7 @@ class Estimator:
     def estimate(
         self, model: BoundModel, x: Tensor, _: Tensor | None, /
     ) -> tuple[Tensor, Tensor | None]:
-        """f = −ε̂ at x (B, *), and ∇·f by each of the probes, (K, B), or (1, B) without probes."""
+        """Return f = −ε̂ at x (B, *), and ∇·f by each probe, (K, B), or (1, B) without probes."""
         return model.f(x), None
 
 
@@ -67,7 +68,7 @@ NO_DIVERGENCE = Estimator()
 
 @dataclass(frozen=True)
 class Exact(Estimator):
-    """By all unit vectors, in chunks."""
+    """The trace over all unit vectors, in chunks."""
 
     differentiates: bool = True
     dimensions: int = 0  # d, or those of the subspace
@@ -82,7 +83,7 @@ class Exact(Estimator):
 
 @dataclass(frozen=True)
 class OfFunction(Estimator):
-    """By a user's function, which says it."""
+    """The divergence that a user's function returns."""
 
     function: Function | None = None
     dimensions: int = 0  # d, or those of the subspace
@@ -105,7 +106,7 @@ class OfFunction(Estimator):
 
 @dataclass(frozen=True)
 class RandomProbes(Estimator):
-    """Hutchinson's, by vector-Jacobian products."""
+    """Hutchinson's estimator, by vector-Jacobian products."""
 
     is_random: bool = True
     differentiates: bool = True
@@ -127,7 +128,7 @@ class RandomProbes(Estimator):
 
 
 class ForwardProbes(RandomProbes):
-    """Hutchinson's, by the taylor engine, which stores no activation."""
+    """Hutchinson's estimator, by the taylor engine, which stores no activation."""
 
     def estimate(
         self, model: BoundModel, x: Tensor, probes: Tensor | None, /

@@ -1,9 +1,9 @@
-r"""The arguments that all likelihoods share, checked; their batches, and one result of these.
+r"""The checked arguments that all likelihoods share, their batches, and the joined result.
 
 Failures:
     A sample fails if its nll is not finite in the network's dtype (float32 at least), if its path
-    did not arrive, or if its solver error is above both 1000 nats and 0.1 nats per element
-    (0.14 bits per dimension), where the first-order estimate has lost its meaning.
+    did not arrive, or if its solver error is above both 1000 nats and 0.1 nats per element (0.14
+    bits per dimension), where the first-order estimate is meaningless.
 """
 
 import math
@@ -52,8 +52,8 @@ from hosm_losses.model import ScoreModel, Subspace, bind_model, check_commutes, 
 
 LogPrior = Callable[[Tensor], Tensor] | Distribution
 MOMENTS = ("data_mean", "data_std")
-MISMATCH = 1e-3  # nats an element
-SCALED = 0.05  # of α(t_min) from 1
+MISMATCH = 1e-3  # nats per element
+SCALED = 0.05  # deviation of α(t_min) from 1
 
 
 class Job:
@@ -108,9 +108,9 @@ class Job:
         check_flag("enable_grad", enable_grad)
         if differentiated() and not enable_grad:
             raise ValueError(
-                "enable_grad: expected True under torch.func.grad, vjp or jacrev; got False, by "
-                "which the gradient would be zero. Give it to ode_nll or ode_sample, or call "
-                "under torch.no_grad() for the number alone."
+                "enable_grad: expected True under torch.func.grad, vjp or jacrev; got False, "
+                "which would make the gradient zero. Pass it to ode_nll or ode_sample, or call "
+                "under torch.no_grad() if you only need the value."
             )
         self.draws = 1 if dequantization is None else dequantization.draws
         self.size = len(x) if batch_size is None else check_whole("batch_size", batch_size, 1)
@@ -166,9 +166,9 @@ class Job:
                 yield paths.rows(x, rows, nll_offset)
 
     def result(self, results: Sequence[NLLResult]) -> NLLResult:
-        """Join the results of all batches, and weigh those of several draws.
+        """Join the results of all batches, and average over draws.
 
-        Of the batches of an interrupted call those of whole draws, or of a part of the first.
+        After an interrupt only complete draws count, or a part of the first draw.
         """
         batches = math.ceil(len(self.x) / self.size)
         results = results[: len(results) // batches * batches] or results
@@ -180,7 +180,7 @@ class Job:
 
 
 def keep_finished(interrupt: KeyboardInterrupt, result: Result | None) -> None:
-    """Give an interrupt the result of the batches that are done, and a note that says so."""
+    """Attach the result of the finished batches to an interrupt, with a note."""
     carrier: Any = interrupt
     carrier.result = result
     done = 0 if result is None else len(result.nfe)
@@ -231,8 +231,8 @@ def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None
     if start and schedule._starts_at_data and abs(alpha_start - 1) > SCALED:
         warn(
             f"schedule: expected α(t_min) near 1; got {schedule!r}, with {alpha_start:g}. x and "
-            "its density are those of a point at t_min, that many times the data: give ode_nll "
-            "α x and subtract d log α from its nll, or give clean=True; divide samples by α."
+            "its density belong to a point at t_min, α times the data: pass α x to ode_nll and "
+            "subtract d log α from its nll, or set clean=True; divide samples by α."
         )
     # The KL divergence of q at t_max from the prior, both Gaussian.
     std = schedule.prior_std
@@ -241,10 +241,10 @@ def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None
     divergence = float((coordinates.trace(variance - 1 - variance.log()) + shift).detach()) / 2
     if prior and divergence > MISMATCH * (coordinates.dimensions or mean.numel()):
         warn(
-            f"schedule: expected one that ends in its prior, N(0, {std:g}²); got "
-            f"{schedule!r}, which ends {divergence:.2g} nats a sample from it for data of this "
-            "data_mean and data_std: likelihoods and samples are off by them. Look at the numbers "
-            "of the schedule, or give log_prior, and to ode_sample latents of it."
+            f"schedule: expected one that ends in its prior, N(0, {std:g}²); got {schedule!r}, "
+            f"which ends {divergence:.2g} nats per sample away from it for data with this "
+            "data_mean and data_std: likelihoods and samples are off by that much. Check its "
+            "numbers, or set log_prior and draw the latents of ode_sample from it."
         )
 
 
@@ -252,7 +252,7 @@ def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResu
     """Mark unusable samples as failed, with NaN for their nll, and the cause.
 
     The nll has to be finite in the dtype of the latent, which is the network's. The cause is the
-    result's own, or the first of which the condition (B,) holds.
+    result's own, or that of the first condition (B,) that holds.
     """
     dtype, limit = result.latent.dtype, solver_limit(result._d)
     in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))

@@ -1,7 +1,8 @@
 r"""A grid that the batch shares, with fresh probes at each node.
 
 It solves dy/du = f(u, y), with a quadrature of q along the path, which may be noisy: in high
-dimension the error of the probes is far larger than the solver's, and fresh ones average out.
+dimension the error of the probes is far larger than the solver's, and that of fresh probes
+averages out.
 
 Formula:
     The nodes are u(i/n), s = i/n uniform. Their density in u = log σ̂ is an equal mixture of the
@@ -9,14 +10,14 @@ Formula:
     data_std, both on the span. In s, h = 1/n,
         ŷ_{i+1} = y_i + h (55 f_i − 59 f_{i−1} + 37 f_{i−2} − 9 f_{i−3})/24,
         y_{i+1} = y_i + h (251 f_{i+1} + 646 f_i − 264 f_{i−1} + 106 f_{i−2} − 19 f_{i−3})/720,
-    by Adams and Bashforth, corrected by Adams and Moulton. f_i is the slope at ŷ_i, of the one
-    evaluation of the node. The first steps are those of lower orders, from Euler's on. Node 1 is
+    by Adams and Bashforth, corrected by Adams and Moulton. f_i is the slope at ŷ_i, the only
+    evaluation of the node. The first steps have lower orders, starting with Euler's. Node 1 is
     evaluated again, at y₁, and y₄ is computed anew by Boole's rule, of order six,
         y₄ = y₀ + h (14 f₀ + 64 f₁ + 24 f₂ + 64 f₃ + 14 f₄)/45.
-    Where σ̂ is near the data's size z moves from the start on. Two steps of the classical
-    Runge-Kutta method go first there, and node 3, the first that is predicted, is evaluated again.
-    ∫ q ds is by the trapezoid rule with Gregory's end corrections up to fourth differences, of
-    order six.
+    If a path starts at a σ̂ near the data's size, z moves from the start: two steps of the
+    classical Runge-Kutta method come first, and node 3, the first predicted one, is evaluated
+    again. ∫ q ds is computed by the trapezoid rule with Gregory's end corrections up to fourth
+    differences, of order six.
 
 Errors:
     With g the gradient of the answer in y, ∇⁵ the fifth backward difference and c_i = y_i − ŷ_i,
@@ -24,28 +25,27 @@ Errors:
         e_i = g_iᵀ (3/160) h ∇⁵f_i + (g_i − g_{i−1})ᵀ c_i,
     the next term of the corrector, and what follows from f and q at ŷ_i: dg/ds = −(∂f/∂y)ᵀ g − ∇q.
     The path's error is estimated by p = max_{j≤k} |Σ_{i=j}^k e_i|, the largest sum over a stretch
-    of the path, with the covector of the node for g. That is the network's score, which near the
-    data is wrong by its own error over σ̂, and (g_i − g_{i−1})ᵀ c_i far too large. The second
-    evaluation of node 1, less the first, is by Δf and Δq what (g₁ − g₀)ᵀ c₁ should be:
+    of the path, with the covector of the node for g. That is the network's score: near the data it
+    is wrong by its own error over σ̂, which makes (g_i − g_{i−1})ᵀ c_i far too large. The changes
+    Δf and Δq from the first to the second evaluation of node 1 give what (g₁ − g₀)ᵀ c₁ should be:
         ρ = min(1, 2 |h (Δq + g₁ᵀ Δf)|/|(g₁ − g₀)ᵀ c₁|),
-    1 for 0/0, with g₁ of the second evaluation above and of the first below. e₁ is left out,
-    since y₁ is mended; the terms of c₂ and c₃ are multiplied by ρ. As σ̂ grows the score errs less:
+    1 for 0/0, with g₁ of the second evaluation above and of the first below. e₁ is left out, since
+    y₁ is corrected; the terms of c₂ and c₃ are multiplied by ρ. As σ̂ grows the score errs less:
     later terms are multiplied by max(r, ρ), and r rises from 0.15 at node 4 to 1 within an eighth
-    of the path.
-    The error of ∫ is estimated by max(d/15, h ‖∇⁷q‖/30), d the difference of the integrals over
-    every node and every second one, which may be small by chance, and the norm of the seventh
-    differences of q along the path, which sees kinks and what the nodes do not resolve: a jump J
-    at a random place errs by h J/√12 in root mean square, and has ‖∇⁷q‖ = 30 J.
+    of the path. The error of ∫ is estimated by max(d/15, h ‖∇⁷q‖/30), d the difference of the
+    integrals over every node and every second one, which may be small by chance, and the norm of
+    the seventh differences of q along the path, which sees kinks and what the nodes do not
+    resolve: a jump J at a random place errs by h J/√12 in root mean square, and has ‖∇⁷q‖ = 30 J.
     A companion is the path with half the steps and the same probes. Let D be the difference of
     both answers, with ∫ taken over every second node in both. The path's error is then |D|/8 or
-    more. From a latent to data it is |D|/12: both answers are of the same latent, and no covector
-    of the data's end, where the score is worst, takes part. Where D is not finite, p stays.
+    more. From a latent to data it is |D|/12: both answers start from the same latent, and no
+    covector from the data end, where the score is worst, enters. Where D is not finite, p is used.
     The variance of one probe is that of three neighbours, (q_{i−1} − 2 q_i + q_{i+1})²/6.
 
 Why a stretch:
-    e_i changes its sign along the path. The whole sum is then small, but only as far as g_i is the
-    true gradient of the answer, which it is for a network without error alone. Where the path
-    stretches an error a hundred times on its way, no sum of local errors tells; a companion does.
+    e_i changes sign along the path. The whole sum is then small, but only if g_i is the true
+    gradient of the answer, which requires a network without error. If the path amplifies an error
+    a hundredfold, no sum of local errors shows it; a companion does.
 
 Source:
     Hairer, Nørsett and Wanner, "Solving Ordinary Differential Equations I", II.1, III.1, III.9;
@@ -86,12 +86,12 @@ BOOLE = (14 / 45, 64 / 45, 24 / 45, 64 / 45, 14 / 45)
 NEXT_TERM = tuple(3 / 160 * weight for weight in (1, -5, 10, -10, 5, -1))
 GREGORY = (1 / 12, -1 / 24, 19 / 720, -3 / 160)  # of the differences at an end
 BISECTIONS = 60
-KNOWN_ORDER = 16  # steps from which a difference of two integrals is taken to be of some order
+KNOWN_ORDER = 16  # steps from which the difference of two integrals is assumed to have an order
 RUNGE_KUTTA = 2  # steps from a start in the middle
-MIDDLE = 3.0  # |log σ̂ − log of the data's size| below which a start is one in the middle
+MIDDLE = 3.0  # |log σ̂ − log of the data's size| below which a start is in the middle
 LEAST_SHARE = 0.15  # of ρ at node 4; it rises to 1 over an eighth of the path
 MINIMUM_STEPS = 4
-# What ToTolerance chooses from. Below 32 steps the estimate of the error is no guide.
+# The steps that ToTolerance chooses from. Below 32 the error estimate is unreliable.
 GRIDS = (32, 64, 128, 256, 512, 1024)
 
 
@@ -248,7 +248,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
         noise = paths.noise_at(coordinates.to_x(z, level), level)
         return rates[place] * coordinates.slope(z, noise, level)
 
-    # Where σ̂ is far from the data's size z hardly moves, and low orders will do for a start.
+    # Where σ̂ is far from the data's size, z hardly moves and low orders suffice for a start.
     runge_kutta = RUNGE_KUTTA if abs(span[0] - coordinates.log_size) < MIDDLE else 0
     solution, coarse = AdamsSolver(z, 1 / steps, steps, runge_kutta), None
     if companion:  # half as many steps, without a graph
@@ -366,8 +366,8 @@ def refuse_vmap(solver: str) -> None:
     """Raise ValueError under torch.func.vmap."""
     if vmapped():
         raise ValueError(
-            f"solver: expected FixedGrid(steps) under torch.func.vmap; got {solver}, which looks "
-            "at errors. Call it on a batch outside, and give FixedGrid the steps of the result."
+            f"solver: expected FixedGrid(steps) under torch.func.vmap; got {solver}, which reads "
+            "errors. Call it on a batch outside vmap, and give FixedGrid the steps of the result."
         )
 
 
@@ -382,8 +382,8 @@ def fewest_steps(
 ) -> int:
     """The coarsest of GRIDS whose solver error on a batch is within a tolerance.
 
-    Processes of a group agree after every trial, so that all take part in as many. Trials leave
-    the generator alone. A sample that failed on this grid and the one before does not count.
+    Processes of a group agree after every trial, so that all run the same number. Trials do not
+    advance the generator. A sample that failed on this grid and the previous one does not count.
     """
     refuse_vmap("ToTolerance")
     divergence = replace(paths.divergence, target=None)
@@ -409,8 +409,7 @@ def fewest_steps(
     got = f"{largest:.2g}" if math.isfinite(largest) else "no finite error of any sample"
     warn(
         f"solver: expected a solver_error of at most {tolerance:g} nats on a grid of at most "
-        f"{GRIDS[-1]} steps; got {got} there. Give ToTolerance a larger tolerance, float64 where "
-        "rounding is in the way, or take Adaptive(), and look at the network's outputs where no "
-        "error is finite."
+        f"{GRIDS[-1]} steps; got {got} there. Use a larger tolerance, float64 if rounding limits "
+        "it, or Adaptive(); if no error is finite, check the network's outputs."
     )
     return GRIDS[-1]

@@ -1,6 +1,6 @@
 """`ode_nll`, the log-density along the probability-flow ODE, and `ode_sample`, its samples.
 
-What:
+Purpose:
     The ODE is solved from x at t_min to a latent at t_max, or from a latent back to x. The
     log-density is integrated along the same solution, so a sample needs no second solve for it.
     If no density is wanted, a node is one evaluation of the network, without any derivative.
@@ -60,23 +60,22 @@ def ode_nll(
         model: the score model.
         x: data (B, *), taken as points at the schedule's t_min unless `clean`; uint8 with a
             dequantization.
-        solver: `FixedGrid(steps)`, with steps + 2 evaluations as a rule, one more with `clean`;
-            `ToTolerance(nats)`, the fewest steps that meet it; or `Adaptive()`, steps of each
-            sample's own.
-        divergence: "exact", d vector-Jacobian products a node; `Hutchinson(count, distribution)`,
-            one for each probe; or `ToStandardError(nats)`, as many as each sample needs. "auto" is
-            exact for samples of at most 16 elements, else `Hutchinson()`. All give a standard
-            error on the fixed grid, four probes or more with `Adaptive`. On images "dct" is often
-            the best distribution. Or a function `(x, t, **model_kwargs)` → (prediction, its
-            divergence (B,)), x and t as the network gets them, for one that knows its divergence:
-            that on the model's subspace, if it has one.
-        log_prior: log-density at t_max, latent (B, *) → (B,), or a distribution of samples;
-            N(0, prior_std² I) if None. It is given latents in the network's dtype, float32 at
-            least, and may return that or more.
-        clean: whether x is data without noise. One draw of noise then brings it to t_min, and nll
-            bounds that of x from above in its mean, as in `variational_nll`, with which it
-            compares. The noise of this draw is not in `standard_error`; it is small for a good
-            model.
+        solver: `FixedGrid(steps)`, usually with steps + 2 evaluations, one more with `clean`;
+            `ToTolerance(nats)`, the fewest steps that meet a tolerance; or `Adaptive()`, with a
+            step size for each sample.
+        divergence: "exact", with d vector-Jacobian products per node; `Hutchinson(count,
+            distribution)`, with one per probe; or `ToStandardError(nats)`, with as many as each
+            sample needs. "auto" is exact for samples of at most 16 elements, else `Hutchinson()`.
+            All give a standard error on the fixed grid; `Adaptive` needs four probes for one. On
+            images "dct" is often the best distribution. For a network that knows its divergence, a
+            function `(x, t, **model_kwargs)` → (prediction, its divergence (B,)), with x and t as
+            the network gets them; on a subspace, the divergence within it.
+        log_prior: log-density at t_max, latent (B, *) → (B,), or a distribution of samples; N(0,
+            prior_std² I) if None. It receives latents in the network's dtype, float32 at least,
+            and may return that dtype or a wider one.
+        clean: whether x is data without noise. One draw of noise then takes it to t_min, and the
+            mean of nll is an upper bound on that of x, comparable with `variational_nll`. The
+            noise of this draw is not in `standard_error`; it is small for a good model.
         dequantization: `Uniform()` for uint8 images: x becomes −1 + 2 (x + u)/256 with u uniform,
             and `bits_per_dim` counts the bits of the integers. `TruncatedNormal()` for networks
             that were trained on the levels themselves. None for continuous data.
@@ -86,12 +85,12 @@ def ode_nll(
             is stored; the backward pass evaluates the network again. A sample that fails has no
             gradient and does not affect those of other samples; to find it on an accelerator, the
             network is called once more for each evaluation, without a graph.
-        generator: the source of all that is drawn, on the device of x; the global one if None.
+        generator: the random generator, on the device of x; the global one if None.
         model_kwargs: keyword arguments of the network.
 
     Returns:
-        The result, in nats; `bits_per_dim` converts. A sample that failed has NaN. After a
-        KeyboardInterrupt, its `.result` is that of the finished batches, None before the first.
+        The result, in nats; `bits_per_dim` converts. Failed samples are NaN. A KeyboardInterrupt
+        carries the result of the finished batches as `.result`, None before the first.
 
     Raises:
         TypeError: if an argument has an invalid type or dtype, such as integer images.
@@ -156,10 +155,10 @@ def ode_sample(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> SampleResult:
-    """Solve the probability-flow ODE from noise to data, with the density of what comes out.
+    """Solve the probability-flow ODE from noise to data, with the density of the samples.
 
     No training mode is changed: call `model.eval()` first if the network has dropout. For guidance
-    give a network that wraps yours; the density is then that of the guided ODE.
+    pass a network that wraps yours; the density is then that of the guided ODE.
 
     Args:
         model: the score model.
@@ -167,14 +166,14 @@ def ode_sample(
             are drawn from N(0, prior_std² I) in the dtype and on the device of the network's first
             parameter.
         solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. A companion compares the
-            densities of one latent, so there is none without a divergence.
-        divergence: as in `ode_nll`, or None for samples without their density, which
-            differentiates nothing.
-        log_prior: log-density at t_max of the latents that are given, as in `ode_nll`.
+            densities of one latent, so it needs a divergence.
+        divergence: as in `ode_nll`, or None for samples without their density, which needs no
+            derivative.
+        log_prior: log-density at t_max of the latents passed, as in `ode_nll`.
         batch_size: samples solved at a time, all if None.
         progress: whether to show a progress bar, for which tqdm has to be installed.
         enable_grad: whether the result carries a graph, for gradients through it; as in `ode_nll`.
-        generator: the source of the latents and the probes; the global one if None.
+        generator: the random generator of latents and probes; the global one if None.
         model_kwargs: keyword arguments of the network.
 
     Returns:
@@ -233,7 +232,7 @@ def ode_sample(
 
 
 def _samples(result: NLLResult, latent: Tensor, divergence: Divergence | None) -> SampleResult:
-    """Return a result whose `latent` is the samples as theirs, of the first latents or all."""
+    """Turn a result whose `latent` holds samples into theirs, for the first latents or all."""
     fields = {**vars(result), "x": result.latent, "latent": latent[: len(result.latent)]}
     if divergence is None:
         fields |= {"nll": None, "solver_error": None}
@@ -289,7 +288,7 @@ def solve(
 
 @torch.no_grad()
 def _prior_error(paths: Paths, result: NLLResult) -> Tensor | None:
-    """What the diffused data's Gaussian adds to the log-density; None with a user's prior."""
+    """The change of log p under the Gaussian of the diffused data; None with a user's prior."""
     if paths.log_prior is not None:
         return None
     coordinates, latent = paths.coordinates, result.latent.to(paths.x.dtype)
@@ -305,8 +304,8 @@ def _from_clean(paths: Paths) -> Paths:
     """Return the paths from t_min, where a draw of noise takes clean x, with their `nll_offset`.
 
     −log p(x) ≤ E[−log p(x_tmin) + log q(x_tmin|x) − log p(x|x_tmin)], with the decoder of
-    `variational`: the last two are ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). They go with the noise
-    that was drawn, ‖ε‖² and not its mean d: a change of p(x_tmin) with ε cancels, and the mean of
+    `variational`: the last two are ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). They use the noise that
+    was drawn, ‖ε‖² and not its mean d: a change of p(x_tmin) with ε cancels, and the mean of
     exp(−nll) over draws is a density of x.
     """
     start, _ = paths.coordinates.ends(paths.coordinates.span)

@@ -1,6 +1,6 @@
 r"""The paths of the probability-flow ODE, and the log-density along them.
 
-What:
+Purpose:
     The paths of a batch in coordinates where every schedule is one ODE, and nearly flat. The
     log-density of x is that of its image under the prior plus an integral of the divergence along
     the path. A mismatch of prior and q at t_max is part of the answer.
@@ -51,7 +51,7 @@ def all_finite(samples: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Paths:
-    """Samples at one end of their paths, with all that solving the ODE from there needs."""
+    """Samples at one end of their paths, with everything needed to solve the ODE from there."""
 
     x: Tensor  # (B, *), in the precision of sums
     model: BoundModel
@@ -66,7 +66,7 @@ class Paths:
     nll_offset: Tensor | None = None  # to be added to the nll of x, (B,); None for zero
 
     def rows(self, x: Tensor, rows: Tensor, nll_offset: Tensor | None) -> "Paths":
-        """Return the paths of some rows, of which x and `nll_offset` are those of all samples."""
+        """Return the paths of some rows, from x and `nll_offset` of all samples."""
         points, model = x[rows].to(accumulator(x)), self.model.rows(rows)
         points = model.model.project(points)
         offset = None if nll_offset is None else nll_offset[rows]
@@ -133,10 +133,10 @@ class Paths:
         In the first evaluation `watch` looks for random draws and for constants.
 
         With a graph, one sample that is not finite would make the gradients of all parameters NaN,
-        as 0 · NaN is NaN. The network is given ones in the place of such a sample, and its results
-        are set to NaN. If a finite x gives results that are not, the batch is evaluated again
-        without that sample. On an accelerator, where reading a result would make the host wait,
-        f alone is evaluated first, without a graph, to find these samples.
+        as 0 · NaN is NaN. The network gets ones in place of such a sample, and its results are set
+        to NaN. If a finite x gives a non-finite result, the batch is evaluated again without that
+        sample. On an accelerator f alone is evaluated first, without a graph, to find these
+        samples without a synchronisation.
         """
         generator_states = self.watch.before(x)
         if not torch.is_grad_enabled():
@@ -166,8 +166,8 @@ class Paths:
     def log_prior_at(self, latent: Tensor) -> Tensor:
         """Log-density (B,) of the prior at latents (B, *), in their precision.
 
-        It is NaN if a latent is not finite. The prior is given zeros in its place, since it may
-        check its argument, and no gradient comes from them.
+        It is NaN if a latent is not finite. The prior gets zeros instead, since it may check its
+        argument, and they pass no gradient.
         """
         wide = torch.promote_types(self.dtype, torch.float32)
         points = latent if self.log_prior is None else latent.to(wide)

@@ -24,30 +24,30 @@ from torch import Tensor
 
 from hosm_losses._checks import check_number, check_whole, error_message, owns_values
 
-# A sample fails with a solver_error above the larger of these, in nats and in nats an element.
+# A sample fails with a solver_error above the larger of these, in nats and in nats per element.
 SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
-SHOWN = 0.01  # nats of a prior's error, from which on it is printed
-FINER = "take more steps or a lower tolerance, or give the solver data_mean and data_std"
+SHOWN = 0.01  # the least error of the prior, in nats, that is printed
+FINER = "use more steps or a lower tolerance, or set data_mean and data_std of the solver"
 
 
 class Cause(IntEnum):
-    """What made a sample fail; 0 in a result where nothing did, or nobody looked."""
+    """The reason why a sample failed; 0 in a result if it did not, or was not checked."""
 
     START, OUTPUT, DIVERGENCE, ROUNDING, ARRIVAL, RANGE, PRIOR, SOLVER = range(1, 9)
 
 
 REASONS = {
     0: "the result does not say why: look at x, log_prior and the network from t_min to t_max",
-    Cause.START: "its path starts at values that are not finite: look at x, or the given latent",
+    Cause.START: "its path starts at values that are not finite: check x or the latent",
     Cause.OUTPUT: "the network's output is not finite on its path, or a point is beyond {dtype}: "
     "look at the outputs from t_min to t_max, and take smaller steps if they are finite. With "
     "enable_grad=True it may be the divergence alone",
     Cause.DIVERGENCE: "the divergence is not finite on its path, and the network's outputs are: "
-    "look for an infinite derivative, as that of sqrt at 0",
+    "look for an infinite derivative, such as that of sqrt at 0",
     Cause.ROUNDING: "rounding its path alone changes the nll by more than {limit:g} nats: look at "
     "x, which may be far from the data",
     Cause.ARRIVAL: "Adaptive ran out of evaluations, see nfe, or its smallest step: "
-    "give it a larger step_tolerance, take FixedGrid(), or look for jumps",
+    "use a larger step_tolerance or FixedGrid(), or look for jumps",
     Cause.RANGE: "its nll or the end of its path is beyond {dtype}: look at x, and at the size of "
     "the network's outputs",
     Cause.PRIOR: "log_prior is not finite at its latent, which is: look at log_prior there",
@@ -57,17 +57,25 @@ REASONS = {
 
 @dataclass(frozen=True)
 class NLLSummary:
-    """The likelihood of a data set, as numbers on the host; it prints as a sentence.
+    """The mean likelihood of a data set, as Python numbers; it prints in a line.
 
-    `nll` in nats, `solver_error`, `bits_per_dim` and `nfe` are means over `samples` samples. The
-    `failed` ones, those with NaN for their nll included, are left out. `standard_error` is that of
-    the mean nll as an estimate for the data's distribution, probes included, and
-    `bits_standard_error` is the same in bits per dimension; both are None for a single sample.
-    `estimator_error` is the part of it that comes from the random probes, or from the draws of the
-    bound of the SDE, whose `products` are None; None where unknown. `products` is a mean too, and
-    `kinks` counts the paths that seem to have some; None where unknown. `prior_error` is the mean
-    of that of the samples and `prior_size` of its absolute value; None where unknown. Bits are
-    printed where the data are `discrete`.
+    Attributes:
+        samples: the number of samples in the means.
+        failed: the number of samples that failed or whose nll is NaN; they are left out.
+        nll: the mean nll in nats.
+        standard_error: of `nll` as an estimate for the data's distribution, probes included; None
+            for a single sample.
+        estimator_error: the part of it that comes from the random probes, or from the draws of the
+            SDE's bound; None if unknown.
+        solver_error: the mean solver error in nats.
+        bits_per_dim: the mean in bits per dimension.
+        bits_standard_error: `standard_error` in bits per dimension.
+        nfe: the mean number of network evaluations.
+        discrete: whether the data are integers, whose bits are printed.
+        products: the mean number of Jacobian products; None for a bound or if unknown.
+        kinks: the number of paths that seem to have kinks; None if unknown.
+        prior_error: the mean prior error in nats; None if unknown.
+        prior_size: the mean of its absolute value; None if unknown.
     """
 
     samples: int
@@ -111,7 +119,7 @@ class NLLSummary:
 
 
 class Quantization(NamedTuple):
-    """Which integers the data came from: 0 … levels − 1, scaled from `low` to `high`."""
+    """The integers behind the data: 0 … levels − 1, scaled from `low` to `high`."""
 
     levels: int
     low: float
@@ -119,13 +127,13 @@ class Quantization(NamedTuple):
 
 
 def solver_limit(elements: int) -> float:
-    """The solver_error in nats above which a sample of so many elements has failed."""
+    """Return the solver_error in nats above which a sample of this many elements has failed."""
     return max(SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT * elements)
 
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """What `NLLResult` and `SampleResult` have in common; the attributes are described there."""
+    """Base class of `NLLResult` and `SampleResult`, which describe the attributes."""
 
     nll: Tensor | None
     latent: Tensor
@@ -149,18 +157,18 @@ class Result:
     def bits_per_dim(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
     ) -> Tensor:
-        """Bits per dimension, (B,), of the integers where the data has levels; NaN if it failed.
+        """Return bits per dimension, (B,), of the integers if the data has levels; NaN if failed.
 
         Args:
             levels: 256 for 8-bit images that were dequantized and scaled to [low, high]. None for
-                continuous data, or for what the `dequantization` of the call used.
-            low: what level 0 was scaled to; −1 if None.
-            high: what level `levels` was scaled to; 1 if None.
+                continuous data, or to use those of the call's `dequantization`.
+            low: the value of level 0 after scaling; −1 if None.
+            high: the value of level `levels` after scaling; 1 if None.
 
         Raises:
             TypeError: if `levels` is not a whole number, or `low` or `high` not a number.
-            ValueError: for levels below 1, an empty range, a range without levels, or what
-                contradicts the `dequantization` of the call; for samples without their density.
+            ValueError: if levels are below 1, the range is empty or has no levels, an argument
+                contradicts the call's `dequantization`, or the samples have no density.
 
         Example:
             >>> one = torch.ones(1)
@@ -173,13 +181,13 @@ class Result:
         return bits if known is None else bits + math.log2(known.levels / (known.high - known.low))
 
     def __getitem__(self, index: slice | Tensor) -> Self:
-        """The result of some samples, for errors by part: `result[:200]`, `result[mask]`.
+        """Return the result of some samples, as in `result[:200]` or `result[mask]`.
 
         Args:
             index: a slice, a mask (B,), or the rows as an index tensor.
 
         Raises:
-            TypeError: if it is another kind of index.
+            TypeError: if the index is of another kind.
             ValueError: if a mask has another length, or if it leaves no sample.
 
         Example:
@@ -206,8 +214,8 @@ class Result:
     def _density(self) -> Tensor:
         if self.nll is None:
             raise ValueError(
-                "nll: expected samples with their density; got some of divergence=None. Give "
-                "ode_sample divergence='exact' or Hutchinson()."
+                "nll: expected samples with their density; got samples drawn with "
+                "divergence=None. Call ode_sample with divergence='exact' or Hutchinson()."
             )
         return self.nll
 
@@ -233,7 +241,7 @@ class Result:
     def summary(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
     ) -> NLLSummary:
-        """Means over the samples that did not fail, with the standard error of the mean.
+        """Return means over the samples that did not fail, with the standard error of the mean.
 
         Arguments are those of `bits_per_dim`. NaN counts as failed, whatever `failed` says.
 
@@ -295,7 +303,7 @@ class Result:
         return str(self.summary())
 
     def failures(self) -> dict[int, str]:
-        """Return for each failed sample, by its row, why it failed and what to do.
+        """Return the reason and a remedy for each failed sample, by its row.
 
         Example:
             >>> one, cause = torch.ones(1), torch.tensor([7])
@@ -356,10 +364,10 @@ class Result:
         return f"samples {shape} without {', '.join(lacking) or 'nothing'}, {known}"
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, without a graph: tensors, None and dicts of plain numbers.
+        """Return all fields by name, without a graph: tensors, None and dicts of plain numbers.
 
         `torch.save` writes it, and `torch.load` reads it with `weights_only=True`, which unpickles
-        nothing else. `from_dict` makes the result again.
+        nothing else. `from_dict` restores the result.
 
         Example:
             >>> import io
@@ -377,7 +385,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The result whose `to_dict` gave these values, bit for bit.
+        """Restore the result whose `to_dict` returned these values, bit for bit.
 
         Raises:
             TypeError: if `values` is not a mapping, or if a value has the wrong type.
@@ -408,25 +416,26 @@ class NLLResult(Result):
         nll: −log p(x) in nats, (B,), or an upper bound on it: variational, or of integers.
         latent: the end of x's path, at t_max, in the coordinates of x, (B, *).
         nfe: network evaluations, (B,); a value with its divergence counts as one.
-        standard_error: of nll, from the random probes, or from the draws of the bound of the SDE,
-            (B,); None where it is not known. The draws of dequantization and of clean=True are
-            not in it.
-        solver_error: estimate of what the solver is off, in nats, (B,). It is no bound; twice that
-            of a path with a companion is meant to cover 95 % of samples on a grid of 64 steps.
-        failed: where there is no number to use, (B,): it was not finite, the path did not arrive,
-            or solver_error is above max(1000, 0.1 d) nats; nll is NaN there. `failures` says why.
-        products: vector-Jacobian products beside the evaluations, (B,); None of a bound.
-        quantization: what the data was before dequantization; None for continuous data.
-        steps: of the fixed grid; None with `Adaptive`, and of a bound.
-        widening: Student's factor in standard_error, of `Adaptive`; 1 elsewhere.
-        kinks: whether the path seems to have kinks, as of ReLU, at which the method loses its
-            order, and solver_error was raised, (B,); None where that is not known.
-        cause: the number of what `failures` says, (B,); 0 where the sample did not fail.
-        dimensions: those of the model's subspace, in which nll is a density; None without one.
+        standard_error: of nll, from the random probes, or from the draws of the SDE's bound, (B,);
+            None if unknown. The draws of dequantization and of clean=True are not in it.
+        solver_error: estimate of the solver's error in nats, (B,). It is not a bound; with a
+            companion, twice the estimate is meant to cover 95 % of samples on a grid of 64 steps.
+        failed: whether the sample is unusable, (B,): a value was not finite, the path did not
+            arrive, or solver_error is above max(1000, 0.1 d) nats; nll is then NaN. `failures`
+            says why.
+        products: vector-Jacobian products in addition to the evaluations, (B,); None for a bound.
+        quantization: the integers behind dequantized data; None for continuous data.
+        steps: steps of the fixed grid; None with `Adaptive` and for a bound.
+        widening: Student's factor in standard_error with `Adaptive`; otherwise 1.
+        kinks: whether the path seems to have kinks, as in ReLU networks, (B,): the method loses
+            its order there and solver_error is raised; None if unknown.
+        cause: a code for the reason in `failures`, (B,); 0 if the sample did not fail.
+        dimensions: dimensions of the model's subspace, in which nll is a density; None without
+            one.
         prior_error: log N(z; α m, α² s² + σ²) − log N(z; 0, prior_std²) at the latent z, with the
-            solver's data_mean m and data_std s, (B,): what to add to log p(x) if the model's prior
-            stands for the diffused data. Exact for Gaussian data. None without both of them, with
-            `log_prior`, and of a bound.
+            solver's data_mean m and data_std s, (B,): the amount to add to log p(x) to make the
+            prior that of the diffused data. Exact for Gaussian data. None unless both are set,
+            with `log_prior`, and for a bound.
     """
 
     nll: Tensor
@@ -439,17 +448,18 @@ class SampleResult(Result):
 
     Attributes:
         x: the samples at t_min, (B, *).
-        latent: what they were made from, at t_max, (B, *).
-        nll: −log p(x) in nats, (B,); None where no divergence was asked for.
+        latent: their latents at t_max, (B, *).
+        nll: −log p(x) in nats, (B,); None without a divergence.
         nfe: network evaluations, (B,).
-        standard_error: of nll, from random probes, (B,); None where it is not known.
-        solver_error: estimate of what the solver's error does to the nll of this latent, in nats,
-            (B,); None with nll. Without a companion it is often a hundred times too large.
-        failed: where there is nothing to use, (B,): a number was not finite, the path did not
-            arrive, or solver_error is too large; nll is NaN there. `failures` says why.
+        standard_error: of nll, from random probes, (B,); None if unknown.
+        solver_error: estimate of the effect of the solver's error on the nll of this latent, in
+            nats, (B,); None if nll is None. Without a companion it is often a hundred times too
+            large.
+        failed: whether the sample is unusable, (B,): a value was not finite, the path did not
+            arrive, or solver_error is too large; nll is then NaN. `failures` says why.
         products: as in `NLLResult`.
         quantization: None.
-        steps: of the fixed grid; None with `Adaptive`.
+        steps: steps of the fixed grid; None with `Adaptive`.
         widening: as in `NLLResult`.
         kinks: as in `NLLResult`.
         cause: as in `NLLResult`.

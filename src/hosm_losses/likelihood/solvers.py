@@ -1,8 +1,8 @@
 """The options of the ODE solvers: `FixedGrid`, `ToTolerance` and `Adaptive`.
 
-They check themselves, compare, hash and pickle. `data_mean` and `data_std` set coordinates in
-which Gaussian data does not move (see `paths`), and by which `prior_error` is known: they change
-the solver's error alone.
+They check their arguments and can be compared, hashed and pickled. `data_mean` and `data_std` set
+coordinates in which Gaussian data does not move (see `paths`), and give `prior_error`: they only
+change the solver's error.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -70,16 +70,16 @@ class FixedGrid(Solver):
     the log of the root mean square of data_std; half are spread evenly over log σ̂.
 
     Args:
-        steps: 4 or more, with steps + 2 evaluations of the network, or steps + 8 where the path
-            starts at a σ̂ of a twentieth to twenty times the data's standard deviation. 20 do for
-            a look during training, 40 for a report with the exact divergence.
-        companion: whether to solve with half the steps as well, for a `solver_error` that covers
-            networks whose paths stretch small errors too, at 52 % more evaluations for 64 steps.
-            The steps are even then, 8 or more.
-        data_mean: mean of the data, a number or a tensor that broadcasts to a sample; kept as a
-            number or nested tuples. None is taken as 0.
-        data_std: standard deviation of the data, likewise; None is taken as 0.5. With both given
-            a result of `ode_nll` has a `prior_error`.
+        steps: 4 or more. They take steps + 2 network evaluations, or steps + 8 if the path starts
+            at a σ̂ between a twentieth and twenty times the data's standard deviation. 20 are
+            enough for a check during training, 40 for a report with the exact divergence.
+        companion: whether to solve with half the steps as well, at 52 % more evaluations for 64
+            steps: `solver_error` then also covers networks whose paths amplify small errors. It
+            needs an even number of steps, at least 8.
+        data_mean: mean of the data, a number or a tensor that broadcasts to a sample; stored as a
+            number or nested tuples. None stands for 0.
+        data_std: standard deviation of the data, likewise; None stands for 0.5. If both are set,
+            results of `ode_nll` have a `prior_error`.
 
     Raises:
         TypeError: if a number, the flag or the moments have the wrong type.
@@ -111,15 +111,15 @@ class FixedGrid(Solver):
 class ToTolerance(Solver):
     """The coarsest fixed grid whose `solver_error` is within a tolerance.
 
-    The fewest of 32, 64, …, 1024 steps are found on the first batch and kept for the others of the
-    call. The trials change no number and are not in `nfe`.
+    The fewest of 32, 64, …, 1024 steps that meet it are determined on the first batch and used for
+    all batches of the call. The trials change no result and are not counted in `nfe`.
 
     Args:
-        tolerance: nats of the `solver_error` of every sample.
-        group: the processes that have to take the same steps; None where each may take its own.
-            With a group the value cannot be pickled.
-        companion: as in `FixedGrid`, for the trials too, which then take probes of their own.
-            Without one the tolerance may be missed where a path stretches small errors.
+        tolerance: the largest `solver_error` of any sample, in nats.
+        group: the process group that must use the same steps; None if each process may use its
+            own. With a group the value cannot be pickled.
+        companion: as in `FixedGrid`, also for the trials, which then draw their own probes.
+            Without one the tolerance may be missed if a path amplifies small errors.
         data_mean: mean of the data, as in `FixedGrid`.
         data_std: standard deviation of the data.
 
@@ -152,7 +152,7 @@ class ToTolerance(Solver):
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields to pickle; a TypeError if there is a group."""
         if self.group is not None:
-            expected, remedy = "None in a value to pickle", "Make the value in every process."
+            expected, remedy = "None in a value to pickle", "Create the value in every process."
             raise TypeError(error_message(self._name("group"), expected, self.group, remedy))
         return vars(self)
 
@@ -161,12 +161,12 @@ class ToTolerance(Solver):
 class Adaptive(Solver):
     """Adaptive steps for each sample, with the same probes along its whole path.
 
-    It solves twice, and the difference is in `solver_error`. For `ode_sample` without a divergence
-    it solves once, at a tenth of the tolerance.
+    It solves twice, and the difference enters `solver_error`. For `ode_sample` without a
+    divergence it solves once, at a tenth of the tolerance.
 
     Args:
         step_tolerance: the acceptable error of a step of the first solution, in nats of the
-            log-density; the second one, the answer, has a tenth of it.
+            log-density; the second solution, which is the answer, has a tenth of it.
         data_mean: mean of the data, as in `FixedGrid`.
         data_std: standard deviation of the data.
 

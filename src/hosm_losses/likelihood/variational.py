@@ -1,8 +1,8 @@
 r"""The variational bound of a diffusion model's SDE.
 
-What:
-    The model's reverse SDE has a likelihood of its own, which is not that of the ODE. It is
-    bounded by the loss on the noise, integrated over all noise levels, without a derivative.
+Purpose:
+    The reverse SDE defines a different model from the same network, with its own likelihood. The
+    loss on the noise, integrated over all noise levels, bounds it without any derivative.
 
 Formula:
     −log p(x) ≤ KL(q(x_T|x) ‖ π) + ∫_{u₀}^{u₁} E‖ε̂ − ε‖² du − E log p(x|x_tmin),
@@ -59,12 +59,13 @@ def variational_nll(
     """Upper bound on the negative log-likelihood of x under the model's reverse SDE.
 
     It is an unbiased estimate that starts at clean data, t = 0, as `ode_nll` does only with
-    clean=True. No gradient is computed. Options and errors are those of `ode_nll`, but for these:
+    clean=True. No gradient is computed. Options and errors are those of `ode_nll`, except for
+    these:
 
     - `samples` noise levels are drawn for each x, an even number. One eighth as many evaluations,
-      two at least, are added at t_min.
-    - `data_mean` and `data_std`, 0 and 0.5 if None, set a control variate. They change the
-      standard error alone.
+      at least two, are added at t_min.
+    - `data_mean` and `data_std`, 0 and 0.5 if None, set a control variate. They only change the
+      standard error.
     - `log_prior` is averaged over draws of the latent; the default, N(0, prior_std² I), is
       integrated exactly.
 

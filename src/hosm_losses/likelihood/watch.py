@@ -20,7 +20,7 @@ TRAINING += (nn.FeatureAlphaDropout, nn.RReLU, nn.MultiheadAttention)
 
 @contextmanager
 def buffers_restored(modules: Mapping[str, nn.Module], x: Tensor) -> Iterator[None]:
-    """A block that restores the buffers of a network, such as running statistics."""
+    """Return a context manager that restores a network's buffers, such as running statistics."""
     may_change = any(part.training and part._buffers for part in modules.values())
     before = NetworkState(modules[""], x) if may_change and not is_traced() else None
     try:
@@ -31,7 +31,7 @@ def buffers_restored(modules: Mapping[str, nn.Module], x: Tensor) -> Iterator[No
 
 
 def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
-    """Warn of a part whose training mode changes a likelihood, and say whether there is one."""
+    """Warn of a module whose training mode changes a likelihood; return whether there is one."""
     for name, part in modules.items():
         if not part.training or not isinstance(part, TRAINING):
             continue
@@ -39,8 +39,7 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
         if getattr(part, "p", getattr(part, "dropout", 1)) > 0:
             warn(
                 f"network: expected evaluation mode, as after model.eval(); got {name or 'it'}, a "
-                f"{type(part).__name__} in training mode. The numbers are random, or depend on "
-                "what else is in the batch."
+                f"{type(part).__name__} in training mode. Its results are random or mix samples."
             )
             return True
     return False
@@ -49,11 +48,11 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
 class FirstEvaluation:
     """Checks of the first evaluation of a network: warns if it drew random numbers.
 
-    No list of layers is complete: a network may drop labels, layers or words by code of its own.
-    Drawing moves torch's generators.
+    No list of layers is complete: a network may drop labels, layers or words in its own code. But
+    drawing always advances torch's generators.
 
-    Operators without a derivative are refused in the first evaluation with a divergence: a mode
-    around each of them would cost a small network a quarter of its time.
+    Operators without a derivative are rejected in the first evaluation with a divergence only: a
+    mode around every evaluation would cost a small network a quarter of its time.
     """
 
     def __init__(self, *, look_for_draws: bool, look_for_constants: bool) -> None:
@@ -61,7 +60,7 @@ class FirstEvaluation:
         self.due = {check for check, wanted in checks.items() if wanted}
 
     def refusing_constants(self, differentiates: bool) -> AbstractContextManager[Any]:
-        """A block for an evaluation, in which constants are refused once if it differentiates."""
+        """Return a context manager that rejects constants once, in a differentiated evaluation."""
         if not (differentiates and "constants" in self.due):
             return nullcontext()
         self.due.remove("constants")
@@ -69,7 +68,7 @@ class FirstEvaluation:
 
     def before(self, x: Tensor) -> list[Tensor]:
         """The states of torch's generators on the devices of x; none if no check is due."""
-        # Inside a CUDA graph the states cannot be asked for.
+        # Inside a CUDA graph the states cannot be read.
         if "draws" not in self.due or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return []
         return [torch.get_rng_state(), *get_device_states(x)[1]]
@@ -80,7 +79,7 @@ class FirstEvaluation:
         self.due.discard("draws")
         if not all(map(torch.equal, before, after)):
             warn(
-                "network: expected an output that its input determines; got one that draws random "
-                "numbers, as dropout does in training mode. Call model.eval() first, and look for "
-                "what draws where its mode is not asked."
+                "network: expected an output that depends on its input alone; got one that draws "
+                "random numbers, as dropout does in training mode. Call model.eval() first, and "
+                "look for code that draws in any mode."
             )

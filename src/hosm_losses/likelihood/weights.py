@@ -5,9 +5,9 @@ Formula, for draws x_i of the density q of the ODE and an unnormalised target π
     log Z = log mean w         E_π[f] = Σ w_i f(x_i)/Σ w_i         ESS = (Σ w)²/Σ w²
 
     With random probes nll is −log q plus noise of variance v, and the mean of exp of that noise is
-    e^{v/2}. Hence −v_i/2, with v_i as the probes estimate it; it takes the noise for Gaussian.
+    e^{v/2}. Hence −v_i/2, with v_i estimated from the probes; this assumes Gaussian noise.
 
-    Errors are those of the jackknife over samples, each with its probes.
+    Errors come from the jackknife over samples, each with its probes.
 
     The weights belong to x itself: q is its exact density at t_min, where x carries noise of
     σ(t_min). That noise lowers the effective sample size but adds no bias. Samples that were
@@ -34,8 +34,9 @@ from hosm_losses.likelihood.result import NLLResult, SampleResult
 
 LogTarget = Callable[[Tensor], Tensor]
 MEANINGLESS = 0.7  # of Pareto's k: above it the mean of the weights has no usable variance
-# An effective sample size below this and below half of the samples is doubted: of weights with a
-# variance, the intervals of others hold log Z in 0.9 of cases or more (`benchmarks/weights.py`).
+# An effective sample size below this and below half of the samples is doubtful: otherwise, and if
+# the weights have a variance, intervals contain log Z in 0.9 of cases or more
+# (`benchmarks/weights.py`).
 DOUBTED = 200
 FEWEST = 21  # weights above zero that have a tail of five
 SMALL, LARGE = 0.25, 1.0  # of the weighted mean variance from the probes
@@ -51,7 +52,7 @@ class Expectation(NamedTuple):
 class Sandwich(NamedTuple):
     """Bounds of log Z in nats, each with its standard error.
 
-    The lower one is the mean of log w over samples, the upper one the mean of log π + nll over
+    The lower bound is the mean of log w over samples, the upper one the mean of log π + nll over
     points of the target. Only the upper one sees modes that the samples miss.
     """
 
@@ -67,11 +68,11 @@ class Weights:
 
     Attributes:
         x: the samples, (B, *).
-        log_weights: log w, (B,); −inf where log π is, and for a sample that failed.
+        log_weights: log w, (B,); −inf where log π is −inf and for failed samples.
         variance: of log w from random probes, (B,); zero with the exact divergence.
         solver_error: that of the samples' nll, in nats, (B,).
         log_target: log π, which `sandwich` evaluates at other points.
-        failed_share: the part of the samples that failed. They count as samples, with weight zero.
+        failed_share: the fraction of samples that failed; they count, with weight zero.
     """
 
     x: Tensor
@@ -95,8 +96,8 @@ class Weights:
     def log_z_error(self) -> float:
         """Standard error of `log_z`; often too small for a low effective sample size.
 
-        That is one below 200 and below half of the samples. It is meaningless where `pareto_k` is
-        above 0.7, NaN where one sample has all the weight, and knows nothing of what the samples
+        Low means below 200 and below half of the samples. The error is meaningless if `pareto_k`
+        is above 0.7, and NaN if one sample has all the weight. It does not cover what the samples
         miss: a mode, or a tail heavier than the model's.
         """
         return float(_jackknife(torch.log1p(-self.normalized)[:, None]))
@@ -111,13 +112,14 @@ class Weights:
         """(Σ w)²/Σ w², at most the number of samples.
 
         Below 200 and below half of the samples the errors are often too small: the 95 % interval
-        held log Z in 0.83 of the runs for a target in 32 dimensions, in 0.95 of those above.
+        contained log Z in 0.83 of such runs for a target in 32 dimensions, and in 0.95 of the runs
+        above.
         """
         return self._effective_size(self.normalized.square())
 
     @property
     def probe_variance(self) -> float:
-        """The mean of `variance` under the weights; above 1 they say little."""
+        """The mean of `variance` under the weights; above 1 the weights say little."""
         return float(self.normalized @ self.variance.double())
 
     @property
@@ -135,16 +137,16 @@ class Weights:
 
     @property
     def largest_share(self) -> float:
-        """The largest weight as a part of the sum of all."""
+        """The largest weight as a fraction of their sum."""
         return float(self.normalized.max())
 
     @property
     def pareto_k(self) -> float:
         """The shape of the tail of the weights above zero.
 
-        Above 0.7 errors say nothing. A lower one does not vouch for them: draws that miss the
-        large weights have a low k, so choose no runs by it. NaN for fewer than
-        21 weights above zero, and where a quarter of the tail is equal to its least one.
+        Above 0.7 the errors are meaningless. A lower value is no guarantee: draws that miss the
+        large weights have a low k, so do not select runs by it. NaN if fewer than 21 weights are
+        above zero, or a quarter of the tail equals its smallest weight.
         """
         return _pareto_k(self.normalized[self.normalized > 0])
 
@@ -242,7 +244,7 @@ class Weights:
         if outside > 0:
             shown.append(f"{outside:.2%} outside the target, with weight zero")
         if k > MEANINGLESS:
-            shown.append(f"the errors mean nothing, as k is above {MEANINGLESS}")
+            shown.append(f"the errors are meaningless, as k is above {MEANINGLESS}")
         elif self.effective_sample_size < min(DOUBTED, count / 2):
             reason = f"fewer than {DOUBTED} and than half of the samples are effective"
             shown.append(f"the errors may be too small, as {reason}")
@@ -261,12 +263,13 @@ def importance_weights(
     """Importance weights of samples of `ode_sample` for a target density.
 
     Args:
-        result: the samples with their density; with divergence="exact", or probes enough for a
-            standard error.
-        log_target: log π, x (B, *) → (B,), up to a constant, at x as the samples are: with their
-            noise of σ(t_min). −inf, as outside the box of a prior, is a weight of zero.
-        probe_noise: "corrected" takes half of the probes' variance off each log-weight; "ignored"
-            does not, and log Z comes out too large by about half of that variance.
+        result: the samples with their density, drawn with divergence="exact" or with enough probes
+            for a standard error.
+        log_target: log π, as a callable x (B, *) → (B,), up to a constant, evaluated at the
+            samples as they are, with their noise of σ(t_min). −inf, as outside a bounded prior,
+            gives weight zero.
+        probe_noise: "corrected" subtracts half of the probes' variance from each log-weight;
+            "ignored" does not, and log Z comes out too large by about half of that variance.
 
     Returns:
         The weights. A failed sample has weight zero and counts as a sample.
@@ -295,13 +298,13 @@ def importance_weights(
     check_choice("probe_noise", probe_noise, ("corrected", "ignored"))
     if result.nll is None or result.solver_error is None:
         raise ValueError(
-            "result: expected samples with their density; got those of divergence=None. Call "
-            "ode_sample with divergence='exact' or Hutchinson(2)."
+            "result: expected samples with their density; got samples drawn with divergence=None. "
+            "Call ode_sample with divergence='exact' or Hutchinson(2)."
         )
     if result.standard_error is None:
         raise ValueError(
-            "result: expected a standard error, which the weights are corrected by; got None, as "
-            "of too few random probes. Use divergence='exact', or more probes."
+            "result: expected a standard error, by which the weights are corrected; got None, as "
+            "with too few random probes. Use divergence='exact', or more probes."
         )
     variance = (result.standard_error.detach().double() / result.widening).square()
     noise = variance / 2 if probe_noise == "corrected" else 0.0
@@ -320,8 +323,8 @@ def importance_weights(
     if weights.probe_variance > LARGE:
         warn(
             f"The probes' variance of the log-weights, {weights.probe_variance:.2g} nats², is "
-            f"above {LARGE:g}: the weights say more of the probes than of the model. Use more "
-            "probes, or divergence='exact'."
+            f"above {LARGE:g}: the weights say more about the probes than about the model. Use "
+            "more probes, or divergence='exact'."
         )
     return weights
 

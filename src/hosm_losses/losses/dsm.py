@@ -46,11 +46,11 @@ def first_order_dsm(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the loss of order one, ‖ε̂ − ε‖²/d, as every diffusion trainer has it.
+    """Return the loss of order one, ‖ε̂ − ε‖²/d, the usual loss of diffusion trainers.
 
-    The safe primitives are not used: with prediction="epsilon" it is the old loss to rounding,
-    given the same α and σ and data in float32 or float64. Half precision is squared in float32.
-    The arguments, and what is raised, are those of `third_order_dsm`.
+    With prediction="epsilon" it equals the usual loss to rounding error, for the same α and σ and
+    data in float32 or float64; half precision is squared in float32. The safe primitives are not
+    used. Arguments and errors are those of `third_order_dsm`.
 
     Returns:
         The loss, in float32 at least. Dimensionless; in nats, up to a constant, with
@@ -89,8 +89,8 @@ def second_order_dsm(
 ) -> Tensor:
     """Return the loss of orders one and two, which adds the score's Jacobian and its trace.
 
-    The arguments, and what is raised, are those of `third_order_dsm`. Of `weights` (first, second,
-    trace) a fourth number, that of order three, is not used.
+    Arguments and errors are those of `third_order_dsm`. `weights` are (first, second, trace); a
+    fourth number, for order three, is ignored.
 
     Returns:
         The loss, w₁ first + w₂ second + w_t trace.
@@ -151,7 +151,7 @@ def third_order_dsm(
     Args:
         model: the score model.
         x0: data (B, *).
-        t: times (B,) in the schedule's units; drawn as `time_sampler` says if None.
+        t: times (B,) in the schedule's units; drawn by `time_sampler` if None.
         noise: ε (B, *); drawn if None.
         probe: v, of shape (B, *) or (K, B, *), used as it is; drawn if None. If `probe` is given,
             `probes` only selects how estimates are combined: `Paired()` takes K ≥ 2 vectors.
@@ -160,40 +160,41 @@ def third_order_dsm(
             `Paired()` multiplies the estimates of two independent probes, or halves of the probes,
             with each other: the mean is that of "exact", almost without the noise of the probes,
             for about twice the cost of a step with one. "exact" takes all d unit vectors. Dropout
-            draws one mask for all probes of a sample; at exact order three one for each, unless
+            uses one mask for all probes of a sample; at exact order three one per probe, unless
             they are paired in reverse mode.
         targets: regression target; None uses the drawn noise ε, as in the paper.
-            `AveragedTargets()` averages over all data that may have led to x, which takes the
-            noise of the data out of every order. `TargetScores(scores)` does so without other
-            data, where the score ∇log p₀ is known. A tensor (B, *), in a call of order one,
-            replaces ε in the residual but not in x: the prediction of a teacher, for example.
+            `AveragedTargets()` averages over all data that may have produced x, which removes the
+            noise of the data from every order. `TargetScores(scores)` does so without other data,
+            if the score ∇log p₀ is known. A tensor (B, *), in a call of order one, replaces ε in
+            the residual but not in x: the prediction of a teacher, for example.
         weights: (first, second, trace, third), numbers of at least 0 or tensors of one element, in
             a list, a tuple, an array or a tensor. "paper" is (1, 1, 1, 1), that of the paper's
-            code for images; "paper-toy" (1, 0.5, 0, 0.1 d²), that of its script for few
-            dimensions. None is (1, 0.5, 0, min(1, 0.1 d²)). Where the last ones are the number 0,
-            the loss and its cost are those of the lower order: a ramp may begin at (1, 0, 0, 0),
-            which is order one. The zero of a tensor keeps its term.
-        weighting: "noise" takes the terms as they are. "native" makes the first term the squared
+            code for images; "paper-toy" (1, 0.5, 0, 0.1 d²), that of its low-dimensional script.
+            None is (1, 0.5, 0, min(1, 0.1 d²)). If the last weights are the number 0, the loss and
+            its cost are those of the lower order: a ramp may start at (1, 0, 0, 0), which is order
+            one. A zero tensor keeps its term.
+        weighting: "noise" leaves the terms as they are. "native" makes the first term the squared
             error of the network's own prediction. `EDMWeighting()` makes it the loss of EDM's
-            trainer. "likelihood" makes it the likelihood-weighted one, and requires `weights`.
-            These leave the meaning of the other terms. A callable t → (B,) multiplies every term.
-            A pair has a weighting of the first term and one of the higher terms, "noise" or a
-            callable.
+            trainer. "likelihood" makes it the likelihood-weighted loss; set `weights` yourself for
+            the higher orders then. None of these changes the meaning of the other terms. A
+            callable t → (B,) multiplies every term. A pair gives one weighting to the first term
+            and another, "noise" or a callable, to the higher terms.
         time_sampler: "schedule" draws t as the schedule does. "log_sigma_hat" draws it uniformly
-            in log σ̂, and reweights, so that the mean of every term stays what it was; of a table
-            it draws whole indices. A callable (batch size, generator) → t (B,) is used as if its t
-            had been given. None is "log_sigma_hat" with weighting="likelihood", else "schedule".
+            in log σ̂ and reweights, so that the mean of every term stays the same; from a table it
+            draws whole indices. The times of a callable (batch size, generator) → t (B,) count as
+            if you had passed t. None is "log_sigma_hat" with weighting="likelihood", else
+            "schedule".
         third: how the third order is estimated. "exact" matches G = σ² ∇(vᵀ ∂f v), as in the
             paper. "laplacian" matches σ² ∂²f[v, v] to the same target for three quarters of the
-            cost: equal to "exact" if the Jacobian is symmetric, as the true score's; otherwise
-            another objective, leaving ∇tr(∂f) partly unconstrained. With probes=Paired() it costs
-            more than "exact", 35 evaluations against 25. A network that the engine "taylor" cannot
-            differentiate is an error.
-        fraction: the part of the batch, chosen at random, on which orders two and three are
-            evaluated: max(1, round(fraction · B)) rows. Unbiased.
+            cost: it equals "exact" if the Jacobian is symmetric, as that of the true score is;
+            otherwise it is another objective, which leaves ∇tr(∂f) partly unconstrained. With
+            probes=Paired() it costs more than "exact", 35 evaluations against 25. It needs a
+            network that the engine "taylor" can differentiate.
+        fraction: the fraction of the batch, chosen at random, on which orders two and three are
+            evaluated: max(1, round(fraction · B)) rows. The loss stays unbiased.
         engine: "auto", "taylor" or "reverse"; see the page on derivatives.
         reduction: "mean", "sum" over the batch, or "none" for (B,).
-        generator: the source of randomness, on the device of x0; the global one if None.
+        generator: the random generator, on the device of x0; the global one if None.
         model_kwargs: keyword arguments of the network. Tensors whose first dimension is B are per
             sample: they follow their samples into probes and fractions. `Shared` marks one that
             all samples share.
@@ -259,8 +260,8 @@ def dsm_terms(
 ) -> DSMTerms:
     """Return the terms of the loss per sample, with their graph and without any weight.
 
-    `order` is 1, 2 or 3; what belongs to a higher order is not used. The other arguments, and what
-    is raised, are those of `third_order_dsm`.
+    `order` is 1, 2 or 3; options of higher orders are ignored. The other arguments and errors are
+    those of `third_order_dsm`.
 
     Returns:
         The terms, each (B,), in float32 at least; None above `order`.
@@ -307,7 +308,7 @@ class _DSM(nn.Module):
         weights: TermWeights | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(weights, nn.Parameter):  # which a module registers as one to be trained
+        if isinstance(weights, nn.Parameter):  # which a module would register for training
             expected = "numbers, or tensors that are not trained"
             raise TypeError(error_message("weights", expected, weights, got="a Parameter"))
         if isinstance(targets, TargetScores) and isinstance(targets.scores, Tensor):

@@ -124,7 +124,7 @@ def dsm(
             reduced = terms
         loss = _reduce(reduced, weights, factors, rows, options.reduction)
         check_result(loss, terms, batch)
-    # Behind the block: torch.compile resumes a graph in one that has a single way out.
+    # After the block: torch.compile only resumes a graph in a block with a single exit.
     return LossAndTerms(loss, terms, time, rows)
 
 
@@ -137,7 +137,7 @@ def perturb(
     generator: torch.Generator | None,
     kwargs: dict[str, Any],
 ) -> NoisyBatch:
-    """Return x = α(t) x₀ + σ(t) ε with its targets, less q x as in `terms`."""
+    """Return x = α(t) x₀ + σ(t) ε with its targets, minus q x as in `terms`."""
     if noise is None:
         eps = torch.randn(
             x0.shape, device=x0.device, dtype=x0.dtype, **generator_kwargs(generator)
@@ -156,7 +156,7 @@ def perturb(
         target = target + (model.project(instead) - eps)
     elif targets is not None:  # their mean in the place of ε, without a gradient
         moments = targets.posterior(x0, eps, alpha, sigma, kwargs, model.project)
-        # Added in the type of the moments: it may be all of ε, and then leaves a small number.
+        # Added in the dtype of the moments: the sum may cancel nearly all of ε.
         target = target + (eps.detach() - eps) + moments.mean.reshape(eps.shape)
         target = target.to(at_least_float32(eps).dtype)
     return NoisyBatch(x.to(x0.dtype), t, target, sigma, dimensions, moments)
@@ -184,7 +184,7 @@ def _weights(weights: object, options: LossOptions, dimensions: int) -> Weights:
 def _first_of_all(
     first: Tensor, bound: BoundModel, batch: NoisyBatch, rows: Tensor, remaining: Tensor
 ) -> Tensor:
-    """The first term of all samples: at `rows` as it is, at the remaining rows by a call."""
+    """Return the first term of all samples: known at `rows`, by a call at the remaining rows."""
     if not len(remaining):
         return torch.empty_like(first).index_copy(0, rows, first)
     graph = torch.is_grad_enabled() and not is_traced()
@@ -195,7 +195,7 @@ def _first_of_all(
     if versions(trained) != before:
         raise ValueError(
             "fraction: expected 1 with a network that changes its parameters in its forward, as "
-            "by forced weight normalisation; got less, which takes two calls. Change them after "
+            "forced weight normalisation does; got less, which takes two calls. Change them after "
             "each step of the optimizer."
         )
     first = torch.cat([first, others])
@@ -240,8 +240,8 @@ def _check_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
     checked = check_like("probe", probe, shape, x.dtype, x.device, "x0 after one for the probes")
     if isinstance(probes, str) or probes.count not in (fewest, count):
         raise ValueError(
-            f"probe: expected as many as probes={probes!r} asks for; got {count}. Leave the count "
-            "of probes out when you give the probe."
+            f"probe: expected as many as probes={probes!r} asks for; got {count}. Leave out the "
+            "count of probes if you pass the probe."
         )
     check_finite("probe", checked)
     return leave_inference_mode(checked)
@@ -258,7 +258,7 @@ def _reduce(
     of_first, of_higher = factors
     if of_higher is not None and rows is not None:
         of_higher = of_higher[rows]
-    copied = reduction == "none"  # the loss must be no term itself
+    copied = reduction == "none"  # the loss must not be one of the terms
     products: list[Tensor] = []
     for weight, term, factor in zip(weights, terms, (of_first, *[of_higher] * 3), strict=False):
         if term is not None and is_used(weight):

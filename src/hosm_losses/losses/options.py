@@ -51,7 +51,7 @@ class LossOptions:
         part = check_number("fraction", self.fraction, "a number in (0, 1]", above=0, at_most=1)
         probes = _check_probes(self.probes)
         for name, value in (("order", order), ("fraction", part), ("probes", probes)):
-            if value is not getattr(self, name):  # torch.compile need not see what changes nothing
+            if value is not getattr(self, name):  # a no-op write would be traced by torch.compile
                 object.__setattr__(self, name, value)
         check_weighting(self.weighting, self.time_sampler)
         check_choice("engine", self.engine, ENGINES)
@@ -75,7 +75,7 @@ def _check_probes(probes: object) -> Any:
         return Hutchinson(int(probes))
     if isinstance(probes, Hutchinson) and probes.mode != "reverse":
         expected = "probes without a mode, which is for the divergence of a likelihood"
-        remedy = "Losses have engine='taylor' and engine='reverse' in its place."
+        remedy = "Losses take engine='taylor' or engine='reverse' instead."
         raise ValueError(error_message("probes", expected, probes, remedy, got=repr(probes)))
     if isinstance(probes, Hutchinson | Paired) or (isinstance(probes, str) and probes == "exact"):
         return probes
@@ -90,12 +90,13 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     """Return the weights (first, second, trace, third) as numbers and 0-dim tensors.
 
     There are as many as the order has terms; at order 2 a fourth may follow. At least one is not
-    zero. Values of tensors are checked on the CPU only. `elements` is d, by which the third-order
-    weight of None and of "paper-toy" is set.
+    zero. Values of tensors are checked on the CPU only. `elements` is d, which sets the
+    third-order weight of None and of "paper-toy".
     """
     toy = 0.1 * elements**2
     if weights is None:
-        # Each term is divided by its power of d already: above 1, the images', 0.1 d² is too much.
+        # Each term is already divided by its power of d: 0.1 d² above 1, the weight for images, is
+        # too much.
         return (1.0, 0.5, 0.0, min(1.0, toy))
     recipes = {"paper": (1.0,) * 4, "paper-toy": (1.0, 0.5, 0.0, toy)}
     if isinstance(weights, str) and weights in recipes:
@@ -113,7 +114,7 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
         raise ValueError(error_message("weights", expected, weights, got=got))
     checked = tuple(check_weight("weights", weight) for weight in weights)
     if not any(map(is_used, checked[: order + 1])):
-        raise ValueError(f"weights: expected one at least that is not 0; got {weights!r}.")
+        raise ValueError(f"weights: expected at least one that is not 0; got {weights!r}.")
     return checked
 
 

@@ -1,9 +1,9 @@
 r"""Unbiased estimates of the terms of probes="exact" from a few paired probes.
 
-What:
-    With one probe a residual is squared whose target is random in v, and the mean of a square is
-    not the square of the mean. Here the target is what its mean over v is, and a square is a
-    product of two estimates by independent probes. The noise that is left is that of the data.
+Purpose:
+    With one probe, the squared residual has a target that is random in v, and the mean of a square
+    is not the square of the mean. Here the target is replaced by its mean over v, and the square
+    by the product of two estimates from independent probes. Only the noise of the data is left.
 
 Formula, with ℓ = ε + f and A = σ ∂f/∂x, everything held fixed that `terms` holds fixed, C_k = G_k,
 or σ² ∂²f[v_k, v_k] for the Laplacian form:
@@ -15,13 +15,14 @@ or σ² ∂²f[v_k, v_k] for the Laplacian form:
     over independent v_k with E[v vᵀ] = I are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖²: each term, and its
     gradient, has the mean of probes="exact". A product is negative for some samples.
 
-    With `targets` of less noise v − C₂v stands for each vector v that is added to Av, and
-    C₃(v_k, v_k, ·) beside C_k. They share the probe of what they are compared with, so that its
-    noise, too, is gone where the two are equal.
+    With `targets` of less noise, v − C₂v replaces each vector v that is added to Av, and C₃(v_k,
+    v_k, ·) is added to C_k. They share the probe of the quantity they are compared with, so that
+    its noise cancels too where the two are equal.
 
-    ℓ·(Aℓ) is taken by a pass back from the value, Aℓ without a graph: the network is called once.
+    ℓ·(Aℓ) comes from a backward pass from the value, Aℓ without a graph: the network is called
+    once.
 
-Cost of a step, in network evaluations with two probes, where one of order one is 3:
+Cost of a step, in network evaluations with two probes, where order one takes 3:
     order two 12, and 9 where the weight of `second` is 0; order three 25.
 
 Source:
@@ -61,7 +62,7 @@ def paired_terms(
     *,
     second: bool = True,
 ) -> DSMTerms:
-    """The terms of each sample; `second` only if it is wanted."""
+    """Return the terms of each sample, with `second` only if requested."""
     x, noise = batch.x, at_least_float32(batch.noise)
     sigma, d = expand_right(batch.sigma, x), float(batch.dimensions)
     w = (sigma * v).to(x.dtype)
@@ -82,7 +83,7 @@ def paired_terms(
     ell_minus_C2ell, _ = batch.cumulants(ell, ell)
     Dv_plus_v = Dv + v_minus_C2v
     square = dot(ell, ell)
-    d_minus_vv = d - sum_elements(v.square())  # 0 but for rounding, "gaussian" and subspaces
+    d_minus_vv = d - sum_elements(v.square())  # 0 except for rounding, "gaussian" and subspaces
     trace = dot(v, Dv_plus_v) + d_minus_vv - square  # a_k
     first_half, second_half = means_of_halves(trace)
     first = first_term(residual, batch.dimensions)

@@ -1,10 +1,11 @@
-r"""Regression targets in place of the drawn noise: with less noise in them, or a tensor.
+r"""Regression targets that replace the drawn noise: targets with less noise, or a tensor.
 
-What:
-    A batch fixes one noise ε for every x = α x₀ + σ ε. But x may have come from other data x_j as
-    well, with the noises ε_j = (x − α x_j)/σ. Averaging over these, in place of ε alone, takes the
-    noise of the data out of the targets of every order, at no call of the network. Where the score
-    g = ∇log p₀ of the data is known at x₀, a control variate takes out noise without a reference.
+Purpose:
+    A batch fixes one noise ε for every x = α x₀ + σ ε. But x may also have come from other data
+    x_j, with the noises ε_j = (x − α x_j)/σ. Averaging over these instead of using ε alone removes
+    the noise of the data from the targets of every order, without a call of the network. If the
+    score g = ∇log p₀ of the data is known at x₀, a control variate removes noise without a
+    reference.
 
 Formula, with ε_j of a reference and the own sample, whose ε_j is ε:
     w_j ∝ exp(−‖ε_j‖²/2), Σ w_j = 1
@@ -18,23 +19,23 @@ Formula, with ε_j of a reference and the own sample, whose ε_j is ε:
         rt = v·(D + v − C₂v) − (ℓ·v)²
         r3 = G + C₃(v, v, ·) + (ℓ·v)² ℓ − v·(D + v − C₂v) ℓ − 2 (ℓ·v) (D + v − C₂v)
 
-    Where all weight is on the own sample C₂ and C₃ are zero, and these are the paper's residuals.
-    Where the reference has every point of the data they are zero at the true score, without noise.
-    The weights normalise themselves, which is biased by O(1/R) for R references.
+    If all weight is on the sample itself, C₂ and C₃ are zero, and these are the paper's residuals.
+    If the reference contains every data point, they are zero at the true score, without noise. The
+    weights are self-normalised, which gives a bias of O(1/R) for R references.
 
 Formula, with scores g_j = ∇log p₀(x_j) as well, and σ̂ = σ/α:
     z_j = ε_j + σ̂ g_j      e_j = ε_j − C z_j      C = (I + σ̂² F)⁻¹      F = E g gᵀ
 
     The score of x₀ given x is z/σ̂, so E[z h(ε) | x] = E[∇h(ε) | x] for any h, by parts. Thus for
     every symmetric C, with c = C z and ℓ = e + f, these have the conditional means of the paper's
-    residuals, whatever f, D and G are; C = 0 has the paper's themselves:
+    residuals, whatever f, D and G are; C = 0 gives the paper's:
         r1 = f + e
         r2 = D + v − C v − ½ [(ℓ·v) (ℓ + c) + ((ℓ + c)·v) ℓ]
         rt = v·(D + v − C v) − (ℓ·v) ((ℓ + c)·v)
         r3 = G + [((ℓ + c)·v)² − v·(D + v)] ℓ − 2 (ℓ·v) (D + v − C v)
 
-    This C has the least noise of e, and none for Gaussian data. Averaged over w, with ℓ = ē + f
-    and c = C z̄, they are the residuals of ē above, in which stand for C₂v and C₃(v, v, ·)
+    This C minimises the noise of e, which vanishes for Gaussian data. Averaged over w, with ℓ = ē
+    + f and c = C z̄, they are the residuals of ē above, with C₂v and C₃(v, v, ·) replaced by
         C v + ½ [(ℓ·v) c + (c·v) ℓ + p + q]
         [(c·v)² − v·C v + Var(ε·v) − Cov(ε·v, e·v)] ℓ − (ℓ·v)² c + (ℓ·v + 2 c·v) q − (ℓ·v) p
             + κ₃(ε·v, ε·v, e)
@@ -43,11 +44,12 @@ Formula, with scores g_j = ∇log p₀(x_j) as well, and σ̂ = σ/α:
     Shapes: weights (B, R), ε̄ (B, *); C₂v and C₃(v, v, ·) as the probes, (K, B, *).
 
 Precision:
-    Everything is written in δ_j = ε_j − ε = α/σ (x₀ − x_j), which is zero for the own sample: what
-    has no weight beside it adds exact zeros. Sums over j of differences are differences of sums,
-    products of matrices that cancel as σ/α → 0. So they are in float64, where α/σ = 1e4 leaves
-    eight digits, and which neither autocast nor TF32 shortens; in float32 on a device without it.
-    The differences ε − c and v − C v, which vanish as σ̂ → 0, are taken there too.
+    Everything is expressed in δ_j = ε_j − ε = α/σ (x₀ − x_j), which is zero for the sample itself,
+    so that references without weight add exact zeros. Sums over j of differences are differences
+    of sums, matrix products that cancel as σ/α → 0. They are therefore computed in float64, where
+    α/σ = 1e4 leaves eight digits and which neither autocast nor TF32 shortens, or in float32 on a
+    device without float64. The differences ε − c and v − C v, which vanish as σ̂ → 0, are taken
+    there too.
 
 Source:
     Xu, Tong and Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion
@@ -80,18 +82,18 @@ from hosm_losses._torch_internals import leave_inference_mode
 from hosm_losses.model import per_sample
 
 # Elements of a tensor over probes, samples and references, above which it is split. On the CPU
-# small tensors are faster, since they take memory that was in use before.
+# small tensors are faster, since they reuse memory.
 LARGEST = {"cpu": 2**18}
 ELSEWHERE = 2**24
 
 
 def wide(tensor: Tensor) -> torch.dtype:
-    """The type in which targets are computed: float64, or float32 on a device without it."""
+    """Return the dtype of targets: float64, or float32 on a device without it."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """A row of each sample (B, n), without a graph, in the type in which targets are computed."""
+    """Return a row per sample (B, n), without a graph, in the dtype of targets."""
     return tensor.detach().reshape(len(tensor), -1).to(wide(tensor))
 
 
@@ -102,29 +104,29 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AveragedTargets:
-    """Targets averaged over all data that may have led to x, weighted by their likelihood.
+    """Targets averaged over all data that may have produced x, weighted by their likelihood.
 
-    They take the noise of the data out of the targets, for a few products of matrices and no call
-    of the network. Order one has ε̄ = Σ w_j ε_j in place of ε, with ε_j = (x − α x_j)/σ and
-    w_j ∝ exp(−‖ε_j‖²/2) over the reference and the sample's own x₀: the stable targets of Xu, Tong
-    and Jaakkola (ICLR 2023). Orders two and three have the second and third moments, which is new
-    here. A reference that is dense at the scale of the noise leaves no noise in them. One that is
-    sparse gives the paper's targets. In between they have a bias that falls as 1/R.
+    They remove the noise of the data from the targets, for a few matrix products and no call of
+    the network. Order one uses ε̄ = Σ w_j ε_j in place of ε, with ε_j = (x − α x_j)/σ and w_j ∝
+    exp(−‖ε_j‖²/2) over the reference and the sample's own x₀: the stable targets of Xu, Tong and
+    Jaakkola (ICLR 2023). Orders two and three use the second and third moments, which is new here.
+    With a reference that is dense at the scale of the noise, the targets have no noise; with a
+    sparse one they are the paper's; in between they have a bias that falls as 1/R.
 
-    Nothing of a target carries a gradient.
+    Targets carry no gradient.
 
     Args:
-        reference: data (R, *) of the type and device of x₀. None is the batch itself: under DDP
-            that of each process, unless it gives each call a gathered one, as
+        reference: data (R, *) of the type and device of x₀. None uses the batch itself: under DDP
+            that of each process, unless you pass a gathered one to each call, as
             `dataclasses.replace(targets, reference=gathered, own=False)`.
-        own: whether x₀ is added to a given reference for its own sample. False is right where the
+        own: whether each x₀ is added to the reference for its own sample. Use False if the
             reference contains every x₀ unchanged, as the whole training set does without flips,
-            crops or dequantization noise: added again, x₀ would count twice. Where it does not,
-            the targets are wrong: on the CPU a loss raises a ValueError, but on an accelerator no
-            value is looked at.
-        same: model_kwargs → a mask (B, R) of the references that may stand for a sample, those
-            with its condition. Required where `model_kwargs` holds a tensor per sample. A sample
-            that finds none has its own x₀.
+            crops or dequantization noise: added again, x₀ would count twice. If an x₀ is missing,
+            the targets are wrong: on the CPU a loss raises ValueError, but on an accelerator
+            values are not checked.
+        same: model_kwargs → a mask (B, R) of the references that each sample may use, those with
+            its condition. Required if `model_kwargs` holds a tensor per sample. A sample without
+            any uses its own x₀.
 
     Raises:
         TypeError: if `reference` is not a floating-point tensor, `own` is not a bool, or `same` is
@@ -180,10 +182,10 @@ class AveragedTargets:
                 "targets.reference", self.reference, shape, x0.dtype, x0.device, "x0"
             )
             reference = project(leave_inference_mode(reference).detach()).flatten(1).to(dtype)
-        # Differences alone count. Squares of data that lie far from zero would take their digits.
+        # Only differences matter. Squares of data far from zero would cost their digits.
         origin = reference.mean(0)
         data, reference = data - origin, reference - origin
-        # One product has −‖ε_j‖²/2 less that of the own sample, which has a row of zeros.
+        # One product gives −‖ε_j‖²/2 minus that of the sample itself, whose row is zero.
         scaled, half = scale * (eps + scale * data), scale.square() / 2  # α/σ times x/σ
         itself = (half * data.square() - scaled * data).sum(1, keepdim=True)
         squares = reference.square().sum(1, keepdim=True)
@@ -197,25 +199,26 @@ class AveragedTargets:
             logits.diagonal().fill_(-torch.inf)
         elif not self.own:
             if can_read_values(logits):
-                # That of x₀ itself is 0 but for rounding; −∞ is a row of which `same` leaves none.
+                # For x₀ itself it is 0 up to rounding; −∞ means that `same` leaves no reference.
                 best, slack = logits[:, :-1].amax(1), 1 + 1e-12 * (scale * data).square().sum(1)
                 outside = int(((best < -slack) & ~best.isneginf()).sum())
                 if outside:
                     raise ValueError(
-                        "targets: expected samples that the reference of AveragedTargets(own=False"
-                        f") contains; got {outside} of {len(x0)} outside it, as after a flip or "
-                        "added noise. Set own=True, or give x0 as it is in the reference."
+                        "targets: expected samples that the reference of "
+                        f"AveragedTargets(own=False) contains; got {outside} of {len(x0)} outside "
+                        "it, as after a flip or added noise. Set own=True, or pass x0 as it is "
+                        "in the reference."
                     )
-            logits[:, -1] = torch.finfo(dtype).min  # but where there is no other
+            logits[:, -1] = torch.finfo(dtype).min  # unless there is no other
         weights = logits.sub_(logits.amax(1, keepdim=True)).exp_()
         weights.div_(weights.sum(1, keepdim=True))
         return moments_of(weights, scale, data, points[:, 1:])
 
 
 class NoiseMoments(NamedTuple):
-    """Moments of δ_j = ε_j − ε over the data that may have led to x; the own sample has δ = 0."""
+    """Moments of δ_j = ε_j − ε over data that may have produced x; the sample itself has δ = 0."""
 
-    weights: Tensor  # of the references, and the own sample, (B, R + 1)
+    weights: Tensor  # of the references, and the sample itself, (B, R + 1)
     scale: Tensor  # α/σ, (B, 1)
     data: Tensor  # x₀, (B, d)
     mean: Tensor  # ε̄ − ε, (B, d)
@@ -237,7 +240,7 @@ class NoiseMoments(NamedTuple):
 
     def along(self, v: Tensor, _ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
         """C₂v and, if `third`, C₃(v, v, ·) along v (K, B, d)."""
-        slope = self.slopes(v)  # that of the own sample is not needed
+        slope = self.slopes(v)  # the sample's own is not needed
         weighted = self.weights * slope
         C2v = self.sum_of(weighted)
         if not third:
@@ -252,7 +255,7 @@ def moments_of(weights: Tensor, scale: Tensor, data: Tensor, points: Tensor) -> 
 
 
 class ControlledMoments(NamedTuple):
-    """Moments of e_j = ε_j − C z_j, z_j = ε_j + σ̂ g_j, over the data that may have led to x."""
+    """Moments of e_j = ε_j − C z_j, z_j = ε_j + σ̂ g_j, over the data that may have produced x."""
 
     noises: NoiseMoments
     scores: NoiseMoments  # of σ̂ g_j − σ̂ g in the place of ε_j − ε
@@ -264,7 +267,7 @@ class ControlledMoments(NamedTuple):
 
     @property
     def weights(self) -> Tensor:
-        """Those of the references, and of the own sample, (B, R + 1)."""
+        """The weights of the references and of the sample itself, (B, R + 1)."""
         return self.noises.weights
 
     def at(self, index: Tensor | slice) -> "ControlledMoments":
@@ -278,7 +281,7 @@ class ControlledMoments(NamedTuple):
         return self.project(times(self.control, self.basis, v))
 
     def along(self, v: Tensor, ell: Tensor, *, third: bool) -> tuple[Tensor, Tensor | None]:
-        """What stands for C₂v and, if `third`, for C₃(v, v, ·) along v (K, B, d), from ℓ."""
+        """Return what replaces C₂v and, if `third`, C₃(v, v, ·) along v (K, B, d), from ℓ."""
         noises, c = self.noises, self.c
         Cv, ell_v, c_v = self.times_control(v), inner(ell, v), inner(c, v)
         slope = noises.slopes(v)  # (ε_j − ε̄)·v
@@ -327,36 +330,36 @@ def cumulants(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TargetScores:
-    """Targets with less noise, where the score ∇log p₀ of the data is known at x₀.
+    """Targets with less noise, for data whose score ∇log p₀ is known at x₀.
 
-    Such as the forces over kT that a data set of molecules stores, or the gradient that a
-    simulator gives. With σ̂ = σ/α and C = (I + σ̂² F)⁻¹ order one has e = ε − C (ε + σ̂ g) in place
-    of ε, for g = ∇log p₀(x₀): target score matching (De Bortoli et al., arXiv 2402.08667) with the
-    weights that leave the least noise. Orders two and three, new here, need neither Hessians nor
-    calls of the network. The objective is the same, up to its constant: every residual keeps its
-    conditional mean given x, whatever the model is. For Gaussian data e has no noise.
+    Examples are the forces over kT in a data set of molecules, or a simulator's gradient. With σ̂
+    = σ/α and C = (I + σ̂² F)⁻¹, order one uses e = ε − C (ε + σ̂ g) in place of ε, for g = ∇log
+    p₀(x₀): target score matching (De Bortoli et al., arXiv 2402.08667) with the weights that leave
+    the least noise. Orders two and three, new here, need neither Hessians nor calls of the
+    network. The objective is the same, up to its constant: every residual keeps its conditional
+    mean given x, whatever the model is. For Gaussian data e has no noise.
 
-    That holds for a density that is continuous and vanishes at the edge of its support. Data that
-    are uniform, clipped, padded or rounded have no such score, and then the targets are wrong:
-    `information_of` looks for that.
+    This requires a density that is continuous and vanishes at the edge of its support. Uniform,
+    clipped, padded or rounded data have no such score, and their targets are wrong:
+    `information_of` tests for that.
 
     Args:
-        scores: g at x₀, a tensor like x₀ in a call of a loss, or a callable of data (N, *), which
-            is all that a module's constructor takes. Any graph that it makes is dropped.
-        information: F = E g gᵀ over the data, by which C is chosen: a number from 0 to math.inf,
-            which gives the paper's targets; numbers by element, in the shape of a sample; or a
-            matrix (d, d), whose eigenvectors are computed here, once. None takes for each sample
-            the means by element over the other samples of the batch (under DDP of the process).
-            Where there are no others, and along what has the information 0 in any tensor, such as
-            a coordinate that never changes, the targets are the paper's.
-        averaged: averages over all data that may have led to x as well. With a reference of its
-            own, on which they are called too, `scores` must be a callable.
+        scores: g at x₀: in a call of a loss a tensor like x₀, or a callable of data (N, *); a
+            module's constructor only takes a callable. Its graph is dropped.
+        information: F = E g gᵀ over the data, which determines C: a number from 0 to math.inf,
+            which gives the paper's targets; one number per element, in the shape of a sample; or a
+            matrix (d, d), whose eigenvectors are computed once, here. None uses for each sample
+            the means per element over the other samples of the batch (under DDP, of the process).
+            If there are no others, and along directions of zero information, such as a coordinate
+            that never changes, the targets are the paper's.
+        averaged: also averages over all data that may have produced x. If it has its own
+            reference, `scores` must be a callable, which is called on the reference too.
 
     Raises:
         TypeError: if `scores` is neither a floating-point tensor nor a callable, or not a callable
-            beside a given reference, or another argument has a wrong type.
-        ValueError: if `scores` or `information` is not finite, or a number is negative; in a loss
-            if they do not go with the batch.
+            although `averaged` has a reference, or another argument has the wrong type.
+        ValueError: if `scores` or `information` is not finite, or a number is negative; in a loss,
+            if they do not match the batch.
 
     Example:
         >>> import torch
@@ -382,7 +385,7 @@ class TargetScores:
         if not (averaged is None or isinstance(averaged, AveragedTargets)):
             raise TypeError(error_message("averaged", "AveragedTargets(...) or None", averaged))
         if averaged is not None and averaged.reference is not None and not callable(self.scores):
-            expected = "a callable beside a reference, whose scores count as well"
+            expected = "a callable with a reference, whose scores are needed too"
             raise TypeError(error_message("scores", expected, self.scores))
         information: object = self.information
         if isinstance(information, Tensor):
@@ -409,23 +412,24 @@ class TargetScores:
     def information_of(
         data: Tensor, scores: Tensor, *, matrix: bool = False, dimensions: int | None = None
     ) -> Tensor:
-        """Return E g gᵀ for the scores g of data, by element or as a matrix.
+        """Return E g gᵀ for the scores g of data, per element or as a matrix.
 
-        The mean of −(x − x̄)·g is the dimension of the data, by parts; where it is not within five
-        standard errors, the scores or the density are not what `TargetScores` needs: a warning.
+        By parts, the mean of −(x − x̄)·g is the dimension of the data. A mean that differs by more
+        than five standard errors raises a warning: the scores or the density do not meet the
+        conditions of `TargetScores`.
 
         Args:
-            data: samples x (N, *), whole rather than a batch.
-            scores: ∇log p₀ at each, like `data`.
-            matrix: whether to return the matrix (d, d), which pays ½ log(∏ F_ii / det F) more,
-                integrated over log σ̂; by element a sample's shape.
-            dimensions: of the data, if they lie in a subspace; None is d.
+            data: samples x (N, *), the whole data set rather than a batch.
+            scores: ∇log p₀ at each sample, like `data`.
+            matrix: whether to return the matrix (d, d) rather than one number per element;
+                integrated over log σ̂, it gains ½ log(∏ F_ii / det F) more.
+            dimensions: the dimensions of the data, if they lie in a subspace; d if None.
 
         Returns:
             F in float64, in units of 1/x².
 
         Raises:
-            TypeError: if an argument has a wrong type.
+            TypeError: if an argument has the wrong type.
             ValueError: if the tensors are not alike and finite, or hold fewer than 4 d samples
                 for a matrix.
 
@@ -450,10 +454,10 @@ class TargetScores:
             mean, error = float(products.mean()), float(products.std()) / math.sqrt(count)
             if not abs(mean - wanted) <= 5 * error:
                 warn(
-                    "TargetScores.information_of: expected scores of which the mean of −(x − x̄)·g "
-                    f"is {wanted}, the dimension; got {mean:.3g} ± {error:.1g}. Look at their sign"
-                    ", units and temperature, for edges of the density, and for a subspace, whose "
-                    "dimensions=... you can give."
+                    "TargetScores.information_of: expected scores whose mean of −(x − x̄)·g is "
+                    f"{wanted}, the dimension; got {mean:.3g} ± {error:.1g}. Check their sign, "
+                    "units and temperature, the edges of the density, and whether the data lie "
+                    "in a subspace (pass its dimensions=...)."
                 )
         return g.T @ g / count if matrix else g.square().mean(0).reshape(data.shape[1:])
 
@@ -466,7 +470,7 @@ class TargetScores:
         kwargs: dict[str, Any],
         project: Callable[[Tensor], Tensor],
     ) -> ControlledMoments:
-        """Moments of what stands for the noise in x = α x₀ + σ ε, for α and σ (B,).
+        """Return the moments of what replaces the noise in x = α x₀ + σ ε, for α and σ (B,).
 
         `project` takes the scores, and the control, to the subspace of x₀ and ε.
         """
@@ -476,7 +480,7 @@ class TargetScores:
 
         g = self._scores_at(x0, project)
         eps, alpha, sigma = map(as_rows, (noise, alpha, sigma))
-        if self.averaged is None:  # over the own sample alone
+        if self.averaged is None:  # over the sample itself
             own, zero = torch.ones_like(alpha), torch.zeros_like(g)
             noises = moments_of(own, alpha / sigma, zero, g.new_zeros(1, g.shape[1] + 1))
             others = g[:0]
@@ -498,7 +502,8 @@ class TargetScores:
         """∇log p₀ at data (N, *), in their subspace, as (N, d)."""
         scores: Any = self.scores
         if callable(scores):
-            # In full precision, and with a gradient for a callable that takes one of an energy.
+            # In full precision, and with gradients enabled for a callable that differentiates an
+            # energy.
             kind = "cuda" if data.is_cuda else "cpu"
             with torch.enable_grad(), torch.autocast(kind, enabled=False):
                 scores = scores(data.detach().clone())  # which it may write to
@@ -511,7 +516,7 @@ class TargetScores:
         """F, or its eigenvalues and eigenvectors, from the scores (B, d) of a batch if need be."""
         information, (count, d) = self.information, g.shape
         if information is None:
-            # Of the others alone, so that C does not depend on the own sample.
+            # From the others only, so that C does not depend on the sample itself.
             squares = g.square()
             return (squares.sum(0) - squares) / max(count - 1, 1), None
         if not isinstance(information, Tensor):
@@ -543,8 +548,8 @@ def check_targets(targets: object, *, tensor: bool) -> Targets:
     if tensor and isinstance(targets, Tensor):
         return targets
     expected = (
-        "AveragedTargets(...), TargetScores(...) or None; in a call of a loss of order one a "
-        "tensor as well"
+        "AveragedTargets(...), TargetScores(...) or None; in a call of a loss of order one also a "
+        "tensor"
     )
     raise TypeError(error_message("targets", expected, targets))
 
@@ -558,5 +563,6 @@ def check_conditions(targets: Targets, kwargs: Mapping[str, Any]) -> None:
     if paths:
         raise ValueError(
             f"targets: expected AveragedTargets(same=...), as {paths[0]} belongs to the samples; "
-            "got none: same=lambda kwargs: kwargs['y'][:, None] == labels. Or it is Shared(...)."
+            "got none. Set for example same=lambda kwargs: kwargs['y'][:, None] == labels, or "
+            "mark the tensor as Shared(...)."
         )

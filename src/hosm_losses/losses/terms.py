@@ -1,6 +1,6 @@
 r"""The residuals of high-order denoising score matching, and the terms that are their squares.
 
-What:
+Purpose:
     f(x, t) = σ_t s(x, t) is the dimensionless score (minus the predicted noise), D = ∂f/∂x (σ v)
     its Jacobian along a probe v, G = σ² ∇_x (vᵀ ∂f/∂x v) the gradient of its quadratic form.
     Against the noise ε that made x = α x₀ + σ ε, each residual has conditional mean zero given x
@@ -22,9 +22,9 @@ Formula, with ℓ = ε + f held fixed, and D held fixed inside r3 as well:
 
 Why the detach:
     It is part of the method, not an optimisation. Held fixed, the lower orders enter the targets
-    of the higher ones with an error that is bounded: the minimiser of order two is off by
-    exactly ‖ŝ₁ − ∇log q‖², that of order three by products of the lower errors. Let through, the
-    higher orders could lower their loss by spoiling the lower ones.
+    of the higher ones with an error that is bounded: the minimiser of order two is off by exactly
+    ‖ŝ₁ − ∇log q‖², that of order three by products of the lower errors. If gradients flowed
+    through, the higher orders could lower their loss by spoiling the lower ones.
 
 Terms of a sample, d the number of its elements, averaged over probes:
     first = ‖r1‖²/d      second = ‖r2‖²/d²      trace = rt²/d²      third = ‖r3‖²/d³
@@ -39,9 +39,9 @@ Precision:
     Residuals and terms are float32 at least: a sum over a few thousand squares leaves the range
     of float16. The network and its derivatives keep the precision of x.
 
-    f = −(p · prediction + q x) and ε count by their sum alone, so both come without q x. Where α
-    is near 0 that of "x0" and "v" is all of f but α, and r1, which
-    weighting="native" divides by p ~ α, would be the rounding of a difference.
+    Only the sum of f = −(p · prediction + q x) and ε matters, so both leave out q x. Near α = 0
+    the q x of "x0" and "v" is all of f but α, and r1, which weighting="native" divides by p ~ α,
+    would be the rounding error of a difference.
 
 Source:
     Lu et al., "Maximum Likelihood Training for Score-Based Diffusion ODEs by High-Order
@@ -73,11 +73,11 @@ class DSMTerms(NamedTuple):
     Attributes:
         first: ‖r1‖²/d, of shape (B,).
         second: ‖r2‖²/d², of shape (B,), or of the rows a fraction chose; None at order 1, and with
-            probes=Paired() where its weight is the number 0.
+            probes=Paired() if its weight is the number 0.
         trace: rt²/d², likewise; None at order 1.
         third: ‖r3‖²/d³, likewise; None below order 3.
 
-    Weights that end in the number 0 lower the order of a call to that of the terms they leave.
+    If the last weights are the number 0, the order is that of the remaining terms.
     """
 
     first: Tensor
@@ -124,7 +124,7 @@ class NoisyBatch(NamedTuple):
 
     x: Tensor  # α x₀ + σ ε, of shape (B, *)
     t: Tensor  # (B,), as the caller gave them
-    noise: Tensor  # ε − q x, or what targets have in the place of ε, (B, *)
+    noise: Tensor  # ε − q x, or the targets' replacement of ε, (B, *)
     sigma: Tensor  # σ(t), of shape (B,)
     dimensions: int  # d, of a sample, or of the subspace of the data
     moments: NoiseMoments | ControlledMoments | None = None  # of targets of less noise
@@ -232,7 +232,8 @@ def check_result(loss: Tensor, terms: Any, batch: NoisyBatch) -> None:
         raise ValueError(
             f"network: expected finite outputs; got NaN or infinite ones for {int(bad.sum())} of "
             f"{len(bad)} samples, at t from {float(times.min()):g} to {float(times.max()):g}. "
-            "Look at the parameters, for a division by zero or a logarithm, and at the range of x."
+            "Check the parameters and the range of x, and look for a division by zero or a "
+            "logarithm."
         )
     if names:
         raise DerivativeError(
@@ -241,5 +242,6 @@ def check_result(loss: Tensor, terms: Any, batch: NoisyBatch) -> None:
             "inside it. check_derivatives(model, x0) names the module."
         )
     raise ValueError(
-        "loss: expected a finite one; its terms are, but not with their weights and weighting."
+        "loss: expected a finite value; its terms are finite, but not with their weights and "
+        "weighting."
     )

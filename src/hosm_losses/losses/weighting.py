@@ -1,6 +1,6 @@
 r"""The times that a loss draws, and the factors of its terms at these times.
 
-Formula, of the factor of the first term; that of the higher terms is 1:
+Formula for the factor of the first term; for the higher terms it is 1:
     "noise"        1
     "native"       the squared error of the network's own prediction, 1/p² for ε̂ = p · prediction
                    + q x: the loss of trainers that weight by nothing else
@@ -11,15 +11,15 @@ Formula, of the factor of the first term; that of the higher terms is 1:
                    uniform.
     a callable     W(t), for the higher terms as well
 
-    With the sampler "log_sigma_hat" u = log σ̂ is uniform on [u₀, u₁]. What is not "likelihood" is
-    multiplied by p(t) (u₁ − u₀)/(du/dt) for the schedule's own density p, so that a sampler
-    changes the variance of a loss and never its mean. "likelihood", whose default it is, becomes
-    the constant (u₁ − u₀) d. Against "noise" the first term then counts d g²/(2σ² p) times as
-    much: weights have to be chosen anew.
+    With the sampler "log_sigma_hat" u = log σ̂ is uniform on [u₀, u₁]. Weightings other than
+    "likelihood" are multiplied by p(t) (u₁ − u₀)/(du/dt) for the schedule's own density p, so that
+    a sampler changes the variance of a loss and never its mean. "likelihood", for which it is the
+    default, becomes the constant (u₁ − u₀) d. Compared with "noise" the first term then counts d
+    g²/(2σ² p) times as much, so weights have to be chosen anew.
 
-    Under a table t is an index i, drawn by "log_sigma_hat" with the probability w_i/(u₁ − u₀) for
-    the width w_i of what is nearer to u_i than to its neighbours, in log σ̂. In the formulas above
-    w_i stands for du/dt and 1/N for p: integrals over u become sums by the trapezoidal rule.
+    Under a table t is an index i, drawn by "log_sigma_hat" with the probability w_i/(u₁ − u₀),
+    where w_i is the width in log σ̂ of the region closest to u_i. In the formulas above w_i stands
+    for du/dt and 1/N for p: integrals over u become sums by the trapezoidal rule.
 
 Source:
     Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", arXiv 2101.09258,
@@ -53,7 +53,7 @@ class EDMWeighting:
     """Weighting that makes the first term the loss of EDM's trainer, averaged over elements.
 
     With λ(σ) = (σ² + σ_d²)/(σ σ_d)² that is λ(σ) ‖D(x, σ) − x₀‖²/d for the denoiser D that the
-    network stands for, whatever it predicts, and σ in units of the data, σ̂ = σ/α.
+    network implies, whatever it predicts, and σ in units of the data, σ̂ = σ/α.
 
     Args:
         sigma_data: σ_d, the standard deviation of the data that the trainer assumes.
@@ -79,10 +79,7 @@ class EDMWeighting:
 Name = Literal["noise", "native", "likelihood"]
 TermWeighting = Name | EDMWeighting | Callable[[Tensor], Tensor]
 Weighting = TermWeighting | tuple[TermWeighting, TermWeighting]
-"""A factor that depends on t, as a name, `EDMWeighting()`, a callable t → (B,) or a pair of these.
-
-The first of a pair multiplies the first term; the second, "noise" or a callable, the higher terms.
-"""
+"""Weights over t, as a name, `EDMWeighting()`, a callable t → (B,), or a pair (first, higher)."""
 Sampler = Literal["schedule", "log_sigma_hat"]
 DrawTime = Callable[[int, torch.Generator | None], Tensor]
 TimeSampler = Sampler | DrawTime | None
@@ -100,7 +97,7 @@ def check_weighting(weighting: Any, time_sampler: object) -> None:
     if higher != "noise" and not callable(higher):
         raise (ValueError if isinstance(higher, str | EDMWeighting) else TypeError)(
             "weighting: expected 'noise' or a callable of t for the higher terms, the second of "
-            f"the pair; got {higher!r}, which has a meaning for the first term only."
+            f"the pair; got {higher!r}, which only applies to the first term."
         )
     if time_sampler is not None and not callable(time_sampler):
         expected = "time_sampler (or a callable of the batch size and a generator)"
@@ -200,7 +197,7 @@ def time_factors(
 def _call_weighting(
     weighting: Callable[[Tensor], Tensor], model: ScoreModel, x0: Tensor, t: Tensor
 ) -> Tensor:
-    factor = weighting(t.clone())  # its own times, to which it may write
+    factor = weighting(t.clone())  # a copy, as it may write to its argument
     like = model.coefficients(t, x0)[1]
     check_like("weighting(t)", factor, tuple(like.shape), like.dtype, like.device, "t")
     check_finite("weighting(t)", factor)

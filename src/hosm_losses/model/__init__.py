@@ -3,7 +3,7 @@
 - `score_model`: `ScoreModel`, a network with its schedule and prediction.
 - `bound`: `BoundModel`, the network's prediction as a function of x, at times and conditions.
 - `posterior`: mean and covariance of clean data given noised ones.
-- `conditions`: which tensors of model_kwargs go with the samples.
+- `conditions`: which tensors of model_kwargs belong to the samples.
 - `subspace`: the linear subspace that data fill, by its projection.
 """
 

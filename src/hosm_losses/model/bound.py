@@ -20,8 +20,7 @@ from hosm_losses.model.conditions import bind, map_tensors, per_sample, rows_not
 from hosm_losses.model.score_model import ScoreModel, apply_affine
 from hosm_losses.taylor import GIVE_THE_SOURCE, Jet, safe_primitives
 
-# Which of the safe primitives are put in: all; those that the first derivative of one sample
-# needs; none.
+# Which safe primitives are active: all; those that the first derivative of one sample needs; none.
 Primitives = Literal["all", "one sample", "none"]
 
 
@@ -34,10 +33,10 @@ class BoundModel:
 
     Attributes:
         model: the score model.
-        t: the times (B,); None until `at` gives them.
+        t: the times (B,); None until `at` sets them.
         kwargs: the network's keyword arguments, bound to the batch: see `conditions`.
         batch: the number of samples that the arguments were bound to.
-        primitives: which of the safe primitives are put in.
+        primitives: which of the safe primitives are active.
     """
 
     model: ScoreModel
@@ -155,7 +154,7 @@ WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule",
 WRAPPERS |= {"OptimizedModule", SCRIPTED}
 WRAP_THE_LOSS = (
     "Wrap the loss module as a whole, with DistributedDataParallel, fully_shard or torch.compile "
-    "around ThirdOrderDSM(ScoreModel(network, schedule)), and give it the network inside, such as "
+    "around ThirdOrderDSM(ScoreModel(network, schedule)), and pass it the inner network, such as "
     "model.module."
 )
 

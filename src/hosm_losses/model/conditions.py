@@ -1,11 +1,11 @@
 r"""Keyword arguments of a network, and which of their tensors belong to the samples.
 
-What:
-    Losses evaluate some rows of a batch, or every row several times, so what belongs to a sample
-    has to go with it. A tensor whose first dimension is the batch size is taken to be per sample,
+Purpose:
+    Losses evaluate some rows of a batch, or every row several times, so the conditions of a sample
+    have to go with it. A tensor whose first dimension is the batch size is taken to be per sample,
     in dicts, lists, tuples, named tuples, dataclasses, namespaces and other mappings. A table that
-    happens to be as long as the batch is marked: `Shared(table)`. The decision is made once, when
-    the arguments are bound to a batch: `bind` marks everything that is shared.
+    happens to be as long as the batch must be marked: `Shared(table)`. The decision is made once,
+    when the arguments are bound to a batch: `bind` marks everything that is shared.
 """
 
 import copy
@@ -22,10 +22,10 @@ from hosm_losses._torch_internals import is_traced
 
 
 class Shared:
-    """Mark for a value in `model_kwargs` that all samples share; the network gets the value.
+    """Marks a value in `model_kwargs` that all samples share; the network gets the value itself.
 
     Needed only for a tensor whose first dimension may equal the batch size, such as a table of
-    positions. `check_derivatives` names those that need it.
+    positions. `check_derivatives` names the tensors that need it.
 
     Args:
         value: a tensor, or a container of tensors, that all samples share.
@@ -122,9 +122,9 @@ def bind(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
         labels = isinstance(value, np.ndarray) and value.ndim > 0
         labels = labels or (isinstance(value, list) and not tensors_in(value))
         if labels and len(value) == batch:
-            expected = "tensors of what belongs to the samples, which are split with them"
+            expected = "a tensor for what belongs to the samples, which is split with them"
             got = f"{describe_value(value)} as long as the batch"
-            remedy = "Give a tensor; or Shared(...) for what all samples share."
+            remedy = "Pass a tensor, or Shared(...) if all samples share it."
             warn(error_message(f"model_kwargs[{name!r}]", expected, value, remedy, got=got))
     return _walk(dict(kwargs), visit)
 
@@ -146,7 +146,7 @@ def unmark(kwargs: Mapping[str, Any]) -> Any:
 
 
 def rows_note(kwargs: Mapping[str, Any], rows: int, batch: int) -> str:
-    """A note for an error of a network: how many rows it was called with, and which shapes."""
+    """Return a note for a network's error: how many rows it was called with, and the shapes."""
     split: list[str] = []
     unchanged: list[str] = []
 
@@ -164,6 +164,6 @@ def rows_note(kwargs: Mapping[str, Any], rows: int, batch: int) -> str:
     if split or unchanged:
         note += (
             f" The rows were followed by {', '.join(split) or 'none'}; passed unchanged: "
-            f"{', '.join(unchanged) or 'none'}. Give what belongs to samples as (B, ...)."
+            f"{', '.join(unchanged) or 'none'}. Pass per-sample tensors as (B, ...)."
         )
     return note

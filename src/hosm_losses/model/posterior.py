@@ -4,9 +4,9 @@ Formula, Tweedie's of first and second order, with s = ∇ log q_t:
     E[x₀ | x_t] = (x + σ² s)/α = x̂₀
     Cov[x₀ | x_t] = σ²/α² (I + σ² ∂s/∂x) = σ²/α ∂x̂₀/∂x
 
-    x̂₀ = p · prediction + q x is affine in what the network predicts, so that the last is
-    σ²/α (p ∂prediction/∂x + q I). Of a network that predicts x₀ it is σ²/α times its Jacobian.
-    Of another, both parts are about 1/α and what is left of them about α/σ²: σ̂² times less.
+    x̂₀ = p · prediction + q x is affine in what the network predicts, so that the last is σ²/α (p
+    ∂prediction/∂x + q I). For a network that predicts x₀ it is σ²/α times its Jacobian. For
+    others, both parts are about 1/α and their sum about α/σ²: σ̂² times smaller.
 
 Source:
     Efron, "Tweedie's formula and selection bias" (2011); Meng et al., arXiv 2111.04726, and
@@ -42,9 +42,9 @@ Probes = Literal["exact"] | Hutchinson
 class PosteriorCovariance:
     """The covariance of x₀ given x_t, an operator with `@ v`, `diagonal`, `trace` and `dense`.
 
-    Nothing is stored: each method calls the network once, a product of the symmetric part once
-    more. It is the network's, not clipped: the Jacobian of a network need not be symmetric, nor
-    its symmetric part positive.
+    Nothing is stored: each method calls the network once, a product with the symmetric part twice.
+    Nothing is clipped: the Jacobian of a network need not be symmetric, nor its symmetric part
+    positive.
     """
 
     _bound: BoundModel  # with PyTorch's own operators, whose first derivatives are right
@@ -65,14 +65,14 @@ class PosteriorCovariance:
     def product(self, v: Tensor, *, symmetric: bool = True) -> Tensor:
         """The covariance of each sample times its part of v.
 
-        All K share one forward pass, with a pass back for each. The symmetric part takes the
-        derivatives along v as well, more than twice the time.
+        All K share one forward pass, with a backward pass for each. The symmetric part also needs
+        the derivatives along v, at more than twice the time.
 
         Args:
             v: vectors (B, *), or K of them for each sample, (K, B, *).
-            symmetric: whether to take the symmetric part, as a covariance has no other; False
-                gives σ²/α (∂x̂₀/∂x)ᵀ v, the gradient of σ²/α x̂₀·v in x, which is the same for a
-                network that is a gradient itself.
+            symmetric: whether to use the symmetric part, as a covariance is symmetric; False gives
+                σ²/α (∂x̂₀/∂x)ᵀ v, the gradient of σ²/α x̂₀·v in x, which is the same for a network
+                that is itself a gradient.
 
         Returns:
             The products, of the shape of v, without a graph.
@@ -80,7 +80,7 @@ class PosteriorCovariance:
         Raises:
             TypeError: if v is not a tensor.
             ValueError: if it has another shape.
-            DerivativeError: where the network cannot be differentiated.
+            DerivativeError: if the network cannot be differentiated.
         """
         x = self._x
         if not isinstance(v, Tensor) or v.shape[-x.ndim :] != x.shape or v.ndim > x.ndim + 1:
@@ -123,7 +123,7 @@ class PosteriorCovariance:
         return sum_elements(self.diagonal(probes, generator), 1)
 
     def dense(self) -> Tensor:
-        """The symmetric part as matrices (B, d, d), from d passes back."""
+        """The symmetric part as matrices (B, d, d), from d backward passes."""
         x = self._x
         with torch.no_grad(), outside_inference_mode():
             rows = torch.cat(list(pull_backs(self._bound, x, unit_vector_chunks(x))))

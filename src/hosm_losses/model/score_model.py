@@ -1,8 +1,8 @@
 r"""`ScoreModel`: a network with its schedule and prediction, as one predictor of the noise.
 
-What:
-    Whatever a network predicts is a function ε̂(x, t) that estimates the noise ε of x = α x₀ + σ
-    ε. This file is the only one that knows predictions.
+Purpose:
+    Every prediction is converted to a function ε̂(x, t) that estimates the noise ε of x = α x₀ + σ
+    ε. Only this file knows the kinds of prediction.
 
 Formula:
     epsilon            ε̂ = network
@@ -58,13 +58,13 @@ Prediction = Kind | Literal["sample", "denoiser", "v_prediction", "flow_predicti
 """The quantity that a network predicts; the last four are diffusers' names and a synonym."""
 SAME = {"sample": "x0", "denoiser": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 UNSHARD = (
-    "If fully_shard is around it, its parameters are shards between the steps: call unshard() on "
-    "the sharded loss module in every process before, and reshard() after."
+    "If it is wrapped in fully_shard, its parameters are sharded between the steps: call "
+    "unshard() on the sharded loss module in every process before, and reshard() after."
 )
 CALLED = (
-    "The network was called as network(x, t{}); other arguments go into model_kwargs. If it wants "
-    "them otherwise, give ScoreModel(..., call=lambda network, x, t, **kwargs: network(x)), for "
-    "example; time= if it counts time otherwise, and output= if it returns more than the "
+    "The network was called as network(x, t{}); other arguments go into model_kwargs. If its "
+    "signature differs, set ScoreModel(..., call=lambda network, x, t, **kwargs: network(x)), for "
+    "example; set time= if it uses another time, and output= if it returns more than the "
     "prediction."
 )
 
@@ -80,22 +80,23 @@ class ScoreModel(nn.Module):
             nn.Module, or any callable. A module that a function calls is not part of the model:
             `train()`, `eval()`, `to()` and `parameters()` do not reach it, and copy.deepcopy of
             the model raises TypeError.
-        schedule: the noise schedule it was, or is to be, trained with.
+        schedule: the noise schedule of its training.
         prediction: what the network predicts: "epsilon", "score", "x0" (also "sample" or
             "denoiser"), "v" (α ε − σ x₀; also "v_prediction") or "velocity" (α′ x₀ + σ′ ε, from
             data to noise; also "flow_prediction"). Synonyms are stored under the first name.
-        time: what the network is given for t: a factor, or a callable of t. None gives t itself.
-        output: picks the prediction out of what the network returns, for example
-            `operator.attrgetter("sample")`. None takes what comes.
-        call: how the network is called, for one that wants its arguments otherwise:
-            `call(network, x, time, **kwargs)`. None calls `network(x, time, **kwargs)`.
-        primitives: whether the losses of order two and three put the safe primitives in.
-        subspace: the orthogonal projection to the subspace that the data fill, as that without a
-            centre of mass: a callable of samples (n, *), the same for all, of any n and floating
-            type; or a pair of it and the dimensions of the subspace, which samples of more than
-            4,096 elements need. Noise, probes, latents and predictions are projected, and d is
-            these dimensions. It is checked, with a value read back, at the first call with samples
-            of a shape.
+        time: the conversion of t to the network's time: a factor, or a callable of t. None passes
+            t itself.
+        output: selects the prediction from the network's output, for example
+            `operator.attrgetter("sample")`. None uses the output as it is.
+        call: calls a network with another signature, as `call(network, x, time, **kwargs)`. None
+            calls `network(x, time, **kwargs)`.
+        primitives: whether the losses of orders two and three use the safe primitives.
+        subspace: the orthogonal projection onto the subspace that the data fill, for example if
+            their centre of mass is removed: a callable of samples (n, *), the same for all, for
+            any n and floating dtype; or a pair (projection, dimensions), which samples of more
+            than 4,096 elements need. Noise, probes, latents and predictions are projected, and d
+            is the dimension of the subspace. The first call with samples of a given shape checks
+            it, and reads a value back.
 
     Raises:
         TypeError: if the schedule is not a `Schedule` or does not return tensors like t, if the
@@ -187,14 +188,15 @@ class ScoreModel(nn.Module):
         Args:
             x: the noised batch (B, *).
             t: its times (B,), in the schedule's units.
-            kwargs: given to the network as they are.
+            kwargs: passed to the network unchanged.
 
         Returns:
             ε̂, of the shape of x.
 
         Raises:
-            TypeError: if the network returns no real tensor, or for integer t without a table.
-            ValueError: if it returns another shape than that of x, or t is out of range.
+            TypeError: if the network returns no real tensor, or t has integers and the schedule is
+                no table.
+            ValueError: if its output has another shape than x, or t is out of range.
         """
         self._check_times(t)
         x = self.project(x)
@@ -282,7 +284,7 @@ class ScoreModel(nn.Module):
         return projected if leading == 1 else projected.reshape(vectors.shape)
 
     def subspace_of(self, name: str, x: Tensor) -> Subspace:
-        """Return what is known of the subspace for samples like x (B, *), which have to be on it.
+        """Return the subspace for samples like x (B, *), which have to be on it.
 
         The projection is checked for the first samples of a shape and type.
         """
@@ -298,7 +300,7 @@ class ScoreModel(nn.Module):
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(α, σ) at t, of shape (B,), in the precision of t, float32 at least.
 
-        For integer t it is that of `like`.
+        For integer t the precision is that of `like`.
         """
         return self.schedule(self.time_in(t, like))
 
@@ -378,7 +380,7 @@ def check_model(value: object) -> ScoreModel:
     if not isinstance(value, ScoreModel):
         remedy = "Wrap your network: ScoreModel(network, VPSchedule(), prediction='epsilon')."
         if isinstance(value, AveragedModel):
-            remedy = "Give its .module, the copy of your ScoreModel."
+            remedy = "Pass its .module, the copy of your ScoreModel."
         raise TypeError(error_message("model", "a ScoreModel", value, remedy))
     return value
 
@@ -398,7 +400,7 @@ def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
         and bool((time <= 1).all() & (time != time.round()).any())
     ):
         warn(
-            f"t: expected indices from 0 to {schedule.t_max:g}, the last of the table; got "
-            "fractions of the first step alone. Times in [0, 1] have to be multiplied by it."
+            f"t: expected indices from 0 to {schedule.t_max:g}, the last of the table; got only "
+            "fractions of the first step. Multiply times in [0, 1] by that."
         )
     return leave_inference_mode(time)

@@ -1,6 +1,6 @@
 r"""The linear subspace that data fill, as positions without their centre of mass do.
 
-What:
+Purpose:
     An orthogonal projection P, the same for every sample, onto a subspace of d − k of the d
     dimensions. With orthonormal columns Q, P = Q Qᵀ and x = Q y, everything is what it would be in
     the d − k coordinates y: data, noise and probes lie in the subspace, and the network counts as
@@ -23,14 +23,14 @@ from hosm_losses.probes import unit_vector_chunks
 
 Projection = Callable[[Tensor], Tensor]  # of samples (n, *), for any n and any floating type
 TRACED = 4096  # elements of a sample up to which the trace of P is taken
-VECTORS = 16  # random ones, on which P is checked
+VECTORS = 16  # random vectors on which P is checked
 ROUNDING = 1e-6  # of float64
 ERRORS = 6.0  # standard errors by which the dimensions may differ from an estimate
 OFF = 1e-4  # of the size of the data, or 4 ε of their type: further off, x is not on the subspace
 
 
 class Subspace(NamedTuple):
-    """What is known of the projection for samples of one shape."""
+    """Properties of the projection for samples of one shape."""
 
     dimensions: int  # d − k
     diagonal: Tensor  # P_ii, in the shape of a sample, on the CPU; (d − k)/d where it is not known
@@ -38,26 +38,26 @@ class Subspace(NamedTuple):
 
 
 def random_vectors(like: Tensor, count: int) -> Tensor:
-    """Normal vectors (count, *) for samples (B, *), which leave the generators alone."""
+    """Draw normal vectors (count, *) for samples (B, *) without advancing the generators."""
     numbers = np.random.default_rng(0).standard_normal((count, *like.shape[1:]))
     dtype = torch.float32 if like.device.type == "mps" else torch.float64
     return torch.from_numpy(numbers).to(like.device, dtype)
 
 
 def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
-    """Return what is known of a projection for samples like x, with values read back.
+    """Return the properties of a projection for samples like x; values are read back.
 
-    A ValueError unless it is symmetric and idempotent, takes each sample alone, and has the rank
-    `dimensions` (if that is not None).
+    Raises ValueError unless it is symmetric and idempotent, treats samples independently, and has
+    the rank `dimensions` (if that is not None).
     """
 
     def project_or_explain(vectors: Tensor) -> Tensor:
         expected = f"a projection that returns tensors like its argument, {tuple(vectors.shape)}"
-        remedy = "It is given samples alone, any number of them: a mask has to be that of all."
+        remedy = "It only receives samples, any number of them: a mask must fit all of them."
         try:
             projected: object = project(vectors.clone())
         except (RuntimeError, TypeError, ValueError) as error:
-            remedy = f"Keep to the type of x in it, as by matrix.to(x.dtype). {remedy}"
+            remedy = f"Use the dtype of x in it, as in matrix.to(x.dtype). {remedy}"
             got = f"{type(error).__name__}: {error}"
             raise ValueError(
                 error_message("subspace", expected, project, remedy, got=got)
@@ -83,14 +83,14 @@ def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
         flat, Pv_flat = v.flatten(1), Pv.flatten(1)
         products = flat @ Pv_flat.T
         size = rounding * d**0.5
-        each = "a projection that treats every sample alone"
+        each = "a projection that treats samples independently"
         require((alone - Pv).abs().max() < size, each, "one that depends on the batch")
         symmetric = (products - products.T).abs().max() < size
         orthogonal = "an orthogonal projection, symmetric and idempotent"
-        remedy = "Its part outside has to be at right angles, as with x - x.mean(1, keepdim=True)."
+        remedy = "It must remove a part at right angles, as in x - x.mean(1, keepdim=True)."
         require(symmetric, orthogonal, "one that is not symmetric", remedy)
         again = project_or_explain(Pv)
-        remedy = "Applied twice it has to return the same."
+        remedy = "Applying it twice must give the same result."
         require((again - Pv).abs().max() < size, orthogonal, "one that is not idempotent", remedy)
         if d <= TRACED:
             units = (chunk.flatten(0, 1) for chunk in unit_vector_chunks(v[:1]))
@@ -102,7 +102,7 @@ def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
             require(dimensions is not None, expected, "the projection alone")
             diagonal = project_or_explain(torch.ones_like(v[:1]))[0]
             is_known = bool((diagonal * v - Pv).abs().max() < size)  # P is a mask
-            # Of fewer dimensions than vectors, inside or outside, their products tell the rank.
+            # With fewer dimensions than vectors, inside or outside, their products give the rank.
             pairs = ((products + products.T) / 2).cpu(), (flat @ flat.T).cpu()
             inside, outside = (
                 int((torch.linalg.eigvalsh(each) > size).sum())
@@ -113,7 +113,7 @@ def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
                 trace = float(inside)
             elif outside == VECTORS and is_known:
                 trace = float(diagonal.sum())
-            elif outside == VECTORS:  # of each vector the subspace has about its share
+            elif outside == VECTORS:  # the subspace holds about its share of each vector
                 trace = d * float(pairs[0].trace() / pairs[1].trace())
                 error += ERRORS * (2 * trace * max(d - trace, 0.0) / d / VECTORS) ** 0.5
             if not is_known:
@@ -126,14 +126,14 @@ def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
 
 
 def check_on_subspace(name: str, x: Tensor, project: Projection) -> None:
-    """Raise ValueError if a CPU tensor is not its own projection, but for rounding."""
+    """Raise ValueError if a CPU tensor is not its own projection, up to rounding."""
     if not can_read_values(x):
         return
     off = float((x - project(x)).detach().abs().max())
     tolerance = max(OFF, 4 * torch.finfo(x.dtype).eps)
     if off > tolerance * float(x.detach().abs().max()):
         expected, got = "samples on the subspace", f"some that lie {off:.2g} off it"
-        remedy = f"Give model.project({name})."
+        remedy = f"Pass model.project({name})."
         raise ValueError(error_message(name, expected, x, remedy, got=got))
 
 

@@ -4,7 +4,7 @@ Formula:
     x_t = α(t) x₀ + σ(t) ε on [t_min, t_max], t_min the data end; σ̂ = σ/α. In log σ̂ every schedule
     is the same diffusion dx = f x dt + g dw.
 
-Check, where a ScoreModel is built:
+Check, when a ScoreModel is built:
     α and σ are positive, log σ̂ grows from the data at t_min to the noise at t_max, also by its
     derivative, and `time` is its inverse. All this is evaluated on a grid, on the CPU and in
     float64, whatever device the model is for: nothing is read from an accelerator.
@@ -40,20 +40,20 @@ INNER = (math.pi / 16, math.pi / 6, math.pi / 4)  # between the entries of any t
 TOLERANCE = 1e-2
 
 RANGE = (
-    "Correct the formula, or the range. At t_min, the data's end, there is some noise already: "
-    "begin at 1e-5, for example. At t_max, the noise's end, alpha is above 0: end at 0.999 for a "
-    "flow, 0.9946 for a cosine, 1 for VPSchedule. For a network that counts time otherwise write "
-    "ScoreModel(..., time=999.0), or time=lambda t: 1 - t where its data are at 1."
+    "Correct the formula or the range. At t_min, the data end, there must be some noise: start at "
+    "1e-5, for example. At t_max, the noise end, alpha must be above 0: end at 0.999 for a flow, "
+    "0.9946 for a cosine, 1 for VPSchedule. For a network that uses another time, set "
+    "ScoreModel(..., time=999.0), or time=lambda t: 1 - t if its data are at 1."
 )
 FOLLOW = (
-    "Write alpha and sigma with operators of PyTorch on t, linear between the entries of a table, "
-    "without .detach(), NumPy or Python's numbers; or override drift, squared_diffusion and rates."
+    "Write alpha and sigma with PyTorch operators on t (linear between the entries of a table), "
+    "without .detach(), NumPy or Python numbers; or override drift, squared_diffusion and rates."
 )
 
 
 def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """Derivative of an elementwise function of time, in the dtype of t."""
-    t = t.contiguous()  # torch.func takes no tensor whose elements share their memory
+    t = t.contiguous()  # torch.func rejects tensors whose elements share memory
     with forward_mode():
         slope = torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
     # A number times a 0-dim tensor has a tangent of the default dtype in forward mode.
@@ -195,8 +195,8 @@ class Schedule:
             expected = f"{type(self).__name__} to have the density of its own sample_time"
             got = "the time_density that it inherits"
             remedy = (
-                "Write time_density(t), per unit of t, in the class as well; or leave sample_time "
-                "as it is and give time_sampler=lambda batch, generator: ... to the loss."
+                "Define time_density(t), per unit of t, in the class too; or keep the inherited "
+                "sample_time and pass time_sampler=lambda batch, generator: ... to the loss."
             )
             raise ValueError(error_message("schedule", expected, self, remedy, got=got))
         return self._density(as_time(t))
@@ -226,7 +226,7 @@ def check_schedule(schedule: object) -> Schedule:
     Values are not checked while `torch.compile` traces, nor under a fake tensor mode.
     """
     if not isinstance(schedule, Schedule):
-        remedy = "With a scheduler of diffusers write from_diffusers(network, scheduler)."
+        remedy = "For a scheduler of diffusers use from_diffusers(network, scheduler)."
         expected = "a schedule such as VPSchedule(), or a subclass of Schedule"
         raise TypeError(error_message("schedule", expected, schedule, remedy))
     name = type(schedule).__name__
@@ -273,7 +273,7 @@ def _check_values(schedule: Schedule, t: Tensor) -> None:
     (alpha, sigma), (alpha_rate, sigma_rate) = schedule(inner), schedule.rates(inner)
     by_rates = 2 * sigma.square() * (sigma_rate / sigma - alpha_rate / alpha)
     if not bool(((by_rates > 0) & torch.isclose(diffusion, by_rates, rtol=TOLERANCE)).all()):
-        got = "derivatives that do not say so"
+        got = "derivatives that contradict it"
         raise ValueError(error_message("schedule", grows, schedule, FOLLOW, got=got))
 
 
@@ -293,7 +293,7 @@ def _first_broken(holds: Tensor) -> int | None:
 
 
 def _values(schedule: Schedule, method: str, t: Tensor) -> Tensor:
-    """What a method returns for t; TypeError unless that is a tensor like t."""
+    """Return a method's values at t; TypeError unless they are a tensor like t."""
     value = getattr(schedule, method)(t.clone())
     like = isinstance(value, Tensor) and value.dtype == t.dtype and value.device == t.device
     if not like or value.shape != t.shape:

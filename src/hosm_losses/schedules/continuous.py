@@ -1,4 +1,4 @@
-r"""The noise schedules of the field, in closed form.
+r"""The usual noise schedules, in closed form.
 
 Source:
     VP, VE and sub-VP: Song et al., arXiv 2011.13456, appendix B. Cosine: Nichol and Dhariwal,
@@ -80,7 +80,7 @@ class _LinearBeta(Parametric):
         return -0.5 * self.beta(t)
 
     def _time_at(self, b: Tensor) -> Tensor:
-        # Between bounds at which no quotient is 0/0 or inf/inf; they lie outside every range.
+        # Clamped to bounds, outside every range, at which no quotient is 0/0 or inf/inf.
         b = b.clamp(torch.finfo(b.dtype).tiny, 1e30)
         root = torch.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * b)
         return self.clip(2 * b / (self.beta_min + root))
@@ -326,7 +326,7 @@ class EDMSchedule(Parametric):
         low, high = (low, high) if sign == 1 else (-high, -low)
         inside = _mass_below(high) - _mass_below(low)
         if inside < LEAST_MASS:
-            expected = "log_mean and log_std by which some draws fall between t_min and t_max"
+            expected = "log_mean and log_std for which some draws fall between t_min and t_max"
             raise ValueError(error_message("EDMSchedule", expected, self, got=repr(self)))
         return sign, low, high, inside
 

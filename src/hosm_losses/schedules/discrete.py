@@ -34,7 +34,7 @@ BELOW_1 = math.nextafter(1.0, 0.0)
 class Table:
     """Two or more numbers at the indices 0 … N−1, interpolated linearly.
 
-    It caches a copy for every device and dtype, so that a training step copies nothing to them.
+    It caches a copy for every device and dtype, so that training steps copy nothing.
     """
 
     values: tuple[float, ...]
@@ -61,7 +61,7 @@ class Table:
         # The slopes are rounded from float64: differences of rounded entries have lost digits.
         both = self.values, self._slopes
         with outside_inference_mode():
-            # By way of the CPU: elsewhere torch.tensor fails under forward-mode differentiation.
+            # Via the CPU: elsewhere torch.tensor fails under forward-mode differentiation.
             copy = torch.tensor(both, dtype=like.dtype, device="cpu").to(like.device)
         if torch.compiler.is_compiling() or owns_values(copy):
             self._copies[key] = copy
@@ -95,9 +95,9 @@ class Table:
 class DiscreteSchedule(Schedule):
     """A table of ᾱ = α² with σ² = 1 − ᾱ; t is the index 0 … N−1, integer or float.
 
-    Between the entries log σ̂ is linear in t. Losses draw integers, by any time_sampler, and sum
-    by the trapezoidal rule what they integrate under another schedule. The likelihood evaluates
-    fractional indices. An index outside the table is a ValueError on the CPU; it is not checked on
+    Between the entries log σ̂ is linear in t. Losses draw integers, with any time_sampler, and use
+    sums by the trapezoidal rule in place of integrals over t. The likelihood evaluates fractional
+    indices. An index outside the table is a ValueError on the CPU; it is not checked on
     accelerators, to avoid a synchronisation.
 
     Args:
@@ -105,9 +105,9 @@ class DiscreteSchedule(Schedule):
             tensor with one dimension. It is stored as a tuple.
 
     Raises:
-        TypeError: for a table that is not made of real numbers.
-        ValueError: for one of another shape, or that is not decreasing inside (0, 1); one that
-            ends at ᾱ = 0 (zero terminal SNR) has an infinite σ̂ there: leave the last entry out.
+        TypeError: if the table is not made of real numbers.
+        ValueError: if it has another shape or does not decrease inside (0, 1). A table that ends
+            at ᾱ = 0 (zero terminal SNR) has an infinite σ̂ there: leave out the last entry.
 
     Example:
         >>> alpha, sigma = DiscreteSchedule([0.9, 0.5, 0.1])(torch.tensor([0, 1]))
@@ -253,10 +253,10 @@ def step_labels(
 ) -> Callable[[Tensor], Tensor]:
     """Return the map from an index of a respaced table to the network's time, factor · step.
 
-    `respaced` lists the steps of the full table that the schedule's entries are. Between two of
-    them it is the step with the noise of the index, interpolated: α falls smoothly from 1, so its
-    slope halfway between two respaced steps is taken to be the mean slope, and linear from one
-    such point to the next.
+    `respaced` lists the steps of the full table that the schedule kept. Between two of them the
+    result is the step with the same noise as the index, interpolated: α falls smoothly from 1, so
+    its slope halfway between two respaced steps is taken to be their mean slope, and to be linear
+    between such points.
     """
     steps, alpha = np.asarray(respaced), np.sqrt(schedule.alphas_cumprod)
     ends = np.append(-1, steps)

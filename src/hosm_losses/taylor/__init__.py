@@ -1,4 +1,4 @@
-r"""Derivatives of a function along directions, in one call of it.
+r"""Derivatives of a function along directions, from one call of it.
 
 `jet` and `laplacian` are for users; the engine below them needs PyTorch and nothing else:
 
@@ -9,25 +9,25 @@ r"""Derivatives of a function along directions, in one call of it.
     (torch.Size([4, 3]), torch.Size([2, 4, 3]), torch.Size([2, 4, 3]))
 
 How it works:
-    The function is called once, on a `Jet` in the place of x: a tensor that looks like x, and
-    carries a stack (C, B, *) of its value, its first derivatives along the directions and its
-    second ones, along l and twice along l. PyTorch hands each function that is called on a Jet
-    to `Jet.__torch_function__`, which looks for a rule in the `registry`. A rule makes the stack
-    of y = f(x) from that of x. It is the chain rule, in two lines:
+    The function is called once, on a `Jet` in place of x: a tensor that looks like x and carries a
+    stack (C, B, *) of its value, its first derivatives along the directions and its second ones,
+    along l and twice along l. PyTorch passes each function that is called on a Jet to
+    `Jet.__torch_function__`, which looks up a rule in the `registry`. A rule makes the stack of y
+    = f(x) from that of x. It is the chain rule, in two lines:
 
         y_l = ∂f x_l        y_ll = ∂f x_ll + ∂²f[x_l, x_l]
 
-    A function without a rule is differentiated by itself, by `torch.func.jvp`. What cannot be
-    right raises `TaylorError`, such as a custom autograd.Function or complex numbers, but for
+    A function without a rule is differentiated on its own, by `torch.func.jvp`. Calls that cannot
+    be right raise `TaylorError`, such as a custom autograd.Function or complex numbers, except
     those of rotary embeddings.
 
-Kinds of rules, with one of each:
-    linear: ∂²f is zero, so it is the function itself, of one component after the other or of the
-    stack, one axis further on.
+Kinds of rules, with an example of each:
+    linear: ∂²f is zero, so the rule is the function itself, applied to one component after another
+        or to the whole stack, one axis further on.
 
         linear(lambda stack, dim, index: stack.select(_axis(stack, dim), index), "select")
 
-    bilinear: y_l = a_l · b + a · b_l, and so on: `product_rule` knows the rest.
+    bilinear: y_l = a_l · b + a · b_l, and so on: `product_rule` does the rest.
 
         @rule("mul", several=True, kind="bilinear")
         def multiply(a, b):
@@ -40,7 +40,7 @@ Kinds of rules, with one of each:
         def _exp(x):
             return repeat(torch.exp(x), 4)
 
-    composite: a few other functions. `ops` are those of torch, or the engine's.
+    composite: made of a few other functions. `ops` are those of torch, or the engine's.
 
         @composite(F.glu)
         def _glu(ops, input, dim=-1):
@@ -57,9 +57,9 @@ Source:
 Files, from the bottom up:
 - `_torch`, `stacks`: private names of PyTorch; stacks of components.
 - `registry`: which functions have which rule; errors; hooks inside a network.
-- `memory`: which tensors share memory; functions of which only the arguments are kept for the
-  backward passes.
-- `primitives`: operators whose double backward is right, and the mode that puts them in place of
+- `memory`: which tensors share memory; functions that keep only their arguments for the backward
+  passes.
+- `primitives`: operators whose double backward is right, and the mode that substitutes them for
   PyTorch's in reverse mode.
 - `jets`: the Jet, what happens to a function that is called on one, `jet` and `laplacian`.
 - `linear`, `products`, `matrices`, `pointwise`, `composites`, `attention`, `norms` and `in_place`:
@@ -88,7 +88,7 @@ from hosm_losses.taylor.registry import TaylorError as TaylorError
 from hosm_losses.taylor.registry import check_unchanged as check_unchanged
 from hosm_losses.taylor.stacks import at_least_float32 as at_least_float32
 
-# When every rule is registered.
+# After every rule is registered.
 register_changes()
 complete_primitives()
 define_methods()

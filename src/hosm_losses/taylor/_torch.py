@@ -1,7 +1,7 @@
 """Private names of PyTorch that the engine needs, and what surrounds a call.
 
-PyTorch keeps no private name stable. `tests/taylor/test_torch.py` has tests of those that could
-change in silence, with the versions that have them; where one fails, this file is what to change.
+PyTorch keeps no private name stable. `tests/taylor/test_torch.py` tests those that could change
+silently, and lists the versions that have them; if a test fails, this is the file to change.
 """
 
 import threading
@@ -61,14 +61,14 @@ def selective_checkpoint() -> bool:
 
 
 def autocast_type(x: Tensor) -> torch.dtype:
-    """The type in which autocast multiplies a tensor; its own where it is off, or float64."""
+    """Return the dtype in which autocast multiplies a tensor; its own if off, or for float64."""
     kind = x.device.type
     short = x.dtype != torch.float64 and _autocast(kind)
     return torch.get_autocast_dtype(kind) if short else x.dtype
 
 
 def in_autocast(x: Tensor) -> Tensor:
-    """A tensor in the type in which autocast multiplies it."""
+    """Return a tensor in the dtype in which autocast multiplies it."""
     return x.to(autocast_type(x))
 
 
@@ -78,7 +78,7 @@ def _autocast(kind: str) -> bool:
 
 
 def without_autocast(kind: str) -> AbstractContextManager[object]:
-    """A block without autocast."""
+    """Return a context manager that turns autocast off."""
     return torch.autocast(kind, enabled=False) if _autocast(kind) else nullcontext()
 
 
@@ -90,7 +90,7 @@ def in_custom_function() -> bool:
 
 
 def forward_mode_on() -> AbstractContextManager[object]:
-    """A block in which `in_custom_function` looks at what is inside of it alone."""
+    """Return a context manager in which `in_custom_function` only sees what is inside it."""
     if torch.compiler.is_compiling() or _C._is_fwd_grad_enabled():
         return nullcontext()
     return torch.autograd.forward_ad._set_fwd_grad_enabled(True)
@@ -121,7 +121,7 @@ of_a_package._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMem
 
 
 def will_run(node: object) -> bool:
-    """Whether the backward pass under way needs what it would give a node, None for no node."""
+    """Whether the running backward pass needs the gradient of a node, None for no node."""
     if node is None:
         return False
     try:
@@ -138,7 +138,7 @@ def shell(kind: type[Tensor], stack: Tensor) -> Any:
 
 
 def without_subclasses() -> AbstractContextManager[None]:
-    """A block in which no __torch_function__ of a subclass is called."""
+    """Return a context manager in which no __torch_function__ of a subclass is called."""
     return _C.DisableTorchFunctionSubclass()
 
 
@@ -178,12 +178,12 @@ def leave_inference_mode(tensor: Tensor) -> Tensor:
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often tensors were changed in place, where that is known: not under torch.compile."""
+    """Return how often tensors were changed in place; unknown under torch.compile."""
     if torch.compiler.is_compiling():
         return []
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def forward_mode() -> AbstractContextManager[object]:
-    """A block without other threads in torch.func.jvp: its levels are the whole process's."""
+    """Return a lock for torch.func.jvp, whose levels belong to the whole process."""
     return nullcontext() if torch.compiler.is_compiling() else _lock

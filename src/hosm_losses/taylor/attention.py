@@ -18,9 +18,9 @@ cotangents A of that in x and B_l of that in x_l, with Ã = A − Σ p A and h_l
     in p_l    Ã (b_l − β_l)
     in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
 
-The product with the values of attention keeps the result too, if it is not rounded or dropped
-before.
-In a short type gradients are as exact as PyTorch's, which come from a rounded result as well.
+The product with the values of attention keeps the result too, unless rounding or dropout comes in
+between. In half precision gradients are as exact as PyTorch's, which also come from a rounded
+result.
 """
 
 import math
@@ -81,7 +81,7 @@ class Softmax(NamedTuple):
             add_products(of_value, tangents, dp, -1)
             of_firsts = of_firsts + dp
         sums = torch.cat([of_value.sum(dim, keepdim=True), of_firsts, of_seconds])
-        # Of second derivatives that are zero everywhere there is no gradient.
+        # Second derivatives that are zero everywhere have no gradient.
         gradient, sums = gradient[: self.length], sums[: self.length]
         return (gradient.addcmul_(weights, sums, value=-1).to(dtype),)
 
@@ -162,7 +162,8 @@ def _attend(
     factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
     if not isinstance(query, Jet):
         # A vector where a number would do: autograd saves it, and the native kernel saves nothing
-        # like it. So torch's own checkpoint, which recomputes with that, sees the difference.
+        # like it, so that torch's own checkpoint, which recomputes with that kernel, sees the
+        # difference.
         factor = query.new_full(query.shape[-1:], factor)
     logits = ops.matmul(ops.mul(query, factor), ops.transpose(key, -2, -1))
     logits = ops.to(logits, torch.promote_types(logits.dtype, torch.float32))

@@ -2,14 +2,14 @@ r"""Operators composed of a few others: one body serves Jets and plain tensors.
 
 A body takes `ops` before the arguments of its operator. `ops.softmax(x, -1)` calls a function of
 torch, of torch.nn.functional or a method of Tensor: as it is on plain tensors, by its rule on
-Jets. Written as `torch.softmax(x, -1)` torch.compile would take a Jet for a plain tensor.
+Jets. In `torch.softmax(x, -1)`, torch.compile would mistake a Jet for a plain tensor.
 
 With `primitive=True` the body also takes the operator's place where reverse mode differentiates a
 network: see `primitives`.
 
-Lengths of vectors, and what is made of them, such as distances, angles and spreads, are composites
-because PyTorch's own formulas in forward mode cannot be differentiated again where they fill in a
-zero. At zero a length has no derivative; as in PyTorch it is taken to be constant there.
+Lengths of vectors, and quantities made of them, such as distances, angles and spreads, are
+composites because PyTorch's own formulas in forward mode cannot be differentiated again where they
+fill in a zero. At zero a length has no derivative; as in PyTorch it is taken to be constant there.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from hosm_losses.taylor.registry import (
 
 
 def _on_jets(function: Function) -> Function:
-    """A function by its rule, where an argument is a Jet or a list with one in it."""
+    """Return a function that uses its rule if an argument is a Jet or a list with one."""
 
     def called(*args: Any, **named: Any) -> Any:
         for arg in args:
@@ -65,9 +65,9 @@ def composite(
     """Register a body for functions of PyTorch.
 
     Args:
-        names: of the functions, or these.
+        names: the functions, or their names.
         several: whether other arguments than the first may be Jets.
-        primitive: whether it takes their place in reverse mode as well.
+        primitive: whether the body replaces them in reverse mode as well.
     """
 
     def register(body: Function) -> Function:
@@ -92,7 +92,7 @@ def _primitive(function: Function, body: Function, *args: Any, **named: Any) -> 
 @composite(F.glu, primitive=True)
 def _glu(ops: Any, input: Any, dim: int = -1) -> Any:  # noqa: A002
     if input.shape[dim] % 2:
-        raise NoRule  # for PyTorch to refuse
+        raise NoRule  # PyTorch rejects it
     value, gate = ops.chunk(input, 2, dim)
     return ops.mul(value, ops.sigmoid(gate))
 

@@ -1,8 +1,8 @@
-r"""Rules for what changes a tensor in place: the function that is not in place, and a `write`.
+r"""Rules for in-place changes: the function that is not in place, then a `write`.
 
-PyTorch names a method that changes its object by a last underscore. Where the method without it
-has a rule, that is used. Where it has none, or there is no such method, a copy is changed in
-PyTorch's own words and differentiated by torch.func.jvp; see `hosm_losses.taylor.jets`.
+PyTorch marks a method that changes its object by a final underscore. If the method without it has
+a rule, that is used. If it has none, or there is no such method, a copy is changed by PyTorch's
+own method and differentiated by torch.func.jvp; see `hosm_losses.taylor.jets`.
 """
 
 from functools import partial
@@ -16,12 +16,12 @@ from hosm_losses.taylor.primitives import WRONG, wrong_in_forward_mode
 from hosm_losses.taylor.registry import HOMES, RULES, Function, TaylorError, functions_named, rule
 from hosm_losses.taylor.stacks import align, extend
 
-# What changes more than the values of its object.
+# Methods that change more than the values of their object.
 REFUSED = """
     apply_ detach_ map_ map2_ rename_ resize_ resize_as_ set_ share_memory_ squeeze_ swapaxes_
     swapdims_ t_ transpose_ unsqueeze_
 """
-# Those that change several tensors, which a list holds.
+# Functions that change a list of tensors.
 LISTS = [name for name in dir(torch) if name.startswith("_foreach") and name.endswith("_")]
 OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
 
@@ -29,7 +29,7 @@ OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
 def _change_in_place(
     change: Function, plain: Function | None, x: Any, *args: Any, **named: Any
 ) -> Tensor:
-    """Change x in place by way of `plain`, the function with a rule that is not in place."""
+    """Change x in place through `plain`, the function with a rule that is not in place."""
     start = _as_jet(x, *args, *named.values())
     # Of another type, what the copy says decides.
     if plain is None or start.dtype != x.dtype:
@@ -71,7 +71,7 @@ _METHODS = {
 
 
 def register_changes() -> None:
-    """Register a rule for every method that changes its object, when all functions have theirs."""
+    """Register a rule for every in-place method, after all functions have theirs."""
     for name, plain in _METHODS.items():
         functions = [function for function in functions_named(plain) if function in RULES]
         for change in functions_named(name):

@@ -1,24 +1,24 @@
 r"""A tensor with its derivatives along directions, and a function with its derivatives.
 
-What:
+Purpose:
     A Jet stands for x and carries a stack (C, B, *): the value; `firsts` first derivatives, one
-    for each direction; then, if `pairs` says so, second derivatives. PyTorch hands every function
-    that is called on a Jet to `Jet.__torch_function__`, which looks up a rule. A rule computes all
-    the components at once: a linear layer is one call on the whole stack.
+    for each direction; then, depending on `pairs`, second derivatives. PyTorch passes every
+    function that is called on a Jet to `Jet.__torch_function__`, which looks up a rule. A rule
+    computes all the components at once: a linear layer is one call on the whole stack.
 
     Second derivatives that are zero everywhere, as those of the input are, are not stored.
 
     `jet` and `laplacian` are for users, `propagate` is for the engines.
 
 Without a rule:
-    The function is differentiated by `torch.func.jvp`, by itself and with the user's own
-    arguments, with the safe primitives in place: right, but not as fast. What cannot be right
-    raises TaylorError: complex numbers, but for those of rotary embeddings, and anything under
-    torch.no_grad, where a custom autograd.Function computes. What PyTorch does not differentiate
-    raises ConstantError. Changes in place are those of `memory` and `in_place`.
+    The function is differentiated by `torch.func.jvp`, on its own and with the user's arguments,
+    with the safe primitives active: right, but slower. Calls that cannot be right raise
+    TaylorError: complex numbers, except those of rotary embeddings, and anything under
+    torch.no_grad, where a custom autograd.Function computes. Operators that PyTorch does not
+    differentiate raise ConstantError. In-place changes are handled in `memory` and `in_place`.
 
 A rule calls other rules, and PyTorch on stacks; it does not call PyTorch on Jets, which
-torch.compile would take for plain tensors there.
+torch.compile would mistake for plain tensors there.
 """
 
 import math
@@ -61,12 +61,12 @@ from hosm_losses.taylor.registry import (
 )
 from hosm_losses.taylor.stacks import Pairs, collect, components, extend
 
-# The methods that Tensor has in Python. torch.compile looks into them in place of asking
-# `__torch_function__`, so Jet has its own; with their rules, which it does not find in a
-# dictionary.
+# The methods of Tensor that are written in Python. torch.compile traces into them instead of
+# calling `__torch_function__`, so Jet has its own, bound to their rules, which it would not find
+# in a dictionary.
 METHODS = "__iter__ __pow__ __rdiv__ __rsub__ __rtruediv__ norm split unflatten"
 IN_PYTHON: list[tuple[Callable[..., Any], Rule | None]] = []
-SCRIPTED = "network: expected modules that Python calls; got one of torch.jit. " + GIVE_THE_SOURCE
+SCRIPTED = "network: expected plain Python modules; got one of torch.jit. " + GIVE_THE_SOURCE
 CHANGES = "changes in place what depends on x."
 CUSTOM = "called by a custom autograd.Function, as a full backward hook is, on what depends on x."
 NO_GRAD = "called under torch.no_grad on what depends on x."
@@ -127,7 +127,7 @@ class Jet(Tensor):
 
 
 class _Opaque(Jet):
-    """A Jet without data, so that code which passes by `__torch_function__` finds none."""
+    """A Jet without data, so that code which bypasses `__torch_function__` finds none."""
 
     @classmethod
     def __torch_dispatch__(
@@ -139,7 +139,7 @@ class _Opaque(Jet):
 class _Complex(_Opaque):
     """A Jet of complex numbers, as rotary embeddings make of pairs: see `OF_COMPLEX`.
 
-    Formulas by hand, of gradients above all, are those of real numbers.
+    Hand-written formulas, above all for gradients, only hold for real numbers.
     """
 
     def like(self, stack: Tensor) -> Jet:
@@ -156,15 +156,16 @@ class _Complex(_Opaque):
 
 
 class _Traced(Jet):
-    """A Jet under torch.compile, whose data are its stack with the components last, and NaN.
+    """A Jet under torch.compile; its data are the stack with the components last, and NaN.
 
-    `q, k, v = qkv` passes by `__torch_function__` there, and takes rows of the data. So a row has
-    all components, if no attributes: see `unpack`. So does torch.func.vmap inside a network,
-    which would compute with the components as if they were elements: that becomes NaN.
+    `q, k, v = qkv` bypasses `__torch_function__` there and takes rows of the data, which have all
+    components but no attributes: see `unpack`. torch.func.vmap inside a network does the same, and
+    would compute with the components as if they were elements: that becomes NaN.
     """
 
 
-# What rules and networks ask all the time, in a tenth of the time of __torch_function__.
+# Attributes that rules and networks read all the time, in a tenth of the time of
+# __torch_function__.
 _ASKED: dict[str, Callable[[Jet], Any]] = {
     "shape": lambda jet: jet.stack.shape[1:],
     "ndim": lambda jet: jet.stack.ndim - 1,
@@ -208,7 +209,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
         kwargs = {name: unpack(value) for name, value in kwargs.items()}
     if func in CONSTANT:
         shares = CONSTANT[func]
-        # Not by .data, which detaches from the innermost alone of nested levels of torch.func.
+        # Not by .data, which only detaches from the innermost of nested torch.func levels.
         answer = on_values(torch.detach if shares else func, args, kwargs)
         if isinstance(answer, Tensor) and in_custom_function():
             raise TaylorError(f"{name_of(func)}: {CUSTOM}")
@@ -258,14 +259,14 @@ def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             seen[:] = pytree.tree_flatten(func(*new_args, **new_kwargs))
         if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in seen[0]):
             raise TaylorError(f"{name_of(func)}: {COMPLEX}")
-        # One result at least, where the function returns no tensor.
+        # At least one result, even if the function returns no tensor.
         results = tuple(leaf for leaf in seen[0] if isinstance(leaf, Tensor))
         floats = [leaf for leaf in results if leaf.is_floating_point()]
         if floats and all(unpack_dual(leaf).tangent is None for leaf in floats):
             refuse_constant(func, floats[0])
         return results or (values[0].new_zeros(()),)
 
-    # Copies: torch.func writes to what it is given, which elements in one place do not allow.
+    # Copies: torch.func writes to its arguments, which fails if elements share memory.
     values = tuple(jet.stack[0].clone() for jet in jets)
     derivatives = tuple(
         jet.stack[1:].contiguous() if 0 in jet.stack.stride() else jet.stack[1:] for jet in jets
@@ -301,7 +302,7 @@ def along(
         value, *parts = _map_directions(partial(inner, values), derivatives)
     else:
         tangents = tuple(derivative[:firsts] for derivative in derivatives)
-        # Of a sum the first direction has it all.
+        # For a sum, the first direction carries all of it.
         seconds = tuple(extend(derivative[firsts:], firsts) for derivative in derivatives)
         value, *parts = _map_directions(second, tangents, seconds)
         parts[1] = pytree.tree_map(partial(collect, pairs=pairs), parts[1])
@@ -312,7 +313,7 @@ def along(
 def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> Any:
     """The value and the derivatives of a function for several directions.
 
-    Under vmap where there are several: one mask of a dropout then serves all of them.
+    It uses vmap if there are several: one dropout mask then serves all of them.
     """
     with forward_mode():
         if torch.compiler.is_compiling():
@@ -332,7 +333,7 @@ def write_jet(x: Tensor, result: Any) -> Tensor:
             f"a change in place of what has shape {tuple(x.shape)} into {tuple(result.shape)}."
         )
     if not isinstance(x, Jet):
-        # A Jet of its own, for it changes places with x.
+        # A new Jet, as it is swapped with x.
         memory.to_jet(x, result.like(result.stack.to(x.dtype)))
         return x
     if not isinstance(result, Jet):
@@ -360,8 +361,8 @@ def propagate(
     """The stack (C, B, *) of a function at x (B, *): f, ∂f w for the K directions, and pairs.
 
     `pairs` is "none"; "squares" for ∂²f[w, w] of every direction; "sum" for the sum of those,
-    carried as one. TaylorError says what cannot be carried. For a tuple of inputs there is a tuple
-    of directions; an input with None in their place stays a plain tensor.
+    carried as one. Raises TaylorError if derivatives cannot be carried. A tuple of inputs takes a
+    tuple of directions; an input with None for its directions stays a plain tensor.
 
     Example:
         >>> x = torch.tensor([[0.5]])
@@ -380,13 +381,13 @@ def propagate(
     propagation = memory.Propagation(count, pairs, [], [], [])
     memory.THREAD.propagations.append(propagation)
     try:
-        # Gradients are off in the forward of a custom Function, which is how one is found.
+        # Gradients are off in the forward of a custom Function, which is how one is detected.
         with torch.enable_grad(), forward_mode_on():
             jets = [
                 stack if w is None else Jet.make(stack, count, pairs)
                 for stack, w in zip(stacks, ways, strict=True)
             ]
-            # One alone is handed over: held here too, it would be in use when it is changed.
+            # A single Jet is handed over: with a reference here it would be in use when changed.
             result: Any = unpack(function(*jets) if len(jets) > 1 else function(jets.pop()))
             del jets
         stack: Any = getattr(result, "stack", None)
@@ -426,13 +427,13 @@ def jet_among(candidates: Iterable[Any]) -> Jet:
 def result_type(a: Any, b: Any) -> torch.dtype:
     """The type of what PyTorch computes from a and b, Jets or not."""
     values = [x.stack[0] if isinstance(x, Jet) else x for x in (a, b)]
-    # Of tensors without elements: torch.compile does not trace torch.result_type.
+    # From empty tensors: torch.compile does not trace torch.result_type.
     empty = [x.new_empty((0,) * min(x.ndim, 1)) if isinstance(x, Tensor) else x for x in values]
     return torch.add(*empty).dtype
 
 
 def define_methods() -> None:
-    """Give Jet the methods that are written in Python, when every rule is registered."""
+    """Give Jet the methods that are written in Python, after every rule is registered."""
     for name in METHODS.split():
         function = getattr(Tensor, name)
         IN_PYTHON.append((function, RULES.get(function)))
@@ -496,32 +497,35 @@ def _check_inputs(inputs: tuple[Any, ...], ways: tuple[Any, ...], several: bool)
 def jet(
     function: Function, x: Inputs, directions: Directions, pairs: Pairs = "none"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    r"""Return f(x), its first derivatives along directions, and second ones if asked for.
+    r"""Return f(x), its first derivatives along directions and, on request, second ones.
 
-    One call of the function gives all of them, differentiable in x, the directions and what the
-    function trains, and by hand where those of PyTorch 2.6 to 2.13 are wrong, as of norms.
+    One call of the function gives all of them, differentiable in x, the directions and the
+    function's parameters. Derivatives that PyTorch 2.6 to 2.13 get wrong, such as those of norms,
+    have formulas of their own.
 
     Args:
-        function: of x (B, \*), every sample alone; such as a network with its conditions bound.
+        function: a function of x (B, \*) that treats samples independently, such as a network with
+            its conditions bound.
         x: a batch (B, \*), in floating point; or a tuple of them, each with a shape of its own,
             for a function of as many arguments.
         directions: K directions for every sample, (K, B, \*), taken in the dtype of x. For a tuple
-            a tuple: direction k moves all inputs at once. An input with None in its place is held
-            and may be of any kind, such as labels.
-        pairs: which second derivatives there are: "none"; "squares", ∂²f[v, v] of every direction;
-            "sum", the sum of those.
+            of inputs, a tuple: direction k moves all inputs at once. An input with None for its
+            directions is held fixed and may be of any kind, such as labels.
+        pairs: which second derivatives to compute: "none"; "squares", ∂²f[v, v] of every
+            direction; "sum", the sum of those.
 
     Returns:
         f (B, \*), first derivatives (K, B, \*), and second ones, which are None for "none",
         (K, B, \*) for "squares" and (B, \*) for "sum".
 
     Raises:
-        TaylorError: what the function does cannot be followed, and why.
-        DerivativeError: an operator inside it has no derivative in PyTorch, or a hook changes a
+        TaylorError: if derivatives cannot be carried through the function, with the reason.
+        DerivativeError: if an operator inside it has no derivative in PyTorch, or a hook changes a
             gradient.
-        TypeError: x or directions that are no tensors in floating point, or no tuples of as many.
-        ValueError: x without axes, directions of another shape, several K or B, None for all
-            inputs, or pairs of another name.
+        TypeError: if x or directions are not floating-point tensors, or not tuples of equal
+            length.
+        ValueError: if x has no axes, directions have another shape or different K or B, all
+            directions are None, or `pairs` is unknown.
 
     Example:
         >>> x, v = torch.tensor([[0.0], [1.0]]), torch.ones(1, 2, 1)
@@ -566,17 +570,17 @@ def laplacian(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     r"""Return Δf, the sum over the elements of a sample of the second derivatives ∂²f/∂x_i².
 
-    It takes a direction for each of the d elements of a sample, and so d + 2 times the memory of
-    the function's value. See `jet` for what the function may be.
+    It needs a direction for each of the d elements of a sample, and so d + 2 times the memory of
+    the function's value. Errors are those of `jet`.
 
     Args:
-        function: of x (B, \*), every sample alone.
+        function: a function of x (B, \*) that treats samples independently.
         x: a batch (B, \*), in floating point.
-        gradient: whether to return f(x) and ∇f as well, which the same pass has.
+        gradient: whether to return f(x) and ∇f as well, from the same pass.
 
     Returns:
-        Δf, of the shape of f(x). With `gradient` f(x), ∇f and Δf: ∇f has the axes of f(x), and
-        after them those of a sample. Of one number for each sample it has the shape of x.
+        Δf, of the shape of f(x). With `gradient`, f(x), ∇f and Δf: ∇f has the axes of f(x),
+        followed by those of a sample. If f(x) is one number per sample, it has the shape of x.
 
     Example:
         >>> laplacian(lambda x: (x**3).sum(1), torch.tensor([[1.0, 2.0]]))

@@ -1,16 +1,16 @@
-"""Rules for what moves elements about or adds them up: the same for every component.
+"""Rules for functions that move elements or add them up: the same for every component.
 
-All dimensions are counted from the back, where an axis of the value is one of the stack.
+Dimensions are counted from the back, where axes of the value and of the stack agree.
 
-What a function does to a stack at once is written down for those that networks call most. Others
-are called on one component after the other, with the user's own arguments.
+Functions that networks call most have a rule for the whole stack. Others are called on one
+component after another, with the user's own arguments.
 
 Questions and casts:
-    A property that says how a tensor hangs in the graph is answered for the stack. So tools that
-    watch modules, such as PyTorch's counter of operations, find what they find on an ordinary
-    tensor. A cast to another floating type casts every component. One to integers or to bool has
-    no derivatives, as in PyTorch: its result is a plain tensor, and casting that back brings none.
-    One to complex numbers is refused by `Jet.make`.
+    A property of a tensor in the graph is answered for the stack, so that tools that watch
+    modules, such as PyTorch's FLOP counter, see what they see on an ordinary tensor. A cast to
+    another floating dtype casts every component. A cast to integers or to bool has no derivatives,
+    as in PyTorch: its result is a plain tensor, and casting it back restores none. `Jet.make`
+    rejects a cast to complex numbers.
 """
 
 from collections import OrderedDict
@@ -49,16 +49,16 @@ from hosm_losses.taylor.stacks import align
 
 
 def linear(move: Function, *names: str | Function, view: bool = False) -> None:
-    """Register a function of a stack and of arguments whose shapes alone matter.
+    """Register a function of a stack and of arguments of which only the shapes matter.
 
-    Its result is noted as a `view` where PyTorch's may share the memory of its argument.
+    Its result is noted as a `view` if PyTorch's may share the memory of its argument.
     """
 
     def register(function: Function) -> None:
         @rule(function, several=True, kind="linear")
         @wraps(move)
         def moved(x: Any, *args: Any, **named: Any) -> Any:
-            if not isinstance(x, Jet):  # beside one that is asked for its shape, as by expand_as
+            if not isinstance(x, Jet):  # only the shape of a Jet is used, as in expand_as
                 return on_values(function, (x, *args), named)
             output = move(x.stack, *args, **named)
             parts = [x.like(part) for part in (output if isinstance(output, tuple) else (output,))]
@@ -302,7 +302,7 @@ def _item(x: Jet, index: Any) -> Tensor:
 
 
 def _slices(part: Any) -> bool:
-    """Whether a part of an index is a place, a slice, a new axis or the dots."""
+    """Whether a part of an index is an integer, a slice, a new axis or an ellipsis."""
     if isinstance(part, bool):  # which makes a new axis, and is read as a mask
         return False
     return part is None or part is Ellipsis or isinstance(part, int | slice)
@@ -330,7 +330,7 @@ CONSTANT[Tensor.data.__get__] = True  # pyright: ignore[reportAttributeAccessIss
 
 @rule(Tensor.requires_grad.__get__)  # pyright: ignore[reportAttributeAccessIssue]
 def _requires_grad(x: Jet) -> bool:  # noqa: ARG001
-    """True, as in the engine that goes backward, so that a checkpoint does not warn."""
+    """True, as in reverse mode, so that a checkpoint does not warn."""
     return True
 
 

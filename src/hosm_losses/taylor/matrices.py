@@ -8,13 +8,13 @@ Formula, with X = A⁻¹, which is computed once, and derivatives along l and tw
     with Φ(M) the lower triangle of L⁻¹ M L⁻ᵀ and half its diagonal, for M made symmetric, as in
     PyTorch's gradients. An inverse is the solution for B = 1.
 
-Gradients are those of autograd, through products and an inverse: PyTorch has all derivatives of
-these right, and those of the values in reverse mode. In forward mode it has not: under vmap, jvp
-of grad of slogdet is wrong for all samples but the first.
+Gradients are those of autograd, through products and an inverse: PyTorch gets all derivatives of
+these right, and those of the values in reverse mode, but not in forward mode: under vmap, jvp of
+grad of slogdet is wrong for all samples but the first.
 
 Digits: a condition number κ costs up to log10 κ of them, and float32 has seven: compute
-near-singular matrices in float64. Of an exactly singular one the derivatives of a determinant are
-NaN, and an inverse or a solution is an error of PyTorch's.
+near-singular matrices in float64. For an exactly singular one the derivatives of a determinant are
+NaN, and PyTorch raises an error for an inverse or a solution.
 
 Source:
     Giles, "Collected matrix derivative results for forward and reverse mode algorithmic
@@ -33,7 +33,7 @@ from hosm_losses.taylor.stacks import align, collect, components, extend
 
 
 def _components(stack: Tensor, jet: Jet) -> tuple[Tensor, Tensor, Tensor]:
-    """The value, first and second derivatives of a stack as long as they get, filled by zeros."""
+    """Return the value, first and second derivatives of a stack, padded with zeros."""
     seconds = {"none": 0, "sum": 1}.get(jet.pairs, jet.firsts)
     return components(extend(stack, 1 + jet.firsts + seconds), jet.firsts)
 
@@ -43,7 +43,7 @@ def _of_log_determinant(A: Jet) -> tuple[Tensor, Tensor]:
     """The first and second derivatives of log|det A|."""
     value, tangents, seconds = _components(A.stack, A)
     with without_autocast(value.device.type):
-        # Without a look at whether there is one, for which an accelerator would be waited for.
+        # Without a check for one, which would synchronise an accelerator.
         inverse, info = torch.linalg.inv_ex(value)
         inverse = inverse.where(info[..., None, None] == 0, torch.nan)
         products = inverse @ tangents
@@ -55,7 +55,7 @@ def _of_log_determinant(A: Jet) -> tuple[Tensor, Tensor]:
 @rule("slogdet", kind="stack", with_function=True)
 def _slogdet(function: Function, A: Jet) -> Any:
     sign, value = answer = function(A.stack[0])
-    # A tuple with names, of one kind for torch.slogdet and of another for that of torch.linalg.
+    # A named tuple, of one type for torch.slogdet and of another for torch.linalg.slogdet.
     return type(answer)((sign, A.like(torch.cat([value[None], *_of_log_determinant(A)]))))
 
 
@@ -89,7 +89,7 @@ def _solve(A: Any, B: Any, *, left: bool = True) -> Jet:
 
 
 def _solution(A: Tensor, B: Tensor, jet: Jet) -> Tensor:
-    """The stack of Y in A Y = B, of stacks of which one may hold the value alone."""
+    """Return the stack of Y in A Y = B, from stacks of which one may hold only the value."""
     inverse = torch.linalg.inv(A[:1])
     if len(A) == 1:
         return inverse @ B

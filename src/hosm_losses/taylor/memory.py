@@ -2,15 +2,15 @@ r"""Which tensors may share the memory of a Jet, and what is kept for a backward
 
 Changes in place:
     A Jet that is changed in place gets another stack, and no stack is ever written to. So autograd
-    keeps what it saved, and a change costs what the function costs that is not in place. In
-    PyTorch every tensor of the same memory, such as a view, sees the change; here none would. So
-    it is refused while another tensor that may share the memory is in use: a view, what a reshape
-    made, or what was detached. Under torch.compile, which has no weak references, what was ever
-    taken of a Jet counts as in use.
+    keeps its saved tensors, and a change costs as much as the function that is not in place. In
+    PyTorch every tensor of the same memory, such as a view, sees the change; here none would. The
+    change is therefore rejected while another tensor that may share the memory is in use: a view,
+    the result of a reshape, or a detached tensor. Under torch.compile, which has no weak
+    references, every tensor ever taken from a Jet counts as in use.
 
-    What was detached shares the memory of a stack. It is refused that it is changed: a Jet made
-    by a reshape may have a copy of that memory, or not. The versions of all that was detached
-    are looked at when the function returns.
+    A detached tensor shares the memory of a stack and must not be changed, as a Jet made by a
+    reshape may or may not have a copy of that memory. The versions of all detached tensors are
+    checked when the function returns.
 
     A plain tensor that receives values that depend on x, as by `out[:, :2] = x`, becomes a Jet
     until the function returns.
@@ -19,11 +19,11 @@ Recomputation:
     Autograd keeps what every operator of a composition needs. An elementwise rule is a handful of
     operators on tensors as large as the activations; keeping all of that would cost several times
     the memory of the network itself. `with_recomputation` keeps the arguments of a rule, or its
-    result, and evaluates it again when a gradient is asked for. The gradient is such a function of
-    the arguments and the cotangents, and so on to any order.
+    result, and evaluates it again when a gradient is needed. The gradient is again such a
+    function, of the arguments and the cotangents, and so on to any order.
 
-    Under torch.compile and the transforms of torch.func the function is evaluated as it stands:
-    they decide themselves what to keep.
+    Under torch.compile and the transforms of torch.func the function is evaluated directly: they
+    decide themselves what to keep.
 """
 
 import threading
@@ -54,7 +54,7 @@ CHANGED_ARGUMENT = (
     "checkpoint: expected a function that leaves its arguments as they are; got one that "
     "changes an argument in place. Put .clone() before the change."
 )
-IN_USE = "a change in place of what may share memory with a view in use. Put .clone() before it."
+IN_USE = "an in-place change of a tensor that a view in use may share. Put .clone() before it."
 UNPACKED = (
     "torch.compile unpacks a tensor, as in q, k, v = qkv, and one of such a shape was changed "
     "in place. Write q, k, v = qkv.unbind(0)."
@@ -145,13 +145,13 @@ def write(jet: Any, stack: Tensor) -> Any:
 
 
 def end(propagation: Propagation) -> None:
-    """Make the Jets that are still alive plain tensors, for the function may keep them.
+    """Make the Jets that are still alive plain tensors, as the function may keep them.
 
-    TaylorError where what was detached was changed in place.
+    Raises TaylorError if a detached tensor was changed in place.
     """
     jets = alive(propagation.jets)
     for jet in jets:
-        jet.memory = None  # weak references, with which tensors do not change places
+        jet.memory = None  # weak references, which prevent a swap of tensors
     propagation.jets.clear()
     # An older PyTorch does not refuse what a checkpoint saved, and crashes in its recomputation.
     for jet in jets if TELLS_HOOKS else ():
@@ -159,15 +159,13 @@ def end(propagation: Propagation) -> None:
             swap(jet, jet.stack[0])
     for value, version in propagation.detached:
         if versions([value]) != [version]:
-            raise TaylorError(
-                "a change in place of what was detached from a tensor. Put .clone()."
-            )
+            raise TaylorError("an in-place change of a detached tensor. Put .clone() before it.")
 
 
 def to_tensor(count: int, finished: bool) -> None:
     """Make all but the first `count` tensors that became Jets plain again, with their new values.
 
-    Without those where the call has not finished.
+    If the call has not finished, without their new values.
     """
     while len(THREAD.became_jets) > count:
         reference, plain = THREAD.became_jets.pop()
@@ -184,7 +182,7 @@ def to_tensor(count: int, finished: bool) -> None:
 
 def to_jet(tensor: Tensor, jet: Any) -> None:
     """Make a plain tensor a Jet in place."""
-    refused = "a plain tensor that shares memory is given values that depend on x in place."
+    refused = "a plain tensor that shares memory receives values that depend on x in place."
     leaf = tensor.requires_grad and tensor.is_leaf
     if torch.compiler.is_compiling() or leaf or tensor._base is not None:
         raise TaylorError(refused)
@@ -219,12 +217,12 @@ def with_recomputation(
         tensors: its arguments.
         pullbacks: the first, of the tensors and a cotangent, returns the gradients of `function`
             in all of them, None for one that is None. Its first argument says which gradients are
-            needed; it may return None for the others. The second is that of the first
-            result of the first, and so on. Where there is none, autograd finds the gradients.
-        again: the same function, for where it is differentiated more than once, as a transform
-            may do; `function` if None.
-        by_result: whether the result is kept in place of the arguments, and given to the pullbacks
-            in their place.
+            needed; it may return None for the others. The second belongs to the first result of
+            the first, and so on. Beyond the last, autograd finds the gradients.
+        again: the same function for repeated differentiation, as by a transform; `function` if
+            None.
+        by_result: whether the result is kept instead of the arguments, and passed to the
+            pullbacks.
 
     Example:
         >>> x = torch.ones(3, requires_grad=True)
@@ -273,7 +271,7 @@ class _Recomputed(torch.autograd.Function):
 def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
     """Which tensors, the last arguments of a Function, need gradients in this backward pass.
 
-    A pass back to x alone needs none of the weights', of which a Function does not hear.
+    A backward pass to x alone needs no gradients of the weights, which a Function is not told.
     """
     nodes = iter(ctx.next_functions)  # of those that are tensors
     needed: list[bool] = []

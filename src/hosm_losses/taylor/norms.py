@@ -3,8 +3,8 @@ r"""Norms over rows, and their gradients.
 Formula over a row, with ⟨·⟩ the mean over it, c = x − ⟨x⟩ (RMS norm: c = x), and
 ρ = (⟨c c⟩ + eps)^(−1/2):
     y = ρ c        y_l = J c_l        y_ll = J c_ll + second(c_l, c_l)
-    The first three derivatives of y, of rows z, w and v that are already multiplied by ρ, with
-    capitals for what lies along y, Z = ⟨y z⟩, and {z w} = ⟨z w⟩ − 3 Z W:
+    The first three derivatives of y along rows z, w and v that are already multiplied by ρ, with
+    capitals for the parts along y, Z = ⟨y z⟩, and {z w} = ⟨z w⟩ − 3 Z W:
     J z = z − y Z
     second(z, w) = −(Z w + W z + y {z w})
     third(z, w, v) = −(z {w v} + w {z v} + v {z w} − 3 y (Z {w v} + W {z v} + V {z w} + 4 Z W V))
@@ -50,9 +50,9 @@ Term = tuple[Tensor, Tensor]  # a factor for each row, and a stack
 
 
 class Rows(NamedTuple):
-    """What a norm is taken over."""
+    """The rows that a norm is taken over."""
 
-    shape: tuple[int, ...]  # in which the value is seen
+    shape: tuple[int, ...]  # to which the value is reshaped
     dims: tuple[int, ...]  # of the shape, counted from the back, that make up a row
     weights: tuple[int, ...]  # the shape of weight and bias, broadcast against it
     eps: float  # added to the variance
@@ -79,7 +79,7 @@ class Rows(NamedTuple):
         """A stack without its means and times ρ, the first of it y; and ρ of each row."""
         centred = self.reshape(stack)
         if self.centred:
-            # Not times 1/N, which is rounded: of equal numbers nothing may be left.
+            # Not times 1/N, which is rounded: equal numbers must give exactly zero.
             centred = centred - self.total(centred) / self.length
         value = centred[:1]
         rho = torch.rsqrt(self.mean(value * value) + self.eps)
@@ -270,7 +270,7 @@ def _norm_of_jet(rows: Rows, x: Any, weight: Any = None, bias: Any = None) -> An
 
 
 def _norm_of_tensor(rows: Rows, x: Tensor, weight: Some = None, bias: Some = None) -> Tensor:
-    """The norm by operators that PyTorch differentiates rightly, in float32 at least."""
+    """The norm by operators that PyTorch differentiates correctly, in float32 at least."""
     centred = at_least_float32(x).reshape(rows.shape)
     # Sums divided afterwards: the gradient of a mean is written out, that of a sum is a view.
     if rows.centred:
@@ -337,7 +337,7 @@ def _group_norm(
 
 
 def _move_statistics(norm: Any, ops: Any, x: Any, mean: Any, variance: Any, *options: Any) -> None:
-    """Let the operator update its statistics; PyTorch refuses a single value a channel."""
+    """Let the operator update its statistics; PyTorch rejects a single value per channel."""
     with torch.no_grad():
         if mean is not None:
             norm(ops.value(x), mean, variance, None, None, True, *options)

@@ -1,4 +1,4 @@
-r"""Rules for functions of each element: activations and their like, and arithmetic.
+r"""Rules for elementwise functions: activations and the like, and arithmetic.
 
 Formula, for y = a(x):
     y_l = a'(x) x_l        y_ll = a'(x) x_ll + a''(x) x_l²
@@ -36,14 +36,14 @@ Series = Callable[[Tensor], Iterator[Tensor]]
 
 
 class Operators(NamedTuple):
-    """PyTorch's own for a function and for its first derivative."""
+    """PyTorch's own operators for a function and for its first derivative."""
 
     value: Function  # of x
     slope: Function  # of a tensor and x: the derivative at x times that
 
 
 class Pointwise(NamedTuple):
-    """A function of each element on stacks, with its gradients."""
+    """An elementwise function on stacks, with its gradients."""
 
     series: Series  # yields the function and its first three derivatives at x
     operators: Operators | None  # with which the series yields the derivatives alone
@@ -243,7 +243,7 @@ def _gelu(x: Tensor, approximate: str = "none") -> Iterator[Tensor]:
 
 
 def piecewise_linear(value: Tensor, slope: Tensor) -> Iterator[Tensor]:
-    """A function of straight pieces, whose further derivatives are zero."""
+    """A piecewise linear function, whose further derivatives are zero."""
     yield value
     yield slope
     yield torch.zeros_like(value)
@@ -292,7 +292,7 @@ def _cos(x: Tensor) -> Iterator[Tensor]:
 
 
 def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
-    """x to a number, and its derivatives."""
+    """x to the power of a number, and its derivatives."""
     factor, largest = 1.0, torch.finfo(x.dtype).max
     for order in range(4):
         # Not 0 · x^-1, which is NaN at 0.
@@ -360,7 +360,7 @@ def _type(a: Any, b: Any) -> torch.dtype:
 
 @rule("add __add__ __radd__", several=True, kind="linear")
 def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
-    """a + alpha · b, of which one at least is a Jet."""
+    """a + alpha · b, with at least one Jet."""
     ndim, dtype = _operands(a, b), _type(a, b)
     jet, plain = (a, b) if isinstance(a, Jet) else (b, a)
     if isinstance(plain, Jet) or ndim_of(plain):
@@ -381,13 +381,13 @@ def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
 @rule("sub subtract __sub__", several=True, kind="linear")
 def _sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
     if any(getattr(operand, "dtype", type(operand)) in (bool, torch.bool) for operand in (a, b)):
-        raise NoRule  # of which PyTorch says that masks are not subtracted
+        raise NoRule  # PyTorch raises an error: masks are not subtracted
     return add(a, b, alpha=-alpha)
 
 
 @rule("mul multiply __mul__ __rmul__", several=True, kind="bilinear")
 def multiply(a: Any, b: Any) -> Jet:
-    """a b, of which one at least is a Jet."""
+    """a b, with at least one Jet."""
     ndim = _operands(a, b)
     if a is b:
         return apply(partial(power, exponent=2), a)
@@ -437,8 +437,8 @@ def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
 def _pow(x: Any, exponent: Any) -> Jet:
     constant = isinstance(exponent, Tensor) and not isinstance(exponent, Jet)
     if constant and not exponent.requires_grad:
-        # Of which PyTorch's forward derivative is NaN for x below zero.
-        raise TaylorError("pow: a power by a tensor. Take each power by a number, as in x**2.")
+        # PyTorch's forward derivative of this is NaN for x below zero.
+        raise TaylorError("pow: a tensor as exponent. Use numbers as exponents, as in x**2.")
     if not isinstance(exponent, float | int) or isinstance(exponent, bool):
         raise NoRule
     return apply(partial(power, exponent=exponent), x)

@@ -1,22 +1,22 @@
-r"""The few operators whose derivatives PyTorch gets wrong: what replaces them, or refuses them.
+r"""The few operators whose derivatives PyTorch gets wrong, replaced or rejected.
 
-What:
+Purpose:
     PyTorch 2.6 to 2.13 do not differentiate layer norm, batch norm (in training) and instance norm
-    rightly more than twice: the parameter gradient of a loss on a directional derivative, at order
-    three sometimes the derivative's own value, is off by several to more than a hundred percent,
-    in silence. Later versions may raise there, as the pull requests below do. Group norm,
-    attention and the gated linear unit fail loudly on common inputs. Composed of means, products
-    and softmax, each is right by every route.
+    correctly more than twice: the parameter gradient of a loss on a directional derivative, and at
+    order three sometimes the derivative itself, is silently off by several to more than a hundred
+    percent. Later versions may raise an error there, as the pull requests below do. Group norm,
+    attention and the gated linear unit fail with an error on common inputs. Composed of means,
+    products and softmax, each is right in every mode.
 
 The mode:
-    A `TorchFunctionMode` replaces these operators where a network calls them, while a loss
-    evaluates the network and in its thread alone. Nothing is patched. An activation checkpoint
+    A `TorchFunctionMode` replaces these operators where a network calls them, only while a loss
+    evaluates the network, and only in its thread. Nothing is patched. An activation checkpoint
     evaluates its part of the network again in the backward pass, when the mode is off:
-    `recomputable` puts it on there.
+    `recomputable` turns it on there.
 
 Refused:
-    A few operators whose forward derivatives PyTorch does not differentiate rightly again, where
-    one is needed; and in both engines operators that it does not differentiate at all, such as
+    A few operators whose forward derivatives PyTorch does not differentiate correctly, where one
+    is needed; and in both engines operators that it does not differentiate at all, such as
     torch.special.bessel_j0.
 
 Source:
@@ -62,8 +62,8 @@ def _operators_named(names: str) -> set[Any]:
     return {*functions_named(names), *(op for name in names.split() for op in operators(name))}
 
 
-# What PyTorch derives in forward mode by a formula that it does not differentiate rightly:
-# cumprod where a factor is zero, and those of the second row where it derives them twice.
+# Operators with a forward-mode formula that PyTorch does not differentiate correctly: cumprod if a
+# factor is zero, and those of the second row if they are differentiated twice.
 _FORWARD = _operators_named(
     "solve solve_ex tensorsolve det slogdet logdet householder_product orgqr cumprod cumprod_ "
     "cholesky_inverse linear_cross_entropy dist pairwise_distance matrix_norm float_power "
@@ -73,17 +73,17 @@ _FORWARD = _operators_named(
 # And these where they multiply.
 _PRODUCTS = _operators_named("scatter_reduce index_reduce scatter_reduce_ index_reduce_")
 WRONG = (
-    "PyTorch's derivative of it in forward mode is not differentiated rightly. Write it with "
-    "other operators."
+    "PyTorch does not differentiate its forward-mode derivative correctly. Write it with other "
+    "operators."
 )
-# Functions that take the type or the shape of an argument alone; and torch.tensor, which detaches.
+# Functions that only use the dtype or shape of an argument; and torch.tensor, which detaches.
 _CONSTANT_TOO = ("to", "type_as", "view_as", "reshape_as", "expand_as", "fill", "fill_", "tensor")
 
 
 def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[str, Any]) -> bool:
     """Whether PyTorch gets a function's forward derivative, or the gradient of it, wrong.
 
-    Of a package's own operator, as `torch.library.custom_op` makes it, it takes it for zero.
+    For a package's own operator, made by `torch.library.custom_op`, PyTorch takes it to be zero.
     """
     if of_a_package(function):
         return True
@@ -95,7 +95,7 @@ def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[
 def refuse_constant(function: Any, result: Tensor) -> None:
     """Raise if a result has no derivative though an argument of the function has one.
 
-    It may be a constant on purpose: a new tensor, a draw, or what is detached.
+    It may be a constant on purpose: a new tensor, a draw, or a detached one.
     """
     if not result.is_floating_point() or function in CONSTANT:
         return
@@ -104,8 +104,9 @@ def refuse_constant(function: Any, result: Tensor) -> None:
     if name in _CONSTANT_TOO or any(name == name_of(constant) for constant in CONSTANT):
         return
     raise ConstantError(
-        f"network: expected operators that PyTorch differentiates; got {name}, which it takes for "
-        "a constant. Write it with other operators, or give it x.detach() if it is meant as one."
+        f"network: expected operators that PyTorch differentiates; got {name}, which it treats as "
+        "a constant. Write it with other operators, or pass it x.detach() if a constant is "
+        "intended."
     )
 
 
@@ -123,7 +124,7 @@ _DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ForeignCheckpointError(DerivativeError):
-    """Torch's own checkpoint is inside the network, around what it cannot recompute."""
+    """Torch's own checkpoint is inside the network, around an operator it cannot recompute."""
 
 
 class _Thread(threading.local):
@@ -179,10 +180,10 @@ class _SafePrimitives(TorchFunctionMode):
 
 
 def _refuse_foreign_checkpoint() -> None:
-    """Raise where torch's own checkpoint surrounds what it cannot recompute as the loss did.
+    """Raise if torch's own checkpoint surrounds an operator it cannot recompute as the loss did.
 
-    That is a primitive. One that was on before the mode is ours, or surrounds the loss: it enters
-    the mode again and is right.
+    Such an operator is a primitive. A checkpoint that was active before the mode is ours, or
+    surrounds the loss: it enters the mode again and is right.
     """
     if checkpoint_hook() not in (None, _thread.modes[-1].outer_hook):
         raise ForeignCheckpointError(CHECKPOINT_ADVICE)
@@ -191,15 +192,15 @@ def _refuse_foreign_checkpoint() -> None:
 def safe_primitives(
     enabled: bool = True, *, of_one_sample: bool = False
 ) -> AbstractContextManager[Any]:
-    """A block in which this thread has the primitives in place of the operators, if `enabled`.
+    """Return a context manager in which this thread uses the primitives, if `enabled`.
 
-    They may be those alone that a first derivative of one sample needs.
+    They may be only those that a first derivative of one sample needs.
     """
     return _SafePrimitives(OF_ONE if of_one_sample else PRIMITIVES) if enabled else nullcontext()
 
 
 def refuse_constants() -> AbstractContextManager[Any]:
-    """A block with no primitive, in which operators without a derivative are refused."""
+    """Return a context manager without primitives that rejects operators without a derivative."""
     return _SafePrimitives({})
 
 
@@ -251,7 +252,7 @@ def _refuse(message: str, *_: Any, **__: Any) -> Tensor:
 NORMS = (
     "network: expected F.layer_norm, F.group_norm, F.batch_norm or F.instance_norm; got one of "
     "the functions below them, such as torch.native_layer_norm, which PyTorch 2.6 to 2.13 "
-    "differentiate wrongly."
+    "differentiate incorrectly."
 )
 NOT_A_NUMBER = (
     "network: expected no logcumsumexp, whose second derivative is NaN. Write torch.logsumexp."
@@ -259,7 +260,7 @@ NOT_A_NUMBER = (
 
 
 def complete_primitives() -> None:
-    """Register the primitives that are not composites, when all of those are registered."""
+    """Register the primitives that are not composites, after all composites are registered."""
     refuse_norms = partial(_refuse, NORMS)
     primitives: dict[Any, Any] = {
         Tensor.add_: _add_in_place,
@@ -280,6 +281,6 @@ def complete_primitives() -> None:
         if not function.__name__.endswith("_"):
             PRIMITIVES.update(dict.fromkeys(operators(function.__name__), primitive))
     PRIMITIVES.update(dict.fromkeys(operators("_native_batch_norm_legit"), refuse_norms))
-    # What PyTorch gets wrong once already: of one sample, in channels_last on the CPU.
+    # PyTorch gets even the first derivative wrong: for one sample, in channels_last on the CPU.
     for function in *functions_named("instance_norm"), *operators("instance_norm"):
         OF_ONE[function] = PRIMITIVES[function]

@@ -13,8 +13,8 @@ Gradients, for a cotangent c:
 Formula of Y = A B, for matrices A_i and B_j, derivatives or values, and cotangents C_k of Y:
     Y_k = Σ f A_i B_j        in A   Σ f C_k B_jᵀ        in B   Σ f A_iᵀ C_k
     over the same terms (i, j, k, f): f A_i B_j is a part of Y_k.
-    Each sum is added up where it ends. As one of products, the larger matrices, such as the
-    weights of attention, would be read and written three times for each.
+    Each sum is accumulated in place. As a sum of separate products, it would read and write the
+    larger matrices, such as the weights of attention, three times for each product.
 
 PyTorch finds the gradient of a convolution's weight in a gradient by a convolution with the
 cotangent, as large as the image, for a kernel. It costs up to three times the gradient of the
@@ -227,7 +227,7 @@ def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settin
 
 
 # --------------------------------------------------------------------------------------- matrices
-# Of directions. Every term of a form is a call, of which more directions have more.
+# Of directions. Every term of a form is a call, and more directions have more terms.
 MOST = 2
 
 
@@ -237,7 +237,7 @@ _Term = tuple[int, int, int, int]  # i, j, k, factor
 
 @cache
 def _terms(firsts: int, pairs: Pairs, left: int, right: int) -> list[_Term]:
-    """All terms, of stacks as long as these; second derivatives of zero are not in them."""
+    """Return all terms for stacks of these lengths, without second derivatives that are zero."""
     terms = [(0, 0, 0, 1)]
     terms += [(k, 0, k, 1) for k in range(1, left)] + [(0, k, k, 1) for k in range(1, right)]
     places = range(1, 1 + firsts) if pairs != "none" else ()
@@ -323,7 +323,7 @@ def _reorder_axes(stack: Tensor, order: str, wanted: str) -> Tensor:
 
 @rule("matmul __matmul__", several=True, kind="bilinear")
 def matmul(a: Any, b: Any) -> Jet:
-    """The matrix product, of which one factor at least is a Jet."""
+    """The matrix product, with at least one Jet as a factor."""
     if min(ndim_of(a), ndim_of(b)) < 2:
         raise NoRule
     ndim = max(ndim_of(a), ndim_of(b))

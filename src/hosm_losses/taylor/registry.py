@@ -6,13 +6,13 @@ Kinds of rules:
     pointwise   a function of one number, by its first three derivatives; see `pointwise`
     composite   a few other functions; one body serves Jets and plain tensors
     stack       a function of Jets that computes with their stacks
-    other       what is asked of a tensor, a change in place, or an error
+    other       a property of a tensor, an in-place change, or an error
 
 A rule is written with the arguments that networks pass. A call with others, or one for which it
 raises `NoRule`, goes to PyTorch's own function with exactly those arguments; see
 `hosm_losses.taylor.jets`.
 
-Hooks on tensors and modules inside a network may look at gradients and not change them.
+Hooks on tensors and modules inside a network may look at gradients but not change them.
 """
 
 import inspect
@@ -49,7 +49,7 @@ class NoRule(Exception):  # noqa: N818 - it never reaches a user
 Function = Callable[..., Any]
 Kind = Literal["linear", "bilinear", "pointwise", "composite", "stack", "other"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-# Names of arguments that are one: those of NumPy, which PyTorch takes too, and that of a norm.
+# Synonyms of argument names: those of NumPy, which PyTorch accepts too, and that of a norm.
 SPELLINGS = {"axis": "dim", "keepdims": "keepdim", "ord": "p"}
 HOMES = (torch, Tensor, F, torch.linalg)
 
@@ -66,8 +66,8 @@ class Rule:
     function: Function
     kind: Kind
     several: bool  # whether other arguments than the first may be Jets
-    names: tuple[str, ...]  # of its arguments, first of those that may be given in their place
-    most: int | None  # how many may be given in their place; None for any number
+    names: tuple[str, ...]  # of its arguments, positional ones first
+    most: int | None  # how many may be positional; None for any number
     needed: tuple[str, ...]  # the names of those without a default
     anything: bool  # whether it takes other names as well
 
@@ -92,13 +92,13 @@ class Rule:
 
 
 RULES: dict[Function, Rule] = {}
-# What takes the place of an operator in reverse mode: see `primitives`. For what is differentiated
-# in x; and for a first derivative of one sample.
+# Replacements of operators in reverse mode, see `primitives`: for functions differentiated in x,
+# and for a first derivative of one sample.
 PRIMITIVES: dict[Function, Function] = {}
 OF_ONE: dict[Function, Function] = {}
-# Functions that are constant in x, or ask for a property: evaluated on the value. A dictionary,
-# for torch.compile does not find functions in a set. The value says whether the function detaches,
-# so that its result shares memory.
+# Functions that are constant in x or read a property: evaluated on the value. A dictionary, as
+# torch.compile does not find functions in a set. The value says whether the function detaches, so
+# that its result shares memory.
 CONSTANT: dict[Function, bool] = {}
 # Functions that a Jet of complex numbers takes, with constants beside it; filled in `linear`.
 OF_COMPLEX: dict[Function, None] = {}
@@ -147,7 +147,7 @@ def rule(
 
 
 def swapped(function: Function) -> Function:
-    """A function of two operands in the other order."""
+    """Return a function of two operands with their order swapped."""
     return lambda a, b, **named: function(b, a, **named)
 
 
@@ -170,13 +170,13 @@ def axes(dim: Any, ndim: int) -> tuple[int, ...]:
 
 # ------------------------------------------------------------------------------------------- hooks
 CHANGING_HOOK = (
-    "network: expected hooks that look at gradients; got one that changes them inside it, and "
-    "so the loss. Change gradients of the parameters, after loss.backward()."
+    "network: expected hooks that only look at gradients; got one that changes them inside it, "
+    "and so the loss. Change gradients of the parameters after loss.backward()."
 )
 
 
 class ChangedGradientError(DerivativeError):
-    """A hook that changes a gradient; with another engine it would change the loss."""
+    """A hook modifies a gradient, so that the loss would depend on the engine."""
 
 
 class ScriptedError(DerivativeError):
@@ -184,22 +184,22 @@ class ScriptedError(DerivativeError):
 
 
 GIVE_THE_SOURCE = (
-    "Inside it PyTorch takes higher derivatives of norms, which versions 2.6 to 2.13 get wrong "
-    "without an error. Use the module that it was made of."
+    "Inside it PyTorch 2.6 to 2.13 silently get higher derivatives of norms wrong. Use the module "
+    "that it was compiled from."
 )
-# What no other engine does better.
+# Errors that no other engine avoids.
 FINAL = (ChangedGradientError, ScriptedError, ConstantError)
 
 
 def check_unchanged(returned: Sequence[Any], incoming: Sequence[Any]) -> None:
-    """Compare what comes out of a module's hooks with what went in."""
+    """Raise if a module's hooks returned other gradients than they received."""
     for after, before in zip(returned, incoming, strict=True):
         if isinstance(after, Tensor) and isinstance(before, Tensor) and after is not before:
             raise ChangedGradientError(CHANGING_HOOK)
 
 
 def guard_hook(hook: Callable[[Any], Any]) -> Callable[[Tensor | None], None]:
-    """A hook that raises where the given one changes a gradient."""
+    """Return a hook that raises if `hook` changes a gradient."""
 
     def guarded(gradient: Tensor | None) -> None:
         incoming = [] if gradient is None else [gradient]  # None for an output that is not used

@@ -1,0 +1,7 @@
+// The sidebar opens at the entry of the page.
+const sidebar = document.querySelector(".sidebar-scroll");
+const entry = document.querySelector(".sidebar-tree .current-page");
+if (sidebar && entry) {
+  const distance = entry.getBoundingClientRect().top - sidebar.getBoundingClientRect().top;
+  sidebar.scrollTop += distance - sidebar.clientHeight / 3;
+}
