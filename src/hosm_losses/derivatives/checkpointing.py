@@ -32,7 +32,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         The result of `function`.
 
     Raises:
-        ValueError: if use_reentrant is True, or if a context_fn is given.
+        ValueError: if use_reentrant is True, or if there is a context_fn.
         DerivativeError: if `function` changes an argument in place, as the recomputation would
             start from the changed argument.
 

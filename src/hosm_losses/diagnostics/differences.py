@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from hosm_losses.derivatives import Network, derive, find_jumps, gradients
 
 NOT_FINITE = "that is not finite"
-# By the network's precision: the relative error that counts as wrong, and the step relative to
-# the size of what is varied.
+# By the network's precision: the relative error that counts as wrong, and the step relative to the
+# size of the varied tensor.
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 STEP = {torch.float32: 3e-3, torch.float64: 3e-4}
 # Divisors of the steps. A difference of derivatives across the kink of a ReLU unit is meaningless;

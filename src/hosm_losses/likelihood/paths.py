@@ -7,7 +7,7 @@ Purpose:
 
 Coordinates:
     With σ̂ = σ/α and u = log σ̂, y = x/α moves with dy/du = σ̂ ε̂ whatever the schedule. Centred
-    and scaled by what the data's Gaussian would have at that noise, z = (y − m)/c with c² = s² +
+    and scaled by the moments of the data's Gaussian at that noise, z = (y − m)/c with c² = s² +
     σ̂², it does not move at all for data N(m, s²).
 
 Formula:

@@ -234,7 +234,7 @@ class Result:
                 raise ValueError(f"bits_per_dim: expected low < high; got {low}, {high}.")
             return Quantization(levels, low, high)
         if not options.items() <= (known._asdict() if known else {}).items():
-            expected = known or "levels beside a range, as continuous data has no range"
+            expected = known or "levels together with a range, as continuous data has none"
             raise ValueError(f"bits_per_dim: expected {expected}; got {options}.")
         return known
 

@@ -1,4 +1,4 @@
-"""Checks for networks with random outputs: training mode, and draws by their own code."""
+"""Checks for networks with random outputs: training mode, and random draws of their own."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,9 +1,8 @@
 r"""A score model bound to times and conditions: the network's prediction as a function of x.
 
 Formula:
-    Every prediction is affine in what the network returns and x, ε̂ = p · prediction + q x. For
-    f = −ε̂ that is D_f = −(p D + q w), G_f = −p G and C_f = −p C, with D, G and C of the
-    prediction.
+    ε̂ is affine in the network's prediction and x, ε̂ = p · prediction + q x. For f = −ε̂ that is
+    D_f = −(p D + q w), G_f = −p G and C_f = −p C, with D, G and C of the prediction.
 """
 
 from collections.abc import Callable, Mapping

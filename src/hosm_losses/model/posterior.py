@@ -4,7 +4,7 @@ Formula, Tweedie's of first and second order, with s = ∇ log q_t:
     E[x₀ | x_t] = (x + σ² s)/α = x̂₀
     Cov[x₀ | x_t] = σ²/α² (I + σ² ∂s/∂x) = σ²/α ∂x̂₀/∂x
 
-    x̂₀ = p · prediction + q x is affine in what the network predicts, so that the last is σ²/α (p
+    x̂₀ = p · prediction + q x is affine in the network's prediction, so that the last is σ²/α (p
     ∂prediction/∂x + q I). For a network that predicts x₀ it is σ²/α times its Jacobian. For
     others, both parts are about 1/α and their sum about α/σ²: σ̂² times smaller.
 

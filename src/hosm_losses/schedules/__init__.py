@@ -1,4 +1,4 @@
-"""Noise schedules: α(t), σ(t) and what follows from them.
+"""Noise schedules: α(t), σ(t) and derived quantities.
 
 - `base`: `Schedule`, to subclass with alpha and sigma alone, and the check of a schedule where a
   ScoreModel is built.

@@ -88,9 +88,9 @@ class Softmax(NamedTuple):
     def pull_back_again(
         self, _needed: Needed, result: Tensor, cotangent: Tensor, again: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The gradients, in the result and in the cotangent, of what `pull_back` returns.
+        """The gradients of the output of `pull_back` in its result and cotangent.
 
-        There are no second derivatives.
+        It assumes that there are no second derivatives.
         """
         dtype = result.dtype
         result, cotangent, again = map(at_least_float32, (result, cotangent, again))

@@ -31,7 +31,7 @@ def _change_in_place(
 ) -> Tensor:
     """Change x in place through `plain`, the function with a rule that is not in place."""
     start = _as_jet(x, *args, *named.values())
-    # Of another type, what the copy says decides.
+    # For another type, the change of a copy decides.
     if plain is None or start.dtype != x.dtype:
         return _change_a_copy(change, x, *args, **named)
     return write_jet(x, call(plain, (start, *args), named))

@@ -288,8 +288,8 @@ def along(
 ) -> list[Tensor]:
     """The stacks of the results of a function, by nested torch.func.jvp, in one evaluation.
 
-    `derivatives` has for each value the stack of its `firsts` first derivatives and, unless they
-    are zero, of its second ones.
+    `derivatives` holds, for each value, the stack of its `firsts` first derivatives and, unless
+    zero, its second ones.
     """
     inner: Any = partial(torch.func.jvp, function)
 
@@ -330,7 +330,7 @@ def write_jet(x: Tensor, result: Any) -> Tensor:
     """Write a result to a Jet or a plain tensor in place, in its type, and return it."""
     if result.shape != x.shape:
         raise TaylorError(
-            f"a change in place of what has shape {tuple(x.shape)} into {tuple(result.shape)}."
+            f"an in-place change of a tensor of shape {tuple(x.shape)} into {tuple(result.shape)}."
         )
     if not isinstance(x, Jet):
         # A new Jet, as it is swapped with x.
@@ -402,12 +402,12 @@ def propagate(
     if stack.is_complex():
         raise TaylorError(f"the function {COMPLEX}")
     seconds = {"none": 0, "sum": 1}.get(pairs, count)
-    # Second derivatives that are zero everywhere, as of a linear network, are not in the stack.
+    # Second derivatives that are zero everywhere, as in a linear network, are not in the stack.
     return extend(stack, 1 + count + seconds)
 
 
 def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call a function on the values of Jets: what it returns has no derivative."""
+    """Call a function on the values of Jets; its result has no derivative."""
     args, kwargs = pytree.tree_map_only(Jet, lambda jet: jet.stack[0], (args, kwargs))
     return func(*args, **kwargs)
 

@@ -344,7 +344,7 @@ def _grad_fn(x: Jet) -> Any:
 
 @rule(Tensor.register_hook)
 def _register_hook(x: Jet, hook: Callable[[Tensor], Any]) -> RemovableHandle:
-    """Show a hook the gradient in the value, which it may not change."""
+    """Call a hook with the gradient of the value, which it may not change."""
     if not x.stack.requires_grad:
         return RemovableHandle(OrderedDict())
 

@@ -1,4 +1,4 @@
-r"""Which tensors may share the memory of a Jet, and what is kept for a backward pass.
+r"""Tensors that may share the memory of a Jet, and tensors kept for a backward pass.
 
 Changes in place:
     A Jet that is changed in place gets another stack, and no stack is ever written to. So autograd
@@ -78,7 +78,7 @@ class Propagation(NamedTuple):
     pairs: Pairs
     jets: "list[weakref.ref[Any]]"  # all that were made
     detached: list[tuple[Tensor, int]]  # from Jets, with their versions
-    changed: list[tuple[int, ...]]  # under torch.compile, the shapes of rows of what was changed
+    changed: list[tuple[int, ...]]  # under torch.compile, the row shapes of changed tensors
 
 
 class _Thread(threading.local):
@@ -86,7 +86,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.propagations: list[Propagation] = []
-        # Plain tensors that became Jets, by weak references, and what they were.
+        # Plain tensors that became Jets, by weak references, and their former values.
         self.became_jets: list[tuple[weakref.ref[Tensor], Tensor]] = []
 
 

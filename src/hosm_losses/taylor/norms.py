@@ -11,7 +11,7 @@ Formula over a row, with ⟨·⟩ the mean over it, c = x − ⟨x⟩ (RMS norm:
 
 Gradients, for cotangents a of y, b_l of y_l and d_l of y_ll, all of them centred as c is, and
 multiplied by ρ:
-    A derivative is symmetric in its directions and its result, and so pulls back as it is:
+    A derivative is symmetric in its directions and its result, and so is its own transpose:
     in x_ll   J d_l
     in x_l    J b_l + 2 second(d_l, c_l)
     in x      J a + Σ_l [second(b_l, c_l) + second(d_l, c_ll) + third(d_l, c_l, c_l)]
@@ -231,9 +231,9 @@ class Norm(NamedTuple):
         cotangent: Tensor,
         again: Tensor,
     ) -> tuple[Some, ...]:
-        """The gradients in the arguments of `pull_back` of what it returns first.
+        """The gradients of the first result of `pull_back` in its arguments.
 
-        There are no second derivatives.
+        It assumes that there are no second derivatives.
         """
         rows, sizes = self.rows, (1, self.firsts)
         scaled, rho = rows.standardize(stack)

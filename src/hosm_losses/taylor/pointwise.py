@@ -80,7 +80,7 @@ class Pointwise(NamedTuple):
         return torch.cat([self.operators.value(x), slopes]).to(stack.dtype)
 
     def pull_back(self, _needed: Needed, stack: Tensor, cotangent: Tensor) -> tuple[Tensor]:
-        """The first derivative times the cotangents, and what the second and third add."""
+        """The first derivative times the cotangents, plus the terms of the second and third."""
         dtype, firsts = stack.dtype, self.firsts
         stack, cotangent = at_least_float32(stack), at_least_float32(cotangent)
         x, along = stack.split_with_sizes((1, len(stack) - 1))
@@ -99,9 +99,9 @@ class Pointwise(NamedTuple):
     def pull_back_again(
         self, _needed: Needed, stack: Tensor, cotangent: Tensor, again: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The gradients, in the stack and in the cotangent, of what `pull_back` returns.
+        """The gradients of the result of `pull_back` in the stack and the cotangent.
 
-        There are no second derivatives.
+        It assumes that there are no second derivatives.
         """
         dtype = stack.dtype
         stack, cotangent, again = map(at_least_float32, (stack, cotangent, again))

@@ -8,7 +8,7 @@ Formula, for a product y = a · b that is linear in a and in b:
 Gradients, for a cotangent c:
     ⟨c, a·b⟩ is linear in each of the three. A gradient in one is linear in the two others, and so
     are its own gradients: with p in its place, ⟨p, ∂_a⟨c, a·b⟩⟩ = ⟨c, p·b⟩, and so on. So three
-    functions give all derivatives, of any order, and only what they are given is kept.
+    functions give all derivatives, of any order, and only their arguments are kept.
 
 Formula of Y = A B, for matrices A_i and B_j, derivatives or values, and cotangents C_k of Y:
     Y_k = Σ f A_i B_j        in A   Σ f C_k B_jᵀ        in B   Σ f A_iᵀ C_k
@@ -97,7 +97,7 @@ def product(form: Form, a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradient of a form in one of three places, from what is in the others."""
+    """The gradient of a form in one of its three arguments, from the others."""
 
     @staticmethod
     def forward(ctx: Any, form: Form, place: int, *others: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settin
     cast = autocast_type(weight)
 
     def vjp_in_input(weight: Tensor, cotangent: Tensor) -> Tensor:
-        # Of what has no strides only the shape is used.
+        # Only the shape of a tensor without strides is used.
         samples, weight = cotangent.new_empty_strided(shapes[0], flat), weight.to(cast)
         return backward(cotangent, samples, weight, None, *options, (True, False, False))[0]
 
@@ -263,8 +263,8 @@ def _by_columns(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
 def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
     """The product of stacks such as (C, N, m, k) and (C, N, k, n).
 
-    A gradient is stored in the order of its factor. In another order the operators that combine it
-    with what comes from there, such as the result of a softmax, take three times as long.
+    A gradient is stored in the order of its factor. In another order, the operators that combine
+    it with other gradients in that order, such as those of a softmax, take three times as long.
     """
     of_left = [(k, j, i, factor) for i, j, k, factor in terms]
     of_right = [(i, k, j, factor) for i, j, k, factor in terms]
@@ -317,7 +317,7 @@ def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
 
 
 def _reorder_axes(stack: Tensor, order: str, wanted: str) -> Tensor:
-    """A stack with the axes of its value in another order."""
+    """Return a stack with the axes of its value in another order."""
     return stack.permute(0, *(1 + order.index(index) for index in wanted))
 
 

@@ -100,7 +100,7 @@ OF_ONE: dict[Function, Function] = {}
 # torch.compile does not find functions in a set. The value says whether the function detaches, so
 # that its result shares memory.
 CONSTANT: dict[Function, bool] = {}
-# Functions that a Jet of complex numbers takes, with constants beside it; filled in `linear`.
+# Functions that take a Jet of complex numbers together with constants; filled in `linear`.
 OF_COMPLEX: dict[Function, None] = {}
 
 
