@@ -59,7 +59,7 @@ def variational_nll(
     """Upper bound on the negative log-likelihood of x under the model's reverse SDE.
 
     It is an unbiased estimate that starts at clean data, t = 0, as `ode_nll` does only with
-    clean=True. No gradient is computed. Options and errors are those of `ode_nll`, except for
+    clean=True. No gradient is computed. Options are those of `ode_nll`, except for
     these:
 
     - `samples` noise levels are drawn for each x, an even number. One eighth as many evaluations,
@@ -71,6 +71,10 @@ def variational_nll(
 
     Returns:
         The bound as `nll`, in nats; `latent` is one draw of x at t_max, `solver_error` is zero.
+
+    Raises:
+        TypeError: as in `ode_nll`.
+        ValueError: as in `ode_nll`, or if `samples` is odd or below 2.
 
     Example:
         >>> from hosm_losses import VESchedule

@@ -50,11 +50,15 @@ def first_order_dsm(
 
     With prediction="epsilon" it equals the usual loss to rounding error, for the same α and σ and
     data in float32 or float64; half precision is squared in float32. The safe primitives are not
-    used. Arguments and errors are those of `third_order_dsm`.
+    used. The arguments are those of `third_order_dsm`.
 
     Returns:
         The loss, in float32 at least. Dimensionless; in nats, up to a constant, with
         weighting="likelihood".
+
+    Raises:
+        TypeError: as in `third_order_dsm`.
+        ValueError: as in `third_order_dsm`.
 
     Example:
         >>> import torch
@@ -89,11 +93,16 @@ def second_order_dsm(
 ) -> Tensor:
     """Return the loss of orders one and two, which adds the score's Jacobian and its trace.
 
-    Arguments and errors are those of `third_order_dsm`. `weights` are (first, second, trace); a
+    The arguments are those of `third_order_dsm`. `weights` are (first, second, trace); a
     fourth number, for order three, is ignored.
 
     Returns:
         The loss, w₁ first + w₂ second + w_t trace.
+
+    Raises:
+        TypeError: as in `third_order_dsm`.
+        ValueError: as in `third_order_dsm`.
+        DerivativeError: as in `third_order_dsm`.
 
     Example:
         >>> import torch
@@ -260,11 +269,16 @@ def dsm_terms(
 ) -> DSMTerms:
     """Return the terms of the loss per sample, with their graph and without any weight.
 
-    `order` is 1, 2 or 3; options of higher orders are ignored. The other arguments and errors are
+    `order` is 1, 2 or 3; options of higher orders are ignored. The other arguments are
     those of `third_order_dsm`.
 
     Returns:
         The terms, each (B,), in float32 at least; None above `order`.
+
+    Raises:
+        TypeError: as in `third_order_dsm`.
+        ValueError: as in `third_order_dsm`.
+        DerivativeError: as in `third_order_dsm`.
 
     Example:
         >>> import torch
@@ -366,6 +380,10 @@ class _DSM(nn.Module):
 class FirstOrderDSM(_DSM):
     """`first_order_dsm` as a module.
 
+    Raises:
+        TypeError: if the model is not a `ScoreModel`, or an option has the wrong type.
+        ValueError: if an option has an invalid value.
+
     Example:
         >>> import torch
         >>> from hosm_losses import VPSchedule
@@ -434,6 +452,10 @@ class _HigherOrderDSM(_DSM):
 class SecondOrderDSM(_HigherOrderDSM):
     """`second_order_dsm` as a module.
 
+    Raises:
+        TypeError: if the model is not a `ScoreModel`, or an option has the wrong type.
+        ValueError: if an option has an invalid value.
+
     Example:
         >>> import torch
         >>> from hosm_losses import Hutchinson, VPSchedule
@@ -470,6 +492,10 @@ class SecondOrderDSM(_HigherOrderDSM):
 
 class ThirdOrderDSM(_HigherOrderDSM):
     """`third_order_dsm` as a module.
+
+    Raises:
+        TypeError: if the model is not a `ScoreModel`, or an option has the wrong type.
+        ValueError: if an option has an invalid value.
 
     Example:
         >>> import torch
