@@ -1102,6 +1102,26 @@ MUTANTS = [
         "elements = x0[0].numel()",
         "tests/losses/test_subspace.py",
     ),
+    # A summary that takes the bound's draws for probes, or hides the prior; a synonym of another
+    # prediction.
+    Mutant(
+        "likelihood/result.py",
+        'source = "draws" if self.products is None else "probes"',
+        'source = "probes"',
+        "tests/likelihood/test_variational.py",
+    ),
+    Mutant(
+        "likelihood/result.py",
+        "self.prior_size >= SHOWN",
+        "self.prior_size < SHOWN",
+        "tests/likelihood/test_result.py",
+    ),
+    Mutant(
+        "model/score_model.py",
+        '"v_prediction": "v"',
+        '"v_prediction": "velocity"',
+        "tests/model/test_score_model.py",
+    ),
 ]
 
 
