@@ -165,7 +165,7 @@ def end(propagation: Propagation) -> None:
 def to_tensor(count: int, finished: bool) -> None:
     """Make all but the first `count` tensors that became Jets plain again, with their new values.
 
-    If the call has not finished, without their new values.
+    If the call has not finished, they lose their new values.
     """
     while len(THREAD.became_jets) > count:
         reference, plain = THREAD.became_jets.pop()
@@ -215,10 +215,10 @@ def with_recomputation(
     Args:
         function: of the tensors, without side effects; returns one tensor.
         tensors: its arguments.
-        pullbacks: the first, of the tensors and a cotangent, returns the gradients of `function`
-            in all of them, None for one that is None. Its first argument says which gradients are
-            needed; it may return None for the others. The second belongs to the first result of
-            the first, and so on. Beyond the last, autograd finds the gradients.
+        pullbacks: the first takes the tensors and a cotangent and returns the gradients of
+            `function` in all tensors, None for one that is None. Its first argument says which
+            gradients are needed; it may return None for the others. The second belongs to the
+            first result of the first, and so on. Beyond the last, autograd finds the gradients.
         again: the same function for repeated differentiation, as by a transform; `function` if
             None.
         by_result: whether the result is kept instead of the arguments, and passed to the

@@ -18,7 +18,7 @@ Formula of Y = A B, for matrices A_i and B_j, derivatives or values, and cotange
 
 PyTorch finds the gradient of a convolution's weight in a gradient by a convolution with the
 cotangent, as large as the image, for a kernel. It costs up to three times the gradient of the
-first pass, which the parts of a form use for both.
+first pass, which a form uses for both.
 """
 
 from collections.abc import Callable, Iterable
