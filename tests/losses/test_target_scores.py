@@ -460,7 +460,7 @@ def test_scores_of_one_batch_are_refused_where_a_module_is_made(order):
 
 def test_a_given_reference_needs_scores_of_its_own():
     x0, reference = torch.randn(4, 2), hosm.AveragedTargets(torch.randn(3, 2))
-    with pytest.raises(TypeError, match="scores: expected a callable beside a reference"):
+    with pytest.raises(TypeError, match="scores: expected a callable with a reference"):
         hosm.TargetScores(-x0, averaged=reference)
     hosm.third_order_dsm(model_of(), x0, targets=hosm.TargetScores(minus, averaged=reference))
 

@@ -54,7 +54,7 @@ CHANGED_ARGUMENT = (
     "checkpoint: expected a function that leaves its arguments as they are; got one that "
     "changes an argument in place. Put .clone() before the change."
 )
-IN_USE = "an in-place change of a tensor that a view in use may share. Put .clone() before it."
+IN_USE = "a change in place of a tensor that a view in use may share. Put .clone() before it."
 UNPACKED = (
     "torch.compile unpacks a tensor, as in q, k, v = qkv, and one of such a shape was changed "
     "in place. Write q, k, v = qkv.unbind(0)."
