@@ -2,16 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.page.numbers import PROBLEMS, Found, markdown, named, number, spread, walk
+from benchmarks.page.numbers import PROBLEMS, Found, markdown, number, spread, walk
 
 JAX = "speed > * > variants > order 1 or order *, taylor > jax_ratio"
-# A variant as README.md calls it.
-COSTS = {
-    "order 2": "order 2, taylor",
-    "order 3": "order 3 exact, taylor",
-    'order 3, `third="laplacian"`': "order 3 laplacian, taylor",
-    "order 3, `fraction=0.25`": "order 3 exact, fraction=1/4",
-}
 
 
 def known(found: Found) -> str:
@@ -19,21 +12,6 @@ def known(found: Found) -> str:
     every = [each["known"] for each in found["estimator_variance"].values()]
     inside, total = (sum(each[key] for each in every) for key in ("inside", "all"))
     return f"{inside} of {total}"
-
-
-def cost(found: Found) -> str:
-    """What a training step costs over one of order one, on the worst network and the best."""
-    lines = []
-    for name, key in COSTS.items():
-        path = f"speed > * > variants > {key}"
-        memory = named(found, f"{path} > memory_ratio")
-        times = sorted((row["time_ratio"][0], network) for (network,), row in walk(found, path))
-        ((_, of_mlp),) = walk(found, f"speed > mlp > variants > {key} > flops_ratio")
-        evaluations = f"{round(12 * of_mlp) / 4:g}"  # the MLP has nothing beside its products
-        worst, best = (f"{ratio:.1f} ({network})" for ratio, network in (times[-1], times[0]))
-        lines.append([name, evaluations, worst, best, memory])
-    head = ["step over order one", "evaluations (order one: 3)", "time, worst", "best", "memory"]
-    return markdown(head, lines)
 
 
 def peers(found: Found) -> str:
@@ -65,5 +43,4 @@ def peers(found: Found) -> str:
 TABLES: dict[str, Callable[[Found], str]] = {
     "peers": peers,
     "known": known,
-    "cost": cost,
 }
