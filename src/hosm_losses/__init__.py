@@ -1,6 +1,6 @@
 """High-order denoising score matching, and the likelihood of diffusion ODEs, for PyTorch.
 
-Five things to start from, here with standard normal data, whose best network is known:
+Five starting points, shown here with standard normal data, for which the best network is known:
 
     >>> import torch
     >>> import hosm_losses as hosm
@@ -13,13 +13,13 @@ Five things to start from, here with standard normal data, whose best network is
 
     >>> model = hosm.ScoreModel(network, schedule, "epsilon")
 
-`check_wrapping` tests on data whether a trained network is wrapped as it was trained:
+`check_wrapping` tests with data whether a trained network is wrapped the way it was trained:
 
     >>> hosm.check_wrapping(model, x0).ok
     True
 
 `first_order_dsm`, `second_order_dsm` and `third_order_dsm` are the losses; `FirstOrderDSM` and so
-on are their modules:
+on are the corresponding modules:
 
     >>> loss = hosm.third_order_dsm(model, x0)
 
@@ -34,7 +34,7 @@ Targets with less noise can replace the drawn noise in each of them:
     2.87 ± 0.08 nats
 
 `Weighting`, `TermWeights`, `TimeSampler`, `Targets`, `Probes`, `Prediction` and `Divergence` are
-the types of arguments in signatures.
+the types of arguments that appear in signatures.
 """
 
 from hosm_losses import taylor
@@ -186,5 +186,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List public names alone: submodules such as `model` and `losses` would hide users' own."""
+    """List only public names: submodules such as `model` would shadow the user's own variables."""
     return [*__all__, "__all__", "__doc__", "__version__"]

@@ -1,4 +1,4 @@
-"""ScoreModels from the objects of other projects, none of which is imported.
+"""ScoreModels built from the objects of other projects, none of which is imported.
 
 Each function reads the attributes it needs, and an error names the one that is missing.
 """
@@ -23,7 +23,7 @@ from hosm_losses.schedules import (
     step_labels,
 )
 
-# Each project's names of predictions, and ours.
+# Each project's names for predictions, and ours.
 OBJECTIVES: dict[str, Prediction] = {
     "pred_noise": "epsilon",
     "pred_x0": "x0",
@@ -42,7 +42,7 @@ TAKE_FRACTIONS = ("Flux", "Chroma", "QwenImage", "AuraFlow", "LongCatImage", "Ov
 TAKE_FRACTIONS += ("BriaFibo2", "PRX")
 # Models whose pipelines negate the velocity or reverse the time.
 REVERSED = ("Lumina", "ZImage", "NucleusMoE", "HiDream", "Ideogram4")
-# A model that computes in the dtype of its timestep. UNets may look up an integer in a table.
+# A model that computes in the dtype of its timestep. UNets may look up integers in a table.
 TAKES_ITS_DTYPE_FROM_T = "HunyuanDiT"
 WRAPPED = ("_orig_mod", "module", "base_model", "model")  # in torch.compile, DDP and PEFT
 FLOW = "a model that takes the noise level and predicts noise minus data"
@@ -60,12 +60,12 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
 
     Schedulers with a table (DDPM, DDIM, PNDM, Euler and others with `alphas_cumprod`) become a
     DiscreteSchedule: t is the timestep, an integer in training and fractional in the likelihood; a
-    HunyuanDiT gets it in the dtype of x. x is the model's input: for Euler that is
-    `scheduler.scale_model_input` of its sample. A flow-matching scheduler, or one with
+    HunyuanDiT gets it in the dtype of x. x is the model's input: for Euler, it is its sample
+    passed through `scheduler.scale_model_input`. A flow-matching scheduler, or one with
     `use_flow_sigmas` and "flow_prediction" such as UniPC, becomes a LinearFlowSchedule: t is its
     sigma, and the model gets t · num_train_timesteps; Flux, QwenImage, AuraFlow and others get t,
-    as from their pipelines. A scheduler's shift only affects which times are drawn: draw them
-    yourself and pass t. With timestep_type="continuous" and "v_prediction" the model gets ¼
+    as in their pipelines. A scheduler's shift only affects which times are drawn: draw them
+    yourself and pass t. With timestep_type="continuous" and "v_prediction", the model gets ¼
     log(σ/α). Class labels, text embeddings and so on go into `model_kwargs`.
 
     Args:
@@ -76,8 +76,8 @@ def from_diffusers(model: nn.Module, scheduler: Any) -> ScoreModel:
         scheduler: a scheduler with a table, or one for flow matching.
 
     Raises:
-        TypeError: if the model is not an nn.Module (but a pipeline, for example), or the scheduler
-            is of neither kind or has no prediction type.
+        TypeError: if the model is not an nn.Module (but, for example, a pipeline), or the
+            scheduler is of neither kind or has no prediction type.
         ValueError: for zero terminal SNR, an unknown prediction type, one other than
             "flow_prediction" with `use_flow_sigmas`, or a model such as Lumina2 or ZImage, which
             takes 1 - t and predicts data minus noise.
@@ -173,13 +173,13 @@ def _half_of_sample(returned: Any) -> Tensor:
 def from_denoising_diffusion(diffusion: Any) -> ScoreModel:
     """Return the ScoreModel of the network in a GaussianDiffusion, with its table and objective.
 
-    t is the index of the table. x is in the range the network sees: give
+    t is the index in the table. x is in the range the network sees: pass
     `diffusion.normalize(images)` to the losses and to `ode_nll`. The project's own loss is the
-    first term here; with min_snr_loss_weight pass the weighting min(SNR, min_snr_gamma)/SNR, for
+    first term here; with min_snr_loss_weight, pass the weighting min(SNR, min_snr_gamma)/SNR, for
     any objective. The network is `diffusion.model`, so the project's Trainer, optimizer and EMA
     hold its parameters. The network of `classifier_free_guidance` drops classes at every call, as
-    in the project's loss, but none after `.eval()`. The variance of a LearnedGaussianDiffusion is
-    unused.
+    in the project's loss, but not after `.eval()`. The variance of a LearnedGaussianDiffusion is
+    not used.
 
     Raises:
         TypeError: if the object is not a GaussianDiffusion.
@@ -219,11 +219,11 @@ def _call_dropping_classes(network: Any, x: Tensor, t: Tensor, **kwargs: Any) ->
 def from_edm(net: Any) -> ScoreModel:
     """Return the ScoreModel of an EDM denoiser D(x, σ, class_labels); t is σ.
 
-    The noise level runs from the network's sigma_min to its sigma_max, within [0.002, 80], the
-    range of EDM's sampler. One-hot labels go into `model_kwargs` as class_labels.
+    The noise level ranges from the network's sigma_min to its sigma_max, clipped to [0.002, 80],
+    the range of EDM's sampler. One-hot labels go into `model_kwargs` as class_labels.
     third="laplacian" needs plain attention in place of EDM's.
 
-    The first term is the loss of EDM's trainer with
+    The first term equals the loss of EDM's trainer with
 
         ThirdOrderDSM(from_edm(net), weighting=EDMWeighting(net.sigma_data))
 
@@ -255,20 +255,20 @@ def from_flow_matching(
 ) -> ScoreModel:
     """Return the ScoreModel of a velocity network of flow matching or rectified flow.
 
-    The network predicts dx/dt in its own time. In this package the data are at t = 0: with
-    data_at=1 the network is given 1 - t, and its velocity changes sign.
+    The network predicts dx/dt in its own time. In this package, the data are at t = 0: with
+    data_at=1, the network is given 1 - t, and its velocity changes sign.
 
     Args:
         network: `network(x, t, **kwargs)`, or `network(t, x, **kwargs)` with `time_first`.
-        schedule: the path in time counted from the data. None is the straight one,
+        schedule: the path, with time counted from the data. None means the straight path,
             `LinearFlowSchedule()`.
         data_at: the network's time at the data: 1 in torchcfm, flow_matching and RectifiedFlow, 0
-            where the velocity is noise less data, as in Stable Diffusion 3.
+            where the velocity is noise minus data, as in Stable Diffusion 3.
         time: the factor on the network's time, such as 999 for RectifiedFlow.
         time_first: whether the network takes its time before x, as in torchcfm.
 
     Raises:
-        TypeError: for an argument of the wrong type.
+        TypeError: if an argument has the wrong type.
         ValueError: if `data_at` is neither 0 nor 1, or `time` is not finite.
 
     Example:
@@ -302,11 +302,11 @@ def _by_time_first(network: Callable[..., Any], x: Tensor, t: Tensor, **kwargs: 
 def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
     """Return the ScoreModel of a model and its GaussianDiffusion or SpacedDiffusion.
 
-    t is an index of the diffusion's own table. The model gets the step before respacing, as in the
-    project, and between two indices the step with the same noise; with rescale_timesteps it is
+    t is an index in the diffusion's own table. The model gets the step before respacing, as in the
+    project, or between two indices, the step with the same noise; with rescale_timesteps, it is
     multiplied by 1000 over the number of steps. Class labels go into `model_kwargs` as y. If the
-    model learns its variance, the first half of its channels is used. Above order one the
-    project's own checkpoint, which its attention calls as well, has to be replaced.
+    model learns its variance, the first half of its channels is used. Above order one, the
+    project's own checkpoint, which its attention also calls, has to be replaced.
 
     Raises:
         TypeError: if `diffusion` is neither.
@@ -337,19 +337,20 @@ def from_guided_diffusion(model: nn.Module, diffusion: Any) -> ScoreModel:
 def from_score_sde(model: nn.Module, sde: Any, *, continuous: bool = True) -> ScoreModel:
     """Return the ScoreModel of a network trained in continuous time; t runs from 1e-5 to 1.
 
-    Under VPSDE and subVPSDE the network predicts the noise and gets 999 t. Under VESDE it predicts
-    the score and gets σ(t). `create_model` returns a DataParallel: for orders two and three pass
-    the network inside it, `model.module`.
+    Under VPSDE and subVPSDE, the network predicts the noise and gets 999 t. Under VESDE, it
+    predicts the score and gets σ(t). `create_model` returns a DataParallel: for orders two and
+    three, pass the network inside it, `model.module`.
 
     Args:
         model: the network, model(x, labels).
         sde: a VPSDE, subVPSDE or VESDE, recognised by its attributes.
         continuous: the value of `config.training.continuous`. A network trained with False, except
             under subVPSDE, takes step numbers: it is rejected, and the error says what to write
-            instead. The configuration that a network stores, as NCSN++ does, is checked as well.
+            instead. If a network stores its configuration, as NCSN++ does, that is checked as
+            well.
 
     Raises:
-        TypeError: if the SDE is another one, by its attributes or its `marginal_prob`.
+        TypeError: if the SDE is a different one, judging by its attributes or `marginal_prob`.
         ValueError: if the network was trained on discrete steps.
 
     Example:
@@ -386,10 +387,10 @@ def _refuse_discrete(model: nn.Module, continuous: bool, advice: str) -> None:
 
 
 def _check_marginal(schedule: Schedule, sde: Any) -> Schedule:
-    """Return the schedule; TypeError if the SDE's `marginal_prob` has another α and σ."""
+    """Return the schedule; TypeError if the SDE's `marginal_prob` implies a different α or σ."""
     if marginal := getattr(sde, "marginal_prob", None):
         t = torch.tensor([0.3], dtype=torch.float64, device="cpu")
-        # One number at one time, which may be data of any dimension.
+        # One number at one time: data may have any dimension.
         alpha_sigma = torch.cat([part.flatten().to(t) for part in marginal(torch.ones_like(t), t)])
         if not torch.allclose(alpha_sigma, torch.cat(schedule(t)), rtol=1e-3):
             expected = f"the marginal_prob(x, t) of {schedule}"
@@ -413,7 +414,7 @@ def table_schedule(owner: Any, name: str) -> DiscreteSchedule:
     table = torch.as_tensor(owner.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
     zero = table.ndim == 1 and len(table) > 0 and float(table[-1]) in ZERO
     if (sigma := getattr(owner, "sqrt_one_minus_alphas_cumprod", None)) is not None:
-        # Where both are in float32 it has the digits that 1 − ᾱ has lost at the first steps.
+        # If both are in float32, it has the digits that 1 − ᾱ has lost at the first steps.
         table = table / (table + torch.as_tensor(sigma).detach().to(table).square())
     if getattr(kind, "itemsize", 8) < 4 and (zero or bool((table.diff() >= 0).any())):
         expected = "a table that falls and stays above 0"
@@ -443,5 +444,5 @@ def our_prediction(value: object, names: Mapping[str, Prediction], where: str) -
 
 
 def first_half(returned: Tensor) -> Tensor:
-    """Return the prediction of a network that also returns as many channels for a variance."""
+    """Return the prediction of a network that also returns as many channels for the variance."""
     return returned.chunk(2, 1)[0]

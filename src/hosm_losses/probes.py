@@ -1,7 +1,7 @@
 r"""Random directions v with E[v vᵀ] = I.
 
 Estimates:
-    E[vᵀ A v] = tr A and E‖A v‖² = ‖A‖²_F: matrix-vector products in place of a Jacobian.
+    E[vᵀ A v] = tr A and E‖A v‖² = ‖A‖²_F: matrix-vector products replace a Jacobian.
 
 Formula:
     The variance of vᵀ A v is, with S = (A + Aᵀ)/2,
@@ -11,9 +11,9 @@ Formula:
         dct          4 Σ_{i<j} (Q S Qᵀ)_ij²                v = Qᵀ ε with signs ε
 
     Q is the orthonormal discrete cosine transform along every dimension of a sample, including the
-    channels: for three colours it gives brightness and two opponent colours. If neighbouring
-    elements interact in the same way everywhere, as in images, Q S Qᵀ is closer to diagonal than
-    S. It is applied by FFT, along one dimension
+    channels: three colours become brightness and two opponent colours. If neighbouring elements
+    interact in the same way everywhere, as in images, Q S Qᵀ is closer to diagonal than S. Qᵀ is
+    applied by FFT; along one dimension,
         v_j = Re Σ_k c_k ε_k e^{iπk(2j + 1)/(2n)},  c_0 = 1/√n, else c_k = √(2/n).
 
 Source:
@@ -41,7 +41,7 @@ from hosm_losses._checks import (
 
 CHUNK_ELEMENTS = 2**22  # elements of unit vectors in one chunk
 Distribution = Literal["rademacher", "gaussian", "sphere", "dct"]
-# In bytes. A loss holds several tensors of this size and the network many: no device has the
+# In bytes. A loss holds several tensors of this size and the network many: no device has enough
 # memory.
 LARGEST_UNITS = 16 * 2**30
 
@@ -90,7 +90,7 @@ DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], Tensor, torch.Generator | No
 
 
 def _check_drawn(value: "Hutchinson | Paired", fewest: int) -> None:
-    """Check both fields of a value; a whole number of NumPy becomes Python's."""
+    """Check both fields of a value; a NumPy integer becomes a Python int."""
     name = type(value).__name__
     count = check_whole(f"{name}.count", value.count, fewest)
     if count is not value.count:  # a no-op write would be traced by torch.compile
@@ -137,8 +137,8 @@ class ToStandardError:
     all unit vectors. The pilots do not enter the estimate, which is unbiased.
 
     Args:
-        nats: the standard error of a sample, in nats, on average over samples. A single sample's
-            may be larger, as pilots only estimate a variance; the result reports it.
+        nats: the standard error per sample, in nats, averaged over samples. That of a single
+            sample may be larger, as pilots only estimate a variance; the result reports it.
         distribution: as in `Hutchinson`.
 
     Raises:
@@ -163,11 +163,11 @@ class ToStandardError:
 
 @dataclass(frozen=True)
 class Paired:
-    """Random probes whose estimates are multiplied in pairs, not squared.
+    """Random probes whose estimates are multiplied in pairs rather than squared.
 
     The square of a noisy estimate is too large by its variance; the product of two independent
-    estimates is unbiased. The terms have the mean of `probes="exact"`, and may be negative for
-    single samples.
+    estimates is unbiased. The terms have the same mean as with `probes="exact"`, and may be
+    negative for single samples.
 
     Args:
         count: K, the number of independent probes per sample, at least 2: the estimates of the
@@ -199,8 +199,8 @@ def draw_probes(
 ) -> Tensor:
     """Draw K = `count` independent probes (K, B, *) for a batch (B, *), of its dtype and device.
 
-    E[v vᵀ] = I over the elements of a sample. The generator is the global one of the device if
-    None.
+    E[v vᵀ] = I over the elements of a sample. If `generator` is None, the device's global one is
+    used.
     """
     check_choice("distribution", distribution, DISTRIBUTIONS)
     count = check_whole("probes", count, 1)
@@ -210,7 +210,7 @@ def draw_probes(
 def unit_vectors(like: Tensor) -> Tensor:
     """All d unit vectors as probes (d, B, *), with which a SUM over probes is exact.
 
-    Raises ValueError if they alone would take more than 16 GiB.
+    Raises ValueError if these alone would take more than 16 GiB.
     """
     d = like[0].numel()
     size = d * like.numel() * like.element_size()
@@ -228,7 +228,7 @@ def unit_vectors(like: Tensor) -> Tensor:
 
 
 def unit_vector_chunks(like: Tensor, size: int | None = None) -> Iterator[Tensor]:
-    """Yield the d unit vectors as probes (k, B, *), k up to `size`.
+    """Yield the d unit vectors as probes (k, B, *), with k up to `size`.
 
     By default a chunk has up to CHUNK_ELEMENTS elements.
     """

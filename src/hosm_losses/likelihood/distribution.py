@@ -1,9 +1,9 @@
 """The density of the probability-flow ODE as a `torch.distributions.Distribution`.
 
 Purpose:
-    `log_prob` is −nll of `ode_nll`, samples are those of `ode_sample`; both are at the schedule's
-    t_min. A condition of the network belongs to the batch of distributions unless it is marked
-    `Shared`: nothing is inferred from a length.
+    `log_prob` is −nll from `ode_nll`, and samples are those of `ode_sample`; both are at the
+    schedule's t_min. A condition of the network belongs to the batch of distributions unless it is
+    marked `Shared`: nothing is inferred from its length.
 
 Source:
     Rozet et al., zuko (software), for `rsample_and_log_prob`.
@@ -38,15 +38,16 @@ class ODEDistribution(Distribution):
         event_shape: the shape of a sample.
         solver: as in `ode_nll`.
         divergence: as in `ode_nll`; "exact" makes `log_prob` a function of its argument.
-        model_kwargs: keyword arguments of the network. The shape of every tensor in it begins with
-            `batch_shape`, except for tensors marked `Shared`. Real floating-point ones are cast to
-            the dtype of x: that of the value, or of the network's first parameter for samples.
+        model_kwargs: keyword arguments of the network. The shape of every tensor among them begins
+            with `batch_shape`, except for tensors marked `Shared`. Real floating-point tensors are
+            cast to the dtype of x: that of the value, or for samples that of the network's first
+            parameter.
         batch_shape: the shape of the batch of distributions, one for each condition.
         batch_size: samples solved at a time, all if None.
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if `divergence` or a shape is invalid, or shapes contradict each other.
+        ValueError: if `divergence` or a shape is invalid, or if shapes contradict each other.
 
     Example:
         >>> from hosm_losses import VESchedule
@@ -87,7 +88,7 @@ class ODEDistribution(Distribution):
         self._repeated(batch)  # refuses tensors of other shapes
 
     def __repr__(self) -> str:
-        """The shapes, and how the ODE is solved."""
+        """Return the shapes, and how the ODE is solved."""
         shapes = f"event_shape={tuple(self.event_shape)}, batch_shape={tuple(self.batch_shape)}"
         divergence = shown(self.divergence)
         return f"ODEDistribution({shapes}, solver={self.solver!r}, divergence={divergence})"
@@ -98,11 +99,11 @@ class ODEDistribution(Distribution):
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ODEDistribution:
-        """Return the same distributions, expanded to another batch_shape without copies.
+        """Return the same distributions, expanded to another batch_shape without copying.
 
         Raises:
             TypeError: if a size is not a whole number.
-            ValueError: if this batch_shape does not expand to that one.
+            ValueError: if the current batch_shape does not expand to the new one.
         """
         batch = torch.Size([check_whole("batch_shape", size, 1) for size in batch_shape])
         own = (1,) * (len(batch) - len(self.batch_shape)) + self.batch_shape
@@ -140,11 +141,11 @@ class ODEDistribution(Distribution):
         return -_all_good(result).nll.reshape(outer)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw samples (sample_shape, batch_shape, event_shape) that can be differentiated."""
+        """Draw differentiable samples (sample_shape, batch_shape, event_shape)."""
         return self._draw(sample_shape, None)[0]
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """Draw samples and their log-densities by one solve."""
+        """Draw samples and their log-densities with a single solve."""
         return self._draw(sample_shape, self.divergence)
 
     def _draw(
@@ -159,7 +160,7 @@ class ODEDistribution(Distribution):
         return drawn.x.reshape(outer + self.event_shape), log_prob
 
     def _options(self, outer: torch.Size, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the options of a solve for rows (outer,) of this dtype."""
+        """Return the options for solving rows (outer,) in this dtype."""
 
         def rows(_: str, tensor: Tensor) -> Tensor:
             return tensor.reshape(-1, *tensor.shape[len(outer) :])
@@ -170,7 +171,7 @@ class ODEDistribution(Distribution):
         return {"model_kwargs": kwargs, "batch_size": self.batch_size, "enable_grad": grad}
 
     def _repeated(self, outer: torch.Size) -> dict[str, Any]:
-        """Return the conditions of each distribution for a shape that ends in the batch_shape."""
+        """Return the conditions of each distribution, for a shape that ends in the batch_shape."""
         batch = self.batch_shape
 
         def repeated(path: str, tensor: Tensor) -> Tensor:

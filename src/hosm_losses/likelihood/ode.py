@@ -1,12 +1,12 @@
-"""`ode_nll`, the log-density along the probability-flow ODE, and `ode_sample`, its samples.
+"""`ode_nll`, the log-density under the probability-flow ODE, and `ode_sample`, its samples.
 
 Purpose:
     The ODE is solved from x at t_min to a latent at t_max, or from a latent back to x. The
-    log-density is integrated along the same solution, so a sample needs no second solve for it.
-    If no density is wanted, a node is one evaluation of the network, without any derivative.
+    log-density is integrated along the same solution, so a sample's density needs no second solve.
+    If no density is wanted, each node takes one evaluation of the network, without any derivative.
 
 Source:
-    Song et al., arXiv 2011.13456, appendix D.2, and see `paths`.
+    Song et al., arXiv 2011.13456, appendix D.2; see also `paths`.
 """
 
 from __future__ import annotations
@@ -53,44 +53,47 @@ def ode_nll(
 ) -> NLLResult:
     """Negative log-likelihood of x under the model's probability-flow ODE.
 
-    Sums and states are kept in float64 whatever the network's dtype. No training mode is changed:
-    call `model.eval()` first if the network has dropout or batch norm.
+    Sums and states are kept in float64, whatever the network's dtype. The training mode is not
+    changed: call `model.eval()` first if the network has dropout or batch norm.
 
     Args:
         model: the score model.
         x: data (B, *), taken as points at the schedule's t_min unless `clean`; uint8 with a
             dequantization.
-        solver: `FixedGrid(steps)`, usually with steps + 2 evaluations, one more with `clean`;
-            `ToTolerance(nats)`, the fewest steps that meet a tolerance; or `Adaptive()`, with a
-            step size for each sample.
+        solver: `FixedGrid(steps)`, which usually takes steps + 2 evaluations, plus one with
+            `clean`; `ToTolerance(nats)`, with the fewest steps that meet a tolerance; or
+            `Adaptive()`, with a step size for each sample.
         divergence: "exact", with d vector-Jacobian products per node; `Hutchinson(count,
             distribution)`, with one per probe; or `ToStandardError(nats)`, with as many as each
-            sample needs. "auto" is exact for samples of at most 16 elements, else `Hutchinson()`.
-            All give a standard error on the fixed grid; `Adaptive` needs four probes for one. On
-            images "dct" is often the best distribution. For a network that knows its divergence, a
-            function `(x, t, **model_kwargs)` → (prediction, its divergence (B,)), with x and t as
-            the network gets them; on a subspace, the divergence within it.
-        log_prior: log-density at t_max, latent (B, *) → (B,), or a distribution of samples; N(0,
-            prior_std² I) if None. It receives latents in the network's dtype, float32 at least,
-            and may return that dtype or a wider one.
+            sample needs. "auto" is exact for samples of at most 16 elements, and otherwise
+            `Hutchinson()`. All give a standard error on the fixed grid; `Adaptive` needs at least
+            four probes for that. On images, "dct" is often the best distribution. For a network
+            that knows its divergence, a function `(x, t, **model_kwargs)` → (prediction, its
+            divergence (B,)), with x and t as the network gets them; on a subspace, the divergence
+            within it.
+        log_prior: the log-density at t_max, as a callable latent (B, *) → (B,), or a distribution
+            of samples; N(0, prior_std² I) if None. It receives latents in the network's dtype, but
+            at least float32, and may return that dtype or a wider one.
         clean: whether x is data without noise. One draw of noise then takes it to t_min, and the
-            mean of nll is an upper bound on that of x, comparable with `variational_nll`. The
-            noise of this draw is not in `standard_error`; it is small for a good model.
+            mean nll is an upper bound on that of x, comparable with `variational_nll`.
+            `standard_error` does not include the noise of this draw, which is small for a good
+            model.
         dequantization: `Uniform()` for uint8 images: x becomes −1 + 2 (x + u)/256 with u uniform,
-            and `bits_per_dim` counts the bits of the integers. `TruncatedNormal()` for networks
-            that were trained on the levels themselves. None for continuous data.
+            and `bits_per_dim` counts the bits of the integers. `TruncatedNormal()` is for networks
+            that were trained on the levels themselves, and None is for continuous data.
         batch_size: samples solved at a time, all if None.
         progress: whether to show a progress bar, for which tqdm has to be installed.
         enable_grad: whether the result carries a graph, for gradients through it. Only the state
             is stored; the backward pass evaluates the network again. A sample that fails has no
-            gradient and does not affect those of other samples; to find it on an accelerator, the
-            network is called once more for each evaluation, without a graph.
+            gradient and does not affect the gradients of other samples; to detect such samples on
+            an accelerator, the network is called once more per evaluation, without a graph.
         generator: the random generator, on the device of x; the global one if None.
         model_kwargs: keyword arguments of the network.
 
     Returns:
-        The result, in nats; `bits_per_dim` converts. Failed samples are NaN. A KeyboardInterrupt
-        carries the result of the finished batches as `.result`, None before the first.
+        The result, in nats; `bits_per_dim` converts it. Failed samples are NaN. A
+        KeyboardInterrupt carries the result of the finished batches as `.result`, or None if there
+        are none.
 
     Raises:
         TypeError: if an argument has an invalid type or dtype, such as integer images.
@@ -157,18 +160,18 @@ def ode_sample(
 ) -> SampleResult:
     """Solve the probability-flow ODE from noise to data, with the density of the samples.
 
-    No training mode is changed: call `model.eval()` first if the network has dropout. For guidance
-    pass a network that wraps yours; the density is then that of the guided ODE.
+    The training mode is not changed: call `model.eval()` first if the network has dropout. For
+    guidance, pass a network that wraps yours; the density is then that of the guided ODE.
 
     Args:
         model: the score model.
         latent: points at t_max, (B, *), in the coordinates of x; or a shape (B, *), for which they
             are drawn from N(0, prior_std² I) in the dtype and on the device of the network's first
             parameter.
-        solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. A companion compares the
-            densities of one latent, so it needs a divergence.
-        divergence: as in `ode_nll`, or None for samples without their density, which needs no
-            derivative.
+        solver: `FixedGrid(steps)`, `ToTolerance(nats)` or `Adaptive()`. A companion compares two
+            densities of the same latent, so it needs a divergence.
+        divergence: as in `ode_nll`, or None for samples without their density, which need no
+            derivatives.
         log_prior: log-density at t_max of the latents passed, as in `ode_nll`.
         batch_size: samples solved at a time, all if None.
         progress: whether to show a progress bar, for which tqdm has to be installed.
@@ -178,7 +181,7 @@ def ode_sample(
 
     Returns:
         The samples, at the schedule's t_min, where they carry noise of σ(t_min). A
-        KeyboardInterrupt has those of finished batches, as in `ode_nll`.
+        KeyboardInterrupt carries those of the finished batches, as in `ode_nll`.
 
     Raises:
         TypeError: if an argument has an invalid type or dtype.
@@ -246,9 +249,9 @@ def solve(
     *,
     backwards: bool = False,
 ) -> NLLResult:
-    """Solve from data to latents, or backwards; `latent` of the result is the end solved for.
+    """Solve from data to latents, or backwards; the result's `latent` holds the end points.
 
-    `steps` are those that `ToTolerance` found for an earlier batch.
+    `steps` is the number that `ToTolerance` found for an earlier batch.
     """
     coordinates = paths.coordinates
     low, high = coordinates.span
@@ -301,12 +304,12 @@ def _steps_of(results: Sequence[NLLResult]) -> int | None:
 
 
 def _from_clean(paths: Paths) -> Paths:
-    """Return the paths from t_min, where a draw of noise takes clean x, with their `nll_offset`.
+    """Return paths from t_min, to which a draw of noise takes clean x, with their `nll_offset`.
 
     −log p(x) ≤ E[−log p(x_tmin) + log q(x_tmin|x) − log p(x|x_tmin)], with the decoder of
-    `variational`: the last two are ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). They use the noise that
-    was drawn, ‖ε‖² and not its mean d: a change of p(x_tmin) with ε cancels, and the mean of
-    exp(−nll) over draws is a density of x.
+    `variational`: the last two are ½ (‖ε̂ − ε‖² − ‖ε‖²) − d log α(t_min). They use the drawn
+    noise, ‖ε‖² rather than its mean d: then the variation of p(x_tmin) with ε cancels, and the
+    mean of exp(−nll) over draws is a density of x.
     """
     start, _ = paths.coordinates.ends(paths.coordinates.span)
     points, noise = paths.add_noise(start)

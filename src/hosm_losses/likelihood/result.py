@@ -2,12 +2,12 @@ r"""The results of likelihoods: `NLLResult`, `SampleResult` and `NLLSummary`.
 
 Formula:
     bits/dim = nll/(d ln 2) + log2(levels/(high − low))
-    for data of `levels` levels, dequantized as x = low + (high − low)(k + u)/levels with u uniform
-    on [0, 1): its density per element is levels/(high − low) times that of k + u.
+    for data with `levels` levels, dequantized as x = low + (high − low)(k + u)/levels with u
+    uniform on [0, 1): its density per element is levels/(high − low) times that of k + u.
 
     The mean over n samples has standard error std(nll)/√n; (Σ s²)^½/n of it comes from the random
     probes, with s = standard_error/widening, whose square is an unbiased variance. Student's
-    factor is for one sample of few probes, and has no place in a mean of many.
+    factor applies to a single sample with few probes, not to a mean over many samples.
 
 Source:
     Theis et al., "A note on the evaluation of generative models", arXiv 1511.01844.
@@ -24,14 +24,14 @@ from torch import Tensor
 
 from hosm_losses._checks import check_number, check_whole, error_message, owns_values
 
-# A sample fails with a solver_error above the larger of these, in nats and in nats per element.
+# A sample fails if its solver_error exceeds the larger of these, in nats and nats per element.
 SOLVER_LIMIT, SOLVER_LIMIT_PER_ELEMENT = 1000.0, 0.1
 SHOWN = 0.01  # the least error of the prior, in nats, that is printed
 FINER = "use more steps or a lower tolerance, or set data_mean and data_std of the solver"
 
 
 class Cause(IntEnum):
-    """The reason why a sample failed; 0 in a result if it did not, or was not checked."""
+    """The reason why a sample failed; 0 in a result if it did not fail, or was not checked."""
 
     START, OUTPUT, DIVERGENCE, ROUNDING, ARRIVAL, RANGE, PRIOR, SOLVER = range(1, 9)
 
@@ -57,25 +57,25 @@ REASONS = {
 
 @dataclass(frozen=True)
 class NLLSummary:
-    """The mean likelihood of a data set, as Python numbers; it prints in a line.
+    """The mean likelihood of a data set, as Python numbers; it prints on one line.
 
     Attributes:
         samples: the number of samples in the means.
-        failed: the number of samples that failed or whose nll is NaN; they are left out.
+        failed: the number of samples that failed or whose nll is NaN; they are excluded.
         nll: the mean nll in nats.
-        standard_error: of `nll` as an estimate for the data's distribution, probes included; None
-            for a single sample.
-        estimator_error: the part of it that comes from the random probes, or from the draws of the
-            SDE's bound; None if unknown.
+        standard_error: that of `nll` as an estimate for the data's distribution, including the
+            probes; None for a single sample.
+        estimator_error: the part of `standard_error` that comes from the random probes, or from
+            the draws of the SDE's bound; None if unknown.
         solver_error: the mean solver error in nats.
         bits_per_dim: the mean in bits per dimension.
         bits_standard_error: `standard_error` in bits per dimension.
         nfe: the mean number of network evaluations.
-        discrete: whether the data are integers, whose bits are printed.
+        discrete: whether the data are integers; if so, bits are printed.
         products: the mean number of Jacobian products; None for a bound or if unknown.
         kinks: the number of paths that seem to have kinks; None if unknown.
         prior_error: the mean prior error in nats; None if unknown.
-        prior_size: the mean of its absolute value; None if unknown.
+        prior_size: the mean absolute prior error in nats; None if unknown.
     """
 
     samples: int
@@ -133,7 +133,7 @@ def solver_limit(elements: int) -> float:
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """Base class of `NLLResult` and `SampleResult`, which describe the attributes."""
+    """Base class of `NLLResult` and `SampleResult`, whose docstrings describe the attributes."""
 
     nll: Tensor | None
     latent: Tensor
@@ -157,18 +157,18 @@ class Result:
     def bits_per_dim(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
     ) -> Tensor:
-        """Return bits per dimension, (B,), of the integers if the data has levels; NaN if failed.
+        """Return bits per dimension, (B,), of the integers if the data have levels; NaN if failed.
 
         Args:
-            levels: 256 for 8-bit images that were dequantized and scaled to [low, high]. None for
-                continuous data, or to use those of the call's `dequantization`.
+            levels: 256 for 8-bit images that were dequantized and scaled to [low, high]; None for
+                continuous data, or to use the levels of the call's `dequantization`.
             low: the value of level 0 after scaling; −1 if None.
             high: the value of level `levels` after scaling; 1 if None.
 
         Raises:
-            TypeError: if `levels` is not a whole number, or `low` or `high` not a number.
-            ValueError: if levels are below 1, the range is empty or has no levels, an argument
-                contradicts the call's `dequantization`, or the samples have no density.
+            TypeError: if `levels` is not a whole number, or `low` or `high` is not a number.
+            ValueError: if `levels` is below 1, the range is empty or is given without levels, an
+                argument contradicts the call's `dequantization`, or the samples have no density.
 
         Example:
             >>> one = torch.ones(1)
@@ -181,14 +181,14 @@ class Result:
         return bits if known is None else bits + math.log2(known.levels / (known.high - known.low))
 
     def __getitem__(self, index: slice | Tensor) -> Self:
-        """Return the result of some samples, as in `result[:200]` or `result[mask]`.
+        """Return the result for some samples, as in `result[:200]` or `result[mask]`.
 
         Args:
             index: a slice, a mask (B,), or the rows as an index tensor.
 
         Raises:
             TypeError: if the index is of another kind.
-            ValueError: if a mask has another length, or if it leaves no sample.
+            ValueError: if a mask has the wrong length, or if no sample is selected.
 
         Example:
             >>> nll, none = torch.tensor([1.0, 3.0, 8.0]), torch.zeros(3)
@@ -223,7 +223,7 @@ class Result:
         return torch.zeros_like(self.nfe) if self.solver_error is None else self.solver_error
 
     def _quantization(self, options: dict[str, int | float | None]) -> Quantization | None:
-        """The data's levels: those of the call's dequantization, or those in the options."""
+        """The data's levels, from the call's dequantization or from the options."""
         options = {name: value for name, value in options.items() if value is not None}
         known = self.quantization
         if known is None and "levels" in options:
@@ -241,9 +241,9 @@ class Result:
     def summary(
         self, levels: int | None = None, low: float | None = None, high: float | None = None
     ) -> NLLSummary:
-        """Return means over the samples that did not fail, with the standard error of the mean.
+        """Return means over the samples that did not fail, and the standard error of the mean nll.
 
-        Arguments are those of `bits_per_dim`. NaN counts as failed, whatever `failed` says.
+        The arguments are those of `bits_per_dim`. NaN counts as failed, whatever `failed` says.
 
         Raises:
             TypeError: as in `bits_per_dim`.
@@ -291,7 +291,7 @@ class Result:
         )
 
     def __repr__(self) -> str:
-        """Return the summary, or a shorter text if there is no value to summarise."""
+        """Return the summary, or a shorter text if there are no values to summarise."""
         count = f"{len(self.failed)} samples"
         if self.failed.is_meta or not owns_values(self.failed):
             return f"{type(self).__name__} of {count}, not on hand"
@@ -303,7 +303,7 @@ class Result:
         return str(self.summary())
 
     def failures(self) -> dict[int, str]:
-        """Return the reason and a remedy for each failed sample, by its row.
+        """Return the reason and a remedy for each failed sample, keyed by row.
 
         Example:
             >>> one, cause = torch.ones(1), torch.tensor([7])
@@ -320,14 +320,14 @@ class Result:
 
     @classmethod
     def cat(cls, results: Sequence[Self]) -> Self:
-        """Concatenate results of batches or ranks, on the device of the first.
+        """Concatenate the results of batches or ranks, on the device of the first one.
 
         `steps` is None where they differ.
 
         Raises:
             TypeError: if `results` is not a list of results.
-            ValueError: if there is no result, if their samples differ in shape, if some have a
-                standard error, products, a quantization or steps and others do not, or if their
+            ValueError: if there is no result, if their samples differ in shape, if only some of
+                them have a standard error, products, a quantization or steps, or if their
                 widenings differ. A bound cannot be concatenated with likelihoods of the ODE.
 
         Example:
@@ -357,7 +357,7 @@ class Result:
         return cls(**joined)
 
     def _kind(self) -> str:
-        """Describe what has to be equal in results that are concatenated."""
+        """Describe what must be equal in all results that are concatenated."""
         lacking = [name for name, value in vars(self).items() if value is None]
         shape = tuple(self.latent.shape[1:])
         known = f"widening {self.widening:.4g}, {self.quantization}, d = {self._d}"
@@ -366,8 +366,8 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields by name, without a graph: tensors, None and dicts of plain numbers.
 
-        `torch.save` writes it, and `torch.load` reads it with `weights_only=True`, which unpickles
-        nothing else. `from_dict` restores the result.
+        `torch.save` can write it, and `torch.load` can read it with `weights_only=True`, which
+        unpickles nothing else. `from_dict` restores the result.
 
         Example:
             >>> import io
@@ -413,29 +413,30 @@ class NLLResult(Result):
     """The negative log-likelihood of a batch; it prints as its summary.
 
     Attributes:
-        nll: −log p(x) in nats, (B,), or an upper bound on it: variational, or of integers.
+        nll: −log p(x) in nats, (B,), or an upper bound on it: a variational one, or for integers.
         latent: the end of x's path, at t_max, in the coordinates of x, (B, *).
-        nfe: network evaluations, (B,); a value with its divergence counts as one.
+        nfe: the number of network evaluations, (B,); a value with its divergence counts as one.
         standard_error: of nll, from the random probes, or from the draws of the SDE's bound, (B,);
-            None if unknown. The draws of dequantization and of clean=True are not in it.
+            None if unknown. It does not include the draws of dequantization and of clean=True.
         solver_error: estimate of the solver's error in nats, (B,). It is not a bound; with a
             companion, twice the estimate is meant to cover 95 % of samples on a grid of 64 steps.
         failed: whether the sample is unusable, (B,): a value was not finite, the path did not
             arrive, or solver_error is above max(1000, 0.1 d) nats; nll is then NaN. `failures`
             says why.
-        products: vector-Jacobian products in addition to the evaluations, (B,); None for a bound.
+        products: the number of vector-Jacobian products beyond the evaluations, (B,); None for a
+        bound.
         quantization: the integers behind dequantized data; None for continuous data.
-        steps: steps of the fixed grid; None with `Adaptive` and for a bound.
+        steps: the steps of the fixed grid; None with `Adaptive` and for a bound.
         widening: Student's factor in standard_error with `Adaptive`; otherwise 1.
         kinks: whether the path seems to have kinks, as in ReLU networks, (B,): the method loses
-            its order there and solver_error is raised; None if unknown.
+            its order there, so solver_error is increased; None if unknown.
         cause: a code for the reason in `failures`, (B,); 0 if the sample did not fail.
-        dimensions: dimensions of the model's subspace, in which nll is a density; None without
+        dimensions: the dimensions of the model's subspace, in which nll is a density; None without
             one.
         prior_error: log N(z; α m, α² s² + σ²) − log N(z; 0, prior_std²) at the latent z, with the
-            solver's data_mean m and data_std s, (B,): the amount to add to log p(x) to make the
-            prior that of the diffused data. Exact for Gaussian data. None unless both are set,
-            with `log_prior`, and for a bound.
+            solver's data_mean m and data_std s, (B,): adding it to log p(x) replaces the prior by
+            the distribution of the diffused data. It is exact for Gaussian data, and None unless
+            both moments are set, with `log_prior`, and for a bound.
     """
 
     nll: Tensor
@@ -452,9 +453,8 @@ class SampleResult(Result):
         nll: −log p(x) in nats, (B,); None without a divergence.
         nfe: network evaluations, (B,).
         standard_error: of nll, from random probes, (B,); None if unknown.
-        solver_error: estimate of the effect of the solver's error on the nll of this latent, in
-            nats, (B,); None if nll is None. Without a companion it is often a hundred times too
-            large.
+        solver_error: estimated effect of the solver's error on the nll of this latent, in nats,
+            (B,); None if nll is None. Without a companion it is often a hundred times too large.
         failed: whether the sample is unusable, (B,): a value was not finite, the path did not
             arrive, or solver_error is too large; nll is then NaN. `failures` says why.
         products: as in `NLLResult`.

@@ -1,8 +1,8 @@
 """The options of the ODE solvers: `FixedGrid`, `ToTolerance` and `Adaptive`.
 
-They check their arguments and can be compared, hashed and pickled. `data_mean` and `data_std` set
-coordinates in which Gaussian data does not move (see `paths`), and give `prior_error`: they only
-change the solver's error.
+They check their arguments and can be compared, hashed and pickled. `data_mean` and `data_std`
+define coordinates in which Gaussian data does not move (see `paths`), and determine `prior_error`;
+in the solution, they only change the solver's error.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -66,23 +66,25 @@ class Solver:
 class FixedGrid(Solver):
     """A grid in log σ̂ that the batch shares, with fresh probes at every node.
 
-    Half of the nodes lie around the data's own size, by a logistic law in log σ̂ whose centre is
-    the log of the root mean square of data_std; half are spread evenly over log σ̂.
+    Half of the nodes lie around the scale of the data, following a logistic distribution in log σ̂
+    centred at the log of the root mean square of data_std; the other half are spread evenly over
+    log σ̂.
 
     Args:
-        steps: 4 or more. They take steps + 2 network evaluations, or steps + 8 if the path starts
-            at a σ̂ between a twentieth and twenty times the data's standard deviation. 20 are
-            enough for a check during training, 40 for a report with the exact divergence.
-        companion: whether to solve with half the steps as well, at 52 % more evaluations for 64
-            steps: `solver_error` then also covers networks whose paths amplify small errors. It
-            needs an even number of steps, at least 8.
-        data_mean: mean of the data, a number or a tensor that broadcasts to a sample; stored as a
-            number or nested tuples. None stands for 0.
-        data_std: standard deviation of the data, likewise; None stands for 0.5. If both are set,
-            results of `ode_nll` have a `prior_error`.
+        steps: at least 4. The solver takes steps + 2 network evaluations, or steps + 8 if the path
+            starts at a σ̂ between a twentieth of and twenty times the data's standard deviation.
+            20 are enough for a check during training, and 40 for a report with the exact
+            divergence.
+        companion: whether to solve with half the steps as well, which costs 52 % more evaluations
+            for 64 steps: `solver_error` then also covers networks whose paths amplify small
+            errors. This requires an even number of steps, at least 8.
+        data_mean: the mean of the data, a number or a tensor that broadcasts to a sample; stored
+            as a number or nested tuples. None stands for 0.
+        data_std: the standard deviation of the data, in the same form; None stands for 0.5. If
+            both are set, results of `ode_nll` have a `prior_error`.
 
     Raises:
-        TypeError: if a number, the flag or the moments have the wrong type.
+        TypeError: if a number, the flag or a moment has the wrong type.
         ValueError: if a number is out of range.
 
     Example:
@@ -111,15 +113,16 @@ class FixedGrid(Solver):
 class ToTolerance(Solver):
     """The coarsest fixed grid whose `solver_error` is within a tolerance.
 
-    The fewest of 32, 64, …, 1024 steps that meet it are determined on the first batch and used for
-    all batches of the call. The trials change no result and are not counted in `nfe`.
+    The fewest of 32, 64, …, 1024 steps that meet it are determined from the first batch and used
+    for all batches of the call. The trials do not affect the results and are not counted in `nfe`.
 
     Args:
         tolerance: the largest `solver_error` of any sample, in nats.
         group: the process group that must use the same steps; None if each process may use its
-            own. With a group the value cannot be pickled.
-        companion: as in `FixedGrid`, also for the trials, which then draw their own probes.
-            Without one the tolerance may be missed if a path amplifies small errors.
+            own. With a group, the solver cannot be pickled.
+        companion: as in `FixedGrid`, but also used in the trials, which then draw their own
+            probes. Without a companion, the tolerance may be missed if a path amplifies small
+            errors.
         data_mean: mean of the data, as in `FixedGrid`.
         data_std: standard deviation of the data.
 
@@ -150,7 +153,7 @@ class ToTolerance(Solver):
         self._set(tolerance=self._nats("tolerance"))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the fields to pickle; a TypeError if there is a group."""
+        """Return the fields to pickle; raise TypeError if there is a group."""
         if self.group is not None:
             expected, remedy = "None in a value to pickle", "Create the value in every process."
             raise TypeError(error_message(self._name("group"), expected, self.group, remedy))
@@ -161,12 +164,12 @@ class ToTolerance(Solver):
 class Adaptive(Solver):
     """Adaptive steps for each sample, with the same probes along its whole path.
 
-    It solves twice, and the difference enters `solver_error`. For `ode_sample` without a
-    divergence it solves once, at a tenth of the tolerance.
+    The ODE is solved twice, and the difference enters `solver_error`. In `ode_sample` without a
+    divergence, it is solved once, at a tenth of the tolerance.
 
     Args:
-        step_tolerance: the acceptable error of a step of the first solution, in nats of the
-            log-density; the second solution, which is the answer, has a tenth of it.
+        step_tolerance: the acceptable error of each step of the first solution, in nats of the
+            log-density; the second solution, which is returned, uses a tenth of it.
         data_mean: mean of the data, as in `FixedGrid`.
         data_std: standard deviation of the data.
 

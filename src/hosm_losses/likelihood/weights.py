@@ -1,17 +1,18 @@
-r"""Importance weights of the ODE's samples: expectations under a target, and its normaliser.
+r"""Importance weights for the ODE's samples: expectations under a target, and its normaliser.
 
 Formula, for draws x_i of the density q of the ODE and an unnormalised target π:
     log w_i = log π(x_i) + nll_i − v_i/2
     log Z = log mean w         E_π[f] = Σ w_i f(x_i)/Σ w_i         ESS = (Σ w)²/Σ w²
 
-    With random probes nll is −log q plus noise of variance v, and the mean of exp of that noise is
-    e^{v/2}. Hence −v_i/2, with v_i estimated from the probes; this assumes Gaussian noise.
+    With random probes, nll is −log q plus noise of variance v, and the mean of the exponential of
+    that noise is e^{v/2}. Hence the term −v_i/2, with v_i estimated from the probes; this assumes
+    Gaussian noise.
 
-    Errors come from the jackknife over samples, each with its probes.
+    Standard errors come from the jackknife over samples, each with its probes.
 
     The weights belong to x itself: q is its exact density at t_min, where x carries noise of
     σ(t_min). That noise lowers the effective sample size but adds no bias. Samples that were
-    denoised afterwards have another density and must not be weighted.
+    denoised afterwards have a different density and must not be weighted.
 
 Source:
     Owen, "Monte Carlo theory, methods and examples" (2013), chapter 9. Vehtari, Simpson, Gelman,
@@ -50,7 +51,7 @@ class Expectation(NamedTuple):
 
 
 class Sandwich(NamedTuple):
-    """Bounds of log Z in nats, each with its standard error.
+    """Bounds on log Z in nats, each with its standard error.
 
     The lower bound is the mean of log w over samples, the upper one the mean of log π + nll over
     points of the target. Only the upper one sees modes that the samples miss.
@@ -64,15 +65,15 @@ class Sandwich(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """Importance weights of samples, with the estimates made from them; prints as a summary.
+    """Importance weights of samples, and the estimates made from them; it prints as a summary.
 
     Attributes:
         x: the samples, (B, *).
         log_weights: log w, (B,); −inf where log π is −inf and for failed samples.
-        variance: of log w from random probes, (B,); zero with the exact divergence.
-        solver_error: that of the samples' nll, in nats, (B,).
+        variance: the variance of log w due to random probes, (B,); zero with the exact divergence.
+        solver_error: the solver error of the samples' nll, in nats, (B,).
         log_target: log π, which `sandwich` evaluates at other points.
-        failed_share: the fraction of samples that failed; they count, with weight zero.
+        failed_share: the fraction of samples that failed; they count as samples of weight zero.
     """
 
     x: Tensor
@@ -84,49 +85,49 @@ class Weights:
 
     @cached_property
     def normalized(self) -> Tensor:
-        """The weights over their sum, float64, (B,)."""
+        """The weights divided by their sum, in float64, (B,)."""
         return self.log_weights.double().softmax(0)
 
     @property
     def log_z(self) -> float:
-        """log Z in nats, the log of the mean weight."""
+        """Estimate of log Z in nats, the log of the mean weight."""
         return float(self.log_weights.logsumexp(0)) - math.log(len(self.log_weights))
 
     @property
     def log_z_error(self) -> float:
         """Standard error of `log_z`; often too small for a low effective sample size.
 
-        Low means below 200 and below half of the samples. The error is meaningless if `pareto_k`
+        "Low" means below 200 and below half of the samples. The error is meaningless if `pareto_k`
         is above 0.7, and NaN if one sample has all the weight. It does not cover what the samples
-        miss: a mode, or a tail heavier than the model's.
+        miss, such as a mode, or a tail heavier than the model's.
         """
         return float(_jackknife(torch.log1p(-self.normalized)[:, None]))
 
     @property
     def log_z_bias(self) -> float:
-        """Estimate in nats of the bias of `log_z` from the solver, the weighted mean error."""
+        """Estimated bias of `log_z` due to the solver, in nats: the weighted mean solver error."""
         return float(self.normalized @ self.solver_error.double())
 
     @property
     def effective_sample_size(self) -> float:
         """(Σ w)²/Σ w², at most the number of samples.
 
-        Below 200 and below half of the samples the errors are often too small: the 95 % interval
-        contained log Z in 0.83 of such runs for a target in 32 dimensions, and in 0.95 of the runs
-        above.
+        If it is below 200 and below half of the samples, the errors are often too small: for a
+        target in 32 dimensions, the 95 % interval contained log Z in 0.83 of such runs, and in
+        0.95 of the other runs.
         """
         return self._effective_size(self.normalized.square())
 
     @property
     def probe_variance(self) -> float:
-        """The mean of `variance` under the weights; above 1 the weights say little."""
+        """The mean of `variance` under the weights; above 1, the weights tell little."""
         return float(self.normalized @ self.variance.double())
 
     @property
     def effective_sample_size_without_probes(self) -> float | None:
         """Estimate of the effective sample size without the noise of random probes.
 
-        None where the weighted mean of `variance` is above 0.25, as it cannot be estimated there.
+        None if the weighted mean of `variance` is above 0.25, as it cannot be estimated then.
         """
         if self.probe_variance > SMALL:
             return None
@@ -142,11 +143,11 @@ class Weights:
 
     @property
     def pareto_k(self) -> float:
-        """The shape of the tail of the weights above zero.
+        """The shape parameter of the tail of the positive weights.
 
-        Above 0.7 the errors are meaningless. A lower value is no guarantee: draws that miss the
-        large weights have a low k, so do not select runs by it. NaN if fewer than 21 weights are
-        above zero, or a quarter of the tail equals its smallest weight.
+        Above 0.7, the errors are meaningless. A lower value is no guarantee: draws that miss the
+        large weights have a low k, so do not select runs by it. It is NaN if fewer than 21 weights
+        are above zero, or if a quarter of the tail equals its smallest weight.
         """
         return _pareto_k(self.normalized[self.normalized > 0])
 
@@ -154,11 +155,12 @@ class Weights:
         """E_π[function(x)], for a function of (B, *) that returns (B,) or (B, *).
 
         Returns:
-            A named tuple of `value` and `error`, of the shape of one of the function's values.
+            A named tuple of `value` and `error`, each in the shape of one of the function's
+            values.
 
         Raises:
-            TypeError: if the function returns no tensor.
-            ValueError: if it returns values of another length.
+            TypeError: if the function does not return a tensor.
+            ValueError: if it returns values of the wrong length.
 
         Example:
             >>> x = torch.tensor([[0.0], [1.0]])
@@ -174,7 +176,7 @@ class Weights:
             raise kind(error_message("function(x)", expected, values))
         values, w = values.detach().double(), self.normalized
         flat = values.reshape(len(w), -1)
-        # Where the weight is zero the value may be NaN.
+        # Where the weight is zero, the value may be NaN.
         flat = torch.where(self.log_weights.isneginf()[:, None], 0.0, flat)
         mean = w @ flat
         left_out = (mean - w[:, None] * flat) / (1 - w[:, None])
@@ -190,9 +192,9 @@ class Weights:
         return self.x[rows], rows
 
     def sandwich(self, x: Tensor, result: NLLResult) -> Sandwich:
-        """Bounds of log Z from these samples and from the likelihood of points x of the target.
+        """Bounds on log Z from these samples and from the likelihood of points x of the target.
 
-        A sample of weight zero and a failed point make their bounds infinite.
+        A sample of weight zero makes the lower bound infinite, a failed point the upper one.
 
         Returns:
             A named tuple of `lower`, `lower_error`, `upper` and `upper_error`, in nats. Only the
@@ -260,19 +262,19 @@ def importance_weights(
     *,
     probe_noise: Literal["corrected", "ignored"] = "corrected",
 ) -> Weights:
-    """Importance weights of samples of `ode_sample` for a target density.
+    """Importance weights for samples from `ode_sample` under a target density.
 
     Args:
         result: the samples with their density, drawn with divergence="exact" or with enough probes
             for a standard error.
-        log_target: log π, as a callable x (B, *) → (B,), up to a constant, evaluated at the
-            samples as they are, with their noise of σ(t_min). −inf, as outside a bounded prior,
-            gives weight zero.
+        log_target: log π, up to a constant, as a callable x (B, *) → (B,). It is evaluated at the
+            samples as they are, with their noise of σ(t_min). −inf, for example outside a bounded
+            prior, gives weight zero.
         probe_noise: "corrected" subtracts half of the probes' variance from each log-weight;
-            "ignored" does not, and log Z comes out too large by about half of that variance.
+            "ignored" does not, so that log Z comes out too large by about half of that variance.
 
     Returns:
-        The weights. A failed sample has weight zero and counts as a sample.
+        The weights. A failed sample has weight zero but counts as a sample.
 
     Raises:
         TypeError: if `result` is not a `SampleResult`, or `log_target` is not callable.

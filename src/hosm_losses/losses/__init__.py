@@ -1,9 +1,9 @@
 """The losses: first-, second- and third-order denoising score matching.
 
 - `dsm`: the public functions and modules.
-- `objective`: the path from arguments to a loss: check, perturb, derive, residuals, reduce.
+- `objective`: how arguments become a loss: check, perturb, derive, residuals, reduce.
 - `options`: checks of options and weights.
-- `targets`: averages and scores of the data, which leave less noise in the residuals.
+- `targets`: averages over the data and their scores, which make the residuals less noisy.
 - `terms`: the residuals with their detach, and the terms of each sample as their squares.
 - `paired`: the same terms from products of two probes' estimates.
 - `weighting`: weights over noise levels, and the draw of t.

@@ -1,10 +1,10 @@
 """Denoising score matching as functions and as modules.
 
 A function takes a ScoreModel and clean data, and returns a scalar to call backward on. A module is
-what DDP, FSDP2, torch.compile and checkpointing wrap: it holds the ScoreModel as `model` and the
-options of the function of the same order, and computes the loss in its forward, so that a wrapper
-around it sees every use of a parameter. The formula is in `objective`, the residuals, their detach
-and the source in `terms`.
+for wrapping in DDP, FSDP2, torch.compile and checkpointing: it holds the ScoreModel as `model` and
+the options of the function of the same order, and computes the loss in its forward, so that a
+wrapper around it sees every use of a parameter. The formula is in `objective`; the residuals,
+where they are detached, and the source are in `terms`.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def first_order_dsm(
 ) -> Tensor:
     """Return the loss of order one, ‖ε̂ − ε‖²/d, the usual loss of diffusion trainers.
 
-    With prediction="epsilon" it equals the usual loss to rounding error, for the same α and σ and
-    data in float32 or float64; half precision is squared in float32. The safe primitives are not
-    used. The arguments are those of `third_order_dsm`.
+    With prediction="epsilon", it equals the usual loss up to rounding error, given the same α and
+    σ and data in float32 or float64; half-precision values are squared in float32. The safe
+    primitives are not used. The arguments are those of `third_order_dsm`.
 
     Returns:
-        The loss, in float32 at least. Dimensionless; in nats, up to a constant, with
+        The loss, in at least float32. It is dimensionless, or in nats, up to a constant, with
         weighting="likelihood".
 
     Raises:
@@ -93,8 +93,8 @@ def second_order_dsm(
 ) -> Tensor:
     """Return the loss of orders one and two, which adds the score's Jacobian and its trace.
 
-    The arguments are those of `third_order_dsm`. `weights` are (first, second, trace); a
-    fourth number, for order three, is ignored.
+    The arguments are those of `third_order_dsm`. `weights` are (first, second, trace); a fourth
+    weight, for order three, is ignored.
 
     Returns:
         The loss, w₁ first + w₂ second + w_t trace.
@@ -162,58 +162,58 @@ def third_order_dsm(
         x0: data (B, *).
         t: times (B,) in the schedule's units; drawn by `time_sampler` if None.
         noise: ε (B, *); drawn if None.
-        probe: v, of shape (B, *) or (K, B, *), used as it is; drawn if None. If `probe` is given,
+        probe: v, of shape (B, *) or (K, B, *), used unchanged; drawn if None. If `probe` is given,
             `probes` only selects how estimates are combined: `Paired()` takes K ≥ 2 vectors.
-        probes: how many probes each sample has, and how their estimates are combined. A whole
+        probes: how many probes each sample gets, and how their estimates are combined. A whole
             number K is `Hutchinson(K)`: the residual along each probe is squared, as in the paper.
-            `Paired()` multiplies the estimates of two independent probes, or halves of the probes,
-            with each other: the mean is that of "exact", almost without the noise of the probes,
-            for about twice the cost of a step with one. "exact" takes all d unit vectors. Dropout
-            uses one mask for all probes of a sample; at exact order three one per probe, unless
-            they are paired in reverse mode.
-        targets: regression target; None uses the drawn noise ε, as in the paper.
+            `Paired()` multiplies the estimates of two independent probes, or of two halves of the
+            probes, with each other: the mean is that of "exact", almost without probe noise, at
+            about twice the cost of a step with one probe. "exact" uses all d unit vectors. Dropout
+            uses one mask for all probes of a sample, but one per probe at exact order three,
+            unless they are paired in reverse mode.
+        targets: the regression target; None uses the drawn noise ε, as in the paper.
             `AveragedTargets()` averages over all data that may have produced x, which removes the
-            noise of the data from every order. `TargetScores(scores)` does so without other data,
-            if the score ∇log p₀ is known. A tensor (B, *), in a call of order one, replaces ε in
-            the residual but not in x: the prediction of a teacher, for example.
-        weights: (first, second, trace, third), numbers of at least 0 or tensors of one element, in
-            a list, a tuple, an array or a tensor. "paper" is (1, 1, 1, 1), that of the paper's
-            code for images; "paper-toy" (1, 0.5, 0, 0.1 d²), that of its low-dimensional script.
-            None is (1, 0.5, 0, min(1, 0.1 d²)). If the last weights are the number 0, the loss and
-            its cost are those of the lower order: a ramp may start at (1, 0, 0, 0), which is order
-            one. A zero tensor keeps its term.
+            noise of the data from every order. `TargetScores(scores)` reduces it without other
+            data, if the score ∇log p₀ is known. At order one, a tensor (B, *) passed to the call,
+            such as a teacher's prediction, replaces ε in the residual but not in x.
+        weights: (first, second, trace, third), nonnegative numbers or tensors of one element, in a
+            list, a tuple, an array or a tensor. "paper" is (1, 1, 1, 1), as in the paper's code
+            for images; "paper-toy" is (1, 0.5, 0, 0.1 d²), as in its low-dimensional script. None
+            is (1, 0.5, 0, min(1, 0.1 d²)). If the last weights are the number 0, the loss and its
+            cost are those of the lower order: a ramp may start at (1, 0, 0, 0), which is order
+            one. With a zero tensor, the term is still computed.
         weighting: "noise" leaves the terms as they are. "native" makes the first term the squared
             error of the network's own prediction. `EDMWeighting()` makes it the loss of EDM's
-            trainer. "likelihood" makes it the likelihood-weighted loss; set `weights` yourself for
-            the higher orders then. None of these changes the meaning of the other terms. A
-            callable t → (B,) multiplies every term. A pair gives one weighting to the first term
-            and another, "noise" or a callable, to the higher terms.
+            trainer. "likelihood" makes it the likelihood-weighted loss; in that case, set the
+            higher orders' `weights` yourself. None of these changes the meaning of the other
+            terms. A callable t → (B,) multiplies every term. A pair applies one weighting to the
+            first term and another, "noise" or a callable, to the higher terms.
         time_sampler: "schedule" draws t as the schedule does. "log_sigma_hat" draws it uniformly
-            in log σ̂ and reweights, so that the mean of every term stays the same; from a table it
+            in log σ̂ and reweights, so that the mean of every term stays the same; for a table, it
             draws whole indices. The times of a callable (batch size, generator) → t (B,) count as
             if you had passed t. None is "log_sigma_hat" with weighting="likelihood", else
             "schedule".
         third: how the third order is estimated. "exact" matches G = σ² ∇(vᵀ ∂f v), as in the
             paper. "laplacian" matches σ² ∂²f[v, v] to the same target for three quarters of the
-            cost: it equals "exact" if the Jacobian is symmetric, as that of the true score is;
-            otherwise it is another objective, which leaves ∇tr(∂f) partly unconstrained. With
-            probes=Paired() it costs more than "exact", 35 evaluations against 25. It needs a
+            cost: it equals "exact" if the Jacobian is symmetric, like that of the true score;
+            otherwise it is a different objective, which leaves ∇tr(∂f) partly unconstrained. With
+            probes=Paired(), it costs more than "exact": 35 evaluations instead of 25. It needs a
             network that the engine "taylor" can differentiate.
         fraction: the fraction of the batch, chosen at random, on which orders two and three are
             evaluated: max(1, round(fraction · B)) rows. The loss stays unbiased.
         engine: "auto", "taylor" or "reverse"; see the page on derivatives.
-        reduction: "mean", "sum" over the batch, or "none" for (B,).
+        reduction: "mean" or "sum" over the batch, or "none" for the losses of all samples, (B,).
         generator: the random generator, on the device of x0; the global one if None.
         model_kwargs: keyword arguments of the network. Tensors whose first dimension is B are per
-            sample: they follow their samples into probes and fractions. `Shared` marks one that
-            all samples share.
+            sample: they are repeated and selected along with the samples for probes and fractions.
+            `Shared` marks one that all samples share.
 
     Returns:
         The loss, w₁ first + w₂ second + w_t trace + w₃ third.
 
     Raises:
         TypeError: if an argument has an invalid type or dtype, such as integer images.
-        ValueError: if an argument has an invalid shape, device, name or value; on the CPU also if
+        ValueError: if an argument has an invalid shape, device, name or value; on the CPU, also if
             an argument or the result is not finite.
         DerivativeError: if the network cannot be differentiated, or (on the CPU) if its
             derivatives are not finite.
@@ -267,13 +267,13 @@ def dsm_terms(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> DSMTerms:
-    """Return the terms of the loss per sample, with their graph and without any weight.
+    """Return the unweighted terms of the loss for each sample, with their graph.
 
     `order` is 1, 2 or 3; options of higher orders are ignored. The other arguments are
     those of `third_order_dsm`.
 
     Returns:
-        The terms, each (B,), in float32 at least; None above `order`.
+        The terms, each (B,), in at least float32; None for those above `order`.
 
     Raises:
         TypeError: as in `third_order_dsm`.
@@ -344,7 +344,7 @@ class _DSM(nn.Module):
     def _evaluate(
         self, x0: Tensor, return_terms: bool, *, targets: Any, weights: Any = None, **inputs: Any
     ) -> Any:
-        """Return the loss, or (loss, detached terms); None takes the constructor's argument."""
+        """Return the loss, or (loss, detached terms); None means the constructor's argument."""
         check_flag("return_terms", return_terms)
         evaluated = dsm(
             self.model,
@@ -441,8 +441,8 @@ class _HigherOrderDSM(_DSM):
     ) -> Tensor | tuple[Tensor, LoggedTerms]:
         """Return the loss, or (loss, detached terms); inputs as in `third_order_dsm`.
 
-        `weights` and `targets` override those of the constructor, for a ramp or a reference that
-        changes.
+        `weights` and `targets` override those of the constructor, for a ramp or a changing
+        reference.
         """
         inputs = {"t": t, "noise": noise, "probe": probe, "weights": weights}
         inputs |= {"generator": generator, "model_kwargs": model_kwargs}

@@ -1,19 +1,18 @@
-r"""Regression targets that replace the drawn noise: targets with less noise, or a tensor.
+r"""Regression targets that replace the drawn noise: less noisy targets, or a tensor.
 
 Purpose:
     A batch fixes one noise ε for every x = α x₀ + σ ε. But x may also have come from other data
-    x_j, with the noises ε_j = (x − α x_j)/σ. Averaging over these instead of using ε alone removes
-    the noise of the data from the targets of every order, without a call of the network. If the
-    score g = ∇log p₀ of the data is known at x₀, a control variate removes noise without a
-    reference.
+    x_j, with noises ε_j = (x − α x_j)/σ. Averaging over these instead of using ε alone removes the
+    noise of the data from the targets of every order, without calling the network. If the score g
+    = ∇log p₀ of the data is known at x₀, a control variate removes noise without a reference.
 
-Formula, with ε_j of a reference and the own sample, whose ε_j is ε:
+Formula, with ε_j of a reference and of the sample itself, whose ε_j is ε:
     w_j ∝ exp(−‖ε_j‖²/2), Σ w_j = 1
     ε̄ = Σ w_j ε_j      C₂ = Σ w_j (ε_j − ε̄)(ε_j − ε̄)ᵀ
     C₃(v, v, ·) = Σ w_j ((ε_j − ε̄)·v)² (ε_j − ε̄)
 
-    The residuals of `terms`, averaged over w, are those of ε̄ with C₂ and C₃ added. With
-    ℓ = ε̄ + f and D as held fixed there:
+    The residuals of `terms`, averaged over w, are those of ε̄ with C₂ and C₃ added. With ℓ = ε̄ +
+    f and D held fixed as there:
         r1 = f + ε̄
         r2 = D + v − C₂v − (ℓ·v) ℓ
         rt = v·(D + v − C₂v) − (ℓ·v)²
@@ -106,27 +105,28 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 class AveragedTargets:
     """Targets averaged over all data that may have produced x, weighted by their likelihood.
 
-    They remove the noise of the data from the targets, for a few matrix products and no call of
-    the network. Order one uses ε̄ = Σ w_j ε_j in place of ε, with ε_j = (x − α x_j)/σ and w_j ∝
-    exp(−‖ε_j‖²/2) over the reference and the sample's own x₀: the stable targets of Xu, Tong and
-    Jaakkola (ICLR 2023). Orders two and three use the second and third moments, which is new here.
-    With a reference that is dense at the scale of the noise, the targets have no noise; with a
-    sparse one they are the paper's; in between they have a bias that falls as 1/R.
+    They remove the noise of the data from the targets, at the cost of a few matrix products and
+    without calling the network. Order one uses ε̄ = Σ w_j ε_j in place of ε, with ε_j = (x − α
+    x_j)/σ and w_j ∝ exp(−‖ε_j‖²/2) over the reference and the sample's own x₀: the stable targets
+    of Xu, Tong and Jaakkola (ICLR 2023). Orders two and three use the second and third moments,
+    which is new here. With a reference that is dense at the scale of the noise, the targets have
+    no noise; with a sparse one they are the paper's; in between they have a bias that falls as
+    1/R.
 
-    Targets carry no gradient.
+    The targets carry no gradient.
 
     Args:
-        reference: data (R, *) of the type and device of x₀. None uses the batch itself: under DDP
-            that of each process, unless you pass a gathered one to each call, as
+        reference: data (R, *), with the dtype and device of x₀. None uses the batch itself: under
+            DDP, that of each process, unless you pass a gathered one to each call, as
             `dataclasses.replace(targets, reference=gathered, own=False)`.
         own: whether each x₀ is added to the reference for its own sample. Use False if the
-            reference contains every x₀ unchanged, as the whole training set does without flips,
-            crops or dequantization noise: added again, x₀ would count twice. If an x₀ is missing,
-            the targets are wrong: on the CPU a loss raises ValueError, but on an accelerator
-            values are not checked.
-        same: model_kwargs → a mask (B, R) of the references that each sample may use, those with
-            its condition. Required if `model_kwargs` holds a tensor per sample. A sample without
-            any uses its own x₀.
+            reference already contains every x₀ unchanged, like the whole training set without
+            flips, crops or dequantization noise; otherwise x₀ would count twice. If an x₀ is
+            missing, the targets are wrong: on the CPU, a loss raises ValueError, but on an
+            accelerator values are not checked.
+        same: a callable model_kwargs → mask (B, R) of the references that each sample may use,
+            namely those with its condition. Required if `model_kwargs` holds a per-sample tensor.
+            A sample without any reference uses its own x₀.
 
     Raises:
         TypeError: if `reference` is not a floating-point tensor, `own` is not a bool, or `same` is
@@ -172,7 +172,7 @@ class AveragedTargets:
     ) -> "NoiseMoments":
         """Posterior moments of the noise in x = α x₀ + σ ε, for α and σ (B,).
 
-        `project` takes the reference to the subspace of x₀ and ε.
+        `project` maps the reference to the subspace of x₀ and ε.
         """
         data, eps, alpha, sigma = map(as_rows, (x0, noise, alpha, sigma))
         dtype, reference, scale = data.dtype, data, alpha / sigma
@@ -182,10 +182,10 @@ class AveragedTargets:
                 "targets.reference", self.reference, shape, x0.dtype, x0.device, "x0"
             )
             reference = project(leave_inference_mode(reference).detach()).flatten(1).to(dtype)
-        # Only differences matter. Squares of data far from zero would cost their digits.
+        # Only differences matter. Squaring data far from zero would lose digits.
         origin = reference.mean(0)
         data, reference = data - origin, reference - origin
-        # One product gives −‖ε_j‖²/2 minus that of the sample itself, whose row is zero.
+        # One product gives −‖ε_j‖²/2 minus that of the sample itself, so its own row is zero.
         scaled, half = scale * (eps + scale * data), scale.square() / 2  # α/σ times x/σ
         itself = (half * data.square() - scaled * data).sum(1, keepdim=True)
         squares = reference.square().sum(1, keepdim=True)
@@ -199,7 +199,7 @@ class AveragedTargets:
             logits.diagonal().fill_(-torch.inf)
         elif not self.own:
             if can_read_values(logits):
-                # For x₀ itself it is 0 up to rounding; −∞ means that `same` leaves no reference.
+                # For x₀ itself, it is 0 up to rounding; −∞ means that `same` allows no reference.
                 best, slack = logits[:, :-1].amax(1), 1 + 1e-12 * (scale * data).square().sum(1)
                 outside = int(((best < -slack) & ~best.isneginf()).sum())
                 if outside:
@@ -330,30 +330,30 @@ def cumulants(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TargetScores:
-    """Targets with less noise, for data whose score ∇log p₀ is known at x₀.
+    """Less noisy targets, for data whose score ∇log p₀ is known at x₀.
 
-    Examples are the forces over kT in a data set of molecules, or a simulator's gradient. With σ̂
-    = σ/α and C = (I + σ̂² F)⁻¹, order one uses e = ε − C (ε + σ̂ g) in place of ε, for g = ∇log
+    Examples are forces divided by kT in a data set of molecules, or a simulator's gradient. With
+    σ̂ = σ/α and C = (I + σ̂² F)⁻¹, order one uses e = ε − C (ε + σ̂ g) in place of ε, for g = ∇log
     p₀(x₀): target score matching (De Bortoli et al., arXiv 2402.08667) with the weights that leave
-    the least noise. Orders two and three, new here, need neither Hessians nor calls of the
-    network. The objective is the same, up to its constant: every residual keeps its conditional
-    mean given x, whatever the model is. For Gaussian data e has no noise.
+    the least noise. Orders two and three, new here, need neither Hessians nor additional network
+    calls. The objective is the same up to a constant: every residual keeps its conditional mean
+    given x, whatever the model. For Gaussian data, e has no noise.
 
     This requires a density that is continuous and vanishes at the edge of its support. Uniform,
-    clipped, padded or rounded data have no such score, and their targets are wrong:
-    `information_of` tests for that.
+    clipped, padded or rounded data have no such score, and their targets would be wrong:
+    `information_of` tests for this.
 
     Args:
-        scores: g at x₀: in a call of a loss a tensor like x₀, or a callable of data (N, *); a
-            module's constructor only takes a callable. Its graph is dropped.
+        scores: g at x₀: a tensor like x₀ in the call of a loss, or a callable of data (N, *); a
+            module's constructor only accepts a callable. Any graph is dropped.
         information: F = E g gᵀ over the data, which determines C: a number from 0 to math.inf,
             which gives the paper's targets; one number per element, in the shape of a sample; or a
-            matrix (d, d), whose eigenvectors are computed once, here. None uses for each sample
-            the means per element over the other samples of the batch (under DDP, of the process).
-            If there are no others, and along directions of zero information, such as a coordinate
-            that never changes, the targets are the paper's.
+            matrix (d, d), whose eigenvectors are computed once, here. For each sample, None uses
+            the elementwise means over the other samples of the batch (under DDP, of the process).
+            If there are no others, and along directions of zero information, such as a constant
+            coordinate, the targets are the paper's.
         averaged: also averages over all data that may have produced x. If it has its own
-            reference, `scores` must be a callable, which is called on the reference too.
+            reference, `scores` must be a callable, which is called on the reference as well.
 
     Raises:
         TypeError: if `scores` is neither a floating-point tensor nor a callable, or not a callable
@@ -414,15 +414,15 @@ class TargetScores:
     ) -> Tensor:
         """Return E g gᵀ for the scores g of data, per element or as a matrix.
 
-        By parts, the mean of −(x − x̄)·g is the dimension of the data. A mean that differs by more
-        than five standard errors raises a warning: the scores or the density do not meet the
-        conditions of `TargetScores`.
+        Integration by parts shows that the mean of −(x − x̄)·g is the dimension of the data. If it
+        differs by more than five standard errors, a warning is issued: the scores or the density
+        do not meet the conditions of `TargetScores`.
 
         Args:
             data: samples x (N, *), the whole data set rather than a batch.
             scores: ∇log p₀ at each sample, like `data`.
             matrix: whether to return the matrix (d, d) rather than one number per element;
-                integrated over log σ̂, it gains ½ log(∏ F_ii / det F) more.
+                integrated over log σ̂, the additional gain is ½ log(∏ F_ii / det F).
             dimensions: the dimensions of the data, if they lie in a subspace; d if None.
 
         Returns:
@@ -430,8 +430,8 @@ class TargetScores:
 
         Raises:
             TypeError: if an argument has the wrong type.
-            ValueError: if the tensors are not alike and finite, or hold fewer than 4 d samples
-                for a matrix.
+            ValueError: if the tensors do not match or are not finite, or hold fewer than 4 d
+                samples for a matrix.
 
         Example:
             >>> import torch
@@ -470,9 +470,9 @@ class TargetScores:
         kwargs: dict[str, Any],
         project: Callable[[Tensor], Tensor],
     ) -> ControlledMoments:
-        """Return the moments of what replaces the noise in x = α x₀ + σ ε, for α and σ (B,).
+        """Return the moments of the replacement for the noise in x = α x₀ + σ ε, for α and σ (B,).
 
-        `project` takes the scores, and the control, to the subspace of x₀ and ε.
+        `project` maps the scores and the control to the subspace of x₀ and ε.
         """
 
         def inside(flat: Tensor) -> Tensor:
@@ -516,7 +516,7 @@ class TargetScores:
         """F, or its eigenvalues and eigenvectors, from the scores (B, d) of a batch if need be."""
         information, (count, d) = self.information, g.shape
         if information is None:
-            # From the others only, so that C does not depend on the sample itself.
+            # Only from the others, so that C does not depend on the sample itself.
             squares = g.square()
             return (squares.sum(0) - squares) / max(count - 1, 1), None
         if not isinstance(information, Tensor):

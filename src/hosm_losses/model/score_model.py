@@ -1,8 +1,8 @@
-r"""`ScoreModel`: a network with its schedule and prediction, as one predictor of the noise.
+r"""`ScoreModel`: a network with its schedule and prediction, as a predictor of the noise.
 
 Purpose:
-    Every prediction is converted to a function ε̂(x, t) that estimates the noise ε of x = α x₀ + σ
-    ε. Only this file knows the kinds of prediction.
+    Every prediction is converted to a function ε̂(x, t) that estimates the noise ε in x = α x₀ + σ
+    ε. No other file distinguishes kinds of prediction.
 
 Formula:
     epsilon            ε̂ = network
@@ -72,15 +72,15 @@ CALLED = (
 class ScoreModel(nn.Module):
     """A network with its schedule and prediction.
 
-    It registers the network as `network` and nothing else, so that its state_dict is the
-    network's with that prefix, unless `time`, `output` or `call` is a Module.
+    It registers only the network, as `network`, so that its state_dict is that of the network with
+    this prefix, unless `time`, `output` or `call` is a Module.
 
     Args:
         network: `network(x, t, **kwargs)` with x of shape (B, *) and t of shape (B,); an
-            nn.Module, or any callable. A module that a function calls is not part of the model:
-            `train()`, `eval()`, `to()` and `parameters()` do not reach it, and copy.deepcopy of
-            the model raises TypeError.
-        schedule: the noise schedule of its training.
+            nn.Module, or any callable. If a function calls a module, that module is not part of
+            the model: `train()`, `eval()`, `to()` and `parameters()` do not reach it, and
+            copy.deepcopy of the model raises TypeError.
+        schedule: the noise schedule with which it was trained.
         prediction: what the network predicts: "epsilon", "score", "x0" (also "sample" or
             "denoiser"), "v" (α ε − σ x₀; also "v_prediction") or "velocity" (α′ x₀ + σ′ ε, from
             data to noise; also "flow_prediction"). Synonyms are stored under the first name.
@@ -88,15 +88,15 @@ class ScoreModel(nn.Module):
             t itself.
         output: selects the prediction from the network's output, for example
             `operator.attrgetter("sample")`. None uses the output as it is.
-        call: calls a network with another signature, as `call(network, x, time, **kwargs)`. None
-            calls `network(x, time, **kwargs)`.
+        call: calls a network with a different signature, as `call(network, x, time, **kwargs)`.
+            None calls `network(x, time, **kwargs)`.
         primitives: whether the losses of orders two and three use the safe primitives.
         subspace: the orthogonal projection onto the subspace that the data fill, for example if
-            their centre of mass is removed: a callable of samples (n, *), the same for all, for
-            any n and floating dtype; or a pair (projection, dimensions), which samples of more
-            than 4,096 elements need. Noise, probes, latents and predictions are projected, and d
-            is the dimension of the subspace. The first call with samples of a given shape checks
-            it, and reads a value back.
+            their centre of mass is removed: a callable of samples (n, *), which treats all samples
+            alike and accepts any n and floating dtype; or a pair (projection, dimensions), which
+            is required for samples of more than 4,096 elements. Noise, probes, latents and
+            predictions are projected, and d is the dimension of the subspace. The first call with
+            samples of a given shape checks the projection, and reads a value back to the host.
 
     Raises:
         TypeError: if the schedule is not a `Schedule` or does not return tensors like t, if the
@@ -153,7 +153,7 @@ class ScoreModel(nn.Module):
         self._subspaces: dict[Any, Subspace] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy the model; a TypeError for a function, whose weights a copy would share."""
+        """Copy the model; raise TypeError for a function, whose weights a copy would share."""
         if not isinstance(self.network, nn.Module):
             remedy = "Give it: ScoreModel(module, schedule, call=lambda module, x, t: ...)."
             raise TypeError(
@@ -162,7 +162,7 @@ class ScoreModel(nn.Module):
         return self._deep_copy(memo)
 
     def _deep_copy(self, memo: dict[int, Any]) -> Self:
-        """Copy the model, but no functions nor the modules that they refer to."""
+        """Copy the model, but not functions or the modules that they refer to."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         # Not its __dict__: what .compile() has put there calls the original.
@@ -191,12 +191,12 @@ class ScoreModel(nn.Module):
             kwargs: passed to the network unchanged.
 
         Returns:
-            ε̂, of the shape of x.
+            ε̂, in the shape of x.
 
         Raises:
-            TypeError: if the network returns no real tensor, or t has integers and the schedule is
-                no table.
-            ValueError: if its output has another shape than x, or t is out of range.
+            TypeError: if the network does not return a real tensor, or t holds integers and the
+                schedule is not a table.
+            ValueError: if its output differs in shape from x, or t is out of range.
         """
         self._check_times(t)
         x = self.project(x)
@@ -227,7 +227,7 @@ class ScoreModel(nn.Module):
         return -sigma / wronskian, b / wronskian
 
     def noise_without_x(self, t: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-        """ε − q x at x = α x₀ + σ ε, which is p times what the network should predict."""
+        """ε − q x at x = α x₀ + σ ε: p times what the network should predict."""
         if self.prediction in ("epsilon", "score"):
             return noise
         alpha, sigma, a, b = self._target(t, x0)
@@ -253,7 +253,7 @@ class ScoreModel(nn.Module):
         raise ValueError(error_message("prediction", "one with a formula here", self.prediction))
 
     def native_weight(self, t: Tensor, like: Tensor) -> Tensor:
-        """Squared error of the network's own prediction for a unit squared error of ε̂, (B,)."""
+        """Squared error of the network's own prediction per unit squared error of ε̂, (B,)."""
         p, _ = self.affine(t, like)
         return torch.ones_like(self.time_in(t, like)) if p is None else 1 / p.flatten().square()
 
@@ -268,7 +268,7 @@ class ScoreModel(nn.Module):
         return apply_affine(self.predict(x, t, **kwargs), x, *self.affine_of_data(t, x))
 
     def project(self, vectors: Tensor, leading: int = 1) -> Tensor:
-        """Return vectors (B, *) projected to the `subspace`; as they are without one.
+        """Return vectors (B, *) projected onto the `subspace`, or unchanged without one.
 
         `leading` is the number of dimensions before those of a sample, 2 for probes (K, B, *).
         """
@@ -284,9 +284,9 @@ class ScoreModel(nn.Module):
         return projected if leading == 1 else projected.reshape(vectors.shape)
 
     def subspace_of(self, name: str, x: Tensor) -> Subspace:
-        """Return the subspace for samples like x (B, *), which have to be on it.
+        """Return the subspace for samples like x (B, *), which have to lie in it.
 
-        The projection is checked for the first samples of a shape and type.
+        The projection is checked for the first samples of each shape and dtype.
         """
         assert self.subspace is not None
         key = tuple(x.shape[1:]), x.dtype
@@ -298,18 +298,18 @@ class ScoreModel(nn.Module):
         return self._subspaces[key]
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(α, σ) at t, of shape (B,), in the precision of t, float32 at least.
+        """(α, σ) at t, of shape (B,), in the precision of t, but at least float32.
 
         For integer t the precision is that of `like`.
         """
         return self.schedule(self.time_in(t, like))
 
     def time_in(self, t: Tensor, like: Tensor) -> Tensor:
-        """Return t as the schedule takes it: an integer index in the precision of `like`."""
+        """Return t as the schedule expects it: an integer index in the precision of `like`."""
         return t if t.is_floating_point() else t.to(torch.promote_types(like.dtype, torch.float32))
 
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        """Return the network's prediction, of the shape of x."""
+        """Return the network's prediction, in the shape of x."""
         x, network_time, kwargs = self.network_arguments(x, t, kwargs)
         call = self.network if self.call is None else partial(self.call, self.network)
         if torch.compiler.is_compiling():  # a graph that breaks in `try` is not resumed
@@ -333,7 +333,7 @@ class ScoreModel(nn.Module):
         self, x: Tensor, t: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Return x, the times and the keyword arguments as the network gets them."""
-        # Its own times and x: a network may write to them. A Jet is made for it anyway.
+        # Copies, as a network may write to its arguments. A Jet is made for it anyway.
         x, network_time = x if isinstance(x, Jet) else x.clone(), t.clone()
         if self.subspace is not None:
             x = self.project(x)
@@ -344,7 +344,7 @@ class ScoreModel(nn.Module):
         return x, network_time, unmark(kwargs) if kwargs else kwargs
 
     def _note(self, of_x: torch.dtype, of_t: torch.dtype, error: Exception) -> str | None:
-        """A note for an error of a network that was called with other dtypes than its own."""
+        """A note for the error of a network that was called with dtypes other than its own."""
         if "DTensor" in str(error):
             return UNSHARD
         dtypes = (p.dtype for p in self.parameters() if p.is_floating_point())
@@ -363,7 +363,7 @@ class ScoreModel(nn.Module):
 
 
 def _raised_by_the_call(error: TypeError) -> bool:
-    """Whether our call raised this TypeError, and no code inside the network."""
+    """Whether our call raised this TypeError, rather than code inside the network."""
     behind = error.__traceback__ and error.__traceback__.tb_next
     names = {frame.f_globals.get("__name__") for frame, _ in walk_tb(behind)}
     return names <= {nn.Module.__module__}
@@ -386,7 +386,7 @@ def check_model(value: object) -> ScoreModel:
 
 
 def check_time(model: ScoreModel, x0: Tensor, t: object) -> Tensor:
-    """Return `t` if it is times (B,) in the range of the schedule, or indices of a table."""
+    """Return `t` if it holds times (B,) in the range of the schedule, or indices of a table."""
     schedule = model.schedule
     dtype = torch.promote_types(x0.dtype, torch.float32)
     if schedule.integer_time and isinstance(t, Tensor) and not t.is_floating_point():

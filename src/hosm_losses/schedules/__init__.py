@@ -1,12 +1,12 @@
 """Noise schedules: α(t), σ(t) and derived quantities.
 
-- `base`: `Schedule`, to subclass with alpha and sigma alone, and the check of a schedule where a
-  ScoreModel is built.
+- `base`: `Schedule`, which you can subclass by defining only alpha and sigma, and the check of a
+  schedule when a ScoreModel is built.
 - `continuous`: VP, VE, sub-VP, cosine, linear flow and EDM.
 - `discrete`: `DiscreteSchedule`, a table of ᾱ whose t is the index.
 
-To add a schedule, write one class in `continuous` and export it here; export a public one from
-`hosm_losses` too. No other module knows schedules by name: each accepts any `Schedule`.
+To add a schedule, write one class in `continuous` and export it here and, if it is public, from
+`hosm_losses`. No other module refers to schedules by name: each accepts any `Schedule`.
 """
 
 from hosm_losses.schedules.base import Schedule as Schedule

@@ -1,13 +1,13 @@
 r"""The base class of noise schedules, which derives everything from α and σ, and its check.
 
 Formula:
-    x_t = α(t) x₀ + σ(t) ε on [t_min, t_max], t_min the data end; σ̂ = σ/α. In log σ̂ every schedule
-    is the same diffusion dx = f x dt + g dw.
+    x_t = α(t) x₀ + σ(t) ε on [t_min, t_max], t_min the data end; σ̂ = σ/α. In log σ̂, every
+    schedule is the same diffusion dx = f x dt + g dw.
 
 Check, when a ScoreModel is built:
-    α and σ are positive, log σ̂ grows from the data at t_min to the noise at t_max, also by its
-    derivative, and `time` is its inverse. All this is evaluated on a grid, on the CPU and in
-    float64, whatever device the model is for: nothing is read from an accelerator.
+    α and σ must be positive, log σ̂ must grow from the data at t_min to the noise at t_max, also
+    according to its derivative, and `time` must be its inverse. All this is evaluated on a grid,
+    on the CPU in float64, whatever the device of the model: nothing is read from an accelerator.
 
 Source:
     Song et al., arXiv 2011.13456; Kingma et al., "Variational Diffusion Models", arXiv
@@ -56,7 +56,7 @@ def time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     t = t.contiguous()  # torch.func rejects tensors whose elements share memory
     with forward_mode():
         slope = torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
-    # A number times a 0-dim tensor has a tangent of the default dtype in forward mode.
+    # A number times a 0-dim tensor has a tangent in the default dtype in forward mode.
     return slope.to(t.dtype)
 
 
@@ -64,18 +64,19 @@ class Schedule:
     """A noise schedule; subclass it with alpha, sigma, t_min and t_max, and the rest follows.
 
     σ/α must grow with t: the data are at t_min. The inverse `time` is then found by bisection and
-    the derivatives by `torch.func`. The schedules of this package have closed forms of `time` and
+    the derivatives by `torch.func`. This package's schedules have closed forms for `time` and
     `squared_diffusion`, which losses and likelihoods call.
 
-    t is a tensor of any shape, a number or an array. Methods return tensors of its shape, device
-    and dtype, float32 at least; integers become the default dtype, and numbers and arrays become
-    CPU tensors whatever the default device.
+    t is a tensor of any shape, a number or an array. Methods return tensors with its shape, device
+    and dtype, but at least float32; integers become the default dtype, and numbers and arrays
+    become CPU tensors whatever the default device.
 
-    Your own `alpha` and `sigma` are called with floating-point tensors only. They return a tensor
-    like t and hold no tensor of another device. A ScoreModel checks all this when it is built.
+    Your own `alpha` and `sigma` are called with floating-point tensors only. They must return a
+    tensor like t and not hold tensors on another device. A ScoreModel checks all this when it is
+    built.
 
-    The check is in float64, but losses call them in float32, where 1 − α² has few digits left near
-    t_min: with α = exp(−B/2) write σ as torch.sqrt(-torch.expm1(-B)).
+    The check runs in float64, but losses call them in float32, where 1 − α² has few digits left
+    near t_min: with α = exp(−B/2), write σ as torch.sqrt(-torch.expm1(-B)).
 
     Example:
         >>> class Linear(Schedule):
@@ -93,7 +94,7 @@ class Schedule:
     _starts_at_data: ClassVar[bool] = True
 
     def __repr__(self) -> str:
-        """The name and the range, which a class may lack."""
+        """Return the name and the range, if the class has one."""
         low, high = (getattr(self, name, None) for name in ("t_min", "t_max"))
         return f"{type(self).__name__}(t_min={low!r}, t_max={high!r})"
 
@@ -112,7 +113,7 @@ class Schedule:
 
     @property
     def prior_std(self) -> float:
-        """Standard deviation of the prior, 1 if σ ends near 1 by design, else σ(t_max)."""
+        """Standard deviation of the prior: 1 if σ ends near 1 by design, else σ(t_max)."""
         if self._prior_std is not None:
             return self._prior_std
         end = torch.tensor(self.t_max, dtype=torch.float64, device="cpu")
@@ -131,10 +132,10 @@ class Schedule:
         return float(low), float(high)  # an older torch.func has no tolist()
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        """Return the t of this log σ̂, clipped to [t_min, t_max].
+        """Return the t at which log σ̂ has this value, clipped to [t_min, t_max].
 
-        A subclass with a closed form returns that, and it can be differentiated. Without one
-        bisection finds t, which then has no derivative.
+        A subclass with a closed form returns that, and it can be differentiated. Without one, t is
+        found by bisection and has no derivative.
         """
         target = as_time(log_sigma_hat)
         low = torch.full_like(target, self.t_min)
@@ -170,7 +171,7 @@ class Schedule:
     ) -> Tensor:
         """Draw (batch,) times for training, uniform in [t_min, t_max] except for `EDMSchedule`.
 
-        Without `device` they are on the generator's device, or the default one.
+        Without `device`, they are on the generator's device or the default one.
         """
         if device is None and generator is not None:
             device = generator.device
@@ -223,7 +224,7 @@ def as_time(t: Tensor | float) -> Tensor:
 def check_schedule(schedule: object) -> Schedule:
     """Return `schedule` if it is a valid one.
 
-    Values are not checked while `torch.compile` traces, nor under a fake tensor mode.
+    Values are not checked while `torch.compile` traces, or under a fake tensor mode.
     """
     if not isinstance(schedule, Schedule):
         remedy = "For a scheduler of diffusers use from_diffusers(network, scheduler)."

@@ -6,8 +6,8 @@ Source:
     al., arXiv 2206.00364, table 1.
 
 Precision:
-    1 − α² loses every digit near t_min; σ is written with expm1 or a product of sines, and is
-    right to 1e-6 in float32. Where α² + σ² = 1, σ′ = −(α/σ) α′, in which no digits cancel.
+    1 − α² loses all digits near t_min; σ is computed with expm1 or a product of sines, and is
+    accurate to 1e-6 in float32. Where α² + σ² = 1, σ′ = −(α/σ) α′, in which no digits cancel.
 """
 
 # ruff: noqa: D102  (Schedule says what each method returns, and each class its formulas)
@@ -25,17 +25,17 @@ from hosm_losses.schedules.base import Schedule, as_time
 
 ORDERS = {"<": operator.lt, "<=": operator.le}
 SQRT_2 = math.sqrt(2)
-# The least mass of a normal distribution that draws in double precision can still resolve.
+# The smallest mass of a normal distribution that draws in double precision can resolve.
 LEAST_MASS = 1e-9
 
 
 class Parametric(Schedule):
-    """A schedule with a few parameters, which satisfy its `_rules`."""
+    """A schedule with a few parameters, which must satisfy its `_rules`."""
 
     _rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Make every parameter with a rule a float, and check the rule."""
+        """Convert every parameter with a rule to a float, and check the rule."""
         for rule in ("t_min < t_max", *self._rules):
             left, order, right = rule.split()
             values = {name: self._number(name) for name in (left, right) if hasattr(self, name)}
@@ -80,7 +80,7 @@ class _LinearBeta(Parametric):
         return -0.5 * self.beta(t)
 
     def _time_at(self, b: Tensor) -> Tensor:
-        # Clamped to bounds, outside every range, at which no quotient is 0/0 or inf/inf.
+        # Clamped to bounds outside every range, so that no quotient is 0/0 or inf/inf.
         b = b.clamp(torch.finfo(b.dtype).tiny, 1e30)
         root = torch.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * b)
         return self.clip(2 * b / (self.beta_min + root))
@@ -116,7 +116,7 @@ class VPSchedule(_LinearBeta):
 
 @dataclass(frozen=True, kw_only=True)
 class SubVPSchedule(_LinearBeta):
-    """Sub-VP, β linear: α = exp(−B/2), σ = 1 − α², B as for VPSchedule.
+    """Sub-VP, β linear: α = exp(−B/2), σ = 1 − α², with B as in VPSchedule.
 
     Its drift is f = −β/2, its squared diffusion g² = β (1 − α⁴), and B = 2 asinh(σ̂/2).
     """
@@ -194,7 +194,7 @@ class CosineSchedule(Parametric):
         return 0.5 * math.pi / (1 + self.offset)
 
     def alpha(self, t: Tensor | float) -> Tensor:
-        # The sine of what is left to π/2 keeps the digits that the cosine loses.
+        # The sine of the remaining angle to π/2 keeps the digits that the cosine loses.
         return torch.sin(self._rate * (1 - as_time(t))) / math.cos(self._rate * self.offset)
 
     def sigma(self, t: Tensor | float) -> Tensor:
@@ -208,7 +208,7 @@ class CosineSchedule(Parametric):
         # comes from √(1 + σ̂²) times its sine and its cosine, in both of which no digits cancel:
         # φ(t) − φ(0) = atan2(c σ̂²/(r + s), c² + s r).
         sine, cosine = math.sin(self._rate * self.offset), math.cos(self._rate * self.offset)
-        # Beyond the range of any schedule in use, and no square overflows.
+        # Beyond the range of any schedule in use, yet no square overflows.
         square = (2 * as_time(log_sigma_hat).clamp(-40, 40)).exp()
         root = torch.sqrt(sine**2 + square)
         angle = torch.atan2(cosine * square / (root + sine), cosine**2 + sine * root)
@@ -221,7 +221,7 @@ class CosineSchedule(Parametric):
         return -0.5 * self.squared_diffusion(t)
 
     def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        # By the sine of φ(t), which has its digits where the cosine of what is left has none.
+        # From the sine of φ(t), which has digits where the cosine of the remaining angle has none.
         t = as_time(t)
         (alpha, sigma), factor = self(t), self._rate / math.cos(self._rate * self.offset)
         slope = -factor * torch.sin(self._rate * (t + self.offset))
@@ -265,8 +265,8 @@ class LinearFlowSchedule(Parametric):
 class EDMSchedule(Parametric):
     """Karras et al.: α = 1, σ = t; training draws log σ from N(−1.2, 1.2²), t in the range.
 
-    Its drift is 0, its squared diffusion 2 t. Draws outside [t_min, t_max] (2e-5 of all for the
-    default range) are moved inside, so that `sample_time` has a density.
+    Its drift is 0, its squared diffusion 2 t. Draws outside [t_min, t_max] (a fraction of 2e-5 for
+    the default range) are moved inside, so that `sample_time` has a density.
     """
 
     t_min: float = 0.002
@@ -299,7 +299,8 @@ class EDMSchedule(Parametric):
         normal = torch.randn(shape, **options)
         sign, low, high, inside = self._standard
         z = sign * normal.to(torch.float32 if normal.device.type == "mps" else torch.float64)
-        # The place of a draw in the mass of its tail, uniform in [0, 1], becomes a place inside.
+        # A draw's quantile within its tail, uniform in [0, 1], becomes its quantile inside the
+        # range.
         below = 0.5 * (1 + torch.erf(z / SQRT_2)) / _mass_below(low)
         above = 0.5 * (1 - torch.erf(z / SQRT_2)) / _mass_below(-high)
         mass = _mass_below(low) + inside * torch.where(z < low, below, above)
@@ -316,7 +317,7 @@ class EDMSchedule(Parametric):
     def _standard(self) -> tuple[int, float, float, float]:
         """A sign, the range of sign · z for standard normal z, and the mass inside.
 
-        The sign moves most of the range below 0, where masses keep their digits.
+        The sign moves most of the range below 0, where probabilities keep their digits.
         """
         low, high = (
             (math.log(t) - self.log_mean) / self.log_std if t > 0 else -math.inf
@@ -332,5 +333,5 @@ class EDMSchedule(Parametric):
 
 
 def _mass_below(z: float) -> float:
-    """Mass of the standard normal distribution below z."""
+    """Probability of the standard normal distribution below z."""
     return 0.5 * math.erfc(-z / SQRT_2)

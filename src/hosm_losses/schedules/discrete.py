@@ -1,4 +1,4 @@
-r"""A noise schedule from a table, as DDPM trainers keep it.
+r"""A noise schedule from a table, as used by DDPM trainers.
 
 Source:
     Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239, section 4, for the
@@ -34,7 +34,7 @@ BELOW_1 = math.nextafter(1.0, 0.0)
 class Table:
     """Two or more numbers at the indices 0 … N−1, interpolated linearly.
 
-    It caches a copy for every device and dtype, so that training steps copy nothing.
+    A copy is cached for every device and dtype, so that training steps copy nothing.
     """
 
     values: tuple[float, ...]
@@ -58,7 +58,7 @@ class Table:
         key = (like.device, like.dtype)
         if key in self._copies:
             return self._copies[key]
-        # The slopes are rounded from float64: differences of rounded entries have lost digits.
+        # The slopes are rounded from float64, since differences of rounded entries lose digits.
         both = self.values, self._slopes
         with outside_inference_mode():
             # Via the CPU: elsewhere torch.tensor fails under forward-mode differentiation.
@@ -68,7 +68,7 @@ class Table:
         return copy
 
     def __call__(self, t: Tensor | float) -> Tensor:
-        """The number at the index t, interpolated; ValueError outside the table."""
+        """Return the number at the index t, interpolated; ValueError outside the table."""
         t = as_time(t)
         check_range("t", t, 0, len(self.values) - 1)
         table, left = self.beside(t)[0], self._left(t)
@@ -95,10 +95,10 @@ class Table:
 class DiscreteSchedule(Schedule):
     """A table of ᾱ = α² with σ² = 1 − ᾱ; t is the index 0 … N−1, integer or float.
 
-    Between the entries log σ̂ is linear in t. Losses draw integers, with any time_sampler, and use
-    sums by the trapezoidal rule in place of integrals over t. The likelihood evaluates fractional
-    indices. An index outside the table is a ValueError on the CPU; it is not checked on
-    accelerators, to avoid a synchronisation.
+    Between the entries log σ̂ is linear in t. Losses draw integers, with any time_sampler, and
+    replace integrals over t by sums, using the trapezoidal rule. The likelihood evaluates
+    fractional indices. An index outside the table raises ValueError on the CPU; it is not checked
+    on accelerators, to avoid a synchronisation.
 
     Args:
         alphas_cumprod: the table ᾱ_0 > ᾱ_1 > … > ᾱ_{N−1}, each in (0, 1): a list, an array or a
@@ -106,8 +106,8 @@ class DiscreteSchedule(Schedule):
 
     Raises:
         TypeError: if the table is not made of real numbers.
-        ValueError: if it has another shape or does not decrease inside (0, 1). A table that ends
-            at ᾱ = 0 (zero terminal SNR) has an infinite σ̂ there: leave out the last entry.
+        ValueError: if it has the wrong shape or does not decrease within (0, 1). A table that ends
+            at ᾱ = 0 (zero terminal SNR) has an infinite σ̂ there: omit the last entry.
 
     Example:
         >>> alpha, sigma = DiscreteSchedule([0.9, 0.5, 0.1])(torch.tensor([0, 1]))
@@ -145,8 +145,8 @@ class DiscreteSchedule(Schedule):
     def from_betas(cls, betas: Numbers) -> Self:
         """Return the schedule with ᾱ_i = (1 − β_0) … (1 − β_i), multiplied in float64.
 
-        The betas are a list, an array or a tensor (N,). A beta outside (0, 1), or another shape,
-        is a ValueError; values that are not real numbers are a TypeError.
+        The betas are a list, an array or a tensor (N,). A beta outside (0, 1) or a wrong shape
+        raises ValueError; values that are not real numbers raise TypeError.
 
         Example:
             >>> DiscreteSchedule.from_betas([0.1, 0.5])
@@ -173,8 +173,8 @@ class DiscreteSchedule(Schedule):
     ) -> Self:
         """Return DDPM's schedule: `steps` betas, from beta_start to beta_end in equal steps.
 
-        `scaled` takes equal steps of √β, as "scaled_linear" of diffusers does. A ValueError says
-        which of 0 < beta_start ≤ beta_end < 1 and steps ≥ 2 does not hold.
+        `scaled` uses equal steps of √β, like "scaled_linear" in diffusers. A ValueError says which
+        of 0 < beta_start ≤ beta_end < 1 and steps ≥ 2 does not hold.
 
         Example:
             >>> DiscreteSchedule.linear(1000, 0.00085, 0.012, scaled=True)  # Stable Diffusion
@@ -192,8 +192,9 @@ class DiscreteSchedule(Schedule):
     def cosine(cls, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Self:
         """Return the cosine schedule, ᾱ_i ∝ cos²(π/2 (t + s)/(1 + s)) at t = (i + 1)/steps.
 
-        s is the offset. No β_i = 1 − ᾱ_i/ᾱ_{i−1} exceeds max_beta, so that the last ᾱ stays above
-        0. A ValueError says which of steps ≥ 2, offset ≥ 0 and 0 < max_beta < 1 does not hold.
+        s is the offset. Each β_i = 1 − ᾱ_i/ᾱ_{i−1} is limited to max_beta, so that the last ᾱ
+        stays above 0. A ValueError says which of steps ≥ 2, offset ≥ 0 and 0 < max_beta < 1 does
+        not hold.
 
         Example:
             >>> DiscreteSchedule.cosine()
@@ -230,7 +231,7 @@ class DiscreteSchedule(Schedule):
         return 2 * torch.sigmoid(2 * self.log_sigma_hat(t)) * self._log_sigma_hat.slope(t)
 
     def rates(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Return (dα/dt, dσ/dt), α f and −(α²/σ) f."""
+        """Return (dα/dt, dσ/dt), which are α f and −(α²/σ) f."""
         t = as_time(t)
         (alpha, sigma), slope = self(t), self._log_sigma_hat.slope(t)
         return -alpha * sigma.square() * slope, sigma * alpha.square() * slope
@@ -253,10 +254,10 @@ def step_labels(
 ) -> Callable[[Tensor], Tensor]:
     """Return the map from an index of a respaced table to the network's time, factor · step.
 
-    `respaced` lists the steps of the full table that the schedule kept. Between two of them the
-    result is the step with the same noise as the index, interpolated: α falls smoothly from 1, so
-    its slope halfway between two respaced steps is taken to be their mean slope, and to be linear
-    between such points.
+    `respaced` lists the steps of the full table that the schedule kept. Between two of them, the
+    result is the step with the same noise as the index, by interpolation: α falls smoothly from 1,
+    so its slope halfway between two respaced steps is taken to be their mean slope, and linear
+    between such midpoints.
     """
     steps, alpha = np.asarray(respaced), np.sqrt(schedule.alphas_cumprod)
     ends = np.append(-1, steps)
@@ -278,7 +279,7 @@ def _label(places: Table, first: int, factor: float, t: Tensor) -> Tensor:
 
 
 def _entries(table: Tensor, index: Tensor) -> Tensor:
-    """table[index]; indexing itself reads a single index back under torch.func.vmap, and fails."""
+    """table[index]; plain indexing reads a single index back under torch.func.vmap, and fails."""
     return table.index_select(0, index.reshape(-1)).reshape(index.shape)
 
 
@@ -288,7 +289,7 @@ def _check_beta(name: str, value: object, at_most: float = BELOW_1) -> float:
 
 
 def _numbers(name: str, table: object) -> np.ndarray:
-    """The numbers (N,) in float64 by NumPy, out of reach of PyTorch's modes and transforms."""
+    """The numbers (N,) in float64 via NumPy, out of reach of PyTorch's modes and transforms."""
     expected = "real numbers (N,) in a list, an array or a tensor"
     try:
         values: Any = table.tolist() if isinstance(table, Tensor) else table
