@@ -1,10 +1,10 @@
-"""Checks of how a model is wrapped and differentiated, and the gap between its ODE and its SDE.
+"""Checks of a model's wrapping and derivatives, and the gap between its ODE and its SDE.
 
 - `gap`: `likelihood_gap`, the errors of all orders by noise level, and both likelihoods.
-- `wrapping`: `check_wrapping`, which measures a trained network as if it were wrapped otherwise.
+- `wrapping`: `check_wrapping`, which evaluates a trained network under other wrappings.
 - `check`: `check_derivatives`, and the remedies.
-- `values`: conditions on values without which derivatives mean nothing.
-- `differences`: comparison of derivatives with differences, and search for jumps.
+- `values`: conditions on values without which derivatives are meaningless.
+- `differences`: comparison of derivatives with finite differences, and search for jumps.
 - `localize`: the module at fault.
 """
 

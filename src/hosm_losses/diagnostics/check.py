@@ -1,9 +1,9 @@
 """A start-up check that the derivatives of a network are right.
 
 An operator may have wrong higher derivatives without an error: a custom autograd.Function whose
-backward drops the graph, a kernel whose forward derivative drops the parameters, a detach. The
-derivatives of a copy of the network are compared with differences of its values. The loss itself
-cannot be checked this way: its detached parts make its gradient differ from its slope.
+backward drops the graph, a kernel whose forward derivative drops the parameters, or a detach. The
+derivatives of a copy of the network are compared with finite differences of its values. The loss
+itself cannot be checked this way: its detached parts make its gradient differ from its slope.
 """
 
 import functools
@@ -72,7 +72,7 @@ FUSED = (
     "Fused attention kernels have no second derivative: switch to the package's plain attention, "
     "or to torch's scaled_dot_product_attention, which this library replaces."
 )
-# By a substring of a Function's name in lower case.
+# Keyed by a substring of a Function's lower-case name.
 REMEDIES = {
     "checkpoint": (
         "This activation checkpoint recomputes outside the graph, so that second derivatives are "
@@ -98,7 +98,7 @@ class DerivativeReport:
     Attributes:
         orders: the orders whose values and derivatives are right, (1, 2) or (1, 2, 3).
         engine: the engine that a loss of the highest of these orders uses, "taylor" or "reverse".
-        advice: sentences on what was not checked or is slow.
+        advice: sentences about what was not checked or is slow.
     """
 
     orders: tuple[int, ...]
@@ -123,29 +123,29 @@ def check_derivatives(
 ) -> DerivativeReport:
     """Raise an error that names the module at fault if a derivative of the network is wrong.
 
-    Otherwise return a report that prints: the orders that are right, the engine, and advice.
+    Otherwise, return a report, which prints the orders that are right, the engine, and advice.
 
-    It checks, in this order, for faults that a loss cannot notice:
+    It checks for the following faults, which a loss cannot notice, in this order:
 
-    - values that are not finite, or differ between two calls with the same seed;
+    - values that are not finite, or that differ between two calls with the same seed;
     - samples that affect each other, as in batch norm in training mode;
     - tensors of `model_kwargs` that are treated as per sample but are not (skipped if the network
       draws random numbers);
-    - values or first derivatives that jump, as in ReLU networks; for order 3 second derivatives
-      that jump, as in ELU networks;
-    - derivatives, in x and in the parameters, that disagree with differences.
+    - values or first derivatives that jump, as in ReLU networks; for order 3, also second
+      derivatives that jump, as in ELU networks;
+    - derivatives with respect to x and to the parameters that disagree with finite differences.
 
-    In float32 the derivatives of the whole network may be off by 1 %, in float64 by 1e-6; check a
+    In float32, the derivatives of the whole network may be off by 1 %, in float64 by 1e-6; check a
     float64 copy to find smaller faults. The page on derivatives lists what it cannot find.
 
     It works on a copy of the network and forks the random number generators, so nothing changes.
-    If the network is not an nn.Module, only derivatives in x are checked. Call it once before
-    training, on a small batch, on one device.
+    If the network is not an nn.Module, only derivatives with respect to x are checked. Call it
+    once before training, on a small batch, on one device.
 
     Args:
         model: the score model, in the mode it will be trained in.
-        x0: a small batch of data (B, *); two samples are enough; one cannot show effects between
-            samples.
+        x0: a small batch of data (B, *). Two samples are enough; a single one cannot reveal
+            effects between samples.
         order: the order it will be trained with, 2 or 3.
         t: times (B,) as the losses take them; spread over the schedule if None.
         engine: the engine it will be trained with.
@@ -155,8 +155,7 @@ def check_derivatives(
         The report.
 
     Raises:
-        DerivativeError: if one of these faults is found, or a derivative cannot be computed at
-            all.
+        DerivativeError: if one of these faults is found, or a derivative cannot be computed.
         TypeError: if an argument has the wrong type or half precision (check a float32 copy), or
             the network is wrapped (for DataParallel, pass model.module).
         ValueError: if an argument has an invalid shape, device, name or value.
@@ -242,7 +241,8 @@ def _copy_model(model: ScoreModel) -> ScoreModel:
         text = error_message("network", expected, model.network, remedy, got=got)
         raise TypeError(text) from error
     if not isinstance(copied.network, nn.Module) and copied.network is model.network:
-        # A function is not copied, but nothing remembered about this one may outlive the check.
+        # A function is not copied, but what is remembered about this one must not outlive the
+        # check.
         copied.network = functools.partial(copied.network)
     return copied
 
@@ -252,10 +252,10 @@ def _check(check: Check, bound: BoundModel, x: Tensor) -> bool:
 
     Return whether the network has a fault that its float64 copy does not have.
     """
-    # As in the losses, only the network is differentiated, without the term in x of a prediction.
+    # As in the losses, only the network is differentiated, without a prediction's term in x.
     field: Network = bound
     fault = attempt(check, field, x)
-    # In float32 a faulty Function may be too small a part of the network to show in its output.
+    # In float32, a faulty Function may affect the network's output too little to be noticed.
     opaque = fault is None and isinstance(check, Agreement) and check.precision == torch.float32
     if fault is None and not (opaque and custom_functions(field, x)):
         return False

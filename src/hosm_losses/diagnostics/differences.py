@@ -1,4 +1,4 @@
-r"""Faults of a field: derivatives that disagree with differences of its values, or jumps.
+r"""Faults of a field: derivatives that disagree with finite differences of its values, or jumps.
 
 Formula:
     `Agreement` compares ⟨D, b⟩ with a difference of ⟨f, b⟩ along w, ⟨G, c⟩ with one of ⟨w, D⟩
@@ -8,15 +8,15 @@ Formula:
     `Smoothness` compares p(b) − p(a) with ∫ p′ ds by Gauss and Legendre's rule, along x + s w for
     −½ ≤ s ≤ ½: p₀ = ⟨f, w⟩, p₁ = ⟨D, w⟩ = p₀′ and p₂ = ⟨G, w⟩ = p₁′. A network of ReLUs has
     second derivatives of zero wherever they exist, differences with small steps agree, and the
-    term of third order trains nothing. A line on which something is missing is halved, always
-    towards the half where the trapezoidal rule misses more: the same over any distance h if p
-    jumps, ∝ h if p′ jumps, ∝ h³ if neither has a kink. So the search ends at a jump, with one
-    evaluation per halving. There the bend |p(m) − (p(a) + p(b))/2|, m between a and b, stays half
-    the jump. Elsewhere it is ∝ h², or ∝ h at a kink of p. So |x|³ passes: G has a kink, which is
-    differentiated once, and nothing is missed.
+    term of third order trains nothing. A line on which something is missing is halved repeatedly,
+    keeping the half where the trapezoidal rule misses more: what it misses is the same over any
+    distance h if p jumps, ∝ h if p′ jumps, and ∝ h³ if neither has a kink. So the search ends at a
+    jump, with one evaluation per halving. There the bend |p(m) − (p(a) + p(b))/2|, m between a and
+    b, stays half the jump. Elsewhere it is ∝ h², or ∝ h at a kink of p. So |x|³ passes: its G has
+    a kink but is differentiated only once, and nothing is missed.
 
 Source:
-    Griewank and Walther, "Evaluating Derivatives" (2008), for checks against differences.
+    Griewank and Walther, "Evaluating Derivatives" (2008), for checks against finite differences.
 """
 
 import functools
@@ -40,7 +40,7 @@ STEP = {torch.float32: 3e-3, torch.float64: 3e-4}
 # the smallest steps cross hardly any kink. In float32 those would be rounding errors.
 SHRINKS = {torch.float32: (1, 4, 16), torch.float64: (1, 4, 16, 2**12, 2**16)}
 DRAWS = 3
-# Sizes of directions in x that are tried in addition if x is smaller.
+# Sizes of directions in x that are also tried if x is smaller.
 LONGER = (1e-3, 1e-2, 1e-1, 1.0)
 NAMES = ("value", "directional derivative", "gradient of the quadratic form")
 # Faults by the derivative of f that jumps.
@@ -85,7 +85,7 @@ class Agreement(Check):
     """Comparison of a field's derivatives with differences."""
 
     def find(self, field: Network, x: Tensor) -> str | None:
-        """Name the derivative that disagrees at every step size; None if all agree."""
+        """Name a derivative that disagrees at every step size; return None if all agree."""
         fault = None
         # If x is small compared with the length over which the field curves, differences of values
         # drown in rounding errors: longer directions in x, up to 1, exceed them.
@@ -100,7 +100,7 @@ class Agreement(Check):
 
     def _disagreement(self, field: Network, x: Tensor, scale: float, step: float) -> str | None:
         varied, randn = _varied(field, x), random_like(x, seed=0)
-        # A new direction in every draw: along one of them a derivative may happen to vanish.
+        # A new direction in every draw: along a single one, a derivative may happen to vanish.
         draws = [self._numbers(field, varied, randn, scale, step) for _ in range(DRAWS)]
         analytic, numeric = torch.tensor(draws, dtype=torch.float64, device="cpu").unbind(1)
         size = torch.maximum(analytic.norm(dim=0), numeric.norm(dim=0))
@@ -134,7 +134,7 @@ class Agreement(Check):
             if tensor is table.weight and table.padding_idx is not None:
                 direction[table.padding_idx] = 0
 
-        # Before the differences, which write to tensors that the graph has saved.
+        # Before the differences are taken, as they write to tensors that the graph has saved.
         forms, gradients_of_forms = self._slopes(field, varied, w, covectors)
         slopes = [
             sum(
@@ -177,7 +177,7 @@ class Agreement(Check):
 def _varied(field: Network, x: Tensor) -> list[Tensor]:
     """A copy of x that requires a gradient, and the parameters that are trained."""
     owner = field.owner
-    # The parameters of a network that is not a Module are unknown.
+    # The parameters are unknown if the network is not a Module.
     parameters = owner.parameters() if isinstance(owner, nn.Module) else ()
     trained = [p for p in parameters if p.requires_grad and p.is_floating_point()]
     return [x.detach().clone().requires_grad_(), *trained]
@@ -210,7 +210,7 @@ class Smoothness(Check):
     """Search for jumps in values, in first derivatives, and at order three in second ones."""
 
     def find(self, field: Network, x: Tensor) -> str | None:
-        """Name what jumps; None if nothing does."""
+        """Name what jumps; return None if nothing does."""
         _, fault = find_jumps(field, x.detach().clone().requires_grad_(), self.order)
         if fault is not None:
             return fault
@@ -222,7 +222,7 @@ class Smoothness(Check):
         searched = (misses[0], misses[1], self.order == 3)
         for lower, candidates in ((0, (0,)), (1, (1, 2))):
             levels = [level for level in candidates if searched[level]]
-            # Along one line two jumps may cancel.
+            # Along one line, two jumps may cancel.
             for line, rule in zip(lines, rules, strict=True) if levels else ():
                 level = self._jump(line, lower, levels, rule)
                 if level is not None:

@@ -14,7 +14,7 @@ p = p_t^ODE the density of the model's own ODE:
     KL(q₀ ‖ p₀) − KL(q_T ‖ p_T) = J_ODE ≤ √(J_SM J_Fisher) for the ODE, and at most J_SM for the
     SDE. The integrals are Gauss-Legendre sums over the nodes.
 
-    ∇log p is minus the gradient of `ode_nll` from the node's noise level on.
+    ∇log p is minus the gradient of `ode_nll`, started at the node's noise level.
 
 Source:
     Lu et al., ICML 2022, arXiv 2206.08265, theorems 3.1 and 3.2.
@@ -62,7 +62,7 @@ class GapEstimate:
     Attributes:
         value: the mean.
         error: its standard error; NaN for a single sample.
-        samples: the number of samples in the mean, without those whose path failed.
+        samples: the number of samples in the mean, excluding those whose path failed.
     """
 
     value: float
@@ -125,19 +125,19 @@ def likelihood_gap(
     generator: torch.Generator | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> GapReport:
-    """Measure how far a model's ODE is from its SDE in likelihood, and which order causes it.
+    """Measure how a model's ODE and SDE differ in likelihood, and which order causes the gap.
 
     All derivatives are exact, along d directions, so d should be small. Samples whose path fails
-    are left out of the means that need it, and counted. Call `model.eval()` first if the network
-    has dropout or batch norm; its buffers are left unchanged. The cost per sample is in
-    `evaluations`; most of it is the gradient of the ODE's density, which stores a graph of its
-    evaluations, steps + 8 at most.
+    are counted and excluded from the averages that depend on the path. Call `model.eval()` first
+    if the network has dropout or batch norm; its buffers are left unchanged. The cost per sample
+    is in `evaluations`; most of it is due to the gradient of the ODE's density, which stores a
+    graph of its evaluations, at most steps + 8.
 
     Args:
         model: the score model.
         x0: clean data (B, *).
         reference: the true score as a `ScoreModel`, the atoms (N, *) of a finite data set, or a
-            better model; the curves then are differences from it. Without a reference some curves
+            better model; the curves are then differences from it. Without a reference, some curves
             and numbers are absent.
         nodes: the number of noise levels, at least 2.
         steps: the steps of `ode_nll`.
@@ -244,7 +244,7 @@ def at_node(
     score: Tensor | None,
     kwargs: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """The integrands (B,) of all means at x (B, *) and t (B,); `score` is σ ∇log p of the ODE."""
+    """The integrands (B,) of all means at x (B, *) and t (B,); `score` is the ODE's σ ∇log p."""
     f, jacobian, third = _orders(model, x, t, kwargs)
     values: dict[str, Tensor] = {}
     if score is not None:
@@ -296,7 +296,7 @@ def _ode_score(
 
 
 def _starting_at(schedule: Schedule, t_min: float) -> Schedule:
-    """A copy of a schedule that starts at a later time."""
+    """Return a copy of a schedule that starts at a later time."""
     later = copy.copy(schedule)
     for name, value in (("t_min", t_min), ("_starts_at_data", False)):
         object.__setattr__(later, name, value)  # a frozen dataclass perhaps

@@ -1,9 +1,9 @@
-r"""Search for the faulty part of a network: the innermost module that shows the fault alone.
+r"""Search for the faulty part of a network: the innermost module that shows the fault by itself.
 
 Formula:
     A module is evaluated with the arguments that it received in the network. For any returned
-    tensors y_k and fixed random r_k and u, x → (Σ_k y_k · r_k) u is a field of the shape of x
-    whose D and G hold all first and second derivatives.
+    tensors y_k and fixed random r_k and u, x → (Σ_k y_k · r_k) u is a field with the shape of x,
+    whose D and G contain all first and second derivatives.
 """
 
 from collections.abc import Iterable, Iterator
@@ -40,14 +40,14 @@ class Call:
 
 
 def evaluate(bound: BoundModel, x: Tensor, seed: int = 0) -> Tensor:
-    """The network's prediction at x, without a graph, by PyTorch's own operators."""
+    """The network's prediction at x, without a graph, using PyTorch's own operators."""
     reseed(x, seed)
     with torch.no_grad():
         return bound.native(x.clone()).detach().clone()
 
 
 def record_calls(bound: BoundModel, x: Tensor) -> list[Call]:
-    """Record the calls of a network's modules at x, in the order they ended."""
+    """Record the calls of a network's modules at x, in the order in which they ended."""
     network: object = bound.model.network
     calls: list[Call] = []
     entered: list[dict[int | str, Any]] = []
@@ -81,12 +81,12 @@ def _copy(value: Any) -> Any:
 
 
 def floats_in(value: Any) -> list[Tensor]:
-    """The floating-point tensors in a value, however deep in containers."""
+    """The floating-point tensors in a value, however deeply nested."""
     return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
 
 
 def attempt(check: Check, field: Network, x: Tensor) -> str | None:
-    """Describe the fault of a field, or a derivative that cannot be computed."""
+    """Describe a field's fault, or a derivative that cannot be computed."""
     never_warn(field.owner)
     try:
         return check.find(field, x)
@@ -146,8 +146,8 @@ def find_culprit(
 ) -> tuple[Part, str] | None:
     """Return the innermost module that has a fault by itself, and the fault.
 
-    `opaque` says that the network as a whole shows no fault: only modules around a custom Function
-    are tried then, and a module that cannot be differentiated by itself is not reported.
+    `opaque` says that the network as a whole shows no fault: then only modules around a custom
+    Function are tried, and a module that cannot be differentiated by itself is not reported.
     """
     parts = _parts(calls, primitives)
     for part in _around_functions(parts) if opaque else parts:

@@ -1,12 +1,12 @@
 """Conditions on a network's values, without which its derivatives cannot be checked.
 
-- The output is finite and depends on the arguments and the seed alone.
+- The output is finite and depends only on the arguments and the seed.
 - Samples do not affect each other. The test replaces all samples but one, with their times, so
   that the batch size and a dropout mask stay the same.
 - Outputs follow their samples. The test permutes the samples, or repeats one of them, with all
   tensors that are taken to belong to them; repetition is needed because a set that all samples
-  share is the same when permuted. It is skipped if the network draws random numbers, which depend
-  on the position in the batch.
+  share is unchanged by a permutation. The test is skipped if the network draws random numbers,
+  which depend on the position in the batch.
 """
 
 from collections.abc import Callable, Collection
@@ -23,7 +23,7 @@ from hosm_losses.diagnostics.differences import TOLERANCE, random_like, reseed, 
 from hosm_losses.diagnostics.localize import evaluate, floats_in, record_calls
 from hosm_losses.model import BoundModel, per_sample
 
-# Relative change of an output from summing in another order.
+# Relative change of an output due to summing in a different order.
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
 ATTEMPTS = 64
 IN_FLOAT32 = "Check a float32 copy, with its own switches to half precision off."
@@ -35,7 +35,7 @@ ALONE = (
 
 
 def check_values(bound: BoundModel, x: Tensor) -> torch.dtype:
-    """Return the precision of a network whose values are finite and deterministic, else raise."""
+    """Return a network's precision; raise unless its values are finite and deterministic."""
     value = evaluate(bound, x)
     bad = int((~torch.isfinite(value)).sum())
     if bad:
@@ -98,7 +98,7 @@ class _Dtypes(TorchFunctionMode):
 
 
 def _precision(bound: BoundModel, x: Tensor) -> torch.dtype:
-    """The least precise dtype of what depends on x or on a trained parameter."""
+    """The least precise dtype of anything that depends on x or on a trained parameter."""
     reseed(x)
     with _Dtypes() as dtypes:
         value = bound.native(x.clone().requires_grad_())
@@ -125,7 +125,7 @@ def check_samples(bound: BoundModel, x: Tensor, precision: torch.dtype) -> None:
 
 
 def check_rows(bound: BoundModel, x: Tensor, precision: torch.dtype | None = None) -> None:
-    """Raise if outputs do not follow their samples and the tensors that belong to them."""
+    """Raise if outputs do not follow their samples and the tensors belonging to them."""
     precision = _precision(bound, x) if precision is None else precision
     value = evaluate(bound, x)
     if precision in ROUNDING and torch.equal(evaluate(bound, x, seed=1), value):

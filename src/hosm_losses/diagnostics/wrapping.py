@@ -1,24 +1,24 @@
 r"""Check that a network is wrapped as it was trained: schedule, time, prediction, data units.
 
 Formula:
-    Data c x₀ + b under another schedule are x = α (c x₀ + b) + σ ε. With σ/α = c σ̂ that is
-    x₀ + σ̂ ε in other units, so the best prediction of ε is the same: at one noise level
-    u = log σ̂ of x₀, and with one ε, the losses of all wrappings can be compared.
+    Data c x₀ + b under another schedule are x = α (c x₀ + b) + σ ε. With σ/α = c σ̂, that is x₀ +
+    σ̂ ε in other units, so the best prediction of ε is the same: at one noise level u = log σ̂ of
+    x₀, and with one ε, the losses of all wrappings can be compared.
 
     linear    ε̂ = σ̂ (C + σ̂²)⁻¹ (x₀ − m + σ̂ ε), with the mean m and the covariance C of the data,
               has the loss ℓ(u) = mean_i λ_i/(λ_i + σ̂²) for the eigenvalues λ of C
 
-    Losses are compared as multiples of ℓ(u), so that every level counts the same. A prediction is
+    Losses are compared as multiples of ℓ(u), so that every level counts equally. A prediction is
     p · output + q x, so one call of the network serves every kind of prediction and both signs.
 
-    All candidates are ranked with one draw of noise. The wrapping of the model and the first three
+    All candidates are ranked with one draw of noise. The model's own wrapping and the best three
     are then measured again with eight fresh draws, which decide: a schedule that shifts a
     likelihood by a third of a nat may change the loss by only two per cent.
 
-The candidates are the ways in which networks are commonly trained. Under a table the network gets
-an index, of 1000 or as many entries as the model's own table has. score_sde passes 999 t under VP,
-and σ or its logarithm under VE; EDM passes log σ / 4 inside its preconditioning; flows run time
-from data to noise or back, in diffusers up to 1000.
+The candidates are the ways in which networks are commonly trained. Under a table, the network gets
+an index into 1000 entries, or into as many as the model's own table has. score_sde passes 999 t
+under VP, and σ or its logarithm under VE; EDM passes log σ / 4 inside its preconditioning; flows
+run time from data to noise or the reverse, in diffusers up to 1000.
 """
 
 import copy
@@ -74,16 +74,16 @@ Times = dict[str, Any]
 
 @dataclass(frozen=True)
 class WrappingCandidate:
-    """A way to wrap a network; it prints as the arguments of `ScoreModel`.
+    """A way to wrap a network; it prints as arguments of `ScoreModel`.
 
     Attributes:
         schedule: the schedule, as code; "your schedule" for the model's own.
         prediction: "epsilon", "score", "x0", "v" or "velocity".
-        time: the argument `time`, as code; "" for none, "yours" for the model's own.
+        time: the argument `time`, as code; "" if there is none, "yours" for the model's own.
         negated: whether the output has to be negated.
         units: the data to pass, as an expression in x0; "x0" for unchanged data.
-        loss: its mean squared error of ε̂ per element.
-        own_loss: the same for the model as it is wrapped, at the same noise levels.
+        loss: the mean squared error of ε̂ per element under this wrapping.
+        own_loss: the same for the model as you wrapped it, at the same noise levels.
     """
 
     schedule: str
@@ -95,7 +95,7 @@ class WrappingCandidate:
     own_loss: float
 
     def __str__(self) -> str:
-        """Return the arguments, and the changes of the output and the data."""
+        """Return the arguments, and any changes to the output and the data."""
         text = f"{self.schedule}, prediction={self.prediction!r}"
         text += f", time={self.time}" if self.time else ""
         text += ", the output times -1" if self.negated else ""
@@ -115,12 +115,12 @@ class WrappingReport:
         undecided: whether `best` is better, but not by 10 % and two standard errors.
         gain: how much better, as a fraction of the loss of your wrapping; 0 without `best`.
         log_sigma_hat: the noise levels, log σ/α in the units of the data.
-        losses: at each level the mean squared error of ε̂ as the model is wrapped.
+        losses: the mean squared error of ε̂ at each level, as the model is wrapped.
         linear: the same for the best linear predictor.
         best_losses: the same for `best`; NaN outside its schedule; None without `best`.
-        is_worse: for each level whether the network is worse than linear there, by 10 % and two
-            standard errors.
-        calls: the number of calls of the network.
+        is_worse: for each level, whether the network is worse than the linear predictor there, by
+            10 % and two standard errors.
+        calls: the number of calls to the network.
     """
 
     ok: bool
@@ -136,7 +136,7 @@ class WrappingReport:
 
     @property
     def worse(self) -> int:
-        """The number of levels at which the network is worse than linear."""
+        """The number of levels at which the network is worse than the linear predictor."""
         return sum(self.is_worse)
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,31 +218,31 @@ def check_wrapping(
     model_kwargs: Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> WrappingReport:
-    """Compare the wrapping of a trained network with others that it may have been trained for.
+    """Compare the wrapping of a trained network with others under which it may have been trained.
 
-    If a network is wrapped with another schedule, time, kind or sign of prediction than in its
-    training, or gets data in other units, no error is raised: its losses and likelihoods are just
+    If the schedule, the time, the kind or sign of the prediction, or the units of the data differ
+    from those in the network's training, no error is raised: losses and likelihoods are just
     wrong. The candidates combine the common schedules and times, every kind of prediction with
     both signs, and the usual units of data. All are measured at the same noise levels with the
     same noise. Only a trained network can be checked.
 
     The network is called at most 182 times, usually about 100, without gradients and each time on
-    all of x0. The state of the network and of the global random numbers is left unchanged. Call
-    `model.eval()` first if the network has dropout or batch norm.
+    all of x0. The states of the network and of the global random generators are left unchanged.
+    Call `model.eval()` first if the network has dropout or batch norm.
 
     Args:
         model: the score model, with trained weights.
-        x0: clean data (B, *) in the units that the model takes, at least 16 samples; a few hundred
-            if samples have few elements.
+        x0: clean data (B, *) in the units that the model expects, at least 16 samples; use a few
+            hundred if samples have few elements.
         model_kwargs: keyword arguments of the network.
         generator: the source of the noise, on the device of x0; the global one if None.
 
     Returns:
-        The report. `ok` is False if a candidate, then `best`, beats both your wrapping and the
-        best linear predictor: by 10 % and two standard errors it is the answer; by half a per cent
-        and four standard errors the report is `undecided`. `ok` is also False if the network is
-        worse than the linear predictor at a quarter of the noise levels: it is not trained, or no
-        candidate fits.
+        The report. `ok` is False if a candidate, which is then `best`, beats both your wrapping
+        and the best linear predictor. If it does so by 10 % and two standard errors, it is the
+        answer; by half a per cent and four standard errors, the report is `undecided`. `ok` is
+        also False if the network is worse than the linear predictor at a quarter of the noise
+        levels: then it is not trained, or no candidate fits.
 
     Raises:
         DerivativeError: if a tensor of `model_kwargs` is as long as the batch but is not per
@@ -285,7 +285,7 @@ def check_wrapping(
 
 
 class _Linear:
-    """The best linear predictor of ε, by the second moments of the data."""
+    """The best linear predictor of ε, from the second moments of the data."""
 
     def __init__(self, data: Tensor, subspace: Subspace | None = None) -> None:
         flat = data.flatten(1).double().cpu()
@@ -305,11 +305,11 @@ class _Linear:
         """ℓ(u), of the shape of the levels."""
         sum_of_both = self.variances + (2 * levels[..., None]).exp()
         share = self.variances / sum_of_both
-        # P_ii < 1 subtracts (1 − P_ii) times the part of the noise, the square of λ/(λ + σ̂²).
+        # P_ii < 1 subtracts (1 − P_ii) times the noise's part, the square of λ/(λ + σ̂²).
         return (share - (1 - self.share) * share.square()).sum(-1) / self.dimensions
 
     def losses(self, noise: Tensor, levels: Tensor) -> Tensor:
-        """Its loss for each sample, (B,)."""
+        """The predictor's loss for each sample, (B,)."""
         noise, sigma = noise.flatten(1).double().cpu(), levels.exp()[:, None]
         noise = noise if self.basis is None else noise @ self.basis
         error = self.variances * noise - sigma * self.centred
@@ -334,7 +334,7 @@ class _Linear:
 class _Search:
     """The losses of candidates, (draws, B), on one batch of data.
 
-    Each sample gets another level in each draw, so that samples differ little in their levels.
+    Each sample gets a different level in each draw, so that samples differ little in their levels.
     """
 
     def __init__(
@@ -383,7 +383,7 @@ class _Search:
             self._measure(inputs)
 
     def _measure(self, inputs: Inputs) -> None:
-        """Call the network once per draw, and note the loss of every kind and sign."""
+        """Call the network once per draw, and record the loss for every kind and sign."""
         draws = [
             self._call(inputs, *draw)
             for draw in zip(self.noise, self.levels[self.place], strict=True)
@@ -392,7 +392,7 @@ class _Search:
             self.losses[read] = torch.stack([losses[read] for losses in draws])
 
     def _call(self, inputs: Inputs, noise: Tensor, level: Tensor) -> dict[Read, Tensor]:
-        """Losses (B,) of every kind and sign from one call of the network.
+        """Losses (B,) for every kind and sign, from one call of the network.
 
         They are NaN at levels outside the schedule. The new wrapping is not checked: its faults
         show in its loss.
@@ -432,7 +432,7 @@ class _Search:
     def _scores(self) -> dict[Read, float]:
         """How much worse a candidate is than the best at each of its levels, on average.
 
-        It is infinite for one whose schedule leaves out half of the levels.
+        It is infinite for a candidate whose schedule does not cover half of the levels.
         """
         means = self._by_level(self._multiples(torch.stack(list(self.losses.values()))))
         scores = (means - means.nan_to_num(math.inf).amin(0)).nanmean(1)
@@ -444,7 +444,8 @@ class _Search:
     ) -> tuple[float, float, float]:
         """Mean difference of two losses, its standard error, and the mean of the first loss.
 
-        With a place, at that level alone. A sample's draws are averaged: they are not independent.
+        If a place is given, only at that level. A sample's draws are averaged, as they are not
+        independent.
         """
         losses, reference = self._multiples(losses), self._multiples(reference)
         left_out = (losses + reference).isnan()
@@ -493,7 +494,7 @@ class _Search:
         return excess > ERRORS * error
 
     def report(self) -> WrappingReport:
-        """The verdict on the wrapping of the model, with the losses by level."""
+        """Return the verdict on the model's wrapping, with the losses by level."""
         own = self.losses[self.own]
         is_worse, clear, slight = self._is_worse(own), [], []
         for read in self.first:
@@ -502,7 +503,7 @@ class _Search:
                 clear.append(read)
             elif gain > max(FINE_ERRORS * error, FINE_MARGIN * whole):
                 slight.append(read)
-        # A network that is hardly trained fits best where its part in the prediction is smallest.
+        # A hardly trained network fits best where its part in the prediction is smallest.
         best = next(filter(self._beats_linear, [*clear, *slight]), None)
         candidate, best_losses, share = None, None, 0.0
         if best is not None:
@@ -534,7 +535,7 @@ class _Search:
 
 
 def _with(model: ScoreModel, **changes: Any) -> ScoreModel:
-    """Copy a model with other attributes, which shadow modules of the same name."""
+    """Copy a model with changed attributes, which shadow modules of the same name."""
     changed = copy.copy(model)
     vars(changed).update(changes)
     return changed
@@ -561,7 +562,7 @@ def all_inputs(model: ScoreModel) -> Iterator[Inputs]:
         if text == OWN or schedule != own:
             times = plain | times if model.time is None else {"yours": model.time} | plain | times
             for time_text, time in times.items():
-                # A network that looks up an index must not get a negative one on CUDA.
+                # On CUDA, a network that looks up an index must not get a negative one.
                 negative = own.integer_time and "log" in time_text
                 if not negative and (text != OWN or time is not model.time):
                     yield Inputs(schedule, text, time, time_text)

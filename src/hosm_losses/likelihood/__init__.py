@@ -3,7 +3,7 @@
 - `ode`: `ode_nll`, the log-density along the ODE, and `ode_sample`, the paths from noise to data.
 - `variational`: `variational_nll`.
 - `solvers`: the options `FixedGrid`, `ToTolerance` and `Adaptive`.
-- `multistep`: the fixed grid that the batch shares, its steps, and probes to a standard error.
+- `multistep`: the fixed grid that the batch shares, its steps, and probes for a standard error.
 - `adaptive`: a step size for each sample.
 - `paths`: the evaluation at a node: slope, divergence and prior.
 - `divergence`: the estimators of a divergence.

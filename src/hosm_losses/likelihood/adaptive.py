@@ -1,12 +1,12 @@
 r"""A Runge-Kutta solver with a step size for each sample, for `Adaptive`.
 
 Purpose:
-    A solver of dy/ds = f(s, y). It needs a smooth integrand, so the probes, and with them their
-    error, stay the same along a path.
+    A solver of dy/ds = f(s, y). It needs a smooth integrand, so the probes, and hence their error,
+    stay the same along a path.
 
 Formula:
     The Runge-Kutta pair 5(4) of Tsitouras; the last stage is the first of the next step. A step is
-    accepted where its error is at most 1 in the caller's norm, and the next one is h · min(5,
+    accepted if its error is at most 1 in the caller's norm, and the next one is h · min(5,
     max(0.2, 0.9 error^{−1/p})), p = 5 the order. Samples that have arrived are no longer
     evaluated.
 
@@ -81,7 +81,7 @@ def adaptive(
     judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     max_evaluations: int,
 ) -> AdaptiveSolution:
-    """Solve from y (B, m) at the start of the span to its larger end, never outside it.
+    """Solve from y (B, m) at the start of the span to its larger end, never going outside it.
 
     `slope` returns dy/ds, a covector and the cause of a non-finite value (else 0) at (s, y, rows),
     for the rows (n,) of the batch that have not arrived, with s of shape (n,) and y of shape (n,
@@ -140,8 +140,9 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
     """Solve from the start of a span, at either end, with a step size for each sample.
 
     The answer is a second solution, at a tenth of the tolerance. Its `solver_error` is the larger
-    of two estimates: the difference of both solutions, and the sum of its steps' errors. If the
-    path seems to have kinks, where errors of steps are unreliable, it is three times that.
+    of two estimates: the difference between the two solutions, and the sum of its steps' errors.
+    If the path seems to have kinks, where the steps' errors are unreliable, it is three times
+    that.
     """
     refuse_vmap("Adaptive")
     if paths.divergence.target is not None:
@@ -195,7 +196,7 @@ def solve_adaptive(paths: Paths, z: Tensor, span: Span, *, tolerance: float) -> 
 
 
 def _difference_of_ends(paths: Paths, end: Tensor, coarse_end: Tensor, span: Span) -> Tensor:
-    """The difference in log-density between two solutions for the end of a path, (B,)."""
+    """The difference in log-density between two solutions at the end of a path, (B,)."""
     coordinates = paths.coordinates
     _, level = coordinates.ends(span)
     x = coordinates.to_x(end, level)
@@ -211,8 +212,8 @@ def _solve(
     """Solve with steps in r = σ̂/(σ̂ + s), du = dr/(r (1 − r)), s the data's standard deviation.
 
     Both ends are finite in r. A step is accepted if its error is at most `tolerance` nats in the
-    integral, at most `tolerance` nats in the log-density by way of the state, and at most 0.03
-    times `tolerance` in the state, in root mean square.
+    integral, at most `tolerance` nats in the log-density through the state, and at most 0.03 times
+    `tolerance` in the state, as a root mean square.
     """
     coordinates, active, elements = paths.coordinates, len(z), z[0].numel()
     reference = float(coordinates.trace(coordinates.std.log()).mean()) / paths.dimensions
@@ -254,8 +255,8 @@ def _solve(
 
 
 def student_factor(freedom: int) -> float:
-    """The factor that makes ±2 standard errors from ν degrees of freedom cover 95.45 %.
+    """The factor that makes ±2 standard errors with ν degrees of freedom cover 95.45 %.
 
-    Without it they cover 86 % for ν = 3, where the expansion is short by 0.2 %.
+    Without it, they cover 86 % for ν = 3, where the expansion is too small by 0.2 %.
     """
     return 1 + sum(term / freedom**power for power, term in enumerate(STUDENT, 1))

@@ -1,9 +1,9 @@
 """Evaluations of a network whose backward pass evaluates the network again.
 
 Purpose:
-    Around a function that takes a gradient itself, torch's checkpoint keeps everything that this
-    gradient did not use. Here no activation is stored: the backward pass recomputes them, for one
-    evaluation of a call at a time. Values and gradients are the same.
+    Around a function that itself computes a gradient, torch's checkpoint keeps everything that
+    this gradient did not use. Here, no activations are stored: the backward pass recomputes them,
+    for one evaluation at a time. Values and gradients are unchanged.
 """
 
 import weakref
@@ -73,7 +73,7 @@ class RecomputedEvaluation:
             return len(saved) - 1
 
         def unpack(index: int) -> Tensor:
-            # A gradient that the function takes itself finds them; a later backward pass does not.
+            # A gradient computed inside the function finds them; a later backward pass does not.
             return saved[index] if index in saved else self.recompute(index)
 
         self.evaluations.is_inside = True

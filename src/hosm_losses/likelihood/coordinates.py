@@ -43,11 +43,11 @@ class Coordinates:
         return low if self.start is None else self.start, high
 
     def levels(self, log_sigma_hat: Tensor) -> Callable[[slice], NoiseLevel]:
-        """Return a function from slices of a grid u (n,) to their noise levels.
+        """Return a function that maps slices of a grid u (n,) to their noise levels.
 
-        A slice of length one gives the level of a whole batch, one of length B a level for each
-        sample. The schedule is evaluated once for the grid. The scale, which is as large as a
-        sample, is computed for the slice alone.
+        A slice of length one gives the level of a whole batch, and one of length B a level for
+        each sample. The schedule is evaluated once for the grid. The scale, which is as large as a
+        sample, is computed only for the slice.
         """
         t = self.schedule.time(log_sigma_hat)
         alpha, sigma = self.schedule(t)
@@ -65,7 +65,7 @@ class Coordinates:
         return self.levels(log_sigma_hat)(slice(None))
 
     def ends(self, span: Span) -> tuple[NoiseLevel, NoiseLevel]:
-        """The levels of a whole batch at both ends of a span of u."""
+        """The noise levels of a whole batch at both ends of a span of u."""
         level = self.levels(torch.tensor(span, dtype=self.std.dtype, device=self.std.device))
         return level(slice(0, 1)), level(slice(1, 2))
 
@@ -98,13 +98,13 @@ class Coordinates:
         return self.trace((level.alpha * level.scale).log())
 
     def log_gaussian(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """Log-density (B,) at x of Gaussian data of this mean and std, diffused to a level."""
+        """Log-density (B,) at x of Gaussian data with this mean and std, diffused to a level."""
         normalisation = (self.dimensions or x[0].numel()) * math.log(2 * math.pi)
         squares = sum_elements(self.to_z(x, level).square(), 1)
         return -(squares + normalisation) / 2 - self.log_volume(level)
 
     def covector(self, noise: Tensor, level: NoiseLevel) -> Tensor:
-        """The gradient in z of the log-density, where the model's score is that of its ODE."""
+        """The log-density's gradient in z, if the model's score is that of its ODE."""
         return -(level.scale / level.sigma_hat) * noise
 
 
@@ -114,5 +114,5 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """The least error of a log-density, in nats, from rounding in a network of a dtype."""
+    """The smallest error of a log-density, in nats, due to rounding in a network of this dtype."""
     return 0.0 if dtype == torch.float64 else 1e-6

@@ -1,17 +1,16 @@
-r"""Dequantization of integer images, and one density from several draws.
+r"""Dequantization of integer images, and the combination of several draws into one density.
 
 Formula:
-    Uniform noise u in [0, 1) spreads each integer k over its cell. With K draws of it
+    Uniform noise u in [0, 1) spreads each integer k over its cell. With K draws of u,
     x = low + (high − low)(k + u)/levels;    −log P(k) ≤ E[−log (1/K) Σ_j p(k + u_j)]
     Here −log p is that of x; `bits_per_dim` accounts for the width of a cell.
 
-    A network trained on the levels themselves, y = first + w k, has at small noise a density of
-    normal peaks of deviation σ̂ around them. At the t where half a cell, w/2, is τ = 3 of these,
-    the peaks themselves spread the levels: with u from the normal distribution truncated to
-    [−τ, τ],
-    x_t = α y + σ u;    −log P(k) ≤ E[−log p_t(x_t) − Σ_i (log σ + ½u_i² + ½log 2π + log Z)],
-    Z = erf(τ/√2) its mass. For such peaks it is off by −log Z, 0.0027 nats per element; for a
-    density that is smooth over a cell, by log 2τ minus the entropy of u, 0.39 nats.
+    For a network trained on the levels themselves, y = first + w k, the density at small noise
+    consists of normal peaks with standard deviation σ̂ around them. At the t where half a cell,
+    w/2, is τ = 3 deviations, these peaks spread the levels: with u from the normal distribution
+    truncated to [−τ, τ], x_t = α y + σ u; −log P(k) ≤ E[−log p_t(x_t) − Σ_i (log σ + ½u_i² + ½log
+    2π + log Z)], Z = erf(τ/√2) its mass. For such peaks it is off by −log Z, 0.0027 nats per
+    element; for a density that is smooth over a cell, by log 2τ minus the entropy of u, 0.39 nats.
 
 Source:
     Theis et al., arXiv 1511.01844, for the uniform dequantization; Burda et al.,
@@ -48,7 +47,7 @@ class Uniform:
 
     Args:
         draws: K draws of u, and of the noise if `clean`, whose densities are averaged for a
-            tighter bound, at K times the cost; more than one needs divergence="exact".
+            tighter bound, at K times the cost; more than one draw requires divergence="exact".
 
     Raises:
         TypeError: if `draws` is not a whole number.
@@ -84,13 +83,13 @@ class Uniform:
 
 @dataclass(frozen=True)
 class TruncatedNormal:
-    """Dequantization of uint8 images by the noise that the network was trained with.
+    """Dequantization of uint8 images with the noise that the network was trained with.
 
-    For networks trained on the levels themselves, x = first + (last − first) k/255, without
-    uniform noise on them. The likelihood starts at the t where half a cell is three σ̂, and the
-    noise of that t, truncated to the cell, spreads each level. Such a network has never seen the
-    noise of `Uniform`; for a network trained with that noise the bound of `Uniform` is tighter, by
-    0.56 bits per dimension. Only `ode_nll` without `clean` takes it.
+    For networks trained on the levels themselves, x = first + (last − first) k/255, without added
+    uniform noise. The likelihood starts at the t where half a cell is three σ̂, and the noise of
+    that t, truncated to the cell, spreads each level. Such a network has never seen the noise of
+    `Uniform`; for a network trained with that noise the bound of `Uniform` is tighter, by 0.56
+    bits per dimension. Only `ode_nll` without `clean` accepts it.
 
     Args:
         draws: K draws of the noise, as in `Uniform`.
@@ -125,7 +124,7 @@ class TruncatedNormal:
 
     @property
     def quantization(self) -> Quantization:
-        """The cells, with the levels in their middle."""
+        """The cells, with the levels at their centres."""
         return Quantization(LEVELS, self.first - self._cell / 2, self.last + self._cell / 2)
 
     def start_coordinates(self, coordinates: Coordinates) -> Coordinates:
@@ -144,7 +143,7 @@ class TruncatedNormal:
     def draw(
         self, levels: Tensor, coordinates: Coordinates, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw points x_t in the cells at the start, with the correction (B,) of their nll."""
+        """Draw points x_t in the cells at the start, with the correction (B,) to their nll."""
         start, _ = coordinates.ends(coordinates.span)
         mass = math.erf(HALF_CELL / math.sqrt(2))
         u = math.sqrt(2) * torch.erfinv(mass * (2 * _unit(levels, generator) - 1))
@@ -173,7 +172,8 @@ def check_dequantization(value: object, *, clean: bool = False) -> None:
 def refuse_biased_draws(value: Dequantization, divergence: Estimator) -> None:
     """Raise ValueError for several draws of u with random probes.
 
-    With 7 nats of noise in log p, as from Hutchinson's estimator, 20 draws seem to gain 11 nats.
+    With 7 nats of noise in log p, such as that of Hutchinson's estimator, 20 draws seem to gain 11
+    nats.
     """
     if value.draws > 1 and divergence.is_random:
         raise ValueError(
@@ -194,16 +194,16 @@ def check_images(x: object) -> None:
 
 
 def _unit(levels: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform numbers for levels, in the precision of sums."""
+    """Uniform random numbers for levels, in the precision of sums."""
     dtype, device = accumulator(levels), levels.device
     return torch.rand(levels.shape, generator=generator, dtype=dtype, device=device)
 
 
 def importance_weighted(draws: Sequence[NLLResult], quantization: Quantization) -> NLLResult:
-    """Return −log of the mean density over K draws of u, from one result for each.
+    """Return −log of the mean density over K draws of u, from one result per draw.
 
-    `latent` is the first draw's, nfe is the sum, errors are averaged with the densities as
-    weights.
+    `latent` is that of the first draw, nfe is the sum, and errors are averaged with the densities
+    as weights.
     """
     first = replace(draws[0], quantization=quantization)
     if len(draws) == 1:

@@ -1,10 +1,10 @@
-r"""Estimators of the divergence of a network, and the choice of one.
+r"""Estimators of a network's divergence, and the choice of one.
 
 Formula:
     exact        ∇·f = tr ∂f/∂x = Σ_i e_iᵀ ∂f/∂x e_i
     hutchinson   ∇·f = E[vᵀ ∂f/∂x v], the mean of K probes with variance Var[vᵀ ∂f/∂x v]/K
     With the network's prediction, ε̂ = p · prediction + q x: ∇·ε̂ follows from vᵀ ∂prediction/∂x v
-    and ‖v‖². The forward pass is shared; every direction costs one vector-Jacobian product.
+    and ‖v‖². The forward pass is shared; each direction costs one vector-Jacobian product.
 
 Source:
     Grathwohl et al., arXiv 1810.01367, for the estimator in a likelihood.
@@ -31,7 +31,7 @@ from hosm_losses.likelihood.coordinates import accumulator
 from hosm_losses.model import BoundModel, apply_affine
 from hosm_losses.probes import Hutchinson, ToStandardError, draw_probes, unit_vector_chunks
 
-# Elements of a sample up to which "auto" is "exact": one probe errs by 0.6 nats at d = 8.
+# Largest size of a sample for which "auto" is "exact": one probe errs by 0.6 nats at d = 8.
 EXACT_UP_TO = 16
 PILOTS = 4  # probes at a node from which `ToStandardError` sets the count
 # A user's function: (x, t, **model_kwargs), as the network gets them, → (prediction, its
@@ -43,7 +43,7 @@ Divergence = Literal["auto", "exact"] | Hutchinson | ToStandardError | Function
 
 @dataclass(frozen=True)
 class Estimator:
-    """Base class of the estimators, which itself estimates nothing."""
+    """Base class of the estimators, which does not itself estimate anything."""
 
     products: int = 0  # with the Jacobian, for one divergence
     is_random: bool = False  # whether estimates scatter, so that a likelihood has a standard error
@@ -53,7 +53,7 @@ class Estimator:
     def draw(
         self, _z: Tensor, _dtype: torch.dtype, _generator: torch.Generator | None, /
     ) -> Tensor | None:
-        """Draw probes (K, B, *) for states (B, *), or return None if the estimate takes none."""
+        """Draw probes (K, B, *) for states (B, *), or return None if the estimate needs none."""
         return None
 
     def estimate(
@@ -75,7 +75,7 @@ class Exact(Estimator):
 
     def estimate(self, model: BoundModel, x: Tensor, _: Tensor | None, /) -> tuple[Tensor, Tensor]:
         """f and ∇·f."""
-        # Outside of the subspace of a model its Jacobian is zero.
+        # Outside a model's subspace, its Jacobian is zero.
         prediction, forms = quadratic_forms(model, x, unit_vector_chunks(x))
         trace = forms.to(accumulator(x)).sum(0, keepdim=True)
         return _of_f(model, x, prediction, trace, torch.full_like(trace, self.dimensions))
@@ -106,7 +106,7 @@ class OfFunction(Estimator):
 
 @dataclass(frozen=True)
 class RandomProbes(Estimator):
-    """Hutchinson's estimator, by vector-Jacobian products."""
+    """Hutchinson's estimator, using vector-Jacobian products."""
 
     is_random: bool = True
     differentiates: bool = True
@@ -128,14 +128,14 @@ class RandomProbes(Estimator):
 
 
 class ForwardProbes(RandomProbes):
-    """Hutchinson's estimator, by the taylor engine, which stores no activation."""
+    """Hutchinson's estimator, using the taylor engine, which stores no activations."""
 
     def estimate(
         self, model: BoundModel, x: Tensor, probes: Tensor | None, /
     ) -> tuple[Tensor, Tensor]:
-        """f and vᵀ ∂f/∂x v; a DerivativeError if the engine cannot differentiate the network."""
+        """f and vᵀ ∂f/∂x v; DerivativeError if the engine cannot differentiate the network."""
         assert probes is not None
-        # The engine makes a graph in any mode. It saves nothing here unless a gradient is wanted.
+        # The engine always makes a graph. It saves nothing here unless a gradient is wanted.
         empty = saved_tensors_hooks(lambda _: None, _refuse_a_pass_back)
         try:
             with nullcontext() if torch.is_grad_enabled() else empty:
@@ -164,7 +164,7 @@ def _of_f(
 
 
 def check_divergence(divergence: object, *, optional: bool = False) -> None:
-    """Raise unless this is a divergence, or None where that is an option."""
+    """Raise unless this is a divergence, or None if that is allowed."""
     known = isinstance(divergence, Hutchinson | ToStandardError)
     known = known or (callable(divergence) and not isinstance(divergence, type))
     known = known or (optional and divergence is None)

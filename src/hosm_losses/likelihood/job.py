@@ -1,9 +1,9 @@
-r"""The checked arguments that all likelihoods share, their batches, and the joined result.
+r"""The checked arguments that all likelihoods share, their batches, and the combined result.
 
 Failures:
     A sample fails if its nll is not finite in the network's dtype (float32 at least), if its path
-    did not arrive, or if its solver error is above both 1000 nats and 0.1 nats per element (0.14
-    bits per dimension), where the first-order estimate is meaningless.
+    did not reach the end, or if its solver error is above both 1000 nats and 0.1 nats per element
+    (0.14 bits per dimension), where the first-order estimate is meaningless.
 """
 
 import math
@@ -86,8 +86,8 @@ class Job:
     ) -> None:
         """Check the arguments.
 
-        `name` is the name of x in errors. `at_start` says whether the paths start or end at t_min,
-        `of_prior` whether their latents should follow the prior.
+        `name` is the name of x in error messages. `at_start` says whether the paths start or end
+        at t_min, and `of_prior` whether their latents should follow the prior.
         """
         self.model, self.x, self.dequantization = check_model(model), x, dequantization
         check_sample_batch(name, x) if dequantization is None else check_images(x)
@@ -119,7 +119,7 @@ class Job:
 
     @contextmanager
     def running(self) -> Iterator[Paths]:
-        """Yield the paths of all samples, in a block that restores the network's buffers."""
+        """Yield the paths of all samples; the network's buffers are restored after the block."""
         model, x, network = self.model, self.x, self.model.network
         modules = dict(network.named_modules()) if isinstance(network, nn.Module) else {}
         watch = FirstEvaluation(
@@ -168,7 +168,7 @@ class Job:
     def result(self, results: Sequence[NLLResult]) -> NLLResult:
         """Join the results of all batches, and average over draws.
 
-        After an interrupt only complete draws count, or a part of the first draw.
+        After an interrupt, only complete draws count, or part of the first draw.
         """
         batches = math.ceil(len(self.x) / self.size)
         results = results[: len(results) // batches * batches] or results
@@ -206,7 +206,7 @@ def _on_subspace(coordinates: Coordinates, model: ScoreModel, subspace: Subspace
 
 
 def _log_density(prior: LogPrior | None, x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Return the log-density of a prior for samples like those of x, checked."""
+    """Return the checked log-density of a prior for samples like those of x."""
     if isinstance(prior, Distribution):
         if tuple(prior.event_shape) != x.shape[1:] or prior.batch_shape:
             expected = f"a distribution of event_shape {tuple(x.shape[1:])} without a batch_shape"
@@ -234,7 +234,7 @@ def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None
             "its density belong to a point at t_min, α times the data: pass α x to ode_nll and "
             "subtract d log α from its nll, or set clean=True; divide samples by α."
         )
-    # The KL divergence of q at t_max from the prior, both Gaussian.
+    # The KL divergence of q at t_max from the prior, with both Gaussian.
     std = schedule.prior_std
     variance = ((alpha * coordinates.std).square() + sigma.square()) / std**2
     shift = sum_elements((alpha * mean / std).square(), 1)
@@ -249,10 +249,10 @@ def _warn_of_ends(coordinates: Coordinates, *, start: bool, prior: bool) -> None
 
 
 def mark_failed(result: NLLResult, *conditions: tuple[Cause, Tensor]) -> NLLResult:
-    """Mark unusable samples as failed, with NaN for their nll, and the cause.
+    """Mark unusable samples as failed, set their nll to NaN, and record the cause.
 
-    The nll has to be finite in the dtype of the latent, which is the network's. The cause is the
-    result's own, or that of the first condition (B,) that holds.
+    The nll has to be finite in the dtype of the latent, which is that of the network. The cause is
+    the one already in the result, or that of the first condition (B,) that holds.
     """
     dtype, limit = result.latent.dtype, solver_limit(result._d)
     in_range = result.nll.detach().to(torch.promote_types(dtype, torch.float32))

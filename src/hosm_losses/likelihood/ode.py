@@ -291,7 +291,7 @@ def solve(
 
 @torch.no_grad()
 def _prior_error(paths: Paths, result: NLLResult) -> Tensor | None:
-    """The change of log p under the Gaussian of the diffused data; None with a user's prior."""
+    """The change in log p under the diffused data's Gaussian as prior; None for a user's prior."""
     if paths.log_prior is not None:
         return None
     coordinates, latent = paths.coordinates, result.latent.to(paths.x.dtype)
