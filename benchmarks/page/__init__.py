@@ -43,6 +43,8 @@ def tree(file: Path) -> Found:
     )
     for name in answers:
         found[name] = results.read(file.parent / f"{name}.json").get("found", {})
+    cells = results.read(file.parent / "densities.json")
+    found["densities"] = {name: report["found"] for name, report in cells.items()}
     found["keeping"] = results.read(file.parent / "keeping.json").get("speed", {}).get("found", {})
     for name, of_reports in (("orders", orders.cells), ("recipe", orders.settings)):
         reports = map(results.read, sorted((file.parent / name).glob("*.json")))
