@@ -167,7 +167,8 @@ def test_a_smoke_run_reports_every_row(tmp_path):
         for row in solvers.values():
             assert len(row["log_z"]) == len(row["claims"]) == densities.SMOKE.repetitions
             assert 0 < row["effective"] <= 1
-            assert row["ratio"] == pytest.approx(row["claim"] / row["error"])
+            # The claim is NaN where one sample has all the weight, as so few steps may leave it.
+            assert row["ratio"] == pytest.approx(row["claim"] / row["error"], nan_ok=True)
     assert len(list(tmp_path.glob("*.pt"))) == 2
     pytest.importorskip("sklearn")
     wheel = a_wheel(tmp_path / "a.whl", "gaussian_linear", 10)
