@@ -11,7 +11,7 @@ sample and its default tolerance, in float64, which that needs.
 Posteriors are those of sbibm: a network for 10,000 simulations, and how well a classifier tells
 its samples from the reference (C2ST, 0.5 is best). The files are in the wheel of sbibm (pip
 download --no-deps sbibm), which is read and not installed; without it they are left out. `--out`
-keeps the networks. It takes twenty minutes of a core.
+keeps the networks. It takes half an hour of a core.
 """
 
 import math
