@@ -8,9 +8,10 @@ Formula:
     For a network trained on the levels themselves, y = first + w k, the density at small noise
     consists of normal peaks with standard deviation σ̂ around them. At the t where half a cell,
     w/2, is τ = 3 deviations, these peaks spread the levels: with u from the normal distribution
-    truncated to [−τ, τ], x_t = α y + σ u; −log P(k) ≤ E[−log p_t(x_t) − Σ_i (log σ + ½u_i² + ½log
-    2π + log Z)], Z = erf(τ/√2) its mass. For such peaks it is off by −log Z, 0.0027 nats per
-    element; for a density that is smooth over a cell, by log 2τ minus the entropy of u, 0.39 nats.
+    truncated to [−τ, τ],
+    x_t = α y + σ u;    −log P(k) ≤ E[−log p_t(x_t) − Σ_i (log σ + ½u_i² + ½log 2π + log Z)],
+    Z = erf(τ/√2) its mass. For such peaks it is off by −log Z, 0.0027 nats per element; for a
+    density that is smooth over a cell, by log 2τ minus the entropy of u, 0.39 nats.
 
 Source:
     Theis et al., arXiv 1511.01844, for the uniform dequantization; Burda et al.,

@@ -1,8 +1,8 @@
-r"""A grid that the batch shares, with fresh probes at each node.
+r"""A solver on a grid that the batch shares, with fresh probes at each node.
 
-It solves dy/du = f(u, y), with a quadrature of q along the path, which may be noisy: in high
-dimension the error of the probes is far larger than the solver's, and that of fresh probes
-averages out.
+It solves dy/du = f(u, y), with a quadrature along the path of q, which may be noisy: in high
+dimensions, the probes' error is far larger than the solver's, and that of fresh probes averages
+out.
 
 Formula:
     The nodes are u(i/n), s = i/n uniform. Their density in u = log σ̂ is an equal mixture of the
@@ -91,12 +91,12 @@ RUNGE_KUTTA = 2  # steps from a start in the middle
 MIDDLE = 3.0  # |log σ̂ − log of the data's size| below which a start is in the middle
 LEAST_SHARE = 0.15  # of ρ at node 4; it rises to 1 over an eighth of the path
 MINIMUM_STEPS = 4
-# The steps that ToTolerance chooses from. Below 32 the error estimate is unreliable.
+# The steps that ToTolerance chooses from. Below 32, the error estimate is unreliable.
 GRIDS = (32, 64, 128, 256, 512, 1024)
 
 
 class NodeValue(NamedTuple):
-    """The evaluation at a node of the fixed grid; slope and integrand are per unit of s."""
+    """The evaluation at one node of the fixed grid; slope and integrand are per unit of s."""
 
     slope: Tensor  # dy/ds, of the shape of y
     integrand: Tensor  # q, (B,), integrated along the path
@@ -144,7 +144,7 @@ class AdamsSolver:
         self.variances: list[Tensor] = []
 
     def correct(self, node: NodeValue) -> None:
-        """Correct y by the evaluation at its node."""
+        """Correct y using the evaluation at its node."""
         index = len(self.integrands)
         self.integrands.append(node.integrand)
         if node.variance is not None:
@@ -160,7 +160,7 @@ class AdamsSolver:
         self.before, self.covector = self.y, node.covector
 
     def correct_again(self, node: NodeValue) -> None:
-        """Take a second evaluation of the last node, at its corrected state."""
+        """Use a second evaluation of the last node, at its corrected state."""
         if not self.runge_kutta:
             with torch.no_grad():
                 moved = node.integrand - self.integrands[1]
@@ -180,7 +180,7 @@ class AdamsSolver:
             self.y = self.y + self.h * combine(BASHFORTH[min(count, 4) - 1], self.slopes)
 
     def _estimate(self, index: int, covector: Tensor, correction: Tensor) -> None:
-        """Add the effect of a step's error on the answer, e."""
+        """Add e, the effect of a step's error on the answer."""
         share = self.share
         if index >= 4:
             least = LEAST_SHARE + (1 - LEAST_SHARE) * min(1.0, 8 * (index - 4) / self.steps)
@@ -193,7 +193,7 @@ class AdamsSolver:
         self.highest = torch.maximum(self.highest, self.total)
 
     def integral(self, stride: int = 1, steps: int | None = None) -> Tensor:
-        """∫ q ds by so many steps (all if None) from node to node at a stride, (B,)."""
+        """∫ q ds over so many steps (all if None), using every stride-th node, (B,)."""
         steps = self.steps if steps is None else steps
         chosen = self.integrands[: stride * steps + 1 : stride]
         return self.h * stride * combine(gregory_weights(steps), chosen)
@@ -216,7 +216,7 @@ class AdamsSolver:
 
     @property
     def quadrature_error(self) -> Tensor:
-        """Estimate of the error of the integral of a q without noise, (B,)."""
+        """Estimate of the error of the integral of a noise-free q, (B,)."""
         count, q = self.steps // 2, torch.stack(self.integrands).detach()
         difference = (self.integral(1, 2 * count) - self.integral(2, count)).detach().abs()
         if self.steps < KNOWN_ORDER:
@@ -226,7 +226,7 @@ class AdamsSolver:
 
 
 def combine(coefficients: Sequence[float], slopes: list[Tensor]) -> Tensor:
-    """Σ_i c_i f_i over the coefficients, also for the stages of another method."""
+    """Σ_i c_i f_i over the coefficients; also used for the stages of other methods."""
     total = coefficients[0] * slopes[0]
     for coefficient, slope in zip(coefficients[1:], slopes[1:], strict=False):
         total = total + coefficient * slope
@@ -248,7 +248,7 @@ def solve_on_grid(paths: Paths, z: Tensor, span: Span, steps: int, companion: bo
         noise = paths.noise_at(coordinates.to_x(z, level), level)
         return rates[place] * coordinates.slope(z, noise, level)
 
-    # Where σ̂ is far from the data's size, z hardly moves and low orders suffice for a start.
+    # Where σ̂ is far from the data's size, z hardly moves, so low orders suffice at the start.
     runge_kutta = RUNGE_KUTTA if abs(span[0] - coordinates.log_size) < MIDDLE else 0
     solution, coarse = AdamsSolver(z, 1 / steps, steps, runge_kutta), None
     if companion:  # half as many steps, without a graph
@@ -320,12 +320,12 @@ def integrate_to_standard_error(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∫ q by weights (N,) over nodes, its standard error, and the probes that it took, (B,) each.
 
-    `paths` has the `ToStandardError`, `level` gives the noise level of a node.
+    `paths` holds the `ToStandardError`; `level` gives the noise level of a node.
     """
     target, d = paths.divergence.target, nodes[0][0][0].numel()
     assert target is not None
-    # A variance of nats² takes fewest probes if their count at each node is in proportion to the
-    # error that one probe makes there, (N, B).
+    # A variance of nats² takes the fewest probes if their count at each node is proportional to
+    # the error that one probe makes there, (N, B).
     one_probe = torch.stack([variance for _, variance in nodes]).sqrt()
     error_in_nats = weights.abs()[:, None] * one_probe
     counts = error_in_nats * error_in_nats.sum(0) / target.nats**2
@@ -382,14 +382,15 @@ def fewest_steps(
 ) -> int:
     """The coarsest of GRIDS whose solver error on a batch is within a tolerance.
 
-    Processes of a group agree after every trial, so that all run the same number. Trials do not
-    advance the generator. A sample that failed on this grid and the previous one does not count.
+    The processes of a group agree after every trial, so that all run the same number of trials.
+    Trials do not advance the generator. A sample that failed on both this grid and the previous
+    one does not count.
     """
     refuse_vmap("ToTolerance")
     divergence = replace(paths.divergence, target=None)
     if divergence.is_random and not companion:
         divergence = NO_DIVERGENCE  # the error is that of the path alone
-    # The probes of a difference from a companion come from a generator of their own.
+    # The probes for a difference from a companion come from their own generator.
     own = torch.Generator(z.device).manual_seed(0)
     trial = replace(paths, advance=lambda _: None, generator=own, divergence=divergence)
     largest, failed_before = math.inf, torch.zeros(len(z), dtype=torch.bool, device=z.device)

@@ -1,9 +1,9 @@
 r"""The paths of the probability-flow ODE, and the log-density along them.
 
 Purpose:
-    The paths of a batch in coordinates where every schedule is one ODE, and nearly flat. The
-    log-density of x is that of its image under the prior plus an integral of the divergence along
-    the path. A mismatch of prior and q at t_max is part of the answer.
+    The paths of a batch in coordinates in which all schedules share one ODE, and paths are nearly
+    constant. The log-density of x is that of its latent under the prior plus an integral of the
+    divergence along the path. A mismatch between the prior and q at t_max is part of the answer.
 
 Coordinates:
     With σ̂ = σ/α and u = log σ̂, y = x/α moves with dy/du = σ̂ ε̂ whatever the schedule. Centred
@@ -51,7 +51,7 @@ def all_finite(samples: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Paths:
-    """Samples at one end of their paths, with everything needed to solve the ODE from there."""
+    """Samples at one end of their paths, with everything needed to solve the ODE from that end."""
 
     x: Tensor  # (B, *), in the precision of sums
     model: BoundModel
@@ -66,7 +66,7 @@ class Paths:
     nll_offset: Tensor | None = None  # to be added to the nll of x, (B,); None for zero
 
     def rows(self, x: Tensor, rows: Tensor, nll_offset: Tensor | None) -> "Paths":
-        """Return the paths of some rows, from x and `nll_offset` of all samples."""
+        """Return the paths of some rows, given x and `nll_offset` of all samples."""
         points, model = x[rows].to(accumulator(x)), self.model.rows(rows)
         points = model.model.project(points)
         offset = None if nll_offset is None else nll_offset[rows]
@@ -78,14 +78,14 @@ class Paths:
         return self.coordinates.dimensions or self.x[0].numel()
 
     def add_noise(self, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """Draw ε, and return α x + σ ε at a noise level with it."""
+        """Draw ε, and return it with α x + σ ε at a noise level."""
         x = self.x
         noise = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
         noise = self.model.model.project(noise)
         return level.alpha * x + level.sigma * noise, noise
 
     def model_at(self, level: NoiseLevel, rows: Tensor | None = None) -> BoundModel:
-        """Bind the model to a noise level, for the rows (n,) of the batch, all if None."""
+        """Bind the model to a noise level, for the rows (n,) of the batch, or all if None."""
         model = self.model if rows is None else self.model.rows(rows)
         t = level.t.to(torch.promote_types(self.dtype, torch.float32))
         return model.at(t.expand(len(self.x) if rows is None else len(rows)))
@@ -130,12 +130,12 @@ class Paths:
     ) -> tuple[Tensor, Tensor | None]:
         """f and ∇·f in a call's first evaluation, or with a graph.
 
-        In the first evaluation `watch` looks for random draws and for constants.
+        In the first evaluation, `watch` looks for random draws and for constants.
 
-        With a graph, one sample that is not finite would make the gradients of all parameters NaN,
-        as 0 · NaN is NaN. The network gets ones in place of such a sample, and its results are set
-        to NaN. If a finite x gives a non-finite result, the batch is evaluated again without that
-        sample. On an accelerator f alone is evaluated first, without a graph, to find these
+        With a graph, one non-finite sample would make the gradients of all parameters NaN, as 0 ·
+        NaN is NaN. The network therefore gets ones in place of such a sample, whose results are
+        set to NaN. If a finite x gives a non-finite result, the batch is evaluated again without
+        that sample. On an accelerator, only f is evaluated first, without a graph, to find these
         samples without a synchronisation.
         """
         generator_states = self.watch.before(x)
@@ -166,8 +166,8 @@ class Paths:
     def log_prior_at(self, latent: Tensor) -> Tensor:
         """Log-density (B,) of the prior at latents (B, *), in their precision.
 
-        It is NaN if a latent is not finite. The prior gets zeros instead, since it may check its
-        argument, and they pass no gradient.
+        It is NaN if a latent is not finite. The prior then gets zeros instead, since it may check
+        its argument, and these pass no gradient.
         """
         wide = torch.promote_types(self.dtype, torch.float32)
         points = latent if self.log_prior is None else latent.to(wide)

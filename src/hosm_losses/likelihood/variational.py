@@ -1,8 +1,8 @@
-r"""The variational bound of a diffusion model's SDE.
+r"""The variational bound for a diffusion model's SDE.
 
 Purpose:
     The reverse SDE defines a different model from the same network, with its own likelihood. The
-    loss on the noise, integrated over all noise levels, bounds it without any derivative.
+    noise-prediction loss, integrated over all noise levels, bounds it without any derivatives.
 
 Formula:
     −log p(x) ≤ KL(q(x_T|x) ‖ π) + ∫_{u₀}^{u₁} E‖ε̂ − ε‖² du − E log p(x|x_tmin),
@@ -11,11 +11,11 @@ Formula:
     −log p(x|x_tmin) = (d/2) log(2π σ̂²) + ½‖ε̂ − ε‖².
 
 Noise:
-    u is drawn uniformly, two draws in each of `samples`/2 equal strata, which also give the
-    standard error. For data N(m, s²) the error ε̂ − ε would be r = (σ̂ (x − m) − s² ε)/c² with
-    c² = s² + σ̂², and its part of the bound is known:
-    ∫ E‖r‖² du = ½ Σ_i [(x − m)²/c₀² − (x − m)²/c₁² + F(σ̂₁²) − F(σ̂₀²)],
-    F(w) = log(w/(s² + w)) + s²/(s² + w). Only the difference ‖ε̂ − ε‖² − ‖r‖² is left to chance.
+    u is drawn uniformly, with two draws in each of `samples`/2 equal strata, which also give the
+    standard error. For data N(m, s²), the error ε̂ − ε would be r = (σ̂ (x − m) − s² ε)/c² with c²
+    = s² + σ̂², and its part of the bound is known: ∫ E‖r‖² du = ½ Σ_i [(x − m)²/c₀² − (x − m)²/c₁²
+    + F(σ̂₁²) − F(σ̂₀²)], F(w) = log(w/(s² + w)) + s²/(s² + w). Only the difference ‖ε̂ − ε‖² −
+    ‖r‖² is left to chance.
 
 Source:
     Song et al., arXiv 2101.09258, theorem 3, and appendix B for the correction at t_min; Kingma et
@@ -58,13 +58,12 @@ def variational_nll(
 ) -> NLLResult:
     """Upper bound on the negative log-likelihood of x under the model's reverse SDE.
 
-    It is an unbiased estimate that starts at clean data, t = 0, as `ode_nll` does only with
-    clean=True. No gradient is computed. Options are those of `ode_nll`, except for
-    these:
+    It is an unbiased estimate for clean data, at t = 0, as in `ode_nll` with clean=True. No
+    gradient is computed. The options are those of `ode_nll`, except for these:
 
-    - `samples` noise levels are drawn for each x, an even number. One eighth as many evaluations,
-      at least two, are added at t_min.
-    - `data_mean` and `data_std`, 0 and 0.5 if None, set a control variate. They only change the
+    - `samples`, an even number, is how many noise levels are drawn for each x. One eighth as many
+      evaluations, at least two, are added at t_min.
+    - `data_mean` and `data_std`, 0 and 0.5 if None, define a control variate. They only change the
       standard error.
     - `log_prior` is averaged over draws of the latent; the default, N(0, prior_std² I), is
       integrated exactly.
@@ -116,7 +115,7 @@ def variational_nll(
 
 
 def _bound(paths: Paths, samples: int) -> NLLResult:
-    """The bound for a batch, from `samples` noise levels for each sample."""
+    """The bound for a batch, from `samples` noise levels per sample."""
     x, coordinates = paths.x, paths.coordinates
     count, elements = len(x), paths.dimensions
     centred, variance = x - coordinates.mean, coordinates.std.square()

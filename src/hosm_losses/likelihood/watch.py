@@ -46,13 +46,13 @@ def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
 
 
 class FirstEvaluation:
-    """Checks of the first evaluation of a network: warns if it drew random numbers.
+    """Checks of a network's first evaluation, with a warning if it drew random numbers.
 
-    No list of layers is complete: a network may drop labels, layers or words in its own code. But
-    drawing always advances torch's generators.
+    No list of layers can be complete: a network may drop labels, layers or words in its own code.
+    But drawing always advances torch's generators.
 
-    Operators without a derivative are rejected in the first evaluation with a divergence only: a
-    mode around every evaluation would cost a small network a quarter of its time.
+    Operators without a derivative are only rejected in the first evaluation with a divergence: for
+    a small network, a mode around every evaluation would take a quarter of the time.
     """
 
     def __init__(self, *, look_for_draws: bool, look_for_constants: bool) -> None:
@@ -67,8 +67,8 @@ class FirstEvaluation:
         return refuse_constants()
 
     def before(self, x: Tensor) -> list[Tensor]:
-        """The states of torch's generators on the devices of x; none if no check is due."""
-        # Inside a CUDA graph the states cannot be read.
+        """The states of torch's generators on the devices of x; none if no check is needed."""
+        # Inside a CUDA graph, the states cannot be read.
         if "draws" not in self.due or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return []
         return [torch.get_rng_state(), *get_device_states(x)[1]]

@@ -1,4 +1,4 @@
-"""The path from arguments to a loss: check, perturb, derive, residuals, weights, reduce.
+"""How arguments become a loss: check, perturb, derive, residuals, weights, reduce.
 
 Formula, with the terms of `terms` or `paired`:
     x = α x₀ + σ ε,  loss = w₁ first + w₂ second + w_t trace + w₃ third, averaged over the batch
@@ -50,7 +50,7 @@ from hosm_losses.probes import Paired, draw_probes, unit_vectors
 
 
 class LossAndTerms(NamedTuple):
-    """A loss with its terms, their times and their rows."""
+    """A loss and its terms, with their times and rows."""
 
     loss: Tensor  # reduced
     terms: DSMTerms  # per sample, with their graph
@@ -98,7 +98,7 @@ def dsm(
         check_conditions(targets, bound.kwargs)
         rows = None
         if order == 1:
-            # As in any trainer: one call, without primitives or copies.
+            # As in any trainer: a single call, without primitives or copies.
             prediction = score_model.predict(batch.x, time, **bound.kwargs)
             residual = first_residual(bound, batch, prediction)
             reduced = terms = DSMTerms(first_term(residual, batch.dimensions))
@@ -156,14 +156,14 @@ def perturb(
         target = target + (model.project(instead) - eps)
     elif targets is not None:  # their mean in the place of ε, without a gradient
         moments = targets.posterior(x0, eps, alpha, sigma, kwargs, model.project)
-        # Added in the dtype of the moments: the sum may cancel nearly all of ε.
+        # Added in the dtype of the moments, as the sum may cancel nearly all of ε.
         target = target + (eps.detach() - eps) + moments.mean.reshape(eps.shape)
         target = target.to(at_least_float32(eps).dtype)
     return NoisyBatch(x.to(x0.dtype), t, target, sigma, dimensions, moments)
 
 
 def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
-    """Return the caller's tensor if it is finite and like the data."""
+    """Return the caller's tensor if it is finite and matches the data."""
     tensor = leave_inference_mode(
         check_like(name, value, tuple(x0.shape), x0.dtype, x0.device, "x0")
     )
@@ -172,7 +172,7 @@ def _like_data(name: str, value: object, x0: Tensor) -> Tensor:
 
 
 def _weights(weights: object, options: LossOptions, dimensions: int) -> Weights:
-    """Return the weights of the terms, checked."""
+    """Return the checked weights of the terms."""
     if weights is None and options.order > 1 and options.weighting == "likelihood":
         raise ValueError(
             "weights: expected numbers or 'paper' with weighting='likelihood', which puts the "
@@ -184,7 +184,7 @@ def _weights(weights: object, options: LossOptions, dimensions: int) -> Weights:
 def _first_of_all(
     first: Tensor, bound: BoundModel, batch: NoisyBatch, rows: Tensor, remaining: Tensor
 ) -> Tensor:
-    """Return the first term of all samples: known at `rows`, by a call at the remaining rows."""
+    """Return the first term of all samples: known at `rows`, and from a call at the other rows."""
     if not len(remaining):
         return torch.empty_like(first).index_copy(0, rows, first)
     graph = torch.is_grad_enabled() and not is_traced()
@@ -230,7 +230,7 @@ def _probes(
 
 
 def _check_probe(x: Tensor, probe: object, options: LossOptions) -> Tensor:
-    """Return the caller's probe, checked, as (K, B, *)."""
+    """Return the caller's checked probe, as (K, B, *)."""
     if isinstance(probe, Tensor) and probe.ndim == x.ndim and not probe.is_nested:
         probe = probe.unsqueeze(0)
     probes = options.probes
@@ -254,7 +254,7 @@ def _reduce(
     rows: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    """Sum the terms times their weights and factors; terms of weight 0 are left out."""
+    """Sum the terms times their weights and factors, omitting terms of weight 0."""
     of_first, of_higher = factors
     if of_higher is not None and rows is not None:
         of_higher = of_higher[rows]

@@ -1,4 +1,4 @@
-"""Checks of a loss's options and weights, which `third_order_dsm` documents."""
+"""Checks of a loss's options and weights, which are documented in `third_order_dsm`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ COUNTS = {1: (1,), 2: (3, 4), 3: (4,)}  # of weights, by order
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Validated options of a loss; numbers of NumPy become Python's."""
+    """Validated options of a loss; NumPy numbers become Python numbers."""
 
     order: int
     probes: Any = 1  # Hutchinson, Paired or "exact"
@@ -70,7 +70,7 @@ class LossOptions:
 
 
 def _check_probes(probes: object) -> Any:
-    """Return probes as a value: a whole number K as Hutchinson(K)."""
+    """Return probes as a value: a whole number K becomes Hutchinson(K)."""
     if isinstance(probes, Integral) and not isinstance(probes, bool) and int(probes) >= 1:
         return Hutchinson(int(probes))
     if isinstance(probes, Hutchinson) and probes.mode != "reverse":
@@ -89,9 +89,9 @@ def _check_probes(probes: object) -> Any:
 def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
     """Return the weights (first, second, trace, third) as numbers and 0-dim tensors.
 
-    There are as many as the order has terms; at order 2 a fourth may follow. At least one is not
-    zero. Values of tensors are checked on the CPU only. `elements` is d, which sets the
-    third-order weight of None and of "paper-toy".
+    There must be as many as the order has terms; at order 2, a fourth may follow. At least one
+    must be nonzero. The values of tensors are only checked on the CPU. `elements` is d, which
+    determines the third-order weight for None and for "paper-toy".
     """
     toy = 0.1 * elements**2
     if weights is None:
@@ -119,7 +119,7 @@ def check_weights(weights: object, order: int, elements: int = 1) -> Weights:
 
 
 def needed_order(order: int, weights: Weights) -> int:
-    """The lowest order that has every term with a weight other than the number 0."""
+    """The lowest order that includes every term whose weight is not the number 0."""
     if order == 3 and not is_used(weights[3]):
         order = 2
     if order == 2 and not (is_used(weights[1]) or is_used(weights[2])):
@@ -128,12 +128,12 @@ def needed_order(order: int, weights: Weights) -> int:
 
 
 def is_used(weight: float | Tensor) -> bool:
-    """Whether a term of this weight is needed: not where it is the number 0."""
+    """Whether a term with this weight is needed, which it is unless the weight is the number 0."""
     return isinstance(weight, Tensor) or weight != 0
 
 
 def check_weight(name: str, weight: object) -> float | Tensor:
-    """Return a weight as a number of at least 0, or as a 0-dim tensor."""
+    """Return a weight as a nonnegative number, or as a 0-dim tensor."""
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
             raise ValueError(error_message(name, "numbers", weight))

@@ -1,9 +1,10 @@
 r"""Unbiased estimates of the terms of probes="exact" from a few paired probes.
 
 Purpose:
-    With one probe, the squared residual has a target that is random in v, and the mean of a square
-    is not the square of the mean. Here the target is replaced by its mean over v, and the square
-    by the product of two estimates from independent probes. Only the noise of the data is left.
+    With one probe, the squared residual has a target that depends on the random v, and the mean of
+    a square is not the square of the mean. Here, the target is replaced by its mean over v, and
+    the square by the product of two estimates from independent probes. Only the noise of the data
+    remains.
 
 Formula, with ℓ = ε + f and A = σ ∂f/∂x, everything held fixed that `terms` holds fixed, C_k = G_k,
 or σ² ∂²f[v_k, v_k] for the Laplacian form:
@@ -11,15 +12,15 @@ or σ² ∂²f[v_k, v_k] for the Laplacian form:
     a_k = v_k·D_k + d − ‖ℓ‖²                                       trace = a₁ a₂/d²
     R_k = C_k + (‖ℓ‖² − v_k·D_k − d) ℓ − 2 (Aℓ + ℓ)                third = R₁·R₂/d³
 
-    With K > 2 probes 1 and 2 are means over the first K // 2 probes and over the others. The means
-    over independent v_k with E[v vᵀ] = I are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖²: each term, and its
-    gradient, has the mean of probes="exact". A product is negative for some samples.
+    With K > 2 probes, 1 and 2 stand for means over the first K // 2 probes and over the others.
+    The means over independent v_k with E[v vᵀ] = I are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖²: each term, and
+    its gradient, has the mean of probes="exact". A product may be negative for some samples.
 
-    With `targets` of less noise, v − C₂v replaces each vector v that is added to Av, and C₃(v_k,
-    v_k, ·) is added to C_k. They share the probe of the quantity they are compared with, so that
-    its noise cancels too where the two are equal.
+    With less noisy `targets`, v − C₂v replaces each vector v that is added to Av, and C₃(v_k, v_k,
+    ·) is added to C_k. They share the probe of the quantity they are compared with, so that its
+    noise also cancels where the two are equal.
 
-    ℓ·(Aℓ) comes from a backward pass from the value, Aℓ without a graph: the network is called
+    ℓ·(Aℓ) comes from a backward pass from the value, and Aℓ has no graph: the network is called
     once.
 
 Cost of a step, in network evaluations with two probes, where order one takes 3:
@@ -78,7 +79,7 @@ def paired_terms(
     f, Dv, v = map(at_least_float32, (f, Dv, v))
     residual = f + noise
     ell = residual.detach()
-    # D tends to −v at the noisy end: their sum keeps the digits that those of squares lose.
+    # D tends to −v at the noisy end: their sum keeps the digits that sums of squares lose.
     v_minus_C2v, C3v = batch.cumulants(v, ell, third=order == 3)
     ell_minus_C2ell, _ = batch.cumulants(ell, ell)
     Dv_plus_v = Dv + v_minus_C2v

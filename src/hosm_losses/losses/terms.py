@@ -3,8 +3,8 @@ r"""The residuals of high-order denoising score matching, and the terms that are
 Purpose:
     f(x, t) = σ_t s(x, t) is the dimensionless score (minus the predicted noise), D = ∂f/∂x (σ v)
     its Jacobian along a probe v, G = σ² ∇_x (vᵀ ∂f/∂x v) the gradient of its quadratic form.
-    Against the noise ε that made x = α x₀ + σ ε, each residual has conditional mean zero given x
-    if and only if its order is right.
+    With the noise ε in x = α x₀ + σ ε, each residual has conditional mean zero given x if and only
+    if its order is right.
 
 Formula, with ℓ = ε + f held fixed, and D held fixed inside r3 as well:
     r1 = f + ε
@@ -16,32 +16,31 @@ Formula, with ℓ = ε + f held fixed, and D held fixed inside r3 as well:
     rest (K, B, *). Residuals have the shape of D, and rt and u·r3 have (K, B).
 
     The targets are conditional cumulants of ε given x: f = −κ₁, σ ∂f/∂x + I = κ₂, G = −κ₃(v, v,
-    ·). With `targets` averaged over data, ε is a mean, and the covariance C₂ and third cumulant
-    C₃ about it go to their side: D + v − C₂v for D + v, and G + C₃(v, v, ·) for G. With the score
-    of the data other vectors, which depend on ℓ, go to the same places.
+    ·). With `targets` averaged over data, ε is a mean, and the covariance C₂ and third cumulant C₃
+    about it are added to these: D + v becomes D + v − C₂v, and G becomes G + C₃(v, v, ·). With the
+    score of the data, other vectors, which depend on ℓ, take the same places.
 
 Why the detach:
     It is part of the method, not an optimisation. Held fixed, the lower orders enter the targets
-    of the higher ones with an error that is bounded: the minimiser of order two is off by exactly
-    ‖ŝ₁ − ∇log q‖², that of order three by products of the lower errors. If gradients flowed
-    through, the higher orders could lower their loss by spoiling the lower ones.
+    of the higher ones with a bounded error: the minimiser of order two is off by exactly ‖ŝ₁ −
+    ∇log q‖², that of order three by products of the lower errors. If gradients flowed through
+    them, the higher orders could reduce their loss by spoiling the lower ones.
 
 Terms of a sample, d the number of its elements, averaged over probes:
     first = ‖r1‖²/d      second = ‖r2‖²/d²      trace = rt²/d²      third = ‖r3‖²/d³
 
     With probes="exact" the terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖² of the whole Jacobian and of the
-    gradient of its trace. With random probes the second term has the same mean; the trace and
-    third terms have a mean that is larger by the spread over probes, which is zero at the true
-    score. For a field free to take any value the minimiser is the same; for a restricted family
-    it need not be.
+    gradient of its trace. With random probes, the second term has the same mean; the means of the
+    trace and third terms are larger by the variance over probes, which is zero at the true score.
+    For an unrestricted field, the minimiser is the same; for a restricted family, it need not be.
 
 Precision:
-    Residuals and terms are float32 at least: a sum over a few thousand squares leaves the range
-    of float16. The network and its derivatives keep the precision of x.
+    Residuals and terms are in at least float32, as a sum of a few thousand squares exceeds the
+    range of float16. The network and its derivatives keep the precision of x.
 
-    Only the sum of f = −(p · prediction + q x) and ε matters, so both leave out q x. Near α = 0
-    the q x of "x0" and "v" is all of f but α, and r1, which weighting="native" divides by p ~ α,
-    would be the rounding error of a difference.
+    Only the sum of f = −(p · prediction + q x) and ε matters, so both leave out q x. Near α = 0,
+    the q x of "x0" and "v" is all of f except for a part of order α, and r1, which
+    weighting="native" divides by p ~ α, would be the rounding error of a difference.
 
 Source:
     Lu et al., "Maximum Likelihood Training for Score-Based Diffusion ODEs by High-Order
@@ -68,12 +67,12 @@ from hosm_losses.model import BoundModel
 
 
 class DSMTerms(NamedTuple):
-    """The terms of a loss, per sample and before any weight.
+    """The unweighted terms of a loss, per sample.
 
     Attributes:
         first: ‖r1‖²/d, of shape (B,).
-        second: ‖r2‖²/d², of shape (B,), or of the rows a fraction chose; None at order 1, and with
-            probes=Paired() if its weight is the number 0.
+        second: ‖r2‖²/d², of shape (B,), or for the rows that a fraction chose; None at order 1,
+            and with probes=Paired() if its weight is the number 0.
         trace: rt²/d², likewise; None at order 1.
         third: ‖r3‖²/d³, likewise; None below order 3.
 
@@ -95,7 +94,7 @@ class Logged:
     """Attaches t and rows to logged terms, so that they survive repacking by DDP.
 
     Wrappers such as DistributedDataParallel with static_graph=True rebuild named tuples from their
-    entries, so the first entry carries them as well.
+    entries, so the first entry also carries t and rows.
     """
 
     t: Tensor
@@ -110,7 +109,7 @@ class Logged:
 
 
 class LoggedTerms(Logged, DSMTerms):
-    """Detached terms with their times and rows; unpacks to the four as `DSMTerms` does.
+    """Detached terms with their times and rows; unpacks to the four terms, like `DSMTerms`.
 
     Attributes:
         t: the times of the batch, (B,).
@@ -175,7 +174,7 @@ def first_term(residual: Tensor, dimensions: int) -> Tensor:
 def higher_residuals(ell: Tensor, Dv_plus_v: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """r2 (K, B, *), rt (K, B) and the G at which r3 is zero, from ℓ, D + v (or D + v − C₂v) and v.
 
-    The Laplacian form σ² ∂²f[v, v] is equal to G where ∂f/∂x is symmetric, and may replace it.
+    The Laplacian form σ² ∂²f[v, v] equals G where ∂f/∂x is symmetric, and may replace it.
     """
     ell_dot_v = dot(ell, v)
     second = Dv_plus_v - scale_rows(ell_dot_v, ell)
@@ -199,7 +198,7 @@ def squared_terms(
         laplacian=options.third == "laplacian" and order == 3,
         summed=exact,
     )
-    # Without q x, which the noise leaves out as well.
+    # Without q x, which is also omitted from the noise.
     derived = model.of_f(derivatives, None, w)
     f, Dv, noise, v = map(at_least_float32, (*derived[:2], batch.noise, v))
     r1 = f + noise  # f + q x, and ε − q x
@@ -221,7 +220,7 @@ def squared_terms(
 
 
 def check_result(loss: Tensor, terms: Any, batch: NoisyBatch) -> None:
-    """Raise if a loss on the CPU is not finite, with the term and the times that caused it."""
+    """Raise if a loss on the CPU is not finite, naming the term and the times that caused it."""
     if not can_read_values(loss) or bool(torch.isfinite(loss).all()):
         return
     present = {name: term for name, term in terms._asdict().items() if term is not None}

@@ -1,6 +1,6 @@
-r"""The times that a loss draws, and the factors of its terms at these times.
+r"""The times that a loss draws, and the factors applied to its terms at these times.
 
-Formula for the factor of the first term; for the higher terms it is 1:
+Formula for the factor of the first term; that of the higher terms is 1:
     "noise"        1
     "native"       the squared error of the network's own prediction, 1/p² for ε̂ = p · prediction
                    + q x: the loss of trainers that weight by nothing else
@@ -11,15 +11,15 @@ Formula for the factor of the first term; for the higher terms it is 1:
                    uniform.
     a callable     W(t), for the higher terms as well
 
-    With the sampler "log_sigma_hat" u = log σ̂ is uniform on [u₀, u₁]. Weightings other than
+    With the sampler "log_sigma_hat", u = log σ̂ is uniform on [u₀, u₁]. Weightings other than
     "likelihood" are multiplied by p(t) (u₁ − u₀)/(du/dt) for the schedule's own density p, so that
-    a sampler changes the variance of a loss and never its mean. "likelihood", for which it is the
-    default, becomes the constant (u₁ − u₀) d. Compared with "noise" the first term then counts d
-    g²/(2σ² p) times as much, so weights have to be chosen anew.
+    a sampler changes the variance of a loss but never its mean. "likelihood", for which this
+    sampler is the default, becomes the constant (u₁ − u₀) d. Compared with "noise", the first term
+    then counts d g²/(2σ² p) times as much, so new weights have to be chosen.
 
-    Under a table t is an index i, drawn by "log_sigma_hat" with the probability w_i/(u₁ − u₀),
-    where w_i is the width in log σ̂ of the region closest to u_i. In the formulas above w_i stands
-    for du/dt and 1/N for p: integrals over u become sums by the trapezoidal rule.
+    Under a table, t is an index i, drawn by "log_sigma_hat" with the probability w_i/(u₁ − u₀),
+    where w_i is the width in log σ̂ of the region closest to u_i. In the formulas above, w_i
+    replaces du/dt and 1/N replaces p: integrals over u become trapezoidal sums.
 
 Source:
     Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", arXiv 2101.09258,
@@ -52,8 +52,8 @@ from hosm_losses.schedules import Schedule
 class EDMWeighting:
     """Weighting that makes the first term the loss of EDM's trainer, averaged over elements.
 
-    With λ(σ) = (σ² + σ_d²)/(σ σ_d)² that is λ(σ) ‖D(x, σ) − x₀‖²/d for the denoiser D that the
-    network implies, whatever it predicts, and σ in units of the data, σ̂ = σ/α.
+    With λ(σ) = (σ² + σ_d²)/(σ σ_d)², that loss is λ(σ) ‖D(x, σ) − x₀‖²/d for the denoiser D that
+    the network implies, whatever it predicts, and σ in units of the data, σ̂ = σ/α.
 
     Args:
         sigma_data: σ_d, the standard deviation of the data that the trainer assumes.
@@ -70,7 +70,7 @@ class EDMWeighting:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        """Check `sigma_data`; a number of NumPy becomes Python's."""
+        """Check `sigma_data`; a NumPy number becomes a Python number."""
         what = "a finite number above 0"
         number = check_number("EDMWeighting.sigma_data", self.sigma_data, what, above=0)
         object.__setattr__(self, "sigma_data", number)
@@ -87,7 +87,7 @@ TimeSampler = Sampler | DrawTime | None
 
 
 def check_weighting(weighting: Any, time_sampler: object) -> None:
-    """Raise unless these are a weighting and a time sampler."""
+    """Raise unless these are a valid weighting and time sampler."""
     if isinstance(weighting, tuple) and len(weighting) != 2:
         expected, got = "one weighting or a pair (first term, higher terms)", str(len(weighting))
         raise ValueError(error_message("weighting", expected, weighting, got=got))
@@ -151,7 +151,7 @@ def time_factors(
     """Return the factors (B,) of the first term and of the higher terms at t; None stands for 1.
 
     `drawn` says whether `draw_time` drew t. Other times count as uniform. `dimensions` is d; None
-    takes that of x0.
+    means that of x0.
     """
     first, higher, sampler = _resolve(weighting, time_sampler)
     importance = drawn and sampler == "log_sigma_hat"
@@ -162,7 +162,7 @@ def time_factors(
     indices = not t.is_floating_point()
 
     def rate() -> Tensor:
-        """du/dt = g²/(2σ²), or for an index the width w_i."""
+        """du/dt = g²/(2σ²), or the width w_i for an index."""
         if indices:
             above, below = (schedule.clip(time + half) for half in (0.5, -0.5))
             return schedule.log_sigma_hat(above) - schedule.log_sigma_hat(below)
@@ -170,7 +170,7 @@ def time_factors(
 
     span = _range(schedule)[1] if importance else None
     ratio = 1.0
-    # The first term of "likelihood" needs no density.
+    # The first term under "likelihood" needs no density.
     if span is not None and not (first == "likelihood" and order == 1):
         ratio = schedule.time_density(time) * span / rate()
 

@@ -1,10 +1,11 @@
-"""The network as ε̂(x, t), and as the function of x that losses and likelihoods differentiate.
+"""The network as ε̂(x, t), and as a function of x that losses and likelihoods differentiate.
 
 - `score_model`: `ScoreModel`, a network with its schedule and prediction.
-- `bound`: `BoundModel`, the network's prediction as a function of x, at times and conditions.
-- `posterior`: mean and covariance of clean data given noised ones.
+- `bound`: `BoundModel`, the network's prediction as a function of x, for fixed times and
+  conditions.
+- `posterior`: the mean and covariance of clean data given noised data.
 - `conditions`: which tensors of model_kwargs belong to the samples.
-- `subspace`: the linear subspace that data fill, by its projection.
+- `subspace`: the linear subspace that data fill, given by its projection.
 """
 
 from hosm_losses.model.bound import BoundModel as BoundModel

@@ -19,7 +19,7 @@ from hosm_losses.model.conditions import bind, map_tensors, per_sample, rows_not
 from hosm_losses.model.score_model import ScoreModel, apply_affine
 from hosm_losses.taylor import GIVE_THE_SOURCE, Jet, safe_primitives
 
-# Which safe primitives are active: all; those that the first derivative of one sample needs; none.
+# Which safe primitives are active: all, those that a sample's first derivative needs, or none.
 Primitives = Literal["all", "one sample", "none"]
 
 
@@ -27,7 +27,7 @@ Primitives = Literal["all", "one sample", "none"]
 class BoundModel:
     """The network's prediction as a function of x (B, *) alone.
 
-    Engines differentiate the prediction and not f = −ε̂: the part of x in f would hide that a
+    Engines differentiate the prediction rather than f = −ε̂: the term in x in f would hide that a
     network has lost its own graph.
 
     Attributes:
@@ -46,11 +46,11 @@ class BoundModel:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The prediction at x; the network gets its own copies of the arguments."""
-        # A Jet has rules of its own.
+        # A Jet has its own rules.
         all_of_them = self.primitives == "all" and not isinstance(x, Jet)
         # PyTorch's first gradient of instance norm is wrong for one sample in channels_last.
         one_sample = self.primitives == "one sample" and len(x) == 1 and x.device.type == "cpu"
-        # A network may write to its arguments, shared ones too, and is called several times.
+        # A network may write to its arguments, even shared ones, and is called several times.
         kwargs = map_tensors(self.kwargs, Tensor.clone) if self.kwargs else self.kwargs
         with safe_primitives(all_of_them or one_sample, of_one_sample=one_sample):
             if torch.compiler.is_compiling() or len(x) == self.batch:
@@ -136,7 +136,7 @@ def bind_model(
     *,
     graph: bool = True,
 ) -> BoundModel:
-    """Bind keyword arguments of the network, and times (B,), to a batch.
+    """Bind the network's keyword arguments, and times (B,), to a batch.
 
     `graph` says whether its derivatives are differentiated again.
     """
@@ -148,7 +148,7 @@ def bind_model(
 
 
 SCRIPTED = "ScriptModule"  # of torch.jit, traced or scripted
-# Names of classes, for which nothing of torch.distributed is imported.
+# Names of classes, so that nothing of torch.distributed has to be imported.
 WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel"}
 WRAPPERS |= {"OptimizedModule", SCRIPTED}
 WRAP_THE_LOSS = (

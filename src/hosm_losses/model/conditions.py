@@ -1,9 +1,9 @@
-r"""Keyword arguments of a network, and which of their tensors belong to the samples.
+r"""A network's keyword arguments, and which of their tensors belong to the samples.
 
 Purpose:
-    Losses evaluate some rows of a batch, or every row several times, so the conditions of a sample
-    have to go with it. A tensor whose first dimension is the batch size is taken to be per sample,
-    in dicts, lists, tuples, named tuples, dataclasses, namespaces and other mappings. A table that
+    Losses evaluate some rows of a batch, or every row several times, so a sample's conditions have
+    to follow it. A tensor whose first dimension is the batch size is taken to be per sample, in
+    dicts, lists, tuples, named tuples, dataclasses, namespaces and other mappings. A table that
     happens to be as long as the batch must be marked: `Shared(table)`. The decision is made once,
     when the arguments are bound to a batch: `bind` marks everything that is shared.
 """
@@ -55,8 +55,8 @@ Visit = Callable[[str, Any], Any]
 
 
 def _walk(value: Any, visit: Visit, path: str = "model_kwargs") -> Any:
-    """Replace every tensor and every Shared; return a container without any as it is."""
-    # Without unions of types, and exact types of containers first, for torch.compile.
+    """Replace every tensor and every Shared; return a container without any unchanged."""
+    # For torch.compile: no unions of types, and exact container types first.
     if isinstance(value, Tensor) or isinstance(value, Shared):  # noqa: SIM101
         return visit(path, value)
     if type(value) is dict:
@@ -80,7 +80,7 @@ def _walk(value: Any, visit: Visit, path: str = "model_kwargs") -> Any:
 
 
 def _rebuild(value: Any, entries: dict[Any, Any]) -> Any:
-    """Return a container like `value` with these entries."""
+    """Return a container of the same kind as `value` with these entries."""
     if isinstance(value, tuple):
         return getattr(value, "_make", type(value))(entries.values())
     if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
@@ -95,7 +95,7 @@ def _rebuild(value: Any, entries: dict[Any, Any]) -> Any:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to every tensor, shared ones included."""
+    """Apply a function to every tensor, including shared ones."""
 
     def visit(path: str, entry: Any) -> Any:
         shared = isinstance(entry, Shared)
@@ -105,7 +105,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors in a value, however deep in containers, shared ones included."""
+    """Return the tensors in a value, however deeply nested, including shared ones."""
     tensors: list[Tensor] = []
     map_tensors(value, lambda tensor: tensors.append(tensor) or tensor)
     return tensors
@@ -130,14 +130,14 @@ def bind(kwargs: Mapping[str, Any], batch: int) -> dict[str, Any]:
 
 
 def per_sample(kwargs: Mapping[str, Any], function: Callable[[str, Tensor], Any]) -> Any:
-    """Apply function(path, tensor) to what belongs to the samples in bound arguments."""
+    """Apply function(path, tensor) to each per-sample tensor in bound arguments."""
     return _walk(
         kwargs, lambda path, entry: entry if isinstance(entry, Shared) else function(path, entry)
     )
 
 
 def unmark(kwargs: Mapping[str, Any]) -> Any:
-    """Return the arguments without marks, for the network."""
+    """Return the arguments without `Shared` marks, for the network."""
 
     def visit(path: str, entry: Any) -> Any:
         return _walk(entry.value, visit, path) if isinstance(entry, Shared) else entry

@@ -1,12 +1,12 @@
-r"""The posterior p(x₀ | x_t) of clean data that a network implies: its mean and its covariance.
+r"""The posterior p(x₀ | x_t) of clean data implied by a network: its mean and covariance.
 
 Formula, Tweedie's of first and second order, with s = ∇ log q_t:
     E[x₀ | x_t] = (x + σ² s)/α = x̂₀
     Cov[x₀ | x_t] = σ²/α² (I + σ² ∂s/∂x) = σ²/α ∂x̂₀/∂x
 
     x̂₀ = p · prediction + q x is affine in the network's prediction, so that the last is σ²/α (p
-    ∂prediction/∂x + q I). For a network that predicts x₀ it is σ²/α times its Jacobian. For
-    others, both parts are about 1/α and their sum about α/σ²: σ̂² times smaller.
+    ∂prediction/∂x + q I). For a network that predicts x₀, it is σ²/α times its Jacobian. For
+    others, both parts are about 1/α and their sum is about α/σ²: σ̂² times smaller.
 
 Source:
     Efron, "Tweedie's formula and selection bias" (2011); Meng et al., arXiv 2111.04726, and
@@ -42,9 +42,9 @@ Probes = Literal["exact"] | Hutchinson
 class PosteriorCovariance:
     """The covariance of x₀ given x_t, an operator with `@ v`, `diagonal`, `trace` and `dense`.
 
-    Nothing is stored: each method calls the network once, a product with the symmetric part twice.
-    Nothing is clipped: the Jacobian of a network need not be symmetric, nor its symmetric part
-    positive.
+    Nothing is stored: each method calls the network once, or twice for a product with the
+    symmetric part. Nothing is clipped: a network's Jacobian need not be symmetric, nor its
+    symmetric part positive.
     """
 
     _bound: BoundModel  # with PyTorch's own operators, whose first derivatives are right
@@ -65,17 +65,17 @@ class PosteriorCovariance:
     def product(self, v: Tensor, *, symmetric: bool = True) -> Tensor:
         """The covariance of each sample times its part of v.
 
-        All K share one forward pass, with a backward pass for each. The symmetric part also needs
-        the derivatives along v, at more than twice the time.
+        All K vectors share one forward pass, with a backward pass each. The symmetric part also
+        needs derivatives along v, which more than doubles the time.
 
         Args:
             v: vectors (B, *), or K of them for each sample, (K, B, *).
             symmetric: whether to use the symmetric part, as a covariance is symmetric; False gives
-                σ²/α (∂x̂₀/∂x)ᵀ v, the gradient of σ²/α x̂₀·v in x, which is the same for a network
-                that is itself a gradient.
+                σ²/α (∂x̂₀/∂x)ᵀ v, the gradient of σ²/α x̂₀·v in x, which is the same if the
+                network is itself a gradient.
 
         Returns:
-            The products, of the shape of v, without a graph.
+            The products, in the shape of v, without a graph.
 
         Raises:
             TypeError: if v is not a tensor.
@@ -135,7 +135,7 @@ class PosteriorCovariance:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DenoisingPosterior:
-    """Mean and covariance of clean data x₀ given x at time t, as a model implies them.
+    """The mean and covariance of clean data x₀ given x at time t, as implied by a model.
 
     Attributes:
         mean: E[x₀ | x], (B, *), without a graph; `ScoreModel.denoise` has one.
@@ -157,11 +157,11 @@ def denoising_posterior(
     *,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> DenoisingPosterior:
-    """Return mean and covariance of clean data x₀ given x at time t, by Tweedie's formulas.
+    """Return the mean and covariance of clean data x₀ given x at time t, by Tweedie's formulas.
 
     The covariance is σ²/α² (I + σ² ∂s/∂x). If the network predicts x₀, it is computed
-    as σ²/α times the Jacobian. For other predictions it is a difference that loses digits as σ̂²
-    grows: in float32, all of them above σ̂ of a few hundred.
+    as σ²/α times the Jacobian. For other predictions, it is a difference that loses digits as σ̂²
+    grows: in float32, all of them if σ̂ exceeds a few hundred.
 
     Args:
         model: the score model.

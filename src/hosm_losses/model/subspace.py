@@ -1,4 +1,4 @@
-r"""The linear subspace that data fill, as positions without their centre of mass do.
+r"""The linear subspace that data fill, such as positions without their centre of mass.
 
 Purpose:
     An orthogonal projection P, the same for every sample, onto a subspace of d − k of the d
@@ -30,7 +30,7 @@ OFF = 1e-4  # of the size of the data, or 4 ε of their type: further off, x is 
 
 
 class Subspace(NamedTuple):
-    """Properties of the projection for samples of one shape."""
+    """Properties of the projection, for samples of one shape."""
 
     dimensions: int  # d − k
     diagonal: Tensor  # P_ii, in the shape of a sample, on the CPU; (d − k)/d where it is not known
@@ -38,7 +38,7 @@ class Subspace(NamedTuple):
 
 
 def random_vectors(like: Tensor, count: int) -> Tensor:
-    """Draw normal vectors (count, *) for samples (B, *) without advancing the generators."""
+    """Draw normal vectors (count, *) for samples (B, *) without advancing any generator."""
     numbers = np.random.default_rng(0).standard_normal((count, *like.shape[1:]))
     dtype = torch.float32 if like.device.type == "mps" else torch.float64
     return torch.from_numpy(numbers).to(like.device, dtype)
@@ -102,7 +102,8 @@ def examine(project: Projection, x: Tensor, dimensions: int | None) -> Subspace:
             require(dimensions is not None, expected, "the projection alone")
             diagonal = project_or_explain(torch.ones_like(v[:1]))[0]
             is_known = bool((diagonal * v - Pv).abs().max() < size)  # P is a mask
-            # With fewer dimensions than vectors, inside or outside, their products give the rank.
+            # With fewer dimensions than vectors, inside or outside, the vectors' products give the
+            # rank.
             pairs = ((products + products.T) / 2).cpu(), (flat @ flat.T).cpu()
             inside, outside = (
                 int((torch.linalg.eigvalsh(each) > size).sum())
