@@ -1,8 +1,8 @@
-"""Helpers of all packages: argument checks, error texts, per-sample sums, a progress bar.
+"""Helpers for all packages: argument checks, error texts, per-sample sums, a progress bar.
 
 Every public function checks its arguments before any work. Types, names, shapes, dtypes and
-devices are always checked, as that costs nothing: a wrong type or dtype is a TypeError, anything
-else a ValueError. Values are checked only where reading them is free: on CPU tensors outside
+devices are always checked, as that costs nothing: a wrong type or dtype raises TypeError, anything
+else ValueError. Values are only checked where reading them is free: on CPU tensors outside
 `torch.compile` and the transforms of `torch.func`, but not on accelerators, to avoid a
 synchronisation.
 """
@@ -36,7 +36,7 @@ def error_message(
 
 
 def not_a_tensor(name: str, expected: str, value: object) -> TypeError:
-    """Return the error for a value that is no tensor; a NumPy array gets advice to convert it."""
+    """Return the error for a value that is not a tensor, with advice for a NumPy array."""
     is_array = isinstance(value, np.ndarray)
     remedy = f"Convert it with torch.from_numpy({name})." if is_array else ""
     return TypeError(error_message(name, expected, value, remedy))
@@ -105,7 +105,7 @@ def check_flag(name: str, value: object) -> None:
 def check_whole(name: str, value: object, minimum: int) -> int:
     """Return `value` as an int.
 
-    TypeError unless it is an integer of Python or NumPy, ValueError below the minimum.
+    Raise TypeError unless it is a Python or NumPy integer, ValueError if it is below the minimum.
     """
     expected = f"a whole number of at least {minimum}"
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -120,20 +120,20 @@ def check_number(
 ) -> float:
     """Return `value` as a float.
 
-    TypeError unless it is a real number of Python or NumPy, ValueError unless it is finite and in
-    (above, at_most]; `what` is that condition in words.
+    Raise TypeError unless it is a real Python or NumPy number, ValueError unless it is finite and
+    in (above, at_most]; `what` describes that condition in words.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(error_message(name, what, value))
     number = float(value)
-    # Only comparisons, which torch.compile can trace.
+    # Only comparisons, as torch.compile can trace those.
     if not (-math.inf < number < math.inf and above < number <= at_most):
         raise ValueError(error_message(name, what, value))
     return number
 
 
 def check_generator(generator: object, device: torch.device) -> torch.Generator | None:
-    """Return `generator` if it is None or lives on the device of the draws."""
+    """Return `generator` if it is None or is on the device of the draws."""
     if generator is None:
         return None
     remedy = f"Make one with torch.Generator({str(device)!r}).manual_seed(0)."
@@ -163,7 +163,7 @@ def check_model_kwargs(model_kwargs: object) -> dict[str, Any]:
 
 
 def check_dense(name: str, value: Tensor) -> None:
-    """Raise TypeError for a sparse or nested tensor, or one of another layout."""
+    """Raise TypeError for a sparse or nested tensor, or one with another unusual layout."""
     if value.is_nested or value.layout != torch.strided:
         got = "a nested one" if value.is_nested else f"one of layout {value.layout}"
         raise TypeError(error_message(name, "a dense tensor (B, *)", value, got=got))
@@ -202,7 +202,7 @@ def check_like(
     device: torch.device,
     of: str,
 ) -> Tensor:
-    """Return `value` if it is a tensor of this shape, dtype and device, which `of` names."""
+    """Return `value` if it is a tensor of this shape, dtype and device, those of what `of` names."""
     if not isinstance(value, Tensor):
         raise not_a_tensor(name, f"a tensor of shape {shape}", value)
     check_dense(name, value)
@@ -235,7 +235,7 @@ def check_prediction(predicted: object, x: Tensor) -> None:
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    """Raise ValueError if a CPU tensor holds a NaN or an infinity."""
+    """Raise ValueError if a CPU tensor contains NaN or an infinity."""
     if not can_read_values(value):
         return
     # A sum takes one pass, and is finite only if all its terms are.
@@ -246,7 +246,7 @@ def check_finite(name: str, value: Tensor) -> None:
 
 
 def check_range(name: str, value: Tensor, low: float, high: float) -> None:
-    """Raise ValueError if a CPU tensor leaves [low, high]; NaN counts as outside."""
+    """Raise ValueError if a CPU tensor has values outside [low, high]; NaN counts as outside."""
     if can_read_values(value) and not bool(((value >= low) & (value <= high)).all()):
         expected = f"values in [{low:.9g}, {high:.9g}], the range of the schedule"
         least, largest = float(value.min()), float(value.max())
@@ -265,7 +265,7 @@ def expand_right(per_sample: Tensor, like: Tensor) -> Tensor:
 
 
 def sum_elements(tensor: Tensor, leading: int = 2) -> Tensor:
-    """Sum over the elements of a sample, (K, B, *) to (K, B), in float32 at least.
+    """Sum over the elements of a sample, (K, B, *) to (K, B), in at least float32.
 
     `leading` is the number of dimensions before those of a sample, 1 for (B, *).
     """
@@ -276,7 +276,7 @@ def sum_elements(tensor: Tensor, leading: int = 2) -> Tensor:
 def generator_kwargs(generator: torch.Generator | None) -> dict[str, Any]:
     """Keyword arguments that pass a generator.
 
-    torch.compile refuses generator=None where a size may differ from call to call.
+    torch.compile refuses generator=None where a size may vary between calls.
     """
     return {} if generator is None else {"generator": generator}
 

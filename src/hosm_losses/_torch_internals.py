@@ -1,7 +1,8 @@
 """Private names and error texts of PyTorch; the engine's are in `taylor._torch`.
 
-PyTorch keeps neither stable. `tests/test_torch_internals.py` tests those that could change
-silently, and lists the versions that have them; if a test fails, this is the file to change.
+PyTorch guarantees the stability of neither. `tests/test_torch_internals.py` tests those that could
+change silently, and lists the versions that have them; if a test fails, this is the file to
+change.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,8 +1,9 @@
-"""Derivatives of a network along probes, and their gradients in the parameters.
+"""Derivatives of a network along probes, and their gradients with respect to the parameters.
 
 - `select`: the choice of the engine, and a clean state after a failed attempt.
-- `engines`: the two engines, "taylor" and "reverse", with products of the Jacobian and a vector.
-- `kinks`: operators whose derivative jumps, the warning about them, and facts about a network.
+- `engines`: the two engines, "taylor" and "reverse", and products of the Jacobian with vectors.
+- `kinks`: operators whose derivative jumps, the warning about them, and known facts about a
+  network.
 - `backward`: backward passes, lost graphs, and remedies for known errors.
 - `checkpointing`: checkpoints inside a network.
 """

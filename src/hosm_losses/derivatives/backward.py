@@ -1,9 +1,9 @@
-r"""Backward passes through a network, and the errors they raise if the graph is lost.
+r"""Backward passes through a network, and the errors raised if the graph is lost.
 
 Purpose:
-    A network may cut the graph, by .detach() or by a custom autograd.Function whose backward
+    A network may cut the graph, through .detach() or a custom autograd.Function whose backward
     returns gradients without a graph. A second backward pass would then give wrong values, so
-    every cut raises an error with a remedy when it happens.
+    every cut immediately raises an error with a remedy.
 
     The graph of a derivative in x ends at the engine's own copy of x. If it ends nowhere else, for
     example because all parameters are frozen, there is nothing to train: the engine returns
@@ -72,7 +72,7 @@ class DroppedGraphError(DerivativeError):
 
 
 def explain(error: Exception) -> None:
-    """Raise a DerivativeError with the remedy, if one is known for an error of PyTorch."""
+    """Raise a DerivativeError with the remedy, if one is known for this PyTorch error."""
     if isinstance(error, CheckpointError):
         raise DerivativeError(CHECKPOINT_ADVICE) from error
     for words, advice in REMEDIES.items():
@@ -81,7 +81,7 @@ def explain(error: Exception) -> None:
 
 
 def refuse_scripted(engine: str, error: Exception) -> None:
-    """Raise ScriptedError if a function of torch.jit caused an error of the taylor engine."""
+    """Raise ScriptedError if a torch.jit function caused an error of the taylor engine."""
     if engine == "taylor" and internals.IN_SCRIPT in str(error):
         raise ScriptedError(SCRIPTED_FUNCTION) from error
 
@@ -133,7 +133,7 @@ def may_train(value: Tensor, x: Tensor, point: Tensor) -> bool:
 
 
 def leaf(x: Tensor, wanted: bool = True) -> Tensor:
-    """Return a point to differentiate at: x if a gradient in x may be needed, else a copy."""
+    """Return a point to differentiate at: x if a gradient in x may be needed, otherwise a copy."""
     own = internals.is_traced() or (wanted and x.requires_grad)
     return x if own else x.detach().requires_grad_()
 
@@ -147,9 +147,8 @@ def vjp(
     """Return the value and the rest of a function's result (value, more), and its backward.
 
     The backward pass maps a cotangent like the value to a gradient for every point, with or
-    without a `graph`. If the value does not depend on a point, the gradient there is zero; with
-    `lost`, it is an error with that text. Under torch.compile and torch.func it is
-    `torch.func.vjp`.
+    without a `graph`. If the value does not depend on a point, the gradient there is zero or, with
+    `lost`, an error with that text. Under torch.compile and torch.func it is `torch.func.vjp`.
     """
     if internals.is_traced():
         result: Any = torch.func.vjp(function, *points, has_aux=True)
@@ -193,13 +192,13 @@ def pass_back(
 
 
 def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tensor:
-    """Return the gradients of a backward pass in its one point for K cotangents, (K, B, *).
+    """Return a backward pass's gradients at its single point for K cotangents, (K, B, *).
 
     It uses vmap, and K calls in turn if vmap fails, as it may in the backward of a custom
     autograd.Function.
     """
     in_turn = in_turn or len(cotangents) == 1 or internals.in_functorch()
-    # A checkpoint around the loss recomputes it here, and under vmap it could not draw again.
+    # A checkpoint around the loss recomputes it here, and could not draw again under vmap.
     if not in_turn and internals.checkpoint_hook(internals.ANY_CHECKPOINT) is None:
         try:
             return back(cotangents, batched=True)[0]
@@ -211,7 +210,7 @@ def pull_each(back: PassBack, cotangents: Tensor, in_turn: bool = False) -> Tens
 
 
 def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the gradients of a scalar in some tensors; zero for one it does not depend on."""
+    """Return the gradients of a scalar in some tensors, zero for those it does not depend on."""
     if not (inputs and value.requires_grad):
         return tuple(torch.zeros_like(tensor) for tensor in inputs)
     return torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True)

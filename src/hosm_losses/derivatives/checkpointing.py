@@ -1,4 +1,4 @@
-"""Activation checkpointing inside a network whose derivatives a loss takes."""
+"""Activation checkpointing inside a network that a loss differentiates."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,14 +25,14 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         function: a part of the network.
         args: its arguments.
         kwargs: its keyword arguments, and `preserve_rng_state`, `determinism_check`, `debug` and
-            `early_stop` of torch's checkpoint; `use_reentrant=False` is accepted and changes
-            nothing.
+            `early_stop` of torch's checkpoint; `use_reentrant=False` is accepted and has no
+            effect.
 
     Returns:
         The result of `function`.
 
     Raises:
-        ValueError: if use_reentrant is True, or if there is a context_fn.
+        ValueError: if use_reentrant is True, or if a context_fn is given.
         DerivativeError: if `function` changes an argument in place, as the recomputation would
             start from the changed argument.
 

@@ -1,4 +1,4 @@
-r"""The two engines: value, directional derivative, third-order part and products of a network.
+r"""The two engines: a network's value, directional derivative, third-order part and products.
 
 Formula, along w = σ v:
     taylor    the network is called on a `Jet` of x; G is the gradient of w·D, by reverse mode.
@@ -6,16 +6,16 @@ Formula, along w = σ v:
               not its transpose; at c = w the same pass gives ∂(w·g)/∂x = G.
 
     The taylor engine can compute C = ∂²f[w, w], the Laplacian form, instead of G, without a
-    backward pass. If only the sum of G or of C over the directions is needed, it takes one
-    backward pass or carries one second derivative, and the directions share the value.
+    backward pass. If only the sum of G or of C over the directions is needed, it uses one backward
+    pass or carries one second derivative, and the directions share the value.
 
     Products, for the value f and a fixed c = cotangent(f):
     vjp_c = (∂f/∂x)ᵀ c    by a backward pass from f, with its graph
     jvp_c = ∂f/∂x c       as the gradient of vjp_c·c in c, in which vjp_c is linear
 
-    The network is called once. Reverse mode has vjp_c already: D is also its gradient in c, and
-    all directions share f. In the taylor engine each direction that needs G has its own copy of x,
-    and so its own dropout mask.
+    The network is called once. Reverse mode already has vjp_c: D is also its gradient in c, and
+    all directions share f. In the taylor engine, each direction that needs G has its own copy of
+    x, and hence its own dropout mask.
 
 Cost of a step with products and K directions, in network evaluations, where order one takes 3:
     order 2    6 + 3 K in reverse mode, 6 + 6 K in the taylor engine
@@ -62,16 +62,16 @@ class Network(Protocol):
 
     @property
     def owner(self) -> object:
-        """The network, under which the choice of an engine is remembered."""
+        """The network, for which the choice of an engine is remembered."""
         ...
 
     @property
     def native(self) -> "Network":
-        """The same with PyTorch's own operators, for values and first derivatives alone."""
+        """The same with PyTorch's own operators, only for values and first derivatives."""
         ...
 
     def repeat(self, count: int) -> "Network":
-        """The function of `count` copies of the batch, for x of shape (count · B, *)."""
+        """The function for `count` copies of the batch, with x of shape (count · B, *)."""
         ...
 
 
@@ -92,7 +92,7 @@ class Derivatives(NamedTuple):
 
 
 class Products(NamedTuple):
-    """Derivatives at x (B, *), with products; each has the shape of the value.
+    """Derivatives at x (B, *), with products, each in the shape of the value.
 
     Attributes:
         derived: the derivatives from an engine.
@@ -108,7 +108,7 @@ class Products(NamedTuple):
 
 
 def copies(network: Network, x: Tensor, w: Tensor) -> tuple[Network, Tensor, Tensor]:
-    """Return the network, x and the directions with the K directions as one larger batch."""
+    """Return the network, x and the directions, with the K directions as one larger batch."""
     count = len(w)
     rows = x.repeat(count, *(1,) * (x.ndim - 1))
     return (network.repeat(count) if count > 1 else network), rows, w.flatten(0, 1)
@@ -122,7 +122,7 @@ def taylor(
     laplacian: bool = False,
     summed: bool = False,
 ) -> Derivatives:
-    """Return the value and its derivatives by one call; TaylorError for unknown operators."""
+    """Return the value and its derivatives from one call; TaylorError for unknown operators."""
     wanted, shape = torch.is_grad_enabled(), w.shape
     exact = order == 3 and not laplacian  # G, by a backward pass from w·D
     copied = exact and not summed  # each direction has a copy of x
@@ -161,7 +161,7 @@ def taylor(
 
 
 def reverse(network: Network, x: Tensor, w: Tensor, order: int) -> Derivatives:
-    """Return the value and its derivatives by two backward passes, with G and never C.
+    """Return the value and its derivatives from two backward passes, with G and never C.
 
     Raises DerivativeError if autograd cannot differentiate the network twice.
     """
@@ -217,7 +217,7 @@ def reverse_products(
     if order == 2:
         parts = [value.unsqueeze(0), pull_each(again, w)]
     else:
-        # In turn: G belongs to one direction, and a batch would call f for each.
+        # One by one: G belongs to one direction, and a batch would call f for each.
         pairs = []
         for direction in w:
             start = leaf(direction, wanted)
@@ -239,7 +239,7 @@ def products_beside(
     push: bool,
     copied: bool,
 ) -> Products:
-    """Return an engine's derivatives, with products by backward passes from its value.
+    """Return an engine's derivatives, with products from backward passes from its value.
 
     If `copied`, each direction has its own copy of x and its own value.
     """
@@ -283,8 +283,9 @@ def quadratic_forms(
 ) -> tuple[Tensor, Tensor]:
     """Return the value (B, *) of a network, and the forms wᵀ ∂f/∂x w, (K, B), of directions w.
 
-    It takes one forward pass, and one backward pass for each chunk (k, B, *) of directions. Raises
-    DerivativeError if the output has no graph to x, or if the graph of the result is dropped.
+    This takes one forward pass, and one backward pass for each chunk (k, B, *) of directions.
+    Raises DerivativeError if the output has no graph to x, or if the graph of the result is
+    dropped.
     """
     wanted = torch.is_grad_enabled()
     f, in_turn = watch_once(network, 2, wanted), False
@@ -299,7 +300,7 @@ def quadratic_forms(
                 explain(error)
                 raise
         wanted = wanted and may_train(value, x, point)
-        # Behind the point are all earlier evaluations of a path.
+        # Behind the point lie all earlier evaluations of a path.
         in_turn = refuse_dropped(value, wanted, point)
         back = pass_back(value, (point,), wanted, LOST_ONCE)
     forms = torch.cat([sum_elements(pull_each(back, w, in_turn) * w) for w in directions])

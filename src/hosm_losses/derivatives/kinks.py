@@ -1,11 +1,11 @@
-r"""Operators whose derivative jumps, the warning about them, and facts about a network.
+r"""Operators whose derivative jumps, the warning about them, and known facts about a network.
 
 Purpose:
     In a ReLU network, ∂f/∂x is almost everywhere independent of the bias before a ReLU. A term of
     order two then has no gradient for that bias, and too small a gradient for other parameters,
-    although its mean over the data depends on them: they decide how often the data cross a kink.
-    No derivative of the network shows this, in any engine. The first call of a network is
-    therefore watched for such operators between x and the output. Clamps are ignored: most only
+    although its mean over the data depends on them, as they determine how often the data cross a
+    kink. No derivative of the network shows this, in any engine. The first call of a network is
+    therefore watched for such operators between x and the output. Clamps are ignored, as most only
     guard against overflow.
 """
 
@@ -29,7 +29,7 @@ _JUMPS = """
     cummin sort msort topk kthvalue median quantile special_i0e
 """
 JUMPS = frozenset(_JUMPS.split())
-# Operators whose second derivative jumps but not the first.
+# Operators whose second derivative jumps but whose first does not.
 JUMPS_TWICE = frozenset({"celu", "softsign", "smooth_l1_loss", "huber_loss", "special_i1e"})
 WARNING = (
     "network: {} depends on x through {}. Beyond order one, a loss or the gradient of a "
@@ -40,7 +40,7 @@ WARNING = (
 
 @dataclass
 class NetworkMemory:
-    """Facts about a network that earlier calls have shown.
+    """Facts about a network learned from earlier calls.
 
     Attributes:
         refused: why an engine refuses a kind of call, by (engine, kind).
@@ -62,7 +62,7 @@ _MEMORIES: "weakref.WeakKeyDictionary[Any, NetworkMemory]" = weakref.WeakKeyDict
 
 
 def refusal(owner: object, order: int) -> str | None:
-    """Why the taylor engine refused a call of this order; None if it refused none."""
+    """Why the taylor engine refused a call of this order; None if it did not refuse any."""
     for (engine, kind), why in memory_of(owner).refused.items():
         if engine == "taylor" and kind[0] == order:
             return why
@@ -78,7 +78,7 @@ def memory_of(owner: object) -> NetworkMemory:
 
 
 def watch_once(field: Any, order: int, wanted: bool) -> Callable[[Tensor], Tensor]:
-    """Return the field, wrapped to warn of jumps in the first call with gradients."""
+    """Return the field, wrapped to warn about jumps in the first call with gradients."""
     if torch.compiler.is_compiling() or not wanted or order in memory_of(field.owner).orders:
         return field
 
@@ -97,7 +97,7 @@ def find_jumps(
 ) -> tuple[Tensor, str | None]:
     """Return a field's value, and a phrase that names the operators whose derivatives jump.
 
-    At order two these are first derivatives, at order three first or second ones.
+    At order two, these are first derivatives; at order three, first or second ones.
     """
     with _Watch(Jet if isinstance(point, Jet) else Tensor) as watch:
         value = field(point)
@@ -110,7 +110,7 @@ def find_jumps(
 
 
 def _jumps(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> int:
-    """Which derivative of an operator jumps: 1 or 2, or 0 for neither."""
+    """Which derivative of an operator jumps: 1 or 2, or 0 if neither does."""
     if name == "elu":
         return 2 if named.get("alpha", args[1] if len(args) > 1 else 1.0) == 1 else 1
     if name == "smooth_l1_loss" and named.get("beta") == 0:
@@ -185,5 +185,5 @@ def _between(point: Tensor, value: Tensor) -> set[Any]:
 
 
 def _stack(x: Any) -> Any:
-    """Return the stack of a Jet, and anything else unchanged."""
+    """Return a Jet's stack, or anything else unchanged."""
     return x.stack if isinstance(x, Jet) else x

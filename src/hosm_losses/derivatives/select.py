@@ -3,13 +3,13 @@ r"""The choice of the engine that differentiates a network, and the memory of "a
 Purpose:
     "auto" tries the taylor engine. If it cannot carry derivatives through the network, reverse
     mode takes over, in eager mode only. A failed attempt leaves buffers and generators unchanged,
-    and the user is warned once. A refusal is remembered at once for calls of the same kind; any
-    other error only if it repeats in the next such call, as a bad batch may have caused it. After
-    an engine has succeeded in a kind of call there is no fallback for that kind, and errors reach
-    the user. `check_derivatives` finds the errors that only a backward pass would raise.
+    and the user is warned once. A refusal is remembered immediately for calls of the same kind;
+    any other error only if it recurs in the next such call, as a bad batch may have caused it.
+    Once an engine has succeeded in a kind of call, there is no fallback for that kind, and errors
+    reach the user. `check_derivatives` finds the errors that only a backward pass would raise.
 
     An error raised here while torch.compile traces breaks the graph, and the call is repeated in
-    eager mode. With fullgraph=True it reaches the user.
+    eager mode. With fullgraph=True, it reaches the user.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ STATISTICS = (
     "loss of exact order three; got {}. Call .eval() on it, or use third='laplacian'."
 )
 ASK_THE_CHECK = "check_derivatives(model, x0) names the module and what to do."
-# Errors of code that receives a Jet where it expects an ordinary tensor.
+# Errors raised by code that receives a Jet where it expects an ordinary tensor.
 JET_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
@@ -70,7 +70,7 @@ class NetworkState:
                 for name, buffer in module.named_buffers(recurse=False)
             ]
         self.device_type = x.device.type
-        # Inside a CUDA graph the state cannot be read.
+        # Inside a CUDA graph, the state cannot be read.
         captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
         self.generators = None if captured else (torch.get_rng_state(), get_device_states(x))
 
@@ -79,7 +79,7 @@ class NetworkState:
         with torch.no_grad():
             for module, name, buffer, value, version in self.buffers:
                 setattr(module, name, buffer)
-                # A graph may have saved a buffer without a count of changes, as batch norm does.
+                # A graph may have saved a buffer without counting its changes, as batch norm does.
                 (buffer.data if versions([buffer]) == version else buffer).copy_(value)
         if generators and self.generators is not None:
             state, (devices, states) = self.generators
@@ -101,7 +101,7 @@ def derive(
 
     Order 2 gives D; order 3 also gives G or, with `laplacian`, C = ∂²f[w, w] from the taylor
     engine. With `summed`, an engine may return only the sum of G or C over the directions. Under
-    `torch.no_grad` there is no graph. Raises DerivativeError if the engine (with "auto", both
+    `torch.no_grad`, there is no graph. Raises DerivativeError if the engine (with "auto", both
     engines) cannot differentiate the network.
     """
     # Reverse mode is not traced: its checks for dropped graphs would be lost.
@@ -172,9 +172,9 @@ def derive_with_products(
     laplacian: bool = False,
     push: bool = False,
 ) -> Products:
-    """Return what `derive` does, with (∂f/∂x)ᵀ c and, if `push`, ∂f/∂x c for c = cotangent(f).
+    """Return the result of `derive`, with (∂f/∂x)ᵀ c and, if `push`, ∂f/∂x c for c = cotangent(f).
 
-    "auto" tries reverse mode first, which costs least here, then proceeds as in `derive`.
+    "auto" tries reverse mode first, as it costs least here, then proceeds as in `derive`.
     """
     if torch.compiler.is_compiling() and engine != "reverse":
         with contextlib.suppress():  # noqa: B022 - as in `derive`
@@ -219,7 +219,7 @@ def unknown(error: TaylorError) -> DerivativeError:
 
 
 def _refuse_statistics(network: Network, *, exact: bool) -> None:
-    """Raise if a buffer would change: PyTorch fails then, without a fallback to eager mode."""
+    """Raise if a buffer would change: PyTorch would fail without falling back to eager mode."""
     for part in getattr(network.owner, "modules", list)() if exact else ():
         if part.training and getattr(part, "track_running_stats", False):
             raise DerivativeError(STATISTICS.format(type(part).__name__))
@@ -250,7 +250,7 @@ class EngineAttempts:
         self.notes: dict[Any, dict[Any, str]] = {}
 
     def is_refused(self, engine: str) -> bool:
-        """Whether this engine refused such a call before."""
+        """Whether this engine has already refused such a call."""
         why = self.memory.refused.get((engine, self.kind))
         if why is not None:
             self.reasons[engine] = why
@@ -276,7 +276,7 @@ class EngineAttempts:
                 raise
             before.restore()
             self.reasons[engine] = (str(error) or repr(error)).splitlines()[0].rstrip(".")
-            # The depth of calls depends on the caller, not on the network alone.
+            # The depth of calls depends on the caller, not only on the network.
             if not any(self.surroundings) and not isinstance(error, RecursionError):
                 sure = isinstance(error, DerivativeError | TaylorError) or engine == "reverse"
                 sure = sure or call in self.memory.failed
@@ -297,7 +297,7 @@ def _another_may_do(engine: str, error: Exception) -> bool:
         return isinstance(error, kinds) or any(words in text for words in NOT_TWICE)
     if isinstance(error, FINAL):
         return False
-    # A failed device says nothing about the network. The exception with which a checkpoint around
+    # A failed device tells nothing about the network. The exception with which a checkpoint around
     # the loss ends its recomputation is none of these errors.
     failed = any(words in text for words in DEVICE_ERROR_TEXT)
     return isinstance(error, JET_ERRORS) and not (
@@ -317,7 +317,7 @@ def _warn_once(attempts: EngineAttempts) -> None:
 
 
 def never_warn(owner: object) -> None:
-    """Suppress warnings about a network that is only examined, and not trained."""
+    """Suppress warnings about a network that is only examined, not trained."""
     memory = memory_of(owner)
     memory.warned = True
     memory.orders.update((2, 3))

@@ -468,7 +468,7 @@ class _Search:
         return sum(self._is_worse(self.losses[read])) < WORSE * len(self.levels)
 
     def _first(self) -> list[Read]:
-        """The candidates that fit best; among equally good ones the least change is first."""
+        """The candidates that fit best; among equals, the smallest change comes first."""
         scores = self._scores()
         order = [read for read in scores if scores[read] < math.inf and read != self.own]
         order.sort(key=scores.__getitem__)

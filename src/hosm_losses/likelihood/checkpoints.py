@@ -29,7 +29,7 @@ class RecomputedEvaluations:
         self.latest: Callable[[], RecomputedEvaluation | None] = lambda: None
 
     def applies(self) -> bool:
-        """Whether a new evaluation is to be recomputed: not if it is inside such an evaluation."""
+        """Whether to recompute a new evaluation: not if it is inside such an evaluation."""
         return torch.is_grad_enabled() and not (self.is_inside or self.refused or is_traced())
 
     def evaluate(self, function: Callable[[], Any], x: Tensor) -> Any:

@@ -59,7 +59,7 @@ class Estimator:
     def estimate(
         self, model: BoundModel, x: Tensor, _: Tensor | None, /
     ) -> tuple[Tensor, Tensor | None]:
-        """Return f = −ε̂ at x (B, *), and ∇·f by each probe, (K, B), or (1, B) without probes."""
+        """Return f = −ε̂ at x (B, *), and ∇·f for each probe, (K, B), or (1, B) without probes."""
         return model.f(x), None
 
 

@@ -191,7 +191,7 @@ def keep_finished(interrupt: KeyboardInterrupt, result: Result | None) -> None:
 
 
 def _on_subspace(coordinates: Coordinates, model: ScoreModel, subspace: Subspace) -> Coordinates:
-    """Return the coordinates of data on a subspace, with which their std has to commute."""
+    """Return the coordinates of data in a subspace; std and projection have to commute."""
     mean, std = coordinates.mean.contiguous(), coordinates.std
     check_commutes(model.project, std)
     is_one_number = std.untyped_storage().nbytes() == std.element_size()  # which is expanded

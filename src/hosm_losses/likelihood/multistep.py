@@ -205,7 +205,7 @@ class AdamsSolver:
 
     @property
     def variance(self) -> Tensor:
-        """Of the integral, from those of the nodes, or from neighbours if there is none, (B,)."""
+        """The integral's variance, from those of the nodes, or else from neighbours, (B,)."""
         variances = self.variances
         if not variances:
             q = torch.stack(self.integrands).detach()

@@ -235,7 +235,7 @@ def ode_sample(
 
 
 def _samples(result: NLLResult, latent: Tensor, divergence: Divergence | None) -> SampleResult:
-    """Turn a result whose `latent` holds samples into theirs, for the first latents or all."""
+    """Return the SampleResult of a result whose `latent` holds samples, of all latents or some."""
     fields = {**vars(result), "x": result.latent, "latent": latent[: len(result.latent)]}
     if divergence is None:
         fields |= {"nll": None, "solver_error": None}

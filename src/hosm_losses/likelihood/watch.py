@@ -31,7 +31,7 @@ def buffers_restored(modules: Mapping[str, nn.Module], x: Tensor) -> Iterator[No
 
 
 def warn_of_training_mode(modules: Mapping[str, nn.Module]) -> bool:
-    """Warn of a module whose training mode changes a likelihood; return whether there is one."""
+    """Warn about a module whose training mode changes a likelihood; return whether one exists."""
     for name, part in modules.items():
         if not part.training or not isinstance(part, TRAINING):
             continue

@@ -513,7 +513,7 @@ class TargetScores:
         return project(scores.to(wide(data))).reshape(len(data), -1)
 
     def _information_for(self, g: Tensor, x0: Tensor) -> tuple[Tensor | float, Tensor | None]:
-        """F, or its eigenvalues and eigenvectors, from the scores (B, d) of a batch if need be."""
+        """F, or its eigenvalues and eigenvectors, from a batch's scores (B, d) if necessary."""
         information, (count, d) = self.information, g.shape
         if information is None:
             # Only from the others, so that C does not depend on the sample itself.

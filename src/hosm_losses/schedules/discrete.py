@@ -237,7 +237,7 @@ class DiscreteSchedule(Schedule):
         return -alpha * sigma.square() * slope, sigma * alpha.square() * slope
 
     def time(self, log_sigma_hat: Tensor | float) -> Tensor:
-        """Return the fractional index of this log σ̂, clipped to the table's ends."""
+        """Return the fractional index at this value of log σ̂, clipped to the table's ends."""
         return self.clip(self._log_sigma_hat.inverse(as_time(log_sigma_hat)))
 
     def _density(self, t: Tensor) -> Tensor:

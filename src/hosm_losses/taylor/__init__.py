@@ -1,6 +1,6 @@
-r"""Derivatives of a function along directions, from one call of it.
+r"""Derivatives of a function along directions, from a single call.
 
-`jet` and `laplacian` are for users; the engine below them needs PyTorch and nothing else:
+`jet` and `laplacian` are for users; the engine below them needs only PyTorch:
 
     >>> import torch
     >>> x, directions = torch.zeros(4, 3), torch.ones(2, 4, 3)
@@ -12,18 +12,18 @@ How it works:
     The function is called once, on a `Jet` in place of x: a tensor that looks like x and carries a
     stack (C, B, *) of its value, its first derivatives along the directions and its second ones,
     along l and twice along l. PyTorch passes each function that is called on a Jet to
-    `Jet.__torch_function__`, which looks up a rule in the `registry`. A rule makes the stack of y
-    = f(x) from that of x. It is the chain rule, in two lines:
+    `Jet.__torch_function__`, which looks up a rule in the `registry`. A rule computes the stack of
+    y = f(x) from that of x. It is the chain rule, in two lines:
 
         y_l = ∂f x_l        y_ll = ∂f x_ll + ∂²f[x_l, x_l]
 
     A function without a rule is differentiated on its own, by `torch.func.jvp`. Calls that cannot
-    be right raise `TaylorError`, such as a custom autograd.Function or complex numbers, except
+    be right raise `TaylorError`, for example a custom autograd.Function or complex numbers, except
     those of rotary embeddings.
 
 Kinds of rules, with an example of each:
     linear: ∂²f is zero, so the rule is the function itself, applied to one component after another
-        or to the whole stack, one axis further on.
+        or to the whole stack, with axes shifted by one.
 
         linear(lambda stack, dim, index: stack.select(_axis(stack, dim), index), "select")
 
@@ -34,7 +34,7 @@ Kinds of rules, with an example of each:
             return product_rule(a, b, torch.mul, ndim)
 
     pointwise: a generator of the function and its first three derivatives at x. The third is for
-    gradients, which are written once for all: see `pointwise`.
+    gradients, which are written once for all rules: see `pointwise`.
 
         @pointwise("exp")
         def _exp(x):
@@ -47,8 +47,8 @@ Kinds of rules, with an example of each:
             value, gate = ops.chunk(input, 2, dim)
             return ops.mul(value, ops.sigmoid(gate))
 
-    A rule that is none of these, such as that of softmax, computes with stacks by hand. The page
-    on derivatives says how to add one and to test it.
+    A rule that is none of these, such as that for softmax, computes with stacks directly. The page
+    on derivatives says how to add and test one.
 
 Source:
     Griewank and Walther, "Evaluating derivatives" (2008), chapter 13; Bettencourt, Johnson and
@@ -56,7 +56,7 @@ Source:
 
 Files, from the bottom up:
 - `_torch`, `stacks`: private names of PyTorch; stacks of components.
-- `registry`: which functions have which rule; errors; hooks inside a network.
+- `registry`: which function has which rule; errors; hooks inside a network.
 - `memory`: which tensors share memory; functions that keep only their arguments for the backward
   passes.
 - `primitives`: operators whose double backward is right, and the mode that substitutes them for

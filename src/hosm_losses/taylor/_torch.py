@@ -1,7 +1,8 @@
 """Private names of PyTorch that the engine needs, and what surrounds a call.
 
-PyTorch keeps no private name stable. `tests/taylor/test_torch.py` tests those that could change
-silently, and lists the versions that have them; if a test fails, this is the file to change.
+PyTorch does not keep private names stable. `tests/taylor/test_torch.py` tests those that could
+change silently, and lists the versions that have them; if a test fails, this is the file to
+change.
 """
 
 import threading
@@ -21,17 +22,17 @@ dispatch_depth: Any = _C._len_torch_dispatch_stack  # how many dispatch modes su
 
 
 def in_functorch() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp, …) surrounds this call."""
+    """Whether this call is inside a transform of torch.func (grad, vmap, jvp, …)."""
     return not torch.compiler.is_compiling() and _C._functorch.peek_interpreter_stack() is not None
 
 
 def is_traced() -> bool:
-    """Whether values cannot be read, under torch.compile or a transform of torch.func."""
+    """Whether values cannot be read because of torch.compile or a transform of torch.func."""
     return torch.compiler.is_compiling() or _C._functorch.peek_interpreter_stack() is not None
 
 
 def carries_gradient(x: object) -> bool:
-    """Whether a value is a tensor with a gradient, in the innermost transform of torch.func."""
+    """Whether a value is a tensor with a gradient in the innermost transform of torch.func."""
     if not isinstance(x, Tensor) or not x.requires_grad:
         return False
     innermost = _C._functorch.peek_interpreter_stack()
@@ -44,7 +45,7 @@ def saving_hooks() -> Any:
 
 
 def checkpoint_hook(kind: str | tuple[str, ...] = "_checkpoint_hook") -> object:
-    """The innermost hook that saves tensors, if it is one of a checkpoint (or of other kinds)."""
+    """The innermost hook that saves tensors, if it belongs to a checkpoint (or to other kinds)."""
     if _look is None or torch.compiler.is_compiling():
         return None
     hook, _ = _look(True) or (None, None)
@@ -61,7 +62,7 @@ def selective_checkpoint() -> bool:
 
 
 def autocast_type(x: Tensor) -> torch.dtype:
-    """Return the dtype in which autocast multiplies a tensor; its own if off, or for float64."""
+    """Return the dtype in which autocast multiplies a tensor; its own if off or for float64."""
     kind = x.device.type
     short = x.dtype != torch.float64 and _autocast(kind)
     return torch.get_autocast_dtype(kind) if short else x.dtype
@@ -83,14 +84,14 @@ def without_autocast(kind: str) -> AbstractContextManager[object]:
 
 
 def in_custom_function() -> bool:
-    """Whether the forward of a torch.autograd.Function surrounds this call."""
+    """Whether this call is inside the forward of a torch.autograd.Function."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False  # it turns off forward mode as well, which torch.no_grad leaves on
     return not (_C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 def forward_mode_on() -> AbstractContextManager[object]:
-    """Return a context manager in which `in_custom_function` only sees what is inside it."""
+    """Return a context manager within which `in_custom_function` only sees what is inside."""
     if torch.compiler.is_compiling() or _C._is_fwd_grad_enabled():
         return nullcontext()
     return torch.autograd.forward_ad._set_fwd_grad_enabled(True)
@@ -107,7 +108,7 @@ def operators(name: str) -> list[Any]:
 
 
 def of_a_package(function: object) -> bool:
-    """Whether this is an operator of torch.library that is not composed of PyTorch's own."""
+    """Whether this is a torch.library operator that is not composed of PyTorch's own operators."""
     if isinstance(function, torch._ops.OpOverloadPacket):
         function = getattr(function, function.overloads()[0])
     if not isinstance(function, torch._ops.OpOverload) or function.namespace == "aten":
@@ -121,7 +122,7 @@ of_a_package._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMem
 
 
 def will_run(node: object) -> bool:
-    """Whether the running backward pass needs the gradient of a node, None for no node."""
+    """Whether the running backward pass needs a node's gradient; the node may be None."""
     if node is None:
         return False
     try:
@@ -131,14 +132,14 @@ def will_run(node: object) -> bool:
 
 
 def shell(kind: type[Tensor], stack: Tensor) -> Any:
-    """A tensor of a subclass without data, like the first entry of a stack."""
+    """A data-free tensor of a subclass, with the properties of a stack's first entry."""
     make: Any = Tensor._make_wrapper_subclass
     shape, strides = stack.shape[1:], stack.stride()[1:]
     return make(kind, shape, strides, dtype=stack.dtype, device=stack.device)
 
 
 def without_subclasses() -> AbstractContextManager[None]:
-    """Return a context manager in which no __torch_function__ of a subclass is called."""
+    """Return a context manager in which no subclass's __torch_function__ is called."""
     return _C.DisableTorchFunctionSubclass()
 
 
@@ -159,7 +160,7 @@ def swap(a: Tensor, b: Tensor) -> None:
 
 def outside_inference_mode() -> AbstractContextManager[None]:
     """Leave torch.inference_mode, which forbids all derivatives, with gradients off as before."""
-    # torch.compile of PyTorch 2.6 follows no generator in a with statement.
+    # torch.compile of PyTorch 2.6 cannot follow generators in a with statement.
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     return _left()
@@ -185,5 +186,5 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def forward_mode() -> AbstractContextManager[object]:
-    """Return a lock for torch.func.jvp, whose levels belong to the whole process."""
+    """Return a lock for torch.func.jvp, whose levels are shared by the whole process."""
     return nullcontext() if torch.compiler.is_compiling() else _lock

@@ -1,4 +1,4 @@
-r"""Softmax with its gradients, and attention: two products of matrices and a softmax.
+r"""Softmax with its gradients, and attention: two matrix products and a softmax.
 
 Formula of p = softmax(x), with ⟨z⟩ the mean under p, z̃ = z − ⟨z⟩ and u_l = x̃_l:
     p_l = p u_l        p_ll = p c̃ of c = u_l² + x_ll
@@ -9,7 +9,7 @@ w = p a + Σ_l [p_l (b_l − β_l − σ_l) + p_ll (d_l − δ_l)]:
     in x_ll   p (d_l − δ_l)
     in x_l    p (b_l − β_l − σ_l) + 2 p_l (d_l − δ_l)
     in x      w − p Σ w
-    Nothing but the result is needed for them, so it is kept, and x is not.
+    Only the result is needed for them, so it is kept, but x is not.
 
 Gradients of those in x and x_l, in the result and in its cotangents, where there is no d. For
 cotangents A of that in x and B_l of that in x_l, with Ã = A − Σ p A and h_l = p_l Ã + p B_l:
@@ -18,8 +18,8 @@ cotangents A of that in x and B_l of that in x_l, with Ã = A − Σ p A and h_l
     in p_l    Ã (b_l − β_l)
     in p      Ã a − A Σ w + Σ_l [B_l (b_l − β_l) − b_l Σ h_l]
 
-The product with the values of attention keeps the result too, unless rounding or dropout comes in
-between. In half precision gradients are as exact as PyTorch's, which also come from a rounded
+The product with attention's values also keeps the result, unless rounding or dropout comes in
+between. In half precision, gradients are as accurate as PyTorch's, which also come from a rounded
 result.
 """
 
@@ -40,7 +40,7 @@ from hosm_losses.taylor.stacks import Pairs, add_products, at_least_float32, col
 
 
 class Softmax(NamedTuple):
-    """Softmax of a stack along an axis, with the gradients from its result."""
+    """Softmax of a stack along an axis, with gradients computed from its result."""
 
     dim: int
     firsts: int
@@ -181,7 +181,7 @@ def _allows_any(attn_mask: Tensor) -> Tensor:
 
 
 def _additive_mask(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The logits that a mask adds: zero, not NaN, in a row that allows nothing."""
+    """The logits that a mask adds, which are zero, not NaN, in a row that allows nothing."""
     rows = _allows_any(attn_mask)
     if attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, -math.inf)

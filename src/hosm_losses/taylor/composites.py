@@ -1,7 +1,7 @@
-r"""Operators composed of a few others: one body serves Jets and plain tensors.
+r"""Operators composed of a few others, where one body serves Jets and plain tensors.
 
 A body takes `ops` before the arguments of its operator. `ops.softmax(x, -1)` calls a function of
-torch, of torch.nn.functional or a method of Tensor: as it is on plain tensors, by its rule on
+torch or torch.nn.functional, or a method of Tensor: unchanged on plain tensors, by its rule on
 Jets. In `torch.softmax(x, -1)`, torch.compile would mistake a Jet for a plain tensor.
 
 With `primitive=True` the body also takes the operator's place where reverse mode differentiates a
@@ -9,7 +9,8 @@ network: see `primitives`.
 
 Lengths of vectors, and quantities made of them, such as distances, angles and spreads, are
 composites because PyTorch's own formulas in forward mode cannot be differentiated again where they
-fill in a zero. At zero a length has no derivative; as in PyTorch it is taken to be constant there.
+fill in a zero. At zero, a length has no derivative; as in PyTorch, it is taken to be constant
+there.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from hosm_losses.taylor.registry import (
 
 
 def _on_jets(function: Function) -> Function:
-    """Return a function that uses its rule if an argument is a Jet or a list with one."""
+    """Return a function that uses its rule if an argument is a Jet or a list containing one."""
 
     def called(*args: Any, **named: Any) -> Any:
         for arg in args:
@@ -112,9 +113,9 @@ def _wide(ops: Any, x: Any) -> Any:
 
 
 def _over_largest(ops: Any, x: Any, dim: Any) -> tuple[Any, Tensor]:
-    """x divided by the largest element of each row, in float32 at least, and that element.
+    """x divided by the largest element of each row, in at least float32, and that element.
 
-    A length is homogeneous, so the divisor counts as constant. Without it the powers that are in
+    A length is homogeneous, so the divisor counts as constant. Without it, the powers in
     derivatives of short vectors are out of float32's range.
     """
     if x.ndim == 0:
@@ -163,7 +164,7 @@ def _normalize(ops: Any, x: Any, p: Any = 2.0, dim: Any = 1, eps: float = 1e-12)
 def _norm(
     ops: Any, x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Any:
-    """The length of vectors: other norms of matrices have no rule."""
+    """The length of vectors; other matrix norms have no rule."""
     if p == "fro" and (dim is None or isinstance(dim, int) or len(dim) <= 2):
         p = 2
     floating = dtype is None or dtype.is_floating_point
@@ -199,7 +200,7 @@ def _spread(
     *,
     correction: Any = None,
 ) -> Any:
-    """The variance over some axes or its root, and with `with_mean` the mean."""
+    """The variance over some axes or its root, and with `with_mean` also the mean."""
     if isinstance(dim, bool):  # `unbiased` in its place
         dim, unbiased = None, dim
     if correction is None:

@@ -1,8 +1,8 @@
-r"""Rules for in-place changes: the function that is not in place, then a `write`.
+r"""Rules for in-place changes: the out-of-place function, followed by a `write`.
 
-PyTorch marks a method that changes its object by a final underscore. If the method without it has
-a rule, that is used. If it has none, or there is no such method, a copy is changed by PyTorch's
-own method and differentiated by torch.func.jvp; see `hosm_losses.taylor.jets`.
+PyTorch marks a method that changes its object with a trailing underscore. If the method without it
+has a rule, that rule is used. If it has none, or there is no such method, a copy is changed by
+PyTorch's own method and differentiated by torch.func.jvp; see `hosm_losses.taylor.jets`.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from hosm_losses.taylor.primitives import WRONG, wrong_in_forward_mode
 from hosm_losses.taylor.registry import HOMES, RULES, Function, TaylorError, functions_named, rule
 from hosm_losses.taylor.stacks import align, extend
 
-# Methods that change more than the values of their object.
+# Methods that change more than their object's values.
 REFUSED = """
     apply_ detach_ map_ map2_ rename_ resize_ resize_as_ set_ share_memory_ squeeze_ swapaxes_
     swapdims_ t_ transpose_ unsqueeze_
@@ -29,9 +29,9 @@ OPERATORS = "add sub mul div truediv floordiv mod pow and or xor lshift rshift"
 def _change_in_place(
     change: Function, plain: Function | None, x: Any, *args: Any, **named: Any
 ) -> Tensor:
-    """Change x in place through `plain`, the function with a rule that is not in place."""
+    """Change x in place through `plain`, the out-of-place function with a rule."""
     start = _as_jet(x, *args, *named.values())
-    # For another type, the change of a copy decides.
+    # For other types, the change of a copy decides.
     if plain is None or start.dtype != x.dtype:
         return _change_a_copy(change, x, *args, **named)
     return write_jet(x, call(plain, (start, *args), named))
@@ -71,7 +71,7 @@ _METHODS = {
 
 
 def register_changes() -> None:
-    """Register a rule for every in-place method, after all functions have theirs."""
+    """Register a rule for every in-place method, after all functions have their rules."""
     for name, plain in _METHODS.items():
         functions = [function for function in functions_named(plain) if function in RULES]
         for change in functions_named(name):
@@ -82,7 +82,7 @@ def register_changes() -> None:
 
 @rule("requires_grad_ retain_grad")
 def _requires_grad(x: Jet, requires_grad: bool = True) -> Jet:
-    """Return x, which requires a gradient already."""
+    """Return x, which already requires a gradient."""
     if not requires_grad:
         raise TaylorError("requires_grad_: False would cut the graph of what depends on x.")
     return x

@@ -4,21 +4,21 @@ Purpose:
     A Jet stands for x and carries a stack (C, B, *): the value; `firsts` first derivatives, one
     for each direction; then, depending on `pairs`, second derivatives. PyTorch passes every
     function that is called on a Jet to `Jet.__torch_function__`, which looks up a rule. A rule
-    computes all the components at once: a linear layer is one call on the whole stack.
+    computes all components at once: a linear layer is one call on the whole stack.
 
-    Second derivatives that are zero everywhere, as those of the input are, are not stored.
+    Second derivatives that are zero everywhere, such as those of the input, are not stored.
 
     `jet` and `laplacian` are for users, `propagate` is for the engines.
 
 Without a rule:
     The function is differentiated by `torch.func.jvp`, on its own and with the user's arguments,
-    with the safe primitives active: right, but slower. Calls that cannot be right raise
+    with the safe primitives active, which is right but slower. Calls that cannot be right raise
     TaylorError: complex numbers, except those of rotary embeddings, and anything under
     torch.no_grad, where a custom autograd.Function computes. Operators that PyTorch does not
     differentiate raise ConstantError. In-place changes are handled in `memory` and `in_place`.
 
-A rule calls other rules, and PyTorch on stacks; it does not call PyTorch on Jets, which
-torch.compile would mistake for plain tensors there.
+A rule calls other rules, and PyTorch on stacks; it does not call PyTorch on Jets, as torch.compile
+would mistake these for plain tensors there.
 """
 
 import math
@@ -87,7 +87,7 @@ class Jet(Tensor):
     def make(
         stack: Tensor, firsts: int, pairs: Pairs = "none", *, of_complex: bool = False
     ) -> "Jet":
-        """Return the Jet of a stack, of complex numbers only if `of_complex`."""
+        """Return the Jet of a stack, which may only be complex if `of_complex`."""
         if stack.is_complex() and (not of_complex or torch.compiler.is_compiling()):
             raise TaylorError(f"an operator {COMPLEX}")
         if torch.compiler.is_compiling():
@@ -102,15 +102,15 @@ class Jet(Tensor):
         return jet
 
     def like(self, stack: Tensor) -> "Jet":
-        """Return the Jet of another stack along the same directions."""
+        """Return the Jet of another stack, along the same directions."""
         return Jet.make(stack, self.firsts, self.pairs)
 
     def with_dtype(self, dtype: torch.dtype) -> "Jet":
-        """Return the Jet in a floating type, itself if it has that type."""
+        """Return the Jet cast to a floating dtype, or the Jet itself if it already has it."""
         return self if self.stack.dtype == dtype else self.like(self.stack.to(dtype))
 
     def of(self, stack: Tensor) -> Tensor:
-        """Return the Jet of a stack, or the plain value if it holds integers or masks."""
+        """Return the Jet of a stack, or its plain value if it holds integers or masks."""
         differentiable = stack.is_floating_point() or stack.is_complex()
         return self.like(stack) if differentiable else stack[0]
 
@@ -127,7 +127,7 @@ class Jet(Tensor):
 
 
 class _Opaque(Jet):
-    """A Jet without data, so that code which bypasses `__torch_function__` finds none."""
+    """A Jet without data, so that code that bypasses `__torch_function__` finds none."""
 
     @classmethod
     def __torch_dispatch__(
@@ -137,9 +137,9 @@ class _Opaque(Jet):
 
 
 class _Complex(_Opaque):
-    """A Jet of complex numbers, as rotary embeddings make of pairs: see `OF_COMPLEX`.
+    """A Jet of complex numbers, which rotary embeddings make from pairs: see `OF_COMPLEX`.
 
-    Hand-written formulas, above all for gradients, only hold for real numbers.
+    Hand-written formulas, especially for gradients, only hold for real numbers.
     """
 
     def like(self, stack: Tensor) -> Jet:
@@ -156,11 +156,11 @@ class _Complex(_Opaque):
 
 
 class _Traced(Jet):
-    """A Jet under torch.compile; its data are the stack with the components last, and NaN.
+    """A Jet under torch.compile, whose data are the stack, with the components last, and NaN.
 
     `q, k, v = qkv` bypasses `__torch_function__` there and takes rows of the data, which have all
     components but no attributes: see `unpack`. torch.func.vmap inside a network does the same, and
-    would compute with the components as if they were elements: that becomes NaN.
+    would treat the components as elements: the result becomes NaN.
     """
 
 
@@ -194,7 +194,7 @@ def unpack(x: Any) -> Any:
 
 
 def _rule_of(func: Callable[..., Any]) -> Rule | None:
-    """The rule of a function under torch.compile, which finds no method in a dictionary."""
+    """The rule of a function under torch.compile, which cannot find methods in a dictionary."""
     for method, rule in IN_PYTHON:
         if func is method:
             return rule
@@ -202,14 +202,14 @@ def _rule_of(func: Callable[..., Any]) -> Rule | None:
 
 
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Evaluate a function of PyTorch on arguments with Jets among them."""
+    """Evaluate a PyTorch function whose arguments include Jets."""
     compiling = torch.compiler.is_compiling()
     if compiling:
         args = tuple(map(unpack, args))
         kwargs = {name: unpack(value) for name, value in kwargs.items()}
     if func in CONSTANT:
         shares = CONSTANT[func]
-        # Not by .data, which only detaches from the innermost of nested torch.func levels.
+        # Not with .data, which only detaches from the innermost of nested torch.func levels.
         answer = on_values(torch.detach if shares else func, args, kwargs)
         if isinstance(answer, Tensor) and in_custom_function():
             raise TaylorError(f"{name_of(func)}: {CUSTOM}")
@@ -240,7 +240,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def differentiate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Differentiate a function without a rule by torch.func.jvp, in one evaluation of it."""
+    """Differentiate a function without a rule by torch.func.jvp, in a single evaluation."""
     if isinstance(func, torch.ScriptMethod):
         raise ScriptedError(SCRIPTED)
     flat, form = pytree.tree_flatten((args, kwargs))
@@ -286,7 +286,7 @@ def along(
     firsts: int,
     pairs: Pairs,
 ) -> list[Tensor]:
-    """The stacks of the results of a function, by nested torch.func.jvp, in one evaluation.
+    """The stacks of a function's results, by nested torch.func.jvp, in a single evaluation.
 
     `derivatives` holds, for each value, the stack of its `firsts` first derivatives and, unless
     zero, its second ones.
@@ -313,11 +313,11 @@ def along(
 def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> Any:
     """The value and the derivatives of a function for several directions.
 
-    It uses vmap if there are several: one dropout mask then serves all of them.
+    If there are several, vmap is used: all of them then share one dropout mask.
     """
     with forward_mode():
         if torch.compiler.is_compiling():
-            # PyTorch asks for the offset of a view, which it does not know for all sizes.
+            # PyTorch asks for a view's offset, which is not known for all sizes.
             args = pytree.tree_map(torch.clone, args)
         if len(args[0][0]) > 1:
             outs: Any = (None, *(0,) * len(args))
@@ -327,7 +327,7 @@ def _map_directions(function: Callable[..., Any], *args: tuple[Tensor, ...]) -> 
 
 
 def write_jet(x: Tensor, result: Any) -> Tensor:
-    """Write a result to a Jet or a plain tensor in place, in its type, and return it."""
+    """Write a result to a Jet or a plain tensor in place, in its dtype, and return it."""
     if result.shape != x.shape:
         raise TaylorError(
             f"an in-place change of a tensor of shape {tuple(x.shape)} into {tuple(result.shape)}."
@@ -361,8 +361,8 @@ def propagate(
     """The stack (C, B, *) of a function at x (B, *): f, ∂f w for the K directions, and pairs.
 
     `pairs` is "none"; "squares" for ∂²f[w, w] of every direction; "sum" for the sum of those,
-    carried as one. Raises TaylorError if derivatives cannot be carried. A tuple of inputs takes a
-    tuple of directions; an input with None for its directions stays a plain tensor.
+    carried as one. Raises TaylorError if derivatives cannot be carried. For a tuple of inputs,
+    pass a tuple of directions; an input whose directions are None stays a plain tensor.
 
     Example:
         >>> x = torch.tensor([[0.5]])
@@ -381,13 +381,13 @@ def propagate(
     propagation = memory.Propagation(count, pairs, [], [], [])
     memory.THREAD.propagations.append(propagation)
     try:
-        # Gradients are off in the forward of a custom Function, which is how one is detected.
+        # Gradients are off in the forward of a custom Function, which is how it is detected.
         with torch.enable_grad(), forward_mode_on():
             jets = [
                 stack if w is None else Jet.make(stack, count, pairs)
                 for stack, w in zip(stacks, ways, strict=True)
             ]
-            # A single Jet is handed over: with a reference here it would be in use when changed.
+            # A single Jet is handed over: a reference kept here would make it in use when changed.
             result: Any = unpack(function(*jets) if len(jets) > 1 else function(jets.pop()))
             del jets
         stack: Any = getattr(result, "stack", None)
@@ -413,7 +413,7 @@ def on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 def stacks_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Equally long stacks of Jets and plain tensors, which have derivatives of zero."""
+    """Equally long stacks of Jets and plain tensors, with zero derivatives for the latter."""
     stacks = [x.stack if isinstance(x, Jet) else x.unsqueeze(0) for x in tensors]
     count = max([stack.shape[0] for stack in stacks])
     return [extend(stack, count) for stack in stacks]
@@ -425,7 +425,7 @@ def jet_among(candidates: Iterable[Any]) -> Jet:
 
 
 def result_type(a: Any, b: Any) -> torch.dtype:
-    """The type of what PyTorch computes from a and b, Jets or not."""
+    """The dtype of what PyTorch computes from a and b, which may be Jets."""
     values = [x.stack[0] if isinstance(x, Jet) else x for x in (a, b)]
     # From empty tensors: torch.compile does not trace torch.result_type.
     empty = [x.new_empty((0,) * min(x.ndim, 1)) if isinstance(x, Tensor) else x for x in values]
@@ -433,7 +433,7 @@ def result_type(a: Any, b: Any) -> torch.dtype:
 
 
 def define_methods() -> None:
-    """Give Jet the methods that are written in Python, after every rule is registered."""
+    """Give Jet the methods that are written in Python, once every rule is registered."""
     for name in METHODS.split():
         function = getattr(Tensor, name)
         IN_PYTHON.append((function, RULES.get(function)))
@@ -455,7 +455,7 @@ PAIRS = get_args(Pairs)
 
 
 def _check_floats(name: str, value: object) -> None:
-    """Raise TypeError unless this is a tensor in floating point."""
+    """Raise TypeError unless this is a floating-point tensor."""
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         came = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(
@@ -465,7 +465,7 @@ def _check_floats(name: str, value: object) -> None:
 
 
 def _check_batch(x: object, place: str = "") -> None:
-    """Raise unless this is a batch (B, *) in floating point."""
+    """Raise unless this is a floating-point batch (B, *)."""
     _check_floats(f"x{place}", x)
     if isinstance(x, Tensor) and x.ndim == 0:
         raise ValueError(
@@ -474,7 +474,7 @@ def _check_batch(x: object, place: str = "") -> None:
 
 
 def _check_inputs(inputs: tuple[Any, ...], ways: tuple[Any, ...], several: bool) -> None:
-    """Raise unless there are as many directions (K, B, *) for the batches (B, *) that have any."""
+    """Raise unless all batches (B, *) that have directions (K, B, *) have equally many."""
     sizes: set[tuple[int, ...]] = set()
     for i, (x, directions) in enumerate(zip(inputs, ways, strict=True)):
         if several and directions is None:
@@ -499,18 +499,18 @@ def jet(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     r"""Return f(x), its first derivatives along directions and, on request, second ones.
 
-    One call of the function gives all of them, differentiable in x, the directions and the
-    function's parameters. Derivatives that PyTorch 2.6 to 2.13 get wrong, such as those of norms,
-    have formulas of their own.
+    A single call of the function gives all of them, differentiable with respect to x, the
+    directions and the function's parameters. Derivatives that PyTorch 2.6 to 2.13 get wrong, such
+    as those of norms, have their own formulas.
 
     Args:
         function: a function of x (B, \*) that treats samples independently, such as a network with
             its conditions bound.
-        x: a batch (B, \*), in floating point; or a tuple of them, each with a shape of its own,
-            for a function of as many arguments.
-        directions: K directions for every sample, (K, B, \*), taken in the dtype of x. For a tuple
-            of inputs, a tuple: direction k moves all inputs at once. An input with None for its
-            directions is held fixed and may be of any kind, such as labels.
+        x: a floating-point batch (B, \*); or a tuple of them, each with its own shape, for a
+            function of as many arguments.
+        directions: K directions for every sample, (K, B, \*), cast to the dtype of x. For a tuple
+            of inputs, a tuple: direction k moves all inputs at once. An input whose directions are
+            None is held fixed and may be of any kind, such as labels.
         pairs: which second derivatives to compute: "none"; "squares", ∂²f[v, v] of every
             direction; "sum", the sum of those.
 
@@ -570,8 +570,8 @@ def laplacian(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     r"""Return Δf, the sum over the elements of a sample of the second derivatives ∂²f/∂x_i².
 
-    It needs a direction for each of the d elements of a sample, and so d + 2 times the memory of
-    the function's value. Errors are those of `jet`.
+    It needs a direction for each of the d elements of a sample, and hence d + 2 times the memory
+    of the function's value. It raises the same errors as `jet`.
 
     Args:
         function: a function of x (B, \*) that treats samples independently.
@@ -579,8 +579,8 @@ def laplacian(
         gradient: whether to return f(x) and ∇f as well, from the same pass.
 
     Returns:
-        Δf, of the shape of f(x). With `gradient`, f(x), ∇f and Δf: ∇f has the axes of f(x),
-        followed by those of a sample. If f(x) is one number per sample, it has the shape of x.
+        Δf, in the shape of f(x). With `gradient`, f(x), ∇f and Δf: ∇f has the axes of f(x),
+        followed by those of a sample. If f(x) is one number per sample, ∇f has the shape of x.
 
     Example:
         >>> laplacian(lambda x: (x**3).sum(1), torch.tensor([[1.0, 2.0]]))

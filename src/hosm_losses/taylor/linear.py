@@ -1,16 +1,16 @@
-"""Rules for functions that move elements or add them up: the same for every component.
+"""Rules for functions that move or add up elements, and do the same to every component.
 
-Dimensions are counted from the back, where axes of the value and of the stack agree.
+Dimensions are negative indices, so that they refer to the same axes of value and stack.
 
-Functions that networks call most have a rule for the whole stack. Others are called on one
-component after another, with the user's own arguments.
+The functions that networks call most often have a rule for the whole stack. Others are called on
+one component after another, with the user's own arguments.
 
 Questions and casts:
-    A property of a tensor in the graph is answered for the stack, so that tools that watch
-    modules, such as PyTorch's FLOP counter, see what they see on an ordinary tensor. A cast to
-    another floating dtype casts every component. A cast to integers or to bool has no derivatives,
-    as in PyTorch: its result is a plain tensor, and casting it back restores none. `Jet.make`
-    rejects a cast to complex numbers.
+    Graph properties of a tensor are answered for the stack, so that tools that watch modules, such
+    as PyTorch's FLOP counter, see the same as on an ordinary tensor. A cast to another floating
+    dtype casts every component. A cast to integers or to bool has no derivatives, as in PyTorch:
+    its result is a plain tensor, and casting it back restores none. `Jet.make` rejects a cast to
+    complex numbers.
 """
 
 from collections import OrderedDict
@@ -49,9 +49,9 @@ from hosm_losses.taylor.stacks import align
 
 
 def linear(move: Function, *names: str | Function, view: bool = False) -> None:
-    """Register a function of a stack and of arguments of which only the shapes matter.
+    """Register a function of a stack and of arguments whose shapes alone matter.
 
-    Its result is noted as a `view` if PyTorch's may share the memory of its argument.
+    Its result is noted as a `view` if PyTorch's result may share the memory of its argument.
     """
 
     def register(function: Function) -> None:
@@ -152,7 +152,7 @@ def _reduced(reduce: Function) -> Function:
     def reduced(
         stack: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
     ) -> Tensor:
-        # Integers have no derivatives, and a number has no axes.
+        # Integers have no derivatives, and numbers have no axes.
         if stack.ndim == 1 or not (dtype is None or dtype.is_floating_point):
             raise NoRule
         return reduce(stack, _axes(stack, dim), keepdim, dtype=dtype)
@@ -161,7 +161,7 @@ def _reduced(reduce: Function) -> Function:
 
 
 def per_sample(stack: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a function that treats every sample alone, with the components as more samples."""
+    """Apply a function that treats samples independently, with the components as more samples."""
     return function(stack.flatten(0, 1)).unflatten(0, stack.shape[:2])
 
 
@@ -182,7 +182,7 @@ linear(_transpose, Tensor.mT.__get__, view=True)  # pyright: ignore[reportAttrib
 def _pairs_as_complex(x: Jet) -> Jet:
     if x.ndim == 0:
         raise NoRule
-    # Strides of a stack are not those of the value, which PyTorch asks to have the pairs last.
+    # A stack's strides differ from those of the value, for which PyTorch wants the pairs last.
     stack = torch.view_as_complex(x.stack.contiguous())
     return share(x, Jet.make(stack, x.firsts, x.pairs, of_complex=True))
 
@@ -258,7 +258,7 @@ def _stack(tensors: Any, dim: int = 0) -> Jet:
 
 @rule(torch.where, several=True, kind="linear")
 def _where(condition: Any, a: Any, b: Any, dtype: torch.dtype | None = None) -> Jet:
-    """The elements of a where a mask holds and those of b elsewhere, of each component."""
+    """For each component, the elements of a where a mask holds and those of b elsewhere."""
     known = all(isinstance(operand, Tensor | float | int) for operand in (a, b))
     if not known or not isinstance(condition, Tensor) or condition.dtype != torch.bool:
         raise NoRule
@@ -296,7 +296,7 @@ def _item(x: Jet, index: Any) -> Tensor:
         stack = x.stack[(slice(None), *parts)]
     else:
         stack = torch.stack([component[index] for component in x.stack.unbind()])
-    # A tensor without axes makes a view too.
+    # A tensor without axes also makes a view.
     copied = any(isinstance(part, list) or getattr(part, "ndim", 0) for part in parts)
     return x.like(stack) if copied else share(x, x.like(stack))
 
@@ -336,7 +336,7 @@ def _requires_grad(x: Jet) -> bool:  # noqa: ARG001
 
 @rule(Tensor.grad_fn.__get__)  # pyright: ignore
 def _grad_fn(x: Jet) -> Any:
-    """The node of the stack; without a graph a node that leads nowhere, never None."""
+    """The node of the stack; without a graph, a node that leads nowhere, never None."""
     if x.stack.requires_grad:
         return x.stack.grad_fn
     return torch.ones((), requires_grad=True).view(()).grad_fn
@@ -344,7 +344,7 @@ def _grad_fn(x: Jet) -> Any:
 
 @rule(Tensor.register_hook)
 def _register_hook(x: Jet, hook: Callable[[Tensor], Any]) -> RemovableHandle:
-    """Call a hook with the gradient of the value, which it may not change."""
+    """Call a hook with the value's gradient, which it may not change."""
     if not x.stack.requires_grad:
         return RemovableHandle(OrderedDict())
 

@@ -1,11 +1,11 @@
 r"""Rules for square matrices: determinants, inverses, linear systems and Cholesky factors.
 
-Formula, with X = A⁻¹, which is computed once, and derivatives along l and twice along l:
+Formula, with X = A⁻¹, computed once, and derivatives along l and twice along l:
     log|det A|    tr(X A_l)                    tr(X A_ll) − tr((X A_l)²)
     det A         det A tr(X A_l)              det A (tr(X A_ll) − tr((X A_l)²) + tr(X A_l)²)
     A Y = B       Y_l = X (B_l − A_l Y)        Y_ll = X (B_ll − A_ll Y − 2 A_l Y_l)
     A = L Lᵀ      L_l = L Φ(A_l)               L_ll = L Φ(A_ll − 2 L_l L_lᵀ)
-    with Φ(M) the lower triangle of L⁻¹ M L⁻ᵀ and half its diagonal, for M made symmetric, as in
+    with Φ(M) the lower triangle of L⁻¹ M L⁻ᵀ with its diagonal halved, for symmetrised M, as in
     PyTorch's gradients. An inverse is the solution for B = 1.
 
 Gradients are those of autograd, through products and an inverse: PyTorch gets all derivatives of
@@ -43,7 +43,7 @@ def _of_log_determinant(A: Jet) -> tuple[Tensor, Tensor]:
     """The first and second derivatives of log|det A|."""
     value, tangents, seconds = _components(A.stack, A)
     with without_autocast(value.device.type):
-        # Without a check for one, which would synchronise an accelerator.
+        # Without checking for one, which would synchronise an accelerator.
         inverse, info = torch.linalg.inv_ex(value)
         inverse = inverse.where(info[..., None, None] == 0, torch.nan)
         products = inverse @ tangents
@@ -55,7 +55,7 @@ def _of_log_determinant(A: Jet) -> tuple[Tensor, Tensor]:
 @rule("slogdet", kind="stack", with_function=True)
 def _slogdet(function: Function, A: Jet) -> Any:
     sign, value = answer = function(A.stack[0])
-    # A named tuple, of one type for torch.slogdet and of another for torch.linalg.slogdet.
+    # A named tuple, whose type differs between torch.slogdet and torch.linalg.slogdet.
     return type(answer)((sign, A.like(torch.cat([value[None], *_of_log_determinant(A)]))))
 
 
@@ -89,7 +89,7 @@ def _solve(A: Any, B: Any, *, left: bool = True) -> Jet:
 
 
 def _solution(A: Tensor, B: Tensor, jet: Jet) -> Tensor:
-    """Return the stack of Y in A Y = B, from stacks of which one may hold only the value."""
+    """Return the stack of Y in A Y = B, from stacks one of which may hold only the value."""
     inverse = torch.linalg.inv(A[:1])
     if len(A) == 1:
         return inverse @ B

@@ -1,9 +1,9 @@
 r"""Tensors that may share the memory of a Jet, and tensors kept for a backward pass.
 
 Changes in place:
-    A Jet that is changed in place gets another stack, and no stack is ever written to. So autograd
-    keeps its saved tensors, and a change costs as much as the function that is not in place. In
-    PyTorch every tensor of the same memory, such as a view, sees the change; here none would. The
+    A Jet that is changed in place gets a new stack, and no stack is ever written to. So autograd
+    keeps its saved tensors, and a change costs as much as the out-of-place function. In PyTorch,
+    every tensor that shares the memory, such as a view, sees the change; here, none would. The
     change is therefore rejected while another tensor that may share the memory is in use: a view,
     the result of a reshape, or a detached tensor. Under torch.compile, which has no weak
     references, every tensor ever taken from a Jet counts as in use.
@@ -12,18 +12,18 @@ Changes in place:
     reshape may or may not have a copy of that memory. The versions of all detached tensors are
     checked when the function returns.
 
-    A plain tensor that receives values that depend on x, as by `out[:, :2] = x`, becomes a Jet
-    until the function returns.
+    A plain tensor that receives values depending on x, as in `out[:, :2] = x`, becomes a Jet until
+    the function returns.
 
 Recomputation:
-    Autograd keeps what every operator of a composition needs. An elementwise rule is a handful of
-    operators on tensors as large as the activations; keeping all of that would cost several times
-    the memory of the network itself. `with_recomputation` keeps the arguments of a rule, or its
-    result, and evaluates it again when a gradient is needed. The gradient is again such a
-    function, of the arguments and the cotangents, and so on to any order.
+    Autograd keeps what every operator of a composition needs. An elementwise rule consists of a
+    handful of operators on tensors as large as the activations; keeping all of that would take
+    several times the memory of the network itself. `with_recomputation` keeps the arguments of a
+    rule, or its result, and evaluates it again when a gradient is needed. The gradient is again
+    such a function, of the arguments and the cotangents, and so on to any order.
 
-    Under torch.compile and the transforms of torch.func the function is evaluated directly: they
-    decide themselves what to keep.
+    Under torch.compile and the transforms of torch.func, the function is evaluated directly, as
+    these decide themselves what to keep.
 """
 
 import threading
@@ -86,7 +86,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.propagations: list[Propagation] = []
-        # Plain tensors that became Jets, by weak references, and their former values.
+        # Plain tensors that became Jets, as weak references, and their former values.
         self.became_jets: list[tuple[weakref.ref[Tensor], Tensor]] = []
 
 
@@ -104,7 +104,7 @@ def alive(references: Iterable[Callable[[], Any]]) -> list[Any]:
 
 
 def _reference(tensor: Tensor) -> Callable[[], Tensor | None]:
-    """A weak reference, or under torch.compile, which has none, a strong one."""
+    """A weak reference or, under torch.compile, which has none, a strong one."""
     return (lambda: tensor) if torch.compiler.is_compiling() else weakref.ref(tensor)
 
 
@@ -131,7 +131,7 @@ def detached(source: Any, value: Tensor) -> Tensor:
 
 
 def write(jet: Any, stack: Tensor) -> Any:
-    """Replace the stack of a Jet that shares its memory with nothing, for a change in place."""
+    """Replace the stack of a Jet that does not share memory, for a change in place."""
     if checkpoint_hook("_recomputation_hook") is not None and jet.changed:
         raise DerivativeError(CHANGED_ARGUMENT)
     if checkpoint_hook() is not None:
@@ -145,7 +145,7 @@ def write(jet: Any, stack: Tensor) -> Any:
 
 
 def end(propagation: Propagation) -> None:
-    """Make the Jets that are still alive plain tensors, as the function may keep them.
+    """Turn the Jets that are still alive into plain tensors, as the function may keep them.
 
     Raises TaylorError if a detached tensor was changed in place.
     """
@@ -153,7 +153,7 @@ def end(propagation: Propagation) -> None:
     for jet in jets:
         jet.memory = None  # weak references, which prevent a swap of tensors
     propagation.jets.clear()
-    # An older PyTorch does not refuse what a checkpoint saved, and crashes in its recomputation.
+    # Older PyTorch does not refuse what a checkpoint saved, and crashes in its recomputation.
     for jet in jets if TELLS_HOOKS else ():
         with suppress(RuntimeError):  # one that a checkpoint saved will be needed as it is
             swap(jet, jet.stack[0])
@@ -163,7 +163,7 @@ def end(propagation: Propagation) -> None:
 
 
 def to_tensor(count: int, finished: bool) -> None:
-    """Make all but the first `count` tensors that became Jets plain again, with their new values.
+    """Make tensors that became Jets plain again, with their new values, except the first `count`.
 
     If the call has not finished, they lose their new values.
     """
@@ -213,14 +213,15 @@ def with_recomputation(
     """Evaluate a function and keep only its arguments for the backward passes.
 
     Args:
-        function: of the tensors, without side effects; returns one tensor.
+        function: a function of the tensors, without side effects, that returns one tensor.
         tensors: its arguments.
         pullbacks: the first takes the tensors and a cotangent and returns the gradients of
-            `function` in all tensors, None for one that is None. Its first argument says which
-            gradients are needed; it may return None for the others. The second belongs to the
-            first result of the first, and so on. Beyond the last, autograd finds the gradients.
-        again: the same function for repeated differentiation, as by a transform; `function` if
-            None.
+            `function` with respect to all tensors, with None for a tensor that is None. Its first
+            argument says which gradients are needed; it may return None for the others. The second
+            belongs to the first result of the first, and so on. Beyond the last, autograd finds
+            the gradients.
+        again: the same function for repeated differentiation, for example by a transform;
+            `function` if None.
         by_result: whether the result is kept instead of the arguments, and passed to the
             pullbacks.
 
@@ -271,7 +272,7 @@ class _Recomputed(torch.autograd.Function):
 def needed_gradients(ctx: Any, tensors: Sequence[Some]) -> list[bool]:
     """Which tensors, the last arguments of a Function, need gradients in this backward pass.
 
-    A backward pass to x alone needs no gradients of the weights, which a Function is not told.
+    A backward pass to x alone needs no gradients of the weights, but a Function is not told so.
     """
     nodes = iter(ctx.next_functions)  # of those that are tensors
     needed: list[bool] = []
@@ -286,7 +287,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _pull_back_needed(pullback: Function, needed: Needed, *everything: Some) -> tuple[Any, ...]:
-    """The gradients that are needed, of those that a pullback returns."""
+    """The needed gradients among those that a pullback returns."""
     return tuple(compress(_as_tuple(pullback(needed, *everything)), needed))
 
 
@@ -297,11 +298,11 @@ def _by_autograd(
     places: Sequence[int],
     *everything: Some,
 ) -> tuple[Tensor, ...]:
-    """The gradients that are needed, of tensors and the cotangents of results in some places."""
+    """The needed gradients of tensors and of the cotangents of results at some places."""
     tensors, cotangents = everything[: len(needed)], everything[len(needed) :]
     tracked = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Without a graph of their own: one of the tensors may be made of another.
+        # Without their own graph, as one of the tensors may be made from another.
         points: list[Any] = [
             tensor
             if tensor is None or (tracked and (tensor.requires_grad or not need))

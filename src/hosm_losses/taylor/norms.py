@@ -9,9 +9,9 @@ Formula over a row, with ⟨·⟩ the mean over it, c = x − ⟨x⟩ (RMS norm:
     second(z, w) = −(Z w + W z + y {z w})
     third(z, w, v) = −(z {w v} + w {z v} + v {z w} − 3 y (Z {w v} + W {z v} + V {z w} + 4 Z W V))
 
-Gradients, for cotangents a of y, b_l of y_l and d_l of y_ll, all of them centred as c is, and
-multiplied by ρ:
-    A derivative is symmetric in its directions and its result, and so is its own transpose:
+Gradients, for cotangents a of y, b_l of y_l and d_l of y_ll, all centred like c and multiplied by
+ρ:
+    A derivative is symmetric in its directions and its result, and hence its own transpose:
     in x_ll   J d_l
     in x_l    J b_l + 2 second(d_l, c_l)
     in x      J a + Σ_l [second(b_l, c_l) + second(d_l, c_ll) + third(d_l, c_l, c_l)]
@@ -21,7 +21,7 @@ multiplied by ρ:
     in x_l    second(p, b_l)
     in x      second(p, a) + Σ_l [second(q_l, b_l) + third(p, b_l, c_l)]
 
-Autograd, with the formula evaluated again, reads and writes the activations 1.6 times as often.
+Autograd with recomputation of the formula would read and write the activations 1.6 times as often.
 """
 
 import math
@@ -64,7 +64,7 @@ class Rows(NamedTuple):
         return math.prod([self.shape[dim] for dim in self.dims])
 
     def reshape(self, stack: Tensor) -> Tensor:
-        """A stack in this shape, in float32 at least."""
+        """A stack in this shape, in at least float32."""
         return at_least_float32(stack).reshape(len(stack), *self.shape)
 
     def total(self, x: Tensor) -> Tensor:
@@ -76,10 +76,10 @@ class Rows(NamedTuple):
         return x.mean(self.dims, keepdim=True)
 
     def standardize(self, stack: Tensor) -> tuple[Tensor, Tensor]:
-        """A stack without its means and times ρ, the first of it y; and ρ of each row."""
+        """A stack without its means, times ρ, whose first component is y; and ρ of each row."""
         centred = self.reshape(stack)
         if self.centred:
-            # Not times 1/N, which is rounded: equal numbers must give exactly zero.
+            # Not times 1/N, which is rounded, as equal numbers must give exactly zero.
             centred = centred - self.total(centred) / self.length
         value = centred[:1]
         rho = torch.rsqrt(self.mean(value * value) + self.eps)
@@ -90,12 +90,12 @@ class Rows(NamedTuple):
         return x if weight is None else x * weight.reshape(self.weights)
 
     def scale_cotangents(self, cotangents: Tensor, rho: Tensor, weight: Some = None) -> Tensor:
-        """A stack times the weight and ρ, less its mean where the norm subtracts that."""
+        """A stack times the weight and ρ, minus its mean if the norm subtracts that."""
         scaled = cotangents * self.multiply(rho, weight)
         return scaled.sub_(self.mean(scaled)) if self.centred else scaled
 
     def reduce_to(self, weight: Some, gradient: Tensor) -> Some:
-        """The gradient in a weight or bias, from that in its product with ones."""
+        """The gradient in a weight or bias, from the gradient in its product with ones."""
         if weight is None:
             return None
         return gradient.sum_to_size(self.weights).reshape(weight.shape).to(weight.dtype)
@@ -108,7 +108,7 @@ class _Stack(NamedTuple):
     along: Tensor
 
     def split(self, *sizes: int) -> "list[_Stack]":
-        """Its parts, of so many components."""
+        """Its parts, with so many components each."""
         z, along = self.z.split_with_sizes(sizes), self.along.split_with_sizes(sizes)
         return list(map(_Stack, z, along))
 
@@ -157,19 +157,19 @@ def _third_along(x: Tensor, y: Tensor, z: Tensor, xy: Tensor, xz: Tensor, yz: Te
 
 
 def _add_terms(whole: Tensor, terms: Iterable[Term], value: float) -> Tensor:
-    """Add terms to a stack in place: of each component, or all of them to a stack of one."""
+    """Add terms to a stack in place: each to its component, or all of them to a stack of one."""
     for factor, stack in terms:
         add_products(whole, factor, stack, value)
     return whole
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
-    """A stack in the shape and the type of another."""
+    """A stack in the shape and dtype of another."""
     return x.reshape(other.shape).to(other.dtype)
 
 
 class Norm(NamedTuple):
-    """A norm of a stack, with its gradients, in float32 at least."""
+    """A norm of a stack, with its gradients, in at least float32."""
 
     rows: Rows
     firsts: int
@@ -182,7 +182,7 @@ class Norm(NamedTuple):
         value, tangents, seconds = components(scaled, self.firsts)
         norm = _Derivatives(rows, value)
         c = norm.stack(tangents)
-        # Nothing is taken from the value, so that no copy joins it to the derivatives.
+        # Nothing is subtracted from the value, so that no copy joins it to the derivatives.
         along = torch.cat([torch.zeros_like(rho), c.along])
         output = norm.jacobian(_Stack(scaled[: len(along)], along))
         if self.pairs != "none":
@@ -270,7 +270,7 @@ def _norm_of_jet(rows: Rows, x: Any, weight: Any = None, bias: Any = None) -> An
 
 
 def _norm_of_tensor(rows: Rows, x: Tensor, weight: Some = None, bias: Some = None) -> Tensor:
-    """The norm by operators that PyTorch differentiates correctly, in float32 at least."""
+    """The norm, from operators that PyTorch differentiates correctly, in at least float32."""
     centred = at_least_float32(x).reshape(rows.shape)
     # Sums divided afterwards: the gradient of a mean is written out, that of a sum is a view.
     if rows.centred:

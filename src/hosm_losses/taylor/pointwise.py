@@ -1,10 +1,10 @@
-r"""Rules for elementwise functions: activations and the like, and arithmetic.
+r"""Rules for elementwise functions, such as activations, and for arithmetic.
 
 Formula, for y = a(x):
     y_l = a'(x) x_l        y_ll = a'(x) x_ll + a''(x) x_l²
 
 A new activation is a generator of a and its first three derivatives at x, registered under every
-name by which networks call it; see `_tanh`. Gradients follow from the same four numbers, and only
+name by which networks call it; see `_tanh`. Gradients follow from the same four values, and only
 the stack is kept for them. Where PyTorch has operators for a and a'(x) x_l, the activation can
 name them; see `_silu`.
 
@@ -12,8 +12,8 @@ Formula of softplus:
     log(1 + eᵝˣ)/β, whose first derivative is 1/(1 + e^(−βx))
 
 Arithmetic:
-    The type of a result is that of PyTorch for the values: a number without axes does not widen a
-    tensor with some, though its stack has an axis.
+    The dtype of a result is the one that PyTorch gives for the values: a tensor without axes does
+    not widen one with axes, although its stack has an axis.
 """
 
 import math
@@ -75,7 +75,7 @@ class Pointwise(NamedTuple):
         """The same by PyTorch's operators for a(x) and a'(x) x_l, without second derivatives."""
         assert self.operators is not None
         x, tangents, _ = components(at_least_float32(stack), self.firsts)
-        # Expanded, for gelu_backward of oneDNN takes no shapes that broadcast.
+        # Expanded, as oneDNN's gelu_backward does not accept shapes that broadcast.
         slopes = self.operators.slope(tangents, x.expand_as(tangents))
         return torch.cat([self.operators.value(x), slopes]).to(stack.dtype)
 
@@ -101,7 +101,7 @@ class Pointwise(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """The gradients of the result of `pull_back` in the stack and the cotangent.
 
-        It assumes that there are no second derivatives.
+        This assumes that there are no second derivatives.
         """
         dtype = stack.dtype
         stack, cotangent, again = map(at_least_float32, (stack, cotangent, again))
@@ -120,9 +120,9 @@ class Pointwise(NamedTuple):
 
 
 def apply(series: Series, jet: Jet, operators: Operators | None = None) -> Jet:
-    """The function of a Jet whose `series` yields it and its first three derivatives at x.
+    """The function of a Jet, whose `series` yields it and its first three derivatives at x.
 
-    With `operators` it yields the derivatives alone.
+    With `operators`, it yields only the derivatives.
     """
     rule = Pointwise(series, operators, jet.firsts, jet.pairs)
     if jet.pairs != "none":
@@ -138,7 +138,7 @@ def apply(series: Series, jet: Jet, operators: Operators | None = None) -> Jet:
 
 
 def _with(function: Function, args: tuple[Any, ...], named: dict[str, Any]) -> Function:
-    """A function of tensors, with other arguments after them."""
+    """A function of tensors, with further arguments after them."""
     return (lambda *tensors: function(*tensors, *args, **named)) if args or named else function
 
 
@@ -263,7 +263,7 @@ def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Iterator[Tensor]:
 
 @pointwise("hardsigmoid")
 def _hardsigmoid(x: Tensor) -> Iterator[Tensor]:
-    """The rule is needed: PyTorch's own has no second derivative, not even zero."""
+    """The rule is needed, as PyTorch's own operator has no second derivative, not even zero."""
     inside = (x > -3) & (x < 3)
     return piecewise_linear(F.relu6(x + 3) / 6, inside.to(x.dtype) / 6)
 
@@ -298,7 +298,7 @@ def power(x: Tensor, exponent: float) -> Iterator[Tensor]:
         # Not 0 · x^-1, which is NaN at 0.
         derivative = factor * x.pow(exponent - order) if factor else torch.zeros_like(x)
         if factor and order > max(exponent, 0):
-            # Near zero it may be out of range, and is multiplied by what may be zero.
+            # Near zero, it may be out of range, and its factor may be zero.
             derivative = torch.where(x == 0, derivative, derivative.clamp(-largest, largest))
         yield derivative
         factor *= exponent - order
@@ -367,8 +367,8 @@ def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
         first, second = stacks_of((a, b))
         total = torch.add(align(first, ndim), align(second, ndim), alpha=alpha)
         return jet.like(total.to(dtype))
-    # As a stack a number would be rounded to a type, and a tensor without axes, which may be on
-    # another device, would have one.
+    # As a stack, a number would be rounded to a dtype, and a tensor without axes, which may be on
+    # another device, would get an axis.
     stack = align(jet.stack, ndim)
     if alpha != 1:
         stack, plain = (stack, plain * alpha) if jet is a else (stack * alpha, plain)
@@ -417,7 +417,7 @@ def _div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Jet:
 def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
     """The stack of y = a / b, without powers of 1/b, which may be out of range where y is not.
 
-    From those of a = y b, as in y_l = (a_l − y b_l) / b.
+    The derivatives follow from those of a = y b, as in y_l = (a_l − y b_l) / b.
     """
     (a_value, a_tangents, a_seconds), (b_value, b_tangents, b_seconds) = (
         components(at_least_float32(stack), min(firsts, len(stack) - 1)) for stack in (a, b)
@@ -437,7 +437,7 @@ def _quotient(firsts: int, pairs: Pairs, a: Tensor, b: Tensor) -> Tensor:
 def _pow(x: Any, exponent: Any) -> Jet:
     constant = isinstance(exponent, Tensor) and not isinstance(exponent, Jet)
     if constant and not exponent.requires_grad:
-        # PyTorch's forward derivative of this is NaN for x below zero.
+        # PyTorch's forward derivative of this is NaN for negative x.
         raise TaylorError("pow: a tensor as exponent. Use numbers as exponents, as in x**2.")
     if not isinstance(exponent, float | int) or isinstance(exponent, bool):
         raise NoRule
@@ -457,7 +457,7 @@ def _added(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Jet:
     product = multiply(of_matrices(a, b), alpha)
     if beta == 0:
         return product
-    # Under autocast x may be in a wider type.
+    # Under autocast, x may be in a wider dtype.
     return add(product, x, alpha=beta).with_dtype(product.dtype)
 
 

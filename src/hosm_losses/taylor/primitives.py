@@ -5,14 +5,14 @@ Purpose:
     correctly more than twice: the parameter gradient of a loss on a directional derivative, and at
     order three sometimes the derivative itself, is silently off by several to more than a hundred
     percent. Later versions may raise an error there, as the pull requests below do. Group norm,
-    attention and the gated linear unit fail with an error on common inputs. Composed of means,
-    products and softmax, each is right in every mode.
+    attention and the gated linear unit fail with an error on common inputs. When composed of
+    means, products and softmax, each is right in every mode.
 
 The mode:
-    A `TorchFunctionMode` replaces these operators where a network calls them, only while a loss
-    evaluates the network, and only in its thread. Nothing is patched. An activation checkpoint
-    evaluates its part of the network again in the backward pass, when the mode is off:
-    `recomputable` turns it on there.
+    A `TorchFunctionMode` replaces these operators where a network calls them, but only while a
+    loss evaluates the network, and only in its thread. Nothing is patched. An activation
+    checkpoint evaluates its part of the network again in the backward pass, when the mode is off:
+    `recomputable` turns it on again there.
 
 Refused:
     A few operators whose forward derivatives PyTorch does not differentiate correctly, where one
@@ -83,7 +83,8 @@ _CONSTANT_TOO = ("to", "type_as", "view_as", "reshape_as", "expand_as", "fill", 
 def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[str, Any]) -> bool:
     """Whether PyTorch gets a function's forward derivative, or the gradient of it, wrong.
 
-    For a package's own operator, made by `torch.library.custom_op`, PyTorch takes it to be zero.
+    For a package's own operator, made by `torch.library.custom_op`, PyTorch takes this derivative
+    to be zero.
     """
     if of_a_package(function):
         return True
@@ -95,7 +96,7 @@ def wrong_in_forward_mode(function: object, args: Iterable[Any], named: Mapping[
 def refuse_constant(function: Any, result: Tensor) -> None:
     """Raise if a result has no derivative though an argument of the function has one.
 
-    It may be a constant on purpose: a new tensor, a draw, or a detached one.
+    The result may be constant on purpose: a new tensor, a random draw, or a detached tensor.
     """
     if not result.is_floating_point() or function in CONSTANT:
         return
@@ -194,7 +195,7 @@ def safe_primitives(
 ) -> AbstractContextManager[Any]:
     """Return a context manager in which this thread uses the primitives, if `enabled`.
 
-    They may be only those that a first derivative of one sample needs.
+    These may be only those that the first derivative of one sample needs.
     """
     return _SafePrimitives(OF_ONE if of_one_sample else PRIMITIVES) if enabled else nullcontext()
 
@@ -228,19 +229,19 @@ def _add_in_place(counter: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
 
 
 def _mish(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
-    """By softplus: the second derivative of PyTorch's own is NaN above 88 in float32."""
+    """By softplus, as the second derivative of PyTorch's own is NaN above 88 in float32."""
     result = input * torch.tanh(F.softplus(input))
     return input.copy_(result) if inplace else result
 
 
 def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:  # noqa: A002
-    """As a slice of one: the gradient of PyTorch's own through a vmap is wrong."""
+    """As a slice of one, as the gradient of PyTorch's own operator through a vmap is wrong."""
     place = range(input.shape[dim])[index]
     return torch.slice_scatter(input, src.unsqueeze(dim), dim, place, place + 1)
 
 
 def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  # noqa: A002
-    """By a mask: PyTorch's own through a vmap is wrong where the value alone differs."""
+    """By a mask, as PyTorch's own through a vmap is wrong if only the value differs."""
     mask = torch.zeros_like(input, dtype=torch.bool).index_fill(dim, index, True)
     return torch.where(mask, value, input).to(input.dtype)
 
@@ -276,7 +277,7 @@ def complete_primitives() -> None:
     for names, primitive in primitives.items():
         for function in functions_named(names):
             PRIMITIVES[function] = primitive
-    # As programs of torch.export call them, with the arguments of the functions of torch.
+    # As torch.export programs call them, with the arguments of the torch functions.
     for function, primitive in list(PRIMITIVES.items()):
         if not function.__name__.endswith("_"):
             PRIMITIVES.update(dict.fromkeys(operators(function.__name__), primitive))

@@ -1,14 +1,14 @@
-r"""Rules for products that are linear in both factors: of matrices, layers and convolutions.
+r"""Rules for products that are linear in both factors: matrix products, layers and convolutions.
 
 Formula, for a product y = a · b that is linear in a and in b:
     y_l = a_l · b + a · b_l        y_ll = a_ll · b + a · b_ll + 2 a_l · b_l
-    A plain tensor has no derivatives: the product with one is the product of the whole stack.
+    A plain tensor has no derivatives: a product with one is a product with the whole stack.
     A layer of weights is one call on a larger batch; the bias belongs to the value alone.
 
 Gradients, for a cotangent c:
-    ⟨c, a·b⟩ is linear in each of the three. A gradient in one is linear in the two others, and so
+    ⟨c, a·b⟩ is linear in each of the three. A gradient in one is linear in the other two, and so
     are its own gradients: with p in its place, ⟨p, ∂_a⟨c, a·b⟩⟩ = ⟨c, p·b⟩, and so on. So three
-    functions give all derivatives, of any order, and only their arguments are kept.
+    functions give all derivatives of any order, and only their arguments are kept.
 
 Formula of Y = A B, for matrices A_i and B_j, derivatives or values, and cotangents C_k of Y:
     Y_k = Σ f A_i B_j        in A   Σ f C_k B_jᵀ        in B   Σ f A_iᵀ C_k
@@ -16,8 +16,8 @@ Formula of Y = A B, for matrices A_i and B_j, derivatives or values, and cotange
     Each sum is accumulated in place. As a sum of separate products, it would read and write the
     larger matrices, such as the weights of attention, three times for each product.
 
-PyTorch finds the gradient of a convolution's weight in a gradient by a convolution with the
-cotangent, as large as the image, for a kernel. It costs up to three times the gradient of the
+In a gradient, PyTorch computes a convolution's weight gradient by a convolution whose kernel is
+the cotangent, as large as the image. This costs up to three times as much as the gradient of the
 first pass, which a form uses for both.
 """
 
@@ -51,7 +51,7 @@ def ndim_of(x: Any) -> int:
 
 
 def product_rule(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], ndim: int) -> Jet:
-    """A product linear in both, of stacks that broadcast over their first axis."""
+    """A product that is linear in both stacks, which broadcast over their first axis."""
     if not isinstance(b, Jet):
         return a.like(product(align(a.stack, ndim), b))
     if not isinstance(a, Jet):
@@ -60,7 +60,7 @@ def product_rule(a: Any, b: Any, product: Callable[[Tensor, Tensor], Tensor], nd
     firsts, pairs = a.firsts, a.pairs
     a_value, a_tangents, _ = components(first, firsts)
     b_value, b_tangents, _ = components(second, firsts)
-    # All of a with the value of b; then what the derivatives of b add.
+    # All of a with the value of b; then what the derivatives of b contribute.
     value, tangents, seconds = components(product(first, b_value), firsts)
     added = product(a_value, second[1:])
     tangents = tangents + added[:firsts]
@@ -111,7 +111,8 @@ class _Gradient(torch.autograd.Function):
         needed = needed_gradients(ctx, others)
         others.insert(ctx.place, cotangents[0])
         needed.insert(ctx.place, False)
-        # Where gradients are off a transform may be around, under which no Function is applied.
+        # If gradients are off, there may be a transform around, under which no Function is
+        # applied.
         evaluate: Any = _Gradient.apply if torch.is_grad_enabled() else _evaluate_form
         gradients = [
             evaluate(ctx.form, place, *others[:place], *others[place + 1 :]) if need else None
@@ -122,7 +123,7 @@ class _Gradient(torch.autograd.Function):
 
 
 def _evaluate_form(form: Form, place: int, *others: Tensor) -> Tensor:
-    """Evaluate a part of a form in the types of its factors, also under autocast."""
+    """Evaluate a part of a form in the dtypes of its factors, even under autocast."""
     with without_autocast(others[0].device.type):
         return form[place](*others)
 
@@ -200,7 +201,7 @@ def _convolution(
 def _convolution_form(samples: Tensor, weight: Tensor, transposed: bool, *settings: Any) -> Form:
     """The gradients of a convolution.
 
-    The weight is kept in its own type, and multiplied in that of autocast, if it is on now.
+    The weight is kept in its own dtype, and multiplied in that of autocast if it is on now.
     """
     *sizes, groups = settings
     stride, padding, output_padding, dilation = (
@@ -256,15 +257,15 @@ def _sums(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
 
 
 def _by_columns(terms: Iterable[_Term], left: Tensor, right: Tensor) -> Tensor:
-    """The same stack, of matrices that are stored column by column."""
+    """The same stack, with matrices stored column by column."""
     return _sums([(j, i, k, factor) for i, j, k, factor in terms], right.mT, left.mT).mT
 
 
 def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
     """The product of stacks such as (C, N, m, k) and (C, N, k, n).
 
-    A gradient is stored in the order of its factor. In another order, the operators that combine
-    it with other gradients in that order, such as those of a softmax, take three times as long.
+    A gradient is stored in the memory order of its factor. In any other order, the operators that
+    combine it with other gradients, such as those of a softmax, take three times as long.
     """
     of_left = [(k, j, i, factor) for i, j, k, factor in terms]
     of_right = [(i, k, j, factor) for i, j, k, factor in terms]
@@ -280,7 +281,7 @@ def _form(terms: list[_Term], left: Tensor, right: Tensor) -> Form:
 
 @cache
 def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | None:
-    """Indices of batch, rows, sum and columns; None where it is no product of matrices."""
+    """Indices of batch, rows, sum and columns; None if it is not a product of matrices."""
     batch = "".join(index for index in result if index in left and index in right)
     rows = "".join(index for index in result if index not in right)
     inner = "".join(index for index in left if index in right and index not in result)
@@ -292,7 +293,7 @@ def _groups(left: str, right: str, result: str) -> tuple[str, str, str, str] | N
 
 
 def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
-    """A sum over indices as products of matrices; None where `product_rule` is needed."""
+    """A sum over indices as products of matrices; None if `product_rule` is needed."""
     if not isinstance(a, Jet) or not isinstance(b, Jet) or a.firsts > MOST or is_traced():
         return None
     groups, sizes = _groups(left, right, result), dict(zip(left, a.shape, strict=False))
@@ -317,7 +318,7 @@ def _contract(left: str, right: str, result: str, a: Any, b: Any) -> Jet | None:
 
 
 def _reorder_axes(stack: Tensor, order: str, wanted: str) -> Tensor:
-    """Return a stack with the axes of its value in another order."""
+    """Return a stack with the axes of its value in a different order."""
     return stack.permute(0, *(1 + order.index(index) for index in wanted))
 
 
@@ -336,7 +337,7 @@ def matmul(a: Any, b: Any) -> Jet:
 
 @rule("mm bmm", several=True, kind="bilinear")
 def of_matrices(a: Any, b: Any) -> Jet:
-    """The product of matrices, or of two batches of as many."""
+    """The product of matrices, or of two equally large batches of them."""
     if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2]:
         raise NoRule
     return matmul(a, b)
@@ -363,7 +364,7 @@ def _without_dots(equation: str, factors: Iterable[Any]) -> str:
 def _einsum(equation: Any, *operands: Any) -> Jet:
     listed = len(operands) == 1 and isinstance(operands[0], list | tuple)
     factors: Any = operands[0] if listed else operands
-    # Not the form without a string, nor one whose result is implied.
+    # Neither the form without a string nor one whose result is implied.
     if not isinstance(equation, str) or "->" not in equation or len(factors) > 2:
         raise NoRule
     equation = _without_dots(equation, factors)

@@ -1,4 +1,4 @@
-r"""Which function of PyTorch has which rule; the errors of the engine; hooks inside a network.
+r"""Which PyTorch function has which rule; the engine's errors; hooks inside a network.
 
 Kinds of rules:
     linear      the same function of every component of a stack, `linear(function, name, …)`
@@ -8,8 +8,8 @@ Kinds of rules:
     stack       a function of Jets that computes with their stacks
     other       a property of a tensor, an in-place change, or an error
 
-A rule is written with the arguments that networks pass. A call with others, or one for which it
-raises `NoRule`, goes to PyTorch's own function with exactly those arguments; see
+A rule is written with the arguments that networks pass. A call with other arguments, or one for
+which it raises `NoRule`, goes to PyTorch's own function with exactly those arguments; see
 `hosm_losses.taylor.jets`.
 
 Hooks on tensors and modules inside a network may look at gradients but not change them.
@@ -30,38 +30,38 @@ from hosm_losses.taylor._torch import versions
 
 # ------------------------------------------------------------------------------------------ errors
 class DerivativeError(ValueError):
-    """A derivative that cannot be taken, or would be wrong, with the remedy in its message."""
+    """A derivative cannot be computed, or would be wrong; the message gives the remedy."""
 
 
 class ConstantError(DerivativeError):
-    """An operator without a derivative in PyTorch; each engine would take it for a constant."""
+    """An operator without a derivative in PyTorch; either engine would take it for a constant."""
 
 
 class TaylorError(RuntimeError):
-    """A function the Taylor engine cannot differentiate; reverse mode may."""
+    """A function that the Taylor engine cannot differentiate, but reverse mode may."""
 
 
 class NoRule(Exception):  # noqa: N818 - it never reaches a user
-    """A call that a rule does not know; PyTorch's own function is differentiated in its place."""
+    """A call that a rule does not support; PyTorch's own function is differentiated instead."""
 
 
 # ------------------------------------------------------------------------------------------- rules
 Function = Callable[..., Any]
 Kind = Literal["linear", "bilinear", "pointwise", "composite", "stack", "other"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-# Synonyms of argument names: those of NumPy, which PyTorch accepts too, and that of a norm.
+# Synonyms of argument names: NumPy's, which PyTorch also accepts, and that of a norm.
 SPELLINGS = {"axis": "dim", "keepdims": "keepdim", "ord": "p"}
 HOMES = (torch, Tensor, F, torch.linalg)
 
 
 def name_of(func: Function) -> str:
-    """The name of a function of PyTorch, for a message."""
+    """The name of a PyTorch function, for messages."""
     return getattr(func, "__name__", str(func))
 
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """A rule and the arguments it takes."""
+    """A rule and the arguments it accepts."""
 
     function: Function
     kind: Kind
@@ -72,7 +72,7 @@ class Rule:
     anything: bool  # whether it takes other names as well
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        """The arguments as the rule is called with them; None if it does not take them."""
+        """The arguments as passed to the rule; None if the rule does not accept them."""
         named: dict[str, Any] = {}
         for name, value in kwargs.items():
             if name not in ("inplace", "out"):
@@ -100,12 +100,12 @@ OF_ONE: dict[Function, Function] = {}
 # torch.compile does not find functions in a set. The value says whether the function detaches, so
 # that its result shares memory.
 CONSTANT: dict[Function, bool] = {}
-# Functions that take a Jet of complex numbers together with constants; filled in `linear`.
+# Functions that accept a Jet of complex numbers together with constants; filled in `linear`.
 OF_COMPLEX: dict[Function, None] = {}
 
 
 def functions_named(*names: str | Function) -> list[Function]:
-    """The functions among the arguments, and those and the methods of PyTorch that they name."""
+    """The functions among the arguments, and the PyTorch functions and methods they name."""
     functions = [name for name in names if not isinstance(name, str)]
     for name in " ".join(name for name in names if isinstance(name, str)).split():
         functions += [getattr(home, name, None) for home in HOMES]
@@ -119,7 +119,7 @@ def rule(
     kind: Kind = "other",
     with_function: bool = False,
 ) -> Callable[[Function], Function]:
-    """Register a rule for functions of PyTorch, with arguments like theirs.
+    """Register a rule for PyTorch functions, with the same arguments as theirs.
 
     The Jet is the first argument, unless `several` says that any may be one. A rule
     `with_function` takes the function that was called before its arguments.
@@ -152,14 +152,14 @@ def swapped(function: Function) -> Function:
 
 
 def axis(dim: Any, ndim: int) -> int:
-    """A dimension of a value, counted from the back, where it is the stack's too."""
+    """A dimension of a value as a negative index, which means the same dimension of the stack."""
     if not isinstance(dim, int) or not -ndim <= dim < ndim:
         raise NoRule
     return dim - ndim if dim >= 0 else dim
 
 
 def axes(dim: Any, ndim: int) -> tuple[int, ...]:
-    """One or several dimensions of a value, at least one, or all for None; see `axis`."""
+    """One or more dimensions of a value, or all of them for None; see `axis`."""
     if dim is None:
         dim = tuple(range(ndim))
     dims = tuple(dim) if isinstance(dim, tuple | list) else (dim,)
@@ -176,7 +176,7 @@ CHANGING_HOOK = (
 
 
 class ChangedGradientError(DerivativeError):
-    """A hook modifies a gradient, so that the loss would depend on the engine."""
+    """A hook modifies a gradient, which would make the loss depend on the engine."""
 
 
 class ScriptedError(DerivativeError):
@@ -187,12 +187,12 @@ GIVE_THE_SOURCE = (
     "Inside it PyTorch 2.6 to 2.13 silently get higher derivatives of norms wrong. Use the module "
     "that it was compiled from."
 )
-# Errors that no other engine avoids.
+# Errors that no other engine can avoid.
 FINAL = (ChangedGradientError, ScriptedError, ConstantError)
 
 
 def check_unchanged(returned: Sequence[Any], incoming: Sequence[Any]) -> None:
-    """Raise if a module's hooks returned other gradients than they received."""
+    """Raise if a module's hooks returned different gradients from those they received."""
     for after, before in zip(returned, incoming, strict=True):
         if isinstance(after, Tensor) and isinstance(before, Tensor) and after is not before:
             raise ChangedGradientError(CHANGING_HOOK)
