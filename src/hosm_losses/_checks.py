@@ -202,7 +202,7 @@ def check_like(
     device: torch.device,
     of: str,
 ) -> Tensor:
-    """Return `value` if it is a tensor like `of` says: of this shape, dtype and device."""
+    """Return `value` if it is a tensor of this shape, dtype and device, which `of` describes."""
     if not isinstance(value, Tensor):
         raise not_a_tensor(name, f"a tensor of shape {shape}", value)
     check_dense(name, value)

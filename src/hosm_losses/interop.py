@@ -37,7 +37,7 @@ PREDICTION_TYPES: dict[str, Prediction] = {
 MEAN_TYPES: dict[str, Prediction] = {"EPSILON": "epsilon", "START_X": "x0"}
 ZERO = (0.0, 2.0**-24)  # diffusers writes the second in place of the first
 BUILD = "For another object, build a ScoreModel with its schedule and prediction."
-# Models of diffusers under flow matching that multiply by the number of timesteps themselves.
+# diffusers' flow-matching models that multiply by the number of timesteps themselves.
 TAKE_FRACTIONS = ("Flux", "Chroma", "QwenImage", "AuraFlow", "LongCatImage", "OvisImage", "Krea2")
 TAKE_FRACTIONS += ("BriaFibo2", "PRX")
 # Models whose pipelines negate the velocity or reverse the time.

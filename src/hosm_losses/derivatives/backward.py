@@ -148,7 +148,7 @@ def vjp(
 
     The backward pass maps a cotangent like the value to a gradient for every point, with or
     without a `graph`. If the value does not depend on a point, the gradient there is zero or, with
-    `lost`, an error with that text. Under torch.compile and torch.func it is `torch.func.vjp`.
+    `lost`, an error with that text. Under torch.compile and torch.func, it is `torch.func.vjp`.
     """
     if internals.is_traced():
         result: Any = torch.func.vjp(function, *points, has_aux=True)

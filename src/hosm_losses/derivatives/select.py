@@ -297,7 +297,7 @@ def _another_may_do(engine: str, error: Exception) -> bool:
         return isinstance(error, kinds) or any(words in text for words in NOT_TWICE)
     if isinstance(error, FINAL):
         return False
-    # A failed device tells nothing about the network. The exception with which a checkpoint around
+    # A failed device says nothing about the network. The exception with which a checkpoint around
     # the loss ends its recomputation is none of these errors.
     failed = any(words in text for words in DEVICE_ERROR_TEXT)
     return isinstance(error, JET_ERRORS) and not (

@@ -37,7 +37,7 @@ NOT_FINITE = "that is not finite"
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 STEP = {torch.float32: 3e-3, torch.float64: 3e-4}
 # Divisors of the steps. A difference of derivatives across the kink of a ReLU unit is meaningless;
-# the smallest steps cross hardly any kink. In float32 those would be rounding errors.
+# the smallest steps cross hardly any kink. In float32, those would only show rounding errors.
 SHRINKS = {torch.float32: (1, 4, 16), torch.float64: (1, 4, 16, 2**12, 2**16)}
 DRAWS = 3
 # Sizes of directions in x that are also tried if x is smaller.

@@ -1,7 +1,7 @@
 r"""The checked arguments that all likelihoods share, their batches, and the combined result.
 
 Failures:
-    A sample fails if its nll is not finite in the network's dtype (float32 at least), if its path
+    A sample fails if its nll is not finite in the network's dtype (at least float32), if its path
     did not reach the end, or if its solver error is above both 1000 nats and 0.1 nats per element
     (0.14 bits per dimension), where the first-order estimate is meaningless.
 """

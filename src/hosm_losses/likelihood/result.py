@@ -454,7 +454,7 @@ class SampleResult(Result):
         nfe: network evaluations, (B,).
         standard_error: of nll, from random probes, (B,); None if unknown.
         solver_error: estimated effect of the solver's error on the nll of this latent, in nats,
-            (B,); None if nll is None. Without a companion it is often a hundred times too large.
+            (B,); None if nll is None. Without a companion, it is often a hundred times too large.
         failed: whether the sample is unusable, (B,): a value was not finite, the path did not
             arrive, or solver_error is too large; nll is then NaN. `failures` says why.
         products: as in `NLLResult`.

@@ -120,7 +120,7 @@ class Weights:
 
     @property
     def probe_variance(self) -> float:
-        """The mean of `variance` under the weights; above 1, the weights tell little."""
+        """The mean of `variance` under the weights; above 1, the weights mean little."""
         return float(self.normalized @ self.variance.double())
 
     @property

@@ -29,7 +29,7 @@ Why the detach:
 Terms of a sample, d the number of its elements, averaged over probes:
     first = ‖r1‖²/d      second = ‖r2‖²/d²      trace = rt²/d²      third = ‖r3‖²/d³
 
-    With probes="exact" the terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖² of the whole Jacobian and of the
+    With probes="exact", the terms are ‖M₂‖²_F, (tr M₂)² and ‖R₃‖² of the whole Jacobian and of the
     gradient of its trace. With random probes, the second term has the same mean; the means of the
     trace and third terms are larger by the variance over probes, which is zero at the true score.
     For an unrestricted field, the minimiser is the same; for a restricted family, it need not be.
@@ -73,8 +73,8 @@ class DSMTerms(NamedTuple):
         first: ‖r1‖²/d, of shape (B,).
         second: ‖r2‖²/d², of shape (B,), or for the rows that a fraction chose; None at order 1,
             and with probes=Paired() if its weight is the number 0.
-        trace: rt²/d², likewise; None at order 1.
-        third: ‖r3‖²/d³, likewise; None below order 3.
+        trace: rt²/d², in the same shape; None at order 1.
+        third: ‖r3‖²/d³, in the same shape; None below order 3.
 
     If the last weights are the number 0, the order is that of the remaining terms.
     """

@@ -25,7 +25,7 @@ Primitives = Literal["all", "one sample", "none"]
 
 @dataclass(frozen=True, eq=False)  # torch.compile of PyTorch 2.6 hashes it before it is made
 class BoundModel:
-    """The network's prediction as a function of x (B, *) alone.
+    """The network's prediction as a function of only x (B, *).
 
     Engines differentiate the prediction rather than f = −ε̂: the term in x in f would hide that a
     network has lost its own graph.

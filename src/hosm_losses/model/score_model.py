@@ -87,7 +87,7 @@ class ScoreModel(nn.Module):
         time: the conversion of t to the network's time: a factor, or a callable of t. None passes
             t itself.
         output: selects the prediction from the network's output, for example
-            `operator.attrgetter("sample")`. None uses the output as it is.
+            `operator.attrgetter("sample")`. None uses the output itself.
         call: calls a network with a different signature, as `call(network, x, time, **kwargs)`.
             None calls `network(x, time, **kwargs)`.
         primitives: whether the losses of orders two and three use the safe primitives.
@@ -300,7 +300,7 @@ class ScoreModel(nn.Module):
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(α, σ) at t, of shape (B,), in the precision of t, but at least float32.
 
-        For integer t the precision is that of `like`.
+        For integer t, the precision is that of `like`.
         """
         return self.schedule(self.time_in(t, like))
 

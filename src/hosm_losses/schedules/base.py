@@ -1,4 +1,4 @@
-r"""The base class of noise schedules, which derives everything from α and σ, and its check.
+r"""The base class of noise schedules, which derives everything from α and σ, and their check.
 
 Formula:
     x_t = α(t) x₀ + σ(t) ε on [t_min, t_max], t_min the data end; σ̂ = σ/α. In log σ̂, every
