@@ -163,7 +163,7 @@ class Agreement(Check):
     def _slopes(
         self, field: Network, varied: Sequence[Tensor], w: Tensor, covectors: Sequence[Tensor]
     ) -> tuple[Tensor, list[list[Tensor]]]:
-        """The forms, and the gradient of each form in every varied tensor."""
+        """The forms, and the gradient of each form with respect to every varied tensor."""
         x = varied[0]
         forms = self._forms(field, x, w, covectors)
         # As in training, x requires no gradient while those in the parameters are computed.
@@ -263,7 +263,7 @@ class Smoothness(Check):
 
 
 def _integrate(line: Line) -> np.ndarray:
-    """For every p: what Gauss and Legendre's rule for p′ misses, the change, the largest |p|."""
+    """For every p: the Gauss-Legendre rule's error for p′, the change, and the largest |p|."""
     nodes = np.array([line(s) for s in NODES])
     missing, change = np.zeros(3), np.ptp(nodes, axis=0)
     missing[:2] = np.abs((nodes[-1] - nodes[0])[:2] - WEIGHTS @ nodes[1:-1, 1:])

@@ -3,7 +3,7 @@ r"""The times that a loss draws, and the factors applied to its terms at these t
 Formula for the factor of the first term; that of the higher terms is 1:
     "noise"        1
     "native"       the squared error of the network's own prediction, 1/p² for ε̂ = p · prediction
-                   + q x: the loss of trainers that weight by nothing else
+                   + q x: the loss of trainers that apply no other weighting
     EDMWeighting   1 + (σ̂/σ_d)²: the loss of EDM's trainer, λ(σ) ‖x̂₀ − x₀‖² with
                    λ(σ) = (σ² + σ_d²)/(σ σ_d)²
     "likelihood"   ½ (g²/σ²) d over the density of t, so that the first term is an unbiased

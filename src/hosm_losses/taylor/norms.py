@@ -194,7 +194,7 @@ class Norm(NamedTuple):
     def pull_back(
         self, needed: Needed, stack: Tensor, weight: Some, bias: Some, cotangent: Tensor
     ) -> tuple[Some, ...]:
-        """The gradients in the stack, the weight and the bias."""
+        """The gradients with respect to the stack, the weight and the bias."""
         rows, firsts, pairs = self
         scaled, rho = rows.standardize(stack)
         value, tangents, seconds = components(scaled, firsts)

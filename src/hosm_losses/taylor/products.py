@@ -2,7 +2,7 @@ r"""Rules for products that are linear in both factors: matrix products, layers 
 
 Formula, for a product y = a · b that is linear in a and in b:
     y_l = a_l · b + a · b_l        y_ll = a_ll · b + a · b_ll + 2 a_l · b_l
-    A plain tensor has no derivatives: a product with one is a product with the whole stack.
+    A plain tensor has no derivatives, so a product with one multiplies the whole stack.
     A layer of weights is one call on a larger batch; the bias only belongs to the value.
 
 Gradients, for a cotangent c:
