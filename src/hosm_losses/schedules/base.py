@@ -113,7 +113,7 @@ class Schedule:
 
     @property
     def prior_std(self) -> float:
-        """Standard deviation of the prior: 1 if σ ends near 1 by design, else σ(t_max)."""
+        """Standard deviation of the prior, 1 if σ ends near 1 by design, else σ(t_max)."""
         if self._prior_std is not None:
             return self._prior_std
         end = torch.tensor(self.t_max, dtype=torch.float64, device="cpu")
