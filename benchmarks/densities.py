@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import hosm_losses as hosm
 from benchmarks import results
-from benchmarks.density_problems import ENERGIES, SIMULATORS, Annealing, Energy, posed
+from benchmarks.density_problems import ENERGIES, SIMULATORS, Annealing, Energy, posed, rank
 from benchmarks.experiment import clocked, parser, train_once, training
 from benchmarks.peers.likelihoods import flow, signs
 
@@ -164,7 +164,7 @@ def by_torchdiffeq(model: hosm.ScoreModel, energy: Energy, size: Size) -> dict[s
     from torchdiffeq import odeint
 
     elements, schedule, calls = energy.data.shape[1], model.schedule, list[int]()
-    dimensions = round(float(model.project(torch.eye(elements)).trace()))
+    dimensions = rank(model.project, elements)
     hook = model.network.register_forward_pre_hook(lambda *_: calls.append(1))
     span = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
     zero, weights = torch.zeros(size.samples, dtype=torch.float64), []
@@ -199,7 +199,7 @@ def of_energy(name: str, size: Size, directory: Path | None) -> dict[str, Any]:
     mean, std = data.mean(0), data.std(0)
     dimensions = data.shape[1]
     if energy.project:  # one number, which commutes with the projection
-        dimensions = round(float(energy.project(torch.eye(dimensions)).trace()))
+        dimensions = rank(energy.project, dimensions)
         size_of = float(data.square().sum(1).mean() / dimensions) ** 0.5
         mean, std = torch.zeros_like(mean), torch.full_like(std, size_of)
     information = hosm.TargetScores.information_of(

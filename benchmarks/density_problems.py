@@ -32,6 +32,11 @@ def as_it_is(x: Tensor) -> Tensor:
     return x
 
 
+def rank(project: Project, elements: int) -> int:
+    """The dimensions of the subspace."""
+    return round(float(project(torch.eye(elements, dtype=torch.float64)).trace()))
+
+
 @dataclass(frozen=True)
 class Energy:
     """A density known up to Z, with data.
@@ -86,7 +91,7 @@ def anneal(
     Metropolis. It draws from the global generator.
     """
     count, rows = spent.runs * spent.particles, torch.arange(spent.runs)[:, None] * spent.particles
-    dimensions = round(float(project(torch.eye(elements, dtype=torch.float64)).trace()))
+    dimensions = rank(project, elements)
 
     def normal() -> Tensor:
         return project(torch.randn(count, elements, dtype=torch.float64))

@@ -22,7 +22,7 @@ import hosm_losses as hosm
 from benchmarks import experiment, results
 from benchmarks.worth import SEARCHED, Study, rows
 from benchmarks.worth_problems import CELLS, Sizes
-from benchmarks.worth_quantities import Row, compare
+from benchmarks.worth_quantities import ratios
 
 DIRECTORY = results.DIRECTORY / "recipe"
 BASE, RATE, SEEDS = "base", 3e-3, 3
@@ -65,14 +65,6 @@ def studies(pattern: str, *, smoke: bool, out: Path) -> Iterator[tuple[str, str,
             yield name, setting, Study(title, cell, out if smoke else DIRECTORY, out)
 
 
-def ratios(study: Study) -> Row:
-    """KL divergence and score error of orders two and three over those of order one."""
-    done = {name: row for name, row in study.rows.items() if "lost" in row}
-    if ROWS[0] not in done:
-        return {}
-    return {name: compare(done[name], done[ROWS[0]]) for name in ROWS[1:] if name in done}
-
-
 def main() -> None:
     parser = experiment.parser(__doc__)
     parser.add_argument("--cells", default="", metavar="REGEX", help="those it is found in")
@@ -84,7 +76,7 @@ def main() -> None:
         for row in ROWS:
             make = partial(study.finish, study.cell.model, recipes[row])
             study.row(row, partial(make, SETTINGS[setting].rate, f"{setting}: {row}"))
-        results.show(f"{name}, {setting}", ratios(study))
+        results.show(f"{name}, {setting}", ratios(study.report))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ work by cells. --out has the weights that second stages start from.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from tqdm import tqdm
 import hosm_losses as hosm
 from benchmarks import experiment, results
 from benchmarks.worth_problems import CELLS, Cell, together
-from benchmarks.worth_quantities import Row, by_rate, compare, judge, judge_briefly
+from benchmarks.worth_quantities import Row, by_rate, judge, judge_briefly, ratios
 
 DIRECTORY = results.DIRECTORY / "orders"
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -348,16 +348,6 @@ class Study:
                 parameter.copy_(weights[name][list(seeds)])
         return model
 
-    def summary(self) -> Row:
-        """Each row over plain order one, and each second stage over order one continued."""
-        done = {name: row for name, row in self.rows.items() if "lost" in row}
-        summary = {}
-        for name, row in done.items():
-            base = done.get("after: one, averaged" if name.startswith("after") else "one")
-            ratios: Mapping[str, Any] = {} if base is None else compare(row, base)
-            summary[name] = {"nats": float(np.mean(row["kl"])), **ratios}
-        return summary
-
 
 def transferred_rate(family: str, directory: Path) -> float:
     """The median, on the grid of rates, of what a family chose in cells that searched."""
@@ -392,7 +382,7 @@ def main() -> None:
                 cell, directory = cell.small(), arguments.out
             study = Study(name, cell, directory, arguments.out)
             study.run(arguments.rows)
-            results.show(name, study.summary())
+            results.show(name, ratios(study.report))
 
 
 if __name__ == "__main__":

@@ -180,7 +180,34 @@ def compare(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Estima
     }
 
 
-def difference(row: Mapping[str, Any], base: Mapping[str, Any]) -> Estimate:
-    """The nats of a row less those of another, with the chance of seeds and points."""
-    whole = ~(lost(row) | lost(base))
-    return over_seeds(np.subtract(row["kl"], base["kl"])[whole])
+def base_of(name: str) -> str:
+    """The row that a row is compared with, which differs from it in one respect.
+
+    Targets are compared with plain order one, orders with order one under the same targets, and
+    second stages with order one continued.
+    """
+    if name.startswith("after"):
+        return "after: one, averaged"
+    if name.startswith("one"):
+        return "one"
+    return "one, scores, averaged" if "scores" in name else "one, averaged"
+
+
+def ratios(report: Row) -> Row:
+    """For each row of a cell: nats, the ratios to its base, and how many seeds lost a mode.
+
+    A ratio is None where fewer than two seeds kept all modes, or where a KL divergence, a mean
+    over points, is not above 0: then "below" is 1.
+    """
+    rows = {name: row for name, row in report["rows"].items() if "lost" in row}
+    found: Row = {}
+    for name, row in rows.items():
+        found[name] = {"nats": float(np.mean(row["kl"])), "lost": int(lost(row).sum())}
+        other = rows.get(base_of(name), row)
+        if other is row:
+            continue
+        for key, estimate in compare(row, other).items():
+            found[name][key] = None if np.isnan(estimate.value) else [*estimate]
+        if found[name]["kl"] is None and np.sum(~lost(row) & ~lost(other)) > 1:
+            found[name]["below"] = 1
+    return found

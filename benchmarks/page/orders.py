@@ -1,7 +1,5 @@
 """The study of targets and orders, of benchmarks/worth.py and benchmarks/recipe.py.
 
-A row is compared with that of the same seeds which differs in one respect: targets with plain
-order one, orders with order one under the same targets, second stages with order one continued.
 A table of the pages names a row, as in `Problem | orders > * > two, averaged | KL = kl | score
 error = score | seeds that lost a mode = lost`.
 """
@@ -16,7 +14,7 @@ from benchmarks.page.numbers import Found
 from benchmarks.recipe import SETTINGS
 from benchmarks.worth import SEARCHED
 from benchmarks.worth_problems import CELLS
-from benchmarks.worth_quantities import compare, lost
+from benchmarks.worth_quantities import ratios
 
 # The rows that are drawn, by name.
 SHOWN = {
@@ -28,35 +26,6 @@ SHOWN = {
 }
 MARKERS = "os^DP"
 LEAST, MOST = 0.01, 5  # a ratio outside is a triangle at the edge
-
-
-def base(name: str) -> str:
-    """The row that a row is compared with."""
-    if name.startswith("after"):
-        return "after: one, averaged"
-    if name.startswith("one"):
-        return "one"
-    return "one, scores, averaged" if "scores" in name else "one, averaged"
-
-
-def ratios(report: Found) -> Found:
-    """Of each row of a cell: nats, the ratios to its base, and how many seeds lost a mode.
-
-    A ratio is None where fewer than two seeds kept all modes, or where a KL divergence, a mean
-    over points, is not above 0: then "below" is 1.
-    """
-    rows = {name: row for name, row in report["rows"].items() if "lost" in row}
-    found: Found = {}
-    for name, row in rows.items():
-        found[name] = {"nats": float(np.mean(row["kl"])), "lost": int(lost(row).sum())}
-        other = rows.get(base(name), row)
-        if other is row:
-            continue
-        for key, estimate in compare(row, other).items():
-            found[name][key] = None if np.isnan(estimate.value) else [*estimate]
-        if found[name]["kl"] is None and np.sum(~lost(row) & ~lost(other)) > 1:
-            found[name]["below"] = 1
-    return found
 
 
 def cells(reports: list[Found]) -> Found:
