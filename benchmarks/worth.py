@@ -43,7 +43,15 @@ from tqdm import tqdm
 import hosm_losses as hosm
 from benchmarks import experiment, results
 from benchmarks.worth_problems import CELLS, Cell, together
-from benchmarks.worth_quantities import Row, by_rate, judge, judge_briefly, ratios
+from benchmarks.worth_quantities import (
+    Row,
+    by_rate,
+    dependence,
+    facts,
+    judge,
+    judge_briefly,
+    ratios,
+)
 
 DIRECTORY = results.DIRECTORY / "orders"
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -301,6 +309,9 @@ class Study:
 
     def run(self, pattern: str = "") -> None:
         """Do all that is not done."""
+        if "facts" not in self.report:
+            self.report["facts"] = facts(self.cell)
+            results.write(self.file, self.report)
         recipes = rows(self.cell)
         for name, recipe in recipes.items():
             if re.search(pattern, name):
@@ -383,6 +394,8 @@ def main() -> None:
             study = Study(name, cell, directory, arguments.out)
             study.run(arguments.rows)
             results.show(name, ratios(study.report))
+    reports = [results.read(file) for file in sorted(DIRECTORY.glob("*.json"))]
+    results.show("What the ratios depend on: rank correlations", dependence(reports))
 
 
 if __name__ == "__main__":

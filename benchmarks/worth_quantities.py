@@ -130,6 +130,20 @@ def score(cell: Cell, model: hosm.ScoreModel, members: int) -> Row:
     return row | {"j_sm": ((high - low) * by_member(off, members).mean(1)).tolist()}
 
 
+def facts(cell: Cell) -> Row:
+    """What the gain may depend on: the elements, and the noise of order one's targets in nats.
+
+    The noise is ∫ E‖ε + σ∇log q_t‖² du, u = log σ̂: what order one's loss is for the true score.
+    None where q is not known at every level.
+    """
+    known = {"elements": cell.density.elements, "noise": None}
+    if isinstance(cell.density, Lattice | Digits):
+        return known
+    _, _, mean, drawn = cell.at_all_levels
+    low, high = cell.schedule.log_sigma_hat_range
+    return known | {"noise": (high - low) * float((drawn - mean).square().sum(1).mean())}
+
+
 def samples(cell: Cell, model: hosm.ScoreModel, members: int) -> Row:
     """The effective size of draws of the ODE, weighted by q/p, over their number, (S,).
 
@@ -210,4 +224,40 @@ def ratios(report: Row) -> Row:
             found[name][key] = None if np.isnan(estimate.value) else [*estimate]
         if found[name]["kl"] is None and np.sum(~lost(row) & ~lost(other)) > 1:
             found[name]["below"] = 1
+    return found
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's, equal values sharing their mean rank."""
+    ranks = []
+    for values in (x, y):
+        _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum() - (counts - 1) / 2)[places])
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def dependence(reports: Sequence[Row]) -> Row:
+    """Rank correlations, over cells, of ratios with the number of elements and other facts.
+
+    "gap" is KL − J_SM of plain order one. A correlation above 0 says that the gain is smaller
+    where the fact is larger. A KL divergence that is not above 0 ranks lowest.
+    """
+    found: Row = {}
+    for name in ("one, averaged", "one, scores, averaged", "two, averaged", "three, averaged"):
+        for key in ("kl", "score"):
+            columns: dict[str, list[tuple[float, float]]] = {}
+            for report in reports:
+                row, plain = ratios(report).get(name, {}), report["rows"].get("one", {})
+                ratio = row.get(key) or ([0.0] if row.get("below") and key == "kl" else None)
+                known = dict(report.get("facts", {}))
+                if "j_sm" in plain:
+                    known["gap"] = np.mean(plain["kl"]) - np.mean(plain["j_sm"])
+                for fact, value in known.items():
+                    if ratio is not None and value is not None:
+                        columns.setdefault(fact, []).append((ratio[0], value))
+            pairs = {fact: list(zip(*rows, strict=True)) for fact, rows in columns.items()}
+            if len(columns.get("elements", ())) > 2:
+                found[f"{name}: {key}"] = {"cells": len(columns["elements"])} | {
+                    fact: rank_correlation(*both) for fact, both in pairs.items()
+                }
     return found

@@ -16,6 +16,7 @@ from benchmarks import results
 from benchmarks.page import figures, marks, orders
 from benchmarks.page.numbers import Found, named, table
 from benchmarks.page.tables import TABLES
+from benchmarks.worth_quantities import dependence
 
 
 def tree(file: Path) -> Found:
@@ -47,8 +48,10 @@ def tree(file: Path) -> Found:
     found["densities"] = {name: report["found"] for name, report in cells.items()}
     found["keeping"] = results.read(file.parent / "keeping.json").get("speed", {}).get("found", {})
     for name, of_reports in (("orders", orders.cells), ("recipe", orders.settings)):
-        reports = map(results.read, sorted((file.parent / name).glob("*.json")))
-        found[name] = of_reports([*reports])
+        reports = [results.read(each) for each in sorted((file.parent / name).glob("*.json"))]
+        found[name] = of_reports(reports)
+        if name == "orders":
+            found["dependence"] = dependence(reports)
     found["scale"] = results.read(file.parent / "scale.json").get("networks", {})
     for gpu in sorted(file.parent.glob("gpu*.json")):
         report = results.read(gpu)

@@ -23,6 +23,8 @@ from benchmarks.worth_problems import (
     Digits,
     Funnel,
     Lattice,
+    Line,
+    Product,
     Ring,
     Rotated,
     many_well,
@@ -31,9 +33,12 @@ from benchmarks.worth_problems import (
 from benchmarks.worth_quantities import (
     by_rate,
     compare,
+    dependence,
     effective_size,
+    facts,
     finite,
     log_ratio,
+    rank_correlation,
     ratios,
     score,
 )
@@ -453,6 +458,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
         return json.loads(study.file.read_text())
 
     first = run()
+    assert first["facts"]["elements"] == 2
     assert len(trained) == len(names) + 4 + 2 + 2 * 3
     for name in names:
         row = first["rows"][name]
@@ -472,3 +478,47 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert made == [0, 1]
     with pytest.raises(ValueError, match="'budget': 5"):
         worth.Study("cell", replace(cell, budget=5), tmp_path, tmp_path)
+
+
+def test_the_noise_of_targets_is_the_loss_of_the_true_score():
+    """Of a Gaussian N(0, 1) in each element, Var(ε | x) = 1/(1 + σ̂²): ∫ du over u = log σ̂."""
+    cell = replace(small("many-well, d = 2"), density=standard_normals(), points=512)
+    low, high = cell.schedule.log_sigma_hat_range
+    exact = [u - math.log1p(math.exp(2 * u)) / 2 for u in (low, high)]
+    found = facts(cell)
+    assert found["elements"] == 2
+    assert found["noise"] == pytest.approx(2 * (exact[1] - exact[0]), rel=0.02)
+    assert facts(small("φ⁴ ring, d = 16")) == {"elements": 16, "noise": None}
+
+
+def standard_normals():
+    return Product([Line(lambda a: -(a**2) / 2, -8, 8, 2001)] * 2)
+
+
+def test_rank_correlations_are_of_ranks_with_ties():
+    assert rank_correlation([1, 10, 100], [3, 2, 1]) == pytest.approx(-1)
+    # Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
+    assert rank_correlation([0, 5, 5, 6], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+
+
+def test_the_dependence_is_over_cells_that_have_the_row():
+    def report(elements, ratio, noise):
+        plain = {"kl": [[1.0], [1.0]], "lost": [0, 0], "j_sm": [0.5 * elements] * 2}
+        averaged = {"kl": [[ratio], [ratio]], "lost": [0, 0]}
+        rows = {"one": plain, "one, averaged": averaged}
+        return {"rows": rows, "facts": {"elements": elements, "noise": noise}}
+
+    reports = [
+        report(1, 0.2, 9.0),
+        report(2, -0.1, None),
+        report(4, 0.6, 3.0),
+        report(8, 0.9, 1.0),
+    ]
+    found = dependence(reports)
+    assert found.keys() == {"one, averaged: kl"}
+    row = found["one, averaged: kl"]
+    assert row["cells"] == 4
+    # A KL divergence below 0 ranks lowest, and a cell without noise is left out of its column.
+    assert row["elements"] == pytest.approx(0.8)
+    assert row["noise"] == pytest.approx(-1)
+    assert row["gap"] == pytest.approx(-0.8)
