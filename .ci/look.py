@@ -72,7 +72,7 @@ const hasText = element => [...element.childNodes].some(
 async function look() {
   for (const page of PAGES) {
     const frame = await open(page), document = frame.contentDocument;
-    const entry = document.querySelector(".sidebar-tree .current-page");
+    const entry = document.querySelector(".sidebar-tree .current-page > a");
     const place = entry?.getBoundingClientRect();
     if (place && (place.top < 0 || place.bottom > 900))
       found.push(`${page}: the sidebar does not show the entry of the page`);

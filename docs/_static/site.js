@@ -3,5 +3,6 @@ const sidebar = document.querySelector(".sidebar-scroll");
 const entry = document.querySelector(".sidebar-tree .current-page");
 if (sidebar && entry) {
   const distance = entry.getBoundingClientRect().top - sidebar.getBoundingClientRect().top;
-  sidebar.scrollTop += distance - sidebar.clientHeight / 3;
+  // Furo scrolls smoothly, which would be seen at every click.
+  sidebar.scrollBy({ top: distance - sidebar.clientHeight / 3, behavior: "instant" });
 }
